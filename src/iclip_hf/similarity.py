@@ -1,0 +1,70 @@
+"""Image-text similarity maps (ITSM, Eq. 1-5) as pure functions: cosine map, reverse, min-max and resize."""
+
+import torch
+from torch.nn import functional as F
+
+
+def cosine_similarity_map(
+    patch_embeds: torch.Tensor, text_embeds: torch.Tensor, grid: tuple[int, int]
+) -> torch.Tensor:
+    """
+    Cosine of every patch with every text, laid out on the patch grid (Eq. 1-3).
+
+    Args:
+        patch_embeds (`torch.Tensor` of shape `(B, N, P)`): unit vectors, patches row-major.
+        text_embeds (`torch.Tensor` of shape `(T, P)`, or `(B, T, P)` for different texts an image): unit vectors.
+        grid (`tuple[int, int]`): height and width of the patch grid, h * w = N.
+
+    Returns:
+        `torch.Tensor` of shape `(B, T, h, w)`, in [-1, 1].
+    """
+    return (text_embeds @ patch_embeds.mT).unflatten(-1, grid)
+
+
+def reverse(maps: torch.Tensor) -> torch.Tensor:
+    """The reversed map of Eq. 5: 1 - M for maps M in [0, 1]."""
+    return 1 - maps
+
+
+def min_max_normalize(maps: torch.Tensor) -> torch.Tensor:
+    """
+    Stretches each map over its last two dimensions to [0, 1] (Eq. 4).
+
+    Args:
+        maps (`torch.Tensor` of shape `(..., H, W)`).
+
+    Returns:
+        `torch.Tensor` of the same shape; a constant map becomes zeros.
+    """
+    low, high = torch.aminmax(maps.flatten(-2), dim=-1, keepdim=True)
+    span = high - low
+    # Dividing, not multiplying by the reciprocal, so that the brightest pixel is exactly 1.
+    return ((maps.flatten(-2) - low) / span.masked_fill(span == 0, 1.0)).unflatten(-1, maps.shape[-2:])
+
+
+def resize_maps(maps: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+    """
+    Bicubic resize (align_corners=False, no antialiasing) of maps to an image's size (Eq. 4).
+
+    Equal to `torch.nn.functional.interpolate` within rounding, but as one matrix product a side: the interpolation is
+    linear and separable, and a 16x16 grid grown to a photograph is a small product where the general kernel is slow.
+
+    Args:
+        maps (`torch.Tensor` of shape `(..., h, w)`).
+        size (`tuple[int, int]`): target height and width in pixels.
+
+    Returns:
+        `torch.Tensor` of shape `(..., *size)`, float32.
+    """
+    height, width = size
+    if height < 1 or width < 1:
+        raise ValueError(f"Expected a size (height, width) of at least one pixel a side, got {tuple(size)}.")
+    rows = _bicubic_weights(maps.shape[-2], height, maps.device)
+    columns = _bicubic_weights(maps.shape[-1], width, maps.device)
+    return rows @ (maps.float() @ columns.mT)
+
+
+def _bicubic_weights(source: int, target: int, device: torch.device) -> torch.Tensor:
+    """The (target, source) matrix of a one-dimensional bicubic resize, read off the identity's."""
+    identity = torch.eye(source, device=device)[None, None]
+    return F.interpolate(identity, size=(target, source), mode="bicubic", align_corners=False)[0, 0]

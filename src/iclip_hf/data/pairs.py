@@ -1,0 +1,518 @@
+"""Image-text pairs for training: tar shards, image folders and tables by random access, Hub datasets as a stream.
+
+Local data is neither unpacked nor read into memory: a pair is a byte range of a shard or table, found in one pass and kept
+in one array, so that any sampler works on it exactly (Accelerate's shuffle, its split over processes, its resume).
+"""
+
+from __future__ import annotations
+
+import csv
+import glob
+import hashlib
+import io
+import json
+import logging
+import os
+import random
+import re
+import tarfile
+import tempfile
+from array import array
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset, IterableDataset
+from tqdm import tqdm
+
+from .images import IMAGE_SUFFIXES, load_image
+
+
+if TYPE_CHECKING:
+    import datasets
+
+logger = logging.getLogger(__name__)
+
+# Where a row has its image (a path) and its captions; the first that is filled counts. "captions" is a list, all others
+# are text; "txt" and "json" are what a shard's members become.
+IMAGE_COLUMNS = ("image", "file_name", "image_path", "filepath", "path")
+CAPTION_COLUMNS = ("captions", "txt", "caption", "text", "title")
+
+_SHUFFLE_BUFFER = 2000  # pairs of a stream, still encoded
+
+
+class BadPairError(ValueError):
+    """One pair cannot be used: its image is broken or missing, or it has no caption."""
+
+
+class PairDataset(Dataset):
+    """Local image-text pairs by random access; `load_pairs` makes it.
+
+    Items are dicts:
+        image: PIL image of mode "RGB".
+        caption: One of the pair's captions, drawn by (seed, epoch, index).
+        key: Name of the pair in its source.
+        skipped: Number of bad pairs met for this item, 0 or 1.
+
+    In place of a bad pair comes a good one, drawn by (seed, epoch, index), so that batches stay full and equal on all
+    processes. Bad pairs are logged, and ValueError is raised once they exceed `max_bad_share` of what this process read.
+    To leave them out instead, use `read`. The dataset can be pickled, and `set_epoch` reaches running workers.
+    """
+
+    def __init__(self, files: Sequence[_TarShard | _Table], seed: int = 0, max_bad_share: float = 0.05):
+        ranges = [file.ranges() for file in tqdm(files, desc="Indexing", unit="file", delay=2, leave=False)]
+        self.seed = seed
+        self._files = files
+        self._ranges = np.concatenate([np.empty((0, 2), np.int64), *ranges])
+        self._ends = np.cumsum([len(part) for part in ranges])  # where each file's pairs end in `_ranges`
+        self._tally = _Tally(max_bad_share, counts_from=min(100, len(self)))
+        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # persistent workers see it change
+        if not len(self):
+            raise ValueError(f"Expected at least one pair, but {[str(file.path) for file in files]} have none.")
+
+    def __len__(self) -> int:
+        return len(self._ranges)
+
+    def __getitem__(self, index: int) -> dict:
+        index = range(len(self))[index]
+        epoch = int(self._epoch)
+        try:
+            pair = self.read(index)
+            self._tally.good()
+            skipped = 0
+        except BadPairError as error:
+            self._tally.bad(error)
+            index, pair = self._replacement(random.Random(f"{self.seed}/{epoch}/{index}"))
+            skipped = 1
+        caption = _draw(pair["captions"], self.seed, epoch, index)
+        return {"image": pair["image"], "caption": caption, "key": pair["key"], "skipped": skipped}
+
+    def __repr__(self) -> str:
+        return f"PairDataset(pairs={len(self)}, files={len(self._files)})"
+
+    def read(self, index: int) -> dict:
+        """Exactly this pair: {"image": PIL, "captions": list of str, "key": str}.
+
+        Raises:
+            BadPairError: The pair cannot be used.
+            OSError: Its shard or table is gone.
+        """
+        image, name, captions, key = self._parse(index)
+        try:
+            return {"image": load_image(image, name), "captions": captions, "key": key}
+        except (ValueError, FileNotFoundError) as error:
+            raise BadPairError(str(error)) from error
+
+    def captions(self, index: int) -> list[str]:
+        """All captions of a pair, at least one, without decoding its image. Raises like `read`."""
+        return self._parse(index)[2]
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose which of several captions are drawn. Accelerate's own `set_epoch` does not always come here."""
+        self._epoch.fill_(epoch)
+
+    def fingerprint(self) -> str:
+        """16 hex digits over the files: their names, sizes and pair positions, and the content of tables."""
+        digest = hashlib.sha256(self._ranges.tobytes())
+        for file in self._files:
+            digest.update(os.fsencode(f"{file.path.name}\0{file.path.stat().st_size}\0"))
+            if isinstance(file, _Table):
+                digest.update(file.path.read_bytes())
+        return digest.hexdigest()[:16]
+
+    def _replacement(self, draws: random.Random) -> tuple[int, dict]:
+        """A good pair from anywhere: the neighbour would stand in for a whole damaged shard."""
+        for _ in range(1000):
+            index = draws.randrange(len(self))
+            try:
+                return index, self.read(index)
+            except BadPairError:
+                continue
+        raise ValueError("Expected at least one good pair in 1000, but found none; the log has the reasons.")
+
+    def _parse(self, index: int) -> tuple[bytes | Path, str, list[str], str]:
+        index = range(len(self))[index]
+        file = self._files[np.searchsorted(self._ends, index, side="right")]
+        start, end = self._ranges[index].tolist()
+        try:
+            with open(file.path, "rb", buffering=0) as opened:
+                opened.seek(start)
+                block = opened.read(end - start)
+        except OSError as error:
+            raise OSError(
+                f"{file.path}: it was there at the start, but now: {error}; restore it, then resume."
+            ) from error
+        try:
+            return file.parse(block)
+        except (ValueError, RecursionError, tarfile.TarError, csv.Error) as error:
+            raise BadPairError(f"{file.path}, bytes {start} to {end}: {error}") from error
+
+
+class PairStream(IterableDataset):
+    """Image-text pairs of a Hub dataset as a stream; `load_pairs` makes it. Items are those of `PairDataset`.
+
+    One iteration is one pass over this process's part, shuffled by (seed, epoch) through a buffer; bad pairs are left
+    out and counted in the next item's `skipped`. The stream itself splits over processes and DataLoader workers:
+    `Accelerator.prepare` would split its DataLoader a second time. Parts differ in length: count steps, not passes. A
+    resumed run begins a new pass.
+    """
+
+    def __init__(
+        self,
+        dataset: datasets.IterableDataset,
+        seed: int = 0,
+        max_bad_share: float = 0.05,
+        rank: int = 0,
+        world_size: int = 1,
+    ):
+        from datasets import Image
+        from datasets.distributed import split_dataset_by_node
+
+        features = dataset.features or {}
+        self._image_column = next((name for name, feature in features.items() if isinstance(feature, Image)), None)
+        if self._image_column is None:
+            raise ValueError(f"Expected a dataset with an image column, but its columns are {list(features)}.")
+        dataset = dataset.cast_column(self._image_column, Image(decode=False))  # else one bad image ends the stream
+        dataset = dataset.shuffle(seed=seed, buffer_size=_SHUFFLE_BUFFER)
+        self._rows = split_dataset_by_node(dataset, rank=rank, world_size=world_size)
+        self.seed = seed
+        self._tally = _Tally(max_bad_share, counts_from=100)
+
+    def __iter__(self) -> Iterator[dict]:
+        skipped = 0
+        for row in self._rows:
+            stored = row[self._image_column] or {}
+            key = row.get("__key__") or stored.get("path") or "a pair without a name"
+            try:
+                captions = _captions(row)
+                image = load_image(_image_bytes(stored), repr(key))
+            except (ValueError, OSError) as error:
+                skipped += 1
+                self._tally.bad(BadPairError(f"{key}: {error}"))
+                continue
+            self._tally.good()
+            caption = _draw(captions, self.seed, self._rows.epoch, key)
+            yield {"image": image, "caption": caption, "key": key, "skipped": skipped}
+            skipped = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the order of the next pass and which of several captions it draws."""
+        self._rows.set_epoch(epoch)
+
+
+def load_pairs(
+    source: str | os.PathLike | Sequence[str | os.PathLike],
+    *,
+    split: str = "train",
+    seed: int = 0,
+    max_bad_share: float = 0.05,
+    rank: int = 0,
+    world_size: int = 1,
+) -> PairDataset | PairStream:
+    """Open image-text pairs for training.
+
+    Args:
+        source: One of these, or a list of the local ones:
+            - Tar shards as webdataset and img2dataset write them (`key.jpg` with `key.txt`, `key.json` or both): a file,
+              a folder of them, or a pattern like "cc3m/{00000..00331}.tar" or "cc3m/*.tar". The captions are the list
+              `captions` in the JSON, else the text, else `caption` in the JSON.
+            - An image folder with `metadata.jsonl`, or such a file: each line has one of `IMAGE_COLUMNS`, a path
+              relative to the file, and one of `CAPTION_COLUMNS`.
+            - A `.csv` or `.tsv` table with a header line and the same columns, `captions` being a JSON list. Values stay
+              as they are written, "null" too; in a .tsv, quotes are characters like any other.
+            - The Hub id of a dataset ("org/name") that no local path matches: it is streamed.
+        split: Split of a Hub dataset.
+        seed: Of the draws among several captions, and of a stream's order.
+        max_bad_share: The run stops when more than this share of the pairs are bad (broken image, no caption).
+        rank, world_size: This process among all; a stream gives it its part. A `PairDataset` is split by its sampler.
+
+    Raises:
+        FileNotFoundError: A file, folder or Hub dataset is not there.
+        ValueError: It is not as described.
+    """
+    if isinstance(source, (str, os.PathLike)):
+        if _is_hub_id(os.fspath(source)):
+            return PairStream(_open_hub_dataset(source, split), seed, max_bad_share, rank, world_size)
+        source = [source]
+    paths = [path for part in source for path in _local_files(os.fspath(part))]
+    return PairDataset([_open_file(path) for path in paths], seed, max_bad_share)
+
+
+class _TarShard:
+    """A tar file in webdataset form: neighbouring members with one key are a pair, and its block of bytes a small tar.
+
+    Nothing is ever extracted to disk, and links are passed over, so no member can reach outside.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def ranges(self) -> np.ndarray:
+        """First and last byte of each pair, (N, 2) int64. Cached on disk: a first pass takes minutes a million pairs."""
+        stat = self.path.stat()
+        identity = os.fsencode(f"{self.path.resolve()}\0{stat.st_size}\0{stat.st_mtime_ns}")
+        cached = _cache() / f"{hashlib.sha256(identity).hexdigest()[:32]}.npy"
+        try:
+            return np.load(cached)
+        except (OSError, ValueError, EOFError):  # not there, or damaged
+            ranges = self._scan()
+        try:
+            cached.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=cached.parent) as scratch:
+                np.save(Path(scratch, cached.name), ranges)
+                os.replace(Path(scratch, cached.name), cached)
+        except OSError as error:  # a read-only or full disk costs time, not the run
+            logger.warning("The index of %s could not be kept: %s", self.path, error)
+        return ranges
+
+    def parse(self, block: bytes) -> tuple[bytes, str, list[str], str]:
+        """Image, its name in errors, captions and key of one pair."""
+        row, image = {}, None
+        with tarfile.open(fileobj=io.BytesIO(block), mode="r:") as tar:
+            for member in tar:
+                key, suffix = _key_and_suffix(member)
+                data = block[member.offset_data : member.offset_data + member.size]
+                if suffix in IMAGE_SUFFIXES:
+                    image, image_key, name = data, key, f"{str(self.path)!r}: {member.name!r}"
+                elif suffix in (".txt", ".json"):
+                    row[suffix[1:]] = json.loads(data) if suffix == ".json" else data.decode()
+        if image is None:
+            raise ValueError("no image beside its text; members of a pair must be neighbours (`tar --sort=name`)")
+        return image, name, _captions(row), image_key
+
+    def _scan(self) -> np.ndarray:
+        ranges, last_key = array("q"), None
+        try:
+            with tarfile.open(self.path, "r:") as tar:
+                while (member := tar.next()) is not None:
+                    key, _ = _key_and_suffix(member)
+                    if key is not None:
+                        if key != last_key:
+                            ranges.extend((member.offset, 0))
+                        ranges[-1] = tar.offset  # where the next member begins
+                        last_key = key
+                    tar.members.clear()  # it would keep them all
+                tar.fileobj.seek(tar.offset)
+                if tar.fileobj.read(tarfile.BLOCKSIZE).strip(b"\0"):  # to tarfile, a damaged header is the end
+                    raise tarfile.ReadError(f"no member begins at byte {tar.offset}")
+        except tarfile.TarError as error:
+            raise ValueError(
+                f"{self.path}: expected a whole tar file without compression, but got: {error}; decompress it, or get it "
+                "again."
+            ) from error
+        return np.array(ranges, np.int64).reshape(-1, 2)
+
+
+class _Table:
+    """A text file with a pair a row: .csv or .tsv (without quoting), both with a header, or .jsonl."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self._kind = path.suffix.lower()
+        try:
+            start, end = next(self._rows(), (0, 0))
+            with open(path, "rb") as file:
+                first = self._values(file.read(end)[start:])
+        except (ValueError, csv.Error) as error:
+            raise ValueError(
+                f"{path}: expected {self._kind} rows in UTF-8, but the first one fails: {error}."
+            ) from error
+        self._header = None if self._kind == ".jsonl" else [name.strip() for name in first]
+        columns = set(self._header or first)
+        if not (columns & set(IMAGE_COLUMNS) and columns & set(CAPTION_COLUMNS)):
+            raise ValueError(
+                f"{path}: expected a column out of {IMAGE_COLUMNS} and one out of {CAPTION_COLUMNS}, but got "
+                f"{sorted(columns)}; add a header line or rename the columns."
+            )
+
+    def ranges(self) -> np.ndarray:
+        """First and last byte of each row, (N, 2) int64."""
+        try:
+            ranges = array("q", (position for row in self._rows() for position in row))
+        except csv.Error as error:
+            raise ValueError(f"{self.path}: expected well-formed CSV, but got: {error}; correct it.") from error
+        return np.array(ranges, np.int64).reshape(-1, 2)[self._header is not None :]
+
+    def parse(self, block: bytes) -> tuple[Path, None, list[str], str]:
+        """Image path, no other name for it, captions and key of one row."""
+        row = self._values(block)
+        if self._header is not None:
+            if len(row) != len(self._header):
+                raise ValueError(f"{len(row)} fields instead of {len(self._header)}")
+            row = dict(zip(self._header, row))
+        key = next((row[column] for column in IMAGE_COLUMNS if row.get(column)), None)
+        if not isinstance(key, str):
+            raise ValueError(f"no image path in the columns {list(row)}")
+        return self.path.parent / key, None, _captions(row), key
+
+    def _rows(self) -> Iterator[tuple[int, int]]:
+        """First and last byte of each row that is not blank, the header's included."""
+        end = 0
+
+        def lines() -> Iterator[str]:
+            nonlocal end
+            with open(self.path, "rb") as file:
+                for line in file:
+                    end += len(line)
+                    yield line.decode(errors="surrogateescape").rstrip("\r\n") + "\n"
+
+        start = 0
+        for row in csv.reader(lines(), strict=True) if self._kind == ".csv" else lines():
+            if row and row != "\n":
+                yield start, end
+            start = end
+
+    def _values(self, block: bytes) -> list[str] | dict:
+        text = block.decode("utf-8-sig")
+        if self._kind == ".jsonl":
+            row = json.loads(text)
+            if not isinstance(row, dict):
+                raise ValueError(f"expected a JSON object, but got {type(row).__name__}")
+            return row
+        if self._kind == ".tsv":
+            return text.rstrip("\r\n").split("\t")
+        return next(csv.reader(io.StringIO(text, newline=""), strict=True), [])
+
+
+class _Tally:
+    """Counts the good and bad pairs of this process, logs the bad ones, and stops above the allowed share."""
+
+    def __init__(self, max_bad_share: float, counts_from: int):
+        if not 0 <= max_bad_share <= 1:
+            raise ValueError(f"Expected max_bad_share from 0 to 1, but got {max_bad_share}.")
+        self._max_bad_share = max_bad_share
+        self._counts_from = counts_from  # pairs; a share of fewer says little
+        self._read = self._bad = 0
+
+    def good(self) -> None:
+        self._read += 1
+
+    def bad(self, error: BadPairError) -> None:
+        self._read += 1
+        self._bad += 1
+        if self._bad <= 10 or self._bad.bit_count() == 1:  # then only the 16th, 32nd, 64th, ...
+            logger.warning("Bad pair, number %d among %d: %s", self._bad, self._read, error)
+        if self._read >= self._counts_from and self._bad > self._max_bad_share * self._read:
+            raise ValueError(
+                f"Expected at most {self._max_bad_share:.2%} bad pairs, but {self._bad} of the {self._read} read so far "
+                f"are; mend the data or raise max_bad_share. The last one: {error}"
+            ) from error
+
+
+def _captions(row: Mapping) -> list[str]:
+    """All captions of a row, stripped; ValueError if there is none."""
+    if isinstance(row.get("json"), Mapping):
+        row = {**row["json"], **row}
+    column = next((column for column in CAPTION_COLUMNS if row.get(column)), None)
+    if column is None:
+        raise ValueError("no caption")
+    value = row[column]
+    if column == "captions" and isinstance(value, str):  # in a .csv or .tsv
+        value = json.loads(value)
+    if isinstance(value, str):
+        value = [value]
+    if not isinstance(value, list) or not all(isinstance(caption, str) for caption in value):
+        raise ValueError(f"expected text or a list of texts in {column!r}, but got {value!r:.100}")
+    # Tokenizers refuse the lone surrogates that JSON escapes can bring in.
+    captions = [caption.encode(errors="ignore").decode().strip() for caption in value]
+    captions = [caption for caption in captions if caption]
+    if not captions:
+        raise ValueError(f"no caption but blank text in {column!r}")
+    return captions
+
+
+def _draw(captions: list[str], seed: int, epoch: int, key: int | str) -> str:
+    return random.Random(f"{seed}/{epoch}/{key!r}").choice(captions) if len(captions) > 1 else captions[0]
+
+
+def _key_and_suffix(member: tarfile.TarInfo) -> tuple[str | None, str]:
+    """Webdataset's key (path up to the first dot of the file name) and suffix; (None, "") for what is no data file."""
+    folder, _, name = member.name.rpartition("/")
+    stem, dot, suffix = name.partition(".")
+    if member.type not in (tarfile.REGTYPE, tarfile.AREGTYPE) or not stem or not dot:
+        return None, ""
+    return f"{folder}/{stem}" if folder else stem, f".{suffix.lower()}"
+
+
+def _image_bytes(stored: Mapping) -> bytes:
+    """Encoded image of a streamed row, which has either its bytes or its path, possibly on the Hub."""
+    if stored.get("bytes") or not stored.get("path"):
+        return stored.get("bytes") or b""
+    import fsspec
+
+    with fsspec.open(stored["path"], "rb") as file:
+        return file.read()
+
+
+def _cache() -> Path:
+    user_cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(os.environ.get("ICLIP_CACHE") or f"{user_cache}/iclip_hf").expanduser() / "shards"
+
+
+_FILE_KINDS = {".tar": _TarShard, ".csv": _Table, ".tsv": _Table, ".jsonl": _Table}
+
+
+def _open_file(path: Path) -> _TarShard | _Table:
+    kind = _FILE_KINDS.get(path.suffix.lower())
+    if kind is None:
+        raise ValueError(f"{path}: expected a file of one of the kinds {list(_FILE_KINDS)}; convert or rename it.")
+    return kind(path)
+
+
+def _local_files(source: str) -> list[Path]:
+    if os.path.isdir(source):
+        metadata = Path(source, "metadata.jsonl")
+        files = [metadata] if metadata.is_file() else sorted(Path(source).glob("*.tar"))
+        if not files:
+            raise FileNotFoundError(
+                f"{source}: expected metadata.jsonl or .tar shards in this folder; name such a one."
+            )
+        return files
+    if os.path.isfile(source):
+        return [Path(source)]
+    files = [file for pattern in _expand_braces(source) for file in sorted(glob.glob(pattern)) or [pattern]]
+    missing = [file for file in files if not os.path.isfile(file)]
+    if missing:
+        raise FileNotFoundError(
+            f"{missing[0]}: expected a file or folder of pairs, but there is none ({len(missing)} of {len(files)} "
+            "missing); check the path."
+        )
+    return [Path(file) for file in files]
+
+
+def _expand_braces(pattern: str) -> list[str]:
+    """As a shell does: "{08..10}" counts, with leading zeros; "{a,b}" lists."""
+    match = re.search(r"\{([^{}]*)\}", pattern)
+    if not match:
+        return [pattern]
+    count = re.fullmatch(r"(\d+)\.\.(\d+)", match[1])
+    parts = match[1].split(",")
+    if count:
+        parts = [str(number).zfill(len(count[1])) for number in range(int(count[1]), int(count[2]) + 1)]
+    return [
+        name for part in parts for name in _expand_braces(pattern[: match.start()] + part + pattern[match.end() :])
+    ]
+
+
+def _is_hub_id(source: str) -> bool:
+    return (
+        re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", source) is not None
+        and Path(source).suffix.lower() not in _FILE_KINDS
+        and not os.path.exists(source)
+    )
+
+
+def _open_hub_dataset(name: str, split: str) -> datasets.IterableDataset:
+    try:
+        from datasets import load_dataset
+    except ImportError as error:
+        raise ImportError("Streaming from the Hub needs datasets: `pip install iclip-hf[train]`.") from error
+    try:
+        return load_dataset(name, split=split, streaming=True)
+    except Exception as error:  # from an unknown id to no network, of many types
+        raise FileNotFoundError(
+            f"{name}: expected a local path, or a Hub dataset with split {split!r}, but the first is not there and the "
+            f"second cannot be opened ({error}); check name, split and network."
+        ) from error

@@ -1,0 +1,75 @@
+"""The embedded checkpoint: the pretrained towers joined with the projections that this package ships."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+from pathlib import Path
+
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from .towers import build_once, cache_folder, embedded_towers
+
+
+PROJECTIONS = Path(__file__).with_name("projections.safetensors")
+
+
+def embedded_model() -> Path:
+    """
+    Folder of a trained ICLIP model (DINOv2 ViT-S/14 and MiniLM-L6), for `ICLIPModel.from_pretrained` and
+    `ICLIPProcessor.from_pretrained`. The first call fetches the towers (174 MB) and joins them; it is kept in the cache.
+
+    Raises:
+        `OSError`: the towers could not be fetched, see `embedded_towers`.
+    """
+    # Another set of projections is another model: it must not meet a folder that was joined from an older set.
+    version = hashlib.sha256(PROJECTIONS.read_bytes()).hexdigest()[:12]
+    return build_once(cache_folder() / f"iclip-dinov2-s14-minilm-{version}", _join)
+
+
+def _join(folder: Path) -> None:
+    from ..modeling_iclip import ICLIPModel
+    from ..processing_iclip import ICLIPProcessor
+
+    vision, text = map(str, embedded_towers())
+    with safe_open(PROJECTIONS, framework="pt") as file:
+        weights = {name: file.get_tensor(name).float() for name in file.keys()}
+        metadata = file.metadata()
+    model = ICLIPModel.from_vision_text_pretrained(vision, text, **json.loads(metadata["config"]))
+    model.load_state_dict({**model.state_dict(), **weights})
+    model.save_pretrained(folder)
+    ICLIPProcessor.from_vision_text_pretrained(vision, text, **json.loads(metadata["processor"])).save_pretrained(
+        folder
+    )
+
+
+def save_projections(model_folder: str | Path, path: Path = PROJECTIONS) -> None:
+    """
+    Writes what a training on the embedded towers changed: projections and temperatures, with their options.
+
+    Args:
+        model_folder: an ICLIP model, as exported by `train.py`, whose towers stayed locked.
+        path: the `.safetensors` file to write; half precision, beside which the weights' own noise is large.
+    """
+    from ..modeling_iclip import ICLIPModel
+    from ..processing_iclip import ICLIPProcessor
+
+    model, processor = ICLIPModel.from_pretrained(model_folder), ICLIPProcessor.from_pretrained(model_folder)
+    branches = ("recognition.", "interpretability.")
+    weights = {name: w.half().contiguous() for name, w in model.state_dict().items() if name.startswith(branches)}
+    options = {name: getattr(model.config, name) for name in type(model.config).__annotations__}
+    options = {name: value for name, value in options.items() if name not in ("vision_config", "text_config")}
+    metadata = {
+        "format": "pt",
+        "config": json.dumps(options),
+        "processor": json.dumps({"templates": processor.templates}),
+    }
+    beside = path.with_suffix(".partial")
+    save_file(weights, beside, metadata=metadata)
+    beside.replace(path)
+
+
+if __name__ == "__main__":
+    save_projections(sys.argv[1])

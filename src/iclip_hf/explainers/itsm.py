@@ -1,0 +1,30 @@
+"""Image-text similarity maps (Eq. 1-4) and their reversal (Eq. 5)."""
+
+from __future__ import annotations
+
+import torch
+
+from ..modeling_iclip import ICLIPTextFeatures
+from .explainer import Explainer
+
+
+class ITSM(Explainer):
+    """Cosine of each projected patch token with the text; for ICLIP the model's own map."""
+
+    @torch.no_grad()
+    def raw_maps(self, pixel_values: torch.Tensor, texts: ICLIPTextFeatures) -> tuple[torch.Tensor, torch.Tensor]:
+        image = self.family.encode_image(pixel_values)
+        return self.family.similarity_maps(image, texts).float(), cosine_scores(image.image_embeds, texts.text_embeds)
+
+
+class ReversedITSM(ITSM):
+    """The negative of the map: after min-max this is 1 - M, which repairs CLIP's opposite maps without training."""
+
+    def raw_maps(self, pixel_values: torch.Tensor, texts: ICLIPTextFeatures) -> tuple[torch.Tensor, torch.Tensor]:
+        maps, scores = super().raw_maps(pixel_values, texts)
+        return -maps, scores
+
+
+def cosine_scores(image_embeds: torch.Tensor, text_embeds: torch.Tensor) -> torch.Tensor:
+    """(B, P) images and (T, P) or (B, T, P) texts, unit vectors -> (B, T) float32."""
+    return (text_embeds.float() @ image_embeds.float().unsqueeze(-1)).squeeze(-1)

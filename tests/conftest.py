@@ -1,0 +1,91 @@
+"""Tiny random models of every tower pair, a processor for them, and the way to the real data."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import BertTokenizer, CLIPImageProcessor
+
+from iclip_hf import ICLIPConfig, ICLIPModel, ICLIPProcessor
+
+
+VIT = {
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 64,
+    "image_size": 32,
+    "patch_size": 8,
+}
+VISION = {
+    "vit": {"model_type": "vit", "layer_norm_eps": 1e-6, **VIT},
+    "dinov2": {"model_type": "dinov2", **VIT},
+    "dinov2_with_registers": {"model_type": "dinov2_with_registers", "num_register_tokens": 3, **VIT},
+    "dinov3_vit": {"model_type": "dinov3_vit", "num_register_tokens": 4, **VIT},
+    "clip_vision_model": {"model_type": "clip_vision_model", **VIT},
+}
+TRANSFORMER = {
+    "hidden_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 48,
+    "max_position_embeddings": 77,
+}
+WORDS = "a photo of the dog cat ball red blue car sky grass person . , [PAD] [UNK] [CLS] [SEP] [MASK]".split()
+CLIP_TOKENS = {"vocab_size": 64, "bos_token_id": 62, "eos_token_id": 63, "pad_token_id": 1}
+TEXT = {
+    "clip_text_model": {"model_type": "clip_text_model", **TRANSFORMER, **CLIP_TOKENS},
+    "siglip_text_model": {"model_type": "siglip_text_model", "projection_size": 40, **TRANSFORMER, **CLIP_TOKENS},
+    "bert": {"model_type": "bert", "vocab_size": 64, **TRANSFORMER},
+}
+
+
+def tiny_config(vision: str = "vit", text: str = "bert", **options) -> ICLIPConfig:
+    options.setdefault("text_pooling", "mean" if text == "bert" else "eos")
+    return ICLIPConfig(vision_config=VISION[vision], text_config=TEXT[text], **{"projection_dim": 16, **options})
+
+
+def tiny_model(vision: str = "vit", text: str = "bert", seed: int = 0, **options) -> ICLIPModel:
+    """A random model whose towers say something: at the usual initial scale all tokens would be nearly equal."""
+    torch.manual_seed(seed)
+    model = ICLIPModel(tiny_config(vision, text, **options)).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.ndim >= 2:
+                parameter.normal_(std=parameter[0].numel() ** -0.5)
+            elif name.endswith("bias"):
+                parameter.normal_(std=0.1)
+    return model
+
+
+def tiny_inputs(batch: int = 2, texts: int = 3, size: tuple[int, int] = (32, 32), seed: int = 0) -> dict:
+    """Pixels and token ids; the last id of each text is the end of sequence, followed by padding."""
+    generator = torch.Generator().manual_seed(seed)
+    input_ids = torch.randint(2, 60, (texts, 7), generator=generator)
+    attention_mask = torch.ones_like(input_ids)
+    for row in range(texts):
+        end = 6 - row % 3
+        input_ids[row, end] = 63
+        input_ids[row, end + 1 :] = 1
+        attention_mask[row, end + 1 :] = 0
+    pixel_values = torch.randn(batch, 3, *size, generator=generator)
+    return {"pixel_values": pixel_values, "input_ids": input_ids, "attention_mask": attention_mask}
+
+
+@pytest.fixture(scope="session")
+def tiny_processor(tmp_path_factory) -> ICLIPProcessor:
+    vocabulary = tmp_path_factory.mktemp("tokenizer") / "vocab.txt"
+    vocabulary.write_text("\n".join(WORDS))
+    tokenizer = BertTokenizer(vocab=str(vocabulary))
+    size = {"height": 32, "width": 32}
+    return ICLIPProcessor(CLIPImageProcessor(size=size, do_center_crop=False), tokenizer, patch_size=8)
+
+
+@pytest.fixture(scope="session")
+def iclip_data() -> Path:
+    """The folder of real pairs and masks: ICLIP_DATA, or shared/data beside the repository."""
+    folder = Path(os.environ.get("ICLIP_DATA") or Path(__file__).parents[2] / "shared" / "data")
+    if not folder.is_dir():
+        pytest.skip(f"needs the real data: {folder} does not exist, set ICLIP_DATA to its folder")
+    return folder

@@ -1,0 +1,64 @@
+import json
+
+import pytest
+from conftest import TEXT, VISION, tiny_config
+from huggingface_hub.errors import StrictDataclassError
+from transformers import AutoConfig
+
+from iclip_hf import ICLIPConfig, ICLIPModel
+
+
+def test_defaults_are_the_papers_model():
+    config = ICLIPConfig()
+    assert config.vision_config.model_type == "vit" and config.vision_config.layer_norm_eps == 1e-6
+    assert config.vision_config.patch_size == 16 and config.vision_config.hidden_size == 768
+    assert config.text_config.model_type == "clip_text_model" and config.text_config.eos_token_id == 49407
+    assert config.pooling == "masked_max" and config.dual_projection and config.lock_vision
+
+
+def test_round_trip_keeps_every_option(tmp_path):
+    options = {
+        "projection_dim": 48,
+        "pooling": "average",
+        "dual_projection": False,
+        "projection_bias": True,
+        "map_attention": "sqrt_similarity",
+        "attention_norm": "quantile",
+        "attention_quantile": 0.75,
+        "logit_scales": "shared",
+        "logit_scale_init_value": 3,
+        "lock_vision": False,
+        "text_pooling": "class_token",
+    }
+    config = tiny_config("dinov2_with_registers", "bert", **options)
+    config.save_pretrained(tmp_path)
+    for loaded in (ICLIPConfig.from_pretrained(tmp_path), AutoConfig.from_pretrained(tmp_path)):
+        assert {**loaded.to_dict(), "_name_or_path": ""} == config.to_dict()
+        assert {name: getattr(loaded, name) for name in options} == options
+    assert json.loads(config.to_json_string())["vision_config"]["num_register_tokens"] == 3
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [
+        ("poolling", "max", "no option.*poolling"),
+        ("pooling", "median", "median"),
+        ("map_attention", True, "map_attention"),
+        ("projection_dim", 0, "positive integer, got 0"),
+        ("projection_dim", "512", "projection_dim"),
+        ("attention_quantile", 0.0, r"\(0, 1\], got 0.0"),
+        ("logit_scale_init_value", 100, "got 100"),
+        ("text_pooling", "pooler", "pooler"),
+    ],
+)
+def test_bad_options_are_refused(option, value, message):
+    with pytest.raises((ValueError, StrictDataclassError), match=message):
+        ICLIPConfig(**{option: value})
+
+
+def test_towers_that_do_not_fit_are_refused():
+    no_class_token = {"model_type": "siglip_vision_model", "hidden_size": 32, "num_hidden_layers": 1}
+    with pytest.raises(ValueError, match="class token.*siglip_vision_model"):
+        ICLIPModel(ICLIPConfig(vision_config=no_class_token, text_config=TEXT["clip_text_model"]))
+    with pytest.raises(ValueError, match='text_pooling="eos" needs.*bert'):
+        ICLIPModel(ICLIPConfig(vision_config=VISION["vit"], text_config=TEXT["bert"]))

@@ -1,0 +1,193 @@
+"""data/images.py: every readable image becomes upright 8-bit RGB, every other one a clear error."""
+
+import io
+import os
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from iclip_hf.data import load_image
+
+
+def encoded(image: Image.Image, format: str = "PNG", **options) -> bytes:
+    file = io.BytesIO()
+    image.save(file, format=format, **options)
+    return file.getvalue()
+
+
+def noise(height: int, width: int, channels: int = 3, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 256, (height, width, channels), dtype=np.uint8)
+
+
+@pytest.fixture
+def photo() -> Image.Image:
+    return Image.fromarray(noise(6, 9))
+
+
+@pytest.mark.parametrize("as_what", ["path", "str", "bytes", "pil"])
+def test_every_kind_of_source(tmp_path, photo, as_what):
+    path = tmp_path / "photo.png"
+    photo.save(path)
+    source = {"path": path, "str": str(path), "bytes": path.read_bytes(), "pil": photo}[as_what]
+    image = load_image(source)
+    assert image.mode == "RGB"
+    np.testing.assert_array_equal(np.asarray(image), np.asarray(photo))
+
+
+@pytest.mark.parametrize("format", ["JPEG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000", "PPM"])
+def test_every_format(format):
+    Image.init()
+    if format not in Image.SAVE:
+        pytest.skip(f"this Pillow was built without {format}")
+    pixel = load_image(encoded(Image.new("RGB", (40, 30), (200, 30, 60)), format)).getpixel((20, 15))
+    np.testing.assert_allclose(pixel, (200, 30, 60), atol=6)
+
+
+def test_grayscale_bilevel_and_palette():
+    gray = noise(4, 5, 1)[..., 0]
+    np.testing.assert_array_equal(load_image(encoded(Image.fromarray(gray))), np.repeat(gray[..., None], 3, axis=2))
+    bilevel = gray > 127
+    np.testing.assert_array_equal(
+        load_image(encoded(Image.fromarray(bilevel))), np.repeat(bilevel[..., None], 3, axis=2) * 255
+    )
+    palette = Image.fromarray(np.array([[0, 1], [2, 1]], np.uint8)).convert("P")
+    palette.putpalette([10, 20, 30, 40, 50, 60, 70, 80, 90])
+    expected = [[[10, 20, 30], [40, 50, 60]], [[70, 80, 90], [40, 50, 60]]]
+    np.testing.assert_array_equal(load_image(encoded(palette)), expected)
+
+
+def test_transparency_is_composited_on_white():
+    pixels = np.array([[[10, 20, 30, 0], [10, 20, 30, 255], [10, 20, 30, 51]]], np.uint8)
+    # 51 / 255 = 0.2 of the colour and 0.8 of white
+    expected = [[[255, 255, 255], [10, 20, 30], [206, 208, 210]]]
+    np.testing.assert_allclose(load_image(encoded(Image.fromarray(pixels))), expected, atol=1)
+    gray = Image.fromarray(np.array([[[100, 0], [100, 255]]], np.uint8))
+    np.testing.assert_array_equal(np.asarray(load_image(encoded(gray)))[0, :, 0], [255, 100])
+    palette = Image.new("P", (2, 1))
+    palette.putpalette([1, 2, 3, 4, 5, 6])
+    palette.putdata([0, 1])
+    np.testing.assert_array_equal(load_image(encoded(palette, transparency=0)), [[[255, 255, 255], [4, 5, 6]]])
+    keyed = Image.fromarray(np.array([[[9, 9, 9], [8, 9, 9]]], np.uint8))
+    np.testing.assert_array_equal(load_image(encoded(keyed, transparency=(9, 9, 9))), [[[255, 255, 255], [8, 9, 9]]])
+
+
+def test_cmyk():
+    cmyk = Image.new("CMYK", (8, 8), (0, 255, 255, 0))
+    np.testing.assert_allclose(load_image(encoded(cmyk, "TIFF")).getpixel((4, 4)), (255, 0, 0), atol=2)
+    np.testing.assert_allclose(load_image(encoded(cmyk, "JPEG")).getpixel((4, 4)), (255, 0, 0), atol=6)
+
+
+@pytest.mark.parametrize("format", ["PNG", "TIFF"])
+def test_16_bit_is_scaled_not_clipped(format):
+    values = np.array([[0, 128, 129, 257, 40000, 65535]], np.uint16)
+    image = load_image(encoded(Image.fromarray(values), format))
+    assert np.asarray(image)[0, :, 0].tolist() == [0, 0, 1, 1, 156, 255]  # values / 257, rounded
+    wide = Image.fromarray(values.astype(np.int32))  # mode "I", as older Pillow opens 16-bit PNG
+    assert np.asarray(load_image(wide))[0, :, 0].tolist() == [0, 0, 1, 1, 156, 255]
+
+
+# What a camera stores for each EXIF orientation of the upright image `a`.
+STORED = {
+    1: lambda a: a,
+    2: lambda a: a[:, ::-1],
+    3: lambda a: a[::-1, ::-1],
+    4: lambda a: a[::-1],
+    5: lambda a: a.swapaxes(0, 1),
+    6: lambda a: np.rot90(a),
+    7: lambda a: a[::-1, ::-1].swapaxes(0, 1),
+    8: lambda a: np.rot90(a, -1),
+}
+
+
+@pytest.mark.parametrize("orientation", STORED)
+def test_exif_orientation(orientation):
+    upright = noise(3, 5)
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    data = encoded(Image.fromarray(np.ascontiguousarray(STORED[orientation](upright))), exif=exif)
+    image = load_image(data)
+    np.testing.assert_array_equal(np.asarray(image), upright)
+    np.testing.assert_array_equal(np.asarray(load_image(image)), upright)  # not turned twice
+
+
+@pytest.mark.filterwarnings("ignore:.*EXIF.*")
+@pytest.mark.parametrize("exif", [b"Exif\0\0", b"Exif\0\0rubbish rubbish", b"Exif\0\0II*\0\xff\xff\xff\xff"])
+def test_damaged_exif_does_not_matter(photo, exif):
+    assert load_image(encoded(photo, "JPEG", exif=exif)).size == photo.size
+
+
+@pytest.mark.parametrize("format", ["GIF", "PNG", "WEBP", "TIFF"])
+def test_animation_gives_its_first_frame(tmp_path, format):
+    frames = [Image.new("RGB", (20, 10), color) for color in ("red", "blue")]
+    path = tmp_path / "animated"
+    path.write_bytes(encoded(frames[0], format, save_all=True, append_images=frames[1:]))
+    np.testing.assert_allclose(load_image(path).getpixel((5, 5)), (255, 0, 0), atol=3)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 2000), (2000, 1), (8000, 8000)])
+def test_extreme_sizes(size):
+    assert load_image(encoded(Image.new("L", size, 7))).getpixel((0, 0)) == (7, 7, 7)
+    assert load_image(encoded(Image.new("L", size))).size == size
+
+
+def test_given_image_is_not_changed():
+    image = Image.fromarray(noise(3, 5, 4))
+    exif = image.getexif()
+    exif[0x0112] = 6
+    before = image.tobytes()
+    assert load_image(image).size == (3, 5)
+    assert (image.mode, image.size, image.tobytes(), image.getexif()[0x0112]) == ("RGBA", (5, 3), before, 6)
+
+
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+@pytest.mark.parametrize("limit", [29_999, 14_999])  # Pillow itself warns up to twice its limit, and raises beyond
+def test_pixel_limit(monkeypatch, tmp_path, limit):
+    path = tmp_path / "bomb.png"
+    Image.new("1", (300, 100)).save(path)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
+    with pytest.raises(ValueError, match=rf"bomb\.png.*more than {limit:,} pixels"):
+        load_image(path)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 30_000)
+    assert load_image(path).size == (300, 100)
+
+
+@pytest.mark.parametrize(
+    ("content", "problem"),
+    [
+        (b"", "content is none of JPEG, PNG"),
+        (b"<html>404</html>", "content is none of JPEG, PNG"),
+        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "content is none of JPEG, PNG"),
+        (encoded(Image.fromarray(noise(60, 60)), "JPEG")[:2000], "truncated"),
+        (encoded(Image.fromarray(noise(60, 60)), "PNG")[:5000], "truncated"),
+        (encoded(Image.new("F", (3, 3)), "TIFF"), "mode 'F'"),
+        (encoded(Image.new("I", (3, 3), 70000), "TIFF"), "values from 70000 to 70000"),
+    ],
+)
+def test_unreadable_files_are_named(tmp_path, content, problem):
+    path = tmp_path / "broken.jpg"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=problem) as error:
+        load_image(path)
+    assert str(path) in str(error.value)
+    with pytest.raises(ValueError, match=r"^shard\.tar: key\.jpg: expected"):
+        load_image(content, name="shard.tar: key.jpg")
+
+
+def test_what_is_no_file(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"nothing\.jpg.*check the path"):
+        load_image(tmp_path / "nothing.jpg")
+    for path in ("a\0b.jpg", "\ud800.jpg"):
+        with pytest.raises(FileNotFoundError, match="check the path"):
+            load_image(path)
+    with pytest.raises(ValueError, match="folder or a device"):
+        load_image(tmp_path)
+    os.mkfifo(tmp_path / "pipe.jpg")
+    with pytest.raises(ValueError, match=r"pipe\.jpg.*folder or a device"):  # and does not wait for a writer
+        load_image(tmp_path / "pipe.jpg")
+    with pytest.raises(ValueError, match=r"https://a\.b/c\.jpg.*URL; download it"):
+        load_image("https://a.b/c.jpg")
+    with pytest.raises(ValueError, match=r"PIL image.*empty \(0x4 pixels\)"):
+        load_image(Image.new("RGB", (0, 4)))
+    with pytest.raises(TypeError, match="path of an image, its bytes or a PIL image, but got ndarray"):
+        load_image(noise(2, 2))

@@ -1,0 +1,398 @@
+import itertools
+import math
+
+import pytest
+import torch
+from conftest import TEXT, VISION, tiny_config, tiny_inputs, tiny_model
+from torch.nn import functional as F
+from transformers import AutoModel, AutoModelForZeroShotImageClassification
+
+from iclip_hf import ICLIPConfig, ICLIPModel
+
+
+POOLINGS = ["masked_max", "max", "average", "class_token"]
+GRID = (4, 6)  # of the 32x48 images below: never square
+
+
+@torch.no_grad()
+def run(model, **changes):
+    return model(**{**tiny_inputs(size=(32, 48)), **changes}, output_similarity_maps=True)
+
+
+@pytest.mark.parametrize(("vision", "text"), list(itertools.product(VISION, TEXT)))
+def test_every_tower_pair_runs_and_survives_saving(vision, text, tmp_path):
+    model = tiny_model(vision, text)
+    before = run(model)
+    assert before.similarity_maps.shape == (2, 3, *GRID)
+    assert before.logits_per_image.shape == (2, 3) and before.patch_embeds.shape == (2, 24, 16)
+    assert all(torch.isfinite(before[name]).all() for name in ("logits_per_image", "similarity_maps", "attention"))
+    model.save_pretrained(tmp_path)
+    for auto_class in (ICLIPModel, AutoModel, AutoModelForZeroShotImageClassification):
+        after = run(auto_class.from_pretrained(tmp_path))
+        assert torch.equal(after.logits_per_image, before.logits_per_image)
+        assert torch.equal(after.similarity_maps, before.similarity_maps)
+
+
+@pytest.mark.parametrize("vision", VISION)
+def test_attention_is_the_class_tokens_row_of_the_last_layer(vision, tmp_path):
+    """The row that comes with fused attention, against eager attention of the same weights."""
+    model = tiny_model(vision)
+    model.save_pretrained(tmp_path)
+    eager = ICLIPModel.from_pretrained(tmp_path, attn_implementation="eager")
+    pixel_values = tiny_inputs(size=(32, 48))["pixel_values"]
+    with torch.no_grad():
+        tokens, reference = model.encode_image(pixel_values), eager.encode_image(pixel_values)
+    registers = VISION[vision].get("num_register_tokens", 0)
+    attentions = reference.tower_output.attentions
+    assert len(attentions) == 2 and attentions[-1].shape == (2, 4, 25 + registers, 25 + registers)
+    row = attentions[-1][:, :, 0, 1 + registers :].mean(1)
+    low, high = row.min(1, keepdim=True).values, row.max(1, keepdim=True).values
+    torch.testing.assert_close(tokens.attention, (row - low) / (high - low), atol=1e-5, rtol=0)
+    torch.testing.assert_close(tokens.patch_tokens, reference.patch_tokens, atol=1e-5, rtol=0)
+
+
+def test_attention_row_stays_after_switching_the_implementation():
+    model = tiny_model()
+    before = run(model)
+    for implementation in ("eager", "sdpa"):
+        model.set_attn_implementation(implementation)
+        torch.testing.assert_close(run(model).similarity_maps, before.similarity_maps, atol=1e-6, rtol=0)
+
+
+def test_tokens_of_clip_carry_its_final_norm():
+    """CLIP returns its class token normed and its patch tokens not; the package norms both alike."""
+    model = tiny_model("clip_vision_model")
+    with torch.no_grad():
+        tokens = model.encode_image(tiny_inputs()["pixel_values"])
+    torch.testing.assert_close(tokens.class_token, tokens.tower_output.pooler_output)
+    norm = model.vision_model.post_layernorm
+    standardised = (tokens.patch_tokens - norm.bias) / norm.weight
+    torch.testing.assert_close(standardised.mean(-1), torch.zeros(2, 16), atol=1e-4, rtol=0)
+
+
+# An independent implementation of Eq. 9-13, in plain loops over Python numbers.
+
+
+def slow_unit(vector):
+    length = math.sqrt(sum(x * x for x in vector))
+    return [x / length for x in vector]
+
+
+def slow_linear(layer, vector):
+    bias = layer.bias.tolist() if layer.bias is not None else [0.0] * layer.out_features
+    return [b + sum(w * x for w, x in zip(row, vector)) for row, b in zip(layer.weight.tolist(), bias)]
+
+
+def slow_cosines(branch, images, texts):
+    images = [slow_unit(slow_linear(branch.visual_projection, image)) for image in images]
+    texts = [slow_unit(slow_linear(branch.text_projection, text)) for text in texts]
+    return [[sum(a * b for a, b in zip(image, text)) for text in texts] for image in images]
+
+
+def slow_loss(logits):
+    def cross_entropy(rows):
+        return sum(math.log(sum(math.exp(x) for x in row)) - row[i] for i, row in enumerate(rows)) / len(rows)
+
+    return (cross_entropy(logits) + cross_entropy([list(column) for column in zip(*logits)])) / 2
+
+
+def slow_pool(tokens, class_token, attention, mode):
+    if mode == "class_token":
+        return class_token
+    channels = list(zip(*tokens))
+    if mode == "average":
+        return [sum(channel) / len(channel) for channel in channels]
+    if mode == "max":
+        return [max(channel) for channel in channels]
+    return [max(x * a for x, a in zip(channel, attention)) for channel in channels]
+
+
+@pytest.mark.parametrize(("pooling", "dual"), list(itertools.product(POOLINGS, [True, False])))
+def test_model_equals_a_slow_implementation_of_equations_9_to_13(pooling, dual):
+    model = tiny_model(pooling=pooling, dual_projection=dual, projection_bias=True, map_attention="similarity")
+    with torch.no_grad():
+        model.recognition.logit_scale.fill_(1.3)
+        model.map_branch.logit_scale.fill_(2.1)
+    inputs = tiny_inputs(batch=3, texts=3, size=(32, 48))
+    pixels = {"pixel_values": inputs["pixel_values"], "interpolate_pos_encoding": True}
+    with torch.no_grad():
+        outputs = model(**inputs, return_loss=True, output_similarity_maps=True)
+        hidden = model.vision_model(**pixels).last_hidden_state.tolist()
+        text_hidden = model.text_model(inputs["input_ids"], inputs["attention_mask"]).last_hidden_state
+        model.set_attn_implementation("eager")
+        rows = model.vision_model(**pixels, output_attentions=True).attentions[-1][:, :, 0, 1:]
+
+    attention = []
+    for heads in rows.tolist():
+        mean = [sum(head[n] for head in heads) / len(heads) for n in range(24)]  # Eq. 9
+        attention.append([(a - min(mean)) / (max(mean) - min(mean)) for a in mean])  # Eq. 10
+    texts = []
+    for tokens, mask in zip(text_hidden.tolist(), inputs["attention_mask"].tolist()):
+        kept = [token for token, m in zip(tokens, mask) if m]
+        texts.append([sum(channel) / len(kept) for channel in zip(*kept)])
+    pooled = [slow_pool(h[1:], h[0], a, pooling) for h, a in zip(hidden, attention)]  # Eq. 11
+    recognised = [h[0] for h in hidden] if dual else pooled
+
+    recognition = slow_cosines(model.recognition, recognised, texts)  # Eq. 12
+    logits = [[math.exp(model.recognition.logit_scale.item()) * cosine for cosine in row] for row in recognition]
+    torch.testing.assert_close(outputs.logits_per_image, torch.tensor(logits), atol=1e-4, rtol=1e-4)
+    loss = slow_loss(logits)
+    if dual:
+        explained = slow_cosines(model.interpretability, pooled, texts)
+        map_scale = math.exp(model.interpretability.logit_scale.item())
+        loss = (loss + slow_loss([[map_scale * cosine for cosine in row] for row in explained])) / 2  # Eq. 13
+    assert outputs.loss.item() == pytest.approx(loss, abs=1e-4)
+
+    for image in range(3):
+        cosines = slow_cosines(model.map_branch, hidden[image][1:], texts)
+        expected = [[cosines[n][t] * attention[image][n] for n in range(24)] for t in range(3)]
+        actual = outputs.similarity_maps[image].flatten(1)
+        torch.testing.assert_close(actual, torch.tensor(expected), atol=1e-5, rtol=0)
+
+
+def maps_with(model, map_attention):
+    model.config.map_attention = map_attention
+    return run(model)
+
+
+def test_attention_on_features_cancels_in_the_map_without_bias():
+    """A positive factor a token is undone by the token's normalisation, so Eq. 12 to the letter leaves the map as it is."""
+    model = tiny_model(projection_bias=False)
+    plain, features = maps_with(model, "none"), maps_with(model, "features")
+    lit = plain.attention > 1e-3  # a factor of zero leaves a zero vector
+    for text in range(3):
+        a, b = plain.similarity_maps[:, text].flatten(1)[lit], features.similarity_maps[:, text].flatten(1)[lit]
+        torch.testing.assert_close(a, b, atol=1e-4, rtol=0)
+    biased = tiny_model(projection_bias=True)
+    change = maps_with(biased, "features").similarity_maps - maps_with(biased, "none").similarity_maps
+    assert change.abs().max() > 0.01
+
+
+def test_attention_on_similarity_is_a_factor_and_its_root():
+    model = tiny_model()
+    plain = maps_with(model, "none")
+    attention = plain.attention.view(2, 1, *GRID)
+    torch.testing.assert_close(maps_with(model, "similarity").similarity_maps, plain.similarity_maps * attention)
+    root = maps_with(model, "sqrt_similarity").similarity_maps
+    torch.testing.assert_close(root, plain.similarity_maps * attention.sqrt())
+
+
+def test_a_batch_equals_its_singles():
+    model = tiny_model()
+    inputs = tiny_inputs(batch=3, size=(32, 48))
+    together = run(model, **inputs)
+    for i in range(3):
+        alone = run(model, **{**inputs, "pixel_values": inputs["pixel_values"][i : i + 1]})
+        torch.testing.assert_close(alone.similarity_maps[0], together.similarity_maps[i], atol=1e-6, rtol=1e-5)
+        torch.testing.assert_close(alone.logits_per_image[0], together.logits_per_image[i], atol=1e-5, rtol=1e-5)
+
+
+def test_permuted_texts_permute_scores_and_maps():
+    model, order = tiny_model(), [2, 0, 1]
+    inputs = tiny_inputs(size=(32, 48))
+    straight = run(model)
+    permuted = run(model, input_ids=inputs["input_ids"][order], attention_mask=inputs["attention_mask"][order])
+    torch.testing.assert_close(permuted.similarity_maps, straight.similarity_maps[:, order], atol=1e-6, rtol=0)
+    torch.testing.assert_close(permuted.logits_per_image, straight.logits_per_image[:, order], atol=1e-5, rtol=0)
+
+
+def test_padding_of_texts_changes_nothing():
+    model, inputs = tiny_model(), tiny_inputs(size=(32, 48))
+    padded = {
+        name: F.pad(inputs[name], (0, 5), value=int(name == "input_ids")) for name in ("input_ids", "attention_mask")
+    }
+    torch.testing.assert_close(run(model, **padded).text_embeds, run(model).text_embeds, atol=1e-6, rtol=0)
+
+
+def test_texts_of_each_image_equal_shared_texts_run_alone():
+    model, inputs = tiny_model(), tiny_inputs(batch=2, texts=6, size=(32, 48))
+    per_image = {name: inputs[name].view(2, 3, -1) for name in ("input_ids", "attention_mask")}
+    together = run(model, pixel_values=inputs["pixel_values"], **per_image)
+    assert together.logits_per_image.shape == (2, 3)
+    for i in range(2):
+        alone = run(
+            model,
+            pixel_values=inputs["pixel_values"][i : i + 1],
+            input_ids=per_image["input_ids"][i],
+            attention_mask=per_image["attention_mask"][i],
+        )
+        torch.testing.assert_close(alone.similarity_maps[0], together.similarity_maps[i], atol=1e-6, rtol=0)
+        torch.testing.assert_close(alone.logits_per_image[0], together.logits_per_image[i], atol=1e-5, rtol=0)
+
+
+def test_texts_encoded_once_are_reused():
+    model, inputs = tiny_model(), tiny_inputs(size=(32, 48))
+    with torch.no_grad():
+        texts = model.get_text_features(inputs["input_ids"], inputs["attention_mask"])
+        maps = model.similarity_maps(inputs["pixel_values"], texts)
+        outputs = model(pixel_values=inputs["pixel_values"], text_features=texts)
+    direct = run(model)
+    assert torch.equal(maps, direct.similarity_maps)
+    assert torch.equal(outputs.logits_per_image, direct.logits_per_image)
+
+
+def test_prompt_ensemble_averages_unit_vectors():
+    model, inputs = tiny_model(), tiny_inputs(texts=6)
+    ids = {"input_ids": inputs["input_ids"], "attention_mask": inputs["attention_mask"]}
+    with torch.no_grad():
+        each = model.get_text_features(**ids).text_embeds
+        ensemble = model.get_text_features(**ids, num_templates=2)
+    mean = (each[0::2] + each[1::2]) / 2
+    torch.testing.assert_close(ensemble.text_embeds, mean / mean.norm(dim=-1, keepdim=True))
+    assert ensemble.map_text_embeds.shape == (3, 16)
+
+
+def test_features_follow_the_getters_of_transformers():
+    model, inputs = tiny_model(), tiny_inputs()
+    with torch.no_grad():
+        image, text = model.get_image_features(inputs["pixel_values"]), model.get_text_features(inputs["input_ids"])
+        class_token = model.vision_model(inputs["pixel_values"]).last_hidden_state[:, 0]
+    torch.testing.assert_close(image.pooler_output, model.recognition.visual_projection(class_token))
+    torch.testing.assert_close(image.image_embeds, F.normalize(image.pooler_output, dim=-1))
+    assert text.pooler_output.shape == (3, 16) and text.last_hidden_state.shape == (3, 7, 24)
+
+
+def test_masked_max_is_zero_only_where_nothing_attends():
+    model = tiny_model()
+    outputs = run(model, pixel_values=torch.zeros(1, 3, 8, 8))  # one patch: its attention is constant
+    assert outputs.attention.eq(0).all() and outputs.similarity_maps.eq(0).all()
+    assert torch.isfinite(outputs.map_image_embeds).all()
+
+
+@pytest.mark.parametrize("lock", [True, False])
+def test_locked_tower_stays_locked_after_loading_and_training(lock, tmp_path):
+    tiny_model(lock_vision=lock).save_pretrained(tmp_path)
+    model = ICLIPModel.from_pretrained(tmp_path).train()
+    assert model.vision_model.training is (not lock) and model.text_model.training
+    assert all(parameter.requires_grad is (not lock) for parameter in model.vision_model.parameters())
+    before = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.5)
+    model(**tiny_inputs(batch=3, texts=3), return_loss=True).loss.backward()
+    optimizer.step()
+    changed = {name.split(".")[0] for name, p in model.named_parameters() if not torch.equal(p, before[name])}
+    assert changed == {"text_model", "recognition", "interpretability"} | (set() if lock else {"vision_model"})
+
+
+def test_every_trainable_parameter_gets_a_gradient():
+    model = tiny_model(lock_vision=False).train()
+    model(**tiny_inputs(batch=3, texts=3), return_loss=True).loss.backward()
+    unused = [name for name, p in model.named_parameters() if p.grad is None]
+    assert unused in ([], ["vision_model.embeddings.mask_token"])
+
+
+def test_scales_are_shared_or_a_branchs_own_and_clamped():
+    shared, own = tiny_model(logit_scales="shared"), tiny_model()
+    assert shared.interpretability.logit_scale is None
+    with torch.no_grad():
+        shared.recognition.logit_scale.fill_(9.0)
+        own.interpretability.logit_scale.fill_(1.0)
+    assert [s.item() for s in shared.logit_scales()] == [100, 100]
+    torch.testing.assert_close(torch.stack(own.logit_scales()), torch.tensor([2.6592, 1.0]).exp())
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 0.1), (torch.float16, 0.02)])
+def test_half_precision_is_close_and_finite(dtype, tolerance):
+    model = tiny_model()
+    full = run(model)
+    half = run(model.to(dtype), pixel_values=tiny_inputs(size=(32, 48))["pixel_values"].to(dtype))
+    assert half.similarity_maps.dtype == dtype
+    torch.testing.assert_close(half.similarity_maps.float(), full.similarity_maps, atol=tolerance, rtol=0)
+    torch.testing.assert_close(half.image_embeds.float(), full.image_embeds, atol=tolerance, rtol=0)
+
+
+def test_float16_survives_large_features():
+    """Squares and attention logits of such features are beyond float16's 65504."""
+    model = tiny_model("dinov2").half()
+    with torch.no_grad():
+        model.vision_model.layernorm.weight.fill_(3e3)
+        for name, weight in model.vision_model.named_parameters():
+            if name.endswith(("q_proj.weight", "k_proj.weight")):
+                weight.mul_(300)
+    outputs = run(model, pixel_values=tiny_inputs(size=(32, 48))["pixel_values"].half())
+    assert all(torch.isfinite(outputs[name]).all() for name in ("logits_per_image", "similarity_maps", "attention"))
+    norms = outputs.patch_embeds.float().norm(dim=-1)
+    torch.testing.assert_close(norms, torch.ones_like(norms), atol=1e-2, rtol=0)
+
+
+@pytest.mark.parametrize("vision", ["vit", "dinov2"])
+def test_compiles_without_a_graph_break(vision):
+    model = tiny_model(vision)
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    with torch.no_grad():
+        outputs = compiled(**tiny_inputs(size=(32, 48)), output_similarity_maps=True)
+    assert torch.equal(outputs.similarity_maps, run(model).similarity_maps)
+
+
+def test_two_pretrained_towers_are_joined(tmp_path):
+    source = tiny_model("dinov2", "bert")
+    source.vision_model.save_pretrained(tmp_path / "vision")
+    source.text_model.save_pretrained(tmp_path / "text")
+    model = ICLIPModel.from_vision_text_pretrained(str(tmp_path / "vision"), str(tmp_path / "text"), pooling="max")
+    assert model.config.pooling == "max" and model.config.text_pooling == "mean" and not model.training
+    inputs = tiny_inputs(size=(32, 48))
+    with torch.no_grad():
+        a, b = model.encode_image(inputs["pixel_values"]), source.encode_image(inputs["pixel_values"])
+        assert torch.equal(a.patch_tokens, b.patch_tokens)
+        texts = (inputs["input_ids"], inputs["attention_mask"])
+        torch.testing.assert_close(model.encode_text(*texts)[0], source.encode_text(*texts)[0])
+    model.save_pretrained(tmp_path / "joined")
+    assert torch.equal(
+        run(ICLIPModel.from_pretrained(tmp_path / "joined")).logits_per_image, run(model).logits_per_image
+    )
+
+
+def test_both_sides_of_a_two_tower_checkpoint_are_taken(tmp_path):
+    from transformers import CLIPConfig, CLIPModel
+
+    clip = CLIPModel(CLIPConfig(vision_config=VISION["clip_vision_model"], text_config=TEXT["clip_text_model"]))
+    clip.eval().save_pretrained(tmp_path)
+    model = ICLIPModel.from_vision_text_pretrained(str(tmp_path), str(tmp_path))
+    assert model.config.text_pooling == "eos"
+    inputs = tiny_inputs()
+    with torch.no_grad():
+        text = clip.text_model(inputs["input_ids"], inputs["attention_mask"]).pooler_output
+        image = clip.vision_model(inputs["pixel_values"]).pooler_output
+        torch.testing.assert_close(model.encode_text(inputs["input_ids"], inputs["attention_mask"])[0], text)
+        torch.testing.assert_close(model.encode_image(inputs["pixel_values"]).class_token, image)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"pixel_values": torch.zeros(1, 3, 30, 32)}, r"multiples of the patch size 8.*\(1, 3, 30, 32\)"),
+        ({"pixel_values": torch.zeros(3, 32, 32)}, r"shape \(B, 3, H, W\)"),
+        ({"pixel_values": None}, "no pixel_values"),
+        ({"input_ids": None}, "no input_ids and no text_features"),
+        ({"return_loss": True}, "one text an image, got 2 images and texts of shape"),
+    ],
+)
+def test_bad_inputs_are_named(changes, message):
+    with pytest.raises(ValueError, match=message):
+        tiny_model()(**{**tiny_inputs(), **changes})
+
+
+def test_a_folder_that_is_no_model_is_refused(tmp_path):
+    with pytest.raises(OSError, match=r"model\.safetensors"):
+        ICLIPModel.from_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"config\.json"):
+        ICLIPModel.from_vision_text_pretrained(str(tmp_path), str(tmp_path))
+
+
+def test_parameter_count_of_the_papers_model():
+    with torch.device("meta"):
+        model = ICLIPModel(ICLIPConfig())
+    projections = 2 * (768 + 512) * 512 + 2
+    towers = sum(p.numel() for tower in (model.vision_model, model.text_model) for p in tower.parameters())
+    assert sum(p.numel() for p in model.parameters()) == towers + projections
+    assert round(sum(p.numel() for p in model.vision_model.parameters()) / 1e6, 1) == 85.8  # ViT-B/16
+
+
+def test_config_of_another_pooling_needs_no_other_weights(tmp_path):
+    """Table 2's rows differ in the pooling alone: one checkpoint serves all."""
+    model = tiny_model(dual_projection=False)
+    model.save_pretrained(tmp_path)
+    for pooling in POOLINGS:
+        loaded = ICLIPModel.from_pretrained(tmp_path, pooling=pooling)
+        assert loaded.config.pooling == pooling
+        assert loaded.state_dict().keys() == model.state_dict().keys()
+    assert tiny_config().pooling == "masked_max"

@@ -1,0 +1,586 @@
+"""data/pairs.py: every form of image-text pairs, split and shuffled exactly, with bad pairs among them."""
+
+import csv
+import io
+import json
+import logging
+import os
+import pickle
+import tarfile
+from collections import Counter
+
+import numpy as np
+import pytest
+from accelerate.data_loader import prepare_data_loader
+from PIL import Image
+from torch.utils.data import DataLoader
+
+from iclip_hf.data import BadPairError, PairDataset, PairStream, load_pairs, pairs
+
+
+NASTY = ["null", "NA", 'a "quoted" dog', "a, b", "one\ntwo", "it's 50 % = {x} \\n", "狗 🐕 كلب", "  spaces around "]
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path_factory, monkeypatch):
+    folder = tmp_path_factory.mktemp("cache")
+    monkeypatch.setenv("ICLIP_CACHE", str(folder))
+    return folder
+
+
+def jpeg(number: int) -> bytes:
+    """An image that tells its number: its brightness."""
+    file = io.BytesIO()
+    Image.new("RGB", (12, 8), (number % 256,) * 3).save(file, "JPEG")
+    return file.getvalue()
+
+
+def write_tar(path, members, format=tarfile.PAX_FORMAT):
+    """`members`: (name, bytes or text), or ready TarInfos without content."""
+    with tarfile.open(path, "w", format=format) as tar:
+        for member in members:
+            if isinstance(member, tarfile.TarInfo):
+                tar.addfile(member)
+            else:
+                data = member[1].encode() if isinstance(member[1], str) else member[1]
+                info = tarfile.TarInfo(member[0])
+                info.size = len(data)
+                tar.addfile(info, io.BytesIO(data))
+    return path
+
+
+def write_shards(folder, count, shards=3):
+    """`count` pairs "k00", "k01", ... over some shards; pair i has brightness i and caption "caption i"."""
+    folder.mkdir(exist_ok=True)
+    for shard, numbers in enumerate(np.array_split(np.arange(count), shards)):
+        members = [m for i in numbers for m in ((f"k{i:02}.jpg", jpeg(i)), (f"k{i:02}.txt", f"caption {i}"))]
+        write_tar(folder / f"{shard:05}.tar", members)
+    return folder
+
+
+def keys(items):
+    return [item["key"] for item in items]
+
+
+# ---- sources ----
+
+
+def test_shards(tmp_path):
+    dataset = load_pairs(write_shards(tmp_path / "shards", 10))
+    assert isinstance(dataset, PairDataset) and len(dataset) == 10
+    assert keys(dataset) == [f"k{i:02}" for i in range(10)]
+    for i, item in enumerate(dataset):
+        assert item["caption"] == f"caption {i}" and item["skipped"] == 0
+        assert item["image"].mode == "RGB" and item["image"].size == (12, 8)
+        np.testing.assert_allclose(np.asarray(item["image"]), i, atol=1)
+        assert dataset.captions(i) == dataset.read(i)["captions"] == [f"caption {i}"]
+    assert dataset[-1]["key"] == "k09"
+    for index in (10, -11):
+        with pytest.raises(IndexError):
+            dataset[index]
+
+
+@pytest.mark.parametrize("format", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+def test_shard_members(tmp_path, format):
+    deep = "/".join(["folder" * 5] * 3)  # over 100 characters with its file: extension headers, if not ustar
+    link = tarfile.TarInfo("k1.png")
+    link.type, link.linkname = tarfile.SYMTYPE, "/etc/hostname"
+    folder = tarfile.TarInfo("k2")
+    folder.type = tarfile.DIRTYPE
+    members = [
+        ("k0.json", json.dumps({"captions": ["b", " c ", ""], "caption": "d"})),  # the list goes first
+        ("k0.txt", "a"),
+        ("k0.JPG", jpeg(0)),
+        ("._k1.jpg", b"resource fork"),
+        ("k1.jpg", jpeg(1)),
+        link,
+        ("k1.json", json.dumps({"caption": "d", "url": "x", "captions": []})),
+        ("k1.txt", " a\n"),  # then the text
+        folder,
+        (f"{deep}/{'n' * 60}.jpeg", jpeg(2)),
+        (f"{deep}/{'n' * 60}.cls", "7"),
+        (f"{deep}/{'n' * 60}.json", json.dumps({"caption": "d"})),  # then the JSON's one
+        ("other/k1.png", jpeg(3)),
+        ("other/k1.txt", "e"),
+        ("README", "no suffix, no pair"),
+    ]
+    dataset = load_pairs(write_tar(tmp_path / "a.tar", members, format))
+    assert [dataset.captions(i) for i in range(len(dataset))] == [["b", "c"], ["a"], ["d"], ["e"]]
+    assert keys(dataset) == ["k0", "k1", f"{deep}/{'n' * 60}", "other/k1"]
+    assert [np.asarray(item["image"]).mean().round() for item in dataset] == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".tsv"])
+def test_tables_keep_captions_as_they_are_written(tmp_path, suffix):
+    captions = NASTY if suffix == ".csv" else [caption for caption in NASTY if "\n" not in caption]
+    (tmp_path / "images").mkdir()
+    for i in range(len(captions)):
+        (tmp_path / "images" / f"{i}, x.jpg").write_bytes(jpeg(i))
+    path = tmp_path / f"pairs{suffix}"
+    with open(path, "w", newline="", encoding="utf-8-sig") as file:  # as spreadsheets write it
+        if suffix == ".csv":
+            writer = csv.writer(file)
+            writer.writerow(["title", "other", "filepath"])
+            writer.writerows([caption, "", f"images/{i}, x.jpg"] for i, caption in enumerate(captions))
+        else:
+            lines = [f"{caption}\t\timages/{i}, x.jpg" for i, caption in enumerate(captions)]
+            file.write("\r\n".join(["title\tother\tfilepath", *lines[:2], "", *lines[2:]]))  # no newline at the end
+    dataset = load_pairs(path)
+    assert [item["caption"] for item in dataset] == [caption.strip() for caption in captions]
+    assert keys(dataset) == [f"images/{i}, x.jpg" for i in range(len(captions))]
+    np.testing.assert_allclose([np.asarray(item["image"]).mean() for item in dataset], range(len(captions)), atol=1)
+
+
+def test_caption_lists(tmp_path):
+    (tmp_path / "0.jpg").write_bytes(jpeg(0))
+    (tmp_path / "p.csv").write_text('image,captions\n0.jpg,"[""null"", ""b""]"\n0.jpg,"[\'a\']"\n0.jpg,3\n')
+    dataset = load_pairs(tmp_path / "p.csv")
+    assert dataset.captions(0) == ["null", "b"]
+    for bad in (1, 2):
+        with pytest.raises(BadPairError):
+            dataset.captions(bad)
+
+
+def test_image_folder(tmp_path):
+    rows = [
+        {"file_name": "0.jpg", "text": "null"},
+        {"file_name": "sub/1.jpg", "captions": ["a", "b"]},
+        {"file_name": str(tmp_path / "0.jpg"), "caption": "\ud800lone surrogate"},
+    ]
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "0.jpg").write_bytes(jpeg(0))
+    (tmp_path / "sub" / "1.jpg").write_bytes(jpeg(1))
+    (tmp_path / "metadata.jsonl").write_text("\n\n".join(map(json.dumps, rows)))
+    for source in (tmp_path, tmp_path / "metadata.jsonl"):
+        dataset = load_pairs(source)
+        assert [dataset.captions(i) for i in range(3)] == [["null"], ["a", "b"], ["lone surrogate"]]
+        assert keys(dataset)[:2] == ["0.jpg", "sub/1.jpg"]
+
+
+def test_patterns_and_lists(tmp_path):
+    shards = write_shards(tmp_path / "shards [1]", 12, shards=12)
+    other = write_shards(tmp_path / "other", 3, shards=1)
+    assert keys(load_pairs(f"{shards}/00000.tar")) == ["k00"]
+    assert keys(load_pairs(str(other / "{00000,00000}.tar"))) == ["k00", "k01", "k02"] * 2
+    plain = shards.rename(tmp_path / "shards")
+    assert keys(load_pairs(f"{plain}/{{00008..00011}}.tar")) == ["k08", "k09", "k10", "k11"]
+    assert keys(load_pairs(f"{plain}/*[02].tar")) == ["k00", "k02", "k10"]
+    assert keys(load_pairs([plain, other / "00000.tar"])) == [f"k{i:02}" for i in range(12)] + ["k00", "k01", "k02"]
+    assert pairs._expand_braces("{a,b}-{9..11}-{08..09}") == [
+        f"{letter}-{number}-{padded}" for letter in "ab" for number in (9, 10, 11) for padded in ("08", "09")
+    ]
+
+
+@pytest.mark.parametrize(
+    ("source", "error", "problem"),
+    [
+        ("nowhere.tar", FileNotFoundError, r"nowhere\.tar: expected a file or folder of pairs"),
+        ("{0..3}.tar", FileNotFoundError, r"0\.tar: .*4 of 4 missing"),
+        ("*.tar", FileNotFoundError, r"\*\.tar: expected"),
+        ("", FileNotFoundError, "expected metadata.jsonl or .tar shards in this folder"),
+        ("a.txt", ValueError, r"a\.txt: expected a file of one of the kinds"),
+        ("rubbish.tar", ValueError, r"rubbish\.tar: expected a whole tar file without compression"),
+        ("packed.tar", ValueError, r"packed\.tar: expected a whole tar file without compression"),
+        ("empty.tar", ValueError, r"empty\.tar'\] have none"),
+        ("empty.csv", ValueError, r"empty\.csv.*\(|empty\.csv: expected a column out of"),
+        ("cc3m.tsv", ValueError, r"cc3m\.tsv: expected a column out of .*add a header"),
+        ("open_quote.csv", ValueError, r"open_quote\.csv: expected well-formed CSV"),
+        ("rubbish.jsonl", ValueError, r"rubbish\.jsonl: expected \.jsonl rows"),
+        ("list.jsonl", ValueError, r"list\.jsonl: .*JSON object, but got list"),
+        ("latin.csv", ValueError, r"latin\.csv: expected \.csv rows in UTF-8"),
+    ],
+)
+def test_what_is_no_source(tmp_path, source, error, problem):
+    (tmp_path / "a.txt").write_text("a")
+    (tmp_path / "rubbish.tar").write_bytes(b"rubbish" * 200)
+    with tarfile.open(tmp_path / "packed.tar", "w:gz") as tar:
+        tar.add(tmp_path / "a.txt", "a.txt")
+    write_tar(tmp_path / "empty.tar", [])
+    (tmp_path / "empty.csv").write_text("")
+    (tmp_path / "cc3m.tsv").write_text("a dog\thttp://x/a.jpg\n")
+    (tmp_path / "open_quote.csv").write_text('image,text\na.jpg,"a dog\nb.jpg,a cat\n')
+    (tmp_path / "rubbish.jsonl").write_text("rubbish\n")
+    (tmp_path / "list.jsonl").write_text("[1]\n")
+    (tmp_path / "latin.csv").write_bytes("image,légende\n".encode("latin-1"))
+    for file in tmp_path.iterdir():
+        if file.suffix == ".tar" and source == "":
+            file.unlink()
+    with pytest.raises(error, match=problem):
+        load_pairs(os.path.join(tmp_path, source))
+
+
+@pytest.mark.parametrize("damage", ["cut inside a member", "overwritten header"])
+def test_damaged_shards_are_refused(tmp_path, damage):
+    path = write_shards(tmp_path, 6, shards=1) / "00000.tar"
+    data = bytearray(path.read_bytes())
+    if damage == "cut inside a member":
+        del data[data.index(b"k04.jpg") + 600 :]
+    else:
+        start = data.index(b"k03.jpg")
+        data[start : start + 512] = b"x" * 512
+    path.write_bytes(data)
+    with pytest.raises(ValueError, match=r"00000\.tar: expected a whole tar file"):
+        load_pairs(path)
+
+
+# ---- index cache ----
+
+
+def test_index_is_cached_until_the_shard_changes(tmp_path, cache, monkeypatch):
+    folder = write_shards(tmp_path / "shards", 6, shards=2)
+    first = load_pairs(folder)
+    assert len(list((cache / "shards").iterdir())) == 2
+    scans = []
+    scan = pairs._TarShard._scan
+    monkeypatch.setattr(pairs._TarShard, "_scan", lambda self: scans.append(self.path.name) or scan(self))
+    assert keys(load_pairs(folder)) == keys(first) and not scans
+    write_tar(folder / "00001.tar", [("new.jpg", jpeg(1)), ("new.txt", "new")])
+    assert keys(load_pairs(folder)) == ["k00", "k01", "k02", "new"] and scans == ["00001.tar"]
+    for file in (cache / "shards").iterdir():
+        file.write_bytes(b"\x93NUMPY damaged")
+    assert keys(load_pairs(folder)) == ["k00", "k01", "k02", "new"] and len(scans) == 3
+
+
+def test_cache_that_cannot_be_written_does_not_matter(tmp_path, monkeypatch, caplog):
+    (tmp_path / "file").write_text("in the way")
+    monkeypatch.setenv("ICLIP_CACHE", str(tmp_path / "file"))
+    assert len(load_pairs(write_shards(tmp_path / "shards", 4))) == 4
+    assert "could not be kept" in caplog.text
+
+
+# ---- order, split, epochs ----
+
+
+def epoch_keys(dataset, world_size, seed=0, epoch=0, drop_last=False, batch_size=4):
+    """Keys that each process gets in one epoch through Accelerate's loader."""
+    parts = []
+    for rank in range(world_size):
+        loader = DataLoader(dataset, batch_size=batch_size, shuffle=True, drop_last=drop_last, collate_fn=keys)
+        loader = prepare_data_loader(
+            loader, num_processes=world_size, process_index=rank, put_on_device=False,
+            use_seedable_sampler=True, data_seed=seed, even_batches=drop_last,
+        )  # fmt: skip
+        loader.set_epoch(epoch)
+        parts.append([key for batch in loader for key in batch])
+    return parts
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_split_over_processes_loses_and_repeats_nothing(tmp_path, world_size):
+    dataset = load_pairs(write_shards(tmp_path, 30))
+    parts = epoch_keys(dataset, world_size)
+    assert sorted(sum(parts, [])) == [f"k{i:02}" for i in range(30)]
+    full = epoch_keys(dataset, world_size, drop_last=True)  # what training uses: full batches only, equal on all
+    assert len({len(part) for part in full}) == 1
+    kept = Counter(sum(full, []))
+    assert set(kept.values()) == {1} and len(kept) == 30 // (4 * world_size) * 4 * world_size
+
+
+def test_shuffle_is_reproducible_by_seed_and_epoch(tmp_path):
+    dataset = load_pairs(write_shards(tmp_path, 30))
+    orders = {(seed, epoch): epoch_keys(dataset, 1, seed, epoch)[0] for seed in (0, 7) for epoch in (0, 1)}
+    assert len({tuple(order) for order in orders.values()}) == 4 - (orders[0, 1] == orders[7, 0])
+    assert orders[7, 1] == epoch_keys(load_pairs(tmp_path), 1, 7, 1)[0]
+
+
+def test_drawn_captions(tmp_path):
+    captions = [f"c{i}" for i in range(5)]
+    members = [
+        m for i in range(40) for m in ((f"{i}.jpg", jpeg(i)), (f"{i}.json", json.dumps({"captions": captions})))
+    ]
+    path = write_tar(tmp_path / "a.tar", members)
+
+    def drawn(seed, epoch):
+        dataset = load_pairs(path, seed=seed)
+        dataset.set_epoch(epoch)
+        return [item["caption"] for item in dataset]
+
+    epochs = [drawn(0, epoch) for epoch in range(30)]
+    assert epochs[3] == drawn(0, 3)
+    assert epochs[0] != epochs[1] and epochs[0] != drawn(1, 0)
+    counts = Counter(caption for epoch in epochs for caption in epoch)
+    assert set(counts) == set(captions) and all(170 < count < 310 for count in counts.values())  # 240 each; 14 is 1 sd
+    assert all(len({epoch[i] for epoch in epochs}) == 5 for i in range(40))  # each pair shows all of its captions
+
+
+def test_epoch_reaches_persistent_workers(tmp_path):
+    members = [
+        m
+        for i in range(24)
+        for m in ((f"{i}.jpg", jpeg(i)), (f"{i}.json", json.dumps({"captions": [f"c{j}" for j in range(9)]})))
+    ]
+    dataset = load_pairs(write_tar(tmp_path / "a.tar", members))
+    loader = DataLoader(
+        dataset, batch_size=5, num_workers=2, persistent_workers=True, collate_fn=lambda items: [i["caption"] for i in items]
+    )  # fmt: skip
+    for epoch in (0, 1, 0):
+        dataset.set_epoch(epoch)
+        assert sum(loader, []) == [item["caption"] for item in dataset]
+    first = sum(loader, [])
+    dataset.set_epoch(1)
+    assert sum(loader, []) != first
+
+
+def test_picklable(tmp_path):
+    dataset = load_pairs(write_shards(tmp_path, 5), seed=3)
+    dataset.set_epoch(2)
+    copy = pickle.loads(pickle.dumps(dataset))
+    assert [(i["key"], i["caption"]) for i in copy] == [(i["key"], i["caption"]) for i in dataset]
+    assert int(copy._epoch) == 2 and copy.fingerprint() == dataset.fingerprint()
+
+
+def test_fingerprint(tmp_path):
+    folder = write_shards(tmp_path / "a", 5)
+    fingerprint = load_pairs(folder).fingerprint()
+    assert len(fingerprint) == 16 and fingerprint == load_pairs(folder).fingerprint()
+    assert fingerprint != load_pairs(write_shards(tmp_path / "b", 6)).fingerprint()
+    table = tmp_path / "p.csv"
+    prints = set()
+    for caption in ("teh dog", "the dog"):  # of one length
+        table.write_text(f"image,caption\n0.jpg,{caption}\n")
+        prints.add(load_pairs(table).fingerprint())
+    assert len(prints) == 2
+
+
+# ---- bad pairs ----
+
+
+@pytest.fixture
+def damaged(tmp_path):
+    """40 pairs, of which 8, 9, 23 and 31 are bad in different ways."""
+    members = []
+    for i in range(40):
+        image = jpeg(i)[:300] if i == 8 else jpeg(i)
+        caption = " \n" if i == 9 else b"\xff\xfe" if i == 31 else f"caption {i}"
+        members += [(f"k{i:02}.jpg", image)] * (i != 23) + [(f"k{i:02}.txt", caption)]
+    return write_tar(tmp_path / "damaged.tar", members)
+
+
+BAD = {8: r"damaged\.tar': 'k08\.jpg'.*truncated", 9: "no caption", 23: "no image beside its text", 31: "utf-8"}
+
+
+def test_bad_pairs_are_named_by_read(damaged):
+    dataset = load_pairs(damaged)
+    for index in range(40):
+        if index in BAD:
+            with pytest.raises(BadPairError, match=BAD[index]) as error:
+                dataset.read(index)
+            assert "damaged.tar" in str(error.value)
+        else:
+            assert dataset.read(index)["captions"] == [f"caption {index}"]
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_bad_pairs_are_replaced_and_counted(damaged, caplog, num_workers):
+    def one_pass():
+        dataset = load_pairs(damaged, max_bad_share=0.2)
+        loader = DataLoader(dataset, batch_size=8, num_workers=num_workers, collate_fn=lambda items: [
+            {key: item[key] for key in ("key", "caption", "skipped")} for item in items
+        ])  # fmt: skip
+        return [item for batch in loader for item in batch]
+
+    with caplog.at_level(logging.WARNING):
+        items = one_pass()
+    assert len(items) == 40  # batches stay full
+    assert [index for index, item in enumerate(items) if item["skipped"]] == sorted(BAD)
+    for index, item in enumerate(items):
+        assert item["caption"] == f"caption {int(item['key'][1:])}"
+        assert (item["key"] == f"k{index:02}") == (index not in BAD)
+    assert items == one_pass()  # by the same pairs
+    if not num_workers:
+        assert caplog.text.count("Bad pair, number") >= 4 and "k08.jpg" in caplog.text
+
+
+def test_too_many_bad_pairs_stop_the_run(damaged):
+    dataset = load_pairs(damaged, max_bad_share=0.05)
+    assert all(dataset[i] for i in range(39))  # 4 of 39, but too few read to judge
+    with pytest.raises(ValueError, match=r"at most 5\.00% bad pairs, but 5 of the 40 read so far.*k08\.jpg"):
+        dataset[8]
+    dataset = load_pairs(damaged, max_bad_share=0.1)
+    assert len(list(dataset)) == 40  # exactly at the limit
+    with pytest.raises(ValueError, match="max_bad_share from 0 to 1, but got 5"):
+        load_pairs(damaged, max_bad_share=5)
+    loader = DataLoader(load_pairs(damaged, max_bad_share=0), batch_size=40, sampler=[*range(40), 8], num_workers=1)
+    with pytest.raises(ValueError, match=r"at most 0\.00% bad pairs"):
+        list(loader)
+
+
+def test_no_good_pair_at_all(tmp_path):
+    dataset = load_pairs(write_tar(tmp_path / "a.tar", [("0.jpg", b"x"), ("0.txt", "a")]), max_bad_share=1)
+    with pytest.raises(ValueError, match="at least one good pair"):
+        dataset[0]
+
+
+def test_rotten_links_and_ragged_rows(tmp_path):
+    (tmp_path / "0.jpg").write_bytes(jpeg(0))
+    rows = ["image,caption", "0.jpg,fine", "gone.jpg,a", "0.jpg", "0.jpg,a,b", ",a", "0.jpg,", "https://a/b.jpg,a"]
+    (tmp_path / "p.csv").write_text("\n".join(rows))
+    dataset = load_pairs(tmp_path / "p.csv", max_bad_share=1)
+    problems = [
+        r"gone\.jpg.*check the path",
+        "1 fields instead of 2",
+        "3 fields",
+        "no image path",
+        "no caption",
+        "URL",
+    ]
+    assert len(dataset) == 7
+    for index, problem in enumerate(problems, start=1):
+        with pytest.raises(BadPairError, match=problem):
+            dataset.read(index)
+    assert {item["caption"] for item in dataset} == {"fine"}
+
+
+def test_shard_that_disappears_stops_the_run(tmp_path):
+    dataset = load_pairs(write_shards(tmp_path, 6, shards=2))
+    (tmp_path / "00001.tar").unlink()
+    assert dataset[0]["key"] == "k00"
+    with pytest.raises(OSError, match=r"00001\.tar: it was there at the start.*restore it, then resume"):
+        dataset[5]
+
+
+def test_deeply_nested_json_is_a_bad_pair(tmp_path):
+    members = [("0.jpg", jpeg(0)), ("0.json", "[" * 200_000)]
+    with pytest.raises(BadPairError):
+        load_pairs(write_tar(tmp_path / "a.tar", members)).read(0)
+
+
+# ---- streams ----
+
+
+def stream(folder, **options):
+    from datasets import load_dataset
+
+    files = sorted(str(path) for path in folder.glob("*.tar"))
+    return PairStream(
+        load_dataset("webdataset", data_files={"train": files}, split="train", streaming=True), **options
+    )
+
+
+@pytest.mark.parametrize("shards", [1, 6])
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_stream_is_split_without_loss_or_repetition(tmp_path, shards, world_size, num_workers):
+    folder = write_shards(tmp_path, 24, shards)
+    parts = []
+    for rank in range(world_size):
+        loader = DataLoader(
+            stream(folder, rank=rank, world_size=world_size), batch_size=5, num_workers=num_workers, collate_fn=list
+        )
+        parts.append([(item["key"], item["caption"]) for batch in loader for item in batch])
+    assert all(parts)
+    assert sorted(sum(parts, [])) == [(f"k{i:02}", f"caption {i}") for i in range(24)]
+
+
+def test_stream_order_and_captions_by_seed_and_epoch(tmp_path):
+    members = [
+        m
+        for i in range(20)
+        for m in ((f"{i}.jpg", jpeg(i)), (f"{i}.json", json.dumps({"captions": ["a", "b", "c"], "n": i})))
+    ]
+    write_tar(tmp_path / "0.tar", members)
+
+    def one_pass(seed, epoch):
+        pairs = stream(tmp_path, seed=seed)
+        pairs.set_epoch(epoch)
+        return [(item["key"], item["caption"]) for item in pairs]
+
+    passes = [one_pass(*by) for by in ((0, 0), (0, 1), (1, 0))]
+    assert passes[0] == one_pass(0, 0)
+    for one, other in ((0, 1), (0, 2), (1, 2)):
+        assert keys_of(passes[one]) != keys_of(passes[other]) and dict(passes[one]) != dict(passes[other])
+    assert {caption for _, caption in passes[0]} == {"a", "b", "c"}
+
+
+def keys_of(items):
+    return [key for key, _ in items]
+
+
+def test_stream_leaves_bad_pairs_out(damaged, caplog):
+    with caplog.at_level(logging.WARNING):
+        items = list(stream(write_damaged_stream(damaged.parent), max_bad_share=0.2))
+    assert sorted(keys(items)) == [f"k{i:02}" for i in range(40) if i not in (8, 9)]
+    assert sum(item["skipped"] for item in items) <= 2  # one after the last good pair is in no item
+    assert caplog.text.count("Bad pair, number") == 2 and "k08" in caplog.text and "no caption" in caplog.text
+
+
+def write_damaged_stream(folder):
+    (folder / "stream").mkdir()
+    members = [
+        m
+        for i in range(40)
+        for m in ((f"k{i:02}.jpg", jpeg(i)[: 300 if i == 8 else None]), (f"k{i:02}.txt", "" if i == 9 else "a"))
+    ]
+    write_tar(folder / "stream" / "0.tar", members)
+    return folder / "stream"
+
+
+def test_stream_stops_at_too_many_bad_pairs(tmp_path):
+    members = [m for i in range(150) for m in ((f"{i:03}.jpg", jpeg(i)), (f"{i:03}.txt", "" if i % 5 else "a"))]
+    write_tar(tmp_path / "0.tar", members)
+    with pytest.raises(ValueError, match="at most 50.00% bad pairs"):
+        list(stream(tmp_path, max_bad_share=0.5))
+
+
+def test_hub_ids_are_streamed(tmp_path, monkeypatch):
+    import datasets
+
+    (tmp_path / "data").mkdir()
+    for i in range(3):
+        (tmp_path / "data" / f"{i}.jpg").write_bytes(jpeg(i))
+    rows = [json.dumps({"file_name": f"{i}.jpg", "text": f"caption {i}"}) for i in range(3)]
+    (tmp_path / "data" / "metadata.jsonl").write_text("\n".join(rows))
+    calls = []
+
+    def load_dataset(name, **options):
+        calls.append((name, options))
+        return real("imagefolder", data_dir=str(tmp_path / "data"), **options)
+
+    real = datasets.load_dataset
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    monkeypatch.chdir(tmp_path)
+    dataset = load_pairs("org/name", split="train", seed=1)
+    assert calls == [("org/name", {"split": "train", "streaming": True})] and isinstance(dataset, PairStream)
+    assert sorted((item["caption"], round(np.asarray(item["image"]).mean())) for item in dataset) == [
+        ("caption 0", 0), ("caption 1", 1), ("caption 2", 2)
+    ]  # fmt: skip
+    (tmp_path / "org").mkdir()
+    write_shards(tmp_path / "org" / "name", 4)
+    assert len(load_pairs("org/name")) == 4  # a local path goes first
+
+    def refuse(name, **options):
+        raise ConnectionError("no network")
+
+    monkeypatch.setattr(datasets, "load_dataset", refuse)
+    with pytest.raises(FileNotFoundError, match=r"org/other: expected a local path, or a Hub dataset.*no network"):
+        load_pairs("org/other")
+    with pytest.raises(FileNotFoundError, match="expected a file or folder of pairs"):
+        load_pairs("org/other.tar")  # not asked for on the Hub
+
+
+def test_stream_needs_images(tmp_path):
+    from datasets import load_dataset
+
+    (tmp_path / "a.csv").write_text("caption\na\n")
+    rows = load_dataset("csv", data_files=str(tmp_path / "a.csv"), split="train", streaming=True)
+    with pytest.raises(ValueError, match="an image column, but its columns are"):
+        PairStream(rows)
+
+
+# ---- real data ----
+
+
+def test_real_shards(iclip_data):
+    dataset = load_pairs([iclip_data / "flickr8k" / "train-{00000..00005}.tar", iclip_data / "imagenet1k_sample"])
+    assert len(dataset) == 7000
+    assert dataset[0]["key"] == "2513260012_03d33305cf" and len(dataset.captions(0)) == 5
+    assert dataset.captions(0)[0] == "A black dog is running after a white dog in the snow ."
+    assert dataset[0]["image"].size == (224, 224)
+    assert dataset.captions(6000) == ["a photo of the tench"] and min(dataset[6000]["image"].size) == 224
+    with tarfile.open(iclip_data / "flickr8k" / "train-00003.tar") as tar:
+        members = tar.getmembers()
+        for number in (0, 500, 999):
+            image, text, captions = (tar.extractfile(member).read() for member in members[3 * number : 3 * number + 3])
+            pair = dataset.read(3000 + number)
+            assert pair["captions"] == json.loads(captions)["captions"] and pair["captions"][0] == text.decode()
+            np.testing.assert_array_equal(np.asarray(pair["image"]), np.asarray(Image.open(io.BytesIO(image))))

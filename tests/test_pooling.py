@@ -1,0 +1,47 @@
+import pytest
+import torch
+
+from iclip_hf.pooling import normalize_attention, pool
+
+
+ATTENTION = torch.tensor([[0.1, 0.5, 0.2, 0.3, 0.1]])
+
+
+def test_minmax_by_hand():
+    torch.testing.assert_close(normalize_attention(ATTENTION), torch.tensor([[0.0, 1.0, 0.25, 0.5, 0.0]]))
+
+
+def test_quantile_saturates_what_lies_above():
+    # sorted: .1 .1 .2 .3 .5; the 0.75 quantile is .3
+    expected = torch.tensor([[0.0, 1.0, 0.5, 1.0, 0.0]])
+    torch.testing.assert_close(normalize_attention(ATTENTION, "quantile", 0.75), expected)
+    torch.testing.assert_close(normalize_attention(ATTENTION, "quantile", 1.0), normalize_attention(ATTENTION))
+
+
+@pytest.mark.parametrize("norm", ["minmax", "quantile"])
+def test_constant_attention_is_zero_not_nan(norm):
+    assert normalize_attention(torch.full((2, 9), 0.1), norm).eq(0).all()
+    assert normalize_attention(torch.ones(1, 1), norm).eq(0).all()
+
+
+def test_normalised_attention_does_not_depend_on_scale():
+    torch.testing.assert_close(normalize_attention(ATTENTION * 7 + 2), normalize_attention(ATTENTION))
+
+
+def test_poolings_by_hand():
+    tokens = torch.tensor([[[1.0, -4.0], [3.0, 2.0], [2.0, 6.0]]])
+    class_token = torch.tensor([[9.0, 9.0]])
+    attention = torch.tensor([[1.0, 0.5, 0.0]])
+    expected = {
+        "class_token": [9.0, 9.0],
+        "average": [2.0, 4 / 3],
+        "max": [3.0, 6.0],
+        "masked_max": [1.5, 1.0],  # max(1*1, .5*3, 0*2), max(1*-4, .5*2, 0*6)
+    }
+    for mode, vector in expected.items():
+        torch.testing.assert_close(pool(tokens, class_token, attention, mode), torch.tensor([vector]))
+
+
+def test_unknown_pooling_names_the_known_ones():
+    with pytest.raises(ValueError, match="\"masked_max\".*got 'sum'"):
+        pool(torch.zeros(1, 2, 3), torch.zeros(1, 3), torch.zeros(1, 2), "sum")

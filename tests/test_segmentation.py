@@ -1,0 +1,478 @@
+"""data/segmentation.py: VOC, COCO and folder layouts against masks known by construction."""
+
+import json
+import pickle
+import re
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from torch.utils.data import DataLoader
+
+from iclip_hf.data import load_segmentation
+from iclip_hf.data.segmentation import VOC_CLASS_NAMES, _COCOSample
+
+
+# ---- layouts made here ----
+
+
+def write_image(path, height, width):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", (width, height), "gray").save(path)
+
+
+def write_index_mask(path, values, palette=True):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image = Image.fromarray(np.array(values, np.uint8))
+    if palette:
+        image.putpalette(bytes(range(256)) * 3)
+    image.save(path)
+
+
+VOC_MASKS = {
+    "2007_000001": [[0, 1, 1], [20, 20, 255]],
+    "2007_000002": [[0, 0], [0, 0], [255, 0]],
+}
+
+
+@pytest.fixture
+def voc(tmp_path):
+    folder = tmp_path / "VOCdevkit" / "VOC2012"
+    for name, mask in VOC_MASKS.items():
+        write_image(folder / "JPEGImages" / f"{name}.jpg", len(mask), len(mask[0]))
+        write_index_mask(folder / "SegmentationClass" / f"{name}.png", mask)
+    write_image(folder / "JPEGImages" / "2007_000003.jpg", 2, 2)  # in no list
+    lists = folder / "ImageSets" / "Segmentation"
+    lists.mkdir(parents=True)
+    (lists / "val.txt").write_text("2007_000002\n2007_000001\n")
+    (lists / "train.txt").write_text("2007_000001\n")
+    return tmp_path
+
+
+def plain_runs(mask):
+    """COCO's run lengths of a binary mask, in a loop: column by column, beginning with zeros."""
+    counts, current = [0], 0
+    for value in np.asarray(mask).T.ravel().tolist():
+        if value != current:
+            counts.append(0)
+            current = value
+        counts[-1] += 1
+    return {"size": list(np.shape(mask)), "counts": counts}
+
+
+def compressed_runs(mask):
+    from pycocotools import mask as coco_mask
+
+    runs = coco_mask.encode(np.asfortranarray(mask, np.uint8))
+    return {"size": runs["size"], "counts": runs["counts"].decode()}
+
+
+def box(top, left, bottom, right, height=6, width=8):
+    mask = np.zeros((height, width), int)
+    mask[top:bottom, left:right] = 1
+    return mask
+
+
+CAT, DOG, CROWD = box(0, 0, 3, 3), box(2, 2, 6, 8), box(0, 2, 2, 8)
+
+
+def write_coco(root, annotations, images=None, split="val2017"):
+    images = images or [{"id": 7, "file_name": "000000000007.jpg", "height": 6, "width": 8}]
+    content = {
+        # as in COCO, ids have gaps; and the order in the file does not matter
+        "categories": [{"id": 90, "name": "dog"}, {"id": 1, "name": "person"}, {"id": 17, "name": "cat"}],
+        "images": images,
+        "annotations": [
+            {"id": number, "image_id": 7, "iscrowd": 0, **annotation} for number, annotation in enumerate(annotations)
+        ],
+    }
+    (root / "annotations").mkdir(exist_ok=True)
+    (root / "annotations" / f"instances_{split}.json").write_text(json.dumps(content))
+    for image in images:
+        write_image(root / split / image["file_name"], image["height"], image["width"])
+    return root
+
+
+@pytest.fixture
+def coco(tmp_path):
+    return write_coco(
+        tmp_path,
+        [
+            {"category_id": 17, "segmentation": plain_runs(CAT)},
+            {"category_id": 90, "segmentation": [[2, 2, 8, 2, 8, 6, 2, 6]]},
+            {"category_id": 90, "segmentation": compressed_runs(box(0, 7, 2, 8))},
+            {"category_id": 1, "segmentation": plain_runs(CROWD), "iscrowd": 1},
+        ],
+        [
+            {"id": 7, "file_name": "000000000007.jpg", "height": 6, "width": 8},
+            {"id": 3, "file_name": "000000000003.jpg", "height": 4, "width": 5},  # without things
+        ],
+    )
+
+
+@pytest.fixture
+def folder(tmp_path):
+    (tmp_path / "classes.txt").write_text("red kite\nb\xe9b\xe9\n", encoding="utf-8")
+    write_image(tmp_path / "images" / "b.jpg", 2, 3)
+    write_image(tmp_path / "images" / "a.PNG", 1, 2)
+    (tmp_path / "images" / "notes.txt").write_text("no image")
+    write_index_mask(tmp_path / "masks" / "b.png", [[0, 1, 1], [2, 0, 255]])
+    write_index_mask(tmp_path / "masks" / "a.png", [[0, 0]], palette=False)
+    return tmp_path
+
+
+# ---- what they give ----
+
+
+def test_voc(voc):
+    dataset = load_segmentation("voc2012", voc)
+    assert (dataset.name, dataset.split, len(dataset)) == ("voc2012", "val", 2)
+    assert [sample.name for sample in dataset] == ["2007_000002", "2007_000001"]  # the list's order
+    assert dataset.class_names == VOC_CLASS_NAMES and dataset.labels == tuple(range(1, 21))
+    assert dataset.templates == ("a photo of the {}",)
+    nothing, sample = dataset
+    assert (nothing.labels, nothing.size) == ((), (3, 2))
+    assert (sample.labels, sample.size) == ((1, 20), (2, 3))
+    assert sample.image.mode == "RGB" and sample.image.size == (3, 2)
+    assert sample.mask(1).tolist() == [[0, 1, 1], [0, 0, 255]] and sample.mask(1).dtype == np.uint8
+    assert sample.mask(20).tolist() == [[0, 0, 0], [20, 20, 255]]
+    assert sample.mask(5).tolist() == [[0, 0, 0], [0, 0, 255]]  # absent
+    assert len(load_segmentation("voc2012", voc, "train")) == 1
+
+
+@pytest.mark.parametrize("inside", ["", "VOCdevkit", "VOCdevkit/VOC2012"])
+def test_voc_root_may_be_any_of_its_folders(voc, inside):
+    assert len(load_segmentation("voc2012", voc / inside)) == 2
+
+
+def test_voc_names_are_prompts():
+    assert len(VOC_CLASS_NAMES) == 20
+    assert [VOC_CLASS_NAMES[i - 1] for i in (11, 16, 20)] == ["dining table", "potted plant", "television"]
+
+
+def test_coco(coco):
+    dataset = load_segmentation("coco2017", coco)
+    assert (dataset.split, dataset.class_names, dataset.labels) == ("val2017", ("person", "cat", "dog"), (1, 2, 3))
+    empty, sample = dataset  # by image id
+    assert (empty.name, empty.size, empty.labels) == ("000000000003", (4, 5), ())
+    assert not empty.mask(2).any()
+    assert (sample.name, sample.size) == ("000000000007", (6, 8))
+    assert sample.labels == (1, 2, 3)  # the person too, though only a crowd shows it
+    dogs = np.maximum(DOG, box(0, 7, 2, 8))
+    for label, instances in ((2, CAT), (3, dogs), (1, np.zeros_like(CAT))):
+        # classes overlap each other; crowd regions count nowhere, also where instances lie
+        np.testing.assert_array_equal(sample.mask(label), np.where(CROWD, 255, instances * label))
+        assert sample.mask(label).flags.c_contiguous
+
+
+masks = st.integers(1, 7).flatmap(
+    lambda height: st.integers(1, 7).flatmap(
+        lambda width: st.lists(
+            st.tuples(
+                st.integers(1, 3),
+                st.booleans(),
+                st.booleans(),
+                st.lists(st.integers(0, 1), min_size=height * width, max_size=height * width).map(
+                    lambda values: np.array(values).reshape(height, width)
+                ),
+            ),
+            min_size=1,
+            max_size=5,
+        )
+    )
+)
+
+
+@settings(max_examples=60, deadline=None)
+@given(masks)
+def test_coco_union_equals_a_pixel_loop(instances):
+    size = instances[0][3].shape
+    sample = _COCOSample(
+        name="x",
+        image_path=None,
+        num_classes=3,
+        size=size,
+        annotation_path=None,
+        annotations=[
+            {
+                "id": 0,
+                "label": label,
+                "iscrowd": crowd,
+                "segmentation": (compressed_runs if pack else plain_runs)(mask),
+            }
+            for label, crowd, pack, mask in instances
+        ],
+    )
+    for label in (1, 2, 3):
+        expected = np.zeros(size, int)
+        for row in range(size[0]):
+            for column in range(size[1]):
+                for instance_label, _, _, mask in instances:
+                    if instance_label == label and mask[row, column]:
+                        expected[row, column] = label
+                if any(crowd and mask[row, column] for _, crowd, _, mask in instances):
+                    expected[row, column] = 255
+        assert sample.mask(label).tolist() == expected.tolist()
+    assert sample.labels == tuple(sorted({label for label, *_ in instances}))
+
+
+def test_run_lengths_of_large_images():
+    # numbers of several base-32 digits, falling ones (negative differences) and more than two in a row
+    mask = np.zeros((700, 900), int)
+    mask[300:650, 5:400] = 1
+    mask[:, 500:501] = 1
+    mask[::7, 700:] = 1
+    sample = _COCOSample("x", None, 1, mask.shape, None, [])
+    for runs in (plain_runs(mask), compressed_runs(mask)):
+        sample.annotations[:] = [{"id": 0, "label": 1, "iscrowd": False, "segmentation": runs}]
+        np.testing.assert_array_equal(sample.mask(1), mask)
+
+
+def test_folder(folder):
+    dataset = load_segmentation("folder", folder)
+    assert (dataset.split, dataset.class_names, dataset.labels) == (None, ("red kite", "b\xe9b\xe9"), (1, 2))
+    assert [(sample.name, sample.labels) for sample in dataset] == [("a", ()), ("b", (1, 2))]
+    assert dataset[1].mask(2).tolist() == [[0, 0, 0], [2, 0, 255]]
+
+
+@pytest.mark.parametrize("name", ["voc2012", "coco2017", "folder"])
+def test_samples_are_fresh_lazy_and_picklable(name, request):
+    root = request.getfixturevalue({"voc2012": "voc", "coco2017": "coco", "folder": "folder"}[name])
+    dataset = load_segmentation(name, root)
+    sample = dataset[-1]
+    assert not sample.__dict__.keys() & {"image", "_decoded"}  # nothing is decoded yet
+    assert sample.image is sample.image  # once
+    assert dataset[-1] is not sample and "image" not in dataset[-1].__dict__  # and freed with the sample
+    copy = pickle.loads(pickle.dumps(dataset))
+    assert (len(copy), copy.class_names, copy.fingerprint()) == (
+        len(dataset),
+        dataset.class_names,
+        dataset.fingerprint(),
+    )
+    loaded = list(DataLoader(dataset, batch_size=None, num_workers=2))
+    for one, other in zip(loaded, dataset, strict=True):
+        assert (one.name, one.labels, one.size, one.image.size) == (
+            other.name,
+            other.labels,
+            other.size,
+            one.size[::-1],
+        )
+        for label in one.labels:
+            np.testing.assert_array_equal(one.mask(label), other.mask(label))
+    with pytest.raises(IndexError):
+        dataset[len(dataset)]
+    for label in (0, len(dataset.labels) + 1, 255):
+        with pytest.raises(ValueError, match=rf"from 1 to {len(dataset.labels)}, but got {label}"):
+            sample.mask(label)
+
+
+def test_fingerprint(voc):
+    mask_path = voc / "VOCdevkit" / "VOC2012" / "SegmentationClass" / "2007_000001.png"
+    fingerprints = [load_segmentation("voc2012", voc, split).fingerprint() for split in ("val", "val", "train")]
+    write_index_mask(mask_path, [[0, 1, 1], [20, 255, 20]])
+    fingerprints.append(load_segmentation("voc2012", voc).fingerprint())
+    assert re.fullmatch("[0-9a-f]{16}", fingerprints[0])
+    assert fingerprints[0] == fingerprints[1] and len(set(fingerprints)) == 3
+
+
+# ---- overrides ----
+
+
+@pytest.mark.parametrize("form", ["mapping", "json", "yaml"])
+def test_overrides(voc, form):
+    overrides = {"names": {"television": "tv", "aeroplane": "plane"}, "templates": ["a {}.", "{} in a scene"]}
+    if form == "json":
+        (voc / "o.json").write_text(json.dumps(overrides))
+    if form == "yaml":
+        (voc / "o.yaml").write_text("names: {television: tv, aeroplane: plane}\ntemplates: ['a {}.', '{} in a scene']")
+    dataset = load_segmentation("voc2012", voc, overrides=overrides if form == "mapping" else voc / f"o.{form}")
+    assert (dataset.class_names[0], dataset.class_names[1], dataset.class_names[19]) == ("plane", "bicycle", "tv")
+    assert dataset.templates == ("a {}.", "{} in a scene")
+
+
+@pytest.mark.parametrize(
+    ("content", "problem"),
+    [
+        ("{", "expected JSON or YAML"),
+        ("[]", "expected a mapping"),
+        ('{"name": {}}', "'name'"),
+        ('{"names": {"tvmonitor": "tv"}}', "keys out of .*'aeroplane'.* but got 'tvmonitor'"),
+        ('{"names": {"cat": ""}}', "new name of 'cat' to be text"),
+        ('{"names": {"cat": false}}', "new name of 'cat' to be text .*but got False"),
+        ('{"names": {"cat": "dog"}}', "distinct, but got 'dog'"),
+        ('{"names": ["cat"]}', "'names' to map"),
+        ('{"templates": "a {}"}', "'templates' to be a list"),
+        ('{"templates": []}', "'templates' to be a list"),
+        ('{"templates": ["a photo"]}', "one '{}'.* but got 'a photo'"),
+        ('{"templates": ["{} and {}"]}', "one '{}'"),
+        ('{"templates": ["{} and {x}"]}', "one '{}'"),
+        ('{"templates": [3]}', "one '{}'.* but got 3"),
+    ],
+)
+def test_bad_overrides_name_file_and_entry(voc, content, problem):
+    path = voc / "overrides.json"
+    path.write_text(content)
+    with pytest.raises(ValueError, match=problem) as error:
+        load_segmentation("voc2012", voc, overrides=path)
+    assert str(path) in str(error.value)
+
+
+# ---- bad data ----
+
+
+def test_unknown_data_set_and_missing_parts(voc, tmp_path):
+    with pytest.raises(ValueError, match=r"\['voc2012', 'coco2017', 'folder'\], but got 'ade20k'"):
+        load_segmentation("ade20k", voc)
+    with pytest.raises(FileNotFoundError, match=r"test\.txt.*available: train, val"):
+        load_segmentation("voc2012", voc, "test")
+    for name in ("voc2012", "coco2017", "folder"):
+        with pytest.raises(FileNotFoundError, match=r"nowhere.*check the (root|path)"):
+            load_segmentation(name, tmp_path / "nowhere")
+    (voc / "VOCdevkit" / "VOC2012" / "SegmentationClass" / "2007_000001.png").unlink()
+    with pytest.raises(FileNotFoundError, match=r"SegmentationClass/2007_000001\.png.*val\.txt"):
+        load_segmentation("voc2012", voc)
+    (voc / "VOCdevkit" / "VOC2012" / "JPEGImages" / "2007_000002.jpg").unlink()
+    with pytest.raises(FileNotFoundError, match=r"JPEGImages/2007_000002\.jpg"):
+        load_segmentation("voc2012", voc)
+    (voc / "VOCdevkit" / "VOC2012" / "ImageSets" / "Segmentation" / "val.txt").write_text("\n../../../etc/passwd\n")
+    with pytest.raises(FileNotFoundError, match=r"etc/passwd\.jpg.*missing"):
+        load_segmentation("voc2012", voc)
+    (voc / "VOCdevkit" / "VOC2012" / "ImageSets" / "Segmentation" / "val.txt").write_text("\n")
+    with pytest.raises(ValueError, match="at least one image"):
+        load_segmentation("voc2012", voc)
+    (voc / "VOCdevkit" / "VOC2012" / "ImageSets" / "Segmentation" / "val.txt").write_bytes(b"\xff\xfe")
+    with pytest.raises(ValueError, match=r"val\.txt: expected UTF-8"):
+        load_segmentation("voc2012", voc)
+
+
+def test_bad_index_masks_are_named(folder):
+    path = folder / "masks" / "b.png"
+    sample = load_segmentation("folder", folder)[1]
+    write_index_mask(path, [[0, 1, 3], [4, 2, 255]])
+    for use in (lambda s: s.labels, lambda s: s.size, lambda s: s.mask(1)):
+        with pytest.raises(ValueError, match=r"masks/b\.png.*from 1 to 2.*but got \[3, 4\]"):
+            use(load_segmentation("folder", folder)[1])
+    write_index_mask(path, [[0, 1, 1]])
+    with pytest.raises(ValueError, match=r"images/b\.jpg: expected 1x3.*but got 2x3"):
+        load_segmentation("folder", folder)[1].image  # noqa: B018
+    Image.new("RGB", (3, 2)).save(path)
+    with pytest.raises(ValueError, match=r"masks/b\.png: expected an index mask.*'RGB'"):
+        load_segmentation("folder", folder)[1].labels  # noqa: B018
+    path.write_bytes(path.read_bytes()[:40])
+    with pytest.raises(ValueError, match=r"masks/b\.png.*expected a readable image"):
+        sample.size  # noqa: B018
+
+
+@pytest.mark.parametrize(
+    ("classes", "problem"),
+    [
+        ("", "got 0 of them"),
+        ("a\n\nb\n", "no name in line 2"),
+        ("a\nb\na", "a name twice"),
+        ("background\na", "background, which is always id 0"),
+        ("\n".join(map(str, range(255))), "got 255 of them"),
+    ],
+)
+def test_bad_class_lists(folder, classes, problem):
+    (folder / "classes.txt").write_text(classes)
+    with pytest.raises(ValueError, match=rf"classes\.txt.*{problem}"):
+        load_segmentation("folder", folder)
+
+
+def test_bad_folders(folder):
+    with pytest.raises(ValueError, match="no split for a folder of masks, but got 'val'"):
+        load_segmentation("folder", folder, "val")
+    write_image(folder / "images" / "b.png", 2, 3)
+    with pytest.raises(ValueError, match="'b' occurs with several suffixes"):
+        load_segmentation("folder", folder)
+    (folder / "images" / "b.png").rename(folder / "images" / "c.png")
+    with pytest.raises(FileNotFoundError, match=r"masks/c\.png"):
+        load_segmentation("folder", folder)
+
+
+RUNS = plain_runs(CAT)
+
+
+@pytest.mark.parametrize(
+    ("segmentation", "problem"),
+    [
+        ({"size": [8, 6], "counts": RUNS["counts"]}, r"size of \[8, 6\]"),
+        ({"size": [6, 8], "counts": [*RUNS["counts"][:-1], 1]}, "do not add up"),  # too few: pycocotools hangs on some
+        ({"size": [6, 8], "counts": [*RUNS["counts"], 99]}, "do not add up"),
+        ({"size": [6, 8], "counts": [-1, 49]}, "but got"),
+        ({"size": [6, 8], "counts": ""}, "but got"),
+        ({"size": [6, 8], "counts": "zzzz"}, "no run lengths"),
+        ({"size": [6, 8], "counts": "\u00e9"}, "no run lengths"),
+        ({"size": [6, 8], "counts": "1"}, "do not add up"),
+        ({"size": [6, 8]}, "counts"),
+        ([[1, 1, 5, 5]], "fewer than 3 points"),
+        ([[0, 0, 1e9, 0, 1e9, 1e9]], "far outside"),
+        ([[0, 0, float("nan"), 0, 5, 5]], "far outside"),
+        (["polygon"], "but got"),
+        (7, "but got"),
+    ],
+)
+def test_bad_coco_segmentations_name_file_and_annotation(tmp_path, segmentation, problem):
+    good = {"category_id": 17, "segmentation": RUNS}
+    dataset = load_segmentation(
+        "coco2017", write_coco(tmp_path, [good, {"category_id": 17, "segmentation": segmentation}])
+    )
+    with pytest.raises(ValueError, match=rf"instances_val2017\.json: annotation 1 of 000000000007\.jpg.*{problem}"):
+        dataset[0].mask(2)
+
+
+def test_bad_coco_files(coco):
+    path = coco / "annotations" / "instances_val2017.json"
+    with pytest.raises(FileNotFoundError, match=r"instances_train2017\.json.*available: val2017"):
+        load_segmentation("coco2017", coco, "train2017")
+    write_image(coco / "val2017" / "000000000007.jpg", 8, 6)
+    with pytest.raises(ValueError, match=r"000000000007\.jpg: expected 6x8 pixels.*but got 8x6"):
+        load_segmentation("coco2017", coco)[1].image  # noqa: B018
+    (coco / "val2017" / "000000000003.jpg").unlink()
+    with pytest.raises(FileNotFoundError, match=r"val2017/000000000003\.jpg.*missing"):
+        load_segmentation("coco2017", coco)
+    for annotation, problem in (
+        ({"category_id": 2, "segmentation": []}, "unlisted category 2"),
+        ({"category_id": 1, "image_id": 8, "segmentation": []}, "or image 8"),
+        ({"segmentation": []}, "KeyError: 'category_id'"),
+    ):
+        write_coco(coco, [annotation])
+        with pytest.raises(ValueError, match=rf"instances_val2017\.json: expected COCO.*{problem}"):
+            load_segmentation("coco2017", coco)
+    for content in ("{", "[]", "{}", '{"categories": 3}'):
+        path.write_text(content)
+        with pytest.raises(ValueError, match=r"instances_val2017\.json: expected COCO"):
+            load_segmentation("coco2017", coco)
+
+
+# ---- real data ----
+
+
+def test_coco100(iclip_data):
+    dataset = load_segmentation("coco2017", iclip_data / "coco100", "train2017")
+    assert (len(dataset), len(dataset.class_names), dataset.class_names[0]) == (100, 80, "person")
+    assert sum(len(sample.labels) for sample in dataset) == 291
+    assert sum(not sample.labels for sample in dataset) == 2  # images without things
+    shares = {}
+    for sample in dataset:
+        assert sample.image.size == sample.size[::-1]
+        for label in sample.labels:
+            mask = sample.mask(label)
+            shares.setdefault(label, []).append((mask == label).sum() / (mask != 255).sum())
+    floor = 100 * np.mean([np.mean(values) for values in shares.values()])
+    assert floor == pytest.approx(10.6958, abs=1e-4)  # everything foreground
+
+
+def test_voc_layout_agrees_with_coco100(iclip_data):
+    voc = load_segmentation("voc2012", iclip_data / "voc_layout")
+    coco = {sample.name[-6:]: sample for sample in load_segmentation("coco2017", iclip_data / "coco100", "train2017")}
+    assert len(voc) == 77
+    for sample in voc:
+        other = coco[sample.name[-6:]]
+        assert sample.labels and sample.size == other.size
+        if 15 in sample.labels and 1 in other.labels:  # person
+            voc_mask, coco_mask = sample.mask(15), other.mask(1)
+            counted = (voc_mask != 255) & (coco_mask != 255)
+            np.testing.assert_array_equal(voc_mask[counted] == 15, coco_mask[counted] == 1)

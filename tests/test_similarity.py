@@ -1,0 +1,61 @@
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.nn import functional as F
+
+from iclip_hf.similarity import cosine_similarity_map, min_max_normalize, resize_maps, reverse
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.tuples(*[st.integers(1, 9)] * 2), st.tuples(*[st.integers(1, 60)] * 2), st.integers(0, 99))
+def test_resize_equals_the_general_kernel(grid, size, seed):
+    maps = torch.randn(2, 3, *grid, generator=torch.Generator().manual_seed(seed))
+    expected = F.interpolate(maps, size=size, mode="bicubic", align_corners=False)
+    torch.testing.assert_close(resize_maps(maps, size), expected, atol=2e-6, rtol=0)
+
+
+def test_resize_refuses_an_empty_size():
+    with pytest.raises(ValueError, match=r"at least one pixel.*\(0, 5\)"):
+        resize_maps(torch.zeros(1, 2, 2), (0, 5))
+
+
+def test_cosine_map_is_row_major_and_not_square():
+    patches = torch.eye(6)[None]  # patch i points along axis i
+    texts = torch.eye(6)[[4, 1]]
+    maps = cosine_similarity_map(patches, texts, (2, 3))
+    assert maps.shape == (1, 2, 2, 3)
+    assert maps[0, 0].nonzero().tolist() == [[1, 1]] and maps[0, 1].nonzero().tolist() == [[0, 1]]
+
+
+def test_cosine_map_takes_texts_of_each_image():
+    patches, texts = torch.randn(2, 6, 5), torch.randn(2, 3, 5)
+    maps = cosine_similarity_map(patches, texts, (2, 3))
+    for image in range(2):
+        alone = cosine_similarity_map(patches[image : image + 1], texts[image], (2, 3))
+        torch.testing.assert_close(maps[image : image + 1], alone)
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.floats(-1e6, 1e6, width=32), min_size=6, max_size=6))
+def test_min_max_is_in_range_and_reaches_both_ends(values):
+    maps = torch.tensor(values).view(1, 2, 3)
+    before = maps.clone()
+    out = min_max_normalize(maps)
+    assert torch.equal(maps, before)
+    if maps.min() == maps.max():
+        assert out.eq(0).all()
+    else:
+        assert out.min() == 0 and out.max() == 1
+
+
+def test_foreground_minus_background_of_the_reverse_is_the_exact_negative():
+    # On 2^-20 steps every sum is exact in float64, so equality can be asked for.
+    maps = (torch.rand(7, 9, generator=torch.Generator().manual_seed(0)).double() * 2**20).round() / 2**20
+    foreground = torch.zeros(7, 9, dtype=torch.bool)
+    foreground[2:4, 3:7] = True
+
+    def difference(m):
+        return m[foreground].sum() * (~foreground).sum() - m[~foreground].sum() * foreground.sum()
+
+    assert difference(reverse(maps)) == -difference(maps)

@@ -1,1 +1,1 @@
-"""The `evaluate` modules, one folder a metric. The package carries them, so that `iclip install-metrics` works anywhere."""
+"""The `evaluate` modules, one folder a metric; installed with the package as `iclip_hf.evaluate_metrics`."""

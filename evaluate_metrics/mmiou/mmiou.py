@@ -5,8 +5,8 @@ from iclip_hf.metrics import MeanMaxIoU
 
 
 _DESCRIPTION = """
-mMIoU (mean max IoU) scores maps in [0, 1] without a threshold chosen by hand: for each class the mean over its images of the
-IoU between M > t and the class's pixels, at the best t of 0, 0.01, ..., 1 for that class; then the mean over the classes.
+mMIoU (mean max IoU) scores maps in [0, 1] without a threshold chosen by hand: for each class the mean over its images
+of the IoU between M > t and the class's pixels, at the best t of 0, 0.01, ..., 1; then the mean over the classes.
 """
 
 _OUTPUTS = """

@@ -1,4 +1,4 @@
-"""The metrics as modules of the `evaluate` library: what their scripts share, and the ways to install and to publish them.
+"""The metrics as modules of the `evaluate` library: what their scripts share, how to install and to publish them.
 
 The scripts live in the repository's folder `evaluate_metrics`, which is installed as `iclip_hf.evaluate_metrics`.
 """
@@ -16,8 +16,8 @@ from evaluate.loading import LocalEvaluationModuleFactory
 from PIL import Image
 
 
-# What `evaluate` stores of a pair: the counts of its foreground, those of its background, and the class. The columns keep
-# the names of the inputs, because `evaluate.combine` passes on only those.
+# What `evaluate` stores of a pair: the counts of its foreground, those of its background, and the class. The columns
+# keep the names of the inputs, because `evaluate.combine` passes on only those.
 _STORED = Features(
     {"predictions": Sequence(Value("int64")), "references": Sequence(Value("int64")), "labels": Value("int64")}
 )
@@ -47,8 +47,8 @@ _CITATION = """
 class PairMetric(evaluate.Metric, ABC):
     """An `evaluate` metric over pairs of a map and a class. It stores the counts of each pair, not its pixels.
 
-    A subclass names its `accumulator` from `iclip_hf.metrics` and returns `self._pair_info(...)` from `_info`. This class
-    stays abstract, because `evaluate.load` takes the first metric class it finds in a script that is not.
+    A subclass names its `accumulator` from `iclip_hf.metrics` and returns `self._pair_info(...)` from `_info`. This
+    class stays abstract, because `evaluate.load` takes the first metric class it finds in a script that is not.
     """
 
     accumulator: type
@@ -94,17 +94,16 @@ class PairMetric(evaluate.Metric, ABC):
 
     def compute(self, *, aggregate: str | None = None, ignore_index: int | None = None, **pairs) -> dict | None:
         """Returns the scores of all pairs added before or given here, on process 0; None on the others."""
-        accumulator = self.accumulator(
-            aggregate or self.aggregate
-        )  # refuses a wrong aggregate before the pairs are gone
-        pairs = {name: values for name, values in pairs.items() if values is not None}
-        if pairs:
-            self.add_batch(ignore_index=ignore_index, **pairs)
+        # Both options are checked first: a mistake must not cost the pairs that were added.
+        accumulator = self.accumulator(self.aggregate if aggregate is None else aggregate)
         if ignore_index is not None and not self._ignored <= {ignore_index}:
             raise ValueError(
                 f"The pairs were counted with ignore_index {sorted(self._ignored)}, not {ignore_index}. "
                 "Give ignore_index to `evaluate.load`, or wherever pairs are added."
             )
+        pairs = {name: values for name, values in pairs.items() if values is not None}
+        if pairs:
+            self.add_batch(ignore_index=ignore_index, **pairs)
         self._ignored = set()
         return super().compute(accumulator=accumulator)
 

@@ -174,6 +174,13 @@ class PairStream(IterableDataset):
         self._image_column = next((name for name, feature in features.items() if isinstance(feature, Image)), None)
         if self._image_column is None:
             raise ValueError(f"Expected a dataset with an image column, but its columns are {list(features)}.")
+        # Other columns stay out: datasets guesses types from the first rows, and what differs later ends the stream.
+        kept = [column for column in (self._image_column, "__key__", *CAPTION_COLUMNS) if column in features]
+        if isinstance(features.get("json"), Mapping):
+            captions = {column: kind for column, kind in features["json"].items() if column in CAPTION_COLUMNS}
+            dataset = dataset.cast_column("json", captions)
+            kept.append("json")
+        dataset = dataset.select_columns(kept)
         dataset = dataset.cast_column(self._image_column, Image(decode=False))  # else one bad image ends the stream
         dataset = dataset.shuffle(seed=seed, buffer_size=_SHUFFLE_BUFFER)
         self._rows = split_dataset_by_node(dataset, rank=rank, world_size=world_size)
@@ -345,6 +352,8 @@ class _Table:
         key = next((row[column] for column in IMAGE_COLUMNS if row.get(column)), None)
         if not isinstance(key, str):
             raise ValueError(f"no image path in the columns {list(row)}")
+        if "://" in key:
+            raise ValueError(f"expected an image path, but got the URL {key}; download the images first (img2dataset)")
         return self.path.parent / key, None, _captions(row), key
 
     def _rows(self) -> Iterator[tuple[int, int]]:
@@ -385,20 +394,26 @@ class _Tally:
         self._max_bad_share = max_bad_share
         self._counts_from = counts_from  # pairs; a share of fewer says little
         self._read = self._bad = 0
+        self._last_error: BadPairError | None = None
 
     def good(self) -> None:
         self._read += 1
+        self._check()
 
     def bad(self, error: BadPairError) -> None:
         self._read += 1
         self._bad += 1
+        self._last_error = error
         if self._bad <= 10 or self._bad.bit_count() == 1:  # then only the 16th, 32nd, 64th, ...
             logger.warning("Bad pair, number %d among %d: %s", self._bad, self._read, error)
+        self._check()
+
+    def _check(self) -> None:
         if self._read >= self._counts_from and self._bad > self._max_bad_share * self._read:
             raise ValueError(
                 f"Expected at most {self._max_bad_share:.2%} bad pairs, but {self._bad} of the {self._read} read so far "
-                f"are; mend the data or raise max_bad_share. The last one: {error}"
-            ) from error
+                f"are; mend the data or raise max_bad_share. The last one: {self._last_error}"
+            )
 
 
 def _captions(row: Mapping) -> list[str]:

@@ -13,20 +13,32 @@ Explainers: the methods that tell which pixels of an image match a text, for ICL
 from __future__ import annotations
 
 import inspect
+import os
 from collections import defaultdict
 from collections.abc import Sequence
 
 import torch
 from PIL import Image
 
+from ..data.images import load_image
 from ..modeling_iclip import ICLIPTextFeatures
+from .attention import Attention
+from .bi_modal import BiModal
+from .clip_surgery import CLIPSurgery
 from .explainer import Explainer, Explanation
+from .gem import GEM
+from .grad_cam import GradCAM
 from .itsm import ITSM, ReversedITSM
 
 
 METHODS: dict[str, type[Explainer]] = {
     "itsm": ITSM,
     "reversed_itsm": ReversedITSM,
+    "attention": Attention,
+    "grad_cam": GradCAM,
+    "bi_modal": BiModal,
+    "clip_surgery": CLIPSurgery,
+    "gem": GEM,
 }
 
 
@@ -57,7 +69,7 @@ def make_explainer(model, processor, method: str = "itsm", **method_options) -> 
 def explain(
     model,
     processor,
-    images: Sequence[Image.Image],
+    images: Sequence[Image.Image | str | os.PathLike],
     texts: Sequence[str] | Sequence[Sequence[str]],
     method: str = "itsm",
     *,
@@ -72,7 +84,7 @@ def explain(
 
     Args:
         model, processor, method, method_options: as for [`make_explainer`].
-        images: B PIL images of any shapes.
+        images: B images of any shapes: PIL images, or paths of image files.
         texts: labels shared by all images, or a list of labels for each, of any lengths.
         templates: prompts with one `{}` each that the labels are put into; the processor's if not given. `["{}"]` takes
             the texts as they are.
@@ -87,7 +99,7 @@ def explain(
     Raises:
         `ValueError`, `TypeError`: as [`make_explainer`] and [`ICLIPProcessor`]; for lists of different lengths.
     """
-    images = list(images)
+    images = [load_image(image) for image in images]
     if not images or not len(texts):
         raise ValueError(f"Expected at least one image and one text, got {len(images)} images and {len(texts)} texts.")
     labels = [list(texts)] * len(images) if isinstance(texts[0], str) else [list(one) for one in texts]

@@ -10,21 +10,42 @@ import torch
 
 from ..modeling_iclip import ICLIPTextFeatures
 from ..similarity import min_max_normalize, resize_maps
-from .families import adapt
+from .families import CLIPFamily, Family, ICLIPFamily, Siglip2Family, SiglipFamily
+from .open_clip import OpenCLIPFamily, OpenCLIPResNetFamily
+
+
+# By the model type of a config, or by the image tower's class in open_clip.
+_FAMILIES: dict[str, type[Family]] = {
+    "iclip": ICLIPFamily,
+    "clip": CLIPFamily,
+    "siglip": SiglipFamily,
+    "siglip2": Siglip2Family,
+    "VisionTransformer": OpenCLIPFamily,
+    "ModifiedResNet": OpenCLIPResNetFamily,
+}
 
 
 class Explainer(ABC):
     """
     One method on one model: texts are encoded once and go with any number of images.
 
-    The given model is never changed.
+    The given model is never changed: it works on a private copy that shares the weights. Make it after the model is on its
+    device.
+
+    Args:
+        model: [`ICLIPModel`], transformers' `CLIPModel`, `SiglipModel` or `Siglip2Model`, or a model of open_clip (its
+            transformers with a class token and its ResNets).
+        processor: the model's processor; for open_clip its tokenizer.
 
     Attributes:
-        processor (`ICLIPProcessor`): `processor(images=images)["pixel_values"]` prepares whole images for this model.
+        processor: `processor(images=images)["pixel_values"]` prepares whole RGB images for this model, `(B, 3, H, W)`.
+
+    Raises:
+        `TypeError`: for another kind of model. `ValueError`: if this model cannot do the method, with the reason.
     """
 
     def __init__(self, model, processor):
-        self.family = adapt(model, processor)
+        self.family = _family(model)(model, processor)
         self.processor = self.family.processor
 
     def encode_texts(self, labels: Sequence[str], templates: Sequence[str] | None = None) -> ICLIPTextFeatures:
@@ -52,6 +73,19 @@ class Explainer(ABC):
         Returns:
             `tuple`: raw maps `(B, T, h, w)` and scores `(B, T)`, the cosine of image and text in [-1, 1], both float32.
         """
+
+
+def _family(model) -> type[Family]:
+    open_clip = hasattr(model, "visual")
+    kind = type(model.visual).__name__ if open_clip else getattr(getattr(model, "config", None), "model_type", None)
+    # open_clip's CoCa pools by queries of its own; the classifiers of transformers share the two-tower models' configs.
+    fits = getattr(model.visual, "attn_pool", None) is None if open_clip else hasattr(model, "get_text_features")
+    if kind not in _FAMILIES or not fits:
+        raise TypeError(
+            "Expected an ICLIPModel, CLIPModel, SiglipModel or Siglip2Model, or a model of open_clip with a class token or "
+            f"a ResNet, got {type(model).__name__}."
+        )
+    return _FAMILIES[kind]
 
 
 @dataclass(frozen=True)

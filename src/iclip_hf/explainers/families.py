@@ -2,128 +2,245 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
 
 import torch
+from torch import nn
 from torch.nn import functional as F
-from transformers import CLIPModel, PreTrainedModel
+from transformers import CLIPModel, SiglipImageProcessor
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from ..modeling_iclip import ICLIPImageFeatures, ICLIPModel, ICLIPTextFeatures
 from ..processing_iclip import ICLIPProcessor
 from ..similarity import cosine_similarity_map
+from .recording import AttentionLayer, AttentionRecord, merge_heads, prepare, private_copy, record
 
 
-# Prompts encoded at once; 80 classes in 80 templates would take gigabytes together.
+# Prompts encoded at once; 80 classes in 80 templates together would take gigabytes.
 _TEXT_BATCH = 256
 
 
-class Family:
+class Family(ABC):
     """
-    A model of one family behind the few functions that the methods are written in. This class is ICLIP itself.
+    A model behind the few functions that the methods are written in. It works on a private copy that shares the model's
+    weights; make it after the model is on its device.
 
     Attributes:
-        model: the user's model, which nothing here changes.
-        processor (`ICLIPProcessor`): makes `pixel_values` of whole images, without a crop.
+        model: the private copy.
+        processor: makes `pixel_values` of whole images, without a crop; an [`ICLIPProcessor`] but for open_clip.
+        templates (`list[str]`): prompts that labels are put into if none are given.
+        layers (list of `AttentionLayer`): of the image tower, from the first to the one that the score reads.
+        reads_one_query (`bool`): the score depends on the last attention layer through its first query alone, which is the
+            class token's or a pooling head's.
     """
 
-    name = "ICLIP"
+    reads_one_query = True
 
-    def __init__(self, model: PreTrainedModel, processor):
-        self.model = model
+    def __init__(self, model: nn.Module, processor):
+        self.model = private_copy(model)
         self.processor = processor
+        self.templates = getattr(processor, "templates", ["a photo of the {}"])
+        self.layers: list[AttentionLayer] = []
+        self._prepare_layers()
 
-    @property
-    def device(self) -> torch.device:
-        return next(self.model.parameters()).device
+    @abstractmethod
+    def _prepare_layers(self) -> None:
+        """Makes the attention layers ready to be recorded, and lists them."""
 
-    @torch.no_grad()
+    def _add_layer(self, block: nn.Module, attention: nn.Module, output: Callable, residual: bool = True) -> None:
+        prepare(len(self.layers), block, attention)
+        self.layers.append(AttentionLayer(output, residual))
+
     def encode_texts(self, labels: Sequence[str], templates: Sequence[str] | None = None) -> ICLIPTextFeatures:
         """T labels, each put into the templates and averaged over them -> unit vectors `(T, P)`."""
-        templates = list(self.processor.templates if templates is None else templates)
+        templates = list(self.templates if templates is None else templates)
         step = max(1, _TEXT_BATCH // len(templates))
-        parts = [self._encode_texts(list(labels[i : i + step]), templates) for i in range(0, len(labels), step)]
+        with torch.no_grad():
+            parts = [self._encode_texts(list(labels[i : i + step]), templates) for i in range(0, len(labels), step)]
         return ICLIPTextFeatures(
             text_embeds=torch.cat([part.text_embeds for part in parts]),
             map_text_embeds=torch.cat([part.map_text_embeds for part in parts]),
         )
 
-    def _encode_texts(self, labels: list[str], templates: list[str]) -> ICLIPTextFeatures:
-        inputs = self.processor(labels=labels, templates=templates).to(self.device)
-        return self.model.get_text_features(**inputs)
+    @abstractmethod
+    def _encode_texts(self, labels: list[str], templates: list[str]) -> ICLIPTextFeatures: ...
 
     def encode_image(self, pixel_values: torch.Tensor) -> ICLIPImageFeatures:
-        """`(B, 3, H, W)` -> unit vectors of images `(B, P)` and patches `(B, N, P)`, and the patch grid."""
-        return self.model.get_image_features(pixel_values)
+        """`(B, 3, H, W)` -> unit vectors of images `(B, P)` and of patches `(B, N, P)`, and the patch grid."""
+        weight = next(self.model.parameters())
+        return self._encode_image(pixel_values.to(weight.device, weight.dtype))
+
+    @abstractmethod
+    def _encode_image(self, pixel_values: torch.Tensor) -> ICLIPImageFeatures: ...
+
+    @abstractmethod
+    def project(self, stream: torch.Tensor) -> torch.Tensor:
+        """Patches of the stream that leaves the last block, `(B, N, D)` -> the space of the texts, `(B, N, P)`."""
 
     def similarity_maps(self, image: ICLIPImageFeatures, texts: ICLIPTextFeatures) -> torch.Tensor:
         """Raw maps `(B, T, h, w)`: the cosine of every patch with every text (Eq. 1-3)."""
-        return self.model.similarity_maps(image, texts)
-
-
-class CLIPFamily(Family):
-    """transformers' CLIP: the patch tokens go through the class token's norm and projection."""
-
-    name = "CLIP"
-    text_options = {}
-
-    def __init__(self, model: PreTrainedModel, processor):
-        super().__init__(model, self._whole_image_processor(model, processor))
-
-    def _whole_image_processor(self, model, processor) -> ICLIPProcessor:
-        vision = model.config.vision_config
-        size = {"height": vision.image_size, "width": vision.image_size}
-        options = processor.image_processor.to_dict() | {"size": size, "do_center_crop": False}
-        return ICLIPProcessor(
-            type(processor.image_processor).from_dict(options),
-            processor.tokenizer,
-            patch_size=vision.patch_size,
-            max_text_length=model.config.text_config.max_position_embeddings,
-            **self.text_options,
-        )
-
-    def _encode_texts(self, labels: list[str], templates: list[str]) -> ICLIPTextFeatures:
-        inputs = self.processor(labels=labels, templates=templates).to(self.device)
-        num_templates = inputs.pop("num_templates", 1)
-        return _text_features(self.model.get_text_features(**inputs).pooler_output, num_templates)
-
-    def encode_image(self, pixel_values: torch.Tensor) -> ICLIPImageFeatures:
-        output = self.model.get_image_features(pixel_values, interpolate_pos_encoding=True)
-        return ICLIPImageFeatures(
-            image_embeds=_unit(output.pooler_output),
-            patch_embeds=_unit(self.project(output.last_hidden_state[:, 1:])),
-            grid=self.grid(pixel_values),
-        )
-
-    def project(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Patch tokens `(B, N, D)` of the last layer -> the image-text space `(B, N, P)`."""
-        return self.model.visual_projection(self.model.vision_model.post_layernorm(tokens))
-
-    def grid(self, pixel_values: torch.Tensor) -> tuple[int, int]:
-        patch = self.processor.patch_size
-        return pixel_values.shape[2] // patch, pixel_values.shape[3] // patch
-
-    def similarity_maps(self, image: ICLIPImageFeatures, texts: ICLIPTextFeatures) -> torch.Tensor:
         return cosine_similarity_map(image.patch_embeds, texts.map_text_embeds, image.grid)
 
+    def logit_scale(self) -> torch.Tensor:
+        """What the model multiplies the cosines of images and texts with."""
+        return self.model.logit_scale.exp()
 
-def _unit(features: torch.Tensor) -> torch.Tensor:
+    def trace(
+        self, pixel_values: torch.Tensor, start: int = -1, grad: bool = False
+    ) -> tuple[ICLIPImageFeatures, list[AttentionRecord]]:
+        """Encodes images with the attention layers from `start` on recorded, with `grad` differentiable from there."""
+        return record(lambda: self.encode_image(pixel_values), range(len(self.layers))[start], grad)
+
+
+class _TransformersFamily(Family):
+    """What the families of transformers share: a vision tower whose layers look up their attention function."""
+
+    def _prepare_layers(self) -> None:
+        tower = self.model.vision_model
+        tower.set_attn_implementation("iclip_recorded")
+        for block in tower.modules():
+            if isinstance(block, GradientCheckpointingLayer):
+                attention = next(child for child in block.children() if hasattr(child, "v_proj"))
+                projection = attention.o_proj if hasattr(attention, "o_proj") else attention.out_proj
+                self._add_layer(block, attention, head_output(projection, getattr(block, "layer_scale1", None)))
+
+    def _final_norm(self, stream: torch.Tensor) -> torch.Tensor:
+        norms = [child for child in self.model.vision_model.children() if isinstance(child, nn.LayerNorm)]
+        return norms[-1](stream)
+
+
+class ICLIPFamily(_TransformersFamily):
+    """ICLIP, whose own functions are called for everything that it can do itself."""
+
+    def __init__(self, model: ICLIPModel, processor: ICLIPProcessor):
+        super().__init__(model, processor)
+        self.model.config.lock_vision = False  # of the copy: the gradient methods go through the tower
+        self.reads_one_query = model.config.dual_projection or model.config.pooling == "class_token"
+
+    def _encode_texts(self, labels: list[str], templates: list[str]) -> ICLIPTextFeatures:
+        return self.model.get_text_features(**self.processor(labels=labels, templates=templates).to(self.model.device))
+
+    def _encode_image(self, pixel_values: torch.Tensor) -> ICLIPImageFeatures:
+        return self.model.get_image_features(pixel_values)
+
+    def project(self, stream: torch.Tensor) -> torch.Tensor:
+        return self.model.map_branch.visual_projection(self._final_norm(stream))
+
+    def similarity_maps(self, image: ICLIPImageFeatures, texts: ICLIPTextFeatures) -> torch.Tensor:
+        return self.model.similarity_maps(image, texts)
+
+    def logit_scale(self) -> torch.Tensor:
+        return self.model.logit_scales()[0]
+
+
+class CLIPFamily(_TransformersFamily):
+    """CLIP, whose patch tokens go through the class token's norm and projection."""
+
+    text_padding = "longest"
+
+    def __init__(self, model: CLIPModel, processor):
+        own_processor = ICLIPProcessor(
+            self._whole_image_processor(model.config.vision_config, processor.image_processor),
+            processor.tokenizer,
+            patch_size=model.config.vision_config.patch_size,
+            max_text_length=model.config.text_config.max_position_embeddings,
+            text_padding=self.text_padding,
+        )
+        super().__init__(model, own_processor)
+
+    def _whole_image_processor(self, vision_config, image_processor):
+        """The given image processor, made to resize the whole image to the size that the model was trained at."""
+        side = vision_config.image_size
+        options = {"size": {"height": side, "width": side}, "do_center_crop": False, "do_convert_rgb": True}
+        return type(image_processor)(**(image_processor.to_dict() | options))
+
+    def _encode_texts(self, labels: list[str], templates: list[str]) -> ICLIPTextFeatures:
+        inputs = self.processor(labels=labels, templates=templates).to(self.model.device)
+        num_templates = inputs.pop("num_templates", 1)
+        return text_features(self.model.get_text_features(**inputs).pooler_output, num_templates)
+
+    def _encode_image(self, pixel_values: torch.Tensor) -> ICLIPImageFeatures:
+        output = self._vision_output(pixel_values)
+        grid = tuple(side // self.processor.patch_size for side in pixel_values.shape[2:])
+        patch_tokens = output.last_hidden_state[:, -grid[0] * grid[1] :]
+        return ICLIPImageFeatures(
+            image_embeds=unit(output.pooler_output), patch_embeds=unit(self._project_output(patch_tokens)), grid=grid
+        )
+
+    def _vision_output(self, pixel_values: torch.Tensor) -> BaseModelOutputWithPooling:
+        return self.model.get_image_features(pixel_values, interpolate_pos_encoding=True)
+
+    def _project_output(self, patch_tokens: torch.Tensor) -> torch.Tensor:
+        """As `project`, for tokens as the tower returns them: CLIP's are still without the final norm."""
+        return self.project(patch_tokens)
+
+    def project(self, stream: torch.Tensor) -> torch.Tensor:
+        return self.model.visual_projection(self._final_norm(stream))
+
+
+class SiglipFamily(CLIPFamily):
+    """
+    SigLIP, which has no class token: the probe of a pooling head attends over the patches. A patch's place in the space of
+    the texts is what the head gives where its attention is all on this patch: value, output projection and MLP.
+    """
+
+    text_padding = "max_length"
+
+    def _prepare_layers(self) -> None:
+        super()._prepare_layers()
+        head = self.model.vision_model.head
+        self._add_layer(head, head.attention, head_output(head.attention.out_proj), residual=False)
+
+    def _project_output(self, patch_tokens: torch.Tensor) -> torch.Tensor:
+        head = self.model.vision_model.head
+        weight, bias = head.attention.in_proj_weight.chunk(3)[2], head.attention.in_proj_bias.chunk(3)[2]
+        pooled = head.attention.out_proj(F.linear(patch_tokens, weight, bias))
+        return pooled + head.mlp(head.layernorm(pooled))
+
+    def project(self, stream: torch.Tensor) -> torch.Tensor:
+        return self._project_output(self._final_norm(stream))
+
+
+class Siglip2Family(SiglipFamily):
+    """SigLIP2 for images of any shape (NaFlex). It is given all patches of each image, so that none is padding."""
+
+    def _whole_image_processor(self, vision_config, image_processor):
+        side = math.isqrt(vision_config.num_patches) * vision_config.patch_size
+        return whole_image_processor(
+            side, image_processor.image_mean, image_processor.image_std, image_processor.resample
+        )
+
+    def _vision_output(self, pixel_values: torch.Tensor) -> BaseModelOutputWithPooling:
+        patch = self.processor.patch_size
+        patches = pixel_values.unfold(2, patch, patch).unfold(3, patch, patch)  # (B, 3, h, w, patch, patch)
+        shapes = torch.tensor(patches.shape[2:4], device=patches.device).expand(len(patches), 2)
+        patches = patches.permute(0, 2, 3, 4, 5, 1).flatten(3).flatten(1, 2)  # (B, h * w, patch * patch * 3)
+        mask = torch.ones(patches.shape[:2], dtype=torch.long, device=patches.device)
+        return self.model.get_image_features(patches, pixel_attention_mask=mask, spatial_shapes=shapes)
+
+
+def whole_image_processor(side: int, mean: Sequence[float], std: Sequence[float], resample: int):
+    """An image processor that resizes whole images to a square of `side` pixels."""
+    return SiglipImageProcessor(
+        size={"height": side, "width": side}, image_mean=mean, image_std=std, resample=resample, do_convert_rgb=True
+    )
+
+
+def unit(features: torch.Tensor) -> torch.Tensor:
+    """Unit vectors, float32."""
     return F.normalize(features.float(), dim=-1)
 
 
-def _text_features(projected: torch.Tensor, num_templates: int) -> ICLIPTextFeatures:
-    """(T * num_templates, P) -> (T, P), the mean of each label's unit vectors."""
-    embeds = _unit(_unit(projected).unflatten(0, (-1, num_templates)).mean(1))
+def text_features(projected: torch.Tensor, num_templates: int) -> ICLIPTextFeatures:
+    """Projected prompts `(T * num_templates, P)` -> unit vectors `(T, P)`, the mean of each label's unit vectors."""
+    embeds = unit(unit(projected).unflatten(0, (-1, num_templates)).mean(1))
     return ICLIPTextFeatures(text_embeds=embeds, map_text_embeds=embeds)
 
 
-_FAMILIES = {ICLIPModel: Family, CLIPModel: CLIPFamily}
-
-
-def adapt(model, processor) -> Family:
-    """The model's family, by its class."""
-    for kind, family in _FAMILIES.items():
-        if isinstance(model, kind):
-            return family(model, processor)
-    raise TypeError(
-        f"Expected a model of {', '.join(kind.__name__ for kind in _FAMILIES)}, got {type(model).__name__}."
-    )
+def head_output(projection: nn.Module, scale: nn.Module | None = None) -> Callable[[torch.Tensor], torch.Tensor]:
+    """An `AttentionLayer.output`: heads merged, projected, and scaled where the model has a layer scale."""
+    scale = nn.Identity() if scale is None else scale
+    return lambda heads: scale(projection(merge_heads(heads)))

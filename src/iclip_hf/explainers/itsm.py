@@ -14,7 +14,7 @@ class ITSM(Explainer):
     @torch.no_grad()
     def raw_maps(self, pixel_values: torch.Tensor, texts: ICLIPTextFeatures) -> tuple[torch.Tensor, torch.Tensor]:
         image = self.family.encode_image(pixel_values)
-        return self.family.similarity_maps(image, texts).float(), cosine_scores(image.image_embeds, texts.text_embeds)
+        return self.family.similarity_maps(image, texts).float(), cosines(image.image_embeds, texts.text_embeds)
 
 
 class ReversedITSM(ITSM):
@@ -25,6 +25,6 @@ class ReversedITSM(ITSM):
         return -maps, scores
 
 
-def cosine_scores(image_embeds: torch.Tensor, text_embeds: torch.Tensor) -> torch.Tensor:
+def cosines(image_embeds: torch.Tensor, text_embeds: torch.Tensor) -> torch.Tensor:
     """(B, P) images and (T, P) or (B, T, P) texts, unit vectors -> (B, T) float32."""
     return (text_embeds.float() @ image_embeds.float().unsqueeze(-1)).squeeze(-1)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextvars import ContextVar
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain
 
 import torch
@@ -47,13 +48,13 @@ class _Recording:
 _recording: ContextVar[_Recording | None] = ContextVar("recording", default=None)
 
 
-@dataclass
+@dataclass(frozen=True)
 class AttentionLayer:
     """
-    An attention layer of a tower, prepared to be recorded.
+    An attention layer of an image tower, prepared to be recorded.
 
     Attributes:
-        output: `(B, H, L, D / H)` mixed values of the heads -> `(B, L, D)`, what the layer adds to the stream.
+        output: mixed values of the heads `(B, H, L, D / H)` -> what the layer adds to the stream, `(B, L, D)`.
         residual (`bool`): a self-attention in the stream; False for a head that pools the tokens at the end.
     """
 
@@ -90,18 +91,8 @@ def record(forward: Callable[[], object], start: int, grad: bool) -> tuple[objec
         _recording.reset(token)
 
 
-def text_gradients(logits: torch.Tensor, inputs: list[torch.Tensor]) -> Iterator[tuple[torch.Tensor, ...]]:
-    """
-    Gradients of each text's logits `(B, T)` with respect to the inputs: one backward a text, of all images at once, through
-    the one graph. Images do not mix, so that the sum over them has each image's own gradient.
-    """
-    last = logits.shape[1] - 1
-    for text in range(last + 1):
-        yield torch.autograd.grad(logits[:, text].sum(), inputs, retain_graph=text < last)
-
-
-def prepare_block(index: int, block: nn.Module, attention: nn.Module) -> None:
-    """Has a private copy's block record what enters it and, if of transformers, what its attention sees."""
+def prepare(index: int, block: nn.Module, attention: nn.Module) -> None:
+    """Makes layer `index` of a private copy record what enters its block and what its attention sees."""
 
     def enter_block(module, args, kwargs):
         recording = _recording.get()
@@ -112,34 +103,55 @@ def prepare_block(index: int, block: nn.Module, attention: nn.Module) -> None:
         return (stream, *args[1:]), kwargs
 
     def enter_attention(module, args, kwargs):
-        recording = _recording.get()
-        if recording is not None and recording.layers:
-            recording.layers[-1].tokens = args[0] if args else kwargs["hidden_states"]
+        if record := _current_layer():
+            record.tokens = args[0] if args else kwargs["hidden_states"]
 
     block.register_forward_pre_hook(enter_block, with_kwargs=True)
     attention.register_forward_pre_hook(enter_attention, with_kwargs=True)
+    if isinstance(attention, nn.MultiheadAttention):
+        attention.forward = partial(_multihead_attention, attention)
 
 
-def _explicit_attention(query, key, value, scaling: float) -> torch.Tensor:
-    """Attention (B, H, Q, D / H) with its weights recorded if a recording reached this layer."""
-    recording = _recording.get()
+def merge_heads(heads: torch.Tensor) -> torch.Tensor:
+    """`(B, H, L, D / H)` -> `(B, L, D)`."""
+    return heads.transpose(1, 2).flatten(2)
+
+
+def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float) -> torch.Tensor:
+    """Mixes the values by attention, `(B, H, Q, D / H)`, with explicit weights that are recorded."""
     # float32 before the product: its logits overflow float16
     weights = ((query.float() @ key.float().mT) * scaling).softmax(-1).to(value.dtype)
-    if recording is not None and recording.layers:
-        record = recording.layers[-1]
+    if record := _current_layer():
         record.query, record.key, record.value, record.weights = query, key, value, weights
-    return weights @ value, weights
+    return weights @ value
 
 
-def _recorded_attention(module, query, key, value, attention_mask, scaling=None, **kwargs):
-    """transformers' attention function: fused below the recorded layers. Image towers get no padding to mask."""
+def _current_layer() -> AttentionRecord | None:
+    """Of the forward that is being recorded, the layer that it has come to."""
     recording = _recording.get()
-    if recording is None or not recording.layers:
+    return recording.layers[-1] if recording and recording.layers else None
+
+
+def _transformers_attention(module, query, key, value, attention_mask, scaling=None, class_rows=None, **kwargs):
+    """Fused attention below the recorded layers, explicit in them. There is no mask: images get no padding."""
+    record = _current_layer()
+    if record is None:
         fused = AttentionInterface()["sdpa_class_row"]
-        return fused(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
-    output, weights = _explicit_attention(query, key, value, query.shape[-1] ** -0.5 if scaling is None else scaling)
-    return output.transpose(1, 2), weights
+        return fused(module, query, key, value, None, scaling=scaling, class_rows=class_rows, **kwargs)
+    heads = attend(query, key, value, query.shape[-1] ** -0.5 if scaling is None else scaling)
+    if class_rows is not None and getattr(module, "keep_class_row", False):
+        class_rows.append(record.weights[:, :, :1])
+    return heads.transpose(1, 2), None
 
 
-AttentionInterface.register("iclip_recorded", _recorded_attention)
+AttentionInterface.register("iclip_recorded", _transformers_attention)
 AttentionMaskInterface.register("iclip_recorded", sdpa_mask)
+
+
+def _multihead_attention(attention: nn.MultiheadAttention, query, key, value, **kwargs):
+    """`nn.MultiheadAttention.forward` for batch-first input without masks, in place of the fused kernel."""
+    projections = zip(
+        (query, key, value), attention.in_proj_weight.chunk(3), attention.in_proj_bias.chunk(3), strict=True
+    )
+    heads = [F.linear(x, w, b).unflatten(-1, (attention.num_heads, -1)).transpose(1, 2) for x, w, b in projections]
+    return attention.out_proj(merge_heads(attend(*heads, scaling=attention.head_dim**-0.5))), None

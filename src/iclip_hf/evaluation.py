@@ -1,0 +1,275 @@
+"""From a segmentation data set and a model to mAP, mMIoU and mFMB of every method (the paper's Tables 1, 4, 5 and 8)."""
+
+from __future__ import annotations
+
+import csv
+import io
+import itertools
+import json
+import os
+import platform
+import time
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate import PartialState
+from accelerate.utils import gather_object
+from tqdm import tqdm
+
+from .data.segmentation import SegmentationDataset, SegmentationSample
+from .explainers import make_explainer
+from .metrics import MeanForegroundMinusBackground, MeanMaxIoU, MultiLabelAveragePrecision
+from .similarity import min_max_normalize, resize_maps
+
+
+@dataclass
+class EvaluationResult:
+    """
+    What was measured, and how.
+
+    Attributes:
+        protocol (`dict`): model, data set with its fingerprint, resolution, prompts, aggregation, software versions.
+        results (`dict`): for each method `mAP`, `mMIoU` and `floor` in percent and `mFMB` in [-1, 1]; `floor` is the mMIoU of
+            calling every pixel foreground.
+        per_class (`dict`): for each method a list of one `dict` a class: id, name, AP, IoU in percent, its best threshold,
+            and FMB; None where no image has the class.
+        timing (`dict`): seconds in all, seconds in the model's forward, images.
+    """
+
+    protocol: dict
+    results: dict[str, dict[str, float]]
+    per_class: dict[str, list[dict]]
+    timing: dict[str, float]
+
+    def table(self) -> str:
+        """The scores as a Markdown table."""
+        lines = ["| method | mAP % | mMIoU % | mFMB | floor % |", "|---|---|---|---|---|"]
+        lines += [
+            f"| {method} | {r['mAP']:.2f} | {r['mMIoU']:.2f} | {r['mFMB']:.4f} | {r['floor']:.2f} |"
+            for method, r in self.results.items()
+        ]
+        return "\n".join(lines)
+
+    def to_json(self) -> str:
+        """Everything, as JSON text."""
+        return json.dumps(asdict(self), indent=2) + "\n"
+
+    def per_class_csv(self) -> str:
+        """One row a method and class, as CSV text."""
+        text = io.StringIO()
+        rows = [{"method": method, **row} for method, rows in self.per_class.items() for row in rows]
+        writer = csv.DictWriter(text, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
+        return text.getvalue()
+
+    def save(self, path: str | Path) -> None:
+        """Writes `path` (JSON) and, beside it, the per-class scores as `.csv`; each appears whole or not at all."""
+        for target, text in ((Path(path), self.to_json()), (Path(path).with_suffix(".csv"), self.per_class_csv())):
+            partial = target.with_name(target.name + ".partial")
+            partial.write_text(text, encoding="utf-8")
+            os.replace(partial, target)
+
+
+@dataclass
+class _Scores:
+    """The three metrics of one method."""
+
+    miou: MeanMaxIoU
+    mfmb: MeanForegroundMinusBackground
+    average_precision: MultiLabelAveragePrecision
+
+    @classmethod
+    def of(cls, aggregate: str) -> _Scores:
+        return cls(MeanMaxIoU(aggregate), MeanForegroundMinusBackground(aggregate), MultiLabelAveragePrecision())
+
+    def add_counts(self, counts: list[tuple[int, np.ndarray, np.ndarray]]) -> None:
+        for label, threshold_counts, region_means in counts:
+            self.miou.add_counts(threshold_counts, label)
+            self.mfmb.add_counts(region_means, label)
+
+    def merge(self, other: _Scores) -> None:
+        self.miou.merge(other.miou)
+        self.mfmb.merge(other.mfmb)
+        self.average_precision.merge(other.average_precision)
+
+    def compute(self, dataset: SegmentationDataset) -> tuple[dict, list[dict]]:
+        """The summary, and one row a class."""
+        miou, mfmb, ap = self.miou.compute(), self.mfmb.compute(), self.average_precision.compute()
+        summary = {
+            "mAP": ap["map"],
+            "mMIoU": miou["mmiou"],
+            "mFMB": mfmb["mfmb"],
+            "floor": miou["floor"],
+            "pairs": miou["pairs"],
+            "left_out": {"mMIoU": miou["left_out"], "mFMB": mfmb["left_out"], "mAP": ap["left_out"]},
+        }
+        rows = [
+            {
+                "id": label,
+                "name": name,
+                "AP": ap["per_class"].get(label),
+                "MIoU": miou["per_class"].get(label),
+                "threshold": miou["thresholds"].get(label),
+                "FMB": mfmb["per_class"].get(label),
+            }
+            for label, name in zip(dataset.labels, dataset.class_names)
+        ]
+        return summary, rows
+
+
+def evaluate(
+    model,
+    processor,
+    dataset: SegmentationDataset,
+    methods: Sequence[str] = ("itsm",),
+    *,
+    image_size: int | None = None,
+    templates: Sequence[str] | None = None,
+    aggregate: str = "image",
+    limit: int | None = None,
+    batch_size: int = 8,
+    num_workers: int | None = None,
+    progress: bool = True,
+) -> EvaluationResult:
+    """
+    Measures recognition and interpretability of a model over a data set.
+
+    Every image is resized as a whole, without a crop. Its maps are drawn for the classes it shows, enlarged to its own size,
+    stretched to [0, 1] and compared with its masks; its scores of all classes rank it for mAP. Under `accelerate launch`
+    the images are shared out over the processes, and every process returns the same result.
+
+    Args:
+        model, processor: an ICLIP model or any other that [`make_explainer`] takes, on its device.
+        dataset ([`SegmentationDataset`]): from `load_segmentation`.
+        methods: names of explainers.
+        image_size (`int`, *optional*): side in pixels of the square that images are resized to; the processor's size if not
+            given.
+        templates: prompts for the class names; the data set's if not given.
+        aggregate (`str`): `"image"` or `"pixel"`, see [`MeanMaxIoU`].
+        limit (`int`, *optional*): evaluate only the first images.
+        batch_size (`int`): images in one forward.
+        num_workers (`int`, *optional*): threads that decode images and masks and count pixels beside the model; two less
+            than the processors, at least one, if not given.
+
+    Returns:
+        [`EvaluationResult`].
+
+    Raises:
+        `ValueError`, `TypeError`, `FileNotFoundError`: for options or files that are not as described; files are named.
+    """
+    if limit is not None and limit < 1:
+        raise ValueError(f"Expected limit to be at least 1, got {limit}.")
+    start = time.perf_counter()
+    rank, world = _process()
+    explainers = {method: make_explainer(model, processor, method) for method in dict.fromkeys(methods)}
+    templates = list(dataset.templates if templates is None else templates)
+    texts = {method: one.encode_texts(dataset.class_names, templates) for method, one in explainers.items()}
+    scores = {method: _Scores.of(aggregate) for method in explainers}
+
+    prepare = next(iter(explainers.values())).processor
+    size = {} if image_size is None else {"size": {"height": image_size, "width": image_size}}
+    indices = range(rank, min(len(dataset), limit or len(dataset)), world)
+    workers = num_workers or max(1, (os.cpu_count() or 1) - 2)
+    seconds_in_model = 0.0
+
+    def load(index: int) -> tuple[SegmentationSample, np.ndarray, torch.Tensor]:
+        sample = dataset[index]
+        presence = np.isin(dataset.labels, sample.labels)
+        return sample, presence, prepare(images=[sample.image], **size)["pixel_values"]
+
+    def forward() -> Iterator[tuple[str, SegmentationSample, torch.Tensor]]:
+        """The model's part, in this thread: raw maps of all classes for each method and image."""
+        nonlocal seconds_in_model
+        loaded = _ahead(pool, load, indices, 2 * batch_size)
+        while batch := list(itertools.islice(loaded, batch_size)):
+            samples, presence, pixels = zip(*batch)
+            for method, explainer in explainers.items():
+                began = time.perf_counter()
+                maps, cosines = (out.cpu() for out in explainer.raw_maps(torch.cat(pixels), texts[method]))
+                seconds_in_model += time.perf_counter() - began
+                scores[method].average_precision.update(cosines, np.stack(presence))
+                yield from zip(itertools.repeat(method), samples, maps)
+            bar.update(len(batch))
+
+    bar = tqdm(total=len(indices), unit="image", disable=not progress or rank > 0)
+    with ThreadPoolExecutor(workers) as pool, bar:
+        for method, counts in _ahead(pool, _count, forward(), 2 * batch_size):
+            scores[method].add_counts(counts)
+
+    scores = _merge_processes(scores)
+    protocol = {
+        "model": getattr(getattr(model, "config", None), "_name_or_path", "") or type(model).__name__,
+        "dataset": {
+            "name": dataset.name,
+            "split": dataset.split,
+            "images": len(range(min(len(dataset), limit or len(dataset)))),
+            "fingerprint": dataset.fingerprint(),
+        },
+        "image_size": size.get("size") or dict(prepare.image_processor.size),
+        "resize": "whole image, no crop",
+        "templates": templates,
+        "class_names": list(dataset.class_names),
+        "maps": "bicubic to the image's size, then min-max; foreground is M > t for t in 0, 0.01, ..., 1",
+        "aggregate": aggregate,
+        "versions": {name: version(name) for name in ("iclip-hf", "torch", "transformers")},
+        "python": platform.python_version(),
+    }
+    computed = {method: one.compute(dataset) for method, one in scores.items()}
+    return EvaluationResult(
+        protocol=protocol,
+        results={method: summary for method, (summary, _) in computed.items()},
+        per_class={method: rows for method, (_, rows) in computed.items()},
+        timing={
+            "seconds": time.perf_counter() - start,
+            "seconds_in_model": seconds_in_model,
+            "images": len(indices),
+        },
+    )
+
+
+def _count(item: tuple[str, SegmentationSample, torch.Tensor]) -> tuple[str, list[tuple[int, np.ndarray, np.ndarray]]]:
+    """One image's raw maps `(K, h, w)` -> for each class that it shows, the pixel counts of mMIoU and mFMB."""
+    method, sample, raw_maps = item
+    counts = []
+    for label in sample.labels:
+        heatmap = min_max_normalize(resize_maps(raw_maps[label - 1], sample.size))
+        mask = sample.mask(label)
+        counts.append(
+            (label, MeanMaxIoU.count(heatmap, mask, label), MeanForegroundMinusBackground.count(heatmap, mask, label))
+        )
+    return method, counts
+
+
+def _ahead(pool: ThreadPoolExecutor, function, items: Iterable, depth: int) -> Iterator:
+    """`map` over a pool, in order, that draws at most `depth` items ahead of what was taken, so that memory stays flat."""
+    pending: deque[Future] = deque()
+    for item in items:
+        pending.append(pool.submit(function, item))
+        if len(pending) > depth:
+            yield pending.popleft().result()
+    while pending:
+        yield pending.popleft().result()
+
+
+def _process() -> tuple[int, int]:
+    """Rank and number of the processes that share this evaluation."""
+    state = PartialState()
+    return state.process_index, state.num_processes
+
+
+def _merge_processes(scores: dict[str, _Scores]) -> dict[str, _Scores]:
+    """The sums of all processes together, on every process."""
+    if PartialState().num_processes == 1:
+        return scores
+    first, *others = gather_object([scores])
+    for other in others:
+        for method, one in first.items():
+            one.merge(other[method])
+    return first

@@ -1,0 +1,41 @@
+"""CLIP Surgery (Li et al. 2023): consistent self-attention, and what the texts have in common taken away."""
+
+from __future__ import annotations
+
+import torch
+
+from ..modeling_iclip import ICLIPTextFeatures
+from .recording import AttentionRecord
+from .self_self import SelfSelfAttention, similar
+
+
+class CLIPSurgery(SelfSelfAttention):
+    """
+    Values attend to values (architecture surgery). From each text's similarity, weighted by how well the text fits the
+    image, the mean over the texts is taken away (feature surgery): a map depends on the other texts. A single text is
+    compared with a prompt that names nothing.
+    """
+
+    def __init__(self, model, processor, depth: int = 6):
+        super().__init__(model, processor, depth)
+        self.nothing = self.family.encode_texts(["a photo of"], ["{}"])
+
+    def mix(self, layer: AttentionRecord) -> torch.Tensor:
+        return similar(layer.value, layer.value.shape[-1] ** -0.5) @ layer.value
+
+    @torch.no_grad()
+    def raw_maps(self, pixel_values: torch.Tensor, texts: ICLIPTextFeatures) -> tuple[torch.Tensor, torch.Tensor]:
+        single = texts.text_embeds.shape[-2] == 1
+        if single:
+            texts = ICLIPTextFeatures(
+                text_embeds=torch.cat([texts.text_embeds, self.nothing.text_embeds.expand_as(texts.text_embeds)], -2),
+                map_text_embeds=torch.cat(
+                    [texts.map_text_embeds, self.nothing.map_text_embeds.expand_as(texts.map_text_embeds)], -2
+                ),
+            )
+        maps, scores = super().raw_maps(pixel_values, texts)
+        if single:
+            return maps[:, :1] - maps[:, 1:], scores[:, :1]
+        weights = (2 * scores).softmax(1) * scores.shape[1]  # 2 is the authors'; their mean is 1
+        maps = maps * weights[..., None, None]
+        return maps - maps.mean(1, keepdim=True), scores

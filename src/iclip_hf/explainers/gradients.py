@@ -1,0 +1,52 @@
+"""Shared ground of the methods that differentiate the similarity."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+
+import torch
+
+from ..modeling_iclip import ICLIPTextFeatures
+from .explainer import Explainer
+from .itsm import cosines
+from .recording import AttentionRecord
+
+
+class GradientExplainer(Explainer):
+    """
+    One forward for all texts, with a graph from attention layer `layer` on; then for each text one backward through it,
+    of all images at once.
+
+    Args:
+        layer (`int`): index among the attention layers of the image tower; -1 is the last.
+    """
+
+    def __init__(self, model, processor, layer: int = -1):
+        super().__init__(model, processor)
+        self.layer = layer
+        depth = len(self.family.layers)
+        if not -depth <= layer < depth:
+            raise ValueError(f"Expected layer to be one of the {depth} attention layers, got {layer}.")
+
+    def raw_maps(self, pixel_values: torch.Tensor, texts: ICLIPTextFeatures) -> tuple[torch.Tensor, torch.Tensor]:
+        image, layers = self.family.trace(pixel_values, self.layer, grad=True)
+        inputs = self.differentiated(layers)
+        maps, patches, count = [], image.patch_embeds.shape[1], texts.text_embeds.shape[-2]
+        with torch.inference_mode(False), torch.enable_grad():
+            # The clone: an embedding made under inference mode could not take part in a backward.
+            scores = cosines(image.image_embeds, texts.text_embeds.clone())
+            logits = self.family.logit_scale() * scores
+            for text in range(count):
+                # Images do not mix, so that the gradient of their sum has each image's own.
+                gradients = torch.autograd.grad(logits[:, text].sum(), inputs, retain_graph=text < count - 1)
+                with torch.no_grad():
+                    maps.append(self.weigh(inputs, gradients, patches))
+        return torch.stack(maps, 1).unflatten(-1, image.grid).float(), scores.detach()
+
+    @abstractmethod
+    def differentiated(self, layers: list[AttentionRecord]) -> list[torch.Tensor]:
+        """The tensors whose gradients are taken."""
+
+    @abstractmethod
+    def weigh(self, inputs: list[torch.Tensor], gradients: tuple[torch.Tensor, ...], patches: int) -> torch.Tensor:
+        """Those tensors and one text's gradients -> its relevance of the patches, `(B, N)`."""

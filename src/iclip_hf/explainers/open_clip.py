@@ -1,0 +1,79 @@
+"""Models of the open_clip library: its transformers with a class token, and its ResNets."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+from torch import nn
+
+from ..modeling_iclip import ICLIPImageFeatures, ICLIPTextFeatures
+from .families import Family, head_output, text_features, unit, whole_image_processor
+from .recording import attend, merge_heads
+
+
+_RESAMPLE = {"bicubic": 3, "bilinear": 2}  # Pillow's numbers
+
+
+class OpenCLIPFamily(Family):
+    """A transformer with a class token, for images of the one size that its position embeddings have."""
+
+    def __init__(self, model: nn.Module, tokenizer):
+        self.tokenizer = tokenizer
+        options, size = model.visual.preprocess_cfg, model.visual.image_size
+        self.side = size[0] if isinstance(size, tuple) else size
+        resample = _RESAMPLE[options["interpolation"]]
+        processor = whole_image_processor(self.side, options["mean"], options["std"], resample)
+        super().__init__(model, partial(processor, return_tensors="pt"))
+        self.reads_one_query = getattr(model.visual, "pool_type", "tok") == "tok"
+
+    def _prepare_layers(self) -> None:
+        for block in self.model.visual.transformer.resblocks:
+            self._add_layer(block, block.attn, head_output(block.attn.out_proj, block.ls_1))
+
+    def _encode_texts(self, labels: list[str], templates: list[str]) -> ICLIPTextFeatures:
+        tokens = self.tokenizer([template.format(label) for label in labels for template in templates])
+        return text_features(self.model.encode_text(tokens.to(self.model.logit_scale.device)), len(templates))
+
+    def _encode_image(self, pixel_values: torch.Tensor) -> ICLIPImageFeatures:
+        if pixel_values.shape[2:] != (self.side, self.side):
+            raise ValueError(
+                f"This open_clip model takes images of {self.side}x{self.side} pixels, got {tuple(pixel_values.shape)}."
+            )
+        output = self.model.visual.forward_intermediates(pixel_values, indices=1)
+        (stream,) = output["image_intermediates"]  # (B, D, h, w)
+        return ICLIPImageFeatures(
+            image_embeds=unit(output["image_features"]),
+            patch_embeds=unit(self.project(stream.flatten(2).mT)),
+            grid=tuple(stream.shape[2:]),
+        )
+
+    def project(self, stream: torch.Tensor) -> torch.Tensor:
+        return self.model.visual.ln_post(stream) @ self.model.visual.proj
+
+
+class OpenCLIPResNetFamily(OpenCLIPFamily):
+    """
+    A ResNet, whose one attention layer is the pooling at its end. A position's place in the space of the texts is what the
+    pooling gives where its attention is all there: value and output projection.
+    """
+
+    def _prepare_layers(self) -> None:
+        pool = self.model.visual.attnpool
+        pool.forward = partial(_attention_pool, pool)
+        self._add_layer(pool, pool, head_output(pool.c_proj), residual=False)
+
+    def project(self, stream: torch.Tensor) -> torch.Tensor:
+        pool = self.model.visual.attnpool
+        return pool.c_proj(pool.v_proj(stream + pool.positional_embedding[1:]))
+
+
+def _attention_pool(pool: nn.Module, features: torch.Tensor) -> torch.Tensor:
+    """Attention pooling of features `(B, D, h, w)` by their mean, in place of open_clip's fused kernel."""
+    tokens = features.flatten(2).mT
+    tokens = torch.cat([tokens.mean(1, keepdim=True), tokens], 1) + pool.positional_embedding
+    query, key, value = (
+        projection(x).unflatten(-1, (pool.num_heads, -1)).transpose(1, 2)
+        for projection, x in ((pool.q_proj, tokens[:, :1]), (pool.k_proj, tokens), (pool.v_proj, tokens))
+    )
+    return pool.c_proj(merge_heads(attend(query, key, value, query.shape[-1] ** -0.5)))[:, 0]

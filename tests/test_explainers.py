@@ -1,0 +1,779 @@
+"""Explainers against slow independent implementations, on tiny random models of every family; images are never square."""
+
+import copy
+import threading
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from conftest import CLIP_TOKENS, TRANSFORMER, VIT, tiny_model
+from PIL import Image
+from torch import nn
+from torch.nn import functional as F
+from transformers import (
+    CLIPConfig,
+    CLIPImageProcessor,
+    CLIPModel,
+    Siglip2Config,
+    Siglip2ImageProcessor,
+    Siglip2Model,
+    SiglipConfig,
+    SiglipImageProcessor,
+    SiglipModel,
+)
+
+from iclip_hf.explainers import METHODS, explain, make_explainer
+from iclip_hf.explainers.bi_modal import BiModal
+from iclip_hf.explainers.families import Family, head_output
+from iclip_hf.explainers.grad_cam import GradCAM
+from iclip_hf.modeling_iclip import ICLIPImageFeatures, ICLIPTextFeatures
+from iclip_hf.similarity import min_max_normalize
+
+
+LABELS = ["dog", "red ball", "blue car"]
+SIZES = [(40, 50), (33, 32), (64, 20)]  # height, width
+WIDE = {"height": 32, "width": 48}
+GRID = (4, 6)
+
+
+def images():
+    generator = np.random.default_rng(0)
+    return [Image.fromarray(generator.integers(0, 256, (*size, 3), dtype=np.uint8)) for size in SIZES]
+
+
+def pixels(size=(32, 48), batch=2):
+    return torch.randn(batch, 3, *size, generator=torch.Generator().manual_seed(1))
+
+
+@torch.no_grad()
+def liven(model: nn.Module) -> nn.Module:
+    """At the usual initial scale all tokens would be nearly equal."""
+    for name, parameter in model.named_parameters():
+        if parameter.ndim >= 2:
+            parameter.normal_(std=parameter[0].numel() ** -0.5)
+        elif name.endswith("bias"):
+            parameter.normal_(std=0.1)
+        elif "bn" in name:
+            parameter.fill_(2)  # a ResNet starts with its blocks' last norm at 0
+    return model.eval()
+
+
+def tiny_open_clip(tokenizer, **vision):
+    open_clip = pytest.importorskip("open_clip", reason="needs open_clip_torch")
+    text = {"context_length": 12, "vocab_size": 64, "width": 32, "heads": 4, "layers": 2}
+    model = open_clip.CLIP(embed_dim=16, vision_cfg=vision, text_cfg=text)
+    cfg = {"mean": (0.5, 0.4, 0.3), "std": (0.2, 0.25, 0.3), "interpolation": "bicubic"}
+    open_clip.set_model_preprocess_cfg(model, cfg)
+
+    def tokenize(texts):
+        return tokenizer(texts, padding="max_length", max_length=12, truncation=True, return_tensors="pt")["input_ids"]
+
+    return liven(model), tokenize
+
+
+def build(family: str, processor):
+    """A model of the family, its processor, and the (height, width) of its input in the tests."""
+    torch.manual_seed(0)
+    text = {**TRANSFORMER, **CLIP_TOKENS, "eos_token_id": processor.tokenizer.sep_token_id}
+    if family == "iclip":
+        return tiny_model("dinov2_with_registers"), processor, (32, 48)
+    if family == "clip":
+        model = CLIPModel(CLIPConfig(vision_config=VIT, text_config=text, projection_dim=16))
+        image_processor = CLIPImageProcessor()
+    if family == "siglip":
+        model = SiglipModel(SiglipConfig(vision_config=VIT, text_config={**text, "projection_size": 32}))
+        image_processor = SiglipImageProcessor()
+    if family == "siglip2":
+        vision = {name: value for name, value in VIT.items() if name != "image_size"} | {"num_patches": 16}
+        model = Siglip2Model(Siglip2Config(vision_config=vision, text_config={**text, "projection_size": 32}))
+        image_processor = Siglip2ImageProcessor(patch_size=8, max_num_patches=24)
+    if family == "open_clip":
+        return *tiny_open_clip(processor.tokenizer, image_size=32, patch_size=8, width=32, layers=2, head_width=8), (32, 32)
+    if family == "open_clip_resnet":
+        return *tiny_open_clip(processor.tokenizer, image_size=96, layers=[1] * 4, width=4, head_width=32), (96, 96)
+    return liven(model), SimpleNamespace(image_processor=image_processor, tokenizer=processor.tokenizer), (32, 48)
+
+
+FAMILIES = ["iclip", "clip", "siglip", "siglip2", "open_clip", "open_clip_resnet"]
+REFUSED = {("open_clip_resnet", "clip_surgery"), ("open_clip_resnet", "gem")}
+PAIRS = [(family, method) for family in FAMILIES for method in METHODS if (family, method) not in REFUSED]
+
+
+@pytest.fixture(scope="module")
+def made(tiny_processor):
+    """One model of each family for all tests: nothing here may change it."""
+    cache = {}
+
+    def get(family):
+        if family not in cache:
+            cache[family] = build(family, tiny_processor)
+        return cache[family]
+
+    return get
+
+
+def cosine_map(patches, texts, grid):
+    return torch.einsum("bnp,tp->btn", F.normalize(patches, dim=-1), F.normalize(texts, dim=-1)).unflatten(-1, grid)
+
+
+# What every method keeps, for every family
+
+
+@pytest.mark.parametrize(("family", "method"), PAIRS)
+def test_batch_order_and_texts_do_not_matter(made, family, method):
+    model, processor, size = made(family)
+    explainer = make_explainer(model, processor, method)
+    texts, pixel_values = explainer.encode_texts(LABELS, ["{}"]), pixels(size)
+    before = pixel_values.clone()
+    maps, scores = explainer.raw_maps(pixel_values, texts)
+    assert maps.dtype == scores.dtype == torch.float32 and not maps.requires_grad and not scores.requires_grad
+    assert maps.shape[:2] == scores.shape == (2, 3) and scores.abs().max() <= 1 + 1e-6
+    assert maps.std() > 0  # a live map, or comparing would prove nothing
+    assert torch.equal(pixel_values, before)
+
+    for index in range(2):
+        single, score = explainer.raw_maps(pixel_values[index : index + 1], texts)
+        torch.testing.assert_close(single[0], maps[index], atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(score[0], scores[index], atol=1e-5, rtol=1e-4)
+
+    order = [2, 0, 1]
+    permuted = ICLIPTextFeatures(text_embeds=texts.text_embeds[order], map_text_embeds=texts.map_text_embeds[order])
+    other, score = explainer.raw_maps(pixel_values, permuted)
+    torch.testing.assert_close(other, maps[:, order], atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(score, scores[:, order], atol=1e-6, rtol=1e-5)
+
+    own = ICLIPTextFeatures(  # texts an image: the first image's, and reversed
+        text_embeds=torch.stack([texts.text_embeds, texts.text_embeds.flip(0)]),
+        map_text_embeds=torch.stack([texts.map_text_embeds, texts.map_text_embeds.flip(0)]),
+    )
+    different, score = explainer.raw_maps(pixel_values, own)
+    torch.testing.assert_close(different, torch.stack([maps[0], maps[1].flip(0)]), atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(score, torch.stack([scores[0], scores[1].flip(0)]), atol=1e-6, rtol=1e-5)
+
+
+def snapshot(model):
+    modules = [
+        (name, type(module), module.training, len(module._forward_hooks), len(module._forward_pre_hooks), set(vars(module)))
+        for name, module in model.named_modules()
+    ]
+    tensors = [(name, tensor.data_ptr(), tensor._version, tensor.requires_grad, tensor.grad) for name, tensor in model.named_parameters()]
+    config = copy.deepcopy(model.config.to_dict()) if hasattr(model, "config") else None
+    return modules, tensors, config
+
+
+@pytest.mark.parametrize(("family", "method"), PAIRS)
+def test_the_model_stays_as_it_was(made, family, method):
+    model, processor, size = made(family)
+    model.train()
+    before = snapshot(model)
+    explainer = make_explainer(model, processor, method)
+    texts = explainer.encode_texts(LABELS)
+    explainer.raw_maps(explainer.processor(images=images())["pixel_values"], texts)
+    with pytest.raises((ValueError, RuntimeError)):
+        explainer.raw_maps(torch.zeros(1, 4, *size), texts)
+    assert snapshot(model) == before
+    # and the explainer is as before: what was being recorded is gone
+    again = explainer.raw_maps(explainer.processor(images=images())["pixel_values"], texts)[0]
+    model.eval()
+    fresh = make_explainer(model, processor, method)
+    torch.testing.assert_close(again, fresh.raw_maps(fresh.processor(images=images())["pixel_values"], texts)[0])
+
+
+@pytest.mark.parametrize(("family", "method"), PAIRS)
+def test_scores_are_the_models_own(made, family, method):
+    model, processor, size = made(family)
+    explainer = make_explainer(model, processor, method)
+    pixel_values = pixels(size)
+    texts = [f"a photo of the {label}" for label in LABELS]
+    with torch.no_grad():
+        if family.startswith("open_clip"):
+            image, text = model.encode_image(pixel_values), model.encode_text(processor(texts))
+        else:
+            options = {"siglip": {"padding": "max_length", "max_length": 77}}.get(family.rstrip("2"), {"padding": True})
+            tokens = processor.tokenizer(texts, return_tensors="pt", **options)
+            text = model.get_text_features(**tokens).pooler_output
+            if family == "siglip2":
+                patches, mask, shapes = naflex(pixel_values)
+                image = model.get_image_features(patches, mask, shapes).pooler_output
+            else:
+                image = model.get_image_features(
+                    pixel_values, **({} if family == "iclip" else {"interpolate_pos_encoding": True})
+                ).pooler_output
+        expected = F.normalize(image, dim=-1) @ F.normalize(text, dim=-1).T
+    scores = explainer.raw_maps(pixel_values, explainer.encode_texts(LABELS, ["a photo of the {}"]))[1]
+    torch.testing.assert_close(scores, expected, atol=1e-5, rtol=1e-4)
+
+
+def naflex(pixel_values):
+    """Patches as Siglip2ImageProcessor cuts them, which wants the images one by one and pads."""
+    processor = Siglip2ImageProcessor(patch_size=8, max_num_patches=24, do_resize=False, do_rescale=False, do_normalize=False)
+    batch = processor(list(pixel_values), return_tensors="pt")
+    return batch["pixel_values"], batch["pixel_attention_mask"], batch["spatial_shapes"]
+
+
+# Each method against a slow implementation of its own
+
+
+@pytest.mark.parametrize("vision", ["vit", "dinov2_with_registers", "dinov3_vit"])
+def test_itsm_of_iclip_is_the_models_map(vision, tiny_processor):
+    model = tiny_model(vision)
+    explainer = make_explainer(model, tiny_processor)
+    texts = tiny_processor(labels=LABELS)
+    maps, scores = explainer.raw_maps(pixels(), explainer.encode_texts(LABELS))
+    with torch.no_grad():
+        outputs = model(pixel_values=pixels(), **texts, output_similarity_maps=True)
+    torch.testing.assert_close(maps, outputs.similarity_maps)
+    torch.testing.assert_close(scores, outputs.image_embeds @ outputs.text_embeds.T)
+
+
+def test_itsm_of_clip_is_the_cosine_of_projected_patch_tokens(made):
+    model, processor, _ = made("clip")
+    explainer = make_explainer(model, processor)
+    maps, _ = explainer.raw_maps(pixels(), explainer.encode_texts(LABELS, ["{}"]))
+    with torch.no_grad():
+        tokens = model.vision_model(pixels(), interpolate_pos_encoding=True).last_hidden_state[:, 1:]
+        patches = model.visual_projection(model.vision_model.post_layernorm(tokens))
+        texts = model.get_text_features(**processor.tokenizer(LABELS, padding=True, return_tensors="pt")).pooler_output
+    torch.testing.assert_close(maps, cosine_map(patches, texts, GRID), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("family", ["siglip", "siglip2"])
+def test_itsm_of_siglip_is_the_head_on_each_patch_alone(made, family):
+    model, processor, _ = made(family)
+    explainer = make_explainer(model, processor)
+    texts = explainer.encode_texts(LABELS)
+    maps, _ = explainer.raw_maps(pixels(), texts)
+    with torch.no_grad():
+        if family == "siglip":
+            tokens = model.vision_model(pixels(), interpolate_pos_encoding=True).last_hidden_state
+        else:
+            tokens = model.vision_model(*naflex(pixels())).last_hidden_state
+        patches = torch.stack([model.vision_model.head(tokens[:, n : n + 1]) for n in range(24)], 1)
+    torch.testing.assert_close(maps, cosine_map(patches, texts.text_embeds, GRID), atol=1e-5, rtol=0)
+
+
+def test_itsm_of_open_clip_is_the_cosine_of_its_projected_tokens(made):
+    model, tokenizer, size = made("open_clip")
+    explainer = make_explainer(model, tokenizer)
+    maps, _ = explainer.raw_maps(pixels(size), explainer.encode_texts(LABELS, ["{}"]))
+    visual = copy.deepcopy(model.visual)
+    visual.output_tokens = True
+    with torch.no_grad():
+        _, tokens = visual(pixels(size))
+        expected = cosine_map(tokens @ visual.proj, model.encode_text(tokenizer(LABELS)), (4, 4))
+    torch.testing.assert_close(maps, expected, atol=1e-5, rtol=0)
+
+
+def test_itsm_of_a_resnet_is_its_pooling_with_all_attention_on_one_position(made):
+    model, tokenizer, size = made("open_clip_resnet")
+    explainer = make_explainer(model, tokenizer)
+    texts = explainer.encode_texts(LABELS)
+    maps, _ = explainer.raw_maps(pixels(size), texts)
+    visual = model.visual
+    pool = visual.attnpool
+    with torch.no_grad():
+        features = visual.layer4(visual.layer3(visual.layer2(visual.layer1(visual.stem(pixels(size))))))
+        x = features.flatten(2).permute(2, 0, 1)
+        x = torch.cat([x.mean(0, keepdim=True), x]) + pool.positional_embedding[:, None]
+        patches = []
+        for position in range(1, 10):
+            only = torch.full((1, 10), -torch.inf)
+            only[0, position] = 0
+            patches.append(resnet_pool(pool, x, only)[0])
+        expected = cosine_map(torch.stack(patches, 1), texts.text_embeds, (3, 3))
+    torch.testing.assert_close(maps, expected, atol=1e-5, rtol=0)
+
+
+def resnet_pool(pool, x, mask=None, need_weights=False):
+    """torch's own multi-head attention with the pooling's weights; x is (L, B, D)."""
+    return F.multi_head_attention_forward(
+        x[:1], x, x, x.shape[-1], pool.num_heads, None,
+        torch.cat([pool.q_proj.bias, pool.k_proj.bias, pool.v_proj.bias]), None, None, False, 0.0,
+        pool.c_proj.weight, pool.c_proj.bias, training=False, need_weights=need_weights, attn_mask=mask,
+        use_separate_proj_weight=True, q_proj_weight=pool.q_proj.weight, k_proj_weight=pool.k_proj.weight,
+        v_proj_weight=pool.v_proj.weight, average_attn_weights=False,
+    )[int(need_weights)][:1 if not need_weights else None]  # fmt: skip
+
+
+def test_reversed_itsm_is_one_minus_the_map(made):
+    model, processor, _ = made("clip")
+    for one, reverse in zip(*(explain(model, processor, images(), LABELS, m, size=WIDE) for m in ("itsm", "reversed_itsm"))):
+        torch.testing.assert_close(reverse.maps, 1 - one.maps, atol=1e-6, rtol=0)
+        assert torch.equal(reverse.scores, one.scores)
+
+
+def eager(model):
+    """A copy whose every attention returns its weights, within the graph."""
+    model = copy.deepcopy(model)
+    model.set_attn_implementation("eager")
+    return model
+
+
+def test_attention_of_clip_is_the_class_tokens_row(made):
+    model, processor, _ = made("clip")
+    explainer = make_explainer(model, processor, "attention")
+    maps, _ = explainer.raw_maps(pixels(), explainer.encode_texts(LABELS))
+    with torch.no_grad():
+        outputs = eager(model).vision_model(pixels(), interpolate_pos_encoding=True, output_attentions=True)
+    expected = outputs.attentions[-1].mean(1)[:, 0, 1:].unflatten(-1, GRID)
+    torch.testing.assert_close(maps, expected[:, None].expand(2, 3, *GRID), atol=1e-6, rtol=1e-5)
+
+
+def test_attention_of_siglip_is_its_heads(made):
+    model, processor, _ = made("siglip")
+    explainer = make_explainer(model, processor, "attention")
+    maps, _ = explainer.raw_maps(pixels(), explainer.encode_texts(["dog"]))
+    with torch.no_grad():
+        tokens = model.vision_model(pixels(), interpolate_pos_encoding=True).last_hidden_state
+        head = model.vision_model.head
+        weights = head.attention(head.probe.expand(2, 1, -1), tokens, tokens, need_weights=True)[1]
+    torch.testing.assert_close(maps[:, 0], weights[:, 0].unflatten(-1, GRID), atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("norm", ["minmax", "quantile"])
+def test_attention_of_iclip_is_its_own(norm, tiny_processor):
+    model = tiny_model(attention_norm=norm)
+    explainer = make_explainer(model, tiny_processor, "attention")
+    maps, _ = explainer.raw_maps(pixels(), explainer.encode_texts(["dog"]))
+    with torch.no_grad():
+        attention = model.get_image_features(pixels()).attention
+    torch.testing.assert_close(maps[:, 0], attention.unflatten(-1, GRID), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("layer", [-1, -2])
+def test_grad_cam_against_one_backward_an_image_and_text(made, layer):
+    model, processor, _ = made("clip")
+    explainer = make_explainer(model, processor, "grad_cam", layer=layer)
+    texts = explainer.encode_texts(LABELS)
+    maps, _ = explainer.raw_maps(pixels(), texts)
+    for image in range(2):
+        for text in range(3):
+            outputs = model.vision_model(pixels()[image, None], interpolate_pos_encoding=True, output_hidden_states=True)
+            activations = outputs.hidden_states[layer - 1]
+            embed = F.normalize(model.visual_projection(outputs.pooler_output)[0], dim=-1)
+            logit = model.logit_scale.exp() * embed @ texts.text_embeds[text]
+            (gradient,) = torch.autograd.grad(logit, activations)
+            channel_weights = gradient[0, 1:].mean(0)
+            expected = torch.tensor([max(0.0, (token @ channel_weights).item()) for token in activations[0, 1:]])
+            torch.testing.assert_close(maps[image, text].flatten(), expected, atol=1e-5, rtol=1e-3)
+
+
+def test_grad_cam_of_a_resnet_weighs_its_last_feature_map(made):
+    model, tokenizer, size = made("open_clip_resnet")
+    explainer = make_explainer(model, tokenizer, "grad_cam")
+    texts = explainer.encode_texts(LABELS)
+    maps, _ = explainer.raw_maps(pixels(size), texts)
+    visual = model.visual
+    features = visual.layer4(visual.layer3(visual.layer2(visual.layer1(visual.stem(pixels(size))))))
+    logits = model.logit_scale.exp() * F.normalize(visual.attnpool(features), dim=-1) @ texts.text_embeds.T
+    for text in range(3):
+        (gradient,) = torch.autograd.grad(logits[:, text].sum(), features, retain_graph=True)
+        expected = (features * gradient.mean((2, 3), keepdim=True)).sum(1).relu()
+        torch.testing.assert_close(maps[:, text], expected, atol=1e-5, rtol=1e-3)
+
+
+@pytest.mark.parametrize("layer", [-1, -2])
+def test_bi_modal_against_the_whole_relevance_matrix(made, layer):
+    """Chefer et al.'s rules to the letter, an image and a text at a time, on transformers' own eager attention."""
+    model, processor, _ = made("clip")
+    explainer = make_explainer(model, processor, "bi_modal", layer=layer)
+    texts = explainer.encode_texts(LABELS)
+    maps, _ = explainer.raw_maps(pixels(), texts)
+    reference = eager(model)
+    for image in range(2):
+        for text in range(3):
+            outputs = reference.vision_model(pixels()[image, None], interpolate_pos_encoding=True, output_attentions=True)
+            embed = F.normalize(reference.visual_projection(outputs.pooler_output)[0], dim=-1)
+            logit = reference.logit_scale.exp() * embed @ texts.text_embeds[text]
+            attentions = outputs.attentions[layer:]
+            relevance = torch.eye(25)
+            for attention, gradient in zip(attentions, torch.autograd.grad(logit, attentions)):
+                relevance = relevance + (attention * gradient)[0].clamp(min=0).mean(0) @ relevance
+            torch.testing.assert_close(maps[image, text].flatten(), relevance[0, 1:], atol=1e-5, rtol=1e-3)
+
+
+@pytest.mark.parametrize("family", ["siglip", "open_clip_resnet"])
+def test_bi_modal_of_a_pooling_head_follows_finite_differences(made, family):
+    """The head alone in float64, its weights moved one by one."""
+    model, processor, size = made(family)
+    explainer = make_explainer(model, processor, "bi_modal")
+    texts = explainer.encode_texts(LABELS[:1])
+    maps, _ = explainer.raw_maps(pixels(size, 1), texts)
+    text = texts.text_embeds[0].double()
+    with torch.no_grad():
+        if family == "siglip":
+            tower = copy.deepcopy(model.vision_model.head).double()
+            tokens = model.vision_model(pixels(size, 1), interpolate_pos_encoding=True).last_hidden_state.double()
+            attention, first = tower.attention, 0
+            weights = attention(tower.probe, tokens, tokens, average_attn_weights=False)[1][0, :, 0]  # (heads, L)
+            value = F.linear(tokens[0], *(p.chunk(3)[2] for p in (attention.in_proj_weight, attention.in_proj_bias)))
+
+            def embed(weights):
+                pooled = attention.out_proj(mixed(weights, value))
+                return pooled + tower.mlp(tower.layernorm(pooled))
+        else:
+            visual = model.visual
+            pool, first = copy.deepcopy(visual.attnpool).double(), 1
+            features = visual.layer4(visual.layer3(visual.layer2(visual.layer1(visual.stem(pixels(size, 1)))))).double()
+            x = features.flatten(2).permute(2, 0, 1)
+            x = torch.cat([x.mean(0, keepdim=True), x]) + pool.positional_embedding[:, None]
+            weights = resnet_pool(pool, x, need_weights=True)[0, :, 0]
+            value = pool.v_proj(x[:, 0])
+
+            def embed(weights):
+                return pool.c_proj(mixed(weights, value))
+
+        def logit(weights):
+            return model.logit_scale.exp().double() * F.cosine_similarity(embed(weights), text, dim=0)
+
+        relevance = torch.zeros_like(weights)
+        for head in range(weights.shape[0]):
+            for position in range(weights.shape[1]):
+                step = torch.zeros_like(weights)
+                step[head, position] = 1e-6
+                gradient = (logit(weights + step) - logit(weights - step)) / 2e-6
+                relevance[head, position] = max(0.0, gradient * weights[head, position])
+    torch.testing.assert_close(maps.flatten().double(), relevance.mean(0)[first:], atol=1e-5, rtol=1e-3)
+
+
+def mixed(weights, value):
+    """Attention weights (heads, L) on values (L, D), head by head -> (D,)."""
+    return torch.cat([w @ v for w, v in zip(weights, value.chunk(len(weights), dim=1))])
+
+
+class Toy(Family):
+    """
+    Two layers without norms or MLPs on a class token and two patches of two channels. Queries are zero, so that every
+    weight is 1/3, and values are the tokens: each layer adds the mean of all tokens to each. The embedding is the class
+    token's.
+    """
+
+    def __init__(self):
+        attentions = []
+        for _ in range(2):
+            attention = nn.MultiheadAttention(2, 1, batch_first=True)
+            with torch.no_grad():
+                attention.in_proj_weight.copy_(torch.cat([torch.zeros(4, 2), torch.eye(2)]))
+                attention.in_proj_bias.zero_()
+                attention.out_proj.weight.copy_(torch.eye(2))
+                attention.out_proj.bias.zero_()
+            attentions.append(ToyBlock(attention))
+        super().__init__(nn.Sequential(*attentions), processor=None)
+
+    def _prepare_layers(self):
+        for block in self.model:
+            self._add_layer(block, block.attention, head_output(block.attention.out_proj))
+
+    def _encode_texts(self, labels, templates):
+        raise NotImplementedError
+
+    def _encode_image(self, pixel_values):
+        tokens = self.model(pixel_values)
+        # not normalised: the score is then linear in the class token
+        return ICLIPImageFeatures(image_embeds=tokens[:, 0], patch_embeds=tokens[:, 1:], grid=(1, 2))
+
+    def project(self, stream):
+        return stream
+
+    def logit_scale(self):
+        return torch.tensor(2.0)
+
+
+class ToyBlock(nn.Module):
+    def __init__(self, attention):
+        super().__init__()
+        self.attention = attention
+
+    def forward(self, x):
+        return x + self.attention(x, x, x)[0]
+
+
+def toy(method, **options):
+    explainer = method.__new__(method)
+    explainer.family = Toy()
+    explainer.layer = options["layer"]
+    tokens = torch.tensor([[[3.0, 0.0], [0.0, 3.0], [3.0, -9.0]]])
+    text = torch.tensor([[0.0, 1.0]])
+    maps, scores = explainer.raw_maps(tokens, ICLIPTextFeatures(text_embeds=text, map_text_embeds=text))
+    return maps.flatten().tolist(), scores.item()
+
+
+def test_toy_by_hand():
+    """
+    Tokens c = (3, 0), p = (0, 3), q = (3, -9), of mean (2, -2). After layer 1: c' = (5, -2), p' = (2, 1), q' = (5, -11),
+    of mean (4, -4); after layer 2 c'' = (9, -6). The text is (0, 1), the logit twice the second channel of c'': -12.
+    """
+    # Layer 2's weights of c enter c'' with the tokens c', p', q': gradients 2 * (-2, 1, -11), times 1/3, positive part.
+    maps, score = toy(BiModal, layer=-1)
+    assert score == pytest.approx(-6)
+    assert maps == pytest.approx([2 / 3, 0])
+    # Layer 1: the row of c enters c'' with 1 + 1/3, those of p and q with 1/3. Gradients 8/3 * (0, 3, -9) for c and
+    # 2/3 * (0, 3, -9) for p and q; times 1/3, positive part: (0, 8/3, 0), (0, 2/3, 0), (0, 2/3, 0).
+    # Row of c: layer 2's is (1, 2/3, 0); times layer 1's I + A: p gets 8/3 + 2/3 + 2/3 * 2/3.
+    maps, _ = toy(BiModal, layer=-2)
+    assert maps == pytest.approx([8 / 3 + 2 / 3 + 4 / 9, 0])
+    # Grad-CAM at layer 2: a patch enters c'' with 1/3, so that both gradients are (0, 2/3): 2/3 * (1, -11), positive.
+    maps, _ = toy(GradCAM, layer=-1)
+    assert maps == pytest.approx([2 / 3, 0])
+    # At layer 1 a patch reaches c'' by c (1/3), by itself (1/3), by the means in layer 1 (3 * 1/9): 1, times 2.
+    maps, _ = toy(GradCAM, layer=-2)
+    assert maps == pytest.approx([2 * 3, 0])
+
+
+@torch.no_grad()
+def second_stream(model, depth, mix, image):
+    """Patch tokens of the stream of self-self attention, token by token and head by head, for CLIP."""
+    hidden = model.vision_model(image, interpolate_pos_encoding=True, output_hidden_states=True).hidden_states
+    layers = model.vision_model.encoder.layers[-depth:]
+    stream = hidden[-depth - 1][0]
+    for layer, states in zip(layers, hidden[-depth - 1 : -1]):
+        seen = layer.layer_norm1(states[0])
+        attention = layer.self_attn
+        query, key, value = (p(seen).chunk(4, -1) for p in (attention.q_proj, attention.k_proj, attention.v_proj))
+        heads = [mix(q, k, v, seen) for q, k, v in zip(query, key, value)]
+        stream = stream + attention.out_proj(torch.cat(heads, -1))
+    return F.normalize(model.visual_projection(model.vision_model.post_layernorm(stream[1:])), dim=-1)
+
+
+def test_clip_surgery_against_its_published_steps(made):
+    model, processor, _ = made("clip")
+    explainer = make_explainer(model, processor, "clip_surgery", depth=2)
+    texts = explainer.encode_texts(LABELS)
+    maps, scores = explainer.raw_maps(pixels(), texts)
+
+    def mix(query, key, value, seen):
+        return (value @ value.T / 8**0.5).softmax(-1) @ value
+
+    for image in range(2):
+        patches = second_stream(model, 2, mix, pixels()[image, None])
+        # per-channel features of every patch and text, weighted, less their mean over the texts
+        weights = (2 * scores[image]).softmax(-1)
+        weights = weights / weights.mean()
+        features = patches[:, None] * texts.text_embeds[None] * weights[None, :, None]
+        expected = (features - features.mean(1, keepdim=True)).sum(-1).T
+        torch.testing.assert_close(maps[image].flatten(1), expected, atol=1e-5, rtol=1e-3)
+
+
+def test_clip_surgery_compares_a_single_text_with_a_prompt_that_names_nothing(made):
+    model, processor, _ = made("clip")
+    explainer = make_explainer(model, processor, "clip_surgery", depth=1)
+    dog, nothing = explainer.encode_texts(["dog"]), explainer.encode_texts(["a photo of"], ["{}"])
+    maps, scores = explainer.raw_maps(pixels(), dog)
+
+    def mix(query, key, value, seen):
+        return (value @ value.T / 8**0.5).softmax(-1) @ value
+
+    patches = second_stream(model, 1, mix, pixels()[:1])
+    expected = patches @ (dog.text_embeds - nothing.text_embeds)[0]
+    assert maps.shape == (2, 1, *GRID) and scores.shape == (2, 1)
+    torch.testing.assert_close(maps[0].flatten(), expected, atol=1e-5, rtol=1e-3)
+
+
+@pytest.mark.parametrize("iterations", [0, 2])
+def test_gem_against_its_published_steps(made, iterations):
+    model, processor, _ = made("clip")
+    explainer = make_explainer(model, processor, "gem", depth=2, iterations=iterations)
+    texts = explainer.encode_texts(LABELS)
+    maps, _ = explainer.raw_maps(pixels(), texts)
+
+    def mix(query, key, value, seen):
+        inverse_temperature = seen.norm(dim=-1).mean() / 8**0.5
+        results = []
+        for tokens in (query, key, value):
+            for _ in range(iterations):
+                tokens = F.normalize(tokens, dim=-1)
+                tokens = (tokens @ tokens.T * inverse_temperature).softmax(-1) @ tokens
+            tokens = F.normalize(tokens, dim=-1)
+            results.append((tokens @ tokens.T * inverse_temperature).softmax(-1) @ value)
+        return sum(results) / 3
+
+    for image in range(2):
+        patches = second_stream(model, 2, mix, pixels()[image, None])
+        expected = (patches @ texts.text_embeds.T).T
+        torch.testing.assert_close(maps[image].flatten(1), expected, atol=1e-5, rtol=1e-3)
+
+
+@pytest.mark.parametrize("vision", ["vit", "dinov2", "dinov3_vit", "clip_vision_model"])
+def test_recorded_layers_rebuild_the_towers_own_output(vision, tiny_processor):
+    """With plain attention for the mix, and the MLPs added, the second stream would be the first: every part is in place."""
+    family = make_explainer(tiny_model(vision), tiny_processor, "gem").family
+    with torch.no_grad():
+        image, (first, last) = family.trace(pixels(), -2)
+        torch.testing.assert_close(first.weights.sum(-1), torch.ones(first.weights.shape[:-1]))
+        block = [m for m in family.model.vision_model.modules() if hasattr(m, "mlp")][0]
+        middle = first.stream + family.layers[0].output(first.weights @ first.value)
+        norm = [m for m in block.children() if isinstance(m, nn.LayerNorm)][1]
+        scale = getattr(block, "layer_scale2", nn.Identity())
+        torch.testing.assert_close(middle + scale(block.mlp(norm(middle))), last.stream, atol=1e-5, rtol=1e-4)
+
+
+# explain: the short form
+
+
+def test_explanations_have_the_images_size_and_each_its_own_texts(made):
+    model, processor, _ = made("iclip")
+    texts = [["dog"], ["ball", "dog", "cat"], ["cat", "sky"]]
+    for method in METHODS:
+        for one, image, labels in zip(explain(model, processor, images(), texts, method, batch_size=2), images(), texts):
+            assert one.labels == labels and one.size == (image.height, image.width)
+            assert one.maps.shape == (len(labels), image.height, image.width) and one.maps.dtype == torch.float32
+            assert one.maps.min() == 0 and one.maps.max() == 1
+            (alone,) = explain(model, processor, [image], labels, method)
+            torch.testing.assert_close(one.raw_maps, alone.raw_maps, atol=1e-5, rtol=1e-3)
+            torch.testing.assert_close(one.scores, alone.scores, atol=1e-5, rtol=1e-3)
+
+
+def test_maps_are_post_processed_as_the_processor_does(made):
+    model, processor, _ = made("iclip")
+    explanations = explain(model, processor, images(), LABELS, target_sizes=[(10, 30)] * 3)
+    raw = torch.stack([one.raw_maps for one in explanations])
+    for one, expected in zip(explanations, processor.post_process_similarity_maps(raw, [(10, 30)] * 3)):
+        torch.testing.assert_close(one.maps, expected, atol=1e-6, rtol=0)
+        assert all(torch.equal(one.map(index), one.maps[index]) for index in range(3))
+
+
+def test_images_keep_their_proportions_on_request(made):
+    model, processor, _ = made("iclip")
+    tall, wide = explain(model, processor, [images()[2], images()[0]], LABELS, size={"shortest_edge": 32})
+    assert tall.raw_maps.shape == (3, 13, 4) and wide.raw_maps.shape == (3, 4, 5)
+
+
+def test_a_photograph_on_its_side_is_explained_upright(made, tmp_path):
+    model, processor, _ = made("iclip")
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned by a quarter
+    images()[0].save(tmp_path / "turned.png", exif=exif)
+    (one,) = explain(model, processor, [tmp_path / "turned.png"], LABELS)
+    (upright,) = explain(model, processor, [images()[0].transpose(Image.Transpose.ROTATE_270)], LABELS)
+    assert one.size == (50, 40)
+    torch.testing.assert_close(one.maps, upright.maps)
+
+
+def test_templates_are_averaged_as_unit_vectors(made, monkeypatch):
+    monkeypatch.setattr("iclip_hf.explainers.families._TEXT_BATCH", 4)  # so that the labels come in parts
+    templates = ["a photo of the {}", "the {} ."]
+    for family in ("iclip", "clip", "open_clip"):
+        model, processor, _ = made(family)
+        explainer = make_explainer(model, processor)
+        texts = explainer.encode_texts(LABELS, templates)
+        for name in ("text_embeds", "map_text_embeds"):
+            each = [getattr(explainer.encode_texts(LABELS, [template]), name) for template in templates]
+            torch.testing.assert_close(getattr(texts, name), F.normalize(sum(each), dim=-1), atol=1e-6, rtol=0)
+        (one,) = explain(model, processor, images()[:1], LABELS, templates=["the {} ."])
+        (verbatim,) = explain(model, processor, images()[:1], [f"the {x} ." for x in LABELS], templates=["{}"])
+        torch.testing.assert_close(one.raw_maps, verbatim.raw_maps)
+
+
+# Where it runs
+
+
+@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode, torch.enable_grad])
+@pytest.mark.parametrize("method", METHODS)
+def test_any_gradient_mode_of_the_caller(made, method, context):
+    model, processor, _ = made("iclip")
+    expected = explain(model, processor, images(), LABELS, method)
+    with context():
+        for one, same in zip(explain(model, processor, images(), LABELS, method), expected):
+            torch.testing.assert_close(one.raw_maps, same.raw_maps)
+        assert torch.is_inference_mode_enabled() == (context is torch.inference_mode)
+        assert torch.is_grad_enabled() == (context is torch.enable_grad)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_half_precision(method, tiny_processor):
+    model = tiny_model()
+    exact = explain(model, tiny_processor, images(), LABELS, method)
+    half = explain(model.bfloat16(), tiny_processor, images(), LABELS, method)
+    for one, other in zip(half, exact):
+        assert one.raw_maps.dtype == torch.float32
+        difference = (min_max_normalize(one.raw_maps) - min_max_normalize(other.raw_maps)).abs().mean()
+        assert difference < 0.1
+
+
+def test_threads_do_not_disturb_each_other(made):
+    model, processor, size = made("iclip")
+    explainers = {method: make_explainer(model, processor, method) for method in ("bi_modal", "gem")}
+    texts = explainers["gem"].encode_texts(LABELS)
+    shared, results = explainers["bi_modal"], {}
+
+    def work(index):
+        for _ in range(5):
+            results[index] = shared.raw_maps(pixels(size)[index : index + 1], texts)[0]
+
+    expected = shared.raw_maps(pixels(size), texts)[0]
+    threads = [threading.Thread(target=work, args=(index,)) for index in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for index in range(2):
+        torch.testing.assert_close(results[index][0], expected[index], atol=1e-5, rtol=1e-3)
+
+
+def test_the_copy_shares_the_weights(tiny_processor):
+    model = tiny_model(lock_vision=False).train()
+    explainer = make_explainer(model, tiny_processor)
+    pairs = list(zip(explainer.family.model.parameters(), model.parameters(), strict=True))
+    assert all(own.data_ptr() == given.data_ptr() and own is not given for own, given in pairs if given.requires_grad)
+    texts = explainer.encode_texts(LABELS)
+    before = explainer.raw_maps(pixels(), texts)[0]
+    with torch.no_grad():
+        model.interpretability.visual_projection.weight.neg_()  # as an optimizer steps
+    torch.testing.assert_close(explainer.raw_maps(pixels(), texts)[0], -before)
+
+
+# What is refused
+
+
+def test_unknown_names_are_refused(made):
+    model, processor, _ = made("iclip")
+    with pytest.raises(ValueError, match=r"one of \['attention', 'bi_modal'.*got 'gradcam'"):
+        make_explainer(model, processor, "gradcam")
+    with pytest.raises(ValueError, match=r"'grad_cam' has the options \['layer'\], got \['layers'\]"):
+        make_explainer(model, processor, "grad_cam", layers=3)
+    with pytest.raises(ValueError, match="2 attention layers, got 2"):
+        make_explainer(model, processor, "grad_cam", layer=2)
+    with pytest.raises(ValueError, match="depth of at least one"):
+        make_explainer(model, processor, "gem", depth=0)
+    with pytest.raises(ValueError, match="iterations"):
+        make_explainer(model, processor, "gem", iterations=-1)
+
+
+def test_other_models_are_refused(made):
+    model, processor, _ = made("clip")
+    for other in (model.vision_model, nn.Linear(1, 1)):
+        with pytest.raises(TypeError, match="Expected an ICLIPModel, CLIPModel"):
+            make_explainer(other, processor)
+
+
+@pytest.mark.parametrize("pooling", ["masked_max", "max", "average"])
+def test_bi_modal_needs_a_class_token_behind_the_score(pooling, tiny_processor):
+    model = tiny_model(pooling=pooling, dual_projection=False)
+    with pytest.raises(ValueError, match="score pools the patch tokens"):
+        make_explainer(model, tiny_processor, "bi_modal")
+    model = tiny_model(pooling="class_token", dual_projection=False)
+    assert explain(model, tiny_processor, images(), LABELS, "bi_modal")[0].raw_maps.shape == (3, 4, 4)
+
+
+@pytest.mark.parametrize("method", ["clip_surgery", "gem"])
+def test_self_self_attention_needs_blocks(made, method):
+    model, tokenizer, _ = made("open_clip_resnet")
+    with pytest.raises(ValueError, match="this image tower has none"):
+        make_explainer(model, tokenizer, method)
+
+
+def test_images_and_texts_must_match(made):
+    model, processor, _ = made("iclip")
+    for texts, sizes in ([["dog"]], None), (LABELS, [(10, 10)]):
+        with pytest.raises(ValueError, match="for 3 images"):
+            explain(model, processor, images(), texts, target_sizes=sizes)
+    for some, texts in ([], LABELS), (images(), []):
+        with pytest.raises(ValueError, match="at least one image and one text"):
+            explain(model, processor, some, texts)
+
+
+def test_open_clip_takes_its_one_size(made):
+    model, tokenizer, _ = made("open_clip")
+    with pytest.raises(ValueError, match="32x32 pixels"):
+        explain(model, tokenizer, images(), LABELS, size=WIDE)

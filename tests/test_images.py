@@ -1,4 +1,4 @@
-"""data/images.py: every readable image becomes upright 8-bit RGB, every other one a clear error."""
+"""images.py: every readable image becomes upright 8-bit RGB, every other one a clear error."""
 
 import io
 import os
@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from iclip_hf.data import load_image
+from iclip_hf.images import load_image
 
 
 def encoded(image: Image.Image, format: str = "PNG", **options) -> bytes:

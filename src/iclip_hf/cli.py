@@ -122,8 +122,8 @@ def _load(name: str | None):
 def _explain(options: argparse.Namespace) -> int:
     from tqdm import tqdm
 
-    from .data.images import load_image
     from .explainers import Explanation, make_explainer
+    from .images import load_image
 
     several = len(options.images) > 1
     output = options.output or Path("explanations" if several else "explanation.png")

@@ -102,6 +102,10 @@ class PairMetric(evaluate.Metric, ABC):
                 "Give ignore_index to `evaluate.load`, or wherever pairs are added."
             )
         pairs = {name: values for name, values in pairs.items() if values is not None}
+        if not pairs and self.num_process > 1:
+            pairs = dict.fromkeys(
+                _STORED, ()
+            )  # process 0 waits for a file of every process, also of one without pairs
         if pairs:
             self.add_batch(ignore_index=ignore_index, **pairs)
         self._ignored = set()

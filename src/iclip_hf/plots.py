@@ -30,13 +30,15 @@ def overlay(image: Image.Image, heatmap: np.ndarray, opacity: float = 0.5, color
         `np.ndarray` of shape `(H, W, 3)`, RGB in [0, 1].
 
     Raises:
-        `ValueError`: if map and image differ in size.
+        `ValueError`: if map and image differ in size, or there is no such colormap.
     """
     heatmap = np.asarray(heatmap)
     if heatmap.shape != (image.height, image.width):
         raise ValueError(
             f"Expected a map of the image's size {(image.height, image.width)} (height, width), got {heatmap.shape}."
         )
+    if colormap not in colormaps:
+        raise ValueError(f'Expected a colormap of matplotlib, such as "jet" or "cividis", got {colormap!r}.')
     colors = colormaps[colormap](heatmap)[..., :3]
     return (1 - opacity) * np.asarray(image, dtype=np.float32) / 255 + opacity * colors
 
@@ -81,7 +83,7 @@ def picture_grid(pictures: Sequence, titles: Sequence[str], columns: int) -> Fig
     wrapped = [textwrap.fill(title, 26) for title in titles]
     title_height = 0.24 * max(title.count("\n") + 1 for title in wrapped) + 0.1
     figure = Figure(figsize=(2.8 * columns, (2.8 * aspect + title_height) * rows), layout="constrained")
-    axes = figure.subplots(rows, columns, squeeze=False).flat
+    axes = list(figure.subplots(rows, columns, squeeze=False).flat)
     for axis in axes:
         axis.axis("off")
     for axis, picture, title in zip(axes, pictures, wrapped):

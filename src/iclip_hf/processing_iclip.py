@@ -9,7 +9,7 @@ from transformers.feature_extraction_utils import BatchFeature
 from transformers.processing_utils import ProcessorMixin
 
 from .configuration_iclip import ICLIPConfig
-from .data.images import load_image as to_rgb
+from .images import to_rgb
 from .similarity import min_max_normalize, resize_maps
 from .similarity import reverse as reverse_maps
 

@@ -1,6 +1,5 @@
-"""Data: images, segmentation sets for evaluation, image-text pairs for training."""
+"""Data: segmentation sets for evaluation, image-text pairs for training."""
 
-from .images import load_image
 from .pairs import BadPairError, PairDataset, PairStream, load_pairs
 from .segmentation import SegmentationDataset, SegmentationSample, load_segmentation
 
@@ -11,7 +10,6 @@ __all__ = [
     "PairStream",
     "SegmentationDataset",
     "SegmentationSample",
-    "load_image",
     "load_pairs",
     "load_segmentation",
 ]

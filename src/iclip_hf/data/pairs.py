@@ -27,7 +27,8 @@ import torch
 from torch.utils.data import Dataset, IterableDataset
 from tqdm import tqdm
 
-from .images import IMAGE_SUFFIXES, load_image
+from ..cache import cache_folder
+from ..images import IMAGE_SUFFIXES, load_image
 
 
 if TYPE_CHECKING:
@@ -260,7 +261,7 @@ class _TarShard:
         """First and last byte of each pair, (N, 2) int64. Cached on disk: a first pass takes minutes a million pairs."""
         stat = self.path.stat()
         identity = os.fsencode(f"{self.path.resolve()}\0{stat.st_size}\0{stat.st_mtime_ns}")
-        cached = _cache() / f"{hashlib.sha256(identity).hexdigest()[:32]}.npy"
+        cached = cache_folder() / "shards" / f"{hashlib.sha256(identity).hexdigest()[:32]}.npy"
         try:
             return np.load(cached)
         except (OSError, ValueError, EOFError):  # not there, or damaged
@@ -459,11 +460,6 @@ def _image_bytes(stored: Mapping) -> bytes:
 
     with fsspec.open(stored["path"], "rb") as file:
         return file.read()
-
-
-def _cache() -> Path:
-    user_cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(os.environ.get("ICLIP_CACHE") or f"{user_cache}/iclip_hf").expanduser() / "shards"
 
 
 _FILE_KINDS = {".tar": _TarShard, ".csv": _Table, ".tsv": _Table, ".jsonl": _Table}

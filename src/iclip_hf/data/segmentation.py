@@ -17,7 +17,7 @@ from types import ModuleType
 import numpy as np
 from PIL import Image
 
-from .images import IMAGE_SUFFIXES, load_image, open_image
+from ..images import IMAGE_SUFFIXES, load_image, open_image
 
 
 VOID = 255

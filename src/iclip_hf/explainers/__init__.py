@@ -20,7 +20,7 @@ from collections.abc import Sequence
 import torch
 from PIL import Image
 
-from ..data.images import load_image
+from ..images import load_image
 from ..modeling_iclip import ICLIPTextFeatures
 from .attention import Attention
 from .bi_modal import BiModal

@@ -68,7 +68,15 @@ def load_image(source: str | os.PathLike | bytes | Image.Image, name: str | None
         FileNotFoundError, ValueError, TypeError: As `open_image`; ValueError also for pixels without an agreed range
             (floats, or integers beyond 16 bits).
     """
-    image = _upright(open_image(source, name))
+    return to_rgb(_upright(open_image(source, name)), name)
+
+
+def to_rgb(image: Image.Image, name: str | None = None) -> Image.Image:
+    """An image of any mode in 8-bit RGB, as `load_image` describes, but with its pixels where they are.
+
+    Raises:
+        ValueError: As `load_image`.
+    """
     try:
         if image.mode.startswith("I"):  # "I;16" in its byte orders, "I" in older Pillow
             values = np.asarray(image)
@@ -85,7 +93,7 @@ def load_image(source: str | os.PathLike | bytes | Image.Image, name: str | None
         return image if image.mode == "RGB" else image.convert("RGB")
     except ValueError as error:
         raise ValueError(
-            f"{name or _name(source)}: expected pixels that have an 8-bit RGB form, but got mode {image.mode!r} "
+            f"{name or _name(image)}: expected pixels that have an 8-bit RGB form, but got mode {image.mode!r} "
             f"({error}); convert it to RGB or to 8- or 16-bit grayscale."
         ) from error
 

@@ -1,0 +1,43 @@
+"""The folder in which converted models and indexes are kept, and how a model gets there whole."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+
+def cache_folder() -> Path:
+    """Where they are kept: `$ICLIP_CACHE`, or else `iclip_hf` in `$XDG_CACHE_HOME` (`~/.cache`)."""
+    default = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "iclip_hf")
+    return Path(os.environ.get("ICLIP_CACHE") or default).expanduser()
+
+
+def build_once(folder: Path, build: Callable[[Path], None]) -> Path:
+    """
+    Let `build` fill a model folder unless that was done before. It appears whole or not at all, also under a race.
+
+    Raises:
+        `FileExistsError`: the folder is there but incomplete.
+    """
+    if _is_complete(folder):
+        return folder
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as scratch:
+        built = Path(scratch, folder.name)
+        built.mkdir()
+        build(built)
+        try:
+            os.replace(built, folder)
+        except OSError as error:  # a folder that is not empty is never replaced
+            if not _is_complete(folder):  # else another process was faster, with the same bytes
+                raise FileExistsError(
+                    f"Expected {folder} to be absent or to hold a complete model, but it lacks model.safetensors or "
+                    "config.json. Delete it and try again."
+                ) from error
+    return folder
+
+
+def _is_complete(folder: Path) -> bool:
+    return (folder / "model.safetensors").is_file() and (folder / "config.json").is_file()

@@ -1,0 +1,409 @@
+"""What `train.py` puts together: augmented pairs, the loss over all processes, schedule, validation, checkpoints, export."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import random
+import re
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.utils import send_to_device
+from torch import distributed, nn
+from torch.utils.checkpoint import checkpoint
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
+
+from .data.pairs import PairDataset, PairStream
+from .losses import contrastive_loss
+from .modeling_iclip import ICLIPModel, normalize
+from .processing_iclip import ICLIPProcessor
+
+
+# ---------------------------------------------------------------------------------------------------- random numbers
+
+
+def derive_seed(*key) -> int:
+    """A seed that depends on every part of the key, and on nothing else."""
+    return int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:7], "big")
+
+
+@contextmanager
+def seeded(*key) -> Iterator[None]:
+    """Inside, random numbers on the CPU come from the key; outside, they go on as if nothing had been drawn."""
+    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    seed = derive_seed(*key)
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.default_generator.manual_seed(seed)
+    try:
+        yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+        torch.set_rng_state(states[2])
+
+
+# --------------------------------------------------------------------------------------------------------------- data
+
+
+class WholeImage:
+    """PIL image -> `pixel_values` (3, H, W) as the processor prepares it for evaluation."""
+
+    is_random = False
+
+    def __init__(self, processor: ICLIPProcessor):
+        self.processor = processor
+
+    def __call__(self, image) -> torch.Tensor:
+        return self.processor(images=image)["pixel_values"][0]
+
+    def description(self) -> dict:
+        """What the result depends on, beside the image."""
+        return {"image_processor": json.loads(self.processor.image_processor.to_json_string())}
+
+
+class AugmentedImage:
+    """
+    PIL image -> `pixel_values` (3, H, W), cropped and augmented by timm's transforms; its recipe for DeiT by default.
+
+    Args:
+        processor: gives size, mean and standard deviation.
+        crop_scale: smallest share of the image's area that a crop may have.
+        auto_augment: timm's name of a policy, "" for none.
+        random_erasing: probability that a rectangle is erased.
+    """
+
+    is_random = True
+
+    def __init__(
+        self,
+        processor: ICLIPProcessor,
+        crop_scale: float = 0.08,
+        auto_augment: str = "rand-m9-mstd0.5-inc1",
+        random_erasing: float = 0.25,
+    ):
+        from timm.data import create_transform
+
+        image_processor = processor.image_processor
+        self.options = {
+            "input_size": (3, image_processor.size["height"], image_processor.size["width"]),
+            "scale": (crop_scale, 1.0),
+            "auto_augment": auto_augment or None,
+            "color_jitter": None,  # DeiT's is off where its RandAugment is on
+            "interpolation": "bicubic",
+            "re_prob": random_erasing,
+            "re_mode": "pixel",
+            "mean": tuple(image_processor.image_mean),
+            "std": tuple(image_processor.image_std),
+        }
+        self.transform = create_transform(is_training=True, **self.options)
+
+    def __call__(self, image) -> torch.Tensor:
+        return self.transform(image)
+
+    def description(self) -> dict:
+        """What the result depends on, beside the image and the random numbers."""
+        return {"augmentation": self.options}
+
+
+class _Preparation:
+    """From a pair to tensors. What is drawn depends on (seed, epoch, the pair) alone, so any resume draws it again."""
+
+    def __init__(self, pairs: PairDataset | PairStream, transform: Callable, processor: ICLIPProcessor, seed: int = 0):
+        self.pairs, self.transform, self.processor, self.seed, self.epoch = pairs, transform, processor, seed, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+        self.pairs.set_epoch(epoch)
+
+    def prepare(self, pair: dict, key: int | str) -> dict:
+        with seeded(self.seed, self.epoch, key):
+            return {**pair, "image": self.transform(pair["image"])}
+
+    def collate(self, items: Sequence[dict]) -> dict:
+        """B items -> `pixel_values` (B, 3, H, W), the tokenizer's tensors (B, L), the number of pairs skipped for them."""
+        return {
+            "pixel_values": torch.stack([item["image"] for item in items]),
+            **self.processor(text=[item["caption"] for item in items]),
+            "skipped": sum(item["skipped"] for item in items),
+        }
+
+
+class TrainingPairs(_Preparation, Dataset):
+    """Pairs of a [`PairDataset`], ready for the model."""
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def __getitem__(self, index: int) -> dict:
+        return self.prepare(self.pairs[index], index)
+
+
+class TrainingStream(_Preparation, IterableDataset):
+    """Pairs of a [`PairStream`], ready for the model."""
+
+    def __iter__(self) -> Iterator[dict]:
+        return (self.prepare(pair, pair["key"]) for pair in self.pairs)
+
+
+class GlobalBatches(Sampler):
+    """
+    This process's share of each batch of an epoch. The batches are the same for any number of processes, and hold each pair
+    at most once; pairs that do not fill a last batch are left out.
+
+    Args:
+        rows: number of pairs.
+        batch_size: pairs in a batch of all processes together, a multiple of their number.
+    """
+
+    def __init__(self, rows: int, batch_size: int, seed: int = 0, rank: int = 0, world_size: int = 1):
+        self.rows, self.batch_size, self.seed, self.rank, self.world_size = rows, batch_size, seed, rank, world_size
+        self.epoch = self.first = 0
+
+    def __len__(self) -> int:
+        return self.rows // self.batch_size
+
+    def __iter__(self) -> Iterator[list[int]]:
+        order = np.random.default_rng([self.seed, self.epoch]).permutation(self.rows)
+        share = self.batch_size // self.world_size
+        for batch in range(self.first, len(self)):
+            start = batch * self.batch_size + self.rank * share
+            yield order[start : start + share].tolist()
+
+
+class BatchLoader:
+    """
+    The training batches of this process, on its device.
+
+    Args:
+        dataset: `TrainingPairs`, `TrainingStream` or `CachedPairs`.
+        batch_size: pairs in a batch of all processes together.
+        pairs_per_epoch: of a stream, which does not know its length.
+
+    Raises:
+        `ValueError`: if the batches do not divide among the processes, or an epoch has none.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        accelerator: Accelerator,
+        batch_size: int,
+        seed: int = 0,
+        num_workers: int = 0,
+        pairs_per_epoch: int = 0,
+    ):
+        self.dataset, self.device = dataset, accelerator.device
+        self.streamed = isinstance(dataset, IterableDataset)
+        rank, world_size = accelerator.process_index, accelerator.num_processes
+        rows = pairs_per_epoch if self.streamed else len(dataset)
+        self.steps_per_epoch = rows // batch_size
+        if batch_size % world_size:
+            raise ValueError(f"Expected batch_size to be a multiple of the {world_size} processes, got {batch_size}.")
+        if not self.steps_per_epoch:
+            way_out = "set pairs_per_epoch to the size of the stream" if self.streamed else "lower batch_size"
+            raise ValueError(f"An epoch of {rows} pairs has no batch of {batch_size}: {way_out}.")
+        self.sampler = GlobalBatches(rows, batch_size, seed, rank, world_size)
+        by_index = {"batch_sampler": self.sampler}
+        in_order = {"batch_size": batch_size // world_size, "drop_last": True}
+        self.loader = DataLoader(
+            dataset,
+            **(in_order if self.streamed else by_index),
+            num_workers=num_workers,
+            collate_fn=dataset.collate,
+            pin_memory=self.device.type == "cuda",
+        )
+
+    def epoch(self, epoch: int, first: int = 0) -> Iterator[dict]:
+        """The batches of one epoch from the `first` on; a stream does not skip, it begins another pass."""
+        self.dataset.set_epoch(epoch)
+        self.sampler.epoch, self.sampler.first = epoch, first
+        for batch in self._passes(self.steps_per_epoch - first) if self.streamed else self.loader:
+            yield send_to_device(batch, self.device, non_blocking=True)
+
+    def _passes(self, steps: int) -> Iterator[dict]:
+        """So many batches of a stream, whose part may end earlier in one process than in another."""
+        while steps:
+            for batch in self.loader:
+                yield batch
+                steps -= 1
+                if not steps:
+                    break
+
+
+# --------------------------------------------------------------------------------------------------------------- loss
+
+
+class PairModel(nn.Module):
+    """
+    What Accelerate wraps: the pairs of this process in, the contrastive loss against the pairs of all processes out.
+
+    Memory holds the towers' activations of `chunk_size` pairs only: those of the others are computed again in the backward
+    pass (cached gradients). So a big batch costs time, and keeps all its negatives. Each process has the same number of
+    pairs; the mean over the processes of their losses and gradients is that of one process with all pairs.
+
+    Args:
+        model: [`ICLIPModel`].
+        chunk_size: images or texts in one forward of a tower that learns.
+        lock_text: the text tower takes no gradients and stays in eval mode, as a locked image tower does.
+    """
+
+    def __init__(self, model: ICLIPModel, chunk_size: int = 256, lock_text: bool = False):
+        super().__init__()
+        self.model, self.chunk_size, self.lock_text = model, chunk_size, lock_text
+        self.train()
+
+    @property
+    def branches(self) -> list[nn.Module]:
+        one = self.model.recognition, self.model.interpretability
+        return [branch for branch in one if branch is not None]
+
+    def train(self, mode: bool = True) -> PairModel:
+        super().train(mode)
+        if self.lock_text:
+            self.model.text_model.eval().requires_grad_(False)
+        return self
+
+    def forward(
+        self,
+        pixel_values: torch.Tensor | None = None,
+        image_features: torch.Tensor | None = None,
+        text_features: torch.Tensor | None = None,
+        **texts: torch.Tensor,
+    ) -> dict[str, torch.Tensor]:
+        """
+        Args:
+            pixel_values: images (B, 3, H, W), or else
+            image_features: what each branch's projection sees of them, (B, branches, D).
+            text_features: what the projections see of the texts, (B, Dt), or else
+            texts: `input_ids` and what goes with it, (B, L).
+
+        Returns:
+            `dict` with `loss`, the mean of `losses` (branches,) (Eq. 13), and the unit vectors `image_embeds` and
+            `text_embeds` (B, branches, P), all float32; the embeddings have no gradient.
+        """
+        if image_features is None:
+            image_features = self._in_chunks(self._encode_images, pixel_values)
+        if text_features is None:
+            text_features = self._in_chunks(lambda *t: self._encode_texts(**dict(zip(texts, t))), *texts.values())
+        image_embeds = [b.visual_projection(image_features[:, i]) for i, b in enumerate(self.branches)]
+        text_embeds = [b.text_projection(text_features) for b in self.branches]
+
+        # float16 would round the scaled cosines to a sixteenth.
+        with torch.autocast(image_features.device.type, enabled=False):
+            image_embeds = normalize(torch.stack(image_embeds, 1).float())
+            text_embeds = normalize(torch.stack(text_embeds, 1).float())
+            all_images, all_texts = gather_with_gradient(torch.stack([image_embeds, text_embeds], 1)).unbind(1)
+            offset = _rank() * len(image_embeds)
+            losses = torch.stack(
+                [
+                    contrastive_loss(
+                        scale * image_embeds[:, i] @ all_texts[:, i].T,
+                        scale * text_embeds[:, i] @ all_images[:, i].T,
+                        offset,
+                    )
+                    for i, scale in zip(range(len(self.branches)), self.model.logit_scales())
+                ]
+            )
+        return {
+            "loss": losses.mean(),
+            "losses": losses.detach(),
+            "image_embeds": image_embeds.detach(),
+            "text_embeds": text_embeds.detach(),
+        }
+
+    def _encode_images(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        pooled = self.model.pool_image(self.model.encode_image(pixel_values))
+        return torch.stack(pooled[: len(self.branches)], 1)
+
+    def _encode_texts(self, **texts: torch.Tensor) -> torch.Tensor:
+        return self.model.encode_text(**texts)[0]
+
+    def _in_chunks(self, encode: Callable, *inputs: torch.Tensor) -> torch.Tensor:
+        if len(inputs[0]) <= self.chunk_size:
+            return encode(*inputs)
+        chunks = zip(*(one.split(self.chunk_size) for one in inputs))
+        return torch.cat([checkpoint(encode, *chunk, use_reentrant=False) for chunk in chunks])
+
+    @torch.no_grad()
+    def clamp_logit_scales(self) -> None:
+        """Keeps the scales a hair below 100: the clamp in the model has no gradient above, so none would come back."""
+        for branch in self.branches:
+            if branch.logit_scale is not None:
+                branch.logit_scale.clamp_(max=math.log(100) - 1e-6)
+
+
+def _rank() -> int:
+    return distributed.get_rank() if distributed.is_initialized() else 0
+
+
+class _Gather(torch.autograd.Function):
+    """(B, ...) of each process -> (processes * B, ...) on all. Each row's gradient is the sum over all who used it."""
+
+    @staticmethod
+    def forward(ctx, local: torch.Tensor) -> torch.Tensor:
+        gathered = local.new_empty(distributed.get_world_size() * len(local), *local.shape[1:])
+        distributed.all_gather_into_tensor(gathered, local.contiguous())
+        return gathered
+
+    @staticmethod
+    def backward(ctx, gradient: torch.Tensor) -> torch.Tensor:
+        gradient = gradient.clone(memory_format=torch.contiguous_format)
+        distributed.all_reduce(gradient)
+        return gradient.chunk(distributed.get_world_size())[distributed.get_rank()]
+
+
+def gather_with_gradient(local: torch.Tensor) -> torch.Tensor:
+    """The rows of all processes, in the order of their ranks, equally many each; with gradient, unlike `gather`."""
+    if not distributed.is_initialized() or distributed.get_world_size() == 1:
+        return local
+    return _Gather.apply(local)
+
+
+# ------------------------------------------------------------------------------------------------------- optimisation
+
+
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
+    """What learns, in two groups: matrices decay; one-dimensional tensors, biases and the 0-d logit scales do not."""
+    learning = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    decays = [p for name, p in learning if p.ndim > 1 and not name.endswith("bias")]
+    others = [p for name, p in learning if p.ndim <= 1 or name.endswith("bias")]
+    return [{"params": decays, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
+
+
+def cosine_schedule(step: int, total: int, warmup: int, peak: float, start: float, end: float) -> float:
+    """Learning rate of a step: linear from `start` to `peak` over the warm-up, then half a cosine to `end`."""
+    if step < warmup:
+        return start + (peak - start) * step / warmup
+    return end + (peak - end) * (1 + math.cos(math.pi * (step - warmup) / (total - warmup))) / 2
+
+
+# --------------------------------------------------------------------------------------------------------- validation
+
+
+@torch.no_grad()
+def validate(accelerator: Accelerator, pair_model: nn.Module, dataset: Dataset, batch_size: int) -> dict[str, float]:
+    """
+    Retrieval among the pairs of a validation set, by the recognition branch, and the loss over all of them at once.
+
+    Returns:
+        `dict`: `val_loss`; `image_to_text` and `text_to_image`, the percentage of images (texts) whose own text (image) is the
+        nearest.
+    """
+    dataset.set_epoch(0)
+    batches = list(torch.arange(len(dataset)).split(batch_size))
+    rank, world_size = accelerator.process_index, accelerator.num_processes
+    pair_model.eval()
+    images, texts = [], []
+    # Equal work for all processes, because the forward gathers; what is beyond the end is cut off below.
+    for start in range(0, len(dataset), batch_size):
+        ...
+    pair_model.train()

@@ -1,0 +1,263 @@
+"""The `evaluate` modules: loaded from every folder, from any place, offline, in several processes."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+
+evaluate = pytest.importorskip("evaluate", reason="needs the extra [eval]")
+
+from iclip_hf import evaluate_modules  # noqa: E402
+from iclip_hf.metrics import MeanForegroundMinusBackground, MeanMaxIoU  # noqa: E402
+
+
+REPOSITORY = Path(__file__).parents[1]
+FOLDERS = sorted(path for path in (REPOSITORY / "evaluate_metrics").iterdir() if (path / "app.py").is_file())
+ACCUMULATORS = {"mmiou": MeanMaxIoU, "mfmb": MeanForegroundMinusBackground}
+
+
+def pairs(number=6, seed=0):
+    """Maps of ragged sizes, label masks and class ids, as the inputs are named."""
+    random = np.random.default_rng(seed)
+    maps = [random.random((5 + i, 7)).astype(np.float32) for i in range(number)]
+    masks = [random.choice([0, 1, 2, 255], size=heatmap.shape) for heatmap in maps]
+    return {"predictions": maps, "references": masks, "labels": [1 + i % 2 for i in range(number)]}
+
+
+def expected(name, aggregate="image", ignore_index=255, **inputs):
+    accumulator = ACCUMULATORS[name](aggregate, ignore_index)
+    for pair in zip(*(inputs or pairs()).values()):
+        accumulator.update(*pair)
+    return accumulator.compute()
+
+
+@pytest.fixture(autouse=True)
+def caches(tmp_path, tmp_path_factory, monkeypatch):
+    """Keeps scripts and stored counts out of the user's caches. Python imports the scripts from one folder a session."""
+    monkeypatch.setattr(evaluate.config, "HF_MODULES_CACHE", tmp_path_factory.getbasetemp() / "modules")
+    monkeypatch.setattr(evaluate.config, "HF_METRICS_CACHE", tmp_path / "metrics")
+
+
+@pytest.fixture(params=FOLDERS, ids=lambda path: path.name)
+def folder(request):
+    return request.param
+
+
+def fresh_process(arguments, cwd, home):
+    """Python in a new process that has no network to ask and no cache but `home`."""
+    environment = {**os.environ, "HF_HOME": str(home), "HF_EVALUATE_OFFLINE": "1", "HF_HUB_OFFLINE": "1"}
+    for name in ("HF_MODULES_CACHE", "HF_METRICS_CACHE"):
+        environment.pop(name, None)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen([sys.executable, *map(str, arguments)], cwd=cwd, env=environment, **pipes)
+
+
+def output_of(process):
+    output, errors = process.communicate(timeout=120)
+    assert process.returncode == 0, errors
+    return output.strip().splitlines()
+
+
+@pytest.fixture(scope="session")
+def installed(tmp_path_factory):
+    """A home into which the metrics were installed by another process, over a broken script of an earlier version."""
+    home = tmp_path_factory.mktemp("home")
+    stale = home / "modules" / "evaluate_modules" / "metrics" / "evaluate-metric--mmiou" / ("0" * 64)
+    stale.mkdir(parents=True)
+    (stale / "mmiou.py").write_text("raise ImportError('an old version')")
+    os.utime(stale / "mmiou.py", (4e9, 4e9))  # evaluate prefers the newest
+    command = "from iclip_hf.evaluate_modules import install_metrics; print(install_metrics())"
+    assert output_of(fresh_process(["-c", command], home, home)) == ["['mfmb', 'mmiou']"]
+    return home
+
+
+def test_there_is_a_folder_for_each_metric():
+    assert [path.name for path in FOLDERS] == sorted(ACCUMULATORS)
+    assert [*evaluate_modules.metric_folders()] == sorted(ACCUMULATORS)
+
+
+def test_every_folder_loads_and_computes(folder):
+    metric = evaluate.load(str(folder))
+    assert metric.name == folder.name
+    assert metric.compute(**pairs()) == expected(folder.name)
+    assert "2209.07046" in metric.citation and "labels" in metric.inputs_description
+    requirements = (folder / "requirements.txt").read_text()
+    assert "iclip-hf" in requirements and "evaluate" in requirements
+    assert "sdk: gradio" in (folder / "README.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("keep_in_memory", [False, True])
+def test_every_way_of_adding_gives_the_same(folder, keep_in_memory):
+    metric, inputs = evaluate.load(str(folder), keep_in_memory=keep_in_memory), pairs()
+    for prediction, reference, label in zip(*inputs.values()):
+        metric.add(prediction=prediction, reference=torch.tensor(reference), label=label)
+    assert metric.compute() == expected(folder.name)
+    for part in (slice(0, 4), slice(4, 6)):
+        metric.add_batch(**{name: values[part] for name, values in inputs.items()})
+    assert metric.compute(aggregate="pixel") == expected(folder.name, "pixel")
+    metric.add_batch(**{name: values[:4] for name, values in inputs.items()})
+    assert metric.compute(**{name: values[4:] for name, values in inputs.items()}) == expected(folder.name)
+
+
+def test_a_batch_may_be_one_tensor(folder):
+    random = np.random.default_rng(1)
+    maps, masks = random.random((3, 4, 5)), random.integers(0, 3, (3, 4, 5))
+    metric = evaluate.load(str(folder))
+    result = metric.compute(
+        predictions=torch.tensor(maps), references=torch.tensor(masks), labels=torch.tensor([1, 2, 1])
+    )
+    assert result == expected(folder.name, predictions=maps, references=masks, labels=[1, 2, 1])
+
+
+def test_counts_are_stored_not_pixels(folder):
+    metric = evaluate.load(str(folder))
+    maps = np.random.default_rng(2).random((20, 300, 400), dtype=np.float32)
+    metric.add_batch(predictions=maps, references=(maps > 0.5).astype(np.uint8), labels=[1] * 20)
+    metric._finalize()
+    assert len(metric.data) == 20
+    assert metric.data.data.nbytes < 20 * 2000  # a map has 480000 bytes
+
+
+def test_combine(monkeypatch):
+    monkeypatch.chdir(REPOSITORY / "evaluate_metrics")
+    metric, inputs = evaluate.combine(["mmiou", "mfmb"]), pairs()
+    metric.add_batch(**{name: values[:4] for name, values in inputs.items()})
+    for prediction, reference, label in zip(*(values[4:] for values in inputs.values())):
+        metric.add(prediction, reference, labels=label)
+    result = metric.compute()
+    for name in ACCUMULATORS:
+        assert result[name] == expected(name)[name]
+        assert result[f"{name}_per_class"] == expected(name)["per_class"]
+    pooled = metric.compute(**inputs, aggregate="pixel")
+    assert {name: pooled[name] for name in ACCUMULATORS} == {n: expected(n, "pixel")[n] for n in ACCUMULATORS}
+
+
+def test_ignore_index_wherever_pairs_are_given(folder):
+    inputs, wanted = pairs(), expected(folder.name, ignore_index=0)
+    assert wanted != expected(folder.name)
+    assert evaluate.load(str(folder), ignore_index=0).compute(**inputs) == wanted
+    metric = evaluate.load(str(folder))
+    assert metric.compute(**inputs, ignore_index=0) == wanted
+    metric.add_batch(**inputs, ignore_index=0)
+    assert metric.compute() == wanted
+    for prediction, reference, label in zip(*inputs.values()):
+        metric.add(prediction=prediction, reference=reference, label=label, ignore_index=0)
+    assert metric.compute(ignore_index=0) == wanted
+
+
+def test_aggregate_when_loading_and_when_computing(folder):
+    metric = evaluate.load(str(folder), aggregate="pixel")
+    assert metric.compute(**pairs()) == expected(folder.name, "pixel")
+    assert metric.compute(**pairs(), aggregate="image") == expected(folder.name, "image")
+
+
+def test_mistakes_are_refused_and_cost_no_pairs(folder):
+    metric, inputs = evaluate.load(str(folder)), pairs()
+    metric.add_batch(**inputs)
+    with pytest.raises(ValueError, match=r"counted with ignore_index \[255\], not 0"):
+        metric.compute(ignore_index=0)
+    with pytest.raises(ValueError, match=r"counted with ignore_index \[255\], not 0"):
+        metric.compute(**inputs, ignore_index=0)
+    with pytest.raises(ValueError, match="'image', 'pixel'"):
+        metric.compute(aggregate="class")
+    with pytest.raises(ValueError, match="one length, got 6, 6 and 1"):
+        metric.add_batch(**{**inputs, "labels": [1]})
+    with pytest.raises(TypeError, match="labels"):
+        metric.compute(predictions=inputs["predictions"], references=inputs["references"])
+    with pytest.raises(ValueError, match=r"in \[0, 1\]"):
+        metric.add_batch(**{**inputs, "predictions": [*inputs["predictions"][:-1], 2 * inputs["predictions"][-1]]})
+    assert metric.compute(ignore_index=255) == expected(folder.name)
+    with pytest.raises(ValueError, match="'image', 'pixel'"):
+        evaluate.load(str(folder), aggregate="class")
+
+
+@pytest.mark.parametrize("place", ["repository", "elsewhere"])
+def test_bare_names_load_offline_in_a_fresh_process(installed, tmp_path, place):
+    command = "\n".join(
+        [
+            "import evaluate",
+            "item = dict(predictions=[[[1.0, 0.25], [0.0, 0.5]]], references=[[[3, 0], [0, 255]]], labels=[3])",
+            "print(evaluate.load('mmiou').compute(**item)['mmiou'], evaluate.load('mfmb').compute(**item)['mfmb'])",
+        ]
+    )
+    cwd = REPOSITORY if place == "repository" else tmp_path
+    assert output_of(fresh_process(["-c", command], cwd, installed)) == ["100.0 0.875"]
+
+
+def test_examples_of_cards_and_docstrings(installed, tmp_path):
+    cards = [str(folder / "README.md") for folder in FOLDERS]
+    command = "\n".join(
+        [
+            "import doctest, evaluate",
+            f"print([doctest.testfile(card, module_relative=False) for card in {cards}])",
+            "runner, parser = doctest.DocTestRunner(), doctest.DocTestParser()",
+            "for name in ('mmiou', 'mfmb'):",
+            "    text = evaluate.load(name).inputs_description",
+            "    print(runner.run(parser.get_doctest(text, {'evaluate': evaluate}, name, name, 0)))",
+        ]
+    )
+    output = output_of(fresh_process(["-c", command], tmp_path, installed))
+    five, two = "TestResults(failed=0, attempted={})".format, "TestResults(failed=0, attempted=2)"
+    assert output == [f"[{five(7)}, {five(7)}]", two, two]
+
+
+@pytest.mark.parametrize("name", ACCUMULATORS)
+def test_two_processes_even_if_one_has_no_pairs(installed, tmp_path, name):
+    script = tmp_path / "rank.py"
+    script.write_text(
+        "\n".join(
+            [
+                "import sys",
+                "import evaluate",
+                f"sys.path.insert(0, {str(Path(__file__).parent)!r})",
+                "from test_evaluate_metrics import pairs",
+                "rank = int(sys.argv[1])",
+                "settings = dict(num_process=2, process_id=rank, cache_dir='stored', timeout=60)",
+                "for experiment, ranks in [('both', (0, 1)), ('one', (1,))]:",
+                f"    metric = evaluate.load({name!r}, experiment_id=experiment, **settings)",
+                "    if rank in ranks:",
+                "        part = slice(ranks.index(rank), None, len(ranks))",
+                "        metric.add_batch(**{name: values[part] for name, values in pairs().items()})",
+                "    print(metric.compute())",
+            ]
+        )
+    )
+    processes = [fresh_process([script, rank], tmp_path, installed) for rank in (0, 1)]
+    outputs = [output_of(process) for process in processes]
+    assert outputs == [[str(expected(name))] * 2, ["None"] * 2]
+
+
+def test_exported_space_works_in_a_folder_of_any_name(folder, tmp_path):
+    space = tmp_path / "app"
+    space.mkdir()
+    (space / ".gitattributes").write_text("of the clone")
+    assert evaluate_modules.export_space(folder.name, space) == space
+    written = {".gitattributes", "README.md", "app.py", "requirements.txt", f"{folder.name}.py"}
+    assert {path.name for path in space.iterdir()} == written
+    assert evaluate.load(str(space / f"{folder.name}.py")).compute(**pairs()) == expected(folder.name)
+    with pytest.raises(ValueError, match=r"'mfmb', 'mmiou'.*'miou'"):
+        evaluate_modules.export_space("miou", tmp_path / "other")
+    assert not (tmp_path / "other").exists()
+
+
+def test_app_scores_image_files(folder, tmp_path):
+    pytest.importorskip("gradio", reason="needs the extra [demo]")
+    import runpy
+
+    from PIL import Image
+
+    demo = runpy.run_path(str(folder / "app.py"))["demo"]
+    mask = np.array([[3, 3], [0, 255]], np.uint8)
+    picture = Image.fromarray(mask, mode=None)
+    picture.putpalette(list(range(256)) * 3) if picture.mode == "P" else None
+    picture.save(tmp_path / "mask.png")
+    heatmap = np.array([[255, 102], [153, 0]], np.uint8)
+    result = demo.fn(heatmap, str(tmp_path / "mask.png"), 3)
+    inputs = {"predictions": [heatmap.astype(np.float32) / 255], "references": [mask], "labels": [3]}
+    assert result == expected(folder.name, **inputs)
+    assert demo.output_components[0].postprocess(result) is not None

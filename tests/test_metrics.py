@@ -1,0 +1,468 @@
+"""mMIoU, mFMB and mAP against loops, hand-computed examples and other libraries."""
+
+import math
+import pickle
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from sklearn.metrics import average_precision_score
+from torchmetrics.classification import BinaryJaccardIndex
+
+from iclip_hf import metrics
+from iclip_hf.metrics import (
+    THRESHOLDS,
+    MeanForegroundMinusBackground,
+    MeanMaxIoU,
+    MultiLabelAveragePrecision,
+    region_means,
+    threshold_counts,
+)
+
+
+DTYPES = (np.float16, np.float32, np.float64)
+PAIR_METRICS = (MeanMaxIoU, MeanForegroundMinusBackground)
+
+
+def naive_counts(heatmap, mask, label, ignore_index=255):
+    """One comparison a threshold, and one before them that holds everywhere."""
+    valid = mask != ignore_index
+    levels = [np.ones(mask.shape, bool)] + [heatmap > t for t in THRESHOLDS.astype(heatmap.dtype)]
+    return np.array([[np.sum(p & valid & ((mask == label) == side)) for p in levels] for side in (False, True)])
+
+
+def naive_mmiou(pairs, aggregate):
+    """mMIoU, the IoU at each threshold by class, and the floor, in loops and floats."""
+    counts = {}
+    for heatmap, mask, label in pairs:
+        false_positives, true_positives = naive_counts(heatmap, mask, label)
+        if true_positives[0]:
+            counts.setdefault(label, []).append((true_positives, true_positives[0] + false_positives))
+    scores, curves, floors = [], {}, []
+    for label, images in counts.items():
+        if aggregate == "image":
+            curve = np.mean([intersection / union for intersection, union in images], axis=0)
+        else:
+            curve = np.sum([i for i, _ in images], axis=0) / np.sum([u for _, u in images], axis=0)
+        scores.append(100 * max(curve[1:]))
+        curves[label] = curve[1:]
+        floors.append(100 * curve[0])
+    return np.mean(scores), curves, np.mean(floors)
+
+
+def naive_mfmb(pairs, aggregate):
+    """mFMB in loops and floats."""
+    values = {}
+    for heatmap, mask, label in pairs:
+        heatmap = heatmap.astype(np.float64)
+        foreground, background = heatmap[mask == label], heatmap[(mask != label) & (mask != 255)]
+        if len(foreground) and len(background):
+            values.setdefault(label, []).append((foreground, background))
+    if aggregate == "image":
+        return np.mean([np.mean([f.mean() - b.mean() for f, b in images]) for images in values.values()])
+    pooled = [[np.concatenate(side).mean() for side in zip(*images)] for images in values.values()]
+    return np.mean([foreground - background for foreground, background in pooled])
+
+
+@st.composite
+def random_pairs(draw, least=1, most=6, dtypes=DTYPES):
+    """Pairs of several sizes and dtypes; half of the map values lie on the grid or next to it."""
+    random = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+    pairs = []
+    for _ in range(draw(st.integers(least, most))):
+        dtype = np.dtype(draw(st.sampled_from(dtypes))).type
+        shape = tuple(random.integers(1, 12, size=2))
+        on_grid = random.choice(THRESHOLDS, size=shape).astype(dtype)
+        beside = np.nextafter(on_grid, random.choice([0, 1], size=shape).astype(dtype))
+        heatmap = np.choose(
+            random.integers(4, size=shape), [on_grid, beside, *random.random((2, *shape)).astype(dtype)]
+        )
+        pairs.append((heatmap, random.choice([0, 1, 2, 255], size=shape), int(random.integers(1, 3))))
+    return pairs
+
+
+def filled(metric, pairs):
+    for pair in pairs:
+        metric.update(*pair)
+    return metric
+
+
+# --- mMIoU -----------------------------------------------------------------------------------------------------------
+
+
+@settings(deadline=None)
+@given(random_pairs())
+def test_counts_equal_the_naive_grid(pairs):
+    for heatmap, mask, label in pairs:
+        before = heatmap.copy(), mask.copy()
+        counts = threshold_counts(heatmap, mask, label)
+        assert counts.dtype == np.int64
+        np.testing.assert_array_equal(counts, naive_counts(heatmap, mask, label))
+        np.testing.assert_array_equal(heatmap, before[0])
+        np.testing.assert_array_equal(mask, before[1])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_every_value_on_and_beside_the_grid(dtype):
+    grid = THRESHOLDS.astype(dtype)
+    heatmap = np.stack([grid, np.nextafter(grid, dtype(0)), np.nextafter(grid, dtype(1))])
+    mask = np.ones(heatmap.shape, np.uint8)
+    np.testing.assert_array_equal(threshold_counts(heatmap, mask, 1), naive_counts(heatmap, mask, 1))
+    # strictly above: of the grid's own values, 100 lie above 0 and none above 1
+    on_grid = threshold_counts(grid[None], mask[:1], 1)
+    np.testing.assert_array_equal(on_grid[1], [101, *range(100, -1, -1)])
+
+
+def test_all_float16_values():
+    bits = np.arange(np.float16(1).view(np.uint16) + 1, dtype=np.uint16)
+    heatmap = bits.view(np.float16)[None]
+    mask = (bits % 3)[None].astype(np.int64)
+    np.testing.assert_array_equal(threshold_counts(heatmap, mask, 1), naive_counts(heatmap, mask, 1))
+
+
+def test_counts_of_a_map_longer_than_a_block():
+    random = np.random.default_rng(0)
+    shape = (301, 700)  # three blocks and a rest
+    heatmap = random.random(shape, dtype=np.float32)
+    mask = random.choice([0, 1, 255], size=shape).astype(np.uint8)
+    assert heatmap.size > 3 * metrics._BLOCK
+    np.testing.assert_array_equal(threshold_counts(heatmap, mask, 1), naive_counts(heatmap, mask, 1))
+    (background, low), (foreground, high) = region_means(heatmap, mask, 1).tolist()
+    assert (background, foreground) == (np.sum(mask == 0), np.sum(mask == 1))
+    assert low / 2**53 == pytest.approx(heatmap[mask == 0].mean(dtype=np.float64), abs=1e-8)
+    assert high / 2**53 == pytest.approx(heatmap[mask == 1].mean(dtype=np.float64), abs=1e-8)
+
+
+@settings(deadline=None)
+@given(random_pairs(), st.sampled_from(["image", "pixel"]))
+def test_mmiou_equals_loops(pairs, aggregate):
+    result = filled(MeanMaxIoU(aggregate), pairs).compute()
+    if not result["pairs"]:
+        assert math.isnan(result["mmiou"])
+        return
+    score, curves, floor = naive_mmiou(pairs, aggregate)
+    assert result["mmiou"] == pytest.approx(score, abs=1e-9)
+    assert result["floor"] == pytest.approx(floor, abs=1e-9)
+    assert result["thresholds"].keys() == result["per_class"].keys() == curves.keys()
+    for label, curve in curves.items():
+        at_threshold = curve[round(100 * result["thresholds"][label])]
+        assert 100 * at_threshold == pytest.approx(100 * max(curve), abs=1e-9)
+        assert result["per_class"][label] == pytest.approx(100 * max(curve), abs=1e-9)
+    assert 0 <= result["mmiou"] <= 100
+
+
+def test_two_by_two_by_hand():
+    heatmap = np.array([[0.9, 0.2], [0.6, 0.35]])
+    mask = np.array([[7, 0], [7, 0]])
+    result = filled(MeanMaxIoU(), [(heatmap, mask, 7)]).compute()
+    assert result == {
+        "mmiou": 100.0,  # M > 0.35 marks 0.9 and 0.6, the class's two pixels; every lower t marks a third
+        "per_class": {7: 100.0},
+        "thresholds": {7: 0.35},
+        "floor": 50.0,
+        "pairs": 1,
+        "left_out": {"all_void": 0, "no_foreground": 0},
+    }
+
+
+def test_aggregates_by_hand():
+    # Image 1 (class 1 is 1 of 4 pixels): IoU 1 for t < 0.5. Image 2 (3 of 4 pixels): above 0, 2 right of 3 -> 2/3.
+    first = np.array([[0.5, 0.0], [0.0, 0.0]]), np.array([[1, 0], [0, 0]]), 1
+    second = np.array([[0.8, 0.8], [0.0, 0.0]]), np.array([[1, 1], [1, 0]]), 1
+    image = filled(MeanMaxIoU("image"), [first, second]).compute()
+    assert image["mmiou"] == pytest.approx(100 * (1 + 2 / 3) / 2)
+    assert image["floor"] == pytest.approx(100 * (1 / 4 + 3 / 4) / 2)
+    pixel = filled(MeanMaxIoU("pixel"), [first, second]).compute()
+    assert pixel["mmiou"] == pytest.approx(100 * (1 + 2) / (1 + 3))
+    assert pixel["thresholds"] == image["thresholds"] == {1: 0.0}
+
+
+def test_the_threshold_is_chosen_per_class_not_per_image():
+    mask = np.array([[1, 0]])
+    pairs = [(np.array([[0.9, 0.6]]), mask, 1), (np.array([[0.4, 0.1]]), mask, 1)]
+    # t in [0.1, 0.4): 1/2 and 1; t in [0.6, 0.9): 1 and 0. The best of each image would give 1.
+    assert filled(MeanMaxIoU(), pairs).compute()["mmiou"] == 75.0
+
+
+def test_perfect_and_reversed_map():
+    mask = np.array([[1, 1, 0], [0, 0, 0]])
+    perfect = (mask == 1).astype(np.float32)
+    assert filled(MeanMaxIoU(), [(perfect, mask, 1)]).compute()["mmiou"] == 100.0
+    assert filled(MeanForegroundMinusBackground(), [(perfect, mask, 1)]).compute()["mfmb"] == 1.0
+    assert filled(MeanMaxIoU(), [(1 - perfect, mask, 1)]).compute()["mmiou"] == 0.0
+    assert filled(MeanForegroundMinusBackground(), [(1 - perfect, mask, 1)]).compute()["mfmb"] == -1.0
+
+
+def test_image_that_is_all_foreground():
+    mask, heatmap = np.ones((2, 3), int), np.full((2, 3), 0.25)
+    iou = filled(MeanMaxIoU(), [(heatmap, mask, 1)]).compute()
+    assert (iou["mmiou"], iou["floor"], iou["pairs"]) == (100.0, 100.0, 1)
+    fmb = filled(MeanForegroundMinusBackground(), [(heatmap, mask, 1)]).compute()
+    assert math.isnan(fmb["mfmb"]) and fmb["per_class"] == {}
+    assert fmb["left_out"] == {"all_void": 0, "no_foreground": 0, "no_background": 1}
+
+
+@pytest.mark.parametrize("metric", PAIR_METRICS)
+def test_absent_class_and_void_image_change_nothing(metric):
+    pair = np.array([[0.9, 0.2, 0.5]]), np.array([[1, 0, 0]]), 1
+    alone = filled(metric(), [pair]).compute()
+    absent, void = (pair[0], pair[1], 2), (pair[0], np.full((1, 3), 255), 1)
+    result = filled(metric(), [absent, pair, void]).compute()
+    assert result["left_out"]["no_foreground"] == result["left_out"]["all_void"] == 1
+    del alone["left_out"], result["left_out"]
+    assert result == alone
+
+
+@pytest.mark.parametrize("metric", PAIR_METRICS)
+def test_void_pixels_are_as_if_cut_away(metric):
+    random = np.random.default_rng(1)
+    heatmap, mask = random.random((4, 9)), random.integers(0, 2, (4, 9))
+    padded_map = np.hstack([heatmap, random.random((4, 3))])
+    padded_mask = np.hstack([mask, np.full((4, 3), 99)])
+    expected = filled(metric(), [(heatmap, mask, 1)]).compute()
+    assert filled(metric(ignore_index=99), [(padded_map, padded_mask, 1)]).compute() == expected
+    assert filled(metric(), [(padded_map, padded_mask, 1)]).compute() != expected
+
+
+@pytest.mark.parametrize("threshold", [0.0, 0.25, 0.5, 0.99])
+def test_iou_at_one_threshold_against_torchmetrics(threshold):
+    generator = torch.Generator().manual_seed(3)
+    heatmap = torch.rand(31, 17, generator=generator)
+    mask = torch.randint(0, 3, (31, 17), generator=generator)
+    mask[::5] = 255
+    target = torch.where(mask == 255, -1, (mask == 2).long())
+    witness = BinaryJaccardIndex(threshold=threshold, ignore_index=-1)(heatmap, target)
+    false_positives, true_positives = threshold_counts(heatmap, mask, 2)
+    column = 1 + round(100 * threshold)
+    iou = true_positives[column] / (true_positives[0] + false_positives[column])
+    assert iou == pytest.approx(witness.item(), abs=1e-6)
+
+
+# --- mFMB ------------------------------------------------------------------------------------------------------------
+
+
+@settings(deadline=None)
+@given(random_pairs(), st.sampled_from(["image", "pixel"]))
+def test_mfmb_equals_loops(pairs, aggregate):
+    result = filled(MeanForegroundMinusBackground(aggregate), pairs).compute()
+    if not result["pairs"]:
+        assert math.isnan(result["mfmb"])
+        return
+    assert result["mfmb"] == pytest.approx(naive_mfmb(pairs, aggregate), abs=1e-7)
+    assert -1 <= result["mfmb"] <= 1
+
+
+@settings(deadline=None)
+@given(random_pairs(dtypes=[np.float64]))
+def test_mfmb_of_float64_maps_equals_loops_to_the_last_digits(pairs):
+    result = filled(MeanForegroundMinusBackground(), pairs).compute()
+    if result["pairs"]:
+        assert result["mfmb"] == pytest.approx(naive_mfmb(pairs, "image"), abs=1e-14)
+
+
+@settings(deadline=None)
+@given(random_pairs(dtypes=[np.float32, np.float64]), st.sampled_from(["image", "pixel"]))
+def test_mfmb_of_the_reversed_maps_is_exactly_the_negative(pairs, aggregate):
+    score = filled(MeanForegroundMinusBackground(aggregate), pairs).compute()
+    reverse = [(1 - heatmap, mask, label) for heatmap, mask, label in pairs]
+    reversed_score = filled(MeanForegroundMinusBackground(aggregate), reverse).compute()
+    assert reversed_score["per_class"] == {label: -value for label, value in score["per_class"].items()}
+    if score["pairs"]:
+        assert reversed_score["mfmb"] == -score["mfmb"]
+
+
+def test_mfmb_of_reversed_float16_maps_is_the_negative_up_to_its_own_rounding():
+    random = np.random.default_rng(5)
+    heatmap, mask = random.random((20, 30)).astype(np.float16), random.integers(0, 2, (20, 30))
+    score = filled(MeanForegroundMinusBackground(), [(heatmap, mask, 1)]).compute()["mfmb"]
+    in_float32 = filled(MeanForegroundMinusBackground(), [(1 - heatmap.astype(np.float32), mask, 1)]).compute()["mfmb"]
+    in_float16 = filled(MeanForegroundMinusBackground(), [(np.float16(1) - heatmap, mask, 1)]).compute()["mfmb"]
+    assert in_float32 == -score
+    assert in_float16 == pytest.approx(-score, abs=2 * 2**-12)
+
+
+def test_mfmb_aggregates_by_hand():
+    # Image 1: 1 - 0.5; image 2: 0.5 - 0.25. Pooled: (1 + 3 * 0.5) / 4 - (3 * 0.5 + 0.25) / 4.
+    first = np.array([[1.0, 0.5], [0.5, 0.5]]), np.array([[1, 0], [0, 0]]), 1
+    second = np.array([[0.5, 0.5], [0.5, 0.25]]), np.array([[1, 1], [1, 0]]), 1
+    assert filled(MeanForegroundMinusBackground("image"), [first, second]).compute()["mfmb"] == 0.375
+    assert filled(MeanForegroundMinusBackground("pixel"), [first, second]).compute()["mfmb"] == 0.1875
+
+
+# --- what both share -------------------------------------------------------------------------------------------------
+
+
+@settings(deadline=None)
+@given(random_pairs(least=2, most=8), st.randoms(use_true_random=False), st.sampled_from(["image", "pixel"]))
+def test_any_order_and_any_merge_give_the_same_bits(pairs, random, aggregate):
+    for metric in PAIR_METRICS:
+        expected = filled(metric(aggregate), pairs).compute()
+        shuffled = random.sample(pairs, len(pairs))
+        cut = random.randint(0, len(pairs))
+        left, right = filled(metric(aggregate), shuffled[:cut]), filled(metric(aggregate), shuffled[cut:])
+        right = pickle.loads(pickle.dumps(right))  # as it comes from another process
+        before = right.compute()
+        left.merge(right)
+        np.testing.assert_equal(left.compute(), expected)
+        left.merge(left)  # the other's sums are not shared
+        np.testing.assert_equal(right.compute(), before)
+
+
+@pytest.mark.parametrize("metric", PAIR_METRICS)
+def test_counts_taken_elsewhere_give_the_same_result(metric):
+    random = np.random.default_rng(2)
+    pairs = [(random.random((4, 5)), random.integers(0, 3, (4, 5)), label) for label in (1, 2, 1)]
+    direct, stored = filled(metric(), pairs), metric()
+    for heatmap, mask, label in pairs:
+        stored.add_counts(np.array(metric.count(heatmap, mask, label).tolist()), label)
+    assert stored.compute() == direct.compute()
+
+
+@pytest.mark.parametrize("metric", PAIR_METRICS)
+def test_torch_numpy_lists_and_strides_are_equal(metric):
+    random = np.random.default_rng(4)
+    heatmap, mask = random.random((6, 5)), random.integers(0, 2, (6, 5))
+    expected = filled(metric(), [(heatmap, mask, 1)]).compute()
+    inputs = [
+        (torch.tensor(heatmap, requires_grad=True), torch.tensor(mask), torch.tensor(1)),
+        (heatmap.tolist(), mask.tolist(), np.int64(1)),
+        (np.asfortranarray(heatmap), mask.astype(np.uint8), 1),
+        (np.repeat(heatmap, 2, axis=1)[:, ::2], np.repeat(mask, 2, axis=0)[::2], 1),
+    ]
+    for pair in inputs:
+        assert filled(metric(), [pair]).compute() == expected
+
+
+def test_hard_maps_of_zeros_and_ones():
+    mask = np.array([[1, 0], [1, 0]])
+    for hard in (mask, mask.astype(bool), mask.astype(np.uint8)):
+        assert filled(MeanMaxIoU(), [(hard, mask, 1)]).compute()["mmiou"] == 100.0
+
+
+@pytest.mark.parametrize("metric", PAIR_METRICS)
+@pytest.mark.parametrize(
+    ("change", "error", "match"),
+    [
+        ({"heatmap": np.array([[0.1, 1.0000001]])}, ValueError, r"in \[0, 1\].*1\.0000001"),
+        ({"heatmap": np.array([[-0.1, 0.5]])}, ValueError, r"in \[0, 1\].*-0\.1"),
+        ({"heatmap": np.array([[0.1, np.nan]])}, ValueError, r"in \[0, 1\].*nan"),
+        ({"heatmap": np.array([[0, 255]], np.uint8)}, ValueError, r"in \[0, 1\].*255"),
+        ({"heatmap": np.array([[0.1], [0.2]])}, ValueError, r"\(2, 1\) and \(1, 2\)"),
+        ({"heatmap": np.zeros((1, 1, 2)), "mask": np.zeros((1, 1, 2), int)}, ValueError, r"one shape \(H, W\)"),
+        ({"heatmap": np.zeros((0, 2)), "mask": np.zeros((0, 2), int)}, ValueError, r"one shape \(H, W\)"),
+        ({"heatmap": np.array([[0.1, 0.2j]])}, TypeError, "complex128"),
+        ({"mask": np.array([[1.0, 0.0]])}, TypeError, "integers, got float64"),
+        ({"label": 1.0}, TypeError, "`label`.*1.0"),
+        ({"label": "cat"}, TypeError, "`label`.*'cat'"),
+        ({"label": 255}, ValueError, "`ignore_index`"),
+    ],
+)
+def test_bad_pairs_are_refused_and_leave_nothing_behind(metric, change, error, match):
+    pair = {"heatmap": np.array([[0.1, 0.2]]), "mask": np.array([[1, 0]]), "label": 1}
+    accumulator = metric()
+    accumulator.update(**pair)
+    before = accumulator.compute()
+    with pytest.raises(error, match=match):
+        accumulator.update(**{**pair, **change})
+    assert accumulator.compute() == before
+
+
+@pytest.mark.parametrize("metric", PAIR_METRICS)
+def test_bad_settings_and_merges_are_refused(metric):
+    with pytest.raises(ValueError, match=r"'image', 'pixel'.*'images'"):
+        metric("images")
+    with pytest.raises(TypeError, match="`ignore_index`"):
+        metric(ignore_index=None)
+    for other in (metric("pixel"), metric(ignore_index=0), *(other() for other in PAIR_METRICS if other != metric)):
+        with pytest.raises(ValueError, match="Expected a metric like this one"):
+            metric().merge(other)
+
+
+# --- mAP -------------------------------------------------------------------------------------------------------------
+
+
+@settings(deadline=None)
+@given(st.integers(0, 2**32 - 1), st.integers(1, 30), st.integers(1, 5), st.integers(1, 12))
+def test_average_precision_equals_sklearn_with_ties(seed, images, classes, levels):
+    random = np.random.default_rng(seed)
+    scores = random.integers(0, levels, (images, classes)) / levels - 0.5
+    presence = random.integers(0, 2, (images, classes))
+    metric = MultiLabelAveragePrecision()
+    metric.update(scores, presence)
+    result = metric.compute()
+    expected = {
+        k + 1: 100 * average_precision_score(presence[:, k], scores[:, k])
+        for k in range(classes)
+        if presence[:, k].any()
+    }
+    assert result["per_class"] == pytest.approx(expected, abs=1e-9)
+    assert result["left_out"] == {"no_positive": classes - len(expected)}
+    if expected:
+        assert result["map"] == pytest.approx(np.mean(list(expected.values())), abs=1e-9)
+    else:
+        assert math.isnan(result["map"])
+
+
+def test_average_precision_by_hand():
+    # ranks of the positives: 1 and 3 -> (1/1 + 2/3) / 2; both tied with a negative -> 2 of 3 at once
+    metric = MultiLabelAveragePrecision()
+    metric.update([[0.9, 0.5], [0.8, 0.5], [0.7, 0.5]], [[1, 1], [0, 0], [1, 1]])
+    assert metric.compute()["per_class"] == pytest.approx({1: 100 * 5 / 6, 2: 100 * 2 / 3})
+
+
+def test_average_precision_in_batches_any_order_and_merged_is_the_same_to_the_bit():
+    random = np.random.default_rng(6)
+    scores = random.random((40, 3)).astype(np.float32).round(1)
+    presence = random.integers(0, 2, (40, 3))
+    whole = MultiLabelAveragePrecision()
+    whole.update(torch.tensor(scores), torch.tensor(presence))
+    order = random.permutation(40)
+    parts = [MultiLabelAveragePrecision() for _ in range(3)]  # the last stays empty
+    parts[0].update(scores[order[:7]], presence[order[:7]].astype(bool))
+    parts[1].update(scores[order[7:]], presence[order[7:]].astype(float))
+    merged = MultiLabelAveragePrecision()
+    for part in reversed(parts):
+        merged.merge(part)
+    assert merged.compute() == whole.compute()
+
+
+def test_average_precision_keeps_its_own_scores():
+    scores = np.array([[0.9], [0.1]])
+    metric = MultiLabelAveragePrecision()
+    metric.update(scores, np.array([[1], [0]]))
+    scores[:] = 0
+    assert metric.compute()["map"] == 100.0
+
+
+def test_average_precision_of_nothing():
+    result = MultiLabelAveragePrecision().compute()
+    assert math.isnan(result.pop("map"))
+    assert result == {"per_class": {}, "images": 0, "left_out": {"no_positive": 0}}
+
+
+@pytest.mark.parametrize(
+    ("scores", "presence", "match"),
+    [
+        ([[0.1, 0.2]], [[1]], r"\(1, 2\) and \(1, 1\)"),
+        ([0.1, 0.2], [1, 0], r"\(B, K\)"),
+        ([[0.1, np.nan]], [[1, 0]], "NaN"),
+        ([[0.1, 0.2]], [[1, 2]], "0 or 1"),
+        ([[0.1]], [[1]], "2 classes as before, got 1"),
+    ],
+)
+def test_average_precision_refuses_bad_input(scores, presence, match):
+    metric = MultiLabelAveragePrecision()
+    metric.update([[0.1, 0.2]], [[1, 0]])
+    with pytest.raises(ValueError, match=match):
+        metric.update(scores, presence)
+    assert metric.compute()["images"] == 1
+
+
+def test_average_precision_refuses_to_merge_other_classes():
+    one, two = MultiLabelAveragePrecision(), MultiLabelAveragePrecision()
+    one.update([[0.1]], [[1]])
+    two.update([[0.1, 0.2]], [[1, 0]])
+    with pytest.raises(ValueError, match="1 classes as before, got 2"):
+        one.merge(two)

@@ -61,7 +61,10 @@ def resize_maps(maps: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
         raise ValueError(f"Expected a size (height, width) of at least one pixel a side, got {tuple(size)}.")
     rows = _bicubic_weights(maps.shape[-2], height, maps.device)
     columns = _bicubic_weights(maps.shape[-1], width, maps.device)
-    return rows @ (maps.float() @ columns.mT)
+    # Offset from its minimum, a constant map stays constant to the last bit: min-max would stretch any rounding noise.
+    maps = maps.float()
+    low = maps.amin((-2, -1), keepdim=True)
+    return rows @ ((maps - low) @ columns.mT) + low
 
 
 def _bicubic_weights(source: int, target: int, device: torch.device) -> torch.Tensor:

@@ -1,0 +1,26 @@
+# Every target sets itself up in .venv from a fresh clone and is quick when repeated.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: demo test style bench
+
+.venv/.installed: setup.py pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	touch $@
+
+# Explains a photograph that scikit-image ships (public domain) with the embedded checkpoint.
+demo: .venv/.installed
+	$(BIN)/iclip explain "$$($(BIN)/python -c 'import skimage; print(skimage.__path__[0])')/data/coffee.png" \
+		--text "cup of coffee" --text "spoon" --text "wooden table" --output demo.png
+
+test: .venv/.installed
+	$(BIN)/python -m pytest
+
+style: .venv/.installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+bench: .venv/.installed
+	for benchmark in benchmarks/bench_*.py; do $(BIN)/python $$benchmark || exit 1; done

@@ -1,0 +1,209 @@
+import json
+
+import numpy as np
+import pytest
+import torch
+from conftest import tiny_model
+from PIL import Image
+from torch.nn import functional as F
+from transformers import AutoProcessor
+
+from iclip_hf import ICLIPProcessor
+
+
+def photo(width=48, height=32, mode="RGB", seed=0):
+    pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    return Image.fromarray(pixels).convert(mode)
+
+
+def decoded(processor, batch):
+    ids = batch["input_ids"].flatten(0, -2)
+    return [processor.tokenizer.decode(row, skip_special_tokens=True) for row in ids]
+
+
+def test_labels_go_into_the_template_and_texts_do_not(tiny_processor):
+    assert decoded(tiny_processor, tiny_processor(labels=["dog", "red ball"])) == [
+        "a photo of the dog",
+        "a photo of the red ball",
+    ]
+    assert decoded(tiny_processor, tiny_processor(text="a dog")) == ["a dog"]
+
+
+def test_several_templates_are_the_prompts_of_one_label(tiny_processor):
+    batch = tiny_processor(labels=["dog", "cat"], templates=["a {}", "the {}", "a photo of {}"])
+    assert batch["num_templates"] == 3
+    assert decoded(tiny_processor, batch)[:4] == ["a dog", "the dog", "a photo of dog", "a cat"]
+    with torch.no_grad():
+        outputs = tiny_model()(**tiny_processor(photo(), labels=["dog", "cat"], templates=["a {}", "the {}"]))
+    assert outputs.logits_per_image.shape == (1, 2)
+
+
+def test_each_image_has_its_own_texts_filled_up_with_the_last(tiny_processor):
+    batch = tiny_processor([photo(), photo()], labels=[["dog"], ["cat", "car"]], templates=["a {}", "the {}"])
+    assert batch["input_ids"].shape[:2] == (2, 4)
+    assert decoded(tiny_processor, batch) == ["a dog", "the dog"] * 2 + ["a cat", "the cat", "a car", "the car"]
+    with torch.no_grad():
+        assert tiny_model()(**batch).logits_per_image.shape == (2, 2)
+
+
+@pytest.mark.parametrize("mode", ["L", "P", "RGBA", "CMYK", "1", "LA", "I;16"])
+def test_images_of_any_mode_become_rgb(tiny_processor, mode):
+    if mode == "I;16":
+        image = Image.fromarray(np.full((32, 48), 65535, np.uint16))
+        expected = tiny_processor(Image.new("RGB", (48, 32), "white"))
+    else:
+        image = photo(mode=mode)
+        before = image.tobytes()
+        expected = tiny_processor(image.convert("RGB"))
+        assert image.tobytes() == before
+    torch.testing.assert_close(tiny_processor(image)["pixel_values"], expected["pixel_values"])
+
+
+def test_numpy_and_tensors_equal_pil(tiny_processor):
+    image = photo()
+    expected = tiny_processor(image)["pixel_values"]
+    array = np.asarray(image)
+    tensor = torch.from_numpy(array.copy()).permute(2, 0, 1)
+    for other in (array.copy(), tensor, [array.copy()], array[None].copy(), tensor[None]):
+        torch.testing.assert_close(tiny_processor(other)["pixel_values"], expected, atol=1e-5, rtol=0)
+
+
+def test_the_whole_image_is_seen(tiny_processor):
+    """A crop would lose the white margin of this panorama."""
+    image = Image.new("RGB", (400, 40))
+    image.paste((255, 255, 255), (0, 0, 40, 40))
+    pixels = tiny_processor(image)["pixel_values"][0]
+    assert pixels.shape == (3, 32, 32)
+    assert pixels[:, :, 0].min() > 1 and pixels[:, :, 8:].max() < 0
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 2000), (2000, 1), (8000, 8000)])
+def test_extreme_sizes_work(tiny_processor, size):
+    pixels = tiny_processor(Image.new("RGB", size, "red"))["pixel_values"]
+    assert pixels.shape == (1, 3, 32, 32) and torch.isfinite(pixels).all()
+
+
+def test_proportions_are_kept_in_multiples_of_the_patch(tiny_processor):
+    batch = tiny_processor(photo(300, 100), size={"shortest_edge": 30})
+    assert batch["pixel_values"].shape == (1, 3, 32, 88)  # 30x90, rounded to multiples of 8
+    assert tiny_processor(photo(), size={"height": 16, "width": 40})["pixel_values"].shape == (1, 3, 16, 40)
+
+
+def test_long_texts_are_truncated(tiny_processor):
+    assert tiny_processor(text=" ".join(["dog"] * 500))["input_ids"].shape == (1, 77)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({}, ValueError, "images, text or labels"),
+        ({"text": []}, ValueError, "at least one text"),
+        ({"text": ""}, ValueError, "at least one character"),
+        ({"text": ["dog", "  "]}, ValueError, "at least one character.*'  '"),
+        ({"text": ["dog\ud800"]}, ValueError, "valid Unicode"),
+        ({"text": [3]}, TypeError, "strings, got 3 of type int"),
+        ({"text": [["dog"], []]}, ValueError, "at least one text"),
+        ({"text": "dog", "labels": "dog"}, ValueError, "got both"),
+        ({"labels": "dog", "templates": ["photo"]}, ValueError, r"one \{\} each"),
+        ({"labels": "dog", "templates": []}, ValueError, r"one \{\} each"),
+        ({"text": "dog", "templates": ["a {}"]}, ValueError, "labels instead of text"),
+        ({"images": photo(), "size": {"height": 30, "width": 32}}, ValueError, "multiples of the patch size 8"),
+        ({"images": [photo(), photo(99)], "size": {"shortest_edge": 32}}, ValueError, "one by one"),
+        ({"images": [photo()], "text": [["dog"], ["cat"]]}, ValueError, "2 lists for 1 images"),
+    ],
+)
+def test_bad_input_is_named(tiny_processor, arguments, error, message):
+    with pytest.raises(error, match=message):
+        tiny_processor(**arguments)
+
+
+def test_saving_keeps_every_option(tiny_processor, tmp_path):
+    processor = ICLIPProcessor(
+        tiny_processor.image_processor,
+        tiny_processor.tokenizer,
+        templates=["a {}", "the {}"],
+        patch_size=8,
+        max_text_length=9,
+        text_padding="max_length",
+    )
+    processor.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "processor_config.json").read_text())["processor_class"] == "ICLIPProcessor"
+    for loaded in (ICLIPProcessor.from_pretrained(tmp_path), AutoProcessor.from_pretrained(tmp_path)):
+        assert type(loaded) is ICLIPProcessor
+        batch = loaded(photo(), labels="dog")
+        assert batch["input_ids"].shape == (2, 9) and batch["num_templates"] == 2
+        assert torch.equal(batch["pixel_values"], processor(photo())["pixel_values"])
+
+
+MAPS = torch.randn(2, 3, 4, 6, generator=torch.Generator().manual_seed(0))
+SIZES = [(33, 50), (20, 20)]
+
+
+def test_maps_are_resized_then_stretched(tiny_processor):
+    processed = tiny_processor.post_process_similarity_maps(MAPS, SIZES)
+    for raw, done, size in zip(MAPS, processed, SIZES):
+        assert done.shape == (3, *size)
+        big = F.interpolate(raw[None], size=size, mode="bicubic", align_corners=False)[0]
+        for text in range(3):
+            low, high = big[text].min(), big[text].max()
+            torch.testing.assert_close(done[text], (big[text] - low) / (high - low), atol=1e-5, rtol=0)
+
+
+def test_the_other_order_and_the_reverse(tiny_processor):
+    first = tiny_processor.post_process_similarity_maps(MAPS, SIZES, order="normalize_first")
+    assert all(m.min() >= 0 and m.max() <= 1 for m in first)
+    low, high = MAPS.amin((2, 3), keepdim=True), MAPS.amax((2, 3), keepdim=True)
+    small = (MAPS - low) / (high - low)
+    big = F.interpolate(small[:1], size=SIZES[0], mode="bicubic", align_corners=False)[0].clamp(0, 1)
+    torch.testing.assert_close(first[0], big, atol=1e-5, rtol=0)
+    straight = tiny_processor.post_process_similarity_maps(MAPS, SIZES)
+    turned = tiny_processor.post_process_similarity_maps(MAPS, SIZES, reverse=True)
+    assert all(torch.equal(b, 1 - a) for a, b in zip(straight, turned))
+
+
+def test_a_constant_map_is_zero(tiny_processor):
+    assert tiny_processor.post_process_similarity_maps(torch.full((1, 1, 4, 6), 0.3), [(9, 9)])[0].eq(0).all()
+
+
+def test_masks_by_hand(tiny_processor):
+    maps = [torch.tensor([[[0.2, 0.5], [0.6, 1.0]], [[0.0, 0.3], [0.9, 1.0]]])]
+    half = tiny_processor.post_process_masks(maps)[0]
+    assert half.tolist() == [[[False, False], [True, True]], [[False, False], [True, True]]]
+    each = tiny_processor.post_process_masks(maps, threshold=[0.1, 0.95])[0]
+    assert each.sum((1, 2)).tolist() == [4, 1]
+
+
+def test_an_absent_text_gets_an_empty_mask(tiny_processor):
+    maps = tiny_processor.post_process_similarity_maps(MAPS, SIZES)
+    scores = torch.tensor([[0.3, 0.1, 0.2], [0.0, 0.25, 0.4]])
+    masks = tiny_processor.post_process_masks(maps, scores=scores, min_score=0.2)
+    assert [mask.any((1, 2)).tolist() for mask in masks] == [[True, False, True], [False, True, True]]
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda p: p.post_process_similarity_maps(MAPS, SIZES[:1]), r"B target sizes, got \(2, 3, 4, 6\) and 1"),
+        (lambda p: p.post_process_similarity_maps(MAPS[0], SIZES), r"\(B, T, h, w\)"),
+        (lambda p: p.post_process_similarity_maps(MAPS, SIZES, order="first"), "got 'first'"),
+        (lambda p: p.post_process_masks([MAPS[0]], threshold=1.5), r"in \[0, 1\], got 1.5"),
+        (lambda p: p.post_process_masks([MAPS[0]], min_score=1.0), "scores and min_score together"),
+    ],
+)
+def test_bad_post_processing_is_named(tiny_processor, call, message):
+    with pytest.raises(ValueError, match=message):
+        call(tiny_processor)
+
+
+def test_pipeline_for_zero_shot_classification(tiny_processor, tmp_path):
+    from transformers import pipeline
+
+    tiny_model().save_pretrained(tmp_path)
+    tiny_processor.save_pretrained(tmp_path)
+    results = pipeline("zero-shot-image-classification", model=str(tmp_path))(photo(), candidate_labels=["dog", "cat"])
+    assert {result["label"] for result in results} == {"dog", "cat"}
+    with torch.no_grad():
+        texts = ["This is a photo of dog.", "This is a photo of cat."]
+        logits = tiny_model()(**tiny_processor(photo(), text=texts)).logits_per_image[0]
+    expected = dict(zip(["dog", "cat"], logits.softmax(-1).tolist()))
+    assert {r["label"]: r["score"] for r in results} == pytest.approx(expected, abs=1e-5)

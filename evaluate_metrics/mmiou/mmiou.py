@@ -21,8 +21,8 @@ Returns:
 Example:
 
     >>> metric = evaluate.load("mmiou")
-    >>> metric.compute(predictions=[[[0.9, 0.4], [0.6, 0.1]]], references=[[[3, 3], [0, 255]]], labels=[3])["mmiou"]
-    66.66666666666667
+    >>> metric.compute(predictions=[[[0.9, 0.4], [0.6, 0.1]]], references=[[[3, 0], [3, 255]]], labels=[3])["mmiou"]
+    100.0
 """
 
 

@@ -3,6 +3,7 @@
 The scripts live in the repository's folder `evaluate_metrics`, which is installed as `iclip_hf.evaluate_metrics`.
 """
 
+import json
 import os
 import shutil
 from abc import ABC, abstractmethod
@@ -177,12 +178,13 @@ def metric_demo(script: str | Path):
 
     metric = evaluate.load(str(script))
 
-    def score(heatmap: np.ndarray, mask: str, label: float) -> dict:
-        return metric.compute(
+    def score(heatmap: np.ndarray, mask: str, label: int) -> str:
+        result = metric.compute(
             predictions=[heatmap.astype(np.float32) / 255],
             references=[np.asarray(Image.open(mask))],
-            labels=[int(label)],
+            labels=[label],
         )
+        return json.dumps(result, indent=2)
 
     return gr.Interface(
         score,
@@ -195,7 +197,7 @@ def metric_demo(script: str | Path):
             ),
             gr.Number(value=1, precision=0, label="Class id"),
         ],
-        outputs=gr.JSON(label=metric.name),
+        outputs=gr.Code(language="json", label=metric.name),
         title=f"Metric: {metric.name}",
         description=metric.description,
         article=evaluate.utils.parse_readme(Path(script).with_name("README.md")),

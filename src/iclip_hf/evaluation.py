@@ -167,7 +167,8 @@ def evaluate(
     if limit is not None and limit < 1:
         raise ValueError(f"Expected limit to be at least 1, got {limit}.")
     start = time.perf_counter()
-    rank, world = _process()
+    state = PartialState(cpu=not torch.cuda.is_available())  # without it two processes on CPU would not find each other
+    rank, world = state.process_index, state.num_processes
     explainers = {method: make_explainer(model, processor, method) for method in dict.fromkeys(methods)}
     templates = list(dataset.templates if templates is None else templates)
     texts = {method: one.encode_texts(dataset.class_names, templates) for method, one in explainers.items()}
@@ -203,7 +204,8 @@ def evaluate(
         for method, counts in _ahead(pool, _count, forward(), 2 * batch_size):
             scores[method].add_counts(counts)
 
-    scores = _merge_processes(scores)
+    if world > 1:
+        scores = _merge_processes(scores)
     protocol = {
         "model": getattr(getattr(model, "config", None), "_name_or_path", "") or type(model).__name__,
         "dataset": {
@@ -258,16 +260,8 @@ def _ahead(pool: ThreadPoolExecutor, function, items: Iterable, depth: int) -> I
         yield pending.popleft().result()
 
 
-def _process() -> tuple[int, int]:
-    """Rank and number of the processes that share this evaluation."""
-    state = PartialState()
-    return state.process_index, state.num_processes
-
-
 def _merge_processes(scores: dict[str, _Scores]) -> dict[str, _Scores]:
     """The sums of all processes together, on every process."""
-    if PartialState().num_processes == 1:
-        return scores
     first, *others = gather_object([scores])
     for other in others:
         for method, one in first.items():

@@ -21,8 +21,7 @@ THRESHOLDS = np.arange(101) / 100
 _LEVELS = 1 + len(THRESHOLDS)  # "every pixel", then one level a threshold
 _VOID_CODE = 255  # above the 2 * _LEVELS codes of background and foreground
 _BLOCK = 2**16  # pixels at a time: small temporaries stay cached, those of a whole map are mapped in anew each time
-_IOU_UNIT = 2**40  # fixed point of an IoU; int64 holds the sum over 8 million images a class
-_MEAN_UNIT = 2**53  # fixed point of a mean, the grid on which float64 has both x and 1 - x
+_UNIT = 2**53  # fixed point of a ratio in [0, 1]: the grid on which float64 has both x and 1 - x
 
 
 def _to_numpy(array) -> np.ndarray:
@@ -222,12 +221,12 @@ class MeanMaxIoU(_PairMetric):
     count = staticmethod(threshold_counts)
 
     def _summands(self, counts: np.ndarray) -> np.ndarray:
-        """(2, 102) int64, numerator and denominator of the IoU when everything is predicted and at each threshold."""
+        """(2, 102) Python integers, numerator and denominator of the IoU of every pixel and at each threshold."""
         background, foreground = counts
         iou = np.stack([foreground, foreground[0] + background])
         if self.aggregate == "image":
-            iou = np.stack([np.rint(iou[0] / iou[1] * _IOU_UNIT).astype(np.int64), np.full(_LEVELS, _IOU_UNIT)])
-        return iou
+            iou = np.stack([np.rint(iou[0] / iou[1] * _UNIT).astype(np.int64), np.full(_LEVELS, _UNIT)])
+        return iou.astype(object)
 
     def compute(self) -> dict:
         """Returns the scores of all pairs so far.
@@ -238,7 +237,7 @@ class MeanMaxIoU(_PairMetric):
         - **floor** -- the same mean when every pixel is predicted, percent.
         - **pairs**, **left_out** -- number of pairs in the mean, and {reason: number} of those that are not.
         """
-        iou = {label: 100 * (sums[0] / sums[1]) for label, sums in sorted(self._sums.items())}
+        iou = {label: 100 * (sums[0] / sums[1]).astype(float) for label, sums in sorted(self._sums.items())}
         best = {label: int(curve[1:].argmax()) for label, curve in iou.items()}
         per_class = {label: float(iou[label][1 + i]) for label, i in best.items()}
         return {
@@ -282,7 +281,7 @@ class MeanForegroundMinusBackground(_PairMetric):
         per_class = {}
         for label, sums in sorted(self._sums.items()):
             background, foreground = (Fraction(total, weight) for weight, total in sums)
-            per_class[label] = float((foreground - background) / _MEAN_UNIT)
+            per_class[label] = float((foreground - background) / _UNIT)
         return {"mfmb": _mean(per_class.values()), "per_class": per_class, **self._pair_numbers()}
 
 

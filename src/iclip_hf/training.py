@@ -17,6 +17,8 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import send_to_device
+from matplotlib.figure import Figure
+from safetensors.torch import load_file, save_file
 from torch import distributed, nn
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
@@ -24,6 +26,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
 from .data.pairs import PairDataset, PairStream
 from .losses import contrastive_loss
 from .modeling_iclip import ICLIPModel, normalize
+from .plots import overlay, picture_grid
 from .processing_iclip import ICLIPProcessor
 
 
@@ -392,18 +395,121 @@ def cosine_schedule(step: int, total: int, warmup: int, peak: float, start: floa
 @torch.no_grad()
 def validate(accelerator: Accelerator, pair_model: nn.Module, dataset: Dataset, batch_size: int) -> dict[str, float]:
     """
-    Retrieval among the pairs of a validation set, by the recognition branch, and the loss over all of them at once.
+    Retrieval among the pairs of a validation set by the recognition branch, and the loss over all of them at once.
 
     Returns:
-        `dict`: `val_loss`; `image_to_text` and `text_to_image`, the percentage of images (texts) whose own text (image) is the
-        nearest.
+        `dict`: `val_loss`, and `image_to_text` and `text_to_image`, the percentage of images (texts) whose own text (image)
+        is the nearest.
     """
     dataset.set_epoch(0)
-    batches = list(torch.arange(len(dataset)).split(batch_size))
-    rank, world_size = accelerator.process_index, accelerator.num_processes
+    # Contiguous parts, filled up to equal length because each forward gathers.
+    part = math.ceil(len(dataset) / accelerator.num_processes)
+    rows = [(accelerator.process_index * part + i) % len(dataset) for i in range(part)]
     pair_model.eval()
     images, texts = [], []
-    # Equal work for all processes, because the forward gathers; what is beyond the end is cut off below.
-    for start in range(0, len(dataset), batch_size):
-        ...
+    for batch in DataLoader(dataset, min(batch_size, part), sampler=rows, collate_fn=dataset.collate):
+        batch.pop("skipped")
+        outputs = pair_model(**send_to_device(batch, accelerator.device))
+        images.append(outputs["image_embeds"])
+        texts.append(outputs["text_embeds"])
     pair_model.train()
+    images, texts = (accelerator.gather(torch.cat(one))[: len(dataset)] for one in (images, texts))
+    cosines = [images[:, i] @ texts[:, i].T for i in range(images.shape[1])]
+    scales = accelerator.unwrap_model(pair_model).model.logit_scales()
+    own = torch.arange(len(dataset), device=images.device)
+    return {
+        "val_loss": torch.stack([contrastive_loss(scale * one) for scale, one in zip(scales, cosines)]).mean().item(),
+        "image_to_text": 100 * (cosines[0].argmax(1) == own).float().mean().item(),
+        "text_to_image": 100 * (cosines[0].argmax(0) == own).float().mean().item(),
+    }
+
+
+@torch.no_grad()
+def draw_examples(model: ICLIPModel, processor: ICLIPProcessor, pairs: PairDataset, count: int) -> Figure:
+    """The first pairs of a data set: each image beside the map of its own text."""
+    pictures, titles = [], []
+    for index in range(min(count, len(pairs))):
+        pair = pairs[index]
+        inputs = processor(images=[pair["image"]], text=[pair["caption"]]).to(model.device)
+        maps = model(**inputs, output_similarity_maps=True).similarity_maps
+        size = (pair["image"].height, pair["image"].width)
+        heatmap = processor.post_process_similarity_maps(maps, [size])[0][0]
+        pictures += [pair["image"], overlay(pair["image"], heatmap.cpu().numpy())]
+        titles += ["", pair["caption"]]
+    return picture_grid(pictures, titles, columns=4)
+
+
+# -------------------------------------------------------------------------------------------- checkpoints and export
+
+
+def keep_learning_weights_only(accelerator: Accelerator) -> None:
+    """
+    Leaves what does not learn out of Accelerate's checkpoints, and the wrapper's prefix, so that a run may go on with another
+    number of processes. FSDP and DeepSpeed keep their own form.
+    """
+
+    def save(models: list[nn.Module], weights: list[dict], folder: str) -> None:
+        if weights:
+            weights.clear()
+            if accelerator.is_main_process:
+                learning = {n: p for n, p in accelerator.unwrap_model(models[0]).named_parameters() if p.requires_grad}
+                save_file({name: p.detach().contiguous() for name, p in learning.items()}, Path(folder, "learning.safetensors"))
+
+    def load(models: list[nn.Module], folder: str) -> None:
+        file = Path(folder, "learning.safetensors")
+        if file.exists():
+            learning = {n: p for n, p in accelerator.unwrap_model(models[0]).named_parameters() if p.requires_grad}
+            kept = load_file(file)
+            with torch.no_grad():
+                for name, parameter in learning.items():
+                    parameter.copy_(kept[name])
+            models.clear()
+
+    accelerator.register_save_state_pre_hook(save)
+    accelerator.register_load_state_pre_hook(load)
+
+
+def checkpoints(output_dir: Path) -> list[Path]:
+    """The whole checkpoints of a run, oldest first."""
+    return sorted(path for path in output_dir.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name))
+
+
+def save_checkpoint(accelerator: Accelerator, output_dir: Path, state: Mapping, keep: int) -> None:
+    """
+    Saves everything a run needs to go on, as `checkpoint-<state["step"]>`, and removes all but the last `keep`. It appears whole
+    or not at all.
+    """
+    target = output_dir / f"checkpoint-{state['step']:07d}"
+    partial = Path(f"{target}.partial")
+    if accelerator.is_main_process:
+        shutil.rmtree(partial, ignore_errors=True)
+    accelerator.wait_for_everyone()
+    accelerator.save_state(str(partial))
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        (partial / "state.json").write_text(json.dumps(state, indent=2))
+        os.replace(partial, target)
+        for old in checkpoints(output_dir)[:-keep]:
+            shutil.rmtree(old)
+
+
+def load_checkpoint(accelerator: Accelerator, folder: Path) -> dict:
+    """Brings a run back to a checkpoint, and returns the state it was saved with."""
+    accelerator.load_state(str(folder))
+    return json.loads((folder / "state.json").read_text())
+
+
+def export(accelerator: Accelerator, pair_model: nn.Module, processor: ICLIPProcessor, folder: Path) -> None:
+    """Writes the model and its processor as a folder for `from_pretrained`, beside and then in place of an earlier one."""
+    weights = accelerator.get_state_dict(pair_model)
+    if accelerator.is_main_process:
+        partial, old = Path(f"{folder}.partial"), Path(f"{folder}.old")
+        shutil.rmtree(partial, ignore_errors=True)
+        model = accelerator.unwrap_model(pair_model).model
+        model.save_pretrained(partial, state_dict={name.removeprefix("model."): w for name, w in weights.items()})
+        processor.save_pretrained(partial)
+        if folder.exists():
+            os.replace(folder, old)
+        os.replace(partial, folder)
+        shutil.rmtree(old, ignore_errors=True)
+    accelerator.wait_for_everyone()

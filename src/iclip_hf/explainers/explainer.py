@@ -45,7 +45,7 @@ class Explainer(ABC):
     """
 
     def __init__(self, model, processor):
-        self.family = _family(model)(model, processor)
+        self.family = adapt(model, processor)
         self.processor = self.family.processor
 
     def encode_texts(self, labels: Sequence[str], templates: Sequence[str] | None = None) -> ICLIPTextFeatures:
@@ -75,17 +75,27 @@ class Explainer(ABC):
         """
 
 
-def _family(model) -> type[Family]:
-    open_clip = hasattr(model, "visual")
-    kind = type(model.visual).__name__ if open_clip else getattr(getattr(model, "config", None), "model_type", None)
-    # open_clip's CoCa pools by queries of its own; the classifiers of transformers share the two-tower models' configs.
-    fits = getattr(model.visual, "attn_pool", None) is None if open_clip else hasattr(model, "get_text_features")
+def adapt(model, processor) -> Family:
+    """
+    A model of any supported kind behind the functions that methods and analyses are written in.
+
+    Raises:
+        `TypeError`: for another kind of model.
+    """
+    visual, config = getattr(model, "visual", None), getattr(model, "config", None)
+    if visual is not None:
+        kind, fits = (
+            type(visual).__name__,
+            getattr(visual, "attn_pool", None) is None,
+        )  # CoCa pools by queries of its own
+    else:
+        kind, fits = getattr(config, "model_type", None), hasattr(model, "get_text_features")
     if kind not in _FAMILIES or not fits:
         raise TypeError(
             "Expected an ICLIPModel, CLIPModel, SiglipModel or Siglip2Model, or a model of open_clip with a class token or "
             f"a ResNet, got {type(model).__name__}."
         )
-    return _FAMILIES[kind]
+    return _FAMILIES[kind](model, processor)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,330 @@
+"""Features of locked towers on disk: computed once, then projections (and a text tower) train from them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import math
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from torch import nn
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+
+from .configuration_iclip import ICLIPConfig
+from .data.pairs import BadPairError, PairDataset
+from .modeling_iclip import ICLIPModel
+from .pooling import normalize_attention, pool
+from .processing_iclip import ICLIPProcessor
+from .training import seeded
+
+
+logger = logging.getLogger(__name__)
+
+# What is kept of an image: every pooling of Table 2, masked max under both norms of the attention.
+POOLINGS = ("class_token", "average", "max", "masked_max/minmax", "masked_max/quantile")
+
+
+def branch_poolings(config: ICLIPConfig) -> list[str]:
+    """Which of `POOLINGS` the branches of a model see, the recognition branch first."""
+    own = f"masked_max/{config.attention_norm}" if config.pooling == "masked_max" else config.pooling
+    return ["class_token", own] if config.dual_projection else [own]
+
+
+class FeatureShards:
+    """
+    Rows of features in a folder, memory-mapped. A shard appears whole or not at all, so that filling the folder goes on
+    after a stop, and several processes share it.
+
+    Args:
+        folder: made if it is not there.
+        fingerprint: everything that the features depend on, as JSON values.
+        rows: how many there are.
+
+    Raises:
+        `ValueError`: the folder holds features that depend on something else.
+    """
+
+    def __init__(self, folder: Path, fingerprint: dict, rows: int):
+        self.folder, self.rows = folder, rows
+        self.shard_rows = max(256, math.ceil(rows / 256))
+        self.num_shards = math.ceil(rows / self.shard_rows)
+        self._arrays: list[np.ndarray] = []
+        now = json.loads(json.dumps({**fingerprint, "rows": rows, "version": 1}))
+        file = folder / "fingerprint.json"
+        folder.mkdir(parents=True, exist_ok=True)
+        if not file.exists():
+            _write(file, lambda opened: opened.write(json.dumps(now, indent=2).encode()))
+        then = json.loads(file.read_text())
+        if changed := [name for name in {**then, **now} if then.get(name) != now.get(name)]:
+            differences = "; ".join(f"{name} was {then.get(name)}, is {now.get(name)}" for name in changed)
+            raise ValueError(
+                f"{folder}: expected features made as this run would, but {differences:.800}. Name another folder for the "
+                "cache, or delete this one."
+            )
+
+    def missing(self) -> list[int]:
+        """The shards that are not there yet, by number."""
+        return [shard for shard in range(self.num_shards) if not self._file(shard).exists()]
+
+    def rows_of(self, shard: int) -> range:
+        return range(self.rows)[shard * self.shard_rows : (shard + 1) * self.shard_rows]
+
+    def write(self, shard: int, features: np.ndarray, captions: list[list[str]] | None = None) -> None:
+        """Adds a shard, and beside it the captions of its rows."""
+        if captions is not None:
+            _write(self._file(shard, ".json"), lambda opened: opened.write(json.dumps(captions).encode()))
+        _write(self._file(shard), lambda opened: np.save(opened, features))
+
+    def __getitem__(self, rows: np.ndarray) -> np.ndarray:
+        """Features of these rows, (len(rows), ...), float16."""
+        if not self._arrays:
+            self._arrays = [np.load(self._file(shard), mmap_mode="r") for shard in range(self.num_shards)]
+        features = np.empty((len(rows), *self._arrays[0].shape[1:]), self._arrays[0].dtype)
+        shards = rows // self.shard_rows
+        for shard in np.unique(shards):
+            here = shards == shard
+            features[here] = self._arrays[shard][rows[here] - shard * self.shard_rows]
+        return features
+
+    def captions(self) -> list[list[str]]:
+        """The captions of every row."""
+        files = [self._file(shard, ".json") for shard in range(self.num_shards)]
+        return [captions for file in files for captions in json.loads(file.read_text())]
+
+    def _file(self, shard: int, suffix: str = ".npy") -> Path:
+        return self.folder / f"{shard:05d}{suffix}"
+
+
+def cache_images(
+    folder: Path,
+    pairs: PairDataset,
+    model: ICLIPModel,
+    transforms: Sequence[Callable],
+    accelerator: Accelerator,
+    *,
+    seed: int = 0,
+    batch_size: int = 64,
+    num_workers: int = 0,
+    max_bad_share: float = 0.05,
+) -> list[FeatureShards]:
+    """
+    Pools the image tower's tokens of each pair in every way of `POOLINGS`, once a view, unless that was done before.
+
+    Args:
+        folder: of the cache.
+        transforms: one a view. What a random one draws for a pair depends on (seed, view, index) alone.
+        batch_size: images in one forward.
+        max_bad_share: of the pairs may have a broken image or no caption; they get no captions here.
+
+    Returns:
+        for each view [`FeatureShards`] of rows (5, D) with the captions.
+    """
+    views = []
+    for view, transform in enumerate(transforms):
+        fingerprint = {
+            "tower": tower_digest(model.vision_model),
+            "attention_quantile": model.config.attention_quantile,
+            "mixed_precision": accelerator.mixed_precision,
+            "data": pairs.fingerprint(),
+            "draws": [seed, view] if transform.is_random else None,
+            **transform.description(),
+        }
+        views.append(FeatureShards(folder / f"images-{view}", fingerprint, len(pairs)))
+        reader = _ViewReader(pairs, transform, seed, view)
+
+        def encode(items: list[tuple[torch.Tensor | None, list[str]]]) -> tuple[torch.Tensor, list[list[str]]]:
+            images, captions = zip(*items)
+            good = [row for row, image in enumerate(images) if image is not None]
+            features = torch.zeros(len(items), len(POOLINGS), model.config.vision_config.hidden_size)
+            if good:
+                pixel_values = torch.stack([images[row] for row in good]).to(accelerator.device)
+                features[good] = _pool_every_way(model, pixel_values).float().cpu()
+            return features, list(captions)
+
+        _fill(views[-1], reader, encode, accelerator, batch_size, num_workers, f"View {view}")
+    bad = sum(not captions for captions in views[0].captions())
+    if bad > max_bad_share * len(pairs):
+        raise ValueError(
+            f"Expected at most {max_bad_share:.2%} bad pairs, but {bad} of {len(pairs)} are, as the log says; mend the data "
+            "or raise max_bad_share."
+        )
+    return views
+
+
+def cache_texts(
+    folder: Path, texts: Sequence[str], model: ICLIPModel, processor: ICLIPProcessor, accelerator: Accelerator
+) -> FeatureShards:
+    """The text tower's feature of each text, unless that was done before: [`FeatureShards`] of rows (D,)."""
+    fingerprint = {
+        "tower": tower_digest(model.text_model),
+        "text_pooling": model.config.text_pooling,
+        "mixed_precision": accelerator.mixed_precision,
+        "tokenizer": _digest(processor.tokenizer.backend_tokenizer.to_str()),
+        "max_text_length": processor.max_text_length,
+        "text_padding": processor.text_padding,
+        "texts": _digest(json.dumps(list(texts))),
+    }
+    shards = FeatureShards(folder / "texts", fingerprint, len(texts))
+
+    def encode(batch: list[str]) -> tuple[torch.Tensor, None]:
+        return model.encode_text(**processor(text=batch).to(accelerator.device))[0], None
+
+    _fill(shards, texts, encode, accelerator, batch_size=256, num_workers=0, title="Texts")
+    return shards
+
+
+def distinct(captions: Sequence[Sequence[str]]) -> list[str]:
+    """All different texts, in order of their first appearance."""
+    return list(dict.fromkeys(text for several in captions for text in several))
+
+
+class CachedPairs(Dataset):
+    """
+    Pairs as features. Which view and which caption an epoch draws depends on (seed, epoch) alone.
+
+    Args:
+        views: from `cache_images`.
+        poolings: what each branch sees, see `branch_poolings`.
+        processor: tokenizes the captions.
+        texts: from `cache_texts` over the `distinct` captions, if the text tower is locked too.
+    """
+
+    def __init__(
+        self,
+        views: Sequence[FeatureShards],
+        poolings: Sequence[str],
+        processor: ICLIPProcessor,
+        seed: int = 0,
+        texts: FeatureShards | None = None,
+    ):
+        self.views, self.processor, self.seed, self.texts = views, processor, seed, texts
+        self.columns = [POOLINGS.index(pooling) for pooling in poolings]
+        captions = views[0].captions()
+        self.rows = np.array([row for row, several in enumerate(captions) if several])  # a bad pair has none
+        self.captions = [captions[row] for row in self.rows]
+        if texts is not None:
+            row_of = {text: row for row, text in enumerate(distinct(captions))}
+            self.captions = [[row_of[text] for text in several] for several in self.captions]
+        self.set_epoch(0)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def set_epoch(self, epoch: int) -> None:
+        draws = np.random.default_rng([self.seed, epoch])
+        self.drawn_view = draws.integers(len(self.views), size=len(self))
+        self.drawn_caption = draws.random(len(self))
+
+    def __getitems__(self, indices: Sequence[int]) -> dict:
+        """A whole batch at once: `image_features` (B, branches, D), and captions or `text_features` (B, Dt)."""
+        indices = np.asarray(indices)
+        drawn, rows = self.drawn_view[indices], self.rows[indices]
+        images = [self.views[view][rows[drawn == view]][:, self.columns] for view in range(len(self.views))]
+        order = np.argsort(np.argsort(drawn, kind="stable"))
+        batch = {"image_features": torch.from_numpy(np.concatenate(images)[order]).float()}
+        captions = [self.captions[i][int(self.drawn_caption[i] * len(self.captions[i]))] for i in indices]
+        if self.texts is None:
+            return {**batch, "captions": captions}
+        return {**batch, "text_features": torch.from_numpy(self.texts[np.array(captions)]).float()}
+
+    def collate(self, batch: dict) -> dict:
+        """Tokenizes the captions: the tokenizer's tensors (B, L)."""
+        captions = batch.pop("captions", None)
+        return {**batch, **(self.processor(text=captions) if captions else {}), "skipped": 0}
+
+
+def tower_digest(tower: nn.Module) -> str:
+    """16 hex digits over a tower's weights and what its config says of their use."""
+    config = tower.config.to_dict()
+    unrelated = ("_name_or_path", "transformers_version", "dtype", "architectures")
+    digest = hashlib.sha256(json.dumps({k: v for k, v in config.items() if k not in unrelated}, sort_keys=True).encode())
+    for name, weight in sorted(tower.state_dict().items()):
+        digest.update(f"{name}{tuple(weight.shape)}{weight.dtype}".encode())
+        digest.update(weight.detach().cpu().contiguous().view(torch.uint8).numpy())
+    return digest.hexdigest()[:16]
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+class _ViewReader(Dataset):
+    """One view of each pair with all its captions; (None, []) for a bad pair."""
+
+    def __init__(self, pairs: PairDataset, transform: Callable, seed: int, view: int):
+        self.pairs, self.transform, self.seed, self.view = pairs, transform, seed, view
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor | None, list[str]]:
+        try:
+            pair = self.pairs.read(index)
+        except BadPairError as error:
+            logger.warning("Left out: %s", error)
+            return None, []
+        with seeded(self.seed, self.view, index):
+            return self.transform(pair["image"]), pair["captions"]
+
+
+def _pool_every_way(model: ICLIPModel, pixel_values: torch.Tensor) -> torch.Tensor:
+    """Images (B, 3, H, W) -> (B, 5, D) in the order of `POOLINGS`."""
+    config = model.config
+    norm, config.attention_norm = config.attention_norm, "minmax"
+    try:
+        tokens = model.encode_image(pixel_values)
+    finally:
+        config.attention_norm = norm
+    # A min-max is undone by the other norm: both are blind to offset and scale.
+    quantile = normalize_attention(tokens.attention, "quantile", config.attention_quantile)
+    ways = [(name, tokens.attention) for name in ("class_token", "average", "max", "masked_max")]
+    ways.append(("masked_max", quantile))
+    return torch.stack([pool(tokens.patch_tokens, tokens.class_token, attention, name) for name, attention in ways], 1)
+
+
+def _fill(
+    shards: FeatureShards,
+    dataset: Dataset | Sequence,
+    encode: Callable,
+    accelerator: Accelerator,
+    batch_size: int,
+    num_workers: int,
+    title: str,
+) -> None:
+    """Encodes the rows of the missing shards, each process its share of them."""
+    missing = shards.missing()
+    accelerator.wait_for_everyone()  # all have looked before one writes
+    todo = missing[accelerator.process_index :: accelerator.num_processes]
+    batches = [
+        list(rows[start : start + batch_size])
+        for rows in map(shards.rows_of, todo)
+        for start in range(0, len(rows), batch_size)
+    ]
+    loader = DataLoader(dataset, batch_sampler=batches, num_workers=num_workers, collate_fn=list)
+    features, captions = [], []
+    with tqdm(total=sum(map(len, batches)), desc=title, disable=not accelerator.is_main_process) as bar:
+        for items in loader:
+            with torch.inference_mode(), accelerator.autocast():
+                encoded, texts = encode(items)
+            features.append(encoded.half().cpu().numpy())
+            captions += texts or []
+            bar.update(len(items))
+            if sum(map(len, features)) == len(shards.rows_of(todo[0])):
+                shards.write(todo.pop(0), np.concatenate(features), captions or None)
+                features, captions = [], []
+    accelerator.wait_for_everyone()
+
+
+def _write(file: Path, write: Callable) -> None:
+    """Writes beside, then renames. The name is this process's own: another may be writing the same."""
+    partial = file.with_name(f"{file.name}.{os.getpid()}.partial")
+    try:
+        with open(partial, "wb") as opened:
+            write(opened)
+        os.replace(partial, file)
+    finally:
+        partial.unlink(missing_ok=True)

@@ -7,6 +7,7 @@ A `train.yaml` holds settings, the `config.json` beside it the model's options; 
 from __future__ import annotations
 
 import json
+import math
 import os
 import sys
 import time
@@ -16,12 +17,11 @@ from typing import Literal
 
 import torch
 import yaml
-from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate import Accelerator, DistributedDataParallelKwargs, PartialState
 from accelerate.utils import ProjectConfiguration, set_seed
 from filelock import FileLock, Timeout
 from tqdm import tqdm
 from transformers import HfArgumentParser
-from transformers.utils import logging as transformers_logging
 
 from iclip_hf import ICLIPConfig, ICLIPModel, ICLIPProcessor
 from iclip_hf.data.pairs import PairStream, load_pairs
@@ -29,6 +29,7 @@ from iclip_hf.data.segmentation import load_segmentation
 from iclip_hf.demo.towers import embedded_towers
 from iclip_hf.evaluation import evaluate
 from iclip_hf.feature_cache import CachedPairs, branch_poolings, cache_images, cache_texts, distinct
+from iclip_hf.modeling_iclip import _tower as load_tower
 from iclip_hf.training import (
     AugmentedImage,
     BatchLoader,
@@ -53,8 +54,7 @@ from iclip_hf.training import (
 
 
 def setting(default, help: str):
-    options = {"default_factory": lambda: list(default)} if isinstance(default, list) else {"default": default}
-    return field(**options, metadata={"help": help})
+    return field(default=default, metadata={"help": help})
 
 
 @dataclass
@@ -68,14 +68,19 @@ class Settings:
     # model
     model: str = setting("", "ICLIP model to train further (folder or Hub id), instead of two towers")
     vision: str = setting("", 'image tower (folder or Hub id), or "embedded" for the one of the demo')
-    text: str = setting("", 'text tower, likewise')
-    model_options: list[str] = setting([], "options of the model over those of config.json, as name=value")
+    text: str = setting("", "text tower, likewise")
+    model_options: list[str] = field(
+        default_factory=list, metadata={"help": "options of the model over those of config.json, as name=value"}
+    )
     lock_text: bool = setting(False, "train the projections only")
     image_size: int = setting(224, "height and width in pixels")
 
     # data
-    data: list[str] = setting([], "training pairs: tar shards, image folders, .csv or .tsv tables, or one Hub dataset")
-    validation_data: list[str] = setting([], "pairs to validate on, local")
+    data: list[str] = field(
+        default_factory=list,
+        metadata={"help": "training pairs: tar shards, image folders, .csv or .tsv tables, or one Hub dataset"},
+    )
+    validation_data: list[str] = field(default_factory=list, metadata={"help": "pairs to validate on, local"})
     split: str = setting("train", "split of a Hub dataset")
     pairs_per_epoch: int = setting(0, "of a Hub dataset, which is streamed and does not tell its length")
     max_bad_share: float = setting(0.05, "the run stops if more of the pairs are broken")
@@ -96,7 +101,8 @@ class Settings:
     min_learning_rate: float = setting(1e-5, "at the end")
     warmup_epochs: float = setting(2.0, "linear warm-up, then half a cosine")
     weight_decay: float = setting(0.05, "of matrices; not of biases, norms and logit scales")
-    adam_betas: list[float] = setting([0.9, 0.999], "AdamW's two betas")
+    adam_beta1: float = setting(0.9, "AdamW's memory of the gradient")
+    adam_beta2: float = setting(0.999, "and of its square")
     adam_epsilon: float = setting(1e-8, "AdamW's epsilon")
     clip_grad_norm: float = setting(5.0, "largest norm of the gradient")
     mixed_precision: Literal["auto", "no", "fp16", "bf16"] = setting(
@@ -109,7 +115,9 @@ class Settings:
     report_to: str = setting("tensorboard", "Accelerate's name of a tracker, or none")
     log_steps: int = setting(10, "steps between two logs")
     eval_steps: int = setting(1000, "steps between two evaluations; there is one at the end in any case")
-    eval_dataset: Literal["none", "voc2012", "coco2017", "folder"] = setting("none", "segmentation to evaluate maps on")
+    eval_dataset: Literal["none", "voc2012", "coco2017", "folder"] = setting(
+        "none", "segmentation to evaluate maps on"
+    )
     eval_root: str = setting("", "its folder")
     eval_split: str = setting("", "its split, if not the official one")
     best_metric: Literal["text_to_image", "image_to_text", "mAP", "mMIoU", "mFMB"] = setting(
@@ -121,20 +129,19 @@ class Settings:
 
     def __post_init__(self):
         self.output_dir = self.output_dir or f"runs/{Path(self.config).parent.name}"
-        at_least_one = "image_size views epochs batch_size chunk_size max_bad_steps log_steps eval_steps checkpoint_steps"
-        limits = dict.fromkeys([*at_least_one.split(), "keep_checkpoints"], 1)
-        limits |= dict.fromkeys("num_workers max_steps pairs_per_epoch pictures warmup_epochs weight_decay".split(), 0)
+        limits = dict.fromkeys(("image_size", "views", "epochs", "batch_size", "chunk_size", "max_bad_steps"), 1)
+        limits |= dict.fromkeys(("log_steps", "eval_steps", "checkpoint_steps", "keep_checkpoints"), 1)
+        limits |= dict.fromkeys(("num_workers", "max_steps", "pairs_per_epoch", "pictures"), 0)
+        limits |= dict.fromkeys(("warmup_epochs", "weight_decay", "warmup_learning_rate", "min_learning_rate"), 0)
         for name, least in limits.items():
-            if getattr(self, name) < least:
+            if not getattr(self, name) >= least:
                 raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
         for name in ("learning_rate", "clip_grad_norm", "adam_epsilon"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
-        for name in ("crop_scale", "random_erasing", "max_bad_share"):
+        for name in ("crop_scale", "random_erasing", "max_bad_share", "adam_beta1", "adam_beta2"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} must be from 0 to 1, got {getattr(self, name)}")
-        if len(self.adam_betas) != 2:
-            raise ValueError(f"adam_betas must be two numbers, got {self.adam_betas}")
         if not self.data:
             raise ValueError("data must name training pairs, such as a folder of webdataset shards")
         if bool(self.model) == bool(self.vision and self.text):
@@ -164,20 +171,238 @@ def read_settings(arguments: list[str]) -> Settings:
         parser.error(str(error))
 
 
-# -------------------------------------------------------------------------------------------------------------- model
+# --------------------------------------------------------------------------------------------------- model and data
 
 
 def load_model(settings: Settings) -> tuple[ICLIPModel, ICLIPProcessor]:
-    """The model to train and its processor: of a trained model, or of two towers."""
-    options = {name: yaml.safe_load(value) for name, _, value in (o.partition("=") for o in settings.model_options)}
+    """The model to train and its processor: a trained one, or fresh projections on two towers."""
+    options = {
+        name: yaml.safe_load(value) for name, _, value in (one.partition("=") for one in settings.model_options)
+    }
     if settings.model:
         return ICLIPModel.from_pretrained(settings.model, **options), ICLIPProcessor.from_pretrained(settings.model)
-    towers = {"vision": settings.vision, "text": settings.text}
-    if "embedded" in towers.values():
-        embedded = dict(zip(towers, map(str, embedded_towers())))
-        towers = {side: embedded[side] if tower == "embedded" else tower for side, tower in towers.items()}
-    ...
+    vision, text = settings.vision, settings.text
+    if "embedded" in (vision, text):
+        towers = map(str, embedded_towers())
+        vision, text = (tower if name == "embedded" else name for name, tower in zip((vision, text), towers))
+    folder = Path(settings.config).parent
+    config = ICLIPConfig(**{**ICLIPConfig.get_config_dict(folder)[0], **options})
+    model = ICLIPModel(config, load_tower(config.vision_config, vision), load_tower(config.text_config, text))
+    return model, ICLIPProcessor.from_vision_text_pretrained(vision, text, settings.image_size)
+
+
+def load_datasets(settings: Settings, model: ICLIPModel, processor: ICLIPProcessor, accelerator: Accelerator):
+    """What to train on, and the local pairs to validate on with their prepared form (None without them)."""
+    shared = {"seed": settings.seed, "max_bad_share": settings.max_bad_share}
+    source = settings.data[0] if len(settings.data) == 1 else settings.data
+    placed = {"rank": accelerator.process_index, "world_size": accelerator.num_processes, "split": settings.split}
+    pairs = load_pairs(source, **shared, **placed)
+    held_out = load_pairs(settings.validation_data, **shared) if settings.validation_data else None
+    whole = WholeImage(processor)
+    augmented = AugmentedImage(processor, settings.crop_scale, settings.auto_augment, settings.random_erasing)
+
+    def cached(pairs, part: str, transforms: list) -> CachedPairs:
+        if not model.config.lock_vision or isinstance(pairs, PairStream):
+            raise ValueError("cache_features needs a locked image tower and local pairs.")
+        folder = Path(settings.cache_features, part)
+        views = cache_images(folder, pairs, model, transforms, accelerator, num_workers=settings.num_workers, **shared)
+        texts = None
+        if settings.lock_text:
+            texts = cache_texts(folder, distinct(views[0].captions()), model, processor, accelerator)
+        return CachedPairs(views, branch_poolings(model.config), processor, settings.seed, texts)
+
+    if settings.cache_features:
+        model.to(accelerator.device).eval()
+        training = cached(pairs, "training", [whole] + [augmented] * (settings.views - 1))
+        return training, held_out, held_out and cached(held_out, "validation", [whole])
+    prepared = TrainingStream if isinstance(pairs, PairStream) else TrainingPairs
+    training = prepared(pairs, augmented, processor, settings.seed)
+    return training, held_out, held_out and TrainingPairs(held_out, whole, processor, settings.seed)
+
+
+def start_accelerator(settings: Settings, model: ICLIPModel) -> Accelerator:
+    precision = settings.mixed_precision
+    if precision == "auto":
+        precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")  # of `accelerate launch`, "no" by default
+    if settings.mixed_precision == "auto" and precision == "no" and PartialState().device.type == "cuda":
+        precision = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+    return Accelerator(
+        mixed_precision=precision,
+        log_with=None if settings.report_to == "none" else settings.report_to,
+        project_config=ProjectConfiguration(settings.output_dir, logging_dir=str(Path(settings.output_dir, "logs"))),
+        # An image tower that learns may have parameters that no forward uses, such as a mask token.
+        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=not model.config.lock_vision)],
+    )
+
+
+# What may differ when a run goes on: it changes no number.
+FREE_TO_CHANGE = {"config", "output_dir", "resume", "cache_features", "num_workers", "chunk_size", "max_bad_steps"}
+FREE_TO_CHANGE |= {"report_to", "log_steps", "eval_steps", "pictures", "checkpoint_steps", "keep_checkpoints"}
+
+
+def claim_output_dir(settings: Settings, accelerator: Accelerator) -> tuple[FileLock, Path | None]:
+    """Keeps other runs out of the folder, and returns the checkpoint to go on from."""
+    folder = Path(settings.output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / ".lock")
+    if accelerator.is_main_process:
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            raise ValueError(f"{folder}: another run is writing here; name another output_dir.") from None
+    if not checkpoints(folder):
+        return lock, None
+    if not settings.resume:
+        raise ValueError(f"{folder}: holds a run already; add --resume to go on with it, or name another output_dir.")
+    last = checkpoints(folder)[-1]
+    before = json.loads((last / "state.json").read_text())["settings"]
+    changed = [name for name, value in asdict(settings).items() if before.get(name) != value]
+    if changed := [name for name in changed if name not in FREE_TO_CHANGE]:
+        differences = ", ".join(f"{name} from {before.get(name)} to {getattr(settings, name)}" for name in changed)
+        raise ValueError(f"{folder}: cannot go on with other settings, but they changed: {differences}.")
+    return lock, last
+
+
+# --------------------------------------------------------------------------------------------------------------- main
+
+
+def main(arguments: list[str]) -> dict[str, float]:
+    """Trains, and returns the metrics of the last evaluation."""
+    settings = read_settings(arguments)
+    output_dir = Path(settings.output_dir)
+    set_seed(settings.seed)
+    model, processor = load_model(settings)
+    accelerator = start_accelerator(settings, model)
+    lock, last_checkpoint = claim_output_dir(settings, accelerator)
+
+    # Data
+    training, held_out, validation = load_datasets(settings, model, processor, accelerator)
+    workers = 0 if settings.cache_features else settings.num_workers
+    loader = BatchLoader(training, accelerator, settings.batch_size, settings.seed, workers, settings.pairs_per_epoch)
+    segmentation = None
+    if settings.eval_dataset != "none":
+        segmentation = load_segmentation(settings.eval_dataset, settings.eval_root, settings.eval_split or None)
+
+    # Optimizer and schedule
+    pair_model = PairModel(model, settings.chunk_size, settings.lock_text)
+    optimizer = torch.optim.AdamW(
+        parameter_groups(pair_model, settings.weight_decay),
+        betas=(settings.adam_beta1, settings.adam_beta2),
+        eps=settings.adam_epsilon,
+    )
+    pair_model, optimizer = accelerator.prepare(pair_model, optimizer)
+    total_steps = settings.max_steps or settings.epochs * loader.steps_per_epoch
+    warmup_steps = min(round(settings.warmup_epochs * loader.steps_per_epoch), total_steps - 1)
+    rates = (settings.learning_rate, settings.warmup_learning_rate, settings.min_learning_rate)
+    rates = [rate * settings.batch_size / 1024 for rate in rates]
+
+    # Where the run stands: all that a checkpoint holds beside weights and optimizer
+    state = {"step": 0, "bad_steps": 0, "bad_in_a_row": 0, "skipped_pairs": 0, "best": None, "metrics": {}}
+    keep_learning_weights_only(accelerator)
+    if last_checkpoint:
+        state = load_checkpoint(accelerator, last_checkpoint)
+    state["settings"] = asdict(settings)
+    accelerator.init_trackers("", {name: str(value) for name, value in asdict(settings).items()})
+
+    def evaluate_now(step: int) -> dict[str, float]:
+        metrics = {}
+        if validation is not None:
+            metrics |= validate(accelerator, pair_model, validation, settings.chunk_size)
+        pair_model.eval()
+        trained = accelerator.unwrap_model(pair_model).model
+        if segmentation is not None:
+            scores = evaluate(trained, processor, segmentation, progress=False).results["itsm"]
+            metrics |= {name: scores[name] for name in ("mAP", "mMIoU", "mFMB")}
+        if held_out is not None and settings.pictures and accelerator.is_main_process:
+            (output_dir / "pictures").mkdir(exist_ok=True)
+            figure = draw_examples(trained, processor, held_out, settings.pictures)
+            figure.savefig(output_dir / "pictures" / f"{step:07d}.png")
+        pair_model.train()
+        accelerator.log(metrics, step)
+        return metrics
+
+    # Loop
+    bar = tqdm(total=total_steps, initial=state["step"], disable=not accelerator.is_main_process)
+    seconds = {"loading": 0.0, "all": 0.0}
+    logged_step, ended = state["step"], time.perf_counter()
+    while state["step"] < total_steps:
+        epoch, first = divmod(state["step"], loader.steps_per_epoch)
+        for batch in loader.epoch(epoch, first):
+            seconds["loading"] += time.perf_counter() - ended
+            # Dropout draws by the step, not by what was drawn before, so that a resumed step is the same.
+            torch.manual_seed(derive_seed(settings.seed, state["step"], accelerator.process_index))
+            learning_rate = cosine_schedule(state["step"], total_steps, warmup_steps, *rates)
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate
+
+            skipped = torch.tensor([float(batch.pop("skipped"))], device=accelerator.device)
+            outputs = pair_model(**batch)
+            # Every process decides by the same numbers.
+            *losses, skipped = accelerator.reduce(torch.cat([outputs["losses"], skipped]), "mean").tolist()
+            finite = all(map(math.isfinite, losses))
+            if finite:
+                accelerator.backward(outputs["loss"])
+                norm = accelerator.clip_grad_norm_(pair_model.parameters(), settings.clip_grad_norm)
+                finite = bool(torch.isfinite(norm))
+                if finite or accelerator.scaler is not None:  # the scaler skips by itself, and lowers its scale
+                    optimizer.step()
+                    accelerator.unwrap_model(pair_model).clamp_logit_scales()
+            optimizer.zero_grad()
+
+            state["step"] += 1
+            state["skipped_pairs"] += round(skipped * accelerator.num_processes)
+            state["bad_steps"] += not finite
+            state["bad_in_a_row"] = 0 if finite else state["bad_in_a_row"] + 1
+            if state["bad_in_a_row"] == settings.max_bad_steps:
+                raise FloatingPointError(
+                    f"No finite loss and gradient in the last {settings.max_bad_steps} steps, up to step {state['step']}: lower "
+                    "learning_rate, or set mixed_precision to bf16 or no; then go on from the last checkpoint."
+                )
+            seconds["all"] += time.perf_counter() - ended
+            ended = time.perf_counter()
+            bar.update()
+
+            if state["step"] % settings.log_steps == 0 or state["step"] == total_steps:
+                scales = [scale.item() for scale in accelerator.unwrap_model(pair_model).model.logit_scales()]
+                log = {
+                    "loss": sum(losses) / len(losses),
+                    **dict(zip(("recognition_loss", "map_loss"), losses)),
+                    **dict(zip(("logit_scale", "map_logit_scale"), scales[: len(losses)])),
+                    "learning_rate": learning_rate,
+                    "gradient_norm": norm.item() if finite else math.nan,
+                    "pairs_per_second": (state["step"] - logged_step) * settings.batch_size / seconds["all"],
+                    "share_of_time_loading": seconds["loading"] / seconds["all"],
+                    **{name: state[name] for name in ("bad_steps", "skipped_pairs")},
+                }
+                accelerator.log(log, state["step"])
+                bar.set_postfix(loss=f"{log['loss']:.3f}", pairs_per_s=f"{log['pairs_per_second']:.0f}")
+                seconds, logged_step = {"loading": 0.0, "all": 0.0}, state["step"]
+
+            if state["step"] % settings.eval_steps == 0 or state["step"] == total_steps:
+                state["metrics"] = evaluate_now(state["step"])
+                score = state["metrics"].get(settings.best_metric)
+                if score is not None and (state["best"] is None or score > state["best"]):
+                    state["best"] = score
+                    export(accelerator, pair_model, processor, output_dir / "best")
+            if state["step"] % settings.checkpoint_steps == 0 or state["step"] == total_steps:
+                save_checkpoint(accelerator, output_dir, state, settings.keep_checkpoints)
+            ended = time.perf_counter()
+            if state["step"] == total_steps:
+                break
+    bar.close()
+
+    # Export
+    export(accelerator, pair_model, processor, output_dir / "model")
+    if accelerator.is_main_process:
+        (output_dir / "results.json").write_text(json.dumps(state, indent=2))
+        print(json.dumps(state["metrics"]))
+    accelerator.end_training()
+    lock.release()
+    return state["metrics"]
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    try:
+        main(sys.argv[1:])
+    except (OSError, ValueError) as error:
+        sys.exit(f"train.py: {' '.join(str(error).split())}")

@@ -55,7 +55,7 @@ def liven(model: nn.Module) -> nn.Module:
         elif name.endswith("bias"):
             parameter.normal_(std=0.1)
         elif "bn" in name:
-            parameter.fill_(2)  # a ResNet starts with its blocks' last norm at 0
+            parameter.fill_(1)  # a ResNet starts with its blocks' last norm at 0
     return model.eval()
 
 
@@ -625,7 +625,7 @@ def test_recorded_layers_rebuild_the_towers_own_output(vision, tiny_processor):
     """With plain attention for the mix, and the MLPs added, the second stream would be the first: every part is in place."""
     family = make_explainer(tiny_model(vision), tiny_processor, "gem").family
     with torch.no_grad():
-        image, (first, last) = family.trace(pixels(), -2)
+        image, (first, last) = family.trace(pixels(), -2, weights=True)
         torch.testing.assert_close(first.weights.sum(-1), torch.ones(first.weights.shape[:-1]))
         block = [m for m in family.model.vision_model.modules() if hasattr(m, "mlp")][0]
         middle = first.stream + family.layers[0].output(first.weights @ first.value)
@@ -799,6 +799,17 @@ def test_images_and_texts_must_match(made):
     for some, texts in ([], LABELS), (images(), []):
         with pytest.raises(ValueError, match="at least one image and one text"):
             explain(model, processor, some, texts)
+
+
+def test_texts_are_checked(made):
+    for family in ("iclip", "open_clip"):
+        model, processor, _ = made(family)
+        explainer = make_explainer(model, processor)
+        for labels in ("dog", []):
+            with pytest.raises(ValueError, match="list of at least one label"):
+                explainer.encode_texts(labels)
+        with pytest.raises(ValueError, match="templates with one {} each"):
+            explainer.encode_texts(LABELS, ["a photo"])
 
 
 def test_open_clip_takes_its_one_size(made):

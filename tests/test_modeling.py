@@ -177,6 +177,22 @@ def test_attention_on_similarity_is_a_factor_and_its_root():
     torch.testing.assert_close(root, plain.similarity_maps * attention.sqrt())
 
 
+def test_affinity_shares_the_map_among_like_patches():
+    model = tiny_model()
+    plain = run(model)
+    model.config.map_affinity = 3.0
+    shared = run(model)
+    tokens = plain.vision_model_output.patch_tokens.tolist()
+    for image in range(2):
+        units = [slow_unit(token) for token in tokens[image]]
+        values = plain.similarity_maps[image].flatten(1).tolist()
+        for patch in (0, 7, 23):
+            weights = [math.exp(3.0 * sum(a * b for a, b in zip(units[patch], other))) for other in units]
+            for text in range(3):
+                mean = sum(w * v for w, v in zip(weights, values[text])) / sum(weights)
+                assert shared.similarity_maps[image, text].flatten()[patch].item() == pytest.approx(mean, abs=1e-5)
+
+
 def test_a_batch_equals_its_singles():
     model = tiny_model()
     inputs = tiny_inputs(batch=3, size=(32, 48))

@@ -44,6 +44,9 @@ class ICLIPConfig(PreTrainedConfig):
             `"similarity"` multiplies the cosines by A, `"sqrt_similarity"` by its root, `"features"` multiplies the patch
             tokens before the projection (Eq. 12 to the letter; cancelled by the normalisation unless `projection_bias`),
             `"none"` leaves it out.
+        map_affinity (`float`, defaults to 0): beyond the paper: each patch of the map becomes the mean of all patches,
+            weighted by softmax(map_affinity * cosine of their tokens), so that an object's patches share what one of
+            them found. 0 leaves the map as it is.
         attention_norm (`str`, defaults to `"minmax"`): how A is brought to [0, 1]: `"minmax"` over the patches (the
             paper), or `"quantile"`, which saturates at `attention_quantile` so that one bright token cannot dim the rest.
         attention_quantile (`float`, defaults to 0.9): the quantile that becomes 1 with `attention_norm="quantile"`.
@@ -73,6 +76,7 @@ class ICLIPConfig(PreTrainedConfig):
     dual_projection: bool = True
     projection_bias: bool = False
     map_attention: Literal["similarity", "sqrt_similarity", "features", "none"] = "similarity"
+    map_affinity: int | float = 0.0
     attention_norm: Literal["minmax", "quantile"] = "minmax"
     attention_quantile: int | float = 0.9
     logit_scales: Literal["per_branch", "shared"] = "per_branch"
@@ -94,6 +98,8 @@ class ICLIPConfig(PreTrainedConfig):
         """Checks the values against each other and their ranges; `@strict` has checked the types before."""
         if self.projection_dim < 1:
             raise ValueError(f"projection_dim must be a positive integer, got {self.projection_dim}.")
+        if self.map_affinity < 0:
+            raise ValueError(f"map_affinity must not be negative, got {self.map_affinity}.")
         if not 0 < self.attention_quantile <= 1:
             raise ValueError(f"attention_quantile must be in (0, 1], got {self.attention_quantile}.")
         if not 0 <= self.logit_scale_init_value <= math.log(100):

@@ -244,7 +244,9 @@ def tower_digest(tower: nn.Module) -> str:
     """16 hex digits over a tower's weights and what its config says of their use."""
     config = tower.config.to_dict()
     unrelated = ("_name_or_path", "transformers_version", "dtype", "architectures")
-    digest = hashlib.sha256(json.dumps({k: v for k, v in config.items() if k not in unrelated}, sort_keys=True).encode())
+    digest = hashlib.sha256(
+        json.dumps({k: v for k, v in config.items() if k not in unrelated}, sort_keys=True).encode()
+    )
     for name, weight in sorted(tower.state_dict().items()):
         digest.update(f"{name}{tuple(weight.shape)}{weight.dtype}".encode())
         digest.update(weight.detach().cpu().contiguous().view(torch.uint8).numpy())

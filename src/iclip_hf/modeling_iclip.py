@@ -104,6 +104,7 @@ class ICLIPImageFeatures(BaseModelOutputWithPooling):
         image_embeds (`torch.Tensor` of shape `(B, P)`): unit vectors of the recognition branch.
         map_image_embeds (`torch.Tensor` of shape `(B, P)`): unit vectors of the interpretability branch.
         patch_embeds (`torch.Tensor` of shape `(B, N, P)`): unit vectors of the patches, row-major, interpretability branch.
+        patch_tokens (`torch.Tensor` of shape `(B, N, D)`): the tower's patch tokens after its final norm.
         attention (`torch.Tensor` of shape `(B, N)`): class-token attention over the patches, normalised to [0, 1] (Eq. 10).
         grid (`tuple[int, int]`): height and width of the patch grid, h * w = N.
     """
@@ -111,6 +112,7 @@ class ICLIPImageFeatures(BaseModelOutputWithPooling):
     image_embeds: torch.FloatTensor | None = None
     map_image_embeds: torch.FloatTensor | None = None
     patch_embeds: torch.FloatTensor | None = None
+    patch_tokens: torch.FloatTensor | None = None
     attention: torch.FloatTensor | None = None
     grid: tuple[int, int] | None = None
 
@@ -410,6 +412,7 @@ class ICLIPModel(PreTrainedModel):
             image_embeds=normalize(projected),
             map_image_embeds=normalize(self.map_branch.visual_projection(map_pooled)),
             patch_embeds=normalize(self.map_branch.visual_projection(patch_tokens)),
+            patch_tokens=image.patch_tokens,
             attention=image.attention,
             grid=image.grid,
         )
@@ -457,7 +460,7 @@ class ICLIPModel(PreTrainedModel):
     ) -> torch.FloatTensor:
         """
         Raw image-text similarity maps: cosines of patches and texts (Eq. 1-3), weighted by the class token's attention as
-        `config.map_attention` says.
+        `config.map_attention` says, and shared among like patches as `config.map_affinity` says.
 
         Args:
             image (`torch.Tensor` of shape `(B, 3, H, W)` or [`ICLIPImageFeatures`]).
@@ -472,9 +475,13 @@ class ICLIPModel(PreTrainedModel):
         maps = cosine_similarity_map(image.patch_embeds, text.map_text_embeds, image.grid)
         attention = image.attention.unflatten(-1, image.grid).unsqueeze(1).to(maps.dtype)
         if self.config.map_attention == "similarity":
-            return maps * attention
-        if self.config.map_attention == "sqrt_similarity":
-            return maps * attention.sqrt()
+            maps = maps * attention
+        elif self.config.map_attention == "sqrt_similarity":
+            maps = maps * attention.sqrt()
+        if self.config.map_affinity > 0:
+            tokens = normalize(image.patch_tokens)
+            affinity = (self.config.map_affinity * (tokens @ tokens.mT).float()).softmax(-1).to(maps.dtype)
+            maps = (maps.flatten(-2) @ affinity.mT).unflatten(-1, image.grid)
         return maps
 
     @can_return_tuple

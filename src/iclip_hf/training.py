@@ -453,7 +453,10 @@ def keep_learning_weights_only(accelerator: Accelerator) -> None:
             weights.clear()
             if accelerator.is_main_process:
                 learning = {n: p for n, p in accelerator.unwrap_model(models[0]).named_parameters() if p.requires_grad}
-                save_file({name: p.detach().contiguous() for name, p in learning.items()}, Path(folder, "learning.safetensors"))
+                save_file(
+                    {name: p.detach().contiguous() for name, p in learning.items()},
+                    Path(folder, "learning.safetensors"),
+                )
 
     def load(models: list[nn.Module], folder: str) -> None:
         file = Path(folder, "learning.safetensors")

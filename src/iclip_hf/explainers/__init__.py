@@ -8,6 +8,14 @@ Explainers: the methods that tell which pixels of an image match a text, for ICL
 >>> texts = explainer.encode_texts(["dog", "ball"])
 >>> maps, scores = explainer.raw_maps(pixel_values, texts)  # (B, T, h, w), (B, T)
 ```
+
+What the methods do where there is no class token to start from:
+
+- SigLIP and SigLIP2 pool by a head whose probe attends over the patches, and a ResNet by the mean of its feature map. This
+  query takes the class token's place in `attention` and `bi_modal`; the head is the tower's last attention layer.
+- `itsm` needs patches in the space of the texts: each is what the head gives with all attention on it.
+- `clip_surgery` and `gem` change the self-attention of a transformer's blocks: a ResNet has none and is refused.
+- `bi_modal` is refused for an ICLIP of one branch that pools its patch tokens.
 """
 
 from __future__ import annotations
@@ -128,8 +136,7 @@ def explain(
             own = ICLIPTextFeatures(
                 text_embeds=encoded.text_embeds[chosen], map_text_embeds=encoded.map_text_embeds[chosen]
             )
-            pixel_values = torch.stack([pixels[index] for index in batch]).to(encoded.text_embeds.device)
-            maps, scores = explainer.raw_maps(pixel_values, own)
+            maps, scores = explainer.raw_maps(torch.stack([pixels[index] for index in batch]), own)
             for index, raw, score in zip(batch, maps, scores):
                 explanations[index] = Explanation(labels[index], score, raw, sizes[index])
     return explanations

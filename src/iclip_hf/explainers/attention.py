@@ -17,7 +17,7 @@ class Attention(Explainer):
 
     @torch.no_grad()
     def raw_maps(self, pixel_values: torch.Tensor, texts: ICLIPTextFeatures) -> tuple[torch.Tensor, torch.Tensor]:
-        image, (layer,) = self.family.trace(pixel_values)
+        image, (layer,) = self.family.trace(pixel_values, weights=True)
         patches = image.patch_embeds.shape[1]
         attention = layer.weights[:, :, 0, -patches:].float().mean(1) if image.attention is None else image.attention
         scores = cosines(image.image_embeds, texts.text_embeds)

@@ -15,6 +15,8 @@ class BiModal(GradientExplainer):
     (SigLIP, ResNets) is the last layer then, and its query takes the class token's place.
     """
 
+    needs_weights = True
+
     def __init__(self, model, processor, layer: int = -1):
         super().__init__(model, processor, layer)
         if not self.family.reads_one_query:

@@ -82,14 +82,12 @@ def adapt(model, processor) -> Family:
     Raises:
         `TypeError`: for another kind of model.
     """
-    visual, config = getattr(model, "visual", None), getattr(model, "config", None)
-    if visual is not None:
-        kind, fits = (
-            type(visual).__name__,
-            getattr(visual, "attn_pool", None) is None,
-        )  # CoCa pools by queries of its own
+    if hasattr(model, "visual"):
+        kind = type(model.visual).__name__
+        fits = getattr(model.visual, "attn_pool", None) is None  # CoCa pools by queries of its own
     else:
-        kind, fits = getattr(config, "model_type", None), hasattr(model, "get_text_features")
+        kind = getattr(getattr(model, "config", None), "model_type", None)
+        fits = hasattr(model, "get_text_features")  # CLIP's image classifier has CLIP's config
     if kind not in _FAMILIES or not fits:
         raise TypeError(
             "Expected an ICLIPModel, CLIPModel, SiglipModel or Siglip2Model, or a model of open_clip with a class token or "

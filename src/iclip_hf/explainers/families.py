@@ -56,6 +56,8 @@ class Family(ABC):
 
     def encode_texts(self, labels: Sequence[str], templates: Sequence[str] | None = None) -> ICLIPTextFeatures:
         """T labels, each put into the templates and averaged over them -> unit vectors `(T, P)`."""
+        if isinstance(labels, str) or len(labels) == 0:
+            raise ValueError(f"Expected a list of at least one label, got {labels!r}.")
         templates = list(self.templates if templates is None else templates)
         step = max(1, _TEXT_BATCH // len(templates))
         with torch.no_grad():
@@ -89,10 +91,10 @@ class Family(ABC):
         return self.model.logit_scale.exp()
 
     def trace(
-        self, pixel_values: torch.Tensor, start: int = -1, grad: bool = False
+        self, pixel_values: torch.Tensor, start: int = -1, grad: bool = False, weights: bool = False
     ) -> tuple[ICLIPImageFeatures, list[AttentionRecord]]:
-        """Encodes images with the attention layers from `start` on recorded, with `grad` differentiable from there."""
-        return record(lambda: self.encode_image(pixel_values), range(len(self.layers))[start], grad)
+        """Encodes images with the attention layers from `start` on recorded, see `record`."""
+        return record(lambda: self.encode_image(pixel_values), range(len(self.layers))[start], grad, weights)
 
 
 class _TransformersFamily(Family):

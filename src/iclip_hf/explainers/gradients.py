@@ -21,6 +21,8 @@ class GradientExplainer(Explainer):
         layer (`int`): index among the attention layers of the image tower; -1 is the last.
     """
 
+    needs_weights = False
+
     def __init__(self, model, processor, layer: int = -1):
         super().__init__(model, processor)
         self.layer = layer
@@ -29,7 +31,7 @@ class GradientExplainer(Explainer):
             raise ValueError(f"Expected layer to be one of the {depth} attention layers, got {layer}.")
 
     def raw_maps(self, pixel_values: torch.Tensor, texts: ICLIPTextFeatures) -> tuple[torch.Tensor, torch.Tensor]:
-        image, layers = self.family.trace(pixel_values, self.layer, grad=True)
+        image, layers = self.family.trace(pixel_values, self.layer, grad=True, weights=self.needs_weights)
         inputs = self.differentiated(layers)
         maps, patches, count = [], image.patch_embeds.shape[1], texts.text_embeds.shape[-2]
         with torch.inference_mode(False), torch.enable_grad():

@@ -32,6 +32,8 @@ class OpenCLIPFamily(Family):
             self._add_layer(block, block.attn, head_output(block.attn.out_proj, block.ls_1))
 
     def _encode_texts(self, labels: list[str], templates: list[str]) -> ICLIPTextFeatures:
+        if any(template.count("{}") != 1 for template in templates):
+            raise ValueError(f'Expected templates with one {{}} each, such as "a photo of the {{}}", got {templates}.')
         tokens = self.tokenizer([template.format(label) for label in labels for template in templates])
         return text_features(self.model.encode_text(tokens.to(self.model.logit_scale.device)), len(templates))
 
@@ -69,11 +71,11 @@ class OpenCLIPResNetFamily(OpenCLIPFamily):
 
 
 def _attention_pool(pool: nn.Module, features: torch.Tensor) -> torch.Tensor:
-    """Attention pooling of features `(B, D, h, w)` by their mean, in place of open_clip's fused kernel."""
+    """Attention pooling of features `(B, D, h, w)` by their mean, recorded."""
     tokens = features.flatten(2).mT
     tokens = torch.cat([tokens.mean(1, keepdim=True), tokens], 1) + pool.positional_embedding
     query, key, value = (
         projection(x).unflatten(-1, (pool.num_heads, -1)).transpose(1, 2)
         for projection, x in ((pool.q_proj, tokens[:, :1]), (pool.k_proj, tokens), (pool.v_proj, tokens))
     )
-    return pool.c_proj(merge_heads(attend(query, key, value, query.shape[-1] ** -0.5)))[:, 0]
+    return pool.c_proj(merge_heads(attend(query, key, value)))[:, 0]

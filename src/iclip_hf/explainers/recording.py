@@ -5,15 +5,19 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import chain
+from typing import TypeVar
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import sdpa_mask
+
+
+T = TypeVar("T")
 
 
 @dataclass
@@ -26,7 +30,7 @@ class AttentionRecord:
             gets a feature map `(B, D, h, w)`.
         tokens (`torch.Tensor` of shape `(B, L, D)`): what the attention itself sees.
         query, key, value (`torch.Tensor` of shape `(B, H, Q or L, D / H)`).
-        weights (`torch.Tensor` of shape `(B, H, Q, L)`): after the softmax.
+        weights (`torch.Tensor` of shape `(B, H, Q, L)`): after the softmax, where they were asked for.
     """
 
     stream: torch.Tensor
@@ -41,7 +45,8 @@ class AttentionRecord:
 class _Recording:
     start: int
     grad: bool
-    layers: list[AttentionRecord]
+    weights: bool
+    layers: list[AttentionRecord] = field(default_factory=list)
 
 
 # The forward now being recorded in this thread; none in any other.
@@ -75,14 +80,15 @@ def private_copy(model: nn.Module) -> nn.Module:
         return copy.deepcopy(model, shared).eval()
 
 
-def record(forward: Callable[[], object], start: int, grad: bool) -> tuple[object, list[AttentionRecord]]:
+def record(forward: Callable[[], T], start: int, grad: bool, weights: bool) -> tuple[T, list[AttentionRecord]]:
     """
     Runs `forward` and returns its result with the records of the attention layers from `start` on.
 
     Args:
         grad (`bool`): keep the graph from the stream that enters layer `start` to the result.
+        weights (`bool`): record the attention weights, which takes the memory that fused attention saves.
     """
-    recording = _Recording(start, grad, [])
+    recording = _Recording(start, grad, weights)
     token = _recording.set(recording)
     try:
         with torch.inference_mode(False), torch.set_grad_enabled(grad):
@@ -117,13 +123,10 @@ def merge_heads(heads: torch.Tensor) -> torch.Tensor:
     return heads.transpose(1, 2).flatten(2)
 
 
-def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float) -> torch.Tensor:
-    """Mixes the values by attention, `(B, H, Q, D / H)`, with explicit weights that are recorded."""
-    # float32 before the product: its logits overflow float16
-    weights = ((query.float() @ key.float().mT) * scaling).softmax(-1).to(value.dtype)
-    if record := _current_layer():
-        record.query, record.key, record.value, record.weights = query, key, value, weights
-    return weights @ value
+def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    """Attention of the heads, recorded: mixed values `(B, H, Q, D / H)`."""
+    weights = _record_heads(query, key, value, query.shape[-1] ** -0.5)
+    return F.scaled_dot_product_attention(query, key, value) if weights is None else weights @ value
 
 
 def _current_layer() -> AttentionRecord | None:
@@ -132,16 +135,27 @@ def _current_layer() -> AttentionRecord | None:
     return recording.layers[-1] if recording and recording.layers else None
 
 
+def _record_heads(query, key, value, scaling: float) -> torch.Tensor | None:
+    """Records a layer's heads, and returns its attention weights if these are to be recorded as well."""
+    layer = _current_layer()
+    if layer is None:
+        return None
+    layer.query, layer.key, layer.value = query, key, value
+    if _recording.get().weights:
+        # float32 before the product: its logits can overflow float16
+        layer.weights = ((query.float() @ key.float().mT) * scaling).softmax(-1).to(value.dtype)
+    return layer.weights
+
+
 def _transformers_attention(module, query, key, value, attention_mask, scaling=None, class_rows=None, **kwargs):
-    """Fused attention below the recorded layers, explicit in them. There is no mask: images get no padding."""
-    record = _current_layer()
-    if record is None:
+    """transformers' attention function, as ICLIP's own but recorded. There is no mask: images get no padding."""
+    weights = _record_heads(query, key, value, query.shape[-1] ** -0.5 if scaling is None else scaling)
+    if weights is None:
         fused = AttentionInterface()["sdpa_class_row"]
         return fused(module, query, key, value, None, scaling=scaling, class_rows=class_rows, **kwargs)
-    heads = attend(query, key, value, query.shape[-1] ** -0.5 if scaling is None else scaling)
     if class_rows is not None and getattr(module, "keep_class_row", False):
-        class_rows.append(record.weights[:, :, :1])
-    return heads.transpose(1, 2), None
+        class_rows.append(weights[:, :, :1])
+    return (weights @ value).transpose(1, 2), None
 
 
 AttentionInterface.register("iclip_recorded", _transformers_attention)
@@ -149,9 +163,9 @@ AttentionMaskInterface.register("iclip_recorded", sdpa_mask)
 
 
 def _multihead_attention(attention: nn.MultiheadAttention, query, key, value, **kwargs):
-    """`nn.MultiheadAttention.forward` for batch-first input without masks, in place of the fused kernel."""
+    """`nn.MultiheadAttention.forward` for batch-first input without masks, recorded."""
     projections = zip(
         (query, key, value), attention.in_proj_weight.chunk(3), attention.in_proj_bias.chunk(3), strict=True
     )
     heads = [F.linear(x, w, b).unflatten(-1, (attention.num_heads, -1)).transpose(1, 2) for x, w, b in projections]
-    return attention.out_proj(merge_heads(attend(*heads, scaling=attention.head_dim**-0.5))), None
+    return attention.out_proj(merge_heads(attend(*heads))), None

@@ -1,0 +1,48 @@
+"""The contrastive loss against plain loops, and as the sum of its parts."""
+
+import math
+
+import pytest
+import torch
+
+from iclip_hf.losses import contrastive_loss
+
+
+def in_loops(logits: list[list[float]]) -> float:
+    """Eq. 13's branch for one process, with no tensor operation."""
+    n, total = len(logits), 0.0
+    for i in range(n):
+        row = [math.exp(logits[i][j]) for j in range(n)]
+        column = [math.exp(logits[j][i]) for j in range(n)]
+        total -= math.log(row[i] / sum(row)) / 2 + math.log(column[i] / sum(column)) / 2
+    return total / n
+
+
+def test_two_pairs_by_hand():
+    # image 0 is sure by e : 1, image 1 undecided; text 0 sees e : 1, text 1 sees 1 : 1
+    loss = contrastive_loss(torch.tensor([[1.0, 0.0], [0.0, 0.0]]))
+    sure, undecided = math.log(1 + math.exp(-1)), math.log(2)
+    assert loss.item() == pytest.approx((sure + undecided) / 2, abs=1e-7)
+
+
+def test_equals_loops():
+    logits = torch.randn(7, 7, generator=torch.Generator().manual_seed(0)) * 5
+    assert contrastive_loss(logits).item() == pytest.approx(in_loops(logits.tolist()), abs=1e-5)
+
+
+@pytest.mark.parametrize("parts", [2, 3, 6])
+def test_parts_of_a_batch_average_to_the_whole(parts):
+    """What each process computes from its rows and all columns, against one process with all rows."""
+    logits = torch.randn(6, 6, generator=torch.Generator().manual_seed(1), dtype=torch.float64) * 3
+    rows = 6 // parts
+    losses = [
+        contrastive_loss(logits[start : start + rows], logits.T[start : start + rows], offset=start)
+        for start in range(0, 6, rows)
+    ]
+    assert torch.stack(losses).mean().item() == pytest.approx(contrastive_loss(logits).item(), abs=1e-6)
+
+
+def test_half_precision_logits_lose_nothing_in_the_loss():
+    logits = (torch.eye(64) * 100).half()  # exp(100) overflows float16
+    assert contrastive_loss(logits).item() == pytest.approx(0, abs=1e-6)
+    assert contrastive_loss(logits).dtype == torch.float32

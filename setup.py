@@ -8,8 +8,10 @@ extras = {
     "train": ["accelerate>=1.10", "datasets>=4.0", "pyyaml>=6.0", "tensorboard>=2.15", "torchvision>=0.23"],
     # `iclip evaluate` and the metric modules
     "eval": ["accelerate>=1.10", "evaluate>=0.4.6", "pycocotools>=2.0.8", "pyyaml>=6.0"],
-    # the live demo
-    "demo": ["gradio>=5.0"],
+    # Gradio apps, and the photograph that `make demo` explains
+    "demo": ["gradio>=5.0", "scikit-image>=0.25"],
+    # models of open_clip in the explainers
+    "open_clip": ["open_clip_torch>=3.0"],
 }
 extras["dev"] = sorted(
     {requirement for group in extras.values() for requirement in group}
@@ -32,9 +34,13 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.10",
-    package_dir={"": "src"},
-    packages=find_packages("src"),
-    package_data={"iclip_hf": ["py.typed", "demo/*.jpg", "demo/*.safetensors"]},
+    # The metric scripts travel in the wheel, so that `iclip install-metrics` can hand them to `evaluate`.
+    package_dir={"": "src", "iclip_hf.evaluate_metrics": "evaluate_metrics"},
+    packages=[*find_packages("src"), "iclip_hf.evaluate_metrics"],
+    package_data={
+        "iclip_hf": ["py.typed", "demo/*.safetensors"],
+        "iclip_hf.evaluate_metrics": ["*/*.py", "*/*.md", "*/*.txt"],
+    },
     install_requires=[
         "huggingface_hub>=2.0",
         "matplotlib>=3.8",

@@ -74,7 +74,7 @@ def tiny_open_clip(tokenizer, **vision):
 
 def build(family: str, processor):
     """A model of the family, its processor, and the (height, width) of its input in the tests."""
-    torch.manual_seed(0)
+    torch.manual_seed(5)
     text = {**TRANSFORMER, **CLIP_TOKENS, "eos_token_id": processor.tokenizer.sep_token_id}
     if family == "iclip":
         return tiny_model("dinov2_with_registers"), processor, (32, 48)

@@ -306,6 +306,7 @@ def test_any_order_and_any_merge_give_the_same_bits(pairs, random, aggregate):
         before = right.compute()
         left.merge(right)
         np.testing.assert_equal(left.compute(), expected)
+        assert list(left.compute()["per_class"]) == sorted(expected["per_class"])
         left.merge(left)  # the other's sums are not shared
         np.testing.assert_equal(right.compute(), before)
 

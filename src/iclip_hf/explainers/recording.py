@@ -109,8 +109,8 @@ def prepare(index: int, block: nn.Module, attention: nn.Module) -> None:
         return (stream, *args[1:]), kwargs
 
     def enter_attention(module, args, kwargs):
-        if record := _current_layer():
-            record.tokens = args[0] if args else kwargs["hidden_states"]
+        if layer := _current_layer():
+            layer.tokens = args[0] if args else kwargs["hidden_states"]
 
     block.register_forward_pre_hook(enter_block, with_kwargs=True)
     attention.register_forward_pre_hook(enter_attention, with_kwargs=True)

@@ -1,0 +1,149 @@
+"""mMIoU against what a user would write or pick instead, and the memory of the metrics.
+
+    python benchmarks/bench_metrics.py
+
+Prints two Markdown tables. The contenders take the same pairs in turn, on one thread, and must agree on every IoU.
+"""
+
+import argparse
+import resource
+import statistics
+import subprocess
+import sys
+import time
+
+import numpy as np
+import torch
+from torch.nn import functional as F
+from torchmetrics.classification import BinaryPrecisionRecallCurve
+from torchmetrics.functional.classification import binary_jaccard_index
+
+from iclip_hf.metrics import THRESHOLDS, MeanForegroundMinusBackground, MeanMaxIoU, threshold_counts
+
+
+SIZE = (480, 640)
+LABEL, VOID = 1, 255
+
+
+def make_pair(seed: int, grid: tuple[int, int] = (15, 20)) -> tuple[np.ndarray, np.ndarray]:
+    """A smooth map (H, W), float32, and a label mask (H, W), uint8, with one object in a void outline."""
+    generator = torch.Generator().manual_seed(seed)
+    heatmap = F.interpolate(torch.rand(1, 1, *grid, generator=generator), SIZE, mode="bicubic", align_corners=False)[
+        0, 0
+    ]
+    heatmap = (heatmap - heatmap.min()) / (heatmap.max() - heatmap.min())
+    top, left = (int(torch.randint(20, side // 2, (), generator=generator)) for side in SIZE)
+    mask = np.zeros(SIZE, np.uint8)
+    mask[top - 4 : top + 154, left - 4 : left + 204] = VOID
+    mask[top : top + 150, left : left + 200] = LABEL
+    return heatmap.numpy(), mask
+
+
+def iou_of_counts(heatmap, mask):
+    background, foreground = threshold_counts(heatmap, mask, LABEL)
+    return foreground[1:] / (foreground[0] + background[1:])
+
+
+def iou_in_a_loop(heatmap, mask):
+    foreground, valid = mask == LABEL, mask != VOID
+    iou = []
+    for threshold in THRESHOLDS.astype(heatmap.dtype):
+        marked = (heatmap > threshold) & valid
+        iou.append(np.logical_and(marked, foreground).sum() / np.logical_or(marked, foreground).sum())
+    return np.array(iou)
+
+
+def iou_in_a_tuned_loop(heatmap, mask):
+    valid = mask != VOID
+    heatmap, foreground = heatmap[valid], mask[valid] == LABEL
+    inside, number = heatmap[foreground], np.count_nonzero(foreground)
+    iou = []
+    for threshold in THRESHOLDS.astype(heatmap.dtype):
+        intersection = np.count_nonzero(inside > threshold)
+        iou.append(intersection / (number + np.count_nonzero(heatmap > threshold) - intersection))
+    return np.array(iou)
+
+
+def iou_by_torchmetrics(heatmap, mask):
+    heatmap, mask = torch.from_numpy(heatmap), torch.from_numpy(mask)
+    target = torch.where(mask == VOID, -1, (mask == LABEL).long())
+    return np.array([float(binary_jaccard_index(heatmap, target, float(t), ignore_index=-1)) for t in THRESHOLDS])
+
+
+def iou_by_torchmetrics_curve(heatmap, mask):
+    """Its binned curve marks M >= t, so the thresholds are moved up to the next float."""
+    heatmap, mask = torch.from_numpy(heatmap), torch.from_numpy(mask)
+    target = torch.where(mask == VOID, -1, (mask == LABEL).long())
+    above = torch.from_numpy(np.nextafter(THRESHOLDS.astype(np.float32), np.float32(2)))
+    curve = BinaryPrecisionRecallCurve(above, ignore_index=-1, validate_args=False)
+    curve.update(heatmap, target)
+    (_, false_positives), (false_negatives, true_positives) = curve.confmat.permute(1, 2, 0).double().numpy()
+    return true_positives / (true_positives + false_positives + false_negatives)
+
+
+# name, function, and how many times fewer pairs the slow ones get
+CONTENDERS = (
+    ("`iclip_hf.metrics`, one pass", iou_of_counts, 1),
+    ("numpy, loop over 101 thresholds", iou_in_a_loop, 1),
+    ("the same, tuned (`count_nonzero`, void cut away once)", iou_in_a_tuned_loop, 1),
+    ("torchmetrics, `binary_jaccard_index` at 101 thresholds", iou_by_torchmetrics, 10),
+    ("torchmetrics, `BinaryPrecisionRecallCurve` with 101 bins", iou_by_torchmetrics_curve, 10),
+)
+
+
+def bench_speed(pairs: int) -> None:
+    seconds = {name: {} for name, _, _ in CONTENDERS}
+    for seed in range(pairs):
+        pair = make_pair(seed)
+        for name, function, rarity in CONTENDERS:
+            if seed % rarity:
+                continue
+            start = time.perf_counter()
+            iou = function(*pair)
+            seconds[name][seed] = time.perf_counter() - start
+            if not np.allclose(iou, iou_of_counts(*pair), rtol=0, atol=1e-6):
+                raise RuntimeError(f"{name} computes another IoU for pair {seed}.")
+    ours = seconds[CONTENDERS[0][0]]
+    print(f"IoU of one pair at the 101 thresholds of mMIoU, {SIZE[0]}x{SIZE[1]}, float32, one thread\n")
+    print("| implementation | pairs | median, ms | times slower, median (10 % to 90 %) |\n|---|---|---|---|")
+    for name, times in seconds.items():
+        ratios = [times[seed] / ours[seed] for seed in times]
+        low, high = np.quantile(ratios, [0.1, 0.9])
+        median = 1000 * statistics.median(times.values())
+        print(f"| {name} | {len(times)} | {median:.2f} | {statistics.median(ratios):.1f} ({low:.1f} to {high:.1f}) |")
+
+
+def measure_memory(images: int) -> None:
+    """Prints the peak memory after 100 images and after all, MiB; each image has one of 20 classes."""
+    pool = [make_pair(seed) for seed in range(8)]
+    metrics = [MeanMaxIoU(), MeanForegroundMinusBackground()]
+    for image in range(1, images + 1):
+        heatmap, mask = pool[image % len(pool)]
+        label = 1 + image % 20
+        mask = np.where(mask == LABEL, label, mask).astype(np.uint8)
+        for metric in metrics:
+            metric.update(np.roll(heatmap, image), mask, label)
+        if image in (100, images):
+            print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+
+
+def bench_memory(images: int) -> None:
+    command = [sys.executable, __file__, "--memory-of", str(images)]
+    first, last = map(float, subprocess.run(command, check=True, capture_output=True, text=True).stdout.split())
+    print(f"\nPeak memory of mMIoU and mFMB together, {SIZE[0]}x{SIZE[1]}, 20 classes\n")
+    print(f"| after 100 images | after {images} images | growth |\n|---|---|---|")
+    print(f"| {first:.1f} MiB | {last:.1f} MiB | {last - first:.1f} MiB |")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--pairs", type=int, default=200)
+    parser.add_argument("--images", type=int, default=10_000)
+    parser.add_argument("--memory-of", type=int, help=argparse.SUPPRESS)  # the part that runs in its own process
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    if arguments.memory_of:
+        measure_memory(arguments.memory_of)
+    else:
+        bench_speed(arguments.pairs)
+        bench_memory(arguments.images)

@@ -539,9 +539,9 @@ def test_two_processes_are_one_with_the_whole_batch(hub, tmp_path):
     arguments += ["--cache_features", tmp_path / "cache"]
     script = tmp_path / "two.py"
     script.write_text(TWO_PROCESSES.format(root=str(ROOT), tests=str(ROOT / "tests")))
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0", script, tmp_path]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", script, tmp_path]
     environment = {**os.environ, "ACCELERATE_USE_CPU": "1", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([*map(str, command), *map(str, arguments)], env=environment, capture_output=True, text=True)
+    done = subprocess.run([*map(str, command), *map(str, arguments)], env=environment, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr[-3000:]
 
     pair_model = PairModel(tiny_model(lock_vision=False)).eval()

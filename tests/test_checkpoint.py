@@ -1,0 +1,66 @@
+"""The embedded checkpoint: real weights, golden figures, and the promises of the shipped file."""
+
+import json
+
+import pytest
+import torch
+from safetensors import safe_open
+
+from iclip_hf import ICLIPConfig, ICLIPModel, ICLIPProcessor
+from iclip_hf.data import load_segmentation
+from iclip_hf.demo.checkpoint import PROJECTIONS, embedded_model, save_projections
+from iclip_hf.evaluation import evaluate
+
+
+@pytest.fixture(scope="module")
+def folder():
+    try:
+        return embedded_model()
+    except OSError as error:
+        pytest.skip(f"the embedded towers cannot be had here: {error}")
+
+
+def test_shipped_projections_are_small_and_say_how_they_are_used():
+    assert PROJECTIONS.stat().st_size < 8e6
+    with safe_open(PROJECTIONS, framework="pt") as file:
+        config, names = json.loads(file.metadata()["config"]), set(file.keys())
+    assert set(config) < set(ICLIPConfig.__annotations__)
+    assert all(name.startswith(("recognition.", "interpretability.")) for name in names)
+    assert len({name.split(".")[0] for name in names}) == 1 + config["dual_projection"]
+
+
+@pytest.mark.slow
+def test_projections_survive_the_way_out_and_in(folder, tmp_path):
+    save_projections(folder, tmp_path / "projections.safetensors")
+    with safe_open(tmp_path / "projections.safetensors", framework="pt") as copy, safe_open(PROJECTIONS, "pt") as file:
+        assert copy.metadata() == file.metadata()
+        assert all(torch.equal(copy.get_tensor(name), file.get_tensor(name)) for name in file.keys())
+    assert [path.name for path in tmp_path.iterdir()] == ["projections.safetensors"]
+
+
+@pytest.mark.slow
+def test_a_cat_is_found_where_it_is(folder):
+    """The cat's face fills the middle of this photograph, with blurred background left and right of its ears."""
+    data = pytest.importorskip("skimage.data")
+    from PIL import Image
+
+    model, processor = ICLIPModel.from_pretrained(folder), ICLIPProcessor.from_pretrained(folder)
+    image = Image.fromarray(data.chelsea())
+    with torch.no_grad():
+        outputs = model(**processor(image, labels=["cat", "bus", "pizza"]), output_similarity_maps=True)
+    assert outputs.logits_per_image.argmax() == 0
+    heatmap = processor.post_process_similarity_maps(outputs.similarity_maps, [(image.height, image.width)])[0][0]
+    face, corner = heatmap[60:220, 120:300].mean(), heatmap[:60, 400:].mean()
+    assert face > corner + 0.2
+
+
+@pytest.mark.slow
+def test_figures_on_coco100(folder, iclip_data):
+    """The README's row, above the floors: everything foreground, and the tower's attention alone (19.9 and 0.100)."""
+    dataset = load_segmentation("coco2017", iclip_data / "coco100", split="train2017")
+    model, processor = ICLIPModel.from_pretrained(folder), ICLIPProcessor.from_pretrained(folder)
+    scores = evaluate(model, processor, dataset, progress=False).results["itsm"]
+    assert scores["floor"] == pytest.approx(GOLDEN["floor"], abs=0.01)
+    assert scores["mAP"] == pytest.approx(GOLDEN["mAP"], abs=0.3)
+    assert scores["mMIoU"] == pytest.approx(GOLDEN["mMIoU"], abs=0.2)
+    assert scores["mFMB"] == pytest.approx(GOLDEN["mFMB"], abs=0.003)

@@ -4,8 +4,15 @@ from setuptools import find_packages, setup
 
 
 extras = {
-    # train.py: webdataset shards, trackers, augmentation
-    "train": ["accelerate>=1.10", "datasets>=4.0", "pyyaml>=6.0", "tensorboard>=2.15", "torchvision>=0.23"],
+    # train.py: streamed data sets, locks, trackers, augmentation
+    "train": [
+        "accelerate>=1.10",
+        "datasets>=4.0",
+        "filelock>=3.15",
+        "pyyaml>=6.0",
+        "tensorboard>=2.15",
+        "timm>=1.0.15",
+    ],
     # `iclip evaluate` and the metric modules
     "eval": ["accelerate>=1.10", "evaluate>=0.4.6", "pycocotools>=2.0.8", "pyyaml>=6.0"],
     # Gradio apps, and the photograph that `make demo` explains
@@ -48,6 +55,7 @@ setup(
         "pillow>=11.0",
         "safetensors>=0.5",
         "torch>=2.8",
+        "torchvision>=0.23",
         "tqdm>=4.66",
         "transformers>=5.24",
         "wrapt>=1.17",

@@ -29,7 +29,7 @@ from iclip_hf.data.segmentation import load_segmentation
 from iclip_hf.demo.towers import embedded_towers
 from iclip_hf.evaluation import evaluate
 from iclip_hf.feature_cache import CachedPairs, branch_poolings, cache_images, cache_texts, distinct
-from iclip_hf.modeling_iclip import _tower as load_tower
+from iclip_hf.modeling_iclip import load_tower
 from iclip_hf.training import (
     AugmentedImage,
     BatchLoader,
@@ -205,7 +205,15 @@ def load_datasets(settings: Settings, model: ICLIPModel, processor: ICLIPProcess
         if not model.config.lock_vision or isinstance(pairs, PairStream):
             raise ValueError("cache_features needs a locked image tower and local pairs.")
         folder = Path(settings.cache_features, part)
-        views = cache_images(folder, pairs, model, transforms, accelerator, num_workers=settings.num_workers, **shared)
+        views = cache_images(
+            folder,
+            pairs,
+            model,
+            transforms,
+            accelerator,
+            num_workers=settings.num_workers,
+            max_bad_share=settings.max_bad_share,
+        )
         texts = None
         if settings.lock_text:
             texts = cache_texts(folder, distinct(views[0].captions()), model, processor, accelerator)

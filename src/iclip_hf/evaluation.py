@@ -167,7 +167,8 @@ def evaluate(
     if limit is not None and limit < 1:
         raise ValueError(f"Expected limit to be at least 1, got {limit}.")
     start = time.perf_counter()
-    state = PartialState(cpu=not torch.cuda.is_available())  # without it two processes on CPU would not find each other
+    # Without `cpu`, two processes on CPU would not find each other.
+    state = PartialState(cpu=not torch.cuda.is_available())
     rank, world = state.process_index, state.num_processes
     explainers = {method: make_explainer(model, processor, method) for method in dict.fromkeys(methods)}
     templates = list(dataset.templates if templates is None else templates)

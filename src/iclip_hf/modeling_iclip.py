@@ -171,7 +171,7 @@ def _tower_config(checkpoint: str, side: str) -> PreTrainedConfig:
     return getattr(config, side, config)
 
 
-def _tower(config: PreTrainedConfig, checkpoint: str | None = None) -> PreTrainedModel:
+def load_tower(config: PreTrainedConfig, checkpoint: str | None = None) -> PreTrainedModel:
     """A tower of this config, from a checkpoint or freshly initialised, without a pooler that nothing would train."""
     if config.model_type == "siglip_text_model":  # not in the Auto classes
         tower_class = SiglipTextModel
@@ -237,8 +237,8 @@ class ICLIPModel(PreTrainedModel):
                 'use "mean" or "class_token" for it.'
             )
         super().__init__(config)
-        self.vision_model = vision_model if vision_model is not None else _tower(config.vision_config)
-        self.text_model = text_model if text_model is not None else _tower(config.text_config)
+        self.vision_model = vision_model if vision_model is not None else load_tower(config.vision_config)
+        self.text_model = text_model if text_model is not None else load_tower(config.text_config)
         # The towers' layers hold their own copies of the configs; a change must reach those.
         config.vision_config, config.text_config = self.vision_model.config, self.text_model.config
 
@@ -302,7 +302,7 @@ class ICLIPModel(PreTrainedModel):
         eos = text_config.model_type in _EOS_TEXT_TOWERS
         config_options.setdefault("text_pooling", "eos" if eos else "mean")
         config = cls.config_class(vision_config=vision_config, text_config=text_config, **config_options)
-        return cls(config, _tower(config.vision_config, vision), _tower(config.text_config, text)).eval()
+        return cls(config, load_tower(config.vision_config, vision), load_tower(config.text_config, text)).eval()
 
     @property
     def map_branch(self) -> ICLIPBranch:

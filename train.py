@@ -20,8 +20,10 @@ import yaml
 from accelerate import Accelerator, DistributedDataParallelKwargs, PartialState
 from accelerate.utils import ProjectConfiguration, set_seed
 from filelock import FileLock, Timeout
+from huggingface_hub.errors import StrictDataclassError
 from tqdm import tqdm
 from transformers import HfArgumentParser
+from transformers.utils import logging as transformers_logging
 
 from iclip_hf import ICLIPConfig, ICLIPModel, ICLIPProcessor
 from iclip_hf.data.pairs import PairStream, load_pairs
@@ -142,6 +144,10 @@ class Settings:
         for name in ("crop_scale", "random_erasing", "max_bad_share", "adam_beta1", "adam_beta2"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} must be from 0 to 1, got {getattr(self, name)}")
+        for one in self.model_options:
+            name, equals, _ = one.partition("=")
+            if not equals or name not in ICLIPConfig.__annotations__:
+                raise ValueError(f"model_options must be name=value with an option of ICLIPConfig, got {one!r}")
         if not self.data:
             raise ValueError("data must name training pairs, such as a folder of webdataset shards")
         if bool(self.model) == bool(self.vision and self.text):
@@ -278,6 +284,7 @@ def main(arguments: list[str]) -> dict[str, float]:
     """Trains, and returns the metrics of the last evaluation."""
     settings = read_settings(arguments)
     output_dir = Path(settings.output_dir)
+    transformers_logging.disable_progress_bar()
     set_seed(settings.seed)
     model, processor = load_model(settings)
     accelerator = start_accelerator(settings, model)
@@ -404,6 +411,7 @@ def main(arguments: list[str]) -> dict[str, float]:
     if accelerator.is_main_process:
         (output_dir / "results.json").write_text(json.dumps(state, indent=2))
         print(json.dumps(state["metrics"]))
+    accelerator.wait_for_everyone()
     accelerator.end_training()
     lock.release()
     return state["metrics"]
@@ -412,5 +420,6 @@ def main(arguments: list[str]) -> dict[str, float]:
 if __name__ == "__main__":
     try:
         main(sys.argv[1:])
-    except (OSError, ValueError) as error:
-        sys.exit(f"train.py: {' '.join(str(error).split())}")
+    except (OSError, ValueError, FloatingPointError, StrictDataclassError) as error:
+        print(f"train.py: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(2)

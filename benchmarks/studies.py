@@ -1,0 +1,112 @@
+"""Trains the studies of the paper's Tables 2 and 3 from one feature cache, and writes their table.
+
+    python benchmarks/studies.py --data-root ../shared/data/coco100 --split train2017
+
+Every run is `train.py` with other options of the model, once a seed. A run that is there already is not repeated.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+from pathlib import Path
+
+import torch
+import yaml
+
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import train
+from iclip_hf import ICLIPModel, ICLIPProcessor
+from iclip_hf.data.segmentation import load_segmentation
+from iclip_hf.evaluation import evaluate
+
+
+# Where attention enters the map is chosen after training, so each run is measured in all three ways.
+MAP_ATTENTION = {"none": "cosine map", "similarity": "times attention", "sqrt_similarity": "times its root"}
+METRICS = {"mAP": ".1f", "mMIoU": ".1f", "mFMB": ".3f"}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", type=Path, default=Path("hub_configs/iclip-dinov2-s14-minilm"))
+    parser.add_argument("--output", type=Path, default=Path("runs/studies"))
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--dataset", default="coco2017", choices=["voc2012", "coco2017", "folder"])
+    parser.add_argument("--data-root", required=True)
+    parser.add_argument("--split")
+    options, settings = parser.parse_known_args()  # the rest are settings of train.py
+
+    studies = yaml.safe_load((options.config / "studies.yaml").read_text())
+    dataset = load_segmentation(options.dataset, options.data_root, options.split)
+    tokens = {}
+    rows = {}
+    for number, (name, changes) in enumerate(studies["runs"].items()):
+        scores = []
+        for seed in options.seeds:
+            folder = options.output / f"{number}-seed{seed}"
+            kept = folder / "study.json"
+            if not kept.exists():
+                command = [
+                    "--config",
+                    options.config / "train.yaml",
+                    "--output_dir",
+                    folder,
+                    "--seed",
+                    seed,
+                    "--resume",
+                ]
+                command += ["--model_options", *studies["shared"], *changes, *settings]
+                train.main([str(argument) for argument in command])
+                kept.write_text(json.dumps(measure(folder / "model", dataset, tokens), indent=2))
+            scores.append(json.loads(kept.read_text()))
+        rows[name] = scores
+        print(table(rows), flush=True)
+    (options.output / "studies.md").write_text(table(rows) + "\n")
+
+
+def measure(model_folder: Path, dataset, tokens: dict) -> dict[str, dict[str, float]]:
+    """mAP, mMIoU and mFMB under each `map_attention`."""
+    model = ICLIPModel.from_pretrained(model_folder)
+    processor = ICLIPProcessor.from_pretrained(model_folder)
+    if torch.cuda.is_available():
+        model.to("cuda")
+    encode_image, norm = model.encode_image, model.config.attention_norm
+
+    def remembered(pixel_values, **kwargs):
+        """The locked tower says the same in every run."""
+        key = (norm, pixel_values.double().sum().item(), pixel_values.shape)
+        if key not in tokens:
+            tokens[key] = encode_image(pixel_values, **kwargs)
+        return tokens[key]
+
+    model.encode_image = remembered
+    scores = {}
+    for map_attention in MAP_ATTENTION:
+        model.config.map_attention = map_attention
+        result = evaluate(model, processor, dataset, progress=False).results["itsm"]
+        scores[map_attention] = {metric: result[metric] for metric in METRICS}
+    return scores
+
+
+def table(rows: dict[str, list[dict]]) -> str:
+    """Mean and standard deviation over the seeds, as Markdown."""
+    lines = [
+        "| run | mAP % | " + " | ".join(f"{name}: mMIoU % / mFMB" for name in MAP_ATTENTION.values()) + " |",
+        "|---|---|" + "---|" * len(MAP_ATTENTION),
+    ]
+    for name, seeds in rows.items():
+        maps = [f"{cell(seeds, way, 'mMIoU')} / {cell(seeds, way, 'mFMB')}" for way in MAP_ATTENTION]
+        lines.append(f"| {name} | {cell(seeds, 'none', 'mAP')} | {' | '.join(maps)} |")
+    return "\n".join(lines)
+
+
+def cell(seeds: list[dict], map_attention: str, metric: str) -> str:
+    values = [scores[map_attention][metric] for scores in seeds]
+    spread = f" ± {statistics.stdev(values):{METRICS[metric]}}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):{METRICS[metric]}}{spread}"
+
+
+if __name__ == "__main__":
+    main()

@@ -10,10 +10,10 @@ BIN := .venv/bin
 	$(BIN)/python -m pip install --quiet --editable '.[dev]'
 	touch $@
 
-# Explains a photograph that scikit-image ships (public domain) with the embedded checkpoint.
+# Explains a photograph that scikit-image ships (CC0) with the embedded checkpoint.
 demo: .venv/.installed
 	$(BIN)/iclip explain "$$($(BIN)/python -c 'import skimage; print(skimage.__path__[0])')/data/coffee.png" \
-		--text "cup of coffee" --text "spoon" --text "wooden table" --output demo.png
+		--text "cup of coffee" --text "wooden table" --text dog --output demo.png
 
 test: .venv/.installed
 	$(BIN)/python -m pytest

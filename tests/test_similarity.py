@@ -4,7 +4,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
-from iclip_hf.similarity import cosine_similarity_map, min_max_normalize, resize_maps, reverse
+from iclip_hf.similarity import cosine_similarity_map, min_max_normalize, resize_and_normalize, resize_maps, reverse
 
 
 @settings(max_examples=30, deadline=None)
@@ -15,8 +15,18 @@ def test_resize_equals_the_general_kernel(grid, size, seed):
     torch.testing.assert_close(resize_maps(maps, size), expected, atol=5e-6, rtol=0)
 
 
+def test_the_fused_steps_equal_the_single_ones():
+    maps = torch.randn(4, 5, 7, generator=torch.Generator().manual_seed(0))
+    maps[2] = 0.3
+    before = maps.clone()
+    fused = resize_and_normalize(maps, (33, 50))
+    assert torch.equal(maps, before)
+    torch.testing.assert_close(fused, min_max_normalize(resize_maps(maps, (33, 50))), atol=1e-6, rtol=0)
+    assert fused[2].eq(0).all()
+
+
 def test_resize_refuses_an_empty_size():
-    with pytest.raises(ValueError, match=r"at least one pixel.*\(0, 5\)"):
+    with pytest.raises(ValueError, match="at least one pixel.*got a side of 0"):
         resize_maps(torch.zeros(1, 2, 2), (0, 5))
 
 

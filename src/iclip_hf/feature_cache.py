@@ -180,8 +180,8 @@ def cache_texts(
 
 
 def distinct(captions: Sequence[Sequence[str]]) -> list[str]:
-    """All different texts, in order of their first appearance."""
-    return list(dict.fromkeys(text for several in captions for text in several))
+    """All different texts, the shortest first: batches of like length need little padding."""
+    return sorted({text for several in captions for text in several}, key=lambda text: (len(text), text))
 
 
 class CachedPairs(Dataset):

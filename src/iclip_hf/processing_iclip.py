@@ -10,7 +10,7 @@ from transformers.processing_utils import ProcessorMixin
 
 from .configuration_iclip import ICLIPConfig
 from .images import to_rgb
-from .similarity import min_max_normalize, resize_maps
+from .similarity import min_max_normalize, resize_and_normalize, resize_maps
 from .similarity import reverse as reverse_maps
 
 
@@ -174,7 +174,7 @@ class ICLIPProcessor(ProcessorMixin):
         processed = []
         for map_, size in zip(maps.float(), target_sizes):
             if order == "resize_first":
-                map_ = min_max_normalize(resize_maps(map_, size))
+                map_ = resize_and_normalize(map_, size)
             else:
                 map_ = resize_maps(min_max_normalize(map_), size).clamp(0, 1)  # bicubic overshoots
             processed.append(reverse_maps(map_) if reverse else map_)

@@ -56,18 +56,41 @@ def resize_maps(maps: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
     Returns:
         `torch.Tensor` of shape `(..., *size)`, float32.
     """
-    height, width = size
-    if height < 1 or width < 1:
-        raise ValueError(f"Expected a size (height, width) of at least one pixel a side, got {tuple(size)}.")
-    rows = _bicubic_weights(maps.shape[-2], height, maps.device)
-    columns = _bicubic_weights(maps.shape[-1], width, maps.device)
+    rows = _bicubic_weights(maps.shape[-2], size[0], maps.device)
+    columns = _bicubic_weights(maps.shape[-1], size[1], maps.device)
     # Offset from its minimum, a constant map stays constant to the last bit: min-max would stretch any rounding noise.
     maps = maps.float()
     low = maps.amin((-2, -1), keepdim=True)
     return rows @ ((maps - low) @ columns.mT) + low
 
 
+@torch.no_grad()
+def resize_and_normalize(maps: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+    """
+    `min_max_normalize(resize_maps(maps, size))` (Eq. 4) for `(T, h, w)` maps, one at a time in place: a full-size map
+    fits a processor's cache, those of many texts together do not.
+
+    Returns:
+        `torch.Tensor` of shape `(T, *size)`, float32, in [0, 1].
+    """
+    rows, columns = (
+        _bicubic_weights(maps.shape[-2], size[0], maps.device),
+        _bicubic_weights(maps.shape[-1], size[1], maps.device),
+    )
+    maps = maps.float()
+    wide = (maps - maps.amin((-2, -1), keepdim=True)) @ columns.mT
+    enlarged = maps.new_empty(len(maps), *size)
+    for one, target in zip(wide, enlarged):
+        torch.matmul(rows, one, out=target)
+        low, high = torch.aminmax(target)
+        span = high - low
+        target.sub_(low).div_(span.masked_fill(span == 0, 1.0))
+    return enlarged
+
+
 def _bicubic_weights(source: int, target: int, device: torch.device) -> torch.Tensor:
     """The (target, source) matrix of a one-dimensional bicubic resize, read off the identity's."""
+    if target < 1:
+        raise ValueError(f"Expected a size (height, width) of at least one pixel a side, got a side of {target}.")
     identity = torch.eye(source, device=device)[None, None]
     return F.interpolate(identity, size=(target, source), mode="bicubic", align_corners=False)[0, 0]

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from ..modeling_iclip import ICLIPTextFeatures
-from ..similarity import min_max_normalize, resize_maps
+from ..similarity import min_max_normalize, resize_and_normalize, resize_maps
 from .families import CLIPFamily, Family, ICLIPFamily, Siglip2Family, SiglipFamily
 from .open_clip import OpenCLIPFamily, OpenCLIPResNetFamily
 
@@ -121,4 +121,4 @@ class Explanation:
     @property
     def maps(self) -> torch.Tensor:
         """All maps, `(T, H, W)`; made anew at each access. With many texts take them one by one from `map`."""
-        return torch.stack([self.map(index) for index in range(len(self.labels))])
+        return resize_and_normalize(self.raw_maps, self.size)

@@ -658,7 +658,8 @@ def test_maps_are_post_processed_as_the_processor_does(made):
     raw = torch.stack([one.raw_maps for one in explanations])
     for one, expected in zip(explanations, processor.post_process_similarity_maps(raw, [(10, 30)] * 3)):
         torch.testing.assert_close(one.maps, expected, atol=1e-6, rtol=0)
-        assert all(torch.equal(one.map(index), one.maps[index]) for index in range(3))
+        for index in range(3):
+            torch.testing.assert_close(one.map(index), one.maps[index], atol=1e-6, rtol=0)
 
 
 def test_images_keep_their_proportions_on_request(made):

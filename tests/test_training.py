@@ -465,10 +465,10 @@ def test_settings_are_refused_in_one_line(hub, tmp_path, capsys):
 
 def test_command_line_over_file_over_default(hub):
     settings = train.read_settings(
-        ["--config", str(hub / "train.yaml"), "--epochs", "7", "--model_options", "a=1", "b=c"]
+        ["--config", str(hub / "train.yaml"), "--epochs", "7", "--model_options", "pooling=max", "projection_dim=8"]
     )
     assert (settings.epochs, settings.batch_size, settings.weight_decay) == (7, 16, 0.05)
-    assert settings.data == [f"{hub}/pairs.tar"] and settings.model_options == ["a=1", "b=c"]
+    assert settings.data == [f"{hub}/pairs.tar"] and settings.model_options == ["pooling=max", "projection_dim=8"]
 
 
 def test_model_options_reach_the_model(hub, tmp_path):
@@ -545,7 +545,7 @@ while True:
         finally:
             os._exit(1 if sys.exc_info()[0] else 0)
     if kills < 15 and kills % 2 == 0:
-        time.sleep(draws.uniform(0.3, 1.5))
+        time.sleep(draws.uniform(0.1, 0.6))
         os.kill(child, signal.SIGKILL)
     status = os.waitpid(child, 0)[1]
     if not os.WIFSIGNALED(status):
@@ -585,7 +585,7 @@ def test_killed_at_any_moment_and_resumed_is_the_uninterrupted_run(hub, tmp_path
         timeout=300,
     )
     assert "exit 0" in done.stderr, done.stderr + (tmp_path / "log").read_text()[-3000:]
-    assert int(done.stderr.split()[0]) >= 5
+    assert int(done.stderr.split()[0]) >= 3
     assert_same_weights(tmp_path / "killed" / "model", tmp_path / "whole" / "model")
     assert_same_weights(tmp_path / "killed" / "best", tmp_path / "whole" / "best")
     results = [json.loads((tmp_path / name / "results.json").read_text()) for name in ("killed", "whole")]

@@ -25,7 +25,7 @@ from tqdm import tqdm
 from .data.segmentation import SegmentationDataset, SegmentationSample
 from .explainers import make_explainer
 from .metrics import MeanForegroundMinusBackground, MeanMaxIoU, MultiLabelAveragePrecision
-from .similarity import min_max_normalize, resize_maps
+from .similarity import resize_and_normalize
 
 
 @dataclass
@@ -242,7 +242,7 @@ def _count(item: tuple[str, SegmentationSample, torch.Tensor]) -> tuple[str, lis
     method, sample, raw_maps = item
     counts = []
     for label in sample.labels:
-        heatmap = min_max_normalize(resize_maps(raw_maps[label - 1], sample.size))
+        heatmap = resize_and_normalize(raw_maps[label - 1 : label], sample.size)[0]
         mask = sample.mask(label)
         counts.append(
             (label, MeanMaxIoU.count(heatmap, mask, label), MeanForegroundMinusBackground.count(heatmap, mask, label))

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from ..modeling_iclip import ICLIPTextFeatures
-from ..similarity import min_max_normalize, resize_and_normalize, resize_maps
+from ..similarity import resize_and_normalize
 from .families import CLIPFamily, Family, ICLIPFamily, Siglip2Family, SiglipFamily
 from .open_clip import OpenCLIPFamily, OpenCLIPResNetFamily
 
@@ -116,7 +116,7 @@ class Explanation:
 
     def map(self, index: int) -> torch.Tensor:
         """The map of one text at the image's size: bicubic, then min-max (Eq. 4). `(H, W)` float32 in [0, 1]."""
-        return min_max_normalize(resize_maps(self.raw_maps[index], self.size))
+        return resize_and_normalize(self.raw_maps[index : index + 1], self.size)[0]
 
     @property
     def maps(self) -> torch.Tensor:

@@ -1,0 +1,729 @@
+"""The training system: small runs of train.py on tiny random towers, and its parts against slow or direct computation."""
+
+import importlib.util
+import io
+import json
+import os
+import random
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from conftest import WORDS, tiny_inputs, tiny_model
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+from safetensors.torch import load_file
+
+from iclip_hf import ICLIPModel, ICLIPProcessor
+from iclip_hf import training as training_module
+from iclip_hf.data.nouns import NounPrompts
+from iclip_hf.data.pairs import load_pairs
+from iclip_hf.feature_cache import CachedPairs, FeatureShards, branch_poolings, cache_images, cache_texts
+from iclip_hf.training import (
+    AugmentedImage,
+    GlobalBatches,
+    PairModel,
+    TrainingPairs,
+    WholeImage,
+    cosine_schedule,
+    parameter_groups,
+    seeded,
+)
+
+
+ROOT = Path(__file__).parents[1]
+spec = importlib.util.spec_from_file_location("train", ROOT / "train.py")
+train = importlib.util.module_from_spec(spec)
+sys.modules["train"] = train  # dataclasses look their module up
+spec.loader.exec_module(train)
+
+
+def write_pairs(path: Path, count: int, broken: tuple[int, ...] = (), seed: int = 0) -> None:
+    """A webdataset shard of noise images with two captions each."""
+    draws = np.random.default_rng(seed)
+    with tarfile.open(path, "w") as tar:
+        for i in range(count):
+            image = io.BytesIO()
+            Image.fromarray(draws.integers(0, 256, (40, 36, 3), dtype=np.uint8)).save(image, "JPEG")
+            words = [WORDS[j] for j in draws.integers(0, 12, 5)]
+            captions = json.dumps({"captions": [" ".join(words), " ".join(words[::-1]) + f" {i}"]})
+            data = b"no image" if i in broken else image.getvalue()
+            for suffix, content in ((".jpg", data), (".json", captions.encode())):
+                member = tarfile.TarInfo(f"{i:05d}{suffix}")
+                member.size = len(content)
+                tar.addfile(member, io.BytesIO(content))
+
+
+@pytest.fixture(scope="module")
+def hub(tmp_path_factory, tiny_processor) -> Path:
+    """Tiny towers, pairs, and a folder as in hub_configs: 64 pairs in 4 steps an epoch, 12 steps in all."""
+    folder = tmp_path_factory.mktemp("hub")
+    model = tiny_model()
+    model.vision_model.save_pretrained(folder / "vision")
+    model.text_model.save_pretrained(folder / "text")
+    model.config.save_pretrained(folder)
+    tiny_processor.image_processor.save_pretrained(folder / "vision")
+    tiny_processor.tokenizer.save_pretrained(folder / "text")
+    write_pairs(folder / "pairs.tar", 64)
+    write_pairs(folder / "held_out.tar", 17, seed=1)
+    (folder / "train.yaml").write_text(
+        f"""
+        vision: {folder}/vision
+        text: {folder}/text
+        data: [{folder}/pairs.tar]
+        image_size: 32
+        batch_size: 16
+        epochs: 3
+        warmup_epochs: 1
+        learning_rate: 0.05
+        num_workers: 0
+        eval_steps: 5
+        checkpoint_steps: 5
+        report_to: none
+        """
+    )
+    return folder
+
+
+def run(hub: Path, output_dir: Path, *arguments) -> dict:
+    AcceleratorState._reset_state(reset_partial_state=True)
+    command = ["--config", hub / "train.yaml", "--output_dir", output_dir, *arguments]
+    return train.main([str(argument) for argument in command])
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "model.safetensors")
+
+
+def assert_same_weights(first: Path, second: Path, **tolerance) -> None:
+    first, second = weights(first), weights(second)
+    assert first.keys() == second.keys()
+    for name in first:
+        torch.testing.assert_close(first[name], second[name], **(tolerance or {"rtol": 0, "atol": 0}))
+
+
+def accelerator() -> Accelerator:
+    AcceleratorState._reset_state(reset_partial_state=True)
+    return Accelerator(cpu=True)
+
+
+# --------------------------------------------------------------------------------------------------------------- parts
+
+
+def test_schedule_warms_up_and_falls_by_half_a_cosine():
+    rates = [cosine_schedule(step, 12, 4, peak=1.0, start=0.2, end=0.1) for step in range(12)]
+    assert rates[:5] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
+    assert rates[8] == pytest.approx((1.0 + 0.1) / 2)
+    assert rates[-1] == pytest.approx(0.1 + 0.9 * (1 + np.cos(np.pi * 7 / 8)) / 2)
+
+
+def test_what_decays():
+    pair_model = PairModel(tiny_model(projection_bias=True))
+    decaying, others = parameter_groups(pair_model, 0.05)
+    names = {id(parameter): name for name, parameter in pair_model.named_parameters()}
+    assert decaying["weight_decay"] == 0.05 and others["weight_decay"] == 0
+    assert {names[id(p)].rsplit(".")[-1] for p in others["params"]} >= {"bias", "logit_scale"}
+    assert all(p.ndim > 1 for p in decaying["params"]) and all(p.ndim <= 1 for p in others["params"])
+    listed = {names[id(p)] for group in (decaying, others) for p in group["params"]}
+    assert listed == {name for name in names.values() if "vision_model" not in name}
+
+
+@given(
+    rows=st.integers(1, 40),
+    share=st.integers(1, 5),
+    world_size=st.integers(1, 4),
+    epoch=st.integers(0, 3),
+    data=st.data(),
+)
+def test_batches_are_the_same_for_any_number_of_processes(rows, share, world_size, epoch, data):
+    batch_size = share * world_size
+
+    def batches(world_size, first=0):
+        of_rank = []
+        for rank in range(world_size):
+            sampler = GlobalBatches(rows, batch_size, seed=3, rank=rank, world_size=world_size)
+            sampler.epoch, sampler.first = epoch, first
+            of_rank.append(list(sampler))
+        return [[index for part in parts for index in part] for parts in zip(*of_rank)]
+
+    whole = batches(1)
+    assert batches(world_size) == whole
+    seen = [index for batch in whole for index in batch]
+    assert len(seen) == len(set(seen)) == rows // batch_size * batch_size and set(seen) <= set(range(rows))
+    first = data.draw(st.integers(0, len(whole)))
+    assert batches(world_size, first) == whole[first:]
+
+
+def test_seeded_leaves_the_other_random_numbers_alone():
+    def draw():
+        return random.random(), np.random.rand(), torch.rand(1).item()
+
+    with seeded("a"):
+        outer = draw()
+        with seeded("b", 1):
+            inner = draw()
+        after = draw()
+    with seeded("a"):
+        assert draw() == outer and draw() == after
+    with seeded("b", 1):
+        assert draw() == inner != outer
+
+
+def test_augmentation_depends_on_seed_epoch_and_pair_alone(hub, tiny_processor):
+    pairs = load_pairs(str(hub / "pairs.tar"))
+    dataset = TrainingPairs(pairs, AugmentedImage(tiny_processor), tiny_processor, seed=1)
+    first, other = dataset[3]["image"], dataset[4]["image"]
+    assert first.shape == other.shape == (3, 32, 32) and not torch.equal(first, other)
+    assert torch.equal(dataset[3]["image"], first)
+    dataset.set_epoch(1)
+    assert not torch.equal(dataset[3]["image"], first)
+
+
+# ---------------------------------------------------------------------------------------------------------------- loss
+
+
+def gradients(pair_model: PairModel, batch: dict) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    pair_model.zero_grad()
+    torch.manual_seed(0)  # dropout
+    loss = pair_model(**batch)["loss"]
+    loss.backward()
+    return loss.detach(), {n: p.grad.clone() for n, p in pair_model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("options", [{}, {"dual_projection": False, "pooling": "max"}, {"logit_scales": "shared"}])
+def test_loss_is_the_models_own(options):
+    model, inputs = tiny_model(**options), tiny_inputs(batch=6, texts=6)
+    outputs = PairModel(model).eval()(**inputs)
+    torch.testing.assert_close(outputs["loss"], model(**inputs, return_loss=True).loss, atol=1e-6, rtol=0)
+    assert outputs["losses"].shape == (1 if "pooling" in options else 2,)
+
+
+@pytest.mark.parametrize("lock_vision", [True, False])
+def test_chunks_give_the_gradient_of_the_whole_batch(lock_vision):
+    """More negatives, not the same few: cached gradients, with both towers in several chunks, the last one smaller."""
+    pair_model, batch = PairModel(tiny_model(lock_vision=lock_vision), chunk_size=100).eval(), tiny_inputs(7, 7)
+    loss, whole = gradients(pair_model, batch)
+    pair_model.chunk_size = 3
+    chunked_loss, chunked = gradients(pair_model, batch)
+    assert abs(chunked_loss - loss) < 1e-6
+    assert whole.keys() == chunked.keys() and any("vision_model" in name for name in whole) != lock_vision
+    for name in whole:
+        torch.testing.assert_close(chunked[name], whole[name], atol=1e-6, rtol=1e-4)
+
+
+def test_chunks_are_computed_again_with_the_same_dropout(monkeypatch):
+    pair_model, batch = PairModel(tiny_model(), chunk_size=3), tiny_inputs(7, 7)
+    assert pair_model.model.text_model.training and pair_model.model.text_model.config.hidden_dropout_prob > 0
+    again = gradients(pair_model, batch)
+    monkeypatch.setattr(training_module, "checkpoint", lambda encode, *inputs, use_reentrant: encode(*inputs))
+    kept = gradients(pair_model, batch)
+    assert again[0] == kept[0]
+    for name in kept[1]:
+        torch.testing.assert_close(again[1][name], kept[1][name], atol=1e-6, rtol=1e-4)
+
+
+def test_nouns_are_found_in_captions():
+    nouns = NounPrompts(["dog", "traffic light", "bus", "man", "baby", "light", "Dog"])
+    assert nouns.nouns == ["dog", "traffic light", "bus", "man", "baby", "light"]
+    found = nouns.find("Two men, three babies and dogs wait at the traffic lights; no business")
+    assert [nouns.nouns[number] for number in found] == ["dog", "traffic light", "man", "baby", "light"]
+    prompts, drawn = nouns.draw(["buses by a man", "nothing here"], epoch=0)
+    assert drawn["has_noun"].tolist() == [[0, 0, 1, 1, 0, 0], [0] * 6] and len(prompts) == 6
+    assert all(nouns.nouns[number] in prompt for number, prompt in zip(drawn["noun_ids"], prompts))
+    assert set(drawn["noun_ids"][:3].tolist()) <= {2, 3}
+    assert nouns.draw(["buses by a man"], epoch=0)[0] == prompts[:3] != nouns.draw(["buses by a man"], epoch=1)[0]
+
+
+def test_noun_prompts_teach_the_recognition_branch():
+    """Against plain loops; a prompt of another image's is no negative of an image that has its noun."""
+    model, batch = tiny_model(), tiny_inputs(3, 9)
+    has_noun = torch.tensor([[1, 1, 0, 0], [0, 1, 0, 0], [0, 0, 0, 0]], dtype=torch.uint8)
+    noun_ids = torch.tensor([0, 1, 1, 1, 3, 2])
+    outputs = PairModel(model).eval()(**batch, noun_ids=noun_ids, has_noun=has_noun)
+    with torch.no_grad():
+        logits = model(**batch).logits_per_image[:, 3:].tolist()
+
+    def one_side(logits, positive) -> float:
+        total = 0.0
+        for row, of_row in zip(logits, positive):
+            negatives = sum(np.exp(value) for value, is_positive in zip(row, of_row) if not is_positive)
+            losses = [
+                -np.log(np.exp(v) / (np.exp(v) + negatives)) for v, is_positive in zip(row, of_row) if is_positive
+            ]
+            total += np.mean(losses) if losses else 0.0
+        return total / len(logits)
+
+    positive = [[bool(has_noun[image, noun]) for noun in noun_ids] for image in range(3)]
+    nouns = (one_side(logits, positive) + one_side(zip_lists(logits), zip_lists(positive))) / 2
+    plain = PairModel(model).eval()(
+        **{**batch, "input_ids": batch["input_ids"][:3], "attention_mask": batch["attention_mask"][:3]}
+    )
+    assert outputs["losses"][0].item() == pytest.approx((plain["losses"][0].item() + nouns) / 2, abs=1e-5)
+    assert outputs["losses"][1] == plain["losses"][1]
+    assert torch.equal(outputs["text_embeds"], plain["text_embeds"])
+
+
+def zip_lists(rows: list[list]) -> list[list]:
+    return [list(column) for column in zip(*rows)]
+
+
+def test_locked_towers_stay_locked():
+    pair_model = PairModel(tiny_model(), lock_text=True).train()
+    assert not pair_model.model.vision_model.training and not pair_model.model.text_model.training
+    _, grads = gradients(pair_model, tiny_inputs(4, 4))
+    assert all(".recognition." in name or ".interpretability." in name for name in grads) and len(grads) == 6
+
+
+def test_clamped_scale_can_come_back():
+    pair_model = PairModel(tiny_model()).eval()
+    scale = pair_model.model.recognition.logit_scale
+    scale.data.fill_(9.0)
+    pair_model.clamp_logit_scales()
+    assert scale.exp().item() == pytest.approx(100, abs=1e-3)
+    gradients(pair_model, tiny_inputs(4, 4))
+    assert scale.grad != 0
+
+
+# --------------------------------------------------------------------------------------------------------------- cache
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"pooling": "masked_max"},
+        {"pooling": "masked_max", "attention_norm": "quantile"},
+        {"pooling": "max"},
+        {"pooling": "average", "dual_projection": False},
+        {"pooling": "class_token", "dual_projection": False},
+    ],
+)
+def test_any_pooling_comes_from_one_cache(hub, tmp_path_factory, tiny_processor, options):
+    folder = tmp_path_factory.getbasetemp() / "one-cache"
+    model, pairs = tiny_model(**options), load_pairs(str(hub / "pairs.tar"))
+    model.vision_model.load_state_dict(tiny_model().vision_model.state_dict())
+    existed = folder.exists() and {file: file.stat().st_mtime_ns for file in folder.rglob("*.npy")}
+    views = cache_images(folder, pairs, model, [WholeImage(tiny_processor)], accelerator())
+    assert not existed or existed == {file: file.stat().st_mtime_ns for file in folder.rglob("*.npy")}
+    dataset = CachedPairs(views, branch_poolings(model.config), tiny_processor)
+    cached = dataset.__getitems__([5, 60])["image_features"]
+    pixel_values = tiny_processor(images=[pairs.read(index)["image"] for index in (5, 60)])["pixel_values"]
+    direct = PairModel(model)._encode_images(pixel_values)
+    assert cached.shape == direct.shape == (2, 2 if model.config.dual_projection else 1, 32)
+    torch.testing.assert_close(cached, direct, atol=2e-3, rtol=2e-3)  # float16
+
+
+def test_filling_a_cache_goes_on_where_it_stopped(hub, tmp_path, tiny_processor, monkeypatch):
+    write_pairs(tmp_path / "many.tar", 600)
+    pairs, model, transforms = load_pairs(str(tmp_path / "many.tar")), tiny_model(), [WholeImage(tiny_processor)]
+    whole = cache_images(tmp_path / "whole", pairs, model, transforms, accelerator())[0]
+    assert whole.num_shards == 3
+
+    calls, encode_image = [], model.encode_image
+
+    def stops_after_six(pixel_values):
+        calls.append(len(pixel_values))
+        if len(calls) == 7:
+            raise KeyboardInterrupt
+        return encode_image(pixel_values)
+
+    monkeypatch.setattr(model, "encode_image", stops_after_six)
+    with pytest.raises(KeyboardInterrupt):
+        cache_images(tmp_path / "stopped", pairs, model, transforms, accelerator())
+    resumed = cache_images(tmp_path / "stopped", pairs, model, transforms, accelerator())[0]
+    assert sum(calls) == 600 + (6 + 1) * 64 - 256  # the first shard was kept
+    rows = np.random.default_rng(0).integers(0, 600, 50)
+    assert np.array_equal(resumed[rows], whole[rows]) and resumed.captions() == whole.captions()
+    assert not list(tmp_path.rglob("*.partial"))
+
+
+def test_a_stale_cache_is_refused(hub, tmp_path, tiny_processor):
+    def fill(model=None, name="pairs.tar", transform=None):
+        transforms = [transform or AugmentedImage(tiny_processor)]
+        model = model or tiny_model()
+        return cache_images(tmp_path, load_pairs(str(hub / name)), model, transforms, accelerator())
+
+    fill()
+    fill()
+    for changed, what in (
+        ({"model": tiny_model(seed=1)}, "tower"),
+        ({"model": tiny_model(attention_quantile=0.5)}, "attention_quantile"),
+        ({"name": "held_out.tar"}, "data"),
+        ({"transform": AugmentedImage(tiny_processor, crop_scale=0.5)}, "augmentation"),
+        ({"transform": WholeImage(tiny_processor)}, "image_processor"),
+    ):
+        with pytest.raises(ValueError, match=rf"{what}.* was .*delete this one"):
+            fill(**changed)
+
+
+def test_cached_texts_know_tokenizer_and_tower_but_not_their_use(tmp_path, tiny_processor):
+    texts, model = ["a dog", "the red car"], tiny_model()
+
+    def fill(**changes):
+        return cache_texts(
+            tmp_path,
+            **{"texts": texts, "model": model, "processor": tiny_processor, **changes},
+            accelerator=accelerator(),
+        )
+
+    kept = fill()
+    written = (tmp_path / "00000.npy").stat().st_mtime_ns
+    tiny_processor(text="a cat", padding="max_length", max_length=50)
+    assert torch.equal(fill()[texts[:1]], kept[texts][:1]) and (tmp_path / "00000.npy").stat().st_mtime_ns == written
+    shorter = ICLIPProcessor(tiny_processor.image_processor, tiny_processor.tokenizer, max_text_length=20)
+    for changed, what in (
+        ({"processor": shorter}, "tokenizer"),
+        ({"model": tiny_model(seed=1)}, "tower"),
+        ({"model": tiny_model(text_pooling="class_token")}, "text_pooling"),
+        ({"texts": ["a dog", "a red car"]}, "texts"),
+    ):
+        with pytest.raises(ValueError, match=rf"{what} was .*delete this one"):
+            fill(**changed)
+
+
+def test_bad_pairs_are_left_out_of_the_cache(tmp_path, tiny_processor):
+    write_pairs(tmp_path / "pairs.tar", 40, broken=(0, 7))
+    pairs, model = load_pairs(str(tmp_path / "pairs.tar")), tiny_model()
+
+    def fill(**options):
+        return cache_images(tmp_path, pairs, model, [WholeImage(tiny_processor)], accelerator(), **options)
+
+    with pytest.raises(ValueError, match="1.00% bad pairs, but 2 of 40"):
+        fill(max_bad_share=0.01)
+    views = fill()
+    texts = cache_texts(
+        tmp_path / "texts",
+        [caption for several in views[0].captions() for caption in several],
+        model,
+        tiny_processor,
+        accelerator(),
+    )
+    dataset = CachedPairs(views, ["max"], tiny_processor, texts=texts)
+    assert len(dataset) == 38
+    for index, row in ((0, 1), (6, 8), (37, 39)):  # rows of the data without the bad ones
+        batch = dataset.collate(dataset.__getitems__([index]))
+        captions = tiny_processor(text=pairs.captions(row))
+        both = model.encode_text(**captions)[0]
+        distance = (both - batch["text_features"]).abs().amax(1)
+        assert distance.min() < 2e-3
+        assert np.array_equal(batch["image_features"][:, 0], views[0][np.array([row])][:, 2])
+
+
+def test_views_and_captions_are_drawn_by_the_epoch(tmp_path, tiny_processor):
+    views = [FeatureShards(tmp_path / str(view), {}, 300) for view in range(3)]
+    for number, view in enumerate(views):
+        for shard in range(view.num_shards):
+            rows = np.array(view.rows_of(shard))
+            features = (rows + 0.25 * number).astype(np.float16)[:, None, None] * np.ones((1, 5, 2), np.float16)
+            view.write(shard, features, [[f"red {row}", f"blue {row}"] for row in rows])
+    dataset = CachedPairs(views, ["max"], tiny_processor)
+    order = np.random.default_rng(0).permutation(300)
+    epochs = []
+    for epoch in (0, 1, 0):
+        dataset.set_epoch(epoch)
+        batch = dataset.__getitems__(order)
+        values = batch["image_features"][:, 0, 0].numpy()
+        assert np.array_equal(values.astype(int), order) and [int(c.split()[1]) for c in batch["captions"]] == list(
+            order
+        )
+        epochs.append((values - order, batch["captions"]))
+    assert np.array_equal(epochs[0][0], epochs[2][0]) and epochs[0][1] == epochs[2][1]
+    assert not np.array_equal(epochs[0][0], epochs[1][0]) and epochs[0][1] != epochs[1][1]
+    assert all(60 < np.count_nonzero(epochs[0][0] == view / 4) < 140 for view in range(3))
+
+
+# ---------------------------------------------------------------------------------------------------------------- runs
+
+
+def test_a_run_ends_with_a_model_that_loads(hub, tmp_path):
+    metrics = run(
+        hub, tmp_path, "--validation_data", hub / "held_out.tar", "--report_to", "tensorboard", "--pictures", 2
+    )
+    model, processor = (
+        ICLIPModel.from_pretrained(tmp_path / "model"),
+        ICLIPProcessor.from_pretrained(tmp_path / "model"),
+    )
+    pairs = load_pairs(str(hub / "held_out.tar"))
+    with torch.no_grad():
+        images = processor(images=[pairs[i]["image"] for i in range(17)])
+        outputs = model(**images, **processor(text=[pairs[i]["caption"] for i in range(17)]), return_loss=True)
+    own = torch.arange(17)
+    assert metrics["val_loss"] == pytest.approx(outputs.loss.item(), abs=1e-4)
+    assert metrics["image_to_text"] == pytest.approx(100 * (outputs.logits_per_image.argmax(1) == own).float().mean())
+    assert metrics["text_to_image"] == pytest.approx(100 * (outputs.logits_per_text.argmax(1) == own).float().mean())
+
+    before, after = weights(hub / "vision"), weights(tmp_path / "model")
+    assert all(torch.equal(after[f"vision_model.{name}"], weight) for name, weight in before.items())
+    text = weights(hub / "text")
+    assert not torch.equal(
+        after["text_model.embeddings.word_embeddings.weight"], text["embeddings.word_embeddings.weight"]
+    )
+    assert [path.name for path in sorted(tmp_path.glob("checkpoint-*"))] == [
+        "checkpoint-0000010",
+        "checkpoint-0000012",
+    ]
+    assert len(list((tmp_path / "pictures").glob("*.png"))) == 3 and list(tmp_path.rglob("events.out*"))
+    assert json.loads((tmp_path / "results.json").read_text())["metrics"] == metrics
+    best = json.loads((tmp_path / "results.json").read_text())["best"]
+    assert best >= metrics["text_to_image"] and ICLIPModel.from_pretrained(tmp_path / "best").config.dual_projection
+    assert not list(tmp_path.rglob("*.partial"))
+
+
+def test_training_learns_its_pairs(hub, tmp_path):
+    """Seventeen pairs of one tiny model are learnt by heart; chance is 6 %."""
+    pairs = hub / "held_out.tar"
+    arguments = [
+        "--data",
+        pairs,
+        "--validation_data",
+        pairs,
+        "--batch_size",
+        17,
+        "--epochs",
+        100,
+        "--learning_rate",
+        2,
+    ]
+    cached = ["--cache_features", tmp_path / "cache", "--lock_text", "--eval_steps", 100]
+    metrics = run(hub, tmp_path / "run", *arguments, *cached)
+    assert metrics["text_to_image"] > 90 and metrics["val_loss"] < 0.5
+
+
+def test_settings_are_refused_in_one_line(hub, tmp_path, capsys):
+    (tmp_path / "typo.yaml").write_text("learning_rates: 1")
+    (tmp_path / "type.yaml").write_text("data: [x]\nmodel: y\nepochs: many")
+    config = ["--config", str(hub / "train.yaml")]
+    for arguments, expected in (
+        ([*config, "--learning_rat", "1"], "--learning_rat"),
+        ([*config, "--epochs", "x"], "epochs"),
+        ([*config, "--epochs", "0"], "epochs must be at least 1, got 0"),
+        ([*config, "--crop_scale", "nan"], "crop_scale must be from 0 to 1"),
+        ([*config, "--mixed_precision", "fp8"], "mixed_precision"),
+        ([*config, "--model", "x"], "either model"),
+        (["--config", str(tmp_path / "absent.yaml")], "absent.yaml"),
+        (["--config", str(tmp_path / "typo.yaml")], "'learning_rates'"),
+        (["--config", str(tmp_path / "type.yaml")], "epochs"),
+    ):
+        with pytest.raises(SystemExit) as stopped:
+            train.read_settings(arguments)
+        message = capsys.readouterr().err
+        assert stopped.value.code == 2 and expected in message and message.count("\n") == 1, message
+
+
+def test_command_line_over_file_over_default(hub):
+    settings = train.read_settings(
+        ["--config", str(hub / "train.yaml"), "--epochs", "7", "--model_options", "pooling=max", "projection_dim=8"]
+    )
+    assert (settings.epochs, settings.batch_size, settings.weight_decay) == (7, 16, 0.05)
+    assert settings.data == [f"{hub}/pairs.tar"] and settings.model_options == ["pooling=max", "projection_dim=8"]
+
+
+def test_model_options_reach_the_model(hub, tmp_path):
+    options = ["pooling=average", "dual_projection=false", "logit_scale_init_value=2"]
+    run(hub, tmp_path, "--max_steps", 1, "--model_options", *options)
+    config = ICLIPModel.from_pretrained(tmp_path / "model").config
+    assert (config.pooling, config.dual_projection, config.logit_scale_init_value) == ("average", False, 2)
+
+
+def test_bad_steps_are_skipped_counted_and_stop_the_run(hub, tmp_path, monkeypatch):
+    forward, broken = PairModel.forward, {3}
+    calls = []
+
+    def sometimes_broken(self, **batch):
+        outputs = forward(self, **batch)
+        calls.append(1)
+        factor = float("nan") if len(calls) in broken else 1.0
+        return {**outputs, "loss": outputs["loss"] * factor, "losses": outputs["losses"] * factor}
+
+    monkeypatch.setattr(PairModel, "forward", sometimes_broken)
+    run(hub, tmp_path / "skips")
+    state = json.loads((tmp_path / "skips" / "results.json").read_text())
+    assert (state["step"], state["bad_steps"], state["bad_in_a_row"]) == (12, 1, 0)
+    assert all(torch.isfinite(weight).all() for weight in weights(tmp_path / "skips" / "model").values())
+    calls.clear()
+    broken.update(range(7, 20))
+    with pytest.raises(FloatingPointError, match="last 4 steps, up to step 10: lower"):
+        run(hub, tmp_path / "stops", "--max_bad_steps", 4)
+
+
+def test_a_folder_holds_one_run(hub, tmp_path):
+    run(hub, tmp_path, "--max_steps", 2)
+    with pytest.raises(ValueError, match="holds a run already; add --resume"):
+        run(hub, tmp_path, "--max_steps", 2)
+    with pytest.raises(ValueError, match="weight_decay from 0.05 to 0.1"):
+        run(hub, tmp_path, "--max_steps", 2, "--resume", "--weight_decay", 0.1)
+    lock = train.FileLock(tmp_path / ".lock")
+    with lock, pytest.raises(ValueError, match="another run is writing here"):
+        run(hub, tmp_path, "--max_steps", 2, "--resume")
+
+
+KILLED = """
+import os, random, shutil, signal, sys, time, traceback
+sys.path.insert(0, {root!r})
+import torch
+import iclip_hf.training
+import train
+
+torch.set_num_threads(1)
+
+
+def deadly(function, draws):
+    # Now and then kills its process before or after it does its work
+    def call(*arguments, **options):
+        if draws.random() < 0.04:
+            os.kill(os.getpid(), signal.SIGKILL)
+        result = function(*arguments, **options)
+        if draws.random() < 0.04:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return result
+    return call
+
+
+kills = 0
+while True:
+    draws, child = random.Random(kills + 0), os.fork()
+    if not child:
+        os.dup2(os.open(sys.argv[1], os.O_WRONLY | os.O_CREAT | os.O_APPEND), 2)
+        if 0 < kills < 15 and kills % 2:
+            for module, name in ((os, "replace"), (torch, "save"), (shutil, "rmtree"), (iclip_hf.training, "save_file")):
+                setattr(module, name, deadly(getattr(module, name), draws))
+        try:
+            train.main(sys.argv[2:])
+            os._exit(0)
+        except BaseException:
+            traceback.print_exc()
+            os._exit(1)
+    if kills < 15 and kills % 2 == 0:
+        time.sleep(draws.uniform(0.1, 0.6))
+        os.kill(child, signal.SIGKILL)
+    status = os.waitpid(child, 0)[1]
+    if not os.WIFSIGNALED(status):
+        sys.exit(f"{{kills}} kills, exit {{os.WEXITSTATUS(status)}}")
+    kills += 1
+"""
+
+
+def test_killed_at_any_moment_and_resumed_is_the_uninterrupted_run(hub, tmp_path):
+    """Up to 15 times kill -9 in a run that saves after every step: at random moments, and inside the saving."""
+    arguments = [
+        "--validation_data",
+        hub / "held_out.tar",
+        "--eval_steps",
+        2,
+        "--checkpoint_steps",
+        1,
+        "--pictures",
+        0,
+    ]
+    run(hub, tmp_path / "whole", *arguments, "--epochs", 6)
+    command = [
+        "--config",
+        hub / "train.yaml",
+        "--output_dir",
+        tmp_path / "killed",
+        "--resume",
+        *arguments,
+        "--epochs",
+        6,
+    ]
+    script = KILLED.format(root=str(ROOT))
+    done = subprocess.run(
+        [sys.executable, "-c", script, tmp_path / "log", *map(str, command)],
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert "exit 0" in done.stderr, done.stderr + (tmp_path / "log").read_text()[-3000:]
+    assert int(done.stderr.split()[0]) >= 3
+    assert_same_weights(tmp_path / "killed" / "model", tmp_path / "whole" / "model")
+    assert_same_weights(tmp_path / "killed" / "best", tmp_path / "whole" / "best")
+    results = [json.loads((tmp_path / name / "results.json").read_text()) for name in ("killed", "whole")]
+    assert results[0]["metrics"] == results[1]["metrics"] and results[0]["best"] == results[1]["best"]
+    assert len(list((tmp_path / "killed").glob("checkpoint-*"))) == 2
+
+
+def tiny_nouns() -> tuple[torch.Tensor, torch.Tensor]:
+    """Two prompts for each of eight pairs, out of five nouns, and which pair has which."""
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(5, (16,), generator=generator), torch.randint(2, (8, 5), generator=generator).byte()
+
+
+TWO_PROCESSES = """
+import json, sys
+sys.path[:0] = [{root!r}, {tests!r}]
+import torch
+from accelerate import PartialState
+from conftest import tiny_inputs, tiny_model
+from test_training import tiny_nouns, train
+from iclip_hf.training import PairModel
+
+torch.set_num_threads(1)
+folder, arguments = sys.argv[1], sys.argv[2:]
+state = PartialState(cpu=True)
+assert state.num_processes == 2 and torch.distributed.get_backend() == "gloo"
+
+# Loss and gradients of eight pairs, four a process in two chunks, with both towers learning
+pair_model = PairModel(tiny_model(lock_vision=False), chunk_size=2).eval()
+pair_model = torch.nn.parallel.DistributedDataParallel(pair_model)
+part = slice(4 * state.process_index, 4 * state.process_index + 4)
+nouns = slice(8 + 8 * state.process_index, 16 + 8 * state.process_index)
+inputs = tiny_inputs(8, 24)  # eight captions, two noun prompts each
+batch = {{"pixel_values": inputs.pop("pixel_values")[part]}}
+batch |= {{name: torch.cat([value[part], value[nouns]]) for name, value in inputs.items()}}
+noun_ids, has_noun = tiny_nouns()
+local = slice(nouns.start - 8, nouns.stop - 8)
+outputs = pair_model(**batch, noun_ids=noun_ids[local], has_noun=has_noun[part])
+outputs["loss"].backward()
+loss = outputs["loss"].detach()
+torch.distributed.all_reduce(loss)
+grads = {{name.removeprefix("module."): p.grad for name, p in pair_model.named_parameters() if p.grad is not None}}
+if state.is_main_process:
+    torch.save({{"loss": loss / 2, "grads": grads}}, folder + "/gradients.pt")
+del pair_model, outputs, grads
+
+train.main(arguments)
+"""
+
+
+def test_two_processes_are_one_with_the_whole_batch(hub, tmp_path):
+    arguments = ["--config", hub / "train.yaml", "--output_dir", tmp_path / "two", "--chunk_size", 3]
+    arguments += ["--validation_data", hub / "held_out.tar", "--pictures", 0, "--lock_text"]
+    (tmp_path / "nouns.txt").write_text("dog\ncat\nsky\n")
+    arguments += ["--cache_features", tmp_path / "cache", "--nouns", tmp_path / "nouns.txt"]
+    script = tmp_path / "two.py"
+    script.write_text(TWO_PROCESSES.format(root=str(ROOT), tests=str(ROOT / "tests")))
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node",
+        "2",
+        script,
+        tmp_path,
+    ]
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "1", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [*map(str, command), *map(str, arguments)], env=environment, capture_output=True, text=True, timeout=240
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+
+    pair_model = PairModel(tiny_model(lock_vision=False)).eval()
+    noun_ids, has_noun = tiny_nouns()
+    loss, grads = gradients(pair_model, {**tiny_inputs(8, 24), "noun_ids": noun_ids, "has_noun": has_noun})
+    two = torch.load(tmp_path / "gradients.pt", weights_only=True)
+    assert abs(two["loss"] - loss) < 1e-6 and two["grads"].keys() == grads.keys()
+    for name in grads:
+        torch.testing.assert_close(two["grads"][name], grads[name], atol=1e-6, rtol=1e-4)
+
+    # A whole run, both caches filled by two processes; without a text tower that learns, whose dropout differs
+    metrics = run(hub, tmp_path / "one", *arguments[4:], "--cache_features", tmp_path / "other_cache")
+    together = json.loads((tmp_path / "two" / "results.json").read_text())
+    assert together["metrics"] == pytest.approx(metrics, abs=1e-4)
+    assert_same_weights(tmp_path / "two" / "model", tmp_path / "one" / "model", atol=1e-5, rtol=1e-4)

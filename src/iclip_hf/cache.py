@@ -1,10 +1,11 @@
-"""The folder in which converted models and indexes are kept, and how a model gets there whole."""
+"""The folder in which converted models and indexes are kept, and how files and models appear whole or not at all."""
 
 from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 
@@ -12,6 +13,20 @@ def cache_folder() -> Path:
     """Where they are kept: `$ICLIP_CACHE`, or else `iclip_hf` in `$XDG_CACHE_HOME` (`~/.cache`)."""
     default = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "iclip_hf")
     return Path(os.environ.get("ICLIP_CACHE") or default).expanduser()
+
+
+@contextmanager
+def written_whole(path: Path) -> Iterator[Path]:
+    """
+    Gives a path beside `path` to write to, which takes its place at the end and is removed after an exception. Its name is
+    this process's own: another may be writing the same.
+    """
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    try:
+        yield partial
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def build_once(folder: Path, build: Callable[[Path], None]) -> Path:

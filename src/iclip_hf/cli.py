@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from . import __version__
+from .cache import written_whole
 
 
 # Names, not imports: help must not wait for torch.
@@ -165,12 +165,8 @@ def _draw(image, explanation, colormap: str, path: Path) -> None:
     maps = [explanation.map(index).numpy() for index in range(len(explanation.labels))]
     titles = [f"{label}  {score:+.2f}" for label, score in zip(explanation.labels, explanation.scores)]
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    try:
+    with written_whole(path) as partial:
         explanation_grid(image, maps, titles, colormap=colormap).savefig(partial, format=path.suffix[1:], dpi=120)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def _check_output(output: Path, folder: bool) -> None:

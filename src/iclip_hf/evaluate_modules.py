@@ -4,7 +4,6 @@ The scripts live in the repository's folder `evaluate_metrics`, which is install
 """
 
 import json
-import os
 import shutil
 from abc import ABC, abstractmethod
 from importlib.resources import files
@@ -15,6 +14,8 @@ import numpy as np
 from datasets import DownloadMode, Features, Sequence, Value
 from evaluate.loading import LocalEvaluationModuleFactory
 from PIL import Image
+
+from .cache import written_whole
 
 
 # What `evaluate` stores of a pair: the counts of its foreground, those of its background, and the class. The columns
@@ -162,9 +163,8 @@ def export_space(metric: str, directory: str | Path) -> Path:
     directory.mkdir(parents=True, exist_ok=True)
     for source in folders[metric].iterdir():
         if source.is_file():
-            partial = directory / f"{source.name}.partial"
-            shutil.copyfile(source, partial)
-            os.replace(partial, directory / source.name)
+            with written_whole(directory / source.name) as partial:
+                shutil.copyfile(source, partial)
     return directory
 
 

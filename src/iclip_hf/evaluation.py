@@ -22,6 +22,7 @@ from accelerate import PartialState
 from accelerate.utils import gather_object
 from tqdm import tqdm
 
+from .cache import written_whole
 from .data.segmentation import SegmentationDataset, SegmentationSample
 from .explainers import make_explainer
 from .metrics import MeanForegroundMinusBackground, MeanMaxIoU, MultiLabelAveragePrecision
@@ -72,9 +73,8 @@ class EvaluationResult:
     def save(self, path: str | Path) -> None:
         """Writes `path` (JSON) and, beside it, the per-class scores as `.csv`; each appears whole or not at all."""
         for target, text in ((Path(path), self.to_json()), (Path(path).with_suffix(".csv"), self.per_class_csv())):
-            partial = target.with_name(target.name + ".partial")
-            partial.write_text(text, encoding="utf-8")
-            os.replace(partial, target)
+            with written_whole(target) as partial:
+                partial.write_text(text, encoding="utf-8")
 
 
 @dataclass
@@ -177,7 +177,8 @@ def evaluate(
 
     prepare = next(iter(explainers.values())).processor
     size = {} if image_size is None else {"size": {"height": image_size, "width": image_size}}
-    indices = range(rank, min(len(dataset), limit or len(dataset)), world)
+    count = min(len(dataset), limit or len(dataset))
+    indices = range(rank, count, world)
     workers = num_workers or max(1, (os.cpu_count() or 1) - 2)
     seconds_in_model = 0.0
 
@@ -212,7 +213,7 @@ def evaluate(
         "dataset": {
             "name": dataset.name,
             "split": dataset.split,
-            "images": len(range(min(len(dataset), limit or len(dataset)))),
+            "images": count,
             "fingerprint": dataset.fingerprint(),
         },
         "image_size": size.get("size") or dict(prepare.image_processor.size),

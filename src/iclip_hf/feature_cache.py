@@ -6,7 +6,6 @@ import hashlib
 import json
 import logging
 import math
-import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -17,6 +16,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
+from .cache import written_whole
 from .configuration_iclip import ICLIPConfig
 from .data.pairs import BadPairError, PairDataset
 from .modeling_iclip import ICLIPModel
@@ -60,7 +60,8 @@ class FeatureShards:
         file = folder / "fingerprint.json"
         folder.mkdir(parents=True, exist_ok=True)
         if not file.exists():
-            _write(file, lambda opened: opened.write(json.dumps(now, indent=2).encode()))
+            with written_whole(file) as partial:
+                partial.write_text(json.dumps(now, indent=2))
         then = json.loads(file.read_text())
         if changed := [name for name in {**then, **now} if then.get(name) != now.get(name)]:
             differences = "; ".join(f"{name} was {then.get(name)}, is {now.get(name)}" for name in changed)
@@ -79,8 +80,11 @@ class FeatureShards:
     def write(self, shard: int, features: np.ndarray, captions: list[list[str]] | None = None) -> None:
         """Adds a shard, and beside it the captions of its rows."""
         if captions is not None:
-            _write(self._file(shard, ".json"), lambda opened: opened.write(json.dumps(captions).encode()))
-        _write(self._file(shard), lambda opened: np.save(opened, features))
+            with written_whole(self._file(shard, ".json")) as partial:
+                partial.write_text(json.dumps(captions))
+        # An open file, for `np.save` would add its own ending to a name.
+        with written_whole(self._file(shard)) as partial, open(partial, "wb") as opened:
+            np.save(opened, features)
 
     def __getitem__(self, rows: np.ndarray) -> np.ndarray:
         """Features of these rows, (len(rows), ...), float16."""
@@ -318,14 +322,3 @@ def _fill(
                 shards.write(todo.pop(0), np.concatenate(features), captions or None)
                 features, captions = [], []
     accelerator.wait_for_everyone()
-
-
-def _write(file: Path, write: Callable) -> None:
-    """Writes beside, then renames. The name is this process's own: another may be writing the same."""
-    partial = file.with_name(f"{file.name}.{os.getpid()}.partial")
-    try:
-        with open(partial, "wb") as opened:
-            write(opened)
-        os.replace(partial, file)
-    finally:
-        partial.unlink(missing_ok=True)

@@ -443,7 +443,7 @@ class ICLIPModel(PreTrainedModel):
         kwargs.update({name: value.flatten(0, -2) for name, value in optional.items() if value is not None})
         features, outputs = self.encode_text(input_ids.flatten(0, -2), **kwargs)
         projected, map_projected = (
-            _average_templates(branch.text_projection(features).unflatten(0, texts), num_templates)
+            average_templates(branch.text_projection(features).unflatten(0, texts), num_templates)
             for branch in (self.recognition, self.map_branch)
         )
         return ICLIPTextFeatures(
@@ -528,7 +528,7 @@ class ICLIPModel(PreTrainedModel):
             text = self.get_text_features(input_ids, attention_mask, token_type_ids, num_templates, **kwargs)
 
         scale, map_scale = self.logit_scales()
-        logits_per_image = scale * _cosines(image.image_embeds, text.text_embeds)
+        logits_per_image = scale * cosines(image.image_embeds, text.text_embeds)
         loss = None
         if return_loss:
             if text.text_embeds.shape != image.image_embeds.shape:
@@ -538,9 +538,7 @@ class ICLIPModel(PreTrainedModel):
                 )
             loss = contrastive_loss(logits_per_image)
             if self.interpretability is not None:
-                loss = (
-                    loss + contrastive_loss(map_scale * _cosines(image.map_image_embeds, text.map_text_embeds))
-                ) / 2
+                loss = (loss + contrastive_loss(map_scale * cosines(image.map_image_embeds, text.map_text_embeds))) / 2
 
         return ICLIPOutput(
             loss=loss,
@@ -563,14 +561,14 @@ def normalize(features: torch.Tensor) -> torch.Tensor:
     return F.normalize(features.float(), dim=-1).to(features.dtype)
 
 
-def _average_templates(projected: torch.Tensor, num_templates: int) -> torch.Tensor:
+def average_templates(projected: torch.Tensor, num_templates: int) -> torch.Tensor:
     """(..., T * num_templates, P) projected prompts -> (..., T, P), the mean of each label's unit vectors."""
     if num_templates == 1:
         return projected
     return normalize(projected).unflatten(-2, (-1, num_templates)).mean(-2)
 
 
-def _cosines(image_embeds: torch.Tensor, text_embeds: torch.Tensor) -> torch.Tensor:
+def cosines(image_embeds: torch.Tensor, text_embeds: torch.Tensor) -> torch.Tensor:
     """(B, P) images and (T, P) or (B, T, P) texts, unit vectors -> (B, T)."""
     if text_embeds.ndim == 3:
         return (text_embeds @ image_embeds.unsqueeze(-1)).squeeze(-1)

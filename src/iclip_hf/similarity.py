@@ -56,8 +56,7 @@ def resize_maps(maps: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
     Returns:
         `torch.Tensor` of shape `(..., *size)`, float32.
     """
-    rows = _bicubic_weights(maps.shape[-2], size[0], maps.device)
-    columns = _bicubic_weights(maps.shape[-1], size[1], maps.device)
+    rows, columns = _resize_weights(maps, size)
     # Offset from its minimum, a constant map stays constant to the last bit: min-max would stretch any rounding noise.
     maps = maps.float()
     low = maps.amin((-2, -1), keepdim=True)
@@ -73,10 +72,7 @@ def resize_and_normalize(maps: torch.Tensor, size: tuple[int, int]) -> torch.Ten
     Returns:
         `torch.Tensor` of shape `(T, *size)`, float32, in [0, 1].
     """
-    rows, columns = (
-        _bicubic_weights(maps.shape[-2], size[0], maps.device),
-        _bicubic_weights(maps.shape[-1], size[1], maps.device),
-    )
+    rows, columns = _resize_weights(maps, size)
     maps = maps.float()
     wide = (maps - maps.amin((-2, -1), keepdim=True)) @ columns.mT
     enlarged = maps.new_empty(len(maps), *size)
@@ -86,6 +82,11 @@ def resize_and_normalize(maps: torch.Tensor, size: tuple[int, int]) -> torch.Ten
         span = high - low
         target.sub_(low).div_(span.masked_fill(span == 0, 1.0))
     return enlarged
+
+
+def _resize_weights(maps: torch.Tensor, size: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:
+    """The matrices that enlarge `(..., h, w)` maps along their height and their width."""
+    return tuple(_bicubic_weights(source, target, maps.device) for source, target in zip(maps.shape[-2:], size))
 
 
 def _bicubic_weights(source: int, target: int, device: torch.device) -> torch.Tensor:

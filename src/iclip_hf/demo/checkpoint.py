@@ -10,7 +10,7 @@ from pathlib import Path
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from ..cache import build_once, cache_folder
+from ..cache import build_once, cache_folder, written_whole
 from .towers import embedded_towers
 
 
@@ -67,9 +67,8 @@ def save_projections(model_folder: str | Path, path: Path = PROJECTIONS) -> None
         "config": json.dumps(options),
         "processor": json.dumps({"templates": processor.templates}),
     }
-    beside = path.with_suffix(".partial")
-    save_file(weights, beside, metadata=metadata)
-    beside.replace(path)
+    with written_whole(path) as partial:
+        save_file(weights, partial, metadata=metadata)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from transformers import CLIPModel, SiglipImageProcessor
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from ..modeling_iclip import ICLIPImageFeatures, ICLIPModel, ICLIPTextFeatures
+from ..modeling_iclip import ICLIPImageFeatures, ICLIPModel, ICLIPTextFeatures, average_templates, normalize
 from ..processing_iclip import ICLIPProcessor
 from ..similarity import cosine_similarity_map
 from .recording import AttentionLayer, AttentionRecord, merge_heads, prepare, private_copy, record
@@ -233,12 +233,12 @@ def whole_image_processor(side: int, mean: Sequence[float], std: Sequence[float]
 
 def unit(features: torch.Tensor) -> torch.Tensor:
     """Unit vectors, float32."""
-    return F.normalize(features.float(), dim=-1)
+    return normalize(features.float())
 
 
 def text_features(projected: torch.Tensor, num_templates: int) -> ICLIPTextFeatures:
     """Projected prompts `(T * num_templates, P)` -> unit vectors `(T, P)`, the mean of each label's unit vectors."""
-    embeds = unit(unit(projected).unflatten(0, (-1, num_templates)).mean(1))
+    embeds = unit(average_templates(projected.float(), num_templates))
     return ICLIPTextFeatures(text_embeds=embeds, map_text_embeds=embeds)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from .. import modeling_iclip
 from ..modeling_iclip import ICLIPTextFeatures
 from .explainer import Explainer
 
@@ -27,4 +28,4 @@ class ReversedITSM(ITSM):
 
 def cosines(image_embeds: torch.Tensor, text_embeds: torch.Tensor) -> torch.Tensor:
     """(B, P) images and (T, P) or (B, T, P) texts, unit vectors -> (B, T) float32."""
-    return (text_embeds.float() @ image_embeds.float().unsqueeze(-1)).squeeze(-1)
+    return modeling_iclip.cosines(image_embeds.float(), text_embeds.float())

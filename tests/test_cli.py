@@ -108,6 +108,7 @@ def test_auto_classes_know_the_package_whatever_is_imported_first(folder):
 
 
 def test_methods_of_the_command_are_those_of_the_package():
-    from iclip_hf.explainers import METHODS
+    from iclip_hf.cli.common import METHODS
+    from iclip_hf.explainers import METHODS as OF_PACKAGE
 
-    assert set(cli._METHODS) == set(METHODS)
+    assert set(METHODS) == set(OF_PACKAGE)

@@ -1,0 +1,39 @@
+"""The `iclip` command: parse, call the package, print. Bad input ends with one line and exit code 2."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from .. import __version__
+from . import evaluate, explain, metrics
+from .common import one_line
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str):
+        print(f"{self.prog}: {message} (see {self.prog} --help)", file=sys.stderr)
+        sys.exit(2)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command line; returns the exit code."""
+    options = _parser().parse_args(arguments)
+    try:
+        return options.run(options) or 0
+    except (OSError, ValueError, TypeError, ImportError) as error:
+        print(f"iclip {options.command}: {one_line(error)}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"iclip {options.command}: interrupted", file=sys.stderr)
+        return 130
+
+
+def _parser() -> _Parser:
+    parser = _Parser(prog="iclip", description="Contrastive image-text models that explain themselves.")
+    parser.add_argument("--version", action="version", version=f"iclip {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for module in (explain, evaluate, metrics):
+        module.register(commands)
+    return parser

@@ -1,0 +1,50 @@
+"""`iclip evaluate`: a segmentation data set to mAP, mMIoU and mFMB."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from .common import METHODS, add_command, add_dataset_options, add_model_options, check_file, load_model
+
+
+def register(commands) -> None:
+    command = add_command(commands, "evaluate", run, "measure mAP, mMIoU and mFMB on a segmentation data set")
+    add_dataset_options(command)
+    add_model_options(command)
+    command.add_argument("--methods", nargs="+", choices=METHODS, default=["itsm"], help="default: itsm")
+    command.add_argument(
+        "--aggregate",
+        choices=("image", "pixel"),
+        default="image",
+        help="mean of the images' ratios, or pixels pooled (default: image)",
+    )
+    command.add_argument("--batch-size", type=int, default=8)
+    command.add_argument("--output", type=Path, help="JSON file to write, with the scores by class beside it as CSV")
+    command.add_argument("--json", action="store_true", help="print the JSON instead of a table")
+
+
+def run(options: argparse.Namespace) -> int:
+    from accelerate import PartialState
+
+    from ..data.segmentation import load_segmentation
+    from ..evaluation import evaluate
+
+    if options.output:
+        check_file("--output", options.output, (".json",))
+    dataset = load_segmentation(options.dataset, options.data_root, options.split, options.overrides)
+    result = evaluate(
+        *load_model(options.model),
+        dataset,
+        options.methods,
+        image_size=options.image_size,
+        templates=options.templates,
+        aggregate=options.aggregate,
+        limit=options.limit,
+        batch_size=options.batch_size,
+    )
+    if PartialState().is_main_process:
+        if options.output:
+            result.save(options.output)
+        print(result.to_json() if options.json else result.table())
+    return 0

@@ -6,6 +6,7 @@ A `train.yaml` holds settings, the `config.json` beside it the model's options; 
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import os
@@ -26,11 +27,12 @@ from transformers import HfArgumentParser
 from transformers.utils import logging as transformers_logging
 
 from iclip_hf import ICLIPConfig, ICLIPModel, ICLIPProcessor
+from iclip_hf.data.nouns import NounPrompts
 from iclip_hf.data.pairs import PairStream, load_pairs
 from iclip_hf.data.segmentation import load_segmentation
 from iclip_hf.demo.towers import embedded_towers
 from iclip_hf.evaluation import evaluate
-from iclip_hf.feature_cache import CachedPairs, branch_poolings, cache_images, cache_texts, distinct
+from iclip_hf.feature_cache import CachedPairs, branch_poolings, cache_images, cache_texts
 from iclip_hf.modeling_iclip import load_tower
 from iclip_hf.training import (
     AugmentedImage,
@@ -89,6 +91,8 @@ class Settings:
     crop_scale: float = setting(0.08, "smallest area of a random crop, as a share of the image")
     auto_augment: str = setting("rand-m9-mstd0.5-inc1", "timm's name of an augmentation policy, or empty")
     random_erasing: float = setting(0.25, "probability of erasing a rectangle")
+    nouns: str = setting("", "text file of nouns, a line each: those of a caption become prompts, as in GroupViT")
+    noun_prompts: int = setting(3, "how many of them a pair brings")
     num_workers: int = setting(4, "processes that load pairs, for each training process")
     cache_features: str = setting("", "folder for features of locked towers, computed once and trained from")
     views: int = setting(1, "views of an image in that cache: the whole image, then augmented ones")
@@ -132,7 +136,7 @@ class Settings:
     def __post_init__(self):
         self.output_dir = self.output_dir or f"runs/{Path(self.config).parent.name}"
         limits = dict.fromkeys(("image_size", "views", "epochs", "batch_size", "chunk_size", "max_bad_steps"), 1)
-        limits |= dict.fromkeys(("log_steps", "eval_steps", "checkpoint_steps", "keep_checkpoints"), 1)
+        limits |= dict.fromkeys(("log_steps", "eval_steps", "checkpoint_steps", "keep_checkpoints", "noun_prompts"), 1)
         limits |= dict.fromkeys(("num_workers", "max_steps", "pairs_per_epoch", "pictures"), 0)
         limits |= dict.fromkeys(("warmup_epochs", "weight_decay", "warmup_learning_rate", "min_learning_rate"), 0)
         for name, least in limits.items():
@@ -207,30 +211,29 @@ def load_datasets(settings: Settings, model: ICLIPModel, processor: ICLIPProcess
     whole = WholeImage(processor)
     augmented = AugmentedImage(processor, settings.crop_scale, settings.auto_augment, settings.random_erasing)
 
-    def cached(pairs, part: str, transforms: list) -> CachedPairs:
+    nouns = NounPrompts.from_file(settings.nouns, settings.noun_prompts, settings.seed) if settings.nouns else None
+
+    def cached(pairs, part: str, transforms: list, nouns: NounPrompts | None = None) -> CachedPairs:
         if not model.config.lock_vision or isinstance(pairs, PairStream):
             raise ValueError("cache_features needs a locked image tower and local pairs.")
         folder = Path(settings.cache_features, part)
-        views = cache_images(
-            folder,
-            pairs,
-            model,
-            transforms,
-            accelerator,
-            num_workers=settings.num_workers,
-            max_bad_share=settings.max_bad_share,
-        )
-        texts = None
+        limits = {"num_workers": settings.num_workers, "max_bad_share": settings.max_bad_share}
+        views = cache_images(folder, pairs, model, transforms, accelerator, **limits)
+        texts = {}
         if settings.lock_text:
-            texts = cache_texts(folder, distinct(views[0].captions()), model, processor, accelerator)
-        return CachedPairs(views, branch_poolings(model.config), processor, settings.seed, texts)
+            captions = itertools.chain.from_iterable(views[0].captions())
+            texts["texts"] = cache_texts(folder / "texts", captions, model, processor, accelerator)
+            if nouns is not None:
+                prompts = nouns.all_prompts()
+                texts["prompts"] = cache_texts(folder / "prompts", prompts, model, processor, accelerator)
+        return CachedPairs(views, branch_poolings(model.config), processor, settings.seed, nouns, **texts)
 
     if settings.cache_features:
         model.to(accelerator.device).eval()
-        training = cached(pairs, "training", [whole] + [augmented] * (settings.views - 1))
+        training = cached(pairs, "training", [whole] + [augmented] * (settings.views - 1), nouns)
         return training, held_out, held_out and cached(held_out, "validation", [whole])
     prepared = TrainingStream if isinstance(pairs, PairStream) else TrainingPairs
-    training = prepared(pairs, augmented, processor, settings.seed)
+    training = prepared(pairs, augmented, processor, settings.seed, nouns)
     return training, held_out, held_out and TrainingPairs(held_out, whole, processor, settings.seed)
 
 

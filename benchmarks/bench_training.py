@@ -24,7 +24,7 @@ from torch.utils.data import DataLoader
 from iclip_hf import ICLIPModel, ICLIPProcessor
 from iclip_hf.data.pairs import load_pairs
 from iclip_hf.demo.towers import embedded_towers
-from iclip_hf.feature_cache import CachedPairs, branch_poolings, cache_images, cache_texts, distinct
+from iclip_hf.feature_cache import CachedPairs, branch_poolings, cache_images, cache_texts
 from iclip_hf.training import BatchLoader, PairModel, TrainingPairs, WholeImage, parameter_groups
 
 
@@ -118,7 +118,9 @@ def main() -> None:
         processor = ICLIPProcessor.from_vision_text_pretrained(vision, text)
         model, accelerator = ICLIPModel.from_vision_text_pretrained(vision, text), Accelerator(cpu=True)
         views = cache_images(Path(scratch), pairs, model, [WholeImage(processor)], accelerator)
-        texts = cache_texts(Path(scratch), distinct(views[0].captions()), model, processor, accelerator)
+        texts = cache_texts(
+            Path(scratch, "texts"), itertools.chain(*views[0].captions()), model, processor, accelerator
+        )
         poolings = branch_poolings(model.config)
         plain = TrainingPairs(pairs, WholeImage(processor), processor)
         contenders = {

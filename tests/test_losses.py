@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from iclip_hf.losses import contrastive_loss
+from iclip_hf.losses import contrastive_loss, multi_positive_loss
 
 
 def in_loops(logits: list[list[float]]) -> float:
@@ -46,3 +46,24 @@ def test_half_precision_logits_lose_nothing_in_the_loss():
     logits = (torch.eye(64) * 100).half()  # exp(100) overflows float16
     assert contrastive_loss(logits).item() == pytest.approx(0, abs=1e-6)
     assert contrastive_loss(logits).dtype == torch.float32
+
+
+def test_one_positive_a_row_is_cross_entropy():
+    logits = torch.randn(5, 9, generator=torch.Generator().manual_seed(2)) * 4
+    labels = torch.tensor([3, 0, 8, 8, 1])
+    positives = torch.nn.functional.one_hot(labels, 9) > 0
+    torch.testing.assert_close(
+        multi_positive_loss(logits, positives), torch.nn.functional.cross_entropy(logits, labels)
+    )
+
+
+def test_positives_are_not_one_anothers_negatives():
+    logits = torch.tensor([[2.0, 1.0, 0.0], [5.0, -5.0, 0.0], [1.0, 2.0, 3.0]], requires_grad=True)
+    positives = torch.tensor([[True, True, False], [False, False, False], [True, True, True]])
+    loss = multi_positive_loss(logits, positives)
+    by_hand = (
+        math.log(1 + math.exp(-2)) + math.log(1 + math.exp(-1))
+    ) / 2  # the second row has none, the third no negative
+    assert loss.item() == pytest.approx(by_hand / 3, abs=1e-6)
+    loss.backward()
+    assert torch.isfinite(logits.grad).all() and not logits.grad[1:].any()

@@ -5,9 +5,11 @@ import io
 import json
 import os
 import random
+import signal
 import subprocess
 import sys
 import tarfile
+import time
 from pathlib import Path
 
 import numpy as np
@@ -23,8 +25,9 @@ from safetensors.torch import load_file
 
 from iclip_hf import ICLIPModel, ICLIPProcessor
 from iclip_hf import training as training_module
+from iclip_hf.data.nouns import NounPrompts
 from iclip_hf.data.pairs import load_pairs
-from iclip_hf.feature_cache import CachedPairs, FeatureShards, branch_poolings, cache_images, cache_texts, distinct
+from iclip_hf.feature_cache import CachedPairs, FeatureShards, branch_poolings, cache_images, cache_texts
 from iclip_hf.training import (
     AugmentedImage,
     GlobalBatches,
@@ -228,6 +231,51 @@ def test_chunks_are_computed_again_with_the_same_dropout(monkeypatch):
         torch.testing.assert_close(again[1][name], kept[1][name], atol=1e-6, rtol=1e-4)
 
 
+def test_nouns_are_found_in_captions():
+    nouns = NounPrompts(["dog", "traffic light", "bus", "man", "baby", "light", "Dog"])
+    assert nouns.nouns == ["dog", "traffic light", "bus", "man", "baby", "light"]
+    found = nouns.find("Two men, three babies and dogs wait at the traffic lights; no business")
+    assert [nouns.nouns[number] for number in found] == ["dog", "traffic light", "man", "baby", "light"]
+    prompts, drawn = nouns.draw(["buses by a man", "nothing here"], epoch=0)
+    assert drawn["has_noun"].tolist() == [[0, 0, 1, 1, 0, 0], [0] * 6] and len(prompts) == 6
+    assert all(nouns.nouns[number] in prompt for number, prompt in zip(drawn["noun_ids"], prompts))
+    assert set(drawn["noun_ids"][:3].tolist()) <= {2, 3}
+    assert nouns.draw(["buses by a man"], epoch=0)[0] == prompts[:3] != nouns.draw(["buses by a man"], epoch=1)[0]
+
+
+def test_noun_prompts_teach_the_recognition_branch():
+    """Against plain loops; a prompt of another image's is no negative of an image that has its noun."""
+    model, batch = tiny_model(), tiny_inputs(3, 9)
+    has_noun = torch.tensor([[1, 1, 0, 0], [0, 1, 0, 0], [0, 0, 0, 0]], dtype=torch.uint8)
+    noun_ids = torch.tensor([0, 1, 1, 1, 3, 2])
+    outputs = PairModel(model).eval()(**batch, noun_ids=noun_ids, has_noun=has_noun)
+    with torch.no_grad():
+        logits = model(**batch).logits_per_image[:, 3:].tolist()
+
+    def one_side(logits, positive) -> float:
+        total = 0.0
+        for row, of_row in zip(logits, positive):
+            negatives = sum(np.exp(value) for value, is_positive in zip(row, of_row) if not is_positive)
+            losses = [
+                -np.log(np.exp(v) / (np.exp(v) + negatives)) for v, is_positive in zip(row, of_row) if is_positive
+            ]
+            total += np.mean(losses) if losses else 0.0
+        return total / len(logits)
+
+    positive = [[bool(has_noun[image, noun]) for noun in noun_ids] for image in range(3)]
+    nouns = (one_side(logits, positive) + one_side(zip_lists(logits), zip_lists(positive))) / 2
+    plain = PairModel(model).eval()(
+        **{**batch, "input_ids": batch["input_ids"][:3], "attention_mask": batch["attention_mask"][:3]}
+    )
+    assert outputs["losses"][0].item() == pytest.approx((plain["losses"][0].item() + nouns) / 2, abs=1e-5)
+    assert outputs["losses"][1] == plain["losses"][1]
+    assert torch.equal(outputs["text_embeds"], plain["text_embeds"])
+
+
+def zip_lists(rows: list[list]) -> list[list]:
+    return [list(column) for column in zip(*rows)]
+
+
 def test_locked_towers_stay_locked():
     pair_model = PairModel(tiny_model(), lock_text=True).train()
     assert not pair_model.model.vision_model.training and not pair_model.model.text_model.training
@@ -326,15 +374,16 @@ def test_cached_texts_know_tokenizer_and_tower_but_not_their_use(tmp_path, tiny_
             accelerator=accelerator(),
         )
 
-    fill()
+    kept = fill()
+    written = (tmp_path / "00000.npy").stat().st_mtime_ns
     tiny_processor(text="a cat", padding="max_length", max_length=50)
-    assert fill().missing() == []
+    assert torch.equal(fill()[texts[:1]], kept[texts][:1]) and (tmp_path / "00000.npy").stat().st_mtime_ns == written
     shorter = ICLIPProcessor(tiny_processor.image_processor, tiny_processor.tokenizer, max_text_length=20)
     for changed, what in (
         ({"processor": shorter}, "tokenizer"),
         ({"model": tiny_model(seed=1)}, "tower"),
         ({"model": tiny_model(text_pooling="class_token")}, "text_pooling"),
-        ({"texts": texts[::-1]}, "texts"),
+        ({"texts": ["a dog", "a red car"]}, "texts"),
     ):
         with pytest.raises(ValueError, match=rf"{what} was .*delete this one"):
             fill(**changed)
@@ -350,11 +399,17 @@ def test_bad_pairs_are_left_out_of_the_cache(tmp_path, tiny_processor):
     with pytest.raises(ValueError, match="1.00% bad pairs, but 2 of 40"):
         fill(max_bad_share=0.01)
     views = fill()
-    texts = cache_texts(tmp_path, distinct(views[0].captions()), model, tiny_processor, accelerator())
+    texts = cache_texts(
+        tmp_path / "texts",
+        [caption for several in views[0].captions() for caption in several],
+        model,
+        tiny_processor,
+        accelerator(),
+    )
     dataset = CachedPairs(views, ["max"], tiny_processor, texts=texts)
     assert len(dataset) == 38
     for index, row in ((0, 1), (6, 8), (37, 39)):  # rows of the data without the bad ones
-        batch = dataset.__getitems__([index])
+        batch = dataset.collate(dataset.__getitems__([index]))
         captions = tiny_processor(text=pairs.captions(row))
         both = model.encode_text(**captions)[0]
         distance = (both - batch["text_features"]).abs().amax(1)
@@ -510,14 +565,80 @@ def test_a_folder_holds_one_run(hub, tmp_path):
         run(hub, tmp_path, "--max_steps", 2, "--resume")
 
 
+KILLED = """
+import os, random, shutil, signal, sys
+sys.path.insert(0, {root!r})
+import torch
+import iclip_hf.training
+import train
+
+torch.set_num_threads(1)
+calls_to_live = int(sys.argv[1])
+
+
+def deadly(function):
+    # Kills its own process before or after the work of one call
+    def call(*arguments, **options):
+        global calls_to_live
+        for work in (None, function):
+            calls_to_live -= 1
+            if calls_to_live == 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+            result = work and work(*arguments, **options)
+        return result
+    return call
+
+
+for module, name in ((os, "replace"), (torch, "save"), (shutil, "rmtree"), (iclip_hf.training, "save_file")):
+    setattr(module, name, deadly(getattr(module, name)))
+print("ready", flush=True)
+train.main(sys.argv[2:])
+"""
+
+
+def test_killed_at_any_moment_and_resumed_is_the_uninterrupted_run(hub, tmp_path):
+    """Kill -9 of a run that saves after every step, by turns somewhere inside the saving and at a moment by the clock."""
+    arguments = ["--validation_data", hub / "held_out.tar", "--eval_steps", 2, "--checkpoint_steps", 1]
+    arguments += ["--pictures", 0, "--epochs", 6]
+    run(hub, tmp_path / "whole", *arguments)
+    command = ["--config", hub / "train.yaml", "--output_dir", tmp_path / "killed", "--resume", *arguments]
+    script, draws, kills = tmp_path / "killed.py", random.Random(0), 0
+    script.write_text(KILLED.format(root=str(ROOT)))
+    while True:
+        calls_to_live = draws.randrange(1, 40) if kills % 2 == 0 and kills < 6 else -1
+        process = subprocess.Popen(
+            [sys.executable, script, str(calls_to_live), *map(str, command)], stdout=subprocess.PIPE, text=True
+        )
+        assert process.stdout.readline() == "ready\n"
+        if kills % 2 and kills < 6:
+            time.sleep(draws.uniform(0.5, 2))
+            process.kill()
+        process.communicate(timeout=120)
+        if process.returncode != -signal.SIGKILL:
+            break
+        kills += 1
+    assert process.returncode == 0 and kills >= 3
+    assert_same_weights(tmp_path / "killed" / "model", tmp_path / "whole" / "model")
+    assert_same_weights(tmp_path / "killed" / "best", tmp_path / "whole" / "best")
+    results = [json.loads((tmp_path / name / "results.json").read_text()) for name in ("killed", "whole")]
+    assert results[0]["metrics"] == results[1]["metrics"] and results[0]["best"] == results[1]["best"]
+    assert len(list((tmp_path / "killed").glob("checkpoint-*"))) == 2
+
+
+def tiny_nouns() -> tuple[torch.Tensor, torch.Tensor]:
+    """Two prompts for each of eight pairs, out of five nouns, and which pair has which."""
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(5, (16,), generator=generator), torch.randint(2, (8, 5), generator=generator).byte()
+
+
 TWO_PROCESSES = """
 import json, sys
 sys.path[:0] = [{root!r}, {tests!r}]
 import torch
 from accelerate import PartialState
 from conftest import tiny_inputs, tiny_model
+from test_training import tiny_nouns, train
 from iclip_hf.training import PairModel
-import train
 
 torch.set_num_threads(1)
 folder, arguments = sys.argv[1], sys.argv[2:]
@@ -528,7 +649,13 @@ assert state.num_processes == 2 and torch.distributed.get_backend() == "gloo"
 pair_model = PairModel(tiny_model(lock_vision=False), chunk_size=2).eval()
 pair_model = torch.nn.parallel.DistributedDataParallel(pair_model)
 part = slice(4 * state.process_index, 4 * state.process_index + 4)
-outputs = pair_model(**{{name: value[part] for name, value in tiny_inputs(8, 8).items()}})
+nouns = slice(8 + 8 * state.process_index, 16 + 8 * state.process_index)
+inputs = tiny_inputs(8, 24)  # eight captions, two noun prompts each
+batch = {{"pixel_values": inputs.pop("pixel_values")[part]}}
+batch |= {{name: torch.cat([value[part], value[nouns]]) for name, value in inputs.items()}}
+noun_ids, has_noun = tiny_nouns()
+local = slice(nouns.start - 8, nouns.stop - 8)
+outputs = pair_model(**batch, noun_ids=noun_ids[local], has_noun=has_noun[part])
 outputs["loss"].backward()
 loss = outputs["loss"].detach()
 torch.distributed.all_reduce(loss)
@@ -544,7 +671,8 @@ train.main(arguments)
 def test_two_processes_are_one_with_the_whole_batch(hub, tmp_path):
     arguments = ["--config", hub / "train.yaml", "--output_dir", tmp_path / "two", "--chunk_size", 3]
     arguments += ["--validation_data", hub / "held_out.tar", "--pictures", 0, "--lock_text"]
-    arguments += ["--cache_features", tmp_path / "cache"]
+    (tmp_path / "nouns.txt").write_text("dog\ncat\nsky\n")
+    arguments += ["--cache_features", tmp_path / "cache", "--nouns", tmp_path / "nouns.txt"]
     script = tmp_path / "two.py"
     script.write_text(TWO_PROCESSES.format(root=str(ROOT), tests=str(ROOT / "tests")))
     command = [
@@ -564,7 +692,8 @@ def test_two_processes_are_one_with_the_whole_batch(hub, tmp_path):
     assert done.returncode == 0, done.stderr[-3000:]
 
     pair_model = PairModel(tiny_model(lock_vision=False)).eval()
-    loss, grads = gradients(pair_model, tiny_inputs(8, 8))
+    noun_ids, has_noun = tiny_nouns()
+    loss, grads = gradients(pair_model, {**tiny_inputs(8, 24), "noun_ids": noun_ids, "has_noun": has_noun})
     two = torch.load(tmp_path / "gradients.pt", weights_only=True)
     assert abs(two["loss"] - loss) < 1e-6 and two["grads"].keys() == grads.keys()
     for name in grads:

@@ -6,7 +6,7 @@ import hashlib
 import json
 import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from .cache import written_whole
 from .configuration_iclip import ICLIPConfig
+from .data.nouns import NounPrompts
 from .data.pairs import BadPairError, PairDataset
 from .modeling_iclip import ICLIPModel
 from .pooling import normalize_attention, pool
@@ -161,10 +162,22 @@ def cache_images(
     return views
 
 
+class CachedTexts:
+    """Features (D,) of texts, found by the text."""
+
+    def __init__(self, texts: Sequence[str], shards: FeatureShards):
+        self._rows, self._shards = {text: row for row, text in enumerate(texts)}, shards
+
+    def __getitem__(self, texts: Sequence[str]) -> torch.Tensor:
+        """(len(texts), D), float32."""
+        return torch.from_numpy(self._shards[np.array([self._rows[text] for text in texts])]).float()
+
+
 def cache_texts(
-    folder: Path, texts: Sequence[str], model: ICLIPModel, processor: ICLIPProcessor, accelerator: Accelerator
-) -> FeatureShards:
-    """The text tower's feature of each text, unless that was done before: [`FeatureShards`] of rows (D,)."""
+    folder: Path, texts: Iterable[str], model: ICLIPModel, processor: ICLIPProcessor, accelerator: Accelerator
+) -> CachedTexts:
+    """The text tower's feature of each different text, computed unless that was done before."""
+    texts = sorted(set(texts), key=lambda text: (len(text), text))  # batches of like length need little padding
     # Texts that show case, accents, punctuation, padding and truncation; a tokenizer's own state changes with its use.
     probe = processor(text=["A photo of Two Dogs, naïve.", "long " * 1000])["input_ids"].tolist()
     fingerprint = {
@@ -172,20 +185,15 @@ def cache_texts(
         "text_pooling": model.config.text_pooling,
         "mixed_precision": accelerator.mixed_precision,
         "tokenizer": _digest([sorted(processor.tokenizer.get_vocab().items()), probe]),
-        "texts": _digest(list(texts)),
+        "texts": _digest(texts),
     }
-    shards = FeatureShards(folder / "texts", fingerprint, len(texts))
+    shards = FeatureShards(folder, fingerprint, len(texts))
 
     def encode(batch: list[str]) -> tuple[torch.Tensor, None]:
         return model.encode_text(**processor(text=batch).to(accelerator.device))[0], None
 
     _fill(shards, texts, encode, accelerator, batch_size=256, num_workers=0, title="Texts")
-    return shards
-
-
-def distinct(captions: Sequence[Sequence[str]]) -> list[str]:
-    """All different texts, the shortest first: batches of like length need little padding."""
-    return sorted({text for several in captions for text in several}, key=lambda text: (len(text), text))
+    return CachedTexts(texts, shards)
 
 
 class CachedPairs(Dataset):
@@ -195,8 +203,9 @@ class CachedPairs(Dataset):
     Args:
         views: from `cache_images`.
         poolings: what each branch sees, see `branch_poolings`.
-        processor: tokenizes the captions.
-        texts: from `cache_texts` over the `distinct` captions, if the text tower is locked too.
+        processor: tokenizes the texts.
+        nouns: draws noun prompts, if wanted.
+        texts, prompts: the features of captions and of noun prompts, if the text tower is locked too.
     """
 
     def __init__(
@@ -205,42 +214,48 @@ class CachedPairs(Dataset):
         poolings: Sequence[str],
         processor: ICLIPProcessor,
         seed: int = 0,
-        texts: FeatureShards | None = None,
+        nouns: NounPrompts | None = None,
+        texts: CachedTexts | None = None,
+        prompts: CachedTexts | None = None,
     ):
-        self.views, self.processor, self.seed, self.texts = views, processor, seed, texts
+        self.views, self.processor, self.seed = views, processor, seed
+        self.nouns, self.texts, self.prompts = nouns, texts, prompts
         self.columns = [POOLINGS.index(pooling) for pooling in poolings]
         captions = views[0].captions()
         self.rows = np.array([row for row, several in enumerate(captions) if several])  # a bad pair has none
         self.captions = [captions[row] for row in self.rows]
-        if texts is not None:
-            row_of = {text: row for row, text in enumerate(distinct(captions))}
-            self.captions = [[row_of[text] for text in several] for several in self.captions]
         self.set_epoch(0)
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
         draws = np.random.default_rng([self.seed, epoch])
         self.drawn_view = draws.integers(len(self.views), size=len(self))
         self.drawn_caption = draws.random(len(self))
 
     def __getitems__(self, indices: Sequence[int]) -> dict:
-        """A whole batch at once: `image_features` (B, branches, D), and captions or `text_features` (B, Dt)."""
+        """A whole batch at once: `image_features` (B, branches, D) and captions."""
         indices = np.asarray(indices)
         drawn, rows = self.drawn_view[indices], self.rows[indices]
         images = [self.views[view][rows[drawn == view]][:, self.columns] for view in range(len(self.views))]
         order = np.argsort(np.argsort(drawn, kind="stable"))
-        batch = {"image_features": torch.from_numpy(np.concatenate(images)[order]).float()}
-        captions = [self.captions[i][int(self.drawn_caption[i] * len(self.captions[i]))] for i in indices]
-        if self.texts is None:
-            return {**batch, "captions": captions}
-        return {**batch, "text_features": torch.from_numpy(self.texts[np.array(captions)]).float()}
+        return {
+            "image_features": torch.from_numpy(np.concatenate(images)[order]).float(),
+            "captions": [self.captions[i][int(self.drawn_caption[i] * len(self.captions[i]))] for i in indices],
+        }
 
     def collate(self, batch: dict) -> dict:
-        """Tokenizes the captions: the tokenizer's tensors (B, L)."""
-        captions = batch.pop("captions", None)
-        return {**batch, **(self.processor(text=captions) if captions else {}), "skipped": 0}
+        """Turns captions, and the noun prompts after them, into `text_features` (M, Dt) or the tokenizer's tensors (M, L)."""
+        captions = batch["captions"]
+        prompts, nouns = self.nouns.draw(captions, self.epoch) if self.nouns else ([], {})
+        if self.texts is None:
+            texts = self.processor(text=captions + prompts)
+        else:
+            features = [self.texts[captions], *([self.prompts[prompts]] if prompts else [])]
+            texts = {"text_features": torch.cat(features)}
+        return {"image_features": batch["image_features"], **texts, **nouns, "skipped": 0}
 
 
 def tower_digest(tower: nn.Module) -> str:

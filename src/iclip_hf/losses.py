@@ -23,3 +23,20 @@ def contrastive_loss(
         logits_per_text = logits_per_image.mT
     labels = torch.arange(len(logits_per_image), device=logits_per_image.device) + offset
     return (F.cross_entropy(logits_per_image.float(), labels) + F.cross_entropy(logits_per_text.float(), labels)) / 2
+
+
+def multi_positive_loss(logits: torch.Tensor, positives: torch.Tensor) -> torch.Tensor:
+    """
+    Cross entropy of rows with any number of positives: each against the negatives of its row, not against one another.
+
+    Args:
+        logits (`torch.Tensor` of shape `(B, T)`): scaled cosines.
+        positives (`torch.Tensor` of shape `(B, T)`): boolean.
+
+    Returns:
+        `torch.Tensor` scalar, float32: mean over a row's positives, then over the rows; a row without positives counts zero.
+    """
+    logits = logits.float()
+    negatives = logits.masked_fill(positives, -1e4).logsumexp(1, keepdim=True)
+    losses = (torch.logaddexp(logits, negatives) - logits) * positives
+    return (losses.sum(1) / positives.sum(1).clamp(min=1)).mean()

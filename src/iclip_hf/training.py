@@ -23,8 +23,9 @@ from torch import distributed, nn
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
 
+from .data.nouns import NounPrompts
 from .data.pairs import PairDataset, PairStream
-from .losses import contrastive_loss
+from .losses import contrastive_loss, multi_positive_loss
 from .modeling_iclip import ICLIPModel, normalize
 from .plots import overlay, picture_grid
 from .processing_iclip import ICLIPProcessor
@@ -120,8 +121,16 @@ class AugmentedImage:
 class _Preparation:
     """From a pair to tensors. What is drawn depends on (seed, epoch, the pair) alone, so any resume draws it again."""
 
-    def __init__(self, pairs: PairDataset | PairStream, transform: Callable, processor: ICLIPProcessor, seed: int = 0):
-        self.pairs, self.transform, self.processor, self.seed, self.epoch = pairs, transform, processor, seed, 0
+    def __init__(
+        self,
+        pairs: PairDataset | PairStream,
+        transform: Callable,
+        processor: ICLIPProcessor,
+        seed: int = 0,
+        nouns: NounPrompts | None = None,
+    ):
+        self.pairs, self.transform, self.processor, self.seed, self.nouns = pairs, transform, processor, seed, nouns
+        self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch
@@ -132,10 +141,16 @@ class _Preparation:
             return {**pair, "image": self.transform(pair["image"])}
 
     def collate(self, items: Sequence[dict]) -> dict:
-        """B items -> `pixel_values` (B, 3, H, W), the tokenizer's tensors (B, L), the number of pairs skipped for them."""
+        """
+        B items -> `pixel_values` (B, 3, H, W), the tokenizer's tensors (B, L), the number of pairs skipped for them; with noun
+        prompts, these follow the captions in the tokenizer's tensors.
+        """
+        captions = [item["caption"] for item in items]
+        prompts, nouns = self.nouns.draw(captions, self.epoch) if self.nouns else ([], {})
         return {
             "pixel_values": torch.stack([item["image"] for item in items]),
-            **self.processor(text=[item["caption"] for item in items]),
+            **self.processor(text=captions + prompts),
+            **nouns,
             "skipped": sum(item["skipped"] for item in items),
         }
 
@@ -280,14 +295,18 @@ class PairModel(nn.Module):
         pixel_values: torch.Tensor | None = None,
         image_features: torch.Tensor | None = None,
         text_features: torch.Tensor | None = None,
+        noun_ids: torch.Tensor | None = None,
+        has_noun: torch.Tensor | None = None,
         **texts: torch.Tensor,
     ) -> dict[str, torch.Tensor]:
         """
         Args:
             pixel_values: images (B, 3, H, W), or else
             image_features: what each branch's projection sees of them, (B, branches, D).
-            text_features: what the projections see of the texts, (B, Dt), or else
-            texts: `input_ids` and what goes with it, (B, L).
+            text_features: what the projections see of the texts, (M, Dt), or else
+            texts: `input_ids` and what goes with it, (M, L). The first B are the images' captions, the others noun prompts.
+            noun_ids, has_noun: of the prompts, see [`NounPrompts`]. They teach the recognition branch: maps of a branch that
+                learns nouns lose what all objects share against the background.
 
         Returns:
             `dict` with `loss`, the mean of `losses` (branches,) (Eq. 13), and the unit vectors `image_embeds` and
@@ -297,25 +316,33 @@ class PairModel(nn.Module):
             image_features = self._in_chunks(self._encode_images, pixel_values)
         if text_features is None:
             text_features = self._in_chunks(lambda *t: self._encode_texts(**dict(zip(texts, t))), *texts.values())
-        image_embeds = [b.visual_projection(image_features[:, i]) for i, b in enumerate(self.branches)]
-        text_embeds = [b.text_projection(text_features) for b in self.branches]
+        image_embeds = torch.stack([b.visual_projection(image_features[:, i]) for i, b in enumerate(self.branches)], 1)
+        pairs, scales = len(image_embeds), self.model.logit_scales()
+        text_embeds = torch.stack([b.text_projection(text_features[:pairs]) for b in self.branches], 1)
+        prompt_embeds = self.model.recognition.text_projection(text_features[pairs:])
 
         # float16 would round the scaled cosines to a sixteenth.
         with torch.autocast(image_features.device.type, enabled=False):
-            image_embeds = normalize(torch.stack(image_embeds, 1).float())
-            text_embeds = normalize(torch.stack(text_embeds, 1).float())
-            all_images, all_texts = gather_with_gradient(torch.stack([image_embeds, text_embeds], 1)).unbind(1)
-            offset = _rank() * len(image_embeds)
-            losses = torch.stack(
-                [
-                    contrastive_loss(
-                        scale * image_embeds[:, i] @ all_texts[:, i].T,
-                        scale * text_embeds[:, i] @ all_images[:, i].T,
-                        offset,
-                    )
-                    for i, scale in zip(range(len(self.branches)), self.model.logit_scales())
-                ]
+            image_embeds, text_embeds, prompt_embeds = (
+                normalize(one.float()) for one in (image_embeds, text_embeds, prompt_embeds)
             )
+            all_images, all_texts = gather_with_gradient(torch.stack([image_embeds, text_embeds], 1)).unbind(1)
+            losses = [
+                contrastive_loss(
+                    scale * image_embeds[:, i] @ all_texts[:, i].T,
+                    scale * text_embeds[:, i] @ all_images[:, i].T if len(all_images) > pairs else None,
+                    offset=_rank() * pairs,
+                )
+                for i, scale in zip(range(len(self.branches)), scales)
+            ]
+            if noun_ids is not None:
+                all_ids, all_have = gather_with_gradient(noun_ids), gather_with_gradient(has_noun)
+                per_image = scales[0] * image_embeds[:, 0] @ gather_with_gradient(prompt_embeds).T
+                per_prompt = scales[0] * prompt_embeds @ all_images[:, 0].T
+                noun_loss = multi_positive_loss(per_image, has_noun[:, all_ids] > 0)
+                noun_loss = (noun_loss + multi_positive_loss(per_prompt, all_have[:, noun_ids].T > 0)) / 2
+                losses[0] = (losses[0] + noun_loss) / 2
+            losses = torch.stack(losses)
         return {
             "loss": losses.mean(),
             "losses": losses.detach(),
@@ -507,7 +534,8 @@ def export(accelerator: Accelerator, pair_model: nn.Module, processor: ICLIPProc
     weights = accelerator.get_state_dict(pair_model)
     if accelerator.is_main_process:
         partial, old = Path(f"{folder}.partial"), Path(f"{folder}.old")
-        shutil.rmtree(partial, ignore_errors=True)
+        for left_behind in (partial, old):  # by a run that was killed here
+            shutil.rmtree(left_behind, ignore_errors=True)
         model = accelerator.unwrap_model(pair_model).model
         model.save_pretrained(partial, state_dict={name.removeprefix("model."): w for name, w in weights.items()})
         processor.save_pretrained(partial)

@@ -1,0 +1,85 @@
+"""Noun prompts: the nouns of a caption as further texts of its image, as in GroupViT."""
+
+from __future__ import annotations
+
+import random
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+
+TEMPLATES = (
+    "a photo of the {}",
+    "a photo of a {}",
+    "a picture of a {}",
+    "a photo of many {}",
+    "a close-up of the {}",
+    "a photo of a small {}",
+    "a photo of a large {}",
+    "there is a {} in the photo",
+)
+
+
+class NounPrompts:
+    """
+    Draws prompts for captions; what it draws depends on (seed, epoch, caption) alone.
+
+    Args:
+        nouns: the vocabulary, in the singular, of one or several words each.
+        count: prompts a caption.
+    """
+
+    def __init__(self, nouns: Sequence[str], count: int = 3, seed: int = 0):
+        self.nouns, self.count, self.seed = (
+            list(dict.fromkeys(noun.strip().lower() for noun in nouns if noun.strip())),
+            count,
+            seed,
+        )
+        if not self.nouns:
+            raise ValueError("Expected at least one noun, got none.")
+        self._ids = {noun: number for number, noun in enumerate(self.nouns)}
+        self._longest = max(len(noun.split()) for noun in self.nouns)
+
+    @classmethod
+    def from_file(cls, path: str | Path, count: int = 3, seed: int = 0) -> NounPrompts:
+        """The vocabulary of a text file, one noun a line."""
+        return cls(Path(path).read_text(encoding="utf-8").splitlines(), count, seed)
+
+    def all_prompts(self) -> list[str]:
+        """Every prompt that may be drawn."""
+        return [template.format(noun) for noun in self.nouns for template in TEMPLATES]
+
+    def find(self, caption: str) -> list[int]:
+        """The nouns in a caption by number, plural forms included."""
+        words = re.findall(r"\w+", caption.lower())
+        phrases = (
+            " ".join(words[start : start + length])
+            for length in range(1, self._longest + 1)
+            for start in range(len(words) - length + 1)
+        )
+        return sorted({self._ids[form] for phrase in phrases for form in _singulars(phrase) if form in self._ids})
+
+    def draw(self, captions: Sequence[str], epoch: int) -> tuple[list[str], dict[str, torch.Tensor]]:
+        """
+        Returns:
+            `tuple`: B * count prompts, those of a caption together, and `noun_ids` (B * count,), their nouns by number, with
+            `has_noun` (B, vocabulary), which nouns a caption has. A caption without nouns brings others, as negatives.
+        """
+        prompts, drawn = [], []
+        has_noun = torch.zeros(len(captions), len(self.nouns), dtype=torch.uint8)
+        for caption, row in zip(captions, has_noun):
+            draws, found = random.Random(f"{self.seed}/{epoch}/{caption}"), self.find(caption)
+            row[found] = 1
+            for _ in range(self.count):
+                noun = draws.choice(found or range(len(self.nouns)))
+                drawn.append(noun)
+                prompts.append(draws.choice(TEMPLATES).format(self.nouns[noun]))
+        return prompts, {"noun_ids": torch.tensor(drawn), "has_noun": has_noun}
+
+
+def _singulars(phrase: str) -> tuple[str, ...]:
+    """The phrase, and what its last word may be the plural of."""
+    endings = (("s", ""), ("es", ""), ("ies", "y"), ("men", "man"), ("ves", "f"))
+    return phrase, *(phrase.removesuffix(end) + single for end, single in endings if phrase.endswith(end))

@@ -293,17 +293,14 @@ class _ViewReader(Dataset):
 
 def _pool_every_way(model: ICLIPModel, pixel_values: torch.Tensor) -> torch.Tensor:
     """Images (B, 3, H, W) -> (B, 5, D) in the order of `POOLINGS`."""
-    config = model.config
-    norm, config.attention_norm = config.attention_norm, "minmax"
-    try:
-        tokens = model.encode_image(pixel_values)
-    finally:
-        config.attention_norm = norm
-    # A min-max is undone by the other norm: both are blind to offset and scale.
-    quantile = normalize_attention(tokens.attention, "quantile", config.attention_quantile)
-    ways = [(name, tokens.attention) for name in ("class_token", "average", "max", "masked_max")]
-    ways.append(("masked_max", quantile))
-    return torch.stack([pool(tokens.patch_tokens, tokens.class_token, attention, name) for name, attention in ways], 1)
+    image = model.encode_image(pixel_values)
+
+    def one(way: str) -> torch.Tensor:
+        mode, _, norm = way.partition("/")
+        attention = normalize_attention(image.attention, norm or "minmax", model.config.attention_quantile)
+        return pool(image.patch_tokens, image.class_token, attention, mode)
+
+    return torch.stack([one(way) for way in POOLINGS], 1)
 
 
 def _fill(

@@ -66,7 +66,7 @@ class ImageTokens(NamedTuple):
         class_token (`torch.Tensor` of shape `(B, D)`): after the tower's final norm.
         patch_tokens (`torch.Tensor` of shape `(B, N, D)`): after the tower's final norm, row-major.
         attention (`torch.Tensor` of shape `(B, N)`): the class token's attention over the patches in the last layer, mean
-            of the heads (Eq. 9), normalised to [0, 1] (Eq. 10), float32.
+            of the heads (Eq. 9), not yet normalised, float32.
         grid (`tuple[int, int]`): height and width of the patch grid.
         tower_output: the tower's own output.
     """
@@ -350,7 +350,7 @@ class ICLIPModel(PreTrainedModel):
         return ImageTokens(
             class_token=tokens[:, 0],
             patch_tokens=tokens[:, first_patch:],
-            attention=normalize_attention(attention, self.config.attention_norm, self.config.attention_quantile),
+            attention=attention,
             grid=(pixel_values.shape[2] // patch_size, pixel_values.shape[3] // patch_size),
             tower_output=outputs,
         )
@@ -381,8 +381,12 @@ class ICLIPModel(PreTrainedModel):
         The two vectors `(B, D)` that the projections see, of the recognition branch and of the one that draws the maps;
         the same one twice without dual projections.
         """
-        pooled = pool(image.patch_tokens, image.class_token, image.attention, self.config.pooling)
+        attention = self._normalize_attention(image)
+        pooled = pool(image.patch_tokens, image.class_token, attention, self.config.pooling)
         return (image.class_token if self.config.dual_projection else pooled), pooled
+
+    def _normalize_attention(self, image: ImageTokens) -> torch.Tensor:
+        return normalize_attention(image.attention, self.config.attention_norm, self.config.attention_quantile)
 
     @can_return_tuple
     def get_image_features(self, pixel_values: torch.FloatTensor, **kwargs) -> ICLIPImageFeatures:
@@ -401,9 +405,10 @@ class ICLIPModel(PreTrainedModel):
         image = self.encode_image(pixel_values, **kwargs)
         pooled, map_pooled = self.pool_image(image)
         projected = self.recognition.visual_projection(pooled)
+        attention = self._normalize_attention(image)
         patch_tokens = image.patch_tokens
         if self.config.map_attention == "features":
-            patch_tokens = patch_tokens * image.attention.unsqueeze(-1).to(patch_tokens.dtype)  # Eq. 12 to the letter
+            patch_tokens = patch_tokens * attention.unsqueeze(-1).to(patch_tokens.dtype)  # Eq. 12 to the letter
         return ICLIPImageFeatures(
             last_hidden_state=image.tower_output.last_hidden_state,
             hidden_states=image.tower_output.hidden_states,
@@ -413,7 +418,7 @@ class ICLIPModel(PreTrainedModel):
             map_image_embeds=normalize(self.map_branch.visual_projection(map_pooled)),
             patch_embeds=normalize(self.map_branch.visual_projection(patch_tokens)),
             patch_tokens=image.patch_tokens,
-            attention=image.attention,
+            attention=attention,
             grid=image.grid,
         )
 

@@ -37,6 +37,8 @@ def multi_positive_loss(logits: torch.Tensor, positives: torch.Tensor) -> torch.
         `torch.Tensor` scalar, float32: mean over a row's positives, then over the rows; a row without positives counts zero.
     """
     logits = logits.float()
-    negatives = logits.masked_fill(positives, -1e4).logsumexp(1, keepdim=True)
-    losses = (torch.logaddexp(logits, negatives) - logits) * positives
-    return (losses.sum(1) / positives.sum(1).clamp(min=1)).mean()
+    negatives = logits.masked_fill(positives, -torch.inf).logsumexp(1)
+    rows, columns = positives.nonzero(as_tuple=True)  # few of many
+    own = logits[rows, columns]
+    losses = torch.logaddexp(own, negatives[rows]) - own
+    return (losses / positives.sum(1)[rows]).sum() / len(logits)

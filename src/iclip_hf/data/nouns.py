@@ -32,14 +32,14 @@ class NounPrompts:
     """
 
     def __init__(self, nouns: Sequence[str], count: int = 3, seed: int = 0):
-        self.nouns, self.count, self.seed = (
-            list(dict.fromkeys(noun.strip().lower() for noun in nouns if noun.strip())),
-            count,
-            seed,
-        )
+        self.nouns = list(dict.fromkeys(noun.strip().lower() for noun in nouns if noun.strip()))
+        self.count, self.seed = count, seed
         if not self.nouns:
             raise ValueError("Expected at least one noun, got none.")
-        self._ids = {noun: number for number, noun in enumerate(self.nouns)}
+        self._by_form = {noun: number for number, noun in enumerate(self.nouns)}
+        for number, noun in enumerate(self.nouns):
+            for plural in _plurals(noun):
+                self._by_form.setdefault(plural, number)
         self._longest = max(len(noun.split()) for noun in self.nouns)
 
     @classmethod
@@ -59,7 +59,7 @@ class NounPrompts:
             for length in range(1, self._longest + 1)
             for start in range(len(words) - length + 1)
         )
-        return sorted({self._ids[form] for phrase in phrases for form in _singulars(phrase) if form in self._ids})
+        return sorted({self._by_form[phrase] for phrase in phrases if phrase in self._by_form})
 
     def draw(self, captions: Sequence[str], epoch: int) -> tuple[list[str], dict[str, torch.Tensor]]:
         """
@@ -79,7 +79,7 @@ class NounPrompts:
         return prompts, {"noun_ids": torch.tensor(drawn), "has_noun": has_noun}
 
 
-def _singulars(phrase: str) -> tuple[str, ...]:
-    """The phrase, and what its last word may be the plural of."""
-    endings = (("s", ""), ("es", ""), ("ies", "y"), ("men", "man"), ("ves", "f"))
-    return phrase, *(phrase.removesuffix(end) + single for end, single in endings if phrase.endswith(end))
+def _plurals(noun: str) -> list[str]:
+    """What may be the plural of a noun; a form that is no word is in no caption."""
+    endings = (("", "s"), ("", "es"), ("y", "ies"), ("man", "men"), ("f", "ves"), ("fe", "ves"))
+    return [noun.removesuffix(single) + plural for single, plural in endings if noun.endswith(single)]

@@ -236,20 +236,21 @@ class CachedPairs(Dataset):
         self.drawn_caption = draws.random(len(self))
 
     def __getitems__(self, indices: Sequence[int]) -> dict:
-        """A whole batch at once: `image_features` (B, branches, D) and captions."""
+        """A whole batch at once: `image_features` (B, branches, D), for each pair the drawn caption and all of them."""
         indices = np.asarray(indices)
         drawn, rows = self.drawn_view[indices], self.rows[indices]
         images = [self.views[view][rows[drawn == view]][:, self.columns] for view in range(len(self.views))]
         order = np.argsort(np.argsort(drawn, kind="stable"))
         return {
             "image_features": torch.from_numpy(np.concatenate(images)[order]).float(),
-            "captions": [self.captions[i][int(self.drawn_caption[i] * len(self.captions[i]))] for i in indices],
+            "caption": [self.captions[i][int(self.drawn_caption[i] * len(self.captions[i]))] for i in indices],
+            "captions": [self.captions[i] for i in indices],
         }
 
     def collate(self, batch: dict) -> dict:
         """Turns captions, and the noun prompts after them, into `text_features` (M, Dt) or the tokenizer's tensors (M, L)."""
-        captions = batch["captions"]
-        prompts, nouns = self.nouns.draw(captions, self.epoch) if self.nouns else ([], {})
+        captions = batch["caption"]
+        prompts, nouns = self.nouns.draw(batch["captions"], self.epoch) if self.nouns else ([], {})
         if self.texts is None:
             texts = self.processor(text=captions + prompts)
         else:

@@ -146,7 +146,9 @@ class _Preparation:
         prompts, these follow the captions in the tokenizer's tensors.
         """
         captions = [item["caption"] for item in items]
-        prompts, nouns = self.nouns.draw(captions, self.epoch) if self.nouns else ([], {})
+        prompts, nouns = [], {}
+        if self.nouns:
+            prompts, nouns = self.nouns.draw([item["captions"] for item in items], self.epoch)
         return {
             "pixel_values": torch.stack([item["image"] for item in items]),
             **self.processor(text=captions + prompts),

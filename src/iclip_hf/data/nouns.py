@@ -1,4 +1,4 @@
-"""Noun prompts: the nouns of a caption as further texts of its image, as in GroupViT."""
+"""Noun prompts: the nouns of an image's captions as further texts of it, as in GroupViT."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ TEMPLATES = (
 
 class NounPrompts:
     """
-    Draws prompts for captions; what it draws depends on (seed, epoch, caption) alone.
+    Draws prompts for images; what it draws depends on (seed, epoch, captions) alone.
 
     Args:
         nouns: the vocabulary, in the singular, of one or several words each.
-        count: prompts a caption.
+        count: prompts an image.
     """
 
     def __init__(self, nouns: Sequence[str], count: int = 3, seed: int = 0):
@@ -51,7 +51,7 @@ class NounPrompts:
         """Every prompt that may be drawn."""
         return [template.format(noun) for noun in self.nouns for template in TEMPLATES]
 
-    def find(self, caption: str) -> list[int]:
+    def find(self, caption: str) -> set[int]:
         """The nouns in a caption by number, plural forms included."""
         words = re.findall(r"\w+", caption.lower())
         phrases = (
@@ -59,18 +59,23 @@ class NounPrompts:
             for length in range(1, self._longest + 1)
             for start in range(len(words) - length + 1)
         )
-        return sorted({self._by_form[phrase] for phrase in phrases if phrase in self._by_form})
+        return {self._by_form[phrase] for phrase in phrases if phrase in self._by_form}
 
-    def draw(self, captions: Sequence[str], epoch: int) -> tuple[list[str], dict[str, torch.Tensor]]:
+    def draw(self, captions: Sequence[Sequence[str]], epoch: int) -> tuple[list[str], dict[str, torch.Tensor]]:
         """
+        Args:
+            captions: all captions of each of B images.
+
         Returns:
-            `tuple`: B * count prompts, those of a caption together, and `noun_ids` (B * count,), their nouns by number, with
-            `has_noun` (B, vocabulary), which nouns a caption has. A caption without nouns brings others, as negatives.
+            `tuple`: B * count prompts, those of an image together, and `noun_ids` (B * count,), their nouns by number, with
+            `has_noun` (B, vocabulary), which nouns an image's captions have. An image without nouns brings others, as
+            negatives.
         """
         prompts, drawn = [], []
         has_noun = torch.zeros(len(captions), len(self.nouns), dtype=torch.uint8)
-        for caption, row in zip(captions, has_noun):
-            draws, found = random.Random(f"{self.seed}/{epoch}/{caption}"), self.find(caption)
+        for several, row in zip(captions, has_noun):
+            draws = random.Random(f"{self.seed}/{epoch}/{several}")
+            found = sorted({noun for caption in several for noun in self.find(caption)})
             row[found] = 1
             for _ in range(self.count):
                 noun = draws.choice(found or range(len(self.nouns)))

@@ -1,0 +1,84 @@
+"""How the benchmarks measure and report.
+
+Contenders take turns, round by round, so that a machine that is slower for a while is slower for all of them; what is quoted is
+the median over the rounds of the ratio to the one compared with. Memory is measured in a process of its own.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+
+
+def machine(*packages: str) -> str:
+    """What the figures were taken on, in one line."""
+    names = [line.split(":")[1].strip() for line in _proc("cpuinfo").splitlines() if line.startswith("model name")]
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{torch.get_num_threads()} threads"
+    versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", *packages))
+    return f"{names[0] if names else platform.machine()}, {os.cpu_count()} cores, {device}; {versions}"
+
+
+def seconds(function: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    function()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def take_turns(contenders: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
+    """Seconds of each contender in each round, after one round that is not counted."""
+    for function in contenders.values():
+        function()
+    taken = {name: [] for name in contenders}
+    for _ in range(rounds):
+        for name, function in contenders.items():
+            taken[name].append(seconds(function))
+    return taken
+
+
+def ratio(taken: Mapping[str, list[float]], name: str, to: str) -> float:
+    """Median over the rounds of what one took by what the other took."""
+    return statistics.median(a / b for a, b in zip(taken[name], taken[to]))
+
+
+def peak_memory(make: Callable[..., Callable[[], object]], *arguments) -> float:
+    """
+    MiB that a call needs at its peak beyond what its process held before it, in a fresh process (Linux).
+
+    Args:
+        make: a function of a module, called there with the arguments; it returns what is measured.
+    """
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        return pool.apply(_measure_memory, (make, arguments))
+
+
+def _measure_memory(make: Callable, arguments: tuple) -> float:
+    function = make(*arguments)
+    Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
+    before = _kilobytes("VmRSS")
+    function()
+    return (_kilobytes("VmHWM") - before) / 1024
+
+
+def _kilobytes(field: str) -> int:
+    return int(next(line for line in _proc("self/status").splitlines() if line.startswith(field)).split()[1])
+
+
+def _proc(name: str) -> str:
+    path = Path("/proc", name)
+    return path.read_text() if path.exists() else ""
+
+
+def table(headings: list[str], rows: list[list[object]]) -> str:
+    """Markdown; floats to three significant digits."""
+    cells = [[f"{cell:.3g}" if isinstance(cell, float) else str(cell) for cell in row] for row in rows]
+    return "\n".join(f"| {' | '.join(row)} |" for row in [headings, ["---"] * len(headings), *cells])

@@ -1,80 +1,219 @@
-"""What an explanation costs beside what it cannot do without: the bare towers' forward. Prints a Markdown table.
+"""What an explanation costs beside what it cannot do without: the bare towers' forward.
 
-One image of 480x640 pixels, seen at 224, with 1, 20 and 80 texts: from pixel values and token ids to maps in [0, 1] at the
-image's size. Both sides run in turn, so that a drifting machine slows both; quoted is the median of the pairs' ratios.
+    python benchmarks/bench_explain.py
+
+The embedded model's size with random weights, images seen at 224 pixels, maps in [0, 1] of 480x640. Prints Markdown tables.
 """
 
-import statistics
+import argparse
+import os
 import subprocess
 import sys
-import time
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
 
+import numpy as np
 import torch
+from measuring import cost, machine, ratio, table, take_turns
+from PIL import Image
 from transformers import BertConfig, Dinov2Config
 
 from iclip_hf import ICLIPConfig, ICLIPModel
+from iclip_hf.images import load_image
 from iclip_hf.processing_iclip import ICLIPProcessor
 
 
-PAIRS = 10
 SIZE = (480, 640)
 
 
 def embedded_size() -> ICLIPModel:
-    """The embedded model's shape, DINOv2 ViT-S/14 and MiniLM-L6, with random weights."""
+    """DINOv2 ViT-S/14 and MiniLM-L6."""
+    torch.manual_seed(0)
     vision = Dinov2Config(hidden_size=384, num_attention_heads=6, patch_size=14, image_size=518)
     text = BertConfig(hidden_size=384, num_hidden_layers=6, num_attention_heads=12, intermediate_size=1536)
-    config = ICLIPConfig(vision_config=vision, text_config=text, text_pooling="mean", map_affinity=4)
-    return ICLIPModel(config).eval()
+    return ICLIPModel(ICLIPConfig(vision_config=vision, text_config=text, text_pooling="mean", map_affinity=4)).eval()
 
 
-def seconds(function) -> float:
-    start = time.perf_counter()
-    function()
-    return time.perf_counter() - start
+def without_gradients(function: Callable[[], object]) -> Callable[[], object]:
+    return torch.inference_mode()(function)
 
 
-def paired(ours, theirs) -> tuple[float, float, float]:
-    """Medians of both in seconds, and of the ratio ours / theirs pair by pair."""
-    ours(), theirs()
-    times = [(seconds(ours), seconds(theirs)) for _ in range(PAIRS)]
-    a, b = zip(*times)
-    return statistics.median(a), statistics.median(b), statistics.median(x / y for x, y in times)
-
-
-@torch.inference_mode()
-def explaining(model: ICLIPModel, texts: int) -> tuple[float, float, float]:
-    pixel_values = torch.randn(1, 3, 224, 224)
+def contenders(images: int, texts: int) -> dict[str, Callable[[], object]]:
+    """From pixel values and token ids to finished maps; the towers alone; and the towers with all attentions kept."""
+    model, eager = embedded_size(), embedded_size()
+    eager.set_attn_implementation("eager")
+    pixel_values = torch.randn(images, 3, 224, 224)
     input_ids = torch.randint(1000, 20000, (texts, 8))
     mask = torch.ones_like(input_ids)
+
+    def explain():
+        outputs = model(input_ids, pixel_values, mask, output_similarity_maps=True)
+        for maps in outputs.similarity_maps:  # one image's at a time, as one looks at them
+            ICLIPProcessor.post_process_similarity_maps(None, maps[None], [SIZE])
 
     def bare():
         model.vision_model(pixel_values)
         model.text_model(input_ids, mask)
 
+    def with_attentions():
+        eager.vision_model(pixel_values, output_attentions=True)
+        eager.text_model(input_ids, mask)
+
+    return {
+        name: without_gradients(function)
+        for name, function in (("explain", explain), ("bare", bare), ("with attentions", with_attentions))
+    }
+
+
+def contender(name: str, images: int, texts: int) -> Callable[[], object]:
+    return contenders(images, texts)[name]
+
+
+def grown(images: int, texts: int, pixels: int) -> Callable[[], object]:
+    """Explaining in batches of 8 images of so many pixels a side, keeping no map."""
+    model = embedded_size()
+    input_ids = torch.randint(1000, 20000, (texts, 8))
+
     def explain():
-        outputs = model(input_ids, pixel_values, mask, output_similarity_maps=True)
-        ICLIPProcessor.post_process_similarity_maps(None, outputs.similarity_maps, [SIZE])
+        features = model.get_text_features(input_ids)
+        for start in range(0, images, 8):
+            maps = model.similarity_maps(torch.randn(min(8, images - start), 3, pixels, pixels), features)
+            for one in maps:
+                for text in one.split(8):
+                    ICLIPProcessor.post_process_similarity_maps(None, text[None], [SIZE])
 
-    return paired(explain, bare)
+    return without_gradients(explain)
 
 
-def importing() -> tuple[float, float, float]:
-    def run(code):
-        return lambda: subprocess.run([sys.executable, "-c", code], check=True)
+def explaining(rounds: int, images: int) -> str:
+    rows = []
+    for number, texts in ((n, t) for n in (1, images) for t in (1, 20, 80)):
+        taken = take_turns(contenders(number, texts), rounds if number == 1 else 3)
+        memory = {name: cost(contender, name, number, texts)[1] for name in ("explain", "bare")}
+        rows.append(
+            [
+                f"{number} of each, {texts}",
+                1e3 * float(np.median(taken["explain"])),
+                f"{ratio(taken, 'explain', 'bare'):.3f}",
+                f"{ratio(taken, 'explain', 'with attentions'):.3f}",
+                f"{memory['explain']:.0f}",
+                f"{memory['bare']:.0f}",
+            ]
+        )
+    headings = [
+        "images, texts",
+        "ms",
+        "against the bare towers",
+        "against eager attentions",
+        "MiB",
+        "bare towers' MiB",
+    ]
+    return table(headings, rows)
 
-    return paired(run("import torch, transformers, iclip_hf"), run("import torch, transformers"))
+
+def growth() -> str:
+    """Time and memory from one to a thousand images and texts, and over the sizes of an image."""
+    sizes = [(images, 20, 224) for images in (1, 100, 1000)] + [(1, texts, 224) for texts in (1, 1000)]
+    sizes += [(1, 20, pixels) for pixels in (448, 896, 1344)]
+    rows = []
+    for size in sizes:
+        seconds, memory = cost(grown, *size)
+        rows.append([*size, seconds, f"{memory:.0f}"])
+    return table(["images", "texts", "pixels a side", "seconds", "MiB"], rows)
+
+
+def end_to_end(files: int) -> str:
+    """`iclip explain` of JPEG files against decoding them and the model's forward, each alone."""
+    from iclip_hf.demo.checkpoint import embedded_model
+
+    model = ICLIPModel.from_pretrained(embedded_model()).eval()
+    processor = ICLIPProcessor.from_pretrained(embedded_model())
+    with tempfile.TemporaryDirectory() as folder:
+        paths = [Path(folder, f"{number}.jpg") for number in range(files)]
+        for number, path in enumerate(paths):
+            noise = np.random.default_rng(number).integers(0, 255, (15, 20, 3), np.uint8)
+            Image.fromarray(noise).resize(SIZE[::-1], Image.Resampling.BICUBIC).save(path, quality=90)
+        texts = ["dog", "ball", "grass"]
+        command = [sys.executable, "-m", "iclip_hf.cli", "explain", *paths, "--output", Path(folder, "out"), "--json"]
+        command += [word for text in texts for word in ("--text", text)]
+        of_two = [word for word in command if word not in paths[2:]]
+        pixel_values = processor(images=[load_image(path) for path in paths[:8]])["pixel_values"]
+        ids = processor(labels=texts)
+
+        def forwards():
+            for start in range(0, files, 8):
+                model(pixel_values=pixel_values[: files - start], **ids)
+
+        taken = take_turns(
+            {
+                "command": lambda: subprocess.run(command, check=True, capture_output=True),
+                "of two": lambda: subprocess.run(of_two, check=True, capture_output=True),
+                "decode": lambda: [load_image(path) for path in paths],
+                "forward": without_gradients(forwards),
+            },
+            2,
+        )
+    seconds = {name: float(np.median(times)) for name, times in taken.items()}
+    return table(
+        [
+            f"`iclip explain` of {files} files",
+            "of 2 (start-up)",
+            "decoding alone",
+            "forward alone",
+            "seconds beyond these",
+        ],
+        [[*seconds.values(), 2 * seconds["command"] - sum(seconds.values())]],
+    )
+
+
+def evaluating(data: Path) -> str:
+    """`iclip evaluate` on real images and masks: how much of the time is not the model's."""
+    from iclip_hf.data.segmentation import load_segmentation
+    from iclip_hf.demo.checkpoint import embedded_model
+    from iclip_hf.evaluation import evaluate
+
+    model = ICLIPModel.from_pretrained(embedded_model()).eval()
+    processor = ICLIPProcessor.from_pretrained(embedded_model())
+    dataset = load_segmentation("coco2017", data / "coco100", "train2017")
+    timing = evaluate(model, processor, dataset, progress=False).timing
+    seconds, forward = timing["seconds"], timing["seconds_in_model"]
+    headings = [f"evaluating {len(dataset)} images, 80 classes, seconds", "of them in the model", "ratio"]
+    return table(headings, [[seconds, forward, f"{seconds / forward:.3f}"]])
+
+
+def starting(rounds: int) -> str:
+    def run(code: str) -> Callable[[], object]:
+        return lambda: subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.DEVNULL)
+
+    taken = take_turns(
+        {
+            "`import torch, transformers`": run("import torch, transformers"),
+            "and `iclip_hf`": run("import torch, transformers, iclip_hf"),
+            "`iclip --help`": run("from iclip_hf.cli import main\ntry: main(['--help'])\nexcept SystemExit: pass"),
+        },
+        rounds,
+    )
+    first = next(iter(taken))
+    rows = [[name, float(np.median(times)), f"{ratio(taken, name, first):.3f}"] for name, times in taken.items()]
+    return table(["start-up", "seconds", "ratio"], rows)
 
 
 def main():
-    model = embedded_size()
-    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, median of {PAIRS} pairs\n")
-    print("| what | ours, ms | bare, ms | ratio |\n|---|---|---|---|")
-    for texts in (1, 20, 80):
-        ours, bare, ratio = explaining(model, texts)
-        print(f"| one image, {texts} texts, against the towers | {1e3 * ours:.1f} | {1e3 * bare:.1f} | {ratio:.3f} |")
-    ours, bare, ratio = importing()
-    print(f"| import, against torch and transformers | {1e3 * ours:.0f} | {1e3 * bare:.0f} | {ratio:.3f} |")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--images", type=int, default=64)
+    parser.add_argument("--data", type=Path, default=Path(os.environ.get("ICLIP_DATA", "../shared/data")))
+    options = parser.parse_args()
+    print(f"{machine()}; medians of {options.rounds} rounds, several images 3\n", flush=True)
+    for part in (
+        lambda: explaining(options.rounds, options.images),
+        growth,
+        lambda: end_to_end(100),
+        lambda: evaluating(options.data),
+        lambda: starting(options.rounds),
+    ):
+        print(part(), end="\n\n", flush=True)
 
 
 if __name__ == "__main__":

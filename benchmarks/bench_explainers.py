@@ -1,15 +1,20 @@
-"""
-Seconds to explain one 224x224 image with 20 texts, CLIP ViT-B/16 (random weights): this package, and what one would write
-with transformers alone, a forward and a backward for each text.
+"""Every explainer on one image with 20 texts, and what a user would pick instead on the same tower.
 
-    python benchmarks/bench_explainers.py [--texts 20] [--repeats 3] [--device cpu]
+    python benchmarks/bench_explainers.py [--texts 20] [--rounds 3]
+
+CLIP ViT-B/16 with random weights, 224 pixels. The alternatives need one forward and backward a text: written with transformers
+alone, pytorch-grad-cam and captum. Prints a Markdown table.
 """
 
 import argparse
+import statistics
 import tempfile
-import time
 
 import torch
+from captum.attr import LayerGradCam
+from measuring import machine, ratio, table, take_turns
+from pytorch_grad_cam import GradCAM
+from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
 from torch.nn import functional as F
 from transformers import BertTokenizer, CLIPConfig, CLIPImageProcessor, CLIPModel
 
@@ -17,8 +22,20 @@ from iclip_hf.explainers import METHODS, make_explainer
 from iclip_hf.modeling_iclip import ICLIPTextFeatures
 
 
-def naive(model, pixel_values, text_embeds, method):
-    """One forward and backward a text, on the model's public outputs."""
+class Scores(torch.nn.Module):
+    """Images to cosines with fixed texts, (B, T): the classifier that the other packages ask for."""
+
+    def __init__(self, model: CLIPModel, text_embeds: torch.Tensor):
+        super().__init__()
+        self.model, self.text_embeds = model, text_embeds
+
+    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        pooled = self.model.vision_model(pixel_values).pooler_output
+        return F.normalize(self.model.visual_projection(pooled), dim=-1) @ self.text_embeds.T
+
+
+def with_transformers(model: CLIPModel, pixel_values: torch.Tensor, text_embeds: torch.Tensor, method: str):
+    """Grad-CAM or the last layer's relevance on the model's public outputs."""
     maps = []
     for text in text_embeds:
         outputs = model.vision_model(pixel_values, output_attentions=True, output_hidden_states=True)
@@ -33,53 +50,52 @@ def naive(model, pixel_values, text_embeds, method):
     return torch.stack(maps, 1)
 
 
-def seconds(run, repeats, device):
-    """The best of some runs, after one to warm up."""
-    times = []
-    for _ in range(repeats + 1):
-        start = time.perf_counter()
-        run()
-        if device != "cpu":
-            torch.accelerator.synchronize()
-        times.append(time.perf_counter() - start)
-    return min(times[1:])
-
-
 def main():
-    parser = argparse.ArgumentParser()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--texts", type=int, default=20)
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--device", default="cpu")
-    args = parser.parse_args()
+    parser.add_argument("--rounds", type=int, default=3)
+    options = parser.parse_args()
 
     torch.manual_seed(0)
     config = CLIPConfig(vision_config={"patch_size": 16})
-    model = CLIPModel._from_config(config, attn_implementation="eager").eval().to(args.device)
+    model = CLIPModel._from_config(config, attn_implementation="eager").eval()
     with tempfile.NamedTemporaryFile("w", suffix=".txt") as vocabulary:
         vocabulary.write("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "photo", "of"]))
         vocabulary.flush()
         tokenizer = BertTokenizer(vocab=vocabulary.name)
     processor = argparse.Namespace(image_processor=CLIPImageProcessor(), tokenizer=tokenizer)
-    embeds = F.normalize(torch.randn(args.texts, config.projection_dim, device=args.device), dim=-1)
+    embeds = F.normalize(torch.randn(options.texts, config.projection_dim), dim=-1)
     texts = ICLIPTextFeatures(text_embeds=embeds, map_text_embeds=embeds)
-    pixel_values = torch.randn(1, 3, 224, 224, device=args.device)
+    pixel_values = torch.randn(1, 3, 224, 224)
 
-    def measure(name, run):
-        took = seconds(run, args.repeats, args.device)
-        print(f"{name:<40} {took:8.3f} s")
-        return took
+    classifier, layer = Scores(model, embeds), model.vision_model.encoder.layers[-1].layer_norm1
+    grid = config.vision_config.image_size // config.vision_config.patch_size
 
-    with torch.no_grad():
-        measure("one image forward", lambda: model.vision_model(pixel_values))
-    for method in METHODS:
-        explainer = make_explainer(model, processor, method)
-        took = measure(method, lambda explainer=explainer: explainer.raw_maps(pixel_values, texts))
-        if method in ("grad_cam", "bi_modal"):
-            slow = measure(
-                f"{method}, a forward and backward a text",
-                lambda method=method: naive(model, pixel_values, embeds, method),
-            )
-            print(f"{'':<40} {slow / took:8.1f} times")
+    def pytorch_grad_cam():
+        with GradCAM(classifier, [layer], lambda tokens: tokens[:, 1:].mT.unflatten(2, (grid, grid))) as cam:
+            return [cam(pixel_values, [ClassifierOutputTarget(text)]) for text in range(len(embeds))]
+
+    def captum():
+        cam = LayerGradCam(classifier, layer)
+        return [cam.attribute(pixel_values, target=text, attr_dim_summation=False) for text in range(len(embeds))]
+
+    explainers = {method: make_explainer(model, processor, method) for method in METHODS}
+    contenders = {
+        "the image tower's forward": torch.no_grad()(lambda: model.vision_model(pixel_values)),
+        **{f"`{name}`": lambda one=one: one.raw_maps(pixel_values, texts) for name, one in explainers.items()},
+        "Grad-CAM with transformers": lambda: with_transformers(model, pixel_values, embeds, "grad_cam"),
+        "Grad-CAM of pytorch-grad-cam": pytorch_grad_cam,
+        "Grad-CAM of captum": captum,
+        "relevance with transformers": lambda: with_transformers(model, pixel_values, embeds, "bi_modal"),
+    }
+    taken = take_turns(contenders, options.rounds)
+    forward, rows = next(iter(contenders)), []
+    for name, times in taken.items():
+        ours = {"Grad-CAM": "`grad_cam`", "relevance": "`bi_modal`"}.get(name.split()[0])
+        against = f"{ratio(taken, name, ours):.1f} times {ours}" if ours else ""
+        rows.append([name, statistics.median(times), f"{ratio(taken, name, forward):.2f}", against])
+    print(f"{machine('captum', 'grad-cam')}; one image, {options.texts} texts, medians of {options.rounds} rounds\n")
+    print(table(["what", "seconds", "forwards", "against ours"], rows))
 
 
 if __name__ == "__main__":

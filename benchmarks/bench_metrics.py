@@ -6,14 +6,15 @@ Prints two Markdown tables. The contenders take the same pairs in turn, on one t
 """
 
 import argparse
-import resource
 import statistics
-import subprocess
-import sys
 import time
+from collections.abc import Callable
 
+import datasets
+import evaluate
 import numpy as np
 import torch
+from measuring import cost, machine, table
 from torch.nn import functional as F
 from torchmetrics.classification import BinaryPrecisionRecallCurve
 from torchmetrics.functional.classification import binary_jaccard_index
@@ -105,45 +106,79 @@ def bench_speed(pairs: int) -> None:
                 raise RuntimeError(f"{name} computes another IoU for pair {seed}.")
     ours = seconds[CONTENDERS[0][0]]
     print(f"IoU of one pair at the 101 thresholds of mMIoU, {SIZE[0]}x{SIZE[1]}, float32, one thread\n")
-    print("| implementation | pairs | median, ms | times slower, median (10 % to 90 %) |\n|---|---|---|---|")
+    rows = []
     for name, times in seconds.items():
         ratios = [times[seed] / ours[seed] for seed in times]
         low, high = np.quantile(ratios, [0.1, 0.9])
         median = 1000 * statistics.median(times.values())
-        print(f"| {name} | {len(times)} | {median:.2f} | {statistics.median(ratios):.1f} ({low:.1f} to {high:.1f}) |")
+        rows.append([name, len(times), median, f"{statistics.median(ratios):.1f} ({low:.1f} to {high:.1f})"])
+    print(table(["implementation", "pairs", "median, ms", "times slower, median (10 % to 90 %)"], rows))
 
 
-def measure_memory(images: int) -> None:
-    """Prints the peak memory after 100 images and after all, MiB; each image has one of 20 classes."""
+def counting(images: int) -> Callable[[], object]:
+    """mMIoU and mFMB over so many images, each with one of 20 classes."""
     pool = [make_pair(seed) for seed in range(8)]
-    metrics = [MeanMaxIoU(), MeanForegroundMinusBackground()]
-    for image in range(1, images + 1):
-        heatmap, mask = pool[image % len(pool)]
-        label = 1 + image % 20
-        mask = np.where(mask == LABEL, label, mask).astype(np.uint8)
-        for metric in metrics:
-            metric.update(np.roll(heatmap, image), mask, label)
-        if image in (100, images):
-            print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+
+    def measure():
+        metrics = [MeanMaxIoU(), MeanForegroundMinusBackground()]
+        for image in range(images):
+            heatmap, mask = pool[image % len(pool)]
+            label = 1 + image % 20
+            for metric in metrics:
+                metric.update(np.roll(heatmap, image), np.where(mask == LABEL, label, mask).astype(np.uint8), label)
+
+    return measure
+
+
+def storing(images: int) -> Callable[[], object]:
+    """What a metric of `evaluate` does by itself: it keeps every pixel until the end."""
+    pool = [make_pair(seed) for seed in range(8)]
+    metric = StoresPixels()
+
+    def measure():
+        for image in range(images):
+            heatmap, mask = pool[image % len(pool)]
+            metric.add(prediction=heatmap, reference=mask)
+        metric.compute()
+
+    return measure
+
+
+class StoresPixels(evaluate.Metric):
+    def _info(self):
+        features = {
+            "predictions": datasets.Sequence(datasets.Sequence(datasets.Value("float32"))),
+            "references": datasets.Sequence(datasets.Sequence(datasets.Value("uint8"))),
+        }
+        return evaluate.MetricInfo(description="", citation="", features=datasets.Features(features))
+
+    def _compute(self, predictions, references):
+        return {"images": len(predictions)}
 
 
 def bench_memory(images: int) -> None:
-    command = [sys.executable, __file__, "--memory-of", str(images)]
-    first, last = map(float, subprocess.run(command, check=True, capture_output=True, text=True).stdout.split())
-    print(f"\nPeak memory of mMIoU and mFMB together, {SIZE[0]}x{SIZE[1]}, 20 classes\n")
-    print(f"| after 100 images | after {images} images | growth |\n|---|---|---|")
-    print(f"| {first:.1f} MiB | {last:.1f} MiB | {last - first:.1f} MiB |")
+    rows = []
+    for name, make, number in (
+        ("`iclip_hf.metrics`", counting, 100),
+        ("`iclip_hf.metrics`", counting, images),
+        ("a metric of `evaluate` that stores pixels", storing, 100),
+    ):
+        seconds, memory = cost(make, number)
+        rows.append([name, number, seconds, f"{memory:.0f}"])
+    print(f"\nMaps and masks of {SIZE[0]}x{SIZE[1]}, 20 classes\n")
+    print(table(["mMIoU and mFMB", "images", "seconds", "MiB"], rows))
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--pairs", type=int, default=200)
+    parser.add_argument("--images", type=int, default=10_000)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    print(f"{machine('torchmetrics', 'evaluate')}\n")
+    bench_speed(options.pairs)
+    bench_memory(options.images)
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--pairs", type=int, default=200)
-    parser.add_argument("--images", type=int, default=10_000)
-    parser.add_argument("--memory-of", type=int, help=argparse.SUPPRESS)  # the part that runs in its own process
-    arguments = parser.parse_args()
-    torch.set_num_threads(1)
-    if arguments.memory_of:
-        measure_memory(arguments.memory_of)
-    else:
-        bench_speed(arguments.pairs)
-        bench_memory(arguments.images)
+    main()

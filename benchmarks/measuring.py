@@ -12,6 +12,7 @@ import platform
 import statistics
 import time
 from collections.abc import Callable, Mapping
+from concurrent.futures import ProcessPoolExecutor
 from importlib.metadata import version
 from pathlib import Path
 
@@ -50,23 +51,23 @@ def ratio(taken: Mapping[str, list[float]], name: str, to: str) -> float:
     return statistics.median(a / b for a, b in zip(taken[name], taken[to]))
 
 
-def peak_memory(make: Callable[..., Callable[[], object]], *arguments) -> float:
+def cost(make: Callable[..., Callable[[], object]], *arguments) -> tuple[float, float]:
     """
-    MiB that a call needs at its peak beyond what its process held before it, in a fresh process (Linux).
+    Seconds of one call in a fresh process, and MiB that it needs at its peak beyond what the process held before (Linux).
 
     Args:
         make: a function of a module, called there with the arguments; it returns what is measured.
     """
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
-        return pool.apply(_measure_memory, (make, arguments))
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(_cost, make, arguments).result()
 
 
-def _measure_memory(make: Callable, arguments: tuple) -> float:
+def _cost(make: Callable, arguments: tuple) -> tuple[float, float]:
     function = make(*arguments)
     Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
     before = _kilobytes("VmRSS")
-    function()
-    return (_kilobytes("VmHWM") - before) / 1024
+    taken = seconds(function)
+    return taken, (_kilobytes("VmHWM") - before) / 1024
 
 
 def _kilobytes(field: str) -> int:

@@ -15,6 +15,8 @@ extras = {
     ],
     # `iclip evaluate` and the metric modules
     "eval": ["accelerate>=1.10", "evaluate>=0.4.6", "pycocotools>=2.0.8", "pyyaml>=6.0"],
+    # `iclip explain` of whole collections: processes, Parquet
+    "collections": ["accelerate>=1.10", "datasets>=4.0"],
     # Gradio apps, and the photograph that `make demo` explains
     "demo": ["gradio>=5.0", "scikit-image>=0.25"],
     # models of open_clip in the explainers
@@ -41,12 +43,17 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.10",
-    # The metric scripts travel in the wheel, so that `iclip install-metrics` can hand them to `evaluate`.
-    package_dir={"": "src", "iclip_hf.evaluate_metrics": "evaluate_metrics"},
-    packages=[*find_packages("src"), "iclip_hf.evaluate_metrics"],
+    # What `iclip install-metrics` hands to `evaluate`, and what `iclip init` and the model card start from, travel in the wheel.
+    package_dir={
+        "": "src",
+        "iclip_hf.evaluate_metrics": "evaluate_metrics",
+        "iclip_hf.hub_configs": "hub_configs",
+    },
+    packages=[*find_packages("src"), "iclip_hf.evaluate_metrics", "iclip_hf.hub_configs"],
     package_data={
-        "iclip_hf": ["py.typed", "demo/*.safetensors"],
+        "iclip_hf": ["py.typed", "demo/*.css", "demo/*.js", "demo/*.safetensors"],
         "iclip_hf.evaluate_metrics": ["*/*.py", "*/*.md", "*/*.txt"],
+        "iclip_hf.hub_configs": ["*/*.json", "*/*.yaml", "*/*.txt", "../model_card.md"],
     },
     install_requires=[
         "huggingface_hub>=2.0",
@@ -54,6 +61,7 @@ setup(
         "numpy>=1.26",
         "pillow>=11.0",
         "safetensors>=0.5",
+        "scipy>=1.12",
         "torch>=2.8",
         "torchvision>=0.23",
         "tqdm>=4.66",

@@ -1,12 +1,17 @@
 import json
+import shutil
 import subprocess
 import sys
 
+import numpy as np
 import pytest
+import torch
 from conftest import tiny_model
 from PIL import Image
 
 from iclip_hf import cli
+from iclip_hf.regions import find_regions, run_lengths
+from iclip_hf.similarity import resize_and_normalize
 
 
 @pytest.fixture(scope="module")
@@ -47,6 +52,51 @@ def test_many_photographs_and_one_that_is_broken(folder, tmp_path, capsys):
     assert "broken.jpg" in err and "undamaged copy" in err
 
 
+def test_json_and_arrays_say_what_the_masks_are(folder, tmp_path, capsys):
+    results = tmp_path / "results.json"
+    rows = [{"name": "dog", "threshold": 0.3}, {"name": "red ball", "threshold": 0.8}]
+    results.write_text(json.dumps({"per_class": {"itsm": rows}}))
+    image, output = folder / "0" / "a.jpg", tmp_path / "out.png"
+    arguments = [image, "--text", "red ball", "--text", "dog", "--threshold", results, "--min-presence", "0"]
+    assert run(folder, *arguments, "--output", output, "--npz", "--json") == 0
+    (entry,) = json.loads(capsys.readouterr().out)
+    arrays = np.load(tmp_path / "out.npz")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out.npz", "out.png", "results.json"]
+    assert arrays["texts"].tolist() == ["red ball", "dog"] and arrays["raw_maps"].shape == (2, 4, 4)
+    assert arrays["masks"].shape == (2, 40, 60) and arrays["masks"].dtype == bool
+    for text, mask, raw, threshold in zip(entry["texts"], arrays["masks"], arrays["raw_maps"], (0.8, 0.3)):
+        heatmap = resize_and_normalize(torch.from_numpy(raw)[None], (40, 60))[0].numpy()
+        assert np.array_equal(mask, heatmap > threshold)
+        assert text["mask"] == run_lengths(mask)
+        assert [region["box"] for region in text["regions"]] == [list(one.box) for one in find_regions(heatmap, mask)]
+    assert [text["score"] for text in entry["texts"]] == pytest.approx(arrays["scores"].tolist(), abs=1e-4)
+
+
+def test_the_gate_empties_the_masks_of_absent_texts(folder, tmp_path, capsys):
+    arguments = [folder / "0" / "a.jpg", "--text", "dog", "--output", tmp_path / "a.png", "--json", "--min-presence"]
+    regions = []
+    for least in ("0", "1"):
+        assert run(folder, *arguments, least) == 0
+        (text,) = json.loads(capsys.readouterr().out)[0]["texts"]
+        regions.append(len(text["regions"]))
+        assert 0 < text["presence"] < 1
+    assert regions[0] > 0 and regions[1] == 0 and text["mask"]["counts"] == [40 * 60]
+
+
+def test_a_folder_becomes_parquet_files(folder, tmp_path, capsys):
+    images = tmp_path / "images"
+    shutil.copytree(folder / "1", images / "sub")
+    arguments = [images, "--text", "dog", "--output", tmp_path / "maps", "--images-per-file", "1"]
+    assert run(folder, *arguments) == 0
+    assert capsys.readouterr().out == f"1 images -> 1 files in {tmp_path / 'maps'}, 0 broken images\n"
+    shutil.copy(folder / "broken.jpg", images)
+    assert run(folder, *arguments[:-3], tmp_path / "others", "--json") == 2
+    out, err = capsys.readouterr()
+    report = json.loads(out)
+    assert (report["files"], report["images"], len(report["broken"])) == (1, 1, 1)
+    assert "broken.jpg" in report["broken"][0] and "iclip explain: " in err and "undamaged copy" in err
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -57,11 +107,18 @@ def test_many_photographs_and_one_that_is_broken(folder, tmp_path, capsys):
         (["{image}", "--text", "dog", "--output", "{tmp}"], "--output.*ends in .png"),
         (["{image}", "{image}", "--text", "dog", "--output", "{tmp}/a.png"], "expected a folder"),
         (["{image}", "--text", "dog", "--colormap", "x"], "colormap"),
+        (["{image}", "--text", "dog", "--threshold", "1.5"], "[0, 1]"),
+        (["{image}", "--text", "dog", "--threshold", "none.json"], "none.json"),
+        (["{image}", "--text", "dog", "--min-presence", "7"], "[0, 1]"),
+        (["{tmp}", "--text", "dog"], "expected images or .tar shards"),
+        (["{folder}", "--text", "dog", "--npz"], "Parquet files"),
+        (["{folder}", "{image}", "--text", "dog"], "one folder of images"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(folder, tmp_path, capsys, monkeypatch, arguments, message):
     monkeypatch.chdir(tmp_path)
     filled = [a.replace("{image}", str(folder / "2" / "a.jpg")).replace("{tmp}", str(tmp_path)) for a in arguments]
+    filled = [a.replace("{folder}", str(folder / "2")) for a in filled]
     assert run(folder, *filled) == 2
     err = capsys.readouterr().err.strip()
     assert len(err.splitlines()) == 1 and err.startswith("iclip explain: ")
@@ -112,3 +169,9 @@ def test_methods_of_the_command_are_those_of_the_package():
     from iclip_hf.explainers import METHODS as OF_PACKAGE
 
     assert set(METHODS) == set(OF_PACKAGE)
+
+
+def test_the_gate_of_the_command_is_that_of_the_package():
+    from iclip_hf.localization import MIN_PRESENCE
+
+    assert cli._parser().parse_args(["explain", "a.jpg", "--text", "dog"]).min_presence == MIN_PRESENCE

@@ -180,9 +180,67 @@ def test_an_absent_text_gets_an_empty_mask(tiny_processor):
     assert [mask.any((1, 2)).tolist() for mask in masks] == [[True, False, True], [False, True, True]]
 
 
+def two_images_of_boxes(processor):
+    """Two objects of the second text in the first image, nothing in the second."""
+    maps = torch.zeros(2, 2, 20, 30)
+    maps[0, 1, 2:6, 3:10] = 0.6
+    maps[0, 1, 3, 4] = 0.9
+    maps[0, 1, 10:18, 20:30] = 0.8
+    maps[0, 1, 19, 0] = 0.7  # too small
+    maps[0, 1, :, 15] = -0.1  # the lowest, before the corner at the right
+    return list(maps), processor.post_process_masks(list(maps))
+
+
+def test_boxes_by_hand(tiny_processor):
+    maps, masks = two_images_of_boxes(tiny_processor)
+    first, second = tiny_processor.post_process_boxes(maps, masks, min_area=2 / 600)
+    assert first["boxes"].tolist() == [[20, 10, 30, 18], [3, 2, 10, 6]]
+    assert first["labels"].tolist() == [1, 1]
+    assert first["scores"].tolist() == pytest.approx([0.8, (27 * 0.6 + 0.9) / 28])
+    assert second["boxes"].shape == (0, 4) and second["labels"].shape == second["scores"].shape == (0,)
+    assert len(tiny_processor.post_process_boxes(maps, masks, min_area=0)[0]["boxes"]) == 3
+
+
+def test_points_by_hand(tiny_processor):
+    maps, masks = two_images_of_boxes(tiny_processor)
+    options = {"min_area": 2 / 600, "num_positive": 2, "num_negative": 3}
+    first, second = tiny_processor.post_process_points(maps, masks, **options)
+    assert first["labels"].tolist() == [1, 1] and first["point_labels"].tolist() == [[1, 1, 0, 0, 0]] * 2
+    assert first["points"][1, 0].tolist() == [4, 3]  # the peak of the second box
+    for box, points in zip([(20, 10, 30, 18), (3, 2, 10, 6)], first["points"].tolist()):
+        assert all(box[0] <= x < box[2] and box[1] <= y < box[3] for x, y in points[:2])
+        assert not any(masks[0][1, y, x] for x, y in points[2:])
+        assert all(abs(x - 15) <= 1 for x, _ in points[2:4])
+    assert second["points"].shape == (0, 5, 2) and second["point_labels"].shape == (0, 5)
+
+
+def test_boxes_and_points_are_prompts_for_sam(tiny_processor):
+    from transformers import SamImageProcessor, SamProcessor
+
+    maps, masks = two_images_of_boxes(tiny_processor)
+    (boxes, _), (points, _) = (
+        tiny_processor.post_process_boxes(maps, masks),
+        tiny_processor.post_process_points(maps, masks),
+    )
+    inputs = SamProcessor(SamImageProcessor())(
+        photo(30, 20),
+        input_points=[points["points"].tolist()],
+        input_labels=[points["point_labels"].tolist()],
+        input_boxes=[boxes["boxes"].tolist()],
+        return_tensors="pt",
+    )
+    assert inputs["input_points"].shape == (1, 2, 4, 2) and inputs["input_labels"].shape == (1, 2, 4)
+    assert inputs["input_boxes"].shape == (1, 2, 4)
+    torch.testing.assert_close(inputs["input_boxes"][0].float(), boxes["boxes"] * 1024 / 30, atol=0.5, rtol=0.02)
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [
+        (lambda p: p.post_process_masks([MAPS[0]], threshold=[0.1, 0.2]), r"got 2 for \[3\] texts"),
+        (lambda p: p.post_process_masks([MAPS[0]], threshold=[]), r"got \[\]"),
+        (lambda p: p.post_process_boxes([MAPS[0]], [MAPS[0] > 0], min_area=2), "share of the image"),
+        (lambda p: p.post_process_points([MAPS[0]], [MAPS[1, :, 1:] > 0]), "mask of the map's shape"),
         (lambda p: p.post_process_similarity_maps(MAPS, SIZES[:1]), r"B target sizes, got \(2, 3, 4, 6\) and 1"),
         (lambda p: p.post_process_similarity_maps(MAPS[0], SIZES), r"\(B, T, h, w\)"),
         (lambda p: p.post_process_similarity_maps(MAPS, SIZES, order="first"), "got 'first'"),

@@ -1,7 +1,8 @@
-"""Processor of ICLIP: images and texts to tensors, similarity maps back to the image's size, masks."""
+"""Processor of ICLIP: images and texts to tensors; similarity maps to maps at the image's size, masks, boxes and points."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
+import numpy as np
 import torch
 from PIL import Image
 from transformers import AutoConfig, AutoImageProcessor, AutoProcessor, AutoTokenizer
@@ -10,6 +11,7 @@ from transformers.processing_utils import ProcessorMixin
 
 from .configuration_iclip import ICLIPConfig
 from .images import to_rgb
+from .regions import MIN_AREA, Region, find_regions, negative_points, positive_points
 from .similarity import min_max_normalize, resize_and_normalize, resize_maps
 from .similarity import reverse as reverse_maps
 
@@ -192,8 +194,10 @@ class ICLIPProcessor(ProcessorMixin):
 
         Args:
             maps (list of `torch.Tensor` of shape `(T, H, W)`): from `post_process_similarity_maps`.
-            threshold (`float` in [0, 1], or T of them): for instance the best of each class from an evaluation.
-            scores (`torch.Tensor` of shape `(B, T)`, *optional*): image-text scores, such as `logits_per_image`.
+            threshold (`float` in [0, 1], or T of them): for instance the best of each class, from
+                `regions.class_thresholds`.
+            scores (`torch.Tensor` of shape `(B, T)`, *optional*): how surely a text is there, such as
+                `localization.presence` of `logits_per_image`.
             min_score (`float`, *optional*): a text with a lower score counts as absent and gets an empty mask, which min-max
                 alone would not give it.
 
@@ -201,17 +205,102 @@ class ICLIPProcessor(ProcessorMixin):
             list of B boolean `torch.Tensor` of shape `(T, H, W)`.
 
         Raises:
-            `ValueError`: for a threshold outside [0, 1], or only one of `scores` and `min_score`.
+            `ValueError`: for thresholds outside [0, 1] or not one a text, or only one of `scores` and `min_score`.
         """
         thresholds = torch.as_tensor(threshold, dtype=torch.float32)
-        if thresholds.min() < 0 or thresholds.max() > 1:
+        if thresholds.numel() == 0 or thresholds.min() < 0 or thresholds.max() > 1:
             raise ValueError(f"Expected thresholds in [0, 1], got {threshold}.")
+        if thresholds.ndim and any(len(map_) != len(thresholds) for map_ in maps):
+            raise ValueError(
+                f"Expected one threshold a text, got {len(thresholds)} for {[len(map_) for map_ in maps]} texts."
+            )
         if (scores is None) != (min_score is None):
             raise ValueError("Expected scores and min_score together: texts below min_score get an empty mask.")
         masks = [map_ > thresholds.view(-1, 1, 1).to(map_.device) for map_ in maps]
         if scores is not None:
             masks = [mask & (score >= min_score).view(-1, 1, 1) for mask, score in zip(masks, scores, strict=True)]
         return masks
+
+    def post_process_boxes(
+        self, maps: Sequence[torch.Tensor], masks: Sequence[torch.Tensor], min_area: float = MIN_AREA
+    ) -> list[dict[str, torch.Tensor]]:
+        """
+        Masks to boxes, one around each connected part.
+
+        Args:
+            maps (list of B `torch.Tensor` of shape `(T, H, W)`): from `post_process_similarity_maps`.
+            masks (list of B `torch.Tensor` of shape `(T, H, W)`): from `post_process_masks`.
+            min_area (`float`): smaller parts are left out, as a share of the image's area, in [0, 1].
+
+        Returns:
+            list of B `dict`, of R boxes each, those of a text together and its best first:
+            `scores` `(R,)`: mean of the map over the part, in [0, 1]; `labels` `(R,)`: index of the text;
+            `boxes` `(R, 4)`: (x0, y0, x1, y1) in pixels, float32. An empty mask has no box.
+
+        Raises:
+            `ValueError`: for masks that do not fit the maps, or `min_area` outside [0, 1].
+        """
+        results = []
+        for texts in _regions(maps, masks, min_area):
+            found = [(label, region) for label, _, _, regions in texts for region in regions]
+            results.append(
+                {
+                    "scores": torch.tensor([region.score for _, region in found]),
+                    "labels": torch.tensor([label for label, _ in found], dtype=torch.long),
+                    "boxes": torch.tensor([region.box for _, region in found], dtype=torch.float32).view(-1, 4),
+                }
+            )
+        return results
+
+    def post_process_points(
+        self,
+        maps: Sequence[torch.Tensor],
+        masks: Sequence[torch.Tensor],
+        min_area: float = MIN_AREA,
+        num_positive: int = 1,
+        num_negative: int = 3,
+    ) -> list[dict[str, torch.Tensor]]:
+        """
+        Masks to point prompts for SAM, one object for each connected part: `input_points=[result["points"].tolist()]` and
+        `input_labels=[result["point_labels"].tolist()]` of its processor; the boxes of `post_process_boxes` are in the same
+        order.
+
+        Args:
+            maps, masks, min_area: as for `post_process_boxes`.
+            num_positive (`int`): points at the highest places of the part, its peak first.
+            num_negative (`int`): points at the lowest places of the text's map, outside all its parts.
+
+        Returns:
+            list of B `dict`, of R objects with P = num_positive + num_negative points each: `labels` `(R,)`: index of the
+            text; `points` `(R, P, 2)`: (x, y) in pixels; `point_labels` `(R, P)`: 1 positive, 0 negative; all int64.
+
+        Raises:
+            `ValueError`: as `post_process_boxes`.
+        """
+        point_labels = torch.tensor([1] * num_positive + [0] * num_negative)
+        results = []
+        for texts in _regions(maps, masks, min_area):
+            labels, points = [], []
+            for label, heatmap, mask, regions in texts:
+                negative = negative_points(heatmap, mask, num_negative)
+                labels += [label] * len(regions)
+                points += [np.concatenate([positive_points(heatmap, one, num_positive), negative]) for one in regions]
+            results.append(
+                {
+                    "labels": torch.tensor(labels, dtype=torch.long),
+                    "points": torch.tensor(np.array(points), dtype=torch.long).view(-1, len(point_labels), 2),
+                    "point_labels": point_labels.repeat(len(points), 1),
+                }
+            )
+        return results
+
+
+def _regions(maps, masks, min_area: float) -> Iterator[list[tuple[int, np.ndarray, np.ndarray, list[Region]]]]:
+    """For each image, of each text with a region: its index, map, mask and regions."""
+    for image_maps, image_masks in zip(maps, masks, strict=True):
+        texts = zip(image_maps.float().cpu().numpy(), image_masks.cpu().numpy(), strict=True)
+        found = [(label, *text, find_regions(*text, min_area)) for label, text in enumerate(texts)]
+        yield [text for text in found if text[-1]]
 
 
 def _check_templates(templates: Sequence[str]) -> list[str]:

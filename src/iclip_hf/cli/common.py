@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -20,10 +21,16 @@ def add_command(commands, name: str, run: Callable, description: str) -> argpars
     return command
 
 
-def add_model_options(command: argparse.ArgumentParser) -> None:
+def add_model_option(command: argparse.ArgumentParser, help: str = "", **options) -> None:
     command.add_argument(
-        "--model", metavar="FOLDER_OR_ID", help="ICLIP or CLIP-like model (default: the embedded checkpoint)"
+        "--model",
+        metavar="FOLDER_OR_ID",
+        help=f"ICLIP or CLIP-like model{help} (default: the embedded checkpoint)",
+        **options,
     )
+
+
+def add_prompt_options(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--template",
         action="append",
@@ -33,28 +40,57 @@ def add_model_options(command: argparse.ArgumentParser) -> None:
     command.add_argument("--image-size", type=int, help="side in pixels at which the model sees the image")
 
 
-def add_dataset_options(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--dataset", required=True, choices=DATASETS)
-    command.add_argument("--data-root", required=True, type=Path, help="folder of the data set")
+def add_model_options(command: argparse.ArgumentParser) -> None:
+    add_model_option(command)
+    add_prompt_options(command)
+
+
+def add_dataset_options(command: argparse.ArgumentParser, required: bool = True) -> None:
+    command.add_argument("--dataset", required=required, choices=DATASETS)
+    command.add_argument("--data-root", required=required, type=Path, help="folder of the data set")
     command.add_argument("--split", help="default: val for VOC, val2017 for COCO")
     command.add_argument("--overrides", type=Path, help="JSON or YAML file with other class names and templates")
-    command.add_argument("--limit", type=int, help="take only the first images")
+
+
+def add_colormap_option(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--colormap", default="jet", help='of matplotlib, such as "cividis" for colour-blind readers (default: jet)'
+    )
+
+
+def add_dpi_option(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--dpi", type=at_least_1, default=120, help="pixels an inch of the figure, 300 for print (default: 120)"
+    )
+
+
+def at_least_1(text: str) -> int:
+    """Type of an option for argparse."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text}")
+    return int(text)
 
 
 def load_model(name: str | None):
     """Model and processor of a folder or Hub id, on the best device; the embedded checkpoint without a name."""
     import torch
     from transformers import AutoModel, AutoProcessor
-    from transformers.utils import logging
 
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    silence_transformers()
     if name is None:
         from ..demo.checkpoint import embedded_model
 
         name = str(embedded_model())
     device = "cuda" if torch.cuda.is_available() else "cpu"
     return AutoModel.from_pretrained(name).to(device).eval(), AutoProcessor.from_pretrained(name)
+
+
+def silence_transformers() -> None:
+    """Leaves the screen to the command's own output."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
 
 
 def check_file(option: str, path: Path, suffixes: tuple[str, ...]) -> None:
@@ -71,13 +107,15 @@ def check_folder(option: str, path: Path) -> None:
         raise ValueError(f"{option} {path}: expected a folder, got a file name.")
 
 
-def save_figure(figure, path: Path) -> None:
+def save_figure(figure, path: Path, dpi: int = 120) -> None:
     """Writes a figure in the form that the file name asks for; it appears whole or not at all."""
     from ..cache import written_whole
 
     path.parent.mkdir(parents=True, exist_ok=True)
-    with written_whole(path) as partial:
-        figure.savefig(partial, format=path.suffix[1:], dpi=120)
+    with written_whole(path) as partial, warnings.catch_warnings():
+        # Said once for every character that no installed font has; the figure shows a box in its place.
+        warnings.filterwarnings("ignore", "Glyph .* missing from font")
+        figure.savefig(partial, format=path.suffix[1:], dpi=dpi)
 
 
 def one_line(error: BaseException) -> str:

@@ -1,4 +1,4 @@
-"""`iclip explain`: photographs and texts to pictures and scores."""
+"""`iclip explain`: photographs and texts to pictures, scores, boxes, points and masks; whole collections to Parquet files."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from pathlib import Path
 from .common import (
     METHODS,
     PICTURES,
+    add_colormap_option,
     add_command,
     add_model_options,
     check_file,
@@ -22,28 +23,79 @@ from .common import (
 
 def register(commands) -> None:
     command = add_command(commands, "explain", run, "show which pixels of photographs match which texts")
-    command.add_argument("images", nargs="+", metavar="IMAGE", help="image files")
+    command.add_argument(
+        "images",
+        nargs="+",
+        metavar="IMAGE",
+        help="image files; or a collection: a folder of images, or webdataset shards (.tar, or a folder of them)",
+    )
     command.add_argument(
         "--text", action="append", required=True, dest="texts", help="a text, put into the templates; repeat for more"
     )
     add_model_options(command)
     command.add_argument("--method", choices=METHODS, default="itsm", help="how the maps are made (default: itsm)")
     command.add_argument(
-        "--output",
-        type=Path,
-        help="picture to write (default: explanation.png); a folder for several images (default: explanations)",
+        "--threshold",
+        default="0.5",
+        metavar="NUMBER_OR_FILE",
+        help="of masks, in [0, 1], or the file of `iclip evaluate --output` for the best of each class (default: 0.5)",
     )
     command.add_argument(
-        "--colormap", default="jet", help='of matplotlib, such as "cividis" for colour-blind readers (default: jet)'
+        "--min-presence",
+        type=float,
+        default=0.7,
+        help="a text that matches less surely counts as absent and gets an empty mask; 0 to 1 (default: 0.7)",
     )
-    command.add_argument("--json", action="store_true", help="print the scores as JSON instead of a table")
+    command.add_argument(
+        "--output",
+        type=Path,
+        help="picture to write (default: explanation.png); for several images, or the Parquet files of a collection, "
+        "a folder (default: explanations)",
+    )
+    add_colormap_option(command)
+    command.add_argument("--npz", action="store_true", help="write raw maps and masks beside each picture")
+    command.add_argument(
+        "--json",
+        action="store_true",
+        help="print JSON instead of a table; for image files with boxes, points and run-length masks",
+    )
+    command.add_argument("--batch-size", type=int, default=8, help="images of a collection at once (default: 8)")
+    command.add_argument(
+        "--images-per-file", type=int, default=256, help="rows of a collection's Parquet files (default: 256)"
+    )
 
 
 def run(options: argparse.Namespace) -> int:
+    if any(Path(image).is_dir() or str(image).lower().endswith(".tar") for image in options.images):
+        return _explain_collection(options)
+    return _explain_images(options)
+
+
+def _localizer(options: argparse.Namespace):
+    from ..localization import Localizer
+    from ..regions import class_thresholds
+
+    try:
+        threshold = float(options.threshold)
+    except ValueError:
+        threshold = class_thresholds(options.threshold, options.texts, options.method)
+    return Localizer(
+        *load_model(options.model),
+        options.texts,
+        method=options.method,
+        templates=options.templates,
+        threshold=threshold,
+        min_presence=options.min_presence,
+        image_size=options.image_size,
+    )
+
+
+def _explain_images(options: argparse.Namespace) -> int:
     from tqdm import tqdm
 
-    from ..explainers import Explanation, make_explainer
+    from ..explainers import Explanation
     from ..images import load_image
+    from ..regions import run_lengths
 
     several = len(options.images) > 1
     output = options.output or Path("explanations" if several else "explanation.png")
@@ -51,43 +103,97 @@ def run(options: argparse.Namespace) -> int:
         check_folder("--output", output)
     else:
         check_file("--output", output, PICTURES)
-    explainer = make_explainer(*load_model(options.model), options.method)
-    texts = explainer.encode_texts(options.texts, options.templates)
-    size = {} if options.image_size is None else {"size": {"height": options.image_size, "width": options.image_size}}
+    localizer = _localizer(options)
 
     failed, report, taken = 0, [], set()
     for path in tqdm(options.images, unit="image", disable=not several):
         try:
             image = load_image(path)
         except (OSError, ValueError) as error:  # the others are still explained
-            print(f"iclip explain: {one_line(error)}", file=sys.stderr)
             failed += 1
+            print(f"iclip explain: {one_line(error)}", file=sys.stderr)
             continue
-        pixel_values = explainer.processor(images=[image], **size)["pixel_values"]
-        maps, scores = explainer.raw_maps(pixel_values, texts)
-        explanation = Explanation(options.texts, scores[0].cpu(), maps[0].cpu(), (image.height, image.width))
+        maps, scores, presence = localizer.explain(localizer.prepare(image))
+        explanation = Explanation(options.texts, scores[0], maps[0], (image.height, image.width))
+        texts = list(localizer.locate(explanation, presence[0]))
         picture = output / _free_name(Path(path).stem, taken) if several else output
-        _draw(image, explanation, options.colormap, picture)
-        scores = [{"text": text, "score": round(float(s), 4)} for text, s in zip(options.texts, explanation.scores)]
-        report.append({"image": str(path), "picture": str(picture), "texts": scores})
+        _draw(image, texts, options.colormap, picture)
+        if options.npz:
+            _save_arrays(explanation, texts, picture.with_suffix(".npz"))
+        records = [{**text.record(), "mask": run_lengths(text.mask)} for text in texts]
+        report.append({"image": str(path), "picture": str(picture), "texts": records})
 
-    if options.json:
-        print(json.dumps(report, indent=2, ensure_ascii=False))
+    if options.json:  # an image a line: run lengths are long
+        print("[" + ",\n ".join(json.dumps(entry, ensure_ascii=False) for entry in report) + "]")
     else:
-        width = max(len(text) for text in options.texts)
-        for entry in report:
-            print(f"{entry['image']} -> {entry['picture']}")
-            for row in sorted(entry["texts"], key=lambda row: -row["score"]):
-                print(f"  {row['text']:<{width}}  {row['score']:+.4f}")
+        _print_table(report)
     return 2 if failed else 0
 
 
-def _draw(image, explanation, colormap: str, path: Path) -> None:
+def _explain_collection(options: argparse.Namespace) -> int:
+    import torch
+    from accelerate import PartialState
+
+    from ..collection import explain_collection, open_images
+
+    if options.npz:
+        raise ValueError("--npz goes with image files; the Parquet files of a collection hold raw maps and masks.")
+    output = options.output or Path("explanations")
+    check_folder("--output", output)
+    images = open_images(options.images)
+    # Before the model: this process's device becomes the current one.
+    state = PartialState(cpu=not torch.cuda.is_available())
+    report = explain_collection(
+        _localizer(options),
+        images,
+        output,
+        batch_size=options.batch_size,
+        images_per_file=options.images_per_file,
+    )
+    if state.is_main_process:
+        for reason in report.broken:
+            print(f"iclip explain: {reason}", file=sys.stderr)
+        summary = {"output": str(output), "files": len(report.files), "images": report.images}
+        if options.json:
+            print(json.dumps({**summary, "broken": report.broken}, indent=2, ensure_ascii=False))
+        else:
+            print(
+                f"{report.images} images -> {len(report.files)} files in {output}, {len(report.broken)} broken images"
+            )
+    state.destroy_process_group()
+    return 2 if report.broken else 0
+
+
+def _draw(image, texts, colormap: str, path: Path) -> None:
     from ..plots import explanation_grid
 
-    maps = [explanation.map(index).numpy() for index in range(len(explanation.labels))]
-    titles = [f"{label}  {score:+.2f}" for label, score in zip(explanation.labels, explanation.scores)]
-    save_figure(explanation_grid(image, maps, titles, colormap=colormap), path)
+    titles = [f"{text.text}  {text.score:+.2f}" for text in texts]
+    save_figure(explanation_grid(image, [text.heatmap for text in texts], titles, colormap=colormap), path)
+
+
+def _save_arrays(explanation, texts, path: Path) -> None:
+    import numpy as np
+
+    from ..cache import written_whole
+
+    with written_whole(path) as partial, partial.open("wb") as file:  # a file: to a name, numpy adds a suffix
+        np.savez_compressed(
+            file,
+            texts=[text.text for text in texts],
+            scores=[text.score for text in texts],
+            presence=[text.presence for text in texts],
+            raw_maps=explanation.raw_maps.numpy(),
+            masks=np.stack([text.mask for text in texts]),
+        )
+
+
+def _print_table(report: list[dict]) -> None:
+    width = max((len(row["text"]) for entry in report for row in entry["texts"]), default=0)
+    for entry in report:
+        print(f"{entry['image']} -> {entry['picture']}")
+        for row in sorted(entry["texts"], key=lambda row: -row["score"]):
+            regions = f"{len(row['regions'])} region{'' if len(row['regions']) == 1 else 's'}"
+            print(f"  {row['text']:<{width}}  {row['score']:+.4f}  presence {row['presence']:.2f}  {regions}")
 
 
 def _free_name(stem: str, taken: set[str]) -> str:

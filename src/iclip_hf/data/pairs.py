@@ -33,6 +33,7 @@ from ..images import IMAGE_SUFFIXES, load_image
 
 if TYPE_CHECKING:
     import datasets
+    from PIL import Image
 
 logger = logging.getLogger(__name__)
 
@@ -88,7 +89,7 @@ class PairDataset(Dataset):
             index, pair = self._replacement(random.Random(f"{self.seed}/{epoch}/{index}"))
             skipped = 1
         caption = _draw(pair["captions"], self.seed, epoch, index)
-        return {"image": pair["image"], "caption": caption, "key": pair["key"], "skipped": skipped}
+        return {**pair, "caption": caption, "skipped": skipped}
 
     def __repr__(self) -> str:
         return f"PairDataset(pairs={len(self)}, files={len(self._files)})"
@@ -101,10 +102,12 @@ class PairDataset(Dataset):
             OSError: Its shard or table is gone.
         """
         image, name, captions, key = self._parse(index)
-        try:
-            return {"image": load_image(image, name), "captions": captions, "key": key}
-        except (ValueError, FileNotFoundError) as error:
-            raise BadPairError(str(error)) from error
+        return {"image": _load(image, name), "captions": captions, "key": key}
+
+    def image(self, index: int) -> tuple[str, Image.Image]:
+        """Key and image of a pair, which needs no caption. Raises like `read`."""
+        image, name, _, key = self._parse(index, need_captions=False)
+        return key, _load(image, name)
 
     def captions(self, index: int) -> list[str]:
         """All captions of a pair, at least one, without decoding its image. Raises like `read`."""
@@ -133,7 +136,7 @@ class PairDataset(Dataset):
                 continue
         raise ValueError("Expected at least one good pair in 1000, but found none; the log has the reasons.")
 
-    def _parse(self, index: int) -> tuple[bytes | Path, str, list[str], str]:
+    def _parse(self, index: int, need_captions: bool = True) -> tuple[bytes | Path, str, list[str], str]:
         index = range(len(self))[index]
         file = self._files[np.searchsorted(self._ends, index, side="right")]
         start, end = self._ranges[index].tolist()
@@ -146,7 +149,8 @@ class PairDataset(Dataset):
                 f"{file.path}: it was there at the start, but now: {error}; restore it, then resume."
             ) from error
         try:
-            return file.parse(block)
+            image, name, row, key = file.parse(block)
+            return image, name, _captions(row) if need_captions else [], key
         except (ValueError, RecursionError, tarfile.TarError, csv.Error) as error:
             raise BadPairError(f"{file.path}, bytes {start} to {end}: {error}") from error
 
@@ -202,7 +206,7 @@ class PairStream(IterableDataset):
                 continue
             self._tally.good()
             caption = _draw(captions, self.seed, self._rows.epoch, key)
-            yield {"image": image, "caption": caption, "key": key, "skipped": skipped}
+            yield {"image": image, "captions": captions, "key": key, "caption": caption, "skipped": skipped}
             skipped = 0
 
     def set_epoch(self, epoch: int) -> None:
@@ -275,8 +279,8 @@ class _TarShard:
             logger.warning("The index of %s could not be kept: %s", self.path, error)
         return ranges
 
-    def parse(self, block: bytes) -> tuple[bytes, str, list[str], str]:
-        """Image, its name in errors, captions and key of one pair."""
+    def parse(self, block: bytes) -> tuple[bytes, str, dict, str]:
+        """Image, its name in errors, the row with the captions and key of one pair."""
         row, image = {}, None
         with tarfile.open(fileobj=io.BytesIO(block), mode="r:") as tar:
             for member in tar:
@@ -288,7 +292,7 @@ class _TarShard:
                     row[suffix[1:]] = json.loads(data) if suffix == ".json" else data.decode()
         if image is None:
             raise ValueError("no image beside its text; members of a pair must be neighbours (`tar --sort=name`)")
-        return image, name, _captions(row), image_key
+        return image, name, row, image_key
 
     def _scan(self) -> np.ndarray:
         ranges, last_key = array("q"), None
@@ -343,8 +347,8 @@ class _Table:
             raise ValueError(f"{self.path}: expected well-formed CSV, but got: {error}; correct it.") from error
         return np.array(ranges, np.int64).reshape(-1, 2)[self._header is not None :]
 
-    def parse(self, block: bytes) -> tuple[Path, None, list[str], str]:
-        """Image path, no other name for it, captions and key of one row."""
+    def parse(self, block: bytes) -> tuple[Path, None, dict, str]:
+        """Image path, no other name for it, the row with the captions and key of one row."""
         row = self._values(block)
         if self._header is not None:
             if len(row) != len(self._header):
@@ -355,7 +359,7 @@ class _Table:
             raise ValueError(f"no image path in the columns {list(row)}")
         if "://" in key:
             raise ValueError(f"expected an image path, but got the URL {key}; download the images first (img2dataset)")
-        return self.path.parent / key, None, _captions(row), key
+        return self.path.parent / key, None, row, key
 
     def _rows(self) -> Iterator[tuple[int, int]]:
         """First and last byte of each row that is not blank, the header's included."""
@@ -415,6 +419,13 @@ class _Tally:
                 f"Expected at most {self._max_bad_share:.2%} bad pairs, but {self._bad} of the {self._read} read so far "
                 f"are; mend the data or raise max_bad_share. The last one: {self._last_error}"
             )
+
+
+def _load(image: bytes | Path, name: str | None) -> Image.Image:
+    try:
+        return load_image(image, name)
+    except (ValueError, FileNotFoundError) as error:
+        raise BadPairError(str(error)) from error
 
 
 def _captions(row: Mapping) -> list[str]:

@@ -1,0 +1,239 @@
+"""Whole collections of images explained by the same texts, to Parquet files that `datasets.load_dataset` reads."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import itertools
+import json
+import os
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from accelerate import PartialState
+from datasets import Features, List, Value
+from datasets import Image as ImageFeature
+from PIL import Image
+from tqdm import tqdm
+
+from .cache import written_whole
+from .data.pairs import PairDataset, load_pairs
+from .evaluation import _ahead
+from .explainers import Explanation
+from .images import IMAGE_SUFFIXES, load_image
+from .localization import Localizer
+
+
+# One row an image. Masks are PNG pictures of one bit, which `datasets` decodes.
+_POINTS = List(List(Value("int32")))
+_FEATURES = Features(
+    {
+        "image": Value("string"),
+        "height": Value("int32"),
+        "width": Value("int32"),
+        "texts": List(
+            {
+                "text": Value("string"),
+                "score": Value("float32"),
+                "presence": Value("float32"),
+                "regions": List(
+                    {
+                        "score": Value("float32"),
+                        "box": List(Value("int32"), length=4),
+                        "positive_points": _POINTS,
+                        "negative_points": _POINTS,
+                    }
+                ),
+                "raw_map": List(List(Value("float32"))),
+                "mask": ImageFeature(),
+            }
+        ),
+    }
+)
+
+
+class ImageFolder:
+    """The image files of a folder and its subfolders, in the order of their names."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self._paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
+        if not self._paths:
+            raise FileNotFoundError(f"{folder}: expected images or .tar shards in this folder, found none.")
+
+    def __len__(self) -> int:
+        return len(self._paths)
+
+    def image(self, index: int) -> tuple[str, Image.Image]:
+        """Path within the folder, and image. Raises like `load_image`."""
+        path = self._paths[index]
+        return path.relative_to(self.folder).as_posix(), load_image(path)
+
+    def fingerprint(self) -> str:
+        """16 hex digits over the names and sizes of the files."""
+        digest = hashlib.sha256()
+        for path in self._paths:
+            digest.update(os.fsencode(f"{path.relative_to(self.folder).as_posix()}\0{path.stat().st_size}\0"))
+        return digest.hexdigest()[:16]
+
+
+def open_images(sources: Sequence[str | os.PathLike]) -> ImageFolder | PairDataset:
+    """
+    The images of a folder with its subfolders, or of webdataset shards, whose images need no captions: `.tar` files,
+    patterns such as "cc3m/{00000..00331}.tar", or a folder of shards.
+
+    Raises:
+        `FileNotFoundError`: nothing is there. `ValueError`: a folder of images beside other sources.
+    """
+    folders = [Path(source) for source in sources if Path(source).is_dir() and not any(Path(source).glob("*.tar"))]
+    if not folders:
+        return load_pairs(sources)
+    if len(sources) > 1:
+        raise ValueError(
+            f"Expected one folder of images, or webdataset shards alone, got {[str(s) for s in sources]}."
+        )
+    return ImageFolder(folders[0])
+
+
+@dataclass(frozen=True)
+class CollectionReport:
+    """
+    What a collection's files hold.
+
+    Attributes:
+        files: Parquet files.
+        images (`int`): explained images.
+        broken (`list[str]`): the reason, with the name, of each image that could not be read.
+    """
+
+    files: list[Path]
+    images: int
+    broken: list[str]
+
+
+def explain_collection(
+    localizer: Localizer,
+    images: ImageFolder | PairDataset,
+    output: Path,
+    *,
+    batch_size: int = 8,
+    images_per_file: int = 256,
+    num_workers: int | None = None,
+    progress: bool = True,
+) -> CollectionReport:
+    """
+    Explains all images into Parquet files `explanations-00000-of-00004.parquet`, ... of a folder, one row an image, for
+    `load_dataset("parquet", data_dir=output)`.
+
+    A file appears whole or not at all, and one that is there is not made again: after an interruption the same call goes
+    on. Under `accelerate launch` the files are shared out over the processes; their number does not change the files.
+
+    Args:
+        localizer ([`Localizer`]): texts and model.
+        images: of `open_images`.
+        output (`Path`): folder.
+        batch_size (`int`): images in one forward.
+        images_per_file (`int`): rows of a file, which is what an interruption costs at most.
+        num_workers (`int`, *optional*): threads that decode images and make masks beside the model; two less than the
+            processors, at least one, if not given.
+
+    Returns:
+        [`CollectionReport`], the same on every process.
+
+    Raises:
+        `ValueError`: the folder has files of other images, texts, model or options; a number below 1. `OSError`: it cannot
+        be written.
+    """
+    if min(batch_size, images_per_file) < 1:
+        raise ValueError(f"Expected batch_size and images_per_file from 1, got {batch_size} and {images_per_file}.")
+    # Without `cpu`, two processes on CPU would not find each other.
+    state = PartialState(cpu=not torch.cuda.is_available())
+    parts = [range(len(images))[start : start + images_per_file] for start in range(0, len(images), images_per_file)]
+    files = [output / f"explanations-{number:05d}-of-{len(parts):05d}.parquet" for number in range(len(parts))]
+    settings = {**localizer.settings, "images": images.fingerprint(), "images_per_file": images_per_file}
+    if state.is_main_process:
+        output.mkdir(parents=True, exist_ok=True)
+        for left_over in output.glob("explanations-*.partial"):  # of a process that was killed
+            left_over.unlink()
+    state.wait_for_everyone()
+    for file in output.glob("explanations-*.parquet"):
+        found = _metadata(file)["settings"]
+        if found != settings:
+            differing = sorted(name for name in settings if found.get(name) != settings[name])
+            raise ValueError(f"{file}: it was made with other {', '.join(differing)}; choose another output folder.")
+
+    missing = [(part, file) for part, file in zip(parts, files) if not file.exists()]
+    state.wait_for_everyone()  # before anyone adds a file: all must share out the same list
+    mine = missing[state.process_index :: state.num_processes]
+    workers = num_workers or max(1, (os.cpu_count() or 1) - 2)
+    bar = tqdm(
+        total=sum(len(part) for part, _ in mine), unit="image", disable=not (progress and state.is_main_process)
+    )
+    with ThreadPoolExecutor(workers) as pool, bar:
+        for part, file in mine:
+            broken: list[str] = []
+            rows = list(_rows(localizer, images, part, batch_size, pool, bar, broken))
+            metadata = {b"iclip": json.dumps({"settings": settings, "broken": broken}).encode()}
+            schema = _FEATURES.arrow_schema
+            table = pa.Table.from_pylist(rows, schema.with_metadata({**schema.metadata, **metadata}))
+            with written_whole(file) as partial:
+                pq.write_table(table, partial)
+
+    state.wait_for_everyone()
+    return CollectionReport(
+        files,
+        images=sum(pq.read_metadata(file).num_rows for file in files),
+        broken=[reason for file in files for reason in _metadata(file)["broken"]],
+    )
+
+
+def _rows(localizer, images, part, batch_size, pool, bar, broken) -> Iterator[dict]:
+    """The rows of some images, in order; threads decode and describe, this one runs the model."""
+
+    def load(index: int) -> tuple[str, tuple[int, int], torch.Tensor] | str:
+        try:
+            name, image = images.image(index)
+        except (ValueError, FileNotFoundError) as error:
+            return " ".join(str(error).split())
+        return name, (image.height, image.width), localizer.prepare(image)
+
+    def explained() -> Iterator[tuple[str, Explanation, torch.Tensor]]:
+        loaded = _ahead(pool, load, part, 2 * batch_size)
+        while batch := list(itertools.islice(loaded, batch_size)):
+            broken.extend(one for one in batch if isinstance(one, str))
+            good = [one for one in batch if not isinstance(one, str)]
+            if good:
+                names, sizes, pixels = zip(*good)
+                for name, size, raw, scores, presence in zip(names, sizes, *localizer.explain(torch.cat(pixels))):
+                    yield name, Explanation(localizer.texts, scores, raw, size), presence
+            bar.update(len(batch))
+
+    def describe(item: tuple[str, Explanation, torch.Tensor]) -> dict:
+        name, explanation, presence = item
+        texts = [
+            {**text.record(), "raw_map": list(raw), "mask": {"bytes": _png(text.mask), "path": None}}
+            for text, raw in zip(localizer.locate(explanation, presence), explanation.raw_maps.numpy())
+        ]
+        return {"image": name, "height": explanation.size[0], "width": explanation.size[1], "texts": texts}
+
+    return _ahead(pool, describe, explained(), 2 * batch_size)
+
+
+def _png(mask: np.ndarray) -> bytes:
+    file = io.BytesIO()
+    Image.fromarray(mask).save(file, format="PNG")
+    return file.getvalue()
+
+
+def _metadata(file: Path) -> dict:
+    """What `explain_collection` noted in a file: its settings and its broken images."""
+    metadata = pq.read_schema(file).metadata or {}
+    if b"iclip" not in metadata:
+        raise ValueError(f"{file}: expected a file that this command wrote; choose another output folder.")
+    return json.loads(metadata[b"iclip"])

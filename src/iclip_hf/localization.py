@@ -1,0 +1,128 @@
+"""Where the texts are in an image, and whether they are: presence, masks and regions beside the maps of any explainer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+
+from .explainers import Explanation, make_explainer, select_texts
+from .explainers.itsm import ITSM, cosines
+from .presence import BACKGROUND, MIN_PRESENCE, presence
+from .regions import Region, find_regions, negative_points, positive_points
+
+
+class LocalizedText(NamedTuple):
+    """
+    One text in one image.
+
+    Attributes:
+        text (`str`), score (`float`, cosine in [-1, 1]), presence (`float` in [0, 1]).
+        heatmap (`np.ndarray` of shape `(H, W)`): the map, in [0, 1].
+        mask (`np.ndarray` of shape `(H, W)`): boolean, empty where the text counts as absent.
+        regions: the mask's connected parts, best first.
+    """
+
+    text: str
+    score: float
+    presence: float
+    heatmap: np.ndarray
+    mask: np.ndarray
+    regions: list[Region]
+
+    def record(self) -> dict:
+        """Everything but map and mask as plain values; boxes (x0, y0, x1, y1) and points (x, y) in pixels."""
+        negative = negative_points(self.heatmap, self.mask).tolist() if self.regions else []
+        return {
+            "text": self.text,
+            "score": round(self.score, 4),
+            "presence": round(self.presence, 4),
+            "regions": [
+                {
+                    "score": round(region.score, 4),
+                    "box": list(region.box),
+                    "positive_points": positive_points(self.heatmap, region).tolist(),
+                    "negative_points": negative,
+                }
+                for region in self.regions
+            ],
+        }
+
+
+class Localizer:
+    """
+    Finds the same texts in any number of images.
+
+    Args:
+        model, processor, method: as for [`make_explainer`].
+        texts: T labels.
+        templates: prompts with one `{}` each; the processor's if not given.
+        threshold (`float` in [0, 1], or T of them): foreground is M > threshold.
+        min_presence (`float` in [0, 1]): a text of lower presence gets an empty mask.
+        image_size (`int`, *optional*): side in pixels at which the model sees images; the processor's if not given.
+
+    Attributes:
+        settings (`dict`): all of them, as plain values.
+
+    Raises:
+        `ValueError`, `TypeError`: as [`make_explainer`]; for thresholds out of range or not T.
+    """
+
+    def __init__(
+        self,
+        model,
+        processor,
+        texts: Sequence[str],
+        *,
+        method: str = "itsm",
+        templates: Sequence[str] | None = None,
+        threshold: float | Sequence[float] = 0.5,
+        min_presence: float = MIN_PRESENCE,
+        image_size: int | None = None,
+    ):
+        self.texts = list(texts)
+        self.thresholds = [threshold] * len(self.texts) if isinstance(threshold, (int, float)) else list(threshold)
+        self.min_presence = min_presence
+        if len(self.thresholds) != len(self.texts):
+            raise ValueError(f"Expected {len(self.texts)} thresholds, one a text, got {len(self.thresholds)}.")
+        if not all(0 <= value <= 1 for value in [*self.thresholds, min_presence]):
+            raise ValueError(f"Expected thresholds and presence in [0, 1], got {self.thresholds} and {min_presence}.")
+        self.explainer = make_explainer(model, processor, method)
+        self._encoded = self.explainer.encode_texts([*self.texts, *BACKGROUND], templates)
+        self._size = {} if image_size is None else {"size": {"height": image_size, "width": image_size}}
+        self.settings = {
+            "model": getattr(getattr(model, "config", None), "_name_or_path", "") or type(model).__name__,
+            "method": method,
+            "texts": self.texts,
+            "templates": list(templates or self.explainer.family.templates),
+            "thresholds": self.thresholds,
+            "min_presence": min_presence,
+            "image_size": image_size,
+        }
+
+    def prepare(self, image: Image.Image) -> torch.Tensor:
+        """An RGB image of any shape -> `(1, 3, H, W)` as the model sees it."""
+        return self.explainer.processor(images=[image], **self._size)["pixel_values"]
+
+    def explain(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Images `(B, 3, H, W)` -> raw maps `(B, T, h, w)`, cosines `(B, T)` and presence `(B, T)`, on the CPU."""
+        count = len(self.texts)
+        if isinstance(self.explainer, ITSM):  # any number of texts cost one forward
+            maps, scores = self.explainer.raw_maps(pixel_values, self._encoded)
+            maps, scores, background = maps[:, :count], scores[:, :count], scores[:, count:]
+        else:
+            maps, scores = self.explainer.raw_maps(pixel_values, select_texts(self._encoded, torch.arange(count)))
+            with torch.no_grad():
+                image = self.explainer.family.encode_image(pixel_values)
+            background = cosines(image.image_embeds, self._encoded.text_embeds[count:])
+        return maps.cpu(), scores.cpu(), presence(scores, background).cpu()
+
+    def locate(self, explanation: Explanation, presences: torch.Tensor) -> Iterator[LocalizedText]:
+        """One explained image with the presence `(T,)` of its texts -> its texts one by one, at its own size."""
+        for index, (score, present) in enumerate(zip(explanation.scores.tolist(), presences.tolist())):
+            heatmap = explanation.map(index).numpy()
+            mask = (heatmap > self.thresholds[index]) & (present >= self.min_presence)
+            yield LocalizedText(explanation.labels[index], score, present, heatmap, mask, find_regions(heatmap, mask))

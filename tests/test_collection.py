@@ -1,0 +1,250 @@
+import io
+import os
+import signal
+import subprocess
+import sys
+import tarfile
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+from conftest import tiny_model
+from datasets import load_dataset
+from PIL import Image
+
+from iclip_hf import collection
+from iclip_hf.collection import explain_collection, open_images
+from iclip_hf.explainers import explain
+from iclip_hf.localization import Localizer
+
+
+TEXTS = ["dog", "red ball"]
+NAMES = [f"{folder}/{number:02}.jpg" for folder in ("a", "b") for number in range(7)]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, tiny_processor):
+    """A model, and 14 images of different shapes of which b/02 is broken."""
+    folder = tmp_path_factory.mktemp("collection")
+    tiny_model().save_pretrained(folder / "model")
+    tiny_processor.save_pretrained(folder / "model")
+    generator = np.random.default_rng(0)
+    for index, name in enumerate(NAMES):
+        path = folder / "images" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        pixels = generator.integers(0, 256, (20 + 3 * index, 60 - 2 * index, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(path)
+    broken = folder / "images" / "b" / "02.jpg"
+    broken.write_bytes(broken.read_bytes()[:200])
+    (folder / "images" / "notes.txt").write_text("no image")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def localizer(tiny_processor):
+    return Localizer(tiny_model(), tiny_processor, TEXTS, threshold=[0.4, 0.6], min_presence=0.2)
+
+
+def run(localizer, images, output, **options):
+    options = {"batch_size": 3, "images_per_file": 4, "num_workers": 2, "progress": False, **options}
+    return explain_collection(localizer, images, output, **options)
+
+
+@pytest.fixture(scope="module")
+def whole(folder, localizer, tmp_path_factory):
+    """An uninterrupted run: its report and folder."""
+    output = tmp_path_factory.mktemp("whole")
+    return run(localizer, open_images([folder / "images"]), output), output
+
+
+def contents(output):
+    return {path.name: path.read_bytes() for path in output.iterdir()}
+
+
+def test_files_and_report(whole):
+    report, output = whole
+    assert [path.name for path in report.files] == [f"explanations-{i:05}-of-00004.parquet" for i in range(4)]
+    assert sorted(output.iterdir()) == report.files
+    assert [pq.read_metadata(path).num_rows for path in report.files] == [4, 4, 3, 2]
+    assert report.images == 13
+    assert len(report.broken) == 1 and "b/02.jpg" in report.broken[0] and "undamaged copy" in report.broken[0]
+
+
+def test_rows_are_what_explain_gives(folder, whole, tmp_path):
+    dataset = load_dataset("parquet", data_dir=str(whole[1]), split="train", cache_dir=str(tmp_path))
+    names = [name for name in NAMES if name != "b/02.jpg"]
+    assert dataset["image"][:] == names
+    from transformers import AutoModel, AutoProcessor
+
+    model, processor = (auto.from_pretrained(folder / "model") for auto in (AutoModel, AutoProcessor))
+    explanations = explain(model, processor, [folder / "images" / name for name in names], TEXTS)
+    masks = 0
+    for row, explanation in zip(dataset, explanations):
+        assert (row["height"], row["width"]) == explanation.size
+        for index, (text, threshold) in enumerate(zip(row["texts"], (0.4, 0.6))):
+            assert text["text"] == TEXTS[index]
+            assert text["score"] == pytest.approx(float(explanation.scores[index]), abs=1e-3)
+            raw, expected = torch.tensor(text["raw_map"]), explanation.map(index).numpy()
+            torch.testing.assert_close(raw, explanation.raw_maps[index], atol=1e-5, rtol=0)
+            mask, sure = np.asarray(text["mask"]), np.abs(expected - threshold) > 1e-3
+            expected_mask = (expected > threshold) & (text["presence"] >= 0.2)
+            assert mask.dtype == bool and np.array_equal(mask[sure], expected_mask[sure])
+            assert bool(text["regions"]) == mask.any()
+            masks += mask.any()
+    assert 0 < masks < 26  # the gate closed for some
+
+
+class Killed(BaseException):
+    pass
+
+
+def test_an_interrupted_run_goes_on_and_gives_the_same_files(folder, localizer, whole, tmp_path, monkeypatch):
+    calls = []
+
+    def stop_at_the_fourth_batch(pixel_values):
+        calls.append(len(pixel_values))
+        if len(calls) == 4:
+            raise Killed
+        return Localizer.explain(localizer, pixel_values)
+
+    images = open_images([folder / "images"])
+    monkeypatch.setattr(localizer, "explain", stop_at_the_fourth_batch)
+    with pytest.raises(Killed):
+        run(localizer, images, tmp_path)
+    monkeypatch.undo()
+    (first,) = tmp_path.iterdir()  # nothing half-written
+    finished = first.stat().st_mtime_ns
+
+    assert run(localizer, images, tmp_path).broken == whole[0].broken
+    assert first.stat().st_mtime_ns == finished
+    assert contents(tmp_path) == contents(whole[1])
+
+
+def test_nothing_is_explained_twice(folder, localizer, whole, monkeypatch):
+    monkeypatch.setattr(localizer, "explain", None)
+    report = run(localizer, open_images([folder / "images"]), whole[1])
+    assert (report.images, report.broken) == (13, whole[0].broken)
+
+
+def command(folder, output):
+    options = ["--batch-size", "3", "--images-per-file", "4", "--threshold", "0.4", "--min-presence", "0.2"]
+    texts = [part for text in TEXTS for part in ("--text", text)]
+    return [
+        "explain",
+        str(folder / "images"),
+        *texts,
+        *options,
+        "--model",
+        str(folder / "model"),
+        "--output",
+        str(output),
+    ]
+
+
+@pytest.mark.slow
+def test_two_processes_go_on_after_a_kill_in_the_midst_of_writing(folder, tiny_processor, tmp_path):
+    """Killed while the second file is half-written, then finished by two processes: as one uninterrupted run."""
+    output = tmp_path / "output"
+    killed = (
+        "import os, signal, sys\n"
+        "replace = os.replace\n"
+        "def kill(source, target):\n"
+        "    if '00001-of' in str(target): os.kill(os.getpid(), signal.SIGKILL)\n"
+        "    replace(source, target)\n"
+        "os.replace = kill\n"
+        "from iclip_hf.cli import main\n"
+        "main(sys.argv[1:])"
+    )
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "1", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", killed, *command(folder, output)], env=environment, capture_output=True
+    )
+    assert done.returncode == -signal.SIGKILL
+    names = sorted(path.name for path in output.iterdir())
+    assert len(names) == 2 and names[1].endswith(".partial")
+
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    done = subprocess.run(
+        [*launch, "-m", "iclip_hf.cli", *command(folder, output)], env=environment, capture_output=True, text=True
+    )
+    assert done.stdout == f"13 images -> 4 files in {output}, 1 broken images\n"
+    assert "b/02.jpg" in done.stderr and done.returncode != 0
+    # Of the files left, with 4, 4 and 2 images, the process that shows progress makes the first and the third.
+    assert "/6 [" in done.stderr
+
+    alone = tmp_path / "alone"
+    model = {"model": str(folder / "model")}
+    localizer = Localizer(tiny_model(), tiny_processor, TEXTS, threshold=0.4, min_presence=0.2)
+    localizer.settings.update(model)
+    run(localizer, open_images([folder / "images"]), alone)
+    assert [path.name for path in sorted(output.iterdir())] == [path.name for path in sorted(alone.iterdir())]
+    for file in alone.iterdir():
+        ours, theirs = pq.read_table(file), pq.read_table(output / file.name)
+        assert ours.schema.metadata == theirs.schema.metadata
+        assert ours["image"] == theirs["image"]
+        for one, other in zip(ours["texts"].to_pylist(), theirs["texts"].to_pylist()):
+            assert [text["score"] for text in one] == pytest.approx([text["score"] for text in other], abs=2e-4)
+
+
+def test_shards_without_captions_give_the_same_rows(folder, localizer, whole, tmp_path):
+    shards = tmp_path / "shards"
+    shards.mkdir()
+    for number in range(2):
+        with tarfile.open(shards / f"{number:05}.tar", "w") as tar:
+            for name in NAMES[7 * number : 7 * number + 7]:
+                data = (folder / "images" / name).read_bytes()
+                member = tarfile.TarInfo(name)
+                member.size = len(data)
+                tar.addfile(member, io.BytesIO(data))
+    for sources in ([shards], [f"{shards}/{{00000..00001}}.tar"], sorted(shards.iterdir())):
+        assert len(open_images(sources)) == 14
+    report = run(localizer, open_images([shards]), tmp_path / "output")
+    assert report.images == 13 and len(report.broken) == 1 and "b/02.jpg" in report.broken[0]
+    for ours, theirs in zip(report.files, whole[0].files):
+        ours, theirs = pq.read_table(ours), pq.read_table(theirs)
+        assert ours["image"].to_pylist() == [name.removesuffix(".jpg") for name in theirs["image"].to_pylist()]
+        assert ours["texts"] == theirs["texts"]
+
+
+def test_only_broken_images(localizer, tmp_path):
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / "x.png").write_bytes(b"no image")
+    report = run(localizer, open_images([tmp_path / "images"]), tmp_path / "output")
+    assert report.images == 0 and len(report.broken) == 1
+    assert pq.read_table(report.files[0]).schema.equals(collection._FEATURES.arrow_schema)
+
+
+def test_other_settings_do_not_mix(folder, localizer, whole, tiny_processor):
+    images, output = open_images([folder / "images"]), whole[1]
+    before = contents(output)
+    other = Localizer(tiny_model(), tiny_processor, ["cat", "car"], threshold=[0.4, 0.6], min_presence=0.2)
+    for change, options, name in ((other, {}, "texts"), (localizer, {"images_per_file": 5}, "images_per_file")):
+        with pytest.raises(ValueError, match=f"made with other {name}; choose another"):
+            run(change, images, output, **options)
+    with pytest.raises(ValueError, match="made with other images; choose another"):
+        run(localizer, open_images([folder / "images" / "a"]), output)
+    assert contents(output) == before
+
+
+@pytest.mark.parametrize("options", [{"batch_size": 0}, {"images_per_file": 0}])
+def test_numbers_below_one(folder, localizer, tmp_path, options):
+    with pytest.raises(ValueError, match="from 1, got"):
+        run(localizer, open_images([folder / "images"]), tmp_path / "output", **options)
+
+
+def test_a_foreign_file_is_left_alone(folder, localizer, tmp_path):
+    import pyarrow as pa
+
+    pq.write_table(pa.table({"a": [1]}), tmp_path / "explanations-mine.parquet")
+    with pytest.raises(ValueError, match="explanations-mine.parquet: expected a file that this command wrote"):
+        run(localizer, open_images([folder / "images"]), tmp_path)
+
+
+def test_sources_that_are_none(folder, tmp_path):
+    with pytest.raises(FileNotFoundError, match="expected images or .tar shards"):
+        open_images([tmp_path])
+    with pytest.raises(FileNotFoundError, match="none.tar"):
+        open_images([tmp_path / "none.tar"])
+    with pytest.raises(ValueError, match="one folder of images"):
+        open_images([folder / "images" / "a", folder / "images" / "b"])

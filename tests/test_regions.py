@@ -1,0 +1,154 @@
+import json
+
+import numpy as np
+import pytest
+from pycocotools import mask as coco
+
+from iclip_hf.regions import class_thresholds, find_regions, negative_points, positive_points, run_lengths
+
+
+def random_maps(seed, shape=(13, 21)):
+    heatmap = np.random.default_rng(seed).random(shape).astype(np.float32)
+    return heatmap, heatmap > 0.6
+
+
+def flood_fill(mask):
+    """The connected parts of a mask as sets of (y, x), one pixel at a time."""
+    left, parts = set(zip(*np.nonzero(mask))), []
+    while left:
+        part, border = set(), [left.pop()]
+        while border:
+            y, x = border.pop()
+            part.add((y, x))
+            near = {(y + dy, x + dx) for dy in (-1, 0, 1) for dx in (-1, 0, 1)} & left
+            left -= near
+            border.extend(near)
+        parts.append(part)
+    return parts
+
+
+def test_two_objects_by_hand():
+    heatmap = np.zeros((5, 8), np.float32)
+    heatmap[1:3, 1:3] = [[0.6, 0.8], [0.6, 0.8]]
+    heatmap[3, 3] = 0.7  # touches by a corner
+    heatmap[0, 6:8] = 0.9, 1.0
+    first, second = find_regions(heatmap, heatmap > 0.5)
+    assert first.box == (6, 0, 8, 1) and first.score == pytest.approx(0.95)
+    assert second.box == (1, 1, 4, 4) and second.score == pytest.approx(3.5 / 5)
+    assert second.inside.tolist() == [[True, True, False], [True, True, False], [False, False, True]]
+    assert [region.box for region in find_regions(heatmap, heatmap > 0.5, min_area=3 / 40)] == [second.box]
+    assert positive_points(heatmap, first).tolist() == [[7, 0]]
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_regions_are_the_parts_of_a_flood_fill(seed):
+    heatmap, mask = random_maps(seed)
+    expected = {}
+    for part in flood_fill(mask):
+        ys, xs = zip(*part)
+        expected[min(xs), min(ys), max(xs) + 1, max(ys) + 1, len(part)] = np.mean([heatmap[place] for place in part])
+    regions = find_regions(heatmap, mask, min_area=0)
+    found = {(*region.box, int(region.inside.sum())): region.score for region in regions}
+    assert found == pytest.approx(expected)
+    scores = [region.score for region in regions]
+    assert scores == sorted(scores, reverse=True)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_points_are_where_they_should_be(seed):
+    heatmap, mask = random_maps(seed)
+    for region in find_regions(heatmap, mask, min_area=0):
+        x0, y0, x1, y1 = region.box
+        own = np.zeros_like(mask)
+        own[y0:y1, x0:x1] = region.inside
+        points = positive_points(heatmap, region, 4)
+        assert all(own[y, x] for x, y in points)
+        peak_x, peak_y = points[0]
+        assert heatmap[peak_y, peak_x] == heatmap[own].max()
+    points = negative_points(heatmap, mask, 4)
+    assert not any(mask[y, x] for x, y in points)
+    distances = np.linalg.norm(points[:, None] - points[None], axis=-1)[np.triu_indices(4, 1)]
+    assert distances.min() >= 13 / 4
+
+
+def test_a_negative_point_keeps_off_the_undershoot_beside_an_object():
+    heatmap = np.full((40, 40), 0.2, np.float32)
+    heatmap[10:30, 10:30] = 1
+    heatmap[10:30, 30] = 0  # the lowest pixels, at the very edge
+    heatmap[:, 36:] = 0.1
+    ((x, y),) = negative_points(heatmap, heatmap > 0.5, 1)
+    assert x >= 36
+
+
+def test_a_region_and_an_image_too_small_repeat_their_points():
+    heatmap = np.array([[0.0, 1.0]], np.float32)
+    (region,) = find_regions(heatmap, heatmap > 0.5)
+    assert positive_points(heatmap, region, 3).tolist() == [[1, 0]] * 3
+    assert negative_points(heatmap, heatmap > 0.5, 3).tolist() == [[0, 0]] * 3
+    assert negative_points(heatmap, np.ones((1, 2), bool), 1).tolist() == [[0, 0]]  # nothing is outside
+
+
+def test_inputs_stay_as_they_are():
+    heatmap, mask = random_maps(0)
+    before = heatmap.copy(), mask.copy()
+    positive_points(heatmap, find_regions(heatmap, mask)[0], 2)
+    negative_points(heatmap, mask)
+    assert np.array_equal(heatmap, before[0]) and np.array_equal(mask, before[1])
+
+
+def test_an_empty_mask_has_no_region():
+    assert find_regions(np.ones((4, 6)), np.zeros((4, 6), bool)) == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [((np.ones((4, 6)), np.ones((6, 4), bool)), r"shape \(4, 6\), got \(6, 4\)"), ((*random_maps(0), 3), "got 3")],
+)
+def test_bad_regions_are_named(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        find_regions(*arguments)
+
+
+@pytest.mark.parametrize(
+    "mask", [random_maps(0)[1], np.ones((3, 5), bool), np.zeros((3, 5), bool), np.eye(4, dtype=bool)]
+)
+def test_run_lengths_are_read_by_pycocotools(mask):
+    lengths = json.loads(json.dumps(run_lengths(mask)))
+    assert np.array_equal(coco.decode(coco.frPyObjects(lengths, *mask.shape)), mask)
+
+
+def evaluation_file(path):
+    rows = [
+        {"name": "dog", "threshold": 0.31},
+        {"name": "red ball", "threshold": 0.55},
+        {"name": "cat", "threshold": None},
+    ]
+    path.write_text(json.dumps({"per_class": {"itsm": rows, "gem": rows[:1]}}))
+    return path
+
+
+def test_thresholds_of_classes(tmp_path):
+    path = evaluation_file(tmp_path / "results.json")
+    assert class_thresholds(path, ["red ball", "dog", "dog"]) == [0.55, 0.31, 0.31]
+    assert class_thresholds(path, ["dog"], "gem") == [0.31]
+
+
+@pytest.mark.parametrize(
+    ("labels", "method", "message"),
+    [
+        (["dog", "cat"], "itsm", r"thresholds of \['cat'\], it has those of \['dog', 'red ball'\]"),
+        (["bird"], "itsm", r"\['bird'\]"),
+        (["dog"], "attention", r"method 'attention', it has those of \['gem', 'itsm'\]"),
+    ],
+)
+def test_missing_thresholds_are_named(tmp_path, labels, method, message):
+    with pytest.raises(ValueError, match=message):
+        class_thresholds(evaluation_file(tmp_path / "results.json"), labels, method)
+
+
+@pytest.mark.parametrize("content", ["", "[]", "3", '{"per_class": []}', '{"per_class": {"itsm": [{"name": "dog"}]}}'])
+def test_another_file_is_refused(tmp_path, content):
+    path = tmp_path / "other.json"
+    path.write_text(content)
+    with pytest.raises(ValueError, match="other.json: expected the JSON file that `iclip evaluate --output` writes"):
+        class_thresholds(path, ["dog"])

@@ -22,5 +22,9 @@ style: .venv/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
+# All tables, one after the other, also in runs/bench.md.
 bench: .venv/.installed
-	for benchmark in benchmarks/bench_*.py; do $(BIN)/python $$benchmark || exit 1; done
+	mkdir -p runs
+	for benchmark in benchmarks/bench_*.py; do \
+		echo "## $$benchmark"; echo; $(BIN)/python $$benchmark || exit 1; echo; \
+	done > runs/bench.md; status=$$?; cat runs/bench.md; exit $$status

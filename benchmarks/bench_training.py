@@ -7,7 +7,6 @@ MiniLM-L6); the contenders take turns. open_clip trains random towers of these s
 """
 
 import argparse
-import itertools
 import os
 import statistics
 import tarfile
@@ -18,6 +17,7 @@ from pathlib import Path
 import open_clip
 import torch
 from accelerate import Accelerator
+from measuring import machine, ratio, table, take_turns
 from open_clip.loss import ClipLoss
 from torch.utils.data import DataLoader
 
@@ -40,36 +40,48 @@ def first_pairs(shard: Path, count: int, target: Path) -> Path:
     return target
 
 
-class Ours:
-    """Epochs of an ICLIP model over a data set of any form."""
+class Contender:
+    """Trains epoch after epoch, and notes which share of each it waited for data."""
 
-    def __init__(self, dataset, lock_text: bool, options: argparse.Namespace):
-        torch.manual_seed(0)
-        vision, text = map(str, embedded_towers())
-        model = ICLIPModel.from_vision_text_pretrained(vision, text)
-        self.pair_model = PairModel(model, options.batch_size, lock_text)
-        self.optimizer = torch.optim.AdamW(parameter_groups(self.pair_model, 0.05), lr=1e-4)
-        workers = 0 if isinstance(dataset, CachedPairs) else options.num_workers
-        self.loader = BatchLoader(dataset, Accelerator(cpu=True), options.batch_size, num_workers=workers)
+    def __init__(self):
+        self.waited = []
 
-    def epoch(self, number: int) -> float:
-        """Trains one epoch; the share of its time that it waited for data."""
+    def train(self) -> None:
         start = ended = time.perf_counter()
         waited = 0.0
-        for batch in self.loader.epoch(number):
+        for batch in self.batches(len(self.waited)):
             waited += time.perf_counter() - ended
-            batch.pop("skipped")
-            self.pair_model(**batch)["loss"].backward()
+            self.loss(batch).backward()
             self.optimizer.step()
             self.optimizer.zero_grad()
             ended = time.perf_counter()
-        return waited / (time.perf_counter() - start)
+        self.waited.append(waited / (time.perf_counter() - start))
 
 
-class OpenClip:
+class Ours(Contender):
+    """An ICLIP model over a data set of any form."""
+
+    def __init__(self, dataset, lock_text: bool, options: argparse.Namespace):
+        super().__init__()
+        torch.manual_seed(0)
+        vision, text = map(str, embedded_towers())
+        self.pair_model = PairModel(
+            ICLIPModel.from_vision_text_pretrained(vision, text), options.batch_size, lock_text
+        )
+        self.optimizer = torch.optim.AdamW(parameter_groups(self.pair_model, 0.05), lr=1e-4)
+        workers = 0 if isinstance(dataset, CachedPairs) else options.num_workers
+        self.batches = BatchLoader(dataset, Accelerator(cpu=True), options.batch_size, num_workers=workers).epoch
+
+    def loss(self, batch: dict) -> torch.Tensor:
+        batch.pop("skipped")
+        return self.pair_model(**batch)["loss"]
+
+
+class OpenClip(Contender):
     """The same in open_clip: its model of the same sizes with a locked image tower, its tokenizer, its loss."""
 
     def __init__(self, pairs, processor: ICLIPProcessor, options: argparse.Namespace):
+        super().__init__()
         torch.manual_seed(0)
         vision = {"image_size": 224, "patch_size": 14, "width": 384, "layers": 12, "head_width": 64}
         text = {"context_length": 77, "vocab_size": 49408, "width": 384, "heads": 12, "layers": 6}
@@ -90,16 +102,11 @@ class OpenClip:
             Prepared(), options.batch_size, shuffle=True, drop_last=True, num_workers=options.num_workers
         )
 
-    def epoch(self, number: int) -> float:
-        start = ended = time.perf_counter()
-        waited = 0.0
-        for images, texts in self.loader:
-            waited += time.perf_counter() - ended
-            ClipLoss()(*self.model(images, texts)).backward()
-            self.optimizer.step()
-            self.optimizer.zero_grad()
-            ended = time.perf_counter()
-        return waited / (time.perf_counter() - start)
+    def batches(self, epoch: int):
+        return self.loader
+
+    def loss(self, batch: tuple) -> torch.Tensor:
+        return ClipLoss()(*self.model(*batch))
 
 
 def main() -> None:
@@ -109,7 +116,7 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=128)
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--num-workers", type=int, default=1)
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=3)
     options = parser.parse_args()
 
     with tempfile.TemporaryDirectory() as scratch:
@@ -118,9 +125,8 @@ def main() -> None:
         processor = ICLIPProcessor.from_vision_text_pretrained(vision, text)
         model, accelerator = ICLIPModel.from_vision_text_pretrained(vision, text), Accelerator(cpu=True)
         views = cache_images(Path(scratch), pairs, model, [WholeImage(processor)], accelerator)
-        texts = cache_texts(
-            Path(scratch, "texts"), itertools.chain(*views[0].captions()), model, processor, accelerator
-        )
+        captions = [caption for several in views[0].captions() for caption in several]
+        texts = cache_texts(Path(scratch, "texts"), captions, model, processor, accelerator)
         poolings = branch_poolings(model.config)
         plain = TrainingPairs(pairs, WholeImage(processor), processor)
         contenders = {
@@ -132,30 +138,21 @@ def main() -> None:
             "projections and text tower, without": Ours(plain, False, options),
             "open_clip, locked image tower": OpenClip(pairs, processor, options),
         }
-        seconds = {name: [] for name in contenders}
-        waiting = {name: [] for name in contenders}
-        for repeat, (name, contender) in itertools.product(range(options.repeats + 1), contenders.items()):
-            start = time.perf_counter()
-            share = contender.epoch(repeat)
-            if repeat:  # the first one warms up
-                seconds[name].append(time.perf_counter() - start)
-                waiting[name].append(share)
+        taken = take_turns({name: one.train for name, one in contenders.items()}, options.rounds)
 
-    def ratio(slow: str, fast: str) -> float:
-        return statistics.median(s / f for s, f in zip(seconds[slow], seconds[fast]))
-
-    print(f"\n{options.pairs} pairs in batches of {options.batch_size}, {torch.get_num_threads()} threads, ", end="")
-    print(f"{options.num_workers} loading process, median of {options.repeats} epochs\n")
-    print("| an epoch of | seconds | pairs a second | waiting for data |\n|---|---|---|---|")
-    for name, times in seconds.items():
-        median = statistics.median(times)
-        print(f"| {name} | {median:.3f} | {options.pairs / median:.1f} | {statistics.median(waiting[name]):.0%} |")
-    locked, learning = ratio(*list(contenders)[1::-1]), ratio(*list(contenders)[3:1:-1])
+    print(f"{machine('open_clip_torch')}; {options.pairs} pairs in batches of {options.batch_size}, ", end="")
+    print(f"{options.num_workers} loading process, medians of {options.rounds} epochs\n")
+    rows = []
+    for name, times in taken.items():
+        median, waited = statistics.median(times), statistics.median(contenders[name].waited[1:])
+        rows.append([name, median, options.pairs / median, f"{waited:.0%}"])
+    print(table(["an epoch of", "seconds", "pairs a second", "waiting for data"], rows))
+    locked, uncached, learning, uncached_learning, theirs = taken
     print(
-        f"\nThe cache makes an epoch {locked:.0f} times faster, {learning:.1f} times with the text tower learning; ",
-        end="",
+        f"\nThe cache makes an epoch {ratio(taken, uncached, locked):.0f} times faster, "
+        f"{ratio(taken, uncached_learning, learning):.1f} times with the text tower learning; open_clip takes "
+        f"{ratio(taken, theirs, uncached_learning):.2f} times as long as train.py without a cache."
     )
-    print(f"open_clip takes {ratio(*list(contenders)[4:2:-1]):.2f} times as long as train.py without a cache.")
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ style: .venv/.installed
 
 # All tables, one after the other, also in runs/bench.md.
 bench: .venv/.installed
+	$(BIN)/python -m pip install --quiet --editable '.[bench]'
 	mkdir -p runs
 	for benchmark in benchmarks/bench_*.py; do \
 		echo "## $$benchmark"; echo; $(BIN)/python $$benchmark || exit 1; echo; \

@@ -89,13 +89,24 @@ def test_semantic_shift_by_hand(by_hand):
     # On the foreground of the four images: by maximum 2, 1, 1, 4 channels, by class token 1, 1, 2, 4, by mean 0, 3, 1, 4.
     assert shift.foreground_channels == {"class_token": 2, "average": 2, "max": 2, "own": 2}
 
+    assert shift.table().splitlines()[2:] == [
+        "| (0, 0.25] | 1 | 1.0 | 0.0 | 3.0 |",
+        "| (0.25, 0.75] | 2 | 0.5 | 1.0 | 2.5 |",
+        "| (0.75, 1] | 1 | 0.0 | 0.0 | 4.0 |",
+        "| (0, 1] | 4 | 0.5 | 0.5 | 3.0 |",
+        "",
+        "| pooling | channels on the foreground |",
+        "|---|---|",
+        *(f"| {pooling} | 2.0 |" for pooling in ("class_token", "average", "max", "own")),
+    ]
+
     back = semantic_shift("model", None, samples, before="class_token", after="max").rows
     assert [(row.b2f, row.f2b) for row in back] == [(row.f2b, row.b2f) for row in shift.rows]
 
 
 def test_what_cannot_be_counted(by_hand):
     shift = semantic_shift("model", None, [])
-    assert shift.images == 0 and shift.foreground_channels == {} and all(math.isnan(row.same) for row in shift.rows)
+    assert shift.images == 0 and shift.foreground_channels == {} and all(row.same is None for row in shift.rows)
     with pytest.raises(ValueError, match=r"one of \['average', 'max', 'own'\], got 'class_token'"):
         semantic_shift("max", None, [Sample([[1, 0, 0]], (PATCHES, CLASS_TOKEN))])
 

@@ -1,6 +1,7 @@
 import csv
 import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -14,6 +15,10 @@ from torch.nn import functional as F
 from iclip_hf import cli
 from iclip_hf.data import load_segmentation
 from iclip_hf.evaluation import evaluate
+from iclip_hf.explainers import METHODS, make_explainer
+from iclip_hf.metrics import MeanForegroundMinusBackground as MFMB
+from iclip_hf.metrics import MeanMaxIoU, MultiLabelAveragePrecision
+from iclip_hf.similarity import resize_and_normalize
 
 
 NAMES = ["dog", "red ball", "car"]
@@ -82,6 +87,52 @@ def test_figures_equal_the_protocol_in_plain_steps(root, tiny_processor):
     assert np.mean([row["MIoU"] for row in rows]) == pytest.approx(result.results["itsm"]["mMIoU"])
 
 
+def test_every_method_scores_its_maps_of_all_classes(root, tiny_processor):
+    """Drawn for the shown classes alone where that saves time, they are those that a method gives when asked for all."""
+    model, dataset = tiny_model(), load_segmentation("folder", root)
+    result = evaluate(model, tiny_processor, dataset, list(METHODS), batch_size=3, progress=False)
+    assert list(result.results) == list(METHODS)
+    for method in METHODS:
+        explainer = make_explainer(model, tiny_processor, method)
+        texts, miou, mfmb, ap = explainer.encode_texts(NAMES), MeanMaxIoU(), MFMB(), MultiLabelAveragePrecision()
+        for sample in dataset:
+            maps, scores = explainer.raw_maps(tiny_processor(images=[sample.image])["pixel_values"], texts)
+            ap.update(scores, np.isin([1, 2, 3], sample.labels)[None])
+            for label in sample.labels:
+                heatmap = resize_and_normalize(maps[0, label - 1 : label], sample.size)[0]
+                miou.update(heatmap, sample.mask(label), label)
+                mfmb.update(heatmap, sample.mask(label), label)
+        scores = result.results[method]
+        assert scores["mAP"] == pytest.approx(ap.compute()["map"])
+        assert scores["mMIoU"] == pytest.approx(miou.compute()["mmiou"], abs=1e-3)
+        assert scores["mFMB"] == pytest.approx(mfmb.compute()["mfmb"], abs=1e-5)
+
+
+def test_images_are_encoded_once_for_maps_reversal_and_scores(root, tiny_processor, monkeypatch):
+    model, dataset = tiny_model(), load_segmentation("folder", root)
+    passes, backwards = [], []
+    encode, grad = type(model).get_image_features, torch.autograd.grad
+    monkeypatch.setattr(
+        type(model), "get_image_features", lambda self, pixels: passes.append(len(pixels)) or encode(self, pixels)
+    )
+    monkeypatch.setattr(torch.autograd, "grad", lambda *args, **kwargs: backwards.append(1) or grad(*args, **kwargs))
+    evaluate(model, tiny_processor, dataset, ["itsm", "reversed_itsm"], batch_size=4, progress=False)
+    assert (passes, backwards) == ([4, 3], [])
+    evaluate(model, tiny_processor, dataset, ["grad_cam"], batch_size=4, progress=False)
+    assert passes[2:] == [4, 4, 3, 3]
+    shown = [len(sample.labels) for sample in dataset]
+    assert len(backwards) == max(shown[:4]) + max(shown[4:]) < 2 * len(NAMES)
+
+
+def test_images_without_any_class_are_only_ranked(root, tiny_processor, tmp_path):
+    for name in ("images/4.png", "masks/4.png", "classes.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        shutil.copy(root / name, tmp_path / name)
+    dataset = load_segmentation("folder", tmp_path)
+    scores = evaluate(tiny_model(), tiny_processor, dataset, ["grad_cam"], progress=False).results["grad_cam"]
+    assert scores["pairs"] == 0 and np.isnan(scores["mMIoU"])
+
+
 def test_batches_workers_and_order_change_nothing(root, tiny_processor):
     model, dataset = tiny_model(), load_segmentation("folder", root)
     one = evaluate(model, tiny_processor, dataset, batch_size=1, num_workers=1, progress=False)
@@ -131,7 +182,8 @@ def test_command_writes_json_and_csv_alike_with_two_processes(root, tiny_process
     ("more", "message"),
     [
         (["--output", "a.txt"], "ends in .json"),
-        (["--limit", "0"], "at least 1, got 0"),
+        (["--limit", "0"], "limit to be at least 1, got 0"),
+        (["--batch-size", "0"], "batch_size to be at least 1, got 0"),
         (["--overrides", "none.json"], "none.json"),
         (["--image-size", "30"], "multiples of the patch size"),
     ],
@@ -145,8 +197,6 @@ def test_bad_options_are_one_line(root, tiny_processor, tmp_path, capsys, more, 
 
 
 def test_a_mask_of_another_size_is_named(root, tiny_processor, tmp_path):
-    import shutil
-
     copy = tmp_path / "copy"
     shutil.copytree(root, copy)
     Image.new("L", (5, 5)).save(copy / "masks" / "3.png")

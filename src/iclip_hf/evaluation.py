@@ -20,11 +20,13 @@ import numpy as np
 import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
+from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 from .cache import written_whole
 from .data.segmentation import SegmentationDataset, SegmentationSample
-from .explainers import make_explainer
+from .explainers import make_explainer, select_texts
+from .explainers.gradients import GradientExplainer
 from .metrics import MeanForegroundMinusBackground, MeanMaxIoU, MultiLabelAveragePrecision
 from .similarity import resize_and_normalize
 
@@ -79,15 +81,10 @@ class EvaluationResult:
 
 @dataclass
 class _Scores:
-    """The three metrics of one method."""
+    """The metrics of one method's maps."""
 
     miou: MeanMaxIoU
     mfmb: MeanForegroundMinusBackground
-    average_precision: MultiLabelAveragePrecision
-
-    @classmethod
-    def of(cls, aggregate: str) -> _Scores:
-        return cls(MeanMaxIoU(aggregate), MeanForegroundMinusBackground(aggregate), MultiLabelAveragePrecision())
 
     def add_counts(self, counts: list[tuple[int, np.ndarray, np.ndarray]]) -> None:
         for label, threshold_counts, region_means in counts:
@@ -97,11 +94,10 @@ class _Scores:
     def merge(self, other: _Scores) -> None:
         self.miou.merge(other.miou)
         self.mfmb.merge(other.mfmb)
-        self.average_precision.merge(other.average_precision)
 
-    def compute(self, dataset: SegmentationDataset) -> tuple[dict, list[dict]]:
+    def compute(self, dataset: SegmentationDataset, ap: dict) -> tuple[dict, list[dict]]:
         """The summary, and one row a class."""
-        miou, mfmb, ap = self.miou.compute(), self.mfmb.compute(), self.average_precision.compute()
+        miou, mfmb = self.miou.compute(), self.mfmb.compute()
         summary = {
             "mAP": ap["map"],
             "mMIoU": miou["mmiou"],
@@ -164,18 +160,19 @@ def evaluate(
     Raises:
         `ValueError`, `TypeError`, `FileNotFoundError`: for options or files that are not as described; files are named.
     """
-    if limit is not None and limit < 1:
-        raise ValueError(f"Expected limit to be at least 1, got {limit}.")
+    for name, number in (("limit", limit), ("batch_size", batch_size)):
+        if number is not None and number < 1:
+            raise ValueError(f"Expected {name} to be at least 1, got {number}.")
     start = time.perf_counter()
     # Without `cpu`, two processes on CPU would not find each other.
     state = PartialState(cpu=not torch.cuda.is_available())
     rank, world = state.process_index, state.num_processes
-    explainers = {method: make_explainer(model, processor, method) for method in dict.fromkeys(methods)}
     templates = list(dataset.templates if templates is None else templates)
-    texts = {method: one.encode_texts(dataset.class_names, templates) for method, one in explainers.items()}
-    scores = {method: _Scores.of(aggregate) for method in explainers}
+    drawer = _Drawer(model, processor, methods, dataset.class_names, templates)
+    scores = {method: _Scores(MeanMaxIoU(aggregate), MeanForegroundMinusBackground(aggregate)) for method in methods}
+    average_precision = MultiLabelAveragePrecision()
 
-    prepare = next(iter(explainers.values())).processor
+    prepare = drawer.itsm.processor
     size = {} if image_size is None else {"size": {"height": image_size, "width": image_size}}
     count = min(len(dataset), limit or len(dataset))
     indices = range(rank, count, world)
@@ -188,16 +185,16 @@ def evaluate(
         return sample, presence, prepare(images=[sample.image], **size)["pixel_values"]
 
     def forward() -> Iterator[tuple[str, SegmentationSample, torch.Tensor]]:
-        """The model's part, in this thread: raw maps of all classes for each method and image."""
+        """The model's part, in this thread: for each method and image the raw maps of the classes it shows."""
         nonlocal seconds_in_model
         loaded = _ahead(pool, load, indices, 2 * batch_size)
         while batch := list(itertools.islice(loaded, batch_size)):
             samples, presence, pixels = zip(*batch)
-            for method, explainer in explainers.items():
-                began = time.perf_counter()
-                maps, cosines = (out.cpu() for out in explainer.raw_maps(torch.cat(pixels), texts[method]))
-                seconds_in_model += time.perf_counter() - began
-                scores[method].average_precision.update(cosines, np.stack(presence))
+            began = time.perf_counter()
+            cosines, drawn = drawer.draw(torch.cat(pixels), [sample.labels for sample in samples])
+            seconds_in_model += time.perf_counter() - began
+            average_precision.update(cosines, np.stack(presence))
+            for method, maps in drawn.items():
                 yield from zip(itertools.repeat(method), samples, maps)
             bar.update(len(batch))
 
@@ -206,8 +203,11 @@ def evaluate(
         for method, counts in _ahead(pool, _count, forward(), 2 * batch_size):
             scores[method].add_counts(counts)
 
-    if world > 1:
-        scores = _merge_processes(scores)
+    (scores, average_precision), *others = gather_object([(scores, average_precision)])  # alike on every process
+    for other_scores, other_precision in others:
+        average_precision.merge(other_precision)
+        for method, other in other_scores.items():
+            scores[method].merge(other)
     protocol = {
         "model": getattr(getattr(model, "config", None), "_name_or_path", "") or type(model).__name__,
         "dataset": {
@@ -225,7 +225,8 @@ def evaluate(
         "versions": {name: version(name) for name in ("iclip-hf", "torch", "transformers")},
         "python": platform.python_version(),
     }
-    computed = {method: one.compute(dataset) for method, one in scores.items()}
+    recognition = average_precision.compute()
+    computed = {method: one.compute(dataset, recognition) for method, one in scores.items()}
     return EvaluationResult(
         protocol=protocol,
         results={method: summary for method, (summary, _) in computed.items()},
@@ -238,12 +239,52 @@ def evaluate(
     )
 
 
+class _Drawer:
+    """
+    The maps of several methods with few passes through the model: the similarity map, its reversal and the scores of all
+    classes come from one; every other method takes one of its own.
+    """
+
+    def __init__(self, model, processor, methods: Sequence[str], class_names: Sequence[str], templates: list[str]):
+        self.methods = list(dict.fromkeys(methods))
+        self.itsm = make_explainer(model, processor)
+        self.others = {
+            method: make_explainer(model, processor, method)
+            for method in self.methods
+            if method not in ("itsm", "reversed_itsm")
+        }
+        self.texts = self.itsm.encode_texts(class_names, templates)
+
+    def draw(
+        self, pixel_values: torch.Tensor, labels: Sequence[Sequence[int]]
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """
+        Args:
+            pixel_values (`torch.Tensor` of shape `(B, 3, H, W)`).
+            labels: the class ids that each image shows.
+
+        Returns:
+            `tuple`: cosines of all classes `(B, K)`, and for each method raw maps `(B, T, h, w)`, of each image those of
+            its labels and then, up to the longest list of the batch, of any class.
+        """
+        rows = pad_sequence([torch.tensor(one or (1,)) - 1 for one in labels], batch_first=True)  # (B, T)
+        shown = torch.arange(len(rows))[:, None], rows
+        maps, cosines = self.itsm.raw_maps(pixel_values, self.texts)
+        drawn = {"itsm": maps[shown], "reversed_itsm": -maps[shown]}
+        for method, explainer in self.others.items():
+            if isinstance(explainer, GradientExplainer):  # a backward a text: not for the absent classes
+                drawn[method] = explainer.raw_maps(pixel_values, select_texts(self.texts, rows))[0]
+            else:  # almost free, and clip_surgery compares a text with all others
+                drawn[method] = explainer.raw_maps(pixel_values, self.texts)[0][shown]
+        return cosines.cpu(), {method: drawn[method].cpu() for method in self.methods}
+
+
 def _count(item: tuple[str, SegmentationSample, torch.Tensor]) -> tuple[str, list[tuple[int, np.ndarray, np.ndarray]]]:
-    """One image's raw maps `(K, h, w)` -> for each class that it shows, the pixel counts of mMIoU and mFMB."""
+    """One image's raw maps, first those of its classes -> for each class the pixel counts of mMIoU and mFMB."""
     method, sample, raw_maps = item
     counts = []
-    for label in sample.labels:
-        heatmap = resize_and_normalize(raw_maps[label - 1 : label], sample.size)[0]
+    for label, raw_map in zip(sample.labels, raw_maps):
+        heatmap = resize_and_normalize(raw_map[None], sample.size)[0]
         mask = sample.mask(label)
         counts.append(
             (label, MeanMaxIoU.count(heatmap, mask, label), MeanForegroundMinusBackground.count(heatmap, mask, label))
@@ -260,12 +301,3 @@ def _ahead(pool: ThreadPoolExecutor, function, items: Iterable, depth: int) -> I
             yield pending.popleft().result()
     while pending:
         yield pending.popleft().result()
-
-
-def _merge_processes(scores: dict[str, _Scores]) -> dict[str, _Scores]:
-    """The sums of all processes together, on every process."""
-    first, *others = gather_object([scores])
-    for other in others:
-        for method, one in first.items():
-            one.merge(other[method])
-    return first

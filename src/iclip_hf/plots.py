@@ -4,16 +4,29 @@ from __future__ import annotations
 
 import math
 import textwrap
-from collections.abc import Sequence
+import unicodedata
+from collections.abc import Mapping, Sequence
+from functools import cache
+from typing import TYPE_CHECKING
 
 import numpy as np
-from matplotlib import colormaps
+from matplotlib import colormaps, font_manager, rcParams
 from matplotlib.figure import Figure
 from PIL import Image
 
 
+if TYPE_CHECKING:
+    from .analysis import ChannelMatch, Relation
+
+
 # Blue is background, red the target, as in the paper's Fig. 1; "cividis" is safe for colour-blind readers.
 COLORMAP = "jet"
+# Safe for colour-blind readers, on white and on gray (Okabe and Ito).
+BLUE, ORANGE = "#0072B2", "#D55E00"
+# Width of a picture on a sheet, in inches.
+CELL = 2.8
+# Characters of the sheets' titles that fit this width.
+_LINE = 25
 
 
 def overlay(image: Image.Image, heatmap: np.ndarray, opacity: float = 0.5, colormap: str = COLORMAP) -> np.ndarray:
@@ -66,7 +79,30 @@ def explanation_grid(
     return picture_grid([picture for picture, _ in pictures], [title for _, title in pictures], columns)
 
 
-def picture_grid(pictures: Sequence, titles: Sequence[str], columns: int) -> Figure:
+def comparison_sheet(
+    image: Image.Image,
+    heatmaps: Mapping[str, Sequence[np.ndarray | None]],
+    row_titles: Sequence[str],
+    *,
+    colormap: str = COLORMAP,
+) -> Figure:
+    """
+    Methods side by side (Fig. 2, 6 and 10): a row a text with the original and one overlay a column.
+
+    Args:
+        image (`PIL.Image.Image`): RGB.
+        heatmaps: for each column by its title, T maps of shape `(H, W)` in [0, 1]; None leaves a place empty.
+        row_titles: T titles.
+        colormap: see [`overlay`].
+    """
+    pictures = []
+    for row in zip(*heatmaps.values()):
+        pictures += [image, *(None if one is None else overlay(image, one, colormap=colormap) for one in row)]
+    titles = ["original", *heatmaps]
+    return picture_grid(pictures, titles + [""] * (len(pictures) - len(titles)), len(titles), row_titles)
+
+
+def picture_grid(pictures: Sequence, titles: Sequence[str], columns: int, row_titles: Sequence[str] = ()) -> Figure:
     """
     Pictures in reading order, each under its title.
 
@@ -74,21 +110,143 @@ def picture_grid(pictures: Sequence, titles: Sequence[str], columns: int) -> Fig
         pictures: PIL images or arrays `(H, W, 3)` in [0, 1]; None leaves a place empty.
         titles: one a picture; long ones are wrapped.
         columns (`int`): pictures in a row, at most.
+        row_titles: one a row, written upwards on its left; none by default.
     """
     columns = min(columns, len(pictures))
     rows = math.ceil(len(pictures) / columns)
     shapes = [np.shape(picture)[:2] for picture in pictures if picture is not None]
     # A cell as the average picture needs it, within a factor of 2 so that a panorama does not make a poster.
     aspect = min(max(float(np.mean([height / width for height, width in shapes])), 0.5), 2.0)
-    wrapped = [textwrap.fill(title, 26) for title in titles]
-    title_height = 0.24 * max(title.count("\n") + 1 for title in wrapped) + 0.1
-    figure = Figure(figsize=(2.8 * columns, (2.8 * aspect + title_height) * rows), layout="constrained")
-    axes = list(figure.subplots(rows, columns, squeeze=False).flat)
-    for axis in axes:
+    wrapped = [_wrap(title) for title in titles]
+    turned = [_wrap(title, round(_LINE * aspect)) for title in row_titles]
+    title_height = sum(_inches(wrapped[start : start + columns]) for start in range(0, len(wrapped), columns))
+    size = (CELL * columns + _inches(turned), CELL * aspect * rows + title_height)
+    figure = Figure(figsize=size, layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False)
+    for axis in axes.flat:
         axis.axis("off")
-    for axis, picture, title in zip(axes, pictures, wrapped):
+    for axis, picture, title in zip(axes.flat, pictures, wrapped):
         if picture is not None:
             axis.imshow(picture)
-        # parse_math: a text with two dollar signs is no formula
-        axis.set_title(title, fontsize=10, parse_math=False)
+        axis.set_title(title, fontsize=11, **_as_it_is())
+    for axis, title in zip(axes[:, 0], turned):
+        middle = {"ha": "right", "va": "center", "multialignment": "center", "transform": axis.transAxes}
+        axis.text(-0.03, 0.5, title, rotation=90, fontsize=11, **middle, **_as_it_is())
+    figure.get_layout_engine().execute(figure)  # a first step: high titles find their place only in the second
     return figure
+
+
+def channel_scatter(images: Sequence[Image.Image], matches: Sequence[Mapping[str, ChannelMatch]]) -> Figure:
+    """
+    Where the channels of the pooled vectors come from (Fig. 3): a row an image, a panel a pooling, a point a channel,
+    somewhere in its patch, with an area in proportion to the magnitude of its pooled value.
+
+    Args:
+        images: RGB.
+        matches: of each image, from `channel_matches`; of the same poolings.
+    """
+    poolings = list(matches[0])
+    pale = [(np.asarray(image.convert("L"), dtype=np.float32) / 255 + 1) / 2 for image in images]
+    pictures = [np.stack([gray] * 3, -1) for gray in pale for _ in poolings]
+    titles = [name.replace("_", " ") for name in poolings] + [""] * (len(pictures) - len(poolings))
+    figure = picture_grid(pictures, titles, len(poolings))
+    panels = [(image, one[pooling]) for image, one in zip(images, matches) for pooling in poolings]
+    for axis, (image, match) in zip(figure.axes, panels):
+        # Channels of one patch are spread evenly over it (Roberts' R2 sequence), or they would hide each other.
+        places = (np.arange(len(match.tokens))[:, None] * (0.5698402910, 0.7548776662)) % 1
+        corners = np.stack(np.divmod(match.tokens, match.grid[1]), 1)
+        y, x = ((corners + places) / match.grid * (image.height, image.width)).T - 0.5
+        sizes = np.abs(match.values) / (np.abs(match.values).max() or 1)
+        axis.autoscale(False)
+        axis.scatter(x, y, s=40 * sizes, c=ORANGE, alpha=0.6, edgecolors="white", linewidths=0.3)
+    figure.supxlabel("a point a channel, its area the magnitude of the pooled value", fontsize=9)
+    return figure
+
+
+def relation_plot(relation: Relation, x_label: str, y_label: str) -> Figure:
+    """
+    Recognition against interpretability (Fig. 9): a point a class, the line of least squares, and names of classes as far as
+    they fit, from the outermost on.
+    """
+    x, y = relation.recognition, relation.interpretability
+    figure = Figure(figsize=(6.4, 5), layout="constrained")
+    axis = figure.subplots()
+    axis.scatter(x, y, s=28, c=BLUE, alpha=0.8, linewidths=0)
+    axis.set(xlabel=x_label, ylabel=y_label)
+    axis.set_title(f"{len(x)} classes, Pearson correlation {relation.correlation:.2f}", fontsize=11)
+    axis.spines[["top", "right"]].set_visible(False)
+    if math.isnan(relation.correlation):
+        return figure
+    ends = np.array([x.min(), x.max()])
+    axis.plot(ends, np.poly1d(np.polyfit(x, y, 1))(ends), color=ORANGE, linestyle="--", linewidth=1.2)
+    figure.draw_without_rendering()  # now the names' places are known
+    points = axis.transData.transform(np.stack([x, y], 1))
+    taken = []
+    for index in np.argsort(-np.hypot(*((points - points.mean(0)) / points.std(0)).T)):
+        side = 1 if x[index] < x.mean() else -1  # inwards
+        offset = {"xytext": (5 * side, 0), "textcoords": "offset points", "ha": "left" if side > 0 else "right"}
+        name = relation.names[index]
+        text = axis.annotate(name, (x[index], y[index]), va="center", fontsize=8, **offset, **_as_it_is())
+        box = text.get_window_extent()
+        if box.count_contains(points) or any(box.overlaps(other) for other in taken):
+            text.remove()
+        else:
+            taken.append(box)
+    return figure
+
+
+def class_bars(relation: Relation, x_label: str, y_label: str) -> Figure:
+    """Both scores of every class as bars, by falling interpretability, with their means as lines (Fig. 9)."""
+    order = np.argsort(relation.interpretability)
+    names = [relation.names[index] for index in order]
+    figure = Figure(figsize=(8, 1 + 0.19 * len(names)), layout="constrained")
+    panels = zip(
+        figure.subplots(1, 2, sharey=True),
+        ((relation.recognition, x_label, BLUE), (relation.interpretability, y_label, ORANGE)),
+    )
+    for axis, (scores, label, color) in panels:
+        axis.barh(range(len(names)), scores[order], color=color, height=0.75)
+        axis.axvline(scores.mean(), color="black", linestyle="--", linewidth=0.9)
+        axis.set_title(f"{label}\nmean {scores.mean():.3g}", fontsize=10)
+        axis.set_ylim(-0.6, len(names) - 0.4)
+        axis.tick_params(labelsize=9)
+        axis.spines[["top", "right"]].set_visible(False)
+    figure.axes[0].set_yticks(range(len(names)), names, **_as_it_is())
+    return figure
+
+
+# Fonts for scripts that matplotlib's own has not; those of them that are installed are asked for what it lacks. The last
+# comes with newer versions of matplotlib and has a box for everything, or each character that is missing would be warned of.
+_MORE_SCRIPTS = (
+    "Noto Sans CJK SC",
+    "Noto Sans CJK JP",
+    "Noto Sans Devanagari",
+    "PingFang SC",
+    "Hiragino Sans",
+    "Microsoft YaHei",
+    "Malgun Gothic",
+    "Nirmala UI",
+    "Arial Unicode MS",
+    "Last Resort High-Efficiency",
+)
+
+
+@cache
+def _more_scripts() -> list[str]:
+    installed = set(font_manager.get_font_names())
+    return [name for name in _MORE_SCRIPTS if name in installed]
+
+
+def _as_it_is() -> dict:
+    """Options of a user's text: two dollar signs make no formula, and any script is shown that some font has."""
+    return {"parse_math": False, "fontfamily": [*rcParams["font.family"], *_more_scripts()]}
+
+
+def _wrap(text: str, width: int = _LINE) -> str:
+    wide = any(unicodedata.east_asian_width(character) in "FW" for character in text)
+    return "\n".join(textwrap.fill(line, width // 2 if wide else width) for line in text.splitlines())
+
+
+def _inches(titles: Sequence[str]) -> float:
+    """Room for the highest of these titles."""
+    return max((0.1 + 0.19 * (1 + title.count("\n")) for title in titles if title), default=0.05)

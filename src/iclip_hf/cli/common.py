@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -112,9 +111,7 @@ def save_figure(figure, path: Path, dpi: int = 120) -> None:
     from ..cache import written_whole
 
     path.parent.mkdir(parents=True, exist_ok=True)
-    with written_whole(path) as partial, warnings.catch_warnings():
-        # Said once for every character that no installed font has; the figure shows a box in its place.
-        warnings.filterwarnings("ignore", "Glyph .* missing from font")
+    with written_whole(path) as partial:
         figure.savefig(partial, format=path.suffix[1:], dpi=dpi)
 
 

@@ -11,6 +11,7 @@ from .common import METHODS, add_command, add_dataset_options, add_model_options
 def register(commands) -> None:
     command = add_command(commands, "evaluate", run, "measure mAP, mMIoU and mFMB on a segmentation data set")
     add_dataset_options(command)
+    command.add_argument("--limit", type=int, help="take only the first images")
     add_model_options(command)
     command.add_argument("--methods", nargs="+", choices=METHODS, default=["itsm"], help="default: itsm")
     command.add_argument(

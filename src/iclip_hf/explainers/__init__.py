@@ -132,14 +132,16 @@ def explain(
     for group in groups.values():
         for start in range(0, len(group), batch_size):
             batch = group[start : start + batch_size]
-            chosen = torch.tensor([[rows[label] for label in labels[index]] for index in batch])
-            own = ICLIPTextFeatures(
-                text_embeds=encoded.text_embeds[chosen], map_text_embeds=encoded.map_text_embeds[chosen]
-            )
+            own = select_texts(encoded, torch.tensor([[rows[label] for label in labels[index]] for index in batch]))
             maps, scores = explainer.raw_maps(torch.stack([pixels[index] for index in batch]), own)
             for index, raw, score in zip(batch, maps, scores):
                 explanations[index] = Explanation(labels[index], score, raw, sizes[index])
     return explanations
 
 
-__all__ = ["METHODS", "Explainer", "Explanation", "explain", "make_explainer"]
+def select_texts(texts: ICLIPTextFeatures, rows: torch.Tensor) -> ICLIPTextFeatures:
+    """Of encoded texts `(T, P)` those of the given rows, in any shape: `(B, S)` gives S texts for each of B images."""
+    return ICLIPTextFeatures(text_embeds=texts.text_embeds[rows], map_text_embeds=texts.map_text_embeds[rows])
+
+
+__all__ = ["METHODS", "Explainer", "Explanation", "explain", "make_explainer", "select_texts"]

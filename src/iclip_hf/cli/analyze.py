@@ -1,0 +1,140 @@
+"""`iclip analyze`: why maps look as they do, and whether who recognises well explains well."""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import math
+from pathlib import Path
+
+from .common import (
+    PICTURES,
+    add_command,
+    add_dataset_options,
+    add_dpi_option,
+    add_model_option,
+    at_least_1,
+    check_file,
+    load_model,
+    save_figure,
+)
+
+
+# Names, not imports: help must not wait for torch.
+POOLINGS = ("class_token", "average", "max", "own")
+SCORES = {"MIoU": "IoU at the best threshold, %", "FMB": "foreground minus background"}
+
+
+def register(commands) -> None:
+    analyses = commands.add_parser("analyze", help="measure semantic shift, and recognition against interpretability")
+    analyses = analyses.add_subparsers(required=True, metavar="ANALYSIS")
+
+    shift = add_command(
+        analyses, "shift", _shift, "count channels that go from foreground to background (Tables 6, 7)"
+    )
+    add_dataset_options(shift)
+    shift.add_argument("--limit", type=at_least_1, help="take only the first images")
+    add_model_option(shift)
+    shift.add_argument("--before", choices=POOLINGS, default="max", help="default: max")
+    shift.add_argument("--after", choices=POOLINGS, default="class_token", help="default: class_token")
+    shift.add_argument("--output", type=Path, help="JSON file to write")
+    shift.add_argument("--json", action="store_true", help="print the JSON instead of tables")
+
+    channels = add_command(analyses, "channels", _channels, "draw where pooled channels come from in images (Fig. 3)")
+    channels.add_argument("images", nargs="+", metavar="IMAGE", help="image files, a row each")
+    add_model_option(channels)
+    channels.add_argument("--output", type=Path, default=Path("channels.png"), help="default: channels.png")
+    add_dpi_option(channels)
+
+    relation = add_command(analyses, "relation", _relation, "compare the scores of an evaluation by class (Fig. 9)")
+    relation.add_argument("evaluation", type=Path, metavar="JSON", help="file that `iclip evaluate --output` wrote")
+    relation.add_argument("--method", help="default: the first of the file")
+    relation.add_argument("--score", choices=SCORES, default="MIoU", help="of interpretability (default: MIoU)")
+    relation.add_argument("--output", type=Path, default=Path("relation.png"), help="default: relation.png")
+    relation.add_argument("--bars", type=Path, help="picture of both scores by class to write as well")
+    add_dpi_option(relation)
+    relation.add_argument("--json", action="store_true", help="print the figures as JSON")
+
+
+def _shift(options: argparse.Namespace) -> int:
+    from dataclasses import asdict
+
+    from tqdm import tqdm
+
+    from ..analysis import semantic_shift
+    from ..cache import written_whole
+    from ..data.segmentation import load_segmentation
+
+    if options.output:
+        check_file("--output", options.output, (".json",))
+    dataset = load_segmentation(options.dataset, options.data_root, options.split, options.overrides)
+    count = min(len(dataset), options.limit or len(dataset))
+    samples = tqdm(itertools.islice(dataset, count), total=count, unit="image")
+    shift = semantic_shift(*load_model(options.model), samples, options.before, options.after)
+    protocol = {
+        "model": options.model or "embedded",
+        "dataset": {"name": dataset.name, "split": dataset.split, "fingerprint": dataset.fingerprint()},
+        "before": options.before,
+        "after": options.after,
+    }
+    report = json.dumps({"protocol": protocol, **asdict(shift)}, indent=2)
+    if options.output:
+        with written_whole(options.output) as partial:
+            partial.write_text(report + "\n", encoding="utf-8")
+    print(report if options.json else shift.table())
+    return 0
+
+
+def _channels(options: argparse.Namespace) -> int:
+    from ..analysis import channel_matches
+    from ..images import load_image
+    from ..plots import channel_scatter
+
+    check_file("--output", options.output, PICTURES)
+    images = [load_image(path) for path in options.images]
+    model, processor = load_model(options.model)
+    matches = [channel_matches(model, processor, image) for image in images]
+    save_figure(channel_scatter(images, matches), options.output, options.dpi)
+    print(options.output)
+    return 0
+
+
+def _relation(options: argparse.Namespace) -> int:
+    from ..analysis import relation
+    from ..plots import class_bars, relation_plot
+
+    for option, path in (("--output", options.output), ("--bars", options.bars)):
+        if path:
+            check_file(option, path, PICTURES)
+    method, rows = _read_classes(options.evaluation, options.method)
+    recognition, interpretability = (
+        {row["name"]: row[score] for row in rows if row[score] is not None} for score in ("AP", options.score)
+    )
+    found = relation(recognition, interpretability)
+    if not found.names:
+        raise ValueError(f"{options.evaluation}: expected a class that has both AP and {options.score}, got none.")
+    labels = ("average precision, %", f"{SCORES[options.score]} ({method})")
+    save_figure(relation_plot(found, *labels), options.output, options.dpi)
+    if options.bars:
+        save_figure(class_bars(found, *labels), options.bars, options.dpi)
+    correlation = None if math.isnan(found.correlation) else found.correlation
+    report = {"method": method, "score": options.score, "classes": len(found.names), "correlation": correlation}
+    print(json.dumps(report) if options.json else f"{method}: {len(found.names)} classes, correlation {correlation}")
+    return 0
+
+
+def _read_classes(path: Path, method: str | None) -> tuple[str, list[dict]]:
+    """A method of an evaluation and its rows by class."""
+    try:
+        per_class = json.loads(path.read_text(encoding="utf-8"))["per_class"]
+        method = method or next(iter(per_class))
+        rows = per_class.get(method, [])
+        complete = all({"name", "AP", *SCORES} <= row.keys() for row in rows)
+    except (ValueError, TypeError, KeyError, AttributeError, StopIteration):
+        complete = False
+    if not complete:
+        raise ValueError(f"{path}: expected the JSON that `iclip evaluate --output` writes; evaluate again.")
+    if not rows:
+        raise ValueError(f"{path}: expected --method to be one of {list(per_class)}, got {method!r}.")
+    return method, rows

@@ -1,0 +1,122 @@
+"""`iclip compare`: the side-by-side figure, a row a text and a column a method."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+from .common import (
+    METHODS,
+    PICTURES,
+    add_colormap_option,
+    add_command,
+    add_dataset_options,
+    add_dpi_option,
+    add_model_option,
+    add_prompt_options,
+    check_file,
+    load_model,
+    save_figure,
+)
+
+
+def register(commands) -> None:
+    command = add_command(commands, "compare", run, "draw the maps of several methods and models side by side")
+    command.add_argument(
+        "image", metavar="IMAGE", help="image file; with --dataset one of its images, by name or path"
+    )
+    command.add_argument(
+        "--text",
+        action="append",
+        dest="texts",
+        help="a row; repeat for more (default: the classes of the data set's image)",
+    )
+    command.add_argument("--methods", nargs="+", choices=METHODS, default=["itsm"], help="columns (default: itsm)")
+    add_model_option(command, ", repeat to compare several", action="append", dest="models")
+    add_prompt_options(command)
+    truth = command.add_argument_group("ground truth", "a data set that has IMAGE adds the pixels of its classes")
+    add_dataset_options(truth, required=False)
+    command.add_argument("--output", type=Path, default=Path("comparison.png"), help="default: comparison.png")
+    add_colormap_option(command)
+    add_dpi_option(command)
+    command.add_argument("--json", action="store_true", help="print the scores as JSON instead of a table")
+
+
+def run(options: argparse.Namespace) -> int:
+    from ..plots import CELL, comparison_sheet
+
+    check_file("--output", options.output, PICTURES)
+    image, truths, templates = _open(options)
+    texts = list(dict.fromkeys(options.texts or truths))
+    if not texts:
+        raise ValueError("Expected at least one --text, or a --dataset whose IMAGE shows a class.")
+    # A photograph of many megapixels is drawn at what its cell can show.
+    drawn = image.copy()
+    drawn.thumbnail([2 * round(CELL * options.dpi)] * 2)
+    columns = {}
+    if truths:
+        columns["ground truth"] = [_shrunk(truths[text], drawn) if text in truths else None for text in texts]
+    scores = {}
+    for model, method, explanation in _explain(options, image, texts, templates, (drawn.height, drawn.width)):
+        title = method if len(options.models or ()) < 2 else f"{model}\n{method}"
+        columns[title] = explanation.maps.numpy(force=True)
+        scores[model] = [round(float(score), 4) for score in explanation.scores]
+    rows = [{"text": text, "scores": dict(zip(scores, row))} for text, row in zip(texts, zip(*scores.values()))]
+
+    titles = [f"{row['text']}\n{'  '.join(f'{score:+.2f}' for score in row['scores'].values())}" for row in rows]
+    save_figure(comparison_sheet(drawn, columns, titles, colormap=options.colormap), options.output, options.dpi)
+    if options.json:
+        report = {"image": options.image, "picture": str(options.output), "texts": rows}
+        print(json.dumps(report, indent=2, ensure_ascii=False))
+        return 0
+    print(f"{options.image} -> {options.output}")
+    width = max(map(len, texts))
+    for row in sorted(rows, key=lambda row: -next(iter(row["scores"].values()))):
+        print(f"  {row['text']:<{width}}", *(f"{score:+.4f}" for score in row["scores"].values()), sep="  ")
+    return 0
+
+
+def _open(options: argparse.Namespace):
+    """
+    The image, and what the data set says of it: the pixels of each of its texts that is a class, and the templates; without
+    a data set no pixels and the templates that were given.
+    """
+    from ..data.segmentation import load_segmentation
+    from ..images import load_image
+
+    if (options.dataset is None) != (options.data_root is None):
+        raise ValueError("Expected --dataset and --data-root together.")
+    if options.dataset is None:
+        return load_image(options.image), {}, options.templates
+    dataset = load_segmentation(options.dataset, options.data_root, options.split, options.overrides)
+    names = (options.image, Path(options.image).stem)
+    sample = next((sample for sample in dataset if sample.name in names), None)
+    if sample is None:
+        raise ValueError(
+            f"Expected IMAGE to be one of {options.data_root}, such as {dataset[0].name}, got {options.image}."
+        )
+    ids = dict(zip(dataset.class_names, dataset.labels))
+    texts = options.texts or [dataset.class_names[label - 1] for label in sample.labels]
+    truths = {text: sample.mask(ids[text]) == ids[text] for text in texts if text in ids}
+    return sample.image, truths, options.templates or dataset.templates
+
+
+def _explain(options: argparse.Namespace, image, texts: list[str], templates, target_size: tuple[int, int]):
+    """For each model and method their names and what they say of the image."""
+    from ..explainers import explain
+
+    size = None if options.image_size is None else {"height": options.image_size, "width": options.image_size}
+    seen = {"templates": templates, "target_sizes": [target_size], "size": size}
+    for name in options.models or [None]:
+        model, processor = load_model(name)
+        for method in dict.fromkeys(options.methods):
+            yield name or "embedded", method, explain(model, processor, [image], texts, method, **seen)[0]
+
+
+def _shrunk(mask, image):
+    """A boolean mask at the size that the image is drawn at, of zeros and ones."""
+    import numpy as np
+    from PIL import Image
+
+    return np.asarray(Image.fromarray(mask).resize(image.size, Image.Resampling.NEAREST), dtype=float)

@@ -1,0 +1,112 @@
+import json
+
+import numpy as np
+import pytest
+from conftest import tiny_model
+from PIL import Image
+
+from iclip_hf import cli
+from iclip_hf.analysis import semantic_shift
+from iclip_hf.cli import analyze
+from iclip_hf.data import load_segmentation
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, tiny_processor):
+    """A model, and four photographs: a quarter, half, all and nothing of them is a dog."""
+    folder = tmp_path_factory.mktemp("analyze")
+    tiny_model().save_pretrained(folder / "model")
+    tiny_processor.save_pretrained(folder / "model")
+    (folder / "images").mkdir()
+    (folder / "masks").mkdir()
+    (folder / "classes.txt").write_text("dog")
+    for name, columns in enumerate((10, 20, 40, 0)):
+        mask = np.zeros((30, 40), np.uint8)
+        mask[:, :columns] = 1
+        Image.effect_noise((40, 30), 80).convert("RGB").save(folder / "images" / f"{name}.png")
+        Image.fromarray(mask).save(folder / "masks" / f"{name}.png")
+    return folder
+
+
+def run(*arguments):
+    return cli.main(["analyze", *map(str, arguments)])
+
+
+def test_shift_prints_and_writes_what_the_function_counts(folder, tmp_path, capsys, tiny_processor):
+    data = ["shift", "--dataset", "folder", "--data-root", folder, "--model", folder / "model"]
+    dataset = load_segmentation("folder", folder)
+    expected = semantic_shift(tiny_model(), tiny_processor, dataset)
+    assert run(*data, "--output", tmp_path / "shift.json") == 0
+    assert capsys.readouterr().out.strip() == expected.table().strip()
+    written = json.loads((tmp_path / "shift.json").read_text())
+    assert [row["images"] for row in written["rows"]] == [1, 1, 1, 3] and written["left_out"] == 1
+    assert written["foreground_channels"] == expected.foreground_channels
+    assert written["protocol"]["dataset"]["fingerprint"] == dataset.fingerprint()
+
+    assert run(*data, "--limit", "1", "--before", "own", "--after", "max", "--json") == 0
+    one = json.loads(capsys.readouterr().out)
+    back = semantic_shift(tiny_model(), tiny_processor, [dataset[0]], "own", "max").rows
+    assert [row["b2f"] for row in one["rows"]] == [back[0].b2f, None, None, back[0].b2f]
+
+
+def test_channels_of_several_images(folder, tmp_path):
+    images = [folder / "images" / "0.png", folder / "images" / "1.png"]
+    assert run("channels", *images, "--model", folder / "model", "--output", tmp_path / "a.png", "--dpi", "50") == 0
+    with Image.open(tmp_path / "a.png") as picture:
+        assert picture.width > picture.height  # four poolings, two images
+        high = picture.width
+    assert run("channels", images[0], "--model", folder / "model", "--output", tmp_path / "b.png", "--dpi", "100") == 0
+    with Image.open(tmp_path / "b.png") as picture:
+        assert picture.width == pytest.approx(2 * high, abs=2)
+
+
+def row(name, ap, iou, fmb):
+    return {"id": 1, "name": name, "AP": ap, "MIoU": iou, "threshold": 0.5, "FMB": fmb}
+
+
+@pytest.fixture
+def evaluation(tmp_path):
+    rows = [row("dog", 90.0, 10.0, 0.3), row("cat", 50.0, 20.0, 0.2), row("car", 10.0, 30.0, None)]
+    path = tmp_path / "results.json"
+    path.write_text(json.dumps({"per_class": {"itsm": [*rows, row("sky", None, None, None)], "gem": rows}}))
+    return path
+
+
+def test_relation_of_an_evaluation(evaluation, tmp_path, capsys):
+    output, bars = tmp_path / "relation.svg", tmp_path / "bars.svg"
+    assert run("relation", evaluation, "--output", output, "--bars", bars, "--json") == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found == {"method": "itsm", "score": "MIoU", "classes": 3, "correlation": pytest.approx(-1)}
+    assert "<svg" in output.read_text() and "<svg" in bars.read_text()
+    assert run("relation", evaluation, "--method", "gem", "--score", "FMB", "--output", output) == 0
+    assert capsys.readouterr().out.startswith("gem: 2 classes, correlation 1.0")
+
+
+@pytest.mark.parametrize(
+    ("content", "more", "message"),
+    [
+        (None, [], "results.json"),
+        ("no JSON", [], "that `iclip evaluate --output` writes"),
+        ("[1]", [], "that `iclip evaluate --output` writes"),
+        ('{"per_class": {}}', [], "that `iclip evaluate --output` writes"),
+        ('{"per_class": {"itsm": [{"name": "dog"}]}}', [], "that `iclip evaluate --output` writes"),
+        (json.dumps({"per_class": {"itsm": [row("a", 1, 1, 1)]}}), ["--method", "gem"], "one of ['itsm'], got 'gem'"),
+        (json.dumps({"per_class": {"itsm": [row("a", 1, None, 1)]}}), [], "both AP and MIoU"),
+        (json.dumps({"per_class": {"itsm": [row("a", 1, 1, 1)]}}), ["--output", "a.txt"], "ends in .png"),
+    ],
+)
+def test_bad_evaluations_are_one_line_and_exit_code_2(tmp_path, capsys, monkeypatch, content, more, message):
+    monkeypatch.chdir(tmp_path)
+    if content is not None:
+        (tmp_path / "results.json").write_text(content)
+    assert run("relation", "results.json", *more) == 2
+    err = capsys.readouterr().err.strip()
+    assert len(err.splitlines()) == 1 and err.startswith("iclip analyze: ") and message in err
+    assert [path.name for path in tmp_path.iterdir()] in ([], ["results.json"])
+
+
+def test_poolings_of_the_command_are_those_of_the_analysis(folder, tiny_processor):
+    from iclip_hf.analysis import channel_matches
+
+    matches = channel_matches(tiny_model(), tiny_processor, Image.new("RGB", (40, 30)))
+    assert set(matches) == set(analyze.POOLINGS)

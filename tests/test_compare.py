@@ -1,0 +1,144 @@
+import json
+
+import numpy as np
+import pytest
+from conftest import tiny_model
+from PIL import Image
+
+from iclip_hf import cli, plots
+from iclip_hf.explainers import explain
+
+
+NAMES = ["dog", "red ball", "car"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, tiny_processor):
+    """Two models and a data set of two photographs: the first shows a dog and a car, the second nothing."""
+    folder = tmp_path_factory.mktemp("compare")
+    for seed in range(2):
+        tiny_model(seed=seed).save_pretrained(folder / f"model{seed}")
+        tiny_processor.save_pretrained(folder / f"model{seed}")
+    (folder / "images").mkdir()
+    (folder / "masks").mkdir()
+    (folder / "classes.txt").write_text("\n".join(NAMES))
+    mask = np.zeros((40, 60), np.uint8)
+    mask[:20, :30], mask[20:, 30:], mask[:20, 30:] = 1, 3, 255
+    for name, values in (("a", mask), ("b", 0 * mask)):
+        Image.effect_noise((60, 40), 80).convert("RGB").save(folder / "images" / f"{name}.png")
+        Image.fromarray(values).save(folder / "masks" / f"{name}.png")
+    return folder
+
+
+@pytest.fixture
+def sheet(monkeypatch):
+    """What the command gives the plot."""
+    seen = {}
+    draw = plots.comparison_sheet
+
+    def spy(image, heatmaps, row_titles, **options):
+        seen.update(image=image, heatmaps=heatmaps, row_titles=row_titles)
+        return draw(image, heatmaps, row_titles, **options)
+
+    monkeypatch.setattr(plots, "comparison_sheet", spy)
+    return seen
+
+
+def run(folder, image, *arguments, models=(0,)):
+    models = [argument for seed in models for argument in ("--model", folder / f"model{seed}")]
+    return cli.main(list(map(str, ["compare", image, *models, *arguments])))
+
+
+def test_a_row_a_text_and_a_column_a_method(folder, tmp_path, sheet, capsys, tiny_processor):
+    path, output = folder / "images" / "a.png", tmp_path / "sub" / "out.png"
+    texts = ["--text", "cat", "--text", "tail of the dog", "--template", "{}"]
+    assert run(folder, path, *texts, "--methods", "itsm", "grad_cam", "--output", output, "--json") == 0
+    assert list(sheet["heatmaps"]) == ["itsm", "grad_cam"]
+    scores = json.loads(capsys.readouterr().out)["texts"]
+    assert [row["text"] for row in scores] == ["cat", "tail of the dog"]
+    for method, maps in sheet["heatmaps"].items():
+        explained = explain(
+            tiny_model(), tiny_processor, [path], ["cat", "tail of the dog"], method, templates=["{}"]
+        )[0]
+        np.testing.assert_allclose(maps, explained.maps, atol=1e-5)
+        for row, score in zip(scores, explained.scores):
+            assert list(row["scores"].values()) == [pytest.approx(float(score), abs=1e-4)]
+    assert [title.split("\n")[0] for title in sheet["row_titles"]] == ["cat", "tail of the dog"]
+    with Image.open(output) as picture:
+        assert picture.width > picture.height
+    assert [path.name for path in output.parent.iterdir()] == ["out.png"]
+
+
+def test_the_data_set_gives_texts_and_their_pixels(folder, tmp_path, sheet, capsys):
+    data = ["--dataset", "folder", "--data-root", folder, "--output", tmp_path / "out.png"]
+    assert run(folder, "a", *data) == 0
+    assert list(sheet["heatmaps"]) == ["ground truth", "itsm"]
+    dog, car = sheet["heatmaps"]["ground truth"]
+    assert dog[:20, :30].min() == 1 and dog.sum() == 600 and car[20:, 30:].min() == 1 and car.sum() == 600
+    best_first = [float(line.split()[-1]) for line in capsys.readouterr().out.splitlines()[1:]]
+    assert len(best_first) == 2 and best_first == sorted(best_first, reverse=True)
+
+    assert run(folder, folder / "images" / "a.png", *data, "--text", "red ball", "--text", "blue car") == 0
+    absent, unknown = sheet["heatmaps"]["ground truth"]
+    assert absent.max() == 0 and unknown is None
+
+
+def test_models_side_by_side(folder, tmp_path, sheet):
+    image = folder / "images" / "b.png"
+    arguments = ["--text", "dog", "--methods", "itsm", "attention", "--output", tmp_path / "out.pdf"]
+    assert run(folder, image, *arguments, models=(0, 1)) == 0
+    first, second = (str(folder / f"model{seed}") for seed in range(2))
+    titles = [f"{model}\n{method}" for model in (first, second) for method in ("itsm", "attention")]
+    assert list(sheet["heatmaps"]) == titles
+    assert np.abs(sheet["heatmaps"][titles[0]][0] - sheet["heatmaps"][titles[2]][0]).max() > 0.05
+    assert len(sheet["row_titles"][0].split()) == 3  # the text and a score for each model
+
+
+def test_a_large_photograph_is_drawn_at_the_size_of_its_cell(folder, tmp_path, sheet):
+    Image.effect_noise((3000, 1000), 80).convert("RGB").save(tmp_path / "large.jpg")
+    assert run(folder, tmp_path / "large.jpg", "--text", "dog", "--dpi", "50", "--output", tmp_path / "out.png") == 0
+    assert sheet["image"].size == (280, 93) and sheet["heatmaps"]["itsm"].shape == (1, 93, 280)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["none.jpg", "--text", "dog"], "none.jpg"),
+        (["{folder}/images/a.png"], "at least one --text"),
+        (["a", "--dataset", "folder"], "--dataset and --data-root together"),
+        (["c", "--dataset", "folder", "--data-root", "{folder}"], "such as a, got c"),
+        (["b", "--dataset", "folder", "--data-root", "{folder}"], "shows a class"),
+        (["{folder}/images/a.png", "--text", "dog", "--output", "a.txt"], "ends in .png"),
+        (["{folder}/images/a.png", "--text", "dog", "--colormap", "x"], "colormap"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(folder, tmp_path, capsys, monkeypatch, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    assert run(folder, *(argument.format(folder=folder) for argument in arguments)) == 2
+    err = capsys.readouterr().err.strip()
+    assert len(err.splitlines()) == 1 and err.startswith("iclip compare: ") and message in err
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("dpi", ["0", "-1", "x"])
+def test_a_wrong_resolution_is_refused_at_once(dpi, capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["compare", "none.jpg", "--text", "dog", "--dpi", dpi])
+    assert stop.value.code == 2
+    assert "--dpi: expected a whole number of at least 1" in capsys.readouterr().err
+
+
+def test_prompts_are_those_of_the_data_set(folder, tmp_path, capsys):
+    """As in its evaluation: renamed classes in its own templates, unless others are given."""
+    overrides = tmp_path / "overrides.json"
+    overrides.write_text(json.dumps({"names": {"dog": "cat"}, "templates": ["a red {}"]}))
+    data = ["--dataset", "folder", "--data-root", folder, "--output", tmp_path / "out.png", "--json"]
+
+    def scores(*arguments):
+        assert run(folder, *arguments) == 0
+        return [(row["text"], *row["scores"].values()) for row in json.loads(capsys.readouterr().out)["texts"]]
+
+    overridden = scores("a", *data, "--overrides", overrides)
+    plain = ["--text", "cat", "--text", "car", *data[4:]]
+    assert overridden == scores(folder / "images" / "a.png", *plain, "--template", "a red {}")
+    assert overridden != scores(folder / "images" / "a.png", *plain)

@@ -24,10 +24,10 @@ from tqdm import tqdm
 
 from .cache import written_whole
 from .data.pairs import PairDataset, load_pairs
-from .evaluation import _ahead
 from .explainers import Explanation
 from .images import IMAGE_SUFFIXES, load_image
 from .localization import Localizer
+from .threads import map_ahead
 
 
 # One row an image. Masks are PNG pictures of one bit, which `datasets` decodes.
@@ -204,7 +204,7 @@ def _rows(localizer, images, part, batch_size, pool, bar, broken) -> Iterator[di
         return name, (image.height, image.width), localizer.prepare(image)
 
     def explained() -> Iterator[tuple[str, Explanation, torch.Tensor]]:
-        loaded = _ahead(pool, load, part, 2 * batch_size)
+        loaded = map_ahead(pool, load, part, 2 * batch_size)
         while batch := list(itertools.islice(loaded, batch_size)):
             broken.extend(one for one in batch if isinstance(one, str))
             good = [one for one in batch if not isinstance(one, str)]
@@ -222,7 +222,7 @@ def _rows(localizer, images, part, batch_size, pool, bar, broken) -> Iterator[di
         ]
         return {"image": name, "height": explanation.size[0], "width": explanation.size[1], "texts": texts}
 
-    return _ahead(pool, describe, explained(), 2 * batch_size)
+    return map_ahead(pool, describe, explained(), 2 * batch_size)
 
 
 def _png(mask: np.ndarray) -> bytes:

@@ -9,9 +9,8 @@ import json
 import os
 import platform
 import time
-from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -29,6 +28,7 @@ from .explainers import make_explainer, select_texts
 from .explainers.gradients import GradientExplainer
 from .metrics import MeanForegroundMinusBackground, MeanMaxIoU, MultiLabelAveragePrecision
 from .similarity import resize_and_normalize
+from .threads import map_ahead
 
 
 @dataclass
@@ -187,7 +187,7 @@ def evaluate(
     def forward() -> Iterator[tuple[str, SegmentationSample, torch.Tensor]]:
         """The model's part, in this thread: for each method and image the raw maps of the classes it shows."""
         nonlocal seconds_in_model
-        loaded = _ahead(pool, load, indices, 2 * batch_size)
+        loaded = map_ahead(pool, load, indices, 2 * batch_size)
         while batch := list(itertools.islice(loaded, batch_size)):
             samples, presence, pixels = zip(*batch)
             began = time.perf_counter()
@@ -200,7 +200,7 @@ def evaluate(
 
     bar = tqdm(total=len(indices), unit="image", disable=not progress or rank > 0)
     with ThreadPoolExecutor(workers) as pool, bar:
-        for method, counts in _ahead(pool, _count, forward(), 2 * batch_size):
+        for method, counts in map_ahead(pool, _count, forward(), 2 * batch_size):
             scores[method].add_counts(counts)
 
     (scores, average_precision), *others = gather_object([(scores, average_precision)])  # alike on every process
@@ -290,14 +290,3 @@ def _count(item: tuple[str, SegmentationSample, torch.Tensor]) -> tuple[str, lis
             (label, MeanMaxIoU.count(heatmap, mask, label), MeanForegroundMinusBackground.count(heatmap, mask, label))
         )
     return method, counts
-
-
-def _ahead(pool: ThreadPoolExecutor, function, items: Iterable, depth: int) -> Iterator:
-    """`map` over a pool, in order, that draws at most `depth` items ahead of what was taken, so that memory stays flat."""
-    pending: deque[Future] = deque()
-    for item in items:
-        pending.append(pool.submit(function, item))
-        if len(pending) > depth:
-            yield pending.popleft().result()
-    while pending:
-        yield pending.popleft().result()

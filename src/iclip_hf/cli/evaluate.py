@@ -26,6 +26,7 @@ def register(commands) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
+    import torch
     from accelerate import PartialState
 
     from ..data.segmentation import load_segmentation
@@ -34,6 +35,8 @@ def run(options: argparse.Namespace) -> int:
     if options.output:
         check_file("--output", options.output, (".json",))
     dataset = load_segmentation(options.dataset, options.data_root, options.split, options.overrides)
+    # Before the model: this process's device becomes the current one.
+    state = PartialState(cpu=not torch.cuda.is_available())
     result = evaluate(
         *load_model(options.model),
         dataset,
@@ -44,7 +47,7 @@ def run(options: argparse.Namespace) -> int:
         limit=options.limit,
         batch_size=options.batch_size,
     )
-    if PartialState().is_main_process:
+    if state.is_main_process:
         if options.output:
             result.save(options.output)
         print(result.to_json() if options.json else result.table())

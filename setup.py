@@ -18,7 +18,7 @@ extras = {
     # `iclip explain` of whole collections: processes, Parquet
     "collections": ["accelerate>=1.10", "datasets>=4.0"],
     # Gradio apps, and the photograph that `make demo` explains
-    "demo": ["gradio>=5.0", "scikit-image>=0.25"],
+    "demo": ["gradio>=6.10", "scikit-image>=0.25"],
     # models of open_clip in the explainers
     "open_clip": ["open_clip_torch>=3.0"],
 }
@@ -34,6 +34,8 @@ extras["dev"] = sorted(
         "torchmetrics>=1.6",
     }
 )
+# What the benchmarks stand beside, on top of dev.
+extras["bench"] = ["captum>=0.8", "grad-cam>=1.5"]
 
 setup(
     name="iclip-hf",

@@ -14,6 +14,7 @@ from wrapt import register_post_import_hook
 if TYPE_CHECKING:
     from .configuration_iclip import ICLIPConfig
     from .modeling_iclip import ICLIPImageFeatures, ICLIPModel, ICLIPOutput, ICLIPTextFeatures
+    from .pipeline_iclip import ImageTextSimilarityMapPipeline
     from .processing_iclip import ICLIPProcessor
 
 __version__ = "0.1.0"
@@ -25,6 +26,7 @@ _MODULES = {
     "ICLIPOutput": "modeling_iclip",
     "ICLIPProcessor": "processing_iclip",
     "ICLIPTextFeatures": "modeling_iclip",
+    "ImageTextSimilarityMapPipeline": "pipeline_iclip",
 }
 __all__ = list(_MODULES)
 
@@ -46,3 +48,4 @@ def _register_when_imported(auto_module: str, module: str):
 _register_when_imported("transformers.models.auto.configuration_auto", ".configuration_iclip")
 _register_when_imported("transformers.models.auto.modeling_auto", ".modeling_iclip")
 _register_when_imported("transformers.models.auto.processing_auto", ".processing_iclip")
+_register_when_imported("transformers.pipelines", ".pipeline_iclip")

@@ -1,0 +1,1 @@
+"""Model configurations: one folder a model."""

@@ -1,0 +1,26 @@
+"""`iclip init`: a configuration and two towers to the folder of a new model."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from .common import add_command, silence_transformers
+
+
+def register(commands) -> None:
+    command = add_command(commands, "init", run, "join an image and a text tower to a new model")
+    command.add_argument(
+        "--config", required=True, metavar="NAME_OR_FOLDER", help="a shipped configuration, such as iclip-vit-b16"
+    )
+    command.add_argument("--vision", help="image tower: folder, Hub id or DINO's .pth (default: the configuration's)")
+    command.add_argument("--text", help="text tower: folder or Hub id (default: the configuration's)")
+    command.add_argument("--output", required=True, type=Path, metavar="DIR", help="new folder to write")
+
+
+def run(options: argparse.Namespace) -> int:
+    from ..hub import init_model
+
+    silence_transformers()
+    print(init_model(options.config, options.output, options.vision, options.text))
+    return 0

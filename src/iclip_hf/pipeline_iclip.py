@@ -1,0 +1,142 @@
+"""The "image-text-similarity-map" pipeline: images and labels to scores, maps and masks."""
+
+import os
+from collections.abc import Sequence
+
+import torch
+from PIL import Image
+from transformers import AutoModel
+from transformers.image_utils import load_image as fetch_image
+from transformers.pipelines import PIPELINE_REGISTRY, Pipeline
+
+from .images import load_image
+from .presence import BACKGROUND, MIN_PRESENCE, presence
+
+
+class ImageTextSimilarityMapPipeline(Pipeline):
+    """
+    Which labels does an image show, and which of its pixels match them?
+
+    The labels are encoded once a call, also for a data set or a generator of images, which are answered one by one.
+
+    Example:
+
+    ```python
+    >>> from transformers import pipeline
+
+    >>> pipe = pipeline("image-text-similarity-map", model="org/iclip-vit-b16", trust_remote_code=True)
+    >>> answers = pipe("dog.jpg", candidate_labels=["dog", "red ball"], threshold=0.4)
+    >>> answers[0]["label"], answers[0]["score"], answers[0]["map"].shape
+    ('dog', 0.27, torch.Size([480, 640]))
+    ```
+
+    A model folder that carries its own code asks for `trust_remote_code=True`; to run the installed package's code instead, give
+    `pipeline_class=iclip_hf.ImageTextSimilarityMapPipeline`.
+    """
+
+    _load_processor = True
+    _load_image_processor = False
+    _load_feature_extractor = False
+    _load_tokenizer = False
+
+    def __call__(
+        self, images, candidate_labels: str | Sequence[str], template: str | Sequence[str] | None = None, **kwargs
+    ):
+        """
+        Explains images.
+
+        Args:
+            images: an image as a path, a URL, base64 text or a PIL image; or a list, a `Dataset` or a generator of them.
+            candidate_labels (`str` or T of them): class names or phrases.
+            template (`str` or a list, *optional*): prompts with one `{}` for the labels, averaged if several; those of the
+                processor if not given, `"{}"` takes the labels as they are.
+            threshold (`float` in [0, 1] or T of them, defaults to 0.5): a mask holds the pixels whose map is greater.
+            min_presence (`float` in [0, 1], defaults to 0.7): a label of lower presence gets an empty mask.
+            size (`dict`, *optional*): of the image as the model sees it, see [`ICLIPProcessor`].
+            timeout (`float`, *optional*): seconds to wait for a URL.
+            batch_size (`int`, defaults to 1): images in one forward.
+
+        Returns:
+            for one image a list of T `dict`, best score first; for a list of images a list of those; for a `Dataset` or a
+            generator an iterator over those:
+
+            - **label** (`str`)
+            - **score** (`float`): cosine of image and label, in [-1, 1].
+            - **presence** (`float`): how surely the image shows the label, in [0, 1], see [`presence`].
+            - **map** (`torch.Tensor` of shape `(height, width)`): at the image's size, in [0, 1].
+            - **mask** (`torch.Tensor` of shape `(height, width)`): boolean.
+            - **boxes** (`torch.Tensor` of shape `(R, 4)`): (x0, y0, x1, y1) in pixels around the mask's parts, best first.
+
+        Raises:
+            `ValueError`, `TypeError`, `OSError`: for images that cannot be read, and labels, templates or thresholds that
+            [`ICLIPProcessor`] does not take.
+        """
+        labels = [candidate_labels] if isinstance(candidate_labels, str) else list(candidate_labels)
+        if not all(isinstance(label, str) for label in labels):
+            raise TypeError(f"Expected candidate_labels to be a list of strings, shared by all images, got {labels}.")
+        inputs = self.processor(labels=[*labels, *BACKGROUND], templates=template).to(self.device)
+        with torch.no_grad():
+            text_features = self.model.get_text_features(**inputs)
+        return super().__call__(images, candidate_labels=labels, text_features=text_features, **kwargs)
+
+    def _sanitize_parameters(self, **kwargs):
+        steps = {"size": 0, "timeout": 0, "text_features": 1, "candidate_labels": 2, "threshold": 2, "min_presence": 2}
+        parameters = {}, {}, {}
+        for name, value in kwargs.items():
+            if name not in steps:
+                raise TypeError(f"Expected one of {sorted(steps)} or template and batch_size, got {name!r}.")
+            parameters[steps[name]][name] = value
+        return parameters
+
+    def preprocess(self, image, size: dict | None = None, timeout: float | None = None) -> dict:
+        # The package's own reading shows 16-bit and transparent images as the command line does.
+        local = isinstance(image, Image.Image) or os.path.isfile(image)
+        image = load_image(image) if local else fetch_image(image, timeout)
+        pixel_values = self.processor(images=[image], **({} if size is None else {"size": size}))["pixel_values"]
+        return {"pixel_values": pixel_values.to(self.dtype), "target_size": (image.height, image.width)}
+
+    def _forward(self, model_inputs: dict, text_features) -> dict:
+        outputs = self.model(
+            pixel_values=model_inputs["pixel_values"], text_features=text_features, output_similarity_maps=True
+        )
+        return {
+            "scores": (outputs.image_embeds @ outputs.text_embeds.mT).float(),
+            "similarity_maps": outputs.similarity_maps,
+            "target_size": model_inputs["target_size"],
+        }
+
+    def postprocess(
+        self,
+        model_outputs: dict,
+        candidate_labels: list[str],
+        threshold: float | Sequence[float] = 0.5,
+        min_presence: float = MIN_PRESENCE,
+    ) -> list[dict]:
+        count = len(candidate_labels)
+        scores, background_scores = model_outputs["scores"].split([count, len(BACKGROUND)], dim=1)
+        presences = presence(scores, background_scores)
+        raw_maps, processor = model_outputs["similarity_maps"][:, :count], self.processor
+        maps = processor.post_process_similarity_maps(raw_maps, [model_outputs["target_size"]])
+        masks = processor.post_process_masks(maps, threshold, presences, min_presence)
+        regions = processor.post_process_boxes(maps, masks)[0]
+        answers = [
+            {
+                "label": label,
+                "score": scores[0, index].item(),
+                "presence": presences[0, index].item(),
+                "map": maps[0][index],
+                "mask": masks[0][index],
+                "boxes": regions["boxes"][regions["labels"] == index],
+            }
+            for index, label in enumerate(candidate_labels)
+        ]
+        return sorted(answers, key=lambda answer: -answer["score"])
+
+
+__all__ = ["ImageTextSimilarityMapPipeline"]
+
+# Only the first: code that one model folder was trusted with must not take over the task for other models.
+if "image-text-similarity-map" not in PIPELINE_REGISTRY.supported_tasks:
+    PIPELINE_REGISTRY.register_pipeline(
+        "image-text-similarity-map", ImageTextSimilarityMapPipeline, pt_model=AutoModel, type="multimodal"
+    )

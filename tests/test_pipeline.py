@@ -1,0 +1,191 @@
+"""The "image-text-similarity-map" pipeline against the same steps by hand, and every door into it."""
+
+import base64
+import functools
+import importlib.util
+import subprocess
+import sys
+import threading
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+
+import numpy as np
+import pytest
+import torch
+from conftest import tiny_model
+from datasets import Dataset, Image
+from PIL import Image as PILImage
+from transformers.pipelines import PIPELINE_REGISTRY
+from transformers.pipelines.pt_utils import KeyDataset
+
+from iclip_hf import ImageTextSimilarityMapPipeline
+from iclip_hf.pipeline_iclip import __file__ as pipeline_file
+from iclip_hf.presence import BACKGROUND
+
+
+TASK = "image-text-similarity-map"
+LABELS = ["dog", "red ball", "sky"]
+
+
+@pytest.fixture(scope="module")
+def pipe(tiny_processor):
+    return ImageTextSimilarityMapPipeline(model=tiny_model(), processor=tiny_processor, device="cpu")
+
+
+@pytest.fixture(scope="module")
+def photographs(tmp_path_factory):
+    """PNG files of different shapes."""
+    folder = tmp_path_factory.mktemp("photographs")
+    draws = np.random.default_rng(0)
+    for number, (height, width) in enumerate([(40, 60), (90, 30), (50, 50)]):
+        pixels = draws.integers(0, 256, (height // 10, width // 10, 3), dtype=np.uint8)
+        PILImage.fromarray(pixels).resize((width, height)).save(folder / f"{number}.png")
+    return sorted(folder.iterdir())
+
+
+def assert_same(answers, others):
+    assert [answer["label"] for answer in answers] == [other["label"] for other in others]
+    for answer, other in zip(answers, others):
+        assert answer["score"] == pytest.approx(other["score"], abs=1e-6)
+        assert answer["presence"] == pytest.approx(other["presence"], abs=1e-5)
+        assert torch.allclose(answer["map"], other["map"], atol=1e-4)
+        assert (answer["mask"] != other["mask"]).float().mean() < 0.01
+
+
+def test_answers_are_those_of_model_and_processor(pipe, photographs):
+    image = PILImage.open(photographs[0])
+    answers = pipe(image, LABELS, template=["{}", "a photo of the {}"], threshold=0.3, min_presence=0)
+    with torch.no_grad():
+        inputs = pipe.processor(images=[image], labels=LABELS, templates=["{}", "a photo of the {}"])
+        outputs = pipe.model(**inputs, output_similarity_maps=True)
+        background = pipe.processor(labels=BACKGROUND, templates=["{}", "a photo of the {}"])
+        background = pipe.model.get_text_features(**background).text_embeds
+    maps = pipe.processor.post_process_similarity_maps(outputs.similarity_maps, [(40, 60)])[0]
+    cosines = (outputs.image_embeds @ outputs.text_embeds.T)[0]
+    chance = (outputs.image_embeds @ background.T)[0]
+    assert [answer["label"] for answer in answers] == [LABELS[index] for index in cosines.argsort(descending=True)]
+    for answer in answers:
+        index = LABELS.index(answer["label"])
+        assert answer["score"] == pytest.approx(cosines[index].item(), abs=1e-6)
+        z = (cosines[index] - chance.mean()) / chance.std()
+        assert answer["presence"] == pytest.approx(torch.distributions.Normal(0, 1).cdf(z).item(), abs=1e-4)
+        assert answer["map"].shape == (40, 60) and torch.allclose(answer["map"], maps[index], atol=1e-5)
+        assert torch.equal(answer["mask"], answer["map"] > 0.3)
+        rows, columns = torch.where(answer["mask"])
+        x0, y0, x1, y1 = answer["boxes"].T  # together they hold the mask, but for specks
+        assert (x0.min(), y0.min()) <= (columns.min() + 8, rows.min() + 8) and x1.max() <= columns.max() + 1
+
+
+def test_every_form_of_an_image_gives_the_same_answer(pipe, photographs):
+    path = photographs[0]
+    expected = pipe(str(path), LABELS)
+    encoded = base64.b64encode(path.read_bytes()).decode()
+    handler = functools.partial(QuietHandler, directory=path.parent)
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_port}/{path.name}"
+        for form in (PILImage.open(path), url, encoded, f"data:image/png;base64,{encoded}"):
+            assert_same(pipe(form, LABELS, timeout=10), expected)
+        server.shutdown()
+
+
+class QuietHandler(SimpleHTTPRequestHandler):
+    def log_message(self, *arguments):
+        pass
+
+
+def test_a_16_bit_image_is_scaled_as_on_the_command_line(pipe, photographs, tmp_path):
+    grey = PILImage.open(photographs[0]).convert("L")
+    PILImage.fromarray(np.asarray(grey).astype(np.uint16) * 257).save(tmp_path / "deep.png")
+    assert_same(pipe(str(tmp_path / "deep.png"), LABELS), pipe(grey, LABELS))
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 3])
+def test_lists_data_sets_and_generators_answer_one_by_one(pipe, photographs, batch_size):
+    paths = [str(path) for path in photographs]
+    expected = [pipe(path, LABELS) for path in paths]
+    dataset = Dataset.from_dict({"image": paths}).cast_column("image", Image())
+    drawn = []
+
+    def generate():
+        for path in paths:
+            drawn.append(path)
+            yield path
+
+    stream = pipe(generate(), LABELS, batch_size=batch_size)
+    first = next(iter(stream))
+    assert len(drawn) <= batch_size + 2  # drawn as needed, the one that was looked at included
+    for found in (
+        pipe(paths, LABELS, batch_size=batch_size),
+        list(pipe(KeyDataset(dataset, "image"), LABELS, batch_size=batch_size)),
+        [first, *stream],
+    ):
+        assert len(found) == 3
+        for answers, others in zip(found, expected):
+            assert_same(answers, others)
+
+
+def test_labels_are_encoded_once_for_all_images(pipe, photographs, monkeypatch):
+    calls = []
+    encode = pipe.model.encode_text
+    monkeypatch.setattr(
+        pipe.model, "encode_text", lambda *args, **options: calls.append(1) or encode(*args, **options)
+    )
+    pipe([str(path) for path in photographs], LABELS)
+    assert len(calls) == 1
+
+
+def test_one_label_thresholds_and_presence(pipe, photographs):
+    image = str(photographs[0])
+    assert [answer["label"] for answer in pipe(image, "dog")] == ["dog"]
+    by_label = {a["label"]: a["mask"] for a in pipe(image, LABELS, threshold=[0.2, 0.5, 0.9], min_presence=0)}
+    maps = {answer["label"]: answer["map"] for answer in pipe(image, LABELS)}
+    for label, threshold in zip(LABELS, (0.2, 0.5, 0.9)):
+        assert torch.equal(by_label[label], maps[label] > threshold)
+    answers = pipe(image, LABELS, min_presence=0.5)
+    assert {answer["presence"] >= 0.5 for answer in answers} == {True, False}
+    for answer in answers:
+        assert answer["mask"].any() == (answer["presence"] >= 0.5) == (len(answer["boxes"]) > 0)
+
+
+def test_another_resolution(pipe, photographs):
+    answers = pipe(str(photographs[0]), LABELS, size={"height": 64, "width": 96})
+    assert answers[0]["map"].shape == (40, 60)
+    assert not torch.allclose(answers[0]["map"], pipe(str(photographs[0]), LABELS)[0]["map"], atol=1e-2)
+
+
+@pytest.mark.parametrize(
+    ("image", "options", "error", "says"),
+    [
+        ("nowhere.png", {}, ValueError, "nowhere.png"),
+        (3.5, {}, TypeError, "float"),
+        (None, {"candidate_labels": [["dog"], ["cat"]]}, TypeError, "list of strings, shared by all images"),
+        (None, {"candidate_labels": [""]}, ValueError, "at least one character"),
+        (None, {"template": "no place"}, ValueError, "one {} each"),
+        (None, {"treshold": 0.3}, TypeError, "'treshold'"),
+        (None, {"threshold": 2}, ValueError, r"in \[0, 1\]"),
+    ],
+)
+def test_mistakes_are_named(pipe, photographs, image, options, error, says):
+    with pytest.raises(error, match=says):
+        pipe(str(photographs[0]) if image is None else image, **{"candidate_labels": LABELS, **options})
+
+
+def test_the_task_is_known_after_import_and_costs_nothing_before(tmp_path, tiny_processor):
+    tiny_model().save_pretrained(tmp_path)
+    tiny_processor.save_pretrained(tmp_path)
+    script = f"""
+import sys, iclip_hf
+assert "transformers.pipelines" not in sys.modules and "torch" not in sys.modules
+from transformers import pipeline
+pipe = pipeline({TASK!r}, model={str(tmp_path)!r})
+assert type(pipe) is iclip_hf.ImageTextSimilarityMapPipeline and type(pipe.processor) is iclip_hf.ICLIPProcessor
+"""
+    subprocess.run([sys.executable, "-c", script], check=True)
+
+
+def test_code_of_a_model_folder_does_not_take_the_task_over():
+    spec = importlib.util.spec_from_file_location("iclip_hf.pipeline_copy", pipeline_file)
+    copy = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(copy)
+    assert copy.ImageTextSimilarityMapPipeline is not ImageTextSimilarityMapPipeline
+    assert PIPELINE_REGISTRY.check_task(TASK)[1]["impl"] is ImageTextSimilarityMapPipeline

@@ -1,7 +1,8 @@
 """
 Trains ICLIP: `accelerate launch train.py --config hub_configs/<name>/train.yaml`, or `python train.py` on one device.
 
-A `train.yaml` holds settings, the `config.json` beside it the model's options; any setting can be given on the command line.
+A `train.yaml` holds settings, `config.json` and `processor_config.json` beside it the model's options; any setting can be given on the
+command line.
 """
 
 from __future__ import annotations
@@ -30,10 +31,9 @@ from iclip_hf import ICLIPConfig, ICLIPModel, ICLIPProcessor
 from iclip_hf.data.nouns import NounPrompts
 from iclip_hf.data.pairs import PairStream, load_pairs
 from iclip_hf.data.segmentation import load_segmentation
-from iclip_hf.demo.towers import embedded_towers
 from iclip_hf.evaluation import evaluate
 from iclip_hf.feature_cache import CachedPairs, branch_poolings, cache_images, cache_texts
-from iclip_hf.modeling_iclip import load_tower
+from iclip_hf.hub import join_towers
 from iclip_hf.training import (
     AugmentedImage,
     BatchLoader,
@@ -65,13 +65,13 @@ def setting(default, help: str):
 class Settings:
     """The paper's recipe by default; where it leaves things open, GroupViT's and DeiT's, which it follows."""
 
-    config: str = setting("hub_configs/iclip-vit-b16/train.yaml", "settings; the model's config.json lies beside")
+    config: str = setting("hub_configs/iclip-vit-b16/train.yaml", "settings; beside them the model's configuration")
     output_dir: str = setting("", "folder of the run, runs/<name of the config's folder> by default")
     resume: bool = setting(False, "go on from the last checkpoint in output_dir, if there is one")
 
     # model
     model: str = setting("", "ICLIP model to train further (folder or Hub id), instead of two towers")
-    vision: str = setting("", 'image tower (folder or Hub id), or "embedded" for the one of the demo')
+    vision: str = setting("", 'image tower (folder, Hub id, or DINO\'s .pth), or "embedded" for the one of the demo')
     text: str = setting("", "text tower, likewise")
     model_options: list[str] = field(
         default_factory=list, metadata={"help": "options of the model over those of config.json, as name=value"}
@@ -191,14 +191,8 @@ def load_model(settings: Settings) -> tuple[ICLIPModel, ICLIPProcessor]:
     }
     if settings.model:
         return ICLIPModel.from_pretrained(settings.model, **options), ICLIPProcessor.from_pretrained(settings.model)
-    vision, text = settings.vision, settings.text
-    if "embedded" in (vision, text):
-        towers = map(str, embedded_towers())
-        vision, text = (tower if name == "embedded" else name for name, tower in zip((vision, text), towers))
     folder = Path(settings.config).parent
-    config = ICLIPConfig(**{**ICLIPConfig.get_config_dict(folder)[0], **options})
-    model = ICLIPModel(config, load_tower(config.vision_config, vision), load_tower(config.text_config, text))
-    return model, ICLIPProcessor.from_vision_text_pretrained(vision, text, settings.image_size)
+    return join_towers(folder, settings.vision, settings.text, settings.image_size, **options)
 
 
 def load_datasets(settings: Settings, model: ICLIPModel, processor: ICLIPProcessor, accelerator: Accelerator):
@@ -316,11 +310,18 @@ def main(arguments: list[str]) -> dict[str, float]:
 
     # Where the run stands: all that a checkpoint holds beside weights and optimizer
     state = {"step": 0, "bad_steps": 0, "bad_in_a_row": 0, "skipped_pairs": 0, "best": None, "metrics": {}}
+    state["evaluation"] = None  # of the maps, as `iclip evaluate` tells it
     keep_learning_weights_only(accelerator)
     if last_checkpoint:
         state = load_checkpoint(accelerator, last_checkpoint)
     state["settings"] = asdict(settings)
     accelerator.init_trackers("", {name: str(value) for name, value in asdict(settings).items()})
+
+    name = Path(settings.config).parent.name
+
+    def export_now(folder: Path) -> None:
+        card = {"name": name, "metrics": state["evaluation"], "training": asdict(settings)}
+        export(accelerator, pair_model, processor, folder, **card)
 
     def evaluate_now(step: int) -> dict[str, float]:
         metrics = {}
@@ -329,8 +330,9 @@ def main(arguments: list[str]) -> dict[str, float]:
         pair_model.eval()
         trained = accelerator.unwrap_model(pair_model).model
         if segmentation is not None:
-            scores = evaluate(trained, processor, segmentation, progress=False).results["itsm"]
-            metrics |= {name: scores[name] for name in ("mAP", "mMIoU", "mFMB")}
+            result = evaluate(trained, processor, segmentation, progress=False)
+            state["evaluation"] = {"protocol": {**result.protocol, "model": name}, "results": result.results}
+            metrics |= {metric: result.results["itsm"][metric] for metric in ("mAP", "mMIoU", "mFMB")}
         if held_out is not None and settings.pictures and accelerator.is_main_process:
             (output_dir / "pictures").mkdir(exist_ok=True)
             figure = draw_examples(trained, processor, held_out, settings.pictures)
@@ -401,7 +403,7 @@ def main(arguments: list[str]) -> dict[str, float]:
                 score = state["metrics"].get(settings.best_metric)
                 if score is not None and (state["best"] is None or score > state["best"]):
                     state["best"] = score
-                    export(accelerator, pair_model, processor, output_dir / "best")
+                    export_now(output_dir / "best")
             if state["step"] % settings.checkpoint_steps == 0 or state["step"] == total_steps:
                 save_checkpoint(accelerator, output_dir, state, settings.keep_checkpoints)
             ended = time.perf_counter()
@@ -410,7 +412,7 @@ def main(arguments: list[str]) -> dict[str, float]:
     bar.close()
 
     # Export
-    export(accelerator, pair_model, processor, output_dir / "model")
+    export_now(output_dir / "model")
     if accelerator.is_main_process:
         (output_dir / "results.json").write_text(json.dumps(state, indent=2))
         print(json.dumps(state["metrics"]))

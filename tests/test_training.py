@@ -18,6 +18,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from conftest import WORDS, tiny_inputs, tiny_model
+from huggingface_hub import ModelCard
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
@@ -71,7 +72,7 @@ def hub(tmp_path_factory, tiny_processor) -> Path:
     model.vision_model.save_pretrained(folder / "vision")
     model.text_model.save_pretrained(folder / "text")
     model.config.save_pretrained(folder)
-    tiny_processor.image_processor.save_pretrained(folder / "vision")
+    tiny_processor.save_pretrained(folder)
     tiny_processor.tokenizer.save_pretrained(folder / "text")
     write_pairs(folder / "pairs.tar", 64)
     write_pairs(folder / "held_out.tar", 17, seed=1)
@@ -460,6 +461,10 @@ def test_a_run_ends_with_a_model_that_loads(hub, tmp_path):
     assert metrics["val_loss"] == pytest.approx(outputs.loss.item(), abs=1e-4)
     assert metrics["image_to_text"] == pytest.approx(100 * (outputs.logits_per_image.argmax(1) == own).float().mean())
     assert metrics["text_to_image"] == pytest.approx(100 * (outputs.logits_per_text.argmax(1) == own).float().mean())
+
+    card = ModelCard.load(tmp_path / "model" / "README.md")
+    assert card.data.training["epochs"] == 3 and card.data.training["data"] == [f"{hub.name}/pairs.tar"]
+    assert str(hub) not in card.content
 
     before, after = weights(hub / "vision"), weights(tmp_path / "model")
     assert all(torch.equal(after[f"vision_model.{name}"], weight) for name, weight in before.items())

@@ -222,7 +222,7 @@ def evaluate(
         "class_names": list(dataset.class_names),
         "maps": "bicubic to the image's size, then min-max; foreground is M > t for t in 0, 0.01, ..., 1",
         "aggregate": aggregate,
-        "versions": {name: version(name) for name in ("iclip-hf", "torch", "transformers")},
+        "versions": {name: version(name).split("+")[0] for name in ("iclip-hf", "torch", "transformers")},
         "python": platform.python_version(),
     }
     recognition = average_precision.compute()

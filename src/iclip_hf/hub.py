@@ -111,17 +111,40 @@ def init_model(config: str | Path, output: str | Path, vision: str | None = None
             model, processor = load_iclip(embedded_model())
             known = {"training": named, "metrics": json.loads((source / "results.json").read_text())}
         else:
-            if "embedded" in (vision, text):
-                towers = map(str, embedded_towers())
-                vision, text = (tower if name == "embedded" else name for name, tower in zip((vision, text), towers))
-            options = ICLIPConfig.from_pretrained(source)
-            image_tower = _image_tower(options.vision_config, vision)
-            model = ICLIPModel(options, image_tower, _checked_tower(options.text_config, text, "text_config")).eval()
-            processor = _processor(source, text)
+            model, processor = join_towers(source, vision, text)
         model.save_pretrained(folder)
         processor.save_pretrained(folder)
         write_model_card(model, processor, folder, **known)
     return Path(output)
+
+
+def join_towers(
+    source: Path, vision: str, text: str, image_size: int | None = None, **options
+) -> tuple[ICLIPModel, ICLIPProcessor]:
+    """
+    Two towers with fresh projections, and their processor.
+
+    Args:
+        source: folder of a configuration, with `config.json` and `processor_config.json`.
+        vision, text: as for [`init_model`], or `"embedded"` for those of the embedded model.
+        image_size (*optional*): height and width in pixels; the configuration's if not given.
+        options: of [`ICLIPConfig`], over the configuration's.
+
+    Raises:
+        `OSError` or `ValueError`: as [`init_model`].
+    """
+    if "embedded" in (vision, text):
+        towers = map(str, embedded_towers())
+        vision, text = (tower if name == "embedded" else name for name, tower in zip((vision, text), towers))
+    config = ICLIPConfig(**{**ICLIPConfig.get_config_dict(source)[0], **options})
+    image_tower = _image_tower(config.vision_config, vision)
+    model = ICLIPModel(config, image_tower, _checked_tower(config.text_config, text, "text_config")).eval()
+
+    size = {} if image_size is None else {"size": {"height": image_size, "width": image_size}}
+    image_processor = AutoImageProcessor.from_pretrained(source, **size)
+    known, _ = ICLIPProcessor.get_processor_dict(source)
+    known = {name: value for name, value in known.items() if name not in ("processor_class", "image_processor")}
+    return model, ICLIPProcessor(image_processor, AutoTokenizer.from_pretrained(text), **known)
 
 
 def _image_tower(config, checkpoint: str):
@@ -142,13 +165,6 @@ def _checked_tower(config, checkpoint: str, side: str):
     if differences:
         raise ValueError(f"{checkpoint}: not a tower of this configuration: {'; '.join(differences)}.")
     return load_tower(config, checkpoint)
-
-
-def _processor(source: Path, text: str) -> ICLIPProcessor:
-    """The configuration's processor, which lacks a tokenizer, with the text tower's."""
-    options, _ = ICLIPProcessor.get_processor_dict(source)
-    options = {name: value for name, value in options.items() if name not in ("processor_class", "image_processor")}
-    return ICLIPProcessor(AutoImageProcessor.from_pretrained(source), AutoTokenizer.from_pretrained(text), **options)
 
 
 # ----------------------------------------------------------------------------------- DINO in its authors' form
@@ -298,15 +314,7 @@ def export_model(
         _write_json(built / "processor_config.json", {**options, "auto_map": auto_map})
         for file in code_files():
             shutil.copyfile(file, built / file.name)
-        write_model_card(
-            model,
-            processor,
-            built,
-            name=name,
-            source=source,
-            metrics=metrics,
-            training=training,
-        )
+        write_model_card(model, processor, built, name=name, source=source, metrics=metrics, training=training)
     return Path(folder)
 
 

@@ -197,7 +197,7 @@ class ICLIPProcessor(ProcessorMixin):
             threshold (`float` in [0, 1], or T of them): for instance the best of each class, from
                 `regions.class_thresholds`.
             scores (`torch.Tensor` of shape `(B, T)`, *optional*): how surely a text is there, such as
-                `localization.presence` of `logits_per_image`.
+                `presence.presence` of `logits_per_image`.
             min_score (`float`, *optional*): a text with a lower score counts as absent and gets an empty mask, which min-max
                 alone would not give it.
 

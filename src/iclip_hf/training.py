@@ -26,6 +26,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
 from .data.nouns import NounPrompts
 from .data.pairs import PairDataset, PairStream
 from .losses import contrastive_loss, multi_positive_loss
+from .model_card import write_model_card
 from .modeling_iclip import ICLIPModel, normalize
 from .plots import overlay, picture_grid
 from .processing_iclip import ICLIPProcessor
@@ -531,8 +532,13 @@ def load_checkpoint(accelerator: Accelerator, folder: Path) -> dict:
     return json.loads((folder / "state.json").read_text())
 
 
-def export(accelerator: Accelerator, pair_model: nn.Module, processor: ICLIPProcessor, folder: Path) -> None:
-    """Writes the model and its processor as a folder for `from_pretrained`, beside and then in place of an earlier one."""
+def export(
+    accelerator: Accelerator, pair_model: nn.Module, processor: ICLIPProcessor, folder: Path, **card: object
+) -> None:
+    """
+    Writes the model, its processor and its card, for which see [`write_model_card`], as a folder for `from_pretrained`, beside
+    and then in place of an earlier one.
+    """
     weights = accelerator.get_state_dict(pair_model)
     if accelerator.is_main_process:
         partial, old = Path(f"{folder}.partial"), Path(f"{folder}.old")
@@ -541,6 +547,7 @@ def export(accelerator: Accelerator, pair_model: nn.Module, processor: ICLIPProc
         model = accelerator.unwrap_model(pair_model).model
         model.save_pretrained(partial, state_dict={name.removeprefix("model."): w for name, w in weights.items()})
         processor.save_pretrained(partial)
+        write_model_card(model, processor, partial, **card)
         if folder.exists():
             os.replace(folder, old)
         os.replace(partial, folder)

@@ -32,7 +32,9 @@ METRICS = {"mAP": ".1f", "mMIoU": ".1f", "mFMB": ".3f"}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     parser.add_argument("--config", type=Path, default=Path("hub_configs/iclip-dinov2-s14-minilm"))
     parser.add_argument("--output", type=Path, default=Path("runs/studies"))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])

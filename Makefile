@@ -1,8 +1,8 @@
-# Every target sets itself up in .venv from a fresh clone and is quick when repeated.
+# Every target sets itself up in .venv (test-lowest and test-newest beside it) from a fresh clone and is quick when repeated.
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test style bench
+.PHONY: demo test test-lowest test-newest style bench
 
 .venv/.installed: setup.py pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
@@ -17,6 +17,15 @@ demo: .venv/.installed
 
 test: .venv/.installed
 	$(BIN)/python -m pytest
+
+# The same with the lowest versions that setup.py allows, and with the newest. PYTHON=python3.10 chooses the interpreter.
+test-lowest: RESOLUTION := lowest-direct
+test-newest: RESOLUTION := highest
+test-lowest test-newest: test-%:
+	$(PYTHON) -m venv --clear .venv-$*
+	.venv-$*/bin/python -m pip install --quiet uv
+	.venv-$*/bin/uv pip install --quiet --python .venv-$*/bin/python --resolution $(RESOLUTION) --editable '.[dev]'
+	.venv-$*/bin/python -m pytest
 
 style: .venv/.installed
 	$(BIN)/ruff check .

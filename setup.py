@@ -9,16 +9,17 @@ extras = {
         "accelerate>=1.10",
         "datasets>=4.0",
         "filelock>=3.15",
-        "pyyaml>=6.0",
         "tensorboard>=2.15",
         "timm>=1.0.15",
     ],
     # `iclip evaluate` and the metric modules
-    "eval": ["accelerate>=1.10", "evaluate>=0.4.6", "pycocotools>=2.0.8", "pyyaml>=6.0"],
+    "eval": ["accelerate>=1.10", "evaluate>=0.4.6", "pycocotools>=2.0.8"],
     # `iclip explain` of whole collections: processes, Parquet
     "collections": ["accelerate>=1.10", "datasets>=4.0"],
     # Gradio apps, and the photograph that `make demo` explains
     "demo": ["gradio>=6.10", "scikit-image>=0.25"],
+    # `iclip export --format onnx`, and models so exported
+    "onnx": ["onnx>=1.17", "onnxruntime>=1.20", "onnxscript>=0.5"],
     # models of open_clip in the explainers
     "open_clip": ["open_clip_torch>=3.0"],
 }
@@ -26,11 +27,12 @@ extras["dev"] = sorted(
     {requirement for group in extras.values() for requirement in group}
     | {
         "hypothesis>=6.100",
-        "onnx>=1.17",
-        "onnxruntime>=1.20",
+        "ipykernel>=6.29",
+        "nbclient>=0.10",
         "pytest>=8.0",
         "ruff>=0.12",
         "scikit-learn>=1.5",
+        "setuptools>=77",
         "torchmetrics>=1.6",
     }
 )
@@ -43,7 +45,7 @@ setup(
     description="Contrastive image-text models that explain themselves: ICLIP for Hugging Face Transformers",
     long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
-    license="Apache-2.0",
+    license_expression="Apache-2.0",
     python_requires=">=3.10",
     # What `iclip install-metrics` hands to `evaluate`, and what `iclip init` and the model card start from, travel in the wheel.
     package_dir={
@@ -58,16 +60,18 @@ setup(
         "iclip_hf.hub_configs": ["*/*.json", "*/*.yaml", "*/*.txt", "../model_card.md"],
     },
     install_requires=[
+        "httpx>=0.27",
         "huggingface_hub>=2.0",
         "matplotlib>=3.8",
         "numpy>=1.26",
         "pillow>=11.0",
+        "pyyaml>=6.0",
         "safetensors>=0.5",
         "scipy>=1.12",
         "torch>=2.8",
         "torchvision>=0.23",
         "tqdm>=4.66",
-        "transformers>=5.24",
+        "transformers>=5.20",
         "wrapt>=1.17",
     ],
     extras_require=extras,

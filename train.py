@@ -19,13 +19,18 @@ from typing import Literal
 
 import torch
 import yaml
-from accelerate import Accelerator, DistributedDataParallelKwargs, PartialState
-from accelerate.utils import ProjectConfiguration, set_seed
 from filelock import FileLock, Timeout
 from huggingface_hub.errors import StrictDataclassError
 from tqdm import tqdm
 from transformers import HfArgumentParser
 from transformers.utils import logging as transformers_logging
+
+from iclip_hf.extras import extra
+
+
+with extra("train"):
+    from accelerate import Accelerator, DistributedDataParallelKwargs, PartialState
+    from accelerate.utils import ProjectConfiguration, set_seed
 
 from iclip_hf import ICLIPConfig, ICLIPModel, ICLIPProcessor
 from iclip_hf.data.nouns import NounPrompts
@@ -33,7 +38,7 @@ from iclip_hf.data.pairs import PairStream, load_pairs
 from iclip_hf.data.segmentation import load_segmentation
 from iclip_hf.evaluation import evaluate
 from iclip_hf.feature_cache import CachedPairs, branch_poolings, cache_images, cache_texts
-from iclip_hf.hub import join_towers
+from iclip_hf.hub import join_towers, load_iclip
 from iclip_hf.training import (
     AugmentedImage,
     BatchLoader,
@@ -190,7 +195,7 @@ def load_model(settings: Settings) -> tuple[ICLIPModel, ICLIPProcessor]:
         name: yaml.safe_load(value) for name, _, value in (one.partition("=") for one in settings.model_options)
     }
     if settings.model:
-        return ICLIPModel.from_pretrained(settings.model, **options), ICLIPProcessor.from_pretrained(settings.model)
+        return load_iclip(settings.model, **options)
     folder = Path(settings.config).parent
     return join_towers(folder, settings.vision, settings.text, settings.image_size, **options)
 

@@ -156,7 +156,7 @@ def test_another_resolution(pipe, photographs):
 @pytest.mark.parametrize(
     ("image", "options", "error", "says"),
     [
-        ("nowhere.png", {}, ValueError, "nowhere.png"),
+        ("nowhere.png", {}, FileNotFoundError, "nowhere.png"),
         (3.5, {}, TypeError, "float"),
         (None, {"candidate_labels": [["dog"], ["cat"]]}, TypeError, "list of strings, shared by all images"),
         (None, {"candidate_labels": [""]}, ValueError, "at least one character"),

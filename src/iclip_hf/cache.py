@@ -29,6 +29,25 @@ def written_whole(path: Path) -> Iterator[Path]:
         partial.unlink(missing_ok=True)
 
 
+@contextmanager
+def new_folder(folder: str | Path) -> Iterator[Path]:
+    """
+    Gives a folder to fill that appears under its name whole or not at all.
+
+    Raises:
+        `FileExistsError`: there is something in the folder, which stays as it is.
+    """
+    folder = Path(folder).resolve()
+    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+        raise FileExistsError(f"{folder}: expected a new or empty folder; delete what is there or name another.")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as scratch:
+        built = Path(scratch, folder.name)
+        built.mkdir()
+        yield built
+        os.replace(built, folder)
+
+
 def build_once(folder: Path, build: Callable[[Path], None]) -> Path:
     """
     Let `build` fill a model folder unless that was done before. It appears whole or not at all, also under a race.

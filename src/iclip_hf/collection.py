@@ -13,21 +13,25 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
-from accelerate import PartialState
-from datasets import Features, List, Value
-from datasets import Image as ImageFeature
 from PIL import Image
 from tqdm import tqdm
 
 from .cache import written_whole
 from .data.pairs import PairDataset, load_pairs
 from .explainers import Explanation
+from .extras import extra
 from .images import IMAGE_SUFFIXES, load_image
 from .localization import Localizer
 from .threads import map_ahead
+
+
+with extra("collections"):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+    from accelerate import PartialState
+    from datasets import Features, List, Value
+    from datasets import Image as ImageFeature
 
 
 # One row an image. Masks are PNG pictures of one bit, which `datasets` decodes.

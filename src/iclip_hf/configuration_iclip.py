@@ -98,7 +98,7 @@ class ICLIPConfig(PreTrainedConfig):
         """Checks the values against each other and their ranges; `@strict` has checked the types before."""
         if self.projection_dim < 1:
             raise ValueError(f"projection_dim must be a positive integer, got {self.projection_dim}.")
-        if self.map_affinity < 0:
+        if not self.map_affinity >= 0:
             raise ValueError(f"map_affinity must not be negative, got {self.map_affinity}.")
         if not 0 < self.attention_quantile <= 1:
             raise ValueError(f"attention_quantile must be in (0, 1], got {self.attention_quantile}.")

@@ -9,13 +9,17 @@ from abc import ABC, abstractmethod
 from importlib.resources import files
 from pathlib import Path
 
-import evaluate
 import numpy as np
-from datasets import DownloadMode, Features, Sequence, Value
-from evaluate.loading import LocalEvaluationModuleFactory
 from PIL import Image
 
 from .cache import written_whole
+from .extras import extra
+
+
+with extra("eval"):
+    import evaluate
+    from datasets import DownloadMode, Features, Sequence, Value
+    from evaluate.loading import LocalEvaluationModuleFactory
 
 
 # What `evaluate` stores of a pair: the counts of its foreground, those of its background, and the class. The columns
@@ -174,7 +178,8 @@ def metric_demo(script: str | Path):
     Args:
         script: the metric's script; the `README.md` beside it is shown below the form.
     """
-    import gradio as gr
+    with extra("demo"):
+        import gradio as gr
 
     metric = evaluate.load(str(script))
 

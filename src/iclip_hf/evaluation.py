@@ -17,8 +17,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from accelerate import PartialState
-from accelerate.utils import gather_object
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
@@ -26,9 +24,15 @@ from .cache import written_whole
 from .data.segmentation import SegmentationDataset, SegmentationSample
 from .explainers import make_explainer, select_texts
 from .explainers.gradients import GradientExplainer
+from .extras import extra
 from .metrics import MeanForegroundMinusBackground, MeanMaxIoU, MultiLabelAveragePrecision
 from .similarity import resize_and_normalize
 from .threads import map_ahead
+
+
+with extra("eval"):
+    from accelerate import PartialState
+    from accelerate.utils import gather_object
 
 
 @dataclass

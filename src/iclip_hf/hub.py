@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import re
 import shutil
-import tempfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from importlib.resources import files
 from pathlib import Path
 
@@ -19,9 +16,11 @@ from huggingface_hub import HfApi
 from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, ViTConfig, ViTModel
 from transformers.dynamic_module_utils import get_relative_import_files
 
+from .cache import new_folder
 from .configuration_iclip import ICLIPConfig
 from .demo.checkpoint import embedded_model
 from .demo.towers import embedded_towers
+from .loading import load_whole, loading_errors
 from .model_card import describe_tower, write_model_card
 from .modeling_iclip import ICLIPModel, load_tower
 from .pipeline_iclip import ImageTextSimilarityMapPipeline
@@ -106,7 +105,7 @@ def init_model(config: str | Path, output: str | Path, vision: str | None = None
     if not (vision and text):
         raise ValueError(f"Expected an image and a text tower, which {source} does not name: give vision and text.")
     known = {}
-    with _new_folder(output) as folder:
+    with new_folder(output) as folder:
         if trained:
             model, processor = load_iclip(embedded_model())
             known = {"training": named, "metrics": json.loads((source / "results.json").read_text())}
@@ -144,7 +143,9 @@ def join_towers(
     image_processor = AutoImageProcessor.from_pretrained(source, **size)
     known, _ = ICLIPProcessor.get_processor_dict(source)
     known = {name: value for name, value in known.items() if name not in ("processor_class", "image_processor")}
-    return model, ICLIPProcessor(image_processor, AutoTokenizer.from_pretrained(text), **known)
+    with loading_errors(text):
+        tokenizer = AutoTokenizer.from_pretrained(text, trust_remote_code=False)
+    return model, ICLIPProcessor(image_processor, tokenizer, **known)
 
 
 def _image_tower(config, checkpoint: str):
@@ -155,7 +156,8 @@ def _image_tower(config, checkpoint: str):
 
 def _checked_tower(config, checkpoint: str, side: str):
     """A tower in the configuration's form: other shapes would load in part, with random numbers for the rest."""
-    found = AutoConfig.from_pretrained(checkpoint)
+    with loading_errors(checkpoint):
+        found = AutoConfig.from_pretrained(checkpoint, trust_remote_code=False)
     found = getattr(found, side, found)
     differences = [
         f"{name} is {getattr(found, name, None)!r}, expected {getattr(config, name, None)!r}"
@@ -164,7 +166,8 @@ def _checked_tower(config, checkpoint: str, side: str):
     ]
     if differences:
         raise ValueError(f"{checkpoint}: not a tower of this configuration: {'; '.join(differences)}.")
-    return load_tower(config, checkpoint)
+    with loading_errors(checkpoint):
+        return load_tower(config, checkpoint)
 
 
 # ----------------------------------------------------------------------------------- DINO in its authors' form
@@ -252,17 +255,18 @@ def _convert_dino(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 # --------------------------------------------------------------------------------------------------- export and push
 
 
-def load_iclip(name: str | Path) -> tuple[ICLIPModel, ICLIPProcessor]:
+def load_iclip(name: str | Path, **options) -> tuple[ICLIPModel, ICLIPProcessor]:
     """
-    Model and processor of a folder or Hub id.
+    Model and processor of a folder or Hub id, with other options of the configuration if given.
 
     Raises:
-        `ValueError`: it is a model of another kind. `OSError`: there is none.
+        `ValueError`: it is a model of another kind, or damaged. `OSError`: there is none.
     """
-    model_type = AutoConfig.from_pretrained(name).model_type
+    with loading_errors(name):
+        model_type = AutoConfig.from_pretrained(name, trust_remote_code=False).model_type
     if model_type != "iclip":
         raise ValueError(f"{name}: expected an ICLIP model, got one of type {model_type}.")
-    return ICLIPModel.from_pretrained(name), ICLIPProcessor.from_pretrained(name)
+    return load_whole(name, **options)
 
 
 def code_files() -> list[Path]:
@@ -300,7 +304,7 @@ def export_model(
     Raises:
         `FileExistsError`: there is something in `folder`.
     """
-    with _new_folder(folder) as built:
+    with new_folder(folder) as built:
         model.save_pretrained(built)
         processor.save_pretrained(built)
         config = json.loads((built / "config.json").read_text())
@@ -338,17 +342,3 @@ def push_model(folder: str | Path, repo_id: str, private: bool | None = None) ->
     api = HfApi()
     repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
     return api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message="Upload model").commit_url
-
-
-@contextmanager
-def _new_folder(folder: str | Path) -> Iterator[Path]:
-    """Gives a folder to fill that appears under its name whole or not at all; what is there already stays."""
-    folder = Path(folder).resolve()
-    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
-        raise FileExistsError(f"{folder}: expected a new or empty folder; delete what is there or name another.")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as scratch:
-        built = Path(scratch, folder.name)
-        built.mkdir()
-        yield built
-        os.replace(built, folder)

@@ -183,7 +183,12 @@ def load_tower(config: PreTrainedConfig, checkpoint: str | None = None) -> PreTr
     options = {"add_pooling_layer": False} if takes_pooler else {}
     if checkpoint is None:
         return tower_class._from_config(config, **options)
-    return tower_class.from_pretrained(checkpoint, config=config, dtype=torch.float32, **options)
+    tower, loading = tower_class.from_pretrained(
+        checkpoint, config=config, dtype=torch.float32, output_loading_info=True, **options
+    )
+    if missing := sorted(loading["missing_keys"]):
+        raise ValueError(f"{checkpoint}: expected all weights of {tower_class.__name__}, but {missing[:3]} are missing.")
+    return tower
 
 
 class ICLIPModel(PreTrainedModel):
@@ -327,10 +332,12 @@ class ICLIPModel(PreTrainedModel):
         """
         config = self.config.vision_config
         patch_size = config.patch_size if isinstance(config.patch_size, int) else config.patch_size[0]
-        if pixel_values.ndim != 4 or pixel_values.shape[2] % patch_size or pixel_values.shape[3] % patch_size:
+        shape = tuple(pixel_values.shape)
+        known = len(shape) == 4 and shape[1] == config.num_channels and 0 not in shape
+        if not known or shape[2] % patch_size or shape[3] % patch_size:
             raise ValueError(
                 f"Expected pixel_values of shape (B, {config.num_channels}, H, W) with H and W multiples of the patch "
-                f"size {patch_size}, got {tuple(pixel_values.shape)}: prepare images with ICLIPProcessor."
+                f"size {patch_size}, got {shape}: prepare images with ICLIPProcessor."
             )
         if _VISION_TOWERS[config.model_type]:
             kwargs["interpolate_pos_encoding"] = True
@@ -351,7 +358,7 @@ class ICLIPModel(PreTrainedModel):
             class_token=tokens[:, 0],
             patch_tokens=tokens[:, first_patch:],
             attention=attention,
-            grid=(pixel_values.shape[2] // patch_size, pixel_values.shape[3] // patch_size),
+            grid=(shape[2] // patch_size, shape[3] // patch_size),
             tower_output=outputs,
         )
 
@@ -442,8 +449,16 @@ class ICLIPModel(PreTrainedModel):
 
         Returns:
             [`ICLIPTextFeatures`].
+
+        Raises:
+            `ValueError`: if `input_ids` has another shape, or M is no multiple of `num_templates`.
         """
         texts = input_ids.shape[:-1]
+        if len(texts) not in (1, 2) or input_ids.numel() == 0 or num_templates < 1 or texts[-1] % num_templates:
+            raise ValueError(
+                "Expected input_ids of shape (M, L) or (B, M, L) with M a multiple of num_templates, got "
+                f"{tuple(input_ids.shape)} and {num_templates}: prepare texts with ICLIPProcessor."
+            )
         optional = {"attention_mask": attention_mask, "token_type_ids": token_type_ids}
         kwargs.update({name: value.flatten(0, -2) for name, value in optional.items() if value is not None})
         features, outputs = self.encode_text(input_ids.flatten(0, -2), **kwargs)

@@ -1,12 +1,13 @@
 """The "image-text-similarity-map" pipeline: images and labels to scores, maps and masks."""
 
+import base64
 import os
 from collections.abc import Sequence
 
+import httpx
 import torch
 from PIL import Image
 from transformers import AutoModel
-from transformers.image_utils import load_image as fetch_image
 from transformers.pipelines import PIPELINE_REGISTRY, Pipeline
 
 from .images import load_image
@@ -53,7 +54,7 @@ class ImageTextSimilarityMapPipeline(Pipeline):
             threshold (`float` in [0, 1] or T of them, defaults to 0.5): a mask holds the pixels whose map is greater.
             min_presence (`float` in [0, 1], defaults to 0.7): a label of lower presence gets an empty mask.
             size (`dict`, *optional*): of the image as the model sees it, see [`ICLIPProcessor`].
-            timeout (`float`, *optional*): seconds to wait for a URL.
+            timeout (`float`, defaults to 60): seconds to wait for a URL.
             batch_size (`int`, defaults to 1): images in one forward.
 
         Returns:
@@ -71,9 +72,12 @@ class ImageTextSimilarityMapPipeline(Pipeline):
             `ValueError`, `TypeError`, `OSError`: for images that cannot be read, and labels, templates or thresholds that
             [`ICLIPProcessor`] does not take.
         """
-        labels = [candidate_labels] if isinstance(candidate_labels, str) else list(candidate_labels)
-        if not all(isinstance(label, str) for label in labels):
-            raise TypeError(f"Expected candidate_labels to be a list of strings, shared by all images, got {labels}.")
+        labels = [candidate_labels] if isinstance(candidate_labels, str) else candidate_labels
+        if not isinstance(labels, Sequence) or not all(isinstance(label, str) for label in labels):
+            raise TypeError(f"Expected candidate_labels to be a list of strings, shared by all images, got {labels!r}.")
+        if not labels:
+            raise ValueError("Expected at least one label in candidate_labels, got none.")
+        labels = list(labels)
         inputs = self.processor(labels=[*labels, *BACKGROUND], templates=template).to(self.device)
         with torch.no_grad():
             text_features = self.model.get_text_features(**inputs)
@@ -88,10 +92,8 @@ class ImageTextSimilarityMapPipeline(Pipeline):
             parameters[steps[name]][name] = value
         return parameters
 
-    def preprocess(self, image, size: dict | None = None, timeout: float | None = None) -> dict:
-        # The package's own reading shows 16-bit and transparent images as the command line does.
-        local = isinstance(image, Image.Image) or os.path.isfile(image)
-        image = load_image(image) if local else fetch_image(image, timeout)
+    def preprocess(self, image, size: dict | None = None, timeout: float = 60) -> dict:
+        image = _read(image, timeout)
         pixel_values = self.processor(images=[image], **({} if size is None else {"size": size}))["pixel_values"]
         return {"pixel_values": pixel_values.to(self.dtype), "target_size": (image.height, image.width)}
 
@@ -131,6 +133,24 @@ class ImageTextSimilarityMapPipeline(Pipeline):
             for index, label in enumerate(candidate_labels)
         ]
         return sorted(answers, key=lambda answer: -answer["score"])
+
+
+def _read(image, timeout: float) -> Image.Image:
+    """As the command line shows it: 16-bit, transparent and rotated images, and none of the formats that run programs."""
+    if not isinstance(image, str) or os.path.exists(image):
+        return load_image(image)
+    name = repr(image[:100])
+    if image.startswith(("http://", "https://")):
+        try:
+            answer = httpx.get(image, timeout=timeout, follow_redirects=True).raise_for_status()
+        except (httpx.HTTPError, httpx.InvalidURL) as error:
+            raise OSError(f"{name}: expected an image at this address, but got: {error}; check it.") from error
+        return load_image(answer.content, name)
+    try:
+        content = base64.b64decode("".join(image.rpartition(",")[2].split()), validate=True)
+    except ValueError:  # no base64 text, so a path
+        return load_image(image)
+    return load_image(content, name)
 
 
 __all__ = ["ImageTextSimilarityMapPipeline"]

@@ -27,6 +27,8 @@ BLUE, ORANGE = "#0072B2", "#D55E00"
 CELL = 2.8
 # Characters of the sheets' titles that fit this width.
 _LINE = 25
+# Characters of a title beyond which its middle is left out.
+_LONGEST = 250
 
 
 def overlay(image: Image.Image, heatmap: np.ndarray, opacity: float = 0.5, colormap: str = COLORMAP) -> np.ndarray:
@@ -243,6 +245,8 @@ def _as_it_is() -> dict:
 
 
 def _wrap(text: str, width: int = _LINE) -> str:
+    if len(text) > _LONGEST:  # drawing takes seconds a thousand characters
+        text = f"{text[: _LONGEST // 2]} … {text[-_LONGEST // 2 :]}"
     wide = any(unicodedata.east_asian_width(character) in "FW" for character in text)
     return "\n".join(textwrap.fill(line, width // 2 if wide else width) for line in text.splitlines())
 

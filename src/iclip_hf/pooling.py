@@ -21,7 +21,7 @@ def normalize_attention(attention: torch.Tensor, norm: str = "minmax", quantile:
         high = attention.amax(-1, keepdim=True)
     else:
         rank = round(quantile * (attention.shape[-1] - 1))
-        high = attention.sort(-1).values[:, rank : rank + 1]
+        high = attention.sort(-1).values[:, rank, None]
     span = high - low
     return ((attention - low) / span.masked_fill(span == 0, 1.0)).clamp(max=1.0)
 

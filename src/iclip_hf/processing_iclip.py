@@ -87,7 +87,8 @@ class ICLIPProcessor(ProcessorMixin):
 
         Raises:
             `ValueError`: for nothing to process, empty texts or lists, both `text` and `labels`, a template without `{}`,
-            images of different shape under `shortest_edge`. `TypeError`: for texts that are no strings.
+            images of different shape under `shortest_edge`, what is no image or not finite. `TypeError`: for texts that are no
+            strings.
         """
         if images is None and text is None and labels is None:
             raise ValueError("Expected images, text or labels, got none of them.")
@@ -100,13 +101,15 @@ class ICLIPProcessor(ProcessorMixin):
         if labels is not None:
             templates = self.templates if templates is None else _check_templates(templates)
             num_templates = len(templates)
-            text = _nested(labels, lambda label: [template.format(label) for template in templates])
+            text = _nested(labels, lambda label: [template.replace("{}", label) for template in templates])
         elif text is not None:
             text = _nested(text, lambda one: [one])
         per_image = text is not None and isinstance(text[0], list)
 
         if images is not None:
-            images = [_to_rgb_if_pil(image) for image in _as_list(images)]
+            images = [_checked_image(image) for image in _as_list(images)]
+            if not images:
+                raise ValueError("Expected at least one image, got none.")
             if per_image and len(text) != len(images):
                 raise ValueError(
                     f"Expected one list of texts an image, got {len(text)} lists for {len(images)} images."
@@ -208,7 +211,7 @@ class ICLIPProcessor(ProcessorMixin):
             `ValueError`: for thresholds outside [0, 1] or not one a text, or only one of `scores` and `min_score`.
         """
         thresholds = torch.as_tensor(threshold, dtype=torch.float32)
-        if thresholds.numel() == 0 or thresholds.min() < 0 or thresholds.max() > 1:
+        if thresholds.numel() == 0 or not (thresholds.min() >= 0 and thresholds.max() <= 1):  # NaN fails too
             raise ValueError(f"Expected thresholds in [0, 1], got {threshold}.")
         if thresholds.ndim and any(len(map_) != len(thresholds) for map_ in maps):
             raise ValueError(
@@ -304,10 +307,11 @@ def _regions(maps, masks, min_area: float) -> Iterator[list[tuple[int, np.ndarra
 
 
 def _check_templates(templates: Sequence[str]) -> list[str]:
-    templates = [templates] if isinstance(templates, str) else list(templates)
-    if not templates or any(not isinstance(t, str) or t.count("{}") != 1 for t in templates):
+    templates = [templates] if isinstance(templates, str) else templates
+    fits = isinstance(templates, Sequence) and len(templates) > 0
+    if not fits or any(not isinstance(t, str) or t.count("{}") != 1 for t in templates):
         raise ValueError(f'Expected templates with one {{}} each, such as "a photo of the {{}}", got {templates}.')
-    return templates
+    return list(templates)
 
 
 def _nested(texts, expand) -> list[str] | list[list[str]]:
@@ -343,8 +347,17 @@ def _as_list(images) -> list:
     return list(images) if getattr(images, "ndim", 3) == 4 else [images]
 
 
-def _to_rgb_if_pil(image):
-    return to_rgb(image) if isinstance(image, Image.Image) else image
+def _checked_image(image):
+    """A PIL image in RGB; an array or tensor as it is, once it is known to be an image."""
+    if not hasattr(image, "shape"):
+        if isinstance(image, Image.Image) and 0 not in image.size:
+            return to_rgb(image)
+        raise ValueError(f"Expected images as PIL images that are not empty, arrays or tensors, got {image!r:.100}.")
+    if len(image.shape) != 3 or 0 in image.shape:
+        raise ValueError(f"Expected an image of shape (3, H, W) or (H, W, 3), got {tuple(image.shape)}.")
+    if not torch.isfinite(torch.as_tensor(image)).all():
+        raise ValueError("Expected an image of finite numbers, got NaN or infinity.")
+    return image
 
 
 def _height_width(image) -> tuple[int, int]:

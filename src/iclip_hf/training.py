@@ -15,8 +15,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from accelerate import Accelerator
-from accelerate.utils import send_to_device
 from matplotlib.figure import Figure
 from safetensors.torch import load_file, save_file
 from torch import distributed, nn
@@ -25,11 +23,17 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
 
 from .data.nouns import NounPrompts
 from .data.pairs import PairDataset, PairStream
+from .extras import extra
 from .losses import contrastive_loss, multi_positive_loss
 from .model_card import write_model_card
 from .modeling_iclip import ICLIPModel, normalize
 from .plots import overlay, picture_grid
 from .processing_iclip import ICLIPProcessor
+
+
+with extra("train"):
+    from accelerate import Accelerator
+    from accelerate.utils import send_to_device
 
 
 # ---------------------------------------------------------------------------------------------------- random numbers
@@ -95,7 +99,8 @@ class AugmentedImage:
         auto_augment: str = "rand-m9-mstd0.5-inc1",
         random_erasing: float = 0.25,
     ):
-        from timm.data import create_transform
+        with extra("train"):
+            from timm.data import create_transform
 
         image_processor = processor.image_processor
         self.options = {

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 
 from .. import __version__
-from . import evaluate, explain, metrics
+from . import analyze, compare, demo, evaluate, explain, export, init, metrics, push
 from .common import one_line
 
 
@@ -34,6 +34,6 @@ def _parser() -> _Parser:
     parser = _Parser(prog="iclip", description="Contrastive image-text models that explain themselves.")
     parser.add_argument("--version", action="version", version=f"iclip {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for module in (explain, evaluate, metrics):
+    for module in (explain, compare, demo, evaluate, analyze, init, export, push, metrics):
         module.register(commands)
     return parser

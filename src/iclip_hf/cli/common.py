@@ -73,15 +73,21 @@ def at_least_1(text: str) -> int:
 def load_model(name: str | None):
     """Model and processor of a folder or Hub id, on the best device; the embedded checkpoint without a name."""
     import torch
-    from transformers import AutoModel, AutoProcessor
+
+    from ..loading import load_whole
+    from ..onnx_export import VISION_FILE, ONNXModel
+    from ..processing_iclip import ICLIPProcessor
 
     silence_transformers()
     if name is None:
         from ..demo.checkpoint import embedded_model
 
         name = str(embedded_model())
+    if Path(name, VISION_FILE).is_file():
+        return ONNXModel(name), ICLIPProcessor.from_pretrained(name)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    return AutoModel.from_pretrained(name).to(device).eval(), AutoProcessor.from_pretrained(name)
+    model, processor = load_whole(name)
+    return model.to(device), processor
 
 
 def silence_transformers() -> None:

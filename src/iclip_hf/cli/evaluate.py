@@ -27,10 +27,13 @@ def register(commands) -> None:
 
 def run(options: argparse.Namespace) -> int:
     import torch
-    from accelerate import PartialState
 
     from ..data.segmentation import load_segmentation
     from ..evaluation import evaluate
+    from ..extras import extra
+
+    with extra("eval"):
+        from accelerate import PartialState
 
     if options.output:
         check_file("--output", options.output, (".json",))

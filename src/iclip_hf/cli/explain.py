@@ -132,9 +132,12 @@ def _explain_images(options: argparse.Namespace) -> int:
 
 def _explain_collection(options: argparse.Namespace) -> int:
     import torch
-    from accelerate import PartialState
 
     from ..collection import explain_collection, open_images
+    from ..extras import extra
+
+    with extra("collections"):
+        from accelerate import PartialState
 
     if options.npz:
         raise ValueError("--npz goes with image files; the Parquet files of a collection hold raw maps and masks.")

@@ -1,4 +1,4 @@
-"""`iclip export`: a model to a folder that needs nothing but Transformers."""
+"""`iclip export`: a model to a folder that needs nothing but Transformers, or nothing but ONNX Runtime."""
 
 from __future__ import annotations
 
@@ -10,9 +10,17 @@ from .common import add_command, silence_transformers
 
 
 def register(commands) -> None:
-    command = add_command(commands, "export", run, "write a model with its code and card, ready for the Hub")
+    command = add_command(
+        commands, "export", run, "write a model with its code and card, ready for the Hub, or as ONNX"
+    )
     add_source_options(command)
     command.add_argument("directory", type=Path, metavar="DIR", help="new folder to write")
+    command.add_argument(
+        "--format",
+        choices=("transformers", "onnx", "onnx-bfloat16", "onnx-int8"),
+        default="transformers",
+        help="onnx: two graphs for ONNX Runtime, with float32 weights if not said otherwise (default: transformers)",
+    )
 
 
 def add_source_options(command: argparse.ArgumentParser) -> None:
@@ -23,7 +31,17 @@ def add_source_options(command: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    print(export(options, options.directory))
+    if options.format == "transformers":
+        print(export(options, options.directory))
+        return 0
+    from ..hub import load_iclip
+    from ..onnx_export import export_onnx
+
+    if options.results is not None:
+        raise ValueError("--results fills a model card, which an ONNX folder does not have: leave it out.")
+    silence_transformers()
+    _, _, weights = options.format.partition("-")
+    print(export_onnx(*load_iclip(options.model, dtype="float32"), options.directory, weights or "float32"))
     return 0
 
 

@@ -28,6 +28,7 @@ from torch.utils.data import Dataset, IterableDataset
 from tqdm import tqdm
 
 from ..cache import cache_folder
+from ..extras import extra
 from ..images import IMAGE_SUFFIXES, load_image
 
 
@@ -527,10 +528,8 @@ def _is_hub_id(source: str) -> bool:
 
 
 def _open_hub_dataset(name: str, split: str) -> datasets.IterableDataset:
-    try:
+    with extra("train"):
         from datasets import load_dataset
-    except ImportError as error:
-        raise ImportError("Streaming from the Hub needs datasets: `pip install iclip-hf[train]`.") from error
     try:
         return load_dataset(name, split=split, streaming=True)
     except Exception as error:  # from an unknown id to no network, of many types

@@ -17,6 +17,7 @@ from types import ModuleType
 import numpy as np
 from PIL import Image
 
+from ..extras import extra
 from ..images import IMAGE_SUFFIXES, load_image, open_image
 
 
@@ -170,10 +171,8 @@ class _COCOSample(SegmentationSample):
 
 
 def _pycocotools_mask() -> ModuleType:
-    try:
+    with extra("eval"):
         from pycocotools import mask
-    except ImportError as error:
-        raise ImportError("COCO needs pycocotools: `pip install iclip-hf[eval]`.") from error
     return mask
 
 

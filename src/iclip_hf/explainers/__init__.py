@@ -55,7 +55,7 @@ def make_explainer(model, processor, method: str = "itsm", **method_options) -> 
     Prepares a method for a model.
 
     Args:
-        model: [`ICLIPModel`], or transformers' `CLIPModel`, `SiglipModel` or `Siglip2Model`, or a model of open_clip.
+        model: [`ICLIPModel`], or transformers' `CLIPModel`, `SiglipModel` or `Siglip2Model`, an [`ONNXModel`], or a model of open_clip.
         processor: the model's processor; for open_clip its tokenizer.
         method (`str`): a name of `METHODS`.
         method_options: of the method, see its class.
@@ -108,9 +108,14 @@ def explain(
         `ValueError`, `TypeError`: as [`make_explainer`] and [`ICLIPProcessor`]; for lists of different lengths.
     """
     images = [load_image(image) for image in images]
-    if not images or not len(texts):
-        raise ValueError(f"Expected at least one image and one text, got {len(images)} images and {len(texts)} texts.")
-    labels = [list(texts)] * len(images) if isinstance(texts[0], str) else [list(one) for one in texts]
+    if not images or isinstance(texts, str) or not len(texts):
+        raise ValueError(
+            f"Expected at least one image and a list of texts, got {len(images)} images and {texts!r:.100}."
+        )
+    per_image = all(isinstance(one, (list, tuple)) for one in texts)
+    labels = [list(one) for one in texts] if per_image else [list(texts)] * len(images)
+    if not all(isinstance(label, str) for one in labels for label in one):
+        raise TypeError(f"Expected texts to be strings, got {texts!r:.100}.")
     sizes = [(image.height, image.width) for image in images] if target_sizes is None else list(target_sizes)
     if len(labels) != len(images) or len(sizes) != len(images):
         raise ValueError(

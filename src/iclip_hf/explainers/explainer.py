@@ -9,8 +9,9 @@ from dataclasses import dataclass
 import torch
 
 from ..modeling_iclip import ICLIPTextFeatures
+from ..onnx_export import ONNXModel
 from ..similarity import resize_and_normalize
-from .families import CLIPFamily, Family, ICLIPFamily, Siglip2Family, SiglipFamily
+from .families import CLIPFamily, Family, ICLIPFamily, ONNXFamily, Siglip2Family, SiglipFamily
 from .open_clip import OpenCLIPFamily, OpenCLIPResNetFamily
 
 
@@ -33,8 +34,8 @@ class Explainer(ABC):
     device.
 
     Args:
-        model: [`ICLIPModel`], transformers' `CLIPModel`, `SiglipModel` or `Siglip2Model`, or a model of open_clip (its
-            transformers with a class token and its ResNets).
+        model: [`ICLIPModel`], transformers' `CLIPModel`, `SiglipModel` or `Siglip2Model`, an [`ONNXModel`], or a model of
+            open_clip (its transformers with a class token and its ResNets).
         processor: the model's processor; for open_clip its tokenizer.
 
     Attributes:
@@ -82,6 +83,8 @@ def adapt(model, processor) -> Family:
     Raises:
         `TypeError`: for another kind of model.
     """
+    if isinstance(model, ONNXModel):
+        return ONNXFamily(model, processor)
     if hasattr(model, "visual"):
         kind = type(model.visual).__name__
         fits = getattr(model.visual, "attn_pool", None) is None  # CoCa pools by queries of its own
@@ -90,8 +93,8 @@ def adapt(model, processor) -> Family:
         fits = hasattr(model, "get_text_features")  # CLIP's image classifier has CLIP's config
     if kind not in _FAMILIES or not fits:
         raise TypeError(
-            "Expected an ICLIPModel, CLIPModel, SiglipModel or Siglip2Model, or a model of open_clip with a class token or "
-            f"a ResNet, got {type(model).__name__}."
+            "Expected an ICLIPModel, CLIPModel, SiglipModel or Siglip2Model, an ONNXModel, or a model of open_clip with a class "
+            f"token or a ResNet, got {type(model).__name__}."
         )
     return _FAMILIES[kind](model, processor)
 

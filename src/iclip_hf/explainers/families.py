@@ -14,6 +14,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from ..modeling_iclip import ICLIPImageFeatures, ICLIPModel, ICLIPTextFeatures, average_templates, normalize
+from ..onnx_export import ONNXModel
 from ..processing_iclip import ICLIPProcessor
 from ..similarity import cosine_similarity_map
 from .recording import AttentionLayer, AttentionRecord, merge_heads, prepare, private_copy, record
@@ -120,7 +121,10 @@ class ICLIPFamily(_TransformersFamily):
     def __init__(self, model: ICLIPModel, processor: ICLIPProcessor):
         super().__init__(model, processor)
         self.model.config.lock_vision = False  # of the copy: the gradient methods go through the tower
-        self.reads_one_query = model.config.dual_projection or model.config.pooling == "class_token"
+
+    @property
+    def reads_one_query(self) -> bool:
+        return self.model.config.dual_projection or self.model.config.pooling == "class_token"
 
     def _encode_texts(self, labels: list[str], templates: list[str]) -> ICLIPTextFeatures:
         return self.model.get_text_features(**self.processor(labels=labels, templates=templates).to(self.model.device))
@@ -136,6 +140,29 @@ class ICLIPFamily(_TransformersFamily):
 
     def logit_scale(self) -> torch.Tensor:
         return self.model.logit_scales()[0]
+
+
+class ONNXFamily(ICLIPFamily):
+    """ICLIP in ONNX Runtime, for the methods that need no look inside the image tower."""
+
+    def __init__(self, model: ONNXModel, processor: ICLIPProcessor):
+        self.model = model  # itself: nothing in it can be changed
+        self.processor = processor
+        self.templates = processor.templates
+
+    @property
+    def layers(self):
+        raise ValueError(
+            "This method looks inside the image tower, which an ONNX model does not allow: use itsm, reversed_itsm or "
+            "attention, or the model that was exported."
+        )
+
+    def encode_image(self, pixel_values: torch.Tensor) -> ICLIPImageFeatures:
+        return self.model.get_image_features(pixel_values)
+
+    def trace(self, pixel_values: torch.Tensor, **options) -> tuple[ICLIPImageFeatures, list[None]]:
+        """The last layer's attention is in the features, already normalised; there are no records of layers."""
+        return self.encode_image(pixel_values), [None]
 
 
 class CLIPFamily(_TransformersFamily):

@@ -34,7 +34,7 @@ class OpenCLIPFamily(Family):
     def _encode_texts(self, labels: list[str], templates: list[str]) -> ICLIPTextFeatures:
         if any(template.count("{}") != 1 for template in templates):
             raise ValueError(f'Expected templates with one {{}} each, such as "a photo of the {{}}", got {templates}.')
-        tokens = self.tokenizer([template.format(label) for label in labels for template in templates])
+        tokens = self.tokenizer([template.replace("{}", label) for label in labels for template in templates])
         return text_features(self.model.encode_text(tokens.to(self.model.logit_scale.device)), len(templates))
 
     def _encode_image(self, pixel_values: torch.Tensor) -> ICLIPImageFeatures:

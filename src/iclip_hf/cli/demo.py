@@ -1,0 +1,31 @@
+"""`iclip demo`: the live demo in a browser, and its Space."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from .common import add_command, add_model_option, check_folder
+
+
+def register(commands) -> None:
+    command = add_command(commands, "demo", run, "open the live demo: drop an image, type texts, see one map a text")
+    add_model_option(command)
+    command.add_argument("--host", default="127.0.0.1", help="address to listen at (default: this machine only)")
+    command.add_argument("--port", type=int, help="default: the first free one from 7860 on")
+    command.add_argument(
+        "--export-space", type=Path, metavar="DIR", help="write the files of a Space that runs the demo, and stop"
+    )
+
+
+def run(options: argparse.Namespace) -> int:
+    if options.export_space:
+        check_folder("--export-space", options.export_space)
+    from ..demo.app import export_space, launch
+
+    if options.export_space:
+        export_space(options.export_space, options.model)
+        print(options.export_space)
+    else:
+        launch(options.model, options.host, options.port)
+    return 0

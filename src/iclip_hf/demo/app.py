@@ -1,0 +1,299 @@
+"""The live demo, a Gradio app: an image and texts to one overlay a text, with scores and downloads."""
+
+from __future__ import annotations
+
+import base64
+import importlib.util
+import io
+import zlib
+from pathlib import Path
+
+import numpy as np
+from matplotlib import colormaps
+from PIL import Image
+
+from .. import __version__
+from ..cache import written_whole
+from ..cli.common import load_model
+from ..explainers import Explanation
+from ..extras import extra
+from ..images import load_image
+from ..localization import Localizer
+from ..plots import COLORMAP
+from ..presence import MIN_PRESENCE
+
+
+with extra("demo"):
+    import gradio as gr
+    from gradio.processing_utils import save_bytes_to_cache
+
+
+MAX_FILE_SIZE = "20mb"  # the limit of pixels is `load_image`'s
+MAX_TEXTS = 12
+# Longest side of the maps in pixels: fine enough for a screen, and some hundred kilobytes for all of them together.
+VIEW_SIDE = 640
+METHODS = {
+    "Similarity map (ITSM)": "itsm",
+    "Reversed similarity map": "reversed_itsm",
+    "Attention, the same for every text": "attention",
+    "Grad-CAM": "grad_cam",
+    "Bi-modal relevance": "bi_modal",
+    "CLIP Surgery": "clip_surgery",
+    "GEM": "gem",
+}
+# Photographs that scikit-image ships, CC0 or in the public domain, with texts of which the last is not there.
+EXAMPLES = {
+    "coffee.png": "cup of coffee, spoon, dog",
+    "chelsea.png": "cat, eyes, bicycle",
+    "rocket.jpg": "rocket, night sky, dog",
+    "astronaut.png": "woman, orange jacket, tree",
+}
+INTRODUCTION = f"""# Which pixels match the text?
+Red matches most, blue least. Each map is stretched to the whole scale, so a text that is not there lights up as well. Its
+**presence** tells: how surely the image shows it. Below {MIN_PRESENCE:.0%} the text counts as absent."""
+SPACE_README = """---
+title: ICLIP
+emoji: 🔍
+colorFrom: blue
+colorTo: red
+sdk: gradio
+sdk_version: {gradio}
+app_file: app.py
+pinned: false
+license: apache-2.0
+short_description: Which pixels of an image match a text
+---
+
+The live demo of [ICLIP](https://arxiv.org/abs/2209.07046) in `iclip_hf`: drop an image, type texts, see one map a text.
+"""
+SPACE_APP = '''"""Live demo: which pixels of an image match a text."""
+
+from iclip_hf.demo.app import launch
+
+
+launch({model!r})
+'''
+_CSS = """
+.gradio-container { max-width: 1280px !important; margin: auto; }
+.html-container { padding: 0 !important; }
+.wrap:has(> .error) { display: none; }  /* the sentence in the corner says what is wrong */
+#photographs .gallery { display: grid; grid-template-columns: repeat(4, 1fr); }
+#photographs :is(button, span, .container) { display: block; width: 100%; max-width: none; max-height: none; }
+#photographs img { width: 100%; aspect-ratio: 4 / 3; object-fit: cover; }
+@media (max-width: 640px) { .gradio-container main { padding: 12px !important; } }
+"""
+
+
+def split_texts(typed: str) -> list[str]:
+    """
+    Different texts: one a line where there are several lines, which keep their commas; else between commas.
+
+    Raises:
+        `ValueError`: for no text, or more than `MAX_TEXTS`.
+    """
+    separator = "\n" if "\n" in typed.strip() else ","
+    texts = list(dict.fromkeys(text.strip() for text in typed.split(separator) if text.strip()))
+    if not 1 <= len(texts) <= MAX_TEXTS:
+        raise ValueError(f"Expected 1 to {MAX_TEXTS} texts, between commas or one a line, got {len(texts)}.")
+    return texts
+
+
+def explain_image(
+    model, processor, image: Image.Image, texts: list[str], method: str
+) -> tuple[Explanation, list[float]]:
+    """
+    Explains an RGB image.
+
+    Args:
+        model, processor, method: as for `make_explainer`.
+
+    Returns:
+        `tuple`: the explanation, with maps of at most `VIEW_SIDE` pixels a side, and the presence of each text, in [0, 1].
+    """
+    localizer = Localizer(model, processor, texts, method=method)
+    maps, scores, presence = localizer.explain(localizer.prepare(image))
+    width, height = _view_size(image)
+    return Explanation(texts, scores[0], maps[0], (height, width)), presence[0].tolist()
+
+
+def viewer_value(image: Image.Image, explanation: Explanation, presence: list[float]) -> dict:
+    """What `viewer.js` draws; a map is its values 0..255, row-major, compressed and as base64."""
+    photo, size = io.BytesIO(), _view_size(image)
+    image.resize(size).save(photo, "JPEG", quality=85)
+    levels = (explanation.maps * 255).round().byte().numpy()
+    return {
+        "image": "data:image/jpeg;base64," + base64.b64encode(photo.getvalue()).decode(),
+        "size": size,
+        "original_size": image.size,
+        "texts": [
+            {
+                "text": text,
+                "cosine": round(cosine, 4),
+                "presence": round(present, 4),
+                "absent": present < MIN_PRESENCE,
+                "map": base64.b64encode(zlib.compress(map_)).decode(),
+            }
+            for text, cosine, present, map_ in zip(explanation.labels, explanation.scores.tolist(), presence, levels)
+        ],
+    }
+
+
+def to_npz(explanation: Explanation, presence: list[float]) -> bytes:
+    """
+    The bytes of a NumPy archive: `texts`, `scores` and `presence` `(T,)`, `raw_maps` `(T, h, w)` on the patch grid and `maps`
+    `(T, H, W)` in [0, 1], float16.
+    """
+    archive = io.BytesIO()
+    np.savez_compressed(
+        archive,
+        texts=explanation.labels,
+        scores=explanation.scores.numpy(),
+        presence=presence,
+        raw_maps=explanation.raw_maps.numpy(),
+        maps=explanation.maps.half().numpy(),
+    )
+    return archive.getvalue()
+
+
+def build_app(model, processor) -> gr.Blocks:
+    """
+    The app for a model. Each explanation runs the model once; opacity, outline and the value under the pointer are the
+    browser's work.
+
+    Args:
+        model, processor: as for `make_explainer`.
+    """
+    examples = _examples()
+    first_photo, first_texts = examples[0] if examples else (None, "")
+    gr.set_static_paths([path for path, _ in examples])
+
+    def explain(photo: dict | None, typed: str, method: str):
+        if photo is None:
+            return gr.skip()
+        try:
+            image = load_image(photo["path"], photo["orig_name"] or "this file")
+            explanation, presence = explain_image(model, processor, image, split_texts(typed), method)
+        except (OSError, ValueError, TypeError) as error:
+            raise gr.Error(str(error), print_exception=False) from error
+        npz = save_bytes_to_cache(to_npz(explanation, presence), "explanation.npz", download.GRADIO_CACHE)
+        return viewer_value(image, explanation, presence), npz
+
+    # Files of visitors are deleted after an hour.
+    with gr.Blocks(title="ICLIP", analytics_enabled=False, fill_width=True, delete_cache=(600, 3600)) as app:
+        gr.Markdown(INTRODUCTION)
+        with gr.Row():
+            with gr.Column(scale=2, min_width=300):
+                photo = gr.Image(
+                    first_photo, label="Image", sources=["upload", "clipboard"], height=260, elem_id="photo"
+                )
+                typed = gr.Textbox(
+                    first_texts,
+                    label="Texts",
+                    info="Between commas, or one a line (shift + enter).",
+                    max_lines=MAX_TEXTS,
+                )
+                method = gr.Dropdown(list(METHODS.items()), value="itsm", label="Method")
+                button = gr.Button("Explain", variant="primary")
+                if examples:
+                    thumbnails = gr.Dataset(
+                        components=[gr.Image(render=False)],
+                        samples=[[path] for path, _ in examples],
+                        type="index",
+                        label="Photographs to try",
+                        elem_id="photographs",
+                    )
+                    chosen = thumbnails.click(
+                        examples.__getitem__,
+                        thumbnails,
+                        [photo, typed],
+                        show_progress="hidden",
+                        api_visibility="private",
+                    )
+            with gr.Column(scale=5, min_width=300):
+                viewer = gr.HTML(
+                    html_template="",
+                    css_template=_beside("viewer.css"),
+                    js_on_load=_beside("viewer.js"),
+                    apply_default_css=False,
+                    colors=colormaps[COLORMAP](np.arange(256), bytes=True)[:, :3].tolist(),
+                )
+                with gr.Row():
+                    picture = gr.Button("Save picture (PNG)")
+                    download = gr.DownloadButton("Save scores and maps (NPZ)")
+        picture.click(None, js="() => window.dispatchEvent(new Event('iclip-save-picture'))")
+        run = {
+            "fn": explain,
+            "inputs": [photo, typed, method],
+            "outputs": [viewer, download],
+            "preprocess": False,  # the file as it was uploaded, for `load_image` to judge
+            "concurrency_id": "model",
+            "trigger_mode": "always_last",
+        }
+        triggers = [app.load, photo.upload, typed.submit, method.change, button.click]
+        gr.on(triggers, **run, api_name="explain")
+        if examples:
+            chosen.success(**run, api_visibility="private")
+    return app.queue(max_size=32)
+
+
+def launch(model: str | None = None, host: str | None = None, port: int | None = None, **options) -> gr.Blocks:
+    """
+    Serves the app until it is interrupted.
+
+    Args:
+        model: folder or Hub id; the embedded checkpoint if not given.
+        host, port: where it listens; Gradio's choice if not given, which suits a Space.
+        options: of `gradio.Blocks.launch`; with `prevent_thread_lock=True` this returns at once.
+    """
+    app = build_app(*load_model(model))
+    app.launch(
+        server_name=host,
+        server_port=port,
+        max_file_size=MAX_FILE_SIZE,
+        theme=gr.themes.Soft(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]),
+        css=_CSS,
+        footer_links=[],
+        **options,
+    )
+    return app
+
+
+def export_space(folder: Path, model: str | None = None) -> None:
+    """
+    Writes the files of a Space that runs this demo.
+
+    Args:
+        folder: created if missing.
+        model: Hub id; the embedded checkpoint if not given.
+
+    Raises:
+        ValueError: the model is a local folder, which a Space has not.
+    """
+    if model is not None and Path(model).exists():
+        raise ValueError(f"Expected the Hub id of a model for a Space, got the folder {model}: push it first.")
+    folder.mkdir(parents=True, exist_ok=True)
+    files = {
+        "README.md": SPACE_README.format(gradio=gr.__version__),
+        "app.py": SPACE_APP.format(model=model),
+        "requirements.txt": f"iclip-hf[demo]=={__version__}\n",
+    }
+    for name, text in files.items():
+        with written_whole(folder / name) as partial:
+            partial.write_text(text, encoding="utf-8")
+
+
+def _view_size(image: Image.Image) -> tuple[int, int]:
+    """Width and height at which the image and its maps are shown."""
+    scale = min(1.0, VIEW_SIDE / max(image.size))
+    return tuple(max(1, round(side * scale)) for side in image.size)
+
+
+def _examples() -> list[list[str]]:
+    """Photographs and texts, where scikit-image is installed."""
+    package = importlib.util.find_spec("skimage")
+    folder = Path(package.origin).with_name("data") if package else Path()
+    return [[str(folder / name), texts] for name, texts in EXAMPLES.items() if (folder / name).is_file()]
+
+
+def _beside(name: str) -> str:
+    return Path(__file__).with_name(name).read_text(encoding="utf-8")

@@ -1,0 +1,225 @@
+"""ICLIP in ONNX: a model as two graphs, image side and text side, and the model that runs them."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from unittest import mock
+
+import torch
+from torch import nn
+
+from .cache import new_folder
+from .configuration_iclip import ICLIPConfig
+from .extras import extra
+from .loading import loading_errors
+from .modeling_iclip import ICLIPImageFeatures, ICLIPModel, ICLIPTextFeatures, average_templates, normalize
+from .processing_iclip import ICLIPProcessor
+
+
+VISION_FILE, TEXT_FILE = "vision_model.onnx", "text_model.onnx"
+_IMAGE_OUTPUTS = ("image_embeds", "map_image_embeds", "patch_embeds", "patch_tokens", "attention")
+_TEXT_OUTPUTS = ("text_embeds", "map_text_embeds")
+
+
+def export_onnx(model: ICLIPModel, processor: ICLIPProcessor, folder: str | Path, weights: str = "float32") -> Path:
+    """
+    Writes a model as two ONNX graphs, beside its configuration and processor. B, T, L, H and W are free.
+
+    - `vision_model.onnx`: `pixel_values` `(B, 3, H, W)`, of at least two patches a side, to the unit vectors `image_embeds` and
+      `map_image_embeds` `(B, P)` and `patch_embeds` `(B, N, P)`, the `patch_tokens` `(B, N, D)` and the `attention` `(B, N)` in
+      [0, 1], as in [`ICLIPImageFeatures`].
+    - `text_model.onnx`: `input_ids`, `attention_mask` and what else the tokenizer makes, `(T, L)`, to the unit vectors
+      `text_embeds` and `map_text_embeds` `(T, P)`, as in [`ICLIPTextFeatures`].
+
+    Args:
+        model, processor: an ICLIP model on the CPU, in float32, and its processor.
+        folder: new or empty.
+        weights (`str`): `"float32"`; `"bfloat16"`, half the size, computed in float32; `"int8"`, a quarter of the size: matrices
+            of 8 bits, by which activations are multiplied that are rounded to 8 bits too.
+
+    Returns:
+        The folder.
+
+    Raises:
+        `ValueError`: for other weights. `FileExistsError`: there is something in the folder. `ImportError`: a package of the
+            extra `onnx` is missing.
+    """
+    if weights not in _WRITERS:
+        raise ValueError(f"Expected weights to be one of {', '.join(_WRITERS)}, got {weights!r}.")
+    with extra("onnx"):  # now, not after minutes
+        for package in ("onnxruntime.quantization", "onnxscript"):
+            importlib.import_module(package)
+    write = _WRITERS[weights]
+    with new_folder(folder) as built:
+        write(_vision_program(model), built / VISION_FILE)
+        write(_text_program(model, processor(labels=["dog", "red ball"])), built / TEXT_FILE)
+        model.config.save_pretrained(built)
+        processor.save_pretrained(built)
+    return Path(folder)
+
+
+class ONNXModel:
+    """
+    An exported model in ONNX Runtime, for the explainers: with the methods of [`ICLIPModel`] that they call.
+
+    Args:
+        folder: as written by [`export_onnx`].
+
+    Raises:
+        `ImportError`: ONNX Runtime is missing. `OSError`, `ValueError`: a file is missing or damaged.
+    """
+
+    similarity_maps = ICLIPModel.similarity_maps
+    device = torch.device("cpu")
+
+    def __init__(self, folder: str | Path):
+        with extra("onnx"):
+            import onnxruntime
+
+        providers = onnxruntime.get_available_providers()
+        with loading_errors(folder):
+            self.config = ICLIPConfig.from_pretrained(folder)
+            self._vision, self._text = (
+                onnxruntime.InferenceSession(Path(folder, name), providers=providers)
+                for name in (VISION_FILE, TEXT_FILE)
+            )
+
+    def get_image_features(self, pixel_values: torch.Tensor) -> ICLIPImageFeatures:
+        """As of [`ICLIPModel`]: `(B, 3, H, W)` to the fields that the graph has."""
+        outputs = _run(self._vision, {"pixel_values": pixel_values.float()})
+        patch = _patch_size(self.config)
+        return ICLIPImageFeatures(**outputs, grid=tuple(side // patch for side in pixel_values.shape[2:]))
+
+    def get_text_features(self, num_templates: int = 1, **inputs: torch.Tensor) -> ICLIPTextFeatures:
+        """As of [`ICLIPModel`]: inputs `(M, L)` or `(B, M, L)` to unit vectors."""
+        texts = inputs["input_ids"].shape[:-1]
+        outputs = _run(self._text, {name: value.flatten(0, -2) for name, value in inputs.items()})
+        return ICLIPTextFeatures(
+            **{
+                name: normalize(average_templates(value.unflatten(0, texts), num_templates))
+                for name, value in outputs.items()
+            }
+        )
+
+
+def _patch_size(config: ICLIPConfig) -> int:
+    size = config.vision_config.patch_size
+    return size if isinstance(size, int) else size[0]
+
+
+def _run(session, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    names = [output.name for output in session.get_outputs()]
+    outputs = session.run(names, {name: value.numpy(force=True) for name, value in inputs.items()})
+    return {name: torch.from_numpy(value) for name, value in zip(names, outputs)}
+
+
+# ------------------------------------------------------------------------------------------------------- the graphs
+
+
+class _Side(nn.Module):
+    """One side of a model with tensors in and out, as an exporter wants it."""
+
+    def __init__(self, model: ICLIPModel, method: str, inputs: list[str], outputs: tuple[str, ...]):
+        super().__init__()
+        self.model = model
+        self.method, self.inputs, self.outputs = method, inputs, outputs
+
+    def forward(self, *tensors):
+        features = getattr(self.model, self.method)(**dict(zip(self.inputs, tensors)))
+        return tuple(features[name] for name in self.outputs)
+
+
+def _vision_program(model: ICLIPModel):
+    patch, Dim = _patch_size(model.config), torch.export.Dim
+    pixel_values = torch.zeros(2, model.config.vision_config.num_channels, 2 * patch, 3 * patch)
+    shape = {0: Dim("batch"), 2: patch * Dim("rows", min=2), 3: patch * Dim("columns", min=2)}
+    side = _Side(model, "get_image_features", ["pixel_values"], _IMAGE_OUTPUTS)
+    # Where a tower makes its grid an int, the graph would hold for one size of image.
+    tower = sys.modules[type(model.vision_model).__module__]
+    keep_symbols = mock.patch.object(
+        tower, "torch_int", lambda x: x if isinstance(x, torch.SymInt) else int(x), create=True
+    )
+    with keep_symbols:
+        return _export(side, (pixel_values,), (shape,))
+
+
+def _text_program(model: ICLIPModel, inputs: Mapping[str, torch.Tensor]):
+    length = torch.export.Dim("length", min=2, max=model.config.text_config.max_position_embeddings)
+    shape = {0: torch.export.Dim("texts"), 1: length}
+    side = _Side(model, "get_text_features", list(inputs), _TEXT_OUTPUTS)
+    return _export(side, tuple(inputs.values()), (shape,) * len(inputs))
+
+
+@torch.no_grad()
+def _export(side: _Side, inputs: tuple[torch.Tensor, ...], shapes: tuple[dict, ...]):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of the exporter about itself
+        return torch.onnx.export(
+            side.eval(),
+            inputs,
+            dynamo=True,
+            verbose=False,
+            input_names=side.inputs,
+            output_names=side.outputs,
+            dynamic_shapes={"tensors": shapes},
+            custom_translation_table={round: _round},
+        )
+
+
+def _round(number, ndigits=None):
+    """Python's `round` of a shape's multiple, which the quantile of the attention takes and the exporter lacks."""
+    from onnxscript import opset18 as op
+
+    return op.Cast(op.Round(number), to=7)  # int64
+
+
+# ------------------------------------------------------------------------------------------------------ the weights
+
+
+def _write_float32(program, path: Path) -> None:
+    program.save(path)
+
+
+def _write_bfloat16(program, path: Path) -> None:
+    """Matrices in bfloat16, each before a cast to float32 that ONNX Runtime carries out once, as it loads the graph."""
+    import onnx
+
+    model = program.model_proto
+    casts = []
+    for tensor in model.graph.initializer:
+        if tensor.data_type == onnx.TensorProto.FLOAT and len(tensor.dims) > 1:
+            name, values = tensor.name, torch.from_numpy(onnx.numpy_helper.to_array(tensor).copy())
+            raw = values.bfloat16().view(torch.int16).numpy().tobytes()
+            stored = onnx.helper.make_tensor(
+                f"{name}.bfloat16", onnx.TensorProto.BFLOAT16, values.shape, raw, raw=True
+            )
+            tensor.CopyFrom(stored)
+            casts.append(onnx.helper.make_node("Cast", [stored.name], [name], to=onnx.TensorProto.FLOAT))
+    nodes = [*casts, *model.graph.node]
+    del model.graph.node[:]
+    model.graph.node.extend(nodes)
+    onnx.save(model, path)
+
+
+def _write_int8(program, path: Path) -> None:
+    """Dynamic quantization: matrices in 8 bits, activations rounded to 8 bits by the range of each product."""
+    from onnxruntime.quantization import QuantType, quantize_dynamic
+
+    model = program.model_proto
+    # torch has inferred the shapes, which is what the quantizer would else ask for.
+    model.metadata_props.add(key="onnx.quant.pre_process", value="onnxruntime.quant")
+    # A range a column, and no signs: products of signed numbers overflow on processors without VNNI.
+    quantize_dynamic(
+        model,
+        path,
+        op_types_to_quantize=["MatMul", "Gemm", "Gather"],
+        per_channel=True,
+        weight_type=QuantType.QUInt8,
+    )
+
+
+_WRITERS = {"float32": _write_float32, "bfloat16": _write_bfloat16, "int8": _write_int8}

@@ -1,0 +1,261 @@
+import base64
+import io
+import runpy
+import shutil
+import sys
+import zlib
+from pathlib import Path
+
+import gradio_client
+import httpx
+import numpy as np
+import pytest
+import torch
+from conftest import tiny_model
+from gradio_client.exceptions import AppError
+from huggingface_hub import RepoCard
+from PIL import Image
+
+from iclip_hf import cli, explainers
+from iclip_hf.cli import common
+from iclip_hf.demo import app
+
+
+TEXTS = ["dog", "red ball", "sky"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, tiny_processor):
+    """A tiny model, two photographs, and two files that are none."""
+    folder = tmp_path_factory.mktemp("demo")
+    tiny_model().save_pretrained(folder / "model")
+    tiny_processor.save_pretrained(folder / "model")
+    Image.effect_noise((60, 40), 80).convert("RGB").save(folder / "small.png")
+    Image.linear_gradient("L").resize((1300, 650)).save(folder / "large.png")
+    (folder / "notes.png").write_text("no image")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def explained(tiny_processor):
+    image = Image.linear_gradient("L").resize((1300, 650)).convert("RGB")
+    return image, *app.explain_image(tiny_model(), tiny_processor, image, TEXTS, "itsm")
+
+
+@pytest.fixture(scope="module")
+def server(folder):
+    running = app.launch(str(folder / "model"), "127.0.0.1", prevent_thread_lock=True, quiet=True)
+    yield running.local_url
+    running.close()
+
+
+@pytest.fixture(scope="module")
+def client(server, tmp_path_factory):
+    return gradio_client.Client(server, verbose=False, download_files=tmp_path_factory.mktemp("downloads"))
+
+
+@pytest.mark.parametrize(
+    ("typed", "texts"),
+    [
+        ("dog, red ball ,,dog", ["dog", "red ball"]),
+        ("a dog, asleep\n\nred ball\n", ["a dog, asleep", "red ball"]),
+        ("dog, ball\n", ["dog", "ball"]),
+        ("dog", ["dog"]),
+    ],
+)
+def test_texts_are_typed_between_commas_or_one_a_line(typed, texts):
+    assert app.split_texts(typed) == texts
+
+
+@pytest.mark.parametrize(("typed", "number"), [(" , ", 0), (",".join(map(str, range(13))), 13)])
+def test_too_few_and_too_many_texts(typed, number):
+    with pytest.raises(ValueError, match=f"1 to 12 texts.*got {number}"):
+        app.split_texts(typed)
+
+
+def test_all_methods_can_be_chosen():
+    assert list(app.METHODS.values()) == list(explainers.METHODS) == list(common.METHODS)
+
+
+def test_the_maps_are_the_explainers_at_the_size_of_the_view(tiny_processor, explained):
+    image, explanation, presence = explained
+    model, size = tiny_model(), [(320, 640)]
+    expected = explainers.explain(model, tiny_processor, [image], TEXTS, target_sizes=size)[0]
+    torch.testing.assert_close(explanation.maps, expected.maps)
+    torch.testing.assert_close(explanation.scores, expected.scores)
+    other, same = app.explain_image(model, tiny_processor, image, TEXTS, "grad_cam")
+    expected = explainers.explain(model, tiny_processor, [image], TEXTS, "grad_cam", target_sizes=size)[0]
+    torch.testing.assert_close(other.maps, expected.maps)
+    assert same == pytest.approx(presence, abs=1e-5)
+
+
+def test_the_browser_gets_the_maps_to_the_nearest_of_256_levels(explained):
+    image, explanation, presence = explained
+    value = app.viewer_value(image, explanation, presence)
+    assert value["size"] == (640, 320) and value["original_size"] == (1300, 650)
+    photo = Image.open(io.BytesIO(base64.b64decode(value["image"].partition(",")[2])))
+    assert photo.size == (640, 320)
+    assert [one["text"] for one in value["texts"]] == TEXTS
+    assert [one["absent"] for one in value["texts"]] == [present < 0.7 for present in presence]
+    for one, map_ in zip(value["texts"], explanation.maps.numpy()):
+        levels = np.frombuffer(zlib.decompress(base64.b64decode(one["map"])), np.uint8).reshape(320, 640)
+        assert abs(levels / 255 - map_).max() <= 0.5 / 255 + 1e-6
+
+
+def test_the_archive_holds_scores_and_maps(explained):
+    _, explanation, presence = explained
+    archive = np.load(io.BytesIO(app.to_npz(explanation, presence)))
+    assert archive["texts"].tolist() == TEXTS
+    np.testing.assert_array_equal(archive["scores"], explanation.scores)
+    assert archive["presence"].tolist() == presence
+    np.testing.assert_array_equal(archive["raw_maps"], explanation.raw_maps)
+    np.testing.assert_allclose(archive["maps"], explanation.maps, atol=5e-4)
+
+
+def test_an_upload_is_answered_with_scores_maps_and_an_archive(client, folder):
+    photo = gradio_client.handle_file(folder / "small.png")
+    value, npz = client.predict(photo, "dog, red ball", "itsm", api_name="/explain")
+    assert [one["text"] for one in value["texts"]] == ["dog", "red ball"] and value["size"] == [60, 40]
+    assert Path(npz).name == "explanation.npz"
+    np.testing.assert_allclose(np.load(npz)["scores"], [one["cosine"] for one in value["texts"]], atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("name", "texts", "method", "sentence"),
+    [
+        ("notes.png", "dog", "itsm", "notes.png: expected a readable image"),
+        ("small.png", "", "itsm", "Expected 1 to 12 texts"),
+        ("small.png", "dog", "magic", "Expected method to be one of"),
+    ],
+)
+def test_bad_input_is_answered_with_a_sentence(client, folder, name, texts, method, sentence):
+    with pytest.raises(AppError, match=sentence) as error:
+        client.predict(gradio_client.handle_file(folder / name), texts, method, api_name="/explain")
+    assert str(folder) not in str(error.value) and len(str(error.value).splitlines()) == 1
+
+
+def test_only_uploaded_files_are_read_and_heavy_ones_refused(server, folder):
+    def answer(path):
+        call = f"{server}gradio_api/call/explain"
+        photo = {"path": str(path), "meta": {"_type": "gradio.FileData"}}
+        event = httpx.post(call, json={"data": [photo, "dog", "itsm"]}).json()["event_id"]
+        return httpx.get(f"{call}/{event}").text.splitlines()[0]
+
+    def upload(content):
+        return httpx.post(f"{server}gradio_api/upload", files={"files": ("small.png", content)})
+
+    own = folder / "small.png"
+    assert answer(own) == "event: error"
+    assert answer(upload(own.read_bytes()).json()[0]) == "event: complete"
+    assert upload(bytes(21_000_000)).status_code == 413
+
+
+@pytest.mark.parametrize("model", [None, "org/iclip-vit-b16"])
+def test_a_space_runs_the_same_app(tmp_path, monkeypatch, model):
+    arguments = ["demo", "--export-space", str(tmp_path / "space"), *(["--model", model] if model else [])]
+    assert cli.main(arguments) == 0
+    assert sorted(path.name for path in (tmp_path / "space").iterdir()) == ["README.md", "app.py", "requirements.txt"]
+    card = RepoCard.load(tmp_path / "space" / "README.md")
+    assert card.data.sdk == "gradio" and card.data.app_file == "app.py"
+    launched = []
+    monkeypatch.setattr(app, "launch", launched.append)
+    runpy.run_path(str(tmp_path / "space" / "app.py"), run_name="__main__")
+    assert launched == [model]
+
+
+def test_a_space_of_a_local_model_is_refused(folder, tmp_path, capsys):
+    assert cli.main(["demo", "--export-space", str(tmp_path / "space"), "--model", str(folder / "model")]) == 2
+    assert "Hub id" in capsys.readouterr().err and not (tmp_path / "space").exists()
+
+
+def test_without_gradio_a_sentence_names_the_extra(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "gradio", None)
+    monkeypatch.delitem(sys.modules, app.__name__)
+    assert cli.main(["demo"]) == 2
+    assert capsys.readouterr().err == "iclip demo: gradio is not installed: `pip install 'iclip-hf[demo]'` brings it.\n"
+
+
+@pytest.fixture(scope="module")
+def browser():
+    """A headless Chromium: the system's, or Playwright's own."""
+    playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright: pip install playwright")
+    system = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    with playwright.sync_playwright() as driver:
+        if system is None and not Path(driver.chromium.executable_path).exists():
+            pytest.skip("needs Chromium: apt-get install chromium, or playwright install chromium")
+        browser = driver.chromium.launch(executable_path=system, args=["--no-sandbox"])
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def page(browser, server):
+    context = browser.new_context(viewport={"width": 390, "height": 844}, has_touch=True, is_mobile=True)
+    page = context.new_page()
+    page.requested, page.failures = [], []
+    page.on("request", lambda request: page.requested.append(request.url))
+    page.on("pageerror", lambda error: page.failures.append(error))
+    page.goto(server)
+    page.wait_for_selector("figure")
+    yield page
+    assert page.failures == []
+    context.close()
+
+
+def test_a_visitor_on_a_phone(page, server, folder, tmp_path):
+    # The first image is explained without any input, nothing comes from elsewhere, nothing is wider than the phone.
+    first = page.locator("figcaption").all_inner_texts()
+    assert first == app.split_texts(app.EXAMPLES["coffee.png"])
+    assert all(url.startswith((server, "data:", "blob:")) for url in page.requested)
+    assert page.evaluate("document.documentElement.scrollWidth") == 390
+
+    # Upload and type: the maps are those of the new image and texts.
+    page.locator("input[type=file]").first.set_input_files(folder / "small.png")
+    page.wait_for_function("document.querySelector('figure canvas').width == 60")
+    page.get_by_label("Texts").fill("sky, <b>dog</b>")
+    page.get_by_label("Texts").press("Enter")
+    page.wait_for_function("document.querySelectorAll('figure').length == 2")
+    assert page.locator("figcaption").all_inner_texts() == ["sky", "<b>dog</b>"]
+    assert page.locator("tbody tr").count() == 2
+
+    with page.expect_download() as download:
+        page.get_by_text("Save scores and maps").click()
+    maps = np.load(download.value.path())["maps"]
+    assert download.value.suggested_filename == "explanation.npz" and maps.shape == (2, 40, 60)
+
+    # The value under the pointer is the map's; opacity and outline ask nothing of the server.
+    asked = len(page.requested)
+    box = page.locator(".stack").first.bounding_box()
+    page.mouse.move(box["x"] + 30.5 / 60 * box["width"], box["y"] + 10.5 / 40 * box["height"])
+    for label, map_ in zip(page.locator(".value").all_inner_texts(), maps):
+        value, place = label.split(" at ")
+        assert place == "30, 10" and float(value) == pytest.approx(map_[10, 30], abs=0.008)
+    pictures = []
+    for opacity, threshold in [("0.5", "1"), ("0", "1"), ("0", "0.5")]:
+        page.locator("input[name=opacity]").fill(opacity)
+        page.locator("input[name=threshold]").fill(threshold)
+        with page.expect_download() as download:
+            page.get_by_text("Save picture").click()
+        pictures.append(np.asarray(Image.open(download.value.path()).convert("RGB"), dtype=float))
+    assert [url for url in page.requested[asked:] if not url.startswith("blob:")] == []
+
+    # Of the first panel of the saved picture: the photograph alone, overlaid by half, and outlined at 0.5.
+    overlaid, plain, outlined = (picture[40:80, 12:72] for picture in pictures)
+    assert abs(plain - np.asarray(Image.open(folder / "small.png"))).mean() < 12  # a JPEG of noise
+    assert abs(overlaid - plain).mean() > 20
+    drawn = (outlined != plain).any(-1)
+    inside = maps[0] > 0.5
+    edge = np.zeros_like(inside)
+    edge[:-1] |= inside[:-1] != inside[1:]
+    edge[1:] |= inside[1:] != inside[:-1]
+    edge[:, :-1] |= inside[:, :-1] != inside[:, 1:]
+    edge[:, 1:] |= inside[:, 1:] != inside[:, :-1]
+    assert (drawn == edge).mean() > 0.97
+
+
+def test_a_bad_upload_is_answered_in_the_page(page, folder):
+    page.locator("input[type=file]").first.set_input_files(folder / "notes.png")
+    toast = page.locator(".toast-message-text")
+    toast.first.wait_for()
+    assert toast.all_inner_texts()[0].startswith("notes.png: expected a readable image, but")
+    assert page.locator("figure").count() == 3

@@ -1,0 +1,174 @@
+import copy
+import json
+import sys
+
+import numpy as np
+import onnxruntime
+import pytest
+import torch
+from conftest import tiny_inputs, tiny_model
+from PIL import Image
+from torch.nn import functional as F
+
+from iclip_hf import cli, onnx_export
+from iclip_hf.analysis import channel_matches
+from iclip_hf.explainers import METHODS, explain, make_explainer
+from iclip_hf.onnx_export import ONNXModel, export_onnx
+
+
+IMAGE = ("image_embeds", "map_image_embeds", "patch_embeds", "patch_tokens", "attention")
+TEXT = ("text_embeds", "map_text_embeds")
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny_model("dinov2", attention_norm="quantile", map_affinity=10.0)
+
+
+@pytest.fixture(scope="module")
+def folder(model, tiny_processor, tmp_path_factory):
+    return export_onnx(model, tiny_processor, tmp_path_factory.mktemp("onnx") / "exported")
+
+
+def run(path, inputs):
+    session = onnxruntime.InferenceSession(path)
+    names = [output.name for output in session.get_outputs()]
+    outputs = session.run(names, {name: value.numpy() for name, value in inputs.items()})
+    return {name: torch.from_numpy(output) for name, output in zip(names, outputs)}
+
+
+def images_and_texts(names=("input_ids", "attention_mask", "token_type_ids")):
+    """Batches of other numbers and sizes than the graphs were made with."""
+    for batch, size in [(1, (32, 32)), (3, (16, 80)), (2, (56, 24))]:
+        yield {"pixel_values": torch.randn(batch, 3, *size, generator=torch.Generator().manual_seed(batch))}
+    for texts, length in [(1, 5), (4, 7)]:
+        tokens = tiny_inputs(texts=texts)
+        tokens["token_type_ids"] = torch.zeros_like(tokens["input_ids"])
+        yield {name: tokens[name][:, :length] for name in names}
+
+
+@torch.no_grad()
+def check_agreement(model, folder, batches):
+    for inputs in batches:
+        image = "pixel_values" in inputs
+        expected = model.get_image_features(**inputs) if image else model.get_text_features(**inputs)
+        outputs = run(folder / ("vision_model.onnx" if image else "text_model.onnx"), inputs)
+        assert tuple(outputs) == (IMAGE if image else TEXT)
+        for name, output in outputs.items():
+            torch.testing.assert_close(output, expected[name], atol=1e-4, rtol=0)
+
+
+def test_onnxruntime_agrees_at_any_number_length_and_size(model, folder):
+    check_agreement(model, folder, images_and_texts())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("vision", "text", "tokens"),
+    [
+        ("vit", "clip_text_model", ["input_ids", "attention_mask"]),
+        ("dinov2_with_registers", "siglip_text_model", ["input_ids"]),
+        ("dinov3_vit", "bert", ["input_ids", "attention_mask"]),
+        ("clip_vision_model", "clip_text_model", ["input_ids"]),
+    ],
+)
+def test_every_tower(tiny_processor, tmp_path, vision, text, tokens):
+    model, processor = tiny_model(vision, text, pooling="masked_max"), copy.deepcopy(tiny_processor)
+    processor.tokenizer.model_input_names = tokens
+    export_onnx(model, processor, tmp_path / "exported")
+    check_agreement(model, tmp_path / "exported", images_and_texts(tokens))
+
+
+@pytest.mark.parametrize("method", ["itsm", "reversed_itsm", "attention"])
+def test_explanations_are_the_models(model, folder, tiny_processor, method):
+    images = [Image.effect_noise(size, 80).convert("RGB") for size in [(60, 40), (30, 90)]]
+    texts = [["dog", "red ball"], ["sky"]]
+    options = {"method": method, "templates": ["a photo of the {}", "{}"], "size": {"shortest_edge": 24}}
+    expected = explain(model, tiny_processor, images, texts, **options)
+    for one, other in zip(explain(ONNXModel(folder), tiny_processor, images, texts, **options), expected):
+        torch.testing.assert_close(one.scores, other.scores, atol=1e-4, rtol=0)
+        torch.testing.assert_close(one.raw_maps, other.raw_maps, atol=1e-4, rtol=0)
+
+
+def test_analysis_takes_an_exported_model(model, folder, tiny_processor):
+    image = Image.effect_noise((60, 40), 80).convert("RGB")
+    expected = channel_matches(model, tiny_processor, image)
+    found = channel_matches(ONNXModel(folder), tiny_processor, image)
+    assert found.keys() == expected.keys()
+    for pooling, match in found.items():
+        np.testing.assert_allclose(match.values, expected[pooling].values, atol=1e-4)
+
+
+@pytest.mark.parametrize("method", sorted(METHODS.keys() - {"itsm", "reversed_itsm", "attention"}))
+def test_methods_that_look_inside_the_tower_are_refused(folder, tiny_processor, method):
+    with pytest.raises(ValueError, match="looks inside the image tower.*use itsm"):
+        make_explainer(ONNXModel(folder), tiny_processor, method)
+
+
+def test_the_command_explains_with_an_exported_folder(model, folder, tiny_processor, tmp_path, capsys):
+    model.save_pretrained(tmp_path / "model")
+    tiny_processor.save_pretrained(tmp_path / "model")
+    Image.effect_noise((60, 40), 80).convert("RGB").save(tmp_path / "a.png")
+    scores = []
+    for name in (folder, tmp_path / "model"):
+        arguments = [str(tmp_path / "a.png"), "--text", "dog", "--text", "sky", "--output", str(tmp_path / "out.png")]
+        assert cli.main(["explain", *arguments, "--model", str(name), "--json"]) == 0
+        (report,) = json.loads(capsys.readouterr().out)
+        scores.append([text["score"] for text in report["texts"]])
+    assert scores[0] == pytest.approx(scores[1], abs=2e-4)
+
+
+def test_a_damaged_graph_is_one_line(folder, tmp_path, capsys):
+    for path in folder.iterdir():
+        content = path.read_bytes()
+        (tmp_path / path.name).write_bytes(content[: len(content) // 2] if path.suffix == ".onnx" else content)
+    assert cli.main(["explain", "a.png", "--text", "dog", "--model", str(tmp_path)]) == 2
+    error = capsys.readouterr().err.splitlines()
+    assert len(error) == 1 and str(tmp_path) in error[0] and "get it again" in error[0]
+
+
+def test_nothing_half_written_stays_and_nothing_is_overwritten(model, tiny_processor, tmp_path, monkeypatch):
+    def fail(model, inputs):
+        raise RuntimeError("no text side")
+
+    monkeypatch.setattr(onnx_export, "_vision_program", lambda model: None)
+    monkeypatch.setitem(onnx_export._WRITERS, "float32", lambda program, path: path.write_text("half"))
+    monkeypatch.setattr(onnx_export, "_text_program", fail)
+    with pytest.raises(RuntimeError, match="no text side"):
+        export_onnx(model, tiny_processor, tmp_path / "exported")
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(FileExistsError):
+        export_onnx(model, tiny_processor, tmp_path)
+
+
+def test_other_weights_and_missing_packages(model, tiny_processor, tmp_path, monkeypatch):
+    with pytest.raises(ValueError, match="float32, bfloat16, int8, got 'int4'"):
+        export_onnx(model, tiny_processor, tmp_path / "exported", weights="int4")
+    monkeypatch.setitem(sys.modules, "onnxscript", None)
+    with pytest.raises(ImportError, match=r"onnxscript.*iclip-hf\[onnx\]"):
+        export_onnx(model, tiny_processor, tmp_path / "exported")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("weights", "error"), [("bfloat16", 0.01), ("int8", 0.1)])
+def test_reduced_weights(model, folder, tiny_processor, tmp_path, capsys, weights, error):
+    model.save_pretrained(tmp_path / "model")
+    tiny_processor.save_pretrained(tmp_path / "model")
+    arguments = ["export", str(tmp_path / "model"), str(tmp_path / "exported"), "--format", f"onnx-{weights}"]
+    capsys.readouterr()
+    assert cli.main(arguments) == 0
+    assert capsys.readouterr() == (f"{tmp_path / 'exported'}\n", "")
+    for inputs in images_and_texts():
+        file = "vision_model.onnx" if "pixel_values" in inputs else "text_model.onnx"
+        name = "patch_embeds" if "pixel_values" in inputs else "map_text_embeds"
+        reduced, exact = (run(path / file, inputs)[name] for path in (tmp_path / "exported", folder))
+        distance = 1 - F.cosine_similarity(reduced, exact, dim=-1)
+        assert 1e-7 < distance.max() < error
+        assert (tmp_path / "exported" / file).stat().st_size < (folder / file).stat().st_size
+
+
+def test_results_do_not_go_with_onnx(tmp_path, capsys):
+    arguments = ["export", "model", str(tmp_path / "exported"), "--format", "onnx", "--results", "r.json"]
+    assert cli.main(arguments) == 2
+    assert "model card" in capsys.readouterr().err

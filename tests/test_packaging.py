@@ -1,0 +1,179 @@
+"""What is installed: the files of wheel and sdist, and what is said where an optional package is missing."""
+
+import json
+import shutil
+import subprocess
+import sys
+import tarfile
+from pathlib import Path, PurePosixPath
+from zipfile import ZipFile
+
+import pytest
+
+from iclip_hf import __version__
+
+
+ROOT = Path(__file__).parents[1]
+# Where the wheel has what the repository keeps outside src/.
+PLACES = {
+    "src/iclip_hf": "iclip_hf",
+    "evaluate_metrics": "iclip_hf/evaluate_metrics",
+    "hub_configs": "iclip_hf/hub_configs",
+}
+
+
+def repository_files() -> list[str]:
+    """All files of the repository, committed or about to be."""
+    command = ["git", "ls-files", "--cached", "--others", "--exclude-standard", "-z"]
+    listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    if listed.returncode:
+        pytest.skip("needs the git repository, which tells its files from leftovers")
+    return [name for name in listed.stdout.split("\0") if name and (ROOT / name).is_file()]
+
+
+def packaged(files: list[str]) -> dict[str, str]:
+    """Place in the wheel -> place in the repository."""
+    places = {"iclip_hf/model_card.md": "model_card.md"}
+    for name in files:
+        for folder, place in PLACES.items():
+            if PurePosixPath(name).is_relative_to(folder) and name != "hub_configs/README.md":
+                places[f"{place}/{PurePosixPath(name).relative_to(folder)}"] = name
+    return places
+
+
+def build(kind: str, tree: Path, folder: Path) -> Path:
+    """Builds with the setuptools that are installed, so that no network is needed."""
+    code = f"from setuptools import build_meta; print(build_meta.build_{kind}({str(folder)!r}))"
+    built = subprocess.run([sys.executable, "-c", code], cwd=tree, capture_output=True, text=True)
+    assert built.returncode == 0, built.stderr
+    return folder / built.stdout.split()[-1]
+
+
+@pytest.fixture(scope="module")
+def files():
+    return repository_files()
+
+
+@pytest.fixture(scope="module")
+def wheel(files, tmp_path_factory):
+    """Built from a copy of the repository, where nothing lies about."""
+    folder = tmp_path_factory.mktemp("build")
+    for name in files:
+        (folder / "tree" / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, folder / "tree" / name)
+    return build("wheel", folder / "tree", folder)
+
+
+@pytest.fixture(scope="module")
+def sdist(wheel):
+    shutil.rmtree(wheel.parent / "tree" / "build")
+    return build("sdist", wheel.parent / "tree", wheel.parent)
+
+
+def contents(wheel: Path) -> dict[str, bytes]:
+    with ZipFile(wheel) as archive:
+        return {name: archive.read(name) for name in archive.namelist() if not name.endswith("RECORD")}
+
+
+def test_the_wheel_holds_the_package_and_nothing_else(files, wheel):
+    info = f"iclip_hf-{__version__}.dist-info"
+    held = {name: content for name, content in contents(wheel).items() if not name.startswith(info)}
+    expected = packaged(files)
+    assert set(held) == set(expected)
+    assert all(content == (ROOT / expected[name]).read_bytes() for name, content in held.items())
+    assert "iclip_hf/py.typed" in held
+    metadata = contents(wheel)[f"{info}/METADATA"].decode()
+    assert "\nRequires-Python: >=3.10\n" in metadata and "\nLicense-Expression: Apache-2.0\n" in metadata
+
+
+def test_the_sdist_holds_what_the_wheel_is_built_from(files, sdist):
+    with tarfile.open(sdist) as archive:
+        held = {member.name.partition("/")[2] for member in archive if member.isfile()}
+    made = {"PKG-INFO", "setup.cfg", *(name for name in held if ".egg-info/" in name)}
+    assert held - made == {
+        *packaged(files).values(),
+        *("LICENSE", "MANIFEST.in", "README.md", "pyproject.toml", "setup.py"),
+    }
+
+
+def test_the_sdist_builds_the_same_wheel(wheel, sdist, tmp_path):
+    with tarfile.open(sdist) as archive:
+        archive.extractall(tmp_path, filter="data")
+    again = build("wheel", tmp_path / f"iclip_hf-{__version__}", tmp_path)
+    assert again.name == wheel.name and contents(again) == contents(wheel)
+
+
+# Runs doors, each without a package: which exception, and which name of an extra it says.
+DOORS_WITHOUT = """
+import importlib, json, re, sys
+
+results = []
+for packages, door in json.load(sys.stdin):
+    for name in [name for name in sys.modules if re.match(r"(iclip_hf|train)\\b", name)]:
+        del sys.modules[name]
+    kept = {package: sys.modules.get(package) for package in packages}
+    sys.modules.update(dict.fromkeys(packages))
+    try:
+        exec(door, {})
+        results.append(None)
+    except ImportError as error:
+        results.append(str(error))
+    for package, module in kept.items():
+        del sys.modules[package]
+        if module is not None:
+            sys.modules[package] = module
+print(json.dumps(results))
+"""
+
+
+def open_doors(doors: list[tuple[list[str], str]]) -> list[str | None]:
+    """What each door says without the packages: None if it opens."""
+    command = [sys.executable, "-W", "ignore", "-c", DOORS_WITHOUT]
+    opened = subprocess.run(command, cwd=ROOT, input=json.dumps(doors), capture_output=True, text=True)
+    assert opened.returncode == 0, opened.stderr
+    return json.loads(opened.stdout.splitlines()[-1])
+
+
+OPTIONAL = [
+    "accelerate",
+    "datasets",
+    "evaluate",
+    "gradio",
+    "onnx",
+    "onnxruntime",
+    "onnxscript",
+    "open_clip",
+]
+OPTIONAL += ["pycocotools", "skimage", "tensorboard", "timm"]
+NEEDS = {
+    "iclip_hf.collection": "collections",
+    "iclip_hf.demo.app": "demo",
+    "iclip_hf.evaluate_modules": "eval",
+    "iclip_hf.evaluation": "eval",
+    "iclip_hf.feature_cache": "train",
+    "iclip_hf.training": "train",
+}
+
+
+def test_modules_without_their_extra_say_its_name(files):
+    """And all others do without any extra."""
+    paths = [PurePosixPath(place).with_suffix("") for place in packaged(files) if place.endswith(".py")]
+    modules = [".".join(path.parts).removesuffix(".__init__") for path in paths if path.name != "__main__"]
+    modules = sorted(name for name in modules if not name.startswith("iclip_hf.evaluate_metrics."))
+    said = dict(zip(modules, open_doors([(OPTIONAL, f"import {name}") for name in modules])))
+    assert {name for name, sentence in said.items() if sentence} == NEEDS.keys()
+    for name, extra in NEEDS.items():
+        assert f"`pip install 'iclip-hf[{extra}]'`" in said[name], said[name]
+
+
+def test_what_is_loaded_late_says_its_extra_too():
+    doors = {
+        ("accelerate", "train"): "import train",
+        ("timm", "train"): "from iclip_hf.training import AugmentedImage as A; A(None)",
+        ("datasets", "train"): "from iclip_hf.data import load_pairs; load_pairs('org/name')",
+        ("pycocotools", "eval"): "from iclip_hf.data import load_segmentation; load_segmentation('coco2017', '.')",
+        ("gradio", "demo"): "from iclip_hf.evaluate_modules import metric_demo; metric_demo('')",
+    }
+    said = open_doors([([package], door) for (package, _), door in doors.items()])
+    for (package, extra), sentence in zip(doors, said):
+        assert sentence == f"{package} is not installed: `pip install 'iclip-hf[{extra}]'` brings it."

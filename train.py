@@ -7,6 +7,7 @@ command line.
 
 from __future__ import annotations
 
+import argparse
 import itertools
 import json
 import math
@@ -71,18 +72,18 @@ class Settings:
     """The paper's recipe by default; where it leaves things open, GroupViT's and DeiT's, which it follows."""
 
     config: str = setting("hub_configs/iclip-vit-b16/train.yaml", "settings; beside them the model's configuration")
-    output_dir: str = setting("", "folder of the run, runs/<name of the config's folder> by default")
+    output_dir: str = setting("", "folder of the run; runs/<name of the config's folder> if not given")
     resume: bool = setting(False, "go on from the last checkpoint in output_dir, if there is one")
 
     # model
     model: str = setting("", "ICLIP model to train further (folder or Hub id), instead of two towers")
     vision: str = setting("", 'image tower (folder, Hub id, or DINO\'s .pth), or "embedded" for the one of the demo')
-    text: str = setting("", "text tower, likewise")
+    text: str = setting("", 'text tower (folder or Hub id), or "embedded" for the one of the demo')
     model_options: list[str] = field(
         default_factory=list, metadata={"help": "options of the model over those of config.json, as name=value"}
     )
     lock_text: bool = setting(False, "train the projections only")
-    image_size: int = setting(224, "height and width in pixels")
+    image_size: int = setting(224, "height and width of images in pixels")
 
     # data
     data: list[str] = field(
@@ -91,52 +92,56 @@ class Settings:
     )
     validation_data: list[str] = field(default_factory=list, metadata={"help": "pairs to validate on, local"})
     split: str = setting("train", "split of a Hub dataset")
-    pairs_per_epoch: int = setting(0, "of a Hub dataset, which is streamed and does not tell its length")
+    pairs_per_epoch: int = setting(
+        0, "pairs in an epoch of a Hub dataset, which is streamed and does not tell its length"
+    )
     max_bad_share: float = setting(0.05, "the run stops if more of the pairs are broken")
     crop_scale: float = setting(0.08, "smallest area of a random crop, as a share of the image")
     auto_augment: str = setting("rand-m9-mstd0.5-inc1", "timm's name of an augmentation policy, or empty")
     random_erasing: float = setting(0.25, "probability of erasing a rectangle")
     nouns: str = setting("", "text file of nouns, a line each: those of a caption become prompts, as in GroupViT")
-    noun_prompts: int = setting(3, "how many of them a pair brings")
+    noun_prompts: int = setting(3, "nouns that a pair brings")
     num_workers: int = setting(4, "processes that load pairs, for each training process")
     cache_features: str = setting("", "folder for features of locked towers, computed once and trained from")
     views: int = setting(1, "views of an image in that cache: the whole image, then augmented ones")
 
     # optimisation
     epochs: int = setting(30, "passes over the pairs")
-    max_steps: int = setting(0, "stop after so many steps, the schedule with them")
+    max_steps: int = setting(0, "stop after so many steps, the schedule with them; 0 for all epochs")
     batch_size: int = setting(1024, "pairs in a batch of all processes together")
     chunk_size: int = setting(256, "pairs that a tower sees at once in a process; the memory it needs, not the result")
-    learning_rate: float = setting(1.25e-4, "at the peak, for a batch of 1024; all three rates follow the batch size")
-    warmup_learning_rate: float = setting(1e-6, "at the start")
-    min_learning_rate: float = setting(1e-5, "at the end")
-    warmup_epochs: float = setting(2.0, "linear warm-up, then half a cosine")
-    weight_decay: float = setting(0.05, "of matrices; not of biases, norms and logit scales")
+    learning_rate: float = setting(
+        1.25e-4, "learning rate at the peak, for a batch of 1024; all three rates follow the batch size"
+    )
+    warmup_learning_rate: float = setting(1e-6, "learning rate at the start")
+    min_learning_rate: float = setting(1e-5, "learning rate at the end")
+    warmup_epochs: float = setting(2.0, "epochs of linear warm-up, before half a cosine")
+    weight_decay: float = setting(0.05, "weight decay of matrices; not of biases, norms and logit scales")
     adam_beta1: float = setting(0.9, "AdamW's memory of the gradient")
-    adam_beta2: float = setting(0.999, "and of its square")
+    adam_beta2: float = setting(0.999, "AdamW's memory of the squared gradient")
     adam_epsilon: float = setting(1e-8, "AdamW's epsilon")
     clip_grad_norm: float = setting(5.0, "largest norm of the gradient")
     mixed_precision: Literal["auto", "no", "fp16", "bf16"] = setting(
-        "auto", "what Accelerate was told, else bf16 or fp16 as the GPU prefers, none on a CPU"
+        "auto", "auto: what Accelerate was told, else bf16 or fp16 as the GPU prefers, none on a CPU"
     )
     max_bad_steps: int = setting(30, "stop after so many steps in a row without a finite loss and gradient")
-    seed: int = setting(0, "of everything random")
+    seed: int = setting(0, "seed of everything random")
 
     # watching
     report_to: str = setting("tensorboard", "Accelerate's name of a tracker, or none")
     log_steps: int = setting(10, "steps between two logs")
     eval_steps: int = setting(1000, "steps between two evaluations; there is one at the end in any case")
     eval_dataset: Literal["none", "voc2012", "coco2017", "folder"] = setting(
-        "none", "segmentation to evaluate maps on"
+        "none", "segmentation data to evaluate maps on"
     )
-    eval_root: str = setting("", "its folder")
-    eval_split: str = setting("", "its split, if not the official one")
+    eval_root: str = setting("", "folder of eval_dataset")
+    eval_split: str = setting("", "split of eval_dataset, if not the official one")
     best_metric: Literal["text_to_image", "image_to_text", "mAP", "mMIoU", "mFMB"] = setting(
         "text_to_image", "what the kept best model is best in"
     )
     pictures: int = setting(4, "validation images to draw the maps of at each evaluation")
     checkpoint_steps: int = setting(1000, "steps between two checkpoints")
-    keep_checkpoints: int = setting(2, "how many to keep")
+    keep_checkpoints: int = setting(2, "checkpoints to keep")
 
     def __post_init__(self):
         self.output_dir = self.output_dir or f"runs/{Path(self.config).parent.name}"
@@ -163,14 +168,23 @@ class Settings:
             raise ValueError("either model must be given, or vision and text")
 
 
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Says nothing of a default that is nothing."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return action.help if action.default in ("", []) else super()._get_help_string(action)
+
+
 def read_settings(arguments: list[str]) -> Settings:
     """Defaults, then `train.yaml`, then the command line; one line on stderr and exit code 2 if one of them is wrong."""
-    parser = HfArgumentParser(Settings, prog="train.py", description=__doc__, allow_abbrev=False)
+    parser = HfArgumentParser(
+        Settings, prog="train.py", description=__doc__, allow_abbrev=False, formatter_class=HelpFormatter
+    )
     parser.error = lambda message: parser.exit(2, f"train.py: {message}\n")
     config, _ = parser.parse_known_args([a for a in arguments if a not in ("-h", "--help")])
     try:
         from_file = yaml.safe_load(Path(config.config).read_text())
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         parser.error(f"{config.config}: cannot be read as YAML settings: {' '.join(str(error).split())}")
     if not isinstance(from_file, dict):
         parser.error(f"{config.config}: expected settings as `name: value`, got {type(from_file).__name__}")
@@ -179,7 +193,10 @@ def read_settings(arguments: list[str]) -> Settings:
     for name, value in from_file.items():
         if name not in Settings.__dataclass_fields__ or name == "config":
             parser.error(f"{config.config}: there is no setting {name!r}")
-        command += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
+        values = value if isinstance(value, list) else [value]
+        if any(isinstance(one, (list, dict)) for one in values):
+            parser.error(f"{config.config}: {name} must be a value or a list of values")
+        command += [f"--{name}", *map(str, values)]
     try:
         return parser.parse_args_into_dataclasses([*command, *arguments], look_for_args_file=False)[0]
     except ValueError as error:
@@ -430,6 +447,9 @@ def main(arguments: list[str]) -> dict[str, float]:
 if __name__ == "__main__":
     try:
         main(sys.argv[1:])
-    except (OSError, ValueError, FloatingPointError, StrictDataclassError) as error:
+    except (OSError, ValueError, ImportError, FloatingPointError, StrictDataclassError) as error:
         print(f"train.py: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        print("train.py: interrupted, --resume goes on from the last checkpoint", file=sys.stderr)
+        sys.exit(130)

@@ -1,3 +1,4 @@
+import argparse
 import json
 import shutil
 import subprocess
@@ -140,6 +141,17 @@ def test_wrong_usage_is_one_line_and_exit_code_2(arguments, capsys):
         cli.main(arguments)
     assert stop.value.code == 2
     assert len(capsys.readouterr().err.strip().splitlines()) == 1
+
+
+def test_help_says_what_every_option_is():
+    parsers = [cli._parser()]
+    for parser in parsers:  # grows by the commands of each
+        for action in parser._actions:
+            commands = action.choices.values() if isinstance(action, argparse._SubParsersAction) else ()
+            parsers += commands
+            assert commands or action.help, f"{parser.prog} {action.dest}"
+        assert parser.description and parser.format_help()
+    assert len(parsers) == 14  # iclip, its 10 commands and 3 analyses
 
 
 def test_import_and_help_load_neither_torch_nor_transformers():

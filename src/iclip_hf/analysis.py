@@ -102,7 +102,8 @@ def match_channels(pooled: torch.Tensor, patches: torch.Tensor) -> torch.Tensor:
     For each channel the patch whose value is nearest to the pooled one (Section 3.1); the first of equals.
 
     Args:
-        pooled (`torch.Tensor` of shape `(P,)`), patches (`torch.Tensor` of shape `(N, P)`).
+        pooled (`torch.Tensor` of shape `(P,)`): one vector.
+        patches (`torch.Tensor` of shape `(N, P)`): what it was pooled from.
 
     Returns:
         `torch.Tensor` of shape `(P,)`, indices of patches.

@@ -146,6 +146,7 @@ def explain_collection(
         images_per_file (`int`): rows of a file, which is what an interruption costs at most.
         num_workers (`int`, *optional*): threads that decode images and make masks beside the model; two less than the
             processors, at least one, if not given.
+        progress (`bool`): show a bar, in the first process.
 
     Returns:
         [`CollectionReport`], the same on every process.

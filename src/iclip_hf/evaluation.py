@@ -157,6 +157,7 @@ def evaluate(
         batch_size (`int`): images in one forward.
         num_workers (`int`, *optional*): threads that decode images and masks and count pixels beside the model; two less
             than the processors, at least one, if not given.
+        progress (`bool`): show a bar, in the first process.
 
     Returns:
         [`EvaluationResult`].

@@ -7,6 +7,7 @@ import json
 import logging
 import math
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -66,7 +67,8 @@ class FeatureShards:
         if not file.exists():
             with written_whole(file) as partial:
                 partial.write_text(json.dumps(now, indent=2))
-        then = json.loads(file.read_text())
+        then = self._read(file, _json)
+        then = then if isinstance(then, dict) else {}
         if changed := [name for name in {**then, **now} if then.get(name) != now.get(name)]:
             differences = "; ".join(f"{name} was {then.get(name)}, is {now.get(name)}" for name in changed)
             raise ValueError(
@@ -79,6 +81,7 @@ class FeatureShards:
         return [shard for shard in range(self.num_shards) if not self._file(shard).exists()]
 
     def rows_of(self, shard: int) -> range:
+        """The rows that a shard holds."""
         return range(self.rows)[shard * self.shard_rows : (shard + 1) * self.shard_rows]
 
     def write(self, shard: int, features: np.ndarray, captions: list[list[str]] | None = None) -> None:
@@ -93,7 +96,7 @@ class FeatureShards:
     def __getitem__(self, rows: np.ndarray) -> np.ndarray:
         """Features of these rows, (len(rows), ...), float16."""
         if not self._arrays:
-            self._arrays = [np.load(self._file(shard), mmap_mode="r") for shard in range(self.num_shards)]
+            self._arrays = [self._features(shard) for shard in range(self.num_shards)]
         features = np.empty((len(rows), *self._arrays[0].shape[1:]), self._arrays[0].dtype)
         shards = rows // self.shard_rows
         for shard in np.unique(shards):
@@ -104,7 +107,23 @@ class FeatureShards:
     def captions(self) -> list[list[str]]:
         """The captions of every row."""
         files = [self._file(shard, ".json") for shard in range(self.num_shards)]
-        return [captions for file in files for captions in json.loads(file.read_text())]
+        return [captions for file in files for captions in self._read(file, _json)]
+
+    def _features(self, shard: int) -> np.ndarray:
+        file, rows = self._file(shard), len(self.rows_of(shard))
+        features = self._read(file, partial(np.lib.format.open_memmap, mode="r"))
+        if len(features) != rows:
+            raise ValueError(f"{file}: expected {rows} rows, got {len(features)}; delete this folder and run again.")
+        return features
+
+    def _read(self, file: Path, read: Callable):
+        """What `read` makes of a file of this folder."""
+        try:
+            return read(file)
+        except (OSError, ValueError, RecursionError) as error:
+            raise ValueError(
+                f"{file}: expected what an earlier run wrote, but: {error}; delete this folder and run again."
+            ) from error
 
     def _file(self, shard: int, suffix: str = ".npy") -> Path:
         return self.folder / f"{shard:05d}{suffix}"
@@ -126,8 +145,12 @@ def cache_images(
 
     Args:
         folder: of the cache.
+        pairs: whose images.
+        model: on its device; only its image tower is used.
         transforms: one a view. What a random one draws for a pair depends on (view, index) alone.
+        accelerator: its processes share the work.
         batch_size: images in one forward.
+        num_workers: processes that load images, for each of the accelerator's.
         max_bad_share: of the pairs may have a broken image or no caption; they get no captions here.
 
     Returns:
@@ -207,6 +230,7 @@ class CachedPairs(Dataset):
         views: from `cache_images`.
         poolings: what each branch sees, see `branch_poolings`.
         processor: tokenizes the texts.
+        seed: of the draws.
         nouns: draws noun prompts, if wanted.
         texts, prompts: the features of captions and of noun prompts, if the text tower is locked too.
     """
@@ -233,6 +257,7 @@ class CachedPairs(Dataset):
         return len(self.rows)
 
     def set_epoch(self, epoch: int) -> None:
+        """Draws the view and the caption of each pair."""
         self.epoch = epoch
         draws = np.random.default_rng([self.seed, epoch])
         self.drawn_view = draws.integers(len(self.views), size=len(self))
@@ -273,6 +298,10 @@ def tower_digest(tower: nn.Module) -> str:
         digest.update(f"{name}{tuple(weight.shape)}{weight.dtype}".encode())
         digest.update(weight.detach().cpu().contiguous().view(torch.uint8).numpy())
     return digest.hexdigest()[:16]
+
+
+def _json(file: Path):
+    return json.loads(file.read_text())
 
 
 def _digest(value: list) -> str:

@@ -331,6 +331,8 @@ def push_model(folder: str | Path, repo_id: str, private: bool | None = None) ->
     Uploads an exported folder to a Hub repository, which is made if there is none, in one commit.
 
     Args:
+        folder: of [`export_model`].
+        repo_id (`str`): such as `"org/iclip-vit-b16"`.
         private: whether a new repository is private; as the account is set if not given.
 
     Returns:

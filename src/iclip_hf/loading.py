@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from transformers import AutoModel, AutoProcessor
+from transformers import AutoModel, AutoProcessor, ProcessorMixin
 
 
 def load_whole(name: str | Path, **options):
@@ -34,6 +34,10 @@ def load_whole(name: str | Path, **options):
             f"{name}: expected all weights of {type(model).__name__}, but {len(missing)} are missing, such as {missing[0]}; "
             "get it again."
         )
+    if not isinstance(processor, ProcessorMixin):
+        raise ValueError(
+            f"{name}: expected a processor of images and texts, got {type(processor).__name__}; get it again."
+        )
     return model, processor
 
 
@@ -47,4 +51,6 @@ def loading_errors(name: str | Path) -> Iterator[None]:
         if "ignore_mismatched_sizes" in problem:  # details are in a log that commands silence
             problem = "its weights have other shapes than its config.json says"
         kind = OSError if isinstance(error, OSError) else ValueError
-        raise kind(f"{name}: expected a whole folder or a Hub id, but {problem}; correct the name, or get it again.") from error
+        raise kind(
+            f"{name}: expected a whole folder or a Hub id, but {problem}; correct the name, or get it again."
+        ) from error

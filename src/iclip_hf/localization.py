@@ -86,8 +86,9 @@ class Localizer:
         self.texts = list(texts)
         self.thresholds = [threshold] * len(self.texts) if isinstance(threshold, (int, float)) else list(threshold)
         self.min_presence = min_presence
-        if not self.texts or len(self.thresholds) != len(self.texts):
-            raise ValueError(f"Expected at least one text and a threshold for each, got {len(self.texts)} and {len(self.thresholds)}.")
+        if not self.texts:
+            raise ValueError("Expected at least one text, got none.")
+        if len(self.thresholds) != len(self.texts):
             raise ValueError(f"Expected {len(self.texts)} thresholds, one a text, got {len(self.thresholds)}.")
         if not all(0 <= value <= 1 for value in [*self.thresholds, min_presence]):
             raise ValueError(f"Expected thresholds and presence in [0, 1], got {self.thresholds} and {min_presence}.")

@@ -169,6 +169,10 @@ def relation_plot(relation: Relation, x_label: str, y_label: str) -> Figure:
     """
     Recognition against interpretability (Fig. 9): a point a class, the line of least squares, and names of classes as far as
     they fit, from the outermost on.
+
+    Args:
+        relation: of `iclip_hf.analysis.relation`.
+        x_label, y_label: what recognition and interpretability are measured in.
     """
     x, y = relation.recognition, relation.interpretability
     figure = Figure(figsize=(6.4, 5), layout="constrained")
@@ -198,7 +202,10 @@ def relation_plot(relation: Relation, x_label: str, y_label: str) -> Figure:
 
 
 def class_bars(relation: Relation, x_label: str, y_label: str) -> Figure:
-    """Both scores of every class as bars, by falling interpretability, with their means as lines (Fig. 9)."""
+    """
+    Both scores of every class as bars, by falling interpretability, with their means as lines (Fig. 9). Arguments are those
+    of [`relation_plot`].
+    """
     order = np.argsort(relation.interpretability)
     names = [relation.names[index] for index in order]
     figure = Figure(figsize=(8, 1 + 0.19 * len(names)), layout="constrained")

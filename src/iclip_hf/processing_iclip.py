@@ -144,7 +144,7 @@ class ICLIPProcessor(ProcessorMixin):
                     f'{sorted(shapes)}: pass them one by one or give size={{"height": ..., "width": ...}}.'
                 )
             size = dict(zip(("height", "width"), scaled.pop()))
-        if size["height"] % patch or size["width"] % patch:
+        if min(size["height"], size["width"]) < 1 or size["height"] % patch or size["width"] % patch:
             raise ValueError(f"Expected height and width in multiples of the patch size {patch}, got size={size}.")
         return {**kwargs, "size": size}
 

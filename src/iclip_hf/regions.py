@@ -62,6 +62,11 @@ def positive_points(heatmap: np.ndarray, region: Region, count: int = 1) -> np.n
     """
     The peak of a region, and further high places of it, half the box's shorter side apart.
 
+    Args:
+        heatmap (`np.ndarray` of shape `(H, W)`): the map that the region was found in.
+        region ([`Region`]): from [`find_regions`].
+        count (`int`): number of points.
+
     Returns:
         `np.ndarray` of shape `(count, 2)`: (x, y) in pixels. A region too small for others repeats its own.
     """
@@ -74,6 +79,11 @@ def negative_points(heatmap: np.ndarray, mask: np.ndarray, count: int = 3) -> np
     """
     The lowest places of a map outside its mask, a quarter of the image's shorter side apart. A place counts with its
     surroundings: bicubic enlargement undershoots at the very edge of what is bright.
+
+    Args:
+        heatmap (`np.ndarray` of shape `(H, W)`): the map.
+        mask (`np.ndarray` of shape `(H, W)`): boolean, what to keep away from.
+        count (`int`): number of points.
 
     Returns:
         `np.ndarray` of shape `(count, 2)`: (x, y) in pixels. An image too small for others repeats its own.
@@ -121,7 +131,9 @@ def class_thresholds(path: str | Path, labels: Sequence[str], method: str = "its
     try:
         rows = json.loads(Path(path).read_text(encoding="utf-8"))["per_class"]
         thresholds = {name: {row["name"]: row["threshold"] for row in part} for name, part in rows.items()}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        if not all(value is None or 0 <= value <= 1 for part in thresholds.values() for value in part.values()):
+            raise ValueError("thresholds outside [0, 1]")
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{path}: expected the JSON file that `iclip evaluate --output` writes.") from error
     if method not in thresholds:
         raise ValueError(f"{path}: expected thresholds of method {method!r}, it has those of {sorted(thresholds)}.")

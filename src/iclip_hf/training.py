@@ -188,6 +188,8 @@ class GlobalBatches(Sampler):
     Args:
         rows: number of pairs.
         batch_size: pairs in a batch of all processes together, a multiple of their number.
+        seed: of the order.
+        rank, world_size: this process's number, and how many there are.
     """
 
     def __init__(self, rows: int, batch_size: int, seed: int = 0, rank: int = 0, world_size: int = 1):
@@ -211,7 +213,10 @@ class BatchLoader:
 
     Args:
         dataset: `TrainingPairs`, `TrainingStream` or `CachedPairs`.
+        accelerator: its processes share each batch.
         batch_size: pairs in a batch of all processes together.
+        seed: of the order.
+        num_workers: processes that load pairs, for each of the accelerator's.
         pairs_per_epoch: of a stream, which does not know its length.
 
     Raises:
@@ -289,6 +294,7 @@ class PairModel(nn.Module):
 
     @property
     def branches(self) -> list[nn.Module]:
+        """Those that the model has, recognition first."""
         one = self.model.recognition, self.model.interpretability
         return [branch for branch in one if branch is not None]
 

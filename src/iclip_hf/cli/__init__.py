@@ -31,7 +31,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> _Parser:
-    parser = _Parser(prog="iclip", description="Contrastive image-text models that explain themselves.")
+    parser = _Parser(
+        prog="iclip",
+        description="Contrastive image-text models that explain themselves.",
+        epilog="Exit codes: 0 done; 2 wrong or unreadable input, said in one line on stderr; 130 interrupted.",
+    )
     parser.add_argument("--version", action="version", version=f"iclip {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for module in (explain, compare, demo, evaluate, analyze, init, export, push, metrics):

@@ -13,8 +13,9 @@ from .common import (
     add_command,
     add_dataset_options,
     add_dpi_option,
+    add_limit_option,
     add_model_option,
-    at_least_1,
+    add_picture_option,
     check_file,
     load_model,
     save_figure,
@@ -27,34 +28,37 @@ SCORES = {"MIoU": "IoU at the best threshold, %", "FMB": "foreground minus backg
 
 
 def register(commands) -> None:
-    analyses = commands.add_parser("analyze", help="measure semantic shift, and recognition against interpretability")
+    description = "measure semantic shift, and recognition against interpretability"
+    analyses = commands.add_parser("analyze", help=description, description=description.capitalize() + ".")
     analyses = analyses.add_subparsers(required=True, metavar="ANALYSIS")
 
     shift = add_command(
         analyses, "shift", _shift, "count channels that go from foreground to background (Tables 6, 7)"
     )
     add_dataset_options(shift)
-    shift.add_argument("--limit", type=at_least_1, help="take only the first images")
+    add_limit_option(shift)
     add_model_option(shift)
-    shift.add_argument("--before", choices=POOLINGS, default="max", help="default: max")
-    shift.add_argument("--after", choices=POOLINGS, default="class_token", help="default: class_token")
-    shift.add_argument("--output", type=Path, help="JSON file to write")
-    shift.add_argument("--json", action="store_true", help="print the JSON instead of tables")
+    shift.add_argument("--before", choices=POOLINGS, default="max", help="pooling to start from (default: max)")
+    shift.add_argument(
+        "--after", choices=POOLINGS, default="class_token", help="pooling to compare it with (default: class_token)"
+    )
+    shift.add_argument("--output", type=Path, metavar="FILE", help="JSON file to write")
+    shift.add_argument("--json", action="store_true", help="print JSON instead of text")
 
     channels = add_command(analyses, "channels", _channels, "draw where pooled channels come from in images (Fig. 3)")
     channels.add_argument("images", nargs="+", metavar="IMAGE", help="image files, a row each")
     add_model_option(channels)
-    channels.add_argument("--output", type=Path, default=Path("channels.png"), help="default: channels.png")
+    add_picture_option(channels, "channels.png")
     add_dpi_option(channels)
 
     relation = add_command(analyses, "relation", _relation, "compare the scores of an evaluation by class (Fig. 9)")
     relation.add_argument("evaluation", type=Path, metavar="JSON", help="file that `iclip evaluate --output` wrote")
-    relation.add_argument("--method", help="default: the first of the file")
+    relation.add_argument("--method", help="whose scores (default: those of the first in the file)")
     relation.add_argument("--score", choices=SCORES, default="MIoU", help="of interpretability (default: MIoU)")
-    relation.add_argument("--output", type=Path, default=Path("relation.png"), help="default: relation.png")
-    relation.add_argument("--bars", type=Path, help="picture of both scores by class to write as well")
+    add_picture_option(relation, "relation.png")
+    relation.add_argument("--bars", type=Path, metavar="FILE", help="picture of both scores by class to write as well")
     add_dpi_option(relation)
-    relation.add_argument("--json", action="store_true", help="print the figures as JSON")
+    relation.add_argument("--json", action="store_true", help="print JSON instead of text")
 
 
 def _shift(options: argparse.Namespace) -> int:
@@ -131,7 +135,7 @@ def _read_classes(path: Path, method: str | None) -> tuple[str, list[dict]]:
         method = method or next(iter(per_class))
         rows = per_class.get(method, [])
         complete = all({"name", "AP", *SCORES} <= row.keys() for row in rows)
-    except (ValueError, TypeError, KeyError, AttributeError, StopIteration):
+    except (ValueError, TypeError, KeyError, AttributeError, StopIteration, RecursionError):
         complete = False
     if not complete:
         raise ValueError(f"{path}: expected the JSON that `iclip evaluate --output` writes; evaluate again.")

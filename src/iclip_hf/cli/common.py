@@ -34,9 +34,16 @@ def add_prompt_options(command: argparse.ArgumentParser) -> None:
         "--template",
         action="append",
         dest="templates",
-        help='prompt with one {}, repeat to average several; "{}" takes texts as they are',
+        metavar="PROMPT",
+        help='prompt with one {}, repeat to average several; "{}" takes texts as they are (default: of the model or '
+        "data set)",
     )
-    command.add_argument("--image-size", type=int, help="side in pixels at which the model sees the image")
+    command.add_argument(
+        "--image-size",
+        type=at_least_1,
+        metavar="PIXELS",
+        help="side at which the model sees images (default: its own)",
+    )
 
 
 def add_model_options(command: argparse.ArgumentParser) -> None:
@@ -45,21 +52,53 @@ def add_model_options(command: argparse.ArgumentParser) -> None:
 
 
 def add_dataset_options(command: argparse.ArgumentParser, required: bool = True) -> None:
-    command.add_argument("--dataset", required=required, choices=DATASETS)
-    command.add_argument("--data-root", required=required, type=Path, help="folder of the data set")
-    command.add_argument("--split", help="default: val for VOC, val2017 for COCO")
-    command.add_argument("--overrides", type=Path, help="JSON or YAML file with other class names and templates")
+    command.add_argument(
+        "--dataset", required=required, choices=DATASETS, help="kind; folder is one of images, masks and classes.txt"
+    )
+    command.add_argument("--data-root", required=required, type=Path, metavar="FOLDER", help="where the data set is")
+    command.add_argument("--split", help="part of the data set (default: val for VOC, val2017 for COCO)")
+    command.add_argument(
+        "--overrides", type=Path, metavar="FILE", help="JSON or YAML file with other class names and templates"
+    )
+
+
+def add_limit_option(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--limit", type=at_least_1, metavar="N", help="take only the first N images (default: all)")
+
+
+def add_methods_option(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--methods",
+        nargs="+",
+        choices=METHODS,
+        default=["itsm"],
+        metavar="METHOD",
+        help=f"one or more of {', '.join(METHODS)} (default: itsm)",
+    )
 
 
 def add_colormap_option(command: argparse.ArgumentParser) -> None:
     command.add_argument(
-        "--colormap", default="jet", help='of matplotlib, such as "cividis" for colour-blind readers (default: jet)'
+        "--colormap",
+        default="jet",
+        metavar="NAME",
+        help='colormap of matplotlib, such as "cividis" for colour-blind readers (default: jet)',
+    )
+
+
+def add_picture_option(command: argparse.ArgumentParser, default: str) -> None:
+    command.add_argument(
+        "--output", type=Path, default=Path(default), metavar="FILE", help=f"picture to write (default: {default})"
     )
 
 
 def add_dpi_option(command: argparse.ArgumentParser) -> None:
     command.add_argument(
-        "--dpi", type=at_least_1, default=120, help="pixels an inch of the figure, 300 for print (default: 120)"
+        "--dpi",
+        type=at_least_1,
+        default=120,
+        metavar="N",
+        help="pixels an inch of the figure, such as 300 for print (default: 120)",
     )
 
 

@@ -7,13 +7,14 @@ import json
 from pathlib import Path
 
 from .common import (
-    METHODS,
     PICTURES,
     add_colormap_option,
     add_command,
     add_dataset_options,
     add_dpi_option,
+    add_methods_option,
     add_model_option,
+    add_picture_option,
     add_prompt_options,
     check_file,
     load_model,
@@ -30,17 +31,18 @@ def register(commands) -> None:
         "--text",
         action="append",
         dest="texts",
-        help="a row; repeat for more (default: the classes of the data set's image)",
+        metavar="TEXT",
+        help="what to look for, a row; repeat for more (default: the classes of the data set's image)",
     )
-    command.add_argument("--methods", nargs="+", choices=METHODS, default=["itsm"], help="columns (default: itsm)")
+    add_methods_option(command)
     add_model_option(command, ", repeat to compare several", action="append", dest="models")
     add_prompt_options(command)
     truth = command.add_argument_group("ground truth", "a data set that has IMAGE adds the pixels of its classes")
     add_dataset_options(truth, required=False)
-    command.add_argument("--output", type=Path, default=Path("comparison.png"), help="default: comparison.png")
+    add_picture_option(command, "comparison.png")
     add_colormap_option(command)
     add_dpi_option(command)
-    command.add_argument("--json", action="store_true", help="print the scores as JSON instead of a table")
+    command.add_argument("--json", action="store_true", help="print JSON instead of text")
 
 
 def run(options: argparse.Namespace) -> int:

@@ -5,24 +5,41 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from .common import METHODS, add_command, add_dataset_options, add_model_options, check_file, load_model
+from .common import (
+    add_command,
+    add_dataset_options,
+    add_limit_option,
+    add_methods_option,
+    add_model_options,
+    at_least_1,
+    check_file,
+    load_model,
+)
 
 
 def register(commands) -> None:
     command = add_command(commands, "evaluate", run, "measure mAP, mMIoU and mFMB on a segmentation data set")
     add_dataset_options(command)
-    command.add_argument("--limit", type=int, help="take only the first images")
+    add_limit_option(command)
     add_model_options(command)
-    command.add_argument("--methods", nargs="+", choices=METHODS, default=["itsm"], help="default: itsm")
+    add_methods_option(command)
     command.add_argument(
         "--aggregate",
         choices=("image", "pixel"),
         default="image",
-        help="mean of the images' ratios, or pixels pooled (default: image)",
+        help="mean of the images' ratios, or ratio of the pooled pixels (default: image)",
     )
-    command.add_argument("--batch-size", type=int, default=8)
-    command.add_argument("--output", type=Path, help="JSON file to write, with the scores by class beside it as CSV")
-    command.add_argument("--json", action="store_true", help="print the JSON instead of a table")
+    command.add_argument(
+        "--batch-size",
+        type=at_least_1,
+        default=8,
+        metavar="N",
+        help="images that go through the model at once (default: 8)",
+    )
+    command.add_argument(
+        "--output", type=Path, metavar="FILE", help="JSON file to write, with the scores by class beside it as CSV"
+    )
+    command.add_argument("--json", action="store_true", help="print JSON instead of text")
 
 
 def run(options: argparse.Namespace) -> int:

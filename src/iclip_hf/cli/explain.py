@@ -13,6 +13,7 @@ from .common import (
     add_colormap_option,
     add_command,
     add_model_options,
+    at_least_1,
     check_file,
     check_folder,
     load_model,
@@ -30,38 +31,55 @@ def register(commands) -> None:
         help="image files; or a collection: a folder of images, or webdataset shards (.tar, or a folder of them)",
     )
     command.add_argument(
-        "--text", action="append", required=True, dest="texts", help="a text, put into the templates; repeat for more"
+        "--text",
+        action="append",
+        required=True,
+        dest="texts",
+        metavar="TEXT",
+        help="what to look for, put into the prompts; repeat for more",
     )
     add_model_options(command)
-    command.add_argument("--method", choices=METHODS, default="itsm", help="how the maps are made (default: itsm)")
+    command.add_argument("--method", choices=METHODS, default="itsm", help="how maps are made (default: itsm)")
     command.add_argument(
         "--threshold",
         default="0.5",
         metavar="NUMBER_OR_FILE",
-        help="of masks, in [0, 1], or the file of `iclip evaluate --output` for the best of each class (default: 0.5)",
+        help="a mask holds what is above; in [0, 1], or the file of `iclip evaluate --output` for the best of each class (default: 0.5)",
     )
     command.add_argument(
         "--min-presence",
         type=float,
         default=0.7,
+        metavar="NUMBER",
         help="a text that matches less surely counts as absent and gets an empty mask; 0 to 1 (default: 0.7)",
     )
     command.add_argument(
         "--output",
         type=Path,
+        metavar="PATH",
         help="picture to write (default: explanation.png); for several images, or the Parquet files of a collection, "
         "a folder (default: explanations)",
     )
     add_colormap_option(command)
-    command.add_argument("--npz", action="store_true", help="write raw maps and masks beside each picture")
+    command.add_argument("--npz", action="store_true", help="write scores, raw maps and masks beside each picture")
     command.add_argument(
         "--json",
         action="store_true",
-        help="print JSON instead of a table; for image files with boxes, points and run-length masks",
+        help="print JSON instead of text; for image files with boxes, points and run-length masks",
     )
-    command.add_argument("--batch-size", type=int, default=8, help="images of a collection at once (default: 8)")
     command.add_argument(
-        "--images-per-file", type=int, default=256, help="rows of a collection's Parquet files (default: 256)"
+        "--batch-size",
+        type=at_least_1,
+        default=8,
+        metavar="N",
+        help="images of a collection that go through the model at once (default: 8)",
+    )
+    command.add_argument(
+        "--images-per-file",
+        type=at_least_1,
+        default=256,
+        metavar="N",
+        help="rows of a collection's Parquet files (default: 256)",
     )
 
 

@@ -26,7 +26,10 @@ def register(commands) -> None:
 def add_source_options(command: argparse.ArgumentParser) -> None:
     command.add_argument("model", metavar="MODEL", help="ICLIP model, a folder or Hub id")
     command.add_argument(
-        "--results", type=Path, help="JSON file of `iclip evaluate`, whose figures the model card shows"
+        "--results",
+        type=Path,
+        metavar="FILE",
+        help="JSON file of `iclip evaluate`, whose figures the model card shows",
     )
 
 
@@ -53,8 +56,8 @@ def export(options: argparse.Namespace, directory: Path, name: str | None = None
     metrics = None
     if options.results is not None:
         try:
-            metrics = json.loads(options.results.read_text(encoding="utf-8"))
-        except ValueError as error:
+            metrics = dict(json.loads(options.results.read_text(encoding="utf-8")))
+        except (ValueError, TypeError, RecursionError) as error:
             raise ValueError(f"--results {options.results}: expected JSON of `iclip evaluate`: {error}") from error
     model, processor = load_iclip(options.model)
     return export_model(model, processor, directory, name=name, source=options.model, metrics=metrics)

@@ -11,10 +11,14 @@ from .common import add_command, silence_transformers
 def register(commands) -> None:
     command = add_command(commands, "init", run, "join an image and a text tower to a new model")
     command.add_argument(
-        "--config", required=True, metavar="NAME_OR_FOLDER", help="a shipped configuration, such as iclip-vit-b16"
+        "--config",
+        required=True,
+        metavar="NAME_OR_FOLDER",
+        help="a shipped configuration, such as iclip-vit-b16, or a folder with a config.json",
     )
-    command.add_argument("--vision", help="image tower: folder, Hub id or DINO's .pth (default: the configuration's)")
-    command.add_argument("--text", help="text tower: folder or Hub id (default: the configuration's)")
+    tower = {"metavar": "FOLDER_OR_ID"}
+    command.add_argument("--vision", **tower, help="image tower, or DINO's .pth file (default: the configuration's)")
+    command.add_argument("--text", **tower, help="text tower (default: the configuration's)")
     command.add_argument("--output", required=True, type=Path, metavar="DIR", help="new folder to write")
 
 

@@ -11,8 +11,8 @@ from .common import add_command
 def register(commands) -> None:
     add_command(commands, "install-metrics", _install, 'make evaluate.load("mmiou") and "mfmb" work in any folder')
     space = add_command(commands, "export-metric", _export, "write the files of a metric's Space")
-    space.add_argument("metric", choices=("mfmb", "mmiou"))
-    space.add_argument("directory", type=Path)
+    space.add_argument("metric", choices=("mfmb", "mmiou"), help="which metric")
+    space.add_argument("directory", type=Path, metavar="DIR", help="folder to write into")
 
 
 def _install(options: argparse.Namespace) -> int:

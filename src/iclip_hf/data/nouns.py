@@ -29,6 +29,10 @@ class NounPrompts:
     Args:
         nouns: the vocabulary, in the singular, of one or several words each.
         count: prompts an image.
+        seed: of the draws.
+
+    Raises:
+        `ValueError`: there is no noun.
     """
 
     def __init__(self, nouns: Sequence[str], count: int = 3, seed: int = 0):
@@ -65,6 +69,7 @@ class NounPrompts:
         """
         Args:
             captions: all captions of each of B images.
+            epoch: other epochs draw other prompts.
 
         Returns:
             `tuple`: B * count prompts, those of an image together, and `noun_ids` (B * count,), their nouns by number, with

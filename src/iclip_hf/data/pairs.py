@@ -328,7 +328,7 @@ class _Table:
             start, end = next(self._rows(), (0, 0))
             with open(path, "rb") as file:
                 first = self._values(file.read(end)[start:])
-        except (ValueError, csv.Error) as error:
+        except (ValueError, RecursionError, csv.Error) as error:
             raise ValueError(
                 f"{path}: expected {self._kind} rows in UTF-8, but the first one fails: {error}."
             ) from error

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import reprlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -150,8 +151,8 @@ class _COCOSample(SegmentationSample):
             if isinstance(segmentation, list):  # polygons [x1, y1, x2, y2, ...]
                 if not segmentation:
                     return []
-                if not all(len(p) >= 6 and np.abs(p).max() <= 2 * max(self.size) for p in segmentation):
-                    raise ValueError("a polygon with fewer than 3 points or with points far outside the image")
+                if not all(len(p) >= 6 and len(p) % 2 == 0 and np.abs(p).max() <= 2 * max(self.size) for p in segmentation):
+                    raise ValueError("a polygon with fewer than 3 points, half a point or points far outside the image")
                 return coco_mask.frPyObjects(segmentation, *self.size)
             if tuple(segmentation["size"]) != self.size:
                 raise ValueError(f"run lengths for a size of {segmentation['size']}")
@@ -221,6 +222,7 @@ class SegmentationDataset(Sequence):
 
     @property
     def labels(self) -> tuple[int, ...]:
+        """The id of each of `class_names`, from 1 on."""
         return tuple(range(1, len(self.class_names) + 1))
 
     def __len__(self) -> int:
@@ -261,6 +263,9 @@ def load_segmentation(
             (starting at 1) names class id i; background (0) and void (255) are not listed. There are no splits.
 
     Args:
+        name: One of these layouts.
+        root: The folder.
+        split: Part of the data set; the default one if not given.
         overrides: Class names and prompt templates to use instead, both optional, as a mapping or as a JSON or YAML
             file: `{"names": {"old name": "new name"}, "templates": ["a photo of the {}"]}`.
 
@@ -310,7 +315,9 @@ def _load_coco2017(root: Path, split: str | None) -> SegmentationDataset:
                 )
             kept = {"id": item["id"], "label": labels[item["category_id"]], "iscrowd": bool(item["iscrowd"])}
             annotations[item["image_id"]].append(kept | {"segmentation": item["segmentation"]})
-    except (KeyError, TypeError, ValueError) as error:
+        if len(labels) < len(categories) or not all(isinstance(name, str) for name in class_names):
+            raise ValueError("categories without a name or an id of their own")
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
         raise ValueError(
             f"{path}: expected COCO instance annotations (categories, images, annotations), but got "
             f"{type(error).__name__}: {error}; download or correct the file."
@@ -368,7 +375,7 @@ def _override(class_names: tuple[str, ...], overrides: str | os.PathLike | Mappi
         overrides = _read_mapping(Path(overrides))
 
     def fail(expected: str, got: object) -> None:
-        raise ValueError(f"{where}: expected {expected}, but got {got!r}; correct this entry.")
+        raise ValueError(f"{where}: expected {expected}, but got {reprlib.repr(got):.300}; correct this entry.")
 
     unknown = [key for key in overrides if key not in ("names", "templates")]
     if unknown:
@@ -402,7 +409,7 @@ def _read_mapping(path: Path) -> Mapping:
     parse = json.loads if path.suffix.lower() == ".json" else yaml.safe_load
     try:
         content = parse(_read_text(path))
-    except (ValueError, yaml.YAMLError) as error:
+    except (ValueError, yaml.YAMLError, RecursionError) as error:
         raise ValueError(f"{path}: expected JSON or YAML, as its suffix says, but got: {error}") from error
     if not isinstance(content, Mapping):
         raise ValueError(f"{path}: expected a mapping with 'names' or 'templates', but got {type(content).__name__}.")
@@ -444,7 +451,7 @@ def _find(folder: Path, names: list[str], listed_in: Path) -> list[Path]:
     missing = [name for name in names if name not in present]
     if missing:
         raise FileNotFoundError(
-            f"{folder / missing[0]}: expected a file, as {listed_in} implies, but it is missing "
+            f"{folder / missing[0]!s:.500}: expected a file, as {listed_in} implies, but it is missing "
             f"({len(missing)} of {len(names)} are); complete the data."
         )
     return [folder / name for name in names]

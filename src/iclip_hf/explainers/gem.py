@@ -14,6 +14,10 @@ class GEM(SelfSelfAttention):
     Queries, keys and values each attend to themselves, `iterations` times with their unit vectors, so that similar tokens
     gather; the three attentions that result are averaged on the values. The sharpness adapts to the mean norm of the tokens
     that the layer sees.
+
+    Args:
+        model, processor, depth: see [`SelfSelfAttention`].
+        iterations (`int`): rounds of gathering, at least 0.
     """
 
     def __init__(self, model, processor, depth: int = 7, iterations: int = 1):

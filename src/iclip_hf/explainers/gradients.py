@@ -18,6 +18,7 @@ class GradientExplainer(Explainer):
     of all images at once.
 
     Args:
+        model, processor: see [`Explainer`].
         layer (`int`): index among the attention layers of the image tower; -1 is the last.
     """
 

@@ -85,6 +85,8 @@ def record(forward: Callable[[], T], start: int, grad: bool, weights: bool) -> t
     Runs `forward` and returns its result with the records of the attention layers from `start` on.
 
     Args:
+        forward: runs the model that [`prepare`] was applied to.
+        start (`int`): index of an attention layer.
         grad (`bool`): keep the graph from the stream that enters layer `start` to the result.
         weights (`bool`): record the attention weights, which takes the memory that fused attention saves.
     """

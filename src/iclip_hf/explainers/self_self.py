@@ -21,6 +21,7 @@ class SelfSelfAttention(Explainer):
     the cosines of its projected patch tokens with the texts.
 
     Args:
+        model, processor: see [`Explainer`].
         depth (`int`): the number of last layers; all where the tower has fewer.
     """
 

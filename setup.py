@@ -7,7 +7,7 @@ extras = {
     # train.py: streamed data sets, locks, trackers, augmentation
     "train": [
         "accelerate>=1.10",
-        "datasets>=4.0",
+        "datasets>=5.2",
         "filelock>=3.15",
         "tensorboard>=2.15",
         "timm>=1.0.15",
@@ -15,7 +15,7 @@ extras = {
     # `iclip evaluate` and the metric modules
     "eval": ["accelerate>=1.10", "evaluate>=0.4.6", "pycocotools>=2.0.8"],
     # `iclip explain` of whole collections: processes, Parquet
-    "collections": ["accelerate>=1.10", "datasets>=4.0"],
+    "collections": ["accelerate>=1.10", "datasets>=5.2"],
     # Gradio apps, and the photograph that `make demo` explains
     "demo": ["gradio>=6.10", "scikit-image>=0.25"],
     # `iclip export --format onnx`, and models so exported
@@ -68,8 +68,8 @@ setup(
         "pyyaml>=6.0",
         "safetensors>=0.5",
         "scipy>=1.12",
-        "torch>=2.8",
-        "torchvision>=0.23",
+        "torch>=2.10",
+        "torchvision>=0.25",
         "tqdm>=4.66",
         "transformers>=5.20",
         "wrapt>=1.17",

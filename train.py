@@ -31,9 +31,10 @@ from iclip_hf.extras import extra
 
 with extra("train"):
     from accelerate import Accelerator, DistributedDataParallelKwargs, PartialState
-    from accelerate.utils import ProjectConfiguration, set_seed
+    from accelerate.utils import ProjectConfiguration, parse_flag_from_env, set_seed
 
 from iclip_hf import ICLIPConfig, ICLIPModel, ICLIPProcessor
+from iclip_hf.cache import written_whole
 from iclip_hf.data.nouns import NounPrompts
 from iclip_hf.data.pairs import PairStream, load_pairs
 from iclip_hf.data.segmentation import load_segmentation
@@ -257,7 +258,9 @@ def start_accelerator(settings: Settings, model: ICLIPModel) -> Accelerator:
     precision = settings.mixed_precision
     if precision == "auto":
         precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")  # of `accelerate launch`, "no" by default
-    if settings.mixed_precision == "auto" and precision == "no" and PartialState().device.type == "cuda":
+    # Without `cpu`, two processes on CPU would not find each other.
+    on_gpu = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU")).device.type == "cuda"
+    if settings.mixed_precision == "auto" and precision == "no" and on_gpu:
         precision = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
     return Accelerator(
         mixed_precision=precision,
@@ -436,7 +439,8 @@ def main(arguments: list[str]) -> dict[str, float]:
     # Export
     export_now(output_dir / "model")
     if accelerator.is_main_process:
-        (output_dir / "results.json").write_text(json.dumps(state, indent=2))
+        with written_whole(output_dir / "results.json") as partial:
+            partial.write_text(json.dumps(state, indent=2))
         print(json.dumps(state["metrics"]))
     accelerator.wait_for_everyone()
     accelerator.end_training()
@@ -447,6 +451,15 @@ def main(arguments: list[str]) -> dict[str, float]:
 if __name__ == "__main__":
     try:
         main(sys.argv[1:])
+    except (ConnectionError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "DataLoader worker" not in str(error):
+            raise
+        print(
+            f"train.py: a process that loads pairs broke off ({' '.join(str(error).split())}), perhaps for want of memory: "
+            "lower num_workers, then --resume goes on from the last checkpoint",
+            file=sys.stderr,
+        )
+        sys.exit(2)
     except (OSError, ValueError, ImportError, FloatingPointError, StrictDataclassError) as error:
         print(f"train.py: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)

@@ -172,7 +172,9 @@ def test_without_gradio_a_sentence_names_the_extra(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "gradio", None)
     monkeypatch.delitem(sys.modules, app.__name__)
     assert cli.main(["demo"]) == 2
-    assert capsys.readouterr().err == "iclip demo: gradio is not installed: `pip install 'iclip-hf[demo]'` brings it.\n"
+    assert (
+        capsys.readouterr().err == "iclip demo: gradio is not installed: `pip install 'iclip-hf[demo]'` brings it.\n"
+    )
 
 
 @pytest.fixture(scope="module")

@@ -182,8 +182,6 @@ def test_command_writes_json_and_csv_alike_with_two_processes(root, tiny_process
     ("more", "message"),
     [
         (["--output", "a.txt"], "ends in .json"),
-        (["--limit", "0"], "limit to be at least 1, got 0"),
-        (["--batch-size", "0"], "batch_size to be at least 1, got 0"),
         (["--overrides", "none.json"], "none.json"),
         (["--image-size", "30"], "multiples of the patch size"),
     ],

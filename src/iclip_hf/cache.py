@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 
 def cache_folder() -> Path:
     """Where they are kept: `$ICLIP_CACHE`, or else `iclip_hf` in `$XDG_CACHE_HOME` (`~/.cache`)."""
@@ -23,10 +25,25 @@ def written_whole(path: Path) -> Iterator[Path]:
     """
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     try:
-        yield partial
-        os.replace(partial, path)
+        with writing_errors(path):
+            yield partial
+            os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+@contextmanager
+def writing_errors(path: Path) -> Iterator[None]:
+    """What a full disk or a missing right raises inside, in each library something else, becomes one clear `OSError`."""
+    try:
+        yield
+    except (OSError, SafetensorError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "inline_container" not in str(error):  # the part of torch that writes
+            raise
+        problem = str(error).splitlines()[0]
+        raise OSError(
+            f"{path}: writing failed ({problem}); see to the disk's room and rights, then run again."
+        ) from error
 
 
 @contextmanager
@@ -44,7 +61,10 @@ def new_folder(folder: str | Path) -> Iterator[Path]:
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as scratch:
         built = Path(scratch, folder.name)
         built.mkdir()
-        yield built
+        try:
+            yield built
+        except SafetensorError as error:  # of writing: what reading raises is clear already
+            raise OSError(f"{folder}: writing failed ({error}); see to the disk's room, then run again.") from error
         os.replace(built, folder)
 
 

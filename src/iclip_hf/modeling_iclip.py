@@ -187,7 +187,9 @@ def load_tower(config: PreTrainedConfig, checkpoint: str | None = None) -> PreTr
         checkpoint, config=config, dtype=torch.float32, output_loading_info=True, **options
     )
     if missing := sorted(loading["missing_keys"]):
-        raise ValueError(f"{checkpoint}: expected all weights of {tower_class.__name__}, but {missing[:3]} are missing.")
+        raise ValueError(
+            f"{checkpoint}: expected all weights of {tower_class.__name__}, but {missing[:3]} are missing."
+        )
     return tower
 
 

@@ -74,7 +74,9 @@ class ImageTextSimilarityMapPipeline(Pipeline):
         """
         labels = [candidate_labels] if isinstance(candidate_labels, str) else candidate_labels
         if not isinstance(labels, Sequence) or not all(isinstance(label, str) for label in labels):
-            raise TypeError(f"Expected candidate_labels to be a list of strings, shared by all images, got {labels!r}.")
+            raise TypeError(
+                f"Expected candidate_labels to be a list of strings, shared by all images, got {labels!r}."
+            )
         if not labels:
             raise ValueError("Expected at least one label in candidate_labels, got none.")
         labels = list(labels)

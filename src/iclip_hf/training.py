@@ -21,6 +21,7 @@ from torch import distributed, nn
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
 
+from .cache import writing_errors
 from .data.nouns import NounPrompts
 from .data.pairs import PairDataset, PairStream
 from .extras import extra
@@ -528,10 +529,12 @@ def save_checkpoint(accelerator: Accelerator, output_dir: Path, state: Mapping, 
     if accelerator.is_main_process:
         shutil.rmtree(partial, ignore_errors=True)
     accelerator.wait_for_everyone()
-    accelerator.save_state(str(partial))
+    with writing_errors(target):
+        accelerator.save_state(str(partial))
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        (partial / "state.json").write_text(json.dumps(state, indent=2))
+        with writing_errors(target):
+            (partial / "state.json").write_text(json.dumps(state, indent=2))
         os.replace(partial, target)
         for old in checkpoints(output_dir)[:-keep]:
             shutil.rmtree(old)
@@ -556,9 +559,10 @@ def export(
         for left_behind in (partial, old):  # by a run that was killed here
             shutil.rmtree(left_behind, ignore_errors=True)
         model = accelerator.unwrap_model(pair_model).model
-        model.save_pretrained(partial, state_dict={name.removeprefix("model."): w for name, w in weights.items()})
-        processor.save_pretrained(partial)
-        write_model_card(model, processor, partial, **card)
+        with writing_errors(folder):
+            model.save_pretrained(partial, state_dict={name.removeprefix("model."): w for name, w in weights.items()})
+            processor.save_pretrained(partial)
+            write_model_card(model, processor, partial, **card)
         if folder.exists():
             os.replace(folder, old)
         os.replace(partial, folder)

@@ -299,7 +299,8 @@ class _TarShard:
         ranges, last_key = array("q"), None
         try:
             with tarfile.open(self.path, "r:") as tar:
-                while (member := tar.next()) is not None:
+                # Without a member the offset is 0, and Python 3.10 would seek to -1.
+                while tar.offset and (member := tar.next()) is not None:
                     key, _ = _key_and_suffix(member)
                     if key is not None:
                         if key != last_key:

@@ -151,8 +151,12 @@ class _COCOSample(SegmentationSample):
             if isinstance(segmentation, list):  # polygons [x1, y1, x2, y2, ...]
                 if not segmentation:
                     return []
-                if not all(len(p) >= 6 and len(p) % 2 == 0 and np.abs(p).max() <= 2 * max(self.size) for p in segmentation):
-                    raise ValueError("a polygon with fewer than 3 points, half a point or points far outside the image")
+                if not all(
+                    len(p) >= 6 and len(p) % 2 == 0 and np.abs(p).max() <= 2 * max(self.size) for p in segmentation
+                ):
+                    raise ValueError(
+                        "a polygon with fewer than 3 points, half a point or points far outside the image"
+                    )
                 return coco_mask.frPyObjects(segmentation, *self.size)
             if tuple(segmentation["size"]) != self.size:
                 raise ValueError(f"run lengths for a size of {segmentation['size']}")

@@ -18,7 +18,8 @@ demo: .venv/.installed
 test: .venv/.installed
 	$(BIN)/python -m pytest
 
-# The same with the lowest versions that setup.py allows, and with the newest. PYTHON=python3.10 chooses the interpreter.
+# The same with the lowest versions that setup.py allows, on the lowest Python, and with the newest on any:
+# `make test-lowest PYTHON=python3.10`.
 test-lowest: RESOLUTION := lowest-direct
 test-newest: RESOLUTION := highest
 test-lowest test-newest: test-%:

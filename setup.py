@@ -65,7 +65,7 @@ setup(
         "matplotlib>=3.8",
         "numpy>=1.26",
         "pillow>=11.0",
-        "pyyaml>=6.0",
+        "pyyaml>=6.0.2",
         "safetensors>=0.5",
         "scipy>=1.12",
         "torch>=2.10",

@@ -194,6 +194,12 @@ def test_bad_options_are_one_line(root, tiny_processor, tmp_path, capsys, more, 
     assert message in err[-1] and err[-1].startswith("iclip evaluate: ")
 
 
+@pytest.mark.parametrize("option", ["limit", "batch_size"])
+def test_no_images_are_too_few(root, tiny_processor, option):
+    with pytest.raises(ValueError, match=f"{option} to be at least 1, got 0"):
+        evaluate(tiny_model(), tiny_processor, load_segmentation("folder", root), **{option: 0})
+
+
 def test_a_mask_of_another_size_is_named(root, tiny_processor, tmp_path):
     copy = tmp_path / "copy"
     shutil.copytree(root, copy)

@@ -1,0 +1,165 @@
+"""
+The pipeline and the live demo under parallel clients: no error, no answer to another's question, no growing memory.
+
+`python benchmarks/concurrency.py [seconds]` (two minutes by default, for each of the two) prints a Markdown table. Every client has its
+own image and texts, and compares each answer with the one that was computed alone before. Clients of the demo speak HTTP on loopback
+from another process; those of the pipeline share it. Linux.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import multiprocessing
+import os
+import resource
+import statistics
+import sys
+import threading
+import time
+import zlib
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+
+import httpx
+import numpy as np
+import torch
+from measuring import machine
+from PIL import Image
+
+from iclip_hf import ICLIPModel, ICLIPProcessor, ImageTextSimilarityMapPipeline
+from iclip_hf.demo.app import launch
+from iclip_hf.demo.checkpoint import embedded_model
+
+
+CLIENTS = 32
+WORDS = ["dog", "cat", "red ball", "sky", "a car", "grass", "person", "water", "house", "bicycle", "tree", "table"]
+
+
+def question(client: int) -> tuple[Image.Image, list[str]]:
+    """An image of its own size and content, and three texts."""
+    draws = np.random.default_rng(client)
+    pixels = Image.fromarray(draws.integers(0, 256, (6, 8, 3), dtype=np.uint8))
+    return pixels.resize((200 + 8 * client, 320 - 4 * client)), [WORDS[(client + step) % 12] for step in (0, 3, 7)]
+
+
+def memory() -> float:
+    """MiB that this process holds."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize() / 2**20
+
+
+def ask_until(end: float, ask: Callable[[], object], expected: object) -> tuple[list[float], list[str]]:
+    """Asks the same again and again: the seconds of each answer, and what was wrong with some."""
+    taken, wrong = [], []
+    while time.time() < end:
+        began = time.time()
+        try:
+            answer = ask()
+        except Exception as error:
+            wrong.append(f"{type(error).__name__}: {error}")
+        else:
+            if not same(answer, expected):
+                wrong.append("another answer")
+        taken.append(time.time() - began)
+    return taken, wrong
+
+
+def same(answer: list, expected: list) -> bool:
+    """Texts, and scores and maps to the last digit that does not depend on what else the processor does."""
+    return len(answer) == len(expected) and all(
+        text == other and abs(score - other_score) < 1e-3 and map_.shape == other_map.shape
+        and np.abs(map_ - other_map).mean() < 1e-2
+        for (text, score, map_), (other, other_score, other_map) in zip(answer, expected)
+    )  # fmt: skip
+
+
+# --------------------------------------------------------------------------------------------------------------- doors
+
+
+def of_pipeline(pipe, client: int) -> list:
+    image, texts = question(client)
+    answers = sorted(pipe(image, texts), key=lambda answer: answer["label"])
+    return [(answer["label"], answer["score"], answer["map"].numpy()) for answer in answers]
+
+
+def of_demo(address: str, client: int) -> list:
+    """One visit as a browser makes it: upload, call, answer."""
+    image, texts = question(client)
+    file = io.BytesIO()
+    image.save(file, "PNG")
+    with httpx.Client(base_url=f"{address}gradio_api/", timeout=120) as http:
+        (path,) = http.post("upload", files={"files": ("image.png", file.getvalue())}).raise_for_status().json()
+        photo = {"path": path, "orig_name": "image.png", "meta": {"_type": "gradio.FileData"}}
+        event = http.post("call/explain", json={"data": [photo, ", ".join(texts), "itsm"]}).raise_for_status().json()
+        lines = http.get(f"call/explain/{event['event_id']}").text.splitlines()
+    if "event: complete" not in lines:
+        raise ValueError(" ".join(lines)[:200])
+    value = json.loads(lines[lines.index("event: complete") + 1].removeprefix("data: "))[0]
+    width, height = value["size"]
+
+    def decoded(map_: str) -> np.ndarray:
+        levels = np.frombuffer(zlib.decompress(base64.b64decode(map_)), np.uint8)
+        return levels.reshape(height, width) / 255
+
+    return [(text["text"], text["cosine"], decoded(text["map"])) for text in value["texts"]]
+
+
+def in_parallel(ask: Callable[[int], list], seconds: float) -> list[tuple[list[float], list[str]]]:
+    """Each client in a thread of its own, after each was answered alone."""
+    expected = [ask(client) for client in range(CLIENTS)]
+    end = time.time() + seconds
+    with ThreadPoolExecutor(CLIENTS) as pool:
+        return list(pool.map(lambda client: ask_until(end, lambda: ask(client), expected[client]), range(CLIENTS)))
+
+
+def from_outside(address: str, seconds: float) -> list[tuple[list[float], list[str]]]:
+    """The demo's clients, in another process than the demo."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(in_parallel, partial(of_demo, address), seconds).result()
+
+
+def report(name: str, run: Callable[[], list[tuple[list[float], list[str]]]]) -> bool:
+    """A line of the table. Memory is that of this process, which answers, a third into the run and at its end."""
+    held, running = [], True
+
+    def watch() -> None:
+        while running:
+            held.append(memory())
+            time.sleep(0.5)
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    answers = run()
+    running = False
+    watcher.join()
+    taken = sorted(second for seconds, _ in answers for second in seconds)
+    wrong = [problem for _, problems in answers for problem in problems]
+    early, late = statistics.mean(held[len(held) // 3 : len(held) // 2]), statistics.mean(held[-len(held) // 6 :])
+    print(
+        f"| {name} | {len(taken):,} | {len(wrong)} {' '.join(sorted(set(wrong))[:2])} | {taken[len(taken) // 2]:.2f} / "
+        f"{taken[int(0.99 * len(taken))]:.2f} | {early:,.0f} -> {late:,.0f} |",
+        flush=True,
+    )
+    return bool(taken) and not wrong
+
+
+def main() -> None:
+    seconds = float(sys.argv[1]) if len(sys.argv) > 1 else 120
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", os.cpu_count() or 1)))
+    folder = embedded_model()
+    model, processor = ICLIPModel.from_pretrained(folder), ICLIPProcessor.from_pretrained(folder)
+    print(f"{machine('gradio')}; {CLIENTS} clients, {seconds:.0f} seconds each\n")
+    print("| what | answers | wrong | seconds, median / 99 % | MiB held |\n|---|---|---|---|---|", flush=True)
+    pipe = ImageTextSimilarityMapPipeline(model=model, processor=processor, device="cpu")
+    good = report("pipeline", lambda: in_parallel(partial(of_pipeline, pipe), seconds))
+    app = launch(str(folder), "127.0.0.1", prevent_thread_lock=True, quiet=True)
+    good &= report("live demo", lambda: from_outside(app.local_url, seconds))
+    app.close()
+    sys.exit(not good)
+
+
+if __name__ == "__main__":
+    main()

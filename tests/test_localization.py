@@ -105,6 +105,6 @@ def test_presence_tells_present_classes_better_than_the_cosine(iclip_data):
     _, scores, presences = localizer.explain(torch.cat([localizer.prepare(sample.image) for sample in samples]))
     truth = np.stack([np.isin(dataset.labels, sample.labels) for sample in samples])
     by_cosine, by_presence = (roc_auc_score(truth.ravel(), one.flatten()) for one in (scores, presences))
-    assert by_presence > by_cosine + 0.02 and by_presence > 0.7
+    assert by_presence > by_cosine and by_presence > 0.8
     # Calibrated: of absent texts about three in ten reach 0.7.
     assert float((presences[torch.from_numpy(~truth)] >= 0.7).float().mean()) == pytest.approx(0.3, abs=0.08)

@@ -606,16 +606,21 @@ def test_killed_at_any_moment_and_resumed_is_the_uninterrupted_run(hub, tmp_path
     """Kill -9 of a run that saves after every step, by turns somewhere inside the saving and at a moment by the clock."""
     arguments = ["--validation_data", hub / "held_out.tar", "--eval_steps", 2, "--checkpoint_steps", 1]
     arguments += ["--pictures", 0, "--epochs", 6]
-    run(hub, tmp_path / "whole", *arguments)
-    command = ["--config", hub / "train.yaml", "--output_dir", tmp_path / "killed", "--resume", *arguments]
     script, draws, kills = tmp_path / "killed.py", random.Random(0), 0
     script.write_text(KILLED.format(root=str(ROOT)))
-    while True:
-        calls_to_live = draws.randrange(1, 40) if kills % 2 == 0 and kills < 6 else -1
-        process = subprocess.Popen(
-            [sys.executable, script, str(calls_to_live), *map(str, command)], stdout=subprocess.PIPE, text=True
-        )
+
+    def start(name: str, calls_to_live: int = -1) -> subprocess.Popen:
+        command = ["--config", hub / "train.yaml", "--output_dir", tmp_path / name, "--resume", *arguments]
+        command = [sys.executable, script, calls_to_live, *command]
+        process = subprocess.Popen([str(word) for word in command], stdout=subprocess.PIPE, text=True)
         assert process.stdout.readline() == "ready\n"
+        return process
+
+    whole = start("whole")
+    whole.communicate(timeout=120)
+    assert whole.returncode == 0
+    while True:
+        process = start("killed", draws.randrange(1, 40) if kills % 2 == 0 and kills < 6 else -1)
         if kills % 2 and kills < 6:
             time.sleep(draws.uniform(0.5, 2))
             process.kill()

@@ -182,8 +182,8 @@ class Run:
         """The sentence it ended with, or else its last line, short and without the folder."""
         said = os.read(self._said, 2**20).decode(errors="replace")
         sentence = re.findall(r"(?:error|train.py|iclip \w+): (.*)", said)
-        last = (sentence or said.splitlines() or [""])[-1].replace(tempfile.gettempdir() + "/", "").replace("|", "/")
-        return f"{last:.150}" + " ..." * (len(last) > 150)
+        last = (sentence or said.splitlines() or [""])[-1].replace(f"{tempfile.tempdir}/", "").replace("|", "/")
+        return f"{last:.200}" + " ..." * (len(last) > 200)
 
 
 class Faults:
@@ -238,41 +238,44 @@ class Faults:
             seen = "; ".join(problems) or "resumed, the result is the uninterrupted one"
             self.tell("kill -9 at a random moment", name, times, seen, not problems)
 
-    def refusals(self, fault: str, before: Callable[[Path], Callable]) -> None:
-        """The job cannot write; then it can."""
+    def told(self, fault: str, name: str, output: Path, run: Run, mend: Callable[[], object] = lambda: None) -> None:
+        """The run must end with a sentence and exit code 2; once the fault is mended, it goes on."""
+        code, said = run.wait(), run.said()
+        mend()
+        problem = self.resumed(name, output)
+        seen = f"{'' if code == 2 else f'exit {code}: '}{said}; then {problem or 'the uninterrupted result'}"
+        self.tell(fault, name, 1, seen, code == 2 and not problem)
+
+    def no_writing(self, fault: str, before: Callable[[Path], None]) -> None:
         for name in JOBS:
             output = self.output(name, fault)
-            run = self.start(name, output, before=before(output))
-            code, said = run.wait(), run.said()
-            if output.exists():
-                output.chmod(0o755)
-            details = [f"{said}"] if code == 2 else [f"**exit {code}: {said}**"]
-            problem = self.resumed(name, output)
-            details += [f"then {problem}" if problem else "then the uninterrupted result"]
-            self.tell(fault, name, 1, "; ".join(details), code == 2 and not problem)
+            run = self.start(name, output, before=partial(before, output))
+            self.told(fault, name, output, run, lambda: output.exists() and output.chmod(0o755))  # noqa: B023
 
     def a_shard_disappears(self) -> None:
         shard, aside = self.inputs / "pairs.tar", self.inputs / "aside"
         output = self.output("training", "shard")
-        run = self.start("training", output)
-        _until(lambda: len(list(output.glob("checkpoint-*"))) > 1)
+        run = self.started(output)
         os.replace(shard, aside)
-        code, said = run.wait(), run.said()
-        os.replace(aside, shard)
-        problem = self.resumed("training", output)
-        self.tell(
-            "a shard disappears",
-            "training",
-            1,
-            f"{said}; then {problem or 'the uninterrupted result'}",
-            code == 2 and not problem,
-        )
+        self.told("a shard disappears", "training", output, run, lambda: os.replace(aside, shard))
 
         output = self.output("cache", "shard")
         self.resumed("cache", output)
         next(output.rglob("00001.npy")).unlink()
         problem = self.resumed("cache", output)
         self.tell("a shard of the cache disappears", "cache", 1, problem or "made again, the same bytes", not problem)
+
+    def a_worker_dies(self) -> None:
+        output = self.output("training", "worker")
+        run = self.started(output, "--num_workers", "2")
+        os.kill(int(_children(run.pid)[0]), signal.SIGKILL)
+        self.told("a data-loading worker dies", "training", output, run)
+
+    def started(self, output: Path, *more) -> Run:
+        """A training that has got somewhere."""
+        run = self.start("training", output, *more)
+        _until(lambda: len(list(output.glob("checkpoint-*"))) > 1)
+        return run
 
     def two_runs(self) -> None:
         for name in JOBS:
@@ -285,28 +288,8 @@ class Faults:
             refused = codes == [0, 2]
             seen = f"the second: {said}" if refused else "both end with the undisturbed result"
             good = not problem and (refused or codes == [0, 0])
-            self.tell(
-                "two runs on one output folder",
-                name,
-                1,
-                problem or (seen if good else f"{codes} {first.said()} {said}"),
-                good,
-            )
-
-    def a_worker_dies(self) -> None:
-        output = self.output("training", "worker")
-        run = self.start("training", output, "--num_workers", "2")
-        _until(lambda: len(list(output.glob("checkpoint-*"))) > 1)
-        os.kill(int(_children(run.pid)[0]), signal.SIGKILL)
-        code, said = run.wait(), run.said()
-        problem = self.resumed("training", output)
-        self.tell(
-            "a data-loading worker dies",
-            "training",
-            1,
-            f"{said}; then {problem or 'the uninterrupted result'}",
-            code == 2 and not problem,
-        )
+            seen = problem or (seen if good else f"{codes} {first.said()} {said}")
+            self.tell("two runs on one output folder", name, 1, seen, good)
 
     def two(self, name: str, output: Path) -> list[Run]:
         """The job in two processes that know each other, as torchrun starts them."""
@@ -334,8 +317,8 @@ class Faults:
 
     def __call__(self) -> None:
         self.kills()
-        self.refusals("disk full", lambda output: partial(_limit_files, 1_000))
-        self.refusals("read-only folder", lambda output: partial(_read_only, output))
+        self.no_writing("disk full", _limit_files)
+        self.no_writing("read-only folder", _read_only)
         self.a_shard_disappears()
         self.two_runs()
         self.a_worker_dies()
@@ -354,10 +337,10 @@ def _children(pid: int) -> list[str]:
     return Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
 
 
-def _limit_files(size: int) -> None:
-    """No file grows beyond `size` bytes, whoever writes it: what a full disk looks like to a program."""
+def _limit_files(folder: Path) -> None:
+    """No file, in whatever folder, grows beyond a thousand bytes, whoever writes it: to a program, a full disk."""
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
 
 
 def _read_only(folder: Path) -> None:
@@ -372,7 +355,8 @@ def main() -> None:
     random.seed(0)
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
-        os.environ |= {"ICLIP_CACHE": folder, "TMPDIR": folder, "TOKENIZERS_PARALLELISM": "false"}
+        tempfile.tempdir = folder
+        os.environ |= {"ICLIP_CACHE": folder, "TOKENIZERS_PARALLELISM": "false"}
         print("| what | job | times | seen |\n|---|---|---|---|", flush=True)
         faults = Faults(Path(folder))
         faults()

@@ -133,6 +133,7 @@ def sandbox(monkeypatch):
         for variable in ("ICLIP_CACHE", "TMPDIR"):
             monkeypatch.setenv(variable, f"{name}/elsewhere")
         monkeypatch.setattr(tempfile, "tempdir", None)
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
         monkeypatch.chdir(Path(name, "here"))
         yield Path(name)
 

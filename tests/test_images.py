@@ -191,3 +191,12 @@ def test_what_is_no_file(tmp_path):
         load_image(Image.new("RGB", (0, 4)))
     with pytest.raises(TypeError, match="path of an image, its bytes or a PIL image, but got ndarray"):
         load_image(noise(2, 2))
+
+
+def test_the_death_of_a_worker_is_no_damaged_image(photo, monkeypatch):
+    def interrupted(*arguments, **options):
+        raise RuntimeError("DataLoader worker (pid 1) is killed by signal: Killed.")
+
+    monkeypatch.setattr(Image, "open", interrupted)
+    with pytest.raises(RuntimeError, match="worker"):
+        load_image(encoded(photo))

@@ -44,6 +44,8 @@ def open_image(source: str | os.PathLike | bytes | Image.Image, name: str | None
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         problem = f"it has more than {Image.MAX_IMAGE_PIXELS:,} pixels; make it smaller"
     except Exception as error:  # decoders raise anything from SyntaxError to struct.error on damaged files
+        if "DataLoader worker" in str(error):  # of torch's signal handler, which raises wherever the process is
+            raise
         problem = f"decoding failed ({str(error) or type(error).__name__}); replace it by an undamaged copy"
     else:
         if 0 not in image.size:

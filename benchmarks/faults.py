@@ -1,0 +1,368 @@
+"""
+What happens when a run is cut off: killed at random moments, without room on the disk, without the right to write, without a shard.
+
+`python benchmarks/faults.py` takes some minutes and prints a Markdown table. Each job is compared with one that nothing disturbed.
+Linux; jobs are forks of this process, which has imported everything and computed nothing.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import multiprocessing
+import os
+import random
+import re
+import resource
+import runpy
+import signal
+import socket
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import torch
+from accelerate import Accelerator
+from PIL import Image
+from transformers import BertTokenizer, CLIPImageProcessor
+
+
+ROOT = Path(__file__).parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+# ruff: noqa: E402
+
+from conftest import WORDS, tiny_model
+from test_training import write_pairs
+
+from iclip_hf import ICLIPProcessor, cli
+from iclip_hf.collection import explain_collection, open_images
+from iclip_hf.data.pairs import load_pairs
+from iclip_hf.feature_cache import cache_images
+from iclip_hf.hub import load_iclip
+from iclip_hf.localization import Localizer
+from iclip_hf.training import WholeImage
+
+
+KILLS = {"training": 20, "cache": 10, "collection": 10, "evaluation": 10}
+FORK = multiprocessing.get_context("fork")
+
+# ---------------------------------------------------------------------------------------------------- what jobs work on
+
+
+def make_inputs(folder: Path) -> None:
+    """A tiny model, pairs, photographs with masks, and a `train.yaml`."""
+    (folder / "vocab.txt").write_text("\n".join(WORDS))
+    image_processor = CLIPImageProcessor(size={"height": 32, "width": 32}, do_center_crop=False)
+    processor = ICLIPProcessor(image_processor, BertTokenizer(vocab=str(folder / "vocab.txt")), patch_size=8)
+    tiny_model().save_pretrained(folder / "model")
+    processor.save_pretrained(folder / "model")
+    write_pairs(folder / "pairs.tar", 600)
+    write_pairs(folder / "held_out.tar", 17, seed=1)
+    (folder / "train.yaml").write_text(
+        f"""
+        model: {folder}/model
+        data: [{folder}/pairs.tar]
+        validation_data: [{folder}/held_out.tar]
+        image_size: 32
+        batch_size: 16
+        max_steps: 30
+        num_workers: 0
+        eval_steps: 3
+        checkpoint_steps: 1
+        pictures: 0
+        report_to: none
+        """
+    )
+    draws = np.random.default_rng(0)
+    for number in range(60):
+        for kind, pixels in (
+            ("images", draws.integers(0, 256, (40, 60, 3))),
+            ("masks", draws.integers(0, 3, (40, 60))),
+        ):
+            path = folder / "data" / kind / f"{number:02d}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(pixels.astype(np.uint8)).save(path)
+    (folder / "data" / "classes.txt").write_text("dog\ncat\n")
+
+
+# ------------------------------------------------------------------------------------------------------------------ jobs
+
+
+def training(inputs: Path, output: Path, *more) -> None:
+    sys.argv[1:] = ["--config", f"{inputs}/train.yaml", "--output_dir", str(output), "--resume", *more]
+    runpy.run_path(str(ROOT / "train.py"), run_name="__main__")
+
+
+def cache(inputs: Path, output: Path) -> None:
+    model, processor = load_iclip(inputs / "model")
+    views = [WholeImage(processor)]
+    cache_images(output, load_pairs(inputs / "pairs.tar"), model, views, Accelerator(cpu=True), batch_size=16)
+
+
+def collection(inputs: Path, output: Path) -> None:
+    localizer = Localizer(*load_iclip(inputs / "model"), ["dog", "red ball"])
+    images = open_images([inputs / "data" / "images"])
+    explain_collection(localizer, images, output, images_per_file=3, num_workers=1, progress=False)
+
+
+def evaluation(inputs: Path, output: Path) -> None:
+    options = ["--dataset", "folder", "--data-root", f"{inputs}/data", "--methods", "itsm", "attention"]
+    output.mkdir(exist_ok=True)
+    if cli.main(["evaluate", *options, "--model", f"{inputs}/model", "--output", f"{output}/scores.json"]):
+        raise SystemExit(2)
+
+
+JOBS = {job.__name__: job for job in (training, cache, collection, evaluation)}
+
+
+def result(name: str, output: Path) -> dict:
+    """What a job has made, in a form that is equal where it must be."""
+    if name == "training":
+        weights = {kind: (output / kind / "model.safetensors").read_bytes() for kind in ("model", "best")}
+        state = json.loads((output / "results.json").read_text())
+        return weights | {key: state[key] for key in ("step", "metrics", "best")}
+    if name == "evaluation":
+        scores = json.loads((output / "scores.json").read_text())
+        return {key: scores[key] for key in ("protocol", "results", "per_class")} | {
+            "csv": (output / "scores.csv").read_text()
+        }
+    if name == "collection":
+        return {path.name: pq.read_table(path).to_pylist() for path in output.glob("*.parquet")}
+    return {path.name: path.read_bytes() for path in output.rglob("*.npy")}
+
+
+def rubbish(output: Path) -> list[str]:
+    """Half-written files that a finished job left."""
+    return [path.name for path in output.rglob("*") if "partial" in path.name]
+
+
+# ---------------------------------------------------------------------------------------------------- running and killing
+
+
+class Run:
+    """A job in a process of its own, which says through a pipe how it ended."""
+
+    def __init__(self, job: Callable, *arguments, before: Callable = lambda: None, environment: dict | None = None):
+        self._said, says = os.pipe()
+        os.set_blocking(self._said, False)
+        self.began = time.perf_counter()
+        self._process = FORK.Process(target=self._run, args=(says, job, arguments, before, environment or {}))
+        self._process.start()
+        os.close(says)
+        self.pid = self._process.pid
+
+    def _run(self, says, job, arguments, before, environment) -> None:
+        os.dup2(says, 1)
+        os.dup2(says, 2)
+        os.environ |= environment
+        before()
+        try:
+            job(*arguments)
+        except (OSError, ValueError) as error:  # of functions; commands print it themselves
+            print("error:", error, file=sys.stderr, flush=True)
+            sys.exit(2)
+
+    def wait(self, timeout: float = 300) -> int | None:
+        """Exit code; None if it still runs."""
+        self._process.join(timeout)
+        return self._process.exitcode
+
+    def kill(self) -> bool:
+        """Kill -9; False if it had ended before."""
+        alive = self.wait(0) is None
+        self._process.kill()
+        return self.wait() == -signal.SIGKILL and alive
+
+    def said(self) -> str:
+        """The sentence it ended with, or else its last line, short and without the folder."""
+        said = os.read(self._said, 2**20).decode(errors="replace")
+        sentence = re.findall(r"(?:error|train.py|iclip \w+): (.*)", said)
+        last = (sentence or said.splitlines() or [""])[-1].replace(f"{tempfile.tempdir}/", "").replace("|", "/")
+        return f"{last:.200}" + " ..." * (len(last) > 200)
+
+
+class Faults:
+    """All of it: jobs in `folder`, lines of the table in `rows`."""
+
+    def __init__(self, folder: Path):
+        self.folder, self.inputs = folder, folder / "inputs"
+        self.rows, self.failures = [], 0
+        self.inputs.mkdir()
+        assert Run(make_inputs, self.inputs).wait() == 0
+        self.whole, self.took = {}, {}
+        for name in JOBS:
+            run = self.start(name, self.output(name, "whole"))
+            assert run.wait() == 0, run.said()
+            self.took[name] = time.perf_counter() - run.began
+            self.whole[name] = result(name, self.output(name, "whole"))
+
+    def output(self, name: str, fault: str) -> Path:
+        return self.folder / f"{name}-{fault.replace(' ', '-')}"
+
+    def start(self, name: str, output: Path, *more, **options) -> Run:
+        return Run(JOBS[name], self.inputs, output, *more, **options)
+
+    def tell(self, fault: str, name: str, times: int, seen: str, good: bool) -> None:
+        self.failures += not good
+        self.rows.append(f"| {fault} | {name} | {times} | {'' if good else '**FAILED** '}{seen} |")
+        print(self.rows[-1], flush=True)
+
+    def resumed(self, name: str, output: Path, *more) -> str:
+        """Runs the job to its end; "" if it made what the undisturbed one made."""
+        run = self.start(name, output, *more)
+        if run.wait() != 0:
+            return run.said()
+        same = result(name, output) == self.whole[name]
+        return ("" if same else "another result") + (f"left {rubbish(output)}" if rubbish(output) else "")
+
+    def kills(self) -> None:
+        """At moments spread evenly over the job's length; it goes on each time until it is done, then begins anew."""
+        for name, times in KILLS.items():
+            killed, problems, number = 0, [], 0
+            while killed < times:
+                output = self.output(name, f"kill {number}")
+                while killed < times:
+                    run = self.start(name, output)
+                    time.sleep(random.uniform(0, self.took[name]))
+                    if not run.kill():
+                        break
+                    killed += 1
+                if problem := self.resumed(name, output):
+                    problems.append(problem)
+                number += 1
+            seen = "; ".join(problems) or "resumed, the result is the uninterrupted one"
+            self.tell("kill -9 at a random moment", name, times, seen, not problems)
+
+    def told(self, fault: str, name: str, output: Path, run: Run, mend: Callable[[], object] = lambda: None) -> None:
+        """The run must end with a sentence and exit code 2; once the fault is mended, it goes on."""
+        code, said = run.wait(), run.said()
+        mend()
+        problem = self.resumed(name, output)
+        seen = f"{'' if code == 2 else f'exit {code}: '}{said}; then {problem or 'the uninterrupted result'}"
+        self.tell(fault, name, 1, seen, code == 2 and not problem)
+
+    def no_writing(self, fault: str, before: Callable[[Path], None]) -> None:
+        for name in JOBS:
+            output = self.output(name, fault)
+            run = self.start(name, output, before=partial(before, output))
+            self.told(fault, name, output, run, lambda: output.exists() and output.chmod(0o755))  # noqa: B023
+
+    def a_shard_disappears(self) -> None:
+        shard, aside = self.inputs / "pairs.tar", self.inputs / "aside"
+        output = self.output("training", "shard")
+        run = self.started(output)
+        os.replace(shard, aside)
+        self.told("a shard disappears", "training", output, run, lambda: os.replace(aside, shard))
+
+        output = self.output("cache", "shard")
+        self.resumed("cache", output)
+        next(output.rglob("00001.npy")).unlink()
+        problem = self.resumed("cache", output)
+        self.tell("a shard of the cache disappears", "cache", 1, problem or "made again, the same bytes", not problem)
+
+    def a_worker_dies(self) -> None:
+        output = self.output("training", "worker")
+        run = self.started(output, "--num_workers", "2")
+        os.kill(int(_children(run.pid)[0]), signal.SIGKILL)
+        self.told("a data-loading worker dies", "training", output, run)
+
+    def started(self, output: Path, *more) -> Run:
+        """A training that has got somewhere."""
+        run = self.start("training", output, *more)
+        _until(lambda: len(list(output.glob("checkpoint-*"))) > 1)
+        return run
+
+    def two_runs(self) -> None:
+        for name in JOBS:
+            output = self.output(name, "two")
+            first = self.start(name, output)
+            _until(lambda: output.exists() and any(output.iterdir()))  # noqa: B023
+            second = self.start(name, output)
+            codes, said = [first.wait(), second.wait()], second.said()
+            problem = "" if result(name, output) == self.whole[name] else "another result"
+            refused = codes == [0, 2]
+            seen = f"the second: {said}" if refused else "both end with the undisturbed result"
+            good = not problem and (refused or codes == [0, 0])
+            seen = problem or (seen if good else f"{codes} {first.said()} {said}")
+            self.tell("two runs on one output folder", name, 1, seen, good)
+
+    def two(self, name: str, output: Path) -> list[Run]:
+        """The job in two processes that know each other, as torchrun starts them."""
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+        ranks = [{"RANK": str(rank), "LOCAL_RANK": str(rank), "ACCELERATE_USE_CPU": "1"} for rank in range(2)]
+        return [self.start(name, output, environment=shared | rank) for rank in ranks]
+
+    def a_process_dies(self) -> None:
+        """One of two processes is killed; the other must end by itself, and two go on."""
+        signs = {"training": "checkpoint-*", "cache": "*/*.npy", "collection": "*.parquet"}
+        for name, sign in signs.items():
+            undisturbed, output = self.output(name, "two processes"), self.output(name, "process")
+            assert [run.wait() for run in self.two(name, undisturbed)] == [0, 0]
+            first, second = self.two(name, output)
+            _until(lambda: any(output.glob(sign)))  # noqa: B023
+            killed, began = second.kill(), time.perf_counter()
+            code, took = first.wait(60), time.perf_counter() - began
+            first.kill()
+            codes = [run.wait() for run in self.two(name, output)]
+            same = codes == [0, 0] and result(name, output) == result(name, undisturbed)
+            seen = f"the other ends after {took:.1f} s; then {'the uninterrupted result' if same else codes}"
+            self.tell("one of two processes dies", name, 1, seen, killed and code is not None and same)
+
+    def __call__(self) -> None:
+        self.kills()
+        self.no_writing("disk full", _limit_files)
+        self.no_writing("read-only folder", _read_only)
+        self.a_shard_disappears()
+        self.two_runs()
+        self.a_worker_dies()
+        self.a_process_dies()
+
+
+def _until(condition: Callable[[], bool], timeout: float = 60) -> None:
+    end = time.perf_counter() + timeout
+    while not condition():
+        if time.perf_counter() > end:
+            raise TimeoutError("A job did not come as far as the fault.")
+        time.sleep(0.02)
+
+
+def _children(pid: int) -> list[str]:
+    return Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+
+
+def _limit_files(folder: Path) -> None:
+    """No file, in whatever folder, grows beyond a thousand bytes, whoever writes it: to a program, a full disk."""
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
+
+
+def _read_only(folder: Path) -> None:
+    """A folder without the right to write; root gives up its capabilities, which would let it write all the same."""
+    folder.mkdir()
+    folder.chmod(0o555)
+    header, data = (ctypes.c_uint32 * 2)(0x20080522, 0), (ctypes.c_uint32 * 6)()
+    ctypes.CDLL(None).capset(header, data)
+
+
+def main() -> None:
+    random.seed(0)
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as folder:
+        tempfile.tempdir = folder
+        os.environ |= {"ICLIP_CACHE": folder, "TOKENIZERS_PARALLELISM": "false"}
+        print("| what | job | times | seen |\n|---|---|---|---|", flush=True)
+        faults = Faults(Path(folder))
+        faults()
+    print(f"\n{sum(KILLS.values())} kills; {faults.failures} of {len(faults.rows)} lines failed.")
+    sys.exit(faults.failures > 0)
+
+
+if __name__ == "__main__":
+    main()

@@ -20,6 +20,8 @@ from PIL import Image
 from transformers import BertConfig, Dinov2Config
 
 from iclip_hf import ICLIPConfig, ICLIPModel
+from iclip_hf.demo.checkpoint import embedded_model
+from iclip_hf.hub import load_iclip
 from iclip_hf.images import load_image
 from iclip_hf.processing_iclip import ICLIPProcessor
 
@@ -125,10 +127,7 @@ def growth() -> str:
 
 def end_to_end(files: int) -> str:
     """`iclip explain` of JPEG files against decoding them and the model's forward, each alone."""
-    from iclip_hf.demo.checkpoint import embedded_model
-
-    model = ICLIPModel.from_pretrained(embedded_model()).eval()
-    processor = ICLIPProcessor.from_pretrained(embedded_model())
+    model, processor = load_iclip(embedded_model())
     with tempfile.TemporaryDirectory() as folder:
         paths = [Path(folder, f"{number}.jpg") for number in range(files)]
         for number, path in enumerate(paths):
@@ -170,11 +169,9 @@ def end_to_end(files: int) -> str:
 def evaluating(data: Path) -> str:
     """`iclip evaluate` on real images and masks: how much of the time is not the model's."""
     from iclip_hf.data.segmentation import load_segmentation
-    from iclip_hf.demo.checkpoint import embedded_model
     from iclip_hf.evaluation import evaluate
 
-    model = ICLIPModel.from_pretrained(embedded_model()).eval()
-    processor = ICLIPProcessor.from_pretrained(embedded_model())
+    model, processor = load_iclip(embedded_model())
     dataset = load_segmentation("coco2017", data / "coco100", "train2017")
     timing = evaluate(model, processor, dataset, progress=False).timing
     seconds, forward = timing["seconds"], timing["seconds_in_model"]

@@ -13,7 +13,6 @@ import io
 import json
 import multiprocessing
 import os
-import resource
 import statistics
 import sys
 import threading
@@ -22,17 +21,17 @@ import zlib
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from functools import partial
-from pathlib import Path
 
 import httpx
 import numpy as np
 import torch
-from measuring import machine
+from measuring import machine, memory
 from PIL import Image
 
-from iclip_hf import ICLIPModel, ICLIPProcessor, ImageTextSimilarityMapPipeline
+from iclip_hf import ImageTextSimilarityMapPipeline
 from iclip_hf.demo.app import launch
 from iclip_hf.demo.checkpoint import embedded_model
+from iclip_hf.hub import load_iclip
 
 
 CLIENTS = 32
@@ -44,11 +43,6 @@ def question(client: int) -> tuple[Image.Image, list[str]]:
     draws = np.random.default_rng(client)
     pixels = Image.fromarray(draws.integers(0, 256, (6, 8, 3), dtype=np.uint8))
     return pixels.resize((200 + 8 * client, 320 - 4 * client)), [WORDS[(client + step) % 12] for step in (0, 3, 7)]
-
-
-def memory() -> float:
-    """MiB that this process holds."""
-    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize() / 2**20
 
 
 def ask_until(end: float, ask: Callable[[], object], expected: object) -> tuple[list[float], list[str]]:
@@ -150,7 +144,7 @@ def main() -> None:
     seconds = float(sys.argv[1]) if len(sys.argv) > 1 else 120
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", os.cpu_count() or 1)))
     folder = embedded_model()
-    model, processor = ICLIPModel.from_pretrained(folder), ICLIPProcessor.from_pretrained(folder)
+    model, processor = load_iclip(folder)
     print(f"{machine('gradio')}; {CLIENTS} clients, {seconds:.0f} seconds each\n")
     print("| what | answers | wrong | seconds, median / 99 % | MiB held |\n|---|---|---|---|---|", flush=True)
     pipe = ImageTextSimilarityMapPipeline(model=model, processor=processor, device="cpu")

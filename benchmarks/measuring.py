@@ -65,13 +65,14 @@ def cost(make: Callable[..., Callable[[], object]], *arguments) -> tuple[float, 
 def _cost(make: Callable, arguments: tuple) -> tuple[float, float]:
     function = make(*arguments)
     Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
-    before = _kilobytes("VmRSS")
+    before = memory()
     taken = seconds(function)
-    return taken, (_kilobytes("VmHWM") - before) / 1024
+    return taken, memory("VmHWM") - before
 
 
-def _kilobytes(field: str) -> int:
-    return int(next(line for line in _proc("self/status").splitlines() if line.startswith(field)).split()[1])
+def memory(field: str = "VmRSS") -> float:
+    """MiB that this process holds, or with `"VmHWM"` that it held at its peak (Linux)."""
+    return int(next(line for line in _proc("self/status").splitlines() if line.startswith(field)).split()[1]) / 1024
 
 
 def _proc(name: str) -> str:

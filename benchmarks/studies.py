@@ -20,9 +20,9 @@ import yaml
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import train
-from iclip_hf import ICLIPModel, ICLIPProcessor
 from iclip_hf.data.segmentation import load_segmentation
 from iclip_hf.evaluation import evaluate
+from iclip_hf.hub import load_iclip
 from iclip_hf.pooling import normalize_attention
 
 
@@ -76,8 +76,7 @@ def main() -> None:
 
 def measure(model_folder: Path, dataset, tokens: dict) -> dict[str, dict[str, float]]:
     """mAP, mMIoU and mFMB under each `map_attention`."""
-    model = ICLIPModel.from_pretrained(model_folder)
-    processor = ICLIPProcessor.from_pretrained(model_folder)
+    model, processor = load_iclip(model_folder)
     if torch.cuda.is_available():
         model.to("cuda")
     encode_image = model.encode_image
@@ -101,8 +100,7 @@ def measure(model_folder: Path, dataset, tokens: dict) -> dict[str, dict[str, fl
 @torch.inference_mode()
 def tower_facts(model_folder: Path, dataset) -> str:
     """What the order of the poolings comes from, in one sentence: means over the images."""
-    model = ICLIPModel.from_pretrained(model_folder)
-    processor = ICLIPProcessor.from_pretrained(model_folder)
+    model, processor = load_iclip(model_folder)
     facts = []
     for sample in dataset:
         image = model.encode_image(processor(images=sample.image)["pixel_values"])

@@ -57,10 +57,7 @@ def new_folder(folder: str | Path) -> Iterator[Path]:
     folder = Path(folder).resolve()
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
         raise FileExistsError(f"{folder}: expected a new or empty folder; delete what is there or name another.")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as scratch:
-        built = Path(scratch, folder.name)
-        built.mkdir()
+    with _built_beside(folder) as built:
         try:
             yield built
         except SafetensorError as error:  # of writing: what reading raises is clear already
@@ -77,10 +74,7 @@ def build_once(folder: Path, build: Callable[[Path], None]) -> Path:
     """
     if _is_complete(folder):
         return folder
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as scratch:
-        built = Path(scratch, folder.name)
-        built.mkdir()
+    with _built_beside(folder) as built:
         build(built)
         try:
             os.replace(built, folder)
@@ -91,6 +85,16 @@ def build_once(folder: Path, build: Callable[[Path], None]) -> Path:
                     "config.json. Delete it and try again."
                 ) from error
     return folder
+
+
+@contextmanager
+def _built_beside(folder: Path) -> Iterator[Path]:
+    """A new folder on the same disk, to be renamed to `folder`; what was not is removed."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as scratch:
+        built = Path(scratch, folder.name)
+        built.mkdir()
+        yield built
 
 
 def _is_complete(folder: Path) -> bool:

@@ -23,13 +23,13 @@ from .explainers import Explanation
 from .extras import extra
 from .images import IMAGE_SUFFIXES, load_image
 from .localization import Localizer
+from .processes import this_process
 from .threads import map_ahead
 
 
 with extra("collections"):
     import pyarrow as pa
     import pyarrow.parquet as pq
-    from accelerate import PartialState
     from datasets import Features, List, Value
     from datasets import Image as ImageFeature
 
@@ -157,8 +157,7 @@ def explain_collection(
     """
     if min(batch_size, images_per_file) < 1:
         raise ValueError(f"Expected batch_size and images_per_file from 1, got {batch_size} and {images_per_file}.")
-    # Without `cpu`, two processes on CPU would not find each other.
-    state = PartialState(cpu=not torch.cuda.is_available())
+    state = this_process("collections")
     parts = [range(len(images))[start : start + images_per_file] for start in range(0, len(images), images_per_file)]
     files = [output / f"explanations-{number:05d}-of-{len(parts):05d}.parquet" for number in range(len(parts))]
     settings = {**localizer.settings, "images": images.fingerprint(), "images_per_file": images_per_file}

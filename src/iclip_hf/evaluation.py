@@ -26,12 +26,12 @@ from .explainers import make_explainer, select_texts
 from .explainers.gradients import GradientExplainer
 from .extras import extra
 from .metrics import MeanForegroundMinusBackground, MeanMaxIoU, MultiLabelAveragePrecision
+from .processes import this_process
 from .similarity import resize_and_normalize
 from .threads import map_ahead
 
 
 with extra("eval"):
-    from accelerate import PartialState
     from accelerate.utils import gather_object
 
 
@@ -169,8 +169,7 @@ def evaluate(
         if number is not None and number < 1:
             raise ValueError(f"Expected {name} to be at least 1, got {number}.")
     start = time.perf_counter()
-    # Without `cpu`, two processes on CPU would not find each other.
-    state = PartialState(cpu=not torch.cuda.is_available())
+    state = this_process("eval")
     rank, world = state.process_index, state.num_processes
     templates = list(dataset.templates if templates is None else templates)
     drawer = _Drawer(model, processor, methods, dataset.class_names, templates)

@@ -7,7 +7,6 @@ import json
 import logging
 import math
 from collections.abc import Callable, Iterable, Sequence
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -111,7 +110,7 @@ class FeatureShards:
 
     def _features(self, shard: int) -> np.ndarray:
         file, rows = self._file(shard), len(self.rows_of(shard))
-        features = self._read(file, partial(np.lib.format.open_memmap, mode="r"))
+        features = self._read(file, lambda file: np.lib.format.open_memmap(file, mode="r"))
         if len(features) != rows:
             raise ValueError(f"{file}: expected {rows} rows, got {len(features)}; delete this folder and run again.")
         return features

@@ -171,6 +171,12 @@ def _tower_config(checkpoint: str, side: str) -> PreTrainedConfig:
     return getattr(config, side, config)
 
 
+def patch_side(vision_config: PreTrainedConfig) -> int:
+    """Side in pixels of an image tower's square patches, which some configurations give as a pair."""
+    size = vision_config.patch_size
+    return size if isinstance(size, int) else size[0]
+
+
 def load_tower(config: PreTrainedConfig, checkpoint: str | None = None) -> PreTrainedModel:
     """A tower of this config, from a checkpoint or freshly initialised, without a pooler that nothing would train."""
     if config.model_type == "siglip_text_model":  # not in the Auto classes
@@ -333,7 +339,7 @@ class ICLIPModel(PreTrainedModel):
             `ValueError`: for another shape.
         """
         config = self.config.vision_config
-        patch_size = config.patch_size if isinstance(config.patch_size, int) else config.patch_size[0]
+        patch_size = patch_side(config)
         shape = tuple(pixel_values.shape)
         known = len(shape) == 4 and shape[1] == config.num_channels and 0 not in shape
         if not known or shape[2] % patch_size or shape[3] % patch_size:
@@ -385,17 +391,21 @@ class ICLIPModel(PreTrainedModel):
         mean = (tokens.float() * weights).sum(1) / weights.sum(1).clamp(min=1)
         return mean.to(tokens.dtype), outputs
 
-    def pool_image(self, image: ImageTokens) -> tuple[torch.Tensor, torch.Tensor]:
+    def normalized_attention(self, image: ImageTokens) -> torch.Tensor:
+        """The class token's attention over the patches `(B, N)`, brought to [0, 1] as the configuration says (Eq. 10)."""
+        return normalize_attention(image.attention, self.config.attention_norm, self.config.attention_quantile)
+
+    def pool_image(self, image: ImageTokens, attention: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """
         The two vectors `(B, D)` that the projections see, of the recognition branch and of the one that draws the maps;
         the same one twice without dual projections.
+
+        Args:
+            image ([`ImageTokens`]): from `encode_image`.
+            attention (`torch.Tensor` of shape `(B, N)`): from `normalized_attention`.
         """
-        attention = self._normalize_attention(image)
         pooled = pool(image.patch_tokens, image.class_token, attention, self.config.pooling)
         return (image.class_token if self.config.dual_projection else pooled), pooled
-
-    def _normalize_attention(self, image: ImageTokens) -> torch.Tensor:
-        return normalize_attention(image.attention, self.config.attention_norm, self.config.attention_quantile)
 
     @can_return_tuple
     def get_image_features(self, pixel_values: torch.FloatTensor, **kwargs) -> ICLIPImageFeatures:
@@ -412,9 +422,9 @@ class ICLIPModel(PreTrainedModel):
             `ValueError`: if `pixel_values` has another shape.
         """
         image = self.encode_image(pixel_values, **kwargs)
-        pooled, map_pooled = self.pool_image(image)
+        attention = self.normalized_attention(image)
+        pooled, map_pooled = self.pool_image(image, attention)
         projected = self.recognition.visual_projection(pooled)
-        attention = self._normalize_attention(image)
         patch_tokens = image.patch_tokens
         if self.config.map_attention == "features":
             patch_tokens = patch_tokens * attention.unsqueeze(-1).to(patch_tokens.dtype)  # Eq. 12 to the letter

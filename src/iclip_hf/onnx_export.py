@@ -16,7 +16,14 @@ from .cache import new_folder
 from .configuration_iclip import ICLIPConfig
 from .extras import extra
 from .loading import loading_errors
-from .modeling_iclip import ICLIPImageFeatures, ICLIPModel, ICLIPTextFeatures, average_templates, normalize
+from .modeling_iclip import (
+    ICLIPImageFeatures,
+    ICLIPModel,
+    ICLIPTextFeatures,
+    average_templates,
+    normalize,
+    patch_side,
+)
 from .processing_iclip import ICLIPProcessor
 
 
@@ -91,7 +98,7 @@ class ONNXModel:
     def get_image_features(self, pixel_values: torch.Tensor) -> ICLIPImageFeatures:
         """As of [`ICLIPModel`]: `(B, 3, H, W)` to the fields that the graph has."""
         outputs = _run(self._vision, {"pixel_values": pixel_values.float()})
-        patch = _patch_size(self.config)
+        patch = patch_side(self.config.vision_config)
         return ICLIPImageFeatures(**outputs, grid=tuple(side // patch for side in pixel_values.shape[2:]))
 
     def get_text_features(self, num_templates: int = 1, **inputs: torch.Tensor) -> ICLIPTextFeatures:
@@ -104,11 +111,6 @@ class ONNXModel:
                 for name, value in outputs.items()
             }
         )
-
-
-def _patch_size(config: ICLIPConfig) -> int:
-    size = config.vision_config.patch_size
-    return size if isinstance(size, int) else size[0]
 
 
 def _run(session, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -134,7 +136,7 @@ class _Side(nn.Module):
 
 
 def _vision_program(model: ICLIPModel):
-    patch, Dim = _patch_size(model.config), torch.export.Dim
+    patch, Dim = patch_side(model.config.vision_config), torch.export.Dim
     pixel_values = torch.zeros(2, model.config.vision_config.num_channels, 2 * patch, 3 * patch)
     shape = {0: Dim("batch"), 2: patch * Dim("rows", min=2), 3: patch * Dim("columns", min=2)}
     side = _Side(model, "get_image_features", ["pixel_values"], _IMAGE_OUTPUTS)

@@ -39,7 +39,7 @@ class ICLIPProcessor(ProcessorMixin):
         text_padding: str = "longest",
         **kwargs,
     ):
-        self.templates = _check_templates(templates)
+        self.templates = check_templates(templates)
         self.patch_size = patch_size
         self.max_text_length = max_text_length
         self.text_padding = text_padding
@@ -99,7 +99,7 @@ class ICLIPProcessor(ProcessorMixin):
 
         num_templates = 1
         if labels is not None:
-            templates = self.templates if templates is None else _check_templates(templates)
+            templates = self.templates if templates is None else check_templates(templates)
             num_templates = len(templates)
             text = _nested(labels, lambda label: [template.replace("{}", label) for template in templates])
         elif text is not None:
@@ -306,7 +306,8 @@ def _regions(maps, masks, min_area: float) -> Iterator[list[tuple[int, np.ndarra
         yield [text for text in found if text[-1]]
 
 
-def _check_templates(templates: Sequence[str]) -> list[str]:
+def check_templates(templates: str | Sequence[str]) -> list[str]:
+    """Prompts as a list, once each has the one `{}` that a label is put into; `ValueError` otherwise."""
     templates = [templates] if isinstance(templates, str) else templates
     fits = isinstance(templates, Sequence) and len(templates) > 0
     if not fits or any(not isinstance(t, str) or t.count("{}") != 1 for t in templates):

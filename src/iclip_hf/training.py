@@ -366,7 +366,8 @@ class PairModel(nn.Module):
         }
 
     def _encode_images(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        pooled = self.model.pool_image(self.model.encode_image(pixel_values))
+        image = self.model.encode_image(pixel_values)
+        pooled = self.model.pool_image(image, self.model.normalized_attention(image))
         return torch.stack(pooled[: len(self.branches)], 1)
 
     def _encode_texts(self, **texts: torch.Tensor) -> torch.Tensor:

@@ -43,20 +43,14 @@ def register(commands) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    import torch
-
     from ..data.segmentation import load_segmentation
     from ..evaluation import evaluate
-    from ..extras import extra
-
-    with extra("eval"):
-        from accelerate import PartialState
+    from ..processes import this_process
 
     if options.output:
         check_file("--output", options.output, (".json",))
     dataset = load_segmentation(options.dataset, options.data_root, options.split, options.overrides)
-    # Before the model: this process's device becomes the current one.
-    state = PartialState(cpu=not torch.cuda.is_available())
+    state = this_process("eval")  # before the model
     result = evaluate(
         *load_model(options.model),
         dataset,

@@ -149,21 +149,15 @@ def _explain_images(options: argparse.Namespace) -> int:
 
 
 def _explain_collection(options: argparse.Namespace) -> int:
-    import torch
-
     from ..collection import explain_collection, open_images
-    from ..extras import extra
-
-    with extra("collections"):
-        from accelerate import PartialState
+    from ..processes import this_process
 
     if options.npz:
         raise ValueError("--npz goes with image files; the Parquet files of a collection hold raw maps and masks.")
     output = options.output or Path("explanations")
     check_folder("--output", output)
     images = open_images(options.images)
-    # Before the model: this process's device becomes the current one.
-    state = PartialState(cpu=not torch.cuda.is_available())
+    state = this_process("collections")  # before the model
     report = explain_collection(
         _localizer(options),
         images,

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from ..modeling_iclip import ICLIPImageFeatures, ICLIPTextFeatures
+from ..processing_iclip import check_templates
 from .families import Family, head_output, text_features, unit, whole_image_processor
 from .recording import attend, merge_heads
 
@@ -32,8 +33,7 @@ class OpenCLIPFamily(Family):
             self._add_layer(block, block.attn, head_output(block.attn.out_proj, block.ls_1))
 
     def _encode_texts(self, labels: list[str], templates: list[str]) -> ICLIPTextFeatures:
-        if any(template.count("{}") != 1 for template in templates):
-            raise ValueError(f'Expected templates with one {{}} each, such as "a photo of the {{}}", got {templates}.')
+        templates = check_templates(templates)
         tokens = self.tokenizer([template.replace("{}", label) for label in labels for template in templates])
         return text_features(self.model.encode_text(tokens.to(self.model.logit_scale.device)), len(templates))
 

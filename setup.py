@@ -4,11 +4,10 @@ from setuptools import find_packages, setup
 
 
 extras = {
-    # train.py: streamed data sets, locks, trackers, augmentation
+    # train.py: streamed data sets, trackers, augmentation
     "train": [
         "accelerate>=1.10",
         "datasets>=5.2",
-        "filelock>=3.15",
         "tensorboard>=2.15",
         "timm>=1.0.15",
     ],
@@ -60,6 +59,7 @@ setup(
         "iclip_hf.hub_configs": ["*/*.json", "*/*.yaml", "*/*.txt", "../model_card.md"],
     },
     install_requires=[
+        "filelock>=3.15",
         "httpx>=0.27",
         "huggingface_hub>=2.0",
         "matplotlib>=3.8",

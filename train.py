@@ -20,7 +20,6 @@ from typing import Literal
 
 import torch
 import yaml
-from filelock import FileLock, Timeout
 from huggingface_hub.errors import StrictDataclassError
 from tqdm import tqdm
 from transformers import HfArgumentParser
@@ -41,6 +40,7 @@ from iclip_hf.data.segmentation import load_segmentation
 from iclip_hf.evaluation import evaluate
 from iclip_hf.feature_cache import CachedPairs, branch_poolings, cache_images, cache_texts
 from iclip_hf.hub import join_towers, load_iclip
+from iclip_hf.processes import claimed_together, partner_errors
 from iclip_hf.training import (
     AugmentedImage,
     BatchLoader,
@@ -276,18 +276,11 @@ FREE_TO_CHANGE = {"config", "output_dir", "resume", "cache_features", "num_worke
 FREE_TO_CHANGE |= {"report_to", "log_steps", "eval_steps", "pictures", "checkpoint_steps", "keep_checkpoints"}
 
 
-def claim_output_dir(settings: Settings, accelerator: Accelerator) -> tuple[FileLock, Path | None]:
-    """Keeps other runs out of the folder, and returns the checkpoint to go on from."""
+def checkpoint_to_resume(settings: Settings) -> Path | None:
+    """The last checkpoint in the run's folder, if this run may go on from it; None where there is none."""
     folder = Path(settings.output_dir)
-    folder.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder / ".lock")
-    if accelerator.is_main_process:
-        try:
-            lock.acquire(timeout=0)
-        except Timeout:
-            raise ValueError(f"{folder}: another run is writing here; name another output_dir.") from None
     if not checkpoints(folder):
-        return lock, None
+        return None
     if not settings.resume:
         raise ValueError(f"{folder}: holds a run already; add --resume to go on with it, or name another output_dir.")
     last = checkpoints(folder)[-1]
@@ -296,7 +289,7 @@ def claim_output_dir(settings: Settings, accelerator: Accelerator) -> tuple[File
     if changed := [name for name in changed if name not in FREE_TO_CHANGE]:
         differences = ", ".join(f"{name} from {before.get(name)} to {getattr(settings, name)}" for name in changed)
         raise ValueError(f"{folder}: cannot go on with other settings, but they changed: {differences}.")
-    return lock, last
+    return last
 
 
 # --------------------------------------------------------------------------------------------------------------- main
@@ -305,12 +298,21 @@ def claim_output_dir(settings: Settings, accelerator: Accelerator) -> tuple[File
 def main(arguments: list[str]) -> dict[str, float]:
     """Trains, and returns the metrics of the last evaluation."""
     settings = read_settings(arguments)
-    output_dir = Path(settings.output_dir)
     transformers_logging.disable_progress_bar()
     set_seed(settings.seed)
     model, processor = load_model(settings)
     accelerator = start_accelerator(settings, model)
-    lock, last_checkpoint = claim_output_dir(settings, accelerator)
+    lost = partner_errors("--resume goes on from the last checkpoint")
+    with lost, claimed_together(Path(settings.output_dir), accelerator):
+        return train(settings, model, processor, accelerator)
+
+
+def train(
+    settings: Settings, model: ICLIPModel, processor: ICLIPProcessor, accelerator: Accelerator
+) -> dict[str, float]:
+    """The run itself; returns the metrics of the last evaluation."""
+    output_dir = Path(settings.output_dir)
+    last_checkpoint = checkpoint_to_resume(settings)
 
     # Data
     training, held_out, validation = load_datasets(settings, model, processor, accelerator)
@@ -444,7 +446,6 @@ def main(arguments: list[str]) -> dict[str, float]:
         print(json.dumps(state["metrics"]))
     accelerator.wait_for_everyone()
     accelerator.end_training()
-    lock.release()
     return state["metrics"]
 
 

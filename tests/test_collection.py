@@ -59,13 +59,14 @@ def whole(folder, localizer, tmp_path_factory):
 
 
 def contents(output):
-    return {path.name: path.read_bytes() for path in output.iterdir()}
+    """Of all but the hidden lock."""
+    return {path.name: path.read_bytes() for path in output.glob("[!.]*")}
 
 
 def test_files_and_report(whole):
     report, output = whole
     assert [path.name for path in report.files] == [f"explanations-{i:05}-of-00004.parquet" for i in range(4)]
-    assert sorted(output.iterdir()) == report.files
+    assert sorted(output.glob("[!.]*")) == report.files
     assert [pq.read_metadata(path).num_rows for path in report.files] == [4, 4, 3, 2]
     assert report.images == 13
     assert len(report.broken) == 1 and "b/02.jpg" in report.broken[0] and "undamaged copy" in report.broken[0]
@@ -113,12 +114,28 @@ def test_an_interrupted_run_goes_on_and_gives_the_same_files(folder, localizer, 
     with pytest.raises(Killed):
         run(localizer, images, tmp_path)
     monkeypatch.undo()
-    (first,) = tmp_path.iterdir()  # nothing half-written
+    (first,) = tmp_path.glob("[!.]*")  # nothing half-written
     finished = first.stat().st_mtime_ns
 
     assert run(localizer, images, tmp_path).broken == whole[0].broken
     assert first.stat().st_mtime_ns == finished
     assert contents(tmp_path) == contents(whole[1])
+
+
+def test_one_run_at_a_time(folder, localizer, tmp_path, monkeypatch):
+    """A second one is refused, and the first finds its half-written files where they were."""
+    images, refused = open_images([folder / "images"]), []
+    write = pq.write_table
+
+    def start_another(table, partial):
+        write(table, partial)
+        with pytest.raises(BlockingIOError, match="expected no other run here, but one is writing; wait") as error:
+            run(localizer, images, tmp_path)
+        refused.append(error)
+
+    monkeypatch.setattr(pq, "write_table", start_another)
+    assert run(localizer, images, tmp_path).images == 13
+    assert len(refused) == 4
 
 
 def test_nothing_is_explained_twice(folder, localizer, whole, monkeypatch):
@@ -161,7 +178,7 @@ def test_two_processes_go_on_after_a_kill_in_the_midst_of_writing(folder, tiny_p
         [sys.executable, "-c", killed, *command(folder, output)], env=environment, capture_output=True
     )
     assert done.returncode == -signal.SIGKILL
-    names = sorted(path.name for path in output.iterdir())
+    names = sorted(contents(output))
     assert len(names) == 2 and names[1].endswith(".partial")
 
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
@@ -178,8 +195,8 @@ def test_two_processes_go_on_after_a_kill_in_the_midst_of_writing(folder, tiny_p
     localizer = Localizer(tiny_model(), tiny_processor, TEXTS, threshold=0.4, min_presence=0.2)
     localizer.settings.update(model)
     run(localizer, open_images([folder / "images"]), alone)
-    assert [path.name for path in sorted(output.iterdir())] == [path.name for path in sorted(alone.iterdir())]
-    for file in alone.iterdir():
+    assert sorted(contents(output)) == sorted(contents(alone))
+    for file in alone.glob("*.parquet"):
         ours, theirs = pq.read_table(file), pq.read_table(output / file.name)
         assert ours.schema.metadata == theirs.schema.metadata
         assert ours["image"] == theirs["image"]

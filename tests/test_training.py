@@ -26,6 +26,7 @@ from safetensors.torch import load_file
 
 from iclip_hf import ICLIPModel, ICLIPProcessor
 from iclip_hf import training as training_module
+from iclip_hf.cache import claimed
 from iclip_hf.data.nouns import NounPrompts
 from iclip_hf.data.pairs import load_pairs
 from iclip_hf.feature_cache import CachedPairs, FeatureShards, branch_poolings, cache_images, cache_texts
@@ -566,8 +567,7 @@ def test_a_folder_holds_one_run(hub, tmp_path):
         run(hub, tmp_path, "--max_steps", 2)
     with pytest.raises(ValueError, match="weight_decay from 0.05 to 0.1"):
         run(hub, tmp_path, "--max_steps", 2, "--resume", "--weight_decay", 0.1)
-    lock = train.FileLock(tmp_path / ".lock")
-    with lock, pytest.raises(ValueError, match="another run is writing here"):
+    with claimed(tmp_path), pytest.raises(BlockingIOError, match="expected no other run here"):
         run(hub, tmp_path, "--max_steps", 2, "--resume")
 
 

@@ -1,14 +1,20 @@
-"""The folder in which converted models and indexes are kept, and how files and models appear whole or not at all."""
+"""Where converted models and indexes are kept, how files and models appear whole or not at all, and one run to a folder."""
 
 from __future__ import annotations
 
+import glob
 import os
+import shutil
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from filelock import FileLock, Timeout
 from safetensors import SafetensorError
+
+
+_LOCK, _WORK = ".lock", "partial"
 
 
 def cache_folder() -> Path:
@@ -47,6 +53,33 @@ def writing_errors(path: Path) -> Iterator[None]:
 
 
 @contextmanager
+def claimed(folder: Path) -> Iterator[None]:
+    """
+    Keeps other runs out of a folder, which is made if it is not there, and removes the half-written files of a run that was
+    killed. The operating system frees the folder however a run ends. For a run of several processes see
+    [`iclip_hf.processes.claimed_together`].
+
+    Raises:
+        `BlockingIOError`: another run is writing there. `OSError`: the folder cannot be written.
+    """
+    lock = FileLock(folder / _LOCK)
+    try:
+        with writing_errors(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            with suppress(Timeout):
+                lock.acquire(timeout=0)
+        if not lock.is_locked:
+            raise BlockingIOError(
+                f"{folder}: expected no other run here, but one is writing; wait until it ends, or name another folder."
+            )
+        for left_over in folder.glob("*.[0-9]*.partial"):  # of `written_whole`
+            left_over.unlink()
+        yield
+    finally:
+        lock.release()
+
+
+@contextmanager
 def new_folder(folder: str | Path) -> Iterator[Path]:
     """
     Gives a folder to fill that appears under its name whole or not at all.
@@ -55,14 +88,19 @@ def new_folder(folder: str | Path) -> Iterator[Path]:
         `FileExistsError`: there is something in the folder, which stays as it is.
     """
     folder = Path(folder).resolve()
-    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
-        raise FileExistsError(f"{folder}: expected a new or empty folder; delete what is there or name another.")
+    _check_empty(folder)
     with _built_beside(folder) as built:
         try:
             yield built
         except SafetensorError as error:  # of writing: what reading raises is clear already
             raise OSError(f"{folder}: writing failed ({error}); see to the disk's room, then run again.") from error
+        _check_empty(folder)  # another run may have been faster
         os.replace(built, folder)
+
+
+def _check_empty(folder: Path) -> None:
+    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+        raise FileExistsError(f"{folder}: expected a new or empty folder; delete what is there or name another.")
 
 
 def build_once(folder: Path, build: Callable[[Path], None]) -> Path:
@@ -89,11 +127,20 @@ def build_once(folder: Path, build: Callable[[Path], None]) -> Path:
 
 @contextmanager
 def _built_beside(folder: Path) -> Iterator[Path]:
-    """A new folder on the same disk, to be renamed to `folder`; what was not is removed."""
+    """A new folder on the same disk, to be renamed to `folder`; what was not is removed, by the next run if this one is killed."""
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as scratch:
-        built = Path(scratch, folder.name)
-        built.mkdir()
+    for lock in folder.parent.glob(f".{glob.escape(folder.name)}-*/{_LOCK}"):
+        left_over = lock.parent
+        if (left_over / _WORK).is_dir():
+            with suppress(OSError):  # a run that lives holds it
+                with claimed(left_over):
+                    shutil.rmtree(left_over / _WORK)
+                shutil.rmtree(left_over)
+    scratch = tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-", ignore_cleanup_errors=True)
+    with scratch as name, claimed(Path(name)):
+        # Made under the claim, it tells that there is one: until then nobody takes the folder for a left-over.
+        built = Path(name, _WORK, folder.name)
+        built.mkdir(parents=True)
         yield built
 
 

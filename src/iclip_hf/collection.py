@@ -23,7 +23,7 @@ from .explainers import Explanation
 from .extras import extra
 from .images import IMAGE_SUFFIXES, load_image
 from .localization import Localizer
-from .processes import this_process
+from .processes import claimed_together, partner_errors, this_process
 from .threads import map_ahead
 
 
@@ -121,6 +121,7 @@ class CollectionReport:
     broken: list[str]
 
 
+@partner_errors("run the same again, which goes on")
 def explain_collection(
     localizer: Localizer,
     images: ImageFolder | PairDataset,
@@ -153,7 +154,7 @@ def explain_collection(
 
     Raises:
         `ValueError`: the folder has files of other images, texts, model or options; a number below 1. `OSError`: it cannot
-        be written.
+        be written, another run is writing there, or another process of this run died.
     """
     if min(batch_size, images_per_file) < 1:
         raise ValueError(f"Expected batch_size and images_per_file from 1, got {batch_size} and {images_per_file}.")
@@ -161,35 +162,32 @@ def explain_collection(
     parts = [range(len(images))[start : start + images_per_file] for start in range(0, len(images), images_per_file)]
     files = [output / f"explanations-{number:05d}-of-{len(parts):05d}.parquet" for number in range(len(parts))]
     settings = {**localizer.settings, "images": images.fingerprint(), "images_per_file": images_per_file}
-    if state.is_main_process:
-        output.mkdir(parents=True, exist_ok=True)
-        for left_over in output.glob("explanations-*.partial"):  # of a process that was killed
-            left_over.unlink()
-    state.wait_for_everyone()
-    for file in output.glob("explanations-*.parquet"):
-        found = _metadata(file)["settings"]
-        if found != settings:
-            differing = sorted(name for name in settings if found.get(name) != settings[name])
-            raise ValueError(f"{file}: it was made with other {', '.join(differing)}; choose another output folder.")
+    with claimed_together(output, state):
+        for file in output.glob("explanations-*.parquet"):
+            found = _metadata(file)["settings"]
+            if found != settings:
+                differing = sorted(name for name in settings if found.get(name) != settings[name])
+                raise ValueError(
+                    f"{file}: it was made with other {', '.join(differing)}; choose another output folder."
+                )
 
-    missing = [(part, file) for part, file in zip(parts, files) if not file.exists()]
-    state.wait_for_everyone()  # before anyone adds a file: all must share out the same list
-    mine = missing[state.process_index :: state.num_processes]
-    workers = num_workers or max(1, (os.cpu_count() or 1) - 2)
-    bar = tqdm(
-        total=sum(len(part) for part, _ in mine), unit="image", disable=not (progress and state.is_main_process)
-    )
-    with ThreadPoolExecutor(workers) as pool, bar:
-        for part, file in mine:
-            broken: list[str] = []
-            rows = list(_rows(localizer, images, part, batch_size, pool, bar, broken))
-            metadata = {b"iclip": json.dumps({"settings": settings, "broken": broken}).encode()}
-            schema = _FEATURES.arrow_schema
-            table = pa.Table.from_pylist(rows, schema.with_metadata({**schema.metadata, **metadata}))
-            with written_whole(file) as partial:
-                pq.write_table(table, partial)
-
-    state.wait_for_everyone()
+        missing = [(part, file) for part, file in zip(parts, files) if not file.exists()]
+        state.wait_for_everyone()  # before anyone adds a file: all must share out the same list
+        mine = missing[state.process_index :: state.num_processes]
+        workers = num_workers or max(1, (os.cpu_count() or 1) - 2)
+        bar = tqdm(
+            total=sum(len(part) for part, _ in mine), unit="image", disable=not (progress and state.is_main_process)
+        )
+        with ThreadPoolExecutor(workers) as pool, bar:
+            for part, file in mine:
+                broken: list[str] = []
+                rows = list(_rows(localizer, images, part, batch_size, pool, bar, broken))
+                metadata = {b"iclip": json.dumps({"settings": settings, "broken": broken}).encode()}
+                schema = _FEATURES.arrow_schema
+                table = pa.Table.from_pylist(rows, schema.with_metadata({**schema.metadata, **metadata}))
+                with written_whole(file) as partial:
+                    pq.write_table(table, partial)
+        state.wait_for_everyone()
     return CollectionReport(
         files,
         images=sum(pq.read_metadata(file).num_rows for file in files),

@@ -22,6 +22,7 @@ from .data.nouns import NounPrompts
 from .data.pairs import BadPairError, PairDataset
 from .modeling_iclip import ICLIPModel
 from .pooling import normalize_attention, pool
+from .processes import agreed, claimed_together, partner_errors
 from .processing_iclip import ICLIPProcessor
 from .training import seeded
 
@@ -154,6 +155,10 @@ def cache_images(
 
     Returns:
         for each view [`FeatureShards`] of rows (5, D) with the captions.
+
+    Raises:
+        `ValueError`: the folder holds features that depend on something else, or too many pairs are bad. `OSError`: it cannot
+        be written, another run is filling it, or another process of this run died.
     """
     views = []
     for view, transform in enumerate(transforms):
@@ -335,6 +340,7 @@ def _pool_every_way(model: ICLIPModel, pixel_values: torch.Tensor) -> torch.Tens
     return torch.stack([one(way) for way in POOLINGS], 1)
 
 
+@partner_errors("run the same again, which goes on")
 def _fill(
     shards: FeatureShards,
     dataset: Dataset | Sequence,
@@ -344,25 +350,28 @@ def _fill(
     num_workers: int,
     title: str,
 ) -> None:
-    """Encodes the rows of the missing shards, each process its share of them."""
-    missing = shards.missing()
-    accelerator.wait_for_everyone()  # all have looked before one writes
-    todo = missing[accelerator.process_index :: accelerator.num_processes]
-    batches = [
-        list(rows[start : start + batch_size])
-        for rows in map(shards.rows_of, todo)
-        for start in range(0, len(rows), batch_size)
-    ]
-    loader = DataLoader(dataset, batch_sampler=batches, num_workers=num_workers, collate_fn=list)
-    features, captions = [], []
-    with tqdm(total=sum(map(len, batches)), desc=title, disable=not accelerator.is_main_process) as bar:
-        for items in loader:
-            with torch.inference_mode(), accelerator.autocast():
-                encoded, texts = encode(items)
-            features.append(encoded.half().cpu().numpy())
-            captions += texts or []
-            bar.update(len(items))
-            if sum(map(len, features)) == len(shards.rows_of(todo[0])):
-                shards.write(todo.pop(0), np.concatenate(features), captions or None)
-                features, captions = [], []
-    accelerator.wait_for_everyone()
+    """Encodes the rows of the missing shards, each process its share of them. A cache that is whole is read by many runs."""
+    if not agreed(shards.missing()):
+        return
+    with claimed_together(shards.folder, accelerator):
+        missing = shards.missing()
+        accelerator.wait_for_everyone()  # all have looked before one writes
+        todo = missing[accelerator.process_index :: accelerator.num_processes]
+        batches = [
+            list(rows[start : start + batch_size])
+            for rows in map(shards.rows_of, todo)
+            for start in range(0, len(rows), batch_size)
+        ]
+        loader = DataLoader(dataset, batch_sampler=batches, num_workers=num_workers, collate_fn=list)
+        features, captions = [], []
+        with tqdm(total=sum(map(len, batches)), desc=title, disable=not accelerator.is_main_process) as bar:
+            for items in loader:
+                with torch.inference_mode(), accelerator.autocast():
+                    encoded, texts = encode(items)
+                features.append(encoded.half().cpu().numpy())
+                captions += texts or []
+                bar.update(len(items))
+                if sum(map(len, features)) == len(shards.rows_of(todo[0])):
+                    shards.write(todo.pop(0), np.concatenate(features), captions or None)
+                    features, captions = [], []
+        accelerator.wait_for_everyone()

@@ -1,0 +1,96 @@
+"""What one run at a time may write, and what a killed one leaves."""
+
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from iclip_hf.cache import build_once, claimed, new_folder, written_whole
+
+
+def killed(script: str, *arguments) -> None:
+    """Runs a script that ends with kill -9."""
+    script = f"import os, signal, sys\nfrom pathlib import Path\nfrom iclip_hf.cache import *\n{script}"
+    done = subprocess.run([sys.executable, "-c", script, *map(str, arguments)], capture_output=True, text=True)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+
+
+def names(folder) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_a_folder_is_of_one_run_until_it_ends(tmp_path):
+    folder = tmp_path / "new" / "runs"
+    for _ in range(2):
+        with claimed(folder):
+            refused = pytest.raises(
+                BlockingIOError, match="runs: expected no other run here, but one is writing; wait"
+            )
+            with refused, claimed(folder):
+                pass
+    with pytest.raises(KeyError), claimed(folder):
+        raise KeyError
+    with claimed(folder):
+        pass
+
+
+def test_a_killed_run_frees_its_folder_and_its_half_written_files_go(tmp_path):
+    killed(
+        "with claimed(Path(sys.argv[1])), written_whole(Path(sys.argv[1], 'a.json')) as partial:\n"
+        "    partial.touch()\n"
+        "    os.kill(os.getpid(), signal.SIGKILL)",
+        tmp_path,
+    )
+    (tmp_path / "mine.partial").touch()
+    assert len(names(tmp_path)) == 3
+    with claimed(tmp_path), written_whole(tmp_path / "a.json") as partial:
+        partial.touch()
+    assert names(tmp_path) == [".lock", "a.json", "mine.partial"]
+
+
+def test_a_folder_that_cannot_be_claimed_is_an_error_of_writing(tmp_path):
+    (tmp_path / "file").touch()
+    with (
+        pytest.raises(OSError, match="file: writing failed .* see to the disk's room and rights"),
+        claimed(tmp_path / "file"),
+    ):
+        pass
+
+
+@pytest.mark.parametrize("build", ["new_folder(target)", "build_once(target, die)"])
+def test_what_a_killed_run_was_building_goes_with_the_next(build, tmp_path):
+    target, other, own = tmp_path / "mo[d]el", tmp_path / "other", tmp_path / ".mo[d]el-notes" / "partial"
+    own.mkdir(parents=True)
+    script = (
+        "target = Path(sys.argv[1])\n"
+        "def die(folder):\n"
+        "    (folder / 'weights').touch()\n"
+        "    (folder.parent / 'wheel').touch()\n"
+        "    os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    script += "build_once(target, die)" if "once" in build else "with new_folder(target) as folder: die(folder)"
+    killed(script, target)
+    assert len(names(tmp_path)) == 2
+    with new_folder(other):
+        pass
+    assert len(names(tmp_path)) == 3  # another's
+    with new_folder(target) as folder:
+        (folder / "weights").touch()
+    assert names(tmp_path) == sorted([".mo[d]el-notes", "mo[d]el", "other"]) and own.is_dir()
+    assert names(target) == ["weights"]
+
+
+def test_what_a_living_run_builds_stays(tmp_path):
+    def whole(folder):
+        for name in ("model.safetensors", "config.json"):
+            (folder / name).touch()
+
+    with (
+        pytest.raises(FileExistsError, match="expected a new or empty folder"),
+        new_folder(tmp_path / "model") as slow,
+    ):
+        whole(slow)
+        build_once(tmp_path / "model", whole)
+        assert names(slow) == ["config.json", "model.safetensors"]
+    assert names(tmp_path) == ["model"]

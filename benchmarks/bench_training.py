@@ -1,9 +1,10 @@
-"""Training from the feature cache against training without it, and against open_clip's locked-image training.
+"""Training from the feature cache against training without it, in one and two processes, and open_clip's locked-image training.
 
     python benchmarks/bench_training.py --data ../shared/data/flickr8k/dev-00000.tar
 
 Prints a Markdown table: seconds of an epoch over the same pairs in the same batches, on the embedded towers (DINOv2 ViT-S/14 and
-MiniLM-L6); the contenders take turns. open_clip trains random towers of these sizes, with its own loss and tokenizer.
+MiniLM-L6); the contenders take turns. open_clip trains random towers of these sizes, with its own loss and tokenizer. Two
+processes share the cores of one.
 """
 
 import argparse
@@ -17,9 +18,9 @@ from pathlib import Path
 import open_clip
 import torch
 from accelerate import Accelerator
-from measuring import machine, ratio, table, take_turns
+from measuring import cost, machine, ratio, table, take_turns, together
 from open_clip.loss import ClipLoss
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 
 from iclip_hf import ICLIPModel, ICLIPProcessor
 from iclip_hf.data.pairs import load_pairs
@@ -59,28 +60,47 @@ class Contender:
 
 
 class Ours(Contender):
-    """An ICLIP model over a data set of any form."""
+    """An ICLIP model, from the cache of a folder or from its pairs."""
 
-    def __init__(self, dataset, lock_text: bool, options: argparse.Namespace):
+    def __init__(self, folder: Path, options: argparse.Namespace, lock_text: bool, cached: bool, bf16: bool = False):
         super().__init__()
         torch.manual_seed(0)
+        self.bf16 = bf16
         vision, text = map(str, embedded_towers())
-        self.pair_model = PairModel(
-            ICLIPModel.from_vision_text_pretrained(vision, text), options.batch_size, lock_text
-        )
-        self.optimizer = torch.optim.AdamW(parameter_groups(self.pair_model, 0.05), lr=1e-4)
-        workers = 0 if isinstance(dataset, CachedPairs) else options.num_workers
-        self.batches = BatchLoader(dataset, Accelerator(cpu=True), options.batch_size, num_workers=workers).epoch
+        accelerator = Accelerator(cpu=True)
+        model = ICLIPModel.from_vision_text_pretrained(vision, text)
+        dataset = cached_pairs(folder, model, accelerator, lock_text) if cached else plain_pairs(folder)
+        pair_model = PairModel(model, options.batch_size, lock_text)
+        optimizer = torch.optim.AdamW(parameter_groups(pair_model, 0.05), lr=1e-4)
+        self.pair_model, self.optimizer = accelerator.prepare(pair_model, optimizer)
+        workers = 0 if cached else options.num_workers
+        self.batches = BatchLoader(dataset, accelerator, options.batch_size, num_workers=workers).epoch
 
     def loss(self, batch: dict) -> torch.Tensor:
         batch.pop("skipped")
-        return self.pair_model(**batch)["loss"]
+        with torch.autocast("cpu", torch.bfloat16, enabled=self.bf16):
+            return self.pair_model(**batch)["loss"]
+
+
+class OpenClipPairs(Dataset):
+    """Pairs as open_clip's model takes them."""
+
+    def __init__(self, folder: Path):
+        self.pairs, self.prepare = load_pairs(folder / "pairs.tar"), WholeImage(processor())
+        self.tokenizer = open_clip.SimpleTokenizer()
+
+    def __len__(self):
+        return len(self.pairs)
+
+    def __getitem__(self, index):
+        pair = self.pairs[index]
+        return self.prepare(pair["image"]), self.tokenizer([pair["caption"]])[0]
 
 
 class OpenClip(Contender):
     """The same in open_clip: its model of the same sizes with a locked image tower, its tokenizer, its loss."""
 
-    def __init__(self, pairs, processor: ICLIPProcessor, options: argparse.Namespace):
+    def __init__(self, folder: Path, options: argparse.Namespace):
         super().__init__()
         torch.manual_seed(0)
         vision = {"image_size": 224, "patch_size": 14, "width": 384, "layers": 12, "head_width": 64}
@@ -88,18 +108,8 @@ class OpenClip(Contender):
         self.model = open_clip.CLIP(512, vision, text)
         self.model.lock_image_tower()
         self.optimizer = torch.optim.AdamW((p for p in self.model.parameters() if p.requires_grad), lr=1e-4)
-        tokenizer, prepare = open_clip.SimpleTokenizer(), WholeImage(processor)
-
-        class Prepared(torch.utils.data.Dataset):
-            def __len__(self):
-                return len(pairs)
-
-            def __getitem__(self, index):
-                pair = pairs[index]
-                return prepare(pair["image"]), tokenizer([pair["caption"]])[0]
-
         self.loader = DataLoader(
-            Prepared(), options.batch_size, shuffle=True, drop_last=True, num_workers=options.num_workers
+            OpenClipPairs(folder), options.batch_size, shuffle=True, drop_last=True, num_workers=options.num_workers
         )
 
     def batches(self, epoch: int):
@@ -107,6 +117,47 @@ class OpenClip(Contender):
 
     def loss(self, batch: tuple) -> torch.Tensor:
         return ClipLoss()(*self.model(*batch))
+
+
+def processor() -> ICLIPProcessor:
+    return ICLIPProcessor.from_vision_text_pretrained(*map(str, embedded_towers()))
+
+
+def plain_pairs(folder: Path) -> TrainingPairs:
+    return TrainingPairs(load_pairs(folder / "pairs.tar"), WholeImage(processor()), processor())
+
+
+def cached_pairs(folder: Path, model: ICLIPModel, accelerator: Accelerator, lock_text: bool) -> CachedPairs:
+    """From what is in the folder, or is put there now."""
+    pairs = load_pairs(folder / "pairs.tar")
+    views = cache_images(folder, pairs, model.eval(), [WholeImage(processor())], accelerator)
+    texts = {}
+    if lock_text:
+        captions = [caption for several in views[0].captions() for caption in several]
+        texts["texts"] = cache_texts(folder / "texts", captions, model, processor(), accelerator)
+    return CachedPairs(views, branch_poolings(model.config), processor(), **texts)
+
+
+# name, class, and what it is made with
+CONTENDERS = {
+    "projections, from the cache": (Ours, True, True),
+    "projections, without": (Ours, True, False),
+    "projections, without, bf16": (Ours, True, False, True),
+    "projections and text tower, from the cache": (Ours, False, True),
+    "projections and text tower, without": (Ours, False, False),
+    "projections and text tower, without, bf16": (Ours, False, False, True),
+    "open_clip, locked image tower": (OpenClip,),
+}
+IN_TWO = ("projections and text tower, from the cache", "projections and text tower, without")
+
+
+def make(name: str, folder: Path, options: argparse.Namespace) -> Contender:
+    kind, *arguments = CONTENDERS[name]
+    return kind(folder, options, *arguments)
+
+
+def epoch(name: str, folder: Path, options: argparse.Namespace):
+    return make(name, folder, options).train
 
 
 def main() -> None:
@@ -120,38 +171,30 @@ def main() -> None:
     options = parser.parse_args()
 
     with tempfile.TemporaryDirectory() as scratch:
-        pairs = load_pairs(first_pairs(options.data, options.pairs, Path(scratch, "pairs.tar")))
-        vision, text = map(str, embedded_towers())
-        processor = ICLIPProcessor.from_vision_text_pretrained(vision, text)
-        model, accelerator = ICLIPModel.from_vision_text_pretrained(vision, text), Accelerator(cpu=True)
-        views = cache_images(Path(scratch), pairs, model, [WholeImage(processor)], accelerator)
-        captions = [caption for several in views[0].captions() for caption in several]
-        texts = cache_texts(Path(scratch, "texts"), captions, model, processor, accelerator)
-        poolings = branch_poolings(model.config)
-        plain = TrainingPairs(pairs, WholeImage(processor), processor)
-        contenders = {
-            "projections, from the cache": Ours(CachedPairs(views, poolings, processor, texts=texts), True, options),
-            "projections, without": Ours(plain, True, options),
-            "projections and text tower, from the cache": Ours(
-                CachedPairs(views, poolings, processor), False, options
-            ),
-            "projections and text tower, without": Ours(plain, False, options),
-            "open_clip, locked image tower": OpenClip(pairs, processor, options),
-        }
+        folder = Path(scratch)
+        first_pairs(options.data, options.pairs, folder / "pairs.tar")
+        contenders = {name: make(name, folder, options) for name in CONTENDERS}
         taken = take_turns({name: one.train for name, one in contenders.items()}, options.rounds)
+        memory = {name: cost(epoch, name, folder, options)[1] for name in CONTENDERS}
+        two = {name: together(2, options.rounds, epoch, name, folder, options) for name in IN_TWO}
 
     print(f"{machine('open_clip_torch')}; {options.pairs} pairs in batches of {options.batch_size}, ", end="")
     print(f"{options.num_workers} loading process, medians of {options.rounds} epochs\n")
     rows = []
     for name, times in taken.items():
         median, waited = statistics.median(times), statistics.median(contenders[name].waited[1:])
-        rows.append([name, median, options.pairs / median, f"{waited:.0%}"])
-    print(table(["an epoch of", "seconds", "pairs a second", "waiting for data"], rows))
-    locked, uncached, learning, uncached_learning, theirs = taken
+        rows.append([name, median, options.pairs / median, f"{waited:.0%}", f"{memory[name]:.0f}"])
+    for name, times in two.items():
+        rows.append(
+            [f"{name}, two processes", statistics.median(times), options.pairs / statistics.median(times), "", ""]
+        )
+    print(table(["an epoch of", "seconds", "pairs a second", "waiting for data", "MiB beyond the model"], rows))
+    locked, uncached, halved, learning, uncached_learning, halved_learning, theirs = taken
     print(
         f"\nThe cache makes an epoch {ratio(taken, uncached, locked):.0f} times faster, "
-        f"{ratio(taken, uncached_learning, learning):.1f} times with the text tower learning; open_clip takes "
-        f"{ratio(taken, theirs, uncached_learning):.2f} times as long as train.py without a cache."
+        f"{ratio(taken, uncached_learning, learning):.1f} times with the text tower learning; bf16 "
+        f"{ratio(taken, uncached, halved):.2f} and {ratio(taken, uncached_learning, halved_learning):.2f} times. open_clip "
+        f"takes {ratio(taken, theirs, uncached_learning):.2f} times as long as train.py without a cache."
     )
 
 

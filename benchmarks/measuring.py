@@ -9,6 +9,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import platform
+import socket
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -68,6 +69,39 @@ def _cost(make: Callable, arguments: tuple) -> tuple[float, float]:
     before = memory()
     taken = seconds(function)
     return taken, memory("VmHWM") - before
+
+
+def together(processes: int, rounds: int, make: Callable[..., Callable[[], object]], *arguments) -> list[float]:
+    """
+    Seconds of each round, after one that is not counted, in so many fresh processes that know each other as torchrun's do and
+    share this machine's cores.
+
+    Args:
+        make: as for `cost`; called in each of them.
+    """
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) as pool:
+        ranks = [pool.submit(_as_rank, rank, processes, port, rounds, make, arguments) for rank in range(processes)]
+        return ranks[0].result()
+
+
+def _as_rank(rank: int, processes: int, port: int, rounds: int, make: Callable, arguments: tuple) -> list[float]:
+    place = {
+        "RANK": rank,
+        "LOCAL_RANK": rank,
+        "WORLD_SIZE": processes,
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": port,
+    }
+    os.environ |= {name: str(value) for name, value in place.items()}
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // processes))
+    function = make(*arguments)
+    taken = take_turns({"": function}, rounds)[""]
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+    return taken
 
 
 def memory(field: str = "VmRSS") -> float:

@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from .cache import written_whole
 from .data.segmentation import SegmentationDataset, SegmentationSample
-from .explainers import make_explainer, select_texts
+from .explainers import identity, make_explainer, select_texts
 from .explainers.gradients import GradientExplainer
 from .extras import extra
 from .metrics import MeanForegroundMinusBackground, MeanMaxIoU, MultiLabelAveragePrecision
@@ -213,7 +213,7 @@ def evaluate(
         for method, other in other_scores.items():
             scores[method].merge(other)
     protocol = {
-        "model": getattr(getattr(model, "config", None), "_name_or_path", "") or type(model).__name__,
+        **identity(model),
         "dataset": {
             "name": dataset.name,
             "split": dataset.split,

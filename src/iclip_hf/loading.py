@@ -6,7 +6,36 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import torch
 from transformers import AutoModel, AutoProcessor, ProcessorMixin
+
+from .demo.checkpoint import embedded_model
+
+
+def load_model(name: str | Path | None = None, dtype: str | None = None):
+    """
+    What the commands and the demo work with: model and processor, on the GPU if there is one.
+
+    Args:
+        name: folder or Hub id of an ICLIP model, another that the Auto classes know, or an exported ONNX folder; the embedded
+            checkpoint if not given.
+        dtype (`str`, *optional*): `"float32"`, `"bfloat16"` or `"float16"`; as it was saved if not given.
+
+    Raises:
+        As [`load_whole`]; `ValueError` also for a dtype with an ONNX folder, whose precision is that of its export.
+    """
+    from .onnx_export import VISION_FILE, ONNXModel  # loads through this module
+
+    name = embedded_model() if name is None else name
+    if Path(name, VISION_FILE).is_file():
+        if dtype is not None:
+            raise ValueError(
+                f"{name}: expected no dtype with an ONNX folder, got {dtype}; export it in that precision."
+            )
+        return ONNXModel(name), AutoProcessor.from_pretrained(name, trust_remote_code=False)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model, processor = load_whole(name, **({} if dtype is None else {"dtype": dtype}))
+    return model.to(device), processor
 
 
 def load_whole(name: str | Path, **options):

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Executor
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from PIL import Image
 
-from .explainers import Explanation, make_explainer, select_texts
+from .explainers import Explanation, identity, make_explainer, select_texts
 from .explainers.itsm import ITSM, cosines
 from .presence import BACKGROUND, MIN_PRESENCE, presence
 from .regions import Region, find_regions, negative_points, positive_points
+from .threads import Item, map_ahead
 
 
 class LocalizedText(NamedTuple):
@@ -50,6 +53,23 @@ class LocalizedText(NamedTuple):
                 for region in self.regions
             ],
         }
+
+
+class Explained(NamedTuple):
+    """
+    One of many images.
+
+    Attributes:
+        name (`str`): of the image, or the reason why it could not be read, in which case the others are None.
+        image (`PIL.Image.Image`): RGB.
+        explanation ([`Explanation`]): of its T texts.
+        presence (`torch.Tensor` of shape `(T,)`): in [0, 1].
+    """
+
+    name: str
+    image: Image.Image | None = None
+    explanation: Explanation | None = None
+    presence: torch.Tensor | None = None
 
 
 class Localizer:
@@ -96,7 +116,7 @@ class Localizer:
         self._encoded = self.explainer.encode_texts([*self.texts, *BACKGROUND], templates)
         self._size = {} if image_size is None else {"size": {"height": image_size, "width": image_size}}
         self.settings = {
-            "model": getattr(getattr(model, "config", None), "_name_or_path", "") or type(model).__name__,
+            **identity(model),
             "method": method,
             "texts": self.texts,
             "templates": list(templates or self.explainer.family.templates),
@@ -121,6 +141,42 @@ class Localizer:
                 image = self.explainer.family.encode_image(pixel_values)
             background = cosines(image.image_embeds, self._encoded.text_embeds[count:])
         return maps.cpu(), scores.cpu(), presence(scores, background).cpu()
+
+    def explain_all(
+        self,
+        load: Callable[[Item], tuple[str, Image.Image]],
+        items: Iterable[Item],
+        pool: Executor,
+        batch_size: int = 8,
+    ) -> Iterator[Explained]:
+        """
+        Explains many images in their order, while a pool loads the next ones.
+
+        Args:
+            load: an item to the name and the RGB image that it stands for; `ValueError` or `FileNotFoundError` is the reason
+                why there is none.
+            items: what it takes.
+            pool: threads.
+            batch_size (`int`): images that go through the model at once.
+        """
+
+        def prepared(item: Item) -> tuple[Explained, torch.Tensor | None]:
+            try:
+                name, image = load(item)
+            except (ValueError, FileNotFoundError) as error:
+                return Explained(" ".join(str(error).split())), None
+            return Explained(name, image), self.prepare(image)
+
+        loaded = map_ahead(pool, prepared, items, batch_size)
+        while batch := list(itertools.islice(loaded, batch_size)):
+            pixels = [one for _, one in batch if one is not None]
+            results = zip(*self.explain(torch.cat(pixels))) if pixels else iter(())
+            for one, own_pixels in batch:
+                if own_pixels is not None:
+                    raw_maps, scores, presence = next(results)
+                    size = (one.image.height, one.image.width)
+                    one = one._replace(explanation=Explanation(self.texts, scores, raw_maps, size), presence=presence)
+                yield one
 
     def locate(self, explanation: Explanation, presences: torch.Tensor) -> Iterator[LocalizedText]:
         """One explained image with the presence `(T,)` of its texts -> its texts one by one, at its own size."""

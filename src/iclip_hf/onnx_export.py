@@ -81,7 +81,7 @@ class ONNXModel:
     """
 
     similarity_maps = ICLIPModel.similarity_maps
-    device = torch.device("cpu")
+    device, dtype = torch.device("cpu"), torch.float32
 
     def __init__(self, folder: str | Path):
         with extra("onnx"):

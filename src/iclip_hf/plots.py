@@ -25,10 +25,19 @@ COLORMAP = "jet"
 BLUE, ORANGE = "#0072B2", "#D55E00"
 # Width of a picture on a sheet, in inches.
 CELL = 2.8
+# Around each picture, in inches.
+_GAP = 0.04
 # Characters of the sheets' titles that fit this width.
 _LINE = 25
 # Characters of a title beyond which its middle is left out.
 _LONGEST = 250
+
+
+def cell_sized(image: Image.Image, dpi: int = 120) -> Image.Image:
+    """A copy of an image that has no more pixels than a cell of a sheet of this resolution can show, twice over."""
+    image = image.copy()
+    image.thumbnail([2 * round(CELL * dpi)] * 2)
+    return image
 
 
 def overlay(image: Image.Image, heatmap: np.ndarray, opacity: float = 0.5, colormap: str = COLORMAP) -> np.ndarray:
@@ -42,7 +51,7 @@ def overlay(image: Image.Image, heatmap: np.ndarray, opacity: float = 0.5, color
         colormap (`str`): a name of matplotlib's.
 
     Returns:
-        `np.ndarray` of shape `(H, W, 3)`, RGB in [0, 1].
+        `np.ndarray` of shape `(H, W, 3)`, RGB in [0, 1], float32.
 
     Raises:
         `ValueError`: if map and image differ in size, or there is no such colormap.
@@ -54,8 +63,8 @@ def overlay(image: Image.Image, heatmap: np.ndarray, opacity: float = 0.5, color
         )
     if colormap not in colormaps:
         raise ValueError(f'Expected a colormap of matplotlib, such as "jet" or "cividis", got {colormap!r}.')
-    colors = colormaps[colormap](heatmap)[..., :3]
-    return (1 - opacity) * np.asarray(image, dtype=np.float32) / 255 + opacity * colors
+    colors = colormaps[colormap](heatmap, bytes=True)[..., :3].astype(np.float32)
+    return ((1 - opacity) * np.asarray(image, dtype=np.float32) + opacity * colors) / 255
 
 
 def explanation_grid(
@@ -104,7 +113,9 @@ def comparison_sheet(
     return picture_grid(pictures, titles + [""] * (len(pictures) - len(titles)), len(titles), row_titles)
 
 
-def picture_grid(pictures: Sequence, titles: Sequence[str], columns: int, row_titles: Sequence[str] = ()) -> Figure:
+def picture_grid(
+    pictures: Sequence, titles: Sequence[str], columns: int, row_titles: Sequence[str] = (), caption: str = ""
+) -> Figure:
     """
     Pictures in reading order, each under its title.
 
@@ -113,28 +124,34 @@ def picture_grid(pictures: Sequence, titles: Sequence[str], columns: int, row_ti
         titles: one a picture; long ones are wrapped.
         columns (`int`): pictures in a row, at most.
         row_titles: one a row, written upwards on its left; none by default.
+        caption (`str`): a line below all of them; none by default.
     """
     columns = min(columns, len(pictures))
-    rows = math.ceil(len(pictures) / columns)
     shapes = [np.shape(picture)[:2] for picture in pictures if picture is not None]
     # A cell as the average picture needs it, within a factor of 2 so that a panorama does not make a poster.
     aspect = min(max(float(np.mean([height / width for height, width in shapes])), 0.5), 2.0)
     wrapped = [_wrap(title) for title in titles]
     turned = [_wrap(title, round(_LINE * aspect)) for title in row_titles]
-    title_height = sum(_inches(wrapped[start : start + columns]) for start in range(0, len(wrapped), columns))
-    size = (CELL * columns + _inches(turned), CELL * aspect * rows + title_height)
-    figure = Figure(figsize=size, layout="constrained")
-    axes = figure.subplots(rows, columns, squeeze=False)
-    for axis in axes.flat:
-        axis.axis("off")
-    for axis, picture, title in zip(axes.flat, pictures, wrapped):
-        if picture is not None:
-            axis.imshow(picture)
-        axis.set_title(title, fontsize=11, **_as_it_is())
-    for axis, title in zip(axes[:, 0], turned):
+    title_heights = [_inches(wrapped[start : start + columns]) for start in range(0, len(pictures), columns)]
+    # All places are known in inches: a layout engine, which draws to find them, would take longer than the rest.
+    left, bottom = _inches(turned), _inches([caption])
+    width = left + CELL * columns
+    height = sum(title_heights) + CELL * aspect * len(title_heights) + bottom
+    figure = Figure(figsize=(width, height))
+    top = height
+    for row, title_height in enumerate(title_heights):
+        top -= title_height + CELL * aspect
+        for column, (picture, title) in enumerate(zip(pictures[row * columns :][:columns], wrapped[row * columns :])):
+            corner = ((left + CELL * column + _GAP) / width, (top + _GAP) / height)
+            axis = figure.add_axes((*corner, (CELL - 2 * _GAP) / width, (CELL * aspect - 2 * _GAP) / height))
+            axis.axis("off")
+            if picture is not None:
+                axis.imshow(picture)
+            axis.set_title(title, fontsize=11, pad=4, **_as_it_is())
+    for axis, title in zip(figure.axes[::columns], turned):
         middle = {"ha": "right", "va": "center", "multialignment": "center", "transform": axis.transAxes}
         axis.text(-0.03, 0.5, title, rotation=90, fontsize=11, **middle, **_as_it_is())
-    figure.get_layout_engine().execute(figure)  # a first step: high titles find their place only in the second
+    figure.text(0.5, bottom / 2 / height, caption, ha="center", va="center", fontsize=9)
     return figure
 
 
@@ -151,7 +168,8 @@ def channel_scatter(images: Sequence[Image.Image], matches: Sequence[Mapping[str
     pale = [(np.asarray(image.convert("L"), dtype=np.float32) / 255 + 1) / 2 for image in images]
     pictures = [np.stack([gray] * 3, -1) for gray in pale for _ in poolings]
     titles = [name.replace("_", " ") for name in poolings] + [""] * (len(pictures) - len(poolings))
-    figure = picture_grid(pictures, titles, len(poolings))
+    caption = "a point a channel, its area the magnitude of the pooled value"
+    figure = picture_grid(pictures, titles, len(poolings), caption=caption)
     panels = [(image, one[pooling]) for image, one in zip(images, matches) for pooling in poolings]
     for axis, (image, match) in zip(figure.axes, panels):
         # Channels of one patch are spread evenly over it (Roberts' R2 sequence), or they would hide each other.
@@ -161,7 +179,6 @@ def channel_scatter(images: Sequence[Image.Image], matches: Sequence[Mapping[str
         sizes = np.abs(match.values) / (np.abs(match.values).max() or 1)
         axis.autoscale(False)
         axis.scatter(x, y, s=40 * sizes, c=ORANGE, alpha=0.6, edgecolors="white", linewidths=0.3)
-    figure.supxlabel("a point a channel, its area the magnitude of the pooled value", fontsize=9)
     return figure
 
 

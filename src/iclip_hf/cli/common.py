@@ -9,6 +9,7 @@ from pathlib import Path
 
 # Names, not imports: help must not wait for torch.
 METHODS = ("itsm", "reversed_itsm", "attention", "grad_cam", "bi_modal", "clip_surgery", "gem")
+DTYPES = ("float32", "bfloat16", "float16")
 DATASETS = ("voc2012", "coco2017", "folder")
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".pdf", ".svg")
 
@@ -26,6 +27,11 @@ def add_model_option(command: argparse.ArgumentParser, help: str = "", **options
         metavar="FOLDER_OR_ID",
         help=f"ICLIP or CLIP-like model{help} (default: the embedded checkpoint)",
         **options,
+    )
+    command.add_argument(
+        "--dtype",
+        choices=DTYPES,
+        help="precision of the model; bfloat16 is faster on processors that have it (default: as saved)",
     )
 
 
@@ -109,24 +115,12 @@ def at_least_1(text: str) -> int:
     return int(text)
 
 
-def load_model(name: str | None):
-    """Model and processor of a folder or Hub id, on the best device; the embedded checkpoint without a name."""
-    import torch
-
-    from ..loading import load_whole
-    from ..onnx_export import VISION_FILE, ONNXModel
-    from ..processing_iclip import ICLIPProcessor
+def load_model(name: str | None, dtype: str | None = None):
+    """Model and processor, as [`iclip_hf.loading.load_model`], in silence."""
+    from ..loading import load_model
 
     silence_transformers()
-    if name is None:
-        from ..demo.checkpoint import embedded_model
-
-        name = str(embedded_model())
-    if Path(name, VISION_FILE).is_file():
-        return ONNXModel(name), ICLIPProcessor.from_pretrained(name)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    model, processor = load_whole(name)
-    return model.to(device), processor
+    return load_model(name, dtype)
 
 
 def silence_transformers() -> None:
@@ -156,8 +150,11 @@ def save_figure(figure, path: Path, dpi: int = 120) -> None:
     from ..cache import written_whole
 
     path.parent.mkdir(parents=True, exist_ok=True)
+    form = path.suffix[1:].lower()
+    # A photograph's PNG hardly gets smaller by more effort, which takes longer than all of the drawing.
+    options = {"pil_kwargs": {"compress_level": 1}} if form == "png" else {}
     with written_whole(path) as partial:
-        figure.savefig(partial, format=path.suffix[1:], dpi=dpi)
+        figure.savefig(partial, format=form, dpi=dpi, **options)
 
 
 def one_line(error: BaseException) -> str:

@@ -46,16 +46,14 @@ def register(commands) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    from ..plots import CELL, comparison_sheet
+    from ..plots import cell_sized, comparison_sheet
 
     check_file("--output", options.output, PICTURES)
     image, truths, templates = _open(options)
     texts = list(dict.fromkeys(options.texts or truths))
     if not texts:
         raise ValueError("Expected at least one --text, or a --dataset whose IMAGE shows a class.")
-    # A photograph of many megapixels is drawn at what its cell can show.
-    drawn = image.copy()
-    drawn.thumbnail([2 * round(CELL * options.dpi)] * 2)
+    drawn = cell_sized(image, options.dpi)
     columns = {}
     if truths:
         columns["ground truth"] = [_shrunk(truths[text], drawn) if text in truths else None for text in texts]
@@ -111,7 +109,7 @@ def _explain(options: argparse.Namespace, image, texts: list[str], templates, ta
     size = None if options.image_size is None else {"height": options.image_size, "width": options.image_size}
     seen = {"templates": templates, "target_sizes": [target_size], "size": size}
     for name in options.models or [None]:
-        model, processor = load_model(name)
+        model, processor = load_model(name, options.dtype)
         for method in dict.fromkeys(options.methods):
             yield name or "embedded", method, explain(model, processor, [image], texts, method, **seen)[0]
 

@@ -45,22 +45,23 @@ def register(commands) -> None:
 def run(options: argparse.Namespace) -> int:
     from ..data.segmentation import load_segmentation
     from ..evaluation import evaluate
-    from ..processes import this_process
+    from ..processes import partner_errors, this_process
 
     if options.output:
         check_file("--output", options.output, (".json",))
     dataset = load_segmentation(options.dataset, options.data_root, options.split, options.overrides)
     state = this_process("eval")  # before the model
-    result = evaluate(
-        *load_model(options.model),
-        dataset,
-        options.methods,
-        image_size=options.image_size,
-        templates=options.templates,
-        aggregate=options.aggregate,
-        limit=options.limit,
-        batch_size=options.batch_size,
-    )
+    with partner_errors("run it again"):
+        result = evaluate(
+            *load_model(options.model, options.dtype),
+            dataset,
+            options.methods,
+            image_size=options.image_size,
+            templates=options.templates,
+            aggregate=options.aggregate,
+            limit=options.limit,
+            batch_size=options.batch_size,
+        )
     if state.is_main_process:
         if options.output:
             result.save(options.output)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from .common import (
@@ -17,7 +18,6 @@ from .common import (
     check_file,
     check_folder,
     load_model,
-    one_line,
     save_figure,
 )
 
@@ -98,7 +98,7 @@ def _localizer(options: argparse.Namespace):
     except ValueError:
         threshold = class_thresholds(options.threshold, options.texts, options.method)
     return Localizer(
-        *load_model(options.model),
+        *load_model(options.model, options.dtype),
         options.texts,
         method=options.method,
         templates=options.templates,
@@ -111,9 +111,9 @@ def _localizer(options: argparse.Namespace):
 def _explain_images(options: argparse.Namespace) -> int:
     from tqdm import tqdm
 
-    from ..explainers import Explanation
     from ..images import load_image
     from ..regions import run_lengths
+    from ..threads import map_ahead
 
     several = len(options.images) > 1
     output = options.output or Path("explanations" if several else "explanation.png")
@@ -123,29 +123,32 @@ def _explain_images(options: argparse.Namespace) -> int:
         check_file("--output", output, PICTURES)
     localizer = _localizer(options)
 
-    failed, report, taken = 0, [], set()
-    for path in tqdm(options.images, unit="image", disable=not several):
-        try:
-            image = load_image(path)
-        except (OSError, ValueError) as error:  # the others are still explained
-            failed += 1
-            print(f"iclip explain: {one_line(error)}", file=sys.stderr)
-            continue
-        maps, scores, presence = localizer.explain(localizer.prepare(image))
-        explanation = Explanation(options.texts, scores[0], maps[0], (image.height, image.width))
-        texts = list(localizer.locate(explanation, presence[0]))
-        picture = output / _free_name(Path(path).stem, taken) if several else output
-        _draw(image, texts, options.colormap, picture)
+    def write(item) -> dict | None:
+        (name, image, explanation, presence), picture = item
+        if image is None:  # the others are still explained
+            print(f"iclip explain: {name}", file=sys.stderr)
+            return None
+        records, masks = [], []
+        for text in localizer.locate(explanation, presence):  # one map of the image's size at a time
+            records.append({**text.record(), "mask": run_lengths(text.mask)})
+            masks += [text.mask] if options.npz else []
+        _draw(image, explanation, options.colormap, picture)
         if options.npz:
-            _save_arrays(explanation, texts, picture.with_suffix(".npz"))
-        records = [{**text.record(), "mask": run_lengths(text.mask)} for text in texts]
-        report.append({"image": str(path), "picture": str(picture), "texts": records})
+            _save_arrays(explanation, presence, masks, picture.with_suffix(".npz"))
+        return {"image": name, "picture": str(picture), "texts": records}
+
+    pictures = [output / name for name in _file_names(options.images)] if several else [output]
+    with ThreadPoolExecutor(1) as beside:  # the model
+        explained = localizer.explain_all(lambda path: (path, load_image(path)), options.images, beside, batch_size=4)
+        written = map_ahead(beside, write, zip(explained, pictures), 4)
+        written = list(tqdm(written, total=len(pictures), unit="image", disable=not several))
+    report = [entry for entry in written if entry is not None]
 
     if options.json:  # an image a line: run lengths are long
         print("[" + ",\n ".join(json.dumps(entry, ensure_ascii=False) for entry in report) + "]")
     else:
         _print_table(report)
-    return 2 if failed else 0
+    return 0 if len(report) == len(written) else 2
 
 
 def _explain_collection(options: argparse.Namespace) -> int:
@@ -179,14 +182,18 @@ def _explain_collection(options: argparse.Namespace) -> int:
     return 2 if report.broken else 0
 
 
-def _draw(image, texts, colormap: str, path: Path) -> None:
-    from ..plots import explanation_grid
+def _draw(image, explanation, colormap: str, path: Path) -> None:
+    from dataclasses import replace
 
-    titles = [f"{text.text}  {text.score:+.2f}" for text in texts]
-    save_figure(explanation_grid(image, [text.heatmap for text in texts], titles, colormap=colormap), path)
+    from ..plots import cell_sized, explanation_grid
+
+    drawn = cell_sized(image)
+    heatmaps = replace(explanation, size=(drawn.height, drawn.width)).maps.numpy()
+    titles = [f"{text}  {score:+.2f}" for text, score in zip(explanation.labels, explanation.scores.tolist())]
+    save_figure(explanation_grid(drawn, heatmaps, titles, colormap=colormap), path)
 
 
-def _save_arrays(explanation, texts, path: Path) -> None:
+def _save_arrays(explanation, presence, masks: list, path: Path) -> None:
     import numpy as np
 
     from ..cache import written_whole
@@ -194,11 +201,11 @@ def _save_arrays(explanation, texts, path: Path) -> None:
     with written_whole(path) as partial, partial.open("wb") as file:  # a file: to a name, numpy adds a suffix
         np.savez_compressed(
             file,
-            texts=[text.text for text in texts],
-            scores=[text.score for text in texts],
-            presence=[text.presence for text in texts],
+            texts=explanation.labels,
+            scores=explanation.scores.numpy(),
+            presence=presence.numpy(),
             raw_maps=explanation.raw_maps.numpy(),
-            masks=np.stack([text.mask for text in texts]),
+            masks=np.stack(masks),
         )
 
 
@@ -211,10 +218,12 @@ def _print_table(report: list[dict]) -> None:
             print(f"  {row['text']:<{width}}  {row['score']:+.4f}  presence {row['presence']:.2f}  {regions}")
 
 
-def _free_name(stem: str, taken: set[str]) -> str:
+def _file_names(images: list[str]) -> list[str]:
     """A name of its own for each picture: a/dog.jpg and b/dog.jpg must not write the same file."""
-    name, number = stem, 2
-    while name in taken:
-        name, number = f"{stem}-{number}", number + 1
-    taken.add(name)
-    return f"{name}.png"
+    taken = {}
+    for stem in (Path(image).stem for image in images):
+        name, number = stem, 2
+        while name in taken:
+            name, number = f"{stem}-{number}", number + 1
+        taken[name] = f"{name}.png"
+    return list(taken.values())

@@ -33,7 +33,7 @@ from ..modeling_iclip import ICLIPTextFeatures
 from .attention import Attention
 from .bi_modal import BiModal
 from .clip_surgery import CLIPSurgery
-from .explainer import Explainer, Explanation
+from .explainer import Explainer, Explanation, identity
 from .gem import GEM
 from .grad_cam import GradCAM
 from .itsm import ITSM, ReversedITSM
@@ -149,4 +149,4 @@ def select_texts(texts: ICLIPTextFeatures, rows: torch.Tensor) -> ICLIPTextFeatu
     return ICLIPTextFeatures(text_embeds=texts.text_embeds[rows], map_text_embeds=texts.map_text_embeds[rows])
 
 
-__all__ = ["METHODS", "Explainer", "Explanation", "explain", "make_explainer", "select_texts"]
+__all__ = ["METHODS", "Explainer", "Explanation", "explain", "identity", "make_explainer", "select_texts"]

@@ -99,6 +99,13 @@ def adapt(model, processor) -> Family:
     return _FAMILIES[kind](model, processor)
 
 
+def identity(model) -> dict[str, str]:
+    """What results say of the model they come from: its name, and the precision that it computes in."""
+    dtype = next(model.parameters()).dtype if isinstance(model, torch.nn.Module) else model.dtype
+    name = getattr(getattr(model, "config", None), "_name_or_path", "") or type(model).__name__
+    return {"model": name, "dtype": str(dtype).removeprefix("torch.")}
+
+
 @dataclass(frozen=True)
 class Explanation:
     """

@@ -48,7 +48,7 @@ from iclip_hf.localization import Localizer
 from iclip_hf.training import WholeImage
 
 
-KILLS = {"training": 20, "cache": 10, "collection": 10, "evaluation": 10}
+KILLS = {"training": 20, "cache": 10, "collection": 10, "evaluation": 10, "export": 10}
 FORK = multiprocessing.get_context("fork")
 
 # ---------------------------------------------------------------------------------------------------- what jobs work on
@@ -117,7 +117,13 @@ def evaluation(inputs: Path, output: Path) -> None:
         raise SystemExit(2)
 
 
-JOBS = {job.__name__: job for job in (training, cache, collection, evaluation)}
+def export(inputs: Path, output: Path) -> None:
+    output.mkdir(exist_ok=True)
+    if not (output / "model").exists() and cli.main(["export", f"{inputs}/model", f"{output}/model"]):
+        raise SystemExit(2)
+
+
+JOBS = {job.__name__: job for job in (training, cache, collection, evaluation, export)}
 
 
 def result(name: str, output: Path) -> dict:
@@ -133,12 +139,14 @@ def result(name: str, output: Path) -> dict:
         }
     if name == "collection":
         return {path.name: pq.read_table(path).to_pylist() for path in output.glob("*.parquet")}
-    return {path.name: path.read_bytes() for path in output.rglob("*.npy")}
+    pattern = "model/*" if name == "export" else "*/*.npy"
+    return {path.name: path.read_bytes() for path in output.glob(pattern)}
 
 
 def rubbish(output: Path) -> list[str]:
-    """Half-written files that a finished job left."""
-    return [path.name for path in output.rglob("*") if "partial" in path.name]
+    """What a finished job left half-written or hidden."""
+    paths = [path.relative_to(output) for path in output.rglob("*")]
+    return [str(path) for path in paths if "partial" in path.name or path.parts[0].startswith(".model-")]
 
 
 # ---------------------------------------------------------------------------------------------------- running and killing
@@ -183,7 +191,7 @@ class Run:
         said = os.read(self._said, 2**20).decode(errors="replace")
         sentence = re.findall(r"(?:error|train.py|iclip \w+): (.*)", said)
         last = (sentence or said.splitlines() or [""])[-1].replace(f"{tempfile.tempdir}/", "").replace("|", "/")
-        return f"{last:.200}" + " ..." * (len(last) > 200)
+        return f"{last:.300}" + " ..." * (len(last) > 300)
 
 
 class Faults:
@@ -278,18 +286,25 @@ class Faults:
         return run
 
     def two_runs(self) -> None:
+        """Where the first has claimed the folder the second is refused; else each writes whole files, of which one stays."""
         for name in JOBS:
-            output = self.output(name, "two")
+            output, claims = self.output(name, "two"), name not in ("evaluation", "export")
             first = self.start(name, output)
-            _until(lambda: output.exists() and any(output.iterdir()))  # noqa: B023
+            _until(lambda: output.exists() and (not claims or any(output.rglob(".lock"))))  # noqa: B023
+            os.kill(first.pid, signal.SIGSTOP)  # so that the second comes in its midst
             second = self.start(name, output)
-            codes, said = [first.wait(), second.wait()], second.said()
-            problem = "" if result(name, output) == self.whole[name] else "another result"
-            refused = codes == [0, 2]
-            seen = f"the second: {said}" if refused else "both end with the undisturbed result"
-            good = not problem and (refused or codes == [0, 0])
-            seen = problem or (seen if good else f"{codes} {first.said()} {said}")
-            self.tell("two runs on one output folder", name, 1, seen, good)
+            second.wait()
+            os.kill(first.pid, signal.SIGCONT)
+            codes, said = [first.wait(), second.wait()], (first.said(), second.said())
+            refused = next((one for code, one in zip(codes, said) if code == 2), "")
+            good = (
+                sorted(codes) == [0, 2] if claims else 0 in codes and (codes == [0, 0] or "expected a new" in refused)
+            )
+            problem = self.resumed(name, output) if good else f"{codes} {said}"
+            seen = f"one is refused: {refused}" if refused else "both end"
+            self.tell(
+                "two runs on one output folder", name, 1, problem or f"{seen}; the undisturbed result", not problem
+            )
 
     def two(self, name: str, output: Path) -> list[Run]:
         """The job in two processes that know each other, as torchrun starts them."""
@@ -300,20 +315,27 @@ class Faults:
         return [self.start(name, output, environment=shared | rank) for rank in ranks]
 
     def a_process_dies(self) -> None:
-        """One of two processes is killed; the other must end by itself, and two go on."""
+        """One of two processes is killed; the other must say so and end by itself, and two go on."""
         signs = {"training": "checkpoint-*", "cache": "*/*.npy", "collection": "*.parquet"}
-        for name, sign in signs.items():
+        for name in ("training", "cache", "collection", "evaluation"):
             undisturbed, output = self.output(name, "two processes"), self.output(name, "process")
+            began = time.perf_counter()
             assert [run.wait() for run in self.two(name, undisturbed)] == [0, 0]
+            took = time.perf_counter() - began
             first, second = self.two(name, output)
-            _until(lambda: any(output.glob(sign)))  # noqa: B023
+            if name in signs:
+                _until(lambda: any(output.glob(signs[name])))  # noqa: B023
+            else:
+                time.sleep(took / 2)
             killed, began = second.kill(), time.perf_counter()
             code, took = first.wait(60), time.perf_counter() - began
             first.kill()
+            said = first.said()
             codes = [run.wait() for run in self.two(name, output)]
             same = codes == [0, 0] and result(name, output) == result(name, undisturbed)
-            seen = f"the other ends after {took:.1f} s; then {'the uninterrupted result' if same else codes}"
-            self.tell("one of two processes dies", name, 1, seen, killed and code is not None and same)
+            seen = f"the other ends after {took:.1f} s: {said}; then {'the uninterrupted result' if same else codes}"
+            good = killed and code == 2 and "partner process of this run died" in said and same
+            self.tell("one of two processes dies", name, 1, seen, good)
 
     def __call__(self) -> None:
         self.kills()

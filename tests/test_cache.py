@@ -1,5 +1,6 @@
 """What one run at a time may write, and what a killed one leaves."""
 
+import errno
 import signal
 import subprocess
 import sys
@@ -94,3 +95,13 @@ def test_what_a_living_run_builds_stays(tmp_path):
         build_once(tmp_path / "model", whole)
         assert names(slow) == ["config.json", "model.safetensors"]
     assert names(tmp_path) == ["model"]
+
+
+def test_a_full_disk_is_told_and_what_is_no_matter_of_writing_stays_as_it_is(tmp_path):
+    for raised, told in (
+        (OSError(errno.ENOSPC, "No space left"), "model: writing failed .*; see to the disk's room"),
+        (OSError("no tower"), "^no tower$"),
+    ):
+        with pytest.raises(OSError, match=told), new_folder(tmp_path / "model"):
+            raise raised
+    assert names(tmp_path) == []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import glob
 import os
 import shutil
@@ -15,6 +16,7 @@ from safetensors import SafetensorError
 
 
 _LOCK, _WORK = ".lock", "partial"
+_DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def cache_folder() -> Path:
@@ -85,15 +87,12 @@ def new_folder(folder: str | Path) -> Iterator[Path]:
     Gives a folder to fill that appears under its name whole or not at all.
 
     Raises:
-        `FileExistsError`: there is something in the folder, which stays as it is.
+        `FileExistsError`: there is something in the folder, which stays as it is. `OSError`: it cannot be written.
     """
     folder = Path(folder).resolve()
     _check_empty(folder)
     with _built_beside(folder) as built:
-        try:
-            yield built
-        except SafetensorError as error:  # of writing: what reading raises is clear already
-            raise OSError(f"{folder}: writing failed ({error}); see to the disk's room, then run again.") from error
+        yield built
         _check_empty(folder)  # another run may have been faster
         os.replace(built, folder)
 
@@ -128,7 +127,6 @@ def build_once(folder: Path, build: Callable[[Path], None]) -> Path:
 @contextmanager
 def _built_beside(folder: Path) -> Iterator[Path]:
     """A new folder on the same disk, to be renamed to `folder`; what was not is removed, by the next run if this one is killed."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
     for lock in folder.parent.glob(f".{glob.escape(folder.name)}-*/{_LOCK}"):
         left_over = lock.parent
         if (left_over / _WORK).is_dir():
@@ -136,12 +134,19 @@ def _built_beside(folder: Path) -> Iterator[Path]:
                 with claimed(left_over):
                     shutil.rmtree(left_over / _WORK)
                 shutil.rmtree(left_over)
-    scratch = tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-", ignore_cleanup_errors=True)
+    with writing_errors(folder):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        scratch = tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-", ignore_cleanup_errors=True)
     with scratch as name, claimed(Path(name)):
         # Made under the claim, it tells that there is one: until then nobody takes the folder for a left-over.
         built = Path(name, _WORK, folder.name)
         built.mkdir(parents=True)
-        yield built
+        try:
+            yield built
+        except (OSError, SafetensorError) as error:
+            if isinstance(error, OSError) and error.errno not in _DISK_FULL:  # what reading raises is clear already
+                raise
+            raise OSError(f"{folder}: writing failed ({error}); see to the disk's room, then run again.") from error
 
 
 def _is_complete(folder: Path) -> bool:

@@ -16,7 +16,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from .cache import written_whole
+from .cache import writing_errors, written_whole
 from .configuration_iclip import ICLIPConfig
 from .data.nouns import NounPrompts
 from .data.pairs import BadPairError, PairDataset
@@ -63,8 +63,9 @@ class FeatureShards:
         self._arrays: list[np.ndarray] = []
         now = json.loads(json.dumps({**fingerprint, "rows": rows, "version": 1}))
         file = folder / "fingerprint.json"
-        folder.mkdir(parents=True, exist_ok=True)
         if not file.exists():
+            with writing_errors(folder):
+                folder.mkdir(parents=True, exist_ok=True)
             with written_whole(file) as partial:
                 partial.write_text(json.dumps(now, indent=2))
         then = self._read(file, _json)

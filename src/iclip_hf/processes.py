@@ -85,7 +85,9 @@ def partner_errors(advice: str) -> Iterator[None]:
     except RuntimeError as error:
         if not (distributed.is_available() and distributed.is_initialized() and _PARTNER_LOST.search(str(error))):
             raise
-        problem = str(error).strip().splitlines()[0]
+        problem = (
+            re.sub(r"^\[\S+\] ", "", str(error).strip()).splitlines()[0].partition(". ")[0]
+        )  # without a place in C++
         raise OSError(
-            f"A partner process of this run died or no longer answers ({problem:.120}); see what it said, then {advice}."
+            f"A partner process of this run died or no longer answers ({problem}); see what it said, then {advice}."
         ) from error

@@ -59,7 +59,7 @@ setup(
         "iclip_hf.hub_configs": ["*/*.json", "*/*.yaml", "*/*.txt", "../model_card.md"],
     },
     install_requires=[
-        "filelock>=3.15",
+        "filelock>=4.0",  # older ones leave the lock of a killed process with its forks
         "httpx>=0.27",
         "huggingface_hub>=2.0",
         "matplotlib>=3.8",

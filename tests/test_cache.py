@@ -1,6 +1,7 @@
 """What one run at a time may write, and what a killed one leaves."""
 
 import errno
+import os
 import signal
 import subprocess
 import sys
@@ -48,6 +49,22 @@ def test_a_killed_run_frees_its_folder_and_its_half_written_files_go(tmp_path):
     with claimed(tmp_path), written_whole(tmp_path / "a.json") as partial:
         partial.touch()
     assert names(tmp_path) == [".lock", "a.json", "mine.partial"]
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_the_workers_of_a_killed_run_do_not_keep_its_folder(tmp_path):
+    killed(
+        "with claimed(Path(sys.argv[1])):\n"
+        "    if os.fork() == 0:\n"
+        "        os.closerange(0, 3)\n"
+        "        import time\n"
+        "        time.sleep(10)\n"
+        "        os._exit(0)\n"
+        "    os.kill(os.getpid(), signal.SIGKILL)",
+        tmp_path,
+    )
+    with claimed(tmp_path):
+        pass
 
 
 def test_a_folder_that_cannot_be_claimed_is_an_error_of_writing(tmp_path):

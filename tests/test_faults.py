@@ -877,6 +877,7 @@ cases(
         "truncated": inputs.tar(*GOOD_TAR)[:700],
         "damaged header": inputs.damaged(inputs.tar(*GOOD_TAR)[:512], 3) + inputs.tar(*GOOD_TAR)[512:],
         "null bytes": bytes(10_240),
+        "a member beyond all bounds": inputs.huge_member(),
         "folders alone": inputs.archive("tar"),
         "links": inputs.tar(*GOOD_TAR, type=b"2", linkname="/etc/passwd"),
         "hard links": inputs.tar(*GOOD_TAR, type=b"1", linkname="/etc/passwd"),

@@ -296,11 +296,13 @@ class _TarShard:
         return image, name, row, image_key
 
     def _scan(self) -> np.ndarray:
-        ranges, last_key = array("q"), None
+        ranges, last_key, size = array("q"), None, self.path.stat().st_size
         try:
             with tarfile.open(self.path, "r:") as tar:
                 # Without a member the offset is 0, and Python 3.10 would seek to -1.
                 while tar.offset and (member := tar.next()) is not None:
+                    if not member.offset < tar.offset <= size:  # where it would end: its header states any number
+                        raise tarfile.ReadError(f"unexpected end of data, in the member at byte {member.offset}")
                     key, _ = _key_and_suffix(member)
                     if key is not None:
                         if key != last_key:

@@ -224,10 +224,10 @@ def tar(*members: tuple[str, bytes | str], mode: str = "w", **attributes) -> byt
     return file.getvalue()
 
 
-def huge_member() -> bytes:
-    """A tar file whose only member would be of 2 ** 80 bytes."""
-    header = bytearray(tar(("a.png", b"")))
-    header[124:136] = b"\x80" + (2**80).to_bytes(11, "big")
+def huge_member(size: int, type: bytes = b"0") -> bytes:
+    """A tar file whose only member states this size and has no content."""
+    header = bytearray(tar(("a.png", b""), type=type))
+    header[124:136] = b"\x80" + size.to_bytes(11, "big")
     header[148:156] = b" " * 8
     header[148:156] = b"%06o\0 " % sum(header[:512])
     return bytes(header)

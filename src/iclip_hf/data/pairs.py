@@ -313,9 +313,15 @@ class _TarShard:
                 tar.fileobj.seek(tar.offset)
                 if tar.fileobj.read(tarfile.BLOCKSIZE).strip(b"\0"):  # to tarfile, a damaged header is the end
                     raise tarfile.ReadError(f"no member begins at byte {tar.offset}")
-        except tarfile.TarError as error:
+        except (
+            tarfile.TarError,
+            ValueError,
+            OverflowError,
+            MemoryError,
+            RecursionError,
+        ) as error:  # of what headers state
             raise ValueError(
-                f"{self.path}: expected a whole tar file without compression, but got: {error}; decompress it, or get it "
+                f"{self.path}: expected a whole tar file without compression, but got: {str(error) or type(error).__name__}; decompress it, or get it "
                 "again."
             ) from error
         return np.array(ranges, np.int64).reshape(-1, 2)

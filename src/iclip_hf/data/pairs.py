@@ -16,7 +16,6 @@ import os
 import random
 import re
 import tarfile
-import tempfile
 from array import array
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -27,7 +26,7 @@ import torch
 from torch.utils.data import Dataset, IterableDataset
 from tqdm import tqdm
 
-from ..cache import cache_folder
+from ..cache import cache_folder, written_whole
 from ..extras import extra
 from ..images import IMAGE_SUFFIXES, load_image
 
@@ -273,9 +272,8 @@ class _TarShard:
             ranges = self._scan()
         try:
             cached.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(dir=cached.parent) as scratch:
-                np.save(Path(scratch, cached.name), ranges)
-                os.replace(Path(scratch, cached.name), cached)
+            with written_whole(cached) as partial, open(partial, "wb") as file:
+                np.save(file, ranges)
         except OSError as error:  # a read-only or full disk costs time, not the run
             logger.warning("The index of %s could not be kept: %s", self.path, error)
         return ranges
@@ -313,15 +311,11 @@ class _TarShard:
                 tar.fileobj.seek(tar.offset)
                 if tar.fileobj.read(tarfile.BLOCKSIZE).strip(b"\0"):  # to tarfile, a damaged header is the end
                     raise tarfile.ReadError(f"no member begins at byte {tar.offset}")
-        except (
-            tarfile.TarError,
-            ValueError,
-            OverflowError,
-            MemoryError,
-            RecursionError,
-        ) as error:  # of what headers state
+        # A header may state anything.
+        except (tarfile.TarError, ValueError, OverflowError, MemoryError, RecursionError) as error:
+            problem = str(error) or type(error).__name__
             raise ValueError(
-                f"{self.path}: expected a whole tar file without compression, but got: {str(error) or type(error).__name__}; decompress it, or get it "
+                f"{self.path}: expected a whole tar file without compression, but got: {problem}; decompress it, or get it "
                 "again."
             ) from error
         return np.array(ranges, np.int64).reshape(-1, 2)

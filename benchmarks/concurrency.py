@@ -3,17 +3,21 @@ The pipeline and the live demo under parallel clients: no error, no answer to an
 
 `python benchmarks/concurrency.py [seconds]` (two minutes by default, for each of the two) prints a Markdown table. Every client has its
 own image and texts, and compares each answer with the one that was computed alone before. Clients of the demo speak HTTP on loopback
-from another process; those of the pipeline share it. Linux.
+from another process; those of the pipeline share it. Linux, glibc.
+
+Memory is sampled against the number of answers: as it is, and after the allocator gave back what it holds free, which is what is
+really in use. The latter's slope over the second half is what an answer leaves behind; where only the former grows, it is free memory
+in pieces, which comes to rest.
 """
 
 from __future__ import annotations
 
 import base64
+import ctypes
 import io
 import json
 import multiprocessing
 import os
-import statistics
 import sys
 import threading
 import time
@@ -45,6 +49,16 @@ def question(client: int) -> tuple[Image.Image, list[str]]:
     return pixels.resize((200 + 8 * client, 320 - 4 * client)), [WORDS[(client + step) % 12] for step in (0, 3, 7)]
 
 
+# Answers so far, also of the clients in another process.
+answered = multiprocessing.get_context("spawn").Value("q", 0)
+
+
+def count_in(counter) -> None:
+    """Initialises the other process."""
+    global answered
+    answered = counter
+
+
 def ask_until(end: float, ask: Callable[[], object], expected: object) -> tuple[list[float], list[str]]:
     """Asks the same again and again: the seconds of each answer, and what was wrong with some."""
     taken, wrong = [], []
@@ -57,6 +71,8 @@ def ask_until(end: float, ask: Callable[[], object], expected: object) -> tuple[
         else:
             if not same(answer, expected):
                 wrong.append("another answer")
+        with answered:
+            answered.value += 1
         taken.append(time.time() - began)
     return taken, wrong
 
@@ -111,30 +127,37 @@ def in_parallel(ask: Callable[[int], list], seconds: float) -> list[tuple[list[f
 
 def from_outside(address: str, seconds: float) -> list[tuple[list[float], list[str]]]:
     """The demo's clients, in another process than the demo."""
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), count_in, (answered,)) as pool:
         return pool.submit(in_parallel, partial(of_demo, address), seconds).result()
 
 
 def report(name: str, run: Callable[[], list[tuple[list[float], list[str]]]]) -> bool:
-    """A line of the table. Memory is that of this process, which answers, a third into the run and at its end."""
-    held, running = [], True
+    """A line of the table. Memory is that of this process, which answers."""
+    samples, ended = [], threading.Event()
+    answered.value = 0
 
     def watch() -> None:
-        while running:
-            held.append(memory())
-            time.sleep(0.5)
+        while not ended.wait(1):
+            held = memory()
+            ctypes.CDLL(None).malloc_trim(0)
+            samples.append((answered.value, held, memory()))
 
     watcher = threading.Thread(target=watch)
     watcher.start()
     answers = run()
-    running = False
+    ended.set()
     watcher.join()
     taken = sorted(second for seconds, _ in answers for second in seconds)
     wrong = [problem for _, problems in answers for problem in problems]
-    early, late = statistics.mean(held[len(held) // 3 : len(held) // 2]), statistics.mean(held[-len(held) // 6 :])
+    count, held, used = np.array([sample for sample in samples if sample[0] >= len(taken) / 2]).T
+    third = -(-len(count) // 3)  # of the second half, for means that do not hang on one sample
+
+    def between(values: np.ndarray) -> str:
+        return f"{values[:third].mean():,.0f} -> {values[-third:].mean():,.0f}"
+
     print(
         f"| {name} | {len(taken):,} | {len(wrong)} {' '.join(sorted(set(wrong))[:2])} | {taken[len(taken) // 2]:.2f} / "
-        f"{taken[int(0.99 * len(taken))]:.2f} | {early:,.0f} -> {late:,.0f} |",
+        f"{taken[int(0.99 * len(taken))]:.2f} | {between(held)} | {between(used)} | {1024 * np.polyfit(count, used, 1)[0]:+.1f} |",
         flush=True,
     )
     return bool(taken) and not wrong
@@ -146,7 +169,11 @@ def main() -> None:
     folder = embedded_model()
     model, processor = load_iclip(folder)
     print(f"{machine('gradio')}; {CLIENTS} clients, {seconds:.0f} seconds each\n")
-    print("| what | answers | wrong | seconds, median / 99 % | MiB held |\n|---|---|---|---|---|", flush=True)
+    print(
+        "| what | answers | wrong | seconds, median / 99 % | MiB held, second half | of them in use | KiB in use an answer |\n"
+        "|---|---|---|---|---|---|---|",
+        flush=True,
+    )
     pipe = ImageTextSimilarityMapPipeline(model=model, processor=processor, device="cpu")
     good = report("pipeline", lambda: in_parallel(partial(of_pipeline, pipe), seconds))
     app = launch(str(folder), "127.0.0.1", prevent_thread_lock=True, quiet=True)

@@ -1,8 +1,11 @@
 import base64
+import contextlib
 import io
 import runpy
 import shutil
 import sys
+import threading
+import time
 import zlib
 from pathlib import Path
 
@@ -16,9 +19,10 @@ from gradio_client.exceptions import AppError
 from huggingface_hub import RepoCard
 from PIL import Image
 
-from iclip_hf import cli, explainers
+from iclip_hf import ICLIPModel, cli, explainers
 from iclip_hf.cli import common
 from iclip_hf.demo import app
+from iclip_hf.explainers import families
 
 
 TEXTS = ["dog", "red ball", "sky"]
@@ -39,7 +43,7 @@ def folder(tmp_path_factory, tiny_processor):
 @pytest.fixture(scope="module")
 def explained(tiny_processor):
     image = Image.linear_gradient("L").resize((1300, 650)).convert("RGB")
-    return image, *app.explain_image(tiny_model(), tiny_processor, image, TEXTS, "itsm")
+    return image, *app.explain_image(app.Questions(tiny_model(), tiny_processor, "itsm"), image, TEXTS)
 
 
 @pytest.fixture(scope="module")
@@ -83,7 +87,7 @@ def test_the_maps_are_the_explainers_at_the_size_of_the_view(tiny_processor, exp
     expected = explainers.explain(model, tiny_processor, [image], TEXTS, target_sizes=size)[0]
     torch.testing.assert_close(explanation.maps, expected.maps)
     torch.testing.assert_close(explanation.scores, expected.scores)
-    other, same = app.explain_image(model, tiny_processor, image, TEXTS, "grad_cam")
+    other, same = app.explain_image(app.Questions(model, tiny_processor, "grad_cam"), image, TEXTS)
     expected = explainers.explain(model, tiny_processor, [image], TEXTS, "grad_cam", target_sizes=size)[0]
     torch.testing.assert_close(other.maps, expected.maps)
     assert same == pytest.approx(presence, abs=1e-5)
@@ -134,20 +138,88 @@ def test_bad_input_is_answered_with_a_sentence(client, folder, name, texts, meth
     assert str(folder) not in str(error.value) and len(str(error.value).splitlines()) == 1
 
 
+def call(server, photo, texts="dog", method="itsm"):
+    """A question to the server, and how to get the first line and the answer to it."""
+    photo = {"path": str(photo), "orig_name": "photo.png", "meta": {"_type": "gradio.FileData"}}
+    asked = httpx.post(f"{server}gradio_api/call/explain", json={"data": [photo, texts, method]}, timeout=60)
+    return asked, lambda: httpx.get(f"{asked.url}/{asked.json()['event_id']}", timeout=60).text.splitlines()[0]
+
+
+def upload(server, content):
+    return httpx.post(f"{server}gradio_api/upload", files={"files": ("photo.png", content)})
+
+
 def test_only_uploaded_files_are_read_and_heavy_ones_refused(server, folder):
-    def answer(path):
-        call = f"{server}gradio_api/call/explain"
-        photo = {"path": str(path), "meta": {"_type": "gradio.FileData"}}
-        event = httpx.post(call, json={"data": [photo, "dog", "itsm"]}).json()["event_id"]
-        return httpx.get(f"{call}/{event}").text.splitlines()[0]
-
-    def upload(content):
-        return httpx.post(f"{server}gradio_api/upload", files={"files": ("small.png", content)})
-
     own = folder / "small.png"
-    assert answer(own) == "event: error"
-    assert answer(upload(own.read_bytes()).json()[0]) == "event: complete"
-    assert upload(bytes(21_000_000)).status_code == 413
+    assert call(server, own)[1]() == "event: error"
+    assert call(server, upload(server, own.read_bytes()).json()[0])[1]() == "event: complete"
+    refused = upload(server, bytes(21_000_000))
+    assert refused.status_code == 413 and refused.text.startswith("File size exceeded maximum allowed size")
+
+
+def test_no_answer_prepares_the_model_or_the_background_anew(server, folder, monkeypatch):
+    photo = upload(server, (folder / "small.png").read_bytes()).json()[0]
+    assert call(server, photo, "dog", "gem")[1]() == "event: complete"
+    encoded, encode, copied, copy = [], ICLIPModel.encode_text, [], families.private_copy
+
+    def counted(model, input_ids, **options):
+        encoded.append(len(input_ids))
+        return encode(model, input_ids, **options)
+
+    monkeypatch.setattr(ICLIPModel, "encode_text", counted)
+    monkeypatch.setattr(families, "private_copy", lambda model: copied.append(model) or copy(model))
+    assert call(server, photo, "sky, red ball", "gem")[1]() == "event: complete"
+    assert encoded == [2] and copied == []
+
+
+def test_a_full_queue_is_told_in_a_sentence_and_all_in_it_are_answered(server, folder, monkeypatch):
+    photo = upload(server, (folder / "small.png").read_bytes()).json()[0]
+    going, explain = threading.Event(), app.explain_image
+    monkeypatch.setattr(app, "explain_image", lambda *question: going.wait(60) and explain(*question))
+    answers = []
+    for _ in range(100):
+        asked, answer = call(server, photo)
+        if asked.status_code != 200:
+            break
+        answers.append(answer)
+    going.set()
+    assert asked.status_code == 503 and asked.json()["detail"].startswith("Queue is full. Max size is 32")
+    assert len(answers) in (32, 33)  # the one that is being answered is out of the queue
+    assert {answer() for answer in answers} == {"event: complete"}
+
+
+def test_what_visitors_leave_is_bounded_in_memory_and_on_disk(folder, tmp_path, monkeypatch):
+    monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path))
+    monkeypatch.setattr(app, "MAX_SESSIONS", 2)
+    monkeypatch.setattr(app, "MAX_CACHE_SIZE", 150_000)
+    monkeypatch.setattr(app, "_CACHE_CHECK", 0.05)
+
+    def held(until=lambda sizes: True):
+        """Sizes of all files, once they are as expected or ten seconds have passed."""
+        for _ in range(200):
+            sizes = {}
+            for path in tmp_path.rglob("*.*"):
+                with contextlib.suppress(FileNotFoundError):  # deleted just now
+                    sizes[path] = path.stat().st_size
+            if until(sizes):
+                break
+            time.sleep(0.05)
+        return sizes
+
+    running = app.launch(str(folder / "model"), "127.0.0.1", prevent_thread_lock=True, quiet=True)
+    try:
+        own, content = set(held()), (folder / "small.png").read_bytes()
+        for number in range(5):
+            photo = upload(running.local_url, content + bytes([number]) * 60_000).json()[0]
+            assert call(running.local_url, photo)[1]() == "event: complete"
+        assert len(running.state_holder.session_data) == 2
+        sizes = held(until=lambda sizes: sum(sizes.values()) <= 150_000)
+        assert 60_000 < sum(sizes.values()) <= 150_000 and Path(photo) in sizes
+        monkeypatch.setattr(app, "MAX_CACHE_AGE", 0)
+        assert set(held(until=lambda sizes: set(sizes) == own)) == own
+        assert {path.parent for path in own} == {path for path in tmp_path.rglob("*") if path.is_dir()}
+    finally:
+        running.close()
 
 
 @pytest.mark.parametrize("model", [None, "org/iclip-vit-b16"])

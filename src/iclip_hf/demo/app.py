@@ -2,25 +2,34 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
+import contextlib
+import copy
+import functools
 import importlib.util
 import io
+import os
+import time
 import zlib
+from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 
 import numpy as np
+import torch
 from matplotlib import colormaps
 from PIL import Image
 
 from .. import __version__
 from ..cache import written_whole
-from ..cli.common import load_model
-from ..explainers import Explanation
+from ..explainers import Explanation, select_texts
 from ..extras import extra
 from ..images import load_image
+from ..loading import load_model
 from ..localization import Localizer
+from ..modeling_iclip import ICLIPTextFeatures
 from ..plots import COLORMAP
-from ..presence import MIN_PRESENCE
+from ..presence import BACKGROUND, MIN_PRESENCE
 
 
 with extra("demo"):
@@ -30,6 +39,12 @@ with extra("demo"):
 
 MAX_FILE_SIZE = "20mb"  # the limit of pixels is `load_image`'s
 MAX_TEXTS = 12
+# Gradio keeps the last answer of each visitor, up to two megabytes, for 10,000 of them. A page needs none of that.
+MAX_SESSIONS = 64
+# Files of visitors: uploads, and an archive of up to six megabytes for each answer.
+MAX_CACHE_AGE = 3600  # seconds
+MAX_CACHE_SIZE = 2 * 2**30  # bytes
+_CACHE_CHECK = 10  # seconds from one look at them to the next
 # Longest side of the maps in pixels: fine enough for a screen, and some hundred kilobytes for all of them together.
 VIEW_SIDE = 640
 METHODS = {
@@ -98,19 +113,38 @@ def split_texts(typed: str) -> list[str]:
     return texts
 
 
-def explain_image(
-    model, processor, image: Image.Image, texts: list[str], method: str
-) -> tuple[Explanation, list[float]]:
+class Questions(Localizer):
     """
-    Explains an RGB image.
+    A method that is asked for other texts with each image: the model is prepared and the background encoded once.
 
     Args:
         model, processor, method: as for `make_explainer`.
+    """
+
+    def __init__(self, model, processor, method: str):
+        super().__init__(model, processor, BACKGROUND[:1], method=method)
+
+    def about(self, texts: Sequence[str]) -> Localizer:
+        """For T texts; it shares the prepared model."""
+        asked = copy.copy(self)
+        own = self.explainer.encode_texts(texts)
+        background = select_texts(self._encoded, torch.arange(1, 1 + len(BACKGROUND)))
+        asked.texts = list(texts)
+        asked._encoded = ICLIPTextFeatures(
+            text_embeds=torch.cat([own.text_embeds, background.text_embeds]),
+            map_text_embeds=torch.cat([own.map_text_embeds, background.map_text_embeds]),
+        )
+        return asked
+
+
+def explain_image(questions: Questions, image: Image.Image, texts: list[str]) -> tuple[Explanation, list[float]]:
+    """
+    Explains an RGB image.
 
     Returns:
         `tuple`: the explanation, with maps of at most `VIEW_SIDE` pixels a side, and the presence of each text, in [0, 1].
     """
-    localizer = Localizer(model, processor, texts, method=method)
+    localizer = questions.about(texts)
     maps, scores, presence = localizer.explain(localizer.prepare(image))
     width, height = _view_size(image)
     return Explanation(texts, scores[0], maps[0], (height, width)), presence[0].tolist()
@@ -166,20 +200,21 @@ def build_app(model, processor) -> gr.Blocks:
     examples = _examples()
     first_photo, first_texts = examples[0] if examples else (None, "")
     gr.set_static_paths([path for path, _ in examples])
+    questions = functools.cache(functools.partial(Questions, model, processor))  # one for each method
 
     def explain(photo: dict | None, typed: str, method: str):
         if photo is None:
             return gr.skip()
         try:
             image = load_image(photo["path"], photo["orig_name"] or "this file")
-            explanation, presence = explain_image(model, processor, image, split_texts(typed), method)
+            explanation, presence = explain_image(questions(method), image, split_texts(typed))
         except (OSError, ValueError, TypeError) as error:
             raise gr.Error(str(error), print_exception=False) from error
         npz = save_bytes_to_cache(to_npz(explanation, presence), "explanation.npz", download.GRADIO_CACHE)
         return viewer_value(image, explanation, presence), npz
 
-    # Files of visitors are deleted after an hour.
-    with gr.Blocks(title="ICLIP", analytics_enabled=False, fill_width=True, delete_cache=(600, 3600)) as app:
+    # Of `delete_cache` only the end is of use, when everything goes: until then it is `delete_files` that looks.
+    with gr.Blocks(title="ICLIP", analytics_enabled=False, fill_width=True, delete_cache=(86400, 86400)) as app:
         gr.Markdown(INTRODUCTION)
         with gr.Row():
             with gr.Column(scale=2, min_width=300):
@@ -250,12 +285,36 @@ def launch(model: str | None = None, host: str | None = None, port: int | None =
         server_name=host,
         server_port=port,
         max_file_size=MAX_FILE_SIZE,
+        state_session_capacity=MAX_SESSIONS,
+        app_kwargs={"lifespan": lambda server: _deleting_files(app)},
         theme=gr.themes.Soft(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]),
         css=_CSS,
         footer_links=[],
         **options,
     )
     return app
+
+
+def delete_files(app: gr.Blocks) -> None:
+    """
+    Deletes files of visitors older than `MAX_CACHE_AGE`, and of the younger ones the oldest until `MAX_CACHE_SIZE` bytes are
+    left; `delete_cache` knows no size, and leaves an empty folder for each file.
+    """
+    lasting = {path for component in app.blocks.values() for path in getattr(component, "keep_in_cache", ())}
+    files = []
+    for path in set().union(*map(tuple, app.temp_file_sets)) - lasting:
+        with contextlib.suppress(FileNotFoundError):
+            stat = os.stat(path)
+            files.append((stat.st_ctime, stat.st_size, path))
+    young, size = time.time() - MAX_CACHE_AGE, 0
+    for created, own_size, path in sorted(files, reverse=True):
+        size += own_size
+        if created < young or size > MAX_CACHE_SIZE:
+            with contextlib.suppress(OSError):  # gone meanwhile, or a folder of several files
+                os.remove(path)
+                os.rmdir(os.path.dirname(path))
+            for one in app.temp_file_sets:
+                one.discard(path)
 
 
 def export_space(folder: Path, model: str | None = None) -> None:
@@ -280,6 +339,20 @@ def export_space(folder: Path, model: str | None = None) -> None:
     for name, text in files.items():
         with written_whole(folder / name) as partial:
             partial.write_text(text, encoding="utf-8")
+
+
+@contextlib.asynccontextmanager
+async def _deleting_files(app: gr.Blocks) -> AsyncIterator[None]:
+    """While the server runs."""
+
+    async def again_and_again() -> None:
+        while True:
+            await asyncio.sleep(_CACHE_CHECK)
+            await asyncio.to_thread(delete_files, app)
+
+    task = asyncio.create_task(again_and_again())
+    yield
+    task.cancel()
 
 
 def _view_size(image: Image.Image) -> tuple[int, int]:

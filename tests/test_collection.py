@@ -138,6 +138,16 @@ def test_one_run_at_a_time(folder, localizer, tmp_path, monkeypatch):
     assert len(refused) == 4
 
 
+def test_the_death_of_a_partner_says_how_to_go_on(folder, localizer, tmp_path, monkeypatch):
+    def lose_partner(*arguments):
+        monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+        raise RuntimeError("Connection closed by peer")
+
+    monkeypatch.setattr(localizer, "explain", lose_partner)
+    with pytest.raises(OSError, match="partner process of this run died .* run the same again, which goes on"):
+        run(localizer, open_images([folder / "images"]), tmp_path)
+
+
 def test_nothing_is_explained_twice(folder, localizer, whole, monkeypatch):
     monkeypatch.setattr(localizer, "explain", None)
     report = run(localizer, open_images([folder / "images"]), whole[1])

@@ -571,6 +571,19 @@ def test_a_folder_holds_one_run(hub, tmp_path):
         run(hub, tmp_path, "--max_steps", 2, "--resume")
 
 
+def test_the_death_of_a_partner_says_how_to_go_on(hub, tmp_path, monkeypatch):
+    def lose_partner(*arguments):
+        monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+        raise RuntimeError(
+            "[/gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:1. This is typical."
+        )
+
+    monkeypatch.setattr(train, "train", lose_partner)
+    said = r"died or no longer answers \(Connection closed by peer \[127.0.0.1\]:1\); .* --resume goes on from the last checkpoint"
+    with pytest.raises(OSError, match=said):
+        run(hub, tmp_path)
+
+
 KILLED = """
 import os, random, shutil, signal, sys
 sys.path.insert(0, {root!r})

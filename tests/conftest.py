@@ -1,10 +1,18 @@
 """Tiny random models of every tower pair, a processor for them, and the way to the real data."""
 
 import os
+import tempfile
 from pathlib import Path
 
 import pytest
 import torch
+
+
+# Before any library reads it: metric scripts and remote code stay out of the user's cache.
+_MODULES = tempfile.TemporaryDirectory(prefix="iclip-modules-")
+os.environ["HF_MODULES_CACHE"] = _MODULES.name
+# ruff: noqa: E402
+
 from transformers import BertTokenizer, CLIPImageProcessor
 
 from iclip_hf import ICLIPConfig, ICLIPModel, ICLIPProcessor

@@ -41,9 +41,8 @@ def expected(name, aggregate="image", ignore_index=255, **inputs):
 
 
 @pytest.fixture(autouse=True)
-def caches(tmp_path, tmp_path_factory, monkeypatch):
-    """Keeps scripts and counts out of the user's caches; Python imports scripts from one folder a session."""
-    monkeypatch.setattr(evaluate.config, "HF_MODULES_CACHE", tmp_path_factory.getbasetemp() / "modules")
+def caches(tmp_path, monkeypatch):
+    """Keeps counts out of the user's cache."""
     monkeypatch.setattr(evaluate.config, "HF_METRICS_CACHE", tmp_path / "metrics")
 
 
@@ -78,6 +77,12 @@ def installed(tmp_path_factory):
     command = "from iclip_hf.evaluate_modules import install_metrics; print(install_metrics())"
     assert output_of(fresh_process(["-c", command], home, home)) == ["['mfmb', 'mmiou']"]
     return home
+
+
+@pytest.mark.parametrize("imports", ["import iclip_hf, evaluate", "import evaluate, iclip_hf"])
+def test_importing_the_package_is_enough_for_the_bare_names(imports, tmp_path):
+    command = f"{imports}\nfor name in ('mmiou', 'mfmb'): print(evaluate.load(name).name)"
+    assert output_of(fresh_process(["-c", command], tmp_path, tmp_path / "home")) == ["mmiou", "mfmb"]
 
 
 def test_there_is_a_folder_for_each_metric():

@@ -36,7 +36,7 @@ def test_presence_is_the_share_of_texts_that_match_less_at_any_scale():
     torch.testing.assert_close(presence(100 * scores - 7, 100 * background - 7), presence(scores, background))
 
 
-@pytest.mark.parametrize("method", ["itsm", "reversed_itsm", "grad_cam", "clip_surgery"])
+@pytest.mark.parametrize("method", ["itsm", "reversed_itsm", "attention", "gem", "grad_cam", "clip_surgery"])
 def test_presence_beside_the_maps_of_every_method(tiny_processor, method):
     """Neither way to the background's scores changes the maps, and both give the same presence."""
     model = tiny_model()

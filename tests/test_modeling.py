@@ -386,6 +386,31 @@ def test_bad_inputs_are_named(changes, message):
         tiny_model()(**{**tiny_inputs(), **changes})
 
 
+def test_tuples_for_who_wants_them():
+    model = tiny_model()
+    expected = model(**tiny_inputs())
+    model.config.return_dict = False
+    outputs = model(**tiny_inputs())
+    assert isinstance(outputs, tuple) and torch.equal(outputs[0], expected.logits_per_image)
+    assert torch.equal(model(**tiny_inputs(), return_dict=True).logits_per_image, expected.logits_per_image)
+
+
+def test_gradient_checkpointing_of_the_towers_that_learn_changes_no_gradient():
+    inputs = tiny_inputs(batch=3, texts=3)
+    gradients = []
+    for checkpointing in (False, True):
+        model = tiny_model().train()
+        if checkpointing:
+            model.gradient_checkpointing_enable()
+            assert any(getattr(module, "gradient_checkpointing", False) for module in model.text_model.modules())
+        torch.manual_seed(0)
+        model(**inputs, return_loss=True).loss.backward()
+        gradients.append({name: p.grad for name, p in model.named_parameters() if p.requires_grad})
+    assert gradients[0].keys() == gradients[1].keys() and any("text_model" in name for name in gradients[0])
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], gradient)
+
+
 def test_a_folder_that_is_no_model_is_refused(tmp_path):
     with pytest.raises(OSError, match=r"model\.safetensors"):
         ICLIPModel.from_pretrained(tmp_path)

@@ -1,8 +1,9 @@
 """
 ICLIP: contrastive image-text models that explain themselves, for the Hugging Face ecosystem.
 
-Importing the package makes the Auto classes know it. Nothing heavy is loaded until it is used: every name below comes from
-its module on first access, and a module registers its class as soon as the Auto class it belongs to is imported.
+Importing the package makes the Auto classes know it, and `evaluate.load` its metrics. Nothing heavy is loaded until it is used:
+every name below comes from its module on first access, and a module registers its class as soon as the Auto class it belongs to is
+imported.
 """
 
 import importlib
@@ -13,6 +14,8 @@ from wrapt import register_post_import_hook
 
 if TYPE_CHECKING:
     from .configuration_iclip import ICLIPConfig
+    from .demo.checkpoint import embedded_model
+    from .explainers import explain
     from .modeling_iclip import ICLIPImageFeatures, ICLIPModel, ICLIPOutput, ICLIPTextFeatures
     from .pipeline_iclip import ImageTextSimilarityMapPipeline
     from .processing_iclip import ICLIPProcessor
@@ -20,6 +23,8 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _MODULES = {
+    "embedded_model": "demo.checkpoint",
+    "explain": "explainers",
     "ICLIPConfig": "configuration_iclip",
     "ICLIPImageFeatures": "modeling_iclip",
     "ICLIPModel": "modeling_iclip",
@@ -49,3 +54,4 @@ _register_when_imported("transformers.models.auto.configuration_auto", ".configu
 _register_when_imported("transformers.models.auto.modeling_auto", ".modeling_iclip")
 _register_when_imported("transformers.models.auto.processing_auto", ".processing_iclip")
 _register_when_imported("transformers.pipelines", ".pipeline_iclip")
+_register_when_imported("evaluate", ".evaluate_modules")

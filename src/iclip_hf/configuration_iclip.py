@@ -1,28 +1,12 @@
 """Configuration of ICLIP: two towers, a pooling and the projections between them."""
 
 import math
+from difflib import get_close_matches
 from typing import Literal
 
 from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
-
-
-# What `PreTrainedConfig` takes beside its declared fields.
-_BASE_KEYS = {
-    "model_type",
-    "auto_map",
-    "custom_pipelines",
-    "attn_implementation",
-    "experts_implementation",
-    "output_attentions",
-    "name_or_path",
-    "num_labels",
-    "per_layer_config",
-    "quantization_config",
-    "torch_dtype",
-    "transformers_version",
-}
 
 
 @strict
@@ -57,7 +41,7 @@ class ICLIPConfig(PreTrainedConfig):
             `"mean"` over the attended tokens, or `"class_token"` (the first token).
 
     Raises:
-        `ValueError`: for a name that is no option. `huggingface_hub.errors.StrictDataclassError`: for a value of another
+        `ValueError`: for a misspelt option. `huggingface_hub.errors.StrictDataclassError`: for a value of another
         type, outside the listed names or out of range.
     """
 
@@ -85,13 +69,11 @@ class ICLIPConfig(PreTrainedConfig):
     text_pooling: Literal["eos", "mean", "class_token"] = "eos"
 
     def __post_init__(self, **kwargs):
-        # The base class turns any unknown key into an attribute, so a misspelt option would silently do nothing.
-        unknown = sorted(key for key in kwargs if key not in _BASE_KEYS and not key.startswith("_"))
-        if unknown:
-            options = sorted(set(ICLIPConfig.__annotations__))
-            raise ValueError(
-                f"ICLIPConfig has no option {unknown}: correct the spelling or remove it. Options: {options}."
-            )
+        # The base class takes any other key, such as those of training loops, so a misspelt option would silently do nothing.
+        options = list(ICLIPConfig.__annotations__)
+        for key in kwargs:
+            if meant := get_close_matches(key, options, n=1, cutoff=0.85):
+                raise ValueError(f"ICLIPConfig has no option {key!r}: correct it to {meant[0]!r}, or remove it.")
         super().__post_init__(**kwargs)
 
     def validate_architecture(self):

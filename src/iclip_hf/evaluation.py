@@ -27,7 +27,8 @@ from .explainers.gradients import GradientExplainer
 from .extras import extra
 from .metrics import MeanForegroundMinusBackground, MeanMaxIoU, MultiLabelAveragePrecision
 from .processes import this_process
-from .similarity import resize_and_normalize
+from .processing_iclip import check_templates
+from .similarity import resize_and_normalize, reverse
 from .threads import map_ahead
 
 
@@ -171,7 +172,7 @@ def evaluate(
     start = time.perf_counter()
     state = this_process("eval")
     rank, world = state.process_index, state.num_processes
-    templates = list(dataset.templates if templates is None else templates)
+    templates = check_templates(dataset.templates if templates is None else templates)
     drawer = _Drawer(model, processor, methods, dataset.class_names, templates)
     scores = {method: _Scores(MeanMaxIoU(aggregate), MeanForegroundMinusBackground(aggregate)) for method in methods}
     average_precision = MultiLabelAveragePrecision()
@@ -188,8 +189,8 @@ def evaluate(
         presence = np.isin(dataset.labels, sample.labels)
         return sample, presence, prepare(images=[sample.image], **size)["pixel_values"]
 
-    def forward() -> Iterator[tuple[str, SegmentationSample, torch.Tensor]]:
-        """The model's part, in this thread: for each method and image the raw maps of the classes it shows."""
+    def forward() -> Iterator[tuple[SegmentationSample, dict[str, torch.Tensor]]]:
+        """The model's part, in this thread: for each image by method the raw maps of the classes it shows."""
         nonlocal seconds_in_model
         loaded = map_ahead(pool, load, indices, 2 * batch_size)
         while batch := list(itertools.islice(loaded, batch_size)):
@@ -198,14 +199,15 @@ def evaluate(
             cosines, drawn = drawer.draw(torch.cat(pixels), [sample.labels for sample in samples])
             seconds_in_model += time.perf_counter() - began
             average_precision.update(cosines, np.stack(presence))
-            for method, maps in drawn.items():
-                yield from zip(itertools.repeat(method), samples, maps)
+            for sample, *maps in zip(samples, *drawn.values()):
+                yield sample, dict(zip(drawn, maps))
             bar.update(len(batch))
 
     bar = tqdm(total=len(indices), unit="image", disable=not progress or rank > 0)
     with ThreadPoolExecutor(workers) as pool, bar:
-        for method, counts in map_ahead(pool, _count, forward(), 2 * batch_size):
-            scores[method].add_counts(counts)
+        for counts in map_ahead(pool, _count, forward(), 2 * batch_size):
+            for method, of_classes in counts.items():
+                scores[method].add_counts(of_classes)
 
     (scores, average_precision), *others = gather_object([(scores, average_precision)])  # alike on every process
     for other_scores, other_precision in others:
@@ -269,12 +271,12 @@ class _Drawer:
 
         Returns:
             `tuple`: cosines of all classes `(B, K)`, and for each method raw maps `(B, T, h, w)`, of each image those of
-            its labels and then, up to the longest list of the batch, of any class.
+            its labels and then, up to the longest list of the batch, of any class; of the reversal those to be reversed.
         """
         rows = pad_sequence([torch.tensor(one or (1,)) - 1 for one in labels], batch_first=True)  # (B, T)
         shown = torch.arange(len(rows))[:, None], rows
         maps, cosines = self.itsm.raw_maps(pixel_values, self.texts)
-        drawn = {"itsm": maps[shown], "reversed_itsm": -maps[shown]}
+        drawn = {"itsm": maps[shown], "reversed_itsm": maps[shown]}  # turned round once they are stretched to [0, 1]
         for method, explainer in self.others.items():
             if isinstance(explainer, GradientExplainer):  # a backward a text: not for the absent classes
                 drawn[method] = explainer.raw_maps(pixel_values, select_texts(self.texts, rows))[0]
@@ -283,14 +285,19 @@ class _Drawer:
         return cosines.cpu(), {method: drawn[method].cpu() for method in self.methods}
 
 
-def _count(item: tuple[str, SegmentationSample, torch.Tensor]) -> tuple[str, list[tuple[int, np.ndarray, np.ndarray]]]:
-    """One image's raw maps, first those of its classes -> for each class the pixel counts of mMIoU and mFMB."""
-    method, sample, raw_maps = item
-    counts = []
-    for label, raw_map in zip(sample.labels, raw_maps):
-        heatmap = resize_and_normalize(raw_map[None], sample.size)[0]
+def _count(item: tuple[SegmentationSample, dict[str, torch.Tensor]]) -> dict[str, list[tuple]]:
+    """
+    One image's raw maps by method, first those of its classes -> by method for each class its id and the pixel counts of mMIoU
+    and mFMB.
+    """
+    sample, raw_maps = item
+    counts = {method: [] for method in raw_maps}
+    for index, label in enumerate(sample.labels):
         mask = sample.mask(label)
-        counts.append(
-            (label, MeanMaxIoU.count(heatmap, mask, label), MeanForegroundMinusBackground.count(heatmap, mask, label))
-        )
-    return method, counts
+        for method, raw in raw_maps.items():
+            heatmap = resize_and_normalize(raw[index : index + 1], sample.size)[0]
+            if method == "reversed_itsm":
+                heatmap = reverse(heatmap)  # not the negative stretched anew, which rounds otherwise
+            pair = heatmap, mask, label
+            counts[method].append((label, MeanMaxIoU.count(*pair), MeanForegroundMinusBackground.count(*pair)))
+    return counts

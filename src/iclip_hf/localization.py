@@ -12,8 +12,9 @@ import torch
 from PIL import Image
 
 from .explainers import Explanation, identity, make_explainer, select_texts
-from .explainers.itsm import ITSM, cosines
+from .explainers.itsm import cosines
 from .presence import BACKGROUND, MIN_PRESENCE, presence
+from .processing_iclip import check_templates
 from .regions import Region, find_regions, negative_points, positive_points
 from .threads import Item, map_ahead
 
@@ -119,7 +120,7 @@ class Localizer:
             **identity(model),
             "method": method,
             "texts": self.texts,
-            "templates": list(templates or self.explainer.family.templates),
+            "templates": check_templates(templates or self.explainer.family.templates),
             "thresholds": self.thresholds,
             "min_presence": min_presence,
             "image_size": image_size,
@@ -132,7 +133,7 @@ class Localizer:
     def explain(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Images `(B, 3, H, W)` -> raw maps `(B, T, h, w)`, cosines `(B, T)` and presence `(B, T)`, on the CPU."""
         count = len(self.texts)
-        if isinstance(self.explainer, ITSM):  # any number of texts cost one forward
+        if self.explainer.more_texts_are_free:
             maps, scores = self.explainer.raw_maps(pixel_values, self._encoded)
             maps, scores, background = maps[:, :count], scores[:, :count], scores[:, count:]
         else:

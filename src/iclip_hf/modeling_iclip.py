@@ -167,7 +167,7 @@ class ICLIPBranch(nn.Module):
 
 def _tower_config(checkpoint: str, side: str) -> PreTrainedConfig:
     """Config of a tower checkpoint; of a two-tower checkpoint, that side's."""
-    config = AutoConfig.from_pretrained(checkpoint)
+    config = AutoConfig.from_pretrained(checkpoint, trust_remote_code=False)
     return getattr(config, side, config)
 
 
@@ -229,6 +229,7 @@ class ICLIPModel(PreTrainedModel):
     base_model_prefix = "iclip"
     main_input_name = "pixel_values"
     input_modalities = ("image", "text")
+    supports_gradient_checkpointing = True
     _supports_sdpa = True
     _supports_attention_backend = True
 
@@ -554,6 +555,7 @@ class ICLIPModel(PreTrainedModel):
                 f"{'' if input_ids is not None else 'no '}input_ids and "
                 f"{'' if text_features is not None else 'no '}text_features."
             )
+        kwargs["return_dict"] = True
         image = self.get_image_features(pixel_values, **kwargs)
         text = text_features
         if text is None:

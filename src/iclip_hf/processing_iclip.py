@@ -51,15 +51,19 @@ class ICLIPProcessor(ProcessorMixin):
         Joins the image processor and the tokenizer of two towers, as [`ICLIPModel.from_vision_text_pretrained`] joins the
         towers; the whole image is resized to `image_size` pixels a side, without a crop.
         """
-        config = AutoConfig.from_pretrained(vision)
+        config = AutoConfig.from_pretrained(vision, trust_remote_code=False)
         image_processor = AutoImageProcessor.from_pretrained(
-            vision, size={"height": image_size, "width": image_size}, do_center_crop=False, do_convert_rgb=True
+            vision,
+            size={"height": image_size, "width": image_size},
+            do_center_crop=False,
+            do_convert_rgb=True,
+            trust_remote_code=False,
         )
         options.setdefault("patch_size", getattr(config, "vision_config", config).patch_size)
-        if AutoConfig.from_pretrained(text).model_type.startswith("siglip"):
+        if AutoConfig.from_pretrained(text, trust_remote_code=False).model_type.startswith("siglip"):
             options.setdefault("max_text_length", 64)
             options.setdefault("text_padding", "max_length")
-        return cls(image_processor, AutoTokenizer.from_pretrained(text), **options)
+        return cls(image_processor, AutoTokenizer.from_pretrained(text, trust_remote_code=False), **options)
 
     def __call__(
         self,

@@ -16,6 +16,8 @@ class CLIPSurgery(SelfSelfAttention):
     compared with a prompt that names nothing.
     """
 
+    more_texts_are_free = False
+
     def __init__(self, model, processor, depth: int = 6):
         super().__init__(model, processor, depth)
         self.nothing = self.family.encode_texts(["a photo of"], ["{}"])

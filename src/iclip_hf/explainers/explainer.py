@@ -41,9 +41,13 @@ class Explainer(ABC):
     Attributes:
         processor: `processor(images=images)["pixel_values"]` prepares whole RGB images for this model, `(B, 3, H, W)`.
 
+        more_texts_are_free (`bool`): further texts cost next to nothing, and change no map.
+
     Raises:
         `TypeError`: for another kind of model. `ValueError`: if this model cannot do the method, with the reason.
     """
+
+    more_texts_are_free = True
 
     def __init__(self, model, processor):
         self.family = adapt(model, processor)

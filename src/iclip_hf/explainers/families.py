@@ -15,7 +15,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from ..modeling_iclip import ICLIPImageFeatures, ICLIPModel, ICLIPTextFeatures, average_templates, normalize
 from ..onnx_export import ONNXModel
-from ..processing_iclip import ICLIPProcessor
+from ..processing_iclip import ICLIPProcessor, check_templates
 from ..similarity import cosine_similarity_map
 from .recording import AttentionLayer, AttentionRecord, merge_heads, prepare, private_copy, record
 
@@ -59,7 +59,7 @@ class Family(ABC):
         """T labels, each put into the templates and averaged over them -> unit vectors `(T, P)`."""
         if isinstance(labels, str) or len(labels) == 0:
             raise ValueError(f"Expected a list of at least one label, got {labels!r}.")
-        templates = list(self.templates if templates is None else templates)
+        templates = check_templates(self.templates if templates is None else templates)
         step = max(1, _TEXT_BATCH // len(templates))
         with torch.no_grad():
             parts = [self._encode_texts(list(labels[i : i + step]), templates) for i in range(0, len(labels), step)]

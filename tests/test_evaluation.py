@@ -150,6 +150,7 @@ def test_protocol_says_what_was_done(root, tiny_processor):
     protocol = result.protocol
     assert protocol["dataset"]["images"] == 2 and protocol["dataset"]["fingerprint"] == dataset.fingerprint()
     assert protocol["image_size"] == {"height": 40, "width": 40} and protocol["templates"] == ["a {}"]
+    assert protocol["dtype"] == "float32"
 
 
 def arguments(root, tmp_path, *more):
@@ -193,6 +194,19 @@ def test_bad_options_are_one_line(root, tiny_processor, tmp_path, capsys, more, 
     assert cli.main(arguments(root, tmp_path, *more)) == 2
     err = capsys.readouterr().err.strip().splitlines()
     assert message in err[-1] and err[-1].startswith("iclip evaluate: ")
+
+
+def test_in_bfloat16_the_figures_are_nearly_the_same(root, tiny_processor, tmp_path, capsys):
+    tiny_model().save_pretrained(tmp_path / "model")
+    tiny_processor.save_pretrained(tmp_path / "model")
+    results = []
+    for dtype in ("float32", "bfloat16"):
+        assert cli.main(arguments(root, tmp_path, "--dtype", dtype, "--json")) == 0
+        results.append(json.loads(capsys.readouterr().out))
+        assert results[-1]["protocol"]["dtype"] == dtype
+    whole, half = (one["results"]["itsm"] for one in results)
+    assert half["mFMB"] != whole["mFMB"] and half["mFMB"] == pytest.approx(whole["mFMB"], abs=0.03)
+    assert half["mMIoU"] == pytest.approx(whole["mMIoU"], abs=1)
 
 
 @pytest.mark.parametrize("option", ["limit", "batch_size"])

@@ -1,3 +1,5 @@
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import pytest
 import torch
@@ -47,6 +49,28 @@ def test_presence_beside_the_maps_of_every_method(tiny_processor, method):
     with torch.no_grad():
         logits = model(**tiny_processor(IMAGES, labels=[*TEXTS, *BACKGROUND])).logits_per_image
     torch.testing.assert_close(presences, presence(logits[:, :3], logits[:, 3:]), atol=1e-4, rtol=0)
+
+
+def test_many_images_give_what_each_gives_alone(tiny_processor):
+    """In batches, in order, with those that cannot be read in their places."""
+    localizer = Localizer(tiny_model(), tiny_processor, TEXTS)
+
+    def load(item):
+        if item == "absent":
+            raise FileNotFoundError("there is\nnone")
+        return f"image {item}", IMAGES[item]
+
+    with ThreadPoolExecutor(2) as pool:
+        found = list(localizer.explain_all(load, [0, "absent", 1, 0, 1], pool, batch_size=2))
+    assert [one.name for one in found] == ["image 0", "there is none", "image 1", "image 0", "image 1"]
+    assert found[1] == ("there is none", None, None, None)
+    maps, scores, presences = explained(localizer)
+    for position, index in ((0, 0), (2, 1), (3, 0), (4, 1)):
+        one = found[position]
+        assert one.image is IMAGES[index] and one.explanation.size == (one.image.height, one.image.width)
+        torch.testing.assert_close(one.explanation.raw_maps, maps[index], atol=1e-5, rtol=0)
+        torch.testing.assert_close(one.explanation.scores, scores[index], atol=1e-5, rtol=0)
+        torch.testing.assert_close(one.presence, presences[index], atol=1e-4, rtol=0)
 
 
 def test_texts_of_an_image(tiny_processor):

@@ -386,6 +386,16 @@ def test_bad_inputs_are_named(changes, message):
         tiny_model()(**{**tiny_inputs(), **changes})
 
 
+def test_autocast_rounds_no_logit_and_no_loss():
+    """bfloat16 has steps of a half where scaled cosines are: only what the towers and projections say may differ."""
+    model, inputs = tiny_model(), tiny_inputs(batch=3, texts=3)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        outputs = model(**inputs, return_loss=True)
+    logits = model.logit_scales()[0] * outputs.image_embeds.float() @ outputs.text_embeds.float().T
+    torch.testing.assert_close(outputs.logits_per_image, logits, atol=1e-4, rtol=0)
+    assert outputs.loss.dtype == torch.float32
+
+
 def test_tuples_for_who_wants_them():
     model = tiny_model()
     expected = model(**tiny_inputs())
@@ -395,6 +405,7 @@ def test_tuples_for_who_wants_them():
     assert torch.equal(model(**tiny_inputs(), return_dict=True).logits_per_image, expected.logits_per_image)
 
 
+@pytest.mark.filterwarnings("ignore:.gradient_checkpointing_enable")  # has another name in the newest transformers
 def test_gradient_checkpointing_of_the_towers_that_learn_changes_no_gradient():
     inputs = tiny_inputs(batch=3, texts=3)
     gradients = []

@@ -118,6 +118,11 @@ def test_the_command_explains_with_an_exported_folder(model, folder, tiny_proces
     assert scores[0] == pytest.approx(scores[1], abs=2e-4)
 
 
+def test_a_folder_has_its_precision(folder, tmp_path, capsys):
+    assert cli.main(["explain", "a.png", "--text", "dog", "--model", str(folder), "--dtype", "bfloat16"]) == 2
+    assert "expected no dtype with an ONNX folder, got bfloat16" in capsys.readouterr().err
+
+
 def test_a_damaged_graph_is_one_line(folder, tmp_path, capsys):
     for path in folder.iterdir():
         content = path.read_bytes()

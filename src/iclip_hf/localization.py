@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from .explainers import Explanation, identity, make_explainer, select_texts
-from .explainers.itsm import cosines
+from .modeling_iclip import cosines
 from .presence import BACKGROUND, MIN_PRESENCE, presence
 from .processing_iclip import check_templates
 from .regions import Region, find_regions, negative_points, positive_points

@@ -124,7 +124,7 @@ class ICLIPOutput(ModelOutput):
 
     Attributes:
         loss (`torch.Tensor` scalar, with `return_loss=True`): contrastive loss, the mean of both branches' (Eq. 13).
-        logits_per_image (`torch.Tensor` of shape `(B, T)`): scaled cosines of the recognition branch.
+        logits_per_image (`torch.Tensor` of shape `(B, T)`): scaled cosines of the recognition branch, float32.
         logits_per_text (`torch.Tensor` of shape `(T, B)`): their transpose.
         image_embeds, text_embeds: unit vectors `(B, P)` and `(T, P)` of the recognition branch.
         map_image_embeds, map_text_embeds: unit vectors `(B, P)` and `(T, P)` of the interpretability branch.
@@ -603,10 +603,13 @@ def average_templates(projected: torch.Tensor, num_templates: int) -> torch.Tens
 
 
 def cosines(image_embeds: torch.Tensor, text_embeds: torch.Tensor) -> torch.Tensor:
-    """(B, P) images and (T, P) or (B, T, P) texts, unit vectors -> (B, T)."""
-    if text_embeds.ndim == 3:
-        return (text_embeds @ image_embeds.unsqueeze(-1)).squeeze(-1)
-    return image_embeds @ text_embeds.mT
+    """(B, P) images and (T, P) or (B, T, P) texts, unit vectors -> (B, T), float32."""
+    # Also under autocast: bfloat16 would round a scaled cosine, and with it the loss, by up to a half.
+    with torch.autocast(image_embeds.device.type, enabled=False):
+        image_embeds, text_embeds = image_embeds.float(), text_embeds.float()
+        if text_embeds.ndim == 3:
+            return (text_embeds @ image_embeds.unsqueeze(-1)).squeeze(-1)
+        return image_embeds @ text_embeds.mT
 
 
 __all__ = ["ICLIPModel", "ICLIPOutput", "ICLIPImageFeatures", "ICLIPTextFeatures"]

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from ..modeling_iclip import ICLIPTextFeatures
+from ..modeling_iclip import ICLIPTextFeatures, cosines
 from .explainer import Explainer
-from .itsm import cosines
 
 
 class Attention(Explainer):

@@ -6,9 +6,8 @@ from abc import abstractmethod
 
 import torch
 
-from ..modeling_iclip import ICLIPTextFeatures
+from ..modeling_iclip import ICLIPTextFeatures, cosines
 from .explainer import Explainer
-from .itsm import cosines
 from .recording import AttentionRecord
 
 

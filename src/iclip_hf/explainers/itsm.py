@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from .. import modeling_iclip
-from ..modeling_iclip import ICLIPTextFeatures
+from ..modeling_iclip import ICLIPTextFeatures, cosines
 from .explainer import Explainer
 
 
@@ -24,8 +23,3 @@ class ReversedITSM(ITSM):
     def raw_maps(self, pixel_values: torch.Tensor, texts: ICLIPTextFeatures) -> tuple[torch.Tensor, torch.Tensor]:
         maps, scores = super().raw_maps(pixel_values, texts)
         return -maps, scores
-
-
-def cosines(image_embeds: torch.Tensor, text_embeds: torch.Tensor) -> torch.Tensor:
-    """(B, P) images and (T, P) or (B, T, P) texts, unit vectors -> (B, T) float32."""
-    return modeling_iclip.cosines(image_embeds.float(), text_embeds.float())

@@ -6,11 +6,10 @@ from abc import abstractmethod
 
 import torch
 
-from ..modeling_iclip import ICLIPTextFeatures
+from ..modeling_iclip import ICLIPTextFeatures, cosines
 from ..similarity import cosine_similarity_map
 from .explainer import Explainer
 from .families import unit
-from .itsm import cosines
 from .recording import AttentionRecord
 
 

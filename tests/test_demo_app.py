@@ -157,6 +157,12 @@ def test_only_uploaded_files_are_read_and_heavy_ones_refused(server, folder):
     assert refused.status_code == 413 and refused.text.startswith("File size exceeded maximum allowed size")
 
 
+def broken_upload():
+    yield b'--B\r\nContent-Disposition: form-data; name="files"; filename="photo.png"\r\n\r\n' + bytes(10_000)
+    time.sleep(1)  # the server reads nothing of a connection that is closed already
+    raise InterruptedError
+
+
 def test_no_answer_prepares_the_model_or_the_background_anew(server, folder, monkeypatch):
     photo = upload(server, (folder / "small.png").read_bytes()).json()[0]
     assert call(server, photo, "dog", "gem")[1]() == "event: complete"
@@ -198,7 +204,7 @@ def test_what_visitors_leave_is_bounded_in_memory_and_on_disk(folder, tmp_path, 
         """Sizes of all files, once they are as expected or ten seconds have passed."""
         for _ in range(200):
             sizes = {}
-            for path in tmp_path.rglob("*.*"):
+            for path in filter(Path.is_file, tmp_path.rglob("*")):
                 with contextlib.suppress(FileNotFoundError):  # deleted just now
                     sizes[path] = path.stat().st_size
             if until(sizes):
@@ -215,6 +221,15 @@ def test_what_visitors_leave_is_bounded_in_memory_and_on_disk(folder, tmp_path, 
         assert len(running.state_holder.session_data) == 2
         sizes = held(until=lambda sizes: sum(sizes.values()) <= 150_000)
         assert 60_000 < sum(sizes.values()) <= 150_000 and Path(photo) in sizes
+        with pytest.raises(InterruptedError):
+            httpx.post(
+                f"{running.local_url}gradio_api/upload",
+                content=broken_upload(),
+                headers={"Content-Type": "multipart/form-data; boundary=B"},
+            )
+        assert any(
+            path.parent == tmp_path for path in held(until=lambda sizes: {path.parent for path in sizes} & {tmp_path})
+        )
         monkeypatch.setattr(app, "MAX_CACHE_AGE", 0)
         assert set(held(until=lambda sizes: set(sizes) == own)) == own
         assert {path.parent for path in own} == {path for path in tmp_path.rglob("*") if path.is_dir()}

@@ -1,6 +1,6 @@
 """Every explainer on one image with 20 texts, and what a user would pick instead on the same tower.
 
-    python benchmarks/bench_explainers.py [--texts 20] [--rounds 3]
+    python benchmarks/bench_explainers.py [--texts 20] [--rounds 5]
 
 CLIP ViT-B/16 with random weights, 224 pixels. The alternatives need one forward and backward a text: written with transformers
 alone, pytorch-grad-cam and captum. Prints a Markdown table.
@@ -9,10 +9,11 @@ alone, pytorch-grad-cam and captum. Prints a Markdown table.
 import argparse
 import statistics
 import tempfile
+from collections.abc import Callable
 
 import torch
 from captum.attr import LayerGradCam
-from measuring import machine, ratio, table, take_turns
+from measuring import cost, machine, ratio, table, take_turns
 from pytorch_grad_cam import GradCAM
 from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
 from torch.nn import functional as F
@@ -50,12 +51,8 @@ def with_transformers(model: CLIPModel, pixel_values: torch.Tensor, text_embeds:
     return torch.stack(maps, 1)
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--texts", type=int, default=20)
-    parser.add_argument("--rounds", type=int, default=3)
-    options = parser.parse_args()
-
+def contenders(count: int) -> dict[str, Callable[[], object]]:
+    """Everything on one tower and one image, with so many texts."""
     torch.manual_seed(0)
     config = CLIPConfig(vision_config={"patch_size": 16})
     model = CLIPModel._from_config(config, attn_implementation="eager").eval()
@@ -64,7 +61,7 @@ def main():
         vocabulary.flush()
         tokenizer = BertTokenizer(vocab=vocabulary.name)
     processor = argparse.Namespace(image_processor=CLIPImageProcessor(), tokenizer=tokenizer)
-    embeds = F.normalize(torch.randn(options.texts, config.projection_dim), dim=-1)
+    embeds = F.normalize(torch.randn(count, config.projection_dim), dim=-1)
     texts = ICLIPTextFeatures(text_embeds=embeds, map_text_embeds=embeds)
     pixel_values = torch.randn(1, 3, 224, 224)
 
@@ -80,7 +77,7 @@ def main():
         return [cam.attribute(pixel_values, target=text, attr_dim_summation=False) for text in range(len(embeds))]
 
     explainers = {method: make_explainer(model, processor, method) for method in METHODS}
-    contenders = {
+    return {
         "the image tower's forward": torch.no_grad()(lambda: model.vision_model(pixel_values)),
         **{f"`{name}`": lambda one=one: one.raw_maps(pixel_values, texts) for name, one in explainers.items()},
         "Grad-CAM with transformers": lambda: with_transformers(model, pixel_values, embeds, "grad_cam"),
@@ -88,14 +85,27 @@ def main():
         "Grad-CAM of captum": captum,
         "relevance with transformers": lambda: with_transformers(model, pixel_values, embeds, "bi_modal"),
     }
-    taken = take_turns(contenders, options.rounds)
-    forward, rows = next(iter(contenders)), []
+
+
+def contender(name: str, count: int) -> Callable[[], object]:
+    return contenders(count)[name]
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--texts", type=int, default=20)
+    parser.add_argument("--rounds", type=int, default=5)
+    options = parser.parse_args()
+
+    taken = take_turns(contenders(options.texts), options.rounds)
+    forward, rows = next(iter(taken)), []
     for name, times in taken.items():
         ours = {"Grad-CAM": "`grad_cam`", "relevance": "`bi_modal`"}.get(name.split()[0])
         against = f"{ratio(taken, name, ours):.1f} times {ours}" if ours else ""
-        rows.append([name, statistics.median(times), f"{ratio(taken, name, forward):.2f}", against])
+        memory = cost(contender, name, options.texts)[1]
+        rows.append([name, statistics.median(times), f"{ratio(taken, name, forward):.2f}", against, f"{memory:.0f}"])
     print(f"{machine('captum', 'grad-cam')}; one image, {options.texts} texts, medians of {options.rounds} rounds\n")
-    print(table(["what", "seconds", "forwards", "against ours"], rows))
+    print(table(["what", "seconds", "forwards", "against ours", "MiB"], rows))
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ from iclip_hf import ICLIPModel, cli, explainers
 from iclip_hf.cli import common
 from iclip_hf.demo import app
 from iclip_hf.explainers import families
+from iclip_hf.localization import Localizer
 
 
 TEXTS = ["dog", "red ball", "sky"]
@@ -43,7 +44,7 @@ def folder(tmp_path_factory, tiny_processor):
 @pytest.fixture(scope="module")
 def explained(tiny_processor):
     image = Image.linear_gradient("L").resize((1300, 650)).convert("RGB")
-    return image, *app.explain_image(app.Questions(tiny_model(), tiny_processor, "itsm"), image, TEXTS)
+    return image, *app.explain_image(Localizer(tiny_model(), tiny_processor, ["any"]), image, TEXTS)
 
 
 @pytest.fixture(scope="module")
@@ -87,7 +88,7 @@ def test_the_maps_are_the_explainers_at_the_size_of_the_view(tiny_processor, exp
     expected = explainers.explain(model, tiny_processor, [image], TEXTS, target_sizes=size)[0]
     torch.testing.assert_close(explanation.maps, expected.maps)
     torch.testing.assert_close(explanation.scores, expected.scores)
-    other, same = app.explain_image(app.Questions(model, tiny_processor, "grad_cam"), image, TEXTS)
+    other, same = app.explain_image(Localizer(model, tiny_processor, ["any"], method="grad_cam"), image, TEXTS)
     expected = explainers.explain(model, tiny_processor, [image], TEXTS, "grad_cam", target_sizes=size)[0]
     torch.testing.assert_close(other.maps, expected.maps)
     assert same == pytest.approx(presence, abs=1e-5)

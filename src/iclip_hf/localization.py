@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Executor
@@ -11,7 +12,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from .explainers import Explanation, identity, make_explainer, select_texts
+from .explainers import Explanation, identity, join_texts, make_explainer
 from .modeling_iclip import cosines
 from .presence import BACKGROUND, MIN_PRESENCE, presence
 from .processing_iclip import check_templates
@@ -85,9 +86,6 @@ class Localizer:
         min_presence (`float` in [0, 1]): a text of lower presence gets an empty mask.
         image_size (`int`, *optional*): side in pixels at which the model sees images; the processor's if not given.
 
-    Attributes:
-        settings (`dict`): all of them, as plain values.
-
     Raises:
         `ValueError`, `TypeError`: as [`make_explainer`]; for thresholds out of range or not T.
     """
@@ -104,27 +102,38 @@ class Localizer:
         min_presence: float = MIN_PRESENCE,
         image_size: int | None = None,
     ):
+        if not 0 <= min_presence <= 1:
+            raise ValueError(f"Expected min_presence in [0, 1], got {min_presence}.")
+        self.explainer = make_explainer(model, processor, method)
+        self.templates = check_templates(templates or self.explainer.family.templates)
+        self.min_presence = min_presence
+        self._background = self.explainer.encode_texts(BACKGROUND, self.templates)
+        self._size = {} if image_size is None else {"size": {"height": image_size, "width": image_size}}
+        self._settings = {**identity(model), "method": method, "image_size": image_size}
+        self._ask(texts, threshold)
+
+    def _ask(self, texts: Sequence[str], threshold: float | Sequence[float]) -> None:
         self.texts = list(texts)
         self.thresholds = [threshold] * len(self.texts) if isinstance(threshold, (int, float)) else list(threshold)
-        self.min_presence = min_presence
         if not self.texts:
             raise ValueError("Expected at least one text, got none.")
         if len(self.thresholds) != len(self.texts):
             raise ValueError(f"Expected {len(self.texts)} thresholds, one a text, got {len(self.thresholds)}.")
-        if not all(0 <= value <= 1 for value in [*self.thresholds, min_presence]):
-            raise ValueError(f"Expected thresholds and presence in [0, 1], got {self.thresholds} and {min_presence}.")
-        self.explainer = make_explainer(model, processor, method)
-        self._encoded = self.explainer.encode_texts([*self.texts, *BACKGROUND], templates)
-        self._size = {} if image_size is None else {"size": {"height": image_size, "width": image_size}}
-        self.settings = {
-            **identity(model),
-            "method": method,
-            "texts": self.texts,
-            "templates": check_templates(templates or self.explainer.family.templates),
-            "thresholds": self.thresholds,
-            "min_presence": min_presence,
-            "image_size": image_size,
-        }
+        if not all(0 <= value <= 1 for value in self.thresholds):
+            raise ValueError(f"Expected thresholds in [0, 1], got {self.thresholds}.")
+        self._encoded = self.explainer.encode_texts(self.texts, self.templates)
+
+    def about(self, texts: Sequence[str], threshold: float | Sequence[float] = 0.5) -> Localizer:
+        """The same for other texts, at the cost of these alone: the prepared model and the background are shared."""
+        other = copy.copy(self)
+        other._ask(texts, threshold)
+        return other
+
+    @property
+    def settings(self) -> dict:
+        """All that the results depend on beside the images, as plain values."""
+        names = ("texts", "templates", "thresholds", "min_presence")
+        return {**self._settings, **{name: getattr(self, name) for name in names}}
 
     def prepare(self, image: Image.Image) -> torch.Tensor:
         """An RGB image of any shape -> `(1, 3, H, W)` as the model sees it."""
@@ -132,15 +141,15 @@ class Localizer:
 
     def explain(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Images `(B, 3, H, W)` -> raw maps `(B, T, h, w)`, cosines `(B, T)` and presence `(B, T)`, on the CPU."""
-        count = len(self.texts)
         if self.explainer.more_texts_are_free:
-            maps, scores = self.explainer.raw_maps(pixel_values, self._encoded)
+            maps, scores = self.explainer.raw_maps(pixel_values, join_texts([self._encoded, self._background]))
+            count = len(self.texts)
             maps, scores, background = maps[:, :count], scores[:, :count], scores[:, count:]
         else:
-            maps, scores = self.explainer.raw_maps(pixel_values, select_texts(self._encoded, torch.arange(count)))
+            maps, scores = self.explainer.raw_maps(pixel_values, self._encoded)
             with torch.no_grad():
                 image = self.explainer.family.encode_image(pixel_values)
-            background = cosines(image.image_embeds, self._encoded.text_embeds[count:])
+            background = cosines(image.image_embeds, self._background.text_embeds)
         return maps.cpu(), scores.cpu(), presence(scores, background).cpu()
 
     def explain_all(

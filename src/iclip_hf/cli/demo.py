@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from .common import add_command, add_model_option, check_folder
+from .common import add_command, add_model_option, check_folder, silence_transformers
 
 
 def register(commands) -> None:
@@ -27,5 +27,6 @@ def run(options: argparse.Namespace) -> int:
         export_space(options.export_space, options.model)
         print(options.export_space)
     else:
-        launch(options.model, options.host, options.port)
+        silence_transformers()
+        launch(options.model, options.host, options.port, options.dtype)
     return 0

@@ -5,29 +5,26 @@ from __future__ import annotations
 import asyncio
 import base64
 import contextlib
-import copy
 import functools
 import importlib.util
 import io
 import os
 import time
 import zlib
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator
 from pathlib import Path
 
 import numpy as np
-import torch
 from matplotlib import colormaps
 from PIL import Image
 
 from .. import __version__
 from ..cache import written_whole
-from ..explainers import Explanation, select_texts
+from ..explainers import Explanation
 from ..extras import extra
 from ..images import load_image
 from ..loading import load_model
 from ..localization import Localizer
-from ..modeling_iclip import ICLIPTextFeatures
 from ..plots import COLORMAP
 from ..presence import BACKGROUND, MIN_PRESENCE
 
@@ -113,39 +110,17 @@ def split_texts(typed: str) -> list[str]:
     return texts
 
 
-class Questions(Localizer):
-    """
-    A method that is asked for other texts with each image: the model is prepared and the background encoded once.
-
-    Args:
-        model, processor, method: as for `make_explainer`.
-    """
-
-    def __init__(self, model, processor, method: str):
-        super().__init__(model, processor, BACKGROUND[:1], method=method)
-
-    def about(self, texts: Sequence[str]) -> Localizer:
-        """For T texts; it shares the prepared model."""
-        asked = copy.copy(self)
-        own = self.explainer.encode_texts(texts)
-        background = select_texts(self._encoded, torch.arange(1, 1 + len(BACKGROUND)))
-        asked.texts = list(texts)
-        asked._encoded = ICLIPTextFeatures(
-            text_embeds=torch.cat([own.text_embeds, background.text_embeds]),
-            map_text_embeds=torch.cat([own.map_text_embeds, background.map_text_embeds]),
-        )
-        return asked
-
-
-def explain_image(questions: Questions, image: Image.Image, texts: list[str]) -> tuple[Explanation, list[float]]:
+def explain_image(localizer: Localizer, image: Image.Image, texts: list[str]) -> tuple[Explanation, list[float]]:
     """
     Explains an RGB image.
+
+    Args:
+        localizer: of any texts.
 
     Returns:
         `tuple`: the explanation, with maps of at most `VIEW_SIDE` pixels a side, and the presence of each text, in [0, 1].
     """
-    localizer = questions.about(texts)
-    maps, scores, presence = localizer.explain(localizer.prepare(image))
+    maps, scores, presence = localizer.about(texts).explain(localizer.prepare(image))
     width, height = _view_size(image)
     return Explanation(texts, scores[0], maps[0], (height, width)), presence[0].tolist()
 
@@ -200,14 +175,17 @@ def build_app(model, processor) -> gr.Blocks:
     examples = _examples()
     first_photo, first_texts = examples[0] if examples else (None, "")
     gr.set_static_paths([path for path, _ in examples])
-    questions = functools.cache(functools.partial(Questions, model, processor))  # one for each method
+
+    @functools.cache
+    def localizer(method: str) -> Localizer:  # its texts come with each image
+        return Localizer(model, processor, BACKGROUND[:1], method=method)
 
     def explain(photo: dict | None, typed: str, method: str):
         if photo is None:
             return gr.skip()
         try:
             image = load_image(photo["path"], photo["orig_name"] or "this file")
-            explanation, presence = explain_image(questions(method), image, split_texts(typed))
+            explanation, presence = explain_image(localizer(method), image, split_texts(typed))
         except (OSError, ValueError, TypeError) as error:
             raise gr.Error(str(error), print_exception=False) from error
         npz = save_bytes_to_cache(to_npz(explanation, presence), "explanation.npz", download.GRADIO_CACHE)
@@ -272,16 +250,19 @@ def build_app(model, processor) -> gr.Blocks:
     return app.queue(max_size=32)
 
 
-def launch(model: str | None = None, host: str | None = None, port: int | None = None, **options) -> gr.Blocks:
+def launch(
+    model: str | None = None, host: str | None = None, port: int | None = None, dtype: str | None = None, **options
+) -> gr.Blocks:
     """
     Serves the app until it is interrupted.
 
     Args:
         model: folder or Hub id; the embedded checkpoint if not given.
         host, port: where it listens; Gradio's choice if not given, which suits a Space.
+        dtype: precision of the model, see `load_model`.
         options: of `gradio.Blocks.launch`; with `prevent_thread_lock=True` this returns at once.
     """
-    app = build_app(*load_model(model))
+    app = build_app(*load_model(model, dtype))
     app.launch(
         server_name=host,
         server_port=port,

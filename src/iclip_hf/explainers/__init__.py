@@ -34,6 +34,7 @@ from .attention import Attention
 from .bi_modal import BiModal
 from .clip_surgery import CLIPSurgery
 from .explainer import Explainer, Explanation, identity
+from .families import join_texts
 from .gem import GEM
 from .grad_cam import GradCAM
 from .itsm import ITSM, ReversedITSM
@@ -149,4 +150,13 @@ def select_texts(texts: ICLIPTextFeatures, rows: torch.Tensor) -> ICLIPTextFeatu
     return ICLIPTextFeatures(text_embeds=texts.text_embeds[rows], map_text_embeds=texts.map_text_embeds[rows])
 
 
-__all__ = ["METHODS", "Explainer", "Explanation", "explain", "identity", "make_explainer", "select_texts"]
+__all__ = [
+    "METHODS",
+    "Explainer",
+    "Explanation",
+    "explain",
+    "identity",
+    "join_texts",
+    "make_explainer",
+    "select_texts",
+]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from ..modeling_iclip import ICLIPTextFeatures
+from .families import join_texts
 from .recording import AttentionRecord
 from .self_self import SelfSelfAttention, similar
 
@@ -29,12 +30,8 @@ class CLIPSurgery(SelfSelfAttention):
     def raw_maps(self, pixel_values: torch.Tensor, texts: ICLIPTextFeatures) -> tuple[torch.Tensor, torch.Tensor]:
         single = texts.text_embeds.shape[-2] == 1
         if single:
-            texts = ICLIPTextFeatures(
-                text_embeds=torch.cat([texts.text_embeds, self.nothing.text_embeds.expand_as(texts.text_embeds)], -2),
-                map_text_embeds=torch.cat(
-                    [texts.map_text_embeds, self.nothing.map_text_embeds.expand_as(texts.map_text_embeds)], -2
-                ),
-            )
+            nothing = {name: value.expand_as(texts[name]) for name, value in self.nothing.items()}
+            texts = join_texts([texts, ICLIPTextFeatures(**nothing)])
         maps, scores = super().raw_maps(pixel_values, texts)
         if single:
             return maps[:, :1] - maps[:, 1:], scores[:, :1]

@@ -24,6 +24,12 @@ from .recording import AttentionLayer, AttentionRecord, merge_heads, prepare, pr
 _TEXT_BATCH = 256
 
 
+def join_texts(parts: Sequence[ICLIPTextFeatures]) -> ICLIPTextFeatures:
+    """Texts encoded in parts, `(..., T, P)` each, as if encoded together."""
+    names = ("text_embeds", "map_text_embeds")
+    return ICLIPTextFeatures(**{name: torch.cat([part[name] for part in parts], -2) for name in names})
+
+
 class Family(ABC):
     """
     A model behind the few functions that the methods are written in. It works on a private copy that shares the model's
@@ -63,10 +69,7 @@ class Family(ABC):
         step = max(1, _TEXT_BATCH // len(templates))
         with torch.no_grad():
             parts = [self._encode_texts(list(labels[i : i + step]), templates) for i in range(0, len(labels), step)]
-        return ICLIPTextFeatures(
-            text_embeds=torch.cat([part.text_embeds for part in parts]),
-            map_text_embeds=torch.cat([part.map_text_embeds for part in parts]),
-        )
+        return join_texts(parts)
 
     @abstractmethod
     def _encode_texts(self, labels: list[str], templates: list[str]) -> ICLIPTextFeatures: ...

@@ -151,8 +151,9 @@ class _COCOSample(SegmentationSample):
             if isinstance(segmentation, list):  # polygons [x1, y1, x2, y2, ...]
                 if not segmentation:
                     return []
+                far = 2 * max(self.size)  # pycocotools would need memory by the distance
                 if not all(
-                    len(p) >= 6 and len(p) % 2 == 0 and np.abs(p).max() <= 2 * max(self.size) for p in segmentation
+                    len(p) >= 6 and len(p) % 2 == 0 and -far <= np.min(p) and np.max(p) <= far for p in segmentation
                 ):
                     raise ValueError(
                         "a polygon with fewer than 3 points, half a point or points far outside the image"
@@ -319,8 +320,8 @@ def _load_coco2017(root: Path, split: str | None) -> SegmentationDataset:
                 )
             kept = {"id": item["id"], "label": labels[item["category_id"]], "iscrowd": bool(item["iscrowd"])}
             annotations[item["image_id"]].append(kept | {"segmentation": item["segmentation"]})
-        if len(labels) < len(categories) or not all(isinstance(name, str) for name in class_names):
-            raise ValueError("categories without a name or an id of their own")
+        if len(labels) < len(categories) or not all(isinstance(name, str) for name in class_names + names):
+            raise ValueError("categories without an id of their own, or they or images without a name")
     except (KeyError, TypeError, ValueError, RecursionError) as error:
         raise ValueError(
             f"{path}: expected COCO instance annotations (categories, images, annotations), but got "

@@ -86,6 +86,9 @@ class Localizer:
         min_presence (`float` in [0, 1]): a text of lower presence gets an empty mask.
         image_size (`int`, *optional*): side in pixels at which the model sees images; the processor's if not given.
 
+    Attributes:
+        settings (`dict`): all that results depend on beside the images, as plain values.
+
     Raises:
         `ValueError`, `TypeError`: as [`make_explainer`]; for thresholds out of range or not T.
     """
@@ -109,7 +112,13 @@ class Localizer:
         self.min_presence = min_presence
         self._background = self.explainer.encode_texts(BACKGROUND, self.templates)
         self._size = {} if image_size is None else {"size": {"height": image_size, "width": image_size}}
-        self._settings = {**identity(model), "method": method, "image_size": image_size}
+        self.settings = {
+            **identity(model),
+            "method": method,
+            "templates": self.templates,
+            "min_presence": min_presence,
+            "image_size": image_size,
+        }
         self._ask(texts, threshold)
 
     def _ask(self, texts: Sequence[str], threshold: float | Sequence[float]) -> None:
@@ -121,6 +130,7 @@ class Localizer:
             raise ValueError(f"Expected {len(self.texts)} thresholds, one a text, got {len(self.thresholds)}.")
         if not all(0 <= value <= 1 for value in self.thresholds):
             raise ValueError(f"Expected thresholds in [0, 1], got {self.thresholds}.")
+        self.settings = {**self.settings, "texts": self.texts, "thresholds": self.thresholds}
         self._encoded = self.explainer.encode_texts(self.texts, self.templates)
 
     def about(self, texts: Sequence[str], threshold: float | Sequence[float] = 0.5) -> Localizer:
@@ -128,12 +138,6 @@ class Localizer:
         other = copy.copy(self)
         other._ask(texts, threshold)
         return other
-
-    @property
-    def settings(self) -> dict:
-        """All that the results depend on beside the images, as plain values."""
-        names = ("texts", "templates", "thresholds", "min_presence")
-        return {**self._settings, **{name: getattr(self, name) for name in names}}
 
     def prepare(self, image: Image.Image) -> torch.Tensor:
         """An RGB image of any shape -> `(1, 3, H, W)` as the model sees it."""

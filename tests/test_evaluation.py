@@ -16,6 +16,7 @@ from iclip_hf import cli
 from iclip_hf.data import load_segmentation
 from iclip_hf.evaluation import evaluate
 from iclip_hf.explainers import METHODS, make_explainer
+from iclip_hf.localization import Localizer
 from iclip_hf.metrics import MeanForegroundMinusBackground as MFMB
 from iclip_hf.metrics import MeanMaxIoU, MultiLabelAveragePrecision
 from iclip_hf.similarity import resize_and_normalize
@@ -123,6 +124,21 @@ def test_images_are_encoded_once_for_maps_reversal_and_scores(root, tiny_process
     assert passes[2:] == [4, 4, 3, 3]
     shown = [len(sample.labels) for sample in dataset]
     assert len(backwards) == max(shown[:4]) + max(shown[4:]) < 2 * len(NAMES)
+
+
+def test_the_gate_of_presence_by_hand(root, tiny_processor):
+    model, dataset = tiny_model(), load_segmentation("folder", root)
+    localizer = Localizer(model, tiny_processor, NAMES, templates=dataset.templates)
+    counts = {True: [0, 0], False: [0, 0]}
+    for sample in dataset:
+        present = localizer.explain(localizer.prepare(sample.image))[2][0]
+        for label, value in zip((1, 2, 3), present.tolist()):
+            counts[label in sample.labels][0] += 1
+            counts[label in sample.labels][1] += value >= 0.7
+    gate = evaluate(model, tiny_processor, dataset, progress=False).presence
+    assert 0 < counts[True][1] + counts[False][1] < 21
+    for name, (number, reached) in (("kept", counts[True]), ("passed", counts[False])):
+        assert gate[name] == pytest.approx(100 * reached / number)
 
 
 def test_images_without_any_class_are_only_ranked(root, tiny_processor, tmp_path):

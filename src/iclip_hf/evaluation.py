@@ -6,6 +6,7 @@ import csv
 import io
 import itertools
 import json
+import math
 import os
 import platform
 import time
@@ -22,10 +23,11 @@ from tqdm import tqdm
 
 from .cache import written_whole
 from .data.segmentation import SegmentationDataset, SegmentationSample
-from .explainers import identity, make_explainer, select_texts
+from .explainers import identity, join_texts, make_explainer, select_texts
 from .explainers.gradients import GradientExplainer
 from .extras import extra
 from .metrics import MeanForegroundMinusBackground, MeanMaxIoU, MultiLabelAveragePrecision
+from .presence import BACKGROUND, MIN_PRESENCE, presence
 from .processes import this_process
 from .processing_iclip import check_templates
 from .similarity import resize_and_normalize, reverse
@@ -45,6 +47,8 @@ class EvaluationResult:
         protocol (`dict`): model, data set with its fingerprint, resolution, prompts, aggregation, software versions.
         results (`dict`): for each method `mAP`, `mMIoU` and `floor` in percent and `mFMB` in [-1, 1]; `floor` is the mMIoU of
             calling every pixel foreground.
+        presence (`dict`): what the gate of `min_presence` does: the share of the shown classes whose presence reaches it, `kept`, and
+            of the others, `passed`, both in percent of all images and classes.
         per_class (`dict`): for each method a list of one `dict` a class: id, name, AP, IoU in percent, its best threshold,
             and FMB; None where no image has the class.
         timing (`dict`): seconds in all, seconds in the model's forward, images.
@@ -52,17 +56,23 @@ class EvaluationResult:
 
     protocol: dict
     results: dict[str, dict[str, float]]
+    presence: dict[str, float]
     per_class: dict[str, list[dict]]
     timing: dict[str, float]
 
     def table(self) -> str:
-        """The scores as a Markdown table."""
+        """The scores as a Markdown table, and a line on presence."""
         lines = ["| method | mAP % | mMIoU % | mFMB | floor % |", "|---|---|---|---|---|"]
         lines += [
             f"| {method} | {r['mAP']:.2f} | {r['mMIoU']:.2f} | {r['mFMB']:.4f} | {r['floor']:.2f} |"
             for method, r in self.results.items()
         ]
-        return "\n".join(lines)
+        gate = self.presence
+        lines += [
+            "",
+            f"presence of at least {gate['min_presence']}: {gate['kept']:.1f} % of the classes that an image shows, ",
+        ]
+        return "\n".join(lines) + f"{gate['passed']:.1f} % of the others"
 
     def to_json(self) -> str:
         """Everything, as JSON text."""
@@ -176,6 +186,7 @@ def evaluate(
     drawer = _Drawer(model, processor, methods, dataset.class_names, templates)
     scores = {method: _Scores(MeanMaxIoU(aggregate), MeanForegroundMinusBackground(aggregate)) for method in methods}
     average_precision = MultiLabelAveragePrecision()
+    gate = np.zeros((2, 2), np.int64)  # absent and shown classes: all of them, and those whose presence is enough
 
     prepare = drawer.itsm.processor
     size = {} if image_size is None else {"size": {"height": image_size, "width": image_size}}
@@ -186,19 +197,21 @@ def evaluate(
 
     def load(index: int) -> tuple[SegmentationSample, np.ndarray, torch.Tensor]:
         sample = dataset[index]
-        presence = np.isin(dataset.labels, sample.labels)
-        return sample, presence, prepare(images=[sample.image], **size)["pixel_values"]
+        shown = np.isin(dataset.labels, sample.labels)
+        return sample, shown, prepare(images=[sample.image], **size)["pixel_values"]
 
     def forward() -> Iterator[tuple[SegmentationSample, dict[str, torch.Tensor]]]:
         """The model's part, in this thread: for each image by method the raw maps of the classes it shows."""
         nonlocal seconds_in_model
         loaded = map_ahead(pool, load, indices, 2 * batch_size)
         while batch := list(itertools.islice(loaded, batch_size)):
-            samples, presence, pixels = zip(*batch)
+            samples, shown, pixels = zip(*batch)
             began = time.perf_counter()
-            cosines, drawn = drawer.draw(torch.cat(pixels), [sample.labels for sample in samples])
+            cosines, enough, drawn = drawer.draw(torch.cat(pixels), [sample.labels for sample in samples])
             seconds_in_model += time.perf_counter() - began
-            average_precision.update(cosines, np.stack(presence))
+            shown = np.stack(shown)
+            average_precision.update(cosines, shown)
+            gate[:] += [[(shown == which).sum(), (enough & (shown == which)).sum()] for which in (False, True)]
             for sample, *maps in zip(samples, *drawn.values()):
                 yield sample, dict(zip(drawn, maps))
             bar.update(len(batch))
@@ -209,9 +222,12 @@ def evaluate(
             for method, of_classes in counts.items():
                 scores[method].add_counts(of_classes)
 
-    (scores, average_precision), *others = gather_object([(scores, average_precision)])  # alike on every process
-    for other_scores, other_precision in others:
+    (scores, average_precision, gate), *others = gather_object(
+        [(scores, average_precision, gate)]
+    )  # alike on every process
+    for other_scores, other_precision, other_gate in others:
         average_precision.merge(other_precision)
+        gate = gate + other_gate
         for method, other in other_scores.items():
             scores[method].merge(other)
     protocol = {
@@ -236,6 +252,7 @@ def evaluate(
     return EvaluationResult(
         protocol=protocol,
         results={method: summary for method, (summary, _) in computed.items()},
+        presence={"min_presence": MIN_PRESENCE, **dict(zip(("passed", "kept"), _percent(gate)))},
         per_class={method: rows for method, (_, rows) in computed.items()},
         timing={
             "seconds": time.perf_counter() - start,
@@ -247,8 +264,8 @@ def evaluate(
 
 class _Drawer:
     """
-    The maps of several methods with few passes through the model: the similarity map, its reversal and the scores of all
-    classes come from one; every other method takes one of its own.
+    The maps of several methods with few passes through the model: the similarity map, its reversal, and scores and presence of
+    all classes come from one; every other method takes one of its own.
     """
 
     def __init__(self, model, processor, methods: Sequence[str], class_names: Sequence[str], templates: list[str]):
@@ -260,29 +277,37 @@ class _Drawer:
             if method not in ("itsm", "reversed_itsm")
         }
         self.texts = self.itsm.encode_texts(class_names, templates)
+        self.with_background = join_texts([self.texts, self.itsm.encode_texts(BACKGROUND, templates)])
 
     def draw(
         self, pixel_values: torch.Tensor, labels: Sequence[Sequence[int]]
-    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    ) -> tuple[torch.Tensor, np.ndarray, dict[str, torch.Tensor]]:
         """
         Args:
             pixel_values (`torch.Tensor` of shape `(B, 3, H, W)`).
             labels: the class ids that each image shows.
 
         Returns:
-            `tuple`: cosines of all classes `(B, K)`, and for each method raw maps `(B, T, h, w)`, of each image those of
+            `tuple`: cosines of all classes `(B, K)`, whether their presence is enough `(B, K)`, and for each method raw maps `(B, T, h, w)`, of each image those of
             its labels and then, up to the longest list of the batch, of any class; of the reversal those to be reversed.
         """
         rows = pad_sequence([torch.tensor(one or (1,)) - 1 for one in labels], batch_first=True)  # (B, T)
         shown = torch.arange(len(rows))[:, None], rows
-        maps, cosines = self.itsm.raw_maps(pixel_values, self.texts)
+        maps, cosines = self.itsm.raw_maps(pixel_values, self.with_background)
+        cosines, background = cosines.split([len(self.texts.text_embeds), len(BACKGROUND)], dim=1)
+        enough = (presence(cosines, background) >= MIN_PRESENCE).cpu().numpy()
         drawn = {"itsm": maps[shown], "reversed_itsm": maps[shown]}  # turned round once they are stretched to [0, 1]
         for method, explainer in self.others.items():
             if isinstance(explainer, GradientExplainer):  # a backward a text: not for the absent classes
                 drawn[method] = explainer.raw_maps(pixel_values, select_texts(self.texts, rows))[0]
             else:  # almost free, and clip_surgery compares a text with all others
                 drawn[method] = explainer.raw_maps(pixel_values, self.texts)[0][shown]
-        return cosines.cpu(), {method: drawn[method].cpu() for method in self.methods}
+        return cosines.cpu(), enough, {method: drawn[method].cpu() for method in self.methods}
+
+
+def _percent(counts: np.ndarray) -> list[float]:
+    """Rows of (all, some) -> percentages; NaN of nothing."""
+    return [100 * some / all_ if all_ else math.nan for all_, some in counts.tolist()]
 
 
 def _count(item: tuple[SegmentationSample, dict[str, torch.Tensor]]) -> dict[str, list[tuple]]:

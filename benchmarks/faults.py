@@ -119,7 +119,8 @@ def evaluation(inputs: Path, output: Path) -> None:
 
 def export(inputs: Path, output: Path) -> None:
     output.mkdir(exist_ok=True)
-    if not (output / "model").exists() and cli.main(["export", f"{inputs}/model", f"{output}/model"]):
+    done = (output / "model").exists()  # then it refuses, rightly
+    if cli.main(["export", f"{inputs}/model", f"{output}/model"]) and not done:
         raise SystemExit(2)
 
 

@@ -99,6 +99,20 @@ def test_what_a_killed_run_was_building_goes_with_the_next(build, tmp_path):
     assert names(target) == ["weights"]
 
 
+def test_what_a_run_leaves_that_is_killed_when_all_is_built_goes_too(tmp_path):
+    killed(
+        "with new_folder(sys.argv[1]) as folder:\n"
+        "    (folder / 'weights').touch()\n"
+        "    replace = os.replace\n"
+        "    os.replace = lambda *paths: (replace(*paths), os.kill(os.getpid(), signal.SIGKILL))",
+        tmp_path / "model",
+    )
+    assert len(names(tmp_path)) == 2
+    with pytest.raises(FileExistsError), new_folder(tmp_path / "model"):
+        pass
+    assert names(tmp_path) == ["model"]
+
+
 def test_what_a_living_run_builds_stays(tmp_path):
     def whole(folder):
         for name in ("model.safetensors", "config.json"):

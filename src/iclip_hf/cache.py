@@ -90,6 +90,7 @@ def new_folder(folder: str | Path) -> Iterator[Path]:
         `FileExistsError`: there is something in the folder, which stays as it is. `OSError`: it cannot be written.
     """
     folder = Path(folder).resolve()
+    _clear_left_overs(folder)
     _check_empty(folder)
     with _built_beside(folder) as built:
         yield built
@@ -109,6 +110,7 @@ def build_once(folder: Path, build: Callable[[Path], None]) -> Path:
     Raises:
         `FileExistsError`: the folder is there but incomplete.
     """
+    _clear_left_overs(folder)
     if _is_complete(folder):
         return folder
     with _built_beside(folder) as built:
@@ -126,14 +128,7 @@ def build_once(folder: Path, build: Callable[[Path], None]) -> Path:
 
 @contextmanager
 def _built_beside(folder: Path) -> Iterator[Path]:
-    """A new folder on the same disk, to be renamed to `folder`; what was not is removed, by the next run if this one is killed."""
-    for lock in folder.parent.glob(f".{glob.escape(folder.name)}-*/{_LOCK}"):
-        left_over = lock.parent
-        if (left_over / _WORK).is_dir():
-            with suppress(OSError):  # a run that lives holds it
-                with claimed(left_over):
-                    shutil.rmtree(left_over / _WORK)
-                shutil.rmtree(left_over)
+    """A new folder on the same disk, to be renamed to `folder`; what was not is removed."""
     with writing_errors(folder):
         folder.parent.mkdir(parents=True, exist_ok=True)
         scratch = tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-", ignore_cleanup_errors=True)
@@ -147,6 +142,17 @@ def _built_beside(folder: Path) -> Iterator[Path]:
             if isinstance(error, OSError) and error.errno not in _DISK_FULL:  # what reading raises is clear already
                 raise
             raise OSError(f"{folder}: writing failed ({error}); see to the disk's room, then run again.") from error
+
+
+def _clear_left_overs(folder: Path) -> None:
+    """Removes what killed runs were building beside a folder."""
+    for lock in folder.parent.glob(f".{glob.escape(folder.name)}-*/{_LOCK}"):
+        left_over = lock.parent
+        if (left_over / _WORK).is_dir():
+            with suppress(OSError):  # a run that lives holds it
+                with claimed(left_over):
+                    shutil.rmtree(left_over / _WORK)
+                shutil.rmtree(left_over)
 
 
 def _is_complete(folder: Path) -> bool:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import io
-import itertools
 import json
 import os
 from collections.abc import Iterator, Sequence
@@ -13,18 +12,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
 from PIL import Image
 from tqdm import tqdm
 
 from .cache import written_whole
 from .data.pairs import PairDataset, load_pairs
-from .explainers import Explanation
 from .extras import extra
 from .images import IMAGE_SUFFIXES, load_image
-from .localization import Localizer
+from .localization import Explained, Localizer
 from .processes import claimed_together, partner_errors, this_process
-from .threads import map_ahead
+from .threads import map_ahead, spare_processors
 
 
 with extra("collections"):
@@ -145,8 +142,8 @@ def explain_collection(
         output (`Path`): folder.
         batch_size (`int`): images in one forward.
         images_per_file (`int`): rows of a file, which is what an interruption costs at most.
-        num_workers (`int`, *optional*): threads that decode images and make masks beside the model; two less than the
-            processors, at least one, if not given.
+        num_workers (`int`, *optional*): threads that decode images and make masks beside the model; `spare_processors`
+            if not given.
         progress (`bool`): show a bar, in the first process.
 
     Returns:
@@ -174,11 +171,10 @@ def explain_collection(
         missing = [(part, file) for part, file in zip(parts, files) if not file.exists()]
         state.wait_for_everyone()  # before anyone adds a file: all must share out the same list
         mine = missing[state.process_index :: state.num_processes]
-        workers = num_workers or max(1, (os.cpu_count() or 1) - 2)
         bar = tqdm(
             total=sum(len(part) for part, _ in mine), unit="image", disable=not (progress and state.is_main_process)
         )
-        with ThreadPoolExecutor(workers) as pool, bar:
+        with ThreadPoolExecutor(num_workers or spare_processors()) as pool, bar:
             for part, file in mine:
                 broken: list[str] = []
                 rows = list(_rows(localizer, images, part, batch_size, pool, bar, broken))
@@ -198,31 +194,20 @@ def explain_collection(
 def _rows(localizer, images, part, batch_size, pool, bar, broken) -> Iterator[dict]:
     """The rows of some images, in order; threads decode and describe, this one runs the model."""
 
-    def load(index: int) -> tuple[str, tuple[int, int], torch.Tensor] | str:
-        try:
-            name, image = images.image(index)
-        except (ValueError, FileNotFoundError) as error:
-            return " ".join(str(error).split())
-        return name, (image.height, image.width), localizer.prepare(image)
+    def explained() -> Iterator[Explained]:
+        for one in localizer.explain_all(images.image, part, pool, batch_size):
+            bar.update()
+            if one.image is None:
+                broken.append(one.name)
+            else:
+                yield one
 
-    def explained() -> Iterator[tuple[str, Explanation, torch.Tensor]]:
-        loaded = map_ahead(pool, load, part, 2 * batch_size)
-        while batch := list(itertools.islice(loaded, batch_size)):
-            broken.extend(one for one in batch if isinstance(one, str))
-            good = [one for one in batch if not isinstance(one, str)]
-            if good:
-                names, sizes, pixels = zip(*good)
-                for name, size, raw, scores, presence in zip(names, sizes, *localizer.explain(torch.cat(pixels))):
-                    yield name, Explanation(localizer.texts, scores, raw, size), presence
-            bar.update(len(batch))
-
-    def describe(item: tuple[str, Explanation, torch.Tensor]) -> dict:
-        name, explanation, presence = item
+    def describe(one: Explained) -> dict:
         texts = [
             {**text.record(), "raw_map": list(raw), "mask": {"bytes": _png(text.mask), "path": None}}
-            for text, raw in zip(localizer.locate(explanation, presence), explanation.raw_maps.numpy())
+            for text, raw in zip(localizer.locate(one.explanation, one.presence), one.explanation.raw_maps.numpy())
         ]
-        return {"image": name, "height": explanation.size[0], "width": explanation.size[1], "texts": texts}
+        return {"image": one.name, "height": one.image.height, "width": one.image.width, "texts": texts}
 
     return map_ahead(pool, describe, explained(), 2 * batch_size)
 

@@ -7,7 +7,6 @@ import io
 import itertools
 import json
 import math
-import os
 import platform
 import time
 from collections.abc import Iterator, Sequence
@@ -31,7 +30,7 @@ from .presence import BACKGROUND, MIN_PRESENCE, presence
 from .processes import this_process
 from .processing_iclip import check_templates
 from .similarity import resize_and_normalize, reverse
-from .threads import map_ahead
+from .threads import map_ahead, spare_processors
 
 
 with extra("eval"):
@@ -166,8 +165,8 @@ def evaluate(
         aggregate (`str`): `"image"` or `"pixel"`, see [`MeanMaxIoU`].
         limit (`int`, *optional*): evaluate only the first images.
         batch_size (`int`): images in one forward.
-        num_workers (`int`, *optional*): threads that decode images and masks and count pixels beside the model; two less
-            than the processors, at least one, if not given.
+        num_workers (`int`, *optional*): threads that decode images and masks and count pixels beside the model;
+            `spare_processors` if not given.
         progress (`bool`): show a bar, in the first process.
 
     Returns:
@@ -192,7 +191,6 @@ def evaluate(
     size = {} if image_size is None else {"size": {"height": image_size, "width": image_size}}
     count = min(len(dataset), limit or len(dataset))
     indices = range(rank, count, world)
-    workers = num_workers or max(1, (os.cpu_count() or 1) - 2)
     seconds_in_model = 0.0
 
     def load(index: int) -> tuple[SegmentationSample, np.ndarray, torch.Tensor]:
@@ -217,7 +215,7 @@ def evaluate(
             bar.update(len(batch))
 
     bar = tqdm(total=len(indices), unit="image", disable=not progress or rank > 0)
-    with ThreadPoolExecutor(workers) as pool, bar:
+    with ThreadPoolExecutor(num_workers or spare_processors()) as pool, bar:
         for counts in map_ahead(pool, _count, forward(), 2 * batch_size):
             for method, of_classes in counts.items():
                 scores[method].add_counts(of_classes)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -22,3 +23,10 @@ def map_ahead(
             yield pending.popleft().result()
     while pending:
         yield pending.popleft().result()
+
+
+def spare_processors() -> int:
+    """How many processors this process may use, those of its machine shared evenly, less two for the model; at least one."""
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # of torchrun and `accelerate launch`
+    return max(1, usable // processes - 2)

@@ -1,0 +1,31 @@
+"""Work ahead: in order, and never further ahead than asked."""
+
+import os
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from iclip_hf.threads import map_ahead, spare_processors
+
+
+def test_results_are_in_order_and_no_more_items_are_drawn_than_allowed():
+    drawn = []
+
+    def items():
+        for number in range(20):
+            drawn.append(number)
+            yield number
+
+    with ThreadPoolExecutor(4) as pool:
+        results = map_ahead(pool, lambda number: number**2, items(), depth=3)
+        for taken, result in enumerate(results, start=1):
+            assert result == (taken - 1) ** 2
+            assert len(drawn) <= taken + 3
+    assert taken == 20
+
+
+@pytest.mark.parametrize(("usable", "processes", "spare"), [(64, 4, 14), (16, 1, 14), (2, 1, 1), (4, 8, 1)])
+def test_processes_of_one_machine_share_its_processors(monkeypatch, usable, processes, spare):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(usable)), raising=False)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
+    assert spare_processors() == spare

@@ -43,6 +43,7 @@ METRICS = {
         "reversed_itsm": {"mAP": 78.0612, "mMIoU": 18.0, "mFMB": -0.30551, "floor": 21.5},
     },
     "per_class": {},
+    "presence": {"min_presence": 0.7, "passed": 5.0, "kept": 95.0},
     "timing": {},
 }
 

@@ -123,7 +123,8 @@ class Settings:
     adam_epsilon: float = setting(1e-8, "AdamW's epsilon")
     clip_grad_norm: float = setting(5.0, "largest norm of the gradient")
     mixed_precision: Literal["auto", "no", "fp16", "bf16"] = setting(
-        "auto", "auto: what Accelerate was told, else bf16 or fp16 as the GPU prefers, none on a CPU"
+        "auto",
+        "auto: fp16 or bf16 if Accelerate was told one of them, else the one that the GPU prefers, none on a CPU",
     )
     max_bad_steps: int = setting(30, "stop after so many steps in a row without a finite loss and gradient")
     seed: int = setting(0, "seed of everything random")
@@ -137,8 +138,8 @@ class Settings:
     )
     eval_root: str = setting("", "folder of eval_dataset")
     eval_split: str = setting("", "split of eval_dataset, if not the official one")
-    best_metric: Literal["text_to_image", "image_to_text", "mAP", "mMIoU", "mFMB"] = setting(
-        "text_to_image", "what the kept best model is best in"
+    best_metric: Literal["auto", "text_to_image", "image_to_text", "mAP", "mMIoU", "mFMB"] = setting(
+        "auto", "what the kept best model is best in; auto: text_to_image, or mMIoU without validation_data"
     )
     pictures: int = setting(4, "validation images to draw the maps of at each evaluation")
     checkpoint_steps: int = setting(1000, "steps between two checkpoints")
@@ -163,6 +164,12 @@ class Settings:
             name, equals, _ = one.partition("=")
             if not equals or name not in ICLIPConfig.__annotations__:
                 raise ValueError(f"model_options must be name=value with an option of ICLIPConfig, got {one!r}")
+        retrieval, maps = bool(self.validation_data), self.eval_dataset != "none"
+        if self.best_metric == "auto":
+            self.best_metric = "mMIoU" if maps and not retrieval else "text_to_image"
+        elif not (retrieval if self.best_metric in ("text_to_image", "image_to_text") else maps):
+            needed = "validation_data" if self.best_metric in ("text_to_image", "image_to_text") else "eval_dataset"
+            raise ValueError(f"best_metric {self.best_metric} needs {needed}, which is not given")
         if not self.data:
             raise ValueError("data must name training pairs, such as a folder of webdataset shards")
         if bool(self.model) == bool(self.vision and self.text):
@@ -223,8 +230,9 @@ def load_datasets(settings: Settings, model: ICLIPModel, processor: ICLIPProcess
     shared = {"seed": settings.seed, "max_bad_share": settings.max_bad_share}
     source = settings.data[0] if len(settings.data) == 1 else settings.data
     placed = {"rank": accelerator.process_index, "world_size": accelerator.num_processes, "split": settings.split}
-    pairs = load_pairs(source, **shared, **placed)
-    held_out = load_pairs(settings.validation_data, **shared) if settings.validation_data else None
+    with accelerator.main_process_first():  # which leaves the indexes of tar shards behind for the others
+        pairs = load_pairs(source, **shared, **placed)
+        held_out = load_pairs(settings.validation_data, **shared) if settings.validation_data else None
     whole = WholeImage(processor)
     augmented = AugmentedImage(processor, settings.crop_scale, settings.auto_augment, settings.random_erasing)
 
@@ -262,13 +270,19 @@ def start_accelerator(settings: Settings, model: ICLIPModel) -> Accelerator:
     on_gpu = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU")).device.type == "cuda"
     if settings.mixed_precision == "auto" and precision == "no" and on_gpu:
         precision = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
-    return Accelerator(
+    accelerator = Accelerator(
         mixed_precision=precision,
         log_with=None if settings.report_to == "none" else settings.report_to,
         project_config=ProjectConfiguration(settings.output_dir, logging_dir=str(Path(settings.output_dir, "logs"))),
         # An image tower that learns may have parameters that no forward uses, such as a mask token.
         kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=not model.config.lock_vision)],
     )
+    if accelerator.distributed_type in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
+        raise ValueError(
+            f"Expected processes that each hold the whole model, got {accelerator.distributed_type}: use a configuration of "
+            "Accelerate without it, such as those in hub_configs/accelerate."
+        )
+    return accelerator
 
 
 # What may differ when a run goes on: it changes no number.
@@ -314,13 +328,13 @@ def train(
     output_dir = Path(settings.output_dir)
     last_checkpoint = checkpoint_to_resume(settings)
 
-    # Data
-    training, held_out, validation = load_datasets(settings, model, processor, accelerator)
-    workers = 0 if settings.cache_features else settings.num_workers
-    loader = BatchLoader(training, accelerator, settings.batch_size, settings.seed, workers, settings.pairs_per_epoch)
+    # Data; first what is quickly found to be missing
     segmentation = None
     if settings.eval_dataset != "none":
         segmentation = load_segmentation(settings.eval_dataset, settings.eval_root, settings.eval_split or None)
+    training, held_out, validation = load_datasets(settings, model, processor, accelerator)
+    workers = 0 if settings.cache_features else settings.num_workers
+    loader = BatchLoader(training, accelerator, settings.batch_size, settings.seed, workers, settings.pairs_per_epoch)
 
     # Optimizer and schedule
     pair_model = PairModel(model, settings.chunk_size, settings.lock_text)
@@ -353,7 +367,7 @@ def train(
     def evaluate_now(step: int) -> dict[str, float]:
         metrics = {}
         if validation is not None:
-            metrics |= validate(accelerator, pair_model, validation, settings.chunk_size)
+            metrics |= validate(accelerator, pair_model, validation, settings.chunk_size, workers)
         pair_model.eval()
         trained = accelerator.unwrap_model(pair_model).model
         if segmentation is not None:

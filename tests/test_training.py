@@ -23,6 +23,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 from safetensors.torch import load_file
+from torch.utils.data import IterableDataset
 
 from iclip_hf import ICLIPModel, ICLIPProcessor
 from iclip_hf import training as training_module
@@ -32,6 +33,7 @@ from iclip_hf.data.pairs import load_pairs
 from iclip_hf.feature_cache import CachedPairs, FeatureShards, branch_poolings, cache_images, cache_texts
 from iclip_hf.training import (
     AugmentedImage,
+    BatchLoader,
     GlobalBatches,
     PairModel,
     TrainingPairs,
@@ -163,6 +165,36 @@ def test_batches_are_the_same_for_any_number_of_processes(rows, share, world_siz
     assert len(seen) == len(set(seen)) == rows // batch_size * batch_size and set(seen) <= set(range(rows))
     first = data.draw(st.integers(0, len(whole)))
     assert batches(world_size, first) == whole[first:]
+
+
+class Stream(IterableDataset):
+    """Seven pairs, in an order of its epoch."""
+
+    collate = staticmethod(torch.tensor)
+
+    def set_epoch(self, epoch):
+        self.epoch = epoch
+
+    def __iter__(self):
+        return iter(np.random.default_rng(self.epoch).permutation(7).tolist())
+
+
+def test_a_stream_goes_on_with_an_order_of_its_own():
+    """Five steps of two pairs an epoch, from passes of three."""
+    loader = BatchLoader(Stream(), accelerator(), 2, pairs_per_epoch=10)
+
+    def seen(epoch, first=0):
+        return torch.stack(list(loader.epoch(epoch, first))).tolist()
+
+    def orders(*steps):
+        return [np.random.default_rng(step).permutation(7)[:6].reshape(3, 2).tolist() for step in steps]
+
+    first, second = orders(0, 3)
+    assert seen(0) == first + second[:2]
+    assert seen(1) == [*orders(5)[0], *orders(8)[0]][:5]
+    assert seen(1, 4) == orders(9)[0][:1] != seen(1)[:1]  # not the beginning of the epoch again
+    with pytest.raises(ValueError, match="no whole batch: lower batch_size"):
+        list(BatchLoader(Stream(), accelerator(), 8, pairs_per_epoch=10).epoch(0))
 
 
 def test_seeded_leaves_the_other_random_numbers_alone():
@@ -515,6 +547,7 @@ def test_settings_are_refused_in_one_line(hub, tmp_path, capsys):
         ([*config, "--crop_scale", "nan"], "crop_scale must be from 0 to 1"),
         ([*config, "--mixed_precision", "fp8"], "mixed_precision"),
         ([*config, "--model", "x"], "either model"),
+        ([*config, "--best_metric", "mAP"], "best_metric mAP needs eval_dataset"),
         (["--config", str(tmp_path / "absent.yaml")], "absent.yaml"),
         (["--config", str(tmp_path / "typo.yaml")], "'learning_rates'"),
         (["--config", str(tmp_path / "type.yaml")], "epochs"),
@@ -530,7 +563,15 @@ def test_command_line_over_file_over_default(hub):
         ["--config", str(hub / "train.yaml"), "--epochs", "7", "--model_options", "pooling=max", "projection_dim=8"]
     )
     assert (settings.epochs, settings.batch_size, settings.weight_decay) == (7, 16, 0.05)
+    assert settings.best_metric == "text_to_image"
     assert settings.data == [f"{hub}/pairs.tar"] and settings.model_options == ["pooling=max", "projection_dim=8"]
+
+
+@pytest.mark.parametrize("kind", ["FSDP", "DEEPSPEED"])
+def test_a_model_in_parts_is_refused(hub, tmp_path, monkeypatch, kind):
+    monkeypatch.setattr(Accelerator, "distributed_type", kind)
+    with pytest.raises(ValueError, match=f"hold the whole model, got {kind}"):
+        run(hub, tmp_path / "run")
 
 
 def test_model_options_reach_the_model(hub, tmp_path):
@@ -629,13 +670,14 @@ def test_killed_at_any_moment_and_resumed_is_the_uninterrupted_run(hub, tmp_path
         assert process.stdout.readline() == "ready\n"
         return process
 
-    whole = start("whole")
+    whole, began = start("whole"), time.perf_counter()
     whole.communicate(timeout=120)
     assert whole.returncode == 0
+    length = time.perf_counter() - began
     while True:
         process = start("killed", draws.randrange(1, 40) if kills % 2 == 0 and kills < 6 else -1)
         if kills % 2 and kills < 6:
-            time.sleep(draws.uniform(0.5, 2))
+            time.sleep(draws.uniform(0, length / 4))  # so that three kills leave something to do
             process.kill()
         process.communicate(timeout=120)
         if process.returncode != -signal.SIGKILL:

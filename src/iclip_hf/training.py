@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -256,19 +257,28 @@ class BatchLoader:
 
     def epoch(self, epoch: int, first: int = 0) -> Iterator[dict]:
         """The batches of one epoch from the `first` on; a stream does not skip, it begins another pass."""
-        self.dataset.set_epoch(epoch)
-        self.sampler.epoch, self.sampler.first = epoch, first
-        for batch in self._passes(self.steps_per_epoch - first) if self.streamed else self.loader:
+        for batch in (self._stream if self.streamed else self._rows)(epoch, first):
             yield send_to_device(batch, self.device, non_blocking=True)
 
-    def _passes(self, steps: int) -> Iterator[dict]:
-        """So many batches of a stream, whose part may end earlier in one process than in another."""
-        while steps:
-            for batch in self.loader:
+    def _rows(self, epoch: int, first: int) -> DataLoader:
+        self.dataset.set_epoch(epoch)
+        self.sampler.epoch, self.sampler.first = epoch, first
+        return self.loader
+
+    def _stream(self, epoch: int, first: int) -> Iterator[dict]:
+        """
+        In as many passes as it takes: the stream's part may end earlier in one process than in another. Each has an order of its
+        own, by the step it begins at, or a run that goes on would see the beginning of its epoch again and the end never.
+        """
+        step = first
+        while step < self.steps_per_epoch:
+            began = step
+            self.dataset.set_epoch(epoch * self.steps_per_epoch + step)
+            for batch in itertools.islice(self.loader, self.steps_per_epoch - step):
                 yield batch
-                steps -= 1
-                if not steps:
-                    break
+                step += 1
+            if step == began:
+                raise ValueError("A pass over this process's part of the stream has no whole batch: lower batch_size.")
 
 
 # --------------------------------------------------------------------------------------------------------------- loss
@@ -436,7 +446,9 @@ def cosine_schedule(step: int, total: int, warmup: int, peak: float, start: floa
 
 
 @torch.no_grad()
-def validate(accelerator: Accelerator, pair_model: nn.Module, dataset: Dataset, batch_size: int) -> dict[str, float]:
+def validate(
+    accelerator: Accelerator, pair_model: nn.Module, dataset: Dataset, batch_size: int, num_workers: int = 0
+) -> dict[str, float]:
     """
     Retrieval among the pairs of a validation set by the recognition branch, and the loss over all of them at once.
 
@@ -450,7 +462,8 @@ def validate(accelerator: Accelerator, pair_model: nn.Module, dataset: Dataset, 
     rows = [(accelerator.process_index * part + i) % len(dataset) for i in range(part)]
     pair_model.eval()
     images, texts = [], []
-    for batch in DataLoader(dataset, min(batch_size, part), sampler=rows, collate_fn=dataset.collate):
+    options = {"sampler": rows, "collate_fn": dataset.collate, "num_workers": num_workers}
+    for batch in DataLoader(dataset, min(batch_size, part), **options):
         batch.pop("skipped")
         outputs = pair_model(**send_to_device(batch, accelerator.device))
         images.append(outputs["image_embeds"])
@@ -488,7 +501,7 @@ def draw_examples(model: ICLIPModel, processor: ICLIPProcessor, pairs: PairDatas
 def keep_learning_weights_only(accelerator: Accelerator) -> None:
     """
     Leaves what does not learn out of Accelerate's checkpoints, and the wrapper's prefix, so that a run may go on with another
-    number of processes. FSDP and DeepSpeed keep their own form.
+    number of processes.
     """
 
     def save(models: list[nn.Module], weights: list[dict], folder: str) -> None:

@@ -1,11 +1,13 @@
 """The "image-text-similarity-map" pipeline against the same steps by hand, and every door into it."""
 
 import base64
+import contextlib
 import functools
 import importlib.util
 import subprocess
 import sys
 import threading
+import time
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 
 import numpy as np
@@ -91,6 +93,32 @@ def test_every_form_of_an_image_gives_the_same_answer(pipe, photographs):
 class QuietHandler(SimpleHTTPRequestHandler):
     def log_message(self, *arguments):
         pass
+
+
+class Endless(QuietHandler):
+    """Sends as long as somebody listens: bytes at once, or one now and then."""
+
+    pause = 0.0
+
+    def do_GET(self):
+        self.send_response(200)
+        self.end_headers()
+        with contextlib.suppress(OSError):
+            while True:
+                self.wfile.write(bytes(1 if self.pause else 2**20))
+                time.sleep(self.pause)
+
+
+@pytest.mark.parametrize(("pause", "message"), [(0.0, "more than 64 MiB"), (0.05, "no end of it within 0.5 seconds")])
+def test_a_server_without_an_end_is_left(pipe, monkeypatch, pause, message):
+    monkeypatch.setattr(Endless, "pause", pause)
+    with ThreadingHTTPServer(("127.0.0.1", 0), Endless) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        began = time.monotonic()
+        with pytest.raises(OSError, match=message):
+            pipe(f"http://127.0.0.1:{server.server_port}/a.png", LABELS, timeout=0.5 if pause else 30)
+        assert time.monotonic() - began < 20
+        server.shutdown()
 
 
 def test_a_16_bit_image_is_scaled_as_on_the_command_line(pipe, photographs, tmp_path):

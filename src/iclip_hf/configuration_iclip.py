@@ -9,6 +9,9 @@ from transformers import AutoConfig, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
 
 
+_MOST_LAYERS = 1000
+
+
 @strict
 class ICLIPConfig(PreTrainedConfig):
     r"""
@@ -78,6 +81,10 @@ class ICLIPConfig(PreTrainedConfig):
 
     def validate_architecture(self):
         """Checks the values against each other and their ranges; `@strict` has checked the types before."""
+        for side in ("vision_config", "text_config"):
+            layers = getattr(getattr(self, side), "num_hidden_layers", 1)
+            if layers > _MOST_LAYERS:  # each is built before any weight is read
+                raise ValueError(f"{side} must have at most {_MOST_LAYERS} layers, got num_hidden_layers={layers}.")
         if self.projection_dim < 1:
             raise ValueError(f"projection_dim must be a positive integer, got {self.projection_dim}.")
         if not self.map_affinity >= 0:

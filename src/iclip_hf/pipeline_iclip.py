@@ -2,6 +2,7 @@
 
 import base64
 import os
+import time
 from collections.abc import Sequence
 
 import httpx
@@ -11,7 +12,11 @@ from transformers import AutoModel
 from transformers.pipelines import PIPELINE_REGISTRY, Pipeline
 
 from .images import load_image
+from .modeling_iclip import cosines
 from .presence import BACKGROUND, MIN_PRESENCE, presence
+
+
+MAX_DOWNLOAD = 64 * 2**20  # bytes of an image at an address
 
 
 class ImageTextSimilarityMapPipeline(Pipeline):
@@ -54,7 +59,7 @@ class ImageTextSimilarityMapPipeline(Pipeline):
             threshold (`float` in [0, 1] or T of them, defaults to 0.5): a mask holds the pixels whose map is greater.
             min_presence (`float` in [0, 1], defaults to 0.7): a label of lower presence gets an empty mask.
             size (`dict`, *optional*): of the image as the model sees it, see [`ICLIPProcessor`].
-            timeout (`float`, defaults to 60): seconds to wait for a URL.
+            timeout (`float`, defaults to 60): seconds in which the image at a URL must be here.
             batch_size (`int`, defaults to 1): images in one forward.
 
         Returns:
@@ -104,7 +109,7 @@ class ImageTextSimilarityMapPipeline(Pipeline):
             pixel_values=model_inputs["pixel_values"], text_features=text_features, output_similarity_maps=True
         )
         return {
-            "scores": (outputs.image_embeds @ outputs.text_embeds.mT).float(),
+            "scores": cosines(outputs.image_embeds, outputs.text_embeds),
             "similarity_maps": outputs.similarity_maps,
             "target_size": model_inputs["target_size"],
         }
@@ -144,15 +149,28 @@ def _read(image, timeout: float) -> Image.Image:
     name = repr(image[:100])
     if image.startswith(("http://", "https://")):
         try:
-            answer = httpx.get(image, timeout=timeout, follow_redirects=True).raise_for_status()
+            content = _download(image, timeout)
         except (httpx.HTTPError, httpx.InvalidURL) as error:
             raise OSError(f"{name}: expected an image at this address, but got: {error}; check it.") from error
-        return load_image(answer.content, name)
+        return load_image(content, name)
     try:
         content = base64.b64decode("".join(image.rpartition(",")[2].split()), validate=True)
     except ValueError:  # no base64 text, so a path
         return load_image(image)
     return load_image(content, name)
+
+
+def _download(url: str, timeout: float) -> bytes:
+    """What is at an address, as long as it comes in time and is of a photograph's size: a server may send without an end."""
+    content, end = bytearray(), time.monotonic() + timeout
+    with httpx.stream("GET", url, timeout=timeout, follow_redirects=True) as answer:
+        for part in answer.raise_for_status().iter_bytes():
+            content += part
+            if len(content) > MAX_DOWNLOAD:
+                raise httpx.ReadError(f"more than {MAX_DOWNLOAD // 2**20} MiB")
+            if time.monotonic() > end:
+                raise httpx.ReadError(f"no end of it within {timeout:g} seconds")
+    return bytes(content)
 
 
 __all__ = ["ImageTextSimilarityMapPipeline"]

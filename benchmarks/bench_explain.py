@@ -254,7 +254,7 @@ def main():
         growth,
         lambda: end_to_end(100),
         lambda: evaluating(options.data),
-        lambda: starting(options.rounds),
+        lambda: starting(max(3, options.rounds // 2)),
     ):
         print(part(), end="\n\n", flush=True)
 

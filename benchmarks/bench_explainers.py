@@ -1,6 +1,6 @@
 """Every explainer on one image with 20 texts, and what a user would pick instead on the same tower.
 
-    python benchmarks/bench_explainers.py [--texts 20] [--rounds 5]
+    python benchmarks/bench_explainers.py [--texts 20] [--rounds 3]
 
 CLIP ViT-B/16 with random weights, 224 pixels. The alternatives need one forward and backward a text: written with transformers
 alone, pytorch-grad-cam and captum. Prints a Markdown table.
@@ -94,7 +94,7 @@ def contender(name: str, count: int) -> Callable[[], object]:
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--texts", type=int, default=20)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=3)
     options = parser.parse_args()
 
     taken = take_turns(contenders(options.texts), options.rounds)

@@ -86,11 +86,10 @@ def resize_and_normalize(maps: torch.Tensor, size: tuple[int, int]) -> torch.Ten
 
 
 def _new_maps(count: int, size: tuple[int, int], device: torch.device) -> torch.Tensor:
-    if (
-        device.type == "cpu"
-    ):  # numpy asks for huge pages: the first touch of hundreds of megabytes takes a quarter of the time
-        return torch.from_numpy(np.empty((count, *size), np.float32))
-    return torch.empty(count, *size, device=device)
+    if device.type != "cpu":
+        return torch.empty(count, *size, device=device)
+    # numpy asks for huge pages: the first touch of a hundred megabytes takes a sixth of the time.
+    return torch.from_numpy(np.empty((count, *size), np.float32))
 
 
 def _resize_weights(maps: torch.Tensor, size: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:

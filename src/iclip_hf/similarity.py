@@ -1,6 +1,5 @@
 """Image-text similarity maps (ITSM, Eq. 1-5) as pure functions: cosine map, reverse, min-max and resize."""
 
-import numpy as np
 import torch
 from torch.nn import functional as F
 
@@ -76,20 +75,13 @@ def resize_and_normalize(maps: torch.Tensor, size: tuple[int, int]) -> torch.Ten
     rows, columns = _resize_weights(maps, size)
     maps = maps.float()
     wide = (maps - maps.amin((-2, -1), keepdim=True)) @ columns.mT
-    enlarged = _new_maps(len(maps), size, maps.device)
+    enlarged = maps.new_empty(len(maps), *size)
     for one, target in zip(wide, enlarged):
         torch.matmul(rows, one, out=target)
         low, high = torch.aminmax(target)
         span = high - low
         target.sub_(low).div_(span.masked_fill(span == 0, 1.0))
     return enlarged
-
-
-def _new_maps(count: int, size: tuple[int, int], device: torch.device) -> torch.Tensor:
-    if device.type != "cpu":
-        return torch.empty(count, *size, device=device)
-    # numpy asks for huge pages: the first touch of a hundred megabytes takes a sixth of the time.
-    return torch.from_numpy(np.empty((count, *size), np.float32))
 
 
 def _resize_weights(maps: torch.Tensor, size: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:

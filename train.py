@@ -12,6 +12,7 @@ import itertools
 import json
 import math
 import os
+import signal
 import sys
 import time
 from dataclasses import asdict, dataclass, field
@@ -469,6 +470,8 @@ if __name__ == "__main__":
     except (ConnectionError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and "DataLoader worker" not in str(error):
             raise
+        if hasattr(signal, "SIGCHLD"):
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler may raise for the same death once more
         print(
             f"train.py: a process that loads pairs broke off ({' '.join(str(error).split())}), perhaps for want of memory: "
             "lower num_workers, then --resume goes on from the last checkpoint",

@@ -1,4 +1,4 @@
-"""Where converted models and indexes are kept, how files and models appear whole or not at all, and one run to a folder."""
+"""Where converted models and indexes are kept; files and models whole or not at all, and one clear error if not; one run to a folder."""
 
 from __future__ import annotations
 
@@ -51,6 +51,21 @@ def writing_errors(path: Path) -> Iterator[None]:
         problem = str(error).splitlines()[0]
         raise OSError(
             f"{path}: writing failed ({problem}); see to the disk's room and rights, then run again."
+        ) from error
+
+
+@contextmanager
+def loading_errors(name: str | Path) -> Iterator[None]:
+    """Whatever loading raises inside, which may be anything from KeyError to RecursionError, becomes one clear error."""
+    try:
+        yield
+    except Exception as error:
+        problem = f"loading failed ({str(error) or type(error).__name__})"
+        if "ignore_mismatched_sizes" in problem:  # details are in a log that commands silence
+            problem = "its weights have other shapes than its config.json says"
+        kind = OSError if isinstance(error, OSError) else ValueError
+        raise kind(
+            f"{name}: expected a whole folder or a Hub id, but {problem}; correct the name, or get it again."
         ) from error
 
 

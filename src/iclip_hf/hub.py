@@ -16,11 +16,11 @@ from huggingface_hub import HfApi
 from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, ViTConfig, ViTModel
 from transformers.dynamic_module_utils import get_relative_import_files
 
-from .cache import new_folder
+from .cache import loading_errors, new_folder
 from .configuration_iclip import ICLIPConfig
 from .demo.checkpoint import embedded_model
 from .demo.towers import embedded_towers
-from .loading import load_whole, loading_errors
+from .loading import load_whole
 from .model_card import describe_tower, write_model_card
 from .modeling_iclip import ICLIPModel, load_tower
 from .pipeline_iclip import ImageTextSimilarityMapPipeline

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from transformers import AutoModel, AutoProcessor, ProcessorMixin
 
+from .cache import loading_errors
 from .demo.checkpoint import embedded_model
+from .onnx_export import VISION_FILE, ONNXModel
 
 
 def load_model(name: str | Path | None = None, dtype: str | None = None):
@@ -24,8 +24,6 @@ def load_model(name: str | Path | None = None, dtype: str | None = None):
     Raises:
         As [`load_whole`]; `ValueError` also for a dtype with an ONNX folder, whose precision is that of its export.
     """
-    from .onnx_export import VISION_FILE, ONNXModel  # loads through this module
-
     name = embedded_model() if name is None else name
     if Path(name, VISION_FILE).is_file():
         if dtype is not None:
@@ -68,18 +66,3 @@ def load_whole(name: str | Path, **options):
             f"{name}: expected a processor of images and texts, got {type(processor).__name__}; get it again."
         )
     return model, processor
-
-
-@contextmanager
-def loading_errors(name: str | Path) -> Iterator[None]:
-    """Whatever loading raises inside, which may be anything from KeyError to RecursionError, becomes one clear error."""
-    try:
-        yield
-    except Exception as error:
-        problem = f"loading failed ({str(error) or type(error).__name__})"
-        if "ignore_mismatched_sizes" in problem:  # details are in a log that commands silence
-            problem = "its weights have other shapes than its config.json says"
-        kind = OSError if isinstance(error, OSError) else ValueError
-        raise kind(
-            f"{name}: expected a whole folder or a Hub id, but {problem}; correct the name, or get it again."
-        ) from error

@@ -12,10 +12,9 @@ from unittest import mock
 import torch
 from torch import nn
 
-from .cache import new_folder
+from .cache import loading_errors, new_folder
 from .configuration_iclip import ICLIPConfig
 from .extras import extra
-from .loading import loading_errors
 from .modeling_iclip import (
     ICLIPImageFeatures,
     ICLIPModel,

@@ -165,11 +165,12 @@ class Settings:
             name, equals, _ = one.partition("=")
             if not equals or name not in ICLIPConfig.__annotations__:
                 raise ValueError(f"model_options must be name=value with an option of ICLIPConfig, got {one!r}")
-        retrieval, maps = bool(self.validation_data), self.eval_dataset != "none"
+        given = {"validation_data": bool(self.validation_data), "eval_dataset": self.eval_dataset != "none"}
+        needed = "validation_data" if self.best_metric in ("text_to_image", "image_to_text") else "eval_dataset"
         if self.best_metric == "auto":
-            self.best_metric = "mMIoU" if maps and not retrieval else "text_to_image"
-        elif not (retrieval if self.best_metric in ("text_to_image", "image_to_text") else maps):
-            needed = "validation_data" if self.best_metric in ("text_to_image", "image_to_text") else "eval_dataset"
+            maps_alone = given["eval_dataset"] and not given["validation_data"]
+            self.best_metric = "mMIoU" if maps_alone else "text_to_image"
+        elif not given[needed]:
             raise ValueError(f"best_metric {self.best_metric} needs {needed}, which is not given")
         if not self.data:
             raise ValueError("data must name training pairs, such as a folder of webdataset shards")

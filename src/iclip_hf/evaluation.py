@@ -67,11 +67,11 @@ class EvaluationResult:
             for method, r in self.results.items()
         ]
         gate = self.presence
-        lines += [
-            "",
-            f"presence of at least {gate['min_presence']}: {gate['kept']:.1f} % of the classes that an image shows, ",
-        ]
-        return "\n".join(lines) + f"{gate['passed']:.1f} % of the others"
+        kept, passed = (
+            f"{gate['kept']:.1f} % of the classes that an image shows",
+            f"{gate['passed']:.1f} % of the others",
+        )
+        return "\n".join([*lines, "", f"presence of at least {gate['min_presence']}: {kept}, {passed}"])
 
     def to_json(self) -> str:
         """Everything, as JSON text."""
@@ -220,9 +220,8 @@ def evaluate(
             for method, of_classes in counts.items():
                 scores[method].add_counts(of_classes)
 
-    (scores, average_precision, gate), *others = gather_object(
-        [(scores, average_precision, gate)]
-    )  # alike on every process
+    # Alike on every process.
+    (scores, average_precision, gate), *others = gather_object([(scores, average_precision, gate)])
     for other_scores, other_precision, other_gate in others:
         average_precision.merge(other_precision)
         gate = gate + other_gate
@@ -286,15 +285,16 @@ class _Drawer:
             labels: the class ids that each image shows.
 
         Returns:
-            `tuple`: cosines of all classes `(B, K)`, whether their presence is enough `(B, K)`, and for each method raw maps `(B, T, h, w)`, of each image those of
-            its labels and then, up to the longest list of the batch, of any class; of the reversal those to be reversed.
+            `tuple`: cosines of all classes `(B, K)`, whether their presence is enough `(B, K)`, and for each method raw maps
+            `(B, T, h, w)`: of each image those of its labels and then, up to the longest list of the batch, of any class; for
+            the reversal those that are to be reversed.
         """
         rows = pad_sequence([torch.tensor(one or (1,)) - 1 for one in labels], batch_first=True)  # (B, T)
         shown = torch.arange(len(rows))[:, None], rows
         maps, cosines = self.itsm.raw_maps(pixel_values, self.with_background)
         cosines, background = cosines.split([len(self.texts.text_embeds), len(BACKGROUND)], dim=1)
         enough = (presence(cosines, background) >= MIN_PRESENCE).cpu().numpy()
-        drawn = {"itsm": maps[shown], "reversed_itsm": maps[shown]}  # turned round once they are stretched to [0, 1]
+        drawn = dict.fromkeys(("itsm", "reversed_itsm"), maps[shown])  # reversed once they are stretched to [0, 1]
         for method, explainer in self.others.items():
             if isinstance(explainer, GradientExplainer):  # a backward a text: not for the absent classes
                 drawn[method] = explainer.raw_maps(pixel_values, select_texts(self.texts, rows))[0]

@@ -6,6 +6,7 @@ import argparse
 import json
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 from .common import (
@@ -183,8 +184,6 @@ def _explain_collection(options: argparse.Namespace) -> int:
 
 
 def _draw(image, explanation, colormap: str, path: Path) -> None:
-    from dataclasses import replace
-
     from ..plots import cell_sized, explanation_grid
 
     drawn = cell_sized(image)

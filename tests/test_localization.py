@@ -5,7 +5,9 @@ import pytest
 import torch
 from conftest import tiny_model
 from PIL import Image
+from transformers import CLIPImageProcessor
 
+from iclip_hf import ICLIPProcessor
 from iclip_hf.explainers import explain
 from iclip_hf.localization import BACKGROUND, Localizer, presence
 from iclip_hf.regions import find_regions
@@ -71,6 +73,19 @@ def test_many_images_give_what_each_gives_alone(tiny_processor):
         torch.testing.assert_close(one.explanation.raw_maps, maps[index], atol=1e-5, rtol=0)
         torch.testing.assert_close(one.explanation.scores, scores[index], atol=1e-5, rtol=0)
         torch.testing.assert_close(one.presence, presences[index], atol=1e-4, rtol=0)
+
+
+def test_images_that_keep_their_proportions_go_through_one_by_one(tiny_processor):
+    image_processor = CLIPImageProcessor(size={"shortest_edge": 32}, do_center_crop=False)
+    processor = ICLIPProcessor(image_processor, tiny_processor.tokenizer, patch_size=8)
+    localizer = Localizer(tiny_model(), processor, TEXTS)
+    with ThreadPoolExecutor(1) as pool:
+        found = list(localizer.explain_all(lambda index: (str(index), IMAGES[index]), [0, 1, 1], pool))
+    assert [one.explanation.raw_maps.shape for one in found] == [(3, 4, 6), (3, 7, 4), (3, 7, 4)]
+    for one, image in zip(found, (IMAGES[0], IMAGES[1], IMAGES[1])):
+        maps, _, presence = localizer.explain(localizer.prepare(image))
+        torch.testing.assert_close(one.explanation.raw_maps, maps[0], atol=1e-5, rtol=0)
+        torch.testing.assert_close(one.presence, presence[0], atol=1e-4, rtol=0)
 
 
 def test_texts_of_an_image(tiny_processor):

@@ -183,14 +183,15 @@ class Localizer:
 
         loaded = map_ahead(pool, prepared, items, batch_size)
         while batch := list(itertools.islice(loaded, batch_size)):
-            pixels = [one for _, one in batch if one is not None]
-            results = zip(*self.explain(torch.cat(pixels))) if pixels else iter(())
-            for one, own_pixels in batch:
-                if own_pixels is not None:
-                    raw_maps, scores, presence = next(results)
+            # Images that keep their proportions may differ in shape, and those that cannot be read have none.
+            for shape, group in itertools.groupby(batch, lambda item: getattr(item[1], "shape", None)):
+                found, pixels = zip(*group)
+                if shape is None:
+                    yield from found
+                    continue
+                for one, raw_maps, scores, present in zip(found, *self.explain(torch.cat(pixels))):
                     size = (one.image.height, one.image.width)
-                    one = one._replace(explanation=Explanation(self.texts, scores, raw_maps, size), presence=presence)
-                yield one
+                    yield one._replace(explanation=Explanation(self.texts, scores, raw_maps, size), presence=present)
 
     def locate(self, explanation: Explanation, presences: torch.Tensor) -> Iterator[LocalizedText]:
         """One explained image with the presence `(T,)` of its texts -> its texts one by one, at its own size."""

@@ -26,40 +26,34 @@ from tqdm import tqdm
 from transformers import HfArgumentParser
 from transformers.utils import logging as transformers_logging
 
-from iclip_hf.extras import extra
+from iclip_hf.utils.extras import require_extra
 
 
-with extra("train"):
+with require_extra("train"):
     from accelerate import Accelerator, DistributedDataParallelKwargs, PartialState
     from accelerate.utils import ProjectConfiguration, parse_flag_from_env, set_seed
 
 from iclip_hf import ICLIPConfig, ICLIPModel, ICLIPProcessor
-from iclip_hf.cache import written_whole
-from iclip_hf.data.nouns import NounPrompts
 from iclip_hf.data.pairs import PairStream, load_pairs
 from iclip_hf.data.segmentation import load_segmentation
-from iclip_hf.evaluation import evaluate
-from iclip_hf.feature_cache import CachedPairs, branch_poolings, cache_images, cache_texts
-from iclip_hf.hub import join_towers, load_iclip
-from iclip_hf.processes import claimed_together, partner_errors
-from iclip_hf.training import (
-    AugmentedImage,
-    BatchLoader,
-    PairModel,
-    TrainingPairs,
-    TrainingStream,
-    WholeImage,
+from iclip_hf.evaluation.evaluate import evaluate
+from iclip_hf.hub.folders import join_towers
+from iclip_hf.models.loading import load_iclip
+from iclip_hf.training.checkpoints import (
     checkpoints,
-    cosine_schedule,
-    derive_seed,
-    draw_examples,
     export,
     keep_learning_weights_only,
     load_checkpoint,
-    parameter_groups,
     save_checkpoint,
-    validate,
 )
+from iclip_hf.training.data import AugmentedImage, BatchLoader, TrainingPairs, TrainingStream, WholeImage, derive_seed
+from iclip_hf.training.feature_cache import CachedPairs, branch_poolings, cache_images, cache_texts
+from iclip_hf.training.loss import PairModel
+from iclip_hf.training.nouns import NounPrompts
+from iclip_hf.training.schedule import cosine_schedule, parameter_groups
+from iclip_hf.training.validation import draw_examples, validate
+from iclip_hf.utils.distributed import partner_errors, shared_folder_lock
+from iclip_hf.utils.files import atomic_write
 
 
 # ----------------------------------------------------------------------------------------------------------- settings
@@ -319,7 +313,7 @@ def main(arguments: list[str]) -> dict[str, float]:
     model, processor = load_model(settings)
     accelerator = start_accelerator(settings, model)
     lost = partner_errors("--resume goes on from the last checkpoint")
-    with lost, claimed_together(Path(settings.output_dir), accelerator):
+    with lost, shared_folder_lock(Path(settings.output_dir), accelerator):
         return train(settings, model, processor, accelerator)
 
 
@@ -457,7 +451,7 @@ def train(
     # Export
     export_now(output_dir / "model")
     if accelerator.is_main_process:
-        with written_whole(output_dir / "results.json") as partial:
+        with atomic_write(output_dir / "results.json") as partial:
             partial.write_text(json.dumps(state, indent=2))
         print(json.dumps(state["metrics"]))
     accelerator.wait_for_everyone()

@@ -20,10 +20,10 @@ from PIL import Image
 from transformers import BertConfig, Dinov2Config
 
 from iclip_hf import ICLIPConfig, ICLIPModel
-from iclip_hf.demo.checkpoint import embedded_model
-from iclip_hf.demo.towers import embedded_towers
-from iclip_hf.hub import load_iclip
 from iclip_hf.images import load_image
+from iclip_hf.models.embedded import embedded_model
+from iclip_hf.models.loading import load_iclip
+from iclip_hf.models.towers import embedded_towers
 from iclip_hf.processing_iclip import ICLIPProcessor
 
 
@@ -196,7 +196,7 @@ def end_to_end(files: int) -> str:
 def evaluating(data: Path) -> str:
     """`iclip evaluate` on real images and masks: how much of the time is not the model's."""
     from iclip_hf.data.segmentation import load_segmentation
-    from iclip_hf.evaluation import evaluate
+    from iclip_hf.evaluation.evaluate import evaluate
 
     model, processor = load_iclip(embedded_model())
     dataset = load_segmentation("coco2017", data / "coco100", "train2017")

@@ -19,7 +19,13 @@ from torch.nn import functional as F
 from torchmetrics.classification import BinaryPrecisionRecallCurve
 from torchmetrics.functional.classification import binary_jaccard_index
 
-from iclip_hf.metrics import THRESHOLDS, MeanForegroundMinusBackground, MeanMaxIoU, region_means, threshold_counts
+from iclip_hf.evaluation.metrics import (
+    THRESHOLDS,
+    MeanForegroundMinusBackground,
+    MeanMaxIoU,
+    region_means,
+    threshold_counts,
+)
 
 
 SIZE = (480, 640)
@@ -84,7 +90,7 @@ def iou_by_torchmetrics_curve(heatmap, mask):
 
 # name, function, and how many times fewer pairs the slow ones get
 CONTENDERS = (
-    ("`iclip_hf.metrics`, one pass", iou_of_counts, 1),
+    ("`iclip_hf.evaluation.metrics`, one pass", iou_of_counts, 1),
     ("numpy, loop over 101 thresholds", iou_in_a_loop, 1),
     ("the same, tuned (`count_nonzero`, void cut away once)", iou_in_a_tuned_loop, 1),
     ("torchmetrics, `binary_jaccard_index` at 101 thresholds", iou_by_torchmetrics, 10),
@@ -103,7 +109,7 @@ def difference_of_means(heatmap, mask):
 
 
 FMB_CONTENDERS = (
-    ("`iclip_hf.metrics`, exact in any order", difference_of_sums, 1),
+    ("`iclip_hf.evaluation.metrics`, exact in any order", difference_of_sums, 1),
     ("numpy, two means", difference_of_means, 1),
 )
 
@@ -177,8 +183,8 @@ class StoresPixels(evaluate.Metric):
 def bench_memory(images: int) -> None:
     rows = []
     for name, make, number in (
-        ("`iclip_hf.metrics`", counting, 100),
-        ("`iclip_hf.metrics`", counting, images),
+        ("`iclip_hf.evaluation.metrics`", counting, 100),
+        ("`iclip_hf.evaluation.metrics`", counting, images),
         ("a metric of `evaluate` that stores pixels", storing, 100),
     ):
         seconds, memory = cost(make, number)

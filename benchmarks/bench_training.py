@@ -24,9 +24,11 @@ from torch.utils.data import DataLoader, Dataset
 
 from iclip_hf import ICLIPModel, ICLIPProcessor
 from iclip_hf.data.pairs import load_pairs
-from iclip_hf.demo.towers import embedded_towers
-from iclip_hf.feature_cache import CachedPairs, branch_poolings, cache_images, cache_texts
-from iclip_hf.training import BatchLoader, PairModel, TrainingPairs, WholeImage, parameter_groups
+from iclip_hf.models.towers import embedded_towers
+from iclip_hf.training.data import BatchLoader, TrainingPairs, WholeImage
+from iclip_hf.training.feature_cache import CachedPairs, branch_poolings, cache_images, cache_texts
+from iclip_hf.training.loss import PairModel
+from iclip_hf.training.schedule import parameter_groups
 
 
 def first_pairs(shard: Path, count: int, target: Path) -> Path:

@@ -34,8 +34,8 @@ from PIL import Image
 
 from iclip_hf import ImageTextSimilarityMapPipeline
 from iclip_hf.demo.app import launch
-from iclip_hf.demo.checkpoint import embedded_model
-from iclip_hf.hub import load_iclip
+from iclip_hf.models.embedded import embedded_model
+from iclip_hf.models.loading import load_iclip
 
 
 CLIENTS = 32

@@ -40,12 +40,12 @@ from conftest import WORDS, tiny_model
 from test_training import write_pairs
 
 from iclip_hf import ICLIPProcessor, cli
-from iclip_hf.collection import explain_collection, open_images
 from iclip_hf.data.pairs import load_pairs
-from iclip_hf.feature_cache import cache_images
-from iclip_hf.hub import load_iclip
-from iclip_hf.localization import Localizer
-from iclip_hf.training import WholeImage
+from iclip_hf.localization.collection import explain_collection, open_images
+from iclip_hf.localization.localizer import Localizer
+from iclip_hf.models.loading import load_iclip
+from iclip_hf.training.data import WholeImage
+from iclip_hf.training.feature_cache import cache_images
 
 
 KILLS = {"training": 20, "cache": 10, "collection": 10, "evaluation": 10, "export": 10}

@@ -21,8 +21,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import train
 from iclip_hf.data.segmentation import load_segmentation
-from iclip_hf.evaluation import evaluate
-from iclip_hf.hub import load_iclip
+from iclip_hf.evaluation.evaluate import evaluate
+from iclip_hf.models.loading import load_iclip
 from iclip_hf.pooling import normalize_attention
 
 

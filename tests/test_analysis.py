@@ -9,9 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from iclip_hf import analysis
-from iclip_hf.analysis import channel_matches, foreground_tokens, match_channels, relation, semantic_shift
 from iclip_hf.data.segmentation import load_segmentation
+from iclip_hf.evaluation import analysis
+from iclip_hf.evaluation.analysis import channel_matches, foreground_tokens, match_channels, relation, semantic_shift
 from iclip_hf.modeling_iclip import ICLIPImageFeatures
 
 

@@ -6,9 +6,9 @@ from conftest import tiny_model
 from PIL import Image
 
 from iclip_hf import cli
-from iclip_hf.analysis import semantic_shift
 from iclip_hf.cli import analyze
 from iclip_hf.data import load_segmentation
+from iclip_hf.evaluation.analysis import semantic_shift
 
 
 @pytest.fixture(scope="module")
@@ -106,7 +106,7 @@ def test_bad_evaluations_are_one_line_and_exit_code_2(tmp_path, capsys, monkeypa
 
 
 def test_poolings_of_the_command_are_those_of_the_analysis(folder, tiny_processor):
-    from iclip_hf.analysis import channel_matches
+    from iclip_hf.evaluation.analysis import channel_matches
 
     matches = channel_matches(tiny_model(), tiny_processor, Image.new("RGB", (40, 30)))
     assert set(matches) == set(analyze.POOLINGS)

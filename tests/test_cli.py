@@ -184,6 +184,6 @@ def test_methods_of_the_command_are_those_of_the_package():
 
 
 def test_the_gate_of_the_command_is_that_of_the_package():
-    from iclip_hf.localization import MIN_PRESENCE
+    from iclip_hf.localization.localizer import MIN_PRESENCE
 
     assert cli._parser().parse_args(["explain", "a.jpg", "--text", "dog"]).min_presence == MIN_PRESENCE

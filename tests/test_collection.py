@@ -13,10 +13,10 @@ from conftest import tiny_model
 from datasets import load_dataset
 from PIL import Image
 
-from iclip_hf import collection
-from iclip_hf.collection import explain_collection, open_images
 from iclip_hf.explainers import explain
-from iclip_hf.localization import Localizer
+from iclip_hf.localization import collection
+from iclip_hf.localization.collection import explain_collection, open_images
+from iclip_hf.localization.localizer import Localizer
 
 
 TEXTS = ["dog", "red ball"]

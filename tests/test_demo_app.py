@@ -22,8 +22,8 @@ from PIL import Image
 from iclip_hf import ICLIPModel, cli, explainers
 from iclip_hf.cli import common
 from iclip_hf.demo import app
-from iclip_hf.explainers import families
-from iclip_hf.localization import Localizer
+from iclip_hf.explainers import adapters as families
+from iclip_hf.localization.localizer import Localizer
 
 
 TEXTS = ["dog", "red ball", "sky"]

@@ -17,7 +17,7 @@ from PIL import Image
 evaluate = pytest.importorskip("evaluate", reason="needs the extra [eval]")
 
 from iclip_hf import evaluate_modules  # noqa: E402
-from iclip_hf.metrics import MeanForegroundMinusBackground, MeanMaxIoU  # noqa: E402
+from iclip_hf.evaluation.metrics import MeanForegroundMinusBackground, MeanMaxIoU  # noqa: E402
 
 
 REPOSITORY = Path(__file__).parents[1]
@@ -74,7 +74,7 @@ def installed(tmp_path_factory):
     stale.mkdir(parents=True)
     (stale / "mmiou.py").write_text("raise ImportError('an old version')")
     os.utime(stale / "mmiou.py", (4e9, 4e9))  # evaluate prefers the newest
-    command = "from iclip_hf.evaluate_modules import install_metrics; print(install_metrics())"
+    command = "from iclip_hf.evaluation.evaluate_modules import install_metrics; print(install_metrics())"
     assert output_of(fresh_process(["-c", command], home, home)) == ["['mfmb', 'mmiou']"]
     return home
 

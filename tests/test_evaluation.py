@@ -14,11 +14,11 @@ from torch.nn import functional as F
 
 from iclip_hf import cli
 from iclip_hf.data import load_segmentation
-from iclip_hf.evaluation import evaluate
+from iclip_hf.evaluation.evaluate import evaluate
+from iclip_hf.evaluation.metrics import MeanForegroundMinusBackground as MFMB
+from iclip_hf.evaluation.metrics import MeanMaxIoU, MultiLabelAveragePrecision
 from iclip_hf.explainers import METHODS, make_explainer
-from iclip_hf.localization import Localizer
-from iclip_hf.metrics import MeanForegroundMinusBackground as MFMB
-from iclip_hf.metrics import MeanMaxIoU, MultiLabelAveragePrecision
+from iclip_hf.localization.localizer import Localizer
 from iclip_hf.similarity import resize_and_normalize
 
 

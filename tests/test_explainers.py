@@ -24,8 +24,8 @@ from transformers import (
 )
 
 from iclip_hf.explainers import METHODS, explain, make_explainer
+from iclip_hf.explainers.adapters import ModelAdapter, head_output
 from iclip_hf.explainers.bi_modal import BiModal
-from iclip_hf.explainers.families import Family, head_output
 from iclip_hf.explainers.grad_cam import GradCAM
 from iclip_hf.modeling_iclip import ICLIPImageFeatures, ICLIPTextFeatures
 from iclip_hf.similarity import min_max_normalize
@@ -468,7 +468,7 @@ def mixed(weights, value):
     return torch.cat([w @ v for w, v in zip(weights, value.chunk(len(weights), dim=1))])
 
 
-class Toy(Family):
+class Toy(ModelAdapter):
     """
     Two layers without norms or MLPs on a class token and two patches of two channels. Queries are zero, so that every
     weight is 1/3, and values are the tokens: each layer adds the mean of all tokens to each. The embedding is the class
@@ -680,7 +680,7 @@ def test_a_photograph_on_its_side_is_explained_upright(made, tmp_path):
 
 
 def test_templates_are_averaged_as_unit_vectors(made, monkeypatch):
-    monkeypatch.setattr("iclip_hf.explainers.families._TEXT_BATCH", 4)  # so that the labels come in parts
+    monkeypatch.setattr("iclip_hf.explainers.adapters._TEXT_BATCH", 4)  # so that the labels come in parts
     templates = ["a photo of the {}", "the {} ."]
     for family in ("iclip", "clip", "open_clip"):
         model, processor, _ = made(family)

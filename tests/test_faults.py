@@ -35,20 +35,20 @@ from PIL import Image
 from test_training import train
 
 from iclip_hf import ICLIPConfig, ImageTextSimilarityMapPipeline, cli
-from iclip_hf.collection import explain_collection, open_images
-from iclip_hf.data.nouns import NounPrompts
 from iclip_hf.data.pairs import load_pairs
 from iclip_hf.data.segmentation import load_segmentation
 from iclip_hf.demo import app
+from iclip_hf.evaluation.metrics import MeanForegroundMinusBackground, MeanMaxIoU, MultiLabelAveragePrecision
 from iclip_hf.explainers import explain, make_explainer
-from iclip_hf.feature_cache import FeatureShards
 from iclip_hf.images import load_image
-from iclip_hf.loading import load_whole
-from iclip_hf.localization import Localizer
-from iclip_hf.metrics import MeanForegroundMinusBackground, MeanMaxIoU, MultiLabelAveragePrecision
+from iclip_hf.localization.collection import explain_collection, open_images
+from iclip_hf.localization.localizer import Localizer
+from iclip_hf.models.loading import load_pretrained
 from iclip_hf.pooling import pool
 from iclip_hf.regions import class_thresholds, find_regions, negative_points, positive_points, run_lengths
 from iclip_hf.similarity import min_max_normalize, resize_and_normalize
+from iclip_hf.training.feature_cache import FeatureShards
+from iclip_hf.training.nouns import NounPrompts
 
 
 REFUSALS = (ValueError, TypeError, OSError, StrictDataclassError)
@@ -481,7 +481,7 @@ def damaged_model(run: Callable) -> Callable:
 
 
 for door, run, more in (
-    ("load_whole", lambda world, model: load_whole(model), inputs.MODEL_JSON),
+    ("load_pretrained", lambda world, model: load_pretrained(model), inputs.MODEL_JSON),
     (
         "iclip explain --model",
         lambda world, model: iclip("explain", world.photo, "--text", "dog", "--model", model),

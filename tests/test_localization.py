@@ -9,7 +9,7 @@ from transformers import CLIPImageProcessor
 
 from iclip_hf import ICLIPProcessor
 from iclip_hf.explainers import explain
-from iclip_hf.localization import BACKGROUND, Localizer, presence
+from iclip_hf.localization.localizer import BACKGROUND, Localizer, presence
 from iclip_hf.regions import find_regions
 
 
@@ -134,7 +134,7 @@ def test_presence_tells_present_classes_better_than_the_cosine(iclip_data):
 
     from iclip_hf import ICLIPModel, ICLIPProcessor
     from iclip_hf.data.segmentation import load_segmentation
-    from iclip_hf.demo.checkpoint import embedded_model
+    from iclip_hf.models.embedded import embedded_model
 
     folder = embedded_model()
     dataset = load_segmentation("coco2017", iclip_data / "coco100", "train2017")

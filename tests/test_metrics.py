@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from sklearn.metrics import average_precision_score
 from torchmetrics.classification import BinaryJaccardIndex
 
-from iclip_hf import metrics
-from iclip_hf.metrics import (
+from iclip_hf.evaluation import metrics
+from iclip_hf.evaluation.metrics import (
     THRESHOLDS,
     MeanForegroundMinusBackground,
     MeanMaxIoU,

@@ -10,10 +10,11 @@ from conftest import tiny_inputs, tiny_model
 from PIL import Image
 from torch.nn import functional as F
 
-from iclip_hf import cli, onnx_export
-from iclip_hf.analysis import channel_matches
+from iclip_hf import cli
+from iclip_hf.evaluation.analysis import channel_matches
 from iclip_hf.explainers import METHODS, explain, make_explainer
-from iclip_hf.onnx_export import ONNXModel, export_onnx
+from iclip_hf.models import onnx as onnx_export
+from iclip_hf.models.onnx import ONNXModel, export_onnx
 
 
 IMAGE = ("image_embeds", "map_image_embeds", "patch_embeds", "patch_tokens", "attention")

@@ -146,11 +146,11 @@ OPTIONAL = [
 ]
 OPTIONAL += ["pycocotools", "skimage", "tensorboard", "timm"]
 NEEDS = {
-    "iclip_hf.collection": "collections",
+    "iclip_hf.localization.collection": "collections",
     "iclip_hf.demo.app": "demo",
-    "iclip_hf.evaluate_modules": "eval",
-    "iclip_hf.evaluation": "eval",
-    "iclip_hf.feature_cache": "train",
+    "iclip_hf.evaluation.evaluate_modules": "eval",
+    "iclip_hf.evaluation.evaluate": "eval",
+    "iclip_hf.training.feature_cache": "train",
     "iclip_hf.training": "train",
 }
 
@@ -172,7 +172,7 @@ def test_what_is_loaded_late_says_its_extra_too():
         ("timm", "train"): "from iclip_hf.training import AugmentedImage as A; A(None)",
         ("datasets", "train"): "from iclip_hf.data import load_pairs; load_pairs('org/name')",
         ("pycocotools", "eval"): "from iclip_hf.data import load_segmentation; load_segmentation('coco2017', '.')",
-        ("gradio", "demo"): "from iclip_hf.evaluate_modules import metric_demo; metric_demo('')",
+        ("gradio", "demo"): "from iclip_hf.evaluation.evaluate_modules import metric_demo; metric_demo('')",
     }
     said = open_doors([([package], door) for (package, _), door in doors.items()])
     for (package, extra), sentence in zip(doors, said):

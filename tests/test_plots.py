@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from iclip_hf.analysis import ChannelMatch, relation
-from iclip_hf.plots import (
+from iclip_hf.evaluation.analysis import ChannelMatch, relation
+from iclip_hf.utils.plots import (
     channel_scatter,
     class_bars,
     comparison_sheet,

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from iclip_hf.demo import towers
+from iclip_hf.models import towers
 
 
 def onnx_file(onnx, names):

@@ -26,22 +26,14 @@ from safetensors.torch import load_file
 from torch.utils.data import IterableDataset
 
 from iclip_hf import ICLIPModel, ICLIPProcessor
-from iclip_hf import training as training_module
-from iclip_hf.cache import claimed
-from iclip_hf.data.nouns import NounPrompts
 from iclip_hf.data.pairs import load_pairs
-from iclip_hf.feature_cache import CachedPairs, FeatureShards, branch_poolings, cache_images, cache_texts
-from iclip_hf.training import (
-    AugmentedImage,
-    BatchLoader,
-    GlobalBatches,
-    PairModel,
-    TrainingPairs,
-    WholeImage,
-    cosine_schedule,
-    parameter_groups,
-    seeded,
-)
+from iclip_hf.training import loss as loss_module
+from iclip_hf.training.data import AugmentedImage, BatchLoader, GlobalBatches, TrainingPairs, WholeImage, seeded
+from iclip_hf.training.feature_cache import CachedPairs, FeatureShards, branch_poolings, cache_images, cache_texts
+from iclip_hf.training.loss import PairModel
+from iclip_hf.training.nouns import NounPrompts
+from iclip_hf.training.schedule import cosine_schedule, parameter_groups
+from iclip_hf.utils.files import folder_lock
 
 
 ROOT = Path(__file__).parents[1]
@@ -258,7 +250,7 @@ def test_chunks_are_computed_again_with_the_same_dropout(monkeypatch):
     pair_model, batch = PairModel(tiny_model(), chunk_size=3), tiny_inputs(7, 7)
     assert pair_model.model.text_model.training and pair_model.model.text_model.config.hidden_dropout_prob > 0
     again = gradients(pair_model, batch)
-    monkeypatch.setattr(training_module, "checkpoint", lambda encode, *inputs, use_reentrant: encode(*inputs))
+    monkeypatch.setattr(loss_module, "checkpoint", lambda encode, *inputs, use_reentrant: encode(*inputs))
     kept = gradients(pair_model, batch)
     assert again[0] == kept[0]
     for name in kept[1]:
@@ -608,7 +600,7 @@ def test_a_folder_holds_one_run(hub, tmp_path):
         run(hub, tmp_path, "--max_steps", 2)
     with pytest.raises(ValueError, match="weight_decay from 0.05 to 0.1"):
         run(hub, tmp_path, "--max_steps", 2, "--resume", "--weight_decay", 0.1)
-    with claimed(tmp_path), pytest.raises(BlockingIOError, match="expected no other run here"):
+    with folder_lock(tmp_path), pytest.raises(BlockingIOError, match="expected no other run here"):
         run(hub, tmp_path, "--max_steps", 2, "--resume")
 
 
@@ -704,7 +696,7 @@ import torch
 from accelerate import PartialState
 from conftest import tiny_inputs, tiny_model
 from test_training import tiny_nouns, train
-from iclip_hf.training import PairModel
+from iclip_hf.training.loss import PairModel
 
 torch.set_num_threads(1)
 folder, arguments = sys.argv[1], sys.argv[2:]

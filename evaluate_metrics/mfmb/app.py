@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from iclip_hf.evaluate_modules import metric_demo
+from iclip_hf.evaluation.evaluate_modules import metric_demo
 
 
 demo = metric_demo(Path(__file__).with_name("mfmb.py"))

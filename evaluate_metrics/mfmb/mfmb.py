@@ -1,7 +1,7 @@
-"""mFMB as an `evaluate` module. The arithmetic is `iclip_hf.metrics.MeanForegroundMinusBackground`."""
+"""mFMB as an `evaluate` module. The arithmetic is `iclip_hf.evaluation.metrics.MeanForegroundMinusBackground`."""
 
-from iclip_hf.evaluate_modules import PairMetric
-from iclip_hf.metrics import MeanForegroundMinusBackground
+from iclip_hf.evaluation.evaluate_modules import PairMetric
+from iclip_hf.evaluation.metrics import MeanForegroundMinusBackground
 
 
 _DESCRIPTION = """

@@ -1,7 +1,7 @@
-"""mMIoU as an `evaluate` module. The arithmetic is `iclip_hf.metrics.MeanMaxIoU`."""
+"""mMIoU as an `evaluate` module. The arithmetic is `iclip_hf.evaluation.metrics.MeanMaxIoU`."""
 
-from iclip_hf.evaluate_modules import PairMetric
-from iclip_hf.metrics import MeanMaxIoU
+from iclip_hf.evaluation.evaluate_modules import PairMetric
+from iclip_hf.evaluation.metrics import MeanMaxIoU
 
 
 _DESCRIPTION = """

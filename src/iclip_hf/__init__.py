@@ -14,16 +14,16 @@ from wrapt import register_post_import_hook
 
 if TYPE_CHECKING:
     from .configuration_iclip import ICLIPConfig
-    from .demo.checkpoint import embedded_model
     from .explainers import explain
     from .modeling_iclip import ICLIPImageFeatures, ICLIPModel, ICLIPOutput, ICLIPTextFeatures
+    from .models.embedded import embedded_model
     from .pipeline_iclip import ImageTextSimilarityMapPipeline
     from .processing_iclip import ICLIPProcessor
 
 __version__ = "0.1.0"
 
 _MODULES = {
-    "embedded_model": "demo.checkpoint",
+    "embedded_model": "models.embedded",
     "explain": "explainers",
     "ICLIPConfig": "configuration_iclip",
     "ICLIPImageFeatures": "modeling_iclip",
@@ -54,4 +54,4 @@ _register_when_imported("transformers.models.auto.configuration_auto", ".configu
 _register_when_imported("transformers.models.auto.modeling_auto", ".modeling_iclip")
 _register_when_imported("transformers.models.auto.processing_auto", ".processing_iclip")
 _register_when_imported("transformers.pipelines", ".pipeline_iclip")
-_register_when_imported("evaluate", ".evaluate_modules")
+_register_when_imported("evaluate", ".evaluation.evaluate_modules")

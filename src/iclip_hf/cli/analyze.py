@@ -66,9 +66,9 @@ def _shift(options: argparse.Namespace) -> int:
 
     from tqdm import tqdm
 
-    from ..analysis import semantic_shift
-    from ..cache import written_whole
     from ..data.segmentation import load_segmentation
+    from ..evaluation.analysis import semantic_shift
+    from ..utils.files import atomic_write
 
     if options.output:
         check_file("--output", options.output, (".json",))
@@ -84,16 +84,16 @@ def _shift(options: argparse.Namespace) -> int:
     }
     report = json.dumps({"protocol": protocol, **asdict(shift)}, indent=2)
     if options.output:
-        with written_whole(options.output) as partial:
+        with atomic_write(options.output) as partial:
             partial.write_text(report + "\n", encoding="utf-8")
     print(report if options.json else shift.table())
     return 0
 
 
 def _channels(options: argparse.Namespace) -> int:
-    from ..analysis import channel_matches
+    from ..evaluation.analysis import channel_matches
     from ..images import load_image
-    from ..plots import channel_scatter
+    from ..utils.plots import channel_scatter
 
     check_file("--output", options.output, PICTURES)
     images = [load_image(path) for path in options.images]
@@ -105,8 +105,8 @@ def _channels(options: argparse.Namespace) -> int:
 
 
 def _relation(options: argparse.Namespace) -> int:
-    from ..analysis import relation
-    from ..plots import class_bars, relation_plot
+    from ..evaluation.analysis import relation
+    from ..utils.plots import class_bars, relation_plot
 
     for option, path in (("--output", options.output), ("--bars", options.bars)):
         if path:

@@ -116,8 +116,8 @@ def at_least_1(text: str) -> int:
 
 
 def load_model(name: str | None, dtype: str | None = None):
-    """Model and processor, as [`iclip_hf.loading.load_model`], in silence."""
-    from ..loading import load_model
+    """Model and processor, as [`iclip_hf.models.loading.load_model`], in silence."""
+    from ..models.loading import load_model
 
     silence_transformers()
     return load_model(name, dtype)
@@ -147,13 +147,13 @@ def check_folder(option: str, path: Path) -> None:
 
 def save_figure(figure, path: Path, dpi: int = 120) -> None:
     """Writes a figure in the form that the file name asks for; it appears whole or not at all."""
-    from ..cache import written_whole
+    from ..utils.files import atomic_write
 
     path.parent.mkdir(parents=True, exist_ok=True)
     form = path.suffix[1:].lower()
     # More effort makes a photograph's PNG a fifth smaller, and writing it takes nearly twice as long.
     options = {"pil_kwargs": {"compress_level": 1}} if form == "png" else {}
-    with written_whole(path) as partial:
+    with atomic_write(path) as partial:
         figure.savefig(partial, format=form, dpi=dpi, **options)
 
 

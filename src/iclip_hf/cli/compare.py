@@ -46,7 +46,7 @@ def register(commands) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    from ..plots import cell_sized, comparison_sheet
+    from ..utils.plots import cell_sized, comparison_sheet
 
     check_file("--output", options.output, PICTURES)
     image, truths, templates = _open(options)

@@ -44,8 +44,8 @@ def register(commands) -> None:
 
 def run(options: argparse.Namespace) -> int:
     from ..data.segmentation import load_segmentation
-    from ..evaluation import evaluate
-    from ..processes import partner_errors, this_process
+    from ..evaluation.evaluate import evaluate
+    from ..utils.distributed import partner_errors, this_process
 
     if options.output:
         check_file("--output", options.output, (".json",))

@@ -91,7 +91,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _localizer(options: argparse.Namespace):
-    from ..localization import Localizer
+    from ..localization.localizer import Localizer
     from ..regions import class_thresholds
 
     try:
@@ -114,7 +114,7 @@ def _explain_images(options: argparse.Namespace) -> int:
 
     from ..images import load_image
     from ..regions import run_lengths
-    from ..threads import map_ahead
+    from ..utils.prefetch import prefetch_map
 
     several = len(options.images) > 1
     output = options.output or Path("explanations" if several else "explanation.png")
@@ -141,7 +141,7 @@ def _explain_images(options: argparse.Namespace) -> int:
     pictures = [output / name for name in _file_names(options.images)] if several else [output]
     with ThreadPoolExecutor(1) as beside:  # the model
         explained = localizer.explain_all(lambda path: (path, load_image(path)), options.images, beside, batch_size=4)
-        written = map_ahead(beside, write, zip(explained, pictures), 4)
+        written = prefetch_map(beside, write, zip(explained, pictures), 4)
         written = list(tqdm(written, total=len(pictures), unit="image", disable=not several))
     report = [entry for entry in written if entry is not None]
 
@@ -153,8 +153,8 @@ def _explain_images(options: argparse.Namespace) -> int:
 
 
 def _explain_collection(options: argparse.Namespace) -> int:
-    from ..collection import explain_collection, open_images
-    from ..processes import this_process
+    from ..localization.collection import explain_collection, open_images
+    from ..utils.distributed import this_process
 
     if options.npz:
         raise ValueError("--npz goes with image files; the Parquet files of a collection hold raw maps and masks.")
@@ -184,7 +184,7 @@ def _explain_collection(options: argparse.Namespace) -> int:
 
 
 def _draw(image, explanation, colormap: str, path: Path) -> None:
-    from ..plots import cell_sized, explanation_grid
+    from ..utils.plots import cell_sized, explanation_grid
 
     drawn = cell_sized(image)
     heatmaps = replace(explanation, size=(drawn.height, drawn.width)).maps.numpy()
@@ -195,9 +195,9 @@ def _draw(image, explanation, colormap: str, path: Path) -> None:
 def _save_arrays(explanation, presence, masks: list, path: Path) -> None:
     import numpy as np
 
-    from ..cache import written_whole
+    from ..utils.files import atomic_write
 
-    with written_whole(path) as partial, partial.open("wb") as file:  # a file: to a name, numpy adds a suffix
+    with atomic_write(path) as partial, partial.open("wb") as file:  # a file: to a name, numpy adds a suffix
         np.savez_compressed(
             file,
             texts=explanation.labels,

@@ -37,8 +37,8 @@ def run(options: argparse.Namespace) -> int:
     if options.format == "transformers":
         print(export(options, options.directory))
         return 0
-    from ..hub import load_iclip
-    from ..onnx_export import export_onnx
+    from ..models.loading import load_iclip
+    from ..models.onnx import export_onnx
 
     if options.results is not None:
         raise ValueError("--results fills a model card, which an ONNX folder does not have: leave it out.")
@@ -50,7 +50,8 @@ def run(options: argparse.Namespace) -> int:
 
 def export(options: argparse.Namespace, directory: Path, name: str | None = None) -> Path:
     """Writes what the options name."""
-    from ..hub import export_model, load_iclip
+    from ..hub.folders import export_model
+    from ..models.loading import load_iclip
 
     silence_transformers()
     metrics = None

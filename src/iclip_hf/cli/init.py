@@ -23,7 +23,7 @@ def register(commands) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    from ..hub import init_model
+    from ..hub.folders import init_model
 
     silence_transformers()
     print(init_model(options.config, options.output, options.vision, options.text))

@@ -25,7 +25,7 @@ def register(commands) -> None:
 def run(options: argparse.Namespace) -> int:
     from huggingface_hub.utils import validate_repo_id
 
-    from ..hub import push_model
+    from ..hub.folders import push_model
 
     validate_repo_id(options.repo_id)
     with tempfile.TemporaryDirectory() as scratch:

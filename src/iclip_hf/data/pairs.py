@@ -26,9 +26,9 @@ import torch
 from torch.utils.data import Dataset, IterableDataset
 from tqdm import tqdm
 
-from ..cache import cache_folder, written_whole
-from ..extras import extra
 from ..images import IMAGE_SUFFIXES, load_image
+from ..utils.extras import require_extra
+from ..utils.files import atomic_write, cache_folder
 
 
 if TYPE_CHECKING:
@@ -272,7 +272,7 @@ class _TarShard:
             ranges = self._scan()
         try:
             cached.parent.mkdir(parents=True, exist_ok=True)
-            with written_whole(cached) as partial, open(partial, "wb") as file:
+            with atomic_write(cached) as partial, open(partial, "wb") as file:
                 np.save(file, ranges)
         except OSError as error:  # a read-only or full disk costs time, not the run
             logger.warning("The index of %s could not be kept: %s", self.path, error)
@@ -531,7 +531,7 @@ def _is_hub_id(source: str) -> bool:
 
 
 def _open_hub_dataset(name: str, split: str) -> datasets.IterableDataset:
-    with extra("train"):
+    with require_extra("train"):
         from datasets import load_dataset
     try:
         return load_dataset(name, split=split, streaming=True)

@@ -18,8 +18,8 @@ from types import ModuleType
 import numpy as np
 from PIL import Image
 
-from ..extras import extra
 from ..images import IMAGE_SUFFIXES, load_image, open_image
+from ..utils.extras import require_extra
 
 
 VOID = 255
@@ -177,7 +177,7 @@ class _COCOSample(SegmentationSample):
 
 
 def _pycocotools_mask() -> ModuleType:
-    with extra("eval"):
+    with require_extra("eval"):
         from pycocotools import mask
     return mask
 

@@ -19,17 +19,17 @@ from matplotlib import colormaps
 from PIL import Image
 
 from .. import __version__
-from ..cache import written_whole
 from ..explainers import Explanation
-from ..extras import extra
 from ..images import load_image
-from ..loading import load_model
-from ..localization import Localizer
-from ..plots import COLORMAP
+from ..localization.localizer import Localizer
+from ..models.loading import load_model
 from ..presence import BACKGROUND, MIN_PRESENCE
+from ..utils.extras import require_extra
+from ..utils.files import atomic_write
+from ..utils.plots import COLORMAP
 
 
-with extra("demo"):
+with require_extra("demo"):
     import gradio as gr
     from gradio.processing_utils import save_bytes_to_cache
 
@@ -320,7 +320,7 @@ def export_space(folder: Path, model: str | None = None) -> None:
         "requirements.txt": f"iclip-hf[demo]=={__version__}\n",
     }
     for name, text in files.items():
-        with written_whole(folder / name) as partial:
+        with atomic_write(folder / name) as partial:
             partial.write_text(text, encoding="utf-8")
 
 

@@ -30,11 +30,11 @@ from PIL import Image
 
 from ..images import load_image
 from ..modeling_iclip import ICLIPTextFeatures
+from .adapters import join_texts
 from .attention import Attention
 from .bi_modal import BiModal
 from .clip_surgery import CLIPSurgery
 from .explainer import Explainer, Explanation, identity
-from .families import join_texts
 from .gem import GEM
 from .grad_cam import GradCAM
 from .itsm import ITSM, ReversedITSM

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from ..modeling_iclip import ICLIPTextFeatures
-from .families import join_texts
+from .adapters import join_texts
 from .recording import AttentionRecord
 from .self_self import SelfSelfAttention, similar
 

@@ -9,20 +9,20 @@ from dataclasses import dataclass
 import torch
 
 from ..modeling_iclip import ICLIPTextFeatures
-from ..onnx_export import ONNXModel
+from ..models.onnx import ONNXModel
 from ..similarity import resize_and_normalize
-from .families import CLIPFamily, Family, ICLIPFamily, ONNXFamily, Siglip2Family, SiglipFamily
-from .open_clip import OpenCLIPFamily, OpenCLIPResNetFamily
+from .adapters import CLIPAdapter, ICLIPAdapter, ModelAdapter, ONNXAdapter, Siglip2Adapter, SiglipAdapter
+from .open_clip import OpenCLIPAdapter, OpenCLIPResNetAdapter
 
 
 # By the model type of a config, or by the image tower's class in open_clip.
-_FAMILIES: dict[str, type[Family]] = {
-    "iclip": ICLIPFamily,
-    "clip": CLIPFamily,
-    "siglip": SiglipFamily,
-    "siglip2": Siglip2Family,
-    "VisionTransformer": OpenCLIPFamily,
-    "ModifiedResNet": OpenCLIPResNetFamily,
+_FAMILIES: dict[str, type[ModelAdapter]] = {
+    "iclip": ICLIPAdapter,
+    "clip": CLIPAdapter,
+    "siglip": SiglipAdapter,
+    "siglip2": Siglip2Adapter,
+    "VisionTransformer": OpenCLIPAdapter,
+    "ModifiedResNet": OpenCLIPResNetAdapter,
 }
 
 
@@ -80,7 +80,7 @@ class Explainer(ABC):
         """
 
 
-def adapt(model, processor) -> Family:
+def adapt(model, processor) -> ModelAdapter:
     """
     A model of any supported kind behind the functions that methods and analyses are written in.
 
@@ -88,7 +88,7 @@ def adapt(model, processor) -> Family:
         `TypeError`: for another kind of model.
     """
     if isinstance(model, ONNXModel):
-        return ONNXFamily(model, processor)
+        return ONNXAdapter(model, processor)
     if hasattr(model, "visual"):
         kind = type(model.visual).__name__
         fits = getattr(model.visual, "attn_pool", None) is None  # CoCa pools by queries of its own

@@ -9,14 +9,14 @@ from torch import nn
 
 from ..modeling_iclip import ICLIPImageFeatures, ICLIPTextFeatures
 from ..processing_iclip import check_templates
-from .families import Family, head_output, text_features, unit, whole_image_processor
+from .adapters import ModelAdapter, head_output, text_features, unit, whole_image_processor
 from .recording import attend, merge_heads
 
 
 _RESAMPLE = {"bicubic": 3, "bilinear": 2}  # Pillow's numbers
 
 
-class OpenCLIPFamily(Family):
+class OpenCLIPAdapter(ModelAdapter):
     """A transformer with a class token, for images of the one size that its position embeddings have."""
 
     def __init__(self, model: nn.Module, tokenizer):
@@ -54,7 +54,7 @@ class OpenCLIPFamily(Family):
         return self.model.visual.ln_post(stream) @ self.model.visual.proj
 
 
-class OpenCLIPResNetFamily(OpenCLIPFamily):
+class OpenCLIPResNetAdapter(OpenCLIPAdapter):
     """
     A ResNet, whose one attention layer is the pooling at its end. A position's place in the space of the texts is what the
     pooling gives where its attention is all there: value and output projection.

@@ -8,8 +8,8 @@ import torch
 
 from ..modeling_iclip import ICLIPTextFeatures, cosines
 from ..similarity import cosine_similarity_map
+from .adapters import unit
 from .explainer import Explainer
-from .families import unit
 from .recording import AttentionRecord
 
 

@@ -12,10 +12,8 @@ from unittest import mock
 import torch
 from torch import nn
 
-from .cache import loading_errors, new_folder
-from .configuration_iclip import ICLIPConfig
-from .extras import extra
-from .modeling_iclip import (
+from ..configuration_iclip import ICLIPConfig
+from ..modeling_iclip import (
     ICLIPImageFeatures,
     ICLIPModel,
     ICLIPTextFeatures,
@@ -23,7 +21,9 @@ from .modeling_iclip import (
     normalize,
     patch_side,
 )
-from .processing_iclip import ICLIPProcessor
+from ..processing_iclip import ICLIPProcessor
+from ..utils.extras import require_extra
+from ..utils.files import atomic_folder, loading_errors
 
 
 VISION_FILE, TEXT_FILE = "vision_model.onnx", "text_model.onnx"
@@ -56,11 +56,11 @@ def export_onnx(model: ICLIPModel, processor: ICLIPProcessor, folder: str | Path
     """
     if weights not in _WRITERS:
         raise ValueError(f"Expected weights to be one of {', '.join(_WRITERS)}, got {weights!r}.")
-    with extra("onnx"):  # now, not after minutes
+    with require_extra("onnx"):  # now, not after minutes
         for package in ("onnxruntime.quantization", "onnxscript"):
             importlib.import_module(package)
     write = _WRITERS[weights]
-    with new_folder(folder) as built:
+    with atomic_folder(folder) as built:
         write(_vision_program(model), built / VISION_FILE)
         write(_text_program(model, processor(labels=["dog", "red ball"])), built / TEXT_FILE)
         model.config.save_pretrained(built)
@@ -83,7 +83,7 @@ class ONNXModel:
     device, dtype = torch.device("cpu"), torch.float32
 
     def __init__(self, folder: str | Path):
-        with extra("onnx"):
+        with require_extra("onnx"):
             import onnxruntime
 
         providers = onnxruntime.get_available_providers()

@@ -12,12 +12,12 @@ import numpy as np
 import torch
 from PIL import Image
 
-from .explainers import Explanation, identity, join_texts, make_explainer
-from .modeling_iclip import cosines
-from .presence import BACKGROUND, MIN_PRESENCE, presence
-from .processing_iclip import check_templates
-from .regions import Region, find_regions, negative_points, positive_points
-from .threads import Item, map_ahead
+from ..explainers import Explanation, identity, join_texts, make_explainer
+from ..modeling_iclip import cosines
+from ..presence import BACKGROUND, MIN_PRESENCE, presence
+from ..processing_iclip import check_templates
+from ..regions import Region, find_regions, negative_points, positive_points
+from ..utils.prefetch import Item, prefetch_map
 
 
 class LocalizedText(NamedTuple):
@@ -181,7 +181,7 @@ class Localizer:
                 return Explained(" ".join(str(error).split())), None
             return Explained(name, image), self.prepare(image)
 
-        loaded = map_ahead(pool, prepared, items, batch_size)
+        loaded = prefetch_map(pool, prepared, items, batch_size)
         while batch := list(itertools.islice(loaded, batch_size)):
             # Images that keep their proportions may differ in shape, and those that cannot be read have none.
             for shape, group in itertools.groupby(batch, lambda item: getattr(item[1], "shape", None)):

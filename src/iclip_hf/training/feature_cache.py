@@ -16,15 +16,15 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from .cache import writing_errors, written_whole
-from .configuration_iclip import ICLIPConfig
-from .data.nouns import NounPrompts
-from .data.pairs import BadPairError, PairDataset
-from .modeling_iclip import ICLIPModel
-from .pooling import normalize_attention, pool
-from .processes import agreed, claimed_together, partner_errors
-from .processing_iclip import ICLIPProcessor
-from .training import seeded
+from ..configuration_iclip import ICLIPConfig
+from ..data.pairs import BadPairError, PairDataset
+from ..modeling_iclip import ICLIPModel
+from ..pooling import normalize_attention, pool
+from ..processing_iclip import ICLIPProcessor
+from ..utils.distributed import agreed, partner_errors, shared_folder_lock
+from ..utils.files import atomic_write, writing_errors
+from .data import seeded
+from .nouns import NounPrompts
 
 
 if TYPE_CHECKING:
@@ -66,7 +66,7 @@ class FeatureShards:
         if not file.exists():
             with writing_errors(folder):
                 folder.mkdir(parents=True, exist_ok=True)
-            with written_whole(file) as partial:
+            with atomic_write(file) as partial:
                 partial.write_text(json.dumps(now, indent=2))
         then = self._read(file, _json)
         then = then if isinstance(then, dict) else {}
@@ -88,10 +88,10 @@ class FeatureShards:
     def write(self, shard: int, features: np.ndarray, captions: list[list[str]] | None = None) -> None:
         """Adds a shard, and beside it the captions of its rows."""
         if captions is not None:
-            with written_whole(self._file(shard, ".json")) as partial:
+            with atomic_write(self._file(shard, ".json")) as partial:
                 partial.write_text(json.dumps(captions))
         # An open file, for `np.save` would add its own ending to a name.
-        with written_whole(self._file(shard)) as partial, open(partial, "wb") as opened:
+        with atomic_write(self._file(shard)) as partial, open(partial, "wb") as opened:
             np.save(opened, features)
 
     def __getitem__(self, rows: np.ndarray) -> np.ndarray:
@@ -354,7 +354,7 @@ def _fill(
     """Encodes the rows of the missing shards, each process its share of them. A cache that is whole is read by many runs."""
     if not agreed(shards.missing()):
         return
-    with claimed_together(shards.folder, accelerator):
+    with shared_folder_lock(shards.folder, accelerator):
         missing = shards.missing()
         accelerator.wait_for_everyone()  # all have looked before one writes
         todo = missing[accelerator.process_index :: accelerator.num_processes]

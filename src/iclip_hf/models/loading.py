@@ -5,11 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from transformers import AutoModel, AutoProcessor, ProcessorMixin
+from transformers import AutoConfig, AutoModel, AutoProcessor, ProcessorMixin
 
-from .cache import loading_errors
-from .demo.checkpoint import embedded_model
-from .onnx_export import VISION_FILE, ONNXModel
+from ..modeling_iclip import ICLIPModel
+from ..processing_iclip import ICLIPProcessor
+from ..utils.files import loading_errors
+from .embedded import embedded_model
+from .onnx import VISION_FILE, ONNXModel
 
 
 def load_model(name: str | Path | None = None, dtype: str | None = None):
@@ -22,7 +24,7 @@ def load_model(name: str | Path | None = None, dtype: str | None = None):
         dtype (`str`, *optional*): `"float32"`, `"bfloat16"` or `"float16"`; as it was saved if not given.
 
     Raises:
-        As [`load_whole`]; `ValueError` also for a dtype with an ONNX folder, whose precision is that of its export.
+        As [`load_pretrained`]; `ValueError` also for a dtype with an ONNX folder, whose precision is that of its export.
     """
     name = embedded_model() if name is None else name
     if Path(name, VISION_FILE).is_file():
@@ -32,11 +34,11 @@ def load_model(name: str | Path | None = None, dtype: str | None = None):
             )
         return ONNXModel(name), AutoProcessor.from_pretrained(name, trust_remote_code=False)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model, processor = load_whole(name, **({} if dtype is None else {"dtype": dtype}))
+    model, processor = load_pretrained(name, **({} if dtype is None else {"dtype": dtype}))
     return model.to(device), processor
 
 
-def load_whole(name: str | Path, **options):
+def load_pretrained(name: str | Path, **options):
     """
     Model and processor of a folder or Hub id, from safetensors; code that lies beside them is not run.
 
@@ -66,3 +68,17 @@ def load_whole(name: str | Path, **options):
             f"{name}: expected a processor of images and texts, got {type(processor).__name__}; get it again."
         )
     return model, processor
+
+
+def load_iclip(name: str | Path, **options) -> tuple[ICLIPModel, ICLIPProcessor]:
+    """
+    Model and processor of a folder or Hub id, with other options of the configuration if given.
+
+    Raises:
+        `ValueError`: it is a model of another kind, or damaged. `OSError`: there is none.
+    """
+    with loading_errors(name):
+        model_type = AutoConfig.from_pretrained(name, trust_remote_code=False).model_type
+    if model_type != "iclip":
+        raise ValueError(f"{name}: expected an ICLIP model, got one of type {model_type}.")
+    return load_pretrained(name, **options)

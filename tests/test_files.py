@@ -8,12 +8,12 @@ import sys
 
 import pytest
 
-from iclip_hf.cache import build_once, claimed, new_folder, written_whole
+from iclip_hf.utils.files import atomic_folder, atomic_write, build_once, folder_lock
 
 
 def killed(script: str, *arguments) -> None:
     """Runs a script that ends with kill -9."""
-    script = f"import os, signal, sys\nfrom pathlib import Path\nfrom iclip_hf.cache import *\n{script}"
+    script = f"import os, signal, sys\nfrom pathlib import Path\nfrom iclip_hf.utils.files import *\n{script}"
     done = subprocess.run([sys.executable, "-c", script, *map(str, arguments)], capture_output=True, text=True)
     assert done.returncode == -signal.SIGKILL, done.stderr
 
@@ -25,28 +25,28 @@ def names(folder) -> list[str]:
 def test_a_folder_is_of_one_run_until_it_ends(tmp_path):
     folder = tmp_path / "new" / "runs"
     for _ in range(2):
-        with claimed(folder):
+        with folder_lock(folder):
             refused = pytest.raises(
                 BlockingIOError, match="runs: expected no other run here, but one is writing; wait"
             )
-            with refused, claimed(folder):
+            with refused, folder_lock(folder):
                 pass
-    with pytest.raises(KeyError), claimed(folder):
+    with pytest.raises(KeyError), folder_lock(folder):
         raise KeyError
-    with claimed(folder):
+    with folder_lock(folder):
         pass
 
 
 def test_a_killed_run_frees_its_folder_and_its_half_written_files_go(tmp_path):
     killed(
-        "with claimed(Path(sys.argv[1])), written_whole(Path(sys.argv[1], 'a.json')) as partial:\n"
+        "with folder_lock(Path(sys.argv[1])), atomic_write(Path(sys.argv[1], 'a.json')) as partial:\n"
         "    partial.touch()\n"
         "    os.kill(os.getpid(), signal.SIGKILL)",
         tmp_path,
     )
     (tmp_path / "mine.partial").touch()
     assert len(names(tmp_path)) == 3
-    with claimed(tmp_path), written_whole(tmp_path / "a.json") as partial:
+    with folder_lock(tmp_path), atomic_write(tmp_path / "a.json") as partial:
         partial.touch()
     assert names(tmp_path) == [".lock", "a.json", "mine.partial"]
 
@@ -54,7 +54,7 @@ def test_a_killed_run_frees_its_folder_and_its_half_written_files_go(tmp_path):
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_the_workers_of_a_killed_run_do_not_keep_its_folder(tmp_path):
     killed(
-        "with claimed(Path(sys.argv[1])):\n"
+        "with folder_lock(Path(sys.argv[1])):\n"
         "    if os.fork() == 0:\n"
         "        os.closerange(0, 3)\n"
         "        import time\n"
@@ -63,7 +63,7 @@ def test_the_workers_of_a_killed_run_do_not_keep_its_folder(tmp_path):
         "    os.kill(os.getpid(), signal.SIGKILL)",
         tmp_path,
     )
-    with claimed(tmp_path):
+    with folder_lock(tmp_path):
         pass
 
 
@@ -71,12 +71,12 @@ def test_a_folder_that_cannot_be_claimed_is_an_error_of_writing(tmp_path):
     (tmp_path / "file").touch()
     with (
         pytest.raises(OSError, match="file: writing failed .* see to the disk's room and rights"),
-        claimed(tmp_path / "file"),
+        folder_lock(tmp_path / "file"),
     ):
         pass
 
 
-@pytest.mark.parametrize("build", ["new_folder(target)", "build_once(target, die)"])
+@pytest.mark.parametrize("build", ["atomic_folder(target)", "build_once(target, die)"])
 def test_what_a_killed_run_was_building_goes_with_the_next(build, tmp_path):
     target, other, own = tmp_path / "mo[d]el", tmp_path / "other", tmp_path / ".mo[d]el-notes" / "partial"
     own.mkdir(parents=True)
@@ -87,13 +87,13 @@ def test_what_a_killed_run_was_building_goes_with_the_next(build, tmp_path):
         "    (folder.parent / 'wheel').touch()\n"
         "    os.kill(os.getpid(), signal.SIGKILL)\n"
     )
-    script += "build_once(target, die)" if "once" in build else "with new_folder(target) as folder: die(folder)"
+    script += "build_once(target, die)" if "once" in build else "with atomic_folder(target) as folder: die(folder)"
     killed(script, target)
     assert len(names(tmp_path)) == 2
-    with new_folder(other):
+    with atomic_folder(other):
         pass
     assert len(names(tmp_path)) == 3  # another's
-    with new_folder(target) as folder:
+    with atomic_folder(target) as folder:
         (folder / "weights").touch()
     assert names(tmp_path) == sorted([".mo[d]el-notes", "mo[d]el", "other"]) and own.is_dir()
     assert names(target) == ["weights"]
@@ -101,14 +101,14 @@ def test_what_a_killed_run_was_building_goes_with_the_next(build, tmp_path):
 
 def test_what_a_run_leaves_that_is_killed_when_all_is_built_goes_too(tmp_path):
     killed(
-        "with new_folder(sys.argv[1]) as folder:\n"
+        "with atomic_folder(sys.argv[1]) as folder:\n"
         "    (folder / 'weights').touch()\n"
         "    replace = os.replace\n"
         "    os.replace = lambda *paths: (replace(*paths), os.kill(os.getpid(), signal.SIGKILL))",
         tmp_path / "model",
     )
     assert len(names(tmp_path)) == 2
-    with pytest.raises(FileExistsError), new_folder(tmp_path / "model"):
+    with pytest.raises(FileExistsError), atomic_folder(tmp_path / "model"):
         pass
     assert names(tmp_path) == ["model"]
 
@@ -120,7 +120,7 @@ def test_what_a_living_run_builds_stays(tmp_path):
 
     with (
         pytest.raises(FileExistsError, match="expected a new or empty folder"),
-        new_folder(tmp_path / "model") as slow,
+        atomic_folder(tmp_path / "model") as slow,
     ):
         whole(slow)
         build_once(tmp_path / "model", whole)
@@ -133,6 +133,6 @@ def test_a_full_disk_is_told_and_what_is_no_matter_of_writing_stays_as_it_is(tmp
         (OSError(errno.ENOSPC, "No space left"), "model: writing failed .*; see to the disk's room"),
         (OSError("no tower"), "^no tower$"),
     ):
-        with pytest.raises(OSError, match=told), new_folder(tmp_path / "model"):
+        with pytest.raises(OSError, match=told), atomic_folder(tmp_path / "model"):
             raise raised
     assert names(tmp_path) == []

@@ -26,7 +26,7 @@ def cache_folder() -> Path:
 
 
 @contextmanager
-def written_whole(path: Path) -> Iterator[Path]:
+def atomic_write(path: Path) -> Iterator[Path]:
     """
     Gives a path beside `path` to write to, which takes its place at the end and is removed after an exception. Its name is
     this process's own: another may be writing the same.
@@ -70,11 +70,11 @@ def loading_errors(name: str | Path) -> Iterator[None]:
 
 
 @contextmanager
-def claimed(folder: Path) -> Iterator[None]:
+def folder_lock(folder: Path) -> Iterator[None]:
     """
     Keeps other runs out of a folder, which is made if it is not there, and removes the half-written files of a run that was
     killed. The operating system frees the folder however a run ends. For a run of several processes see
-    [`iclip_hf.processes.claimed_together`].
+    [`iclip_hf.utils.distributed.shared_folder_lock`].
 
     Raises:
         `BlockingIOError`: another run is writing there. `OSError`: the folder cannot be written.
@@ -89,7 +89,7 @@ def claimed(folder: Path) -> Iterator[None]:
             raise BlockingIOError(
                 f"{folder}: expected no other run here, but one is writing; wait until it ends, or name another folder."
             )
-        for left_over in folder.glob("*.[0-9]*.partial"):  # of `written_whole`
+        for left_over in folder.glob("*.[0-9]*.partial"):  # of `atomic_write`
             left_over.unlink()
         yield
     finally:
@@ -97,7 +97,7 @@ def claimed(folder: Path) -> Iterator[None]:
 
 
 @contextmanager
-def new_folder(folder: str | Path) -> Iterator[Path]:
+def atomic_folder(folder: str | Path) -> Iterator[Path]:
     """
     Gives a folder to fill that appears under its name whole or not at all.
 
@@ -147,7 +147,7 @@ def _built_beside(folder: Path) -> Iterator[Path]:
     with writing_errors(folder):
         folder.parent.mkdir(parents=True, exist_ok=True)
         scratch = tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-", ignore_cleanup_errors=True)
-    with scratch as name, claimed(Path(name)):
+    with scratch as name, folder_lock(Path(name)):
         # Made under the claim, it tells that there is one: until then nobody takes the folder for a left-over.
         built = Path(name, _WORK, folder.name)
         built.mkdir(parents=True)
@@ -165,7 +165,7 @@ def _clear_left_overs(folder: Path) -> None:
         left_over = lock.parent
         if (left_over / _WORK).is_dir():
             with suppress(OSError):  # a run that lives holds it
-                with claimed(left_over):
+                with folder_lock(left_over):
                     shutil.rmtree(left_over / _WORK)
                 shutil.rmtree(left_over)
 

@@ -12,7 +12,7 @@ from typing import TypeVar
 Item, Result = TypeVar("Item"), TypeVar("Result")
 
 
-def map_ahead(
+def prefetch_map(
     pool: ThreadPoolExecutor, function: Callable[[Item], Result], items: Iterable[Item], depth: int
 ) -> Iterator[Result]:
     """`map` over a pool, in order, that draws at most `depth` items ahead of what was taken, so that memory stays flat."""

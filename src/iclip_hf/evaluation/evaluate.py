@@ -20,20 +20,20 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
-from .cache import written_whole
-from .data.segmentation import SegmentationDataset, SegmentationSample
-from .explainers import identity, join_texts, make_explainer, select_texts
-from .explainers.gradients import GradientExplainer
-from .extras import extra
+from ..data.segmentation import SegmentationDataset, SegmentationSample
+from ..explainers import identity, join_texts, make_explainer, select_texts
+from ..explainers.gradients import GradientExplainer
+from ..presence import BACKGROUND, MIN_PRESENCE, presence
+from ..processing_iclip import check_templates
+from ..similarity import resize_and_normalize, reverse
+from ..utils.distributed import this_process
+from ..utils.extras import require_extra
+from ..utils.files import atomic_write
+from ..utils.prefetch import prefetch_map, spare_processors
 from .metrics import MeanForegroundMinusBackground, MeanMaxIoU, MultiLabelAveragePrecision
-from .presence import BACKGROUND, MIN_PRESENCE, presence
-from .processes import this_process
-from .processing_iclip import check_templates
-from .similarity import resize_and_normalize, reverse
-from .threads import map_ahead, spare_processors
 
 
-with extra("eval"):
+with require_extra("eval"):
     from accelerate.utils import gather_object
 
 
@@ -89,7 +89,7 @@ class EvaluationResult:
     def save(self, path: str | Path) -> None:
         """Writes `path` (JSON) and, beside it, the per-class scores as `.csv`; each appears whole or not at all."""
         for target, text in ((Path(path), self.to_json()), (Path(path).with_suffix(".csv"), self.per_class_csv())):
-            with written_whole(target) as partial:
+            with atomic_write(target) as partial:
                 partial.write_text(text, encoding="utf-8")
 
 
@@ -182,7 +182,7 @@ def evaluate(
     state = this_process("eval")
     rank, world = state.process_index, state.num_processes
     templates = check_templates(dataset.templates if templates is None else templates)
-    drawer = _Drawer(model, processor, methods, dataset.class_names, templates)
+    drawer = MapMaker(model, processor, methods, dataset.class_names, templates)
     scores = {method: _Scores(MeanMaxIoU(aggregate), MeanForegroundMinusBackground(aggregate)) for method in methods}
     average_precision = MultiLabelAveragePrecision()
     gate = np.zeros((2, 2), np.int64)  # absent and shown classes: all of them, and those whose presence is enough
@@ -201,7 +201,7 @@ def evaluate(
     def forward() -> Iterator[tuple[SegmentationSample, dict[str, torch.Tensor]]]:
         """The model's part, in this thread: for each image by method the raw maps of the classes it shows."""
         nonlocal seconds_in_model
-        loaded = map_ahead(pool, load, indices, 2 * batch_size)
+        loaded = prefetch_map(pool, load, indices, 2 * batch_size)
         while batch := list(itertools.islice(loaded, batch_size)):
             samples, shown, pixels = zip(*batch)
             began = time.perf_counter()
@@ -216,7 +216,7 @@ def evaluate(
 
     bar = tqdm(total=len(indices), unit="image", disable=not progress or rank > 0)
     with ThreadPoolExecutor(num_workers or spare_processors()) as pool, bar:
-        for counts in map_ahead(pool, _count, forward(), 2 * batch_size):
+        for counts in prefetch_map(pool, _count, forward(), 2 * batch_size):
             for method, of_classes in counts.items():
                 scores[method].add_counts(of_classes)
 
@@ -259,7 +259,7 @@ def evaluate(
     )
 
 
-class _Drawer:
+class MapMaker:
     """
     The maps of several methods with few passes through the model: the similarity map, its reversal, and scores and presence of
     all classes come from one; every other method takes one of its own.

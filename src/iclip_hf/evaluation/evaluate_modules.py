@@ -12,12 +12,12 @@ from pathlib import Path
 
 import numpy as np
 
-from .cache import written_whole
-from .extras import extra
-from .images import open_image
+from ..images import open_image
+from ..utils.extras import require_extra
+from ..utils.files import atomic_write
 
 
-with extra("eval"):
+with require_extra("eval"):
     import evaluate
     from datasets import DownloadMode, Features, Sequence, Value
     from evaluate.loading import LocalEvaluationModuleFactory
@@ -54,7 +54,7 @@ _CITATION = """
 class PairMetric(evaluate.Metric, ABC):
     """An `evaluate` metric over pairs of a map and a class. It stores the counts of each pair, not its pixels.
 
-    A subclass names its `accumulator` from `iclip_hf.metrics` and returns `self._pair_info(...)` from `_info`. This
+    A subclass names its `accumulator` from `iclip_hf.evaluation.metrics` and returns `self._pair_info(...)` from `_info`. This
     class stays abstract, because `evaluate.load` takes the first metric class it finds in a script that is not.
     """
 
@@ -168,7 +168,7 @@ def export_space(metric: str, directory: str | Path) -> Path:
     directory.mkdir(parents=True, exist_ok=True)
     for source in folders[metric].iterdir():
         if source.is_file():
-            with written_whole(directory / source.name) as partial:
+            with atomic_write(directory / source.name) as partial:
                 shutil.copyfile(source, partial)
     return directory
 
@@ -179,7 +179,7 @@ def metric_demo(script: str | Path):
     Args:
         script: the metric's script; the `README.md` beside it is shown below the form.
     """
-    with extra("demo"):
+    with require_extra("demo"):
         import gradio as gr
 
     metric = evaluate.load(str(script))

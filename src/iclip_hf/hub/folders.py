@@ -2,29 +2,27 @@
 
 from __future__ import annotations
 
-import argparse
 import json
-import re
 import shutil
 from collections.abc import Mapping
 from importlib.resources import files
 from pathlib import Path
 
-import torch
 import yaml
 from huggingface_hub import HfApi
-from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, ViTConfig, ViTModel
+from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer
 from transformers.dynamic_module_utils import get_relative_import_files
 
-from .cache import loading_errors, new_folder
-from .configuration_iclip import ICLIPConfig
-from .demo.checkpoint import embedded_model
-from .demo.towers import embedded_towers
-from .loading import load_whole
+from ..configuration_iclip import ICLIPConfig
+from ..modeling_iclip import ICLIPModel, load_tower
+from ..models.embedded import embedded_model
+from ..models.loading import load_iclip
+from ..models.towers import embedded_towers
+from ..pipeline_iclip import ImageTextSimilarityMapPipeline
+from ..processing_iclip import ICLIPProcessor
+from ..utils.files import atomic_folder, loading_errors
+from .dino import load_dino_checkpoint
 from .model_card import describe_tower, write_model_card
-from .modeling_iclip import ICLIPModel, load_tower
-from .pipeline_iclip import ImageTextSimilarityMapPipeline
-from .processing_iclip import ICLIPProcessor
 
 
 _SHIPPED = Path(str(files("iclip_hf.hub_configs")))
@@ -61,7 +59,7 @@ _TOWER_SHAPE = (
 )
 
 
-# ------------------------------------------------------------------------------------------------------ a new model
+# ------------------------------------------------------------ a new model
 
 
 def config_folder(name: str | Path) -> Path:
@@ -105,7 +103,7 @@ def init_model(config: str | Path, output: str | Path, vision: str | None = None
     if not (vision and text):
         raise ValueError(f"Expected an image and a text tower, which {source} does not name: give vision and text.")
     known = {}
-    with new_folder(output) as folder:
+    with atomic_folder(output) as folder:
         if trained:
             model, processor = load_iclip(embedded_model())
             known = {"training": named, "metrics": json.loads((source / "results.json").read_text())}
@@ -170,108 +168,12 @@ def _checked_tower(config, checkpoint: str, side: str):
         return load_tower(config, checkpoint)
 
 
-# ----------------------------------------------------------------------------------- DINO in its authors' form
-
-
-# Names of the authors' code -> names in the files of `ViTModel`.
-_DINO_NAMES = {
-    r"cls_token": "embeddings.cls_token",
-    r"pos_embed": "embeddings.position_embeddings",
-    r"patch_embed\.proj\.(\w+)": r"embeddings.patch_embeddings.projection.\1",
-    r"blocks\.(\d+)\.norm1\.(\w+)": r"encoder.layer.\1.layernorm_before.\2",
-    r"blocks\.(\d+)\.norm2\.(\w+)": r"encoder.layer.\1.layernorm_after.\2",
-    r"blocks\.(\d+)\.attn\.proj\.(\w+)": r"encoder.layer.\1.attention.output.dense.\2",
-    r"blocks\.(\d+)\.mlp\.fc1\.(\w+)": r"encoder.layer.\1.intermediate.dense.\2",
-    r"blocks\.(\d+)\.mlp\.fc2\.(\w+)": r"encoder.layer.\1.output.dense.\2",
-    r"norm\.(\w+)": r"layernorm.\1",
-}
-
-
-def load_dino_checkpoint(path: str | Path, config: ViTConfig) -> ViTModel:
-    """
-    DINO's ViT from the authors' file: the backbone alone, or a whole training state, of which the teacher is taken.
-
-    Nothing in the file is executed, and the projection head is left out. `config.layer_norm_eps` becomes 1e-6, with which DINO
-    was trained.
-
-    Raises:
-        `ValueError`: it holds no ViT, or one of another shape than `config` says.
-        `FileNotFoundError`: it does not exist.
-    """
-    if config.model_type != "vit":
-        raise ValueError(
-            f"{path}: a DINO checkpoint needs a configuration of model_type vit, got {config.model_type}."
-        )
-    weights = _convert_dino(_read_state_dict(path))
-    config.layer_norm_eps = 1e-6
-    model, loading = ViTModel.from_pretrained(
-        None,
-        config=config,
-        state_dict=weights,
-        add_pooling_layer=False,
-        output_loading_info=True,
-        ignore_mismatched_sizes=True,
-    )
-    wrong = {kind: sorted(map(str, names)) for kind, names in loading.items() if names}
-    if wrong:
-        few = "; ".join(f"{kind.replace('_', ' ')}: {', '.join(names[:3])}" for kind, names in wrong.items())
-        raise ValueError(f"{path}: not a ViT of this configuration ({few}).")
-    return model
-
-
-def _read_state_dict(path: str | Path) -> Mapping[str, torch.Tensor]:
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"{path}: expected a DINO checkpoint, but there is no such file.")
-    try:
-        # A training state holds its command line beside the weights: names and numbers, which is all that is let through.
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # of unpickling, of the zip archive, or of reading
-        raise ValueError(f"{path}: expected a file of weights alone, but reading it failed: {error}") from error
-    for key in ("teacher", "state_dict", "model"):
-        if isinstance(state, Mapping) and isinstance(state.get(key), Mapping):
-            state = state[key]
-    return state if isinstance(state, Mapping) else {}
-
-
-def _convert_dino(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    weights = {}
-    for name, tensor in state.items():
-        name = re.sub(r"^(module\.|teacher\.|backbone\.)+", "", name)
-        if qkv := re.fullmatch(r"blocks\.(\d+)\.attn\.qkv\.(\w+)", name):
-            for part, third in zip(("query", "key", "value"), tensor.chunk(3)):
-                weights[f"encoder.layer.{qkv[1]}.attention.attention.{part}.{qkv[2]}"] = third
-            continue
-        if name.startswith("head."):
-            continue
-        for pattern, replacement in _DINO_NAMES.items():
-            if re.fullmatch(pattern, name):
-                name = re.sub(pattern, replacement, name)
-                break
-        weights[name] = tensor
-    return weights
-
-
-# --------------------------------------------------------------------------------------------------- export and push
-
-
-def load_iclip(name: str | Path, **options) -> tuple[ICLIPModel, ICLIPProcessor]:
-    """
-    Model and processor of a folder or Hub id, with other options of the configuration if given.
-
-    Raises:
-        `ValueError`: it is a model of another kind, or damaged. `OSError`: there is none.
-    """
-    with loading_errors(name):
-        model_type = AutoConfig.from_pretrained(name, trust_remote_code=False).model_type
-    if model_type != "iclip":
-        raise ValueError(f"{name}: expected an ICLIP model, got one of type {model_type}.")
-    return load_whole(name, **options)
+# ------------------------------------------------------------ export and push
 
 
 def code_files() -> list[Path]:
     """The package's files that a model folder carries: those the auto map names, and what they import of one another."""
-    package = Path(__file__).parent
+    package = Path(__file__).parents[1]
     modules = {impl.split(".")[0] for impl in _AUTO_MAP.values()} | {
         task["impl"].split(".")[0] for task in _CUSTOM_PIPELINES.values()
     }
@@ -304,7 +206,7 @@ def export_model(
     Raises:
         `FileExistsError`: there is something in `folder`.
     """
-    with new_folder(folder) as built:
+    with atomic_folder(folder) as built:
         model.save_pretrained(built)
         processor.save_pretrained(built)
         config = json.loads((built / "config.json").read_text())

@@ -7,15 +7,15 @@ import sys
 
 import pytest
 
-from iclip_hf.cache import claimed
-from iclip_hf.processes import partner_errors
+from iclip_hf.utils.distributed import partner_errors
+from iclip_hf.utils.files import folder_lock
 
 
 BEGIN = """
 import os, sys
 from pathlib import Path
 import torch
-from iclip_hf.processes import agreed, claimed_together, partner_errors, this_process
+from iclip_hf.utils.distributed import agreed, shared_folder_lock, partner_errors, this_process
 
 torch.set_num_threads(1)
 state = this_process("train")
@@ -47,14 +47,14 @@ def test_all_agree_with_the_first_and_its_claim_is_that_of_all(tmp_path):
     script = """
 assert agreed(state.process_index) == 0
 try:
-    with claimed_together(Path(sys.argv[1]), state):
+    with shared_folder_lock(Path(sys.argv[1]), state):
         print("claimed", flush=True)
         state.wait_for_everyone()
 except BlockingIOError as error:
     print(error, flush=True)
 """
     assert all(code == 0 and said == "claimed\n" for code, said in two(script, tmp_path))
-    with claimed(tmp_path):
+    with folder_lock(tmp_path):
         assert all("expected no other run here" in said for _, said in two(script, tmp_path))
 
 

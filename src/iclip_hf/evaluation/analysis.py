@@ -11,10 +11,10 @@ import torch
 from PIL import Image
 from torch.nn import functional as F
 
-from .data.segmentation import VOID, SegmentationSample
-from .explainers.explainer import adapt
-from .explainers.families import Family
-from .modeling_iclip import ICLIPImageFeatures
+from ..data.segmentation import VOID, SegmentationSample
+from ..explainers.adapters import ModelAdapter
+from ..explainers.explainer import adapt
+from ..modeling_iclip import ICLIPImageFeatures
 
 
 # Shares of an image that is foreground, low exclusive and high inclusive: the rows of Table 6, the last for all images.
@@ -221,11 +221,11 @@ def relation(recognition: Mapping[str, float], interpretability: Mapping[str, fl
     return Relation(names, x, y, float(np.corrcoef(x, y)[0, 1]) if varied else math.nan)
 
 
-def _features(family: Family, image: Image.Image) -> ICLIPImageFeatures:
+def _features(family: ModelAdapter, image: Image.Image) -> ICLIPImageFeatures:
     return family.encode_image(family.processor(images=[image])["pixel_values"])
 
 
-def _poolings(family: Family, features: ICLIPImageFeatures) -> dict[str, torch.Tensor]:
+def _poolings(family: ModelAdapter, features: ICLIPImageFeatures) -> dict[str, torch.Tensor]:
     """Pooled vectors `(P,)` of one image, beside its unit patch embeddings."""
     patches, own = features.patch_embeds[0], features.map_image_embeds
     vectors = {"class_token": features.image_embeds[0]} if family.reads_one_query else {}

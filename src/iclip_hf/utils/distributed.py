@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, TypeVar
 import torch
 from torch import distributed
 
-from .cache import claimed
-from .extras import extra
+from .extras import require_extra
+from .files import folder_lock
 
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ def this_process(needed_by: str) -> PartialState:
     Raises:
         `ImportError`: Accelerate is missing.
     """
-    with extra(needed_by):
+    with require_extra(needed_by):
         from accelerate import PartialState
     # Without `cpu`, two processes on CPU would not find each other.
     return PartialState(cpu=not torch.cuda.is_available())
@@ -52,18 +52,18 @@ def agreed(value: Value) -> Value:
 
 
 @contextmanager
-def claimed_together(folder: Path, state: Accelerator | PartialState) -> Iterator[None]:
+def shared_folder_lock(folder: Path, state: Accelerator | PartialState) -> Iterator[None]:
     """
-    [`iclip_hf.cache.claimed`] for a run of several processes: the first one claims the folder, and all wait for it.
+    [`iclip_hf.utils.files.folder_lock`] for a run of several processes: the first one claims the folder, and all wait for it.
 
     Raises:
-        `OSError`: on every process, what `claimed` raises on the first.
+        `OSError`: on every process, what `folder_lock` raises on the first.
     """
     with ExitStack() as claim:
         refusal = None
         if state.is_main_process:
             try:
-                claim.enter_context(claimed(folder))
+                claim.enter_context(folder_lock(folder))
             except OSError as error:
                 refusal = error
         if refusal := agreed(refusal):

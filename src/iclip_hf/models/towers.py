@@ -23,7 +23,7 @@ from zipfile import ZipFile
 import numpy as np
 from safetensors.numpy import save_file
 
-from ..cache import build_once, cache_folder
+from ..utils.files import build_once, cache_folder
 
 
 def embedded_towers() -> tuple[Path, Path]:

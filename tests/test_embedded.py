@@ -8,8 +8,8 @@ from safetensors import safe_open
 
 from iclip_hf import ICLIPConfig, ICLIPModel, ICLIPProcessor
 from iclip_hf.data import load_segmentation
-from iclip_hf.demo.checkpoint import PROJECTIONS, embedded_model, save_projections
-from iclip_hf.evaluation import evaluate
+from iclip_hf.evaluation.evaluate import evaluate
+from iclip_hf.models.embedded import PROJECTIONS, embedded_model, save_projections
 
 
 # Of `iclip evaluate --dataset coco2017 --split train2017` on these images, 224 pixels, 80 classes.

@@ -10,7 +10,7 @@ from pathlib import Path
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from ..cache import build_once, cache_folder, written_whole
+from ..utils.files import atomic_write, build_once, cache_folder
 from .towers import embedded_towers
 
 
@@ -67,7 +67,7 @@ def save_projections(model_folder: str | Path, path: Path = PROJECTIONS) -> None
         "config": json.dumps(options),
         "processor": json.dumps({"templates": processor.templates}),
     }
-    with written_whole(path) as partial:
+    with atomic_write(path) as partial:
         save_file(weights, partial, metadata=metadata)
 
 

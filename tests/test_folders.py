@@ -22,9 +22,10 @@ from torch.nn import functional as F
 from transformers import AutoModel, AutoProcessor, ViTConfig, pipeline
 
 from iclip_hf import ICLIPConfig, ICLIPModel, ICLIPProcessor, cli
-from iclip_hf.evaluation import EvaluationResult
-from iclip_hf.hub import code_files, config_folder, export_model, init_model, load_dino_checkpoint
-from iclip_hf.model_card import write_model_card
+from iclip_hf.evaluation.evaluate import EvaluationResult
+from iclip_hf.hub.dino import load_dino_checkpoint
+from iclip_hf.hub.folders import code_files, config_folder, export_model, init_model
+from iclip_hf.hub.model_card import write_model_card
 
 
 ROOT = Path(__file__).parents[1]
@@ -195,7 +196,7 @@ def test_export_takes_a_new_folder_only_and_leaves_nothing_half_written(source, 
     tiny_model().vision_model.save_pretrained(tmp_path / "vit")
     assert cli.main(["export", str(tmp_path / "vit"), str(tmp_path / "a")]) == 2
     assert "expected an ICLIP model, got one of type vit" in capsys.readouterr().err
-    monkeypatch.setattr("iclip_hf.hub.write_model_card", lambda *args, **options: 1 / 0)
+    monkeypatch.setattr("iclip_hf.hub.folders.write_model_card", lambda *args, **options: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         export_model(tiny_model(), ICLIPProcessor.from_pretrained(source / "model"), tmp_path / "a")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["full", "vit"]

@@ -14,7 +14,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from ..modeling_iclip import ICLIPImageFeatures, ICLIPModel, ICLIPTextFeatures, average_templates, normalize
-from ..onnx_export import ONNXModel
+from ..models.onnx import ONNXModel
 from ..processing_iclip import ICLIPProcessor, check_templates
 from ..similarity import cosine_similarity_map
 from .recording import AttentionLayer, AttentionRecord, merge_heads, prepare, private_copy, record
@@ -30,7 +30,7 @@ def join_texts(parts: Sequence[ICLIPTextFeatures]) -> ICLIPTextFeatures:
     return ICLIPTextFeatures(**{name: torch.cat([part[name] for part in parts], -2) for name in names})
 
 
-class Family(ABC):
+class ModelAdapter(ABC):
     """
     A model behind the few functions that the methods are written in. It works on a private copy that shares the model's
     weights; make it after the model is on its device.
@@ -101,7 +101,7 @@ class Family(ABC):
         return record(lambda: self.encode_image(pixel_values), range(len(self.layers))[start], grad, weights)
 
 
-class _TransformersFamily(Family):
+class _TransformersFamily(ModelAdapter):
     """What the families of transformers share: a vision tower whose layers look up their attention function."""
 
     def _prepare_layers(self) -> None:
@@ -118,7 +118,7 @@ class _TransformersFamily(Family):
         return norms[-1](stream)
 
 
-class ICLIPFamily(_TransformersFamily):
+class ICLIPAdapter(_TransformersFamily):
     """ICLIP, whose own functions are called for everything that it can do itself."""
 
     def __init__(self, model: ICLIPModel, processor: ICLIPProcessor):
@@ -145,7 +145,7 @@ class ICLIPFamily(_TransformersFamily):
         return self.model.logit_scales()[0]
 
 
-class ONNXFamily(ICLIPFamily):
+class ONNXAdapter(ICLIPAdapter):
     """ICLIP in ONNX Runtime, for the methods that need no look inside the image tower."""
 
     def __init__(self, model: ONNXModel, processor: ICLIPProcessor):
@@ -168,7 +168,7 @@ class ONNXFamily(ICLIPFamily):
         return self.encode_image(pixel_values), [None]
 
 
-class CLIPFamily(_TransformersFamily):
+class CLIPAdapter(_TransformersFamily):
     """CLIP, whose patch tokens go through the class token's norm and projection."""
 
     text_padding = "longest"
@@ -213,7 +213,7 @@ class CLIPFamily(_TransformersFamily):
         return self.model.visual_projection(self._final_norm(stream))
 
 
-class SiglipFamily(CLIPFamily):
+class SiglipAdapter(CLIPAdapter):
     """
     SigLIP, which has no class token: the probe of a pooling head attends over the patches. A patch's place in the space of
     the texts is what the head gives where its attention is all on this patch: value, output projection and MLP.
@@ -236,7 +236,7 @@ class SiglipFamily(CLIPFamily):
         return self._project_output(self._final_norm(stream))
 
 
-class Siglip2Family(SiglipFamily):
+class Siglip2Adapter(SiglipAdapter):
     """SigLIP2 for images of any shape (NaFlex). It is given all patches of each image, so that none is padding."""
 
     def _whole_image_processor(self, vision_config, image_processor):

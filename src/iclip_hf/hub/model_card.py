@@ -12,15 +12,15 @@ from typing import TYPE_CHECKING
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from huggingface_hub.errors import EntryNotFoundError
 
-from .cache import written_whole
+from ..utils.files import atomic_write
 
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
-    from .evaluation import EvaluationResult
-    from .modeling_iclip import ICLIPModel
-    from .processing_iclip import ICLIPProcessor
+    from ..evaluation.evaluate import EvaluationResult
+    from ..modeling_iclip import ICLIPModel
+    from ..processing_iclip import ICLIPProcessor
 
 
 # Known towers by Hub id: what they are, and their licence.
@@ -104,7 +104,7 @@ def write_model_card(
     datasets = earlier.get("datasets")
     if training is not None:
         datasets = [one for one in training.get("data", []) if _is_hub_id(one)]
-        training = _told(training)
+        training = public_settings(training)
     else:
         training = earlier.get("training") if isinstance(earlier.get("training"), dict) else None
     results = _eval_results(metrics) if metrics is not None else earlier.get("eval_results")
@@ -152,7 +152,7 @@ def write_model_card(
         **_tables(results or []),
     )
     path = Path(folder, "README.md")
-    with written_whole(path) as partial:
+    with atomic_write(path) as partial:
         partial.write_text(f"{card}\n", encoding="utf-8")
     return path
 
@@ -171,7 +171,7 @@ def _card_data(source: str | Path | None) -> dict:
     return vars(card.data)
 
 
-def _told(settings: Mapping) -> dict:
+def public_settings(settings: Mapping) -> dict:
     """The settings that the card tells, without the folders that lead to the data on this machine."""
     told = {name: settings.get(name) for name in _TRAINING_SETTINGS}
     told = {name: value for name, value in told.items() if value or (value == 0 and name in ("weight_decay", "seed"))}

@@ -16,7 +16,7 @@ from PIL import Image
 
 
 if TYPE_CHECKING:
-    from .analysis import ChannelMatch, Relation
+    from ..evaluation.analysis import ChannelMatch, Relation
 
 
 # Blue is background, red the target, as in the paper's Fig. 1; "cividis" is safe for colour-blind readers.
@@ -188,7 +188,7 @@ def relation_plot(relation: Relation, x_label: str, y_label: str) -> Figure:
     they fit, from the outermost on.
 
     Args:
-        relation: of `iclip_hf.analysis.relation`.
+        relation: of `iclip_hf.evaluation.analysis.relation`.
         x_label, y_label: what recognition and interpretability are measured in.
     """
     x, y = relation.recognition, relation.interpretability

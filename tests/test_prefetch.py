@@ -5,7 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from iclip_hf.threads import map_ahead, spare_processors
+from iclip_hf.utils.prefetch import prefetch_map, spare_processors
 
 
 def test_results_are_in_order_and_no_more_items_are_drawn_than_allowed():
@@ -17,7 +17,7 @@ def test_results_are_in_order_and_no_more_items_are_drawn_than_allowed():
             yield number
 
     with ThreadPoolExecutor(4) as pool:
-        results = map_ahead(pool, lambda number: number**2, items(), depth=3)
+        results = prefetch_map(pool, lambda number: number**2, items(), depth=3)
         for taken, result in enumerate(results, start=1):
             assert result == (taken - 1) ** 2
             assert len(drawn) <= taken + 3

@@ -15,16 +15,16 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from .cache import written_whole
-from .data.pairs import PairDataset, load_pairs
-from .extras import extra
-from .images import IMAGE_SUFFIXES, load_image
-from .localization import Explained, Localizer
-from .processes import claimed_together, partner_errors, this_process
-from .threads import map_ahead, spare_processors
+from ..data.pairs import PairDataset, load_pairs
+from ..images import IMAGE_SUFFIXES, load_image
+from ..utils.distributed import partner_errors, shared_folder_lock, this_process
+from ..utils.extras import require_extra
+from ..utils.files import atomic_write
+from ..utils.prefetch import prefetch_map, spare_processors
+from .localizer import Explained, Localizer
 
 
-with extra("collections"):
+with require_extra("collections"):
     import pyarrow as pa
     import pyarrow.parquet as pq
     from datasets import Features, List, Value
@@ -159,7 +159,7 @@ def explain_collection(
     parts = [range(len(images))[start : start + images_per_file] for start in range(0, len(images), images_per_file)]
     files = [output / f"explanations-{number:05d}-of-{len(parts):05d}.parquet" for number in range(len(parts))]
     settings = {**localizer.settings, "images": images.fingerprint(), "images_per_file": images_per_file}
-    with claimed_together(output, state):
+    with shared_folder_lock(output, state):
         for file in output.glob("explanations-*.parquet"):
             found = _metadata(file)["settings"]
             if found != settings:
@@ -181,7 +181,7 @@ def explain_collection(
                 metadata = {b"iclip": json.dumps({"settings": settings, "broken": broken}).encode()}
                 schema = _FEATURES.arrow_schema
                 table = pa.Table.from_pylist(rows, schema.with_metadata({**schema.metadata, **metadata}))
-                with written_whole(file) as partial:
+                with atomic_write(file) as partial:
                     pq.write_table(table, partial)
         state.wait_for_everyone()
     return CollectionReport(
@@ -209,7 +209,7 @@ def _rows(localizer, images, part, batch_size, pool, bar, broken) -> Iterator[di
         ]
         return {"image": one.name, "height": one.image.height, "width": one.image.width, "texts": texts}
 
-    return map_ahead(pool, describe, explained(), 2 * batch_size)
+    return prefetch_map(pool, describe, explained(), 2 * batch_size)
 
 
 def _png(mask: np.ndarray) -> bytes:

@@ -1,0 +1,90 @@
+"""DINO checkpoints in their authors' form, converted to `ViTModel`."""
+
+from __future__ import annotations
+
+import argparse
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from transformers import ViTConfig, ViTModel
+
+
+# Names of the authors' code -> names in the files of `ViTModel`.
+_DINO_NAMES = {
+    r"cls_token": "embeddings.cls_token",
+    r"pos_embed": "embeddings.position_embeddings",
+    r"patch_embed\.proj\.(\w+)": r"embeddings.patch_embeddings.projection.\1",
+    r"blocks\.(\d+)\.norm1\.(\w+)": r"encoder.layer.\1.layernorm_before.\2",
+    r"blocks\.(\d+)\.norm2\.(\w+)": r"encoder.layer.\1.layernorm_after.\2",
+    r"blocks\.(\d+)\.attn\.proj\.(\w+)": r"encoder.layer.\1.attention.output.dense.\2",
+    r"blocks\.(\d+)\.mlp\.fc1\.(\w+)": r"encoder.layer.\1.intermediate.dense.\2",
+    r"blocks\.(\d+)\.mlp\.fc2\.(\w+)": r"encoder.layer.\1.output.dense.\2",
+    r"norm\.(\w+)": r"layernorm.\1",
+}
+
+
+def load_dino_checkpoint(path: str | Path, config: ViTConfig) -> ViTModel:
+    """
+    DINO's ViT from the authors' file: the backbone alone, or a whole training state, of which the teacher is taken.
+
+    Nothing in the file is executed, and the projection head is left out. `config.layer_norm_eps` becomes 1e-6, with which DINO
+    was trained.
+
+    Raises:
+        `ValueError`: it holds no ViT, or one of another shape than `config` says.
+        `FileNotFoundError`: it does not exist.
+    """
+    if config.model_type != "vit":
+        raise ValueError(
+            f"{path}: a DINO checkpoint needs a configuration of model_type vit, got {config.model_type}."
+        )
+    weights = _convert_dino(_read_state_dict(path))
+    config.layer_norm_eps = 1e-6
+    model, loading = ViTModel.from_pretrained(
+        None,
+        config=config,
+        state_dict=weights,
+        add_pooling_layer=False,
+        output_loading_info=True,
+        ignore_mismatched_sizes=True,
+    )
+    wrong = {kind: sorted(map(str, names)) for kind, names in loading.items() if names}
+    if wrong:
+        few = "; ".join(f"{kind.replace('_', ' ')}: {', '.join(names[:3])}" for kind, names in wrong.items())
+        raise ValueError(f"{path}: not a ViT of this configuration ({few}).")
+    return model
+
+
+def _read_state_dict(path: str | Path) -> Mapping[str, torch.Tensor]:
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"{path}: expected a DINO checkpoint, but there is no such file.")
+    try:
+        # A training state holds its command line beside the weights: names and numbers, which is all that is let through.
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # of unpickling, of the zip archive, or of reading
+        raise ValueError(f"{path}: expected a file of weights alone, but reading it failed: {error}") from error
+    for key in ("teacher", "state_dict", "model"):
+        if isinstance(state, Mapping) and isinstance(state.get(key), Mapping):
+            state = state[key]
+    return state if isinstance(state, Mapping) else {}
+
+
+def _convert_dino(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    weights = {}
+    for name, tensor in state.items():
+        name = re.sub(r"^(module\.|teacher\.|backbone\.)+", "", name)
+        if qkv := re.fullmatch(r"blocks\.(\d+)\.attn\.qkv\.(\w+)", name):
+            for part, third in zip(("query", "key", "value"), tensor.chunk(3)):
+                weights[f"encoder.layer.{qkv[1]}.attention.attention.{part}.{qkv[2]}"] = third
+            continue
+        if name.startswith("head."):
+            continue
+        for pattern, replacement in _DINO_NAMES.items():
+            if re.fullmatch(pattern, name):
+                name = re.sub(pattern, replacement, name)
+                break
+        weights[name] = tensor
+    return weights

@@ -1,0 +1,109 @@
+"""Checkpoints that training resumes from, and the export of the trained model."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from ..hub.model_card import write_model_card
+from ..processing_iclip import ICLIPProcessor
+from ..utils.extras import require_extra
+from ..utils.files import writing_errors
+
+
+with require_extra("train"):
+    from accelerate import Accelerator
+
+
+def keep_learning_weights_only(accelerator: Accelerator) -> None:
+    """
+    Leaves what does not learn out of Accelerate's checkpoints, and the wrapper's prefix, so that a run may go on with another
+    number of processes.
+    """
+
+    def save(models: list[nn.Module], weights: list[dict], folder: str) -> None:
+        if weights:
+            weights.clear()
+            if accelerator.is_main_process:
+                learning = {n: p for n, p in accelerator.unwrap_model(models[0]).named_parameters() if p.requires_grad}
+                save_file(
+                    {name: p.detach().contiguous() for name, p in learning.items()},
+                    Path(folder, "learning.safetensors"),
+                )
+
+    def load(models: list[nn.Module], folder: str) -> None:
+        file = Path(folder, "learning.safetensors")
+        if file.exists():
+            learning = {n: p for n, p in accelerator.unwrap_model(models[0]).named_parameters() if p.requires_grad}
+            kept = load_file(file)
+            with torch.no_grad():
+                for name, parameter in learning.items():
+                    parameter.copy_(kept[name])
+            models.clear()
+
+    accelerator.register_save_state_pre_hook(save)
+    accelerator.register_load_state_pre_hook(load)
+
+
+def checkpoints(output_dir: Path) -> list[Path]:
+    """The whole checkpoints of a run, oldest first."""
+    return sorted(path for path in output_dir.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name))
+
+
+def save_checkpoint(accelerator: Accelerator, output_dir: Path, state: Mapping, keep: int) -> None:
+    """
+    Saves everything a run needs to go on, as `checkpoint-<state["step"]>`, and removes all but the last `keep`. It appears whole
+    or not at all.
+    """
+    target = output_dir / f"checkpoint-{state['step']:07d}"
+    partial = Path(f"{target}.partial")
+    if accelerator.is_main_process:
+        shutil.rmtree(partial, ignore_errors=True)
+    accelerator.wait_for_everyone()
+    with writing_errors(target):
+        accelerator.save_state(str(partial))
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        with writing_errors(target):
+            (partial / "state.json").write_text(json.dumps(state, indent=2))
+        os.replace(partial, target)
+        for old in checkpoints(output_dir)[:-keep]:
+            shutil.rmtree(old)
+
+
+def load_checkpoint(accelerator: Accelerator, folder: Path) -> dict:
+    """Brings a run back to a checkpoint, and returns the state it was saved with."""
+    accelerator.load_state(str(folder))
+    return json.loads((folder / "state.json").read_text())
+
+
+def export(
+    accelerator: Accelerator, pair_model: nn.Module, processor: ICLIPProcessor, folder: Path, **card: object
+) -> None:
+    """
+    Writes the model, its processor and its card, for which see [`write_model_card`], as a folder for `from_pretrained`, beside
+    and then in place of an earlier one.
+    """
+    weights = accelerator.get_state_dict(pair_model)
+    if accelerator.is_main_process:
+        partial, old = Path(f"{folder}.partial"), Path(f"{folder}.old")
+        for left_behind in (partial, old):  # by a run that was killed here
+            shutil.rmtree(left_behind, ignore_errors=True)
+        model = accelerator.unwrap_model(pair_model).model
+        with writing_errors(folder):
+            model.save_pretrained(partial, state_dict={name.removeprefix("model."): w for name, w in weights.items()})
+            processor.save_pretrained(partial)
+            write_model_card(model, processor, partial, **card)
+        if folder.exists():
+            os.replace(folder, old)
+        os.replace(partial, folder)
+        shutil.rmtree(old, ignore_errors=True)
+    accelerator.wait_for_everyone()

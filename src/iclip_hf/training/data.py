@@ -1,0 +1,261 @@
+"""Training data: augmented pairs, their batches, and random numbers that depend on a key alone."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import random
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
+
+from ..data.pairs import PairDataset, PairStream
+from ..processing_iclip import ICLIPProcessor
+from ..utils.extras import require_extra
+from .nouns import NounPrompts
+
+
+with require_extra("train"):
+    from accelerate import Accelerator
+    from accelerate.utils import send_to_device
+
+
+def derive_seed(*key) -> int:
+    """A seed that depends on every part of the key, and on nothing else."""
+    return int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:7], "big")
+
+
+@contextmanager
+def seeded(*key) -> Iterator[None]:
+    """Inside, random numbers on the CPU come from the key; outside, they go on as if nothing had been drawn."""
+    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    seed = derive_seed(*key)
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.default_generator.manual_seed(seed)
+    try:
+        yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+        torch.set_rng_state(states[2])
+
+
+class WholeImage:
+    """PIL image -> `pixel_values` (3, H, W) as the processor prepares it for evaluation."""
+
+    is_random = False
+
+    def __init__(self, processor: ICLIPProcessor):
+        self.processor = processor
+
+    def __call__(self, image) -> torch.Tensor:
+        return self.processor(images=image)["pixel_values"][0]
+
+    def description(self) -> dict:
+        """What the result depends on, beside the image."""
+        return {"image_processor": json.loads(self.processor.image_processor.to_json_string())}
+
+
+class AugmentedImage:
+    """
+    PIL image -> `pixel_values` (3, H, W), cropped and augmented by timm's transforms; its recipe for DeiT by default.
+
+    Args:
+        processor: gives size, mean and standard deviation.
+        crop_scale: smallest share of the image's area that a crop may have.
+        auto_augment: timm's name of a policy, "" for none.
+        random_erasing: probability that a rectangle is erased.
+    """
+
+    is_random = True
+
+    def __init__(
+        self,
+        processor: ICLIPProcessor,
+        crop_scale: float = 0.08,
+        auto_augment: str = "rand-m9-mstd0.5-inc1",
+        random_erasing: float = 0.25,
+    ):
+        with require_extra("train"):
+            from timm.data import create_transform
+
+        image_processor = processor.image_processor
+        self.options = {
+            "input_size": (3, image_processor.size["height"], image_processor.size["width"]),
+            "scale": (crop_scale, 1.0),
+            "auto_augment": auto_augment or None,
+            "color_jitter": None,  # DeiT's is off where its RandAugment is on
+            "interpolation": "bicubic",
+            "re_prob": random_erasing,
+            "re_mode": "pixel",
+            "mean": tuple(image_processor.image_mean),
+            "std": tuple(image_processor.image_std),
+        }
+        self.transform = create_transform(is_training=True, **self.options)
+
+    def __call__(self, image) -> torch.Tensor:
+        return self.transform(image)
+
+    def description(self) -> dict:
+        """What the result depends on, beside the image and the random numbers."""
+        return {"augmentation": self.options}
+
+
+class _Preparation:
+    """From a pair to tensors. What is drawn depends on (seed, epoch, the pair) alone, so any resume draws it again."""
+
+    def __init__(
+        self,
+        pairs: PairDataset | PairStream,
+        transform: Callable,
+        processor: ICLIPProcessor,
+        seed: int = 0,
+        nouns: NounPrompts | None = None,
+    ):
+        self.pairs, self.transform, self.processor, self.seed, self.nouns = pairs, transform, processor, seed, nouns
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+        self.pairs.set_epoch(epoch)
+
+    def prepare(self, pair: dict, key: int | str) -> dict:
+        with seeded(self.seed, self.epoch, key):
+            return {**pair, "image": self.transform(pair["image"])}
+
+    def collate(self, items: Sequence[dict]) -> dict:
+        """
+        B items -> `pixel_values` (B, 3, H, W), the tokenizer's tensors (B, L), the number of pairs skipped for them; with noun
+        prompts, these follow the captions in the tokenizer's tensors.
+        """
+        captions = [item["caption"] for item in items]
+        prompts, nouns = [], {}
+        if self.nouns:
+            prompts, nouns = self.nouns.draw([item["captions"] for item in items], self.epoch)
+        return {
+            "pixel_values": torch.stack([item["image"] for item in items]),
+            **self.processor(text=captions + prompts),
+            **nouns,
+            "skipped": sum(item["skipped"] for item in items),
+        }
+
+
+class TrainingPairs(_Preparation, Dataset):
+    """Pairs of a [`PairDataset`], ready for the model."""
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def __getitem__(self, index: int) -> dict:
+        return self.prepare(self.pairs[index], index)
+
+
+class TrainingStream(_Preparation, IterableDataset):
+    """Pairs of a [`PairStream`], ready for the model."""
+
+    def __iter__(self) -> Iterator[dict]:
+        return (self.prepare(pair, pair["key"]) for pair in self.pairs)
+
+
+class GlobalBatches(Sampler):
+    """
+    This process's share of each batch of an epoch. The batches are the same for any number of processes, and hold each pair
+    at most once; pairs that do not fill a last batch are left out.
+
+    Args:
+        rows: number of pairs.
+        batch_size: pairs in a batch of all processes together, a multiple of their number.
+        seed: of the order.
+        rank, world_size: this process's number, and how many there are.
+    """
+
+    def __init__(self, rows: int, batch_size: int, seed: int = 0, rank: int = 0, world_size: int = 1):
+        self.rows, self.batch_size, self.seed, self.rank, self.world_size = rows, batch_size, seed, rank, world_size
+        self.epoch = self.first = 0
+
+    def __len__(self) -> int:
+        return self.rows // self.batch_size
+
+    def __iter__(self) -> Iterator[list[int]]:
+        order = np.random.default_rng([self.seed, self.epoch]).permutation(self.rows)
+        share = self.batch_size // self.world_size
+        for batch in range(self.first, len(self)):
+            start = batch * self.batch_size + self.rank * share
+            yield order[start : start + share].tolist()
+
+
+class BatchLoader:
+    """
+    The training batches of this process, on its device.
+
+    Args:
+        dataset: `TrainingPairs`, `TrainingStream` or `CachedPairs`.
+        accelerator: its processes share each batch.
+        batch_size: pairs in a batch of all processes together.
+        seed: of the order.
+        num_workers: processes that load pairs, for each of the accelerator's.
+        pairs_per_epoch: of a stream, which does not know its length.
+
+    Raises:
+        `ValueError`: if the batches do not divide among the processes, or an epoch has none.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        accelerator: Accelerator,
+        batch_size: int,
+        seed: int = 0,
+        num_workers: int = 0,
+        pairs_per_epoch: int = 0,
+    ):
+        self.dataset, self.device = dataset, accelerator.device
+        self.streamed = isinstance(dataset, IterableDataset)
+        rank, world_size = accelerator.process_index, accelerator.num_processes
+        rows = pairs_per_epoch if self.streamed else len(dataset)
+        self.steps_per_epoch = rows // batch_size
+        if batch_size % world_size:
+            raise ValueError(f"Expected batch_size to be a multiple of the {world_size} processes, got {batch_size}.")
+        if not self.steps_per_epoch:
+            way_out = "set pairs_per_epoch to the size of the stream" if self.streamed else "lower batch_size"
+            raise ValueError(f"An epoch of {rows} pairs has no batch of {batch_size}: {way_out}.")
+        self.sampler = GlobalBatches(rows, batch_size, seed, rank, world_size)
+        by_index = {"batch_sampler": self.sampler}
+        in_order = {"batch_size": batch_size // world_size, "drop_last": True}
+        self.loader = DataLoader(
+            dataset,
+            **(in_order if self.streamed else by_index),
+            num_workers=num_workers,
+            collate_fn=dataset.collate,
+            pin_memory=self.device.type == "cuda",
+        )
+
+    def epoch(self, epoch: int, first: int = 0) -> Iterator[dict]:
+        """The batches of one epoch from the `first` on; a stream does not skip, it begins another pass."""
+        for batch in (self._stream if self.streamed else self._rows)(epoch, first):
+            yield send_to_device(batch, self.device, non_blocking=True)
+
+    def _rows(self, epoch: int, first: int) -> DataLoader:
+        self.dataset.set_epoch(epoch)
+        self.sampler.epoch, self.sampler.first = epoch, first
+        return self.loader
+
+    def _stream(self, epoch: int, first: int) -> Iterator[dict]:
+        """
+        In as many passes as it takes: the stream's part may end earlier in one process than in another. Each has an order of its
+        own, by the step it begins at, or a run that goes on would see the beginning of its epoch again and the end never.
+        """
+        step = first
+        while step < self.steps_per_epoch:
+            began = step
+            self.dataset.set_epoch(epoch * self.steps_per_epoch + step)
+            for batch in itertools.islice(self.loader, self.steps_per_epoch - step):
+                yield batch
+                step += 1
+            if step == began:
+                raise ValueError("A pass over this process's part of the stream has no whole batch: lower batch_size.")

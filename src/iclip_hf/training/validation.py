@@ -1,0 +1,72 @@
+"""Retrieval on validation pairs, and pictures of their maps."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from matplotlib.figure import Figure
+from torch import nn
+from torch.utils.data import DataLoader, Dataset
+
+from ..data.pairs import PairDataset
+from ..losses import contrastive_loss
+from ..modeling_iclip import ICLIPModel
+from ..processing_iclip import ICLIPProcessor
+from ..utils.extras import require_extra
+from ..utils.plots import overlay, picture_grid
+
+
+with require_extra("train"):
+    from accelerate import Accelerator
+    from accelerate.utils import send_to_device
+
+
+@torch.no_grad()
+def validate(
+    accelerator: Accelerator, pair_model: nn.Module, dataset: Dataset, batch_size: int, num_workers: int = 0
+) -> dict[str, float]:
+    """
+    Retrieval among the pairs of a validation set by the recognition branch, and the loss over all of them at once.
+
+    Returns:
+        `dict`: `val_loss`, and `image_to_text` and `text_to_image`, the percentage of images (texts) whose own text (image)
+        is the nearest.
+    """
+    dataset.set_epoch(0)
+    # Contiguous parts, filled up to equal length because each forward gathers.
+    part = math.ceil(len(dataset) / accelerator.num_processes)
+    rows = [(accelerator.process_index * part + i) % len(dataset) for i in range(part)]
+    pair_model.eval()
+    images, texts = [], []
+    options = {"sampler": rows, "collate_fn": dataset.collate, "num_workers": num_workers}
+    for batch in DataLoader(dataset, min(batch_size, part), **options):
+        batch.pop("skipped")
+        outputs = pair_model(**send_to_device(batch, accelerator.device))
+        images.append(outputs["image_embeds"])
+        texts.append(outputs["text_embeds"])
+    pair_model.train()
+    images, texts = (accelerator.gather(torch.cat(one))[: len(dataset)] for one in (images, texts))
+    cosines = [images[:, i] @ texts[:, i].T for i in range(images.shape[1])]
+    scales = accelerator.unwrap_model(pair_model).model.logit_scales()
+    own = torch.arange(len(dataset), device=images.device)
+    return {
+        "val_loss": torch.stack([contrastive_loss(scale * one) for scale, one in zip(scales, cosines)]).mean().item(),
+        "image_to_text": 100 * (cosines[0].argmax(1) == own).float().mean().item(),
+        "text_to_image": 100 * (cosines[0].argmax(0) == own).float().mean().item(),
+    }
+
+
+@torch.no_grad()
+def draw_examples(model: ICLIPModel, processor: ICLIPProcessor, pairs: PairDataset, count: int) -> Figure:
+    """The first pairs of a data set: each image beside the map of its own text."""
+    pictures, titles = [], []
+    for index in range(min(count, len(pairs))):
+        pair = pairs[index]
+        inputs = processor(images=[pair["image"]], text=[pair["caption"]]).to(model.device)
+        maps = model(**inputs, output_similarity_maps=True).similarity_maps
+        size = (pair["image"].height, pair["image"].width)
+        heatmap = processor.post_process_similarity_maps(maps, [size])[0][0]
+        pictures += [pair["image"], overlay(pair["image"], heatmap.cpu().numpy())]
+        titles += ["", pair["caption"]]
+    return picture_grid(pictures, titles, columns=4)

@@ -16,7 +16,7 @@ from PIL import Image
 
 evaluate = pytest.importorskip("evaluate", reason="needs the extra [eval]")
 
-from iclip_hf import evaluate_modules  # noqa: E402
+from iclip_hf.evaluation import evaluate_modules  # noqa: E402
 from iclip_hf.evaluation.metrics import MeanForegroundMinusBackground, MeanMaxIoU  # noqa: E402
 
 

@@ -151,7 +151,9 @@ NEEDS = {
     "iclip_hf.evaluation.evaluate_modules": "eval",
     "iclip_hf.evaluation.evaluate": "eval",
     "iclip_hf.training.feature_cache": "train",
-    "iclip_hf.training": "train",
+    "iclip_hf.training.checkpoints": "train",
+    "iclip_hf.training.data": "train",
+    "iclip_hf.training.validation": "train",
 }
 
 
@@ -169,7 +171,7 @@ def test_modules_without_their_extra_say_its_name(files):
 def test_what_is_loaded_late_says_its_extra_too():
     doors = {
         ("accelerate", "train"): "import train",
-        ("timm", "train"): "from iclip_hf.training import AugmentedImage as A; A(None)",
+        ("timm", "train"): "from iclip_hf.training.data import AugmentedImage as A; A(None)",
         ("datasets", "train"): "from iclip_hf.data import load_pairs; load_pairs('org/name')",
         ("pycocotools", "eval"): "from iclip_hf.data import load_segmentation; load_segmentation('coco2017', '.')",
         ("gradio", "demo"): "from iclip_hf.evaluation.evaluate_modules import metric_demo; metric_demo('')",

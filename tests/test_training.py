@@ -621,7 +621,7 @@ KILLED = """
 import os, random, shutil, signal, sys
 sys.path.insert(0, {root!r})
 import torch
-import iclip_hf.training
+import iclip_hf.training.checkpoints
 import train
 
 torch.set_num_threads(1)
@@ -641,7 +641,7 @@ def deadly(function):
     return call
 
 
-for module, name in ((os, "replace"), (torch, "save"), (shutil, "rmtree"), (iclip_hf.training, "save_file")):
+for module, name in ((os, "replace"), (torch, "save"), (shutil, "rmtree"), (iclip_hf.training.checkpoints, "save_file")):
     setattr(module, name, deadly(getattr(module, name)))
 print("ready", flush=True)
 train.main(sys.argv[2:])

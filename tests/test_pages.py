@@ -50,7 +50,15 @@ def test_iclip_commands_parse(page, arguments):
 
 
 def test_commands_are_found():
-    assert {arguments[0] for _, arguments in ICLIP} >= {"explain", "compare", "demo", "evaluate", "init", "export", "push"}
+    assert {arguments[0] for _, arguments in ICLIP} >= {
+        "explain",
+        "compare",
+        "demo",
+        "evaluate",
+        "init",
+        "export",
+        "push",
+    }
 
 
 def test_make_targets_and_scripts_exist():

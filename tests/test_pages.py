@@ -99,6 +99,62 @@ def test_every_module_is_in_the_api_reference():
     assert modules - covered == set()
 
 
+DOCSTRINGS = '''
+class Thing:
+    """Documented."""
+
+    other = None
+
+    def use(self, size):
+        """
+        Uses a [`Thing`], its [`Thing.other`] and an [`Absent`].
+
+        Args:
+            size (`int`, defaults to 3): first line
+                and second line.
+            depth: `Args:` of another kind.
+
+        Returns:
+            `tuple`: one item
+            on two lines.
+
+        Raises:
+            `ValueError`: for a size
+            below 1.
+            `OSError`: never.
+        """
+'''
+RENDERED = """
+Uses a [`Thing`][sample.Thing], its `other` and an [`Absent`][Absent].
+
+**Args**
+
+- size (`int`, defaults to 3): first line
+    and second line.
+- depth: `Args:` of another kind.
+
+**Returns**
+
+- `tuple`: one item
+    on two lines.
+
+**Raises**
+
+- `ValueError`: for a size
+    below 1.
+- `OSError`: never.
+"""
+
+
+def test_docstrings_are_rendered_as_lists_and_links(tmp_path):
+    griffe = pytest.importorskip("griffe", reason="needs the extra [docs]")
+    (tmp_path / "sample.py").write_text(DOCSTRINGS)
+    extensions = griffe.load_extensions(DOCS / "docstrings.py")
+    package = griffe.load("sample", search_paths=[tmp_path], extensions=extensions)
+    rendered = re.sub(r"\n\s*\n+", "\n\n", package["Thing.use"].docstring.value)
+    assert rendered.strip() == RENDERED.strip()
+
+
 def test_the_readme_stays_short():
     assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 150
 

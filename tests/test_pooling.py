@@ -51,7 +51,7 @@ def test_pooled_similarities_lie_between_mean_and_maximum_of_the_attended():
     similarities = torch.tensor([[[0.1, 0.5, 0.9], [0.3, -0.2, 0.0]]])
     attention = torch.tensor([[1.0, 3.0, 0.0]])
     weighted = torch.tensor([[0.4, -0.075]])
-    torch.testing.assert_close(pool_similarities(similarities, attention, 1e-4), weighted, atol=1e-4, rtol=0)
+    torch.testing.assert_close(pool_similarities(similarities, attention, 0.01), weighted, atol=1e-3, rtol=0)
     sharp = pool_similarities(similarities, attention, 1e4)
     torch.testing.assert_close(sharp, torch.tensor([[0.5, 0.3]]), atol=1e-3, rtol=0)  # 0.9 is masked
     ten = pool_similarities(similarities, attention)

@@ -26,7 +26,7 @@ from transformers.utils import ModelOutput, can_return_tuple
 
 from .configuration_iclip import ICLIPConfig
 from .losses import contrastive_loss
-from .pooling import normalize_attention, pool
+from .pooling import normalize_attention, pool, pool_similarities, share_among_like
 from .similarity import cosine_similarity_map
 
 
@@ -102,10 +102,12 @@ class ICLIPImageFeatures(BaseModelOutputWithPooling):
     Attributes:
         pooler_output (`torch.Tensor` of shape `(B, P)`): projected feature of the recognition branch, not normalised.
         image_embeds (`torch.Tensor` of shape `(B, P)`): unit vectors of the recognition branch.
-        map_image_embeds (`torch.Tensor` of shape `(B, P)`): unit vectors of the interpretability branch.
+        map_image_embeds (`torch.Tensor` of shape `(B, P)`): unit vectors of the interpretability branch; None with
+            `max_over="similarity"`, which compares patches and pools afterwards.
         patch_embeds (`torch.Tensor` of shape `(B, N, P)`): unit vectors of the patches, row-major, interpretability branch.
         patch_tokens (`torch.Tensor` of shape `(B, N, D)`): the tower's patch tokens after its final norm.
         attention (`torch.Tensor` of shape `(B, N)`): class-token attention over the patches, normalised to [0, 1] (Eq. 10).
+        map_attention (`torch.Tensor` of shape `(B, N)`): the same, shared among like patches as `config.map_affinity` says.
         grid (`tuple[int, int]`): height and width of the patch grid, h * w = N.
     """
 
@@ -114,6 +116,7 @@ class ICLIPImageFeatures(BaseModelOutputWithPooling):
     patch_embeds: torch.FloatTensor | None = None
     patch_tokens: torch.FloatTensor | None = None
     attention: torch.FloatTensor | None = None
+    map_attention: torch.FloatTensor | None = None
     grid: tuple[int, int] | None = None
 
 
@@ -264,6 +267,8 @@ class ICLIPModel(PreTrainedModel):
         if config.dual_projection:
             own_scale = config.logit_scales == "per_branch"
             self.interpretability = ICLIPBranch(config, image_dim, text_dim, own_scale)
+        if config.center_tokens:
+            self.register_buffer("token_mean", torch.zeros(image_dim))
 
         self._keep_class_row()
         self.post_init()
@@ -289,6 +294,8 @@ class ICLIPModel(PreTrainedModel):
                 init.normal_(projection.weight, std=projection.in_features**-0.5)
             if module.logit_scale is not None:
                 init.constant_(module.logit_scale, float(self.config.logit_scale_init_value))
+        elif isinstance(module, ICLIPModel) and self.config.center_tokens:
+            init.zeros_(module.token_mean)
 
     def train(self, mode: bool = True):
         """Sets the training mode; a locked image tower stays in eval mode and without gradients whatever is asked."""
@@ -405,8 +412,27 @@ class ICLIPModel(PreTrainedModel):
             image ([`ImageTokens`]): from `encode_image`.
             attention (`torch.Tensor` of shape `(B, N)`): from `normalized_attention`.
         """
-        pooled = pool(image.patch_tokens, image.class_token, attention, self.config.pooling)
+        pooled = pool(self.centered_tokens(image), image.class_token, attention, self.config.pooling)
         return (image.class_token if self.config.dual_projection else pooled), pooled
+
+    def centered_tokens(self, image: ImageTokens) -> torch.Tensor:
+        """The patch tokens `(B, N, D)` that the map branch sees, before they are shared among like patches."""
+        return image.patch_tokens - self.token_mean if self.config.center_tokens else image.patch_tokens
+
+    def pool_similarities(self, patch_embeds: torch.Tensor, text_embeds: torch.Tensor, attention: torch.Tensor):
+        """
+        Similarities of images and texts by the map branch with `max_over="similarity"`, see [`~pooling.pool_similarities`].
+
+        Args:
+            patch_embeds (`torch.Tensor` of shape `(B, N, P)`), text_embeds (`(T, P)` or `(B, T, P)`): unit vectors.
+            attention (`torch.Tensor` of shape `(B, N)`): of the patches; left out where `config.pooling` is `"max"`.
+
+        Returns:
+            `torch.Tensor` of shape `(B, T)`, float32.
+        """
+        if self.config.pooling == "max":
+            attention = torch.ones_like(attention)
+        return pool_similarities(text_embeds @ patch_embeds.mT, attention, self.config.max_sharpness)
 
     @can_return_tuple
     def get_image_features(self, pixel_values: torch.FloatTensor, **kwargs) -> ICLIPImageFeatures:
@@ -423,22 +449,30 @@ class ICLIPModel(PreTrainedModel):
             `ValueError`: if `pixel_values` has another shape.
         """
         image = self.encode_image(pixel_values, **kwargs)
-        attention = self.normalized_attention(image)
+        attention = map_attention = self.normalized_attention(image)
         pooled, map_pooled = self.pool_image(image, attention)
         projected = self.recognition.visual_projection(pooled)
-        patch_tokens = image.patch_tokens
+        map_image_embeds = None
+        if self.config.max_over == "channels":
+            map_image_embeds = normalize(self.map_branch.visual_projection(map_pooled))
+        patch_tokens = self.centered_tokens(image)
+        if self.config.map_affinity > 0:
+            values = torch.cat([patch_tokens, attention.unsqueeze(-1).to(patch_tokens.dtype)], -1)
+            shared = share_among_like(values, patch_tokens, self.config.map_affinity)
+            patch_tokens, map_attention = shared[..., :-1], shared[..., -1].float()
         if self.config.map_attention == "features":
-            patch_tokens = patch_tokens * attention.unsqueeze(-1).to(patch_tokens.dtype)  # Eq. 12 to the letter
+            patch_tokens = patch_tokens * map_attention.unsqueeze(-1).to(patch_tokens.dtype)  # Eq. 12 to the letter
         return ICLIPImageFeatures(
             last_hidden_state=image.tower_output.last_hidden_state,
             hidden_states=image.tower_output.hidden_states,
             attentions=image.tower_output.attentions,
             pooler_output=projected,
             image_embeds=normalize(projected),
-            map_image_embeds=normalize(self.map_branch.visual_projection(map_pooled)),
+            map_image_embeds=map_image_embeds,
             patch_embeds=normalize(self.map_branch.visual_projection(patch_tokens)),
             patch_tokens=image.patch_tokens,
             attention=attention,
+            map_attention=map_attention,
             grid=image.grid,
         )
 
@@ -492,29 +526,27 @@ class ICLIPModel(PreTrainedModel):
         self, image: torch.FloatTensor | ICLIPImageFeatures, text: ICLIPTextFeatures
     ) -> torch.FloatTensor:
         """
-        Raw image-text similarity maps: cosines of patches and texts (Eq. 1-3), weighted by the class token's attention as
-        `config.map_attention` says, and shared among like patches as `config.map_affinity` says.
+        Raw image-text similarity maps: cosines of patches, each shared among the patches like it as `config.map_affinity`
+        says, and texts (Eq. 1-3), weighted by the class token's attention as `config.map_attention` says.
 
         Args:
             image (`torch.Tensor` of shape `(B, 3, H, W)` or [`ICLIPImageFeatures`]).
             text ([`ICLIPTextFeatures`]): from `get_text_features`.
 
         Returns:
-            `torch.Tensor` of shape `(B, T, h, w)`, in [-1, 1]. Stretch and enlarge them with
+            `torch.Tensor` of shape `(B, T, h, w)`, in [-1, 1] (up to 1 / `config.max_sharpness` more if additive). Stretch and enlarge them with
             `ICLIPProcessor.post_process_similarity_maps`.
         """
         if isinstance(image, torch.Tensor):
             image = self.get_image_features(image)
         maps = cosine_similarity_map(image.patch_embeds, text.map_text_embeds, image.grid)
-        attention = image.attention.unflatten(-1, image.grid).unsqueeze(1).to(maps.dtype)
+        attention = image.map_attention.unflatten(-1, image.grid).unsqueeze(1).to(maps.dtype)
         if self.config.map_attention == "similarity":
             maps = maps * attention
         elif self.config.map_attention == "sqrt_similarity":
             maps = maps * attention.sqrt()
-        if self.config.map_affinity > 0:
-            tokens = normalize(image.patch_tokens)
-            affinity = (self.config.map_affinity * (tokens @ tokens.mT).float()).softmax(-1).to(maps.dtype)
-            maps = (maps.flatten(-2) @ affinity.mT).unflatten(-1, image.grid)
+        elif self.config.map_attention == "additive":
+            maps = maps + attention / self.config.max_sharpness
         return maps
 
     @can_return_tuple
@@ -571,7 +603,10 @@ class ICLIPModel(PreTrainedModel):
                     f"{tuple(text.text_embeds.shape[:-1])}."
                 )
             loss = contrastive_loss(logits_per_image)
-            if self.interpretability is not None:
+            if self.config.max_over == "similarity":
+                similarities = self.pool_similarities(image.patch_embeds, text.map_text_embeds, image.map_attention)
+                loss = (loss + contrastive_loss(map_scale * similarities)) / 2
+            elif self.interpretability is not None:
                 loss = (loss + contrastive_loss(map_scale * cosines(image.map_image_embeds, text.map_text_embeds))) / 2
 
         return ICLIPOutput(

@@ -27,7 +27,7 @@ from ..utils.files import atomic_folder, loading_errors
 
 
 VISION_FILE, TEXT_FILE = "vision_model.onnx", "text_model.onnx"
-_IMAGE_OUTPUTS = ("image_embeds", "map_image_embeds", "patch_embeds", "patch_tokens", "attention")
+_IMAGE_OUTPUTS = ("image_embeds", "map_image_embeds", "patch_embeds", "attention", "map_attention")
 _TEXT_OUTPUTS = ("text_embeds", "map_text_embeds")
 
 

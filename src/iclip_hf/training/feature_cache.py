@@ -161,13 +161,15 @@ def cache_images(
         `ValueError`: the folder holds features that depend on something else, or too many pairs are bad. `OSError`: it cannot
         be written, another run is filling it, or another process of this run died.
     """
+    with accelerator.main_process_first():  # which keeps the digests of the files for the others
+        data = pairs.fingerprint()
     views = []
     for view, transform in enumerate(transforms):
         fingerprint = {
             "tower": tower_digest(model.vision_model),
             "attention_quantile": model.config.attention_quantile,
             "mixed_precision": accelerator.mixed_precision,
-            "data": pairs.fingerprint(),
+            "data": data,
             "view": view if transform.is_random else None,
             **transform.description(),
         }

@@ -86,6 +86,7 @@ class ONNXModel:
         with require_extra("onnx"):
             import onnxruntime
 
+        self.folder = Path(folder)
         providers = onnxruntime.get_available_providers()
         with loading_errors(folder):
             self.config = ICLIPConfig.from_pretrained(folder)

@@ -198,6 +198,8 @@ def cache_images(
         `ValueError`: the folder holds features that depend on something else, or too many pairs are bad. `OSError`: it cannot
         be written, another run is filling it, or another process of this run died.
     """
+    with accelerator.main_process_first():  # which keeps the digests of the files for the others
+        data = pairs.fingerprint()
     views = []
     settings = image_settings(model.config, map_tokens)
     # Models that see other tokens keep theirs beside one another.
@@ -207,7 +209,7 @@ def cache_images(
             "tower": tower_digest(model.vision_model),
             **settings,
             "mixed_precision": accelerator.mixed_precision,
-            "data": pairs.fingerprint(),
+            "data": data,
             "view": view if transform.is_random else None,
             **transform.description(),
         }

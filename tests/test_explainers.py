@@ -497,7 +497,7 @@ class Toy(ModelAdapter):
     def _encode_image(self, pixel_values):
         tokens = self.model(pixel_values)
         # not normalised: the score is then linear in the class token
-        return ICLIPImageFeatures(image_embeds=tokens[:, 0], patch_embeds=tokens[:, 1:], grid=(1, 2))
+        return ICLIPImageFeatures(image_embeds=tokens[:, 0], patch_embeds=tokens[:, None, 1:])
 
     def project(self, stream):
         return stream

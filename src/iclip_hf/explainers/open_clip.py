@@ -46,8 +46,7 @@ class OpenCLIPAdapter(ModelAdapter):
         (stream,) = output["image_intermediates"]  # (B, D, h, w)
         return ICLIPImageFeatures(
             image_embeds=unit(output["image_features"]),
-            patch_embeds=unit(self.project(stream.flatten(2).mT)),
-            grid=tuple(stream.shape[2:]),
+            patch_embeds=unit(self.project(stream.flatten(2).mT)).unflatten(1, stream.shape[2:]),
         )
 
     def project(self, stream: torch.Tensor) -> torch.Tensor:

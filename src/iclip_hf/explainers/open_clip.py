@@ -20,6 +20,15 @@ class OpenCLIPAdapter(ModelAdapter):
     """A transformer with a class token, for images of the one size that its position embeddings have."""
 
     def __init__(self, model: nn.Module, tokenizer):
+        try:
+            tokens = tokenizer(["dog"])
+        except Exception:  # of whatever takes other things than texts
+            tokens = None
+        if not isinstance(tokens, torch.Tensor):
+            raise TypeError(
+                "Expected the tokenizer of this open_clip model, which `open_clip.get_tokenizer` gives, got "
+                f"{type(tokenizer).__name__}: images need no preprocessing of open_clip's."
+            )
         self.tokenizer = tokenizer
         options, size = model.visual.preprocess_cfg, model.visual.image_size
         self.side = size[0] if isinstance(size, tuple) else size

@@ -24,7 +24,7 @@ def test_every_tower_pair_runs_and_survives_saving(vision, text, tmp_path):
     model = tiny_model(vision, text)
     before = run(model)
     assert before.similarity_maps.shape == (2, 3, *GRID)
-    assert before.logits_per_image.shape == (2, 3) and before.patch_embeds.shape == (2, 24, 16)
+    assert before.logits_per_image.shape == (2, 3) and before.patch_embeds.shape == (2, *GRID, 16)
     assert all(torch.isfinite(before[name]).all() for name in ("logits_per_image", "similarity_maps", "attention"))
     model.save_pretrained(tmp_path)
     for auto_class in (ICLIPModel, AutoModel, AutoModelForZeroShotImageClassification):
@@ -324,13 +324,6 @@ def test_locked_tower_stays_locked_after_loading_and_training(lock, tmp_path):
     optimizer.step()
     changed = {name.split(".")[0] for name, p in model.named_parameters() if not torch.equal(p, before[name])}
     assert changed == {"text_model", "recognition", "interpretability"} | (set() if lock else {"vision_model"})
-
-
-def test_every_trainable_parameter_gets_a_gradient():
-    model = tiny_model(lock_vision=False).train()
-    model(**tiny_inputs(batch=3, texts=3), return_loss=True).loss.backward()
-    unused = [name for name, p in model.named_parameters() if p.grad is None]
-    assert unused in ([], ["vision_model.embeddings.mask_token"])
 
 
 def test_scales_are_shared_or_a_branchs_own_and_clamped():

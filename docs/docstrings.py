@@ -8,7 +8,7 @@ import griffe
 
 
 _SECTION = re.compile(r"^(Args|Attributes|Returns|Yields|Raises):\n((?:(?: +.*)?(?:\n|$))+)", re.MULTILINE)
-_REFERENCE = re.compile(r"\[`([\w.]+)`\](?![\[(])")
+_REFERENCE = re.compile(r"\[`~?([\w.]+)`\](?![\[(])")
 _EXCEPTION = re.compile(r"`[\w.]+(Error|Exception)`")
 
 
@@ -21,7 +21,8 @@ class TransformersDocstrings(griffe.Extension):
         for obj in objects:
             if not obj.is_module:
                 link = f"[{{}}][{obj.path}]" if obj.docstring else "{}"
-                targets |= dict.fromkeys((obj.path, obj.path.removeprefix(f"{obj.module.path}.")), link)
+                parts, module = obj.path.split("."), obj.module.path.split(".")
+                targets |= {".".join(parts[start:]): link for start in range(len(module) + 1)}
         for obj in objects:
             if obj.docstring:
                 text = _SECTION.sub(_as_list, inspect.cleandoc(obj.docstring.value))

@@ -107,7 +107,7 @@ class Thing:
 
     def use(self, size):
         """
-        Uses a [`Thing`], its [`Thing.other`] and an [`Absent`].
+        Uses a [`~sample.Thing`], its [`Thing.other`] and an [`Absent`].
 
         Args:
             size (`int`, defaults to 3): first line
@@ -177,6 +177,10 @@ def test_python_examples_run(page, tmp_path, monkeypatch):
 
     monkeypatch.chdir(tmp_path)
     Image.fromarray(data.chelsea()).save("dog.jpg")
+    if "`iclip install-metrics`" in page.read_text(encoding="utf-8"):
+        evaluate = pytest.importorskip("evaluate", reason="needs the extra [eval]")
+        monkeypatch.setattr(evaluate.config, "HF_EVALUATE_OFFLINE", True)
+        assert cli.main(["install-metrics"]) == 0
     names = {}
     for block in code_blocks(page, "python"):
         exec(compile(block, str(page), "exec"), names)

@@ -14,7 +14,7 @@ from wrapt import register_post_import_hook
 
 if TYPE_CHECKING:
     from .configuration_iclip import ICLIPConfig
-    from .explainers import explain
+    from .localization.localizer import explain
     from .modeling_iclip import ICLIPImageFeatures, ICLIPModel, ICLIPOutput, ICLIPTextFeatures
     from .models.embedded import embedded_model
     from .pipeline_iclip import ImageTextSimilarityMapPipeline
@@ -24,7 +24,7 @@ __version__ = "0.1.0"
 
 _MODULES = {
     "embedded_model": "models.embedded",
-    "explain": "explainers",
+    "explain": "localization.localizer",
     "ICLIPConfig": "configuration_iclip",
     "ICLIPImageFeatures": "modeling_iclip",
     "ICLIPModel": "modeling_iclip",

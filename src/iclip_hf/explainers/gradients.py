@@ -21,7 +21,6 @@ class GradientExplainer(Explainer):
         layer (`int`): index among the attention layers of the image tower; -1 is the last.
     """
 
-    more_texts_are_free = False
     needs_weights = False
 
     def __init__(self, model, processor, layer: int = -1):
@@ -31,20 +30,19 @@ class GradientExplainer(Explainer):
         if not -depth <= layer < depth:
             raise ValueError(f"Expected layer to be one of the {depth} attention layers, got {layer}.")
 
-    def raw_maps(self, pixel_values: torch.Tensor, texts: ICLIPTextFeatures) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(self, pixel_values: torch.Tensor, texts: ICLIPTextFeatures) -> tuple[torch.Tensor, torch.Tensor]:
         image, layers = self.family.trace(pixel_values, self.layer, grad=True, weights=self.needs_weights)
         inputs = self.differentiated(layers)
         maps, patches, count = [], image.patch_embeds.shape[1], texts.text_embeds.shape[-2]
         with torch.inference_mode(False), torch.enable_grad():
             # The clone: an embedding made under inference mode could not take part in a backward.
-            scores = cosines(image.image_embeds, texts.text_embeds.clone())
-            logits = self.family.logit_scale() * scores
+            logits = self.family.logit_scale() * cosines(image.image_embeds, texts.text_embeds.clone())
             for text in range(count):
                 # Images do not mix, so that the gradient of their sum has each image's own.
                 gradients = torch.autograd.grad(logits[:, text].sum(), inputs, retain_graph=text < count - 1)
                 with torch.no_grad():
                     maps.append(self.weigh(inputs, gradients, patches))
-        return torch.stack(maps, 1).unflatten(-1, image.grid).float(), scores.detach()
+        return torch.stack(maps, 1).unflatten(-1, image.grid).float(), image.image_embeds.detach()
 
     @abstractmethod
     def differentiated(self, layers: list[AttentionRecord]) -> list[torch.Tensor]:

@@ -6,7 +6,7 @@ from abc import abstractmethod
 
 import torch
 
-from ..modeling_iclip import ICLIPTextFeatures, cosines
+from ..modeling_iclip import ICLIPTextFeatures
 from ..similarity import cosine_similarity_map
 from .adapters import unit
 from .explainer import Explainer
@@ -36,7 +36,7 @@ class SelfSelfAttention(Explainer):
             )
 
     @torch.no_grad()
-    def raw_maps(self, pixel_values: torch.Tensor, texts: ICLIPTextFeatures) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(self, pixel_values: torch.Tensor, texts: ICLIPTextFeatures) -> tuple[torch.Tensor, torch.Tensor]:
         image, layers = self.family.trace(pixel_values, self.blocks[0])
         stream = layers[0].stream
         for index, layer in zip(self.blocks, layers):
@@ -44,7 +44,7 @@ class SelfSelfAttention(Explainer):
         patches = image.patch_embeds.shape[1]
         patch_embeds = unit(self.family.project(stream[:, -patches:]))
         maps = cosine_similarity_map(patch_embeds, texts.map_text_embeds.float(), image.grid)
-        return maps, cosines(image.image_embeds, texts.text_embeds)
+        return maps, image.image_embeds
 
     @abstractmethod
     def mix(self, layer: AttentionRecord) -> torch.Tensor:

@@ -21,7 +21,7 @@ from ..utils.distributed import partner_errors, shared_folder_lock, this_process
 from ..utils.extras import require_extra
 from ..utils.files import atomic_write
 from ..utils.prefetch import prefetch_map, spare_processors
-from .localizer import Explained, Localizer
+from .localizer import ExplainedImage, Localizer
 
 
 with require_extra("collections"):
@@ -194,7 +194,7 @@ def explain_collection(
 def _rows(localizer, images, part, batch_size, pool, bar, broken) -> Iterator[dict]:
     """The rows of some images, in order; threads decode and describe, this one runs the model."""
 
-    def explained() -> Iterator[Explained]:
+    def explained() -> Iterator[ExplainedImage]:
         for one in localizer.explain_all(images.image, part, pool, batch_size):
             bar.update()
             if one.image is None:
@@ -202,11 +202,11 @@ def _rows(localizer, images, part, batch_size, pool, bar, broken) -> Iterator[di
             else:
                 yield one
 
-    def describe(one: Explained) -> dict:
-        texts = [
-            {**text.record(), "raw_map": list(raw), "mask": {"bytes": _png(text.mask), "path": None}}
-            for text, raw in zip(localizer.locate(one.explanation, one.presence), one.explanation.raw_maps.numpy())
-        ]
+    def describe(one: ExplainedImage) -> dict:
+        texts = one.explanation.record()
+        for index, (text, raw_map) in enumerate(zip(texts, one.explanation.raw_maps.numpy())):
+            mask = one.explanation.mask(index).numpy()
+            text.update(raw_map=list(raw_map), mask={"bytes": _png(mask), "path": None})
         return {"image": one.name, "height": one.image.height, "width": one.image.width, "texts": texts}
 
     return prefetch_map(pool, describe, explained(), 2 * batch_size)

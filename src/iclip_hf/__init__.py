@@ -54,4 +54,4 @@ _register_when_imported("transformers.models.auto.configuration_auto", ".configu
 _register_when_imported("transformers.models.auto.modeling_auto", ".modeling_iclip")
 _register_when_imported("transformers.models.auto.processing_auto", ".processing_iclip")
 _register_when_imported("transformers.pipelines", ".pipeline_iclip")
-_register_when_imported("evaluate", ".evaluation.evaluate_modules")
+_register_when_imported("evaluate", ".hub.metrics")

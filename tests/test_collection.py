@@ -103,11 +103,11 @@ class Killed(BaseException):
 def test_an_interrupted_run_goes_on_and_gives_the_same_files(folder, localizer, whole, tmp_path, monkeypatch):
     calls = []
 
-    def stop_at_the_fourth_batch(pixel_values, rows=None):
+    def stop_at_the_fourth_batch(pixel_values, texts):
         calls.append(len(pixel_values))
         if len(calls) == 4:
             raise Killed
-        return Localizer.explain_batch(localizer, pixel_values, rows)
+        return Localizer.explain_batch(localizer, pixel_values, texts)
 
     images = open_images([folder / "images"])
     monkeypatch.setattr(localizer, "explain_batch", stop_at_the_fourth_batch)

@@ -106,22 +106,21 @@ def to_rgb(image: Image.Image, name: str | None = None) -> Image.Image:
 
 
 def map_groups(
-    function: Callable[[list[Item]], Iterable[Result]], items: Sequence[Item], key: Callable[[Item], Hashable]
+    function: Callable[[list[Item]], Iterable[Result]], items: Sequence[Item], keys: Iterable[Hashable]
 ) -> list[Result]:
     """
-    Calls a function once for each group of items that have the same key, such as images of one shape.
+    Calls a function once for all items of one key, such as images of one shape.
 
     Args:
-        function: items of one key to a result for each.
-        items: of any keys.
-        key: of an item.
+        function: such items to a result for each.
+        items, keys: of one length.
 
     Returns:
-        A result for each item, in their order.
+        The results in the order of the items.
     """
     groups = defaultdict(list)
-    for index, item in enumerate(items):
-        groups[key(item)].append(index)
+    for index, key in enumerate(keys):
+        groups[key].append(index)
     results = {}
     for group in groups.values():
         results.update(zip(group, function([items[index] for index in group]), strict=True))

@@ -115,7 +115,7 @@ class ImageTextSimilarityMapPipeline(Pipeline):
             )
             return zip(cosines(outputs.image_embeds, outputs.text_embeds), outputs.similarity_maps)
 
-        scores, maps = zip(*map_groups(forward, images, lambda image: image.shape))
+        scores, maps = zip(*map_groups(forward, images, [image.shape for image in images]))
         return {"scores": torch.stack(scores), "maps": list(maps), "target_size": model_inputs["target_size"]}
 
     def postprocess(

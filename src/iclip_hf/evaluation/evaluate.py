@@ -291,8 +291,9 @@ class MapMaker:
         """
         rows = pad_sequence([torch.tensor(one or (1,)) - 1 for one in labels], batch_first=True)  # (B, T)
         shown = torch.arange(len(rows))[:, None], rows
-        maps, cosines, presence = self.localizer.explain_batch(pixel_values)
-        texts, enough = self.localizer.encoded, (presence >= MIN_PRESENCE).numpy()
+        texts = self.localizer.encoded
+        maps, cosines, presence = self.localizer.explain_batch(pixel_values, texts)
+        enough = (presence >= MIN_PRESENCE).numpy()
         drawn = dict.fromkeys(("itsm", "reversed_itsm"), maps[shown])  # reversed once they are stretched to [0, 1]
         for method, explainer in self.others.items():
             if isinstance(explainer, GradientExplainer):  # a backward a text: not for the absent classes

@@ -25,7 +25,6 @@ import inspect
 import torch
 
 from ..modeling_iclip import ICLIPTextFeatures
-from .adapters import join_texts
 from .attention import Attention
 from .bi_modal import BiModal
 from .clip_surgery import CLIPSurgery
@@ -79,7 +78,6 @@ __all__ = [
     "METHODS",
     "Explainer",
     "identity",
-    "join_texts",
     "make_explainer",
     "select_texts",
 ]

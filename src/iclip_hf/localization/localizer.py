@@ -14,7 +14,7 @@ from PIL import Image
 
 from ..explainers import identity, make_explainer, select_texts
 from ..images import load_image, map_groups
-from ..modeling_iclip import cosines
+from ..modeling_iclip import ICLIPTextFeatures, cosines
 from ..presence import BACKGROUND, MIN_PRESENCE, presence
 from ..processing_iclip import check_templates
 from ..utils.prefetch import Item, prefetch_map
@@ -28,16 +28,12 @@ class PreparedImage(NamedTuple):
     Attributes:
         pixel_values (`torch.Tensor` of shape `(1, 3, H, W)`).
         size (`tuple[int, int]`): height and width of its maps in pixels.
-        rows (`list[int]`, *optional*): which texts of the [`Localizer`]; all if not given.
+        rows (`list[int]`): which texts of the [`Localizer`].
     """
 
     pixel_values: torch.Tensor
     size: tuple[int, int]
-    rows: list[int] | None = None
-
-    def batch_key(self) -> tuple:
-        """What images of one forward have in common."""
-        return self.pixel_values.shape, None if self.rows is None else len(self.rows)
+    rows: list[int]
 
 
 class ExplainedImage(NamedTuple):
@@ -69,6 +65,7 @@ class Localizer:
             [`ICLIPProcessor`] takes it; the processor's if not given.
 
     Attributes:
+        encoded ([`ICLIPTextFeatures`]): the texts, `(T, P)`.
         settings (`dict`): all that results depend on beside the images, as plain values.
 
     Raises:
@@ -135,11 +132,9 @@ class Localizer:
             labels: those of the texts that are asked about this image; all if not given.
             size (`tuple[int, int]`, *optional*): height and width of its maps in pixels; its own if not given.
         """
-        if labels is not None and not labels:
-            raise ValueError("Expected at least one text for each image, got none.")
+        rows = range(len(self.texts)) if labels is None else map(self.texts.index, labels)
         pixel_values = self.explainer.processor(images=[image], **self._options)["pixel_values"]
-        rows = None if labels is None else [self.texts.index(label) for label in labels]
-        return PreparedImage(pixel_values, (image.height, image.width) if size is None else size, rows)
+        return PreparedImage(pixel_values, (image.height, image.width) if size is None else size, list(rows))
 
     def explain(self, images: Iterable[PreparedImage | None], batch_size: int = 8) -> Iterator[Explanation | None]:
         """
@@ -155,44 +150,41 @@ class Localizer:
         images = iter(images)
         while batch := list(itertools.islice(images, batch_size)):
             readable = [image for image in batch if image is not None]
-            explanations = iter(map_groups(self._explain, readable, PreparedImage.batch_key))
+            keys = [(image.pixel_values.shape, len(image.rows)) for image in readable]
+            explanations = iter(map_groups(self._explain, readable, keys))
             yield from (None if image is None else next(explanations) for image in batch)
 
     def _explain(self, images: list[PreparedImage]) -> list[Explanation]:
         """Images of one shape with equally many texts, in one forward."""
-        rows = None if images[0].rows is None else [image.rows for image in images]
-        answers = self.explain_batch(torch.cat([image.pixel_values for image in images]), rows)
-        explanations = []
-        for image, raw_maps, scores, presences in zip(images, *answers):
-            own = range(len(self.texts)) if image.rows is None else image.rows
-            explanations.append(
-                Explanation(
-                    labels=[self.texts[row] for row in own],
-                    scores=scores,
-                    presence=presences,
-                    raw_maps=raw_maps,
-                    size=image.size,
-                    threshold=[self.thresholds[row] for row in own],
-                    min_presence=self.min_presence,
-                    reversed=self.explainer.reversed,
-                )
+        texts = select_texts(self.encoded, torch.tensor([image.rows for image in images]))
+        answers = self.explain_batch(torch.cat([image.pixel_values for image in images]), texts)
+        return [
+            Explanation(
+                labels=[self.texts[row] for row in image.rows],
+                scores=scores,
+                presence=presences,
+                raw_maps=raw_maps,
+                size=image.size,
+                threshold=[self.thresholds[row] for row in image.rows],
+                min_presence=self.min_presence,
+                reversed=self.explainer.reversed,
             )
-        return explanations
+            for image, raw_maps, scores, presences in zip(images, *answers)
+        ]
 
     def explain_batch(
-        self, pixel_values: torch.Tensor, rows: Sequence[Sequence[int]] | None = None
+        self, pixel_values: torch.Tensor, texts: ICLIPTextFeatures
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """
         Explains images of one shape.
 
         Args:
             pixel_values (`torch.Tensor` of shape `(B, 3, H, W)`).
-            rows: for each image S of the T texts; all if not given.
+            texts ([`ICLIPTextFeatures`]): `encoded`, or of `select_texts`.
 
         Returns:
-            `tuple`: raw maps `(B, S, h, w)`, cosines `(B, S)` and presence `(B, S)`, on the CPU.
+            `tuple`: raw maps `(B, T, h, w)`, cosines `(B, T)` and presence `(B, T)`, on the CPU.
         """
-        texts = self.encoded if rows is None else select_texts(self.encoded, torch.tensor(rows))
         maps, image_embeds = self.explainer.forward(pixel_values, texts)
         scores, background = (cosines(image_embeds, one.text_embeds) for one in (texts, self._background))
         return maps.cpu(), scores.cpu(), presence(scores, background).cpu()
@@ -269,6 +261,8 @@ def explain(
     per_image = all(isinstance(one, (list, tuple)) for one in texts)
     labels = texts if per_image else [None] * len(images)
     unique = list(dict.fromkeys(itertools.chain(*texts))) if per_image else list(texts)
+    if per_image and not all(texts):
+        raise ValueError("Expected at least one text for each image, got an empty list.")
     if not all(isinstance(label, str) for label in unique):
         raise TypeError(f"Expected texts to be strings, got {texts!r:.100}.")
     sizes = [None] * len(images) if target_sizes is None else target_sizes

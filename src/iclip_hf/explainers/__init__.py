@@ -1,7 +1,7 @@
 """
 Explainers: the methods that tell which pixels of an image match a text, for ICLIP and any CLIP-like model.
 
-Each gives raw maps of a batch; from images and texts to finished maps lead `explain` and `Localizer`.
+`explain` and `Localizer` make finished maps of images and texts. A method itself works on a prepared batch:
 
 ```python
 >>> explainer = make_explainer(model, processor, method="itsm")
@@ -70,7 +70,7 @@ def make_explainer(model, processor, method: str = "itsm", **method_options) -> 
 
 
 def select_texts(texts: ICLIPTextFeatures, rows: torch.Tensor) -> ICLIPTextFeatures:
-    """Of encoded texts `(T, P)` those of the given rows, in any shape: `(B, S)` gives S texts for each of B images."""
+    """Selects rows of encoded texts `(T, P)`. Rows of shape `(B, S)` give S texts for each of B images, `(B, S, P)`."""
     return ICLIPTextFeatures(text_embeds=texts.text_embeds[rows], map_text_embeds=texts.map_text_embeds[rows])
 
 

@@ -66,7 +66,7 @@ class Explainer(ABC):
     @abstractmethod
     def forward(self, pixel_values: torch.Tensor, texts: ICLIPTextFeatures) -> tuple[torch.Tensor, torch.Tensor]:
         """
-        The method itself.
+        Computes the raw maps of a batch.
 
         Args:
             pixel_values (`torch.Tensor` of shape `(B, 3, H, W)`): prepared by `processor`.
@@ -78,7 +78,7 @@ class Explainer(ABC):
 
     def raw_maps(self, pixel_values: torch.Tensor, texts: ICLIPTextFeatures) -> tuple[torch.Tensor, torch.Tensor]:
         """
-        Explains a batch, see `forward`.
+        Computes raw maps and scores of a batch, see `forward`.
 
         Returns:
             `tuple`: raw maps `(B, T, h, w)` and scores `(B, T)`, the cosine of image and text in [-1, 1], both float32.
@@ -89,7 +89,7 @@ class Explainer(ABC):
 
 def adapt(model, processor) -> ModelAdapter:
     """
-    A model of any supported kind behind the functions that methods and analyses are written in.
+    Puts a model of any supported kind behind the functions that methods and analyses are written in.
 
     Raises:
         `TypeError`: for another kind of model.
@@ -111,7 +111,7 @@ def adapt(model, processor) -> ModelAdapter:
 
 
 def identity(model) -> dict[str, str]:
-    """What results say of the model they come from: its name, and the precision that it computes in."""
+    """Returns what results say of their model: its name, and the precision that it computes in."""
     dtype = next(model.parameters()).dtype if isinstance(model, torch.nn.Module) else model.dtype
     name = getattr(getattr(model, "config", None), "_name_or_path", "") or type(model).__name__
     return {"model": name, "dtype": str(dtype).removeprefix("torch.")}

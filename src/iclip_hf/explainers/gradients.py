@@ -46,8 +46,8 @@ class GradientExplainer(Explainer):
 
     @abstractmethod
     def differentiated(self, layers: list[AttentionRecord]) -> list[torch.Tensor]:
-        """The tensors whose gradients are taken."""
+        """Returns the tensors whose gradients are taken."""
 
     @abstractmethod
     def weigh(self, inputs: list[torch.Tensor], gradients: tuple[torch.Tensor, ...], patches: int) -> torch.Tensor:
-        """Those tensors and one text's gradients -> its relevance of the patches, `(B, N)`."""
+        """Computes the relevance of the patches to one text, `(B, N)`, from those tensors and its gradients."""

@@ -48,9 +48,9 @@ class SelfSelfAttention(Explainer):
 
     @abstractmethod
     def mix(self, layer: AttentionRecord) -> torch.Tensor:
-        """The values of a layer, mixed by self-self attention, `(B, H, L, D / H)`."""
+        """Mixes the values of a layer by self-self attention, `(B, H, L, D / H)`."""
 
 
 def similar(tokens: torch.Tensor, scale: float | torch.Tensor) -> torch.Tensor:
-    """Attention of tokens `(B, H, L, D / H)` to each other by their scaled products, `(B, H, L, L)`."""
+    """Computes the attention of tokens `(B, H, L, D / H)` to each other by their scaled products, `(B, H, L, L)`."""
     return ((tokens.float() @ tokens.float().mT) * scale).softmax(-1).to(tokens.dtype)

@@ -129,9 +129,7 @@ def _explain_images(options: argparse.Namespace) -> int:
         if image is None:  # the others are still explained
             print(f"iclip explain: {name}", file=sys.stderr)
             return None
-        texts = [
-            {**text, "mask": run_lengths(explanation.mask(index))} for index, text in enumerate(explanation.record())
-        ]
+        texts = [{**text, "mask": run_lengths(mask)} for text, mask in explanation.records_and_masks()]
         _draw(image, explanation, options.colormap, picture)
         if options.npz:
             _save_arrays(explanation, picture.with_suffix(".npz"))

@@ -203,10 +203,10 @@ def _rows(localizer, images, part, batch_size, pool, bar, broken) -> Iterator[di
                 yield one
 
     def describe(one: ExplainedImage) -> dict:
-        texts = one.explanation.record()
-        for index, (text, raw_map) in enumerate(zip(texts, one.explanation.raw_maps.numpy())):
-            mask = one.explanation.mask(index).numpy()
-            text.update(raw_map=list(raw_map), mask={"bytes": _png(mask), "path": None})
+        texts = [
+            {**text, "raw_map": list(raw), "mask": {"bytes": _png(mask.numpy()), "path": None}}
+            for (text, mask), raw in zip(one.explanation.records_and_masks(), one.explanation.raw_maps.numpy())
+        ]
         return {"image": one.name, "height": one.image.height, "width": one.image.width, "texts": texts}
 
     return prefetch_map(pool, describe, explained(), 2 * batch_size)

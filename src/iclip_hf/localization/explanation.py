@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from ..presence import MIN_PRESENCE
@@ -69,14 +70,19 @@ class Explanation:
             list of T `dict` with `text`, `score`, `presence` and `regions`, each region with its `score`, its `box` (x0, y0, x1, y1)
             and its `positive_points` and `negative_points`, (x, y) in pixels.
         """
-        return [self._record(index) for index in range(len(self.labels))]
+        return [record for record, _ in self.records_and_masks()]
+
+    def records_and_masks(self) -> Iterator[tuple[dict, torch.Tensor]]:
+        """The record and the mask of each text, from one map: at the size of a photograph a map takes its time."""
+        for index in range(len(self.labels)):
+            heatmap, mask = self._map_and_mask(index)
+            yield self._record(index, heatmap.numpy(), mask.numpy()), mask
 
     def _stretched(self, raw_maps: torch.Tensor) -> torch.Tensor:
         maps = resize_and_normalize(raw_maps, self.size)
         return reverse(maps) if self.reversed else maps
 
-    def _record(self, index: int) -> dict:
-        heatmap, mask = (one.numpy() for one in self._map_and_mask(index))
+    def _record(self, index: int, heatmap: np.ndarray, mask: np.ndarray) -> dict:
         regions = find_regions(heatmap, mask)
         negative = negative_points(heatmap, mask).tolist() if regions else []
         return {

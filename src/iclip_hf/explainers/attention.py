@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 from ..modeling_iclip import ICLIPTextFeatures
@@ -17,7 +19,7 @@ class Attention(Explainer):
     @torch.no_grad()
     def forward(self, pixel_values: torch.Tensor, texts: ICLIPTextFeatures) -> tuple[torch.Tensor, torch.Tensor]:
         image, (layer,) = self.family.trace(pixel_values, weights=True)
-        patches = image.patch_embeds.shape[1]
+        patches = math.prod(image.grid)
         attention = layer.weights[:, :, 0, -patches:].float().mean(1) if image.attention is None else image.attention
         maps = attention.unflatten(-1, image.grid).unsqueeze(1)
         return maps.expand(-1, texts.text_embeds.shape[-2], -1, -1), image.image_embeds

@@ -33,8 +33,7 @@ class CLIPSurgery(SelfSelfAttention):
         maps, image_embeds = super().forward(pixel_values, texts)
         if single:
             return maps[:, :1] - maps[:, 1:], image_embeds
-        weights = (2 * cosines(image_embeds, texts.text_embeds)).softmax(1) * maps.shape[
-            1
-        ]  # 2 is the authors'; mean 1
+        scores = cosines(image_embeds, texts.text_embeds)
+        weights = (2 * scores).softmax(1) * scores.shape[1]  # 2 is the authors'; their mean is 1
         maps = maps * weights[..., None, None]
         return maps - maps.mean(1, keepdim=True), image_embeds

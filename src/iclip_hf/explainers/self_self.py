@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 
 import torch
@@ -41,10 +42,8 @@ class SelfSelfAttention(Explainer):
         stream = layers[0].stream
         for index, layer in zip(self.blocks, layers):
             stream = stream + self.family.layers[index].output(self.mix(layer))
-        patches = image.patch_embeds.shape[1]
-        patch_embeds = unit(self.family.project(stream[:, -patches:]))
-        maps = cosine_similarity_map(patch_embeds, texts.map_text_embeds.float(), image.grid)
-        return maps, image.image_embeds
+        patch_embeds = unit(self.family.project(stream[:, -math.prod(image.grid) :])).unflatten(1, image.grid)
+        return cosine_similarity_map(patch_embeds, texts.map_text_embeds.float()), image.image_embeds
 
     @abstractmethod
     def mix(self, layer: AttentionRecord) -> torch.Tensor:

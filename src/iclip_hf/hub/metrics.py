@@ -1,7 +1,6 @@
 """The metrics as modules of the `evaluate` library: how they are installed and published."""
 
 import shutil
-from contextlib import suppress
 from importlib.resources import files
 from pathlib import Path
 
@@ -61,8 +60,3 @@ def export_space(metric: str, directory: str | Path) -> Path:
             with atomic_write(directory / source.name) as partial:
                 shutil.copyfile(source, partial)
     return directory
-
-
-# As soon as this package and `evaluate` are both imported, the bare names work; a cache that cannot be written says so in `load`.
-with suppress(OSError):
-    install_metrics()

@@ -66,7 +66,6 @@ class Localizer:
 
     Attributes:
         encoded ([`ICLIPTextFeatures`]): the texts, `(T, P)`.
-        settings (`dict`): all that results depend on beside the images, as plain values.
 
     Raises:
         `ValueError`, `TypeError`: as [`make_explainer`]; for thresholds out of range or not T.
@@ -93,8 +92,8 @@ class Localizer:
         self._background = self.explainer.encode_texts(BACKGROUND, self.templates)
         size = {"height": image_size, "width": image_size} if isinstance(image_size, int) else image_size
         self._options = {} if size is None else {"size": size}
-        self.settings = {
-            **identity(model),
+        self._model = model
+        self._settings = {
             "method": method,
             "templates": self.templates,
             "min_presence": min_presence,
@@ -102,6 +101,12 @@ class Localizer:
             **method_options,
         }
         self._ask(texts, threshold)
+
+    @property
+    def settings(self) -> dict:
+        """All that results depend on beside the images, as plain values; it reads the model's weights."""
+        asked = {"texts": self.texts, "thresholds": self.thresholds}
+        return {**identity(self._model), **self._settings, **asked}
 
     def _ask(self, texts: Sequence[str], threshold: float | Sequence[float]) -> None:
         self.texts = list(texts)
@@ -112,7 +117,6 @@ class Localizer:
             raise ValueError(f"Expected {len(self.texts)} thresholds, one a text, got {len(self.thresholds)}.")
         if not all(0 <= value <= 1 for value in self.thresholds):
             raise ValueError(f"Expected thresholds in [0, 1], got {self.thresholds}.")
-        self.settings = {**self.settings, "texts": self.texts, "thresholds": self.thresholds}
         self.encoded = self.explainer.encode_texts(self.texts, self.templates)
 
     def about(self, texts: Sequence[str], threshold: float | Sequence[float] = 0.5) -> Localizer:

@@ -112,7 +112,8 @@ def split_texts(typed: str) -> list[str]:
 
 def explain_image(localizer: Localizer, image: Image.Image, texts: list[str]) -> Explanation:
     """Explains an RGB image by a localizer of any texts, with maps of at most `VIEW_SIDE` pixels a side."""
-    (explanation,) = localizer.about(texts).explain([localizer.prepare(image, size=_view_size(image)[::-1])])
+    localizer = localizer.about(texts)
+    (explanation,) = localizer.explain([localizer.prepare(image, size=_view_size(image)[::-1])])
     return explanation
 
 

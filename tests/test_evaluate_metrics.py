@@ -16,8 +16,8 @@ from PIL import Image
 
 evaluate = pytest.importorskip("evaluate", reason="needs the extra [eval]")
 
-from iclip_hf.evaluation import evaluate_modules  # noqa: E402
 from iclip_hf.evaluation.metrics import MeanForegroundMinusBackground, MeanMaxIoU  # noqa: E402
+from iclip_hf.hub import metrics  # noqa: E402
 
 
 REPOSITORY = Path(__file__).parents[1]
@@ -74,7 +74,7 @@ def installed(tmp_path_factory):
     stale.mkdir(parents=True)
     (stale / "mmiou.py").write_text("raise ImportError('an old version')")
     os.utime(stale / "mmiou.py", (4e9, 4e9))  # evaluate prefers the newest
-    command = "from iclip_hf.evaluation.evaluate_modules import install_metrics; print(install_metrics())"
+    command = "from iclip_hf.hub.metrics import install_metrics; print(install_metrics())"
     assert output_of(fresh_process(["-c", command], home, home)) == ["['mfmb', 'mmiou']"]
     return home
 
@@ -90,7 +90,7 @@ def test_importing_the_package_writes_nothing_and_leaves_a_users_evaluate_alone(
 
 def test_there_is_a_folder_for_each_metric():
     assert [path.name for path in FOLDERS] == sorted(ACCUMULATORS)
-    assert [*evaluate_modules.metric_folders()] == sorted(ACCUMULATORS)
+    assert [*metrics.metric_folders()] == sorted(ACCUMULATORS)
 
 
 def test_every_folder_loads_and_computes(folder):
@@ -239,12 +239,12 @@ def test_exported_space_works_in_a_folder_of_any_name(folder, tmp_path):
     space = tmp_path / "app"
     space.mkdir()
     (space / ".gitattributes").write_text("of the clone")
-    assert evaluate_modules.export_space(folder.name, space) == space
+    assert metrics.export_space(folder.name, space) == space
     written = {".gitattributes", "README.md", "app.py", "requirements.txt", f"{folder.name}.py"}
     assert {path.name for path in space.iterdir()} == written
     assert evaluate.load(str(space / f"{folder.name}.py")).compute(**pairs()) == expected(folder.name)
     with pytest.raises(ValueError, match=r"'mfmb', 'mmiou'.*'miou'"):
-        evaluate_modules.export_space("miou", tmp_path / "other")
+        metrics.export_space("miou", tmp_path / "other")
     assert not (tmp_path / "other").exists()
 
 

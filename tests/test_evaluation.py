@@ -19,7 +19,7 @@ from iclip_hf.evaluation.metrics import MeanForegroundMinusBackground as MFMB
 from iclip_hf.evaluation.metrics import MeanMaxIoU, MultiLabelAveragePrecision
 from iclip_hf.explainers import METHODS, make_explainer
 from iclip_hf.localization.localizer import Localizer
-from iclip_hf.similarity import resize_and_normalize
+from iclip_hf.similarity import resize_and_normalize, reverse
 
 
 NAMES = ["dog", "red ball", "car"]
@@ -102,6 +102,7 @@ def test_every_method_scores_its_maps_of_all_classes(root, tiny_processor):
             ap.update(scores, np.isin([1, 2, 3], sample.labels)[None])
             for label in sample.labels:
                 heatmap = resize_and_normalize(maps[0, label - 1 : label], sample.size)[0]
+                heatmap = reverse(heatmap) if explainer.reversed else heatmap
                 miou.update(heatmap, sample.mask(label), label)
                 mfmb.update(heatmap, sample.mask(label), label)
         scores = result.results[method]
@@ -131,8 +132,8 @@ def test_the_gate_of_presence_by_hand(root, tiny_processor):
     localizer = Localizer(model, tiny_processor, NAMES, templates=dataset.templates)
     counts = {True: [0, 0], False: [0, 0]}
     for sample in dataset:
-        present = localizer.explain(localizer.prepare(sample.image))[2][0]
-        for label, value in zip((1, 2, 3), present.tolist()):
+        (explanation,) = localizer.explain([localizer.prepare(sample.image)])
+        for label, value in zip((1, 2, 3), explanation.presence.tolist()):
             counts[label in sample.labels][0] += 1
             counts[label in sample.labels][1] += value >= 0.7
     gate = evaluate(model, tiny_processor, dataset, progress=False).presence

@@ -24,7 +24,8 @@ from transformers import (
     SiglipModel,
 )
 
-from iclip_hf.explainers import METHODS, explain, make_explainer
+from iclip_hf import explain
+from iclip_hf.explainers import METHODS, make_explainer
 from iclip_hf.explainers.adapters import ModelAdapter, head_output
 from iclip_hf.explainers.bi_modal import BiModal
 from iclip_hf.explainers.grad_cam import GradCAM

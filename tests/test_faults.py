@@ -39,10 +39,10 @@ from iclip_hf.data.pairs import load_pairs
 from iclip_hf.data.segmentation import load_segmentation
 from iclip_hf.demo import app
 from iclip_hf.evaluation.metrics import MeanForegroundMinusBackground, MeanMaxIoU, MultiLabelAveragePrecision
-from iclip_hf.explainers import explain, make_explainer
+from iclip_hf.explainers import make_explainer
 from iclip_hf.images import load_image
 from iclip_hf.localization.collection import explain_collection, open_images
-from iclip_hf.localization.localizer import Localizer
+from iclip_hf.localization.localizer import Localizer, explain
 from iclip_hf.models.loading import load_pretrained
 from iclip_hf.pooling import pool
 from iclip_hf.regions import class_thresholds, find_regions, negative_points, positive_points, run_lengths

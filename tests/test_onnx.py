@@ -10,9 +10,9 @@ from conftest import tiny_inputs, tiny_model
 from PIL import Image
 from torch.nn import functional as F
 
-from iclip_hf import cli
+from iclip_hf import cli, explain
 from iclip_hf.evaluation.analysis import channel_matches
-from iclip_hf.explainers import METHODS, explain, make_explainer
+from iclip_hf.explainers import METHODS, make_explainer
 from iclip_hf.models import onnx as onnx_export
 from iclip_hf.models.onnx import ONNXModel, export_onnx
 

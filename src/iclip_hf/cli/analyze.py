@@ -98,8 +98,8 @@ def _shift(options: argparse.Namespace) -> int:
 
 def _channels(options: argparse.Namespace) -> int:
     from ..evaluation.analysis import channel_matches
+    from ..evaluation.analysis_plots import channel_scatter
     from ..images import load_image
-    from ..utils.plots import channel_scatter
 
     check_file("--output", options.output, PICTURES)
     images = [load_image(path) for path in options.images]
@@ -112,7 +112,7 @@ def _channels(options: argparse.Namespace) -> int:
 
 def _relation(options: argparse.Namespace) -> int:
     from ..evaluation.analysis import relation
-    from ..utils.plots import class_bars, relation_plot
+    from ..evaluation.analysis_plots import class_bars, relation_plot
 
     for option, path in (("--output", options.output), ("--bars", options.bars)):
         if path:

@@ -61,7 +61,7 @@ def run(options: argparse.Namespace) -> int:
     scores = {}
     for model, method, explanation in _explain(options, image, texts, templates, (drawn.height, drawn.width)):
         title = method if len(options.models or ()) < 2 else f"{model}\n{method}"
-        columns[title] = explanation.maps.numpy(force=True)
+        columns[title] = explanation.maps.numpy()
         scores[model] = [round(float(score), 4) for score in explanation.scores]
     rows = [{"text": text, "scores": dict(zip(scores, row))} for text, row in zip(texts, zip(*scores.values()))]
 
@@ -105,7 +105,7 @@ def _open(options: argparse.Namespace):
 
 def _explain(options: argparse.Namespace, image, texts: list[str], templates, target_size: tuple[int, int]):
     """For each model and method their names and what they say of the image."""
-    from ..explainers import explain
+    from ..localization.localizer import explain
 
     size = None if options.image_size is None else {"height": options.image_size, "width": options.image_size}
     seen = {"templates": templates, "target_sizes": [target_size], "size": size}

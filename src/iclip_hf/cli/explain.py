@@ -130,18 +130,15 @@ def _explain_images(options: argparse.Namespace) -> int:
     localizer = _localizer(options)
 
     def write(item) -> dict | None:
-        (name, image, explanation, presence), picture = item
+        (name, image, explanation), picture = item
         if image is None:  # the others are still explained
             print(f"iclip explain: {name}", file=sys.stderr)
             return None
-        records, masks = [], []
-        for text in localizer.locate(explanation, presence):  # one map of the image's size at a time
-            records.append({**text.record(), "mask": run_lengths(text.mask)})
-            masks += [text.mask] if options.npz else []
+        texts = [{**text, "mask": run_lengths(mask)} for text, mask in explanation.records_and_masks()]
         _draw(image, explanation, options.colormap, picture)
         if options.npz:
-            _save_arrays(explanation, presence, masks, picture.with_suffix(".npz"))
-        return {"image": name, "picture": str(picture), "texts": records}
+            _save_arrays(explanation, picture.with_suffix(".npz"))
+        return {"image": name, "picture": str(picture), "texts": texts}
 
     pictures = [output / name for name in _file_names(options.images)] if several else [output]
     with ThreadPoolExecutor(1) as beside:  # the model
@@ -197,7 +194,7 @@ def _draw(image, explanation, colormap: str, path: Path) -> None:
     save_figure(explanation_grid(drawn, heatmaps, titles, colormap=colormap), path)
 
 
-def _save_arrays(explanation, presence, masks: list, path: Path) -> None:
+def _save_arrays(explanation, path: Path) -> None:
     import numpy as np
 
     from ..utils.files import atomic_write
@@ -207,9 +204,9 @@ def _save_arrays(explanation, presence, masks: list, path: Path) -> None:
             file,
             texts=explanation.labels,
             scores=explanation.scores.numpy(),
-            presence=presence.numpy(),
+            presence=explanation.presence.numpy(),
             raw_maps=explanation.raw_maps.numpy(),
-            masks=np.stack(masks),
+            masks=np.stack([explanation.mask(index) for index in range(len(explanation.labels))]),
         )
 
 

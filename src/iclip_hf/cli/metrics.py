@@ -21,14 +21,14 @@ def register(commands) -> None:
 
 
 def _install(options: argparse.Namespace) -> int:
-    from ..evaluation.evaluate_modules import install_metrics
+    from ..hub.metrics import install_metrics
 
     print(f"installed: {', '.join(install_metrics())}")
     return 0
 
 
 def _export(options: argparse.Namespace) -> int:
-    from ..evaluation.evaluate_modules import export_space
+    from ..hub.metrics import export_space
 
     print(export_space(options.metric, options.directory))
     return 0

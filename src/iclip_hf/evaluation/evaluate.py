@@ -21,9 +21,10 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 from ..data.segmentation import SegmentationDataset, SegmentationSample
-from ..explainers import identity, join_texts, make_explainer, select_texts
+from ..explainers import identity, make_explainer, select_texts
 from ..explainers.gradients import GradientExplainer
-from ..presence import BACKGROUND, MIN_PRESENCE, presence
+from ..localization.localizer import Localizer
+from ..presence import MIN_PRESENCE
 from ..processing_iclip import check_templates
 from ..similarity import resize_and_normalize, reverse
 from ..utils.distributed import this_process
@@ -267,14 +268,13 @@ class MapMaker:
 
     def __init__(self, model, processor, methods: Sequence[str], class_names: Sequence[str], templates: list[str]):
         self.methods = list(dict.fromkeys(methods))
-        self.itsm = make_explainer(model, processor)
+        self.localizer = Localizer(model, processor, class_names, templates=templates)
+        self.itsm = self.localizer.explainer
         self.others = {
             method: make_explainer(model, processor, method)
             for method in self.methods
             if method not in ("itsm", "reversed_itsm")
         }
-        self.texts = self.itsm.encode_texts(class_names, templates)
-        self.with_background = join_texts([self.texts, self.itsm.encode_texts(BACKGROUND, templates)])
 
     def draw(
         self, pixel_values: torch.Tensor, labels: Sequence[Sequence[int]]
@@ -291,16 +291,16 @@ class MapMaker:
         """
         rows = pad_sequence([torch.tensor(one or (1,)) - 1 for one in labels], batch_first=True)  # (B, T)
         shown = torch.arange(len(rows))[:, None], rows
-        maps, cosines = self.itsm.raw_maps(pixel_values, self.with_background)
-        cosines, background = cosines.split([len(self.texts.text_embeds), len(BACKGROUND)], dim=1)
-        enough = (presence(cosines, background) >= MIN_PRESENCE).cpu().numpy()
+        texts = self.localizer.encoded
+        maps, cosines, presence = self.localizer.explain_batch(pixel_values, texts)
+        enough = (presence >= MIN_PRESENCE).numpy()
         drawn = dict.fromkeys(("itsm", "reversed_itsm"), maps[shown])  # reversed once they are stretched to [0, 1]
         for method, explainer in self.others.items():
             if isinstance(explainer, GradientExplainer):  # a backward a text: not for the absent classes
-                drawn[method] = explainer.raw_maps(pixel_values, select_texts(self.texts, rows))[0]
+                drawn[method] = explainer.raw_maps(pixel_values, select_texts(texts, rows))[0]
             else:  # almost free, and clip_surgery compares a text with all others
-                drawn[method] = explainer.raw_maps(pixel_values, self.texts)[0][shown]
-        return cosines.cpu(), enough, {method: drawn[method].cpu() for method in self.methods}
+                drawn[method] = explainer.raw_maps(pixel_values, texts)[0][shown]
+        return cosines, enough, {method: drawn[method].cpu() for method in self.methods}
 
 
 def _percent(counts: np.ndarray) -> list[float]:

@@ -1,25 +1,21 @@
-"""The metrics as modules of the `evaluate` library: what their scripts share, how to install and to publish them.
+"""The metrics as modules of the `evaluate` library: what their scripts share.
 
 The scripts live in the repository's folder `evaluate_metrics`, which is installed as `iclip_hf.evaluate_metrics`.
 """
 
 import json
-import shutil
 from abc import ABC, abstractmethod
-from importlib.resources import files
 from pathlib import Path
 
 import numpy as np
 
 from ..images import open_image
 from ..utils.extras import require_extra
-from ..utils.files import atomic_write
 
 
 with require_extra("eval"):
     import evaluate
-    from datasets import DownloadMode, Features, Sequence, Value
-    from evaluate.loading import LocalEvaluationModuleFactory
+    from datasets import Features, Sequence, Value
 
 
 # What `evaluate` stores of a pair: the counts of its foreground, those of its background, and the class. The columns
@@ -121,55 +117,6 @@ class PairMetric(evaluate.Metric, ABC):
         for background, foreground, label in zip(references, predictions, labels):
             accumulator.add_counts(np.array([background, foreground]), label)
         return accumulator.compute()
-
-
-def metric_folders() -> dict[str, Path]:
-    """The folders of the metric modules by name."""
-    return {
-        path.name: path for path in sorted(files("iclip_hf.evaluate_metrics").iterdir()) if (path / "app.py").is_file()
-    }
-
-
-def install_metrics() -> list[str]:
-    """Puts the metric scripts into the module cache of `evaluate`, in place of earlier ones.
-
-    Afterwards `evaluate.load` knows them by their bare names in any working directory, also offline.
-
-    Returns:
-        The names: `["mfmb", "mmiou"]`.
-    """
-    for name, folder in metric_folders().items():
-        factory = LocalEvaluationModuleFactory(str(folder / f"{name}.py"), download_mode=DownloadMode.FORCE_REDOWNLOAD)
-        factory.name = (
-            f"evaluate-metric/{name}"  # the repository that `load(name)` asks for, and whose cache it falls back on
-        )
-        factory.get_module()
-    return list(metric_folders())
-
-
-def export_space(metric: str, directory: str | Path) -> Path:
-    """Writes the files of a metric's Space into a folder, new or an existing clone, ready to be pushed.
-
-    Args:
-        metric: name of the metric.
-        directory: where the files go; created if missing.
-
-    Returns:
-        The folder.
-
-    Raises:
-        ValueError: there is no such metric.
-    """
-    folders = metric_folders()
-    if metric not in folders:
-        raise ValueError(f"Expected `metric` to be one of {tuple(folders)}, got {metric!r}.")
-    directory = Path(directory)
-    directory.mkdir(parents=True, exist_ok=True)
-    for source in folders[metric].iterdir():
-        if source.is_file():
-            with atomic_write(directory / source.name) as partial:
-                shutil.copyfile(source, partial)
-    return directory
 
 
 def metric_demo(script: str | Path):

@@ -6,7 +6,7 @@ import math
 
 import torch
 
-from ..modeling_iclip import ICLIPTextFeatures, cosines
+from ..modeling_iclip import ICLIPTextFeatures
 from .explainer import Explainer
 
 
@@ -17,9 +17,9 @@ class Attention(Explainer):
     """
 
     @torch.no_grad()
-    def raw_maps(self, pixel_values: torch.Tensor, texts: ICLIPTextFeatures) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(self, pixel_values: torch.Tensor, texts: ICLIPTextFeatures) -> tuple[torch.Tensor, torch.Tensor]:
         image, (layer,) = self.family.trace(pixel_values, weights=True)
         patches = math.prod(image.grid)
         attention = layer.weights[:, :, 0, -patches:].float().mean(1) if image.attention is None else image.attention
-        scores = cosines(image.image_embeds, texts.text_embeds)
-        return attention.unflatten(-1, image.grid).unsqueeze(1).expand(-1, scores.shape[1], -1, -1), scores
+        maps = attention.unflatten(-1, image.grid).unsqueeze(1)
+        return maps.expand(-1, texts.text_embeds.shape[-2], -1, -1), image.image_embeds

@@ -3,7 +3,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from conftest import tiny_model
+from conftest import tiny_config, tiny_model
 from PIL import Image
 from torch.nn import functional as F
 from transformers import AutoProcessor
@@ -265,3 +265,20 @@ def test_pipeline_for_zero_shot_classification(tiny_processor, tmp_path):
         logits = tiny_model()(**tiny_processor(photo(), text=texts)).logits_per_image[0]
     expected = dict(zip(["dog", "cat"], logits.softmax(-1).tolist()))
     assert {r["label"]: r["score"] for r in results} == pytest.approx(expected, abs=1e-5)
+
+
+@pytest.mark.parametrize("auto_class", [ICLIPProcessor, AutoProcessor])
+@pytest.mark.parametrize("options", [{}, {"trust_remote_code": None}], ids=["not said", "None"])
+def test_code_beside_a_tokenizer_is_refused_without_a_question(
+    tiny_processor, tmp_path, monkeypatch, auto_class, options
+):
+    tiny_processor.save_pretrained(tmp_path)
+    tiny_config().save_pretrained(tmp_path)
+    settings = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    settings |= {"auto_map": {"AutoTokenizer": ["other.Tokenizer", None]}, "tokenizer_class": "Tokenizer"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    (tmp_path / "other.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass Tokenizer: pass\n")
+    monkeypatch.setattr("builtins.input", lambda *question: pytest.fail(f"asked: {question}"))
+    with pytest.raises(ValueError, match="trust_remote_code=True"):
+        auto_class.from_pretrained(tmp_path, **options)
+    assert not (tmp_path / "ran").exists()

@@ -46,6 +46,15 @@ class ICLIPProcessor(ProcessorMixin):
         super().__init__(image_processor, tokenizer, **kwargs)
 
     @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, **kwargs) -> "ICLIPProcessor":
+        """
+        As in the base class, which would ask on standard input whether a tokenizer or an image processor with code of its own
+        may run: it may not without `trust_remote_code=True`.
+        """
+        kwargs["trust_remote_code"] = kwargs.get("trust_remote_code") or False
+        return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+
+    @classmethod
     def from_vision_text_pretrained(cls, vision: str, text: str, image_size: int = 224, **options) -> "ICLIPProcessor":
         """
         Joins the image processor and the tokenizer of two towers, as [`ICLIPModel.from_vision_text_pretrained`] joins the

@@ -113,6 +113,7 @@ def world(tmp_path_factory, tiny_processor):
     tiny_processor.save_pretrained(folder / "model")
     inputs.PHOTO.save(folder / "photo.png")
     built = app.build_app(model, tiny_processor)
+    built.upload_file_set.add(str(folder / "photo.png"))
     return SimpleNamespace(
         folder=folder,
         model=model,
@@ -120,6 +121,7 @@ def world(tmp_path_factory, tiny_processor):
         photo=folder / "photo.png",
         pipe=ImageTextSimilarityMapPipeline(model=model, processor=tiny_processor, device="cpu"),
         app=next(fn.fn for fn in built.fns.values() if fn.api_name == "explain"),
+        uploads=built.upload_file_set,
     )
 
 
@@ -165,6 +167,7 @@ def at_place(run: Callable) -> Callable:
 
 
 def in_app(world, folder, path):
+    world.uploads.add(str(path))
     try:
         return world.app({"path": str(path), "orig_name": "image.png"}, "dog", "itsm")
     except gr.Error as error:

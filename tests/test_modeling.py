@@ -5,9 +5,10 @@ import pytest
 import torch
 from conftest import TEXT, VISION, tiny_config, tiny_inputs, tiny_model
 from torch.nn import functional as F
-from transformers import AutoModel, AutoModelForZeroShotImageClassification
+from transformers import AutoModel, AutoModelForZeroShotImageClassification, pipeline
 
 from iclip_hf import ICLIPConfig, ICLIPModel
+from iclip_hf.models.loading import load_pretrained
 
 
 POOLINGS = ["masked_max", "max", "average", "class_token"]
@@ -427,6 +428,50 @@ def test_a_folder_that_is_no_model_is_refused(tmp_path):
         ICLIPModel.from_pretrained(tmp_path)
     with pytest.raises(ValueError, match=r"config\.json"):
         ICLIPModel.from_vision_text_pretrained(str(tmp_path), str(tmp_path))
+
+
+def lacking(part):
+    return lambda weights: {name: weight for name, weight in weights.items() if part not in name}
+
+
+def holding(part, value):
+    return lambda weights: {name: w.fill_(value) if part in name else w for name, w in weights.items()}
+
+
+@pytest.mark.parametrize(
+    ("damage", "says"),
+    [
+        (lacking("_projection"), "but 4 are missing, such as interpretability.text_projection.weight"),
+        (lacking("vision_model"), "are missing, such as vision_model."),
+        (holding("recognition.text_projection", torch.nan), "recognition.text_projection.weight holds NaN"),
+        (holding("text_model.encoder.layer.1", -torch.inf), r"text_model.encoder.layer.1.* holds NaN or infinity"),
+    ],
+    ids=["no projections", "no tower", "NaN", "infinity"],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_missing_weights_and_nan_are_refused_by_every_door(tmp_path, tiny_processor, damage, says, dtype):
+    model = tiny_model().to(dtype)
+    model.save_pretrained(tmp_path, state_dict=damage(model.state_dict()))
+    tiny_processor.save_pretrained(tmp_path)
+    loaders = [ICLIPModel.from_pretrained, AutoModel.from_pretrained, load_pretrained]
+    loaders.append(AutoModelForZeroShotImageClassification.from_pretrained)
+    for load in loaders:
+        with pytest.raises(
+            ValueError, match=f"^{tmp_path}: expected all weights of ICLIPModel.*{says}.*get it again.$"
+        ):
+            load(tmp_path)
+    for task in ("image-text-similarity-map", "zero-shot-image-classification"):
+        with pytest.raises(ValueError, match=says):
+            pipeline(task, model=str(tmp_path))
+
+
+def test_what_is_loaded_is_told_as_by_the_base_class(tmp_path):
+    model = tiny_model()
+    model.save_pretrained(tmp_path)
+    loaded, loading = ICLIPModel.from_pretrained(tmp_path, output_loading_info=True)
+    assert not loading["missing_keys"] and loaded.state_dict().keys() == model.state_dict().keys()
+    fresh = ICLIPModel.from_pretrained(None, config=model.config, state_dict={})
+    assert all(weight.isfinite().all() for weight in fresh.parameters())
 
 
 def test_parameter_count_of_the_papers_model():

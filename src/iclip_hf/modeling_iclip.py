@@ -1,6 +1,7 @@
 """ICLIP: a locked image tower, masked max pooling and dual projections for recognition and interpretability."""
 
 import inspect
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -192,11 +193,27 @@ def load_tower(config: PreTrainedConfig, checkpoint: str | None = None) -> PreTr
     tower, loading = tower_class.from_pretrained(
         checkpoint, config=config, dtype=torch.float32, output_loading_info=True, **options
     )
-    if missing := sorted(loading["missing_keys"]):
-        raise ValueError(
-            f"{checkpoint}: expected all weights of {tower_class.__name__}, but {missing[:3]} are missing."
-        )
+    check_weights(checkpoint, tower, loading["missing_keys"])
     return tower
+
+
+def check_weights(checkpoint, model: PreTrainedModel, missing: Iterable[str]) -> None:
+    """
+    Refuses what `from_pretrained` alone takes in silence: it fills missing weights with random numbers.
+
+    Raises:
+        `ValueError`: weights of the model are missing, or hold NaN or infinity.
+    """
+    expected = f"{checkpoint}: expected all weights of {type(model).__name__}"
+    if missing := sorted(missing):
+        raise ValueError(f"{expected}, but {len(missing)} are missing, such as {missing[0]}; get it again.")
+    for name, weight in model.named_parameters():  # a sum reads them once, at the speed of memory
+        if (
+            weight.is_floating_point()
+            and not weight.is_meta
+            and not weight.detach().sum(dtype=torch.float32).isfinite()
+        ):
+            raise ValueError(f"{expected} as finite numbers, but {name} holds NaN or infinity; get it again.")
 
 
 class ICLIPModel(PreTrainedModel):
@@ -298,6 +315,16 @@ class ICLIPModel(PreTrainedModel):
             self.vision_model.eval()
             self.vision_model.requires_grad_(False)
         return self
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *args, output_loading_info: bool = False, **kwargs):
+        """As in the base class, but a checkpoint that lacks weights or holds NaN is refused by a `ValueError`."""
+        model, loading = super().from_pretrained(
+            pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs
+        )
+        if pretrained_model_name_or_path is not None:  # else a `state_dict` and what to make of it are the caller's
+            check_weights(pretrained_model_name_or_path, model, loading["missing_keys"])
+        return (model, loading) if output_loading_info else model
 
     @classmethod
     def from_vision_text_pretrained(cls, vision: str, text: str, **config_options) -> "ICLIPModel":

@@ -267,6 +267,62 @@ def test_pipeline_for_zero_shot_classification(tiny_processor, tmp_path):
     assert {r["label"]: r["score"] for r in results} == pytest.approx(expected, abs=1e-5)
 
 
+ARRAYS = {
+    "uint8": lambda pixels: pixels,
+    "float32": lambda pixels: pixels / np.float32(255),
+    "float64": lambda pixels: pixels / 255,
+    "float16": lambda pixels: (pixels / 255).astype(np.float16),
+    "uint16": lambda pixels: pixels.astype(np.uint16) * 257,
+    "tensor": lambda pixels: torch.from_numpy(pixels),
+    "float tensor": lambda pixels: torch.from_numpy(pixels) / 255,
+    "channels first": lambda pixels: torch.from_numpy(pixels).permute(2, 0, 1) / 255,
+    "bfloat16": lambda pixels: (torch.from_numpy(pixels) / 255).bfloat16(),
+    "uint16 tensor": lambda pixels: torch.from_numpy(pixels.astype(np.uint16) * 257),
+}
+
+
+@pytest.mark.parametrize("make", ARRAYS.values(), ids=ARRAYS)
+def test_arrays_of_every_agreed_range_are_the_photograph(tiny_processor, make):
+    image = photo()
+    pixels = make(np.array(image))
+    before = pixels.copy() if isinstance(pixels, np.ndarray) else pixels.clone()
+    expected, found = (tiny_processor(images=one)["pixel_values"] for one in (image, pixels))
+    tolerance = {torch.bfloat16: 0.02, np.dtype("float16"): 0.02}.get(pixels.dtype, 0)  # a level of 255, normalised
+    torch.testing.assert_close(found, expected, atol=tolerance, rtol=0)
+    assert (pixels == before).all()
+
+
+def test_booleans_and_int8_end_at_their_own_white(tiny_processor):
+    dots = np.random.default_rng(0).integers(0, 2, (32, 48, 3), dtype=np.uint8)
+    expected = tiny_processor(images=dots * 255)["pixel_values"]
+    for pixels in (dots.astype(bool), torch.from_numpy(dots).bool(), (dots * 127).astype(np.int8)):
+        torch.testing.assert_close(tiny_processor(images=pixels)["pixel_values"], expected, atol=0, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("pixels", "says"),
+    [
+        (np.array(photo()).astype(np.float32), r"float32 in \[0, 1\], got values from 0 to 255: .*uint8"),
+        (torch.linspace(-1, 1, 3 * 32 * 32).view(3, 32, 32), r"in \[0, 1\], got values from -1 to 1"),
+        (np.array(photo()).astype(np.int8), r"int8 in \[0, 127\], got values from -12\d to 127"),
+        (np.array(photo()).astype(np.int64), "type uint8, .*, got torch.int64, whose range is not agreed"),
+        (np.array(photo()).astype(np.complex64), "whose range is not agreed"),
+        (np.full((3, 32, 32), "a"), "image of numbers, got an array of type <U1"),
+    ],
+)
+def test_arrays_of_no_agreed_range_are_refused(tiny_processor, pixels, says):
+    with pytest.raises((ValueError, TypeError), match=says):
+        tiny_processor(images=pixels)
+
+
+def test_images_that_are_rescaled_already_are_left_alone(tiny_processor):
+    scaled = (np.array(photo()) / 255).astype(np.float32)
+    expected = tiny_processor(images=scaled)["pixel_values"]
+    found = tiny_processor(images=scaled, do_rescale=False)["pixel_values"]
+    assert (found - expected).abs().mean() < 0.01  # 8 bits cut what bicubic overshoots
+    assert tiny_processor(images=scaled * 3 - 1, do_rescale=False)["pixel_values"].max() > 3
+
+
 @pytest.mark.parametrize("auto_class", [ICLIPProcessor, AutoProcessor])
 @pytest.mark.parametrize("options", [{}, {"trust_remote_code": None}], ids=["not said", "None"])
 def test_code_beside_a_tokenizer_is_refused_without_a_question(

@@ -16,6 +16,10 @@ from .similarity import min_max_normalize, resize_and_normalize, resize_maps
 from .similarity import reverse as reverse_maps
 
 
+# What white is in arrays of integers; floats end at 1. Wider integers are left out: they mostly hold 0..255 all the same.
+_BRIGHTEST = {torch.bool: 1, torch.int8: 127, torch.uint16: 65535}
+
+
 class ICLIPProcessor(ProcessorMixin):
     """
     Wraps an image processor and a tokenizer.
@@ -86,7 +90,8 @@ class ICLIPProcessor(ProcessorMixin):
         Prepares images and texts for [`ICLIPModel`].
 
         Args:
-            images: one image or a list: PIL images of any mode, numpy arrays or tensors.
+            images: one image or a list: PIL images of any mode, numpy arrays or tensors. White is 255 in an array of uint8,
+                65535 of uint16, 127 of int8, and 1 of floats and booleans.
             text: texts taken as they are: one, a list of T shared by all images, or a list of lists, one an image
                 (shorter lists are filled up with their last text).
             labels: class names or phrases, in the same forms, put into each of the `templates`.
@@ -100,8 +105,8 @@ class ICLIPProcessor(ProcessorMixin):
 
         Raises:
             `ValueError`: for nothing to process, empty texts or lists, both `text` and `labels`, a template without `{}`,
-            images of different shape under `shortest_edge`, what is no image or not finite. `TypeError`: for texts that are no
-            strings.
+            images of different shape under `shortest_edge`, what is no image, not finite, out of its type's range or of a type
+            without an agreed range, such as int64. `TypeError`: for texts that are no strings.
         """
         if images is None and text is None and labels is None:
             raise ValueError("Expected images, text or labels, got none of them.")
@@ -120,7 +125,8 @@ class ICLIPProcessor(ProcessorMixin):
         per_image = text is not None and isinstance(text[0], list)
 
         if images is not None:
-            images = [_checked_image(image) for image in _as_list(images)]
+            rescaled = not kwargs.get("do_rescale", getattr(self.image_processor, "do_rescale", True))
+            images = [_checked_image(image, rescaled) for image in _as_list(images)]
             if not images:
                 raise ValueError("Expected at least one image, got none.")
             if per_image and len(text) != len(images):
@@ -361,17 +367,40 @@ def _as_list(images) -> list:
     return list(images) if getattr(images, "ndim", 3) == 4 else [images]
 
 
-def _checked_image(image):
-    """A PIL image in RGB; an array or tensor as it is, once it is known to be an image."""
+def _checked_image(image, rescaled: bool):
+    """A PIL image in RGB; an array or tensor of any kind of pixels in 8 bits, or as it is where it is `rescaled` already."""
     if not hasattr(image, "shape"):
         if isinstance(image, Image.Image) and 0 not in image.size:
             return to_rgb(image)
         raise ValueError(f"Expected images as PIL images that are not empty, arrays or tensors, got {image!r:.100}.")
     if len(image.shape) != 3 or 0 in image.shape:
         raise ValueError(f"Expected an image of shape (3, H, W) or (H, W, 3), got {tuple(image.shape)}.")
-    if not torch.isfinite(torch.as_tensor(image)).all():
+    try:
+        pixels = torch.as_tensor(image)
+    except TypeError as error:
+        raise TypeError(f"Expected an image of numbers, got an array of type {image.dtype}.") from error
+    if not torch.isfinite(pixels).all():
         raise ValueError("Expected an image of finite numbers, got NaN or infinity.")
-    return image
+    return image if rescaled else _to_8_bit(pixels)
+
+
+def _to_8_bit(pixels: torch.Tensor) -> torch.Tensor:
+    """Pixels of any type that has an agreed range, which is torchvision's, to the nearest of 0..255."""
+    if pixels.dtype == torch.uint8:
+        return pixels
+    brightest = 1 if pixels.is_floating_point() else _BRIGHTEST.get(pixels.dtype)
+    if brightest is None:
+        known = ", ".join(["uint8", "float", *(str(dtype).removeprefix("torch.") for dtype in _BRIGHTEST)])
+        raise ValueError(
+            f"Expected an image of type {known}, got {pixels.dtype}, whose range is not agreed: convert it to one of them."
+        )
+    levels = (pixels.double() * (255 / brightest)).round()
+    if levels.min() < 0 or levels.max() > 255:
+        raise ValueError(
+            f"Expected an image of {pixels.dtype} in [0, {brightest}], got values from {pixels.double().min():g} to "
+            f"{pixels.double().max():g}: scale it, or convert it to uint8."
+        )
+    return levels.to(torch.uint8)
 
 
 def _height_width(image) -> tuple[int, int]:

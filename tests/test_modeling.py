@@ -4,10 +4,11 @@ import math
 import pytest
 import torch
 from conftest import TEXT, VISION, tiny_config, tiny_inputs, tiny_model
+from PIL import Image
 from torch.nn import functional as F
 from transformers import AutoModel, AutoModelForZeroShotImageClassification, pipeline
 
-from iclip_hf import ICLIPConfig, ICLIPModel
+from iclip_hf import ICLIPConfig, ICLIPModel, ICLIPProcessor
 from iclip_hf.models.loading import load_pretrained
 
 
@@ -472,6 +473,40 @@ def test_what_is_loaded_is_told_as_by_the_base_class(tmp_path):
     assert not loading["missing_keys"] and loaded.state_dict().keys() == model.state_dict().keys()
     fresh = ICLIPModel.from_pretrained(None, config=model.config, state_dict={})
     assert all(weight.isfinite().all() for weight in fresh.parameters())
+
+
+@pytest.mark.parametrize("masked", [True, False])
+@pytest.mark.parametrize("pooling", ["eos", "mean"])
+def test_a_siglip_text_is_the_same_however_far_it_is_padded(masked, pooling):
+    """Pipelines of transformers pad to the longest text, ICLIPProcessor as SigLIP was trained."""
+    model, short = tiny_model(text="siglip_text_model", text_pooling=pooling), tiny_inputs(texts=1)["input_ids"]
+    found = []
+    for padding in (0, 5, 70):
+        ids = F.pad(short, (0, padding), value=1)
+        mask = {"attention_mask": F.pad(torch.ones_like(short), (0, padding))} if masked else {}
+        with torch.no_grad():
+            found.append(model.get_text_features(ids, **mask).text_embeds)
+    torch.testing.assert_close(found, [found[-1]] * 3)
+
+
+def test_the_zero_shot_pipeline_scores_as_the_processor_with_siglip(tmp_path, tiny_processor):
+    settings = {**tiny_processor.tokenizer.init_kwargs, "model_input_names": ["input_ids"], "pad_token_id": 1}
+    tokenizer = type(tiny_processor.tokenizer)(vocab=tiny_processor.tokenizer.vocab, **settings)
+    processor = ICLIPProcessor(tiny_processor.image_processor, tokenizer, patch_size=8, text_padding="max_length")
+    model = tiny_model(text="siglip_text_model")
+    model.config.text_config.pad_token_id = tokenizer.pad_token_id
+    model.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    image = Image.effect_noise((40, 60), 80).convert("RGB")
+    answers = pipeline("zero-shot-image-classification", model=str(tmp_path))(
+        image, ["dog", "red ball"], hypothesis_template="a photo of the {}"
+    )
+    inputs = processor(images=image, labels=["dog", "red ball"])
+    assert inputs["input_ids"].shape[-1] == 77
+    with torch.no_grad():
+        expected = model(**inputs).logits_per_image.softmax(-1)[0].tolist()
+    found = {answer["label"]: answer["score"] for answer in answers}
+    assert [found["dog"], found["red ball"]] == pytest.approx(expected, abs=1e-5)
 
 
 def test_parameter_count_of_the_papers_model():

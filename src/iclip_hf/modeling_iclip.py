@@ -408,6 +408,12 @@ class ICLIPModel(PreTrainedModel):
         Returns:
             `tuple`: text features `(M, D)`, and the tower's own output.
         """
+        config = self.config.text_config
+        if config.model_type == "siglip_text_model":
+            # It reads the last position, which in its training was padding, and not every caller pads that far.
+            padding = (0, max(0, config.max_position_embeddings - input_ids.shape[-1]))
+            input_ids = F.pad(input_ids, padding, value=config.pad_token_id)
+            attention_mask = None if attention_mask is None else F.pad(attention_mask, padding)
         outputs = self.text_model(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
         if self.config.text_pooling == "eos":
             return outputs.pooler_output, outputs

@@ -267,6 +267,52 @@ def test_pipeline_for_zero_shot_classification(tiny_processor, tmp_path):
     assert {r["label"]: r["score"] for r in results} == pytest.approx(expected, abs=1e-5)
 
 
+def test_keywords_are_the_same_in_a_dictionary_of_their_side(tiny_processor):
+    image, labels = photo(), ["dog", "red ball"]
+    expected = tiny_processor(images=image, labels=labels, size={"height": 64, "width": 48}, max_length=4)
+    found = tiny_processor(
+        images=image,
+        labels=labels,
+        images_kwargs={"size": {"height": 64, "width": 48}, "return_tensors": "pt"},
+        text_kwargs={"max_length": 4, "return_tensors": "pt"},
+    )
+    assert found["pixel_values"].shape == (1, 3, 64, 48) and found["input_ids"].shape == (2, 4)
+    torch.testing.assert_close(dict(found), dict(expected))
+    padded = tiny_processor(text="dog", text_kwargs={"padding": "max_length", "max_length": 9})
+    assert padded["input_ids"].shape == (1, 9)
+    with pytest.raises(ValueError, match="Expected max_length once, got 4 and 5"):
+        tiny_processor(text="dog", max_length=4, text_kwargs={"max_length": 5})
+
+
+@pytest.mark.parametrize("return_tensors", ["np", None])
+def test_texts_of_each_image_in_other_forms_than_tensors(tiny_processor, return_tensors):
+    images, texts = [photo(), photo(seed=1)], [["dog"], ["red ball", "a cat"]]
+    expected = tiny_processor(images=images, text=texts)
+    found = tiny_processor(images=images, text=texts, return_tensors=return_tensors)
+    for name in ("input_ids", "attention_mask"):
+        assert isinstance(found[name], np.ndarray if return_tensors else list)
+        assert torch.tensor(np.array(found[name])).equal(expected[name])
+
+
+def test_a_number_is_the_size_of_a_square(tiny_processor):
+    assert tiny_processor(images=photo(), size=64)["pixel_values"].shape == (1, 3, 64, 64)
+
+
+@pytest.mark.parametrize(
+    "size",
+    [{"height": 64}, {"longest_edge": 64}, {"height": 64, "width": "64"}, (64, 64), "large", -8, {"depth": 3}, 0.5],
+)
+def test_other_forms_of_a_size_are_refused(tiny_processor, size):
+    with pytest.raises(ValueError, match="Expected size as a number of pixels"):
+        tiny_processor(images=photo(), size=size)
+
+
+@pytest.mark.parametrize("size", [{"shortest_edge": 224}, {"height": 8, "width": 8 * 2**20}, 8192])
+def test_an_image_is_not_enlarged_without_bounds(tiny_processor, size):
+    with pytest.raises(ValueError, match="at most 16,777,216 pixels .* smaller"):
+        tiny_processor(images=Image.new("RGB", (3000, 1)), size=size)
+
+
 ARRAYS = {
     "uint8": lambda pixels: pixels,
     "float32": lambda pixels: pixels / np.float32(255),

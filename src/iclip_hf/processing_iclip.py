@@ -1,12 +1,13 @@
 """Processor of ICLIP: images and texts to tensors; similarity maps to maps at the image's size, masks, boxes and points."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 import torch
 from PIL import Image
 from transformers import AutoConfig, AutoImageProcessor, AutoProcessor, AutoTokenizer
 from transformers.feature_extraction_utils import BatchFeature
+from transformers.image_utils import SizeDict
 from transformers.processing_utils import ProcessorMixin
 
 from .configuration_iclip import ICLIPConfig
@@ -16,6 +17,8 @@ from .similarity import min_max_normalize, resize_and_normalize, resize_maps
 from .similarity import reverse as reverse_maps
 
 
+# Of an image as the model sees it: 200 MB in float32. A narrow image under `shortest_edge` could be of any size.
+MAX_PIXELS = 2**24
 # What white is in arrays of integers; floats end at 1. Wider integers are left out: they mostly hold 0..255 all the same.
 _BRIGHTEST = {torch.bool: 1, torch.int8: 127, torch.uint16: 65535}
 
@@ -96,8 +99,9 @@ class ICLIPProcessor(ProcessorMixin):
                 (shorter lists are filled up with their last text).
             labels: class names or phrases, in the same forms, put into each of the `templates`.
             templates: prompts for the labels, each with one `{}`; those of the processor if not given.
-            kwargs: of the image processor and the tokenizer. `size={"height": h, "width": w}` sets another resolution,
-                `size={"shortest_edge": s}` one that keeps the image's proportions, both in multiples of the patch size.
+            kwargs: of the image processor and the tokenizer, also as `images_kwargs` and `text_kwargs`. `size=s` or
+                `size={"height": h, "width": w}` sets another resolution, `size={"shortest_edge": s}` one that keeps the image's
+                proportions, all in multiples of the patch size and up to `MAX_PIXELS`.
 
         Returns:
             `BatchFeature` with `pixel_values` of shape `(B, 3, H, W)`, `input_ids` and `attention_mask` of shape
@@ -108,6 +112,7 @@ class ICLIPProcessor(ProcessorMixin):
             images of different shape under `shortest_edge`, what is no image, not finite, out of its type's range or of a type
             without an agreed range, such as int64. `TypeError`: for texts that are no strings.
         """
+        kwargs = _flattened(kwargs)
         if images is None and text is None and labels is None:
             raise ValueError("Expected images, text or labels, got none of them.")
         if text is not None and labels is not None:
@@ -140,16 +145,33 @@ class ICLIPProcessor(ProcessorMixin):
         batch = super().__call__(images, [t for texts in text for t in texts] if per_image else text, **kwargs)
 
         if per_image:
+            step = len(text[0])
             for name in self.tokenizer.model_input_names:
                 if name in batch:
-                    batch[name] = batch[name].unflatten(0, (len(text), -1))
+                    rows = batch[name]
+                    if isinstance(rows, list):
+                        batch[name] = [rows[start : start + step] for start in range(0, len(rows), step)]
+                    else:
+                        batch[name] = rows.reshape(len(text), step, -1)
         if num_templates > 1:
             batch["num_templates"] = num_templates
         return batch
 
     def _with_exact_size(self, images: list, kwargs: dict) -> dict:
         """Turns a requested size into height and width in multiples of the patch size."""
-        size = dict(kwargs.get("size") or self.image_processor.size)
+        asked = kwargs.get("size") or self.image_processor.size
+        size = {"height": asked, "width": asked} if isinstance(asked, int) else asked
+        size = (
+            {name: side for name, side in dict(size).items() if side is not None}
+            if isinstance(size, Mapping | SizeDict)
+            else {}
+        )
+        if size.keys() not in ({"height", "width"}, {"shortest_edge"}) or not all(
+            isinstance(side, int) and side >= 1 for side in size.values()
+        ):
+            raise ValueError(
+                f'Expected size as a number of pixels, {{"height": ..., "width": ...}} or {{"shortest_edge": ...}}, got {asked}.'
+            )
         patch = self.patch_size
         if "shortest_edge" in size:
             shapes = {_height_width(image) for image in images}
@@ -163,8 +185,13 @@ class ICLIPProcessor(ProcessorMixin):
                     f'{sorted(shapes)}: pass them one by one or give size={{"height": ..., "width": ...}}.'
                 )
             size = dict(zip(("height", "width"), scaled.pop()))
-        if min(size["height"], size["width"]) < 1 or size["height"] % patch or size["width"] % patch:
+        if size["height"] % patch or size["width"] % patch:
             raise ValueError(f"Expected height and width in multiples of the patch size {patch}, got size={size}.")
+        if size["height"] * size["width"] > MAX_PIXELS:
+            raise ValueError(
+                f"Expected at most {MAX_PIXELS:,} pixels an image as the model sees it, got size={size} for size={asked}: "
+                'give a smaller one, or {"height": ..., "width": ...}.'
+            )
         return {**kwargs, "size": size}
 
     def post_process_similarity_maps(
@@ -332,6 +359,17 @@ def check_templates(templates: str | Sequence[str]) -> list[str]:
     if not fits or any(not isinstance(t, str) or t.count("{}") != 1 for t in templates):
         raise ValueError(f'Expected templates with one {{}} each, such as "a photo of the {{}}", got {templates}.')
     return list(templates)
+
+
+def _flattened(kwargs: dict) -> dict:
+    """Keywords with those in `text_kwargs`, `images_kwargs` and `common_kwargs` beside them, for which it is the same."""
+    flat = dict(kwargs)
+    nested = [flat.pop(name, None) or {} for name in ("text_kwargs", "images_kwargs", "common_kwargs")]
+    for name, value in (item for part in nested for item in part.items()):
+        if name in flat and flat[name] != value:
+            raise ValueError(f"Expected {name} once, got {flat[name]!r} and {value!r}.")
+        flat[name] = value
+    return flat
 
 
 def _nested(texts, expand) -> list[str] | list[list[str]]:

@@ -23,7 +23,7 @@ class ICLIPConfig(PreTrainedConfig):
         text_config (`PreTrainedConfig` or `dict`, *optional*): the text tower.
         projection_dim (`int`, defaults to 512): width of the shared image-text space.
         pooling (`str`, defaults to `"masked_max"`): how the branch that is trained to explain turns patch tokens into
-            one vector: `"masked_max"` (Eq. 9-11), `"max"`, `"average"` or `"class_token"` (the rows of Table 2).
+            one vector: `"masked_max"` (Eq. 9, 10), `"max"`, `"average"` or `"class_token"` (the rows of Table 2).
         dual_projection (`bool`, defaults to `True`): a second pair of projections (Eq. 12) that pools by the class token,
             for recognition. Without it the one branch serves both (Table 3).
         projection_bias (`bool`, defaults to `False`): whether the projections have a bias.

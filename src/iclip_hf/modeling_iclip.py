@@ -28,7 +28,7 @@ from transformers.utils import ModelOutput, can_return_tuple
 from .configuration_iclip import ICLIPConfig
 from .losses import contrastive_loss
 from .pooling import normalize_attention, pool
-from .similarity import cosine_similarity_map
+from .similarity import check_lists, cosine_similarity_map
 
 
 # Image towers with a class token. The value: whether positions must be asked to follow another image size.
@@ -67,7 +67,7 @@ class ImageTokens(NamedTuple):
         class_token (`torch.Tensor` of shape `(B, D)`): after the tower's final norm.
         patch_tokens (`torch.Tensor` of shape `(B, N, D)`): after the tower's final norm, row-major.
         attention (`torch.Tensor` of shape `(B, N)`): the class token's attention over the patches in the last layer, mean
-            of the heads (Eq. 9), not yet normalised, float32.
+            of the heads, not yet normalised, float32.
         grid (`tuple[int, int]`): height and width of the patch grid.
         tower_output: the tower's own output.
     """
@@ -106,7 +106,7 @@ class ICLIPImageFeatures(BaseModelOutputWithPooling):
         map_image_embeds (`torch.Tensor` of shape `(B, P)`): unit vectors of the interpretability branch.
         patch_embeds (`torch.Tensor` of shape `(B, N, P)`): unit vectors of the patches, row-major, interpretability branch.
         patch_tokens (`torch.Tensor` of shape `(B, N, D)`): the tower's patch tokens after its final norm.
-        attention (`torch.Tensor` of shape `(B, N)`): class-token attention over the patches, normalised to [0, 1] (Eq. 10).
+        attention (`torch.Tensor` of shape `(B, N)`): class-token attention over the patches, normalised to [0, 1] (Eq. 9).
         grid (`tuple[int, int]`): height and width of the patch grid, h * w = N.
     """
 
@@ -426,7 +426,7 @@ class ICLIPModel(PreTrainedModel):
         return mean.to(tokens.dtype), outputs
 
     def normalized_attention(self, image: ImageTokens) -> torch.Tensor:
-        """The class token's attention over the patches `(B, N)`, brought to [0, 1] as the configuration says (Eq. 10)."""
+        """The class token's attention over the patches `(B, N)`, brought to [0, 1] as the configuration says (Eq. 9)."""
         return normalize_attention(image.attention, self.config.attention_norm, self.config.attention_quantile)
 
     def pool_image(self, image: ImageTokens, attention: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -637,6 +637,7 @@ def average_templates(projected: torch.Tensor, num_templates: int) -> torch.Tens
 
 def cosines(image_embeds: torch.Tensor, text_embeds: torch.Tensor) -> torch.Tensor:
     """(B, P) images and (T, P) or (B, T, P) texts, unit vectors -> (B, T), float32."""
+    check_lists(len(image_embeds), text_embeds)
     # Also under autocast: bfloat16 would round a scaled cosine, and with it the loss, by up to a half.
     with torch.autocast(image_embeds.device.type, enabled=False):
         image_embeds, text_embeds = image_embeds.float(), text_embeds.float()

@@ -17,8 +17,18 @@ def cosine_similarity_map(
 
     Returns:
         `torch.Tensor` of shape `(B, T, h, w)`, in [-1, 1].
+
+    Raises:
+        `ValueError`: for another number of lists of texts than images.
     """
+    check_lists(len(patch_embeds), text_embeds)
     return (text_embeds @ patch_embeds.mT).unflatten(-1, grid)
+
+
+def check_lists(num_images: int, text_embeds: torch.Tensor) -> None:
+    """Texts `(B, T, P)` that differ by image must be those of all B images; a product would broadcast a single one."""
+    if text_embeds.ndim == 3 and len(text_embeds) != num_images:
+        raise ValueError(f"Expected one list of texts an image, got {len(text_embeds)} lists for {num_images} images.")
 
 
 def reverse(maps: torch.Tensor) -> torch.Tensor:

@@ -47,8 +47,8 @@ from iclip_hf.training.checkpoints import (
     save_checkpoint,
 )
 from iclip_hf.training.data import AugmentedImage, BatchLoader, TrainingPairs, TrainingStream, WholeImage, derive_seed
-from iclip_hf.training.feature_cache import CachedPairs, branch_poolings, cache_images, cache_texts
-from iclip_hf.training.loss import PairModel
+from iclip_hf.training.feature_cache import CachedPairs, cache_images, cache_texts
+from iclip_hf.training.loss import PairModel, set_token_mean
 from iclip_hf.training.nouns import NounPrompts
 from iclip_hf.training.schedule import cosine_schedule, parameter_groups
 from iclip_hf.training.validation import draw_examples, validate
@@ -96,7 +96,13 @@ class Settings:
     auto_augment: str = setting("rand-m9-mstd0.5-inc1", "timm's name of an augmentation policy, or empty")
     random_erasing: float = setting(0.25, "probability of erasing a rectangle")
     nouns: str = setting("", "text file of nouns, a line each: those of a caption become prompts, as in GroupViT")
-    noun_prompts: int = setting(3, "nouns that a pair brings")
+    noun_prompts: int = setting(3, "nouns that a pair brings; each noun of a batch counts once")
+    noun_weight: float = setting(0.5, "their share in the loss of the branches that learn them")
+    noun_branches: list[str] = field(
+        default_factory=lambda: ["recognition"],
+        metadata={"help": "branches that learn them: recognition, interpretability"},
+    )
+    map_tokens: int = setting(16, "patches that stand for an image where max_over is similarity")
     num_workers: int = setting(4, "processes that load pairs, for each training process")
     cache_features: str = setting("", "folder for features of locked towers, computed once and trained from")
     views: int = setting(1, "views of an image in that cache: the whole image, then augmented ones")
@@ -144,6 +150,7 @@ class Settings:
         self.output_dir = self.output_dir or f"runs/{Path(self.config).parent.name}"
         limits = dict.fromkeys(("image_size", "views", "epochs", "batch_size", "chunk_size", "max_bad_steps"), 1)
         limits |= dict.fromkeys(("log_steps", "eval_steps", "checkpoint_steps", "keep_checkpoints", "noun_prompts"), 1)
+        limits["map_tokens"] = 1
         limits |= dict.fromkeys(("num_workers", "max_steps", "pairs_per_epoch", "pictures"), 0)
         limits |= dict.fromkeys(("warmup_epochs", "weight_decay", "warmup_learning_rate", "min_learning_rate"), 0)
         for name, least in limits.items():
@@ -152,13 +159,16 @@ class Settings:
         for name in ("learning_rate", "clip_grad_norm", "adam_epsilon"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
-        for name in ("crop_scale", "random_erasing", "max_bad_share", "adam_beta1", "adam_beta2"):
+        for name in ("crop_scale", "random_erasing", "max_bad_share", "adam_beta1", "adam_beta2", "noun_weight"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} must be from 0 to 1, got {getattr(self, name)}")
         for one in self.model_options:
             name, equals, _ = one.partition("=")
             if not equals or name not in ICLIPConfig.__annotations__:
                 raise ValueError(f"model_options must be name=value with an option of ICLIPConfig, got {one!r}")
+        branches = ("recognition", "interpretability")
+        if unknown := [name for name in self.noun_branches if name not in branches]:
+            raise ValueError(f"noun_branches must be of {', '.join(branches)}, got {unknown[0]!r}")
         given = {"validation_data": bool(self.validation_data), "eval_dataset": self.eval_dataset != "none"}
         needed = "validation_data" if self.best_metric in ("text_to_image", "image_to_text") else "eval_dataset"
         if self.best_metric == "auto":
@@ -239,7 +249,7 @@ def load_datasets(settings: Settings, model: ICLIPModel, processor: ICLIPProcess
             raise ValueError("cache_features needs a locked image tower and local pairs.")
         folder = Path(settings.cache_features, part)
         limits = {"num_workers": settings.num_workers, "max_bad_share": settings.max_bad_share}
-        views = cache_images(folder, pairs, model, transforms, accelerator, **limits)
+        views = cache_images(folder, pairs, model, transforms, accelerator, map_tokens=settings.map_tokens, **limits)
         texts = {}
         if settings.lock_text:
             captions = itertools.chain.from_iterable(views[0].captions())
@@ -247,10 +257,15 @@ def load_datasets(settings: Settings, model: ICLIPModel, processor: ICLIPProcess
             if nouns is not None:
                 prompts = nouns.all_prompts()
                 texts["prompts"] = cache_texts(folder / "prompts", prompts, model, processor, accelerator)
-        return CachedPairs(views, branch_poolings(model.config), processor, settings.seed, nouns, **texts)
+        return CachedPairs(views, model.config, processor, settings.seed, nouns, **texts)
 
+    model.to(accelerator.device).eval()
+    if isinstance(pairs, PairStream):
+        some = (pair["image"] for pair in itertools.islice(pairs, 256))
+    else:
+        some = (pairs[index]["image"] for index in range(0, len(pairs), max(1, len(pairs) // 256)))
+    set_token_mean(model, map(whole, some))
     if settings.cache_features:
-        model.to(accelerator.device).eval()
         training = cached(pairs, "training", [whole] + [augmented] * (settings.views - 1), nouns)
         return training, held_out, held_out and cached(held_out, "validation", [whole])
     prepared = TrainingStream if isinstance(pairs, PairStream) else TrainingPairs
@@ -333,7 +348,14 @@ def train(
     loader = BatchLoader(training, accelerator, settings.batch_size, settings.seed, workers, settings.pairs_per_epoch)
 
     # Optimizer and schedule
-    pair_model = PairModel(model, settings.chunk_size, settings.lock_text)
+    pair_model = PairModel(
+        model,
+        settings.chunk_size,
+        settings.lock_text,
+        settings.map_tokens,
+        settings.noun_weight,
+        settings.noun_branches,
+    )
     optimizer = torch.optim.AdamW(
         parameter_groups(pair_model, settings.weight_decay),
         betas=(settings.adam_beta1, settings.adam_beta2),

@@ -251,7 +251,25 @@ def test_other_settings_do_not_mix(folder, localizer, whole, tiny_processor):
             run(change, images, output, **options)
     with pytest.raises(ValueError, match="made with other images; choose another"):
         run(localizer, open_images([folder / "images" / "a"]), output)
+    retrained = Localizer(tiny_model(seed=1), tiny_processor, TEXTS, threshold=[0.4, 0.6], min_presence=0.2)
+    with pytest.raises(ValueError, match="made with other weights; choose another"):
+        run(retrained, images, output)
     assert contents(output) == before
+
+
+def test_images_are_known_by_names_and_content(tmp_path):
+    """Another image of the same name, size and time is another collection; the same under another name too."""
+    image = tmp_path / "x.png"
+    image.write_bytes(b"one")
+    seen, stat = [open_images([tmp_path]).fingerprint()], image.stat()
+    image.write_bytes(b"two")
+    os.utime(image, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    seen.append(open_images([tmp_path]).fingerprint())
+    image.rename(tmp_path / "y.png")
+    seen.append(open_images([tmp_path]).fingerprint())
+    (tmp_path / "y.png").write_bytes(b"longer")
+    seen.append(open_images([tmp_path]).fingerprint())
+    assert len(set(seen)) == 4
 
 
 @pytest.mark.parametrize("options", [{"batch_size": 0}, {"images_per_file": 0}])

@@ -349,6 +349,24 @@ def test_fingerprint(tmp_path):
     assert len(prints) == 2
 
 
+def test_fingerprint_is_of_content(tmp_path):
+    """Whatever keeps its name, size and time: a shard with another caption in its padding, an image that a table names."""
+    (shard,) = write_shards(tmp_path / "a", 4, shards=1).iterdir()
+    (tmp_path / "p.csv").write_text("image,caption\n0.png,dog\nabsent.png,cat\n\0.png,cat\n,cat\n")
+    image = tmp_path / "0.png"
+    image.write_bytes(b"one image")
+    for source, file, old, new in (
+        (shard, shard, b"caption 2", b"other one"),
+        (tmp_path / "p.csv", image, b"one", b"two"),
+    ):
+        before, stat = load_pairs(source).fingerprint(), file.stat()
+        file.write_bytes(file.read_bytes().replace(old, new))
+        os.utime(file, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+        assert file.stat().st_size == stat.st_size and load_pairs(source).fingerprint() != before
+    moved = load_pairs(shard).fingerprint()
+    assert load_pairs(shard.rename(tmp_path / "elsewhere.tar")).fingerprint() == moved
+
+
 # ---- bad pairs ----
 
 

@@ -27,8 +27,9 @@ from torch.utils.data import Dataset, IterableDataset
 from tqdm import tqdm
 
 from ..images import IMAGE_SUFFIXES, load_image
+from ..utils.digests import content_digest, file_state
 from ..utils.extras import require_extra
-from ..utils.files import atomic_write, cache_folder
+from ..utils.files import cache_folder, keep_in_cache
 
 
 if TYPE_CHECKING:
@@ -118,12 +119,15 @@ class PairDataset(Dataset):
         self._epoch.fill_(epoch)
 
     def fingerprint(self) -> str:
-        """16 hex digits over the files: their names, sizes and pair positions, and the content of tables."""
+        """
+        16 hex digits over the positions of the pairs and the content of shards, tables and the images that tables name. The
+        first call reads it all; a later one, in this process or another, only what changed.
+        """
         digest = hashlib.sha256(self._ranges.tobytes())
-        for file in self._files:
-            digest.update(os.fsencode(f"{file.path.name}\0{file.path.stat().st_size}\0"))
-            if isinstance(file, _Table):
-                digest.update(file.path.read_bytes())
+        for file, ranges in zip(self._files, np.split(self._ranges, self._ends[:-1])):
+            digest.update(content_digest([file.path]).encode())
+            if images := file.image_files(ranges):
+                digest.update(content_digest(images).encode())
         return digest.hexdigest()[:16]
 
     def _replacement(self, draws: random.Random) -> tuple[int, dict]:
@@ -263,20 +267,23 @@ class _TarShard:
 
     def ranges(self) -> np.ndarray:
         """First and last byte of each pair, (N, 2) int64. Cached on disk: a first pass takes minutes a million pairs."""
-        stat = self.path.stat()
-        identity = os.fsencode(f"{self.path.resolve()}\0{stat.st_size}\0{stat.st_mtime_ns}")
-        cached = cache_folder() / "shards" / f"{hashlib.sha256(identity).hexdigest()[:32]}.npy"
+        state, _ = file_state(self.path)
+        cached = cache_folder() / "shards" / f"{hashlib.sha256(state).hexdigest()[:32]}.npy"
         try:
             return np.load(cached)
         except (OSError, ValueError, EOFError):  # not there, or damaged
             ranges = self._scan()
-        try:
-            cached.parent.mkdir(parents=True, exist_ok=True)
-            with atomic_write(cached) as partial, open(partial, "wb") as file:
+
+        def write(partial: Path) -> None:
+            with open(partial, "wb") as file:  # to a name, numpy adds a suffix
                 np.save(file, ranges)
-        except OSError as error:  # a read-only or full disk costs time, not the run
-            logger.warning("The index of %s could not be kept: %s", self.path, error)
+
+        keep_in_cache(cached, write)
         return ranges
+
+    def image_files(self, ranges: np.ndarray) -> list[Path]:
+        """Image files that pairs name: none, a shard holds its images."""
+        return []
 
     def parse(self, block: bytes) -> tuple[bytes, str, dict, str]:
         """Image, its name in errors, the row with the captions and key of one pair."""
@@ -364,6 +371,18 @@ class _Table:
         if "://" in key:
             raise ValueError(f"expected an image path, but got the URL {key}; download the images first (img2dataset)")
         return self.path.parent / key, None, row, key
+
+    def image_files(self, ranges: np.ndarray) -> list[Path]:
+        """The image files of these rows; a row that cannot be read has none."""
+        files = []
+        with open(self.path, "rb") as opened:
+            for start, end in ranges.tolist():
+                opened.seek(start)
+                try:
+                    files.append(self.parse(opened.read(end - start))[0])
+                except (ValueError, RecursionError, csv.Error):
+                    continue
+        return files
 
     def _rows(self) -> Iterator[tuple[int, int]]:
         """First and last byte of each row that is not blank, the header's included."""

@@ -11,6 +11,7 @@ import torch
 from ..modeling_iclip import ICLIPTextFeatures
 from ..models.onnx import ONNXModel
 from ..similarity import resize_and_normalize
+from ..utils.digests import content_digest, weights_digest
 from .adapters import CLIPAdapter, ICLIPAdapter, ModelAdapter, ONNXAdapter, Siglip2Adapter, SiglipAdapter
 from .open_clip import OpenCLIPAdapter, OpenCLIPResNetAdapter
 
@@ -104,10 +105,12 @@ def adapt(model, processor) -> ModelAdapter:
 
 
 def identity(model) -> dict[str, str]:
-    """What results say of the model they come from: its name, and the precision that it computes in."""
-    dtype = next(model.parameters()).dtype if isinstance(model, torch.nn.Module) else model.dtype
+    """What results say of the model they come from: its name, a digest of its weights, and the precision it computes in."""
+    is_module = isinstance(model, torch.nn.Module)
+    dtype = next(model.parameters()).dtype if is_module else model.dtype
     name = getattr(getattr(model, "config", None), "_name_or_path", "") or type(model).__name__
-    return {"model": name, "dtype": str(dtype).removeprefix("torch.")}
+    weights = weights_digest(model) if is_module else content_digest(sorted(model.folder.glob("*.onnx*")))
+    return {"model": name, "weights": weights, "dtype": str(dtype).removeprefix("torch.")}
 
 
 @dataclass(frozen=True)

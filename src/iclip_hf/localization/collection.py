@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from ..data.pairs import PairDataset, load_pairs
 from ..images import IMAGE_SUFFIXES, load_image
+from ..utils.digests import content_digest
 from ..utils.distributed import partner_errors, shared_folder_lock, this_process
 from ..utils.extras import require_extra
 from ..utils.files import atomic_write
@@ -77,10 +78,10 @@ class ImageFolder:
         return path.relative_to(self.folder).as_posix(), load_image(path)
 
     def fingerprint(self) -> str:
-        """16 hex digits over the names and sizes of the files."""
-        digest = hashlib.sha256()
+        """16 hex digits over the names of the files and their content, which the first call reads."""
+        digest = hashlib.sha256(content_digest(self._paths).encode())
         for path in self._paths:
-            digest.update(os.fsencode(f"{path.relative_to(self.folder).as_posix()}\0{path.stat().st_size}\0"))
+            digest.update(os.fsencode(f"{path.relative_to(self.folder).as_posix()}\0"))
         return digest.hexdigest()[:16]
 
 
@@ -158,7 +159,9 @@ def explain_collection(
     state = this_process("collections")
     parts = [range(len(images))[start : start + images_per_file] for start in range(0, len(images), images_per_file)]
     files = [output / f"explanations-{number:05d}-of-{len(parts):05d}.parquet" for number in range(len(parts))]
-    settings = {**localizer.settings, "images": images.fingerprint(), "images_per_file": images_per_file}
+    with state.main_process_first():  # which keeps the digests of the files for the others
+        fingerprint = images.fingerprint()
+    settings = {**localizer.settings, "images": fingerprint, "images_per_file": images_per_file}
     with shared_folder_lock(output, state):
         for file in output.glob("explanations-*.parquet"):
             found = _metadata(file)["settings"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import glob
+import logging
 import os
 import shutil
 import tempfile
@@ -14,6 +15,8 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 
+
+logger = logging.getLogger(__name__)
 
 _LOCK, _WORK = ".lock", "partial"
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -31,13 +34,24 @@ def atomic_write(path: Path) -> Iterator[Path]:
     Gives a path beside `path` to write to, which takes its place at the end and is removed after an exception. Its name is
     this process's own: another may be writing the same.
     """
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    name = os.fsdecode(os.fsencode(path.name)[:200])  # with the rest within the 255 bytes that file systems allow
+    partial = path.with_name(f"{name}.{os.getpid()}.partial")
     try:
         with writing_errors(path):
             yield partial
             os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def keep_in_cache(path: Path, write: Callable[[Path], object]) -> None:
+    """Lets `write` fill a file of the cache folder; a read-only or full disk costs time, not the run, and is logged."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_write(path) as partial:
+            write(partial)
+    except OSError as error:
+        logger.warning("%s could not be kept: %s", path, error)
 
 
 @contextmanager

@@ -1,0 +1,90 @@
+"""Digests of content: of files, kept and checked again by size and times, and of a model's weights."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import stat
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
+from torch import nn
+
+from .files import cache_folder, keep_in_cache
+from .prefetch import prefetch_map
+
+
+_SETTLED = 2 * 10**9  # nanoseconds; a file that changed later than that may change again within one tick of its clock
+
+
+def content_digest(files: Sequence[str | os.PathLike]) -> str:
+    """
+    32 hex digits over the content of files in their order; their names do not count, and one that cannot be read counts as
+    absent. The digest is kept in the cache folder: a later call reads the files again only if a size or a time changed.
+    """
+    states = hashlib.sha256()
+    newest = 0
+    for file in files:
+        state, changed = file_state(file)
+        states.update(state)
+        newest = max(newest, changed)
+    kept = cache_folder() / "digests" / states.hexdigest()[:32]
+    try:
+        digest = kept.read_text()
+        if len(digest) == 32:
+            return digest
+    except (OSError, ValueError):  # not there, or damaged
+        pass
+    began, content = time.time_ns(), hashlib.sha256()
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # hashing and reading release the interpreter's lock
+        for of_file in prefetch_map(pool, _file_digest, files, 64):
+            content.update(of_file)
+    digest = content.hexdigest()[:32]
+    if newest < began - _SETTLED:
+        keep_in_cache(kept, lambda partial: partial.write_text(digest))
+    return digest
+
+
+def file_state(file: str | os.PathLike) -> tuple[bytes, int]:
+    """Path, size and times of a file, which change whenever its content does, and its last change in nanoseconds."""
+    path = os.fsencode(os.path.abspath(file))
+    try:
+        found = os.stat(file)
+    except (OSError, ValueError):  # a name may hold anything
+        return path + b"\0absent\0", 0
+    # Times of content may be set, as unpacking does; that of the entry may not.
+    state = f"\0{found.st_size}\0{found.st_mtime_ns}\0{found.st_ctime_ns}\0"
+    return path + state.encode(), max(found.st_mtime_ns, found.st_ctime_ns)
+
+
+def _file_digest(file: str | os.PathLike) -> bytes:
+    digest = hashlib.sha256()
+    try:
+        if not stat.S_ISREG(os.stat(file).st_mode):  # reading a pipe would not end
+            return bytes(32)
+        with open(file, "rb", buffering=0) as opened:
+            while chunk := opened.read(1 << 20):
+                digest.update(chunk)
+    except (OSError, ValueError):
+        return bytes(32)
+    return digest.digest()
+
+
+def weights_digest(model: nn.Module, dtype: torch.dtype | None = None) -> str:
+    """
+    32 hex digits over names, shapes and values of a model's weights.
+
+    Args:
+        model: on any device.
+        dtype (`torch.dtype`, *optional*): that floating weights are rounded to first, as loading in it would.
+    """
+    digest = hashlib.sha256()
+    for name, weight in sorted(model.state_dict().items()):
+        if dtype is not None and weight.is_floating_point():
+            weight = weight.to(dtype)
+        digest.update(f"{name}{tuple(weight.shape)}{weight.dtype}".encode())
+        if not weight.is_meta:  # offloaded
+            digest.update(weight.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()[:32]

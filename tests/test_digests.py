@@ -1,0 +1,73 @@
+"""Digests of files, read again only when they changed, and of weights."""
+
+import os
+import time
+
+import pytest
+import torch
+from conftest import tiny_model
+
+from iclip_hf.utils import digests
+from iclip_hf.utils.digests import content_digest, weights_digest
+
+
+@pytest.fixture
+def read(tmp_path, monkeypatch):
+    """A cache folder of the test's own, an hour later than its files, and the files that were read."""
+    monkeypatch.setenv("ICLIP_CACHE", str(tmp_path / "cache"))
+    now, seen, digest = time.time_ns, [], digests._file_digest
+    monkeypatch.setattr(time, "time_ns", lambda: now() + 3600 * 10**9)
+    monkeypatch.setattr(digests, "_file_digest", lambda file: seen.append(file.name) or digest(file))
+    return seen
+
+
+def files(folder, *contents):
+    for number, content in enumerate(contents):
+        (folder / str(number)).write_bytes(content)
+    return [folder / str(number) for number in range(len(contents))]
+
+
+def test_files_are_read_once_until_one_changes(tmp_path, read):
+    both = files(tmp_path, b"a", b"b")
+    first = content_digest(both)
+    assert content_digest(both) == first and len(first) == 32 and read == ["0", "1"]
+    stat = both[1].stat()
+    both[1].write_bytes(b"c")
+    os.utime(both[1], ns=(stat.st_atime_ns, stat.st_mtime_ns))  # as unpacking an archive does
+    assert content_digest(both) != first and read == ["0", "1"] * 2
+    (kept,) = {file for file in (tmp_path / "cache" / "digests").iterdir() if file.read_text() == first}
+    kept.write_text("damaged")
+    both[1].write_bytes(b"b")
+    assert content_digest(both) == first
+
+
+def test_order_counts_and_names_do_not(tmp_path, read):
+    one, two, three = files(tmp_path, b"ab", b"c", b"ab")
+    assert content_digest([one, two]) == content_digest([three, two]) != content_digest([two, one])
+    joined, _ = files(tmp_path, b"abc", b"")
+    assert content_digest([joined]) != content_digest([three, two])
+
+
+def test_a_digest_of_files_just_written_is_not_kept(tmp_path, read, monkeypatch):
+    """A second change within the same tick of the clock would not be seen."""
+    monkeypatch.undo()
+    monkeypatch.setenv("ICLIP_CACHE", str(tmp_path / "cache"))
+    content_digest(files(tmp_path, b"a"))
+    assert not (tmp_path / "cache").exists()
+
+
+def test_what_cannot_be_read_is_absent(tmp_path, read):
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "dangling").symlink_to(tmp_path / "nowhere")
+    names = ("pipe", "dangling", "nothing", "nul\0", "n" * 300)
+    assert len({content_digest([tmp_path / name]) for name in names}) == 1
+
+
+def test_weights():
+    model = tiny_model()
+    digest = weights_digest(model)
+    assert digest == weights_digest(tiny_model()) != weights_digest(tiny_model(seed=1))
+    assert weights_digest(model, torch.bfloat16) == weights_digest(tiny_model().to(torch.bfloat16)) != digest
+    with torch.no_grad():
+        model.recognition.logit_scale += 1e-3
+    assert weights_digest(model) != digest

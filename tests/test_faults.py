@@ -113,6 +113,7 @@ def world(tmp_path_factory, tiny_processor):
     tiny_processor.save_pretrained(folder / "model")
     inputs.PHOTO.save(folder / "photo.png")
     built = app.build_app(model, tiny_processor)
+    built.upload_file_set.add(str(folder / "photo.png"))
     return SimpleNamespace(
         folder=folder,
         model=model,
@@ -120,6 +121,7 @@ def world(tmp_path_factory, tiny_processor):
         photo=folder / "photo.png",
         pipe=ImageTextSimilarityMapPipeline(model=model, processor=tiny_processor, device="cpu"),
         app=next(fn.fn for fn in built.fns.values() if fn.api_name == "explain"),
+        uploads=built.upload_file_set,
     )
 
 
@@ -165,6 +167,7 @@ def at_place(run: Callable) -> Callable:
 
 
 def in_app(world, folder, path):
+    world.uploads.add(str(path))
     try:
         return world.app({"path": str(path), "orig_name": "image.png"}, "dog", "itsm")
     except gr.Error as error:
@@ -263,6 +266,11 @@ ARRAYS = {
     "no images": np.zeros((0, 3, 32, 32)),
     "objects": np.full((3, 3, 3), "a", object),
     "strings": np.full((3, 3, 3), "a"),
+    "negative": np.full((3, 32, 32), -1.0),
+    "huge": np.full((3, 32, 32), 3e38, np.float32),
+    "floats up to 255": np.full((3, 32, 32), 255.0),
+    "wide integers": np.zeros((3, 32, 32), np.int64),
+    "complex numbers": np.zeros((3, 32, 32), complex),
     "none": [None],
     "empty list": [],
     "mapping": {},
@@ -278,8 +286,6 @@ cases(
     "processor and model",
     {
         "booleans": np.ones((3, 32, 32), bool),
-        "negative": np.full((3, 32, 32), -1.0),
-        "huge": np.full((3, 32, 32), 3e38, np.float32),
         "16 bits": np.full((32, 32, 3), 65535, np.uint16),
         "half precision": torch.ones(3, 32, 32, dtype=torch.float16),
         "one pixel": np.ones((1, 1, 3), np.uint8),

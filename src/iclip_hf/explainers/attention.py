@@ -13,7 +13,7 @@ from .explainer import Explainer
 class Attention(Explainer):
     """
     Class-agnostic attention of the class token, or of the pooling head's query, over the patches: mean of the heads, the
-    same map for every text. For ICLIP it is the model's own, normalised (Eq. 9 and 10).
+    same map for every text. For ICLIP it is the model's own, normalised (Eq. 9).
     """
 
     @torch.no_grad()

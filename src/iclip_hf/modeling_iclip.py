@@ -27,7 +27,7 @@ from transformers.utils import ModelOutput, can_return_tuple
 from .configuration_iclip import ICLIPConfig
 from .losses import contrastive_loss
 from .pooling import normalize_attention, pool
-from .similarity import cosine_similarity_map
+from .similarity import cosine_similarity_map, spread_maps
 
 
 # Image towers with a class token. The value: whether positions must be asked to follow another image size.
@@ -511,11 +511,7 @@ class ICLIPModel(PreTrainedModel):
             maps = maps * attention
         elif self.config.map_attention == "sqrt_similarity":
             maps = maps * attention.sqrt()
-        if self.config.map_affinity > 0:
-            tokens = normalize(image.patch_tokens)
-            affinity = (self.config.map_affinity * (tokens @ tokens.mT).float()).softmax(-1).to(maps.dtype)
-            maps = (maps.flatten(-2) @ affinity.mT).unflatten(-1, image.grid)
-        return maps
+        return spread_maps(maps, image.patch_tokens, self.config.map_affinity)
 
     @can_return_tuple
     def forward(

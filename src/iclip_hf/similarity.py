@@ -21,6 +21,25 @@ def cosine_similarity_map(
     return (text_embeds @ patch_embeds.mT).unflatten(-1, grid)
 
 
+def spread_maps(maps: torch.Tensor, patch_tokens: torch.Tensor, sharpness: float) -> torch.Tensor:
+    """
+    Shares maps among like patches: each patch becomes the mean of all, weighted by softmax(sharpness * cosine of the tokens).
+
+    Args:
+        maps (`torch.Tensor` of shape `(B, T, h, w)`).
+        patch_tokens (`torch.Tensor` of shape `(B, h * w, D)`).
+        sharpness (`float`): 0 leaves the maps as they are.
+
+    Returns:
+        `torch.Tensor` of the shape of `maps`.
+    """
+    if sharpness == 0:
+        return maps
+    tokens = F.normalize(patch_tokens.float(), dim=-1).to(patch_tokens.dtype)
+    affinity = (sharpness * (tokens @ tokens.mT).float()).softmax(-1).to(maps.dtype)
+    return (maps.flatten(-2) @ affinity.mT).unflatten(-1, maps.shape[-2:])
+
+
 def reverse(maps: torch.Tensor) -> torch.Tensor:
     """The reversed map of Eq. 5: 1 - M for maps M in [0, 1]."""
     return 1 - maps

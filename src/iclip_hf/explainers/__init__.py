@@ -31,7 +31,7 @@ from PIL import Image
 from ..images import load_image
 from ..modeling_iclip import ICLIPTextFeatures
 from .adapters import join_texts
-from .attention import Attention
+from .attention import Attention, AttentionAffinity
 from .bi_modal import BiModal
 from .clip_surgery import CLIPSurgery
 from .explainer import Explainer, Explanation, identity
@@ -44,6 +44,7 @@ METHODS: dict[str, type[Explainer]] = {
     "itsm": ITSM,
     "reversed_itsm": ReversedITSM,
     "attention": Attention,
+    "attention_affinity": AttentionAffinity,
     "grad_cam": GradCAM,
     "bi_modal": BiModal,
     "clip_surgery": CLIPSurgery,

@@ -8,7 +8,16 @@ from pathlib import Path
 
 
 # Names, not imports: help must not wait for torch.
-METHODS = ("itsm", "reversed_itsm", "attention", "grad_cam", "bi_modal", "clip_surgery", "gem")
+METHODS = (
+    "itsm",
+    "reversed_itsm",
+    "attention",
+    "attention_affinity",
+    "grad_cam",
+    "bi_modal",
+    "clip_surgery",
+    "gem",
+)
 DTYPES = ("float32", "bfloat16", "float16")
 DATASETS = ("voc2012", "coco2017", "folder")
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".pdf", ".svg")

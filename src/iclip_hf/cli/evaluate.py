@@ -1,4 +1,4 @@
-"""`iclip evaluate`: a segmentation data set to mAP, mMIoU and mFMB."""
+"""`iclip evaluate`: a segmentation data set to mAP, mMIoU, mFMB and text contrast."""
 
 from __future__ import annotations
 
@@ -18,7 +18,9 @@ from .common import (
 
 
 def register(commands) -> None:
-    command = add_command(commands, "evaluate", run, "measure mAP, mMIoU and mFMB on a segmentation data set")
+    command = add_command(
+        commands, "evaluate", run, "measure mAP, mMIoU, mFMB and text contrast on a segmentation data set"
+    )
     add_dataset_options(command)
     add_limit_option(command)
     add_model_options(command)

@@ -13,10 +13,10 @@ def register(commands) -> None:
         commands,
         "install-metrics",
         _install,
-        'make evaluate.load("mmiou") and evaluate.load("mfmb") work in any folder',
+        'make evaluate.load work for "mmiou", "mfmb" and "text_contrast" in any folder',
     )
     space = add_command(commands, "export-metric", _export, "write the files of a Space that computes a metric")
-    space.add_argument("metric", choices=("mfmb", "mmiou"), help="name of the metric")
+    space.add_argument("metric", choices=("mfmb", "mmiou", "text_contrast"), help="name of the metric")
     space.add_argument("directory", type=Path, metavar="DIR", help="folder to write into")
 
 

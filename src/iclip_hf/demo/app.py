@@ -52,6 +52,7 @@ METHODS = {
     "Similarity map (ITSM)": "itsm",
     "Reversed similarity map": "reversed_itsm",
     "Attention, the same for every text": "attention",
+    "Attention spread by affinity, the same for every text": "attention_affinity",
     "Grad-CAM": "grad_cam",
     "Bi-modal relevance": "bi_modal",
     "CLIP Surgery": "clip_surgery",

@@ -23,6 +23,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 from safetensors.torch import load_file
+from timm.scheduler import CosineLRScheduler
 from torch.utils.data import IterableDataset
 
 from iclip_hf import ICLIPModel, ICLIPProcessor
@@ -115,11 +116,24 @@ def accelerator() -> Accelerator:
 # --------------------------------------------------------------------------------------------------------------- parts
 
 
-def test_schedule_warms_up_and_falls_by_half_a_cosine():
-    rates = [cosine_schedule(step, 12, 4, peak=1.0, start=0.2, end=0.1) for step in range(12)]
-    assert rates[:5] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
-    assert rates[8] == pytest.approx((1.0 + 0.1) / 2)
-    assert rates[-1] == pytest.approx(0.1 + 0.9 * (1 + np.cos(np.pi * 7 / 8)) / 2)
+@pytest.mark.parametrize(("total", "warmup"), [(12, 4), (12, 0), (5, 4), (100, 7)])
+def test_schedule_is_that_of_groupvit(total, warmup):
+    """timm's, as GroupViT calls it; the cosine runs from the first step on, under the warm-up too."""
+    learning = torch.nn.Parameter(torch.zeros(1))
+    theirs = CosineLRScheduler(
+        torch.optim.AdamW([learning], lr=1.0),
+        t_initial=total,
+        lr_min=0.1,
+        warmup_t=warmup,
+        warmup_lr_init=0.2 if warmup else 0,
+        cycle_limit=1,
+        t_in_epochs=False,
+    )
+    rates = [cosine_schedule(step, total, warmup, peak=1.0, start=0.2, end=0.1) for step in range(total)]
+    assert rates == pytest.approx([theirs._get_lr(step)[0] for step in range(total)])
+    slowly = [0.2 + 0.8 * step / warmup for step in range(warmup)]
+    slowly += [0.1 + 0.9 * np.cos(np.pi * step / total / 2) ** 2 for step in range(warmup, total)]
+    assert rates == pytest.approx(slowly)
 
 
 def test_what_decays():
@@ -604,6 +618,76 @@ def test_a_folder_holds_one_run(hub, tmp_path):
         run(hub, tmp_path, "--max_steps", 2, "--resume")
 
 
+def test_features_stay_cached_and_chunks_as_they_were_where_dropout_learns(hub, tmp_path):
+    cache = ["--cache_features", tmp_path / "cache"]
+    run(hub, tmp_path / "cached", "--max_steps", 2, *cache)
+    with pytest.raises(ValueError, match="cache_features from .*/cache to "):
+        run(hub, tmp_path / "cached", "--max_steps", 2, "--resume")
+    (tmp_path / "cache").rename(tmp_path / "moved")
+    run(hub, tmp_path / "cached", "--max_steps", 2, "--resume", "--cache_features", tmp_path / "moved")
+    with pytest.raises(ValueError, match="chunk_size from 256 to 8"):
+        run(hub, tmp_path / "cached", "--max_steps", 2, "--resume", *cache, "--chunk_size", 8)
+    run(hub, tmp_path / "locked", "--max_steps", 2, "--lock_text")
+    run(hub, tmp_path / "locked", "--max_steps", 2, "--lock_text", "--resume", "--chunk_size", 8)
+
+
+def test_a_tower_that_learns_has_dropout_as_its_configuration_says():
+    model = tiny_model()
+    assert PairModel(model).has_dropout and not PairModel(model, lock_text=True).has_dropout
+    for rate in ("hidden_dropout_prob", "attention_probs_dropout_prob"):
+        setattr(model.text_model.config, rate, 0.0)
+    assert not PairModel(model).has_dropout
+    model.config.lock_vision, model.vision_model.config.attention_probs_dropout_prob = False, 0.1
+    assert PairModel(model).has_dropout
+
+
+INTERRUPTED = """
+import os, signal, sys
+sys.path.insert(0, {root!r})
+import torch
+import train
+from iclip_hf.training.loss import PairModel
+
+torch.set_num_threads(1)
+forward, steps = PairModel.forward, 0
+
+
+def interrupted(self, **batch):
+    global steps
+    steps += 1
+    if steps == 3:
+        os.kill(os.getpid(), signal.{signal})
+        os.kill(os.getpid(), signal.{signal})  # as a launcher repeats it
+    return forward(self, **batch)
+
+
+PairModel.forward = interrupted
+if {early}:
+    train.load_datasets = lambda *arguments: os.kill(os.getpid(), signal.{signal})
+sys.exit(train.command_line(sys.argv[1:]))
+"""
+
+
+@pytest.mark.parametrize(("name", "early"), [("SIGINT", False), ("SIGTERM", False), ("SIGTERM", True)])
+def test_an_interrupted_run_saves_a_checkpoint_and_says_where(hub, tmp_path, name, early):
+    script = tmp_path / "interrupted.py"
+    script.write_text(INTERRUPTED.format(root=str(ROOT), signal=name, early=early))
+    arguments = ["--config", hub / "train.yaml", "--output_dir", tmp_path / "run", "--max_steps", "5"]
+    done = subprocess.run(
+        [sys.executable, *map(str, [script, *arguments])], capture_output=True, text=True, timeout=240
+    )
+    said = done.stderr.splitlines()[-1]
+    assert done.returncode == 130, done.stderr
+    if early:
+        assert said == "train.py: interrupted before the first checkpoint; start it again"
+        return
+    checkpoint = tmp_path / "run" / "checkpoint-0000003"
+    assert said == f"train.py: interrupted after step 3; --resume goes on from {checkpoint}" and checkpoint.is_dir()
+    run(hub, tmp_path / "run", "--max_steps", 5, "--resume")
+    run(hub, tmp_path / "whole", "--max_steps", 5)
+    assert_same_weights(tmp_path / "run" / "model", tmp_path / "whole" / "model")
+
+
 def test_the_death_of_a_partner_says_how_to_go_on(hub, tmp_path, monkeypatch):
     def lose_partner(*arguments):
         monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
@@ -612,8 +696,11 @@ def test_the_death_of_a_partner_says_how_to_go_on(hub, tmp_path, monkeypatch):
         )
 
     monkeypatch.setattr(train, "train", lose_partner)
-    said = r"died or no longer answers \(Connection closed by peer \[127.0.0.1\]:1\); .* --resume goes on from the last checkpoint"
-    with pytest.raises(OSError, match=said):
+    said = r"died or no longer answers \(Connection closed by peer \[127.0.0.1\]:1\); see what it said, then start it again"
+    with pytest.raises(OSError, match=f"{said}\\.$"):
+        run(hub, tmp_path)
+    (tmp_path / "checkpoint-0000005").mkdir()
+    with pytest.raises(OSError, match=f"{said}; --resume goes on from {tmp_path}/checkpoint-0000005"):
         run(hub, tmp_path)
 
 

@@ -17,7 +17,7 @@ import random
 import re
 import tarfile
 from array import array
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -48,6 +48,10 @@ _SHUFFLE_BUFFER = 2000  # pairs of a stream, still encoded
 
 class BadPairError(ValueError):
     """One pair cannot be used: its image is broken or missing, or it has no caption."""
+
+
+class DroppedConnectionError(ConnectionError):
+    """The connection that a stream reads from is lost."""
 
 
 class PairDataset(Dataset):
@@ -198,13 +202,15 @@ class PairStream(IterableDataset):
 
     def __iter__(self) -> Iterator[dict]:
         skipped = 0
-        for row in self._rows:
+        for row in _connected(self._rows):
             stored = row[self._image_column] or {}
             key = row.get("__key__") or stored.get("path") or "a pair without a name"
             try:
                 captions = _captions(row)
                 image = load_image(_image_bytes(stored), repr(key))
             except (ValueError, OSError) as error:
+                if _is_connection_error(error):
+                    raise DroppedConnectionError(f"{key}: {error}") from error
                 skipped += 1
                 self._tally.bad(BadPairError(f"{key}: {error}"))
                 continue
@@ -442,6 +448,25 @@ class _Tally:
                 f"Expected at most {self._max_bad_share:.2%} bad pairs, but {self._bad} of the {self._read} read so far "
                 f"are; mend the data or raise max_bad_share. The last one: {self._last_error}"
             )
+
+
+# Libraries through which a stream reads, whose errors have no common class.
+_NETWORK_LIBRARIES = ("aiohttp", "fsspec", "httpcore", "httpx", "huggingface_hub", "requests", "urllib3")
+
+
+def _connected(rows: Iterable[dict]) -> Iterator[dict]:
+    """The rows of a stream; whatever a lost connection raises is a `DroppedConnectionError`."""
+    try:
+        yield from rows
+    except Exception as error:
+        if not _is_connection_error(error):
+            raise
+        raise DroppedConnectionError(" ".join(str(error).split()) or type(error).__name__) from error
+
+
+def _is_connection_error(error: Exception) -> bool:
+    library = type(error).__module__.partition(".")[0]
+    return isinstance(error, (ConnectionError, TimeoutError)) or library in _NETWORK_LIBRARIES
 
 
 def _load(image: bytes | Path, name: str | None) -> Image.Image:

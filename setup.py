@@ -19,8 +19,8 @@ extras = {
     "demo": ["gradio>=6.10", "scikit-image>=0.25"],
     # `iclip export --format onnx`, and models so exported
     "onnx": ["onnx>=1.17", "onnxruntime>=1.20", "onnxscript>=0.5"],
-    # models of open_clip in the explainers
-    "open_clip": ["open_clip_torch>=3.0"],
+    # models of open_clip in the explainers; pip before 23.3 knows an extra by its normalised name alone
+    "open-clip": ["open_clip_torch>=3.0"],
 }
 extras["dev"] = sorted(
     {requirement for group in extras.values() for requirement in group}
@@ -60,19 +60,16 @@ setup(
     },
     install_requires=[
         "filelock>=4.0",  # older ones leave the lock of a killed process with its forks
-        "httpx>=0.27",
         "huggingface_hub>=2.0",
         "matplotlib>=3.8",
         "numpy>=1.26",
         "pillow>=11.0",
         "pyyaml>=6.0.2",
         "safetensors>=0.5",
-        "scipy>=1.12",
         "torch>=2.10",
         "torchvision>=0.25",
         "tqdm>=4.66",
         "transformers>=5.20",
-        "wrapt>=1.17",
     ],
     extras_require=extras,
     entry_points={"console_scripts": ["iclip=iclip_hf.cli:main"]},

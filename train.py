@@ -44,9 +44,9 @@ from iclip_hf.training.checkpoints import (
     save_checkpoint,
 )
 from iclip_hf.training.data import AugmentedImage, BatchLoader, TrainingPairs, TrainingStream, WholeImage, derive_seed
-from iclip_hf.training.feature_cache import CachedPairs, branch_poolings, cache_images, cache_texts
+from iclip_hf.training.feature_cache import CachedPairs, cache_images, cache_texts
 from iclip_hf.training.interrupts import Interrupts
-from iclip_hf.training.loss import PairModel
+from iclip_hf.training.loss import PairModel, set_token_mean
 from iclip_hf.training.meter import Meter
 from iclip_hf.training.nouns import NounPrompts
 from iclip_hf.training.schedule import cosine_schedule, parameter_groups
@@ -88,7 +88,7 @@ def load_datasets(settings: Settings, model: ICLIPModel, processor: ICLIPProcess
             raise ValueError("cache_features needs a locked image tower and local pairs.")
         folder = Path(settings.cache_features, part)
         limits = {"num_workers": settings.num_workers, "max_bad_share": settings.max_bad_share}
-        views = cache_images(folder, pairs, model, transforms, accelerator, **limits)
+        views = cache_images(folder, pairs, model, transforms, accelerator, map_tokens=settings.map_tokens, **limits)
         texts = {}
         if settings.lock_text:
             captions = itertools.chain.from_iterable(views[0].captions())
@@ -96,10 +96,15 @@ def load_datasets(settings: Settings, model: ICLIPModel, processor: ICLIPProcess
             if nouns is not None:
                 prompts = nouns.all_prompts()
                 texts["prompts"] = cache_texts(folder / "prompts", prompts, model, processor, accelerator)
-        return CachedPairs(views, branch_poolings(model.config), processor, settings.seed, nouns, **texts)
+        return CachedPairs(views, model.config, processor, settings.seed, nouns, **texts)
 
+    model.to(accelerator.device).eval()
+    if isinstance(pairs, PairStream):
+        some = (pair["image"] for pair in itertools.islice(pairs, 256))
+    else:
+        some = (pairs[index]["image"] for index in range(0, len(pairs), max(1, len(pairs) // 256)))
+    set_token_mean(model, map(whole, some))
     if settings.cache_features:
-        model.to(accelerator.device).eval()
         training = cached(pairs, "training", [whole] + [augmented] * (settings.views - 1), nouns)
         return training, held_out, held_out and cached(held_out, "validation", [whole])
     prepared = TrainingStream if isinstance(pairs, PairStream) else TrainingPairs
@@ -173,7 +178,14 @@ def train(
 ) -> dict[str, float]:
     """The run itself; returns the metrics of the last evaluation."""
     output_dir, name = Path(settings.output_dir), Path(settings.config).parent.name
-    pair_model = PairModel(model, settings.chunk_size, settings.lock_text)
+    pair_model = PairModel(
+        model,
+        settings.chunk_size,
+        settings.lock_text,
+        settings.map_tokens,
+        settings.noun_weight,
+        settings.noun_branches,
+    )
     last_checkpoint, state = state_to_resume(settings, pair_model)
     state.settings = asdict(settings)
 

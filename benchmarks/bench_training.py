@@ -26,7 +26,7 @@ from iclip_hf import ICLIPModel, ICLIPProcessor
 from iclip_hf.data.pairs import load_pairs
 from iclip_hf.models.towers import embedded_towers
 from iclip_hf.training.data import BatchLoader, TrainingPairs, WholeImage
-from iclip_hf.training.feature_cache import CachedPairs, branch_poolings, cache_images, cache_texts
+from iclip_hf.training.feature_cache import CachedPairs, cache_images, cache_texts
 from iclip_hf.training.loss import PairModel
 from iclip_hf.training.schedule import parameter_groups
 
@@ -137,7 +137,7 @@ def cached_pairs(folder: Path, model: ICLIPModel, accelerator: Accelerator, lock
     if lock_text:
         captions = [caption for several in views[0].captions() for caption in several]
         texts["texts"] = cache_texts(folder / "texts", captions, model, processor(), accelerator)
-    return CachedPairs(views, branch_poolings(model.config), processor(), **texts)
+    return CachedPairs(views, model.config, processor(), **texts)
 
 
 # name, class, and what it is made with

@@ -35,9 +35,7 @@ def by_hand(monkeypatch):
     def adapt(model, processor):
         def encode_image(image):
             patches, class_token = image
-            return ICLIPImageFeatures(
-                image_embeds=torch.tensor([class_token]), patch_embeds=torch.tensor([patches]), grid=(1, 3)
-            )
+            return ICLIPImageFeatures(image_embeds=torch.tensor([class_token]), patch_embeds=torch.tensor([[patches]]))
 
         return SimpleNamespace(
             processor=lambda images: {"pixel_values": images[0]},
@@ -141,16 +139,17 @@ def test_a_models_own_vectors_are_matched(dual, tiny_processor):
     matches = channel_matches(model, tiny_processor, image)
     with torch.no_grad():
         features = model.get_image_features(tiny_processor(images=[image])["pixel_values"])
+    patches = features.patch_embeds[0].flatten(0, 1)
     vectors = {
-        "average": features.patch_embeds[0].mean(0),
-        "max": features.patch_embeds[0].max(0).values,
+        "average": patches.mean(0),
+        "max": patches.max(0).values,
         "own": features.map_image_embeds[0],
     } | ({"class_token": features.image_embeds[0]} if dual else {})
     assert set(matches) == set(vectors)
     for name, vector in vectors.items():
         np.testing.assert_allclose(matches[name].values, vector, atol=1e-5)
-        nearest = (features.patch_embeds[0] - vector).abs().min(0).values
-        chosen = features.patch_embeds[0][matches[name].tokens, np.arange(16)]
+        nearest = (patches - vector).abs().min(0).values
+        chosen = patches[matches[name].tokens, np.arange(16)]
         torch.testing.assert_close((chosen - vector).abs(), nearest, atol=1e-5, rtol=0)
     samples = [Sample([[0, 0, 1, 1]] * 2, image), Sample([[1, 1, 1, 0]] * 2, image)]
     shift = semantic_shift(model, tiny_processor, samples, after="own")

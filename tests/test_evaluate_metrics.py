@@ -79,10 +79,13 @@ def installed(tmp_path_factory):
     return home
 
 
-@pytest.mark.parametrize("imports", ["import iclip_hf, evaluate", "import evaluate, iclip_hf"])
-def test_importing_the_package_is_enough_for_the_bare_names(imports, tmp_path):
-    command = f"{imports}\nfor name in ('mmiou', 'mfmb'): print(evaluate.load(name).name)"
-    assert output_of(fresh_process(["-c", command], tmp_path, tmp_path / "home")) == ["mmiou", "mfmb"]
+def test_importing_the_package_writes_nothing_and_leaves_a_users_evaluate_alone(tmp_path):
+    work, home = tmp_path / "work", tmp_path / "home"
+    work.mkdir()
+    (work / "evaluate.py").write_text("name = 'of the user'")
+    command = "import sys, iclip_hf; assert 'evaluate' not in sys.modules; import evaluate; print(evaluate.name)"
+    assert output_of(fresh_process(["-Bc", command], work, home)) == ["of the user"]
+    assert not home.exists() and [path.name for path in work.iterdir()] == ["evaluate.py"]
 
 
 def test_there_is_a_folder_for_each_metric():

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+import torchvision
 from conftest import CLIP_TOKENS, TRANSFORMER, VIT, tiny_model
 from PIL import Image
 from torch import nn
@@ -497,7 +498,7 @@ class Toy(ModelAdapter):
     def _encode_image(self, pixel_values):
         tokens = self.model(pixel_values)
         # not normalised: the score is then linear in the class token
-        return ICLIPImageFeatures(image_embeds=tokens[:, 0], patch_embeds=tokens[:, 1:], grid=(1, 2))
+        return ICLIPImageFeatures(image_embeds=tokens[:, 0], patch_embeds=tokens[:, None, 1:])
 
     def project(self, stream):
         return stream
@@ -817,3 +818,12 @@ def test_open_clip_takes_its_one_size(made):
     model, tokenizer, _ = made("open_clip")
     with pytest.raises(ValueError, match="32x32 pixels"):
         explain(model, tokenizer, images(), LABELS, size=WIDE)
+
+
+def test_open_clip_needs_its_tokenizer(made):
+    model, _, _ = made("open_clip")
+    preprocess = torchvision.transforms.Compose([torchvision.transforms.ToTensor()])
+    with pytest.raises(TypeError, match=r"open_clip\.get_tokenizer.*got Compose"):
+        make_explainer(model, preprocess)
+    with pytest.raises(TypeError, match="got NoneType"):
+        make_explainer(model, None)

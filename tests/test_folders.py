@@ -3,6 +3,7 @@
 import argparse
 import ast
 import base64
+import contextlib
 import json
 import os
 import pickle
@@ -10,6 +11,7 @@ import subprocess
 import sys
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from importlib import metadata
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +19,8 @@ import pytest
 import torch
 from conftest import tiny_inputs, tiny_model
 from huggingface_hub import EvalResult, ModelCard
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 from PIL import Image
 from torch.nn import functional as F
 from transformers import AutoModel, AutoProcessor, ViTConfig, pipeline
@@ -94,19 +98,27 @@ def test_the_code_is_closed_under_its_imports():
 
 
 FRESH = """
-import importlib.abc, json, sys
+import json, sys
 
-class Absent(importlib.abc.MetaPathFinder):
-    def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] == "iclip_hf":
-            raise ModuleNotFoundError(f"No module named {name!r}")
+folder, photograph, *absent = sys.argv[1:]
 
-sys.meta_path.insert(0, Absent())
+class Without:
+    def __init__(self, finder):
+        self.finder = finder
+
+    def __getattr__(self, name):
+        return getattr(self.finder, name)
+
+    def find_spec(self, name, *place):
+        return None if name.split(".")[0] in absent else self.finder.find_spec(name, *place)
+
+sys.meta_path[:] = map(Without, sys.meta_path)
 import torch
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 from PIL import Image
 from transformers import AutoModel, AutoModelForZeroShotImageClassification, AutoProcessor, pipeline
 
-folder, photograph = sys.argv[1:]
 for door in (AutoModel, AutoProcessor):
     try:
         door.from_pretrained(folder)
@@ -134,10 +146,27 @@ print(json.dumps({
 """
 
 
+def beyond(*names: str) -> set[str]:
+    """The installed modules that an environment with these distributions alone does not have."""
+    needed, found = [Requirement(name) for name in names], set()
+    while needed:
+        name = canonicalize_name(needed.pop().name)
+        if name not in found:
+            with contextlib.suppress(metadata.PackageNotFoundError):  # of another platform
+                all_of = map(Requirement, metadata.requires(name) or [])
+                needed += [one for one in all_of if one.marker is None or one.marker.evaluate({"extra": ""})]
+                found.add(name)
+    modules = metadata.packages_distributions().items()
+    return {module for module, owners in modules if not found & {canonicalize_name(owner) for owner in owners}}
+
+
 def test_a_fresh_process_without_the_package_gives_the_same_numbers(exported, source, tmp_path):
+    """With nothing installed but what a reader of the card has."""
+    absent = {"iclip_hf", *beyond("torch", "torchvision", "transformers", "pillow")}
+    assert {"accelerate", "datasets", "matplotlib"} <= absent and not {"numpy", "PIL", "huggingface_hub"} & absent
     photograph = str(source / "photograph.png")
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path), "PYTHONPATH": ""}
-    command = [sys.executable, "-c", FRESH, str(exported), photograph]
+    command = [sys.executable, "-c", FRESH, str(exported), photograph, *absent]
     fresh = subprocess.run(command, env=environment, cwd=tmp_path, input="n\n" * 9, capture_output=True, text=True)
     assert fresh.returncode == 0, fresh.stderr
     found = json.loads(fresh.stdout.splitlines()[-1].rpartition("[y/N] ")[2])

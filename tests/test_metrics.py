@@ -1,5 +1,6 @@
-"""mMIoU, mFMB and mAP against loops, hand-computed examples and other libraries."""
+"""mMIoU, mFMB, text contrast and mAP against loops, hand-computed examples and other libraries."""
 
+import itertools
 import math
 import pickle
 
@@ -8,7 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from sklearn.metrics import average_precision_score
+from sklearn.metrics import average_precision_score, roc_auc_score
 from torchmetrics.classification import BinaryJaccardIndex
 
 from iclip_hf.evaluation import metrics
@@ -17,9 +18,12 @@ from iclip_hf.evaluation.metrics import (
     MeanForegroundMinusBackground,
     MeanMaxIoU,
     MultiLabelAveragePrecision,
+    TextContrast,
+    contrast_counts,
     region_means,
     threshold_counts,
 )
+from iclip_hf.similarity import resize_and_normalize
 
 
 DTYPES = (np.float16, np.float32, np.float64)
@@ -83,6 +87,17 @@ def random_pairs(draw, least=1, most=6, dtypes=DTYPES):
     return pairs
 
 
+def assert_close(result, expected):
+    """Equal results, numbers to 1e-12."""
+    assert result.keys() == expected.keys()
+    for name, value in expected.items():
+        if isinstance(value, dict):
+            assert list(result[name]) == list(value)
+            assert list(result[name].values()) == pytest.approx(list(value.values()), rel=1e-12, abs=1e-12)
+        else:
+            assert result[name] == pytest.approx(value, rel=1e-12, abs=1e-12, nan_ok=True)
+
+
 def filled(metric, pairs):
     for pair in pairs:
         metric.update(*pair)
@@ -131,8 +146,8 @@ def test_counts_of_a_map_longer_than_a_block():
     np.testing.assert_array_equal(threshold_counts(heatmap, mask, 1), naive_counts(heatmap, mask, 1))
     (background, low), (foreground, high) = region_means(heatmap, mask, 1).tolist()
     assert (background, foreground) == (np.sum(mask == 0), np.sum(mask == 1))
-    assert low / 2**53 == pytest.approx(heatmap[mask == 0].mean(dtype=np.float64), abs=1e-8)
-    assert high / 2**53 == pytest.approx(heatmap[mask == 1].mean(dtype=np.float64), abs=1e-8)
+    assert low == pytest.approx(heatmap[mask == 0].mean(dtype=np.float64), abs=1e-12)
+    assert high == pytest.approx(heatmap[mask == 1].mean(dtype=np.float64), abs=1e-12)
 
 
 @settings(deadline=None)
@@ -222,8 +237,9 @@ def test_void_pixels_are_as_if_cut_away(metric):
     padded_map = np.hstack([heatmap, random.random((4, 3))])
     padded_mask = np.hstack([mask, np.full((4, 3), 99)])
     expected = filled(metric(), [(heatmap, mask, 1)]).compute()
-    assert filled(metric(ignore_index=99), [(padded_map, padded_mask, 1)]).compute() == expected
-    assert filled(metric(), [(padded_map, padded_mask, 1)]).compute() != expected
+    assert_close(filled(metric(ignore_index=99), [(padded_map, padded_mask, 1)]).compute(), expected)
+    with pytest.raises(AssertionError):
+        assert_close(filled(metric(), [(padded_map, padded_mask, 1)]).compute(), expected)
 
 
 @pytest.mark.parametrize("threshold", [0.0, 0.25, 0.5, 0.99])
@@ -250,37 +266,18 @@ def test_mfmb_equals_loops(pairs, aggregate):
     if not result["pairs"]:
         assert math.isnan(result["mfmb"])
         return
-    assert result["mfmb"] == pytest.approx(naive_mfmb(pairs, aggregate), abs=1e-7)
+    assert result["mfmb"] == pytest.approx(naive_mfmb(pairs, aggregate), abs=1e-12)
     assert -1 <= result["mfmb"] <= 1
 
 
 @settings(deadline=None)
-@given(random_pairs(dtypes=[np.float64]))
-def test_mfmb_of_float64_maps_equals_loops_to_the_last_digits(pairs):
-    result = filled(MeanForegroundMinusBackground(), pairs).compute()
-    if result["pairs"]:
-        assert result["mfmb"] == pytest.approx(naive_mfmb(pairs, "image"), abs=1e-14)
-
-
-@settings(deadline=None)
-@given(random_pairs(dtypes=[np.float32, np.float64]), st.sampled_from(["image", "pixel"]))
-def test_mfmb_of_the_reversed_maps_is_exactly_the_negative(pairs, aggregate):
+@given(random_pairs(), st.sampled_from(["image", "pixel"]))
+def test_mfmb_of_the_reversed_maps_is_the_negative(pairs, aggregate):
     score = filled(MeanForegroundMinusBackground(aggregate), pairs).compute()
-    reverse = [(1 - heatmap, mask, label) for heatmap, mask, label in pairs]
+    reverse = [(1 - heatmap.astype(np.float64), mask, label) for heatmap, mask, label in pairs]
     reversed_score = filled(MeanForegroundMinusBackground(aggregate), reverse).compute()
-    assert reversed_score["per_class"] == {label: -value for label, value in score["per_class"].items()}
-    if score["pairs"]:
-        assert reversed_score["mfmb"] == -score["mfmb"]
-
-
-def test_mfmb_of_reversed_float16_maps_is_the_negative_up_to_its_own_rounding():
-    random = np.random.default_rng(5)
-    heatmap, mask = random.random((20, 30)).astype(np.float16), random.integers(0, 2, (20, 30))
-    score = filled(MeanForegroundMinusBackground(), [(heatmap, mask, 1)]).compute()["mfmb"]
-    in_float32 = filled(MeanForegroundMinusBackground(), [(1 - heatmap.astype(np.float32), mask, 1)]).compute()["mfmb"]
-    in_float16 = filled(MeanForegroundMinusBackground(), [(np.float16(1) - heatmap, mask, 1)]).compute()["mfmb"]
-    assert in_float32 == -score
-    assert in_float16 == pytest.approx(-score, abs=2 * 2**-12)
+    negative = {label: -value for label, value in score["per_class"].items()}
+    assert_close(reversed_score, {**score, "mfmb": -score["mfmb"], "per_class": negative})
 
 
 def test_mfmb_aggregates_by_hand():
@@ -296,7 +293,7 @@ def test_mfmb_aggregates_by_hand():
 
 @settings(deadline=None)
 @given(random_pairs(least=2, most=8), st.randoms(use_true_random=False), st.sampled_from(["image", "pixel"]))
-def test_any_order_and_any_merge_give_the_same_bits(pairs, random, aggregate):
+def test_any_order_and_any_merge_give_the_same(pairs, random, aggregate):
     for metric in PAIR_METRICS:
         expected = filled(metric(aggregate), pairs).compute()
         shuffled = random.sample(pairs, len(pairs))
@@ -305,7 +302,7 @@ def test_any_order_and_any_merge_give_the_same_bits(pairs, random, aggregate):
         right = pickle.loads(pickle.dumps(right))  # as it comes from another process
         before = right.compute()
         left.merge(right)
-        np.testing.assert_equal(left.compute(), expected)
+        assert_close(left.compute(), expected)
         assert list(left.compute()["per_class"]) == sorted(expected["per_class"])
         left.merge(left)  # the other's sums are not shared
         np.testing.assert_equal(right.compute(), before)
@@ -379,6 +376,171 @@ def test_bad_settings_and_merges_are_refused(metric):
     for other in (metric("pixel"), metric(ignore_index=0), *(other() for other in PAIR_METRICS if other != metric)):
         with pytest.raises(ValueError, match="Expected a metric like this one"):
             metric().merge(other)
+
+
+# --- text contrast ---------------------------------------------------------------------------------------------------
+
+
+def smooth_maps(number, size=(120, 160), seed=0):
+    """(K, H, W) float32 in [0, 1], as a grid of patches enlarged."""
+    maps = torch.rand(number, 8, 10, generator=torch.Generator().manual_seed(seed))
+    return resize_and_normalize(maps, size).numpy()
+
+
+def naive_contrast(maps, masks, labels):
+    """{label: c with each partner}, by scikit-learn's AUC of the unrounded maps."""
+    contrast = {label: [] for label in labels}
+    void = (masks == 255).any(0)
+    for i, j in itertools.combinations(range(len(maps)), 2):
+        inside = [(masks[k] == labels[k]) & ~void for k in (i, j)]
+        only = inside[0] & ~inside[1], inside[1] & ~inside[0]
+        if only[0].any() and only[1].any():
+            chosen = only[0] | only[1]
+            c = [roc_auc_score(own[chosen], maps[k][chosen]) for k, own in zip((i, j), only)]
+            contrast[labels[i]].append(np.mean(c))
+            contrast[labels[j]].append(np.mean(c))
+    return {label: values for label, values in contrast.items() if values}
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_text_contrast_equals_the_sorted_auc(seed):
+    """Overlapping classes, void in one mask only, a class without pixels, one hidden in another; two images."""
+    random, metric, values = np.random.default_rng(seed), TextContrast(), {}
+    for labels in ([3, 1, 7, 4], [1, 3, 9, 4]):
+        maps = smooth_maps(4, seed=int(random.integers(1000)))
+        coarse = random.random((4, 6, 8)) < [[[0.4]], [[0.3]], [[0.2]], [[0.0]]]
+        masks = np.where(coarse, np.array(labels)[:, None, None], 0).repeat(20, 1).repeat(20, 2)
+        masks[0, :5] = 255
+        masks[2] = np.where(masks[1] == labels[1], masks[2], 0)  # inside the second class
+        metric.update(maps, masks, labels)
+        for label, one in naive_contrast(maps, masks, labels).items():
+            values.setdefault(label, []).extend(one)
+    result = metric.compute()
+    per_class = {label: 100 * np.mean(one) for label, one in sorted(values.items())}
+    assert result["per_class"] == pytest.approx(per_class, abs=1e-3)
+    assert result["text_contrast"] == pytest.approx(np.mean(list(per_class.values())), abs=1e-3)
+    assert (result["images"], result["left_out"]) == (2, {"fewer_than_two_classes": 0})
+
+
+@pytest.mark.parametrize("levels", [3, 50, 4096])
+def test_text_contrast_is_off_by_half_the_pairs_that_fall_together_at_most(levels):
+    random = np.random.default_rng(levels)
+    maps = random.integers(0, levels, (2, 30, 40)) / levels + random.random((2, 30, 40)) / 1e5
+    mask = random.integers(1, 3, (30, 40))
+    _, (c, _) = contrast_counts(maps, mask, [1, 2])
+    (exact,), _ = naive_contrast(maps, np.stack([mask, mask]), [1, 2]).values()
+    coded = np.rint(maps * 4096)
+    together = [np.mean(coded[k][mask == 1][:, None] == coded[k][mask == 2]) for k in (0, 1)]
+    assert abs(c - exact) <= np.mean(together) / 2
+    assert c != exact
+
+
+def test_text_contrast_by_hand():
+    # Classes 1 and 2: M_1 is higher at 1 in 1 of 2 pairs, ties half -> 0.75; M_2 is higher at 2 in none of 2 -> 0.
+    maps = np.array([[[0.9, 0.9, 0.1, 0.0]], [[0.5, 0.2, 0.1, 1.0]], [[0.3, 0.3, 0.3, 0.3]]])
+    result = TextContrast()
+    result.update(maps, np.array([[1, 2, 2, 0]]), [1, 2, 3])
+    assert result.compute() == {
+        "text_contrast": 37.5,
+        "per_class": {1: 37.5, 2: 37.5},  # and none of class 3, which has no pixel
+        "images": 1,
+        "left_out": {"fewer_than_two_classes": 0},
+    }
+    result.update(maps[:2], np.array([[1, 2, 255, 0]]), [1, 2])  # the tie alone, and 0
+    assert result.compute()["text_contrast"] == (37.5 + 25) / 2
+
+
+def test_pixels_of_both_classes_count_for_neither():
+    maps = np.array([[[0.9, 0.1, 0.5]], [[0.2, 0.7, 0.5]]])
+    metric = TextContrast()
+    metric.update(maps, np.array([[[1, 0, 1]], [[0, 2, 2]]]), [1, 2])
+    assert metric.compute()["text_contrast"] == 100.0
+
+
+def test_a_value_weighs_every_image_and_partner_alike():
+    good, bad = np.array([[[1.0, 0, 0]], [[0, 1.0, 0]], [[0, 0, 1.0]]]), np.array([[[0, 1.0]], [[1.0, 0]]])
+    metric = TextContrast()
+    metric.update(good, np.array([[1, 2, 3]]), [1, 2, 3])  # perfect: class 1 has two partners here
+    metric.update(bad, np.array([[1, 2]]), [1, 2])  # upside down: and one here
+    assert metric.compute()["per_class"] == pytest.approx({1: 200 / 3, 2: 200 / 3, 3: 100})
+    assert metric.compute()["text_contrast"] == pytest.approx((200 / 3 + 200 / 3 + 100) / 3)
+
+
+@settings(deadline=None)
+@given(st.integers(0, 2**32 - 1), st.sampled_from(DTYPES))
+def test_a_map_that_does_not_see_the_text_has_exactly_50(seed, dtype):
+    random = np.random.default_rng(seed)
+    metric = TextContrast()
+    for _ in range(3):
+        shape = tuple(random.integers(2, 12, size=2))
+        maps = np.broadcast_to(random.random(shape).astype(dtype), (3, *shape))
+        masks = random.integers(0, 2, (3, *shape)) * np.array([1, 2, 3])[:, None, None]
+        metric.update(maps, masks, [1, 2, 3])
+    result = metric.compute()
+    assert not result["images"] or result["text_contrast"] == 50.0
+    assert set(result["per_class"].values()) <= {50.0}
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_text_contrast_of_reversed_maps_is_what_is_left_of_100(dtype):
+    maps, mask = smooth_maps(3).astype(dtype), np.random.default_rng(0).integers(1, 4, (120, 160))
+    score, reverse = TextContrast(), TextContrast()
+    score.update(maps, mask, [1, 2, 3])
+    reverse.update(1 - maps, mask, [1, 2, 3])
+    assert reverse.compute()["text_contrast"] == pytest.approx(100 - score.compute()["text_contrast"], abs=1e-5)
+    assert score.compute()["text_contrast"] != pytest.approx(50, abs=0.1)
+
+
+def test_images_with_fewer_than_two_classes_are_left_out_and_counted():
+    maps = np.array([[[0.9, 0.1]], [[0.2, 0.7]]])
+    metric = TextContrast()
+    for mask, labels in (
+        (np.array([[1, 0]]), [1]),  # one class
+        (np.array([[0, 0]]), []),  # none
+        (np.array([[1, 1]]), [1, 2]),  # one with pixels
+        (np.array([[255, 2]]), [1, 2]),  # the other's are void
+        (np.array([[[1, 1]], [[2, 0]]]), [1, 2]),  # one inside the other
+    ):
+        metric.update(maps[: len(labels)], mask, labels)
+    result = metric.compute()
+    assert math.isnan(result.pop("text_contrast"))
+    assert result == {"per_class": {}, "images": 0, "left_out": {"fewer_than_two_classes": 5}}
+
+
+def test_text_contrast_merges_and_takes_counts_from_elsewhere():
+    random = np.random.default_rng(3)
+    images = [(smooth_maps(3, seed=k), random.integers(0, 4, (120, 160)), [1, 2, 3]) for k in range(4)]
+    together, left, right = TextContrast(), TextContrast(), TextContrast()
+    for k, (maps, mask, labels) in enumerate(images):
+        together.update(maps, torch.tensor(mask), torch.tensor(labels))
+        counts = TextContrast.count(torch.tensor(maps), mask, labels)
+        (left, right)[k % 2].add_counts(np.array(counts.tolist()), labels)
+    left.merge(pickle.loads(pickle.dumps(right)))
+    assert_close(left.compute(), together.compute())
+    with pytest.raises(ValueError, match="like this one"):
+        left.merge(TextContrast(ignore_index=0))
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "match"),
+    [
+        ({"maps": np.zeros((2, 3, 3))}, ValueError, r"\(2, 3, 3\) and \(2, 2\).*Resize"),
+        ({"maps": np.zeros((2, 2))}, ValueError, r"maps \(K, H, W\).*got \(2, 2\)"),
+        ({"mask": np.ones((3, 2, 2), int)}, ValueError, r"\(2, 2, 2\) and \(3, 2, 2\)"),
+        ({"maps": np.full((2, 2, 2), 1.5)}, ValueError, r"in \[0, 1\].*1\.5"),
+        ({"maps": np.full((2, 2, 2), np.nan)}, ValueError, r"in \[0, 1\].*nan"),
+        ({"mask": np.ones((2, 2))}, TypeError, "integers, got float64"),
+        ({"labels": [1]}, ValueError, r"2 different labels, one a map, got \[1\]"),
+        ({"labels": [1, 1]}, ValueError, r"2 different labels, one a map, got \[1, 1\]"),
+        ({"labels": [1, 255]}, ValueError, "255, which is the `ignore_index`"),
+        ({"labels": [1, "dog"]}, TypeError, "integer class id, got 'dog'"),
+    ],
+)
+def test_text_contrast_refuses_bad_input(change, error, match):
+    metric = TextContrast()
+    with pytest.raises(error, match=match):
+        metric.update(**{"maps": np.zeros((2, 2, 2)), "mask": np.ones((2, 2), int), "labels": [1, 2], **change})
+    assert metric.compute()["images"] == 0
 
 
 # --- mAP -------------------------------------------------------------------------------------------------------------

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from iclip_hf.pooling import normalize_attention, pool
+from iclip_hf.pooling import normalize_attention, pool, pool_similarities
 
 
 ATTENTION = torch.tensor([[0.1, 0.5, 0.2, 0.3, 0.1]])
@@ -45,3 +45,20 @@ def test_poolings_by_hand():
 def test_unknown_pooling_names_the_known_ones():
     with pytest.raises(ValueError, match="\"masked_max\".*got 'sum'"):
         pool(torch.zeros(1, 2, 3), torch.zeros(1, 3), torch.zeros(1, 2), "sum")
+
+
+def test_pooled_similarities_lie_between_mean_and_maximum_of_the_attended():
+    similarities = torch.tensor([[[0.1, 0.5, 0.9], [0.3, -0.2, 0.0]]])
+    attention = torch.tensor([[1.0, 3.0, 0.0]])
+    weighted = torch.tensor([[0.4, -0.075]])
+    torch.testing.assert_close(pool_similarities(similarities, attention, 0.01), weighted, atol=1e-3, rtol=0)
+    sharp = pool_similarities(similarities, attention, 1e4)
+    torch.testing.assert_close(sharp, torch.tensor([[0.5, 0.3]]), atol=1e-3, rtol=0)  # 0.9 is masked
+    ten = pool_similarities(similarities, attention)
+    torch.testing.assert_close(ten[0, 0], torch.tensor(0.25 * 2.718282 + 0.75 * 148.413159).log() / 10)
+
+
+def test_an_image_without_attention_pools_all_patches_alike():
+    similarities = torch.tensor([[[0.1, 0.5]]])
+    alike = pool_similarities(similarities, torch.ones(1, 2))
+    assert torch.equal(pool_similarities(similarities, torch.zeros(1, 2)), alike) and alike.isfinite().all()

@@ -31,18 +31,18 @@ def test_resize_refuses_an_empty_size():
 
 
 def test_cosine_map_is_row_major_and_not_square():
-    patches = torch.eye(6)[None]  # patch i points along axis i
+    patches = torch.eye(6).view(1, 2, 3, 6)  # patch i points along axis i
     texts = torch.eye(6)[[4, 1]]
-    maps = cosine_similarity_map(patches, texts, (2, 3))
+    maps = cosine_similarity_map(patches, texts)
     assert maps.shape == (1, 2, 2, 3)
     assert maps[0, 0].nonzero().tolist() == [[1, 1]] and maps[0, 1].nonzero().tolist() == [[0, 1]]
 
 
 def test_cosine_map_takes_texts_of_each_image():
-    patches, texts = torch.randn(2, 6, 5), torch.randn(2, 3, 5)
-    maps = cosine_similarity_map(patches, texts, (2, 3))
+    patches, texts = torch.randn(2, 2, 3, 5), torch.randn(2, 3, 5)
+    maps = cosine_similarity_map(patches, texts)
     for image in range(2):
-        alone = cosine_similarity_map(patches[image : image + 1], texts[image], (2, 3))
+        alone = cosine_similarity_map(patches[image : image + 1], texts[image])
         torch.testing.assert_close(maps[image : image + 1], alone)
 
 

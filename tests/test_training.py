@@ -3,6 +3,7 @@
 import importlib.util
 import io
 import json
+import math
 import os
 import random
 import signal
@@ -26,12 +27,13 @@ from safetensors.torch import load_file
 from timm.scheduler import CosineLRScheduler
 from torch.utils.data import IterableDataset
 
-from iclip_hf import ICLIPModel, ICLIPProcessor
+from iclip_hf import ICLIPConfig, ICLIPModel, ICLIPProcessor
 from iclip_hf.data.pairs import load_pairs
+from iclip_hf.losses import contrastive_loss
 from iclip_hf.training import loss as loss_module
 from iclip_hf.training.data import AugmentedImage, BatchLoader, GlobalBatches, TrainingPairs, WholeImage, seeded
-from iclip_hf.training.feature_cache import CachedPairs, FeatureShards, branch_poolings, cache_images, cache_texts
-from iclip_hf.training.loss import PairModel
+from iclip_hf.training.feature_cache import CachedPairs, FeatureShards, cache_images, cache_texts
+from iclip_hf.training.loss import PairModel, salient_tokens, set_token_mean
 from iclip_hf.training.nouns import NounPrompts
 from iclip_hf.training.schedule import cosine_schedule, parameter_groups
 from iclip_hf.utils.files import folder_lock
@@ -239,12 +241,63 @@ def gradients(pair_model: PairModel, batch: dict) -> tuple[torch.Tensor, dict[st
     return loss.detach(), {n: p.grad.clone() for n, p in pair_model.named_parameters() if p.grad is not None}
 
 
-@pytest.mark.parametrize("options", [{}, {"dual_projection": False, "pooling": "max"}, {"logit_scales": "shared"}])
+OF_ITS_OWN = [
+    {},
+    {"dual_projection": False, "pooling": "max"},
+    {"logit_scales": "shared"},
+    {"max_over": "similarity", "center_tokens": True, "map_affinity": 4.0},
+    {"max_over": "similarity", "pooling": "max"},
+]
+
+
+@pytest.mark.parametrize("options", OF_ITS_OWN)
 def test_loss_is_the_models_own(options):
     model, inputs = tiny_model(**options), tiny_inputs(batch=6, texts=6)
+    if "center_tokens" in options:
+        set_token_mean(model, inputs["pixel_values"])
     outputs = PairModel(model).eval()(**inputs)
     torch.testing.assert_close(outputs["loss"], model(**inputs, return_loss=True).loss, atol=1e-6, rtol=0)
-    assert outputs["losses"].shape == (1 if "pooling" in options else 2,)
+    assert outputs["losses"].shape == (2 if model.config.dual_projection else 1,)
+
+
+def test_salient_tokens_by_hand():
+    """Most attention first, then what is attended and unlike what was taken, and each with the patches like it."""
+    tokens = torch.tensor([[[1.0, 0.0], [2.0, 0.1], [0.0, 1.0], [0.0, 3.0], [-1.0, 0.0]]])
+    attention = torch.tensor([[0.9, 1.0, 0.5, 0.2, 0.3]])
+    taken, weights = salient_tokens(tokens, attention, 3, affinity=0)
+    # 1 has most; then 0.35 * 2 of its opposite and 0.55 * 0.95 of the upright one; then that one
+    assert taken[0].tolist() == [tokens[0, place].tolist() for place in (1, 4, 2)]
+    torch.testing.assert_close(weights, torch.tensor([[1.0, 0.3, 0.5]]))
+    shared, weights = salient_tokens(tokens, attention, 3, affinity=50.0)  # no other patch but those that point alike
+    upright = [math.exp(50 * cosine) for cosine in (0, 0.1 / math.hypot(2, 0.1), 1, 1, 0)]
+    columns = [*tokens[0].T.tolist(), attention[0].tolist()]
+    mean = [sum(w * x for w, x in zip(upright, column)) / sum(upright) for column in columns]
+    torch.testing.assert_close(shared[0, 2], torch.tensor(mean[:2]), atol=1e-5, rtol=0)
+    assert weights[0, 2].item() == pytest.approx(mean[2], abs=1e-5)
+    everything = salient_tokens(tokens, attention, 5, affinity=0)
+    assert torch.equal(everything[0], tokens) and torch.equal(everything[1], attention)
+
+
+def test_nouns_reach_the_branches_that_are_named():
+    model, batch = tiny_model(max_over="similarity"), tiny_inputs(3, 9)
+    noun_ids, has_noun = torch.tensor([0, 1, 1, 1, 3, 2]), torch.tensor([[1, 1, 0, 0]] * 3, dtype=torch.uint8)
+    losses = {}
+    for branches in ((), ("recognition",), ("interpretability",)):
+        pair_model = PairModel(model, noun_branches=branches).eval()
+        losses[branches] = pair_model(**batch, noun_ids=noun_ids, has_noun=has_noun)["losses"]
+    assert (losses[("recognition",)] != losses[()]).tolist() == [True, False]
+    assert (losses[("interpretability",)] != losses[()]).tolist() == [False, True]
+
+
+def test_the_token_mean_is_that_of_the_images_and_stays():
+    model, inputs = tiny_model(max_over="similarity", center_tokens=True), tiny_inputs(4, 4)
+    set_token_mean(model, inputs["pixel_values"])
+    with torch.no_grad():
+        tokens = model.encode_image(inputs["pixel_values"]).patch_tokens
+    torch.testing.assert_close(model.token_mean, tokens.mean((0, 1)))
+    before = model.token_mean.clone()
+    set_token_mean(model, inputs["pixel_values"][:1])
+    assert torch.equal(model.token_mean, before)
 
 
 @pytest.mark.parametrize("lock_vision", [True, False])
@@ -289,9 +342,10 @@ def test_noun_prompts_teach_the_recognition_branch():
     model, batch = tiny_model(), tiny_inputs(3, 9)
     has_noun = torch.tensor([[1, 1, 0, 0], [0, 1, 0, 0], [0, 0, 0, 0]], dtype=torch.uint8)
     noun_ids = torch.tensor([0, 1, 1, 1, 3, 2])
-    outputs = PairModel(model).eval()(**batch, noun_ids=noun_ids, has_noun=has_noun)
+    outputs = PairModel(model, noun_weight=0.7).eval()(**batch, noun_ids=noun_ids, has_noun=has_noun)
+    once = [0, 1, 5, 4]  # where each noun stands first
     with torch.no_grad():
-        logits = model(**batch).logits_per_image[:, 3:].tolist()
+        logits = model(**batch).logits_per_image[:, [3 + place for place in once]].tolist()
 
     def one_side(logits, positive) -> float:
         total = 0.0
@@ -303,14 +357,14 @@ def test_noun_prompts_teach_the_recognition_branch():
             total += np.mean(losses) if losses else 0.0
         return total / len(logits)
 
-    positive = [[bool(has_noun[image, noun]) for noun in noun_ids] for image in range(3)]
+    positive = [[bool(has_noun[image, noun]) for noun in noun_ids[once]] for image in range(3)]
     nouns = (one_side(logits, positive) + one_side(zip_lists(logits), zip_lists(positive))) / 2
     plain = PairModel(model).eval()(
         **{**batch, "input_ids": batch["input_ids"][:3], "attention_mask": batch["attention_mask"][:3]}
     )
-    assert outputs["losses"][0].item() == pytest.approx((plain["losses"][0].item() + nouns) / 2, abs=1e-5)
+    assert outputs["losses"][0].item() == pytest.approx(0.3 * plain["losses"][0].item() + 0.7 * nouns, abs=1e-5)
     assert outputs["losses"][1] == plain["losses"][1]
-    assert torch.equal(outputs["text_embeds"], plain["text_embeds"])
+    torch.testing.assert_close(outputs["text_embeds"], plain["text_embeds"], atol=1e-6, rtol=0)
 
 
 def zip_lists(rows: list[list]) -> list[list]:
@@ -345,6 +399,7 @@ def test_clamped_scale_can_come_back():
         {"pooling": "max"},
         {"pooling": "average", "dual_projection": False},
         {"pooling": "class_token", "dual_projection": False},
+        {"max_over": "similarity", "center_tokens": True, "map_affinity": 3.0},
     ],
 )
 def test_any_pooling_comes_from_one_cache(hub, tmp_path_factory, tiny_processor, options):
@@ -353,12 +408,15 @@ def test_any_pooling_comes_from_one_cache(hub, tmp_path_factory, tiny_processor,
     model.vision_model.load_state_dict(tiny_model().vision_model.state_dict())
     existed = folder.exists() and {file: file.stat().st_mtime_ns for file in folder.rglob("*.npy")}
     views = cache_images(folder, pairs, model, [WholeImage(tiny_processor)], accelerator())
-    assert not existed or existed == {file: file.stat().st_mtime_ns for file in folder.rglob("*.npy")}
-    dataset = CachedPairs(views, branch_poolings(model.config), tiny_processor)
+    now = {file: file.stat().st_mtime_ns for file in folder.rglob("images-*/*.npy")}
+    assert not existed or "max_over" in options or existed == now
+    dataset = CachedPairs(views, model.config, tiny_processor)
     cached = dataset.__getitems__([5, 60])["image_features"]
     pixel_values = tiny_processor(images=[pairs.read(index)["image"] for index in (5, 60)])["pixel_values"]
     direct = PairModel(model)._encode_images(pixel_values)
-    assert cached.shape == direct.shape == (2, 2 if model.config.dual_projection else 1, 32)
+    branches = 2 if model.config.dual_projection else 1
+    shapes = [(2, 32), (2, 16, 32) if "max_over" in options else (2, 32)]
+    assert [one.shape for one in direct[:branches]] == shapes[:branches]
     torch.testing.assert_close(cached, direct, atol=2e-3, rtol=2e-3)  # float16
 
 
@@ -447,7 +505,7 @@ def test_bad_pairs_are_left_out_of_the_cache(tmp_path, tiny_processor):
         tiny_processor,
         accelerator(),
     )
-    dataset = CachedPairs(views, ["max"], tiny_processor, texts=texts)
+    dataset = CachedPairs(views, ICLIPConfig(pooling="max", dual_projection=False), tiny_processor, texts=texts)
     assert len(dataset) == 38
     for index, row in ((0, 1), (6, 8), (37, 39)):  # rows of the data without the bad ones
         batch = dataset.collate(dataset.__getitems__([index]))
@@ -455,7 +513,7 @@ def test_bad_pairs_are_left_out_of_the_cache(tmp_path, tiny_processor):
         both = model.encode_text(**captions)[0]
         distance = (both - batch["text_features"]).abs().amax(1)
         assert distance.min() < 2e-3
-        assert np.array_equal(batch["image_features"][:, 0], views[0][np.array([row])][:, 2])
+        assert np.array_equal(batch["image_features"][0], views[0][np.array([row])][:, 2])
 
 
 def test_views_and_captions_are_drawn_by_the_epoch(tmp_path, tiny_processor):
@@ -465,13 +523,13 @@ def test_views_and_captions_are_drawn_by_the_epoch(tmp_path, tiny_processor):
             rows = np.array(view.rows_of(shard))
             features = (rows + 0.25 * number).astype(np.float16)[:, None, None] * np.ones((1, 5, 2), np.float16)
             view.write(shard, features, [[f"red {row}", f"blue {row}"] for row in rows])
-    dataset = CachedPairs(views, ["max"], tiny_processor)
+    dataset = CachedPairs(views, ICLIPConfig(pooling="max", dual_projection=False), tiny_processor)
     order = np.random.default_rng(0).permutation(300)
     epochs = []
     for epoch in (0, 1, 0):
         dataset.set_epoch(epoch)
         batch = dataset.__getitems__(order)
-        values = batch["image_features"][:, 0, 0].numpy()
+        values = batch["image_features"][0][:, 0].numpy()
         assert np.array_equal(values.astype(int), order) and [int(c.split()[1]) for c in batch["caption"]] == list(
             order
         )
@@ -497,7 +555,7 @@ def test_a_run_ends_with_a_model_that_loads(hub, tmp_path):
         images = processor(images=[pairs[i]["image"] for i in range(17)])
         outputs = model(**images, **processor(text=[pairs[i]["caption"] for i in range(17)]), return_loss=True)
     own = torch.arange(17)
-    assert metrics["val_loss"] == pytest.approx(outputs.loss.item(), abs=1e-4)
+    assert metrics["val_loss"] == pytest.approx(contrastive_loss(outputs.logits_per_image).item(), abs=1e-4)
     assert metrics["image_to_text"] == pytest.approx(100 * (outputs.logits_per_image.argmax(1) == own).float().mean())
     assert metrics["text_to_image"] == pytest.approx(100 * (outputs.logits_per_text.argmax(1) == own).float().mean())
 
@@ -791,7 +849,8 @@ state = PartialState(cpu=True)
 assert state.num_processes == 2 and torch.distributed.get_backend() == "gloo"
 
 # Loss and gradients of eight pairs, four a process in two chunks, with both towers learning
-pair_model = PairModel(tiny_model(lock_vision=False), chunk_size=2).eval()
+model = tiny_model(lock_vision=False, max_over="similarity", map_affinity=2.0)
+pair_model = PairModel(model, chunk_size=2, noun_branches=["recognition", "interpretability"]).eval()
 pair_model = torch.nn.parallel.DistributedDataParallel(pair_model)
 part = slice(4 * state.process_index, 4 * state.process_index + 4)
 nouns = slice(8 + 8 * state.process_index, 16 + 8 * state.process_index)
@@ -836,7 +895,8 @@ def test_two_processes_are_one_with_the_whole_batch(hub, tmp_path):
     )
     assert done.returncode == 0, done.stderr[-3000:]
 
-    pair_model = PairModel(tiny_model(lock_vision=False)).eval()
+    model = tiny_model(lock_vision=False, max_over="similarity", map_affinity=2.0)
+    pair_model = PairModel(model, noun_branches=["recognition", "interpretability"]).eval()
     noun_ids, has_noun = tiny_nouns()
     loss, grads = gradients(pair_model, {**tiny_inputs(8, 24), "noun_ids": noun_ids, "has_noun": has_noun})
     two = torch.load(tmp_path / "gradients.pt", weights_only=True)

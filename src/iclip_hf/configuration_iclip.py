@@ -24,16 +24,24 @@ class ICLIPConfig(PreTrainedConfig):
         projection_dim (`int`, defaults to 512): width of the shared image-text space.
         pooling (`str`, defaults to `"masked_max"`): how the branch that is trained to explain turns patch tokens into
             one vector: `"masked_max"` (Eq. 9-11), `"max"`, `"average"` or `"class_token"` (the rows of Table 2).
+        max_over (`str`, defaults to `"channels"`): where `"masked_max"` and `"max"` take the maximum: `"channels"` of each
+            channel over the tokens, before the projection (Eq. 10), or, beyond the paper, `"similarity"` of the patches'
+            similarities with each text, after it, so that the score that is trained is the peak of the map that is drawn
+            ([`~pooling.pool_similarities`]). `"similarity"` needs `dual_projection`, for it compares no single image vector.
+        max_sharpness (`float`, defaults to 10): how near the smooth maximum of `"similarity"` is to the maximum.
+        center_tokens (`bool`, defaults to `False`): beyond the paper: the branch that draws the maps sees patch tokens less
+            their mean over the training images, which the model holds as `token_mean`.
         dual_projection (`bool`, defaults to `True`): a second pair of projections (Eq. 12) that pools by the class token,
             for recognition. Without it the one branch serves both (Table 3).
         projection_bias (`bool`, defaults to `False`): whether the projections have a bias.
         map_attention (`str`, defaults to `"similarity"`): where the class-token attention A enters the similarity map:
             `"similarity"` multiplies the cosines by A, `"sqrt_similarity"` by its root, `"features"` multiplies the patch
             tokens before the projection (Eq. 12 to the letter; cancelled by the normalisation unless `projection_bias`),
-            `"none"` leaves it out.
-        map_affinity (`float`, defaults to 0): beyond the paper: each patch of the map becomes the mean of all patches,
-            weighted by softmax(map_affinity * cosine of their tokens), so that an object's patches share what one of
-            them found. 0 leaves the map as it is.
+            `"additive"` adds A / `max_sharpness` to the cosines, so that the attention, which never sees the text, moves
+            the maps of all texts alike; `"none"` leaves it out.
+        map_affinity (`float`, defaults to 0): beyond the paper: the token and the attention of each patch become the mean
+            over all patches, weighted by softmax(map_affinity * cosine of their tokens), so that an object's patches share
+            what one of them shows. 0 leaves them as they are.
         attention_norm (`str`, defaults to `"minmax"`): how A is brought to [0, 1]: `"minmax"` over the patches (the
             paper), or `"quantile"`, which saturates at `attention_quantile` so that one bright token cannot dim the rest.
         attention_quantile (`float`, defaults to 0.9): the quantile that becomes 1 with `attention_norm="quantile"`.
@@ -60,9 +68,12 @@ class ICLIPConfig(PreTrainedConfig):
     text_config: PreTrainedConfig | dict | None = None
     projection_dim: int = 512
     pooling: Literal["masked_max", "max", "average", "class_token"] = "masked_max"
+    max_over: Literal["channels", "similarity"] = "channels"
+    max_sharpness: int | float = 10.0
+    center_tokens: bool = False
     dual_projection: bool = True
     projection_bias: bool = False
-    map_attention: Literal["similarity", "sqrt_similarity", "features", "none"] = "similarity"
+    map_attention: Literal["similarity", "sqrt_similarity", "features", "additive", "none"] = "similarity"
     map_affinity: int | float = 0.0
     attention_norm: Literal["minmax", "quantile"] = "minmax"
     attention_quantile: int | float = 0.9
@@ -89,6 +100,13 @@ class ICLIPConfig(PreTrainedConfig):
             raise ValueError(f"projection_dim must be a positive integer, got {self.projection_dim}.")
         if not self.map_affinity >= 0:
             raise ValueError(f"map_affinity must not be negative, got {self.map_affinity}.")
+        if not self.max_sharpness > 0:
+            raise ValueError(f"max_sharpness must be positive, got {self.max_sharpness}.")
+        if self.max_over == "similarity" and not (self.dual_projection and self.pooling in ("masked_max", "max")):
+            raise ValueError(
+                'max_over="similarity" needs dual_projection=True and pooling "masked_max" or "max", got '
+                f"dual_projection={self.dual_projection} and pooling={self.pooling!r}."
+            )
         if not 0 < self.attention_quantile <= 1:
             raise ValueError(f"attention_quantile must be in (0, 1], got {self.attention_quantile}.")
         if not 0 <= self.logit_scale_init_value <= math.log(100):

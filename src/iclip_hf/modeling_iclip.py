@@ -19,6 +19,8 @@ from transformers import (
     SiglipTextModel,
 )
 from transformers import initialization as init
+from transformers.conversion_mapping import register_checkpoint_conversion_mapping
+from transformers.core_model_loading import ConversionOps, WeightConverter
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 from transformers.modeling_outputs import BaseModelOutputWithPooling
@@ -26,7 +28,7 @@ from transformers.utils import ModelOutput, can_return_tuple
 
 from .configuration_iclip import ICLIPConfig
 from .losses import contrastive_loss
-from .pooling import normalize_attention, pool
+from .pooling import normalize_attention, pool, pool_similarities, share_among_like
 from .similarity import cosine_similarity_map
 
 
@@ -42,15 +44,23 @@ _VISION_TOWERS = {
 _EOS_TEXT_TOWERS = ("clip_text_model", "siglip_text_model")
 
 
-def _sdpa_class_row(module, query, key, value, attention_mask, scaling=None, class_rows=None, **kwargs):
+class _ClassRow:
     """
-    Fused attention, which returns no weights; in the tower's last layer the class token's softmax row, of shape
-    (B, heads, 1, N), is put into the list `class_rows` that the model's forward passed.
+    Carries the class token's attention out of the tower's last layer: `weights` of shape (B, heads, 1, N).
+
+    Not a list or a dictionary: the hooks of device maps, offloading and FSDP copy those on the way in, so that what a
+    layer puts into them is lost.
     """
-    if class_rows is not None and getattr(module, "keep_class_row", False):
+
+    weights: torch.Tensor | None = None
+
+
+def _sdpa_class_row(module, query, key, value, attention_mask, scaling=None, class_row=None, **kwargs):
+    """Fused attention, which returns no weights; the tower's last layer puts its class token's softmax row into `class_row`."""
+    if class_row is not None and getattr(module, "keep_class_row", False):
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
         # float32 before the product: its logits can overflow float16
-        class_rows.append(((query[:, :, :1].float() @ key.float().mT) * scale).softmax(-1))
+        class_row.weights = ((query[:, :, :1].float() @ key.float().mT) * scale).softmax(-1)
     return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
 
 
@@ -102,11 +112,12 @@ class ICLIPImageFeatures(BaseModelOutputWithPooling):
     Attributes:
         pooler_output (`torch.Tensor` of shape `(B, P)`): projected feature of the recognition branch, not normalised.
         image_embeds (`torch.Tensor` of shape `(B, P)`): unit vectors of the recognition branch.
-        map_image_embeds (`torch.Tensor` of shape `(B, P)`): unit vectors of the interpretability branch.
-        patch_embeds (`torch.Tensor` of shape `(B, N, P)`): unit vectors of the patches, row-major, interpretability branch.
-        patch_tokens (`torch.Tensor` of shape `(B, N, D)`): the tower's patch tokens after its final norm.
+        map_image_embeds (`torch.Tensor` of shape `(B, P)`): unit vectors of the interpretability branch; None with
+            `max_over="similarity"`, which compares patches and pools afterwards.
+        patch_embeds (`torch.Tensor` of shape `(B, h, w, P)`): unit vectors of the patches, interpretability branch.
+        patch_tokens (`torch.Tensor` of shape `(B, N, D)`): the tower's patch tokens after its final norm, row-major, N = h * w.
         attention (`torch.Tensor` of shape `(B, N)`): class-token attention over the patches, normalised to [0, 1] (Eq. 10).
-        grid (`tuple[int, int]`): height and width of the patch grid, h * w = N.
+        map_attention (`torch.Tensor` of shape `(B, N)`): the same, shared among like patches as `config.map_affinity` says.
     """
 
     image_embeds: torch.FloatTensor | None = None
@@ -114,7 +125,12 @@ class ICLIPImageFeatures(BaseModelOutputWithPooling):
     patch_embeds: torch.FloatTensor | None = None
     patch_tokens: torch.FloatTensor | None = None
     attention: torch.FloatTensor | None = None
-    grid: tuple[int, int] | None = None
+    map_attention: torch.FloatTensor | None = None
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Height and width of the patch grid. No field: what gathers outputs over processes expects tensors alone."""
+        return tuple(self.patch_embeds.shape[1:3])
 
 
 @dataclass
@@ -128,8 +144,8 @@ class ICLIPOutput(ModelOutput):
         logits_per_text (`torch.Tensor` of shape `(T, B)`): their transpose.
         image_embeds, text_embeds: unit vectors `(B, P)` and `(T, P)` of the recognition branch.
         map_image_embeds, map_text_embeds: unit vectors `(B, P)` and `(T, P)` of the interpretability branch.
-        patch_embeds (`torch.Tensor` of shape `(B, N, P)`): unit vectors of the patches.
-        attention (`torch.Tensor` of shape `(B, N)`): normalised class-token attention, in [0, 1].
+        patch_embeds (`torch.Tensor` of shape `(B, h, w, P)`): unit vectors of the patches.
+        attention (`torch.Tensor` of shape `(B, N)`): normalised class-token attention, in [0, 1], row-major, N = h * w.
         similarity_maps (`torch.Tensor` of shape `(B, T, h, w)`, with `output_similarity_maps=True`): raw maps, in [-1, 1].
         vision_model_output, text_model_output: the features of either side with the towers' own outputs.
     """
@@ -155,14 +171,36 @@ class ICLIPBranch(nn.Module):
     """
     One pair of projections into a shared image-text space, with its temperature (Eq. 12).
 
-    `logit_scale` is the logarithm of the scale, a parameter; None where the branch shares the recognition branch's.
+    `logit_scale` is the logarithm of the scale, a parameter of shape (1,), because FSDP shards no scalars; None where the
+    branch shares the recognition branch's.
     """
 
     def __init__(self, config: ICLIPConfig, image_dim: int, text_dim: int, own_scale: bool = True):
         super().__init__()
         self.visual_projection = nn.Linear(image_dim, config.projection_dim, bias=config.projection_bias)
         self.text_projection = nn.Linear(text_dim, config.projection_dim, bias=config.projection_bias)
-        self.logit_scale = nn.Parameter(torch.tensor(float(config.logit_scale_init_value))) if own_scale else None
+        self.logit_scale = nn.Parameter(torch.full((1,), float(config.logit_scale_init_value))) if own_scale else None
+
+    def forward(self) -> torch.Tensor:
+        """The scale, a scalar, at most 100 (the clamp of CLIP's recipe). In a forward, before which offloaded parameters load."""
+        return self.logit_scale.exp().clamp(max=100).squeeze()
+
+
+class _AsVector(ConversionOps):
+    """Makes the scalar scales of older checkpoints vectors of one number; newer ones stay as they are, also on saving."""
+
+    def convert(self, input_dict: dict, source_patterns: list[str], target_patterns: list[str], **kwargs) -> dict:
+        (tensors,) = input_dict.values()
+        return {target_patterns[0]: (tensors[0] if isinstance(tensors, list) else tensors).reshape(1)}
+
+    @property
+    def reverse_op(self) -> ConversionOps:
+        return self
+
+
+register_checkpoint_conversion_mapping(
+    "iclip", [WeightConverter("logit_scale", "logit_scale", operations=[_AsVector()])], overwrite=True
+)
 
 
 def _tower_config(checkpoint: str, side: str) -> PreTrainedConfig:
@@ -227,7 +265,6 @@ class ICLIPModel(PreTrainedModel):
     config: ICLIPConfig
     config_class = ICLIPConfig
     base_model_prefix = "iclip"
-    main_input_name = "pixel_values"
     input_modalities = ("image", "text")
     supports_gradient_checkpointing = True
     _supports_sdpa = True
@@ -264,6 +301,8 @@ class ICLIPModel(PreTrainedModel):
         if config.dual_projection:
             own_scale = config.logit_scales == "per_branch"
             self.interpretability = ICLIPBranch(config, image_dim, text_dim, own_scale)
+        if config.center_tokens:
+            self.register_buffer("token_mean", torch.zeros(image_dim))
 
         self._keep_class_row()
         self.post_init()
@@ -289,15 +328,30 @@ class ICLIPModel(PreTrainedModel):
                 init.normal_(projection.weight, std=projection.in_features**-0.5)
             if module.logit_scale is not None:
                 init.constant_(module.logit_scale, float(self.config.logit_scale_init_value))
+        elif isinstance(module, ICLIPModel) and self.config.center_tokens:
+            init.zeros_(module.token_mean)
 
     def train(self, mode: bool = True):
         """Sets the training mode; a locked image tower stays in eval mode and without gradients whatever is asked."""
         super().train(mode)
         # Here and not only in __init__: loading a checkpoint replaces the parameters, then calls eval().
-        if self.config.lock_vision and hasattr(self, "vision_model"):
-            self.vision_model.eval()
-            self.vision_model.requires_grad_(False)
+        if hasattr(self, "vision_model"):
+            if self.config.lock_vision:
+                self.vision_model.eval()
+                self.vision_model.requires_grad_(False)
+            for name, parameter in self.vision_model.named_parameters():
+                if name.endswith(
+                    "mask_token"
+                ):  # of DINO's pretraining: no image is masked here, and DDP waits for gradients
+                    parameter.requires_grad_(False)
         return self
+
+    def get_input_embeddings(self) -> nn.Module:
+        """The text tower's, so that `resize_token_embeddings` works."""
+        return self.text_model.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module):
+        self.text_model.set_input_embeddings(value)
 
     @classmethod
     def from_vision_text_pretrained(cls, vision: str, text: str, **config_options) -> "ICLIPModel":
@@ -324,10 +378,9 @@ class ICLIPModel(PreTrainedModel):
         return self.recognition if self.interpretability is None else self.interpretability
 
     def logit_scales(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Scales of the recognition and the map branch, at most 100 (the clamp of CLIP's recipe)."""
-        scale = self.recognition.logit_scale
-        map_scale = scale if self.map_branch.logit_scale is None else self.map_branch.logit_scale
-        return scale.exp().clamp(max=100), map_scale.exp().clamp(max=100)
+        """Scales of the recognition and the map branch, at most 100."""
+        scale = self.recognition()
+        return scale, scale if self.map_branch.logit_scale is None else self.map_branch()
 
     def encode_image(self, pixel_values: torch.FloatTensor, **kwargs) -> ImageTokens:
         """
@@ -350,19 +403,21 @@ class ICLIPModel(PreTrainedModel):
             )
         if _VISION_TOWERS[config.model_type]:
             kwargs["interpolate_pos_encoding"] = True
-        class_rows = []
+        class_row = _ClassRow()
         if self.vision_model.config._attn_implementation == "eager":
             kwargs["output_attentions"] = True
         else:
-            kwargs["class_rows"] = class_rows
+            kwargs["class_row"] = class_row
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.config.lock_vision):
             outputs = self.vision_model(pixel_values, **kwargs)
             tokens = outputs.last_hidden_state
             if config.model_type == "clip_vision_model":
                 tokens = self.vision_model.post_layernorm(tokens)  # CLIP's output has it on the class token only
             first_patch = 1 + getattr(config, "num_register_tokens", 0)
-            row = class_rows[0] if class_rows else outputs.attentions[-1]
-            attention = row[:, :, 0, first_patch:].float().mean(1)
+            row = outputs.attentions[-1] if class_row.weights is None else class_row.weights
+            attention = (
+                row[:, :, 0, first_patch:].float().mean(1).to(tokens.device)
+            )  # layers may be on several devices
         return ImageTokens(
             class_token=tokens[:, 0],
             patch_tokens=tokens[:, first_patch:],
@@ -405,8 +460,31 @@ class ICLIPModel(PreTrainedModel):
             image ([`ImageTokens`]): from `encode_image`.
             attention (`torch.Tensor` of shape `(B, N)`): from `normalized_attention`.
         """
-        pooled = pool(image.patch_tokens, image.class_token, attention, self.config.pooling)
+        pooled = pool(self.centered_tokens(image), image.class_token, attention, self.config.pooling)
         return (image.class_token if self.config.dual_projection else pooled), pooled
+
+    def centered_tokens(self, image: ImageTokens) -> torch.Tensor:
+        """The patch tokens `(B, N, D)` that the map branch sees, before they are shared among like patches."""
+        return (
+            image.patch_tokens - self.token_mean.to(image.patch_tokens)
+            if self.config.center_tokens
+            else image.patch_tokens
+        )
+
+    def pool_similarities(self, patch_embeds: torch.Tensor, text_embeds: torch.Tensor, attention: torch.Tensor):
+        """
+        Similarities of images and texts by the map branch with `max_over="similarity"`, see [`~pooling.pool_similarities`].
+
+        Args:
+            patch_embeds (`torch.Tensor` of shape `(B, N, P)`), text_embeds (`(T, P)` or `(B, T, P)`): unit vectors.
+            attention (`torch.Tensor` of shape `(B, N)`): of the patches; left out where `config.pooling` is `"max"`.
+
+        Returns:
+            `torch.Tensor` of shape `(B, T)`, float32.
+        """
+        if self.config.pooling == "max":
+            attention = torch.ones_like(attention)
+        return pool_similarities(text_embeds @ patch_embeds.mT, attention, self.config.max_sharpness)
 
     @can_return_tuple
     def get_image_features(self, pixel_values: torch.FloatTensor, **kwargs) -> ICLIPImageFeatures:
@@ -423,23 +501,30 @@ class ICLIPModel(PreTrainedModel):
             `ValueError`: if `pixel_values` has another shape.
         """
         image = self.encode_image(pixel_values, **kwargs)
-        attention = self.normalized_attention(image)
+        attention = map_attention = self.normalized_attention(image)
         pooled, map_pooled = self.pool_image(image, attention)
         projected = self.recognition.visual_projection(pooled)
-        patch_tokens = image.patch_tokens
+        map_image_embeds = None
+        if self.config.max_over == "channels":
+            map_image_embeds = normalize(self.map_branch.visual_projection(map_pooled))
+        patch_tokens = self.centered_tokens(image)
+        if self.config.map_affinity > 0:
+            values = torch.cat([patch_tokens, attention.unsqueeze(-1).to(patch_tokens.dtype)], -1)
+            shared = share_among_like(values, patch_tokens, self.config.map_affinity)
+            patch_tokens, map_attention = shared[..., :-1], shared[..., -1].float()
         if self.config.map_attention == "features":
-            patch_tokens = patch_tokens * attention.unsqueeze(-1).to(patch_tokens.dtype)  # Eq. 12 to the letter
+            patch_tokens = patch_tokens * map_attention.unsqueeze(-1).to(patch_tokens.dtype)  # Eq. 12 to the letter
         return ICLIPImageFeatures(
             last_hidden_state=image.tower_output.last_hidden_state,
             hidden_states=image.tower_output.hidden_states,
             attentions=image.tower_output.attentions,
             pooler_output=projected,
             image_embeds=normalize(projected),
-            map_image_embeds=normalize(self.map_branch.visual_projection(map_pooled)),
-            patch_embeds=normalize(self.map_branch.visual_projection(patch_tokens)),
+            map_image_embeds=map_image_embeds,
+            patch_embeds=normalize(self.map_branch.visual_projection(patch_tokens)).unflatten(1, image.grid),
             patch_tokens=image.patch_tokens,
             attention=attention,
-            grid=image.grid,
+            map_attention=map_attention,
         )
 
     @can_return_tuple
@@ -492,29 +577,29 @@ class ICLIPModel(PreTrainedModel):
         self, image: torch.FloatTensor | ICLIPImageFeatures, text: ICLIPTextFeatures
     ) -> torch.FloatTensor:
         """
-        Raw image-text similarity maps: cosines of patches and texts (Eq. 1-3), weighted by the class token's attention as
-        `config.map_attention` says, and shared among like patches as `config.map_affinity` says.
+        Raw image-text similarity maps: cosines of patches, each shared among the patches like it as `config.map_affinity`
+        says, and texts (Eq. 1-3), weighted by the class token's attention as `config.map_attention` says.
 
         Args:
             image (`torch.Tensor` of shape `(B, 3, H, W)` or [`ICLIPImageFeatures`]).
             text ([`ICLIPTextFeatures`]): from `get_text_features`.
 
         Returns:
-            `torch.Tensor` of shape `(B, T, h, w)`, in [-1, 1]. Stretch and enlarge them with
+            `torch.Tensor` of shape `(B, T, h, w)`, in [-1, 1], additive ones up to 1 / `config.max_sharpness` more.
+            Stretch and enlarge them with
             `ICLIPProcessor.post_process_similarity_maps`.
         """
         if isinstance(image, torch.Tensor):
             image = self.get_image_features(image)
-        maps = cosine_similarity_map(image.patch_embeds, text.map_text_embeds, image.grid)
-        attention = image.attention.unflatten(-1, image.grid).unsqueeze(1).to(maps.dtype)
+        # The towers and branches may be on several devices.
+        maps = cosine_similarity_map(image.patch_embeds, text.map_text_embeds.to(image.patch_embeds.device))
+        attention = image.map_attention.unflatten(-1, image.grid).unsqueeze(1).to(maps)
         if self.config.map_attention == "similarity":
             maps = maps * attention
         elif self.config.map_attention == "sqrt_similarity":
             maps = maps * attention.sqrt()
-        if self.config.map_affinity > 0:
-            tokens = normalize(image.patch_tokens)
-            affinity = (self.config.map_affinity * (tokens @ tokens.mT).float()).softmax(-1).to(maps.dtype)
-            maps = (maps.flatten(-2) @ affinity.mT).unflatten(-1, image.grid)
+        elif self.config.map_attention == "additive":
+            maps = maps + attention / self.config.max_sharpness
         return maps
 
     @can_return_tuple
@@ -562,7 +647,7 @@ class ICLIPModel(PreTrainedModel):
             text = self.get_text_features(input_ids, attention_mask, token_type_ids, num_templates, **kwargs)
 
         scale, map_scale = self.logit_scales()
-        logits_per_image = scale * cosines(image.image_embeds, text.text_embeds)
+        logits_per_image = _scaled(scale, cosines(image.image_embeds, text.text_embeds))
         loss = None
         if return_loss:
             if text.text_embeds.shape != image.image_embeds.shape:
@@ -572,7 +657,16 @@ class ICLIPModel(PreTrainedModel):
                 )
             loss = contrastive_loss(logits_per_image)
             if self.interpretability is not None:
-                loss = (loss + contrastive_loss(map_scale * cosines(image.map_image_embeds, text.map_text_embeds))) / 2
+                if self.config.max_over == "similarity":
+                    patches, texts = (
+                        image.patch_embeds.flatten(1, 2),
+                        text.map_text_embeds.to(image.patch_embeds.device),
+                    )
+                    similarities = self.pool_similarities(patches, texts, image.map_attention)
+                else:
+                    similarities = cosines(image.map_image_embeds, text.map_text_embeds)
+                map_loss = contrastive_loss(_scaled(map_scale, similarities))
+                loss = (loss + map_loss.to(loss.device)) / 2
 
         return ICLIPOutput(
             loss=loss,
@@ -602,11 +696,16 @@ def average_templates(projected: torch.Tensor, num_templates: int) -> torch.Tens
     return normalize(projected).unflatten(-2, (-1, num_templates)).mean(-2)
 
 
+def _scaled(scale: torch.Tensor, cosines: torch.Tensor) -> torch.Tensor:
+    return scale.to(cosines.device) * cosines
+
+
 def cosines(image_embeds: torch.Tensor, text_embeds: torch.Tensor) -> torch.Tensor:
     """(B, P) images and (T, P) or (B, T, P) texts, unit vectors -> (B, T), float32."""
     # Also under autocast: bfloat16 would round a scaled cosine, and with it the loss, by up to a half.
     with torch.autocast(image_embeds.device.type, enabled=False):
-        image_embeds, text_embeds = image_embeds.float(), text_embeds.float()
+        image_embeds = image_embeds.float()
+        text_embeds = text_embeds.to(image_embeds)
         if text_embeds.ndim == 3:
             return (text_embeds @ image_embeds.unsqueeze(-1)).squeeze(-1)
         return image_embeds @ text_embeds.mT

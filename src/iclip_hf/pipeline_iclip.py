@@ -2,10 +2,14 @@
 
 import base64
 import os
+import queue
+import threading
 import time
+import urllib.parse
+import urllib.request
 from collections.abc import Sequence
+from http.client import HTTPException
 
-import httpx
 import torch
 from PIL import Image
 from transformers import AutoModel
@@ -150,7 +154,7 @@ def _read(image, timeout: float) -> Image.Image:
     if image.startswith(("http://", "https://")):
         try:
             content = _download(image, timeout)
-        except (httpx.HTTPError, httpx.InvalidURL) as error:
+        except (OSError, HTTPException, ValueError) as error:
             raise OSError(f"{name}: expected an image at this address, but got: {error}; check it.") from error
         return load_image(content, name)
     try:
@@ -161,16 +165,37 @@ def _read(image, timeout: float) -> Image.Image:
 
 
 def _download(url: str, timeout: float) -> bytes:
-    """What is at an address, as long as it comes in time and is of a photograph's size: a server may send without an end."""
-    content, end = bytearray(), time.monotonic() + timeout
-    with httpx.stream("GET", url, timeout=timeout, follow_redirects=True) as answer:
-        for part in answer.raise_for_status().iter_bytes():
-            content += part
-            if len(content) > MAX_DOWNLOAD:
-                raise httpx.ReadError(f"more than {MAX_DOWNLOAD // 2**20} MiB")
-            if time.monotonic() > end:
-                raise httpx.ReadError(f"no end of it within {timeout:g} seconds")
-    return bytes(content)
+    """
+    What is at an address, as long as it comes in time and is of a photograph's size: a server may send without an end. In a
+    thread that is left behind after the time, because a socket's own limit begins anew with every byte, also of the headers.
+    """
+    url = urllib.parse.quote(url, safe="%/:?#[]@!$&'()*+,;=~")  # spaces and letters beyond ASCII
+    request = urllib.request.Request(url, headers={"User-Agent": "iclip-hf"})  # some sites refuse Python's own
+    answers, late = queue.Queue(), TimeoutError(f"no end of it within {timeout:g} seconds")
+    end = time.monotonic() + timeout
+
+    def fetch() -> None:
+        content = bytearray()
+        try:
+            with urllib.request.urlopen(request, timeout=timeout) as answer:
+                while part := answer.read1(2**16):
+                    content += part
+                    if len(content) > MAX_DOWNLOAD:
+                        raise OSError(f"more than {MAX_DOWNLOAD // 2**20} MiB")
+                    if time.monotonic() > end:
+                        raise late
+            answers.put(bytes(content))
+        except Exception as error:
+            answers.put(error)
+
+    threading.Thread(target=fetch, daemon=True).start()
+    try:
+        answer = answers.get(timeout=timeout)
+    except queue.Empty:
+        raise late from None
+    if isinstance(answer, Exception):
+        raise answer
+    return answer
 
 
 __all__ = ["ImageTextSimilarityMapPipeline"]

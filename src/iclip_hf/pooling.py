@@ -1,6 +1,7 @@
 """Pooling of patch tokens into one image vector: class token, average, max, and masked max (Eq. 9-11)."""
 
 import torch
+from torch.nn import functional as F
 
 
 def normalize_attention(attention: torch.Tensor, norm: str = "minmax", quantile: float = 0.9) -> torch.Tensor:
@@ -24,6 +25,52 @@ def normalize_attention(attention: torch.Tensor, norm: str = "minmax", quantile:
         high = attention.sort(-1).values[:, rank, None]
     span = high - low
     return ((attention - low) / span.masked_fill(span == 0, 1.0)).clamp(max=1.0)
+
+
+def share_among_like(
+    values: torch.Tensor, tokens: torch.Tensor, affinity: float, queries: torch.Tensor | None = None
+) -> torch.Tensor:
+    """
+    Means of all patches' values, weighted by how like their tokens are: softmax(affinity * cosine) over the patches.
+
+    Args:
+        values (`torch.Tensor` of shape `(B, N, C)`).
+        tokens (`torch.Tensor` of shape `(B, N, D)`): of the same patches.
+        affinity (`float`): sharpness of the weights; 0 gives every patch the mean of all.
+        queries (`torch.Tensor` of shape `(B, K, D)`, *optional*): tokens of the patches that the means are for; all N if not given.
+
+    Returns:
+        `torch.Tensor` of shape `(B, K, C)`. No matrix of N x N numbers is held.
+    """
+    keys = F.normalize(tokens.float(), dim=-1)
+    queries = keys if queries is None else F.normalize(queries.float(), dim=-1)
+    shared = F.scaled_dot_product_attention(
+        *(one.unsqueeze(1) for one in (queries, keys, values.float())), scale=float(affinity)
+    )
+    return shared.squeeze(1).to(values.dtype)
+
+
+def pool_similarities(similarities: torch.Tensor, attention: torch.Tensor, sharpness: float = 10.0) -> torch.Tensor:
+    """
+    Masked max pooling after the comparison instead of before it: the smooth maximum over the patches of their similarities
+    with each text, with the attention as prior, (1 / b) log sum_i (A_i / sum A) exp(b s_i).
+
+    The score that is trained is then the peak of the map that is drawn. Eq. 10 takes the maximum of each channel instead,
+    which for a tower trained with a patch objective is mostly the same for all images.
+
+    Args:
+        similarities (`torch.Tensor` of shape `(B, T, N)`): cosines of N patches with T texts.
+        attention (`torch.Tensor` of shape `(B, N)`): weights of the patches, not negative; of an image without any, all
+            patches count alike.
+        sharpness (`float`): b; 0+ is the weighted mean, infinity the maximum over the patches with any attention.
+
+    Returns:
+        `torch.Tensor` of shape `(B, T)`, float32, between the least and the greatest similarity of each image and text.
+    """
+    attention = attention.float()
+    total = attention.sum(-1, keepdim=True)
+    prior = torch.where(total > 0, attention / total, 1 / attention.shape[-1])
+    return (prior.log().unsqueeze(1) + sharpness * similarities.float()).logsumexp(-1) / sharpness
 
 
 def pool(patch_tokens: torch.Tensor, class_token: torch.Tensor, attention: torch.Tensor, mode: str) -> torch.Tensor:

@@ -6,14 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from scipy import ndimage
 
 
 # Half a patch of a 16x16 grid: what is smaller comes from the enlargement of the map, not from the image.
 MIN_AREA = 0.002
-
-# Corners connect too.
-_NEIGHBOURS = np.ones((3, 3), dtype=bool)
 
 
 @dataclass(frozen=True)
@@ -34,7 +30,7 @@ class Region:
 
 def find_regions(heatmap: np.ndarray, mask: np.ndarray, min_area: float = MIN_AREA) -> list[Region]:
     """
-    The connected parts of a mask, best score first.
+    The connected parts of a mask, best score first. Corners connect too.
 
     Args:
         heatmap (`np.ndarray` of shape `(H, W)`): the map that the mask was made from, in [0, 1].
@@ -48,14 +44,50 @@ def find_regions(heatmap: np.ndarray, mask: np.ndarray, min_area: float = MIN_AR
         raise ValueError(f"Expected a mask of the map's shape {heatmap.shape}, got {mask.shape}.")
     if not 0 <= min_area <= 1:
         raise ValueError(f"Expected min_area as a share of the image, in [0, 1], got {min_area}.")
-    labels, _ = ndimage.label(mask, _NEIGHBOURS)
+    rows, starts, stops = _runs(mask)
+    parts = _connected(rows, starts, stops, len(mask))
+    areas = np.bincount(parts, weights=stops - starts)
     regions = []
-    for number, (rows, columns) in enumerate(ndimage.find_objects(labels), start=1):
-        inside = labels[rows, columns] == number
-        if inside.sum() >= min_area * mask.size:
-            box = (columns.start, rows.start, columns.stop, rows.stop)
-            regions.append(Region(box, float(heatmap[rows, columns][inside].mean()), inside))
+    for part in np.flatnonzero((areas > 0) & (areas >= min_area * mask.size)):
+        own = np.flatnonzero(parts == part)
+        x0, y0, x1, y1 = starts[own].min(), rows[own].min(), stops[own].max(), rows[own].max() + 1
+        inside = np.zeros((y1 - y0, x1 - x0), dtype=bool)
+        for run in own:
+            inside[rows[run] - y0, starts[run] - x0 : stops[run] - x0] = True
+        score = float(heatmap[y0:y1, x0:x1][inside].mean())
+        regions.append(Region((int(x0), int(y0), int(x1), int(y1)), score, inside))
     return sorted(regions, key=lambda region: -region.score)
+
+
+def _runs(mask: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Row, first column and the column after the last of each horizontal run of a mask, row by row."""
+    changes = np.diff(np.pad(np.asarray(mask, dtype=np.int8), ((0, 0), (1, 1))))
+    rows, starts = np.nonzero(changes > 0)
+    return rows, starts, np.nonzero(changes < 0)[1]
+
+
+def _connected(rows: np.ndarray, starts: np.ndarray, stops: np.ndarray, height: int) -> np.ndarray:
+    """For each run the index of the first run of its part: union-find over the runs of neighbouring rows that touch."""
+    parents = list(range(len(rows)))
+
+    def first(run: int) -> int:
+        while parents[run] != run:
+            parents[run] = run = parents[parents[run]]
+        return run
+
+    begins = np.searchsorted(rows, np.arange(height + 1)).tolist()
+    starts, stops = starts.tolist(), stops.tolist()
+    for above, here, end in zip(begins, begins[1:], begins[2:]):
+        upper, lower = above, here
+        while upper < here and lower < end:
+            if starts[upper] <= stops[lower] and starts[lower] <= stops[upper]:  # the stops are one beyond: corners
+                one, other = first(upper), first(lower)
+                parents[max(one, other)] = min(one, other)
+            if stops[upper] < stops[lower]:
+                upper += 1
+            else:
+                lower += 1
+    return np.array([first(run) for run in range(len(parents))], dtype=np.int64)
 
 
 def positive_points(heatmap: np.ndarray, region: Region, count: int = 1) -> np.ndarray:
@@ -88,9 +120,19 @@ def negative_points(heatmap: np.ndarray, mask: np.ndarray, count: int = 3) -> np
     Returns:
         `np.ndarray` of shape `(count, 2)`: (x, y) in pixels. An image too small for others repeats its own.
     """
-    around = ndimage.uniform_filter(heatmap, max(1, min(heatmap.shape) // 8), mode="nearest")
+    around = _box_mean(heatmap, max(1, min(heatmap.shape) // 8))
     cost = np.where(mask & ~mask.all(), np.inf, around)
     return _lowest_places(cost, count, min(cost.shape) / 4)
+
+
+def _box_mean(values: np.ndarray, side: int) -> np.ndarray:
+    """Mean of the square of `side` pixels around each pixel, the edge repeated beyond the edge."""
+    mean = values.astype(np.float64)
+    for _ in range(2):  # along the rows, then along the columns, back in place
+        padded = np.pad(mean, ((side // 2, (side - 1) // 2), (0, 0)), mode="edge")
+        sums = np.pad(padded.cumsum(0), ((1, 0), (0, 0)))
+        mean = ((sums[side:] - sums[:-side]) / side).T
+    return mean
 
 
 def _lowest_places(cost: np.ndarray, count: int, distance: float) -> np.ndarray:

@@ -4,21 +4,18 @@ import torch
 from torch.nn import functional as F
 
 
-def cosine_similarity_map(
-    patch_embeds: torch.Tensor, text_embeds: torch.Tensor, grid: tuple[int, int]
-) -> torch.Tensor:
+def cosine_similarity_map(patch_embeds: torch.Tensor, text_embeds: torch.Tensor) -> torch.Tensor:
     """
-    Cosine of every patch with every text, laid out on the patch grid (Eq. 1-3).
+    Cosine of every patch with every text (Eq. 1-3).
 
     Args:
-        patch_embeds (`torch.Tensor` of shape `(B, N, P)`): unit vectors, patches row-major.
+        patch_embeds (`torch.Tensor` of shape `(B, h, w, P)`): unit vectors.
         text_embeds (`torch.Tensor` of shape `(T, P)`, or `(B, T, P)` for different texts an image): unit vectors.
-        grid (`tuple[int, int]`): height and width of the patch grid, h * w = N.
 
     Returns:
         `torch.Tensor` of shape `(B, T, h, w)`, in [-1, 1].
     """
-    return (text_embeds @ patch_embeds.mT).unflatten(-1, grid)
+    return (text_embeds @ patch_embeds.flatten(1, 2).mT).unflatten(-1, patch_embeds.shape[1:3])
 
 
 def reverse(maps: torch.Tensor) -> torch.Tensor:

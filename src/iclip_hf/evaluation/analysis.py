@@ -129,7 +129,9 @@ def channel_matches(model, processor, image: Image.Image) -> dict[str, ChannelMa
     features = _features(family, image)
     return {
         name: ChannelMatch(
-            match_channels(vector, features.patch_embeds[0]).numpy(force=True), vector.numpy(force=True), features.grid
+            match_channels(vector, features.patch_embeds[0].flatten(0, 1)).numpy(force=True),
+            vector.numpy(force=True),
+            features.grid,
         )
         for name, vector in _poolings(family, features).items()
     }
@@ -170,7 +172,7 @@ def semantic_shift(
             features.patch_embeds.device
         )
         on = {
-            name: tokens[match_channels(vector, features.patch_embeds[0])]
+            name: tokens[match_channels(vector, features.patch_embeds[0].flatten(0, 1))]
             for name, vector in _poolings(family, features).items()
         }
         for pooling in (before, after):
@@ -230,8 +232,8 @@ def _poolings(family: ModelAdapter, features: ICLIPImageFeatures) -> dict[str, t
     patches, own = features.patch_embeds[0], features.map_image_embeds
     vectors = {"class_token": features.image_embeds[0]} if family.reads_one_query else {}
     return vectors | {
-        "average": patches.mean(0),
-        "max": patches.amax(0),
+        "average": patches.mean((0, 1)),
+        "max": patches.amax((0, 1)),
         "own": (features.image_embeds if own is None else own)[0],
     }
 

@@ -6,7 +6,6 @@ The scripts live in the repository's folder `evaluate_metrics`, which is install
 import json
 import shutil
 from abc import ABC, abstractmethod
-from contextlib import suppress
 from importlib.resources import files
 from pathlib import Path
 
@@ -208,8 +207,3 @@ def metric_demo(script: str | Path):
         description=metric.description,
         article=evaluate.utils.parse_readme(Path(script).with_name("README.md")),
     )
-
-
-# As soon as this package and `evaluate` are both imported, the bare names work; a cache that cannot be written says so in `load`.
-with suppress(OSError):
-    install_metrics()

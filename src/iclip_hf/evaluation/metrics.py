@@ -1,8 +1,8 @@
-"""mMIoU (Eq. 7), mFMB (Eq. 8) and multi-label mAP: from maps and masks to small mergeable sums to scores.
+"""mMIoU (Eq. 7), mFMB (Eq. 8), text contrast and multi-label mAP: from maps and masks to small mergeable sums to scores.
 
 One *pair* is one image and one class: a map (H, W) in [0, 1], a label mask (H, W) of integers, and the class id whose
-pixels are the foreground. Pixels equal to `ignore_index` count nowhere, all others are background. Every sum is an
-integer, so the result is the same to the last bit for any order of the pairs and any way of merging partial results.
+pixels are the foreground. Pixels equal to `ignore_index` count nowhere, all others are background. Text contrast takes
+all pairs of an image together. Sums are float64, so results agree to about 1e-12 for any order and any way of merging.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 import operator
 from collections import Counter
-from fractions import Fraction
 
 import numpy as np
 
@@ -21,7 +20,7 @@ THRESHOLDS = np.arange(101) / 100
 _LEVELS = 1 + len(THRESHOLDS)  # "every pixel", then one level a threshold
 _VOID_CODE = 255  # above the 2 * _LEVELS codes of background and foreground
 _BLOCK = 2**16  # pixels at a time: small temporaries stay cached, those of a whole map are mapped in anew each time
-_UNIT = 2**53  # fixed point of a ratio in [0, 1]: the grid on which float64 has both x and 1 - x
+_LEVELS_OF_CONTRAST = 2**12  # a power of two: maps in float32 are quantised without a rounding error before the rint
 
 
 def _to_numpy(array) -> np.ndarray:
@@ -35,26 +34,43 @@ def _class_id(value, name: str) -> int:
         raise TypeError(f"Expected `{name}` to be an integer class id, got {value!r}.") from None
 
 
-def _pair_blocks(heatmap, mask, label, ignore_index):
-    """Checks one pair, then yields its map values, foreground and void, flat and a block at a time."""
-    heatmap, mask = _to_numpy(heatmap), _to_numpy(mask)
-    label, ignore_index = _class_id(label, "label"), _class_id(ignore_index, "ignore_index")
-    if label == ignore_index:
-        raise ValueError(f"Expected `label` to be a class, got {label}, which is the `ignore_index`.")
+def _check_map(heatmap) -> np.ndarray:
+    """Map values as floats in [0, 1], any shape that is not empty."""
+    heatmap = _to_numpy(heatmap)
     if heatmap.dtype.kind in "biu":
         heatmap = heatmap.astype(np.float32)  # a hard map of zeros and ones; other integers are refused below
     if heatmap.dtype not in (np.float16, np.float32, np.float64):
         raise TypeError(f"Expected a map of float16, float32 or float64, got {heatmap.dtype}.")
+    if heatmap.size:
+        low, high = heatmap.min(), heatmap.max()
+        if not (low >= 0 and high <= 1):  # NaN fails too
+            raise ValueError(f"Expected map values in [0, 1], got {low} to {high}. Min-max normalise or clip the map.")
+    return heatmap
+
+
+def _check_mask(mask) -> np.ndarray:
+    mask = _to_numpy(mask)
     if mask.dtype.kind not in "biu":
         raise TypeError(f"Expected a label mask of integers, got {mask.dtype}.")
+    return mask
+
+
+def _check_label(label, ignore_index: int) -> int:
+    label = _class_id(label, "label")
+    if label == ignore_index:
+        raise ValueError(f"Expected `label` to be a class, got {label}, which is the `ignore_index`.")
+    return label
+
+
+def _pair_blocks(heatmap, mask, label, ignore_index):
+    """Checks one pair, then yields its map values, foreground and void, flat and a block at a time."""
+    ignore_index = _class_id(ignore_index, "ignore_index")
+    label, heatmap, mask = _check_label(label, ignore_index), _check_map(heatmap), _check_mask(mask)
     if heatmap.ndim != 2 or heatmap.shape != mask.shape or not heatmap.size:
         raise ValueError(
             f"Expected a map and a label mask of one shape (H, W), got {heatmap.shape} and {mask.shape}. "
             "Resize the map to the mask."
         )
-    low, high = heatmap.min(), heatmap.max()
-    if not (low >= 0 and high <= 1):  # NaN fails too
-        raise ValueError(f"Expected map values in [0, 1], got {low} to {high}. Min-max normalise or clip the map.")
     heatmap, mask = heatmap.ravel(), mask.ravel()
     for start in range(0, heatmap.size, _BLOCK):
         block = mask[start : start + _BLOCK]
@@ -94,34 +110,84 @@ def threshold_counts(heatmap, mask, label: int, ignore_index: int = 255) -> np.n
     return bins[:, ::-1].cumsum(axis=1)[:, ::-1]
 
 
-def _fixed_point_sum(values: np.ndarray, region: np.ndarray) -> int:
-    """Sum of a block's values over a region, in units of 2**-53, each value rounded as 1 - M rounds it."""
-    if values.dtype == np.float64:
-        steps = np.rint(values * 2.0**53)
-        high = np.floor(steps / 2**27)  # float64 sums 27-bit halves exactly
-        low = steps - high * 2**27
-        return int(high.sum(where=region)) * 2**27 + int(low.sum(where=region))
-    steps = np.rint(values.astype(np.float32, copy=False) * 2.0**24)
-    return int(steps.sum(where=region, dtype=np.float64)) * 2 ** (53 - 24)
-
-
 def region_means(heatmap, mask, label: int, ignore_index: int = 255) -> np.ndarray:
-    """Means of the map over the background and over the foreground, in fixed point.
-
-    Values are rounded to multiples of 2**-24 (float16, float32) or 2**-53 (float64), as the subtraction 1 - M rounds
-    them, and then summed exactly. So the means of 1 - M, taken in float32 or float64, are exactly 1 minus those of M.
+    """Means of the map over the background and over the foreground.
 
     Arguments and errors are those of `threshold_counts`.
 
     Returns:
-        (2, 2) int64, background and foreground: number of pixels, and mean in units of 2**-53 (0 of no pixel).
+        (2, 2) float64, background and foreground: number of pixels, and mean (0 of no pixel).
     """
-    pixels, totals = [0, 0], [0, 0]
+    sums = np.zeros((2, 2))
     for values, foreground, void in _pair_blocks(heatmap, mask, label, ignore_index):
-        for row, region in enumerate((~(foreground | void), foreground)):
-            pixels[row] += int(np.count_nonzero(region))
-            totals[row] += _fixed_point_sum(values, region)
-    return np.array([(n, round(Fraction(total, n)) if n else 0) for n, total in zip(pixels, totals)], dtype=np.int64)
+        # The background is most of the image: summing everything and taking the rest away is faster than gathering it.
+        inside, nowhere = values[foreground], values[void]
+        total, high, void_total = (one.sum(dtype=np.float64) for one in (values, inside, nowhere))
+        sums += (
+            (values.size - inside.size - nowhere.size, total - high - void_total),
+            (inside.size, high),
+        )
+    sums[:, 1] /= sums[:, 0].clip(1)
+    return sums
+
+
+def contrast_counts(maps, mask, labels, ignore_index: int = 255) -> np.ndarray:
+    """Compares each map of an image with the pixels of its other classes.
+
+    For classes i and j, with pixels of both and of neither left out, a_ij = P(M_i at a pixel of i > M_i at a pixel of j),
+    ties half, and c_ij = (a_ij + a_ji) / 2. Maps are rounded to multiples of 1 / 4096 first; values that fall together count
+    as ties, so that c_ij is off by at most half the share of pixel pairs that do (on smooth maps less than 1e-5).
+
+    Args:
+        maps: (K, H, W) array or tensor of float16, float32 or float64 in [0, 1], the map of each class.
+        mask: (H, W) array or tensor of integers, the class of each pixel; or (K, H, W), a mask for each class, in which the
+            pixels equal to its label are its own. Classes may overlap in these.
+        labels: K different class ids.
+        ignore_index: mask value of the pixels that count nowhere, in one mask or in any of the K.
+
+    Returns:
+        (2, K) float64: for each class the number of its partners, and the sum of c over them. A partner is another class
+        of the image, if each of the two has a pixel that the other has not.
+
+    Raises:
+        TypeError: as `threshold_counts`.
+        ValueError: as `threshold_counts`; labels are repeated or not K.
+    """
+    ignore_index = _class_id(ignore_index, "ignore_index")
+    labels = [_check_label(label, ignore_index) for label in labels]
+    maps, mask = _check_map(maps), _check_mask(mask)
+    if maps.ndim != 3 or mask.shape not in (maps.shape, maps.shape[1:]):
+        raise ValueError(
+            "Expected maps (K, H, W) and a label mask (H, W) or (K, H, W) of their size, "
+            f"got {maps.shape} and {mask.shape}. Resize the maps to the mask."
+        )
+    if len(set(labels)) != len(maps) or len(labels) != len(maps):
+        raise ValueError(f"Expected {len(maps)} different labels, one a map, got {labels}.")
+    masks, number = np.broadcast_to(mask, maps.shape), len(maps)
+    void = (masks == ignore_index).any(0)
+    regions = [(one == label) & ~void for one, label in zip(masks, labels)]
+    pixels = [np.flatnonzero(region) for region in regions]
+    shared = {(i, j): np.flatnonzero(regions[i] & regions[j]) for i in range(number) for j in range(i)}
+
+    # Twice the number of pixel pairs in which M_i is higher at i than at j, and the number of all pixel pairs.
+    wins, pairs = np.zeros((2, number, number), np.int64)
+    for i, heatmap in enumerate(maps):
+        heatmap = heatmap.ravel()
+        histograms = [_histogram(heatmap[one]) for one in pixels]
+        for j in range(number):
+            if i != j:
+                both = _histogram(heatmap[shared[max(i, j), min(i, j)]])
+                own, other = histograms[i] - both, histograms[j] - both
+                wins[i, j] = own @ (2 * other.cumsum() - other)
+                pairs[i, j] = own.sum() * other.sum()
+    contrast = (wins + wins.T) / (4 * pairs.clip(1))
+    return np.stack([(pairs > 0).sum(1), contrast.sum(1)])
+
+
+def _histogram(values: np.ndarray) -> np.ndarray:
+    """Number of values at each level of a quantised map, int64."""
+    levels = np.rint(values * values.dtype.type(_LEVELS_OF_CONTRAST)).astype(np.intp)
+    return np.bincount(levels, minlength=_LEVELS_OF_CONTRAST + 1)
 
 
 def average_precision(scores: np.ndarray, presence: np.ndarray) -> float:
@@ -143,13 +209,47 @@ def average_precision(scores: np.ndarray, presence: np.ndarray) -> float:
 
 
 def _mean(values) -> float:
-    """Mean that does not depend on the order; NaN of nothing."""
+    """Mean; NaN of nothing."""
     values = list(values)
-    return math.fsum(values) / len(values) if values else math.nan
+    return sum(values) / len(values) if values else math.nan
 
 
-class _PairMetric:
-    """Sums over pairs, a few integers a class. A subclass says how counts become sums and sums become scores.
+class _ClassSums:
+    """A few sums a class, which can be merged. A subclass says how they are added and how they become scores.
+
+    Args:
+        ignore_index: mask value of the pixels that count nowhere.
+    """
+
+    _reasons: tuple[str, ...]  # why something has no value, tried in this order
+
+    def __init__(self, ignore_index: int = 255):
+        self.ignore_index = _class_id(ignore_index, "ignore_index")
+        self._sums: dict[int, np.ndarray] = {}
+        self._counted = 0
+        self._left_out = Counter()
+
+    def merge(self, other: _ClassSums) -> None:
+        """Adds everything that another metric has counted. ValueError if it is of another type or has other settings."""
+        if self._settings() != other._settings():
+            raise ValueError(f"Expected a metric like this one, {self._settings()}, got {other._settings()}.")
+        self._counted += other._counted
+        self._left_out.update(other._left_out)
+        for label, sums in other._sums.items():
+            self._add(label, sums)
+
+    def _settings(self) -> tuple:
+        return type(self), self.ignore_index
+
+    def _add(self, label: int, sums: np.ndarray) -> None:
+        self._sums[label] = self._sums.get(label, 0) + sums
+
+    def _numbers(self, counted: str) -> dict:
+        return {counted: self._counted, "left_out": {reason: self._left_out[reason] for reason in self._reasons}}
+
+
+class _PairMetric(_ClassSums):
+    """Sums over pairs of an image and a class.
 
     Args:
         aggregate: `"image"` takes each image's ratio and averages over the images of a class; `"pixel"` pools the
@@ -157,16 +257,11 @@ class _PairMetric:
         ignore_index: mask value of the pixels that count nowhere.
     """
 
-    _reasons: tuple[str, ...]  # why a pair has no value, tried in this order
-
     def __init__(self, aggregate: str = "image", ignore_index: int = 255):
         if aggregate not in ("image", "pixel"):
             raise ValueError(f"Expected `aggregate` to be one of ('image', 'pixel'), got {aggregate!r}.")
+        super().__init__(ignore_index)
         self.aggregate = aggregate
-        self.ignore_index = _class_id(ignore_index, "ignore_index")
-        self._sums: dict[int, np.ndarray] = {}
-        self._pairs = 0
-        self._left_out = Counter()
 
     def update(self, heatmap, mask, label: int) -> None:
         """Adds one pair. Arguments and errors are those of `threshold_counts`."""
@@ -174,7 +269,7 @@ class _PairMetric:
 
     def add_counts(self, counts: np.ndarray, label: int) -> None:
         """Adds one pair by its counts, which `count` has taken before, perhaps in another process."""
-        background, foreground = (int(pixels) for pixels in counts[:, 0])
+        background, foreground = counts[:, 0]
         missing = {
             "all_void": not (background or foreground),
             "no_foreground": not foreground,
@@ -184,24 +279,11 @@ class _PairMetric:
         if reason:
             self._left_out[reason] += 1
         else:
-            self._pairs += 1
+            self._counted += 1
             self._add(_class_id(label, "label"), self._summands(counts))
 
-    def merge(self, other: _PairMetric) -> None:
-        """Adds all pairs of another metric. ValueError if it is of another type or has other settings."""
-        mine, theirs = ((type(metric), metric.aggregate, metric.ignore_index) for metric in (self, other))
-        if mine != theirs:
-            raise ValueError(f"Expected a metric like this one, {mine}, got {theirs}.")
-        self._pairs += other._pairs
-        self._left_out.update(other._left_out)
-        for label, sums in other._sums.items():
-            self._add(label, sums)
-
-    def _add(self, label: int, sums: np.ndarray) -> None:
-        self._sums[label] = self._sums.get(label, 0) + sums
-
-    def _pair_numbers(self) -> dict:
-        return {"pairs": self._pairs, "left_out": {reason: self._left_out[reason] for reason in self._reasons}}
+    def _settings(self) -> tuple:
+        return *super()._settings(), self.aggregate
 
 
 class MeanMaxIoU(_PairMetric):
@@ -221,12 +303,12 @@ class MeanMaxIoU(_PairMetric):
     count = staticmethod(threshold_counts)
 
     def _summands(self, counts: np.ndarray) -> np.ndarray:
-        """(2, 102) Python integers, numerator and denominator of the IoU of every pixel and at each threshold."""
+        """(2, 102) float64, numerator and denominator of the IoU of every pixel and at each threshold."""
         background, foreground = counts
-        iou = np.stack([foreground, foreground[0] + background])
+        intersection, union = foreground, foreground[0] + background
         if self.aggregate == "image":
-            iou = np.stack([np.rint(iou[0] / iou[1] * _UNIT).astype(np.int64), np.full(_LEVELS, _UNIT)])
-        return iou.astype(object)
+            intersection, union = intersection / union, np.ones(_LEVELS)
+        return np.array([intersection, union], dtype=np.float64)
 
     def compute(self) -> dict:
         """Returns the scores of all pairs so far.
@@ -237,15 +319,16 @@ class MeanMaxIoU(_PairMetric):
         - **floor** -- the same mean when every pixel is predicted, percent.
         - **pairs**, **left_out** -- number of pairs in the mean, and {reason: number} of those that are not.
         """
-        iou = {label: 100 * (sums[0] / sums[1]).astype(float) for label, sums in sorted(self._sums.items())}
-        best = {label: int(curve[1:].argmax()) for label, curve in iou.items()}
+        iou = {label: 100 * sums[0] / sums[1] for label, sums in sorted(self._sums.items())}
+        # The lowest of equals, also where the order of summation made equals differ in their last bits.
+        best = {label: int((curve[1:] >= curve[1:].max() - 1e-9).argmax()) for label, curve in iou.items()}
         per_class = {label: float(iou[label][1 + i]) for label, i in best.items()}
         return {
             "mmiou": _mean(per_class.values()),
             "per_class": per_class,
             "thresholds": {label: float(THRESHOLDS[i]) for label, i in best.items()},
             "floor": _mean(float(curve[0]) for curve in iou.values()),
-            **self._pair_numbers(),
+            **self._numbers("pairs"),
         }
 
 
@@ -254,7 +337,7 @@ class MeanForegroundMinusBackground(_PairMetric):
 
     With `aggregate="image"` the difference is averaged over the images of a class; with `"pixel"` both means are over
     the pixels of all its images. A pair without foreground or without background is left out. The score of the
-    reversed maps 1 - M, taken in float32 or float64, is exactly the negative.
+    reversed maps 1 - M is the negative.
 
     Example:
         >>> metric = MeanForegroundMinusBackground()
@@ -267,9 +350,9 @@ class MeanForegroundMinusBackground(_PairMetric):
     count = staticmethod(region_means)
 
     def _summands(self, counts: np.ndarray) -> np.ndarray:
-        """(2, 2) Python integers, background and foreground: weight, and weighted mean in units of 2**-53."""
-        weights = counts[:, 0] if self.aggregate == "pixel" else (1, 1)
-        return np.array([(int(w), int(w) * int(mean)) for w, mean in zip(weights, counts[:, 1])], dtype=object)
+        """(2, 2) float64, background and foreground: weight, and weighted mean."""
+        weights, means = counts.T if self.aggregate == "pixel" else (np.ones(2), counts[:, 1])
+        return np.stack([weights, weights * means], axis=1)
 
     def compute(self) -> dict:
         """Returns the scores of all pairs so far.
@@ -278,11 +361,53 @@ class MeanForegroundMinusBackground(_PairMetric):
         - **per_class** -- {class id: its difference}.
         - **pairs**, **left_out** -- number of pairs in the mean, and {reason: number} of those that are not.
         """
-        per_class = {}
-        for label, sums in sorted(self._sums.items()):
-            background, foreground = (Fraction(total, weight) for weight, total in sums)
-            per_class[label] = float((foreground - background) / _UNIT)
-        return {"mfmb": _mean(per_class.values()), "per_class": per_class, **self._pair_numbers()}
+        means = {label: sums[:, 1] / sums[:, 0] for label, sums in sorted(self._sums.items())}
+        per_class = {label: float(foreground - background) for label, (background, foreground) in means.items()}
+        return {"mfmb": _mean(per_class.values()), "per_class": per_class, **self._numbers("pairs")}
+
+
+class TextContrast(_ClassSums):
+    """Text contrast: does the map of a class prefer its own pixels to those of the other classes in the image?
+
+    For classes i and j that one image shows, c_ij = (P(M_i at a pixel of i > M_i at a pixel of j) + P(M_j at j > M_j at i)) / 2,
+    ties half, see `contrast_counts`. A class's value is the mean of c over all its images and partners, the score the mean
+    over the classes. It is exactly 50 for maps that do not depend on the text, whatever they show, and 100 - x for the
+    reversed maps. An image without two classes that each have pixels of their own is left out.
+
+    Example:
+        >>> metric = TextContrast()
+        >>> maps, mask = np.array([[[0.9, 0.2]], [[0.1, 0.5]]]), np.array([[7, 8]])
+        >>> metric.update(maps, mask, labels=[7, 8])
+        >>> metric.compute()["text_contrast"]
+        100.0
+    """
+
+    _reasons = ("fewer_than_two_classes",)
+    count = staticmethod(contrast_counts)
+
+    def update(self, maps, mask, labels) -> None:
+        """Adds one image. Arguments and errors are those of `contrast_counts`."""
+        self.add_counts(self.count(maps, mask, labels, self.ignore_index), labels)
+
+    def add_counts(self, counts: np.ndarray, labels) -> None:
+        """Adds one image by its counts, which `count` has taken before, perhaps in another process."""
+        paired = [(_class_id(label, "label"), sums) for label, sums in zip(labels, counts.T) if sums[0]]
+        if paired:
+            self._counted += 1
+        else:
+            self._left_out["fewer_than_two_classes"] += 1
+        for label, sums in paired:
+            self._add(label, sums)
+
+    def compute(self) -> dict:
+        """Returns the scores of all images so far.
+
+        - **text_contrast** -- mean over classes, percent (NaN without any image).
+        - **per_class** -- {class id: its mean over images and partners, percent}.
+        - **images**, **left_out** -- number of images in the mean, and {"fewer_than_two_classes": number of the others}.
+        """
+        per_class = {label: float(100 * total / number) for label, (number, total) in sorted(self._sums.items())}
+        return {"text_contrast": _mean(per_class.values()), "per_class": per_class, **self._numbers("images")}
 
 
 class MultiLabelAveragePrecision:

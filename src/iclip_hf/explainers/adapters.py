@@ -75,7 +75,7 @@ class ModelAdapter(ABC):
     def _encode_texts(self, labels: list[str], templates: list[str]) -> ICLIPTextFeatures: ...
 
     def encode_image(self, pixel_values: torch.Tensor) -> ICLIPImageFeatures:
-        """`(B, 3, H, W)` -> unit vectors of images `(B, P)` and of patches `(B, N, P)`, and the patch grid."""
+        """`(B, 3, H, W)` -> unit vectors of images `(B, P)` and of patches `(B, h, w, P)`."""
         weight = next(self.model.parameters())
         return self._encode_image(pixel_values.to(weight.device, weight.dtype))
 
@@ -88,7 +88,7 @@ class ModelAdapter(ABC):
 
     def similarity_maps(self, image: ICLIPImageFeatures, texts: ICLIPTextFeatures) -> torch.Tensor:
         """Raw maps `(B, T, h, w)`: the cosine of every patch with every text (Eq. 1-3)."""
-        return cosine_similarity_map(image.patch_embeds, texts.map_text_embeds, image.grid)
+        return cosine_similarity_map(image.patch_embeds, texts.map_text_embeds)
 
     def logit_scale(self) -> torch.Tensor:
         """What the model multiplies the cosines of images and texts with."""
@@ -198,9 +198,8 @@ class CLIPAdapter(_TransformersFamily):
         output = self._vision_output(pixel_values)
         grid = tuple(side // self.processor.patch_size for side in pixel_values.shape[2:])
         patch_tokens = output.last_hidden_state[:, -grid[0] * grid[1] :]
-        return ICLIPImageFeatures(
-            image_embeds=unit(output.pooler_output), patch_embeds=unit(self._project_output(patch_tokens)), grid=grid
-        )
+        patch_embeds = unit(self._project_output(patch_tokens)).unflatten(1, grid)
+        return ICLIPImageFeatures(image_embeds=unit(output.pooler_output), patch_embeds=patch_embeds)
 
     def _vision_output(self, pixel_values: torch.Tensor) -> BaseModelOutputWithPooling:
         return self.model.get_image_features(pixel_values, interpolate_pos_encoding=True)

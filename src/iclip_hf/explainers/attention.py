@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 from ..modeling_iclip import ICLIPTextFeatures, cosines
@@ -17,7 +19,7 @@ class Attention(Explainer):
     @torch.no_grad()
     def raw_maps(self, pixel_values: torch.Tensor, texts: ICLIPTextFeatures) -> tuple[torch.Tensor, torch.Tensor]:
         image, (layer,) = self.family.trace(pixel_values, weights=True)
-        patches = image.patch_embeds.shape[1]
+        patches = math.prod(image.grid)
         attention = layer.weights[:, :, 0, -patches:].float().mean(1) if image.attention is None else image.attention
         scores = cosines(image.image_embeds, texts.text_embeds)
         return attention.unflatten(-1, image.grid).unsqueeze(1).expand(-1, scores.shape[1], -1, -1), scores

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 
 import torch
@@ -34,7 +35,7 @@ class GradientExplainer(Explainer):
     def raw_maps(self, pixel_values: torch.Tensor, texts: ICLIPTextFeatures) -> tuple[torch.Tensor, torch.Tensor]:
         image, layers = self.family.trace(pixel_values, self.layer, grad=True, weights=self.needs_weights)
         inputs = self.differentiated(layers)
-        maps, patches, count = [], image.patch_embeds.shape[1], texts.text_embeds.shape[-2]
+        maps, patches, count = [], math.prod(image.grid), texts.text_embeds.shape[-2]
         with torch.inference_mode(False), torch.enable_grad():
             # The clone: an embedding made under inference mode could not take part in a backward.
             scores = cosines(image.image_embeds, texts.text_embeds.clone())

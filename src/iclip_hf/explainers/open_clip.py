@@ -20,6 +20,15 @@ class OpenCLIPAdapter(ModelAdapter):
     """A transformer with a class token, for images of the one size that its position embeddings have."""
 
     def __init__(self, model: nn.Module, tokenizer):
+        try:
+            tokens = tokenizer(["dog"])
+        except Exception:  # of whatever takes other things than texts
+            tokens = None
+        if not isinstance(tokens, torch.Tensor):
+            raise TypeError(
+                "Expected the tokenizer of this open_clip model, which `open_clip.get_tokenizer` gives, got "
+                f"{type(tokenizer).__name__}: images need no preprocessing of open_clip's."
+            )
         self.tokenizer = tokenizer
         options, size = model.visual.preprocess_cfg, model.visual.image_size
         self.side = size[0] if isinstance(size, tuple) else size
@@ -46,8 +55,7 @@ class OpenCLIPAdapter(ModelAdapter):
         (stream,) = output["image_intermediates"]  # (B, D, h, w)
         return ICLIPImageFeatures(
             image_embeds=unit(output["image_features"]),
-            patch_embeds=unit(self.project(stream.flatten(2).mT)),
-            grid=tuple(stream.shape[2:]),
+            patch_embeds=unit(self.project(stream.flatten(2).mT)).unflatten(1, stream.shape[2:]),
         )
 
     def project(self, stream: torch.Tensor) -> torch.Tensor:

@@ -149,14 +149,14 @@ def _record_heads(query, key, value, scaling: float) -> torch.Tensor | None:
     return layer.weights
 
 
-def _transformers_attention(module, query, key, value, attention_mask, scaling=None, class_rows=None, **kwargs):
+def _transformers_attention(module, query, key, value, attention_mask, scaling=None, class_row=None, **kwargs):
     """transformers' attention function, as ICLIP's own but recorded. There is no mask: images get no padding."""
     weights = _record_heads(query, key, value, query.shape[-1] ** -0.5 if scaling is None else scaling)
     if weights is None:
         fused = AttentionInterface()["sdpa_class_row"]
-        return fused(module, query, key, value, None, scaling=scaling, class_rows=class_rows, **kwargs)
-    if class_rows is not None and getattr(module, "keep_class_row", False):
-        class_rows.append(weights[:, :, :1])
+        return fused(module, query, key, value, None, scaling=scaling, class_row=class_row, **kwargs)
+    if class_row is not None and getattr(module, "keep_class_row", False):
+        class_row.weights = weights[:, :, :1]
     return (weights @ value).transpose(1, 2), None
 
 

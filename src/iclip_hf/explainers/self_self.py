@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 
 import torch
@@ -41,9 +42,8 @@ class SelfSelfAttention(Explainer):
         stream = layers[0].stream
         for index, layer in zip(self.blocks, layers):
             stream = stream + self.family.layers[index].output(self.mix(layer))
-        patches = image.patch_embeds.shape[1]
-        patch_embeds = unit(self.family.project(stream[:, -patches:]))
-        maps = cosine_similarity_map(patch_embeds, texts.map_text_embeds.float(), image.grid)
+        patch_embeds = unit(self.family.project(stream[:, -math.prod(image.grid) :])).unflatten(1, image.grid)
+        maps = cosine_similarity_map(patch_embeds, texts.map_text_embeds.float())
         return maps, cosines(image.image_embeds, texts.text_embeds)
 
     @abstractmethod

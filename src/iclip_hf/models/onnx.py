@@ -27,7 +27,7 @@ from ..utils.files import atomic_folder, loading_errors
 
 
 VISION_FILE, TEXT_FILE = "vision_model.onnx", "text_model.onnx"
-_IMAGE_OUTPUTS = ("image_embeds", "map_image_embeds", "patch_embeds", "patch_tokens", "attention")
+_IMAGE_OUTPUTS = ("image_embeds", "map_image_embeds", "patch_embeds", "attention", "map_attention")
 _TEXT_OUTPUTS = ("text_embeds", "map_text_embeds")
 
 
@@ -36,7 +36,7 @@ def export_onnx(model: ICLIPModel, processor: ICLIPProcessor, folder: str | Path
     Writes a model as two ONNX graphs, beside its configuration and processor. B, T, L, H and W are free.
 
     - `vision_model.onnx`: `pixel_values` `(B, 3, H, W)`, of at least two patches a side, to the unit vectors `image_embeds` and
-      `map_image_embeds` `(B, P)` and `patch_embeds` `(B, N, P)`, the `patch_tokens` `(B, N, D)` and the `attention` `(B, N)` in
+      `map_image_embeds` `(B, P)` and `patch_embeds` `(B, h, w, P)`, the `patch_tokens` `(B, N, D)` and the `attention` `(B, N)` in
       [0, 1], as in [`ICLIPImageFeatures`].
     - `text_model.onnx`: `input_ids`, `attention_mask` and what else the tokenizer makes, `(T, L)`, to the unit vectors
       `text_embeds` and `map_text_embeds` `(T, P)`, as in [`ICLIPTextFeatures`].
@@ -97,9 +97,7 @@ class ONNXModel:
 
     def get_image_features(self, pixel_values: torch.Tensor) -> ICLIPImageFeatures:
         """As of [`ICLIPModel`]: `(B, 3, H, W)` to the fields that the graph has."""
-        outputs = _run(self._vision, {"pixel_values": pixel_values.float()})
-        patch = patch_side(self.config.vision_config)
-        return ICLIPImageFeatures(**outputs, grid=tuple(side // patch for side in pixel_values.shape[2:]))
+        return ICLIPImageFeatures(**_run(self._vision, {"pixel_values": pixel_values.float()}))
 
     def get_text_features(self, num_templates: int = 1, **inputs: torch.Tensor) -> ICLIPTextFeatures:
         """As of [`ICLIPModel`]: inputs `(M, L)` or `(B, M, L)` to unit vectors."""

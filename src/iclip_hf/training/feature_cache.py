@@ -12,7 +12,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import nn
+from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
@@ -24,6 +26,7 @@ from ..processing_iclip import ICLIPProcessor
 from ..utils.distributed import agreed, partner_errors, shared_folder_lock
 from ..utils.files import atomic_write, writing_errors
 from .data import seeded
+from .loss import image_features
 from .nouns import NounPrompts
 
 
@@ -32,14 +35,46 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# What is kept of an image: every pooling of Table 2, masked max under both norms of the attention.
+# What is kept of an image for branches that pool before the projection: every pooling of Table 2, masked max under both norms
+# of the attention.
 POOLINGS = ("class_token", "average", "max", "masked_max/minmax", "masked_max/quantile")
 
 
-def branch_poolings(config: ICLIPConfig) -> list[str]:
-    """Which of `POOLINGS` the branches of a model see, the recognition branch first."""
+def image_rows(model: ICLIPModel, pixel_values: torch.Tensor, map_tokens: int) -> torch.Tensor:
+    """
+    What is kept of images (B, 3, H, W): every one of `POOLINGS` (B, 5, D), the same for all models with this tower; with
+    `max_over="similarity"` the class token and then the model's [`salient_tokens`], a last column their attention, so
+    (B, 1 + K, D + 1).
+    """
+    if model.config.max_over == "similarity":
+        class_token, tokens, attention = image_features(model, pixel_values, map_tokens)
+        rows = torch.cat([class_token.unsqueeze(1), tokens], 1)
+        return torch.cat([rows, F.pad(attention, (1, 0)).unsqueeze(-1)], -1)
+    image = model.encode_image(pixel_values)
+
+    def one(way: str) -> torch.Tensor:
+        mode, _, norm = way.partition("/")
+        attention = normalize_attention(image.attention, norm or "minmax", model.config.attention_quantile)
+        return pool(image.patch_tokens, image.class_token, attention, mode)
+
+    return torch.stack([one(way) for way in POOLINGS], 1)
+
+
+def branch_features(rows: torch.Tensor, config: ICLIPConfig) -> tuple[torch.Tensor, ...]:
+    """From [`image_rows`] to what [`~loss.image_features`] makes of the images."""
+    if config.max_over == "similarity":
+        return rows[:, 0, :-1], rows[:, 1:, :-1], rows[:, 1:, -1]
     own = f"masked_max/{config.attention_norm}" if config.pooling == "masked_max" else config.pooling
-    return ["class_token", own] if config.dual_projection else [own]
+    names = ["class_token", own] if config.dual_projection else [own]
+    return tuple(rows[:, POOLINGS.index(name)] for name in names)
+
+
+def image_settings(config: ICLIPConfig, map_tokens: int) -> dict:
+    """The options of a model that [`image_rows`] depends on, beside its image tower."""
+    if config.max_over == "channels":
+        return {"attention_quantile": config.attention_quantile}
+    names = ("attention_norm", "attention_quantile", "center_tokens", "map_affinity")
+    return {"map_tokens": map_tokens, **{name: getattr(config, name) for name in names}}
 
 
 class FeatureShards:
@@ -137,12 +172,13 @@ def cache_images(
     transforms: Sequence[Callable],
     accelerator: Accelerator,
     *,
+    map_tokens: int = 16,
     batch_size: int = 64,
     num_workers: int = 0,
     max_bad_share: float = 0.05,
 ) -> list[FeatureShards]:
     """
-    Pools the image tower's tokens of each pair in every way of `POOLINGS`, once a view, unless that was done before.
+    Keeps [`image_rows`] of each pair, once a view, unless that was done before.
 
     Args:
         folder: of the cache.
@@ -150,12 +186,13 @@ def cache_images(
         model: on its device; only its image tower is used.
         transforms: one a view. What a random one draws for a pair depends on (view, index) alone.
         accelerator: its processes share the work.
+        map_tokens: see [`PairModel`].
         batch_size: images in one forward.
         num_workers: processes that load images, for each of the accelerator's.
         max_bad_share: of the pairs may have a broken image or no caption; they get no captions here.
 
     Returns:
-        for each view [`FeatureShards`] of rows (5, D) with the captions.
+        for each view [`FeatureShards`] of [`image_rows`] with the captions.
 
     Raises:
         `ValueError`: the folder holds features that depend on something else, or too many pairs are bad. `OSError`: it cannot
@@ -164,26 +201,25 @@ def cache_images(
     with accelerator.main_process_first():  # which keeps the digests of the files for the others
         data = pairs.fingerprint()
     views = []
+    settings = image_settings(model.config, map_tokens)
+    # Models that see other tokens keep theirs beside one another.
+    kind = "images" if model.config.max_over == "channels" else f"tokens-{_digest([*settings.items()])}"
     for view, transform in enumerate(transforms):
         fingerprint = {
             "tower": tower_digest(model.vision_model),
-            "attention_quantile": model.config.attention_quantile,
+            **settings,
             "mixed_precision": accelerator.mixed_precision,
             "data": data,
             "view": view if transform.is_random else None,
             **transform.description(),
         }
-        views.append(FeatureShards(folder / f"images-{view}", fingerprint, len(pairs)))
+        views.append(FeatureShards(folder / f"{kind}-{view}", fingerprint, len(pairs)))
         reader = _ViewReader(pairs, transform, view)
 
-        def encode(items: list[tuple[torch.Tensor | None, list[str]]]) -> tuple[torch.Tensor, list[list[str]]]:
+        def encode(items: list[tuple[torch.Tensor, list[str]]]) -> tuple[torch.Tensor, list[list[str]]]:
             images, captions = zip(*items)
-            good = [row for row, image in enumerate(images) if image is not None]
-            features = torch.zeros(len(items), len(POOLINGS), model.config.vision_config.hidden_size)
-            if good:
-                pixel_values = torch.stack([images[row] for row in good]).to(accelerator.device)
-                features[good] = _pool_every_way(model, pixel_values).float().cpu()
-            return features, list(captions)
+            pixel_values = torch.stack(images).to(accelerator.device)
+            return image_rows(model, pixel_values, map_tokens).float().cpu(), list(captions)
 
         _fill(views[-1], reader, encode, accelerator, batch_size, num_workers, f"View {view}")
     bad = sum(not captions for captions in views[0].captions())
@@ -235,7 +271,7 @@ class CachedPairs(Dataset):
 
     Args:
         views: from `cache_images`.
-        poolings: what each branch sees, see `branch_poolings`.
+        config: of the model that learns from them.
         processor: tokenizes the texts.
         seed: of the draws.
         nouns: draws noun prompts, if wanted.
@@ -245,16 +281,15 @@ class CachedPairs(Dataset):
     def __init__(
         self,
         views: Sequence[FeatureShards],
-        poolings: Sequence[str],
+        config: ICLIPConfig,
         processor: ICLIPProcessor,
         seed: int = 0,
         nouns: NounPrompts | None = None,
         texts: CachedTexts | None = None,
         prompts: CachedTexts | None = None,
     ):
-        self.views, self.processor, self.seed = views, processor, seed
+        self.views, self.config, self.processor, self.seed = views, config, processor, seed
         self.nouns, self.texts, self.prompts = nouns, texts, prompts
-        self.columns = [POOLINGS.index(pooling) for pooling in poolings]
         captions = views[0].captions()
         self.rows = np.array([row for row, several in enumerate(captions) if several])  # a bad pair has none
         self.captions = [captions[row] for row in self.rows]
@@ -271,13 +306,13 @@ class CachedPairs(Dataset):
         self.drawn_caption = draws.random(len(self))
 
     def __getitems__(self, indices: Sequence[int]) -> dict:
-        """A whole batch at once: `image_features` (B, branches, D), for each pair the drawn caption and all of them."""
+        """A whole batch at once: `image_features` of the branches, for each pair the drawn caption and all of them."""
         indices = np.asarray(indices)
         drawn, rows = self.drawn_view[indices], self.rows[indices]
-        images = [self.views[view][rows[drawn == view]][:, self.columns] for view in range(len(self.views))]
+        images = [self.views[view][rows[drawn == view]] for view in range(len(self.views))]
         order = np.argsort(np.argsort(drawn, kind="stable"))
         return {
-            "image_features": torch.from_numpy(np.concatenate(images)[order]).float(),
+            "image_features": branch_features(torch.from_numpy(np.concatenate(images)[order]).float(), self.config),
             "caption": [self.captions[i][int(self.drawn_caption[i] * len(self.captions[i]))] for i in indices],
             "captions": [self.captions[i] for i in indices],
         }
@@ -316,31 +351,19 @@ def _digest(value: list) -> str:
 
 
 class _ViewReader(Dataset):
-    """One view of each pair with all its captions; (None, []) for a bad pair."""
+    """One view of each pair with all its captions; a black image without captions for a bad pair."""
 
     def __init__(self, pairs: PairDataset, transform: Callable, view: int):
         self.pairs, self.transform, self.view = pairs, transform, view
 
-    def __getitem__(self, index: int) -> tuple[torch.Tensor | None, list[str]]:
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, list[str]]:
         try:
             pair = self.pairs.read(index)
         except BadPairError as error:
             logger.warning("Left out: %s", error)
-            return None, []
+            pair = {"image": Image.new("RGB", (64, 64)), "captions": []}
         with seeded(self.view, index):
             return self.transform(pair["image"]), pair["captions"]
-
-
-def _pool_every_way(model: ICLIPModel, pixel_values: torch.Tensor) -> torch.Tensor:
-    """Images (B, 3, H, W) -> (B, 5, D) in the order of `POOLINGS`."""
-    image = model.encode_image(pixel_values)
-
-    def one(way: str) -> torch.Tensor:
-        mode, _, norm = way.partition("/")
-        attention = normalize_attention(image.attention, norm or "minmax", model.config.attention_quantile)
-        return pool(image.patch_tokens, image.class_token, attention, mode)
-
-    return torch.stack([one(way) for way in POOLINGS], 1)
 
 
 @partner_errors("run the same again, which goes on")

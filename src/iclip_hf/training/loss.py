@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import distributed, nn
@@ -11,6 +11,72 @@ from torch.utils.checkpoint import checkpoint
 
 from ..losses import contrastive_loss, multi_positive_loss
 from ..modeling_iclip import ICLIPModel, normalize
+from ..pooling import share_among_like
+
+
+def salient_tokens(
+    tokens: torch.Tensor, attention: torch.Tensor, count: int, affinity: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    Few patches that stand for an image: first the one with most attention, then by turns the one with most attention times
+    distance to those taken, each the mean of the patches like it. All patches where there are not more than `count`.
+
+    Args:
+        tokens (`torch.Tensor` of shape `(B, N, D)`): as the map branch sees them, before they are shared among like patches.
+        attention (`torch.Tensor` of shape `(B, N)`): in [0, 1].
+        count (`int`): patches to take.
+        affinity (`float`): of [`~pooling.share_among_like`]; 0 leaves tokens as they are.
+
+    Returns:
+        `tuple`: tokens `(B, K, D)` and attention `(B, K)`, K = min(count, N).
+    """
+    batch = torch.arange(len(tokens), device=tokens.device)
+    if count < tokens.shape[1]:
+        units = normalize(tokens.float())
+        wanted, distance = attention, torch.full_like(attention, 2.0)
+        taken = []
+        for _ in range(count):
+            taken.append(wanted.argmax(1))
+            distance = torch.minimum(distance, 1 - (units @ units[batch, taken[-1]].unsqueeze(-1)).squeeze(-1))
+            wanted = (attention + 0.05) * distance.clamp(min=0)  # not only where attention is
+        taken = torch.stack(taken, 1)
+    else:
+        taken = torch.arange(tokens.shape[1], device=tokens.device).expand(len(tokens), -1)
+    queries = tokens[batch[:, None], taken]
+    if affinity == 0:
+        return queries, attention[batch[:, None], taken]
+    values = torch.cat([tokens, attention.unsqueeze(-1).to(tokens.dtype)], -1)
+    shared = share_among_like(values, tokens, affinity, queries)
+    return shared[..., :-1], shared[..., -1].float()
+
+
+def image_features(model: ICLIPModel, pixel_values: torch.Tensor, map_tokens: int) -> tuple[torch.Tensor, ...]:
+    """
+    What the projections see of images (B, 3, H, W): for each branch the pooled vector (B, D), or with `max_over="similarity"`
+    the recognition branch's vector (B, D), [`salient_tokens`] (B, K, D) and their attention (B, K).
+    """
+    image = model.encode_image(pixel_values)
+    attention = model.normalized_attention(image)
+    if model.config.max_over == "channels":
+        return model.pool_image(image, attention)[: 1 + model.config.dual_projection]
+    tokens = model.centered_tokens(image)
+    return image.class_token, *salient_tokens(tokens, attention, map_tokens, model.config.map_affinity)
+
+
+@torch.no_grad()
+def set_token_mean(model: ICLIPModel, images: Iterable[torch.Tensor]) -> None:
+    """
+    Sets `token_mean` of a model with `center_tokens`, unless an earlier training has, so that branches learn from it on.
+
+    Args:
+        model: on its device.
+        images (iterable of `torch.Tensor` of shape `(3, H, W)`): a few hundred are enough.
+    """
+    if model.config.center_tokens and not model.token_mean.any():
+        means = [
+            model.encode_image(image[None].to(model.device)).patch_tokens.float().mean((0, 1)) for image in images
+        ]
+        model.token_mean.copy_(torch.stack(means).mean(0))
 
 
 class PairModel(nn.Module):
@@ -26,18 +92,32 @@ class PairModel(nn.Module):
         model: [`ICLIPModel`].
         chunk_size: images or texts in one forward of a tower that learns.
         lock_text: the text tower takes no gradients and stays in eval mode, as a locked image tower does.
+        map_tokens: with `max_over="similarity"` the patches of an image that are compared with the texts, see
+            [`salient_tokens`].
+        noun_weight: share of the noun prompts in the loss of the branches that learn them; the captions have the rest.
+        noun_branches: `"recognition"` and `"interpretability"`, those that learn nouns. A map that is pooled by similarity
+            gains by them; in other poolings it loses what all objects share against the background.
     """
 
-    def __init__(self, model: ICLIPModel, chunk_size: int = 256, lock_text: bool = False):
+    def __init__(
+        self,
+        model: ICLIPModel,
+        chunk_size: int = 256,
+        lock_text: bool = False,
+        map_tokens: int = 16,
+        noun_weight: float = 0.5,
+        noun_branches: Sequence[str] = ("recognition",),
+    ):
         super().__init__()
-        self.model, self.chunk_size, self.lock_text = model, chunk_size, lock_text
+        self.model, self.chunk_size, self.lock_text, self.map_tokens = model, chunk_size, lock_text, map_tokens
+        self.noun_weight, self.noun_branches = noun_weight, noun_branches
         self.train()
 
     @property
-    def branches(self) -> list[nn.Module]:
+    def branches(self) -> dict[str, nn.Module]:
         """Those that the model has, recognition first."""
-        one = self.model.recognition, self.model.interpretability
-        return [branch for branch in one if branch is not None]
+        named = {name: getattr(self.model, name) for name in ("recognition", "interpretability")}
+        return {name: branch for name, branch in named.items() if branch is not None}
 
     @property
     def has_dropout(self) -> bool:
@@ -56,7 +136,7 @@ class PairModel(nn.Module):
     def forward(
         self,
         pixel_values: torch.Tensor | None = None,
-        image_features: torch.Tensor | None = None,
+        image_features: Sequence[torch.Tensor] | None = None,
         text_features: torch.Tensor | None = None,
         noun_ids: torch.Tensor | None = None,
         has_noun: torch.Tensor | None = None,
@@ -65,58 +145,65 @@ class PairModel(nn.Module):
         """
         Args:
             pixel_values: images (B, 3, H, W), or else
-            image_features: what each branch's projection sees of them, (B, branches, D).
+            image_features: what [`image_features`] makes of them.
             text_features: what the projections see of the texts, (M, Dt), or else
             texts: `input_ids` and what goes with it, (M, L). The first B are the images' captions, the others noun prompts.
-            noun_ids, has_noun: of the prompts, see [`NounPrompts`]. They teach the recognition branch: maps of a branch that
-                learns nouns lose what all objects share against the background.
+            noun_ids, has_noun: of the prompts, see [`NounPrompts`].
 
         Returns:
             `dict` with `loss`, the mean of `losses` (branches,) (Eq. 13), and the unit vectors `image_embeds` and
-            `text_embeds` (B, branches, P), all float32; the embeddings have no gradient.
+            `text_embeds` (B, P) of the recognition branch, all float32; the embeddings have no gradient.
         """
         if image_features is None:
             image_features = self._in_chunks(self._encode_images, pixel_values)
         if text_features is None:
             text_features = self._in_chunks(lambda *t: self._encode_texts(**dict(zip(texts, t))), *texts.values())
-        image_embeds = torch.stack([b.visual_projection(image_features[:, i]) for i, b in enumerate(self.branches)], 1)
-        pairs, scales = len(image_embeds), self.model.logit_scales()
-        text_embeds = torch.stack([b.text_projection(text_features[:pairs]) for b in self.branches], 1)
-        prompt_embeds = self.model.recognition.text_projection(text_features[pairs:])
+        pairs, rank, losses, embeds = len(image_features[0]), _rank(), [], None
+        own = slice(rank * pairs, rank * pairs + pairs)
+        if noun_ids is not None:
+            nouns, all_have = gather_with_gradient(noun_ids), gather_with_gradient(has_noun)
+            once = _first_of_each(nouns)  # a noun of many images counts once
+            nouns = nouns[once]
 
-        # float16 would round the scaled cosines to a sixteenth.
-        with torch.autocast(image_features.device.type, enabled=False):
-            image_embeds, text_embeds, prompt_embeds = (
-                normalize(one.float()) for one in (image_embeds, text_embeds, prompt_embeds)
-            )
-            all_images, all_texts = gather_with_gradient(torch.stack([image_embeds, text_embeds], 1)).unbind(1)
-            losses = [
-                contrastive_loss(
-                    scale * image_embeds[:, i] @ all_texts[:, i].T,
-                    scale * text_embeds[:, i] @ all_images[:, i].T if len(all_images) > pairs else None,
-                    offset=_rank() * pairs,
-                )
-                for i, scale in zip(range(len(self.branches)), scales)
-            ]
-            if noun_ids is not None:
-                all_ids, all_have = gather_with_gradient(noun_ids), gather_with_gradient(has_noun)
-                per_image = scales[0] * image_embeds[:, 0] @ gather_with_gradient(prompt_embeds).T
-                per_prompt = scales[0] * prompt_embeds @ all_images[:, 0].T
-                noun_loss = multi_positive_loss(per_image, has_noun[:, all_ids] > 0)
-                noun_loss = (noun_loss + multi_positive_loss(per_prompt, all_have[:, noun_ids].T > 0)) / 2
-                losses[0] = (losses[0] + noun_loss) / 2
-            losses = torch.stack(losses)
+        for (name, branch), scale in zip(self.branches.items(), self.model.logit_scales()):
+            pooled = name == "recognition" or self.model.config.max_over == "channels"
+            features = image_features[0] if name == "recognition" else image_features[1]
+            images = branch.visual_projection(features)
+            texts_of_branch = branch.text_projection(text_features)
+            # float16 would round the scaled cosines to a sixteenth.
+            with torch.autocast(images.device.type, enabled=False):
+                images, texts_of_branch = normalize(images.float()), normalize(texts_of_branch.float())
+                captions, prompts = texts_of_branch[:pairs], texts_of_branch[pairs:]
+                embeds = embeds or (images.detach(), captions.detach())
+
+                def logits(texts, images=images, pooled=pooled, scale=scale) -> torch.Tensor:
+                    """This process's images with texts (T, P) -> (B, T)."""
+                    if pooled:
+                        return scale * images @ texts.mT
+                    return scale * self.model.pool_similarities(images, texts, image_features[2])
+
+                # Each process scores its own images; a text's row over all images is put together from their logits, which
+                # are smaller than the patches' embeddings.
+                per_image = logits(gather_with_gradient(captions))
+                per_text = gather_with_gradient(per_image)[:, own].mT
+                loss = contrastive_loss(per_image, per_text, offset=rank * pairs)
+                if noun_ids is not None and name in self.noun_branches:
+                    per_image = logits(gather_with_gradient(prompts)[once])
+                    per_prompt = gather_with_gradient(per_image).mT
+                    noun_loss = multi_positive_loss(per_image, has_noun[:, nouns] > 0)
+                    noun_loss = (noun_loss + multi_positive_loss(per_prompt, all_have[:, nouns].T > 0)) / 2
+                    loss = (1 - self.noun_weight) * loss + self.noun_weight * noun_loss
+                losses.append(loss)
+        losses = torch.stack(losses)
         return {
             "loss": losses.mean(),
             "losses": losses.detach(),
-            "image_embeds": image_embeds.detach(),
-            "text_embeds": text_embeds.detach(),
+            "image_embeds": embeds[0],
+            "text_embeds": embeds[1],
         }
 
-    def _encode_images(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        image = self.model.encode_image(pixel_values)
-        pooled = self.model.pool_image(image, self.model.normalized_attention(image))
-        return torch.stack(pooled[: len(self.branches)], 1)
+    def _encode_images(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return image_features(self.model, pixel_values, self.map_tokens)
 
     def _encode_texts(self, **texts: torch.Tensor) -> torch.Tensor:
         return self.model.encode_text(**texts)[0]
@@ -125,14 +212,24 @@ class PairModel(nn.Module):
         if len(inputs[0]) <= self.chunk_size:
             return encode(*inputs)
         chunks = zip(*(one.split(self.chunk_size) for one in inputs))
-        return torch.cat([checkpoint(encode, *chunk, use_reentrant=False) for chunk in chunks])
+        encoded = [checkpoint(encode, *chunk, use_reentrant=False) for chunk in chunks]
+        return torch.cat(encoded) if isinstance(encoded[0], torch.Tensor) else tuple(map(torch.cat, zip(*encoded)))
 
     @torch.no_grad()
     def clamp_logit_scales(self) -> None:
         """Keeps the scales a hair below 100: the clamp in the model has no gradient above, so none would come back."""
-        for branch in self.branches:
+        for branch in self.branches.values():
             if branch.logit_scale is not None:
                 branch.logit_scale.clamp_(max=math.log(100) - 1e-6)
+
+
+def _first_of_each(ids: torch.Tensor) -> torch.Tensor:
+    """Where each different number of (M,) stands first, ascending by number."""
+    _, inverse = ids.unique(return_inverse=True)
+    places = torch.arange(len(ids), device=ids.device)
+    return torch.full((int(inverse.max()) + 1,), len(ids), device=ids.device).scatter_reduce(
+        0, inverse, places, "amin"
+    )
 
 
 def _rank() -> int:

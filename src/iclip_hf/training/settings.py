@@ -31,7 +31,7 @@ def setting(default, help: str, same: Callable | None = lambda value: value):
         help: what it is, for the command line.
         same: what of its value must be the same when a run resumes; None if it may change, since it changes no number.
     """
-    make = {"default_factory": list} if default == [] else {"default": default}
+    make = {"default_factory": default.copy} if isinstance(default, list) else {"default": default}
     return field(**make, metadata={"help": help, "same": same})
 
 
@@ -65,7 +65,10 @@ class Settings:
     auto_augment: str = setting("rand-m9-mstd0.5-inc1", "timm's name of an augmentation policy, or empty")
     random_erasing: float = setting(0.25, "probability of erasing a rectangle")
     nouns: str = setting("", "text file of nouns, a line each: those of a caption become prompts, as in GroupViT")
-    noun_prompts: int = setting(3, "nouns that a pair brings")
+    noun_prompts: int = setting(3, "nouns that a pair brings; each noun of a batch counts once")
+    noun_weight: float = setting(0.5, "their share in the loss of the branches that learn them")
+    noun_branches: list[str] = setting(["recognition"], "branches that learn them: recognition, interpretability")
+    map_tokens: int = setting(16, "patches that stand for an image where max_over is similarity")
     num_workers: int = setting(4, "processes that load pairs, for each training process", same=None)
     cache_features: str = setting(
         "", "folder for features of locked towers, computed once and trained from", same=bool
@@ -119,6 +122,7 @@ class Settings:
         self.output_dir = self.output_dir or f"runs/{Path(self.config).parent.name}"
         limits = dict.fromkeys(("image_size", "views", "epochs", "batch_size", "chunk_size", "max_bad_steps"), 1)
         limits |= dict.fromkeys(("log_steps", "eval_steps", "checkpoint_steps", "keep_checkpoints", "noun_prompts"), 1)
+        limits["map_tokens"] = 1
         limits |= dict.fromkeys(("num_workers", "max_steps", "pairs_per_epoch", "pictures"), 0)
         limits |= dict.fromkeys(("warmup_epochs", "weight_decay", "warmup_learning_rate", "min_learning_rate"), 0)
         for name, least in limits.items():
@@ -127,13 +131,16 @@ class Settings:
         for name in ("learning_rate", "clip_grad_norm", "adam_epsilon"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
-        for name in ("crop_scale", "random_erasing", "max_bad_share", "adam_beta1", "adam_beta2"):
+        for name in ("crop_scale", "random_erasing", "max_bad_share", "adam_beta1", "adam_beta2", "noun_weight"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} must be from 0 to 1, got {getattr(self, name)}")
         for one in self.model_options:
             name, equals, _ = one.partition("=")
             if not equals or name not in ICLIPConfig.__annotations__:
                 raise ValueError(f"model_options must be name=value with an option of ICLIPConfig, got {one!r}")
+        branches = ("recognition", "interpretability")
+        if unknown := [name for name in self.noun_branches if name not in branches]:
+            raise ValueError(f"noun_branches must be of {', '.join(branches)}, got {unknown[0]!r}")
         given = {"validation_data": bool(self.validation_data), "eval_dataset": self.eval_dataset != "none"}
         needed = "validation_data" if self.best_metric in RETRIEVAL_METRICS else "eval_dataset"
         if self.best_metric == "auto":

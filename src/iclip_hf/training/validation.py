@@ -27,7 +27,7 @@ def validate(
     accelerator: Accelerator, pair_model: nn.Module, dataset: Dataset, batch_size: int, num_workers: int = 0
 ) -> dict[str, float]:
     """
-    Retrieval among the pairs of a validation set by the recognition branch, and the loss over all of them at once.
+    Retrieval among the pairs of a validation set by the recognition branch, and its loss over all of them at once.
 
     Returns:
         `dict`: `val_loss`, and `image_to_text` and `text_to_image`, the percentage of images (texts) whose own text (image)
@@ -47,13 +47,13 @@ def validate(
         texts.append(outputs["text_embeds"])
     pair_model.train()
     images, texts = (accelerator.gather(torch.cat(one))[: len(dataset)] for one in (images, texts))
-    cosines = [images[:, i] @ texts[:, i].T for i in range(images.shape[1])]
-    scales = accelerator.unwrap_model(pair_model).model.logit_scales()
+    cosines = images @ texts.T
+    scale = accelerator.unwrap_model(pair_model).model.logit_scales()[0]
     own = torch.arange(len(dataset), device=images.device)
     return {
-        "val_loss": torch.stack([contrastive_loss(scale * one) for scale, one in zip(scales, cosines)]).mean().item(),
-        "image_to_text": 100 * (cosines[0].argmax(1) == own).float().mean().item(),
-        "text_to_image": 100 * (cosines[0].argmax(0) == own).float().mean().item(),
+        "val_loss": contrastive_loss(scale * cosines).item(),
+        "image_to_text": 100 * (cosines.argmax(1) == own).float().mean().item(),
+        "text_to_image": 100 * (cosines.argmax(0) == own).float().mean().item(),
     }
 
 

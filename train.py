@@ -177,7 +177,7 @@ def train(
     interrupts: Interrupts,
 ) -> dict[str, float]:
     """The run itself; returns the metrics of the last evaluation."""
-    output_dir, name = Path(settings.output_dir), Path(settings.config).parent.name
+    output_dir, name = Path(settings.output_dir), Path(settings.config).resolve().parent.name
     pair_model = PairModel(
         model,
         settings.chunk_size,

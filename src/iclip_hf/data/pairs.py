@@ -17,7 +17,8 @@ import random
 import re
 import tarfile
 from array import array
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -202,15 +203,20 @@ class PairStream(IterableDataset):
 
     def __iter__(self) -> Iterator[dict]:
         skipped = 0
-        for row in _connected(self._rows):
+        rows = iter(self._rows)
+        while True:
+            with _connection_errors():
+                row = next(rows, None)
+            if row is None:
+                return
             stored = row[self._image_column] or {}
             key = row.get("__key__") or stored.get("path") or "a pair without a name"
             try:
                 captions = _captions(row)
                 image = load_image(_image_bytes(stored), repr(key))
+            except DroppedConnectionError:
+                raise
             except (ValueError, OSError) as error:
-                if _is_connection_error(error):
-                    raise DroppedConnectionError(f"{key}: {error}") from error
                 skipped += 1
                 self._tally.bad(BadPairError(f"{key}: {error}"))
                 continue
@@ -454,19 +460,16 @@ class _Tally:
 _NETWORK_LIBRARIES = ("aiohttp", "fsspec", "httpcore", "httpx", "huggingface_hub", "requests", "urllib3")
 
 
-def _connected(rows: Iterable[dict]) -> Iterator[dict]:
-    """The rows of a stream; whatever a lost connection raises is a `DroppedConnectionError`."""
+@contextmanager
+def _connection_errors() -> Iterator[None]:
+    """Whatever a lost connection raises inside becomes a `DroppedConnectionError`."""
     try:
-        yield from rows
+        yield
     except Exception as error:
-        if not _is_connection_error(error):
+        library = type(error).__module__.partition(".")[0]
+        if not isinstance(error, (ConnectionError, TimeoutError)) and library not in _NETWORK_LIBRARIES:
             raise
         raise DroppedConnectionError(" ".join(str(error).split()) or type(error).__name__) from error
-
-
-def _is_connection_error(error: Exception) -> bool:
-    library = type(error).__module__.partition(".")[0]
-    return isinstance(error, (ConnectionError, TimeoutError)) or library in _NETWORK_LIBRARIES
 
 
 def _load(image: bytes | Path, name: str | None) -> Image.Image:
@@ -517,7 +520,7 @@ def _image_bytes(stored: Mapping) -> bytes:
         return stored.get("bytes") or b""
     import fsspec
 
-    with fsspec.open(stored["path"], "rb") as file:
+    with _connection_errors(), fsspec.open(stored["path"], "rb") as file:
         return file.read()
 
 

@@ -119,7 +119,7 @@ class Settings:
     keep_checkpoints: int = setting(2, "checkpoints to keep", same=None)
 
     def __post_init__(self):
-        self.output_dir = self.output_dir or f"runs/{Path(self.config).parent.name}"
+        self.output_dir = self.output_dir or f"runs/{Path(self.config).resolve().parent.name}"
         limits = dict.fromkeys(("image_size", "views", "epochs", "batch_size", "chunk_size", "max_bad_steps"), 1)
         limits |= dict.fromkeys(("log_steps", "eval_steps", "checkpoint_steps", "keep_checkpoints", "noun_prompts"), 1)
         limits["map_tokens"] = 1

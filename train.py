@@ -7,7 +7,6 @@ command line.
 
 from __future__ import annotations
 
-import itertools
 import json
 import math
 import os
@@ -29,34 +28,30 @@ with require_extra("train"):
     from accelerate.utils import ProjectConfiguration, parse_flag_from_env, set_seed
 
 from iclip_hf import ICLIPModel, ICLIPProcessor
-from iclip_hf.data.pairs import PairStream, load_pairs
 from iclip_hf.data.segmentation import load_segmentation
 from iclip_hf.evaluation.evaluate import evaluate
 from iclip_hf.hub.folders import join_towers
 from iclip_hf.models.loading import load_iclip
 from iclip_hf.training.checkpoints import (
-    RunState,
     advice_to_resume,
-    checkpoints,
     export,
     keep_learning_weights_only,
-    read_state,
     save_checkpoint,
+    state_to_resume,
 )
-from iclip_hf.training.data import AugmentedImage, BatchLoader, TrainingPairs, TrainingStream, WholeImage, derive_seed
-from iclip_hf.training.feature_cache import CachedPairs, cache_images, cache_texts
+from iclip_hf.training.data import BatchLoader, derive_seed
+from iclip_hf.training.datasets import load_datasets
 from iclip_hf.training.interrupts import Interrupts
-from iclip_hf.training.loss import PairModel, set_token_mean
+from iclip_hf.training.loss import PairModel
 from iclip_hf.training.meter import Meter
-from iclip_hf.training.nouns import NounPrompts
 from iclip_hf.training.schedule import cosine_schedule, parameter_groups
-from iclip_hf.training.settings import MAP_METRICS, Settings, changed_settings, read_settings
+from iclip_hf.training.settings import MAP_METRICS, Settings, read_settings
 from iclip_hf.training.validation import draw_examples, validate
 from iclip_hf.utils.distributed import partner_errors, shared_folder_lock
 from iclip_hf.utils.files import atomic_write
 
 
-# --------------------------------------------------------------------------------------------------- model and data
+# -------------------------------------------------------------------------------------------------------------- model
 
 
 def load_model(settings: Settings) -> tuple[ICLIPModel, ICLIPProcessor]:
@@ -68,48 +63,6 @@ def load_model(settings: Settings) -> tuple[ICLIPModel, ICLIPProcessor]:
         return load_iclip(settings.model, **options)
     folder = Path(settings.config).parent
     return join_towers(folder, settings.vision, settings.text, settings.image_size, **options)
-
-
-def load_datasets(settings: Settings, model: ICLIPModel, processor: ICLIPProcessor, accelerator: Accelerator):
-    """What to train on, and the local pairs to validate on with their prepared form (None without them)."""
-    shared = {"seed": settings.seed, "max_bad_share": settings.max_bad_share}
-    source = settings.data[0] if len(settings.data) == 1 else settings.data
-    placed = {"rank": accelerator.process_index, "world_size": accelerator.num_processes, "split": settings.split}
-    with accelerator.main_process_first():  # which leaves the indexes of tar shards behind for the others
-        pairs = load_pairs(source, **shared, **placed)
-        held_out = load_pairs(settings.validation_data, **shared) if settings.validation_data else None
-    whole = WholeImage(processor)
-    augmented = AugmentedImage(processor, settings.crop_scale, settings.auto_augment, settings.random_erasing)
-
-    nouns = NounPrompts.from_file(settings.nouns, settings.noun_prompts, settings.seed) if settings.nouns else None
-
-    def cached(pairs, part: str, transforms: list, nouns: NounPrompts | None = None) -> CachedPairs:
-        if not model.config.lock_vision or isinstance(pairs, PairStream):
-            raise ValueError("cache_features needs a locked image tower and local pairs.")
-        folder = Path(settings.cache_features, part)
-        limits = {"num_workers": settings.num_workers, "max_bad_share": settings.max_bad_share}
-        views = cache_images(folder, pairs, model, transforms, accelerator, map_tokens=settings.map_tokens, **limits)
-        texts = {}
-        if settings.lock_text:
-            captions = itertools.chain.from_iterable(views[0].captions())
-            texts["texts"] = cache_texts(folder / "texts", captions, model, processor, accelerator)
-            if nouns is not None:
-                prompts = nouns.all_prompts()
-                texts["prompts"] = cache_texts(folder / "prompts", prompts, model, processor, accelerator)
-        return CachedPairs(views, model.config, processor, settings.seed, nouns, **texts)
-
-    model.to(accelerator.device).eval()
-    if isinstance(pairs, PairStream):
-        some = (pair["image"] for pair in itertools.islice(pairs, 256))
-    else:
-        some = (pairs[index]["image"] for index in range(0, len(pairs), max(1, len(pairs) // 256)))
-    set_token_mean(model, map(whole, some))
-    if settings.cache_features:
-        training = cached(pairs, "training", [whole] + [augmented] * (settings.views - 1), nouns)
-        return training, held_out, held_out and cached(held_out, "validation", [whole])
-    prepared = TrainingStream if isinstance(pairs, PairStream) else TrainingPairs
-    training = prepared(pairs, augmented, processor, settings.seed, nouns)
-    return training, held_out, held_out and TrainingPairs(held_out, whole, processor, settings.seed)
 
 
 def start_accelerator(settings: Settings, model: ICLIPModel) -> Accelerator:
@@ -133,24 +86,6 @@ def start_accelerator(settings: Settings, model: ICLIPModel) -> Accelerator:
             "Accelerate without it, such as those in hub_configs/accelerate."
         )
     return accelerator
-
-
-def state_to_resume(settings: Settings, pair_model: PairModel) -> tuple[Path | None, RunState]:
-    """The last checkpoint in the run's folder, if this run may go on from it, with its state; without one, (None, a new state)."""
-    folder = Path(settings.output_dir)
-    if not checkpoints(folder):
-        return None, RunState()
-    if not settings.resume:
-        raise ValueError(f"{folder}: holds a run already; add --resume to go on with it, or name another output_dir.")
-    last = checkpoints(folder)[-1]
-    state = read_state(last)
-    fixed = ["chunk_size"] if pair_model.has_dropout else []
-    if changed := changed_settings(settings, state.settings, fixed):
-        differences = ", ".join(
-            f"{name} from {state.settings.get(name)} to {getattr(settings, name)}" for name in changed
-        )
-        raise ValueError(f"{folder}: cannot go on with other settings, but they changed: {differences}.")
-    return last, state
 
 
 # --------------------------------------------------------------------------------------------------------------- main
@@ -186,7 +121,7 @@ def train(
         settings.noun_weight,
         settings.noun_branches,
     )
-    last_checkpoint, state = state_to_resume(settings, pair_model)
+    last_checkpoint, state = state_to_resume(settings, fixed=["chunk_size"] if pair_model.has_dropout else [])
     state.settings = asdict(settings)
 
     # Data; first what is quickly found to be missing

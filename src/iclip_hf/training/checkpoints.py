@@ -6,7 +6,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -19,6 +19,7 @@ from ..hub.model_card import write_model_card
 from ..processing_iclip import ICLIPProcessor
 from ..utils.extras import require_extra
 from ..utils.files import writing_errors
+from .settings import Settings, changed_settings
 
 
 with require_extra("train"):
@@ -85,9 +86,30 @@ def checkpoints(output_dir: Path) -> list[Path]:
     return sorted(path for path in output_dir.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name))
 
 
-def read_state(folder: Path) -> RunState:
-    """The state that a checkpoint was saved with."""
-    return RunState(**json.loads((folder / "state.json").read_text()))
+def state_to_resume(settings: Settings, fixed: Collection[str] = ()) -> tuple[Path | None, RunState]:
+    """
+    The last checkpoint in the run's folder and the state it was saved with; without one, None and a new state.
+
+    Args:
+        settings: of this run.
+        fixed: settings that may not change in it beside those whose field says so.
+
+    Raises:
+        `ValueError`: there is a checkpoint, but `resume` is not set, or settings differ that may not change.
+    """
+    folder = Path(settings.output_dir)
+    if not checkpoints(folder):
+        return None, RunState()
+    if not settings.resume:
+        raise ValueError(f"{folder}: holds a run already; add --resume to go on with it, or name another output_dir.")
+    last = checkpoints(folder)[-1]
+    state = RunState(**json.loads((last / "state.json").read_text()))
+    if changed := changed_settings(settings, state.settings, fixed):
+        differences = ", ".join(
+            f"{name} from {state.settings.get(name)} to {getattr(settings, name)}" for name in changed
+        )
+        raise ValueError(f"{folder}: cannot go on with other settings, but they changed: {differences}.")
+    return last, state
 
 
 @contextmanager

@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-lowest test-newest style bench
+.PHONY: demo test test-lowest test-newest style docs bench
 
 .venv/.installed: setup.py pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
@@ -31,6 +31,10 @@ test-lowest test-newest: test-%:
 style: .venv/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+# The pages, in site/. A warning, such as a link without a target, is an error.
+docs: .venv/.installed
+	$(BIN)/mkdocs build --strict
 
 # All tables, one after the other, also in runs/bench.md.
 bench: .venv/.installed

@@ -14,7 +14,7 @@ from conftest import tiny_model
 from datasets import load_dataset
 from PIL import Image
 
-from iclip_hf.explainers import explain
+from iclip_hf import explain
 from iclip_hf.localization import collection
 from iclip_hf.localization.collection import explain_collection, open_images
 from iclip_hf.localization.localizer import Localizer
@@ -104,14 +104,14 @@ class Killed(BaseException):
 def test_an_interrupted_run_goes_on_and_gives_the_same_files(folder, localizer, whole, tmp_path, monkeypatch):
     calls = []
 
-    def stop_at_the_fourth_batch(pixel_values):
+    def stop_at_the_fourth_batch(pixel_values, texts):
         calls.append(len(pixel_values))
         if len(calls) == 4:
             raise Killed
-        return Localizer.explain(localizer, pixel_values)
+        return Localizer.explain_batch(localizer, pixel_values, texts)
 
     images = open_images([folder / "images"])
-    monkeypatch.setattr(localizer, "explain", stop_at_the_fourth_batch)
+    monkeypatch.setattr(localizer, "explain_batch", stop_at_the_fourth_batch)
     with pytest.raises(Killed):
         run(localizer, images, tmp_path)
     monkeypatch.undo()
@@ -144,13 +144,13 @@ def test_the_death_of_a_partner_says_how_to_go_on(folder, localizer, tmp_path, m
         monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
         raise RuntimeError("Connection closed by peer")
 
-    monkeypatch.setattr(localizer, "explain", lose_partner)
+    monkeypatch.setattr(localizer, "explain_batch", lose_partner)
     with pytest.raises(OSError, match="partner process of this run died .* run the same again, which goes on"):
         run(localizer, open_images([folder / "images"]), tmp_path)
 
 
 def test_nothing_is_explained_twice(folder, localizer, whole, monkeypatch):
-    monkeypatch.setattr(localizer, "explain", None)
+    monkeypatch.setattr(localizer, "explain_batch", None)
     report = run(localizer, open_images([folder / "images"]), whole[1])
     assert (report.images, report.broken) == (13, whole[0].broken)
 

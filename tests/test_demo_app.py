@@ -19,7 +19,7 @@ from gradio_client.exceptions import AppError
 from huggingface_hub import RepoCard
 from PIL import Image
 
-from iclip_hf import ICLIPModel, cli, explainers
+from iclip_hf import ICLIPModel, cli, explain, explainers
 from iclip_hf.cli import common
 from iclip_hf.demo import app
 from iclip_hf.explainers import adapters as families
@@ -44,7 +44,7 @@ def folder(tmp_path_factory, tiny_processor):
 @pytest.fixture(scope="module")
 def explained(tiny_processor):
     image = Image.linear_gradient("L").resize((1300, 650)).convert("RGB")
-    return image, *app.explain_image(Localizer(tiny_model(), tiny_processor, ["any"]), image, TEXTS)
+    return image, app.explain_image(Localizer(tiny_model(), tiny_processor, ["any"]), image, TEXTS)
 
 
 @pytest.fixture(scope="module")
@@ -83,36 +83,36 @@ def test_all_methods_can_be_chosen():
 
 
 def test_the_maps_are_the_explainers_at_the_size_of_the_view(tiny_processor, explained):
-    image, explanation, presence = explained
+    image, explanation = explained
     model, size = tiny_model(), [(320, 640)]
-    expected = explainers.explain(model, tiny_processor, [image], TEXTS, target_sizes=size)[0]
+    expected = explain(model, tiny_processor, [image], TEXTS, target_sizes=size)[0]
     torch.testing.assert_close(explanation.maps, expected.maps)
     torch.testing.assert_close(explanation.scores, expected.scores)
-    other, same = app.explain_image(Localizer(model, tiny_processor, ["any"], method="grad_cam"), image, TEXTS)
-    expected = explainers.explain(model, tiny_processor, [image], TEXTS, "grad_cam", target_sizes=size)[0]
+    other = app.explain_image(Localizer(model, tiny_processor, ["any"], method="grad_cam"), image, TEXTS)
+    expected = explain(model, tiny_processor, [image], TEXTS, "grad_cam", target_sizes=size)[0]
     torch.testing.assert_close(other.maps, expected.maps)
-    assert same == pytest.approx(presence, abs=1e-5)
+    torch.testing.assert_close(other.presence, explanation.presence, atol=1e-5, rtol=0)
 
 
 def test_the_browser_gets_the_maps_to_the_nearest_of_256_levels(explained):
-    image, explanation, presence = explained
-    value = app.viewer_value(image, explanation, presence)
+    image, explanation = explained
+    value = app.viewer_value(image, explanation)
     assert value["size"] == (640, 320) and value["original_size"] == (1300, 650)
     photo = Image.open(io.BytesIO(base64.b64decode(value["image"].partition(",")[2])))
     assert photo.size == (640, 320)
     assert [one["text"] for one in value["texts"]] == TEXTS
-    assert [one["absent"] for one in value["texts"]] == [present < 0.7 for present in presence]
+    assert [one["absent"] for one in value["texts"]] == (explanation.presence < 0.7).tolist()
     for one, map_ in zip(value["texts"], explanation.maps.numpy()):
         levels = np.frombuffer(zlib.decompress(base64.b64decode(one["map"])), np.uint8).reshape(320, 640)
         assert abs(levels / 255 - map_).max() <= 0.5 / 255 + 1e-6
 
 
 def test_the_archive_holds_scores_and_maps(explained):
-    _, explanation, presence = explained
-    archive = np.load(io.BytesIO(app.to_npz(explanation, presence)))
+    _, explanation = explained
+    archive = np.load(io.BytesIO(app.to_npz(explanation)))
     assert archive["texts"].tolist() == TEXTS
     np.testing.assert_array_equal(archive["scores"], explanation.scores)
-    assert archive["presence"].tolist() == presence
+    np.testing.assert_array_equal(archive["presence"], explanation.presence)
     np.testing.assert_array_equal(archive["raw_maps"], explanation.raw_maps)
     np.testing.assert_allclose(archive["maps"], explanation.maps, atol=5e-4)
 
@@ -146,6 +146,16 @@ def call(server, photo, texts="dog", method="itsm"):
     return asked, lambda: httpx.get(f"{asked.url}/{asked.json()['event_id']}", timeout=60).text.splitlines()[0]
 
 
+META = {"meta": {"_type": "gradio.FileData"}}
+
+
+def answer_to(server, *data, api="explain"):
+    """The two lines that the server answers to a payload, whatever its form."""
+    asked = httpx.post(f"{server}gradio_api/call/{api}", json={"data": data}, timeout=60)
+    assert asked.status_code == 200
+    return httpx.get(f"{asked.url}/{asked.json()['event_id']}", timeout=60).text.splitlines()[:2]
+
+
 def upload(server, content):
     return httpx.post(f"{server}gradio_api/upload", files={"files": ("photo.png", content)})
 
@@ -156,6 +166,57 @@ def test_only_uploaded_files_are_read_and_heavy_ones_refused(server, folder):
     assert call(server, upload(server, own.read_bytes()).json()[0])[1]() == "event: complete"
     refused = upload(server, bytes(21_000_000))
     assert refused.status_code == 413 and refused.text.startswith("File size exceeded maximum allowed size")
+
+
+@pytest.mark.parametrize("extra", [{}, META, {"meta": {}}, {"meta": None}], ids=["bare", "meta", "empty", "null"])
+def test_one_answer_for_every_file_that_was_not_uploaded(server, folder, monkeypatch, extra):
+    opened = []
+    monkeypatch.setattr(app, "load_image", lambda path, name: opened.append(path))
+    own = upload(server, (folder / "small.png").read_bytes()).json()[0]
+    link = Path(own).with_name("link.png")
+    link.symlink_to(folder / "small.png")
+    paths = [
+        *(str(folder / "small.png"), str(folder / "missing.png"), str(folder), "/dev/zero", "", "small.png"),
+        *(str(link), f"{Path(own).parent}/../{Path(own).parent.name}/photo.png", own + "\0", Path(own).as_uri()),
+        *(f"{server}gradio_api/file={own}", f"/gradio_api/file={own}", "http://example.org/a.png"),
+        "data:image/png;base64," + base64.b64encode((folder / "small.png").read_bytes()).decode(),
+    ]
+    photos = [{"path": path, "orig_name": "photo.png", **extra} for path in paths]
+    hidden = {"path": paths[0], **META}
+    photos += [
+        *([photos[0]], [[photos[0]]], {"value": photos[0]}, {"photo": photos[0], **extra}, [own], {}, 1.5),
+        *({"path": None, "url": paths[0], **extra}, {"path": [own], **extra}, {"path": photos[0], **extra}),
+        *({"url": f"{server}gradio_api/file={own}", **extra}, {"path": paths[1], "inner": hidden, **extra}),
+    ]
+    refused = {tuple(answer_to(server, photo, "dog", "itsm")) for photo in photos}
+    refused |= {
+        tuple(answer_to(server, {"path": own, **META}, *rest)) for rest in ([hidden, "itsm"], ["dog", [hidden]])
+    }
+    link.unlink()
+    ((event, sentence),) = refused
+    assert event == "event: error" and "Expected a file that was uploaded here" in sentence
+    assert opened == []
+
+
+def test_all_else_that_an_upload_is_said_to_be_is_ignored(server, folder):
+    own = upload(server, (folder / "small.png").read_bytes()).json()[0]
+    said = {"url": "http://example.org/a.png", "inner": {"path": "http://example.org/a.png", **META}, "orig_name": [1]}
+    assert answer_to(server, {"path": own, **said}, "dog", "itsm")[0] == "event: complete"
+    assert app.EXAMPLES and answer_to(server, {"path": app._examples()[0][0]}, "dog", "itsm")[0] == "event: complete"
+
+
+def test_routes_of_gradio_that_fetch_or_keep_are_not_there(server, folder):
+    for route in (
+        "file=http://example.org/a.png",
+        "file=https://example.org",
+        "proxy=http://example.org",
+        "deep_link",
+    ):
+        assert httpx.get(f"{server}gradio_api/{route}").status_code == 404
+    for route in ("process_recording", "component_server"):
+        assert httpx.post(f"{server}gradio_api/{route}", files={"video": b"0"}).status_code == 404
+    outside = {httpx.get(f"{server}gradio_api/file={folder}/{name}").status_code for name in ("small.png", "missing")}
+    assert outside == {403}
 
 
 def broken_upload():

@@ -15,7 +15,7 @@ from PIL import Image
 from transformers import AutoModel
 from transformers.pipelines import PIPELINE_REGISTRY, Pipeline
 
-from .images import load_image
+from .images import load_image, map_groups
 from .modeling_iclip import cosines
 from .presence import BACKGROUND, MIN_PRESENCE, presence
 
@@ -64,7 +64,7 @@ class ImageTextSimilarityMapPipeline(Pipeline):
             min_presence (`float` in [0, 1], defaults to 0.7): a label of lower presence gets an empty mask.
             size (`dict`, *optional*): of the image as the model sees it, see [`ICLIPProcessor`].
             timeout (`float`, defaults to 60): seconds in which the image at a URL must be here.
-            batch_size (`int`, defaults to 1): images in one forward.
+            batch_size (`int`, defaults to 1): images that go through the model at once, where they are of one shape there.
 
         Returns:
             for one image a list of T `dict`, best score first; for a list of images a list of those; for a `Dataset` or a
@@ -94,6 +94,11 @@ class ImageTextSimilarityMapPipeline(Pipeline):
             text_features = self.model.get_text_features(**inputs)
         return super().__call__(images, candidate_labels=labels, text_features=text_features, **kwargs)
 
+    def save_pretrained(self, save_directory: str | os.PathLike, **kwargs):
+        """Saves the model with the pipeline's code, as in the base class, and the processor, which that leaves out."""
+        super().save_pretrained(save_directory, **kwargs)
+        self.processor.save_pretrained(save_directory, **kwargs)
+
     def _sanitize_parameters(self, **kwargs):
         steps = {"size": 0, "timeout": 0, "text_features": 1, "candidate_labels": 2, "threshold": 2, "min_presence": 2}
         parameters = {}, {}, {}
@@ -106,17 +111,21 @@ class ImageTextSimilarityMapPipeline(Pipeline):
     def preprocess(self, image, size: dict | None = None, timeout: float = 60) -> dict:
         image = _read(image, timeout)
         pixel_values = self.processor(images=[image], **({} if size is None else {"size": size}))["pixel_values"]
-        return {"pixel_values": pixel_values.to(self.dtype), "target_size": (image.height, image.width)}
+        # In a list, because a batch of tensors would be joined, which different shapes do not allow.
+        return {"pixel_values": [pixel_values.to(self.dtype)], "target_size": (image.height, image.width)}
 
     def _forward(self, model_inputs: dict, text_features) -> dict:
-        outputs = self.model(
-            pixel_values=model_inputs["pixel_values"], text_features=text_features, output_similarity_maps=True
-        )
-        return {
-            "scores": cosines(outputs.image_embeds, outputs.text_embeds),
-            "similarity_maps": outputs.similarity_maps,
-            "target_size": model_inputs["target_size"],
-        }
+        images = model_inputs["pixel_values"]
+        images = [image for (image,) in images] if isinstance(images[0], list) else images  # a batch, or one image
+
+        def forward(batch: list[torch.Tensor]):
+            outputs = self.model(
+                pixel_values=torch.cat(batch), text_features=text_features, output_similarity_maps=True
+            )
+            return zip(cosines(outputs.image_embeds, outputs.text_embeds), outputs.similarity_maps)
+
+        scores, maps = zip(*map_groups(forward, images, [image.shape for image in images]))
+        return {"scores": torch.stack(scores), "maps": list(maps), "target_size": model_inputs["target_size"]}
 
     def postprocess(
         self,
@@ -128,8 +137,8 @@ class ImageTextSimilarityMapPipeline(Pipeline):
         count = len(candidate_labels)
         scores, background_scores = model_outputs["scores"].split([count, len(BACKGROUND)], dim=1)
         presences = presence(scores, background_scores)
-        raw_maps, processor = model_outputs["similarity_maps"][:, :count], self.processor
-        maps = processor.post_process_similarity_maps(raw_maps, [model_outputs["target_size"]])
+        raw_maps, processor = model_outputs["maps"][0][:count], self.processor
+        maps = processor.post_process_similarity_maps(raw_maps[None], [model_outputs["target_size"]])
         masks = processor.post_process_masks(maps, threshold, presences, min_presence)
         regions = processor.post_process_boxes(maps, masks)[0]
         answers = [

@@ -12,7 +12,7 @@ from .common import add_command, silence_transformers
 
 def register(commands) -> None:
     command = add_command(
-        commands, "export", run, "write a model with its code and card, ready for the Hub, or as ONNX"
+        commands, "export", run, "write a model folder with code and model card for the Hub, or an ONNX folder"
     )
     add_source_options(command)
     command.add_argument("directory", type=Path, metavar="DIR", help="new folder to write")
@@ -20,17 +20,18 @@ def register(commands) -> None:
         "--format",
         choices=("transformers", "onnx", "onnx-bfloat16", "onnx-int8"),
         default="transformers",
-        help="onnx: two graphs for ONNX Runtime, with float32 weights if not said otherwise (default: transformers)",
+        help="onnx: two graphs for ONNX Runtime, with float32 weights unless the format names another type (default: "
+        "transformers)",
     )
 
 
 def add_source_options(command: argparse.ArgumentParser) -> None:
-    command.add_argument("model", metavar="MODEL", help="ICLIP model, a folder or Hub id")
+    command.add_argument("model", metavar="MODEL", help="folder or Hub id of an ICLIP model")
     command.add_argument(
         "--results",
         type=Path,
         metavar="FILE",
-        help="JSON file of `iclip evaluate`, whose figures the model card shows",
+        help="JSON file of `iclip evaluate --output`; its scores are written into the model card",
     )
 
 

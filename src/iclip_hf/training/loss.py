@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterable, Sequence
 
@@ -73,10 +74,10 @@ def set_token_mean(model: ICLIPModel, images: Iterable[torch.Tensor]) -> None:
         images (iterable of `torch.Tensor` of shape `(3, H, W)`): a few hundred are enough.
     """
     if model.config.center_tokens and not model.token_mean.any():
-        means = [
-            model.encode_image(image[None].to(model.device)).patch_tokens.float().mean((0, 1)) for image in images
-        ]
-        model.token_mean.copy_(torch.stack(means).mean(0))
+        images, means = iter(images), []
+        while batch := list(itertools.islice(images, 32)):
+            means.append(model.encode_image(torch.stack(batch).to(model.device)).patch_tokens.float().mean(1))
+        model.token_mean.copy_(torch.cat(means).mean(0))
 
 
 class PairModel(nn.Module):

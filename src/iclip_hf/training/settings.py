@@ -17,7 +17,7 @@ from ..configuration_iclip import ICLIPConfig
 
 
 # Results of `iclip_hf.evaluation.evaluate.evaluate` that a run logs, and may choose its best model by.
-MAP_METRICS = ("mAP", "mMIoU", "mFMB")
+MAP_METRICS = ("mAP", "mMIoU", "mFMB", "text_contrast")
 RETRIEVAL_METRICS = ("text_to_image", "image_to_text")
 _BEST_METRICS = ("auto", *RETRIEVAL_METRICS, *MAP_METRICS)
 

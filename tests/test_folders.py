@@ -548,6 +548,13 @@ def test_the_card_tells_the_figures_in_the_hubs_form(source):
     assert "77 images at 224x160 pixels" in card.text
 
 
+def test_the_card_leaves_out_what_could_not_be_measured(tmp_path, tiny_processor):
+    scores = {**METRICS["results"]["itsm"], "mAP": None}
+    measured = {**METRICS, "results": {"itsm": scores}}
+    card = ModelCard.load(write_model_card(tiny_model(), tiny_processor, tmp_path, metrics=measured))
+    assert [one.metric_name for one in card.data.eval_results] == ["mMIoU", "mFMB"] and "None" not in card.text
+
+
 def test_the_card_tells_configuration_training_and_terms(source):
     text = ModelCard.load(source / "model" / "README.md").text
     assert "| `pooling` | `masked_max` |" in text and "| `map_attention` | `similarity` |" in text

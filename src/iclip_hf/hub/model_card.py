@@ -244,6 +244,7 @@ def _eval_results(metrics: EvaluationResult | Mapping) -> list[EvalResult]:
         )
         for method, scores in metrics["results"].items()
         for metric, digits in _METRIC_DIGITS.items()
+        if scores[metric] is not None  # what could not be measured
     ]
 
 

@@ -1197,7 +1197,6 @@ cases(
                 *(
                     ("epochs", "[1, 2]"),
                     ("epochs", "{a: 1}"),
-                    ("epochs", ""),
                     ("batch_size", -4),
                     ("batch_size", "1e3"),
                 ),
@@ -1217,6 +1216,7 @@ cases(
         "as it should be": "vision: v\ntext: t\ndata: [d]",
         "a setting twice": "vision: a\nvision: v\ntext: t\ndata: d",
         "JSON": '{"vision": "v", "text": "t", "data": ["d"]}',
+        "a blank": "vision: v\ntext: t\ndata: [d]\nepochs:\nnouns:",
         "an exponent": "vision: v\ntext: t\ndata: [d]\nlearning_rate: 1e-4",
     },
     lambda world, folder, content: settings_of("--config", written(folder, content, "train.yaml")),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
 from .common import add_command, silence_transformers
@@ -62,4 +63,24 @@ def export(options: argparse.Namespace, directory: Path, name: str | None = None
         except (ValueError, TypeError, RecursionError) as error:
             raise ValueError(f"--results {options.results}: expected JSON of `iclip evaluate`: {error}") from error
     model, processor = load_iclip(options.model)
+    if metrics is not None and isinstance(metrics.get("protocol"), Mapping):
+        check_measured(metrics["protocol"], model, options.results)
     return export_model(model, processor, directory, name=name, source=options.model, metrics=metrics)
+
+
+def check_measured(protocol: Mapping, model, file: Path) -> None:
+    """
+    Raises:
+        `ValueError`: a file's results are not those of this model's weights, or do not say of which weights.
+    """
+    import torch
+
+    from ..utils.digests import weights_digest
+
+    dtype = getattr(torch, str(protocol.get("dtype")), None)  # in which the weights were rounded
+    own = weights_digest(model, dtype if isinstance(dtype, torch.dtype) else None)
+    if (measured := protocol.get("weights")) != own:
+        raise ValueError(
+            f"--results {file}: expected figures of weights {own}, got those of {measured or 'weights that it does not name'}; "
+            "measure this model by `iclip evaluate --output`."
+        )

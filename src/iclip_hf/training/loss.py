@@ -86,7 +86,8 @@ class PairModel(nn.Module):
 
     Memory holds the towers' activations of `chunk_size` pairs only: those of the others are computed again in the backward
     pass (cached gradients). So a big batch costs time, and keeps all its negatives. Each process has the same number of
-    pairs; the mean over the processes of their losses and gradients is that of one process with all pairs.
+    pairs; the mean over the processes of their losses and gradients is that of one process with all pairs. Both are exact but
+    for dropout, which draws for each chunk and process anew, see `has_dropout`.
 
     Args:
         model: [`ICLIPModel`].
@@ -118,6 +119,14 @@ class PairModel(nn.Module):
         """Those that the model has, recognition first."""
         named = {name: getattr(self.model, name) for name in ("recognition", "interpretability")}
         return {name: branch for name, branch in named.items() if branch is not None}
+
+    @property
+    def has_dropout(self) -> bool:
+        """Whether a tower that learns drops units at random, so that `chunk_size` changes results."""
+        learning = [] if self.model.config.lock_vision else [self.model.vision_model]
+        learning += [] if self.lock_text else [self.model.text_model]
+        rates = (value for tower in learning for name, value in tower.config.to_dict().items() if "drop" in name)
+        return any(isinstance(rate, float) and rate > 0 for rate in rates)
 
     def train(self, mode: bool = True) -> PairModel:
         super().train(mode)

@@ -33,9 +33,16 @@ test-transformers: .venv/.installed
 	$(BIN)/python -m pip install --quiet parameterized
 	$(BIN)/python -m pytest tests/transformers_common.py
 
+# Transformers' rules for model files apart from its own house's: licence header, its docstring decorator, checkpoints named
+# beside each branch; and two that mean another thing here: trust_remote_code=False, which refuses code, and a look at the
+# attention's name, which tells whether the class token's row comes with it.
+HOUSE_RULES := TRF028|TRF057|TRF041|TRF014|TRF051
 style: .venv/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	sed -E '/^\[rules\.($(HOUSE_RULES))\]/,/^default_enabled/s/= true/= false/' \
+		"$$($(BIN)/python -c 'import mlinter; print(mlinter.__path__[0])')/rules.toml" > .venv/mlinter.toml
+	$(BIN)/mlinter --no-cache --no-progress --rules-toml .venv/mlinter.toml src/iclip_hf
 
 # The pages, in site/. A warning, such as a link without a target, is an error.
 docs: .venv/.installed

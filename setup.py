@@ -35,6 +35,7 @@ extras["dev"] = sorted(
         "scikit-learn>=1.5",
         "setuptools>=77",
         "torchmetrics>=1.6",
+        "transformers-mlinter==0.1.5",
     }
 )
 # What the benchmarks stand beside, on top of dev.

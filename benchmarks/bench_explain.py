@@ -212,6 +212,7 @@ def starting(rounds: int) -> str:
     def run(*command: str) -> Callable[[], object]:
         return lambda: subprocess.run([sys.executable, *command], check=True, capture_output=True)
 
+    auto = "from transformers import AutoModel, AutoProcessor, pipeline; import torch"
     vision, text = embedded_towers()
     bare = f"""
 import torch
@@ -229,7 +230,8 @@ with torch.no_grad():
         taken = take_turns(
             {
                 "`import torch, transformers`": run("-c", "import torch, transformers"),
-                "and `iclip_hf`": run("-c", "import torch, transformers, iclip_hf"),
+                "its Auto classes and pipelines": run("-c", auto),
+                "and `iclip_hf`": run("-c", f"{auto}, iclip_hf"),
                 "`iclip --help`": run("-m", "iclip_hf.cli", "--help"),
                 "towers loaded and run by transformers": run("-c", bare),
                 "first map: `iclip explain` of one photograph": run(*explain),

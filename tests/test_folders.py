@@ -17,8 +17,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import yaml
 from conftest import tiny_inputs, tiny_model
-from huggingface_hub import EvalResult, ModelCard
+from huggingface_hub import EvalResult, ModelCard, parse_eval_result_entries
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from PIL import Image
@@ -193,7 +194,7 @@ def test_a_fresh_process_without_the_package_gives_the_same_numbers(exported, so
 def test_with_the_package_a_folders_code_is_not_run(exported, tmp_path):
     folder = tmp_path / "poisoned"
     folder.mkdir()
-    for file in exported.iterdir():
+    for file in filter(Path.is_file, exported.iterdir()):
         poison = f"open({str(tmp_path / 'ran')!r}, 'w')\n" if file.suffix == ".py" else ""
         (folder / file.name).write_bytes(file.read_bytes() + poison.encode())
     assert type(AutoModel.from_pretrained(folder)) is ICLIPModel
@@ -206,11 +207,24 @@ def test_with_the_package_a_folders_code_is_not_run(exported, tmp_path):
         assert (tmp_path / "again" / file.name).read_bytes() == file.read_bytes()
 
 
+def files_of(folder: Path) -> dict[str, Path]:
+    return {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
+
+
+def test_figures_are_where_the_hub_looks_for_them(exported):
+    entries = parse_eval_result_entries(yaml.safe_load((exported / ".eval_results" / "iclip.yaml").read_text()))
+    assert {entry.dataset_id for entry in entries} == {"nateraw/pascal-voc-2012"}
+    assert {entry.notes for entry in entries} == {"77 images of val"}
+    values = {entry.task_id: entry.value for entry in entries}
+    assert len(values) == 6 and (values["itsm_mmiou"], values["reversed_itsm_mfmb"]) == (50.31, -0.3055)
+
+
 def test_an_exported_folder_holds_what_it_needs_and_nothing_of_this_machine(exported, source):
-    names = {path.name for path in exported.iterdir()}
+    files = files_of(exported)
     expected = {"config.json", "model.safetensors", "processor_config.json", "README.md", "tokenizer.json"}
-    assert names == expected | {"tokenizer_config.json"} | {path.name for path in code_files()}
-    for path in exported.iterdir():
+    expected |= {"tokenizer_config.json", ".eval_results/iclip.yaml"}
+    assert files.keys() == expected | {path.name for path in code_files()}
+    for path in files.values():
         if path.suffix != ".safetensors":
             text = path.read_text()
             assert str(source) not in text and "/home/" not in text and str(ROOT) not in text, path.name
@@ -273,7 +287,7 @@ def test_push_uploads_what_the_dry_run_lists(exported, source, tmp_path, capsys)
     assert cli.main(["push", str(source / "model"), "org/tiny", "--dry-run", "--json"]) == 0
     listed = json.loads(capsys.readouterr().out)
     assert set(listed) == {"repo_id", "files"}
-    assert set(listed["files"]) == {path.name for path in exported.iterdir()}
+    assert set(listed["files"]) == files_of(exported).keys()
 
     with ThreadingHTTPServer(("127.0.0.1", 0), HubStandIn) as server:
         server.requests = []

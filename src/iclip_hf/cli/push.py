@@ -32,7 +32,8 @@ def run(options: argparse.Namespace) -> int:
     validate_repo_id(options.repo_id)
     with tempfile.TemporaryDirectory() as scratch:
         folder = export(options, Path(scratch, "model"), name=options.repo_id)
-        sizes = {path.name: path.stat().st_size for path in sorted(folder.iterdir())}
+        files = sorted(path for path in folder.rglob("*") if path.is_file())
+        sizes = {path.relative_to(folder).as_posix(): path.stat().st_size for path in files}
         report = {"repo_id": options.repo_id, "files": sizes}
         if not options.dry_run:
             report["commit"] = push_model(folder, options.repo_id, options.private)

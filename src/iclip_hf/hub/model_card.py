@@ -9,7 +9,8 @@ from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from huggingface_hub import EvalResult, ModelCard, ModelCardData
+import yaml
+from huggingface_hub import EvalResult, EvalResultEntry, ModelCard, ModelCardData, eval_result_entries_to_yaml
 from huggingface_hub.errors import EntryNotFoundError
 
 from ..utils.files import atomic_write, cache_folder
@@ -46,6 +47,8 @@ _DATA_TERMS = {
     "imagenet": "non-commercial research; the images are their owners'",
 }
 _DATASET_NAMES = {"coco2017": "COCO 2017", "voc2012": "PASCAL VOC 2012"}
+# Where the Hub has them, for the results that a model's page shows.
+_DATASET_IDS = {"coco2017": "detection-datasets/coco", "voc2012": "nateraw/pascal-voc-2012"}
 _METRIC_DIGITS = {"mAP": 2, "mMIoU": 2, "mFMB": 4}
 # What a training's `embedded` means.
 _EMBEDDED = {
@@ -83,7 +86,8 @@ def write_model_card(
     training: Mapping | None = None,
 ) -> Path:
     """
-    Writes `README.md`, the Hub's model card, into a model's folder.
+    Writes `README.md`, the Hub's model card, into a model's folder, and its figures also to `.eval_results/iclip.yaml`, where
+    the Hub looks for those of a data set it has.
 
     Args:
         model, processor: that the card is about.
@@ -156,6 +160,11 @@ def write_model_card(
     path = Path(folder, "README.md")
     with atomic_write(path) as partial:
         partial.write_text(f"{card}\n", encoding="utf-8")
+    if entries := _eval_result_entries(results or []):
+        file = Path(folder, ".eval_results", "iclip.yaml")
+        file.parent.mkdir(exist_ok=True)
+        with atomic_write(file) as partial:
+            partial.write_text(yaml.safe_dump(eval_result_entries_to_yaml(entries), sort_keys=False), encoding="utf-8")
     return path
 
 
@@ -245,6 +254,20 @@ def _eval_results(metrics: EvaluationResult | Mapping) -> list[EvalResult]:
         for method, scores in metrics["results"].items()
         for metric, digits in _METRIC_DIGITS.items()
         if scores[metric] is not None  # what could not be measured
+    ]
+
+
+def _eval_result_entries(results: list[EvalResult]) -> list[EvalResultEntry]:
+    """The Hub's newer form of the figures of known data sets, which has the conditions as a note."""
+    return [
+        EvalResultEntry(
+            dataset_id=_DATASET_IDS[one.dataset_type],
+            task_id=f"{one.metric_config}_{one.metric_type}",
+            value=one.metric_value,
+            notes=f"{(one.dataset_args or {}).get('images', 'unknown number of')} images of {one.dataset_split}",
+        )
+        for one in results
+        if one.dataset_type in _DATASET_IDS and one.metric_name in _METRIC_DIGITS
     ]
 
 

@@ -7,6 +7,7 @@ import threading
 import time
 import urllib.parse
 import urllib.request
+from collections import defaultdict
 from collections.abc import Sequence
 from http.client import HTTPException
 
@@ -81,6 +82,8 @@ class ImageTextSimilarityMapPipeline(Pipeline):
             `ValueError`, `TypeError`, `OSError`: for images that cannot be read, and labels, templates or thresholds that
             [`ICLIPProcessor`] does not take.
         """
+        if isinstance(images, (list, tuple)) and not images:
+            raise ValueError("Expected at least one image, got none.")
         labels = [candidate_labels] if isinstance(candidate_labels, str) else candidate_labels
         if not isinstance(labels, Sequence) or not all(isinstance(label, str) for label in labels):
             raise TypeError(
@@ -111,17 +114,29 @@ class ImageTextSimilarityMapPipeline(Pipeline):
     def preprocess(self, image, size: dict | None = None, timeout: float = 60) -> dict:
         image = _read(image, timeout)
         pixel_values = self.processor(images=[image], **({} if size is None else {"size": size}))["pixel_values"]
-        return {"pixel_values": pixel_values.to(self.dtype), "target_size": (image.height, image.width)}
+        # In a list: images that keep their proportions differ in shape, and a batch of tensors would be stacked.
+        return {"pixel_values": [pixel_values.to(self.dtype)], "target_size": (image.height, image.width)}
 
     def _forward(self, model_inputs: dict, text_features) -> dict:
-        outputs = self.model(
-            pixel_values=model_inputs["pixel_values"], text_features=text_features, output_similarity_maps=True
-        )
-        return {
-            "scores": cosines(outputs.image_embeds, outputs.text_embeds),
-            "similarity_maps": outputs.similarity_maps,
-            "target_size": model_inputs["target_size"],
-        }
+        images = model_inputs["pixel_values"]
+        batched = isinstance(images[0], list)
+        images = [image for (image,) in images] if batched else images
+        groups = defaultdict(list)
+        for index, image in enumerate(images):
+            groups[image.shape].append(index)
+        scores, maps = [None] * len(images), [None] * len(images)
+        for indices in groups.values():
+            outputs = self.model(
+                pixel_values=torch.cat([images[index] for index in indices]),
+                text_features=text_features,
+                output_similarity_maps=True,
+            )
+            found = cosines(outputs.image_embeds, outputs.text_embeds)
+            for index, score, map_ in zip(indices, found, outputs.similarity_maps):
+                scores[index], maps[index] = score, map_
+        # Of a batch, the base class hands each image's own on to `postprocess`.
+        maps = maps if batched else maps[0][None]
+        return {"scores": torch.stack(scores), "similarity_maps": maps, "target_size": model_inputs["target_size"]}
 
     def postprocess(
         self,

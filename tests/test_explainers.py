@@ -24,7 +24,7 @@ from transformers import (
     SiglipModel,
 )
 
-from iclip_hf.explainers import METHODS, explain, make_explainer
+from iclip_hf.explainers import METHODS, Explanation, explain, make_explainer
 from iclip_hf.explainers.adapters import ModelAdapter, head_output
 from iclip_hf.explainers.bi_modal import BiModal
 from iclip_hf.explainers.grad_cam import GradCAM
@@ -827,3 +827,17 @@ def test_open_clip_needs_its_tokenizer(made):
         make_explainer(model, preprocess)
     with pytest.raises(TypeError, match="got NoneType"):
         make_explainer(model, None)
+
+
+def test_a_map_is_taken_by_its_index_as_from_a_list():
+    explanation = Explanation(["dog", "cat"], torch.zeros(2), torch.rand(2, 3, 4), (6, 8))
+    assert explanation.map(-1).equal(explanation.map(1)) and explanation.map(-2).equal(explanation.maps[0])
+    for index in (2, -3):
+        with pytest.raises(IndexError, match=f"one of 2 texts, got {index}"):
+            explanation.map(index)
+
+
+def test_an_image_without_texts_is_refused(tiny_processor):
+    images = [Image.new("RGB", (32, 32))] * 2
+    with pytest.raises(ValueError, match="at least one text for each image"):
+        explain(tiny_model(), tiny_processor, images, [["dog"], []])

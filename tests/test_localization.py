@@ -1,3 +1,4 @@
+import json
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -22,6 +23,26 @@ TEXTS = ["dog", "red ball", "car"]
 
 def explained(localizer):
     return localizer.explain(torch.cat([localizer.prepare(image) for image in IMAGES]))
+
+
+@pytest.mark.parametrize("one", [np.float32(0.25), np.array(0.25), torch.tensor(0.25), 0.25])
+def test_thresholds_of_numpy_and_torch(tiny_processor, one):
+    localizer = Localizer(tiny_model(), tiny_processor, ["dog", "cat"], threshold=one)
+    assert localizer.thresholds == [0.25, 0.25] and json.dumps(localizer.settings)
+    localizer = Localizer(tiny_model(), tiny_processor, ["dog", "cat"], threshold=np.array([0.1, 0.25]))
+    assert localizer.thresholds == [0.1, 0.25]
+    maps = [torch.rand(2, 5, 6)]
+    assert tiny_processor.post_process_masks(maps, one)[0].equal(maps[0] > 0.25)
+
+
+@pytest.mark.parametrize("wrong", [None, "a", [[0.5]], [], np.float64("nan"), [0.5, None], 1.5])
+def test_other_thresholds_are_refused(tiny_processor, wrong):
+    for refuse in (
+        lambda: Localizer(tiny_model(), tiny_processor, ["dog"], threshold=wrong),
+        lambda: tiny_processor.post_process_masks([torch.rand(1, 5, 6)], wrong),
+    ):
+        with pytest.raises(ValueError, match=r"Expected a threshold in \[0, 1\], or one a text, got"):
+            refuse()
 
 
 def test_presence_by_hand():

@@ -115,6 +115,8 @@ def explain(
         )
     per_image = all(isinstance(one, (list, tuple)) for one in texts)
     labels = [list(one) for one in texts] if per_image else [list(texts)] * len(images)
+    if not all(labels):
+        raise ValueError(f"Expected at least one text for each image, got {texts!r:.100}.")
     if not all(isinstance(label, str) for one in labels for label in one):
         raise TypeError(f"Expected texts to be strings, got {texts!r:.100}.")
     sizes = [(image.height, image.width) for image in images] if target_sizes is None else list(target_sizes)

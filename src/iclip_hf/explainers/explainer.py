@@ -133,7 +133,9 @@ class Explanation:
 
     def map(self, index: int) -> torch.Tensor:
         """The map of one text at the image's size: bicubic, then min-max (Eq. 4). `(H, W)` float32 in [0, 1]."""
-        return resize_and_normalize(self.raw_maps[index : index + 1], self.size)[0]
+        if not -len(self.labels) <= index < len(self.labels):
+            raise IndexError(f"Expected the index of one of {len(self.labels)} texts, got {index}.")
+        return resize_and_normalize(self.raw_maps[index][None], self.size)[0]
 
     @property
     def maps(self) -> torch.Tensor:

@@ -4,6 +4,7 @@ import signal
 import subprocess
 import sys
 import tarfile
+from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -13,7 +14,7 @@ from conftest import tiny_model
 from datasets import load_dataset
 from PIL import Image
 
-from iclip_hf.explainers import explain
+from iclip_hf import explain
 from iclip_hf.localization import collection
 from iclip_hf.localization.collection import explain_collection, open_images
 from iclip_hf.localization.localizer import Localizer
@@ -103,14 +104,14 @@ class Killed(BaseException):
 def test_an_interrupted_run_goes_on_and_gives_the_same_files(folder, localizer, whole, tmp_path, monkeypatch):
     calls = []
 
-    def stop_at_the_fourth_batch(pixel_values):
+    def stop_at_the_fourth_batch(pixel_values, texts):
         calls.append(len(pixel_values))
         if len(calls) == 4:
             raise Killed
-        return Localizer.explain(localizer, pixel_values)
+        return Localizer.explain_batch(localizer, pixel_values, texts)
 
     images = open_images([folder / "images"])
-    monkeypatch.setattr(localizer, "explain", stop_at_the_fourth_batch)
+    monkeypatch.setattr(localizer, "explain_batch", stop_at_the_fourth_batch)
     with pytest.raises(Killed):
         run(localizer, images, tmp_path)
     monkeypatch.undo()
@@ -143,13 +144,13 @@ def test_the_death_of_a_partner_says_how_to_go_on(folder, localizer, tmp_path, m
         monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
         raise RuntimeError("Connection closed by peer")
 
-    monkeypatch.setattr(localizer, "explain", lose_partner)
+    monkeypatch.setattr(localizer, "explain_batch", lose_partner)
     with pytest.raises(OSError, match="partner process of this run died .* run the same again, which goes on"):
         run(localizer, open_images([folder / "images"]), tmp_path)
 
 
 def test_nothing_is_explained_twice(folder, localizer, whole, monkeypatch):
-    monkeypatch.setattr(localizer, "explain", None)
+    monkeypatch.setattr(localizer, "explain_batch", None)
     report = run(localizer, open_images([folder / "images"]), whole[1])
     assert (report.images, report.broken) == (13, whole[0].broken)
 
@@ -270,6 +271,29 @@ def test_images_are_known_by_names_and_content(tmp_path):
     (tmp_path / "y.png").write_bytes(b"longer")
     seen.append(open_images([tmp_path]).fingerprint())
     assert len(set(seen)) == 4
+
+
+def test_any_name_is_one_broken_image_at_most(localizer, tmp_path):
+    """A dangling link and names that are no UTF-8 are counted and named; a name of the greatest length is explained."""
+    images, good = tmp_path / "images", io.BytesIO()
+    images.mkdir()
+    Image.new("RGB", (40, 30)).save(good, "PNG")
+    for name in (b"x" * 251 + b".png", b"caf\xe9.png", b"b\n.png"):
+        Path(os.fsdecode(bytes(images) + b"/" + name)).write_bytes(good.getvalue())
+    Path(os.fsdecode(bytes(images) + b"/broken \xe9.png")).write_bytes(b"no image")
+    (images / "dangling.png").symlink_to("nowhere.png")
+    report = run(localizer, open_images([images]), tmp_path / "output")
+    assert report.images == 2 and len(report.broken) == 3
+    for name in ("broken \\udce9.png", "caf\\udce9.png: expected a name in UTF-8", "dangling.png"):
+        assert sum(name in reason for reason in report.broken) == 1, (name, report.broken)
+    "".join(report.broken).encode()
+    with tarfile.open(tmp_path / "shard.tar", "w") as tar:
+        for name in ("caf\udce9.png", "ok.png"):
+            member = tarfile.TarInfo(name)
+            member.size = len(good.getvalue())
+            tar.addfile(member, io.BytesIO(good.getvalue()))
+    report = run(localizer, open_images([tmp_path / "shard.tar"]), tmp_path / "of shards")
+    assert report.images == 1 and "caf\\udce9" in report.broken[0]
 
 
 @pytest.mark.parametrize("options", [{"batch_size": 0}, {"images_per_file": 0}])

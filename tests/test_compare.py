@@ -5,8 +5,7 @@ import pytest
 from conftest import tiny_model
 from PIL import Image
 
-from iclip_hf import cli
-from iclip_hf.explainers import explain
+from iclip_hf import cli, explain
 from iclip_hf.utils import plots
 
 

@@ -19,7 +19,7 @@ from gradio_client.exceptions import AppError
 from huggingface_hub import RepoCard
 from PIL import Image
 
-from iclip_hf import ICLIPModel, cli, explainers
+from iclip_hf import ICLIPModel, cli, explain, explainers
 from iclip_hf.cli import common
 from iclip_hf.demo import app
 from iclip_hf.explainers import adapters as families
@@ -44,7 +44,7 @@ def folder(tmp_path_factory, tiny_processor):
 @pytest.fixture(scope="module")
 def explained(tiny_processor):
     image = Image.linear_gradient("L").resize((1300, 650)).convert("RGB")
-    return image, *app.explain_image(Localizer(tiny_model(), tiny_processor, ["any"]), image, TEXTS)
+    return image, app.explain_image(Localizer(tiny_model(), tiny_processor, ["any"]), image, TEXTS)
 
 
 @pytest.fixture(scope="module")
@@ -83,36 +83,36 @@ def test_all_methods_can_be_chosen():
 
 
 def test_the_maps_are_the_explainers_at_the_size_of_the_view(tiny_processor, explained):
-    image, explanation, presence = explained
+    image, explanation = explained
     model, size = tiny_model(), [(320, 640)]
-    expected = explainers.explain(model, tiny_processor, [image], TEXTS, target_sizes=size)[0]
+    expected = explain(model, tiny_processor, [image], TEXTS, target_sizes=size)[0]
     torch.testing.assert_close(explanation.maps, expected.maps)
     torch.testing.assert_close(explanation.scores, expected.scores)
-    other, same = app.explain_image(Localizer(model, tiny_processor, ["any"], method="grad_cam"), image, TEXTS)
-    expected = explainers.explain(model, tiny_processor, [image], TEXTS, "grad_cam", target_sizes=size)[0]
+    other = app.explain_image(Localizer(model, tiny_processor, ["any"], method="grad_cam"), image, TEXTS)
+    expected = explain(model, tiny_processor, [image], TEXTS, "grad_cam", target_sizes=size)[0]
     torch.testing.assert_close(other.maps, expected.maps)
-    assert same == pytest.approx(presence, abs=1e-5)
+    torch.testing.assert_close(other.presence, explanation.presence, atol=1e-5, rtol=0)
 
 
 def test_the_browser_gets_the_maps_to_the_nearest_of_256_levels(explained):
-    image, explanation, presence = explained
-    value = app.viewer_value(image, explanation, presence)
+    image, explanation = explained
+    value = app.viewer_value(image, explanation)
     assert value["size"] == (640, 320) and value["original_size"] == (1300, 650)
     photo = Image.open(io.BytesIO(base64.b64decode(value["image"].partition(",")[2])))
     assert photo.size == (640, 320)
     assert [one["text"] for one in value["texts"]] == TEXTS
-    assert [one["absent"] for one in value["texts"]] == [present < 0.7 for present in presence]
+    assert [one["absent"] for one in value["texts"]] == (explanation.presence < 0.7).tolist()
     for one, map_ in zip(value["texts"], explanation.maps.numpy()):
         levels = np.frombuffer(zlib.decompress(base64.b64decode(one["map"])), np.uint8).reshape(320, 640)
         assert abs(levels / 255 - map_).max() <= 0.5 / 255 + 1e-6
 
 
 def test_the_archive_holds_scores_and_maps(explained):
-    _, explanation, presence = explained
-    archive = np.load(io.BytesIO(app.to_npz(explanation, presence)))
+    _, explanation = explained
+    archive = np.load(io.BytesIO(app.to_npz(explanation)))
     assert archive["texts"].tolist() == TEXTS
     np.testing.assert_array_equal(archive["scores"], explanation.scores)
-    assert archive["presence"].tolist() == presence
+    np.testing.assert_array_equal(archive["presence"], explanation.presence)
     np.testing.assert_array_equal(archive["raw_maps"], explanation.raw_maps)
     np.testing.assert_allclose(archive["maps"], explanation.maps, atol=5e-4)
 

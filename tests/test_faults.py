@@ -38,11 +38,16 @@ from iclip_hf import ICLIPConfig, ImageTextSimilarityMapPipeline, cli
 from iclip_hf.data.pairs import load_pairs
 from iclip_hf.data.segmentation import load_segmentation
 from iclip_hf.demo import app
-from iclip_hf.evaluation.metrics import MeanForegroundMinusBackground, MeanMaxIoU, MultiLabelAveragePrecision
-from iclip_hf.explainers import explain, make_explainer
+from iclip_hf.evaluation.metrics import (
+    MeanForegroundMinusBackground,
+    MeanMaxIoU,
+    MultiLabelAveragePrecision,
+    TextContrast,
+)
+from iclip_hf.explainers import make_explainer
 from iclip_hf.images import load_image
 from iclip_hf.localization.collection import explain_collection, open_images
-from iclip_hf.localization.localizer import Localizer
+from iclip_hf.localization.localizer import Localizer, explain
 from iclip_hf.models.loading import load_pretrained
 from iclip_hf.pooling import pool
 from iclip_hf.regions import class_thresholds, find_regions, negative_points, positive_points, run_lengths
@@ -590,11 +595,18 @@ def measured(metric) -> Callable:
     return run
 
 
+def measured_as_image(world, folder, pair):
+    heatmap, mask, label = pair
+    return measured(TextContrast)(world, folder, ([heatmap], mask, [label]))
+
+
 def measured_by_module(name: str) -> Callable:
     script = Path(__file__).parents[1] / "evaluate_metrics" / name / f"{name}.py"
 
     def run(world, folder, pair):
         heatmap, mask, label = pair
+        if name == "text_contrast":  # one image with one class
+            heatmap, label = [heatmap], [label]
         module = evaluate.load(str(script), cache_dir=str(folder / "metrics"))
         return module.compute(predictions=[heatmap], references=[mask], labels=[label])
 
@@ -604,8 +616,10 @@ def measured_by_module(name: str) -> Callable:
 for door, run in {
     "MeanMaxIoU": measured(MeanMaxIoU),
     "MeanForegroundMinusBackground": measured(MeanForegroundMinusBackground),
+    "TextContrast": measured_as_image,
     'evaluate.load("mmiou")': measured_by_module("mmiou"),
     'evaluate.load("mfmb")': measured_by_module("mfmb"),
+    'evaluate.load("text_contrast")': measured_by_module("text_contrast"),
 }.items():
     cases(door, BAD_PAIRS, run)
     cases(door, BORNE_PAIRS, run, WORKS)
@@ -1183,7 +1197,6 @@ cases(
                 *(
                     ("epochs", "[1, 2]"),
                     ("epochs", "{a: 1}"),
-                    ("epochs", ""),
                     ("batch_size", -4),
                     ("batch_size", "1e3"),
                 ),
@@ -1203,6 +1216,7 @@ cases(
         "as it should be": "vision: v\ntext: t\ndata: [d]",
         "a setting twice": "vision: a\nvision: v\ntext: t\ndata: d",
         "JSON": '{"vision": "v", "text": "t", "data": ["d"]}',
+        "a blank": "vision: v\ntext: t\ndata: [d]\nepochs:\nnouns:",
         "an exponent": "vision: v\ntext: t\ndata: [d]\nlearning_rate: 1e-4",
     },
     lambda world, folder, content: settings_of("--config", written(folder, content, "train.yaml")),

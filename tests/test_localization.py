@@ -1,5 +1,6 @@
 import json
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -8,10 +9,12 @@ from conftest import tiny_model
 from PIL import Image
 from transformers import CLIPImageProcessor
 
-from iclip_hf import ICLIPProcessor
-from iclip_hf.explainers import explain
-from iclip_hf.localization.localizer import BACKGROUND, Localizer, presence
+from iclip_hf import ICLIPProcessor, explain
+from iclip_hf.explainers import make_explainer
+from iclip_hf.localization.localizer import Localizer
+from iclip_hf.presence import BACKGROUND, presence
 from iclip_hf.regions import find_regions
+from iclip_hf.similarity import resize_and_normalize
 
 
 IMAGES = [
@@ -22,7 +25,7 @@ TEXTS = ["dog", "red ball", "car"]
 
 
 def explained(localizer):
-    return localizer.explain(torch.cat([localizer.prepare(image) for image in IMAGES]))
+    return list(localizer.explain(map(localizer.prepare, IMAGES)))
 
 
 @pytest.mark.parametrize("one", [np.float32(0.25), np.array(0.25), torch.tensor(0.25), 0.25])
@@ -63,15 +66,17 @@ def test_presence_is_the_share_of_texts_that_match_less_at_any_scale():
 
 @pytest.mark.parametrize("method", ["itsm", "reversed_itsm", "attention", "gem", "grad_cam", "clip_surgery"])
 def test_presence_beside_the_maps_of_every_method(tiny_processor, method):
-    """Neither way to the background's scores changes the maps, and both give the same presence."""
+    """The background changes no map, and the presence is the same whatever the method."""
     model = tiny_model()
-    maps, scores, presences = explained(Localizer(model, tiny_processor, TEXTS, method=method))
-    for index, expected in enumerate(explain(model, tiny_processor, IMAGES, TEXTS, method=method)):
-        torch.testing.assert_close(maps[index], expected.raw_maps, atol=1e-5, rtol=1e-4)
-        torch.testing.assert_close(scores[index], expected.scores, atol=1e-5, rtol=0)
+    explainer = make_explainer(model, tiny_processor, method)
+    maps, scores = explainer.raw_maps(tiny_processor(IMAGES)["pixel_values"], explainer.encode_texts(TEXTS))
     with torch.no_grad():
         logits = model(**tiny_processor(IMAGES, labels=[*TEXTS, *BACKGROUND])).logits_per_image
-    torch.testing.assert_close(presences, presence(logits[:, :3], logits[:, 3:]), atol=1e-4, rtol=0)
+    presences = presence(logits[:, :3], logits[:, 3:])
+    for index, found in enumerate(explained(Localizer(model, tiny_processor, TEXTS, method=method))):
+        torch.testing.assert_close(found.raw_maps, maps[index], atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(found.scores, scores[index], atol=1e-5, rtol=0)
+        torch.testing.assert_close(found.presence, presences[index], atol=1e-4, rtol=0)
 
 
 def test_many_images_give_what_each_gives_alone(tiny_processor):
@@ -86,53 +91,85 @@ def test_many_images_give_what_each_gives_alone(tiny_processor):
     with ThreadPoolExecutor(2) as pool:
         found = list(localizer.explain_all(load, [0, "absent", 1, 0, 1], pool, batch_size=2))
     assert [one.name for one in found] == ["image 0", "there is none", "image 1", "image 0", "image 1"]
-    assert found[1] == ("there is none", None, None, None)
-    maps, scores, presences = explained(localizer)
+    assert found[1] == ("there is none", None, None)
+    alone = explained(localizer)
     for position, index in ((0, 0), (2, 1), (3, 0), (4, 1)):
         one = found[position]
         assert one.image is IMAGES[index] and one.explanation.size == (one.image.height, one.image.width)
-        torch.testing.assert_close(one.explanation.raw_maps, maps[index], atol=1e-5, rtol=0)
-        torch.testing.assert_close(one.explanation.scores, scores[index], atol=1e-5, rtol=0)
-        torch.testing.assert_close(one.presence, presences[index], atol=1e-4, rtol=0)
+        assert_same(one.explanation, alone[index])
 
 
-def test_images_that_keep_their_proportions_go_through_one_by_one(tiny_processor):
+def assert_same(one, other):
+    assert (one.labels, one.size) == (other.labels, other.size)
+    torch.testing.assert_close(one.raw_maps, other.raw_maps, atol=1e-5, rtol=0)
+    torch.testing.assert_close(one.scores, other.scores, atol=1e-5, rtol=0)
+    torch.testing.assert_close(one.presence, other.presence, atol=1e-4, rtol=0)
+
+
+def test_images_of_a_shape_with_equally_many_texts_share_a_forward(tiny_processor, monkeypatch):
     image_processor = CLIPImageProcessor(size={"shortest_edge": 32}, do_center_crop=False)
     processor = ICLIPProcessor(image_processor, tiny_processor.tokenizer, patch_size=8)
-    localizer = Localizer(tiny_model(), processor, TEXTS)
-    with ThreadPoolExecutor(1) as pool:
-        found = list(localizer.explain_all(lambda index: (str(index), IMAGES[index]), [0, 1, 1], pool))
-    assert [one.explanation.raw_maps.shape for one in found] == [(3, 4, 6), (3, 7, 4), (3, 7, 4)]
-    for one, image in zip(found, (IMAGES[0], IMAGES[1], IMAGES[1])):
-        maps, _, presence = localizer.explain(localizer.prepare(image))
-        torch.testing.assert_close(one.explanation.raw_maps, maps[0], atol=1e-5, rtol=0)
-        torch.testing.assert_close(one.presence, presence[0], atol=1e-4, rtol=0)
+    localizer, forwards = Localizer(tiny_model(), processor, TEXTS), []
+    forward = localizer.explainer.forward
+    monkeypatch.setattr(localizer.explainer, "forward", lambda *args: forwards.append(len(args[0])) or forward(*args))
+    asked = [(0, None), (1, None), (0, ["car"]), (1, None), (0, None), (0, ["dog"]), (0, ["car", "dog"]), (1, None)]
+    prepared = [localizer.prepare(IMAGES[index], labels) for index, labels in asked]
+    found = list(localizer.explain(prepared, batch_size=7))
+    assert forwards == [2, 2, 2, 1, 1]  # the last image comes in the next batch
+    for one, image in zip(found, prepared):
+        assert_same(one, *localizer.explain([image]))
+    assert [one.raw_maps.shape for one in found[:3]] == [(3, 4, 6), (3, 7, 4), (1, 4, 6)]
+    assert found[6].labels == ["car", "dog"]
+    torch.testing.assert_close(found[6].raw_maps, found[0].raw_maps[[2, 0]], atol=1e-5, rtol=0)
 
 
-def test_texts_of_an_image(tiny_processor):
+def test_maps_masks_regions_and_record_of_an_explanation(tiny_processor):
+    localizer = Localizer(tiny_model(), tiny_processor, TEXTS, threshold=[0.3, 0.5, 0.7], min_presence=0.5)
+    explanation = replace(explained(localizer)[0], presence=torch.tensor([0.9, 0.5, 0.49]))
+    for index, threshold in enumerate((0.3, 0.5)):
+        heatmap = resize_and_normalize(explanation.raw_maps, (40, 60))[index]
+        assert torch.equal(explanation.map(index), heatmap) and torch.equal(explanation.maps[index], heatmap)
+        assert torch.equal(explanation.mask(index), heatmap > threshold) and explanation.mask(index).any()
+        assert torch.equal(explanation.mask(index, 0.8), heatmap > 0.8)
+        for least in (threshold, 0.8):
+            regions = find_regions(heatmap.numpy(), (heatmap > least).numpy())
+            assert [one.box for one in explanation.regions(index, least)] == [one.box for one in regions]
+    assert not explanation.mask(2).any() and explanation.regions(2) == []
+    record = explanation.record()
+    assert [one["text"] for one in record] == TEXTS and [one["presence"] for one in record] == [0.9, 0.5, 0.49]
+    assert [one["score"] for one in record] == pytest.approx(explanation.scores.tolist(), abs=1e-4)
+    assert record[2]["regions"] == []
+    for index in range(2):
+        assert [one["box"] for one in record[index]["regions"]] == [
+            list(one.box) for one in explanation.regions(index)
+        ]
+        mask = explanation.mask(index)
+        assert all(mask[y, x] for region in record[index]["regions"] for x, y in region["positive_points"])
+        assert not any(mask[y, x] for region in record[index]["regions"] for x, y in region["negative_points"])
+    json.dumps(record)  # plain values
+    for index, (one, mask) in enumerate(explanation.records_and_masks()):
+        assert one == record[index] and torch.equal(mask, explanation.mask(index))
+    score = explanation.scores[0].item()
+    assert (
+        repr(explanation).startswith(f"Explanation('dog': {score:.2f}, 'red ball': ") and len(repr(explanation)) < 80
+    )
+
+
+def test_the_reversed_map_is_one_minus_the_map_to_the_last_bit(tiny_processor):
     model = tiny_model()
-    thresholds = [0.3, 0.5, 0.7]
-    localizer = Localizer(model, tiny_processor, TEXTS, threshold=thresholds, min_presence=0.5)
-    (explanation,) = explain(model, tiny_processor, IMAGES[:1], TEXTS)
-    found = list(localizer.locate(explanation, torch.tensor([0.9, 0.5, 0.49])))
-    for index, text in enumerate(found):
-        assert text.text == TEXTS[index] and text.score == pytest.approx(float(explanation.scores[index]))
-        assert np.array_equal(text.heatmap, explanation.map(index).numpy())
-    assert np.array_equal(found[0].mask, found[0].heatmap > 0.3) and found[0].mask.any()
-    assert np.array_equal(found[1].mask, found[1].heatmap > 0.5) and found[1].mask.any()
-    assert not found[2].mask.any() and found[2].record()["regions"] == []
-    boxes = [list(region.box) for region in find_regions(found[0].heatmap, found[0].mask)]
-    record = found[0].record()
-    assert record["presence"] == 0.9 and [region["box"] for region in record["regions"]] == boxes
-    ((x, y),) = record["regions"][0]["positive_points"]
-    assert found[0].mask[y, x]
-    assert not any(found[0].mask[y, x] for x, y in record["regions"][0]["negative_points"])
+    (straight,), (turned,) = (
+        explain(model, tiny_processor, IMAGES[:1], TEXTS, method) for method in ("itsm", "reversed_itsm")
+    )
+    (processed,) = tiny_processor.post_process_similarity_maps(straight.raw_maps[None], [(40, 60)], reverse=True)
+    for maps in (turned.maps, torch.stack([turned.map(index) for index in range(3)])):
+        assert torch.equal(maps, 1 - straight.maps) and torch.equal(maps, processed)
+    assert torch.equal(turned.mask(1, 0.6), 1 - straight.map(1) > 0.6)
 
 
 def test_the_image_size_is_the_models(tiny_processor):
     localizer = Localizer(tiny_model(), tiny_processor, TEXTS, image_size=48)
-    assert localizer.prepare(IMAGES[0]).shape == (1, 3, 48, 48)
-    assert explained(localizer)[0].shape == (2, 3, 6, 6)
+    assert localizer.prepare(IMAGES[0]).pixel_values.shape == (1, 3, 48, 48)
+    assert [one.raw_maps.shape for one in explained(localizer)] == [(3, 6, 6)] * 2
 
 
 @pytest.mark.parametrize(
@@ -162,9 +199,24 @@ def test_presence_tells_present_classes_better_than_the_cosine(iclip_data):
     model, processor = ICLIPModel.from_pretrained(folder), ICLIPProcessor.from_pretrained(folder)
     localizer = Localizer(model, processor, dataset.class_names)
     samples = [dataset[index] for index in range(20)]
-    _, scores, presences = localizer.explain(torch.cat([localizer.prepare(sample.image) for sample in samples]))
+    found = list(localizer.explain(localizer.prepare(sample.image) for sample in samples))
+    scores, presences = (torch.stack([getattr(one, name) for one in found]) for name in ("scores", "presence"))
     truth = np.stack([np.isin(dataset.labels, sample.labels) for sample in samples])
     by_cosine, by_presence = (roc_auc_score(truth.ravel(), one.flatten()) for one in (scores, presences))
     assert by_presence > by_cosine and by_presence > 0.8
     # Calibrated: of absent texts about three in ten reach 0.7.
     assert float((presences[torch.from_numpy(~truth)] >= 0.7).float().mean()) == pytest.approx(0.3, abs=0.08)
+
+
+def test_a_map_is_taken_by_its_index_as_from_a_list(tiny_processor):
+    (explanation,) = explain(tiny_model(), tiny_processor, [Image.effect_noise((8, 6), 80)], ["dog", "cat"])
+    assert explanation.map(-1).equal(explanation.map(1)) and explanation.map(-2).equal(explanation.maps[0])
+    for index in (2, -3):
+        with pytest.raises(IndexError, match=f"one of 2 texts, got {index}"):
+            explanation.map(index)
+
+
+def test_an_image_without_texts_is_refused(tiny_processor):
+    images = [Image.new("RGB", (32, 32))] * 2
+    with pytest.raises(ValueError, match="at least one text for each image"):
+        explain(tiny_model(), tiny_processor, images, [["dog"], []])

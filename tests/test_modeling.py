@@ -439,20 +439,23 @@ def test_tuples_for_who_wants_them():
 
 
 @pytest.mark.filterwarnings("ignore:.gradient_checkpointing_enable")  # has another name in the newest transformers
-def test_gradient_checkpointing_of_the_towers_that_learn_changes_no_gradient():
+@pytest.mark.parametrize("lock_vision", [True, False])
+@pytest.mark.parametrize("options", [None, {"use_reentrant": True}])
+def test_gradient_checkpointing_of_the_towers_that_learn_changes_no_gradient(lock_vision, options):
+    """Also of an image tower whose attention learns by masked max, whatever checkpoints are asked for."""
     inputs = tiny_inputs(batch=3, texts=3)
     gradients = []
     for checkpointing in (False, True):
-        model = tiny_model().train()
+        model = tiny_model(lock_vision=lock_vision).train()
         if checkpointing:
-            model.gradient_checkpointing_enable()
+            model.gradient_checkpointing_enable(options)
             assert any(getattr(module, "gradient_checkpointing", False) for module in model.text_model.modules())
         torch.manual_seed(0)
         model(**inputs, return_loss=True).loss.backward()
         gradients.append({name: p.grad for name, p in model.named_parameters() if p.requires_grad})
     assert gradients[0].keys() == gradients[1].keys() and any("text_model" in name for name in gradients[0])
     for name, gradient in gradients[0].items():
-        torch.testing.assert_close(gradients[1][name], gradient)
+        torch.testing.assert_close(gradients[1][name], gradient, msg=name)
 
 
 def test_a_folder_that_is_no_model_is_refused(tmp_path):

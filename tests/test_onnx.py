@@ -10,9 +10,9 @@ from conftest import tiny_inputs, tiny_model
 from PIL import Image
 from torch.nn import functional as F
 
-from iclip_hf import cli
+from iclip_hf import cli, explain
 from iclip_hf.evaluation.analysis import channel_matches
-from iclip_hf.explainers import METHODS, explain, make_explainer
+from iclip_hf.explainers import METHODS, make_explainer
 from iclip_hf.models import onnx as onnx_export
 from iclip_hf.models.onnx import ONNXModel, export_onnx
 
@@ -80,7 +80,7 @@ def test_every_tower(tiny_processor, tmp_path, vision, text, tokens):
     check_agreement(model, tmp_path / "exported", images_and_texts(tokens))
 
 
-@pytest.mark.parametrize("method", ["itsm", "reversed_itsm", "attention"])
+@pytest.mark.parametrize("method", ["itsm", "reversed_itsm", "attention", "attention_affinity"])
 def test_explanations_are_the_models(model, folder, tiny_processor, method):
     images = [Image.effect_noise(size, 80).convert("RGB") for size in [(60, 40), (30, 90)]]
     texts = [["dog", "red ball"], ["sky"]]
@@ -100,7 +100,9 @@ def test_analysis_takes_an_exported_model(model, folder, tiny_processor):
         np.testing.assert_allclose(match.values, expected[pooling].values, atol=1e-4)
 
 
-@pytest.mark.parametrize("method", sorted(METHODS.keys() - {"itsm", "reversed_itsm", "attention"}))
+@pytest.mark.parametrize(
+    "method", sorted(METHODS.keys() - {"itsm", "reversed_itsm", "attention", "attention_affinity"})
+)
 def test_methods_that_look_inside_the_tower_are_refused(folder, tiny_processor, method):
     with pytest.raises(ValueError, match="looks inside the image tower.*use itsm"):
         make_explainer(ONNXModel(folder), tiny_processor, method)

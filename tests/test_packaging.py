@@ -150,9 +150,11 @@ NEEDS = {
     "iclip_hf.demo.app": "demo",
     "iclip_hf.evaluation.evaluate_modules": "eval",
     "iclip_hf.evaluation.evaluate": "eval",
+    "iclip_hf.hub.metrics": "eval",
     "iclip_hf.training.feature_cache": "train",
     "iclip_hf.training.checkpoints": "train",
     "iclip_hf.training.data": "train",
+    "iclip_hf.training.datasets": "train",
     "iclip_hf.training.validation": "train",
 }
 

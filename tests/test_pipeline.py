@@ -160,6 +160,23 @@ def test_lists_data_sets_and_generators_answer_one_by_one(pipe, photographs, bat
             assert_same(answers, others)
 
 
+@pytest.mark.parametrize("batch_size", [2, 4])
+def test_a_batch_of_images_that_keep_their_proportions_answers_as_each_alone(
+    pipe, photographs, monkeypatch, batch_size
+):
+    """Those of one shape go through the model together."""
+    image, *others = (str(path) for path in photographs)
+    images, options = [image, *others, image], {"size": {"shortest_edge": 32}}
+    expected, forwards = [pipe(one, LABELS, **options) for one in images], []
+    encode = pipe.model.get_image_features
+    monkeypatch.setattr(
+        pipe.model, "get_image_features", lambda pixels, **kw: forwards.append(len(pixels)) or encode(pixels, **kw)
+    )
+    for answers, others in zip(pipe(images, LABELS, batch_size=batch_size, **options), expected, strict=True):
+        assert_same(answers, others)
+    assert forwards == ([2, 1, 1] if batch_size == 4 else [1, 1, 1, 1])
+
+
 def test_labels_are_encoded_once_for_all_images(pipe, photographs, monkeypatch):
     calls = []
     encode = pipe.model.encode_text

@@ -6,15 +6,8 @@ import torch
 from PIL import Image
 
 from iclip_hf.evaluation.analysis import ChannelMatch, relation
-from iclip_hf.utils.plots import (
-    channel_scatter,
-    class_bars,
-    comparison_sheet,
-    explanation_grid,
-    overlay,
-    picture_grid,
-    relation_plot,
-)
+from iclip_hf.evaluation.analysis_plots import channel_scatter, class_bars, relation_plot
+from iclip_hf.utils.plots import comparison_sheet, explanation_grid, overlay, picture_grid
 
 
 def rendered(figure, dpi=50):

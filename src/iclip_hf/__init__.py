@@ -5,7 +5,7 @@ Importing the package makes the Auto classes and `pipeline` know it.
 """
 
 from .configuration_iclip import ICLIPConfig
-from .explainers import explain
+from .localization.localizer import explain
 from .modeling_iclip import ICLIPImageFeatures, ICLIPModel, ICLIPOutput, ICLIPTextFeatures
 from .models.embedded import embedded_model
 from .pipeline_iclip import ImageTextSimilarityMapPipeline

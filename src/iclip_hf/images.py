@@ -1,13 +1,18 @@
-"""Opening a user's image file: whatever is readable becomes upright 8-bit RGB, everything else one clear error."""
+"""Users' image files: whatever is readable becomes upright 8-bit RGB, everything else one clear error. Batches by shape."""
 
 from __future__ import annotations
 
 import io
 import os
+from collections import defaultdict
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from typing import TypeVar
 
 import numpy as np
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
+
+Item, Result = TypeVar("Item"), TypeVar("Result")
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".jp2", ".ppm", ".pgm")
 
@@ -98,6 +103,28 @@ def to_rgb(image: Image.Image, name: str | None = None) -> Image.Image:
             f"{name or _name(image)}: expected pixels that have an 8-bit RGB form, but got mode {image.mode!r} "
             f"({error}); convert it to RGB or to 8- or 16-bit grayscale."
         ) from error
+
+
+def map_groups(
+    function: Callable[[list[Item]], Iterable[Result]], items: Sequence[Item], keys: Iterable[Hashable]
+) -> list[Result]:
+    """
+    Calls a function once for all items of one key, such as images of one shape.
+
+    Args:
+        function: such items to a result for each.
+        items, keys: of one length.
+
+    Returns:
+        The results in the order of the items.
+    """
+    groups = defaultdict(list)
+    for index, key in enumerate(keys):
+        groups[key].append(index)
+    results = {}
+    for group in groups.values():
+        results.update(zip(group, function([items[index] for index in group]), strict=True))
+    return [results[index] for index in range(len(items))]
 
 
 def _name(source: str | os.PathLike | bytes | Image.Image) -> str:

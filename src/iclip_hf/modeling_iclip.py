@@ -3,6 +3,7 @@
 import inspect
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -408,6 +409,13 @@ class ICLIPModel(PreTrainedModel):
         """Scales of the recognition and the map branch, at most 100."""
         scale = self.recognition()
         return scale, scale if self.map_branch.logit_scale is None else self.map_branch()
+
+    def _set_gradient_checkpointing(self, enable: bool = True, **options):
+        # Reentrant checkpoints drop the gradient of what leaves a layer on the side, as the class token's attention does.
+        function = options.get("gradient_checkpointing_func")
+        if getattr(function, "keywords", {}).get("use_reentrant"):
+            options["gradient_checkpointing_func"] = partial(function, use_reentrant=False)
+        super()._set_gradient_checkpointing(enable, **options)
 
     def encode_image(self, pixel_values: torch.FloatTensor, **kwargs) -> ImageTokens:
         """

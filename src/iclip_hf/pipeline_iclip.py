@@ -7,7 +7,6 @@ import threading
 import time
 import urllib.parse
 import urllib.request
-from collections import defaultdict
 from collections.abc import Sequence
 from http.client import HTTPException
 
@@ -16,7 +15,7 @@ from PIL import Image
 from transformers import AutoModel
 from transformers.pipelines import PIPELINE_REGISTRY, Pipeline
 
-from .images import load_image
+from .images import load_image, map_groups
 from .modeling_iclip import cosines
 from .presence import BACKGROUND, MIN_PRESENCE, presence
 
@@ -65,7 +64,7 @@ class ImageTextSimilarityMapPipeline(Pipeline):
             min_presence (`float` in [0, 1], defaults to 0.7): a label of lower presence gets an empty mask.
             size (`dict`, *optional*): of the image as the model sees it, see [`ICLIPProcessor`].
             timeout (`float`, defaults to 60): seconds in which the image at a URL must be here.
-            batch_size (`int`, defaults to 1): images in one forward.
+            batch_size (`int`, defaults to 1): images that go through the model at once, where they are of one shape there.
 
         Returns:
             for one image a list of T `dict`, best score first; for a list of images a list of those; for a `Dataset` or a
@@ -114,29 +113,21 @@ class ImageTextSimilarityMapPipeline(Pipeline):
     def preprocess(self, image, size: dict | None = None, timeout: float = 60) -> dict:
         image = _read(image, timeout)
         pixel_values = self.processor(images=[image], **({} if size is None else {"size": size}))["pixel_values"]
-        # In a list: images that keep their proportions differ in shape, and a batch of tensors would be stacked.
+        # In a list, because a batch of tensors would be joined, which different shapes do not allow.
         return {"pixel_values": [pixel_values.to(self.dtype)], "target_size": (image.height, image.width)}
 
     def _forward(self, model_inputs: dict, text_features) -> dict:
         images = model_inputs["pixel_values"]
-        batched = isinstance(images[0], list)
-        images = [image for (image,) in images] if batched else images
-        groups = defaultdict(list)
-        for index, image in enumerate(images):
-            groups[image.shape].append(index)
-        scores, maps = [None] * len(images), [None] * len(images)
-        for indices in groups.values():
+        images = [image for (image,) in images] if isinstance(images[0], list) else images  # a batch, or one image
+
+        def forward(batch: list[torch.Tensor]):
             outputs = self.model(
-                pixel_values=torch.cat([images[index] for index in indices]),
-                text_features=text_features,
-                output_similarity_maps=True,
+                pixel_values=torch.cat(batch), text_features=text_features, output_similarity_maps=True
             )
-            found = cosines(outputs.image_embeds, outputs.text_embeds)
-            for index, score, map_ in zip(indices, found, outputs.similarity_maps):
-                scores[index], maps[index] = score, map_
-        # Of a batch, the base class hands each image's own on to `postprocess`.
-        maps = maps if batched else maps[0][None]
-        return {"scores": torch.stack(scores), "similarity_maps": maps, "target_size": model_inputs["target_size"]}
+            return zip(cosines(outputs.image_embeds, outputs.text_embeds), outputs.similarity_maps)
+
+        scores, maps = zip(*map_groups(forward, images, [image.shape for image in images]))
+        return {"scores": torch.stack(scores), "maps": list(maps), "target_size": model_inputs["target_size"]}
 
     def postprocess(
         self,
@@ -148,8 +139,8 @@ class ImageTextSimilarityMapPipeline(Pipeline):
         count = len(candidate_labels)
         scores, background_scores = model_outputs["scores"].split([count, len(BACKGROUND)], dim=1)
         presences = presence(scores, background_scores)
-        raw_maps, processor = model_outputs["similarity_maps"][:, :count], self.processor
-        maps = processor.post_process_similarity_maps(raw_maps, [model_outputs["target_size"]])
+        raw_maps, processor = model_outputs["maps"][0][:count], self.processor
+        maps = processor.post_process_similarity_maps(raw_maps[None], [model_outputs["target_size"]])
         masks = processor.post_process_masks(maps, threshold, presences, min_presence)
         regions = processor.post_process_boxes(maps, masks)[0]
         answers = [

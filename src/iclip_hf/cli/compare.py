@@ -25,21 +25,22 @@ from .common import (
 
 
 def register(commands) -> None:
-    command = add_command(commands, "compare", run, "draw the maps of several methods and models side by side")
+    command = add_command(commands, "compare", run, "draw the maps of several methods or models side by side")
     command.add_argument(
-        "image", metavar="IMAGE", help="image file; with --dataset one of its images, by name or path"
+        "image", metavar="IMAGE", help="image file, or with --dataset the name or path of one of its images"
     )
     command.add_argument(
         "--text",
         action="append",
         dest="texts",
         metavar="TEXT",
-        help="what to look for, a row; repeat for more (default: the classes of the data set's image)",
+        help="what to look for, one row of the figure; repeat the option for several texts (default: the classes that the "
+        "data set's image shows)",
     )
     add_methods_option(command)
-    add_model_option(command, ", repeat to compare several", action="append", dest="models")
+    add_model_option(command, "; repeat the option to compare several", action="append", dest="models")
     add_prompt_options(command)
-    truth = command.add_argument_group("ground truth", "a data set that has IMAGE adds the pixels of its classes")
+    truth = command.add_argument_group("ground truth", "a data set that contains IMAGE adds the masks of its classes")
     add_dataset_options(truth, required=False)
     add_picture_option(command, "comparison.png")
     add_colormap_option(command)
@@ -62,7 +63,7 @@ def run(options: argparse.Namespace) -> int:
     scores = {}
     for model, method, explanation in _explain(options, image, texts, templates, (drawn.height, drawn.width)):
         title = method if len(options.models or ()) < 2 else f"{model}\n{method}"
-        columns[title] = explanation.maps.numpy(force=True)
+        columns[title] = explanation.maps.numpy()
         scores[model] = [round(float(score), 4) for score in explanation.scores]
     rows = [{"text": text, "scores": dict(zip(scores, row))} for text, row in zip(texts, zip(*scores.values()))]
 
@@ -107,7 +108,7 @@ def _open(options: argparse.Namespace):
 
 def _explain(options: argparse.Namespace, image, texts: list[str], templates, target_size: tuple[int, int]):
     """For each model and method their names and what they say of the image."""
-    from ..explainers import explain
+    from ..localization.localizer import explain
 
     size = None if options.image_size is None else {"height": options.image_size, "width": options.image_size}
     seen = {"templates": templates, "target_sizes": [target_size], "size": size}

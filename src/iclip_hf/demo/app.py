@@ -19,8 +19,8 @@ from matplotlib import colormaps
 from PIL import Image
 
 from .. import __version__
-from ..explainers import Explanation
 from ..images import load_image
+from ..localization.explanation import Explanation
 from ..localization.localizer import Localizer
 from ..models.loading import load_model
 from ..presence import BACKGROUND, MIN_PRESENCE
@@ -52,6 +52,7 @@ METHODS = {
     "Similarity map (ITSM)": "itsm",
     "Reversed similarity map": "reversed_itsm",
     "Attention, the same for every text": "attention",
+    "Attention spread by affinity, the same for every text": "attention_affinity",
     "Grad-CAM": "grad_cam",
     "Bi-modal relevance": "bi_modal",
     "CLIP Surgery": "clip_surgery",
@@ -114,22 +115,14 @@ def split_texts(typed: str) -> list[str]:
     return texts
 
 
-def explain_image(localizer: Localizer, image: Image.Image, texts: list[str]) -> tuple[Explanation, list[float]]:
-    """
-    Explains an RGB image.
-
-    Args:
-        localizer: of any texts.
-
-    Returns:
-        `tuple`: the explanation, with maps of at most `VIEW_SIDE` pixels a side, and the presence of each text, in [0, 1].
-    """
-    maps, scores, presence = localizer.about(texts).explain(localizer.prepare(image))
-    width, height = _view_size(image)
-    return Explanation(texts, scores[0], maps[0], (height, width)), presence[0].tolist()
+def explain_image(localizer: Localizer, image: Image.Image, texts: list[str]) -> Explanation:
+    """Explains an RGB image by a localizer of any texts, with maps of at most `VIEW_SIDE` pixels a side."""
+    localizer = localizer.about(texts)
+    (explanation,) = localizer.explain([localizer.prepare(image, size=_view_size(image)[::-1])])
+    return explanation
 
 
-def viewer_value(image: Image.Image, explanation: Explanation, presence: list[float]) -> dict:
+def viewer_value(image: Image.Image, explanation: Explanation) -> dict:
     """What `viewer.js` draws; a map is its values 0..255, row-major, compressed and as base64."""
     photo, size = io.BytesIO(), _view_size(image)
     image.resize(size).save(photo, "JPEG", quality=85)
@@ -146,12 +139,14 @@ def viewer_value(image: Image.Image, explanation: Explanation, presence: list[fl
                 "absent": present < MIN_PRESENCE,
                 "map": base64.b64encode(zlib.compress(map_)).decode(),
             }
-            for text, cosine, present, map_ in zip(explanation.labels, explanation.scores.tolist(), presence, levels)
+            for text, cosine, present, map_ in zip(
+                explanation.labels, explanation.scores.tolist(), explanation.presence.tolist(), levels
+            )
         ],
     }
 
 
-def to_npz(explanation: Explanation, presence: list[float]) -> bytes:
+def to_npz(explanation: Explanation) -> bytes:
     """
     The bytes of a NumPy archive: `texts`, `scores` and `presence` `(T,)`, `raw_maps` `(T, h, w)` on the patch grid and `maps`
     `(T, H, W)` in [0, 1], float16.
@@ -161,7 +156,7 @@ def to_npz(explanation: Explanation, presence: list[float]) -> bytes:
         archive,
         texts=explanation.labels,
         scores=explanation.scores.numpy(),
-        presence=presence,
+        presence=explanation.presence.numpy(),
         raw_maps=explanation.raw_maps.numpy(),
         maps=explanation.maps.half().numpy(),
     )
@@ -233,11 +228,11 @@ def build_app(model, processor) -> gr.Blocks:
         try:
             photo = app.uploaded(photo)  # again: an app must not depend on when Gradio asks for the first check
             image = load_image(photo["path"], photo["orig_name"])
-            explanation, presence = explain_image(localizer(method), image, split_texts(typed))
+            explanation = explain_image(localizer(method), image, split_texts(typed))
         except (OSError, ValueError, TypeError) as error:
             raise gr.Error(str(error), print_exception=False) from error
-        npz = save_bytes_to_cache(to_npz(explanation, presence), "explanation.npz", download.GRADIO_CACHE)
-        return viewer_value(image, explanation, presence), npz
+        npz = save_bytes_to_cache(to_npz(explanation), "explanation.npz", download.GRADIO_CACHE)
+        return viewer_value(image, explanation), npz
 
     # For the end, when all files of visitors go, and for those who launch the app without `launch`: `delete_files` is faster.
     cache = (600, 2 * MAX_CACHE_AGE)

@@ -25,7 +25,7 @@ _TEXT_BATCH = 256
 
 
 def join_texts(parts: Sequence[ICLIPTextFeatures]) -> ICLIPTextFeatures:
-    """Texts encoded in parts, `(..., T, P)` each, as if encoded together."""
+    """Joins texts that were encoded in parts, `(..., T, P)` each."""
     names = ("text_embeds", "map_text_embeds")
     return ICLIPTextFeatures(**{name: torch.cat([part[name] for part in parts], -2) for name in names})
 
@@ -55,14 +55,14 @@ class ModelAdapter(ABC):
 
     @abstractmethod
     def _prepare_layers(self) -> None:
-        """Makes the attention layers ready to be recorded, and lists them."""
+        """Prepares the attention layers for recording and lists them in `layers`."""
 
     def _add_layer(self, block: nn.Module, attention: nn.Module, output: Callable, residual: bool = True) -> None:
         prepare(len(self.layers), block, attention)
         self.layers.append(AttentionLayer(output, residual))
 
     def encode_texts(self, labels: Sequence[str], templates: Sequence[str] | None = None) -> ICLIPTextFeatures:
-        """T labels, each put into the templates and averaged over them -> unit vectors `(T, P)`."""
+        """Encodes T labels, each put into the templates and averaged over them, as unit vectors `(T, P)`."""
         if isinstance(labels, str) or len(labels) == 0:
             raise ValueError(f"Expected a list of at least one label, got {labels!r}.")
         templates = check_templates(self.templates if templates is None else templates)
@@ -75,7 +75,7 @@ class ModelAdapter(ABC):
     def _encode_texts(self, labels: list[str], templates: list[str]) -> ICLIPTextFeatures: ...
 
     def encode_image(self, pixel_values: torch.Tensor) -> ICLIPImageFeatures:
-        """`(B, 3, H, W)` -> unit vectors of images `(B, P)` and of patches `(B, h, w, P)`."""
+        """Encodes `(B, 3, H, W)` as unit vectors of images `(B, P)` and of patches `(B, h, w, P)`."""
         weight = next(self.model.parameters())
         return self._encode_image(pixel_values.to(weight.device, weight.dtype))
 
@@ -84,25 +84,25 @@ class ModelAdapter(ABC):
 
     @abstractmethod
     def project(self, stream: torch.Tensor) -> torch.Tensor:
-        """Patches of the stream that leaves the last block, `(B, N, D)` -> the space of the texts, `(B, N, P)`."""
+        """Projects patches of the stream that leaves the last block, `(B, N, D)`, into the space of the texts, `(B, N, P)`."""
 
     def similarity_maps(self, image: ICLIPImageFeatures, texts: ICLIPTextFeatures) -> torch.Tensor:
-        """Raw maps `(B, T, h, w)`: the cosine of every patch with every text (Eq. 1-3)."""
+        """Computes raw maps `(B, T, h, w)`: the cosine of every patch with every text (Eq. 1-3)."""
         return cosine_similarity_map(image.patch_embeds, texts.map_text_embeds)
 
     def logit_scale(self) -> torch.Tensor:
-        """What the model multiplies the cosines of images and texts with."""
+        """Returns the factor by which the model multiplies the cosines of images and texts."""
         return self.model.logit_scale.exp()
 
     def trace(
         self, pixel_values: torch.Tensor, start: int = -1, grad: bool = False, weights: bool = False
     ) -> tuple[ICLIPImageFeatures, list[AttentionRecord]]:
-        """Encodes images with the attention layers from `start` on recorded, see `record`."""
+        """Encodes images and records the attention layers from `start` on, see `record`."""
         return record(lambda: self.encode_image(pixel_values), range(len(self.layers))[start], grad, weights)
 
 
-class _TransformersFamily(ModelAdapter):
-    """What the families of transformers share: a vision tower whose layers look up their attention function."""
+class _TransformersAdapter(ModelAdapter):
+    """The models of transformers, whose vision towers look up their attention function."""
 
     def _prepare_layers(self) -> None:
         tower = self.model.vision_model
@@ -118,7 +118,7 @@ class _TransformersFamily(ModelAdapter):
         return norms[-1](stream)
 
 
-class ICLIPAdapter(_TransformersFamily):
+class ICLIPAdapter(_TransformersAdapter):
     """ICLIP, whose own functions are called for everything that it can do itself."""
 
     def __init__(self, model: ICLIPModel, processor: ICLIPProcessor):
@@ -168,7 +168,7 @@ class ONNXAdapter(ICLIPAdapter):
         return self.encode_image(pixel_values), [None]
 
 
-class CLIPAdapter(_TransformersFamily):
+class CLIPAdapter(_TransformersAdapter):
     """CLIP, whose patch tokens go through the class token's norm and projection."""
 
     text_padding = "longest"
@@ -184,7 +184,7 @@ class CLIPAdapter(_TransformersFamily):
         super().__init__(model, own_processor)
 
     def _whole_image_processor(self, vision_config, image_processor):
-        """The given image processor, made to resize the whole image to the size that the model was trained at."""
+        """Copies an image processor so that it resizes the whole image to the size that the model was trained at."""
         side = vision_config.image_size
         options = {"size": {"height": side, "width": side}, "do_center_crop": False, "do_convert_rgb": True}
         return type(image_processor)(**(image_processor.to_dict() | options))
@@ -205,7 +205,7 @@ class CLIPAdapter(_TransformersFamily):
         return self.model.get_image_features(pixel_values, interpolate_pos_encoding=True)
 
     def _project_output(self, patch_tokens: torch.Tensor) -> torch.Tensor:
-        """As `project`, for tokens as the tower returns them: CLIP's are still without the final norm."""
+        """Projects patch tokens as the tower returns them. CLIP returns them without the final norm."""
         return self.project(patch_tokens)
 
     def project(self, stream: torch.Tensor) -> torch.Tensor:
@@ -254,24 +254,24 @@ class Siglip2Adapter(SiglipAdapter):
 
 
 def whole_image_processor(side: int, mean: Sequence[float], std: Sequence[float], resample: int):
-    """An image processor that resizes whole images to a square of `side` pixels."""
+    """Makes an image processor that resizes whole images to a square of `side` pixels."""
     return SiglipImageProcessor(
         size={"height": side, "width": side}, image_mean=mean, image_std=std, resample=resample, do_convert_rgb=True
     )
 
 
 def unit(features: torch.Tensor) -> torch.Tensor:
-    """Unit vectors, float32."""
+    """Normalizes features to unit vectors, float32."""
     return normalize(features.float())
 
 
 def text_features(projected: torch.Tensor, num_templates: int) -> ICLIPTextFeatures:
-    """Projected prompts `(T * num_templates, P)` -> unit vectors `(T, P)`, the mean of each label's unit vectors."""
+    """Averages the unit vectors of each label's prompts, `(T * num_templates, P)`, to unit vectors `(T, P)`."""
     embeds = unit(average_templates(projected.float(), num_templates))
     return ICLIPTextFeatures(text_embeds=embeds, map_text_embeds=embeds)
 
 
 def head_output(projection: nn.Module, scale: nn.Module | None = None) -> Callable[[torch.Tensor], torch.Tensor]:
-    """An `AttentionLayer.output`: heads merged, projected, and scaled where the model has a layer scale."""
+    """Makes an `AttentionLayer.output`: it merges heads, projects them, and scales them if the model has a layer scale."""
     scale = nn.Identity() if scale is None else scale
     return lambda heads: scale(projection(merge_heads(heads)))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from ..modeling_iclip import ICLIPTextFeatures
+from ..modeling_iclip import ICLIPTextFeatures, cosines
 from .adapters import join_texts
 from .recording import AttentionRecord
 from .self_self import SelfSelfAttention, similar
@@ -17,8 +17,6 @@ class CLIPSurgery(SelfSelfAttention):
     compared with a prompt that names nothing.
     """
 
-    more_texts_are_free = False
-
     def __init__(self, model, processor, depth: int = 6):
         super().__init__(model, processor, depth)
         self.nothing = self.family.encode_texts(["a photo of"], ["{}"])
@@ -27,14 +25,15 @@ class CLIPSurgery(SelfSelfAttention):
         return similar(layer.value, layer.value.shape[-1] ** -0.5) @ layer.value
 
     @torch.no_grad()
-    def raw_maps(self, pixel_values: torch.Tensor, texts: ICLIPTextFeatures) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(self, pixel_values: torch.Tensor, texts: ICLIPTextFeatures) -> tuple[torch.Tensor, torch.Tensor]:
         single = texts.text_embeds.shape[-2] == 1
         if single:
             nothing = {name: value.expand_as(texts[name]) for name, value in self.nothing.items()}
             texts = join_texts([texts, ICLIPTextFeatures(**nothing)])
-        maps, scores = super().raw_maps(pixel_values, texts)
+        maps, image_embeds = super().forward(pixel_values, texts)
         if single:
-            return maps[:, :1] - maps[:, 1:], scores[:, :1]
+            return maps[:, :1] - maps[:, 1:], image_embeds
+        scores = cosines(image_embeds, texts.text_embeds)
         weights = (2 * scores).softmax(1) * scores.shape[1]  # 2 is the authors'; their mean is 1
         maps = maps * weights[..., None, None]
-        return maps - maps.mean(1, keepdim=True), scores
+        return maps - maps.mean(1, keepdim=True), image_embeds

@@ -1,16 +1,14 @@
-"""The signature that every method implements, and what an explained image is."""
+"""The signature that every method implements, and the models that methods work on."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 
-from ..modeling_iclip import ICLIPTextFeatures
+from ..modeling_iclip import ICLIPTextFeatures, cosines
 from ..models.onnx import ONNXModel
-from ..similarity import resize_and_normalize
 from ..utils.digests import content_digest, weights_digest
 from .adapters import CLIPAdapter, ICLIPAdapter, ModelAdapter, ONNXAdapter, Siglip2Adapter, SiglipAdapter
 from .open_clip import OpenCLIPAdapter, OpenCLIPResNetAdapter
@@ -41,14 +39,13 @@ class Explainer(ABC):
 
     Attributes:
         processor: `processor(images=images)["pixel_values"]` prepares whole RGB images for this model, `(B, 3, H, W)`.
-
-        more_texts_are_free (`bool`): further texts cost next to nothing, and change no map.
+        reversed (`bool`): the method's maps are 1 - M (Eq. 5), where M is made of the raw maps.
 
     Raises:
         `TypeError`: for another kind of model. `ValueError`: if this model cannot do the method, with the reason.
     """
 
-    more_texts_are_free = True
+    reversed = False
 
     def __init__(self, model, processor):
         self.family = adapt(model, processor)
@@ -68,22 +65,32 @@ class Explainer(ABC):
         return self.family.encode_texts(labels, templates)
 
     @abstractmethod
-    def raw_maps(self, pixel_values: torch.Tensor, texts: ICLIPTextFeatures) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(self, pixel_values: torch.Tensor, texts: ICLIPTextFeatures) -> tuple[torch.Tensor, torch.Tensor]:
         """
-        Explains a batch.
+        Computes the raw maps of a batch.
 
         Args:
             pixel_values (`torch.Tensor` of shape `(B, 3, H, W)`): prepared by `processor`.
             texts ([`ICLIPTextFeatures`]): of `encode_texts`, shared by all images, or with embeddings of shape `(B, T, P)`.
 
         Returns:
+            `tuple`: raw maps `(B, T, h, w)`, float32, and the unit vectors of the images `(B, P)`, without a graph.
+        """
+
+    def raw_maps(self, pixel_values: torch.Tensor, texts: ICLIPTextFeatures) -> tuple[torch.Tensor, torch.Tensor]:
+        """
+        Computes raw maps and scores of a batch, see `forward`.
+
+        Returns:
             `tuple`: raw maps `(B, T, h, w)` and scores `(B, T)`, the cosine of image and text in [-1, 1], both float32.
         """
+        maps, image_embeds = self.forward(pixel_values, texts)
+        return maps, cosines(image_embeds, texts.text_embeds)
 
 
 def adapt(model, processor) -> ModelAdapter:
     """
-    A model of any supported kind behind the functions that methods and analyses are written in.
+    Puts a model of any supported kind behind the functions that methods and analyses are written in.
 
     Raises:
         `TypeError`: for another kind of model.
@@ -105,39 +112,9 @@ def adapt(model, processor) -> ModelAdapter:
 
 
 def identity(model) -> dict[str, str]:
-    """What results say of the model they come from: its name, a digest of its weights, and the precision it computes in."""
+    """Returns what results say of their model: its name, a digest of its weights, and the precision that it computes in."""
     is_module = isinstance(model, torch.nn.Module)
     dtype = next(model.parameters()).dtype if is_module else model.dtype
     name = getattr(getattr(model, "config", None), "_name_or_path", "") or type(model).__name__
     weights = weights_digest(model) if is_module else content_digest(sorted(model.folder.glob("*.onnx*")))
     return {"model": name, "weights": weights, "dtype": str(dtype).removeprefix("torch.")}
-
-
-@dataclass(frozen=True)
-class Explanation:
-    """
-    One explained image.
-
-    Attributes:
-        labels (`list[str]`): the T texts.
-        scores (`torch.Tensor` of shape `(T,)`): cosine of image and text by the recognition branch, in [-1, 1]. Low for an
-            absent text, whose map is stretched to [0, 1] like any other.
-        raw_maps (`torch.Tensor` of shape `(T, h, w)`): the method's values on the patch grid.
-        size (`tuple[int, int]`): height and width of the image in pixels.
-    """
-
-    labels: list[str]
-    scores: torch.Tensor
-    raw_maps: torch.Tensor
-    size: tuple[int, int]
-
-    def map(self, index: int) -> torch.Tensor:
-        """The map of one text at the image's size: bicubic, then min-max (Eq. 4). `(H, W)` float32 in [0, 1]."""
-        if not -len(self.labels) <= index < len(self.labels):
-            raise IndexError(f"Expected the index of one of {len(self.labels)} texts, got {index}.")
-        return resize_and_normalize(self.raw_maps[index][None], self.size)[0]
-
-    @property
-    def maps(self) -> torch.Tensor:
-        """All maps, `(T, H, W)`; made anew at each access. With many texts take them one by one from `map`."""
-        return resize_and_normalize(self.raw_maps, self.size)

@@ -22,7 +22,6 @@ class GradientExplainer(Explainer):
         layer (`int`): index among the attention layers of the image tower; -1 is the last.
     """
 
-    more_texts_are_free = False
     needs_weights = False
 
     def __init__(self, model, processor, layer: int = -1):
@@ -32,25 +31,24 @@ class GradientExplainer(Explainer):
         if not -depth <= layer < depth:
             raise ValueError(f"Expected layer to be one of the {depth} attention layers, got {layer}.")
 
-    def raw_maps(self, pixel_values: torch.Tensor, texts: ICLIPTextFeatures) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(self, pixel_values: torch.Tensor, texts: ICLIPTextFeatures) -> tuple[torch.Tensor, torch.Tensor]:
         image, layers = self.family.trace(pixel_values, self.layer, grad=True, weights=self.needs_weights)
         inputs = self.differentiated(layers)
         maps, patches, count = [], math.prod(image.grid), texts.text_embeds.shape[-2]
         with torch.inference_mode(False), torch.enable_grad():
             # The clone: an embedding made under inference mode could not take part in a backward.
-            scores = cosines(image.image_embeds, texts.text_embeds.clone())
-            logits = self.family.logit_scale() * scores
+            logits = self.family.logit_scale() * cosines(image.image_embeds, texts.text_embeds.clone())
             for text in range(count):
                 # Images do not mix, so that the gradient of their sum has each image's own.
                 gradients = torch.autograd.grad(logits[:, text].sum(), inputs, retain_graph=text < count - 1)
                 with torch.no_grad():
                     maps.append(self.weigh(inputs, gradients, patches))
-        return torch.stack(maps, 1).unflatten(-1, image.grid).float(), scores.detach()
+        return torch.stack(maps, 1).unflatten(-1, image.grid).float(), image.image_embeds.detach()
 
     @abstractmethod
     def differentiated(self, layers: list[AttentionRecord]) -> list[torch.Tensor]:
-        """The tensors whose gradients are taken."""
+        """Returns the tensors whose gradients are taken."""
 
     @abstractmethod
     def weigh(self, inputs: list[torch.Tensor], gradients: tuple[torch.Tensor, ...], patches: int) -> torch.Tensor:
-        """Those tensors and one text's gradients -> its relevance of the patches, `(B, N)`."""
+        """Computes the relevance of the patches to one text, `(B, N)`, from those tensors and its gradients."""

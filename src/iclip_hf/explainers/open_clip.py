@@ -79,7 +79,7 @@ class OpenCLIPResNetAdapter(OpenCLIPAdapter):
 
 
 def _attention_pool(pool: nn.Module, features: torch.Tensor) -> torch.Tensor:
-    """Attention pooling of features `(B, D, h, w)` by their mean, recorded."""
+    """Pools features `(B, D, h, w)` by the attention of their mean, and records it."""
     tokens = features.flatten(2).mT
     tokens = torch.cat([tokens.mean(1, keepdim=True), tokens], 1) + pool.positional_embedding
     query, key, value = (

@@ -69,8 +69,8 @@ class AttentionLayer:
 
 def private_copy(model: nn.Module) -> nn.Module:
     """
-    A copy in eval mode that shares the model's weights but takes no gradients for them: what is set, hooked or replaced
-    in it never reaches the model, nor another thread that uses it.
+    Copies a model in eval mode. The copy shares the weights but takes no gradients for them; what is set, hooked or
+    replaced in it reaches neither the model nor another thread that uses it.
     """
     with torch.inference_mode(False):
         shared = {
@@ -121,24 +121,24 @@ def prepare(index: int, block: nn.Module, attention: nn.Module) -> None:
 
 
 def merge_heads(heads: torch.Tensor) -> torch.Tensor:
-    """`(B, H, L, D / H)` -> `(B, L, D)`."""
+    """Merges heads `(B, H, L, D / H)` to `(B, L, D)`."""
     return heads.transpose(1, 2).flatten(2)
 
 
 def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-    """Attention of the heads, recorded: mixed values `(B, H, Q, D / H)`."""
+    """Computes and records the attention of the heads. Returns mixed values `(B, H, Q, D / H)`."""
     weights = _record_heads(query, key, value, query.shape[-1] ** -0.5)
     return F.scaled_dot_product_attention(query, key, value) if weights is None else weights @ value
 
 
 def _current_layer() -> AttentionRecord | None:
-    """Of the forward that is being recorded, the layer that it has come to."""
+    """Returns the layer that the recorded forward has come to, if one is being recorded."""
     recording = _recording.get()
     return recording.layers[-1] if recording and recording.layers else None
 
 
 def _record_heads(query, key, value, scaling: float) -> torch.Tensor | None:
-    """Records a layer's heads, and returns its attention weights if these are to be recorded as well."""
+    """Records the heads of a layer. Returns its attention weights if these are recorded too."""
     layer = _current_layer()
     if layer is None:
         return None
@@ -150,7 +150,7 @@ def _record_heads(query, key, value, scaling: float) -> torch.Tensor | None:
 
 
 def _transformers_attention(module, query, key, value, attention_mask, scaling=None, class_row=None, **kwargs):
-    """transformers' attention function, as ICLIP's own but recorded. There is no mask: images get no padding."""
+    """Computes attention as ICLIP's own function does, and records it. There is no mask: images get no padding."""
     weights = _record_heads(query, key, value, query.shape[-1] ** -0.5 if scaling is None else scaling)
     if weights is None:
         fused = AttentionInterface()["sdpa_class_row"]
@@ -165,7 +165,7 @@ AttentionMaskInterface.register("iclip_recorded", sdpa_mask)
 
 
 def _multihead_attention(attention: nn.MultiheadAttention, query, key, value, **kwargs):
-    """`nn.MultiheadAttention.forward` for batch-first input without masks, recorded."""
+    """Computes `nn.MultiheadAttention.forward` for batch-first input without masks, and records it."""
     projections = zip(
         (query, key, value), attention.in_proj_weight.chunk(3), attention.in_proj_bias.chunk(3), strict=True
     )

@@ -7,7 +7,7 @@ from abc import abstractmethod
 
 import torch
 
-from ..modeling_iclip import ICLIPTextFeatures, cosines
+from ..modeling_iclip import ICLIPTextFeatures
 from ..similarity import cosine_similarity_map
 from .adapters import unit
 from .explainer import Explainer
@@ -37,20 +37,19 @@ class SelfSelfAttention(Explainer):
             )
 
     @torch.no_grad()
-    def raw_maps(self, pixel_values: torch.Tensor, texts: ICLIPTextFeatures) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(self, pixel_values: torch.Tensor, texts: ICLIPTextFeatures) -> tuple[torch.Tensor, torch.Tensor]:
         image, layers = self.family.trace(pixel_values, self.blocks[0])
         stream = layers[0].stream
         for index, layer in zip(self.blocks, layers):
             stream = stream + self.family.layers[index].output(self.mix(layer))
         patch_embeds = unit(self.family.project(stream[:, -math.prod(image.grid) :])).unflatten(1, image.grid)
-        maps = cosine_similarity_map(patch_embeds, texts.map_text_embeds.float())
-        return maps, cosines(image.image_embeds, texts.text_embeds)
+        return cosine_similarity_map(patch_embeds, texts.map_text_embeds.float()), image.image_embeds
 
     @abstractmethod
     def mix(self, layer: AttentionRecord) -> torch.Tensor:
-        """The values of a layer, mixed by self-self attention, `(B, H, L, D / H)`."""
+        """Mixes the values of a layer by self-self attention, `(B, H, L, D / H)`."""
 
 
 def similar(tokens: torch.Tensor, scale: float | torch.Tensor) -> torch.Tensor:
-    """Attention of tokens `(B, H, L, D / H)` to each other by their scaled products, `(B, H, L, L)`."""
+    """Computes the attention of tokens `(B, H, L, D / H)` to each other by their scaled products, `(B, H, L, L)`."""
     return ((tokens.float() @ tokens.float().mT) * scale).softmax(-1).to(tokens.dtype)

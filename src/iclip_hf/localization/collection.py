@@ -22,7 +22,7 @@ from ..utils.distributed import partner_errors, shared_folder_lock, this_process
 from ..utils.extras import require_extra
 from ..utils.files import atomic_write
 from ..utils.prefetch import prefetch_map, spare_processors
-from .localizer import Explained, Localizer
+from .localizer import ExplainedImage, Localizer
 
 
 with require_extra("collections"):
@@ -197,22 +197,33 @@ def explain_collection(
 def _rows(localizer, images, part, batch_size, pool, bar, broken) -> Iterator[dict]:
     """The rows of some images, in order; threads decode and describe, this one runs the model."""
 
-    def explained() -> Iterator[Explained]:
-        for one in localizer.explain_all(images.image, part, pool, batch_size):
+    def load(index: int) -> tuple[str, Image.Image]:
+        name, image = images.image(index)
+        if name != _printable(name):
+            raise ValueError(f"{name}: expected a name in UTF-8, which Parquet files hold: rename the image")
+        return name, image
+
+    def explained() -> Iterator[ExplainedImage]:
+        for one in localizer.explain_all(load, part, pool, batch_size):
             bar.update()
             if one.image is None:
-                broken.append(one.name)
+                broken.append(_printable(one.name))
             else:
                 yield one
 
-    def describe(one: Explained) -> dict:
+    def describe(one: ExplainedImage) -> dict:
         texts = [
-            {**text.record(), "raw_map": list(raw), "mask": {"bytes": _png(text.mask), "path": None}}
-            for text, raw in zip(localizer.locate(one.explanation, one.presence), one.explanation.raw_maps.numpy())
+            {**text, "raw_map": list(raw), "mask": {"bytes": _png(mask.numpy()), "path": None}}
+            for (text, mask), raw in zip(one.explanation.records_and_masks(), one.explanation.raw_maps.numpy())
         ]
         return {"image": one.name, "height": one.image.height, "width": one.image.width, "texts": texts}
 
     return prefetch_map(pool, describe, explained(), 2 * batch_size)
+
+
+def _printable(name: str) -> str:
+    """A name with its bytes that are no UTF-8 as escapes."""
+    return name.encode(errors="backslashreplace").decode()
 
 
 def _png(mask: np.ndarray) -> bytes:

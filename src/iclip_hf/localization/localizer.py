@@ -1,93 +1,71 @@
-"""Where the texts are in an image, and whether they are: presence, masks and regions beside the maps of any explainer."""
+"""The way from images and texts to explanations."""
 
 from __future__ import annotations
 
 import copy
 import itertools
+import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Executor
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from PIL import Image
 
-from ..explainers import Explanation, identity, join_texts, make_explainer
-from ..modeling_iclip import cosines
+from ..explainers import identity, make_explainer, select_texts
+from ..images import load_image, map_groups
+from ..modeling_iclip import ICLIPTextFeatures, cosines
 from ..presence import BACKGROUND, MIN_PRESENCE, presence
 from ..processing_iclip import check_templates, check_thresholds
-from ..regions import Region, find_regions, negative_points, positive_points
 from ..utils.prefetch import Item, prefetch_map
+from .explanation import Explanation
 
 
-class LocalizedText(NamedTuple):
+class PreparedImage(NamedTuple):
     """
-    One text in one image.
+    An image as the model sees it, and what is asked about it.
 
     Attributes:
-        text (`str`), score (`float`, cosine in [-1, 1]), presence (`float` in [0, 1]).
-        heatmap (`np.ndarray` of shape `(H, W)`): the map, in [0, 1].
-        mask (`np.ndarray` of shape `(H, W)`): boolean, empty where the text counts as absent.
-        regions: the mask's connected parts, best first.
+        pixel_values (`torch.Tensor` of shape `(1, 3, H, W)`).
+        size (`tuple[int, int]`): height and width of its maps in pixels.
+        rows (`list[int]`): which texts of the [`Localizer`].
     """
 
-    text: str
-    score: float
-    presence: float
-    heatmap: np.ndarray
-    mask: np.ndarray
-    regions: list[Region]
-
-    def record(self) -> dict:
-        """Everything but map and mask as plain values; boxes (x0, y0, x1, y1) and points (x, y) in pixels."""
-        negative = negative_points(self.heatmap, self.mask).tolist() if self.regions else []
-        return {
-            "text": self.text,
-            "score": round(self.score, 4),
-            "presence": round(self.presence, 4),
-            "regions": [
-                {
-                    "score": round(region.score, 4),
-                    "box": list(region.box),
-                    "positive_points": positive_points(self.heatmap, region).tolist(),
-                    "negative_points": negative,
-                }
-                for region in self.regions
-            ],
-        }
+    pixel_values: torch.Tensor
+    size: tuple[int, int]
+    rows: list[int]
 
 
-class Explained(NamedTuple):
+class ExplainedImage(NamedTuple):
     """
     One of many images.
 
     Attributes:
         name (`str`): of the image, or the reason why it could not be read, in which case the others are None.
         image (`PIL.Image.Image`): RGB.
-        explanation ([`Explanation`]): of its T texts.
-        presence (`torch.Tensor` of shape `(T,)`): in [0, 1].
+        explanation ([`Explanation`]): of its texts.
     """
 
     name: str
     image: Image.Image | None = None
     explanation: Explanation | None = None
-    presence: torch.Tensor | None = None
 
 
 class Localizer:
     """
-    Finds the same texts in any number of images.
+    Finds the same texts in any number of images, by one method: texts are encoded once, images are batched by shape.
 
     Args:
-        model, processor, method: as for [`make_explainer`].
+        model, processor, method, method_options: as for [`make_explainer`].
         texts: T labels.
         templates: prompts with one `{}` each; the processor's if not given.
         threshold (`float` in [0, 1], or T of them): foreground is M > threshold.
         min_presence (`float` in [0, 1]): a text of lower presence gets an empty mask.
-        image_size (`int`, *optional*): side in pixels at which the model sees images; the processor's if not given.
+        image_size (`int` or `dict`, *optional*): side in pixels of the square that the model sees images as, or a size as
+            [`ICLIPProcessor`] takes it; the processor's if not given.
 
     Attributes:
-        settings (`dict`): all that results depend on beside the images, as plain values.
+        encoded ([`ICLIPTextFeatures`]): the texts, `(T, P)`.
 
     Raises:
         `ValueError`, `TypeError`: as [`make_explainer`]; for thresholds out of range or not T.
@@ -103,23 +81,32 @@ class Localizer:
         templates: Sequence[str] | None = None,
         threshold: float | Sequence[float] = 0.5,
         min_presence: float = MIN_PRESENCE,
-        image_size: int | None = None,
+        image_size: int | dict[str, int] | None = None,
+        **method_options,
     ):
         if not 0 <= min_presence <= 1:
             raise ValueError(f"Expected min_presence in [0, 1], got {min_presence}.")
-        self.explainer = make_explainer(model, processor, method)
-        self.templates = check_templates(templates or self.explainer.family.templates)
+        self.explainer = make_explainer(model, processor, method, **method_options)
+        self.templates = check_templates(self.explainer.family.templates if templates is None else templates)
         self.min_presence = min_presence
         self._background = self.explainer.encode_texts(BACKGROUND, self.templates)
-        self._size = {} if image_size is None else {"size": {"height": image_size, "width": image_size}}
-        self.settings = {
-            **identity(model),
+        size = {"height": image_size, "width": image_size} if isinstance(image_size, int) else image_size
+        self._options = {} if size is None else {"size": size}
+        self._model = model
+        self._settings = {
             "method": method,
             "templates": self.templates,
             "min_presence": min_presence,
             "image_size": image_size,
+            **method_options,
         }
         self._ask(texts, threshold)
+
+    @property
+    def settings(self) -> dict:
+        """All that results depend on beside the images, as plain values; it reads the model's weights."""
+        asked = {"texts": self.texts, "thresholds": self.thresholds}
+        return {**identity(self._model), **self._settings, **asked}
 
     def _ask(self, texts: Sequence[str], threshold: float | Sequence[float]) -> None:
         self.texts = list(texts)
@@ -129,8 +116,7 @@ class Localizer:
             raise ValueError("Expected at least one text, got none.")
         if len(self.thresholds) != len(self.texts):
             raise ValueError(f"Expected {len(self.texts)} thresholds, one a text, got {len(self.thresholds)}.")
-        self.settings = {**self.settings, "texts": self.texts, "thresholds": self.thresholds}
-        self._encoded = self.explainer.encode_texts(self.texts, self.templates)
+        self.encoded = self.explainer.encode_texts(self.texts, self.templates)
 
     def about(self, texts: Sequence[str], threshold: float | Sequence[float] = 0.5) -> Localizer:
         """The same for other texts, at the cost of these alone: the prepared model and the background are shared."""
@@ -138,21 +124,72 @@ class Localizer:
         other._ask(texts, threshold)
         return other
 
-    def prepare(self, image: Image.Image) -> torch.Tensor:
-        """An RGB image of any shape -> `(1, 3, H, W)` as the model sees it."""
-        return self.explainer.processor(images=[image], **self._size)["pixel_values"]
+    def prepare(
+        self, image: Image.Image, labels: Sequence[str] | None = None, size: tuple[int, int] | None = None
+    ) -> PreparedImage:
+        """
+        Prepares an image for `explain`.
 
-    def explain(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Images `(B, 3, H, W)` -> raw maps `(B, T, h, w)`, cosines `(B, T)` and presence `(B, T)`, on the CPU."""
-        if self.explainer.more_texts_are_free:
-            maps, scores = self.explainer.raw_maps(pixel_values, join_texts([self._encoded, self._background]))
-            count = len(self.texts)
-            maps, scores, background = maps[:, :count], scores[:, :count], scores[:, count:]
-        else:
-            maps, scores = self.explainer.raw_maps(pixel_values, self._encoded)
-            with torch.no_grad():
-                image = self.explainer.family.encode_image(pixel_values)
-            background = cosines(image.image_embeds, self._background.text_embeds)
+        Args:
+            image (`PIL.Image.Image`): RGB, of any shape.
+            labels: those of the texts that are asked about this image; all if not given.
+            size (`tuple[int, int]`, *optional*): height and width of its maps in pixels; its own if not given.
+        """
+        rows = range(len(self.texts)) if labels is None else map(self.texts.index, labels)
+        pixel_values = self.explainer.processor(images=[image], **self._options)["pixel_values"]
+        return PreparedImage(pixel_values, (image.height, image.width) if size is None else size, list(rows))
+
+    def explain(self, images: Iterable[PreparedImage | None], batch_size: int = 8) -> Iterator[Explanation | None]:
+        """
+        Explains images in their order; None stays None.
+
+        Args:
+            images: of `prepare`.
+            batch_size (`int`): images that go through the model at once, where they are of one shape there and have equally
+                many texts.
+        """
+        if batch_size < 1:
+            raise ValueError(f"Expected batch_size to be at least 1, got {batch_size}.")
+        images = iter(images)
+        while batch := list(itertools.islice(images, batch_size)):
+            readable = [image for image in batch if image is not None]
+            keys = [(image.pixel_values.shape, len(image.rows)) for image in readable]
+            explanations = iter(map_groups(self._explain, readable, keys))
+            yield from (None if image is None else next(explanations) for image in batch)
+
+    def _explain(self, images: list[PreparedImage]) -> list[Explanation]:
+        """Images of one shape with equally many texts, in one forward."""
+        texts = select_texts(self.encoded, torch.tensor([image.rows for image in images]))
+        answers = self.explain_batch(torch.cat([image.pixel_values for image in images]), texts)
+        return [
+            Explanation(
+                labels=[self.texts[row] for row in image.rows],
+                scores=scores,
+                presence=presences,
+                raw_maps=raw_maps,
+                size=image.size,
+                threshold=[self.thresholds[row] for row in image.rows],
+                min_presence=self.min_presence,
+                reversed=self.explainer.reversed,
+            )
+            for image, raw_maps, scores, presences in zip(images, *answers)
+        ]
+
+    def explain_batch(
+        self, pixel_values: torch.Tensor, texts: ICLIPTextFeatures
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """
+        Explains images of one shape.
+
+        Args:
+            pixel_values (`torch.Tensor` of shape `(B, 3, H, W)`).
+            texts ([`ICLIPTextFeatures`]): `encoded`, or of `select_texts`.
+
+        Returns:
+            `tuple`: raw maps `(B, T, h, w)`, cosines `(B, T)` and presence `(B, T)`, on the CPU.
+        """
+        maps, image_embeds = self.explainer.forward(pixel_values, texts)
+        scores, background = (cosines(image_embeds, one.text_embeds) for one in (texts, self._background))
         return maps.cpu(), scores.cpu(), presence(scores, background).cpu()
 
     def explain_all(
@@ -161,7 +198,7 @@ class Localizer:
         items: Iterable[Item],
         pool: Executor,
         batch_size: int = 8,
-    ) -> Iterator[Explained]:
+    ) -> Iterator[ExplainedImage]:
         """
         Explains many images in their order, while a pool loads the next ones.
 
@@ -173,28 +210,71 @@ class Localizer:
             batch_size (`int`): images that go through the model at once.
         """
 
-        def prepared(item: Item) -> tuple[Explained, torch.Tensor | None]:
+        def prepared(item: Item) -> tuple[ExplainedImage, PreparedImage | None]:
             try:
                 name, image = load(item)
             except (ValueError, FileNotFoundError) as error:
-                return Explained(" ".join(str(error).split())), None
-            return Explained(name, image), self.prepare(image)
+                return ExplainedImage(" ".join(str(error).split())), None
+            return ExplainedImage(name, image), self.prepare(image)
 
-        loaded = prefetch_map(pool, prepared, items, batch_size)
-        while batch := list(itertools.islice(loaded, batch_size)):
-            # Images that keep their proportions may differ in shape, and those that cannot be read have none.
-            for shape, group in itertools.groupby(batch, lambda item: getattr(item[1], "shape", None)):
-                found, pixels = zip(*group)
-                if shape is None:
-                    yield from found
-                    continue
-                for one, raw_maps, scores, present in zip(found, *self.explain(torch.cat(pixels))):
-                    size = (one.image.height, one.image.width)
-                    yield one._replace(explanation=Explanation(self.texts, scores, raw_maps, size), presence=present)
+        loaded, questions = itertools.tee(prefetch_map(pool, prepared, items, batch_size))
+        explanations = self.explain((question for _, question in questions), batch_size)
+        for (one, _), explanation in zip(loaded, explanations):
+            yield one._replace(explanation=explanation)
 
-    def locate(self, explanation: Explanation, presences: torch.Tensor) -> Iterator[LocalizedText]:
-        """One explained image with the presence `(T,)` of its texts -> its texts one by one, at its own size."""
-        for index, (score, present) in enumerate(zip(explanation.scores.tolist(), presences.tolist())):
-            heatmap = explanation.map(index).numpy()
-            mask = (heatmap > self.thresholds[index]) & (present >= self.min_presence)
-            yield LocalizedText(explanation.labels[index], score, present, heatmap, mask, find_regions(heatmap, mask))
+
+def explain(
+    model,
+    processor,
+    images: Sequence[Image.Image | str | os.PathLike],
+    texts: Sequence[str] | Sequence[Sequence[str]],
+    method: str = "itsm",
+    *,
+    templates: Sequence[str] | None = None,
+    target_sizes: Sequence[tuple[int, int]] | None = None,
+    size: dict[str, int] | None = None,
+    batch_size: int = 8,
+    **method_options,
+) -> list[Explanation]:
+    """
+    Explains which pixels of each image match which text.
+
+    Args:
+        model, processor, method, method_options: as for [`make_explainer`].
+        images: B images of any shapes: PIL images, or paths of image files.
+        texts: labels shared by all images, or a list of labels for each, of any lengths.
+        templates: prompts with one `{}` each that the labels are put into; the processor's if not given. `["{}"]` takes
+            the texts as they are.
+        target_sizes: `(height, width)` in pixels of each image's maps; the image's own if not given.
+        size: the resolution that the model sees, as [`ICLIPProcessor`] takes it; the processor's if not given.
+        batch_size (`int`): images that go through the model at once, where they are of one shape there and have equally
+            many texts.
+
+    Returns:
+        list of B [`Explanation`].
+
+    Raises:
+        `ValueError`, `TypeError`: as [`make_explainer`] and [`ICLIPProcessor`]; for lists of different lengths.
+    """
+    images = [load_image(image) for image in images]
+    if not images or isinstance(texts, str) or not len(texts):
+        raise ValueError(
+            f"Expected at least one image and a list of texts, got {len(images)} images and {texts!r:.100}."
+        )
+    per_image = all(isinstance(one, (list, tuple)) for one in texts)
+    labels = texts if per_image else [None] * len(images)
+    unique = list(dict.fromkeys(itertools.chain(*texts))) if per_image else list(texts)
+    if per_image and not all(texts):
+        raise ValueError("Expected at least one text for each image, got an empty list.")
+    if not all(isinstance(label, str) for label in unique):
+        raise TypeError(f"Expected texts to be strings, got {texts!r:.100}.")
+    sizes = [None] * len(images) if target_sizes is None else target_sizes
+    if len(labels) != len(images) or len(sizes) != len(images):
+        raise ValueError(
+            f"Expected texts and target sizes for {len(images)} images, got {len(labels)} lists of texts and "
+            f"{len(sizes)} sizes."
+        )
+    localizer = Localizer(
+        model, processor, unique, method=method, templates=templates, image_size=size, **method_options
+    )
+    return list(localizer.explain(map(localizer.prepare, images, labels, sizes), batch_size))

@@ -10,6 +10,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
 from ..data.pairs import PairDataset
+from ..localization.localizer import explain
 from ..losses import contrastive_loss
 from ..modeling_iclip import ICLIPModel
 from ..processing_iclip import ICLIPProcessor
@@ -57,16 +58,13 @@ def validate(
     }
 
 
-@torch.no_grad()
 def draw_examples(model: ICLIPModel, processor: ICLIPProcessor, pairs: PairDataset, count: int) -> Figure:
     """The first pairs of a data set: each image beside the map of its own text."""
+    shown = [pairs[index] for index in range(min(count, len(pairs)))]
+    images, captions = ([pair[name] for pair in shown] for name in ("image", "caption"))
+    explanations = explain(model, processor, images, [[caption] for caption in captions], templates=["{}"])
     pictures, titles = [], []
-    for index in range(min(count, len(pairs))):
-        pair = pairs[index]
-        inputs = processor(images=[pair["image"]], text=[pair["caption"]]).to(model.device)
-        maps = model(**inputs, output_similarity_maps=True).similarity_maps
-        size = (pair["image"].height, pair["image"].width)
-        heatmap = processor.post_process_similarity_maps(maps, [size])[0][0]
-        pictures += [pair["image"], overlay(pair["image"], heatmap.cpu().numpy())]
-        titles += ["", pair["caption"]]
+    for image, caption, explanation in zip(images, captions, explanations):
+        pictures += [image, overlay(image, explanation.map(0).numpy())]
+        titles += ["", caption]
     return picture_grid(pictures, titles, columns=4)

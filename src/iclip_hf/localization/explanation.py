@@ -1,0 +1,109 @@
+"""What is known of one image and its texts: scores, presence, maps, masks and regions."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from ..presence import MIN_PRESENCE
+from ..regions import Region, find_regions, negative_points, positive_points
+from ..similarity import resize_and_normalize, reverse
+
+
+@dataclass(frozen=True, repr=False, eq=False)
+class Explanation:
+    """
+    One explained image. Maps, masks and regions are made when they are asked for, one text at a time, so that the memory does
+    not grow with the number of texts.
+
+    Attributes:
+        labels (`list[str]`): the T texts.
+        scores (`torch.Tensor` of shape `(T,)`): cosine of image and text by the recognition branch, in [-1, 1]. Low for an
+            absent text, whose map is stretched to [0, 1] like any other.
+        presence (`torch.Tensor` of shape `(T,)`): how surely the image shows the text, in [0, 1], see [`presence`].
+        raw_maps (`torch.Tensor` of shape `(T, h, w)`): the method's values on the patch grid.
+        size (`tuple[int, int]`): height and width of maps and masks in pixels, by default those of the image.
+        threshold (`float` in [0, 1], or T of them): foreground is M > threshold.
+        min_presence (`float` in [0, 1]): a text of lower presence has an empty mask.
+        reversed (`bool`): the maps are 1 - M (Eq. 5), where M is made of the raw maps.
+    """
+
+    labels: list[str]
+    scores: torch.Tensor
+    presence: torch.Tensor
+    raw_maps: torch.Tensor
+    size: tuple[int, int]
+    threshold: float | Sequence[float] = 0.5
+    min_presence: float = MIN_PRESENCE
+    reversed: bool = False
+
+    def __repr__(self) -> str:
+        texts = ", ".join(f"{label!r}: {score:.2f}" for label, score in zip(self.labels, self.scores.tolist()))
+        height, width = self.size
+        return f"Explanation({texts}; {height}x{width})"
+
+    @property
+    def maps(self) -> torch.Tensor:
+        """All maps, `(T, H, W)`; made anew at each access. With many texts take them one by one from `map`."""
+        return self._stretched(self.raw_maps)
+
+    def map(self, index: int) -> torch.Tensor:
+        """The map of one text: bicubic, then min-max (Eq. 4). `(H, W)` float32 in [0, 1]."""
+        if not -len(self.raw_maps) <= index < len(self.raw_maps):
+            raise IndexError(f"Expected the index of one of {len(self.raw_maps)} texts, got {index}.")
+        return self._stretched(self.raw_maps[index, None])[0]
+
+    def mask(self, index: int, threshold: float | None = None) -> torch.Tensor:
+        """The mask of one text, `(H, W)` boolean; at the explanation's own threshold if none is given."""
+        return self._map_and_mask(index, threshold)[1]
+
+    def regions(self, index: int, threshold: float | None = None) -> list[Region]:
+        """The connected parts of the mask of one text, best first."""
+        return find_regions(*(one.numpy() for one in self._map_and_mask(index, threshold)))
+
+    def record(self) -> list[dict]:
+        """
+        Everything but maps and masks as plain values.
+
+        Returns:
+            list of T `dict` with `text`, `score`, `presence` and `regions`, each region with its `score`, its `box` (x0, y0, x1, y1)
+            and its `positive_points` and `negative_points`, (x, y) in pixels.
+        """
+        return [record for record, _ in self.records_and_masks()]
+
+    def records_and_masks(self) -> Iterator[tuple[dict, torch.Tensor]]:
+        """The record and the mask of each text, from one map: at the size of a photograph a map takes its time."""
+        for index in range(len(self.labels)):
+            heatmap, mask = self._map_and_mask(index)
+            yield self._record(index, heatmap.numpy(), mask.numpy()), mask
+
+    def _stretched(self, raw_maps: torch.Tensor) -> torch.Tensor:
+        maps = resize_and_normalize(raw_maps, self.size)
+        return reverse(maps) if self.reversed else maps
+
+    def _record(self, index: int, heatmap: np.ndarray, mask: np.ndarray) -> dict:
+        regions = find_regions(heatmap, mask)
+        negative = negative_points(heatmap, mask).tolist() if regions else []
+        return {
+            "text": self.labels[index],
+            "score": round(self.scores[index].item(), 4),
+            "presence": round(self.presence[index].item(), 4),
+            "regions": [
+                {
+                    "score": round(region.score, 4),
+                    "box": list(region.box),
+                    "positive_points": positive_points(heatmap, region).tolist(),
+                    "negative_points": negative,
+                }
+                for region in regions
+            ],
+        }
+
+    def _map_and_mask(self, index: int, threshold: float | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+        if threshold is None:
+            threshold = self.threshold if isinstance(self.threshold, (int, float)) else self.threshold[index]
+        heatmap = self.map(index)
+        return heatmap, (heatmap > threshold) & (self.presence[index] >= self.min_presence)

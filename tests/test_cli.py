@@ -53,6 +53,45 @@ def test_many_photographs_and_one_that_is_broken(folder, tmp_path, capsys):
     assert "broken.jpg" in err and "undamaged copy" in err
 
 
+def test_the_sentence_of_a_broken_image_has_a_line_of_its_own(folder, tmp_path, capsys):
+    images = [folder / "0" / "a.jpg", folder / "broken.jpg", folder / "1" / "a.jpg"]
+    assert run(folder, *images, "--text", "dog", "--output", tmp_path / "maps") == 2
+    err = capsys.readouterr().err
+    assert "image/s" in err  # the bar is there
+    shown = [line.rpartition("\r")[2] for line in err.split("\n")]
+    assert [line.startswith("iclip explain: ") for line in shown if "broken.jpg" in line] == [True]
+
+
+ACTING = "dog\x1b[31m \x9b2J\u202egod\x07\r\n\x7f"
+ESCAPED = r"dog\u001b[31m \u009b2J\u202egod\u0007\u000d\u000a\u007f"
+
+
+@pytest.mark.parametrize("form", [[], ["--json"]])
+@pytest.mark.parametrize("command", ["explain", "compare"])
+def test_escape_sequences_in_names_and_texts_are_printed_as_letters(folder, tmp_path, capsys, command, form):
+    image = tmp_path / f"{ACTING}é 犬 👩‍🌾.jpg"
+    shutil.copy(folder / "0" / "a.jpg", image)
+    arguments = [command, str(image), "--text", ACTING, "--model", str(folder / "model"), *form]
+    assert cli.main([*arguments, "--output", str(tmp_path / "out.png")]) == 0
+    out, err = capsys.readouterr()
+    assert not set(ACTING[:-1] + "\x7f") - set("dog [31m2J") & set((out + err).replace("\n", ""))
+    if form:
+        report = json.loads(out)
+        (entry,) = report if command == "explain" else [report]
+        assert entry["image"] == str(image) and entry["texts"][0]["text"] == ACTING
+    else:
+        first, second = out.splitlines()
+        assert first.startswith(f"{tmp_path}/{ESCAPED}é 犬 👩‍🌾.jpg -> ") and second.startswith(f"  {ESCAPED}  ")
+
+
+def test_escape_sequences_in_errors_are_printed_as_letters(tmp_path, capsys):
+    assert cli.main(["compare", str(tmp_path / ACTING), "--text", "dog"]) == 2
+    with pytest.raises(SystemExit):
+        cli.main(["explain", "a.jpg", "--text", "dog", f"--{ACTING}"])
+    err = capsys.readouterr().err
+    assert not {"\x1b", "\x9b", "\x07", "\u202e"} & set(err) and len(err.splitlines()) == 2
+
+
 def test_json_and_arrays_say_what_the_masks_are(folder, tmp_path, capsys):
     results = tmp_path / "results.json"
     rows = [{"name": "dog", "threshold": 0.3}, {"name": "red ball", "threshold": 0.8}]

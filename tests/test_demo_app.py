@@ -213,6 +213,7 @@ def test_routes_of_gradio_that_fetch_or_keep_are_not_there(server, folder):
         "deep_link",
     ):
         assert httpx.get(f"{server}gradio_api/{route}").status_code == 404
+    assert httpx.get(f"{server}monitoring/summary").status_code == 403
     for route in ("process_recording", "component_server"):
         assert httpx.post(f"{server}gradio_api/{route}", files={"video": b"0"}).status_code == 404
     outside = {httpx.get(f"{server}gradio_api/file={folder}/{name}").status_code for name in ("small.png", "missing")}

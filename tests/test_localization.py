@@ -28,6 +28,26 @@ def explained(localizer):
     return list(localizer.explain(map(localizer.prepare, IMAGES)))
 
 
+@pytest.mark.parametrize("one", [np.float32(0.25), np.array(0.25), torch.tensor(0.25), 0.25])
+def test_thresholds_of_numpy_and_torch(tiny_processor, one):
+    localizer = Localizer(tiny_model(), tiny_processor, ["dog", "cat"], threshold=one)
+    assert localizer.thresholds == [0.25, 0.25] and json.dumps(localizer.settings)
+    localizer = Localizer(tiny_model(), tiny_processor, ["dog", "cat"], threshold=np.array([0.1, 0.25]))
+    assert localizer.thresholds == [0.1, 0.25]
+    maps = [torch.rand(2, 5, 6)]
+    assert tiny_processor.post_process_masks(maps, one)[0].equal(maps[0] > 0.25)
+
+
+@pytest.mark.parametrize("wrong", [None, "a", [[0.5]], [], np.float64("nan"), [0.5, None], 1.5])
+def test_other_thresholds_are_refused(tiny_processor, wrong):
+    for refuse in (
+        lambda: Localizer(tiny_model(), tiny_processor, ["dog"], threshold=wrong),
+        lambda: tiny_processor.post_process_masks([torch.rand(1, 5, 6)], wrong),
+    ):
+        with pytest.raises(ValueError, match=r"Expected a threshold in \[0, 1\], or one a text, got"):
+            refuse()
+
+
 def test_presence_by_hand():
     background = torch.tensor([[-1.0, 0.0, 1.0], [1.0, 2.0, 3.0]])  # mean 0 and 2, deviation 1
     scores = torch.tensor([[0.0, 1.0], [2.0, 0.0]])
@@ -186,3 +206,17 @@ def test_presence_tells_present_classes_better_than_the_cosine(iclip_data):
     assert by_presence > by_cosine and by_presence > 0.8
     # Calibrated: of absent texts about three in ten reach 0.7.
     assert float((presences[torch.from_numpy(~truth)] >= 0.7).float().mean()) == pytest.approx(0.3, abs=0.08)
+
+
+def test_a_map_is_taken_by_its_index_as_from_a_list(tiny_processor):
+    (explanation,) = explain(tiny_model(), tiny_processor, [Image.effect_noise((8, 6), 80)], ["dog", "cat"])
+    assert explanation.map(-1).equal(explanation.map(1)) and explanation.map(-2).equal(explanation.maps[0])
+    for index in (2, -3):
+        with pytest.raises(IndexError, match=f"one of 2 texts, got {index}"):
+            explanation.map(index)
+
+
+def test_an_image_without_texts_is_refused(tiny_processor):
+    images = [Image.new("RGB", (32, 32))] * 2
+    with pytest.raises(ValueError, match="at least one text for each image"):
+        explain(tiny_model(), tiny_processor, images, [["dog"], []])

@@ -629,3 +629,12 @@ def test_average_precision_refuses_to_merge_other_classes():
     two.update([[0.1, 0.2]], [[1, 0]])
     with pytest.raises(ValueError, match="1 classes as before, got 2"):
         one.merge(two)
+
+
+def test_a_map_in_bfloat16_counts_as_in_float32():
+    heatmap, mask = torch.rand(6, 8).bfloat16(), torch.randint(0, 2, (6, 8))
+    for kind in (MeanMaxIoU, MeanForegroundMinusBackground):
+        found, expected = kind(), kind()
+        found.update(heatmap, mask, 1)
+        expected.update(heatmap.float(), mask, 1)
+        assert found.compute() == expected.compute()

@@ -200,6 +200,20 @@ def test_one_label_thresholds_and_presence(pipe, photographs):
         assert answer["mask"].any() == (answer["presence"] >= 0.5) == (len(answer["boxes"]) > 0)
 
 
+@pytest.mark.parametrize("batch_size", [2, 3])
+def test_images_that_keep_their_proportions_go_in_batches(pipe, photographs, batch_size):
+    paths, size = [str(path) for path in (*photographs, photographs[0])], {"shortest_edge": 32}
+    found = pipe(paths, LABELS, batch_size=batch_size, size=size)
+    for answers, path in zip(found, paths, strict=True):
+        assert_same(answers, pipe(path, LABELS, size=size))
+
+
+@pytest.mark.parametrize("nothing", [[], ()])
+def test_no_images_are_refused(pipe, nothing):
+    with pytest.raises(ValueError, match="Expected at least one image, got none"):
+        pipe(nothing, LABELS)
+
+
 def test_a_saved_pipeline_keeps_its_processor(tiny_processor, photographs, tmp_path):
     processor = copy.deepcopy(tiny_processor)
     processor.templates, processor.max_text_length = ["a red {}", "the {} ."], 5

@@ -2,6 +2,7 @@ import io
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from iclip_hf.evaluation.analysis import ChannelMatch, relation
@@ -19,6 +20,11 @@ def marked(pixels):
     """Shares of a figure that are orange and blue, also where points let their ground through."""
     warmth = pixels[..., 0] - pixels[..., 2]
     return (warmth > 60).mean(), (warmth < -60).mean()
+
+
+def test_a_map_in_bfloat16_is_drawn():
+    image, heatmap = Image.new("RGB", (6, 4)), torch.linspace(0, 1, 24).view(4, 6).bfloat16()
+    np.testing.assert_array_equal(overlay(image, heatmap), overlay(image, heatmap.float().numpy()))
 
 
 def test_target_is_red_and_background_blue():

@@ -81,6 +81,8 @@ class ImageTextSimilarityMapPipeline(Pipeline):
             `ValueError`, `TypeError`, `OSError`: for images that cannot be read, and labels, templates or thresholds that
             [`ICLIPProcessor`] does not take.
         """
+        if isinstance(images, (list, tuple)) and not images:
+            raise ValueError("Expected at least one image, got none.")
         labels = [candidate_labels] if isinstance(candidate_labels, str) else candidate_labels
         if not isinstance(labels, Sequence) or not all(isinstance(label, str) for label in labels):
             raise TypeError(

@@ -256,9 +256,7 @@ class ICLIPProcessor(ProcessorMixin):
         Raises:
             `ValueError`: for thresholds outside [0, 1] or not one a text, or only one of `scores` and `min_score`.
         """
-        thresholds = torch.as_tensor(threshold, dtype=torch.float32)
-        if thresholds.numel() == 0 or not (thresholds.min() >= 0 and thresholds.max() <= 1):  # NaN fails too
-            raise ValueError(f"Expected thresholds in [0, 1], got {threshold}.")
+        thresholds = check_thresholds(threshold).float()
         if thresholds.ndim and any(len(map_) != len(thresholds) for map_ in maps):
             raise ValueError(
                 f"Expected one threshold a text, got {len(thresholds)} for {[len(map_) for map_ in maps]} texts."
@@ -350,6 +348,20 @@ def _regions(maps, masks, min_area: float) -> Iterator[list[tuple[int, np.ndarra
         texts = zip(image_maps.float().cpu().numpy(), image_masks.cpu().numpy(), strict=True)
         found = [(label, *text, find_regions(*text, min_area)) for label, text in enumerate(texts)]
         yield [text for text in found if text[-1]]
+
+
+def check_thresholds(threshold: float | Sequence[float]) -> torch.Tensor:
+    """One threshold, or one a text, as a tensor of shape `()` or `(T,)`; `ValueError` unless they are numbers in [0, 1]."""
+    try:
+        thresholds = torch.as_tensor(threshold, dtype=torch.float64, device="cpu")
+        fits = (
+            thresholds.ndim <= 1 and thresholds.numel() > 0 and bool(thresholds.min() >= 0 and thresholds.max() <= 1)
+        )
+    except (TypeError, ValueError, RuntimeError):
+        fits = False
+    if not fits:
+        raise ValueError(f"Expected a threshold in [0, 1], or one a text, got {threshold!r:.100}.")
+    return thresholds
 
 
 def check_templates(templates: str | Sequence[str]) -> list[str]:

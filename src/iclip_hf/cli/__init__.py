@@ -8,12 +8,12 @@ from collections.abc import Sequence
 
 from .. import __version__
 from . import analyze, compare, demo, evaluate, explain, export, init, metrics, push
-from .common import one_line
+from .common import one_line, printable
 
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str):
-        print(f"{self.prog}: {message} (see {self.prog} --help)", file=sys.stderr)
+        print(f"{self.prog}: {printable(message)} (see {self.prog} --help)", file=sys.stderr)
         sys.exit(2)
 
 

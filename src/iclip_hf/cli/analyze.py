@@ -17,6 +17,7 @@ from .common import (
     add_model_option,
     add_picture_option,
     check_file,
+    echo,
     load_model,
     save_figure,
 )
@@ -92,7 +93,7 @@ def _shift(options: argparse.Namespace) -> int:
     if options.output:
         with atomic_write(options.output) as partial:
             partial.write_text(report + "\n", encoding="utf-8")
-    print(report if options.json else shift.table())
+    echo(report if options.json else shift.table())
     return 0
 
 
@@ -106,7 +107,7 @@ def _channels(options: argparse.Namespace) -> int:
     model, processor = load_model(options.model, options.dtype)
     matches = [channel_matches(model, processor, image) for image in images]
     save_figure(channel_scatter(images, matches), options.output, options.dpi)
-    print(options.output)
+    echo(options.output)
     return 0
 
 
@@ -130,7 +131,7 @@ def _relation(options: argparse.Namespace) -> int:
         save_figure(class_bars(found, *labels), options.bars, options.dpi)
     correlation = None if math.isnan(found.correlation) else found.correlation
     report = {"method": method, "score": options.score, "classes": len(found.names), "correlation": correlation}
-    print(json.dumps(report) if options.json else f"{method}: {len(found.names)} classes, correlation {correlation}")
+    echo(json.dumps(report) if options.json else f"{method}: {len(found.names)} classes, correlation {correlation}")
     return 0
 
 

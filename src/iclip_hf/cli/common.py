@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import unicodedata
 from collections.abc import Callable
 from pathlib import Path
 
@@ -20,6 +21,9 @@ METHODS = (
 )
 DTYPES = ("float32", "bfloat16", "float16")
 DATASETS = ("voc2012", "coco2017", "folder")
+# Categories of characters that act on a terminal, or cannot be printed: controls, surrogates, separators of lines.
+_ACTING = ("Cc", "Cs", "Zl", "Zp")
+_TURNING = frozenset("\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".pdf", ".svg")
 
 
@@ -170,4 +174,20 @@ def save_figure(figure, path: Path, dpi: int = 120) -> None:
 
 
 def one_line(error: BaseException) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
+    return printable(" ".join(str(error).split()) or type(error).__name__)
+
+
+def printable(text) -> str:
+    """
+    A name or a text with what would act on a terminal escaped as in JSON: control characters (escape sequences, new lines),
+    marks that turn the direction of writing, and the bytes of a file name that is no UTF-8.
+    """
+    return "".join(
+        f"\\u{ord(letter):04x}" if unicodedata.category(letter) in _ACTING or letter in _TURNING else letter
+        for letter in str(text)
+    )
+
+
+def echo(report) -> None:
+    """Prints lines, with [`printable`] names and texts in them; JSON stays the same JSON."""
+    print("\n".join(map(printable, str(report).split("\n"))))

@@ -17,7 +17,9 @@ from .common import (
     add_picture_option,
     add_prompt_options,
     check_file,
+    echo,
     load_model,
+    printable,
     save_figure,
 )
 
@@ -69,12 +71,13 @@ def run(options: argparse.Namespace) -> int:
     save_figure(comparison_sheet(drawn, columns, titles, colormap=options.colormap), options.output, options.dpi)
     if options.json:
         report = {"image": options.image, "picture": str(options.output), "texts": rows}
-        print(json.dumps(report, indent=2, ensure_ascii=False))
+        echo(json.dumps(report, indent=2, ensure_ascii=False))
         return 0
-    print(f"{options.image} -> {options.output}")
-    width = max(map(len, texts))
+    echo(f"{printable(options.image)} -> {printable(options.output)}")
+    width = max(len(printable(text)) for text in texts)
     for row in sorted(rows, key=lambda row: -next(iter(row["scores"].values()))):
-        print(f"  {row['text']:<{width}}", *(f"{score:+.4f}" for score in row["scores"].values()), sep="  ")
+        cosines = "  ".join(f"{score:+.4f}" for score in row["scores"].values())
+        echo(f"  {printable(row['text']):<{width}}  {cosines}")
     return 0
 
 

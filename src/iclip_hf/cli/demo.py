@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from .common import add_command, add_model_option, check_folder, silence_transformers
+from .common import add_command, add_model_option, check_folder, echo, silence_transformers
 
 
 def register(commands) -> None:
@@ -29,7 +29,7 @@ def run(options: argparse.Namespace) -> int:
 
     if options.export_space:
         export_space(options.export_space, options.model)
-        print(options.export_space)
+        echo(options.export_space)
     else:
         silence_transformers()
         launch(options.model, options.host, options.port, options.dtype)

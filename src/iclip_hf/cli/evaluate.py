@@ -13,6 +13,7 @@ from .common import (
     add_model_options,
     at_least_1,
     check_file,
+    echo,
     load_model,
 )
 
@@ -70,5 +71,5 @@ def run(options: argparse.Namespace) -> int:
     if state.is_main_process:
         if options.output:
             result.save(options.output)
-        print(result.to_json() if options.json else result.table())
+        echo(result.to_json() if options.json else result.table())
     return 0

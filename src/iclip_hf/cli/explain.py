@@ -18,7 +18,9 @@ from .common import (
     at_least_1,
     check_file,
     check_folder,
+    echo,
     load_model,
+    printable,
     save_figure,
 )
 
@@ -132,7 +134,7 @@ def _explain_images(options: argparse.Namespace) -> int:
     def write(item) -> dict | None:
         (name, image, explanation), picture = item
         if image is None:  # the others are still explained
-            print(f"iclip explain: {name}", file=sys.stderr)
+            tqdm.write(f"iclip explain: {printable(name)}", file=sys.stderr)  # on a line of its own above the bar
             return None
         texts = [{**text, "mask": run_lengths(mask)} for text, mask in explanation.records_and_masks()]
         _draw(image, explanation, options.colormap, picture)
@@ -148,7 +150,7 @@ def _explain_images(options: argparse.Namespace) -> int:
     report = [entry for entry in written if entry is not None]
 
     if options.json:  # an image a line: run lengths are long
-        print("[" + ",\n ".join(json.dumps(entry, ensure_ascii=False) for entry in report) + "]")
+        echo("[" + ",\n ".join(json.dumps(entry, ensure_ascii=False) for entry in report) + "]")
     else:
         _print_table(report)
     return 0 if len(report) == len(written) else 2
@@ -173,12 +175,12 @@ def _explain_collection(options: argparse.Namespace) -> int:
     )
     if state.is_main_process:
         for reason in report.broken:
-            print(f"iclip explain: {reason}", file=sys.stderr)
+            print(f"iclip explain: {printable(reason)}", file=sys.stderr)
         summary = {"output": str(output), "files": len(report.files), "images": report.images}
         if options.json:
-            print(json.dumps({**summary, "broken": report.broken}, indent=2, ensure_ascii=False))
+            echo(json.dumps({**summary, "broken": report.broken}, indent=2, ensure_ascii=False))
         else:
-            print(
+            echo(
                 f"{report.images} images -> {len(report.files)} files in {output}, {len(report.broken)} broken images"
             )
     state.destroy_process_group()
@@ -211,12 +213,14 @@ def _save_arrays(explanation, path: Path) -> None:
 
 
 def _print_table(report: list[dict]) -> None:
-    width = max((len(row["text"]) for entry in report for row in entry["texts"]), default=0)
+    width = max((len(printable(row["text"])) for entry in report for row in entry["texts"]), default=0)
     for entry in report:
-        print(f"{entry['image']} -> {entry['picture']}")
+        echo(f"{printable(entry['image'])} -> {printable(entry['picture'])}")
         for row in sorted(entry["texts"], key=lambda row: -row["score"]):
             regions = f"{len(row['regions'])} region{'' if len(row['regions']) == 1 else 's'}"
-            print(f"  {row['text']:<{width}}  {row['score']:+.4f}  presence {row['presence']:.2f}  {regions}")
+            echo(
+                f"  {printable(row['text']):<{width}}  {row['score']:+.4f}  presence {row['presence']:.2f}  {regions}"
+            )
 
 
 def _file_names(images: list[str]) -> list[str]:

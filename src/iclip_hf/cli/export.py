@@ -7,7 +7,7 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
-from .common import add_command, silence_transformers
+from .common import add_command, echo, silence_transformers
 
 
 def register(commands) -> None:
@@ -37,7 +37,7 @@ def add_source_options(command: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     if options.format == "transformers":
-        print(export(options, options.directory))
+        echo(export(options, options.directory))
         return 0
     from ..models.loading import load_iclip
     from ..models.onnx import export_onnx
@@ -46,7 +46,7 @@ def run(options: argparse.Namespace) -> int:
         raise ValueError("--results fills a model card, which an ONNX folder does not have: leave it out.")
     silence_transformers()
     _, _, weights = options.format.partition("-")
-    print(export_onnx(*load_iclip(options.model, dtype="float32"), options.directory, weights or "float32"))
+    echo(export_onnx(*load_iclip(options.model, dtype="float32"), options.directory, weights or "float32"))
     return 0
 
 

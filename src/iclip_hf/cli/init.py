@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from .common import add_command, silence_transformers
+from .common import add_command, echo, silence_transformers
 
 
 def register(commands) -> None:
@@ -28,5 +28,5 @@ def run(options: argparse.Namespace) -> int:
     from ..hub.folders import init_model
 
     silence_transformers()
-    print(init_model(options.config, options.output, options.vision, options.text))
+    echo(init_model(options.config, options.output, options.vision, options.text))
     return 0

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from .common import add_command
+from .common import add_command, echo
 
 
 def register(commands) -> None:
@@ -23,12 +23,12 @@ def register(commands) -> None:
 def _install(options: argparse.Namespace) -> int:
     from ..hub.metrics import install_metrics
 
-    print(f"installed: {', '.join(install_metrics())}")
+    echo(f"installed: {', '.join(install_metrics())}")
     return 0
 
 
 def _export(options: argparse.Namespace) -> int:
     from ..hub.metrics import export_space
 
-    print(export_space(options.metric, options.directory))
+    echo(export_space(options.metric, options.directory))
     return 0

@@ -7,7 +7,7 @@ import json
 import tempfile
 from pathlib import Path
 
-from .common import add_command
+from .common import add_command, echo
 from .export import add_source_options, export
 
 
@@ -38,8 +38,8 @@ def run(options: argparse.Namespace) -> int:
         if not options.dry_run:
             report["commit"] = push_model(folder, options.repo_id, options.private)
     if options.json:
-        print(json.dumps(report, indent=2))
+        echo(json.dumps(report, indent=2))
     else:
-        print("\n".join(f"{size:>13,}  {name}" for name, size in sizes.items()))
-        print(f"{sum(sizes.values()):>13,}  bytes: {report.get('commit', 'a dry run, nothing was uploaded')}")
+        echo("\n".join(f"{size:>13,}  {name}" for name, size in sizes.items()))
+        echo(f"{sum(sizes.values()):>13,}  bytes: {report.get('commit', 'a dry run, nothing was uploaded')}")
     return 0

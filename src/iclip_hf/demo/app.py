@@ -311,6 +311,7 @@ def launch(
         server_name=host,
         server_port=port,
         max_file_size=MAX_FILE_SIZE,
+        enable_monitoring=False,  # else anybody reads how often and how long it was asked
         state_session_capacity=MAX_SESSIONS,
         app_kwargs={
             "lifespan": lambda server: _deleting_files(app),

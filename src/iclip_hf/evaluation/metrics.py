@@ -13,6 +13,8 @@ from collections import Counter
 
 import numpy as np
 
+from ..utils.arrays import to_numpy
+
 
 # The grid of mMIoU. A pixel is predicted where M > t, strictly, with t rounded to the map's dtype.
 THRESHOLDS = np.arange(101) / 100
@@ -21,10 +23,6 @@ _LEVELS = 1 + len(THRESHOLDS)  # "every pixel", then one level a threshold
 _VOID_CODE = 255  # above the 2 * _LEVELS codes of background and foreground
 _BLOCK = 2**16  # pixels at a time: small temporaries stay cached, those of a whole map are mapped in anew each time
 _LEVELS_OF_CONTRAST = 2**12  # a power of two: maps in float32 are quantised without a rounding error before the rint
-
-
-def _to_numpy(array) -> np.ndarray:
-    return array.detach().cpu().numpy() if hasattr(array, "detach") else np.asarray(array)
 
 
 def _class_id(value, name: str) -> int:
@@ -36,7 +34,7 @@ def _class_id(value, name: str) -> int:
 
 def _check_map(heatmap) -> np.ndarray:
     """Map values as floats in [0, 1], any shape that is not empty."""
-    heatmap = _to_numpy(heatmap)
+    heatmap = to_numpy(heatmap)
     if heatmap.dtype.kind in "biu":
         heatmap = heatmap.astype(np.float32)  # a hard map of zeros and ones; other integers are refused below
     if heatmap.dtype not in (np.float16, np.float32, np.float64):
@@ -49,7 +47,7 @@ def _check_map(heatmap) -> np.ndarray:
 
 
 def _check_mask(mask) -> np.ndarray:
-    mask = _to_numpy(mask)
+    mask = to_numpy(mask)
     if mask.dtype.kind not in "biu":
         raise TypeError(f"Expected a label mask of integers, got {mask.dtype}.")
     return mask
@@ -436,7 +434,7 @@ class MultiLabelAveragePrecision:
         Raises:
             ValueError: shapes are not one (B, K), K is not that of earlier images, NaN scores, presence not 0 or 1.
         """
-        scores, presence = np.array(_to_numpy(scores), dtype=np.float64), _to_numpy(presence)
+        scores, presence = np.array(to_numpy(scores), dtype=np.float64), to_numpy(presence)
         if scores.ndim != 2 or scores.shape != presence.shape:
             raise ValueError(
                 f"Expected scores and presence of one shape (B, K), got {scores.shape} and {presence.shape}."

@@ -52,6 +52,8 @@ class Explanation:
 
     def map(self, index: int) -> torch.Tensor:
         """The map of one text: bicubic, then min-max (Eq. 4). `(H, W)` float32 in [0, 1]."""
+        if not -len(self.raw_maps) <= index < len(self.raw_maps):
+            raise IndexError(f"Expected the index of one of {len(self.raw_maps)} texts, got {index}.")
         return self._stretched(self.raw_maps[index, None])[0]
 
     def mask(self, index: int, threshold: float | None = None) -> torch.Tensor:

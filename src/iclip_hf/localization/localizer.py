@@ -16,7 +16,7 @@ from ..explainers import identity, make_explainer, select_texts
 from ..images import load_image, map_groups
 from ..modeling_iclip import ICLIPTextFeatures, cosines
 from ..presence import BACKGROUND, MIN_PRESENCE, presence
-from ..processing_iclip import check_templates
+from ..processing_iclip import check_templates, check_thresholds
 from ..utils.prefetch import Item, prefetch_map
 from .explanation import Explanation
 
@@ -110,13 +110,12 @@ class Localizer:
 
     def _ask(self, texts: Sequence[str], threshold: float | Sequence[float]) -> None:
         self.texts = list(texts)
-        self.thresholds = [threshold] * len(self.texts) if isinstance(threshold, (int, float)) else list(threshold)
+        thresholds = check_thresholds(threshold)
+        self.thresholds = thresholds.expand(len(self.texts) if thresholds.ndim == 0 else -1).tolist()
         if not self.texts:
             raise ValueError("Expected at least one text, got none.")
         if len(self.thresholds) != len(self.texts):
             raise ValueError(f"Expected {len(self.texts)} thresholds, one a text, got {len(self.thresholds)}.")
-        if not all(0 <= value <= 1 for value in self.thresholds):
-            raise ValueError(f"Expected thresholds in [0, 1], got {self.thresholds}.")
         self.encoded = self.explainer.encode_texts(self.texts, self.templates)
 
     def about(self, texts: Sequence[str], threshold: float | Sequence[float] = 0.5) -> Localizer:

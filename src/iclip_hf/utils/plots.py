@@ -12,6 +12,8 @@ from matplotlib import colormaps, font_manager, rcParams
 from matplotlib.figure import Figure
 from PIL import Image
 
+from .arrays import to_numpy
+
 
 # Blue is background, red the target, as in the paper's Fig. 1; "cividis" is safe for colour-blind readers.
 COLORMAP = "jet"
@@ -48,7 +50,7 @@ def overlay(image: Image.Image, heatmap: np.ndarray, opacity: float = 0.5, color
     Raises:
         `ValueError`: if map and image differ in size, or there is no such colormap.
     """
-    heatmap = np.asarray(heatmap)
+    heatmap = to_numpy(heatmap)
     if heatmap.shape != (image.height, image.width):
         raise ValueError(
             f"Expected a map of the image's size {(image.height, image.width)} (height, width), got {heatmap.shape}."

@@ -1,0 +1,13 @@
+"""Arrays of any library as numpy's."""
+
+from __future__ import annotations
+
+import numpy as np
+
+
+def to_numpy(array) -> np.ndarray:
+    """An array, or a tensor on any device and of any type: numpy lacks bfloat16, which becomes float32."""
+    if not hasattr(array, "detach"):
+        return np.asarray(array)
+    array = array.detach().cpu()
+    return (array.float() if str(array.dtype) == "torch.bfloat16" else array).numpy()

@@ -40,7 +40,7 @@ def register(commands) -> None:
     add_model_option(shift)
     shift.add_argument("--before", choices=POOLINGS, default="max", help="pooling to start from (default: max)")
     shift.add_argument(
-        "--after", choices=POOLINGS, default="class_token", help="pooling to compare it with (default: class_token)"
+        "--after", choices=POOLINGS, default="average", help="pooling to compare it with (default: average)"
     )
     shift.add_argument("--output", type=Path, metavar="FILE", help="JSON file to write")
     shift.add_argument("--json", action="store_true", help="print JSON instead of text")

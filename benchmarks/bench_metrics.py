@@ -1,11 +1,12 @@
-"""mMIoU and mFMB against what a user would write or pick instead, and the memory of the metrics.
+"""mMIoU, mFMB and text contrast against what a user would write or pick instead, and the memory of the metrics.
 
     python benchmarks/bench_metrics.py
 
-Prints three Markdown tables. The contenders take the same pairs in turn, on one thread, and must agree on every value.
+Prints four Markdown tables. The contenders take the same inputs in turn, on one thread, and must agree on every value.
 """
 
 import argparse
+import itertools
 import statistics
 import time
 from collections.abc import Callable
@@ -15,6 +16,8 @@ import evaluate
 import numpy as np
 import torch
 from measuring import cost, machine, table
+from scipy.stats import mannwhitneyu
+from sklearn.metrics import roc_auc_score
 from torch.nn import functional as F
 from torchmetrics.classification import BinaryPrecisionRecallCurve
 from torchmetrics.functional.classification import binary_jaccard_index
@@ -23,6 +26,8 @@ from iclip_hf.evaluation.metrics import (
     THRESHOLDS,
     MeanForegroundMinusBackground,
     MeanMaxIoU,
+    TextContrast,
+    contrast_counts,
     region_means,
     threshold_counts,
 )
@@ -100,7 +105,7 @@ CONTENDERS = (
 
 def difference_of_sums(heatmap, mask):
     (_, background), (_, foreground) = region_means(heatmap, mask, LABEL)
-    return (foreground - background) / 2**53
+    return foreground - background
 
 
 def difference_of_means(heatmap, mask):
@@ -109,16 +114,55 @@ def difference_of_means(heatmap, mask):
 
 
 FMB_CONTENDERS = (
-    ("`iclip_hf.evaluation.metrics`, exact in any order", difference_of_sums, 1),
+    ("`iclip_hf.evaluation.metrics`, sums in float64", difference_of_sums, 1),
     ("numpy, two means", difference_of_means, 1),
 )
 
 
-def bench_speed(what: str, contenders, pairs: int) -> None:
+CLASSES = 3
+
+
+def make_image(seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Smooth maps (3, H, W) of three classes, float32, and a label mask (H, W), uint8, that they share with background."""
+    maps = np.stack([make_pair(3 * seed + k)[0] for k in range(CLASSES)])
+    lowest = np.argmin([make_pair(10**6 + 4 * seed + k, grid=(6, 8))[0] for k in range(CLASSES + 1)], axis=0)
+    return maps, lowest.astype(np.uint8)
+
+
+def contrast_of_counts(maps, mask):
+    partners, sums = contrast_counts(maps, mask, range(1, 1 + CLASSES))
+    return sums / partners
+
+
+def contrast_by(auc):
+    """The same by a function (values, of the first class) -> AUC of sorted values, pair by pair."""
+
+    def contrast(maps, mask):
+        sums = np.zeros(CLASSES)
+        for pair in itertools.combinations(range(CLASSES), 2):
+            chosen = np.isin(mask, [1 + k for k in pair])
+            sums[list(pair)] += np.mean([auc(maps[k][chosen], mask[chosen] == 1 + k) for k in pair])
+        return sums / (CLASSES - 1)
+
+    return contrast
+
+
+def auc_by_scipy(values, first):
+    return mannwhitneyu(values[first], values[~first], method="asymptotic").statistic / first.sum() / (~first).sum()
+
+
+CONTRAST_CONTENDERS = (
+    ("`iclip_hf.evaluation.metrics`, histograms", contrast_of_counts, 1),
+    ("scikit-learn, `roc_auc_score` in a loop", contrast_by(lambda values, first: roc_auc_score(first, values)), 10),
+    ("scipy, `mannwhitneyu` in a loop", contrast_by(auc_by_scipy), 10),
+)
+
+
+def bench_speed(what: str, contenders, pairs: int, make=make_pair, tolerance: float = 1e-6) -> None:
     (ours_name, ours_function, _), *_ = contenders
     seconds = {name: {} for name, _, _ in contenders}
     for seed in range(pairs):
-        pair = make_pair(seed)
+        pair = make(seed)
         expected = ours_function(*pair)
         for name, function, rarity in contenders:
             if seed % rarity:
@@ -126,8 +170,8 @@ def bench_speed(what: str, contenders, pairs: int) -> None:
             start = time.perf_counter()
             found = function(*pair)
             seconds[name][seed] = time.perf_counter() - start
-            if not np.allclose(found, expected, rtol=0, atol=1e-6):
-                raise RuntimeError(f"{name} computes another value for pair {seed}.")
+            if not np.allclose(found, expected, rtol=0, atol=tolerance):
+                raise RuntimeError(f"{name} computes another value for input {seed}.")
     ours = seconds[ours_name]
     print(f"{what}, {SIZE[0]}x{SIZE[1]}, float32, one thread\n")
     rows = []
@@ -136,20 +180,21 @@ def bench_speed(what: str, contenders, pairs: int) -> None:
         low, high = np.quantile(ratios, [0.1, 0.9])
         median = 1000 * statistics.median(times.values())
         rows.append([name, len(times), median, f"{statistics.median(ratios):.2f} ({low:.2f} to {high:.2f})"])
-    print(table(["implementation", "pairs", "median, ms", "times slower, median (10 % to 90 %)"], rows), end="\n\n")
+    print(table(["implementation", "inputs", "median, ms", "times slower, median (10 % to 90 %)"], rows), end="\n\n")
 
 
 def counting(images: int) -> Callable[[], object]:
-    """mMIoU and mFMB over so many images, each with one of 20 classes."""
+    """All three metrics over so many images."""
     pool = [make_pair(seed) for seed in range(8)]
 
     def measure():
-        metrics = [MeanMaxIoU(), MeanForegroundMinusBackground()]
+        metrics, contrast = [MeanMaxIoU(), MeanForegroundMinusBackground()], TextContrast()
         for image in range(images):
             heatmap, mask = pool[image % len(pool)]
             label = 1 + image % 20
             for metric in metrics:
                 metric.update(np.roll(heatmap, image), np.where(mask == LABEL, label, mask).astype(np.uint8), label)
+            contrast.update([heatmap, np.roll(heatmap, image)], np.where(mask == LABEL, label, 30), [label, 30])
 
     return measure
 
@@ -190,7 +235,7 @@ def bench_memory(images: int) -> None:
         seconds, memory = cost(make, number)
         rows.append([name, number, seconds, f"{memory:.0f}"])
     print(f"Maps and masks of {SIZE[0]}x{SIZE[1]}, 20 classes\n")
-    print(table(["mMIoU and mFMB", "images", "seconds", "MiB"], rows))
+    print(table(["mMIoU, mFMB and text contrast", "images", "seconds", "MiB"], rows))
 
 
 def main():
@@ -202,6 +247,13 @@ def main():
     print(f"{machine('torchmetrics', 'evaluate')}\n")
     bench_speed("IoU of one pair at the 101 thresholds of mMIoU", CONTENDERS, options.pairs)
     bench_speed("Foreground minus background of one pair, for mFMB", FMB_CONTENDERS, options.pairs)
+    bench_speed(
+        f"Text contrast of one image with {CLASSES} classes",
+        CONTRAST_CONTENDERS,
+        options.pairs,
+        make_image,
+        tolerance=1e-4,
+    )
     bench_memory(options.images)
 
 

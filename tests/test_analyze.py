@@ -108,5 +108,5 @@ def test_bad_evaluations_are_one_line_and_exit_code_2(tmp_path, capsys, monkeypa
 def test_poolings_of_the_command_are_those_of_the_analysis(folder, tiny_processor):
     from iclip_hf.evaluation.analysis import channel_matches
 
-    matches = channel_matches(tiny_model(), tiny_processor, Image.new("RGB", (40, 30)))
+    matches = channel_matches(tiny_model(pooling="class_token"), tiny_processor, Image.new("RGB", (40, 30)))
     assert set(matches) == set(analyze.POOLINGS)

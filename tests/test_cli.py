@@ -112,6 +112,14 @@ def test_json_and_arrays_say_what_the_masks_are(folder, tmp_path, capsys):
     assert [text["score"] for text in entry["texts"]] == pytest.approx(arrays["scores"].tolist(), abs=1e-4)
 
 
+def test_a_mask_is_above_its_threshold_not_at_it(folder, tmp_path, capsys):
+    arguments = [folder / "0" / "a.jpg", "--text", "dog", "--output", tmp_path / "a.png", "--json", "--threshold", "1"]
+    assert run(folder, *arguments, "--min-presence", "0") == 0
+    assert json.loads(capsys.readouterr().out)[0]["texts"][0]["mask"]["counts"] == [
+        40 * 60
+    ]  # though the map reaches 1
+
+
 def test_the_gate_empties_the_masks_of_absent_texts(folder, tmp_path, capsys):
     arguments = [folder / "0" / "a.jpg", "--text", "dog", "--output", tmp_path / "a.png", "--json", "--min-presence"]
     regions = []

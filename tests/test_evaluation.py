@@ -19,7 +19,7 @@ from iclip_hf.evaluation.evaluate import evaluate
 from iclip_hf.evaluation.metrics import MeanForegroundMinusBackground as MFMB
 from iclip_hf.evaluation.metrics import MeanMaxIoU, MultiLabelAveragePrecision
 from iclip_hf.explainers import METHODS, make_explainer
-from iclip_hf.localization.localizer import Localizer
+from iclip_hf.presence import BACKGROUND, presence
 from iclip_hf.similarity import resize_and_normalize, reverse
 
 
@@ -153,18 +153,38 @@ def test_images_are_encoded_once_for_maps_reversal_and_scores(root, tiny_process
 
 
 def test_the_gate_of_presence_by_hand(root, tiny_processor):
+    """In prompts of the caller's, which the unrelated texts take too."""
     model, dataset = tiny_model(), load_segmentation("folder", root)
-    localizer = Localizer(model, tiny_processor, NAMES, templates=dataset.templates)
-    counts = {True: [0, 0], False: [0, 0]}
-    for sample in dataset:
-        (explanation,) = localizer.explain([localizer.prepare(sample.image)])
-        for label, value in zip((1, 2, 3), explanation.presence.tolist()):
-            counts[label in sample.labels][0] += 1
-            counts[label in sample.labels][1] += value >= 0.7
-    gate = evaluate(model, tiny_processor, dataset, progress=False).presence
-    assert 0 < counts[True][1] + counts[False][1] < 21
-    for name, (number, reached) in (("kept", counts[True]), ("passed", counts[False])):
-        assert gate[name] == pytest.approx(100 * reached / number)
+    templates = ["the dog {}"]
+    explainer = make_explainer(model, tiny_processor)
+    texts = explainer.encode_texts(NAMES, templates)
+
+    def shares(background):
+        counts = {True: [0, 0], False: [0, 0]}
+        for sample in dataset:
+            pixels = tiny_processor(images=[sample.image])["pixel_values"]
+            present = presence(*(explainer.raw_maps(pixels, some)[1] for some in (texts, background)))
+            for label, value in zip((1, 2, 3), present[0].tolist()):
+                counts[label in sample.labels][0] += 1
+                counts[label in sample.labels][1] += value >= 0.7
+        return {name: 100 * counts[shown][1] / counts[shown][0] for name, shown in (("kept", True), ("passed", False))}
+
+    expected = shares(explainer.encode_texts(BACKGROUND, templates))
+    assert expected["kept"] != expected["passed"] and expected != shares(explainer.encode_texts(BACKGROUND))
+    gate = evaluate(model, tiny_processor, dataset, templates=templates, progress=False).presence
+    assert {name: gate[name] for name in expected} == pytest.approx(expected)
+
+
+def test_a_limit_takes_the_first_images(root, tiny_processor, tmp_path):
+    first = tmp_path / "first"
+    shutil.copytree(root, first)
+    for number in range(2, 7):
+        for folder in ("images", "masks"):
+            (first / folder / f"{number}.png").unlink()
+    model = tiny_model()
+    limited = evaluate(model, tiny_processor, load_segmentation("folder", root), limit=2, progress=False)
+    alone = evaluate(model, tiny_processor, load_segmentation("folder", first), progress=False)
+    assert limited.results == alone.results and limited.per_class == alone.per_class
 
 
 def test_images_without_any_class_are_only_ranked(root, tiny_processor, tmp_path):

@@ -784,7 +784,7 @@ def test_the_copy_shares_the_weights(tiny_processor):
 
 def test_unknown_names_are_refused(made):
     model, processor, _ = made("iclip")
-    with pytest.raises(ValueError, match=r"one of \['attention', 'attention_affinity'.*got 'gradcam'"):
+    with pytest.raises(ValueError, match=r"one of \['attention', .*'bi_modal'.*got 'gradcam'"):
         make_explainer(model, processor, "gradcam")
     with pytest.raises(ValueError, match=r"'grad_cam' has the options \['layer'\], got \['layers'\]"):
         make_explainer(model, processor, "grad_cam", layers=3)

@@ -39,11 +39,13 @@ def test_several_templates_are_the_prompts_of_one_label(tiny_processor):
 
 
 def test_each_image_has_its_own_texts_filled_up_with_the_last(tiny_processor):
-    batch = tiny_processor([photo(), photo()], labels=[["dog"], ["cat", "car"]], templates=["a {}", "the {}"])
-    assert batch["input_ids"].shape[:2] == (2, 4)
-    assert decoded(tiny_processor, batch) == ["a dog", "the dog"] * 2 + ["a cat", "the cat", "a car", "the car"]
+    labels = [["dog", "ball"], ["cat", "car", "sky"]]
+    batch = tiny_processor([photo(), photo()], labels=labels, templates=["a {}", "the {}"])
+    assert batch["input_ids"].shape[:2] == (2, 6)
+    filled = ["dog", "ball", "ball", *labels[1]]
+    assert decoded(tiny_processor, batch) == [f"{article} {label}" for label in filled for article in ("a", "the")]
     with torch.no_grad():
-        assert tiny_model()(**batch).logits_per_image.shape == (2, 2)
+        assert tiny_model()(**batch).logits_per_image.shape == (2, 3)
 
 
 @pytest.mark.parametrize("mode", ["L", "P", "RGBA", "CMYK", "1", "LA", "I;16"])

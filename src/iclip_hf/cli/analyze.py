@@ -40,9 +40,7 @@ def register(commands) -> None:
     add_limit_option(shift)
     add_model_option(shift)
     shift.add_argument("--before", choices=POOLINGS, default="max", help="first pooling (default: max)")
-    shift.add_argument(
-        "--after", choices=POOLINGS, default="class_token", help="second pooling (default: class_token)"
-    )
+    shift.add_argument("--after", choices=POOLINGS, default="average", help="second pooling (default: average)")
     shift.add_argument("--output", type=Path, metavar="FILE", help="JSON file to write")
     shift.add_argument("--json", action="store_true", help="print JSON instead of text")
 

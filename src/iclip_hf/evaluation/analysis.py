@@ -121,8 +121,8 @@ def channel_matches(model, processor, image: Image.Image) -> dict[str, ChannelMa
         image: an RGB image.
 
     Returns:
-        `dict` by pooling: `"class_token"` (the recognition vector; of SigLIP and ResNets the attention pooling's; absent where
-        the model pools its patch tokens), `"average"` and `"max"` of the patch embeddings, `"own"` (the vector that the
+        `dict` by pooling: `"class_token"` (of SigLIP and ResNets the attention pooling's; absent where the branch that draws the
+        maps pools patch tokens: the vector of another branch is in another space), `"average"` and `"max"` of the patch embeddings, `"own"` (the vector that the
         model's maps were trained with).
     """
     family = adapt(model, processor)
@@ -139,7 +139,7 @@ def channel_matches(model, processor, image: Image.Image) -> dict[str, ChannelMa
 
 @torch.no_grad()
 def semantic_shift(
-    model, processor, samples: Iterable[SegmentationSample], before: str = "max", after: str = "class_token"
+    model, processor, samples: Iterable[SegmentationSample], before: str = "max", after: str = "average"
 ) -> SemanticShift:
     """
     Counts how many channels go from foreground to background, and back, when one pooling takes the place of another
@@ -151,8 +151,7 @@ def semantic_shift(
     Args:
         model, processor: any kind of model that `iclip_hf.explainers` takes.
         samples: of a segmentation data set.
-        before, after (`str`): poolings as in [`channel_matches`]. Max pooling is what most confident patches say; the
-            class token is what CLIP makes of them.
+        before, after (`str`): poolings as in [`channel_matches`]. The defaults are those of Table 6.
 
     Raises:
         `ValueError`: for a pooling that the model does not have.
@@ -230,12 +229,12 @@ def _features(family: ModelAdapter, image: Image.Image) -> ICLIPImageFeatures:
 def _poolings(family: ModelAdapter, features: ICLIPImageFeatures) -> dict[str, torch.Tensor]:
     """Pooled vectors `(P,)` of one image, beside its unit patch embeddings."""
     patches, own = features.patch_embeds[0], features.map_image_embeds
-    vectors = {"class_token": features.image_embeds[0]} if family.reads_one_query else {}
-    return vectors | {
-        "average": patches.mean((0, 1)),
-        "max": patches.amax((0, 1)),
-        "own": (features.image_embeds if own is None else own)[0],
-    }
+    vectors = {"average": patches.mean((0, 1)), "max": patches.amax((0, 1))}
+    if family.pools_one_vector:
+        vectors["own"] = (features.image_embeds if own is None else own)[0]
+    if family.draws_by_class_token:
+        vectors["class_token"] = vectors["own"]
+    return vectors
 
 
 def _foreground(sample: SegmentationSample) -> tuple[np.ndarray, np.ndarray]:

@@ -46,6 +46,16 @@ class ModelAdapter(ABC):
 
     reads_one_query = True
 
+    @property
+    def pools_one_vector(self) -> bool:
+        """The branch whose patches are compared with texts also compares one vector an image."""
+        return True
+
+    @property
+    def draws_by_class_token(self) -> bool:
+        """The branch whose patches are compared with texts pools by the class token, or by a pooling head's query."""
+        return self.reads_one_query
+
     def __init__(self, model: nn.Module, processor):
         self.model = private_copy(model)
         self.processor = processor
@@ -127,7 +137,15 @@ class ICLIPAdapter(_TransformersAdapter):
 
     @property
     def reads_one_query(self) -> bool:
-        return self.model.config.dual_projection or self.model.config.pooling == "class_token"
+        return self.model.config.dual_projection or self.draws_by_class_token
+
+    @property
+    def pools_one_vector(self) -> bool:
+        return self.model.config.max_over == "channels"
+
+    @property
+    def draws_by_class_token(self) -> bool:
+        return self.model.config.pooling == "class_token"
 
     def _encode_texts(self, labels: list[str], templates: list[str]) -> ICLIPTextFeatures:
         return self.model.get_text_features(**self.processor(labels=labels, templates=templates).to(self.model.device))

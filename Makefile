@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-lowest test-newest style bench
+.PHONY: demo test test-lowest test-newest test-transformers style docs bench
 
 .venv/.installed: setup.py pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
@@ -28,9 +28,18 @@ test-lowest test-newest: test-%:
 	.venv-$*/bin/uv pip install --quiet --python .venv-$*/bin/python --resolution $(RESOLUTION) --editable '.[dev]'
 	.venv-$*/bin/python -m pytest
 
+# Transformers' own common tests, on every pair of towers. They come from its source distribution and stay in runs/.
+test-transformers: .venv/.installed
+	$(BIN)/python -m pip install --quiet parameterized
+	$(BIN)/python -m pytest tests/transformers_common.py
+
 style: .venv/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+# The pages, in site/. A warning, such as a link without a target, is an error.
+docs: .venv/.installed
+	$(BIN)/mkdocs build --strict
 
 # All tables, one after the other, also in runs/bench.md.
 bench: .venv/.installed

@@ -21,6 +21,8 @@ extras = {
     "onnx": ["onnx>=1.17", "onnxruntime>=1.20", "onnxscript>=0.5"],
     # models of open_clip in the explainers; pip before 23.3 knows an extra by its normalised name alone
     "open-clip": ["open_clip_torch>=3.0"],
+    # `make docs`
+    "docs": ["mkdocs>=1.6,<2", "mkdocs-material>=9.6,<10", "mkdocstrings>=1.0,<2", "mkdocstrings-python>=2.0,<3"],
 }
 extras["dev"] = sorted(
     {requirement for group in extras.values() for requirement in group}

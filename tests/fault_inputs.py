@@ -321,6 +321,12 @@ MODEL_FOLDERS = {
     "pickled weights only": pickled,
     "weights lack a branch": edited_weights(lacking("recognition")),
     "weights lack a tower": edited_weights(lacking("vision_model")),
+    "weights hold NaN": edited_weights(
+        lambda weights: weights["recognition.visual_projection.weight"][0].fill_(torch.nan)
+    ),
+    "weights hold infinity": edited_weights(
+        lambda weights: weights["text_model.embeddings.LayerNorm.bias"][:1].fill_(torch.inf)
+    ),
     "weights have another shape": edited_weights(
         lambda weights: weights.update({"recognition.visual_projection.weight": torch.zeros(3, 3)})
     ),

@@ -4,6 +4,7 @@ import signal
 import subprocess
 import sys
 import tarfile
+from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -270,6 +271,29 @@ def test_images_are_known_by_names_and_content(tmp_path):
     (tmp_path / "y.png").write_bytes(b"longer")
     seen.append(open_images([tmp_path]).fingerprint())
     assert len(set(seen)) == 4
+
+
+def test_any_name_is_one_broken_image_at_most(localizer, tmp_path):
+    """A dangling link and names that are no UTF-8 are counted and named; a name of the greatest length is explained."""
+    images, good = tmp_path / "images", io.BytesIO()
+    images.mkdir()
+    Image.new("RGB", (40, 30)).save(good, "PNG")
+    for name in (b"x" * 251 + b".png", b"caf\xe9.png", b"b\n.png"):
+        Path(os.fsdecode(bytes(images) + b"/" + name)).write_bytes(good.getvalue())
+    Path(os.fsdecode(bytes(images) + b"/broken \xe9.png")).write_bytes(b"no image")
+    (images / "dangling.png").symlink_to("nowhere.png")
+    report = run(localizer, open_images([images]), tmp_path / "output")
+    assert report.images == 2 and len(report.broken) == 3
+    for name in ("broken \\udce9.png", "caf\\udce9.png: expected a name in UTF-8", "dangling.png"):
+        assert sum(name in reason for reason in report.broken) == 1, (name, report.broken)
+    "".join(report.broken).encode()
+    with tarfile.open(tmp_path / "shard.tar", "w") as tar:
+        for name in ("caf\udce9.png", "ok.png"):
+            member = tarfile.TarInfo(name)
+            member.size = len(good.getvalue())
+            tar.addfile(member, io.BytesIO(good.getvalue()))
+    report = run(localizer, open_images([tmp_path / "shard.tar"]), tmp_path / "of shards")
+    assert report.images == 1 and "caf\\udce9" in report.broken[0]
 
 
 @pytest.mark.parametrize("options", [{"batch_size": 0}, {"images_per_file": 0}])

@@ -146,6 +146,16 @@ def call(server, photo, texts="dog", method="itsm"):
     return asked, lambda: httpx.get(f"{asked.url}/{asked.json()['event_id']}", timeout=60).text.splitlines()[0]
 
 
+META = {"meta": {"_type": "gradio.FileData"}}
+
+
+def answer_to(server, *data, api="explain"):
+    """The two lines that the server answers to a payload, whatever its form."""
+    asked = httpx.post(f"{server}gradio_api/call/{api}", json={"data": data}, timeout=60)
+    assert asked.status_code == 200
+    return httpx.get(f"{asked.url}/{asked.json()['event_id']}", timeout=60).text.splitlines()[:2]
+
+
 def upload(server, content):
     return httpx.post(f"{server}gradio_api/upload", files={"files": ("photo.png", content)})
 
@@ -156,6 +166,57 @@ def test_only_uploaded_files_are_read_and_heavy_ones_refused(server, folder):
     assert call(server, upload(server, own.read_bytes()).json()[0])[1]() == "event: complete"
     refused = upload(server, bytes(21_000_000))
     assert refused.status_code == 413 and refused.text.startswith("File size exceeded maximum allowed size")
+
+
+@pytest.mark.parametrize("extra", [{}, META, {"meta": {}}, {"meta": None}], ids=["bare", "meta", "empty", "null"])
+def test_one_answer_for_every_file_that_was_not_uploaded(server, folder, monkeypatch, extra):
+    opened = []
+    monkeypatch.setattr(app, "load_image", lambda path, name: opened.append(path))
+    own = upload(server, (folder / "small.png").read_bytes()).json()[0]
+    link = Path(own).with_name("link.png")
+    link.symlink_to(folder / "small.png")
+    paths = [
+        *(str(folder / "small.png"), str(folder / "missing.png"), str(folder), "/dev/zero", "", "small.png"),
+        *(str(link), f"{Path(own).parent}/../{Path(own).parent.name}/photo.png", own + "\0", Path(own).as_uri()),
+        *(f"{server}gradio_api/file={own}", f"/gradio_api/file={own}", "http://example.org/a.png"),
+        "data:image/png;base64," + base64.b64encode((folder / "small.png").read_bytes()).decode(),
+    ]
+    photos = [{"path": path, "orig_name": "photo.png", **extra} for path in paths]
+    hidden = {"path": paths[0], **META}
+    photos += [
+        *([photos[0]], [[photos[0]]], {"value": photos[0]}, {"photo": photos[0], **extra}, [own], {}, 1.5),
+        *({"path": None, "url": paths[0], **extra}, {"path": [own], **extra}, {"path": photos[0], **extra}),
+        *({"url": f"{server}gradio_api/file={own}", **extra}, {"path": paths[1], "inner": hidden, **extra}),
+    ]
+    refused = {tuple(answer_to(server, photo, "dog", "itsm")) for photo in photos}
+    refused |= {
+        tuple(answer_to(server, {"path": own, **META}, *rest)) for rest in ([hidden, "itsm"], ["dog", [hidden]])
+    }
+    link.unlink()
+    ((event, sentence),) = refused
+    assert event == "event: error" and "Expected a file that was uploaded here" in sentence
+    assert opened == []
+
+
+def test_all_else_that_an_upload_is_said_to_be_is_ignored(server, folder):
+    own = upload(server, (folder / "small.png").read_bytes()).json()[0]
+    said = {"url": "http://example.org/a.png", "inner": {"path": "http://example.org/a.png", **META}, "orig_name": [1]}
+    assert answer_to(server, {"path": own, **said}, "dog", "itsm")[0] == "event: complete"
+    assert app.EXAMPLES and answer_to(server, {"path": app._examples()[0][0]}, "dog", "itsm")[0] == "event: complete"
+
+
+def test_routes_of_gradio_that_fetch_or_keep_are_not_there(server, folder):
+    for route in (
+        "file=http://example.org/a.png",
+        "file=https://example.org",
+        "proxy=http://example.org",
+        "deep_link",
+    ):
+        assert httpx.get(f"{server}gradio_api/{route}").status_code == 404
+    for route in ("process_recording", "component_server"):
+        assert httpx.post(f"{server}gradio_api/{route}", files={"video": b"0"}).status_code == 404
+    outside = {httpx.get(f"{server}gradio_api/file={folder}/{name}").status_code for name in ("small.png", "missing")}
+    assert outside == {403}
 
 
 def broken_upload():

@@ -1,5 +1,6 @@
 """The `evaluate` modules: loaded from every folder, from any place, offline, in several processes."""
 
+import ast
 import doctest
 import json
 import os
@@ -16,13 +17,14 @@ from PIL import Image
 
 evaluate = pytest.importorskip("evaluate", reason="needs the extra [eval]")
 
-from iclip_hf.evaluation.metrics import MeanForegroundMinusBackground, MeanMaxIoU  # noqa: E402
+from iclip_hf.evaluation.metrics import MeanForegroundMinusBackground, MeanMaxIoU, TextContrast  # noqa: E402
 from iclip_hf.hub import metrics  # noqa: E402
 
 
 REPOSITORY = Path(__file__).parents[1]
 FOLDERS = sorted(path for path in (REPOSITORY / "evaluate_metrics").iterdir() if (path / "app.py").is_file())
-ACCUMULATORS = {"mmiou": MeanMaxIoU, "mfmb": MeanForegroundMinusBackground}
+PAIR_METRICS = {"mmiou": MeanMaxIoU, "mfmb": MeanForegroundMinusBackground}
+ACCUMULATORS = {**PAIR_METRICS, "text_contrast": TextContrast}
 
 
 def pairs(number=6, seed=0):
@@ -33,10 +35,23 @@ def pairs(number=6, seed=0):
     return {"predictions": maps, "references": masks, "labels": [1 + i % 2 for i in range(number)]}
 
 
-def expected(name, aggregate="image", ignore_index=255, **inputs):
-    accumulator = ACCUMULATORS[name](aggregate, ignore_index)
-    for pair in zip(*(inputs or pairs()).values()):
-        accumulator.update(*pair)
+def images(number=6, seed=0):
+    """Maps of two or three classes an image, masks that overlap or not, and lists of class ids."""
+    random = np.random.default_rng(seed)
+    labels = [[1, 2, 5][: 2 + i % 2] for i in range(number)]
+    maps = [random.random((len(one), 5 + i, 7)).astype(np.float32) for i, one in enumerate(labels)]
+    masks = [random.choice([0, 1, 2, 255], size=one.shape[i % 2 :]) for i, one in enumerate(maps)]
+    return {"predictions": maps, "references": masks, "labels": labels}
+
+
+def items(name):
+    return pairs() if name in PAIR_METRICS else images()
+
+
+def expected(name, *settings, ignore_index=255, **inputs):
+    accumulator = ACCUMULATORS[name](*settings, ignore_index=ignore_index)
+    for item in zip(*(inputs or items(name)).values()):
+        accumulator.update(*item)
     return accumulator.compute()
 
 
@@ -48,6 +63,11 @@ def caches(tmp_path, monkeypatch):
 
 @pytest.fixture(params=FOLDERS, ids=lambda path: path.name)
 def folder(request):
+    return request.param
+
+
+@pytest.fixture(params=[path for path in FOLDERS if path.name in PAIR_METRICS], ids=lambda path: path.name)
+def pair_folder(request):
     return request.param
 
 
@@ -75,7 +95,7 @@ def installed(tmp_path_factory):
     (stale / "mmiou.py").write_text("raise ImportError('an old version')")
     os.utime(stale / "mmiou.py", (4e9, 4e9))  # evaluate prefers the newest
     command = "from iclip_hf.hub.metrics import install_metrics; print(install_metrics())"
-    assert output_of(fresh_process(["-c", command], home, home)) == ["['mfmb', 'mmiou']"]
+    assert output_of(fresh_process(["-c", command], home, home)) == ["['mfmb', 'mmiou', 'text_contrast']"]
     return home
 
 
@@ -96,7 +116,7 @@ def test_there_is_a_folder_for_each_metric():
 def test_every_folder_loads_and_computes(folder):
     metric = evaluate.load(str(folder))
     assert metric.name == folder.name
-    assert metric.compute(**pairs()) == expected(folder.name)
+    assert metric.compute(**items(folder.name)) == expected(folder.name)
     assert "2209.07046" in metric.citation and "labels" in metric.inputs_description
     requirements = (folder / "requirements.txt").read_text()
     assert "iclip-hf" in requirements and "evaluate" in requirements
@@ -105,31 +125,32 @@ def test_every_folder_loads_and_computes(folder):
 
 @pytest.mark.parametrize("keep_in_memory", [False, True])
 def test_every_way_of_adding_gives_the_same(folder, keep_in_memory):
-    metric, inputs = evaluate.load(str(folder), keep_in_memory=keep_in_memory), pairs()
+    metric, inputs = evaluate.load(str(folder), keep_in_memory=keep_in_memory), items(folder.name)
     for prediction, reference, label in zip(*inputs.values()):
         metric.add(prediction=prediction, reference=torch.tensor(reference), label=label)
     assert metric.compute() == expected(folder.name)
     for part in (slice(0, 4), slice(4, 6)):
         metric.add_batch(**{name: values[part] for name, values in inputs.items()})
-    assert metric.compute(aggregate="pixel") == expected(folder.name, "pixel")
+    assert metric.compute() == expected(folder.name)
     metric.add_batch(**{name: values[:4] for name, values in inputs.items()})
     assert metric.compute(**{name: values[4:] for name, values in inputs.items()}) == expected(folder.name)
 
 
-def test_a_batch_may_be_one_tensor(folder):
+def test_a_batch_may_be_one_tensor(pair_folder):
     random = np.random.default_rng(1)
     maps, masks = random.random((3, 4, 5)), random.integers(0, 3, (3, 4, 5))
-    metric = evaluate.load(str(folder))
+    metric = evaluate.load(str(pair_folder))
     result = metric.compute(
         predictions=torch.tensor(maps), references=torch.tensor(masks), labels=torch.tensor([1, 2, 1])
     )
-    assert result == expected(folder.name, predictions=maps, references=masks, labels=[1, 2, 1])
+    assert result == expected(pair_folder.name, predictions=maps, references=masks, labels=[1, 2, 1])
 
 
 def test_counts_are_stored_not_pixels(folder):
     metric = evaluate.load(str(folder))
     maps = np.random.default_rng(2).random((20, 300, 400), dtype=np.float32)
-    metric.add_batch(predictions=maps, references=(maps > 0.5).astype(np.uint8), labels=[1] * 20)
+    for heatmap in maps:
+        metric.add_batch(**metric.of_one_image([heatmap], (heatmap > 0.5).astype(np.uint8), [1]))
     metric._finalize()
     assert len(metric.data) == 20
     assert metric.data.data.nbytes < 20 * 2000  # a map has 480000 bytes
@@ -142,15 +163,15 @@ def test_combine(monkeypatch):
     for prediction, reference, label in zip(*(values[4:] for values in inputs.values())):
         metric.add(prediction, reference, labels=label)
     result = metric.compute()
-    for name in ACCUMULATORS:
+    for name in PAIR_METRICS:
         assert result[name] == expected(name)[name]
         assert result[f"{name}_per_class"] == expected(name)["per_class"]
     pooled = metric.compute(**inputs, aggregate="pixel")
-    assert {name: pooled[name] for name in ACCUMULATORS} == {n: expected(n, "pixel")[n] for n in ACCUMULATORS}
+    assert {name: pooled[name] for name in PAIR_METRICS} == {n: expected(n, "pixel")[n] for n in PAIR_METRICS}
 
 
 def test_ignore_index_wherever_pairs_are_given(folder):
-    inputs, wanted = pairs(), expected(folder.name, ignore_index=0)
+    inputs, wanted = items(folder.name), expected(folder.name, ignore_index=0)
     assert wanted != expected(folder.name)
     assert evaluate.load(str(folder), ignore_index=0).compute(**inputs) == wanted
     metric = evaluate.load(str(folder))
@@ -162,21 +183,23 @@ def test_ignore_index_wherever_pairs_are_given(folder):
     assert metric.compute(ignore_index=0) == wanted
 
 
-def test_aggregate_when_loading_and_when_computing(folder):
-    metric = evaluate.load(str(folder), aggregate="pixel")
-    assert metric.compute(**pairs()) == expected(folder.name, "pixel")
-    assert metric.compute(**pairs(), aggregate="image") == expected(folder.name, "image")
+def test_aggregate_when_loading_and_when_computing(pair_folder):
+    metric = evaluate.load(str(pair_folder), aggregate="pixel")
+    assert metric.compute(**pairs()) == expected(pair_folder.name, "pixel")
+    assert metric.compute(**pairs(), aggregate="image") == expected(pair_folder.name, "image")
+    with pytest.raises(ValueError, match="'image', 'pixel'"):
+        metric.compute(aggregate="class")
+    with pytest.raises(ValueError, match="'image', 'pixel'"):
+        evaluate.load(str(pair_folder), aggregate="class")
 
 
-def test_mistakes_are_refused_and_cost_no_pairs(folder):
-    metric, inputs = evaluate.load(str(folder)), pairs()
+def test_mistakes_are_refused_and_cost_no_items(folder):
+    metric, inputs = evaluate.load(str(folder)), items(folder.name)
     metric.add_batch(**inputs)
     with pytest.raises(ValueError, match=r"counted with ignore_index \[255\], not 0"):
         metric.compute(ignore_index=0)
     with pytest.raises(ValueError, match=r"counted with ignore_index \[255\], not 0"):
         metric.compute(**inputs, ignore_index=0)
-    with pytest.raises(ValueError, match="'image', 'pixel'"):
-        metric.compute(aggregate="class")
     with pytest.raises(ValueError, match="one length, got 6, 6 and 1"):
         metric.add_batch(**{**inputs, "labels": [1]})
     with pytest.raises(TypeError, match="labels"):
@@ -184,8 +207,6 @@ def test_mistakes_are_refused_and_cost_no_pairs(folder):
     with pytest.raises(ValueError, match=r"in \[0, 1\]"):
         metric.add_batch(**{**inputs, "predictions": [*inputs["predictions"][:-1], 2 * inputs["predictions"][-1]]})
     assert metric.compute(ignore_index=255) == expected(folder.name)
-    with pytest.raises(ValueError, match="'image', 'pixel'"):
-        evaluate.load(str(folder), aggregate="class")
 
 
 def test_bare_names_load_offline_in_a_fresh_process(installed, tmp_path):
@@ -208,21 +229,27 @@ def test_two_processes_even_if_one_has_no_pairs(installed, tmp_path):
             [
                 "import sys, evaluate",
                 f"sys.path.insert(0, {str(Path(__file__).parent)!r})",
-                "from test_evaluate_metrics import pairs",
+                "from test_evaluate_metrics import items",
                 "rank = int(sys.argv[1])",
                 "settings = dict(num_process=2, process_id=rank, cache_dir='stored', timeout=60)",
-                "for name, ranks in (('mmiou', (0, 1)), ('mfmb', (1,))):",
+                "for name, ranks in (('mmiou', (0, 1)), ('mfmb', (1,)), ('text_contrast', (0, 1))):",
                 "    metric = evaluate.load(name, experiment_id='test', **settings)",
                 "    if rank in ranks:",
                 "        part = slice(ranks.index(rank), None, len(ranks))",
-                "        metric.add_batch(**{name: values[part] for name, values in pairs().items()})",
+                "        metric.add_batch(**{column: values[part] for column, values in items(name).items()})",
                 "    print(metric.compute())",
             ]
         )
     )
     processes = [fresh_process([script, rank], tmp_path, installed) for rank in (0, 1)]
-    outputs = [output_of(process) for process in processes]
-    assert outputs == [[str(expected("mmiou")), str(expected("mfmb"))], ["None", "None"]]
+    first, second = (output_of(process) for process in processes)
+    assert second == ["None"] * 3
+    for name, line in zip(("mmiou", "mfmb", "text_contrast"), first, strict=True):
+        result, wanted = ast.literal_eval(line), expected(name)
+        assert result.pop(name) == pytest.approx(wanted.pop(name), rel=1e-12)
+        assert result.pop("per_class") == pytest.approx(wanted.pop("per_class"), rel=1e-12)
+        assert result.pop("floor", 0) == pytest.approx(wanted.pop("floor", 0), rel=1e-12)
+        assert result == wanted
 
 
 def test_examples_of_card_and_docstring(folder, monkeypatch):
@@ -242,8 +269,8 @@ def test_exported_space_works_in_a_folder_of_any_name(folder, tmp_path):
     assert metrics.export_space(folder.name, space) == space
     written = {".gitattributes", "README.md", "app.py", "requirements.txt", f"{folder.name}.py"}
     assert {path.name for path in space.iterdir()} == written
-    assert evaluate.load(str(space / f"{folder.name}.py")).compute(**pairs()) == expected(folder.name)
-    with pytest.raises(ValueError, match=r"'mfmb', 'mmiou'.*'miou'"):
+    assert evaluate.load(str(space / f"{folder.name}.py")).compute(**items(folder.name)) == expected(folder.name)
+    with pytest.raises(ValueError, match=r"'mfmb', 'mmiou', 'text_contrast'.*'miou'"):
         metrics.export_space("miou", tmp_path / "other")
     assert not (tmp_path / "other").exists()
 
@@ -252,10 +279,16 @@ def test_app_scores_image_files(folder, tmp_path):
     pytest.importorskip("gradio", reason="needs the extra [demo]")
     demo = runpy.run_path(str(folder / "app.py"))["demo"]
     mask = Image.new("P", (2, 2))  # a palette image, as VOC's, whose colours are not its ids
-    mask.putdata([3, 3, 0, 255])
+    mask.putdata([3, 3, 5, 255])
     mask.putpalette([255 - i // 3 for i in range(768)])
     mask.save(tmp_path / "mask.png")
-    heatmap = np.array([[255, 102], [153, 0]], np.uint8)
-    result = json.loads(demo.fn(heatmap, str(tmp_path / "mask.png"), 3))
-    inputs = {"predictions": [heatmap / np.float32(255)], "references": [[[3, 3], [0, 255]]], "labels": [3]}
+    maps = np.array([[[255, 102], [153, 0]], [[51, 0], [204, 255]]], np.uint8)
+    for index, heatmap in enumerate(maps):
+        Image.fromarray(heatmap).save(tmp_path / f"{index}.png")
+    result = json.loads(
+        demo.fn([str(tmp_path / "0.png"), str(tmp_path / "1.png")], str(tmp_path / "mask.png"), "3, 5")
+    )
+    metric = evaluate.load(str(folder))
+    inputs = metric.of_one_image(list(maps / np.float32(255)), np.array([[3, 3], [5, 255]]), [3, 5])
     assert result == json.loads(json.dumps(expected(folder.name, **inputs)))
+    assert result["left_out"].keys() and not any(result["left_out"].values())

@@ -1,4 +1,5 @@
 import csv
+import itertools
 import json
 import os
 import shutil
@@ -45,16 +46,17 @@ def root(tmp_path_factory):
 
 def slowly(model, processor, dataset):
     """The same protocol in plain steps: one image and class at a time, 101 comparisons, no counts."""
-    iou, fmb, scores, presence = {}, {}, [], []
+    iou, fmb, contrast, scores, presence = {}, {}, {}, [], []
     for sample in dataset:
         with torch.no_grad():
             outputs = model(**processor(sample.image, labels=NAMES), output_similarity_maps=True)
         scores.append((outputs.logits_per_image[0] / model.logit_scales()[0]).tolist())
         presence.append([label in sample.labels for label in (1, 2, 3)])
+        heatmaps = {}
         for label in sample.labels:
             raw = outputs.similarity_maps[:, label - 1 : label]
             big = F.interpolate(raw, size=sample.size, mode="bicubic", align_corners=False)[0, 0].numpy()
-            heatmap = (big - big.min()) / (big.max() - big.min())
+            heatmap = heatmaps[label] = (big - big.min()) / (big.max() - big.min())
             mask = sample.mask(label)
             inside, outside = mask == label, (mask != label) & (mask != 255)
             curve = [
@@ -63,6 +65,14 @@ def slowly(model, processor, dataset):
             ]
             iou.setdefault(label, []).append(curve)
             fmb.setdefault(label, []).append(heatmap[inside].mean() - heatmap[outside].mean())
+        for i, j in itertools.combinations(sample.labels, 2):
+            own = [sample.mask(i) == i, sample.mask(j) == j]  # an index mask: no pixel is of both
+            above = [
+                np.mean(heatmaps[k][one][:, None] > heatmaps[k][other])
+                for k, one, other in ((i, *own), (j, *own[::-1]))
+            ]
+            for label in (i, j):
+                contrast.setdefault(label, []).append(np.mean(above))
     precisions = []
     for label in range(3):
         order = sorted(range(len(scores)), key=lambda i: -scores[i][label])
@@ -72,6 +82,7 @@ def slowly(model, processor, dataset):
         "mAP": 100 * np.mean(precisions),
         "mMIoU": 100 * np.mean([np.mean(curves, axis=0).max() for curves in iou.values()]),
         "mFMB": np.mean([np.mean(values) for values in fmb.values()]),
+        "text_contrast": 100 * np.mean([np.mean(values) for values in contrast.values()]),
     }
 
 
@@ -79,14 +90,28 @@ def test_figures_equal_the_protocol_in_plain_steps(root, tiny_processor):
     model, dataset = tiny_model(), load_segmentation("folder", root)
     result = evaluate(model, tiny_processor, dataset, ["itsm", "reversed_itsm"], batch_size=3, progress=False)
     expected = slowly(model, tiny_processor, dataset)
-    assert {name: result.results["itsm"][name] for name in expected} == pytest.approx(expected, abs=1e-3)
-    assert (
-        result.results["reversed_itsm"]["mFMB"] == -result.results["itsm"]["mFMB"]
-    )  # of 1 - M (Eq. 5), to the last bit
+    found = {name: result.results["itsm"][name] for name in expected}
+    assert found.pop("text_contrast") == pytest.approx(expected.pop("text_contrast"), abs=1e-2)  # of few pixels
+    assert found == pytest.approx(expected, abs=1e-3)
+    forwards, reverse = result.results["itsm"], result.results["reversed_itsm"]
+    assert reverse["mFMB"] == pytest.approx(-forwards["mFMB"], abs=1e-6)  # of 1 - M (Eq. 5)
+    assert reverse["text_contrast"] == pytest.approx(100 - forwards["text_contrast"], abs=1e-3)
     assert result.results["reversed_itsm"]["mAP"] == result.results["itsm"]["mAP"]
     rows = result.per_class["itsm"]
     assert [row["name"] for row in rows] == NAMES
-    assert np.mean([row["MIoU"] for row in rows]) == pytest.approx(result.results["itsm"]["mMIoU"])
+    for column, figure in (("MIoU", "mMIoU"), ("FMB", "mFMB"), ("text_contrast", "text_contrast")):
+        assert np.mean([row[column] for row in rows]) == pytest.approx(result.results["itsm"][figure])
+    assert f"| {forwards['text_contrast']:.2f} | {forwards['floor']:.2f} |" in result.table()
+    assert "text_contrast" in result.per_class_csv().splitlines()[0].split(",")
+
+
+def test_methods_that_do_not_see_the_text_have_a_contrast_of_exactly_50(root, tiny_processor):
+    dataset = load_segmentation("folder", root)
+    methods = ["attention", "attention_affinity", "itsm"]
+    results = evaluate(tiny_model(map_affinity=2.0), tiny_processor, dataset, methods, progress=False).results
+    assert [results[method]["text_contrast"] for method in methods[:2]] == [50.0, 50.0]
+    assert results["itsm"]["text_contrast"] != 50
+    assert results["attention"]["mMIoU"] != results["attention_affinity"]["mMIoU"]
 
 
 def test_every_method_scores_its_maps_of_all_classes(root, tiny_processor):
@@ -148,7 +173,29 @@ def test_images_without_any_class_are_only_ranked(root, tiny_processor, tmp_path
         shutil.copy(root / name, tmp_path / name)
     dataset = load_segmentation("folder", tmp_path)
     scores = evaluate(tiny_model(), tiny_processor, dataset, ["grad_cam"], progress=False).results["grad_cam"]
-    assert scores["pairs"] == 0 and np.isnan(scores["mMIoU"])
+    figures = ("mAP", "mMIoU", "mFMB", "text_contrast", "floor")
+    assert scores["pairs"] == 0 and [scores[name] for name in figures] == [None] * 5
+
+
+def test_a_folder_of_one_class_is_valid_json_and_a_table_without_nan(root, tiny_processor, tmp_path, capsys):
+    """No image lacks the class, so that there is nothing that presence could pass, and none shows two."""
+    shutil.copytree(root, tmp_path / "data")
+    (tmp_path / "data" / "classes.txt").write_text("dog")
+    for path in (tmp_path / "data" / "masks").iterdir():
+        with Image.open(path) as image:
+            mask = np.asarray(image)
+        Image.fromarray(np.where(np.arange(mask.shape[1]) < 5, 1, 0 * mask).astype(np.uint8)).save(path)
+    tiny_model().save_pretrained(tmp_path / "model")
+    tiny_processor.save_pretrained(tmp_path / "model")
+    output = tmp_path / "results.json"
+    assert cli.main(arguments(tmp_path / "data", tmp_path, "--output", str(output))) == 0
+    table = capsys.readouterr().out
+    assert "nan" not in table.lower() and table.rstrip().endswith("- % of the others")
+    written = json.loads(output.read_text(), parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
+    assert written["presence"]["passed"] is None and written["presence"]["kept"] is not None
+    scores = written["results"]["itsm"]
+    assert scores["text_contrast"] is None and scores["left_out"]["text_contrast"] == {"fewer_than_two_classes": 7}
+    assert scores["mMIoU"] > 0
 
 
 def test_batches_workers_and_order_change_nothing(root, tiny_processor):

@@ -1,6 +1,7 @@
 """Explainers against slow independent implementations, on tiny random models of every family; images are never square."""
 
 import copy
+import math
 import threading
 from types import SimpleNamespace
 
@@ -102,6 +103,7 @@ def build(family: str, processor):
 
 FAMILIES = ["iclip", "clip", "siglip", "siglip2", "open_clip", "open_clip_resnet"]
 REFUSED = {("open_clip_resnet", "clip_surgery"), ("open_clip_resnet", "gem")}
+REFUSED |= {(family, "attention_affinity") for family in FAMILIES if family != "iclip"}
 PAIRS = [(family, method) for family in FAMILIES for method in METHODS if (family, method) not in REFUSED]
 
 
@@ -360,6 +362,29 @@ def test_attention_of_iclip_is_its_own(norm, tiny_processor):
     with torch.no_grad():
         attention = model.get_image_features(pixels()).attention
     torch.testing.assert_close(maps[:, 0], attention.unflatten(-1, GRID), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("affinity", [0.0, 3.0])
+def test_attention_affinity_is_each_patchs_mean_over_its_like(affinity, tiny_processor):
+    model = tiny_model(map_affinity=affinity)
+    explainer = make_explainer(model, tiny_processor, "attention_affinity")
+    maps, scores = explainer.raw_maps(pixels(), explainer.encode_texts(LABELS))
+    assert maps.shape == (2, len(LABELS), *GRID) and scores.shape == (2, len(LABELS))
+    with torch.no_grad():
+        image = model.get_image_features(pixels())
+    for tokens, attention, of_texts in zip(image.patch_tokens, image.attention, maps):
+        expected = []
+        for token in tokens:
+            weights = [math.exp(affinity * F.cosine_similarity(token, other, dim=0)) for other in tokens]
+            expected.append(sum(w * a for w, a in zip(weights, attention)) / sum(weights))
+        expected = torch.stack(expected if affinity else list(attention)).view(GRID)
+        for one in of_texts:
+            torch.testing.assert_close(one, expected, atol=1e-5, rtol=0)
+
+
+def test_attention_affinity_needs_a_model_that_has_one(made):
+    with pytest.raises(ValueError, match="Expected an ICLIP model.*got CLIPModel: use attention"):
+        make_explainer(*made("clip")[:2], "attention_affinity")
 
 
 @pytest.mark.parametrize("layer", [-1, -2])
@@ -759,7 +784,7 @@ def test_the_copy_shares_the_weights(tiny_processor):
 
 def test_unknown_names_are_refused(made):
     model, processor, _ = made("iclip")
-    with pytest.raises(ValueError, match=r"one of \['attention', 'bi_modal'.*got 'gradcam'"):
+    with pytest.raises(ValueError, match=r"one of \['attention', 'attention_affinity'.*got 'gradcam'"):
         make_explainer(model, processor, "gradcam")
     with pytest.raises(ValueError, match=r"'grad_cam' has the options \['layer'\], got \['layers'\]"):
         make_explainer(model, processor, "grad_cam", layers=3)

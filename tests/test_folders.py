@@ -27,9 +27,11 @@ from transformers import AutoModel, AutoProcessor, ViTConfig, pipeline
 
 from iclip_hf import ICLIPConfig, ICLIPModel, ICLIPProcessor, cli
 from iclip_hf.evaluation.evaluate import EvaluationResult
+from iclip_hf.explainers.explainer import identity
 from iclip_hf.hub.dino import load_dino_checkpoint
 from iclip_hf.hub.folders import code_files, config_folder, export_model, init_model
-from iclip_hf.hub.model_card import write_model_card
+from iclip_hf.hub.model_card import describe_tower, write_model_card
+from iclip_hf.models.loading import load_pretrained
 
 
 ROOT = Path(__file__).parents[1]
@@ -546,6 +548,13 @@ def test_the_card_tells_the_figures_in_the_hubs_form(source):
     assert "77 images at 224x160 pixels" in card.text
 
 
+def test_the_card_leaves_out_what_could_not_be_measured(tmp_path, tiny_processor):
+    scores = {**METRICS["results"]["itsm"], "mAP": None}
+    measured = {**METRICS, "results": {"itsm": scores}}
+    card = ModelCard.load(write_model_card(tiny_model(), tiny_processor, tmp_path, metrics=measured))
+    assert [one.metric_name for one in card.data.eval_results] == ["mMIoU", "mFMB"] and "None" not in card.text
+
+
 def test_the_card_tells_configuration_training_and_terms(source):
     text = ModelCard.load(source / "model" / "README.md").text
     assert "| `pooling` | `masked_max` |" in text and "| `map_attention` | `similarity` |" in text
@@ -562,11 +571,36 @@ def test_the_card_tells_configuration_training_and_terms(source):
 def test_what_a_card_tells_goes_on_with_the_weights_unless_measured_again(source, exported, tmp_path):
     first, second = (ModelCard.load(folder / "README.md") for folder in (source / "model", exported))
     assert first.data.to_dict() == second.data.to_dict()
-    (tmp_path / "results.json").write_text(json.dumps({**METRICS, "results": {"itsm": METRICS["results"]["itsm"]}}))
+    measured = {**METRICS["protocol"], **identity(tiny_model().to(torch.bfloat16))}
+    results = {**METRICS, "protocol": measured, "results": {"itsm": METRICS["results"]["itsm"]}}
+    (tmp_path / "results.json").write_text(json.dumps(results))
     command = ["export", str(exported), str(tmp_path / "again"), "--results", str(tmp_path / "results.json")]
     assert cli.main(command) == 0
     third = ModelCard.load(tmp_path / "again" / "README.md")
     assert len(third.data.eval_results) == 3 and third.data.training == first.data.training
+
+
+def test_weights_in_pickles_are_not_read(tmp_path, tiny_processor):
+    """Not even those that torch would load without running code."""
+    tiny_model().save_pretrained(tmp_path)
+    tiny_processor.save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    torch.save(tiny_model().state_dict(), tmp_path / "pytorch_model.bin")
+    with pytest.raises(OSError, match="model.safetensors"):
+        load_pretrained(tmp_path)
+
+
+def test_figures_of_another_model(exported, tmp_path, capsys):
+    """Or of nobody knows which."""
+    results, command = tmp_path / "results.json", ["export", str(exported), str(tmp_path / "a"), "--results"]
+    for protocol, says in (
+        (identity(tiny_model(seed=1)), "got those of "),
+        ({}, "got those of weights that it does not name"),
+    ):
+        results.write_text(json.dumps({**METRICS, "protocol": {**METRICS["protocol"], **protocol}}))
+        assert cli.main([*command, str(results)]) == 2
+        said = capsys.readouterr().err
+        assert says in said and "expected figures of weights" in said and not (tmp_path / "a").exists()
 
 
 def test_figures_of_another_form(source, tmp_path, capsys, tiny_processor):
@@ -588,7 +622,7 @@ def test_figures_of_another_form(source, tmp_path, capsys, tiny_processor):
 def test_known_towers_bring_their_terms(tmp_path, tiny_processor):
     model = tiny_model()
     model.config.vision_config.name_or_path = "facebook/dino-vitb16"
-    model.config.text_config.name_or_path = str(tmp_path / "clip-vit-base-patch16")
+    model.config.text_config.name_or_path = "openai/clip-vit-base-patch16"
     result = EvaluationResult(**METRICS)
     card = ModelCard.load(write_model_card(model, tiny_processor, tmp_path, name="org/one", metrics=result))
     assert card.data.base_model == ["facebook/dino-vitb16", "openai/clip-vit-base-patch16"]
@@ -600,3 +634,16 @@ def test_known_towers_bring_their_terms(tmp_path, tiny_processor):
     model.config.vision_config.name_or_path = "someone/vit"
     card = ModelCard.load(write_model_card(model, tiny_processor, tmp_path))
     assert (card.data.license, card.data.base_model[0]) == ("unknown", "someone/vit")
+
+
+def test_a_folder_named_like_a_known_tower_is_not_known(tmp_path, tiny_processor, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("ICLIP_CACHE", str(tmp_path / "cache"))
+    config = tiny_model().config.vision_config
+    unknown = {"name": "vit tower", "id": None, "licence": None}
+    for name in ("facebook/dinov2-small", "dinov2-small", str(tmp_path / "dinov2-small")):
+        Path(name).mkdir(parents=True, exist_ok=True)
+        config.name_or_path = name
+        assert describe_tower(config) == unknown
+    config.name_or_path = str(tmp_path / "cache" / "dinov2-small")
+    assert describe_tower(config)["id"] == "facebook/dinov2-small"

@@ -4,10 +4,12 @@ import math
 import pytest
 import torch
 from conftest import TEXT, VISION, tiny_config, tiny_inputs, tiny_model
+from PIL import Image
 from torch.nn import functional as F
-from transformers import AutoModel, AutoModelForZeroShotImageClassification
+from transformers import AutoModel, AutoModelForZeroShotImageClassification, pipeline
 
-from iclip_hf import ICLIPConfig, ICLIPModel
+from iclip_hf import ICLIPConfig, ICLIPModel, ICLIPProcessor
+from iclip_hf.models.loading import load_pretrained
 
 
 POOLINGS = ["masked_max", "max", "average", "class_token"]
@@ -437,20 +439,23 @@ def test_tuples_for_who_wants_them():
 
 
 @pytest.mark.filterwarnings("ignore:.gradient_checkpointing_enable")  # has another name in the newest transformers
-def test_gradient_checkpointing_of_the_towers_that_learn_changes_no_gradient():
+@pytest.mark.parametrize("lock_vision", [True, False])
+@pytest.mark.parametrize("options", [None, {"use_reentrant": True}])
+def test_gradient_checkpointing_of_the_towers_that_learn_changes_no_gradient(lock_vision, options):
+    """Also of an image tower whose attention learns by masked max, whatever checkpoints are asked for."""
     inputs = tiny_inputs(batch=3, texts=3)
     gradients = []
     for checkpointing in (False, True):
-        model = tiny_model().train()
+        model = tiny_model(lock_vision=lock_vision).train()
         if checkpointing:
-            model.gradient_checkpointing_enable()
+            model.gradient_checkpointing_enable(options)
             assert any(getattr(module, "gradient_checkpointing", False) for module in model.text_model.modules())
         torch.manual_seed(0)
         model(**inputs, return_loss=True).loss.backward()
         gradients.append({name: p.grad for name, p in model.named_parameters() if p.requires_grad})
     assert gradients[0].keys() == gradients[1].keys() and any("text_model" in name for name in gradients[0])
     for name, gradient in gradients[0].items():
-        torch.testing.assert_close(gradients[1][name], gradient)
+        torch.testing.assert_close(gradients[1][name], gradient, msg=name)
 
 
 def test_a_folder_that_is_no_model_is_refused(tmp_path):
@@ -458,6 +463,95 @@ def test_a_folder_that_is_no_model_is_refused(tmp_path):
         ICLIPModel.from_pretrained(tmp_path)
     with pytest.raises(ValueError, match=r"config\.json"):
         ICLIPModel.from_vision_text_pretrained(str(tmp_path), str(tmp_path))
+
+
+def lacking(part):
+    return lambda weights: {name: weight for name, weight in weights.items() if part not in name}
+
+
+def holding(part, value):
+    return lambda weights: {name: w.fill_(value) if part in name else w for name, w in weights.items()}
+
+
+@pytest.mark.parametrize(
+    ("damage", "says"),
+    [
+        (lacking("_projection"), "but 4 are missing, such as interpretability.text_projection.weight"),
+        (lacking("vision_model"), "are missing, such as vision_model."),
+        (holding("recognition.text_projection", torch.nan), "recognition.text_projection.weight holds NaN"),
+        (holding("text_model.encoder.layer.1", -torch.inf), r"text_model.encoder.layer.1.* holds NaN or infinity"),
+    ],
+    ids=["no projections", "no tower", "NaN", "infinity"],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_missing_weights_and_nan_are_refused_by_every_door(tmp_path, tiny_processor, damage, says, dtype):
+    model = tiny_model().to(dtype)
+    model.save_pretrained(tmp_path, state_dict=damage(model.state_dict()))
+    tiny_processor.save_pretrained(tmp_path)
+    loaders = [ICLIPModel.from_pretrained, AutoModel.from_pretrained, load_pretrained]
+    loaders.append(AutoModelForZeroShotImageClassification.from_pretrained)
+    for load in loaders:
+        with pytest.raises(
+            ValueError, match=f"^{tmp_path}: expected all weights of ICLIPModel.*{says}.*get it again.$"
+        ):
+            load(tmp_path)
+    for task in ("image-text-similarity-map", "zero-shot-image-classification"):
+        with pytest.raises(ValueError, match=says):
+            pipeline(task, model=str(tmp_path))
+
+
+def test_what_is_loaded_is_told_as_by_the_base_class(tmp_path):
+    model = tiny_model()
+    model.save_pretrained(tmp_path)
+    loaded, loading = ICLIPModel.from_pretrained(tmp_path, output_loading_info=True)
+    assert not loading["missing_keys"] and loaded.state_dict().keys() == model.state_dict().keys()
+    fresh = ICLIPModel.from_pretrained(None, config=model.config, state_dict={})
+    assert all(weight.isfinite().all() for weight in fresh.parameters())
+
+
+@pytest.mark.parametrize(("images", "lists"), [(1, 3), (2, 3), (3, 1)])
+def test_every_image_needs_its_own_list_of_texts(images, lists):
+    model, ids = tiny_model(), torch.randint(2, 60, (lists, 2, 5))
+    pixel_values = torch.zeros(images, 3, 32, 32)
+    sentence = f"one list of texts an image, got {lists} lists for {images} images"
+    with pytest.raises(ValueError, match=sentence):
+        model(pixel_values=pixel_values, input_ids=ids)
+    with pytest.raises(ValueError, match=sentence):
+        model.similarity_maps(pixel_values, model.get_text_features(ids))
+
+
+@pytest.mark.parametrize("masked", [True, False])
+@pytest.mark.parametrize("pooling", ["eos", "mean"])
+def test_a_siglip_text_is_the_same_however_far_it_is_padded(masked, pooling):
+    """Pipelines of transformers pad to the longest text, ICLIPProcessor as SigLIP was trained."""
+    model, short = tiny_model(text="siglip_text_model", text_pooling=pooling), tiny_inputs(texts=1)["input_ids"]
+    found = []
+    for padding in (0, 5, 70):
+        ids = F.pad(short, (0, padding), value=1)
+        mask = {"attention_mask": F.pad(torch.ones_like(short), (0, padding))} if masked else {}
+        with torch.no_grad():
+            found.append(model.get_text_features(ids, **mask).text_embeds)
+    torch.testing.assert_close(found, [found[-1]] * 3)
+
+
+def test_the_zero_shot_pipeline_scores_as_the_processor_with_siglip(tmp_path, tiny_processor):
+    settings = {**tiny_processor.tokenizer.init_kwargs, "model_input_names": ["input_ids"], "pad_token_id": 1}
+    tokenizer = type(tiny_processor.tokenizer)(vocab=tiny_processor.tokenizer.vocab, **settings)
+    processor = ICLIPProcessor(tiny_processor.image_processor, tokenizer, patch_size=8, text_padding="max_length")
+    model = tiny_model(text="siglip_text_model")
+    model.config.text_config.pad_token_id = tokenizer.pad_token_id
+    model.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    image = Image.effect_noise((40, 60), 80).convert("RGB")
+    answers = pipeline("zero-shot-image-classification", model=str(tmp_path))(
+        image, ["dog", "red ball"], hypothesis_template="a photo of the {}"
+    )
+    inputs = processor(images=image, labels=["dog", "red ball"])
+    assert inputs["input_ids"].shape[-1] == 77
+    with torch.no_grad():
+        expected = model(**inputs).logits_per_image.softmax(-1)[0].tolist()
+    found = {answer["label"]: answer["score"] for answer in answers}
+    assert [found["dog"], found["red ball"]] == pytest.approx(expected, abs=1e-5)
 
 
 def test_parameter_count_of_the_papers_model():

@@ -154,6 +154,7 @@ NEEDS = {
     "iclip_hf.training.feature_cache": "train",
     "iclip_hf.training.checkpoints": "train",
     "iclip_hf.training.data": "train",
+    "iclip_hf.training.datasets": "train",
     "iclip_hf.training.validation": "train",
 }
 

@@ -12,6 +12,8 @@ import tarfile
 from collections import Counter
 from itertools import chain
 
+import fsspec
+import httpx
 import numpy as np
 import pytest
 from accelerate.data_loader import prepare_data_loader
@@ -19,6 +21,7 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from iclip_hf.data import BadPairError, PairDataset, PairStream, load_pairs, load_segmentation, pairs
+from iclip_hf.data.pairs import DroppedConnectionError, _image_bytes
 
 
 NASTY = ["null", "NA", 'a "quoted" dog', "a, b", "one\ntwo", "it's 50 % = {x} \\n", "狗 🐕 كلب", "  spaces around "]
@@ -416,6 +419,17 @@ def test_bad_pairs_are_replaced_and_counted(damaged, caplog, num_workers):
         assert caplog.text.count("Bad pair, number") >= 4 and "k08.jpg" in caplog.text
 
 
+def test_bad_pairs_are_replaced_from_anywhere(damaged):
+    """Anew in each epoch, and each by another pair: always the same one would be learnt by heart."""
+    dataset = load_pairs(damaged, max_bad_share=1)
+    drawn = []
+    for epoch in range(10):
+        dataset.set_epoch(epoch)
+        drawn.append([dataset[index]["key"] for index in BAD])
+    assert len({key for keys in drawn for key in keys}) > 15
+    assert all(len({keys[i] for keys in drawn}) > 5 for i in range(4)) and any(len(set(keys)) == 4 for keys in drawn)
+
+
 def test_too_many_bad_pairs_stop_the_run(damaged):
     dataset = load_pairs(damaged, max_bad_share=0.05)
     assert all(dataset[i] for i in range(39))  # 4 of 39, but too few read to judge
@@ -527,6 +541,40 @@ def test_stream_leaves_bad_pairs_out(damaged, caplog):
     assert sorted(keys(items)) == [f"k{i:02}" for i in range(40) if i not in (8, 9)]
     assert sum(item["skipped"] for item in items) <= 2  # one after the last good pair is in no item
     assert caplog.text.count("Bad pair, number") == 2 and "k08" in caplog.text and "no caption" in caplog.text
+
+
+class Dropping(list):
+    """Rows of a stream, after which its connection is lost."""
+
+    epoch = 0
+
+    def __init__(self, rows, error):
+        super().__init__(rows)
+        self.error = error
+
+    def __iter__(self):
+        yield from super().__iter__()
+        raise self.error
+
+
+@pytest.mark.parametrize("error", [ConnectionResetError("by peer"), TimeoutError(), httpx.ReadError("by peer")])
+def test_a_lost_connection_is_no_bad_pair(tmp_path, monkeypatch, error):
+    pairs = stream(write_shards(tmp_path, 4, 1))
+    pairs._rows = Dropping(pairs._rows, error)
+    with pytest.raises(DroppedConnectionError, match=str(error) or "TimeoutError"):
+        list(pairs)
+
+    assert len(list(zip(range(4), pairs))) == 4
+
+    def unreachable(*arguments):
+        raise error
+
+    monkeypatch.setattr(fsspec, "open", unreachable)
+    with pytest.raises(DroppedConnectionError):
+        _image_bytes({"path": "hf://datasets/org/name/0.jpg"})
+    pairs._rows.error = ValueError("something else")
+    with pytest.raises(ValueError, match="something else"):
+        list(pairs)
 
 
 def write_damaged_stream(folder):

@@ -2,6 +2,7 @@
 
 import base64
 import contextlib
+import copy
 import functools
 import importlib.util
 import subprocess
@@ -16,7 +17,7 @@ import torch
 from conftest import tiny_model
 from datasets import Dataset, Image
 from PIL import Image as PILImage
-from transformers.pipelines import PIPELINE_REGISTRY
+from transformers.pipelines import PIPELINE_REGISTRY, pipeline
 from transformers.pipelines.pt_utils import KeyDataset
 
 from iclip_hf import ImageTextSimilarityMapPipeline
@@ -199,6 +200,16 @@ def test_one_label_thresholds_and_presence(pipe, photographs):
         assert answer["mask"].any() == (answer["presence"] >= 0.5) == (len(answer["boxes"]) > 0)
 
 
+def test_a_saved_pipeline_keeps_its_processor(tiny_processor, photographs, tmp_path):
+    processor = copy.deepcopy(tiny_processor)
+    processor.templates, processor.max_text_length = ["a red {}", "the {} ."], 5
+    before = ImageTextSimilarityMapPipeline(model=tiny_model(), processor=processor, device="cpu")
+    before.save_pretrained(tmp_path)
+    after = pipeline(TASK, model=str(tmp_path), device="cpu", pipeline_class=ImageTextSimilarityMapPipeline)
+    assert (after.processor.templates, after.processor.patch_size) == (processor.templates, 8)
+    assert_same(after(str(photographs[0]), LABELS), before(str(photographs[0]), LABELS))
+
+
 def test_another_resolution(pipe, photographs):
     answers = pipe(str(photographs[0]), LABELS, size={"height": 64, "width": 96})
     assert answers[0]["map"].shape == (40, 60)
@@ -236,7 +247,7 @@ assert type(pipe) is iclip_hf.ImageTextSimilarityMapPipeline and type(pipe.proce
 
 def test_code_of_a_model_folder_does_not_take_the_task_over():
     spec = importlib.util.spec_from_file_location("iclip_hf.pipeline_copy", pipeline_file)
-    copy = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(copy)
-    assert copy.ImageTextSimilarityMapPipeline is not ImageTextSimilarityMapPipeline
+    other = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(other)
+    assert other.ImageTextSimilarityMapPipeline is not ImageTextSimilarityMapPipeline
     assert PIPELINE_REGISTRY.check_task(TASK)[1]["impl"] is ImageTextSimilarityMapPipeline

@@ -3,7 +3,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from conftest import tiny_model
+from conftest import tiny_config, tiny_model
 from PIL import Image
 from torch.nn import functional as F
 from transformers import AutoProcessor
@@ -265,3 +265,122 @@ def test_pipeline_for_zero_shot_classification(tiny_processor, tmp_path):
         logits = tiny_model()(**tiny_processor(photo(), text=texts)).logits_per_image[0]
     expected = dict(zip(["dog", "cat"], logits.softmax(-1).tolist()))
     assert {r["label"]: r["score"] for r in results} == pytest.approx(expected, abs=1e-5)
+
+
+def test_keywords_are_the_same_in_a_dictionary_of_their_side(tiny_processor):
+    image, labels = photo(), ["dog", "red ball"]
+    expected = tiny_processor(images=image, labels=labels, size={"height": 64, "width": 48}, max_length=4)
+    found = tiny_processor(
+        images=image,
+        labels=labels,
+        images_kwargs={"size": {"height": 64, "width": 48}, "return_tensors": "pt"},
+        text_kwargs={"max_length": 4, "return_tensors": "pt"},
+    )
+    assert found["pixel_values"].shape == (1, 3, 64, 48) and found["input_ids"].shape == (2, 4)
+    torch.testing.assert_close(dict(found), dict(expected))
+    padded = tiny_processor(text="dog", text_kwargs={"padding": "max_length", "max_length": 9})
+    assert padded["input_ids"].shape == (1, 9)
+    with pytest.raises(ValueError, match="Expected max_length once, got 4 and 5"):
+        tiny_processor(text="dog", max_length=4, text_kwargs={"max_length": 5})
+
+
+@pytest.mark.parametrize("return_tensors", ["np", None])
+def test_texts_of_each_image_in_other_forms_than_tensors(tiny_processor, return_tensors):
+    images, texts = [photo(), photo(seed=1)], [["dog"], ["red ball", "a cat"]]
+    expected = tiny_processor(images=images, text=texts)
+    found = tiny_processor(images=images, text=texts, return_tensors=return_tensors)
+    for name in ("input_ids", "attention_mask"):
+        assert isinstance(found[name], np.ndarray if return_tensors else list)
+        assert torch.tensor(np.array(found[name])).equal(expected[name])
+
+
+def test_a_number_is_the_size_of_a_square(tiny_processor):
+    assert tiny_processor(images=photo(), size=64)["pixel_values"].shape == (1, 3, 64, 64)
+
+
+@pytest.mark.parametrize(
+    "size",
+    [{"height": 64}, {"longest_edge": 64}, {"height": 64, "width": "64"}, (64, 64), "large", -8, {"depth": 3}, 0.5],
+)
+def test_other_forms_of_a_size_are_refused(tiny_processor, size):
+    with pytest.raises(ValueError, match="Expected size as a number of pixels"):
+        tiny_processor(images=photo(), size=size)
+
+
+@pytest.mark.parametrize("size", [{"shortest_edge": 224}, {"height": 8, "width": 8 * 2**20}, 8192])
+def test_an_image_is_not_enlarged_without_bounds(tiny_processor, size):
+    with pytest.raises(ValueError, match="at most 16,777,216 pixels .* smaller"):
+        tiny_processor(images=Image.new("RGB", (3000, 1)), size=size)
+
+
+ARRAYS = {
+    "uint8": lambda pixels: pixels,
+    "float32": lambda pixels: pixels / np.float32(255),
+    "float64": lambda pixels: pixels / 255,
+    "float16": lambda pixels: (pixels / 255).astype(np.float16),
+    "uint16": lambda pixels: pixels.astype(np.uint16) * 257,
+    "tensor": lambda pixels: torch.from_numpy(pixels),
+    "float tensor": lambda pixels: torch.from_numpy(pixels) / 255,
+    "channels first": lambda pixels: torch.from_numpy(pixels).permute(2, 0, 1) / 255,
+    "bfloat16": lambda pixels: (torch.from_numpy(pixels) / 255).bfloat16(),
+    "uint16 tensor": lambda pixels: torch.from_numpy(pixels.astype(np.uint16) * 257),
+}
+
+
+@pytest.mark.parametrize("make", ARRAYS.values(), ids=ARRAYS)
+def test_arrays_of_every_agreed_range_are_the_photograph(tiny_processor, make):
+    image = photo()
+    pixels = make(np.array(image))
+    before = pixels.copy() if isinstance(pixels, np.ndarray) else pixels.clone()
+    expected, found = (tiny_processor(images=one)["pixel_values"] for one in (image, pixels))
+    tolerance = {torch.bfloat16: 0.02, np.dtype("float16"): 0.02}.get(pixels.dtype, 0)  # a level of 255, normalised
+    torch.testing.assert_close(found, expected, atol=tolerance, rtol=0)
+    assert (pixels == before).all()
+
+
+def test_booleans_and_int8_end_at_their_own_white(tiny_processor):
+    dots = np.random.default_rng(0).integers(0, 2, (32, 48, 3), dtype=np.uint8)
+    expected = tiny_processor(images=dots * 255)["pixel_values"]
+    for pixels in (dots.astype(bool), torch.from_numpy(dots).bool(), (dots * 127).astype(np.int8)):
+        torch.testing.assert_close(tiny_processor(images=pixels)["pixel_values"], expected, atol=0, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("pixels", "says"),
+    [
+        (np.array(photo()).astype(np.float32), r"float32 in \[0, 1\], got values from 0 to 255: .*uint8"),
+        (torch.linspace(-1, 1, 3 * 32 * 32).view(3, 32, 32), r"in \[0, 1\], got values from -1 to 1"),
+        (np.array(photo()).astype(np.int8), r"int8 in \[0, 127\], got values from -12\d to 127"),
+        (np.array(photo()).astype(np.int64), "type uint8, .*, got torch.int64, whose range is not agreed"),
+        (np.array(photo()).astype(np.complex64), "whose range is not agreed"),
+        (np.full((3, 32, 32), "a"), "image of numbers, got an array of type <U1"),
+    ],
+)
+def test_arrays_of_no_agreed_range_are_refused(tiny_processor, pixels, says):
+    with pytest.raises((ValueError, TypeError), match=says):
+        tiny_processor(images=pixels)
+
+
+def test_images_that_are_rescaled_already_are_left_alone(tiny_processor):
+    scaled = (np.array(photo()) / 255).astype(np.float32)
+    expected = tiny_processor(images=scaled)["pixel_values"]
+    found = tiny_processor(images=scaled, do_rescale=False)["pixel_values"]
+    assert (found - expected).abs().mean() < 0.01  # 8 bits cut what bicubic overshoots
+    assert tiny_processor(images=scaled * 3 - 1, do_rescale=False)["pixel_values"].max() > 3
+
+
+@pytest.mark.parametrize("auto_class", [ICLIPProcessor, AutoProcessor])
+@pytest.mark.parametrize("options", [{}, {"trust_remote_code": None}], ids=["not said", "None"])
+def test_code_beside_a_tokenizer_is_refused_without_a_question(
+    tiny_processor, tmp_path, monkeypatch, auto_class, options
+):
+    tiny_processor.save_pretrained(tmp_path)
+    tiny_config().save_pretrained(tmp_path)
+    settings = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    settings |= {"auto_map": {"AutoTokenizer": ["other.Tokenizer", None]}, "tokenizer_class": "Tokenizer"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    (tmp_path / "other.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass Tokenizer: pass\n")
+    monkeypatch.setattr("builtins.input", lambda *question: pytest.fail(f"asked: {question}"))
+    with pytest.raises(ValueError, match="trust_remote_code=True"):
+        auto_class.from_pretrained(tmp_path, **options)
+    assert not (tmp_path / "ran").exists()

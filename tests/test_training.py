@@ -24,10 +24,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 from safetensors.torch import load_file
+from timm.scheduler import CosineLRScheduler
 from torch.utils.data import IterableDataset
 
 from iclip_hf import ICLIPConfig, ICLIPModel, ICLIPProcessor
-from iclip_hf.data.pairs import load_pairs
+from iclip_hf.data.pairs import DroppedConnectionError, load_pairs
 from iclip_hf.losses import contrastive_loss
 from iclip_hf.training import loss as loss_module
 from iclip_hf.training.data import AugmentedImage, BatchLoader, GlobalBatches, TrainingPairs, WholeImage, seeded
@@ -117,11 +118,24 @@ def accelerator() -> Accelerator:
 # --------------------------------------------------------------------------------------------------------------- parts
 
 
-def test_schedule_warms_up_and_falls_by_half_a_cosine():
-    rates = [cosine_schedule(step, 12, 4, peak=1.0, start=0.2, end=0.1) for step in range(12)]
-    assert rates[:5] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
-    assert rates[8] == pytest.approx((1.0 + 0.1) / 2)
-    assert rates[-1] == pytest.approx(0.1 + 0.9 * (1 + np.cos(np.pi * 7 / 8)) / 2)
+@pytest.mark.parametrize(("total", "warmup"), [(12, 4), (12, 0), (5, 4), (100, 7)])
+def test_schedule_is_that_of_groupvit(total, warmup):
+    """timm's, as GroupViT calls it; the cosine runs from the first step on, under the warm-up too."""
+    learning = torch.nn.Parameter(torch.zeros(1))
+    theirs = CosineLRScheduler(
+        torch.optim.AdamW([learning], lr=1.0),
+        t_initial=total,
+        lr_min=0.1,
+        warmup_t=warmup,
+        warmup_lr_init=0.2 if warmup else 0,
+        cycle_limit=1,
+        t_in_epochs=False,
+    )
+    rates = [cosine_schedule(step, total, warmup, peak=1.0, start=0.2, end=0.1) for step in range(total)]
+    assert rates == pytest.approx([theirs._get_lr(step)[0] for step in range(total)])
+    slowly = [0.2 + 0.8 * step / warmup for step in range(warmup)]
+    slowly += [0.1 + 0.9 * np.cos(np.pi * step / total / 2) ** 2 for step in range(warmup, total)]
+    assert rates == pytest.approx(slowly)
 
 
 def test_what_decays():
@@ -189,6 +203,59 @@ def test_a_stream_goes_on_with_an_order_of_its_own():
     assert seen(1, 4) == orders(9)[0][:1] != seen(1)[:1]  # not the beginning of the epoch again
     with pytest.raises(ValueError, match="no whole batch: lower batch_size"):
         list(BatchLoader(Stream(), accelerator(), 8, pairs_per_epoch=10).epoch(0))
+
+
+class Dropping(Stream):
+    """A stream whose connection is lost after three pairs, as often as it is told."""
+
+    drops = 0
+
+    def __iter__(self):
+        for number, item in enumerate(super().__iter__()):
+            if number == 3 and self.drops:
+                self.drops -= 1
+                raise DroppedConnectionError("reset by peer")
+            yield item
+
+
+def test_a_stream_goes_on_after_a_lost_connection(monkeypatch):
+    """With the next pass of its own order; retries end where no batch comes between them."""
+    waits = []
+    monkeypatch.setattr("iclip_hf.training.data.time.sleep", waits.append)
+    loader = BatchLoader(Dropping(), accelerator(), 2, pairs_per_epoch=10)
+    loader.dataset.drops = 2
+    assert len(list(loader.epoch(0))) == 5 and waits == [2, 2]
+    loader = BatchLoader(Dropping(), accelerator(), 4, pairs_per_epoch=16)
+    loader.dataset.drops = 5
+    assert len(list(loader.epoch(0))) == 4 and waits[2:] == [2, 4, 8, 16, 32]
+    loader.dataset.drops = 6
+    with pytest.raises(ConnectionError, match=r"lost, also after 5 retries \(reset by peer\): see to the network"):
+        list(loader.epoch(0))
+    with pytest.raises(ConnectionError, match=r"also after 5 retries \(reset by peer\)"):  # through a worker too
+        loader = BatchLoader(Dropping(), accelerator(), 4, pairs_per_epoch=16, num_workers=1)
+        loader.dataset.drops = 1  # each worker starts with it
+        list(loader.epoch(0))
+
+
+class Deadly(torch.utils.data.Dataset):
+    """Kills the process that reads it."""
+
+    collate = staticmethod(torch.tensor)
+
+    def set_epoch(self, epoch):
+        pass
+
+    def __len__(self):
+        return 8
+
+    def __getitem__(self, index):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_loader_that_dies_is_told_apart(hub):
+    loader = BatchLoader(Deadly(), accelerator(), 4, num_workers=1)
+    with pytest.raises(OSError, match="A process that loads pairs broke off .* for want of memory: lower num_workers"):
+        list(loader.epoch(0))
 
 
 def test_seeded_leaves_the_other_random_numbers_alone():
@@ -431,10 +498,11 @@ def test_filling_a_cache_goes_on_where_it_stopped(hub, tmp_path, tiny_processor,
 
 
 def test_a_stale_cache_is_refused(hub, tmp_path, tiny_processor):
-    def fill(model=None, name="pairs.tar", transform=None):
+    def fill(model=None, name="pairs.tar", transform=None, precision="no"):
         transforms = [transform or AugmentedImage(tiny_processor)]
-        model = model or tiny_model()
-        return cache_images(tmp_path, load_pairs(str(hub / name)), model, transforms, accelerator())
+        model, place = model or tiny_model(), accelerator()
+        place.state._mixed_precision = precision
+        return cache_images(tmp_path, load_pairs(str(hub / name)), model, transforms, place)
 
     fill()
     fill()
@@ -444,6 +512,7 @@ def test_a_stale_cache_is_refused(hub, tmp_path, tiny_processor):
         ({"name": "held_out.tar"}, "data"),
         ({"transform": AugmentedImage(tiny_processor, crop_scale=0.5)}, "augmentation"),
         ({"transform": WholeImage(tiny_processor)}, "image_processor"),
+        ({"precision": "bf16"}, "mixed_precision"),
     ):
         with pytest.raises(ValueError, match=rf"{what}.* was .*delete this one"):
             fill(**changed)
@@ -608,6 +677,12 @@ def test_settings_are_refused_in_one_line(hub, tmp_path, capsys):
         assert stopped.value.code == 2 and expected in message and message.count("\n") == 1, message
 
 
+def test_a_blank_setting_is_not_given(tmp_path):
+    (tmp_path / "train.yaml").write_text("vision: v\ntext: t\ndata: [d]\nepochs: 3\nnouns:\neval_root: ~\n")
+    settings = train.read_settings(["--config", str(tmp_path / "train.yaml")])
+    assert (settings.nouns, settings.eval_root, settings.epochs) == ("", "", 3)
+
+
 def test_command_line_over_file_over_default(hub):
     settings = train.read_settings(
         ["--config", str(hub / "train.yaml"), "--epochs", "7", "--model_options", "pooling=max", "projection_dim=8"]
@@ -662,6 +737,149 @@ def test_a_folder_holds_one_run(hub, tmp_path):
         run(hub, tmp_path, "--max_steps", 2, "--resume")
 
 
+class Spy(torch.optim.AdamW):
+    """AdamW that keeps what it is told, and what came of it, step by step."""
+
+    def __init__(self, groups, **options):
+        super().__init__(groups, **options)
+        Spy.runs.append(self)
+        self.options, self.rates, self.norms = options, [], []
+
+    def step(self, closure=None):
+        self.rates.append({group["lr"] for group in self.param_groups})
+        gradients = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
+        self.norms.append(torch.stack([gradient.norm() for gradient in gradients]).norm().item())
+        return super().step(closure)
+
+
+def test_the_optimizer_does_what_the_settings_say(hub, tmp_path, monkeypatch):
+    """Rates for a batch of 16 out of 1024, one epoch of warm-up; clipped gradients; decay of matrices alone."""
+    monkeypatch.setattr(torch.optim, "AdamW", Spy)
+    Spy.runs = []
+    arguments = [
+        "--warmup_learning_rate",
+        0.02,
+        "--min_learning_rate",
+        0.01,
+        "--adam_beta2",
+        0.95,
+        "--adam_epsilon",
+        1e-7,
+    ]
+    run(hub, tmp_path / "run", "--clip_grad_norm", 0.01, "--weight_decay", 0.3, *arguments)
+    (spy,) = Spy.runs
+    warmup = [0.02 + 0.03 * step / 4 for step in range(4)]
+    cosine = [0.01 + 0.04 * np.cos(np.pi * step / 24) ** 2 for step in range(4, 12)]
+    assert all(len(rates) == 1 for rates in spy.rates)
+    assert [rate * 64 for (rate,) in spy.rates] == pytest.approx(warmup + cosine)
+    assert spy.norms == pytest.approx([0.01] * 12, rel=1e-3)
+    assert spy.defaults["betas"] == (0.9, 0.95) and spy.defaults["eps"] == 1e-7
+    assert [group["weight_decay"] for group in spy.param_groups] == [0.3, 0.0]
+    run(hub, tmp_path / "larger", "--max_steps", 1, "--batch_size", 32, "--warmup_epochs", 0)
+    assert [rate for (rate,) in Spy.runs[1].rates] == pytest.approx([0.05 / 32])
+
+
+def test_best_is_the_best_and_not_the_latest(hub, tmp_path, monkeypatch):
+    scores, seen = iter([1.0, 3.0, 2.0]), []
+    monkeypatch.setattr(train, "validate", lambda *arguments: {"text_to_image": next(scores)})
+    exported = train.export
+    monkeypatch.setattr(train, "export", lambda *a, **card: seen.append(a[3].name) or exported(*a, **card))
+    run(hub, tmp_path, "--validation_data", hub / "held_out.tar", "--eval_steps", 4, "--pictures", 0)
+    state = json.loads((tmp_path / "results.json").read_text())
+    assert seen == ["best", "best", "model"] and state["best"] == 3.0 and state["metrics"] == {"text_to_image": 2.0}
+    best, last = weights(tmp_path / "best"), weights(tmp_path / "model")
+    assert any(not torch.equal(best[name], last[name]) for name in best)
+
+
+def test_each_epoch_has_an_order_of_its_own():
+    sampler = GlobalBatches(100, 10, seed=3)
+    orders = []
+    for sampler.epoch in range(3):
+        orders.append([index for batch in sampler for index in batch])
+    assert orders[0] != orders[1] != orders[2] != orders[0] and sorted(orders[0]) == list(range(100))
+    assert [index for batch in GlobalBatches(100, 10, seed=4) for index in batch] != orders[0]
+
+
+def test_a_run_beside_its_settings_has_a_name(hub, tmp_path, monkeypatch):
+    """Of the folder of a config that is given as a bare file name."""
+    monkeypatch.chdir(hub)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    train.main(["--config", "train.yaml", "--output_dir", str(tmp_path), "--max_steps", "1"])
+    text = ModelCard.load(tmp_path / "model" / "README.md").text
+    assert text.lstrip().startswith(f"# {hub.name}") and "partial" not in text
+    assert train.read_settings(["--config", "train.yaml"]).output_dir == f"runs/{hub.name}"
+
+
+def test_features_stay_cached_and_chunks_as_they_were_where_dropout_learns(hub, tmp_path):
+    cache = ["--cache_features", tmp_path / "cache"]
+    run(hub, tmp_path / "cached", "--max_steps", 2, *cache)
+    with pytest.raises(ValueError, match="cache_features from .*/cache to "):
+        run(hub, tmp_path / "cached", "--max_steps", 2, "--resume")
+    (tmp_path / "cache").rename(tmp_path / "moved")
+    run(hub, tmp_path / "cached", "--max_steps", 2, "--resume", "--cache_features", tmp_path / "moved")
+    with pytest.raises(ValueError, match="chunk_size from 256 to 8"):
+        run(hub, tmp_path / "cached", "--max_steps", 2, "--resume", *cache, "--chunk_size", 8)
+    run(hub, tmp_path / "locked", "--max_steps", 2, "--lock_text")
+    run(hub, tmp_path / "locked", "--max_steps", 2, "--lock_text", "--resume", "--chunk_size", 8)
+
+
+def test_a_tower_that_learns_has_dropout_as_its_configuration_says():
+    model = tiny_model()
+    assert PairModel(model).has_dropout and not PairModel(model, lock_text=True).has_dropout
+    for rate in ("hidden_dropout_prob", "attention_probs_dropout_prob"):
+        setattr(model.text_model.config, rate, 0.0)
+    assert not PairModel(model).has_dropout
+    model.config.lock_vision, model.vision_model.config.attention_probs_dropout_prob = False, 0.1
+    assert PairModel(model).has_dropout
+
+
+INTERRUPTED = """
+import os, signal, sys
+sys.path.insert(0, {root!r})
+import torch
+import train
+from iclip_hf.training.loss import PairModel
+
+torch.set_num_threads(1)
+forward, steps = PairModel.forward, 0
+
+
+def interrupted(self, **batch):
+    global steps
+    steps += 1
+    if steps == 3:
+        os.kill(os.getpid(), signal.{signal})
+        os.kill(os.getpid(), signal.{signal})  # as a launcher repeats it
+    return forward(self, **batch)
+
+
+PairModel.forward = interrupted
+if {early}:
+    train.load_datasets = lambda *arguments: os.kill(os.getpid(), signal.{signal})
+sys.exit(train.command_line(sys.argv[1:]))
+"""
+
+
+@pytest.mark.parametrize(("name", "early"), [("SIGINT", False), ("SIGTERM", False), ("SIGTERM", True)])
+def test_an_interrupted_run_saves_a_checkpoint_and_says_where(hub, tmp_path, name, early):
+    script = tmp_path / "interrupted.py"
+    script.write_text(INTERRUPTED.format(root=str(ROOT), signal=name, early=early))
+    arguments = ["--config", hub / "train.yaml", "--output_dir", tmp_path / "run", "--max_steps", "5"]
+    done = subprocess.run(
+        [sys.executable, *map(str, [script, *arguments])], capture_output=True, text=True, timeout=240
+    )
+    said = done.stderr.splitlines()[-1]
+    assert done.returncode == 130, done.stderr
+    if early:
+        assert said == "train.py: interrupted before the first checkpoint; start it again"
+        return
+    checkpoint = tmp_path / "run" / "checkpoint-0000003"
+    assert said == f"train.py: interrupted after step 3; --resume goes on from {checkpoint}" and checkpoint.is_dir()
+    run(hub, tmp_path / "run", "--max_steps", 5, "--resume")
+    run(hub, tmp_path / "whole", "--max_steps", 5)
+    assert_same_weights(tmp_path / "run" / "model", tmp_path / "whole" / "model")
+
+
 def test_the_death_of_a_partner_says_how_to_go_on(hub, tmp_path, monkeypatch):
     def lose_partner(*arguments):
         monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
@@ -670,8 +888,11 @@ def test_the_death_of_a_partner_says_how_to_go_on(hub, tmp_path, monkeypatch):
         )
 
     monkeypatch.setattr(train, "train", lose_partner)
-    said = r"died or no longer answers \(Connection closed by peer \[127.0.0.1\]:1\); .* --resume goes on from the last checkpoint"
-    with pytest.raises(OSError, match=said):
+    said = r"died or no longer answers \(Connection closed by peer \[127.0.0.1\]:1\); see what it said, then start it again"
+    with pytest.raises(OSError, match=f"{said}\\.$"):
+        run(hub, tmp_path)
+    (tmp_path / "checkpoint-0000005").mkdir()
+    with pytest.raises(OSError, match=f"{said}; --resume goes on from {tmp_path}/checkpoint-0000005"):
         run(hub, tmp_path)
 
 

@@ -1,4 +1,4 @@
-"""Space of the metric: a form around one pair."""
+"""Space of the metric: a form for one image."""
 
 from pathlib import Path
 

@@ -31,4 +31,4 @@ class Mfmb(PairMetric):
     accumulator = MeanForegroundMinusBackground
 
     def _info(self):
-        return self._pair_info(_DESCRIPTION, _OUTPUTS)
+        return self._metric_info(_DESCRIPTION, _OUTPUTS)

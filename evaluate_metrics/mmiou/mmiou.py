@@ -32,4 +32,4 @@ class Mmiou(PairMetric):
     accumulator = MeanMaxIoU
 
     def _info(self):
-        return self._pair_info(_DESCRIPTION, _OUTPUTS)
+        return self._metric_info(_DESCRIPTION, _OUTPUTS)

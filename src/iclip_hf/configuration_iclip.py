@@ -23,7 +23,7 @@ class ICLIPConfig(PreTrainedConfig):
         text_config (`PreTrainedConfig` or `dict`, *optional*): the text tower.
         projection_dim (`int`, defaults to 512): width of the shared image-text space.
         pooling (`str`, defaults to `"masked_max"`): how the branch that is trained to explain turns patch tokens into
-            one vector: `"masked_max"` (Eq. 9-11), `"max"`, `"average"` or `"class_token"` (the rows of Table 2).
+            one vector: `"masked_max"` (Eq. 9, 10), `"max"`, `"average"` or `"class_token"` (the rows of Table 2).
         max_over (`str`, defaults to `"channels"`): where `"masked_max"` and `"max"` take the maximum: `"channels"` of each
             channel over the tokens, before the projection (Eq. 10), or, beyond the paper, `"similarity"` of the patches'
             similarities with each text, after it, so that the score that is trained is the peak of the map that is drawn

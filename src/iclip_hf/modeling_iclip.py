@@ -1,7 +1,9 @@
 """ICLIP: a locked image tower, masked max pooling and dual projections for recognition and interpretability."""
 
 import inspect
+from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -29,7 +31,7 @@ from transformers.utils import ModelOutput, can_return_tuple
 from .configuration_iclip import ICLIPConfig
 from .losses import contrastive_loss
 from .pooling import normalize_attention, pool, pool_similarities, share_among_like
-from .similarity import cosine_similarity_map
+from .similarity import check_lists, cosine_similarity_map
 
 
 # Image towers with a class token. The value: whether positions must be asked to follow another image size.
@@ -76,7 +78,7 @@ class ImageTokens(NamedTuple):
         class_token (`torch.Tensor` of shape `(B, D)`): after the tower's final norm.
         patch_tokens (`torch.Tensor` of shape `(B, N, D)`): after the tower's final norm, row-major.
         attention (`torch.Tensor` of shape `(B, N)`): the class token's attention over the patches in the last layer, mean
-            of the heads (Eq. 9), not yet normalised, float32.
+            of the heads, not yet normalised, float32.
         grid (`tuple[int, int]`): height and width of the patch grid.
         tower_output: the tower's own output.
     """
@@ -116,7 +118,7 @@ class ICLIPImageFeatures(BaseModelOutputWithPooling):
             `max_over="similarity"`, which compares patches and pools afterwards.
         patch_embeds (`torch.Tensor` of shape `(B, h, w, P)`): unit vectors of the patches, interpretability branch.
         patch_tokens (`torch.Tensor` of shape `(B, N, D)`): the tower's patch tokens after its final norm, row-major, N = h * w.
-        attention (`torch.Tensor` of shape `(B, N)`): class-token attention over the patches, normalised to [0, 1] (Eq. 10).
+        attention (`torch.Tensor` of shape `(B, N)`): class-token attention over the patches, normalised to [0, 1] (Eq. 9).
         map_attention (`torch.Tensor` of shape `(B, N)`): the same, shared among like patches as `config.map_affinity` says.
     """
 
@@ -230,11 +232,27 @@ def load_tower(config: PreTrainedConfig, checkpoint: str | None = None) -> PreTr
     tower, loading = tower_class.from_pretrained(
         checkpoint, config=config, dtype=torch.float32, output_loading_info=True, **options
     )
-    if missing := sorted(loading["missing_keys"]):
-        raise ValueError(
-            f"{checkpoint}: expected all weights of {tower_class.__name__}, but {missing[:3]} are missing."
-        )
+    check_weights(checkpoint, tower, loading["missing_keys"])
     return tower
+
+
+def check_weights(checkpoint, model: PreTrainedModel, missing: Iterable[str]) -> None:
+    """
+    Refuses what `from_pretrained` alone takes in silence: it fills missing weights with random numbers.
+
+    Raises:
+        `ValueError`: weights of the model are missing, or hold NaN or infinity.
+    """
+    expected = f"{checkpoint}: expected all weights of {type(model).__name__}"
+    if missing := sorted(missing):
+        raise ValueError(f"{expected}, but {len(missing)} are missing, such as {missing[0]}; get it again.")
+    for name, weight in model.named_parameters():  # a sum reads them once, at the speed of memory
+        if (
+            weight.is_floating_point()
+            and not weight.is_meta
+            and not weight.detach().sum(dtype=torch.float32).isfinite()
+        ):
+            raise ValueError(f"{expected} as finite numbers, but {name} holds NaN or infinity; get it again.")
 
 
 class ICLIPModel(PreTrainedModel):
@@ -354,6 +372,16 @@ class ICLIPModel(PreTrainedModel):
         self.text_model.set_input_embeddings(value)
 
     @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *args, output_loading_info: bool = False, **kwargs):
+        """As in the base class, but a checkpoint that lacks weights or holds NaN is refused by a `ValueError`."""
+        model, loading = super().from_pretrained(
+            pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs
+        )
+        if pretrained_model_name_or_path is not None:  # else a `state_dict` and what to make of it are the caller's
+            check_weights(pretrained_model_name_or_path, model, loading["missing_keys"])
+        return (model, loading) if output_loading_info else model
+
+    @classmethod
     def from_vision_text_pretrained(cls, vision: str, text: str, **config_options) -> "ICLIPModel":
         """
         Joins two pretrained towers with freshly initialised projections, in float32, ready to train.
@@ -381,6 +409,13 @@ class ICLIPModel(PreTrainedModel):
         """Scales of the recognition and the map branch, at most 100."""
         scale = self.recognition()
         return scale, scale if self.map_branch.logit_scale is None else self.map_branch()
+
+    def _set_gradient_checkpointing(self, enable: bool = True, **options):
+        # Reentrant checkpoints drop the gradient of what leaves a layer on the side, as the class token's attention does.
+        function = options.get("gradient_checkpointing_func")
+        if getattr(function, "keywords", {}).get("use_reentrant"):
+            options["gradient_checkpointing_func"] = partial(function, use_reentrant=False)
+        super()._set_gradient_checkpointing(enable, **options)
 
     def encode_image(self, pixel_values: torch.FloatTensor, **kwargs) -> ImageTokens:
         """
@@ -436,6 +471,12 @@ class ICLIPModel(PreTrainedModel):
         Returns:
             `tuple`: text features `(M, D)`, and the tower's own output.
         """
+        config = self.config.text_config
+        if config.model_type == "siglip_text_model":
+            # It reads the last position, which in its training was padding, and not every caller pads that far.
+            padding = (0, max(0, config.max_position_embeddings - input_ids.shape[-1]))
+            input_ids = F.pad(input_ids, padding, value=config.pad_token_id)
+            attention_mask = None if attention_mask is None else F.pad(attention_mask, padding)
         outputs = self.text_model(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
         if self.config.text_pooling == "eos":
             return outputs.pooler_output, outputs
@@ -448,7 +489,7 @@ class ICLIPModel(PreTrainedModel):
         return mean.to(tokens.dtype), outputs
 
     def normalized_attention(self, image: ImageTokens) -> torch.Tensor:
-        """The class token's attention over the patches `(B, N)`, brought to [0, 1] as the configuration says (Eq. 10)."""
+        """The class token's attention over the patches `(B, N)`, brought to [0, 1] as the configuration says (Eq. 9)."""
         return normalize_attention(image.attention, self.config.attention_norm, self.config.attention_quantile)
 
     def pool_image(self, image: ImageTokens, attention: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -702,6 +743,7 @@ def _scaled(scale: torch.Tensor, cosines: torch.Tensor) -> torch.Tensor:
 
 def cosines(image_embeds: torch.Tensor, text_embeds: torch.Tensor) -> torch.Tensor:
     """(B, P) images and (T, P) or (B, T, P) texts, unit vectors -> (B, T), float32."""
+    check_lists(len(image_embeds), text_embeds)
     # Also under autocast: bfloat16 would round a scaled cosine, and with it the loss, by up to a half.
     with torch.autocast(image_embeds.device.type, enabled=False):
         image_embeds = image_embeds.float()

@@ -94,6 +94,11 @@ class ImageTextSimilarityMapPipeline(Pipeline):
             text_features = self.model.get_text_features(**inputs)
         return super().__call__(images, candidate_labels=labels, text_features=text_features, **kwargs)
 
+    def save_pretrained(self, save_directory: str | os.PathLike, **kwargs):
+        """Saves the model with the pipeline's code, as in the base class, and the processor, which that leaves out."""
+        super().save_pretrained(save_directory, **kwargs)
+        self.processor.save_pretrained(save_directory, **kwargs)
+
     def _sanitize_parameters(self, **kwargs):
         steps = {"size": 0, "timeout": 0, "text_features": 1, "candidate_labels": 2, "threshold": 2, "min_presence": 2}
         parameters = {}, {}, {}

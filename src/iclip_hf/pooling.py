@@ -1,4 +1,4 @@
-"""Pooling of patch tokens into one image vector: class token, average, max, and masked max (Eq. 9-11)."""
+"""Pooling of patch tokens into one image vector: class token, average, max, and masked max (Eq. 9, 10)."""
 
 import torch
 from torch.nn import functional as F
@@ -6,7 +6,7 @@ from torch.nn import functional as F
 
 def normalize_attention(attention: torch.Tensor, norm: str = "minmax", quantile: float = 0.9) -> torch.Tensor:
     """
-    Brings the class token's attention to [0, 1] over the patches of each image (Eq. 10).
+    Brings the class token's attention to [0, 1] over the patches of each image (Eq. 9).
 
     Args:
         attention (`torch.Tensor` of shape `(B, N)`): softmax weights of the class token over the N patches.
@@ -82,7 +82,7 @@ def pool(patch_tokens: torch.Tensor, class_token: torch.Tensor, attention: torch
         class_token (`torch.Tensor` of shape `(B, D)`): its class token.
         attention (`torch.Tensor` of shape `(B, N)`): normalised class-token attention in [0, 1].
         mode (`str`): `"class_token"`, `"average"`, `"max"` (per channel), or `"masked_max"`, the maximum over the tokens
-            multiplied by their attention (Eq. 11), which keeps background tokens from winning a channel.
+            multiplied by their attention (Eq. 10), which keeps background tokens from winning a channel.
 
     Returns:
         `torch.Tensor` of shape `(B, D)`.

@@ -1,12 +1,13 @@
 """Processor of ICLIP: images and texts to tensors; similarity maps to maps at the image's size, masks, boxes and points."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 import torch
 from PIL import Image
 from transformers import AutoConfig, AutoImageProcessor, AutoProcessor, AutoTokenizer
 from transformers.feature_extraction_utils import BatchFeature
+from transformers.image_utils import SizeDict
 from transformers.processing_utils import ProcessorMixin
 
 from .configuration_iclip import ICLIPConfig
@@ -14,6 +15,12 @@ from .images import to_rgb
 from .regions import MIN_AREA, Region, find_regions, negative_points, positive_points
 from .similarity import min_max_normalize, resize_and_normalize, resize_maps
 from .similarity import reverse as reverse_maps
+
+
+# Of an image as the model sees it: 200 MB in float32. A narrow image under `shortest_edge` could be of any size.
+MAX_PIXELS = 2**24
+# What white is in arrays of integers; floats end at 1. Wider integers are left out: they mostly hold 0..255 all the same.
+_BRIGHTEST = {torch.bool: 1, torch.int8: 127, torch.uint16: 65535}
 
 
 class ICLIPProcessor(ProcessorMixin):
@@ -44,6 +51,15 @@ class ICLIPProcessor(ProcessorMixin):
         self.max_text_length = max_text_length
         self.text_padding = text_padding
         super().__init__(image_processor, tokenizer, **kwargs)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, **kwargs) -> "ICLIPProcessor":
+        """
+        As in the base class, which would ask on standard input whether a tokenizer or an image processor with code of its own
+        may run: it may not without `trust_remote_code=True`.
+        """
+        kwargs["trust_remote_code"] = kwargs.get("trust_remote_code") or False
+        return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
 
     @classmethod
     def from_vision_text_pretrained(cls, vision: str, text: str, image_size: int = 224, **options) -> "ICLIPProcessor":
@@ -77,13 +93,15 @@ class ICLIPProcessor(ProcessorMixin):
         Prepares images and texts for [`ICLIPModel`].
 
         Args:
-            images: one image or a list: PIL images of any mode, numpy arrays or tensors.
+            images: one image or a list: PIL images of any mode, numpy arrays or tensors. White is 255 in an array of uint8,
+                65535 of uint16, 127 of int8, and 1 of floats and booleans.
             text: texts taken as they are: one, a list of T shared by all images, or a list of lists, one an image
                 (shorter lists are filled up with their last text).
             labels: class names or phrases, in the same forms, put into each of the `templates`.
             templates: prompts for the labels, each with one `{}`; those of the processor if not given.
-            kwargs: of the image processor and the tokenizer. `size={"height": h, "width": w}` sets another resolution,
-                `size={"shortest_edge": s}` one that keeps the image's proportions, both in multiples of the patch size.
+            kwargs: of the image processor and the tokenizer, also as `images_kwargs` and `text_kwargs`. `size=s` or
+                `size={"height": h, "width": w}` sets another resolution, `size={"shortest_edge": s}` one that keeps the image's
+                proportions, all in multiples of the patch size and up to `MAX_PIXELS`.
 
         Returns:
             `BatchFeature` with `pixel_values` of shape `(B, 3, H, W)`, `input_ids` and `attention_mask` of shape
@@ -91,9 +109,10 @@ class ICLIPProcessor(ProcessorMixin):
 
         Raises:
             `ValueError`: for nothing to process, empty texts or lists, both `text` and `labels`, a template without `{}`,
-            images of different shape under `shortest_edge`, what is no image or not finite. `TypeError`: for texts that are no
-            strings.
+            images of different shape under `shortest_edge`, what is no image, not finite, out of its type's range or of a type
+            without an agreed range, such as int64. `TypeError`: for texts that are no strings.
         """
+        kwargs = _flattened(kwargs)
         if images is None and text is None and labels is None:
             raise ValueError("Expected images, text or labels, got none of them.")
         if text is not None and labels is not None:
@@ -111,7 +130,8 @@ class ICLIPProcessor(ProcessorMixin):
         per_image = text is not None and isinstance(text[0], list)
 
         if images is not None:
-            images = [_checked_image(image) for image in _as_list(images)]
+            rescaled = not kwargs.get("do_rescale", getattr(self.image_processor, "do_rescale", True))
+            images = [_checked_image(image, rescaled) for image in _as_list(images)]
             if not images:
                 raise ValueError("Expected at least one image, got none.")
             if per_image and len(text) != len(images):
@@ -125,16 +145,33 @@ class ICLIPProcessor(ProcessorMixin):
         batch = super().__call__(images, [t for texts in text for t in texts] if per_image else text, **kwargs)
 
         if per_image:
+            step = len(text[0])
             for name in self.tokenizer.model_input_names:
                 if name in batch:
-                    batch[name] = batch[name].unflatten(0, (len(text), -1))
+                    rows = batch[name]
+                    if isinstance(rows, list):
+                        batch[name] = [rows[start : start + step] for start in range(0, len(rows), step)]
+                    else:
+                        batch[name] = rows.reshape(len(text), step, -1)
         if num_templates > 1:
             batch["num_templates"] = num_templates
         return batch
 
     def _with_exact_size(self, images: list, kwargs: dict) -> dict:
         """Turns a requested size into height and width in multiples of the patch size."""
-        size = dict(kwargs.get("size") or self.image_processor.size)
+        asked = kwargs.get("size") or self.image_processor.size
+        size = {"height": asked, "width": asked} if isinstance(asked, int) else asked
+        size = (
+            {name: side for name, side in dict(size).items() if side is not None}
+            if isinstance(size, Mapping | SizeDict)
+            else {}
+        )
+        if size.keys() not in ({"height", "width"}, {"shortest_edge"}) or not all(
+            isinstance(side, int) and side >= 1 for side in size.values()
+        ):
+            raise ValueError(
+                f'Expected size as a number of pixels, {{"height": ..., "width": ...}} or {{"shortest_edge": ...}}, got {asked}.'
+            )
         patch = self.patch_size
         if "shortest_edge" in size:
             shapes = {_height_width(image) for image in images}
@@ -148,8 +185,13 @@ class ICLIPProcessor(ProcessorMixin):
                     f'{sorted(shapes)}: pass them one by one or give size={{"height": ..., "width": ...}}.'
                 )
             size = dict(zip(("height", "width"), scaled.pop()))
-        if min(size["height"], size["width"]) < 1 or size["height"] % patch or size["width"] % patch:
+        if size["height"] % patch or size["width"] % patch:
             raise ValueError(f"Expected height and width in multiples of the patch size {patch}, got size={size}.")
+        if size["height"] * size["width"] > MAX_PIXELS:
+            raise ValueError(
+                f"Expected at most {MAX_PIXELS:,} pixels an image as the model sees it, got size={size} for size={asked}: "
+                'give a smaller one, or {"height": ..., "width": ...}.'
+            )
         return {**kwargs, "size": size}
 
     def post_process_similarity_maps(
@@ -319,6 +361,17 @@ def check_templates(templates: str | Sequence[str]) -> list[str]:
     return list(templates)
 
 
+def _flattened(kwargs: dict) -> dict:
+    """Keywords with those in `text_kwargs`, `images_kwargs` and `common_kwargs` beside them, for which it is the same."""
+    flat = dict(kwargs)
+    nested = [flat.pop(name, None) or {} for name in ("text_kwargs", "images_kwargs", "common_kwargs")]
+    for name, value in (item for part in nested for item in part.items()):
+        if name in flat and flat[name] != value:
+            raise ValueError(f"Expected {name} once, got {flat[name]!r} and {value!r}.")
+        flat[name] = value
+    return flat
+
+
 def _nested(texts, expand) -> list[str] | list[list[str]]:
     """Texts in any accepted form -> a list of prompts, or of equally long lists of prompts, one an image."""
     if isinstance(texts, str):
@@ -352,17 +405,40 @@ def _as_list(images) -> list:
     return list(images) if getattr(images, "ndim", 3) == 4 else [images]
 
 
-def _checked_image(image):
-    """A PIL image in RGB; an array or tensor as it is, once it is known to be an image."""
+def _checked_image(image, rescaled: bool):
+    """A PIL image in RGB; an array or tensor of any kind of pixels in 8 bits, or as it is where it is `rescaled` already."""
     if not hasattr(image, "shape"):
         if isinstance(image, Image.Image) and 0 not in image.size:
             return to_rgb(image)
         raise ValueError(f"Expected images as PIL images that are not empty, arrays or tensors, got {image!r:.100}.")
     if len(image.shape) != 3 or 0 in image.shape:
         raise ValueError(f"Expected an image of shape (3, H, W) or (H, W, 3), got {tuple(image.shape)}.")
-    if not torch.isfinite(torch.as_tensor(image)).all():
+    try:
+        pixels = torch.as_tensor(image)
+    except TypeError as error:
+        raise TypeError(f"Expected an image of numbers, got an array of type {image.dtype}.") from error
+    if not torch.isfinite(pixels).all():
         raise ValueError("Expected an image of finite numbers, got NaN or infinity.")
-    return image
+    return image if rescaled else _to_8_bit(pixels)
+
+
+def _to_8_bit(pixels: torch.Tensor) -> torch.Tensor:
+    """Pixels of any type that has an agreed range, which is torchvision's, to the nearest of 0..255."""
+    if pixels.dtype == torch.uint8:
+        return pixels
+    brightest = 1 if pixels.is_floating_point() else _BRIGHTEST.get(pixels.dtype)
+    if brightest is None:
+        known = ", ".join(["uint8", "float", *(str(dtype).removeprefix("torch.") for dtype in _BRIGHTEST)])
+        raise ValueError(
+            f"Expected an image of type {known}, got {pixels.dtype}, whose range is not agreed: convert it to one of them."
+        )
+    levels = (pixels.double() * (255 / brightest)).round()
+    if levels.min() < 0 or levels.max() > 255:
+        raise ValueError(
+            f"Expected an image of {pixels.dtype} in [0, {brightest}], got values from {pixels.double().min():g} to "
+            f"{pixels.double().max():g}: scale it, or convert it to uint8."
+        )
+    return levels.to(torch.uint8)
 
 
 def _height_width(image) -> tuple[int, int]:

@@ -14,8 +14,18 @@ def cosine_similarity_map(patch_embeds: torch.Tensor, text_embeds: torch.Tensor)
 
     Returns:
         `torch.Tensor` of shape `(B, T, h, w)`, in [-1, 1].
+
+    Raises:
+        `ValueError`: for another number of lists of texts than images.
     """
+    check_lists(len(patch_embeds), text_embeds)
     return (text_embeds @ patch_embeds.flatten(1, 2).mT).unflatten(-1, patch_embeds.shape[1:3])
+
+
+def check_lists(num_images: int, text_embeds: torch.Tensor) -> None:
+    """Texts `(B, T, P)` that differ by image must be those of all B images; a product would broadcast a single one."""
+    if text_embeds.ndim == 3 and len(text_embeds) != num_images:
+        raise ValueError(f"Expected one list of texts an image, got {len(text_embeds)} lists for {num_images} images.")
 
 
 def reverse(maps: torch.Tensor) -> torch.Tensor:

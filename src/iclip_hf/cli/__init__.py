@@ -1,4 +1,4 @@
-"""The `iclip` command: parse, call the package, print. Bad input ends with one line and exit code 2."""
+"""The `iclip` command: parses arguments, calls the package, prints. Invalid input ends with one line and exit code 2."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def _parser() -> _Parser:
     parser = _Parser(
         prog="iclip",
         description="Contrastive image-text models that explain themselves.",
-        epilog="Exit codes: 0 done; 2 wrong or unreadable input, said in one line on stderr; 130 interrupted.",
+        epilog="Exit codes: 0 success; 2 invalid or unreadable input, with one line on stderr; 130 interrupted.",
     )
     parser.add_argument("--version", action="version", version=f"iclip {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")

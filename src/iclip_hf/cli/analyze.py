@@ -28,35 +28,41 @@ SCORES = {"MIoU": "IoU at the best threshold, %", "FMB": "foreground minus backg
 
 
 def register(commands) -> None:
-    description = "measure semantic shift, and recognition against interpretability"
+    description = "measure semantic shift, or compare recognition with interpretability"
     analyses = commands.add_parser("analyze", help=description, description=description.capitalize() + ".")
     analyses = analyses.add_subparsers(required=True, metavar="ANALYSIS")
 
     shift = add_command(
-        analyses, "shift", _shift, "count channels that go from foreground to background (Tables 6, 7)"
+        analyses, "shift", _shift, "count the channels that move from foreground to background (Tables 6, 7)"
     )
     add_dataset_options(shift)
     add_limit_option(shift)
     add_model_option(shift)
-    shift.add_argument("--before", choices=POOLINGS, default="max", help="pooling to start from (default: max)")
+    shift.add_argument("--before", choices=POOLINGS, default="max", help="first pooling (default: max)")
     shift.add_argument(
-        "--after", choices=POOLINGS, default="class_token", help="pooling to compare it with (default: class_token)"
+        "--after", choices=POOLINGS, default="class_token", help="second pooling (default: class_token)"
     )
     shift.add_argument("--output", type=Path, metavar="FILE", help="JSON file to write")
     shift.add_argument("--json", action="store_true", help="print JSON instead of text")
 
-    channels = add_command(analyses, "channels", _channels, "draw where pooled channels come from in images (Fig. 3)")
-    channels.add_argument("images", nargs="+", metavar="IMAGE", help="image files, a row each")
+    channels = add_command(analyses, "channels", _channels, "draw the patches that pooled channels come from (Fig. 3)")
+    channels.add_argument("images", nargs="+", metavar="IMAGE", help="image files, one row of the figure each")
     add_model_option(channels)
     add_picture_option(channels, "channels.png")
     add_dpi_option(channels)
 
-    relation = add_command(analyses, "relation", _relation, "compare the scores of an evaluation by class (Fig. 9)")
-    relation.add_argument("evaluation", type=Path, metavar="JSON", help="file that `iclip evaluate --output` wrote")
-    relation.add_argument("--method", help="whose scores (default: those of the first in the file)")
-    relation.add_argument("--score", choices=SCORES, default="MIoU", help="of interpretability (default: MIoU)")
+    relation = add_command(
+        analyses, "relation", _relation, "compare recognition and interpretability of each class (Fig. 9)"
+    )
+    relation.add_argument(
+        "evaluation", type=Path, metavar="JSON", help="JSON file written by `iclip evaluate --output`"
+    )
+    relation.add_argument("--method", help="method whose scores are used (default: the first method in the file)")
+    relation.add_argument("--score", choices=SCORES, default="MIoU", help="score of interpretability (default: MIoU)")
     add_picture_option(relation, "relation.png")
-    relation.add_argument("--bars", type=Path, metavar="FILE", help="picture of both scores by class to write as well")
+    relation.add_argument(
+        "--bars", type=Path, metavar="FILE", help="also write a bar chart of both scores of each class"
+    )
     add_dpi_option(relation)
     relation.add_argument("--json", action="store_true", help="print JSON instead of text")
 

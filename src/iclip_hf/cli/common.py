@@ -8,7 +8,16 @@ from pathlib import Path
 
 
 # Names, not imports: help must not wait for torch.
-METHODS = ("itsm", "reversed_itsm", "attention", "grad_cam", "bi_modal", "clip_surgery", "gem")
+METHODS = (
+    "itsm",
+    "reversed_itsm",
+    "attention",
+    "attention_affinity",
+    "grad_cam",
+    "bi_modal",
+    "clip_surgery",
+    "gem",
+)
 DTYPES = ("float32", "bfloat16", "float16")
 DATASETS = ("voc2012", "coco2017", "folder")
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".pdf", ".svg")
@@ -25,13 +34,13 @@ def add_model_option(command: argparse.ArgumentParser, help: str = "", **options
     command.add_argument(
         "--model",
         metavar="FOLDER_OR_ID",
-        help=f"ICLIP or CLIP-like model{help} (default: the embedded checkpoint)",
+        help=f"ICLIP or CLIP-like model{help} (default: the embedded model)",
         **options,
     )
     command.add_argument(
         "--dtype",
         choices=DTYPES,
-        help="precision of the model; bfloat16 is faster on processors that have it (default: as saved)",
+        help="number format of the model; bfloat16 is faster on processors that support it (default: as saved)",
     )
 
 
@@ -41,14 +50,14 @@ def add_prompt_options(command: argparse.ArgumentParser) -> None:
         action="append",
         dest="templates",
         metavar="PROMPT",
-        help='prompt with one {}, repeat to average several; "{}" takes texts as they are (default: of the model or '
-        "data set)",
+        help='prompt with one {}; repeat the option to average several prompts; "{}" uses the texts unchanged (default: '
+        "the prompts of the model or the data set)",
     )
     command.add_argument(
         "--image-size",
         type=at_least_1,
         metavar="PIXELS",
-        help="side at which the model sees images (default: its own)",
+        help="height and width to which images are resized for the model (default: that of its processor)",
     )
 
 
@@ -59,17 +68,20 @@ def add_model_options(command: argparse.ArgumentParser) -> None:
 
 def add_dataset_options(command: argparse.ArgumentParser, required: bool = True) -> None:
     command.add_argument(
-        "--dataset", required=required, choices=DATASETS, help="kind; folder is one of images, masks and classes.txt"
+        "--dataset",
+        required=required,
+        choices=DATASETS,
+        help="kind of data set; folder means images/, masks/ and classes.txt",
     )
-    command.add_argument("--data-root", required=required, type=Path, metavar="FOLDER", help="where the data set is")
-    command.add_argument("--split", help="part of the data set (default: val for VOC, val2017 for COCO)")
+    command.add_argument("--data-root", required=required, type=Path, metavar="FOLDER", help="folder of the data set")
+    command.add_argument("--split", help="split of the data set (default: val for VOC, val2017 for COCO)")
     command.add_argument(
-        "--overrides", type=Path, metavar="FILE", help="JSON or YAML file with other class names and templates"
+        "--overrides", type=Path, metavar="FILE", help="JSON or YAML file with other class names and prompt templates"
     )
 
 
 def add_limit_option(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--limit", type=at_least_1, metavar="N", help="take only the first N images (default: all)")
+    command.add_argument("--limit", type=at_least_1, metavar="N", help="use only the first N images (default: all)")
 
 
 def add_methods_option(command: argparse.ArgumentParser) -> None:
@@ -88,7 +100,7 @@ def add_colormap_option(command: argparse.ArgumentParser) -> None:
         "--colormap",
         default="jet",
         metavar="NAME",
-        help='colormap of matplotlib, such as "cividis" for colour-blind readers (default: jet)',
+        help='matplotlib colormap, for example "cividis", which colour-blind readers can read (default: jet)',
     )
 
 
@@ -104,7 +116,7 @@ def add_dpi_option(command: argparse.ArgumentParser) -> None:
         type=at_least_1,
         default=120,
         metavar="N",
-        help="pixels an inch of the figure, such as 300 for print (default: 120)",
+        help="resolution of the figure in dots per inch, for example 300 for print (default: 120)",
     )
 
 

@@ -23,21 +23,22 @@ from .common import (
 
 
 def register(commands) -> None:
-    command = add_command(commands, "compare", run, "draw the maps of several methods and models side by side")
+    command = add_command(commands, "compare", run, "draw the maps of several methods or models side by side")
     command.add_argument(
-        "image", metavar="IMAGE", help="image file; with --dataset one of its images, by name or path"
+        "image", metavar="IMAGE", help="image file, or with --dataset the name or path of one of its images"
     )
     command.add_argument(
         "--text",
         action="append",
         dest="texts",
         metavar="TEXT",
-        help="what to look for, a row; repeat for more (default: the classes of the data set's image)",
+        help="what to look for, one row of the figure; repeat the option for several texts (default: the classes that the "
+        "data set's image shows)",
     )
     add_methods_option(command)
-    add_model_option(command, ", repeat to compare several", action="append", dest="models")
+    add_model_option(command, "; repeat the option to compare several", action="append", dest="models")
     add_prompt_options(command)
-    truth = command.add_argument_group("ground truth", "a data set that has IMAGE adds the pixels of its classes")
+    truth = command.add_argument_group("ground truth", "a data set that contains IMAGE adds the masks of its classes")
     add_dataset_options(truth, required=False)
     add_picture_option(command, "comparison.png")
     add_colormap_option(command)

@@ -9,12 +9,16 @@ from .common import add_command, add_model_option, check_folder, silence_transfo
 
 
 def register(commands) -> None:
-    command = add_command(commands, "demo", run, "open the live demo: drop an image, type texts, see one map a text")
+    command = add_command(
+        commands, "demo", run, "start the live demo: drop an image, type texts, see one map for each text"
+    )
     add_model_option(command)
-    command.add_argument("--host", default="127.0.0.1", help="address to listen at (default: this machine only)")
-    command.add_argument("--port", type=int, help="default: the first free one from 7860 on")
     command.add_argument(
-        "--export-space", type=Path, metavar="DIR", help="write the files of a Space that runs the demo, and stop"
+        "--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1, this machine only)"
+    )
+    command.add_argument("--port", type=int, help="port to listen on (default: the first free port from 7860)")
+    command.add_argument(
+        "--export-space", type=Path, metavar="DIR", help="write the files of a Space that runs the demo, and exit"
     )
 
 

@@ -1,4 +1,4 @@
-"""`iclip evaluate`: a segmentation data set to mAP, mMIoU and mFMB."""
+"""`iclip evaluate`: a segmentation data set to mAP, mMIoU, mFMB and text contrast."""
 
 from __future__ import annotations
 
@@ -18,7 +18,9 @@ from .common import (
 
 
 def register(commands) -> None:
-    command = add_command(commands, "evaluate", run, "measure mAP, mMIoU and mFMB on a segmentation data set")
+    command = add_command(
+        commands, "evaluate", run, "measure mAP, mMIoU, mFMB and text contrast on a segmentation data set"
+    )
     add_dataset_options(command)
     add_limit_option(command)
     add_model_options(command)
@@ -27,17 +29,20 @@ def register(commands) -> None:
         "--aggregate",
         choices=("image", "pixel"),
         default="image",
-        help="mean of the images' ratios, or ratio of the pooled pixels (default: image)",
+        help="image: mean over the images of a class; pixel: pool the pixels of all its images (default: image)",
     )
     command.add_argument(
         "--batch-size",
         type=at_least_1,
         default=8,
         metavar="N",
-        help="images that go through the model at once (default: 8)",
+        help="images in one forward pass (default: 8)",
     )
     command.add_argument(
-        "--output", type=Path, metavar="FILE", help="JSON file to write, with the scores by class beside it as CSV"
+        "--output",
+        type=Path,
+        metavar="FILE",
+        help="JSON file to write; a CSV file with the scores of each class is written beside it",
     )
     command.add_argument("--json", action="store_true", help="print JSON instead of text")
 

@@ -24,12 +24,12 @@ from .common import (
 
 
 def register(commands) -> None:
-    command = add_command(commands, "explain", run, "show which pixels of photographs match which texts")
+    command = add_command(commands, "explain", run, "show which pixels of images match which texts")
     command.add_argument(
         "images",
         nargs="+",
         metavar="IMAGE",
-        help="image files; or a collection: a folder of images, or webdataset shards (.tar, or a folder of them)",
+        help="image files, or a collection: a folder of images, webdataset shards (.tar) or a folder of shards",
     )
     command.add_argument(
         "--text",
@@ -37,50 +37,55 @@ def register(commands) -> None:
         required=True,
         dest="texts",
         metavar="TEXT",
-        help="what to look for, put into the prompts; repeat for more",
+        help="what to look for; it is inserted into the prompts; repeat the option for several texts",
     )
     add_model_options(command)
-    command.add_argument("--method", choices=METHODS, default="itsm", help="how maps are made (default: itsm)")
+    command.add_argument(
+        "--method", choices=METHODS, default="itsm", help="method that computes the maps (default: itsm)"
+    )
     command.add_argument(
         "--threshold",
         default="0.5",
         metavar="NUMBER_OR_FILE",
-        help="a mask holds what is above; in [0, 1], or the file of `iclip evaluate --output` for the best of each class (default: 0.5)",
+        help="a mask holds the pixels whose map is greater; a number in [0, 1], or the file of `iclip evaluate --output` for the "
+        "best threshold of each class (default: 0.5)",
     )
     command.add_argument(
         "--min-presence",
         type=float,
         default=0.7,
         metavar="NUMBER",
-        help="a text that matches less surely counts as absent and gets an empty mask; 0 to 1 (default: 0.7)",
+        help="a text with a lower presence counts as absent and gets an empty mask; 0 to 1 (default: 0.7)",
     )
     command.add_argument(
         "--output",
         type=Path,
         metavar="PATH",
-        help="picture to write (default: explanation.png); for several images, or the Parquet files of a collection, "
-        "a folder (default: explanations)",
+        help="picture to write (default: explanation.png); for several images or a collection, the folder to write "
+        "pictures or Parquet files to (default: explanations)",
     )
     add_colormap_option(command)
-    command.add_argument("--npz", action="store_true", help="write scores, raw maps and masks beside each picture")
+    command.add_argument(
+        "--npz", action="store_true", help="also write scores, raw maps and masks to an .npz file beside each picture"
+    )
     command.add_argument(
         "--json",
         action="store_true",
-        help="print JSON instead of text; for image files with boxes, points and run-length masks",
+        help="print JSON instead of text; for image files it includes boxes, points and run-length masks",
     )
     command.add_argument(
         "--batch-size",
         type=at_least_1,
         default=8,
         metavar="N",
-        help="images of a collection that go through the model at once (default: 8)",
+        help="images of a collection in one forward pass (default: 8)",
     )
     command.add_argument(
         "--images-per-file",
         type=at_least_1,
         default=256,
         metavar="N",
-        help="rows of a collection's Parquet files (default: 256)",
+        help="rows in each Parquet file of a collection (default: 256)",
     )
 
 

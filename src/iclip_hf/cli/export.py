@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
 from .common import add_command, silence_transformers
@@ -11,7 +12,7 @@ from .common import add_command, silence_transformers
 
 def register(commands) -> None:
     command = add_command(
-        commands, "export", run, "write a model with its code and card, ready for the Hub, or as ONNX"
+        commands, "export", run, "write a model folder with code and model card for the Hub, or an ONNX folder"
     )
     add_source_options(command)
     command.add_argument("directory", type=Path, metavar="DIR", help="new folder to write")
@@ -19,17 +20,18 @@ def register(commands) -> None:
         "--format",
         choices=("transformers", "onnx", "onnx-bfloat16", "onnx-int8"),
         default="transformers",
-        help="onnx: two graphs for ONNX Runtime, with float32 weights if not said otherwise (default: transformers)",
+        help="onnx: two graphs for ONNX Runtime, with float32 weights unless the format names another type (default: "
+        "transformers)",
     )
 
 
 def add_source_options(command: argparse.ArgumentParser) -> None:
-    command.add_argument("model", metavar="MODEL", help="ICLIP model, a folder or Hub id")
+    command.add_argument("model", metavar="MODEL", help="folder or Hub id of an ICLIP model")
     command.add_argument(
         "--results",
         type=Path,
         metavar="FILE",
-        help="JSON file of `iclip evaluate`, whose figures the model card shows",
+        help="JSON file of `iclip evaluate --output`; its scores are written into the model card",
     )
 
 
@@ -61,4 +63,24 @@ def export(options: argparse.Namespace, directory: Path, name: str | None = None
         except (ValueError, TypeError, RecursionError) as error:
             raise ValueError(f"--results {options.results}: expected JSON of `iclip evaluate`: {error}") from error
     model, processor = load_iclip(options.model)
+    if metrics is not None and isinstance(metrics.get("protocol"), Mapping):
+        check_measured(metrics["protocol"], model, options.results)
     return export_model(model, processor, directory, name=name, source=options.model, metrics=metrics)
+
+
+def check_measured(protocol: Mapping, model, file: Path) -> None:
+    """
+    Raises:
+        `ValueError`: a file's results are not those of this model's weights, or do not say of which weights.
+    """
+    import torch
+
+    from ..utils.digests import weights_digest
+
+    dtype = getattr(torch, str(protocol.get("dtype")), None)  # in which the weights were rounded
+    own = weights_digest(model, dtype if isinstance(dtype, torch.dtype) else None)
+    if (measured := protocol.get("weights")) != own:
+        raise ValueError(
+            f"--results {file}: expected figures of weights {own}, got those of {measured or 'weights that it does not name'}; "
+            "measure this model by `iclip evaluate --output`."
+        )

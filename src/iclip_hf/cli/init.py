@@ -9,15 +9,17 @@ from .common import add_command, silence_transformers
 
 
 def register(commands) -> None:
-    command = add_command(commands, "init", run, "join an image and a text tower to a new model")
+    command = add_command(commands, "init", run, "join an image tower and a text tower into a new model")
     command.add_argument(
         "--config",
         required=True,
         metavar="NAME_OR_FOLDER",
-        help="a shipped configuration, such as iclip-vit-b16, or a folder with a config.json",
+        help="name of a shipped configuration, for example iclip-vit-b16, or a folder with a config.json",
     )
     tower = {"metavar": "FOLDER_OR_ID"}
-    command.add_argument("--vision", **tower, help="image tower, or DINO's .pth file (default: the configuration's)")
+    command.add_argument(
+        "--vision", **tower, help="image tower, or a .pth file of DINO's authors (default: the configuration's)"
+    )
     command.add_argument("--text", **tower, help="text tower (default: the configuration's)")
     command.add_argument("--output", required=True, type=Path, metavar="DIR", help="new folder to write")
 

@@ -9,9 +9,14 @@ from .common import add_command
 
 
 def register(commands) -> None:
-    add_command(commands, "install-metrics", _install, 'make evaluate.load("mmiou") and "mfmb" work in any folder')
-    space = add_command(commands, "export-metric", _export, "write the files of a metric's Space")
-    space.add_argument("metric", choices=("mfmb", "mmiou"), help="which metric")
+    add_command(
+        commands,
+        "install-metrics",
+        _install,
+        'make evaluate.load work for "mmiou", "mfmb" and "text_contrast" in any folder',
+    )
+    space = add_command(commands, "export-metric", _export, "write the files of a Space that computes a metric")
+    space.add_argument("metric", choices=("mfmb", "mmiou", "text_contrast"), help="name of the metric")
     space.add_argument("directory", type=Path, metavar="DIR", help="folder to write into")
 
 

@@ -12,13 +12,15 @@ from .export import add_source_options, export
 
 
 def register(commands) -> None:
-    command = add_command(commands, "push", run, "upload a model with its code and card to the Hub")
+    command = add_command(commands, "push", run, "upload a model folder with code and model card to the Hub")
     add_source_options(command)
     command.add_argument(
-        "repo_id", metavar="REPO_ID", help="repository, such as org/iclip-vit-b16; made if it is not there"
+        "repo_id",
+        metavar="REPO_ID",
+        help="repository, for example org/iclip-vit-b16; it is created if it does not exist",
     )
     command.add_argument("--private", action="store_true", default=None, help="make a new repository private")
-    command.add_argument("--dry-run", action="store_true", help="list what would be uploaded, and upload nothing")
+    command.add_argument("--dry-run", action="store_true", help="list the files and upload nothing")
     command.add_argument("--json", action="store_true", help="print JSON instead of text")
 
 

@@ -18,6 +18,7 @@ import re
 import tarfile
 from array import array
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -48,6 +49,10 @@ _SHUFFLE_BUFFER = 2000  # pairs of a stream, still encoded
 
 class BadPairError(ValueError):
     """One pair cannot be used: its image is broken or missing, or it has no caption."""
+
+
+class DroppedConnectionError(ConnectionError):
+    """The connection that a stream reads from is lost."""
 
 
 class PairDataset(Dataset):
@@ -198,12 +203,19 @@ class PairStream(IterableDataset):
 
     def __iter__(self) -> Iterator[dict]:
         skipped = 0
-        for row in self._rows:
+        rows = iter(self._rows)
+        while True:
+            with _connection_errors():
+                row = next(rows, None)
+            if row is None:
+                return
             stored = row[self._image_column] or {}
             key = row.get("__key__") or stored.get("path") or "a pair without a name"
             try:
                 captions = _captions(row)
                 image = load_image(_image_bytes(stored), repr(key))
+            except DroppedConnectionError:
+                raise
             except (ValueError, OSError) as error:
                 skipped += 1
                 self._tally.bad(BadPairError(f"{key}: {error}"))
@@ -444,6 +456,22 @@ class _Tally:
             )
 
 
+# Libraries through which a stream reads, whose errors have no common class.
+_NETWORK_LIBRARIES = ("aiohttp", "fsspec", "httpcore", "httpx", "huggingface_hub", "requests", "urllib3")
+
+
+@contextmanager
+def _connection_errors() -> Iterator[None]:
+    """Whatever a lost connection raises inside becomes a `DroppedConnectionError`."""
+    try:
+        yield
+    except Exception as error:
+        library = type(error).__module__.partition(".")[0]
+        if not isinstance(error, (ConnectionError, TimeoutError)) and library not in _NETWORK_LIBRARIES:
+            raise
+        raise DroppedConnectionError(" ".join(str(error).split()) or type(error).__name__) from error
+
+
 def _load(image: bytes | Path, name: str | None) -> Image.Image:
     try:
         return load_image(image, name)
@@ -492,7 +520,7 @@ def _image_bytes(stored: Mapping) -> bytes:
         return stored.get("bytes") or b""
     import fsspec
 
-    with fsspec.open(stored["path"], "rb") as file:
+    with _connection_errors(), fsspec.open(stored["path"], "rb") as file:
         return file.read()
 
 

@@ -32,6 +32,8 @@ from ..utils.plots import COLORMAP
 with require_extra("demo"):
     import gradio as gr
     from gradio.processing_utils import save_bytes_to_cache
+    from starlette.middleware import Middleware
+    from starlette.responses import PlainTextResponse
 
 
 MAX_FILE_SIZE = "20mb"  # the limit of pixels is `load_image`'s
@@ -44,10 +46,13 @@ MAX_CACHE_SIZE = 2 * 2**30  # bytes
 _CACHE_CHECK = 10  # seconds from one look at them to the next
 # Longest side of the maps in pixels: fine enough for a screen, and some hundred kilobytes for all of them together.
 VIEW_SIDE = 640
+# What Gradio serves to every app and this one does not need: it fetches addresses, or keeps files that nothing deletes.
+_UNUSED_ROUTES = ("file=http", "proxy=", "process_recording", "component_server", "deep_link", "run-history")
 METHODS = {
     "Similarity map (ITSM)": "itsm",
     "Reversed similarity map": "reversed_itsm",
     "Attention, the same for every text": "attention",
+    "Attention spread by affinity, the same for every text": "attention_affinity",
     "Grad-CAM": "grad_cam",
     "Bi-modal relevance": "bi_modal",
     "CLIP Surgery": "clip_surgery",
@@ -158,6 +163,49 @@ def to_npz(explanation: Explanation) -> bytes:
     return archive.getvalue()
 
 
+class _App(gr.Blocks):
+    """
+    An app that opens no file but those uploaded to it and its own examples, whatever form a payload names them in.
+
+    The path of an upload holds a keyed digest of its content, so only the visitor who uploaded it knows it.
+    """
+
+    examples: frozenset[str] = frozenset()
+
+    async def preprocess_data(self, block_fn, inputs, *arguments, **options):
+        """Checks what a visitor sent before Gradio opens a file or fetches an address of it."""
+        plain = (str, int, type(None))
+        inputs = [value if isinstance(value, plain) else self.uploaded(value) for value in inputs]
+        return await super().preprocess_data(block_fn, inputs, *arguments, **options)
+
+    def uploaded(self, value) -> dict[str, str]:
+        """
+        What `value` says of an uploaded file, and nothing else that it says.
+
+        Raises:
+            `gradio.Error`: for all else, always in the same words, which tell nothing of what lies at a path.
+        """
+        path = value.get("path") if isinstance(value, dict) else None
+        if not isinstance(path, str) or not (path in self.upload_file_set or path in self.examples):
+            message = "Expected a file that was uploaded here, got something else: upload the image again."
+            raise gr.Error(message, print_exception=False)
+        name = value.get("orig_name")
+        name = name if isinstance(name, str) and name else "this file"
+        return {"path": path, "orig_name": name, "meta": {"_type": "gradio.FileData"}}
+
+
+class _RefuseUnusedRoutes:
+    """ASGI middleware: Gradio's routes that the page does not need are not there."""
+
+    def __init__(self, app):
+        self.app = app
+
+    async def __call__(self, scope, receive, send):
+        route = scope.get("path", "").partition("/gradio_api/")[2]
+        app = PlainTextResponse("Not Found", 404) if route.startswith(_UNUSED_ROUTES) else self.app
+        await app(scope, receive, send)
+
+
 def build_app(model, processor) -> gr.Blocks:
     """
     The app for a model. Each explanation runs the model once; opacity, outline and the value under the pointer are the
@@ -178,7 +226,8 @@ def build_app(model, processor) -> gr.Blocks:
         if photo is None:
             return gr.skip()
         try:
-            image = load_image(photo["path"], photo["orig_name"] or "this file")
+            photo = app.uploaded(photo)  # again: an app must not depend on when Gradio asks for the first check
+            image = load_image(photo["path"], photo["orig_name"])
             explanation = explain_image(localizer(method), image, split_texts(typed))
         except (OSError, ValueError, TypeError) as error:
             raise gr.Error(str(error), print_exception=False) from error
@@ -187,7 +236,8 @@ def build_app(model, processor) -> gr.Blocks:
 
     # For the end, when all files of visitors go, and for those who launch the app without `launch`: `delete_files` is faster.
     cache = (600, 2 * MAX_CACHE_AGE)
-    with gr.Blocks(title="ICLIP", analytics_enabled=False, fill_width=True, delete_cache=cache) as app:
+    with _App(title="ICLIP", analytics_enabled=False, fill_width=True, delete_cache=cache) as app:
+        app.examples = frozenset(path for path, _ in examples)
         gr.Markdown(INTRODUCTION)
         with gr.Row():
             with gr.Column(scale=2, min_width=300):
@@ -262,7 +312,10 @@ def launch(
         server_port=port,
         max_file_size=MAX_FILE_SIZE,
         state_session_capacity=MAX_SESSIONS,
-        app_kwargs={"lifespan": lambda server: _deleting_files(app)},
+        app_kwargs={
+            "lifespan": lambda server: _deleting_files(app),
+            "middleware": [Middleware(_RefuseUnusedRoutes)],
+        },
         theme=gr.themes.Soft(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]),
         css=_CSS,
         footer_links=[],

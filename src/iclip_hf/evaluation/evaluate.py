@@ -1,4 +1,4 @@
-"""From a segmentation data set and a model to mAP, mMIoU and mFMB of every method (the paper's Tables 1, 4, 5 and 8)."""
+"""From a segmentation data set and a model to mAP, mMIoU, mFMB and text contrast of every method (the paper's Tables 1, 4, 5 and 8)."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from ..utils.distributed import this_process
 from ..utils.extras import require_extra
 from ..utils.files import atomic_write
 from ..utils.prefetch import prefetch_map, spare_processors
-from .metrics import MeanForegroundMinusBackground, MeanMaxIoU, MultiLabelAveragePrecision
+from .metrics import MeanForegroundMinusBackground, MeanMaxIoU, MultiLabelAveragePrecision, TextContrast
 
 
 with require_extra("eval"):
@@ -45,38 +45,42 @@ class EvaluationResult:
 
     Attributes:
         protocol (`dict`): model, data set with its fingerprint, resolution, prompts, aggregation, software versions.
-        results (`dict`): for each method `mAP`, `mMIoU` and `floor` in percent and `mFMB` in [-1, 1]; `floor` is the mMIoU of
-            calling every pixel foreground.
+        results (`dict`): for each method `mAP`, `mMIoU`, `text_contrast` and `floor` in percent and `mFMB` in [-1, 1]; `floor`
+            is the mMIoU of calling every pixel foreground.
         presence (`dict`): what the gate of `min_presence` does: the share of the shown classes whose presence reaches it, `kept`, and
             of the others, `passed`, both in percent of all images and classes.
         per_class (`dict`): for each method a list of one `dict` a class: id, name, AP, IoU in percent, its best threshold,
-            and FMB; None where no image has the class.
+            FMB and text contrast.
         timing (`dict`): seconds in all, seconds in the model's forward, images.
+
+    A figure is None where the data have nothing to measure it on.
     """
 
     protocol: dict
-    results: dict[str, dict[str, float]]
-    presence: dict[str, float]
+    results: dict[str, dict]
+    presence: dict[str, float | None]
     per_class: dict[str, list[dict]]
     timing: dict[str, float]
 
     def table(self) -> str:
         """The scores as a Markdown table, and a line on presence."""
-        lines = ["| method | mAP % | mMIoU % | mFMB | floor % |", "|---|---|---|---|---|"]
-        lines += [
-            f"| {method} | {r['mAP']:.2f} | {r['mMIoU']:.2f} | {r['mFMB']:.4f} | {r['floor']:.2f} |"
-            for method, r in self.results.items()
+        lines = [
+            "| method | mAP % | mMIoU % | mFMB | text contrast % | floor % |",
+            "|---|---|---|---|---|---|",
         ]
-        gate = self.presence
-        kept, passed = (
-            f"{gate['kept']:.1f} % of the classes that an image shows",
-            f"{gate['passed']:.1f} % of the others",
+        digits = {"mAP": 2, "mMIoU": 2, "mFMB": 4, "text_contrast": 2, "floor": 2}
+        for method, figures in self.results.items():
+            cells = [_rounded(figures[name], number) for name, number in digits.items()]
+            lines.append(f"| {method} | {' | '.join(cells)} |")
+        kept, passed = (_rounded(self.presence[name], 1) for name in ("kept", "passed"))
+        gate = f"presence of at least {self.presence['min_presence']}"
+        return "\n".join(
+            [*lines, "", f"{gate}: {kept} % of the classes that an image shows, {passed} % of the others"]
         )
-        return "\n".join([*lines, "", f"presence of at least {gate['min_presence']}: {kept}, {passed}"])
 
     def to_json(self) -> str:
         """Everything, as JSON text."""
-        return json.dumps(asdict(self), indent=2) + "\n"
+        return json.dumps(asdict(self), indent=2, allow_nan=False) + "\n"
 
     def per_class_csv(self) -> str:
         """One row a method and class, as CSV text."""
@@ -94,32 +98,51 @@ class EvaluationResult:
                 partial.write_text(text, encoding="utf-8")
 
 
-@dataclass
 class _Scores:
-    """The metrics of one method's maps."""
+    """The metrics of one method's maps: each counts in a thread, and adds the counts in order."""
 
-    miou: MeanMaxIoU
-    mfmb: MeanForegroundMinusBackground
+    def __init__(self, aggregate: str):
+        self.miou = MeanMaxIoU(aggregate)
+        self.mfmb = MeanForegroundMinusBackground(aggregate)
+        self.contrast = TextContrast()
 
-    def add_counts(self, counts: list[tuple[int, np.ndarray, np.ndarray]]) -> None:
-        for label, threshold_counts, region_means in counts:
+    @staticmethod
+    def count(heatmaps: torch.Tensor, masks: np.ndarray, labels: Sequence[int]) -> tuple:
+        """Maps and masks `(K, H, W)` of the K classes of one image -> what `add` takes."""
+        pairs = [
+            (label, MeanMaxIoU.count(heatmap, mask, label), MeanForegroundMinusBackground.count(heatmap, mask, label))
+            for heatmap, mask, label in zip(heatmaps, masks, labels)
+        ]
+        return pairs, TextContrast.count(heatmaps, masks, labels)
+
+    def add(self, counts: tuple) -> None:
+        pairs, contrast = counts
+        for label, threshold_counts, region_means in pairs:
             self.miou.add_counts(threshold_counts, label)
             self.mfmb.add_counts(region_means, label)
+        self.contrast.add_counts(contrast, [label for label, *_ in pairs])
 
     def merge(self, other: _Scores) -> None:
         self.miou.merge(other.miou)
         self.mfmb.merge(other.mfmb)
+        self.contrast.merge(other.contrast)
 
-    def compute(self, dataset: SegmentationDataset, ap: dict) -> tuple[dict, list[dict]]:
+    def report(self, dataset: SegmentationDataset, ap: dict) -> tuple[dict, list[dict]]:
         """The summary, and one row a class."""
-        miou, mfmb = self.miou.compute(), self.mfmb.compute()
+        miou, mfmb, contrast = self.miou.compute(), self.mfmb.compute(), self.contrast.compute()
         summary = {
-            "mAP": ap["map"],
-            "mMIoU": miou["mmiou"],
-            "mFMB": mfmb["mfmb"],
-            "floor": miou["floor"],
+            "mAP": _measured(ap["map"]),
+            "mMIoU": _measured(miou["mmiou"]),
+            "mFMB": _measured(mfmb["mfmb"]),
+            "text_contrast": _measured(contrast["text_contrast"]),
+            "floor": _measured(miou["floor"]),
             "pairs": miou["pairs"],
-            "left_out": {"mMIoU": miou["left_out"], "mFMB": mfmb["left_out"], "mAP": ap["left_out"]},
+            "left_out": {
+                "mMIoU": miou["left_out"],
+                "mFMB": mfmb["left_out"],
+                "text_contrast": contrast["left_out"],
+                "mAP": ap["left_out"],
+            },
         }
         rows = [
             {
@@ -129,10 +152,32 @@ class _Scores:
                 "MIoU": miou["per_class"].get(label),
                 "threshold": miou["thresholds"].get(label),
                 "FMB": mfmb["per_class"].get(label),
+                "text_contrast": contrast["per_class"].get(label),
             }
             for label, name in zip(dataset.labels, dataset.class_names)
         ]
         return summary, rows
+
+
+class _Totals:
+    """Everything that is counted over the images of one process."""
+
+    def __init__(self, methods: Sequence[str], aggregate: str):
+        self.scores = {method: _Scores(aggregate) for method in methods}
+        self.average_precision = MultiLabelAveragePrecision()
+        self.gate = np.zeros((2, 2), np.int64)  # absent and shown classes: all, and those whose presence is enough
+        self.seconds_in_model = 0.0  # of this process alone: not merged
+
+    def add_recognition(self, cosines: torch.Tensor, enough: np.ndarray, shown: np.ndarray) -> None:
+        """Adds images by the cosines of all classes, which of them are present enough, and which are shown, all `(B, K)`."""
+        self.average_precision.update(cosines, shown)
+        self.gate += [[(shown == which).sum(), (enough & (shown == which)).sum()] for which in (False, True)]
+
+    def merge(self, other: _Totals) -> None:
+        for method, scores in self.scores.items():
+            scores.merge(other.scores[method])
+        self.average_precision.merge(other.average_precision)
+        self.gate += other.gate
 
 
 def evaluate(
@@ -153,7 +198,7 @@ def evaluate(
     Measures recognition and interpretability of a model over a data set.
 
     Every image is resized as a whole, without a crop. Its maps are drawn for the classes it shows, enlarged to its own size,
-    stretched to [0, 1] and compared with its masks; its scores of all classes rank it for mAP. Under `accelerate launch`
+    stretched to [0, 1] and compared with its masks and with each other; its scores of all classes rank it for mAP. Under `accelerate launch`
     the images are shared out over the processes, and every process returns the same result.
 
     Args:
@@ -181,83 +226,101 @@ def evaluate(
             raise ValueError(f"Expected {name} to be at least 1, got {number}.")
     start = time.perf_counter()
     state = this_process("eval")
-    rank, world = state.process_index, state.num_processes
-    templates = check_templates(dataset.templates if templates is None else templates)
-    drawer = MapMaker(model, processor, methods, dataset.class_names, templates)
-    scores = {method: _Scores(MeanMaxIoU(aggregate), MeanForegroundMinusBackground(aggregate)) for method in methods}
-    average_precision = MultiLabelAveragePrecision()
-    gate = np.zeros((2, 2), np.int64)  # absent and shown classes: all of them, and those whose presence is enough
-
-    prepare = drawer.itsm.processor
-    size = {} if image_size is None else {"size": {"height": image_size, "width": image_size}}
     count = min(len(dataset), limit or len(dataset))
-    indices = range(rank, count, world)
-    seconds_in_model = 0.0
+    templates = check_templates(dataset.templates if templates is None else templates)
+    plan = _Plan(
+        dataset=dataset,
+        drawer=MapMaker(model, processor, methods, dataset.class_names, templates),
+        size={} if image_size is None else {"size": {"height": image_size, "width": image_size}},
+        indices=range(state.process_index, count, state.num_processes),
+        batch_size=batch_size,
+        num_workers=num_workers or spare_processors(),
+    )
+    totals = _Totals(plan.drawer.methods, aggregate)
+    _run(plan, totals, progress=progress and state.is_main_process)
+    seconds_in_model = totals.seconds_in_model
 
-    def load(index: int) -> tuple[SegmentationSample, np.ndarray, torch.Tensor]:
-        sample = dataset[index]
-        shown = np.isin(dataset.labels, sample.labels)
-        return sample, shown, prepare(images=[sample.image], **size)["pixel_values"]
-
-    def forward() -> Iterator[tuple[SegmentationSample, dict[str, torch.Tensor]]]:
-        """The model's part, in this thread: for each image by method the raw maps of the classes it shows."""
-        nonlocal seconds_in_model
-        loaded = prefetch_map(pool, load, indices, 2 * batch_size)
-        while batch := list(itertools.islice(loaded, batch_size)):
-            samples, shown, pixels = zip(*batch)
-            began = time.perf_counter()
-            cosines, enough, drawn = drawer.draw(torch.cat(pixels), [sample.labels for sample in samples])
-            seconds_in_model += time.perf_counter() - began
-            shown = np.stack(shown)
-            average_precision.update(cosines, shown)
-            gate[:] += [[(shown == which).sum(), (enough & (shown == which)).sum()] for which in (False, True)]
-            for sample, *maps in zip(samples, *drawn.values()):
-                yield sample, dict(zip(drawn, maps))
-            bar.update(len(batch))
-
-    bar = tqdm(total=len(indices), unit="image", disable=not progress or rank > 0)
-    with ThreadPoolExecutor(num_workers or spare_processors()) as pool, bar:
-        for counts in prefetch_map(pool, _count, forward(), 2 * batch_size):
-            for method, of_classes in counts.items():
-                scores[method].add_counts(of_classes)
-
-    # Alike on every process.
-    (scores, average_precision, gate), *others = gather_object([(scores, average_precision, gate)])
-    for other_scores, other_precision, other_gate in others:
-        average_precision.merge(other_precision)
-        gate = gate + other_gate
-        for method, other in other_scores.items():
-            scores[method].merge(other)
-    protocol = {
-        **identity(model),
-        "dataset": {
-            "name": dataset.name,
-            "split": dataset.split,
-            "images": count,
-            "fingerprint": dataset.fingerprint(),
-        },
-        "image_size": size.get("size") or dict(prepare.image_processor.size),
-        "resize": "whole image, no crop",
-        "templates": templates,
-        "class_names": list(dataset.class_names),
-        "maps": "bicubic to the image's size, then min-max; foreground is M > t for t in 0, 0.01, ..., 1",
-        "aggregate": aggregate,
-        "versions": {name: version(name).split("+")[0] for name in ("iclip-hf", "torch", "transformers")},
-        "python": platform.python_version(),
-    }
-    recognition = average_precision.compute()
-    computed = {method: one.compute(dataset, recognition) for method, one in scores.items()}
+    totals, *others = gather_object([totals])  # alike on every process
+    for other in others:
+        totals.merge(other)
+    recognition = totals.average_precision.compute()
+    reports = {method: scores.report(dataset, recognition) for method, scores in totals.scores.items()}
+    passed, kept = (100 * some / all_ if all_ else None for all_, some in totals.gate.tolist())
     return EvaluationResult(
-        protocol=protocol,
-        results={method: summary for method, (summary, _) in computed.items()},
-        presence={"min_presence": MIN_PRESENCE, **dict(zip(("passed", "kept"), _percent(gate)))},
-        per_class={method: rows for method, (_, rows) in computed.items()},
+        protocol={**identity(model), **plan.protocol(count), "templates": templates, "aggregate": aggregate},
+        results={method: summary for method, (summary, _) in reports.items()},
+        presence={"min_presence": MIN_PRESENCE, "passed": passed, "kept": kept},
+        per_class={method: rows for method, (_, rows) in reports.items()},
         timing={
             "seconds": time.perf_counter() - start,
             "seconds_in_model": seconds_in_model,
-            "images": len(indices),
+            "images": len(plan.indices),
         },
     )
+
+
+@dataclass
+class _Plan:
+    """The images that this process measures, and how."""
+
+    dataset: SegmentationDataset
+    drawer: MapMaker
+    size: dict
+    indices: range
+    batch_size: int
+    num_workers: int
+
+    def load(self, index: int) -> tuple[SegmentationSample, torch.Tensor]:
+        """Sample and pixels of one image."""
+        sample = self.dataset[index]
+        return sample, self.drawer.itsm.processor(images=[sample.image], **self.size)["pixel_values"]
+
+    def protocol(self, count: int) -> dict:
+        """What a reader must know to repeat the measurement of `count` images."""
+        dataset, image_processor = self.dataset, self.drawer.itsm.processor.image_processor
+        return {
+            "dataset": {
+                "name": dataset.name,
+                "split": dataset.split,
+                "images": count,
+                "fingerprint": dataset.fingerprint(),
+            },
+            "image_size": self.size.get("size") or dict(image_processor.size),
+            "resize": "whole image, no crop",
+            "class_names": list(dataset.class_names),
+            "maps": "bicubic to the image's size, then min-max; foreground is M > t for t in 0, 0.01, ..., 1",
+            "text_contrast": "c_ij = (P(M_i at i > M_i at j) + P(M_j at j > M_j at i)) / 2 for classes i, j of an image, ties "
+            "half, without pixels of both; mean over a class's images and partners, then over classes",
+            "versions": {name: version(name).split("+")[0] for name in ("iclip-hf", "torch", "transformers")},
+            "python": platform.python_version(),
+        }
+
+
+def _run(plan: _Plan, totals: _Totals, progress: bool) -> None:
+    """Adds all images of the plan: threads decode and count, this one runs the model."""
+    bar = tqdm(total=len(plan.indices), unit="image", disable=not progress)
+    with ThreadPoolExecutor(plan.num_workers) as pool, bar:
+        loaded = prefetch_map(pool, plan.load, plan.indices, 2 * plan.batch_size)
+        for counts in prefetch_map(pool, _count, _draw(plan, totals, loaded), 2 * plan.batch_size):
+            for method, of_image in counts.items():
+                totals.scores[method].add(of_image)
+            bar.update()
+
+
+def _draw(
+    plan: _Plan, totals: _Totals, loaded: Iterator[tuple[SegmentationSample, torch.Tensor]]
+) -> Iterator[tuple[SegmentationSample, dict[str, torch.Tensor]]]:
+    """For each image its sample, and by method the raw maps of the classes that it shows; adds its recognition to the totals."""
+    while batch := list(itertools.islice(loaded, plan.batch_size)):
+        samples, pixels = zip(*batch)
+        began = time.perf_counter()
+        cosines, enough, drawn = plan.drawer.draw(torch.cat(pixels), [sample.labels for sample in samples])
+        totals.seconds_in_model += time.perf_counter() - began
+        totals.add_recognition(
+            cosines, enough, np.stack([np.isin(plan.dataset.labels, sample.labels) for sample in samples])
+        )
+        for sample, *maps in zip(samples, *drawn.values()):
+            yield sample, dict(zip(drawn, maps))
 
 
 class MapMaker:
@@ -303,24 +366,24 @@ class MapMaker:
         return cosines, enough, {method: drawn[method].cpu() for method in self.methods}
 
 
-def _percent(counts: np.ndarray) -> list[float]:
-    """Rows of (all, some) -> percentages; NaN of nothing."""
-    return [100 * some / all_ if all_ else math.nan for all_, some in counts.tolist()]
-
-
-def _count(item: tuple[SegmentationSample, dict[str, torch.Tensor]]) -> dict[str, list[tuple]]:
-    """
-    One image's raw maps by method, first those of its classes -> by method for each class its id and the pixel counts of mMIoU
-    and mFMB.
-    """
+def _count(item: tuple[SegmentationSample, dict[str, torch.Tensor]]) -> dict[str, tuple]:
+    """One image's raw maps by method, first those of its classes -> by method what `_Scores.add` takes."""
     sample, raw_maps = item
-    counts = {method: [] for method in raw_maps}
-    for index, label in enumerate(sample.labels):
-        mask = sample.mask(label)
-        for method, raw in raw_maps.items():
-            heatmap = resize_and_normalize(raw[index : index + 1], sample.size)[0]
-            if method == "reversed_itsm":
-                heatmap = reverse(heatmap)  # not the negative stretched anew, which rounds otherwise
-            pair = heatmap, mask, label
-            counts[method].append((label, MeanMaxIoU.count(*pair), MeanForegroundMinusBackground.count(*pair)))
+    labels = sample.labels
+    masks = np.array([sample.mask(label) for label in labels], np.uint8).reshape(-1, *sample.size)
+    counts = {}
+    for method, raw in raw_maps.items():
+        heatmaps = resize_and_normalize(raw[: len(labels)], sample.size)
+        if method == "reversed_itsm":
+            heatmaps = reverse(heatmaps)  # not the negative stretched anew, which rounds otherwise
+        counts[method] = _Scores.count(heatmaps, masks, labels)
     return counts
+
+
+def _measured(value: float) -> float | None:
+    """None in place of the NaN of nothing, which JSON does not have."""
+    return None if math.isnan(value) else value
+
+
+def _rounded(value: float | None, digits: int) -> str:
+    return "-" if value is None else f"{value:.{digits}f}"

@@ -18,23 +18,30 @@ with require_extra("eval"):
     from datasets import Features, Sequence, Value
 
 
-# What `evaluate` stores of a pair: the counts of its foreground, those of its background, and the class. The columns
-# keep the names of the inputs, because `evaluate.combine` passes on only those.
-_STORED = Features(
-    {"predictions": Sequence(Value("int64")), "references": Sequence(Value("int64")), "labels": Value("int64")}
-)
-_INPUTS = """
+_IGNORE_INDEX = """
+    ignore_index: mask value of the pixels that count nowhere, 255 by default; it applies where items are given.
+"""
+_PAIR_INPUTS = f"""
 One item is one image and one class.
 
 Args:
     predictions: maps (H, W) in [0, 1], numpy or torch, float16, float32 or float64; sizes may differ between items.
     references: label masks (H, W) of integers, each of the size of its map.
-    labels: class ids; the pixels of the mask equal to it are the foreground, all others the background.
-    ignore_index: mask value of the pixels that count nowhere, 255 by default; it applies where items are given.
+    labels: class ids; the pixels of the mask equal to it are the foreground, all others the background.{_IGNORE_INDEX.rstrip()}
     aggregate: "image" (default) takes each image's ratio, then the mean over the images of a class; "pixel" pools the
         pixels of a class over its images.
 
 `add` takes the singular names too. Both options can also be set in `evaluate.load`.
+"""
+_IMAGE_INPUTS = f"""
+One item is one image with all of its classes.
+
+Args:
+    predictions: maps (K, H, W) in [0, 1], one a class, numpy or torch, float16, float32 or float64; K, H and W may differ
+        between items.
+    references: label masks of integers, each (H, W), or (K, H, W) with a mask for each class where classes overlap.
+    labels: lists of K class ids; the pixels of the mask equal to an id are those of its class.{_IGNORE_INDEX}
+`add` takes the singular names too. The option can also be set in `evaluate.load`.
 """
 _CITATION = """
 @article{li2022exploring,
@@ -46,81 +53,121 @@ _CITATION = """
 """
 
 
-class PairMetric(evaluate.Metric, ABC):
-    """An `evaluate` metric over pairs of a map and a class. It stores the counts of each pair, not its pixels.
+class StreamingMetric(evaluate.Metric, ABC):
+    """An `evaluate` metric over maps and masks. It stores the counts of each item, not its pixels.
 
-    A subclass names its `accumulator` from `iclip_hf.evaluation.metrics` and returns `self._pair_info(...)` from `_info`. This
-    class stays abstract, because `evaluate.load` takes the first metric class it finds in a script that is not.
+    A subclass names its `accumulator` from `iclip_hf.evaluation.metrics` and returns `self._metric_info(...)` from `_info`. It
+    stays abstract here, because `evaluate.load` takes the first metric class it finds in a script that is not.
     """
 
     accumulator: type
 
-    def __init__(self, *args, aggregate: str = "image", ignore_index: int = 255, **kwargs):
+    def __init__(self, *args, ignore_index: int = 255, **kwargs):
         super().__init__(*args, **kwargs)
-        self.aggregate = self.accumulator(aggregate).aggregate
         self.ignore_index = ignore_index
-        self._ignored = set()  # every ignore_index of the stored pairs
+        self._ignored = set()  # every ignore_index of the stored items
 
     @abstractmethod
     def _info(self) -> evaluate.MetricInfo: ...
 
-    def _pair_info(self, description: str, outputs: str) -> evaluate.MetricInfo:
+    @classmethod
+    @abstractmethod
+    def of_one_image(cls, maps: list[np.ndarray], mask: np.ndarray, labels: list[int]) -> dict:
+        """The inputs that stand for K maps (H, W) of one image, its label mask (H, W) and K class ids."""
+
+    def _metric_info(self, description: str, outputs: str, inputs: str, labels) -> evaluate.MetricInfo:
+        # What is stored of an item are its two rows of counts and its class or classes. The columns keep the names of the
+        # inputs, because `evaluate.combine` passes on only those.
+        row = Sequence(Value("float64"))
         return evaluate.MetricInfo(
             description=description,
             citation=_CITATION,
-            inputs_description=_INPUTS + outputs,
-            features=_STORED,
+            inputs_description=inputs + outputs,
+            features=Features({"predictions": row, "references": row, "labels": labels}),
             reference_urls=["https://arxiv.org/abs/2209.07046"],
         )
 
-    def add(self, *, ignore_index: int | None = None, **pair):
-        """Adds one pair: `prediction` (H, W), `reference` (H, W) and `label`."""
+    def add(self, *, ignore_index: int | None = None, **item):
+        """Adds one item: `prediction`, `reference` and `label`, or `labels`."""
         plural = {"prediction": "predictions", "reference": "references", "label": "labels"}
-        self.add_batch(ignore_index=ignore_index, **{plural.get(name, name): [value] for name, value in pair.items()})
+        self.add_batch(ignore_index=ignore_index, **{plural.get(name, name): [value] for name, value in item.items()})
 
     def add_batch(self, *, predictions, references, labels, ignore_index: int | None = None):
-        """Adds pairs: `predictions`, `references` and `labels` of one length."""
+        """Adds items: `predictions`, `references` and `labels` of one length."""
         if not len(predictions) == len(references) == len(labels):
             raise ValueError(
                 "Expected predictions, references and labels of one length, "
                 f"got {len(predictions)}, {len(references)} and {len(labels)}."
             )
         ignore_index = self.ignore_index if ignore_index is None else ignore_index
-        counts = [self.accumulator.count(*pair, ignore_index) for pair in zip(predictions, references, labels)]
+        counts = [self.accumulator.count(*item, ignore_index) for item in zip(predictions, references, labels)]
         self._ignored.add(ignore_index)
         super().add_batch(
-            predictions=[foreground for _, foreground in counts],
-            references=[background for background, _ in counts],
-            labels=[int(label) for label in labels],
+            predictions=[second for _, second in counts],
+            references=[first for first, _ in counts],
+            labels=[np.asarray(label).tolist() for label in labels],
         )
 
-    def compute(self, *, aggregate: str | None = None, ignore_index: int | None = None, **pairs) -> dict | None:
-        """Returns the scores of all pairs added before or given here, on process 0; None on the others."""
-        # Both options are checked first: a mistake must not cost the pairs that were added.
-        accumulator = self.accumulator(self.aggregate if aggregate is None else aggregate)
+    def _compute_with(self, accumulator, ignore_index: int | None, items: dict) -> dict | None:
         if ignore_index is not None and not self._ignored <= {ignore_index}:
             raise ValueError(
                 f"The pairs were counted with ignore_index {sorted(self._ignored)}, not {ignore_index}. "
                 "Give ignore_index to `evaluate.load`, or wherever pairs are added."
             )
-        pairs = {name: values for name, values in pairs.items() if values is not None}
-        if not pairs and self.num_process > 1:
-            pairs = dict.fromkeys(
-                _STORED, ()
-            )  # process 0 waits for a file of every process, also of one without pairs
-        if pairs:
-            self.add_batch(ignore_index=ignore_index, **pairs)
+        items = {name: values for name, values in items.items() if values is not None}
+        if not items and self.num_process > 1:
+            items = dict.fromkeys(
+                self.features, ()
+            )  # process 0 waits for a file of every process, also of an empty one
+        if items:
+            self.add_batch(ignore_index=ignore_index, **items)
         self._ignored = set()
         return super().compute(accumulator=accumulator)
 
     def _compute(self, predictions, references, labels, accumulator) -> dict:
-        for background, foreground, label in zip(references, predictions, labels):
-            accumulator.add_counts(np.array([background, foreground]), label)
+        for first, second, label in zip(references, predictions, labels):
+            accumulator.add_counts(np.array([first, second]), label)
         return accumulator.compute()
 
 
+class PairMetric(StreamingMetric):
+    """A metric over pairs of a map and a class."""
+
+    def __init__(self, *args, aggregate: str = "image", **kwargs):
+        super().__init__(*args, **kwargs)
+        self.aggregate = self.accumulator(aggregate).aggregate
+
+    def _metric_info(self, description: str, outputs: str) -> evaluate.MetricInfo:
+        return super()._metric_info(description, outputs, _PAIR_INPUTS, Value("int64"))
+
+    @classmethod
+    def of_one_image(cls, maps: list[np.ndarray], mask: np.ndarray, labels: list[int]) -> dict:
+        return {"predictions": maps, "references": [mask] * len(maps), "labels": labels}
+
+    def compute(self, *, aggregate: str | None = None, ignore_index: int | None = None, **pairs) -> dict | None:
+        """Returns the scores of all pairs added before or given here, on process 0; None on the others."""
+        # Both options are checked first: a mistake must not cost the pairs that were added.
+        accumulator = self.accumulator(self.aggregate if aggregate is None else aggregate)
+        return self._compute_with(accumulator, ignore_index, pairs)
+
+
+class ImageMetric(StreamingMetric):
+    """A metric over images with the maps of all their classes."""
+
+    def _metric_info(self, description: str, outputs: str) -> evaluate.MetricInfo:
+        return super()._metric_info(description, outputs, _IMAGE_INPUTS, Sequence(Value("int64")))
+
+    @classmethod
+    def of_one_image(cls, maps: list[np.ndarray], mask: np.ndarray, labels: list[int]) -> dict:
+        return {"predictions": [np.stack(maps)], "references": [mask], "labels": [labels]}
+
+    def compute(self, *, ignore_index: int | None = None, **images) -> dict | None:
+        """Returns the scores of all images added before or given here, on process 0; None on the others."""
+        return self._compute_with(self.accumulator(), ignore_index, images)
+
+
 def metric_demo(script: str | Path):
-    """The app of a metric's Space, a `gradio.Interface`: a map and a label mask as image files, and a class id.
+    """The app of a metric's Space, a `gradio.Interface`: maps and a label mask as image files, and the class ids.
 
     Args:
         script: the metric's script; the `README.md` beside it is shown below the form.
@@ -130,24 +177,23 @@ def metric_demo(script: str | Path):
 
     metric = evaluate.load(str(script))
 
-    def score(heatmap: np.ndarray, mask: str, label: int) -> str:
-        result = metric.compute(
-            predictions=[heatmap.astype(np.float32) / 255],
-            references=[np.asarray(open_image(mask))],
-            labels=[label],
-        )
+    def score(maps: list[str], mask: str, labels: str) -> str:
+        maps = [np.asarray(open_image(path).convert("L")).astype(np.float32) / 255 for path in maps]
+        labels = [int(label) for label in labels.split(",")]
+        result = metric.compute(**metric.of_one_image(maps, np.asarray(open_image(mask)), labels))
         return json.dumps(result, indent=2)
 
+    images = {"file_types": ["image"], "type": "filepath"}
     return gr.Interface(
         score,
         inputs=[
-            gr.Image(image_mode="L", type="numpy", label="Map: grey image of the size of the mask, black 0, white 1"),
             gr.File(
-                file_types=["image"],
-                type="filepath",
-                label="Label mask: palette or grey PNG whose values are class ids",
+                file_count="multiple",
+                label="Maps: grey images of the size of the mask, one a class; black 0, white 1",
+                **images,
             ),
-            gr.Number(value=1, precision=0, label="Class id"),
+            gr.File(label="Label mask: palette or grey PNG whose values are class ids", **images),
+            gr.Textbox(value="1", label="Class ids of the maps, such as: 1, 2"),
         ],
         outputs=gr.Code(language="json", label=metric.name),
         title=f"Metric: {metric.name}",

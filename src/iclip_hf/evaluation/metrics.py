@@ -136,7 +136,7 @@ def contrast_counts(maps, mask, labels, ignore_index: int = 255) -> np.ndarray:
 
     For classes i and j, with pixels of both and of neither left out, a_ij = P(M_i at a pixel of i > M_i at a pixel of j),
     ties half, and c_ij = (a_ij + a_ji) / 2. Maps are rounded to multiples of 1 / 4096 first; values that fall together count
-    as ties, so that c_ij is off by at most half the share of pixel pairs that do (on smooth maps less than 1e-5).
+    as ties, so that c_ij is off by at most half the share of pixel pairs that do (about 1e-5 on smooth maps).
 
     Args:
         maps: (K, H, W) array or tensor of float16, float32 or float64 in [0, 1], the map of each class.
@@ -156,7 +156,7 @@ def contrast_counts(maps, mask, labels, ignore_index: int = 255) -> np.ndarray:
     ignore_index = _class_id(ignore_index, "ignore_index")
     labels = [_check_label(label, ignore_index) for label in labels]
     maps, mask = _check_map(maps), _check_mask(mask)
-    if maps.ndim != 3 or mask.shape not in (maps.shape, maps.shape[1:]):
+    if maps.ndim != 3 or mask.shape not in (maps.shape, maps.shape[1:]) or 0 in maps.shape[1:]:
         raise ValueError(
             "Expected maps (K, H, W) and a label mask (H, W) or (K, H, W) of their size, "
             f"got {maps.shape} and {mask.shape}. Resize the maps to the mask."

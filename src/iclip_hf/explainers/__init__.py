@@ -25,7 +25,7 @@ import inspect
 import torch
 
 from ..modeling_iclip import ICLIPTextFeatures
-from .attention import Attention
+from .attention import Attention, AttentionAffinity
 from .bi_modal import BiModal
 from .clip_surgery import CLIPSurgery
 from .explainer import Explainer, identity
@@ -38,6 +38,7 @@ METHODS: dict[str, type[Explainer]] = {
     "itsm": ITSM,
     "reversed_itsm": ReversedITSM,
     "attention": Attention,
+    "attention_affinity": AttentionAffinity,
     "grad_cam": GradCAM,
     "bi_modal": BiModal,
     "clip_surgery": CLIPSurgery,

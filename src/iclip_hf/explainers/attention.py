@@ -1,4 +1,4 @@
-"""Attention of the last layer: where the model looks, whatever the text."""
+"""Attention of the last layer, as it is and spread over like patches: where the model looks, whatever the text."""
 
 from __future__ import annotations
 
@@ -6,20 +6,42 @@ import math
 
 import torch
 
-from ..modeling_iclip import ICLIPTextFeatures
+from ..modeling_iclip import ICLIPImageFeatures, ICLIPTextFeatures
 from .explainer import Explainer
+from .recording import AttentionRecord
 
 
 class Attention(Explainer):
     """
     Class-agnostic attention of the class token, or of the pooling head's query, over the patches: mean of the heads, the
-    same map for every text. For ICLIP it is the model's own, normalised (Eq. 9 and 10).
+    same map for every text. For ICLIP it is the model's own, normalised (Eq. 9).
     """
 
     @torch.no_grad()
     def forward(self, pixel_values: torch.Tensor, texts: ICLIPTextFeatures) -> tuple[torch.Tensor, torch.Tensor]:
         image, (layer,) = self.family.trace(pixel_values, weights=True)
-        patches = math.prod(image.grid)
-        attention = layer.weights[:, :, 0, -patches:].float().mean(1) if image.attention is None else image.attention
-        maps = attention.unflatten(-1, image.grid).unsqueeze(1)
+        maps = self._attention(image, layer).unflatten(-1, image.grid).unsqueeze(1)
         return maps.expand(-1, texts.text_embeds.shape[-2], -1, -1), image.image_embeds
+
+    def _attention(self, image: ICLIPImageFeatures, layer: AttentionRecord) -> torch.Tensor:
+        """What is shown of the patches, `(B, N)`."""
+        if image.attention is not None:
+            return image.attention
+        return layer.weights[:, :, 0, -math.prod(image.grid) :].float().mean(1)
+
+
+class AttentionAffinity(Attention):
+    """
+    The attention of [`Attention`], shared among like patches as `config.map_affinity` says: what ICLIP's own map owes to
+    attention and affinity alone, without any text.
+    """
+
+    def __init__(self, model, processor):
+        super().__init__(model, processor)
+        if not hasattr(getattr(model, "config", None), "map_affinity"):
+            raise ValueError(
+                f"Expected an ICLIP model, whose attention is shared by affinity, got {type(model).__name__}: use attention."
+            )
+
+    def _attention(self, image: ICLIPImageFeatures, layer: AttentionRecord) -> torch.Tensor:
+        return image.map_attention

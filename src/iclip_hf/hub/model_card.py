@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from huggingface_hub.errors import EntryNotFoundError
 
-from ..utils.files import atomic_write
+from ..utils.files import atomic_write, cache_folder
 
 
 if TYPE_CHECKING:
@@ -34,9 +34,11 @@ _TOWERS = {
     "openai/clip-vit-base-patch16": ("CLIP ViT-B/16's text tower (OpenAI)", "MIT"),
     "sentence-transformers/all-MiniLM-L6-v2": ("all-MiniLM-L6-v2 (sentence-transformers)", "Apache-2.0"),
 }
-# The same by the names of their folders, with the one that `embedded_towers` gives.
-_FOLDERS = {hub_id.split("/")[1]: hub_id for hub_id in _TOWERS}
-_FOLDERS["minilm-l6"] = "sentence-transformers/all-MiniLM-L6-v2"
+# Those that `embedded_towers` keeps, by the names of their folders.
+_EMBEDDED_FOLDERS = {
+    "dinov2-small": "facebook/dinov2-small",
+    "minilm-l6": "sentence-transformers/all-MiniLM-L6-v2",
+}
 # Known training data by a part of its name.
 _DATA_TERMS = {
     "cc3m": "Conceptual Captions: free for any purpose; the images are their owners'",
@@ -194,10 +196,15 @@ def _without_folders(name: str) -> str:
 
 
 def describe_tower(config: PreTrainedConfig) -> dict[str, str | None]:
-    """What is known of a tower by the name it was loaded from: `name`, Hub `id` and `licence`, None where unknown."""
-    checkpoint = config.name_or_path or ""
-    tower_id = _FOLDERS.get(Path(checkpoint).name, checkpoint)
-    if tower_id not in _TOWERS and not _is_hub_id(tower_id):
+    """
+    What is known of a tower by the name it was loaded from: `name`, Hub `id` and `licence`, None where unknown. A folder's name
+    says nothing of what is in it, but for those that this package fills.
+    """
+    tower_id = config.name_or_path or ""
+    folder = Path(tower_id)
+    if folder.parent == cache_folder() and folder.name in _EMBEDDED_FOLDERS:
+        tower_id = _EMBEDDED_FOLDERS[folder.name]
+    elif not _is_hub_id(tower_id):
         return {"name": f"{config.model_type} tower", "id": None, "licence": None}
     name, licence = _TOWERS.get(tower_id, (tower_id, None))
     return {"name": name, "id": tower_id, "licence": licence}
@@ -237,6 +244,7 @@ def _eval_results(metrics: EvaluationResult | Mapping) -> list[EvalResult]:
         )
         for method, scores in metrics["results"].items()
         for metric, digits in _METRIC_DIGITS.items()
+        if scores[metric] is not None  # what could not be measured
     ]
 
 

@@ -197,11 +197,17 @@ def explain_collection(
 def _rows(localizer, images, part, batch_size, pool, bar, broken) -> Iterator[dict]:
     """The rows of some images, in order; threads decode and describe, this one runs the model."""
 
+    def load(index: int) -> tuple[str, Image.Image]:
+        name, image = images.image(index)
+        if name != _printable(name):
+            raise ValueError(f"{name}: expected a name in UTF-8, which Parquet files hold: rename the image")
+        return name, image
+
     def explained() -> Iterator[ExplainedImage]:
-        for one in localizer.explain_all(images.image, part, pool, batch_size):
+        for one in localizer.explain_all(load, part, pool, batch_size):
             bar.update()
             if one.image is None:
-                broken.append(one.name)
+                broken.append(_printable(one.name))
             else:
                 yield one
 
@@ -213,6 +219,11 @@ def _rows(localizer, images, part, batch_size, pool, bar, broken) -> Iterator[di
         return {"image": one.name, "height": one.image.height, "width": one.image.width, "texts": texts}
 
     return prefetch_map(pool, describe, explained(), 2 * batch_size)
+
+
+def _printable(name: str) -> str:
+    """A name with its bytes that are no UTF-8 as escapes."""
+    return name.encode(errors="backslashreplace").decode()
 
 
 def _png(mask: np.ndarray) -> bytes:

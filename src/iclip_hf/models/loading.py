@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from transformers import AutoConfig, AutoModel, AutoProcessor, ProcessorMixin
 
-from ..modeling_iclip import ICLIPModel
+from ..modeling_iclip import ICLIPModel, check_weights
 from ..processing_iclip import ICLIPProcessor
 from ..utils.files import loading_errors
 from .embedded import embedded_model
@@ -50,19 +50,15 @@ def load_pretrained(name: str | Path, **options):
         `tuple`: model, in eval mode, and processor.
 
     Raises:
-        `OSError`: there is none, or a file of it is missing. `ValueError`: a file is damaged, or lacks weights, which
-        `from_pretrained` alone would fill with random numbers.
+        `OSError`: there is none, or a file of it is missing. `ValueError`: a file is damaged, lacks weights or holds NaN.
     """
     with loading_errors(name):
         model, loading = AutoModel.from_pretrained(
             name, output_loading_info=True, use_safetensors=True, trust_remote_code=False, **options
         )
+        if not isinstance(model, ICLIPModel):  # which does so itself
+            check_weights(name, model, loading["missing_keys"])
         processor = AutoProcessor.from_pretrained(name, trust_remote_code=False)
-    if missing := sorted(loading["missing_keys"]):
-        raise ValueError(
-            f"{name}: expected all weights of {type(model).__name__}, but {len(missing)} are missing, such as {missing[0]}; "
-            "get it again."
-        )
     if not isinstance(processor, ProcessorMixin):
         raise ValueError(
             f"{name}: expected a processor of images and texts, got {type(processor).__name__}; get it again."

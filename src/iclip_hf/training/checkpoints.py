@@ -6,7 +6,9 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
@@ -17,10 +19,36 @@ from ..hub.model_card import write_model_card
 from ..processing_iclip import ICLIPProcessor
 from ..utils.extras import require_extra
 from ..utils.files import writing_errors
+from .settings import Settings, changed_settings
 
 
 with require_extra("train"):
     from accelerate import Accelerator
+
+
+@dataclass
+class RunState:
+    """
+    Where a run stands: what a checkpoint holds beside weights and optimizer.
+
+    Attributes:
+        step: steps done.
+        bad_steps, bad_in_a_row: those without a finite loss and gradient, and how many of them are the last ones.
+        skipped_pairs: broken ones, in place of which others came.
+        best: value of the chosen metric of the best model so far.
+        metrics: of the last evaluation.
+        evaluation: its part on maps, as `iclip evaluate` tells it.
+        settings: of the run.
+    """
+
+    step: int = 0
+    bad_steps: int = 0
+    bad_in_a_row: int = 0
+    skipped_pairs: int = 0
+    best: float | None = None
+    metrics: dict = field(default_factory=dict)
+    evaluation: dict | None = None
+    settings: dict = field(default_factory=dict)
 
 
 def keep_learning_weights_only(accelerator: Accelerator) -> None:
@@ -58,12 +86,55 @@ def checkpoints(output_dir: Path) -> list[Path]:
     return sorted(path for path in output_dir.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name))
 
 
-def save_checkpoint(accelerator: Accelerator, output_dir: Path, state: Mapping, keep: int) -> None:
+def state_to_resume(settings: Settings, fixed: Collection[str] = ()) -> tuple[Path | None, RunState]:
     """
-    Saves everything a run needs to go on, as `checkpoint-<state["step"]>`, and removes all but the last `keep`. It appears whole
-    or not at all.
+    The last checkpoint in the run's folder and the state it was saved with; without one, None and a new state.
+
+    Args:
+        settings: of this run.
+        fixed: settings that may not change in it beside those whose field says so.
+
+    Raises:
+        `ValueError`: there is a checkpoint, but `resume` is not set, or settings differ that may not change.
     """
-    target = output_dir / f"checkpoint-{state['step']:07d}"
+    folder = Path(settings.output_dir)
+    if not checkpoints(folder):
+        return None, RunState()
+    if not settings.resume:
+        raise ValueError(f"{folder}: holds a run already; add --resume to go on with it, or name another output_dir.")
+    last = checkpoints(folder)[-1]
+    state = RunState(**json.loads((last / "state.json").read_text()))
+    if changed := changed_settings(settings, state.settings, fixed):
+        differences = ", ".join(
+            f"{name} from {state.settings.get(name)} to {getattr(settings, name)}" for name in changed
+        )
+        raise ValueError(f"{folder}: cannot go on with other settings, but they changed: {differences}.")
+    return last, state
+
+
+@contextmanager
+def advice_to_resume(output_dir: Path) -> Iterator[None]:
+    """Adds to the message of an interruption or failure inside which checkpoint the run goes on from, if there is one."""
+    try:
+        yield
+    except BlockingIOError:  # the checkpoints are another run's
+        raise
+    except (KeyboardInterrupt, FloatingPointError, OSError) as error:
+        last = checkpoints(output_dir)[-1:]
+        if not last and not isinstance(error, KeyboardInterrupt):
+            raise
+        kind = OSError if isinstance(error, OSError) else type(error)
+        said = str(error).rstrip(".") or "interrupted"
+        advice = f"; --resume goes on from {last[0]}" if last else " before the first checkpoint; start it again"
+        raise kind(f"{said}{advice}") from error
+
+
+def save_checkpoint(accelerator: Accelerator, output_dir: Path, state: RunState, keep: int) -> None:
+    """
+    Saves everything a run needs to go on, as `checkpoint-<state.step>`, and removes all but the last `keep`. It appears whole or
+    not at all.
+    """
+    target = output_dir / f"checkpoint-{state.step:07d}"
     partial = Path(f"{target}.partial")
     if accelerator.is_main_process:
         shutil.rmtree(partial, ignore_errors=True)
@@ -73,16 +144,10 @@ def save_checkpoint(accelerator: Accelerator, output_dir: Path, state: Mapping, 
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         with writing_errors(target):
-            (partial / "state.json").write_text(json.dumps(state, indent=2))
+            (partial / "state.json").write_text(json.dumps(asdict(state), indent=2))
         os.replace(partial, target)
         for old in checkpoints(output_dir)[:-keep]:
             shutil.rmtree(old)
-
-
-def load_checkpoint(accelerator: Accelerator, folder: Path) -> dict:
-    """Brings a run back to a checkpoint, and returns the state it was saved with."""
-    accelerator.load_state(str(folder))
-    return json.loads((folder / "state.json").read_text())
 
 
 def export(

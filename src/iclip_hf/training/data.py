@@ -5,7 +5,10 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import logging
 import random
+import signal
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
@@ -13,7 +16,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
 
-from ..data.pairs import PairDataset, PairStream
+from ..data.pairs import DroppedConnectionError, PairDataset, PairStream
 from ..processing_iclip import ICLIPProcessor
 from ..utils.extras import require_extra
 from .nouns import NounPrompts
@@ -22,6 +25,11 @@ from .nouns import NounPrompts
 with require_extra("train"):
     from accelerate import Accelerator
     from accelerate.utils import send_to_device
+
+
+logger = logging.getLogger(__name__)
+
+_RETRIES = 5  # of a stream, one after another without a batch between them
 
 
 def derive_seed(*key) -> int:
@@ -202,7 +210,8 @@ class BatchLoader:
         pairs_per_epoch: of a stream, which does not know its length.
 
     Raises:
-        `ValueError`: if the batches do not divide among the processes, or an epoch has none.
+        `ValueError`: if the batches do not divide among the processes, or an epoch has none. While it is read, `OSError`: a
+        process that loads pairs died, or a stream's connection is lost for good.
     """
 
     def __init__(
@@ -233,12 +242,28 @@ class BatchLoader:
             num_workers=num_workers,
             collate_fn=dataset.collate,
             pin_memory=self.device.type == "cuda",
+            worker_init_fn=_ignore_interrupts,
         )
 
     def epoch(self, epoch: int, first: int = 0) -> Iterator[dict]:
         """The batches of one epoch from the `first` on; a stream does not skip, it begins another pass."""
-        for batch in (self._stream if self.streamed else self._rows)(epoch, first):
+        batches = iter((self._stream if self.streamed else self._rows)(epoch, first))
+        while (batch := self._next(batches)) is not None:
             yield send_to_device(batch, self.device, non_blocking=True)
+
+    def _next(self, batches: Iterator[dict]) -> dict | None:
+        try:
+            return next(batches, None)
+        except (ConnectionError, RuntimeError) as error:  # of the pipe to a worker, or torch's
+            died = isinstance(error, ConnectionError) or "DataLoader worker" in str(error)
+            if not died or not self.loader.num_workers or isinstance(error, DroppedConnectionError):
+                raise
+            if hasattr(signal, "SIGCHLD"):
+                signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler may raise for the same death once more
+            raise OSError(
+                f"A process that loads pairs broke off ({' '.join(str(error).split())}), perhaps for want of memory: lower "
+                "num_workers"
+            ) from error
 
     def _rows(self, epoch: int, first: int) -> DataLoader:
         self.dataset.set_epoch(epoch)
@@ -247,15 +272,33 @@ class BatchLoader:
 
     def _stream(self, epoch: int, first: int) -> Iterator[dict]:
         """
-        In as many passes as it takes: the stream's part may end earlier in one process than in another. Each has an order of its
-        own, by the step it begins at, or a run that goes on would see the beginning of its epoch again and the end never.
+        In as many passes as it takes: the stream's part may end earlier in one process than in another, and another pass begins
+        after a lost connection. Each has an order of its own, by the step it begins at, or a run that goes on would see the
+        beginning of its epoch again and the end never.
         """
-        step = first
+        step, failures = first, 0
         while step < self.steps_per_epoch:
             began = step
             self.dataset.set_epoch(epoch * self.steps_per_epoch + step)
-            for batch in itertools.islice(self.loader, self.steps_per_epoch - step):
-                yield batch
-                step += 1
+            try:
+                for batch in itertools.islice(self.loader, self.steps_per_epoch - step):
+                    yield batch
+                    step += 1
+                    failures = 0
+            except DroppedConnectionError as error:
+                failures += 1
+                problem = str(error).strip().splitlines()[-1].rpartition("Error: ")[2]  # without a worker's traceback
+                if failures > _RETRIES:
+                    raise DroppedConnectionError(
+                        f"The stream's connection is lost, also after {_RETRIES} retries ({problem}): see to the network"
+                    ) from error
+                logger.warning("The stream's connection is lost, retry %d: %s", failures, problem)
+                time.sleep(2**failures)
+                continue
             if step == began:
                 raise ValueError("A pass over this process's part of the stream has no whole batch: lower batch_size.")
+
+
+def _ignore_interrupts(worker: int) -> None:
+    """Ctrl-C reaches every process of the terminal; the training process decides when its workers end."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterable, Sequence
 
@@ -73,10 +74,10 @@ def set_token_mean(model: ICLIPModel, images: Iterable[torch.Tensor]) -> None:
         images (iterable of `torch.Tensor` of shape `(3, H, W)`): a few hundred are enough.
     """
     if model.config.center_tokens and not model.token_mean.any():
-        means = [
-            model.encode_image(image[None].to(model.device)).patch_tokens.float().mean((0, 1)) for image in images
-        ]
-        model.token_mean.copy_(torch.stack(means).mean(0))
+        images, means = iter(images), []
+        while batch := list(itertools.islice(images, 32)):
+            means.append(model.encode_image(torch.stack(batch).to(model.device)).patch_tokens.float().mean(1))
+        model.token_mean.copy_(torch.cat(means).mean(0))
 
 
 class PairModel(nn.Module):
@@ -85,7 +86,8 @@ class PairModel(nn.Module):
 
     Memory holds the towers' activations of `chunk_size` pairs only: those of the others are computed again in the backward
     pass (cached gradients). So a big batch costs time, and keeps all its negatives. Each process has the same number of
-    pairs; the mean over the processes of their losses and gradients is that of one process with all pairs.
+    pairs; the mean over the processes of their losses and gradients is that of one process with all pairs. Both are exact but
+    for dropout, which draws for each chunk and process anew, see `has_dropout`.
 
     Args:
         model: [`ICLIPModel`].
@@ -117,6 +119,14 @@ class PairModel(nn.Module):
         """Those that the model has, recognition first."""
         named = {name: getattr(self.model, name) for name in ("recognition", "interpretability")}
         return {name: branch for name, branch in named.items() if branch is not None}
+
+    @property
+    def has_dropout(self) -> bool:
+        """Whether a tower that learns drops units at random, so that `chunk_size` changes results."""
+        learning = [] if self.model.config.lock_vision else [self.model.vision_model]
+        learning += [] if self.lock_text else [self.model.text_model]
+        rates = (value for tower in learning for name, value in tower.config.to_dict().items() if "drop" in name)
+        return any(isinstance(rate, float) and rate > 0 for rate in rates)
 
     def train(self, mode: bool = True) -> PairModel:
         super().train(mode)

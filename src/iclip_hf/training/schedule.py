@@ -16,7 +16,11 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
 
 
 def cosine_schedule(step: int, total: int, warmup: int, peak: float, start: float, end: float) -> float:
-    """Learning rate of a step: linear from `start` to `peak` over the warm-up, then half a cosine to `end`."""
+    """
+    Learning rate of a step: linear from `start` towards `peak` over the warm-up, then half a cosine to `end`. The cosine is that
+    of all steps, the warm-up's included, so the rate after the warm-up is a little below `peak`: GroupViT's recipe, which is
+    timm's default (`warmup_prefix=False`).
+    """
     if step < warmup:
         return start + (peak - start) * step / warmup
-    return end + (peak - end) * (1 + math.cos(math.pi * (step - warmup) / (total - warmup))) / 2
+    return end + (peak - end) * (1 + math.cos(math.pi * step / total)) / 2

@@ -74,6 +74,8 @@ def loading_errors(name: str | Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:
+        if str(error).startswith(f"{name}: expected"):  # clear already
+            raise
         problem = f"loading failed ({str(error) or type(error).__name__})"
         if "ignore_mismatched_sizes" in problem:  # details are in a log that commands silence
             problem = "its weights have other shapes than its config.json says"

@@ -1,0 +1,79 @@
+"""What a run trains and validates on, as its settings say: pairs with their images, or features of locked towers."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from torch.utils.data import Dataset
+
+from ..data.pairs import PairDataset, PairStream, load_pairs
+from ..modeling_iclip import ICLIPModel
+from ..processing_iclip import ICLIPProcessor
+from .data import AugmentedImage, TrainingPairs, TrainingStream, WholeImage
+from .feature_cache import CachedPairs, cache_images, cache_texts
+from .loss import set_token_mean
+from .nouns import NounPrompts
+from .settings import Settings
+
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+
+def load_datasets(
+    settings: Settings, model: ICLIPModel, processor: ICLIPProcessor, accelerator: Accelerator
+) -> tuple[Dataset, PairDataset | None, Dataset | None]:
+    """
+    Args:
+        settings: of the run.
+        model: to train; moves to the device, and gets its mean token where it centers tokens.
+        processor: of the model.
+        accelerator: its processes share the work.
+
+    Returns:
+        `tuple`: what to train on, and the local pairs to validate on with their prepared form, None without them.
+
+    Raises:
+        `ValueError`: `cache_features` with an image tower that learns or a stream, or data that are not as described.
+        `FileNotFoundError`: data are missing.
+    """
+    shared = {"seed": settings.seed, "max_bad_share": settings.max_bad_share}
+    source = settings.data[0] if len(settings.data) == 1 else settings.data
+    placed = {"rank": accelerator.process_index, "world_size": accelerator.num_processes, "split": settings.split}
+    with accelerator.main_process_first():  # which leaves the indexes of tar shards behind for the others
+        pairs = load_pairs(source, **shared, **placed)
+        held_out = load_pairs(settings.validation_data, **shared) if settings.validation_data else None
+    whole = WholeImage(processor)
+    augmented = AugmentedImage(processor, settings.crop_scale, settings.auto_augment, settings.random_erasing)
+
+    nouns = NounPrompts.from_file(settings.nouns, settings.noun_prompts, settings.seed) if settings.nouns else None
+
+    def cached(pairs, part: str, transforms: list, nouns: NounPrompts | None = None) -> CachedPairs:
+        if not model.config.lock_vision or isinstance(pairs, PairStream):
+            raise ValueError("cache_features needs a locked image tower and local pairs.")
+        folder = Path(settings.cache_features, part)
+        limits = {"num_workers": settings.num_workers, "max_bad_share": settings.max_bad_share}
+        views = cache_images(folder, pairs, model, transforms, accelerator, map_tokens=settings.map_tokens, **limits)
+        texts = {}
+        if settings.lock_text:
+            captions = itertools.chain.from_iterable(views[0].captions())
+            texts["texts"] = cache_texts(folder / "texts", captions, model, processor, accelerator)
+            if nouns is not None:
+                prompts = nouns.all_prompts()
+                texts["prompts"] = cache_texts(folder / "prompts", prompts, model, processor, accelerator)
+        return CachedPairs(views, model.config, processor, settings.seed, nouns, **texts)
+
+    model.to(accelerator.device).eval()
+    if isinstance(pairs, PairStream):
+        some = (pair["image"] for pair in itertools.islice(pairs, 256))
+    else:
+        some = (pairs[index]["image"] for index in range(0, len(pairs), max(1, len(pairs) // 256)))
+    set_token_mean(model, map(whole, some))
+    if settings.cache_features:
+        training = cached(pairs, "training", [whole] + [augmented] * (settings.views - 1), nouns)
+        return training, held_out, held_out and cached(held_out, "validation", [whole])
+    prepared = TrainingStream if isinstance(pairs, PairStream) else TrainingPairs
+    training = prepared(pairs, augmented, processor, settings.seed, nouns)
+    return training, held_out, held_out and TrainingPairs(held_out, whole, processor, settings.seed)

@@ -1,0 +1,40 @@
+"""Ctrl-C and SIGTERM: a run ends its step and saves a checkpoint before it stops."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+
+
+class Interrupts:
+    """
+    A context in which SIGINT and SIGTERM raise `KeyboardInterrupt`, unless `deferred` is set: then they are only noted in
+    `requested`. A second Ctrl-C, a second after the first, raises in any case. (Launchers send the same signal to a process
+    that got it from the terminal already, at once.)
+    """
+
+    def __init__(self):
+        self.deferred = self.requested = False
+
+    def __enter__(self) -> Interrupts:
+        self._since = None
+        signals = (signal.SIGINT, signal.SIGTERM) if threading.current_thread() is threading.main_thread() else ()
+        self._before = {number: signal.signal(number, self._handle) for number in signals}
+        self._owner = os.getpid()
+        return self
+
+    def __exit__(self, *exception) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _handle(self, number: int, frame) -> None:
+        now = time.monotonic()
+        first = self._since is None
+        self._since = now if first else self._since
+        self.requested = True
+        if not self.deferred or (number == signal.SIGINT and now - self._since > 1):
+            raise KeyboardInterrupt
+        if first:
+            print("train.py: stopping after this step, with a checkpoint; Ctrl-C again stops at once", flush=True)

@@ -1,0 +1,214 @@
+"""The settings of `train.py`: defaults, then a `train.yaml`, then the command line."""
+
+# ruff: noqa: RUF009 (`setting` makes a field)
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Literal
+
+import yaml
+from transformers import HfArgumentParser
+
+from ..configuration_iclip import ICLIPConfig
+
+
+# Results of `iclip_hf.evaluation.evaluate.evaluate` that a run logs, and may choose its best model by.
+MAP_METRICS = ("mAP", "mMIoU", "mFMB", "text_contrast")
+RETRIEVAL_METRICS = ("text_to_image", "image_to_text")
+_BEST_METRICS = ("auto", *RETRIEVAL_METRICS, *MAP_METRICS)
+
+
+def setting(default, help: str, same: Callable | None = lambda value: value):
+    """
+    A field of [`Settings`].
+
+    Args:
+        default: its value if not given.
+        help: what it is, for the command line.
+        same: what of its value must be the same when a run resumes; None if it may change, since it changes no number.
+    """
+    make = {"default_factory": default.copy} if isinstance(default, list) else {"default": default}
+    return field(**make, metadata={"help": help, "same": same})
+
+
+@dataclass
+class Settings:
+    """The paper's recipe by default; where it leaves things open, GroupViT's and DeiT's, which it follows."""
+
+    config: str = setting(
+        "hub_configs/iclip-vit-b16/train.yaml", "settings; beside them the model's configuration", same=None
+    )
+    output_dir: str = setting("", "folder of the run; runs/<name of the config's folder> if not given", same=None)
+    resume: bool = setting(False, "go on from the last checkpoint in output_dir, if there is one", same=None)
+
+    # model
+    model: str = setting("", "ICLIP model to train further (folder or Hub id), instead of two towers")
+    vision: str = setting("", 'image tower (folder, Hub id, or DINO\'s .pth), or "embedded" for the one of the demo')
+    text: str = setting("", 'text tower (folder or Hub id), or "embedded" for the one of the demo')
+    model_options: list[str] = setting([], "options of the model over those of config.json, as name=value")
+    lock_text: bool = setting(False, "train the projections only")
+    image_size: int = setting(224, "height and width of images in pixels")
+
+    # data
+    data: list[str] = setting([], "training pairs: tar shards, image folders, .csv or .tsv tables, or one Hub dataset")
+    validation_data: list[str] = setting([], "pairs to validate on, local")
+    split: str = setting("train", "split of a Hub dataset")
+    pairs_per_epoch: int = setting(
+        0, "pairs in an epoch of a Hub dataset, which is streamed and does not tell its length"
+    )
+    max_bad_share: float = setting(0.05, "the run stops if more of the pairs are broken")
+    crop_scale: float = setting(0.08, "smallest area of a random crop, as a share of the image")
+    auto_augment: str = setting("rand-m9-mstd0.5-inc1", "timm's name of an augmentation policy, or empty")
+    random_erasing: float = setting(0.25, "probability of erasing a rectangle")
+    nouns: str = setting("", "text file of nouns, a line each: those of a caption become prompts, as in GroupViT")
+    noun_prompts: int = setting(3, "nouns that a pair brings; each noun of a batch counts once")
+    noun_weight: float = setting(0.5, "their share in the loss of the branches that learn them")
+    noun_branches: list[str] = setting(["recognition"], "branches that learn them: recognition, interpretability")
+    map_tokens: int = setting(16, "patches that stand for an image where max_over is similarity")
+    num_workers: int = setting(4, "processes that load pairs, for each training process", same=None)
+    cache_features: str = setting(
+        "", "folder for features of locked towers, computed once and trained from", same=bool
+    )
+    views: int = setting(1, "views of an image in that cache: the whole image, then augmented ones")
+
+    # optimisation
+    epochs: int = setting(30, "passes over the pairs")
+    max_steps: int = setting(0, "stop after so many steps, the schedule with them; 0 for all epochs")
+    batch_size: int = setting(1024, "pairs in a batch of all processes together")
+    chunk_size: int = setting(
+        256,
+        "pairs that a tower sees at once in a process: the memory it needs; changes results only where a tower with dropout learns",
+        same=None,
+    )
+    learning_rate: float = setting(
+        1.25e-4, "learning rate at the peak, for a batch of 1024; all three rates follow the batch size"
+    )
+    warmup_learning_rate: float = setting(1e-6, "learning rate at the start")
+    min_learning_rate: float = setting(1e-5, "learning rate at the end")
+    warmup_epochs: float = setting(2.0, "epochs of linear warm-up, before half a cosine")
+    weight_decay: float = setting(0.05, "weight decay of matrices; not of biases, norms and logit scales")
+    adam_beta1: float = setting(0.9, "AdamW's memory of the gradient")
+    adam_beta2: float = setting(0.999, "AdamW's memory of the squared gradient")
+    adam_epsilon: float = setting(1e-8, "AdamW's epsilon")
+    clip_grad_norm: float = setting(5.0, "largest norm of the gradient")
+    mixed_precision: Literal["auto", "no", "fp16", "bf16"] = setting(
+        "auto",
+        "auto: fp16 or bf16 if Accelerate was told one of them, else the one that the GPU prefers, none on a CPU",
+    )
+    max_bad_steps: int = setting(30, "stop after so many steps in a row without a finite loss and gradient", same=None)
+    seed: int = setting(0, "seed of everything random")
+
+    # watching
+    report_to: str = setting("tensorboard", "Accelerate's name of a tracker, or none", same=None)
+    log_steps: int = setting(10, "steps between two logs", same=None)
+    eval_steps: int = setting(1000, "steps between two evaluations; there is one at the end in any case", same=None)
+    eval_dataset: Literal["none", "voc2012", "coco2017", "folder"] = setting(
+        "none", "segmentation data to evaluate maps on"
+    )
+    eval_root: str = setting("", "folder of eval_dataset")
+    eval_split: str = setting("", "split of eval_dataset, if not the official one")
+    best_metric: Literal[_BEST_METRICS] = setting(
+        "auto", "what the kept best model is best in; auto: text_to_image, or mMIoU without validation_data"
+    )
+    pictures: int = setting(4, "validation images to draw the maps of at each evaluation", same=None)
+    checkpoint_steps: int = setting(1000, "steps between two checkpoints", same=None)
+    keep_checkpoints: int = setting(2, "checkpoints to keep", same=None)
+
+    def __post_init__(self):
+        self.output_dir = self.output_dir or f"runs/{Path(self.config).resolve().parent.name}"
+        limits = dict.fromkeys(("image_size", "views", "epochs", "batch_size", "chunk_size", "max_bad_steps"), 1)
+        limits |= dict.fromkeys(("log_steps", "eval_steps", "checkpoint_steps", "keep_checkpoints", "noun_prompts"), 1)
+        limits["map_tokens"] = 1
+        limits |= dict.fromkeys(("num_workers", "max_steps", "pairs_per_epoch", "pictures"), 0)
+        limits |= dict.fromkeys(("warmup_epochs", "weight_decay", "warmup_learning_rate", "min_learning_rate"), 0)
+        for name, least in limits.items():
+            if not getattr(self, name) >= least:
+                raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
+        for name in ("learning_rate", "clip_grad_norm", "adam_epsilon"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+        for name in ("crop_scale", "random_erasing", "max_bad_share", "adam_beta1", "adam_beta2", "noun_weight"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} must be from 0 to 1, got {getattr(self, name)}")
+        for one in self.model_options:
+            name, equals, _ = one.partition("=")
+            if not equals or name not in ICLIPConfig.__annotations__:
+                raise ValueError(f"model_options must be name=value with an option of ICLIPConfig, got {one!r}")
+        branches = ("recognition", "interpretability")
+        if unknown := [name for name in self.noun_branches if name not in branches]:
+            raise ValueError(f"noun_branches must be of {', '.join(branches)}, got {unknown[0]!r}")
+        given = {"validation_data": bool(self.validation_data), "eval_dataset": self.eval_dataset != "none"}
+        needed = "validation_data" if self.best_metric in RETRIEVAL_METRICS else "eval_dataset"
+        if self.best_metric == "auto":
+            maps_alone = given["eval_dataset"] and not given["validation_data"]
+            self.best_metric = "mMIoU" if maps_alone else "text_to_image"
+        elif not given[needed]:
+            raise ValueError(f"best_metric {self.best_metric} needs {needed}, which is not given")
+        if not self.data:
+            raise ValueError("data must name training pairs, such as a folder of webdataset shards")
+        if bool(self.model) == bool(self.vision and self.text):
+            raise ValueError("either model must be given, or vision and text")
+
+
+class _Parser(HfArgumentParser):
+    """Hands on to argparse what a field says for it, without what it says of resuming."""
+
+    def add_argument(self, *names, same=None, **options):
+        return super().add_argument(*names, **options)
+
+
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Leaves empty defaults out."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return action.help if action.default in ("", []) else super()._get_help_string(action)
+
+
+def read_settings(arguments: list[str], description: str | None = None) -> Settings:
+    """Defaults, then `train.yaml`, then the command line; one line on stderr and exit code 2 if one of them is wrong."""
+    options = {"description": description, "allow_abbrev": False, "formatter_class": HelpFormatter}
+    parser = _Parser(Settings, prog="train.py", **options)
+    parser.error = lambda message: parser.exit(2, f"train.py: {message}\n")
+    config, _ = parser.parse_known_args([a for a in arguments if a not in ("-h", "--help")])
+    try:
+        from_file = yaml.safe_load(Path(config.config).read_text())
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+        parser.error(f"{config.config}: cannot be read as YAML settings: {' '.join(str(error).split())}")
+    if not isinstance(from_file, dict):
+        parser.error(f"{config.config}: expected settings as `name: value`, got {type(from_file).__name__}")
+    # A file says what a command line would, so it goes the same way, ahead of the real one.
+    command = []
+    for name, value in from_file.items():
+        if name not in Settings.__dataclass_fields__ or name == "config":
+            parser.error(f"{config.config}: there is no setting {name!r}")
+        if value is None:  # `name:` alone leaves the default
+            continue
+        values = value if isinstance(value, list) else [value]
+        if any(isinstance(one, (list, dict)) for one in values):
+            parser.error(f"{config.config}: {name} must be a value or a list of values")
+        command += [f"--{name}", *map(str, values)]
+    try:
+        return parser.parse_args_into_dataclasses([*command, *arguments], look_for_args_file=False)[0]
+    except ValueError as error:
+        parser.error(str(error))
+
+
+def changed_settings(settings: Settings, before: Mapping, fixed: Collection[str] = ()) -> list[str]:
+    """
+    Names of settings that may not differ from those of the run to resume, but do.
+
+    Args:
+        settings: of this run.
+        before: those of the run to resume, by name.
+        fixed: names that may not change here, whatever their field says.
+    """
+    changed = []
+    for one in fields(settings):
+        same = one.metadata["same"] or (repr if one.name in fixed else None)
+        if same is not None and same(getattr(settings, one.name)) != same(before.get(one.name)):
+            changed.append(one.name)
+    return changed

@@ -1,0 +1,186 @@
+"""README and pages: their commands parse, their Python runs, their links and paths exist, and the API reference is complete."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from iclip_hf import cli
+
+
+ROOT = Path(__file__).parents[1]
+DOCS = ROOT / "docs"
+# Pages for readers, as Markdown that GitHub shows too; those in docs/ that only include another file say nothing themselves.
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "hub_configs" / "README.md", *sorted(DOCS.rglob("*.md"))]
+# What a page writes for several words.
+ABBREVIATIONS = {"DATA": ["--dataset", "coco2017", "--data-root", "COCO"]}
+
+
+def code_blocks(page: Path, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+
+
+def commands(page: Path) -> list[list[str]]:
+    """What the page tells to type, in blocks and in the cells of tables, as words; several commands of a line one by one."""
+    lines = "".join(code_blocks(page, "bash")).replace("\\\n", " ").splitlines()
+    for row in re.findall(r"^\|.*", page.read_text(encoding="utf-8"), re.MULTILINE):
+        lines += re.findall(r"`((?:iclip \S+|python|make) [^`]+)`", row)
+    parts = [part for line in lines for part in line.split(" && ")]
+    return [words for words in (shlex.split(part, comments=True) for part in parts) if words]
+
+
+COMMANDS = [(page, words) for page in PAGES for words in commands(page)]
+
+
+def iclip_arguments(words: list[str]) -> list[str] | None:
+    """The arguments of the `iclip` command, however it is started; None for another command."""
+    if words[0] == "iclip":
+        return words[1:]
+    return words[words.index("iclip_hf.cli") + 1 :] if "iclip_hf.cli" in words else None
+
+
+ICLIP = [(page, arguments) for page, words in COMMANDS if (arguments := iclip_arguments(words)) is not None]
+
+
+@pytest.mark.parametrize(("page", "arguments"), ICLIP, ids=lambda part: part.name if isinstance(part, Path) else None)
+def test_iclip_commands_parse(page, arguments):
+    spelled = [word for argument in arguments for word in ABBREVIATIONS.get(argument, [argument])]
+    assert cli._parser().parse_args(spelled).run
+
+
+def test_commands_are_found():
+    assert {arguments[0] for _, arguments in ICLIP} >= {
+        "explain",
+        "compare",
+        "demo",
+        "evaluate",
+        "init",
+        "export",
+        "push",
+    }
+
+
+def test_make_targets_and_scripts_exist():
+    targets = set(re.findall(r"^([\w-]+)[\w -]*:", (ROOT / "Makefile").read_text(), re.MULTILINE)) | {"test-newest"}
+    for page, words in COMMANDS:
+        if words[0] == "make":
+            assert words[1] in targets, (page.name, words)
+        for script in (word for word in words if word.endswith((".py", ".yaml"))):
+            assert (ROOT / script).is_file(), (page.name, script)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_relative_links_and_named_paths_exist(page):
+    """In docs/ the build checks links; this also covers the pages that are read in the repository alone."""
+    text = re.sub(r"^```.*?^```", "", page.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+    for target in re.findall(r"\]\(([^)#:]+?)(?:#[^)]*)?\)", text):
+        assert (page.parent / target).exists(), target
+    for path in re.findall(r"`((?:src|tests|docs|hub_configs|benchmarks|notebooks|evaluate_metrics)/[\w./-]+)`", text):
+        assert (ROOT / path).exists() or "NAME" in path, path
+
+
+def test_every_module_is_in_the_api_reference():
+    directives = {}
+    for page in (DOCS / "api").glob("*.md"):
+        for name, options in re.findall(r"^::: (\S+)\n((?: .*\n)*)", page.read_text() + "\n", re.MULTILINE):
+            directives[name] = options
+    modules = set()
+    for file in (ROOT / "src" / "iclip_hf").rglob("*.py"):
+        name = ".".join(file.relative_to(ROOT / "src").with_suffix("").parts)
+        if not re.search(r"\._|\.(cli|demo)\.", name):
+            modules.add(name)
+    covered = {
+        module
+        for module in modules
+        for name, options in directives.items()
+        if module == name or (module.startswith(f"{name}.") and "members" not in options)
+    }
+    assert modules - covered == set()
+
+
+DOCSTRINGS = '''
+class Thing:
+    """Documented."""
+
+    other = None
+
+    def use(self, size):
+        """
+        Uses a [`~sample.Thing`], its [`Thing.other`] and an [`Absent`].
+
+        Args:
+            size (`int`, defaults to 3): first line
+                and second line.
+            depth: `Args:` of another kind.
+
+        Returns:
+            `tuple`: one item
+            on two lines.
+
+        Raises:
+            `ValueError`: for a size
+            below 1.
+            `OSError`: never.
+        """
+'''
+RENDERED = """
+Uses a [`Thing`][sample.Thing], its `other` and an [`Absent`][Absent].
+
+**Args**
+
+- size (`int`, defaults to 3): first line
+    and second line.
+- depth: `Args:` of another kind.
+
+**Returns**
+
+- `tuple`: one item
+    on two lines.
+
+**Raises**
+
+- `ValueError`: for a size
+    below 1.
+- `OSError`: never.
+"""
+
+
+def test_docstrings_are_rendered_as_lists_and_links(tmp_path):
+    griffe = pytest.importorskip("griffe", reason="needs the extra [docs]")
+    (tmp_path / "sample.py").write_text(DOCSTRINGS)
+    extensions = griffe.load_extensions(DOCS / "docstrings.py")
+    package = griffe.load("sample", search_paths=[tmp_path], extensions=extensions)
+    rendered = re.sub(r"\n\s*\n+", "\n\n", package["Thing.use"].docstring.value)
+    assert rendered.strip() == RENDERED.strip()
+
+
+def test_the_readme_stays_short():
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 150
+
+
+PYTHON = [page for page in PAGES if code_blocks(page, "python")]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", PYTHON, ids=lambda page: page.name)
+def test_python_examples_run(page, tmp_path, monkeypatch):
+    """The blocks of a page run one after the other, as a reader would run them."""
+    from iclip_hf.models.embedded import embedded_model
+
+    data = pytest.importorskip("skimage.data", reason="needs the extra [demo]")
+    try:
+        embedded_model()
+    except OSError as error:
+        pytest.skip(f"the embedded towers cannot be had here: {error}")
+    from PIL import Image
+
+    monkeypatch.chdir(tmp_path)
+    Image.fromarray(data.chelsea()).save("dog.jpg")
+    if "`iclip install-metrics`" in page.read_text(encoding="utf-8"):
+        evaluate = pytest.importorskip("evaluate", reason="needs the extra [eval]")
+        monkeypatch.setattr(evaluate.config, "HF_EVALUATE_OFFLINE", True)
+        assert cli.main(["install-metrics"]) == 0
+    names = {}
+    for block in code_blocks(page, "python"):
+        exec(compile(block, str(page), "exec"), names)

@@ -202,9 +202,9 @@ def test_two_processes_go_on_after_a_kill_in_the_midst_of_writing(folder, tiny_p
     assert "/6 [" in done.stderr
 
     alone = tmp_path / "alone"
-    model = {"model": str(folder / "model")}
-    localizer = Localizer(tiny_model(), tiny_processor, TEXTS, threshold=0.4, min_presence=0.2)
-    localizer.settings.update(model)
+    model = tiny_model()
+    model.config._name_or_path = str(folder / "model")
+    localizer = Localizer(model, tiny_processor, TEXTS, threshold=0.4, min_presence=0.2)
     run(localizer, open_images([folder / "images"]), alone)
     assert sorted(contents(output)) == sorted(contents(alone))
     for file in alone.glob("*.parquet"):

@@ -1,4 +1,4 @@
-"""From a segmentation data set and a model to mAP, mMIoU, mFMB and text contrast of every method (the paper's Tables 1, 4, 5 and 8)."""
+"""Evaluation of a model on a segmentation data set: mAP, mMIoU, mFMB and text contrast (Tables 1, 4, 5 and 8)."""
 
 from __future__ import annotations
 
@@ -41,12 +41,12 @@ with require_extra("eval"):
 @dataclass
 class EvaluationResult:
     """
-    What was measured, and how.
+    The results of an evaluation and its protocol.
 
     Attributes:
         protocol (`dict`): model, data set with its fingerprint, resolution, prompts, aggregation, software versions.
         results (`dict`): for each method `mAP`, `mMIoU`, `text_contrast` and `floor` in percent and `mFMB` in [-1, 1]; `floor`
-            is the mMIoU of calling every pixel foreground.
+            is the mMIoU of a map that marks every pixel.
         presence (`dict`): what the gate of `min_presence` does: the share of the shown classes whose presence reaches it, `kept`, and
             of the others, `passed`, both in percent of all images and classes.
         per_class (`dict`): for each method a list of one `dict` a class: id, name, AP, IoU in percent, its best threshold,
@@ -99,7 +99,7 @@ class EvaluationResult:
 
 
 class _Scores:
-    """The metrics of one method's maps: each counts in a thread, and adds the counts in order."""
+    """The metrics of one method. `count` may run in any thread; `add` takes its results in order."""
 
     def __init__(self, aggregate: str):
         self.miou = MeanMaxIoU(aggregate)
@@ -108,7 +108,7 @@ class _Scores:
 
     @staticmethod
     def count(heatmaps: torch.Tensor, masks: np.ndarray, labels: Sequence[int]) -> tuple:
-        """Maps and masks `(K, H, W)` of the K classes of one image -> what `add` takes."""
+        """Counts maps and masks `(K, H, W)` of the K classes of one image, for `add`."""
         pairs = [
             (label, MeanMaxIoU.count(heatmap, mask, label), MeanForegroundMinusBackground.count(heatmap, mask, label))
             for heatmap, mask, label in zip(heatmaps, masks, labels)
@@ -128,7 +128,7 @@ class _Scores:
         self.contrast.merge(other.contrast)
 
     def report(self, dataset: SegmentationDataset, ap: dict) -> tuple[dict, list[dict]]:
-        """The summary, and one row a class."""
+        """Returns the summary, and one row for each class."""
         miou, mfmb, contrast = self.miou.compute(), self.mfmb.compute(), self.contrast.compute()
         summary = {
             "mAP": _measured(ap["map"]),
@@ -197,12 +197,12 @@ def evaluate(
     """
     Measures recognition and interpretability of a model over a data set.
 
-    Every image is resized as a whole, without a crop. Its maps are drawn for the classes it shows, enlarged to its own size,
-    stretched to [0, 1] and compared with its masks and with each other; its scores of all classes rank it for mAP. Under `accelerate launch`
-    the images are shared out over the processes, and every process returns the same result.
+    Every image is resized as a whole, without a crop. Maps are computed for the classes that the image shows, enlarged to its size,
+    stretched to [0, 1], and compared with the masks and with each other. The scores of all classes rank the image for mAP. Under
+    `accelerate launch` the processes share the images, and every process returns the same result.
 
     Args:
-        model, processor: an ICLIP model or any other that [`make_explainer`] takes, on its device.
+        model, processor: an ICLIP model or any other that [`make_explainer`] supports, on its device.
         dataset ([`SegmentationDataset`]): from `load_segmentation`.
         methods: names of explainers.
         image_size (`int`, *optional*): side in pixels of the square that images are resized to; the processor's size if not
@@ -210,16 +210,16 @@ def evaluate(
         templates: prompts for the class names; the data set's if not given.
         aggregate (`str`): `"image"` or `"pixel"`, see [`MeanMaxIoU`].
         limit (`int`, *optional*): evaluate only the first images.
-        batch_size (`int`): images in one forward.
-        num_workers (`int`, *optional*): threads that decode images and masks and count pixels beside the model;
-            `spare_processors` if not given.
-        progress (`bool`): show a bar, in the first process.
+        batch_size (`int`): number of images in one forward pass.
+        num_workers (`int`, *optional*): number of threads that decode images and masks and count pixels; `spare_processors` if not
+            given.
+        progress (`bool`): whether the first process shows a progress bar.
 
     Returns:
         [`EvaluationResult`].
 
     Raises:
-        `ValueError`, `TypeError`, `FileNotFoundError`: for options or files that are not as described; files are named.
+        `ValueError`, `TypeError`, `FileNotFoundError`: an option or a file is not as described.
     """
     for name, number in (("limit", limit), ("batch_size", batch_size)):
         if number is not None and number < 1:
@@ -261,7 +261,7 @@ def evaluate(
 
 @dataclass
 class _Plan:
-    """The images that this process measures, and how."""
+    """The images that this process evaluates, and the options."""
 
     dataset: SegmentationDataset
     drawer: MapMaker
@@ -271,12 +271,12 @@ class _Plan:
     num_workers: int
 
     def load(self, index: int) -> tuple[SegmentationSample, torch.Tensor]:
-        """Sample and pixels of one image."""
+        """Returns sample and `pixel_values` of one image."""
         sample = self.dataset[index]
         return sample, self.drawer.itsm.processor(images=[sample.image], **self.size)["pixel_values"]
 
     def protocol(self, count: int) -> dict:
-        """What a reader must know to repeat the measurement of `count` images."""
+        """Returns what is needed to repeat the evaluation of `count` images."""
         dataset, image_processor = self.dataset, self.drawer.itsm.processor.image_processor
         return {
             "dataset": {
@@ -297,7 +297,7 @@ class _Plan:
 
 
 def _run(plan: _Plan, totals: _Totals, progress: bool) -> None:
-    """Adds all images of the plan: threads decode and count, this one runs the model."""
+    """Adds all images of the plan. Threads decode and count; this thread runs the model."""
     bar = tqdm(total=len(plan.indices), unit="image", disable=not progress)
     with ThreadPoolExecutor(plan.num_workers) as pool, bar:
         loaded = prefetch_map(pool, plan.load, plan.indices, 2 * plan.batch_size)
@@ -310,7 +310,7 @@ def _run(plan: _Plan, totals: _Totals, progress: bool) -> None:
 def _draw(
     plan: _Plan, totals: _Totals, loaded: Iterator[tuple[SegmentationSample, torch.Tensor]]
 ) -> Iterator[tuple[SegmentationSample, dict[str, torch.Tensor]]]:
-    """For each image its sample, and by method the raw maps of the classes that it shows; adds its recognition to the totals."""
+    """Yields sample and raw maps by method of each image, and adds the scores of the classes to the totals."""
     while batch := list(itertools.islice(loaded, plan.batch_size)):
         samples, pixels = zip(*batch)
         began = time.perf_counter()
@@ -325,8 +325,8 @@ def _draw(
 
 class MapMaker:
     """
-    The maps of several methods with few passes through the model: the similarity map, its reversal, and scores and presence of
-    all classes come from one; every other method takes one of its own.
+    Computes the maps of several methods. One forward pass gives the similarity map, its reversal, and scores and presence of all
+    classes. Every other method needs a pass of its own.
     """
 
     def __init__(self, model, processor, methods: Sequence[str], class_names: Sequence[str], templates: list[str]):
@@ -367,7 +367,7 @@ class MapMaker:
 
 
 def _count(item: tuple[SegmentationSample, dict[str, torch.Tensor]]) -> dict[str, tuple]:
-    """One image's raw maps by method, first those of its classes -> by method what `_Scores.add` takes."""
+    """Counts the raw maps of one image by method, those of its classes first, for `_Scores.add`."""
     sample, raw_maps = item
     labels = sample.labels
     masks = np.array([sample.mask(label) for label in labels], np.uint8).reshape(-1, *sample.size)
@@ -381,7 +381,7 @@ def _count(item: tuple[SegmentationSample, dict[str, torch.Tensor]]) -> dict[str
 
 
 def _measured(value: float) -> float | None:
-    """None in place of the NaN of nothing, which JSON does not have."""
+    """Converts NaN, which JSON does not have, to None."""
     return None if math.isnan(value) else value
 
 

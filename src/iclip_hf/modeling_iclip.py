@@ -643,6 +643,25 @@ class ICLIPModel(PreTrainedModel):
             maps = maps + attention / self.config.max_sharpness
         return maps
 
+    def match(self, image: ICLIPImageFeatures, text: ICLIPTextFeatures) -> torch.FloatTensor:
+        """
+        How well images match texts by all that the model knows: with `max_over="similarity"` the mean of the recognition
+        branch's cosine and of the map branch's pooled similarity, else the cosine.
+
+        Args:
+            image ([`ICLIPImageFeatures`]): from `get_image_features`.
+            text ([`ICLIPTextFeatures`]): from `get_text_features`.
+
+        Returns:
+            `torch.Tensor` of shape `(B, T)`, float32, in [-1, 1].
+        """
+        recognised = cosines(image.image_embeds, text.text_embeds)
+        if self.config.max_over == "channels":
+            return recognised
+        patches = image.patch_embeds.flatten(1, 2)
+        pooled = self.pool_similarities(patches, text.map_text_embeds.to(patches), image.map_attention)
+        return (recognised + pooled.to(recognised.device)) / 2
+
     @can_return_tuple
     def forward(
         self,

@@ -91,10 +91,21 @@ class ImageTextSimilarityMapPipeline(Pipeline):
         if not labels:
             raise ValueError("Expected at least one label in candidate_labels, got none.")
         labels = list(labels)
-        inputs = self.processor(labels=[*labels, *BACKGROUND], templates=template).to(self.device)
-        with torch.no_grad():
-            text_features = self.model.get_text_features(**inputs)
-        return super().__call__(images, candidate_labels=labels, text_features=text_features, **kwargs)
+        features = self._encode(labels, template), self._background(template)
+        return super().__call__(images, candidate_labels=labels, text_features=features, **kwargs)
+
+    @torch.no_grad()
+    def _encode(self, labels: Sequence[str], template):
+        return self.model.get_text_features(**self.processor(labels=labels, templates=template).to(self.device))
+
+    def _background(self, template):
+        """The features of [`BACKGROUND`], encoded once a template."""
+        kept = self.__dict__.setdefault("_backgrounds", {})
+        key = template if template is None or isinstance(template, str) else tuple(template)
+        if key not in kept:
+            kept.clear()  # a few megabytes each
+            kept[key] = self._encode(BACKGROUND, template)
+        return kept[key]
 
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs):
         """Saves the model with the pipeline's code, as in the base class, and the processor, which that leaves out."""
@@ -121,13 +132,19 @@ class ImageTextSimilarityMapPipeline(Pipeline):
         images = [image for (image,) in images] if isinstance(images[0], list) else images  # a batch, or one image
 
         def forward(batch: list[torch.Tensor]):
-            outputs = self.model(
-                pixel_values=torch.cat(batch), text_features=text_features, output_similarity_maps=True
-            )
-            return zip(cosines(outputs.image_embeds, outputs.text_embeds), outputs.similarity_maps)
+            outputs = self.model(pixel_values=torch.cat(batch), text_features=texts, output_similarity_maps=True)
+            image = outputs.vision_model_output
+            presences = presence(self.model.match(image, texts), self.model.match(image, background))
+            return zip(cosines(outputs.image_embeds, outputs.text_embeds), presences, outputs.similarity_maps)
 
-        scores, maps = zip(*map_groups(forward, images, [image.shape for image in images]))
-        return {"scores": torch.stack(scores), "maps": list(maps), "target_size": model_inputs["target_size"]}
+        texts, background = text_features
+        scores, presences, maps = zip(*map_groups(forward, images, [image.shape for image in images]))
+        return {
+            "scores": torch.stack(scores),
+            "presences": torch.stack(presences),
+            "maps": list(maps),
+            "target_size": model_inputs["target_size"],
+        }
 
     def postprocess(
         self,
@@ -136,10 +153,8 @@ class ImageTextSimilarityMapPipeline(Pipeline):
         threshold: float | Sequence[float] = 0.5,
         min_presence: float = MIN_PRESENCE,
     ) -> list[dict]:
-        count = len(candidate_labels)
-        scores, background_scores = model_outputs["scores"].split([count, len(BACKGROUND)], dim=1)
-        presences = presence(scores, background_scores)
-        raw_maps, processor = model_outputs["maps"][0][:count], self.processor
+        scores, presences = model_outputs["scores"], model_outputs["presences"]
+        raw_maps, processor = model_outputs["maps"][0], self.processor
         maps = processor.post_process_similarity_maps(raw_maps[None], [model_outputs["target_size"]])
         masks = processor.post_process_masks(maps, threshold, presences, min_presence)
         regions = processor.post_process_boxes(maps, masks)[0]

@@ -72,10 +72,14 @@ class EvaluationResult:
         for method, figures in self.results.items():
             cells = [_rounded(figures[name], number) for name, number in digits.items()]
             lines.append(f"| {method} | {' | '.join(cells)} |")
-        kept, passed = (_rounded(self.presence[name], 1) for name in ("kept", "passed"))
+        kept, passed, ap = (_rounded(self.presence[name], 1) for name in ("kept", "passed", "mAP"))
         gate = f"presence of at least {self.presence['min_presence']}"
         return "\n".join(
-            [*lines, "", f"{gate}: {kept} % of the classes that an image shows, {passed} % of the others"]
+            [
+                *lines,
+                "",
+                f"{gate}: {kept} % of the classes that an image shows, {passed} % of the others; mAP by presence {ap} %",
+            ]
         )
 
     def to_json(self) -> str:
@@ -165,18 +169,22 @@ class _Totals:
     def __init__(self, methods: Sequence[str], aggregate: str):
         self.scores = {method: _Scores(aggregate) for method in methods}
         self.average_precision = MultiLabelAveragePrecision()
+        self.calibrated = MultiLabelAveragePrecision()
         self.gate = np.zeros((2, 2), np.int64)  # absent and shown classes: all, and those whose presence is enough
         self.seconds_in_model = 0.0  # of this process alone: not merged
 
-    def add_recognition(self, cosines: torch.Tensor, enough: np.ndarray, shown: np.ndarray) -> None:
-        """Adds images by the cosines of all classes, which of them are present enough, and which are shown, all `(B, K)`."""
+    def add_recognition(self, cosines: torch.Tensor, presence: torch.Tensor, shown: np.ndarray) -> None:
+        """Adds images by the cosines and the presence of all classes, and which are shown, all `(B, K)`."""
         self.average_precision.update(cosines, shown)
+        self.calibrated.update(presence, shown)
+        enough = presence.numpy() >= MIN_PRESENCE
         self.gate += [[(shown == which).sum(), (enough & (shown == which)).sum()] for which in (False, True)]
 
     def merge(self, other: _Totals) -> None:
         for method, scores in self.scores.items():
             scores.merge(other.scores[method])
         self.average_precision.merge(other.average_precision)
+        self.calibrated.merge(other.calibrated)
         self.gate += other.gate
 
 
@@ -249,7 +257,12 @@ def evaluate(
     return EvaluationResult(
         protocol={**identity(model), **plan.protocol(count), "templates": templates, "aggregate": aggregate},
         results={method: summary for method, (summary, _) in reports.items()},
-        presence={"min_presence": MIN_PRESENCE, "passed": passed, "kept": kept},
+        presence={
+            "min_presence": MIN_PRESENCE,
+            "passed": passed,
+            "kept": kept,
+            "mAP": totals.calibrated.compute()["map"],
+        },
         per_class={method: rows for method, (_, rows) in reports.items()},
         timing={
             "seconds": time.perf_counter() - start,
@@ -314,10 +327,10 @@ def _draw(
     while batch := list(itertools.islice(loaded, plan.batch_size)):
         samples, pixels = zip(*batch)
         began = time.perf_counter()
-        cosines, enough, drawn = plan.drawer.draw(torch.cat(pixels), [sample.labels for sample in samples])
+        cosines, presence, drawn = plan.drawer.draw(torch.cat(pixels), [sample.labels for sample in samples])
         totals.seconds_in_model += time.perf_counter() - began
         totals.add_recognition(
-            cosines, enough, np.stack([np.isin(plan.dataset.labels, sample.labels) for sample in samples])
+            cosines, presence, np.stack([np.isin(plan.dataset.labels, sample.labels) for sample in samples])
         )
         for sample, *maps in zip(samples, *drawn.values()):
             yield sample, dict(zip(drawn, maps))
@@ -348,7 +361,7 @@ class MapMaker:
             labels: the class ids that each image shows.
 
         Returns:
-            `tuple`: cosines of all classes `(B, K)`, whether their presence is enough `(B, K)`, and for each method raw maps
+            `tuple`: cosines of all classes `(B, K)`, their presence `(B, K)`, and for each method raw maps
             `(B, T, h, w)`: of each image those of its labels and then, up to the longest list of the batch, of any class; for
             the reversal those that are to be reversed.
         """
@@ -356,14 +369,13 @@ class MapMaker:
         shown = torch.arange(len(rows))[:, None], rows
         texts = self.localizer.encoded
         maps, cosines, presence = self.localizer.explain_batch(pixel_values, texts)
-        enough = (presence >= MIN_PRESENCE).numpy()
         drawn = dict.fromkeys(("itsm", "reversed_itsm"), maps[shown])  # reversed once they are stretched to [0, 1]
         for method, explainer in self.others.items():
             if isinstance(explainer, GradientExplainer):  # a backward a text: not for the absent classes
                 drawn[method] = explainer.raw_maps(pixel_values, select_texts(texts, rows))[0]
             else:  # almost free, and clip_surgery compares a text with all others
                 drawn[method] = explainer.raw_maps(pixel_values, texts)[0][shown]
-        return cosines, enough, {method: drawn[method].cpu() for method in self.methods}
+        return cosines, presence, {method: drawn[method].cpu() for method in self.methods}
 
 
 def _count(item: tuple[SegmentationSample, dict[str, torch.Tensor]]) -> dict[str, tuple]:

@@ -187,9 +187,10 @@ class Localizer:
         Returns:
             `tuple`: raw maps `(B, T, h, w)`, cosines `(B, T)` and presence `(B, T)`, on the CPU.
         """
-        maps, image_embeds = self.explainer.forward(pixel_values, texts)
-        scores, background = (cosines(image_embeds, one.text_embeds) for one in (texts, self._background))
-        return maps.cpu(), scores.cpu(), presence(scores, background).cpu()
+        maps, image = self.explainer.forward(pixel_values, texts)
+        matches, background = (self.explainer.family.match(image, one) for one in (texts, self._background))
+        scores = cosines(image.image_embeds, texts.text_embeds)
+        return maps.cpu(), scores.cpu(), presence(matches, background).cpu()
 
     def explain_all(
         self,

@@ -80,6 +80,8 @@ class ONNXModel:
     """
 
     similarity_maps = ICLIPModel.similarity_maps
+    pool_similarities = ICLIPModel.pool_similarities
+    match = ICLIPModel.match
     device, dtype = torch.device("cpu"), torch.float32
 
     def __init__(self, folder: str | Path):

@@ -47,13 +47,13 @@ class EvaluationResult:
         protocol (`dict`): model, data set with its fingerprint, resolution, prompts, aggregation, software versions.
         results (`dict`): for each method `mAP`, `mMIoU`, `text_contrast` and `floor` in percent and `mFMB` in [-1, 1]; `floor`
             is the mMIoU of a map that marks every pixel.
-        presence (`dict`): what the gate of `min_presence` does: the share of the shown classes whose presence reaches it, `kept`, and
-            of the others, `passed`, both in percent of all images and classes.
-        per_class (`dict`): for each method a list of one `dict` a class: id, name, AP, IoU in percent, its best threshold,
-            FMB and text contrast.
-        timing (`dict`): seconds in all, seconds in the model's forward, images.
+        presence (`dict`): `kept`, the share of the shown classes whose presence is at least `min_presence`, `passed`, the same
+            share of the other classes, and `mAP` of images ranked by presence, all in percent.
+        per_class (`dict`): for each method, a list with one `dict` for each class: id, name, AP, IoU in percent, its best
+            threshold, FMB and text contrast.
+        timing (`dict`): seconds in total, seconds in the model's forward pass, number of images.
 
-    A figure is None where the data have nothing to measure it on.
+    A figure that the data cannot measure is None.
     """
 
     protocol: dict
@@ -174,7 +174,7 @@ class _Totals:
         self.seconds_in_model = 0.0  # of this process alone: not merged
 
     def add_recognition(self, cosines: torch.Tensor, presence: torch.Tensor, shown: np.ndarray) -> None:
-        """Adds images by the cosines and the presence of all classes, and which are shown, all `(B, K)`."""
+        """Adds images: cosines and presence of all classes, and whether the class is shown, all `(B, K)`."""
         self.average_precision.update(cosines, shown)
         self.calibrated.update(presence, shown)
         enough = presence.numpy() >= MIN_PRESENCE
@@ -361,9 +361,9 @@ class MapMaker:
             labels: the class ids that each image shows.
 
         Returns:
-            `tuple`: cosines of all classes `(B, K)`, their presence `(B, K)`, and for each method raw maps
-            `(B, T, h, w)`: of each image those of its labels and then, up to the longest list of the batch, of any class; for
-            the reversal those that are to be reversed.
+            `tuple`: cosines of all classes `(B, K)`, their presence `(B, K)`, and raw maps `(B, T, h, w)` by method: the maps of an
+            image's labels, padded with maps of any class to the longest list of labels in the batch. The raw maps of
+            `reversed_itsm` are those of `itsm`.
         """
         rows = pad_sequence([torch.tensor(one or (1,)) - 1 for one in labels], batch_first=True)  # (B, T)
         shown = torch.arange(len(rows))[:, None], rows

@@ -31,7 +31,7 @@ from transformers.utils import ModelOutput, can_return_tuple
 from .configuration_iclip import ICLIPConfig
 from .losses import contrastive_loss
 from .pooling import normalize_attention, pool, pool_similarities, share_among_like
-from .similarity import check_lists, cosine_similarity_map
+from .similarity import check_lists, cosine_similarity_map, min_max_normalize
 
 
 # Image towers with a class token. The value: whether positions must be asked to follow another image size.
@@ -640,7 +640,7 @@ class ICLIPModel(PreTrainedModel):
         elif self.config.map_attention == "sqrt_similarity":
             maps = maps * attention.sqrt()
         elif self.config.map_attention == "additive":
-            maps = maps + attention / self.config.max_sharpness
+            maps = maps + min_max_normalize(attention) / self.config.max_sharpness
         return maps
 
     def match(self, image: ICLIPImageFeatures, text: ICLIPTextFeatures) -> torch.FloatTensor:

@@ -1,9 +1,9 @@
-"""Whether a text is in an image at all, which a map alone, stretched to [0, 1], does not tell."""
+"""Presence: whether a text is in an image at all. A map, which is stretched to [0, 1], does not tell this."""
 
 import torch
 
 
-# Nouns of what photographs show: how well they match an image says what a chance match of this image is.
+# Nouns of what photographs show. Their matches with an image estimate the distribution of chance matches.
 BACKGROUND = tuple(
     noun.strip()
     for noun in """
@@ -19,17 +19,17 @@ BACKGROUND = tuple(
     basket, barrel, umbrella
     """.split(",")
 )
-# Where the share of present texts that are kept exceeds that of absent ones most, on COCO with the embedded model.
+# Maximises the share of present texts minus the share of absent texts above it, on COCO with the embedded model.
 MIN_PRESENCE = 0.7
 
 
 def presence(scores: torch.Tensor, background_scores: torch.Tensor) -> torch.Tensor:
     """
-    How surely a text is in its image: the share of unrelated texts that would match the image less, by the normal
-    distribution that [`BACKGROUND`] estimates. Of absent texts about one in ten reaches 0.9.
+    Estimates the share of unrelated texts that would match the image less, with a normal distribution fitted to the matches of
+    [`BACKGROUND`]. About one in ten absent texts reaches 0.9.
 
     Args:
-        scores (`torch.Tensor` of shape `(B, T)`): of [`ICLIPModel.match`], or logits: any scale and offset give the same result.
+        scores (`torch.Tensor` of shape `(B, T)`): from [`ICLIPModel.match`], or logits. Scale and offset do not matter.
         background_scores (`torch.Tensor` of shape `(B, K)`): of the same images with [`BACKGROUND`], in the same templates.
 
     Returns:

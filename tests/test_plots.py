@@ -57,6 +57,17 @@ def test_grid_shows_every_picture_under_its_title():
         assert close.mean() > 0.05  # each map fills its part of the sheet
 
 
+def test_an_absent_text_is_dimmed_and_named():
+    image = Image.new("RGB", (60, 40), "white")
+    maps = [np.full((40, 60), 1.0)] * 2
+    figure = explanation_grid(image, maps, ["dog", "cat"], absent=[1])
+    assert [axis.get_title() for axis in figure.axes] == ["original", "dog", "cat  absent"]
+    pixels = rendered(figure)
+    for opacity in (0.5, 0.125):
+        color = overlay(image, maps[0], opacity)[0, 0] * 255
+        assert (np.abs(pixels - color).max(-1) < 3).mean() > 0.05
+
+
 def test_empty_places_and_long_titles_fit():
     image = Image.new("RGB", (400, 20), "red")
     figure = picture_grid([image, None, image], ["word " * 20, "", "b"], columns=3)

@@ -193,7 +193,8 @@ def _draw(image, explanation, colormap: str, path: Path) -> None:
     drawn = cell_sized(image)
     heatmaps = replace(explanation, size=(drawn.height, drawn.width)).maps.numpy()
     titles = [f"{text}  {score:+.2f}" for text, score in zip(explanation.labels, explanation.scores.tolist())]
-    save_figure(explanation_grid(drawn, heatmaps, titles, colormap=colormap), path)
+    absent = (explanation.presence < explanation.min_presence).nonzero()[:, 0].tolist()
+    save_figure(explanation_grid(drawn, heatmaps, titles, absent=absent, colormap=colormap), path)
 
 
 def _save_arrays(explanation, path: Path) -> None:

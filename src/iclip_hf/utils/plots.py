@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import textwrap
 import unicodedata
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from functools import cache
 
 import numpy as np
@@ -66,22 +66,29 @@ def explanation_grid(
     heatmaps: Sequence[np.ndarray],
     titles: Sequence[str],
     *,
+    absent: Collection[int] = (),
     opacity: float = 0.5,
     colormap: str = COLORMAP,
     columns: int = 5,
 ) -> Figure:
     """
-    Shows the original image and one overlay for each text.
+    Shows the original image and one overlay for each text; a text that the image does not show is dimmed and called absent,
+    because its map is stretched to [0, 1] like all others.
 
     Args:
         image (`PIL.Image.Image`): RGB.
         heatmaps: T maps of shape `(H, W)` in [0, 1].
         titles: T titles.
+        absent: indices of the texts that the image does not show.
         opacity, colormap: see [`overlay`].
         columns (`int`): largest number of pictures in a row.
     """
-    pictures = [(image, "original"), *((overlay(image, m, opacity, colormap), t) for m, t in zip(heatmaps, titles))]
-    return picture_grid([picture for picture, _ in pictures], [title for _, title in pictures], columns)
+    pictures, names = [image], ["original"]
+    for index, (heatmap, title) in enumerate(zip(heatmaps, titles)):
+        shown = index not in absent
+        pictures.append(overlay(image, heatmap, opacity if shown else opacity / 4, colormap))
+        names.append(title if shown else f"{title}  absent")
+    return picture_grid(pictures, names, columns)
 
 
 def comparison_sheet(

@@ -27,8 +27,13 @@ from iclip_hf.pooling import normalize_attention
 
 
 # Where attention enters the map is chosen after training, so each run is measured in all three ways.
-MAP_ATTENTION = {"none": "cosine map", "similarity": "times attention", "sqrt_similarity": "times its root"}
-METRICS = {"mAP": ".1f", "mMIoU": ".1f", "mFMB": ".3f"}
+MAP_ATTENTION = {
+    "none": "cosine map",
+    "similarity": "times attention",
+    "sqrt_similarity": "times its root",
+    "additive": "plus attention",
+}
+METRICS = {"mAP": ".1f", "mMIoU": ".1f", "mFMB": ".3f", "text_contrast": ".1f"}
 
 
 def main() -> None:
@@ -75,7 +80,7 @@ def main() -> None:
 
 
 def measure(model_folder: Path, dataset, tokens: dict) -> dict[str, dict[str, float]]:
-    """mAP, mMIoU and mFMB under each `map_attention`."""
+    """mAP, mMIoU, mFMB and text contrast under each `map_attention`."""
     model, processor = load_iclip(model_folder)
     if torch.cuda.is_available():
         model.to("cuda")
@@ -126,11 +131,11 @@ def tower_facts(model_folder: Path, dataset) -> str:
 def table(rows: dict[str, list[dict]]) -> str:
     """Mean and standard deviation over the seeds, as Markdown."""
     lines = [
-        "| run | mAP % | " + " | ".join(f"{name}: mMIoU % / mFMB" for name in MAP_ATTENTION.values()) + " |",
+        "| run | mAP % | " + " | ".join(f"{name}: mMIoU % / mFMB / text contrast %" for name in MAP_ATTENTION.values()) + " |",
         "|---|---|" + "---|" * len(MAP_ATTENTION),
     ]
     for name, seeds in rows.items():
-        maps = [f"{cell(seeds, way, 'mMIoU')} / {cell(seeds, way, 'mFMB')}" for way in MAP_ATTENTION]
+        maps = [" / ".join(cell(seeds, way, metric) for metric in list(METRICS)[1:]) for way in MAP_ATTENTION]
         lines.append(f"| {name} | {cell(seeds, 'none', 'mAP')} | {' | '.join(maps)} |")
     return "\n".join(lines)
 

@@ -1,4 +1,4 @@
-"""Users' image files: whatever is readable becomes upright 8-bit RGB, everything else one clear error. Batches by shape."""
+"""Reading of image files as upright 8-bit RGB with uniform errors, and grouping of images by shape."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Item, Result = TypeVar("Item"), TypeVar("Result")
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".jp2", ".ppm", ".pgm")
 
-# Pillow's other decoders are left out on purpose: some of them start external programs (EPS runs Ghostscript).
+# Other decoders of Pillow are excluded, because some start external programs (EPS runs Ghostscript).
 _FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000", "PPM")
 
 # 0..65535 -> 0..255, rounded: 65535 becomes 255.
@@ -24,16 +24,16 @@ _16_TO_8_BIT = ((np.arange(65536) + 128) // 257).astype(np.uint8)
 
 
 def open_image(source: str | os.PathLike | bytes | Image.Image, name: str | None = None) -> Image.Image:
-    """Decode the first frame of an image, with its mode and orientation as stored.
+    """Decodes the first frame of an image, with mode and orientation as stored.
 
     Args:
-        source: Path of an image file, the bytes of one, or a PIL image (returned as it is).
-        name: What errors call the image; by default its path.
+        source: Path of an image file, its bytes, or a PIL image (returned unchanged).
+        name: Name of the image in errors; by default its path.
 
     Raises:
         FileNotFoundError: The path does not exist.
-        ValueError: It is no readable image, or a file with more than `PIL.Image.MAX_IMAGE_PIXELS` pixels.
-        TypeError: `source` is none of the above.
+        ValueError: The image is not readable, or has more than `PIL.Image.MAX_IMAGE_PIXELS` pixels.
+        TypeError: `source` has another type.
     """
     name = name or _name(source)
     if isinstance(source, (str, os.PathLike)):
@@ -48,8 +48,8 @@ def open_image(source: str | os.PathLike | bytes | Image.Image, name: str | None
         problem = f"the content is none of {', '.join(_FORMATS)}; convert it to one of them"
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         problem = f"it has more than {Image.MAX_IMAGE_PIXELS:,} pixels; make it smaller"
-    except Exception as error:  # decoders raise anything from SyntaxError to struct.error on damaged files
-        if "DataLoader worker" in str(error):  # of torch's signal handler, which raises wherever the process is
+    except Exception as error:  # decoders raise various errors, such as SyntaxError and struct.error, on damaged files
+        if "DataLoader worker" in str(error):  # from torch's signal handler, which can raise anywhere
             raise
         problem = f"decoding failed ({str(error) or type(error).__name__}); replace it by an undamaged copy"
     else:
@@ -60,26 +60,26 @@ def open_image(source: str | os.PathLike | bytes | Image.Image, name: str | None
 
 
 def load_image(source: str | os.PathLike | bytes | Image.Image, name: str | None = None) -> Image.Image:
-    """Open an image as people see it: upright (EXIF), 8-bit RGB, transparent parts on white, first frame of several.
+    """Opens an image as it is displayed: upright (EXIF), 8-bit RGB, transparent parts on white, first frame.
 
     16-bit grayscale is scaled (65535 becomes 255), not clipped. A given PIL image is never changed.
 
     Args:
-        source: Path of an image file, the bytes of one, or a PIL image.
-        name: What errors call the image; by default its path.
+        source: Path of an image file, its bytes, or a PIL image.
+        name: Name of the image in errors; by default its path.
 
     Returns:
         PIL image of mode "RGB".
 
     Raises:
-        FileNotFoundError, ValueError, TypeError: As `open_image`; ValueError also for pixels without an agreed range
-            (floats, or integers beyond 16 bits).
+        FileNotFoundError, ValueError, TypeError: As `open_image`; also ValueError for pixels without a defined range
+            (floats, or integers of more than 16 bits).
     """
     return to_rgb(_upright(open_image(source, name)), name)
 
 
 def to_rgb(image: Image.Image, name: str | None = None) -> Image.Image:
-    """An image of any mode in 8-bit RGB, as `load_image` describes, but with its pixels where they are.
+    """Converts an image of any mode to 8-bit RGB, as `load_image` does, but without rotation.
 
     Raises:
         ValueError: As `load_image`.
@@ -109,11 +109,11 @@ def map_groups(
     function: Callable[[list[Item]], Iterable[Result]], items: Sequence[Item], keys: Iterable[Hashable]
 ) -> list[Result]:
     """
-    Calls a function once for all items of one key, such as images of one shape.
+    Calls a function once for all items with the same key, such as images of one shape.
 
     Args:
-        function: such items to a result for each.
-        items, keys: of one length.
+        function: function from a list of items to a result for each.
+        items, keys: items and their keys.
 
     Returns:
         The results in the order of the items.
@@ -138,7 +138,7 @@ def _name(source: str | os.PathLike | bytes | Image.Image) -> str:
 
 
 def _require_file(path: str | os.PathLike, name: str) -> None:
-    """Refuse what is no regular file before anything reads it: a pipe or a device might never end."""
+    """Raises an error unless the path is a regular file, because reading a pipe or a device may never end."""
     if str(path).startswith(("http://", "https://")):
         raise ValueError(f"{name}: expected the path of an image file, but got a URL; download it first.")
     if not os.path.exists(path):

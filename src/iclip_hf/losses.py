@@ -1,4 +1,4 @@
-"""The contrastive loss, pure."""
+"""Contrastive losses as pure functions."""
 
 import torch
 from torch.nn import functional as F
@@ -27,18 +27,18 @@ def contrastive_loss(
 
 def multi_positive_loss(logits: torch.Tensor, positives: torch.Tensor) -> torch.Tensor:
     """
-    Cross entropy of rows with any number of positives: each against the negatives of its row, not against one another.
+    Cross entropy of rows with any number of positives. A positive competes with the negatives of its row only.
 
     Args:
         logits (`torch.Tensor` of shape `(B, T)`): scaled cosines.
         positives (`torch.Tensor` of shape `(B, T)`): boolean.
 
     Returns:
-        `torch.Tensor` scalar, float32: mean over a row's positives, then over the rows; a row without positives counts zero.
+        `torch.Tensor` scalar, float32: mean over the positives of a row, then over the rows. A row without positives counts 0.
     """
     logits = logits.float()
     negatives = logits.masked_fill(positives, -torch.inf).logsumexp(1)
-    rows, columns = positives.nonzero(as_tuple=True)  # few of many
+    rows, columns = positives.nonzero(as_tuple=True)  # positives are few
     own = logits[rows, columns]
     losses = torch.logaddexp(own, negatives[rows]) - own
     return (losses / positives.sum(1)[rows]).sum() / len(logits)

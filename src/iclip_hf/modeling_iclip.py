@@ -31,10 +31,10 @@ from transformers.utils import ModelOutput, can_return_tuple
 from .configuration_iclip import ICLIPConfig
 from .losses import contrastive_loss
 from .pooling import normalize_attention, pool, pool_similarities, share_among_like
-from .similarity import check_lists, cosine_similarity_map
+from .similarity import check_lists, cosine_similarity_map, min_max_normalize
 
 
-# Image towers with a class token. The value: whether positions must be asked to follow another image size.
+# Image towers with a class token. The value tells whether `interpolate_pos_encoding` must be passed.
 _VISION_TOWERS = {
     "vit": True,
     "dinov2": False,
@@ -50,15 +50,15 @@ class _ClassRow:
     """
     Carries the class token's attention out of the tower's last layer: `weights` of shape (B, heads, 1, N).
 
-    Not a list or a dictionary: the hooks of device maps, offloading and FSDP copy those on the way in, so that what a
-    layer puts into them is lost.
+    It is not a list or a dictionary, because the hooks of device maps, offloading and FSDP copy these, so that the values which a
+    layer stores are lost.
     """
 
     weights: torch.Tensor | None = None
 
 
 def _sdpa_class_row(module, query, key, value, attention_mask, scaling=None, class_row=None, **kwargs):
-    """Fused attention, which returns no weights; the tower's last layer puts its class token's softmax row into `class_row`."""
+    """Fused attention, which returns no weights. The tower's last layer stores the softmax row of its class token in `class_row`."""
     if class_row is not None and getattr(module, "keep_class_row", False):
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
         # float32 before the product: its logits can overflow float16
@@ -72,7 +72,7 @@ AttentionMaskInterface.register("sdpa_class_row", sdpa_mask)
 
 class ImageTokens(NamedTuple):
     """
-    What the image tower says of B images of N = h * w patches.
+    Output of the image tower for B images of N = h * w patches.
 
     Attributes:
         class_token (`torch.Tensor` of shape `(B, D)`): after the tower's final norm.
@@ -93,7 +93,7 @@ class ImageTokens(NamedTuple):
 @dataclass
 class ICLIPTextFeatures(BaseModelOutputWithPooling):
     """
-    The text side, computed once and reusable for any number of images.
+    Features of texts, which are computed once and reused for any number of images.
 
     Attributes:
         pooler_output (`torch.Tensor` of shape `(..., T, P)`): projected feature of the recognition branch, not normalised.
@@ -109,7 +109,7 @@ class ICLIPTextFeatures(BaseModelOutputWithPooling):
 @dataclass
 class ICLIPImageFeatures(BaseModelOutputWithPooling):
     """
-    The image side.
+    Features of images.
 
     Attributes:
         pooler_output (`torch.Tensor` of shape `(B, P)`): projected feature of the recognition branch, not normalised.
@@ -131,7 +131,7 @@ class ICLIPImageFeatures(BaseModelOutputWithPooling):
 
     @property
     def grid(self) -> tuple[int, int]:
-        """Height and width of the patch grid. No field: what gathers outputs over processes expects tensors alone."""
+        """Height and width of the patch grid. Not a field, because gathering over processes expects tensors only."""
         return tuple(self.patch_embeds.shape[1:3])
 
 
@@ -184,12 +184,12 @@ class ICLIPBranch(nn.Module):
         self.logit_scale = nn.Parameter(torch.full((1,), float(config.logit_scale_init_value))) if own_scale else None
 
     def forward(self) -> torch.Tensor:
-        """The scale, a scalar, at most 100 (the clamp of CLIP's recipe). In a forward, before which offloaded parameters load."""
+        """Returns the scale, a scalar of at most 100 (CLIP's clamp). A forward, because hooks load offloaded parameters before it."""
         return self.logit_scale.exp().clamp(max=100).squeeze()
 
 
 class _AsVector(ConversionOps):
-    """Makes the scalar scales of older checkpoints vectors of one number; newer ones stay as they are, also on saving."""
+    """Converts the scalar scales of older checkpoints to vectors of one element. Newer ones stay unchanged, also on saving."""
 
     def convert(self, input_dict: dict, source_patterns: list[str], target_patterns: list[str], **kwargs) -> dict:
         (tensors,) = input_dict.values()
@@ -206,19 +206,19 @@ register_checkpoint_conversion_mapping(
 
 
 def _tower_config(checkpoint: str, side: str) -> PreTrainedConfig:
-    """Config of a tower checkpoint; of a two-tower checkpoint, that side's."""
+    """Returns the config of a tower checkpoint, or of one side of a two-tower checkpoint."""
     config = AutoConfig.from_pretrained(checkpoint, trust_remote_code=False)
     return getattr(config, side, config)
 
 
 def patch_side(vision_config: PreTrainedConfig) -> int:
-    """Side in pixels of an image tower's square patches, which some configurations give as a pair."""
+    """Returns the side in pixels of an image tower's square patches. Some configurations have a pair."""
     size = vision_config.patch_size
     return size if isinstance(size, int) else size[0]
 
 
 def load_tower(config: PreTrainedConfig, checkpoint: str | None = None) -> PreTrainedModel:
-    """A tower of this config, from a checkpoint or freshly initialised, without a pooler that nothing would train."""
+    """Loads a tower from a checkpoint, or initialises it, without a pooler, which would not be trained."""
     if config.model_type == "siglip_text_model":  # not in the Auto classes
         tower_class = SiglipTextModel
     elif type(config) in MODEL_MAPPING:
@@ -238,15 +238,15 @@ def load_tower(config: PreTrainedConfig, checkpoint: str | None = None) -> PreTr
 
 def check_weights(checkpoint, model: PreTrainedModel, missing: Iterable[str]) -> None:
     """
-    Refuses what `from_pretrained` alone takes in silence: it fills missing weights with random numbers.
+    Checks the weights of a loaded model. `from_pretrained` alone fills missing weights with random numbers.
 
     Raises:
-        `ValueError`: weights of the model are missing, or hold NaN or infinity.
+        `ValueError`: weights are missing, or contain NaN or infinity.
     """
     expected = f"{checkpoint}: expected all weights of {type(model).__name__}"
     if missing := sorted(missing):
         raise ValueError(f"{expected}, but {len(missing)} are missing, such as {missing[0]}; get it again.")
-    for name, weight in model.named_parameters():  # a sum reads them once, at the speed of memory
+    for name, weight in model.named_parameters():  # a sum reads each weight once
         if (
             weight.is_floating_point()
             and not weight.is_meta
@@ -308,7 +308,7 @@ class ICLIPModel(PreTrainedModel):
         super().__init__(config)
         self.vision_model = vision_model if vision_model is not None else load_tower(config.vision_config)
         self.text_model = text_model if text_model is not None else load_tower(config.text_config)
-        # The towers' layers hold their own copies of the configs; a change must reach those.
+        # A tower may copy its config. The model refers to the tower's copy, so that changes reach the layers.
         config.vision_config, config.text_config = self.vision_model.config, self.text_model.config
 
         image_dim, text_dim = config.vision_config.hidden_size, config.text_config.hidden_size
@@ -327,14 +327,14 @@ class ICLIPModel(PreTrainedModel):
         self.train(self.training)
 
     def _keep_class_row(self):
-        """Makes the image tower's last attention hand out the class token's row, which costs one row beside fused N."""
+        """Makes the last attention of the image tower return the class token's row, at the cost of one row beside N fused ones."""
         last = [module for module in self.vision_model.modules() if type(module).__name__.endswith("Attention")][-1]
         last.keep_class_row = True
         if self.vision_model.config._attn_implementation != "eager":
             self.vision_model.set_attn_implementation("sdpa_class_row")
 
     def set_attn_implementation(self, *args, **kwargs):
-        """As in the base class; the image tower keeps what returns the class token's attention (SDPA or eager)."""
+        """Like the base class. The image tower keeps an implementation that returns the class token's attention (SDPA or eager)."""
         super().set_attn_implementation(*args, **kwargs)
         self._keep_class_row()
 
@@ -350,9 +350,9 @@ class ICLIPModel(PreTrainedModel):
             init.zeros_(module.token_mean)
 
     def train(self, mode: bool = True):
-        """Sets the training mode; a locked image tower stays in eval mode and without gradients whatever is asked."""
+        """Sets the training mode. A locked image tower stays in eval mode and without gradients."""
         super().train(mode)
-        # Here and not only in __init__: loading a checkpoint replaces the parameters, then calls eval().
+        # Also here, because loading a checkpoint replaces the parameters and then calls eval().
         if hasattr(self, "vision_model"):
             if self.config.lock_vision:
                 self.vision_model.eval()
@@ -360,12 +360,12 @@ class ICLIPModel(PreTrainedModel):
             for name, parameter in self.vision_model.named_parameters():
                 if name.endswith(
                     "mask_token"
-                ):  # of DINO's pretraining: no image is masked here, and DDP waits for gradients
+                ):  # of DINO's pretraining; never used here, and DDP waits for its gradient
                     parameter.requires_grad_(False)
         return self
 
     def get_input_embeddings(self) -> nn.Module:
-        """The text tower's, so that `resize_token_embeddings` works."""
+        """Returns those of the text tower, for `resize_token_embeddings`."""
         return self.text_model.get_input_embeddings()
 
     def set_input_embeddings(self, value: nn.Module):
@@ -373,11 +373,11 @@ class ICLIPModel(PreTrainedModel):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *args, output_loading_info: bool = False, **kwargs):
-        """As in the base class, but a checkpoint that lacks weights or holds NaN is refused by a `ValueError`."""
+        """Like the base class, but raises `ValueError` for a checkpoint that lacks weights or contains NaN."""
         model, loading = super().from_pretrained(
             pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs
         )
-        if pretrained_model_name_or_path is not None:  # else a `state_dict` and what to make of it are the caller's
+        if pretrained_model_name_or_path is not None:  # otherwise the caller passes and checks a `state_dict`
             check_weights(pretrained_model_name_or_path, model, loading["missing_keys"])
         return (model, loading) if output_loading_info else model
 
@@ -640,8 +640,27 @@ class ICLIPModel(PreTrainedModel):
         elif self.config.map_attention == "sqrt_similarity":
             maps = maps * attention.sqrt()
         elif self.config.map_attention == "additive":
-            maps = maps + attention / self.config.max_sharpness
+            maps = maps + min_max_normalize(attention) / self.config.max_sharpness
         return maps
+
+    def match(self, image: ICLIPImageFeatures, text: ICLIPTextFeatures) -> torch.FloatTensor:
+        """
+        How well images match texts by all that the model knows: with `max_over="similarity"` the mean of the recognition
+        branch's cosine and of the map branch's pooled similarity, else the cosine.
+
+        Args:
+            image ([`ICLIPImageFeatures`]): from `get_image_features`.
+            text ([`ICLIPTextFeatures`]): from `get_text_features`.
+
+        Returns:
+            `torch.Tensor` of shape `(B, T)`, float32, in [-1, 1].
+        """
+        recognised = cosines(image.image_embeds, text.text_embeds)
+        if self.config.max_over == "channels":
+            return recognised
+        patches = image.patch_embeds.flatten(1, 2)
+        pooled = self.pool_similarities(patches, text.map_text_embeds.to(patches), image.map_attention)
+        return (recognised + pooled.to(recognised.device)) / 2
 
     @can_return_tuple
     def forward(

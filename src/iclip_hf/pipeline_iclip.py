@@ -20,14 +20,14 @@ from .modeling_iclip import cosines
 from .presence import BACKGROUND, MIN_PRESENCE, presence
 
 
-MAX_DOWNLOAD = 64 * 2**20  # bytes of an image at an address
+MAX_DOWNLOAD = 64 * 2**20  # largest size of an image at a URL, in bytes
 
 
 class ImageTextSimilarityMapPipeline(Pipeline):
     """
-    Which labels does an image show, and which of its pixels match them?
+    Tells which labels an image shows, and which of its pixels match them.
 
-    The labels are encoded once a call, also for a data set or a generator of images, which are answered one by one.
+    The labels are encoded once for each call, also for a data set or a generator of images, whose results are yielded one by one.
 
     Example:
 
@@ -40,8 +40,8 @@ class ImageTextSimilarityMapPipeline(Pipeline):
     ('dog', 0.27, torch.Size([480, 640]))
     ```
 
-    A model folder that carries its own code asks for `trust_remote_code=True`; to run the installed package's code instead, give
-    `pipeline_class=iclip_hf.ImageTextSimilarityMapPipeline`.
+    A model folder with its own code needs `trust_remote_code=True`. With `pipeline_class=iclip_hf.ImageTextSimilarityMapPipeline`
+    the code of the installed package is used instead.
     """
 
     _load_processor = True
@@ -58,28 +58,28 @@ class ImageTextSimilarityMapPipeline(Pipeline):
         Args:
             images: an image as a path, a URL, base64 text or a PIL image; or a list, a `Dataset` or a generator of them.
             candidate_labels (`str` or T of them): class names or phrases.
-            template (`str` or a list, *optional*): prompts with one `{}` for the labels, averaged if several; those of the
-                processor if not given, `"{}"` takes the labels as they are.
+            template (`str` or a list, *optional*): prompts with one `{}` for the labels; several prompts are averaged. Those of the
+                processor if not given; `"{}"` takes the labels as they are.
             threshold (`float` in [0, 1] or T of them, defaults to 0.5): a mask holds the pixels whose map is greater.
-            min_presence (`float` in [0, 1], defaults to 0.7): a label of lower presence gets an empty mask.
-            size (`dict`, *optional*): of the image as the model sees it, see [`ICLIPProcessor`].
-            timeout (`float`, defaults to 60): seconds in which the image at a URL must be here.
-            batch_size (`int`, defaults to 1): images that go through the model at once, where they are of one shape there.
+            min_presence (`float` in [0, 1], defaults to 0.7): a label with a lower presence gets an empty mask.
+            size (`dict`, *optional*): size of the image for the model, see [`ICLIPProcessor`].
+            timeout (`float`, defaults to 60): time limit in seconds for the download of an image.
+            batch_size (`int`, defaults to 1): largest number of images in one forward pass. These have one shape.
 
         Returns:
-            for one image a list of T `dict`, best score first; for a list of images a list of those; for a `Dataset` or a
-            generator an iterator over those:
+            For one image, a list of T `dict`, best score first. For a list of images, a list of such lists. For a `Dataset` or a
+            generator, an iterator over such lists. The items are:
 
             - **label** (`str`)
             - **score** (`float`): cosine of image and label, in [-1, 1].
-            - **presence** (`float`): how surely the image shows the label, in [0, 1], see [`presence`].
-            - **map** (`torch.Tensor` of shape `(height, width)`): at the image's size, in [0, 1].
+            - **presence** (`float`): share of unrelated texts that would match the image less, in [0, 1], see [`presence`].
+            - **map** (`torch.Tensor` of shape `(height, width)`): map at the size of the image, in [0, 1].
             - **mask** (`torch.Tensor` of shape `(height, width)`): boolean.
             - **boxes** (`torch.Tensor` of shape `(R, 4)`): (x0, y0, x1, y1) in pixels around the mask's parts, best first.
 
         Raises:
-            `ValueError`, `TypeError`, `OSError`: for images that cannot be read, and labels, templates or thresholds that
-            [`ICLIPProcessor`] does not take.
+            `ValueError`, `TypeError`, `OSError`: an image cannot be read, or [`ICLIPProcessor`] refuses labels, templates or
+            thresholds.
         """
         if isinstance(images, (list, tuple)) and not images:
             raise ValueError("Expected at least one image, got none.")
@@ -91,13 +91,24 @@ class ImageTextSimilarityMapPipeline(Pipeline):
         if not labels:
             raise ValueError("Expected at least one label in candidate_labels, got none.")
         labels = list(labels)
-        inputs = self.processor(labels=[*labels, *BACKGROUND], templates=template).to(self.device)
-        with torch.no_grad():
-            text_features = self.model.get_text_features(**inputs)
-        return super().__call__(images, candidate_labels=labels, text_features=text_features, **kwargs)
+        features = self._encode(labels, template), self._background(template)
+        return super().__call__(images, candidate_labels=labels, text_features=features, **kwargs)
+
+    @torch.no_grad()
+    def _encode(self, labels: Sequence[str], template):
+        return self.model.get_text_features(**self.processor(labels=labels, templates=template).to(self.device))
+
+    def _background(self, template):
+        """Returns the features of [`BACKGROUND`]. They are cached for the last template."""
+        kept = self.__dict__.setdefault("_backgrounds", {})
+        key = template if template is None or isinstance(template, str) else tuple(template)
+        if key not in kept:
+            kept.clear()  # a few megabytes each
+            kept[key] = self._encode(BACKGROUND, template)
+        return kept[key]
 
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs):
-        """Saves the model with the pipeline's code, as in the base class, and the processor, which that leaves out."""
+        """Saves the model with the pipeline's code, as the base class does, and the processor."""
         super().save_pretrained(save_directory, **kwargs)
         self.processor.save_pretrained(save_directory, **kwargs)
 
@@ -113,21 +124,27 @@ class ImageTextSimilarityMapPipeline(Pipeline):
     def preprocess(self, image, size: dict | None = None, timeout: float = 60) -> dict:
         image = _read(image, timeout)
         pixel_values = self.processor(images=[image], **({} if size is None else {"size": size}))["pixel_values"]
-        # In a list, because a batch of tensors would be joined, which different shapes do not allow.
+        # In a list, because the base class would concatenate tensors, whose shapes may differ.
         return {"pixel_values": [pixel_values.to(self.dtype)], "target_size": (image.height, image.width)}
 
     def _forward(self, model_inputs: dict, text_features) -> dict:
         images = model_inputs["pixel_values"]
-        images = [image for (image,) in images] if isinstance(images[0], list) else images  # a batch, or one image
+        images = [image for (image,) in images] if isinstance(images[0], list) else images  # a batch or one image
 
         def forward(batch: list[torch.Tensor]):
-            outputs = self.model(
-                pixel_values=torch.cat(batch), text_features=text_features, output_similarity_maps=True
-            )
-            return zip(cosines(outputs.image_embeds, outputs.text_embeds), outputs.similarity_maps)
+            outputs = self.model(pixel_values=torch.cat(batch), text_features=texts, output_similarity_maps=True)
+            image = outputs.vision_model_output
+            presences = presence(self.model.match(image, texts), self.model.match(image, background))
+            return zip(cosines(outputs.image_embeds, outputs.text_embeds), presences, outputs.similarity_maps)
 
-        scores, maps = zip(*map_groups(forward, images, [image.shape for image in images]))
-        return {"scores": torch.stack(scores), "maps": list(maps), "target_size": model_inputs["target_size"]}
+        texts, background = text_features
+        scores, presences, maps = zip(*map_groups(forward, images, [image.shape for image in images]))
+        return {
+            "scores": torch.stack(scores),
+            "presences": torch.stack(presences),
+            "maps": list(maps),
+            "target_size": model_inputs["target_size"],
+        }
 
     def postprocess(
         self,
@@ -136,10 +153,8 @@ class ImageTextSimilarityMapPipeline(Pipeline):
         threshold: float | Sequence[float] = 0.5,
         min_presence: float = MIN_PRESENCE,
     ) -> list[dict]:
-        count = len(candidate_labels)
-        scores, background_scores = model_outputs["scores"].split([count, len(BACKGROUND)], dim=1)
-        presences = presence(scores, background_scores)
-        raw_maps, processor = model_outputs["maps"][0][:count], self.processor
+        scores, presences = model_outputs["scores"], model_outputs["presences"]
+        raw_maps, processor = model_outputs["maps"][0], self.processor
         maps = processor.post_process_similarity_maps(raw_maps[None], [model_outputs["target_size"]])
         masks = processor.post_process_masks(maps, threshold, presences, min_presence)
         regions = processor.post_process_boxes(maps, masks)[0]
@@ -158,7 +173,7 @@ class ImageTextSimilarityMapPipeline(Pipeline):
 
 
 def _read(image, timeout: float) -> Image.Image:
-    """As the command line shows it: 16-bit, transparent and rotated images, and none of the formats that run programs."""
+    """Reads an image like the command line, with the same formats and conversions."""
     if not isinstance(image, str) or os.path.exists(image):
         return load_image(image)
     name = repr(image[:100])
@@ -170,18 +185,18 @@ def _read(image, timeout: float) -> Image.Image:
         return load_image(content, name)
     try:
         content = base64.b64decode("".join(image.rpartition(",")[2].split()), validate=True)
-    except ValueError:  # no base64 text, so a path
+    except ValueError:  # not base64, so a path
         return load_image(image)
     return load_image(content, name)
 
 
 def _download(url: str, timeout: float) -> bytes:
     """
-    What is at an address, as long as it comes in time and is of a photograph's size: a server may send without an end. In a
-    thread that is left behind after the time, because a socket's own limit begins anew with every byte, also of the headers.
+    Downloads a URL with a limit of time and size. Runs in a thread, which is abandoned after the time limit, because the timeout of a
+    socket restarts with every byte, also of the headers.
     """
-    url = urllib.parse.quote(url, safe="%/:?#[]@!$&'()*+,;=~")  # spaces and letters beyond ASCII
-    request = urllib.request.Request(url, headers={"User-Agent": "iclip-hf"})  # some sites refuse Python's own
+    url = urllib.parse.quote(url, safe="%/:?#[]@!$&'()*+,;=~")  # quotes spaces and non-ASCII letters
+    request = urllib.request.Request(url, headers={"User-Agent": "iclip-hf"})  # some sites refuse Python's default
     answers, late = queue.Queue(), TimeoutError(f"no end of it within {timeout:g} seconds")
     end = time.monotonic() + timeout
 
@@ -211,7 +226,7 @@ def _download(url: str, timeout: float) -> bytes:
 
 __all__ = ["ImageTextSimilarityMapPipeline"]
 
-# Only the first: code that one model folder was trusted with must not take over the task for other models.
+# Registers only once: the trusted code of one model folder must not replace the task for other models.
 if "image-text-similarity-map" not in PIPELINE_REGISTRY.supported_tasks:
     PIPELINE_REGISTRY.register_pipeline(
         "image-text-similarity-map", ImageTextSimilarityMapPipeline, pt_model=AutoModel, type="multimodal"

@@ -31,16 +31,16 @@ def share_among_like(
     values: torch.Tensor, tokens: torch.Tensor, affinity: float, queries: torch.Tensor | None = None
 ) -> torch.Tensor:
     """
-    Means of all patches' values, weighted by how like their tokens are: softmax(affinity * cosine) over the patches.
+    Averages the values of all patches, weighted by the similarity of their tokens: softmax(affinity * cosine) over the patches.
 
     Args:
         values (`torch.Tensor` of shape `(B, N, C)`).
-        tokens (`torch.Tensor` of shape `(B, N, D)`): of the same patches.
+        tokens (`torch.Tensor` of shape `(B, N, D)`): tokens of the patches.
         affinity (`float`): sharpness of the weights; 0 gives every patch the mean of all.
-        queries (`torch.Tensor` of shape `(B, K, D)`, *optional*): tokens of the patches that the means are for; all N if not given.
+        queries (`torch.Tensor` of shape `(B, K, D)`, *optional*): tokens of the patches to average for; all N if not given.
 
     Returns:
-        `torch.Tensor` of shape `(B, K, C)`. No matrix of N x N numbers is held.
+        `torch.Tensor` of shape `(B, K, C)`. Memory does not hold an N x N matrix.
     """
     keys = F.normalize(tokens.float(), dim=-1)
     queries = keys if queries is None else F.normalize(queries.float(), dim=-1)
@@ -52,17 +52,17 @@ def share_among_like(
 
 def pool_similarities(similarities: torch.Tensor, attention: torch.Tensor, sharpness: float = 10.0) -> torch.Tensor:
     """
-    Masked max pooling after the comparison instead of before it: the smooth maximum over the patches of their similarities
-    with each text, with the attention as prior, (1 / b) log sum_i (A_i / sum A) exp(b s_i).
+    Masked max pooling over similarities instead of channels: the smooth maximum over the patches of their similarities with each
+    text, with the attention as prior, (1 / b) log sum_i (A_i / sum A) exp(b s_i).
 
-    The score that is trained is then the peak of the map that is drawn. Eq. 10 takes the maximum of each channel instead,
-    which for a tower trained with a patch objective is mostly the same for all images.
+    The trained score is then the peak of the drawn map. Eq. 10 takes the maximum of each channel instead. For a tower trained
+    with a patch objective, this maximum is similar for all images.
 
     Args:
         similarities (`torch.Tensor` of shape `(B, T, N)`): cosines of N patches with T texts.
-        attention (`torch.Tensor` of shape `(B, N)`): weights of the patches, not negative; of an image without any, all
-            patches count alike.
-        sharpness (`float`): b; 0+ is the weighted mean, infinity the maximum over the patches with any attention.
+        attention (`torch.Tensor` of shape `(B, N)`): weights of the patches, not negative. If all are 0, the patches have equal
+            weights.
+        sharpness (`float`): b. Near 0 the result is the weighted mean, at infinity the maximum over patches with attention.
 
     Returns:
         `torch.Tensor` of shape `(B, T)`, float32, between the least and the greatest similarity of each image and text.

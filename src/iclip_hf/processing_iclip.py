@@ -1,4 +1,4 @@
-"""Processor of ICLIP: images and texts to tensors; similarity maps to maps at the image's size, masks, boxes and points."""
+"""Processor of ICLIP: images and texts to tensors, and raw maps to maps at the image's size, masks, boxes and points."""
 
 from collections.abc import Iterator, Mapping, Sequence
 
@@ -17,9 +17,9 @@ from .similarity import min_max_normalize, resize_and_normalize, resize_maps
 from .similarity import reverse as reverse_maps
 
 
-# Of an image as the model sees it: 200 MB in float32. A narrow image under `shortest_edge` could be of any size.
+# Largest number of pixels of a prepared image, 200 MB in float32. `shortest_edge` makes a narrow image very large.
 MAX_PIXELS = 2**24
-# What white is in arrays of integers; floats end at 1. Wider integers are left out: they mostly hold 0..255 all the same.
+# Value of white in arrays of integers (1 in floats). Wider integers are not supported, because they mostly hold 0..255.
 _BRIGHTEST = {torch.bool: 1, torch.int8: 127, torch.uint16: 65535}
 
 
@@ -28,10 +28,10 @@ class ICLIPProcessor(ProcessorMixin):
     Wraps an image processor and a tokenizer.
 
     Args:
-        image_processor: of the image tower. Its `size` should be the whole image's, without a crop, so that maps cover it.
-        tokenizer: of the text tower.
-        templates (`list[str]`, defaults to `["a photo of the {}"]`): prompts that `labels` are put into, averaged if several.
-        patch_size (`int`, defaults to 16): of the image tower; image sides are multiples of it.
+        image_processor: image processor of the image tower. It should resize the whole image without a crop, so that maps cover it.
+        tokenizer: tokenizer of the text tower.
+        templates (`list[str]`, defaults to `["a photo of the {}"]`): prompts for `labels`; several prompts are averaged.
+        patch_size (`int`, defaults to 16): patch size of the image tower. Image sides are multiples of it.
         max_text_length (`int`, defaults to 77): texts are truncated to this number of tokens.
         text_padding (`str`, defaults to `"longest"`): `"max_length"` for SigLIP towers, which were trained with it.
     """
@@ -55,8 +55,8 @@ class ICLIPProcessor(ProcessorMixin):
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, **kwargs) -> "ICLIPProcessor":
         """
-        As in the base class, which would ask on standard input whether a tokenizer or an image processor with code of its own
-        may run: it may not without `trust_remote_code=True`.
+        Like the base class, but never asks on standard input whether code of a tokenizer or an image processor may run. It runs
+        only with `trust_remote_code=True`.
         """
         kwargs["trust_remote_code"] = kwargs.get("trust_remote_code") or False
         return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
@@ -65,7 +65,7 @@ class ICLIPProcessor(ProcessorMixin):
     def from_vision_text_pretrained(cls, vision: str, text: str, image_size: int = 224, **options) -> "ICLIPProcessor":
         """
         Joins the image processor and the tokenizer of two towers, as [`ICLIPModel.from_vision_text_pretrained`] joins the
-        towers; the whole image is resized to `image_size` pixels a side, without a crop.
+        towers. The whole image is resized to a square of `image_size` pixels, without a crop.
         """
         config = AutoConfig.from_pretrained(vision, trust_remote_code=False)
         image_processor = AutoImageProcessor.from_pretrained(
@@ -95,22 +95,22 @@ class ICLIPProcessor(ProcessorMixin):
         Args:
             images: one image or a list: PIL images of any mode, numpy arrays or tensors. White is 255 in an array of uint8,
                 65535 of uint16, 127 of int8, and 1 of floats and booleans.
-            text: texts taken as they are: one, a list of T shared by all images, or a list of lists, one an image
-                (shorter lists are filled up with their last text).
-            labels: class names or phrases, in the same forms, put into each of the `templates`.
+            text: texts without templates: one text, a list of T texts for all images, or one list for each image (shorter lists are
+                padded with their last text).
+            labels: class names or phrases in the same forms, inserted into each of the `templates`.
             templates: prompts for the labels, each with one `{}`; those of the processor if not given.
-            kwargs: of the image processor and the tokenizer, also as `images_kwargs` and `text_kwargs`. `size=s` or
-                `size={"height": h, "width": w}` sets another resolution, `size={"shortest_edge": s}` one that keeps the image's
-                proportions, all in multiples of the patch size and up to `MAX_PIXELS`.
+            kwargs: options of the image processor and the tokenizer, also as `images_kwargs` and `text_kwargs`. `size=s` or
+                `size={"height": h, "width": w}` sets another size. `size={"shortest_edge": s}` keeps the proportions of the image.
+                Sizes are multiples of the patch size with at most `MAX_PIXELS` pixels.
 
         Returns:
             `BatchFeature` with `pixel_values` of shape `(B, 3, H, W)`, `input_ids` and `attention_mask` of shape
             `(T * num_templates, L)` or `(B, T * num_templates, L)`, and `num_templates` where there are several.
 
         Raises:
-            `ValueError`: for nothing to process, empty texts or lists, both `text` and `labels`, a template without `{}`,
-            images of different shape under `shortest_edge`, what is no image, not finite, out of its type's range or of a type
-            without an agreed range, such as int64. `TypeError`: for texts that are no strings.
+            `ValueError`: there is nothing to process; texts or lists are empty; both `text` and `labels` are given; a template has
+            no `{}`; images have different shapes with `shortest_edge`; or an image is invalid, not finite, out of the range of its
+            type, or of a type without a defined range, such as int64. `TypeError`: texts are not strings.
         """
         kwargs = _flattened(kwargs)
         if images is None and text is None and labels is None:
@@ -158,7 +158,7 @@ class ICLIPProcessor(ProcessorMixin):
         return batch
 
     def _with_exact_size(self, images: list, kwargs: dict) -> dict:
-        """Turns a requested size into height and width in multiples of the patch size."""
+        """Converts a requested size to height and width in multiples of the patch size."""
         asked = kwargs.get("size") or self.image_processor.size
         size = {"height": asked, "width": asked} if isinstance(asked, int) else asked
         size = (
@@ -202,19 +202,19 @@ class ICLIPProcessor(ProcessorMixin):
         order: str = "resize_first",
     ) -> list[torch.Tensor]:
         """
-        Raw maps to maps in [0, 1] at the images' own size (Eq. 4, reversed: Eq. 5).
+        Converts raw maps to maps in [0, 1] at the size of the images (Eq. 4; reversed: Eq. 5).
 
         Args:
             maps (`torch.Tensor` of shape `(B, T, h, w)`): raw similarity maps of [`ICLIPModel`].
-            target_sizes (list of B `(height, width)`): of the original images, in pixels.
-            reverse (`bool`): 1 - M, the training-free repair of CLIP's opposite maps.
+            target_sizes (list of B `(height, width)`): sizes of the original images in pixels.
+            reverse (`bool`): whether to return 1 - M, which repairs CLIP's inverted maps without training.
             order (`str`): `"resize_first"` (bicubic, then min-max) or `"normalize_first"`.
 
         Returns:
             list of B `torch.Tensor` of shape `(T, height, width)`, float32, in [0, 1]; a constant map is zeros.
 
         Raises:
-            `ValueError`: if the number of sizes is not B, or `order` is another name.
+            `ValueError`: the number of sizes is not B, or `order` has another value.
         """
         if maps.ndim != 4 or len(target_sizes) != len(maps):
             raise ValueError(
@@ -239,22 +239,21 @@ class ICLIPProcessor(ProcessorMixin):
         min_score: float | None = None,
     ) -> list[torch.Tensor]:
         """
-        Maps to masks: a pixel is foreground where M > threshold.
+        Converts maps to masks. A pixel is foreground where M > threshold.
 
         Args:
             maps (list of `torch.Tensor` of shape `(T, H, W)`): from `post_process_similarity_maps`.
-            threshold (`float` in [0, 1], or T of them): for instance the best of each class, from
+            threshold (`float` in [0, 1], or T of them): such as the best threshold of each class, from
                 `regions.class_thresholds`.
-            scores (`torch.Tensor` of shape `(B, T)`, *optional*): how surely a text is there, such as
-                `presence.presence` of `logits_per_image`.
-            min_score (`float`, *optional*): a text with a lower score counts as absent and gets an empty mask, which min-max
-                alone would not give it.
+            scores (`torch.Tensor` of shape `(B, T)`, *optional*): confidence that the text is in the image, such as
+                `presence.presence`.
+            min_score (`float`, *optional*): a text with a lower score counts as absent and gets an empty mask.
 
         Returns:
             list of B boolean `torch.Tensor` of shape `(T, H, W)`.
 
         Raises:
-            `ValueError`: for thresholds outside [0, 1] or not one a text, or only one of `scores` and `min_score`.
+            `ValueError`: thresholds are outside [0, 1], their number is not T, or only one of `scores` and `min_score` is given.
         """
         thresholds = check_thresholds(threshold).float()
         if thresholds.ndim and any(len(map_) != len(thresholds) for map_ in maps):
@@ -274,7 +273,7 @@ class ICLIPProcessor(ProcessorMixin):
         self, maps: Sequence[torch.Tensor], masks: Sequence[torch.Tensor], min_area: float = MIN_AREA
     ) -> list[dict[str, torch.Tensor]]:
         """
-        Masks to boxes, one around each connected part.
+        Converts masks to boxes, one for each connected part.
 
         Args:
             maps (list of B `torch.Tensor` of shape `(T, H, W)`): from `post_process_similarity_maps`.
@@ -282,12 +281,12 @@ class ICLIPProcessor(ProcessorMixin):
             min_area (`float`): smaller parts are left out, as a share of the image's area, in [0, 1].
 
         Returns:
-            list of B `dict`, of R boxes each, those of a text together and its best first:
+            list of B `dict` with R boxes, ordered by text, then best first:
             `scores` `(R,)`: mean of the map over the part, in [0, 1]; `labels` `(R,)`: index of the text;
             `boxes` `(R, 4)`: (x0, y0, x1, y1) in pixels, float32. An empty mask has no box.
 
         Raises:
-            `ValueError`: for masks that do not fit the maps, or `min_area` outside [0, 1].
+            `ValueError`: masks do not fit the maps, or `min_area` is outside [0, 1].
         """
         results = []
         for texts in _regions(maps, masks, min_area):
@@ -310,18 +309,18 @@ class ICLIPProcessor(ProcessorMixin):
         num_negative: int = 3,
     ) -> list[dict[str, torch.Tensor]]:
         """
-        Masks to point prompts for SAM, one object for each connected part: `input_points=[result["points"].tolist()]` and
-        `input_labels=[result["point_labels"].tolist()]` of its processor; the boxes of `post_process_boxes` are in the same
-        order.
+        Converts masks to point prompts for SAM, one object for each connected part. SAM's processor takes them as
+        `input_points=[result["points"].tolist()]` and `input_labels=[result["point_labels"].tolist()]`. The boxes of
+        `post_process_boxes` have the same order.
 
         Args:
             maps, masks, min_area: as for `post_process_boxes`.
-            num_positive (`int`): points at the highest places of the part, its peak first.
-            num_negative (`int`): points at the lowest places of the text's map, outside all its parts.
+            num_positive (`int`): number of points at the highest values of the part, its peak first.
+            num_negative (`int`): number of points at the lowest values of the text's map, outside of all its parts.
 
         Returns:
-            list of B `dict`, of R objects with P = num_positive + num_negative points each: `labels` `(R,)`: index of the
-            text; `points` `(R, P, 2)`: (x, y) in pixels; `point_labels` `(R, P)`: 1 positive, 0 negative; all int64.
+            list of B `dict` with R objects of P = num_positive + num_negative points: `labels` `(R,)`: index of the text;
+            `points` `(R, P, 2)`: (x, y) in pixels; `point_labels` `(R, P)`: 1 positive, 0 negative; all int64.
 
         Raises:
             `ValueError`: as `post_process_boxes`.
@@ -345,7 +344,7 @@ class ICLIPProcessor(ProcessorMixin):
 
 
 def _regions(maps, masks, min_area: float) -> Iterator[list[tuple[int, np.ndarray, np.ndarray, list[Region]]]]:
-    """For each image, of each text with a region: its index, map, mask and regions."""
+    """Yields index, map, mask and regions of each text with a region, for each image."""
     for image_maps, image_masks in zip(maps, masks, strict=True):
         texts = zip(image_maps.float().cpu().numpy(), image_masks.cpu().numpy(), strict=True)
         found = [(label, *text, find_regions(*text, min_area)) for label, text in enumerate(texts)]
@@ -353,7 +352,7 @@ def _regions(maps, masks, min_area: float) -> Iterator[list[tuple[int, np.ndarra
 
 
 def check_thresholds(threshold: float | Sequence[float]) -> torch.Tensor:
-    """One threshold, or one a text, as a tensor of shape `()` or `(T,)`; `ValueError` unless they are numbers in [0, 1]."""
+    """Returns one threshold, or one for each text, as a tensor `()` or `(T,)`. `ValueError` unless they are in [0, 1]."""
     try:
         thresholds = torch.as_tensor(threshold, dtype=torch.float64, device="cpu")
         fits = (
@@ -367,7 +366,7 @@ def check_thresholds(threshold: float | Sequence[float]) -> torch.Tensor:
 
 
 def check_templates(templates: str | Sequence[str]) -> list[str]:
-    """Prompts as a list, once each has the one `{}` that a label is put into; `ValueError` otherwise."""
+    """Returns prompts as a list. Raises `ValueError` unless each has exactly one `{}`."""
     templates = [templates] if isinstance(templates, str) else templates
     fits = isinstance(templates, Sequence) and len(templates) > 0
     if not fits or any(not isinstance(t, str) or t.count("{}") != 1 for t in templates):
@@ -376,7 +375,7 @@ def check_templates(templates: str | Sequence[str]) -> list[str]:
 
 
 def _flattened(kwargs: dict) -> dict:
-    """Keywords with those in `text_kwargs`, `images_kwargs` and `common_kwargs` beside them, for which it is the same."""
+    """Merges `text_kwargs`, `images_kwargs` and `common_kwargs` into the keywords, which are equivalent."""
     flat = dict(kwargs)
     nested = [flat.pop(name, None) or {} for name in ("text_kwargs", "images_kwargs", "common_kwargs")]
     for name, value in (item for part in nested for item in part.items()):
@@ -387,7 +386,7 @@ def _flattened(kwargs: dict) -> dict:
 
 
 def _nested(texts, expand) -> list[str] | list[list[str]]:
-    """Texts in any accepted form -> a list of prompts, or of equally long lists of prompts, one an image."""
+    """Converts texts to a list of prompts, or to one list of prompts for each image, all of the same length."""
     if isinstance(texts, str):
         texts = [texts]
     if not isinstance(texts, Sequence) or len(texts) == 0:
@@ -420,7 +419,7 @@ def _as_list(images) -> list:
 
 
 def _checked_image(image, rescaled: bool):
-    """A PIL image in RGB; an array or tensor of any kind of pixels in 8 bits, or as it is where it is `rescaled` already."""
+    """Returns a PIL image in RGB, or an array or tensor in 8 bits; unchanged if it is `rescaled` already."""
     if not hasattr(image, "shape"):
         if isinstance(image, Image.Image) and 0 not in image.size:
             return to_rgb(image)
@@ -437,7 +436,7 @@ def _checked_image(image, rescaled: bool):
 
 
 def _to_8_bit(pixels: torch.Tensor) -> torch.Tensor:
-    """Pixels of any type that has an agreed range, which is torchvision's, to the nearest of 0..255."""
+    """Converts pixels to the nearest values in 0..255. The range of a type is that of torchvision."""
     if pixels.dtype == torch.uint8:
         return pixels
     brightest = 1 if pixels.is_floating_point() else _BRIGHTEST.get(pixels.dtype)

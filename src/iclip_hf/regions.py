@@ -1,4 +1,4 @@
-"""Masks to what detectors and segmenters take: boxes, point prompts, run lengths; a class's threshold from an evaluation."""
+"""Conversion of masks to boxes, point prompts and run lengths, and thresholds of classes from an evaluation."""
 
 import json
 from collections.abc import Sequence
@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 
-# Half a patch of a 16x16 grid: what is smaller comes from the enlargement of the map, not from the image.
+# Half a patch of a 16x16 grid. Smaller parts result from the enlargement of the map, not from the image.
 MIN_AREA = 0.002
 
 
@@ -18,9 +18,9 @@ class Region:
     A connected part of a mask.
 
     Attributes:
-        box (`tuple[int, int, int, int]`): (x0, y0, x1, y1) in pixels; x1 and y1 are the first ones beyond.
+        box (`tuple[int, int, int, int]`): (x0, y0, x1, y1) in pixels; x1 and y1 are exclusive.
         score (`float`): mean of the map over the region, in [0, 1].
-        inside (`np.ndarray` of shape `(y1 - y0, x1 - x0)`): which pixels of the box belong to it, boolean.
+        inside (`np.ndarray` of shape `(y1 - y0, x1 - x0)`): boolean, the pixels of the box that belong to the region.
     """
 
     box: tuple[int, int, int, int]
@@ -30,15 +30,15 @@ class Region:
 
 def find_regions(heatmap: np.ndarray, mask: np.ndarray, min_area: float = MIN_AREA) -> list[Region]:
     """
-    The connected parts of a mask, best score first. Corners connect too.
+    Finds the connected parts of a mask, best score first. Pixels that share a corner are connected.
 
     Args:
-        heatmap (`np.ndarray` of shape `(H, W)`): the map that the mask was made from, in [0, 1].
+        heatmap (`np.ndarray` of shape `(H, W)`): the map of the mask, in [0, 1].
         mask (`np.ndarray` of shape `(H, W)`): boolean.
         min_area (`float`): smaller parts are left out, as a share of the image's area, in [0, 1].
 
     Raises:
-        `ValueError`: for shapes that differ, or `min_area` outside [0, 1].
+        `ValueError`: the shapes differ, or `min_area` is outside [0, 1].
     """
     if heatmap.shape != mask.shape:
         raise ValueError(f"Expected a mask of the map's shape {heatmap.shape}, got {mask.shape}.")
@@ -60,14 +60,14 @@ def find_regions(heatmap: np.ndarray, mask: np.ndarray, min_area: float = MIN_AR
 
 
 def _runs(mask: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Row, first column and the column after the last of each horizontal run of a mask, row by row."""
+    """Returns row, first column and end column (exclusive) of each horizontal run of a mask, row by row."""
     changes = np.diff(np.pad(np.asarray(mask, dtype=np.int8), ((0, 0), (1, 1))))
     rows, starts = np.nonzero(changes > 0)
     return rows, starts, np.nonzero(changes < 0)[1]
 
 
 def _connected(rows: np.ndarray, starts: np.ndarray, stops: np.ndarray, height: int) -> np.ndarray:
-    """For each run the index of the first run of its part: union-find over the runs of neighbouring rows that touch."""
+    """Returns the index of the first run of each run's part, by union-find over touching runs of adjacent rows."""
     parents = list(range(len(rows)))
 
     def first(run: int) -> int:
@@ -80,7 +80,9 @@ def _connected(rows: np.ndarray, starts: np.ndarray, stops: np.ndarray, height: 
     for above, here, end in zip(begins, begins[1:], begins[2:]):
         upper, lower = above, here
         while upper < here and lower < end:
-            if starts[upper] <= stops[lower] and starts[lower] <= stops[upper]:  # the stops are one beyond: corners
+            if (
+                starts[upper] <= stops[lower] and starts[lower] <= stops[upper]
+            ):  # stops are exclusive, so corners connect
                 one, other = first(upper), first(lower)
                 parents[max(one, other)] = min(one, other)
             if stops[upper] < stops[lower]:
@@ -92,15 +94,15 @@ def _connected(rows: np.ndarray, starts: np.ndarray, stops: np.ndarray, height: 
 
 def positive_points(heatmap: np.ndarray, region: Region, count: int = 1) -> np.ndarray:
     """
-    The peak of a region, and further high places of it, half the box's shorter side apart.
+    Returns the peak of a region and its next highest points, at least half the box's shorter side apart.
 
     Args:
-        heatmap (`np.ndarray` of shape `(H, W)`): the map that the region was found in.
+        heatmap (`np.ndarray` of shape `(H, W)`): the map of the region.
         region ([`Region`]): from [`find_regions`].
         count (`int`): number of points.
 
     Returns:
-        `np.ndarray` of shape `(count, 2)`: (x, y) in pixels. A region too small for others repeats its own.
+        `np.ndarray` of shape `(count, 2)`: (x, y) in pixels. In a small region, points repeat.
     """
     x0, y0, x1, y1 = region.box
     cost = np.where(region.inside, -heatmap[y0:y1, x0:x1], np.inf)
@@ -109,16 +111,16 @@ def positive_points(heatmap: np.ndarray, region: Region, count: int = 1) -> np.n
 
 def negative_points(heatmap: np.ndarray, mask: np.ndarray, count: int = 3) -> np.ndarray:
     """
-    The lowest places of a map outside its mask, a quarter of the image's shorter side apart. A place counts with its
-    surroundings: bicubic enlargement undershoots at the very edge of what is bright.
+    Returns the lowest points of a map outside its mask, at least a quarter of the image's shorter side apart. The map is averaged
+    locally first, because bicubic enlargement undershoots next to bright areas.
 
     Args:
         heatmap (`np.ndarray` of shape `(H, W)`): the map.
-        mask (`np.ndarray` of shape `(H, W)`): boolean, what to keep away from.
+        mask (`np.ndarray` of shape `(H, W)`): boolean, the pixels to exclude.
         count (`int`): number of points.
 
     Returns:
-        `np.ndarray` of shape `(count, 2)`: (x, y) in pixels. An image too small for others repeats its own.
+        `np.ndarray` of shape `(count, 2)`: (x, y) in pixels. In a small image, points repeat.
     """
     around = _box_mean(heatmap, max(1, min(heatmap.shape) // 8))
     cost = np.where(mask & ~mask.all(), np.inf, around)
@@ -126,9 +128,9 @@ def negative_points(heatmap: np.ndarray, mask: np.ndarray, count: int = 3) -> np
 
 
 def _box_mean(values: np.ndarray, side: int) -> np.ndarray:
-    """Mean of the square of `side` pixels around each pixel, the edge repeated beyond the edge."""
+    """Returns the mean of the square of `side` pixels around each pixel. Pixels of the edge are repeated outside."""
     mean = values.astype(np.float64)
-    for _ in range(2):  # along the rows, then along the columns, back in place
+    for _ in range(2):  # along one axis, then along the other
         padded = np.pad(mean, ((side // 2, (side - 1) // 2), (0, 0)), mode="edge")
         sums = np.pad(padded.cumsum(0), ((1, 0), (0, 0)))
         mean = ((sums[side:] - sums[:-side]) / side).T
@@ -141,14 +143,16 @@ def _lowest_places(cost: np.ndarray, count: int, distance: float) -> np.ndarray:
     for place in places:
         y, x = np.unravel_index(cost.argmin(), cost.shape)
         place[:] = x, y
-        cost[(rows - y) ** 2 + (columns - x) ** 2 < distance**2] += 4  # after all others, whose cost spans 1
+        cost[(rows - y) ** 2 + (columns - x) ** 2 < distance**2] += (
+            4  # ranks them after all others, whose costs differ by at most 1
+        )
     return places
 
 
 def run_lengths(mask: np.ndarray) -> dict[str, list[int]]:
     """
-    A mask in COCO's uncompressed form, which pycocotools reads: lengths of the runs of 0 and 1 by turns, down the columns,
-    beginning with 0.
+    Converts a mask to COCO's uncompressed run lengths, which pycocotools reads: alternating lengths of runs of 0 and 1 in
+    column-major order, beginning with 0.
 
     Returns:
         `dict` of `size`, [H, W], and `counts`.
@@ -160,15 +164,15 @@ def run_lengths(mask: np.ndarray) -> dict[str, list[int]]:
 
 def class_thresholds(path: str | Path, labels: Sequence[str], method: str = "itsm") -> list[float]:
     """
-    The best threshold of each class, by mMIoU, from the JSON file that `iclip evaluate --output` writes.
+    Reads the best threshold of each class, by mMIoU, from the JSON file of `iclip evaluate --output`.
 
     Args:
-        path: of the file.
-        labels: class names as the evaluation has them.
-        method (`str`): whose thresholds.
+        path: path of the file.
+        labels: class names of the evaluation.
+        method (`str`): method with the thresholds.
 
     Raises:
-        `FileNotFoundError`: there is no such file. `ValueError`: it is another kind of file, or lacks the method or a class.
+        `FileNotFoundError`: the file does not exist. `ValueError`: the file has another form, or lacks the method or a class.
     """
     try:
         rows = json.loads(Path(path).read_text(encoding="utf-8"))["per_class"]

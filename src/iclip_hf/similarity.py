@@ -16,14 +16,14 @@ def cosine_similarity_map(patch_embeds: torch.Tensor, text_embeds: torch.Tensor)
         `torch.Tensor` of shape `(B, T, h, w)`, in [-1, 1].
 
     Raises:
-        `ValueError`: for another number of lists of texts than images.
+        `ValueError`: the number of lists of texts is not B.
     """
     check_lists(len(patch_embeds), text_embeds)
     return (text_embeds @ patch_embeds.flatten(1, 2).mT).unflatten(-1, patch_embeds.shape[1:3])
 
 
 def check_lists(num_images: int, text_embeds: torch.Tensor) -> None:
-    """Texts `(B, T, P)` that differ by image must be those of all B images; a product would broadcast a single one."""
+    """Raises `ValueError` unless texts `(B, T, P)` are for all B images. A product would broadcast a single list."""
     if text_embeds.ndim == 3 and len(text_embeds) != num_images:
         raise ValueError(f"Expected one list of texts an image, got {len(text_embeds)} lists for {num_images} images.")
 
@@ -45,7 +45,7 @@ def min_max_normalize(maps: torch.Tensor) -> torch.Tensor:
     """
     low, high = torch.aminmax(maps.flatten(-2), dim=-1, keepdim=True)
     span = high - low
-    # Dividing, not multiplying by the reciprocal, so that the brightest pixel is exactly 1.
+    # Division instead of multiplication by the reciprocal, so that the largest value is exactly 1.
     return ((maps.flatten(-2) - low) / span.masked_fill(span == 0, 1.0)).unflatten(-1, maps.shape[-2:])
 
 
@@ -53,8 +53,8 @@ def resize_maps(maps: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
     """
     Bicubic resize (align_corners=False, no antialiasing) of maps to an image's size (Eq. 4).
 
-    Equal to `torch.nn.functional.interpolate` within rounding, but as one matrix product a side: the interpolation is
-    linear and separable, and a 16x16 grid grown to a photograph is a small product where the general kernel is slow.
+    Equal to `torch.nn.functional.interpolate` up to rounding, but computed as one matrix product for each side: the interpolation
+    is linear and separable. For a 16x16 grid and the size of a photograph, these products are faster than the general kernel.
 
     Args:
         maps (`torch.Tensor` of shape `(..., h, w)`).
@@ -64,7 +64,7 @@ def resize_maps(maps: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
         `torch.Tensor` of shape `(..., *size)`, float32.
     """
     rows, columns = _resize_weights(maps, size)
-    # Offset from its minimum, a constant map stays constant to the last bit: min-max would stretch any rounding noise.
+    # Subtracting the minimum keeps a constant map exactly constant. Min-max would stretch its rounding errors.
     maps = maps.float()
     low = maps.amin((-2, -1), keepdim=True)
     return rows @ ((maps - low) @ columns.mT) + low
@@ -73,8 +73,8 @@ def resize_maps(maps: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
 @torch.no_grad()
 def resize_and_normalize(maps: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
     """
-    `min_max_normalize(resize_maps(maps, size))` (Eq. 4) for `(T, h, w)` maps, one at a time in place: a full-size map
-    fits a processor's cache, those of many texts together do not.
+    Computes `min_max_normalize(resize_maps(maps, size))` (Eq. 4) for `(T, h, w)` maps, one map at a time in place. One full-size
+    map fits the cache of a processor, many do not.
 
     Returns:
         `torch.Tensor` of shape `(T, *size)`, float32, in [0, 1].
@@ -92,12 +92,12 @@ def resize_and_normalize(maps: torch.Tensor, size: tuple[int, int]) -> torch.Ten
 
 
 def _resize_weights(maps: torch.Tensor, size: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:
-    """The matrices that enlarge `(..., h, w)` maps along their height and their width."""
+    """Returns the matrices that resize `(..., h, w)` maps along height and width."""
     return tuple(_bicubic_weights(source, target, maps.device) for source, target in zip(maps.shape[-2:], size))
 
 
 def _bicubic_weights(source: int, target: int, device: torch.device) -> torch.Tensor:
-    """The (target, source) matrix of a one-dimensional bicubic resize, read off the identity's."""
+    """Returns the (target, source) matrix of a one-dimensional bicubic resize, from the resized identity."""
     if target < 1:
         raise ValueError(f"Expected a size (height, width) of at least one pixel a side, got a side of {target}.")
     identity = torch.eye(source, device=device)[None, None]

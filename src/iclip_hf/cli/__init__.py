@@ -1,4 +1,4 @@
-"""The `iclip` command: parses arguments, calls the package, prints. Invalid input ends with one line and exit code 2."""
+"""The `iclip` command. Invalid input ends with one line on stderr and exit code 2."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command line; returns the exit code."""
+    """Runs the command line and returns the exit code."""
     options = _parser().parse_args(arguments)
     try:
         return options.run(options) or 0

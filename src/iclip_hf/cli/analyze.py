@@ -1,4 +1,4 @@
-"""`iclip analyze`: why maps look as they do, and whether who recognises well explains well."""
+"""`iclip analyze`: semantic shift, pooled channels, and recognition against interpretability."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from .common import (
 )
 
 
-# Names, not imports: help must not wait for torch.
+# Names instead of imports, so that the help does not load torch.
 POOLINGS = ("class_token", "average", "max", "own")
 SCORES = {"MIoU": "IoU at the best threshold, %", "FMB": "foreground minus background"}
 
@@ -136,7 +136,7 @@ def _relation(options: argparse.Namespace) -> int:
 
 
 def _read_classes(path: Path, method: str | None) -> tuple[str, list[dict]]:
-    """A method of an evaluation and its rows by class."""
+    """Returns a method of an evaluation and its rows for the classes."""
     try:
         per_class = json.loads(path.read_text(encoding="utf-8"))["per_class"]
         method = method or next(iter(per_class))

@@ -1,4 +1,4 @@
-"""What the commands share: options, the model they name, and checks of what they would write."""
+"""Shared parts of the commands: options, loading of models, checks of output paths, and printing."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 
-# Names, not imports: help must not wait for torch.
+# Names instead of imports, so that the help does not load torch.
 METHODS = (
     "itsm",
     "reversed_itsm",
@@ -21,14 +21,14 @@ METHODS = (
 )
 DTYPES = ("float32", "bfloat16", "float16")
 DATASETS = ("voc2012", "coco2017", "folder")
-# Categories of characters that act on a terminal, or cannot be printed: controls, surrogates, separators of lines.
+# Categories of characters that control a terminal or cannot be printed: controls, surrogates, line separators.
 _ACTING = ("Cc", "Cs", "Zl", "Zp")
 _TURNING = frozenset("\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".pdf", ".svg")
 
 
 def add_command(commands, name: str, run: Callable, description: str) -> argparse.ArgumentParser:
-    """A command whose parsed options are given to `run`."""
+    """Adds a command. `run` is called with its parsed options."""
     command = commands.add_parser(name, help=description, description=description[0].upper() + description[1:] + ".")
     command.set_defaults(run=run)
     return command
@@ -125,14 +125,14 @@ def add_dpi_option(command: argparse.ArgumentParser) -> None:
 
 
 def at_least_1(text: str) -> int:
-    """Type of an option for argparse."""
+    """Parses a positive integer, as a type for argparse."""
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text}")
     return int(text)
 
 
 def load_model(name: str | None, dtype: str | None = None):
-    """Model and processor, as [`iclip_hf.models.loading.load_model`], in silence."""
+    """Like [`iclip_hf.models.loading.load_model`], without output of Transformers."""
     from ..models.loading import load_model
 
     silence_transformers()
@@ -140,7 +140,7 @@ def load_model(name: str | None, dtype: str | None = None):
 
 
 def silence_transformers() -> None:
-    """Leaves the screen to the command's own output."""
+    """Disables log messages and progress bars of Transformers."""
     from transformers.utils import logging
 
     logging.set_verbosity_error()
@@ -148,7 +148,7 @@ def silence_transformers() -> None:
 
 
 def check_file(option: str, path: Path, suffixes: tuple[str, ...]) -> None:
-    """Refuses a file that could not be written, before the model is loaded."""
+    """Raises `ValueError` for an invalid output file, before the model is loaded."""
     if path.suffix.lower() not in suffixes:
         raise ValueError(f"{option}: expected a file name that ends in {' or '.join(suffixes)}, got {path}.")
     if path.is_dir():
@@ -156,18 +156,18 @@ def check_file(option: str, path: Path, suffixes: tuple[str, ...]) -> None:
 
 
 def check_folder(option: str, path: Path) -> None:
-    """Refuses a folder that could not be written into, before the model is loaded."""
+    """Raises `ValueError` for an invalid output folder, before the model is loaded."""
     if path.suffix or (path.exists() and not path.is_dir()):
         raise ValueError(f"{option}: expected a folder, got the file name {path}.")
 
 
 def save_figure(figure, path: Path, dpi: int = 120) -> None:
-    """Writes a figure in the form that the file name asks for; it appears whole or not at all."""
+    """Writes a figure atomically, in the format of the file name's suffix."""
     from ..utils.files import atomic_write
 
     path.parent.mkdir(parents=True, exist_ok=True)
     form = path.suffix[1:].lower()
-    # More effort makes a photograph's PNG a fifth smaller, and writing it takes nearly twice as long.
+    # The default compression makes the PNG of a photograph a fifth smaller and takes nearly twice as long.
     options = {"pil_kwargs": {"compress_level": 1}} if form == "png" else {}
     with atomic_write(path) as partial:
         figure.savefig(partial, format=form, dpi=dpi, **options)
@@ -183,8 +183,8 @@ def one_line(error: BaseException) -> str:
 
 def printable(text) -> str:
     """
-    A name or a text with what would act on a terminal escaped as in JSON: control characters (escape sequences, new lines),
-    marks that turn the direction of writing, and the bytes of a file name that is no UTF-8.
+    Escapes characters that control a terminal, as in JSON: control characters (escape sequences, new lines), marks of writing
+    direction, and bytes of file names that are not UTF-8.
     """
     return "".join(
         f"\\u{ord(letter):04x}" if unicodedata.category(letter) in _ACTING or letter in _TURNING else letter
@@ -193,5 +193,5 @@ def printable(text) -> str:
 
 
 def echo(report) -> None:
-    """Prints lines, with [`printable`] names and texts in them; JSON stays the same JSON."""
+    """Prints lines with [`printable`] characters. The value of JSON text does not change."""
     print("\n".join(map(printable, str(report).split("\n"))))

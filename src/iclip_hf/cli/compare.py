@@ -1,4 +1,4 @@
-"""`iclip compare`: the side-by-side figure, a row a text and a column a method."""
+"""`iclip compare`: a figure with one row for each text and one column for each method."""
 
 from __future__ import annotations
 
@@ -83,8 +83,8 @@ def run(options: argparse.Namespace) -> int:
 
 def _open(options: argparse.Namespace):
     """
-    The image, and what the data set says of it: the pixels of each of its texts that is a class, and the templates; without
-    a data set no pixels and the templates that were given.
+    Returns the image, the mask of each text that is a class of the data set, and the templates. Without a data set there are no
+    masks.
     """
     from ..data.segmentation import load_segmentation
     from ..images import load_image
@@ -109,7 +109,7 @@ def _open(options: argparse.Namespace):
 
 
 def _explain(options: argparse.Namespace, image, texts: list[str], templates, target_size: tuple[int, int]):
-    """For each model and method their names and what they say of the image."""
+    """Yields model name, method and explanation for each model and method."""
     from ..localization.localizer import explain
 
     size = None if options.image_size is None else {"height": options.image_size, "width": options.image_size}
@@ -121,7 +121,7 @@ def _explain(options: argparse.Namespace, image, texts: list[str], templates, ta
 
 
 def _shrunk(mask, image):
-    """A boolean mask at the size that the image is drawn at, of zeros and ones."""
+    """Resizes a boolean mask to the size of the drawn image, as zeros and ones."""
     import numpy as np
     from PIL import Image
 

@@ -1,4 +1,4 @@
-"""`iclip demo`: the live demo in a browser, and its Space."""
+"""`iclip demo`: the live demo in a browser, or as a Space."""
 
 from __future__ import annotations
 

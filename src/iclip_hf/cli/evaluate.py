@@ -1,4 +1,4 @@
-"""`iclip evaluate`: a segmentation data set to mAP, mMIoU, mFMB and text contrast."""
+"""`iclip evaluate`: mAP, mMIoU, mFMB and text contrast on a segmentation data set."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def run(options: argparse.Namespace) -> int:
     if options.output:
         check_file("--output", options.output, (".json",))
     dataset = load_segmentation(options.dataset, options.data_root, options.split, options.overrides)
-    state = this_process("eval")  # before the model
+    state = this_process("eval")  # selects the device before the model is loaded
     with partner_errors("run it again"):
         result = evaluate(
             *load_model(options.model, options.dtype),

@@ -1,4 +1,4 @@
-"""`iclip explain`: photographs and texts to pictures, scores, boxes, points and masks; whole collections to Parquet files."""
+"""`iclip explain`: pictures, scores, boxes, points and masks of images; Parquet files of whole collections."""
 
 from __future__ import annotations
 
@@ -133,8 +133,8 @@ def _explain_images(options: argparse.Namespace) -> int:
 
     def write(item) -> dict | None:
         (name, image, explanation), picture = item
-        if image is None:  # the others are still explained
-            tqdm.write(f"iclip explain: {printable(name)}", file=sys.stderr)  # on a line of its own above the bar
+        if image is None:  # the other images are still explained
+            tqdm.write(f"iclip explain: {printable(name)}", file=sys.stderr)  # above the progress bar
             return None
         texts = [{**text, "mask": run_lengths(mask)} for text, mask in explanation.records_and_masks()]
         _draw(image, explanation, options.colormap, picture)
@@ -143,13 +143,13 @@ def _explain_images(options: argparse.Namespace) -> int:
         return {"image": name, "picture": str(picture), "texts": texts}
 
     pictures = [output / name for name in _file_names(options.images)] if several else [output]
-    with ThreadPoolExecutor(1) as beside:  # the model
+    with ThreadPoolExecutor(1) as beside:  # while the model runs
         explained = localizer.explain_all(lambda path: (path, load_image(path)), options.images, beside, batch_size=4)
         written = prefetch_map(beside, write, zip(explained, pictures), 4)
         written = list(tqdm(written, total=len(pictures), unit="image", disable=not several))
     report = [entry for entry in written if entry is not None]
 
-    if options.json:  # an image a line: run lengths are long
+    if options.json:  # one line for each image, because run lengths are long
         echo("[" + ",\n ".join(json.dumps(entry, ensure_ascii=False) for entry in report) + "]")
     else:
         _print_table(report)
@@ -167,7 +167,7 @@ def _explain_collection(options: argparse.Namespace) -> int:
     output = options.output or Path("explanations")
     check_folder("--output", output)
     images = open_images(options.images)
-    state = this_process("collections")  # before the model
+    state = this_process("collections")  # selects the device before the model is loaded
     report = explain_collection(
         _localizer(options),
         images,
@@ -203,7 +203,7 @@ def _save_arrays(explanation, path: Path) -> None:
 
     from ..utils.files import atomic_write
 
-    with atomic_write(path) as partial, partial.open("wb") as file:  # a file: to a name, numpy adds a suffix
+    with atomic_write(path) as partial, partial.open("wb") as file:  # numpy would add a suffix to a file name
         np.savez_compressed(
             file,
             texts=explanation.labels,
@@ -226,7 +226,7 @@ def _print_table(report: list[dict]) -> None:
 
 
 def _file_names(images: list[str]) -> list[str]:
-    """A name of its own for each picture: a/dog.jpg and b/dog.jpg must not write the same file."""
+    """Returns a unique name for each picture, because a/dog.jpg and b/dog.jpg must not write the same file."""
     taken = {}
     for stem in (Path(image).stem for image in images):
         name, number = stem, 2

@@ -1,4 +1,4 @@
-"""`iclip export`: a model to a folder that needs nothing but Transformers, or nothing but ONNX Runtime."""
+"""`iclip export`: a model folder with its code for Transformers, or an ONNX folder."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def export(options: argparse.Namespace, directory: Path, name: str | None = None) -> Path:
-    """Writes what the options name."""
+    """Exports the model that the options name, with results on its card."""
     from ..hub.folders import export_model
     from ..models.loading import load_iclip
 
@@ -75,14 +75,16 @@ def export(options: argparse.Namespace, directory: Path, name: str | None = None
 
 def check_measured(protocol: Mapping, model, file: Path) -> None:
     """
+    Checks that results were measured with the weights of a model.
+
     Raises:
-        `ValueError`: a file's results are not those of this model's weights, or do not say of which weights.
+        `ValueError`: the results are of other weights, or do not name the weights.
     """
     import torch
 
     from ..utils.digests import weights_digest
 
-    dtype = getattr(torch, str(protocol.get("dtype")), None)  # in which the weights were rounded
+    dtype = getattr(torch, str(protocol.get("dtype")), None)  # the dtype in which the weights were measured
     own = weights_digest(model, dtype if isinstance(dtype, torch.dtype) else None)
     if (measured := protocol.get("weights")) != own:
         raise ValueError(

@@ -1,4 +1,4 @@
-"""`iclip init`: a configuration and two towers to the folder of a new model."""
+"""`iclip init`: a new model folder from a configuration and two towers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`iclip push`: a model with its code and card to the Hub."""
+"""`iclip push`: uploads a model with its code and card to the Hub."""
 
 from __future__ import annotations
 

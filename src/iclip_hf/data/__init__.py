@@ -1,4 +1,4 @@
-"""Data: segmentation sets for evaluation, image-text pairs for training."""
+"""Segmentation data sets for evaluation, and image-text pairs for training."""
 
 from .pairs import BadPairError, PairDataset, PairStream, load_pairs
 from .segmentation import SegmentationDataset, SegmentationSample, load_segmentation

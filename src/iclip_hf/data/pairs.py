@@ -1,7 +1,7 @@
 """Image-text pairs for training: tar shards, image folders and tables by random access, Hub datasets as a stream.
 
-Local data is neither unpacked nor read into memory: a pair is a byte range of a shard or table, found in one pass and kept
-in one array, so that any sampler works on it exactly (Accelerate's shuffle, its split over processes, its resume).
+Local data is neither unpacked nor read into memory. A pair is a byte range of a shard or table. One pass finds the ranges, and
+one array holds them, so any sampler can shuffle, split and resume exactly.
 """
 
 from __future__ import annotations
@@ -39,34 +39,34 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# Where a row has its image (a path) and its captions; the first that is filled counts. "captions" is a list, all others
-# are text; "txt" and "json" are what a shard's members become.
+# Columns of the image (a path) and of the captions. The first column with a value counts. "captions" is a list, all others are
+# text. The members of a shard become the columns "txt" and "json".
 IMAGE_COLUMNS = ("image", "file_name", "image_path", "filepath", "path")
 CAPTION_COLUMNS = ("captions", "txt", "caption", "text", "title")
 
-_SHUFFLE_BUFFER = 2000  # pairs of a stream, still encoded
+_SHUFFLE_BUFFER = 2000  # pairs of a stream, not decoded yet
 
 
 class BadPairError(ValueError):
-    """One pair cannot be used: its image is broken or missing, or it has no caption."""
+    """A pair cannot be used: its image is broken or missing, or it has no caption."""
 
 
 class DroppedConnectionError(ConnectionError):
-    """The connection that a stream reads from is lost."""
+    """The connection of a stream is lost."""
 
 
 class PairDataset(Dataset):
-    """Local image-text pairs by random access; `load_pairs` makes it.
+    """Local image-text pairs with random access, from `load_pairs`.
 
     Items are dicts:
         image: PIL image of mode "RGB".
         caption: One of the pair's captions, drawn by (seed, epoch, index).
         key: Name of the pair in its source.
-        skipped: Number of bad pairs met for this item, 0 or 1.
+        skipped: Number of bad pairs that this item replaces, 0 or 1.
 
-    In place of a bad pair comes a good one, drawn by (seed, epoch, index), so that batches stay full and equal on all
-    processes. Bad pairs are logged, and ValueError is raised once they exceed `max_bad_share` of what this process read.
-    To leave them out instead, use `read`. The dataset can be pickled, and `set_epoch` reaches running workers.
+    A bad pair is replaced by a good one, drawn by (seed, epoch, index), so batches have the same size on all processes. Bad pairs
+    are logged. If they exceed `max_bad_share` of the pairs that this process read, ValueError is raised. `read` returns a pair
+    without replacement. The dataset can be pickled, and `set_epoch` also reaches running workers.
     """
 
     def __init__(self, files: Sequence[_TarShard | _Table], seed: int = 0, max_bad_share: float = 0.05):
@@ -74,9 +74,9 @@ class PairDataset(Dataset):
         self.seed = seed
         self._files = files
         self._ranges = np.concatenate([np.empty((0, 2), np.int64), *ranges])
-        self._ends = np.cumsum([len(part) for part in ranges])  # where each file's pairs end in `_ranges`
+        self._ends = np.cumsum([len(part) for part in ranges])  # end of each file's pairs in `_ranges`
         self._tally = _Tally(max_bad_share, counts_from=min(100, len(self)))
-        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # persistent workers see it change
+        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # shared with persistent workers
         if not len(self):
             raise ValueError(
                 f"Expected at least one pair, got none in {[str(file.path) for file in files]}: name others."
@@ -103,32 +103,32 @@ class PairDataset(Dataset):
         return f"PairDataset(pairs={len(self)}, files={len(self._files)})"
 
     def read(self, index: int) -> dict:
-        """Exactly this pair: {"image": PIL, "captions": list of str, "key": str}.
+        """Returns this pair without replacement: {"image": PIL, "captions": list of str, "key": str}.
 
         Raises:
             BadPairError: The pair cannot be used.
-            OSError: Its shard or table is gone.
+            OSError: Its shard or table does not exist any more.
         """
         image, name, captions, key = self._parse(index)
         return {"image": _load(image, name), "captions": captions, "key": key}
 
     def image(self, index: int) -> tuple[str, Image.Image]:
-        """Key and image of a pair, which needs no caption. Raises like `read`."""
+        """Returns key and image of a pair, which may have no caption. Raises like `read`."""
         image, name, _, key = self._parse(index, need_captions=False)
         return key, _load(image, name)
 
     def captions(self, index: int) -> list[str]:
-        """All captions of a pair, at least one, without decoding its image. Raises like `read`."""
+        """Returns all captions of a pair, at least one, without decoding its image. Raises like `read`."""
         return self._parse(index)[2]
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose which of several captions are drawn. Accelerate's own `set_epoch` does not always come here."""
+        """Sets the epoch, which determines the drawn captions. Accelerate does not always call this."""
         self._epoch.fill_(epoch)
 
     def fingerprint(self) -> str:
         """
-        16 hex digits over the positions of the pairs and the content of shards, tables and the images that tables name. The
-        first call reads it all; a later one, in this process or another, only what changed.
+        Returns 16 hex digits over the positions of the pairs and the content of shards, tables and the images that tables name.
+        The first call reads all files. Later calls, also of other processes, read only files that changed.
         """
         digest = hashlib.sha256(self._ranges.tobytes())
         for file, ranges in zip(self._files, np.split(self._ranges, self._ends[:-1])):
@@ -138,7 +138,7 @@ class PairDataset(Dataset):
         return digest.hexdigest()[:16]
 
     def _replacement(self, draws: random.Random) -> tuple[int, dict]:
-        """A good pair from anywhere: the neighbour would stand in for a whole damaged shard."""
+        """Draws a good pair from all pairs. The next good pair would be overrepresented after a damaged shard."""
         for _ in range(1000):
             index = draws.randrange(len(self))
             try:
@@ -169,12 +169,12 @@ class PairDataset(Dataset):
 
 
 class PairStream(IterableDataset):
-    """Image-text pairs of a Hub dataset as a stream; `load_pairs` makes it. Items are those of `PairDataset`.
+    """Image-text pairs of a Hub dataset as a stream, from `load_pairs`. Items are those of `PairDataset`.
 
-    One iteration is one pass over this process's part, shuffled by (seed, epoch) through a buffer; bad pairs are left
-    out and counted in the next item's `skipped`. The stream itself splits over processes and DataLoader workers:
-    `Accelerator.prepare` would split its DataLoader a second time. Parts differ in length: count steps, not passes. A
-    resumed run begins a new pass.
+    An iteration is one pass over the part of this process, shuffled by (seed, epoch) through a buffer. Bad pairs are left out and
+    counted in `skipped` of the next item. The stream splits itself over processes and DataLoader workers; `Accelerator.prepare`
+    would split it a second time. The parts differ in length, so a run must count steps instead of passes. A resumed run begins a
+    new pass.
     """
 
     def __init__(
@@ -192,14 +192,16 @@ class PairStream(IterableDataset):
         self._image_column = next((name for name, feature in features.items() if isinstance(feature, Image)), None)
         if self._image_column is None:
             raise ValueError(f"Expected a dataset with an image column, but its columns are {list(features)}.")
-        # Other columns stay out: datasets guesses types from the first rows, and what differs later ends the stream.
+        # Only these columns are kept: datasets infers types from the first rows, and a different type later ends the stream.
         kept = [column for column in (self._image_column, "__key__", *CAPTION_COLUMNS) if column in features]
         if isinstance(features.get("json"), Mapping):
             captions = {column: kind for column, kind in features["json"].items() if column in CAPTION_COLUMNS}
             dataset = dataset.cast_column("json", captions)
             kept.append("json")
         dataset = dataset.select_columns(kept)
-        dataset = dataset.cast_column(self._image_column, Image(decode=False))  # else one bad image ends the stream
+        dataset = dataset.cast_column(
+            self._image_column, Image(decode=False)
+        )  # otherwise one bad image ends the stream
         dataset = dataset.shuffle(seed=seed, buffer_size=_SHUFFLE_BUFFER)
         self._rows = split_dataset_by_node(dataset, rank=rank, world_size=world_size)
         self.seed = seed
@@ -230,7 +232,7 @@ class PairStream(IterableDataset):
             skipped = 0
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the order of the next pass and which of several captions it draws."""
+        """Sets the epoch, which determines the order of the next pass and the drawn captions."""
         self._rows.set_epoch(epoch)
 
 
@@ -243,26 +245,27 @@ def load_pairs(
     rank: int = 0,
     world_size: int = 1,
 ) -> PairDataset | PairStream:
-    """Open image-text pairs for training.
+    """Opens image-text pairs for training.
 
     Args:
-        source: One of these, or a list of the local ones:
+        source: One of these, or a list of local ones:
             - Tar shards as webdataset and img2dataset write them (`key.jpg` with `key.txt`, `key.json` or both): a file,
               a folder of them, or a pattern like "cc3m/{00000..00331}.tar" or "cc3m/*.tar". The captions are the list
               `captions` in the JSON, else the text, else `caption` in the JSON.
             - An image folder with `metadata.jsonl`, or such a file: each line has one of `IMAGE_COLUMNS`, a path
               relative to the file, and one of `CAPTION_COLUMNS`.
-            - A `.csv` or `.tsv` table with a header line and the same columns, `captions` being a JSON list. Values stay
-              as they are written, "null" too; in a .tsv, quotes are characters like any other.
-            - The Hub id of a dataset ("org/name") that no local path matches: it is streamed.
+            - A `.csv` or `.tsv` table with a header line and the same columns; `captions` is a JSON list. Values are taken
+              literally, also "null". In a .tsv, quotes have no special meaning.
+            - The Hub id of a dataset ("org/name") that is not a local path; it is streamed.
         split: Split of a Hub dataset.
-        seed: Of the draws among several captions, and of a stream's order.
-        max_bad_share: The run stops when more than this share of the pairs are bad (broken image, no caption).
-        rank, world_size: This process among all; a stream gives it its part. A `PairDataset` is split by its sampler.
+        seed: Seed of the drawn captions and of a stream's order.
+        max_bad_share: Largest allowed share of bad pairs (broken image, no caption).
+        rank, world_size: Index of this process and number of processes, which share a stream. A `PairDataset` is split by its
+            sampler.
 
     Raises:
-        FileNotFoundError: A file, folder or Hub dataset is not there.
-        ValueError: It is not as described.
+        FileNotFoundError: A file, folder or Hub dataset does not exist.
+        ValueError: A source is not as described.
     """
     if isinstance(source, (str, os.PathLike)):
         if _is_hub_id(os.fspath(source)):
@@ -275,36 +278,36 @@ def load_pairs(
 
 
 class _TarShard:
-    """A tar file in webdataset form: neighbouring members with one key are a pair, and its block of bytes a small tar.
+    """A tar file in webdataset form. Adjacent members with one key are a pair; their bytes are a small tar file.
 
-    Nothing is ever extracted to disk, and links are passed over, so no member can reach outside.
+    Nothing is extracted to disk and links are ignored, so no member can refer to a path outside.
     """
 
     def __init__(self, path: Path):
         self.path = path
 
     def ranges(self) -> np.ndarray:
-        """First and last byte of each pair, (N, 2) int64. Cached on disk: a first pass takes minutes a million pairs."""
+        """Returns the byte range (start, end) of each pair, (N, 2) int64, cached on disk: a million pairs take minutes."""
         state, _ = file_state(self.path)
         cached = cache_folder() / "shards" / f"{hashlib.sha256(state).hexdigest()[:32]}.npy"
         try:
             return np.load(cached)
-        except (OSError, ValueError, EOFError):  # not there, or damaged
+        except (OSError, ValueError, EOFError):  # missing or damaged
             ranges = self._scan()
 
         def write(partial: Path) -> None:
-            with open(partial, "wb") as file:  # to a name, numpy adds a suffix
+            with open(partial, "wb") as file:  # numpy would add a suffix to a file name
                 np.save(file, ranges)
 
         keep_in_cache(cached, write)
         return ranges
 
     def image_files(self, ranges: np.ndarray) -> list[Path]:
-        """Image files that pairs name: none, a shard holds its images."""
+        """Returns the image files outside the shard, of which there are none."""
         return []
 
     def parse(self, block: bytes) -> tuple[bytes, str, dict, str]:
-        """Image, its name in errors, the row with the captions and key of one pair."""
+        """Returns image, its name for errors, the row with the captions, and key of one pair."""
         row, image = {}, None
         with tarfile.open(fileobj=io.BytesIO(block), mode="r:") as tar:
             for member in tar:
@@ -322,21 +325,21 @@ class _TarShard:
         ranges, last_key, size = array("q"), None, self.path.stat().st_size
         try:
             with tarfile.open(self.path, "r:") as tar:
-                # Without a member the offset is 0, and Python 3.10 would seek to -1.
+                # Without any member the offset is 0, and Python 3.10 would seek to -1.
                 while tar.offset and (member := tar.next()) is not None:
-                    if not member.offset < tar.offset <= size:  # where it would end: its header states any number
+                    if not member.offset < tar.offset <= size:  # the size in the header may exceed the file
                         raise tarfile.ReadError(f"unexpected end of data, in the member at byte {member.offset}")
                     key, _ = _key_and_suffix(member)
                     if key is not None:
                         if key != last_key:
                             ranges.extend((member.offset, 0))
-                        ranges[-1] = tar.offset  # where the next member begins
+                        ranges[-1] = tar.offset  # start of the next member
                         last_key = key
-                    tar.members.clear()  # it would keep them all
+                    tar.members.clear()  # tarfile would keep all members
                 tar.fileobj.seek(tar.offset)
-                if tar.fileobj.read(tarfile.BLOCKSIZE).strip(b"\0"):  # to tarfile, a damaged header is the end
+                if tar.fileobj.read(tarfile.BLOCKSIZE).strip(b"\0"):  # tarfile takes a damaged header for the end
                     raise tarfile.ReadError(f"no member begins at byte {tar.offset}")
-        # A header may state anything.
+        # Numbers in a damaged header may have any value.
         except (tarfile.TarError, ValueError, OverflowError, MemoryError, RecursionError) as error:
             problem = str(error) or type(error).__name__
             raise ValueError(
@@ -347,7 +350,7 @@ class _TarShard:
 
 
 class _Table:
-    """A text file with a pair a row: .csv or .tsv (without quoting), both with a header, or .jsonl."""
+    """A text file with one pair in each row: .csv or .tsv (without quoting), both with a header, or .jsonl."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -367,7 +370,7 @@ class _Table:
             )
 
     def ranges(self) -> np.ndarray:
-        """First and last byte of each row, (N, 2) int64."""
+        """Returns the byte range (start, end) of each row, (N, 2) int64."""
         try:
             ranges = array("q", (position for row in self._rows() for position in row))
         except csv.Error as error:
@@ -375,7 +378,7 @@ class _Table:
         return np.array(ranges, np.int64).reshape(-1, 2)[self._header is not None :]
 
     def parse(self, block: bytes) -> tuple[Path, None, dict, str]:
-        """Image path, no other name for it, the row with the captions and key of one row."""
+        """Returns image path, None (the path is its name), the row with the captions, and key of one row."""
         row = self._values(block)
         if self._header is not None:
             if len(row) != len(self._header):
@@ -389,7 +392,7 @@ class _Table:
         return self.path.parent / key, None, row, key
 
     def image_files(self, ranges: np.ndarray) -> list[Path]:
-        """The image files of these rows; a row that cannot be read has none."""
+        """Returns the image files of these rows. Rows that cannot be read are skipped."""
         files = []
         with open(self.path, "rb") as opened:
             for start, end in ranges.tolist():
@@ -401,7 +404,7 @@ class _Table:
         return files
 
     def _rows(self) -> Iterator[tuple[int, int]]:
-        """First and last byte of each row that is not blank, the header's included."""
+        """Yields the byte range (start, end) of each row that is not blank, including the header."""
         end = 0
 
         def lines() -> Iterator[str]:
@@ -430,13 +433,13 @@ class _Table:
 
 
 class _Tally:
-    """Counts the good and bad pairs of this process, logs the bad ones, and stops above the allowed share."""
+    """Counts good and bad pairs of this process, logs bad ones, and raises if their share is too large."""
 
     def __init__(self, max_bad_share: float, counts_from: int):
         if not 0 <= max_bad_share <= 1:
             raise ValueError(f"Expected max_bad_share from 0 to 1, but got {max_bad_share}.")
         self._max_bad_share = max_bad_share
-        self._counts_from = counts_from  # pairs; a share of fewer says little
+        self._counts_from = counts_from  # minimum number of pairs for a meaningful share
         self._read = self._bad = 0
         self._last_error: BadPairError | None = None
 
@@ -448,7 +451,7 @@ class _Tally:
         self._read += 1
         self._bad += 1
         self._last_error = error
-        if self._bad <= 10 or self._bad.bit_count() == 1:  # then only the 16th, 32nd, 64th, ...
+        if self._bad <= 10 or self._bad.bit_count() == 1:  # later only the 16th, 32nd, 64th, ...
             logger.warning("Bad pair, number %d among %d: %s", self._bad, self._read, error)
         self._check()
 
@@ -460,13 +463,13 @@ class _Tally:
             )
 
 
-# Libraries through which a stream reads, whose errors have no common class.
+# Libraries that streams read with. Their errors have no common base class.
 _NETWORK_LIBRARIES = ("aiohttp", "fsspec", "httpcore", "httpx", "huggingface_hub", "requests", "urllib3")
 
 
 @contextmanager
 def _connection_errors() -> Iterator[None]:
-    """Whatever a lost connection raises inside becomes a `DroppedConnectionError`."""
+    """Converts the errors of a lost connection into `DroppedConnectionError`."""
     try:
         yield
     except Exception as error:
@@ -484,20 +487,20 @@ def _load(image: bytes | Path, name: str | None) -> Image.Image:
 
 
 def _captions(row: Mapping) -> list[str]:
-    """All captions of a row, stripped; ValueError if there is none."""
+    """Returns all captions of a row, stripped. Raises ValueError if there is none."""
     if isinstance(row.get("json"), Mapping):
         row = {**row["json"], **row}
     column = next((column for column in CAPTION_COLUMNS if row.get(column)), None)
     if column is None:
         raise ValueError("no caption")
     value = row[column]
-    if column == "captions" and isinstance(value, str):  # in a .csv or .tsv
+    if column == "captions" and isinstance(value, str):  # of a .csv or .tsv
         value = json.loads(value)
     if isinstance(value, str):
         value = [value]
     if not isinstance(value, list) or not all(isinstance(caption, str) for caption in value):
         raise ValueError(f"expected text or a list of texts in {column!r}, but got {value!r:.100}")
-    # Tokenizers refuse the lone surrogates that JSON escapes can bring in.
+    # JSON escapes can contain lone surrogates, which tokenizers refuse.
     captions = [caption.encode(errors="ignore").decode().strip() for caption in value]
     captions = [caption for caption in captions if caption]
     if not captions:
@@ -510,7 +513,7 @@ def _draw(captions: list[str], seed: int, epoch: int, key: int | str) -> str:
 
 
 def _key_and_suffix(member: tarfile.TarInfo) -> tuple[str | None, str]:
-    """Webdataset's key (path up to the first dot of the file name) and suffix; (None, "") for what is no data file."""
+    """Returns webdataset's key (path up to the first dot of the file name) and suffix; (None, "") for other members."""
     folder, _, name = member.name.rpartition("/")
     stem, dot, suffix = name.partition(".")
     if member.type not in (tarfile.REGTYPE, tarfile.AREGTYPE) or not stem or not dot:
@@ -519,7 +522,7 @@ def _key_and_suffix(member: tarfile.TarInfo) -> tuple[str | None, str]:
 
 
 def _image_bytes(stored: Mapping) -> bytes:
-    """Encoded image of a streamed row, which has either its bytes or its path, possibly on the Hub."""
+    """Returns the encoded image of a streamed row, which has either bytes or a path, possibly on the Hub."""
     if stored.get("bytes") or not stored.get("path"):
         return stored.get("bytes") or b""
     import fsspec
@@ -560,7 +563,7 @@ def _local_files(source: str) -> list[Path]:
 
 
 def _expand_braces(pattern: str) -> list[str]:
-    """As a shell does: "{08..10}" counts, with leading zeros; "{a,b}" lists."""
+    """Expands braces as a shell does: ranges with leading zeros, "{08..10}", and lists, "{a,b}"."""
     match = re.search(r"\{([^{}]*)\}", pattern)
     if not match:
         return [pattern]
@@ -586,7 +589,7 @@ def _open_hub_dataset(name: str, split: str) -> datasets.IterableDataset:
         from datasets import load_dataset
     try:
         return load_dataset(name, split=split, streaming=True)
-    except Exception as error:  # from an unknown id to no network, of many types
+    except Exception as error:  # of many types, from an unknown id to a missing network
         raise FileNotFoundError(
             f"{name}: expected a local path, or a Hub dataset with split {split!r}, but the first is not there and the "
             f"second cannot be opened ({error}); check name, split and network."

@@ -1,6 +1,6 @@
-"""Images with the pixels of their classes: VOC 2012, COCO 2017 or a folder of index masks, all as one sample type.
+"""Segmentation data sets: VOC 2012, COCO 2017 or a folder of index masks, with one sample type.
 
-Class ids are 1..K in the order of `class_names`; 0 is background, 255 is void (counts nowhere).
+Class ids are 1..K in the order of `class_names`; 0 is background and 255 is void (ignored).
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from ..utils.extras import require_extra
 VOID = 255
 DEFAULT_TEMPLATES = ("a photo of the {}",)
 
-# VOC's order; "diningtable", "pottedplant" and "tvmonitor" are written as one would in a prompt.
+# In VOC's order. "diningtable", "pottedplant" and "tvmonitor" are written as in a prompt.
 VOC_CLASS_NAMES = (
     "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow",
     "dining table", "dog", "horse", "motorbike", "person", "potted plant", "sheep", "sofa", "train", "television",
@@ -38,7 +38,7 @@ class SegmentationSample:
 
     Attributes:
         name: File name of the image without its suffix.
-        image_path: Where the image lies.
+        image_path: Path of the image.
         num_classes: Number of classes K of the dataset.
         image: PIL image of mode "RGB".
         size: (height, width) of image and masks.
@@ -60,10 +60,10 @@ class SegmentationSample:
         return image
 
     def mask(self, label: int) -> np.ndarray:
-        """Mask of one class, present or not.
+        """Returns the mask of one class, present or not.
 
         Returns:
-            (H, W) uint8: `label` on the class's pixels, 255 on pixels that count nowhere, 0 on all others.
+            (H, W) uint8: `label` on the pixels of the class, 255 on ignored pixels, 0 on all others.
         """
         if not 1 <= label <= self.num_classes:
             raise ValueError(f"Expected a class id from 1 to {self.num_classes}, but got {label}.")
@@ -72,7 +72,7 @@ class SegmentationSample:
 
 @dataclass(frozen=True)
 class _IndexSample(SegmentationSample):
-    """A sample whose classes lie in one PNG, a class id a pixel."""
+    """A sample with one PNG that holds the class id of each pixel."""
 
     mask_path: Path
 
@@ -113,10 +113,10 @@ class _IndexSample(SegmentationSample):
 
 @dataclass(frozen=True)
 class _COCOSample(SegmentationSample):
-    """A sample with COCO instances: a class is the union of its instances, classes may overlap.
+    """A sample with COCO instances. A class is the union of its instances; classes may overlap.
 
-    Crowd regions count nowhere: their pixels are void for every class, instances or not. A class seen only as a crowd
-    is present in the image (`labels`), though its mask has no foreground.
+    The pixels of crowd regions are void for every class. A class that occurs only as a crowd is present in the image
+    (`labels`), but its mask has no foreground.
     """
 
     size: tuple[int, int]
@@ -136,7 +136,7 @@ class _COCOSample(SegmentationSample):
         return np.ascontiguousarray(mask)
 
     def _union(self, annotations: list[dict]) -> np.ndarray:
-        """Ones on the pixels of all annotations, (H, W) uint8: merged as run lengths, decoded once."""
+        """Returns ones on the pixels of all annotations, (H, W) uint8. Merges run lengths and decodes once."""
         runs = [run for annotation in annotations for run in self._runs(annotation)]
         if not runs:
             return np.zeros(self.size, np.uint8)
@@ -144,14 +144,14 @@ class _COCOSample(SegmentationSample):
         return coco_mask.decode(coco_mask.merge(runs))
 
     def _runs(self, annotation: dict) -> list[dict]:
-        """Compressed run lengths of one annotation, which is stored as polygons, as plain or as compressed ones."""
+        """Returns compressed run lengths of one annotation, which has polygons or plain or compressed run lengths."""
         coco_mask = _pycocotools_mask()
         segmentation = annotation["segmentation"]
         try:
             if isinstance(segmentation, list):  # polygons [x1, y1, x2, y2, ...]
                 if not segmentation:
                     return []
-                far = 2 * max(self.size)  # pycocotools would need memory by the distance
+                far = 2 * max(self.size)  # pycocotools needs memory in proportion to the distance
                 if not all(
                     len(p) >= 6 and len(p) % 2 == 0 and -far <= np.min(p) and np.max(p) <= far for p in segmentation
                 ):
@@ -164,11 +164,11 @@ class _COCOSample(SegmentationSample):
             if isinstance(segmentation["counts"], list):
                 segmentation = coco_mask.frPyObjects(segmentation, *self.size)
             counts = _run_lengths(segmentation["counts"])
-            # pycocotools does not check this: it would read foreign memory, or never return.
+            # pycocotools does not check this and would read out of bounds or never return.
             if counts.min() < 0 or counts.sum() != self.size[0] * self.size[1]:
                 raise ValueError("run lengths that do not add up to the image's pixels")
             return [segmentation]
-        except Exception as error:  # pycocotools raises bare Exceptions too
+        except Exception as error:  # pycocotools also raises plain `Exception`
             raise ValueError(
                 f"{self.annotation_path}: annotation {annotation['id']} of {self.image_path.name}: expected polygons "
                 f"or run lengths within {self.size[0]}x{self.size[1]} pixels (height x width), but got {error}; "
@@ -183,10 +183,10 @@ def _pycocotools_mask() -> ModuleType:
 
 
 def _run_lengths(counts: str | bytes) -> np.ndarray:
-    """Run lengths in COCO's compressed string: base-32 digits, low ones first; from the fourth number on as a
-    difference to the last but one."""
+    """Decodes COCO's compressed string: base-32 digits, lowest first. From the fourth number on, a number is the difference from
+    the number two places before."""
     digits = np.frombuffer(counts.encode() if isinstance(counts, str) else counts, np.uint8).astype(np.int64) - 48
-    last = np.flatnonzero((digits & 32) == 0)  # bit 5: the number goes on; bit 4 of its last digit: the sign
+    last = np.flatnonzero((digits & 32) == 0)  # bit 5 marks that a digit follows; bit 4 of the last digit is the sign
     first = np.concatenate([[0], last[:-1] + 1])
     length = last - first + 1
     if digits.min() < 0 or digits.max() > 63 or length.sum() != len(digits) or length.max() > 8:
@@ -200,13 +200,13 @@ def _run_lengths(counts: str | bytes) -> np.ndarray:
 
 
 class SegmentationDataset(Sequence):
-    """A sequence of `SegmentationSample`s with their class names; indexing gives a fresh, not yet decoded sample.
+    """A sequence of `SegmentationSample`s with their class names. Indexing returns a new sample that is not decoded yet.
 
     Attributes:
-        name: Which data set this is.
-        split: Which part of it; None for a folder.
-        class_names: Names of the K classes as they are written into prompts.
-        labels: Their ids, 1..K.
+        name: Name of the data set.
+        split: Its split; None for a folder.
+        class_names: Names of the K classes, as used in prompts.
+        labels: Ids of the classes, 1..K.
         templates: Prompt templates, each with one "{}".
     """
 
@@ -227,14 +227,14 @@ class SegmentationDataset(Sequence):
 
     @property
     def labels(self) -> tuple[int, ...]:
-        """The id of each of `class_names`, from 1 on."""
+        """Ids of `class_names`, 1..K."""
         return tuple(range(1, len(self.class_names) + 1))
 
     def __len__(self) -> int:
         return len(self._samples)
 
     def __getitem__(self, index: int) -> SegmentationSample:
-        return replace(self._samples[index])  # a copy, so that what it decodes is freed with it
+        return replace(self._samples[index])  # a copy, so that decoded data is freed with it
 
     def __repr__(self) -> str:
         return (
@@ -242,7 +242,7 @@ class SegmentationDataset(Sequence):
         )
 
     def fingerprint(self) -> str:
-        """16 hex digits over the names and byte sizes of the images and the content of the annotations."""
+        """Returns 16 hex digits over the names and sizes in bytes of the images and the content of the annotations."""
         digest = hashlib.sha256()
         for sample in self._samples:
             digest.update(os.fsencode(f"{sample.image_path.name}\0{sample.image_path.stat().st_size}\0"))
@@ -257,26 +257,26 @@ def load_segmentation(
     split: str | None = None,
     overrides: str | os.PathLike | Mapping | None = None,
 ) -> SegmentationDataset:
-    """Open a segmentation data set for evaluation.
+    """Opens a segmentation data set for evaluation.
 
     Layouts under `root`:
         "voc2012": `VOCdevkit/VOC2012/{JPEGImages,SegmentationClass,ImageSets/Segmentation/<split>.txt}`, split "val" by
             default; `root` may also be the VOCdevkit or the VOC2012 folder itself.
         "coco2017": `annotations/instances_<split>.json` and the images in `<split>/`, split "val2017" by default.
-            Images without any annotation count too; the classes are the file's categories by ascending COCO id.
-        "folder": `images/*`, for each an index PNG of the same stem in `masks/`, and `classes.txt`, whose line i
-            (starting at 1) names class id i; background (0) and void (255) are not listed. There are no splits.
+            Images without annotations are included. The classes are the categories of the file by ascending COCO id.
+        "folder": `images/*`, an index PNG with the same stem in `masks/` for each image, and `classes.txt`. Line i of this
+            file (from 1) is the name of class id i; background (0) and void (255) are not listed. There are no splits.
 
     Args:
-        name: One of these layouts.
-        root: The folder.
-        split: Part of the data set; the default one if not given.
-        overrides: Class names and prompt templates to use instead, both optional, as a mapping or as a JSON or YAML
-            file: `{"names": {"old name": "new name"}, "templates": ["a photo of the {}"]}`.
+        name: Name of one of these layouts.
+        root: Folder of the data set.
+        split: Split of the data set; the default split if not given.
+        overrides: Other class names and prompt templates, both optional, as a mapping or as a JSON or YAML file:
+            `{"names": {"old name": "new name"}, "templates": ["a photo of the {}"]}`.
 
     Raises:
         FileNotFoundError: A folder, list, image or mask is missing.
-        ValueError: Something is not as described. What images and masks hold is checked when they are decoded.
+        ValueError: The data is not as described. The content of images and masks is checked when they are decoded.
     """
     if name not in _LOADERS:
         raise ValueError(f"Expected one of the data sets {list(_LOADERS)}, but got {name!r}.")
@@ -303,7 +303,7 @@ def _load_voc2012(root: Path, split: str | None) -> SegmentationDataset:
 
 
 def _load_coco2017(root: Path, split: str | None) -> SegmentationDataset:
-    _pycocotools_mask()  # its absence is told now, not at the first mask
+    _pycocotools_mask()  # a missing package is reported before the first mask
     split = split or "val2017"
     path = _split_file(root / "annotations", "instances_{}.json", split)
     try:
@@ -375,7 +375,7 @@ _LOADERS = {"voc2012": _load_voc2012, "coco2017": _load_coco2017, "folder": _loa
 
 
 def _override(class_names: tuple[str, ...], overrides: str | os.PathLike | Mapping) -> tuple[tuple, tuple]:
-    """Class names and templates after the user's overrides."""
+    """Returns class names and templates with the user's overrides applied."""
     where = "overrides"
     if not isinstance(overrides, Mapping):
         where = overrides
@@ -457,7 +457,7 @@ def _list(folder: Path) -> list[str]:
 
 
 def _find(folder: Path, names: list[str], listed_in: Path) -> list[Path]:
-    """Paths of the named files in a folder. One listing, not one look a file: network drives are slow at that."""
+    """Returns the paths of named files in a folder. Lists the folder once, because single look-ups are slow on network drives."""
     present = set(_list(folder))
     missing = [name for name in names if name not in present]
     if missing:

@@ -1,1 +1,1 @@
-"""The embedded checkpoint and the live demo."""
+"""The live demo."""

@@ -1,4 +1,4 @@
-"""The live demo, a Gradio app: an image and texts to one overlay a text, with scores and downloads."""
+"""The live demo, a Gradio app that shows one map for each text, with scores and downloads."""
 
 from __future__ import annotations
 
@@ -36,17 +36,17 @@ with require_extra("demo"):
     from starlette.responses import PlainTextResponse
 
 
-MAX_FILE_SIZE = "20mb"  # the limit of pixels is `load_image`'s
+MAX_FILE_SIZE = "20mb"  # `load_image` limits the number of pixels
 MAX_TEXTS = 12
-# Gradio keeps the last answer of each visitor, up to two megabytes, for 10,000 of them. A page needs none of that.
+# By default Gradio keeps the last answer, up to two megabytes, of 10,000 visitors. The page does not need them.
 MAX_SESSIONS = 64
-# Files of visitors: uploads, and an archive of up to six megabytes for each answer.
+# Limits for files of visitors: uploads, and an archive of up to six megabytes for each answer.
 MAX_CACHE_AGE = 3600  # seconds
 MAX_CACHE_SIZE = 2 * 2**30  # bytes
-_CACHE_CHECK = 10  # seconds from one look at them to the next
-# Longest side of the maps in pixels: fine enough for a screen, and some hundred kilobytes for all of them together.
+_CACHE_CHECK = 10  # seconds between two checks
+# Longest side of the maps in pixels: enough for a screen, and some hundred kilobytes for all maps together.
 VIEW_SIDE = 640
-# What Gradio serves to every app and this one does not need: it fetches addresses, or keeps files that nothing deletes.
+# Routes of Gradio that this app does not need. They fetch addresses or store files that are never deleted.
 _UNUSED_ROUTES = ("file=http", "proxy=", "process_recording", "component_server", "deep_link", "run-history")
 METHODS = {
     "Similarity map (ITSM)": "itsm",
@@ -58,7 +58,7 @@ METHODS = {
     "CLIP Surgery": "clip_surgery",
     "GEM": "gem",
 }
-# Photographs that scikit-image ships, CC0 or in the public domain, with texts of which the last is not there.
+# Photographs of scikit-image, CC0 or in the public domain, with texts. The last text of each is absent.
 EXAMPLES = {
     "coffee.png": "cup of coffee, spoon, dog",
     "chelsea.png": "cat, eyes, bicycle",
@@ -103,10 +103,11 @@ _CSS = """
 
 def split_texts(typed: str) -> list[str]:
     """
-    Different texts: one a line where there are several lines, which keep their commas; else between commas.
+    Splits typed texts and removes duplicates. Several lines are one text each and may contain commas; a single line is split at
+    commas.
 
     Raises:
-        `ValueError`: for no text, or more than `MAX_TEXTS`.
+        `ValueError`: there is no text, or more than `MAX_TEXTS`.
     """
     separator = "\n" if "\n" in typed.strip() else ","
     texts = list(dict.fromkeys(text.strip() for text in typed.split(separator) if text.strip()))
@@ -116,14 +117,14 @@ def split_texts(typed: str) -> list[str]:
 
 
 def explain_image(localizer: Localizer, image: Image.Image, texts: list[str]) -> Explanation:
-    """Explains an RGB image by a localizer of any texts, with maps of at most `VIEW_SIDE` pixels a side."""
+    """Explains an RGB image with the method of a localizer. Maps have sides of at most `VIEW_SIDE` pixels."""
     localizer = localizer.about(texts)
     (explanation,) = localizer.explain([localizer.prepare(image, size=_view_size(image)[::-1])])
     return explanation
 
 
 def viewer_value(image: Image.Image, explanation: Explanation) -> dict:
-    """What `viewer.js` draws; a map is its values 0..255, row-major, compressed and as base64."""
+    """Returns the data for `viewer.js`. A map is a base64 string of its compressed values 0..255, row-major."""
     photo, size = io.BytesIO(), _view_size(image)
     image.resize(size).save(photo, "JPEG", quality=85)
     levels = (explanation.maps * 255).round().byte().numpy()
@@ -148,7 +149,7 @@ def viewer_value(image: Image.Image, explanation: Explanation) -> dict:
 
 def to_npz(explanation: Explanation) -> bytes:
     """
-    The bytes of a NumPy archive: `texts`, `scores` and `presence` `(T,)`, `raw_maps` `(T, h, w)` on the patch grid and `maps`
+    Returns a NumPy archive as bytes: `texts`, `scores` and `presence` `(T,)`, `raw_maps` `(T, h, w)` on the patch grid, and `maps`
     `(T, H, W)` in [0, 1], float16.
     """
     archive = io.BytesIO()
@@ -165,25 +166,26 @@ def to_npz(explanation: Explanation) -> bytes:
 
 class _App(gr.Blocks):
     """
-    An app that opens no file but those uploaded to it and its own examples, whatever form a payload names them in.
+    An app that opens only files that were uploaded to it and its own examples, in any form of a payload.
 
-    The path of an upload holds a keyed digest of its content, so only the visitor who uploaded it knows it.
+    The path of an upload contains a keyed digest of its content, so only the visitor who uploaded the file knows the path.
     """
 
     examples: frozenset[str] = frozenset()
 
     async def preprocess_data(self, block_fn, inputs, *arguments, **options):
-        """Checks what a visitor sent before Gradio opens a file or fetches an address of it."""
+        """Checks the inputs of a visitor before Gradio opens files or fetches addresses in them."""
         plain = (str, int, type(None))
         inputs = [value if isinstance(value, plain) else self.uploaded(value) for value in inputs]
         return await super().preprocess_data(block_fn, inputs, *arguments, **options)
 
     def uploaded(self, value) -> dict[str, str]:
         """
-        What `value` says of an uploaded file, and nothing else that it says.
+        Returns path and name of an uploaded file, without other fields of `value`.
 
         Raises:
-            `gradio.Error`: for all else, always in the same words, which tell nothing of what lies at a path.
+            `gradio.Error`: `value` is not an uploaded file. The message is always the same, so it does not tell whether a path
+            exists.
         """
         path = value.get("path") if isinstance(value, dict) else None
         if not isinstance(path, str) or not (path in self.upload_file_set or path in self.examples):
@@ -195,7 +197,7 @@ class _App(gr.Blocks):
 
 
 class _RefuseUnusedRoutes:
-    """ASGI middleware: Gradio's routes that the page does not need are not there."""
+    """ASGI middleware that answers 404 to Gradio's routes that the page does not need."""
 
     def __init__(self, app):
         self.app = app
@@ -208,8 +210,8 @@ class _RefuseUnusedRoutes:
 
 def build_app(model, processor) -> gr.Blocks:
     """
-    The app for a model. Each explanation runs the model once; opacity, outline and the value under the pointer are the
-    browser's work.
+    Builds the app for a model. An explanation runs the model once. The browser computes opacity, outline and the value under the
+    pointer.
 
     Args:
         model, processor: as for `make_explainer`.
@@ -219,14 +221,14 @@ def build_app(model, processor) -> gr.Blocks:
     gr.set_static_paths([path for path, _ in examples])
 
     @functools.cache
-    def localizer(method: str) -> Localizer:  # its texts come with each image
+    def localizer(method: str) -> Localizer:  # the texts are set for each image
         return Localizer(model, processor, BACKGROUND[:1], method=method)
 
     def explain(photo: dict | None, typed: str, method: str):
         if photo is None:
             return gr.skip()
         try:
-            photo = app.uploaded(photo)  # again: an app must not depend on when Gradio asks for the first check
+            photo = app.uploaded(photo)  # checked again, because Gradio decides when the first check runs
             image = load_image(photo["path"], photo["orig_name"])
             explanation = explain_image(localizer(method), image, split_texts(typed))
         except (OSError, ValueError, TypeError) as error:
@@ -234,7 +236,7 @@ def build_app(model, processor) -> gr.Blocks:
         npz = save_bytes_to_cache(to_npz(explanation), "explanation.npz", download.GRADIO_CACHE)
         return viewer_value(image, explanation), npz
 
-    # For the end, when all files of visitors go, and for those who launch the app without `launch`: `delete_files` is faster.
+    # Deletes all files of visitors at the end, and old files if the app is not started by `launch`. `delete_files` is faster.
     cache = (600, 2 * MAX_CACHE_AGE)
     with _App(title="ICLIP", analytics_enabled=False, fill_width=True, delete_cache=cache) as app:
         app.examples = frozenset(path for path, _ in examples)
@@ -283,7 +285,7 @@ def build_app(model, processor) -> gr.Blocks:
             "fn": explain,
             "inputs": [photo, typed, method],
             "outputs": [viewer, download],
-            "preprocess": False,  # the file as it was uploaded, for `load_image` to judge
+            "preprocess": False,  # `load_image` reads the uploaded file itself
             "concurrency_id": "model",
             "trigger_mode": "always_last",
         }
@@ -301,17 +303,17 @@ def launch(
     Serves the app until it is interrupted.
 
     Args:
-        model: folder or Hub id; the embedded checkpoint if not given.
-        host, port: where it listens; Gradio's choice if not given, which suits a Space.
+        model: folder or Hub id; the embedded model if not given.
+        host, port: address and port to listen on; Gradio's defaults if not given, which are right for a Space.
         dtype: precision of the model, see `load_model`.
-        options: of `gradio.Blocks.launch`; with `prevent_thread_lock=True` this returns at once.
+        options: of `gradio.Blocks.launch`; with `prevent_thread_lock=True` the function returns at once.
     """
     app = build_app(*load_model(model, dtype))
     app.launch(
         server_name=host,
         server_port=port,
         max_file_size=MAX_FILE_SIZE,
-        enable_monitoring=False,  # else anybody reads how often and how long it was asked
+        enable_monitoring=False,  # the monitoring page would show its usage to everybody
         state_session_capacity=MAX_SESSIONS,
         app_kwargs={
             "lifespan": lambda server: _deleting_files(app),
@@ -327,8 +329,8 @@ def launch(
 
 def delete_files(app: gr.Blocks) -> None:
     """
-    Deletes files of visitors older than `MAX_CACHE_AGE`, and of the younger ones the oldest until `MAX_CACHE_SIZE` bytes are
-    left. `delete_cache` knows no size, leaves an empty folder for each file, and never looks at uploads that broke off.
+    Deletes files of visitors that are older than `MAX_CACHE_AGE`, then the oldest files until at most `MAX_CACHE_SIZE` bytes are
+    left. Gradio's `delete_cache` has no limit of size, leaves an empty folder for each file, and ignores interrupted uploads.
     """
     lasting = {path for component in app.blocks.values() for path in getattr(component, "keep_in_cache", ())}
     files = []
@@ -341,7 +343,7 @@ def delete_files(app: gr.Blocks) -> None:
     for created, own_size, path in sorted(files, reverse=True):
         size += own_size
         if created < young or size > MAX_CACHE_SIZE:
-            with contextlib.suppress(OSError):  # gone meanwhile, or a folder of several files
+            with contextlib.suppress(OSError):  # deleted already, or a folder with several files
                 os.remove(path)
                 os.rmdir(os.path.dirname(path))
             for one in app.temp_file_sets:
@@ -353,11 +355,11 @@ def export_space(folder: Path, model: str | None = None) -> None:
     Writes the files of a Space that runs this demo.
 
     Args:
-        folder: created if missing.
-        model: Hub id; the embedded checkpoint if not given.
+        folder: created if it does not exist.
+        model: Hub id; the embedded model if not given.
 
     Raises:
-        ValueError: the model is a local folder, which a Space has not.
+        ValueError: the model is a local folder, which a Space cannot read.
     """
     if model is not None and Path(model).exists():
         raise ValueError(f"Expected the Hub id of a model for a Space, got the folder {model}: push it first.")
@@ -374,7 +376,7 @@ def export_space(folder: Path, model: str | None = None) -> None:
 
 @contextlib.asynccontextmanager
 async def _deleting_files(app: gr.Blocks) -> AsyncIterator[None]:
-    """While the server runs."""
+    """Runs `delete_files` regularly while the server runs."""
 
     async def again_and_again() -> None:
         while True:
@@ -387,13 +389,13 @@ async def _deleting_files(app: gr.Blocks) -> AsyncIterator[None]:
 
 
 def _view_size(image: Image.Image) -> tuple[int, int]:
-    """Width and height at which the image and its maps are shown."""
+    """Returns width and height of the shown image and maps."""
     scale = min(1.0, VIEW_SIDE / max(image.size))
     return tuple(max(1, round(side * scale)) for side in image.size)
 
 
 def _examples() -> list[list[str]]:
-    """Photographs and texts, where scikit-image is installed."""
+    """Returns photographs and texts if scikit-image is installed."""
     package = importlib.util.find_spec("skimage")
     folder = Path(package.origin).with_name("data") if package else Path()
     return [[str(folder / name), texts] for name, texts in EXAMPLES.items() if (folder / name).is_file()]

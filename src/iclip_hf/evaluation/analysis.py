@@ -1,4 +1,4 @@
-"""Why maps look as they do: semantic shift (Fig. 3, Tables 6 and 7), and recognition against interpretability (Fig. 9)."""
+"""Analyses of the paper: semantic shift (Fig. 3, Tables 6 and 7), and recognition against interpretability (Fig. 9)."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ from ..explainers.explainer import adapt
 from ..modeling_iclip import ICLIPImageFeatures
 
 
-# Shares of an image that is foreground, low exclusive and high inclusive: the rows of Table 6, the last for all images.
-# The paper's own last row is the mean of its others only with 3, 49 and 48 % of VOC's images in them, which fits shares
-# of background: its first row is to be compared with the third here, its third with the first.
+# Foreground shares of an image, low exclusive and high inclusive: the rows of Table 6. The last row is for all images. The last
+# row of the paper is the mean of its other rows only if they have 3, 49 and 48 % of VOC's images, which fits shares of background.
+# So the first row of the paper corresponds to the third row here, and the third to the first.
 SHARES = ((0.0, 0.25), (0.25, 0.75), (0.75, 1.0), (0.0, 1.0))
 
 
 @dataclass(frozen=True)
 class ChannelMatch:
     """
-    Where in an image the channels of its pooled vector come from (Fig. 3).
+    The patches of an image that the channels of its pooled vector match (Fig. 3).
 
     Attributes:
-        tokens (`np.ndarray` of shape `(P,)`): for each channel the patch whose value is nearest, row-major on the grid.
+        tokens (`np.ndarray` of shape `(P,)`): for each channel, the index of the patch with the nearest value, row-major.
         values (`np.ndarray` of shape `(P,)`): the pooled value of each channel.
         grid (`tuple[int, int]`): height and width of the patch grid.
     """
@@ -42,8 +42,8 @@ class ChannelMatch:
 @dataclass(frozen=True)
 class ShiftRow:
     """
-    A row of Table 6: of the images whose foreground share is in (low, high], the average number of channels whose patch
-    goes from background to foreground, the other way, or stays on its side; None without images.
+    A row of Table 6, for images whose foreground share is in (low, high]: the mean number of channels whose patch moves from
+    background to foreground (`b2f`), from foreground to background (`f2b`), or does neither (`same`); None without images.
     """
 
     low: float
@@ -57,12 +57,14 @@ class ShiftRow:
 @dataclass(frozen=True)
 class SemanticShift:
     """
+    Result of [`semantic_shift`].
+
     Attributes:
-        rows (`list[ShiftRow]`): one for each of `SHARES` (Table 6).
-        foreground_channels (`dict[str, float]`): for each pooling the average number of channels whose patch lies on the
+        rows (`list[ShiftRow]`): one row for each of `SHARES` (Table 6).
+        foreground_channels (`dict[str, float]`): for each pooling, the mean number of channels whose patch lies on the
             foreground (Table 7).
-        images (`int`): images counted.
-        left_out (`int`): images without any foreground.
+        images (`int`): number of counted images.
+        left_out (`int`): number of images without foreground.
     """
 
     rows: list[ShiftRow]
@@ -71,7 +73,7 @@ class SemanticShift:
     left_out: int
 
     def table(self) -> str:
-        """Tables 6 and 7 in Markdown."""
+        """Returns Tables 6 and 7 in Markdown."""
         lines = ["| foreground | images | B2F | F2B | same |", "|---|---|---|---|---|"]
         for row in self.rows:
             counts = " | ".join("" if count is None else f"{count:.1f}" for count in (row.b2f, row.f2b, row.same))
@@ -86,9 +88,9 @@ class Relation:
     Recognition against interpretability (Fig. 9).
 
     Attributes:
-        names (`list[str]`): the classes that have both.
-        recognition, interpretability (`np.ndarray` of shape `(K,)`): their scores.
-        correlation (`float`): Pearson's, in [-1, 1]; NaN for fewer than two classes or a constant score.
+        names (`list[str]`): the classes that have both scores.
+        recognition, interpretability (`np.ndarray` of shape `(K,)`): scores of the classes.
+        correlation (`float`): Pearson correlation in [-1, 1]; NaN for fewer than two classes or a constant score.
     """
 
     names: list[str]
@@ -99,14 +101,14 @@ class Relation:
 
 def match_channels(pooled: torch.Tensor, patches: torch.Tensor) -> torch.Tensor:
     """
-    For each channel the patch whose value is nearest to the pooled one (Section 3.1); the first of equals.
+    Finds the patch whose value is nearest to the pooled value, for each channel (Section 3.1). The first of equal patches counts.
 
     Args:
-        pooled (`torch.Tensor` of shape `(P,)`): one vector.
-        patches (`torch.Tensor` of shape `(N, P)`): what it was pooled from.
+        pooled (`torch.Tensor` of shape `(P,)`): a pooled vector.
+        patches (`torch.Tensor` of shape `(N, P)`): embeddings of the patches.
 
     Returns:
-        `torch.Tensor` of shape `(P,)`, indices of patches.
+        `torch.Tensor` of shape `(P,)`: indices of patches.
     """
     return (patches - pooled).abs().argmin(0)
 
@@ -114,16 +116,19 @@ def match_channels(pooled: torch.Tensor, patches: torch.Tensor) -> torch.Tensor:
 @torch.no_grad()
 def channel_matches(model, processor, image: Image.Image) -> dict[str, ChannelMatch]:
     """
-    Matches the channels of one image under each pooling, in the space where patches and texts are compared.
+    Matches the channels of one image for each pooling, in the space where patches and texts are compared.
 
     Args:
-        model, processor: any kind of model that `iclip_hf.explainers` takes.
+        model, processor: any kind of model that `iclip_hf.explainers` supports.
         image: an RGB image.
 
     Returns:
-        `dict` by pooling: `"class_token"` (of SigLIP and ResNets the attention pooling's; absent where the branch that draws the
-        maps pools patch tokens: the vector of another branch is in another space), `"average"` and `"max"` of the patch embeddings, `"own"` (the vector that the
-        model's maps were trained with).
+        `dict` by pooling:
+
+        - `"average"` and `"max"` of the patch embeddings.
+        - `"own"`, the pooled vector of the branch that draws the maps; absent if this branch pools similarities.
+        - `"class_token"`; of SigLIP and ResNets, the output of the attention pooling. Absent if the branch that draws the maps pools
+          patch tokens, because the class token of another branch is in another space.
     """
     family = adapt(model, processor)
     features = _features(family, image)
@@ -142,19 +147,18 @@ def semantic_shift(
     model, processor, samples: Iterable[SegmentationSample], before: str = "max", after: str = "average"
 ) -> SemanticShift:
     """
-    Counts how many channels go from foreground to background, and back, when one pooling takes the place of another
-    (Section 3.1, Tables 6 and 7): B2F channels lie on the background under `before` and on the foreground under `after`.
-    One image is in memory at a time.
+    Counts the channels that move between foreground and background when one pooling replaces another (Section 3.1, Tables 6
+    and 7). B2F channels match the background with `before` and the foreground with `after`. One image is in memory at a time.
 
-    A patch is foreground if most of its labelled pixels belong to a class; void pixels count nowhere.
+    A patch is foreground if most of its labelled pixels belong to a class. Void pixels are ignored.
 
     Args:
-        model, processor: any kind of model that `iclip_hf.explainers` takes.
-        samples: of a segmentation data set.
+        model, processor: any kind of model that `iclip_hf.explainers` supports.
+        samples: samples of a segmentation data set.
         before, after (`str`): poolings as in [`channel_matches`]. The defaults are those of Table 6.
 
     Raises:
-        `ValueError`: for a pooling that the model does not have.
+        `ValueError`: the model does not have one of the poolings.
     """
     family = adapt(model, processor)
     sums = np.zeros((len(SHARES), 4), np.int64)  # images, b2f, f2b, same
@@ -191,14 +195,14 @@ def semantic_shift(
 
 def foreground_tokens(foreground: np.ndarray, labelled: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
     """
-    Which patches are foreground.
+    Determines which patches are foreground.
 
     Args:
-        foreground, labelled (`np.ndarray` of shape `(H, W)`, boolean): pixels of a class, and pixels that count.
-        grid (`tuple[int, int]`): height and width of the patch grid that the whole image is resized to.
+        foreground, labelled (`np.ndarray` of shape `(H, W)`, boolean): pixels of a class, and pixels that are not void.
+        grid (`tuple[int, int]`): height and width of the patch grid that covers the whole image.
 
     Returns:
-        `np.ndarray` of shape `(h * w,)`, boolean: more than half of the patch's labelled pixels are of a class.
+        `np.ndarray` of shape `(h * w,)`, boolean: whether more than half of the patch's labelled pixels belong to a class.
     """
     pixels = torch.from_numpy(np.stack([foreground & labelled, labelled])).double()
     area, total = F.adaptive_avg_pool2d(pixels, grid).flatten(1).numpy()
@@ -207,10 +211,10 @@ def foreground_tokens(foreground: np.ndarray, labelled: np.ndarray, grid: tuple[
 
 def relation(recognition: Mapping[str, float], interpretability: Mapping[str, float]) -> Relation:
     """
-    Compares two scores class by class, such as average precision and mIoU of an evaluation.
+    Compares two scores of each class, such as average precision and mIoU of an evaluation.
 
     Args:
-        recognition, interpretability: score by class name. Classes that lack one of them, or have NaN, are left out.
+        recognition, interpretability: scores by class name. Classes without both scores, or with NaN, are left out.
     """
     names = [
         name
@@ -227,7 +231,7 @@ def _features(family: ModelAdapter, image: Image.Image) -> ICLIPImageFeatures:
 
 
 def _poolings(family: ModelAdapter, features: ICLIPImageFeatures) -> dict[str, torch.Tensor]:
-    """Pooled vectors `(P,)` of one image, beside its unit patch embeddings."""
+    """Returns pooled vectors `(P,)` of one image by pooling, in the space of its patch embeddings."""
     patches, own = features.patch_embeds[0], features.map_image_embeds
     vectors = {"average": patches.mean((0, 1)), "max": patches.amax((0, 1))}
     if family.pools_one_vector:
@@ -238,7 +242,7 @@ def _poolings(family: ModelAdapter, features: ICLIPImageFeatures) -> dict[str, t
 
 
 def _foreground(sample: SegmentationSample) -> tuple[np.ndarray, np.ndarray]:
-    """Pixels of any class, and pixels that count: of a class or background."""
+    """Returns the pixels of any class, and the pixels that are not void."""
     foreground, void = np.zeros(sample.size, bool), np.zeros(sample.size, bool)
     for label in sample.labels:
         mask = sample.mask(label)

@@ -1,4 +1,4 @@
-"""Figures of the analyses: channels in their images, recognition against interpretability."""
+"""Figures of the analyses: channels in images, and recognition against interpretability."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ BLUE, ORANGE = "#0072B2", "#D55E00"
 
 def channel_scatter(images: Sequence[Image.Image], matches: Sequence[Mapping[str, ChannelMatch]]) -> Figure:
     """
-    Where the channels of the pooled vectors come from (Fig. 3): a row an image, a panel a pooling, a point a channel,
-    somewhere in its patch, with an area in proportion to the magnitude of its pooled value.
+    Draws the patches that the channels of pooled vectors match (Fig. 3). A row shows an image, a panel a pooling, and a point a
+    channel. A point lies in the channel's patch, and its area is proportional to the magnitude of the pooled value.
 
     Args:
-        images: RGB.
-        matches: of each image, from `channel_matches`; of the same poolings.
+        images: RGB images.
+        matches: results of `channel_matches` for the images, with the same poolings.
     """
     poolings = list(matches[0])
     pale = [(np.asarray(image.convert("L"), dtype=np.float32) / 255 + 1) / 2 for image in images]
@@ -34,7 +34,7 @@ def channel_scatter(images: Sequence[Image.Image], matches: Sequence[Mapping[str
     figure = picture_grid(pictures, titles, len(poolings), caption=caption)
     panels = [(image, one[pooling]) for image, one in zip(images, matches) for pooling in poolings]
     for axis, (image, match) in zip(figure.axes, panels):
-        # Channels of one patch are spread evenly over it (Roberts' R2 sequence), or they would hide each other.
+        # The points of one patch are spread evenly over it (Roberts' R2 sequence), so that they do not hide each other.
         places = (np.arange(len(match.tokens))[:, None] * (0.5698402910, 0.7548776662)) % 1
         corners = np.stack(np.divmod(match.tokens, match.grid[1]), 1)
         y, x = ((corners + places) / match.grid * (image.height, image.width)).T - 0.5
@@ -46,12 +46,12 @@ def channel_scatter(images: Sequence[Image.Image], matches: Sequence[Mapping[str
 
 def relation_plot(relation: Relation, x_label: str, y_label: str) -> Figure:
     """
-    Recognition against interpretability (Fig. 9): a point a class, the line of least squares, and names of classes as far as
-    they fit, from the outermost on.
+    Plots recognition against interpretability (Fig. 9), with a point for each class, the least-squares line, and the names of
+    classes that do not overlap, outermost first.
 
     Args:
-        relation: of [`relation`].
-        x_label, y_label: what recognition and interpretability are measured in.
+        relation: result of [`relation`].
+        x_label, y_label: names of the scores of recognition and interpretability.
     """
     x, y = relation.recognition, relation.interpretability
     figure = Figure(figsize=(6.4, 5), layout="constrained")
@@ -64,7 +64,7 @@ def relation_plot(relation: Relation, x_label: str, y_label: str) -> Figure:
         return figure
     ends = np.array([x.min(), x.max()])
     axis.plot(ends, np.poly1d(np.polyfit(x, y, 1))(ends), color=ORANGE, linestyle="--", linewidth=1.2)
-    figure.draw_without_rendering()  # now the names' places are known
+    figure.draw_without_rendering()  # determines the positions of the points
     points = axis.transData.transform(np.stack([x, y], 1))
     taken = []
     for index in np.argsort(-np.hypot(*((points - points.mean(0)) / points.std(0)).T)):
@@ -82,8 +82,8 @@ def relation_plot(relation: Relation, x_label: str, y_label: str) -> Figure:
 
 def class_bars(relation: Relation, x_label: str, y_label: str) -> Figure:
     """
-    Both scores of every class as bars, by falling interpretability, with their means as lines (Fig. 9). Arguments are those
-    of [`relation_plot`].
+    Draws both scores of every class as bars, sorted by interpretability, with their means as lines (Fig. 9). Arguments are those of
+    [`relation_plot`].
     """
     order = np.argsort(relation.interpretability)
     names = [relation.names[index] for index in order]

@@ -1,4 +1,4 @@
-"""From a segmentation data set and a model to mAP, mMIoU, mFMB and text contrast of every method (the paper's Tables 1, 4, 5 and 8)."""
+"""Evaluation of a model on a segmentation data set: mAP, mMIoU, mFMB and text contrast (Tables 1, 4, 5 and 8)."""
 
 from __future__ import annotations
 
@@ -41,19 +41,19 @@ with require_extra("eval"):
 @dataclass
 class EvaluationResult:
     """
-    What was measured, and how.
+    The results of an evaluation and its protocol.
 
     Attributes:
         protocol (`dict`): model, data set with its fingerprint, resolution, prompts, aggregation, software versions.
         results (`dict`): for each method `mAP`, `mMIoU`, `text_contrast` and `floor` in percent and `mFMB` in [-1, 1]; `floor`
-            is the mMIoU of calling every pixel foreground.
-        presence (`dict`): what the gate of `min_presence` does: the share of the shown classes whose presence reaches it, `kept`, and
-            of the others, `passed`, both in percent of all images and classes.
-        per_class (`dict`): for each method a list of one `dict` a class: id, name, AP, IoU in percent, its best threshold,
-            FMB and text contrast.
-        timing (`dict`): seconds in all, seconds in the model's forward, images.
+            is the mMIoU of a map that marks every pixel.
+        presence (`dict`): `kept`, the share of the shown classes whose presence is at least `min_presence`, `passed`, the same
+            share of the other classes, and `mAP` of images ranked by presence, all in percent.
+        per_class (`dict`): for each method, a list with one `dict` for each class: id, name, AP, IoU in percent, its best
+            threshold, FMB and text contrast.
+        timing (`dict`): seconds in total, seconds in the model's forward pass, number of images.
 
-    A figure is None where the data have nothing to measure it on.
+    A figure that the data cannot measure is None.
     """
 
     protocol: dict
@@ -72,10 +72,14 @@ class EvaluationResult:
         for method, figures in self.results.items():
             cells = [_rounded(figures[name], number) for name, number in digits.items()]
             lines.append(f"| {method} | {' | '.join(cells)} |")
-        kept, passed = (_rounded(self.presence[name], 1) for name in ("kept", "passed"))
+        kept, passed, ap = (_rounded(self.presence[name], 1) for name in ("kept", "passed", "mAP"))
         gate = f"presence of at least {self.presence['min_presence']}"
         return "\n".join(
-            [*lines, "", f"{gate}: {kept} % of the classes that an image shows, {passed} % of the others"]
+            [
+                *lines,
+                "",
+                f"{gate}: {kept} % of the classes that an image shows, {passed} % of the others; mAP by presence {ap} %",
+            ]
         )
 
     def to_json(self) -> str:
@@ -99,7 +103,7 @@ class EvaluationResult:
 
 
 class _Scores:
-    """The metrics of one method's maps: each counts in a thread, and adds the counts in order."""
+    """The metrics of one method. `count` may run in any thread; `add` takes its results in order."""
 
     def __init__(self, aggregate: str):
         self.miou = MeanMaxIoU(aggregate)
@@ -108,7 +112,7 @@ class _Scores:
 
     @staticmethod
     def count(heatmaps: torch.Tensor, masks: np.ndarray, labels: Sequence[int]) -> tuple:
-        """Maps and masks `(K, H, W)` of the K classes of one image -> what `add` takes."""
+        """Counts maps and masks `(K, H, W)` of the K classes of one image, for `add`."""
         pairs = [
             (label, MeanMaxIoU.count(heatmap, mask, label), MeanForegroundMinusBackground.count(heatmap, mask, label))
             for heatmap, mask, label in zip(heatmaps, masks, labels)
@@ -128,7 +132,7 @@ class _Scores:
         self.contrast.merge(other.contrast)
 
     def report(self, dataset: SegmentationDataset, ap: dict) -> tuple[dict, list[dict]]:
-        """The summary, and one row a class."""
+        """Returns the summary, and one row for each class."""
         miou, mfmb, contrast = self.miou.compute(), self.mfmb.compute(), self.contrast.compute()
         summary = {
             "mAP": _measured(ap["map"]),
@@ -165,18 +169,22 @@ class _Totals:
     def __init__(self, methods: Sequence[str], aggregate: str):
         self.scores = {method: _Scores(aggregate) for method in methods}
         self.average_precision = MultiLabelAveragePrecision()
+        self.calibrated = MultiLabelAveragePrecision()
         self.gate = np.zeros((2, 2), np.int64)  # absent and shown classes: all, and those whose presence is enough
         self.seconds_in_model = 0.0  # of this process alone: not merged
 
-    def add_recognition(self, cosines: torch.Tensor, enough: np.ndarray, shown: np.ndarray) -> None:
-        """Adds images by the cosines of all classes, which of them are present enough, and which are shown, all `(B, K)`."""
+    def add_recognition(self, cosines: torch.Tensor, presence: torch.Tensor, shown: np.ndarray) -> None:
+        """Adds images: cosines and presence of all classes, and whether the class is shown, all `(B, K)`."""
         self.average_precision.update(cosines, shown)
+        self.calibrated.update(presence, shown)
+        enough = presence.numpy() >= MIN_PRESENCE
         self.gate += [[(shown == which).sum(), (enough & (shown == which)).sum()] for which in (False, True)]
 
     def merge(self, other: _Totals) -> None:
         for method, scores in self.scores.items():
             scores.merge(other.scores[method])
         self.average_precision.merge(other.average_precision)
+        self.calibrated.merge(other.calibrated)
         self.gate += other.gate
 
 
@@ -197,12 +205,12 @@ def evaluate(
     """
     Measures recognition and interpretability of a model over a data set.
 
-    Every image is resized as a whole, without a crop. Its maps are drawn for the classes it shows, enlarged to its own size,
-    stretched to [0, 1] and compared with its masks and with each other; its scores of all classes rank it for mAP. Under `accelerate launch`
-    the images are shared out over the processes, and every process returns the same result.
+    Every image is resized as a whole, without a crop. Maps are computed for the classes that the image shows, enlarged to its size,
+    stretched to [0, 1], and compared with the masks and with each other. The scores of all classes rank the image for mAP. Under
+    `accelerate launch` the processes share the images, and every process returns the same result.
 
     Args:
-        model, processor: an ICLIP model or any other that [`make_explainer`] takes, on its device.
+        model, processor: an ICLIP model or any other that [`make_explainer`] supports, on its device.
         dataset ([`SegmentationDataset`]): from `load_segmentation`.
         methods: names of explainers.
         image_size (`int`, *optional*): side in pixels of the square that images are resized to; the processor's size if not
@@ -210,16 +218,16 @@ def evaluate(
         templates: prompts for the class names; the data set's if not given.
         aggregate (`str`): `"image"` or `"pixel"`, see [`MeanMaxIoU`].
         limit (`int`, *optional*): evaluate only the first images.
-        batch_size (`int`): images in one forward.
-        num_workers (`int`, *optional*): threads that decode images and masks and count pixels beside the model;
-            `spare_processors` if not given.
-        progress (`bool`): show a bar, in the first process.
+        batch_size (`int`): number of images in one forward pass.
+        num_workers (`int`, *optional*): number of threads that decode images and masks and count pixels; `spare_processors` if not
+            given.
+        progress (`bool`): whether the first process shows a progress bar.
 
     Returns:
         [`EvaluationResult`].
 
     Raises:
-        `ValueError`, `TypeError`, `FileNotFoundError`: for options or files that are not as described; files are named.
+        `ValueError`, `TypeError`, `FileNotFoundError`: an option or a file is not as described.
     """
     for name, number in (("limit", limit), ("batch_size", batch_size)):
         if number is not None and number < 1:
@@ -249,7 +257,12 @@ def evaluate(
     return EvaluationResult(
         protocol={**identity(model), **plan.protocol(count), "templates": templates, "aggregate": aggregate},
         results={method: summary for method, (summary, _) in reports.items()},
-        presence={"min_presence": MIN_PRESENCE, "passed": passed, "kept": kept},
+        presence={
+            "min_presence": MIN_PRESENCE,
+            "passed": passed,
+            "kept": kept,
+            "mAP": totals.calibrated.compute()["map"],
+        },
         per_class={method: rows for method, (_, rows) in reports.items()},
         timing={
             "seconds": time.perf_counter() - start,
@@ -261,7 +274,7 @@ def evaluate(
 
 @dataclass
 class _Plan:
-    """The images that this process measures, and how."""
+    """The images that this process evaluates, and the options."""
 
     dataset: SegmentationDataset
     drawer: MapMaker
@@ -271,12 +284,12 @@ class _Plan:
     num_workers: int
 
     def load(self, index: int) -> tuple[SegmentationSample, torch.Tensor]:
-        """Sample and pixels of one image."""
+        """Returns sample and `pixel_values` of one image."""
         sample = self.dataset[index]
         return sample, self.drawer.itsm.processor(images=[sample.image], **self.size)["pixel_values"]
 
     def protocol(self, count: int) -> dict:
-        """What a reader must know to repeat the measurement of `count` images."""
+        """Returns what is needed to repeat the evaluation of `count` images."""
         dataset, image_processor = self.dataset, self.drawer.itsm.processor.image_processor
         return {
             "dataset": {
@@ -297,7 +310,7 @@ class _Plan:
 
 
 def _run(plan: _Plan, totals: _Totals, progress: bool) -> None:
-    """Adds all images of the plan: threads decode and count, this one runs the model."""
+    """Adds all images of the plan. Threads decode and count; this thread runs the model."""
     bar = tqdm(total=len(plan.indices), unit="image", disable=not progress)
     with ThreadPoolExecutor(plan.num_workers) as pool, bar:
         loaded = prefetch_map(pool, plan.load, plan.indices, 2 * plan.batch_size)
@@ -310,14 +323,14 @@ def _run(plan: _Plan, totals: _Totals, progress: bool) -> None:
 def _draw(
     plan: _Plan, totals: _Totals, loaded: Iterator[tuple[SegmentationSample, torch.Tensor]]
 ) -> Iterator[tuple[SegmentationSample, dict[str, torch.Tensor]]]:
-    """For each image its sample, and by method the raw maps of the classes that it shows; adds its recognition to the totals."""
+    """Yields sample and raw maps by method of each image, and adds the scores of the classes to the totals."""
     while batch := list(itertools.islice(loaded, plan.batch_size)):
         samples, pixels = zip(*batch)
         began = time.perf_counter()
-        cosines, enough, drawn = plan.drawer.draw(torch.cat(pixels), [sample.labels for sample in samples])
+        cosines, presence, drawn = plan.drawer.draw(torch.cat(pixels), [sample.labels for sample in samples])
         totals.seconds_in_model += time.perf_counter() - began
         totals.add_recognition(
-            cosines, enough, np.stack([np.isin(plan.dataset.labels, sample.labels) for sample in samples])
+            cosines, presence, np.stack([np.isin(plan.dataset.labels, sample.labels) for sample in samples])
         )
         for sample, *maps in zip(samples, *drawn.values()):
             yield sample, dict(zip(drawn, maps))
@@ -325,8 +338,8 @@ def _draw(
 
 class MapMaker:
     """
-    The maps of several methods with few passes through the model: the similarity map, its reversal, and scores and presence of
-    all classes come from one; every other method takes one of its own.
+    Computes the maps of several methods. One forward pass gives the similarity map, its reversal, and scores and presence of all
+    classes. Every other method needs a pass of its own.
     """
 
     def __init__(self, model, processor, methods: Sequence[str], class_names: Sequence[str], templates: list[str]):
@@ -348,26 +361,25 @@ class MapMaker:
             labels: the class ids that each image shows.
 
         Returns:
-            `tuple`: cosines of all classes `(B, K)`, whether their presence is enough `(B, K)`, and for each method raw maps
-            `(B, T, h, w)`: of each image those of its labels and then, up to the longest list of the batch, of any class; for
-            the reversal those that are to be reversed.
+            `tuple`: cosines of all classes `(B, K)`, their presence `(B, K)`, and raw maps `(B, T, h, w)` by method: the maps of an
+            image's labels, padded with maps of any class to the longest list of labels in the batch. The raw maps of
+            `reversed_itsm` are those of `itsm`.
         """
         rows = pad_sequence([torch.tensor(one or (1,)) - 1 for one in labels], batch_first=True)  # (B, T)
         shown = torch.arange(len(rows))[:, None], rows
         texts = self.localizer.encoded
         maps, cosines, presence = self.localizer.explain_batch(pixel_values, texts)
-        enough = (presence >= MIN_PRESENCE).numpy()
         drawn = dict.fromkeys(("itsm", "reversed_itsm"), maps[shown])  # reversed once they are stretched to [0, 1]
         for method, explainer in self.others.items():
             if isinstance(explainer, GradientExplainer):  # a backward a text: not for the absent classes
                 drawn[method] = explainer.raw_maps(pixel_values, select_texts(texts, rows))[0]
             else:  # almost free, and clip_surgery compares a text with all others
                 drawn[method] = explainer.raw_maps(pixel_values, texts)[0][shown]
-        return cosines, enough, {method: drawn[method].cpu() for method in self.methods}
+        return cosines, presence, {method: drawn[method].cpu() for method in self.methods}
 
 
 def _count(item: tuple[SegmentationSample, dict[str, torch.Tensor]]) -> dict[str, tuple]:
-    """One image's raw maps by method, first those of its classes -> by method what `_Scores.add` takes."""
+    """Counts the raw maps of one image by method, those of its classes first, for `_Scores.add`."""
     sample, raw_maps = item
     labels = sample.labels
     masks = np.array([sample.mask(label) for label in labels], np.uint8).reshape(-1, *sample.size)
@@ -381,7 +393,7 @@ def _count(item: tuple[SegmentationSample, dict[str, torch.Tensor]]) -> dict[str
 
 
 def _measured(value: float) -> float | None:
-    """None in place of the NaN of nothing, which JSON does not have."""
+    """Converts NaN, which JSON does not have, to None."""
     return None if math.isnan(value) else value
 
 

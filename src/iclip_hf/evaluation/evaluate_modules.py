@@ -1,4 +1,4 @@
-"""The metrics as modules of the `evaluate` library: what their scripts share.
+"""Base classes and demo of the metric modules of the `evaluate` library.
 
 The scripts live in the repository's folder `evaluate_metrics`, which is installed as `iclip_hf.evaluate_metrics`.
 """
@@ -56,8 +56,8 @@ _CITATION = """
 class StreamingMetric(evaluate.Metric, ABC):
     """An `evaluate` metric over maps and masks. It stores the counts of each item, not its pixels.
 
-    A subclass names its `accumulator` from `iclip_hf.evaluation.metrics` and returns `self._metric_info(...)` from `_info`. It
-    stays abstract here, because `evaluate.load` takes the first metric class it finds in a script that is not.
+    A subclass sets `accumulator` to a metric of `iclip_hf.evaluation.metrics` and returns `self._metric_info(...)` from `_info`.
+    This class is abstract, because `evaluate.load` takes the first metric class of a script that is not abstract.
     """
 
     accumulator: type
@@ -65,7 +65,7 @@ class StreamingMetric(evaluate.Metric, ABC):
     def __init__(self, *args, ignore_index: int = 255, **kwargs):
         super().__init__(*args, **kwargs)
         self.ignore_index = ignore_index
-        self._ignored = set()  # every ignore_index of the stored items
+        self._ignored = set()  # all values of ignore_index for the stored items
 
     @abstractmethod
     def _info(self) -> evaluate.MetricInfo: ...
@@ -73,11 +73,11 @@ class StreamingMetric(evaluate.Metric, ABC):
     @classmethod
     @abstractmethod
     def of_one_image(cls, maps: list[np.ndarray], mask: np.ndarray, labels: list[int]) -> dict:
-        """The inputs that stand for K maps (H, W) of one image, its label mask (H, W) and K class ids."""
+        """Returns the inputs for K maps (H, W) of one image, its label mask (H, W) and K class ids."""
 
     def _metric_info(self, description: str, outputs: str, inputs: str, labels) -> evaluate.MetricInfo:
-        # What is stored of an item are its two rows of counts and its class or classes. The columns keep the names of the
-        # inputs, because `evaluate.combine` passes on only those.
+        # An item is stored as its two rows of counts and its class or classes. The columns have the names of the inputs, because
+        # `evaluate.combine` passes only those.
         row = Sequence(Value("float64"))
         return evaluate.MetricInfo(
             description=description,
@@ -88,12 +88,12 @@ class StreamingMetric(evaluate.Metric, ABC):
         )
 
     def add(self, *, ignore_index: int | None = None, **item):
-        """Adds one item: `prediction`, `reference` and `label`, or `labels`."""
+        """Adds one item: `prediction`, `reference`, and `label` or `labels`."""
         plural = {"prediction": "predictions", "reference": "references", "label": "labels"}
         self.add_batch(ignore_index=ignore_index, **{plural.get(name, name): [value] for name, value in item.items()})
 
     def add_batch(self, *, predictions, references, labels, ignore_index: int | None = None):
-        """Adds items: `predictions`, `references` and `labels` of one length."""
+        """Adds items: `predictions`, `references` and `labels` of equal length."""
         if not len(predictions) == len(references) == len(labels):
             raise ValueError(
                 "Expected predictions, references and labels of one length, "
@@ -146,7 +146,7 @@ class PairMetric(StreamingMetric):
 
     def compute(self, *, aggregate: str | None = None, ignore_index: int | None = None, **pairs) -> dict | None:
         """Returns the scores of all pairs added before or given here, on process 0; None on the others."""
-        # Both options are checked first: a mistake must not cost the pairs that were added.
+        # Both options are checked first, so that a mistake does not lose the added pairs.
         accumulator = self.accumulator(self.aggregate if aggregate is None else aggregate)
         return self._compute_with(accumulator, ignore_index, pairs)
 
@@ -167,10 +167,10 @@ class ImageMetric(StreamingMetric):
 
 
 def metric_demo(script: str | Path):
-    """The app of a metric's Space, a `gradio.Interface`: maps and a label mask as image files, and the class ids.
+    """Returns the app of a metric's Space, a `gradio.Interface` for maps and a label mask as image files, and class ids.
 
     Args:
-        script: the metric's script; the `README.md` beside it is shown below the form.
+        script: script of the metric; the app shows the `README.md` beside it.
     """
     with require_extra("demo"):
         import gradio as gr

@@ -1,8 +1,8 @@
-"""mMIoU (Eq. 7), mFMB (Eq. 8), text contrast and multi-label mAP: from maps and masks to small mergeable sums to scores.
+"""mMIoU (Eq. 7), mFMB (Eq. 8), text contrast and multi-label mAP. Maps and masks become sums that can be merged.
 
-One *pair* is one image and one class: a map (H, W) in [0, 1], a label mask (H, W) of integers, and the class id whose
-pixels are the foreground. Pixels equal to `ignore_index` count nowhere, all others are background. Text contrast takes
-all pairs of an image together. Sums are float64, so results agree to about 1e-12 for any order and any way of merging.
+A *pair* is one image and one class: a map (H, W) in [0, 1], a label mask (H, W) of integers, and the class id whose pixels are the
+foreground. Pixels equal to `ignore_index` are ignored, all others are background. Text contrast takes all pairs of an image
+together. Sums are float64, so results agree to about 1e-12 for any order of adding and merging.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ import numpy as np
 from ..utils.arrays import to_numpy
 
 
-# The grid of mMIoU. A pixel is predicted where M > t, strictly, with t rounded to the map's dtype.
+# The thresholds of mMIoU. A pixel is predicted where M > t, with t rounded to the map's dtype.
 THRESHOLDS = np.arange(101) / 100
 
-_LEVELS = 1 + len(THRESHOLDS)  # "every pixel", then one level a threshold
+_LEVELS = 1 + len(THRESHOLDS)  # "every pixel", then one level for each threshold
 _VOID_CODE = 255  # above the 2 * _LEVELS codes of background and foreground
-_BLOCK = 2**16  # pixels at a time: small temporaries stay cached, those of a whole map are mapped in anew each time
-_LEVELS_OF_CONTRAST = 2**12  # a power of two: maps in float32 are quantised without a rounding error before the rint
+_BLOCK = 2**16  # pixels in one block: small temporary arrays stay in the cache, those of a whole map do not
+_LEVELS_OF_CONTRAST = 2**12  # a power of two, so that scaling a float32 map has no rounding error
 
 
 def _class_id(value, name: str) -> int:
@@ -33,10 +33,10 @@ def _class_id(value, name: str) -> int:
 
 
 def _check_map(heatmap) -> np.ndarray:
-    """Map values as floats in [0, 1], any shape that is not empty."""
+    """Returns map values as floats, after a check that they are in [0, 1]."""
     heatmap = to_numpy(heatmap)
     if heatmap.dtype.kind in "biu":
-        heatmap = heatmap.astype(np.float32)  # a hard map of zeros and ones; other integers are refused below
+        heatmap = heatmap.astype(np.float32)  # a map of zeros and ones; other integers are refused below
     if heatmap.dtype not in (np.float16, np.float32, np.float64):
         raise TypeError(f"Expected a map of float16, float32 or float64, got {heatmap.dtype}.")
     if heatmap.size:
@@ -61,7 +61,7 @@ def _check_label(label, ignore_index: int) -> int:
 
 
 def _pair_blocks(heatmap, mask, label, ignore_index):
-    """Checks one pair, then yields its map values, foreground and void, flat and a block at a time."""
+    """Checks one pair, then yields blocks of its map values, foreground and void, flattened."""
     ignore_index = _class_id(ignore_index, "ignore_index")
     label, heatmap, mask = _check_label(label, ignore_index), _check_map(heatmap), _check_mask(mask)
     if heatmap.ndim != 2 or heatmap.shape != mask.shape or not heatmap.size:
@@ -76,26 +76,26 @@ def _pair_blocks(heatmap, mask, label, ignore_index):
 
 
 def threshold_counts(heatmap, mask, label: int, ignore_index: int = 255) -> np.ndarray:
-    """Counts the pixels above every threshold, in one pass over the map.
+    """Counts the pixels above each threshold in one pass over the map.
 
     Args:
-        heatmap: (H, W) array or tensor of float16, float32 or float64 in [0, 1]; integers 0 and 1 are taken too.
+        heatmap: (H, W) array or tensor of floats in [0, 1], or of integers 0 and 1.
         mask: (H, W) array or tensor of integers; pixels equal to `label` are foreground.
         label: the class id.
-        ignore_index: mask value of the pixels that count nowhere.
+        ignore_index: mask value of the pixels that are ignored.
 
     Returns:
-        (2, 102) int64, background and foreground pixels: all of them, then those with M > 0, M > 0.01, ..., M > 1.
-        So at `THRESHOLDS[i]` the false positives are `[0, 1 + i]` and the true positives `[1, 1 + i]`.
+        (2, 102) int64, numbers of background and foreground pixels: all, then those with M > 0, M > 0.01, ..., M > 1. At
+        `THRESHOLDS[i]`, `[0, 1 + i]` is the number of false positives and `[1, 1 + i]` that of true positives.
 
     Raises:
-        TypeError: the map is not of a dtype above, or the mask, `label` or `ignore_index` not of integers.
+        TypeError: the map has another dtype, or the mask, `label` or `ignore_index` is not of integers.
         ValueError: shapes differ or are not (H, W), map values are NaN or outside [0, 1], `label` is `ignore_index`.
     """
     histogram = np.zeros(256, dtype=np.int64)
     for values, foreground, void in _pair_blocks(heatmap, mask, label, ignore_index):
-        # The bin of a value is the number of thresholds below it: the nearest grid index, or one more. An exact
-        # comparison decides, because index / 100 in the map's dtype is the threshold rounded to that dtype.
+        # The bin of a value is the number of thresholds below it: the index of the nearest threshold, or one more. The
+        # comparison is exact, because index / 100 in the map's dtype is the threshold rounded to that dtype.
         nearest = values * 100
         np.rint(nearest, out=nearest)
         codes = nearest.astype(np.uint8)
@@ -109,16 +109,16 @@ def threshold_counts(heatmap, mask, label: int, ignore_index: int = 255) -> np.n
 
 
 def region_means(heatmap, mask, label: int, ignore_index: int = 255) -> np.ndarray:
-    """Means of the map over the background and over the foreground.
+    """Computes the means of the map over the background and over the foreground.
 
     Arguments and errors are those of `threshold_counts`.
 
     Returns:
-        (2, 2) float64, background and foreground: number of pixels, and mean (0 of no pixel).
+        (2, 2) float64, background and foreground: number of pixels, and mean (0 without pixels).
     """
     sums = np.zeros((2, 2))
     for values, foreground, void in _pair_blocks(heatmap, mask, label, ignore_index):
-        # The background is most of the image: summing everything and taking the rest away is faster than gathering it.
+        # Most pixels are background. Subtracting the other sums from the total is faster than selecting the background.
         inside, nowhere = values[foreground], values[void]
         total, high, void_total = (one.sum(dtype=np.float64) for one in (values, inside, nowhere))
         sums += (
@@ -132,24 +132,24 @@ def region_means(heatmap, mask, label: int, ignore_index: int = 255) -> np.ndarr
 def contrast_counts(maps, mask, labels, ignore_index: int = 255) -> np.ndarray:
     """Compares each map of an image with the pixels of its other classes.
 
-    For classes i and j, with pixels of both and of neither left out, a_ij = P(M_i at a pixel of i > M_i at a pixel of j),
-    ties half, and c_ij = (a_ij + a_ji) / 2. Maps are rounded to multiples of 1 / 4096 first; values that fall together count
-    as ties, so that c_ij is off by at most half the share of pixel pairs that do (about 1e-5 on smooth maps).
+    For classes i and j, a_ij = P(M_i at a pixel of i > M_i at a pixel of j), where ties count half, and c_ij = (a_ij + a_ji) / 2.
+    Pixels of both classes or of neither are left out. Maps are first rounded to multiples of 1 / 4096, and equal rounded values are
+    ties. The error of c_ij is at most half the share of such pixel pairs (about 1e-5 for smooth maps).
 
     Args:
-        maps: (K, H, W) array or tensor of float16, float32 or float64 in [0, 1], the map of each class.
-        mask: (H, W) array or tensor of integers, the class of each pixel; or (K, H, W), a mask for each class, in which the
-            pixels equal to its label are its own. Classes may overlap in these.
+        maps: (K, H, W) array or tensor of floats in [0, 1], the map of each class.
+        mask: (H, W) array or tensor of integers, the class of each pixel; or (K, H, W), one mask for each class, whose pixels
+            equal to the label belong to the class. These masks may overlap.
         labels: K different class ids.
-        ignore_index: mask value of the pixels that count nowhere, in one mask or in any of the K.
+        ignore_index: mask value of the pixels that are ignored, in one mask or in any of the K.
 
     Returns:
-        (2, K) float64: for each class the number of its partners, and the sum of c over them. A partner is another class
-        of the image, if each of the two has a pixel that the other has not.
+        (2, K) float64: for each class, the number of its partners and the sum of c over them. A partner is another class of the
+        image, if each of the two has a pixel that does not belong to the other.
 
     Raises:
         TypeError: as `threshold_counts`.
-        ValueError: as `threshold_counts`; labels are repeated or not K.
+        ValueError: as `threshold_counts`; or labels are repeated, or their number is not K.
     """
     ignore_index = _class_id(ignore_index, "ignore_index")
     labels = [_check_label(label, ignore_index) for label in labels]
@@ -167,7 +167,7 @@ def contrast_counts(maps, mask, labels, ignore_index: int = 255) -> np.ndarray:
     pixels = [np.flatnonzero(region) for region in regions]
     shared = {(i, j): np.flatnonzero(regions[i] & regions[j]) for i in range(number) for j in range(i)}
 
-    # Twice the number of pixel pairs in which M_i is higher at i than at j, and the number of all pixel pairs.
+    # `wins`: twice the number of pixel pairs in which M_i is higher at i than at j. `pairs`: the number of all pixel pairs.
     wins, pairs = np.zeros((2, number, number), np.int64)
     for i, heatmap in enumerate(maps):
         heatmap = heatmap.ravel()
@@ -183,17 +183,17 @@ def contrast_counts(maps, mask, labels, ignore_index: int = 255) -> np.ndarray:
 
 
 def _histogram(values: np.ndarray) -> np.ndarray:
-    """Number of values at each level of a quantised map, int64."""
+    """Returns the number of values at each level of a quantised map, int64."""
     levels = np.rint(values * values.dtype.type(_LEVELS_OF_CONTRAST)).astype(np.intp)
     return np.bincount(levels, minlength=_LEVELS_OF_CONTRAST + 1)
 
 
 def average_precision(scores: np.ndarray, presence: np.ndarray) -> float:
-    """Area under precision over recall as a step function, ties taken together, as scikit-learn defines it.
+    """Computes the area under the precision-recall step function, with ties grouped, as in scikit-learn.
 
     Args:
-        scores: (B,) floats, higher for more likely.
-        presence: (B,) zeros and ones, at least one of them 1.
+        scores: (B,) floats, higher is more likely.
+        presence: (B,) zeros and ones, at least one 1.
 
     Returns:
         Average precision in [0, 1].
@@ -207,19 +207,19 @@ def average_precision(scores: np.ndarray, presence: np.ndarray) -> float:
 
 
 def _mean(values) -> float:
-    """Mean; NaN of nothing."""
+    """Returns the mean; NaN without values."""
     values = list(values)
     return sum(values) / len(values) if values else math.nan
 
 
 class _ClassSums:
-    """A few sums a class, which can be merged. A subclass says how they are added and how they become scores.
+    """Sums for each class, which can be merged. Subclasses add to the sums and compute scores from them.
 
     Args:
-        ignore_index: mask value of the pixels that count nowhere.
+        ignore_index: mask value of the pixels that are ignored.
     """
 
-    _reasons: tuple[str, ...]  # why something has no value, tried in this order
+    _reasons: tuple[str, ...]  # reasons for a missing value, in the order of the checks
 
     def __init__(self, ignore_index: int = 255):
         self.ignore_index = _class_id(ignore_index, "ignore_index")
@@ -228,7 +228,7 @@ class _ClassSums:
         self._left_out = Counter()
 
     def merge(self, other: _ClassSums) -> None:
-        """Adds everything that another metric has counted. ValueError if it is of another type or has other settings."""
+        """Adds the counts of another metric. Raises ValueError if its type or settings differ."""
         if self._settings() != other._settings():
             raise ValueError(f"Expected a metric like this one, {self._settings()}, got {other._settings()}.")
         self._counted += other._counted
@@ -250,9 +250,9 @@ class _PairMetric(_ClassSums):
     """Sums over pairs of an image and a class.
 
     Args:
-        aggregate: `"image"` takes each image's ratio and averages over the images of a class; `"pixel"` pools the
-            pixels of a class over its images. Classes are averaged in both.
-        ignore_index: mask value of the pixels that count nowhere.
+        aggregate: `"image"` averages the ratios of the images of a class; `"pixel"` pools the pixels of a class over its images.
+            Both average over the classes.
+        ignore_index: mask value of the pixels that are ignored.
     """
 
     def __init__(self, aggregate: str = "image", ignore_index: int = 255):
@@ -266,7 +266,7 @@ class _PairMetric(_ClassSums):
         self.add_counts(self.count(heatmap, mask, label, self.ignore_index), label)
 
     def add_counts(self, counts: np.ndarray, label: int) -> None:
-        """Adds one pair by its counts, which `count` has taken before, perhaps in another process."""
+        """Adds one pair by its counts from `count`, which may come from another process."""
         background, foreground = counts[:, 0]
         missing = {
             "all_void": not (background or foreground),
@@ -287,8 +287,8 @@ class _PairMetric(_ClassSums):
 class MeanMaxIoU(_PairMetric):
     """mMIoU (Eq. 7): the IoU of M > t at the best threshold t of each class, averaged over the classes.
 
-    With `aggregate="image"` the IoU of a class at one threshold is the mean of its images' IoU; with `"pixel"`
-    intersections and unions are pooled over its images. A pair without foreground is left out.
+    With `aggregate="image"`, the IoU of a class at a threshold is the mean over its images. With `"pixel"`, intersections and unions
+    are pooled over its images. A pair without foreground is left out.
 
     Example:
         >>> metric = MeanMaxIoU()
@@ -301,7 +301,7 @@ class MeanMaxIoU(_PairMetric):
     count = staticmethod(threshold_counts)
 
     def _summands(self, counts: np.ndarray) -> np.ndarray:
-        """(2, 102) float64, numerator and denominator of the IoU of every pixel and at each threshold."""
+        """Returns (2, 102) float64, numerator and denominator of the IoU of all pixels and at each threshold."""
         background, foreground = counts
         intersection, union = foreground, foreground[0] + background
         if self.aggregate == "image":
@@ -313,12 +313,12 @@ class MeanMaxIoU(_PairMetric):
 
         - **mmiou** -- mean over classes, percent (NaN without any pair).
         - **per_class** -- {class id: best IoU in percent}.
-        - **thresholds** -- {class id: its best threshold, the lowest of equals}.
-        - **floor** -- the same mean when every pixel is predicted, percent.
-        - **pairs**, **left_out** -- number of pairs in the mean, and {reason: number} of those that are not.
+        - **thresholds** -- {class id: its best threshold, the lowest if several are equal}.
+        - **floor** -- the same mean for a map that marks every pixel, percent.
+        - **pairs**, **left_out** -- number of pairs in the mean, and {reason: number} of the others.
         """
         iou = {label: 100 * sums[0] / sums[1] for label, sums in sorted(self._sums.items())}
-        # The lowest of equals, also where the order of summation made equals differ in their last bits.
+        # The lowest of equal thresholds, also if rounding of the sums makes them differ slightly.
         best = {label: int((curve[1:] >= curve[1:].max() - 1e-9).argmax()) for label, curve in iou.items()}
         per_class = {label: float(iou[label][1 + i]) for label, i in best.items()}
         return {
@@ -333,9 +333,9 @@ class MeanMaxIoU(_PairMetric):
 class MeanForegroundMinusBackground(_PairMetric):
     """mFMB (Eq. 8): mean of the map over the foreground minus its mean over the background, averaged over the classes.
 
-    With `aggregate="image"` the difference is averaged over the images of a class; with `"pixel"` both means are over
-    the pixels of all its images. A pair without foreground or without background is left out. The score of the
-    reversed maps 1 - M is the negative.
+    With `aggregate="image"`, the difference is averaged over the images of a class. With `"pixel"`, both means are over the pixels
+    of all its images. A pair without foreground or without background is left out. The score of the reversed maps 1 - M is the
+    negative.
 
     Example:
         >>> metric = MeanForegroundMinusBackground()
@@ -348,7 +348,7 @@ class MeanForegroundMinusBackground(_PairMetric):
     count = staticmethod(region_means)
 
     def _summands(self, counts: np.ndarray) -> np.ndarray:
-        """(2, 2) float64, background and foreground: weight, and weighted mean."""
+        """Returns (2, 2) float64, background and foreground: weight, and weighted mean."""
         weights, means = counts.T if self.aggregate == "pixel" else (np.ones(2), counts[:, 1])
         return np.stack([weights, weights * means], axis=1)
 
@@ -356,8 +356,8 @@ class MeanForegroundMinusBackground(_PairMetric):
         """Returns the scores of all pairs so far.
 
         - **mfmb** -- mean over classes, in [-1, 1] (NaN without any pair).
-        - **per_class** -- {class id: its difference}.
-        - **pairs**, **left_out** -- number of pairs in the mean, and {reason: number} of those that are not.
+        - **per_class** -- {class id: difference}.
+        - **pairs**, **left_out** -- number of pairs in the mean, and {reason: number} of the others.
         """
         means = {label: sums[:, 1] / sums[:, 0] for label, sums in sorted(self._sums.items())}
         per_class = {label: float(foreground - background) for label, (background, foreground) in means.items()}
@@ -365,12 +365,12 @@ class MeanForegroundMinusBackground(_PairMetric):
 
 
 class TextContrast(_ClassSums):
-    """Text contrast: does the map of a class prefer its own pixels to those of the other classes in the image?
+    """Text contrast: how much the map of a class prefers its own pixels to those of the other classes in the image.
 
-    For classes i and j that one image shows, c_ij = (P(M_i at a pixel of i > M_i at a pixel of j) + P(M_j at j > M_j at i)) / 2,
-    ties half, see `contrast_counts`. A class's value is the mean of c over all its images and partners, the score the mean
-    over the classes. It is exactly 50 for maps that do not depend on the text, whatever they show, and 100 - x for the
-    reversed maps. An image without two classes that each have pixels of their own is left out.
+    For classes i and j of one image, c_ij = (P(M_i at a pixel of i > M_i at a pixel of j) + P(M_j at j > M_j at i)) / 2, where ties
+    count half, see `contrast_counts`. The value of a class is the mean of c over all its images and partners. The score is the mean
+    over the classes. It is exactly 50 for maps that do not depend on the text, and 100 - x for reversed maps. An image without two
+    classes that each have pixels of their own is left out.
 
     Example:
         >>> metric = TextContrast()
@@ -388,7 +388,7 @@ class TextContrast(_ClassSums):
         self.add_counts(self.count(maps, mask, labels, self.ignore_index), labels)
 
     def add_counts(self, counts: np.ndarray, labels) -> None:
-        """Adds one image by its counts, which `count` has taken before, perhaps in another process."""
+        """Adds one image by its counts from `count`, which may come from another process."""
         paired = [(_class_id(label, "label"), sums) for label, sums in zip(labels, counts.T) if sums[0]]
         if paired:
             self._counted += 1
@@ -401,7 +401,7 @@ class TextContrast(_ClassSums):
         """Returns the scores of all images so far.
 
         - **text_contrast** -- mean over classes, percent (NaN without any image).
-        - **per_class** -- {class id: its mean over images and partners, percent}.
+        - **per_class** -- {class id: mean over images and partners, percent}.
         - **images**, **left_out** -- number of images in the mean, and {"fewer_than_two_classes": number of the others}.
         """
         per_class = {label: float(100 * total / number) for label, (number, total) in sorted(self._sums.items())}
@@ -409,9 +409,9 @@ class TextContrast(_ClassSums):
 
 
 class MultiLabelAveragePrecision:
-    """mAP: average precision of each class over the images, averaged over the classes that some image shows.
+    """mAP: average precision of each class over the images, averaged over the classes that occur in some image.
 
-    Keeps the scores, nine bytes an image and class, because a ranking cannot be summed. Column k is class id k + 1.
+    Stores all scores, nine bytes for each image and class, because a ranking cannot be summed. Column k is class id k + 1.
 
     Example:
         >>> metric = MultiLabelAveragePrecision()
@@ -428,11 +428,11 @@ class MultiLabelAveragePrecision:
         """Adds images.
 
         Args:
-            scores: (B, K) array or tensor, higher for more likely.
+            scores: (B, K) array or tensor, higher is more likely.
             presence: (B, K) array or tensor of zeros and ones.
 
         Raises:
-            ValueError: shapes are not one (B, K), K is not that of earlier images, NaN scores, presence not 0 or 1.
+            ValueError: shapes differ or are not (B, K), K differs from earlier images, scores are NaN, or presence is not 0 or 1.
         """
         scores, presence = to_numpy(scores), to_numpy(presence)
         if not {scores.dtype.kind, presence.dtype.kind} <= set("biuf"):
@@ -450,7 +450,7 @@ class MultiLabelAveragePrecision:
         self._presence.append(presence.astype(bool))
 
     def merge(self, other: MultiLabelAveragePrecision) -> None:
-        """Adds all images of another metric. ValueError if it has another number of classes."""
+        """Adds all images of another metric. Raises ValueError if its number of classes differs."""
         if other._scores:
             self._check_classes(other._scores[0].shape[1])
         self._scores.extend(other._scores)
@@ -465,7 +465,7 @@ class MultiLabelAveragePrecision:
 
         - **map** -- mean over classes, percent (NaN without any positive).
         - **per_class** -- {class id: average precision in percent}.
-        - **images**, **left_out** -- number of images, and {"no_positive": number of classes that no image shows}.
+        - **images**, **left_out** -- number of images, and {"no_positive": number of classes without an image}.
         """
         if not self._scores:
             return {"map": math.nan, "per_class": {}, "images": 0, "left_out": {"no_positive": 0}}

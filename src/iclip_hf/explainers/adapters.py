@@ -13,7 +13,14 @@ from transformers import CLIPModel, SiglipImageProcessor
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from ..modeling_iclip import ICLIPImageFeatures, ICLIPModel, ICLIPTextFeatures, average_templates, normalize
+from ..modeling_iclip import (
+    ICLIPImageFeatures,
+    ICLIPModel,
+    ICLIPTextFeatures,
+    average_templates,
+    cosines,
+    normalize,
+)
 from ..models.onnx import ONNXModel
 from ..processing_iclip import ICLIPProcessor, check_templates
 from ..similarity import cosine_similarity_map
@@ -100,6 +107,10 @@ class ModelAdapter(ABC):
         """Computes raw maps `(B, T, h, w)`: the cosine of every patch with every text (Eq. 1-3)."""
         return cosine_similarity_map(image.patch_embeds, texts.map_text_embeds)
 
+    def match(self, image: ICLIPImageFeatures, texts: ICLIPTextFeatures) -> torch.Tensor:
+        """Computes how well images match texts, `(B, T)`, by all that the model knows."""
+        return cosines(image.image_embeds, texts.text_embeds)
+
     def logit_scale(self) -> torch.Tensor:
         """Returns the factor by which the model multiplies the cosines of images and texts."""
         return self.model.logit_scale.exp()
@@ -158,6 +169,9 @@ class ICLIPAdapter(_TransformersAdapter):
 
     def similarity_maps(self, image: ICLIPImageFeatures, texts: ICLIPTextFeatures) -> torch.Tensor:
         return self.model.similarity_maps(image, texts)
+
+    def match(self, image: ICLIPImageFeatures, texts: ICLIPTextFeatures) -> torch.Tensor:
+        return self.model.match(image, texts)
 
     def logit_scale(self) -> torch.Tensor:
         return self.model.logit_scales()[0]

@@ -18,10 +18,10 @@ class Attention(Explainer):
     """
 
     @torch.no_grad()
-    def forward(self, pixel_values: torch.Tensor, texts: ICLIPTextFeatures) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(self, pixel_values: torch.Tensor, texts: ICLIPTextFeatures) -> tuple[torch.Tensor, ICLIPImageFeatures]:
         image, (layer,) = self.family.trace(pixel_values, weights=True)
         maps = self._attention(image, layer).unflatten(-1, image.grid).unsqueeze(1)
-        return maps.expand(-1, texts.text_embeds.shape[-2], -1, -1), image.image_embeds
+        return maps.expand(-1, texts.text_embeds.shape[-2], -1, -1), image
 
     def _attention(self, image: ICLIPImageFeatures, layer: AttentionRecord) -> torch.Tensor:
         """What is shown of the patches, `(B, N)`."""

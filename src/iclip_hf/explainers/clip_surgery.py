@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from ..modeling_iclip import ICLIPTextFeatures, cosines
+from ..modeling_iclip import ICLIPImageFeatures, ICLIPTextFeatures, cosines
 from .adapters import join_texts
 from .recording import AttentionRecord
 from .self_self import SelfSelfAttention, similar
@@ -25,15 +25,15 @@ class CLIPSurgery(SelfSelfAttention):
         return similar(layer.value, layer.value.shape[-1] ** -0.5) @ layer.value
 
     @torch.no_grad()
-    def forward(self, pixel_values: torch.Tensor, texts: ICLIPTextFeatures) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(self, pixel_values: torch.Tensor, texts: ICLIPTextFeatures) -> tuple[torch.Tensor, ICLIPImageFeatures]:
         single = texts.text_embeds.shape[-2] == 1
         if single:
             nothing = {name: value.expand_as(texts[name]) for name, value in self.nothing.items()}
             texts = join_texts([texts, ICLIPTextFeatures(**nothing)])
-        maps, image_embeds = super().forward(pixel_values, texts)
+        maps, image = super().forward(pixel_values, texts)
         if single:
-            return maps[:, :1] - maps[:, 1:], image_embeds
-        scores = cosines(image_embeds, texts.text_embeds)
+            return maps[:, :1] - maps[:, 1:], image
+        scores = cosines(image.image_embeds, texts.text_embeds)
         weights = (2 * scores).softmax(1) * scores.shape[1]  # 2 is the authors'; their mean is 1
         maps = maps * weights[..., None, None]
-        return maps - maps.mean(1, keepdim=True), image_embeds
+        return maps - maps.mean(1, keepdim=True), image

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import torch
 
-from ..modeling_iclip import ICLIPTextFeatures, cosines
+from ..modeling_iclip import ICLIPImageFeatures, ICLIPTextFeatures, cosines
 from ..models.onnx import ONNXModel
 from ..utils.digests import content_digest, weights_digest
 from .adapters import CLIPAdapter, ICLIPAdapter, ModelAdapter, ONNXAdapter, Siglip2Adapter, SiglipAdapter
@@ -65,7 +65,7 @@ class Explainer(ABC):
         return self.family.encode_texts(labels, templates)
 
     @abstractmethod
-    def forward(self, pixel_values: torch.Tensor, texts: ICLIPTextFeatures) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(self, pixel_values: torch.Tensor, texts: ICLIPTextFeatures) -> tuple[torch.Tensor, ICLIPImageFeatures]:
         """
         Computes the raw maps of a batch.
 
@@ -74,7 +74,7 @@ class Explainer(ABC):
             texts ([`ICLIPTextFeatures`]): of `encode_texts`, shared by all images, or with embeddings of shape `(B, T, P)`.
 
         Returns:
-            `tuple`: raw maps `(B, T, h, w)`, float32, and the unit vectors of the images `(B, P)`, without a graph.
+            `tuple`: raw maps `(B, T, h, w)`, float32, and the features of the images, without a graph.
         """
 
     def raw_maps(self, pixel_values: torch.Tensor, texts: ICLIPTextFeatures) -> tuple[torch.Tensor, torch.Tensor]:
@@ -84,8 +84,8 @@ class Explainer(ABC):
         Returns:
             `tuple`: raw maps `(B, T, h, w)` and scores `(B, T)`, the cosine of image and text in [-1, 1], both float32.
         """
-        maps, image_embeds = self.forward(pixel_values, texts)
-        return maps, cosines(image_embeds, texts.text_embeds)
+        maps, image = self.forward(pixel_values, texts)
+        return maps, cosines(image.image_embeds, texts.text_embeds)
 
 
 def adapt(model, processor) -> ModelAdapter:

@@ -7,7 +7,7 @@ from abc import abstractmethod
 
 import torch
 
-from ..modeling_iclip import ICLIPTextFeatures, cosines
+from ..modeling_iclip import ICLIPImageFeatures, ICLIPTextFeatures, cosines
 from .explainer import Explainer
 from .recording import AttentionRecord
 
@@ -31,7 +31,7 @@ class GradientExplainer(Explainer):
         if not -depth <= layer < depth:
             raise ValueError(f"Expected layer to be one of the {depth} attention layers, got {layer}.")
 
-    def forward(self, pixel_values: torch.Tensor, texts: ICLIPTextFeatures) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(self, pixel_values: torch.Tensor, texts: ICLIPTextFeatures) -> tuple[torch.Tensor, ICLIPImageFeatures]:
         image, layers = self.family.trace(pixel_values, self.layer, grad=True, weights=self.needs_weights)
         inputs = self.differentiated(layers)
         maps, patches, count = [], math.prod(image.grid), texts.text_embeds.shape[-2]
@@ -43,7 +43,8 @@ class GradientExplainer(Explainer):
                 gradients = torch.autograd.grad(logits[:, text].sum(), inputs, retain_graph=text < count - 1)
                 with torch.no_grad():
                     maps.append(self.weigh(inputs, gradients, patches))
-        return torch.stack(maps, 1).unflatten(-1, image.grid).float(), image.image_embeds.detach()
+        detached = ICLIPImageFeatures(**{name: value.detach() for name, value in image.items()})
+        return torch.stack(maps, 1).unflatten(-1, image.grid).float(), detached
 
     @abstractmethod
     def differentiated(self, layers: list[AttentionRecord]) -> list[torch.Tensor]:

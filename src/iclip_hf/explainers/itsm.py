@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from ..modeling_iclip import ICLIPTextFeatures
+from ..modeling_iclip import ICLIPImageFeatures, ICLIPTextFeatures
 from .explainer import Explainer
 
 
@@ -12,9 +12,9 @@ class ITSM(Explainer):
     """Cosine of each projected patch token with the text; for ICLIP the model's own map."""
 
     @torch.no_grad()
-    def forward(self, pixel_values: torch.Tensor, texts: ICLIPTextFeatures) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(self, pixel_values: torch.Tensor, texts: ICLIPTextFeatures) -> tuple[torch.Tensor, ICLIPImageFeatures]:
         image = self.family.encode_image(pixel_values)
-        return self.family.similarity_maps(image, texts).float(), image.image_embeds
+        return self.family.similarity_maps(image, texts).float(), image
 
 
 class ReversedITSM(ITSM):

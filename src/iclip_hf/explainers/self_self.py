@@ -7,7 +7,7 @@ from abc import abstractmethod
 
 import torch
 
-from ..modeling_iclip import ICLIPTextFeatures
+from ..modeling_iclip import ICLIPImageFeatures, ICLIPTextFeatures
 from ..similarity import cosine_similarity_map
 from .adapters import unit
 from .explainer import Explainer
@@ -37,13 +37,13 @@ class SelfSelfAttention(Explainer):
             )
 
     @torch.no_grad()
-    def forward(self, pixel_values: torch.Tensor, texts: ICLIPTextFeatures) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(self, pixel_values: torch.Tensor, texts: ICLIPTextFeatures) -> tuple[torch.Tensor, ICLIPImageFeatures]:
         image, layers = self.family.trace(pixel_values, self.blocks[0])
         stream = layers[0].stream
         for index, layer in zip(self.blocks, layers):
             stream = stream + self.family.layers[index].output(self.mix(layer))
         patch_embeds = unit(self.family.project(stream[:, -math.prod(image.grid) :])).unflatten(1, image.grid)
-        return cosine_similarity_map(patch_embeds, texts.map_text_embeds.float()), image.image_embeds
+        return cosine_similarity_map(patch_embeds, texts.map_text_embeds.float()), image
 
     @abstractmethod
     def mix(self, layer: AttentionRecord) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""DINO checkpoints in their authors' form, converted to `ViTModel`."""
+"""Conversion of DINO's original checkpoints to `ViTModel`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from transformers import ViTConfig, ViTModel
 
 
-# Names of the authors' code -> names in the files of `ViTModel`.
+# Names in DINO's code -> names in checkpoints of `ViTModel`.
 _DINO_NAMES = {
     r"cls_token": "embeddings.cls_token",
     r"pos_embed": "embeddings.position_embeddings",
@@ -27,14 +27,14 @@ _DINO_NAMES = {
 
 def load_dino_checkpoint(path: str | Path, config: ViTConfig) -> ViTModel:
     """
-    DINO's ViT from the authors' file: the backbone alone, or a whole training state, of which the teacher is taken.
+    Loads DINO's ViT from an original checkpoint: the backbone alone, or the teacher of a whole training state.
 
-    Nothing in the file is executed, and the projection head is left out. `config.layer_norm_eps` becomes 1e-6, with which DINO
-    was trained.
+    Code in the file is not executed, and the projection head is left out. `config.layer_norm_eps` is set to 1e-6, the value of
+    DINO's training.
 
     Raises:
-        `ValueError`: it holds no ViT, or one of another shape than `config` says.
-        `FileNotFoundError`: it does not exist.
+        `ValueError`: the file contains no ViT of the shape of `config`.
+        `FileNotFoundError`: the file does not exist.
     """
     if config.model_type != "vit":
         raise ValueError(
@@ -61,7 +61,7 @@ def _read_state_dict(path: str | Path) -> Mapping[str, torch.Tensor]:
     if not Path(path).is_file():
         raise FileNotFoundError(f"{path}: expected a DINO checkpoint, but there is no such file.")
     try:
-        # A training state holds its command line beside the weights: names and numbers, which is all that is let through.
+        # A training state also contains the parsed command line, a namespace of plain values.
         with torch.serialization.safe_globals([argparse.Namespace]):
             state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # of unpickling, of the zip archive, or of reading

@@ -1,4 +1,4 @@
-"""Model folders for the Hub: two towers joined to a new one, a trained one with its code and card, and the way up."""
+"""Model folders: initialisation from two towers, export with code and model card, and upload to the Hub."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from .model_card import describe_tower, write_model_card
 _SHIPPED = Path(str(files("iclip_hf.hub_configs")))
 _EMBEDDED = _SHIPPED / "iclip-dinov2-s14-minilm"
 
-# Where Transformers finds each class in a folder that carries its code.
+# Maps the Auto classes to the classes in a folder with code.
 _AUTO_MAP = {
     "AutoConfig": "configuration_iclip.ICLIPConfig",
     "AutoModel": "modeling_iclip.ICLIPModel",
@@ -42,7 +42,7 @@ _CUSTOM_PIPELINES = {
         "type": "multimodal",
     }
 }
-# What must be the same in a checkpoint as in the configuration; the rest (such as DINO's epsilon) the configuration decides.
+# Options that must be equal in the checkpoint and the configuration. The configuration determines all others, such as DINO's epsilon.
 _TOWER_SHAPE = (
     "model_type",
     "hidden_size",
@@ -64,10 +64,10 @@ _TOWER_SHAPE = (
 
 def config_folder(name: str | Path) -> Path:
     """
-    The folder of a shipped configuration by its name, or any other folder with a `config.json`.
+    Returns the folder of a shipped configuration, or `name` itself if it is a folder with a `config.json`.
 
     Raises:
-        `FileNotFoundError`: there is none.
+        `FileNotFoundError`: there is no such folder.
     """
     for folder in (Path(name), _SHIPPED / name):
         if (folder / "config.json").is_file():
@@ -80,22 +80,22 @@ def config_folder(name: str | Path) -> Path:
 
 def init_model(config: str | Path, output: str | Path, vision: str | None = None, text: str | None = None) -> Path:
     """
-    Writes the folder of a new model: the towers of two checkpoints, fresh projections, processor and tokenizer.
+    Writes the folder of a new model: two pretrained towers, untrained projections, processor and tokenizer.
 
     Args:
         config: name of a shipped configuration (`"iclip-vit-b16"`) or a folder with `config.json` and `processor_config.json`.
         output: the folder to write; new or empty.
-        vision (*optional*): image tower: a folder or Hub id, or a DINO checkpoint in its authors' form (`.pth`).
+        vision (*optional*): image tower: a folder or Hub id, or an original checkpoint of DINO (`.pth`).
         text (*optional*): text tower, a folder or Hub id, also of a two-tower model such as CLIP.
-            Towers that are not given are those that the configuration's `train.yaml` names; the embedded model's
-            configuration without other towers gives that model as it was trained.
+            Towers that are not given are taken from the configuration's `train.yaml`. The configuration of the embedded model
+            without other towers returns the trained embedded model.
 
     Returns:
         The folder.
 
     Raises:
-        `FileExistsError`: there is something in `output`.
-        `OSError` or `ValueError`: a checkpoint cannot be had, or is not of the configuration's shape.
+        `FileExistsError`: `output` is not empty.
+        `OSError` or `ValueError`: a checkpoint cannot be loaded, or does not have the configuration's shape.
     """
     source = config_folder(config)
     settings = source / "train.yaml"
@@ -121,13 +121,13 @@ def join_towers(
     source: Path, vision: str, text: str, image_size: int | None = None, **options
 ) -> tuple[ICLIPModel, ICLIPProcessor]:
     """
-    Two towers with fresh projections, and their processor.
+    Joins two towers with untrained projections, and creates their processor.
 
     Args:
         source: folder of a configuration, with `config.json` and `processor_config.json`.
-        vision, text: as for [`init_model`], or `"embedded"` for those of the embedded model.
+        vision, text: as for [`init_model`], or `"embedded"` for the towers of the embedded model.
         image_size (*optional*): height and width in pixels; the configuration's if not given.
-        options: of [`ICLIPConfig`], over the configuration's.
+        options: of [`ICLIPConfig`]; they override the configuration.
 
     Raises:
         `OSError` or `ValueError`: as [`init_model`].
@@ -155,7 +155,7 @@ def _image_tower(config, checkpoint: str):
 
 
 def _checked_tower(config, checkpoint: str, side: str):
-    """A tower in the configuration's form: other shapes would load in part, with random numbers for the rest."""
+    """Loads a tower after a check of its shape. Transformers would fill weights of other shapes with random numbers."""
     with loading_errors(checkpoint):
         found = AutoConfig.from_pretrained(checkpoint, trust_remote_code=False)
     found = getattr(found, side, found)
@@ -174,7 +174,7 @@ def _checked_tower(config, checkpoint: str, side: str):
 
 
 def code_files() -> list[Path]:
-    """The package's files that a model folder carries: those the auto map names, and what they import of one another."""
+    """Returns the modules that an exported model contains: those of the auto map and the modules they import."""
     package = Path(__file__).parents[1]
     modules = {impl.split(".")[0] for impl in _AUTO_MAP.values()} | {
         task["impl"].split(".")[0] for task in _CUSTOM_PIPELINES.values()
@@ -194,29 +194,29 @@ def export_model(
     training: Mapping | None = None,
 ) -> Path:
     """
-    Writes a folder that the Auto classes and `pipeline` load with `trust_remote_code=True` where this package is not
-    installed: weights (safetensors), configuration, processor, code and model card.
+    Exports a model: weights (safetensors), configuration, processor, code and model card. Where this package is not installed,
+    the Auto classes and `pipeline` load the folder with `trust_remote_code=True`.
 
     Args:
-        model, processor: to write; they stay as they are.
+        model, processor: model to export and its processor; they are not changed.
         folder: new or empty.
-        name, source, metrics, training: for the card, see [`write_model_card`].
+        name, source, metrics, training: for the model card, see [`write_model_card`].
 
     Returns:
         The folder.
 
     Raises:
-        `FileExistsError`: there is something in `folder`.
+        `FileExistsError`: `folder` is not empty.
     """
     with atomic_folder(folder) as built:
         model.save_pretrained(built)
         processor.save_pretrained(built)
         config = json.loads((built / "config.json").read_text())
-        for side in ("vision_config", "text_config"):  # in place of folders of this machine
+        for side in ("vision_config", "text_config"):  # replaces paths of this machine
             config[side]["_name_or_path"] = describe_tower(getattr(model.config, side))["id"] or ""
         config |= {"auto_map": _AUTO_MAP, "custom_pipelines": _CUSTOM_PIPELINES}
         _write_json(built / "config.json", config)
-        # AutoProcessor looks here first, and then no further.
+        # AutoProcessor reads the auto map of this file only.
         options = json.loads((built / "processor_config.json").read_text())
         auto_map = {"AutoProcessor": _AUTO_MAP["AutoProcessor"]}
         _write_json(built / "processor_config.json", {**options, "auto_map": auto_map})
@@ -232,18 +232,18 @@ def _write_json(path: Path, content: Mapping) -> None:
 
 def push_model(folder: str | Path, repo_id: str, private: bool | None = None) -> str:
     """
-    Uploads an exported folder to a Hub repository, which is made if there is none, in one commit.
+    Uploads an exported folder to a Hub repository in one commit. Creates the repository if it does not exist.
 
     Args:
-        folder: of [`export_model`].
+        folder: from [`export_model`].
         repo_id (`str`): such as `"org/iclip-vit-b16"`.
-        private: whether a new repository is private; as the account is set if not given.
+        private: whether a new repository is private; the default of the account if not given.
 
     Returns:
-        The address of the commit.
+        The URL of the commit.
 
     Raises:
-        `OSError` (`HfHubHTTPError`): the Hub refuses, or there is no token. `ValueError`: for a name that cannot be one.
+        `OSError` (`HfHubHTTPError`): the Hub refuses the upload, or there is no token. `ValueError`: the name is invalid.
     """
     api = HfApi()
     repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id

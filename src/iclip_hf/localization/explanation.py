@@ -1,4 +1,4 @@
-"""What is known of one image and its texts: scores, presence, maps, masks and regions."""
+"""The explanation of one image: scores, presence, maps, masks and regions of its texts."""
 
 from __future__ import annotations
 
@@ -16,19 +16,20 @@ from ..similarity import resize_and_normalize, reverse
 @dataclass(frozen=True, repr=False, eq=False)
 class Explanation:
     """
-    One explained image. Maps, masks and regions are made when they are asked for, one text at a time, so that the memory does
-    not grow with the number of texts.
+    The explanation of one image. Maps, masks and regions are computed on request, one text at a time, so the memory does not
+    grow with the number of texts.
 
     Attributes:
         labels (`list[str]`): the T texts.
-        scores (`torch.Tensor` of shape `(T,)`): cosine of image and text by the recognition branch, in [-1, 1]. Low for an
+        scores (`torch.Tensor` of shape `(T,)`): cosine of image and text by the recognition branch, in [-1, 1]. It is low for an
             absent text, whose map is stretched to [0, 1] like any other.
-        presence (`torch.Tensor` of shape `(T,)`): how surely the image shows the text, in [0, 1], see [`presence`].
-        raw_maps (`torch.Tensor` of shape `(T, h, w)`): the method's values on the patch grid.
+        presence (`torch.Tensor` of shape `(T,)`): share of unrelated texts that would match the image less, in [0, 1], see
+            [`presence`].
+        raw_maps (`torch.Tensor` of shape `(T, h, w)`): values of the method on the patch grid.
         size (`tuple[int, int]`): height and width of maps and masks in pixels, by default those of the image.
         threshold (`float` in [0, 1], or T of them): foreground is M > threshold.
-        min_presence (`float` in [0, 1]): a text of lower presence has an empty mask.
-        reversed (`bool`): the maps are 1 - M (Eq. 5), where M is made of the raw maps.
+        min_presence (`float` in [0, 1]): a text with a lower presence has an empty mask.
+        reversed (`bool`): whether the maps are 1 - M (Eq. 5), where M is computed from the raw maps.
     """
 
     labels: list[str]
@@ -47,35 +48,35 @@ class Explanation:
 
     @property
     def maps(self) -> torch.Tensor:
-        """All maps, `(T, H, W)`; made anew at each access. With many texts take them one by one from `map`."""
+        """All maps, `(T, H, W)`, computed at each access. `map` needs less memory for many texts."""
         return self._stretched(self.raw_maps)
 
     def map(self, index: int) -> torch.Tensor:
-        """The map of one text: bicubic, then min-max (Eq. 4). `(H, W)` float32 in [0, 1]."""
+        """Returns the map of one text, `(H, W)` float32 in [0, 1]: bicubic resize, then min-max (Eq. 4)."""
         if not -len(self.raw_maps) <= index < len(self.raw_maps):
             raise IndexError(f"Expected the index of one of {len(self.raw_maps)} texts, got {index}.")
         return self._stretched(self.raw_maps[index, None])[0]
 
     def mask(self, index: int, threshold: float | None = None) -> torch.Tensor:
-        """The mask of one text, `(H, W)` boolean; at the explanation's own threshold if none is given."""
+        """Returns the mask of one text, `(H, W)` boolean. The default is the threshold of the explanation."""
         return self._map_and_mask(index, threshold)[1]
 
     def regions(self, index: int, threshold: float | None = None) -> list[Region]:
-        """The connected parts of the mask of one text, best first."""
+        """Returns the connected parts of the mask of one text, best first."""
         return find_regions(*(one.numpy() for one in self._map_and_mask(index, threshold)))
 
     def record(self) -> list[dict]:
         """
-        Everything but maps and masks as plain values.
+        Returns everything but maps and masks as plain values.
 
         Returns:
-            list of T `dict` with `text`, `score`, `presence` and `regions`, each region with its `score`, its `box` (x0, y0, x1, y1)
-            and its `positive_points` and `negative_points`, (x, y) in pixels.
+            list of T `dict` with `text`, `score`, `presence` and `regions`. A region has `score`, `box` (x0, y0, x1, y1),
+            `positive_points` and `negative_points`, (x, y) in pixels.
         """
         return [record for record, _ in self.records_and_masks()]
 
     def records_and_masks(self) -> Iterator[tuple[dict, torch.Tensor]]:
-        """The record and the mask of each text, from one map: at the size of a photograph a map takes its time."""
+        """Yields record and mask of each text. Computes each map once, which is slow at the size of a photograph."""
         for index in range(len(self.labels)):
             heatmap, mask = self._map_and_mask(index)
             yield self._record(index, heatmap.numpy(), mask.numpy()), mask

@@ -1,4 +1,4 @@
-"""The way from images and texts to explanations."""
+"""From images and texts to explanations."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ from .explanation import Explanation
 
 class PreparedImage(NamedTuple):
     """
-    An image as the model sees it, and what is asked about it.
+    An image prepared for the model, with its texts.
 
     Attributes:
         pixel_values (`torch.Tensor` of shape `(1, 3, H, W)`).
         size (`tuple[int, int]`): height and width of its maps in pixels.
-        rows (`list[int]`): which texts of the [`Localizer`].
+        rows (`list[int]`): indices of its texts among those of the [`Localizer`].
     """
 
     pixel_values: torch.Tensor
@@ -38,12 +38,12 @@ class PreparedImage(NamedTuple):
 
 class ExplainedImage(NamedTuple):
     """
-    One of many images.
+    Result of [`Localizer.explain_all`] for one image.
 
     Attributes:
-        name (`str`): of the image, or the reason why it could not be read, in which case the others are None.
-        image (`PIL.Image.Image`): RGB.
-        explanation ([`Explanation`]): of its texts.
+        name (`str`): name of the image. If it could not be read, the error message; the other attributes are then None.
+        image (`PIL.Image.Image`): the image in RGB.
+        explanation ([`Explanation`]): explanation of the texts.
     """
 
     name: str
@@ -53,22 +53,22 @@ class ExplainedImage(NamedTuple):
 
 class Localizer:
     """
-    Finds the same texts in any number of images, by one method: texts are encoded once, images are batched by shape.
+    Localizes the same texts in any number of images with one method. Texts are encoded once, and images are batched by shape.
 
     Args:
         model, processor, method, method_options: as for [`make_explainer`].
         texts: T labels.
         templates: prompts with one `{}` each; the processor's if not given.
         threshold (`float` in [0, 1], or T of them): foreground is M > threshold.
-        min_presence (`float` in [0, 1]): a text of lower presence gets an empty mask.
-        image_size (`int` or `dict`, *optional*): side in pixels of the square that the model sees images as, or a size as
-            [`ICLIPProcessor`] takes it; the processor's if not given.
+        min_presence (`float` in [0, 1]): a text with a lower presence gets an empty mask.
+        image_size (`int` or `dict`, *optional*): side in pixels of the square that images are resized to, or a `size` of
+            [`ICLIPProcessor`]; the processor's if not given.
 
     Attributes:
-        encoded ([`ICLIPTextFeatures`]): the texts, `(T, P)`.
+        encoded ([`ICLIPTextFeatures`]): the encoded texts, `(T, P)`.
 
     Raises:
-        `ValueError`, `TypeError`: as [`make_explainer`]; for thresholds out of range or not T.
+        `ValueError`, `TypeError`: as [`make_explainer`]; or thresholds are out of range, or their number is not T.
     """
 
     def __init__(
@@ -104,7 +104,7 @@ class Localizer:
 
     @property
     def settings(self) -> dict:
-        """All that results depend on beside the images, as plain values; it reads the model's weights."""
+        """Everything that results depend on besides the images, as plain values. Computes a digest of the weights."""
         asked = {"texts": self.texts, "thresholds": self.thresholds}
         return {**identity(self._model), **self._settings, **asked}
 
@@ -119,7 +119,7 @@ class Localizer:
         self.encoded = self.explainer.encode_texts(self.texts, self.templates)
 
     def about(self, texts: Sequence[str], threshold: float | Sequence[float] = 0.5) -> Localizer:
-        """The same for other texts, at the cost of these alone: the prepared model and the background are shared."""
+        """Returns a localizer for other texts that shares the prepared model and the encoded background texts."""
         other = copy.copy(self)
         other._ask(texts, threshold)
         return other
@@ -132,8 +132,8 @@ class Localizer:
 
         Args:
             image (`PIL.Image.Image`): RGB, of any shape.
-            labels: those of the texts that are asked about this image; all if not given.
-            size (`tuple[int, int]`, *optional*): height and width of its maps in pixels; its own if not given.
+            labels: the texts for this image, among those of the localizer; all if not given.
+            size (`tuple[int, int]`, *optional*): height and width of its maps in pixels; those of the image if not given.
         """
         rows = range(len(self.texts)) if labels is None else map(self.texts.index, labels)
         pixel_values = self.explainer.processor(images=[image], **self._options)["pixel_values"]
@@ -141,12 +141,11 @@ class Localizer:
 
     def explain(self, images: Iterable[PreparedImage | None], batch_size: int = 8) -> Iterator[Explanation | None]:
         """
-        Explains images in their order; None stays None.
+        Yields explanations in the order of the images; None stays None.
 
         Args:
-            images: of `prepare`.
-            batch_size (`int`): images that go through the model at once, where they are of one shape there and have equally
-                many texts.
+            images: results of `prepare`.
+            batch_size (`int`): largest number of images in one forward pass. These have one shape and equally many texts.
         """
         if batch_size < 1:
             raise ValueError(f"Expected batch_size to be at least 1, got {batch_size}.")
@@ -158,7 +157,7 @@ class Localizer:
             yield from (None if image is None else next(explanations) for image in batch)
 
     def _explain(self, images: list[PreparedImage]) -> list[Explanation]:
-        """Images of one shape with equally many texts, in one forward."""
+        """Explains images of one shape with equally many texts in one forward pass."""
         texts = select_texts(self.encoded, torch.tensor([image.rows for image in images]))
         answers = self.explain_batch(torch.cat([image.pixel_values for image in images]), texts)
         return [
@@ -183,14 +182,15 @@ class Localizer:
 
         Args:
             pixel_values (`torch.Tensor` of shape `(B, 3, H, W)`).
-            texts ([`ICLIPTextFeatures`]): `encoded`, or of `select_texts`.
+            texts ([`ICLIPTextFeatures`]): `encoded`, or a result of `select_texts`.
 
         Returns:
             `tuple`: raw maps `(B, T, h, w)`, cosines `(B, T)` and presence `(B, T)`, on the CPU.
         """
-        maps, image_embeds = self.explainer.forward(pixel_values, texts)
-        scores, background = (cosines(image_embeds, one.text_embeds) for one in (texts, self._background))
-        return maps.cpu(), scores.cpu(), presence(scores, background).cpu()
+        maps, image = self.explainer.forward(pixel_values, texts)
+        matches, background = (self.explainer.family.match(image, one) for one in (texts, self._background))
+        scores = cosines(image.image_embeds, texts.text_embeds)
+        return maps.cpu(), scores.cpu(), presence(matches, background).cpu()
 
     def explain_all(
         self,
@@ -200,14 +200,13 @@ class Localizer:
         batch_size: int = 8,
     ) -> Iterator[ExplainedImage]:
         """
-        Explains many images in their order, while a pool loads the next ones.
+        Explains many images in order, while threads load the next ones.
 
         Args:
-            load: an item to the name and the RGB image that it stands for; `ValueError` or `FileNotFoundError` is the reason
-                why there is none.
-            items: what it takes.
-            pool: threads.
-            batch_size (`int`): images that go through the model at once.
+            load: function from an item to the name and the RGB image. `ValueError` and `FileNotFoundError` mark a broken image.
+            items: arguments for `load`.
+            pool: thread pool.
+            batch_size (`int`): largest number of images in one forward pass.
         """
 
         def prepared(item: Item) -> tuple[ExplainedImage, PreparedImage | None]:
@@ -242,19 +241,17 @@ def explain(
     Args:
         model, processor, method, method_options: as for [`make_explainer`].
         images: B images of any shapes: PIL images, or paths of image files.
-        texts: labels shared by all images, or a list of labels for each, of any lengths.
-        templates: prompts with one `{}` each that the labels are put into; the processor's if not given. `["{}"]` takes
-            the texts as they are.
-        target_sizes: `(height, width)` in pixels of each image's maps; the image's own if not given.
-        size: the resolution that the model sees, as [`ICLIPProcessor`] takes it; the processor's if not given.
-        batch_size (`int`): images that go through the model at once, where they are of one shape there and have equally
-            many texts.
+        texts: labels shared by all images, or a list of labels for each image; the lists may differ in length.
+        templates: prompts with one `{}` each for the labels; the processor's if not given. `["{}"]` takes the texts as they are.
+        target_sizes: `(height, width)` in pixels of each image's maps; the size of the image if not given.
+        size: the size of images for the model, as for [`ICLIPProcessor`]; the processor's if not given.
+        batch_size (`int`): largest number of images in one forward pass. These have one shape and equally many texts.
 
     Returns:
         list of B [`Explanation`].
 
     Raises:
-        `ValueError`, `TypeError`: as [`make_explainer`] and [`ICLIPProcessor`]; for lists of different lengths.
+        `ValueError`, `TypeError`: as [`make_explainer`] and [`ICLIPProcessor`]; or the numbers of images, texts and sizes differ.
     """
     images = [load_image(image) for image in images]
     if not images or isinstance(texts, str) or not len(texts):

@@ -1,4 +1,4 @@
-"""The embedded checkpoint: the pretrained towers joined with the projections that this package ships."""
+"""The embedded model: pretrained towers joined with the projections that this package contains."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ PROJECTIONS = Path(__file__).with_name("projections.safetensors")
 
 def embedded_model() -> Path:
     """
-    Folder of a trained ICLIP model (DINOv2 ViT-S/14 and MiniLM-L6), for `ICLIPModel.from_pretrained` and
-    `ICLIPProcessor.from_pretrained`. The first call fetches the towers (174 MB) and joins them; it is kept in the cache.
+    Returns the folder of a trained ICLIP model (DINOv2 ViT-S/14 and MiniLM-L6), for `ICLIPModel.from_pretrained` and
+    `ICLIPProcessor.from_pretrained`. The first call downloads the towers (174 MB), joins them and caches the result.
 
     Raises:
-        `OSError`: the towers could not be fetched, see `embedded_towers`.
+        `OSError`: the towers cannot be downloaded, see `embedded_towers`.
     """
-    # Another set of projections is another model: it must not meet a folder that was joined from an older set.
+    # The name of the folder contains the version of the projections, so other projections get another folder.
     version = hashlib.sha256(PROJECTIONS.read_bytes()).hexdigest()[:12]
     return build_once(cache_folder() / f"iclip-dinov2-s14-minilm-{version}", _join)
 
@@ -48,11 +48,11 @@ def _join(folder: Path) -> None:
 
 def save_projections(model_folder: str | Path, path: Path = PROJECTIONS) -> None:
     """
-    Writes what a training on the embedded towers changed: projections and temperatures, with their options.
+    Saves the weights that a training on the embedded towers changes, projections and temperatures, with the model's options.
 
     Args:
-        model_folder: an ICLIP model, as exported by `train.py`, whose towers stayed locked.
-        path: the `.safetensors` file to write; half precision, beside which the weights' own noise is large.
+        model_folder: an ICLIP model with locked towers, exported by `train.py`.
+        path: the `.safetensors` file to write, in half precision.
     """
     from ..modeling_iclip import ICLIPModel
     from ..processing_iclip import ICLIPProcessor

@@ -1,4 +1,4 @@
-"""Models from folders and the Hub: whole or not at all, and nothing in them is executed."""
+"""Loading of models from folders and the Hub, with all weights and without running code of the folder."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from .onnx import VISION_FILE, ONNXModel
 
 def load_model(name: str | Path | None = None, dtype: str | None = None):
     """
-    What the commands and the demo work with: model and processor, on the GPU if there is one.
+    Loads model and processor for the commands and the demo, on the GPU if there is one.
 
     Args:
-        name: folder or Hub id of an ICLIP model, another that the Auto classes know, or an exported ONNX folder; the embedded
-            checkpoint if not given.
-        dtype (`str`, *optional*): `"float32"`, `"bfloat16"` or `"float16"`; as it was saved if not given.
+        name: folder or Hub id of an ICLIP model or another model of the Auto classes, or an exported ONNX folder; the embedded
+            model if not given.
+        dtype (`str`, *optional*): `"float32"`, `"bfloat16"` or `"float16"`; that of the checkpoint if not given.
 
     Raises:
-        As [`load_pretrained`]; `ValueError` also for a dtype with an ONNX folder, whose precision is that of its export.
+        As [`load_pretrained`]; also `ValueError` for a dtype with an ONNX folder, whose precision is set on export.
     """
     name = embedded_model() if name is None else name
     if Path(name, VISION_FILE).is_file():
@@ -40,23 +40,23 @@ def load_model(name: str | Path | None = None, dtype: str | None = None):
 
 def load_pretrained(name: str | Path, **options):
     """
-    Model and processor of a folder or Hub id, from safetensors; code that lies beside them is not run.
+    Loads model and processor of a folder or Hub id from safetensors. Code in the folder is not run.
 
     Args:
-        name: of an ICLIP model or another that the Auto classes know.
-        options: of the model's configuration.
+        name: folder or Hub id of an ICLIP model or another model of the Auto classes.
+        options: options of the model's configuration.
 
     Returns:
         `tuple`: model, in eval mode, and processor.
 
     Raises:
-        `OSError`: there is none, or a file of it is missing. `ValueError`: a file is damaged, lacks weights or holds NaN.
+        `OSError`: the model or one of its files does not exist. `ValueError`: a file is damaged, lacks weights or contains NaN.
     """
     with loading_errors(name):
         model, loading = AutoModel.from_pretrained(
             name, output_loading_info=True, use_safetensors=True, trust_remote_code=False, **options
         )
-        if not isinstance(model, ICLIPModel):  # which does so itself
+        if not isinstance(model, ICLIPModel):  # which checks its weights itself
             check_weights(name, model, loading["missing_keys"])
         processor = AutoProcessor.from_pretrained(name, trust_remote_code=False)
     if not isinstance(processor, ProcessorMixin):
@@ -68,10 +68,10 @@ def load_pretrained(name: str | Path, **options):
 
 def load_iclip(name: str | Path, **options) -> tuple[ICLIPModel, ICLIPProcessor]:
     """
-    Model and processor of a folder or Hub id, with other options of the configuration if given.
+    Loads model and processor of an ICLIP model; `options` override its configuration.
 
     Raises:
-        `ValueError`: it is a model of another kind, or damaged. `OSError`: there is none.
+        `ValueError`: the model is of another type or damaged. `OSError`: it does not exist.
     """
     with loading_errors(name):
         model_type = AutoConfig.from_pretrained(name, trust_remote_code=False).model_type

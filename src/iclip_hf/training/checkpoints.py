@@ -1,4 +1,4 @@
-"""Checkpoints that training resumes from, and the export of the trained model."""
+"""Checkpoints of training, and the export of the trained model."""
 
 from __future__ import annotations
 
@@ -29,16 +29,16 @@ with require_extra("train"):
 @dataclass
 class RunState:
     """
-    Where a run stands: what a checkpoint holds beside weights and optimizer.
+    The state of a run that a checkpoint contains besides weights and optimizer.
 
     Attributes:
-        step: steps done.
-        bad_steps, bad_in_a_row: those without a finite loss and gradient, and how many of them are the last ones.
-        skipped_pairs: broken ones, in place of which others came.
-        best: value of the chosen metric of the best model so far.
-        metrics: of the last evaluation.
-        evaluation: its part on maps, as `iclip evaluate` tells it.
-        settings: of the run.
+        step: number of completed steps.
+        bad_steps, bad_in_a_row: number of steps without a finite loss and gradient, in total and since the last good step.
+        skipped_pairs: number of broken pairs that were replaced.
+        best: value of the chosen metric for the best model so far.
+        metrics: results of the last evaluation.
+        evaluation: results on maps of the last evaluation, as `iclip evaluate` returns them.
+        settings: settings of the run.
     """
 
     step: int = 0
@@ -53,8 +53,8 @@ class RunState:
 
 def keep_learning_weights_only(accelerator: Accelerator) -> None:
     """
-    Leaves what does not learn out of Accelerate's checkpoints, and the wrapper's prefix, so that a run may go on with another
-    number of processes.
+    Restricts Accelerate's checkpoints to trained weights, and removes the prefix of its wrapper from their names, so that a run
+    can resume with another number of processes.
     """
 
     def save(models: list[nn.Module], weights: list[dict], folder: str) -> None:
@@ -82,20 +82,23 @@ def keep_learning_weights_only(accelerator: Accelerator) -> None:
 
 
 def checkpoints(output_dir: Path) -> list[Path]:
-    """The whole checkpoints of a run, oldest first."""
+    """Returns the complete checkpoints of a run, oldest first."""
     return sorted(path for path in output_dir.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name))
 
 
 def state_to_resume(settings: Settings, fixed: Collection[str] = ()) -> tuple[Path | None, RunState]:
     """
-    The last checkpoint in the run's folder and the state it was saved with; without one, None and a new state.
+    Finds the checkpoint to resume from.
 
     Args:
-        settings: of this run.
-        fixed: settings that may not change in it beside those whose field says so.
+        settings: settings of this run.
+        fixed: names of settings that must not change, besides those whose field says so.
+
+    Returns:
+        `tuple`: the last checkpoint and its state; None and a new state if there is no checkpoint.
 
     Raises:
-        `ValueError`: there is a checkpoint, but `resume` is not set, or settings differ that may not change.
+        `ValueError`: there is a checkpoint, but `resume` is not set, or a setting has changed that must not change.
     """
     folder = Path(settings.output_dir)
     if not checkpoints(folder):
@@ -114,10 +117,10 @@ def state_to_resume(settings: Settings, fixed: Collection[str] = ()) -> tuple[Pa
 
 @contextmanager
 def advice_to_resume(output_dir: Path) -> Iterator[None]:
-    """Adds to the message of an interruption or failure inside which checkpoint the run goes on from, if there is one."""
+    """Adds the last checkpoint, if there is one, to the message of an interruption or error."""
     try:
         yield
-    except BlockingIOError:  # the checkpoints are another run's
+    except BlockingIOError:  # the checkpoints belong to another run
         raise
     except (KeyboardInterrupt, FloatingPointError, OSError) as error:
         last = checkpoints(output_dir)[-1:]
@@ -131,8 +134,7 @@ def advice_to_resume(output_dir: Path) -> Iterator[None]:
 
 def save_checkpoint(accelerator: Accelerator, output_dir: Path, state: RunState, keep: int) -> None:
     """
-    Saves everything a run needs to go on, as `checkpoint-<state.step>`, and removes all but the last `keep`. It appears whole or
-    not at all.
+    Saves `checkpoint-<state.step>` atomically, and deletes all but the last `keep` checkpoints.
     """
     target = output_dir / f"checkpoint-{state.step:07d}"
     partial = Path(f"{target}.partial")
@@ -154,13 +156,13 @@ def export(
     accelerator: Accelerator, pair_model: nn.Module, processor: ICLIPProcessor, folder: Path, **card: object
 ) -> None:
     """
-    Writes the model, its processor and its card, for which see [`write_model_card`], as a folder for `from_pretrained`, beside
-    and then in place of an earlier one.
+    Writes the model, its processor and its card (see [`write_model_card`]) as a folder for `from_pretrained`. Replaces an earlier
+    folder at the end.
     """
     weights = accelerator.get_state_dict(pair_model)
     if accelerator.is_main_process:
         partial, old = Path(f"{folder}.partial"), Path(f"{folder}.old")
-        for left_behind in (partial, old):  # by a run that was killed here
+        for left_behind in (partial, old):  # of a run that was killed during the export
             shutil.rmtree(left_behind, ignore_errors=True)
         model = accelerator.unwrap_model(pair_model).model
         with writing_errors(folder):

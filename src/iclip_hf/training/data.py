@@ -1,4 +1,4 @@
-"""Training data: augmented pairs, their batches, and random numbers that depend on a key alone."""
+"""Training data: augmentation, batches, and random numbers that depend only on a key."""
 
 from __future__ import annotations
 
@@ -29,17 +29,17 @@ with require_extra("train"):
 
 logger = logging.getLogger(__name__)
 
-_RETRIES = 5  # of a stream, one after another without a batch between them
+_RETRIES = 5  # of a stream's connection, in a row without a batch in between
 
 
 def derive_seed(*key) -> int:
-    """A seed that depends on every part of the key, and on nothing else."""
+    """Returns a seed that depends only on the key."""
     return int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:7], "big")
 
 
 @contextmanager
 def seeded(*key) -> Iterator[None]:
-    """Inside, random numbers on the CPU come from the key; outside, they go on as if nothing had been drawn."""
+    """Seeds the random numbers on the CPU with the key, and restores their state at the end."""
     states = random.getstate(), np.random.get_state(), torch.get_rng_state()
     seed = derive_seed(*key)
     random.seed(seed)
@@ -54,7 +54,7 @@ def seeded(*key) -> Iterator[None]:
 
 
 class WholeImage:
-    """PIL image -> `pixel_values` (3, H, W) as the processor prepares it for evaluation."""
+    """Converts a PIL image to `pixel_values` (3, H, W) with the processor, as for evaluation."""
 
     is_random = False
 
@@ -65,19 +65,19 @@ class WholeImage:
         return self.processor(images=image)["pixel_values"][0]
 
     def description(self) -> dict:
-        """What the result depends on, beside the image."""
+        """Returns the options that the result depends on."""
         return {"image_processor": json.loads(self.processor.image_processor.to_json_string())}
 
 
 class AugmentedImage:
     """
-    PIL image -> `pixel_values` (3, H, W), cropped and augmented by timm's transforms; its recipe for DeiT by default.
+    Converts a PIL image to `pixel_values` (3, H, W), cropped and augmented by timm's transforms. The defaults are DeiT's recipe.
 
     Args:
-        processor: gives size, mean and standard deviation.
-        crop_scale: smallest share of the image's area that a crop may have.
-        auto_augment: timm's name of a policy, "" for none.
-        random_erasing: probability that a rectangle is erased.
+        processor: determines size, mean and standard deviation.
+        crop_scale: smallest area of a crop, as a share of the image's area.
+        auto_augment: timm's name of an augmentation policy, "" for none.
+        random_erasing: probability of erasing a rectangle.
     """
 
     is_random = True
@@ -110,12 +110,12 @@ class AugmentedImage:
         return self.transform(image)
 
     def description(self) -> dict:
-        """What the result depends on, beside the image and the random numbers."""
+        """Returns the options that the result depends on, besides the random numbers."""
         return {"augmentation": self.options}
 
 
 class _Preparation:
-    """From a pair to tensors. What is drawn depends on (seed, epoch, the pair) alone, so any resume draws it again."""
+    """Converts pairs to tensors. Random numbers depend only on (seed, epoch, pair), so a resumed run draws the same."""
 
     def __init__(
         self,
@@ -138,8 +138,8 @@ class _Preparation:
 
     def collate(self, items: Sequence[dict]) -> dict:
         """
-        B items -> `pixel_values` (B, 3, H, W), the tokenizer's tensors (B, L), the number of pairs skipped for them; with noun
-        prompts, these follow the captions in the tokenizer's tensors.
+        Collates B items to `pixel_values` (B, 3, H, W), the tokenizer's tensors (B, L), and the number of skipped pairs. Noun
+        prompts follow the captions in the tokenizer's tensors.
         """
         captions = [item["caption"] for item in items]
         prompts, nouns = [], {}
@@ -154,7 +154,7 @@ class _Preparation:
 
 
 class TrainingPairs(_Preparation, Dataset):
-    """Pairs of a [`PairDataset`], ready for the model."""
+    """Pairs of a [`PairDataset`] as tensors."""
 
     def __len__(self) -> int:
         return len(self.pairs)
@@ -164,7 +164,7 @@ class TrainingPairs(_Preparation, Dataset):
 
 
 class TrainingStream(_Preparation, IterableDataset):
-    """Pairs of a [`PairStream`], ready for the model."""
+    """Pairs of a [`PairStream`] as tensors."""
 
     def __iter__(self) -> Iterator[dict]:
         return (self.prepare(pair, pair["key"]) for pair in self.pairs)
@@ -172,14 +172,14 @@ class TrainingStream(_Preparation, IterableDataset):
 
 class GlobalBatches(Sampler):
     """
-    This process's share of each batch of an epoch. The batches are the same for any number of processes, and hold each pair
-    at most once; pairs that do not fill a last batch are left out.
+    Yields this process's share of each batch of an epoch. The batches are the same for any number of processes and contain each
+    pair at most once. An incomplete last batch is left out.
 
     Args:
         rows: number of pairs.
-        batch_size: pairs in a batch of all processes together, a multiple of their number.
-        seed: of the order.
-        rank, world_size: this process's number, and how many there are.
+        batch_size: number of pairs in a batch of all processes together, a multiple of the number of processes.
+        seed: seed of the order.
+        rank, world_size: index of this process, and number of processes.
     """
 
     def __init__(self, rows: int, batch_size: int, seed: int = 0, rank: int = 0, world_size: int = 1):
@@ -199,19 +199,19 @@ class GlobalBatches(Sampler):
 
 class BatchLoader:
     """
-    The training batches of this process, on its device.
+    Loads the training batches of this process and moves them to its device.
 
     Args:
         dataset: `TrainingPairs`, `TrainingStream` or `CachedPairs`.
         accelerator: its processes share each batch.
-        batch_size: pairs in a batch of all processes together.
-        seed: of the order.
-        num_workers: processes that load pairs, for each of the accelerator's.
-        pairs_per_epoch: of a stream, which does not know its length.
+        batch_size: number of pairs in a batch of all processes together.
+        seed: seed of the order.
+        num_workers: number of loading processes for each training process.
+        pairs_per_epoch: number of pairs in an epoch of a stream, whose length is unknown.
 
     Raises:
-        `ValueError`: if the batches do not divide among the processes, or an epoch has none. While it is read, `OSError`: a
-        process that loads pairs died, or a stream's connection is lost for good.
+        `ValueError`: the processes cannot share a batch equally, or an epoch has no batch. During iteration, `OSError`: a
+        loading process died, or a stream cannot reconnect.
     """
 
     def __init__(
@@ -246,7 +246,7 @@ class BatchLoader:
         )
 
     def epoch(self, epoch: int, first: int = 0) -> Iterator[dict]:
-        """The batches of one epoch from the `first` on; a stream does not skip, it begins another pass."""
+        """Yields the batches of one epoch, starting with batch `first`. A stream does not skip; it begins another pass."""
         batches = iter((self._stream if self.streamed else self._rows)(epoch, first))
         while (batch := self._next(batches)) is not None:
             yield send_to_device(batch, self.device, non_blocking=True)
@@ -254,12 +254,12 @@ class BatchLoader:
     def _next(self, batches: Iterator[dict]) -> dict | None:
         try:
             return next(batches, None)
-        except (ConnectionError, RuntimeError) as error:  # of the pipe to a worker, or torch's
+        except (ConnectionError, RuntimeError) as error:  # of the pipe to a worker, or of torch
             died = isinstance(error, ConnectionError) or "DataLoader worker" in str(error)
             if not died or not self.loader.num_workers or isinstance(error, DroppedConnectionError):
                 raise
             if hasattr(signal, "SIGCHLD"):
-                signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler may raise for the same death once more
+                signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler may raise again for the same worker
             raise OSError(
                 f"A process that loads pairs broke off ({' '.join(str(error).split())}), perhaps for want of memory: lower "
                 "num_workers"
@@ -272,9 +272,9 @@ class BatchLoader:
 
     def _stream(self, epoch: int, first: int) -> Iterator[dict]:
         """
-        In as many passes as it takes: the stream's part may end earlier in one process than in another, and another pass begins
-        after a lost connection. Each has an order of its own, by the step it begins at, or a run that goes on would see the
-        beginning of its epoch again and the end never.
+        Yields the batches of one epoch in several passes if necessary: the parts of the processes differ in length, and a lost
+        connection ends a pass. The order of a pass depends on its first step. With a fixed order, a resumed run would see the
+        beginning of its epoch again, but never the end.
         """
         step, failures = first, 0
         while step < self.steps_per_epoch:
@@ -300,5 +300,5 @@ class BatchLoader:
 
 
 def _ignore_interrupts(worker: int) -> None:
-    """Ctrl-C reaches every process of the terminal; the training process decides when its workers end."""
+    """Ignores Ctrl-C, which reaches every process of the terminal. The training process ends its workers."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -1,4 +1,4 @@
-"""What a run trains and validates on, as its settings say: pairs with their images, or features of locked towers."""
+"""Training and validation data of a run: pairs with images, or cached features of locked towers."""
 
 from __future__ import annotations
 
@@ -26,23 +26,25 @@ def load_datasets(
     settings: Settings, model: ICLIPModel, processor: ICLIPProcessor, accelerator: Accelerator
 ) -> tuple[Dataset, PairDataset | None, Dataset | None]:
     """
+    Loads the data of a run, and computes the feature cache if the settings have one.
+
     Args:
-        settings: of the run.
-        model: to train; moves to the device, and gets its mean token where it centers tokens.
-        processor: of the model.
+        settings: settings of the run.
+        model: model to train. It is moved to the device; its `token_mean` is set if it centers tokens.
+        processor: processor of the model.
         accelerator: its processes share the work.
 
     Returns:
-        `tuple`: what to train on, and the local pairs to validate on with their prepared form, None without them.
+        `tuple`: the training data set, the local validation pairs, and the validation data set; None without validation data.
 
     Raises:
-        `ValueError`: `cache_features` with an image tower that learns or a stream, or data that are not as described.
-        `FileNotFoundError`: data are missing.
+        `ValueError`: `cache_features` with an image tower that learns or with a stream, or the data is not as described.
+        `FileNotFoundError`: data is missing.
     """
     shared = {"seed": settings.seed, "max_bad_share": settings.max_bad_share}
     source = settings.data[0] if len(settings.data) == 1 else settings.data
     placed = {"rank": accelerator.process_index, "world_size": accelerator.num_processes, "split": settings.split}
-    with accelerator.main_process_first():  # which leaves the indexes of tar shards behind for the others
+    with accelerator.main_process_first():  # the first process caches the indexes of tar shards for the others
         pairs = load_pairs(source, **shared, **placed)
         held_out = load_pairs(settings.validation_data, **shared) if settings.validation_data else None
     whole = WholeImage(processor)

@@ -1,4 +1,4 @@
-"""Features of locked towers on disk: computed once, then projections (and a text tower) train from them."""
+"""Cache of the features of locked towers on disk, from which projections (and a text tower) train."""
 
 from __future__ import annotations
 
@@ -35,16 +35,16 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# What is kept of an image for branches that pool before the projection: every pooling of Table 2, masked max under both norms
-# of the attention.
+# Cached poolings of an image for branches that pool before the projection: all poolings of Table 2, masked max with both
+# normalisations of the attention.
 POOLINGS = ("class_token", "average", "max", "masked_max/minmax", "masked_max/quantile")
 
 
 def image_rows(model: ICLIPModel, pixel_values: torch.Tensor, map_tokens: int) -> torch.Tensor:
     """
-    What is kept of images (B, 3, H, W): every one of `POOLINGS` (B, 5, D), the same for all models with this tower; with
-    `max_over="similarity"` the class token and then the model's [`salient_tokens`], a last column their attention, so
-    (B, 1 + K, D + 1).
+    Computes the cached features of images (B, 3, H, W): all `POOLINGS` (B, 5, D), which are the same for all models with this
+    tower; with `max_over="similarity"` the class token and the model's [`salient_tokens`], (B, 1 + K, D + 1), with the attention
+    as the last column.
     """
     if model.config.max_over == "similarity":
         class_token, tokens, attention = image_features(model, pixel_values, map_tokens)
@@ -61,7 +61,7 @@ def image_rows(model: ICLIPModel, pixel_values: torch.Tensor, map_tokens: int) -
 
 
 def branch_features(rows: torch.Tensor, config: ICLIPConfig) -> tuple[torch.Tensor, ...]:
-    """From [`image_rows`] to what [`~loss.image_features`] makes of the images."""
+    """Converts the result of [`image_rows`] to that of [`~loss.image_features`]."""
     if config.max_over == "similarity":
         return rows[:, 0, :-1], rows[:, 1:, :-1], rows[:, 1:, -1]
     own = f"masked_max/{config.attention_norm}" if config.pooling == "masked_max" else config.pooling
@@ -70,7 +70,7 @@ def branch_features(rows: torch.Tensor, config: ICLIPConfig) -> tuple[torch.Tens
 
 
 def image_settings(config: ICLIPConfig, map_tokens: int) -> dict:
-    """The options of a model that [`image_rows`] depends on, beside its image tower."""
+    """Returns the options of a model that [`image_rows`] depends on, besides its image tower."""
     if config.max_over == "channels":
         return {"attention_quantile": config.attention_quantile}
     names = ("attention_norm", "attention_quantile", "center_tokens", "map_affinity")
@@ -79,16 +79,16 @@ def image_settings(config: ICLIPConfig, map_tokens: int) -> dict:
 
 class FeatureShards:
     """
-    Rows of features in a folder, memory-mapped. A shard appears whole or not at all, so that filling the folder goes on
-    after a stop, and several processes share it.
+    Rows of features in a folder, memory-mapped. Shards are written atomically, so that an interrupted run can continue and
+    several processes can share the folder.
 
     Args:
-        folder: made if it is not there.
+        folder: created if it does not exist.
         fingerprint: everything that the features depend on, as JSON values.
-        rows: how many there are.
+        rows: number of rows.
 
     Raises:
-        `ValueError`: the folder holds features that depend on something else.
+        `ValueError`: the folder contains features with another fingerprint.
     """
 
     def __init__(self, folder: Path, fingerprint: dict, rows: int):
@@ -113,24 +113,24 @@ class FeatureShards:
             )
 
     def missing(self) -> list[int]:
-        """The shards that are not there yet, by number."""
+        """Returns the indices of shards that do not exist yet."""
         return [shard for shard in range(self.num_shards) if not self._file(shard).exists()]
 
     def rows_of(self, shard: int) -> range:
-        """The rows that a shard holds."""
+        """Returns the rows of a shard."""
         return range(self.rows)[shard * self.shard_rows : (shard + 1) * self.shard_rows]
 
     def write(self, shard: int, features: np.ndarray, captions: list[list[str]] | None = None) -> None:
-        """Adds a shard, and beside it the captions of its rows."""
+        """Writes a shard and the captions of its rows."""
         if captions is not None:
             with atomic_write(self._file(shard, ".json")) as partial:
                 partial.write_text(json.dumps(captions))
-        # An open file, for `np.save` would add its own ending to a name.
+        # An open file, because `np.save` would add a suffix to a file name.
         with atomic_write(self._file(shard)) as partial, open(partial, "wb") as opened:
             np.save(opened, features)
 
     def __getitem__(self, rows: np.ndarray) -> np.ndarray:
-        """Features of these rows, (len(rows), ...), float16."""
+        """Returns the features of these rows, (len(rows), ...), float16."""
         if not self._arrays:
             self._arrays = [self._features(shard) for shard in range(self.num_shards)]
         features = np.empty((len(rows), *self._arrays[0].shape[1:]), self._arrays[0].dtype)
@@ -141,7 +141,7 @@ class FeatureShards:
         return features
 
     def captions(self) -> list[list[str]]:
-        """The captions of every row."""
+        """Returns the captions of all rows."""
         files = [self._file(shard, ".json") for shard in range(self.num_shards)]
         return [captions for file in files for captions in self._read(file, _json)]
 
@@ -153,7 +153,7 @@ class FeatureShards:
         return features
 
     def _read(self, file: Path, read: Callable):
-        """What `read` makes of a file of this folder."""
+        """Reads a file of this folder with `read`."""
         try:
             return read(file)
         except (OSError, ValueError, RecursionError) as error:
@@ -178,31 +178,31 @@ def cache_images(
     max_bad_share: float = 0.05,
 ) -> list[FeatureShards]:
     """
-    Keeps [`image_rows`] of each pair, once a view, unless that was done before.
+    Computes [`image_rows`] of each view of each pair, unless they are cached already.
 
     Args:
-        folder: of the cache.
-        pairs: whose images.
-        model: on its device; only its image tower is used.
-        transforms: one a view. What a random one draws for a pair depends on (view, index) alone.
+        folder: folder of the cache.
+        pairs: pairs with the images.
+        model: model on its device; only its image tower is used.
+        transforms: one for each view. The random numbers of a transform depend only on (view, index).
         accelerator: its processes share the work.
         map_tokens: see [`PairModel`].
-        batch_size: images in one forward.
-        num_workers: processes that load images, for each of the accelerator's.
-        max_bad_share: of the pairs may have a broken image or no caption; they get no captions here.
+        batch_size: number of images in one forward pass.
+        num_workers: number of loading processes for each process of the accelerator.
+        max_bad_share: largest allowed share of pairs with a broken image or no caption. Such pairs have no captions in the cache.
 
     Returns:
-        for each view [`FeatureShards`] of [`image_rows`] with the captions.
+        For each view, [`FeatureShards`] of [`image_rows`] with the captions.
 
     Raises:
-        `ValueError`: the folder holds features that depend on something else, or too many pairs are bad. `OSError`: it cannot
-        be written, another run is filling it, or another process of this run died.
+        `ValueError`: the folder contains features with another fingerprint, or too many pairs are bad. `OSError`: the folder
+        cannot be written, another run is filling it, or another process of this run died.
     """
-    with accelerator.main_process_first():  # which keeps the digests of the files for the others
+    with accelerator.main_process_first():  # the first process caches the digests of the files for the others
         data = pairs.fingerprint()
     views = []
     settings = image_settings(model.config, map_tokens)
-    # Models that see other tokens keep theirs beside one another.
+    # Models with other options for tokens have folders of their own.
     kind = "images" if model.config.max_over == "channels" else f"tokens-{_digest([*settings.items()])}"
     for view, transform in enumerate(transforms):
         fingerprint = {
@@ -232,22 +232,22 @@ def cache_images(
 
 
 class CachedTexts:
-    """Features (D,) of texts, found by the text."""
+    """Features (D,) of texts, by text."""
 
     def __init__(self, texts: Sequence[str], shards: FeatureShards):
         self._rows, self._shards = {text: row for row, text in enumerate(texts)}, shards
 
     def __getitem__(self, texts: Sequence[str]) -> torch.Tensor:
-        """(len(texts), D), float32."""
+        """Returns the features of texts, (len(texts), D), float32."""
         return torch.from_numpy(self._shards[np.array([self._rows[text] for text in texts])]).float()
 
 
 def cache_texts(
     folder: Path, texts: Iterable[str], model: ICLIPModel, processor: ICLIPProcessor, accelerator: Accelerator
 ) -> CachedTexts:
-    """The text tower's feature of each different text, computed unless that was done before."""
-    texts = sorted(set(texts), key=lambda text: (len(text), text))  # batches of like length need little padding
-    # Texts that show case, accents, punctuation, padding and truncation; a tokenizer's own state changes with its use.
+    """Computes the text tower's feature of each distinct text, unless they are cached already."""
+    texts = sorted(set(texts), key=lambda text: (len(text), text))  # batches of similar length need little padding
+    # The probe shows how case, accents, punctuation and truncation are handled. A tokenizer's own state changes with use.
     probe = processor(text=["A photo of Two Dogs, naïve.", "long " * 1000])["input_ids"].tolist()
     fingerprint = {
         "tower": tower_digest(model.text_model),
@@ -267,15 +267,15 @@ def cache_texts(
 
 class CachedPairs(Dataset):
     """
-    Pairs as features. Which view and which caption an epoch draws depends on (seed, epoch) alone.
+    Pairs as cached features. The views and captions of an epoch depend only on (seed, epoch).
 
     Args:
         views: from `cache_images`.
-        config: of the model that learns from them.
+        config: configuration of the model to train.
         processor: tokenizes the texts.
-        seed: of the draws.
-        nouns: draws noun prompts, if wanted.
-        texts, prompts: the features of captions and of noun prompts, if the text tower is locked too.
+        seed: seed of the drawn views and captions.
+        nouns (*optional*): draws noun prompts.
+        texts, prompts (*optional*): features of captions and of noun prompts, for a locked text tower.
     """
 
     def __init__(
@@ -291,7 +291,7 @@ class CachedPairs(Dataset):
         self.views, self.config, self.processor, self.seed = views, config, processor, seed
         self.nouns, self.texts, self.prompts = nouns, texts, prompts
         captions = views[0].captions()
-        self.rows = np.array([row for row, several in enumerate(captions) if several])  # a bad pair has none
+        self.rows = np.array([row for row, several in enumerate(captions) if several])  # bad pairs have no captions
         self.captions = [captions[row] for row in self.rows]
         self.set_epoch(0)
 
@@ -306,7 +306,7 @@ class CachedPairs(Dataset):
         self.drawn_caption = draws.random(len(self))
 
     def __getitems__(self, indices: Sequence[int]) -> dict:
-        """A whole batch at once: `image_features` of the branches, for each pair the drawn caption and all of them."""
+        """Returns a batch: `image_features` of the branches, and for each pair the drawn caption and all captions."""
         indices = np.asarray(indices)
         drawn, rows = self.drawn_view[indices], self.rows[indices]
         images = [self.views[view][rows[drawn == view]] for view in range(len(self.views))]
@@ -318,7 +318,7 @@ class CachedPairs(Dataset):
         }
 
     def collate(self, batch: dict) -> dict:
-        """Turns captions, and the noun prompts after them, into `text_features` (M, Dt) or the tokenizer's tensors (M, L)."""
+        """Converts captions, followed by noun prompts, to `text_features` (M, Dt) or the tokenizer's tensors (M, L)."""
         captions = batch["caption"]
         prompts, nouns = self.nouns.draw(batch["captions"], self.epoch) if self.nouns else ([], {})
         if self.texts is None:
@@ -330,7 +330,7 @@ class CachedPairs(Dataset):
 
 
 def tower_digest(tower: nn.Module) -> str:
-    """16 hex digits over a tower's weights and what its config says of their use."""
+    """Returns 16 hex digits over the weights and the configuration of a tower."""
     config = tower.config.to_dict()
     unrelated = ("_name_or_path", "transformers_version", "dtype", "architectures")
     digest = hashlib.sha256(
@@ -351,7 +351,7 @@ def _digest(value: list) -> str:
 
 
 class _ViewReader(Dataset):
-    """One view of each pair with all its captions; a black image without captions for a bad pair."""
+    """One view of each pair with all captions. A bad pair becomes a black image without captions."""
 
     def __init__(self, pairs: PairDataset, transform: Callable, view: int):
         self.pairs, self.transform, self.view = pairs, transform, view
@@ -376,12 +376,12 @@ def _fill(
     num_workers: int,
     title: str,
 ) -> None:
-    """Encodes the rows of the missing shards, each process its share of them. A cache that is whole is read by many runs."""
+    """Encodes the rows of missing shards, shared by the processes. A complete cache is not locked: several runs can read it."""
     if not agreed(shards.missing()):
         return
     with shared_folder_lock(shards.folder, accelerator):
         missing = shards.missing()
-        accelerator.wait_for_everyone()  # all have looked before one writes
+        accelerator.wait_for_everyone()  # before any process writes a shard
         todo = missing[accelerator.process_index :: accelerator.num_processes]
         batches = [
             list(rows[start : start + batch_size])

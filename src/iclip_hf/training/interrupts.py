@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM: a run ends its step and saves a checkpoint before it stops."""
+"""Handling of Ctrl-C and SIGTERM: a run completes its step and saves a checkpoint before it stops."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ import time
 
 class Interrupts:
     """
-    A context in which SIGINT and SIGTERM raise `KeyboardInterrupt`, unless `deferred` is set: then they are only noted in
-    `requested`. A second Ctrl-C, a second after the first, raises in any case. (Launchers send the same signal to a process
-    that got it from the terminal already, at once.)
+    Context manager in which SIGINT and SIGTERM raise `KeyboardInterrupt`. If `deferred` is set, they only set `requested`.
+    Another Ctrl-C, more than one second after the first signal, always raises. Within this second, launchers repeat a signal
+    that a process already got from the terminal.
     """
 
     def __init__(self):

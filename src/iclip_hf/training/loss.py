@@ -1,4 +1,4 @@
-"""The contrastive loss over all processes: what Accelerate wraps."""
+"""The contrastive loss over all processes, as a module that Accelerate wraps."""
 
 from __future__ import annotations
 
@@ -19,14 +19,15 @@ def salient_tokens(
     tokens: torch.Tensor, attention: torch.Tensor, count: int, affinity: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """
-    Few patches that stand for an image: first the one with most attention, then by turns the one with most attention times
-    distance to those taken, each the mean of the patches like it. All patches where there are not more than `count`.
+    Selects few patches that represent an image. The first has the largest attention. Each further one has the largest product of
+    attention and distance to the selected patches. The result for a patch is the mean over the patches with similar tokens. All
+    patches are selected if there are at most `count`.
 
     Args:
-        tokens (`torch.Tensor` of shape `(B, N, D)`): as the map branch sees them, before they are shared among like patches.
+        tokens (`torch.Tensor` of shape `(B, N, D)`): tokens of the map branch, before sharing among similar patches.
         attention (`torch.Tensor` of shape `(B, N)`): in [0, 1].
-        count (`int`): patches to take.
-        affinity (`float`): of [`~pooling.share_among_like`]; 0 leaves tokens as they are.
+        count (`int`): number of patches to select.
+        affinity (`float`): see [`~pooling.share_among_like`]; 0 leaves tokens unchanged.
 
     Returns:
         `tuple`: tokens `(B, K, D)` and attention `(B, K)`, K = min(count, N).
@@ -39,7 +40,7 @@ def salient_tokens(
         for _ in range(count):
             taken.append(wanted.argmax(1))
             distance = torch.minimum(distance, 1 - (units @ units[batch, taken[-1]].unsqueeze(-1)).squeeze(-1))
-            wanted = (attention + 0.05) * distance.clamp(min=0)  # not only where attention is
+            wanted = (attention + 0.05) * distance.clamp(min=0)  # patches without attention can be selected too
         taken = torch.stack(taken, 1)
     else:
         taken = torch.arange(tokens.shape[1], device=tokens.device).expand(len(tokens), -1)
@@ -53,8 +54,8 @@ def salient_tokens(
 
 def image_features(model: ICLIPModel, pixel_values: torch.Tensor, map_tokens: int) -> tuple[torch.Tensor, ...]:
     """
-    What the projections see of images (B, 3, H, W): for each branch the pooled vector (B, D), or with `max_over="similarity"`
-    the recognition branch's vector (B, D), [`salient_tokens`] (B, K, D) and their attention (B, K).
+    Computes the inputs of the projections for images (B, 3, H, W): the pooled vector (B, D) of each branch, or with
+    `max_over="similarity"` the vector of the recognition branch (B, D), [`salient_tokens`] (B, K, D) and their attention (B, K).
     """
     image = model.encode_image(pixel_values)
     attention = model.normalized_attention(image)
@@ -67,11 +68,11 @@ def image_features(model: ICLIPModel, pixel_values: torch.Tensor, map_tokens: in
 @torch.no_grad()
 def set_token_mean(model: ICLIPModel, images: Iterable[torch.Tensor]) -> None:
     """
-    Sets `token_mean` of a model with `center_tokens`, unless an earlier training has, so that branches learn from it on.
+    Sets `token_mean` of a model with `center_tokens`. Keeps the mean of an earlier training, which its branches learned with.
 
     Args:
-        model: on its device.
-        images (iterable of `torch.Tensor` of shape `(3, H, W)`): a few hundred are enough.
+        model: model on its device.
+        images (iterable of `torch.Tensor` of shape `(3, H, W)`): a few hundred images.
     """
     if model.config.center_tokens and not model.token_mean.any():
         images, means = iter(images), []
@@ -82,22 +83,22 @@ def set_token_mean(model: ICLIPModel, images: Iterable[torch.Tensor]) -> None:
 
 class PairModel(nn.Module):
     """
-    What Accelerate wraps: the pairs of this process in, the contrastive loss against the pairs of all processes out.
+    Computes the contrastive loss of the pairs of this process against the pairs of all processes. Accelerate wraps this module.
 
-    Memory holds the towers' activations of `chunk_size` pairs only: those of the others are computed again in the backward
-    pass (cached gradients). So a big batch costs time, and keeps all its negatives. Each process has the same number of
-    pairs; the mean over the processes of their losses and gradients is that of one process with all pairs. Both are exact but
-    for dropout, which draws for each chunk and process anew, see `has_dropout`.
+    Memory holds the towers' activations of `chunk_size` pairs only; those of the others are recomputed in the backward pass
+    (gradient checkpointing). A large batch costs time but keeps all its negatives. Each process has the same number of pairs.
+    The mean of losses and gradients over the processes equals that of one process with all pairs. Chunks and processes change
+    no result, except for dropout, which is drawn for each chunk and process, see `has_dropout`.
 
     Args:
         model: [`ICLIPModel`].
-        chunk_size: images or texts in one forward of a tower that learns.
-        lock_text: the text tower takes no gradients and stays in eval mode, as a locked image tower does.
-        map_tokens: with `max_over="similarity"` the patches of an image that are compared with the texts, see
+        chunk_size: number of images or texts in one forward pass of a tower that learns.
+        lock_text: whether the text tower has no gradients and stays in eval mode, as a locked image tower does.
+        map_tokens: number of patches of an image that are compared with the texts with `max_over="similarity"`, see
             [`salient_tokens`].
-        noun_weight: share of the noun prompts in the loss of the branches that learn them; the captions have the rest.
-        noun_branches: `"recognition"` and `"interpretability"`, those that learn nouns. A map that is pooled by similarity
-            gains by them; in other poolings it loses what all objects share against the background.
+        noun_weight: share of the noun prompts in the loss of the branches that learn them; the rest is the captions' share.
+        noun_branches: the branches that learn nouns, `"recognition"` and `"interpretability"`. Nouns improve a map that is pooled
+            by similarity. With other poolings, the map loses what distinguishes all objects from the background.
     """
 
     def __init__(
@@ -116,13 +117,13 @@ class PairModel(nn.Module):
 
     @property
     def branches(self) -> dict[str, nn.Module]:
-        """Those that the model has, recognition first."""
+        """The branches of the model by name, recognition first."""
         named = {name: getattr(self.model, name) for name in ("recognition", "interpretability")}
         return {name: branch for name, branch in named.items() if branch is not None}
 
     @property
     def has_dropout(self) -> bool:
-        """Whether a tower that learns drops units at random, so that `chunk_size` changes results."""
+        """Whether a tower that learns has dropout, so that `chunk_size` changes results."""
         learning = [] if self.model.config.lock_vision else [self.model.vision_model]
         learning += [] if self.lock_text else [self.model.text_model]
         rates = (value for tower in learning for name, value in tower.config.to_dict().items() if "drop" in name)
@@ -145,15 +146,16 @@ class PairModel(nn.Module):
     ) -> dict[str, torch.Tensor]:
         """
         Args:
-            pixel_values: images (B, 3, H, W), or else
-            image_features: what [`image_features`] makes of them.
-            text_features: what the projections see of the texts, (M, Dt), or else
-            texts: `input_ids` and what goes with it, (M, L). The first B are the images' captions, the others noun prompts.
-            noun_ids, has_noun: of the prompts, see [`NounPrompts`].
+            pixel_values: images (B, 3, H, W); not needed with `image_features`.
+            image_features: precomputed [`image_features`] of the images.
+            text_features: precomputed features of the text tower, (M, Dt).
+            texts: the tokenizer's tensors (M, L), if there are no `text_features`. The first B texts are the captions, the others
+                noun prompts.
+            noun_ids, has_noun: nouns of the prompts, see [`NounPrompts`].
 
         Returns:
-            `dict` with `loss`, the mean of `losses` (branches,) (Eq. 13), and the unit vectors `image_embeds` and
-            `text_embeds` (B, P) of the recognition branch, all float32; the embeddings have no gradient.
+            `dict` with `loss`, the mean of `losses` (branches,) (Eq. 13), and the unit vectors `image_embeds` and `text_embeds`
+            (B, P) of the recognition branch, without gradient. All are float32.
         """
         if image_features is None:
             image_features = self._in_chunks(self._encode_images, pixel_values)
@@ -171,20 +173,20 @@ class PairModel(nn.Module):
             features = image_features[0] if name == "recognition" else image_features[1]
             images = branch.visual_projection(features)
             texts_of_branch = branch.text_projection(text_features)
-            # float16 would round the scaled cosines to a sixteenth.
+            # In float16, scaled cosines would be rounded to multiples of 1/16.
             with torch.autocast(images.device.type, enabled=False):
                 images, texts_of_branch = normalize(images.float()), normalize(texts_of_branch.float())
                 captions, prompts = texts_of_branch[:pairs], texts_of_branch[pairs:]
                 embeds = embeds or (images.detach(), captions.detach())
 
                 def logits(texts, images=images, pooled=pooled, scale=scale) -> torch.Tensor:
-                    """This process's images with texts (T, P) -> (B, T)."""
+                    """Returns the logits (B, T) of this process's images with texts (T, P)."""
                     if pooled:
                         return scale * images @ texts.mT
                     return scale * self.model.pool_similarities(images, texts, image_features[2])
 
-                # Each process scores its own images; a text's row over all images is put together from their logits, which
-                # are smaller than the patches' embeddings.
+                # Each process scores its own images. The logits of a text with all images are gathered, because logits are
+                # smaller than the embeddings of patches.
                 per_image = logits(gather_with_gradient(captions))
                 per_text = gather_with_gradient(per_image)[:, own].mT
                 loss = contrastive_loss(per_image, per_text, offset=rank * pairs)
@@ -218,14 +220,14 @@ class PairModel(nn.Module):
 
     @torch.no_grad()
     def clamp_logit_scales(self) -> None:
-        """Keeps the scales a hair below 100: the clamp in the model has no gradient above, so none would come back."""
+        """Keeps the scales just below 100. Above, the clamp in the model has no gradient, so a scale could not decrease again."""
         for branch in self.branches.values():
             if branch.logit_scale is not None:
                 branch.logit_scale.clamp_(max=math.log(100) - 1e-6)
 
 
 def _first_of_each(ids: torch.Tensor) -> torch.Tensor:
-    """Where each different number of (M,) stands first, ascending by number."""
+    """Returns the first index of each distinct id in (M,), in ascending order of ids."""
     _, inverse = ids.unique(return_inverse=True)
     places = torch.arange(len(ids), device=ids.device)
     return torch.full((int(inverse.max()) + 1,), len(ids), device=ids.device).scatter_reduce(
@@ -238,7 +240,7 @@ def _rank() -> int:
 
 
 class _Gather(torch.autograd.Function):
-    """(B, ...) of each process -> (processes * B, ...) on all. Each row's gradient is the sum over all who used it."""
+    """Gathers (B, ...) of each process to (processes * B, ...) on all. The gradient of a row is the sum over all processes."""
 
     @staticmethod
     def forward(ctx, local: torch.Tensor) -> torch.Tensor:
@@ -254,7 +256,7 @@ class _Gather(torch.autograd.Function):
 
 
 def gather_with_gradient(local: torch.Tensor) -> torch.Tensor:
-    """The rows of all processes, in the order of their ranks, equally many each; with gradient, unlike `gather`."""
+    """Gathers the rows of all processes in the order of ranks, with gradient. Each process has the same number of rows."""
     if not distributed.is_initialized() or distributed.get_world_size() == 1:
         return local
     return _Gather.apply(local)

@@ -1,4 +1,4 @@
-"""The figures of a run's log that are about its speed."""
+"""Speed of a run, for its log."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ import time
 
 class Meter:
     """
-    Measures steps between two logs. What happens between `pause` and the next step, such as an evaluation, does not count.
+    Measures the speed of steps between two logs. Time between a step and the next `pause`, such as an evaluation, does not count.
 
     Args:
-        batch_size: pairs in a step.
+        batch_size: number of pairs in a step.
     """
 
     def __init__(self, batch_size: int):
@@ -19,22 +19,22 @@ class Meter:
         self.pause()
 
     def pause(self) -> None:
-        """Time goes on from here."""
+        """Restarts the clock, so that the time since the last step does not count."""
         self._since = time.perf_counter()
 
     def loaded(self) -> None:
-        """The batch of a step has come."""
+        """Marks that the batch of a step has been loaded."""
         self._loading += time.perf_counter() - self._since
 
     def stepped(self) -> None:
-        """The step is done."""
+        """Marks the end of a step."""
         now = time.perf_counter()
         self._seconds += now - self._since
         self._steps += 1
         self._since = now
 
     def read(self) -> dict[str, float]:
-        """Pairs a second and the share of time spent waiting for data since the last call."""
+        """Returns pairs per second and the share of time spent waiting for data, since the last call."""
         figures = {
             "pairs_per_second": self._steps * self.batch_size / self._seconds,
             "share_of_time_loading": self._loading / self._seconds,

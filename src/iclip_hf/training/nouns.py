@@ -1,4 +1,4 @@
-"""Noun prompts: the nouns of an image's captions as further texts of it, as in GroupViT."""
+"""Noun prompts: the nouns of an image's captions as additional texts, as in GroupViT."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ TEMPLATES = (
 
 class NounPrompts:
     """
-    Draws prompts for images; what it draws depends on (seed, epoch, captions) alone.
+    Draws noun prompts for images. The prompts depend only on (seed, epoch, captions).
 
     Args:
-        nouns: the vocabulary, in the singular, of one or several words each.
-        count: prompts an image.
-        seed: of the draws.
+        nouns: the vocabulary: nouns of one or several words, in the singular.
+        count: number of prompts for each image.
+        seed: seed of the prompts.
 
     Raises:
-        `ValueError`: there is no noun.
+        `ValueError`: the vocabulary is empty.
     """
 
     def __init__(self, nouns: Sequence[str], count: int = 3, seed: int = 0):
@@ -48,7 +48,7 @@ class NounPrompts:
 
     @classmethod
     def from_file(cls, path: str | Path, count: int = 3, seed: int = 0) -> NounPrompts:
-        """The vocabulary of a text file, one noun a line."""
+        """Reads the vocabulary from a text file with one noun in each line."""
         try:
             lines = Path(path).read_text(encoding="utf-8").splitlines()
         except (OSError, UnicodeDecodeError) as error:
@@ -58,11 +58,11 @@ class NounPrompts:
         return cls(lines, count, seed)
 
     def all_prompts(self) -> list[str]:
-        """Every prompt that may be drawn."""
+        """Returns all possible prompts."""
         return [template.format(noun) for noun in self.nouns for template in TEMPLATES]
 
     def find(self, caption: str) -> set[int]:
-        """The nouns in a caption by number, plural forms included."""
+        """Returns the indices of the nouns in a caption, including plural forms."""
         words = re.findall(r"\w+", caption.lower())
         phrases = (
             " ".join(words[start : start + length])
@@ -75,12 +75,12 @@ class NounPrompts:
         """
         Args:
             captions: all captions of each of B images.
-            epoch: other epochs draw other prompts.
+            epoch: number of the epoch, which determines the prompts.
 
         Returns:
-            `tuple`: B * count prompts, those of an image together, and `noun_ids` (B * count,), their nouns by number, with
-            `has_noun` (B, vocabulary), which nouns an image's captions have. An image without nouns brings others, as
-            negatives.
+            `tuple`: B * count prompts, grouped by image, and a `dict` of `noun_ids` (B * count,), the indices of their nouns, and
+            `has_noun` (B, vocabulary), which is 1 for the nouns in the captions of an image. An image without nouns gets random
+            prompts, which are negatives.
         """
         prompts, drawn = [], []
         has_noun = torch.zeros(len(captions), len(self.nouns), dtype=torch.uint8)
@@ -96,6 +96,6 @@ class NounPrompts:
 
 
 def _plurals(noun: str) -> list[str]:
-    """What may be the plural of a noun; a form that is no word is in no caption."""
+    """Returns possible plurals of a noun. Forms that are not words do not occur in captions."""
     endings = (("", "s"), ("", "es"), ("y", "ies"), ("man", "men"), ("f", "ves"), ("fe", "ves"))
     return [noun.removesuffix(single) + plural for single, plural in endings if noun.endswith(single)]

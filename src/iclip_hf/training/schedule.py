@@ -1,4 +1,4 @@
-"""Parameter groups of AdamW, and the learning rate of a step."""
+"""Parameter groups of AdamW, and the learning rate schedule."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch import nn
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
-    """What learns, in two groups: matrices decay; one-dimensional tensors, biases and the 0-d logit scales do not."""
+    """Returns trained parameters in two groups: matrices with weight decay; vectors, biases and logit scales without."""
     learning = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     decays = [p for name, p in learning if p.ndim > 1 and not name.endswith("bias")]
     others = [p for name, p in learning if p.ndim <= 1 or name.endswith("bias")]
@@ -17,9 +17,9 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
 
 def cosine_schedule(step: int, total: int, warmup: int, peak: float, start: float, end: float) -> float:
     """
-    Learning rate of a step: linear from `start` towards `peak` over the warm-up, then half a cosine to `end`. The cosine is that
-    of all steps, the warm-up's included, so the rate after the warm-up is a little below `peak`: GroupViT's recipe, which is
-    timm's default (`warmup_prefix=False`).
+    Returns the learning rate of a step: linear from `start` towards `peak` during the warm-up, then half a cosine to `end`. The
+    cosine spans all steps including the warm-up, so the rate after the warm-up is slightly below `peak`. This is GroupViT's
+    recipe and timm's default (`warmup_prefix=False`).
     """
     if step < warmup:
         return start + (peak - start) * step / warmup

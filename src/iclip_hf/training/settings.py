@@ -1,4 +1,4 @@
-"""The settings of `train.py`: defaults, then a `train.yaml`, then the command line."""
+"""The settings of `train.py`, from defaults, a `train.yaml` and the command line."""
 
 # ruff: noqa: RUF009 (`setting` makes a field)
 
@@ -16,7 +16,7 @@ from transformers import HfArgumentParser
 from ..configuration_iclip import ICLIPConfig
 
 
-# Results of `iclip_hf.evaluation.evaluate.evaluate` that a run logs, and may choose its best model by.
+# Results of `iclip_hf.evaluation.evaluate.evaluate` that a run logs and can select its best model by.
 MAP_METRICS = ("mAP", "mMIoU", "mFMB", "text_contrast")
 RETRIEVAL_METRICS = ("text_to_image", "image_to_text")
 _BEST_METRICS = ("auto", *RETRIEVAL_METRICS, *MAP_METRICS)
@@ -27,9 +27,9 @@ def setting(default, help: str, same: Callable | None = lambda value: value):
     A field of [`Settings`].
 
     Args:
-        default: its value if not given.
-        help: what it is, for the command line.
-        same: what of its value must be the same when a run resumes; None if it may change, since it changes no number.
+        default: default value.
+        help: description for the command line.
+        same: function of the value whose result must not change when a run resumes; None if the setting changes no result.
     """
     make = {"default_factory": default.copy} if isinstance(default, list) else {"default": default}
     return field(**make, metadata={"help": help, "same": same})
@@ -37,7 +37,7 @@ def setting(default, help: str, same: Callable | None = lambda value: value):
 
 @dataclass
 class Settings:
-    """The paper's recipe by default; where it leaves things open, GroupViT's and DeiT's, which it follows."""
+    """Settings of a run. The defaults are the paper's recipe, and those of GroupViT and DeiT where the paper refers to them."""
 
     config: str = setting(
         "hub_configs/iclip-vit-b16/train.yaml", "settings; beside them the model's configuration", same=None
@@ -158,21 +158,21 @@ class Settings:
 
 
 class _Parser(HfArgumentParser):
-    """Hands on to argparse what a field says for it, without what it says of resuming."""
+    """Leaves the metadata `same` out of the arguments for argparse."""
 
     def add_argument(self, *names, same=None, **options):
         return super().add_argument(*names, **options)
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
-    """Leaves empty defaults out."""
+    """Shows defaults, except empty ones."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
         return action.help if action.default in ("", []) else super()._get_help_string(action)
 
 
 def read_settings(arguments: list[str], description: str | None = None) -> Settings:
-    """Defaults, then `train.yaml`, then the command line; one line on stderr and exit code 2 if one of them is wrong."""
+    """Reads defaults, `train.yaml` and the command line. An invalid setting ends with one line on stderr and exit code 2."""
     options = {"description": description, "allow_abbrev": False, "formatter_class": HelpFormatter}
     parser = _Parser(Settings, prog="train.py", **options)
     parser.error = lambda message: parser.exit(2, f"train.py: {message} (see train.py --help)\n")
@@ -183,7 +183,7 @@ def read_settings(arguments: list[str], description: str | None = None) -> Setti
         parser.error(f"{config.config}: expected settings in YAML, but got: {' '.join(str(error).split())}")
     if not isinstance(from_file, dict):
         parser.error(f"{config.config}: expected settings as `name: value`, but got {type(from_file).__name__}")
-    # A file says what a command line would, so it goes the same way, ahead of the real one.
+    # The file is converted to arguments, which precede those of the command line.
     command = []
     for name, value in from_file.items():
         if name not in Settings.__dataclass_fields__ or name == "config":
@@ -210,12 +210,12 @@ def read_settings(arguments: list[str], description: str | None = None) -> Setti
 
 def changed_settings(settings: Settings, before: Mapping, fixed: Collection[str] = ()) -> list[str]:
     """
-    Names of settings that may not differ from those of the run to resume, but do.
+    Returns the names of settings that must not change on resume, but differ.
 
     Args:
-        settings: of this run.
-        before: those of the run to resume, by name.
-        fixed: names that may not change here, whatever their field says.
+        settings: settings of this run.
+        before: settings of the run to resume, by name.
+        fixed: names of settings that must not change, besides those whose field says so.
     """
     changed = []
     for one in fields(settings):

@@ -1,4 +1,4 @@
-"""Retrieval on validation pairs, and pictures of their maps."""
+"""Retrieval metrics on validation pairs, and pictures of their maps."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ def validate(
     accelerator: Accelerator, pair_model: nn.Module, dataset: Dataset, batch_size: int, num_workers: int = 0
 ) -> dict[str, float]:
     """
-    Retrieval among the pairs of a validation set by the recognition branch, and its loss over all of them at once.
+    Measures retrieval with the recognition branch, and its loss over all pairs of a validation set at once.
 
     Returns:
-        `dict`: `val_loss`, and `image_to_text` and `text_to_image`, the percentage of images (texts) whose own text (image)
-        is the nearest.
+        `dict`: `val_loss`, and `image_to_text` and `text_to_image`, the percentage of images (texts) whose nearest text (image)
+        is their own.
     """
     dataset.set_epoch(0)
-    # Contiguous parts, filled up to equal length because each forward gathers.
+    # Contiguous parts, padded to equal length because each forward pass gathers.
     part = math.ceil(len(dataset) / accelerator.num_processes)
     rows = [(accelerator.process_index * part + i) % len(dataset) for i in range(part)]
     pair_model.eval()
@@ -59,7 +59,7 @@ def validate(
 
 
 def draw_examples(model: ICLIPModel, processor: ICLIPProcessor, pairs: PairDataset, count: int) -> Figure:
-    """The first pairs of a data set: each image beside the map of its own text."""
+    """Draws the first pairs of a data set: each image beside the map of its caption."""
     shown = [pairs[index] for index in range(min(count, len(pairs)))]
     images, captions = ([pair[name] for pair in shown] for name in ("image", "caption"))
     explanations = explain(model, processor, images, [[caption] for caption in captions], templates=["{}"])

@@ -1,4 +1,4 @@
-"""Arrays of any library as numpy's."""
+"""Conversion of arrays and tensors to numpy."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import numpy as np
 
 
 def to_numpy(array) -> np.ndarray:
-    """An array, or a tensor on any device and of any type: numpy lacks bfloat16, which becomes float32."""
+    """Converts an array, or a tensor on any device, to numpy. bfloat16, which numpy lacks, becomes float32."""
     if not hasattr(array, "detach"):
         try:
             return np.asarray(array)

@@ -1,4 +1,4 @@
-"""Digests of content: of files, kept and checked again by size and times, and of a model's weights."""
+"""Digests of the content of files, cached by size and times, and of a model's weights."""
 
 from __future__ import annotations
 
@@ -16,13 +16,18 @@ from .files import cache_folder, keep_in_cache
 from .prefetch import prefetch_map
 
 
-_SETTLED = 2 * 10**9  # nanoseconds; a file that changed later than that may change again within one tick of its clock
+_SETTLED = (
+    2 * 10**9
+)  # nanoseconds; a file that changed more recently may change again within one tick of the file system's clock
 
 
 def content_digest(files: Sequence[str | os.PathLike]) -> str:
     """
-    32 hex digits over the content of files in their order; their names do not count, and one that cannot be read counts as
-    absent. The digest is kept in the cache folder: a later call reads the files again only if a size or a time changed.
+    Computes a digest over the content of files, in the given order. Names do not count. A file that cannot be read counts as
+    absent. The digest is cached on disk; a later call reads the files again only if a size or a time changed.
+
+    Returns:
+        `str`: 32 hex digits.
     """
     states = hashlib.sha256()
     newest = 0
@@ -38,7 +43,7 @@ def content_digest(files: Sequence[str | os.PathLike]) -> str:
     except (OSError, ValueError):  # not there, or damaged
         pass
     began, content = time.time_ns(), hashlib.sha256()
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # hashing and reading release the interpreter's lock
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # hashing and reading release the GIL
         for of_file in prefetch_map(pool, _file_digest, files, 64):
             content.update(of_file)
     digest = content.hexdigest()[:32]
@@ -48,13 +53,13 @@ def content_digest(files: Sequence[str | os.PathLike]) -> str:
 
 
 def file_state(file: str | os.PathLike) -> tuple[bytes, int]:
-    """Path, size and times of a file, which change whenever its content does, and its last change in nanoseconds."""
+    """Returns path, size and times of a file, which change with its content, and the time of its last change in nanoseconds."""
     path = os.fsencode(os.path.abspath(file))
     try:
         found = os.stat(file)
-    except (OSError, ValueError):  # a name may hold anything
+    except (OSError, ValueError):  # a name may hold any characters
         return path + b"\0absent\0", 0
-    # Times of content may be set, as unpacking does; that of the entry may not.
+    # Programs can set the time of the content (mtime), as unpacking does, but not that of the entry (ctime).
     state = f"\0{found.st_size}\0{found.st_mtime_ns}\0{found.st_ctime_ns}\0"
     return path + state.encode(), max(found.st_mtime_ns, found.st_ctime_ns)
 
@@ -62,7 +67,7 @@ def file_state(file: str | os.PathLike) -> tuple[bytes, int]:
 def _file_digest(file: str | os.PathLike) -> bytes:
     digest = hashlib.sha256()
     try:
-        if not stat.S_ISREG(os.stat(file).st_mode):  # reading a pipe would not end
+        if not stat.S_ISREG(os.stat(file).st_mode):  # reading a pipe may never end
             return bytes(32)
         with open(file, "rb", buffering=0) as opened:
             while chunk := opened.read(1 << 20):
@@ -74,11 +79,14 @@ def _file_digest(file: str | os.PathLike) -> bytes:
 
 def weights_digest(model: nn.Module, dtype: torch.dtype | None = None) -> str:
     """
-    32 hex digits over names, shapes and values of a model's weights.
+    Computes a digest over names, shapes and values of a model's weights.
 
     Args:
         model: on any device.
-        dtype (`torch.dtype`, *optional*): that floating weights are rounded to first, as loading in it would.
+        dtype (`torch.dtype`, *optional*): floating-point weights are rounded to it first, as if the model were loaded in it.
+
+    Returns:
+        `str`: 32 hex digits.
     """
     digest = hashlib.sha256()
     for name, weight in sorted(model.state_dict().items()):

@@ -1,4 +1,4 @@
-"""This process among those of `accelerate launch`: its place, what all agree on, and the death of another."""
+"""Helpers for runs of several processes under `accelerate launch`: state, agreement, locks, and errors of lost processes."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 Value = TypeVar("Value")
 
-# What gloo, NCCL and the store through which processes meet say of one that is gone or silent.
+# Error messages of gloo, NCCL and the rendezvous store about a process that died or does not answer.
 _PARTNER_LOST = re.compile(
     r"closed by peer|reset by peer|broken pipe|socket closed|likely closed|waiting \d+ms for (send|recv)"
     r"|collective operation timeout|ncclRemoteError|remote process exit",
@@ -30,22 +30,22 @@ _PARTNER_LOST = re.compile(
 
 def this_process(needed_by: str) -> PartialState:
     """
-    Where this process stands; after the first call its device is the current one, so call it before a model is loaded.
+    Returns the state of this process. The first call also selects its device, so call it before loading a model.
 
     Args:
-        needed_by: the extra that brings Accelerate.
+        needed_by: the extra that installs Accelerate.
 
     Raises:
         `ImportError`: Accelerate is missing.
     """
     with require_extra(needed_by):
         from accelerate import PartialState
-    # Without `cpu`, two processes on CPU would not find each other.
+    # Without `cpu`, two processes on CPU would not form a group.
     return PartialState(cpu=not torch.cuda.is_available())
 
 
 def agreed(value: Value) -> Value:
-    """The first process's value, on all processes; each must call this."""
+    """Returns the value of the first process on all processes. Every process must call this."""
     from accelerate.utils import broadcast_object_list
 
     return broadcast_object_list([value])[0]
@@ -54,10 +54,10 @@ def agreed(value: Value) -> Value:
 @contextmanager
 def shared_folder_lock(folder: Path, state: Accelerator | PartialState) -> Iterator[None]:
     """
-    [`iclip_hf.utils.files.folder_lock`] for a run of several processes: the first one claims the folder, and all wait for it.
+    [`iclip_hf.utils.files.folder_lock`] for a run of several processes. The first process locks the folder for all.
 
     Raises:
-        `OSError`: on every process, what `folder_lock` raises on the first.
+        `OSError`: on every process, the error that `folder_lock` raises on the first.
     """
     with ExitStack() as claim:
         refusal = None
@@ -74,11 +74,11 @@ def shared_folder_lock(folder: Path, state: Accelerator | PartialState) -> Itera
 @contextmanager
 def partner_errors(advice: str) -> Iterator[None]:
     """
-    Around what several processes do together: the death of another one, of which each backend says something else in a
-    `RuntimeError`, becomes one clear `OSError`. All other errors stay as they are.
+    Converts the `RuntimeError` that a backend raises when another process died into an `OSError` with one message. All
+    other errors pass unchanged.
 
     Args:
-        advice: what to do then.
+        advice: what the user should do then.
     """
     try:
         yield
@@ -87,7 +87,7 @@ def partner_errors(advice: str) -> Iterator[None]:
             raise
         problem = (
             re.sub(r"^\[\S+\] ", "", str(error).strip()).splitlines()[0].partition(". ")[0]
-        )  # without a place in C++
+        )  # without the location in C++ code
         raise OSError(
             f"A partner process of this run died or no longer answers ({problem}); see what it said, then {advice}."
         ) from error

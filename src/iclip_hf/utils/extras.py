@@ -1,4 +1,4 @@
-"""Packages that only some parts of this one need, and the extras that bring them."""
+"""Optional dependencies and the extras that install them."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from contextlib import contextmanager
 @contextmanager
 def require_extra(name: str) -> Iterator[None]:
     """
-    Around imports: tells which extra to install where a package of it is missing.
+    Wraps imports of optional packages. The error for a missing package names the extra that installs it.
 
     Raises:
-        `ImportError`: naming package and extra.
+        `ImportError`: a package is missing.
     """
     try:
         yield

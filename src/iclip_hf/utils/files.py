@@ -1,4 +1,4 @@
-"""Where converted models and indexes are kept; files and models whole or not at all, and one clear error if not; one run to a folder."""
+"""Cache folder, atomic writes of files and folders, folder locks, and uniform errors of reading and writing."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def cache_folder() -> Path:
-    """Where they are kept: `$ICLIP_CACHE`, or else `iclip_hf` in `$XDG_CACHE_HOME` (`~/.cache`)."""
+    """Returns the folder of converted models and indexes: `$ICLIP_CACHE`, or `iclip_hf` in `$XDG_CACHE_HOME` (`~/.cache`)."""
     default = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "iclip_hf")
     return Path(os.environ.get("ICLIP_CACHE") or default).expanduser()
 
@@ -31,10 +31,10 @@ def cache_folder() -> Path:
 @contextmanager
 def atomic_write(path: Path) -> Iterator[Path]:
     """
-    Gives a path beside `path` to write to, which takes its place at the end and is removed after an exception. Its name is
-    this process's own: another may be writing the same.
+    Yields a temporary path; renamed to `path` on success, deleted on error. Its name contains the process id, so that
+    several processes can write the same file.
     """
-    name = os.fsdecode(os.fsencode(path.name)[:200])  # with the rest within the 255 bytes that file systems allow
+    name = os.fsdecode(os.fsencode(path.name)[:200])  # with the suffix within the 255 bytes that file systems allow
     partial = path.with_name(f"{name}.{os.getpid()}.partial")
     try:
         with writing_errors(path):
@@ -45,7 +45,7 @@ def atomic_write(path: Path) -> Iterator[Path]:
 
 
 def keep_in_cache(path: Path, write: Callable[[Path], object]) -> None:
-    """Lets `write` fill a file of the cache folder; a read-only or full disk costs time, not the run, and is logged."""
+    """Writes a file of the cache folder with `write`. A failure, such as a full disk, is logged and ignored."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with atomic_write(path) as partial:
@@ -56,11 +56,11 @@ def keep_in_cache(path: Path, write: Callable[[Path], object]) -> None:
 
 @contextmanager
 def writing_errors(path: Path) -> Iterator[None]:
-    """What a full disk or a missing right raises inside, in each library something else, becomes one clear `OSError`."""
+    """Converts the errors that libraries raise for a full disk or missing permissions into an `OSError` with one message."""
     try:
         yield
     except (OSError, SafetensorError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and "inline_container" not in str(error):  # the part of torch that writes
+        if isinstance(error, RuntimeError) and "inline_container" not in str(error):  # torch's file writer
             raise
         problem = str(error).splitlines()[0]
         raise OSError(
@@ -70,14 +70,14 @@ def writing_errors(path: Path) -> Iterator[None]:
 
 @contextmanager
 def loading_errors(name: str | Path) -> Iterator[None]:
-    """Whatever loading raises inside, which may be anything from KeyError to RecursionError, becomes one clear error."""
+    """Converts any exception of loading, such as `KeyError`, into a `ValueError` or `OSError` with one message."""
     try:
         yield
     except Exception as error:
-        if str(error).startswith(f"{name}: expected"):  # clear already
+        if str(error).startswith(f"{name}: expected"):  # has that form already
             raise
         problem = f"loading failed ({str(error) or type(error).__name__})"
-        if "ignore_mismatched_sizes" in problem:  # details are in a log that commands silence
+        if "ignore_mismatched_sizes" in problem:  # the details are in a log that the commands disable
             problem = "its weights have other shapes than its config.json says"
         kind = OSError if isinstance(error, OSError) else ValueError
         raise kind(
@@ -88,12 +88,12 @@ def loading_errors(name: str | Path) -> Iterator[None]:
 @contextmanager
 def folder_lock(folder: Path) -> Iterator[None]:
     """
-    Keeps other runs out of a folder, which is made if it is not there, and removes the half-written files of a run that was
-    killed. The operating system frees the folder however a run ends. For a run of several processes see
+    Locks a folder against other runs. Creates the folder if it does not exist, and deletes temporary files of killed runs.
+    The operating system releases the lock when the process ends. For a run of several processes see
     [`iclip_hf.utils.distributed.shared_folder_lock`].
 
     Raises:
-        `BlockingIOError`: another run is writing there. `OSError`: the folder cannot be written.
+        `BlockingIOError`: another run holds the lock. `OSError`: the folder cannot be written.
     """
     lock = FileLock(folder / _LOCK)
     try:
@@ -115,10 +115,10 @@ def folder_lock(folder: Path) -> Iterator[None]:
 @contextmanager
 def atomic_folder(folder: str | Path) -> Iterator[Path]:
     """
-    Gives a folder to fill that appears under its name whole or not at all.
+    Yields a temporary folder; renamed to `folder` on success, deleted on error.
 
     Raises:
-        `FileExistsError`: there is something in the folder, which stays as it is. `OSError`: it cannot be written.
+        `FileExistsError`: the folder exists and is not empty; it stays as it is. `OSError`: it cannot be written.
     """
     folder = Path(folder).resolve()
     _clear_left_overs(folder)
@@ -138,10 +138,11 @@ def _check_empty(folder: Path) -> None:
 
 def build_once(folder: Path, build: Callable[[Path], None]) -> Path:
     """
-    Let `build` fill a model folder unless that was done before. It appears whole or not at all, also under a race.
+    Fills a model folder with `build`, unless the folder is complete already. The folder is renamed into place at the end, so
+    that several processes can build it at the same time.
 
     Raises:
-        `FileExistsError`: the folder is there but incomplete.
+        `FileExistsError`: the folder exists but is incomplete.
     """
     _clear_left_overs(folder)
     if _is_complete(folder):
@@ -150,8 +151,8 @@ def build_once(folder: Path, build: Callable[[Path], None]) -> Path:
         build(built)
         try:
             os.replace(built, folder)
-        except OSError as error:  # a folder that is not empty is never replaced
-            if not _is_complete(folder):  # else another process was faster, with the same bytes
+        except OSError as error:  # a folder that is not empty cannot be replaced
+            if not _is_complete(folder):  # otherwise another process built the same folder first
                 raise FileExistsError(
                     f"Expected {folder} to be absent or to hold a complete model, but it lacks model.safetensors or "
                     "config.json. Delete it and try again."
@@ -161,28 +162,30 @@ def build_once(folder: Path, build: Callable[[Path], None]) -> Path:
 
 @contextmanager
 def _built_beside(folder: Path) -> Iterator[Path]:
-    """A new folder on the same disk, to be renamed to `folder`; what was not is removed."""
+    """Yields a new folder on the same disk, to be renamed to `folder`; deleted at the end if it was not."""
     with writing_errors(folder):
         folder.parent.mkdir(parents=True, exist_ok=True)
         scratch = tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-", ignore_cleanup_errors=True)
     with scratch as name, folder_lock(Path(name)):
-        # Made under the claim, it tells that there is one: until then nobody takes the folder for a left-over.
+        # `_clear_left_overs` deletes only folders with `_WORK`, so it is created under the lock.
         built = Path(name, _WORK, folder.name)
         built.mkdir(parents=True)
         try:
             yield built
         except (OSError, SafetensorError) as error:
-            if isinstance(error, OSError) and error.errno not in _DISK_FULL:  # what reading raises is clear already
+            if (
+                isinstance(error, OSError) and error.errno not in _DISK_FULL
+            ):  # errors of reading have their own messages
                 raise
             raise OSError(f"{folder}: writing failed ({error}); see to the disk's room, then run again.") from error
 
 
 def _clear_left_overs(folder: Path) -> None:
-    """Removes what killed runs were building beside a folder."""
+    """Deletes the temporary folders that killed runs left beside a folder."""
     for lock in folder.parent.glob(f".{glob.escape(folder.name)}-*/{_LOCK}"):
         left_over = lock.parent
         if (left_over / _WORK).is_dir():
-            with suppress(OSError):  # a run that lives holds it
+            with suppress(OSError):  # held by a live run
                 with folder_lock(left_over):
                     shutil.rmtree(left_over / _WORK)
                 shutil.rmtree(left_over)

@@ -1,4 +1,4 @@
-"""Arrays to matplotlib figures; a figure is returned, nothing is shown."""
+"""Matplotlib figures of maps. Functions return a figure and show nothing."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from PIL import Image
 from .arrays import to_numpy
 
 
-# Blue is background, red the target, as in the paper's Fig. 1; "cividis" is safe for colour-blind readers.
+# Blue is low and red is high, as in the paper's Fig. 1. "cividis" is safe for colour-blind readers.
 COLORMAP = "jet"
 # Width of a picture on a sheet, in inches.
 CELL = 2.8
-# Around each picture, in inches.
+# Margin around each picture, in inches.
 _GAP = 0.04
-# Characters of the sheets' titles that fit this width.
+# Characters of a title that fit the width of a cell.
 _LINE = 25
-# Characters of a title beyond which its middle is left out.
+# Longer titles are shortened in the middle, in characters.
 _LONGEST = 250
 
 
 def cell_sized(image: Image.Image, dpi: int = 120) -> Image.Image:
-    """A copy of an image that has no more pixels than a cell of a sheet of this resolution can show, twice over."""
+    """Returns a copy of an image, reduced to at most twice the resolution of a cell at this dpi."""
     image = image.copy()
     image.thumbnail([2 * round(CELL * dpi)] * 2)
     return image
@@ -42,7 +42,7 @@ def overlay(image: Image.Image, heatmap: np.ndarray, opacity: float = 0.5, color
         image (`PIL.Image.Image`): RGB.
         heatmap (`np.ndarray` of shape `(H, W)`): in [0, 1], of the image's size.
         opacity (`float`): of the map, in [0, 1].
-        colormap (`str`): a name of matplotlib's.
+        colormap (`str`): name of a matplotlib colormap.
 
     Returns:
         `np.ndarray` of shape `(H, W, 3)`, RGB in [0, 1], float32.
@@ -71,14 +71,14 @@ def explanation_grid(
     columns: int = 5,
 ) -> Figure:
     """
-    The original beside one overlay a text.
+    Shows the original image and one overlay for each text.
 
     Args:
         image (`PIL.Image.Image`): RGB.
         heatmaps: T maps of shape `(H, W)` in [0, 1].
         titles: T titles.
         opacity, colormap: see [`overlay`].
-        columns (`int`): pictures in a row, at most.
+        columns (`int`): largest number of pictures in a row.
     """
     pictures = [(image, "original"), *((overlay(image, m, opacity, colormap), t) for m, t in zip(heatmaps, titles))]
     return picture_grid([picture for picture, _ in pictures], [title for _, title in pictures], columns)
@@ -92,11 +92,11 @@ def comparison_sheet(
     colormap: str = COLORMAP,
 ) -> Figure:
     """
-    Methods side by side (Fig. 2, 6 and 10): a row a text with the original and one overlay a column.
+    Compares methods side by side (Fig. 2, 6 and 10). A row shows the original image and the overlays of one text.
 
     Args:
         image (`PIL.Image.Image`): RGB.
-        heatmaps: for each column by its title, T maps of shape `(H, W)` in [0, 1]; None leaves a place empty.
+        heatmaps: title of a column to its T maps of shape `(H, W)` in [0, 1]; None leaves a cell empty.
         row_titles: T titles.
         colormap: see [`overlay`].
     """
@@ -111,23 +111,23 @@ def picture_grid(
     pictures: Sequence, titles: Sequence[str], columns: int, row_titles: Sequence[str] = (), caption: str = ""
 ) -> Figure:
     """
-    Pictures in reading order, each under its title.
+    Arranges pictures in rows, each under its title.
 
     Args:
-        pictures: PIL images or arrays `(H, W, 3)` in [0, 1]; None leaves a place empty.
-        titles: one a picture; long ones are wrapped.
-        columns (`int`): pictures in a row, at most.
-        row_titles: one a row, written upwards on its left; none by default.
-        caption (`str`): a line below all of them; none by default.
+        pictures: PIL images or arrays `(H, W, 3)` in [0, 1]; None leaves a cell empty.
+        titles: one for each picture; long titles are wrapped.
+        columns (`int`): largest number of pictures in a row.
+        row_titles: one for each row, written upwards on its left; none by default.
+        caption (`str`): a line below all pictures; none by default.
     """
     columns = min(columns, len(pictures))
     shapes = [np.shape(picture)[:2] for picture in pictures if picture is not None]
-    # A cell as the average picture needs it, within a factor of 2 so that a panorama does not make a poster.
+    # Cells have the mean aspect ratio of the pictures, within a factor of 2 because of panoramas.
     aspect = min(max(float(np.mean([height / width for height, width in shapes])), 0.5), 2.0)
     wrapped = [_wrap(title) for title in titles]
     turned = [_wrap(title, round(_LINE * aspect)) for title in row_titles]
     title_heights = [_inches(wrapped[start : start + columns]) for start in range(0, len(pictures), columns)]
-    # All places are known in inches: a layout engine, which draws to find them, would take longer than the rest.
+    # All positions are computed in inches. A layout engine would have to draw the figure to find them, which is slow.
     left, bottom = _inches(turned), _inches([caption])
     width = left + CELL * columns
     height = sum(title_heights) + CELL * aspect * len(title_heights) + bottom
@@ -149,8 +149,8 @@ def picture_grid(
     return figure
 
 
-# Fonts for scripts that matplotlib's own has not; those of them that are installed are asked for what it lacks. The last
-# comes with newer versions of matplotlib and has a box for everything, or each character that is missing would be warned of.
+# Fonts for scripts that matplotlib's default font lacks; used if installed. The last font, which newer versions of matplotlib
+# include, has a box for every character and so avoids a warning for each missing one.
 _MORE_SCRIPTS = (
     "Noto Sans CJK SC",
     "Noto Sans CJK JP",
@@ -172,17 +172,17 @@ def _more_scripts() -> list[str]:
 
 
 def verbatim() -> dict:
-    """Options of a user's text: two dollar signs make no formula, and any script is shown that some font has."""
+    """Returns the options for text of a user: dollar signs start no formula, and further fonts cover other scripts."""
     return {"parse_math": False, "fontfamily": [*rcParams["font.family"], *_more_scripts()]}
 
 
 def _wrap(text: str, width: int = _LINE) -> str:
-    if len(text) > _LONGEST:  # drawing takes seconds a thousand characters
+    if len(text) > _LONGEST:  # drawing a thousand characters takes seconds
         text = f"{text[: _LONGEST // 2]} … {text[-_LONGEST // 2 :]}"
     wide = any(unicodedata.east_asian_width(character) in "FW" for character in text)
     return "\n".join(textwrap.fill(line, width // 2 if wide else width) for line in text.splitlines())
 
 
 def _inches(titles: Sequence[str]) -> float:
-    """Room for the highest of these titles."""
+    """Returns the height in inches of the highest of these titles."""
     return max((0.1 + 0.19 * (1 + title.count("\n")) for title in titles if title), default=0.05)

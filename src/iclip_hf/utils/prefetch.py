@@ -1,4 +1,4 @@
-"""Threads beside the model: what they prepare is there when it is asked for."""
+"""Threads that load and prepare data while the model runs."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Item, Result = TypeVar("Item"), TypeVar("Result")
 def prefetch_map(
     pool: ThreadPoolExecutor, function: Callable[[Item], Result], items: Iterable[Item], depth: int
 ) -> Iterator[Result]:
-    """`map` over a pool, in order, that draws at most `depth` items ahead of what was taken, so that memory stays flat."""
+    """Maps a function over items in a thread pool, in order. At most `depth` results wait, which bounds the memory."""
     pending: deque[Future] = deque()
     for item in items:
         pending.append(pool.submit(function, item))
@@ -26,7 +26,7 @@ def prefetch_map(
 
 
 def spare_processors() -> int:
-    """How many processors this process may use, those of its machine shared evenly, less two for the model; at least one."""
+    """Returns the number of processors for threads: this process's share of the machine minus two for the model, at least one."""
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # of torchrun and `accelerate launch`
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # set by torchrun and `accelerate launch`
     return max(1, usable // processes - 2)

@@ -30,6 +30,7 @@ extras["dev"] = sorted(
         "hypothesis>=6.100",
         "ipykernel>=6.29",
         "nbclient>=0.10",
+        "playwright>=1.65",
         "pytest>=8.0",
         "ruff>=0.12",
         "scikit-learn>=1.5",

@@ -28,6 +28,7 @@ with require_extra("train"):
     from accelerate.utils import ProjectConfiguration, parse_flag_from_env, set_seed
 
 from iclip_hf import ICLIPModel, ICLIPProcessor
+from iclip_hf.cli.common import one_line
 from iclip_hf.data.segmentation import load_segmentation
 from iclip_hf.evaluation.evaluate import evaluate
 from iclip_hf.hub.folders import join_towers
@@ -266,7 +267,7 @@ def command_line(arguments: list[str]) -> int:
             print(f"\ntrain.py: {interruption}", file=sys.stderr, flush=True)
         return 130
     except (OSError, ValueError, ImportError, FloatingPointError, StrictDataclassError) as error:
-        print(f"train.py: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"train.py: {one_line(error)}", file=sys.stderr)
         return 2
 
 

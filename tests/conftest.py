@@ -1,8 +1,9 @@
-"""Tiny random models of every tower pair, a processor for them, and the way to the real data."""
+"""Tiny random models of every tower pair, a processor for them, a place for faults, and the way to the real data."""
 
 import os
 import tempfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,9 +14,10 @@ _MODULES = tempfile.TemporaryDirectory(prefix="iclip-modules-")
 os.environ["HF_MODULES_CACHE"] = _MODULES.name
 # ruff: noqa: E402
 
+from fault_inputs import PHOTO
 from transformers import BertTokenizer, CLIPImageProcessor
 
-from iclip_hf import ICLIPConfig, ICLIPModel, ICLIPProcessor
+from iclip_hf import ICLIPConfig, ICLIPModel, ICLIPProcessor, ImageTextSimilarityMapPipeline
 
 
 VIT = {
@@ -109,6 +111,38 @@ def tiny_processor(tmp_path_factory) -> ICLIPProcessor:
     tokenizer = BertTokenizer(vocab=str(vocabulary))
     size = {"height": 32, "width": 32}
     return ICLIPProcessor(CLIPImageProcessor(size=size, do_center_crop=False), tokenizer, patch_size=8)
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory, tiny_processor) -> SimpleNamespace:
+    """A tiny model for the doors of test_faults_*.py, and a folder with it and a photo that nothing may change."""
+    folder = tmp_path_factory.mktemp("world")
+    model = tiny_model()
+    model.save_pretrained(folder / "model")
+    tiny_processor.save_pretrained(folder / "model")
+    PHOTO.save(folder / "photo.png")
+    return SimpleNamespace(
+        folder=folder,
+        model=model,
+        processor=tiny_processor,
+        photo=folder / "photo.png",
+        pipe=ImageTextSimilarityMapPipeline(model=model, processor=tiny_processor, device="cpu"),
+    )
+
+
+@pytest.fixture
+def sandbox(monkeypatch):
+    """A folder with that of the case; what is written without a name goes to an empty one beside it, caches to another."""
+    # Not tmp_path: thousands of its numbered folders take longer than the cases.
+    with tempfile.TemporaryDirectory() as name:
+        for folder in ("here", "elsewhere", "case"):
+            Path(name, folder).mkdir()
+        for variable in ("ICLIP_CACHE", "TMPDIR"):
+            monkeypatch.setenv(variable, f"{name}/elsewhere")
+        monkeypatch.setattr(tempfile, "tempdir", None)
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+        monkeypatch.chdir(Path(name, "here"))
+        yield Path(name)
 
 
 @pytest.fixture(scope="session")

@@ -786,7 +786,7 @@ def test_unknown_names_are_refused(made):
     model, processor, _ = made("iclip")
     with pytest.raises(ValueError, match=r"one of \['attention', .*'bi_modal'.*got 'gradcam'"):
         make_explainer(model, processor, "gradcam")
-    with pytest.raises(ValueError, match=r"'grad_cam' has the options \['layer'\], got \['layers'\]"):
+    with pytest.raises(ValueError, match=r"'grad_cam', which are \['layer'\], got \['layers'\]"):
         make_explainer(model, processor, "grad_cam", layers=3)
     with pytest.raises(ValueError, match="2 attention layers, got 2"):
         make_explainer(model, processor, "grad_cam", layer=2)

@@ -240,7 +240,7 @@ def test_export_takes_a_new_folder_only_and_leaves_nothing_half_written(source, 
     assert cli.main(["export", str(tmp_path / "nowhere"), str(tmp_path / "a")]) == 2
     tiny_model().vision_model.save_pretrained(tmp_path / "vit")
     assert cli.main(["export", str(tmp_path / "vit"), str(tmp_path / "a")]) == 2
-    assert "expected an ICLIP model, got one of type vit" in capsys.readouterr().err
+    assert "expected an ICLIP model, but got one of type vit" in capsys.readouterr().err
     monkeypatch.setattr("iclip_hf.hub.folders.write_model_card", lambda *args, **options: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         export_model(tiny_model(), ICLIPProcessor.from_pretrained(source / "model"), tmp_path / "a")
@@ -619,10 +619,10 @@ def test_figures_of_another_model(exported, tmp_path, capsys):
 
 def test_figures_of_another_form(source, tmp_path, capsys, tiny_processor):
     results, command = tmp_path / "results.json", ["export", str(source / "model"), str(tmp_path / "a"), "--results"]
-    for content, says in (("{", "expected JSON"), ("{}", "as `iclip evaluate` writes them")):
+    for content in ("{", "{}"):
         results.write_text(content)
         assert cli.main([*command, str(results)]) == 2
-        assert says in capsys.readouterr().err
+        assert "expected the JSON that `iclip evaluate --output` writes" in capsys.readouterr().err
     card = ModelCard.load(source / "model" / "README.md")
     card.data.training = "at night"
     card.data.eval_results.append(EvalResult("image-classification", "imagenet", "ImageNet", "accuracy", "61 ± 1"))

@@ -1,5 +1,7 @@
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from iclip_hf.pooling import normalize_attention, pool, pool_similarities
 
@@ -62,3 +64,16 @@ def test_an_image_without_attention_pools_all_patches_alike():
     similarities = torch.tensor([[[0.1, 0.5]]])
     alike = pool_similarities(similarities, torch.ones(1, 2))
     assert torch.equal(pool_similarities(similarities, torch.zeros(1, 2)), alike) and alike.isfinite().all()
+
+
+@given(
+    seed=st.integers(0, 2**32 - 1), patches=st.integers(1, 9), mode=st.sampled_from(["average", "max", "masked_max"])
+)
+def test_pooling_knows_no_order_and_stays_within_the_tokens(seed, patches, mode):
+    draws = torch.Generator().manual_seed(seed)
+    tokens, attention = torch.randn(2, patches, 4, generator=draws), torch.rand(2, patches, generator=draws)
+    pooled = pool(tokens, tokens[:, 0], attention, mode)
+    order = torch.randperm(patches, generator=draws)
+    torch.testing.assert_close(pool(tokens[:, order], tokens[:, 0], attention[:, order], mode), pooled)
+    lowest = tokens.amin(1).clamp(max=0) if mode == "masked_max" else tokens.amin(1)
+    assert (pooled <= tokens.amax(1).clamp(min=0) + 1e-6).all() and (pooled >= lowest - 1e-6).all()

@@ -2,6 +2,8 @@ import json
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from pycocotools import mask as coco
 
 from iclip_hf.regions import class_thresholds, find_regions, negative_points, positive_points, run_lengths
@@ -136,9 +138,9 @@ def test_thresholds_of_classes(tmp_path):
 @pytest.mark.parametrize(
     ("labels", "method", "message"),
     [
-        (["dog", "cat"], "itsm", r"thresholds of \['cat'\], it has those of \['dog', 'red ball'\]"),
+        (["dog", "cat"], "itsm", r"thresholds of \['cat'\], but got those of \['dog', 'red ball'\]"),
         (["bird"], "itsm", r"\['bird'\]"),
-        (["dog"], "attention", r"method 'attention', it has those of \['gem', 'itsm'\]"),
+        (["dog"], "attention", r"method 'attention', but got those of \['gem', 'itsm'\]"),
     ],
 )
 def test_missing_thresholds_are_named(tmp_path, labels, method, message):
@@ -152,3 +154,22 @@ def test_another_file_is_refused(tmp_path, content):
     path.write_text(content)
     with pytest.raises(ValueError, match="other.json: expected the JSON file that `iclip evaluate --output` writes"):
         class_thresholds(path, ["dog"])
+
+
+@given(data=st.data(), height=st.integers(1, 9), width=st.integers(1, 9))
+def test_regions_are_the_mask_in_parts(data, height, width):
+    mask = np.array(data.draw(st.lists(st.booleans(), min_size=height * width, max_size=height * width)))
+    mask = mask.reshape(height, width)
+    heatmap = np.random.default_rng(height).random((height, width))
+    regions = find_regions(heatmap, mask, min_area=0)
+    together = np.zeros((height, width), int)
+    for region in regions:
+        x0, y0, x1, y1 = region.box
+        together[y0:y1, x0:x1] += region.inside
+        assert region.inside.any(0).all() and region.inside.any(1).all()  # no larger than need be
+        assert all(region.inside[y - y0, x - x0] for x, y in positive_points(heatmap, region, 3))
+    assert np.array_equal(together, mask)
+    assert [region.score for region in regions] == sorted((region.score for region in regions), reverse=True)
+    assert all(mask.all() or not mask[y, x] for x, y in negative_points(heatmap, mask, 1))
+    lengths = run_lengths(mask)["counts"]
+    assert np.array_equal(np.repeat(np.arange(len(lengths)) % 2 == 1, lengths).reshape(mask.shape, order="F"), mask)

@@ -69,3 +69,17 @@ def test_foreground_minus_background_of_the_reverse_is_the_exact_negative():
         return m[foreground].sum() * (~foreground).sum() - m[~foreground].sum() * foreground.sum()
 
     assert difference(reverse(maps)) == -difference(maps)
+
+
+finite = st.floats(-(2.0**59), 2.0**59, width=32)
+
+
+@given(
+    data=st.data(), h=st.integers(1, 5), w=st.integers(1, 5), size=st.tuples(st.integers(1, 40), st.integers(1, 40))
+)
+def test_any_map_is_stretched_to_0_and_1(data, h, w, size):
+    raw = torch.tensor(data.draw(st.lists(finite, min_size=h * w, max_size=h * w))).reshape(1, h, w)
+    for stretched in (resize_and_normalize(raw, size), min_max_normalize(raw)):
+        span = (stretched.min().item(), stretched.max().item())
+        assert span == (0, 1) or not stretched.any()
+    assert min_max_normalize(raw).any() == (raw.max() > raw.min())

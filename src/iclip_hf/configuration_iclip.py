@@ -5,7 +5,7 @@ from difflib import get_close_matches
 from typing import Literal
 
 from huggingface_hub.dataclasses import strict
-from transformers import AutoConfig, PreTrainedConfig
+from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
 
 
@@ -87,7 +87,13 @@ class ICLIPConfig(PreTrainedConfig):
         options = list(ICLIPConfig.__annotations__)
         for key in kwargs:
             if meant := get_close_matches(key, options, n=1, cutoff=0.85):
-                raise ValueError(f"ICLIPConfig has no option {key!r}: correct it to {meant[0]!r}, or remove it.")
+                raise ValueError(
+                    f"Expected an option of ICLIPConfig, got {key!r}: correct it to {meant[0]!r}, or remove it."
+                )
+        for side in self.sub_configs:
+            given = getattr(self, side)
+            if isinstance(given, dict) and (kind := given.get("model_type")) and kind not in CONFIG_MAPPING:
+                raise ValueError(f"Expected {side} of a model_type that Transformers knows, got {kind!r}: correct it.")
         super().__post_init__(**kwargs)
 
     def validate_architecture(self):
@@ -95,24 +101,26 @@ class ICLIPConfig(PreTrainedConfig):
         for side in ("vision_config", "text_config"):
             layers = getattr(getattr(self, side), "num_hidden_layers", 1)
             if layers > _MOST_LAYERS:  # each is built before any weight is read
-                raise ValueError(f"{side} must have at most {_MOST_LAYERS} layers, got num_hidden_layers={layers}.")
+                raise ValueError(
+                    f"Expected {side} to have at most {_MOST_LAYERS} layers, got num_hidden_layers={layers}."
+                )
         if self.projection_dim < 1:
-            raise ValueError(f"projection_dim must be a positive integer, got {self.projection_dim}.")
+            raise ValueError(f"Expected projection_dim to be a positive integer, got {self.projection_dim}.")
         if not self.map_affinity >= 0:
-            raise ValueError(f"map_affinity must not be negative, got {self.map_affinity}.")
+            raise ValueError(f"Expected map_affinity to be at least 0, got {self.map_affinity}.")
         if not self.max_sharpness > 0:
-            raise ValueError(f"max_sharpness must be positive, got {self.max_sharpness}.")
+            raise ValueError(f"Expected max_sharpness to be positive, got {self.max_sharpness}.")
         if self.max_over == "similarity" and not (self.dual_projection and self.pooling in ("masked_max", "max")):
             raise ValueError(
-                'max_over="similarity" needs dual_projection=True and pooling "masked_max" or "max", got '
+                'Expected dual_projection=True and pooling "masked_max" or "max" for max_over="similarity", got '
                 f"dual_projection={self.dual_projection} and pooling={self.pooling!r}."
             )
         if not 0 < self.attention_quantile <= 1:
-            raise ValueError(f"attention_quantile must be in (0, 1], got {self.attention_quantile}.")
+            raise ValueError(f"Expected attention_quantile in (0, 1], got {self.attention_quantile}.")
         if not 0 <= self.logit_scale_init_value <= math.log(100):
             raise ValueError(
-                "logit_scale_init_value is the logarithm of a scale between 1 and 100: expected a value in "
-                f"[0, {math.log(100):.4f}], got {self.logit_scale_init_value}."
+                f"Expected logit_scale_init_value in [0, {math.log(100):.4f}], got {self.logit_scale_init_value}: it is the "
+                "logarithm of a scale between 1 and 100."
             )
 
 

@@ -712,7 +712,7 @@ class ICLIPModel(PreTrainedModel):
         if return_loss:
             if text.text_embeds.shape != image.image_embeds.shape:
                 raise ValueError(
-                    f"A contrastive loss needs one text an image, got {len(image.image_embeds)} images and texts of shape "
+                    f"Expected one text an image for the contrastive loss, got {len(image.image_embeds)} images and texts of shape "
                     f"{tuple(text.text_embeds.shape[:-1])}."
                 )
             loss = contrastive_loss(logits_per_image)

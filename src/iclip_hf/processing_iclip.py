@@ -261,7 +261,9 @@ class ICLIPProcessor(ProcessorMixin):
                 f"Expected one threshold a text, got {len(thresholds)} for {[len(map_) for map_ in maps]} texts."
             )
         if (scores is None) != (min_score is None):
-            raise ValueError("Expected scores and min_score together: texts below min_score get an empty mask.")
+            raise ValueError(
+                "Expected scores and min_score together, got one of them: texts below min_score get an empty mask."
+            )
         masks = [map_ > thresholds.view(-1, 1, 1).to(map_.device) for map_ in maps]
         if scores is not None:
             masks = [mask & (score >= min_score).view(-1, 1, 1) for mask, score in zip(masks, scores, strict=True)]
@@ -422,7 +424,7 @@ def _checked_image(image, rescaled: bool):
         if isinstance(image, Image.Image) and 0 not in image.size:
             return to_rgb(image)
         raise ValueError(f"Expected images as PIL images that are not empty, arrays or tensors, got {image!r:.100}.")
-    if len(image.shape) != 3 or 0 in image.shape:
+    if len(image.shape) != 3 or 0 in image.shape or 3 not in (image.shape[0], image.shape[-1]):
         raise ValueError(f"Expected an image of shape (3, H, W) or (H, W, 3), got {tuple(image.shape)}.")
     try:
         pixels = torch.as_tensor(image)

@@ -180,11 +180,18 @@ def class_thresholds(path: str | Path, labels: Sequence[str], method: str = "its
         if not all(value is None or 0 <= value <= 1 for part in thresholds.values() for value in part.values()):
             raise ValueError("thresholds outside [0, 1]")
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise ValueError(f"{path}: expected the JSON file that `iclip evaluate --output` writes.") from error
+        raise ValueError(
+            f"{path}: expected the JSON file that `iclip evaluate --output` writes, but got other content; "
+            "evaluate again."
+        ) from error
     if method not in thresholds:
-        raise ValueError(f"{path}: expected thresholds of method {method!r}, it has those of {sorted(thresholds)}.")
+        raise ValueError(
+            f"{path}: expected thresholds of method {method!r}, but got those of {sorted(thresholds)}; evaluate with it."
+        )
     known = {name: value for name, value in thresholds[method].items() if value is not None}
     missing = [label for label in labels if label not in known]
     if missing:
-        raise ValueError(f"{path}: expected thresholds of {missing}, it has those of {sorted(known)}.")
+        raise ValueError(
+            f"{path}: expected thresholds of {missing}, but got those of {sorted(known)}; evaluate with these classes."
+        )
     return [known[label] for label in labels]

@@ -122,7 +122,9 @@ def _relation(options: argparse.Namespace) -> int:
     )
     found = relation(recognition, interpretability)
     if not found.names:
-        raise ValueError(f"{options.evaluation}: expected a class that has both AP and {options.score}, got none.")
+        raise ValueError(
+            f"{options.evaluation}: expected a class with both AP and {options.score}, but got none; evaluate others."
+        )
     labels = ("average precision, %", f"{SCORES[options.score]} ({method})")
     save_figure(relation_plot(found, *labels), options.output, options.dpi)
     if options.bars:
@@ -139,11 +141,17 @@ def _read_classes(path: Path, method: str | None) -> tuple[str, list[dict]]:
         per_class = json.loads(path.read_text(encoding="utf-8"))["per_class"]
         method = method or next(iter(per_class))
         rows = per_class.get(method, [])
-        complete = all({"name", "AP", *SCORES} <= row.keys() for row in rows)
+        complete = all(
+            isinstance(row["name"], str)
+            and all(isinstance(row[score], float | int | None) for score in ("AP", *SCORES))
+            for row in rows
+        )
     except (ValueError, TypeError, KeyError, AttributeError, StopIteration, RecursionError):
         complete = False
     if not complete:
-        raise ValueError(f"{path}: expected the JSON that `iclip evaluate --output` writes; evaluate again.")
+        raise ValueError(
+            f"{path}: expected the JSON that `iclip evaluate --output` writes, but got other content; evaluate again."
+        )
     if not rows:
         raise ValueError(f"{path}: expected --method to be one of {list(per_class)}, got {method!r}.")
     return method, rows

@@ -150,15 +150,15 @@ def silence_transformers() -> None:
 def check_file(option: str, path: Path, suffixes: tuple[str, ...]) -> None:
     """Raises `ValueError` for an invalid output file, before the model is loaded."""
     if path.suffix.lower() not in suffixes:
-        raise ValueError(f"{option} {path}: expected a file name that ends in {' or '.join(suffixes)}.")
+        raise ValueError(f"{option}: expected a file name that ends in {' or '.join(suffixes)}, got {path}.")
     if path.is_dir():
-        raise ValueError(f"{option} {path}: expected a file name, got a folder.")
+        raise ValueError(f"{option}: expected a file name, got the folder {path}.")
 
 
 def check_folder(option: str, path: Path) -> None:
     """Raises `ValueError` for an invalid output folder, before the model is loaded."""
     if path.suffix or (path.exists() and not path.is_dir()):
-        raise ValueError(f"{option} {path}: expected a folder, got a file name.")
+        raise ValueError(f"{option}: expected a folder, got the file name {path}.")
 
 
 def save_figure(figure, path: Path, dpi: int = 120) -> None:
@@ -174,7 +174,11 @@ def save_figure(figure, path: Path, dpi: int = 120) -> None:
 
 
 def one_line(error: BaseException) -> str:
-    return printable(" ".join(str(error).split()) or type(error).__name__)
+    """What went wrong, for a terminal; of the system's own errors, which only say what came, as our sentences do."""
+    text = str(error)
+    if isinstance(error, OSError) and error.filename is not None:
+        text = f"{error.filename}: expected a path to read or write, but got: {error.strerror}; check the path."
+    return printable(" ".join(text.split()) or type(error).__name__)
 
 
 def printable(text) -> str:

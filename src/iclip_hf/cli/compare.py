@@ -55,7 +55,7 @@ def run(options: argparse.Namespace) -> int:
     image, truths, templates = _open(options)
     texts = list(dict.fromkeys(options.texts or truths))
     if not texts:
-        raise ValueError("Expected at least one --text, or a --dataset whose IMAGE shows a class.")
+        raise ValueError("Expected at least one --text, or a --dataset whose IMAGE shows a class, got neither.")
     drawn = cell_sized(image, options.dpi)
     columns = {}
     if truths:
@@ -90,7 +90,9 @@ def _open(options: argparse.Namespace):
     from ..images import load_image
 
     if (options.dataset is None) != (options.data_root is None):
-        raise ValueError("Expected --dataset and --data-root together.")
+        raise ValueError(
+            f"Expected --dataset and --data-root together, got {options.dataset or options.data_root} alone."
+        )
     if options.dataset is None:
         return load_image(options.image), {}, options.templates
     dataset = load_segmentation(options.dataset, options.data_root, options.split, options.overrides)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from .common import add_command, add_model_option, check_folder, echo, silence_transformers
+from .common import add_command, add_model_option, at_least_1, check_folder, echo, silence_transformers
 
 
 def register(commands) -> None:
@@ -16,7 +16,7 @@ def register(commands) -> None:
     command.add_argument(
         "--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1, this machine only)"
     )
-    command.add_argument("--port", type=int, help="port to listen on (default: the first free port from 7860)")
+    command.add_argument("--port", type=at_least_1, help="port to listen on (default: the first free port from 7860)")
     command.add_argument(
         "--export-space", type=Path, metavar="DIR", help="write the files of a Space that runs the demo, and exit"
     )

@@ -161,7 +161,9 @@ def _explain_collection(options: argparse.Namespace) -> int:
     from ..utils.distributed import this_process
 
     if options.npz:
-        raise ValueError("--npz goes with image files; the Parquet files of a collection hold raw maps and masks.")
+        raise ValueError(
+            "Expected --npz with image files, got a collection, whose Parquet files hold raw maps and masks: leave it out."
+        )
     output = options.output or Path("explanations")
     check_folder("--output", output)
     images = open_images(options.images)

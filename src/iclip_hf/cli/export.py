@@ -59,9 +59,14 @@ def export(options: argparse.Namespace, directory: Path, name: str | None = None
     metrics = None
     if options.results is not None:
         try:
-            metrics = dict(json.loads(options.results.read_text(encoding="utf-8")))
-        except (ValueError, TypeError, RecursionError) as error:
-            raise ValueError(f"--results {options.results}: expected JSON of `iclip evaluate`: {error}") from error
+            metrics = json.loads(options.results.read_text(encoding="utf-8"))
+        except (ValueError, RecursionError):
+            metrics = None
+        if not (isinstance(metrics, dict) and {"protocol", "results"} <= metrics.keys()):
+            raise ValueError(
+                f"--results {options.results}: expected the JSON that `iclip evaluate --output` writes, but got other "
+                "content; evaluate again."
+            )
     model, processor = load_iclip(options.model)
     if metrics is not None and isinstance(metrics.get("protocol"), Mapping):
         check_measured(metrics["protocol"], model, options.results)

@@ -29,7 +29,12 @@ def run(options: argparse.Namespace) -> int:
 
     from ..hub.folders import push_model
 
-    validate_repo_id(options.repo_id)
+    try:
+        validate_repo_id(options.repo_id)
+    except ValueError as error:
+        raise ValueError(
+            f"Expected REPO_ID to be the name of a repository, such as org/iclip-vit-b16, got {options.repo_id!r}: {error}"
+        ) from error
     with tempfile.TemporaryDirectory() as scratch:
         folder = export(options, Path(scratch, "model"), name=options.repo_id)
         files = sorted(path for path in folder.rglob("*") if path.is_file())

@@ -78,7 +78,9 @@ class PairDataset(Dataset):
         self._tally = _Tally(max_bad_share, counts_from=min(100, len(self)))
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # shared with persistent workers
         if not len(self):
-            raise ValueError(f"Expected at least one pair, but {[str(file.path) for file in files]} have none.")
+            raise ValueError(
+                f"Expected at least one pair, got none in {[str(file.path) for file in files]}: name others."
+            )
 
     def __len__(self) -> int:
         return len(self._ranges)
@@ -161,7 +163,9 @@ class PairDataset(Dataset):
             image, name, row, key = file.parse(block)
             return image, name, _captions(row) if need_captions else [], key
         except (ValueError, RecursionError, tarfile.TarError, csv.Error) as error:
-            raise BadPairError(f"{file.path}, bytes {start} to {end}: {error}") from error
+            raise BadPairError(
+                f"{file.path}, bytes {start} to {end}: expected an image and a caption, but got: {error}; correct it."
+            ) from error
 
 
 class PairStream(IterableDataset):
@@ -267,6 +271,8 @@ def load_pairs(
         if _is_hub_id(os.fspath(source)):
             return PairStream(_open_hub_dataset(source, split), seed, max_bad_share, rank, world_size)
         source = [source]
+    if not isinstance(source, Sequence):
+        raise TypeError(f"Expected a path, the id of a Hub dataset or a list of paths, got {source!r:.100}.")
     paths = [path for part in source for path in _local_files(os.fspath(part))]
     return PairDataset([_open_file(path) for path in paths], seed, max_bad_share)
 
@@ -354,9 +360,7 @@ class _Table:
             with open(path, "rb") as file:
                 first = self._values(file.read(end)[start:])
         except (ValueError, RecursionError, csv.Error) as error:
-            raise ValueError(
-                f"{path}: expected {self._kind} rows in UTF-8, but the first one fails: {error}."
-            ) from error
+            raise ValueError(f"{path}: expected {self._kind} rows in UTF-8, but got: {error}; correct it.") from error
         self._header = None if self._kind == ".jsonl" else [name.strip() for name in first]
         columns = set(self._header or first)
         if not (columns & set(IMAGE_COLUMNS) and columns & set(CAPTION_COLUMNS)):
@@ -543,7 +547,7 @@ def _local_files(source: str) -> list[Path]:
         files = [metadata] if metadata.is_file() else sorted(Path(source).glob("*.tar"))
         if not files:
             raise FileNotFoundError(
-                f"{source}: expected metadata.jsonl or .tar shards in this folder; name such a one."
+                f"{source}: expected metadata.jsonl or .tar shards in this folder, but got neither; name another."
             )
         return files
     if os.path.isfile(source):

@@ -282,7 +282,9 @@ def load_segmentation(
         raise ValueError(f"Expected one of the data sets {list(_LOADERS)}, but got {name!r}.")
     dataset = _LOADERS[name](Path(root), split)
     if not len(dataset):
-        raise ValueError(f"{root}: expected at least one image for {name!r}, but split {dataset.split!r} has none.")
+        raise ValueError(
+            f"{root}: expected at least one image for {name!r}, but got none in split {dataset.split!r}; complete the data."
+        )
     if overrides is not None:
         dataset.class_names, dataset.templates = _override(dataset.class_names, overrides)
     return dataset
@@ -415,9 +417,13 @@ def _read_mapping(path: Path) -> Mapping:
     try:
         content = parse(_read_text(path))
     except (ValueError, yaml.YAMLError, RecursionError) as error:
-        raise ValueError(f"{path}: expected JSON or YAML, as its suffix says, but got: {error}") from error
+        raise ValueError(
+            f"{path}: expected JSON or YAML, as its suffix says, but got: {error}; correct it."
+        ) from error
     if not isinstance(content, Mapping):
-        raise ValueError(f"{path}: expected a mapping with 'names' or 'templates', but got {type(content).__name__}.")
+        raise ValueError(
+            f"{path}: expected a mapping with 'names' or 'templates', but got {type(content).__name__}; correct it."
+        )
     return content
 
 

@@ -434,7 +434,9 @@ class MultiLabelAveragePrecision:
         Raises:
             ValueError: shapes differ or are not (B, K), K differs from earlier images, scores are NaN, or presence is not 0 or 1.
         """
-        scores, presence = np.array(to_numpy(scores), dtype=np.float64), to_numpy(presence)
+        scores, presence = to_numpy(scores), to_numpy(presence)
+        if not {scores.dtype.kind, presence.dtype.kind} <= set("biuf"):
+            raise TypeError(f"Expected scores and presence of numbers, got {scores.dtype} and {presence.dtype}.")
         if scores.ndim != 2 or scores.shape != presence.shape:
             raise ValueError(
                 f"Expected scores and presence of one shape (B, K), got {scores.shape} and {presence.shape}."
@@ -444,7 +446,7 @@ class MultiLabelAveragePrecision:
             raise ValueError("Expected scores that can be ranked, got NaN.")
         if not np.isin(presence, (0, 1)).all():
             raise ValueError(f"Expected presence of 0 or 1, got values from {presence.min()} to {presence.max()}.")
-        self._scores.append(scores)
+        self._scores.append(scores.astype(np.float64))
         self._presence.append(presence.astype(bool))
 
     def merge(self, other: MultiLabelAveragePrecision) -> None:

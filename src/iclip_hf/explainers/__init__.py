@@ -66,7 +66,7 @@ def make_explainer(model, processor, method: str = "itsm", **method_options) -> 
     allowed = list(inspect.signature(explainer).parameters)[2:]
     unknown = sorted(set(method_options) - set(allowed))
     if unknown:
-        raise ValueError(f"Method {method!r} has the options {allowed}, got {unknown}.")
+        raise ValueError(f"Expected options of method {method!r}, which are {allowed}, got {unknown}.")
     return explainer(model, processor, **method_options)
 
 

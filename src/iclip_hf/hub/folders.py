@@ -73,7 +73,9 @@ def config_folder(name: str | Path) -> Path:
         if (folder / "config.json").is_file():
             return folder
     names = sorted(path.parent.name for path in _SHIPPED.glob("*/config.json"))
-    raise FileNotFoundError(f"{name}: expected a folder with a config.json, or one of {', '.join(names)}.")
+    raise FileNotFoundError(
+        f"{name}: expected a folder with a config.json, or one of {', '.join(names)}, but got neither; name one."
+    )
 
 
 def init_model(config: str | Path, output: str | Path, vision: str | None = None, text: str | None = None) -> Path:

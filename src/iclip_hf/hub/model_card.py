@@ -233,7 +233,7 @@ def _license(licences: list[str | None], earlier: Mapping) -> dict[str, str]:
 def _eval_results(metrics: EvaluationResult | Mapping) -> list[EvalResult]:
     metrics = asdict(metrics) if is_dataclass(metrics) else metrics
     if not isinstance(metrics, Mapping) or not {"protocol", "results"} <= metrics.keys():
-        raise ValueError(f"Expected metrics as `iclip evaluate` writes them, got {metrics!r:.100}.")
+        raise ValueError(f"Expected metrics as `iclip evaluate` writes them, got {metrics!r:.100}: evaluate again.")
     protocol, dataset = metrics["protocol"], metrics["protocol"]["dataset"]
     conditions = ("image_size", "templates", "aggregate", "versions", "note")
     conditions = {name: protocol[name] for name in conditions if name in protocol}

@@ -67,7 +67,9 @@ class ImageFolder:
         self.folder = folder
         self._paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
         if not self._paths:
-            raise FileNotFoundError(f"{folder}: expected images or .tar shards in this folder, found none.")
+            raise FileNotFoundError(
+                f"{folder}: expected images or .tar shards in this folder, but got none; name another folder."
+            )
 
     def __len__(self) -> int:
         return len(self._paths)

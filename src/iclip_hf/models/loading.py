@@ -76,5 +76,5 @@ def load_iclip(name: str | Path, **options) -> tuple[ICLIPModel, ICLIPProcessor]
     with loading_errors(name):
         model_type = AutoConfig.from_pretrained(name, trust_remote_code=False).model_type
     if model_type != "iclip":
-        raise ValueError(f"{name}: expected an ICLIP model, got one of type {model_type}.")
+        raise ValueError(f"{name}: expected an ICLIP model, but got one of type {model_type}; name another.")
     return load_pretrained(name, **options)

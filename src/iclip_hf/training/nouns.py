@@ -49,7 +49,13 @@ class NounPrompts:
     @classmethod
     def from_file(cls, path: str | Path, count: int = 3, seed: int = 0) -> NounPrompts:
         """Reads the vocabulary from a text file with one noun in each line."""
-        return cls(Path(path).read_text(encoding="utf-8").splitlines(), count, seed)
+        try:
+            lines = Path(path).read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise ValueError(
+                f"{path}: expected a UTF-8 text file with a noun a line, but got: {error}; correct it or name another."
+            ) from error
+        return cls(lines, count, seed)
 
     def all_prompts(self) -> list[str]:
         """Returns all possible prompts."""

@@ -127,31 +127,34 @@ class Settings:
         limits |= dict.fromkeys(("warmup_epochs", "weight_decay", "warmup_learning_rate", "min_learning_rate"), 0)
         for name, least in limits.items():
             if not getattr(self, name) >= least:
-                raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
+                raise ValueError(f"expected {name} to be at least {least}, got {getattr(self, name)}")
         for name in ("learning_rate", "clip_grad_norm", "adam_epsilon"):
             if not getattr(self, name) > 0:
-                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+                raise ValueError(f"expected {name} to be positive, got {getattr(self, name)}")
         for name in ("crop_scale", "random_erasing", "max_bad_share", "adam_beta1", "adam_beta2", "noun_weight"):
             if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name} must be from 0 to 1, got {getattr(self, name)}")
+                raise ValueError(f"expected {name} to be from 0 to 1, got {getattr(self, name)}")
         for one in self.model_options:
             name, equals, _ = one.partition("=")
             if not equals or name not in ICLIPConfig.__annotations__:
-                raise ValueError(f"model_options must be name=value with an option of ICLIPConfig, got {one!r}")
+                raise ValueError(f"expected model_options to be name=value with an option of ICLIPConfig, got {one!r}")
         branches = ("recognition", "interpretability")
         if unknown := [name for name in self.noun_branches if name not in branches]:
-            raise ValueError(f"noun_branches must be of {', '.join(branches)}, got {unknown[0]!r}")
+            raise ValueError(f"expected noun_branches to be of {', '.join(branches)}, got {unknown[0]!r}")
         given = {"validation_data": bool(self.validation_data), "eval_dataset": self.eval_dataset != "none"}
         needed = "validation_data" if self.best_metric in RETRIEVAL_METRICS else "eval_dataset"
         if self.best_metric == "auto":
             maps_alone = given["eval_dataset"] and not given["validation_data"]
             self.best_metric = "mMIoU" if maps_alone else "text_to_image"
         elif not given[needed]:
-            raise ValueError(f"best_metric {self.best_metric} needs {needed}, which is not given")
+            raise ValueError(f"expected {needed} for best_metric {self.best_metric}, got none")
         if not self.data:
-            raise ValueError("data must name training pairs, such as a folder of webdataset shards")
+            raise ValueError("expected data to name training pairs, such as a folder of webdataset shards, got none")
         if bool(self.model) == bool(self.vision and self.text):
-            raise ValueError("either model must be given, or vision and text")
+            raise ValueError(
+                f"expected either model, or vision and text, got model={self.model!r}, vision={self.vision!r} and "
+                f"text={self.text!r}"
+            )
 
 
 class _Parser(HfArgumentParser):
@@ -172,29 +175,37 @@ def read_settings(arguments: list[str], description: str | None = None) -> Setti
     """Reads defaults, `train.yaml` and the command line. An invalid setting ends with one line on stderr and exit code 2."""
     options = {"description": description, "allow_abbrev": False, "formatter_class": HelpFormatter}
     parser = _Parser(Settings, prog="train.py", **options)
-    parser.error = lambda message: parser.exit(2, f"train.py: {message}\n")
+    parser.error = lambda message: parser.exit(2, f"train.py: {message} (see train.py --help)\n")
     config, _ = parser.parse_known_args([a for a in arguments if a not in ("-h", "--help")])
     try:
         from_file = yaml.safe_load(Path(config.config).read_text())
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
-        parser.error(f"{config.config}: cannot be read as YAML settings: {' '.join(str(error).split())}")
+        parser.error(f"{config.config}: expected settings in YAML, but got: {' '.join(str(error).split())}")
     if not isinstance(from_file, dict):
-        parser.error(f"{config.config}: expected settings as `name: value`, got {type(from_file).__name__}")
+        parser.error(f"{config.config}: expected settings as `name: value`, but got {type(from_file).__name__}")
     # The file is converted to arguments, which precede those of the command line.
     command = []
     for name, value in from_file.items():
         if name not in Settings.__dataclass_fields__ or name == "config":
-            parser.error(f"{config.config}: there is no setting {name!r}")
+            parser.error(f"{config.config}: expected a setting, but got {name!r:.100}")
         if value is None:  # `name:` alone leaves the default
             continue
         values = value if isinstance(value, list) else [value]
         if any(isinstance(one, (list, dict)) for one in values):
-            parser.error(f"{config.config}: {name} must be a value or a list of values")
-        command += [f"--{name}", *map(str, values)]
+            parser.error(
+                f"{config.config}: expected {name} to be a value or a list of values, but got {type(value).__name__}"
+            )
+        # One value beside its name: it may begin with a minus.
+        command += [f"--{name}={values[0]}"] if len(values) == 1 else [f"--{name}", *map(str, values)]
     try:
-        return parser.parse_args_into_dataclasses([*command, *arguments], look_for_args_file=False)[0]
+        settings, unknown = parser.parse_args_into_dataclasses(
+            [*command, *arguments], look_for_args_file=False, return_remaining_strings=True
+        )
     except ValueError as error:
         parser.error(str(error))
+    if unknown:
+        parser.error(f"expected settings and their values, got {' '.join(unknown)}")
+    return settings
 
 
 def changed_settings(settings: Settings, before: Mapping, fixed: Collection[str] = ()) -> list[str]:

@@ -131,7 +131,9 @@ def atomic_folder(folder: str | Path) -> Iterator[Path]:
 
 def _check_empty(folder: Path) -> None:
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
-        raise FileExistsError(f"{folder}: expected a new or empty folder; delete what is there or name another.")
+        raise FileExistsError(
+            f"{folder}: expected a new or empty folder, but got a full one; delete what is there or name another."
+        )
 
 
 def build_once(folder: Path, build: Callable[[Path], None]) -> Path:

@@ -1,0 +1,504 @@
+"""Faults at the door of data: segmentation, pairs, nouns, feature cache. See faults.py."""
+
+import contextlib
+import io
+import json
+import shutil
+from collections.abc import Callable
+
+import fault_inputs as inputs
+import numpy as np
+from faults import WORKS, Cases, index_mask, masks_folder, test_of_cases, test_of_random_damage, written
+from PIL import Image
+
+from iclip_hf.data.pairs import load_pairs
+from iclip_hf.data.segmentation import load_segmentation
+from iclip_hf.images import load_image
+from iclip_hf.training.feature_cache import FeatureShards
+from iclip_hf.training.nouns import NounPrompts
+
+
+CASES = Cases()
+
+
+def segmented_image(world, folder, content):
+    index = inputs.encoded(Image.new("L", load_size(content), 1), "PNG")
+    return load_segmentation("folder", masks_folder(folder, content, index))[0].image
+
+
+def load_size(content: bytes) -> tuple[int, int]:
+    with contextlib.suppress(ValueError):
+        return load_image(content).size
+    return 30, 24
+
+
+def in_shard(world, folder, content):
+    (folder / "a.tar").write_bytes(inputs.tar(("image.png", content), ("image.txt", "a dog")))
+    return load_pairs(folder / "a.tar").read(0)
+
+
+CASES.add_images("image of a shard", in_shard)
+CASES.add_images("image of a data set", segmented_image)
+
+
+def mask(world, folder, content):
+    sample = load_segmentation("folder", masks_folder(folder, mask=content))[0]
+    return sample.labels, sample.mask(1)
+
+
+CASES.add("mask of a data set", inputs.UNREADABLE_IMAGES, mask, file="image.png")
+
+
+CASES.add(
+    "mask of a data set",
+    {
+        "a class that is not listed": index_mask(np.full((24, 30), 7, np.uint8)),
+        "colours": inputs.BY_FORMAT["PNG"],
+        "16 bits": index_mask(np.full((24, 30), 1, np.uint16)),
+        "with alpha": inputs.encoded(inputs.PHOTO.convert("LA"), "PNG"),
+    },
+    mask,
+    file="image.png",
+)
+CASES.add(
+    "mask of a data set",
+    {
+        "all void": index_mask(np.full((24, 30), 255, np.uint8)),
+        "all background": index_mask(np.zeros((24, 30), np.uint8)),
+    },
+    mask,
+    WORKS,
+)
+CASES.add(
+    "image of a data set",
+    {"of another size than its mask": inputs.encoded(inputs.PHOTO.resize((31, 24)), "PNG")},
+    lambda world, folder, image: (
+        load_segmentation("folder", masks_folder(folder, image, index_mask(np.ones((24, 30), np.uint8))))[0].image
+    ),
+    file="image.png",
+)
+CASES.add(
+    "classes.txt",
+    {
+        "empty": "",
+        "blank": "\n \n",
+        "a blank line": "dog\n\ncat",
+        "a name twice": "dog\ndog",
+        "background": "background\ndog",
+        "too many": "\n".join(map(str, range(300))),
+        "UTF-16": "dog".encode("utf-16"),
+        "no text": bytes(range(128, 200)),
+    },
+    lambda world, folder, classes: load_segmentation("folder", masks_folder(folder, classes=classes)),
+    file="classes.txt",
+)
+CASES.add(
+    "classes.txt",
+    {
+        "Windows lines": "dog\r\ncat\r\n",
+        "byte order mark": "\ufeffdog",
+        "one huge name": "d" * 10**6,
+        "controls": "d\x00g",
+    },
+    lambda world, folder, classes: load_segmentation("folder", masks_folder(folder, classes=classes)),
+    WORKS,
+)
+
+
+def voc(world, folder, names: str | bytes):
+    root = folder / "VOCdevkit" / "VOC2012"
+    for part in ("JPEGImages", "SegmentationClass", "ImageSets/Segmentation"):
+        (root / part).mkdir(parents=True)
+    (root / "JPEGImages" / "a.jpg").write_bytes(inputs.BY_FORMAT["JPEG"])
+    (root / "SegmentationClass" / "a.png").write_bytes(index_mask(np.ones((24, 30), np.uint8)))
+    (root / "ImageSets" / "Segmentation" / "val.txt").write_bytes(names.encode() if isinstance(names, str) else names)
+    return len(load_segmentation("voc2012", folder))
+
+
+CASES.add(
+    "list of VOC",
+    {
+        "empty": "",
+        "blank": "\n \n\t",
+        "an absent image": "a\nb",
+        "two columns": "a 1",
+        "a file name": "a.jpg",
+        "a path out of the folder": "../../../../photo",
+        "UTF-16": "a".encode("utf-16"),
+        "no text": bytes(range(128, 200)),
+        "null bytes": bytes(1000),
+        "one endless line": "a" * 10**6,
+    },
+    voc,
+    file="/case",
+)
+CASES.add("list of VOC", {"Windows lines": "a\r\n", "a name twice": "a\na", "byte order mark": "\ufeffa"}, voc, WORKS)
+
+CATEGORY, PICTURE = {"id": 3, "name": "dog"}, {"id": 5, "file_name": "image.png", "height": 24, "width": 30}
+POLYGON = {"id": 7, "image_id": 5, "category_id": 3, "iscrowd": 0, "segmentation": [[1, 1, 9, 1, 9, 9]]}
+CROWD = {"id": 8, "iscrowd": 1, "segmentation": {"size": [24, 30], "counts": [700, 20]}}
+
+
+def coco(world, folder, content):
+    if isinstance(content, dict):
+        parts = {"categories": [CATEGORY], "images": [PICTURE], "annotations": [POLYGON]}
+        content = json.dumps(parts | content)
+    (folder / "annotations").mkdir()
+    (folder / "val2017").mkdir()
+    shutil.copy(world.photo, folder / "val2017" / "image.png")
+    (folder / "annotations" / "instances_val2017.json").write_bytes(
+        content if isinstance(content, bytes) else content.encode()
+    )
+    sample = load_segmentation("coco2017", folder)[0]
+    return sample.image, sample.mask(1)
+
+
+def annotation(**changes) -> dict:
+    return {"annotations": [{**POLYGON, **changes}]}
+
+
+def run_lengths_of(counts, size=(24, 30)) -> dict:
+    return annotation(segmentation={"size": list(size), "counts": counts}, iscrowd=1)
+
+
+CASES.add("JSON of COCO", inputs.BAD_JSON, coco, file="instances_val2017.json")
+CASES.add(
+    "JSON of COCO",
+    {
+        "no categories": {"categories": []},
+        "no images": {"images": []},
+        "categories that are none": {"categories": None},
+        "category without a name": {"categories": [{"id": 3}]},
+        "category whose name is a number": {"categories": [{"id": 3, "name": 3}]},
+        "ids of two types": {"categories": [CATEGORY, {"id": "x", "name": "cat"}]},
+        "id that is a list": {"categories": [{"id": [3], "name": "dog"}]},
+        "category twice": {"categories": [CATEGORY, {"id": 3, "name": "cat"}]},
+        "image without a size": {"images": [{"id": 5, "file_name": "image.png"}]},
+        "image whose size is text": {"images": [PICTURE | {"height": "24"}]},
+        "image of no height": {"images": [PICTURE | {"height": 0}]},
+        "image of a negative height": {"images": [PICTURE | {"height": -24}]},
+        "image of a huge height": {"images": [PICTURE | {"height": 10**30}]},
+        "image of another size": {"images": [PICTURE | {"height": 23}]},
+        "image by a number": {"images": [PICTURE | {"file_name": 3}]},
+        "image by a list": {"images": [PICTURE | {"file_name": ["image.png"]}]},
+        "image out of the folder": {"images": [PICTURE | {"file_name": "../annotations/instances_val2017.json"}]},
+        "absolute image": {"images": [PICTURE | {"file_name": "/etc/passwd"}]},
+        "absent image": {"images": [PICTURE | {"file_name": "absent.png"}]},
+        "unlisted category": annotation(category_id=4),
+        "unlisted image": annotation(image_id=6),
+        "crowd without a value": {"annotations": [{k: v for k, v in POLYGON.items() if k != "iscrowd"}]},
+        "polygon of two points": annotation(segmentation=[[1, 1, 2, 2]]),
+        "polygon of an odd number": annotation(segmentation=[[1, 1, 2, 2, 3, 3, 4]]),
+        "polygon far outside": annotation(segmentation=[[0, 0, 10**9, 0, 0, 10**9]]),
+        "polygon whose distance is no number": annotation(segmentation=[[-(2**63), 1, 9, 24, 9, 9]]),
+        "polygon with NaN": annotation(segmentation=[[0, 0, float("nan"), 0, 0, 9]]),
+        "polygon of text": annotation(segmentation=[["a"] * 6]),
+        "polygon of nothing": annotation(segmentation=[[]]),
+        "polygon of null": annotation(segmentation=None),
+        "polygon as a number": annotation(segmentation=3),
+        "runs of another size": run_lengths_of([720], (30, 24)),
+        "runs that are too short": run_lengths_of([700]),
+        "runs that are too long": run_lengths_of([0, 10**9]),
+        "negative runs": run_lengths_of([-5, 725]),
+        "runs of text": run_lengths_of("no runs"),
+        "empty runs": run_lengths_of(""),
+        "endless runs": run_lengths_of("o" * 10**6),
+        "runs of null": run_lengths_of(None),
+        "runs of floats": run_lengths_of([0.5, 719.5]),
+    },
+    coco,
+)
+CASES.add(
+    "JSON of COCO",
+    {
+        "as it should be": {},
+        "no annotations": {"annotations": []},
+        "empty polygons": annotation(segmentation=[]),
+        "keys beside": annotation(score=0.5, bbox=None),
+        "duplicate keys": f'{{"images": 3, "categories": {json.dumps([CATEGORY])}, "annotations": [], '
+        f'"images": {json.dumps([PICTURE])}}}',
+    },
+    coco,
+    WORKS,
+)
+CASES.add(
+    "overrides",
+    {name: content for name, content in inputs.BAD_JSON.items() if name != "empty object"},
+    lambda w, f, content: load_segmentation("folder", masks_folder(f), overrides=written(f, content)),
+    file="written.json",
+)
+CASES.add(
+    "overrides",
+    {
+        "unknown key": {"name": {}},
+        "names as a list": {"names": ["dog"]},
+        "unknown name": {"names": {"no class": "dog"}},
+        "name twice": {"names": {"dog": "cat"}},
+        "blank name": {"names": {"dog": " "}},
+        "name as a number": {"names": {"dog": 3}},
+        "templates as text": {"templates": "a photo of the {}"},
+        "no templates": {"templates": []},
+        "template without a place": {"templates": ["a photo"]},
+        "template with a field": {"templates": ["{} {0.__class__}"]},
+        "template as a number": {"templates": [3]},
+    },
+    lambda w, f, overrides: load_segmentation("folder", masks_folder(f), overrides=overrides),
+)
+CASES.add(
+    "overrides in YAML",
+    {
+        "an object of Python": "!!python/object/apply:os.mkdir [executed]",
+        "bomb of aliases": f"a: {inputs.BOMB_OF_ALIASES}",
+        "bomb as a name": f"names: {{dog: {inputs.BOMB_OF_ALIASES}}}",
+        "bomb as a template": f"templates: {inputs.BOMB_OF_ALIASES}",
+        "bomb as a key": f"{{[{inputs.BOMB_OF_ALIASES}]: 1}}",
+        "deep lists": "[" * 400,
+        "tabs": "\tnames: 3",
+        "two documents": "names: {}\n---\nnames: {}",
+        "no": "no",
+    },
+    lambda world, folder, text: load_segmentation(
+        "folder", masks_folder(folder), overrides=written(folder, text, "overrides.yaml")
+    ),
+    file="overrides",
+)
+
+
+GOOD_TAR = (("a.png", inputs.BY_FORMAT["PNG"]), ("a.txt", "a dog"))
+
+
+def pairs(name: str) -> Callable:
+    def run(world, folder, content):
+        shutil.copy(world.photo, folder / "photo.png")
+        source = written(folder, content, name)
+        loaded = load_pairs(source)
+        return [loaded.read(index) for index in range(len(loaded))]
+
+    return run
+
+
+def tar_of(caption: str | bytes, suffix: str = "json") -> bytes:
+    return inputs.tar(("a.png", inputs.BY_FORMAT["PNG"]), (f"a.{suffix}", caption))
+
+
+CASES.add(
+    "shard",
+    {
+        "empty": b"",
+        "text": "no tar",
+        "zip": inputs.archive("zip"),
+        "compressed": inputs.tar(*GOOD_TAR, mode="w:gz"),
+        "truncated": inputs.tar(*GOOD_TAR)[:700],
+        "damaged header": inputs.damaged(inputs.tar(*GOOD_TAR)[:512], 3) + inputs.tar(*GOOD_TAR)[512:],
+        "null bytes": bytes(10_240),
+        "a member beyond all bounds": inputs.huge_member(2**80),
+        "attributes beyond all bounds": inputs.huge_member(2**80, b"x"),
+        "attributes beyond all memory": inputs.huge_member(2**60, b"x"),
+        "a thousand long names": inputs.tar(*[("././@LongLink", "a.png\0")] * 1000, type=b"L"),
+        "attributes that are none": inputs.tar(("a", "9 size=b\n"), ("a.png", ""), type=b"x"),
+        "folders alone": inputs.archive("tar"),
+        "links": inputs.tar(*GOOD_TAR, type=b"2", linkname="/etc/passwd"),
+        "hard links": inputs.tar(*GOOD_TAR, type=b"1", linkname="/etc/passwd"),
+        "devices": inputs.tar(*GOOD_TAR, type=b"3"),
+        "images alone": inputs.tar(("a.png", inputs.BY_FORMAT["PNG"])),
+        "texts alone": inputs.tar(("a.txt", "a dog")),
+        "blank caption": tar_of(" \n", "txt"),
+        "caption in UTF-16": tar_of("a dog".encode("utf-16"), "txt"),
+        **{f"JSON that is {name}": tar_of(content) for name, content in inputs.BAD_JSON.items()},
+        "captions as a number": tar_of('{"captions": 3}'),
+        "captions of numbers": tar_of('{"captions": [3]}'),
+        "caption of a lone surrogate": tar_of('{"caption": "\\ud800"}'),
+    },
+    pairs("a.tar"),
+    file="a.tar",
+)
+CASES.add(
+    "shard",
+    {
+        "names out of the folder": inputs.tar(("../../a.png", GOOD_TAR[0][1]), ("../../a.txt", "a dog")),
+        "absolute names": inputs.tar(("/etc/a.png", GOOD_TAR[0][1]), ("/etc/a.txt", "a dog")),
+        "a name twice": inputs.tar(*GOOD_TAR, *GOOD_TAR),
+        "a million characters": tar_of("dog " * 250_000, "txt"),
+        "control characters": tar_of("dog\x00\x1b", "txt"),
+    },
+    pairs("a.tar"),
+    WORKS,
+)
+HEADER = b"file_name,caption\n"
+for suffix, separator in (("csv", b","), ("tsv", b"\t")):
+    row = separator.join((b"photo.png", b"a dog"))
+    head = HEADER.replace(b",", separator)
+    CASES.add(
+        f".{suffix} table",
+        {
+            "empty": b"",
+            "blank": b"\n\n",
+            "header alone": head,
+            "no header": row + b"\n",
+            "other columns": b"a" + separator + b"b\n" + row,
+            "a field too many": head + row + separator + b"x\n",
+            "a field too few": head + b"photo.png\n",
+            "no caption": head + b"photo.png" + separator + b"\n",
+            "no image": head + separator + b"a dog\n",
+            "absent image": head + row.replace(b"photo", b"absent") + b"\n",
+            "URL": head + row.replace(b"photo.png", b"https://127.0.0.1:9/a.png") + b"\n",
+            "UTF-16": (head + row).decode().encode("utf-16"),
+            "no text": head + bytes(range(128, 200)) + separator + b"dog\n",
+            "null bytes": bytes(1000),
+            "pickle": inputs.UNREADABLE_IMAGES["pickle"],
+        },
+        pairs(f"a.{suffix}"),
+        file="/case/",
+    )
+    CASES.add(
+        f".{suffix} table",
+        {"device as image": head + row.replace(b"photo.png", b"/dev/zero") + b"\n"},
+        pairs(f"a.{suffix}"),
+        file="/dev/zero",
+    )
+    CASES.add(
+        f".{suffix} table",
+        {"Windows lines": (head + row).replace(b"\n", b"\r\n") + b"\r\n"},
+        pairs(f"a.{suffix}"),
+        WORKS,
+    )
+CASES.add(
+    ".csv table",
+    {
+        "open quote": HEADER + b'photo.png,"a dog\n',
+        "a field of a million": HEADER + b"photo.png," + b"d" * 10**6 + b"\n",
+    },
+    pairs("a.csv"),
+    file="a.csv",
+)
+GOOD_LINE = '{"file_name": "photo.png", "caption": "a dog"}\n'
+CASES.add(
+    "lines of JSON",
+    {f"{name} first": content for name, content in inputs.BAD_JSON.items()},
+    pairs("a.jsonl"),
+    file="a.jsonl",
+)
+CASES.add(
+    "lines of JSON",
+    {
+        **{
+            f"{name} later": GOOD_LINE + text
+            for name, text in inputs.BAD_JSON.items()
+            if isinstance(text, str) and text.strip()
+        },
+        "captions as an object": '{"file_name": "photo.png", "captions": {"a": 1}}',
+        "image as a number": '{"file_name": 3, "caption": "a dog"}',
+        "image as a list": '{"file_name": ["photo.png"], "caption": "a dog"}',
+        "folder as image": '{"file_name": ".", "caption": "a dog"}',
+        "null character in the name": '{"file_name": "a\\u0000b.png", "caption": "a dog"}',
+        "lone surrogate in the name": '{"file_name": "\\ud800.png", "caption": "a dog"}',
+    },
+    pairs("a.jsonl"),
+    file="/case",
+)
+CASES.add(
+    "lines of JSON",
+    {"duplicate keys": '{"file_name": 3, "file_name": "photo.png", "caption": "a dog"}'},
+    pairs("a.jsonl"),
+    WORKS,
+)
+CASES.add(
+    "load_pairs",
+    {
+        "nothing": "",
+        "absent file": "absent.tar",
+        "absent folder": "absent/",
+        "empty folder": ".",
+        "file of another kind": "../world.txt",
+        "number": 3,
+        "none": None,
+        "empty list": [],
+        "share above 1": ("a.tar", {"max_bad_share": 2}),
+    },
+    lambda world, folder, source: (
+        load_pairs(source[0], **source[1]) if isinstance(source, tuple) else load_pairs(source)
+    ),
+)
+CASES.add(
+    "load_pairs", {"endless pattern": "{0..3}/{0..3}.tar"}, lambda w, f, pattern: load_pairs(pattern), file="0/0.tar"
+)
+CASES.add(
+    "nouns",
+    {"empty": "", "blank": "\n \n"},
+    lambda w, f, content: NounPrompts.from_file(written(f, content, "nouns.txt")),
+)
+CASES.add(
+    "nouns",
+    {"UTF-16": "dog".encode("utf-16")},
+    lambda w, f, content: NounPrompts.from_file(written(f, content, "nouns.txt")),
+    file="nouns.txt",
+)
+CASES.add("nouns", {"no file": "absent.txt"}, lambda w, f, name: NounPrompts.from_file(name), file="absent.txt")
+CASES.add(
+    "feature cache",
+    inputs.BAD_JSON,
+    lambda world, folder, content: FeatureShards(written(folder, content, "fingerprint.json").parent, {"tower": 1}, 3),
+    file="case",
+)
+
+
+def cached_rows(world, folder, content):
+    shards = FeatureShards(folder, {"tower": 1}, 3)
+    shards.write(0, np.ones((3, 2), np.float16))
+    (folder / "00000.npy").write_bytes(content)
+    return FeatureShards(folder, {"tower": 1}, 3)[np.arange(3)]
+
+
+buffer = io.BytesIO()
+np.save(buffer, np.ones((3, 2), np.float16))
+CASES.add(
+    "feature cache",
+    {
+        "empty shard": b"",
+        "truncated shard": buffer.getvalue()[:-3],
+        "shard of text": b"no numbers",
+        "pickled shard": inputs.UNREADABLE_IMAGES["pickle"],
+        "shard of other rows": buffer.getvalue().replace(b"(3, 2)", b"(2, 2)"),
+    },
+    cached_rows,
+    file="00000.npy",
+)
+
+
+test_a_fault_is_borne_or_refused_in_one_clear_sentence = test_of_cases(CASES)
+test_random_damage_is_borne_or_refused = test_of_random_damage(
+    {
+        "list of VOC": (voc, b"a\n"),
+        "classes.txt": (
+            lambda w, f, content: load_segmentation("folder", masks_folder(f, classes=content)),
+            b"dog\ncat\n",
+        ),
+        "nouns": (lambda w, f, content: NounPrompts.from_file(written(f, content)), b"dog\ncat\n"),
+        "shard": (pairs("a.tar"), inputs.tar(*GOOD_TAR)),
+        ".csv table": (pairs("a.csv"), b'file_name,caption\nphoto.png,"a dog"\n'),
+        ".tsv table": (pairs("a.tsv"), b"file_name\tcaption\nphoto.png\ta dog\n"),
+        "lines of JSON": (pairs("a.jsonl"), GOOD_LINE.encode()),
+        "overrides in YAML": (
+            lambda w, f, content: load_segmentation(
+                "folder", masks_folder(f), overrides=written(f, content, "o.yaml")
+            ),
+            b"names: {dog: cat, cat: dog}\ntemplates: ['a photo of the {}']\n",
+        ),
+        "COCO": (
+            coco,
+            {"categories": [CATEGORY], "images": [PICTURE], "annotations": [POLYGON, {**POLYGON, **CROWD}]},
+        ),
+        "overrides": (
+            lambda w, f, content: load_segmentation("folder", masks_folder(f), overrides=written(f, content)),
+            {"names": {"dog": "wolf"}, "templates": ["a photo of the {}"]},
+        ),
+        "captions": (
+            lambda w, f, content: pairs("a.tar")(w, f, tar_of(content)),
+            {"captions": ["a dog"], "caption": "a cat"},
+        ),
+        "feature cache": (
+            lambda w, f, content: FeatureShards(written(f, content, "fingerprint.json").parent, {"tower": 1}, 3),
+            {"tower": 1, "rows": 3, "version": 1},
+        ),
+    }
+)

@@ -386,3 +386,8 @@ def test_code_beside_a_tokenizer_is_refused_without_a_question(
     with pytest.raises(ValueError, match="trust_remote_code=True"):
         auto_class.from_pretrained(tmp_path, **options)
     assert not (tmp_path / "ran").exists()
+
+
+def test_arrays_of_one_channel_are_taken(tiny_processor):
+    for shape in ((1, 32, 32), (32, 32, 1)):
+        assert tiny_processor(images=np.zeros(shape, np.uint8))["pixel_values"].shape == (1, 3, 32, 32)

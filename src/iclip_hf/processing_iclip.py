@@ -424,8 +424,10 @@ def _checked_image(image, rescaled: bool):
         if isinstance(image, Image.Image) and 0 not in image.size:
             return to_rgb(image)
         raise ValueError(f"Expected images as PIL images that are not empty, arrays or tensors, got {image!r:.100}.")
-    if len(image.shape) != 3 or 0 in image.shape or 3 not in (image.shape[0], image.shape[-1]):
-        raise ValueError(f"Expected an image of shape (3, H, W) or (H, W, 3), got {tuple(image.shape)}.")
+    if len(image.shape) != 3 or 0 in image.shape or not {1, 3} & {image.shape[0], image.shape[-1]}:
+        raise ValueError(
+            f"Expected an image of shape (3, H, W) or (H, W, 3), or with 1 for 3, got {tuple(image.shape)}."
+        )
     try:
         pixels = torch.as_tensor(image)
     except TypeError as error:

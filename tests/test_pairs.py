@@ -659,9 +659,8 @@ def test_stream_needs_images(tmp_path):
 
 
 def test_optional_packages_are_loaded_late():
-    code = (
-        "import sys, iclip_hf.data; print({'datasets', 'pycocotools', 'webdataset', 'accelerate'} & set(sys.modules))"
-    )
+    # Transformers itself imports accelerate where it is installed.
+    code = "import sys, iclip_hf.data; print({'datasets', 'pycocotools', 'webdataset'} & set(sys.modules))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "set()"
 
 

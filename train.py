@@ -55,7 +55,7 @@ from iclip_hf.utils.files import atomic_write
 # -------------------------------------------------------------------------------------------------------------- model
 
 
-def load_model(settings: Settings) -> tuple[ICLIPModel, ICLIPProcessor]:
+def build_model(settings: Settings) -> tuple[ICLIPModel, ICLIPProcessor]:
     """The model to train and its processor: a trained one, or fresh projections on two towers."""
     options = {
         name: yaml.safe_load(value) for name, _, value in (one.partition("=") for one in settings.model_options)
@@ -99,7 +99,7 @@ def main(arguments: list[str]) -> dict[str, float]:
     set_seed(settings.seed)
     output_dir = Path(settings.output_dir)
     with advice_to_resume(output_dir), Interrupts() as interrupts:
-        model, processor = load_model(settings)
+        model, processor = build_model(settings)
         accelerator = start_accelerator(settings, model)
         with partner_errors("start it again"), shared_folder_lock(output_dir, accelerator):
             return train(settings, model, processor, accelerator, interrupts)

@@ -320,7 +320,7 @@ class ICLIPModel(PreTrainedModel):
             own_scale = config.logit_scales == "per_branch"
             self.interpretability = ICLIPBranch(config, image_dim, text_dim, own_scale)
         if config.center_tokens:
-            self.register_buffer("token_mean", torch.zeros(image_dim))
+            self.token_mean = nn.Buffer(torch.zeros(image_dim))
 
         self._keep_class_row()
         self.post_init()

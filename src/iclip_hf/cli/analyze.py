@@ -18,7 +18,7 @@ from .common import (
     add_picture_option,
     check_file,
     echo,
-    load_model,
+    load_silently,
     save_figure,
 )
 
@@ -80,7 +80,7 @@ def _shift(options: argparse.Namespace) -> int:
     dataset = load_segmentation(options.dataset, options.data_root, options.split, options.overrides)
     count = min(len(dataset), options.limit or len(dataset))
     samples = tqdm(itertools.islice(dataset, count), total=count, unit="image")
-    shift = semantic_shift(*load_model(options.model, options.dtype), samples, options.before, options.after)
+    shift = semantic_shift(*load_silently(options.model, options.dtype), samples, options.before, options.after)
     protocol = {
         "model": options.model or "embedded",
         "dataset": {"name": dataset.name, "split": dataset.split, "fingerprint": dataset.fingerprint()},
@@ -102,7 +102,7 @@ def _channels(options: argparse.Namespace) -> int:
 
     check_file("--output", options.output, PICTURES)
     images = [load_image(path) for path in options.images]
-    model, processor = load_model(options.model, options.dtype)
+    model, processor = load_silently(options.model, options.dtype)
     matches = [channel_matches(model, processor, image) for image in images]
     save_figure(channel_scatter(images, matches), options.output, options.dpi)
     echo(options.output)

@@ -131,7 +131,7 @@ def at_least_1(text: str) -> int:
     return int(text)
 
 
-def load_model(name: str | None, dtype: str | None = None):
+def load_silently(name: str | None, dtype: str | None = None):
     """Like [`iclip_hf.models.loading.load_model`], without output of Transformers."""
     from ..models.loading import load_model
 

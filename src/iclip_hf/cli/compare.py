@@ -18,7 +18,7 @@ from .common import (
     add_prompt_options,
     check_file,
     echo,
-    load_model,
+    load_silently,
     printable,
     save_figure,
 )
@@ -115,7 +115,7 @@ def _explain(options: argparse.Namespace, image, texts: list[str], templates, ta
     size = None if options.image_size is None else {"height": options.image_size, "width": options.image_size}
     seen = {"templates": templates, "target_sizes": [target_size], "size": size}
     for name in options.models or [None]:
-        model, processor = load_model(name, options.dtype)
+        model, processor = load_silently(name, options.dtype)
         for method in dict.fromkeys(options.methods):
             yield name or "embedded", method, explain(model, processor, [image], texts, method, **seen)[0]
 

@@ -14,7 +14,7 @@ from .common import (
     at_least_1,
     check_file,
     echo,
-    load_model,
+    load_silently,
 )
 
 
@@ -59,7 +59,7 @@ def run(options: argparse.Namespace) -> int:
     state = this_process("eval")  # selects the device before the model is loaded
     with partner_errors("run it again"):
         result = evaluate(
-            *load_model(options.model, options.dtype),
+            *load_silently(options.model, options.dtype),
             dataset,
             options.methods,
             image_size=options.image_size,

@@ -19,7 +19,7 @@ from .common import (
     check_file,
     check_folder,
     echo,
-    load_model,
+    load_silently,
     printable,
     save_figure,
 )
@@ -106,7 +106,7 @@ def _localizer(options: argparse.Namespace):
     except ValueError:
         threshold = class_thresholds(options.threshold, options.texts, options.method)
     return Localizer(
-        *load_model(options.model, options.dtype),
+        *load_silently(options.model, options.dtype),
         options.texts,
         method=options.method,
         templates=options.templates,

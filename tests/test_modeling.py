@@ -412,7 +412,7 @@ def test_both_sides_of_a_two_tower_checkpoint_are_taken(tmp_path):
         ({"pixel_values": torch.zeros(3, 32, 32)}, r"shape \(B, 3, H, W\)"),
         ({"pixel_values": None}, "no pixel_values"),
         ({"input_ids": None}, "no input_ids and no text_features"),
-        ({"return_loss": True}, "one text an image, got 2 images and texts of shape"),
+        ({"return_loss": True}, "one text an image for the contrastive loss, got 2 images and texts of shape"),
     ],
 )
 def test_bad_inputs_are_named(changes, message):

@@ -17,13 +17,17 @@ from iclip_hf.models import onnx as onnx_export
 from iclip_hf.models.onnx import ONNXModel, export_onnx
 
 
-IMAGE = ("image_embeds", "map_image_embeds", "patch_embeds", "patch_tokens", "attention")
+IMAGE = ("image_embeds", "patch_embeds", "attention", "map_attention")
 TEXT = ("text_embeds", "map_text_embeds")
 
 
 @pytest.fixture(scope="module")
 def model():
-    return tiny_model("dinov2", attention_norm="quantile", map_affinity=10.0)
+    options = {"max_over": "similarity", "center_tokens": True, "map_attention": "additive", "map_affinity": 10.0}
+    model = tiny_model("dinov2", attention_norm="quantile", **options)
+    with torch.no_grad():
+        model.token_mean.copy_(torch.linspace(-1, 1, len(model.token_mean)))
+    return model
 
 
 @pytest.fixture(scope="module")

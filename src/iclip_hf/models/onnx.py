@@ -27,7 +27,7 @@ from ..utils.files import atomic_folder, loading_errors
 
 
 VISION_FILE, TEXT_FILE = "vision_model.onnx", "text_model.onnx"
-_IMAGE_OUTPUTS = ("image_embeds", "map_image_embeds", "patch_embeds", "attention", "map_attention")
+_IMAGE_OUTPUTS = ("image_embeds", "patch_embeds", "attention", "map_attention")
 _TEXT_OUTPUTS = ("text_embeds", "map_text_embeds")
 
 
@@ -35,8 +35,8 @@ def export_onnx(model: ICLIPModel, processor: ICLIPProcessor, folder: str | Path
     """
     Writes a model as two ONNX graphs, with its configuration and processor. The sizes B, T, L, H and W are dynamic.
 
-    - `vision_model.onnx`: `pixel_values` `(B, 3, H, W)`, at least two patches high and wide, to the unit vectors `image_embeds` and
-      `map_image_embeds` `(B, P)` and `patch_embeds` `(B, h, w, P)`, the `patch_tokens` `(B, N, D)` and the `attention` `(B, N)` in
+    - `vision_model.onnx`: `pixel_values` `(B, 3, H, W)`, at least two patches high and wide, to the unit vectors `image_embeds`
+      `(B, P)` and `patch_embeds` `(B, h, w, P)`, the `attention` and, shared among like patches, the `map_attention` `(B, N)` in
       [0, 1], as in [`ICLIPImageFeatures`].
     - `text_model.onnx`: `input_ids`, `attention_mask` and the tokenizer's other outputs, `(T, L)`, to the unit vectors
       `text_embeds` and `map_text_embeds` `(T, P)`, as in [`ICLIPTextFeatures`].

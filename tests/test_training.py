@@ -416,7 +416,7 @@ def test_noun_prompts_teach_the_recognition_branch():
         **{**batch, "input_ids": batch["input_ids"][:3], "attention_mask": batch["attention_mask"][:3]}
     )
     assert outputs["losses"][0].item() == pytest.approx(0.3 * plain["losses"][0].item() + 0.7 * nouns, abs=1e-5)
-    assert outputs["losses"][1] == plain["losses"][1]
+    torch.testing.assert_close(outputs["losses"][1], plain["losses"][1], atol=1e-5, rtol=0)
     torch.testing.assert_close(outputs["text_embeds"], plain["text_embeds"], atol=1e-6, rtol=0)
 
 
@@ -877,7 +877,8 @@ def test_an_interrupted_run_saves_a_checkpoint_and_says_where(hub, tmp_path, nam
     assert said == f"train.py: interrupted after step 3; --resume goes on from {checkpoint}" and checkpoint.is_dir()
     run(hub, tmp_path / "run", "--max_steps", 5, "--resume")
     run(hub, tmp_path / "whole", "--max_steps", 5)
-    assert_same_weights(tmp_path / "run" / "model", tmp_path / "whole" / "model")
+    # The interrupted process has one thread, which rounds otherwise than several.
+    assert_same_weights(tmp_path / "run" / "model", tmp_path / "whole" / "model", atol=1e-6, rtol=0)
 
 
 def test_the_death_of_a_partner_says_how_to_go_on(hub, tmp_path, monkeypatch):

@@ -517,7 +517,7 @@ class ICLIPModel(PreTrainedModel):
         Similarities of images and texts by the map branch with `max_over="similarity"`, see [`~pooling.pool_similarities`].
 
         Args:
-            patch_embeds (`torch.Tensor` of shape `(B, N, P)`), text_embeds (`(T, P)` or `(B, T, P)`): unit vectors.
+            patch_embeds (`torch.Tensor` of shape `(B, N, P)` or `(B, h, w, P)`), text_embeds (`(T, P)` or `(B, T, P)`): unit vectors.
             attention (`torch.Tensor` of shape `(B, N)`): of the patches; left out where `config.pooling` is `"max"`.
 
         Returns:
@@ -525,7 +525,8 @@ class ICLIPModel(PreTrainedModel):
         """
         if self.config.pooling == "max":
             attention = torch.ones_like(attention)
-        return pool_similarities(text_embeds @ patch_embeds.mT, attention, self.config.max_sharpness)
+        patches = patch_embeds.flatten(1, -2)
+        return pool_similarities(text_embeds.to(patches) @ patches.mT, attention, self.config.max_sharpness)
 
     @can_return_tuple
     def get_image_features(self, pixel_values: torch.FloatTensor, **kwargs) -> ICLIPImageFeatures:
@@ -658,8 +659,7 @@ class ICLIPModel(PreTrainedModel):
         recognised = cosines(image.image_embeds, text.text_embeds)
         if self.config.max_over == "channels":
             return recognised
-        patches = image.patch_embeds.flatten(1, 2)
-        pooled = self.pool_similarities(patches, text.map_text_embeds.to(patches), image.map_attention)
+        pooled = self.pool_similarities(image.patch_embeds, text.map_text_embeds, image.map_attention)
         return (recognised + pooled.to(recognised.device)) / 2
 
     @can_return_tuple
@@ -718,11 +718,9 @@ class ICLIPModel(PreTrainedModel):
             loss = contrastive_loss(logits_per_image)
             if self.interpretability is not None:
                 if self.config.max_over == "similarity":
-                    patches, texts = (
-                        image.patch_embeds.flatten(1, 2),
-                        text.map_text_embeds.to(image.patch_embeds.device),
+                    similarities = self.pool_similarities(
+                        image.patch_embeds, text.map_text_embeds, image.map_attention
                     )
-                    similarities = self.pool_similarities(patches, texts, image.map_attention)
                 else:
                     similarities = cosines(image.map_image_embeds, text.map_text_embeds)
                 map_loss = contrastive_loss(_scaled(map_scale, similarities))

@@ -60,6 +60,8 @@ def test_what_a_training_loop_writes_into_it_loads_again(tmp_path):
         ("attention_quantile", 0.0, r"\(0, 1\], got 0.0"),
         ("logit_scale_init_value", 100, "got 100"),
         ("text_pooling", "pooler", "pooler"),
+        ("max_sharpness", 0, "got 0"),
+        ("center_tokens", True, 'max_over="similarity" with center_tokens=True, got "channels"'),
     ],
 )
 def test_bad_options_are_refused(option, value, message):

@@ -30,7 +30,7 @@ class ICLIPConfig(PreTrainedConfig):
             ([`~pooling.pool_similarities`]). `"similarity"` needs `dual_projection`, for it compares no single image vector.
         max_sharpness (`float`, defaults to 10): how near the smooth maximum of `"similarity"` is to the maximum.
         center_tokens (`bool`, defaults to `False`): beyond the paper: the branch that draws the maps sees patch tokens less
-            their mean over the training images, which the model holds as `token_mean`.
+            their mean over the training images, which the model holds as `token_mean`. Needs `max_over="similarity"`.
         dual_projection (`bool`, defaults to `True`): a second pair of projections (Eq. 12) that pools by the class token,
             for recognition. Without it the one branch serves both (Table 3).
         projection_bias (`bool`, defaults to `False`): whether the projections have a bias.
@@ -110,6 +110,12 @@ class ICLIPConfig(PreTrainedConfig):
             raise ValueError(f"Expected map_affinity to be at least 0, got {self.map_affinity}.")
         if not self.max_sharpness > 0:
             raise ValueError(f"Expected max_sharpness to be positive, got {self.max_sharpness}.")
+        if (
+            self.center_tokens and self.max_over == "channels"
+        ):  # what is pooled before the projection is cached uncentred
+            raise ValueError(
+                'Expected max_over="similarity" with center_tokens=True, got "channels": change one of them.'
+            )
         if self.max_over == "similarity" and not (self.dual_projection and self.pooling in ("masked_max", "max")):
             raise ValueError(
                 'Expected dual_projection=True and pooling "masked_max" or "max" for max_over="similarity", got '

@@ -501,7 +501,7 @@ class ICLIPModel(PreTrainedModel):
             image ([`ImageTokens`]): from `encode_image`.
             attention (`torch.Tensor` of shape `(B, N)`): from `normalized_attention`.
         """
-        pooled = pool(self.centered_tokens(image), image.class_token, attention, self.config.pooling)
+        pooled = pool(image.patch_tokens, image.class_token, attention, self.config.pooling)
         return (image.class_token if self.config.dual_projection else pooled), pooled
 
     def centered_tokens(self, image: ImageTokens) -> torch.Tensor:

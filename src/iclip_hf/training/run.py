@@ -13,6 +13,13 @@ import yaml
 from tqdm import tqdm
 from transformers.utils import logging as transformers_logging
 
+from ..utils.extras import require_extra
+
+
+with require_extra("train"):
+    from accelerate import Accelerator, DistributedDataParallelKwargs, PartialState
+    from accelerate.utils import ProjectConfiguration, parse_flag_from_env, set_seed
+
 from ..configuration_iclip import ICLIPConfig
 from ..data.segmentation import load_segmentation
 from ..evaluation.evaluate import evaluate
@@ -21,7 +28,6 @@ from ..modeling_iclip import ICLIPModel
 from ..models.loading import load_iclip
 from ..processing_iclip import ICLIPProcessor
 from ..utils.distributed import partner_errors, shared_folder_lock
-from ..utils.extras import require_extra
 from ..utils.files import atomic_write
 from .checkpoints import (
     advice_to_resume,
@@ -38,11 +44,6 @@ from .meter import Meter
 from .schedule import cosine_schedule, parameter_groups
 from .settings import MAP_METRICS, Settings
 from .validation import draw_examples, validate
-
-
-with require_extra("train"):
-    from accelerate import Accelerator, DistributedDataParallelKwargs, PartialState
-    from accelerate.utils import ProjectConfiguration, parse_flag_from_env, set_seed
 
 
 # -------------------------------------------------------------------------------------------------------------- model

@@ -149,15 +149,17 @@ def _record_heads(query, key, value, scaling: float) -> torch.Tensor | None:
     return layer.weights
 
 
-def _transformers_attention(module, query, key, value, attention_mask, scaling=None, class_row=None, **kwargs):
+def _transformers_attention(module, query, key, value, attention_mask, scaling=None, last_attention=None, **kwargs):
     """Computes attention as ICLIP's own function does, and records it. There is no mask: images get no padding."""
     weights = _record_heads(query, key, value, query.shape[-1] ** -0.5 if scaling is None else scaling)
     if weights is None:
         fused = AttentionInterface()["sdpa_class_row"]
-        return fused(module, query, key, value, None, scaling=scaling, class_row=class_row, **kwargs)
-    if class_row is not None and getattr(module, "keep_class_row", False):
-        class_row.weights = weights[:, :, :1]
-    return (weights @ value).transpose(1, 2), None
+        return fused(module, query, key, value, None, scaling=scaling, last_attention=last_attention, **kwargs)
+    attended = (weights @ value).transpose(1, 2)
+    if last_attention is not None and getattr(module, "is_last_attention", False):
+        last_attention.class_row = weights[:, :, :1]
+        attended = last_attention.mix(attended, value)
+    return attended, None
 
 
 AttentionInterface.register("iclip_recorded", _transformers_attention)

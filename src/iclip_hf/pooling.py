@@ -73,7 +73,8 @@ def pool_similarities(
     attention = attention.float()
     total = attention.sum(-1, keepdim=True)
     prior = torch.where(total > 0, attention / total, 1 / attention.shape[-1])
-    if torch.is_grad_enabled() and text_embeds.ndim == 2 and not prior.requires_grad:
+    learning = torch.is_grad_enabled() and (patch_embeds.requires_grad or text_embeds.requires_grad)
+    if learning and text_embeds.ndim == 2 and not prior.requires_grad:
         return _SmoothMaximum.apply(patch_embeds, text_embeds, prior, sharpness)
     similarities = (text_embeds @ patch_embeds.mT).float()
     return (prior.log().unsqueeze(1) + sharpness * similarities).logsumexp(-1) / sharpness

@@ -39,22 +39,22 @@ class Scores(torch.nn.Module):
 
 
 def with_transformers(model: CLIPModel, pixel_values: torch.Tensor, text_embeds: torch.Tensor, method: str):
-    """Grad-CAM or the last layer's relevance on the model's public outputs."""
-    maps = []
+    """Grad-CAM after the last block's first norm, or the last layer's relevance, on the model's public outputs."""
+    maps, normed = [], []
+    handle = model.vision_model.encoder.layers[-1].layer_norm1.register_forward_hook(
+        lambda module, args, output: normed.append(output)
+    )
     for text in text_embeds:
-        normed = []
-        norm = model.vision_model.encoder.layers[-1].layer_norm1
-        handle = norm.register_forward_hook(lambda module, args, output: normed.append(output))
         outputs = model.vision_model(pixel_values, output_attentions=True)
-        handle.remove()
         logit = (F.normalize(model.visual_projection(outputs.pooler_output), dim=-1) @ text).sum()
         if method == "grad_cam":
-            (activations,) = normed
+            activations = normed.pop()
             (gradient,) = torch.autograd.grad(logit, activations)
             maps.append((activations * gradient[:, 1:].mean(1, keepdim=True)).sum(-1)[:, 1:].relu().detach())
         else:
             (gradient,) = torch.autograd.grad(logit, outputs.attentions[-1])
             maps.append((outputs.attentions[-1] * gradient).relu().mean(1)[:, 0, 1:].detach())
+    handle.remove()
     return torch.stack(maps, 1)
 
 

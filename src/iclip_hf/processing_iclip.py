@@ -12,6 +12,7 @@ from transformers.processing_utils import ProcessorMixin
 
 from .configuration_iclip import ICLIPConfig
 from .images import to_rgb
+from .prompts import check_templates, check_text
 from .regions import MIN_AREA, Region, find_regions, negative_points, positive_points
 from .similarity import min_max_normalize, resize_and_normalize, resize_maps
 from .similarity import reverse as reverse_maps
@@ -365,15 +366,6 @@ def check_thresholds(threshold: float | Sequence[float]) -> torch.Tensor:
     return thresholds
 
 
-def check_templates(templates: str | Sequence[str]) -> list[str]:
-    """Returns prompts as a list. Raises `ValueError` unless each has exactly one `{}`."""
-    templates = [templates] if isinstance(templates, str) else templates
-    fits = isinstance(templates, Sequence) and len(templates) > 0
-    if not fits or any(not isinstance(t, str) or t.count("{}") != 1 for t in templates):
-        raise ValueError(f'Expected templates with one {{}} each, such as "a photo of the {{}}", got {templates}.')
-    return list(templates)
-
-
 def _flattened(kwargs: dict) -> dict:
     """Merges `text_kwargs`, `images_kwargs` and `common_kwargs` into the keywords, which are equivalent."""
     flat = dict(kwargs)
@@ -399,17 +391,8 @@ def _nested(texts, expand) -> list[str] | list[list[str]]:
     for one in texts:
         if not isinstance(one, str):
             raise TypeError(f"Expected texts to be strings, got {one!r} of type {type(one).__name__}.")
-        if not one.strip() or not _is_encodable(one):
-            raise ValueError(f"Expected texts with at least one character, in valid Unicode, got {one!r}.")
+        check_text(one)
     return [prompt for one in texts for prompt in expand(one)]
-
-
-def _is_encodable(text: str) -> bool:
-    try:
-        text.encode()
-    except UnicodeEncodeError:  # a lone surrogate
-        return False
-    return True
 
 
 def _as_list(images) -> list:

@@ -50,12 +50,13 @@ def register(commands) -> None:
 
 def run(options: argparse.Namespace) -> int:
     from ..data.segmentation import load_segmentation
-    from ..evaluation.evaluate import evaluate
-    from ..utils.distributed import partner_errors, this_process
 
     if options.output:
         check_file("--output", options.output, (".json",))
     dataset = load_segmentation(options.dataset, options.data_root, options.split, options.overrides)
+    from ..evaluation.evaluate import evaluate
+    from ..utils.distributed import partner_errors, this_process
+
     state = this_process("eval")  # selects the device before the model is loaded
     with partner_errors("run it again"):
         result = evaluate(

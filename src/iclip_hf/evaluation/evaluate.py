@@ -25,7 +25,7 @@ from ..explainers import identity, make_explainer, select_texts
 from ..explainers.gradients import GradientExplainer
 from ..localization.localizer import Localizer
 from ..presence import MIN_PRESENCE
-from ..processing_iclip import check_templates
+from ..prompts import check_templates
 from ..similarity import resize_and_normalize, reverse
 from ..utils.distributed import this_process
 from ..utils.extras import require_extra

@@ -208,9 +208,10 @@ def _explain_collection(options: argparse.Namespace) -> int:
 
 
 def _draw(image, explanation, colormap: str, path: Path) -> None:
-    from ..utils.plots import cell_sized, explanation_grid
+    from ..utils.plots import DPI, VECTOR_FORMATS, cell_sized, explanation_grid
 
-    drawn = cell_sized(image)
+    vector = path.suffix[1:].lower() in VECTOR_FORMATS
+    drawn = cell_sized(image, 2 * DPI if vector else DPI)  # one zooms into vector graphics
     heatmaps = replace(explanation, size=(drawn.height, drawn.width)).maps.numpy()
     titles = [f"{text}  {score:+.2f}" for text, score in zip(explanation.labels, explanation.scores.tolist())]
     absent = (explanation.presence < explanation.min_presence).nonzero()[:, 0].tolist()

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from .localization.localizer import explain
     from .modeling_iclip import ICLIPImageFeatures, ICLIPModel, ICLIPOutput, ICLIPTextFeatures
     from .models.embedded import embedded_model
-    from .pipeline_iclip import ImageTextSimilarityMapPipeline
+    from .pipeline_iclip import ImageTextSimilarityMapPipeline, ZeroShotImageSegmentationPipeline
     from .processing_iclip import ICLIPProcessor
 
 
@@ -35,6 +35,7 @@ _MODULES = {
     "ICLIPProcessor": ".processing_iclip",
     "ICLIPTextFeatures": ".modeling_iclip",
     "ImageTextSimilarityMapPipeline": ".pipeline_iclip",
+    "ZeroShotImageSegmentationPipeline": ".pipeline_iclip",
 }
 __all__ = [*_MODULES]
 __getattr__, __dir__ = lazy_names(__name__, _MODULES)

@@ -1,6 +1,32 @@
-"""Checks of texts and of the prompts that they are put into."""
+"""Prompt templates by name, and checks of texts and templates."""
 
 from collections.abc import Sequence
+
+
+_KINDS_OF_PHOTO = (
+    "bad", "low resolution", "cropped", "bright", "dark", "close-up", "black and white", "pixelated", "jpeg corrupted", "blurry",
+    "good",
+)  # fmt: skip
+_KINDS_OF_OBJECT = ("", "hard to see ", "clean ", "dirty ", "cool ", "nice ", "weird ", "small ", "large ")
+_WORKS = (
+    "a sculpture", "a rendering", "a tattoo", "a drawing", "a painting", "a doodle", "a sketch", "a rendition", "graffiti", "art",
+    "itap",
+)  # fmt: skip
+_MATERIALS = ("embroidered", "plastic", "origami", "toy", "cartoon", "plushie")
+
+# The 80 templates that CLIP's authors average on ImageNet.
+IMAGENET_TEMPLATES = (
+    *(f"a {kind} photo of {article} {{}}." for kind in _KINDS_OF_PHOTO for article in ("a", "the")),
+    *(f"a photo of {article} {kind}{{}}." for kind in _KINDS_OF_OBJECT for article in ("a", "the")),
+    *(f"{work} of {article} {{}}." for work in _WORKS for article in ("a", "the")),
+    *(f"{article} {material} {{}}." for material in _MATERIALS for article in ("a", "the")),
+    *(f"{article} {{}} in a video game." for article in ("a", "the")),
+    "a photo of many {}.",
+    "a photo of one {}.",
+    "a photo of my {}.",
+    "itap of my {}.",
+)
+NAMED_TEMPLATES = {"imagenet": IMAGENET_TEMPLATES}
 
 
 def check_text(text: str) -> str:
@@ -11,11 +37,16 @@ def check_text(text: str) -> str:
 
 
 def check_templates(templates: str | Sequence[str]) -> list[str]:
-    """Returns prompts as a list. Raises `ValueError` unless each has exactly one `{}`."""
+    """Returns prompts as a list, those of `NAMED_TEMPLATES` for its names. `ValueError` unless each has exactly one `{}`."""
     templates = [templates] if isinstance(templates, str) else templates
+    if isinstance(templates, Sequence) and len(templates) == 1 and templates[0] in NAMED_TEMPLATES:
+        templates = NAMED_TEMPLATES[templates[0]]
     fits = isinstance(templates, Sequence) and len(templates) > 0
     if not fits or any(not isinstance(t, str) or t.count("{}") != 1 for t in templates):
-        raise ValueError(f'Expected templates with one {{}} each, such as "a photo of the {{}}", got {templates}.')
+        raise ValueError(
+            f'Expected templates with one {{}} each, such as "a photo of the {{}}", or one of the names '
+            f"{list(NAMED_TEMPLATES)}, got {templates}."
+        )
     return list(templates)
 
 

@@ -87,7 +87,9 @@ class _SmoothMaximum(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, patches: torch.Tensor, texts: torch.Tensor, prior: torch.Tensor, sharpness: float) -> torch.Tensor:
+    def forward(
+        ctx, patches: torch.Tensor, texts: torch.Tensor, prior: torch.Tensor, sharpness: float
+    ) -> torch.Tensor:
         (images, number, _), count = patches.shape, len(texts)
         shares = patches.new_empty(images, number, count, dtype=torch.float32)
         pooled = patches.new_empty(images, count, dtype=torch.float32)

@@ -1,4 +1,4 @@
-"""`iclip evaluate`: interpretability, or faithfulness, of maps on a segmentation data set."""
+"""`iclip evaluate`: interpretability or faithfulness of maps, or segmentation by them, on a segmentation data set."""
 
 from __future__ import annotations
 
@@ -20,8 +20,11 @@ from .common import (
 
 
 # Names instead of imports, so that the help does not load torch.
-TASKS = ("interpretability", "faithfulness")
+TASKS = ("interpretability", "segmentation", "faithfulness")
 MEASURES = ("deletion_insertion", "max_sensitivity", "randomization", "pointing_game")
+
+
+SEGMENTATION_OPTIONS = ("short_side", "window", "stride", "background", "threshold", "logit_scale", "min_presence")
 
 
 def register(commands) -> None:
@@ -29,13 +32,13 @@ def register(commands) -> None:
         commands,
         "evaluate",
         run,
-        "measure how well maps mark classes, or how faithful they are, on a segmentation data set",
+        "measure how well maps mark or segment classes, or how faithful they are, on a segmentation data set",
     )
     command.add_argument(
         "--task",
         choices=TASKS,
         default="interpretability",
-        help="interpretability: mAP, mMIoU, mFMB and text contrast; faithfulness: deletion and insertion, pointing game, "
+        help="interpretability: mAP, mMIoU, mFMB and text contrast; segmentation: mIoU of label maps; faithfulness: deletion and insertion, pointing game, "
         "max-sensitivity and randomised layers (default: interpretability)",
     )
     add_dataset_options(command)
@@ -48,6 +51,7 @@ def register(commands) -> None:
         help="interpretability: image is the mean over the images of a class, pixel pools the pixels of all its images "
         "(default: image)",
     )
+    _add_segmentation_options(command)
     command.add_argument(
         "--measures",
         nargs="+",
@@ -77,15 +81,64 @@ def register(commands) -> None:
     command.add_argument("--json", action="store_true", help="print JSON instead of text")
 
 
+def _add_segmentation_options(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--short-side",
+        type=at_least_1,
+        metavar="PIXELS",
+        help="segmentation: short side of images that keep their proportions (default: a square; with --window 336)",
+    )
+    command.add_argument(
+        "--window",
+        type=at_least_1,
+        metavar="PIXELS",
+        help="segmentation: side of windows that slide over the image, for example 224 (default: the whole image)",
+    )
+    command.add_argument(
+        "--stride",
+        type=at_least_1,
+        metavar="PIXELS",
+        help="segmentation: distance of the windows (default: half of the window)",
+    )
+    command.add_argument(
+        "--background",
+        action="append",
+        metavar="TEXT",
+        help="segmentation: text that describes the background, such as sky; repeat the option for several texts",
+    )
+    command.add_argument(
+        "--threshold",
+        type=float,
+        metavar="NUMBER",
+        help="segmentation: confidence up to which a pixel is background, in [0, 1] (default: the best one for the images at "
+        "even positions is used for those at odd positions, and the reverse; none with texts for the background)",
+    )
+    command.add_argument(
+        "--logit-scale",
+        type=float,
+        metavar="NUMBER",
+        help="segmentation: take as confidence the softmax of similarities times this number, for example 40 (default: the "
+        "map of the best class, stretched to [0, 1])",
+    )
+    command.add_argument(
+        "--min-presence",
+        type=float,
+        metavar="NUMBER",
+        help="segmentation: a class with a lower presence gets no pixel; 0 to 1 (default: 0)",
+    )
+
+
 def run(options: argparse.Namespace) -> int:
     from ..data.segmentation import load_segmentation
     from ..utils.distributed import partner_errors, this_process
 
     measure, own = _measure(options.task)
     given = {name: getattr(options, name) for name in own if getattr(options, name) is not None}
-    for name in ("aggregate", "measures", "steps", "seed"):
+    for name in ("aggregate", "measures", "steps", "seed", *SEGMENTATION_OPTIONS):
         if name not in own and getattr(options, name) is not None:
-            raise ValueError(f"Expected --{name} with another --task, got it with {options.task}.")
+            raise ValueError(
+                f"Expected --{name.replace('_', '-')} with another --task, got it with {options.task}: leave it out."
+            )
     if options.output:
         check_file("--output", options.output, (".json",))
     dataset = load_segmentation(options.dataset, options.data_root, options.split, options.overrides)
@@ -111,7 +164,10 @@ def _measure(task: str) -> tuple[Callable, tuple[str, ...]]:
     """Returns the function of a task, and the options that only some tasks have."""
     from ..evaluation.evaluate import evaluate
     from ..evaluation.faithfulness import evaluate_faithfulness
+    from ..evaluation.segmentation import evaluate_segmentation
 
+    if task == "segmentation":
+        return evaluate_segmentation, ("batch_size", *SEGMENTATION_OPTIONS)
     if task == "faithfulness":
         return evaluate_faithfulness, ("batch_size", "measures", "steps", "seed")
     return evaluate, ("batch_size", "aggregate")

@@ -163,9 +163,8 @@ def test_randomised_layers_are_the_last_ones_and_the_model_stays_bit_for_bit(tin
 
     twin, generator = copy.deepcopy(model), torch.Generator().manual_seed(9)
     with torch.no_grad():
-        for depth, layer in enumerate(
-            reversed(next(one for one in twin.vision_model.modules() if isinstance(one, nn.ModuleList)))
-        ):
+        layers = next(one for one in twin.vision_model.modules() if isinstance(one, nn.ModuleList))
+        for depth, layer in enumerate(reversed(layers)):
             for weight in layer.parameters():
                 std = weight.std(correction=0)
                 weight.copy_(torch.randn(weight.shape, generator=generator) * std + weight.mean())

@@ -178,6 +178,17 @@ def check_folder(option: str, path: Path) -> None:
         raise ValueError(f"{option}: expected a folder, got the file name {path}.")
 
 
+def file_names(images: list[str]) -> list[str]:
+    """Returns a unique name for each picture, because a/dog.jpg and b/dog.jpg must not write the same file."""
+    taken = {}
+    for stem in (Path(image).stem for image in images):
+        name, number = stem, 2
+        while name in taken:
+            name, number = f"{stem}-{number}", number + 1
+        taken[name] = f"{name}.png"
+    return list(taken.values())
+
+
 def save_figure(figure, path: Path, dpi: int = 120) -> None:
     """Writes a figure atomically, in the format of the file name's suffix."""
     from ..utils.files import atomic_write

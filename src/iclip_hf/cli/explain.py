@@ -19,6 +19,7 @@ from .common import (
     check_file,
     check_folder,
     echo,
+    file_names,
     load_silently,
     printable,
     save_figure,
@@ -142,7 +143,7 @@ def _explain_images(options: argparse.Namespace) -> int:
             _save_arrays(explanation, picture.with_suffix(".npz"))
         return {"image": name, "picture": str(picture), "texts": texts}
 
-    pictures = [output / name for name in _file_names(options.images)] if several else [output]
+    pictures = [output / name for name in file_names(options.images)] if several else [output]
     with ThreadPoolExecutor(1) as beside:  # while the model runs
         explained = localizer.explain_all(lambda path: (path, load_image(path)), options.images, beside, batch_size=4)
         written = prefetch_map(beside, write, zip(explained, pictures), 4)
@@ -224,14 +225,3 @@ def _print_table(report: list[dict]) -> None:
             echo(
                 f"  {printable(row['text']):<{width}}  {row['score']:+.4f}  presence {row['presence']:.2f}  {regions}"
             )
-
-
-def _file_names(images: list[str]) -> list[str]:
-    """Returns a unique name for each picture, because a/dog.jpg and b/dog.jpg must not write the same file."""
-    taken = {}
-    for stem in (Path(image).stem for image in images):
-        name, number = stem, 2
-        while name in taken:
-            name, number = f"{stem}-{number}", number + 1
-        taken[name] = f"{name}.png"
-    return list(taken.values())

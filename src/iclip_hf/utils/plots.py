@@ -10,6 +10,7 @@ from functools import cache
 import numpy as np
 from matplotlib import colormaps, font_manager, rcParams
 from matplotlib.figure import Figure
+from matplotlib.patches import Patch
 from PIL import Image
 
 from .arrays import to_numpy
@@ -19,6 +20,8 @@ from .arrays import to_numpy
 COLORMAP = "jet"
 # Width of a picture on a sheet, in inches.
 CELL = 2.8
+# Most entries of a legend.
+_LEGEND = 10
 # Margin around each picture, in inches.
 _GAP = 0.04
 # Characters of a title that fit the width of a cell.
@@ -89,6 +92,48 @@ def explanation_grid(
         pictures.append(overlay(image, heatmap, opacity if shown else opacity / 4, colormap))
         names.append(title if shown else f"{title}  absent")
     return picture_grid(pictures, names, columns)
+
+
+def label_colors(number: int) -> np.ndarray:
+    """
+    Returns the colours of class ids 0, 1, ..., as VOC numbers them: the bits of an id, in turn, are the highest bits of red, green and
+    blue. The background (0) is black.
+
+    Returns:
+        `np.ndarray` of shape `(number, 3)`, uint8, RGB.
+    """
+    ids = np.arange(number)[:, None]
+    bits = [((ids >> (3 * place + np.arange(3))) & 1) << (7 - place) for place in range(8)]
+    return np.sum(bits, axis=0).astype(np.uint8)
+
+
+def label_figure(image: Image.Image, labels: np.ndarray, texts: Sequence[str], *, opacity: float = 0.6) -> Figure:
+    """
+    Shows an image and its label map over it, with a legend of the texts that have pixels, the largest first.
+
+    Args:
+        image (`PIL.Image.Image`): RGB.
+        labels (`np.ndarray` of shape `(H, W)`): index of a text for each pixel, -1 for the background, which is dimmed.
+        texts: T texts.
+        opacity (`float`): of the colours, in [0, 1].
+    """
+    colors = label_colors(len(texts) + 1)
+    pixels = np.asarray(image, dtype=np.float32) / 255
+    blended = (1 - opacity) * pixels + opacity * colors[labels + 1] / np.float32(255)
+    areas = np.bincount(labels.ravel() + 1, minlength=len(texts) + 1)[1:]
+    shown = [index for index in np.argsort(-areas, kind="stable") if areas[index]]
+    figure = picture_grid([image, blended, None], ["original", "", ""], 3)
+    handles = [Patch(color=colors[index + 1] / 255) for index in shown[:_LEGEND]]
+    names = [_wrap(f"{texts[index]}  {100 * areas[index] / labels.size:.0f} %") for index in shown[:_LEGEND]]
+    if len(shown) > _LEGEND:
+        handles.append(Patch(alpha=0))
+        names.append(f"and {len(shown) - _LEGEND} more")
+    legend = figure.axes[2].legend(
+        handles, names or ["none of the texts"], loc="center left", fontsize=9, frameon=False
+    )
+    for text in legend.get_texts():
+        text.set(**verbatim())
+    return figure
 
 
 def comparison_sheet(

@@ -486,8 +486,6 @@ class TextContrast(_ClassSums):
         return {"text_contrast": _mean(per_class.values()), "per_class": per_class, **self._numbers("images")}
 
 
-<<<<<<< HEAD
-=======
 class ClassMeans(_ClassSums):
     """Means of any figures of pairs: over the images of a class, then over the classes. A figure that is NaN is left out.
 
@@ -526,7 +524,6 @@ class ClassMeans(_ClassSums):
         return {"means": means, "per_class": per_class, "pairs": self._counted, "left_out": left_out}
 
 
->>>>>>> main
 class MeanIoU:
     """mIoU of label maps: the IoU of each class over the pixels of all images, averaged over the classes.
 
@@ -614,47 +611,6 @@ class MeanIoU:
         in_both, predicted, referenced = self.areas
         union = predicted + referenced - in_both
         return 100 * in_both / np.where(union, union, np.nan)
-<<<<<<< HEAD
-
-
-class ClassMeans(_ClassSums):
-    """Means of any figures of pairs: over the images of a class, then over the classes. A figure that is NaN is left out.
-
-    Example:
-        >>> metric = ClassMeans()
-        >>> for figures, label in (([1.0, math.nan], 7), ([0.0, math.nan], 7), ([1.0, 0.5], 8)):
-        ...     metric.update(figures, label)
-        >>> metric.compute()["means"]
-        array([0.75, 0.5 ])
-    """
-
-    _reasons = ()
-
-    def update(self, figures, label: int) -> None:
-        """Adds the figures of one pair, `(F,)` floats."""
-        figures = np.asarray(figures, dtype=np.float64)
-        counts = ~np.isnan(figures)
-        self._counted += 1
-        self._add(_class_id(label, "label"), np.array([counts, np.where(counts, figures, 0)]))
-
-    def compute(self) -> dict:
-        """Returns the means of all pairs so far.
-
-        - **means** -- (F,) mean over classes (NaN without any value); None without any pair.
-        - **per_class** -- {class id: (F,) mean over images}.
-        - **pairs**, **left_out** -- number of pairs, and (F,) number of values that were NaN.
-        """
-        if not self._sums:
-            return {"means": None, "per_class": {}, "pairs": 0, "left_out": None}
-        per_class = {
-            label: np.divide(total, number, out=np.full_like(total, np.nan), where=number > 0)
-            for label, (number, total) in sorted(self._sums.items())
-        }
-        means = np.array([_mean(one[~np.isnan(one)]) for one in np.array(list(per_class.values())).T])
-        left_out = self._counted - sum(number for number, _ in self._sums.values()).astype(int)
-        return {"means": means, "per_class": per_class, "pairs": self._counted, "left_out": left_out}
-=======
->>>>>>> main
 
 
 class MultiLabelAveragePrecision:

@@ -123,14 +123,15 @@ def label_figure(image: Image.Image, labels: np.ndarray, texts: Sequence[str], *
     areas = np.bincount(labels.ravel() + 1, minlength=len(texts) + 1)[1:]
     shown = [index for index in np.argsort(-areas, kind="stable") if areas[index]]
     figure = picture_grid([image, blended, None], ["original", "", ""], 3)
-    handles = [Patch(color=colors[index + 1] / 255) for index in shown[:_LEGEND]]
-    names = [_wrap(f"{texts[index]}  {100 * areas[index] / labels.size:.0f} %") for index in shown[:_LEGEND]]
+    entries = [
+        (colors[k + 1] / 255, _wrap(f"{texts[k]}  {100 * areas[k] / labels.size:.1f} %")) for k in shown[:_LEGEND]
+    ]
     if len(shown) > _LEGEND:
-        handles.append(Patch(alpha=0))
-        names.append(f"and {len(shown) - _LEGEND} more")
-    legend = figure.axes[2].legend(
-        handles, names or ["none of the texts"], loc="center left", fontsize=9, frameon=False
-    )
+        entries.append(("none", f"and {len(shown) - _LEGEND} more"))
+    entries = entries or [("none", "none of the texts")]
+    handles = [Patch(color=color) for color, _ in entries]
+    names = [name for _, name in entries]
+    legend = figure.axes[2].legend(handles, names, loc="center left", fontsize=9, frameon=False)
     for text in legend.get_texts():
         text.set(**verbatim())
     return figure

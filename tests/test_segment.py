@@ -4,15 +4,13 @@ import json
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 from test_cli import folder  # noqa: F401
-from test_plots import rendered
 
 from iclip_hf import cli
 from iclip_hf.localization.localizer import Localizer
 from iclip_hf.models.loading import load_pretrained
-from iclip_hf.utils.plots import label_colors, label_figure
+from iclip_hf.utils.plots import label_colors, label_sheet
 
 
 def run(folder, *arguments):  # noqa: F811
@@ -77,18 +75,24 @@ def test_colors_are_those_of_voc():
     assert len({tuple(color) for color in label_colors(256).tolist()}) == 256
 
 
-def test_the_figure_paints_labels_and_names_them():
-    image = Image.new("RGB", (40, 20), "white")
-    labels = np.full((20, 40), -1)
-    labels[:, 20:] = 2
-    figure = label_figure(image, labels, ["dog", "cat", "$x$ ball"], opacity=1)
-    painted = np.asarray(figure.axes[1].images[0].get_array())
-    assert (painted[:, :20] == 0).all() and np.allclose(painted[:, 20:], label_colors(4)[3] / 255)
-    (legend,) = [axis.get_legend() for axis in figure.axes if axis.get_legend()]
-    assert [text.get_text() for text in legend.get_texts()] == ["$x$ ball  50.0 %"]
-    rendered(figure)  # dollar signs are no formula
-    empty = label_figure(image, np.full((20, 40), -1), ["dog"])
-    many = label_figure(image, torch.arange(800).view(20, 40).numpy() // 40, [str(k) for k in range(20)])
-    texts = [one.axes[2].get_legend().get_texts() for one in (empty, many)]
-    assert [text.get_text() for text in texts[0]] == ["none of the texts"]
-    assert len(texts[1]) == 11 and texts[1][-1].get_text() == "and 10 more"
+def test_the_sheet_paints_labels_and_names_them():
+    image = Image.new("RGB", (400, 200), "white")
+    labels = np.full((200, 400), -1)
+    labels[:, 200:] = 2
+    sheet = label_sheet(image, labels, ["dog", "cat", "$x$ ball"], opacity=1)
+    original, painted, legend = (np.asarray(cell.picture) for cell in sheet.cells)
+    assert (original == 255).all() and (painted[:, :200] == 0).all() and (painted[:, 200:] == label_colors(4)[3]).all()
+    colors = {tuple(color) for color in legend.reshape(-1, 3).tolist() if len(set(color)) > 1}  # no shade of grey
+    assert colors == {tuple(label_colors(4)[3].tolist())}
+    assert np.asarray(sheet.image()).shape[1] > 2 * np.asarray(sheet.image()).shape[0]
+
+
+@pytest.mark.parametrize("texts", [0, 1, 200])
+def test_a_legend_holds_what_fits(texts):
+    labels = np.arange(200).repeat(100).reshape(200, 100) % max(texts, 1) - (not texts)
+    sheet = label_sheet(Image.new("RGB", (100, 200), "white"), labels, [f"{k} " * 40 for k in range(max(texts, 1))])
+    legend = np.asarray(sheet.cells[2].picture)
+    drawn = (legend < 128).any((1, 2))
+    assert drawn.any() and not drawn[:2].any() and not drawn[-2:].any()  # nothing is cut
+    names = (legend[:, 60:] < 128).all(2).any(0)
+    assert not names[-2:].any()

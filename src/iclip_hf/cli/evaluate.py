@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+import itertools
 from pathlib import Path
 
+from ..prompts import check_text
 from .common import (
     add_command,
     add_dataset_options,
@@ -14,17 +15,29 @@ from .common import (
     add_model_options,
     at_least_1,
     check_file,
+    checked,
     echo,
     load_silently,
+    share,
 )
 
 
-# Names instead of imports, so that the help does not load torch.
-TASKS = ("interpretability", "segmentation", "faithfulness")
+# Names instead of imports, so that the help does not load torch: tasks, and the options that not all of them have.
+OPTIONS = {
+    "interpretability": ("batch_size", "aggregate"),
+    "segmentation": (
+        "batch_size",
+        "short_side",
+        "window",
+        "stride",
+        "background",
+        "threshold",
+        "logit_scale",
+        "min_presence",
+    ),
+    "faithfulness": ("batch_size", "measures", "steps", "seed"),
+}
 MEASURES = ("deletion_insertion", "max_sensitivity", "randomization", "pointing_game")
-
-
-SEGMENTATION_OPTIONS = ("short_side", "window", "stride", "background", "threshold", "logit_scale", "min_presence")
 
 
 def register(commands) -> None:
@@ -36,10 +49,10 @@ def register(commands) -> None:
     )
     command.add_argument(
         "--task",
-        choices=TASKS,
+        choices=tuple(OPTIONS),
         default="interpretability",
-        help="interpretability: mAP, mMIoU, mFMB and text contrast; segmentation: mIoU of label maps; faithfulness: deletion and insertion, pointing game, "
-        "max-sensitivity and randomised layers (default: interpretability)",
+        help="interpretability: mAP, mMIoU, mFMB and text contrast; segmentation: mIoU of label maps; faithfulness: deletion and "
+        "insertion, pointing game, max-sensitivity and randomised layers (default: interpretability)",
     )
     add_dataset_options(command)
     add_limit_option(command)
@@ -103,12 +116,13 @@ def _add_segmentation_options(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--background",
         action="append",
+        type=checked(check_text),
         metavar="TEXT",
         help="segmentation: text that describes the background, such as sky; repeat the option for several texts",
     )
     command.add_argument(
         "--threshold",
-        type=float,
+        type=share,
         metavar="NUMBER",
         help="segmentation: confidence up to which a pixel is background, in [0, 1] (default: the best one for the images at "
         "even positions is used for those at odd positions, and the reverse; none with texts for the background)",
@@ -122,7 +136,7 @@ def _add_segmentation_options(command: argparse.ArgumentParser) -> None:
     )
     command.add_argument(
         "--min-presence",
-        type=float,
+        type=share,
         metavar="NUMBER",
         help="segmentation: a class with a lower presence gets no pixel; 0 to 1 (default: 0)",
     )
@@ -130,11 +144,10 @@ def _add_segmentation_options(command: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     from ..data.segmentation import load_segmentation
-    from ..utils.distributed import partner_errors, this_process
 
-    measure, own = _measure(options.task)
+    own = OPTIONS[options.task]
     given = {name: getattr(options, name) for name in own if getattr(options, name) is not None}
-    for name in ("aggregate", "measures", "steps", "seed", *SEGMENTATION_OPTIONS):
+    for name in dict.fromkeys(itertools.chain(*OPTIONS.values())):
         if name not in own and getattr(options, name) is not None:
             raise ValueError(
                 f"Expected --{name.replace('_', '-')} with another --task, got it with {options.task}: leave it out."
@@ -142,6 +155,14 @@ def run(options: argparse.Namespace) -> int:
     if options.output:
         check_file("--output", options.output, (".json",))
     dataset = load_segmentation(options.dataset, options.data_root, options.split, options.overrides)
+    from ..evaluation.evaluate import evaluate
+    from ..evaluation.faithfulness import evaluate_faithfulness
+    from ..evaluation.segmentation import evaluate_segmentation
+    from ..utils.distributed import partner_errors, this_process
+
+    measure = {"segmentation": evaluate_segmentation, "faithfulness": evaluate_faithfulness}.get(
+        options.task, evaluate
+    )
     state = this_process("eval")  # selects the device before the model is loaded
     with partner_errors("run it again"):
         result = measure(
@@ -158,16 +179,3 @@ def run(options: argparse.Namespace) -> int:
             result.save(options.output)
         echo(result.to_json() if options.json else result.table())
     return 0
-
-
-def _measure(task: str) -> tuple[Callable, tuple[str, ...]]:
-    """Returns the function of a task, and the options that only some tasks have."""
-    from ..evaluation.evaluate import evaluate
-    from ..evaluation.faithfulness import evaluate_faithfulness
-    from ..evaluation.segmentation import evaluate_segmentation
-
-    if task == "segmentation":
-        return evaluate_segmentation, ("batch_size", *SEGMENTATION_OPTIONS)
-    if task == "faithfulness":
-        return evaluate_faithfulness, ("batch_size", "measures", "steps", "seed")
-    return evaluate, ("batch_size", "aggregate")

@@ -9,35 +9,38 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
+from ..prompts import check_text
 from .common import (
     METHODS,
     PICTURES,
     add_command,
     add_model_options,
+    add_text_option,
     check_file,
     check_folder,
+    checked,
     echo,
+    existing_files,
     file_names,
     load_silently,
     printable,
     save_figure,
+    share,
 )
 
 
 def register(commands) -> None:
     command = add_command(commands, "segment", run, "assign each pixel of images to the text that matches it best")
     command.add_argument("images", nargs="+", metavar="IMAGE", help="image files")
-    command.add_argument(
-        "--text",
-        action="append",
+    add_text_option(
+        command,
+        "what to look for; it is inserted into the prompts; repeat the option for several texts",
         required=True,
-        dest="texts",
-        metavar="TEXT",
-        help="what to look for; it is inserted into the prompts; repeat the option for several texts",
     )
     command.add_argument(
         "--background",
         action="append",
+        type=checked(check_text),
         default=[],
         metavar="TEXT",
         help="what else the image shows, such as sky; its pixels are background; repeat the option for several texts",
@@ -48,14 +51,14 @@ def register(commands) -> None:
     )
     command.add_argument(
         "--threshold",
-        type=float,
+        type=share,
         metavar="NUMBER",
         help="pixels are background up to this value of their best map, which is stretched to [0, 1] (default: 0.5; none with "
         "--background)",
     )
     command.add_argument(
         "--min-presence",
-        type=float,
+        type=share,
         default=0.7,
         metavar="NUMBER",
         help="a text with a lower presence counts as absent and gets no pixel; 0 to 1 (default: 0.7)",
@@ -71,13 +74,6 @@ def register(commands) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    from tqdm import tqdm
-
-    from ..images import load_image
-    from ..localization.localizer import Localizer
-    from ..processing_iclip import check_threshold
-    from ..utils.prefetch import prefetch_map
-
     several = len(options.images) > 1
     output = options.output or Path("segmentations" if several else "segmentation.png")
     if several:
@@ -87,8 +83,16 @@ def run(options: argparse.Namespace) -> int:
     threshold = options.threshold
     if threshold is None and not options.background:
         threshold = 0.5
-    if threshold is not None:
-        check_threshold(threshold)
+    pictures = [output / name for name in file_names(options.images)] if several else [output]
+    wanted = existing_files("segment", options.images, pictures)
+    if not wanted:
+        return 2
+    from tqdm import tqdm
+
+    from ..images import load_image
+    from ..localization.localizer import Localizer
+    from ..utils.prefetch import prefetch_map
+
     localizer = Localizer(
         *load_silently(options.model, options.dtype),
         [*options.texts, *options.background],
@@ -120,9 +124,9 @@ def run(options: argparse.Namespace) -> int:
         _save_labels(labels, label_file)
         return {"image": name, "picture": str(picture), "labels": str(label_file), "segments": segments}
 
-    pictures = [output / name for name in file_names(options.images)] if several else [output]
+    images, pictures = zip(*wanted)
     with ThreadPoolExecutor(1) as beside:  # while the model runs
-        explained = localizer.explain_all(lambda path: (path, load_image(path)), options.images, beside, batch_size=4)
+        explained = localizer.explain_all(lambda path: (path, load_image(path)), images, beside, batch_size=4)
         written = prefetch_map(beside, write, zip(explained, pictures), 4)
         written = list(tqdm(written, total=len(pictures), unit="image", disable=not several))
     report = [entry for entry in written if entry is not None]
@@ -131,15 +135,16 @@ def run(options: argparse.Namespace) -> int:
         echo(json.dumps(report, indent=2, ensure_ascii=False))
     else:
         _print_table(report)
-    return 0 if len(report) == len(written) else 2
+    return 0 if len(report) == len(options.images) else 2
 
 
 def _draw(image, explanation, rule: dict, texts: list[str], path: Path) -> None:
-    from ..utils.plots import cell_sized, label_figure
+    from ..utils.plots import DPI, VECTOR_FORMATS, cell_sized, label_sheet
 
-    drawn = cell_sized(image)
+    vector = path.suffix[1:].lower() in VECTOR_FORMATS
+    drawn = cell_sized(image, 2 * DPI if vector else DPI)  # one zooms into vector graphics
     labels = replace(explanation, size=(drawn.height, drawn.width)).label_map(**rule)
-    save_figure(label_figure(drawn, labels.numpy(), texts), path)
+    save_figure(label_sheet(drawn, labels.numpy(), texts), path)
 
 
 def _save_labels(labels, path: Path) -> None:

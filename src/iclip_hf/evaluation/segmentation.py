@@ -17,7 +17,8 @@ from ..explainers.windows import check_window, windowed_maps
 from ..images import map_groups
 from ..label_maps import BACKGROUND_LABEL, label_map
 from ..localization.localizer import Localizer
-from ..processing_iclip import check_templates, check_threshold
+from ..processing_iclip import check_threshold
+from ..prompts import check_templates
 from ..utils.distributed import this_process
 from ..utils.extras import require_extra
 from ..utils.prefetch import prefetch_map

@@ -172,7 +172,7 @@ ARGUMENTS = {
     ),
     "segment without text": ("segment {photo} --model {model}", "--text"),
     "segment with a threshold of nan": ("segment {photo} --text dog --model {model} --threshold nan", "got nan"),
-    "segment with a presence above 1": ("segment {photo} --text dog --model {model} --min-presence 2", "got 2.0"),
+    "segment with a presence above 1": ("segment {photo} --text dog --model {model} --min-presence 2", "got 2"),
     "segment to another kind": ("segment {photo} --text dog --model {model} --output a.exe", "a.exe"),
     "segment several to a file": ("segment {photo} {photo} --text dog --model {model} --output a.png", "a.png"),
     "segment a folder": ("segment {folder} --text dog --model {model}", "/empty"),

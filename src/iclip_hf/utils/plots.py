@@ -227,7 +227,8 @@ def label_sheet(image: Image.Image, labels: np.ndarray, texts: Sequence[str], *,
     areas = np.bincount(labels.ravel() + 1, minlength=len(texts) + 1)[1:] / labels.size
     shown = [index for index in np.argsort(-areas, kind="stable") if areas[index]]
     entries = [
-        (tuple(colors[index + 1].tolist()), f"{_shortened(texts[index])}  {100 * areas[index]:.1f} %") for index in shown
+        (tuple(colors[index + 1].tolist()), f"{_shortened(texts[index])}  {100 * areas[index]:.1f} %")
+        for index in shown
     ]
     blended = Image.blend(image, Image.fromarray(colors[labels + 1]), opacity)
     aspect = min(max(image.height / image.width, 0.5), 2.0)

@@ -40,8 +40,8 @@ class ICLIPConfig(PreTrainedConfig):
         map_attention (`str`, defaults to `"similarity"`): where the class-token attention A enters the similarity map:
             `"similarity"` multiplies the cosines by A, `"sqrt_similarity"` by its root, `"features"` multiplies the patch
             tokens before the projection (Eq. 12 to the letter; cancelled by the normalisation unless `projection_bias`),
-            `"additive"` cuts each text's cosines at their mean over the patches, so that less than average counts as 0, and adds A,
-            stretched to [0, 1], / (2 `max_sharpness`), which never sees the text; `"none"` leaves it out.
+            `"additive"` raises each text's cosines to their mean over the patches where they are below it, and adds A, stretched to
+            [0, 1], / (2 `max_sharpness`), which never sees the text; `"none"` leaves it out.
         map_affinity (`float`, defaults to 0): beyond the paper: the token and the attention of each patch become the mean
             over all patches, weighted by softmax(map_affinity * cosine of their tokens), so that an object's patches share
             what one of them shows. 0 leaves them as they are.

@@ -96,9 +96,7 @@ def seconds(model, processor, dataset, methods: list[str]) -> dict[str, list[flo
     explainers = {method: make_explainer(model, processor, method) for method in dict.fromkeys(["itsm", *methods])}
     texts = explainers["itsm"].encode_texts(dataset.class_names[:TEXTS])
     pixel_values = explainers["itsm"].processor(images=[dataset[0].image])["pixel_values"]
-    return take_turns(
-        {name: lambda one=one: one.raw_maps(pixel_values, texts) for name, one in explainers.items()}, 3
-    )
+    return take_turns({name: lambda one=one: one.raw_maps(pixel_values, texts) for name, one in explainers.items()}, 3)
 
 
 def written(datasets, scores: list[dict], taken: dict[str, list[float]], options, refused: dict[str, str]) -> str:
@@ -120,7 +118,7 @@ def written(datasets, scores: list[dict], taken: dict[str, list[float]], options
         f"Each cell: {' / '.join(f'{dataset.name}, {count} images' for dataset, count in zip(datasets, counts))}. mIoU, pointing game and "
         f"insertion minus deletion: the first {' / '.join(map(str, few))} images. mAP of the model, whatever the method: "
         f"{' / '.join(format(one[CONSTANT]['mAP'], '.1f') for one in scores)} %. Seconds: raw maps of one image with "
-        f"{min(TEXTS, len(datasets[0].class_names))} texts, medians of 3 rounds; {machine()}; {options.dtype or "float32"}.",
+        f"{min(TEXTS, len(datasets[0].class_names))} texts, medians of 3 rounds; {machine()}; {options.dtype or 'number format as saved'}.",
         "",
         table(headings, rows),
     ]

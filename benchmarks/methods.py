@@ -13,12 +13,12 @@ from pathlib import Path
 
 from measuring import machine, ratio, table, take_turns
 
+from iclip_hf.cli.common import load_silently
 from iclip_hf.data.segmentation import load_segmentation
 from iclip_hf.evaluation.evaluate import evaluate
 from iclip_hf.evaluation.faithfulness import evaluate_faithfulness
 from iclip_hf.evaluation.segmentation import evaluate_segmentation
 from iclip_hf.explainers import METHODS, make_explainer
-from iclip_hf.models.loading import load_model
 from iclip_hf.utils.files import atomic_write
 
 
@@ -46,7 +46,7 @@ def main() -> None:
     options = parser.parse_args()
 
     datasets = [load_segmentation(*data.split(":")) for data in options.data]
-    model, processor = load_model(options.model, options.dtype)
+    model, processor = load_silently(options.model, options.dtype)
     methods, refused = able(model, processor, options.methods)
     scores = [measure(model, processor, dataset, methods, options.limit, options.few) for dataset in datasets]
     taken = seconds(model, processor, datasets[0], methods)

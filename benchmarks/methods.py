@@ -9,6 +9,7 @@ writes it.
 
 import argparse
 import statistics
+from collections.abc import Callable
 from pathlib import Path
 
 from measuring import machine, ratio, table, take_turns
@@ -122,8 +123,36 @@ def written(datasets, scores: list[dict], taken: dict[str, list[float]], options
         "",
         table(headings, rows),
     ]
+    lines += ["", "Who leads, and whether that takes a text:", "", table(*leaders(scores))]
     lines += ["", *(f"`{method}` is left out: {reason}" for method, reason in refused.items())] if refused else []
     return "\n".join(lines)
+
+
+def leaders(scores: list[dict]) -> tuple[list[str], list[list[str]]]:
+    """For each column the best method, the rank of the model's own map, and the best method that does not see the text."""
+
+    def cell(of_dataset: Callable[[list[str], dict], str], name: str) -> str:
+        cells = []
+        for one in scores:
+            measured = {method: figures[name] for method, figures in one.items() if method in METHODS}
+            cells.append(of_dataset(sorted(measured, key=measured.get, reverse=True), measured))
+        return " / ".join(cells)
+
+    def best(order: list[str], measured: dict) -> str:
+        return f"`{order[0]}`"
+
+    def rank(order: list[str], measured: dict) -> str:
+        return f"{order.index('itsm') + 1} of {len(order)}" if "itsm" in order else "-"
+
+    rows = []
+    for name, (heading, form) in COLUMNS.items():
+
+        def blind(order: list[str], measured: dict, form=form) -> str:
+            first = next((method for method in order if not METHODS[method].sees_text), None)
+            return f"`{first}`, {measured[first]:{form}}" if first else "-"
+
+        rows.append([heading, cell(best, name), cell(rank, name), cell(blind, name)])
+    return ["column", "best", "rank of `itsm`", "best without text"], rows
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ writes it.
 
 import argparse
 import statistics
-from collections.abc import Callable
 from pathlib import Path
 
 from measuring import machine, ratio, table, take_turns
@@ -18,6 +17,7 @@ from iclip_hf.cli.common import load_silently
 from iclip_hf.data.segmentation import load_segmentation
 from iclip_hf.evaluation.evaluate import evaluate
 from iclip_hf.evaluation.faithfulness import evaluate_faithfulness
+from iclip_hf.evaluation.results import rounded
 from iclip_hf.evaluation.segmentation import evaluate_segmentation
 from iclip_hf.explainers import METHODS, make_explainer
 from iclip_hf.utils.files import atomic_write
@@ -26,12 +26,12 @@ from iclip_hf.utils.files import atomic_write
 CONSTANT = "a constant map"
 TEXTS = 20  # of one image, for the time
 COLUMNS = {
-    "mMIoU": ("mMIoU %", ".1f"),
-    "mFMB": ("mFMB", ".3f"),
-    "text_contrast": ("text contrast %", ".1f"),
-    "mIoU": ("mIoU %", ".1f"),
-    "pointing_game": ("pointing game %", ".1f"),
-    "difference_probability": ("insertion minus deletion, % points", "+.2f"),
+    "mMIoU": ("mMIoU %", 1),
+    "mFMB": ("mFMB", 3),
+    "text_contrast": ("text contrast %", 1),
+    "mIoU": ("mIoU %", 1),
+    "pointing_game": ("pointing game %", 1),
+    "difference_probability": ("insertion minus deletion, % points", 2),
 }
 
 
@@ -79,7 +79,8 @@ def measure(model, processor, dataset, methods: list[str], limit: int | None, fe
     ).results
     scores = {method: {**cheap[method], **labels[method], **faithful[method]} for method in methods}
     for one in scores.values():
-        one["difference_probability"] *= 100
+        if one["difference_probability"] is not None:
+            one["difference_probability"] *= 100
     first = scores[methods[0]]
     scores[CONSTANT] = {
         "mAP": first["mAP"],
@@ -105,8 +106,8 @@ def written(datasets, scores: list[dict], taken: dict[str, list[float]], options
     rows = []
     for method in scores[0]:
         cells = [
-            " / ".join(format(one[method][name], form) if name in one[method] else "-" for one in scores)
-            for name, (_, form) in COLUMNS.items()
+            " / ".join(rounded(one[method].get(name), digits) for one in scores)
+            for name, (_, digits) in COLUMNS.items()
         ]
         cost = ["-", "-"]
         if method in taken:
@@ -118,7 +119,7 @@ def written(datasets, scores: list[dict], taken: dict[str, list[float]], options
     lines = [
         f"Each cell: {' / '.join(f'{dataset.name}, {count} images' for dataset, count in zip(datasets, counts))}. mIoU, pointing game and "
         f"insertion minus deletion: the first {' / '.join(map(str, few))} images. mAP of the model, whatever the method: "
-        f"{' / '.join(format(one[CONSTANT]['mAP'], '.1f') for one in scores)} %. Seconds: raw maps of one image with "
+        f"{' / '.join(rounded(one[CONSTANT]['mAP'], 1) for one in scores)} %. Seconds: raw maps of one image with "
         f"{min(TEXTS, len(datasets[0].class_names))} texts, medians of 3 rounds; {machine()}; {options.dtype or 'number format as saved'}.",
         "",
         table(headings, rows),
@@ -130,28 +131,17 @@ def written(datasets, scores: list[dict], taken: dict[str, list[float]], options
 
 def leaders(scores: list[dict]) -> tuple[list[str], list[list[str]]]:
     """For each column the best method, the rank of the model's own map, and the best method that does not see the text."""
-
-    def cell(of_dataset: Callable[[list[str], dict], str], name: str) -> str:
-        cells = []
-        for one in scores:
-            measured = {method: figures[name] for method, figures in one.items() if method in METHODS}
-            cells.append(of_dataset(sorted(measured, key=measured.get, reverse=True), measured))
-        return " / ".join(cells)
-
-    def best(order: list[str], measured: dict) -> str:
-        return f"`{order[0]}`"
-
-    def rank(order: list[str], measured: dict) -> str:
-        return f"{order.index('itsm') + 1} of {len(order)}" if "itsm" in order else "-"
-
     rows = []
-    for name, (heading, form) in COLUMNS.items():
-
-        def blind(order: list[str], measured: dict, form=form) -> str:
-            first = next((method for method in order if not METHODS[method].sees_text), None)
-            return f"`{first}`, {measured[first]:{form}}" if first else "-"
-
-        rows.append([heading, cell(best, name), cell(rank, name), cell(blind, name)])
+    for name, (heading, digits) in COLUMNS.items():
+        best, rank, blind = [], [], []
+        for one in scores:
+            known = {method: one[method][name] for method in METHODS if one.get(method, {}).get(name) is not None}
+            order = sorted(known, key=known.get, reverse=True)
+            unseeing = [method for method in order if not METHODS[method].sees_text]
+            best.append(f"`{order[0]}`" if order else "-")
+            rank.append(f"{order.index('itsm') + 1} of {len(order)}" if "itsm" in known else "-")
+            blind.append(f"`{unseeing[0]}`, {rounded(known[unseeing[0]], digits)}" if unseeing else "-")
+        rows.append([heading, *(" / ".join(cells) for cells in (best, rank, blind))])
     return ["column", "best", "rank of `itsm`", "best without text"], rows
 
 

@@ -5,12 +5,16 @@ import math
 
 import pytest
 import torch
-from conftest import tiny_model
+from conftest import VISION, tiny_model
 from families import GRID, LABELS, pixels
 from torch.nn import functional as F
+from transformers import AutoConfig
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from iclip_hf.explainers import make_explainer
+from iclip_hf.explainers.legrad import _mean_mlp
 from iclip_hf.explainers.naclip import gaussian_window
+from iclip_hf.modeling_iclip import load_tower
 
 
 def maps_of(model, processor, method, texts=LABELS, **options):
@@ -266,6 +270,21 @@ def test_legrad_on_transformers_eager_attention(made, depth):
                     for query in range(25):
                         expected += gradient[0, head, query, 1:].clamp(min=0) / 100
             torch.testing.assert_close(maps[image, text].flatten(), expected, atol=1e-6, rtol=1e-3)
+
+
+@pytest.mark.parametrize("vision", ["vit", "dinov2", "dinov3_vit", "clip_vision_model"])
+@pytest.mark.parametrize("gated", [False, True])
+def test_legrads_mean_token_is_that_of_the_block(vision, gated):
+    """Also of gated MLPs: their last layer is linear too, and the mean may come before it."""
+    if gated and not vision.startswith("dino"):
+        pytest.skip("has no gated MLP")
+    tower = load_tower(AutoConfig.for_model(**{**VISION[vision], "use_swiglu_ffn": gated, "use_gated_mlp": gated}))
+    block = [module for module in tower.modules() if isinstance(module, GradientCheckpointingLayer)][-1]
+    stream = torch.randn(2, 5, 32)
+    with torch.no_grad():
+        expected = torch.stack([block.mlp(stream[:, n]) for n in range(5)]).mean(0)
+        torch.testing.assert_close(_mean_mlp(block.mlp)(stream)[:, 0], expected, atol=1e-6, rtol=1e-5)
+        assert block.mlp(stream).shape == stream.shape
 
 
 @pytest.mark.parametrize("family", ["clip", "metaclip_2", "iclip"])

@@ -392,9 +392,6 @@ def head_output(projection: nn.Module, scale: nn.Module | None = None) -> Callab
     return lambda heads: scale(projection(merge_heads(heads)))
 
 
-def block_mlp(
-    norm: nn.Module, mlp: nn.Module, scale: nn.Module | None = None
-) -> Callable[[torch.Tensor], torch.Tensor]:
+def block_mlp(norm: nn.Module, mlp: nn.Module, scale: nn.Module | None = None) -> nn.Sequential:
     """Makes an `AttentionLayer.mlp`: the norm, the MLP, and the layer scale if the model has one."""
-    scale = nn.Identity() if scale is None else scale
-    return lambda stream: scale(mlp(norm(stream)))
+    return nn.Sequential(norm, mlp, nn.Identity() if scale is None else scale)

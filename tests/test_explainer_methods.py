@@ -348,15 +348,15 @@ def test_grad_eclip_sums_over_the_patches_that_a_score_pools(tiny_processor):
     features, (layer,) = explainer.family.trace(pixels(batch=1), -1, grad=True)
     logit = explainer.family.logit_scale() * (features.image_embeds[0] @ texts.text_embeds[0])
     (gradient,) = torch.autograd.grad(logit, layer.mixed)
-    query, key, value, gradient = (
-        one[0].transpose(0, 1).flatten(1) for one in (layer.query, layer.key, layer.value, gradient)
-    )
-    expected = torch.zeros(24)
-    for q in range(25):
-        spatial = F.cosine_similarity(query[q], key[1:], dim=1)
-        spatial = (spatial - spatial.min()) / (spatial.max() - spatial.min())
-        expected += (value[1:] @ gradient[q]).relu() * spatial
-    torch.testing.assert_close(maps[0, 0].flatten(), expected.detach(), atol=1e-5, rtol=1e-3)
+    expected = torch.zeros(25)
+    for query in range(25):
+        for token in range(25):
+            given = 0.0
+            for head in range(4):
+                weight = (layer.query[0, head, query] @ layer.key[0, head].T / 8**0.5).softmax(-1)[token]
+                given += weight * (gradient[0, head, query] @ layer.value[0, head, token])
+            expected[token] += max(0.0, given.item())
+    torch.testing.assert_close(maps[0, 0].flatten(), expected[1:], atol=1e-5, rtol=1e-3)
 
 
 # Grad-CAM's two layers

@@ -98,11 +98,9 @@ class ModelAdapter(ABC):
     @abstractmethod
     def _encode_texts(self, labels: list[str], templates: list[str]) -> ICLIPTextFeatures: ...
 
-    def trace_texts(
-        self, labels: list[str], templates: list[str], weights: bool = False
-    ) -> tuple[ICLIPTextFeatures, AttentionRecord]:
+    def trace_texts(self, labels: list[str], templates: list[str]) -> tuple[ICLIPTextFeatures, AttentionRecord]:
         """
-        Encodes labels with a graph from the last attention layer of the text tower on, and records this layer, see `record`.
+        Encodes labels with a graph from the last attention layer of the text tower on, and records this layer with its weights, see `record`.
 
         Raises:
             `ValueError`: the text tower cannot be looked into.
@@ -188,15 +186,13 @@ class _TransformersAdapter(ModelAdapter):
                     block_mlp(norm, block.mlp, getattr(block, "layer_scale2", None)),
                 )
 
-    def trace_texts(
-        self, labels: list[str], templates: list[str], weights: bool = False
-    ) -> tuple[ICLIPTextFeatures, AttentionRecord]:
+    def trace_texts(self, labels: list[str], templates: list[str]) -> tuple[ICLIPTextFeatures, AttentionRecord]:
         tower = self.model.text_model
         if self._text_layer is None:
             tower.set_attn_implementation("iclip_recorded")
             self._text_layer = [one for one in tower.modules() if isinstance(one, GradientCheckpointingLayer)][-1]
             prepare(0, self._text_layer)
-        features, layers = record(lambda: self._encode_texts(labels, templates), 0, grad=True, weights=weights)
+        features, layers = record(lambda: self._encode_texts(labels, templates), 0, grad=True, weights=True)
         return features, layers[-1]
 
     def _final_norm(self, stream: torch.Tensor) -> torch.Tensor:

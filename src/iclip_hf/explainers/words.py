@@ -13,7 +13,7 @@ from ..prompts import check_templates
 from .adapters import TEXT_BATCH
 from .bi_modal import attention_relevance
 from .explainer import adapt
-from .grad_eclip import eclip_relevance
+from .grad_eclip import all_queries_relevance, one_query_relevance
 from .recording import AttentionRecord
 
 
@@ -41,8 +41,8 @@ class WordExplainer:
     Scores the words of fixed texts for any number of images, by the gradient of the cosine of image and text in the last
     attention layer of the text tower.
 
-    The relevance of a token is summed over the queries of the layer. A tower that reads its end token passes no gradient to the
-    other queries, so that the sum is the end token's. Tokens of one word are added, and prompts averaged.
+    A tower that reads its end token has its one query there; a tower that averages its tokens has all of them. Tokens of one word
+    are added, and prompts averaged.
 
     Args:
         model, processor: a model of transformers, see [`Explainer`].
@@ -73,7 +73,7 @@ class WordExplainer:
         self._parts = [self._trace(chunk, templates) for chunk in chunks]
 
     def _trace(self, texts: list[str], templates: list[str]) -> _Part:
-        features, layer = self.family.trace_texts(texts, templates, weights=self.method == "bi_modal")
+        features, layer = self.family.trace_texts(texts, templates)
         tokenizer, length = self.family.processor.tokenizer, layer.key.shape[2]
         places = [word_tokens(tokenizer, template, text) for text in texts for template in templates]
         known = torch.zeros(len(places), length, dtype=torch.bool)
@@ -116,14 +116,22 @@ class WordExplainer:
             score = cosines(image_embed, part.features.text_embeds).sum()
             (gradient,) = torch.autograd.grad(score, tensor, retain_graph=True)
         with torch.no_grad():
-            if self.method == "bi_modal":
-                relevance = attention_relevance(tensor, gradient).sum(1)
-            else:
-                relevance = eclip_relevance(layer.query, layer.key, layer.value, gradient, part.known)
+            relevance = self._relevance(layer, gradient, part.known)
             words = (part.members @ relevance.unsqueeze(-1)).squeeze(-1)  # (M, W)
             words = words.unflatten(0, (len(part.features.text_embeds), -1)).mean(1)
             total = words.sum(-1, keepdim=True)
             return words / total.masked_fill(total == 0, 1)
+
+    def _relevance(self, layer: AttentionRecord, gradient: torch.Tensor, known: torch.Tensor) -> torch.Tensor:
+        """Computes the relevance of all tokens, `(M, L)`."""
+        if self.method == "bi_modal":
+            return attention_relevance(layer.weights, gradient).sum(1)
+        read = gradient.abs().amax((1, 3))  # (M, L): where the score reads nothing, the gradient is exactly 0
+        if ((read > 0).sum(1) > 1).any():
+            return all_queries_relevance(layer.weights, layer.value, gradient)
+        end = read.argmax(1)[:, None, None, None].expand(-1, gradient.shape[1], 1, gradient.shape[3])
+        query, gradient = (heads.gather(2, end) for heads in (layer.query, gradient))
+        return one_query_relevance(query, layer.key, layer.value, gradient, known)
 
 
 def word_tokens(tokenizer, template: str, text: str) -> tuple[slice, list[slice]]:

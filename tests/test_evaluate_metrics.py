@@ -196,9 +196,9 @@ def test_aggregate_when_loading_and_when_computing(pair_folder):
 def test_mistakes_are_refused_and_cost_no_items(folder):
     metric, inputs = evaluate.load(str(folder)), items(folder.name)
     metric.add_batch(**inputs)
-    with pytest.raises(ValueError, match=r"counted with ignore_index \[255\], not 0"):
+    with pytest.raises(ValueError, match=r"ignore_index of the added items, \[255\], got 0: give"):
         metric.compute(ignore_index=0)
-    with pytest.raises(ValueError, match=r"counted with ignore_index \[255\], not 0"):
+    with pytest.raises(ValueError, match=r"ignore_index of the added items, \[255\], got 0: give"):
         metric.compute(**inputs, ignore_index=0)
     with pytest.raises(ValueError, match="one length, got 6, 6 and 1"):
         metric.add_batch(**{**inputs, "labels": [1]})

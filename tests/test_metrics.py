@@ -532,7 +532,7 @@ def test_text_contrast_merges_and_takes_counts_from_elsewhere():
         ({"mask": np.ones((2, 2))}, TypeError, "integers, got float64"),
         ({"labels": [1]}, ValueError, r"2 different labels, one a map, got \[1\]"),
         ({"labels": [1, 1]}, ValueError, r"2 different labels, one a map, got \[1, 1\]"),
-        ({"labels": [1, 255]}, ValueError, "255, which is the `ignore_index`"),
+        ({"labels": [1, 255]}, ValueError, "255, the `ignore_index`: change"),
         ({"labels": [1, "dog"]}, TypeError, "integer class id, got 'dog'"),
     ],
 )

@@ -55,7 +55,7 @@ def open_image(source: str | os.PathLike | bytes | Image.Image, name: str | None
     else:
         if 0 not in image.size:
             return image
-        problem = f"it is empty ({image.width}x{image.height} pixels)"
+        problem = f"it is empty ({image.width}x{image.height} pixels); replace it"
     raise ValueError(f"{name}: expected a readable image, but {problem}.")
 
 
@@ -134,7 +134,9 @@ def _name(source: str | os.PathLike | bytes | Image.Image) -> str:
         return repr(getattr(source, "filename", None) or "PIL image")
     if isinstance(source, bytes):
         return "image bytes"
-    raise TypeError(f"Expected the path of an image, its bytes or a PIL image, but got {type(source).__name__}.")
+    raise TypeError(
+        f"Expected the path of an image, its bytes or a PIL image, but got {type(source).__name__}: convert it."
+    )
 
 
 def _require_file(path: str | os.PathLike, name: str) -> None:

@@ -224,7 +224,9 @@ def load_tower(config: PreTrainedConfig, checkpoint: str | None = None) -> PreTr
     elif type(config) in MODEL_MAPPING:
         tower_class = MODEL_MAPPING[type(config)]
     else:
-        raise ValueError(f"Expected the config of a tower that AutoModel can build, got {type(config).__name__}.")
+        raise ValueError(
+            f"Expected the config of a tower that AutoModel can build, got {type(config).__name__}: name another tower."
+        )
     takes_pooler = "add_pooling_layer" in inspect.signature(tower_class.__init__).parameters
     options = {"add_pooling_layer": False} if takes_pooler else {}
     if checkpoint is None:
@@ -298,11 +300,11 @@ class ICLIPModel(PreTrainedModel):
         if vision_type not in _VISION_TOWERS:
             raise ValueError(
                 f"Expected vision_config to be a transformer with a class token, one of {sorted(_VISION_TOWERS)}, got "
-                f"{vision_type!r}: masked max pooling needs the class token's attention."
+                f"{vision_type!r}: choose one of them, because masked max pooling needs the class token's attention."
             )
         if config.text_pooling == "eos" and text_type not in _EOS_TEXT_TOWERS:
             raise ValueError(
-                f'text_pooling="eos" needs one of {sorted(_EOS_TEXT_TOWERS)}, got {text_type!r}: '
+                f'Expected a text tower for text_pooling="eos", one of {sorted(_EOS_TEXT_TOWERS)}, got {text_type!r}: '
                 'use "mean" or "class_token" for it.'
             )
         super().__init__(config)
@@ -698,7 +700,7 @@ class ICLIPModel(PreTrainedModel):
                 "Expected pixel_values and either input_ids or text_features, got "
                 f"{'' if pixel_values is not None else 'no '}pixel_values, "
                 f"{'' if input_ids is not None else 'no '}input_ids and "
-                f"{'' if text_features is not None else 'no '}text_features."
+                f"{'' if text_features is not None else 'no '}text_features: prepare them with ICLIPProcessor."
             )
         kwargs["return_dict"] = True
         image = self.get_image_features(pixel_values, **kwargs)
@@ -713,7 +715,7 @@ class ICLIPModel(PreTrainedModel):
             if text.text_embeds.shape != image.image_embeds.shape:
                 raise ValueError(
                     f"Expected one text an image for the contrastive loss, got {len(image.image_embeds)} images and texts of shape "
-                    f"{tuple(text.text_embeds.shape[:-1])}."
+                    f"{tuple(text.text_embeds.shape[:-1])}: pass as many texts as images."
                 )
             loss = contrastive_loss(logits_per_image)
             if self.interpretability is not None:

@@ -82,14 +82,14 @@ class ImageTextSimilarityMapPipeline(Pipeline):
             thresholds.
         """
         if isinstance(images, (list, tuple)) and not images:
-            raise ValueError("Expected at least one image, got none.")
+            raise ValueError("Expected at least one image, got none: pass one or a list.")
         labels = [candidate_labels] if isinstance(candidate_labels, str) else candidate_labels
         if not isinstance(labels, Sequence) or not all(isinstance(label, str) for label in labels):
             raise TypeError(
-                f"Expected candidate_labels to be a list of strings, shared by all images, got {labels!r}."
+                f"Expected candidate_labels to be a list of strings, shared by all images, got {labels!r}: pass such a list."
             )
         if not labels:
-            raise ValueError("Expected at least one label in candidate_labels, got none.")
+            raise ValueError("Expected at least one label in candidate_labels, got none: name what to look for.")
         labels = list(labels)
         features = self._encode(labels, template), self._background(template)
         return super().__call__(images, candidate_labels=labels, text_features=features, **kwargs)
@@ -117,7 +117,9 @@ class ImageTextSimilarityMapPipeline(Pipeline):
         parameters = {}, {}, {}
         for name, value in kwargs.items():
             if name not in steps:
-                raise TypeError(f"Expected one of {sorted(steps)} or template and batch_size, got {name!r}.")
+                raise TypeError(
+                    f"Expected one of {sorted(steps)} or template and batch_size, got {name!r}: correct or remove it."
+                )
             parameters[steps[name]][name] = value
         return parameters
 

@@ -114,9 +114,11 @@ class ICLIPProcessor(ProcessorMixin):
         """
         kwargs = _flattened(kwargs)
         if images is None and text is None and labels is None:
-            raise ValueError("Expected images, text or labels, got none of them.")
+            raise ValueError("Expected images, text or labels, got none of them: pass at least one.")
         if text is not None and labels is not None:
-            raise ValueError("Expected either text (taken as it is) or labels (put into templates), got both.")
+            raise ValueError(
+                "Expected either text (taken as it is) or labels (put into templates), got both: pass one of them."
+            )
         if templates is not None and labels is None:
             raise ValueError("Expected labels to put into the templates, got none: pass labels instead of text.")
 
@@ -133,10 +135,10 @@ class ICLIPProcessor(ProcessorMixin):
             rescaled = not kwargs.get("do_rescale", getattr(self.image_processor, "do_rescale", True))
             images = [_checked_image(image, rescaled) for image in _as_list(images)]
             if not images:
-                raise ValueError("Expected at least one image, got none.")
+                raise ValueError("Expected at least one image, got none: pass one or a list.")
             if per_image and len(text) != len(images):
                 raise ValueError(
-                    f"Expected one list of texts an image, got {len(text)} lists for {len(images)} images."
+                    f"Expected one list of texts an image, got {len(text)} lists for {len(images)} images: pass a list for each."
                 )
             kwargs = self._with_exact_size(images, kwargs)
         if text is not None:
@@ -170,7 +172,7 @@ class ICLIPProcessor(ProcessorMixin):
             isinstance(side, int) and side >= 1 for side in size.values()
         ):
             raise ValueError(
-                f'Expected size as a number of pixels, {{"height": ..., "width": ...}} or {{"shortest_edge": ...}}, got {asked}.'
+                f'Expected size as a number of pixels, {{"height": ..., "width": ...}} or {{"shortest_edge": ...}}, got {asked}: use one of these.'
             )
         patch = self.patch_size
         if "shortest_edge" in size:
@@ -181,12 +183,15 @@ class ICLIPProcessor(ProcessorMixin):
             }
             if len(scaled) > 1:
                 raise ValueError(
-                    f"Images of different proportions do not fit one batch under size={size}, got (height, width) "
+                    f"Expected images of one shape for size={size}, got (height, width) "
                     f'{sorted(shapes)}: pass them one by one or give size={{"height": ..., "width": ...}}.'
                 )
             size = dict(zip(("height", "width"), scaled.pop()))
         if size["height"] % patch or size["width"] % patch:
-            raise ValueError(f"Expected height and width in multiples of the patch size {patch}, got size={size}.")
+            nearest = {name: max(1, round(side / patch)) * patch for name, side in size.items()}
+            raise ValueError(
+                f"Expected height and width in multiples of the patch size {patch}, got size={size}: use {nearest}."
+            )
         if size["height"] * size["width"] > MAX_PIXELS:
             raise ValueError(
                 f"Expected at most {MAX_PIXELS:,} pixels an image as the model sees it, got size={size} for size={asked}: "
@@ -218,10 +223,13 @@ class ICLIPProcessor(ProcessorMixin):
         """
         if maps.ndim != 4 or len(target_sizes) != len(maps):
             raise ValueError(
-                f"Expected maps of shape (B, T, h, w) and B target sizes, got {tuple(maps.shape)} and {len(target_sizes)}."
+                f"Expected maps of shape (B, T, h, w) and B target sizes, got {tuple(maps.shape)} and {len(target_sizes)}: "
+                "pass the maps of a batch and a size for each image."
             )
         if order not in ("resize_first", "normalize_first"):
-            raise ValueError(f'Expected order to be "resize_first" or "normalize_first", got {order!r}.')
+            raise ValueError(
+                f'Expected order to be "resize_first" or "normalize_first", got {order!r}: use one of them.'
+            )
         processed = []
         for map_, size in zip(maps.float(), target_sizes):
             if order == "resize_first":
@@ -258,12 +266,11 @@ class ICLIPProcessor(ProcessorMixin):
         thresholds = check_thresholds(threshold).float()
         if thresholds.ndim and any(len(map_) != len(thresholds) for map_ in maps):
             raise ValueError(
-                f"Expected one threshold a text, got {len(thresholds)} for {[len(map_) for map_ in maps]} texts."
+                f"Expected one threshold a text, got {len(thresholds)} for {[len(map_) for map_ in maps]} texts: pass "
+                "one number, or one for each text."
             )
         if (scores is None) != (min_score is None):
-            raise ValueError(
-                "Expected scores and min_score together, got one of them: texts below min_score get an empty mask."
-            )
+            raise ValueError("Expected scores and min_score together, got one of them: pass both, or neither.")
         masks = [map_ > thresholds.view(-1, 1, 1).to(map_.device) for map_ in maps]
         if scores is not None:
             masks = [mask & (score >= min_score).view(-1, 1, 1) for mask, score in zip(masks, scores, strict=True)]
@@ -361,7 +368,9 @@ def check_thresholds(threshold: float | Sequence[float]) -> torch.Tensor:
     except (TypeError, ValueError, RuntimeError):
         fits = False
     if not fits:
-        raise ValueError(f"Expected a threshold in [0, 1], or one a text, got {threshold!r:.100}.")
+        raise ValueError(
+            f"Expected a threshold in [0, 1], or one a text, got {threshold!r:.100}: pass a number such as 0.5."
+        )
     return thresholds
 
 
@@ -370,7 +379,9 @@ def check_templates(templates: str | Sequence[str]) -> list[str]:
     templates = [templates] if isinstance(templates, str) else templates
     fits = isinstance(templates, Sequence) and len(templates) > 0
     if not fits or any(not isinstance(t, str) or t.count("{}") != 1 for t in templates):
-        raise ValueError(f'Expected templates with one {{}} each, such as "a photo of the {{}}", got {templates}.')
+        raise ValueError(
+            f'Expected templates with one {{}} each, such as "a photo of the {{}}", got {templates}: put it where the label belongs.'
+        )
     return list(templates)
 
 
@@ -380,7 +391,7 @@ def _flattened(kwargs: dict) -> dict:
     nested = [flat.pop(name, None) or {} for name in ("text_kwargs", "images_kwargs", "common_kwargs")]
     for name, value in (item for part in nested for item in part.items()):
         if name in flat and flat[name] != value:
-            raise ValueError(f"Expected {name} once, got {flat[name]!r} and {value!r}.")
+            raise ValueError(f"Expected {name} once, got {flat[name]!r} and {value!r}: pass it in one place.")
         flat[name] = value
     return flat
 
@@ -390,7 +401,7 @@ def _nested(texts, expand) -> list[str] | list[list[str]]:
     if isinstance(texts, str):
         texts = [texts]
     if not isinstance(texts, Sequence) or len(texts) == 0:
-        raise ValueError(f"Expected at least one text, got {texts!r}.")
+        raise ValueError(f"Expected at least one text, got {texts!r}: pass one or a list.")
     if all(isinstance(one, (list, tuple)) for one in texts):
         lists = [_nested(one, expand) for one in texts]
         longest = max(len(one) for one in lists)
@@ -398,9 +409,11 @@ def _nested(texts, expand) -> list[str] | list[list[str]]:
         return [one + one[-step:] * ((longest - len(one)) // step) for one in lists]
     for one in texts:
         if not isinstance(one, str):
-            raise TypeError(f"Expected texts to be strings, got {one!r} of type {type(one).__name__}.")
+            raise TypeError(f"Expected texts to be strings, got {one!r} of type {type(one).__name__}: convert it.")
         if not one.strip() or not _is_encodable(one):
-            raise ValueError(f"Expected texts with at least one character, in valid Unicode, got {one!r}.")
+            raise ValueError(
+                f"Expected texts with at least one character, in valid Unicode, got {one!r}: correct it or leave it out."
+            )
     return [prompt for one in texts for prompt in expand(one)]
 
 
@@ -423,17 +436,20 @@ def _checked_image(image, rescaled: bool):
     if not hasattr(image, "shape"):
         if isinstance(image, Image.Image) and 0 not in image.size:
             return to_rgb(image)
-        raise ValueError(f"Expected images as PIL images that are not empty, arrays or tensors, got {image!r:.100}.")
+        raise ValueError(
+            f"Expected images as PIL images that are not empty, arrays or tensors, got {image!r:.100}: "
+            "convert it to one of them, a file with PIL.Image.open."
+        )
     if len(image.shape) != 3 or 0 in image.shape or not {1, 3} & {image.shape[0], image.shape[-1]}:
         raise ValueError(
-            f"Expected an image of shape (3, H, W) or (H, W, 3), or with 1 for 3, got {tuple(image.shape)}."
+            f"Expected an image of shape (3, H, W) or (H, W, 3), or with 1 for 3, got {tuple(image.shape)}: convert it."
         )
     try:
         pixels = torch.as_tensor(image)
     except TypeError as error:
-        raise TypeError(f"Expected an image of numbers, got an array of type {image.dtype}.") from error
+        raise TypeError(f"Expected an image of numbers, got an array of type {image.dtype}: convert it.") from error
     if not torch.isfinite(pixels).all():
-        raise ValueError("Expected an image of finite numbers, got NaN or infinity.")
+        raise ValueError("Expected an image of finite numbers, got NaN or infinity: replace these pixels.")
     return image if rescaled else _to_8_bit(pixels)
 
 

@@ -150,15 +150,17 @@ def silence_transformers() -> None:
 def check_file(option: str, path: Path, suffixes: tuple[str, ...]) -> None:
     """Raises `ValueError` for an invalid output file, before the model is loaded."""
     if path.suffix.lower() not in suffixes:
-        raise ValueError(f"{option}: expected a file name that ends in {' or '.join(suffixes)}, got {path}.")
+        raise ValueError(
+            f"{option}: expected a file name that ends in {' or '.join(suffixes)}, got {path}: choose another name."
+        )
     if path.is_dir():
-        raise ValueError(f"{option}: expected a file name, got the folder {path}.")
+        raise ValueError(f"{option}: expected a file name, got the folder {path}: name a file in it.")
 
 
 def check_folder(option: str, path: Path) -> None:
     """Raises `ValueError` for an invalid output folder, before the model is loaded."""
     if path.suffix or (path.exists() and not path.is_dir()):
-        raise ValueError(f"{option}: expected a folder, got the file name {path}.")
+        raise ValueError(f"{option}: expected a folder, got the file name {path}: name a folder.")
 
 
 def save_figure(figure, path: Path, dpi: int = 120) -> None:

@@ -55,7 +55,9 @@ def run(options: argparse.Namespace) -> int:
     image, truths, templates = _open(options)
     texts = list(dict.fromkeys(options.texts or truths))
     if not texts:
-        raise ValueError("Expected at least one --text, or a --dataset whose IMAGE shows a class, got neither.")
+        raise ValueError(
+            "Expected at least one --text, or a --dataset whose IMAGE shows a class, got neither: add one of them."
+        )
     drawn = cell_sized(image, options.dpi)
     columns = {}
     if truths:
@@ -91,7 +93,7 @@ def _open(options: argparse.Namespace):
 
     if (options.dataset is None) != (options.data_root is None):
         raise ValueError(
-            f"Expected --dataset and --data-root together, got {options.dataset or options.data_root} alone."
+            f"Expected --dataset and --data-root together, got {options.dataset or options.data_root} alone: add the other."
         )
     if options.dataset is None:
         return load_image(options.image), {}, options.templates

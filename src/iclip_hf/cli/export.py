@@ -43,7 +43,9 @@ def run(options: argparse.Namespace) -> int:
     from ..models.onnx import export_onnx
 
     if options.results is not None:
-        raise ValueError("--results fills a model card, which an ONNX folder does not have: leave it out.")
+        raise ValueError(
+            "Expected no --results, because an ONNX folder has no model card, got {options.results}: leave it out."
+        )
     silence_transformers()
     _, _, weights = options.format.partition("-")
     echo(export_onnx(*load_iclip(options.model, dtype="float32"), options.directory, weights or "float32"))

@@ -145,7 +145,7 @@ class PairDataset(Dataset):
                 return index, self.read(index)
             except BadPairError:
                 continue
-        raise ValueError("Expected at least one good pair in 1000, but found none; the log has the reasons.")
+        raise ValueError("Expected at least one good pair in 1000, but got none: correct the data, as the log says.")
 
     def _parse(self, index: int, need_captions: bool = True) -> tuple[bytes | Path, str, list[str], str]:
         index = range(len(self))[index]
@@ -191,7 +191,9 @@ class PairStream(IterableDataset):
         features = dataset.features or {}
         self._image_column = next((name for name, feature in features.items() if isinstance(feature, Image)), None)
         if self._image_column is None:
-            raise ValueError(f"Expected a dataset with an image column, but its columns are {list(features)}.")
+            raise ValueError(
+                f"Expected a dataset with an image column, but got columns {list(features)}: name another one."
+            )
         # Only these columns are kept: datasets infers types from the first rows, and a different type later ends the stream.
         kept = [column for column in (self._image_column, "__key__", *CAPTION_COLUMNS) if column in features]
         if isinstance(features.get("json"), Mapping):
@@ -272,7 +274,9 @@ def load_pairs(
             return PairStream(_open_hub_dataset(source, split), seed, max_bad_share, rank, world_size)
         source = [source]
     if not isinstance(source, Sequence):
-        raise TypeError(f"Expected a path, the id of a Hub dataset or a list of paths, got {source!r:.100}.")
+        raise TypeError(
+            f"Expected a path, the id of a Hub dataset or a list of paths, got {source!r:.100}: name the data by one of these."
+        )
     paths = [path for part in source for path in _local_files(os.fspath(part))]
     return PairDataset([_open_file(path) for path in paths], seed, max_bad_share)
 
@@ -437,7 +441,7 @@ class _Tally:
 
     def __init__(self, max_bad_share: float, counts_from: int):
         if not 0 <= max_bad_share <= 1:
-            raise ValueError(f"Expected max_bad_share from 0 to 1, but got {max_bad_share}.")
+            raise ValueError(f"Expected max_bad_share from 0 to 1, but got {max_bad_share}: set a share such as 0.05.")
         self._max_bad_share = max_bad_share
         self._counts_from = counts_from  # minimum number of pairs for a meaningful share
         self._read = self._bad = 0

@@ -66,7 +66,9 @@ class SegmentationSample:
             (H, W) uint8: `label` on the pixels of the class, 255 on ignored pixels, 0 on all others.
         """
         if not 1 <= label <= self.num_classes:
-            raise ValueError(f"Expected a class id from 1 to {self.num_classes}, but got {label}.")
+            raise ValueError(
+                f"Expected a class id from 1 to {self.num_classes}, but got {label}: choose one of `labels`."
+            )
         return self._mask(label)
 
 
@@ -279,7 +281,7 @@ def load_segmentation(
         ValueError: The data is not as described. The content of images and masks is checked when they are decoded.
     """
     if name not in _LOADERS:
-        raise ValueError(f"Expected one of the data sets {list(_LOADERS)}, but got {name!r}.")
+        raise ValueError(f"Expected one of the data sets {list(_LOADERS)}, but got {name!r}: choose one of them.")
     dataset = _LOADERS[name](Path(root), split)
     if not len(dataset):
         raise ValueError(
@@ -365,7 +367,9 @@ def _load_folder(root: Path, split: str | None) -> SegmentationDataset:
     stems = [image.stem for image in images]
     if len(set(stems)) < len(stems):
         twice = next(stem for stem in stems if stems.count(stem) > 1)
-        raise ValueError(f"{root / 'images'}: expected one image a mask, but {twice!r} occurs with several suffixes.")
+        raise ValueError(
+            f"{root / 'images'}: expected one image a mask, but got several {twice!r}; remove all but one."
+        )
     masks = _find(root / "masks", [f"{stem}.png" for stem in stems], root / "images")
     samples = [_IndexSample(*paths[:2], len(class_names), paths[2]) for paths in zip(stems, images, masks)]
     return SegmentationDataset("folder", None, class_names, samples, [classes_path, *masks])

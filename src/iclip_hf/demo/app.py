@@ -112,7 +112,9 @@ def split_texts(typed: str) -> list[str]:
     separator = "\n" if "\n" in typed.strip() else ","
     texts = list(dict.fromkeys(text.strip() for text in typed.split(separator) if text.strip()))
     if not 1 <= len(texts) <= MAX_TEXTS:
-        raise ValueError(f"Expected 1 to {MAX_TEXTS} texts, between commas or one a line, got {len(texts)}.")
+        raise ValueError(
+            f"Expected 1 to {MAX_TEXTS} texts, between commas or one a line, got {len(texts)}: add or remove some."
+        )
     return texts
 
 

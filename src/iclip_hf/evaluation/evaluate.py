@@ -231,7 +231,7 @@ def evaluate(
     """
     for name, number in (("limit", limit), ("batch_size", batch_size)):
         if number is not None and number < 1:
-            raise ValueError(f"Expected {name} to be at least 1, got {number}.")
+            raise ValueError(f"Expected {name} to be at least 1, got {number}: correct it.")
     start = time.perf_counter()
     state = this_process("eval")
     count = min(len(dataset), limit or len(dataset))

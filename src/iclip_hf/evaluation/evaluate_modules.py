@@ -97,7 +97,7 @@ class StreamingMetric(evaluate.Metric, ABC):
         if not len(predictions) == len(references) == len(labels):
             raise ValueError(
                 "Expected predictions, references and labels of one length, "
-                f"got {len(predictions)}, {len(references)} and {len(labels)}."
+                f"got {len(predictions)}, {len(references)} and {len(labels)}: pass one of each for every item."
             )
         ignore_index = self.ignore_index if ignore_index is None else ignore_index
         counts = [self.accumulator.count(*item, ignore_index) for item in zip(predictions, references, labels)]
@@ -111,8 +111,8 @@ class StreamingMetric(evaluate.Metric, ABC):
     def _compute_with(self, accumulator, ignore_index: int | None, items: dict) -> dict | None:
         if ignore_index is not None and not self._ignored <= {ignore_index}:
             raise ValueError(
-                f"The pairs were counted with ignore_index {sorted(self._ignored)}, not {ignore_index}. "
-                "Give ignore_index to `evaluate.load`, or wherever pairs are added."
+                f"Expected the ignore_index of the added items, {sorted(self._ignored)}, got {ignore_index}: "
+                "give it to `evaluate.load`, or wherever items are added."
             )
         items = {name: values for name, values in items.items() if values is not None}
         if not items and self.num_process > 1:

@@ -29,7 +29,9 @@ def _class_id(value, name: str) -> int:
     try:
         return operator.index(value)
     except TypeError:
-        raise TypeError(f"Expected `{name}` to be an integer class id, got {value!r}.") from None
+        raise TypeError(
+            f"Expected `{name}` to be an integer class id, got {value!r}: pass an id of the mask."
+        ) from None
 
 
 def _check_map(heatmap) -> np.ndarray:
@@ -38,25 +40,25 @@ def _check_map(heatmap) -> np.ndarray:
     if heatmap.dtype.kind in "biu":
         heatmap = heatmap.astype(np.float32)  # a map of zeros and ones; other integers are refused below
     if heatmap.dtype not in (np.float16, np.float32, np.float64):
-        raise TypeError(f"Expected a map of float16, float32 or float64, got {heatmap.dtype}.")
+        raise TypeError(f"Expected a map of float16, float32 or float64, got {heatmap.dtype}: convert it.")
     if heatmap.size:
         low, high = heatmap.min(), heatmap.max()
         if not (low >= 0 and high <= 1):  # NaN fails too
-            raise ValueError(f"Expected map values in [0, 1], got {low} to {high}. Min-max normalise or clip the map.")
+            raise ValueError(f"Expected map values in [0, 1], got {low} to {high}: normalise or clip the map.")
     return heatmap
 
 
 def _check_mask(mask) -> np.ndarray:
     mask = to_numpy(mask)
     if mask.dtype.kind not in "biu":
-        raise TypeError(f"Expected a label mask of integers, got {mask.dtype}.")
+        raise TypeError(f"Expected a label mask of integers, got {mask.dtype}: convert it.")
     return mask
 
 
 def _check_label(label, ignore_index: int) -> int:
     label = _class_id(label, "label")
     if label == ignore_index:
-        raise ValueError(f"Expected `label` to be a class, got {label}, which is the `ignore_index`.")
+        raise ValueError(f"Expected `label` to be a class, got {label}, the `ignore_index`: change one of them.")
     return label
 
 
@@ -66,8 +68,8 @@ def _pair_blocks(heatmap, mask, label, ignore_index):
     label, heatmap, mask = _check_label(label, ignore_index), _check_map(heatmap), _check_mask(mask)
     if heatmap.ndim != 2 or heatmap.shape != mask.shape or not heatmap.size:
         raise ValueError(
-            f"Expected a map and a label mask of one shape (H, W), got {heatmap.shape} and {mask.shape}. "
-            "Resize the map to the mask."
+            f"Expected a map and a label mask of one shape (H, W), got {heatmap.shape} and {mask.shape}: "
+            "resize the map to the mask."
         )
     heatmap, mask = heatmap.ravel(), mask.ravel()
     for start in range(0, heatmap.size, _BLOCK):
@@ -157,10 +159,10 @@ def contrast_counts(maps, mask, labels, ignore_index: int = 255) -> np.ndarray:
     if maps.ndim != 3 or mask.shape not in (maps.shape, maps.shape[1:]) or 0 in maps.shape[1:]:
         raise ValueError(
             "Expected maps (K, H, W) and a label mask (H, W) or (K, H, W) of their size, "
-            f"got {maps.shape} and {mask.shape}. Resize the maps to the mask."
+            f"got {maps.shape} and {mask.shape}: resize the maps to the mask."
         )
     if len(set(labels)) != len(maps) or len(labels) != len(maps):
-        raise ValueError(f"Expected {len(maps)} different labels, one a map, got {labels}.")
+        raise ValueError(f"Expected {len(maps)} different labels, one a map, got {labels}: pass these.")
     masks, number = np.broadcast_to(mask, maps.shape), len(maps)
     void = (masks == ignore_index).any(0)
     regions = [(one == label) & ~void for one, label in zip(masks, labels)]
@@ -230,7 +232,9 @@ class _ClassSums:
     def merge(self, other: _ClassSums) -> None:
         """Adds the counts of another metric. Raises ValueError if its type or settings differ."""
         if self._settings() != other._settings():
-            raise ValueError(f"Expected a metric like this one, {self._settings()}, got {other._settings()}.")
+            raise ValueError(
+                f"Expected a metric like this one, {self._settings()}, got {other._settings()}: create both alike."
+            )
         self._counted += other._counted
         self._left_out.update(other._left_out)
         for label, sums in other._sums.items():
@@ -257,7 +261,9 @@ class _PairMetric(_ClassSums):
 
     def __init__(self, aggregate: str = "image", ignore_index: int = 255):
         if aggregate not in ("image", "pixel"):
-            raise ValueError(f"Expected `aggregate` to be one of ('image', 'pixel'), got {aggregate!r}.")
+            raise ValueError(
+                f"Expected `aggregate` to be one of ('image', 'pixel'), got {aggregate!r}: choose one of them."
+            )
         super().__init__(ignore_index)
         self.aggregate = aggregate
 
@@ -436,16 +442,22 @@ class MultiLabelAveragePrecision:
         """
         scores, presence = to_numpy(scores), to_numpy(presence)
         if not {scores.dtype.kind, presence.dtype.kind} <= set("biuf"):
-            raise TypeError(f"Expected scores and presence of numbers, got {scores.dtype} and {presence.dtype}.")
+            raise TypeError(
+                f"Expected scores and presence of numbers, got {scores.dtype} and {presence.dtype}: convert them."
+            )
         if scores.ndim != 2 or scores.shape != presence.shape:
             raise ValueError(
-                f"Expected scores and presence of one shape (B, K), got {scores.shape} and {presence.shape}."
+                f"Expected scores and presence of one shape (B, K), got {scores.shape} and {presence.shape}: "
+                "pass a row for each image and a column for each class."
             )
         self._check_classes(scores.shape[1])
         if np.isnan(scores).any():
-            raise ValueError("Expected scores that can be ranked, got NaN.")
+            raise ValueError("Expected scores that can be ranked, got NaN: replace these scores.")
         if not np.isin(presence, (0, 1)).all():
-            raise ValueError(f"Expected presence of 0 or 1, got values from {presence.min()} to {presence.max()}.")
+            raise ValueError(
+                f"Expected presence of 0 or 1, got values from {presence.min()} to {presence.max()}: "
+                "mark the classes that an image shows by 1."
+            )
         self._scores.append(scores.astype(np.float64))
         self._presence.append(presence.astype(bool))
 
@@ -458,7 +470,9 @@ class MultiLabelAveragePrecision:
 
     def _check_classes(self, number: int) -> None:
         if self._scores and number != self._scores[0].shape[1]:
-            raise ValueError(f"Expected {self._scores[0].shape[1]} classes as before, got {number}.")
+            raise ValueError(
+                f"Expected {self._scores[0].shape[1]} classes as before, got {number}: use another metric for these."
+            )
 
     def compute(self) -> dict:
         """Returns the scores of all images so far.

@@ -106,7 +106,7 @@ def adapt(model, processor) -> ModelAdapter:
     if kind not in _FAMILIES or not fits:
         raise TypeError(
             "Expected an ICLIPModel, CLIPModel, SiglipModel or Siglip2Model, an ONNXModel, or a model of open_clip with a class "
-            f"token or a ResNet, got {type(model).__name__}."
+            f"token or a ResNet, got {type(model).__name__}: load one of them."
         )
     return _FAMILIES[kind](model, processor)
 

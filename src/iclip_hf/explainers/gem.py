@@ -23,7 +23,7 @@ class GEM(SelfSelfAttention):
     def __init__(self, model, processor, depth: int = 7, iterations: int = 1):
         super().__init__(model, processor, depth)
         if iterations < 0:
-            raise ValueError(f"Expected a number of iterations of at least 0, got {iterations}.")
+            raise ValueError(f"Expected a number of iterations of at least 0, got {iterations}: correct it.")
         self.iterations = iterations
 
     def mix(self, layer: AttentionRecord) -> torch.Tensor:

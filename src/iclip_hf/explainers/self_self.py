@@ -28,7 +28,7 @@ class SelfSelfAttention(Explainer):
     def __init__(self, model, processor, depth: int):
         super().__init__(model, processor)
         if depth < 1:
-            raise ValueError(f"Expected a depth of at least one layer, got {depth}.")
+            raise ValueError(f"Expected a depth of at least one layer, got {depth}: correct it.")
         self.blocks = [index for index, layer in enumerate(self.family.layers) if layer.residual][-depth:]
         if not self.blocks:
             raise ValueError(

@@ -103,7 +103,7 @@ def init_model(config: str | Path, output: str | Path, vision: str | None = None
     trained = vision is None and text is None and source.resolve() == _EMBEDDED.resolve()
     vision, text = vision or named.get("vision"), text or named.get("text")
     if not (vision and text):
-        raise ValueError(f"Expected an image and a text tower, which {source} does not name: give vision and text.")
+        raise ValueError(f"Expected an image and a text tower, but got none in {source}: give vision and text.")
     known = {}
     with atomic_folder(output) as folder:
         if trained:
@@ -160,12 +160,14 @@ def _checked_tower(config, checkpoint: str, side: str):
         found = AutoConfig.from_pretrained(checkpoint, trust_remote_code=False)
     found = getattr(found, side, found)
     differences = [
-        f"{name} is {getattr(found, name, None)!r}, expected {getattr(config, name, None)!r}"
+        f"{name} is {getattr(found, name, None)!r} instead of {getattr(config, name, None)!r}"
         for name in _TOWER_SHAPE
         if getattr(found, name, None) != getattr(config, name, None)
     ]
     if differences:
-        raise ValueError(f"{checkpoint}: not a tower of this configuration: {'; '.join(differences)}.")
+        raise ValueError(
+            f"{checkpoint}: expected a tower of this configuration, but {'; '.join(differences)}; name another tower or configuration."
+        )
     with loading_errors(checkpoint):
         return load_tower(config, checkpoint)
 

@@ -50,7 +50,7 @@ def export_space(metric: str, directory: str | Path) -> Path:
     """
     folders = metric_folders()
     if metric not in folders:
-        raise ValueError(f"Expected `metric` to be one of {tuple(folders)}, got {metric!r}.")
+        raise ValueError(f"Expected `metric` to be one of {tuple(folders)}, got {metric!r}: choose one of them.")
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     for source in folders[metric].iterdir():

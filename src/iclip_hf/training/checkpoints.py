@@ -104,14 +104,18 @@ def state_to_resume(settings: Settings, fixed: Collection[str] = ()) -> tuple[Pa
     if not checkpoints(folder):
         return None, RunState()
     if not settings.resume:
-        raise ValueError(f"{folder}: holds a run already; add --resume to go on with it, or name another output_dir.")
+        raise ValueError(
+            f"{folder}: expected no run here, but got one; add --resume to go on with it, or name another output_dir."
+        )
     last = checkpoints(folder)[-1]
     state = RunState(**json.loads((last / "state.json").read_text()))
     if changed := changed_settings(settings, state.settings, fixed):
         differences = ", ".join(
             f"{name} from {state.settings.get(name)} to {getattr(settings, name)}" for name in changed
         )
-        raise ValueError(f"{folder}: cannot go on with other settings, but they changed: {differences}.")
+        raise ValueError(
+            f"{folder}: expected the settings of the run to resume, but got others: {differences}; restore them, or name another output_dir."
+        )
     return last, state
 
 

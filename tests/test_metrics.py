@@ -524,7 +524,7 @@ def test_text_contrast_merges_and_takes_counts_from_elsewhere():
 @pytest.mark.parametrize(
     ("change", "error", "match"),
     [
-        ({"maps": np.zeros((2, 3, 3))}, ValueError, r"\(2, 3, 3\) and \(2, 2\).*Resize"),
+        ({"maps": np.zeros((2, 3, 3))}, ValueError, r"\(2, 3, 3\) and \(2, 2\).*resize"),
         ({"maps": np.zeros((2, 2))}, ValueError, r"maps \(K, H, W\).*got \(2, 2\)"),
         ({"mask": np.ones((3, 2, 2), int)}, ValueError, r"\(2, 2, 2\) and \(3, 2, 2\)"),
         ({"maps": np.full((2, 2, 2), 1.5)}, ValueError, r"in \[0, 1\].*1\.5"),

@@ -1,4 +1,4 @@
-"""Processor of ICLIP: images and texts to tensors, and raw maps to maps at the image's size, masks, boxes and points."""
+"""Processor of ICLIP: prepares images and texts, and converts raw maps to maps at the image's size, masks, boxes and points."""
 
 from collections.abc import Iterator, Mapping, Sequence
 
@@ -213,7 +213,7 @@ class ICLIPProcessor(ProcessorMixin):
             maps (`torch.Tensor` of shape `(B, T, h, w)`): raw similarity maps of [`ICLIPModel`].
             target_sizes (list of B `(height, width)`): sizes of the original images in pixels.
             reverse (`bool`): whether to return 1 - M, which repairs CLIP's inverted maps without training.
-            order (`str`): `"resize_first"` (bicubic, then min-max) or `"normalize_first"`.
+            order (`str`, defaults to `"resize_first"`): `"resize_first"` (bicubic, then min-max) or `"normalize_first"`.
 
         Returns:
             list of B `torch.Tensor` of shape `(T, height, width)`, float32, in [0, 1]; a constant map is zeros.

@@ -29,7 +29,7 @@ def setting(default, help: str, same: Callable | None = lambda value: value):
     Args:
         default: default value.
         help: description for the command line.
-        same: function of the value whose result must not change when a run resumes; None if the setting changes no result.
+        same: function of the value. Its result must be the same when a run resumes. None if the setting changes no result.
     """
     make = {"default_factory": default.copy} if isinstance(default, list) else {"default": default}
     return field(**make, metadata={"help": help, "same": same})
@@ -37,86 +37,94 @@ def setting(default, help: str, same: Callable | None = lambda value: value):
 
 @dataclass
 class Settings:
-    """Settings of a run. The defaults are the paper's recipe, and those of GroupViT and DeiT where the paper refers to them."""
+    """Settings of a run. The defaults are the recipe of the paper, and of GroupViT and DeiT, to which the paper refers."""
 
     config: str = setting(
-        "hub_configs/iclip-vit-b16/train.yaml", "settings; beside them the model's configuration", same=None
+        "hub_configs/iclip-vit-b16/train.yaml",
+        "YAML file of settings, in the folder of the model's configuration",
+        same=None,
     )
-    output_dir: str = setting("", "folder of the run; runs/<name of the config's folder> if not given", same=None)
-    resume: bool = setting(False, "go on from the last checkpoint in output_dir, if there is one", same=None)
+    output_dir: str = setting("", "output folder; runs/<name of the config's folder> if not given", same=None)
+    resume: bool = setting(False, "resume from the last checkpoint in output_dir, if there is one", same=None)
 
     # model
-    model: str = setting("", "ICLIP model to train further (folder or Hub id), instead of two towers")
-    vision: str = setting("", 'image tower (folder, Hub id, or DINO\'s .pth), or "embedded" for the one of the demo')
-    text: str = setting("", 'text tower (folder or Hub id), or "embedded" for the one of the demo')
-    model_options: list[str] = setting([], "options of the model over those of config.json, as name=value")
-    lock_text: bool = setting(False, "train the projections only")
+    model: str = setting("", "ICLIP model to continue to train (folder or Hub id), instead of vision and text")
+    vision: str = setting(
+        "", 'image tower: a folder, a Hub id, a .pth file of DINO, or "embedded" for that of the embedded model'
+    )
+    text: str = setting("", 'text tower: a folder, a Hub id, or "embedded" for that of the embedded model')
+    model_options: list[str] = setting([], "options that override those of config.json, as name=value")
+    lock_text: bool = setting(False, "freeze the text tower")
     image_size: int = setting(224, "height and width of images in pixels")
 
     # data
     data: list[str] = setting([], "training pairs: tar shards, image folders, .csv or .tsv tables, or one Hub dataset")
-    validation_data: list[str] = setting([], "pairs to validate on, local")
+    validation_data: list[str] = setting([], "validation pairs, local")
     split: str = setting("train", "split of a Hub dataset")
-    pairs_per_epoch: int = setting(
-        0, "pairs in an epoch of a Hub dataset, which is streamed and does not tell its length"
-    )
-    max_bad_share: float = setting(0.05, "the run stops if more of the pairs are broken")
+    pairs_per_epoch: int = setting(0, "number of pairs in an epoch of a Hub dataset, because a stream has no length")
+    max_bad_share: float = setting(0.05, "largest share of broken pairs; the run stops above it")
     crop_scale: float = setting(0.08, "smallest area of a random crop, as a share of the image")
-    auto_augment: str = setting("rand-m9-mstd0.5-inc1", "timm's name of an augmentation policy, or empty")
+    auto_augment: str = setting("rand-m9-mstd0.5-inc1", "name of an augmentation policy of timm; empty for none")
     random_erasing: float = setting(0.25, "probability of erasing a rectangle")
-    nouns: str = setting("", "text file of nouns, a line each: those of a caption become prompts, as in GroupViT")
-    noun_prompts: int = setting(3, "nouns that a pair brings; each noun of a batch counts once")
-    noun_weight: float = setting(0.5, "their share in the loss of the branches that learn them")
-    noun_branches: list[str] = setting(["recognition"], "branches that learn them: recognition, interpretability")
-    map_tokens: int = setting(16, "patches that stand for an image where max_over is similarity")
-    num_workers: int = setting(4, "processes that load pairs, for each training process", same=None)
-    cache_features: str = setting(
-        "", "folder for features of locked towers, computed once and trained from", same=bool
+    nouns: str = setting(
+        "", "text file with one noun in each line; nouns that occur in captions become prompts, as in GroupViT"
     )
-    views: int = setting(1, "views of an image in that cache: the whole image, then augmented ones")
+    noun_prompts: int = setting(3, "number of noun prompts for each pair; a noun counts once in a batch")
+    noun_weight: float = setting(0.5, "share of noun prompts in the loss of noun_branches")
+    noun_branches: list[str] = setting(
+        ["recognition"], "branches that learn noun prompts: recognition, interpretability"
+    )
+    map_tokens: int = setting(16, "number of patches that represent an image with max_over=similarity")
+    num_workers: int = setting(4, "number of loading processes for each training process", same=None)
+    cache_features: str = setting("", "folder for features of frozen towers, which are computed once", same=bool)
+    views: int = setting(1, "number of views of each image in cache_features: the whole image and augmented ones")
 
     # optimisation
-    epochs: int = setting(30, "passes over the pairs")
-    max_steps: int = setting(0, "stop after so many steps, the schedule with them; 0 for all epochs")
-    batch_size: int = setting(1024, "pairs in a batch of all processes together")
+    epochs: int = setting(30, "number of passes over the pairs")
+    max_steps: int = setting(0, "number of steps of the run and its schedule; 0 for all epochs")
+    batch_size: int = setting(1024, "number of pairs in a batch, over all processes")
     chunk_size: int = setting(
         256,
-        "pairs that a tower sees at once in a process: the memory it needs; changes results only where a tower with dropout learns",
+        "number of pairs in one forward pass of a tower; limits the memory, and changes results only if a trained tower has dropout",
         same=None,
     )
     learning_rate: float = setting(
-        1.25e-4, "learning rate at the peak, for a batch of 1024; all three rates follow the batch size"
+        1.25e-4, "peak learning rate for a batch of 1024; all three rates are scaled with the batch size"
     )
-    warmup_learning_rate: float = setting(1e-6, "learning rate at the start")
-    min_learning_rate: float = setting(1e-5, "learning rate at the end")
-    warmup_epochs: float = setting(2.0, "epochs of linear warm-up, before half a cosine")
-    weight_decay: float = setting(0.05, "weight decay of matrices; not of biases, norms and logit scales")
-    adam_beta1: float = setting(0.9, "AdamW's memory of the gradient")
-    adam_beta2: float = setting(0.999, "AdamW's memory of the squared gradient")
-    adam_epsilon: float = setting(1e-8, "AdamW's epsilon")
+    warmup_learning_rate: float = setting(1e-6, "first learning rate of the warm-up")
+    min_learning_rate: float = setting(1e-5, "last learning rate")
+    warmup_epochs: float = setting(2.0, "number of epochs of linear warm-up, before the cosine decay")
+    weight_decay: float = setting(0.05, "weight decay of matrices; biases, norms and logit scales have none")
+    adam_beta1: float = setting(0.9, "beta1 of AdamW")
+    adam_beta2: float = setting(0.999, "beta2 of AdamW")
+    adam_epsilon: float = setting(1e-8, "epsilon of AdamW")
     clip_grad_norm: float = setting(5.0, "largest norm of the gradient")
     mixed_precision: Literal["auto", "no", "fp16", "bf16"] = setting(
         "auto",
-        "auto: fp16 or bf16 if Accelerate was told one of them, else the one that the GPU prefers, none on a CPU",
+        "auto: the choice of `accelerate launch`; without one, bf16 or fp16 on a GPU and no on a CPU",
     )
-    max_bad_steps: int = setting(30, "stop after so many steps in a row without a finite loss and gradient", same=None)
-    seed: int = setting(0, "seed of everything random")
+    max_bad_steps: int = setting(
+        30, "number of consecutive steps without a finite loss and gradient after which the run stops", same=None
+    )
+    seed: int = setting(0, "random seed")
 
-    # watching
-    report_to: str = setting("tensorboard", "Accelerate's name of a tracker, or none", same=None)
-    log_steps: int = setting(10, "steps between two logs", same=None)
-    eval_steps: int = setting(1000, "steps between two evaluations; there is one at the end in any case", same=None)
+    # monitoring
+    report_to: str = setting("tensorboard", "name of a tracker of Accelerate, or none", same=None)
+    log_steps: int = setting(10, "number of steps between logs", same=None)
+    eval_steps: int = setting(
+        1000, "number of steps between evaluations; the last step is always evaluated", same=None
+    )
     eval_dataset: Literal["none", "voc2012", "coco2017", "folder"] = setting(
-        "none", "segmentation data to evaluate maps on"
+        "none", "segmentation data set for the evaluation of maps"
     )
     eval_root: str = setting("", "folder of eval_dataset")
-    eval_split: str = setting("", "split of eval_dataset, if not the official one")
+    eval_split: str = setting("", "split of eval_dataset; the validation split if not given")
     best_metric: Literal[_BEST_METRICS] = setting(
-        "auto", "what the kept best model is best in; auto: text_to_image, or mMIoU without validation_data"
+        "auto", "metric that selects the best model; auto: text_to_image, or mMIoU without validation_data"
     )
-    pictures: int = setting(4, "validation images to draw the maps of at each evaluation", same=None)
-    checkpoint_steps: int = setting(1000, "steps between two checkpoints", same=None)
-    keep_checkpoints: int = setting(2, "checkpoints to keep", same=None)
+    pictures: int = setting(4, "number of validation images whose maps are drawn at each evaluation", same=None)
+    checkpoint_steps: int = setting(1000, "number of steps between checkpoints", same=None)
+    keep_checkpoints: int = setting(2, "number of checkpoints to keep", same=None)
 
     def __post_init__(self):
         self.output_dir = self.output_dir or f"runs/{Path(self.config).resolve().parent.name}"
@@ -158,14 +166,14 @@ class Settings:
 
 
 class _Parser(HfArgumentParser):
-    """Leaves the metadata `same` out of the arguments for argparse."""
+    """Drops the metadata `same`, which argparse does not know."""
 
     def add_argument(self, *names, same=None, **options):
         return super().add_argument(*names, **options)
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
-    """Shows defaults, except empty ones."""
+    """Shows defaults that are not empty."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
         return action.help if action.default in ("", []) else super()._get_help_string(action)
@@ -195,7 +203,7 @@ def read_settings(arguments: list[str], description: str | None = None) -> Setti
             parser.error(
                 f"{config.config}: expected {name} to be a value or a list of values, but got {type(value).__name__}"
             )
-        # One value beside its name: it may begin with a minus.
+        # `--name=value`, because a value can begin with a minus.
         command += [f"--{name}={values[0]}"] if len(values) == 1 else [f"--{name}", *map(str, values)]
     try:
         settings, unknown = parser.parse_args_into_dataclasses(

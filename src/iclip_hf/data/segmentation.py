@@ -1,6 +1,7 @@
-"""Segmentation data sets: VOC 2012, COCO 2017 or a folder of index masks, with one sample type.
+"""
+Segmentation data sets with one type of samples: VOC 2012, COCO 2017 or a folder of index masks.
 
-Class ids are 1..K in the order of `class_names`; 0 is background and 255 is void (ignored).
+Class ids are 1..K in the order of `class_names`. 0 is background and 255 is void (ignored).
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from ..utils.extras import require_extra
 VOID = 255
 DEFAULT_TEMPLATES = ("a photo of the {}",)
 
-# In VOC's order. "diningtable", "pottedplant" and "tvmonitor" are written as in a prompt.
+# In the order of VOC. The names "diningtable", "pottedplant" and "tvmonitor" are written as in a prompt.
 VOC_CLASS_NAMES = (
     "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow",
     "dining table", "dog", "horse", "motorbike", "person", "potted plant", "sheep", "sofa", "train", "television",
@@ -34,15 +35,16 @@ VOC_CLASS_NAMES = (
 
 @dataclass(frozen=True)
 class SegmentationSample:
-    """One image and its label masks, decoded on first use.
+    """
+    One image and its label masks, decoded on first use.
 
     Attributes:
-        name: File name of the image without its suffix.
-        image_path: Path of the image.
-        num_classes: Number of classes K of the dataset.
-        image: PIL image of mode "RGB".
-        size: (height, width) of image and masks.
-        labels: Ids of the present classes, ascending, without background and void.
+        name (`str`): file name of the image without its suffix.
+        image_path (`Path`): path of the image.
+        num_classes (`int`): number K of classes of the data set.
+        image (`PIL.Image.Image`): image of mode "RGB".
+        size (`tuple[int, int]`): height and width of image and masks in pixels.
+        labels (`tuple[int, ...]`): ids of the classes in the image, ascending, without background and void.
     """
 
     name: str
@@ -60,10 +62,17 @@ class SegmentationSample:
         return image
 
     def mask(self, label: int) -> np.ndarray:
-        """Returns the mask of one class, present or not.
+        """
+        Returns the mask of one class, which the image need not contain.
+
+        Args:
+            label (`int`): class id in 1..K.
 
         Returns:
-            (H, W) uint8: `label` on the pixels of the class, 255 on ignored pixels, 0 on all others.
+            `np.ndarray` of shape `(H, W)`, uint8: `label` on the pixels of the class, 255 on ignored pixels, 0 on all others.
+
+        Raises:
+            `ValueError`: `label` is not a class id, or the mask file is not as described.
         """
         if not 1 <= label <= self.num_classes:
             raise ValueError(
@@ -74,7 +83,7 @@ class SegmentationSample:
 
 @dataclass(frozen=True)
 class _IndexSample(SegmentationSample):
-    """A sample with one PNG that holds the class id of each pixel."""
+    """A sample with one PNG file of class ids."""
 
     mask_path: Path
 
@@ -115,10 +124,11 @@ class _IndexSample(SegmentationSample):
 
 @dataclass(frozen=True)
 class _COCOSample(SegmentationSample):
-    """A sample with COCO instances. A class is the union of its instances; classes may overlap.
+    """
+    A sample with COCO instances. The mask of a class is the union of its instances. Classes can overlap.
 
-    The pixels of crowd regions are void for every class. A class that occurs only as a crowd is present in the image
-    (`labels`), but its mask has no foreground.
+    Pixels of crowd regions are void for every class. A class that occurs only as a crowd is in `labels`, but its mask has no
+    foreground.
     """
 
     size: tuple[int, int]
@@ -138,7 +148,7 @@ class _COCOSample(SegmentationSample):
         return np.ascontiguousarray(mask)
 
     def _union(self, annotations: list[dict]) -> np.ndarray:
-        """Returns ones on the pixels of all annotations, (H, W) uint8. Merges run lengths and decodes once."""
+        """Returns ones on the pixels of all annotations, `(H, W)` uint8. Merges run lengths, then decodes once."""
         runs = [run for annotation in annotations for run in self._runs(annotation)]
         if not runs:
             return np.zeros(self.size, np.uint8)
@@ -146,14 +156,14 @@ class _COCOSample(SegmentationSample):
         return coco_mask.decode(coco_mask.merge(runs))
 
     def _runs(self, annotation: dict) -> list[dict]:
-        """Returns compressed run lengths of one annotation, which has polygons or plain or compressed run lengths."""
+        """Returns compressed run lengths of one annotation, which holds polygons, or plain or compressed run lengths."""
         coco_mask = _pycocotools_mask()
         segmentation = annotation["segmentation"]
         try:
             if isinstance(segmentation, list):  # polygons [x1, y1, x2, y2, ...]
                 if not segmentation:
                     return []
-                far = 2 * max(self.size)  # pycocotools needs memory in proportion to the distance
+                far = 2 * max(self.size)  # the memory of pycocotools grows with the distance
                 if not all(
                     len(p) >= 6 and len(p) % 2 == 0 and -far <= np.min(p) and np.max(p) <= far for p in segmentation
                 ):
@@ -166,7 +176,7 @@ class _COCOSample(SegmentationSample):
             if isinstance(segmentation["counts"], list):
                 segmentation = coco_mask.frPyObjects(segmentation, *self.size)
             counts = _run_lengths(segmentation["counts"])
-            # pycocotools does not check this and would read out of bounds or never return.
+            # pycocotools does not check run lengths. It would read out of bounds or never return.
             if counts.min() < 0 or counts.sum() != self.size[0] * self.size[1]:
                 raise ValueError("run lengths that do not add up to the image's pixels")
             return [segmentation]
@@ -185,8 +195,10 @@ def _pycocotools_mask() -> ModuleType:
 
 
 def _run_lengths(counts: str | bytes) -> np.ndarray:
-    """Decodes COCO's compressed string: base-32 digits, lowest first. From the fourth number on, a number is the difference from
-    the number two places before."""
+    """
+    Decodes COCO's compressed string of run lengths: base-32 digits, lowest first. From the fourth number on, a number is stored as
+    the difference from the number two places before.
+    """
     digits = np.frombuffer(counts.encode() if isinstance(counts, str) else counts, np.uint8).astype(np.int64) - 48
     last = np.flatnonzero((digits & 32) == 0)  # bit 5 marks that a digit follows; bit 4 of the last digit is the sign
     first = np.concatenate([[0], last[:-1] + 1])
@@ -202,14 +214,15 @@ def _run_lengths(counts: str | bytes) -> np.ndarray:
 
 
 class SegmentationDataset(Sequence):
-    """A sequence of `SegmentationSample`s with their class names. Indexing returns a new sample that is not decoded yet.
+    """
+    A sequence of [`SegmentationSample`] with class names. Indexing returns a new sample, which is not decoded yet.
 
     Attributes:
-        name: Name of the data set.
-        split: Its split; None for a folder.
-        class_names: Names of the K classes, as used in prompts.
-        labels: Ids of the classes, 1..K.
-        templates: Prompt templates, each with one "{}".
+        name (`str`): name of the data set.
+        split (`str`, *optional*): split of the data set; None for a folder.
+        class_names (`tuple[str, ...]`): names of the K classes, as used in prompts.
+        labels (`tuple[int, ...]`): ids of the classes, 1..K.
+        templates (`tuple[str, ...]`): prompt templates, each with one "{}".
     """
 
     def __init__(
@@ -244,7 +257,7 @@ class SegmentationDataset(Sequence):
         )
 
     def fingerprint(self) -> str:
-        """Returns 16 hex digits over the names and sizes in bytes of the images and the content of the annotations."""
+        """Returns a digest, 16 hex digits, over the names and sizes in bytes of the images and the content of the annotations."""
         digest = hashlib.sha256()
         for sample in self._samples:
             digest.update(os.fsencode(f"{sample.image_path.name}\0{sample.image_path.stat().st_size}\0"))
@@ -259,26 +272,29 @@ def load_segmentation(
     split: str | None = None,
     overrides: str | os.PathLike | Mapping | None = None,
 ) -> SegmentationDataset:
-    """Opens a segmentation data set for evaluation.
+    """
+    Opens a segmentation data set for evaluation. The layouts under `root` are:
 
-    Layouts under `root`:
-        "voc2012": `VOCdevkit/VOC2012/{JPEGImages,SegmentationClass,ImageSets/Segmentation/<split>.txt}`, split "val" by
-            default; `root` may also be the VOCdevkit or the VOC2012 folder itself.
-        "coco2017": `annotations/instances_<split>.json` and the images in `<split>/`, split "val2017" by default.
-            Images without annotations are included. The classes are the categories of the file by ascending COCO id.
-        "folder": `images/*`, an index PNG with the same stem in `masks/` for each image, and `classes.txt`. Line i of this
-            file (from 1) is the name of class id i; background (0) and void (255) are not listed. There are no splits.
+    - `"voc2012"`: `VOCdevkit/VOC2012/{JPEGImages,SegmentationClass,ImageSets/Segmentation/<split>.txt}`, split "val" by default.
+      `root` can also be the folder VOCdevkit or VOC2012 itself.
+    - `"coco2017"`: `annotations/instances_<split>.json` and the images in `<split>/`, split "val2017" by default. Images without
+      annotations are included. The classes are the categories of the file by ascending COCO id.
+    - `"folder"`: `images/*`, for each image an index PNG with the same stem in `masks/`, and `classes.txt`. Line i of this file
+      (from 1) is the name of class id i. Background (0) and void (255) are not listed. There are no splits.
 
     Args:
-        name: Name of one of these layouts.
-        root: Folder of the data set.
-        split: Split of the data set; the default split if not given.
-        overrides: Other class names and prompt templates, both optional, as a mapping or as a JSON or YAML file:
-            `{"names": {"old name": "new name"}, "templates": ["a photo of the {}"]}`.
+        name (`str`): name of one of these layouts.
+        root (`str` or `os.PathLike`): folder of the data set.
+        split (`str`, *optional*): split of the data set; the default split if not given.
+        overrides (`dict`, `str` or `os.PathLike`, *optional*): other class names and prompt templates, as a mapping or as a JSON
+            or YAML file: `{"names": {"old name": "new name"}, "templates": ["a photo of the {}"]}`. Both keys are optional.
+
+    Returns:
+        [`SegmentationDataset`].
 
     Raises:
-        FileNotFoundError: A folder, list, image or mask is missing.
-        ValueError: The data is not as described. The content of images and masks is checked when they are decoded.
+        `FileNotFoundError`: a folder, list, image or mask is missing. `ValueError`: the data is not as described. The content of
+        images and masks is checked when they are decoded.
     """
     if name not in _LOADERS:
         raise ValueError(f"Expected one of the data sets {list(_LOADERS)}, but got {name!r}: choose one of them.")
@@ -305,7 +321,7 @@ def _load_voc2012(root: Path, split: str | None) -> SegmentationDataset:
 
 
 def _load_coco2017(root: Path, split: str | None) -> SegmentationDataset:
-    _pycocotools_mask()  # a missing package is reported before the first mask
+    _pycocotools_mask()  # raises now if the package is missing
     split = split or "val2017"
     path = _split_file(root / "annotations", "instances_{}.json", split)
     try:
@@ -461,7 +477,7 @@ def _list(folder: Path) -> list[str]:
 
 
 def _find(folder: Path, names: list[str], listed_in: Path) -> list[Path]:
-    """Returns the paths of named files in a folder. Lists the folder once, because single look-ups are slow on network drives."""
+    """Returns the paths of files in a folder. Lists the folder once, because single look-ups are slow on network drives."""
     present = set(_list(folder))
     missing = [name for name in names if name not in present]
     if missing:

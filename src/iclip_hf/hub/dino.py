@@ -11,7 +11,7 @@ import torch
 from transformers import ViTConfig, ViTModel
 
 
-# Names in DINO's code -> names in checkpoints of `ViTModel`.
+# Patterns of names in DINO's checkpoints, and the names in checkpoints of `ViTModel`.
 _DINO_NAMES = {
     r"cls_token": "embeddings.cls_token",
     r"pos_embed": "embeddings.position_embeddings",

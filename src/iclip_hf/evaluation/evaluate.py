@@ -63,7 +63,7 @@ class EvaluationResult:
     timing: dict[str, float]
 
     def table(self) -> str:
-        """The scores as a Markdown table, and a line on presence."""
+        """Returns the scores as a Markdown table, and a line on presence."""
         lines = [
             "| method | mAP % | mMIoU % | mFMB | text contrast % | floor % |",
             "|---|---|---|---|---|---|",
@@ -83,11 +83,11 @@ class EvaluationResult:
         )
 
     def to_json(self) -> str:
-        """Everything, as JSON text."""
+        """Returns everything as JSON text."""
         return json.dumps(asdict(self), indent=2, allow_nan=False) + "\n"
 
     def per_class_csv(self) -> str:
-        """One row a method and class, as CSV text."""
+        """Returns CSV text with a row for each method and class."""
         text = io.StringIO()
         rows = [{"method": method, **row} for method, rows in self.per_class.items() for row in rows]
         writer = csv.DictWriter(text, rows[0])
@@ -96,14 +96,14 @@ class EvaluationResult:
         return text.getvalue()
 
     def save(self, path: str | Path) -> None:
-        """Writes `path` (JSON) and, beside it, the per-class scores as `.csv`; each appears whole or not at all."""
+        """Writes a JSON file, and the scores of the classes to a `.csv` file with the same stem. Both writes are atomic."""
         for target, text in ((Path(path), self.to_json()), (Path(path).with_suffix(".csv"), self.per_class_csv())):
             with atomic_write(target) as partial:
                 partial.write_text(text, encoding="utf-8")
 
 
 class _Scores:
-    """The metrics of one method. `count` may run in any thread; `add` takes its results in order."""
+    """The metrics of one method. `count` can run in any thread. `add` takes its results in order."""
 
     def __init__(self, aggregate: str):
         self.miou = MeanMaxIoU(aggregate)
@@ -112,7 +112,7 @@ class _Scores:
 
     @staticmethod
     def count(heatmaps: torch.Tensor, masks: np.ndarray, labels: Sequence[int]) -> tuple:
-        """Counts maps and masks `(K, H, W)` of the K classes of one image, for `add`."""
+        """Counts the maps and masks `(K, H, W)` of the K classes of one image. Returns the argument of `add`."""
         pairs = [
             (label, MeanMaxIoU.count(heatmap, mask, label), MeanForegroundMinusBackground.count(heatmap, mask, label))
             for heatmap, mask, label in zip(heatmaps, masks, labels)
@@ -164,17 +164,18 @@ class _Scores:
 
 
 class _Totals:
-    """Everything that is counted over the images of one process."""
+    """All sums over the images of one process."""
 
     def __init__(self, methods: Sequence[str], aggregate: str):
         self.scores = {method: _Scores(aggregate) for method in methods}
         self.average_precision = MultiLabelAveragePrecision()
         self.calibrated = MultiLabelAveragePrecision()
-        self.gate = np.zeros((2, 2), np.int64)  # absent and shown classes: all, and those whose presence is enough
-        self.seconds_in_model = 0.0  # of this process alone: not merged
+        # For absent and for shown classes: the number of all, and of those with a presence of at least MIN_PRESENCE.
+        self.gate = np.zeros((2, 2), np.int64)
+        self.seconds_in_model = 0.0  # of this process only; not merged
 
     def add_recognition(self, cosines: torch.Tensor, presence: torch.Tensor, shown: np.ndarray) -> None:
-        """Adds images: cosines and presence of all classes, and whether the class is shown, all `(B, K)`."""
+        """Adds images: cosines and presence of all classes, and whether the image shows the class, all `(B, K)`."""
         self.average_precision.update(cosines, shown)
         self.calibrated.update(presence, shown)
         enough = presence.numpy() >= MIN_PRESENCE
@@ -248,7 +249,7 @@ def evaluate(
     _run(plan, totals, progress=progress and state.is_main_process)
     seconds_in_model = totals.seconds_in_model
 
-    totals, *others = gather_object([totals])  # alike on every process
+    totals, *others = gather_object([totals])  # equal on all processes
     for other in others:
         totals.merge(other)
     recognition = totals.average_precision.compute()
@@ -289,7 +290,7 @@ class _Plan:
         return sample, self.drawer.itsm.processor(images=[sample.image], **self.size)["pixel_values"]
 
     def protocol(self, count: int) -> dict:
-        """Returns what is needed to repeat the evaluation of `count` images."""
+        """Returns the settings that are needed to repeat the evaluation of `count` images."""
         dataset, image_processor = self.dataset, self.drawer.itsm.processor.image_processor
         return {
             "dataset": {
@@ -369,17 +370,19 @@ class MapMaker:
         shown = torch.arange(len(rows))[:, None], rows
         texts = self.localizer.encoded
         maps, cosines, presence = self.localizer.explain_batch(pixel_values, texts)
-        drawn = dict.fromkeys(("itsm", "reversed_itsm"), maps[shown])  # reversed once they are stretched to [0, 1]
+        drawn = dict.fromkeys(("itsm", "reversed_itsm"), maps[shown])  # reversed after they are stretched to [0, 1]
         for method, explainer in self.others.items():
-            if isinstance(explainer, GradientExplainer):  # a backward a text: not for the absent classes
+            if isinstance(
+                explainer, GradientExplainer
+            ):  # has one backward pass for each text, so only for shown classes
                 drawn[method] = explainer.raw_maps(pixel_values, select_texts(texts, rows))[0]
-            else:  # almost free, and clip_surgery compares a text with all others
+            else:  # all classes cost little, and clip_surgery compares each text with all others
                 drawn[method] = explainer.raw_maps(pixel_values, texts)[0][shown]
         return cosines, presence, {method: drawn[method].cpu() for method in self.methods}
 
 
 def _count(item: tuple[SegmentationSample, dict[str, torch.Tensor]]) -> dict[str, tuple]:
-    """Counts the raw maps of one image by method, those of its classes first, for `_Scores.add`."""
+    """Counts the raw maps of one image, by method. The maps of its classes come first. Returns arguments of `_Scores.add`."""
     sample, raw_maps = item
     labels = sample.labels
     masks = np.array([sample.mask(label) for label in labels], np.uint8).reshape(-1, *sample.size)
@@ -387,7 +390,7 @@ def _count(item: tuple[SegmentationSample, dict[str, torch.Tensor]]) -> dict[str
     for method, raw in raw_maps.items():
         heatmaps = resize_and_normalize(raw[: len(labels)], sample.size)
         if method == "reversed_itsm":
-            heatmaps = reverse(heatmaps)  # not the negative stretched anew, which rounds otherwise
+            heatmaps = reverse(heatmaps)  # stretching the negative instead would round differently
         counts[method] = _Scores.count(heatmaps, masks, labels)
     return counts
 

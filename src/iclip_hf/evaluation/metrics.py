@@ -1,8 +1,9 @@
-"""mMIoU (Eq. 7), mFMB (Eq. 8), text contrast and multi-label mAP. Maps and masks become sums that can be merged.
+"""
+mMIoU (Eq. 7), mFMB (Eq. 8), text contrast and multi-label mAP. Maps and masks become sums that can be merged.
 
 A *pair* is one image and one class: a map (H, W) in [0, 1], a label mask (H, W) of integers, and the class id whose pixels are the
-foreground. Pixels equal to `ignore_index` are ignored, all others are background. Text contrast takes all pairs of an image
-together. Sums are float64, so results agree to about 1e-12 for any order of adding and merging.
+foreground. Pixels equal to `ignore_index` are ignored, all others are background. Text contrast compares all pairs of an image.
+Sums are float64, so results agree to about 1e-12 for any order of adding and merging.
 """
 
 from __future__ import annotations
@@ -19,9 +20,9 @@ from ..utils.arrays import to_numpy
 # The thresholds of mMIoU. A pixel is predicted where M > t, with t rounded to the map's dtype.
 THRESHOLDS = np.arange(101) / 100
 
-_LEVELS = 1 + len(THRESHOLDS)  # "every pixel", then one level for each threshold
+_LEVELS = 1 + len(THRESHOLDS)  # all pixels, then those above each threshold
 _VOID_CODE = 255  # above the 2 * _LEVELS codes of background and foreground
-_BLOCK = 2**16  # pixels in one block: small temporary arrays stay in the cache, those of a whole map do not
+_BLOCK = 2**16  # pixels in one block, whose temporary arrays fit into the processor's cache
 _LEVELS_OF_CONTRAST = 2**12  # a power of two, so that scaling a float32 map has no rounding error
 
 
@@ -35,7 +36,7 @@ def _class_id(value, name: str) -> int:
 
 
 def _check_map(heatmap) -> np.ndarray:
-    """Returns map values as floats, after a check that they are in [0, 1]."""
+    """Returns a map as an array of floats. Raises an error unless its values are in [0, 1]."""
     heatmap = to_numpy(heatmap)
     if heatmap.dtype.kind in "biu":
         heatmap = heatmap.astype(np.float32)  # a map of zeros and ones; other integers are refused below
@@ -63,7 +64,7 @@ def _check_label(label, ignore_index: int) -> int:
 
 
 def _pair_blocks(heatmap, mask, label, ignore_index):
-    """Checks one pair, then yields blocks of its map values, foreground and void, flattened."""
+    """Checks one pair, and yields its map values, foreground and void in flat blocks."""
     ignore_index = _class_id(ignore_index, "ignore_index")
     label, heatmap, mask = _check_label(label, ignore_index), _check_map(heatmap), _check_mask(mask)
     if heatmap.ndim != 2 or heatmap.shape != mask.shape or not heatmap.size:
@@ -78,21 +79,23 @@ def _pair_blocks(heatmap, mask, label, ignore_index):
 
 
 def threshold_counts(heatmap, mask, label: int, ignore_index: int = 255) -> np.ndarray:
-    """Counts the pixels above each threshold in one pass over the map.
+    """
+    Counts the pixels above each threshold in one pass over the map.
 
     Args:
-        heatmap: (H, W) array or tensor of floats in [0, 1], or of integers 0 and 1.
-        mask: (H, W) array or tensor of integers; pixels equal to `label` are foreground.
-        label: the class id.
-        ignore_index: mask value of the pixels that are ignored.
+        heatmap (`np.ndarray` or `torch.Tensor` of shape `(H, W)`): map of floats in [0, 1], or of integers 0 and 1.
+        mask (`np.ndarray` or `torch.Tensor` of shape `(H, W)`): integers; pixels equal to `label` are foreground.
+        label (`int`): class id.
+        ignore_index (`int`, defaults to 255): mask value of the pixels that are ignored.
 
     Returns:
-        (2, 102) int64, numbers of background and foreground pixels: all, then those with M > 0, M > 0.01, ..., M > 1. At
-        `THRESHOLDS[i]`, `[0, 1 + i]` is the number of false positives and `[1, 1 + i]` that of true positives.
+        `np.ndarray` of shape `(2, 102)`, int64: numbers of background and foreground pixels: all, then those with M > 0,
+        M > 0.01, ..., M > 1. At `THRESHOLDS[i]`, `[0, 1 + i]` is the number of false positives and `[1, 1 + i]` that of true
+        positives.
 
     Raises:
-        TypeError: the map has another dtype, or the mask, `label` or `ignore_index` is not of integers.
-        ValueError: shapes differ or are not (H, W), map values are NaN or outside [0, 1], `label` is `ignore_index`.
+        `TypeError`: the map has another dtype, or the mask, `label` or `ignore_index` is not of integers.
+        `ValueError`: shapes differ or are not (H, W), map values are NaN or outside [0, 1], or `label` is `ignore_index`.
     """
     histogram = np.zeros(256, dtype=np.int64)
     for values, foreground, void in _pair_blocks(heatmap, mask, label, ignore_index):
@@ -111,16 +114,17 @@ def threshold_counts(heatmap, mask, label: int, ignore_index: int = 255) -> np.n
 
 
 def region_means(heatmap, mask, label: int, ignore_index: int = 255) -> np.ndarray:
-    """Computes the means of the map over the background and over the foreground.
-
-    Arguments and errors are those of `threshold_counts`.
+    """
+    Computes the means of the map over the background and over the foreground. Arguments and errors are those of
+    [`threshold_counts`].
 
     Returns:
-        (2, 2) float64, background and foreground: number of pixels, and mean (0 without pixels).
+        `np.ndarray` of shape `(2, 2)`, float64: for background and foreground, the number of pixels and the mean (0 without
+        pixels).
     """
     sums = np.zeros((2, 2))
     for values, foreground, void in _pair_blocks(heatmap, mask, label, ignore_index):
-        # Most pixels are background. Subtracting the other sums from the total is faster than selecting the background.
+        # Most pixels are background. Subtracting the sum of the others from the total is faster than selecting them.
         inside, nowhere = values[foreground], values[void]
         total, high, void_total = (one.sum(dtype=np.float64) for one in (values, inside, nowhere))
         sums += (
@@ -132,26 +136,27 @@ def region_means(heatmap, mask, label: int, ignore_index: int = 255) -> np.ndarr
 
 
 def contrast_counts(maps, mask, labels, ignore_index: int = 255) -> np.ndarray:
-    """Compares each map of an image with the pixels of its other classes.
+    """
+    Compares each map of an image on the pixels of its own class and of the other classes.
 
     For classes i and j, a_ij = P(M_i at a pixel of i > M_i at a pixel of j), where ties count half, and c_ij = (a_ij + a_ji) / 2.
     Pixels of both classes or of neither are left out. Maps are first rounded to multiples of 1 / 4096, and equal rounded values are
     ties. The error of c_ij is at most half the share of such pixel pairs (about 1e-5 for smooth maps).
 
     Args:
-        maps: (K, H, W) array or tensor of floats in [0, 1], the map of each class.
-        mask: (H, W) array or tensor of integers, the class of each pixel; or (K, H, W), one mask for each class, whose pixels
-            equal to the label belong to the class. These masks may overlap.
-        labels: K different class ids.
-        ignore_index: mask value of the pixels that are ignored, in one mask or in any of the K.
+        maps (`np.ndarray` or `torch.Tensor` of shape `(K, H, W)`): floats in [0, 1], the map of each class.
+        mask (`np.ndarray` or `torch.Tensor` of shape `(H, W)` or `(K, H, W)`): integers, the class of each pixel; or one mask for
+            each class, whose pixels equal to the label belong to the class. These masks can overlap.
+        labels (`Sequence[int]`): K different class ids.
+        ignore_index (`int`, defaults to 255): mask value of the pixels that are ignored, in the mask or in any of the K masks.
 
     Returns:
-        (2, K) float64: for each class, the number of its partners and the sum of c over them. A partner is another class of the
-        image, if each of the two has a pixel that does not belong to the other.
+        `np.ndarray` of shape `(2, K)`, float64: for each class, the number of its partners and the sum of c over them. Two classes
+        of the image are partners if each has a pixel that does not belong to the other.
 
     Raises:
-        TypeError: as `threshold_counts`.
-        ValueError: as `threshold_counts`; or labels are repeated, or their number is not K.
+        `TypeError`: as [`threshold_counts`].
+        `ValueError`: as [`threshold_counts`]; or labels are repeated, or their number is not K.
     """
     ignore_index = _class_id(ignore_index, "ignore_index")
     labels = [_check_label(label, ignore_index) for label in labels]
@@ -169,7 +174,7 @@ def contrast_counts(maps, mask, labels, ignore_index: int = 255) -> np.ndarray:
     pixels = [np.flatnonzero(region) for region in regions]
     shared = {(i, j): np.flatnonzero(regions[i] & regions[j]) for i in range(number) for j in range(i)}
 
-    # `wins`: twice the number of pixel pairs in which M_i is higher at i than at j. `pairs`: the number of all pixel pairs.
+    # `wins`: twice the number of pixel pairs where M_i is greater at i than at j, plus the ties. `pairs`: the number of all pairs.
     wins, pairs = np.zeros((2, number, number), np.int64)
     for i, heatmap in enumerate(maps):
         heatmap = heatmap.ravel()
@@ -191,14 +196,15 @@ def _histogram(values: np.ndarray) -> np.ndarray:
 
 
 def average_precision(scores: np.ndarray, presence: np.ndarray) -> float:
-    """Computes the area under the precision-recall step function, with ties grouped, as in scikit-learn.
+    """
+    Computes the area under the precision-recall step function, with ties grouped, as in scikit-learn.
 
     Args:
-        scores: (B,) floats, higher is more likely.
-        presence: (B,) zeros and ones, at least one 1.
+        scores (`np.ndarray` of shape `(B,)`): floats, higher is more likely.
+        presence (`np.ndarray` of shape `(B,)`): zeros and ones, at least one 1.
 
     Returns:
-        Average precision in [0, 1].
+        `float`: average precision in [0, 1].
     """
     order = np.argsort(-scores)
     scores = scores[order]
@@ -215,13 +221,14 @@ def _mean(values) -> float:
 
 
 class _ClassSums:
-    """Sums for each class, which can be merged. Subclasses add to the sums and compute scores from them.
+    """
+    Sums for each class, which can be merged. Subclasses add to the sums and compute scores from them.
 
     Args:
-        ignore_index: mask value of the pixels that are ignored.
+        ignore_index (`int`, defaults to 255): mask value of the pixels that are ignored.
     """
 
-    _reasons: tuple[str, ...]  # reasons for a missing value, in the order of the checks
+    _reasons: tuple[str, ...]  # why items are left out, in the order of the checks
 
     def __init__(self, ignore_index: int = 255):
         self.ignore_index = _class_id(ignore_index, "ignore_index")
@@ -230,7 +237,7 @@ class _ClassSums:
         self._left_out = Counter()
 
     def merge(self, other: _ClassSums) -> None:
-        """Adds the counts of another metric. Raises ValueError if its type or settings differ."""
+        """Adds the counts of another metric. Raises `ValueError` if its type or settings differ."""
         if self._settings() != other._settings():
             raise ValueError(
                 f"Expected a metric like this one, {self._settings()}, got {other._settings()}: create both alike."
@@ -251,12 +258,13 @@ class _ClassSums:
 
 
 class _PairMetric(_ClassSums):
-    """Sums over pairs of an image and a class.
+    """
+    Sums over pairs of an image and a class.
 
     Args:
-        aggregate: `"image"` averages the ratios of the images of a class; `"pixel"` pools the pixels of a class over its images.
-            Both average over the classes.
-        ignore_index: mask value of the pixels that are ignored.
+        aggregate (`str`, defaults to `"image"`): `"image"` averages the ratios of the images of a class. `"pixel"` pools the pixels
+            of a class over its images. Both average over the classes.
+        ignore_index (`int`, defaults to 255): mask value of the pixels that are ignored.
     """
 
     def __init__(self, aggregate: str = "image", ignore_index: int = 255):
@@ -268,7 +276,7 @@ class _PairMetric(_ClassSums):
         self.aggregate = aggregate
 
     def update(self, heatmap, mask, label: int) -> None:
-        """Adds one pair. Arguments and errors are those of `threshold_counts`."""
+        """Adds one pair. Arguments and errors are those of [`threshold_counts`]."""
         self.add_counts(self.count(heatmap, mask, label, self.ignore_index), label)
 
     def add_counts(self, counts: np.ndarray, label: int) -> None:
@@ -291,7 +299,8 @@ class _PairMetric(_ClassSums):
 
 
 class MeanMaxIoU(_PairMetric):
-    """mMIoU (Eq. 7): the IoU of M > t at the best threshold t of each class, averaged over the classes.
+    """
+    mMIoU (Eq. 7): the IoU of M > t at the best threshold t of each class, averaged over the classes.
 
     With `aggregate="image"`, the IoU of a class at a threshold is the mean over its images. With `"pixel"`, intersections and unions
     are pooled over its images. A pair without foreground is left out.
@@ -315,7 +324,8 @@ class MeanMaxIoU(_PairMetric):
         return np.array([intersection, union], dtype=np.float64)
 
     def compute(self) -> dict:
-        """Returns the scores of all pairs so far.
+        """
+        Returns the scores of all pairs so far.
 
         - **mmiou** -- mean over classes, percent (NaN without any pair).
         - **per_class** -- {class id: best IoU in percent}.
@@ -337,7 +347,8 @@ class MeanMaxIoU(_PairMetric):
 
 
 class MeanForegroundMinusBackground(_PairMetric):
-    """mFMB (Eq. 8): mean of the map over the foreground minus its mean over the background, averaged over the classes.
+    """
+    mFMB (Eq. 8): mean of the map over the foreground minus its mean over the background, averaged over the classes.
 
     With `aggregate="image"`, the difference is averaged over the images of a class. With `"pixel"`, both means are over the pixels
     of all its images. A pair without foreground or without background is left out. The score of the reversed maps 1 - M is the
@@ -359,7 +370,8 @@ class MeanForegroundMinusBackground(_PairMetric):
         return np.stack([weights, weights * means], axis=1)
 
     def compute(self) -> dict:
-        """Returns the scores of all pairs so far.
+        """
+        Returns the scores of all pairs so far.
 
         - **mfmb** -- mean over classes, in [-1, 1] (NaN without any pair).
         - **per_class** -- {class id: difference}.
@@ -371,10 +383,11 @@ class MeanForegroundMinusBackground(_PairMetric):
 
 
 class TextContrast(_ClassSums):
-    """Text contrast: how much the map of a class prefers its own pixels to those of the other classes in the image.
+    """
+    Text contrast: how much the map of a class prefers its own pixels to those of the other classes in the image.
 
     For classes i and j of one image, c_ij = (P(M_i at a pixel of i > M_i at a pixel of j) + P(M_j at j > M_j at i)) / 2, where ties
-    count half, see `contrast_counts`. The value of a class is the mean of c over all its images and partners. The score is the mean
+    count half, see [`contrast_counts`]. The value of a class is the mean of c over all its images and partners. The score is the mean
     over the classes. It is exactly 50 for maps that do not depend on the text, and 100 - x for reversed maps. An image without two
     classes that each have pixels of their own is left out.
 
@@ -390,7 +403,7 @@ class TextContrast(_ClassSums):
     count = staticmethod(contrast_counts)
 
     def update(self, maps, mask, labels) -> None:
-        """Adds one image. Arguments and errors are those of `contrast_counts`."""
+        """Adds one image. Arguments and errors are those of [`contrast_counts`]."""
         self.add_counts(self.count(maps, mask, labels, self.ignore_index), labels)
 
     def add_counts(self, counts: np.ndarray, labels) -> None:
@@ -404,7 +417,8 @@ class TextContrast(_ClassSums):
             self._add(label, sums)
 
     def compute(self) -> dict:
-        """Returns the scores of all images so far.
+        """
+        Returns the scores of all images so far.
 
         - **text_contrast** -- mean over classes, percent (NaN without any image).
         - **per_class** -- {class id: mean over images and partners, percent}.
@@ -415,7 +429,8 @@ class TextContrast(_ClassSums):
 
 
 class MultiLabelAveragePrecision:
-    """mAP: average precision of each class over the images, averaged over the classes that occur in some image.
+    """
+    mAP: average precision of each class over the images, averaged over the classes that occur in some image.
 
     Stores all scores, nine bytes for each image and class, because a ranking cannot be summed. Column k is class id k + 1.
 
@@ -431,14 +446,16 @@ class MultiLabelAveragePrecision:
         self._presence: list[np.ndarray] = []
 
     def update(self, scores, presence) -> None:
-        """Adds images.
+        """
+        Adds images.
 
         Args:
-            scores: (B, K) array or tensor, higher is more likely.
-            presence: (B, K) array or tensor of zeros and ones.
+            scores (`np.ndarray` or `torch.Tensor` of shape `(B, K)`): higher is more likely.
+            presence (`np.ndarray` or `torch.Tensor` of shape `(B, K)`): zeros and ones.
 
         Raises:
-            ValueError: shapes differ or are not (B, K), K differs from earlier images, scores are NaN, or presence is not 0 or 1.
+            `TypeError`: scores or presence are not numbers. `ValueError`: shapes differ or are not (B, K), K differs from earlier
+            images, scores are NaN, or presence is not 0 or 1.
         """
         scores, presence = to_numpy(scores), to_numpy(presence)
         if not {scores.dtype.kind, presence.dtype.kind} <= set("biuf"):
@@ -462,7 +479,7 @@ class MultiLabelAveragePrecision:
         self._presence.append(presence.astype(bool))
 
     def merge(self, other: MultiLabelAveragePrecision) -> None:
-        """Adds all images of another metric. Raises ValueError if its number of classes differs."""
+        """Adds all images of another metric. Raises `ValueError` if its number of classes differs."""
         if other._scores:
             self._check_classes(other._scores[0].shape[1])
         self._scores.extend(other._scores)
@@ -475,7 +492,8 @@ class MultiLabelAveragePrecision:
             )
 
     def compute(self) -> dict:
-        """Returns the scores of all images so far.
+        """
+        Returns the scores of all images so far.
 
         - **map** -- mean over classes, percent (NaN without any positive).
         - **per_class** -- {class id: average precision in percent}.

@@ -198,7 +198,7 @@ def test_help_says_what_every_option_is():
             parsers += commands
             assert commands or action.help, f"{parser.prog} {action.dest}"
         assert parser.description and parser.format_help()
-    assert len(parsers) == 14  # iclip, its 10 commands and 3 analyses
+    assert len(parsers) == 15  # iclip, its 11 commands and 3 analyses
 
 
 def test_auto_classes_know_the_package_whatever_is_imported_first(folder):

@@ -29,8 +29,9 @@ from transformers import AutoModel, AutoProcessor, ViTConfig, pipeline
 from iclip_hf import ICLIPConfig, ICLIPModel, ICLIPProcessor, cli
 from iclip_hf.evaluation.evaluate import EvaluationResult
 from iclip_hf.explainers.explainer import identity
+from iclip_hf.hub.configs import config_folder
 from iclip_hf.hub.dino import load_dino_checkpoint
-from iclip_hf.hub.folders import code_files, config_folder, export_model, init_model
+from iclip_hf.hub.folders import code_files, export_model, init_model
 from iclip_hf.hub.model_card import describe_tower, write_model_card
 from iclip_hf.models.loading import load_pretrained
 

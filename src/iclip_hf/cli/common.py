@@ -18,6 +18,7 @@ METHODS = (
     "bi_modal",
     "clip_surgery",
     "gem",
+    "random",
 )
 DTYPES = ("float32", "bfloat16", "float16")
 DATASETS = ("voc2012", "coco2017", "folder")

@@ -57,6 +57,7 @@ METHODS = {
     "Bi-modal relevance": "bi_modal",
     "CLIP Surgery": "clip_surgery",
     "GEM": "gem",
+    "Random, which knows neither image nor text": "random",
 }
 # Photographs of scikit-image, CC0 or in the public domain, with texts. The last text of each is absent.
 EXAMPLES = {

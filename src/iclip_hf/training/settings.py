@@ -1,4 +1,4 @@
-"""The settings of a training run: defaults, a `train.yaml`, and what the command line gives. Loads no torch."""
+"""Settings of a training run, from defaults, a `train.yaml` and the command line. Does not import torch."""
 
 # ruff: noqa: RUF009 (`setting` makes a field)
 
@@ -135,40 +135,42 @@ class Settings:
         limits |= dict.fromkeys(("warmup_epochs", "weight_decay", "warmup_learning_rate", "min_learning_rate"), 0)
         for name, least in limits.items():
             if not getattr(self, name) >= least:
-                raise ValueError(f"expected {name} to be at least {least}, got {getattr(self, name)}")
+                raise ValueError(f"Expected {name} to be at least {least}, got {getattr(self, name)}: change it.")
         for name in ("learning_rate", "clip_grad_norm", "adam_epsilon"):
             if not getattr(self, name) > 0:
-                raise ValueError(f"expected {name} to be positive, got {getattr(self, name)}")
+                raise ValueError(f"Expected {name} to be positive, got {getattr(self, name)}: change it.")
         for name in ("crop_scale", "random_erasing", "max_bad_share", "adam_beta1", "adam_beta2", "noun_weight"):
             if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"expected {name} to be from 0 to 1, got {getattr(self, name)}")
+                raise ValueError(f"Expected {name} to be from 0 to 1, got {getattr(self, name)}: change it.")
         for one in self.model_options:
             if "=" not in one:
-                raise ValueError(f"expected model_options to be name=value, got {one!r}")
+                raise ValueError(f"Expected model_options to be name=value, got {one!r}: correct it.")
         branches = ("recognition", "interpretability")
         if unknown := [name for name in self.noun_branches if name not in branches]:
-            raise ValueError(f"expected noun_branches to be of {', '.join(branches)}, got {unknown[0]!r}")
+            raise ValueError(f"Expected noun_branches to be of {', '.join(branches)}, got {unknown[0]!r}: correct it.")
         given = {"validation_data": bool(self.validation_data), "eval_dataset": self.eval_dataset != "none"}
         needed = "validation_data" if self.best_metric in RETRIEVAL_METRICS else "eval_dataset"
         if self.best_metric == "auto":
             maps_alone = given["eval_dataset"] and not given["validation_data"]
             self.best_metric = "mMIoU" if maps_alone else "text_to_image"
         elif not given[needed]:
-            raise ValueError(f"expected {needed} for best_metric {self.best_metric}, got none")
+            raise ValueError(f"Expected {needed} for best_metric {self.best_metric}, got none: set it.")
         if not self.data:
-            raise ValueError("expected data to name training pairs, such as a folder of webdataset shards, got none")
+            raise ValueError(
+                "Expected data to be training pairs, got none: name some, such as a folder of webdataset shards."
+            )
         if bool(self.model) == bool(self.vision and self.text):
             raise ValueError(
-                f"expected either model, or vision and text, got model={self.model!r}, vision={self.vision!r} and "
-                f"text={self.text!r}"
+                f"Expected either model, or vision and text, got model={self.model!r}, vision={self.vision!r} and "
+                f"text={self.text!r}: set one or the other."
             )
 
 
-# --------------------------------------------------------------------------------------------------------- their sources
+# --------------------------------------------------------------------------------------------------------- sources
 
 
 def add_settings(parser: argparse.ArgumentParser) -> None:
-    """Adds every setting as an option, and the training pairs as arguments too. What is not given is absent from the result."""
+    """Adds every setting as an option, and `data` also as positional arguments. Settings that are not given are absent from the result."""
     for one in fields(Settings):
         kind, several, choices = _kind(one.name)
         options = {"nargs": "+"} if several else {"nargs": "?", "const": True} if kind is bool else {}
@@ -186,10 +188,13 @@ def add_settings(parser: argparse.ArgumentParser) -> None:
 
 def read_settings(given: Mapping) -> Settings:
     """
-    Returns the settings of a run: `given` over those of the `train.yaml` that `config` names, over the defaults.
+    Merges the settings of a run. `given` has precedence over the `train.yaml` that `config` names, and this over the defaults.
 
     Args:
-        given: settings by name, with values of their types, such as the result of [`add_settings`]'s parser.
+        given (`Mapping`): settings by name, with values of their types, such as the result of the parser of [`add_settings`].
+
+    Returns:
+        [`Settings`].
 
     Raises:
         `ValueError`: a setting is invalid. `FileNotFoundError`: there is no such configuration.
@@ -204,14 +209,14 @@ def read_settings(given: Mapping) -> Settings:
 
 
 def parse_settings(arguments: Sequence[str]) -> Settings:
-    """Returns the settings of a run from the words of a command line, as `iclip train` does."""
+    """Parses the settings of a run from command-line arguments, as `iclip train` does."""
     parser = argparse.ArgumentParser(allow_abbrev=False)
     add_settings(parser)
     return read_settings(vars(parser.parse_args(arguments)))
 
 
 def _config_file(config: str) -> Path:
-    """Returns the `train.yaml` that `config` names: the file, that in the folder, or that of a shipped configuration."""
+    """Returns the `train.yaml` that `config` names: a file, the one in a folder, or the one of a shipped configuration."""
     for file in (Path(config), Path(config, "train.yaml"), SHIPPED / config / "train.yaml"):
         if file.is_file():
             return file
@@ -254,7 +259,7 @@ def _read_file(file: Path) -> dict:
 
 @cache
 def _kind(name: str) -> tuple[type, bool, tuple[str, ...]]:
-    """Returns the type of a setting, whether it is a list of them, and its choices if it has some."""
+    """Returns the type of a setting or of its items, whether it is a list, and its choices, if any."""
     hint = get_type_hints(Settings)[name]
     if get_origin(hint) is Literal:
         return str, False, get_args(hint)
@@ -262,7 +267,7 @@ def _kind(name: str) -> tuple[type, bool, tuple[str, ...]]:
 
 
 def _parse(name: str, text: str):
-    """Converts the text of a setting to its type. An error has the form that argparse prints."""
+    """Converts the text of a setting to its type. Raises `argparse.ArgumentTypeError` for other text."""
     kind, _, choices = _kind(name)
     expected = {int: "a whole number", float: "a number", bool: "true or false"}.get(
         kind

@@ -114,9 +114,20 @@ class Settings:
     eval_steps: int = setting(
         1000, "number of steps between evaluations; the last step is always evaluated", same=None
     )
-    eval_dataset: Literal["none", "voc2012", "coco2017", "folder"] = setting(
-        "none", "segmentation data set for the evaluation of maps"
-    )
+    eval_dataset: Literal[
+        "none",
+        "voc2012",
+        "coco2017",
+        "folder",
+        "voc21",
+        "voc20",
+        "context60",
+        "context59",
+        "coco_object",
+        "coco_stuff",
+        "ade20k",
+        "cityscapes",
+    ] = setting("none", "segmentation data set for the evaluation of maps")
     eval_root: str = setting("", "folder of eval_dataset")
     eval_split: str = setting("", "split of eval_dataset; the validation split if not given")
     best_metric: Literal[_BEST_METRICS] = setting(

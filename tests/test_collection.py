@@ -270,7 +270,10 @@ def test_images_are_known_by_names_and_content(tmp_path):
     seen.append(open_images([tmp_path]).fingerprint())
     (tmp_path / "y.png").write_bytes(b"longer")
     seen.append(open_images([tmp_path]).fingerprint())
-    assert len(set(seen)) == 4
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "y.png").rename(tmp_path / "folder" / "y.png")
+    seen.append(open_images([tmp_path]).fingerprint())
+    assert len(set(seen)) == 5
 
 
 def test_any_name_is_one_broken_image_at_most(localizer, tmp_path):

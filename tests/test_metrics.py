@@ -202,6 +202,14 @@ def test_the_threshold_is_chosen_per_class_not_per_image():
     assert filled(MeanMaxIoU(), pairs).compute()["mmiou"] == 75.0
 
 
+def test_the_best_threshold_may_be_better_by_one_pixel_in_a_million():
+    counts = np.zeros((2, 102), np.int64)
+    counts[:, :2], counts[:, 2] = 10**6, (10**6 - 1, 10**6)  # all, M > 0, M > 0.01
+    metric = MeanMaxIoU()
+    metric.add_counts(counts, 1)
+    assert metric.compute()["thresholds"] == {1: 0.01}
+
+
 def test_perfect_and_reversed_map():
     mask = np.array([[1, 1, 0], [0, 0, 0]])
     perfect = (mask == 1).astype(np.float32)

@@ -17,6 +17,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedType
 from conftest import WORDS, tiny_inputs, tiny_model
 from huggingface_hub import ModelCard
 from hypothesis import given
@@ -37,7 +38,7 @@ from iclip_hf.training.loss import PairModel, salient_tokens, set_token_mean
 from iclip_hf.training.nouns import NounPrompts
 from iclip_hf.training.run import train
 from iclip_hf.training.schedule import cosine_schedule, parameter_groups
-from iclip_hf.training.settings import parse_settings
+from iclip_hf.training.settings import parse_settings, read_settings
 from iclip_hf.utils.files import folder_lock
 
 
@@ -713,10 +714,16 @@ def test_command_line_over_file_over_default(hub):
     assert settings.data == [f"{hub}/pairs.tar"] and settings.model_options == ["pooling=max", "projection_dim=8"]
 
 
+def test_the_best_model_is_chosen_by_retrieval_where_there_are_pairs_for_it(hub):
+    given = {"config": str(hub), "eval_dataset": "folder"}
+    assert read_settings(given).best_metric == "mMIoU"
+    assert read_settings({**given, "validation_data": ["v"]}).best_metric == "text_to_image"
+
+
 @pytest.mark.parametrize("kind", ["FSDP", "DEEPSPEED"])
 def test_a_model_in_parts_is_refused(hub, tmp_path, monkeypatch, kind):
-    monkeypatch.setattr(Accelerator, "distributed_type", kind)
-    with pytest.raises(ValueError, match=f"hold the whole model, got {kind}"):
+    monkeypatch.setattr(Accelerator, "distributed_type", DistributedType(kind))
+    with pytest.raises(ValueError, match=f"or FSDP of version 2, got {kind}: use"):
         run(hub, tmp_path / "run")
 
 
@@ -1073,54 +1080,58 @@ def test_two_processes_are_one_with_the_whole_batch(hub, tmp_path):
     assert_same_weights(tmp_path / "two" / "model", tmp_path / "one" / "model", atol=1e-5, rtol=1e-4)
 
 
-FSDP = """
-import shutil, sys, torch
-from pathlib import Path
+TWO_SHARDED_PROCESSES = """
+import os, signal, sys
+import torch
 from accelerate import PartialState
-from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
-from iclip_hf.training.run import train
-from iclip_hf.training.settings import parse_settings
+from iclip_hf import cli
+from iclip_hf.training.loss import PairModel
 
 torch.set_num_threads(1)
-folder = Path(sys.argv[1])
-for resume in ([], ["--resume"]):
-    AcceleratorState._reset_state(reset_partial_state=True)
-    state = PartialState(cpu=True)
-    # Accelerate shards on GPUs only
-    PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
-    train(parse_settings([*sys.argv[2:], *resume]))
-    if state.is_main_process and not resume:
-        (folder / "model").rename(folder / "whole")
-        shutil.rmtree(folder / "checkpoint-0000012")
-    state.wait_for_everyone()
+state = PartialState(cpu=True)
+# Accelerate itself shards on GPUs only
+PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+forward, steps = PairModel.forward, 0
+
+
+def interrupted(self, **batch):
+    global steps
+    steps += 1
+    if steps == 3 and state.process_index == 1 and "--resume" not in sys.argv:
+        os.kill(os.getpid(), signal.SIGTERM)
+    return forward(self, **batch)
+
+
+PairModel.forward = interrupted
+sys.exit(cli.main(["train", *sys.argv[1:]]))
 """
 
 
-def test_two_processes_that_share_the_weights_are_one(hub, tmp_path):
-    """FSDP of version 2, its checkpoints, evaluation and export, with layers that learn."""
-    arguments = ["--config", hub / "train.yaml", "--lock_text", "--model_options", "lock_vision=false"]
-    arguments += ["--validation_data", hub / "held_out.tar", "--chunk_size", 3]
-    (tmp_path / "fsdp.py").write_text(FSDP)
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    command = [sys.executable, *launcher, tmp_path / "fsdp.py", tmp_path / "two", *arguments]
-    environment = {
-        **os.environ,
-        "ACCELERATE_USE_CPU": "1",
-        "OMP_NUM_THREADS": "1",
-        "ACCELERATE_USE_FSDP": "true",
-        "FSDP_VERSION": "2",
-        "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
-    }
-    command += ["--output_dir", tmp_path / "two"]
-    done = subprocess.run([*map(str, command)], env=environment, capture_output=True, text=True, timeout=240)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert (tmp_path / "two" / "checkpoint-0000010" / "pytorch_model_fsdp_0").is_dir()
-    assert_same_weights(tmp_path / "two" / "model", tmp_path / "two" / "whole")
+def test_two_sharded_processes_are_one_also_when_interrupted(hub, tmp_path):
+    """FSDP2 with layers that learn: checkpoints, evaluation and export. A signal to one process stops both."""
+    script = tmp_path / "two.py"
+    script.write_text(TWO_SHARDED_PROCESSES)
+    arguments = ["--max_steps", 5, "--chunk_size", 3, "--validation_data", hub / "held_out.tar"]
+    arguments += ["--lock_text", "--model_options", "lock_vision=false"]  # the text tower has dropout
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2]
+    command = [sys.executable, *launcher, script, "--config", hub / "train.yaml", "--output_dir", tmp_path / "two"]
+    environment = {"ACCELERATE_USE_CPU": "1", "OMP_NUM_THREADS": "1", "ACCELERATE_USE_FSDP": "true"}
+    environment |= {"FSDP_VERSION": "2", "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP"}
+    options = {"env": {**os.environ, **environment}, "capture_output": True, "text": True, "timeout": 240}
 
-    metrics = run(hub, tmp_path / "one", *arguments[2:])
+    stopped = subprocess.run([*map(str, [*command, *arguments])], **options)
+    checkpoint = tmp_path / "two" / "checkpoint-0000003"
+    said = f"iclip train: interrupted after step 3; --resume goes on from {checkpoint}"
+    assert stopped.returncode == 1 and said in stopped.stderr.partition("Root Cause")[2], stopped.stderr[-3000:]
+    assert (checkpoint / "pytorch_model_fsdp_0").is_dir() and (checkpoint / "state.json").is_file()
+    assert [path.name for path in (tmp_path / "two").glob("checkpoint-*")] == [checkpoint.name]
+    with pytest.raises(ValueError, match="expected a run with FSDP, as it began, got another; resume it with FSDP"):
+        run(hub, tmp_path / "two", *arguments, "--resume")
+
+    resumed = subprocess.run([*map(str, [*command, *arguments, "--resume"])], **options)
+    assert resumed.returncode == 0, resumed.stderr[-3000:]
+    metrics = run(hub, tmp_path / "one", *arguments)
     together = json.loads((tmp_path / "two" / "results.json").read_text())
     assert together["metrics"] == pytest.approx(metrics, abs=1e-3)
     assert_same_weights(tmp_path / "two" / "model", tmp_path / "one" / "model", atol=1e-4, rtol=1e-3)
-    with pytest.raises(ValueError, match="expected a run with FSDP, as it began, got another; resume it with FSDP"):
-        run(hub, tmp_path / "two", *arguments[2:], "--resume")

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import json
+import os
+import sys
+import time
 import unicodedata
 from collections.abc import Callable
 from pathlib import Path
@@ -192,8 +196,20 @@ def save_figure(figure, path: Path, dpi: int = 120) -> None:
         figure.savefig(partial, format=form, dpi=dpi, **options)
 
 
+def report_error(command: str, error: BaseException, printed: bool = True) -> None:
+    """
+    Prints an error as one line on stderr, and passes it to torchrun or `accelerate launch`, if one of them runs this process. They
+    end their own report with the line of the process that failed first.
+    """
+    line = f"iclip {command}: {one_line(error)}"
+    if printed:
+        print(line, file=sys.stderr, flush=True)
+    if file := os.environ.get("TORCHELASTIC_ERROR_FILE"):
+        Path(file).write_text(json.dumps({"message": line, "timestamp": int(time.time())}))
+
+
 def one_line(error: BaseException) -> str:
-    """What went wrong, for a terminal; of the system's own errors, which only say what came, as our sentences do."""
+    """Returns the message of an error in one line for a terminal. Errors of the operating system get the form of our own."""
     text = str(error)
     if isinstance(error, OSError) and error.filename is not None:
         text = f"{error.filename}: expected a path to read or write, but got: {error.strerror}; check the path."

@@ -142,9 +142,7 @@ def advice_to_resume(output_dir: Path) -> Iterator[None]:
 
 
 def save_checkpoint(accelerator: Accelerator, output_dir: Path, state: RunState, keep: int) -> None:
-    """
-    Saves `checkpoint-<state.step>` atomically, and deletes all but the last `keep` checkpoints.
-    """
+    """Saves `checkpoint-<state.step>` atomically, and deletes all but the last `keep` checkpoints."""
     target = output_dir / f"checkpoint-{state.step:07d}"
     partial = Path(f"{target}.partial")
     if accelerator.is_main_process:
@@ -159,6 +157,7 @@ def save_checkpoint(accelerator: Accelerator, output_dir: Path, state: RunState,
         os.replace(partial, target)
         for old in checkpoints(output_dir)[:-keep]:
             shutil.rmtree(old)
+    accelerator.wait_for_everyone()  # a launcher ends all processes as soon as one has ended
 
 
 def whole_model(accelerator: Accelerator, pair_model: nn.Module) -> ICLIPModel:

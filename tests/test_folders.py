@@ -631,6 +631,9 @@ def test_figures_of_another_form(source, tmp_path, capsys, tiny_processor):
         results.write_text(content)
         assert cli.main([*command, str(results)]) == 2
         assert "expected the JSON that `iclip evaluate --output` writes" in capsys.readouterr().err
+    faithfulness = {**METRICS, "results": {"itsm": {"pointing_game": 50.0}}}
+    with pytest.raises(ValueError, match="evaluate interpretability"):
+        write_model_card(tiny_model(), tiny_processor, tmp_path, metrics=faithfulness)
     card = ModelCard.load(source / "model" / "README.md")
     card.data.training = "at night"
     card.data.eval_results.append(EvalResult("image-classification", "imagenet", "ImageNet", "accuracy", "61 ± 1"))

@@ -1,5 +1,5 @@
 """
-mMIoU (Eq. 7), mFMB (Eq. 8), text contrast and multi-label mAP. Maps and masks become sums that can be merged.
+mMIoU (Eq. 7), mFMB (Eq. 8), text contrast, the pointing game and multi-label mAP. Maps and masks become sums that can be merged.
 
 A *pair* is one image and one class: a map (H, W) in [0, 1], a label mask (H, W) of integers, and the class id whose pixels are the
 foreground. Pixels equal to `ignore_index` are ignored, all others are background. Text contrast compares all pairs of an image.
@@ -193,6 +193,29 @@ def contrast_counts(maps, mask, labels, ignore_index: int = 255) -> np.ndarray:
                 pairs[i, j] = own.sum() * other.sum()
     contrast = (wins + wins.T) / (4 * pairs.clip(1))
     return np.stack([(pairs > 0).sum(1), contrast.sum(1)])
+
+
+def pointing_shares(heatmap, mask, label: int, ignore_index: int = 255) -> np.ndarray:
+    """Plays the pointing game (Zhang et al. 2018) and the energy-based one (Wang et al. 2020).
+
+    Arguments and errors are those of `threshold_counts`.
+
+    Returns:
+        (3,) float64 in [0, 1]: whether the map's highest pixel is of the class (of several, the share that is); the share of the
+        map's sum on the class; the share of the class in the image, which is what a constant map has in both. Ignored pixels count
+        nowhere. NaN without a pixel of the class.
+    """
+    counts, peak = np.zeros((2, 3)), -1.0  # background and foreground: highest pixels, sum, all pixels
+    for values, foreground, void in _pair_blocks(heatmap, mask, label, ignore_index):
+        for row, region in enumerate((values[~(foreground | void)], values[foreground])):
+            if region.size and region.max() > peak:
+                counts[:, 0], peak = 0, region.max()
+            counts[row] += (region == peak).sum(), region.sum(dtype=np.float64), region.size
+    total = counts.sum(0)
+    if not counts[1, 2]:
+        return np.full(3, np.nan)
+    shares = counts[1] / np.where(total, total, 1)
+    return np.where(total, shares, shares[2])  # a map of zeros points everywhere
 
 
 def _histogram(values: np.ndarray) -> np.ndarray:
@@ -481,6 +504,44 @@ class TextContrast(_ClassSums):
         """
         per_class = {label: float(100 * total / number) for label, (number, total) in sorted(self._sums.items())}
         return {"text_contrast": _mean(per_class.values()), "per_class": per_class, **self._numbers("images")}
+
+
+class ClassMeans(_ClassSums):
+    """Means of any figures of pairs: over the images of a class, then over the classes. A figure that is NaN is left out.
+
+    Example:
+        >>> metric = ClassMeans()
+        >>> for figures, label in (([1.0, math.nan], 7), ([0.0, math.nan], 7), ([1.0, 0.5], 8)):
+        ...     metric.update(figures, label)
+        >>> metric.compute()["means"]
+        array([0.75, 0.5 ])
+    """
+
+    _reasons = ()
+
+    def update(self, figures, label: int) -> None:
+        """Adds the figures of one pair, `(F,)` floats."""
+        figures = np.asarray(figures, dtype=np.float64)
+        counts = ~np.isnan(figures)
+        self._counted += 1
+        self._add(_class_id(label, "label"), np.array([counts, np.where(counts, figures, 0)]))
+
+    def compute(self) -> dict:
+        """Returns the means of all pairs so far.
+
+        - **means** -- (F,) mean over classes (NaN without any value); None without any pair.
+        - **per_class** -- {class id: (F,) mean over images}.
+        - **pairs**, **left_out** -- number of pairs, and (F,) number of values that were NaN.
+        """
+        if not self._sums:
+            return {"means": None, "per_class": {}, "pairs": 0, "left_out": None}
+        per_class = {
+            label: np.divide(total, number, out=np.full_like(total, np.nan), where=number > 0)
+            for label, (number, total) in sorted(self._sums.items())
+        }
+        means = np.array([_mean(one[~np.isnan(one)]) for one in np.array(list(per_class.values())).T])
+        left_out = self._counted - sum(number for number, _ in self._sums.values()).astype(int)
+        return {"means": means, "per_class": per_class, "pairs": self._counted, "left_out": left_out}
 
 
 class MeanIoU:

@@ -247,6 +247,10 @@ def _eval_results(metrics: EvaluationResult | Mapping) -> list[EvalResult]:
     metrics = asdict(metrics) if is_dataclass(metrics) else metrics
     if not isinstance(metrics, Mapping) or not {"protocol", "results"} <= metrics.keys():
         raise ValueError(f"Expected metrics as `iclip evaluate` writes them, got {metrics!r:.100}: evaluate again.")
+    if not any(metric in scores for scores in metrics["results"].values() for metric in _METRIC_DIGITS):
+        raise ValueError(
+            f"Expected metrics with one of {list(_METRIC_DIGITS)}, got {metrics['results']!r:.100}: evaluate interpretability."
+        )
     protocol, dataset = metrics["protocol"], metrics["protocol"]["dataset"]
     conditions = ("image_size", "templates", "aggregate", "versions", "note")
     conditions = {name: protocol[name] for name in conditions if name in protocol}

@@ -1134,4 +1134,8 @@ def test_two_sharded_processes_are_one_also_when_interrupted(hub, tmp_path):
     metrics = run(hub, tmp_path / "one", *arguments)
     together = json.loads((tmp_path / "two" / "results.json").read_text())
     assert together["metrics"] == pytest.approx(metrics, abs=1e-3)
-    assert_same_weights(tmp_path / "two" / "model", tmp_path / "one" / "model", atol=1e-4, rtol=1e-3)
+    two, one = weights(tmp_path / "two" / "model"), weights(tmp_path / "one" / "model")
+    assert two.keys() == one.keys()
+    for name in two:
+        if not name.endswith("key.bias"):  # softmax cancels it: its gradient is rounding, which Adam enlarges
+            torch.testing.assert_close(two[name], one[name], atol=1e-5, rtol=1e-4)

@@ -36,14 +36,18 @@ class ICLIPConfig(PreTrainedConfig):
             nearer to the maximum. Must be positive.
         center_tokens (`bool`, defaults to `False`): whether the map branch subtracts the mean of the training images' patch tokens
             from its patch tokens. The model stores this mean as `token_mean`. Not in the paper. Requires `max_over="similarity"`.
+        value_share (`float` in [0, 1], defaults to 0): share of a patch's own value in the output of the image tower's last
+            attention. 0 is the attention of the tower. 1 is that of MaskCLIP, where each patch attends to itself only, so that its
+            token describes its own place. The class token is not changed. Not in the paper. Requires SDPA attention.
         dual_projection (`bool`, defaults to `True`): whether there are two pairs of projections (Eq. 12): the recognition branch,
             which projects the class token, and the interpretability branch. If `False`, one branch does both (Table 3).
         projection_bias (`bool`, defaults to `False`): whether the projections have a bias.
         map_attention (`str`, defaults to `"similarity"`): how the class token's attention A weights the similarity map.
             `"similarity"` multiplies the cosines by A. `"sqrt_similarity"` multiplies them by the square root of A. `"features"`
             multiplies the patch tokens by A before the projection (Eq. 12 to the letter); the normalisation cancels this factor
-            unless `projection_bias` is set. `"additive"` stretches A to [0, 1], divides it by `max_sharpness` and adds it to the
-            cosines, equally for all texts. `"none"` does not use A.
+            unless `projection_bias` is set. `"additive"` subtracts the mean over the patches from the cosines of
+            each text, replaces negative values by 0, and adds A, stretched to [0, 1] and divided by 2 `max_sharpness`, equally for
+            all texts. `"none"` does not use A.
         map_affinity (`float`, defaults to 0): sharpness of the sharing among similar patches. Token and attention of each patch
             become the mean over all patches, weighted by softmax(map_affinity * cosine of their tokens). 0 disables sharing. Not
             in the paper.
@@ -78,6 +82,7 @@ class ICLIPConfig(PreTrainedConfig):
     max_over: Literal["channels", "similarity"] = "channels"
     max_sharpness: int | float = 10.0
     center_tokens: bool = False
+    value_share: int | float = 0.0
     dual_projection: bool = True
     projection_bias: bool = False
     map_attention: Literal["similarity", "sqrt_similarity", "features", "additive", "none"] = "similarity"
@@ -115,6 +120,8 @@ class ICLIPConfig(PreTrainedConfig):
             raise ValueError(
                 f"Expected projection_dim to be a positive integer, got {self.projection_dim}: set a width such as 512."
             )
+        if not 0 <= self.value_share <= 1:
+            raise ValueError(f"Expected value_share in [0, 1], got {self.value_share}: set a share such as 0.5.")
         if not self.map_affinity >= 0:
             raise ValueError(
                 f"Expected map_affinity to be at least 0, got {self.map_affinity}: set 0 to share nothing."

@@ -23,6 +23,8 @@ class LeGrad(Explainer):
         depth (`int`): the number of last blocks; all where the tower has fewer.
     """
 
+    backward_per_text = True
+
     def __init__(self, model, processor, depth: int = 2):
         super().__init__(model, processor)
         if depth < 1:

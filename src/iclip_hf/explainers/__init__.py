@@ -41,6 +41,7 @@ from .naclip import NACLIP
 from .proxyclip import ProxyCLIP
 from .random_map import RandomMap
 from .sclip import SCLIP
+from .words import WORD_METHODS, WordExplainer, WordScore
 
 
 METHODS: dict[str, type[Explainer]] = {
@@ -79,12 +80,14 @@ def make_explainer(model, processor, method: str = "itsm", **method_options) -> 
         `TypeError`: for another kind of model.
     """
     if method not in METHODS:
-        raise ValueError(f"Expected method to be one of {sorted(METHODS)}, got {method!r}.")
+        raise ValueError(f"Expected method to be one of {sorted(METHODS)}, got {method!r}: choose one of them.")
     explainer = METHODS[method]
     allowed = list(inspect.signature(explainer).parameters)[2:]
     unknown = sorted(set(method_options) - set(allowed))
     if unknown:
-        raise ValueError(f"Expected options of method {method!r}, which are {allowed}, got {unknown}.")
+        raise ValueError(
+            f"Expected options of method {method!r}, which are {allowed}, got {unknown}: remove the others."
+        )
     return explainer(model, processor, **method_options)
 
 
@@ -95,7 +98,10 @@ def select_texts(texts: ICLIPTextFeatures, rows: torch.Tensor) -> ICLIPTextFeatu
 
 __all__ = [
     "METHODS",
+    "WORD_METHODS",
     "Explainer",
+    "WordExplainer",
+    "WordScore",
     "identity",
     "make_explainer",
     "select_texts",

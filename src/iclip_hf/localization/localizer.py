@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from PIL import Image
 
-from ..explainers import identity, make_explainer, select_texts
+from ..explainers import WordExplainer, WordScore, identity, make_explainer, select_texts
 from ..images import load_image, map_groups
 from ..modeling_iclip import ICLIPImageFeatures, ICLIPTextFeatures, cosines
 from ..presence import BACKGROUND, MIN_PRESENCE, presence
@@ -66,6 +66,8 @@ class Localizer:
         min_presence (`float` in [0, 1]): a text with a lower presence gets an empty mask.
         image_size (`int` or `dict`, *optional*): side in pixels of the square that images are resized to, or a `size` of
             [`ICLIPProcessor`]; the processor's if not given.
+        words (`str`, *optional*): method that scores the words of the texts, `"grad_eclip"` or `"bi_modal"`, see
+            [`WordExplainer`]; no word scores if not given.
 
     Attributes:
         encoded ([`ICLIPTextFeatures`]): the encoded texts, `(T, P)`.
@@ -85,22 +87,26 @@ class Localizer:
         threshold: float | Sequence[float] = 0.5,
         min_presence: float = MIN_PRESENCE,
         image_size: int | dict[str, int] | None = None,
+        words: str | None = None,
         **method_options,
     ):
         if not 0 <= min_presence <= 1:
-            raise ValueError(f"Expected min_presence in [0, 1], got {min_presence}.")
+            raise ValueError(
+                f"Expected min_presence in [0, 1], got {min_presence}: pass a share such as {MIN_PRESENCE}."
+            )
         self.explainer = make_explainer(model, processor, method, **method_options)
         self.templates = check_templates(self.explainer.family.templates if templates is None else templates)
         self.min_presence = min_presence
         self._background = self.explainer.encode_texts(BACKGROUND, self.templates)
         size = {"height": image_size, "width": image_size} if isinstance(image_size, int) else image_size
         self._options = {} if size is None else {"size": size}
-        self._model = model
+        self._model, self._processor, self._word_method = model, processor, words
         self._settings = {
             "method": method,
             "templates": self.templates,
             "min_presence": min_presence,
             "image_size": image_size,
+            "words": words,
             **method_options,
         }
         self._ask(texts, threshold)
@@ -116,10 +122,15 @@ class Localizer:
         thresholds = check_thresholds(threshold)
         self.thresholds = thresholds.expand(len(self.texts) if thresholds.ndim == 0 else -1).tolist()
         if not self.texts:
-            raise ValueError("Expected at least one text, got none.")
+            raise ValueError("Expected at least one text, got none: name what to look for.")
         if len(self.thresholds) != len(self.texts):
-            raise ValueError(f"Expected {len(self.texts)} thresholds, one a text, got {len(self.thresholds)}.")
+            raise ValueError(
+                f"Expected {len(self.texts)} thresholds, one a text, got {len(self.thresholds)}: pass these."
+            )
         self.encoded = self.explainer.encode_texts(self.texts, self.templates)
+        self._words = None
+        if self._word_method is not None:
+            self._words = WordExplainer(self._model, self._processor, self.texts, self.templates, self._word_method)
 
     def about(self, texts: Sequence[str], threshold: float | Sequence[float] = 0.5) -> Localizer:
         """Returns a localizer for other texts that shares the prepared model and the encoded background texts."""
@@ -155,7 +166,7 @@ class Localizer:
             batch_size (`int`): largest number of images in one forward pass. These have one shape and equally many texts.
         """
         if batch_size < 1:
-            raise ValueError(f"Expected batch_size to be at least 1, got {batch_size}.")
+            raise ValueError(f"Expected batch_size to be at least 1, got {batch_size}: correct it.")
         images = iter(images)
         while batch := list(itertools.islice(images, batch_size)):
             readable = [image for image in batch if image is not None]
@@ -170,7 +181,8 @@ class Localizer:
         """Explains images of one shape with equally many texts in one forward pass."""
         texts = select_texts(self.encoded, torch.tensor([image.rows for image in images]))
         pixel_values = torch.cat([image.pixel_values for image in images])
-        answers = self.explain_batch(images[0].features or pixel_values, texts)  # images with features come alone
+        given = images[0].features or pixel_values  # images with features come alone
+        *answers, words = self.explain_batch(given, texts)
         return [
             Explanation(
                 labels=[self.texts[row] for row in image.rows],
@@ -181,13 +193,14 @@ class Localizer:
                 threshold=[self.thresholds[row] for row in image.rows],
                 min_presence=self.min_presence,
                 reversed=self.explainer.reversed,
+                words=None if of_words is None else [of_words[row] for row in image.rows],
             )
-            for image, raw_maps, scores, presences in zip(images, *answers)
+            for image, raw_maps, scores, presences, of_words in zip(images, *answers, words)
         ]
 
     def explain_batch(
         self, pixel_values: torch.Tensor | ICLIPImageFeatures, texts: ICLIPTextFeatures
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, list[list[list[WordScore]] | None]]:
         """
         Explains images of one shape.
 
@@ -196,12 +209,14 @@ class Localizer:
             texts ([`ICLIPTextFeatures`]): `encoded`, or a result of `select_texts`.
 
         Returns:
-            `tuple`: raw maps `(B, T, h, w)`, cosines `(B, T)` and presence `(B, T)`, on the CPU.
+            `tuple`: raw maps `(B, T, h, w)`, cosines `(B, T)` and presence `(B, T)`, on the CPU, and for each image the word
+            scores of all texts of the localizer, None where they were not asked for.
         """
         maps, image = self.explainer.forward(pixel_values, texts)
         matches, background = (self.explainer.family.match(image, one) for one in (texts, self._background))
         scores = cosines(image.image_embeds, texts.text_embeds)
-        return maps.cpu(), scores.cpu(), presence(matches, background).cpu()
+        words = [None] * len(maps) if self._words is None else self._words(image.image_embeds)
+        return maps.cpu(), scores.cpu(), presence(matches, background).cpu(), words
 
     def explain_all(
         self,
@@ -244,6 +259,7 @@ def explain(
     target_sizes: Sequence[tuple[int, int]] | None = None,
     size: dict[str, int] | None = None,
     batch_size: int = 8,
+    words: str | None = None,
     **method_options,
 ) -> list[Explanation]:
     """
@@ -257,6 +273,7 @@ def explain(
         target_sizes: `(height, width)` in pixels of each image's maps; the size of the image if not given.
         size: the size of images for the model, as for [`ICLIPProcessor`]; the processor's if not given.
         batch_size (`int`): largest number of images in one forward pass. These have one shape and equally many texts.
+        words (`str`, *optional*): method of word scores, as for [`Localizer`].
 
     Returns:
         list of B [`Explanation`].
@@ -267,22 +284,24 @@ def explain(
     images = [load_image(image) for image in images]
     if not images or isinstance(texts, str) or not len(texts):
         raise ValueError(
-            f"Expected at least one image and a list of texts, got {len(images)} images and {texts!r:.100}."
+            f"Expected at least one image and a list of texts, got {len(images)} images and {texts!r:.100}: pass both as lists."
         )
     per_image = all(isinstance(one, (list, tuple)) for one in texts)
     labels = texts if per_image else [None] * len(images)
     unique = list(dict.fromkeys(itertools.chain(*texts))) if per_image else list(texts)
     if per_image and not all(texts):
-        raise ValueError("Expected at least one text for each image, got an empty list.")
+        raise ValueError(
+            "Expected at least one text for each image, got an empty list: add a text, or leave the image out."
+        )
     if not all(isinstance(label, str) for label in unique):
-        raise TypeError(f"Expected texts to be strings, got {texts!r:.100}.")
+        raise TypeError(f"Expected texts to be strings, got {texts!r:.100}: convert the others.")
     sizes = [None] * len(images) if target_sizes is None else target_sizes
     if len(labels) != len(images) or len(sizes) != len(images):
         raise ValueError(
             f"Expected texts and target sizes for {len(images)} images, got {len(labels)} lists of texts and "
-            f"{len(sizes)} sizes."
+            f"{len(sizes)} sizes: pass one of each for every image."
         )
     localizer = Localizer(
-        model, processor, unique, method=method, templates=templates, image_size=size, **method_options
+        model, processor, unique, method=method, templates=templates, image_size=size, words=words, **method_options
     )
     return list(localizer.explain(map(localizer.prepare, images, labels, sizes), batch_size))

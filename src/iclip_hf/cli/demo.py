@@ -42,7 +42,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _serve(options: argparse.Namespace) -> int:
-    from ..demo.web import web_server
+    from ..demo.web_server import web_server
 
     if options.model or options.dtype or options.export_space:
         raise ValueError("--web serves a page that has its model: leave out --model, --dtype and --export-space.")

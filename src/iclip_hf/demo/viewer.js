@@ -33,10 +33,10 @@ function paint(canvas, draw) {
 export function createViewer(element, colors) {
   element.innerHTML = `
     <div class="controls">
-      <label>Opacity of the maps <output></output>
-        <input name="opacity" type="range" min="0" max="1" step="0.01" value="0.5"></label>
-      <label>Outline of values above <output></output>
-        <input name="threshold" type="range" min="0" max="1" step="0.01" value="1"></label>
+      <label><input name="opacity" type="range" min="0" max="1" step="0.01" value="0.5">
+        Opacity of the maps <output></output></label>
+      <label><input name="threshold" type="range" min="0" max="1" step="0.01" value="1">
+        Outline of values above <output></output></label>
       <label class="check"><input name="segments" type="checkbox"> Segments: each pixel in the colour of its best text</label>
     </div>
     <div class="maps"></div>

@@ -161,9 +161,10 @@ function bicubic(source, target) {
  */
 export function levels(map, [rows, columns], width, height) {
   const across = bicubic(columns, width), wide = new Float32Array(rows * width);
+  const [lowest] = range(map); // subtracted, so that a constant map stays exactly constant
   for (let y = 0; y < rows; y++)
     across.forEach((taps, x) => {
-      for (const [i, weight] of taps) wide[y * width + x] += weight * map[y * columns + i];
+      for (const [i, weight] of taps) wide[y * width + x] += weight * (map[y * columns + i] - lowest);
     });
   const large = new Float32Array(height * width);
   bicubic(rows, height).forEach((taps, y) => {

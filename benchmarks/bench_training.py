@@ -196,7 +196,7 @@ def main() -> None:
         f"\nThe cache makes an epoch {ratio(taken, uncached, locked):.0f} times faster, "
         f"{ratio(taken, uncached_learning, learning):.1f} times with the text tower learning; bf16 "
         f"{ratio(taken, uncached, halved):.2f} and {ratio(taken, uncached_learning, halved_learning):.2f} times. open_clip "
-        f"takes {ratio(taken, theirs, uncached_learning):.2f} times as long as train.py without a cache."
+        f"takes {ratio(taken, theirs, uncached_learning):.2f} times as long as `iclip train` without a cache."
     )
 
 

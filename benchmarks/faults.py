@@ -14,7 +14,6 @@ import os
 import random
 import re
 import resource
-import runpy
 import signal
 import socket
 import sys
@@ -94,8 +93,7 @@ def make_inputs(folder: Path) -> None:
 
 
 def training(inputs: Path, output: Path, *more) -> None:
-    sys.argv[1:] = ["--config", f"{inputs}/train.yaml", "--output_dir", str(output), "--resume", *more]
-    runpy.run_path(str(ROOT / "train.py"), run_name="__main__")
+    sys.exit(cli.main(["train", "--config", f"{inputs}/train.yaml", "--output_dir", str(output), "--resume", *more]))
 
 
 def cache(inputs: Path, output: Path) -> None:
@@ -190,7 +188,7 @@ class Run:
     def said(self) -> str:
         """The sentence it ended with, or else its last line, short and without the folder."""
         said = os.read(self._said, 2**20).decode(errors="replace")
-        sentence = re.findall(r"(?:error|train.py|iclip \w+): (.*)", said)
+        sentence = re.findall(r"(?:error|iclip \w+): (.*)", said)
         last = (sentence or said.splitlines() or [""])[-1].replace(f"{tempfile.tempdir}/", "").replace("|", "/")
         return f"{last:.300}" + " ..." * (len(last) > 300)
 

@@ -2,7 +2,7 @@
 
     python benchmarks/studies.py --data-root ../shared/data/coco100 --split train2017
 
-Every run is `train.py` with other options of the model, once a seed. A run that is there already is not repeated. Beside the
+Every run is `iclip train` with other options of the model, once a seed. A run that is there already is not repeated. Beside the
 table stands what it is explained by: how near the image tower's patch tokens are to its class token, and whether one patch
 owns the attention.
 """
@@ -10,20 +10,18 @@ owns the attention.
 import argparse
 import json
 import statistics
-import sys
 from pathlib import Path
 
 import torch
 import yaml
 
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
-import train
+from iclip_hf.cli.common import DATASETS
 from iclip_hf.data.segmentation import load_segmentation
 from iclip_hf.evaluation.evaluate import evaluate
 from iclip_hf.models.loading import load_iclip
 from iclip_hf.pooling import normalize_attention
+from iclip_hf.training.run import train
+from iclip_hf.training.settings import parse_settings
 
 
 # Where attention enters the map is chosen after training, so each run is measured in all three ways.
@@ -43,10 +41,10 @@ def main() -> None:
     parser.add_argument("--config", type=Path, default=Path("hub_configs/iclip-dinov2-s14-minilm"))
     parser.add_argument("--output", type=Path, default=Path("runs/studies"))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--dataset", default="coco2017", choices=["voc2012", "coco2017", "folder"])
+    parser.add_argument("--dataset", default="coco2017", choices=DATASETS)
     parser.add_argument("--data-root", required=True)
     parser.add_argument("--split")
-    options, settings = parser.parse_known_args()  # the rest are settings of train.py
+    options, settings = parser.parse_known_args()  # the rest are settings of `iclip train`
 
     studies = yaml.safe_load((options.config / "studies.yaml").read_text())
     dataset = load_segmentation(options.dataset, options.data_root, options.split)
@@ -69,7 +67,7 @@ def main() -> None:
                 ]
                 command += [f"--{name}={value}" for name, value in studies["settings"].items()]
                 command += ["--model_options", *studies["model_options"], *changes, *settings]
-                train.main([str(argument) for argument in command])
+                train(parse_settings([str(argument) for argument in command]))
                 kept.write_text(json.dumps(measure(folder / "model", dataset, tokens), indent=2))
             scores.append(json.loads(kept.read_text()))
         rows[name] = scores

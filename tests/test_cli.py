@@ -198,7 +198,7 @@ def test_help_says_what_every_option_is():
             parsers += commands
             assert commands or action.help, f"{parser.prog} {action.dest}"
         assert parser.description and parser.format_help()
-    assert len(parsers) == 14  # iclip, its 10 commands and 3 analyses
+    assert len(parsers) == 15  # iclip, its 11 commands and 3 analyses
 
 
 def test_auto_classes_know_the_package_whatever_is_imported_first(folder):
@@ -217,6 +217,16 @@ def test_methods_of_the_command_are_those_of_the_package():
     from iclip_hf.explainers import METHODS as OF_PACKAGE
 
     assert set(METHODS) == set(OF_PACKAGE)
+
+
+def test_data_sets_of_the_command_are_those_of_the_package():
+    from typing import get_args, get_type_hints
+
+    from iclip_hf.cli.common import DATASETS
+    from iclip_hf.data.segmentation import _LOADERS
+    from iclip_hf.training.settings import Settings
+
+    assert set(DATASETS) == set(_LOADERS) == set(get_args(get_type_hints(Settings)["eval_dataset"])) - {"none"}
 
 
 def test_the_gate_of_the_command_is_that_of_the_package():

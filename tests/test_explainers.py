@@ -159,6 +159,15 @@ def test_batch_order_and_texts_do_not_matter(made, family, method):
     torch.testing.assert_close(score, torch.stack([scores[0], scores[1].flip(0)]), atol=1e-6, rtol=1e-5)
 
 
+@pytest.mark.parametrize(("family", "method"), PAIRS)
+def test_a_method_says_whether_it_sees_the_text(made, family, method):
+    model, processor, size = made(family)
+    explainer = make_explainer(model, processor, method)
+    maps, _ = explainer.raw_maps(pixels(size), explainer.encode_texts(LABELS))
+    assert (maps != maps[:, :1]).any() == explainer.sees_text
+    assert not torch.equal(maps[0], maps[1])  # but every one the image
+
+
 def snapshot(model):
     modules = [
         (

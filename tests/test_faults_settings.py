@@ -1,16 +1,24 @@
-"""Faults at the door of the settings of train.py. See faults.py."""
+"""Faults at the door of the settings of `iclip train`. See faults.py."""
 
 from functools import partial
+from unittest.mock import patch
 
 import fault_inputs as inputs
 from faults import WORKS, Cases, command, test_of_cases, test_of_random_damage, written
-from test_training import train
+
+from iclip_hf import cli
 
 
 CASES = Cases()
 
 
-settings_of = partial(command, lambda arguments: train.read_settings(arguments) and 0, "train.py")
+def read(arguments: list[str]) -> int:
+    """`iclip train` up to the training."""
+    with patch("iclip_hf.training.run.train"):
+        return cli.main(["train", *arguments])
+
+
+settings_of = partial(command, read, "iclip")
 
 
 def in_file(world, folder, content):
@@ -51,13 +59,18 @@ SETTINGS = {"vision": "v", "text": "t", "data": "[d]"}
 # A setting, what it is set to, and what of it the error shows.
 BAD_SETTINGS = (
     *(("config", "other.yaml", "'config'"), ("learning_rates", 1, "'learning_rates'"), ("epochs", "many", "'many'")),
-    *(("epochs", 0, "got 0"), ("epochs", 1.5, "'1.5'"), ("epochs", "[1, 2]", "got 2"), ("epochs", "{a: 1}", "dict")),
+    *(
+        ("epochs", 0, "got 0"),
+        ("epochs", 1.5, "'1.5'"),
+        ("epochs", "[1, 2]", "got list"),
+        ("epochs", "{a: 1}", "dict"),
+    ),
     *(("batch_size", -4, "got -4"), ("batch_size", "1e3", "'1e3'"), ("learning_rate", 0, "got 0")),
     *(("learning_rate", ".nan", "got nan"), ("learning_rate", "-.inf", "got -inf"), ("adam_beta1", 1.5, "got 1.5")),
     *(("crop_scale", -1, "got -1"), ("mixed_precision", "fp8", "'fp8'"), ("eval_dataset", "imagenet", "'imagenet'")),
-    *(("data", "[]", "--data"), ("data", "{a: b}", "dict"), ("data", "[[a]]", "list"), ("model", "m", "model='m'")),
+    *(("data", "[]", "got none"), ("data", "{a: b}", "dict"), ("data", "[[a]]", "list"), ("model", "m", "model='m'")),
     *(("vision", "''", "vision=''"), ("seed", "1.5", "'1.5'"), ("lock_text", "maybe", "maybe")),
-    *(("model_options", "[pooling]", "'pooling'"), ("model_options", "[sharpness=3]", "'sharpness=3'")),
+    *(("model_options", "[pooling]", "'pooling'"), ("text", "''", "text=''")),
     *(("max_bad_share", 7, "got 7"), ("num_workers", -1, "got -1"), ("keep_checkpoints", 0, "got 0")),
     ("noun_prompts", 0, "got 0"),
 )
@@ -68,12 +81,12 @@ for name, value, shows in BAD_SETTINGS:
 for name, arguments, shows in (
     ("an absent config", ["--config", "absent.yaml"], "absent.yaml"),
     ("a folder as config", ["--config", "."], ".: expected"),
-    ("an unknown setting", ["--sharpness", "3"], "--sharpness 3"),
+    ("an unknown setting", ["--sharpness", "3"], "--sharpness"),
     ("a setting without a value", ["--epochs"], "--epochs"),
-    ("a shortened setting", ["--learning_rat", "1"], "--learning_rat 1"),
+    ("a shortened setting", ["--learning_rat", "1"], "--learning_rat"),
 ):
     CASES.add(
-        "train.py",
+        "iclip train",
         {name: arguments},
         lambda world, folder, arguments: settings_of(
             *("--config", written(folder, "vision: v\ntext: t\ndata: [d]", "train.yaml")), *arguments

@@ -84,7 +84,7 @@ def test_every_tower(tiny_processor, tmp_path, vision, text, tokens):
     check_agreement(model, tmp_path / "exported", images_and_texts(tokens))
 
 
-@pytest.mark.parametrize("method", ["itsm", "reversed_itsm", "attention", "attention_affinity"])
+@pytest.mark.parametrize("method", ["itsm", "reversed_itsm", "attention", "attention_affinity", "random"])
 def test_explanations_are_the_models(model, folder, tiny_processor, method):
     images = [Image.effect_noise(size, 80).convert("RGB") for size in [(60, 40), (30, 90)]]
     texts = [["dog", "red ball"], ["sky"]]
@@ -105,7 +105,7 @@ def test_analysis_takes_an_exported_model(model, folder, tiny_processor):
 
 
 @pytest.mark.parametrize(
-    "method", sorted(METHODS.keys() - {"itsm", "reversed_itsm", "attention", "attention_affinity"})
+    "method", sorted(METHODS.keys() - {"itsm", "reversed_itsm", "attention", "attention_affinity", "random"})
 )
 def test_methods_that_look_inside_the_tower_are_refused(folder, tiny_processor, method):
     with pytest.raises(ValueError, match="looks inside the image tower.*use itsm"):

@@ -109,7 +109,7 @@ import importlib, json, re, sys
 
 results = []
 for packages, door in json.load(sys.stdin):
-    for name in [name for name in sys.modules if re.match(r"(iclip_hf|train)\\b", name)]:
+    for name in [name for name in sys.modules if re.match(r"iclip_hf\\b", name)]:
         del sys.modules[name]
     kept = {package: sys.modules.get(package) for package in packages}
     sys.modules.update(dict.fromkeys(packages))
@@ -155,6 +155,7 @@ NEEDS = {
     "iclip_hf.training.checkpoints": "train",
     "iclip_hf.training.data": "train",
     "iclip_hf.training.datasets": "train",
+    "iclip_hf.training.run": "train",
     "iclip_hf.training.validation": "train",
 }
 
@@ -172,7 +173,7 @@ def test_modules_without_their_extra_say_its_name(files):
 
 def test_what_is_loaded_late_says_its_extra_too():
     doors = {
-        ("accelerate", "train"): "import train",
+        ("accelerate", "train"): "import iclip_hf.training.run",
         ("timm", "train"): "from iclip_hf.training.data import AugmentedImage as A; A(None)",
         ("datasets", "train"): "from iclip_hf.data import load_pairs; load_pairs('org/name')",
         ("pycocotools", "eval"): "from iclip_hf.data import load_segmentation; load_segmentation('coco2017', '.')",

@@ -1,6 +1,5 @@
-"""The training system: small runs of train.py on tiny random towers, and its parts against slow or direct computation."""
+"""The training system: small runs on tiny random towers, and its parts against slow or direct computation."""
 
-import importlib.util
 import io
 import json
 import math
@@ -27,23 +26,22 @@ from safetensors.torch import load_file
 from timm.scheduler import CosineLRScheduler
 from torch.utils.data import IterableDataset
 
-from iclip_hf import ICLIPConfig, ICLIPModel, ICLIPProcessor
+from iclip_hf import ICLIPConfig, ICLIPModel, ICLIPProcessor, cli
 from iclip_hf.data.pairs import DroppedConnectionError, load_pairs
 from iclip_hf.losses import contrastive_loss
 from iclip_hf.training import loss as loss_module
+from iclip_hf.training import run as program
 from iclip_hf.training.data import AugmentedImage, BatchLoader, GlobalBatches, TrainingPairs, WholeImage, seeded
 from iclip_hf.training.feature_cache import CachedPairs, FeatureShards, cache_images, cache_texts
 from iclip_hf.training.loss import PairModel, salient_tokens, set_token_mean
 from iclip_hf.training.nouns import NounPrompts
+from iclip_hf.training.run import train
 from iclip_hf.training.schedule import cosine_schedule, parameter_groups
+from iclip_hf.training.settings import parse_settings
 from iclip_hf.utils.files import folder_lock
 
 
 ROOT = Path(__file__).parents[1]
-spec = importlib.util.spec_from_file_location("train", ROOT / "train.py")
-train = importlib.util.module_from_spec(spec)
-sys.modules["train"] = train  # dataclasses look their module up
-spec.loader.exec_module(train)
 
 
 def write_pairs(path: Path, count: int, broken: tuple[int, ...] = (), seed: int = 0) -> None:
@@ -96,7 +94,7 @@ def hub(tmp_path_factory, tiny_processor) -> Path:
 def run(hub: Path, output_dir: Path, *arguments) -> dict:
     AcceleratorState._reset_state(reset_partial_state=True)
     command = ["--config", hub / "train.yaml", "--output_dir", output_dir, *arguments]
-    return train.main([str(argument) for argument in command])
+    return train(parse_settings([str(argument) for argument in command]))
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -665,26 +663,49 @@ def test_settings_are_refused_in_one_line(hub, tmp_path, capsys):
         ([*config, "--epochs", "0"], "expected epochs to be at least 1, got 0"),
         ([*config, "--crop_scale", "nan"], "expected crop_scale to be from 0 to 1"),
         ([*config, "--mixed_precision", "fp8"], "mixed_precision"),
-        ([*config, "--model", "x"], "either model"),
+        ([*config, "--vision", ""], "either model"),
         ([*config, "--best_metric", "mAP"], "expected eval_dataset for best_metric mAP"),
         (["--config", str(tmp_path / "absent.yaml")], "absent.yaml"),
         (["--config", str(tmp_path / "typo.yaml")], "'learning_rates'"),
         (["--config", str(tmp_path / "type.yaml")], "epochs"),
     ):
-        with pytest.raises(SystemExit) as stopped:
-            train.read_settings(arguments)
+        try:
+            code = cli.main(["train", *arguments])
+        except SystemExit as stop:
+            code = stop.code
         message = capsys.readouterr().err
-        assert stopped.value.code == 2 and expected in message and message.count("\n") == 1, message
+        assert code == 2 and expected in message and message.count("\n") == 1, message
+
+
+def test_every_way_to_name_a_configuration(hub, monkeypatch):
+    shipped = parse_settings(["--config", "iclip-dinov2-s14-minilm", "pairs.csv"])
+    assert (shipped.vision, shipped.data, shipped.output_dir) == (
+        "embedded",
+        ["pairs.csv"],
+        "runs/iclip-dinov2-s14-minilm",
+    )
+    assert Path(shipped.nouns).name == "nouns.txt" and Path(shipped.nouns).is_file()
+    assert parse_settings(["--config", str(hub)]) == parse_settings(["--config", str(hub / "train.yaml")])
+    monkeypatch.chdir(hub)  # a folder's own file before a shipped one
+    assert parse_settings(["--config", "train.yaml"]).vision == f"{hub}/vision"
+    with pytest.raises(FileNotFoundError, match="absent: expected a train.yaml, .*iclip-vit-b16.*; name one"):
+        parse_settings(["--config", "absent"])
+
+
+def test_a_model_takes_the_place_of_the_towers_in_the_file(hub):
+    further = parse_settings(["--config", str(hub), "--model", "m"])
+    assert (further.model, further.vision, further.text) == ("m", "", "")
+    assert parse_settings(["--config", str(hub), "--vision", "v"]).vision == "v"
 
 
 def test_a_blank_setting_is_not_given(tmp_path):
     (tmp_path / "train.yaml").write_text("vision: v\ntext: t\ndata: [d]\nepochs: 3\nnouns:\neval_root: ~\n")
-    settings = train.read_settings(["--config", str(tmp_path / "train.yaml")])
+    settings = parse_settings(["--config", str(tmp_path / "train.yaml")])
     assert (settings.nouns, settings.eval_root, settings.epochs) == ("", "", 3)
 
 
 def test_command_line_over_file_over_default(hub):
-    settings = train.read_settings(
+    settings = parse_settings(
         ["--config", str(hub / "train.yaml"), "--epochs", "7", "--model_options", "pooling=max", "projection_dim=8"]
     )
     assert (settings.epochs, settings.batch_size, settings.weight_decay) == (7, 16, 0.05)
@@ -704,6 +725,8 @@ def test_model_options_reach_the_model(hub, tmp_path):
     run(hub, tmp_path, "--max_steps", 1, "--model_options", *options)
     config = ICLIPModel.from_pretrained(tmp_path / "model").config
     assert (config.pooling, config.dual_projection, config.logit_scale_init_value) == ("average", False, 2)
+    with pytest.raises(ValueError, match="Expected model_options to name options of ICLIPConfig, got 'sharpness'"):
+        run(hub, tmp_path, "--model_options", "sharpness=3")
 
 
 def test_bad_steps_are_skipped_counted_and_stop_the_run(hub, tmp_path, monkeypatch):
@@ -781,9 +804,9 @@ def test_the_optimizer_does_what_the_settings_say(hub, tmp_path, monkeypatch):
 
 def test_best_is_the_best_and_not_the_latest(hub, tmp_path, monkeypatch):
     scores, seen = iter([1.0, 3.0, 2.0]), []
-    monkeypatch.setattr(train, "validate", lambda *arguments: {"text_to_image": next(scores)})
-    exported = train.export
-    monkeypatch.setattr(train, "export", lambda *a, **card: seen.append(a[3].name) or exported(*a, **card))
+    monkeypatch.setattr(program, "validate", lambda *arguments: {"text_to_image": next(scores)})
+    exported = program.export
+    monkeypatch.setattr(program, "export", lambda *a, **card: seen.append(a[3].name) or exported(*a, **card))
     run(hub, tmp_path, "--validation_data", hub / "held_out.tar", "--eval_steps", 4, "--pictures", 0)
     state = json.loads((tmp_path / "results.json").read_text())
     assert seen == ["best", "best", "model"] and state["best"] == 3.0 and state["metrics"] == {"text_to_image": 2.0}
@@ -804,10 +827,10 @@ def test_a_run_beside_its_settings_has_a_name(hub, tmp_path, monkeypatch):
     """Of the folder of a config that is given as a bare file name."""
     monkeypatch.chdir(hub)
     AcceleratorState._reset_state(reset_partial_state=True)
-    train.main(["--config", "train.yaml", "--output_dir", str(tmp_path), "--max_steps", "1"])
+    train(parse_settings(["--config", "train.yaml", "--output_dir", str(tmp_path), "--max_steps", "1"]))
     text = ModelCard.load(tmp_path / "model" / "README.md").text
     assert text.lstrip().startswith(f"# {hub.name}") and "partial" not in text
-    assert train.read_settings(["--config", "train.yaml"]).output_dir == f"runs/{hub.name}"
+    assert parse_settings(["--config", "train.yaml"]).output_dir == f"runs/{hub.name}"
 
 
 def test_features_stay_cached_and_chunks_as_they_were_where_dropout_learns(hub, tmp_path):
@@ -835,9 +858,9 @@ def test_a_tower_that_learns_has_dropout_as_its_configuration_says():
 
 INTERRUPTED = """
 import os, signal, sys
-sys.path.insert(0, {root!r})
 import torch
-import train
+from iclip_hf import cli
+from iclip_hf.training import run
 from iclip_hf.training.loss import PairModel
 
 torch.set_num_threads(1)
@@ -855,15 +878,15 @@ def interrupted(self, **batch):
 
 PairModel.forward = interrupted
 if {early}:
-    train.load_datasets = lambda *arguments: os.kill(os.getpid(), signal.{signal})
-sys.exit(train.command_line(sys.argv[1:]))
+    run.load_datasets = lambda *arguments: os.kill(os.getpid(), signal.{signal})
+sys.exit(cli.main(["train", *sys.argv[1:]]))
 """
 
 
 @pytest.mark.parametrize(("name", "early"), [("SIGINT", False), ("SIGTERM", False), ("SIGTERM", True)])
 def test_an_interrupted_run_saves_a_checkpoint_and_says_where(hub, tmp_path, name, early):
     script = tmp_path / "interrupted.py"
-    script.write_text(INTERRUPTED.format(root=str(ROOT), signal=name, early=early))
+    script.write_text(INTERRUPTED.format(signal=name, early=early))
     arguments = ["--config", hub / "train.yaml", "--output_dir", tmp_path / "run", "--max_steps", "5"]
     done = subprocess.run(
         [sys.executable, *map(str, [script, *arguments])], capture_output=True, text=True, timeout=240
@@ -871,10 +894,10 @@ def test_an_interrupted_run_saves_a_checkpoint_and_says_where(hub, tmp_path, nam
     said = done.stderr.splitlines()[-1]
     assert done.returncode == 130, done.stderr
     if early:
-        assert said == "train.py: interrupted before the first checkpoint; start it again"
+        assert said == "iclip train: interrupted before the first checkpoint; start it again"
         return
     checkpoint = tmp_path / "run" / "checkpoint-0000003"
-    assert said == f"train.py: interrupted after step 3; --resume goes on from {checkpoint}" and checkpoint.is_dir()
+    assert said == f"iclip train: interrupted after step 3; --resume goes on from {checkpoint}" and checkpoint.is_dir()
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # as the interrupted process: several round otherwise
     run(hub, tmp_path / "run", "--max_steps", 5, "--resume")
@@ -890,7 +913,7 @@ def test_the_death_of_a_partner_says_how_to_go_on(hub, tmp_path, monkeypatch):
             "[/gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:1. This is typical."
         )
 
-    monkeypatch.setattr(train, "train", lose_partner)
+    monkeypatch.setattr(program, "run", lose_partner)
     said = r"died or no longer answers \(Connection closed by peer \[127.0.0.1\]:1\); see what it said, then start it again"
     with pytest.raises(OSError, match=f"{said}\\.$"):
         run(hub, tmp_path)
@@ -901,10 +924,10 @@ def test_the_death_of_a_partner_says_how_to_go_on(hub, tmp_path, monkeypatch):
 
 KILLED = """
 import os, random, shutil, signal, sys
-sys.path.insert(0, {root!r})
 import torch
 import iclip_hf.training.checkpoints
-import train
+from iclip_hf.training.run import train
+from iclip_hf.training.settings import parse_settings
 
 torch.set_num_threads(1)
 calls_to_live = int(sys.argv[1])
@@ -926,7 +949,7 @@ def deadly(function):
 for module, name in ((os, "replace"), (torch, "save"), (shutil, "rmtree"), (iclip_hf.training.checkpoints, "save_file")):
     setattr(module, name, deadly(getattr(module, name)))
 print("ready", flush=True)
-train.main(sys.argv[2:])
+train(parse_settings(sys.argv[2:]))
 """
 
 
@@ -935,7 +958,7 @@ def test_killed_at_any_moment_and_resumed_is_the_uninterrupted_run(hub, tmp_path
     arguments = ["--validation_data", hub / "held_out.tar", "--eval_steps", 2, "--checkpoint_steps", 1]
     arguments += ["--pictures", 0, "--epochs", 6]
     script, draws, kills = tmp_path / "killed.py", random.Random(0), 0
-    script.write_text(KILLED.format(root=str(ROOT)))
+    script.write_text(KILLED)
 
     def start(name: str, calls_to_live: int = -1) -> subprocess.Popen:
         command = ["--config", hub / "train.yaml", "--output_dir", tmp_path / name, "--resume", *arguments]
@@ -973,12 +996,14 @@ def tiny_nouns() -> tuple[torch.Tensor, torch.Tensor]:
 
 TWO_PROCESSES = """
 import json, sys
-sys.path[:0] = [{root!r}, {tests!r}]
+sys.path.insert(0, {tests!r})
 import torch
 from accelerate import PartialState
 from conftest import tiny_inputs, tiny_model
-from test_training import tiny_nouns, train
+from test_training import tiny_nouns
 from iclip_hf.training.loss import PairModel
+from iclip_hf.training.run import train
+from iclip_hf.training.settings import parse_settings
 
 torch.set_num_threads(1)
 folder, arguments = sys.argv[1], sys.argv[2:]
@@ -1005,7 +1030,7 @@ if state.is_main_process:
     torch.save({{"loss": loss / 2, "grads": grads}}, folder + "/gradients.pt")
 del pair_model, outputs, grads
 
-train.main(arguments)
+train(parse_settings(arguments))
 """
 
 
@@ -1015,7 +1040,7 @@ def test_two_processes_are_one_with_the_whole_batch(hub, tmp_path):
     (tmp_path / "nouns.txt").write_text("dog\ncat\nsky\n")
     arguments += ["--cache_features", tmp_path / "cache", "--nouns", tmp_path / "nouns.txt"]
     script = tmp_path / "two.py"
-    script.write_text(TWO_PROCESSES.format(root=str(ROOT), tests=str(ROOT / "tests")))
+    script.write_text(TWO_PROCESSES.format(tests=str(ROOT / "tests")))
     command = [
         sys.executable,
         "-m",

@@ -52,6 +52,7 @@ METHODS = {
     "Bi-modal relevance": "bi_modal",
     "CLIP Surgery": "clip_surgery",
     "GEM": "gem",
+    "Random, which knows neither image nor text": "random",
 }
 INTRODUCTION = f"""# Which pixels match the text?
 Red matches most, blue least. Each map is stretched to the whole scale, so a text that is not there lights up as well. Its

@@ -32,6 +32,7 @@ from .explainer import Explainer, identity
 from .gem import GEM
 from .grad_cam import GradCAM
 from .itsm import ITSM, ReversedITSM
+from .random_map import RandomMap
 
 
 METHODS: dict[str, type[Explainer]] = {
@@ -43,6 +44,7 @@ METHODS: dict[str, type[Explainer]] = {
     "bi_modal": BiModal,
     "clip_surgery": CLIPSurgery,
     "gem": GEM,
+    "random": RandomMap,
 }
 
 

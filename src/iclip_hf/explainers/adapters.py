@@ -47,6 +47,7 @@ class ModelAdapter(ABC):
         processor: makes `pixel_values` of whole images, without a crop; an [`ICLIPProcessor`] but for open_clip.
         templates (`list[str]`): prompts that labels are put into if none are given.
         layers (list of `AttentionLayer`): of the image tower, from the first to the one that the score reads.
+        blocks (list of `nn.Module`): the modules that these layers belong to.
         reads_one_query (`bool`): the score depends on the last attention layer through its first query alone, which is the
             class token's or a pooling head's.
     """
@@ -68,6 +69,7 @@ class ModelAdapter(ABC):
         self.processor = processor
         self.templates = getattr(processor, "templates", ["a photo of the {}"])
         self.layers: list[AttentionLayer] = []
+        self.blocks: list[nn.Module] = []
         self._prepare_layers()
 
     @abstractmethod
@@ -76,6 +78,7 @@ class ModelAdapter(ABC):
 
     def _add_layer(self, block: nn.Module, attention: nn.Module, output: Callable, residual: bool = True) -> None:
         prepare(len(self.layers), block, attention)
+        self.blocks.append(block)
         self.layers.append(AttentionLayer(output, residual))
 
     def encode_texts(self, labels: Sequence[str], templates: Sequence[str] | None = None) -> ICLIPTextFeatures:

@@ -17,6 +17,8 @@ class Attention(Explainer):
     same map for every text. For ICLIP it is the model's own, normalised (Eq. 9).
     """
 
+    sees_text = False
+
     @torch.no_grad()
     def forward(self, pixel_values: torch.Tensor, texts: ICLIPTextFeatures) -> tuple[torch.Tensor, ICLIPImageFeatures]:
         image, (layer,) = self.family.trace(pixel_values, weights=True)

@@ -40,12 +40,14 @@ class Explainer(ABC):
     Attributes:
         processor: `processor(images=images)["pixel_values"]` prepares whole RGB images for this model, `(B, 3, H, W)`.
         reversed (`bool`): the method's maps are 1 - M (Eq. 5), where M is made of the raw maps.
+        sees_text (`bool`): False if all texts of an image have the same map.
 
     Raises:
         `TypeError`: for another kind of model. `ValueError`: if this model cannot do the method, with the reason.
     """
 
     reversed = False
+    sees_text = True
 
     def __init__(self, model, processor):
         self.family = adapt(model, processor)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Mapping
-from importlib.resources import files
 from pathlib import Path
 
 import yaml
@@ -18,15 +17,15 @@ from ..modeling_iclip import ICLIPModel, load_tower
 from ..models.embedded import embedded_model
 from ..models.loading import load_iclip
 from ..models.towers import embedded_towers
-from ..pipeline_iclip import ImageTextSimilarityMapPipeline
+from ..pipeline_iclip import PIPELINES
 from ..processing_iclip import ICLIPProcessor
 from ..utils.files import atomic_folder, loading_errors
+from .configs import SHIPPED, config_folder
 from .dino import load_dino_checkpoint
 from .model_card import describe_tower, write_model_card
 
 
-_SHIPPED = Path(str(files("iclip_hf.hub_configs")))
-_EMBEDDED = _SHIPPED / "iclip-dinov2-s14-minilm"
+_EMBEDDED = SHIPPED / "iclip-dinov2-s14-minilm"
 
 # Maps the Auto classes to the classes in a folder with code.
 _AUTO_MAP = {
@@ -36,11 +35,8 @@ _AUTO_MAP = {
     "AutoProcessor": "processing_iclip.ICLIPProcessor",
 }
 _CUSTOM_PIPELINES = {
-    "image-text-similarity-map": {
-        "impl": f"pipeline_iclip.{ImageTextSimilarityMapPipeline.__name__}",
-        "pt": ["AutoModel"],
-        "type": "multimodal",
-    }
+    task: {"impl": f"pipeline_iclip.{implementation.__name__}", "pt": ["AutoModel"], "type": "multimodal"}
+    for task, implementation in PIPELINES.items()
 }
 # Options that must be equal in the checkpoint and the configuration. The configuration determines all others, such as DINO's epsilon.
 _TOWER_SHAPE = (
@@ -60,22 +56,6 @@ _TOWER_SHAPE = (
 
 
 # ------------------------------------------------------------ a new model
-
-
-def config_folder(name: str | Path) -> Path:
-    """
-    Returns the folder of a shipped configuration, or `name` itself if it is a folder with a `config.json`.
-
-    Raises:
-        `FileNotFoundError`: there is no such folder.
-    """
-    for folder in (Path(name), _SHIPPED / name):
-        if (folder / "config.json").is_file():
-            return folder
-    names = sorted(path.parent.name for path in _SHIPPED.glob("*/config.json"))
-    raise FileNotFoundError(
-        f"{name}: expected a folder with a config.json, or one of {', '.join(names)}, but got neither; name one."
-    )
 
 
 def init_model(config: str | Path, output: str | Path, vision: str | None = None, text: str | None = None) -> Path:

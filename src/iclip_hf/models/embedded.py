@@ -51,7 +51,7 @@ def save_projections(model_folder: str | Path, path: Path = PROJECTIONS) -> None
     Saves the weights that a training on the embedded towers changes, projections and temperatures, with the model's options.
 
     Args:
-        model_folder: an ICLIP model with locked towers, exported by `train.py`.
+        model_folder: an ICLIP model with locked towers, exported by `iclip train`.
         path: the `.safetensors` file to write, in half precision.
     """
     from ..modeling_iclip import ICLIPModel

@@ -37,4 +37,4 @@ class Interrupts:
         if not self.deferred or (number == signal.SIGINT and now - self._since > 1):
             raise KeyboardInterrupt
         if first:
-            print("train.py: stopping after this step, with a checkpoint; Ctrl-C again stops at once", flush=True)
+            print("iclip train: stopping after this step, with a checkpoint; Ctrl-C again stops at once", flush=True)

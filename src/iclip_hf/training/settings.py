@@ -1,19 +1,19 @@
-"""The settings of `train.py`, from defaults, a `train.yaml` and the command line."""
+"""The settings of a training run: defaults, a `train.yaml`, and what the command line gives. Loads no torch."""
 
 # ruff: noqa: RUF009 (`setting` makes a field)
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, fields
+from functools import cache, partial
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args, get_origin, get_type_hints
 
 import yaml
-from transformers import HfArgumentParser
 
-from ..configuration_iclip import ICLIPConfig
+from ..hub.configs import SHIPPED
 
 
 # Results of `iclip_hf.evaluation.evaluate.evaluate` that a run logs and can select its best model by.
@@ -40,7 +40,9 @@ class Settings:
     """Settings of a run. The defaults are the paper's recipe, and those of GroupViT and DeiT where the paper refers to them."""
 
     config: str = setting(
-        "hub_configs/iclip-vit-b16/train.yaml", "settings; beside them the model's configuration", same=None
+        "iclip-vit-b16",
+        "name of a shipped configuration, or a train.yaml with the model's configuration beside it",
+        same=None,
     )
     output_dir: str = setting("", "folder of the run; runs/<name of the config's folder> if not given", same=None)
     resume: bool = setting(False, "go on from the last checkpoint in output_dir, if there is one", same=None)
@@ -106,9 +108,20 @@ class Settings:
     report_to: str = setting("tensorboard", "Accelerate's name of a tracker, or none", same=None)
     log_steps: int = setting(10, "steps between two logs", same=None)
     eval_steps: int = setting(1000, "steps between two evaluations; there is one at the end in any case", same=None)
-    eval_dataset: Literal["none", "voc2012", "coco2017", "folder"] = setting(
-        "none", "segmentation data to evaluate maps on"
-    )
+    eval_dataset: Literal[
+        "none",
+        "voc2012",
+        "coco2017",
+        "folder",
+        "voc21",
+        "voc20",
+        "context60",
+        "context59",
+        "coco_object",
+        "coco_stuff",
+        "ade20k",
+        "cityscapes",
+    ] = setting("none", "segmentation data to evaluate maps on")
     eval_root: str = setting("", "folder of eval_dataset")
     eval_split: str = setting("", "split of eval_dataset, if not the official one")
     best_metric: Literal[_BEST_METRICS] = setting(
@@ -135,9 +148,8 @@ class Settings:
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"expected {name} to be from 0 to 1, got {getattr(self, name)}")
         for one in self.model_options:
-            name, equals, _ = one.partition("=")
-            if not equals or name not in ICLIPConfig.__annotations__:
-                raise ValueError(f"expected model_options to be name=value with an option of ICLIPConfig, got {one!r}")
+            if "=" not in one:
+                raise ValueError(f"expected model_options to be name=value, got {one!r}")
         branches = ("recognition", "interpretability")
         if unknown := [name for name in self.noun_branches if name not in branches]:
             raise ValueError(f"expected noun_branches to be of {', '.join(branches)}, got {unknown[0]!r}")
@@ -157,55 +169,116 @@ class Settings:
             )
 
 
-class _Parser(HfArgumentParser):
-    """Leaves the metadata `same` out of the arguments for argparse."""
-
-    def add_argument(self, *names, same=None, **options):
-        return super().add_argument(*names, **options)
+# --------------------------------------------------------------------------------------------------------- their sources
 
 
-class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
-    """Shows defaults, except empty ones."""
-
-    def _get_help_string(self, action: argparse.Action) -> str | None:
-        return action.help if action.default in ("", []) else super()._get_help_string(action)
-
-
-def read_settings(arguments: list[str], description: str | None = None) -> Settings:
-    """Reads defaults, `train.yaml` and the command line. An invalid setting ends with one line on stderr and exit code 2."""
-    options = {"description": description, "allow_abbrev": False, "formatter_class": HelpFormatter}
-    parser = _Parser(Settings, prog="train.py", **options)
-    parser.error = lambda message: parser.exit(2, f"train.py: {message} (see train.py --help)\n")
-    config, _ = parser.parse_known_args([a for a in arguments if a not in ("-h", "--help")])
-    try:
-        from_file = yaml.safe_load(Path(config.config).read_text())
-    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
-        parser.error(f"{config.config}: expected settings in YAML, but got: {' '.join(str(error).split())}")
-    if not isinstance(from_file, dict):
-        parser.error(f"{config.config}: expected settings as `name: value`, but got {type(from_file).__name__}")
-    # The file is converted to arguments, which precede those of the command line.
-    command = []
-    for name, value in from_file.items():
-        if name not in Settings.__dataclass_fields__ or name == "config":
-            parser.error(f"{config.config}: expected a setting, but got {name!r:.100}")
-        if value is None:  # `name:` alone leaves the default
-            continue
-        values = value if isinstance(value, list) else [value]
-        if any(isinstance(one, (list, dict)) for one in values):
-            parser.error(
-                f"{config.config}: expected {name} to be a value or a list of values, but got {type(value).__name__}"
-            )
-        # One value beside its name: it may begin with a minus.
-        command += [f"--{name}={values[0]}"] if len(values) == 1 else [f"--{name}", *map(str, values)]
-    try:
-        settings, unknown = parser.parse_args_into_dataclasses(
-            [*command, *arguments], look_for_args_file=False, return_remaining_strings=True
+def add_settings(parser: argparse.ArgumentParser) -> None:
+    """Adds every setting as an option, and the training pairs as arguments too. What is not given is absent from the result."""
+    for one in fields(Settings):
+        kind, several, choices = _kind(one.name)
+        options = {"nargs": "+"} if several else {"nargs": "?", "const": True} if kind is bool else {}
+        default = "" if one.default in ("", False) or several else f" (default: {one.default})"
+        parser.add_argument(
+            f"--{one.name}",
+            type=partial(_parse, one.name),
+            default=argparse.SUPPRESS,
+            metavar="|".join(choices) or one.name.upper(),
+            help=f"{one.metadata['help']}{default}",
+            **options,
         )
-    except ValueError as error:
-        parser.error(str(error))
-    if unknown:
-        parser.error(f"expected settings and their values, got {' '.join(unknown)}")
+    parser.add_argument("data", nargs="*", default=argparse.SUPPRESS, metavar="DATA", help="the same as --data")
+
+
+def read_settings(given: Mapping) -> Settings:
+    """
+    Returns the settings of a run: `given` over those of the `train.yaml` that `config` names, over the defaults.
+
+    Args:
+        given: settings by name, with values of their types, such as the result of [`add_settings`]'s parser.
+
+    Raises:
+        `ValueError`: a setting is invalid. `FileNotFoundError`: there is no such configuration.
+    """
+    file = _config_file(given.get("config") or Settings.config)
+    named = _read_file(file)
+    if given.get("model"):  # instead of the towers that the file names
+        named = {name: value for name, value in named.items() if name not in ("vision", "text")}
+    if given.get("vision") or given.get("text"):
+        named.pop("model", None)
+    return Settings(**{**named, **given, "config": str(file)})
+
+
+def parse_settings(arguments: Sequence[str]) -> Settings:
+    """Returns the settings of a run from the words of a command line, as `iclip train` does."""
+    parser = argparse.ArgumentParser(allow_abbrev=False)
+    add_settings(parser)
+    return read_settings(vars(parser.parse_args(arguments)))
+
+
+def _config_file(config: str) -> Path:
+    """Returns the `train.yaml` that `config` names: the file, that in the folder, or that of a shipped configuration."""
+    for file in (Path(config), Path(config, "train.yaml"), SHIPPED / config / "train.yaml"):
+        if file.is_file():
+            return file
+    names = sorted(path.parent.name for path in SHIPPED.glob("*/train.yaml"))
+    raise FileNotFoundError(
+        f"{config}: expected a train.yaml, a folder with one, or one of {', '.join(names)}, but got none of them; name one."
+    )
+
+
+def _read_file(file: Path) -> dict:
+    """Returns the settings in a `train.yaml`. `name:` without a value leaves the default."""
+    try:
+        content = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+        raise ValueError(
+            f"{file}: expected settings in YAML, but got: {' '.join(str(error).split())}; correct it."
+        ) from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{file}: expected settings as `name: value`, but got {type(content).__name__}; correct it.")
+    settings = {}
+    for name, value in content.items():
+        if name not in Settings.__dataclass_fields__ or name == "config":
+            raise ValueError(f"{file}: expected settings, but got {name!r:.100}, which is none; remove it.")
+        if value is None:
+            continue
+        several = _kind(name)[1]
+        values = value if isinstance(value, list) else [value]
+        if any(isinstance(one, (list, dict)) for one in values) or (isinstance(value, list) and not several):
+            what = "a value or a list of values" if several else "one value"
+            raise ValueError(f"{file}: expected {name} to be {what}, but got {type(value).__name__}; correct it.")
+        try:
+            parsed = [_parse(name, str(one)) for one in values]
+        except argparse.ArgumentTypeError as error:
+            raise ValueError(f"{file}: {error}; correct {name}.") from error
+        settings[name] = parsed if several else parsed[0]
+    if (beside := file.parent / settings.get("nouns", "")).is_file():
+        settings["nouns"] = str(beside)
     return settings
+
+
+@cache
+def _kind(name: str) -> tuple[type, bool, tuple[str, ...]]:
+    """Returns the type of a setting, whether it is a list of them, and its choices if it has some."""
+    hint = get_type_hints(Settings)[name]
+    if get_origin(hint) is Literal:
+        return str, False, get_args(hint)
+    return (get_args(hint)[0], True, ()) if get_origin(hint) is list else (hint, False, ())
+
+
+def _parse(name: str, text: str):
+    """Converts the text of a setting to its type. An error has the form that argparse prints."""
+    kind, _, choices = _kind(name)
+    expected = {int: "a whole number", float: "a number", bool: "true or false"}.get(
+        kind
+    ) or f"one of {', '.join(choices)}"
+    try:
+        value = {"true": True, "false": False}[text.lower()] if kind is bool else kind(text)
+        if choices and value not in choices:
+            raise ValueError
+    except (KeyError, ValueError):
+        raise argparse.ArgumentTypeError(f"expected {name} to be {expected}, got {text!r:.100}") from None
+    return value
 
 
 def changed_settings(settings: Settings, before: Mapping, fixed: Collection[str] = ()) -> list[str]:

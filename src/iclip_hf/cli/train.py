@@ -1,0 +1,36 @@
+"""`iclip train`: trains a model on image-text pairs."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from ..training.settings import add_settings, read_settings
+from .common import add_command, one_line
+
+
+def register(commands) -> None:
+    command = add_command(commands, "train", run, "train a model on image-text pairs")
+    command.allow_abbrev = False
+    add_settings(command)
+
+
+def run(options: argparse.Namespace) -> int:
+    given = {name: value for name, value in vars(options).items() if name not in ("command", "run")}
+    settings = read_settings(given)
+
+    from huggingface_hub.errors import StrictDataclassError
+
+    from ..training.run import train
+
+    try:
+        train(settings)
+    except (FloatingPointError, StrictDataclassError) as error:
+        raise ValueError(str(error)) from error
+    except KeyboardInterrupt as interruption:
+        from accelerate import PartialState
+
+        if PartialState().is_main_process:
+            print(f"\niclip train: {one_line(interruption)}", file=sys.stderr, flush=True)
+        return 130
+    return 0

@@ -1,0 +1,31 @@
+"""Random maps: what a measure gives to a map without information."""
+
+from __future__ import annotations
+
+import hashlib
+
+import torch
+
+from ..modeling_iclip import ICLIPImageFeatures, ICLIPTextFeatures
+from .explainer import Explainer
+
+
+class RandomMap(Explainer):
+    """
+    Independent uniform values in [0, 1) on the patch grid, the same map for every text. The seed is a digest of the prepared
+    image, so that an image has the same map in every run and every batch.
+    """
+
+    sees_text = False
+
+    @torch.no_grad()
+    def forward(self, pixel_values: torch.Tensor, texts: ICLIPTextFeatures) -> tuple[torch.Tensor, ICLIPImageFeatures]:
+        image = self.family.encode_image(pixel_values)
+        maps = torch.stack([torch.rand(image.grid, generator=_generator(one)) for one in pixel_values])
+        maps = maps.to(image.image_embeds.device).unsqueeze(1)
+        return maps.expand(-1, texts.text_embeds.shape[-2], -1, -1), image
+
+
+def _generator(pixel_values: torch.Tensor) -> torch.Generator:
+    content = pixel_values.detach().float().cpu().contiguous().numpy().tobytes()
+    return torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(content).digest()[:8], "big", signed=True))

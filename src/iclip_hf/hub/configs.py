@@ -1,0 +1,25 @@
+"""The model configurations that the package ships, by name."""
+
+from __future__ import annotations
+
+from importlib.resources import files
+from pathlib import Path
+
+
+SHIPPED = Path(str(files("iclip_hf.hub_configs")))
+
+
+def config_folder(name: str | Path) -> Path:
+    """
+    Returns the folder of a shipped configuration, or `name` itself if it is a folder with a `config.json`.
+
+    Raises:
+        `FileNotFoundError`: there is no such folder.
+    """
+    for folder in (Path(name), SHIPPED / name):
+        if (folder / "config.json").is_file():
+            return folder
+    names = sorted(path.parent.name for path in SHIPPED.glob("*/config.json"))
+    raise FileNotFoundError(
+        f"{name}: expected a folder with a config.json, or one of {', '.join(names)}, but got neither; name one."
+    )

@@ -1,20 +1,20 @@
 """The page in the browser beside ONNX Runtime in Python, on the same graphs with one thread each.
 
-    iclip init --config iclip-dinov2-s14-minilm --output model
-    iclip export model page --format web --vendor
-    python benchmarks/bench_web.py model page
+    python benchmarks/bench_web.py
 
-Headless Chromium, scikit-image's photograph of a cup. Prints Markdown tables.
+The embedded model in 8 bits, headless Chromium, scikit-image's photograph of a cup. Prints Markdown tables.
 """
 
 import argparse
 import gzip
 import json
 import shutil
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from statistics import median
 
@@ -23,8 +23,10 @@ from measuring import machine, table
 from playwright.sync_api import Browser, Page, sync_playwright
 from skimage.data import coffee
 
-from iclip_hf import ICLIPProcessor
+from iclip_hf import ICLIPProcessor, embedded_model
+from iclip_hf.demo.web import export_web
 from iclip_hf.demo.web_server import web_server
+from iclip_hf.models.loading import load_iclip
 
 
 # Times in milliseconds: when the download has ended, and when the first row of the table is there.
@@ -77,10 +79,10 @@ def _peak(process: int) -> float:
     return int(next(line for line in status.splitlines() if line.startswith("VmHWM")).split()[1]) / 1024
 
 
-def python_seconds(model: Path, page: Path) -> tuple[float, float]:
+def python_seconds(processor: ICLIPProcessor, page: Path) -> tuple[float, float]:
     """The same by ONNX Runtime in Python: both sessions, the processor, the image and a text; then a further text."""
     graphs = [gzip.decompress((page / f"{side}_model.onnx.gz").read_bytes()) for side in ("vision", "text")]
-    processor, options = ICLIPProcessor.from_pretrained(model), onnxruntime.SessionOptions()
+    options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = 1
 
     def seconds(function: Callable[[], object]) -> float:
@@ -97,17 +99,25 @@ def python_seconds(model: Path, page: Path) -> tuple[float, float]:
         encode("cup")
 
     sessions: list[onnxruntime.InferenceSession] = []
-    return seconds(first), median(seconds(lambda: encode(text)) for text in ("saucer", "spoon", "dog"))
+    return seconds(first), median(seconds(partial(encode, text)) for text in ("saucer", "spoon", "dog"))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("model", type=Path, help="folder of an ICLIP model")
-    parser.add_argument("page", type=Path, help="its page, exported with --vendor")
+    parser.add_argument(
+        "--page", type=Path, help="page of the embedded model, exported with --vendor; made if not given"
+    )
     parser.add_argument("--rounds", type=int, default=5, help="default: 5")
     options = parser.parse_args()
 
-    settings = json.loads((options.page / "settings.json").read_text())
+    with tempfile.TemporaryDirectory() as scratch:
+        model, processor = load_iclip(embedded_model(), dtype="float32")
+        page = options.page or export_web(model, processor, Path(scratch, "page"), vendor=True)
+        report(processor, page, options.rounds)
+
+
+def report(processor: ICLIPProcessor, page: Path, rounds: int) -> None:
+    settings = json.loads((page / "settings.json").read_text())
     files = {**settings["runtime"]["wasm"], **settings["files"]}
     print(table(["file", "MB"], [[name, file["bytes"] / 1e6] for name, file in files.items()]))
     print(f"\n{settings['bytes'] / 1e6:.1f} MB in all.\n")
@@ -115,11 +125,11 @@ def main() -> None:
     system = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
     web, python = [], []
     with sync_playwright() as driver:
-        for _ in range(options.rounds):  # in turns, each browser anew
+        for _ in range(rounds):  # in turns, each browser anew
             browser = driver.chromium.launch(executable_path=system, args=["--no-sandbox"])
-            web.append(browser_seconds(browser, options.page))
+            web.append(browser_seconds(browser, page))
             browser.close()
-            python.append(python_seconds(options.model, options.page))
+            python.append(python_seconds(processor, page))
     rows = []
     for number, name in enumerate(("first map after the download", "a further text")):
         pairs = [(one[number], other[number]) for one, other in zip(web, python)]

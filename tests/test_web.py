@@ -1,6 +1,7 @@
 """The page that runs a model in the browser, driven in Chromium beside the same graphs in Python."""
 
 import base64
+import gzip
 import hashlib
 import io
 import json
@@ -27,7 +28,7 @@ from iclip_hf.models.loading import load_iclip
 from iclip_hf.models.onnx import ONNXModel
 from iclip_hf.pooling import pool_similarities
 from iclip_hf.presence import presence
-from iclip_hf.similarity import resize_and_normalize
+from iclip_hf.similarity import resize_and_normalize, resize_maps
 
 
 NEEDS_NPM = pytest.mark.skipif(shutil.which("npm") is None, reason="needs npm, which brings ONNX Runtime for the page")
@@ -43,23 +44,14 @@ def served(folder):
 
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory, tiny_processor):
-    """The page of a tiny model like the embedded one, and the graphs in it."""
+    """The page of a tiny model like the embedded one, the model of its graphs, and its processor."""
     if shutil.which("npm") is None:
         pytest.skip("needs npm, which brings ONNX Runtime for the page")
     folder = tmp_path_factory.mktemp("web")
     options = {"max_over": "similarity", "center_tokens": True, "map_attention": "additive", "map_affinity": 10.0}
     model = tiny_model("dinov2", attention_norm="quantile", **options)
-    graphs = []
-
-    def keep(model, processor, folder_of_graphs, weights):
-        graphs.append(shutil.copytree(export(model, processor, folder_of_graphs, weights), folder / "onnx"))
-        return folder_of_graphs
-
-    export = web.export_onnx
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(web, "export_onnx", keep)
-        web.export_web(model, tiny_processor, folder / "page", vendor=True)
-    return folder / "page", graphs[0]
+    page = web.export_web(model, tiny_processor, folder / "page", vendor=True)
+    return page, unpacked(page, model, tiny_processor, folder / "onnx"), tiny_processor
 
 
 @pytest.fixture(scope="module")
@@ -72,6 +64,7 @@ def url(exported):
 def opened(browser, address, **options):
     context = browser.new_context(**options)
     page = context.new_page()
+    page.set_default_timeout(120_000)  # for busy machines
     page.requested, page.failures = [], []
     page.on("request", lambda request: page.requested.append(request.url))
     page.on("pageerror", lambda error: page.failures.append(error))
@@ -110,7 +103,7 @@ def ask(page, photo=None, texts=None):
         page.set_input_files("#file", photo)
     else:
         page.click("#go")
-    page.locator("#status", has_text=re.compile("^$")).wait_for(timeout=120_000, state="attached")
+    page.locator("#status", has_text=re.compile("^$")).wait_for(state="attached")
 
 
 def scores(page):
@@ -119,16 +112,36 @@ def scores(page):
     return {text.strip(): (float(cosine), float(share.strip(" %")) / 100) for text, cosine, share, *_ in cells}
 
 
+def canvas(page, index):
+    """The pixels that are drawn over the photograph in a figure, RGBA."""
+    picture = page.locator("figure canvas:nth-of-type(2)").nth(index).evaluate("canvas => canvas.toDataURL()")
+    return np.asarray(Image.open(io.BytesIO(base64.b64decode(picture.partition(",")[2]))).convert("RGBA"))
+
+
 def drawn(page, index):
     """The map of a text as the page has drawn it, with values in [0, 1], found by its colours."""
-    picture = page.locator("figure canvas:nth-of-type(2)").nth(index + 1).evaluate("canvas => canvas.toDataURL()")
-    pixels = np.asarray(Image.open(io.BytesIO(base64.b64decode(picture.partition(",")[2]))).convert("RGB"))
     level = {tuple(color): level / 255 for level, color in enumerate(content.colors())}
-    return np.array([[level[tuple(pixel)] for pixel in row] for row in pixels.tolist()])
+    return np.array([[level[tuple(pixel)] for pixel in row] for row in canvas(page, index)[..., :3].tolist()])
+
+
+def explain_by(exported, image, texts, **options):
+    """The explanation by the same graphs in Python."""
+    _, model, processor = exported
+    (explanation,) = explain(model, processor, [image], texts, **options)
+    return explanation
+
+
+def unpacked(page, model, processor, folder):
+    """The graphs of a page, with the rest of an ONNX folder."""
+    model.config.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    for name in ("vision_model.onnx", "text_model.onnx"):
+        (folder / name).write_bytes(gzip.decompress((page / f"{name}.gz").read_bytes()))
+    return ONNXModel(folder)
 
 
 def test_a_folder_is_a_static_space(exported):
-    folder, _ = exported
+    folder = exported[0]
     card = ModelCard.load(folder / "README.md").data
     assert card.sdk == "static" and card["custom_headers"]["cross-origin-opener-policy"] == "same-origin"
     assert card.title == "page" and "Rachel Michetti, CC0" in (folder / "README.md").read_text()
@@ -145,7 +158,6 @@ def test_a_folder_is_a_static_space(exported):
 
 
 def test_a_visitor_from_the_first_paint_to_offline(browser, exported, url, photos):
-    _, graphs = exported
     with opened(browser, url) as page:
         # Before a question nothing of the model is asked for, and the size of the download is told.
         assert not [one for one in page.requested if ".gz" in one]
@@ -156,19 +168,18 @@ def test_a_visitor_from_the_first_paint_to_offline(browser, exported, url, photo
         ask(page, photos / "noise.png", "dog, red ball")
         assert all(one.startswith((url, f"blob:{url}", "data:")) for one in page.requested)
         image = Image.open(photos / "noise.png")
-        model, processor = ONNXModel(graphs), web.ICLIPProcessor.from_pretrained(graphs)
-        expected = explain(model, processor, [image], ["dog", "red ball"])[0]
-        check(page, expected)
+        check(page, explain_by(exported, image, ["dog", "red ball"]))
 
         # A further text and image need no server.
         asked = len(page.requested)
         page.context.set_offline(True)
-        ask(page, texts="sky, dog")
-        check(page, explain(model, processor, [image], ["sky", "dog"])[0])
+        long = " ".join(["dog", "car"] * 50)  # is cut to the tokenizer's length
+        ask(page, texts=f"sky, {long}")
+        check(page, explain_by(exported, image, ["sky", long]))
         ask(page, photos / "large.jpg")
         size = [(320, 640)]
         large = Image.open(photos / "large.jpg")
-        check(page, explain(model, processor, [large], ["sky", "dog"], target_sizes=size)[0])
+        check(page, explain_by(exported, large, ["sky", long], target_sizes=size))
         assert [one for one in page.requested[asked:] if not one.startswith("blob:")] == []
         page.context.set_offline(False)
 
@@ -219,11 +230,14 @@ def test_a_download_that_breaks_off_can_be_tried_again(page, photos):
     assert len(asked) == 1 and "text_model" in asked[0]  # what had arrived was kept
 
 
-def test_a_damaged_file_does_not_stay_in_the_cache(page, photos):
+def test_a_damaged_file_does_not_stay_in_the_cache(page, exported, photos):
     page.route("**/vision_model*", lambda route: route.fulfill(body=b"\x1f\x8bno gzip file"))
     ask(page, photos / "noise.png", "dog")
     assert page.inner_text("#error").startswith("The download broke off at vision_model.onnx.gz.")
     page.unroute("**/vision_model*")
+    # Some servers send a .gz file decompressed.
+    content = gzip.decompress((exported[0] / "vision_model.onnx.gz").read_bytes())
+    page.route("**/vision_model*", lambda route: route.fulfill(body=content))
     ask(page)
     assert list(scores(page)) == ["dog"]
 
@@ -243,7 +257,7 @@ def test_texts_of_a_link_are_texts(browser, url, photos):
         dialogs = []
         page.on("dialog", lambda dialog: dialogs.append(dialog))
         ask(page, photos / "noise.png")
-        assert page.locator("figcaption").all_inner_texts()[1:] == [attack, "sky"]
+        assert page.locator("figcaption").all_inner_texts() == [attack, "sky"]
         assert set(scores(page)) == {attack, "sky"} and dialogs == []
         # Neither the page nor its worker may send anything elsewhere.
         for connect in (
@@ -262,43 +276,44 @@ def test_on_a_phone_with_the_keyboard(browser, url, photos):
     with opened(browser, url, **phone, color_scheme="dark") as page:
         page.evaluate("document.getElementById('status').textContent = 'asking'")
         page.set_input_files("#camera", photos / "noise.png")
-        page.locator("#status", has_text=re.compile("^$")).wait_for(timeout=120_000, state="attached")
+        page.locator("#status", has_text=re.compile("^$")).wait_for(state="attached")
         assert page.evaluate("document.documentElement.scrollWidth") == 390
         assert page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(18, 21, 27)"
 
         # Every control has a name, and the arrow keys read all maps at one place.
         names = page.evaluate("[...document.querySelectorAll('input, textarea')].map(one => one.labels.length)")
         assert names and all(names)
-        page.locator(".stack").nth(1).focus()
+        page.locator(".stack").nth(0).focus()
         for _ in range(4):
             page.keyboard.press("ArrowLeft")
         x = int((0.5 - 4 / 40) * 61)
         values = [f"{drawn(page, index)[20, x]:.2f}" for index in range(3)]
-        assert page.locator(".value").all_inner_texts()[1:] == [f"{value} at {x}, 20" for value in values]
+        assert page.locator(".value").all_inner_texts() == [f"{value} at {x}, 20" for value in values]
         texts = page.input_value("#texts").split(", ")
         assert page.locator("output.unseen").inner_text() == ", ".join(map(" ".join, zip(texts, values)))
 
 
-def test_segments_have_the_colour_of_the_highest_present_map(page, photos):
+def test_segments_have_the_colour_of_the_best_present_text(page, exported, photos):
     page.route("**/settings.json", lambda route: route.fulfill(json={**route.fetch().json(), "min_presence": 0}))
     page.reload()
     page.wait_for_selector("#go:not([disabled])")
-    ask(page, photos / "noise.png", "dog, sky, car")
+    texts = ["dog", "sky", "car"]
+    ask(page, photos / "noise.png", ", ".join(texts))
     page.check("input[name=segments]")
     page.fill("input[name=threshold]", "0.4")
     with page.expect_download() as download:
         page.click("#save")
-    sheet = Image.open(download.value.path())
-    assert sheet.size == (3 * (61 + 12) + 12, 2 * (40 + 28 + 12) + 12)
-    picture = page.locator("figure canvas:nth-of-type(2)").first.evaluate("canvas => canvas.toDataURL()")
-    pixels = np.asarray(Image.open(io.BytesIO(base64.b64decode(picture.partition(",")[2]))))
-    maps = np.stack([drawn(page, index) for index in range(3)])
-    inks = np.array([[0xE6, 0x9F, 0x00], [0x56, 0xB4, 0xE9], [0x00, 0x9E, 0x73]])
-    best = maps.argmax(0)
-    foreground = maps.max(0) > 0.4
-    assert (pixels[..., 3] == 255 * foreground).all() and 0.1 < foreground.mean() < 1
-    assert (pixels[foreground][:, :3] == inks[best[foreground]]).all()
-    assert page.locator(".key").all_inner_texts() == ["dog", "sky", "car"]
+    assert Image.open(download.value.path()).size == (3 * (61 + 12) + 12, 2 * (40 + 28 + 12) + 12)
+    assert page.locator(".key").all_inner_texts() == texts
+
+    expected = explain_by(exported, Image.open(photos / "noise.png"), texts, min_presence=0.0).label_map(0.4).numpy()
+    assert set(expected.ravel()) > {-1, 0}
+    inks = np.array([[0xE6, 0x9F, 0], [0x56, 0xB4, 0xE9], [0, 0x9E, 0x73]])
+    pixels = canvas(page, 0)
+    found = np.full(expected.shape, -1)
+    for index, ink in enumerate(inks):
+        found[(pixels[..., :3] == ink).all(-1) & (pixels[..., 3] == 255)] = index
+    assert (found == expected).mean() > 0.97  # 8 bits decide otherwise on borders
 
 
 # -------------------------------------------------------------------------------------------------- the functions
@@ -396,10 +411,12 @@ def test_presence_is_the_share_of_chance_matches_below(functions):
 def test_maps_are_enlarged_and_stretched_as_in_python(functions, grid, size):
     map_ = torch.randn(1, *grid, generator=torch.Generator().manual_seed(2))
     expected = (resize_and_normalize(map_, size) * 255).flatten().numpy()
-    found = compute(functions, "levels", floats(map_), list(grid), size[1], size[0])
-    assert np.abs(np.array(found) - expected).max() <= 0.51
-    constant = compute(functions, "levels", floats(torch.full(grid, 0.3)), list(grid), size[1], size[0])
-    assert set(constant) == {0}
+    found = compute(functions, "enlarge", floats(map_), list(grid), size[1], size[0])
+    raw = resize_maps(map_, size)
+    assert (found["low"], found["high"]) == pytest.approx((raw.min().item(), raw.max().item()), abs=1e-5)
+    assert np.abs(np.array(list(found["levels"].values())) - expected).max() <= 0.51
+    constant = compute(functions, "enlarge", floats(torch.full(grid, 0.3)), list(grid), size[1], size[0])
+    assert set(constant["levels"].values()) == {0}
 
 
 def test_prompts_of_one_label_are_averaged_as_unit_vectors(functions):
@@ -497,22 +514,15 @@ def test_the_command_serves_files_of_the_folder_only(tmp_path):
 
 @pytest.mark.slow
 @NEEDS_NPM
-def test_the_embedded_model_on_20_photographs(browser, iclip_data, tmp_path, monkeypatch):
-    graphs, export = tmp_path / "graphs", web.export_onnx
-    monkeypatch.setattr(
-        web, "export_onnx", lambda *arguments: shutil.copytree(export(*arguments), graphs) and arguments[2]
-    )
-    folder = web.export_web(*load_iclip(embedded_model(), dtype="float32"), tmp_path / "page", vendor=True)
-    model, processor = ONNXModel(graphs), web.ICLIPProcessor.from_pretrained(graphs)
+def test_the_embedded_model_on_20_photographs(browser, iclip_data, tmp_path):
+    model, processor = load_iclip(embedded_model(), dtype="float32")
+    folder = web.export_web(model, processor, tmp_path / "page", vendor=True)
+    exported = folder, unpacked(folder, model, processor, tmp_path / "onnx"), processor
+    texts = ["person", "wooden table", "Café in 東京 🍰"]
     photos = sorted(Path(iclip_data, "coco100", "train2017").glob("*.jpg"))[:20]
-    texts = ["person", "dog", "wooden table"]
     with served(folder) as address, opened(browser, address) as page:
         for photo in photos:
             ask(page, photo, ", ".join(texts))
-            found, image = scores(page), Image.open(photo).convert("RGB")
+            image = Image.open(photo).convert("RGB")
             size = [content.view_size(image)[::-1]]
-            expected = explain(model, processor, [image], texts, target_sizes=size)[0]
-            for index, text in enumerate(texts):
-                assert found[text][0] == pytest.approx(expected.scores[index].item(), abs=0.02)
-                map_ = expected.map(index).numpy()
-                assert np.corrcoef(drawn(page, index).ravel(), map_.ravel())[0, 1] > 0.99
+            check(page, explain_by(exported, image, texts, target_sizes=size))

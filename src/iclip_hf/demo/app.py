@@ -14,6 +14,7 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image
 
 from .. import __version__
@@ -22,6 +23,7 @@ from ..localization.explanation import Explanation
 from ..localization.localizer import Localizer
 from ..models.loading import load_model
 from ..presence import BACKGROUND, MIN_PRESENCE
+from ..similarity import resize_maps
 from ..utils.extras import require_extra
 from ..utils.files import atomic_write
 from .content import EXAMPLES, MAX_TEXTS, beside, colors, example_files, view_size
@@ -113,10 +115,15 @@ def explain_image(localizer: Localizer, image: Image.Image, texts: list[str]) ->
 
 
 def viewer_value(image: Image.Image, explanation: Explanation) -> dict:
-    """Returns the data for `viewer.js`. A map is a base64 string of its compressed values 0..255, row-major."""
+    """
+    Returns the data for `gradio_viewer.js`. A map is a base64 string of its compressed values 0..255, row-major; `low` and `high`
+    are the raw values of 0 and 255.
+    """
     photo, size = io.BytesIO(), view_size(image)
     image.resize(size).save(photo, "JPEG", quality=85)
     levels = (explanation.maps * 255).round().byte().numpy()
+    raw_maps = resize_maps(-explanation.raw_maps if explanation.reversed else explanation.raw_maps, explanation.size)
+    ranges = torch.stack(torch.aminmax(raw_maps.flatten(1), dim=-1), dim=-1).tolist()
     return {
         "image": "data:image/jpeg;base64," + base64.b64encode(photo.getvalue()).decode(),
         "size": size,
@@ -128,9 +135,11 @@ def viewer_value(image: Image.Image, explanation: Explanation) -> dict:
                 "presence": round(present, 4),
                 "absent": present < MIN_PRESENCE,
                 "map": base64.b64encode(zlib.compress(map_)).decode(),
+                "low": low,
+                "high": high,
             }
-            for text, cosine, present, map_ in zip(
-                explanation.labels, explanation.scores.tolist(), explanation.presence.tolist(), levels
+            for text, cosine, present, map_, (low, high) in zip(
+                explanation.labels, explanation.scores.tolist(), explanation.presence.tolist(), levels, ranges
             )
         ],
     }

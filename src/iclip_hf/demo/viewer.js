@@ -27,8 +27,8 @@ function paint(canvas, draw) {
  *
  * @param colors 256 colours, [red, green, blue] in 0..255.
  * @returns `show({photo, size, originalSize, texts})` starts with a photograph that `drawImage` takes and the texts;
- *   `add(index, {cosine, presence, absent, levels})` brings what belongs to one, with `levels` in 0..255, row-major, of `size`
- *   (width, height); `savePicture()` downloads all overlays as they are seen.
+ *   `add(index, {cosine, presence, absent, levels, low, high})` brings what belongs to one: its map in 0..255, row-major, of
+ *   `size` (width, height), and the raw values of 0 and 255; `savePicture()` downloads all overlays as they are seen.
  */
 export function createViewer(element, colors) {
   element.innerHTML = `
@@ -75,7 +75,6 @@ export function createViewer(element, colors) {
     table.hidden = true;
     panels = texts.map((text) => addPanel(text, `Map of “${text}”. Arrow keys read its values.`));
     overview = addPanel("", "Each pixel in the colour of its best text");
-    gallery.prepend(overview.figure);
     setOpacity();
     setSegments();
   }
@@ -107,22 +106,25 @@ export function createViewer(element, colors) {
     });
   }
 
-  // Of the texts that count as present, the one with the highest map, where that is above the threshold of the outline.
+  // Of the texts that count as present, the one with the highest raw value, as `Explanation.label_map` finds it; the outline's
+  // threshold is one of the best value, stretched over the image.
   function paintSegments() {
     if (!segments.checked || !overview) return;
     const present = ready().filter(({ absent }) => !absent);
-    const limit = threshold.value === "1" ? -1 : threshold.value * 255;
     const color = ({ text }) => SEGMENTS[panels.findIndex((panel) => panel.text === text) % SEGMENTS.length];
     const inks = present.map((panel) => packed(channels(color(panel))));
-    paint(overview.heat, (pixels) => {
-      for (let pixel = 0; pixel < pixels.length; pixel++) {
-        let best = -1, highest = limit;
-        present.forEach(({ levels }, index) => {
-          if (levels[pixel] > highest) [best, highest] = [index, levels[pixel]];
-        });
-        if (best >= 0) pixels[pixel] = inks[best];
-      }
-    });
+    const { width, height } = overview.heat;
+    const best = new Int8Array(width * height), highest = new Float32Array(width * height).fill(-Infinity);
+    present.forEach(({ levels, low, high }, index) => levels.forEach((level, pixel) => {
+      const value = low + (high - low) * level / 255;
+      if (value > highest[pixel]) [best[pixel], highest[pixel]] = [index, value];
+    }));
+    const least = highest.reduce((one, other) => Math.min(one, other), Infinity);
+    const most = highest.reduce((one, other) => Math.max(one, other), -Infinity);
+    const limit = threshold.value === "1" ? -Infinity : least + threshold.value * (most - least);
+    paint(overview.heat, (pixels) => best.forEach((index, pixel) => {
+      if (highest[pixel] > limit) pixels[pixel] = inks[index];
+    }));
     overview.legend = present.map((panel) => [panel.text, color(panel)]);
     overview.caption.replaceChildren();
     for (const [text, ink] of overview.legend)
@@ -156,7 +158,8 @@ export function createViewer(element, colors) {
   }
 
   function setSegments() {
-    if (overview) overview.figure.hidden = !segments.checked;
+    if (segments.checked && overview) gallery.prepend(overview.figure);
+    else overview?.figure.remove();
     paintSegments();
   }
 

@@ -158,8 +158,10 @@ function bicubic(source, target) {
 
 /**
  * Enlarges a map of `rows` x `columns` and stretches it to the levels 0..255: bicubic, then min-max (Eq. 4).
+ *
+ * @returns the levels, and the raw values `low` and `high` of 0 and 255.
  */
-export function levels(map, [rows, columns], width, height) {
+export function enlarge(map, [rows, columns], width, height) {
   const across = bicubic(columns, width), wide = new Float32Array(rows * width);
   const [lowest] = range(map); // subtracted, so that a constant map stays exactly constant
   for (let y = 0; y < rows; y++)
@@ -172,5 +174,6 @@ export function levels(map, [rows, columns], width, height) {
       for (let x = 0; x < width; x++) large[y * width + x] += weight * wide[i * width + x];
   });
   const [low, span] = range(large);
-  return Uint8Array.from(large, (value) => Math.round(255 * (value - low) / span));
+  const levels = Uint8Array.from(large, (value) => Math.round(255 * (value - low) / span));
+  return { levels, low: low + lowest, high: low + lowest + span };
 }

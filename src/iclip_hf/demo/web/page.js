@@ -6,8 +6,10 @@ const find = (id) => document.getElementById(id);
 const megabytes = (bytes) => (bytes / 1e6).toFixed(bytes < 1e7 ? 1 : 0);
 const say = (sentence) => (find("status").textContent = sentence);
 
-const settings = await (await fetch("settings.json")).json().catch(() => null);
+say("");
+const settings = await fetch("settings.json").then((response) => response.json()).catch(() => null);
 if (!settings) throw fail("This page misses its settings.json. Serve the whole folder by a web server.");
+settings.cache = `iclip ${new URL(".", location).pathname}`; // other pages of this server have their own
 if (!globalThis.WebAssembly || !globalThis.OffscreenCanvas)
   throw fail("This browser cannot run the model: it has no WebAssembly, or it is older than 2023. Try another one.");
 

@@ -58,8 +58,9 @@ async function answer({ photo, photoId, texts }, tell) {
     if (asked) return;
     const { cosine, cosines, match } = compare(image, await encodeText(model, text));
     const raw = numerics.rawMap(cosines, image.attention, settings.model);
-    const levels = numerics.levels(raw, image.grid, ...image.size);
-    tell({ kind: "map", index, cosine, presence: numerics.presence(match, image.chance), levels }, [levels.buffer]);
+    const map = numerics.enlarge(raw, image.grid, ...image.size);
+    const scores = { cosine, presence: numerics.presence(match, image.chance) };
+    tell({ kind: "map", index, ...scores, ...map }, [map.levels.buffer]);
   }
   tell({ kind: "done" });
 }

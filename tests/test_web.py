@@ -7,6 +7,7 @@ import io
 import json
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import threading
@@ -24,6 +25,7 @@ from PIL import Image
 from iclip_hf import cli, embedded_model, explain
 from iclip_hf.demo import content, web
 from iclip_hf.demo.web_server import web_server
+from iclip_hf.label_maps import label_map
 from iclip_hf.models.loading import load_iclip
 from iclip_hf.models.onnx import ONNXModel
 from iclip_hf.pooling import pool_similarities
@@ -115,6 +117,10 @@ def scores(page):
 def canvas(page, index):
     """The pixels that are drawn over the photograph in a figure, RGBA."""
     picture = page.locator("figure canvas:nth-of-type(2)").nth(index).evaluate("canvas => canvas.toDataURL()")
+    return decoded(picture)
+
+
+def decoded(picture):
     return np.asarray(Image.open(io.BytesIO(base64.b64decode(picture.partition(",")[2]))).convert("RGBA"))
 
 
@@ -287,33 +293,14 @@ def test_on_a_phone_with_the_keyboard(browser, url, photos):
         for _ in range(4):
             page.keyboard.press("ArrowLeft")
         x = int((0.5 - 4 / 40) * 61)
-        values = [f"{drawn(page, index)[20, x]:.2f}" for index in range(3)]
-        assert page.locator(".value").all_inner_texts() == [f"{value} at {x}, 20" for value in values]
         texts = page.input_value("#texts").split(", ")
+        values = [f"{drawn(page, index)[20, x]:.2f}" for index in range(len(texts))]
+        assert page.locator(".value").all_inner_texts() == [f"{value} at {x}, 20" for value in values]
         assert page.locator("output.unseen").inner_text() == ", ".join(map(" ".join, zip(texts, values)))
 
-
-def test_segments_have_the_colour_of_the_best_present_text(page, exported, photos):
-    page.route("**/settings.json", lambda route: route.fulfill(json={**route.fetch().json(), "min_presence": 0}))
-    page.reload()
-    page.wait_for_selector("#go:not([disabled])")
-    texts = ["dog", "sky", "car"]
-    ask(page, photos / "noise.png", ", ".join(texts))
-    page.check("input[name=segments]")
-    page.fill("input[name=threshold]", "0.4")
-    with page.expect_download() as download:
-        page.click("#save")
-    assert Image.open(download.value.path()).size == (3 * (61 + 12) + 12, 2 * (40 + 28 + 12) + 12)
-    assert page.locator(".key").all_inner_texts() == texts
-
-    expected = explain_by(exported, Image.open(photos / "noise.png"), texts, min_presence=0.0).label_map(0.4).numpy()
-    assert set(expected.ravel()) > {-1, 0}
-    inks = np.array([[0xE6, 0x9F, 0], [0x56, 0xB4, 0xE9], [0, 0x9E, 0x73]])
-    pixels = canvas(page, 0)
-    found = np.full(expected.shape, -1)
-    for index, ink in enumerate(inks):
-        found[(pixels[..., :3] == ink).all(-1) & (pixels[..., 3] == 255)] = index
-    assert (found == expected).mean() > 0.97  # 8 bits decide otherwise on borders
+        with page.expect_download() as download:  # all maps under their texts
+            page.click("#save")
+        assert Image.open(download.value.path()).size == (3 * (61 + 12) + 12, 40 + 28 + 2 * 12)
 
 
 # -------------------------------------------------------------------------------------------------- the functions
@@ -331,6 +318,7 @@ def compute(page, function, *arguments):
         """async ([name, args]) => {
             const result = (await import("./numerics.js"))[name](...args.map((one) =>
                 one?.floats ? Float32Array.from(one.floats) : one?.bytes ? Uint8Array.from(one.bytes) : one));
+            if (result.levels) result.levels = [...result.levels];
             return ArrayBuffer.isView(result) ? [...result] : result;
         }""",
         [function, arguments],
@@ -414,9 +402,44 @@ def test_maps_are_enlarged_and_stretched_as_in_python(functions, grid, size):
     found = compute(functions, "enlarge", floats(map_), list(grid), size[1], size[0])
     raw = resize_maps(map_, size)
     assert (found["low"], found["high"]) == pytest.approx((raw.min().item(), raw.max().item()), abs=1e-5)
-    assert np.abs(np.array(list(found["levels"].values())) - expected).max() <= 0.51
+    assert np.abs(np.array(found["levels"]) - expected).max() <= 0.51
     constant = compute(functions, "enlarge", floats(torch.full(grid, 0.3)), list(grid), size[1], size[0])
-    assert set(constant["levels"].values()) == {0}
+    assert set(constant["levels"]) == {0}
+
+
+def test_segments_are_the_label_map(functions, tmp_path):
+    raw_maps = torch.randn(4, 3, 5, generator=torch.Generator().manual_seed(4))
+    raw_maps[3] += 9  # of an absent text
+    size, present, texts = (24, 36), torch.tensor([True, True, True, False]), ["dog", "sky", "car", "cat"]
+    expected, _ = label_map(raw_maps, size, present=present, threshold=0.4)
+    assert set(expected.unique().tolist()) == {-1, 0, 1, 2}
+    large = resize_maps(raw_maps, size).flatten(1)
+    results = [
+        {"low": one.min().item(), "high": one.max().item(), "absent": not there, "cosine": 0, "presence": 0}
+        | {"levels": (resize_and_normalize(raw[None], size) * 255).round().int().flatten().tolist()}
+        for one, raw, there in zip(large, raw_maps, present.tolist())
+    ]
+    picture = functions.evaluate(
+        """async ([texts, [height, width], results, colors]) => {
+            const { createViewer } = await import("./viewer.js");
+            const element = document.body.appendChild(document.createElement("div")), size = [width, height];
+            const viewer = createViewer(element, colors);
+            viewer.show({ photo: new OffscreenCanvas(width, height), size, originalSize: size, texts });
+            results.forEach((one, index) => viewer.add(index, { ...one, levels: Uint8Array.from(one.levels) }));
+            const [, threshold, segments] = element.querySelectorAll("input");
+            segments.click();
+            threshold.value = 0.4;
+            threshold.dispatchEvent(new Event("input"));
+            element.id = "synthetic";
+            return element.querySelectorAll("figure canvas")[1].toDataURL();
+        }""",
+        [texts, size, results, content.colors()],
+    )
+    pixels, found = decoded(picture), np.full(size, -1)
+    for index, ink in enumerate([[0xE6, 0x9F, 0], [0x56, 0xB4, 0xE9], [0, 0x9E, 0x73]]):
+        found[(pixels[..., :3] == ink).all(-1) & (pixels[..., 3] == 255)] = index
+    assert (found == expected.numpy()).mean() > 0.98  # 8 bits decide otherwise on borders
+    assert functions.locator("#synthetic .key").all_inner_texts() == texts[:3]
 
 
 def test_prompts_of_one_label_are_averaged_as_unit_vectors(functions):
@@ -498,7 +521,9 @@ def test_the_command_serves_files_of_the_folder_only(tmp_path):
     for name in ("index.html", "settings.json", "worker.js"):
         (page / name).write_text("x")
     command = [sys.executable, "-m", "iclip_hf.cli", "demo", "--web", str(page)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+    # A background job of a shell, and what it starts, ignore Ctrl-C.
+    options = {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL), "text": True}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options) as process:
         address = process.stdout.readline().strip()
         assert re.fullmatch(r"http://127\.0\.0\.1:\d+/", address)
         with urllib.request.urlopen(f"{address}worker.js") as answer:
@@ -508,8 +533,8 @@ def test_the_command_serves_files_of_the_folder_only(tmp_path):
             with pytest.raises(urllib.error.HTTPError) as refused:
                 urllib.request.urlopen(address + path)
             assert refused.value.code == 404
-        process.send_signal(2)
-        assert process.wait(30) == 130 and process.stderr.read() == "iclip demo: interrupted\n"
+        process.send_signal(signal.SIGINT)
+        assert process.wait(60) == 130 and process.stderr.read() == "iclip demo: interrupted\n"
 
 
 @pytest.mark.slow

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 
 from .common import add_command, add_model_option, at_least_1, check_folder, echo, silence_transformers
@@ -48,5 +49,6 @@ def _serve(options: argparse.Namespace) -> int:
         raise ValueError("--web serves a page that has its model: leave out --model, --dtype and --export-space.")
     with web_server(options.web, options.host, options.port) as server:
         echo(f"http://{options.host}:{server.server_port}/")
+        sys.stdout.flush()  # also into a pipe, because the server does not end
         server.serve_forever()
     return 0

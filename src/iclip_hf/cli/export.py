@@ -7,7 +7,7 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
-from .common import add_command, echo, silence_transformers
+from .common import add_command, check_model, checked, echo, silence_transformers
 
 
 def register(commands) -> None:
@@ -44,7 +44,9 @@ def register(commands) -> None:
 
 
 def add_source_options(command: argparse.ArgumentParser) -> None:
-    command.add_argument("model", metavar="MODEL", help="folder or Hub id of an ICLIP model")
+    command.add_argument(
+        "model", type=checked(check_model), metavar="MODEL", help="folder or Hub id of an ICLIP model"
+    )
     command.add_argument(
         "--results",
         type=Path,
@@ -60,10 +62,10 @@ def run(options: argparse.Namespace) -> int:
     if kind == "transformers":
         echo(export(options, options.directory))
         return 0
-    from ..models.loading import load_iclip
-
     if options.results is not None:
         raise ValueError("--results fills the model card of --format transformers: leave it out.")
+    from ..models.loading import load_iclip
+
     silence_transformers()
     model, processor = load_iclip(options.model, dtype="float32")
     if kind == "onnx":
@@ -80,10 +82,6 @@ def run(options: argparse.Namespace) -> int:
 
 def export(options: argparse.Namespace, directory: Path, name: str | None = None) -> Path:
     """Exports the model that the options name, with results on its card."""
-    from ..hub.folders import export_model
-    from ..models.loading import load_iclip
-
-    silence_transformers()
     metrics = None
     if options.results is not None:
         try:
@@ -95,6 +93,10 @@ def export(options: argparse.Namespace, directory: Path, name: str | None = None
                 f"--results {options.results}: expected the JSON that `iclip evaluate --output` writes, but got other "
                 "content; evaluate again."
             )
+    from ..hub.folders import export_model
+    from ..models.loading import load_iclip
+
+    silence_transformers()
     model, processor = load_iclip(options.model)
     if metrics is not None and isinstance(metrics.get("protocol"), Mapping):
         check_measured(metrics["protocol"], model, options.results)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 
 import torch
-from matplotlib.figure import Figure
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
@@ -15,7 +14,7 @@ from ..losses import contrastive_loss
 from ..modeling_iclip import ICLIPModel
 from ..processing_iclip import ICLIPProcessor
 from ..utils.extras import require_extra
-from ..utils.plots import overlay, picture_grid
+from ..utils.plots import Sheet, overlay, picture_grid
 
 
 with require_extra("train"):
@@ -58,7 +57,7 @@ def validate(
     }
 
 
-def draw_examples(model: ICLIPModel, processor: ICLIPProcessor, pairs: PairDataset, count: int) -> Figure:
+def draw_examples(model: ICLIPModel, processor: ICLIPProcessor, pairs: PairDataset, count: int) -> Sheet:
     """Draws the first pairs of a data set: each image beside the map of its caption."""
     shown = [pairs[index] for index in range(min(count, len(pairs)))]
     images, captions = ([pair[name] for pair in shown] for name in ("image", "caption"))

@@ -131,10 +131,12 @@ def drawn(page, index):
 
 
 def explain_by(exported, image, texts, **options):
-    """The explanation by the same graphs in Python."""
+    """
+    The explanations of each text by the same graphs in Python. One at a time, as the page asks: 8-bit products round by the range
+    of what is computed together.
+    """
     _, model, processor = exported
-    (explanation,) = explain(model, processor, [image], texts, **options)
-    return explanation
+    return [explain(model, processor, [image], [text], **options)[0] for text in texts]
 
 
 def unpacked(page, model, processor, folder):
@@ -197,15 +199,17 @@ def test_a_visitor_from_the_first_paint_to_offline(browser, exported, url, photo
         assert not [one for one in page.requested if ".gz" in one]
 
 
-def check(page, expected):
+def check(page, explanations):
     found = scores(page)
-    assert list(found) == [expected.labels[row] for row in expected.scores.argsort(descending=True)]
-    for index, text in enumerate(expected.labels):
-        assert found[text][0] == pytest.approx(expected.scores[index].item(), abs=0.02)
-        assert found[text][1] == pytest.approx(expected.presence[index].item(), abs=0.1)
+    assert list(found) == sorted(found, key=lambda text: -found[text][0])
+    assert set(found) == {text for explanation in explanations for text in explanation.labels}
+    for index, expected in enumerate(explanations):
+        (text,) = expected.labels
+        assert found[text][0] == pytest.approx(expected.scores[0].item(), abs=0.02)
+        assert found[text][1] == pytest.approx(expected.presence[0].item(), abs=0.1)
         map_ = drawn(page, index)
         assert map_.shape == tuple(expected.size)
-        assert np.corrcoef(map_.ravel(), expected.map(index).numpy().ravel())[0, 1] > 0.99
+        assert np.corrcoef(map_.ravel(), expected.map(0).numpy().ravel())[0, 1] > 0.99
 
 
 def test_bad_input_is_a_sentence_and_the_page_goes_on(page, photos):

@@ -171,6 +171,7 @@ async function load() {
   postMessage({ kind: "status", sentence: "Starting the model …" });
   try {
     const [ort, { Tokenizer }] = await Promise.all([content.ort, content.tokenizers].map(importModule));
+    ort.env.logLevel = "error"; // not where each node runs
     ort.env.wasm.wasmPaths = { mjs: moduleUrl(content.glue) };
     ort.env.wasm.wasmBinary = content.wasm;
     const options = { executionProviders: gpu ? ["webgpu", "wasm"] : ["wasm"] };

@@ -164,12 +164,19 @@ ARGUMENTS = {
     ),
     "explain a folder without images": ("explain {folder} --text dog --model {model}", "/empty"),
     "explain a folder beside an image": ("explain {world} {photo} --text dog --model {model}", "photo.png"),
+    "explain a folder with words": ("explain {world} --text dog --model {model} --words", "--words"),
     "explain a folder with arrays": ("explain {world} --text dog --model {model} --npz", "--npz"),
     "explain a folder in batches of nothing": ("explain {world} --text dog --model {model} --batch-size 0", "got 0"),
     "explain a folder into files of nothing": (
         "explain {world} --text dog --model {model} --images-per-file -1",
         "got -1",
     ),
+    "segment without text": ("segment {photo} --model {model}", "--text"),
+    "segment with a threshold of nan": ("segment {photo} --text dog --model {model} --threshold nan", "got nan"),
+    "segment with a presence above 1": ("segment {photo} --text dog --model {model} --min-presence 2", "got 2"),
+    "segment to another kind": ("segment {photo} --text dog --model {model} --output a.exe", "a.exe"),
+    "segment several to a file": ("segment {photo} {photo} --text dog --model {model} --output a.png", "a.png"),
+    "segment a folder": ("segment {folder} --text dog --model {model}", "/empty"),
     "compare without text": ("compare {photo} --model {model}", "neither"),
     "compare to another kind": ("compare {photo} --text dog --model {model} --output a.txt", "a.txt"),
     "compare at no resolution": ("compare {photo} --text dog --model {model} --dpi 0", "got 0"),
@@ -182,6 +189,27 @@ ARGUMENTS = {
         "classes.txt",
     ),
     "evaluate without a data set": ("evaluate", "--dataset"),
+    "evaluate an unknown task": ("evaluate --task dreams --dataset folder --data-root {masks}", "'dreams'"),
+    "evaluate an unknown measure": (
+        "evaluate --task faithfulness --dataset folder --data-root {masks} --measures luck",
+        "'luck'",
+    ),
+    "evaluate in no steps": (
+        "evaluate --task faithfulness --dataset folder --data-root {masks} --steps 0 --model {model}",
+        "got 0",
+    ),
+    "evaluate with a seed of text": (
+        "evaluate --task faithfulness --dataset folder --data-root {masks} --seed often",
+        "invalid int value: 'often'",
+    ),
+    "evaluate interpretability in steps": (
+        "evaluate --dataset folder --data-root {masks} --steps 3 --model {model}",
+        "--steps",
+    ),
+    "evaluate faithfulness without masks": (
+        "evaluate --task faithfulness --dataset folder --data-root {folder} --model {model}",
+        "/empty",
+    ),
     "evaluate an unknown data set": ("evaluate --dataset imagenet --data-root .", "'imagenet'"),
     "evaluate an absent folder": ("evaluate --dataset voc2012 --data-root {folder}/absent --model {model}", "/absent"),
     "evaluate an empty folder": ("evaluate --dataset folder --data-root {folder} --model {model}", "/empty"),
@@ -197,6 +225,26 @@ ARGUMENTS = {
     "evaluate a part of an image": (
         "evaluate --dataset folder --data-root {masks} --limit 0.5 --model {model}",
         "got 0.5",
+    ),
+    "evaluate another layout": (
+        "evaluate --task segmentation --dataset ade20k --data-root {masks} --model {model}",
+        "annotations/validation",
+    ),
+    "evaluate with windows below a patch": (
+        "evaluate --task segmentation --dataset folder --data-root {masks} --window 4 --model {model}",
+        "got 4",
+    ),
+    "evaluate with gaps between windows": (
+        "evaluate --task segmentation --dataset folder --data-root {masks} --window 16 --stride 32 --model {model}",
+        "got 32",
+    ),
+    "evaluate with the options of another task": (
+        "evaluate --dataset folder --data-root {masks} --window 16 --model {model}",
+        "--window",
+    ),
+    "evaluate with other classes": (
+        "evaluate --task segmentation --dataset folder --data-root {masks} --overrides {names} --model {model}",
+        "got 4",
     ),
     "evaluate in batches of nothing": (
         "evaluate --dataset folder --data-root {masks} --batch-size 0 --model {model}",
@@ -265,6 +313,7 @@ def by_command_line(world, folder, arguments):
         "masks": folder / "masks",
         "pth": written(folder, inputs.UNREADABLE_IMAGES["pickle"], "dino.pth"),
         "long": "x" * 300,
+        "names": written(folder, "dog\ncat\nball\nsky", "names.txt"),
     }
     iclip(*(argument.format(**places) for argument in arguments.split()))
 

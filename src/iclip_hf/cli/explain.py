@@ -20,8 +20,9 @@ from .common import (
     check_file,
     check_folder,
     echo,
+    existing_files,
+    file_names,
     load_silently,
-    one_line,
     printable,
     save_figure,
     share,
@@ -77,6 +78,12 @@ def register(commands) -> None:
         help="print JSON instead of text; for image files it includes boxes, points and run-length masks",
     )
     command.add_argument(
+        "--words",
+        action="store_true",
+        help="also score which words of each text made the image match, coloured in the picture; by Grad-ECLIP, or with "
+        "--method bi_modal by that method",
+    )
+    command.add_argument(
         "--batch-size",
         type=at_least_1,
         default=8,
@@ -121,11 +128,12 @@ def _localizer(options: argparse.Namespace):
         threshold=options.threshold,
         min_presence=options.min_presence,
         image_size=options.image_size,
+        words=("bi_modal" if options.method == "bi_modal" else "grad_eclip") if options.words else None,
     )
 
 
 def _explain_images(options: argparse.Namespace) -> int:
-    from ..images import load_image, require_file
+    from ..images import load_image
 
     several = len(options.images) > 1
     output = options.output or Path("explanations" if several else "explanation.png")
@@ -133,14 +141,8 @@ def _explain_images(options: argparse.Namespace) -> int:
         check_folder("--output", output)
     else:
         check_file("--output", output, PICTURES)
-    pictures = [output / name for name in _file_names(options.images)] if several else [output]
-    wanted = []
-    for image, picture in zip(options.images, pictures):
-        try:
-            require_file(image)
-            wanted.append((image, picture))
-        except (ValueError, FileNotFoundError) as error:  # said before the model is loaded
-            print(f"iclip explain: {one_line(error)}", file=sys.stderr)
+    pictures = [output / name for name in file_names(options.images)] if several else [output]
+    wanted = existing_files("explain", options.images, pictures)
     if not wanted:
         return 2
     localizer = _localizer(options)
@@ -182,6 +184,10 @@ def _explain_collection(options: argparse.Namespace) -> int:
         raise ValueError(
             "Expected --npz with image files, got a collection, whose Parquet files hold raw maps and masks: leave it out."
         )
+    if options.words:
+        raise ValueError(
+            "Expected --words with image files, got a collection, whose Parquet files hold none: leave it out."
+        )
     output = options.output or Path("explanations")
     check_folder("--output", output)
     images = open_images(options.images)
@@ -215,7 +221,9 @@ def _draw(image, explanation, colormap: str, path: Path) -> None:
     heatmaps = replace(explanation, size=(drawn.height, drawn.width)).maps.numpy()
     titles = [f"{text}  {score:+.2f}" for text, score in zip(explanation.labels, explanation.scores.tolist())]
     absent = (explanation.presence < explanation.min_presence).nonzero()[:, 0].tolist()
-    save_figure(explanation_grid(drawn, heatmaps, titles, absent=absent, colormap=colormap), path)
+    save_figure(
+        explanation_grid(drawn, heatmaps, titles, absent=absent, words=explanation.words, colormap=colormap), path
+    )
 
 
 def _save_arrays(explanation, path: Path) -> None:
@@ -243,14 +251,5 @@ def _print_table(report: list[dict]) -> None:
             echo(
                 f"  {printable(row['text']):<{width}}  {row['score']:+.4f}  presence {row['presence']:.2f}  {regions}"
             )
-
-
-def _file_names(images: list[str]) -> list[str]:
-    """Returns a unique name for each picture, because a/dog.jpg and b/dog.jpg must not write the same file."""
-    taken = {}
-    for stem in (Path(image).stem for image in images):
-        name, number = stem, 2
-        while name in taken:
-            name, number = f"{stem}-{number}", number + 1
-        taken[name] = f"{name}.png"
-    return list(taken.values())
+            if "words" in row:
+                echo("    " + "  ".join(f"{printable(one['word'])} {one['score']:.2f}" for one in row["words"]))

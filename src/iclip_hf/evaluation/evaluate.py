@@ -17,7 +17,6 @@ from tqdm import tqdm
 
 from ..data.segmentation import SegmentationDataset, SegmentationSample
 from ..explainers import Explainer, identity, make_explainer, select_texts
-from ..explainers.gradients import GradientExplainer
 from ..localization.localizer import Localizer
 from ..modeling_iclip import ICLIPTextFeatures
 from ..presence import MIN_PRESENCE
@@ -358,7 +357,7 @@ class MapMaker:
         rows = pad_sequence([torch.tensor(one or (1,)) - 1 for one in labels], batch_first=True)  # (B, T)
         shown = torch.arange(len(rows))[:, None], rows
         texts = self.localizer.encoded
-        maps, cosines, presence = self.localizer.explain_batch(pixel_values, texts)
+        maps, cosines, presence, _ = self.localizer.explain_batch(pixel_values, texts)
         drawn = dict.fromkeys(("itsm", "reversed_itsm"), maps[shown])  # reversed once they are stretched to [0, 1]
         drawn |= {name: maps_of(explainer, pixel_values, texts, rows) for name, explainer in self.others.items()}
         return cosines, presence, {method: drawn[method].cpu() for method in self.methods}
@@ -368,9 +367,9 @@ def maps_of(
     explainer: Explainer, pixel_values: torch.Tensor, texts: ICLIPTextFeatures, rows: torch.Tensor
 ) -> torch.Tensor:
     """Computes raw maps `(B, T, h, w)` of the texts `rows` `(B, T)` among all of a data set, `(K, P)`, as its method sees them."""
-    if isinstance(explainer, GradientExplainer):  # a backward a text: not for the absent classes
+    if explainer.backward_per_text:  # so none for the absent classes
         return explainer.raw_maps(pixel_values, select_texts(texts, rows))[0]
-    # The other texts are almost free, and clip_surgery compares a text with all others.
+    # The other texts are almost free, and clip_surgery subtracts their mean.
     return explainer.raw_maps(pixel_values, texts)[0][torch.arange(len(rows))[:, None], rows]
 
 

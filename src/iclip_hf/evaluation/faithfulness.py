@@ -100,9 +100,14 @@ def deletion_insertion(
         `tuple`: deletion and insertion, each `(M, steps + 1, ...)`, from the untouched start to the last step.
 
     Raises:
-        `ValueError`: `steps` or `batch_size` is below 1.
+        `ValueError`: a shape is not as described, the maps hold NaN, or `steps` or `batch_size` is below 1.
     """
     _check_positive(steps=steps, batch_size=batch_size)
+    _check_image(pixel_values)
+    if maps.ndim != 3 or 0 in maps.shape or maps.isnan().any():
+        raise ValueError(
+            f"Expected maps (M, h, w) of numbers, got {tuple(maps.shape)}, NaN: {bool(maps.isnan().any())}."
+        )
     size, device = pixel_values.shape[-2:], pixel_values.device
     generator = torch.Generator().manual_seed(seed)
     noise = torch.randn(pixel_values.shape, generator=generator).to(pixel_values)
@@ -154,8 +159,12 @@ def max_sensitivity(
 
     Returns:
         `torch.Tensor` of shape `(M,)`; NaN for a constant map.
+
+    Raises:
+        `ValueError`: `pixel_values` has another shape, or `samples` is below 1.
     """
     _check_positive(samples=samples)
+    _check_image(pixel_values)
     noise = torch.rand((samples, *pixel_values.shape), generator=torch.Generator().manual_seed(seed))
     noisy = pixel_values + ((2 * noise - 1) * radius).to(pixel_values)
     own = min_max_normalize(explain(pixel_values[None])).flatten(2)
@@ -397,6 +406,11 @@ def _check_positive(**numbers: int) -> None:
     for name, number in numbers.items():
         if number < 1:
             raise ValueError(f"Expected {name} to be at least 1, got {number}.")
+
+
+def _check_image(pixel_values: torch.Tensor) -> None:
+    if pixel_values.ndim != 3 or 0 in pixel_values.shape:
+        raise ValueError(f"Expected pixel_values (C, H, W) of one image, got {tuple(pixel_values.shape)}.")
 
 
 def _labels(sample: SegmentationSample) -> tuple[int, ...]:

@@ -22,6 +22,7 @@ class GradientExplainer(Explainer):
         layer (`int`): index among the attention layers of the image tower; -1 is the last.
     """
 
+    backward_per_text = True
     needs_weights = False
 
     def __init__(self, model, processor, layer: int = -1):

@@ -651,7 +651,7 @@ def test_stream_needs_images(tmp_path):
 
     (tmp_path / "a.csv").write_text("caption\na\n")
     rows = load_dataset("csv", data_files=str(tmp_path / "a.csv"), split="train", streaming=True)
-    with pytest.raises(ValueError, match="an image column, but its columns are"):
+    with pytest.raises(ValueError, match="an image column, but got columns"):
         PairStream(rows)
 
 

@@ -63,7 +63,10 @@ def run(options: argparse.Namespace) -> int:
         echo(export(options, options.directory))
         return 0
     if options.results is not None:
-        raise ValueError("--results fills the model card of --format transformers: leave it out.")
+        raise ValueError(
+            f"Expected no --results, because only --format transformers writes its model card from them, got {options.results}: "
+            "leave it out."
+        )
     from ..models.loading import load_iclip
 
     silence_transformers()

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import sys
 
 from ..training.settings import add_settings, read_settings
-from .common import add_command, one_line
+from .common import add_command, report_error
 
 
 def register(commands) -> None:
@@ -30,7 +29,6 @@ def run(options: argparse.Namespace) -> int:
     except KeyboardInterrupt as interruption:
         from accelerate import PartialState
 
-        if PartialState().is_main_process:
-            print(f"\niclip train: {one_line(interruption)}", file=sys.stderr, flush=True)
+        report_error("train", interruption, printed=PartialState().is_main_process)
         return 130
     return 0

@@ -1,7 +1,8 @@
-"""Image-text pairs for training: tar shards, image folders and tables by random access, Hub datasets as a stream.
+"""
+Image-text pairs for training: tar shards, image folders and tables with random access, and Hub datasets as streams.
 
-Local data is neither unpacked nor read into memory. A pair is a byte range of a shard or table. One pass finds the ranges, and
-one array holds them, so any sampler can shuffle, split and resume exactly.
+Local data is neither unpacked nor loaded into memory. A pair is a byte range of a shard or table. One pass over the files finds
+all ranges, which are kept in one array, so any sampler can shuffle, split and resume exactly.
 """
 
 from __future__ import annotations
@@ -39,34 +40,45 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# Columns of the image (a path) and of the captions. The first column with a value counts. "captions" is a list, all others are
-# text. The members of a shard become the columns "txt" and "json".
+# Columns of the image's path and of the captions, in order of preference: the first column with a value is used. "captions" is a
+# list, all others are text. Members of a shard become the columns "txt" and "json".
 IMAGE_COLUMNS = ("image", "file_name", "image_path", "filepath", "path")
 CAPTION_COLUMNS = ("captions", "txt", "caption", "text", "title")
 
-_SHUFFLE_BUFFER = 2000  # pairs of a stream, not decoded yet
+_SHUFFLE_BUFFER = 2000  # pairs of a stream that wait undecoded
 
 
 class BadPairError(ValueError):
-    """A pair cannot be used: its image is broken or missing, or it has no caption."""
+    """A pair is unusable: its image is broken or missing, or it has no caption."""
 
 
 class DroppedConnectionError(ConnectionError):
-    """The connection of a stream is lost."""
+    """A stream lost its connection."""
 
 
 class PairDataset(Dataset):
-    """Local image-text pairs with random access, from `load_pairs`.
+    """
+    Local image-text pairs with random access, from [`load_pairs`].
 
-    Items are dicts:
-        image: PIL image of mode "RGB".
-        caption: One of the pair's captions, drawn by (seed, epoch, index).
-        key: Name of the pair in its source.
-        skipped: Number of bad pairs that this item replaces, 0 or 1.
+    An item is a `dict` with
 
-    A bad pair is replaced by a good one, drawn by (seed, epoch, index), so batches have the same size on all processes. Bad pairs
-    are logged. If they exceed `max_bad_share` of the pairs that this process read, ValueError is raised. `read` returns a pair
-    without replacement. The dataset can be pickled, and `set_epoch` also reaches running workers.
+    - `image` (`PIL.Image.Image`): image of mode "RGB".
+    - `captions` (`list[str]`): all captions of the pair.
+    - `caption` (`str`): one of the captions. The draw depends only on seed, epoch and index.
+    - `key` (`str`): name of the pair in its source.
+    - `skipped` (`int`): number of bad pairs that the item replaces, 0 or 1.
+
+    A bad pair is replaced by a random good pair, so that batches have equal sizes on all processes. The draw depends only on seed,
+    epoch and index. Bad pairs are logged. `read` returns pairs without replacement. The data set can be pickled. `set_epoch` also
+    reaches running workers.
+
+    Args:
+        files: shards and tables.
+        seed (`int`, defaults to 0): seed of the draws.
+        max_bad_share (`float` in [0, 1], defaults to 0.05): largest allowed share of bad pairs among those that this process read.
+
+    Raises:
+        `ValueError`: there are no pairs. During access, too many pairs are bad.
     """
 
     def __init__(self, files: Sequence[_TarShard | _Table], seed: int = 0, max_bad_share: float = 0.05):
@@ -74,7 +86,7 @@ class PairDataset(Dataset):
         self.seed = seed
         self._files = files
         self._ranges = np.concatenate([np.empty((0, 2), np.int64), *ranges])
-        self._ends = np.cumsum([len(part) for part in ranges])  # end of each file's pairs in `_ranges`
+        self._ends = np.cumsum([len(part) for part in ranges])  # where each file's pairs end in `_ranges`
         self._tally = _Tally(max_bad_share, counts_from=min(100, len(self)))
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # shared with persistent workers
         if not len(self):
@@ -103,17 +115,20 @@ class PairDataset(Dataset):
         return f"PairDataset(pairs={len(self)}, files={len(self._files)})"
 
     def read(self, index: int) -> dict:
-        """Returns this pair without replacement: {"image": PIL, "captions": list of str, "key": str}.
+        """
+        Returns a pair without replacement.
+
+        Returns:
+            `dict` with `image`, `captions` and `key`, see [`PairDataset`].
 
         Raises:
-            BadPairError: The pair cannot be used.
-            OSError: Its shard or table does not exist any more.
+            `BadPairError`: the pair is unusable. `OSError`: its shard or table no longer exists.
         """
         image, name, captions, key = self._parse(index)
         return {"image": _load(image, name), "captions": captions, "key": key}
 
     def image(self, index: int) -> tuple[str, Image.Image]:
-        """Returns key and image of a pair, which may have no caption. Raises like `read`."""
+        """Returns key and image of a pair, which needs no caption. Raises like `read`."""
         image, name, _, key = self._parse(index, need_captions=False)
         return key, _load(image, name)
 
@@ -122,13 +137,16 @@ class PairDataset(Dataset):
         return self._parse(index)[2]
 
     def set_epoch(self, epoch: int) -> None:
-        """Sets the epoch, which determines the drawn captions. Accelerate does not always call this."""
+        """Sets the epoch, on which the draws depend."""
         self._epoch.fill_(epoch)
 
     def fingerprint(self) -> str:
         """
-        Returns 16 hex digits over the positions of the pairs and the content of shards, tables and the images that tables name.
-        The first call reads all files. Later calls, also of other processes, read only files that changed.
+        Computes a digest over the positions of the pairs and the content of shards, tables and the images that tables name. The
+        first call reads all files. Later calls, also in other processes, only read files again after one has changed.
+
+        Returns:
+            `str`: 16 hex digits.
         """
         digest = hashlib.sha256(self._ranges.tobytes())
         for file, ranges in zip(self._files, np.split(self._ranges, self._ends[:-1])):
@@ -138,14 +156,14 @@ class PairDataset(Dataset):
         return digest.hexdigest()[:16]
 
     def _replacement(self, draws: random.Random) -> tuple[int, dict]:
-        """Draws a good pair from all pairs. The next good pair would be overrepresented after a damaged shard."""
+        """Draws a good pair from all pairs. Taking the next good pair would repeat the one after a damaged shard."""
         for _ in range(1000):
             index = draws.randrange(len(self))
             try:
                 return index, self.read(index)
             except BadPairError:
                 continue
-        raise ValueError("Expected at least one good pair in 1000, but found none; the log has the reasons.")
+        raise ValueError("Expected at least one good pair in 1000, but got none: correct the data, as the log says.")
 
     def _parse(self, index: int, need_captions: bool = True) -> tuple[bytes | Path, str, list[str], str]:
         index = range(len(self))[index]
@@ -169,12 +187,23 @@ class PairDataset(Dataset):
 
 
 class PairStream(IterableDataset):
-    """Image-text pairs of a Hub dataset as a stream, from `load_pairs`. Items are those of `PairDataset`.
+    """
+    Image-text pairs of a Hub dataset as a stream, from [`load_pairs`]. Items are those of [`PairDataset`].
 
-    An iteration is one pass over the part of this process, shuffled by (seed, epoch) through a buffer. Bad pairs are left out and
-    counted in `skipped` of the next item. The stream splits itself over processes and DataLoader workers; `Accelerator.prepare`
-    would split it a second time. The parts differ in length, so a run must count steps instead of passes. A resumed run begins a
-    new pass.
+    An iteration is one pass over the part of this process. The order depends on seed and epoch, and is shuffled through a buffer.
+    Bad pairs are left out; `skipped` of the next item counts them. The stream splits itself over processes and DataLoader workers,
+    so it must not be passed to `Accelerator.prepare`, which splits again. The parts differ in length, so training counts steps
+    instead of passes. A resumed run begins a new pass.
+
+    Args:
+        dataset (`datasets.IterableDataset`): rows with an image column and a caption column.
+        seed (`int`, defaults to 0): seed of the order and of the drawn captions.
+        max_bad_share (`float` in [0, 1], defaults to 0.05): largest allowed share of bad pairs among those that were read.
+        rank, world_size (`int`): index of this process and number of processes.
+
+    Raises:
+        `ValueError`: there is no image column. During iteration, too many pairs are bad. `DroppedConnectionError`: during
+        iteration, the connection is lost.
     """
 
     def __init__(
@@ -191,17 +220,18 @@ class PairStream(IterableDataset):
         features = dataset.features or {}
         self._image_column = next((name for name, feature in features.items() if isinstance(feature, Image)), None)
         if self._image_column is None:
-            raise ValueError(f"Expected a dataset with an image column, but its columns are {list(features)}.")
-        # Only these columns are kept: datasets infers types from the first rows, and a different type later ends the stream.
+            raise ValueError(
+                f"Expected a dataset with an image column, but got columns {list(features)}: name another one."
+            )
+        # Other columns are dropped. `datasets` infers types from the first rows, and a later row of another type ends the stream.
         kept = [column for column in (self._image_column, "__key__", *CAPTION_COLUMNS) if column in features]
         if isinstance(features.get("json"), Mapping):
             captions = {column: kind for column, kind in features["json"].items() if column in CAPTION_COLUMNS}
             dataset = dataset.cast_column("json", captions)
             kept.append("json")
         dataset = dataset.select_columns(kept)
-        dataset = dataset.cast_column(
-            self._image_column, Image(decode=False)
-        )  # otherwise one bad image ends the stream
+        # Without decoding, because one bad image would end the stream.
+        dataset = dataset.cast_column(self._image_column, Image(decode=False))
         dataset = dataset.shuffle(seed=seed, buffer_size=_SHUFFLE_BUFFER)
         self._rows = split_dataset_by_node(dataset, rank=rank, world_size=world_size)
         self.seed = seed
@@ -232,7 +262,7 @@ class PairStream(IterableDataset):
             skipped = 0
 
     def set_epoch(self, epoch: int) -> None:
-        """Sets the epoch, which determines the order of the next pass and the drawn captions."""
+        """Sets the epoch, on which the order of the next pass and the drawn captions depend."""
         self._rows.set_epoch(epoch)
 
 
@@ -245,49 +275,56 @@ def load_pairs(
     rank: int = 0,
     world_size: int = 1,
 ) -> PairDataset | PairStream:
-    """Opens image-text pairs for training.
+    """
+    Opens image-text pairs for training. A source is one of these, or a list of local ones:
+
+    - Tar shards of webdataset or img2dataset (`key.jpg` with `key.txt`, `key.json` or both): a file, a folder of shards, or a
+      pattern such as "cc3m/{00000..00331}.tar" or "cc3m/*.tar". The captions are the list `captions` in the JSON, else the text,
+      else `caption` in the JSON.
+    - An image folder with `metadata.jsonl`, or such a file. Each line has one of `IMAGE_COLUMNS`, a path relative to the file, and
+      one of `CAPTION_COLUMNS`.
+    - A `.csv` or `.tsv` table with a header line and the same columns; `captions` is a JSON list. Values are literal, also "null".
+      In a .tsv, quotes have no special meaning.
+    - The Hub id of a dataset ("org/name"), if there is no such local path. It is streamed.
 
     Args:
-        source: One of these, or a list of local ones:
-            - Tar shards as webdataset and img2dataset write them (`key.jpg` with `key.txt`, `key.json` or both): a file,
-              a folder of them, or a pattern like "cc3m/{00000..00331}.tar" or "cc3m/*.tar". The captions are the list
-              `captions` in the JSON, else the text, else `caption` in the JSON.
-            - An image folder with `metadata.jsonl`, or such a file: each line has one of `IMAGE_COLUMNS`, a path
-              relative to the file, and one of `CAPTION_COLUMNS`.
-            - A `.csv` or `.tsv` table with a header line and the same columns; `captions` is a JSON list. Values are taken
-              literally, also "null". In a .tsv, quotes have no special meaning.
-            - The Hub id of a dataset ("org/name") that is not a local path; it is streamed.
-        split: Split of a Hub dataset.
-        seed: Seed of the drawn captions and of a stream's order.
-        max_bad_share: Largest allowed share of bad pairs (broken image, no caption).
-        rank, world_size: Index of this process and number of processes, which share a stream. A `PairDataset` is split by its
+        source (`str`, `os.PathLike` or a list of them): the source.
+        split (`str`, defaults to `"train"`): split of a Hub dataset.
+        seed (`int`, defaults to 0): seed of the drawn captions and of the order of a stream.
+        max_bad_share (`float` in [0, 1], defaults to 0.05): largest allowed share of bad pairs (broken image, no caption).
+        rank, world_size (`int`): index of this process and number of processes, for a stream. A [`PairDataset`] is split by its
             sampler.
 
+    Returns:
+        [`PairDataset`], or [`PairStream`] for a Hub dataset.
+
     Raises:
-        FileNotFoundError: A file, folder or Hub dataset does not exist.
-        ValueError: A source is not as described.
+        `FileNotFoundError`: a file, folder or Hub dataset does not exist. `ValueError`, `TypeError`: a source is not as described.
     """
     if isinstance(source, (str, os.PathLike)):
         if _is_hub_id(os.fspath(source)):
             return PairStream(_open_hub_dataset(source, split), seed, max_bad_share, rank, world_size)
         source = [source]
     if not isinstance(source, Sequence):
-        raise TypeError(f"Expected a path, the id of a Hub dataset or a list of paths, got {source!r:.100}.")
+        raise TypeError(
+            f"Expected a path, the id of a Hub dataset or a list of paths, got {source!r:.100}: name the data by one of these."
+        )
     paths = [path for part in source for path in _local_files(os.fspath(part))]
     return PairDataset([_open_file(path) for path in paths], seed, max_bad_share)
 
 
 class _TarShard:
-    """A tar file in webdataset form. Adjacent members with one key are a pair; their bytes are a small tar file.
+    """
+    A tar file in the form of webdataset. Adjacent members with the same key are a pair. Their bytes are a small tar file.
 
-    Nothing is extracted to disk and links are ignored, so no member can refer to a path outside.
+    Nothing is extracted to disk, and links are ignored, so no member can refer to a path outside.
     """
 
     def __init__(self, path: Path):
         self.path = path
 
     def ranges(self) -> np.ndarray:
-        """Returns the byte range (start, end) of each pair, (N, 2) int64, cached on disk: a million pairs take minutes."""
+        """Returns the byte range (start, end) of each pair, `(N, 2)` int64. Cached on disk, because a million pairs take minutes."""
         state, _ = file_state(self.path)
         cached = cache_folder() / "shards" / f"{hashlib.sha256(state).hexdigest()[:32]}.npy"
         try:
@@ -303,11 +340,11 @@ class _TarShard:
         return ranges
 
     def image_files(self, ranges: np.ndarray) -> list[Path]:
-        """Returns the image files outside the shard, of which there are none."""
+        """Returns an empty list, because the images are inside the shard."""
         return []
 
     def parse(self, block: bytes) -> tuple[bytes, str, dict, str]:
-        """Returns image, its name for errors, the row with the captions, and key of one pair."""
+        """Returns the image of one pair, its name for errors, the row with the captions, and the key."""
         row, image = {}, None
         with tarfile.open(fileobj=io.BytesIO(block), mode="r:") as tar:
             for member in tar:
@@ -337,7 +374,7 @@ class _TarShard:
                         last_key = key
                     tar.members.clear()  # tarfile would keep all members
                 tar.fileobj.seek(tar.offset)
-                if tar.fileobj.read(tarfile.BLOCKSIZE).strip(b"\0"):  # tarfile takes a damaged header for the end
+                if tar.fileobj.read(tarfile.BLOCKSIZE).strip(b"\0"):  # tarfile ends silently at a damaged header
                     raise tarfile.ReadError(f"no member begins at byte {tar.offset}")
         # Numbers in a damaged header may have any value.
         except (tarfile.TarError, ValueError, OverflowError, MemoryError, RecursionError) as error:
@@ -350,7 +387,7 @@ class _TarShard:
 
 
 class _Table:
-    """A text file with one pair in each row: .csv or .tsv (without quoting), both with a header, or .jsonl."""
+    """A text file with one pair in each row: .csv or .tsv (without quoting) with a header line, or .jsonl."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -370,7 +407,7 @@ class _Table:
             )
 
     def ranges(self) -> np.ndarray:
-        """Returns the byte range (start, end) of each row, (N, 2) int64."""
+        """Returns the byte range (start, end) of each row, `(N, 2)` int64."""
         try:
             ranges = array("q", (position for row in self._rows() for position in row))
         except csv.Error as error:
@@ -378,7 +415,7 @@ class _Table:
         return np.array(ranges, np.int64).reshape(-1, 2)[self._header is not None :]
 
     def parse(self, block: bytes) -> tuple[Path, None, dict, str]:
-        """Returns image path, None (the path is its name), the row with the captions, and key of one row."""
+        """Returns the image path of one row, None (the path is the name for errors), the row with the captions, and the key."""
         row = self._values(block)
         if self._header is not None:
             if len(row) != len(self._header):
@@ -392,7 +429,7 @@ class _Table:
         return self.path.parent / key, None, row, key
 
     def image_files(self, ranges: np.ndarray) -> list[Path]:
-        """Returns the image files of these rows. Rows that cannot be read are skipped."""
+        """Returns the image files of these rows. Unreadable rows are skipped."""
         files = []
         with open(self.path, "rb") as opened:
             for start, end in ranges.tolist():
@@ -433,13 +470,13 @@ class _Table:
 
 
 class _Tally:
-    """Counts good and bad pairs of this process, logs bad ones, and raises if their share is too large."""
+    """Counts good and bad pairs of this process. Logs bad pairs, and raises `ValueError` if their share is too large."""
 
     def __init__(self, max_bad_share: float, counts_from: int):
         if not 0 <= max_bad_share <= 1:
-            raise ValueError(f"Expected max_bad_share from 0 to 1, but got {max_bad_share}.")
+            raise ValueError(f"Expected max_bad_share from 0 to 1, but got {max_bad_share}: set a share such as 0.05.")
         self._max_bad_share = max_bad_share
-        self._counts_from = counts_from  # minimum number of pairs for a meaningful share
+        self._counts_from = counts_from  # number of pairs from which the share is meaningful
         self._read = self._bad = 0
         self._last_error: BadPairError | None = None
 
@@ -487,7 +524,7 @@ def _load(image: bytes | Path, name: str | None) -> Image.Image:
 
 
 def _captions(row: Mapping) -> list[str]:
-    """Returns all captions of a row, stripped. Raises ValueError if there is none."""
+    """Returns all captions of a row, stripped. Raises `ValueError` if there are none."""
     if isinstance(row.get("json"), Mapping):
         row = {**row["json"], **row}
     column = next((column for column in CAPTION_COLUMNS if row.get(column)), None)
@@ -513,7 +550,7 @@ def _draw(captions: list[str], seed: int, epoch: int, key: int | str) -> str:
 
 
 def _key_and_suffix(member: tarfile.TarInfo) -> tuple[str | None, str]:
-    """Returns webdataset's key (path up to the first dot of the file name) and suffix; (None, "") for other members."""
+    """Returns the key of webdataset (the path up to the first dot of the file name) and the suffix; (None, "") for other members."""
     folder, _, name = member.name.rpartition("/")
     stem, dot, suffix = name.partition(".")
     if member.type not in (tarfile.REGTYPE, tarfile.AREGTYPE) or not stem or not dot:
@@ -522,7 +559,7 @@ def _key_and_suffix(member: tarfile.TarInfo) -> tuple[str | None, str]:
 
 
 def _image_bytes(stored: Mapping) -> bytes:
-    """Returns the encoded image of a streamed row, which has either bytes or a path, possibly on the Hub."""
+    """Returns the encoded image of a streamed row, which holds its bytes or a path, possibly on the Hub."""
     if stored.get("bytes") or not stored.get("path"):
         return stored.get("bytes") or b""
     import fsspec

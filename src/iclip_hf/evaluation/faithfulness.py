@@ -348,7 +348,9 @@ def evaluate_faithfulness(
     state = this_process("eval")
     templates = check_templates(dataset.templates if templates is None else templates)
     if not measures or not methods or not set(measures) <= set(MEASURES):
-        raise ValueError(f"Expected methods, and measures of {list(MEASURES)}, got {methods!r} and {measures!r}.")
+        raise ValueError(
+            f"Expected methods, and measures of {list(MEASURES)}, got {methods!r} and {measures!r}: name at least one of each."
+        )
     explainers = {method: make_explainer(model, processor, method) for method in dict.fromkeys(methods)}
     plan = Plan.make(
         state, dataset, next(iter(explainers.values())).processor, image_size, limit, batch_size, num_workers
@@ -405,7 +407,7 @@ def evaluate_faithfulness(
 def _check_positive(**numbers: int) -> None:
     for name, number in numbers.items():
         if number < 1:
-            raise ValueError(f"Expected {name} to be at least 1, got {number}.")
+            raise ValueError(f"Expected {name} to be at least 1, got {number}: correct it.")
 
 
 def _check_image(pixel_values: torch.Tensor) -> None:

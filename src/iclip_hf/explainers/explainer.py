@@ -120,7 +120,7 @@ def adapt(model, processor) -> ModelAdapter:
     if kind not in _FAMILIES or not fits:
         raise TypeError(
             "Expected an ICLIPModel, an ONNXModel, a CLIPModel, MetaClip2Model, SiglipModel, Siglip2Model or Tipsv2Model of "
-            f"transformers, or a model of open_clip with a class token or a ResNet, got {type(model).__name__}."
+            f"transformers, or a model of open_clip with a class token or a ResNet, got {type(model).__name__}: load one of them."
         )
     return _FAMILIES[kind](model, processor)
 

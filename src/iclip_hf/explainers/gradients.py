@@ -30,7 +30,9 @@ class GradientExplainer(Explainer):
         self.layer = layer
         depth = len(self.family.layers)
         if not -depth <= layer < depth:
-            raise ValueError(f"Expected layer to be one of the {depth} attention layers, got {layer}.")
+            raise ValueError(
+                f"Expected layer to be one of the {depth} attention layers, got {layer}: choose one of them."
+            )
 
     def forward(self, pixel_values: torch.Tensor, texts: ICLIPTextFeatures) -> tuple[torch.Tensor, ICLIPImageFeatures]:
         image, layers = self.family.trace(pixel_values, self.layer, grad=True, weights=self.needs_weights)

@@ -28,7 +28,7 @@ class LeGrad(Explainer):
     def __init__(self, model, processor, depth: int = 2):
         super().__init__(model, processor)
         if depth < 1:
-            raise ValueError(f"Expected a depth of at least one layer, got {depth}.")
+            raise ValueError(f"Expected a depth of at least one layer, got {depth}: correct it.")
         self.blocks = self.family.self_attentions("LeGrad")[-depth:]
         self._mean_mlps = {index: _mean_mlp(self.family.layers[index].mlp) for index in self.blocks}
 

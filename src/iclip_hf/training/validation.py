@@ -45,10 +45,10 @@ def validate(
         outputs = pair_model(**send_to_device(batch, accelerator.device))
         images.append(outputs["image_embeds"])
         texts.append(outputs["text_embeds"])
+        scale = outputs["logit_scales"][0]
     pair_model.train()
     images, texts = (accelerator.gather(torch.cat(one))[: len(dataset)] for one in (images, texts))
     cosines = images @ texts.T
-    scale = accelerator.unwrap_model(pair_model).model.logit_scales()[0]
     own = torch.arange(len(dataset), device=images.device)
     return {
         "val_loss": contrastive_loss(scale * cosines).item(),

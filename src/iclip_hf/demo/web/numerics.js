@@ -110,10 +110,11 @@ function range(values) {
 /** The raw map, as `ICLIPModel.similarity_maps` computes it. */
 export function rawMap(cosines, attention, { map_attention, max_sharpness }) {
   const [low, span] = range(attention);
+  const mean = cosines.reduce((one, other) => one + other, 0) / cosines.length;
   const weigh = {
     similarity: (value, a) => value * a,
     sqrt_similarity: (value, a) => value * Math.sqrt(a),
-    additive: (value, a) => value + (a - low) / span / max_sharpness,
+    additive: (value, a) => Math.max(value - mean, 0) + (a - low) / span / (2 * max_sharpness),
   }[map_attention];
   return weigh ? cosines.map((value, i) => weigh(value, attention[i])) : cosines;
 }

@@ -1,15 +1,23 @@
 """Segmentation data sets for evaluation, and image-text pairs for training."""
 
-from .pairs import BadPairError, PairDataset, PairStream, load_pairs
-from .segmentation import SegmentationDataset, SegmentationSample, load_segmentation
+from typing import TYPE_CHECKING
+
+from ..utils.lazy import lazy_names
 
 
-__all__ = [
-    "BadPairError",
-    "PairDataset",
-    "PairStream",
-    "SegmentationDataset",
-    "SegmentationSample",
-    "load_pairs",
-    "load_segmentation",
-]
+if TYPE_CHECKING:
+    from .pairs import BadPairError, PairDataset, PairStream, load_pairs
+    from .segmentation import SegmentationDataset, SegmentationSample, load_segmentation
+
+# Not imported at once, because pairs need torch, and segmentation data sets are checked before it is loaded.
+_MODULES = {
+    "BadPairError": ".pairs",
+    "PairDataset": ".pairs",
+    "PairStream": ".pairs",
+    "load_pairs": ".pairs",
+    "SegmentationDataset": ".segmentation",
+    "SegmentationSample": ".segmentation",
+    "load_segmentation": ".segmentation",
+}
+__all__ = [*_MODULES]
+__getattr__, __dir__ = lazy_names(__name__, _MODULES)

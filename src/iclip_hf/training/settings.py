@@ -40,15 +40,20 @@ class Settings:
     """Settings of a run. The defaults are the paper's recipe, and those of GroupViT and DeiT where the paper refers to them."""
 
     config: str = setting(
-        "iclip-vit-b16",
-        "name of a shipped configuration, or a train.yaml with the model's configuration beside it",
+        "",
+        "name of a shipped configuration, or a train.yaml with the model's configuration beside it; without one, settings are "
+        "chosen by the number of pairs, and without data it is iclip-vit-b16",
         same=None,
     )
-    output_dir: str = setting("", "folder of the run; runs/<name of the config's folder> if not given", same=None)
+    output_dir: str = setting(
+        "",
+        "folder of the run and of the trained model; runs/<name of the configuration or the data> if not given",
+        same=None,
+    )
     resume: bool = setting(False, "go on from the last checkpoint in output_dir, if there is one", same=None)
 
     # model
-    model: str = setting("", "ICLIP model to train further (folder or Hub id), instead of two towers")
+    model: str = setting("", 'ICLIP model to train further (folder or Hub id), or "embedded", instead of two towers')
     vision: str = setting("", 'image tower (folder, Hub id, or DINO\'s .pth), or "embedded" for the one of the demo')
     text: str = setting("", 'text tower (folder or Hub id), or "embedded" for the one of the demo')
     model_options: list[str] = setting([], "options of the model over those of config.json, as name=value")
@@ -56,11 +61,18 @@ class Settings:
     image_size: int = setting(224, "height and width of images in pixels")
 
     # data
-    data: list[str] = setting([], "training pairs: tar shards, image folders, .csv or .tsv tables, or one Hub dataset")
+    data: list[str] = setting(
+        [],
+        "training pairs: a .csv or .tsv table, a folder of images with metadata.jsonl or with a subfolder for each class, tar "
+        "shards, Parquet, a saved dataset, or a Hub dataset",
+    )
+    image_column: str = setting("", "column of the images, if it has no usual name")
+    caption_column: str = setting("", "column of the captions, if it has no usual name")
     validation_data: list[str] = setting([], "pairs to validate on, local")
+    validation_share: float = setting(0.0, "share of the pairs to validate on instead, which are not trained on")
     split: str = setting("train", "split of a Hub dataset")
     pairs_per_epoch: int = setting(
-        0, "pairs in an epoch of a Hub dataset, which is streamed and does not tell its length"
+        0, "pairs in an epoch of a Hub dataset, which then is streamed instead of downloaded"
     )
     max_bad_share: float = setting(0.05, "the run stops if more of the pairs are broken")
     crop_scale: float = setting(0.08, "smallest area of a random crop, as a share of the image")
@@ -121,7 +133,10 @@ class Settings:
     keep_checkpoints: int = setting(2, "checkpoints to keep", same=None)
 
     def __post_init__(self):
-        self.output_dir = self.output_dir or f"runs/{Path(self.config).resolve().parent.name}"
+        if not self.output_dir and self.config:
+            self.output_dir = f"runs/{Path(self.config).resolve().parent.name}"
+        if not self.output_dir:
+            raise ValueError("expected output_dir to name the folder of the run, got none")
         limits = dict.fromkeys(("image_size", "views", "epochs", "batch_size", "chunk_size", "max_bad_steps"), 1)
         limits |= dict.fromkeys(("log_steps", "eval_steps", "checkpoint_steps", "keep_checkpoints", "noun_prompts"), 1)
         limits["map_tokens"] = 1
@@ -133,7 +148,15 @@ class Settings:
         for name in ("learning_rate", "clip_grad_norm", "adam_epsilon"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"expected {name} to be positive, got {getattr(self, name)}")
-        for name in ("crop_scale", "random_erasing", "max_bad_share", "adam_beta1", "adam_beta2", "noun_weight"):
+        for name in (
+            "crop_scale",
+            "random_erasing",
+            "max_bad_share",
+            "adam_beta1",
+            "adam_beta2",
+            "noun_weight",
+            "validation_share",
+        ):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"expected {name} to be from 0 to 1, got {getattr(self, name)}")
         for one in self.model_options:
@@ -142,10 +165,13 @@ class Settings:
         branches = ("recognition", "interpretability")
         if unknown := [name for name in self.noun_branches if name not in branches]:
             raise ValueError(f"expected noun_branches to be of {', '.join(branches)}, got {unknown[0]!r}")
-        given = {"validation_data": bool(self.validation_data), "eval_dataset": self.eval_dataset != "none"}
+        if self.validation_data and self.validation_share:
+            raise ValueError("expected validation_data or validation_share, got both")
+        validated = bool(self.validation_data or self.validation_share)
+        given = {"validation_data": validated, "eval_dataset": self.eval_dataset != "none"}
         needed = "validation_data" if self.best_metric in RETRIEVAL_METRICS else "eval_dataset"
         if self.best_metric == "auto":
-            maps_alone = given["eval_dataset"] and not given["validation_data"]
+            maps_alone = given["eval_dataset"] and not validated
             self.best_metric = "mMIoU" if maps_alone else "text_to_image"
         elif not given[needed]:
             raise ValueError(f"expected {needed} for best_metric {self.best_metric}, got none")
@@ -156,6 +182,13 @@ class Settings:
                 f"expected either model, or vision and text, got model={self.model!r}, vision={self.vision!r} and "
                 f"text={self.text!r}"
             )
+        if not self.model and not self.config:
+            raise ValueError(f"expected config to name the model's configuration for vision={self.vision!r}, got none")
+
+    @property
+    def name(self) -> str:
+        """The name of the model: that of its configuration, or of the run's folder."""
+        return Path(self.config).resolve().parent.name if self.config else Path(self.output_dir).name
 
 
 # --------------------------------------------------------------------------------------------------------- their sources
@@ -178,17 +211,25 @@ def add_settings(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("data", nargs="*", default=argparse.SUPPRESS, metavar="DATA", help="the same as --data")
 
 
-def read_settings(given: Mapping) -> Settings:
+def has_configuration(given: Mapping) -> bool:
+    """Whether a configuration gives the other settings. Otherwise there are data, which they can be chosen by."""
+    return bool(given.get("config") or not given.get("data"))
+
+
+def read_settings(given: Mapping, chosen: Mapping | None = None) -> Settings:
     """
     Returns the settings of a run: `given` over those of the `train.yaml` that `config` names, over the defaults.
 
     Args:
         given: settings by name, with values of their types, such as the result of [`add_settings`]'s parser.
+        chosen (*optional*): settings in place of a configuration's, see [`has_configuration`].
 
     Raises:
         `ValueError`: a setting is invalid. `FileNotFoundError`: there is no such configuration.
     """
-    file = _config_file(given.get("config") or Settings.config)
+    if chosen is not None:
+        return Settings(**{**chosen, **given})
+    file = _config_file(given.get("config") or "iclip-vit-b16")
     named = _read_file(file)
     if given.get("model"):  # instead of the towers that the file names
         named = {name: value for name, value in named.items() if name not in ("vision", "text")}
@@ -198,7 +239,7 @@ def read_settings(given: Mapping) -> Settings:
 
 
 def parse_settings(arguments: Sequence[str]) -> Settings:
-    """Returns the settings of a run from the words of a command line, as `iclip train` does."""
+    """Returns the settings of a run from the words of a command line that names a configuration."""
     parser = argparse.ArgumentParser(allow_abbrev=False)
     add_settings(parser)
     return read_settings(vars(parser.parse_args(arguments)))

@@ -8,12 +8,15 @@ import stat
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-
-import torch
-from torch import nn
+from typing import TYPE_CHECKING
 
 from .files import cache_folder, keep_in_cache
 from .prefetch import prefetch_map
+
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
 
 
 _SETTLED = (
@@ -88,6 +91,8 @@ def weights_digest(model: nn.Module, dtype: torch.dtype | None = None) -> str:
     Returns:
         `str`: 32 hex digits.
     """
+    import torch
+
     digest = hashlib.sha256()
     for name, weight in sorted(model.state_dict().items()):
         if dtype is not None and weight.is_floating_point():

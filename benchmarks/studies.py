@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 import yaml
 
+from iclip_hf.cli.common import DATASETS
 from iclip_hf.data.segmentation import load_segmentation
 from iclip_hf.evaluation.evaluate import evaluate
 from iclip_hf.models.loading import load_iclip
@@ -40,7 +41,7 @@ def main() -> None:
     parser.add_argument("--config", type=Path, default=Path("hub_configs/iclip-dinov2-s14-minilm"))
     parser.add_argument("--output", type=Path, default=Path("runs/studies"))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--dataset", default="coco2017", choices=["voc2012", "coco2017", "folder"])
+    parser.add_argument("--dataset", default="coco2017", choices=DATASETS)
     parser.add_argument("--data-root", required=True)
     parser.add_argument("--split")
     options, settings = parser.parse_known_args()  # the rest are settings of `iclip train`

@@ -219,6 +219,16 @@ def test_methods_of_the_command_are_those_of_the_package():
     assert set(METHODS) == set(OF_PACKAGE)
 
 
+def test_data_sets_of_the_command_are_those_of_the_package():
+    from typing import get_args, get_type_hints
+
+    from iclip_hf.cli.common import DATASETS
+    from iclip_hf.data.segmentation import _LOADERS
+    from iclip_hf.training.settings import Settings
+
+    assert set(DATASETS) == set(_LOADERS) == set(get_args(get_type_hints(Settings)["eval_dataset"])) - {"none"}
+
+
 def test_the_gate_of_the_command_is_that_of_the_package():
     from iclip_hf.localization.localizer import MIN_PRESENCE
 

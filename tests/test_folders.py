@@ -139,6 +139,7 @@ with torch.no_grad():
     outputs = model(**inputs, output_similarity_maps=True)
 classify = pipeline("zero-shot-image-classification", model=folder, trust_remote_code=True)
 explain = pipeline("image-text-similarity-map", model=folder, trust_remote_code=True)
+segment = pipeline("zero-shot-image-segmentation", model=folder, trust_remote_code=True)
 assert type(AutoModelForZeroShotImageClassification.from_pretrained(folder, trust_remote_code=True)).__name__ == "ICLIPModel"
 print(json.dumps({
     "logits": outputs.logits_per_image.tolist(),
@@ -146,6 +147,7 @@ print(json.dumps({
     "classes": classify(photograph, candidate_labels=["dog", "sky"]),
     "answers": [[a["label"], a["score"], a["presence"], a["map"].sum().item(), a["boxes"].tolist()]
                 for a in explain(photograph, candidate_labels=["dog", "sky"], min_presence=0)],
+    "segments": [[a["label"], sum(a["mask"].getdata())] for a in segment(photograph, candidate_labels=["dog", "sky"], min_presence=0)],
 }))
 """
 
@@ -190,6 +192,11 @@ def test_a_fresh_process_without_the_package_gives_the_same_numbers(exported, so
         assert label == other["label"] and boxes == other["boxes"].tolist()
         assert (score, presence) == pytest.approx((other["score"], other["presence"]), abs=1e-4)
         assert total == pytest.approx(other["map"].sum().item(), rel=1e-4)
+    segment = pipeline("zero-shot-image-segmentation", model=str(source / "model"))
+    for (label, total), other in zip(
+        found["segments"], segment(photograph, ["dog", "sky"], min_presence=0), strict=True
+    ):
+        assert label == other["label"] and total == pytest.approx(np.asarray(other["mask"]).sum(), rel=0.01)
 
 
 def test_with_the_package_a_folders_code_is_not_run(exported, tmp_path):
@@ -624,6 +631,9 @@ def test_figures_of_another_form(source, tmp_path, capsys, tiny_processor):
         results.write_text(content)
         assert cli.main([*command, str(results)]) == 2
         assert "expected the JSON that `iclip evaluate --output` writes" in capsys.readouterr().err
+    faithfulness = {**METRICS, "results": {"itsm": {"pointing_game": 50.0}}}
+    with pytest.raises(ValueError, match="evaluate interpretability"):
+        write_model_card(tiny_model(), tiny_processor, tmp_path, metrics=faithfulness)
     card = ModelCard.load(source / "model" / "README.md")
     card.data.training = "at night"
     card.data.eval_results.append(EvalResult("image-classification", "imagenet", "ImageNet", "accuracy", "61 ± 1"))

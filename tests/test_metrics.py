@@ -16,6 +16,7 @@ from iclip_hf.evaluation import metrics
 from iclip_hf.evaluation.metrics import (
     THRESHOLDS,
     MeanForegroundMinusBackground,
+    MeanIoU,
     MeanMaxIoU,
     MultiLabelAveragePrecision,
     TextContrast,
@@ -638,3 +639,115 @@ def test_a_map_in_bfloat16_counts_as_in_float32():
         found.update(heatmap, mask, 1)
         expected.update(heatmap.float(), mask, 1)
         assert found.compute() == expected.compute()
+
+
+# ---- mIoU of label maps ----
+
+
+def naive_miou(images, num_classes, first, threshold=None):
+    """IoU, accuracy and mIoU in loops over pixels; pixels not above the threshold are background."""
+    hits, either, own = ([0] * num_classes for _ in range(3))
+    for prediction, reference, confidence in images:
+        for p, r, c in zip(prediction.ravel(), reference.ravel(), confidence.ravel()):
+            p = p if threshold is None or c > threshold else 0
+            if r != 255:
+                own[r] += 1
+                for k in {p, r}:
+                    either[k] += 1
+                    hits[k] += p == r
+    classes = [k for k in range(first, num_classes) if either[k]]
+    iou = {k: 100 * hits[k] / either[k] for k in classes}
+    accuracy = {k: 100 * hits[k] / own[k] for k in classes if own[k]}
+    return np.mean(list(iou.values())), iou, accuracy, 100 * sum(hits[first:]) / sum(own[first:])
+
+
+def label_maps(count=4, num_classes=5, seed=0):
+    draws = np.random.default_rng(seed)
+    for _ in range(count):
+        shape = tuple(draws.integers(3, 12, 2))
+        reference = draws.choice([*range(num_classes - 1), 255], shape).astype(
+            np.uint8
+        )  # the last class: only predicted
+        confidence = draws.choice([0, 0.29, 0.3, 0.31, 1], shape).astype(np.float32)  # some at a threshold
+        yield draws.integers(0, num_classes, shape), reference, confidence
+
+
+@pytest.mark.parametrize("background", [True, False])
+def test_miou_equals_a_loop_over_pixels(background):
+    images = list(label_maps())
+    if not background:
+        images = [(p, np.where(r == 0, 255, r), c) for p, r, c in images]
+    plain, swept = MeanIoU(5, background), MeanIoU(5, background)
+    for prediction, reference, confidence in images:
+        plain.update(prediction, torch.tensor(reference))
+        swept.update(torch.tensor(prediction), reference, torch.tensor(confidence))
+    miou, iou, accuracy, pixel_accuracy = naive_miou(images, 5, 0 if background else 1)
+    found = plain.compute()
+    assert found["miou"] == pytest.approx(miou) and found["pixel_accuracy"] == pytest.approx(pixel_accuracy)
+    assert found["per_class"] == pytest.approx(iou) and found["per_class_accuracy"] == pytest.approx(accuracy)
+    assert found["per_class"][4] == 0 and 4 not in found["per_class_accuracy"]
+    curve = swept.curve()
+    assert len(curve) == len(THRESHOLDS)
+    for index in (0, 29, 30, 31, 100):
+        miou, iou, _, _ = naive_miou(images, 5, 0 if background else 1, np.float32(THRESHOLDS[index]))
+        assert curve[index] == pytest.approx(miou)
+        assert swept.at(index).compute()["per_class"] == pytest.approx(iou)
+
+
+def test_the_floor_is_the_best_map_of_one_class():
+    images = list(label_maps(seed=1))
+    metric = MeanIoU(5)
+    for image in images:
+        metric.update(*image[:2])
+    constant = {k: naive_miou([(np.full_like(p, k), r, c) for p, r, c in images], 5, 0)[0] for k in range(4)}
+    found = metric.compute()
+    assert found["floor"] == pytest.approx(max(constant.values()))
+    assert constant[found["floor_class"]] == max(constant.values())
+
+
+def test_miou_of_merged_and_ordered_parts_is_that_of_all():
+    images = list(label_maps(6))
+    whole, parts = MeanIoU(5), [MeanIoU(5) for _ in range(3)]
+    for index, image in enumerate(images):
+        whole.update(*image)
+        parts[index % 2].update(*image)  # the third has none
+    merged = MeanIoU(5)
+    for part in reversed(parts):
+        merged.merge(pickle.loads(pickle.dumps(part)))
+    np.testing.assert_array_equal(merged.areas, whole.areas)
+    with pytest.raises(ValueError, match=r"like this one, \(5, True, 255\), got \(4, True, 255\)"):
+        merged.merge(MeanIoU(4))
+    with pytest.raises(ValueError, match="as before"):
+        merged.update(*images[0][:2])
+
+
+def test_miou_agrees_with_sklearn():
+    from sklearn.metrics import jaccard_score
+
+    prediction, reference, _ = next(label_maps(1))
+    metric = MeanIoU(5)
+    metric.update(prediction, reference)
+    counted = reference != 255
+    expected = jaccard_score(reference[counted], prediction[counted], average=None, zero_division=0)
+    assert list(metric.compute()["per_class"].values()) == pytest.approx(100 * expected)
+
+
+def test_miou_without_pixels_is_nan_and_bad_label_maps_are_named():
+    metric = MeanIoU(3)
+    found = metric.compute()
+    assert math.isnan(found["miou"]) and math.isnan(found["floor"]) and found["left_out"] == {"no_pixels": 3}
+    metric.update(np.zeros((2, 2), int), np.full((2, 2), 255))
+    assert math.isnan(metric.compute()["miou"])
+    zeros = np.zeros((2, 3), int)
+    for arguments, error, problem in (
+        ((zeros, zeros.T), ValueError, "one shape"),
+        ((zeros, zeros, np.zeros((3, 3))), ValueError, "one shape"),
+        ((zeros[0], zeros[0]), ValueError, "one shape"),
+        ((zeros + 3, zeros), ValueError, "from 0 to 2 in the prediction, got 3 to 3"),
+        ((zeros - 1, zeros), ValueError, "from 0 to 2 in the prediction, got -1"),
+        ((zeros, zeros + 3), ValueError, "from 0 to 2 in the reference"),
+        ((zeros / 2, zeros), TypeError, "integers"),
+        ((zeros, zeros, zeros + 1.5), ValueError, r"in \[0, 1\]"),
+    ):
+        with pytest.raises(error, match=problem):
+            metric.update(*arguments)

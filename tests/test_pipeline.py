@@ -20,7 +20,7 @@ from PIL import Image as PILImage
 from transformers.pipelines import PIPELINE_REGISTRY, pipeline
 from transformers.pipelines.pt_utils import KeyDataset
 
-from iclip_hf import ImageTextSimilarityMapPipeline
+from iclip_hf import ImageTextSimilarityMapPipeline, ZeroShotImageSegmentationPipeline
 from iclip_hf.pipeline_iclip import __file__ as pipeline_file
 from iclip_hf.presence import BACKGROUND
 
@@ -268,3 +268,72 @@ def test_code_of_a_model_folder_does_not_take_the_task_over():
     spec.loader.exec_module(other)
     assert other.ImageTextSimilarityMapPipeline is not ImageTextSimilarityMapPipeline
     assert PIPELINE_REGISTRY.check_task(TASK)[1]["impl"] is ImageTextSimilarityMapPipeline
+
+
+# ---- "zero-shot-image-segmentation" ----
+
+SEGMENTATION = "zero-shot-image-segmentation"
+
+
+@pytest.fixture(scope="module")
+def segment(tiny_processor):
+    return ZeroShotImageSegmentationPipeline(model=tiny_model(), processor=tiny_processor, device="cpu")
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({}, {"threshold": 0.5}),
+        ({"threshold": None}, {}),
+        ({"background_labels": "grass"}, {"background": [3]}),
+        ({"background_labels": ["grass"], "threshold": 0.3}, {"background": [3], "threshold": 0.3}),
+    ],
+)
+def test_segments_are_the_label_map_of_model_and_processor(segment, photographs, options, expected):
+    image = PILImage.open(photographs[0])
+    texts = [*LABELS, "grass"] if "background" in expected else LABELS
+    with torch.no_grad():
+        outputs = segment.model(**segment.processor(image, labels=texts), output_similarity_maps=True)
+    size = [(image.height, image.width)]
+    found = segment.processor.post_process_semantic_segmentation(outputs, size, **expected)[0].numpy()
+    answers = segment(str(photographs[0]), LABELS, min_presence=0, **options)
+    assert [one["label"] for one in answers] == [label for k, label in enumerate(LABELS) if (found == k).any()]
+    assert answers
+    for one in answers:
+        assert one.keys() == {"label", "score", "mask"} and 0 <= one["score"] <= 1
+        assert one["mask"].mode == "L" and one["mask"].size == image.size
+        np.testing.assert_array_equal(np.asarray(one["mask"]), 255 * (found == LABELS.index(one["label"])))
+
+
+def test_absent_labels_have_no_segment(segment, photographs):
+    answers = {
+        one["label"]: one["score"] for one in segment(str(photographs[0]), LABELS, threshold=None, min_presence=0)
+    }
+    assert len(answers) > 1
+    best = max(answers, key=answers.get)
+    (only,) = segment(str(photographs[0]), LABELS, threshold=None, min_presence=answers[best])
+    assert only["label"] == best and np.asarray(only["mask"]).min() == 255  # no other text is left
+    assert segment(str(photographs[0]), LABELS, min_presence=1.1) == []
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "says"),
+    [
+        ({"candidate_labels": []}, ValueError, "at least one label"),
+        ({"background_labels": [3]}, TypeError, "background_labels to be a list of strings"),
+        ({"threshold": [0.5, 0.5]}, ValueError, "one threshold"),
+        ({"treshold": 0.3}, TypeError, "'treshold'"),
+    ],
+)
+def test_mistakes_of_segmentation_are_named(segment, photographs, options, error, says):
+    with pytest.raises(error, match=says):
+        segment(str(photographs[0]), **{"candidate_labels": LABELS, **options})
+
+
+def test_segmentation_is_a_task_of_transformers(tiny_processor, photographs, tmp_path):
+    tiny_model().save_pretrained(tmp_path)
+    tiny_processor.save_pretrained(tmp_path)
+    pipe = pipeline(SEGMENTATION, model=str(tmp_path), device="cpu")
+    assert type(pipe) is ZeroShotImageSegmentationPipeline
+    answers = pipe([str(path) for path in photographs], LABELS, min_presence=0, batch_size=2)
+    assert len(answers) == len(photographs) and all(answers)

@@ -12,7 +12,8 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from iclip_hf.data import load_segmentation
-from iclip_hf.data.segmentation import VOC_CLASS_NAMES, _COCOSample
+from iclip_hf.data.class_names import ADE20K, CITYSCAPES, COCO_STUFF, CONTEXT, VOC
+from iclip_hf.data.segmentation import _COCOSample
 
 
 # ---- layouts made here ----
@@ -130,7 +131,7 @@ def test_voc(voc):
     dataset = load_segmentation("voc2012", voc)
     assert (dataset.name, dataset.split, len(dataset)) == ("voc2012", "val", 2)
     assert [sample.name for sample in dataset] == ["2007_000002", "2007_000001"]  # the list's order
-    assert dataset.class_names == VOC_CLASS_NAMES and dataset.labels == tuple(range(1, 21))
+    assert dataset.class_names == VOC and dataset.labels == tuple(range(1, 21))
     assert dataset.templates == ("a photo of the {}",)
     nothing, sample = dataset
     assert (nothing.labels, nothing.size) == ((), (3, 2))
@@ -148,8 +149,8 @@ def test_voc_root_may_be_any_of_its_folders(voc, inside):
 
 
 def test_voc_names_are_prompts():
-    assert len(VOC_CLASS_NAMES) == 20
-    assert [VOC_CLASS_NAMES[i - 1] for i in (11, 16, 20)] == ["dining table", "potted plant", "television"]
+    assert len(VOC) == 20
+    assert [VOC[i - 1] for i in (11, 16, 20)] == ["dining table", "potted plant", "television"]
 
 
 def test_coco(coco):
@@ -277,7 +278,148 @@ def test_fingerprint(voc):
     assert fingerprints[0] == fingerprints[1] and len(set(fingerprints)) == 3
 
 
+# ---- the benchmarks of semantic segmentation ----
+
+# Name: files of masks with their values (two images each), the split, and the class ids that are expected of them.
+LAYOUTS = {
+    "voc21": ("VOCdevkit/VOC2012/SegmentationClass/{}.png", [[0, 1, 20, 255]], "val", [[0, 1, 20, 255]]),
+    "voc20": ("VOCdevkit/VOC2012/SegmentationClass/{}.png", [[0, 1, 20, 255]], "val", [[255, 1, 20, 255]]),
+    "context60": ("VOCdevkit/VOC2010/SegmentationClassContext/{}.png", [[0, 1, 59, 255]], "val", [[0, 1, 59, 255]]),
+    "context59": ("VOCdevkit/VOC2010/SegmentationClassContext/{}.png", [[0, 1, 59, 255]], "val", [[255, 1, 59, 255]]),
+    # Category ids are one more than the values: 1 person, 13 stop sign, 90 toothbrush, 92 banner, 182 wood.
+    "coco_object": ("stuffthingmaps/val2017/{}.png", [[0, 12, 89, 91, 255]], "val2017", [[1, 12, 80, 0, 0]]),
+    "coco_stuff": (
+        "stuffthingmaps/val2017/{}.png",
+        [[0, 12, 89, 91, 181, 255]],
+        "val2017",
+        [[1, 12, 80, 81, 171, 255]],
+    ),
+    "ade20k": ("ADEChallengeData2016/annotations/validation/{}.png", [[0, 1, 150]], "validation", [[255, 1, 150]]),
+    # Label ids: 7 road, 26 car, 33 bicycle; 4 static and 29 caravan are not evaluated.
+    "cityscapes": ("gtFine/val/bonn/{}_gtFine_labelIds.png", [[7, 26, 33, 4, 29]], "val", [[1, 14, 19, 255, 255]]),
+}
+IMAGES = {
+    "SegmentationClass": "JPEGImages",
+    "Context": "",
+    "stuffthingmaps/": "",
+    "annotations": "images",
+    "gtFine/": "leftImg8bit/",
+    "_gtFine_labelIds.png": "_leftImg8bit.png",
+}
+
+
+def write_layout(root, name):
+    """Writes two images of a benchmark as its archives unpack."""
+    pattern, mask, _, _ = LAYOUTS[name]
+    for stem in ("b_1", "a_2"):
+        path = pattern.format(stem)
+        write_index_mask(root / path, mask)
+        for old, new in IMAGES.items():
+            path = path.replace(old, new)
+        if name != "cityscapes":
+            path = path.replace(".png", ".jpg")
+        write_image(root / path, len(mask), len(mask[0]))
+    if "VOCdevkit" in pattern:
+        lists = "SegmentationContext" if "Context" in pattern else "Segmentation"
+        path = root / pattern.partition("Segm")[0] / "ImageSets" / lists / "val.txt"
+        path.parent.mkdir(parents=True)
+        path.write_text("a_2\nb_1\n")
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_benchmarks(name, tmp_path):
+    write_layout(tmp_path, name)
+    _, _, split, expected = LAYOUTS[name]
+    dataset = load_segmentation(name, tmp_path)
+    assert (dataset.name, dataset.split, len(dataset)) == (name, split, 2)
+    numbers = {"voc": 20, "coco_object": 80, "coco_stuff": 171, "ade20k": 150, "cityscapes": 19, "context": 59}
+    assert len(dataset.class_names) == next(number for start, number in numbers.items() if name.startswith(start))
+    assert dataset.background == (name in ("voc21", "context60", "coco_object"))
+    for sample, stem in zip(dataset, ("a_2", "b_1"), strict=True):
+        assert sample.name.removesuffix("_leftImg8bit") == stem
+        assert sample.label_map.tolist() == expected and sample.image.size == sample.size[::-1]
+        assert sample.labels == tuple(sorted(set(expected[0]) - {0, 255}))
+        for label in sample.labels:
+            assert sample.mask(label).tolist() == [[value if value in (label, 255) else 0 for value in expected[0]]]
+    with pytest.raises((FileNotFoundError, ValueError), match=r"expected .*, but") as error:
+        load_segmentation(name, tmp_path, "no-such-split")
+    assert "no-such-split" in str(error.value)
+
+
+def test_names_of_classes_are_where_the_benchmarks_have_them():
+    assert [COCO_STUFF[i - 1] for i in (1, 12, 80, 81, 171)] == ["person", "stop sign", "toothbrush", "banner", "wood"]
+    assert [ADE20K[i - 1] for i in (1, 13, 126, 150)] == ["wall", "person", "pot", "flag"]
+    assert [CITYSCAPES[i - 1] for i in (1, 14, 19)] == ["road", "car", "bicycle"]
+    assert [CONTEXT[i - 1] for i in (1, 37, 59)] == ["aeroplane", "person", "wood"]
+    assert all(len(set(names)) == len(names) for names in (ADE20K, CITYSCAPES, COCO_STUFF, CONTEXT, VOC))
+
+
+def test_a_mask_with_values_of_another_data_set_is_named(tmp_path):
+    write_layout(tmp_path, "coco_stuff")
+    write_index_mask(tmp_path / "stuffthingmaps" / "val2017" / "a_2.png", [[0, 11, 200, 3, 4, 5]])
+    with pytest.raises(
+        ValueError, match=r"a_2\.png: expected class ids out of 0-10, 12-24, .*255, but got \[11, 200\]"
+    ):
+        load_segmentation("coco_stuff", tmp_path)[0].label_map  # noqa: B018
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_coco_object_of_instances_has_the_smaller_before_the_larger(tmp_path, order):
+    """CAT (9 pixels) and DOG (24) share a pixel; crowds are void."""
+    cat, dog, crowd = (
+        {"category_id": category, "segmentation": plain_runs(mask), "iscrowd": int(mask is CROWD)}
+        for category, mask in ((17, CAT), (90, DOG), (1, CROWD))
+    )
+    dataset = load_segmentation("coco_object", write_coco(tmp_path, [cat, dog, crowd][::order]))
+    assert (CAT * DOG).sum() == 1 and dataset.background and dataset.name == "coco_object"
+    expected = np.where(CROWD, 255, np.where(CAT, 2, np.where(DOG, 3, 0)))
+    np.testing.assert_array_equal(dataset[0].label_map, expected)
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_a_folder_of_another_layout_is_one_sentence(name, folder):
+    with pytest.raises(FileNotFoundError, match=r"expected .*, but .*; check the (root|path)|check the root") as error:
+        load_segmentation(name, folder)
+    assert str(folder) in str(error.value) and "\n" not in str(error.value)
+
+
 # ---- overrides ----
+
+
+def test_synonyms_of_a_file_of_lines_or_a_mapping(voc):
+    lines = list(VOC)
+    lines[17] = "sofa, couch ,settee"
+    (voc / "names.txt").write_text("\n".join(["sky, wall", *lines]) + "\n")
+    dataset = load_segmentation("voc21", voc, overrides=voc / "names.txt")
+    assert dataset.background_texts == ("sky", "wall") and dataset.class_names == VOC
+    assert dataset.synonyms[17] == ("sofa", "couch", "settee") and dataset.synonyms[0] == ("aeroplane",)
+    mapping = {"names": {"sofa": ["sofa", "couch", "settee"]}, "background": ["sky", "wall"]}
+    other = load_segmentation("voc21", voc, overrides=mapping)
+    assert (other.synonyms, other.background_texts) == (dataset.synonyms, dataset.background_texts)
+    (voc / "names.txt").write_text("\n".join(lines))
+    assert load_segmentation("voc20", voc, overrides=voc / "names.txt").synonyms == dataset.synonyms
+
+
+@pytest.mark.parametrize(
+    ("name", "lines", "problem"),
+    [
+        ("voc21", ["a"] * 19, "expected 20 lines, .*or 21 with the texts of the background first, but got 19"),
+        ("voc20", ["sky", *VOC], "expected 20 lines, one for each class of 'voc20', but got 21"),
+        ("voc21", [*VOC[:19], ""], "got 19"),
+        ("voc21", ["aeroplane, plane", *VOC[1:19], "screen, plane"], "distinct, but got 'plane'"),
+        ("voc21", ["plane, ", *VOC[1:]], "new name of 'aeroplane' to be text .*but got ''"),
+    ],
+)
+def test_a_file_of_lines_with_other_classes_is_named(voc, name, lines, problem):
+    (voc / "names.txt").write_text("\n".join(lines))
+    with pytest.raises(ValueError, match=problem) as error:
+        load_segmentation(name, voc, overrides=voc / "names.txt")
+    assert str(voc / "names.txt") in str(error.value)
+
+
+def test_background_texts_need_a_background(voc):
+    with pytest.raises(ValueError, match="no 'background' for 'voc20', whose background is void"):
+        load_segmentation("voc20", voc, overrides={"background": ["sky"]})
 
 
 @pytest.mark.parametrize("form", ["mapping", "json", "yaml"])
@@ -323,8 +465,8 @@ def test_bad_overrides_name_file_and_entry(voc, content, problem):
 
 
 def test_unknown_data_set_and_missing_parts(voc, tmp_path):
-    with pytest.raises(ValueError, match=r"\['voc2012', 'coco2017', 'folder'\], but got 'ade20k'"):
-        load_segmentation("ade20k", voc)
+    with pytest.raises(ValueError, match=r"\['voc2012', 'coco2017', .*\], but got 'imagenet'"):
+        load_segmentation("imagenet", voc)
     with pytest.raises(FileNotFoundError, match=r"test\.txt.*available: train, val"):
         load_segmentation("voc2012", voc, "test")
     for name in ("voc2012", "coco2017", "folder"):
@@ -352,7 +494,7 @@ def test_bad_index_masks_are_named(folder):
     sample = load_segmentation("folder", folder)[1]
     write_index_mask(path, [[0, 1, 3], [4, 2, 255]])
     for use in (lambda s: s.labels, lambda s: s.size, lambda s: s.mask(1)):
-        with pytest.raises(ValueError, match=r"masks/b\.png.*from 1 to 2.*but got \[3, 4\]"):
+        with pytest.raises(ValueError, match=r"masks/b\.png.*0-2, 255.*but got \[3, 4\]"):
             use(load_segmentation("folder", folder)[1])
     write_index_mask(path, [[0, 1, 1]])
     with pytest.raises(ValueError, match=r"images/b\.jpg: expected 1x3.*but got 2x3"):

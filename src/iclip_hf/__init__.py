@@ -8,7 +8,7 @@ from .configuration_iclip import ICLIPConfig
 from .localization.localizer import explain
 from .modeling_iclip import ICLIPImageFeatures, ICLIPModel, ICLIPOutput, ICLIPTextFeatures
 from .models.embedded import embedded_model
-from .pipeline_iclip import ImageTextSimilarityMapPipeline
+from .pipeline_iclip import ImageTextSimilarityMapPipeline, ZeroShotImageSegmentationPipeline
 from .processing_iclip import ICLIPProcessor
 
 
@@ -24,4 +24,5 @@ __all__ = [
     "ICLIPProcessor",
     "ICLIPTextFeatures",
     "ImageTextSimilarityMapPipeline",
+    "ZeroShotImageSegmentationPipeline",
 ]

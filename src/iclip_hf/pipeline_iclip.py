@@ -1,4 +1,4 @@
-"""The "image-text-similarity-map" pipeline: images and labels to scores, maps and masks."""
+"""Pipelines from images and labels to scores, maps and masks, and to segments."""
 
 import base64
 import os
@@ -16,8 +16,10 @@ from transformers import AutoModel
 from transformers.pipelines import PIPELINE_REGISTRY, Pipeline
 
 from .images import load_image, map_groups
+from .label_maps import classes_of, label_map
 from .modeling_iclip import cosines
 from .presence import BACKGROUND, MIN_PRESENCE, presence
+from .processing_iclip import check_threshold
 
 
 MAX_DOWNLOAD = 64 * 2**20  # largest size of an image at a URL, in bytes
@@ -48,6 +50,7 @@ class ImageTextSimilarityMapPipeline(Pipeline):
     _load_image_processor = False
     _load_feature_extractor = False
     _load_tokenizer = False
+    _postprocess_options = ("threshold", "min_presence")
 
     def __call__(
         self, images, candidate_labels: str | Sequence[str], template: str | Sequence[str] | None = None, **kwargs
@@ -83,14 +86,9 @@ class ImageTextSimilarityMapPipeline(Pipeline):
         """
         if isinstance(images, (list, tuple)) and not images:
             raise ValueError("Expected at least one image, got none.")
-        labels = [candidate_labels] if isinstance(candidate_labels, str) else candidate_labels
-        if not isinstance(labels, Sequence) or not all(isinstance(label, str) for label in labels):
-            raise TypeError(
-                f"Expected candidate_labels to be a list of strings, shared by all images, got {labels!r}."
-            )
+        labels = _strings("candidate_labels", candidate_labels)
         if not labels:
             raise ValueError("Expected at least one label in candidate_labels, got none.")
-        labels = list(labels)
         features = self._encode(labels, template), self._background(template)
         return super().__call__(images, candidate_labels=labels, text_features=features, **kwargs)
 
@@ -113,7 +111,8 @@ class ImageTextSimilarityMapPipeline(Pipeline):
         self.processor.save_pretrained(save_directory, **kwargs)
 
     def _sanitize_parameters(self, **kwargs):
-        steps = {"size": 0, "timeout": 0, "text_features": 1, "candidate_labels": 2, "threshold": 2, "min_presence": 2}
+        steps = {"size": 0, "timeout": 0, "text_features": 1, "candidate_labels": 2}
+        steps |= dict.fromkeys(self._postprocess_options, 2)
         parameters = {}, {}, {}
         for name, value in kwargs.items():
             if name not in steps:
@@ -172,6 +171,95 @@ class ImageTextSimilarityMapPipeline(Pipeline):
         return sorted(answers, key=lambda answer: -answer["score"])
 
 
+class ZeroShotImageSegmentationPipeline(ImageTextSimilarityMapPipeline):
+    """
+    Assigns each pixel of an image to the label that matches it best, or to the background. The answers have the form of
+    transformers' "image-segmentation".
+
+    Example:
+
+    ```python
+    >>> from transformers import pipeline
+
+    >>> pipe = pipeline("zero-shot-image-segmentation", model="org/iclip-vit-b16", trust_remote_code=True)
+    >>> answers = pipe("dog.jpg", candidate_labels=["dog", "red ball"])
+    >>> answers[0]["label"], answers[0]["score"], answers[0]["mask"].size
+    ('dog', 0.98, (640, 480))
+    ```
+    """
+
+    _postprocess_options = ("threshold", "min_presence", "background")
+
+    def __call__(
+        self,
+        images,
+        candidate_labels: str | Sequence[str],
+        background_labels: str | Sequence[str] = (),
+        template: str | Sequence[str] | None = None,
+        **kwargs,
+    ):
+        """
+        Segments images.
+
+        Args:
+            images, template: as for [`ImageTextSimilarityMapPipeline`].
+            candidate_labels (`str` or T of them): class names or phrases.
+            background_labels (`str` or a list): texts for the rest of the image, such as "sky" and "wall".
+            threshold (`float` in [0, 1], *optional*): a pixel whose best map, stretched to [0, 1] over the image, is not greater belongs
+                to the background; 0.5 if there are no `background_labels`, otherwise none. None assigns every pixel.
+            min_presence (`float` in [0, 1], defaults to 0.7): a label with a lower presence gets no pixel.
+            size, timeout, batch_size: as for [`ImageTextSimilarityMapPipeline`].
+
+        Returns:
+            For one image, a list with a `dict` for each label that has pixels, in the order of the labels. For several images, a list
+            of or an iterator over such lists, as [`ImageTextSimilarityMapPipeline`]. The items are:
+
+            - **label** (`str`)
+            - **score** (`float`): presence of the label, in [0, 1], see [`presence`].
+            - **mask** (`PIL.Image.Image`): mode "L", size of the image, 255 at the pixels of the label and 0 elsewhere.
+
+        Raises:
+            `ValueError`, `TypeError`, `OSError`: as [`ImageTextSimilarityMapPipeline`].
+        """
+        labels = _strings("candidate_labels", candidate_labels)
+        background = _strings("background_labels", background_labels) if len(background_labels) else []
+        if labels:  # the base class refuses to work without
+            kwargs["background"] = range(len(labels), len(labels) + len(background))
+            kwargs.setdefault("threshold", None if background else 0.5)
+            labels += background
+        return super().__call__(images, labels, template, **kwargs)
+
+    def postprocess(
+        self,
+        model_outputs: dict,
+        candidate_labels: list[str],
+        threshold: float | None = 0.5,
+        min_presence: float = MIN_PRESENCE,
+        background: Sequence[int] = (),
+    ) -> list[dict]:
+        presences = model_outputs["presences"][0]
+        found, _ = label_map(
+            model_outputs["maps"][0],
+            model_outputs["target_size"],
+            classes=classes_of(len(candidate_labels), background),
+            present=presences >= min_presence,
+            threshold=None if threshold is None else check_threshold(threshold),
+        )
+        masks = ((label, found == index) for index, label in enumerate(candidate_labels))
+        return [
+            {"label": label, "score": score, "mask": Image.fromarray(mask.mul(255).byte().cpu().numpy())}
+            for (label, mask), score in zip(masks, presences.tolist())
+            if mask.any()
+        ]
+
+
+def _strings(name: str, labels: str | Sequence[str]) -> list[str]:
+    labels = [labels] if isinstance(labels, str) else labels
+    if not isinstance(labels, Sequence) or not all(isinstance(label, str) for label in labels):
+        raise TypeError(f"Expected {name} to be a list of strings, shared by all images, got {labels!r}.")
+    return list(labels)
+
+
 def _read(image, timeout: float) -> Image.Image:
     """Reads an image like the command line, with the same formats and conversions."""
     if not isinstance(image, str) or os.path.exists(image):
@@ -224,10 +312,13 @@ def _download(url: str, timeout: float) -> bytes:
     return answer
 
 
-__all__ = ["ImageTextSimilarityMapPipeline"]
+__all__ = ["ImageTextSimilarityMapPipeline", "ZeroShotImageSegmentationPipeline"]
 
-# Registers only once: the trusted code of one model folder must not replace the task for other models.
-if "image-text-similarity-map" not in PIPELINE_REGISTRY.supported_tasks:
-    PIPELINE_REGISTRY.register_pipeline(
-        "image-text-similarity-map", ImageTextSimilarityMapPipeline, pt_model=AutoModel, type="multimodal"
-    )
+PIPELINES = {
+    "image-text-similarity-map": ImageTextSimilarityMapPipeline,
+    "zero-shot-image-segmentation": ZeroShotImageSegmentationPipeline,
+}
+# Registers only once: the trusted code of one model folder must not replace the tasks for other models.
+for task, implementation in PIPELINES.items():
+    if task not in PIPELINE_REGISTRY.supported_tasks:
+        PIPELINE_REGISTRY.register_pipeline(task, implementation, pt_model=AutoModel, type="multimodal")

@@ -12,6 +12,8 @@ from transformers.processing_utils import ProcessorMixin
 
 from .configuration_iclip import ICLIPConfig
 from .images import to_rgb
+from .label_maps import classes_of, label_map
+from .prompts import NAMED_TEMPLATES
 from .regions import MIN_AREA, Region, find_regions, negative_points, positive_points
 from .similarity import min_max_normalize, resize_and_normalize, resize_maps
 from .similarity import reverse as reverse_maps
@@ -31,6 +33,7 @@ class ICLIPProcessor(ProcessorMixin):
         image_processor: image processor of the image tower. It should resize the whole image without a crop, so that maps cover it.
         tokenizer: tokenizer of the text tower.
         templates (`list[str]`, defaults to `["a photo of the {}"]`): prompts for `labels`; several prompts are averaged.
+            `"imagenet"` stands for CLIP's 80 templates of ImageNet.
         patch_size (`int`, defaults to 16): patch size of the image tower. Image sides are multiples of it.
         max_text_length (`int`, defaults to 77): texts are truncated to this number of tokens.
         text_padding (`str`, defaults to `"longest"`): `"max_length"` for SigLIP towers, which were trained with it.
@@ -269,6 +272,61 @@ class ICLIPProcessor(ProcessorMixin):
             masks = [mask & (score >= min_score).view(-1, 1, 1) for mask, score in zip(masks, scores, strict=True)]
         return masks
 
+    def post_process_semantic_segmentation(
+        self,
+        outputs,
+        target_sizes: Sequence[tuple[int, int]] | None = None,
+        threshold: float | None = None,
+        background: Sequence[int] = (),
+        logit_scale: float | None = None,
+        scores: torch.Tensor | None = None,
+        min_score: float | None = None,
+    ) -> list[torch.Tensor]:
+        """
+        Converts outputs to label maps: each pixel gets the text with the highest value, or -1 for the background. The background
+        are the pixels whose confidence is not above `threshold`, and those where a `background` text is best.
+
+        Args:
+            outputs ([`ICLIPOutput`]): of [`ICLIPModel`] with `output_similarity_maps=True`.
+            target_sizes (list of B `(height, width)`, *optional*): sizes of the label maps in pixels; the patch grid's if not given.
+            threshold (`float` in [0, 1], *optional*): a pixel gets a text where its confidence is greater: the map of its best text,
+                stretched to [0, 1] over the image. Every pixel gets a text if not given.
+            background (list of `int`): indices of texts that describe the background, such as "sky" and "wall".
+            logit_scale (`float`, *optional*): makes the confidence a probability, the softmax over all texts of similarities times
+                this factor, see [`label_map`].
+            scores (`torch.Tensor` of shape `(B, T)`, *optional*): confidence that the text is in the image, such as
+                `presence.presence`.
+            min_score (`float`, *optional*): a text with a lower score gets no pixel. Background texts are not asked.
+
+        Returns:
+            list of B `torch.Tensor` of shape `(height, width)`, int64: index of the text, or -1.
+
+        Raises:
+            `ValueError`: there are no maps, the number of sizes is not B, `threshold` is outside [0, 1], `background` has no such
+            texts, or only one of `scores` and `min_score` is given.
+        """
+        maps = getattr(outputs, "similarity_maps", None)
+        if maps is None:
+            raise ValueError(
+                f"Expected outputs with similarity_maps, got {type(outputs).__name__} without: call the model with "
+                "output_similarity_maps=True."
+            )
+        sizes = [maps.shape[2:]] * len(maps) if target_sizes is None else target_sizes
+        if len(sizes) != len(maps):
+            raise ValueError(f"Expected one target size for each of {len(maps)} images, got {len(sizes)}.")
+        if (scores is None) != (min_score is None):
+            raise ValueError(
+                "Expected scores and min_score together, got one of them: texts below min_score get no pixel."
+            )
+        classes = classes_of(maps.shape[1], background)
+        present = [None] * len(maps) if scores is None else scores >= min_score
+        threshold = None if threshold is None else check_threshold(threshold)
+        options = {"classes": classes, "threshold": threshold, "logit_scale": logit_scale}
+        return [
+            label_map(one, size, present=shown, **options)[0]
+            for one, size, shown in zip(maps, sizes, present, strict=True)
+        ]
+
     def post_process_boxes(
         self, maps: Sequence[torch.Tensor], masks: Sequence[torch.Tensor], min_area: float = MIN_AREA
     ) -> list[dict[str, torch.Tensor]]:
@@ -365,12 +423,24 @@ def check_thresholds(threshold: float | Sequence[float]) -> torch.Tensor:
     return thresholds
 
 
+def check_threshold(threshold: float) -> float:
+    """Returns a threshold. `ValueError` unless it is one number in [0, 1]."""
+    if check_thresholds(threshold).ndim:
+        raise ValueError(f"Expected one threshold in [0, 1], got {threshold!r:.100}.")
+    return float(threshold)
+
+
 def check_templates(templates: str | Sequence[str]) -> list[str]:
-    """Returns prompts as a list. Raises `ValueError` unless each has exactly one `{}`."""
+    """Returns prompts as a list, those of `NAMED_TEMPLATES` for its names. `ValueError` unless each has exactly one `{}`."""
     templates = [templates] if isinstance(templates, str) else templates
+    if isinstance(templates, Sequence) and len(templates) == 1 and templates[0] in NAMED_TEMPLATES:
+        templates = NAMED_TEMPLATES[templates[0]]
     fits = isinstance(templates, Sequence) and len(templates) > 0
     if not fits or any(not isinstance(t, str) or t.count("{}") != 1 for t in templates):
-        raise ValueError(f'Expected templates with one {{}} each, such as "a photo of the {{}}", got {templates}.')
+        raise ValueError(
+            f'Expected templates with one {{}} each, such as "a photo of the {{}}", or one of the names '
+            f"{list(NAMED_TEMPLATES)}, got {templates}."
+        )
     return list(templates)
 
 

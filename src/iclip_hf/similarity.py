@@ -63,7 +63,7 @@ def resize_maps(maps: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
     Returns:
         `torch.Tensor` of shape `(..., *size)`, float32.
     """
-    rows, columns = _resize_weights(maps, size)
+    rows, columns = resize_weights(maps, size)
     # Subtracting the minimum keeps a constant map exactly constant. Min-max would stretch its rounding errors.
     maps = maps.float()
     low = maps.amin((-2, -1), keepdim=True)
@@ -79,7 +79,7 @@ def resize_and_normalize(maps: torch.Tensor, size: tuple[int, int]) -> torch.Ten
     Returns:
         `torch.Tensor` of shape `(T, *size)`, float32, in [0, 1].
     """
-    rows, columns = _resize_weights(maps, size)
+    rows, columns = resize_weights(maps, size)
     maps = maps.float()
     wide = (maps - maps.amin((-2, -1), keepdim=True)) @ columns.mT
     enlarged = maps.new_empty(len(maps), *size)
@@ -91,7 +91,7 @@ def resize_and_normalize(maps: torch.Tensor, size: tuple[int, int]) -> torch.Ten
     return enlarged
 
 
-def _resize_weights(maps: torch.Tensor, size: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:
+def resize_weights(maps: torch.Tensor, size: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:
     """Returns the matrices that resize `(..., h, w)` maps along height and width."""
     return tuple(_bicubic_weights(source, target, maps.device) for source, target in zip(maps.shape[-2:], size))
 

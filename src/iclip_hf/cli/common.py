@@ -21,7 +21,19 @@ METHODS = (
     "random",
 )
 DTYPES = ("float32", "bfloat16", "float16")
-DATASETS = ("voc2012", "coco2017", "folder")
+DATASETS = (
+    "voc2012",
+    "coco2017",
+    "folder",
+    "voc21",
+    "voc20",
+    "context60",
+    "context59",
+    "coco_object",
+    "coco_stuff",
+    "ade20k",
+    "cityscapes",
+)
 # Categories of characters that control a terminal or cannot be printed: controls, surrogates, line separators.
 _ACTING = ("Cc", "Cs", "Zl", "Zp")
 _TURNING = frozenset("\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
@@ -55,8 +67,8 @@ def add_prompt_options(command: argparse.ArgumentParser) -> None:
         action="append",
         dest="templates",
         metavar="PROMPT",
-        help='prompt with one {}; repeat the option to average several prompts; "{}" uses the texts unchanged (default: '
-        "the prompts of the model or the data set)",
+        help='prompt with one {}; repeat the option to average several prompts; "{}" uses the texts unchanged, "imagenet" '
+        "averages CLIP's 80 templates of ImageNet (default: the prompts of the model or the data set)",
     )
     command.add_argument(
         "--image-size",
@@ -76,12 +88,16 @@ def add_dataset_options(command: argparse.ArgumentParser, required: bool = True)
         "--dataset",
         required=required,
         choices=DATASETS,
-        help="kind of data set; folder means images/, masks/ and classes.txt",
+        metavar="NAME",
+        help=f"one of {', '.join(DATASETS)}; folder means images/, masks/ and classes.txt",
     )
     command.add_argument("--data-root", required=required, type=Path, metavar="FOLDER", help="folder of the data set")
-    command.add_argument("--split", help="split of the data set (default: val for VOC, val2017 for COCO)")
+    command.add_argument("--split", help="split of the data set (default: the official validation split)")
     command.add_argument(
-        "--overrides", type=Path, metavar="FILE", help="JSON or YAML file with other class names and prompt templates"
+        "--overrides",
+        type=Path,
+        metavar="FILE",
+        help="other class names, synonyms and prompt templates: a JSON or YAML file, or a text file with a line for each class",
     )
 
 

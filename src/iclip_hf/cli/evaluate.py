@@ -1,8 +1,9 @@
-"""`iclip evaluate`: mAP, mMIoU, mFMB and text contrast on a segmentation data set."""
+"""`iclip evaluate`: interpretability, or faithfulness, of maps on a segmentation data set."""
 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from pathlib import Path
 
 from .common import (
@@ -18,9 +19,24 @@ from .common import (
 )
 
 
+# Names instead of imports, so that the help does not load torch.
+TASKS = ("interpretability", "faithfulness")
+MEASURES = ("deletion_insertion", "max_sensitivity", "randomization", "pointing_game")
+
+
 def register(commands) -> None:
     command = add_command(
-        commands, "evaluate", run, "measure mAP, mMIoU, mFMB and text contrast on a segmentation data set"
+        commands,
+        "evaluate",
+        run,
+        "measure how well maps mark classes, or how faithful they are, on a segmentation data set",
+    )
+    command.add_argument(
+        "--task",
+        choices=TASKS,
+        default="interpretability",
+        help="interpretability: mAP, mMIoU, mFMB and text contrast; faithfulness: deletion and insertion, pointing game, "
+        "max-sensitivity and randomised layers (default: interpretability)",
     )
     add_dataset_options(command)
     add_limit_option(command)
@@ -29,15 +45,28 @@ def register(commands) -> None:
     command.add_argument(
         "--aggregate",
         choices=("image", "pixel"),
-        default="image",
-        help="image: mean over the images of a class; pixel: pool the pixels of all its images (default: image)",
+        help="interpretability: image is the mean over the images of a class, pixel pools the pixels of all its images "
+        "(default: image)",
     )
+    command.add_argument(
+        "--measures",
+        nargs="+",
+        choices=MEASURES,
+        metavar="MEASURE",
+        help=f"faithfulness: one or more of {', '.join(MEASURES)} (default: all)",
+    )
+    command.add_argument(
+        "--steps",
+        type=at_least_1,
+        metavar="N",
+        help="faithfulness: steps of deletion and of insertion (default: 10)",
+    )
+    command.add_argument("--seed", type=int, metavar="N", help="faithfulness: seed of all random values (default: 0)")
     command.add_argument(
         "--batch-size",
         type=at_least_1,
-        default=8,
         metavar="N",
-        help="images in one forward pass (default: 8)",
+        help="images in one forward pass (default: 8; faithfulness 32)",
     )
     command.add_argument(
         "--output",
@@ -50,26 +79,39 @@ def register(commands) -> None:
 
 def run(options: argparse.Namespace) -> int:
     from ..data.segmentation import load_segmentation
-    from ..evaluation.evaluate import evaluate
     from ..utils.distributed import partner_errors, this_process
 
+    measure, own = _measure(options.task)
+    given = {name: getattr(options, name) for name in own if getattr(options, name) is not None}
+    for name in ("aggregate", "measures", "steps", "seed"):
+        if name not in own and getattr(options, name) is not None:
+            raise ValueError(f"Expected --{name} with another --task, got it with {options.task}.")
     if options.output:
         check_file("--output", options.output, (".json",))
     dataset = load_segmentation(options.dataset, options.data_root, options.split, options.overrides)
     state = this_process("eval")  # selects the device before the model is loaded
     with partner_errors("run it again"):
-        result = evaluate(
+        result = measure(
             *load_silently(options.model, options.dtype),
             dataset,
             options.methods,
             image_size=options.image_size,
             templates=options.templates,
-            aggregate=options.aggregate,
             limit=options.limit,
-            batch_size=options.batch_size,
+            **given,
         )
     if state.is_main_process:
         if options.output:
             result.save(options.output)
         echo(result.to_json() if options.json else result.table())
     return 0
+
+
+def _measure(task: str) -> tuple[Callable, tuple[str, ...]]:
+    """Returns the function of a task, and the options that only some tasks have."""
+    from ..evaluation.evaluate import evaluate
+    from ..evaluation.faithfulness import evaluate_faithfulness
+
+    if task == "faithfulness":
+        return evaluate_faithfulness, ("batch_size", "measures", "steps", "seed")
+    return evaluate, ("batch_size", "aggregate")

@@ -1,4 +1,5 @@
-"""Segmentation data sets: VOC 2012, COCO 2017 or a folder of index masks, with one sample type.
+"""Segmentation data sets: VOC, Pascal Context, COCO, COCO-Stuff, ADE20K, Cityscapes or a folder of index masks, with one
+sample type.
 
 Class ids are 1..K in the order of `class_names`; 0 is background and 255 is void (ignored).
 """
@@ -11,7 +12,7 @@ import os
 import reprlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from types import ModuleType
 
@@ -20,16 +21,14 @@ from PIL import Image
 
 from ..images import IMAGE_SUFFIXES, load_image, open_image
 from ..utils.extras import require_extra
+from .class_names import ADE20K, CITYSCAPES, COCO_STUFF, COCO_THINGS, CONTEXT, VOC
 
 
 VOID = 255
 DEFAULT_TEMPLATES = ("a photo of the {}",)
 
-# In VOC's order. "diningtable", "pottedplant" and "tvmonitor" are written as in a prompt.
-VOC_CLASS_NAMES = (
-    "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow",
-    "dining table", "dog", "horse", "motorbike", "person", "potted plant", "sheep", "sofa", "train", "television",
-)  # fmt: skip
+# Value of an id that a data set does not have, in the tables from the values of mask files to class ids.
+_UNKNOWN = -1
 
 
 @dataclass(frozen=True)
@@ -43,6 +42,7 @@ class SegmentationSample:
         image: PIL image of mode "RGB".
         size: (height, width) of image and masks.
         labels: Ids of the present classes, ascending, without background and void.
+        label_map: (H, W) uint8, the class id of each pixel, 0 for background and 255 for ignored pixels.
     """
 
     name: str
@@ -72,20 +72,25 @@ class SegmentationSample:
 
 @dataclass(frozen=True)
 class _IndexSample(SegmentationSample):
-    """A sample with one PNG that holds the class id of each pixel."""
+    """A sample with one PNG of values that `table` (256,) converts to class ids."""
 
     mask_path: Path
+    table: np.ndarray = field(repr=False, compare=False)
 
     @property
     def size(self) -> tuple[int, int]:
-        return self._decoded[0].shape
+        return self.label_map.shape
 
     @property
     def labels(self) -> tuple[int, ...]:
         return self._decoded[1]
 
+    @property
+    def label_map(self) -> np.ndarray:
+        return self._decoded[0]
+
     def _mask(self, label: int) -> np.ndarray:
-        index = self._decoded[0]
+        index = self.label_map
         mask = np.zeros_like(index)
         mask[index == label] = label
         mask[index == VOID] = VOID
@@ -99,16 +104,24 @@ class _IndexSample(SegmentationSample):
                 f"{self.mask_path}: expected an index mask (palette or 8-bit grayscale PNG of class ids), but got mode "
                 f"{image.mode!r}; save class ids, not colours."
             )
-        index = np.asarray(image).astype(np.uint8)
-        present = np.flatnonzero(np.bincount(index.ravel(), minlength=256)).tolist()
-        labels = tuple(label for label in present if label not in (0, VOID))
-        unknown = [label for label in labels if label > self.num_classes]
+        values = np.asarray(image).astype(np.uint8)
+        present = np.flatnonzero(np.bincount(values.ravel(), minlength=256))
+        unknown = present[self.table[present] == _UNKNOWN].tolist()
         if unknown:
+            known = np.flatnonzero(self.table != _UNKNOWN)
             raise ValueError(
-                f"{self.mask_path}: expected class ids from 1 to {self.num_classes}, 0 (background) and {VOID} (void), "
-                f"but got {unknown}; correct the mask or the list of classes."
+                f"{self.mask_path}: expected class ids out of {_ranges(known.tolist())}, but got {unknown}; "
+                "correct the mask or the list of classes."
             )
-        return index, labels
+        labels = sorted(set(self.table[present].tolist()) - {0, VOID})
+        return self.table.astype(np.uint8)[values], tuple(labels)
+
+
+def _ranges(ids: list[int]) -> str:
+    """Writes ascending ids as ranges: 0-20, 255."""
+    starts = [id_ for id_ in ids if id_ - 1 not in ids]
+    ends = [id_ for id_ in ids if id_ + 1 not in ids]
+    return ", ".join(str(start) if start == end else f"{start}-{end}" for start, end in zip(starts, ends))
 
 
 @dataclass(frozen=True)
@@ -126,6 +139,18 @@ class _COCOSample(SegmentationSample):
     @cached_property
     def labels(self) -> tuple[int, ...]:
         return tuple(sorted({annotation["label"] for annotation in self.annotations}))
+
+    @cached_property
+    def label_map(self) -> np.ndarray:
+        label_map = np.zeros(self.size, np.uint8)
+        instances = [one for one in self.annotations if not one["iscrowd"]]
+        masks = [self._union([one]).view(bool) for one in instances]
+        for index in np.argsort(
+            [-mask.sum() for mask in masks], kind="stable"
+        ):  # the smaller of two lies before the larger
+            label_map[masks[index]] = instances[index]["label"]
+        label_map[self._union([one for one in self.annotations if one["iscrowd"]]).view(bool)] = VOID
+        return label_map
 
     def _mask(self, label: int) -> np.ndarray:
         mask = self._union([annotation for annotation in self.annotations if annotation["label"] == label])
@@ -206,7 +231,10 @@ class SegmentationDataset(Sequence):
         name: Name of the data set.
         split: Its split; None for a folder.
         class_names: Names of the K classes, as used in prompts.
+        synonyms: All names of each class, the one of `class_names` first.
         labels: Ids of the classes, 1..K.
+        background: Whether pixels may be background (0). Otherwise, those of no class are void.
+        background_texts: Texts that describe the background; none by default.
         templates: Prompt templates, each with one "{}".
     """
 
@@ -217,13 +245,21 @@ class SegmentationDataset(Sequence):
         class_names: Sequence[str],
         samples: Sequence[SegmentationSample],
         annotation_paths: Sequence[Path],
+        background: bool = True,
     ):
         self.name = name
         self.split = split
-        self.class_names = tuple(class_names)
+        self.synonyms = tuple((name,) for name in class_names)
+        self.background = background
+        self.background_texts: tuple[str, ...] = ()
         self.templates = DEFAULT_TEMPLATES
         self._samples = samples
         self._annotation_paths = annotation_paths
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """First of the `synonyms` of each class."""
+        return tuple(texts[0] for texts in self.synonyms)
 
     @property
     def labels(self) -> tuple[int, ...]:
@@ -260,10 +296,21 @@ def load_segmentation(
     """Opens a segmentation data set for evaluation.
 
     Layouts under `root`:
-        "voc2012": `VOCdevkit/VOC2012/{JPEGImages,SegmentationClass,ImageSets/Segmentation/<split>.txt}`, split "val" by
-            default; `root` may also be the VOCdevkit or the VOC2012 folder itself.
+        "voc2012" or "voc21": `VOCdevkit/VOC2012/{JPEGImages,SegmentationClass,ImageSets/Segmentation/<split>.txt}`, split "val" by
+            default; `root` may also be the VOCdevkit or the VOC2012 folder itself. "voc20": the same with the background as void.
+        "context60": `VOCdevkit/VOC2010/{JPEGImages,SegmentationClassContext,ImageSets/SegmentationContext/<split>.txt}`, split "val"
+            by default: Pascal Context as index PNGs of 59 classes and background (0). "context59": the same with the background as
+            void.
         "coco2017": `annotations/instances_<split>.json` and the images in `<split>/`, split "val2017" by default.
             Images without annotations are included. The classes are the categories of the file by ascending COCO id.
+        "coco_object": COCO's 80 things on a background, from the stuffthingmaps below if they are there, else from the instances of
+            "coco2017".
+        "coco_stuff": COCO-Stuff 164k, 171 classes: the stuffthingmaps `<split>/*.png` under `stuffthingmaps/` or `annotations/`, the
+            images in `images/<split>/` or `<split>/`, split "val2017" by default.
+        "ade20k": ADEChallengeData2016, 150 classes: `{images,annotations}/<split>/`, split "validation" by default; `root` may also
+            be the folder above. Pixels of other classes (0) are void.
+        "cityscapes": `leftImg8bit/<split>/<city>/*_leftImg8bit.png` and `gtFine/<split>/<city>/*_gtFine_labelIds.png`, split "val" by
+            default; the 19 classes of the benchmark, all others are void.
         "folder": `images/*`, an index PNG with the same stem in `masks/` for each image, and `classes.txt`. Line i of this
             file (from 1) is the name of class id i; background (0) and void (255) are not listed. There are no splits.
 
@@ -271,8 +318,10 @@ def load_segmentation(
         name: Name of one of these layouts.
         root: Folder of the data set.
         split: Split of the data set; the default split if not given.
-        overrides: Other class names and prompt templates, both optional, as a mapping or as a JSON or YAML file:
-            `{"names": {"old name": "new name"}, "templates": ["a photo of the {}"]}`.
+        overrides: Other class names and prompt templates. A mapping or a JSON or YAML file, all keys optional:
+            `{"names": {"old name": "new name", "other name": ["name", "synonym"]}, "background": ["sky", "wall"],
+            "templates": ["a photo of the {}"]}`. Or a text file with a line for each class by ascending id, synonyms separated by
+            commas; if the data set has a background, a first line with texts for it may come before.
 
     Raises:
         FileNotFoundError: A folder, list, image or mask is missing.
@@ -286,20 +335,113 @@ def load_segmentation(
             f"{root}: expected at least one image for {name!r}, but got none in split {dataset.split!r}; complete the data."
         )
     if overrides is not None:
-        dataset.class_names, dataset.templates = _override(dataset.class_names, overrides)
+        _override(dataset, overrides)
     return dataset
 
 
-def _load_voc2012(root: Path, split: str | None) -> SegmentationDataset:
+def _indexed(
+    name: str,
+    split: str | None,
+    class_names: Sequence[str],
+    images: Sequence[Path],
+    masks: Sequence[Path],
+    ids: Mapping[int, int],
+    background: bool = True,
+    lists: Sequence[Path] = (),
+) -> SegmentationDataset:
+    """Makes a data set of index masks. `ids` maps their values to class ids. 255 is void if not named, all others are refused."""
+    table = np.full(256, _UNKNOWN, np.int16)
+    table[VOID] = VOID
+    table[list(ids)] = list(ids.values())
+    samples = [_IndexSample(image.stem, image, len(class_names), mask, table) for image, mask in zip(images, masks)]
+    return SegmentationDataset(name, split, class_names, samples, [*lists, *masks], background)
+
+
+def _ids(class_names: Sequence[str], background: bool = True) -> dict[int, int]:
+    """Maps 1..K to themselves, and 0 to the background or to void."""
+    return {0: 0 if background else VOID, **{label: label for label in range(1, len(class_names) + 1)}}
+
+
+def _load_voc(
+    name: str, layout: tuple[str, str, str, Sequence[str]], background: bool, root: Path, split: str | None
+) -> SegmentationDataset:
+    year, masks, lists, class_names = layout
     split = split or "val"
-    nested = root / "VOCdevkit" / "VOC2012"
-    devkit = next((path for path in (nested, root / "VOC2012", root) if (path / "ImageSets").is_dir()), nested)
-    split_path = _split_file(devkit / "ImageSets" / "Segmentation", "{}.txt", split)
-    names = [line.strip() for line in _read_text(split_path).splitlines() if line.strip()]
-    images = _find(devkit / "JPEGImages", [f"{name}.jpg" for name in names], split_path)
-    masks = _find(devkit / "SegmentationClass", [f"{name}.png" for name in names], split_path)
-    samples = [_IndexSample(*paths[:2], len(VOC_CLASS_NAMES), paths[2]) for paths in zip(names, images, masks)]
-    return SegmentationDataset("voc2012", split, VOC_CLASS_NAMES, samples, masks)
+    nested = root / "VOCdevkit" / year
+    devkit = next((path for path in (nested, root / year, root) if (path / "ImageSets").is_dir()), nested)
+    split_path = _split_file(devkit / "ImageSets" / lists, "{}.txt", split)
+    stems = [line.strip() for line in _read_text(split_path).splitlines() if line.strip()]
+    images = _find(devkit / "JPEGImages", [f"{stem}.jpg" for stem in stems], split_path)
+    masks = _find(devkit / masks, [f"{stem}.png" for stem in stems], split_path)
+    return _indexed(name, split, class_names, images, masks, _ids(class_names, background), background)
+
+
+_VOC = ("VOC2012", "SegmentationClass", "Segmentation", VOC)
+_CONTEXT = ("VOC2010", "SegmentationClassContext", "SegmentationContext", CONTEXT)
+
+
+def _stuffthingmaps(root: Path, split: str) -> Path | None:
+    """Returns the folder of the PNG files of COCO-Stuff, None without one."""
+    folders = (root / name / split for name in ("stuffthingmaps", "annotations"))
+    return next((folder for folder in folders if folder.is_dir()), None)
+
+
+def _load_coco_object(root: Path, split: str | None) -> SegmentationDataset:
+    if _stuffthingmaps(root, split or "val2017") is not None:
+        return _load_stuffthingmaps("coco_object", root, split)
+    dataset = _load_coco2017(root, split)
+    dataset.name = "coco_object"
+    return dataset
+
+
+def _load_stuffthingmaps(name: str, root: Path, split: str | None) -> SegmentationDataset:
+    split = split or "val2017"
+    masks = _stuffthingmaps(root, split) or root / "stuffthingmaps" / split
+    images = next((path for path in (root / "images" / split, root / split) if path.is_dir()), root / split)
+    # Other programs write converted files beside them.
+    stems = sorted(file[:-4] for file in _list(masks) if file.endswith(".png") and not file.endswith("TrainIds.png"))
+    if name == "coco_stuff":
+        class_names, ids, background = (
+            COCO_STUFF,
+            {value: label for label, value in enumerate(_STUFF_VALUES, 1)},
+            False,
+        )
+    else:  # everything that is no thing, also unlabelled pixels, is background, as in GroupViT's conversion
+        class_names, ids, background = COCO_THINGS, dict.fromkeys((*_STUFF_VALUES, VOID), 0), True
+        ids |= {value: label for label, value in enumerate(_STUFF_VALUES[: len(COCO_THINGS)], 1)}
+    paths = _find(images, [f"{stem}.jpg" for stem in stems], masks)
+    return _indexed(name, split, class_names, paths, [masks / f"{stem}.png" for stem in stems], ids, background)
+
+
+# Values of COCO's things, then of its stuff, in the stuffthingmaps: one less than the category ids, of which 11 are not used.
+_STUFF_VALUES = [value for value in range(182) if value not in (11, 25, 28, 29, 44, 65, 67, 68, 70, 82, 90)]
+
+
+def _load_ade20k(root: Path, split: str | None) -> SegmentationDataset:
+    split = split or "validation"
+    folder = root / "ADEChallengeData2016" if (root / "ADEChallengeData2016").is_dir() else root
+    masks = folder / "annotations" / split
+    stems = [file.removesuffix(".png") for file in sorted(_list(masks)) if file.endswith(".png")]
+    images = _find(folder / "images" / split, [f"{stem}.jpg" for stem in stems], masks)
+    masks = [masks / f"{stem}.png" for stem in stems]
+    return _indexed("ade20k", split, ADE20K, images, masks, _ids(ADE20K, background=False), background=False)
+
+
+# Label ids of Cityscapes' 19 classes.
+_CITYSCAPES_IDS = (7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33)
+
+
+def _load_cityscapes(root: Path, split: str | None) -> SegmentationDataset:
+    split = split or "val"
+    images, masks = [], []
+    for city in sorted(_list(root / "gtFine" / split)):
+        ends = "_gtFine_labelIds.png"
+        here = root / "gtFine" / split / city
+        stems = [file.removesuffix(ends) for file in sorted(_list(here)) if file.endswith(ends)]
+        images += _find(root / "leftImg8bit" / split / city, [f"{stem}_leftImg8bit.png" for stem in stems], here)
+        masks += [here / f"{stem}{ends}" for stem in stems]
+    ids = {**dict.fromkeys(range(35), VOID), **{value: label for label, value in enumerate(_CITYSCAPES_IDS, 1)}}
+    return _indexed("cityscapes", split, CITYSCAPES, images, masks, ids, background=False)
 
 
 def _load_coco2017(root: Path, split: str | None) -> SegmentationDataset:
@@ -367,38 +509,60 @@ def _load_folder(root: Path, split: str | None) -> SegmentationDataset:
         twice = next(stem for stem in stems if stems.count(stem) > 1)
         raise ValueError(f"{root / 'images'}: expected one image a mask, but {twice!r} occurs with several suffixes.")
     masks = _find(root / "masks", [f"{stem}.png" for stem in stems], root / "images")
-    samples = [_IndexSample(*paths[:2], len(class_names), paths[2]) for paths in zip(stems, images, masks)]
-    return SegmentationDataset("folder", None, class_names, samples, [classes_path, *masks])
+    return _indexed("folder", None, class_names, images, masks, _ids(class_names), lists=[classes_path])
 
 
-_LOADERS = {"voc2012": _load_voc2012, "coco2017": _load_coco2017, "folder": _load_folder}
+_LOADERS = {
+    "voc2012": partial(_load_voc, "voc2012", _VOC, True),
+    "coco2017": _load_coco2017,
+    "folder": _load_folder,
+    "voc21": partial(_load_voc, "voc21", _VOC, True),
+    "voc20": partial(_load_voc, "voc20", _VOC, False),
+    "context60": partial(_load_voc, "context60", _CONTEXT, True),
+    "context59": partial(_load_voc, "context59", _CONTEXT, False),
+    "coco_object": _load_coco_object,
+    "coco_stuff": partial(_load_stuffthingmaps, "coco_stuff"),
+    "ade20k": _load_ade20k,
+    "cityscapes": _load_cityscapes,
+}
 
 
-def _override(class_names: tuple[str, ...], overrides: str | os.PathLike | Mapping) -> tuple[tuple, tuple]:
-    """Returns class names and templates with the user's overrides applied."""
+def _override(dataset: SegmentationDataset, overrides: str | os.PathLike | Mapping) -> None:
+    """Applies the user's overrides of class names, background texts and templates."""
     where = "overrides"
     if not isinstance(overrides, Mapping):
-        where = overrides
-        overrides = _read_mapping(Path(overrides))
+        where = Path(overrides)
+        overrides = _read_class_lines(where, dataset) if where.suffix.lower() == ".txt" else _read_mapping(where)
 
     def fail(expected: str, got: object) -> None:
         raise ValueError(f"{where}: expected {expected}, but got {reprlib.repr(got):.300}; correct this entry.")
 
-    unknown = [key for key in overrides if key not in ("names", "templates")]
+    def texts(entry: str, given: object) -> tuple[str, ...]:
+        several = (given,) if isinstance(given, str) else given
+        if not isinstance(several, Sequence) or not several:
+            fail(f"{entry} to be text (quoted, in YAML) or a list of texts", given)
+        for text in several:
+            if not isinstance(text, str) or not text.strip():
+                fail(f"{entry} to be text (quoted, in YAML)", text)
+        return tuple(several)
+
+    unknown = [key for key in overrides if key not in ("names", "background", "templates")]
     if unknown:
-        fail("only the keys 'names' and 'templates'", unknown[0])
+        fail("only the keys 'names', 'background' and 'templates'", unknown[0])
 
     names = overrides.get("names", {})
     if not isinstance(names, Mapping):
         fail("'names' to map old names to new ones", names)
-    for old, new in names.items():
-        if old not in class_names:
-            fail(f"'names' to have keys out of {list(class_names)}", old)
-        if not isinstance(new, str) or not new.strip():
-            fail(f"the new name of {old!r} to be text (quoted, in YAML)", new)
-    renamed = tuple(names.get(name, name) for name in class_names)
-    for name in renamed:
-        if renamed.count(name) > 1:
+    for old in names:
+        if old not in dataset.class_names:
+            fail(f"'names' to have keys out of {list(dataset.class_names)}", old)
+    synonyms = [texts(f"the new name of {name!r}", names.get(name, name)) for name in dataset.class_names]
+    background = texts("'background'", overrides["background"]) if "background" in overrides else ()
+    if background and not dataset.background:
+        fail(f"no 'background' for {dataset.name!r}, whose background is void", background)
+    every = [name for several in (background, *synonyms) for name in several]
+    for name in every:
+        if every.count(name) > 1:
             fail("'names' to keep the classes distinct", name)
 
     templates = overrides.get("templates", DEFAULT_TEMPLATES)
@@ -407,7 +571,23 @@ def _override(class_names: tuple[str, ...], overrides: str | os.PathLike | Mappi
     for template in templates:
         if not isinstance(template, str) or template.count("{}") != 1 or set("{}") & set(template.replace("{}", "")):
             fail("each template to be text with one '{}' in the class name's place", template)
-    return renamed, tuple(templates)
+    dataset.synonyms, dataset.background_texts = tuple(synonyms), background
+    dataset.templates = tuple(templates)
+
+
+def _read_class_lines(path: Path, dataset: SegmentationDataset) -> Mapping:
+    """Reads a text file with a line for each class, synonyms separated by commas, and perhaps one for the background before."""
+    lines = [[text.strip() for text in line.split(",")] for line in _read_text(path).rstrip().splitlines()]
+    count = len(dataset.labels)
+    with_background = dataset.background and len(lines) == count + 1
+    if len(lines) != count and not with_background:
+        optional = f", or {count + 1} with the texts of the background first" if dataset.background else ""
+        raise ValueError(
+            f"{path}: expected {count} lines, one for each class of {dataset.name!r}{optional}, but got {len(lines)}; "
+            "correct the list."
+        )
+    background = {"background": lines.pop(0)} if with_background else {}
+    return {"names": dict(zip(dataset.class_names, lines)), **background}
 
 
 def _read_mapping(path: Path) -> Mapping:

@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import itertools
-import json
-import math
 import platform
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from importlib.metadata import version
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -21,17 +16,18 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 from ..data.segmentation import SegmentationDataset, SegmentationSample
-from ..explainers import identity, make_explainer, select_texts
+from ..explainers import Explainer, identity, make_explainer, select_texts
 from ..explainers.gradients import GradientExplainer
 from ..localization.localizer import Localizer
+from ..modeling_iclip import ICLIPTextFeatures
 from ..presence import MIN_PRESENCE
 from ..processing_iclip import check_templates
 from ..similarity import resize_and_normalize, reverse
 from ..utils.distributed import this_process
 from ..utils.extras import require_extra
-from ..utils.files import atomic_write
 from ..utils.prefetch import prefetch_map, spare_processors
 from .metrics import MeanForegroundMinusBackground, MeanMaxIoU, MultiLabelAveragePrecision, TextContrast
+from .results import Result, markdown, measured, rounded
 
 
 with require_extra("eval"):
@@ -39,67 +35,37 @@ with require_extra("eval"):
 
 
 @dataclass
-class EvaluationResult:
+class EvaluationResult(Result):
     """
-    The results of an evaluation and its protocol.
+    The results of [`evaluate`]. Attributes beside those of [`Result`]:
 
     Attributes:
-        protocol (`dict`): model, data set with its fingerprint, resolution, prompts, aggregation, software versions.
         results (`dict`): for each method `mAP`, `mMIoU`, `text_contrast` and `floor` in percent and `mFMB` in [-1, 1]; `floor`
             is the mMIoU of a map that marks every pixel.
         presence (`dict`): `kept`, the share of the shown classes whose presence is at least `min_presence`, `passed`, the same
             share of the other classes, and `mAP` of images ranked by presence, all in percent.
         per_class (`dict`): for each method, a list with one `dict` for each class: id, name, AP, IoU in percent, its best
             threshold, FMB and text contrast.
-        timing (`dict`): seconds in total, seconds in the model's forward pass, number of images.
-
-    A figure that the data cannot measure is None.
     """
 
-    protocol: dict
-    results: dict[str, dict]
     presence: dict[str, float | None]
-    per_class: dict[str, list[dict]]
-    timing: dict[str, float]
 
     def table(self) -> str:
         """The scores as a Markdown table, and a line on presence."""
-        lines = [
-            "| method | mAP % | mMIoU % | mFMB | text contrast % | floor % |",
-            "|---|---|---|---|---|---|",
-        ]
         digits = {"mAP": 2, "mMIoU": 2, "mFMB": 4, "text_contrast": 2, "floor": 2}
-        for method, figures in self.results.items():
-            cells = [_rounded(figures[name], number) for name, number in digits.items()]
-            lines.append(f"| {method} | {' | '.join(cells)} |")
-        kept, passed, ap = (_rounded(self.presence[name], 1) for name in ("kept", "passed", "mAP"))
+        rows = [
+            [method, *(rounded(figures[name], number) for name, number in digits.items())]
+            for method, figures in self.results.items()
+        ]
+        kept, passed, ap = (rounded(self.presence[name], 1) for name in ("kept", "passed", "mAP"))
         gate = f"presence of at least {self.presence['min_presence']}"
         return "\n".join(
             [
-                *lines,
+                markdown(["method", "mAP %", "mMIoU %", "mFMB", "text contrast %", "floor %"], rows),
                 "",
                 f"{gate}: {kept} % of the classes that an image shows, {passed} % of the others; mAP by presence {ap} %",
             ]
         )
-
-    def to_json(self) -> str:
-        """Everything, as JSON text."""
-        return json.dumps(asdict(self), indent=2, allow_nan=False) + "\n"
-
-    def per_class_csv(self) -> str:
-        """One row a method and class, as CSV text."""
-        text = io.StringIO()
-        rows = [{"method": method, **row} for method, rows in self.per_class.items() for row in rows]
-        writer = csv.DictWriter(text, rows[0])
-        writer.writeheader()
-        writer.writerows(rows)
-        return text.getvalue()
-
-    def save(self, path: str | Path) -> None:
-        """Writes `path` (JSON) and, beside it, the per-class scores as `.csv`; each appears whole or not at all."""
-        for target, text in ((Path(path), self.to_json()), (Path(path).with_suffix(".csv"), self.per_class_csv())):
-            with atomic_write(target) as partial:
-                partial.write_text(text, encoding="utf-8")
 
 
 class _Scores:
@@ -135,11 +101,11 @@ class _Scores:
         """Returns the summary, and one row for each class."""
         miou, mfmb, contrast = self.miou.compute(), self.mfmb.compute(), self.contrast.compute()
         summary = {
-            "mAP": _measured(ap["map"]),
-            "mMIoU": _measured(miou["mmiou"]),
-            "mFMB": _measured(mfmb["mfmb"]),
-            "text_contrast": _measured(contrast["text_contrast"]),
-            "floor": _measured(miou["floor"]),
+            "mAP": measured(ap["map"]),
+            "mMIoU": measured(miou["mmiou"]),
+            "mFMB": measured(mfmb["mfmb"]),
+            "text_contrast": measured(contrast["text_contrast"]),
+            "floor": measured(miou["floor"]),
             "pairs": miou["pairs"],
             "left_out": {
                 "mMIoU": miou["left_out"],
@@ -229,23 +195,13 @@ def evaluate(
     Raises:
         `ValueError`, `TypeError`, `FileNotFoundError`: an option or a file is not as described.
     """
-    for name, number in (("limit", limit), ("batch_size", batch_size)):
-        if number is not None and number < 1:
-            raise ValueError(f"Expected {name} to be at least 1, got {number}.")
     start = time.perf_counter()
     state = this_process("eval")
-    count = min(len(dataset), limit or len(dataset))
     templates = check_templates(dataset.templates if templates is None else templates)
-    plan = _Plan(
-        dataset=dataset,
-        drawer=MapMaker(model, processor, methods, dataset.class_names, templates),
-        size={} if image_size is None else {"size": {"height": image_size, "width": image_size}},
-        indices=range(state.process_index, count, state.num_processes),
-        batch_size=batch_size,
-        num_workers=num_workers or spare_processors(),
-    )
-    totals = _Totals(plan.drawer.methods, aggregate)
-    _run(plan, totals, progress=progress and state.is_main_process)
+    drawer = MapMaker(model, processor, methods, dataset.class_names, templates)
+    plan = Plan.make(state, dataset, drawer.itsm.processor, image_size, limit, batch_size, num_workers)
+    totals = _Totals(drawer.methods, aggregate)
+    _run(plan, drawer, totals, progress=progress and state.is_main_process)
     seconds_in_model = totals.seconds_in_model
 
     totals, *others = gather_object([totals])  # alike on every process
@@ -255,7 +211,15 @@ def evaluate(
     reports = {method: scores.report(dataset, recognition) for method, scores in totals.scores.items()}
     passed, kept = (100 * some / all_ if all_ else None for all_, some in totals.gate.tolist())
     return EvaluationResult(
-        protocol={**identity(model), **plan.protocol(count), "templates": templates, "aggregate": aggregate},
+        protocol={
+            **identity(model),
+            **plan.protocol(),
+            "templates": templates,
+            "aggregate": aggregate,
+            "maps": "bicubic to the image's size, then min-max; foreground is M > t for t in 0, 0.01, ..., 1",
+            "text_contrast": "c_ij = (P(M_i at i > M_i at j) + P(M_j at j > M_j at i)) / 2 for classes i, j of an image, ties "
+            "half, without pixels of both; mean over a class's images and partners, then over classes",
+        },
         results={method: summary for method, (summary, _) in reports.items()},
         presence={
             "min_presence": MIN_PRESENCE,
@@ -273,61 +237,87 @@ def evaluate(
 
 
 @dataclass
-class _Plan:
-    """The images that this process evaluates, and the options."""
+class Plan:
+    """
+    The images that this process evaluates, and the options.
+
+    Attributes:
+        dataset ([`SegmentationDataset`]): all images.
+        processor: prepares whole images for the model.
+        size (`dict`): options of the processor.
+        count (`int`): number of images of all processes.
+        indices (`range`): indices of the images of this process.
+        batch_size (`int`): number of images in one forward pass.
+        num_workers (`int`): number of threads.
+    """
 
     dataset: SegmentationDataset
-    drawer: MapMaker
+    processor: Callable
     size: dict
+    count: int
     indices: range
     batch_size: int
     num_workers: int
 
+    @classmethod
+    def make(cls, state, dataset, processor, image_size, limit, batch_size, num_workers) -> Plan:
+        """Checks the options of [`evaluate`] and shares the images out. `state` is that of `this_process`."""
+        for name, number in (("limit", limit), ("batch_size", batch_size)):
+            if number is not None and number < 1:
+                raise ValueError(f"Expected {name} to be at least 1, got {number}.")
+        count = min(len(dataset), limit or len(dataset))
+        return cls(
+            dataset=dataset,
+            processor=processor,
+            size={} if image_size is None else {"size": {"height": image_size, "width": image_size}},
+            count=count,
+            indices=range(state.process_index, count, state.num_processes),
+            batch_size=batch_size,
+            num_workers=num_workers or spare_processors(),
+        )
+
     def load(self, index: int) -> tuple[SegmentationSample, torch.Tensor]:
         """Returns sample and `pixel_values` of one image."""
         sample = self.dataset[index]
-        return sample, self.drawer.itsm.processor(images=[sample.image], **self.size)["pixel_values"]
+        return sample, self.processor(images=[sample.image], **self.size)["pixel_values"]
 
-    def protocol(self, count: int) -> dict:
-        """Returns what is needed to repeat the evaluation of `count` images."""
-        dataset, image_processor = self.dataset, self.drawer.itsm.processor.image_processor
+    def protocol(self) -> dict:
+        """Returns what is needed to repeat an evaluation of these images, whatever it measures."""
+        dataset, image_processor = self.dataset, self.processor.image_processor
         return {
             "dataset": {
                 "name": dataset.name,
                 "split": dataset.split,
-                "images": count,
+                "images": self.count,
                 "fingerprint": dataset.fingerprint(),
             },
             "image_size": self.size.get("size") or dict(image_processor.size),
             "resize": "whole image, no crop",
             "class_names": list(dataset.class_names),
-            "maps": "bicubic to the image's size, then min-max; foreground is M > t for t in 0, 0.01, ..., 1",
-            "text_contrast": "c_ij = (P(M_i at i > M_i at j) + P(M_j at j > M_j at i)) / 2 for classes i, j of an image, ties "
-            "half, without pixels of both; mean over a class's images and partners, then over classes",
             "versions": {name: version(name).split("+")[0] for name in ("iclip-hf", "torch", "transformers")},
             "python": platform.python_version(),
         }
 
 
-def _run(plan: _Plan, totals: _Totals, progress: bool) -> None:
+def _run(plan: Plan, drawer: MapMaker, totals: _Totals, progress: bool) -> None:
     """Adds all images of the plan. Threads decode and count; this thread runs the model."""
     bar = tqdm(total=len(plan.indices), unit="image", disable=not progress)
     with ThreadPoolExecutor(plan.num_workers) as pool, bar:
         loaded = prefetch_map(pool, plan.load, plan.indices, 2 * plan.batch_size)
-        for counts in prefetch_map(pool, _count, _draw(plan, totals, loaded), 2 * plan.batch_size):
+        for counts in prefetch_map(pool, _count, _draw(plan, drawer, totals, loaded), 2 * plan.batch_size):
             for method, of_image in counts.items():
                 totals.scores[method].add(of_image)
             bar.update()
 
 
 def _draw(
-    plan: _Plan, totals: _Totals, loaded: Iterator[tuple[SegmentationSample, torch.Tensor]]
+    plan: Plan, drawer: MapMaker, totals: _Totals, loaded: Iterator[tuple[SegmentationSample, torch.Tensor]]
 ) -> Iterator[tuple[SegmentationSample, dict[str, torch.Tensor]]]:
     """Yields sample and raw maps by method of each image, and adds the scores of the classes to the totals."""
     while batch := list(itertools.islice(loaded, plan.batch_size)):
         samples, pixels = zip(*batch)
         began = time.perf_counter()
-        cosines, presence, drawn = plan.drawer.draw(torch.cat(pixels), [sample.labels for sample in samples])
+        cosines, presence, drawn = drawer.draw(torch.cat(pixels), [sample.labels for sample in samples])
         totals.seconds_in_model += time.perf_counter() - began
         totals.add_recognition(
             cosines, presence, np.stack([np.isin(plan.dataset.labels, sample.labels) for sample in samples])
@@ -370,12 +360,18 @@ class MapMaker:
         texts = self.localizer.encoded
         maps, cosines, presence = self.localizer.explain_batch(pixel_values, texts)
         drawn = dict.fromkeys(("itsm", "reversed_itsm"), maps[shown])  # reversed once they are stretched to [0, 1]
-        for method, explainer in self.others.items():
-            if isinstance(explainer, GradientExplainer):  # a backward a text: not for the absent classes
-                drawn[method] = explainer.raw_maps(pixel_values, select_texts(texts, rows))[0]
-            else:  # almost free, and clip_surgery compares a text with all others
-                drawn[method] = explainer.raw_maps(pixel_values, texts)[0][shown]
+        drawn |= {name: maps_of(explainer, pixel_values, texts, rows) for name, explainer in self.others.items()}
         return cosines, presence, {method: drawn[method].cpu() for method in self.methods}
+
+
+def maps_of(
+    explainer: Explainer, pixel_values: torch.Tensor, texts: ICLIPTextFeatures, rows: torch.Tensor
+) -> torch.Tensor:
+    """Computes raw maps `(B, T, h, w)` of the texts `rows` `(B, T)` among all of a data set, `(K, P)`, as its method sees them."""
+    if isinstance(explainer, GradientExplainer):  # a backward a text: not for the absent classes
+        return explainer.raw_maps(pixel_values, select_texts(texts, rows))[0]
+    # The other texts are almost free, and clip_surgery compares a text with all others.
+    return explainer.raw_maps(pixel_values, texts)[0][torch.arange(len(rows))[:, None], rows]
 
 
 def _count(item: tuple[SegmentationSample, dict[str, torch.Tensor]]) -> dict[str, tuple]:
@@ -390,12 +386,3 @@ def _count(item: tuple[SegmentationSample, dict[str, torch.Tensor]]) -> dict[str
             heatmaps = reverse(heatmaps)  # not the negative stretched anew, which rounds otherwise
         counts[method] = _Scores.count(heatmaps, masks, labels)
     return counts
-
-
-def _measured(value: float) -> float | None:
-    """Converts NaN, which JSON does not have, to None."""
-    return None if math.isnan(value) else value
-
-
-def _rounded(value: float | None, digits: int) -> str:
-    return "-" if value is None else f"{value:.{digits}f}"

@@ -1,4 +1,4 @@
-"""mMIoU (Eq. 7), mFMB (Eq. 8), text contrast and multi-label mAP. Maps and masks become sums that can be merged.
+"""mMIoU (Eq. 7), mFMB (Eq. 8), text contrast, the pointing game and multi-label mAP. Maps and masks become sums that can be merged.
 
 A *pair* is one image and one class: a map (H, W) in [0, 1], a label mask (H, W) of integers, and the class id whose pixels are the
 foreground. Pixels equal to `ignore_index` are ignored, all others are background. Text contrast takes all pairs of an image
@@ -94,18 +94,24 @@ def threshold_counts(heatmap, mask, label: int, ignore_index: int = 255) -> np.n
     """
     histogram = np.zeros(256, dtype=np.int64)
     for values, foreground, void in _pair_blocks(heatmap, mask, label, ignore_index):
-        # The bin of a value is the number of thresholds below it: the index of the nearest threshold, or one more. The
-        # comparison is exact, because index / 100 in the map's dtype is the threshold rounded to that dtype.
-        nearest = values * 100
-        np.rint(nearest, out=nearest)
-        codes = nearest.astype(np.uint8)
-        nearest /= 100
-        codes += values > nearest
+        codes = _thresholds_below(values)
         codes += foreground * np.uint8(_LEVELS)
         np.copyto(codes, _VOID_CODE, where=void)
         histogram += np.bincount(codes, minlength=len(histogram))
     bins = histogram[: 2 * _LEVELS].reshape(2, _LEVELS)
     return bins[:, ::-1].cumsum(axis=1)[:, ::-1]
+
+
+def _thresholds_below(values: np.ndarray) -> np.ndarray:
+    """Returns the number of thresholds below each value in [0, 1], uint8."""
+    # The index of the nearest threshold, or one more. The comparison is exact, because index / 100 in the dtype of the values is
+    # the threshold rounded to that dtype.
+    nearest = values * 100
+    np.rint(nearest, out=nearest)
+    codes = nearest.astype(np.uint8)
+    nearest /= 100
+    codes += values > nearest
+    return codes
 
 
 def region_means(heatmap, mask, label: int, ignore_index: int = 255) -> np.ndarray:
@@ -182,10 +188,82 @@ def contrast_counts(maps, mask, labels, ignore_index: int = 255) -> np.ndarray:
     return np.stack([(pairs > 0).sum(1), contrast.sum(1)])
 
 
+def pointing_shares(heatmap, mask, label: int, ignore_index: int = 255) -> np.ndarray:
+    """Plays the pointing game (Zhang et al. 2018) and the energy-based one (Wang et al. 2020).
+
+    Arguments and errors are those of `threshold_counts`.
+
+    Returns:
+        (3,) float64 in [0, 1]: whether the map's highest pixel is of the class (of several, the share that is); the share of the
+        map's sum on the class; the share of the class in the image, which is what a constant map has in both. Ignored pixels count
+        nowhere. NaN without a pixel of the class.
+    """
+    counts, peak = np.zeros((2, 3)), -1.0  # background and foreground: highest pixels, sum, all pixels
+    for values, foreground, void in _pair_blocks(heatmap, mask, label, ignore_index):
+        for row, region in enumerate((values[~(foreground | void)], values[foreground])):
+            if region.size and region.max() > peak:
+                counts[:, 0], peak = 0, region.max()
+            counts[row] += (region == peak).sum(), region.sum(dtype=np.float64), region.size
+    total = counts.sum(0)
+    if not counts[1, 2]:
+        return np.full(3, np.nan)
+    shares = counts[1] / np.where(total, total, 1)
+    return np.where(total, shares, shares[2])  # a map of zeros points everywhere
+
+
 def _histogram(values: np.ndarray) -> np.ndarray:
     """Returns the number of values at each level of a quantised map, int64."""
     levels = np.rint(values * values.dtype.type(_LEVELS_OF_CONTRAST)).astype(np.intp)
     return np.bincount(levels, minlength=_LEVELS_OF_CONTRAST + 1)
+
+
+def label_areas(prediction, reference, num_classes: int, confidence=None, ignore_index: int = 255) -> np.ndarray:
+    """Counts the pixels of each class in a predicted and a reference label map.
+
+    Args:
+        prediction: (H, W) array or tensor of class ids 0..K-1; 0 is the background.
+        reference: (H, W) array or tensor of class ids; pixels equal to `ignore_index` are ignored.
+        num_classes: number of classes K, with the background.
+        confidence: (H, W) array or tensor of floats in [0, 1]. If given, the prediction is counted at each of `THRESHOLDS`: a pixel
+            whose confidence is not greater is background.
+        ignore_index: value of the pixels of the reference that are ignored.
+
+    Returns:
+        (3, K, L) int64, pixels of each class in both maps, in the prediction and in the reference, at L thresholds: 101, or 1 without
+        confidence.
+
+    Raises:
+        TypeError: a label map is not of integers.
+        ValueError: shapes differ or are not (H, W), class ids are outside 0..K-1, or confidences outside [0, 1].
+    """
+    prediction, reference = _check_mask(prediction), _check_mask(reference)
+    confidence = None if confidence is None else _check_map(confidence)
+    shapes = {one.shape for one in (prediction, reference, confidence) if one is not None}
+    if len(shapes) > 1 or prediction.ndim != 2:
+        raise ValueError(f"Expected label maps and confidence of one shape (H, W), got {sorted(shapes)}.")
+    counted = reference != _class_id(ignore_index, "ignore_index")
+    prediction, reference = prediction[counted].astype(np.intp), reference[counted].astype(np.intp)
+    for name, ids in (("prediction", prediction), ("reference", reference)):
+        if ids.size and not (ids.min() >= 0 and ids.max() < num_classes):
+            raise ValueError(
+                f"Expected class ids from 0 to {num_classes - 1} in the {name}, got {ids.min()} to {ids.max()}."
+            )
+    levels = 1 if confidence is None else _LEVELS
+    codes = prediction * levels
+    if confidence is not None:
+        codes += _thresholds_below(confidence[counted])
+
+    def above(pixels: np.ndarray | slice) -> np.ndarray:
+        """Counts (K, L) of these pixels by predicted class, at each threshold those above it."""
+        bins = np.bincount(codes[pixels], minlength=num_classes * levels).reshape(num_classes, levels)
+        return bins if confidence is None else bins[:, ::-1].cumsum(axis=1)[:, ::-1][:, 1:]
+
+    in_both, predicted = above(prediction == reference), above(slice(None))
+    referenced = np.bincount(reference, minlength=num_classes)
+    # Pixels of no class above the threshold are background.
+    in_both[0] = referenced[0] - above(reference == 0)[1:].sum(axis=0)
+    predicted[0] = reference.size - predicted[1:].sum(axis=0)
+    return np.stack([in_both, predicted, np.broadcast_to(referenced[:, None], predicted.shape)])
 
 
 def average_precision(scores: np.ndarray, presence: np.ndarray) -> float:
@@ -406,6 +484,133 @@ class TextContrast(_ClassSums):
         """
         per_class = {label: float(100 * total / number) for label, (number, total) in sorted(self._sums.items())}
         return {"text_contrast": _mean(per_class.values()), "per_class": per_class, **self._numbers("images")}
+
+
+class ClassMeans(_ClassSums):
+    """Means of any figures of pairs: over the images of a class, then over the classes. A figure that is NaN is left out.
+
+    Example:
+        >>> metric = ClassMeans()
+        >>> for figures, label in (([1.0, math.nan], 7), ([0.0, math.nan], 7), ([1.0, 0.5], 8)):
+        ...     metric.update(figures, label)
+        >>> metric.compute()["means"]
+        array([0.75, 0.5 ])
+    """
+
+    _reasons = ()
+
+    def update(self, figures, label: int) -> None:
+        """Adds the figures of one pair, `(F,)` floats."""
+        figures = np.asarray(figures, dtype=np.float64)
+        counts = ~np.isnan(figures)
+        self._counted += 1
+        self._add(_class_id(label, "label"), np.array([counts, np.where(counts, figures, 0)]))
+
+    def compute(self) -> dict:
+        """Returns the means of all pairs so far.
+
+        - **means** -- (F,) mean over classes (NaN without any value); None without any pair.
+        - **per_class** -- {class id: (F,) mean over images}.
+        - **pairs**, **left_out** -- number of pairs, and (F,) number of values that were NaN.
+        """
+        if not self._sums:
+            return {"means": None, "per_class": {}, "pairs": 0, "left_out": None}
+        per_class = {
+            label: np.divide(total, number, out=np.full_like(total, np.nan), where=number > 0)
+            for label, (number, total) in sorted(self._sums.items())
+        }
+        means = np.array([_mean(one[~np.isnan(one)]) for one in np.array(list(per_class.values())).T])
+        left_out = self._counted - sum(number for number, _ in self._sums.values()).astype(int)
+        return {"means": means, "per_class": per_class, "pairs": self._counted, "left_out": left_out}
+
+
+class MeanIoU:
+    """mIoU of label maps: the IoU of each class over the pixels of all images, averaged over the classes.
+
+    It is the mean of TP / (TP + FP + FN) of the confusion matrix of all pixels. Needs constant memory.
+
+    Args:
+        num_classes: number of classes K, with the background; class ids are 0..K-1.
+        background: whether the background, class 0, is one of the classes of the mean.
+        ignore_index: value of the pixels of the reference that are ignored.
+
+    Example:
+        >>> metric = MeanIoU(num_classes=2)
+        >>> metric.update(np.array([[1, 1, 0]]), np.array([[1, 0, 0]]))
+        >>> metric.compute()["miou"]
+        50.0
+    """
+
+    def __init__(self, num_classes: int, background: bool = True, ignore_index: int = 255):
+        self.num_classes, self.background = _class_id(num_classes, "num_classes"), background
+        self.ignore_index = _class_id(ignore_index, "ignore_index")
+        self.areas = np.zeros((3, self.num_classes, 1), np.int64)
+
+    def count(self, prediction, reference, confidence=None) -> np.ndarray:
+        """Counts one image, see `label_areas`."""
+        return label_areas(prediction, reference, self.num_classes, confidence, self.ignore_index)
+
+    def update(self, prediction, reference, confidence=None) -> None:
+        """Adds one image. Arguments and errors are those of `label_areas`."""
+        self.add_counts(self.count(prediction, reference, confidence))
+
+    def add_counts(self, areas: np.ndarray) -> None:
+        """Adds one image by its counts from `count`, which may come from another process. All images have confidences, or none."""
+        if self.areas.any() and self.areas.shape != areas.shape:
+            raise ValueError(f"Expected counts of shape {self.areas.shape} as before, got {areas.shape}.")
+        self.areas = self.areas + areas
+
+    def merge(self, other: MeanIoU) -> None:
+        """Adds the counts of another metric. Raises ValueError if its settings differ."""
+        own, others = ((one.num_classes, one.background, one.ignore_index) for one in (self, other))
+        if own != others:
+            raise ValueError(f"Expected a metric like this one, {own}, got {others}.")
+        if other.areas.any():
+            self.add_counts(other.areas)
+
+    def curve(self) -> np.ndarray:
+        """Returns the mIoU at each threshold, (L,), percent (NaN without pixels)."""
+        iou, first = self._iou(), 0 if self.background else 1
+        known = ~np.isnan(iou[first:])
+        return np.where(known, iou[first:], 0).sum(axis=0) / np.where(known.any(axis=0), known.sum(axis=0), np.nan)
+
+    def at(self, threshold: int) -> MeanIoU:
+        """Returns a metric of the predictions at one threshold, by its index."""
+        one = MeanIoU(self.num_classes, self.background, self.ignore_index)
+        one.areas = self.areas[..., threshold, None]
+        return one
+
+    def compute(self) -> dict:
+        """Returns the scores of all images so far, at the lowest threshold.
+
+        - **miou** -- mean over classes, percent (NaN without pixels).
+        - **pixel_accuracy** -- share of the pixels with the right class, percent.
+        - **per_class** -- {class id: IoU in percent}. A class that is neither predicted nor in the reference is left out.
+        - **per_class_accuracy** -- {class id: share of its pixels that are predicted, percent}.
+        - **floor**, **floor_class** -- the best mIoU of a map with one class everywhere, percent, and this class.
+        - **pixels**, **left_out** -- number of pixels, and {"no_pixels": number of classes without any}.
+        """
+        first = 0 if self.background else 1
+        in_both, _, referenced = self.areas[:, first:, 0]
+        iou = self._iou()[first:, 0]
+        shown, pixels = np.flatnonzero(referenced), int(referenced.sum())
+        floor = 100 * referenced / (pixels or math.nan) / (len(shown) or math.nan)
+        return {
+            "miou": float(self.curve()[0]),
+            "pixel_accuracy": 100 * int(in_both.sum()) / (pixels or math.nan),
+            "per_class": {first + int(k): float(iou[k]) for k in np.flatnonzero(~np.isnan(iou))},
+            "per_class_accuracy": {first + int(k): 100 * int(in_both[k]) / int(referenced[k]) for k in shown},
+            "floor": float(floor.max()),
+            "floor_class": first + int(referenced.argmax()),
+            "pixels": pixels,
+            "left_out": {"no_pixels": int(np.isnan(iou).sum())},
+        }
+
+    def _iou(self) -> np.ndarray:
+        """Returns the IoU of each class at each threshold, (K, L), percent; NaN for a class without pixels."""
+        in_both, predicted, referenced = self.areas
+        union = predicted + referenced - in_both
+        return 100 * in_both / np.where(union, union, np.nan)
 
 
 class MultiLabelAveragePrecision:

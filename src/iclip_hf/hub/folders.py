@@ -17,7 +17,7 @@ from ..modeling_iclip import ICLIPModel, load_tower
 from ..models.embedded import embedded_model
 from ..models.loading import load_iclip
 from ..models.towers import embedded_towers
-from ..pipeline_iclip import ImageTextSimilarityMapPipeline
+from ..pipeline_iclip import PIPELINES
 from ..processing_iclip import ICLIPProcessor
 from ..utils.files import atomic_folder, loading_errors
 from .configs import SHIPPED, config_folder
@@ -35,11 +35,8 @@ _AUTO_MAP = {
     "AutoProcessor": "processing_iclip.ICLIPProcessor",
 }
 _CUSTOM_PIPELINES = {
-    "image-text-similarity-map": {
-        "impl": f"pipeline_iclip.{ImageTextSimilarityMapPipeline.__name__}",
-        "pt": ["AutoModel"],
-        "type": "multimodal",
-    }
+    task: {"impl": f"pipeline_iclip.{implementation.__name__}", "pt": ["AutoModel"], "type": "multimodal"}
+    for task, implementation in PIPELINES.items()
 }
 # Options that must be equal in the checkpoint and the configuration. The configuration determines all others, such as DINO's epsilon.
 _TOWER_SHAPE = (

@@ -46,7 +46,18 @@ _DATA_TERMS = {
     "flickr8k": "research and education; the images are their photographers'",
     "imagenet": "non-commercial research; the images are their owners'",
 }
-_DATASET_NAMES = {"coco2017": "COCO 2017", "voc2012": "PASCAL VOC 2012"}
+_DATASET_NAMES = {
+    "coco2017": "COCO 2017",
+    "voc2012": "PASCAL VOC 2012",
+    "voc21": "PASCAL VOC 2012",
+    "voc20": "PASCAL VOC 2012, without background",
+    "context60": "PASCAL Context",
+    "context59": "PASCAL Context, without background",
+    "coco_object": "COCO-Object",
+    "coco_stuff": "COCO-Stuff 164k",
+    "ade20k": "ADE20K",
+    "cityscapes": "Cityscapes",
+}
 # Ids of the data sets on the Hub, for the results on a model's page.
 _DATASET_IDS = {"coco2017": "detection-datasets/coco", "voc2012": "nateraw/pascal-voc-2012"}
 _METRIC_DIGITS = {"mAP": 2, "mMIoU": 2, "mFMB": 4, "text_contrast": 2}
@@ -235,6 +246,10 @@ def _eval_results(metrics: EvaluationResult | Mapping) -> list[EvalResult]:
     metrics = asdict(metrics) if is_dataclass(metrics) else metrics
     if not isinstance(metrics, Mapping) or not {"protocol", "results"} <= metrics.keys():
         raise ValueError(f"Expected metrics as `iclip evaluate` writes them, got {metrics!r:.100}: evaluate again.")
+    if not any(metric in scores for scores in metrics["results"].values() for metric in _METRIC_DIGITS):
+        raise ValueError(
+            f"Expected metrics with one of {list(_METRIC_DIGITS)}, got {metrics['results']!r:.100}: evaluate interpretability."
+        )
     protocol, dataset = metrics["protocol"], metrics["protocol"]["dataset"]
     conditions = ("image_size", "templates", "aggregate", "versions", "note")
     conditions = {name: protocol[name] for name in conditions if name in protocol}

@@ -8,7 +8,9 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from ..label_maps import classes_of, label_map
 from ..presence import MIN_PRESENCE
+from ..processing_iclip import check_threshold
 from ..regions import Region, find_regions, negative_points, positive_points
 from ..similarity import resize_and_normalize, reverse
 
@@ -64,6 +66,31 @@ class Explanation:
     def regions(self, index: int, threshold: float | None = None) -> list[Region]:
         """Returns the connected parts of the mask of one text, best first."""
         return find_regions(*(one.numpy() for one in self._map_and_mask(index, threshold)))
+
+    def label_map(self, threshold: float | None = 0.5, background: Sequence[int] = ()) -> torch.Tensor:
+        """
+        Returns the best text of each pixel among the texts that are present. Raw maps of all texts are compared, so a text that
+        matches weakly has no pixels.
+
+        Args:
+            threshold (`float` in [0, 1], *optional*): a pixel whose best map, stretched to [0, 1] over the image, is not greater
+                belongs to the background. With None, each pixel gets a text.
+            background: indices of texts that describe the background.
+
+        Returns:
+            `torch.Tensor` of shape `(H, W)`, int64: index of the text, or -1 for the background.
+
+        Raises:
+            `ValueError`: `threshold` is outside [0, 1], or there is no such text.
+        """
+        labels, _ = label_map(
+            -self.raw_maps if self.reversed else self.raw_maps,
+            self.size,
+            classes=classes_of(len(self.labels), background),
+            present=self.presence >= self.min_presence,
+            threshold=None if threshold is None else check_threshold(threshold),
+        )
+        return labels
 
     def record(self) -> list[dict]:
         """

@@ -120,9 +120,20 @@ class Settings:
     report_to: str = setting("tensorboard", "Accelerate's name of a tracker, or none", same=None)
     log_steps: int = setting(10, "steps between two logs", same=None)
     eval_steps: int = setting(1000, "steps between two evaluations; there is one at the end in any case", same=None)
-    eval_dataset: Literal["none", "voc2012", "coco2017", "folder"] = setting(
-        "none", "segmentation data to evaluate maps on"
-    )
+    eval_dataset: Literal[
+        "none",
+        "voc2012",
+        "coco2017",
+        "folder",
+        "voc21",
+        "voc20",
+        "context60",
+        "context59",
+        "coco_object",
+        "coco_stuff",
+        "ade20k",
+        "cityscapes",
+    ] = setting("none", "segmentation data to evaluate maps on")
     eval_root: str = setting("", "folder of eval_dataset")
     eval_split: str = setting("", "split of eval_dataset, if not the official one")
     best_metric: Literal[_BEST_METRICS] = setting(

@@ -1,0 +1,102 @@
+"""Label maps: the best text of each pixel, from the raw maps of any method."""
+
+from collections.abc import Sequence
+
+import torch
+
+from .similarity import resize_weights
+
+
+BACKGROUND_LABEL = -1  # label of a pixel that shows none of the texts
+
+
+@torch.no_grad()
+def label_map(
+    raw_maps: torch.Tensor,
+    size: tuple[int, int] | None = None,
+    *,
+    classes: Sequence[int] | None = None,
+    present: torch.Tensor | None = None,
+    threshold: float | None = None,
+    logit_scale: float | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    Finds the text with the highest value at each pixel. Maps are enlarged one at a time (bicubic, as in Eq. 4), so the memory does
+    not grow with the number of texts.
+
+    The confidence of a pixel is the map of its best text, stretched to [0, 1] over the image. For a single text, this is the map of
+    Eq. 4. With `logit_scale`, the confidence is the probability of the best text: a softmax of the scaled values over all texts. It
+    needs raw maps of cosines.
+
+    Args:
+        raw_maps (`torch.Tensor` of shape `(T, h, w)`): raw maps of one image.
+        size (`tuple[int, int]`, *optional*): height and width of the label map in pixels; (h, w) if not given.
+        classes (T integers, *optional*): class of each text; 0, ..., T - 1 if not given. Texts of one class are synonyms, the best
+            of which counts. [`BACKGROUND_LABEL`] marks texts that describe the background.
+        present (`torch.Tensor` of shape `(T,)`, *optional*): whether the image shows the text. An absent text gets no pixel. Texts of
+            the background are never absent.
+        threshold (`float`, *optional*): a pixel whose confidence is not greater belongs to the background.
+        logit_scale (`float`, *optional*): factor of the values in the softmax.
+
+    Returns:
+        `tuple`: class of each pixel `(H, W)`, int64, and the confidence `(H, W)`, float32, in [0, 1]. Of equal values, the first text
+        counts. The confidence is 0 everywhere if the map of best texts is constant, or no text is present.
+
+    Raises:
+        `ValueError`: the maps have another shape, or the number of classes is not T.
+    """
+    if raw_maps.ndim != 3:
+        raise ValueError(f"Expected raw maps of one image, (T, h, w), got shape {tuple(raw_maps.shape)}.")
+    classes = torch.arange(len(raw_maps)) if classes is None else torch.as_tensor(classes, dtype=torch.long)
+    if len(classes) != len(raw_maps):
+        raise ValueError(f"Expected one class for each of {len(raw_maps)} texts, got {len(classes)} classes.")
+    size = tuple(raw_maps.shape[1:] if size is None else size)
+    if present is not None:
+        kept = present.cpu() | (classes == BACKGROUND_LABEL)
+        raw_maps, classes = raw_maps[kept.to(raw_maps.device)], classes[kept]
+    if not len(raw_maps):
+        nowhere = torch.zeros(size, device=raw_maps.device)
+        return torch.full_like(nowhere, BACKGROUND_LABEL, dtype=torch.long), nowhere
+
+    rows, columns = resize_weights(raw_maps, size)
+    raw_maps = raw_maps.float()
+    # Subtracted before a map is enlarged, which keeps a constant map exactly constant.
+    lows = raw_maps.amin((-2, -1), keepdim=True)
+    wide = (raw_maps - lows) @ columns.mT
+    best = torch.addmm(lows[0], rows, wide[0])
+    winner = torch.zeros(size, dtype=torch.int16, device=best.device)
+    one, total = torch.empty_like(best), torch.zeros_like(best)
+    highest = raw_maps.max()
+    for index, (low, text) in enumerate(zip(lows, wide)):
+        torch.addmm(low, rows, text, out=one)
+        winner.masked_fill_(one > best, index)
+        torch.maximum(best, one, out=best)
+        if logit_scale is not None:
+            total += one.sub_(highest).mul_(logit_scale).exp_()
+    if logit_scale is not None:
+        confidence = best.sub_(highest).mul_(logit_scale).exp_().div_(total)
+    else:
+        low, high = best.aminmax()
+        confidence = best.sub_(low).div_((high - low).masked_fill(high == low, 1.0))
+    labels = classes.to(best.device)[winner.long()]
+    if threshold is not None:
+        labels[confidence <= threshold] = BACKGROUND_LABEL
+    return labels, confidence
+
+
+def classes_of(num_texts: int, background: Sequence[int] = ()) -> torch.Tensor:
+    """
+    Returns the classes of texts, for [`label_map`]: each its own, and [`BACKGROUND_LABEL`] for those of the background.
+
+    Args:
+        num_texts (`int`): number of texts T.
+        background: indices of the texts that describe the background, in [0, T).
+
+    Raises:
+        `ValueError`: there is no such text.
+    """
+    classes = torch.arange(num_texts)
+    if not all(0 <= index < num_texts for index in background):
+        raise ValueError(f"Expected background to be indices of {num_texts} texts, got {list(background)}.")
+    classes[list(background)] = BACKGROUND_LABEL
+    return classes

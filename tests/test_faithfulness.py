@@ -1,0 +1,361 @@
+"""Faithfulness against hand-made models, plain loops and torchmetrics, on tiny models."""
+
+import copy
+import json
+import math
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from conftest import tiny_model
+from PIL import Image
+from torch import nn
+from torch.nn import functional as F
+from torchmetrics.functional import spearman_corrcoef
+
+from iclip_hf import cli
+from iclip_hf.data import load_segmentation
+from iclip_hf.evaluation import faithfulness
+from iclip_hf.evaluation.faithfulness import (
+    LayerRandomization,
+    area_under,
+    deletion_insertion,
+    evaluate_faithfulness,
+    max_sensitivity,
+    rank_correlation,
+    scorer,
+)
+from iclip_hf.evaluation.metrics import ClassMeans, pointing_shares
+from iclip_hf.explainers import make_explainer
+from iclip_hf.similarity import min_max_normalize, resize_and_normalize
+
+
+NAMES = ["dog", "red ball", "car"]
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    """Four images of different shapes: of one class, of two, of none, and of all three."""
+    root = tmp_path_factory.mktemp("folder")
+    rng = np.random.default_rng(0)
+    (root / "images").mkdir()
+    (root / "masks").mkdir()
+    (root / "classes.txt").write_text("\n".join(NAMES))
+    for number, classes in enumerate(([1], [1, 2], [], [1, 2, 3])):
+        height, width = rng.integers(20, 40, 2)
+        pixels = rng.integers(0, 256, (height, width, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(root / "images" / f"{number}.png")
+        mask = rng.choice([0, 255, *classes], (height // 5 + 1, width // 5 + 1)).astype(np.uint8)
+        Image.fromarray(mask.repeat(5, 0).repeat(5, 1)[:height, :width]).save(root / "masks" / f"{number}.png")
+    return root
+
+
+# Deletion and insertion
+
+
+def test_a_linear_model_has_the_areas_computed_by_hand():
+    image = torch.tensor([[[4.0, 3.0, 2.0, 1.0]]])  # its score is the sum of its pixels
+    maps = torch.stack([image[0], -image[0]])
+    deletion, insertion = deletion_insertion(lambda images: images.sum((1, 2, 3)), image, maps, steps=2, seed=3)
+    assert insertion.tolist() == [[0, 4, 7], [0, 1, 3]]
+    assert area_under(insertion).tolist() == [3.75, 1.25]
+    one, two, three, four = torch.randn(1, 1, 4, generator=torch.Generator().manual_seed(3)).flatten().tolist()
+    expected = [[10, 6 + one, 3 + one + two], [10, 9 + four, 7 + four + three]]
+    torch.testing.assert_close(deletion, torch.tensor(expected))
+
+
+def test_curves_equal_those_of_plain_loops(tiny_processor):
+    model = tiny_model()
+    explainer = make_explainer(model, tiny_processor)
+    texts = explainer.encode_texts(NAMES)
+    image = torch.randn(3, 32, 24, generator=torch.Generator().manual_seed(1))
+    maps = explainer.raw_maps(image[None], texts)[0][0]
+    maps[2] = (maps[2] > maps[2].median()).float()  # with ties
+    deletion, insertion = deletion_insertion(scorer(explainer, texts), image, maps, steps=3, seed=5, batch_size=4)
+    assert deletion.shape == insertion.shape == (3, 4, 3, 2)
+
+    generator = torch.Generator().manual_seed(5)
+    noise = torch.randn(image.shape, generator=generator)
+    turn = torch.randperm(32 * 24, generator=generator).argsort().tolist()  # when each pixel comes among its equals
+    for number, raw in enumerate(maps):
+        big = F.interpolate(raw[None, None], size=(32, 24), mode="bicubic", align_corners=False)[0, 0].flatten()
+        if number == 2:
+            big = resize_and_normalize(raw[None], (32, 24))[0].flatten()  # whose ties are those of the same rounding
+        places = sorted(range(32 * 24), key=lambda place: (-big[place].item(), turn[place]))
+        for fill, curve in ((noise, deletion[number]), (image, insertion[number])):
+            changed = image.clone() if fill is noise else torch.zeros_like(image)
+            for step in range(4):
+                for place in places[: 128 * step]:
+                    changed[:, place // 24, place % 24] = fill[:, place // 24, place % 24]
+                with torch.no_grad():
+                    outputs = model(pixel_values=changed[None], text_features=texts)
+                logits = outputs.logits_per_image[0]
+                expected = torch.stack([logits / model.logit_scales()[0], logits.softmax(-1)], -1)
+                torch.testing.assert_close(curve[step], expected, atol=1e-5, rtol=1e-4)
+
+
+def test_equal_pixels_come_in_a_random_order():
+    image = torch.ones(1, 8, 8)
+    top = lambda images: images[:, :, :2].sum((1, 2, 3))  # noqa: E731
+    counts = [
+        deletion_insertion(top, image, torch.zeros(1, 4, 4), steps=1, seed=seed)[1][0, 1].item() for seed in (0, 1, 2)
+    ]
+    assert max(counts) < 14 and min(counts) > 2 and len(set(counts)) > 1  # 16 if row by row, 8 expected
+
+
+# Max-sensitivity
+
+
+def test_max_sensitivity_is_the_largest_change_in_a_plain_loop():
+    generator = torch.Generator().manual_seed(2)
+    image, weights = torch.randn(3, 4, 6, generator=generator), torch.randn(2, 3, 1, 1, generator=generator)
+
+    def explain(images):
+        return torch.cat([(images[:, None] * weights).sum(2).tanh(), torch.zeros(len(images), 1, 4, 6)], 1)
+
+    found = max_sensitivity(explain, image, radius=0.5, samples=4, seed=7)
+    noise = torch.rand(4, 3, 4, 6, generator=torch.Generator().manual_seed(7))
+    own, changes = min_max_normalize(explain(image[None]))[0], []
+    for one in noise:
+        other = min_max_normalize(explain((image + one - 0.5)[None]))[0]
+        changes.append([((other[m] - own[m]) ** 2).sum().sqrt() / (own[m] ** 2).sum().sqrt() for m in (0, 1)])
+    torch.testing.assert_close(found[:2], torch.tensor(changes).amax(0))
+    assert found[2].isnan()  # a constant map
+    assert max_sensitivity(lambda images: torch.eye(3).expand(len(images), 1, 3, 3), image).item() == 0
+
+
+# Randomised layers
+
+
+def test_rank_correlation_is_spearmans():
+    generator = torch.Generator().manual_seed(4)
+    maps = torch.randint(0, 6, (5, 4, 6), generator=generator).float()  # with ties
+    others = torch.randint(0, 6, (5, 4, 6), generator=generator).float()
+    expected = spearman_corrcoef(maps.flatten(1).T, others.flatten(1).T)
+    torch.testing.assert_close(rank_correlation(maps, others).float(), expected)
+    torch.testing.assert_close(rank_correlation(maps, maps.exp()), torch.ones(5).double())
+    torch.testing.assert_close(rank_correlation(maps, -maps), -torch.ones(5).double())
+    assert rank_correlation(maps, torch.zeros(5, 4, 6)).isnan().all()
+
+
+@pytest.mark.parametrize("locked", [True, False])
+@pytest.mark.parametrize("method", ["itsm", "grad_cam", "gem"])
+def test_randomised_layers_are_the_last_ones_and_the_model_stays_bit_for_bit(tiny_processor, method, locked):
+    model = tiny_model(lock_vision=locked)
+    explainers = [make_explainer(model, tiny_processor, name) for name in (method, "attention")]
+    texts = explainers[0].encode_texts(NAMES)
+    images = torch.randn(2, 3, 32, 24, generator=torch.Generator().manual_seed(1))
+    before = copy.deepcopy(model.state_dict())
+
+    def unchanged():
+        return all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+    def explain(images):
+        assert unchanged()
+        return torch.cat([explainer.raw_maps(images, texts)[0] for explainer in explainers], 1)
+
+    own = explain(images)
+    check = LayerRandomization(explainers, seed=9)
+    found = check.correlations(explain, images)
+    assert found.shape == (len(check), 2, 6) and len(check) == 2
+    assert torch.equal(explain(images), own)
+
+    twin, generator = copy.deepcopy(model), torch.Generator().manual_seed(9)
+    with torch.no_grad():
+        layers = next(one for one in twin.vision_model.modules() if isinstance(one, nn.ModuleList))
+        for depth, layer in enumerate(reversed(layers)):
+            for weight in layer.parameters():
+                std = weight.std(correction=0)
+                weight.copy_(torch.randn(weight.shape, generator=generator) * std + weight.mean())
+            maps = [
+                make_explainer(twin, tiny_processor, name).raw_maps(images, texts)[0] for name in (method, "attention")
+            ]
+            torch.testing.assert_close(found[depth], rank_correlation(own, torch.cat(maps, 1)), atol=1e-3, rtol=0)
+    assert found[-1].abs().mean() < 0.9 and unchanged()
+
+
+def test_an_exception_restores_the_layers_too(tiny_processor):
+    model = tiny_model()
+    explainer = make_explainer(model, tiny_processor)
+    texts, images = explainer.encode_texts(NAMES), torch.randn(1, 3, 32, 32)
+    before = copy.deepcopy(model.state_dict())
+    weights = dict(explainer.family.model.named_parameters())
+    own, calls = explainer.raw_maps(images, texts)[0], []
+
+    def explain(images):
+        calls.append(explainer.raw_maps(images, texts)[0])
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return calls[-1]
+
+    with pytest.raises(KeyboardInterrupt):
+        LayerRandomization([explainer]).correlations(explain, images)
+    assert not torch.equal(calls[-1], own)  # it was under way
+    assert all(weight is weights[name] for name, weight in explainer.family.model.named_parameters())
+    assert torch.equal(explainer.raw_maps(images, texts)[0], own)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+# The pointing game, and means
+
+
+def test_the_pointing_game_by_hand():
+    heatmap, mask = np.array([[0.9, 0.2], [0.6, 0.1]]), np.array([[7, 0], [0, 255]])
+    np.testing.assert_allclose(pointing_shares(heatmap, mask, 7), [1, 0.9 / 1.7, 1 / 3])
+    np.testing.assert_allclose(pointing_shares(1 - heatmap, mask, 7), [0, 0.1 / 1.3, 1 / 3])  # its peak is void
+    ties = np.array([[0.5, 0.5], [0.5, 0.2]])
+    np.testing.assert_allclose(pointing_shares(ties, mask, 7), [1 / 3, 1 / 3, 1 / 3])
+    np.testing.assert_allclose(pointing_shares(0 * heatmap, mask, 7), [1 / 3, 1 / 3, 1 / 3])
+    assert np.isnan(pointing_shares(heatmap, mask, 3)).all()
+    wide = np.zeros((300, 400))  # more than one block
+    wide[290, 390], wide[5, 5] = 1, 0.5
+    inside = np.zeros((300, 400), np.uint8)
+    inside[280:] = 7
+    np.testing.assert_allclose(pointing_shares(wide, inside, 7), [1, 2 / 3, 1 / 15])
+
+
+def test_means_over_images_then_classes_merge():
+    values = [([1.0, math.nan], 7), ([0.0, 4.0], 7), ([1.0, math.nan], 8)]
+    whole, parts = ClassMeans(), [ClassMeans(), ClassMeans()]
+    for number, (figures, label) in enumerate(values):
+        whole.update(figures, label)
+        parts[number % 2].update(figures, label)
+    parts[0].merge(parts[1])
+    for one in (whole.compute(), parts[0].compute()):
+        assert one["means"].tolist() == [0.75, 4.0] and one["left_out"].tolist() == [0, 2] and one["pairs"] == 3
+        assert one["per_class"][7].tolist() == [0.5, 4.0] and math.isnan(one["per_class"][8][1])
+
+
+# A data set
+
+
+def slowly(model, processor, dataset, method):
+    """The same with the functions above, one image, class and figure at a time."""
+    explainer, scores = make_explainer(model, processor, method), {}
+    texts = explainer.encode_texts(NAMES)
+    score = scorer(explainer, texts)
+    for index, sample in enumerate(dataset):
+        pixels = processor(images=[sample.image])["pixel_values"]
+        raw = explainer.raw_maps(pixels, texts)[0][0]
+        for label in sample.labels:
+
+            def explain(images, label=label):
+                return explainer.raw_maps(images, texts)[0][:, label - 1 : label]
+
+            one = raw[label - 1 : label] * (-1 if explainer.reversed else 1)
+            curves = deletion_insertion(score, pixels[0], one, steps=2, seed=3 + index)
+            areas = [area_under(curve)[0, label - 1].tolist() for curve in curves]
+            heatmap = resize_and_normalize(one, sample.size)[0]
+            pointing, energy, floor = 100 * pointing_shares(heatmap, sample.mask(label), label)
+            correlations = LayerRandomization([explainer], 3).correlations(explain, pixels)[:, 0, 0].tolist()
+            (changed,) = max_sensitivity(explain, pixels[0], seed=3 + index).tolist()
+            figures = [*areas[0], *areas[1], changed, pointing, energy, floor, *correlations]
+            scores.setdefault(label, []).append(figures)
+    return np.mean([np.mean(of_class, 0) for of_class in scores.values()], 0)
+
+
+COLUMNS = ["deletion_cosine", "deletion_probability", "insertion_cosine", "insertion_probability", "max_sensitivity"]
+COLUMNS += ["pointing_game", "energy_pointing_game", "foreground"]
+METHODS = ["itsm", "reversed_itsm", "attention", "clip_surgery", "grad_cam", "random"]
+
+
+def test_figures_equal_the_protocol_in_plain_steps_for_the_cost_that_is_told(root, tiny_processor, monkeypatch):
+    model, dataset, seen = tiny_model(), load_segmentation("folder", root), []
+    encode = type(model).get_image_features
+    monkeypatch.setattr(
+        type(model), "get_image_features", lambda self, pixels: seen.append(len(pixels)) or encode(self, pixels)
+    )
+    result = evaluate_faithfulness(
+        model, tiny_processor, dataset, METHODS, steps=2, seed=3, batch_size=5, progress=False
+    )
+    assert sum(seen) == result.timing["forwards"] == 3 * 6 * (1 + 11 + 3) + 3 * 2 + 4 * (6 * 4 + 3 * 2)
+    for method in METHODS:
+        found = result.results[method]
+        expected = slowly(model, tiny_processor, dataset, method)
+        np.testing.assert_allclose([found[name] for name in COLUMNS], expected[:8], atol=2e-4, rtol=1e-3)
+        np.testing.assert_allclose(found["randomization"], expected[8:], atol=2e-3)
+        assert found["difference_cosine"] == found["insertion_cosine"] - found["deletion_cosine"]
+        assert found["pairs"] == 6 and set(found["left_out"].values()) == {0}
+        assert np.mean([row["foreground"] for row in result.per_class[method]]) == pytest.approx(found["foreground"])
+    random = result.results["random"]
+    assert random["randomization"] == [pytest.approx(1)] * 2  # it does not know the model
+
+
+def test_processes_share_the_images_and_agree(root, tiny_processor, monkeypatch):
+    model, dataset = tiny_model(), load_segmentation("folder", root)
+    options = {"measures": ["pointing_game", "deletion_insertion"], "steps": 1, "progress": False}
+    alone = evaluate_faithfulness(model, tiny_processor, dataset, ["itsm"], **options)
+    assert set(alone.results["itsm"]) >= {"pointing_game", "insertion_cosine"}
+    assert not {"max_sensitivity", "randomization"} & set(alone.results["itsm"])
+    gathered = []
+    monkeypatch.setattr(faithfulness, "gather_object", lambda one: gathered.extend(copy.deepcopy(one)) or gathered)
+    for index in (0, 1):
+        state = SimpleNamespace(process_index=index, num_processes=2, is_main_process=True)
+        monkeypatch.setattr(faithfulness, "this_process", lambda needed_by, state=state: state)
+        together = evaluate_faithfulness(model, tiny_processor, dataset, ["itsm"], **options)
+    assert together.timing["images"] == 2 and together.timing["forwards"] < alone.timing["forwards"]
+    for name in ("pairs", "pointing_game", "insertion_cosine"):
+        assert together.results["itsm"][name] == pytest.approx(alone.results["itsm"][name], abs=1e-6)
+
+
+def arguments(root, tmp_path, *more):
+    return [
+        *("evaluate", "--task", "faithfulness", "--model", str(tmp_path / "model")),
+        *("--dataset", "folder", "--data-root", str(root), *more),
+    ]
+
+
+def test_the_command_writes_a_table_and_files(root, tiny_processor, tmp_path, capsys):
+    tiny_model().save_pretrained(tmp_path / "model")
+    tiny_processor.save_pretrained(tmp_path / "model")
+    output = tmp_path / "results.json"
+    more = ["--methods", "itsm", "attention", "--steps", "2", "--limit", "3", "--output", str(output)]
+    assert cli.main(arguments(root, tmp_path, *more)) == 0
+    out, err = capsys.readouterr()
+    written = json.loads(output.read_text())
+    assert written["protocol"]["steps"] == 2 and written["protocol"]["dataset"]["images"] == 3
+    lines = out.splitlines()
+    assert len(lines) == 4 and len({line.count("|") for line in lines}) == 1
+    itsm = written["results"]["itsm"]
+    for figure in (f"{itsm['difference_probability']:.4f}", f"{itsm['randomization'][-1]:.2f}"):
+        assert figure in lines[2]
+    assert f"{written['timing']['forwards']}" in err  # the cost, in the progress bar
+    rows = (tmp_path / "results.csv").read_text().splitlines()
+    assert (
+        rows[0].startswith("method,id,name,deletion_cosine") and len(rows) == 7 and rows[3].startswith("itsm,3,car,,")
+    )
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--aggregate", "pixel"], "--aggregate"),
+        (["--steps", "0"], "got 0"),
+        (["--measures", "luck"], "'luck'"),
+        (["--methods", "attention_affinity", "bi_modal", "magic"], "'magic'"),
+        (["--task", "dreams"], "'dreams'"),
+        (["--task", "interpretability", "--steps", "3"], "--steps"),
+        (["--data-root", "absent"], "absent"),
+    ],
+)
+def test_bad_options_are_one_line(root, tiny_processor, tmp_path, capsys, more, message):
+    tiny_model().save_pretrained(tmp_path / "model")
+    tiny_processor.save_pretrained(tmp_path / "model")
+    try:
+        code = cli.main(arguments(root, tmp_path, *more))
+    except SystemExit as stop:
+        code = stop.code
+    out, err = capsys.readouterr()
+    assert code == 2 and not out and len(err.splitlines()) == 1 and message in err
+
+
+def test_what_cannot_be_measured_is_refused(root, tiny_processor):
+    dataset, explainer = load_segmentation("folder", root), make_explainer(tiny_model(), tiny_processor)
+    with pytest.raises(ValueError, match="luck"):
+        evaluate_faithfulness(tiny_model(), tiny_processor, dataset, measures=["luck"])
+    with pytest.raises(ValueError, match="steps to be at least 1, got 0"):
+        deletion_insertion(scorer, torch.zeros(1, 2, 2), torch.zeros(1, 2, 2), steps=0)
+    explainer.family.model = SimpleNamespace()  # as one in ONNX
+    with pytest.raises(ValueError, match="weights can be randomised"):
+        LayerRandomization([explainer])

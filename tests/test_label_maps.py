@@ -1,0 +1,160 @@
+"""label_maps.py and its doors, against a loop over pixels with torch's own interpolation."""
+
+import pytest
+import torch
+from conftest import tiny_model
+from torch.nn import functional as F
+
+from iclip_hf import ICLIPProcessor
+from iclip_hf.label_maps import BACKGROUND_LABEL, classes_of, label_map
+from iclip_hf.localization.explanation import Explanation
+from iclip_hf.modeling_iclip import ICLIPOutput
+from iclip_hf.processing_iclip import check_templates
+from iclip_hf.prompts import IMAGENET_TEMPLATES
+from iclip_hf.similarity import resize_and_normalize
+
+
+SIZE = (13, 22)
+
+
+def slowly(raw, size, classes, present, threshold, logit_scale):
+    """Pixel by pixel: all enlarged maps are held, and every rule is a comparison of numbers."""
+    big = F.interpolate(raw[None].double(), size=size, mode="bicubic", align_corners=False)[0]
+    rows = [t for t in range(len(raw)) if present[t] or classes[t] == -1]
+    best = [[max(rows, key=lambda t: big[t, y, x].item()) for x in range(size[1])] for y in range(size[0])]
+    values = torch.tensor([[big[t, y, x].item() for x, t in enumerate(row)] for y, row in enumerate(best)])
+    if logit_scale is None:
+        confidence = (values - values.min()) / (values.max() - values.min())
+    else:
+        confidence = (logit_scale * big[rows]).softmax(0).amax(0).float()
+    labels = [
+        [classes[t] if threshold is None or confidence[y, x] > threshold else -1 for x, t in enumerate(row)]
+        for y, row in enumerate(best)
+    ]
+    return torch.tensor(labels), confidence
+
+
+@pytest.mark.parametrize("logit_scale", [None, 40.0])
+@pytest.mark.parametrize("threshold", [None, 0.4])
+@pytest.mark.parametrize(
+    ("classes", "present"),
+    [([0, 1, 2, 3], [1, 1, 1, 1]), ([0, 0, 1, -1], [1, 1, 1, 1]), ([0, 1, 2, -1], [0, 1, 1, 0])],
+)
+def test_label_map_equals_a_loop_over_pixels(classes, present, threshold, logit_scale):
+    raw = torch.rand(4, 3, 5, generator=torch.Generator().manual_seed(0)) * 0.2 + 0.1
+    options = {"threshold": threshold, "logit_scale": logit_scale}
+    labels, confidence = label_map(raw, SIZE, classes=classes, present=torch.tensor(present, dtype=bool), **options)
+    expected, expected_confidence = slowly(raw, SIZE, classes, present, **options)
+    assert labels.dtype == torch.int64 and torch.equal(labels, expected)
+    assert torch.allclose(confidence, expected_confidence.float(), atol=1e-5)
+    assert len(labels.unique()) > 1 and labels.min() >= -1 and labels.max() <= 3
+
+
+def test_a_single_text_has_the_mask_of_its_map():
+    raw = torch.rand(1, 4, 5, generator=torch.Generator().manual_seed(1))
+    labels, confidence = label_map(raw, SIZE, threshold=0.5)
+    heatmap = resize_and_normalize(raw, SIZE)[0]
+    assert torch.allclose(confidence, heatmap, atol=1e-6)
+    assert torch.equal(labels, torch.where(heatmap > 0.5, 0, BACKGROUND_LABEL))
+
+
+def test_permuted_texts_have_permuted_labels_and_a_scale_changes_no_winner():
+    raw = torch.rand(5, 4, 6, generator=torch.Generator().manual_seed(2))
+    order = torch.tensor([3, 0, 4, 1, 2])
+    labels, confidence = label_map(raw, SIZE)
+    permuted, other = label_map(raw[order], SIZE)
+    assert torch.equal(order[permuted], labels) and torch.equal(confidence, other)
+    scaled, same = label_map(7 * raw - 3, SIZE)
+    assert torch.equal(scaled, labels) and torch.allclose(same, confidence, atol=1e-5)
+
+
+def test_constant_equal_and_no_maps():
+    constant = torch.full((3, 4, 4), 0.3)
+    constant[1] = 0.7
+    labels, confidence = label_map(constant, SIZE)
+    assert (labels == 1).all() and (confidence == 0).all()  # of a constant map, not the rounding of its enlargement
+    assert (label_map(constant[[0, 0]], SIZE)[0] == 0).all()  # of equal texts, the first
+    nothing = torch.zeros(3, dtype=torch.bool)
+    for raw, present in ((constant, nothing), (constant[:0], None)):
+        labels, confidence = label_map(raw, SIZE, present=present)
+        assert labels.shape == SIZE and (labels == BACKGROUND_LABEL).all() and (confidence == 0).all()
+    assert label_map(constant)[0].shape == (4, 4)
+
+
+def test_large_scales_are_finite():
+    raw = torch.tensor([[[100.0, -100.0]], [[-100.0, 100.0]]])
+    labels, confidence = label_map(raw, logit_scale=100.0)
+    assert labels.tolist() == [[0, 1]] and confidence.tolist() == [[1.0, 1.0]]
+
+
+def test_bad_shapes_are_named():
+    with pytest.raises(ValueError, match=r"\(T, h, w\), got shape \(2, 3\)"):
+        label_map(torch.zeros(2, 3))
+    with pytest.raises(ValueError, match="each of 2 texts, got 3"):
+        label_map(torch.zeros(2, 3, 3), classes=[0, 1, 2])
+    with pytest.raises(ValueError, match=r"indices of 2 texts, got \[2\]"):
+        classes_of(2, [2])
+
+
+# ---- doors ----
+
+
+def test_processor_gives_a_label_map_of_each_image():
+    raw = torch.rand(2, 3, 4, 6, generator=torch.Generator().manual_seed(3))
+    process = ICLIPProcessor.post_process_semantic_segmentation
+    outputs, sizes = ICLIPOutput(similarity_maps=raw), [(9, 12), (7, 20)]
+    for found, one, size in zip(process(None, outputs, sizes), raw, sizes, strict=True):
+        assert torch.equal(found, label_map(one, size)[0])
+    assert [tuple(one.shape) for one in process(None, outputs)] == [(4, 6), (4, 6)]
+    scores = torch.tensor([[0.9, 0.1, 0.9], [0.1, 0.1, 0.1]])
+    found = process(None, outputs, sizes, scores=scores, min_score=0.5, threshold=0.2, background=[2])
+    assert found[0].unique().tolist() == [-1, 0] and (found[1] == -1).all()
+    for options, problem in (
+        ({"target_sizes": sizes[:1]}, "each of 2 images, got 1"),
+        ({"scores": scores}, "scores and min_score together"),
+        ({"background": [-1]}, r"indices of 3 texts, got \[-1\]"),
+        ({"threshold": 1.5}, r"in \[0, 1\], or one a text, got 1.5"),
+        ({"threshold": [0.5, 0.5, 0.5]}, "one threshold in"),
+    ):
+        with pytest.raises(ValueError, match=problem):
+            process(None, outputs, **options)
+    with pytest.raises(ValueError, match="output_similarity_maps=True"):
+        process(None, ICLIPOutput())
+
+
+def test_an_explanation_compares_raw_maps_of_present_texts():
+    raw = torch.rand(3, 4, 5, generator=torch.Generator().manual_seed(4))
+    presence = torch.tensor([0.9, 0.2, 0.8])
+    options = {"labels": ["a", "b", "c"], "scores": presence, "presence": presence, "raw_maps": raw, "size": SIZE}
+    expected, confidence = label_map(raw, SIZE, present=presence >= 0.7)
+    found = Explanation(**options).label_map(None)
+    assert torch.equal(found, expected) and found.unique().tolist() == [0, 2]
+    assert torch.equal(Explanation(**options).label_map(), expected.masked_fill(confidence <= 0.5, -1))
+    assert torch.equal(Explanation(**options).label_map(None, background=[2]), expected.masked_fill(expected == 2, -1))
+    turned = Explanation(**options, min_presence=0, reversed=True).label_map(None)
+    assert torch.equal(turned, label_map(-raw, SIZE)[0])
+
+
+def test_templates_by_name(tiny_processor):
+    assert len(set(IMAGENET_TEMPLATES)) == 80 and all(one.count("{}") == 1 for one in IMAGENET_TEMPLATES)
+    # One of each group, as CLIP's authors write them.
+    assert {
+        "a bad photo of a {}.", "a photo of the hard to see {}.", "itap of my {}.", "the origami {}.", "art of the {}.",
+        "a jpeg corrupted photo of the {}.", "a {} in a video game.", "a rendition of the {}.", "a photo of the {}.",
+    } < set(IMAGENET_TEMPLATES)  # fmt: skip
+    assert check_templates("imagenet") == check_templates(["imagenet"]) == list(IMAGENET_TEMPLATES)
+    batch = tiny_processor(labels=["dog", "cat"], templates="imagenet")
+    assert batch["num_templates"] == 80 and len(batch["input_ids"]) == 160
+    with pytest.raises(ValueError, match=r"one of the names \['imagenet'\], got \['imagenet', '{}'\]"):
+        check_templates(["imagenet", "{}"])
+
+
+def test_model_to_label_map_as_in_the_guide(tiny_processor):
+    model = tiny_model()
+    image = torch.randint(0, 256, (3, 40, 60), dtype=torch.uint8, generator=torch.Generator().manual_seed(5))
+    with torch.no_grad():
+        outputs = model(**tiny_processor(image, labels=["dog", "red ball"]), output_similarity_maps=True)
+    (found,) = tiny_processor.post_process_semantic_segmentation(outputs, [(40, 60)])
+    maps = F.interpolate(outputs.similarity_maps, (40, 60), mode="bicubic")[0]
+    clear = (maps[0] - maps[1]).abs() > 1e-6
+    assert torch.equal(found[clear], maps.argmax(0)[clear])

@@ -2,6 +2,8 @@
 
 import csv
 import json
+import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +14,7 @@ from accelerate.state import AcceleratorState
 from conftest import WORDS, tiny_model
 from PIL import Image
 
-from iclip_hf import ICLIPModel, cli
+from iclip_hf import ICLIPModel, cli, embedded_model
 from iclip_hf.data.pairs import load_pairs
 from iclip_hf.training.checkpoints import RunState
 from iclip_hf.training.plan import choose_settings
@@ -168,6 +170,9 @@ def test_the_report_says_whether_the_model_got_better(tmp_path):
         assert f"did not get better: text_to_image was 20 and is {after:.0f}. Keep the model" in report(
             settings, worse, held_out
         )
+    settings = Settings(data=["d"], model="m", output_dir="x", validation_share=0.1, best_metric="val_loss")
+    lower = RunState(before={"val_loss": 2.0}, metrics={"val_loss": 1.5})
+    assert "The model got better: val_loss fell from 2 to 1.5." in report(settings, lower, held_out)
     assert "Nothing was measured" in report(settings, RunState(), None)
 
 
@@ -178,6 +183,31 @@ def test_labels_are_the_users_own(tmp_path):
     assert own_labels(load_pairs(tmp_path / "leaves")) == ["oak leaf", "beech"]
     assert own_labels(load_pairs(write_table(tmp_path, 2, ["Qwerty.", "Asdf."]))) == ["Qwerty."]
     assert own_labels(None) == ["..."]
+
+
+@pytest.mark.slow
+def test_the_guide_ends_with_a_model_for_the_hub(tmp_path, iclip_data, capsys):
+    """Its commands with 50 real pairs, from the table on."""
+    (tmp_path / "photos").mkdir()
+    real = load_pairs(iclip_data / "flickr8k" / "test-00000.tar")
+    with open(tmp_path / "pairs.csv", "w", newline="") as file:
+        table = csv.writer(file)
+        table.writerow(["image", "caption"])
+        for number in range(1, 51):
+            pair = real.read(number)
+            pair["image"].save(tmp_path / "photos" / f"{number}.jpg")
+            table.writerow([f"photos/{number}.jpg", pair["captions"][0]])
+    guide = (Path(__file__).parents[1] / "docs" / "guide" / "own-images.md").read_text(encoding="utf-8")
+    commands = [shlex.split(line) for line in re.findall(r"^iclip (.*)", guide, re.MULTILINE)]
+    assert [words[0] for words in commands] == ["train", "explain", "push"]
+    try:
+        embedded_model()
+    except OSError as error:
+        pytest.skip(f"the embedded towers cannot be had here: {error}")
+    for words in commands:
+        assert cli.main(words) == 0, words
+    out = capsys.readouterr().out
+    assert "5 held-out pairs" in out and "model.safetensors" in out and Path("explanation.png").is_file()
 
 
 def test_the_script_and_the_command_are_one_program(tmp_path):

@@ -252,7 +252,7 @@ def test_a_part_is_split_off_by_images(tmp_path):
     assert [again.caption(row) for row in range(len(again))] == [part.caption(row) for row in range(len(part))]
     assert pickle.loads(pickle.dumps(part)).fingerprint() == part.fingerprint() != training.fingerprint()
     for share in (0, 1):
-        with pytest.raises(ValueError, match=f"a part of 19 images, got a share of {share}"):
+        with pytest.raises(ValueError, match=f"splits 19 images in two, got {share}"):
             dataset.split(share)
 
 
@@ -752,7 +752,7 @@ def test_stream_needs_images(tmp_path):
 
     (tmp_path / "a.csv").write_text("caption\na\n")
     rows = load_dataset("csv", data_files=str(tmp_path / "a.csv"), split="train", streaming=True)
-    with pytest.raises(ValueError, match="an image column, but its columns are"):
+    with pytest.raises(ValueError, match="an image column, but got columns"):
         PairStream(rows)
 
 

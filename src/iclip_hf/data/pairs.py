@@ -37,25 +37,36 @@ _SHUFFLE_BUFFER = 2000  # pairs of a stream, not decoded yet
 
 
 class BadPairError(ValueError):
-    """A pair cannot be used: its image is broken or missing, or it has no caption."""
+    """A pair is unusable: its image is broken or missing, or it has no caption."""
 
 
 class DroppedConnectionError(ConnectionError):
-    """The connection of a stream is lost."""
+    """A stream lost its connection."""
 
 
 class PairDataset(Dataset):
-    """Local image-text pairs with random access, from `load_pairs`.
+    """
+    Local image-text pairs with random access, from [`load_pairs`].
 
-    Items are dicts:
-        image: PIL image of mode "RGB".
-        caption: One of the pair's captions, drawn by (seed, epoch, index).
-        key: Name of the pair in its source.
-        skipped: Number of bad pairs that this item replaces, 0 or 1.
+    An item is a `dict` with
 
-    A bad pair is replaced by a good one, drawn by (seed, epoch, index), so batches have the same size on all processes. Bad pairs
-    are logged. If they exceed `max_bad_share` of the pairs that this process read, ValueError is raised. `read` returns a pair
-    without replacement. The dataset can be pickled, and `set_epoch` also reaches running workers.
+    - `image` (`PIL.Image.Image`): image of mode "RGB".
+    - `captions` (`list[str]`): all captions of the pair.
+    - `caption` (`str`): one of the captions. The draw depends only on seed, epoch and index.
+    - `key` (`str`): name of the pair in its source.
+    - `skipped` (`int`): number of bad pairs that the item replaces, 0 or 1.
+
+    A bad pair is replaced by a random good pair, so that batches have equal sizes on all processes. The draw depends only on seed,
+    epoch and index. Bad pairs are logged. `read` returns pairs without replacement. The data set can be pickled. `set_epoch` also
+    reaches running workers.
+
+    Args:
+        sources: of the pairs, see [`~iclip_hf.data.sources.open_sources`].
+        seed (`int`, defaults to 0): seed of the draws.
+        max_bad_share (`float` in [0, 1], defaults to 0.05): largest allowed share of bad pairs among those that this process read.
+
+    Raises:
+        `ValueError`: there are no pairs. During access, too many pairs are bad.
     """
 
     def __init__(self, sources: Sequence[Source], seed: int = 0, max_bad_share: float = 0.05):
@@ -92,17 +103,20 @@ class PairDataset(Dataset):
         return f"PairDataset(pairs={len(self)}, sources={len(self._sources)})"
 
     def read(self, index: int) -> dict:
-        """Returns this pair without replacement: {"image": PIL, "captions": list of str, "key": str}.
+        """
+        Returns a pair without replacement.
+
+        Returns:
+            `dict` with `image`, `captions` and `key`, see [`PairDataset`].
 
         Raises:
-            BadPairError: The pair cannot be used.
-            OSError: Its shard or table does not exist any more.
+            `BadPairError`: the pair is unusable. `OSError`: its shard or table no longer exists.
         """
         image, name, captions, key = self._parse(index)
         return {"image": _load(image, name), "captions": captions, "key": key}
 
     def image(self, index: int) -> tuple[str, Image.Image]:
-        """Returns key and image of a pair, which may have no caption. Raises like `read`."""
+        """Returns key and image of a pair, which needs no caption. Raises like `read`."""
         image, name, _, key = self._parse(index, need_captions=False)
         return key, _load(image, name)
 
@@ -124,23 +138,25 @@ class PairDataset(Dataset):
 
     def split(self, share: float) -> tuple[PairDataset, PairDataset]:
         """
-        Splits off a part of the pairs, always the same. Pairs of one image stay together.
+        Splits off a part of the pairs, which is always the same. Pairs of one image stay together.
 
         Args:
-            share: of the images, in (0, 1); rounded up.
+            share (`float` in (0, 1)): share of the images in the part, rounded up.
 
         Returns:
             `tuple`: the other pairs, and the part.
 
         Raises:
-            ValueError: nothing would be left.
+            `ValueError`: one of the two would be empty.
         """
         parts = np.split(self._ranges, self._ends[:-1])
         groups = [(source.path, group) for source, part in zip(self._sources, parts) for group in source.groups(part)]
         distinct = sorted(set(groups), key=repr)
         count = math.ceil(share * len(distinct))
         if not 0 < count < len(distinct):
-            raise ValueError(f"Expected to split off a part of {len(distinct)} images, got a share of {share}.")
+            raise ValueError(
+                f"Expected a share that splits {len(distinct)} images in two, got {share}: change it, or add pairs."
+            )
         order = np.random.default_rng(0).permutation(len(distinct))
         drawn = {distinct[place] for place in order[:count]}
         inside = np.array([group in drawn for group in groups])
@@ -154,13 +170,16 @@ class PairDataset(Dataset):
         return subset
 
     def set_epoch(self, epoch: int) -> None:
-        """Sets the epoch, which determines the drawn captions. Accelerate does not always call this."""
+        """Sets the epoch, on which the draws depend."""
         self._epoch.fill_(epoch)
 
     def fingerprint(self) -> str:
         """
-        Returns 16 hex digits over the positions of the pairs and the content of shards, tables and the images that tables name.
-        The first call reads all files. Later calls, also of other processes, read only files that changed.
+        Computes a digest over the positions of the pairs and the content of shards, tables and the images that tables name. The
+        first call reads all files. Later calls, also in other processes, only read files again after one has changed.
+
+        Returns:
+            `str`: 16 hex digits.
         """
         digest = hashlib.sha256(self._ranges.tobytes())
         for source, ranges in zip(self._sources, np.split(self._ranges, self._ends[:-1])):
@@ -168,14 +187,14 @@ class PairDataset(Dataset):
         return digest.hexdigest()[:16]
 
     def _replacement(self, draws: random.Random) -> tuple[int, dict]:
-        """Draws a good pair from all pairs. The next good pair would be overrepresented after a damaged shard."""
+        """Draws a good pair from all pairs. Taking the next good pair would repeat the one after a damaged shard."""
         for _ in range(1000):
             index = draws.randrange(len(self))
             try:
                 return index, self.read(index)
             except BadPairError:
                 continue
-        raise ValueError("Expected at least one good pair in 1000, but found none; the log has the reasons.")
+        raise ValueError("Expected at least one good pair in 1000, but got none: correct the data, as the log says.")
 
     def _parse(self, index: int, need_captions: bool = True) -> tuple[bytes | Path, str, list[str], str]:
         index = range(len(self))[index]
@@ -191,12 +210,23 @@ class PairDataset(Dataset):
 
 
 class PairStream(IterableDataset):
-    """Image-text pairs of a Hub dataset as a stream, from `load_pairs`. Items are those of `PairDataset`.
+    """
+    Image-text pairs of a Hub dataset as a stream, from [`load_pairs`]. Items are those of [`PairDataset`].
 
-    An iteration is one pass over the part of this process, shuffled by (seed, epoch) through a buffer. Bad pairs are left out and
-    counted in `skipped` of the next item. The stream splits itself over processes and DataLoader workers; `Accelerator.prepare`
-    would split it a second time. The parts differ in length, so a run must count steps instead of passes. A resumed run begins a
-    new pass.
+    An iteration is one pass over the part of this process. The order depends on seed and epoch, and is shuffled through a buffer.
+    Bad pairs are left out; `skipped` of the next item counts them. The stream splits itself over processes and DataLoader workers,
+    so it must not be passed to `Accelerator.prepare`, which splits again. The parts differ in length, so training counts steps
+    instead of passes. A resumed run begins a new pass.
+
+    Args:
+        dataset (`datasets.IterableDataset`): rows with an image column and a caption column.
+        seed (`int`, defaults to 0): seed of the order and of the drawn captions.
+        max_bad_share (`float` in [0, 1], defaults to 0.05): largest allowed share of bad pairs among those that were read.
+        rank, world_size (`int`): index of this process and number of processes.
+
+    Raises:
+        `ValueError`: there is no image column. During iteration, too many pairs are bad. `DroppedConnectionError`: during
+        iteration, the connection is lost.
     """
 
     def __init__(
@@ -216,7 +246,9 @@ class PairStream(IterableDataset):
         if columns.image != USUAL_COLUMNS.image:
             images = [name for name in columns.image if name in images]
         if not images:
-            raise ValueError(f"Expected a dataset with an image column, but its columns are {list(features)}.")
+            raise ValueError(
+                f"Expected a dataset with an image column, but got columns {list(features)}: name another one."
+            )
         self._image_column, self._columns = images[0], columns
         # Only these columns are kept: datasets infers types from the first rows, and a different type later ends the stream.
         kept = [column for column in (self._image_column, "__key__", *columns.caption) if column in features]
@@ -225,9 +257,8 @@ class PairStream(IterableDataset):
             dataset = dataset.cast_column("json", captions)
             kept.append("json")
         dataset = dataset.select_columns(kept)
-        dataset = dataset.cast_column(
-            self._image_column, Image(decode=False)
-        )  # otherwise one bad image ends the stream
+        # Without decoding, because one bad image would end the stream.
+        dataset = dataset.cast_column(self._image_column, Image(decode=False))
         dataset = dataset.shuffle(seed=seed, buffer_size=_SHUFFLE_BUFFER)
         self._rows = split_dataset_by_node(dataset, rank=rank, world_size=world_size)
         self.seed = seed
@@ -258,7 +289,7 @@ class PairStream(IterableDataset):
             skipped = 0
 
     def set_epoch(self, epoch: int) -> None:
-        """Sets the epoch, which determines the order of the next pass and the drawn captions."""
+        """Sets the epoch, on which the order of the next pass and the drawn captions depend."""
         self._rows.set_epoch(epoch)
 
 
@@ -274,31 +305,35 @@ def load_pairs(
     rank: int = 0,
     world_size: int = 1,
 ) -> PairDataset | PairStream:
-    """Opens image-text pairs for training.
+    """
+    Opens image-text pairs for training. A source is one of these, or a list of local ones:
+
+    - Tar shards of webdataset or img2dataset (`key.jpg` with `key.txt`, `key.json` or both): a file, a folder of shards, or a
+      pattern such as "cc3m/{00000..00331}.tar" or "cc3m/*.tar". The captions are the list `captions` in the JSON, else the text,
+      else `caption` in the JSON.
+    - An image folder with `metadata.jsonl`, or such a file. Each line has one of `sources.IMAGE_COLUMNS`, a path relative to the
+      file, and one of `sources.CAPTION_COLUMNS`.
+    - A `.csv` or `.tsv` table with a header line and the same columns; `captions` is a JSON list. Values are literal, also "null".
+      In a .tsv, quotes have no special meaning.
+    - A folder with a subfolder of images for each class. The caption of `dog/1.jpg` is "a photo of a dog".
+    - A `.parquet` file, a folder of them, or a folder of `save_to_disk` of `datasets`, with images as bytes or paths.
+    - The Hub id of a dataset ("org/name"), if there is no such local path.
 
     Args:
-        source: One of these, or a list of local ones:
-            - Tar shards as webdataset and img2dataset write them (`key.jpg` with `key.txt`, `key.json` or both): a file,
-              a folder of them, or a pattern like "cc3m/{00000..00331}.tar" or "cc3m/*.tar". The captions are the list
-              `captions` in the JSON, else the text, else `caption` in the JSON.
-            - An image folder with `metadata.jsonl`, or such a file: each line has one of
-              [`~iclip_hf.data.sources.IMAGE_COLUMNS`], a path relative to the file, and one of `CAPTION_COLUMNS`.
-            - A `.csv` or `.tsv` table with a header line and the same columns; `captions` is a JSON list. Values are taken
-              literally, also "null". In a .tsv, quotes have no special meaning.
-            - A folder with a subfolder of images for each class, named by it. "dog/1.jpg" has the caption "a photo of a dog".
-            - A `.parquet` file, a folder of them, or a folder of `datasets`' `save_to_disk`, with images as bytes or paths.
-            - The Hub id of a dataset ("org/name") that is not a local path.
-        split: Split of a Hub dataset or of a saved one.
-        image_column, caption_column: Names of columns, where they are not among the usual ones.
-        streaming: Whether a Hub dataset is streamed instead of downloaded.
-        seed: Seed of the drawn captions and of a stream's order.
-        max_bad_share: Largest allowed share of bad pairs (broken image, no caption).
-        rank, world_size: Index of this process and number of processes, which share a stream. A `PairDataset` is split by its
+        source (`str`, `os.PathLike` or a list of them): the source.
+        split (`str`, defaults to `"train"`): split of a Hub dataset or of a saved one.
+        image_column, caption_column (`str`, *optional*): names of columns that are not among the usual ones.
+        streaming (`bool`, defaults to `True`): whether a Hub dataset is streamed instead of downloaded.
+        seed (`int`, defaults to 0): seed of the drawn captions and of the order of a stream.
+        max_bad_share (`float` in [0, 1], defaults to 0.05): largest allowed share of bad pairs (broken image, no caption).
+        rank, world_size (`int`): index of this process and number of processes, for a stream. A [`PairDataset`] is split by its
             sampler.
 
+    Returns:
+        [`PairDataset`], or [`PairStream`] for a streamed Hub dataset.
+
     Raises:
-        FileNotFoundError: A file, folder or Hub dataset does not exist.
-        ValueError: A source is not as described.
+        `FileNotFoundError`: a file, folder or Hub dataset does not exist. `ValueError`, `TypeError`: a source is not as described.
     """
     columns = Columns.named(image_column, caption_column)
     if isinstance(source, (str, os.PathLike)):
@@ -306,18 +341,20 @@ def load_pairs(
             return PairStream(_open_hub_dataset(source, split), seed, max_bad_share, rank, world_size, columns)
         source = [source]
     if not isinstance(source, Sequence):
-        raise TypeError(f"Expected a path, the id of a Hub dataset or a list of paths, got {source!r:.100}.")
+        raise TypeError(
+            f"Expected a path, the id of a Hub dataset or a list of paths, got {source!r:.100}: name the data by one of these."
+        )
     return PairDataset(open_sources(source, columns, split), seed, max_bad_share)
 
 
 class _Tally:
-    """Counts good and bad pairs of this process, logs bad ones, and raises if their share is too large."""
+    """Counts good and bad pairs of this process. Logs bad pairs, and raises `ValueError` if their share is too large."""
 
     def __init__(self, max_bad_share: float, counts_from: int):
         if not 0 <= max_bad_share <= 1:
-            raise ValueError(f"Expected max_bad_share from 0 to 1, but got {max_bad_share}.")
+            raise ValueError(f"Expected max_bad_share from 0 to 1, but got {max_bad_share}: set a share such as 0.05.")
         self._max_bad_share = max_bad_share
-        self._counts_from = counts_from  # minimum number of pairs for a meaningful share
+        self._counts_from = counts_from  # number of pairs from which the share is meaningful
         self._read = self._bad = 0
         self._last_error: BadPairError | None = None
 
@@ -369,7 +406,7 @@ def _draw(captions: list[str], seed: int, epoch: int, key: int | str) -> str:
 
 
 def _image_bytes(stored: Mapping) -> bytes:
-    """Returns the encoded image of a streamed row, which has either bytes or a path, possibly on the Hub."""
+    """Returns the encoded image of a streamed row, which holds its bytes or a path, possibly on the Hub."""
     if stored.get("bytes") or not stored.get("path"):
         return stored.get("bytes") or b""
     import fsspec

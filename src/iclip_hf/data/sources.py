@@ -1,7 +1,8 @@
-"""The forms in which image-text pairs lie on disk: tar shards, tables, image folders, folders of classes, Parquet, saved datasets.
+"""
+Sources of image-text pairs on disk: tar shards, tables, image folders, folders of classes, Parquet, saved datasets.
 
-A source knows the ranges of its pairs and reads one range at a time. Nothing is decoded here, and torch is not loaded, so the
-data of a run can be checked first.
+A source lists the ranges of its pairs and reads one range at a time. No image is decoded, and torch is not imported, so that data
+can be checked before a run.
 """
 
 from __future__ import annotations
@@ -27,8 +28,8 @@ from ..utils.extras import require_extra
 from ..utils.files import cache_folder, keep_in_cache
 
 
-# Columns of the image (a path) and of the captions. The first column with a value counts. "captions" is a list, all others are
-# text. The members of a shard become the columns "txt" and "json".
+# Columns of the image's path and of the captions, in order of preference: the first column with a value is used. "captions" is a
+# list, all others are text. Members of a shard become the columns "txt" and "json".
 IMAGE_COLUMNS = ("image", "file_name", "image_path", "filepath", "path")
 CAPTION_COLUMNS = ("captions", "txt", "caption", "text", "title")
 
@@ -60,7 +61,7 @@ class Columns(NamedTuple):
                 )
 
     def captions(self, row: Mapping) -> list[str]:
-        """Returns all captions of a row, stripped. Raises ValueError if there is none."""
+        """Returns all captions of a row, stripped. Raises `ValueError` if there are none."""
         if isinstance(row.get("json"), Mapping):
             row = {**row["json"], **row}
         column = next((column for column in self.caption if row.get(column)), None)
@@ -85,13 +86,14 @@ USUAL_COLUMNS = Columns()
 
 
 class RawPair(NamedTuple):
-    """A pair as it is stored.
+    """
+    A pair as it is stored.
 
     Attributes:
-        image: Encoded image, or path of its file.
-        name: Name of the image for errors; None if it is the path.
-        row: Columns with the captions.
-        key: Name of the pair.
+        image: encoded image, or path of its file.
+        name: name of the image for errors; None if it is the path.
+        row: columns with the captions.
+        key: name of the pair.
     """
 
     image: bytes | Path
@@ -109,14 +111,15 @@ class Source:
         self.path, self.columns = path, columns
 
     def ranges(self) -> np.ndarray:
-        """Returns the range (start, end) of each pair, (N, 2) int64."""
+        """Returns the range (start, end) of each pair, `(N, 2)` int64."""
         raise NotImplementedError
 
     def read(self, start: int, end: int) -> RawPair:
-        """Returns the pair in a range.
+        """
+        Returns the pair in a range.
 
         Raises:
-            OSError: The source does not exist any more. One of `BAD_PAIR`: the pair cannot be used.
+            `OSError`: the source no longer exists. One of `BAD_PAIR`: the pair is unusable.
         """
         raise NotImplementedError
 
@@ -160,13 +163,14 @@ class _ByteRanges(Source):
 
 
 class TarShard(_ByteRanges):
-    """A tar file in webdataset form. Adjacent members with one key are a pair; their bytes are a small tar file.
+    """
+    A tar file in the form of webdataset. Adjacent members with the same key are a pair. Their bytes are a small tar file.
 
-    Nothing is extracted to disk and links are ignored, so no member can refer to a path outside.
+    Nothing is extracted to disk, and links are ignored, so no member can refer to a path outside.
     """
 
     def ranges(self) -> np.ndarray:
-        """Returns the byte range (start, end) of each pair, (N, 2) int64, cached on disk: a million pairs take minutes."""
+        """Returns the byte range (start, end) of each pair, `(N, 2)` int64. Cached on disk, because a million pairs take minutes."""
         state, _ = file_state(self.path)
         cached = cache_folder() / "shards" / f"{hashlib.sha256(state).hexdigest()[:32]}.npy"
         try:
@@ -182,7 +186,7 @@ class TarShard(_ByteRanges):
         return ranges
 
     def image_files(self, ranges: np.ndarray) -> list[Path]:
-        """Returns the image files outside the shard, of which there are none."""
+        """Returns an empty list, because the images are inside the shard."""
         return []
 
     def parse(self, block: bytes) -> RawPair:
@@ -215,7 +219,7 @@ class TarShard(_ByteRanges):
                         last_key = key
                     tar.members.clear()  # tarfile would keep all members
                 tar.fileobj.seek(tar.offset)
-                if tar.fileobj.read(tarfile.BLOCKSIZE).strip(b"\0"):  # tarfile takes a damaged header for the end
+                if tar.fileobj.read(tarfile.BLOCKSIZE).strip(b"\0"):  # tarfile ends silently at a damaged header
                     raise tarfile.ReadError(f"no member begins at byte {tar.offset}")
         # Numbers in a damaged header may have any value.
         except (tarfile.TarError, ValueError, OverflowError, MemoryError, RecursionError) as error:
@@ -228,7 +232,7 @@ class TarShard(_ByteRanges):
 
 
 class Table(_ByteRanges):
-    """A text file with one pair in each row: .csv or .tsv (without quoting), both with a header, or .jsonl."""
+    """A text file with one pair in each row: .csv or .tsv (without quoting) with a header line, or .jsonl."""
 
     def __init__(self, path: Path, columns: Columns = USUAL_COLUMNS):
         super().__init__(path, columns)
@@ -247,7 +251,7 @@ class Table(_ByteRanges):
         columns.check(path, sorted(self._header or first))
 
     def ranges(self) -> np.ndarray:
-        """Returns the byte range (start, end) of each row, (N, 2) int64."""
+        """Returns the byte range (start, end) of each row, `(N, 2)` int64."""
         try:
             ranges = array("q", (position for row in self._rows() for position in row))
         except csv.Error as error:
@@ -458,7 +462,7 @@ def _expand_braces(pattern: str) -> list[str]:
 
 
 def _key_and_suffix(member: tarfile.TarInfo) -> tuple[str | None, str]:
-    """Returns webdataset's key (path up to the first dot of the file name) and suffix; (None, "") for other members."""
+    """Returns the key of webdataset (the path up to the first dot of the file name) and the suffix; (None, "") for other members."""
     folder, _, name = member.name.rpartition("/")
     stem, dot, suffix = name.partition(".")
     if member.type not in (tarfile.REGTYPE, tarfile.AREGTYPE) or not stem or not dot:

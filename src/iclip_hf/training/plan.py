@@ -58,6 +58,8 @@ def _choices(pairs: int, given: Mapping) -> dict[str, Choice]:
         share = 0.1 if pairs >= 20 else 0.0
         share = choose("validation_share", share, "to measure on" if share else "fewer than 20 pairs")
     training = pairs - math.ceil(share * pairs)
+    if share and pairs - training < 100:
+        choose("best_metric", "val_loss", "a share of right answers is too coarse on so few pairs")
     choose("lock_text", True, "the towers stay as they are, the projections learn")
     choose("cache_features", f"{folder}/cache", "the image tower is locked, so its features are computed once")
     world = int(os.environ.get("WORLD_SIZE", 1))

@@ -39,8 +39,9 @@ def report(settings: Settings, state: RunState, held_out: PairDataset | None) ->
     if state.before:
         name = settings.best_metric
         before, after = state.before[name], state.metrics[name]
-        if after > before:
-            lines.append(f"The model got better: {name} rose from {_number(before)} to {_number(after)}.")
+        if settings.is_better(after, before):
+            moved = "rose" if after > before else "fell"
+            lines.append(f"The model got better: {name} {moved} from {_number(before)} to {_number(after)}.")
         else:
             lines.append(
                 f"The model did not get better: {name} was {_number(before)} and is {_number(after)}. Keep the model that you started "

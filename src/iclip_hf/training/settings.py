@@ -18,7 +18,7 @@ from ..hub.configs import SHIPPED
 
 # Results of `iclip_hf.evaluation.evaluate.evaluate` that a run logs and can select its best model by.
 MAP_METRICS = ("mAP", "mMIoU", "mFMB", "text_contrast")
-RETRIEVAL_METRICS = ("text_to_image", "image_to_text")
+RETRIEVAL_METRICS = ("text_to_image", "image_to_text", "val_loss")
 _BEST_METRICS = ("auto", *RETRIEVAL_METRICS, *MAP_METRICS)
 
 
@@ -195,6 +195,10 @@ class Settings:
             )
         if not self.model and not self.config:
             raise ValueError(f"expected config to name the model's configuration for vision={self.vision!r}, got none")
+
+    def is_better(self, score: float, than: float) -> bool:
+        """Whether a score in `best_metric` is better than another."""
+        return score < than if self.best_metric == "val_loss" else score > than
 
     @property
     def name(self) -> str:

@@ -74,6 +74,7 @@ setup(
         "torchvision>=0.25",
         "tqdm>=4.66",
         "transformers>=5.20",
+        "wrapt>=1.17",
     ],
     extras_require=extras,
     entry_points={"console_scripts": ["iclip=iclip_hf.cli:main"]},

@@ -29,7 +29,10 @@ def folder(tmp_path_factory, tiny_processor):
 
 
 def run(folder, *arguments):
-    return cli.main(["explain", *map(str, arguments), "--model", str(folder / "model")])
+    try:
+        return cli.main(["explain", *map(str, arguments), "--model", str(folder / "model")])
+    except SystemExit as stop:  # of a wrong option
+        return stop.code
 
 
 def test_one_photograph_becomes_one_picture(folder, tmp_path, capsys):
@@ -201,15 +204,67 @@ def test_help_says_what_every_option_is():
     assert len(parsers) == 15  # iclip, its 11 commands and 3 analyses
 
 
-def test_auto_classes_know_the_package_whatever_is_imported_first(folder):
-    load = f"AutoModel.from_pretrained({str(folder / 'model')!r})"
-    for imports in (
-        "import iclip_hf; from transformers import AutoModel",
-        "from transformers import AutoModel; import iclip_hf",
-    ):
-        code = f"{imports}; print(type({load}).__name__)"
-        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-        assert done.stdout.strip() == "ICLIPModel"
+def test_arguments_and_files_are_checked_before_torch_is_imported(folder, tmp_path):
+    photo = str(folder / "0" / "a.jpg")
+    commands = [
+        ["--help"],
+        ["explain", "none.jpg", "--text", "dog"],
+        ["explain", photo, "--text", " "],
+        ["explain", photo, "--text", "dog", "--output", "a.txt"],
+        ["explain", photo, "--text", "dog", "--template", "photo"],
+        ["explain", photo, "--text", "dog", "--threshold", "none.json"],
+        ["explain", photo, "--text", "dog", "--model", "none/none/none"],
+        ["compare", "none.jpg", "--text", "dog"],
+        ["evaluate", "--dataset", "folder", "--data-root", str(tmp_path)],
+        ["analyze", "shift", "--dataset", "voc2012", "--data-root", str(tmp_path)],
+        ["analyze", "channels", "none.jpg"],
+        ["analyze", "relation", "none.json"],
+        ["export", photo, "out", "--results", "none.json"],
+    ]
+    code = f"""
+import sys
+from iclip_hf import cli
+for command in {commands}:
+    try: code = cli.main(command)
+    except SystemExit as stop: code = stop.code
+    assert code == (0 if command == ["--help"] else 2), command
+    assert not {{"torch", "transformers", "matplotlib"}} & set(sys.modules), command
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert len(done.stderr.splitlines()) == len(commands) - 1  # one sentence each
+
+
+@pytest.mark.parametrize(
+    "imports",
+    [
+        "import iclip_hf; from transformers import CLIPModel",  # which imports the Auto classes half-way
+        "import transformers; import iclip_hf",
+        "from iclip_hf import ICLIPConfig",
+        "from iclip_hf.pipeline_iclip import ImageTextSimilarityMapPipeline",
+    ],
+)
+def test_transformers_knows_the_package_whatever_is_imported_first(imports, folder):
+    code = f"""
+{imports}
+from transformers import AutoModel, AutoProcessor, pipeline
+print(type(AutoModel.from_pretrained({str(folder / "model")!r})).__name__)
+print(type(AutoProcessor.from_pretrained({str(folder / "model")!r})).__name__)
+print(type(pipeline("image-text-similarity-map", model={str(folder / "model")!r})).__name__)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.split() == ["ICLIPModel", "ICLIPProcessor", "ImageTextSimilarityMapPipeline"], done.stderr
+
+
+def test_the_package_lists_what_it_imports_late():
+    import iclip_hf
+    import iclip_hf.data
+
+    for package in (iclip_hf, iclip_hf.data):
+        assert set(package.__all__) <= set(dir(package))
+        assert all(getattr(package, name).__name__ == name for name in package.__all__)
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        iclip_hf.nothing  # noqa: B018
 
 
 def test_methods_of_the_command_are_those_of_the_package():

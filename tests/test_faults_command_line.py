@@ -140,7 +140,7 @@ ARGUMENTS = {
     "explain at no size": ("explain {photo} --text dog --model {model} --image-size 0", "got 0"),
     "explain at a negative size": ("explain {photo} --text dog --model {model} --image-size -8", "got -8"),
     "explain at a size of text": ("explain {photo} --text dog --model {model} --image-size big", "got big"),
-    "explain with a presence above 1": ("explain {photo} --text dog --model {model} --min-presence 2", "got 2.0"),
+    "explain with a presence above 1": ("explain {photo} --text dog --model {model} --min-presence 2", "got 2"),
     "explain with a presence of nan": ("explain {photo} --text dog --model {model} --min-presence nan", "got nan"),
     "explain with a threshold of nan": ("explain {photo} --text dog --model {model} --threshold nan", "got nan"),
     "explain with a threshold of a folder": (

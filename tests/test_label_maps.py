@@ -9,8 +9,7 @@ from iclip_hf import ICLIPProcessor
 from iclip_hf.label_maps import BACKGROUND_LABEL, classes_of, label_map
 from iclip_hf.localization.explanation import Explanation
 from iclip_hf.modeling_iclip import ICLIPOutput
-from iclip_hf.processing_iclip import check_templates
-from iclip_hf.prompts import IMAGENET_TEMPLATES
+from iclip_hf.prompts import IMAGENET_TEMPLATES, check_templates
 from iclip_hf.similarity import resize_and_normalize
 
 

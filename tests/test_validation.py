@@ -14,8 +14,8 @@ def test_pictures_show_the_maps_of_the_images_own_captions(tiny_processor, monke
         {"image": Image.effect_noise(size, 80).convert("RGB"), "caption": caption}
         for size, caption in (((60, 40), "a red ball"), ((30, 50), "the sky"), ((20, 20), "a dog"))
     ]
-    figure = validation.draw_examples(model.train(), tiny_processor, pairs, 2)
-    assert [axis.get_title() for axis in figure.axes] == ["", "a red ball", "", "the sky"] and model.training
+    sheet = validation.draw_examples(model.train(), tiny_processor, pairs, 2)
+    assert [cell.title for cell in sheet.cells] == ["", "a red ball", "", "the sky"] and model.training
     for (image, heatmap), pair in zip(drawn, pairs):
         with torch.no_grad():
             inputs = tiny_processor(pair["image"], text=[pair["caption"]])

@@ -1,28 +1,59 @@
 """
 ICLIP: contrastive image-text models that explain themselves, for the Hugging Face ecosystem.
 
-Importing the package makes the Auto classes and `pipeline` know it.
+Importing the package makes the Auto classes and `pipeline` know it. It does not import torch or Transformers: names are
+imported on first access, and the classes are registered as soon as Transformers is imported.
 """
 
-from .configuration_iclip import ICLIPConfig
-from .localization.localizer import explain
-from .modeling_iclip import ICLIPImageFeatures, ICLIPModel, ICLIPOutput, ICLIPTextFeatures
-from .models.embedded import embedded_model
-from .pipeline_iclip import ImageTextSimilarityMapPipeline, ZeroShotImageSegmentationPipeline
-from .processing_iclip import ICLIPProcessor
+import importlib
+import sys
+from typing import TYPE_CHECKING
+
+from wrapt import register_post_import_hook
+
+from .utils.lazy import lazy_names
+
+
+if TYPE_CHECKING:
+    from .configuration_iclip import ICLIPConfig
+    from .localization.localizer import explain
+    from .modeling_iclip import ICLIPImageFeatures, ICLIPModel, ICLIPOutput, ICLIPTextFeatures
+    from .models.embedded import embedded_model
+    from .pipeline_iclip import ImageTextSimilarityMapPipeline, ZeroShotImageSegmentationPipeline
+    from .processing_iclip import ICLIPProcessor
 
 
 __version__ = "0.1.0"
 
-__all__ = [
-    "embedded_model",
-    "explain",
-    "ICLIPConfig",
-    "ICLIPImageFeatures",
-    "ICLIPModel",
-    "ICLIPOutput",
-    "ICLIPProcessor",
-    "ICLIPTextFeatures",
-    "ImageTextSimilarityMapPipeline",
-    "ZeroShotImageSegmentationPipeline",
-]
+_MODULES = {
+    "embedded_model": ".models.embedded",
+    "explain": ".localization.localizer",
+    "ICLIPConfig": ".configuration_iclip",
+    "ICLIPImageFeatures": ".modeling_iclip",
+    "ICLIPModel": ".modeling_iclip",
+    "ICLIPOutput": ".modeling_iclip",
+    "ICLIPProcessor": ".processing_iclip",
+    "ICLIPTextFeatures": ".modeling_iclip",
+    "ImageTextSimilarityMapPipeline": ".pipeline_iclip",
+    "ZeroShotImageSegmentationPipeline": ".pipeline_iclip",
+}
+__all__ = [*_MODULES]
+__getattr__, __dir__ = lazy_names(__name__, _MODULES)
+
+
+# Each registers a class with the Auto classes.
+_REGISTERING = [f"{__name__}.{kind}_iclip" for kind in ("configuration", "modeling", "processing")]
+
+
+def _register(imported) -> None:
+    """Called after Transformers and after each of these modules: where one was being imported first, the others wait for its end."""
+    started = [name for name in sys.modules if name in _REGISTERING]
+    if not started or imported.__name__ == started[0]:
+        for name in _REGISTERING:
+            importlib.import_module(name)
+
+
+# After Transformers as a whole, because its Auto classes are also imported in the middle of its other modules.
+for _name in ("transformers", *_REGISTERING):  # called at once if it is imported already
+    register_post_import_hook(_register, _name)
+register_post_import_hook(lambda _: importlib.import_module(".pipeline_iclip", __name__), "transformers.pipelines")

@@ -37,7 +37,7 @@ def open_image(source: str | os.PathLike | bytes | Image.Image, name: str | None
     """
     name = name or _name(source)
     if isinstance(source, (str, os.PathLike)):
-        _require_file(source, name)
+        require_file(source, name)
     try:
         if isinstance(source, Image.Image):
             image = source
@@ -137,8 +137,9 @@ def _name(source: str | os.PathLike | bytes | Image.Image) -> str:
     raise TypeError(f"Expected the path of an image, its bytes or a PIL image, but got {type(source).__name__}.")
 
 
-def _require_file(path: str | os.PathLike, name: str) -> None:
-    """Raises an error unless the path is a regular file, because reading a pipe or a device may never end."""
+def require_file(path: str | os.PathLike, name: str | None = None) -> None:
+    """Raises an error of `open_image` unless the path is a regular file, because reading a pipe or a device may never end."""
+    name = name or _name(path)
     if str(path).startswith(("http://", "https://")):
         raise ValueError(f"{name}: expected the path of an image file, but got a URL; download it first.")
     if not os.path.exists(path):

@@ -13,7 +13,7 @@ from transformers.processing_utils import ProcessorMixin
 from .configuration_iclip import ICLIPConfig
 from .images import to_rgb
 from .label_maps import classes_of, label_map
-from .prompts import NAMED_TEMPLATES
+from .prompts import check_templates, check_text
 from .regions import MIN_AREA, Region, find_regions, negative_points, positive_points
 from .similarity import min_max_normalize, resize_and_normalize, resize_maps
 from .similarity import reverse as reverse_maps
@@ -430,20 +430,6 @@ def check_threshold(threshold: float) -> float:
     return float(threshold)
 
 
-def check_templates(templates: str | Sequence[str]) -> list[str]:
-    """Returns prompts as a list, those of `NAMED_TEMPLATES` for its names. `ValueError` unless each has exactly one `{}`."""
-    templates = [templates] if isinstance(templates, str) else templates
-    if isinstance(templates, Sequence) and len(templates) == 1 and templates[0] in NAMED_TEMPLATES:
-        templates = NAMED_TEMPLATES[templates[0]]
-    fits = isinstance(templates, Sequence) and len(templates) > 0
-    if not fits or any(not isinstance(t, str) or t.count("{}") != 1 for t in templates):
-        raise ValueError(
-            f'Expected templates with one {{}} each, such as "a photo of the {{}}", or one of the names '
-            f"{list(NAMED_TEMPLATES)}, got {templates}."
-        )
-    return list(templates)
-
-
 def _flattened(kwargs: dict) -> dict:
     """Merges `text_kwargs`, `images_kwargs` and `common_kwargs` into the keywords, which are equivalent."""
     flat = dict(kwargs)
@@ -469,17 +455,8 @@ def _nested(texts, expand) -> list[str] | list[list[str]]:
     for one in texts:
         if not isinstance(one, str):
             raise TypeError(f"Expected texts to be strings, got {one!r} of type {type(one).__name__}.")
-        if not one.strip() or not _is_encodable(one):
-            raise ValueError(f"Expected texts with at least one character, in valid Unicode, got {one!r}.")
+        check_text(one)
     return [prompt for one in texts for prompt in expand(one)]
-
-
-def _is_encodable(text: str) -> bool:
-    try:
-        text.encode()
-    except UnicodeEncodeError:  # a lone surrogate
-        return False
-    return True
 
 
 def _as_list(images) -> list:

@@ -1,4 +1,7 @@
-"""Prompt templates by name."""
+"""Prompt templates by name, and checks of texts and templates."""
+
+from collections.abc import Sequence
+
 
 _KINDS_OF_PHOTO = (
     "bad", "low resolution", "cropped", "bright", "dark", "close-up", "black and white", "pixelated", "jpeg corrupted", "blurry",
@@ -24,3 +27,32 @@ IMAGENET_TEMPLATES = (
     "itap of my {}.",
 )
 NAMED_TEMPLATES = {"imagenet": IMAGENET_TEMPLATES}
+
+
+def check_text(text: str) -> str:
+    """Returns a text. Raises `ValueError` unless it has a character other than white space and is valid Unicode."""
+    if not text.strip() or not _is_encodable(text):
+        raise ValueError(f"Expected texts with at least one character, in valid Unicode, got {text!r}.")
+    return text
+
+
+def check_templates(templates: str | Sequence[str]) -> list[str]:
+    """Returns prompts as a list, those of `NAMED_TEMPLATES` for its names. `ValueError` unless each has exactly one `{}`."""
+    templates = [templates] if isinstance(templates, str) else templates
+    if isinstance(templates, Sequence) and len(templates) == 1 and templates[0] in NAMED_TEMPLATES:
+        templates = NAMED_TEMPLATES[templates[0]]
+    fits = isinstance(templates, Sequence) and len(templates) > 0
+    if not fits or any(not isinstance(t, str) or t.count("{}") != 1 for t in templates):
+        raise ValueError(
+            f'Expected templates with one {{}} each, such as "a photo of the {{}}", or one of the names '
+            f"{list(NAMED_TEMPLATES)}, got {templates}."
+        )
+    return list(templates)
+
+
+def _is_encodable(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:  # a lone surrogate
+        return False
+    return True

@@ -72,12 +72,13 @@ def _shift(options: argparse.Namespace) -> int:
     from tqdm import tqdm
 
     from ..data.segmentation import load_segmentation
-    from ..evaluation.analysis import semantic_shift
     from ..utils.files import atomic_write
 
     if options.output:
         check_file("--output", options.output, (".json",))
     dataset = load_segmentation(options.dataset, options.data_root, options.split, options.overrides)
+    from ..evaluation.analysis import semantic_shift
+
     count = min(len(dataset), options.limit or len(dataset))
     samples = tqdm(itertools.islice(dataset, count), total=count, unit="image")
     shift = semantic_shift(*load_silently(options.model, options.dtype), samples, options.before, options.after)
@@ -96,12 +97,13 @@ def _shift(options: argparse.Namespace) -> int:
 
 
 def _channels(options: argparse.Namespace) -> int:
-    from ..evaluation.analysis import channel_matches
-    from ..evaluation.analysis_plots import channel_scatter
     from ..images import load_image
 
     check_file("--output", options.output, PICTURES)
     images = [load_image(path) for path in options.images]
+    from ..evaluation.analysis import channel_matches
+    from ..evaluation.analysis_plots import channel_scatter
+
     model, processor = load_silently(options.model, options.dtype)
     matches = [channel_matches(model, processor, image) for image in images]
     save_figure(channel_scatter(images, matches), options.output, options.dpi)
@@ -110,13 +112,13 @@ def _channels(options: argparse.Namespace) -> int:
 
 
 def _relation(options: argparse.Namespace) -> int:
-    from ..evaluation.analysis import relation
-    from ..evaluation.analysis_plots import class_bars, relation_plot
-
     for option, path in (("--output", options.output), ("--bars", options.bars)):
         if path:
             check_file(option, path, PICTURES)
     method, rows = _read_classes(options.evaluation, options.method)
+    from ..evaluation.analysis import relation
+    from ..evaluation.analysis_plots import class_bars, relation_plot
+
     recognition, interpretability = (
         {row["name"]: row[score] for row in rows if row[score] is not None} for score in ("AP", options.score)
     )

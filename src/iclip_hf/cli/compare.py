@@ -16,6 +16,7 @@ from .common import (
     add_model_option,
     add_picture_option,
     add_prompt_options,
+    add_text_option,
     check_file,
     echo,
     load_silently,
@@ -29,13 +30,10 @@ def register(commands) -> None:
     command.add_argument(
         "image", metavar="IMAGE", help="image file, or with --dataset the name or path of one of its images"
     )
-    command.add_argument(
-        "--text",
-        action="append",
-        dest="texts",
-        metavar="TEXT",
-        help="what to look for, one row of the figure; repeat the option for several texts (default: the classes that the "
-        "data set's image shows)",
+    add_text_option(
+        command,
+        "what to look for, one row of the figure; repeat the option for several texts (default: the classes that the data "
+        "set's image shows)",
     )
     add_methods_option(command)
     add_model_option(command, "; repeat the option to compare several", action="append", dest="models")
@@ -49,13 +47,13 @@ def register(commands) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    from ..utils.plots import cell_sized, comparison_sheet
-
     check_file("--output", options.output, PICTURES)
     image, truths, templates = _open(options)
     texts = list(dict.fromkeys(options.texts or truths))
     if not texts:
         raise ValueError("Expected at least one --text, or a --dataset whose IMAGE shows a class, got neither.")
+    from ..utils.plots import cell_sized, comparison_sheet
+
     drawn = cell_sized(image, options.dpi)
     columns = {}
     if truths:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
 from pathlib import Path
 
 from .common import (
@@ -20,7 +19,11 @@ from .common import (
 
 
 # Names instead of imports, so that the help does not load torch.
-TASKS = ("interpretability", "faithfulness")
+# Tasks, and the options that not all of them have.
+OPTIONS = {
+    "interpretability": ("batch_size", "aggregate"),
+    "faithfulness": ("batch_size", "measures", "steps", "seed"),
+}
 MEASURES = ("deletion_insertion", "max_sensitivity", "randomization", "pointing_game")
 
 
@@ -33,7 +36,7 @@ def register(commands) -> None:
     )
     command.add_argument(
         "--task",
-        choices=TASKS,
+        choices=tuple(OPTIONS),
         default="interpretability",
         help="interpretability: mAP, mMIoU, mFMB and text contrast; faithfulness: deletion and insertion, pointing game, "
         "max-sensitivity and randomised layers (default: interpretability)",
@@ -79,9 +82,8 @@ def register(commands) -> None:
 
 def run(options: argparse.Namespace) -> int:
     from ..data.segmentation import load_segmentation
-    from ..utils.distributed import partner_errors, this_process
 
-    measure, own = _measure(options.task)
+    own = OPTIONS[options.task]
     given = {name: getattr(options, name) for name in own if getattr(options, name) is not None}
     for name in ("aggregate", "measures", "steps", "seed"):
         if name not in own and getattr(options, name) is not None:
@@ -89,6 +91,11 @@ def run(options: argparse.Namespace) -> int:
     if options.output:
         check_file("--output", options.output, (".json",))
     dataset = load_segmentation(options.dataset, options.data_root, options.split, options.overrides)
+    from ..evaluation.evaluate import evaluate
+    from ..evaluation.faithfulness import evaluate_faithfulness
+    from ..utils.distributed import partner_errors, this_process
+
+    measure = evaluate_faithfulness if options.task == "faithfulness" else evaluate
     state = this_process("eval")  # selects the device before the model is loaded
     with partner_errors("run it again"):
         result = measure(
@@ -105,13 +112,3 @@ def run(options: argparse.Namespace) -> int:
             result.save(options.output)
         echo(result.to_json() if options.json else result.table())
     return 0
-
-
-def _measure(task: str) -> tuple[Callable, tuple[str, ...]]:
-    """Returns the function of a task, and the options that only some tasks have."""
-    from ..evaluation.evaluate import evaluate
-    from ..evaluation.faithfulness import evaluate_faithfulness
-
-    if task == "faithfulness":
-        return evaluate_faithfulness, ("batch_size", "measures", "steps", "seed")
-    return evaluate, ("batch_size", "aggregate")

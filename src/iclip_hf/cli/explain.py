@@ -15,13 +15,16 @@ from .common import (
     add_colormap_option,
     add_command,
     add_model_options,
+    add_text_option,
     at_least_1,
     check_file,
     check_folder,
     echo,
     load_silently,
+    one_line,
     printable,
     save_figure,
+    share,
 )
 
 
@@ -33,13 +36,10 @@ def register(commands) -> None:
         metavar="IMAGE",
         help="image files, or a collection: a folder of images, webdataset shards (.tar) or a folder of shards",
     )
-    command.add_argument(
-        "--text",
-        action="append",
+    add_text_option(
+        command,
+        "what to look for; it is inserted into the prompts; repeat the option for several texts",
         required=True,
-        dest="texts",
-        metavar="TEXT",
-        help="what to look for; it is inserted into the prompts; repeat the option for several texts",
     )
     add_model_options(command)
     command.add_argument(
@@ -47,14 +47,15 @@ def register(commands) -> None:
     )
     command.add_argument(
         "--threshold",
-        default="0.5",
+        type=_number_or_file,
+        default=0.5,
         metavar="NUMBER_OR_FILE",
         help="a mask holds the pixels whose map is greater; a number in [0, 1], or the file of `iclip evaluate --output` for the "
         "best threshold of each class (default: 0.5)",
     )
     command.add_argument(
         "--min-presence",
-        type=float,
+        type=share,
         default=0.7,
         metavar="NUMBER",
         help="a text with a lower presence counts as absent and gets an empty mask; 0 to 1 (default: 0.7)",
@@ -97,31 +98,34 @@ def run(options: argparse.Namespace) -> int:
     return _explain_images(options)
 
 
+def _number_or_file(text: str) -> float | Path:
+    try:
+        float(text)
+    except ValueError:
+        return Path(text)
+    return share(text)
+
+
 def _localizer(options: argparse.Namespace):
-    from ..localization.localizer import Localizer
     from ..regions import class_thresholds
 
-    try:
-        threshold = float(options.threshold)
-    except ValueError:
-        threshold = class_thresholds(options.threshold, options.texts, options.method)
+    if isinstance(options.threshold, Path):  # read before the model is loaded
+        options.threshold = class_thresholds(options.threshold, options.texts, options.method)
+    from ..localization.localizer import Localizer
+
     return Localizer(
         *load_silently(options.model, options.dtype),
         options.texts,
         method=options.method,
         templates=options.templates,
-        threshold=threshold,
+        threshold=options.threshold,
         min_presence=options.min_presence,
         image_size=options.image_size,
     )
 
 
 def _explain_images(options: argparse.Namespace) -> int:
-    from tqdm import tqdm
-
-    from ..images import load_image
-    from ..regions import run_lengths
-    from ..utils.prefetch import prefetch_map
+    from ..images import load_image, require_file
 
     several = len(options.images) > 1
     output = options.output or Path("explanations" if several else "explanation.png")
@@ -129,7 +133,21 @@ def _explain_images(options: argparse.Namespace) -> int:
         check_folder("--output", output)
     else:
         check_file("--output", output, PICTURES)
+    pictures = [output / name for name in _file_names(options.images)] if several else [output]
+    wanted = []
+    for image, picture in zip(options.images, pictures):
+        try:
+            require_file(image)
+            wanted.append((image, picture))
+        except (ValueError, FileNotFoundError) as error:  # said before the model is loaded
+            print(f"iclip explain: {one_line(error)}", file=sys.stderr)
+    if not wanted:
+        return 2
     localizer = _localizer(options)
+    from tqdm import tqdm
+
+    from ..regions import run_lengths
+    from ..utils.prefetch import prefetch_map
 
     def write(item) -> dict | None:
         (name, image, explanation), picture = item
@@ -142,9 +160,9 @@ def _explain_images(options: argparse.Namespace) -> int:
             _save_arrays(explanation, picture.with_suffix(".npz"))
         return {"image": name, "picture": str(picture), "texts": texts}
 
-    pictures = [output / name for name in _file_names(options.images)] if several else [output]
+    images, pictures = zip(*wanted)
     with ThreadPoolExecutor(1) as beside:  # while the model runs
-        explained = localizer.explain_all(lambda path: (path, load_image(path)), options.images, beside, batch_size=4)
+        explained = localizer.explain_all(lambda path: (path, load_image(path)), images, beside, batch_size=4)
         written = prefetch_map(beside, write, zip(explained, pictures), 4)
         written = list(tqdm(written, total=len(pictures), unit="image", disable=not several))
     report = [entry for entry in written if entry is not None]
@@ -153,7 +171,7 @@ def _explain_images(options: argparse.Namespace) -> int:
         echo("[" + ",\n ".join(json.dumps(entry, ensure_ascii=False) for entry in report) + "]")
     else:
         _print_table(report)
-    return 0 if len(report) == len(written) else 2
+    return 0 if len(report) == len(options.images) else 2
 
 
 def _explain_collection(options: argparse.Namespace) -> int:
@@ -190,9 +208,10 @@ def _explain_collection(options: argparse.Namespace) -> int:
 
 
 def _draw(image, explanation, colormap: str, path: Path) -> None:
-    from ..utils.plots import cell_sized, explanation_grid
+    from ..utils.plots import DPI, VECTOR_FORMATS, cell_sized, explanation_grid
 
-    drawn = cell_sized(image)
+    vector = path.suffix[1:].lower() in VECTOR_FORMATS
+    drawn = cell_sized(image, 2 * DPI if vector else DPI)  # one zooms into vector graphics
     heatmaps = replace(explanation, size=(drawn.height, drawn.width)).maps.numpy()
     titles = [f"{text}  {score:+.2f}" for text, score in zip(explanation.labels, explanation.scores.tolist())]
     absent = (explanation.presence < explanation.min_presence).nonzero()[:, 0].tolist()

@@ -7,7 +7,7 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
-from .common import add_command, echo, silence_transformers
+from .common import add_command, check_model, checked, echo, silence_transformers
 
 
 def register(commands) -> None:
@@ -26,7 +26,9 @@ def register(commands) -> None:
 
 
 def add_source_options(command: argparse.ArgumentParser) -> None:
-    command.add_argument("model", metavar="MODEL", help="folder or Hub id of an ICLIP model")
+    command.add_argument(
+        "model", type=checked(check_model), metavar="MODEL", help="folder or Hub id of an ICLIP model"
+    )
     command.add_argument(
         "--results",
         type=Path,
@@ -39,11 +41,11 @@ def run(options: argparse.Namespace) -> int:
     if options.format == "transformers":
         echo(export(options, options.directory))
         return 0
+    if options.results is not None:
+        raise ValueError("--results fills a model card, which an ONNX folder does not have: leave it out.")
     from ..models.loading import load_iclip
     from ..models.onnx import export_onnx
 
-    if options.results is not None:
-        raise ValueError("--results fills a model card, which an ONNX folder does not have: leave it out.")
     silence_transformers()
     _, _, weights = options.format.partition("-")
     echo(export_onnx(*load_iclip(options.model, dtype="float32"), options.directory, weights or "float32"))
@@ -52,10 +54,6 @@ def run(options: argparse.Namespace) -> int:
 
 def export(options: argparse.Namespace, directory: Path, name: str | None = None) -> Path:
     """Exports the model that the options name, with results on its card."""
-    from ..hub.folders import export_model
-    from ..models.loading import load_iclip
-
-    silence_transformers()
     metrics = None
     if options.results is not None:
         try:
@@ -67,6 +65,10 @@ def export(options: argparse.Namespace, directory: Path, name: str | None = None
                 f"--results {options.results}: expected the JSON that `iclip evaluate --output` writes, but got other "
                 "content; evaluate again."
             )
+    from ..hub.folders import export_model
+    from ..models.loading import load_iclip
+
+    silence_transformers()
     model, processor = load_iclip(options.model)
     if metrics is not None and isinstance(metrics.get("protocol"), Mapping):
         check_measured(metrics["protocol"], model, options.results)

@@ -27,11 +27,11 @@ def channel_scatter(images: Sequence[Image.Image], matches: Sequence[Mapping[str
         matches: results of `channel_matches` for the images, with the same poolings.
     """
     poolings = list(matches[0])
-    pale = [(np.asarray(image.convert("L"), dtype=np.float32) / 255 + 1) / 2 for image in images]
-    pictures = [np.stack([gray] * 3, -1) for gray in pale for _ in poolings]
+    pale = [image.convert("L").point(lambda gray: (gray + 255) // 2).convert("RGB") for image in images]
+    pictures = [picture for picture in pale for _ in poolings]
     titles = [name.replace("_", " ") for name in poolings] + [""] * (len(pictures) - len(poolings))
     caption = "a point a channel, its area the magnitude of the pooled value"
-    figure = picture_grid(pictures, titles, len(poolings), caption=caption)
+    figure = picture_grid(pictures, titles, len(poolings), caption=caption).figure()
     panels = [(image, one[pooling]) for image, one in zip(images, matches) for pooling in poolings]
     for axis, (image, match) in zip(figure.axes, panels):
         # The points of one patch are spread evenly over it (Roberts' R2 sequence), so that they do not hide each other.

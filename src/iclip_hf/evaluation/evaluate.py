@@ -21,7 +21,7 @@ from ..explainers.gradients import GradientExplainer
 from ..localization.localizer import Localizer
 from ..modeling_iclip import ICLIPTextFeatures
 from ..presence import MIN_PRESENCE
-from ..processing_iclip import check_templates
+from ..prompts import check_templates
 from ..similarity import resize_and_normalize, reverse
 from ..utils.distributed import this_process
 from ..utils.extras import require_extra

@@ -29,7 +29,7 @@ from tqdm import tqdm
 from ..data.segmentation import SegmentationDataset, SegmentationSample
 from ..explainers import Explainer, identity, make_explainer
 from ..modeling_iclip import ICLIPTextFeatures, cosines
-from ..processing_iclip import check_templates
+from ..prompts import check_templates
 from ..similarity import min_max_normalize, resize_and_normalize, resize_maps, reverse
 from ..utils.distributed import this_process
 from ..utils.extras import require_extra

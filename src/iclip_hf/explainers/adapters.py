@@ -22,7 +22,8 @@ from ..modeling_iclip import (
     normalize,
 )
 from ..models.onnx import ONNXModel
-from ..processing_iclip import ICLIPProcessor, check_templates
+from ..processing_iclip import ICLIPProcessor
+from ..prompts import check_templates
 from ..similarity import cosine_similarity_map
 from .recording import AttentionLayer, AttentionRecord, merge_heads, prepare, private_copy, record
 

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from ..modeling_iclip import ICLIPImageFeatures, ICLIPTextFeatures
-from ..processing_iclip import check_templates
+from ..prompts import check_templates
 from .adapters import ModelAdapter, head_output, text_features, unit, whole_image_processor
 from .recording import attend, merge_heads
 

@@ -16,7 +16,8 @@ from ..explainers import identity, make_explainer, select_texts
 from ..images import load_image, map_groups
 from ..modeling_iclip import ICLIPTextFeatures, cosines
 from ..presence import BACKGROUND, MIN_PRESENCE, presence
-from ..processing_iclip import check_templates, check_thresholds
+from ..processing_iclip import check_thresholds
+from ..prompts import check_templates
 from ..utils.prefetch import Item, prefetch_map
 from .explanation import Explanation
 

@@ -86,5 +86,6 @@ def draw_examples(
     for image, *maps in zip(images, *columns.values()):
         pictures += [image, *(overlay(image, one) for one in maps)]
     titles = ["", *columns] + [""] * (len(pictures) - len(columns) - 1)
+    sheet = picture_grid(pictures, titles, 1 + len(columns), captions)
     with atomic_write(folder / f"{step:07d}.png") as partial:
-        picture_grid(pictures, titles, 1 + len(columns), captions).savefig(partial, format="png")
+        sheet.image().save(partial, format="png")

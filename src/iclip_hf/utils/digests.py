@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-
 _SETTLED = (
     2 * 10**9
 )  # nanoseconds; a file that changed more recently may change again within one tick of the file system's clock

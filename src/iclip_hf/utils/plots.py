@@ -1,40 +1,52 @@
-"""Matplotlib figures of maps. Functions return a figure and show nothing."""
+"""Sheets of pictures and maps, drawn with Pillow, or with matplotlib as vector graphics. Functions show nothing."""
 
 from __future__ import annotations
 
 import textwrap
 import unicodedata
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-from matplotlib import colormaps, font_manager, rcParams
-from matplotlib.figure import Figure
+from matplotlib import colormaps, rcParams
 from PIL import Image
 
 from .arrays import to_numpy
+from .lettering import more_scripts, text_mask
 
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 # Blue is low and red is high, as in the paper's Fig. 1. "cividis" is safe for colour-blind readers.
 COLORMAP = "jet"
+# Resolution of a sheet in dots per inch.
+DPI = 120
+# These are drawn with matplotlib.
+VECTOR_FORMATS = ("pdf", "svg")
 # Width of a picture on a sheet, in inches.
 CELL = 2.8
 # Margin around each picture, in inches.
 _GAP = 0.04
+# Sizes of the letters of titles and captions, in points (1/72 inch).
+_TITLE, _CAPTION = 11, 9
 # Characters of a title that fit the width of a cell.
 _LINE = 25
 # Longer titles are shortened in the middle, in characters.
 _LONGEST = 250
 
 
-def cell_sized(image: Image.Image, dpi: int = 120) -> Image.Image:
-    """Returns a copy of an image, reduced to at most twice the resolution of a cell at this dpi."""
+def cell_sized(image: Image.Image, dpi: int = DPI) -> Image.Image:
+    """Returns a copy of an image, reduced to the size of a cell at this resolution."""
     image = image.copy()
-    image.thumbnail([2 * round(CELL * dpi)] * 2)
+    image.thumbnail([round((CELL - 2 * _GAP) * dpi)] * 2)
     return image
 
 
-def overlay(image: Image.Image, heatmap: np.ndarray, opacity: float = 0.5, colormap: str = COLORMAP) -> np.ndarray:
+def overlay(image: Image.Image, heatmap: np.ndarray, opacity: float = 0.5, colormap: str = COLORMAP) -> Image.Image:
     """
     Blends a map over its image.
 
@@ -43,9 +55,6 @@ def overlay(image: Image.Image, heatmap: np.ndarray, opacity: float = 0.5, color
         heatmap (`np.ndarray` of shape `(H, W)`): in [0, 1], of the image's size.
         opacity (`float`): of the map, in [0, 1].
         colormap (`str`): name of a matplotlib colormap.
-
-    Returns:
-        `np.ndarray` of shape `(H, W, 3)`, RGB in [0, 1], float32.
 
     Raises:
         `ValueError`: if map and image differ in size, or there is no such colormap.
@@ -57,8 +66,108 @@ def overlay(image: Image.Image, heatmap: np.ndarray, opacity: float = 0.5, color
         )
     if colormap not in colormaps:
         raise ValueError(f'Expected a colormap of matplotlib, such as "jet" or "cividis", got {colormap!r}.')
-    colors = colormaps[colormap](heatmap, bytes=True)[..., :3].astype(np.float32)
-    return ((1 - opacity) * np.asarray(image, dtype=np.float32) + opacity * colors) / 255
+    colors = _colors(colormap)
+    levels = np.minimum(heatmap * np.float32(len(colors)), len(colors) - 1).astype(np.intp)
+    return Image.blend(image, Image.fromarray(colors[levels]), opacity)
+
+
+@cache
+def _colors(colormap: str) -> np.ndarray:
+    """Returns the colors of a colormap, (N, 3) uint8, lowest first."""
+    return colormaps[colormap](np.arange(colormaps[colormap].N), bytes=True)[:, :3]
+
+
+@dataclass(frozen=True)
+class Cell:
+    """
+    A place on a [`Sheet`].
+
+    Attributes:
+        box (`tuple[float, float, float, float]`): (x0, y0, x1, y1) in inches, from the upper left corner of the sheet.
+        picture (`PIL.Image.Image`, *optional*): RGB; fills the box as far as its proportions allow.
+        title (`str`): lines above the box.
+        row_title (`str`): lines on its left, written upwards.
+    """
+
+    box: tuple[float, float, float, float]
+    picture: Image.Image | None
+    title: str = ""
+    row_title: str = ""
+
+
+@dataclass(frozen=True)
+class Sheet:
+    """
+    Pictures under their titles. A notebook shows it as an image.
+
+    Attributes:
+        size (`tuple[float, float]`): width and height in inches.
+        cells (`list[Cell]`): row by row.
+        caption (`str`): line at the bottom.
+    """
+
+    size: tuple[float, float]
+    cells: list[Cell]
+    caption: str = ""
+
+    def image(self, dpi: int = DPI) -> Image.Image:
+        """Draws the sheet as an RGB image of this resolution."""
+        canvas = Image.new("RGB", [round(side * dpi) for side in self.size], "white")
+
+        def write(text: str, x: float, y: float, size: float, upwards: bool = False, above: bool = False) -> None:
+            """Writes text around a middle in pixels, or above it."""
+            mask = text_mask(text, size / 72 * dpi)
+            mask = mask.transpose(Image.Transpose.ROTATE_90) if upwards else mask
+            canvas.paste("black", (round(x - mask.width / 2), round(y - mask.height / (1 if above else 2))), mask)
+
+        for cell in self.cells:
+            left, top, right, bottom = (side * dpi for side in cell.box)
+            middle_x, middle_y = (left + right) / 2, (top + bottom) / 2
+            if cell.picture is not None:
+                shown = _fitted(cell.picture, right - left, bottom - top)
+                top = middle_y - shown.height / 2
+                canvas.paste(shown, (round(middle_x - shown.width / 2), round(top)))
+            if cell.title:
+                write(cell.title, middle_x, top - 2 / 72 * dpi, _TITLE, above=True)
+            if cell.row_title:
+                width = _inches([cell.row_title]) * dpi
+                write(cell.row_title, left - width / 2, middle_y, _TITLE, upwards=True)
+        if self.caption:
+            middle_x, bottom = self.size[0] / 2, self.size[1] - _inches([self.caption]) / 2
+            write(self.caption, middle_x * dpi, bottom * dpi, _CAPTION)
+        return canvas
+
+    def figure(self) -> Figure:
+        """Draws the sheet with matplotlib, an axis for each cell, for vector graphics and for plots over the pictures."""
+        from matplotlib.figure import Figure
+
+        width, height = self.size
+        figure = Figure(figsize=self.size)
+        for cell in self.cells:
+            left, top, right, bottom = cell.box
+            place = (left / width, 1 - bottom / height, (right - left) / width, (bottom - top) / height)
+            axis = figure.add_axes(place)
+            axis.axis("off")
+            if cell.picture is not None:
+                axis.imshow(cell.picture)
+            axis.set_title(cell.title, fontsize=_TITLE, pad=4, **verbatim())
+            options = {"ha": "right", "va": "center", "multialignment": "center", "transform": axis.transAxes}
+            axis.text(-0.03, 0.5, cell.row_title, rotation=90, fontsize=_TITLE, **options, **verbatim())
+        middle = _inches([self.caption]) / 2 / height
+        figure.text(0.5, middle, self.caption, ha="center", va="center", fontsize=_CAPTION)
+        return figure
+
+    def savefig(self, path: str | Path, *, format: str | None = None, dpi: int = DPI, **options) -> None:
+        """Writes the sheet like `Figure.savefig`: with matplotlib as PDF or SVG, with Pillow as an image."""
+        format = format or Path(path).suffix[1:].lower()
+        if format in VECTOR_FORMATS:
+            self.figure().savefig(path, format=format, dpi=dpi)
+        else:
+            kind = Image.registered_extensions()[f".{format}"]
+            self.image(dpi).save(path, kind, dpi=(dpi, dpi), **options.get("pil_kwargs", {}))
+
+    def _repr_png_(self) -> bytes:
+        return self.image()._repr_png_()
 
 
 def explanation_grid(
@@ -70,7 +179,7 @@ def explanation_grid(
     opacity: float = 0.5,
     colormap: str = COLORMAP,
     columns: int = 5,
-) -> Figure:
+) -> Sheet:
     """
     Shows the original image and one overlay for each text; a text that the image does not show is dimmed and called absent,
     because its map is stretched to [0, 1] like all others.
@@ -97,7 +206,7 @@ def comparison_sheet(
     row_titles: Sequence[str],
     *,
     colormap: str = COLORMAP,
-) -> Figure:
+) -> Sheet:
     """
     Compares methods side by side (Fig. 2, 6 and 10). A row shows the original image and the overlays of one text.
 
@@ -115,72 +224,53 @@ def comparison_sheet(
 
 
 def picture_grid(
-    pictures: Sequence, titles: Sequence[str], columns: int, row_titles: Sequence[str] = (), caption: str = ""
-) -> Figure:
+    pictures: Sequence[Image.Image | None],
+    titles: Sequence[str],
+    columns: int,
+    row_titles: Sequence[str] = (),
+    caption: str = "",
+) -> Sheet:
     """
     Arranges pictures in rows, each under its title.
 
     Args:
-        pictures: PIL images or arrays `(H, W, 3)` in [0, 1]; None leaves a cell empty.
+        pictures: RGB images; None leaves a cell empty.
         titles: one for each picture; long titles are wrapped.
         columns (`int`): largest number of pictures in a row.
         row_titles: one for each row, written upwards on its left; none by default.
         caption (`str`): a line below all pictures; none by default.
     """
     columns = min(columns, len(pictures))
-    shapes = [np.shape(picture)[:2] for picture in pictures if picture is not None]
     # Cells have the mean aspect ratio of the pictures, within a factor of 2 because of panoramas.
-    aspect = min(max(float(np.mean([height / width for height, width in shapes])), 0.5), 2.0)
+    aspects = [picture.height / picture.width for picture in pictures if picture is not None]
+    aspect = min(max(float(np.mean(aspects)), 0.5), 2.0)
     wrapped = [_wrap(title) for title in titles]
     turned = [_wrap(title, round(_LINE * aspect)) for title in row_titles]
-    title_heights = [_inches(wrapped[start : start + columns]) for start in range(0, len(pictures), columns)]
-    # All positions are computed in inches. A layout engine would have to draw the figure to find them, which is slow.
-    left, bottom = _inches(turned), _inches([caption])
-    width = left + CELL * columns
-    height = sum(title_heights) + CELL * aspect * len(title_heights) + bottom
-    figure = Figure(figsize=(width, height))
-    top = height
-    for row, title_height in enumerate(title_heights):
-        top -= title_height + CELL * aspect
-        for column, (picture, title) in enumerate(zip(pictures[row * columns :][:columns], wrapped[row * columns :])):
-            corner = ((left + CELL * column + _GAP) / width, (top + _GAP) / height)
-            axis = figure.add_axes((*corner, (CELL - 2 * _GAP) / width, (CELL * aspect - 2 * _GAP) / height))
-            axis.axis("off")
-            if picture is not None:
-                axis.imshow(picture)
-            axis.set_title(title, fontsize=11, pad=4, **verbatim())
-    for axis, title in zip(figure.axes[::columns], turned):
-        middle = {"ha": "right", "va": "center", "multialignment": "center", "transform": axis.transAxes}
-        axis.text(-0.03, 0.5, title, rotation=90, fontsize=11, **middle, **verbatim())
-    figure.text(0.5, bottom / 2 / height, caption, ha="center", va="center", fontsize=9)
-    return figure
-
-
-# Fonts for scripts that matplotlib's default font lacks; used if installed. The last font, which newer versions of matplotlib
-# include, has a box for every character and so avoids a warning for each missing one.
-_MORE_SCRIPTS = (
-    "Noto Sans CJK SC",
-    "Noto Sans CJK JP",
-    "Noto Sans Devanagari",
-    "PingFang SC",
-    "Hiragino Sans",
-    "Microsoft YaHei",
-    "Malgun Gothic",
-    "Nirmala UI",
-    "Arial Unicode MS",
-    "Last Resort High-Efficiency",
-)
-
-
-@cache
-def _more_scripts() -> list[str]:
-    installed = set(font_manager.get_font_names())
-    return [name for name in _MORE_SCRIPTS if name in installed]
+    left, side = _inches(turned), CELL - 2 * _GAP
+    cells, top = [], 0.0
+    for start in range(0, len(pictures), columns):
+        row = range(start, min(start + columns, len(pictures)))
+        top += _inches([wrapped[index] for index in row])
+        for column, index in enumerate(row):
+            corner = left + CELL * column + _GAP
+            box = (corner, top + _GAP, corner + side, top + _GAP + side * aspect)
+            row_title = turned[start // columns] if turned and column == 0 else ""
+            cells.append(Cell(box, pictures[index], wrapped[index], row_title))
+        top += side * aspect + 2 * _GAP
+    return Sheet((left + CELL * columns, top + _inches([caption])), cells, caption)
 
 
 def verbatim() -> dict:
-    """Returns the options for text of a user: dollar signs start no formula, and further fonts cover other scripts."""
-    return {"parse_math": False, "fontfamily": [*rcParams["font.family"], *_more_scripts()]}
+    """Returns matplotlib's options for text of a user: dollar signs start no formula, and further fonts cover other scripts."""
+    return {"parse_math": False, "fontfamily": [*rcParams["font.family"], *more_scripts()]}
+
+
+def _fitted(picture: Image.Image, width: float, height: float) -> Image.Image:
+    """Resizes a picture to fit a box, unless it fits within a pixel already."""
+    scale = min(width / picture.width, height / picture.height)
+    if abs(scale - 1) * max(picture.size) <= 1:
+        return picture
+    return picture.resize([max(1, round(side * scale)) for side in picture.size], Image.Resampling.LANCZOS)
 
 
 def _wrap(text: str, width: int = _LINE) -> str:

@@ -55,12 +55,24 @@ def test_what_is_chosen_makes_a_run(tmp_path, count):
     data = [str(write_table(tmp_path, count))]
     chosen = choose_settings({"data": data})
     settings = read_settings({"data": data}, {name: choice.value for name, choice in chosen.items()})
-    held_out = -(-count // 10) if count >= 20 else 0
+    held_out = -(-count // 10) if count >= 20 else 0  # rounded up
+    rate = settings.learning_rate * settings.batch_size / 1024
+    assert rate == pytest.approx(1e-5, rel=1e-3)
     assert 1 <= settings.batch_size <= count - held_out
     steps = (count - held_out) // settings.batch_size * settings.epochs
     assert 0 < settings.eval_steps <= steps and settings.warmup_epochs < settings.epochs
     assert (settings.model, settings.output_dir, settings.lock_text) == ("embedded", "runs/pairs", True)
     assert settings.validation_share == (0.1 if held_out else 0) and all(choice.why for choice in chosen.values())
+
+
+def test_captions_of_one_image_are_counted_together(tmp_path):
+    """Images with one to six captions: the part that is held out is not a tenth of the pairs, and no batch is too large."""
+    table = write_table(tmp_path, 21)
+    rows = [f"{image}.png,caption {image} {number}" for image in range(21) for number in range(1 + image % 6)]
+    table.write_text("\n".join(["image,caption", *rows, ""]))
+    training, held_out = load_pairs(table).split(0.1)
+    batch = choose_settings({"data": [str(table)]})["batch_size"].value
+    assert batch == len(training) == len(rows) - len(held_out)
 
 
 def test_what_is_given_takes_precedence_and_the_rest_follows(tmp_path, monkeypatch):

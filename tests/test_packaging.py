@@ -155,6 +155,7 @@ NEEDS = {
     "iclip_hf.training.checkpoints": "train",
     "iclip_hf.training.data": "train",
     "iclip_hf.training.datasets": "train",
+    "iclip_hf.training.report": "train",
     "iclip_hf.training.run": "train",
     "iclip_hf.training.validation": "train",
 }

@@ -9,7 +9,6 @@ from __future__ import annotations
 import copy
 import hashlib
 import logging
-import math
 import os
 import random
 from collections.abc import Iterator, Mapping, Sequence
@@ -24,7 +23,7 @@ from tqdm import tqdm
 
 from ..images import load_image
 from ..utils.extras import require_extra
-from .sources import BAD_PAIR, USUAL_COLUMNS, Columns, Source, is_hub_id, open_sources
+from .sources import BAD_PAIR, USUAL_COLUMNS, Columns, Source, held_out_rows, is_hub_id, open_sources
 
 
 if TYPE_CHECKING:
@@ -149,17 +148,7 @@ class PairDataset(Dataset):
         Raises:
             `ValueError`: one of the two would be empty.
         """
-        parts = np.split(self._ranges, self._ends[:-1])
-        groups = [(source.path, group) for source, part in zip(self._sources, parts) for group in source.groups(part)]
-        distinct = sorted(set(groups), key=repr)
-        count = math.ceil(share * len(distinct))
-        if not 0 < count < len(distinct):
-            raise ValueError(
-                f"Expected a share that splits {len(distinct)} images in two, got {share}: change it, or add pairs."
-            )
-        order = np.random.default_rng(0).permutation(len(distinct))
-        drawn = {distinct[place] for place in order[:count]}
-        inside = np.array([group in drawn for group in groups])
+        inside = held_out_rows(self._sources, np.split(self._ranges, self._ends[:-1]), share)
         return self._subset(np.flatnonzero(~inside)), self._subset(np.flatnonzero(inside))
 
     def _subset(self, rows: np.ndarray) -> PairDataset:

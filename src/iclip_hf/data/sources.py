@@ -12,6 +12,7 @@ import glob
 import hashlib
 import io
 import json
+import math
 import os
 import re
 import tarfile
@@ -408,6 +409,33 @@ def open_sources(
         else:
             opened += [_open(path, columns) for path in _local_files(source)]
     return opened
+
+
+def held_out_rows(sources: Sequence[Source], ranges: Sequence[np.ndarray], share: float) -> np.ndarray:
+    """
+    Draws a part of the pairs, which is always the same. Pairs of one image stay together.
+
+    Args:
+        sources: N pairs together.
+        ranges: those of each source.
+        share (`float` in (0, 1)): share of the images in the part, rounded up.
+
+    Returns:
+        `np.ndarray` of shape `(N,)`: whether each pair is in the part.
+
+    Raises:
+        `ValueError`: the part or the rest would be empty.
+    """
+    groups = [(source.path, group) for source, part in zip(sources, ranges) for group in source.groups(part)]
+    distinct = sorted(set(groups), key=repr)
+    count = math.ceil(share * len(distinct))
+    if not 0 < count < len(distinct):
+        raise ValueError(
+            f"Expected a share that splits {len(distinct)} images in two, got {share}: change it, or add pairs."
+        )
+    order = np.random.default_rng(0).permutation(len(distinct))
+    drawn = {distinct[place] for place in order[:count]}
+    return np.array([group in drawn for group in groups])
 
 
 _KINDS = {".tar": TarShard, ".csv": Table, ".tsv": Table, ".jsonl": Table, ".parquet": ArrowRows}

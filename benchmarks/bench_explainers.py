@@ -2,8 +2,9 @@
 
     python benchmarks/bench_explainers.py [--texts 20] [--rounds 3]
 
-CLIP ViT-B/16 with random weights, 224 pixels. The alternatives need one forward and backward a text: written with transformers
-alone, pytorch-grad-cam and captum. Prints a Markdown table.
+CLIP ViT-B/16 with random weights, 224 pixels; `proxyclip` with the embedded model's DINOv2 tower. The alternatives need one
+forward and backward a text: written with transformers alone, pytorch-grad-cam and captum. Before the clock starts their maps are
+compared with ours, but for captum, which takes the mean gradient of each token instead of each channel. Prints a Markdown table.
 """
 
 import argparse
@@ -11,6 +12,7 @@ import statistics
 import tempfile
 from collections.abc import Callable
 
+import numpy as np
 import torch
 from captum.attr import LayerGradCam
 from measuring import cost, machine, ratio, table, take_turns
@@ -21,6 +23,7 @@ from transformers import BertTokenizer, CLIPConfig, CLIPImageProcessor, CLIPMode
 
 from iclip_hf.explainers import METHODS, make_explainer
 from iclip_hf.modeling_iclip import ICLIPTextFeatures
+from iclip_hf.similarity import min_max_normalize, resize_maps
 
 
 class Scores(torch.nn.Module):
@@ -36,18 +39,22 @@ class Scores(torch.nn.Module):
 
 
 def with_transformers(model: CLIPModel, pixel_values: torch.Tensor, text_embeds: torch.Tensor, method: str):
-    """Grad-CAM or the last layer's relevance on the model's public outputs."""
-    maps = []
+    """Grad-CAM after the last block's first norm, or the last layer's relevance, on the model's public outputs."""
+    maps, normed = [], []
+    handle = model.vision_model.encoder.layers[-1].layer_norm1.register_forward_hook(
+        lambda module, args, output: normed.append(output)
+    )
     for text in text_embeds:
-        outputs = model.vision_model(pixel_values, output_attentions=True, output_hidden_states=True)
+        outputs = model.vision_model(pixel_values, output_attentions=True)
         logit = (F.normalize(model.visual_projection(outputs.pooler_output), dim=-1) @ text).sum()
         if method == "grad_cam":
-            activations = outputs.hidden_states[-2]
+            activations = normed.pop()
             (gradient,) = torch.autograd.grad(logit, activations)
             maps.append((activations * gradient[:, 1:].mean(1, keepdim=True)).sum(-1)[:, 1:].relu().detach())
         else:
             (gradient,) = torch.autograd.grad(logit, outputs.attentions[-1])
             maps.append((outputs.attentions[-1] * gradient).relu().mean(1)[:, 0, 1:].detach())
+    handle.remove()
     return torch.stack(maps, 1)
 
 
@@ -76,7 +83,8 @@ def contenders(count: int) -> dict[str, Callable[[], object]]:
         cam = LayerGradCam(classifier, layer)
         return [cam.attribute(pixel_values, target=text, attr_dim_summation=False) for text in range(len(embeds))]
 
-    explainers = {method: make_explainer(model, processor, method) for method in METHODS}
+    methods = [method for method in METHODS if method != "attention_affinity"]  # which needs an ICLIP model
+    explainers = {method: make_explainer(model, processor, method) for method in methods}
     return {
         "the image tower's forward": torch.no_grad()(lambda: model.vision_model(pixel_values)),
         **{f"`{name}`": lambda one=one: one.raw_maps(pixel_values, texts) for name, one in explainers.items()},
@@ -91,13 +99,30 @@ def contender(name: str, count: int) -> Callable[[], object]:
     return contenders(count)[name]
 
 
+def compare(all_contenders: dict[str, Callable[[], object]]) -> None:
+    """Raises `AssertionError` unless the alternatives draw the maps that are timed beside them, up to their scale."""
+    maps = {name: all_contenders[name]() for name in ("`grad_cam`", "`bi_modal`")}
+    (grad_cam, _), (bi_modal, _) = maps.values()
+    enlarged = resize_maps(grad_cam[0], (224, 224)).numpy()
+    for ours, theirs in (
+        (grad_cam, all_contenders["Grad-CAM with transformers"]()),
+        (bi_modal, all_contenders["relevance with transformers"]()),
+    ):
+        torch.testing.assert_close(min_max_normalize(ours), min_max_normalize(theirs), atol=1e-3, rtol=0)
+    for ours, (theirs,) in zip(enlarged, all_contenders["Grad-CAM of pytorch-grad-cam"]()):
+        correlation = np.corrcoef(ours.ravel(), theirs.ravel())[0, 1]  # it enlarges in another way
+        assert correlation > 0.99, f"Expected equal maps, got a correlation of {correlation:.3f}."
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--texts", type=int, default=20)
     parser.add_argument("--rounds", type=int, default=3)
     options = parser.parse_args()
 
-    taken = take_turns(contenders(options.texts), options.rounds)
+    all_contenders = contenders(options.texts)
+    compare(all_contenders)
+    taken = take_turns(all_contenders, options.rounds)
     forward, rows = next(iter(taken)), []
     for name, times in taken.items():
         ours = {"Grad-CAM": "`grad_cam`", "relevance": "`bi_modal`"}.get(name.split()[0])

@@ -152,3 +152,22 @@ def iclip_data() -> Path:
     if not folder.is_dir():
         pytest.skip(f"needs the real data: {folder} does not exist, set ICLIP_DATA to its folder")
     return folder
+
+
+@pytest.fixture(scope="module")
+def made(tiny_processor, tmp_path_factory):
+    """One model of each family for all tests of a module: nothing may change it. A tiny DINOv2 stands for the embedded one."""
+    from families import build
+
+    proxy = tmp_path_factory.mktemp("proxy")
+    tiny_model("dinov2").vision_model.save_pretrained(proxy)
+    cache = {}
+
+    def get(family):
+        if family not in cache:
+            cache[family] = build(family, tiny_processor)
+        return cache[family]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("iclip_hf.explainers.proxyclip.embedded_towers", lambda: (proxy, None))
+        yield get

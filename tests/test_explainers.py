@@ -3,27 +3,16 @@
 import copy
 import math
 import threading
-from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
 import torchvision
-from conftest import CLIP_TOKENS, TRANSFORMER, VIT, tiny_model
+from conftest import tiny_model
+from families import GRID, LABELS, NEED_BLOCKS, PAIRS, WIDE, cosine_map, images, pixels
 from PIL import Image
 from torch import nn
 from torch.nn import functional as F
-from transformers import (
-    CLIPConfig,
-    CLIPImageProcessor,
-    CLIPModel,
-    Siglip2Config,
-    Siglip2ImageProcessor,
-    Siglip2Model,
-    SiglipConfig,
-    SiglipImageProcessor,
-    SiglipModel,
-)
+from transformers import Siglip2ImageProcessor
 
 from iclip_hf import explain
 from iclip_hf.explainers import METHODS, make_explainer
@@ -32,96 +21,6 @@ from iclip_hf.explainers.bi_modal import BiModal
 from iclip_hf.explainers.grad_cam import GradCAM
 from iclip_hf.modeling_iclip import ICLIPImageFeatures, ICLIPTextFeatures
 from iclip_hf.similarity import min_max_normalize
-
-
-LABELS = ["dog", "red ball", "blue car"]
-SIZES = [(40, 50), (33, 32), (64, 20)]  # height, width
-WIDE = {"height": 32, "width": 48}
-GRID = (4, 6)
-
-
-def images():
-    generator = np.random.default_rng(0)
-    return [Image.fromarray(generator.integers(0, 256, (*size, 3), dtype=np.uint8)) for size in SIZES]
-
-
-def pixels(size=(32, 48), batch=2):
-    return torch.randn(batch, 3, *size, generator=torch.Generator().manual_seed(1))
-
-
-@torch.no_grad()
-def liven(model: nn.Module) -> nn.Module:
-    """At the usual initial scale all tokens would be nearly equal."""
-    for name, parameter in model.named_parameters():
-        if parameter.ndim >= 2:
-            parameter.normal_(std=parameter[0].numel() ** -0.5)
-        elif name.endswith("bias"):
-            parameter.normal_(std=0.1)
-        elif "bn" in name:
-            parameter.fill_(1)  # a ResNet starts with its blocks' last norm at 0
-    return model.eval()
-
-
-def tiny_open_clip(tokenizer, **vision):
-    open_clip = pytest.importorskip("open_clip", reason="needs open_clip_torch")
-    text = {"context_length": 12, "vocab_size": 64, "width": 32, "heads": 4, "layers": 2}
-    model = open_clip.CLIP(embed_dim=16, vision_cfg=vision, text_cfg=text)
-    cfg = {"mean": (0.5, 0.4, 0.3), "std": (0.2, 0.25, 0.3), "interpolation": "bicubic"}
-    open_clip.set_model_preprocess_cfg(model, cfg)
-
-    def tokenize(texts):
-        return tokenizer(texts, padding="max_length", max_length=12, truncation=True, return_tensors="pt")["input_ids"]
-
-    return liven(model), tokenize
-
-
-def build(family: str, processor):
-    """A model of the family, its processor, and the (height, width) of its input in the tests."""
-    torch.manual_seed(5)
-    text = {**TRANSFORMER, **CLIP_TOKENS, "eos_token_id": processor.tokenizer.sep_token_id}
-    if family == "iclip":
-        return tiny_model("dinov2_with_registers"), processor, (32, 48)
-    if family == "clip":
-        model = CLIPModel(CLIPConfig(vision_config=VIT, text_config=text, projection_dim=16))
-        image_processor = CLIPImageProcessor()
-    if family == "siglip":
-        model = SiglipModel(SiglipConfig(vision_config=VIT, text_config={**text, "projection_size": 32}))
-        image_processor = SiglipImageProcessor()
-    if family == "siglip2":
-        vision = {name: value for name, value in VIT.items() if name != "image_size"} | {"num_patches": 16}
-        model = Siglip2Model(Siglip2Config(vision_config=vision, text_config={**text, "projection_size": 32}))
-        image_processor = Siglip2ImageProcessor(patch_size=8, max_num_patches=24)
-    if family == "open_clip":
-        return *tiny_open_clip(processor.tokenizer, image_size=32, patch_size=8, width=32, layers=2, head_width=8), (
-            32,
-            32,
-        )
-    if family == "open_clip_resnet":
-        return *tiny_open_clip(processor.tokenizer, image_size=96, layers=[1] * 4, width=4, head_width=32), (96, 96)
-    return liven(model), SimpleNamespace(image_processor=image_processor, tokenizer=processor.tokenizer), (32, 48)
-
-
-FAMILIES = ["iclip", "clip", "siglip", "siglip2", "open_clip", "open_clip_resnet"]
-REFUSED = {("open_clip_resnet", "clip_surgery"), ("open_clip_resnet", "gem")}
-REFUSED |= {(family, "attention_affinity") for family in FAMILIES if family != "iclip"}
-PAIRS = [(family, method) for family in FAMILIES for method in METHODS if (family, method) not in REFUSED]
-
-
-@pytest.fixture(scope="module")
-def made(tiny_processor):
-    """One model of each family for all tests: nothing here may change it."""
-    cache = {}
-
-    def get(family):
-        if family not in cache:
-            cache[family] = build(family, tiny_processor)
-        return cache[family]
-
-    return get
-
-
-def cosine_map(patches, texts, grid):
-    return torch.einsum("bnp,tp->btn", F.normalize(patches, dim=-1), F.normalize(texts, dim=-1)).unflatten(-1, grid)
 
 
 # What every method keeps, for every family
@@ -399,7 +298,7 @@ def test_attention_affinity_needs_a_model_that_has_one(made):
 @pytest.mark.parametrize("layer", [-1, -2])
 def test_grad_cam_against_one_backward_an_image_and_text(made, layer):
     model, processor, _ = made("clip")
-    explainer = make_explainer(model, processor, "grad_cam", layer=layer)
+    explainer = make_explainer(model, processor, "grad_cam", layer=layer, activations="block")
     texts = explainer.encode_texts(LABELS)
     maps, _ = explainer.raw_maps(pixels(), texts)
     for image in range(2):
@@ -525,7 +424,7 @@ class Toy(ModelAdapter):
 
     def _prepare_layers(self):
         for block in self.model:
-            self._add_layer(block, block.attention, head_output(block.attention.out_proj))
+            self._add_layer(block, block.attention, head_output(block.attention.out_proj), torch.zeros_like)
 
     def _encode_texts(self, labels, templates):
         raise NotImplementedError
@@ -554,7 +453,7 @@ class ToyBlock(nn.Module):
 def toy(method, **options):
     explainer = method.__new__(method)
     explainer.family = Toy()
-    explainer.layer = options["layer"]
+    vars(explainer).update(options)
     tokens = torch.tensor([[[3.0, 0.0], [0.0, 3.0], [3.0, -9.0]]])
     text = torch.tensor([[0.0, 1.0]])
     maps, scores = explainer.raw_maps(tokens, ICLIPTextFeatures(text_embeds=text, map_text_embeds=text))
@@ -576,10 +475,10 @@ def test_toy_by_hand():
     maps, _ = toy(BiModal, layer=-2)
     assert maps == pytest.approx([8 / 3 + 2 / 3 + 4 / 9, 0])
     # Grad-CAM at layer 2: a patch enters c'' with 1/3, so that both gradients are (0, 2/3): 2/3 * (1, -11), positive.
-    maps, _ = toy(GradCAM, layer=-1)
+    maps, _ = toy(GradCAM, layer=-1, normed=False)
     assert maps == pytest.approx([2 / 3, 0])
     # At layer 1 a patch reaches c'' by c (1/3), by itself (1/3), by the means in layer 1 (3 * 1/9): 1, times 2.
-    maps, _ = toy(GradCAM, layer=-2)
+    maps, _ = toy(GradCAM, layer=-2, normed=False)
     assert maps == pytest.approx([2 * 3, 0])
 
 
@@ -795,7 +694,7 @@ def test_unknown_names_are_refused(made):
     model, processor, _ = made("iclip")
     with pytest.raises(ValueError, match=r"one of \['attention', .*'bi_modal'.*got 'gradcam'"):
         make_explainer(model, processor, "gradcam")
-    with pytest.raises(ValueError, match=r"'grad_cam', which are \['layer'\], got \['layers'\]"):
+    with pytest.raises(ValueError, match=r"'grad_cam', which are \['layer', 'activations'\], got \['layers'\]"):
         make_explainer(model, processor, "grad_cam", layers=3)
     with pytest.raises(ValueError, match="2 attention layers, got 2"):
         make_explainer(model, processor, "grad_cam", layer=2)
@@ -808,7 +707,7 @@ def test_unknown_names_are_refused(made):
 def test_other_models_are_refused(made):
     model, processor, _ = made("clip")
     for other in (model.vision_model, nn.Linear(1, 1)):
-        with pytest.raises(TypeError, match="Expected an ICLIPModel, CLIPModel"):
+        with pytest.raises(TypeError, match="Expected an ICLIPModel, an ONNXModel, a CLIPModel"):
             make_explainer(other, processor)
 
 
@@ -821,8 +720,8 @@ def test_bi_modal_needs_a_class_token_behind_the_score(pooling, tiny_processor):
     assert explain(model, tiny_processor, images(), LABELS, "bi_modal")[0].raw_maps.shape == (3, 4, 4)
 
 
-@pytest.mark.parametrize("method", ["clip_surgery", "gem"])
-def test_self_self_attention_needs_blocks(made, method):
+@pytest.mark.parametrize("method", NEED_BLOCKS)
+def test_blocks_are_needed(made, method):
     model, tokenizer, _ = made("open_clip_resnet")
     with pytest.raises(ValueError, match="this image tower has none"):
         make_explainer(model, tokenizer, method)

@@ -35,7 +35,7 @@ from .similarity import check_lists, cosine_similarity_map, min_max_normalize
 
 
 # Image towers with a class token. The value tells whether `interpolate_pos_encoding` must be passed.
-_VISION_TOWERS = {
+VISION_TOWERS = {
     "vit": True,
     "dinov2": False,
     "dinov2_with_registers": False,
@@ -295,9 +295,9 @@ class ICLIPModel(PreTrainedModel):
         text_model: PreTrainedModel | None = None,
     ):
         vision_type, text_type = config.vision_config.model_type, config.text_config.model_type
-        if vision_type not in _VISION_TOWERS:
+        if vision_type not in VISION_TOWERS:
             raise ValueError(
-                f"Expected vision_config to be a transformer with a class token, one of {sorted(_VISION_TOWERS)}, got "
+                f"Expected vision_config to be a transformer with a class token, one of {sorted(VISION_TOWERS)}, got "
                 f"{vision_type!r}: masked max pooling needs the class token's attention."
             )
         if config.text_pooling == "eos" and text_type not in _EOS_TEXT_TOWERS:
@@ -436,7 +436,7 @@ class ICLIPModel(PreTrainedModel):
                 f"Expected pixel_values of shape (B, {config.num_channels}, H, W) with H and W multiples of the patch "
                 f"size {patch_size}, got {shape}: prepare images with ICLIPProcessor."
             )
-        if _VISION_TOWERS[config.model_type]:
+        if VISION_TOWERS[config.model_type]:
             kwargs["interpolate_pos_encoding"] = True
         class_row = _ClassRow()
         if self.vision_model.config._attn_implementation == "eager":
@@ -504,13 +504,9 @@ class ICLIPModel(PreTrainedModel):
         pooled = pool(image.patch_tokens, image.class_token, attention, self.config.pooling)
         return (image.class_token if self.config.dual_projection else pooled), pooled
 
-    def centered_tokens(self, image: ImageTokens) -> torch.Tensor:
-        """The patch tokens `(B, N, D)` that the map branch sees, before they are shared among like patches."""
-        return (
-            image.patch_tokens - self.token_mean.to(image.patch_tokens)
-            if self.config.center_tokens
-            else image.patch_tokens
-        )
+    def centered_tokens(self, patch_tokens: torch.Tensor) -> torch.Tensor:
+        """The patch tokens `(..., D)` that the map branch sees, before they are shared among like patches."""
+        return patch_tokens - self.token_mean.to(patch_tokens) if self.config.center_tokens else patch_tokens
 
     def pool_similarities(self, patch_embeds: torch.Tensor, text_embeds: torch.Tensor, attention: torch.Tensor):
         """
@@ -549,7 +545,7 @@ class ICLIPModel(PreTrainedModel):
         map_image_embeds = None
         if self.config.max_over == "channels":
             map_image_embeds = normalize(self.map_branch.visual_projection(map_pooled))
-        patch_tokens = self.centered_tokens(image)
+        patch_tokens = self.centered_tokens(image.patch_tokens)
         if self.config.map_affinity > 0:
             values = torch.cat([patch_tokens, attention.unsqueeze(-1).to(patch_tokens.dtype)], -1)
             shared = share_among_like(values, patch_tokens, self.config.map_affinity)

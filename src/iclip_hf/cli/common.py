@@ -23,9 +23,16 @@ METHODS = (
     "attention",
     "attention_affinity",
     "grad_cam",
+    "grad_eclip",
+    "legrad",
     "bi_modal",
     "clip_surgery",
     "gem",
+    "maskclip",
+    "sclip",
+    "clearclip",
+    "naclip",
+    "proxyclip",
     "random",
 )
 DTYPES = ("float32", "bfloat16", "float16")

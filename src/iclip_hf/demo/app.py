@@ -54,9 +54,16 @@ METHODS = {
     "Attention, the same for every text": "attention",
     "Attention spread by affinity, the same for every text": "attention_affinity",
     "Grad-CAM": "grad_cam",
+    "Grad-ECLIP": "grad_eclip",
+    "LeGrad": "legrad",
     "Bi-modal relevance": "bi_modal",
     "CLIP Surgery": "clip_surgery",
     "GEM": "gem",
+    "MaskCLIP": "maskclip",
+    "SCLIP": "sclip",
+    "ClearCLIP": "clearclip",
+    "NACLIP": "naclip",
+    "ProxyCLIP": "proxyclip",
     "Random, which knows neither image nor text": "random",
 }
 # Photographs of scikit-image, CC0 or in the public domain, with texts. The last text of each is absent.

@@ -12,9 +12,10 @@ Explainers: the methods that tell which pixels of an image match a text, for ICL
 What the methods do where there is no class token to start from:
 
 - SigLIP and SigLIP2 pool by a head whose probe attends over the patches, and a ResNet by the mean of its feature map. This
-  query takes the class token's place in `attention` and `bi_modal`; the head is the tower's last attention layer.
+  query takes the class token's place in `attention`, `bi_modal` and `grad_eclip`; the head is the tower's last attention layer.
 - `itsm` needs patches in the space of the texts: each is what the head gives with all attention on it.
-- `clip_surgery` and `gem` change the self-attention of a transformer's blocks: a ResNet has none and is refused.
+- `clip_surgery`, `gem`, `maskclip`, `sclip`, `clearclip`, `naclip`, `proxyclip` and `legrad` look at the self-attention of a
+  transformer's blocks: a ResNet has none and is refused.
 - `bi_modal` is refused for an ICLIP of one branch that pools its patch tokens.
 """
 
@@ -27,12 +28,19 @@ import torch
 from ..modeling_iclip import ICLIPTextFeatures
 from .attention import Attention, AttentionAffinity
 from .bi_modal import BiModal
+from .clearclip import ClearCLIP
 from .clip_surgery import CLIPSurgery
 from .explainer import Explainer, identity
 from .gem import GEM
 from .grad_cam import GradCAM
+from .grad_eclip import GradECLIP
 from .itsm import ITSM, ReversedITSM
+from .legrad import LeGrad
+from .maskclip import MaskCLIP
+from .naclip import NACLIP
+from .proxyclip import ProxyCLIP
 from .random_map import RandomMap
+from .sclip import SCLIP
 
 
 METHODS: dict[str, type[Explainer]] = {
@@ -41,9 +49,16 @@ METHODS: dict[str, type[Explainer]] = {
     "attention": Attention,
     "attention_affinity": AttentionAffinity,
     "grad_cam": GradCAM,
+    "grad_eclip": GradECLIP,
+    "legrad": LeGrad,
     "bi_modal": BiModal,
     "clip_surgery": CLIPSurgery,
     "gem": GEM,
+    "maskclip": MaskCLIP,
+    "sclip": SCLIP,
+    "clearclip": ClearCLIP,
+    "naclip": NACLIP,
+    "proxyclip": ProxyCLIP,
     "random": RandomMap,
 }
 
@@ -53,7 +68,8 @@ def make_explainer(model, processor, method: str = "itsm", **method_options) -> 
     Prepares a method for a model.
 
     Args:
-        model: [`ICLIPModel`], or transformers' `CLIPModel`, `SiglipModel` or `Siglip2Model`, an [`ONNXModel`], or a model of open_clip.
+        model: [`ICLIPModel`], an [`ONNXModel`], transformers' `CLIPModel`, `MetaClip2Model`, `SiglipModel`, `Siglip2Model` or
+            `Tipsv2Model`, or a model of open_clip.
         processor: the model's processor; for open_clip its tokenizer.
         method (`str`): a name of `METHODS`.
         method_options: of the method, see its class.

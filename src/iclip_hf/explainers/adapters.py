@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import nn
@@ -77,10 +78,12 @@ class ModelAdapter(ABC):
     def _prepare_layers(self) -> None:
         """Prepares the attention layers for recording and lists them in `layers`."""
 
-    def _add_layer(self, block: nn.Module, attention: nn.Module, output: Callable, residual: bool = True) -> None:
+    def _add_layer(
+        self, block: nn.Module, attention: nn.Module, output: Callable, mlp: Callable | None = None
+    ) -> None:
         prepare(len(self.layers), block, attention)
         self.blocks.append(block)
-        self.layers.append(AttentionLayer(output, residual))
+        self.layers.append(AttentionLayer(output, mlp))
 
     def encode_texts(self, labels: Sequence[str], templates: Sequence[str] | None = None) -> ICLIPTextFeatures:
         """Encodes T labels, each put into the templates and averaged over them, as unit vectors `(T, P)`."""
@@ -106,6 +109,31 @@ class ModelAdapter(ABC):
     @abstractmethod
     def project(self, stream: torch.Tensor) -> torch.Tensor:
         """Projects patches of the stream that leaves the last block, `(B, N, D)`, into the space of the texts, `(B, N, P)`."""
+
+    def self_attentions(self, method: str) -> list[int]:
+        """
+        Returns the indices of the layers that are self-attentions in a transformer's blocks.
+
+        Raises:
+            `ValueError`: there are none, which the method needs.
+        """
+        blocks = [index for index, layer in enumerate(self.layers) if layer.residual]
+        if not blocks:
+            raise ValueError(
+                f"{method} looks at the self-attention in a transformer's blocks, and this image tower has none: use itsm, "
+                "grad_cam, grad_eclip, bi_modal or attention."
+            )
+        return blocks
+
+    def rgb(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """Returns the pixels that the processor normalised, `(B, 3, H, W)` in [0, 1]."""
+        processor = self.processor
+        image_processor = processor.func if isinstance(processor, partial) else processor.image_processor
+        if not image_processor.do_normalize:
+            return pixel_values
+        statistics = (image_processor.image_mean, image_processor.image_std)
+        mean, std = (torch.tensor(values).to(pixel_values).view(3, 1, 1) for values in statistics)
+        return pixel_values * std + mean
 
     def similarity_maps(self, image: ICLIPImageFeatures, texts: ICLIPTextFeatures) -> torch.Tensor:
         """Computes raw maps `(B, T, h, w)`: the cosine of every patch with every text (Eq. 1-3)."""
@@ -136,7 +164,13 @@ class _TransformersAdapter(ModelAdapter):
             if isinstance(block, GradientCheckpointingLayer):
                 attention = next(child for child in block.children() if hasattr(child, "v_proj"))
                 projection = attention.o_proj if hasattr(attention, "o_proj") else attention.out_proj
-                self._add_layer(block, attention, head_output(projection, getattr(block, "layer_scale1", None)))
+                norm = [child for child in block.children() if isinstance(child, nn.LayerNorm)][1]
+                self._add_layer(
+                    block,
+                    attention,
+                    head_output(projection, getattr(block, "layer_scale1", None)),
+                    block_mlp(norm, block.mlp, getattr(block, "layer_scale2", None)),
+                )
 
     def _final_norm(self, stream: torch.Tensor) -> torch.Tensor:
         norms = [child for child in self.model.vision_model.children() if isinstance(child, nn.LayerNorm)]
@@ -169,7 +203,7 @@ class ICLIPAdapter(_TransformersAdapter):
         return self.model.get_image_features(pixel_values)
 
     def project(self, stream: torch.Tensor) -> torch.Tensor:
-        return self.model.map_branch.visual_projection(self._final_norm(stream))
+        return self.model.map_branch.visual_projection(self.model.centered_tokens(self._final_norm(stream)))
 
     def similarity_maps(self, image: ICLIPImageFeatures, texts: ICLIPTextFeatures) -> torch.Tensor:
         return self.model.similarity_maps(image, texts)
@@ -259,7 +293,7 @@ class SiglipAdapter(CLIPAdapter):
     def _prepare_layers(self) -> None:
         super()._prepare_layers()
         head = self.model.vision_model.head
-        self._add_layer(head, head.attention, head_output(head.attention.out_proj), residual=False)
+        self._add_layer(head, head.attention, head_output(head.attention.out_proj))
 
     def _project_output(self, patch_tokens: torch.Tensor) -> torch.Tensor:
         head = self.model.vision_model.head
@@ -269,6 +303,22 @@ class SiglipAdapter(CLIPAdapter):
 
     def project(self, stream: torch.Tensor) -> torch.Tensor:
         return self._project_output(self._final_norm(stream))
+
+
+class Tipsv2Adapter(CLIPAdapter):
+    """TIPSv2, whose towers end in one space: its class token and patches are compared with texts without a projection."""
+
+    def _vision_output(self, pixel_values: torch.Tensor) -> BaseModelOutputWithPooling:
+        return self.model.get_image_features(pixel_values)
+
+    def _project_output(self, patch_tokens: torch.Tensor) -> torch.Tensor:
+        return patch_tokens  # after the final norm
+
+    def project(self, stream: torch.Tensor) -> torch.Tensor:
+        return self._final_norm(stream)
+
+    def logit_scale(self) -> torch.Tensor:
+        return 1 / self.model.temperature
 
 
 class Siglip2Adapter(SiglipAdapter):
@@ -311,3 +361,11 @@ def head_output(projection: nn.Module, scale: nn.Module | None = None) -> Callab
     """Makes an `AttentionLayer.output`: it merges heads, projects them, and scales them if the model has a layer scale."""
     scale = nn.Identity() if scale is None else scale
     return lambda heads: scale(projection(merge_heads(heads)))
+
+
+def block_mlp(
+    norm: nn.Module, mlp: nn.Module, scale: nn.Module | None = None
+) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Makes an `AttentionLayer.mlp`: the norm, the MLP, and the layer scale if the model has one."""
+    scale = nn.Identity() if scale is None else scale
+    return lambda stream: scale(mlp(norm(stream)))

@@ -28,8 +28,8 @@ class BiModal(GradientExplainer):
     def differentiated(self, layers: list[AttentionRecord]) -> list[torch.Tensor]:
         return [layer.weights for layer in layers]
 
-    def weigh(self, inputs: list[torch.Tensor], gradients: tuple[torch.Tensor, ...], patches: int) -> torch.Tensor:
-        relevances = [(weights * grad).float().relu().mean(1) for weights, grad in zip(inputs, gradients)]  # (B, Q, L)
+    def weigh(self, layers: list[AttentionRecord], gradients: tuple[torch.Tensor, ...], patches: int) -> torch.Tensor:
+        relevances = [attention_relevance(layer.weights, grad) for layer, grad in zip(layers, gradients)]
         # Row 0 of the product (I + A_n) ... (I + A_1), taken from the left: a vector times a matrix a layer.
         row = relevances[-1][:, :1].clone()
         if self.family.layers[-1].residual:
@@ -37,3 +37,8 @@ class BiModal(GradientExplainer):
         for relevance in reversed(relevances[:-1]):
             row = row + row @ relevance
         return row[:, 0, -patches:]
+
+
+def attention_relevance(weights: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
+    """Computes attention times its gradient `(B, H, Q, L)`, positive part, mean of the heads: `(B, Q, L)`."""
+    return (weights * gradient).float().relu().mean(1)

@@ -7,10 +7,10 @@ import torch
 from ..modeling_iclip import ICLIPImageFeatures, ICLIPTextFeatures, cosines
 from .adapters import join_texts
 from .recording import AttentionRecord
-from .self_self import SelfSelfAttention, similar
+from .replaced_attention import ReplacedAttention, similar
 
 
-class CLIPSurgery(SelfSelfAttention):
+class CLIPSurgery(ReplacedAttention):
     """
     Values attend to values (architecture surgery). From each text's similarity, weighted by how well the text fits the
     image, the mean over the texts is taken away (feature surgery): a map depends on the other texts. A single text is
@@ -21,7 +21,7 @@ class CLIPSurgery(SelfSelfAttention):
         super().__init__(model, processor, depth)
         self.nothing = self.family.encode_texts(["a photo of"], ["{}"])
 
-    def mix(self, layer: AttentionRecord) -> torch.Tensor:
+    def mix(self, layer: AttentionRecord, image: ICLIPImageFeatures, pixel_values: torch.Tensor) -> torch.Tensor:
         return similar(layer.value, layer.value.shape[-1] ** -0.5) @ layer.value
 
     @torch.no_grad()

@@ -10,7 +10,15 @@ import torch
 from ..modeling_iclip import ICLIPImageFeatures, ICLIPTextFeatures, cosines
 from ..models.onnx import ONNXModel
 from ..utils.digests import content_digest, weights_digest
-from .adapters import CLIPAdapter, ICLIPAdapter, ModelAdapter, ONNXAdapter, Siglip2Adapter, SiglipAdapter
+from .adapters import (
+    CLIPAdapter,
+    ICLIPAdapter,
+    ModelAdapter,
+    ONNXAdapter,
+    Siglip2Adapter,
+    SiglipAdapter,
+    Tipsv2Adapter,
+)
 from .open_clip import OpenCLIPAdapter, OpenCLIPResNetAdapter
 
 
@@ -18,8 +26,10 @@ from .open_clip import OpenCLIPAdapter, OpenCLIPResNetAdapter
 _FAMILIES: dict[str, type[ModelAdapter]] = {
     "iclip": ICLIPAdapter,
     "clip": CLIPAdapter,
+    "metaclip_2": CLIPAdapter,
     "siglip": SiglipAdapter,
     "siglip2": Siglip2Adapter,
+    "tipsv2": Tipsv2Adapter,
     "VisionTransformer": OpenCLIPAdapter,
     "ModifiedResNet": OpenCLIPResNetAdapter,
 }
@@ -33,8 +43,8 @@ class Explainer(ABC):
     device.
 
     Args:
-        model: [`ICLIPModel`], transformers' `CLIPModel`, `SiglipModel` or `Siglip2Model`, an [`ONNXModel`], or a model of
-            open_clip (its transformers with a class token and its ResNets).
+        model: [`ICLIPModel`], an [`ONNXModel`], transformers' `CLIPModel`, `MetaClip2Model`, `SiglipModel`, `Siglip2Model` or
+            `Tipsv2Model`, or a model of open_clip (its transformers with a class token and its ResNets).
         processor: the model's processor; for open_clip its tokenizer.
 
     Attributes:
@@ -107,8 +117,8 @@ def adapt(model, processor) -> ModelAdapter:
         fits = hasattr(model, "get_text_features")  # CLIP's image classifier has CLIP's config
     if kind not in _FAMILIES or not fits:
         raise TypeError(
-            "Expected an ICLIPModel, CLIPModel, SiglipModel or Siglip2Model, an ONNXModel, or a model of open_clip with a class "
-            f"token or a ResNet, got {type(model).__name__}."
+            "Expected an ICLIPModel, an ONNXModel, a CLIPModel, MetaClip2Model, SiglipModel, Siglip2Model or Tipsv2Model of "
+            f"transformers, or a model of open_clip with a class token or a ResNet, got {type(model).__name__}."
         )
     return _FAMILIES[kind](model, processor)
 

@@ -5,28 +5,30 @@ from __future__ import annotations
 import torch
 from torch.nn import functional as F
 
+from ..modeling_iclip import ICLIPImageFeatures
 from .recording import AttentionRecord
-from .self_self import SelfSelfAttention, similar
+from .replaced_attention import ReplacedAttention, similar
 
 
-class GEM(SelfSelfAttention):
+class GEM(ReplacedAttention):
     """
     Queries, keys and values each attend to themselves, `iterations` times with their unit vectors, so that similar tokens
     gather; the three attentions that result are averaged on the values. The sharpness adapts to the mean norm of the tokens
     that the layer sees.
 
     Args:
-        model, processor, depth: see [`SelfSelfAttention`].
+        model, processor: see [`Explainer`].
+        depth (`int`): the number of last blocks. The authors' `depth=7` counts one more: it is six blocks.
         iterations (`int`): rounds of gathering, at least 0.
     """
 
-    def __init__(self, model, processor, depth: int = 7, iterations: int = 1):
+    def __init__(self, model, processor, depth: int = 6, iterations: int = 1):
         super().__init__(model, processor, depth)
         if iterations < 0:
             raise ValueError(f"Expected a number of iterations of at least 0, got {iterations}.")
         self.iterations = iterations
 
-    def mix(self, layer: AttentionRecord) -> torch.Tensor:
+    def mix(self, layer: AttentionRecord, image: ICLIPImageFeatures, pixel_values: torch.Tensor) -> torch.Tensor:
         norm = layer.tokens.float().norm(dim=-1).mean(-1)
         scale = (norm * layer.value.shape[-1] ** -0.5)[:, None, None, None]
         attentions = []

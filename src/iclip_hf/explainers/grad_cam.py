@@ -10,16 +10,26 @@ from .recording import AttentionRecord
 
 class GradCAM(GradientExplainer):
     """
-    Activations weighted by their channels' mean gradient, positive part. The activations are the patch tokens that enter
-    attention layer `layer`: by default the last block, or the pooling head of SigLIP and of ResNets, which see the last
-    feature map.
+    Activations weighted by their channels' mean gradient, positive part. The activations are those of a block's patch
+    tokens, by default after the first norm of the last block, as is usual with pytorch-grad-cam. Of the pooling head of SigLIP
+    and of ResNets they are what enters it, the last feature map.
+
+    Args:
+        model, processor, layer: see [`GradientExplainer`].
+        activations (`str`): `"norm"`, after the block's first norm, or `"block"`, what enters the block.
     """
 
-    def differentiated(self, layers: list[AttentionRecord]) -> list[torch.Tensor]:
-        return [layers[0].stream]
+    def __init__(self, model, processor, layer: int = -1, activations: str = "norm"):
+        super().__init__(model, processor, layer)
+        if activations not in ("norm", "block"):
+            raise ValueError(f'Expected activations to be "norm" or "block", got {activations!r}.')
+        self.normed = activations == "norm" and self.family.layers[layer].residual
 
-    def weigh(self, inputs: list[torch.Tensor], gradients: tuple[torch.Tensor, ...], patches: int) -> torch.Tensor:
-        (activations,), (gradient,) = inputs, gradients
+    def differentiated(self, layers: list[AttentionRecord]) -> list[torch.Tensor]:
+        return [layers[0].tokens if self.normed else layers[0].stream]
+
+    def weigh(self, layers: list[AttentionRecord], gradients: tuple[torch.Tensor, ...], patches: int) -> torch.Tensor:
+        (activations,), (gradient,) = self.differentiated(layers), gradients
         if activations.ndim == 4:  # a ResNet's feature map
             activations, gradient = activations.flatten(2).mT, gradient.flatten(2).mT
         weights = gradient[:, -patches:].mean(1, keepdim=True)  # (B, 1, D)

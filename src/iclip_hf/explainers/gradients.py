@@ -42,7 +42,7 @@ class GradientExplainer(Explainer):
                 # Images do not mix, so that the gradient of their sum has each image's own.
                 gradients = torch.autograd.grad(logits[:, text].sum(), inputs, retain_graph=text < count - 1)
                 with torch.no_grad():
-                    maps.append(self.weigh(inputs, gradients, patches))
+                    maps.append(self.weigh(layers, gradients, patches))
         detached = ICLIPImageFeatures(**{name: value.detach() for name, value in image.items()})
         return torch.stack(maps, 1).unflatten(-1, image.grid).float(), detached
 
@@ -51,5 +51,5 @@ class GradientExplainer(Explainer):
         """Returns the tensors whose gradients are taken."""
 
     @abstractmethod
-    def weigh(self, inputs: list[torch.Tensor], gradients: tuple[torch.Tensor, ...], patches: int) -> torch.Tensor:
-        """Computes the relevance of the patches to one text, `(B, N)`, from those tensors and its gradients."""
+    def weigh(self, layers: list[AttentionRecord], gradients: tuple[torch.Tensor, ...], patches: int) -> torch.Tensor:
+        """Computes the relevance of the patches to one text, `(B, N)`, from the gradients of those tensors."""

@@ -9,7 +9,7 @@ from torch import nn
 
 from ..modeling_iclip import ICLIPImageFeatures, ICLIPTextFeatures
 from ..prompts import check_templates
-from .adapters import ModelAdapter, head_output, text_features, unit, whole_image_processor
+from .adapters import ModelAdapter, block_mlp, head_output, text_features, unit, whole_image_processor
 from .recording import attend, merge_heads
 
 
@@ -39,7 +39,8 @@ class OpenCLIPAdapter(ModelAdapter):
 
     def _prepare_layers(self) -> None:
         for block in self.model.visual.transformer.resblocks:
-            self._add_layer(block, block.attn, head_output(block.attn.out_proj, block.ls_1))
+            output, mlp = head_output(block.attn.out_proj, block.ls_1), block_mlp(block.ln_2, block.mlp, block.ls_2)
+            self._add_layer(block, block.attn, output, mlp)
 
     def _encode_texts(self, labels: list[str], templates: list[str]) -> ICLIPTextFeatures:
         templates = check_templates(templates)
@@ -71,7 +72,7 @@ class OpenCLIPResNetAdapter(OpenCLIPAdapter):
     def _prepare_layers(self) -> None:
         pool = self.model.visual.attnpool
         pool.forward = partial(_attention_pool, pool)
-        self._add_layer(pool, pool, head_output(pool.c_proj), residual=False)
+        self._add_layer(pool, pool, head_output(pool.c_proj))
 
     def project(self, stream: torch.Tensor) -> torch.Tensor:
         pool = self.model.visual.attnpool

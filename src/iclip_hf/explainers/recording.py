@@ -30,6 +30,7 @@ class AttentionRecord:
             gets a feature map `(B, D, h, w)`.
         tokens (`torch.Tensor` of shape `(B, L, D)`): what the attention itself sees.
         query, key, value (`torch.Tensor` of shape `(B, H, Q or L, D / H)`).
+        mixed (`torch.Tensor` of shape `(B, H, Q, D / H)`): the values mixed by the attention, before the output projection.
         weights (`torch.Tensor` of shape `(B, H, Q, L)`): after the softmax, where they were asked for.
     """
 
@@ -38,6 +39,7 @@ class AttentionRecord:
     query: torch.Tensor | None = None
     key: torch.Tensor | None = None
     value: torch.Tensor | None = None
+    mixed: torch.Tensor | None = None
     weights: torch.Tensor | None = None
 
 
@@ -60,11 +62,17 @@ class AttentionLayer:
 
     Attributes:
         output: mixed values of the heads `(B, H, L, D / H)` -> what the layer adds to the stream, `(B, L, D)`.
-        residual (`bool`): a self-attention in the stream; False for a head that pools the tokens at the end.
+        mlp: stream after the attention `(..., L, D)` -> what the block's MLP adds to it; None for a head that pools the
+            tokens at the end, which is no self-attention in the stream.
     """
 
     output: Callable[[torch.Tensor], torch.Tensor]
-    residual: bool = True
+    mlp: Callable[[torch.Tensor], torch.Tensor] | None = None
+
+    @property
+    def residual(self) -> bool:
+        """Whether it is a self-attention in the stream."""
+        return self.mlp is not None
 
 
 def private_copy(model: nn.Module) -> nn.Module:
@@ -99,8 +107,8 @@ def record(forward: Callable[[], T], start: int, grad: bool, weights: bool) -> t
         _recording.reset(token)
 
 
-def prepare(index: int, block: nn.Module, attention: nn.Module) -> None:
-    """Makes layer `index` of a private copy record what enters its block and what its attention sees."""
+def prepare(index: int, block: nn.Module, attention: nn.Module | None = None) -> None:
+    """Makes layer `index` of a private copy record what enters its block and, if given, what its attention sees."""
 
     def enter_block(module, args, kwargs):
         recording = _recording.get()
@@ -115,7 +123,8 @@ def prepare(index: int, block: nn.Module, attention: nn.Module) -> None:
             layer.tokens = args[0] if args else kwargs["hidden_states"]
 
     block.register_forward_pre_hook(enter_block, with_kwargs=True)
-    attention.register_forward_pre_hook(enter_attention, with_kwargs=True)
+    if attention is not None:
+        attention.register_forward_pre_hook(enter_attention, with_kwargs=True)
     if isinstance(attention, nn.MultiheadAttention):
         attention.forward = partial(_multihead_attention, attention)
 
@@ -128,7 +137,7 @@ def merge_heads(heads: torch.Tensor) -> torch.Tensor:
 def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
     """Computes and records the attention of the heads. Returns mixed values `(B, H, Q, D / H)`."""
     weights = _record_heads(query, key, value, query.shape[-1] ** -0.5)
-    return F.scaled_dot_product_attention(query, key, value) if weights is None else weights @ value
+    return _record_mixed(F.scaled_dot_product_attention(query, key, value) if weights is None else weights @ value)
 
 
 def _current_layer() -> AttentionRecord | None:
@@ -137,7 +146,7 @@ def _current_layer() -> AttentionRecord | None:
     return recording.layers[-1] if recording and recording.layers else None
 
 
-def _record_heads(query, key, value, scaling: float) -> torch.Tensor | None:
+def _record_heads(query, key, value, scaling: float, mask: torch.Tensor | None = None) -> torch.Tensor | None:
     """Records the heads of a layer. Returns its attention weights if these are recorded too."""
     layer = _current_layer()
     if layer is None:
@@ -145,23 +154,38 @@ def _record_heads(query, key, value, scaling: float) -> torch.Tensor | None:
     layer.query, layer.key, layer.value = query, key, value
     if _recording.get().weights:
         # float32 before the product: its logits can overflow float16
-        layer.weights = ((query.float() @ key.float().mT) * scaling).softmax(-1).to(value.dtype)
+        logits = (query.float() @ key.float().mT) * scaling
+        logits = logits if mask is None else logits.masked_fill(~mask, -torch.inf)
+        layer.weights = logits.softmax(-1).to(value.dtype)
     return layer.weights
 
 
+def _record_mixed(mixed: torch.Tensor) -> torch.Tensor:
+    """Records the mixed values of a layer and returns them: the tensor that the forward goes on with."""
+    if layer := _current_layer():
+        layer.mixed = mixed
+    return mixed
+
+
 def _transformers_attention(module, query, key, value, attention_mask, scaling=None, class_row=None, **kwargs):
-    """Computes attention as ICLIP's own function does, and records it. There is no mask: images get no padding."""
-    weights = _record_heads(query, key, value, query.shape[-1] ** -0.5 if scaling is None else scaling)
+    """Computes attention as ICLIP's own function does, and records it."""
+    weights = _record_heads(query, key, value, query.shape[-1] ** -0.5 if scaling is None else scaling, attention_mask)
     if weights is None:
         fused = AttentionInterface()["sdpa_class_row"]
-        return fused(module, query, key, value, None, scaling=scaling, class_row=class_row, **kwargs)
+        mixed, _ = fused(module, query, key, value, attention_mask, scaling=scaling, class_row=class_row, **kwargs)
+        return _record_mixed(mixed.transpose(1, 2)).transpose(1, 2), None
     if class_row is not None and getattr(module, "keep_class_row", False):
         class_row.weights = weights[:, :, :1]
-    return (weights @ value).transpose(1, 2), None
+    return _record_mixed(weights @ value).transpose(1, 2), None
+
+
+def _explicit_mask(*args, **kwargs):
+    """Makes masks of text towers, boolean, causal ones too; None where all tokens attend to all, as in image towers."""
+    return sdpa_mask(*args, **{**kwargs, "allow_is_causal_skip": False})
 
 
 AttentionInterface.register("iclip_recorded", _transformers_attention)
-AttentionMaskInterface.register("iclip_recorded", sdpa_mask)
+AttentionMaskInterface.register("iclip_recorded", _explicit_mask)
 
 
 def _multihead_attention(attention: nn.MultiheadAttention, query, key, value, **kwargs):

@@ -61,7 +61,7 @@ def image_features(model: ICLIPModel, pixel_values: torch.Tensor, map_tokens: in
     attention = model.normalized_attention(image)
     if model.config.max_over == "channels":
         return model.pool_image(image, attention)[: 1 + model.config.dual_projection]
-    tokens = model.centered_tokens(image)
+    tokens = model.centered_tokens(image.patch_tokens)
     return image.class_token, *salient_tokens(tokens, attention, map_tokens, model.config.map_affinity)
 
 

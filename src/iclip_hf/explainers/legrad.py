@@ -1,0 +1,51 @@
+"""LeGrad (Bousselham et al. 2025): gradients by the attention weights of the last blocks."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from ..modeling_iclip import ICLIPImageFeatures, ICLIPTextFeatures, cosines
+from .adapters import unit
+from .explainer import Explainer
+from .recording import AttentionRecord
+
+
+class LeGrad(Explainer):
+    """
+    For each of the last blocks, the gradient of the text's cosine with the block's projected mean token, by the block's own
+    attention weights: positive part, mean of heads and queries, summed over the blocks.
+
+    Args:
+        model, processor: see [`Explainer`].
+        depth (`int`): the number of last blocks; all where the tower has fewer.
+    """
+
+    def __init__(self, model, processor, depth: int = 2):
+        super().__init__(model, processor)
+        if depth < 1:
+            raise ValueError(f"Expected a depth of at least one layer, got {depth}.")
+        self.blocks = self.family.self_attentions("LeGrad")[-depth:]
+
+    def forward(self, pixel_values: torch.Tensor, texts: ICLIPTextFeatures) -> tuple[torch.Tensor, ICLIPImageFeatures]:
+        image, layers = self.family.trace(pixel_values, self.blocks[0])
+        with torch.inference_mode(False), torch.enable_grad():
+            # The clone: an embedding made under inference mode could not take part in a backward.
+            embeds = texts.map_text_embeds.clone()
+            maps = sum(self._relevance(index, layer, embeds) for index, layer in zip(self.blocks, layers))
+        return maps[..., -math.prod(image.grid) :].unflatten(-1, image.grid), image
+
+    def _relevance(self, index: int, layer: AttentionRecord, text_embeds: torch.Tensor) -> torch.Tensor:
+        """Computes the relevance of all tokens in one block, `(B, T, L)`."""
+        block = self.family.layers[index]
+        mixed = layer.mixed.detach().requires_grad_()
+        stream = layer.stream + block.output(mixed)
+        token = (stream + block.mlp(stream)).mean(1, keepdim=True)
+        scores = cosines(unit(self.family.project(token))[:, 0], text_embeds)
+        maps = []
+        for text in range(scores.shape[1]):
+            (gradient,) = torch.autograd.grad(scores[:, text].sum(), mixed, retain_graph=True)
+            # Attention weight (i, j) of a head multiplies value j in what query i is given.
+            maps.append((gradient @ layer.value.mT).float().relu().mean((1, 2)))
+        return torch.stack(maps, 1)

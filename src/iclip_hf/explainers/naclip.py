@@ -1,0 +1,41 @@
+"""NACLIP (Hajimiri et al. 2025): key-key attention of the last block that prefers near patches."""
+
+from __future__ import annotations
+
+import torch
+from torch.nn import functional as F
+
+from ..modeling_iclip import ICLIPImageFeatures
+from .recording import AttentionRecord
+from .replaced_attention import LastBlock
+
+
+class NACLIP(LastBlock):
+    """
+    Keys attend to keys. The logit of two patches is raised by exp(-d^2 / (2 sigma^2)), where d is their distance on the
+    grid, those of the class token and of registers by nothing.
+
+    Args:
+        model, processor, residual: see [`LastBlock`].
+        sigma (`float` or None): width of the window in patches, greater than 0; None for no window.
+    """
+
+    def __init__(self, model, processor, sigma: float | None = 5.0, residual: bool = False):
+        super().__init__(model, processor, residual)
+        if sigma is not None and not sigma > 0:
+            raise ValueError(f"Expected sigma to be greater than 0, or None for no window, got {sigma}.")
+        self.sigma = sigma
+
+    def mix(self, layer: AttentionRecord, image: ICLIPImageFeatures, pixel_values: torch.Tensor) -> torch.Tensor:
+        key, window = layer.key, None
+        if self.sigma is not None:
+            window = gaussian_window(image.grid, self.sigma, key.shape[2]).to(key)
+        return F.scaled_dot_product_attention(key, key, layer.value, attn_mask=window)
+
+
+def gaussian_window(grid: tuple[int, int], sigma: float, length: int) -> torch.Tensor:
+    """Computes exp(-d^2 / (2 sigma^2)) of all pairs of the patches, which are the last of `length` tokens; 0 for the others."""
+    rows, columns = torch.meshgrid(*(torch.arange(side) for side in grid), indexing="ij")
+    places = torch.stack([rows.flatten(), columns.flatten()], 1).float()
+    others = length - len(places)
+    return F.pad((-torch.cdist(places, places).square() / (2 * sigma**2)).exp(), (others, 0, others, 0))

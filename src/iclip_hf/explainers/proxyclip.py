@@ -1,0 +1,67 @@
+"""ProxyCLIP (Lan et al. 2024): a DINO tower says which patches belong together, the model what they show."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch.nn import functional as F
+from transformers import AutoConfig
+from transformers.image_utils import IMAGENET_DEFAULT_MEAN as IMAGENET_MEAN
+from transformers.image_utils import IMAGENET_DEFAULT_STD as IMAGENET_STD
+
+from ..modeling_iclip import VISION_TOWERS, ICLIPImageFeatures, ICLIPModel, load_tower, patch_side
+from ..models.towers import embedded_towers
+from .adapters import unit
+from .recording import AttentionRecord
+from .replaced_attention import ReplacedAttention
+
+
+class ProxyCLIP(ReplacedAttention):
+    """
+    In the last block the patches' values are mixed by softmax(gamma (S - beta mean(S))), where S are the cosines of the
+    proxy's patch tokens; entries below 0 are left out. There is no residual connection and no MLP. The proxy sees the image
+    at the size that gives it the model's grid.
+
+    Args:
+        model, processor: see [`Explainer`].
+        proxy (`str`, *optional*): folder or Hub id of an image tower such as DINO, DINOv2 or DINOv3. If not given, an ICLIP
+            model is its own proxy, and others take the DINOv2 tower of the embedded model.
+        beta (`float`): the threshold, as a multiple of the mean similarity.
+        gamma (`float`): sharpness of the softmax.
+    """
+
+    def __init__(self, model, processor, proxy: str | None = None, beta: float = 1.2, gamma: float = 3.0):
+        super().__init__(model, processor, depth=1, residual=False)
+        self.beta, self.gamma = beta, gamma
+        self.proxy = None
+        if proxy is None and not isinstance(model, ICLIPModel):
+            proxy = str(embedded_towers()[0])
+        if proxy is not None:
+            config = AutoConfig.from_pretrained(proxy, trust_remote_code=False)
+            if config.model_type not in VISION_TOWERS:
+                raise ValueError(
+                    f"{proxy}: expected an image tower as proxy, one of {sorted(VISION_TOWERS)}, got {config.model_type!r}."
+                )
+            weight = next(self.family.model.parameters())
+            self.proxy = load_tower(config, proxy).eval().to(weight.device, weight.dtype)
+
+    def mix(self, layer: AttentionRecord, image: ICLIPImageFeatures, pixel_values: torch.Tensor) -> torch.Tensor:
+        tokens = unit(image.patch_tokens if self.proxy is None else self._proxy_tokens(image.grid, pixel_values))
+        similarity = tokens @ tokens.mT  # (B, N, N)
+        logits = self.gamma * (similarity - self.beta * similarity.mean((1, 2), keepdim=True))
+        itself = torch.eye(logits.shape[-1], dtype=torch.bool, device=logits.device)  # stays where all are alike
+        weights = logits.masked_fill((logits < 0) & ~itself, -torch.inf).softmax(-1)
+        return weights.unsqueeze(1).to(layer.value.dtype) @ layer.value[:, :, -tokens.shape[1] :]
+
+    def _proxy_tokens(self, grid: tuple[int, int], pixel_values: torch.Tensor) -> torch.Tensor:
+        """The proxy's patch tokens `(B, N, D)` of the same grid."""
+        config = self.proxy.config
+        weight = next(self.proxy.parameters())
+        mean, std = (torch.tensor(values).to(weight).view(3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD))
+        pixels = (self.family.rgb(pixel_values.to(weight)) - mean) / std
+        size = [side * patch_side(config) for side in grid]
+        if pixels.shape[2:] != torch.Size(size):
+            pixels = F.interpolate(pixels, size, mode="bicubic", antialias=True)
+        options = {"interpolate_pos_encoding": True} if VISION_TOWERS[config.model_type] else {}
+        return self.proxy(pixels, **options).last_hidden_state[:, -math.prod(grid) :]

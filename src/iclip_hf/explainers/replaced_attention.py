@@ -1,0 +1,70 @@
+"""Shared ground of the training-free methods that replace the self-attention of the last blocks."""
+
+from __future__ import annotations
+
+import math
+from abc import abstractmethod
+
+import torch
+
+from ..modeling_iclip import ICLIPImageFeatures, ICLIPTextFeatures
+from ..similarity import cosine_similarity_map
+from .adapters import unit
+from .explainer import Explainer
+from .recording import AttentionRecord
+
+
+class ReplacedAttention(Explainer):
+    """
+    Beside the model's own stream of tokens a second one leaves it `depth` blocks before the end. In each of these blocks
+    another attention mixes the values that the block has in the first stream. The maps are the cosines of the projected
+    patch tokens of the second stream with the texts.
+
+    Args:
+        model, processor: see [`Explainer`].
+        depth (`int`): the number of last blocks; all where the tower has fewer.
+        residual (`bool`): whether what the attention gives is added to the stream or replaces it.
+        mlp (`bool`): whether the MLPs of the blocks follow.
+    """
+
+    def __init__(self, model, processor, depth: int, residual: bool = True, mlp: bool = False):
+        super().__init__(model, processor)
+        if depth < 1:
+            raise ValueError(f"Expected a depth of at least one layer, got {depth}.")
+        self.blocks = self.family.self_attentions(type(self).__name__)[-depth:]
+        self.residual, self.mlp = residual, mlp
+
+    @torch.no_grad()
+    def forward(self, pixel_values: torch.Tensor, texts: ICLIPTextFeatures) -> tuple[torch.Tensor, ICLIPImageFeatures]:
+        image, layers = self.family.trace(pixel_values, self.blocks[0])
+        stream = layers[0].stream
+        for index, layer in zip(self.blocks, layers):
+            block = self.family.layers[index]
+            attended = block.output(self.mix(layer, image, pixel_values))
+            stream = stream + attended if self.residual else attended
+            if self.mlp:
+                stream = stream + block.mlp(stream)
+        patch_embeds = unit(self.family.project(stream[:, -math.prod(image.grid) :])).unflatten(1, image.grid)
+        return cosine_similarity_map(patch_embeds, texts.map_text_embeds.float()), image
+
+    @abstractmethod
+    def mix(self, layer: AttentionRecord, image: ICLIPImageFeatures, pixel_values: torch.Tensor) -> torch.Tensor:
+        """Mixes the values of a block, `(B, H, L, D / H)`; without residual connections the patches' alone are enough."""
+
+
+class LastBlock(ReplacedAttention):
+    """
+    Replaces the attention of the last block alone.
+
+    Args:
+        model, processor: see [`Explainer`].
+        residual (`bool`): whether to keep the block's residual connection and MLP.
+    """
+
+    def __init__(self, model, processor, residual: bool = False):
+        super().__init__(model, processor, depth=1, residual=residual, mlp=residual)
+
+
+def similar(tokens: torch.Tensor, scale: float | torch.Tensor) -> torch.Tensor:
+    """Computes the attention of tokens `(B, H, L, D / H)` to each other by their scaled products, `(B, H, L, L)`."""
+    return ((tokens.float() @ tokens.float().mT) * scale).softmax(-1).to(tokens.dtype)

@@ -1,0 +1,377 @@
+"""Methods on the last blocks against loops over tokens and heads, and what they have in common."""
+
+import copy
+import math
+
+import pytest
+import torch
+from conftest import tiny_model
+from families import GRID, LABELS, pixels
+from torch.nn import functional as F
+
+from iclip_hf.explainers import make_explainer
+from iclip_hf.explainers.naclip import gaussian_window
+
+
+def maps_of(model, processor, method, texts=LABELS, **options):
+    explainer = make_explainer(model, processor, method, **options)
+    return explainer.raw_maps(pixels(), explainer.encode_texts(texts, ["{}"]))[0]
+
+
+@torch.no_grad()
+def mixed_in_last_block(model, image, weights, keep_block=False):
+    """
+    Unit vectors of the patches of CLIP, where token i of each head of the last block gets sum_j w_ij v_j.
+
+    Args:
+        weights: function of one head's queries, keys and values `(L, D / H)` and the tokens i and j; i gives all w_ij.
+    """
+    hidden = model.vision_model(image, interpolate_pos_encoding=True, output_hidden_states=True).hidden_states[-2][0]
+    layer = model.vision_model.encoder.layers[-1]
+    attention, seen = layer.self_attn, layer.layer_norm1(hidden)
+    heads = []
+    for q, k, v in zip(*(p(seen).chunk(4, -1) for p in (attention.q_proj, attention.k_proj, attention.v_proj))):
+        rows = [sum(w * v[j] for j, w in enumerate(weights(q, k, v, i))) for i in range(len(v))]
+        heads.append(torch.stack(rows))
+    stream = attention.out_proj(torch.cat(heads, -1))
+    if keep_block:
+        stream = hidden + stream
+        stream = stream + layer.mlp(layer.layer_norm2(stream))
+    return F.normalize(model.visual_projection(model.vision_model.post_layernorm(stream[1:])), dim=-1)
+
+
+def softmax(logits):
+    total = sum(math.exp(logit) for logit in logits)
+    return [math.exp(logit) / total for logit in logits]
+
+
+def self_self(tokens, i, raised=lambda i, j: 0.0):
+    return softmax([(tokens[i] @ other / 8**0.5).item() + raised(i, j) for j, other in enumerate(tokens)])
+
+
+def near(i, j, sigma):
+    """The window of NACLIP. Token 0 is the class token."""
+    if 0 in (i, j):
+        return 0.0
+    (y, x), (v, u) = divmod(i - 1, GRID[1]), divmod(j - 1, GRID[1])
+    return math.exp(-((y - v) ** 2 + (x - u) ** 2) / (2 * sigma**2))
+
+
+def maskclip(q, k, v, i):
+    return [float(i == j) for j in range(len(v))]
+
+
+def sclip(q, k, v, i):
+    return [a + b for a, b in zip(self_self(q, i), self_self(k, i))]
+
+
+def clearclip(q, k, v, i):
+    return self_self(q, i)
+
+
+def naclip(q, k, v, i):
+    return self_self(k, i, lambda i, j: near(i, j, 1.5))
+
+
+@pytest.mark.parametrize(
+    ("method", "weights", "options", "kept"),
+    [
+        ("maskclip", maskclip, {}, False),
+        ("maskclip", maskclip, {"residual": True}, True),
+        ("sclip", sclip, {}, True),
+        ("sclip", sclip, {"residual": False}, False),
+        ("clearclip", clearclip, {}, False),
+        ("naclip", naclip, {"sigma": 1.5}, False),
+    ],
+)
+def test_the_last_block_token_by_token(made, method, weights, options, kept):
+    model, processor, _ = made("clip")
+    maps = maps_of(model, processor, method, **options)
+    explainer = make_explainer(model, processor, method)
+    texts = explainer.encode_texts(LABELS, ["{}"]).text_embeds
+    for image in range(2):
+        expected = texts @ mixed_in_last_block(model, pixels()[image, None], weights, kept).T
+        torch.testing.assert_close(maps[image].flatten(1), expected, atol=1e-5, rtol=1e-3)
+
+
+@pytest.mark.parametrize("family", ["iclip", "clip", "metaclip_2", "tipsv2", "siglip"])
+def test_what_the_methods_have_in_common(made, family):
+    model, processor, _ = made(family)
+
+    def same(one, other):
+        torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-4)
+
+    keys = maps_of(model, processor, "clearclip", tokens="key")
+    same(maps_of(model, processor, "naclip", sigma=None), keys)
+    # a window of one patch alone raises each patch's own logit only; a wide one raises all patches alike
+    assert (maps_of(model, processor, "naclip", sigma=0.1) - keys).abs().max() > 1e-4
+    # one block of CLIP Surgery, value-value, without its residual connection and what the texts have in common
+    surgery = make_explainer(model, processor, "clip_surgery", depth=1)
+    surgery.residual = False
+    texts = surgery.encode_texts(LABELS, ["{}"])
+    same(
+        super(type(surgery), surgery).forward(pixels(), texts)[0],
+        maps_of(model, processor, "clearclip", tokens="value"),
+    )
+    # SCLIP is the sum of the attention of queries and of keys
+    both = make_explainer(model, processor, "sclip", residual=False)
+    image, layers = both.family.trace(pixels(), both.blocks[0])
+    halves = [
+        make_explainer(model, processor, "clearclip", tokens=tokens).mix(layers[0], image, pixels())
+        for tokens in ("query", "key")
+    ]
+    same(both.mix(layers[0], image, pixels()), sum(halves))
+
+
+def test_gem_without_iterations_averages_three_attentions(made):
+    """With one block and no iterations its only differences are unit vectors and their sharpness."""
+    model, processor, _ = made("clip")
+    gem = make_explainer(model, processor, "gem", depth=1, iterations=0)
+    image, (layer,) = gem.family.trace(pixels(), -1)
+    thirds = []
+    for tokens in (layer.query, layer.key, layer.value):
+        sharpness = layer.tokens.norm(dim=-1).mean(1) / 8**0.5
+        weights = [F.normalize(t, dim=-1) @ F.normalize(t, dim=-1).mT * s for t, s in zip(tokens, sharpness)]
+        thirds.append(torch.stack(weights).softmax(-1) @ layer.value)
+    torch.testing.assert_close(gem.mix(layer, image, pixels()), sum(thirds) / 3, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("depth", [1, 2])
+def test_value_attention_with_all_of_the_block_is_the_models_own_stream(made, depth, tiny_processor):
+    """The weights of the model's own attention, with residual connections and MLPs, give back its own patches."""
+    model, processor, _ = made("clip")
+    explainer = make_explainer(model, processor, "gem", depth=depth)
+    explainer.mlp = True
+    explainer.mix = lambda layer, image, pixel_values: F.scaled_dot_product_attention(
+        layer.query, layer.key, layer.value
+    )
+    texts = explainer.encode_texts(LABELS, ["{}"])
+    expected = maps_of(model, processor, "itsm")
+    torch.testing.assert_close(explainer.raw_maps(pixels(), texts)[0], expected, atol=1e-5, rtol=1e-4)
+
+
+def test_the_window_by_hand():
+    e = math.exp
+    window = gaussian_window((2, 2), 1.0, 5)
+    near, far = e(-1 / 2), e(-1)
+    expected = [
+        [0, 0, 0, 0, 0],
+        [0, 1, near, near, far],
+        [0, near, 1, far, near],
+        [0, near, far, 1, near],
+        [0, far, near, near, 1],
+    ]
+    torch.testing.assert_close(window, torch.tensor(expected))
+
+
+# ProxyCLIP
+
+
+def proxy_weights(tokens, beta=1.2, gamma=3.0):
+    """Row i: softmax over the patches j with gamma (s_ij - beta mean) of at least 0."""
+    tokens = F.normalize(tokens, dim=-1)
+    similarity = [[(a @ b).item() for b in tokens] for a in tokens]
+    mean = sum(map(sum, similarity)) / len(tokens) ** 2
+    rows = []
+    for i, row in enumerate(similarity):
+        logits = [gamma * (s - beta * mean) for s in row]
+        kept = [math.exp(logit) if logit >= 0 or i == j else 0.0 for j, logit in enumerate(logits)]
+        rows.append([0.0] + [one / sum(kept) for one in kept])  # nothing of the class token
+    return rows
+
+
+def proxied(model, texts, image, rows):
+    patches = mixed_in_last_block(model, image, lambda q, k, v, i: rows[i - 1] if i else [0.0] * len(v))
+    return (texts @ patches.T).unflatten(-1, GRID)
+
+
+@pytest.mark.parametrize("vision", ["vit", "dinov2_with_registers", "dinov3_vit"])
+def test_proxyclip_patch_by_patch(made, vision, tmp_path):
+    """A DINO tower with its own normalisation and patch size guides CLIP: it is asked for CLIP's grid."""
+    model, processor, _ = made("clip")
+    proxy = tiny_model(vision).vision_model
+    proxy.save_pretrained(tmp_path)
+    explainer = make_explainer(model, processor, "proxyclip", proxy=str(tmp_path))
+    texts = explainer.encode_texts(LABELS, ["{}"])
+    maps, _ = explainer.raw_maps(pixels(), texts)
+    statistics = processor.image_processor
+    mean, std = (torch.tensor(x).view(3, 1, 1) for x in (statistics.image_mean, statistics.image_std))
+    imagenet = [torch.tensor(x).view(3, 1, 1) for x in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))]
+    for index in range(2):
+        photo = pixels()[index, None] * std + mean
+        with torch.no_grad():
+            options = {"interpolate_pos_encoding": True} if vision == "vit" else {}
+            tokens = proxy((photo - imagenet[0]) / imagenet[1], **options).last_hidden_state[0, -24:]
+        expected = proxied(model, texts.text_embeds, pixels()[index, None], proxy_weights(tokens))
+        torch.testing.assert_close(maps[index], expected, atol=1e-5, rtol=1e-3)
+
+
+def test_proxyclip_of_iclip_is_guided_by_its_own_tower(made):
+    model, processor, _ = made("iclip")
+    explainer = make_explainer(model, processor, "proxyclip")
+    with torch.no_grad():
+        image, (layer,) = explainer.family.trace(pixels(), -1)
+    mixed = explainer.mix(layer, image, pixels())
+    for index in range(2):
+        rows = torch.tensor(proxy_weights(image.patch_tokens[index]))[:, 1:]
+        torch.testing.assert_close(mixed[index], rows @ layer.value[index, :, -24:], atol=1e-5, rtol=1e-3)
+
+
+def test_proxyclip_asks_the_proxy_for_the_models_grid(made, tmp_path):
+    """Patches of 4 pixels on a grid of 4x6 are an image of 16x24; patches that are all alike keep their own values."""
+    model, processor, _ = made("clip")
+    proxy = copy.deepcopy(tiny_model("dinov2").vision_model)
+    seen = []
+    explainer = make_explainer(model, processor, "proxyclip")
+    explainer.proxy = proxy
+    proxy.config.patch_size = 4
+    proxy.forward = lambda pixel_values: (
+        seen.append(pixel_values.shape) or type("Output", (), {"last_hidden_state": torch.ones(2, 25, 3)})
+    )
+    maps = explainer.raw_maps(pixels(), explainer.encode_texts(LABELS, ["{}"]))[0]
+    assert seen == [(2, 3, 16, 24)]
+    torch.testing.assert_close(maps, maps_of(model, processor, "maskclip"), atol=1e-5, rtol=1e-4)
+
+
+def test_proxyclip_refuses_a_text_tower_as_proxy(made, tmp_path):
+    model, processor, _ = made("clip")
+    tiny_model().text_model.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="expected an image tower as proxy, one of .*got 'bert'"):
+        make_explainer(model, processor, "proxyclip", proxy=str(tmp_path))
+
+
+# LeGrad and Grad-ECLIP
+
+
+@pytest.mark.parametrize("depth", [1, 2])
+def test_legrad_on_transformers_eager_attention(made, depth):
+    """An image, a text and a block at a time, by the attention weights that transformers itself returns."""
+    model, processor, _ = made("clip")
+    explainer = make_explainer(model, processor, "legrad", depth=depth)
+    texts = explainer.encode_texts(LABELS, ["{}"])
+    maps, _ = explainer.raw_maps(pixels(), texts)
+    reference = copy.deepcopy(model)
+    reference.set_attn_implementation("eager")
+    for image in range(2):
+        outputs = reference.vision_model(
+            pixels()[image, None], interpolate_pos_encoding=True, output_attentions=True, output_hidden_states=True
+        )
+        for text in range(3):
+            expected = torch.zeros(24)
+            for tokens, weights in list(zip(outputs.hidden_states[1:], outputs.attentions))[-depth:]:
+                token = reference.vision_model.post_layernorm(tokens[0].mean(0))
+                score = F.cosine_similarity(reference.visual_projection(token), texts.text_embeds[text], dim=0)
+                (gradient,) = torch.autograd.grad(score, weights, retain_graph=True)  # (1, heads, L, L)
+                for head in range(4):
+                    for query in range(25):
+                        expected += gradient[0, head, query, 1:].clamp(min=0) / 100
+            torch.testing.assert_close(maps[image, text].flatten(), expected, atol=1e-6, rtol=1e-3)
+
+
+@pytest.mark.parametrize("family", ["clip", "metaclip_2", "iclip"])
+def test_grad_eclip_channel_by_channel(made, family):
+    model, processor, _ = made(family)
+    explainer = make_explainer(model, processor, "grad_eclip")
+    texts = explainer.encode_texts(LABELS, ["{}"])
+    maps, _ = explainer.raw_maps(pixels(), texts)
+    adapter = explainer.family
+    for image in range(2):
+        features, (layer,) = adapter.trace(pixels()[image, None], -1, grad=True)
+        for text in range(3):
+            logit = adapter.logit_scale() * (features.image_embeds[0] @ texts.text_embeds[text])
+            (gradient,) = torch.autograd.grad(logit, layer.mixed, retain_graph=True)
+            # all of the class token, its channels head by head
+            importance, query = (one[0, :, 0].flatten() for one in (gradient, layer.query))
+            spatial = [F.cosine_similarity(query, layer.key[0, :, n].flatten(), dim=0).item() for n in range(-24, 0)]
+            low, high = min(spatial), max(spatial)
+            expected = [
+                max(0.0, (importance @ layer.value[0, :, n].flatten()).item()) * (spatial[n] - low) / (high - low)
+                for n in range(-24, 0)
+            ]
+            torch.testing.assert_close(maps[image, text].flatten(), torch.tensor(expected), atol=1e-5, rtol=1e-3)
+            if family != "iclip":  # the score reads the class token alone
+                assert gradient[0, :, 1:].abs().max() == 0
+
+
+def test_grad_eclip_follows_finite_differences(made):
+    """The importance of the channels, on the class token's path in float64: output projection, MLP, norm, projection."""
+    model, processor, _ = made("clip")
+    double = copy.deepcopy(model).double()
+    explainer = make_explainer(double, processor, "grad_eclip")
+    text = explainer.encode_texts(["dog"], ["{}"]).text_embeds[0].double()
+    _, (layer,) = explainer.family.trace(pixels(batch=1), -1, grad=True)
+    block, tower = double.vision_model.encoder.layers[-1], double.vision_model
+
+    @torch.no_grad()
+    def logit(mixed):
+        stream = layer.stream[0, 0] + block.self_attn.out_proj(mixed)
+        stream = stream + block.mlp(block.layer_norm2(stream))
+        embed = double.visual_projection(tower.post_layernorm(stream))
+        return double.logit_scale.exp() * F.cosine_similarity(embed, text, dim=0)
+
+    mixed = layer.mixed[0, :, 0].flatten().detach()
+    steps = torch.eye(len(mixed), dtype=torch.float64) * 1e-6
+    importance = torch.stack([(logit(mixed + step) - logit(mixed - step)) / 2e-6 for step in steps])
+    values = layer.value[0, :, 1:].transpose(0, 1).flatten(1)  # (N, D)
+    spatial = F.cosine_similarity(
+        layer.query[0, :, 0].flatten(), layer.key[0, :, 1:].transpose(0, 1).flatten(1), dim=1
+    )
+    expected = (values @ importance).relu() * (spatial - spatial.min()) / (spatial.max() - spatial.min())
+    maps, _ = explainer.raw_maps(pixels(batch=1), explainer.encode_texts(["dog"], ["{}"]))
+    torch.testing.assert_close(maps.flatten().double(), expected, atol=1e-5, rtol=1e-3)
+
+
+def test_grad_eclip_sums_over_the_patches_that_a_score_pools(tiny_processor):
+    model = tiny_model(pooling="average", dual_projection=False)
+    explainer = make_explainer(model, tiny_processor, "grad_eclip")
+    texts = explainer.encode_texts(LABELS)
+    maps, _ = explainer.raw_maps(pixels(batch=1), texts)
+    features, (layer,) = explainer.family.trace(pixels(batch=1), -1, grad=True)
+    logit = explainer.family.logit_scale() * (features.image_embeds[0] @ texts.text_embeds[0])
+    (gradient,) = torch.autograd.grad(logit, layer.mixed)
+    query, key, value, gradient = (
+        one[0].transpose(0, 1).flatten(1) for one in (layer.query, layer.key, layer.value, gradient)
+    )
+    expected = torch.zeros(24)
+    for q in range(25):
+        spatial = F.cosine_similarity(query[q], key[1:], dim=1)
+        spatial = (spatial - spatial.min()) / (spatial.max() - spatial.min())
+        expected += (value[1:] @ gradient[q]).relu() * spatial
+    torch.testing.assert_close(maps[0, 0].flatten(), expected.detach(), atol=1e-5, rtol=1e-3)
+
+
+# Grad-CAM's two layers
+
+
+def test_grad_cam_after_the_first_norm(made):
+    model, processor, _ = made("clip")
+    maps = maps_of(model, processor, "grad_cam")
+    explainer = make_explainer(model, processor, "grad_cam")
+    texts = explainer.encode_texts(LABELS, ["{}"])
+    seen = []
+    copied = copy.deepcopy(model)
+    copied.vision_model.encoder.layers[-1].layer_norm1.register_forward_hook(lambda m, a, output: seen.append(output))
+    for image in range(2):
+        pooled = copied.vision_model(pixels()[image, None], interpolate_pos_encoding=True).pooler_output
+        logits = (
+            model.logit_scale.exp() * F.normalize(copied.visual_projection(pooled)[0], dim=-1) @ texts.text_embeds.T
+        )
+        activations = seen[-1]
+        for text in range(3):
+            (gradient,) = torch.autograd.grad(logits[text], activations, retain_graph=True)
+            expected = (activations[0, 1:] @ gradient[0, 1:].mean(0)).relu()
+            torch.testing.assert_close(maps[image, text].flatten(), expected.detach(), atol=1e-5, rtol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("method", "options", "match"),
+    [
+        ("grad_cam", {"activations": "mlp"}, 'to be "norm" or "block", got \'mlp\''),
+        ("clearclip", {"tokens": "keys"}, 'to be "query", "key" or "value", got \'keys\''),
+        ("naclip", {"sigma": 0}, "sigma to be greater than 0, or None for no window, got 0"),
+        ("legrad", {"depth": 0}, "depth of at least one layer, got 0"),
+    ],
+)
+def test_options_are_checked(made, method, options, match):
+    with pytest.raises(ValueError, match=match):
+        make_explainer(*made("clip")[:2], method, **options)

@@ -1,4 +1,4 @@
-"""Settings chosen by the number of pairs, where no configuration is named. docs/results.md has the measurements."""
+"""Settings chosen by the number of pairs, where no configuration is named."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .checks import check_pairs
 from .settings import Settings
 
 
-# Peak of the learning rate: with 50 and with 500 pairs, ten times as much made the embedded model worse, see docs/results.md.
+# Peak of the learning rate: with 50 and with 500 pairs, ten times as much made the embedded model worse on other images.
 RATE = 1e-5
 STEPS = 200
 

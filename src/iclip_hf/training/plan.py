@@ -12,7 +12,7 @@ from .checks import check_pairs
 from .settings import Settings
 
 
-# Peak of the learning rate: with 50 and with 500 pairs, ten times as much made the embedded model worse on other images.
+# Peak of the learning rate: with 50 and with 500 pairs, ten times as much cost the embedded model mAP on other images.
 RATE = 1e-5
 STEPS = 200
 

@@ -201,7 +201,7 @@ def test_help_says_what_every_option_is():
             parsers += commands
             assert commands or action.help, f"{parser.prog} {action.dest}"
         assert parser.description and parser.format_help()
-    assert len(parsers) == 15  # iclip, its 11 commands and 3 analyses
+    assert len(parsers) == 16  # iclip, its 12 commands and 3 analyses
 
 
 def test_arguments_and_files_are_checked_before_torch_is_imported(folder, tmp_path):

@@ -24,6 +24,7 @@ def test_round_trip_keeps_every_option(tmp_path):
         "projection_bias": True,
         "map_attention": "sqrt_similarity",
         "map_affinity": 4,
+        "value_share": 0.25,
         "attention_norm": "quantile",
         "attention_quantile": 0.75,
         "logit_scales": "shared",
@@ -61,6 +62,7 @@ def test_what_a_training_loop_writes_into_it_loads_again(tmp_path):
         ("logit_scale_init_value", 100, "got 100"),
         ("text_pooling", "pooler", "pooler"),
         ("max_sharpness", 0, "got 0"),
+        ("value_share", 1.5, r"value_share in \[0, 1\], got 1.5"),
         ("center_tokens", True, 'max_over="similarity" with center_tokens=True, got "channels"'),
     ],
 )

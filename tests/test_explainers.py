@@ -146,13 +146,15 @@ def naflex(pixel_values):
 
 @pytest.mark.parametrize("vision", ["vit", "dinov2_with_registers", "dinov3_vit"])
 def test_itsm_of_iclip_is_the_models_map(vision, tiny_processor):
-    model = tiny_model(vision)
+    model = tiny_model(vision, value_share=0.5)
     explainer = make_explainer(model, tiny_processor)
     texts = tiny_processor(labels=LABELS)
     maps, scores = explainer.raw_maps(pixels(), explainer.encode_texts(LABELS))
     with torch.no_grad():
         outputs = model(pixel_values=pixels(), **texts, output_similarity_maps=True)
     torch.testing.assert_close(maps, outputs.similarity_maps)
+    recorded, _ = explainer.family.trace(pixels(), weights=True)
+    torch.testing.assert_close(recorded.patch_embeds, outputs.patch_embeds)
     torch.testing.assert_close(scores, outputs.image_embeds @ outputs.text_embeds.T)
 
 

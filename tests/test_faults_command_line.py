@@ -170,6 +170,12 @@ ARGUMENTS = {
         "explain {world} --text dog --model {model} --images-per-file -1",
         "got -1",
     ),
+    "segment without text": ("segment {photo} --model {model}", "--text"),
+    "segment with a threshold of nan": ("segment {photo} --text dog --model {model} --threshold nan", "got nan"),
+    "segment with a presence above 1": ("segment {photo} --text dog --model {model} --min-presence 2", "got 2"),
+    "segment to another kind": ("segment {photo} --text dog --model {model} --output a.exe", "a.exe"),
+    "segment several to a file": ("segment {photo} {photo} --text dog --model {model} --output a.png", "a.png"),
+    "segment a folder": ("segment {folder} --text dog --model {model}", "/empty"),
     "compare without text": ("compare {photo} --model {model}", "neither"),
     "compare to another kind": ("compare {photo} --text dog --model {model} --output a.txt", "a.txt"),
     "compare at no resolution": ("compare {photo} --text dog --model {model} --dpi 0", "got 0"),
@@ -197,6 +203,26 @@ ARGUMENTS = {
     "evaluate a part of an image": (
         "evaluate --dataset folder --data-root {masks} --limit 0.5 --model {model}",
         "got 0.5",
+    ),
+    "evaluate another layout": (
+        "evaluate --task segmentation --dataset ade20k --data-root {masks} --model {model}",
+        "annotations/validation",
+    ),
+    "evaluate with windows below a patch": (
+        "evaluate --task segmentation --dataset folder --data-root {masks} --window 4 --model {model}",
+        "got 4",
+    ),
+    "evaluate with gaps between windows": (
+        "evaluate --task segmentation --dataset folder --data-root {masks} --window 16 --stride 32 --model {model}",
+        "got 32",
+    ),
+    "evaluate with the options of another task": (
+        "evaluate --dataset folder --data-root {masks} --window 16 --model {model}",
+        "--window",
+    ),
+    "evaluate with other classes": (
+        "evaluate --task segmentation --dataset folder --data-root {masks} --overrides {names} --model {model}",
+        "got 4",
     ),
     "evaluate in batches of nothing": (
         "evaluate --dataset folder --data-root {masks} --batch-size 0 --model {model}",
@@ -265,6 +291,7 @@ def by_command_line(world, folder, arguments):
         "masks": folder / "masks",
         "pth": written(folder, inputs.UNREADABLE_IMAGES["pickle"], "dino.pth"),
         "long": "x" * 300,
+        "names": written(folder, "dog\ncat\nball\nsky", "names.txt"),
     }
     iclip(*(argument.format(**places) for argument in arguments.split()))
 

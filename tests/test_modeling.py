@@ -60,6 +60,34 @@ def test_attention_row_stays_after_switching_the_implementation():
         torch.testing.assert_close(run(model).similarity_maps, before.similarity_maps, atol=1e-6, rtol=0)
 
 
+@pytest.mark.parametrize("vision", VISION)
+def test_value_share_mixes_what_the_last_attention_gives_a_patch_with_its_own_value(vision):
+    model = tiny_model(vision)
+    attention = [module for module in model.vision_model.modules() if hasattr(module, "v_proj")][-1]
+    project = attention.o_proj if hasattr(attention, "o_proj") else attention.out_proj
+    mixed, values = [], []
+    project.register_forward_pre_hook(lambda module, inputs: mixed.append(inputs[0]))
+    attention.v_proj.register_forward_hook(lambda module, inputs, output: values.append(output))
+    pixel_values = tiny_inputs(size=(32, 48))["pixel_values"]
+    outputs = []
+    for share in (0.0, 0.25, 1.0):
+        model.config.value_share = share
+        with torch.no_grad():
+            outputs.append(model.encode_image(pixel_values))
+    torch.testing.assert_close(mixed[1][:, 1:], 0.75 * mixed[0][:, 1:] + 0.25 * values[0][:, 1:])
+    torch.testing.assert_close(mixed[2][:, 1:], values[0][:, 1:])
+    for changed in outputs[1:]:
+        torch.testing.assert_close(changed.class_token, outputs[0].class_token)
+        torch.testing.assert_close(changed.attention, outputs[0].attention)
+        assert (changed.patch_tokens - outputs[0].patch_tokens).abs().max() > 1e-3
+
+
+def test_eager_attention_is_refused_where_it_would_ignore_value_share():
+    model = tiny_model(value_share=0.5)
+    with pytest.raises(ValueError, match='attn_implementation="sdpa" with value_share=0.5, got "eager"'):
+        model.set_attn_implementation("eager")
+
+
 def test_tokens_of_clip_carry_its_final_norm():
     """CLIP returns its class token normed and its patch tokens not; the package norms both alike."""
     model = tiny_model("clip_vision_model")
@@ -222,7 +250,8 @@ def test_the_loss_over_similarities_equals_a_slow_implementation():
             [math.log(sum(a / sum(lit) * math.exp(10 * c) for a, c in zip(lit, row))) / 10 for row in cosines]
         )
         stretched = [(a - min(lit)) / (max(lit) - min(lit)) for a in lit]
-        expected = [[c + a / 10 for a, c in zip(stretched, row)] for row in cosines]
+        means = [sum(row) / len(row) for row in cosines]
+        expected = [[max(c - mean, 0) + a / 20 for a, c in zip(stretched, row)] for mean, row in zip(means, cosines)]
         torch.testing.assert_close(
             outputs.similarity_maps[image].flatten(1), torch.tensor(expected), atol=1e-5, rtol=0
         )

@@ -2,6 +2,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.nn import functional as F
 
 from iclip_hf.pooling import normalize_attention, pool, pool_similarities
 
@@ -49,21 +50,49 @@ def test_unknown_pooling_names_the_known_ones():
         pool(torch.zeros(1, 2, 3), torch.zeros(1, 3), torch.zeros(1, 2), "sum")
 
 
+def pooled(similarities, attention, sharpness=10.0):
+    """Pools given similarities (T, N) of one image: with texts along the axes, patches have them as components."""
+    patches = torch.tensor(similarities).T.unsqueeze(0)
+    return pool_similarities(patches, torch.eye(patches.shape[-1]), torch.tensor([attention]), sharpness)
+
+
 def test_pooled_similarities_lie_between_mean_and_maximum_of_the_attended():
-    similarities = torch.tensor([[[0.1, 0.5, 0.9], [0.3, -0.2, 0.0]]])
-    attention = torch.tensor([[1.0, 3.0, 0.0]])
+    similarities, attention = [[0.1, 0.5, 0.9], [0.3, -0.2, 0.0]], [1.0, 3.0, 0.0]
     weighted = torch.tensor([[0.4, -0.075]])
-    torch.testing.assert_close(pool_similarities(similarities, attention, 0.01), weighted, atol=1e-3, rtol=0)
-    sharp = pool_similarities(similarities, attention, 1e4)
+    torch.testing.assert_close(pooled(similarities, attention, 0.01), weighted, atol=1e-3, rtol=0)
+    sharp = pooled(similarities, attention, 1e4)
     torch.testing.assert_close(sharp, torch.tensor([[0.5, 0.3]]), atol=1e-3, rtol=0)  # 0.9 is masked
-    ten = pool_similarities(similarities, attention)
+    ten = pooled(similarities, attention)
     torch.testing.assert_close(ten[0, 0], torch.tensor(0.25 * 2.718282 + 0.75 * 148.413159).log() / 10)
 
 
 def test_an_image_without_attention_pools_all_patches_alike():
-    similarities = torch.tensor([[[0.1, 0.5]]])
-    alike = pool_similarities(similarities, torch.ones(1, 2))
-    assert torch.equal(pool_similarities(similarities, torch.zeros(1, 2)), alike) and alike.isfinite().all()
+    alike = pooled([[0.1, 0.5]], [1.0, 1.0])
+    assert torch.equal(pooled([[0.1, 0.5]], [0.0, 0.0]), alike) and alike.isfinite().all()
+
+
+@pytest.mark.parametrize("sharpness", [10.0, 1000.0])  # exp(1000) is infinite
+def test_the_gradient_of_pooled_similarities_is_that_of_the_formula(sharpness):
+    """300 x 5 x 200 similarities take several parts; one image has a patch without attention, one no attention at all."""
+    draws = torch.Generator().manual_seed(0)
+    attention = torch.rand(300, 5, generator=draws)
+    attention[0, 1], attention[1] = 0, 0
+    prior = torch.where(attention.sum(1, keepdim=True) > 0, attention / attention.sum(1, keepdim=True), 0.2)
+    inputs = [F.normalize(torch.randn(*shape, generator=draws), dim=-1) for shape in ((300, 5, 16), (200, 16))]
+    weights = torch.randn(300, 200, generator=draws)
+    results = {}
+    for name, dtype in (("own", torch.float32), ("formula", torch.float64)):
+        patches, texts = (one.to(dtype, copy=True).requires_grad_() for one in inputs)
+        if name == "own":
+            scores = pool_similarities(patches, texts, attention, sharpness)
+        else:
+            logits = prior.double().log().unsqueeze(1) + sharpness * torch.einsum("tp,bnp->btn", texts, patches)
+            scores = logits.logsumexp(-1) / sharpness
+        results[name] = scores, *torch.autograd.grad((scores * weights).sum(), (patches, texts))
+    for own, formula in zip(results["own"], results["formula"]):
+        torch.testing.assert_close(own.double(), formula, atol=1e-4, rtol=1e-4)
+    with torch.no_grad():  # another road, which has no gradient
+        torch.testing.assert_close(pool_similarities(*inputs, attention, sharpness), results["own"][0].detach())
 
 
 @given(

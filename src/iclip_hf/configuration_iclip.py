@@ -31,14 +31,17 @@ class ICLIPConfig(PreTrainedConfig):
         max_sharpness (`float`, defaults to 10): how near the smooth maximum of `"similarity"` is to the maximum.
         center_tokens (`bool`, defaults to `False`): beyond the paper: the branch that draws the maps sees patch tokens less
             their mean over the training images, which the model holds as `token_mean`. Needs `max_over="similarity"`.
+        value_share (`float` in [0, 1], defaults to 0): beyond the paper: in the image tower's last attention, the share of its own
+            value in what each patch receives. 0 is the tower's own attention, 1 is MaskCLIP's, where patches attend to themselves
+            alone and their tokens say more of their own place. The class token attends as before. Needs SDPA attention.
         dual_projection (`bool`, defaults to `True`): a second pair of projections (Eq. 12) that pools by the class token,
             for recognition. Without it the one branch serves both (Table 3).
         projection_bias (`bool`, defaults to `False`): whether the projections have a bias.
         map_attention (`str`, defaults to `"similarity"`): where the class-token attention A enters the similarity map:
             `"similarity"` multiplies the cosines by A, `"sqrt_similarity"` by its root, `"features"` multiplies the patch
             tokens before the projection (Eq. 12 to the letter; cancelled by the normalisation unless `projection_bias`),
-            `"additive"` adds A, stretched to [0, 1], / `max_sharpness` to the cosines, so that the attention, which never
-            sees the text, moves the maps of all texts alike; `"none"` leaves it out.
+            `"additive"` cuts each text's cosines at their mean over the patches, so that less than average counts as 0, and adds A,
+            stretched to [0, 1], / (2 `max_sharpness`), which never sees the text; `"none"` leaves it out.
         map_affinity (`float`, defaults to 0): beyond the paper: the token and the attention of each patch become the mean
             over all patches, weighted by softmax(map_affinity * cosine of their tokens), so that an object's patches share
             what one of them shows. 0 leaves them as they are.
@@ -71,6 +74,7 @@ class ICLIPConfig(PreTrainedConfig):
     max_over: Literal["channels", "similarity"] = "channels"
     max_sharpness: int | float = 10.0
     center_tokens: bool = False
+    value_share: int | float = 0.0
     dual_projection: bool = True
     projection_bias: bool = False
     map_attention: Literal["similarity", "sqrt_similarity", "features", "additive", "none"] = "similarity"
@@ -106,6 +110,8 @@ class ICLIPConfig(PreTrainedConfig):
                 )
         if self.projection_dim < 1:
             raise ValueError(f"Expected projection_dim to be a positive integer, got {self.projection_dim}.")
+        if not 0 <= self.value_share <= 1:
+            raise ValueError(f"Expected value_share in [0, 1], got {self.value_share}.")
         if not self.map_affinity >= 0:
             raise ValueError(f"Expected map_affinity to be at least 0, got {self.map_affinity}.")
         if not self.max_sharpness > 0:

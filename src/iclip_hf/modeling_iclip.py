@@ -46,24 +46,37 @@ VISION_TOWERS = {
 _EOS_TEXT_TOWERS = ("clip_text_model", "siglip_text_model")
 
 
-class _ClassRow:
+class LastAttention:
     """
-    Carries the class token's attention out of the tower's last layer: `weights` of shape (B, heads, 1, N).
+    Carries `value_share` (see [`ICLIPConfig`]) into the tower's last attention, and the class token's attention out of it:
+    `class_row` of shape (B, heads, 1, N).
 
     It is not a list or a dictionary, because the hooks of device maps, offloading and FSDP copy these, so that the values which a
     layer stores are lost.
     """
 
-    weights: torch.Tensor | None = None
+    class_row: torch.Tensor | None = None
+
+    def __init__(self, value_share: float = 0.0):
+        self.value_share = value_share
+
+    def mix(self, attended: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        """Mixes what the attention returns, (B, N, heads, D / heads), with the values (B, heads, N, D / heads), except for the class token."""
+        if self.value_share == 0:
+            return attended
+        own = value.transpose(1, 2)
+        return torch.cat([attended[:, :1], torch.lerp(attended[:, 1:], own[:, 1:], self.value_share)], 1)
 
 
-def _sdpa_class_row(module, query, key, value, attention_mask, scaling=None, class_row=None, **kwargs):
-    """Fused attention, which returns no weights. The tower's last layer stores the softmax row of its class token in `class_row`."""
-    if class_row is not None and getattr(module, "keep_class_row", False):
+def _sdpa_class_row(module, query, key, value, attention_mask, scaling=None, last_attention=None, **kwargs):
+    """Fused attention, which returns no weights. In the tower's last layer, it does what `last_attention` says."""
+    attended, _ = sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+    if last_attention is not None and getattr(module, "is_last_attention", False):
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
         # float32 before the product: its logits can overflow float16
-        class_row.weights = ((query[:, :, :1].float() @ key.float().mT) * scale).softmax(-1)
-    return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+        last_attention.class_row = ((query[:, :, :1].float() @ key.float().mT) * scale).softmax(-1)
+        attended = last_attention.mix(attended, value)
+    return attended, None
 
 
 AttentionInterface.register("sdpa_class_row", _sdpa_class_row)
@@ -322,21 +335,25 @@ class ICLIPModel(PreTrainedModel):
         if config.center_tokens:
             self.token_mean = nn.Buffer(torch.zeros(image_dim))
 
-        self._keep_class_row()
+        self._find_last_attention()
         self.post_init()
         self.train(self.training)
 
-    def _keep_class_row(self):
+    def _find_last_attention(self):
         """Makes the last attention of the image tower return the class token's row, at the cost of one row beside N fused ones."""
         last = [module for module in self.vision_model.modules() if type(module).__name__.endswith("Attention")][-1]
-        last.keep_class_row = True
+        last.is_last_attention = True
         if self.vision_model.config._attn_implementation != "eager":
             self.vision_model.set_attn_implementation("sdpa_class_row")
+        elif self.config.value_share > 0:
+            raise ValueError(
+                f'Expected attn_implementation="sdpa" with value_share={self.config.value_share}, got "eager": leave it out.'
+            )
 
     def set_attn_implementation(self, *args, **kwargs):
         """Like the base class. The image tower keeps an implementation that returns the class token's attention (SDPA or eager)."""
         super().set_attn_implementation(*args, **kwargs)
-        self._keep_class_row()
+        self._find_last_attention()
 
     @torch.no_grad()
     def _init_weights(self, module):
@@ -438,18 +455,18 @@ class ICLIPModel(PreTrainedModel):
             )
         if VISION_TOWERS[config.model_type]:
             kwargs["interpolate_pos_encoding"] = True
-        class_row = _ClassRow()
+        last_attention = LastAttention(self.config.value_share)
         if self.vision_model.config._attn_implementation == "eager":
             kwargs["output_attentions"] = True
         else:
-            kwargs["class_row"] = class_row
+            kwargs["last_attention"] = last_attention
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.config.lock_vision):
             outputs = self.vision_model(pixel_values, **kwargs)
             tokens = outputs.last_hidden_state
             if config.model_type == "clip_vision_model":
                 tokens = self.vision_model.post_layernorm(tokens)  # CLIP's output has it on the class token only
             first_patch = 1 + getattr(config, "num_register_tokens", 0)
-            row = outputs.attentions[-1] if class_row.weights is None else class_row.weights
+            row = outputs.attentions[-1] if last_attention.class_row is None else last_attention.class_row
             attention = (
                 row[:, :, 0, first_patch:].float().mean(1).to(tokens.device)
             )  # layers may be on several devices
@@ -522,7 +539,7 @@ class ICLIPModel(PreTrainedModel):
         if self.config.pooling == "max":
             attention = torch.ones_like(attention)
         patches = patch_embeds.flatten(1, -2)
-        return pool_similarities(text_embeds.to(patches) @ patches.mT, attention, self.config.max_sharpness)
+        return pool_similarities(patches, text_embeds.to(patches), attention, self.config.max_sharpness)
 
     @can_return_tuple
     def get_image_features(self, pixel_values: torch.FloatTensor, **kwargs) -> ICLIPImageFeatures:
@@ -623,8 +640,7 @@ class ICLIPModel(PreTrainedModel):
             text ([`ICLIPTextFeatures`]): from `get_text_features`.
 
         Returns:
-            `torch.Tensor` of shape `(B, T, h, w)`, in [-1, 1], additive ones up to 1 / `config.max_sharpness` more.
-            Stretch and enlarge them with
+            `torch.Tensor` of shape `(B, T, h, w)`, in [-1, 1]; additive ones start at 0. Stretch and enlarge them with
             `ICLIPProcessor.post_process_similarity_maps`.
         """
         if isinstance(image, torch.Tensor):
@@ -637,7 +653,8 @@ class ICLIPModel(PreTrainedModel):
         elif self.config.map_attention == "sqrt_similarity":
             maps = maps * attention.sqrt()
         elif self.config.map_attention == "additive":
-            maps = maps + min_max_normalize(attention) / self.config.max_sharpness
+            above = (maps - maps.mean((-2, -1), keepdim=True)).clamp(min=0)
+            maps = above + min_max_normalize(attention) / (2 * self.config.max_sharpness)
         return maps
 
     def match(self, image: ICLIPImageFeatures, text: ICLIPTextFeatures) -> torch.FloatTensor:

@@ -50,16 +50,19 @@ def share_among_like(
     return shared.squeeze(1).to(values.dtype)
 
 
-def pool_similarities(similarities: torch.Tensor, attention: torch.Tensor, sharpness: float = 10.0) -> torch.Tensor:
+def pool_similarities(
+    patch_embeds: torch.Tensor, text_embeds: torch.Tensor, attention: torch.Tensor, sharpness: float = 10.0
+) -> torch.Tensor:
     """
-    Masked max pooling over similarities instead of channels: the smooth maximum over the patches of their similarities with each
+    Masked max pooling over similarities instead of channels: the smooth maximum over the patches of their similarities s with each
     text, with the attention as prior, (1 / b) log sum_i (A_i / sum A) exp(b s_i).
 
     The trained score is then the peak of the drawn map. Eq. 10 takes the maximum of each channel instead. For a tower trained
     with a patch objective, this maximum is similar for all images.
 
     Args:
-        similarities (`torch.Tensor` of shape `(B, T, N)`): cosines of N patches with T texts.
+        patch_embeds (`torch.Tensor` of shape `(B, N, P)`): unit vectors of N patches.
+        text_embeds (`torch.Tensor` of shape `(T, P)`, or `(B, T, P)` for different texts an image): unit vectors.
         attention (`torch.Tensor` of shape `(B, N)`): weights of the patches, not negative. If all are 0, the patches have equal
             weights.
         sharpness (`float`): b. Near 0 the result is the weighted mean, at infinity the maximum over patches with attention.
@@ -70,7 +73,53 @@ def pool_similarities(similarities: torch.Tensor, attention: torch.Tensor, sharp
     attention = attention.float()
     total = attention.sum(-1, keepdim=True)
     prior = torch.where(total > 0, attention / total, 1 / attention.shape[-1])
-    return (prior.log().unsqueeze(1) + sharpness * similarities.float()).logsumexp(-1) / sharpness
+    learning = torch.is_grad_enabled() and (patch_embeds.requires_grad or text_embeds.requires_grad)
+    if learning and text_embeds.ndim == 2 and not prior.requires_grad:
+        return _SmoothMaximum.apply(patch_embeds, text_embeds, prior, sharpness)
+    similarities = (text_embeds @ patch_embeds.mT).float()
+    return (prior.log().unsqueeze(1) + sharpness * similarities).logsumexp(-1) / sharpness
+
+
+class _SmoothMaximum(torch.autograd.Function):
+    """
+    The formula of [`pool_similarities`] with its gradient, a few images at a time, whose B x N x T similarities stay in the cache of
+    a processor. The forward pass keeps each patch's share in the maximum, which is all that the gradient needs.
+    """
+
+    @staticmethod
+    def forward(
+        ctx, patches: torch.Tensor, texts: torch.Tensor, prior: torch.Tensor, sharpness: float
+    ) -> torch.Tensor:
+        (images, number, _), count = patches.shape, len(texts)
+        shares = patches.new_empty(images, number, count, dtype=torch.float32)
+        pooled = patches.new_empty(images, count, dtype=torch.float32)
+        for part in _parts(images, number * count):
+            own = shares[part]
+            torch.matmul(patches[part].float(), texts.mT.float(), out=own)
+            own.mul_(sharpness).add_(prior[part].log().unsqueeze(-1))
+            highest = own.amax(1, keepdim=True)
+            total = own.sub_(highest).exp_().sum(1, keepdim=True)
+            own.div_(total)
+            pooled[part] = (highest + total.log()).squeeze(1) / sharpness
+        ctx.save_for_backward(patches, texts, shares)
+        return pooled
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, gradient: torch.Tensor):
+        patches, texts, shares = ctx.saved_tensors
+        of_patches, of_texts = torch.empty_like(patches), torch.zeros_like(texts, dtype=torch.float32)
+        for part in _parts(len(patches), shares[0].numel()):
+            own = shares[part] * gradient[part].unsqueeze(1)
+            of_patches[part] = own @ texts.float()
+            of_texts += own.flatten(0, 1).mT @ patches[part].flatten(0, 1).float()
+        return of_patches, of_texts.to(texts.dtype), None, None
+
+
+def _parts(images: int, numbers_of_image: int) -> list[slice]:
+    """Splits images so that a part has about 2^18 numbers (1 MB)."""
+    step = max(1, 2**18 // numbers_of_image)
+    return [slice(start, start + step) for start in range(0, images, step)]
 
 
 def pool(patch_tokens: torch.Tensor, class_token: torch.Tensor, attention: torch.Tensor, mode: str) -> torch.Tensor:

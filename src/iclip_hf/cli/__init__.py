@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 
 from .. import __version__
-from . import analyze, compare, demo, evaluate, explain, export, init, metrics, push, train
+from . import analyze, compare, demo, evaluate, explain, export, init, metrics, push, segment, train
 from .common import one_line, printable
 
 
@@ -38,6 +38,6 @@ def _parser() -> _Parser:
     )
     parser.add_argument("--version", action="version", version=f"iclip {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for module in (explain, compare, demo, evaluate, analyze, train, init, export, push, metrics):
+    for module in (explain, segment, compare, demo, evaluate, analyze, train, init, export, push, metrics):
         module.register(commands)
     return parser

@@ -1,10 +1,12 @@
-"""`iclip evaluate`: interpretability, or faithfulness, of maps on a segmentation data set."""
+"""`iclip evaluate`: interpretability or faithfulness of maps, or segmentation by them, on a segmentation data set."""
 
 from __future__ import annotations
 
 import argparse
+import itertools
 from pathlib import Path
 
+from ..prompts import check_text
 from .common import (
     add_command,
     add_dataset_options,
@@ -13,15 +15,26 @@ from .common import (
     add_model_options,
     at_least_1,
     check_file,
+    checked,
     echo,
     load_silently,
+    share,
 )
 
 
-# Names instead of imports, so that the help does not load torch.
-# Tasks, and the options that not all of them have.
+# Names instead of imports, so that the help does not load torch: tasks, and the options that not all of them have.
 OPTIONS = {
     "interpretability": ("batch_size", "aggregate"),
+    "segmentation": (
+        "batch_size",
+        "short_side",
+        "window",
+        "stride",
+        "background",
+        "threshold",
+        "logit_scale",
+        "min_presence",
+    ),
     "faithfulness": ("batch_size", "measures", "steps", "seed"),
 }
 MEASURES = ("deletion_insertion", "max_sensitivity", "randomization", "pointing_game")
@@ -32,14 +45,14 @@ def register(commands) -> None:
         commands,
         "evaluate",
         run,
-        "measure how well maps mark classes, or how faithful they are, on a segmentation data set",
+        "measure how well maps mark or segment classes, or how faithful they are, on a segmentation data set",
     )
     command.add_argument(
         "--task",
         choices=tuple(OPTIONS),
         default="interpretability",
-        help="interpretability: mAP, mMIoU, mFMB and text contrast; faithfulness: deletion and insertion, pointing game, "
-        "max-sensitivity and randomised layers (default: interpretability)",
+        help="interpretability: mAP, mMIoU, mFMB and text contrast; segmentation: mIoU of label maps; faithfulness: deletion and "
+        "insertion, pointing game, max-sensitivity and randomised layers (default: interpretability)",
     )
     add_dataset_options(command)
     add_limit_option(command)
@@ -51,6 +64,7 @@ def register(commands) -> None:
         help="interpretability: image is the mean over the images of a class, pixel pools the pixels of all its images "
         "(default: image)",
     )
+    _add_segmentation_options(command)
     command.add_argument(
         "--measures",
         nargs="+",
@@ -80,22 +94,75 @@ def register(commands) -> None:
     command.add_argument("--json", action="store_true", help="print JSON instead of text")
 
 
+def _add_segmentation_options(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--short-side",
+        type=at_least_1,
+        metavar="PIXELS",
+        help="segmentation: short side of images that keep their proportions (default: a square; with --window 336)",
+    )
+    command.add_argument(
+        "--window",
+        type=at_least_1,
+        metavar="PIXELS",
+        help="segmentation: side of windows that slide over the image, for example 224 (default: the whole image)",
+    )
+    command.add_argument(
+        "--stride",
+        type=at_least_1,
+        metavar="PIXELS",
+        help="segmentation: distance of the windows (default: half of the window)",
+    )
+    command.add_argument(
+        "--background",
+        action="append",
+        type=checked(check_text),
+        metavar="TEXT",
+        help="segmentation: text that describes the background, such as sky; repeat the option for several texts",
+    )
+    command.add_argument(
+        "--threshold",
+        type=share,
+        metavar="NUMBER",
+        help="segmentation: confidence up to which a pixel is background, in [0, 1] (default: the best one for the images at "
+        "even positions is used for those at odd positions, and the reverse; none with texts for the background)",
+    )
+    command.add_argument(
+        "--logit-scale",
+        type=float,
+        metavar="NUMBER",
+        help="segmentation: take as confidence the softmax of similarities times this number, for example 40 (default: the "
+        "map of the best class, stretched to [0, 1])",
+    )
+    command.add_argument(
+        "--min-presence",
+        type=share,
+        metavar="NUMBER",
+        help="segmentation: a class with a lower presence gets no pixel; 0 to 1 (default: 0)",
+    )
+
+
 def run(options: argparse.Namespace) -> int:
     from ..data.segmentation import load_segmentation
 
     own = OPTIONS[options.task]
     given = {name: getattr(options, name) for name in own if getattr(options, name) is not None}
-    for name in ("aggregate", "measures", "steps", "seed"):
+    for name in dict.fromkeys(itertools.chain(*OPTIONS.values())):
         if name not in own and getattr(options, name) is not None:
-            raise ValueError(f"Expected --{name} with another --task, got it with {options.task}.")
+            raise ValueError(
+                f"Expected --{name.replace('_', '-')} with another --task, got it with {options.task}: leave it out."
+            )
     if options.output:
         check_file("--output", options.output, (".json",))
     dataset = load_segmentation(options.dataset, options.data_root, options.split, options.overrides)
     from ..evaluation.evaluate import evaluate
     from ..evaluation.faithfulness import evaluate_faithfulness
+    from ..evaluation.segmentation import evaluate_segmentation
     from ..utils.distributed import partner_errors, this_process
 
-    measure = evaluate_faithfulness if options.task == "faithfulness" else evaluate
+    measure = {"segmentation": evaluate_segmentation, "faithfulness": evaluate_faithfulness}.get(
+        options.task, evaluate
+    )
     state = this_process("eval")  # selects the device before the model is loaded
     with partner_errors("run it again"):
         result = measure(

@@ -20,8 +20,9 @@ from .common import (
     check_file,
     check_folder,
     echo,
+    existing_files,
+    file_names,
     load_silently,
-    one_line,
     printable,
     save_figure,
     share,
@@ -125,7 +126,7 @@ def _localizer(options: argparse.Namespace):
 
 
 def _explain_images(options: argparse.Namespace) -> int:
-    from ..images import load_image, require_file
+    from ..images import load_image
 
     several = len(options.images) > 1
     output = options.output or Path("explanations" if several else "explanation.png")
@@ -133,14 +134,8 @@ def _explain_images(options: argparse.Namespace) -> int:
         check_folder("--output", output)
     else:
         check_file("--output", output, PICTURES)
-    pictures = [output / name for name in _file_names(options.images)] if several else [output]
-    wanted = []
-    for image, picture in zip(options.images, pictures):
-        try:
-            require_file(image)
-            wanted.append((image, picture))
-        except (ValueError, FileNotFoundError) as error:  # said before the model is loaded
-            print(f"iclip explain: {one_line(error)}", file=sys.stderr)
+    pictures = [output / name for name in file_names(options.images)] if several else [output]
+    wanted = existing_files("explain", options.images, pictures)
     if not wanted:
         return 2
     localizer = _localizer(options)
@@ -243,14 +238,3 @@ def _print_table(report: list[dict]) -> None:
             echo(
                 f"  {printable(row['text']):<{width}}  {row['score']:+.4f}  presence {row['presence']:.2f}  {regions}"
             )
-
-
-def _file_names(images: list[str]) -> list[str]:
-    """Returns a unique name for each picture, because a/dog.jpg and b/dog.jpg must not write the same file."""
-    taken = {}
-    for stem in (Path(image).stem for image in images):
-        name, number = stem, 2
-        while name in taken:
-            name, number = f"{stem}-{number}", number + 1
-        taken[name] = f"{name}.png"
-    return list(taken.values())

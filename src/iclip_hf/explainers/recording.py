@@ -167,16 +167,18 @@ def _record_mixed(mixed: torch.Tensor) -> torch.Tensor:
     return mixed
 
 
-def _transformers_attention(module, query, key, value, attention_mask, scaling=None, class_row=None, **kwargs):
+def _transformers_attention(module, query, key, value, attention_mask, scaling=None, last_attention=None, **kwargs):
     """Computes attention as ICLIP's own function does, and records it."""
     weights = _record_heads(query, key, value, query.shape[-1] ** -0.5 if scaling is None else scaling, attention_mask)
     if weights is None:
         fused = AttentionInterface()["sdpa_class_row"]
-        mixed, _ = fused(module, query, key, value, attention_mask, scaling=scaling, class_row=class_row, **kwargs)
-        return _record_mixed(mixed.transpose(1, 2)).transpose(1, 2), None
-    if class_row is not None and getattr(module, "keep_class_row", False):
-        class_row.weights = weights[:, :, :1]
-    return _record_mixed(weights @ value).transpose(1, 2), None
+        mixed, _ = fused(module, query, key, value, attention_mask, scaling, last_attention=last_attention, **kwargs)
+    else:
+        mixed = (weights @ value).transpose(1, 2)
+        if last_attention is not None and getattr(module, "is_last_attention", False):
+            last_attention.class_row = weights[:, :, :1]
+            mixed = last_attention.mix(mixed, value)
+    return _record_mixed(mixed.transpose(1, 2)).transpose(1, 2), None
 
 
 def _explicit_mask(*args, **kwargs):

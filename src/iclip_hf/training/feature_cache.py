@@ -71,9 +71,10 @@ def branch_features(rows: torch.Tensor, config: ICLIPConfig) -> tuple[torch.Tens
 
 def image_settings(config: ICLIPConfig, map_tokens: int) -> dict:
     """Returns the options of a model that [`image_rows`] depends on, besides its image tower."""
+    names = ["attention_quantile", "value_share"]
     if config.max_over == "channels":
-        return {"attention_quantile": config.attention_quantile}
-    names = ("attention_norm", "attention_quantile", "center_tokens", "map_affinity")
+        return {name: getattr(config, name) for name in names}
+    names += ["attention_norm", "center_tokens", "map_affinity"]
     return {"map_tokens": map_tokens, **{name: getattr(config, name) for name in names}}
 
 

@@ -200,6 +200,65 @@ def explanation_grid(
     return picture_grid(pictures, names, columns)
 
 
+def label_colors(number: int) -> np.ndarray:
+    """
+    Returns the colours of class ids 0, 1, ..., as VOC numbers them: the bits of an id, in turn, are the highest bits of red, green and
+    blue. The background (0) is black.
+
+    Returns:
+        `np.ndarray` of shape `(number, 3)`, uint8, RGB.
+    """
+    ids = np.arange(number)[:, None]
+    bits = [((ids >> (3 * place + np.arange(3))) & 1) << (7 - place) for place in range(8)]
+    return np.sum(bits, axis=0).astype(np.uint8)
+
+
+def label_sheet(image: Image.Image, labels: np.ndarray, texts: Sequence[str], *, opacity: float = 0.6) -> Sheet:
+    """
+    Shows an image and its label map over it, with a legend of the texts that have pixels, the largest first.
+
+    Args:
+        image (`PIL.Image.Image`): RGB.
+        labels (`np.ndarray` of shape `(H, W)`): index of a text for each pixel, -1 for the background, which is dimmed.
+        texts: T texts.
+        opacity (`float`): of the colours, in [0, 1].
+    """
+    colors = label_colors(len(texts) + 1)
+    areas = np.bincount(labels.ravel() + 1, minlength=len(texts) + 1)[1:] / labels.size
+    shown = [index for index in np.argsort(-areas, kind="stable") if areas[index]]
+    entries = [
+        (tuple(colors[index + 1].tolist()), f"{_shortened(texts[index])}  {100 * areas[index]:.1f} %")
+        for index in shown
+    ]
+    blended = Image.blend(image, Image.fromarray(colors[labels + 1]), opacity)
+    aspect = min(max(image.height / image.width, 0.5), 2.0)
+    legend = _legend(entries or [("white", "none of the texts")], aspect)
+    return picture_grid([image, blended, legend], ["original", "", ""], 3)
+
+
+def _legend(entries: Sequence[tuple[str | tuple[int, int, int], str]], aspect: float, dpi: int = DPI) -> Image.Image:
+    """Draws colours with their names as a picture of the size of a cell. Those that do not fit are counted in the last line."""
+    width, line = round((CELL - 2 * _GAP) * dpi), round(0.19 * dpi)
+    legend = Image.new("RGB", (width, round(width * aspect)), "white")
+    fitting = legend.height // line
+    if len(entries) > fitting:
+        entries = [*entries[: fitting - 1], ("white", f"and {len(entries) - fitting + 1} more")]
+    top = (legend.height - line * len(entries)) // 2
+    for number, (color, name) in enumerate(entries):
+        y, mask = top + line * number, text_mask(name, _CAPTION / 72 * dpi)
+        legend.paste(color, (line // 2, y + line // 6, 2 * line, y + line * 5 // 6))
+        legend.paste("black", (2 * line + line // 3, y + (line - mask.height) // 2), mask)
+    return legend
+
+
+def _shortened(text: str) -> str:
+    """Returns the beginning of a text, on one line that fits a cell."""
+    text = " ".join(text.split())
+    wide = any(unicodedata.east_asian_width(character) in "FW" for character in text)
+    longest = _LINE // 2 if wide else _LINE
+    return text if len(text) <= longest else f"{text[: longest - 1]}…"
+
+
 def comparison_sheet(
     image: Image.Image,
     heatmaps: Mapping[str, Sequence[np.ndarray | None]],

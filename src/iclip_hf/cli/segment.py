@@ -1,0 +1,175 @@
+"""`iclip segment`: pictures, label maps and segments of images, each pixel with the text that matches it best."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+
+from ..prompts import check_text
+from .common import (
+    METHODS,
+    PICTURES,
+    add_command,
+    add_model_options,
+    add_text_option,
+    check_file,
+    check_folder,
+    checked,
+    echo,
+    existing_files,
+    file_names,
+    load_silently,
+    printable,
+    save_figure,
+    share,
+)
+
+
+def register(commands) -> None:
+    command = add_command(commands, "segment", run, "assign each pixel of images to the text that matches it best")
+    command.add_argument("images", nargs="+", metavar="IMAGE", help="image files")
+    add_text_option(
+        command,
+        "what to look for; it is inserted into the prompts; repeat the option for several texts",
+        required=True,
+    )
+    command.add_argument(
+        "--background",
+        action="append",
+        type=checked(check_text),
+        default=[],
+        metavar="TEXT",
+        help="what else the image shows, such as sky; its pixels are background; repeat the option for several texts",
+    )
+    add_model_options(command)
+    command.add_argument(
+        "--method", choices=METHODS, default="itsm", help="method that computes the maps (default: itsm)"
+    )
+    command.add_argument(
+        "--threshold",
+        type=share,
+        metavar="NUMBER",
+        help="pixels are background up to this value of their best map, which is stretched to [0, 1] (default: 0.5; none with "
+        "--background)",
+    )
+    command.add_argument(
+        "--min-presence",
+        type=share,
+        default=0.7,
+        metavar="NUMBER",
+        help="a text with a lower presence counts as absent and gets no pixel; 0 to 1 (default: 0.7)",
+    )
+    command.add_argument(
+        "--output",
+        type=Path,
+        metavar="PATH",
+        help="picture to write (default: segmentation.png); for several images, the folder to write to (default: "
+        "segmentations); label maps are written to the folder labels beside the pictures",
+    )
+    command.add_argument("--json", action="store_true", help="print JSON instead of text")
+
+
+def run(options: argparse.Namespace) -> int:
+    several = len(options.images) > 1
+    output = options.output or Path("segmentations" if several else "segmentation.png")
+    if several:
+        check_folder("--output", output)
+    else:
+        check_file("--output", output, PICTURES)
+    threshold = options.threshold
+    if threshold is None and not options.background:
+        threshold = 0.5
+    pictures = [output / name for name in file_names(options.images)] if several else [output]
+    wanted = existing_files("segment", options.images, pictures)
+    if not wanted:
+        return 2
+    from tqdm import tqdm
+
+    from ..images import load_image
+    from ..localization.localizer import Localizer
+    from ..utils.prefetch import prefetch_map
+
+    localizer = Localizer(
+        *load_silently(options.model, options.dtype),
+        [*options.texts, *options.background],
+        method=options.method,
+        templates=options.templates,
+        min_presence=options.min_presence,
+        image_size=options.image_size,
+    )
+    rule = {"threshold": threshold, "background": range(len(options.texts), len(localizer.texts))}
+
+    def write(item) -> dict | None:
+        (name, image, explanation), picture = item
+        if image is None:  # the other images are still segmented
+            tqdm.write(f"iclip segment: {printable(name)}", file=sys.stderr)  # above the progress bar
+            return None
+        labels = explanation.label_map(**rule).numpy()
+        label_file = picture.parent / "labels" / f"{picture.stem}.png"
+        segments = [
+            {
+                "id": index + 1,
+                "text": text,
+                "score": round(explanation.scores[index].item(), 4),
+                "presence": round(explanation.presence[index].item(), 4),
+                "area": round((labels == index).mean().item(), 4),
+            }
+            for index, text in enumerate(options.texts)
+        ]
+        _draw(image, explanation, rule, options.texts, picture)
+        _save_labels(labels, label_file)
+        return {"image": name, "picture": str(picture), "labels": str(label_file), "segments": segments}
+
+    images, pictures = zip(*wanted)
+    with ThreadPoolExecutor(1) as beside:  # while the model runs
+        explained = localizer.explain_all(lambda path: (path, load_image(path)), images, beside, batch_size=4)
+        written = prefetch_map(beside, write, zip(explained, pictures), 4)
+        written = list(tqdm(written, total=len(pictures), unit="image", disable=not several))
+    report = [entry for entry in written if entry is not None]
+
+    if options.json:
+        echo(json.dumps(report, indent=2, ensure_ascii=False))
+    else:
+        _print_table(report)
+    return 0 if len(report) == len(options.images) else 2
+
+
+def _draw(image, explanation, rule: dict, texts: list[str], path: Path) -> None:
+    from ..utils.plots import DPI, VECTOR_FORMATS, cell_sized, label_sheet
+
+    vector = path.suffix[1:].lower() in VECTOR_FORMATS
+    drawn = cell_sized(image, 2 * DPI if vector else DPI)  # one zooms into vector graphics
+    labels = replace(explanation, size=(drawn.height, drawn.width)).label_map(**rule)
+    save_figure(label_sheet(drawn, labels.numpy(), texts), path)
+
+
+def _save_labels(labels, path: Path) -> None:
+    """Writes a label map as a palette PNG: 0 is background, and id i the i-th text. More than 255 texts need 16 bits."""
+    import numpy as np
+    from PIL import Image
+
+    from ..utils.files import atomic_write
+    from ..utils.plots import label_colors
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    few = labels.max() < 255
+    image = Image.fromarray((labels + 1).astype(np.uint8 if few else np.uint16))
+    if few:
+        image.putpalette(label_colors(256).tobytes())
+    with atomic_write(path) as partial:
+        image.save(partial, format="PNG")
+
+
+def _print_table(report: list[dict]) -> None:
+    width = max((len(printable(row["text"])) for entry in report for row in entry["segments"]), default=0)
+    for entry in report:
+        echo(f"{printable(entry['image'])} -> {printable(entry['picture'])}, {printable(entry['labels'])}")
+        for row in sorted(entry["segments"], key=lambda row: -row["area"]):
+            echo(
+                f"  {printable(row['text']):<{width}}  {row['score']:+.4f}  presence {row['presence']:.2f}  "
+                f"{100 * row['area']:5.1f} % of the image"
+            )

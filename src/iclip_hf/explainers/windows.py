@@ -1,0 +1,57 @@
+"""Maps of images that are larger than the model's, from overlapping windows."""
+
+from __future__ import annotations
+
+import itertools
+
+import torch
+
+from ..modeling_iclip import ICLIPTextFeatures
+from .explainer import Explainer
+
+
+def check_window(explainer: Explainer, window: int, stride: int) -> None:
+    """Raises `ValueError` unless window and stride, in pixels, are multiples of the patch size, and windows leave no gaps."""
+    patch = explainer.processor.patch_size
+    for name, pixels in (("window", window), ("stride", stride)):
+        if pixels < patch or pixels % patch:
+            raise ValueError(f"Expected {name} in multiples of the patch size, {patch} pixels, got {pixels}.")
+    if stride > window:
+        raise ValueError(f"Expected stride of at most the window's {window} pixels, got {stride}.")
+
+
+def windowed_maps(
+    explainer: Explainer, pixel_values: torch.Tensor, texts: ICLIPTextFeatures, window: int, stride: int
+) -> torch.Tensor:
+    """
+    Computes raw maps from square windows that slide over the images. A patch has the mean of the values that it has in the windows
+    around it. The last window of a row or column ends at the image's edge, and a window is never larger than the image.
+
+    Args:
+        explainer ([`Explainer`]): the method.
+        pixel_values (`torch.Tensor` of shape `(B, 3, H, W)`): prepared by the explainer's processor.
+        texts ([`ICLIPTextFeatures`]): T texts of the explainer's `encode_texts`.
+        window, stride (`int`): side of the windows and their distance, in pixels, see `check_window`.
+
+    Returns:
+        `torch.Tensor` of shape `(B, T, h, w)`, float32.
+    """
+    patch = explainer.processor.patch_size
+    total = number = 0
+    for top, left in itertools.product(*(_starts(side, window, stride) for side in pixel_values.shape[2:])):
+        part = pixel_values[..., top : top + window, left : left + window]
+        maps, _ = explainer.raw_maps(part, texts)
+        if isinstance(total, int):
+            total = maps.new_zeros(*maps.shape[:2], *(side // patch for side in pixel_values.shape[2:]))
+            number = torch.zeros_like(total[0, 0])
+        rows = slice(top // patch, top // patch + maps.shape[2])
+        columns = slice(left // patch, left // patch + maps.shape[3])
+        total[..., rows, columns] += maps
+        number[rows, columns] += 1
+    return total / number
+
+
+def _starts(side: int, window: int, stride: int) -> list[int]:
+    """Returns the first pixel of each window along a side."""
+    last = max(side - window, 0)
+    return [*range(0, last, stride), last]

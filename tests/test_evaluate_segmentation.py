@@ -1,0 +1,207 @@
+"""evaluation/segmentation.py and explainers/windows.py against the same protocol in plain steps."""
+
+import csv
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from conftest import tiny_model
+from test_evaluation import NAMES, root  # noqa: F401
+from torch.nn import functional as F
+
+from iclip_hf import cli
+from iclip_hf.data import load_segmentation
+from iclip_hf.evaluation.segmentation import evaluate_segmentation
+from iclip_hf.explainers import make_explainer
+from iclip_hf.explainers.windows import windowed_maps
+from iclip_hf.presence import BACKGROUND, presence
+
+
+def enlarged(model, processor, sample, texts):
+    """Maps of all texts at the image's size, and whether they are present by 0.5."""
+    with torch.no_grad():
+        outputs = model(**processor(sample.image, labels=texts), output_similarity_maps=True)
+        others = model(**processor(sample.image, labels=BACKGROUND))
+    maps = F.interpolate(outputs.similarity_maps, sample.size, mode="bicubic", align_corners=False)[0]
+    return maps.numpy(), (presence(outputs.logits_per_image, others.logits_per_image)[0] >= 0.5).numpy()
+
+
+def miou(pairs):
+    """mIoU and IoU by class of pairs of a predicted and a reference map, by boolean masks."""
+    iou = {}
+    for k in range(4):
+        both = sum(((p == k) & (r == k)).sum() for p, r in pairs)
+        either = sum((((p == k) | (r == k)) & (r != 255)).sum() for p, r in pairs)
+        if either:
+            iou[k] = 100 * both / either
+    return np.mean(list(iou.values())), iou
+
+
+def test_figures_equal_the_protocol_in_plain_steps(root, tiny_processor):  # noqa: F811
+    model, dataset = tiny_model(), load_segmentation("folder", root)
+    result = evaluate_segmentation(model, tiny_processor, dataset, batch_size=3, progress=False)
+    found = []
+    for sample in dataset:
+        maps, _ = enlarged(model, tiny_processor, sample, NAMES)
+        best = maps.max(0)
+        found.append((maps.argmax(0) + 1, (best - best.min()) / (best.max() - best.min()), sample.label_map))
+    grid = np.arange(101, dtype=np.float32) / np.float32(100)
+
+    def at(t, fold):
+        return [(np.where(confidence > t, labels, 0), label_map) for labels, confidence, label_map in found[fold::2]]
+
+    even, odd = (grid[np.argmax([miou(at(t, fold))[0] for t in grid])] for fold in (0, 1))
+    expected, iou = miou(at(odd, 0) + at(even, 1))  # each half at the best threshold of the other
+    figures = result.results["itsm"]
+    assert figures["thresholds"] == pytest.approx([odd, even], abs=0.011)
+    assert figures["mIoU"] == pytest.approx(expected, abs=0.3)  # of few pixels, some of them at the threshold
+    rows = result.per_class["itsm"]
+    assert [row["name"] for row in rows] == ["background", *NAMES]
+    assert {row["id"]: row["IoU"] for row in rows if row["IoU"] is not None} == pytest.approx(iou, abs=0.6)
+    shares = np.bincount(np.concatenate([r[r != 255] for *_, r in found]))
+    assert figures["floor"] == pytest.approx(100 * shares.max() / shares.sum() / np.count_nonzero(shares))
+    assert figures["floor_class"] == "background" and "| background |" in result.table()
+
+
+def test_synonyms_background_texts_and_presence(root, tiny_processor):  # noqa: F811
+    model = tiny_model()
+    overrides = {"names": {"car": ["car", "red car"]}, "background": ["sky", "grass"]}
+    dataset = load_segmentation("folder", root, overrides=overrides)
+    texts = ["dog", "red ball", "car", "red car", "sky", "grass"]
+    classes = np.array([1, 2, 3, 3, 0, 0])
+    for gate in (0.0, 0.5):
+        pairs = []
+        for sample in dataset:
+            maps, present = enlarged(model, tiny_processor, sample, texts)
+            if gate:
+                maps[:4][~present[:4]] = -np.inf  # texts of the background stay
+            pairs.append((classes[maps.argmax(0)], sample.label_map))
+        result = evaluate_segmentation(model, tiny_processor, dataset, min_presence=gate, progress=False)
+        expected, iou = miou(pairs)
+        assert result.results["itsm"]["mIoU"] == pytest.approx(expected, abs=0.2)
+        assert result.results["itsm"]["thresholds"] is None
+        assert len({*iou}) == 4
+
+
+def test_a_given_threshold_and_every_kind_of_method(root, tiny_processor):  # noqa: F811
+    model, dataset = tiny_model(), load_segmentation("folder", root)
+    methods = ["itsm", "reversed_itsm", "attention", "grad_cam", "gem"]
+    result = evaluate_segmentation(model, tiny_processor, dataset, methods, threshold=0.25, progress=False)
+    pairs, turned = [], []
+    for sample in dataset:
+        maps, _ = enlarged(model, tiny_processor, sample, NAMES)
+        for sign, into in ((1, pairs), (-1, turned)):
+            best = (sign * maps).max(0)
+            confidence = (best - best.min()) / (best.max() - best.min())
+            into.append((np.where(confidence > 0.25, (sign * maps).argmax(0) + 1, 0), sample.label_map))
+    assert result.results["itsm"]["mIoU"] == pytest.approx(miou(pairs)[0], abs=0.2)
+    assert result.results["reversed_itsm"]["mIoU"] == pytest.approx(miou(turned)[0], abs=0.2)
+    assert len({figures["mIoU"] for figures in result.results.values()}) == len(methods)
+    assert {row["IoU"] for row in result.per_class["attention"] if row["id"] > 1} == {0}  # equal maps: the first text
+    assert result.results["itsm"]["thresholds"] == [0.25, 0.25]
+
+
+def test_probabilities_as_confidence(root, tiny_processor):  # noqa: F811
+    model, dataset = tiny_model(), load_segmentation("folder", root)
+    result = evaluate_segmentation(model, tiny_processor, dataset, threshold=0.5, logit_scale=5.0, progress=False)
+    pairs = []
+    for sample in dataset:
+        maps, _ = enlarged(model, tiny_processor, sample, NAMES)
+        probabilities = np.exp(5 * maps) / np.exp(5 * maps).sum(0)
+        pairs.append((np.where(probabilities.max(0) > 0.5, maps.argmax(0) + 1, 0), sample.label_map))
+    assert result.results["itsm"]["mIoU"] == pytest.approx(miou(pairs)[0], abs=0.2)
+    assert "probability" in result.protocol["background"]
+
+
+# ---- windows ----
+
+
+def test_windows_are_cut_run_and_averaged(tiny_processor):
+    explainer = make_explainer(tiny_model(), tiny_processor)
+    texts = explainer.encode_texts(NAMES)
+    pixels = torch.randn(2, 3, 40, 56, generator=torch.Generator().manual_seed(0))
+    found = windowed_maps(explainer, pixels, texts, window=32, stride=16)
+    assert found.shape == (2, 3, 5, 7)
+    values = [[[] for _ in range(7)] for _ in range(5)]
+    for top in (0, 8):
+        for left in (0, 16, 24):  # the last of a row ends at the edge
+            maps, _ = explainer.raw_maps(pixels[..., top : top + 32, left : left + 32], texts)
+            for y in range(4):
+                for x in range(4):
+                    values[top // 8 + y][left // 8 + x].append(maps[..., y, x])
+    expected = torch.stack([torch.stack([torch.stack(cell).mean(0) for cell in row], -1) for row in values], -2)
+    assert torch.allclose(found, expected, atol=1e-5)
+    whole, _ = explainer.raw_maps(pixels, texts)
+    assert torch.equal(windowed_maps(explainer, pixels, texts, window=64, stride=8), whole)
+
+
+def test_images_keep_their_proportions_under_windows(root, tiny_processor):  # noqa: F811
+    dataset = load_segmentation("folder", root)
+    options = {"short_side": 48, "window": 32, "threshold": 0.5, "progress": False}
+    result = evaluate_segmentation(tiny_model(), tiny_processor, dataset, batch_size=4, **options)
+    assert result.protocol["image_size"] == {"shortest_edge": 48}
+    assert (result.protocol["window"], result.protocol["stride"]) == (32, 16)
+    alone = evaluate_segmentation(tiny_model(), tiny_processor, dataset, batch_size=1, **options)
+    assert alone.results["itsm"]["mIoU"] == pytest.approx(result.results["itsm"]["mIoU"], abs=0.1)
+    square = evaluate_segmentation(tiny_model(), tiny_processor, dataset, threshold=0.5, progress=False)
+    assert square.results["itsm"]["mIoU"] != result.results["itsm"]["mIoU"]
+
+
+@pytest.mark.parametrize(
+    ("options", "problem"),
+    [
+        ({"window": 4}, "window in multiples of the patch size, 8 pixels, got 4"),
+        ({"window": 20}, "got 20"),
+        ({"window": 32, "stride": 12}, "stride in multiples of the patch size, 8 pixels, got 12"),
+        ({"window": 32, "stride": 40}, "at most the window's 32 pixels, got 40"),
+        ({"stride": 16}, "stride with a window"),
+        ({"window": 32, "image_size": 64}, "image_size, or short_side and window, got both"),
+        ({"limit": 1}, "two images or more"),
+        ({"threshold": 1.5}, r"in \[0, 1\]"),
+        ({"min_presence": 2}, r"min_presence in \[0, 1\], got 2"),
+    ],
+)
+def test_bad_options_are_named(root, tiny_processor, options, problem):  # noqa: F811
+    with pytest.raises(ValueError, match=problem):
+        evaluate_segmentation(
+            tiny_model(), tiny_processor, load_segmentation("folder", root), progress=False, **options
+        )
+
+
+@pytest.mark.parametrize("options", [{"threshold": 0.5}, {"background": ["sky"]}])
+def test_a_void_background_is_not_predicted(root, tiny_processor, options):  # noqa: F811
+    dataset = load_segmentation("folder", root)
+    dataset.background = False
+    with pytest.raises(ValueError, match="background of 'folder', which is void"):
+        evaluate_segmentation(tiny_model(), tiny_processor, dataset, progress=False, **options)
+    result = evaluate_segmentation(tiny_model(), tiny_processor, dataset, progress=False)
+    assert [row["id"] for row in result.per_class["itsm"]] == [1, 2, 3]
+
+
+# ---- command line ----
+
+
+def test_command_writes_json_and_csv_alike_with_two_processes(root, tiny_processor, tmp_path, capsys):  # noqa: F811
+    tiny_model().save_pretrained(tmp_path / "model")
+    tiny_processor.save_pretrained(tmp_path / "model")
+    arguments = ["evaluate", "--task", "segmentation", "--dataset", "folder", "--data-root", str(root)]
+    arguments += ["--model", str(tmp_path / "model"), "--output"]
+    assert cli.main([*arguments, str(tmp_path / "one.json"), "--json"]) == 0
+    written = json.loads((tmp_path / "one.json").read_text())
+    assert json.loads(capsys.readouterr().out) == written
+    with (tmp_path / "one.csv").open() as file:
+        assert [row["name"] for row in csv.DictReader(file)] == ["background", *NAMES]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29657"]
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "1", "OMP_NUM_THREADS": "1"}
+    command = [*launch, "-m", "iclip_hf.cli", *arguments, str(tmp_path / "two.json")]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    together = json.loads((tmp_path / "two.json").read_text())
+    assert together["timing"]["images"] == 4  # of 7
+    for name in ("mIoU", "pixel_accuracy"):
+        assert together["results"]["itsm"][name] == pytest.approx(written["results"]["itsm"][name], abs=0.3)
+    assert together["results"]["itsm"]["pixels"] == written["results"]["itsm"]["pixels"]

@@ -1,0 +1,98 @@
+"""`iclip segment`, and the pictures it draws."""
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+from test_cli import folder  # noqa: F401
+
+from iclip_hf import cli
+from iclip_hf.localization.localizer import Localizer
+from iclip_hf.models.loading import load_pretrained
+from iclip_hf.utils.plots import label_colors, label_sheet
+
+
+def run(folder, *arguments):  # noqa: F811
+    return cli.main(["segment", *map(str, arguments), "--model", str(folder / "model")])
+
+
+def test_one_photograph_becomes_a_picture_a_label_map_and_json(folder, tmp_path, capsys):  # noqa: F811
+    output, photo = tmp_path / "sub" / "out.png", folder / "0" / "a.jpg"
+    texts = ("--text", "dog", "--text", "red ball", "--background", "sky", "--min-presence", "0")
+    assert run(folder, photo, *texts, "--output", output, "--json") == 0
+    (entry,) = json.loads(capsys.readouterr().out)
+    assert (entry["picture"], entry["labels"]) == (str(output), str(tmp_path / "sub" / "labels" / "out.png"))
+    assert sorted(path.name for path in output.parent.iterdir()) == ["labels", "out.png"]
+
+    localizer = Localizer(*load_pretrained(folder / "model"), ["dog", "red ball", "sky"], min_presence=0)
+    image = Image.open(photo)
+    (explanation,) = localizer.explain([localizer.prepare(image)])
+    expected = explanation.label_map(None, background=[2]).numpy() + 1
+    with Image.open(entry["labels"]) as labels:
+        assert labels.mode == "P" and labels.size == image.size
+        np.testing.assert_array_equal(np.asarray(labels), expected)
+        colors = np.asarray(labels.convert("RGB"))
+    np.testing.assert_array_equal(colors, label_colors(4)[expected])
+    assert [segment["text"] for segment in entry["segments"]] == ["dog", "red ball"]
+    for segment in entry["segments"]:
+        assert segment["area"] == pytest.approx((expected == segment["id"]).mean(), abs=1e-4)
+        assert segment["score"] == pytest.approx(explanation.scores[segment["id"] - 1].item(), abs=1e-4)
+
+
+def test_thresholds_and_presence_leave_pixels_to_the_background(folder, tmp_path, capsys):  # noqa: F811
+    areas = {}
+    for name, options in {
+        "default": (),
+        "low": ("--threshold", "0.2"),
+        "none": ("--threshold", "1"),
+        "absent": ("--min-presence", "1"),
+    }.items():
+        options = ("--min-presence", "0", *options)
+        assert (
+            run(folder, folder / "0" / "a.jpg", "--text", "dog", *options, "--output", tmp_path / "a.png", "--json")
+            == 0
+        )
+        areas[name] = json.loads(capsys.readouterr().out)[0]["segments"][0]["area"]
+    assert 0 == areas["none"] == areas["absent"] < areas["default"] < areas["low"] < 1
+
+
+def test_many_photographs_and_one_that_is_broken(folder, tmp_path, capsys):  # noqa: F811
+    images = [folder / "0" / "a.jpg", folder / "broken.jpg", folder / "1" / "a.jpg"]
+    assert run(folder, *images, "--text", "dog", "--output", tmp_path / "all") == 2
+    out, err = capsys.readouterr()
+    assert sum("->" in line for line in out.splitlines()) == 2 and "% of the image" in out
+    assert "broken.jpg" in err and "undamaged copy" in err
+    for place in (tmp_path / "all", tmp_path / "all" / "labels"):
+        assert sorted(path.name for path in place.glob("*.png")) == ["a-2.png", "a.png"]
+
+
+def test_colors_are_those_of_voc():
+    assert label_colors(22)[[0, 1, 2, 3, 4, 8, 15, 20, 21]].tolist() == [
+        [0, 0, 0], [128, 0, 0], [0, 128, 0], [128, 128, 0], [0, 0, 128], [64, 0, 0], [192, 128, 128], [0, 64, 128],
+        [128, 64, 128],
+    ]  # fmt: skip
+    assert len({tuple(color) for color in label_colors(256).tolist()}) == 256
+
+
+def test_the_sheet_paints_labels_and_names_them():
+    image = Image.new("RGB", (400, 200), "white")
+    labels = np.full((200, 400), -1)
+    labels[:, 200:] = 2
+    sheet = label_sheet(image, labels, ["dog", "cat", "$x$ ball"], opacity=1)
+    original, painted, legend = (np.asarray(cell.picture) for cell in sheet.cells)
+    assert (original == 255).all() and (painted[:, :200] == 0).all() and (painted[:, 200:] == label_colors(4)[3]).all()
+    colors = {tuple(color) for color in legend.reshape(-1, 3).tolist() if len(set(color)) > 1}  # no shade of grey
+    assert colors == {tuple(label_colors(4)[3].tolist())}
+    assert np.asarray(sheet.image()).shape[1] > 2 * np.asarray(sheet.image()).shape[0]
+
+
+@pytest.mark.parametrize("texts", [0, 1, 200])
+def test_a_legend_holds_what_fits(texts):
+    labels = np.arange(200).repeat(100).reshape(200, 100) % max(texts, 1) - (not texts)
+    sheet = label_sheet(Image.new("RGB", (100, 200), "white"), labels, [f"{k} " * 40 for k in range(max(texts, 1))])
+    legend = np.asarray(sheet.cells[2].picture)
+    drawn = (legend < 128).any((1, 2))
+    assert drawn.any() and not drawn[:2].any() and not drawn[-2:].any()  # nothing is cut
+    names = (legend[:, 60:] < 128).all(2).any(0)
+    assert not names[-2:].any()

@@ -10,7 +10,8 @@ import torch
 from conftest import tiny_model
 from PIL import Image
 
-from iclip_hf import cli
+from iclip_hf import cli, explain
+from iclip_hf.models.loading import load_model
 from iclip_hf.regions import find_regions, run_lengths
 from iclip_hf.similarity import resize_and_normalize
 
@@ -95,6 +96,23 @@ def test_escape_sequences_in_errors_are_printed_as_letters(tmp_path, capsys):
     assert not {"\x1b", "\x9b", "\x07", "\u202e"} & set(err) and len(err.splitlines()) == 2
 
 
+@pytest.mark.parametrize("method", ["itsm", "bi_modal"])
+def test_words_are_listed_and_coloured(method, folder, tmp_path, capsys):
+    image, plain, output = folder / "0" / "a.jpg", tmp_path / "plain.png", tmp_path / "words.png"
+    arguments = [image, "--text", "red ball", "--method", method]
+    assert run(folder, *arguments, "--output", plain) == 0
+    assert run(folder, *arguments, "--output", output, "--words") == 0
+    printed = capsys.readouterr().out.splitlines()[-1].split()
+    assert run(folder, *arguments, "--output", output, "--words", "--json") == 0
+    words = json.loads(capsys.readouterr().out)[0]["texts"][0]["words"]
+    assert printed == [part for one in words for part in (one["word"], f"{one['score']:.2f}")]
+    side = "bi_modal" if method == "bi_modal" else "grad_eclip"
+    expected = explain(*load_model(str(folder / "model")), [image], ["red ball"], words=side)[0].words[0]
+    assert [(one["word"], one["score"]) for one in words] == [(word, round(score, 4)) for word, score in expected]
+    with Image.open(plain) as before, Image.open(output) as after:
+        assert before.size == after.size and before.tobytes() != after.tobytes()
+
+
 def test_json_and_arrays_say_what_the_masks_are(folder, tmp_path, capsys):
     results = tmp_path / "results.json"
     rows = [{"name": "dog", "threshold": 0.3}, {"name": "red ball", "threshold": 0.8}]
@@ -163,6 +181,7 @@ def test_a_folder_becomes_parquet_files(folder, tmp_path, capsys):
         (["{image}", "--text", "dog", "--min-presence", "7"], "[0, 1]"),
         (["{tmp}", "--text", "dog"], "expected images or .tar shards"),
         (["{folder}", "--text", "dog", "--npz"], "Parquet files"),
+        (["{folder}", "--text", "dog", "--words"], "Parquet files"),
         (["{folder}", "{image}", "--text", "dog"], "one folder of images"),
     ],
 )
@@ -223,7 +242,8 @@ def test_arguments_and_files_are_checked_before_torch_is_imported(folder, tmp_pa
     ]
     code = f"""
 import sys
-from iclip_hf import cli
+from iclip_hf import cli, explain
+from iclip_hf.models.loading import load_model
 for command in {commands}:
     try: code = cli.main(command)
     except SystemExit as stop: code = stop.code

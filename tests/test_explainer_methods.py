@@ -5,12 +5,16 @@ import math
 
 import pytest
 import torch
-from conftest import tiny_model
+from conftest import VISION, tiny_model
 from families import GRID, LABELS, pixels
 from torch.nn import functional as F
+from transformers import AutoConfig
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from iclip_hf.explainers import make_explainer
+from iclip_hf.explainers.legrad import _mean_mlp
 from iclip_hf.explainers.naclip import gaussian_window
+from iclip_hf.modeling_iclip import load_tower
 
 
 def maps_of(model, processor, method, texts=LABELS, **options):
@@ -268,6 +272,21 @@ def test_legrad_on_transformers_eager_attention(made, depth):
             torch.testing.assert_close(maps[image, text].flatten(), expected, atol=1e-6, rtol=1e-3)
 
 
+@pytest.mark.parametrize("vision", ["vit", "dinov2", "dinov3_vit", "clip_vision_model"])
+@pytest.mark.parametrize("gated", [False, True])
+def test_legrads_mean_token_is_that_of_the_block(vision, gated):
+    """Also of gated MLPs: their last layer is linear too, and the mean may come before it."""
+    if gated and not vision.startswith("dino"):
+        pytest.skip("has no gated MLP")
+    tower = load_tower(AutoConfig.for_model(**{**VISION[vision], "use_swiglu_ffn": gated, "use_gated_mlp": gated}))
+    block = [module for module in tower.modules() if isinstance(module, GradientCheckpointingLayer)][-1]
+    stream = torch.randn(2, 5, 32)
+    with torch.no_grad():
+        expected = torch.stack([block.mlp(stream[:, n]) for n in range(5)]).mean(0)
+        torch.testing.assert_close(_mean_mlp(block.mlp)(stream)[:, 0], expected, atol=1e-6, rtol=1e-5)
+        assert block.mlp(stream).shape == stream.shape
+
+
 @pytest.mark.parametrize("family", ["clip", "metaclip_2", "iclip"])
 def test_grad_eclip_channel_by_channel(made, family):
     model, processor, _ = made(family)
@@ -329,15 +348,15 @@ def test_grad_eclip_sums_over_the_patches_that_a_score_pools(tiny_processor):
     features, (layer,) = explainer.family.trace(pixels(batch=1), -1, grad=True)
     logit = explainer.family.logit_scale() * (features.image_embeds[0] @ texts.text_embeds[0])
     (gradient,) = torch.autograd.grad(logit, layer.mixed)
-    query, key, value, gradient = (
-        one[0].transpose(0, 1).flatten(1) for one in (layer.query, layer.key, layer.value, gradient)
-    )
-    expected = torch.zeros(24)
-    for q in range(25):
-        spatial = F.cosine_similarity(query[q], key[1:], dim=1)
-        spatial = (spatial - spatial.min()) / (spatial.max() - spatial.min())
-        expected += (value[1:] @ gradient[q]).relu() * spatial
-    torch.testing.assert_close(maps[0, 0].flatten(), expected.detach(), atol=1e-5, rtol=1e-3)
+    expected = torch.zeros(25)
+    for query in range(25):
+        for token in range(25):
+            given = 0.0
+            for head in range(4):
+                weight = (layer.query[0, head, query] @ layer.key[0, head].T / 8**0.5).softmax(-1)[token]
+                given += weight * (gradient[0, head, query] @ layer.value[0, head, token])
+            expected[token] += max(0.0, given.item())
+    torch.testing.assert_close(maps[0, 0].flatten(), expected[1:], atol=1e-5, rtol=1e-3)
 
 
 # Grad-CAM's two layers

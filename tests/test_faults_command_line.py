@@ -164,6 +164,7 @@ ARGUMENTS = {
     ),
     "explain a folder without images": ("explain {folder} --text dog --model {model}", "/empty"),
     "explain a folder beside an image": ("explain {world} {photo} --text dog --model {model}", "photo.png"),
+    "explain a folder with words": ("explain {world} --text dog --model {model} --words", "--words"),
     "explain a folder with arrays": ("explain {world} --text dog --model {model} --npz", "--npz"),
     "explain a folder in batches of nothing": ("explain {world} --text dog --model {model} --batch-size 0", "got 0"),
     "explain a folder into files of nothing": (

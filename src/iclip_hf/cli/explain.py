@@ -78,6 +78,12 @@ def register(commands) -> None:
         help="print JSON instead of text; for image files it includes boxes, points and run-length masks",
     )
     command.add_argument(
+        "--words",
+        action="store_true",
+        help="also score which words of each text made the image match, coloured in the picture; by Grad-ECLIP, or with "
+        "--method bi_modal by that method",
+    )
+    command.add_argument(
         "--batch-size",
         type=at_least_1,
         default=8,
@@ -122,6 +128,7 @@ def _localizer(options: argparse.Namespace):
         threshold=options.threshold,
         min_presence=options.min_presence,
         image_size=options.image_size,
+        words=("bi_modal" if options.method == "bi_modal" else "grad_eclip") if options.words else None,
     )
 
 
@@ -177,6 +184,10 @@ def _explain_collection(options: argparse.Namespace) -> int:
         raise ValueError(
             "Expected --npz with image files, got a collection, whose Parquet files hold raw maps and masks: leave it out."
         )
+    if options.words:
+        raise ValueError(
+            "Expected --words with image files, got a collection, whose Parquet files hold none: leave it out."
+        )
     output = options.output or Path("explanations")
     check_folder("--output", output)
     images = open_images(options.images)
@@ -210,7 +221,9 @@ def _draw(image, explanation, colormap: str, path: Path) -> None:
     heatmaps = replace(explanation, size=(drawn.height, drawn.width)).maps.numpy()
     titles = [f"{text}  {score:+.2f}" for text, score in zip(explanation.labels, explanation.scores.tolist())]
     absent = (explanation.presence < explanation.min_presence).nonzero()[:, 0].tolist()
-    save_figure(explanation_grid(drawn, heatmaps, titles, absent=absent, colormap=colormap), path)
+    save_figure(
+        explanation_grid(drawn, heatmaps, titles, absent=absent, words=explanation.words, colormap=colormap), path
+    )
 
 
 def _save_arrays(explanation, path: Path) -> None:
@@ -238,3 +251,5 @@ def _print_table(report: list[dict]) -> None:
             echo(
                 f"  {printable(row['text']):<{width}}  {row['score']:+.4f}  presence {row['presence']:.2f}  {regions}"
             )
+            if "words" in row:
+                echo("    " + "  ".join(f"{printable(one['word'])} {one['score']:.2f}" for one in row["words"]))

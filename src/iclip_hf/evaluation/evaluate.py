@@ -358,7 +358,7 @@ class MapMaker:
         rows = pad_sequence([torch.tensor(one or (1,)) - 1 for one in labels], batch_first=True)  # (B, T)
         shown = torch.arange(len(rows))[:, None], rows
         texts = self.localizer.encoded
-        maps, cosines, presence = self.localizer.explain_batch(pixel_values, texts)
+        maps, cosines, presence, _ = self.localizer.explain_batch(pixel_values, texts)
         drawn = dict.fromkeys(("itsm", "reversed_itsm"), maps[shown])  # reversed once they are stretched to [0, 1]
         drawn |= {name: maps_of(explainer, pixel_values, texts, rows) for name, explainer in self.others.items()}
         return cosines, presence, {method: drawn[method].cpu() for method in self.methods}

@@ -41,6 +41,7 @@ from .naclip import NACLIP
 from .proxyclip import ProxyCLIP
 from .random_map import RandomMap
 from .sclip import SCLIP
+from .words import WORD_METHODS, WordExplainer, WordScore
 
 
 METHODS: dict[str, type[Explainer]] = {
@@ -95,7 +96,10 @@ def select_texts(texts: ICLIPTextFeatures, rows: torch.Tensor) -> ICLIPTextFeatu
 
 __all__ = [
     "METHODS",
+    "WORD_METHODS",
     "Explainer",
+    "WordExplainer",
+    "WordScore",
     "identity",
     "make_explainer",
     "select_texts",

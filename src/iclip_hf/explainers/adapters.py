@@ -30,7 +30,7 @@ from .recording import AttentionLayer, AttentionRecord, merge_heads, prepare, pr
 
 
 # Prompts encoded at once; 80 classes in 80 templates together would take gigabytes.
-_TEXT_BATCH = 256
+TEXT_BATCH = 256
 
 
 def join_texts(parts: Sequence[ICLIPTextFeatures]) -> ICLIPTextFeatures:
@@ -90,13 +90,25 @@ class ModelAdapter(ABC):
         if isinstance(labels, str) or len(labels) == 0:
             raise ValueError(f"Expected a list of at least one label, got {labels!r}.")
         templates = check_templates(self.templates if templates is None else templates)
-        step = max(1, _TEXT_BATCH // len(templates))
+        step = max(1, TEXT_BATCH // len(templates))
         with torch.no_grad():
             parts = [self._encode_texts(list(labels[i : i + step]), templates) for i in range(0, len(labels), step)]
         return join_texts(parts)
 
     @abstractmethod
     def _encode_texts(self, labels: list[str], templates: list[str]) -> ICLIPTextFeatures: ...
+
+    def trace_texts(self, labels: list[str], templates: list[str]) -> tuple[ICLIPTextFeatures, AttentionRecord]:
+        """
+        Encodes labels with a graph from the last attention layer of the text tower on, and records this layer with its weights, see `record`.
+
+        Raises:
+            `ValueError`: the text tower cannot be looked into.
+        """
+        raise ValueError(
+            "Expected a model of transformers for word scores, whose text tower can be looked into, got "
+            f"{type(self.model).__name__}: leave words out."
+        )
 
     def encode_image(self, pixel_values: torch.Tensor) -> ICLIPImageFeatures:
         """Encodes `(B, 3, H, W)` as unit vectors of images `(B, P)` and of patches `(B, h, w, P)`."""
@@ -155,7 +167,9 @@ class ModelAdapter(ABC):
 
 
 class _TransformersAdapter(ModelAdapter):
-    """The models of transformers, whose vision towers look up their attention function."""
+    """The models of transformers, whose towers look up their attention function."""
+
+    _text_layer: nn.Module | None = None
 
     def _prepare_layers(self) -> None:
         tower = self.model.vision_model
@@ -171,6 +185,15 @@ class _TransformersAdapter(ModelAdapter):
                     head_output(projection, getattr(block, "layer_scale1", None)),
                     block_mlp(norm, block.mlp, getattr(block, "layer_scale2", None)),
                 )
+
+    def trace_texts(self, labels: list[str], templates: list[str]) -> tuple[ICLIPTextFeatures, AttentionRecord]:
+        tower = self.model.text_model
+        if self._text_layer is None:
+            tower.set_attn_implementation("iclip_recorded")
+            self._text_layer = [one for one in tower.modules() if isinstance(one, GradientCheckpointingLayer)][-1]
+            prepare(0, self._text_layer)
+        features, layers = record(lambda: self._encode_texts(labels, templates), 0, grad=True, weights=True)
+        return features, layers[-1]
 
     def _final_norm(self, stream: torch.Tensor) -> torch.Tensor:
         norms = [child for child in self.model.vision_model.children() if isinstance(child, nn.LayerNorm)]
@@ -236,6 +259,8 @@ class ONNXAdapter(ICLIPAdapter):
     def trace(self, pixel_values: torch.Tensor, **options) -> tuple[ICLIPImageFeatures, list[None]]:
         """The last layer's attention is in the features, already normalised; there are no records of layers."""
         return self.encode_image(pixel_values), [None]
+
+    trace_texts = ModelAdapter.trace_texts
 
 
 class CLIPAdapter(_TransformersAdapter):
@@ -363,9 +388,6 @@ def head_output(projection: nn.Module, scale: nn.Module | None = None) -> Callab
     return lambda heads: scale(projection(merge_heads(heads)))
 
 
-def block_mlp(
-    norm: nn.Module, mlp: nn.Module, scale: nn.Module | None = None
-) -> Callable[[torch.Tensor], torch.Tensor]:
+def block_mlp(norm: nn.Module, mlp: nn.Module, scale: nn.Module | None = None) -> nn.Sequential:
     """Makes an `AttentionLayer.mlp`: the norm, the MLP, and the layer scale if the model has one."""
-    scale = nn.Identity() if scale is None else scale
-    return lambda stream: scale(mlp(norm(stream)))
+    return nn.Sequential(norm, mlp, nn.Identity() if scale is None else scale)

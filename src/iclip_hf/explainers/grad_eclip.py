@@ -14,24 +14,28 @@ class GradECLIP(GradientExplainer):
     The gradient of the similarity by what the attention of the last layer gives the class token is the importance of the
     channels; with it the channels of each patch's value are summed, positive part. The importance of a patch is the cosine
     of its key with the class token's query, stretched to [0, 1]. The map is the product. A pooling head (SigLIP, ResNets) is
-    the last layer, and its query takes the class token's place. Where a model's score pools the patch tokens, the
-    products of all queries are summed.
+    the last layer, and its query takes the class token's place.
+
+    Where a model's score reads more tokens than one, their products are summed, and the importance of a patch for each is its
+    attention weight.
     """
 
     def __init__(self, model, processor):
         super().__init__(model, processor)
+        self.needs_weights = not self.family.reads_one_query
 
     def differentiated(self, layers: list[AttentionRecord]) -> list[torch.Tensor]:
         return [layers[-1].mixed]
 
     def weigh(self, layers: list[AttentionRecord], gradients: tuple[torch.Tensor, ...], patches: int) -> torch.Tensor:
         (layer,), (gradient,) = layers, gradients
-        queries = slice(1 if self.family.reads_one_query else None)
-        key, value = layer.key[:, :, -patches:], layer.value[:, :, -patches:]
-        return eclip_relevance(layer.query[:, :, queries], key, value, gradient[:, :, queries])
+        if self.family.reads_one_query:
+            key, value = layer.key[:, :, -patches:], layer.value[:, :, -patches:]
+            return one_query_relevance(layer.query[:, :, :1], key, value, gradient[:, :, :1])
+        return all_queries_relevance(layer.weights, layer.value, gradient)[:, -patches:]
 
 
-def eclip_relevance(
+def one_query_relevance(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
@@ -39,21 +43,36 @@ def eclip_relevance(
     known: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """
-    Computes the relevance of tokens: for each query ReLU(sum_c g_c v_c) minmax(cos(q, k)), summed over the queries.
+    Computes the relevance of tokens for one query: ReLU(sum_c g_c v_c) minmax(cos(q, k)).
 
     Args:
-        query, gradient (`torch.Tensor` of shape `(B, H, Q, D / H)`): queries, and gradients by what they are given.
+        query, gradient (`torch.Tensor` of shape `(B, H, 1, D / H)`): the query, and the gradient by what it is given.
         key, value (`torch.Tensor` of shape `(B, H, N, D / H)`): of the tokens.
-        known (`torch.Tensor` of shape `(B, N)`, boolean, *optional*): tokens that count; all if not given.
+        known (`torch.Tensor` of shape `(B, N)`, boolean, *optional*): the tokens that count; all if not given.
 
     Returns:
         `torch.Tensor` of shape `(B, N)`, float32.
     """
     query, key, value, gradient = (merge_heads(heads).float() for heads in (query, key, value, gradient))
-    cosines = F.normalize(query, dim=-1) @ F.normalize(key, dim=-1).mT  # (B, Q, N)
-    channels = (gradient @ value.mT).relu()
-    known = torch.ones_like(cosines, dtype=torch.bool) if known is None else known.unsqueeze(1)
+    cosines = F.cosine_similarity(query, key, dim=-1)  # (B, N)
+    channels = (gradient @ value.mT)[:, 0].relu()
+    known = torch.ones_like(cosines, dtype=torch.bool) if known is None else known
     low = cosines.masked_fill(~known, torch.inf).amin(-1, keepdim=True)
     span = cosines.masked_fill(~known, -torch.inf).amax(-1, keepdim=True) - low
     spatial = torch.where(span > 0, (cosines - low) / span, 1)  # a single token counts whole
-    return (channels * spatial * known).sum(1)
+    return channels * spatial * known
+
+
+def all_queries_relevance(weights: torch.Tensor, value: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
+    """
+    Computes the relevance of tokens for all queries: the sum over them of ReLU(sum_c g_c a v_c).
+
+    Args:
+        weights (`torch.Tensor` of shape `(B, H, Q, N)`): attention weights a.
+        value (`torch.Tensor` of shape `(B, H, N, D / H)`): of the tokens.
+        gradient (`torch.Tensor` of shape `(B, H, Q, D / H)`): by what the queries are given.
+
+    Returns:
+        `torch.Tensor` of shape `(B, N)`, float32.
+    """
+    return ((gradient @ value.mT) * weights).float().sum(1).relu().sum(1)

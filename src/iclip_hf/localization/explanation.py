@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from ..explainers import WordScore
 from ..label_maps import classes_of, label_map
 from ..presence import MIN_PRESENCE
 from ..processing_iclip import check_threshold
@@ -32,6 +33,8 @@ class Explanation:
         threshold (`float` in [0, 1], or T of them): foreground is M > threshold.
         min_presence (`float` in [0, 1]): a text with a lower presence has an empty mask.
         reversed (`bool`): whether the maps are 1 - M (Eq. 5), where M is computed from the raw maps.
+        words (list of T lists of [`WordScore`], *optional*): the words of each text and what they contribute to its score, if
+            they were asked for.
     """
 
     labels: list[str]
@@ -42,6 +45,7 @@ class Explanation:
     threshold: float | Sequence[float] = 0.5
     min_presence: float = MIN_PRESENCE
     reversed: bool = False
+    words: list[list[WordScore]] | None = None
 
     def __repr__(self) -> str:
         texts = ", ".join(f"{label!r}: {score:.2f}" for label, score in zip(self.labels, self.scores.tolist()))
@@ -97,7 +101,8 @@ class Explanation:
         Returns everything but maps and masks as plain values.
 
         Returns:
-            list of T `dict` with `text`, `score`, `presence` and `regions`. A region has `score`, `box` (x0, y0, x1, y1),
+            list of T `dict` with `text`, `score`, `presence` and `regions`, and `words` if they were asked for, each with
+            `word` and `score`. A region has `score`, `box` (x0, y0, x1, y1),
             `positive_points` and `negative_points`, (x, y) in pixels.
         """
         return [record for record, _ in self.records_and_masks()]
@@ -115,10 +120,14 @@ class Explanation:
     def _record(self, index: int, heatmap: np.ndarray, mask: np.ndarray) -> dict:
         regions = find_regions(heatmap, mask)
         negative = negative_points(heatmap, mask).tolist() if regions else []
+        words = {}
+        if self.words is not None:
+            words["words"] = [{"word": word, "score": round(score, 4)} for word, score in self.words[index]]
         return {
             "text": self.labels[index],
             "score": round(self.scores[index].item(), 4),
             "presence": round(self.presence[index].item(), 4),
+            **words,
             "regions": [
                 {
                     "score": round(region.score, 4),

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from PIL import Image
 
-from ..explainers import identity, make_explainer, select_texts
+from ..explainers import WordExplainer, WordScore, identity, make_explainer, select_texts
 from ..images import load_image, map_groups
 from ..modeling_iclip import ICLIPTextFeatures, cosines
 from ..presence import BACKGROUND, MIN_PRESENCE, presence
@@ -64,6 +64,8 @@ class Localizer:
         min_presence (`float` in [0, 1]): a text with a lower presence gets an empty mask.
         image_size (`int` or `dict`, *optional*): side in pixels of the square that images are resized to, or a `size` of
             [`ICLIPProcessor`]; the processor's if not given.
+        words (`str`, *optional*): method that scores the words of the texts, `"grad_eclip"` or `"bi_modal"`, see
+            [`WordExplainer`]; no word scores if not given.
 
     Attributes:
         encoded ([`ICLIPTextFeatures`]): the encoded texts, `(T, P)`.
@@ -83,6 +85,7 @@ class Localizer:
         threshold: float | Sequence[float] = 0.5,
         min_presence: float = MIN_PRESENCE,
         image_size: int | dict[str, int] | None = None,
+        words: str | None = None,
         **method_options,
     ):
         if not 0 <= min_presence <= 1:
@@ -93,12 +96,13 @@ class Localizer:
         self._background = self.explainer.encode_texts(BACKGROUND, self.templates)
         size = {"height": image_size, "width": image_size} if isinstance(image_size, int) else image_size
         self._options = {} if size is None else {"size": size}
-        self._model = model
+        self._model, self._processor, self._word_method = model, processor, words
         self._settings = {
             "method": method,
             "templates": self.templates,
             "min_presence": min_presence,
             "image_size": image_size,
+            "words": words,
             **method_options,
         }
         self._ask(texts, threshold)
@@ -118,6 +122,9 @@ class Localizer:
         if len(self.thresholds) != len(self.texts):
             raise ValueError(f"Expected {len(self.texts)} thresholds, one a text, got {len(self.thresholds)}.")
         self.encoded = self.explainer.encode_texts(self.texts, self.templates)
+        self._words = None
+        if self._word_method is not None:
+            self._words = WordExplainer(self._model, self._processor, self.texts, self.templates, self._word_method)
 
     def about(self, texts: Sequence[str], threshold: float | Sequence[float] = 0.5) -> Localizer:
         """Returns a localizer for other texts that shares the prepared model and the encoded background texts."""
@@ -160,7 +167,7 @@ class Localizer:
     def _explain(self, images: list[PreparedImage]) -> list[Explanation]:
         """Explains images of one shape with equally many texts in one forward pass."""
         texts = select_texts(self.encoded, torch.tensor([image.rows for image in images]))
-        answers = self.explain_batch(torch.cat([image.pixel_values for image in images]), texts)
+        *answers, words = self.explain_batch(torch.cat([image.pixel_values for image in images]), texts)
         return [
             Explanation(
                 labels=[self.texts[row] for row in image.rows],
@@ -171,13 +178,14 @@ class Localizer:
                 threshold=[self.thresholds[row] for row in image.rows],
                 min_presence=self.min_presence,
                 reversed=self.explainer.reversed,
+                words=None if of_words is None else [of_words[row] for row in image.rows],
             )
-            for image, raw_maps, scores, presences in zip(images, *answers)
+            for image, raw_maps, scores, presences, of_words in zip(images, *answers, words)
         ]
 
     def explain_batch(
         self, pixel_values: torch.Tensor, texts: ICLIPTextFeatures
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, list[list[list[WordScore]] | None]]:
         """
         Explains images of one shape.
 
@@ -186,12 +194,14 @@ class Localizer:
             texts ([`ICLIPTextFeatures`]): `encoded`, or a result of `select_texts`.
 
         Returns:
-            `tuple`: raw maps `(B, T, h, w)`, cosines `(B, T)` and presence `(B, T)`, on the CPU.
+            `tuple`: raw maps `(B, T, h, w)`, cosines `(B, T)` and presence `(B, T)`, on the CPU, and for each image the word
+            scores of all texts of the localizer, None where they were not asked for.
         """
         maps, image = self.explainer.forward(pixel_values, texts)
         matches, background = (self.explainer.family.match(image, one) for one in (texts, self._background))
         scores = cosines(image.image_embeds, texts.text_embeds)
-        return maps.cpu(), scores.cpu(), presence(matches, background).cpu()
+        words = [None] * len(maps) if self._words is None else self._words(image.image_embeds)
+        return maps.cpu(), scores.cpu(), presence(matches, background).cpu(), words
 
     def explain_all(
         self,
@@ -234,6 +244,7 @@ def explain(
     target_sizes: Sequence[tuple[int, int]] | None = None,
     size: dict[str, int] | None = None,
     batch_size: int = 8,
+    words: str | None = None,
     **method_options,
 ) -> list[Explanation]:
     """
@@ -247,6 +258,7 @@ def explain(
         target_sizes: `(height, width)` in pixels of each image's maps; the size of the image if not given.
         size: the size of images for the model, as for [`ICLIPProcessor`]; the processor's if not given.
         batch_size (`int`): largest number of images in one forward pass. These have one shape and equally many texts.
+        words (`str`, *optional*): method of word scores, as for [`Localizer`].
 
     Returns:
         list of B [`Explanation`].
@@ -273,6 +285,6 @@ def explain(
             f"{len(sizes)} sizes."
         )
     localizer = Localizer(
-        model, processor, unique, method=method, templates=templates, image_size=size, **method_options
+        model, processor, unique, method=method, templates=templates, image_size=size, words=words, **method_options
     )
     return list(localizer.explain(map(localizer.prepare, images, labels, sizes), batch_size))

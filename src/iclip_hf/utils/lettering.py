@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from functools import cache
 from itertools import groupby
@@ -52,6 +53,21 @@ def text_mask(text: str, size: float) -> Image.Image:
             draw.text((x, y), run, fill=255, font=font, anchor="ls")
             x += font.getlength(run)
     return mask
+
+
+def word_boxes(text: str, size: float) -> Iterator[tuple[str, tuple[float, float, float, float]]]:
+    """Yields the words of a text with their boxes (x0, y0, x1, y1) in its `text_mask`, in pixels."""
+    lines = text.split("\n")
+    widest = max(_width(line, size) for line in lines)
+    for number, line in enumerate(lines):
+        left, top = (widest - _width(line, size)) / 2, _LINE_HEIGHT * size * number
+        for word in re.finditer(r"\S+", line):
+            start, end = (left + _width(line[:at], size) for at in word.span())
+            yield word[0], (start, top, end, top + _LINE_HEIGHT * size)
+
+
+def _width(line: str, size: float) -> float:
+    return sum(font.getlength(run) for run, font in _runs(line, size))
 
 
 @cache

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import textwrap
 import unicodedata
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,11 +15,13 @@ from matplotlib import colormaps, rcParams
 from PIL import Image
 
 from .arrays import to_numpy
-from .lettering import more_scripts, text_mask
+from .lettering import more_scripts, text_mask, word_boxes
 
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from matplotlib.patches import Rectangle
 
 # Blue is low and red is high, as in the paper's Fig. 1. "cividis" is safe for colour-blind readers.
 COLORMAP = "jet"
@@ -87,12 +89,23 @@ class Cell:
         picture (`PIL.Image.Image`, *optional*): RGB; fills the box as far as its proportions allow.
         title (`str`): lines above the box.
         row_title (`str`): lines on its left, written upwards.
+        shades (list of `tuple[str, float]`): the first words of the title, and how dark the colour behind each is, in [0, 1].
     """
 
     box: tuple[float, float, float, float]
     picture: Image.Image | None
     title: str = ""
     row_title: str = ""
+    shades: Sequence[tuple[str, float]] = ()
+
+    def shaded(self, size: float) -> Iterator[tuple[tuple[float, float, float, float], tuple[int, ...]]]:
+        """Yields the boxes (x0, y0, x1, y1) behind the words of a title with letters of this size, and their colours."""
+        shades = iter(self.shades)
+        word, shade = next(shades, ("", 0.0))
+        for written, box in word_boxes(self.title, size):
+            if written == word:  # a long title is shortened
+                yield box, tuple(_colors("Oranges")[round(170 * shade)].tolist())
+                word, shade = next(shades, ("", 0.0))
 
 
 @dataclass(frozen=True)
@@ -127,6 +140,11 @@ class Sheet:
                 shown = _fitted(cell.picture, right - left, bottom - top)
                 top = middle_y - shown.height / 2
                 canvas.paste(shown, (round(middle_x - shown.width / 2), round(top)))
+            if cell.shades:
+                mask = text_mask(cell.title, _TITLE / 72 * dpi)
+                x, y = round(middle_x - mask.width / 2), round(top - 2 / 72 * dpi - mask.height)
+                for (x0, y0, x1, y1), colour in cell.shaded(_TITLE / 72 * dpi):
+                    canvas.paste(colour, (round(x + x0), round(y + y0), round(x + x1), round(y + y1)))
             if cell.title:
                 write(cell.title, middle_x, top - 2 / 72 * dpi, _TITLE, above=True)
             if cell.row_title:
@@ -151,6 +169,8 @@ class Sheet:
             if cell.picture is not None:
                 axis.imshow(cell.picture)
             axis.set_title(cell.title, fontsize=_TITLE, pad=4, **verbatim())
+            for patch in _shades(cell, axis):
+                axis.add_patch(patch)
             options = {"ha": "right", "va": "center", "multialignment": "center", "transform": axis.transAxes}
             axis.text(-0.03, 0.5, cell.row_title, rotation=90, fontsize=_TITLE, **options, **verbatim())
         middle = _inches([self.caption]) / 2 / height
@@ -170,12 +190,27 @@ class Sheet:
         return self.image()._repr_png_()
 
 
+def _shades(cell: Cell, axis: Axes) -> Iterator[Rectangle]:
+    """Yields the rectangles behind the words of an axis' title."""
+    from matplotlib.patches import Rectangle
+    from matplotlib.transforms import Affine2D, ScaledTranslation
+
+    mask = text_mask(cell.title, _TITLE)
+    middle = ScaledTranslation(0.5, 1, axis.transAxes)
+    points = Affine2D().scale(1 / 72) + axis.figure.dpi_scale_trans + middle
+    for (x0, y0, x1, y1), colour in cell.shaded(_TITLE):
+        corner = (x0 - mask.width / 2, 2 + mask.height - y1)
+        style = {"facecolor": [value / 255 for value in colour], "transform": points, "clip_on": False, "zorder": -1}
+        yield Rectangle(corner, x1 - x0, y1 - y0, **style)
+
+
 def explanation_grid(
     image: Image.Image,
     heatmaps: Sequence[np.ndarray],
     titles: Sequence[str],
     *,
     absent: Collection[int] = (),
+    words: Sequence[Sequence[tuple[str, float]]] | None = None,
     opacity: float = 0.5,
     colormap: str = COLORMAP,
     columns: int = 5,
@@ -189,6 +224,7 @@ def explanation_grid(
         heatmaps: T maps of shape `(H, W)` in [0, 1].
         titles: T titles.
         absent: indices of the texts that the image does not show.
+        words: for each text the first words of its title, with scores of at least 0; the darker a word, the higher its score.
         opacity, colormap: see [`overlay`].
         columns (`int`): largest number of pictures in a row.
     """
@@ -197,7 +233,13 @@ def explanation_grid(
         shown = index not in absent
         pictures.append(overlay(image, heatmap, opacity if shown else opacity / 4, colormap))
         names.append(title if shown else f"{title}  absent")
-    return picture_grid(pictures, names, columns)
+    sheet = picture_grid(pictures, names, columns)
+    if words is None:
+        return sheet
+    highest = [max((score for _, score in scored), default=0) or 1 for scored in words]
+    shades = [[(word, score / top) for word, score in scored] for scored, top in zip(words, highest)]
+    cells = [replace(cell, shades=one) for cell, one in zip(sheet.cells, [[], *shades])]
+    return replace(sheet, cells=cells)
 
 
 def label_colors(number: int) -> np.ndarray:

@@ -1,0 +1,155 @@
+"""Word scores: which words of a text made an image match it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+
+from ..modeling_iclip import ICLIPTextFeatures, cosines
+from ..prompts import check_templates
+from .adapters import TEXT_BATCH
+from .bi_modal import attention_relevance
+from .explainer import adapt
+from .grad_eclip import all_queries_relevance, one_query_relevance
+from .recording import AttentionRecord
+
+
+WORD_METHODS = ("grad_eclip", "bi_modal")
+
+
+class WordScore(NamedTuple):
+    """A word of a text, and its share of the relevance of all words of this text, in [0, 1]."""
+
+    word: str
+    score: float
+
+
+class _Part(NamedTuple):
+    """Some of the texts: features with a graph from the last attention layer on, M prompts of L tokens and W words."""
+
+    features: ICLIPTextFeatures
+    layer: AttentionRecord
+    known: torch.Tensor  # (M, L), tokens of the prompt
+    members: torch.Tensor  # (M, W, L), 1 where a token belongs to a word of the text
+
+
+class WordExplainer:
+    """
+    Scores the words of fixed texts for any number of images, by the gradient of the cosine of image and text in the last
+    attention layer of the text tower.
+
+    A tower that reads its end token has its one query there; a tower that averages its tokens has all of them. Tokens of one word
+    are added, and prompts averaged.
+
+    Args:
+        model, processor: a model of transformers, see [`Explainer`].
+        texts: T labels or phrases; words are what stands between spaces.
+        templates: prompts with one `{}` each; the processor's if not given. Words of the prompts get no score.
+        method (`str`): [`GradECLIP`] (`"grad_eclip"`) or [`BiModal`] (`"bi_modal"`).
+
+    Raises:
+        `ValueError`: for another method, or a text tower that cannot be looked into.
+    """
+
+    def __init__(
+        self,
+        model,
+        processor,
+        texts: Sequence[str],
+        templates: Sequence[str] | None = None,
+        method: str = "grad_eclip",
+    ):
+        if method not in WORD_METHODS:
+            raise ValueError(f"Expected the method of word scores to be one of {list(WORD_METHODS)}, got {method!r}.")
+        self.method = method
+        self.family = adapt(model, processor)
+        self.texts = list(texts)
+        templates = check_templates(self.family.templates if templates is None else templates)
+        step = max(1, TEXT_BATCH // len(templates))
+        chunks = [self.texts[start : start + step] for start in range(0, len(self.texts), step)]
+        self._parts = [self._trace(chunk, templates) for chunk in chunks]
+
+    def _trace(self, texts: list[str], templates: list[str]) -> _Part:
+        features, layer = self.family.trace_texts(texts, templates)
+        tokenizer, length = self.family.processor.tokenizer, layer.key.shape[2]
+        places = [word_tokens(tokenizer, template, text) for text in texts for template in templates]
+        known = torch.zeros(len(places), length, dtype=torch.bool)
+        members = torch.zeros(len(places), max(len(words) for _, words in places), length)
+        for row, (prompt, words) in enumerate(places):
+            known[row, prompt] = True
+            for index, word in enumerate(words):
+                members[row, index, word] = 1
+        device = layer.key.device
+        return _Part(features, layer, known.to(device), members.to(device))
+
+    def __call__(self, image_embeds: torch.Tensor) -> list[list[list[WordScore]]]:
+        """
+        Scores the words for images.
+
+        Args:
+            image_embeds (`torch.Tensor` of shape `(B, P)`): unit vectors of the recognition branch.
+
+        Returns:
+            list of B lists of T lists of [`WordScore`], in the order of the words. The scores of a text's words add up to 1, or
+            are all 0 where no word speaks for the image.
+        """
+        # The clone: an embedding made under inference mode could not take part in a backward.
+        with torch.inference_mode(False):
+            embeds = image_embeds.clone()
+        return [list(self._scores(embed)) for embed in embeds.split(1)]
+
+    def _scores(self, image_embed: torch.Tensor) -> Iterator[list[WordScore]]:
+        texts = iter(self.texts)
+        for part in self._parts:
+            for shares in self._shares(image_embed, part).tolist():
+                yield [WordScore(word, share) for word, share in zip(next(texts).split(), shares)]
+
+    def _shares(self, image_embed: torch.Tensor, part: _Part) -> torch.Tensor:
+        """Computes the share of each word in its text, `(T, W)`."""
+        layer = part.layer
+        tensor = layer.weights if self.method == "bi_modal" else layer.mixed
+        with torch.inference_mode(False), torch.enable_grad():
+            # Texts do not mix, so that the gradient of their sum has each text's own.
+            score = cosines(image_embed, part.features.text_embeds).sum()
+            (gradient,) = torch.autograd.grad(score, tensor, retain_graph=True)
+        with torch.no_grad():
+            relevance = self._relevance(layer, gradient, part.known)
+            words = (part.members @ relevance.unsqueeze(-1)).squeeze(-1)  # (M, W)
+            words = words.unflatten(0, (len(part.features.text_embeds), -1)).mean(1)
+            total = words.sum(-1, keepdim=True)
+            return words / total.masked_fill(total == 0, 1)
+
+    def _relevance(self, layer: AttentionRecord, gradient: torch.Tensor, known: torch.Tensor) -> torch.Tensor:
+        """Computes the relevance of all tokens, `(M, L)`."""
+        if self.method == "bi_modal":
+            return attention_relevance(layer.weights, gradient).sum(1)
+        read = gradient.abs().amax((1, 3))  # (M, L): where the score reads nothing, the gradient is exactly 0
+        if ((read > 0).sum(1) > 1).any():
+            return all_queries_relevance(layer.weights, layer.value, gradient)
+        end = read.argmax(1)[:, None, None, None].expand(-1, gradient.shape[1], 1, gradient.shape[3])
+        query, gradient = (heads.gather(2, end) for heads in (layer.query, gradient))
+        return one_query_relevance(query, layer.key, layer.value, gradient, known)
+
+
+def word_tokens(tokenizer, template: str, text: str) -> tuple[slice, list[slice]]:
+    """
+    Finds the tokens of a prompt, which is the template with the text, and those of each word of the text.
+
+    Words are found by tokenizing what comes before their end, which any tokenizer can that joins no words.
+    """
+    start = template.index("{}")
+    prompt = template.replace("{}", text)
+
+    def tokens(characters: str, special: bool = False) -> list[int]:
+        return tokenizer(characters, add_special_tokens=special)["input_ids"] if characters else []
+
+    whole, bare = tokens(prompt, special=True), tokens(prompt)
+    first = next((at for at in range(len(whole)) if whole[at : at + len(bare)] == bare), 0)  # after the special ones
+    words = []
+    for word in re.finditer(r"\S+", text):
+        before = len(tokens(prompt[: start + word.start()].rstrip()))
+        words.append(slice(first + before, first + len(tokens(prompt[: start + word.end()]))))
+    return slice(first, first + len(bare)), words

@@ -52,7 +52,13 @@ def test_a_digest_of_files_just_written_is_not_kept(tmp_path, read, monkeypatch)
     """A second change within the same tick of the clock would not be seen."""
     monkeypatch.undo()
     monkeypatch.setenv("ICLIP_CACHE", str(tmp_path / "cache"))
-    content_digest(files(tmp_path, b"a"))
+    (old,) = files(tmp_path, b"a")
+    content_digest([old])
+    assert not (tmp_path / "cache").exists()
+    state = digests.file_state
+    monkeypatch.setattr(digests, "file_state", lambda file: (state(file)[0], 0 if file == old else state(file)[1]))
+    (tmp_path / "new").write_bytes(b"b")
+    content_digest([tmp_path / "new", old])  # the newest counts, also if it comes first
     assert not (tmp_path / "cache").exists()
 
 
@@ -61,6 +67,15 @@ def test_what_cannot_be_read_is_absent(tmp_path, read):
     (tmp_path / "dangling").symlink_to(tmp_path / "nowhere")
     names = ("pipe", "dangling", "nothing", "nul\0", "n" * 300)
     assert len({content_digest([tmp_path / name]) for name in names}) == 1
+
+
+def test_shapes_and_integers_of_weights():
+    flat, high = torch.nn.Linear(3, 2, bias=False), torch.nn.Linear(2, 3, bias=False)
+    for one in (flat, high):
+        torch.nn.init.zeros_(one.weight)
+    assert weights_digest(flat) != weights_digest(high)
+    counted = torch.nn.BatchNorm1d(2)  # `num_batches_tracked` stays an integer
+    assert weights_digest(counted, torch.bfloat16) == weights_digest(torch.nn.BatchNorm1d(2).to(torch.bfloat16))
 
 
 def test_weights():

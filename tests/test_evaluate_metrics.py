@@ -181,6 +181,9 @@ def test_ignore_index_wherever_pairs_are_given(folder):
     for prediction, reference, label in zip(*inputs.values()):
         metric.add(prediction=prediction, reference=reference, label=label, ignore_index=0)
     assert metric.compute(ignore_index=0) == wanted
+    assert metric.compute(**inputs, ignore_index=255) == expected(folder.name)  # what was computed is forgotten
+    given = metric.of_one_image([np.zeros((1, 2)), np.ones((1, 2))], np.array([[1, 2]]), [2, 1])["labels"]
+    assert given in ([2, 1], [[2, 1]])  # in the order of the maps
 
 
 def test_aggregate_when_loading_and_when_computing(pair_folder):
@@ -196,9 +199,9 @@ def test_aggregate_when_loading_and_when_computing(pair_folder):
 def test_mistakes_are_refused_and_cost_no_items(folder):
     metric, inputs = evaluate.load(str(folder)), items(folder.name)
     metric.add_batch(**inputs)
-    with pytest.raises(ValueError, match=r"counted with ignore_index \[255\], not 0"):
+    with pytest.raises(ValueError, match=r"ignore_index of the added items, \[255\], got 0: give"):
         metric.compute(ignore_index=0)
-    with pytest.raises(ValueError, match=r"counted with ignore_index \[255\], not 0"):
+    with pytest.raises(ValueError, match=r"ignore_index of the added items, \[255\], got 0: give"):
         metric.compute(**inputs, ignore_index=0)
     with pytest.raises(ValueError, match="one length, got 6, 6 and 1"):
         metric.add_batch(**{**inputs, "labels": [1]})

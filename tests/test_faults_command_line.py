@@ -189,6 +189,27 @@ ARGUMENTS = {
         "classes.txt",
     ),
     "evaluate without a data set": ("evaluate", "--dataset"),
+    "evaluate an unknown task": ("evaluate --task dreams --dataset folder --data-root {masks}", "'dreams'"),
+    "evaluate an unknown measure": (
+        "evaluate --task faithfulness --dataset folder --data-root {masks} --measures luck",
+        "'luck'",
+    ),
+    "evaluate in no steps": (
+        "evaluate --task faithfulness --dataset folder --data-root {masks} --steps 0 --model {model}",
+        "got 0",
+    ),
+    "evaluate with a seed of text": (
+        "evaluate --task faithfulness --dataset folder --data-root {masks} --seed often",
+        "invalid int value: 'often'",
+    ),
+    "evaluate interpretability in steps": (
+        "evaluate --dataset folder --data-root {masks} --steps 3 --model {model}",
+        "--steps",
+    ),
+    "evaluate faithfulness without masks": (
+        "evaluate --task faithfulness --dataset folder --data-root {folder} --model {model}",
+        "/empty",
+    ),
     "evaluate an unknown data set": ("evaluate --dataset imagenet --data-root .", "'imagenet'"),
     "evaluate an absent folder": ("evaluate --dataset voc2012 --data-root {folder}/absent --model {model}", "/absent"),
     "evaluate an empty folder": ("evaluate --dataset folder --data-root {folder} --model {model}", "/empty"),

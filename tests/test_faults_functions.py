@@ -20,6 +20,7 @@ from faults import (
 from PIL import Image
 
 from iclip_hf import ICLIPConfig
+from iclip_hf.evaluation.faithfulness import deletion_insertion
 from iclip_hf.explainers import make_explainer
 from iclip_hf.images import load_image
 from iclip_hf.localization.collection import explain_collection, open_images
@@ -52,6 +53,23 @@ for door, run in {
     CASES.add_images(door, run)
 for door, run in {"load_image": lambda world, folder, place: load_image(place), "explain": explained}.items():
     CASES.add(door, inputs.PLACES, at_place(run))
+
+
+image, maps = torch.zeros(3, 8, 8), torch.zeros(2, 4, 4)
+FAITHFULNESS = {
+    "a batch": ((image[None], maps), {}),
+    "no pixels": ((image[:, :0], maps), {}),
+    "one map": ((image, maps[0]), {}),
+    "no maps": ((image, maps[:0]), {}),
+    "maps of NaN": ((image, maps * torch.nan), {}),
+    "no steps": ((image, maps), {"steps": 0}),
+    "batches of nothing": ((image, maps), {"batch_size": -1}),
+}
+CASES.add(
+    "deletion and insertion",
+    FAITHFULNESS,
+    lambda world, folder, value: deletion_insertion(lambda images: images.mean((1, 2, 3)), *value[0], **value[1]),
+)
 
 
 ARRAYS = {

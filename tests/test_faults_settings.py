@@ -73,6 +73,11 @@ BAD_SETTINGS = (
     *(("model_options", "[pooling]", "'pooling'"), ("text", "''", "text=''")),
     *(("max_bad_share", 7, "got 7"), ("num_workers", -1, "got -1"), ("keep_checkpoints", 0, "got 0")),
     *(("noun_prompts", 0, "got 0"), ("validation_share", 2, "got 2"), ("image_column", "[a, b]", "got list")),
+    *((name, 0, "got 0") for name in ("image_size", "views", "chunk_size", "map_tokens", "clip_grad_norm")),
+    *((name, 0, "got 0") for name in ("max_bad_steps", "log_steps", "eval_steps", "checkpoint_steps", "adam_epsilon")),
+    *((name, -1, "got -1") for name in ("max_steps", "pairs_per_epoch", "pictures", "warmup_epochs", "weight_decay")),
+    *((name, -1, "got -1") for name in ("warmup_learning_rate", "min_learning_rate")),
+    *((name, 1.1, "got 1.1") for name in ("noun_weight", "adam_beta2", "random_erasing")),
 )
 for name, value, shows in BAD_SETTINGS:
     content = "\n".join(f"{other}: {its}" for other, its in {**SETTINGS, name: value}.items())

@@ -136,3 +136,11 @@ def test_a_full_disk_is_told_and_what_is_no_matter_of_writing_stays_as_it_is(tmp
         with pytest.raises(OSError, match=told), atomic_folder(tmp_path / "model"):
             raise raised
     assert names(tmp_path) == []
+
+
+def test_a_name_as_long_as_file_systems_allow(tmp_path):
+    path = tmp_path / ("é" * 125 + ".json")  # 255 bytes
+    with atomic_write(path) as partial:
+        partial.write_text("whole")
+        assert names(tmp_path) == [partial.name]
+    assert names(tmp_path) == [path.name] and path.read_text() == "whole"

@@ -547,7 +547,7 @@ def test_dino_files_that_are_not(tmp_path):
         ([1], "missing"),
     ):
         torch.save(state, path)
-        with pytest.raises(ValueError, match=f"not a ViT of this configuration .*{says}"):
+        with pytest.raises(ValueError, match=f"expected a ViT of this configuration, got .*{says}"):
             load_dino_checkpoint(path, config)
     with pytest.raises(ValueError, match="model_type vit, got clip_vision_model"):
         load_dino_checkpoint(path, tiny_model("clip_vision_model").config.vision_config)

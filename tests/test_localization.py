@@ -12,7 +12,7 @@ from transformers import CLIPImageProcessor
 from iclip_hf import ICLIPProcessor, explain
 from iclip_hf.explainers import make_explainer
 from iclip_hf.localization.localizer import Localizer
-from iclip_hf.presence import BACKGROUND, presence
+from iclip_hf.presence import BACKGROUND, MIN_PRESENCE, presence
 from iclip_hf.regions import find_regions
 from iclip_hf.similarity import resize_and_normalize
 
@@ -135,6 +135,7 @@ def test_maps_masks_regions_and_record_of_an_explanation(tiny_processor):
             regions = find_regions(heatmap.numpy(), (heatmap > least).numpy())
             assert [one.box for one in explanation.regions(index, least)] == [one.box for one in regions]
     assert not explanation.mask(2).any() and explanation.regions(2) == []
+    assert not explanation.mask(0, 1.0).any()  # the greatest value is 1, and foreground is M > threshold
     record = explanation.record()
     assert [one["text"] for one in record] == TEXTS and [one["presence"] for one in record] == [0.9, 0.5, 0.49]
     assert [one["score"] for one in record] == pytest.approx(explanation.scores.tolist(), abs=1e-4)
@@ -184,6 +185,47 @@ def test_the_image_size_is_the_models(tiny_processor):
 def test_bad_options_are_named(tiny_processor, options, message):
     with pytest.raises(ValueError, match=message):
         Localizer(tiny_model(), tiny_processor, TEXTS, **options)
+
+
+def test_presence_uses_both_branches_and_the_templates(tiny_processor):
+    model, templates = tiny_model(max_over="similarity"), ["a red {}"]
+    with torch.no_grad():
+        image = model.get_image_features(**tiny_processor(IMAGES[:1]))
+        texts, background = (
+            model.match(image, model.get_text_features(**tiny_processor(labels=list(labels), templates=templates)))
+            for labels in (TEXTS, BACKGROUND)
+        )
+    (found,) = explain(model, tiny_processor, IMAGES[:1], TEXTS, templates=templates)
+    torch.testing.assert_close(found.presence, presence(texts, background)[0], atol=1e-4, rtol=0)
+
+
+def test_the_least_presence_was_chosen_with_these_nouns():
+    assert MIN_PRESENCE == 0.7 and len(set(BACKGROUND)) == len(BACKGROUND) == 140
+
+
+def test_thresholds_follow_their_texts(tiny_processor):
+    localizer = Localizer(tiny_model(), tiny_processor, TEXTS, threshold=[0.3, 0.5, 0.7])
+    (found,) = localizer.explain([localizer.prepare(IMAGES[0], ["car", "dog"])])
+    assert found.threshold == [0.7, 0.3]
+    other = localizer.about(["cat"], 0.2)
+    assert (other.texts, other.thresholds, localizer.texts) == (["cat"], [0.2], TEXTS)
+
+
+def test_settings_hold_everything_that_results_depend_on(tiny_processor):
+    changes = {
+        "texts": {"texts": ["cat"]},
+        "thresholds": {"threshold": 0.4},
+        "min_presence": {"min_presence": 0.6},
+        "image_size": {"image_size": 48},
+        "templates": {"templates": ["{}"]},
+        "method": {"method": "gem"},
+        "iterations": {"method": "gem", "iterations": 2},
+    }
+    model, usual = tiny_model(), {"texts": ["dog"]}
+    before = Localizer(model, tiny_processor, **usual).settings
+    for name, options in changes.items():
+        after = Localizer(model, tiny_processor, **{**usual, **options}).settings
+        assert {one for one in after if after[one] != before.get(one)} == {name, *("method",) * ("method" in options)}
 
 
 @pytest.mark.slow

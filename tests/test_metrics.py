@@ -202,6 +202,14 @@ def test_the_threshold_is_chosen_per_class_not_per_image():
     assert filled(MeanMaxIoU(), pairs).compute()["mmiou"] == 75.0
 
 
+def test_the_best_threshold_may_be_better_by_one_pixel_in_a_million():
+    counts = np.zeros((2, 102), np.int64)
+    counts[:, :2], counts[:, 2] = 10**6, (10**6 - 1, 10**6)  # all, M > 0, M > 0.01
+    metric = MeanMaxIoU()
+    metric.add_counts(counts, 1)
+    assert metric.compute()["thresholds"] == {1: 0.01}
+
+
 def test_perfect_and_reversed_map():
     mask = np.array([[1, 1, 0], [0, 0, 0]])
     perfect = (mask == 1).astype(np.float32)
@@ -525,7 +533,7 @@ def test_text_contrast_merges_and_takes_counts_from_elsewhere():
 @pytest.mark.parametrize(
     ("change", "error", "match"),
     [
-        ({"maps": np.zeros((2, 3, 3))}, ValueError, r"\(2, 3, 3\) and \(2, 2\).*Resize"),
+        ({"maps": np.zeros((2, 3, 3))}, ValueError, r"\(2, 3, 3\) and \(2, 2\).*resize"),
         ({"maps": np.zeros((2, 2))}, ValueError, r"maps \(K, H, W\).*got \(2, 2\)"),
         ({"mask": np.ones((3, 2, 2), int)}, ValueError, r"\(2, 2, 2\) and \(3, 2, 2\)"),
         ({"maps": np.full((2, 2, 2), 1.5)}, ValueError, r"in \[0, 1\].*1\.5"),
@@ -533,7 +541,7 @@ def test_text_contrast_merges_and_takes_counts_from_elsewhere():
         ({"mask": np.ones((2, 2))}, TypeError, "integers, got float64"),
         ({"labels": [1]}, ValueError, r"2 different labels, one a map, got \[1\]"),
         ({"labels": [1, 1]}, ValueError, r"2 different labels, one a map, got \[1, 1\]"),
-        ({"labels": [1, 255]}, ValueError, "255, which is the `ignore_index`"),
+        ({"labels": [1, 255]}, ValueError, "255, the `ignore_index`: change"),
         ({"labels": [1, "dog"]}, TypeError, "integer class id, got 'dog'"),
     ],
 )

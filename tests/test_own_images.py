@@ -140,7 +140,7 @@ def test_bad_settings_are_one_sentence(tmp_path, model, capsys):
         ([table, *new, "--validation_data", "absent.tar"], "absent.tar: expected a file or folder of pairs"),
         (
             [table, *new, "--vision", "v", "--text", "t"],
-            "expected config to name the model's configuration for vision='v'",
+            "Expected config to name the configuration of a model with vision='v'",
         ),
         (
             ["--config", "alone.yaml", *new],

@@ -1,4 +1,4 @@
-"""Configuration of ICLIP: two towers, a pooling and the projections between them."""
+"""Configuration of ICLIP: two towers, the pooling of patch tokens, and the projections."""
 
 import math
 from difflib import get_close_matches
@@ -15,48 +15,56 @@ _MOST_LAYERS = 1000
 @strict
 class ICLIPConfig(PreTrainedConfig):
     r"""
-    Configuration of an [`ICLIPModel`]. The defaults are the paper's model: a locked DINO ViT-B/16 image tower, a CLIP
-    text tower, masked max pooling and dual projections.
+    Configuration of an [`ICLIPModel`]. The defaults are those of the paper: a locked DINO ViT-B/16 image tower, a CLIP text
+    tower, masked max pooling and dual projections.
+
+    The *map branch* is the pair of projections that the similarity maps are computed with: the interpretability branch, or the
+    only branch without dual projections.
 
     Args:
-        vision_config (`PreTrainedConfig` or `dict`, *optional*): the image tower, a ViT with a class token.
-        text_config (`PreTrainedConfig` or `dict`, *optional*): the text tower.
-        projection_dim (`int`, defaults to 512): width of the shared image-text space.
-        pooling (`str`, defaults to `"masked_max"`): how the branch that is trained to explain turns patch tokens into
-            one vector: `"masked_max"` (Eq. 9, 10), `"max"`, `"average"` or `"class_token"` (the rows of Table 2).
-        max_over (`str`, defaults to `"channels"`): where `"masked_max"` and `"max"` take the maximum: `"channels"` of each
-            channel over the tokens, before the projection (Eq. 10), or, beyond the paper, `"similarity"` of the patches'
-            similarities with each text, after it, so that the score that is trained is the peak of the map that is drawn
-            ([`~pooling.pool_similarities`]). `"similarity"` needs `dual_projection`, for it compares no single image vector.
-        max_sharpness (`float`, defaults to 10): how near the smooth maximum of `"similarity"` is to the maximum.
-        center_tokens (`bool`, defaults to `False`): beyond the paper: the branch that draws the maps sees patch tokens less
-            their mean over the training images, which the model holds as `token_mean`. Needs `max_over="similarity"`.
-        value_share (`float` in [0, 1], defaults to 0): beyond the paper: in the image tower's last attention, the share of its own
-            value in what each patch receives. 0 is the tower's own attention, 1 is MaskCLIP's, where patches attend to themselves
-            alone and their tokens say more of their own place. The class token attends as before. Needs SDPA attention.
-        dual_projection (`bool`, defaults to `True`): a second pair of projections (Eq. 12) that pools by the class token,
-            for recognition. Without it the one branch serves both (Table 3).
+        vision_config (`PreTrainedConfig` or `dict`, *optional*): configuration of the image tower, a ViT with a class token.
+        text_config (`PreTrainedConfig` or `dict`, *optional*): configuration of the text tower.
+        projection_dim (`int`, defaults to 512): width P of the shared image-text space.
+        pooling (`str`, defaults to `"masked_max"`): how the map branch pools patch tokens into one vector. `"masked_max"` (Eq. 9,
+            10), `"max"`, `"average"` or `"class_token"`; these are the rows of Table 2.
+        max_over (`str`, defaults to `"channels"`): where `"masked_max"` and `"max"` take the maximum. `"channels"` takes it for
+            each channel over the tokens, before the projection (Eq. 10). `"similarity"`, which is not in the paper, takes it for
+            each text over the similarities of the patches, after the projection ([`~pooling.pool_similarities`]). The score that
+            is trained is then the peak of the map. `"similarity"` requires `dual_projection`, because this branch has no image
+            vector.
+        max_sharpness (`float`, defaults to 10): sharpness of the smooth maximum with `max_over="similarity"`. The larger, the
+            nearer to the maximum. Must be positive.
+        center_tokens (`bool`, defaults to `False`): whether the map branch subtracts the mean of the training images' patch tokens
+            from its patch tokens. The model stores this mean as `token_mean`. Not in the paper. Requires `max_over="similarity"`.
+        value_share (`float` in [0, 1], defaults to 0): share of a patch's own value in the output of the image tower's last
+            attention. 0 is the attention of the tower. 1 is that of MaskCLIP, where each patch attends to itself only, so that its
+            token describes its own place. The class token is not changed. Not in the paper. Requires SDPA attention.
+        dual_projection (`bool`, defaults to `True`): whether there are two pairs of projections (Eq. 12): the recognition branch,
+            which projects the class token, and the interpretability branch. If `False`, one branch does both (Table 3).
         projection_bias (`bool`, defaults to `False`): whether the projections have a bias.
-        map_attention (`str`, defaults to `"similarity"`): where the class-token attention A enters the similarity map:
-            `"similarity"` multiplies the cosines by A, `"sqrt_similarity"` by its root, `"features"` multiplies the patch
-            tokens before the projection (Eq. 12 to the letter; cancelled by the normalisation unless `projection_bias`),
-            `"additive"` cuts each text's cosines at their mean over the patches, so that less than average counts as 0, and adds A,
-            stretched to [0, 1], / (2 `max_sharpness`), which never sees the text; `"none"` leaves it out.
-        map_affinity (`float`, defaults to 0): beyond the paper: the token and the attention of each patch become the mean
-            over all patches, weighted by softmax(map_affinity * cosine of their tokens), so that an object's patches share
-            what one of them shows. 0 leaves them as they are.
-        attention_norm (`str`, defaults to `"minmax"`): how A is brought to [0, 1]: `"minmax"` over the patches (the
-            paper), or `"quantile"`, which saturates at `attention_quantile` so that one bright token cannot dim the rest.
-        attention_quantile (`float`, defaults to 0.9): the quantile that becomes 1 with `attention_norm="quantile"`.
-        logit_scales (`str`, defaults to `"per_branch"`): one learned temperature a branch, or one `"shared"`.
-        logit_scale_init_value (`float`, defaults to 2.6592): initial logarithm of the temperature's inverse, ln(1 / 0.07).
-        lock_vision (`bool`, defaults to `True`): the image tower takes no gradients and stays in eval mode.
-        text_pooling (`str`, defaults to `"eos"`): the text feature: `"eos"` (the pooled output of a CLIP or SigLIP tower),
-            `"mean"` over the attended tokens, or `"class_token"` (the first token).
+        map_attention (`str`, defaults to `"similarity"`): how the class token's attention A weights the similarity map.
+            `"similarity"` multiplies the cosines by A. `"sqrt_similarity"` multiplies them by the square root of A. `"features"`
+            multiplies the patch tokens by A before the projection (Eq. 12 to the letter); the normalisation cancels this factor
+            unless `projection_bias` is set. `"additive"` subtracts the mean over the patches from the cosines of
+            each text, replaces negative values by 0, and adds A, stretched to [0, 1] and divided by 2 `max_sharpness`, equally for
+            all texts. `"none"` does not use A.
+        map_affinity (`float`, defaults to 0): sharpness of the sharing among similar patches. Token and attention of each patch
+            become the mean over all patches, weighted by softmax(map_affinity * cosine of their tokens). 0 disables sharing. Not
+            in the paper.
+        attention_norm (`str`, defaults to `"minmax"`): how A is scaled to [0, 1]. `"minmax"` over the patches is the paper's.
+            `"quantile"` maps `attention_quantile` to 1 and clips above it, so that one bright token cannot dim all others.
+        attention_quantile (`float` in (0, 1], defaults to 0.9): used with `attention_norm="quantile"`.
+        logit_scales (`str`, defaults to `"per_branch"`): one learned temperature for each branch, or one `"shared"` temperature.
+        logit_scale_init_value (`float` in [0, ln 100], defaults to 2.6592): initial value of the logarithm of the logit scale,
+            ln(1 / 0.07).
+        lock_vision (`bool`, defaults to `True`): whether the image tower is frozen. A frozen tower has no gradients and stays in
+            eval mode.
+        text_pooling (`str`, defaults to `"eos"`): the feature of a text. `"eos"` is the pooled output of a CLIP or SigLIP tower,
+            `"mean"` the mean over the attended tokens, `"class_token"` the first token.
 
     Raises:
-        `ValueError`: for a misspelt option. `huggingface_hub.errors.StrictDataclassError`: for a value of another
-        type, outside the listed names or out of range.
+        `ValueError`: an option is misspelt. `huggingface_hub.errors.StrictDataclassError`: a value has another type, is not one
+        of the listed names, or is out of range.
     """
 
     model_type = "iclip"
@@ -87,7 +95,7 @@ class ICLIPConfig(PreTrainedConfig):
     text_pooling: Literal["eos", "mean", "class_token"] = "eos"
 
     def __post_init__(self, **kwargs):
-        # The base class takes any other key, such as those of training loops, so a misspelt option would silently do nothing.
+        # The base class accepts any key, so a misspelt option would have no effect.
         options = list(ICLIPConfig.__annotations__)
         for key in kwargs:
             if meant := get_close_matches(key, options, n=1, cutoff=0.85):
@@ -101,38 +109,45 @@ class ICLIPConfig(PreTrainedConfig):
         super().__post_init__(**kwargs)
 
     def validate_architecture(self):
-        """Checks the values against each other and their ranges; `@strict` has checked the types before."""
+        """Checks ranges and combinations of options. `@strict` checks their types before."""
         for side in ("vision_config", "text_config"):
             layers = getattr(getattr(self, side), "num_hidden_layers", 1)
-            if layers > _MOST_LAYERS:  # each is built before any weight is read
+            if layers > _MOST_LAYERS:  # layers are built before weights are read
                 raise ValueError(
-                    f"Expected {side} to have at most {_MOST_LAYERS} layers, got num_hidden_layers={layers}."
+                    f"Expected {side} to have at most {_MOST_LAYERS} layers, got num_hidden_layers={layers}: correct it."
                 )
         if self.projection_dim < 1:
-            raise ValueError(f"Expected projection_dim to be a positive integer, got {self.projection_dim}.")
+            raise ValueError(
+                f"Expected projection_dim to be a positive integer, got {self.projection_dim}: set a width such as 512."
+            )
         if not 0 <= self.value_share <= 1:
-            raise ValueError(f"Expected value_share in [0, 1], got {self.value_share}.")
+            raise ValueError(f"Expected value_share in [0, 1], got {self.value_share}: set a share such as 0.5.")
         if not self.map_affinity >= 0:
-            raise ValueError(f"Expected map_affinity to be at least 0, got {self.map_affinity}.")
+            raise ValueError(
+                f"Expected map_affinity to be at least 0, got {self.map_affinity}: set 0 to share nothing."
+            )
         if not self.max_sharpness > 0:
-            raise ValueError(f"Expected max_sharpness to be positive, got {self.max_sharpness}.")
-        if (
-            self.center_tokens and self.max_over == "channels"
-        ):  # what is pooled before the projection is cached uncentred
+            raise ValueError(
+                f"Expected max_sharpness to be positive, got {self.max_sharpness}: set a number such as 10."
+            )
+        # With "channels", tokens are pooled before the projection, and the feature cache holds them pooled without centring.
+        if self.center_tokens and self.max_over == "channels":
             raise ValueError(
                 'Expected max_over="similarity" with center_tokens=True, got "channels": change one of them.'
             )
         if self.max_over == "similarity" and not (self.dual_projection and self.pooling in ("masked_max", "max")):
             raise ValueError(
                 'Expected dual_projection=True and pooling "masked_max" or "max" for max_over="similarity", got '
-                f"dual_projection={self.dual_projection} and pooling={self.pooling!r}."
+                f"dual_projection={self.dual_projection} and pooling={self.pooling!r}: change one of them."
             )
         if not 0 < self.attention_quantile <= 1:
-            raise ValueError(f"Expected attention_quantile in (0, 1], got {self.attention_quantile}.")
+            raise ValueError(
+                f"Expected attention_quantile in (0, 1], got {self.attention_quantile}: set a share such as 0.9."
+            )
         if not 0 <= self.logit_scale_init_value <= math.log(100):
             raise ValueError(
-                f"Expected logit_scale_init_value in [0, {math.log(100):.4f}], got {self.logit_scale_init_value}: it is the "
-                "logarithm of a scale between 1 and 100."
+                f"Expected logit_scale_init_value in [0, {math.log(100):.4f}], got {self.logit_scale_init_value}: set the "
+                "logarithm of a scale from 1 to 100."
             )
 
 

@@ -1,4 +1,4 @@
-"""Reading of image files as upright 8-bit RGB with uniform errors, and grouping of images by shape."""
+"""Reading of image files as upright 8-bit RGB, with uniform error messages, and grouping of images by shape."""
 
 from __future__ import annotations
 
@@ -24,16 +24,20 @@ _16_TO_8_BIT = ((np.arange(65536) + 128) // 257).astype(np.uint8)
 
 
 def open_image(source: str | os.PathLike | bytes | Image.Image, name: str | None = None) -> Image.Image:
-    """Decodes the first frame of an image, with mode and orientation as stored.
+    """
+    Decodes the first frame of an image, with its stored mode and orientation.
 
     Args:
-        source: Path of an image file, its bytes, or a PIL image (returned unchanged).
-        name: Name of the image in errors; by default its path.
+        source (`str`, `os.PathLike`, `bytes` or `PIL.Image.Image`): path of an image file, its bytes, or a PIL image, which is
+            returned unchanged.
+        name (`str`, *optional*): name of the image in errors; its path if not given.
+
+    Returns:
+        `PIL.Image.Image`.
 
     Raises:
-        FileNotFoundError: The path does not exist.
-        ValueError: The image is not readable, or has more than `PIL.Image.MAX_IMAGE_PIXELS` pixels.
-        TypeError: `source` has another type.
+        `FileNotFoundError`: the path does not exist. `ValueError`: the image is not readable, or has more than
+        `PIL.Image.MAX_IMAGE_PIXELS` pixels. `TypeError`: `source` has another type.
     """
     name = name or _name(source)
     if isinstance(source, (str, os.PathLike)):
@@ -55,34 +59,36 @@ def open_image(source: str | os.PathLike | bytes | Image.Image, name: str | None
     else:
         if 0 not in image.size:
             return image
-        problem = f"it is empty ({image.width}x{image.height} pixels)"
+        problem = f"it is empty ({image.width}x{image.height} pixels); replace it"
     raise ValueError(f"{name}: expected a readable image, but {problem}.")
 
 
 def load_image(source: str | os.PathLike | bytes | Image.Image, name: str | None = None) -> Image.Image:
-    """Opens an image as it is displayed: upright (EXIF), 8-bit RGB, transparent parts on white, first frame.
+    """
+    Opens an image as viewers display it: upright (EXIF), 8-bit RGB, transparent parts on white, first frame.
 
-    16-bit grayscale is scaled (65535 becomes 255), not clipped. A given PIL image is never changed.
+    16-bit grayscale is scaled (65535 becomes 255). A given PIL image is not modified.
 
     Args:
-        source: Path of an image file, its bytes, or a PIL image.
-        name: Name of the image in errors; by default its path.
+        source (`str`, `os.PathLike`, `bytes` or `PIL.Image.Image`): path of an image file, its bytes, or a PIL image.
+        name (`str`, *optional*): name of the image in errors; its path if not given.
 
     Returns:
-        PIL image of mode "RGB".
+        `PIL.Image.Image` of mode "RGB".
 
     Raises:
-        FileNotFoundError, ValueError, TypeError: As `open_image`; also ValueError for pixels without a defined range
-            (floats, or integers of more than 16 bits).
+        `FileNotFoundError`, `ValueError`, `TypeError`: as [`open_image`]. Also `ValueError`: the range of the pixels is not
+        defined (floats, or integers of more than 16 bits).
     """
     return to_rgb(_upright(open_image(source, name)), name)
 
 
 def to_rgb(image: Image.Image, name: str | None = None) -> Image.Image:
-    """Converts an image of any mode to 8-bit RGB, as `load_image` does, but without rotation.
+    """
+    Converts an image of any mode to 8-bit RGB, as [`load_image`] does, but without rotation.
 
     Raises:
-        ValueError: As `load_image`.
+        `ValueError`: as [`load_image`].
     """
     try:
         if image.mode.startswith("I"):  # "I;16" in its byte orders, "I" in older Pillow
@@ -112,11 +118,11 @@ def map_groups(
     Calls a function once for all items with the same key, such as images of one shape.
 
     Args:
-        function: function from a list of items to a result for each.
-        items, keys: items and their keys.
+        function (`Callable`): function from a list of items to an iterable of their results.
+        items, keys: items, and the key of each.
 
     Returns:
-        The results in the order of the items.
+        `list`: the results in the order of the items.
     """
     groups = defaultdict(list)
     for index, key in enumerate(keys):
@@ -134,7 +140,9 @@ def _name(source: str | os.PathLike | bytes | Image.Image) -> str:
         return repr(getattr(source, "filename", None) or "PIL image")
     if isinstance(source, bytes):
         return "image bytes"
-    raise TypeError(f"Expected the path of an image, its bytes or a PIL image, but got {type(source).__name__}.")
+    raise TypeError(
+        f"Expected the path of an image, its bytes or a PIL image, but got {type(source).__name__}: convert it."
+    )
 
 
 def require_file(path: str | os.PathLike, name: str | None = None) -> None:
@@ -156,7 +164,7 @@ def _decode(file: str | os.PathLike | io.BytesIO) -> Image.Image:
         if Image.MAX_IMAGE_PIXELS and image.width * image.height > Image.MAX_IMAGE_PIXELS:
             raise Image.DecompressionBombError
         image.load()
-    return image  # the block closed the file, the decoded pixels stay
+    return image  # the file is closed, the pixels are decoded
 
 
 def _upright(image: Image.Image) -> Image.Image:

@@ -46,10 +46,14 @@ def label_map(
         `ValueError`: the maps have another shape, or the number of classes is not T.
     """
     if raw_maps.ndim != 3:
-        raise ValueError(f"Expected raw maps of one image, (T, h, w), got shape {tuple(raw_maps.shape)}.")
+        raise ValueError(
+            f"Expected raw maps of one image, (T, h, w), got shape {tuple(raw_maps.shape)}: pass those of one image."
+        )
     classes = torch.arange(len(raw_maps)) if classes is None else torch.as_tensor(classes, dtype=torch.long)
     if len(classes) != len(raw_maps):
-        raise ValueError(f"Expected one class for each of {len(raw_maps)} texts, got {len(classes)} classes.")
+        raise ValueError(
+            f"Expected one class for each of {len(raw_maps)} texts, got {len(classes)} classes: pass one for each."
+        )
     size = tuple(raw_maps.shape[1:] if size is None else size)
     if present is not None:
         kept = present.cpu() | (classes == BACKGROUND_LABEL)
@@ -97,6 +101,8 @@ def classes_of(num_texts: int, background: Sequence[int] = ()) -> torch.Tensor:
     """
     classes = torch.arange(num_texts)
     if not all(0 <= index < num_texts for index in background):
-        raise ValueError(f"Expected background to be indices of {num_texts} texts, got {list(background)}.")
+        raise ValueError(
+            f"Expected background to be indices of {num_texts} texts, got {list(background)}: correct them."
+        )
     classes[list(background)] = BACKGROUND_LABEL
     return classes

@@ -34,7 +34,7 @@ from .pooling import normalize_attention, pool, pool_similarities, share_among_l
 from .similarity import check_lists, cosine_similarity_map, min_max_normalize
 
 
-# Image towers with a class token. The value tells whether `interpolate_pos_encoding` must be passed.
+# Supported image towers, which have a class token, and whether they need `interpolate_pos_encoding`.
 VISION_TOWERS = {
     "vit": True,
     "dinov2": False,
@@ -42,7 +42,7 @@ VISION_TOWERS = {
     "dinov3_vit": False,
     "clip_vision_model": True,
 }
-# Text towers whose own pooled output is the end-of-sequence token.
+# Text towers whose pooled output is the end-of-sequence token.
 _EOS_TEXT_TOWERS = ("clip_text_model", "siglip_text_model")
 
 
@@ -51,8 +51,8 @@ class LastAttention:
     Carries `value_share` (see [`ICLIPConfig`]) into the tower's last attention, and the class token's attention out of it:
     `class_row` of shape (B, heads, 1, N).
 
-    It is not a list or a dictionary, because the hooks of device maps, offloading and FSDP copy these, so that the values which a
-    layer stores are lost.
+    It is neither a list nor a dictionary, because the hooks of device maps, offloading and FSDP copy those. A value that a layer
+    stores in a copy is lost.
     """
 
     class_row: torch.Tensor | None = None
@@ -88,12 +88,12 @@ class ImageTokens(NamedTuple):
     Output of the image tower for B images of N = h * w patches.
 
     Attributes:
-        class_token (`torch.Tensor` of shape `(B, D)`): after the tower's final norm.
-        patch_tokens (`torch.Tensor` of shape `(B, N, D)`): after the tower's final norm, row-major.
-        attention (`torch.Tensor` of shape `(B, N)`): the class token's attention over the patches in the last layer, mean
-            of the heads, not yet normalised, float32.
+        class_token (`torch.Tensor` of shape `(B, D)`): class token after the tower's final norm.
+        patch_tokens (`torch.Tensor` of shape `(B, N, D)`): patch tokens after the tower's final norm, row-major.
+        attention (`torch.Tensor` of shape `(B, N)`): attention of the class token over the patches in the last layer, averaged
+            over the heads, not normalised, float32.
         grid (`tuple[int, int]`): height and width of the patch grid.
-        tower_output: the tower's own output.
+        tower_output (`BaseModelOutputWithPooling`): output of the tower.
     """
 
     class_token: torch.Tensor
@@ -106,13 +106,13 @@ class ImageTokens(NamedTuple):
 @dataclass
 class ICLIPTextFeatures(BaseModelOutputWithPooling):
     """
-    Features of texts, which are computed once and reused for any number of images.
+    Features of texts. They can be computed once and reused for any number of images.
 
     Attributes:
         pooler_output (`torch.Tensor` of shape `(..., T, P)`): projected feature of the recognition branch, not normalised.
         text_embeds (`torch.Tensor` of shape `(..., T, P)`): unit vectors of the recognition branch.
-        map_text_embeds (`torch.Tensor` of shape `(..., T, P)`): unit vectors of the interpretability branch; those of
-            the recognition branch where there is one branch.
+        map_text_embeds (`torch.Tensor` of shape `(..., T, P)`): unit vectors of the map branch, equal to `text_embeds` in a model
+            with one branch.
     """
 
     text_embeds: torch.FloatTensor | None = None
@@ -127,12 +127,13 @@ class ICLIPImageFeatures(BaseModelOutputWithPooling):
     Attributes:
         pooler_output (`torch.Tensor` of shape `(B, P)`): projected feature of the recognition branch, not normalised.
         image_embeds (`torch.Tensor` of shape `(B, P)`): unit vectors of the recognition branch.
-        map_image_embeds (`torch.Tensor` of shape `(B, P)`): unit vectors of the interpretability branch; None with
-            `max_over="similarity"`, which compares patches and pools afterwards.
-        patch_embeds (`torch.Tensor` of shape `(B, h, w, P)`): unit vectors of the patches, interpretability branch.
+        map_image_embeds (`torch.Tensor` of shape `(B, P)`): unit vectors of the map branch; None with `max_over="similarity"`, where
+            this branch has no image vector.
+        patch_embeds (`torch.Tensor` of shape `(B, h, w, P)`): unit vectors of the patches, map branch.
         patch_tokens (`torch.Tensor` of shape `(B, N, D)`): the tower's patch tokens after its final norm, row-major, N = h * w.
         attention (`torch.Tensor` of shape `(B, N)`): class-token attention over the patches, normalised to [0, 1] (Eq. 9).
-        map_attention (`torch.Tensor` of shape `(B, N)`): the same, shared among like patches as `config.map_affinity` says.
+        map_attention (`torch.Tensor` of shape `(B, N)`): `attention` after sharing among similar patches, see
+            `config.map_affinity`.
     """
 
     image_embeds: torch.FloatTensor | None = None
@@ -144,25 +145,27 @@ class ICLIPImageFeatures(BaseModelOutputWithPooling):
 
     @property
     def grid(self) -> tuple[int, int]:
-        """Height and width of the patch grid. Not a field, because gathering over processes expects tensors only."""
+        """Height and width of the patch grid. It is not a field, because fields are gathered over processes as tensors."""
         return tuple(self.patch_embeds.shape[1:3])
 
 
 @dataclass
 class ICLIPOutput(ModelOutput):
     """
-    Output of [`ICLIPModel`]; T texts are shared by the B images, or T a image for 3-d `input_ids`.
+    Output of [`ICLIPModel`] for B images and T texts. With `input_ids` of three dimensions, each image has T texts of its own.
 
     Attributes:
-        loss (`torch.Tensor` scalar, with `return_loss=True`): contrastive loss, the mean of both branches' (Eq. 13).
+        loss (`torch.Tensor` scalar, with `return_loss=True`): contrastive loss, averaged over the branches (Eq. 13).
         logits_per_image (`torch.Tensor` of shape `(B, T)`): scaled cosines of the recognition branch, float32.
         logits_per_text (`torch.Tensor` of shape `(T, B)`): their transpose.
-        image_embeds, text_embeds: unit vectors `(B, P)` and `(T, P)` of the recognition branch.
-        map_image_embeds, map_text_embeds: unit vectors `(B, P)` and `(T, P)` of the interpretability branch.
+        image_embeds, text_embeds (`torch.Tensor` of shape `(B, P)`, `(T, P)`): unit vectors of the recognition branch.
+        map_image_embeds, map_text_embeds (`torch.Tensor` of shape `(B, P)`, `(T, P)`): unit vectors of the map branch.
         patch_embeds (`torch.Tensor` of shape `(B, h, w, P)`): unit vectors of the patches.
         attention (`torch.Tensor` of shape `(B, N)`): normalised class-token attention, in [0, 1], row-major, N = h * w.
-        similarity_maps (`torch.Tensor` of shape `(B, T, h, w)`, with `output_similarity_maps=True`): raw maps, in [-1, 1].
-        vision_model_output, text_model_output: the features of either side with the towers' own outputs.
+        similarity_maps (`torch.Tensor` of shape `(B, T, h, w)`, with `output_similarity_maps=True`): raw maps, see
+            [`ICLIPModel.similarity_maps`].
+        vision_model_output ([`ICLIPImageFeatures`]), text_model_output ([`ICLIPTextFeatures`]): all features of the images and of
+            the texts.
     """
 
     loss: torch.FloatTensor | None = None
@@ -186,8 +189,8 @@ class ICLIPBranch(nn.Module):
     """
     One pair of projections into a shared image-text space, with its temperature (Eq. 12).
 
-    `logit_scale` is the logarithm of the scale, a parameter of shape (1,), because FSDP shards no scalars; None where the
-    branch shares the recognition branch's.
+    `logit_scale` is the logarithm of the scale. Its shape is (1,), because FSDP cannot shard scalars. It is None in a branch that
+    shares the scale of the recognition branch.
     """
 
     def __init__(self, config: ICLIPConfig, image_dim: int, text_dim: int, own_scale: bool = True):
@@ -197,12 +200,15 @@ class ICLIPBranch(nn.Module):
         self.logit_scale = nn.Parameter(torch.full((1,), float(config.logit_scale_init_value))) if own_scale else None
 
     def forward(self) -> torch.Tensor:
-        """Returns the scale, a scalar of at most 100 (CLIP's clamp). A forward, because hooks load offloaded parameters before it."""
+        """
+        Returns the logit scale, a scalar of at most 100 as in CLIP. This is a forward pass, because the hooks that load offloaded
+        parameters run before one.
+        """
         return self.logit_scale.exp().clamp(max=100).squeeze()
 
 
 class _AsVector(ConversionOps):
-    """Converts the scalar scales of older checkpoints to vectors of one element. Newer ones stay unchanged, also on saving."""
+    """Converts scalar logit scales of older checkpoints to shape (1,). Saving keeps this shape."""
 
     def convert(self, input_dict: dict, source_patterns: list[str], target_patterns: list[str], **kwargs) -> dict:
         (tensors,) = input_dict.values()
@@ -219,25 +225,27 @@ register_checkpoint_conversion_mapping(
 
 
 def _tower_config(checkpoint: str, side: str) -> PreTrainedConfig:
-    """Returns the config of a tower checkpoint, or of one side of a two-tower checkpoint."""
+    """Returns the configuration of a tower checkpoint, or of one side of a two-tower checkpoint."""
     config = AutoConfig.from_pretrained(checkpoint, trust_remote_code=False)
     return getattr(config, side, config)
 
 
 def patch_side(vision_config: PreTrainedConfig) -> int:
-    """Returns the side in pixels of an image tower's square patches. Some configurations have a pair."""
+    """Returns the side of an image tower's square patches in pixels. Some configurations store a pair."""
     size = vision_config.patch_size
     return size if isinstance(size, int) else size[0]
 
 
 def load_tower(config: PreTrainedConfig, checkpoint: str | None = None) -> PreTrainedModel:
-    """Loads a tower from a checkpoint, or initialises it, without a pooler, which would not be trained."""
+    """Loads a tower from a checkpoint, or initialises it. The tower has no pooler, because a pooler would not be trained."""
     if config.model_type == "siglip_text_model":  # not in the Auto classes
         tower_class = SiglipTextModel
     elif type(config) in MODEL_MAPPING:
         tower_class = MODEL_MAPPING[type(config)]
     else:
-        raise ValueError(f"Expected the config of a tower that AutoModel can build, got {type(config).__name__}.")
+        raise ValueError(
+            f"Expected the config of a tower that AutoModel can build, got {type(config).__name__}: name another tower."
+        )
     takes_pooler = "add_pooling_layer" in inspect.signature(tower_class.__init__).parameters
     options = {"add_pooling_layer": False} if takes_pooler else {}
     if checkpoint is None:
@@ -251,7 +259,7 @@ def load_tower(config: PreTrainedConfig, checkpoint: str | None = None) -> PreTr
 
 def check_weights(checkpoint, model: PreTrainedModel, missing: Iterable[str]) -> None:
     """
-    Checks the weights of a loaded model. `from_pretrained` alone fills missing weights with random numbers.
+    Checks the weights of a loaded model. `from_pretrained` fills missing weights with random numbers.
 
     Raises:
         `ValueError`: weights are missing, or contain NaN or infinity.
@@ -270,11 +278,11 @@ def check_weights(checkpoint, model: PreTrainedModel, missing: Iterable[str]) ->
 
 class ICLIPModel(PreTrainedModel):
     """
-    Contrastive image-text model that explains itself: image and text embeddings, and for every text a map of the patches
-    that match it, from one forward.
+    Contrastive image-text model that explains itself. One forward pass computes image and text embeddings and, for each text, a
+    map of the patches that match it.
 
-    The towers are used through their public outputs, so any image tower with a class token (ViT/DINO, DINOv2 with or
-    without registers, DINOv3, CLIP) goes with any text tower (CLIP, SigLIP, BERT-like).
+    Any image tower with a class token (ViT/DINO, DINOv2 with or without registers, DINOv3, CLIP) can be combined with any text
+    tower (CLIP, SigLIP, BERT-like). The towers are used through their public outputs.
 
     Example:
 
@@ -311,17 +319,17 @@ class ICLIPModel(PreTrainedModel):
         if vision_type not in VISION_TOWERS:
             raise ValueError(
                 f"Expected vision_config to be a transformer with a class token, one of {sorted(VISION_TOWERS)}, got "
-                f"{vision_type!r}: masked max pooling needs the class token's attention."
+                f"{vision_type!r}: choose one of them, because masked max pooling needs the class token's attention."
             )
         if config.text_pooling == "eos" and text_type not in _EOS_TEXT_TOWERS:
             raise ValueError(
-                f'text_pooling="eos" needs one of {sorted(_EOS_TEXT_TOWERS)}, got {text_type!r}: '
+                f'Expected a text tower for text_pooling="eos", one of {sorted(_EOS_TEXT_TOWERS)}, got {text_type!r}: '
                 'use "mean" or "class_token" for it.'
             )
         super().__init__(config)
         self.vision_model = vision_model if vision_model is not None else load_tower(config.vision_config)
         self.text_model = text_model if text_model is not None else load_tower(config.text_config)
-        # A tower may copy its config. The model refers to the tower's copy, so that changes reach the layers.
+        # A tower may copy its configuration. The model refers to this copy, so that later changes reach the layers.
         config.vision_config, config.text_config = self.vision_model.config, self.text_model.config
 
         image_dim, text_dim = config.vision_config.hidden_size, config.text_config.hidden_size
@@ -340,7 +348,7 @@ class ICLIPModel(PreTrainedModel):
         self.train(self.training)
 
     def _find_last_attention(self):
-        """Makes the last attention of the image tower return the class token's row, at the cost of one row beside N fused ones."""
+        """Makes the last attention layer of the image tower return the class token's row, by one product beside the fused attention."""
         last = [module for module in self.vision_model.modules() if type(module).__name__.endswith("Attention")][-1]
         last.is_last_attention = True
         if self.vision_model.config._attn_implementation != "eager":
@@ -351,7 +359,7 @@ class ICLIPModel(PreTrainedModel):
             )
 
     def set_attn_implementation(self, *args, **kwargs):
-        """Like the base class. The image tower keeps an implementation that returns the class token's attention (SDPA or eager)."""
+        """Like the base class. The image tower stays on SDPA or eager attention, which return the class token's attention."""
         super().set_attn_implementation(*args, **kwargs)
         self._find_last_attention()
 
@@ -369,7 +377,7 @@ class ICLIPModel(PreTrainedModel):
     def train(self, mode: bool = True):
         """Sets the training mode. A locked image tower stays in eval mode and without gradients."""
         super().train(mode)
-        # Also here, because loading a checkpoint replaces the parameters and then calls eval().
+        # `from_pretrained` replaces the parameters and then calls `eval()`, so they are frozen here.
         if hasattr(self, "vision_model"):
             if self.config.lock_vision:
                 self.vision_model.eval()
@@ -377,12 +385,12 @@ class ICLIPModel(PreTrainedModel):
             for name, parameter in self.vision_model.named_parameters():
                 if name.endswith(
                     "mask_token"
-                ):  # of DINO's pretraining; never used here, and DDP waits for its gradient
+                ):  # of DINO's pretraining. It is not used, and DDP waits for its gradient
                     parameter.requires_grad_(False)
         return self
 
     def get_input_embeddings(self) -> nn.Module:
-        """Returns those of the text tower, for `resize_token_embeddings`."""
+        """Returns the input embeddings of the text tower, which `resize_token_embeddings` needs."""
         return self.text_model.get_input_embeddings()
 
     def set_input_embeddings(self, value: nn.Module):
@@ -390,26 +398,35 @@ class ICLIPModel(PreTrainedModel):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *args, output_loading_info: bool = False, **kwargs):
-        """Like the base class, but raises `ValueError` for a checkpoint that lacks weights or contains NaN."""
+        """
+        Like the base class.
+
+        Raises:
+            `ValueError`: weights are missing, or contain NaN or infinity.
+        """
         model, loading = super().from_pretrained(
             pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs
         )
-        if pretrained_model_name_or_path is not None:  # otherwise the caller passes and checks a `state_dict`
+        if pretrained_model_name_or_path is not None:  # otherwise the caller passed a `state_dict` and checks it
             check_weights(pretrained_model_name_or_path, model, loading["missing_keys"])
         return (model, loading) if output_loading_info else model
 
     @classmethod
     def from_vision_text_pretrained(cls, vision: str, text: str, **config_options) -> "ICLIPModel":
         """
-        Joins two pretrained towers with freshly initialised projections, in float32, ready to train.
+        Joins two pretrained towers with newly initialised projections, in float32.
 
         Args:
-            vision (`str`): folder or Hub id of the image tower; of a two-tower model such as CLIP its image side is taken.
-            text (`str`): folder or Hub id of the text tower, likewise.
-            config_options: fields of [`ICLIPConfig`]; `text_pooling` defaults to what suits the text tower.
+            vision (`str`): folder or Hub id of the image tower, or of a two-tower model such as CLIP, whose image tower is used.
+            text (`str`): folder or Hub id of the text tower, or of a two-tower model, whose text tower is used.
+            config_options: options of [`ICLIPConfig`]. `text_pooling` defaults to `"eos"` for CLIP and SigLIP towers and to
+                `"mean"` for others.
+
+        Returns:
+            [`ICLIPModel`] in eval mode.
 
         Raises:
-            `OSError` or `ValueError`: if a folder or id holds no model, for an unknown option, or towers that do not fit.
+            `OSError`, `ValueError`: a folder or id has no model, an option is unknown, or a tower is not supported.
         """
         vision_config, text_config = _tower_config(vision, "vision_config"), _tower_config(text, "text_config")
         eos = text_config.model_type in _EOS_TEXT_TOWERS
@@ -419,16 +436,16 @@ class ICLIPModel(PreTrainedModel):
 
     @property
     def map_branch(self) -> ICLIPBranch:
-        """The branch that draws the maps: interpretability, or the only one."""
+        """The map branch: the interpretability branch, or the only branch."""
         return self.recognition if self.interpretability is None else self.interpretability
 
     def logit_scales(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Scales of the recognition and the map branch, at most 100."""
+        """Returns the logit scales of the recognition branch and of the map branch, scalars of at most 100."""
         scale = self.recognition()
         return scale, scale if self.map_branch.logit_scale is None else self.map_branch()
 
     def _set_gradient_checkpointing(self, enable: bool = True, **options):
-        # Reentrant checkpoints drop the gradient of what leaves a layer on the side, as the class token's attention does.
+        # Reentrant checkpoints drop gradients of tensors that are not outputs of a layer, such as the class token's attention.
         function = options.get("gradient_checkpointing_func")
         if getattr(function, "keywords", {}).get("use_reentrant"):
             options["gradient_checkpointing_func"] = partial(function, use_reentrant=False)
@@ -436,13 +453,16 @@ class ICLIPModel(PreTrainedModel):
 
     def encode_image(self, pixel_values: torch.FloatTensor, **kwargs) -> ImageTokens:
         """
-        Runs the image tower alone.
+        Runs the image tower.
 
         Args:
             pixel_values (`torch.Tensor` of shape `(B, 3, H, W)`): H and W are multiples of the patch size.
 
+        Returns:
+            [`ImageTokens`].
+
         Raises:
-            `ValueError`: for another shape.
+            `ValueError`: `pixel_values` has another shape.
         """
         config = self.config.vision_config
         patch_size = patch_side(config)
@@ -464,7 +484,7 @@ class ICLIPModel(PreTrainedModel):
             outputs = self.vision_model(pixel_values, **kwargs)
             tokens = outputs.last_hidden_state
             if config.model_type == "clip_vision_model":
-                tokens = self.vision_model.post_layernorm(tokens)  # CLIP's output has it on the class token only
+                tokens = self.vision_model.post_layernorm(tokens)  # CLIP applies it to the class token only
             first_patch = 1 + getattr(config, "num_register_tokens", 0)
             row = outputs.attentions[-1] if last_attention.class_row is None else last_attention.class_row
             attention = (
@@ -480,17 +500,17 @@ class ICLIPModel(PreTrainedModel):
 
     def encode_text(self, input_ids: torch.LongTensor, attention_mask: torch.Tensor | None = None, **kwargs):
         """
-        Runs the text tower alone and pools its tokens as `config.text_pooling` says.
+        Runs the text tower and pools its tokens, see `config.text_pooling`.
 
         Args:
             input_ids, attention_mask (`torch.Tensor` of shape `(M, L)`): M tokenised texts.
 
         Returns:
-            `tuple`: text features `(M, D)`, and the tower's own output.
+            `tuple`: text features `(M, Dt)`, and the output of the tower.
         """
         config = self.config.text_config
         if config.model_type == "siglip_text_model":
-            # It reads the last position, which in its training was padding, and not every caller pads that far.
+            # SigLIP reads the last position, which was padding in its training. Some callers pad less.
             padding = (0, max(0, config.max_position_embeddings - input_ids.shape[-1]))
             input_ids = F.pad(input_ids, padding, value=config.pad_token_id)
             attention_mask = None if attention_mask is None else F.pad(attention_mask, padding)
@@ -506,32 +526,36 @@ class ICLIPModel(PreTrainedModel):
         return mean.to(tokens.dtype), outputs
 
     def normalized_attention(self, image: ImageTokens) -> torch.Tensor:
-        """The class token's attention over the patches `(B, N)`, brought to [0, 1] as the configuration says (Eq. 9)."""
+        """Returns the class token's attention over the patches, `(B, N)` in [0, 1], see `config.attention_norm` (Eq. 9)."""
         return normalize_attention(image.attention, self.config.attention_norm, self.config.attention_quantile)
 
     def pool_image(self, image: ImageTokens, attention: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """
-        The two vectors `(B, D)` that the projections see, of the recognition branch and of the one that draws the maps;
-        the same one twice without dual projections.
+        Pools the tokens of images for the projections.
 
         Args:
             image ([`ImageTokens`]): from `encode_image`.
             attention (`torch.Tensor` of shape `(B, N)`): from `normalized_attention`.
+
+        Returns:
+            `tuple`: the vectors `(B, D)` of the recognition branch and of the map branch. They are equal without dual projections.
         """
         pooled = pool(image.patch_tokens, image.class_token, attention, self.config.pooling)
         return (image.class_token if self.config.dual_projection else pooled), pooled
 
     def centered_tokens(self, patch_tokens: torch.Tensor) -> torch.Tensor:
-        """The patch tokens `(..., D)` that the map branch sees, before they are shared among like patches."""
+        """Returns patch tokens `(..., D)` as the map branch uses them, before sharing among similar patches."""
         return patch_tokens - self.token_mean.to(patch_tokens) if self.config.center_tokens else patch_tokens
 
     def pool_similarities(self, patch_embeds: torch.Tensor, text_embeds: torch.Tensor, attention: torch.Tensor):
         """
-        Similarities of images and texts by the map branch with `max_over="similarity"`, see [`~pooling.pool_similarities`].
+        Computes the similarities of images and texts by the map branch with `max_over="similarity"`, see
+        [`~pooling.pool_similarities`].
 
         Args:
-            patch_embeds (`torch.Tensor` of shape `(B, N, P)` or `(B, h, w, P)`), text_embeds (`(T, P)` or `(B, T, P)`): unit vectors.
-            attention (`torch.Tensor` of shape `(B, N)`): of the patches; left out where `config.pooling` is `"max"`.
+            patch_embeds (`torch.Tensor` of shape `(B, N, P)` or `(B, h, w, P)`): unit vectors of patches.
+            text_embeds (`torch.Tensor` of shape `(T, P)` or `(B, T, P)`): unit vectors of texts.
+            attention (`torch.Tensor` of shape `(B, N)`): attention of the patches; ignored if `config.pooling` is `"max"`.
 
         Returns:
             `torch.Tensor` of shape `(B, T)`, float32.
@@ -544,16 +568,16 @@ class ICLIPModel(PreTrainedModel):
     @can_return_tuple
     def get_image_features(self, pixel_values: torch.FloatTensor, **kwargs) -> ICLIPImageFeatures:
         """
-        Encodes images of any height and width that are multiples of the patch size.
+        Encodes images.
 
         Args:
-            pixel_values (`torch.Tensor` of shape `(B, 3, H, W)`): as made by [`ICLIPProcessor`].
+            pixel_values (`torch.Tensor` of shape `(B, 3, H, W)`): from [`ICLIPProcessor`]. H and W are multiples of the patch size.
 
         Returns:
             [`ICLIPImageFeatures`].
 
         Raises:
-            `ValueError`: if `pixel_values` has another shape.
+            `ValueError`: `pixel_values` has another shape.
         """
         image = self.encode_image(pixel_values, **kwargs)
         attention = map_attention = self.normalized_attention(image)
@@ -592,19 +616,19 @@ class ICLIPModel(PreTrainedModel):
         **kwargs,
     ) -> ICLIPTextFeatures:
         """
-        Encodes texts; the result goes with any number of images.
+        Encodes texts. The result can be used with any number of images.
 
         Args:
-            input_ids (`torch.Tensor` of shape `(M, L)`, or `(B, M, L)` for a different list of texts an image).
-            attention_mask, token_type_ids (`torch.Tensor` of the same shape, *optional*).
-            num_templates (`int`): consecutive texts that are prompts of one label; their embeddings are averaged, so
-                that M texts give T = M / num_templates.
+            input_ids (`torch.Tensor` of shape `(M, L)`, or `(B, M, L)` with a list of texts for each image): token ids.
+            attention_mask, token_type_ids (`torch.Tensor` of the same shape, *optional*): of the tokens.
+            num_templates (`int`, defaults to 1): number of consecutive texts that are prompts of one label. Their unit vectors are
+                averaged, so there are T = M / num_templates labels.
 
         Returns:
             [`ICLIPTextFeatures`].
 
         Raises:
-            `ValueError`: if `input_ids` has another shape, or M is no multiple of `num_templates`.
+            `ValueError`: `input_ids` has another shape, or M is not a multiple of `num_templates`.
         """
         texts = input_ids.shape[:-1]
         if len(texts) not in (1, 2) or input_ids.numel() == 0 or num_templates < 1 or texts[-1] % num_templates:
@@ -632,20 +656,20 @@ class ICLIPModel(PreTrainedModel):
         self, image: torch.FloatTensor | ICLIPImageFeatures, text: ICLIPTextFeatures
     ) -> torch.FloatTensor:
         """
-        Raw image-text similarity maps: cosines of patches, each shared among the patches like it as `config.map_affinity`
-        says, and texts (Eq. 1-3), weighted by the class token's attention as `config.map_attention` says.
+        Computes raw image-text similarity maps: the cosines of patches and texts (Eq. 1-3), weighted by the class token's attention.
+        See `config.map_attention` for the weighting, and `config.map_affinity` for sharing among similar patches.
 
         Args:
-            image (`torch.Tensor` of shape `(B, 3, H, W)` or [`ICLIPImageFeatures`]).
+            image (`torch.Tensor` of shape `(B, 3, H, W)` or [`ICLIPImageFeatures`]): pixel values, or the features of images.
             text ([`ICLIPTextFeatures`]): from `get_text_features`.
 
         Returns:
-            `torch.Tensor` of shape `(B, T, h, w)`, in [-1, 1]; additive ones start at 0. Stretch and enlarge them with
-            `ICLIPProcessor.post_process_similarity_maps`.
+            `torch.Tensor` of shape `(B, T, h, w)`, in [-1, 1]; at least 0 with `map_attention="additive"`.
+            [`ICLIPProcessor.post_process_similarity_maps`] enlarges and stretches them.
         """
         if isinstance(image, torch.Tensor):
             image = self.get_image_features(image)
-        # The towers and branches may be on several devices.
+        # Towers and branches can be on several devices.
         maps = cosine_similarity_map(image.patch_embeds, text.map_text_embeds.to(image.patch_embeds.device))
         attention = image.map_attention.unflatten(-1, image.grid).unsqueeze(1).to(maps)
         if self.config.map_attention == "similarity":
@@ -659,8 +683,8 @@ class ICLIPModel(PreTrainedModel):
 
     def match(self, image: ICLIPImageFeatures, text: ICLIPTextFeatures) -> torch.FloatTensor:
         """
-        How well images match texts by all that the model knows: with `max_over="similarity"` the mean of the recognition
-        branch's cosine and of the map branch's pooled similarity, else the cosine.
+        Scores how well images match texts. With `max_over="similarity"`, the score is the mean of the recognition branch's cosine
+        and the map branch's pooled similarity; otherwise it is the cosine of the recognition branch.
 
         Args:
             image ([`ICLIPImageFeatures`]): from `get_image_features`.
@@ -692,26 +716,27 @@ class ICLIPModel(PreTrainedModel):
         Compares images with texts.
 
         Args:
-            input_ids (`torch.Tensor` of shape `(T, L)`, or `(B, T, L)` for a different list of texts an image).
-            pixel_values (`torch.Tensor` of shape `(B, 3, H, W)`).
-            attention_mask, token_type_ids (`torch.Tensor` of the shape of `input_ids`, *optional*).
-            text_features ([`ICLIPTextFeatures`], *optional*): texts encoded before, instead of `input_ids`.
-            num_templates (`int`): consecutive texts that are prompts of one label, see `get_text_features`.
-            return_loss (`bool`, *optional*): compute the loss of the B images with their B texts.
-            output_similarity_maps (`bool`): return the raw maps.
+            input_ids (`torch.Tensor` of shape `(M, L)`, or `(B, M, L)` with a list of texts for each image): token ids.
+            pixel_values (`torch.Tensor` of shape `(B, 3, H, W)`): from [`ICLIPProcessor`].
+            attention_mask, token_type_ids (`torch.Tensor` of the shape of `input_ids`, *optional*): of the tokens.
+            text_features ([`ICLIPTextFeatures`], *optional*): encoded texts, instead of `input_ids`.
+            num_templates (`int`, defaults to 1): number of consecutive texts that are prompts of one label, see
+                `get_text_features`.
+            return_loss (`bool`, *optional*): whether to return the loss of B images with their B texts.
+            output_similarity_maps (`bool`, defaults to `False`): whether to return raw maps.
 
         Returns:
             [`ICLIPOutput`].
 
         Raises:
-            `ValueError`: if images or texts are missing or have another shape, or do not pair up for a loss.
+            `ValueError`: images or texts are missing or have another shape, or their numbers differ with `return_loss`.
         """
         if pixel_values is None or (input_ids is None) == (text_features is None):
             raise ValueError(
                 "Expected pixel_values and either input_ids or text_features, got "
                 f"{'' if pixel_values is not None else 'no '}pixel_values, "
                 f"{'' if input_ids is not None else 'no '}input_ids and "
-                f"{'' if text_features is not None else 'no '}text_features."
+                f"{'' if text_features is not None else 'no '}text_features: prepare them with ICLIPProcessor."
             )
         kwargs["return_dict"] = True
         image = self.get_image_features(pixel_values, **kwargs)
@@ -726,7 +751,7 @@ class ICLIPModel(PreTrainedModel):
             if text.text_embeds.shape != image.image_embeds.shape:
                 raise ValueError(
                     f"Expected one text an image for the contrastive loss, got {len(image.image_embeds)} images and texts of shape "
-                    f"{tuple(text.text_embeds.shape[:-1])}."
+                    f"{tuple(text.text_embeds.shape[:-1])}: pass as many texts as images."
                 )
             loss = contrastive_loss(logits_per_image)
             if self.interpretability is not None:
@@ -756,12 +781,21 @@ class ICLIPModel(PreTrainedModel):
 
 
 def normalize(features: torch.Tensor) -> torch.Tensor:
-    """Unit vectors over the last dimension, computed in float32; a zero vector stays zero."""
+    """Scales vectors `(..., D)` to unit length, in float32. A zero vector stays zero. Keeps the dtype."""
     return F.normalize(features.float(), dim=-1).to(features.dtype)
 
 
 def average_templates(projected: torch.Tensor, num_templates: int) -> torch.Tensor:
-    """(..., T * num_templates, P) projected prompts -> (..., T, P), the mean of each label's unit vectors."""
+    """
+    Averages the prompts of each label. With one template, the prompts are returned unchanged.
+
+    Args:
+        projected (`torch.Tensor` of shape `(..., T * num_templates, P)`): projected prompts.
+        num_templates (`int`): number of consecutive prompts of one label.
+
+    Returns:
+        `torch.Tensor` of shape `(..., T, P)`: means of the unit vectors.
+    """
     if num_templates == 1:
         return projected
     return normalize(projected).unflatten(-2, (-1, num_templates)).mean(-2)
@@ -772,9 +806,21 @@ def _scaled(scale: torch.Tensor, cosines: torch.Tensor) -> torch.Tensor:
 
 
 def cosines(image_embeds: torch.Tensor, text_embeds: torch.Tensor) -> torch.Tensor:
-    """(B, P) images and (T, P) or (B, T, P) texts, unit vectors -> (B, T), float32."""
+    """
+    Computes the cosines of images and texts.
+
+    Args:
+        image_embeds (`torch.Tensor` of shape `(B, P)`): unit vectors.
+        text_embeds (`torch.Tensor` of shape `(T, P)` or `(B, T, P)`): unit vectors.
+
+    Returns:
+        `torch.Tensor` of shape `(B, T)`, float32.
+
+    Raises:
+        `ValueError`: the number of lists of texts is not B.
+    """
     check_lists(len(image_embeds), text_embeds)
-    # Also under autocast: bfloat16 would round a scaled cosine, and with it the loss, by up to a half.
+    # Autocast is disabled: bfloat16 would change scaled cosines, and the loss, by up to 0.5.
     with torch.autocast(image_embeds.device.type, enabled=False):
         image_embeds = image_embeds.float()
         text_embeds = text_embeds.to(image_embeds)

@@ -85,10 +85,10 @@ class ImageTextSimilarityMapPipeline(Pipeline):
             thresholds.
         """
         if isinstance(images, (list, tuple)) and not images:
-            raise ValueError("Expected at least one image, got none.")
+            raise ValueError("Expected at least one image, got none: pass one or a list.")
         labels = _strings("candidate_labels", candidate_labels)
         if not labels:
-            raise ValueError("Expected at least one label in candidate_labels, got none.")
+            raise ValueError("Expected at least one label in candidate_labels, got none: name what to look for.")
         features = self._encode(labels, template), self._background(template)
         return super().__call__(images, candidate_labels=labels, text_features=features, **kwargs)
 
@@ -116,7 +116,9 @@ class ImageTextSimilarityMapPipeline(Pipeline):
         parameters = {}, {}, {}
         for name, value in kwargs.items():
             if name not in steps:
-                raise TypeError(f"Expected one of {sorted(steps)} or template and batch_size, got {name!r}.")
+                raise TypeError(
+                    f"Expected one of {sorted(steps)} or template and batch_size, got {name!r}: correct or remove it."
+                )
             parameters[steps[name]][name] = value
         return parameters
 
@@ -256,7 +258,9 @@ class ZeroShotImageSegmentationPipeline(ImageTextSimilarityMapPipeline):
 def _strings(name: str, labels: str | Sequence[str]) -> list[str]:
     labels = [labels] if isinstance(labels, str) else labels
     if not isinstance(labels, Sequence) or not all(isinstance(label, str) for label in labels):
-        raise TypeError(f"Expected {name} to be a list of strings, shared by all images, got {labels!r}.")
+        raise TypeError(
+            f"Expected {name} to be a list of strings, shared by all images, got {labels!r}: pass such a list."
+        )
     return list(labels)
 
 

@@ -144,4 +144,6 @@ def pool(patch_tokens: torch.Tensor, class_token: torch.Tensor, attention: torch
         return patch_tokens.amax(1)
     if mode == "masked_max":
         return (patch_tokens * attention.unsqueeze(-1).to(patch_tokens.dtype)).amax(1)
-    raise ValueError(f'Expected pooling to be "masked_max", "max", "average" or "class_token", got {mode!r}.')
+    raise ValueError(
+        f'Expected pooling to be "masked_max", "max", "average" or "class_token", got {mode!r}: choose one of them.'
+    )

@@ -1,4 +1,4 @@
-"""Processor of ICLIP: images and texts to tensors, and raw maps to maps at the image's size, masks, boxes and points."""
+"""Processor of ICLIP: prepares images and texts, and converts raw maps to maps at the image's size, masks, boxes and points."""
 
 from collections.abc import Iterator, Mapping, Sequence
 
@@ -117,9 +117,11 @@ class ICLIPProcessor(ProcessorMixin):
         """
         kwargs = _flattened(kwargs)
         if images is None and text is None and labels is None:
-            raise ValueError("Expected images, text or labels, got none of them.")
+            raise ValueError("Expected images, text or labels, got none of them: pass at least one.")
         if text is not None and labels is not None:
-            raise ValueError("Expected either text (taken as it is) or labels (put into templates), got both.")
+            raise ValueError(
+                "Expected either text (taken as it is) or labels (put into templates), got both: pass one of them."
+            )
         if templates is not None and labels is None:
             raise ValueError("Expected labels to put into the templates, got none: pass labels instead of text.")
 
@@ -136,10 +138,10 @@ class ICLIPProcessor(ProcessorMixin):
             rescaled = not kwargs.get("do_rescale", getattr(self.image_processor, "do_rescale", True))
             images = [_checked_image(image, rescaled) for image in _as_list(images)]
             if not images:
-                raise ValueError("Expected at least one image, got none.")
+                raise ValueError("Expected at least one image, got none: pass one or a list.")
             if per_image and len(text) != len(images):
                 raise ValueError(
-                    f"Expected one list of texts an image, got {len(text)} lists for {len(images)} images."
+                    f"Expected one list of texts an image, got {len(text)} lists for {len(images)} images: pass a list for each."
                 )
             kwargs = self._with_exact_size(images, kwargs)
         if text is not None:
@@ -173,7 +175,7 @@ class ICLIPProcessor(ProcessorMixin):
             isinstance(side, int) and side >= 1 for side in size.values()
         ):
             raise ValueError(
-                f'Expected size as a number of pixels, {{"height": ..., "width": ...}} or {{"shortest_edge": ...}}, got {asked}.'
+                f'Expected size as a number of pixels, {{"height": ..., "width": ...}} or {{"shortest_edge": ...}}, got {asked}: use one of these.'
             )
         patch = self.patch_size
         if "shortest_edge" in size:
@@ -184,12 +186,15 @@ class ICLIPProcessor(ProcessorMixin):
             }
             if len(scaled) > 1:
                 raise ValueError(
-                    f"Images of different proportions do not fit one batch under size={size}, got (height, width) "
+                    f"Expected images of one shape for size={size}, got (height, width) "
                     f'{sorted(shapes)}: pass them one by one or give size={{"height": ..., "width": ...}}.'
                 )
             size = dict(zip(("height", "width"), scaled.pop()))
         if size["height"] % patch or size["width"] % patch:
-            raise ValueError(f"Expected height and width in multiples of the patch size {patch}, got size={size}.")
+            nearest = {name: max(1, round(side / patch)) * patch for name, side in size.items()}
+            raise ValueError(
+                f"Expected height and width in multiples of the patch size {patch}, got size={size}: use {nearest}."
+            )
         if size["height"] * size["width"] > MAX_PIXELS:
             raise ValueError(
                 f"Expected at most {MAX_PIXELS:,} pixels an image as the model sees it, got size={size} for size={asked}: "
@@ -211,7 +216,7 @@ class ICLIPProcessor(ProcessorMixin):
             maps (`torch.Tensor` of shape `(B, T, h, w)`): raw similarity maps of [`ICLIPModel`].
             target_sizes (list of B `(height, width)`): sizes of the original images in pixels.
             reverse (`bool`): whether to return 1 - M, which repairs CLIP's inverted maps without training.
-            order (`str`): `"resize_first"` (bicubic, then min-max) or `"normalize_first"`.
+            order (`str`, defaults to `"resize_first"`): `"resize_first"` (bicubic, then min-max) or `"normalize_first"`.
 
         Returns:
             list of B `torch.Tensor` of shape `(T, height, width)`, float32, in [0, 1]; a constant map is zeros.
@@ -221,10 +226,13 @@ class ICLIPProcessor(ProcessorMixin):
         """
         if maps.ndim != 4 or len(target_sizes) != len(maps):
             raise ValueError(
-                f"Expected maps of shape (B, T, h, w) and B target sizes, got {tuple(maps.shape)} and {len(target_sizes)}."
+                f"Expected maps of shape (B, T, h, w) and B target sizes, got {tuple(maps.shape)} and {len(target_sizes)}: "
+                "pass the maps of a batch and a size for each image."
             )
         if order not in ("resize_first", "normalize_first"):
-            raise ValueError(f'Expected order to be "resize_first" or "normalize_first", got {order!r}.')
+            raise ValueError(
+                f'Expected order to be "resize_first" or "normalize_first", got {order!r}: use one of them.'
+            )
         processed = []
         for map_, size in zip(maps.float(), target_sizes):
             if order == "resize_first":
@@ -261,12 +269,11 @@ class ICLIPProcessor(ProcessorMixin):
         thresholds = check_thresholds(threshold).float()
         if thresholds.ndim and any(len(map_) != len(thresholds) for map_ in maps):
             raise ValueError(
-                f"Expected one threshold a text, got {len(thresholds)} for {[len(map_) for map_ in maps]} texts."
+                f"Expected one threshold a text, got {len(thresholds)} for {[len(map_) for map_ in maps]} texts: pass "
+                "one number, or one for each text."
             )
         if (scores is None) != (min_score is None):
-            raise ValueError(
-                "Expected scores and min_score together, got one of them: texts below min_score get an empty mask."
-            )
+            raise ValueError("Expected scores and min_score together, got one of them: pass both, or neither.")
         masks = [map_ > thresholds.view(-1, 1, 1).to(map_.device) for map_ in maps]
         if scores is not None:
             masks = [mask & (score >= min_score).view(-1, 1, 1) for mask, score in zip(masks, scores, strict=True)]
@@ -313,11 +320,9 @@ class ICLIPProcessor(ProcessorMixin):
             )
         sizes = [maps.shape[2:]] * len(maps) if target_sizes is None else target_sizes
         if len(sizes) != len(maps):
-            raise ValueError(f"Expected one target size for each of {len(maps)} images, got {len(sizes)}.")
+            raise ValueError(f"Expected one target size for each of {len(maps)} images, got {len(sizes)}: pass these.")
         if (scores is None) != (min_score is None):
-            raise ValueError(
-                "Expected scores and min_score together, got one of them: texts below min_score get no pixel."
-            )
+            raise ValueError("Expected scores and min_score together, got one of them: pass both, or neither.")
         classes = classes_of(maps.shape[1], background)
         present = [None] * len(maps) if scores is None else scores >= min_score
         threshold = None if threshold is None else check_threshold(threshold)
@@ -419,14 +424,16 @@ def check_thresholds(threshold: float | Sequence[float]) -> torch.Tensor:
     except (TypeError, ValueError, RuntimeError):
         fits = False
     if not fits:
-        raise ValueError(f"Expected a threshold in [0, 1], or one a text, got {threshold!r:.100}.")
+        raise ValueError(
+            f"Expected a threshold in [0, 1], or one a text, got {threshold!r:.100}: pass a number such as 0.5."
+        )
     return thresholds
 
 
 def check_threshold(threshold: float) -> float:
     """Returns a threshold. `ValueError` unless it is one number in [0, 1]."""
     if check_thresholds(threshold).ndim:
-        raise ValueError(f"Expected one threshold in [0, 1], got {threshold!r:.100}.")
+        raise ValueError(f"Expected one threshold in [0, 1], got {threshold!r:.100}: pass a number such as 0.5.")
     return float(threshold)
 
 
@@ -436,7 +443,7 @@ def _flattened(kwargs: dict) -> dict:
     nested = [flat.pop(name, None) or {} for name in ("text_kwargs", "images_kwargs", "common_kwargs")]
     for name, value in (item for part in nested for item in part.items()):
         if name in flat and flat[name] != value:
-            raise ValueError(f"Expected {name} once, got {flat[name]!r} and {value!r}.")
+            raise ValueError(f"Expected {name} once, got {flat[name]!r} and {value!r}: pass it in one place.")
         flat[name] = value
     return flat
 
@@ -446,7 +453,7 @@ def _nested(texts, expand) -> list[str] | list[list[str]]:
     if isinstance(texts, str):
         texts = [texts]
     if not isinstance(texts, Sequence) or len(texts) == 0:
-        raise ValueError(f"Expected at least one text, got {texts!r}.")
+        raise ValueError(f"Expected at least one text, got {texts!r}: pass one or a list.")
     if all(isinstance(one, (list, tuple)) for one in texts):
         lists = [_nested(one, expand) for one in texts]
         longest = max(len(one) for one in lists)
@@ -454,7 +461,7 @@ def _nested(texts, expand) -> list[str] | list[list[str]]:
         return [one + one[-step:] * ((longest - len(one)) // step) for one in lists]
     for one in texts:
         if not isinstance(one, str):
-            raise TypeError(f"Expected texts to be strings, got {one!r} of type {type(one).__name__}.")
+            raise TypeError(f"Expected texts to be strings, got {one!r} of type {type(one).__name__}: convert it.")
         check_text(one)
     return [prompt for one in texts for prompt in expand(one)]
 
@@ -470,17 +477,20 @@ def _checked_image(image, rescaled: bool):
     if not hasattr(image, "shape"):
         if isinstance(image, Image.Image) and 0 not in image.size:
             return to_rgb(image)
-        raise ValueError(f"Expected images as PIL images that are not empty, arrays or tensors, got {image!r:.100}.")
+        raise ValueError(
+            f"Expected images as PIL images that are not empty, arrays or tensors, got {image!r:.100}: "
+            "convert it to one of them, a file with PIL.Image.open."
+        )
     if len(image.shape) != 3 or 0 in image.shape or not {1, 3} & {image.shape[0], image.shape[-1]}:
         raise ValueError(
-            f"Expected an image of shape (3, H, W) or (H, W, 3), or with 1 for 3, got {tuple(image.shape)}."
+            f"Expected an image of shape (3, H, W) or (H, W, 3), or with 1 for 3, got {tuple(image.shape)}: convert it."
         )
     try:
         pixels = torch.as_tensor(image)
     except TypeError as error:
-        raise TypeError(f"Expected an image of numbers, got an array of type {image.dtype}.") from error
+        raise TypeError(f"Expected an image of numbers, got an array of type {image.dtype}: convert it.") from error
     if not torch.isfinite(pixels).all():
-        raise ValueError("Expected an image of finite numbers, got NaN or infinity.")
+        raise ValueError("Expected an image of finite numbers, got NaN or infinity: replace these pixels.")
     return image if rescaled else _to_8_bit(pixels)
 
 

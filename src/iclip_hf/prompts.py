@@ -32,7 +32,9 @@ NAMED_TEMPLATES = {"imagenet": IMAGENET_TEMPLATES}
 def check_text(text: str) -> str:
     """Returns a text. Raises `ValueError` unless it has a character other than white space and is valid Unicode."""
     if not text.strip() or not _is_encodable(text):
-        raise ValueError(f"Expected texts with at least one character, in valid Unicode, got {text!r}.")
+        raise ValueError(
+            f"Expected texts with at least one character, in valid Unicode, got {text!r}: correct it or leave it out."
+        )
     return text
 
 
@@ -45,7 +47,7 @@ def check_templates(templates: str | Sequence[str]) -> list[str]:
     if not fits or any(not isinstance(t, str) or t.count("{}") != 1 for t in templates):
         raise ValueError(
             f'Expected templates with one {{}} each, such as "a photo of the {{}}", or one of the names '
-            f"{list(NAMED_TEMPLATES)}, got {templates}."
+            f"{list(NAMED_TEMPLATES)}, got {templates}: put {{}} where the label belongs."
         )
     return list(templates)
 

@@ -41,9 +41,11 @@ def find_regions(heatmap: np.ndarray, mask: np.ndarray, min_area: float = MIN_AR
         `ValueError`: the shapes differ, or `min_area` is outside [0, 1].
     """
     if heatmap.shape != mask.shape:
-        raise ValueError(f"Expected a mask of the map's shape {heatmap.shape}, got {mask.shape}.")
+        raise ValueError(f"Expected a mask of the map's shape {heatmap.shape}, got {mask.shape}: resize one of them.")
     if not 0 <= min_area <= 1:
-        raise ValueError(f"Expected min_area as a share of the image, in [0, 1], got {min_area}.")
+        raise ValueError(
+            f"Expected min_area as a share of the image, in [0, 1], got {min_area}: pass a share such as {MIN_AREA}."
+        )
     rows, starts, stops = _runs(mask)
     parts = _connected(rows, starts, stops, len(mask))
     areas = np.bincount(parts, weights=stops - starts)

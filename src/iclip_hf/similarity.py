@@ -25,7 +25,9 @@ def cosine_similarity_map(patch_embeds: torch.Tensor, text_embeds: torch.Tensor)
 def check_lists(num_images: int, text_embeds: torch.Tensor) -> None:
     """Raises `ValueError` unless texts `(B, T, P)` are for all B images. A product would broadcast a single list."""
     if text_embeds.ndim == 3 and len(text_embeds) != num_images:
-        raise ValueError(f"Expected one list of texts an image, got {len(text_embeds)} lists for {num_images} images.")
+        raise ValueError(
+            f"Expected one list of texts an image, got {len(text_embeds)} lists for {num_images} images: pass a list for each."
+        )
 
 
 def reverse(maps: torch.Tensor) -> torch.Tensor:
@@ -99,6 +101,8 @@ def resize_weights(maps: torch.Tensor, size: tuple[int, int]) -> tuple[torch.Ten
 def _bicubic_weights(source: int, target: int, device: torch.device) -> torch.Tensor:
     """Returns the (target, source) matrix of a one-dimensional bicubic resize, from the resized identity."""
     if target < 1:
-        raise ValueError(f"Expected a size (height, width) of at least one pixel a side, got a side of {target}.")
+        raise ValueError(
+            f"Expected a size (height, width) of at least one pixel a side, got a side of {target}: pass that of the image."
+        )
     identity = torch.eye(source, device=device)[None, None]
     return F.interpolate(identity, size=(target, source), mode="bicubic", align_corners=False)[0, 0]

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from .. import __version__
 from . import analyze, compare, demo, evaluate, explain, export, init, metrics, push, segment, train
-from .common import one_line, printable
+from .common import printable, report_error
 
 
 class _Parser(argparse.ArgumentParser):
@@ -23,10 +23,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return options.run(options) or 0
     except (OSError, ValueError, TypeError, ImportError) as error:
-        print(f"iclip {options.command}: {one_line(error)}", file=sys.stderr)
+        report_error(options.command, error)
         return 2
     except KeyboardInterrupt:
-        print(f"iclip {options.command}: interrupted", file=sys.stderr)
+        report_error(options.command, KeyboardInterrupt("interrupted"))
         return 130
 
 

@@ -155,5 +155,7 @@ def _read_classes(path: Path, method: str | None) -> tuple[str, list[dict]]:
             f"{path}: expected the JSON that `iclip evaluate --output` writes, but got other content; evaluate again."
         )
     if not rows:
-        raise ValueError(f"{path}: expected --method to be one of {list(per_class)}, got {method!r}.")
+        raise ValueError(
+            f"{path}: expected --method to be one of {list(per_class)}, got {method!r}; choose one of them."
+        )
     return method, rows

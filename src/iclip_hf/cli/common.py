@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import json
 import math
+import os
 import re
 import sys
+import time
 import unicodedata
 import zlib
 from collections.abc import Callable, Sequence
@@ -200,7 +203,9 @@ def check_colormap(name: str) -> str:
     from matplotlib import colormaps
 
     if name not in colormaps:
-        raise ValueError(f'Expected a colormap of matplotlib, such as "jet" or "cividis", got {name!r}.')
+        raise ValueError(
+            f'Expected a colormap of matplotlib, such as "jet" or "cividis", got {name!r}: choose one of them.'
+        )
     return name
 
 
@@ -241,15 +246,17 @@ def silence_transformers() -> None:
 def check_file(option: str, path: Path, suffixes: tuple[str, ...]) -> None:
     """Raises `ValueError` for an invalid output file, before the model is loaded."""
     if path.suffix.lower() not in suffixes:
-        raise ValueError(f"{option}: expected a file name that ends in {' or '.join(suffixes)}, got {path}.")
+        raise ValueError(
+            f"{option}: expected a file name that ends in {' or '.join(suffixes)}, got {path}: choose another name."
+        )
     if path.is_dir():
-        raise ValueError(f"{option}: expected a file name, got the folder {path}.")
+        raise ValueError(f"{option}: expected a file name, got the folder {path}: name a file in it.")
 
 
 def check_folder(option: str, path: Path) -> None:
     """Raises `ValueError` for an invalid output folder, before the model is loaded."""
     if path.suffix or (path.exists() and not path.is_dir()):
-        raise ValueError(f"{option}: expected a folder, got the file name {path}.")
+        raise ValueError(f"{option}: expected a folder, got the file name {path}: name a folder.")
 
 
 def existing_files(command: str, images: Sequence[str], pictures: Sequence[Path]) -> list[tuple[str, Path]]:
@@ -289,8 +296,20 @@ def save_figure(figure, path: Path, dpi: int = 120) -> None:
         figure.savefig(partial, format=form, dpi=dpi, **options)
 
 
+def report_error(command: str, error: BaseException, printed: bool = True) -> None:
+    """
+    Prints an error as one line on stderr, and passes it to torchrun or `accelerate launch`, if one of them runs this process. They
+    end their own report with the line of the process that failed first.
+    """
+    line = f"iclip {command}: {one_line(error)}"
+    if printed:
+        print(line, file=sys.stderr, flush=True)
+    if file := os.environ.get("TORCHELASTIC_ERROR_FILE"):
+        Path(file).write_text(json.dumps({"message": line, "timestamp": int(time.time())}))
+
+
 def one_line(error: BaseException) -> str:
-    """What went wrong, for a terminal; of the system's own errors, which only say what came, as our sentences do."""
+    """Returns the message of an error in one line for a terminal. Errors of the operating system get the form of our own."""
     text = str(error)
     if isinstance(error, OSError) and error.filename is not None:
         text = f"{error.filename}: expected a path to read or write, but got: {error.strerror}; check the path."

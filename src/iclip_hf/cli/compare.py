@@ -51,7 +51,9 @@ def run(options: argparse.Namespace) -> int:
     image, truths, templates = _open(options)
     texts = list(dict.fromkeys(options.texts or truths))
     if not texts:
-        raise ValueError("Expected at least one --text, or a --dataset whose IMAGE shows a class, got neither.")
+        raise ValueError(
+            "Expected at least one --text, or a --dataset whose IMAGE shows a class, got neither: add one of them."
+        )
     from ..utils.plots import cell_sized, comparison_sheet
 
     drawn = cell_sized(image, options.dpi)
@@ -89,7 +91,7 @@ def _open(options: argparse.Namespace):
 
     if (options.dataset is None) != (options.data_root is None):
         raise ValueError(
-            f"Expected --dataset and --data-root together, got {options.dataset or options.data_root} alone."
+            f"Expected --dataset and --data-root together, got {options.dataset or options.data_root} alone: add the other."
         )
     if options.dataset is None:
         return load_image(options.image), {}, options.templates
@@ -98,7 +100,7 @@ def _open(options: argparse.Namespace):
     sample = next((sample for sample in dataset if sample.name in names), None)
     if sample is None:
         raise ValueError(
-            f"Expected IMAGE to be one of {options.data_root}, such as {dataset[0].name}, got {options.image}."
+            f"Expected IMAGE to be one of {options.data_root}, such as {dataset[0].name}, got {options.image}: name one of them."
         )
     ids = dict(zip(dataset.class_names, dataset.labels))
     texts = options.texts or [dataset.class_names[label - 1] for label in sample.labels]

@@ -42,7 +42,9 @@ def run(options: argparse.Namespace) -> int:
         echo(export(options, options.directory))
         return 0
     if options.results is not None:
-        raise ValueError("--results fills a model card, which an ONNX folder does not have: leave it out.")
+        raise ValueError(
+            "Expected no --results, because an ONNX folder has no model card, got {options.results}: leave it out."
+        )
     from ..models.loading import load_iclip
     from ..models.onnx import export_onnx
 

@@ -33,7 +33,7 @@ def run(options: argparse.Namespace) -> int:
         validate_repo_id(options.repo_id)
     except ValueError as error:
         raise ValueError(
-            f"Expected REPO_ID to be the name of a repository, such as org/iclip-vit-b16, got {options.repo_id!r}: {error}"
+            f"Expected REPO_ID to be the name of a repository, such as org/iclip-vit-b16, got {options.repo_id!r}: correct it ({error})"
         ) from error
     with tempfile.TemporaryDirectory() as scratch:
         folder = export(options, Path(scratch, "model"), name=options.repo_id)

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import argparse
 import os
-import sys
 
 from ..training.settings import add_settings, has_configuration, read_settings
-from .common import add_command, echo, one_line
+from .common import add_command, echo, report_error
 
 
 def register(commands) -> None:
@@ -42,7 +41,6 @@ def run(options: argparse.Namespace) -> int:
     except KeyboardInterrupt as interruption:
         from accelerate import PartialState
 
-        if PartialState().is_main_process:
-            print(f"\niclip train: {one_line(interruption)}", file=sys.stderr, flush=True)
+        report_error("train", interruption, printed=PartialState().is_main_process)
         return 130
     return 0

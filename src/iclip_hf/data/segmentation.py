@@ -1,7 +1,8 @@
-"""Segmentation data sets: VOC, Pascal Context, COCO, COCO-Stuff, ADE20K, Cityscapes or a folder of index masks, with one
-sample type.
+"""
+Segmentation data sets with one type of samples: VOC, Pascal Context, COCO, COCO-Stuff, ADE20K, Cityscapes or a folder of index
+masks.
 
-Class ids are 1..K in the order of `class_names`; 0 is background and 255 is void (ignored).
+Class ids are 1..K in the order of `class_names`. 0 is background and 255 is void (ignored).
 """
 
 from __future__ import annotations
@@ -33,16 +34,17 @@ _UNKNOWN = -1
 
 @dataclass(frozen=True)
 class SegmentationSample:
-    """One image and its label masks, decoded on first use.
+    """
+    One image and its label masks, decoded on first use.
 
     Attributes:
-        name: File name of the image without its suffix.
-        image_path: Path of the image.
-        num_classes: Number of classes K of the dataset.
-        image: PIL image of mode "RGB".
-        size: (height, width) of image and masks.
-        labels: Ids of the present classes, ascending, without background and void.
-        label_map: (H, W) uint8, the class id of each pixel, 0 for background and 255 for ignored pixels.
+        name (`str`): file name of the image without its suffix.
+        image_path (`Path`): path of the image.
+        num_classes (`int`): number K of classes of the data set.
+        image (`PIL.Image.Image`): image of mode "RGB".
+        size (`tuple[int, int]`): height and width of image and masks in pixels.
+        labels (`tuple[int, ...]`): ids of the classes in the image, ascending, without background and void.
+        label_map (`np.ndarray` of shape `(H, W)`): uint8, the class id of each pixel, 0 for background, 255 for ignored pixels.
     """
 
     name: str
@@ -60,19 +62,28 @@ class SegmentationSample:
         return image
 
     def mask(self, label: int) -> np.ndarray:
-        """Returns the mask of one class, present or not.
+        """
+        Returns the mask of one class, which the image need not contain.
+
+        Args:
+            label (`int`): class id in 1..K.
 
         Returns:
-            (H, W) uint8: `label` on the pixels of the class, 255 on ignored pixels, 0 on all others.
+            `np.ndarray` of shape `(H, W)`, uint8: `label` on the pixels of the class, 255 on ignored pixels, 0 on all others.
+
+        Raises:
+            `ValueError`: `label` is not a class id, or the mask file is not as described.
         """
         if not 1 <= label <= self.num_classes:
-            raise ValueError(f"Expected a class id from 1 to {self.num_classes}, but got {label}.")
+            raise ValueError(
+                f"Expected a class id from 1 to {self.num_classes}, but got {label}: choose one of `labels`."
+            )
         return self._mask(label)
 
 
 @dataclass(frozen=True)
 class _IndexSample(SegmentationSample):
-    """A sample with one PNG of values that `table` (256,) converts to class ids."""
+    """A sample with one PNG file, whose values `table` (256,) converts to class ids."""
 
     mask_path: Path
     table: np.ndarray = field(repr=False, compare=False)
@@ -126,10 +137,11 @@ def _ranges(ids: list[int]) -> str:
 
 @dataclass(frozen=True)
 class _COCOSample(SegmentationSample):
-    """A sample with COCO instances. A class is the union of its instances; classes may overlap.
+    """
+    A sample with COCO instances. The mask of a class is the union of its instances. Classes can overlap.
 
-    The pixels of crowd regions are void for every class. A class that occurs only as a crowd is present in the image
-    (`labels`), but its mask has no foreground.
+    Pixels of crowd regions are void for every class. A class that occurs only as a crowd is in `labels`, but its mask has no
+    foreground.
     """
 
     size: tuple[int, int]
@@ -161,7 +173,7 @@ class _COCOSample(SegmentationSample):
         return np.ascontiguousarray(mask)
 
     def _union(self, annotations: list[dict]) -> np.ndarray:
-        """Returns ones on the pixels of all annotations, (H, W) uint8. Merges run lengths and decodes once."""
+        """Returns ones on the pixels of all annotations, `(H, W)` uint8. Merges run lengths, then decodes once."""
         runs = [run for annotation in annotations for run in self._runs(annotation)]
         if not runs:
             return np.zeros(self.size, np.uint8)
@@ -169,14 +181,14 @@ class _COCOSample(SegmentationSample):
         return coco_mask.decode(coco_mask.merge(runs))
 
     def _runs(self, annotation: dict) -> list[dict]:
-        """Returns compressed run lengths of one annotation, which has polygons or plain or compressed run lengths."""
+        """Returns compressed run lengths of one annotation, which holds polygons, or plain or compressed run lengths."""
         coco_mask = _pycocotools_mask()
         segmentation = annotation["segmentation"]
         try:
             if isinstance(segmentation, list):  # polygons [x1, y1, x2, y2, ...]
                 if not segmentation:
                     return []
-                far = 2 * max(self.size)  # pycocotools needs memory in proportion to the distance
+                far = 2 * max(self.size)  # the memory of pycocotools grows with the distance
                 if not all(
                     len(p) >= 6 and len(p) % 2 == 0 and -far <= np.min(p) and np.max(p) <= far for p in segmentation
                 ):
@@ -189,7 +201,7 @@ class _COCOSample(SegmentationSample):
             if isinstance(segmentation["counts"], list):
                 segmentation = coco_mask.frPyObjects(segmentation, *self.size)
             counts = _run_lengths(segmentation["counts"])
-            # pycocotools does not check this and would read out of bounds or never return.
+            # pycocotools does not check run lengths. It would read out of bounds or never return.
             if counts.min() < 0 or counts.sum() != self.size[0] * self.size[1]:
                 raise ValueError("run lengths that do not add up to the image's pixels")
             return [segmentation]
@@ -208,8 +220,10 @@ def _pycocotools_mask() -> ModuleType:
 
 
 def _run_lengths(counts: str | bytes) -> np.ndarray:
-    """Decodes COCO's compressed string: base-32 digits, lowest first. From the fourth number on, a number is the difference from
-    the number two places before."""
+    """
+    Decodes COCO's compressed string of run lengths: base-32 digits, lowest first. From the fourth number on, a number is stored as
+    the difference from the number two places before.
+    """
     digits = np.frombuffer(counts.encode() if isinstance(counts, str) else counts, np.uint8).astype(np.int64) - 48
     last = np.flatnonzero((digits & 32) == 0)  # bit 5 marks that a digit follows; bit 4 of the last digit is the sign
     first = np.concatenate([[0], last[:-1] + 1])
@@ -225,17 +239,18 @@ def _run_lengths(counts: str | bytes) -> np.ndarray:
 
 
 class SegmentationDataset(Sequence):
-    """A sequence of `SegmentationSample`s with their class names. Indexing returns a new sample that is not decoded yet.
+    """
+    A sequence of [`SegmentationSample`] with class names. Indexing returns a new sample, which is not decoded yet.
 
     Attributes:
-        name: Name of the data set.
-        split: Its split; None for a folder.
-        class_names: Names of the K classes, as used in prompts.
-        synonyms: All names of each class, the one of `class_names` first.
-        labels: Ids of the classes, 1..K.
-        background: Whether pixels may be background (0). Otherwise, those of no class are void.
-        background_texts: Texts that describe the background; none by default.
-        templates: Prompt templates, each with one "{}".
+        name (`str`): name of the data set.
+        split (`str`, *optional*): split of the data set; None for a folder.
+        class_names (`tuple[str, ...]`): names of the K classes, as used in prompts.
+        synonyms (`tuple[tuple[str, ...], ...]`): all names of each class, that of `class_names` first.
+        labels (`tuple[int, ...]`): ids of the classes, 1..K.
+        background (`bool`): whether pixels can be background (0). Otherwise, pixels of no class are void.
+        background_texts (`tuple[str, ...]`): texts that describe the background; none by default.
+        templates (`tuple[str, ...]`): prompt templates, each with one "{}".
     """
 
     def __init__(
@@ -278,7 +293,7 @@ class SegmentationDataset(Sequence):
         )
 
     def fingerprint(self) -> str:
-        """Returns 16 hex digits over the names and sizes in bytes of the images and the content of the annotations."""
+        """Returns a digest, 16 hex digits, over the names and sizes in bytes of the images and the content of the annotations."""
         digest = hashlib.sha256()
         for sample in self._samples:
             digest.update(os.fsencode(f"{sample.image_path.name}\0{sample.image_path.stat().st_size}\0"))
@@ -293,42 +308,45 @@ def load_segmentation(
     split: str | None = None,
     overrides: str | os.PathLike | Mapping | None = None,
 ) -> SegmentationDataset:
-    """Opens a segmentation data set for evaluation.
+    """
+    Opens a segmentation data set for evaluation. The layouts under `root` are:
 
-    Layouts under `root`:
-        "voc2012" or "voc21": `VOCdevkit/VOC2012/{JPEGImages,SegmentationClass,ImageSets/Segmentation/<split>.txt}`, split "val" by
-            default; `root` may also be the VOCdevkit or the VOC2012 folder itself. "voc20": the same with the background as void.
-        "context60": `VOCdevkit/VOC2010/{JPEGImages,SegmentationClassContext,ImageSets/SegmentationContext/<split>.txt}`, split "val"
-            by default: Pascal Context as index PNGs of 59 classes and background (0). "context59": the same with the background as
-            void.
-        "coco2017": `annotations/instances_<split>.json` and the images in `<split>/`, split "val2017" by default.
-            Images without annotations are included. The classes are the categories of the file by ascending COCO id.
-        "coco_object": COCO's 80 things on a background, from the stuffthingmaps below if they are there, else from the instances of
-            "coco2017".
-        "coco_stuff": COCO-Stuff 164k, 171 classes: the stuffthingmaps `<split>/*.png` under `stuffthingmaps/` or `annotations/`, the
-            images in `images/<split>/` or `<split>/`, split "val2017" by default.
-        "ade20k": ADEChallengeData2016, 150 classes: `{images,annotations}/<split>/`, split "validation" by default; `root` may also
-            be the folder above. Pixels of other classes (0) are void.
-        "cityscapes": `leftImg8bit/<split>/<city>/*_leftImg8bit.png` and `gtFine/<split>/<city>/*_gtFine_labelIds.png`, split "val" by
-            default; the 19 classes of the benchmark, all others are void.
-        "folder": `images/*`, an index PNG with the same stem in `masks/` for each image, and `classes.txt`. Line i of this
-            file (from 1) is the name of class id i; background (0) and void (255) are not listed. There are no splits.
+    - `"voc2012"` or `"voc21"`: `VOCdevkit/VOC2012/{JPEGImages,SegmentationClass,ImageSets/Segmentation/<split>.txt}`, split "val"
+      by default. `root` can also be the folder VOCdevkit or VOC2012 itself. `"voc20"`: the same with the background as void.
+    - `"context60"`: Pascal Context as index PNGs of 59 classes and background (0),
+      `VOCdevkit/VOC2010/{JPEGImages,SegmentationClassContext,ImageSets/SegmentationContext/<split>.txt}`, split "val" by default.
+      `"context59"`: the same with the background as void.
+    - `"coco2017"`: `annotations/instances_<split>.json` and the images in `<split>/`, split "val2017" by default. Images without
+      annotations are included. The classes are the categories of the file by ascending COCO id.
+    - `"coco_object"`: the 80 things of COCO on a background, from the stuffthingmaps below if they exist, otherwise from the
+      instances of `"coco2017"`.
+    - `"coco_stuff"`: COCO-Stuff 164k, 171 classes: the stuffthingmaps `<split>/*.png` under `stuffthingmaps/` or `annotations/`, the
+      images in `images/<split>/` or `<split>/`, split "val2017" by default.
+    - `"ade20k"`: ADEChallengeData2016, 150 classes: `{images,annotations}/<split>/`, split "validation" by default. `root` can also
+      be the folder above. Pixels of other classes (0) are void.
+    - `"cityscapes"`: `leftImg8bit/<split>/<city>/*_leftImg8bit.png` and `gtFine/<split>/<city>/*_gtFine_labelIds.png`, split "val"
+      by default: the 19 classes of the benchmark. All others are void.
+    - `"folder"`: `images/*`, for each image an index PNG with the same stem in `masks/`, and `classes.txt`. Line i of this file
+      (from 1) is the name of class id i. Background (0) and void (255) are not listed. There are no splits.
 
     Args:
-        name: Name of one of these layouts.
-        root: Folder of the data set.
-        split: Split of the data set; the default split if not given.
-        overrides: Other class names and prompt templates. A mapping or a JSON or YAML file, all keys optional:
-            `{"names": {"old name": "new name", "other name": ["name", "synonym"]}, "background": ["sky", "wall"],
-            "templates": ["a photo of the {}"]}`. Or a text file with a line for each class by ascending id, synonyms separated by
-            commas; if the data set has a background, a first line with texts for it may come before.
+        name (`str`): name of one of these layouts.
+        root (`str` or `os.PathLike`): folder of the data set.
+        split (`str`, *optional*): split of the data set; the default split if not given.
+        overrides (`dict`, `str` or `os.PathLike`, *optional*): other class names and prompt templates. A mapping, or a JSON or YAML
+            file, with optional keys: `{"names": {"old name": "new name", "other name": ["name", "synonym"]}, "background": ["sky",
+            "wall"], "templates": ["a photo of the {}"]}`. Or a text file with a line for each class by ascending id, synonyms
+            separated by commas; if the data set has a background, a line with its texts can come first.
+
+    Returns:
+        [`SegmentationDataset`].
 
     Raises:
-        FileNotFoundError: A folder, list, image or mask is missing.
-        ValueError: The data is not as described. The content of images and masks is checked when they are decoded.
+        `FileNotFoundError`: a folder, list, image or mask is missing. `ValueError`: the data is not as described. The content of
+        images and masks is checked when they are decoded.
     """
     if name not in _LOADERS:
-        raise ValueError(f"Expected one of the data sets {list(_LOADERS)}, but got {name!r}.")
+        raise ValueError(f"Expected one of the data sets {list(_LOADERS)}, but got {name!r}: choose one of them.")
     dataset = _LOADERS[name](Path(root), split)
     if not len(dataset):
         raise ValueError(
@@ -445,7 +463,7 @@ def _load_cityscapes(root: Path, split: str | None) -> SegmentationDataset:
 
 
 def _load_coco2017(root: Path, split: str | None) -> SegmentationDataset:
-    _pycocotools_mask()  # a missing package is reported before the first mask
+    _pycocotools_mask()  # raises now if the package is missing
     split = split or "val2017"
     path = _split_file(root / "annotations", "instances_{}.json", split)
     try:
@@ -507,7 +525,9 @@ def _load_folder(root: Path, split: str | None) -> SegmentationDataset:
     stems = [image.stem for image in images]
     if len(set(stems)) < len(stems):
         twice = next(stem for stem in stems if stems.count(stem) > 1)
-        raise ValueError(f"{root / 'images'}: expected one image a mask, but {twice!r} occurs with several suffixes.")
+        raise ValueError(
+            f"{root / 'images'}: expected one image a mask, but got several {twice!r}; remove all but one."
+        )
     masks = _find(root / "masks", [f"{stem}.png" for stem in stems], root / "images")
     return _indexed("folder", None, class_names, images, masks, _ids(class_names), lists=[classes_path])
 
@@ -637,7 +657,7 @@ def _list(folder: Path) -> list[str]:
 
 
 def _find(folder: Path, names: list[str], listed_in: Path) -> list[Path]:
-    """Returns the paths of named files in a folder. Lists the folder once, because single look-ups are slow on network drives."""
+    """Returns the paths of files in a folder. Lists the folder once, because single look-ups are slow on network drives."""
     present = set(_list(folder))
     missing = [name for name in names if name not in present]
     if missing:

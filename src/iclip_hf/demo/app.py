@@ -120,7 +120,9 @@ def split_texts(typed: str) -> list[str]:
     separator = "\n" if "\n" in typed.strip() else ","
     texts = list(dict.fromkeys(text.strip() for text in typed.split(separator) if text.strip()))
     if not 1 <= len(texts) <= MAX_TEXTS:
-        raise ValueError(f"Expected 1 to {MAX_TEXTS} texts, between commas or one a line, got {len(texts)}.")
+        raise ValueError(
+            f"Expected 1 to {MAX_TEXTS} texts, between commas or one a line, got {len(texts)}: add or remove some."
+        )
     return texts
 
 
@@ -311,10 +313,10 @@ def launch(
     Serves the app until it is interrupted.
 
     Args:
-        model: folder or Hub id; the embedded model if not given.
-        host, port: address and port to listen on; Gradio's defaults if not given, which are right for a Space.
-        dtype: precision of the model, see `load_model`.
-        options: of `gradio.Blocks.launch`; with `prevent_thread_lock=True` the function returns at once.
+        model (`str`, *optional*): folder or Hub id; the embedded model if not given.
+        host, port (*optional*): address and port to listen on; Gradio's defaults if not given, which are right for a Space.
+        dtype (`str`, *optional*): precision of the model, see [`load_model`].
+        options: options of `gradio.Blocks.launch`. With `prevent_thread_lock=True` the function returns at once.
     """
     app = build_app(*load_model(model, dtype))
     app.launch(
@@ -367,7 +369,7 @@ def export_space(folder: Path, model: str | None = None) -> None:
         model: Hub id; the embedded model if not given.
 
     Raises:
-        ValueError: the model is a local folder, which a Space cannot read.
+        `ValueError`: the model is a local folder, which a Space cannot read.
     """
     if model is not None and Path(model).exists():
         raise ValueError(f"Expected the Hub id of a model for a Space, got the folder {model}: push it first.")

@@ -180,7 +180,9 @@ def semantic_shift(
         }
         for pooling in (before, after):
             if pooling not in on:
-                raise ValueError(f"Expected a pooling that this model has, one of {sorted(on)}, got {pooling!r}.")
+                raise ValueError(
+                    f"Expected a pooling that this model has, one of {sorted(on)}, got {pooling!r}: choose one of them."
+                )
         b2f, f2b = int((~on[before] & on[after]).sum()), int((on[before] & ~on[after]).sum())
         counts = (1, b2f, f2b, len(on[before]) - b2f - f2b)
         for row, (low, high) in enumerate(SHARES):

@@ -17,7 +17,6 @@ from tqdm import tqdm
 
 from ..data.segmentation import SegmentationDataset, SegmentationSample
 from ..explainers import Explainer, identity, make_explainer, select_texts
-from ..explainers.gradients import GradientExplainer
 from ..localization.localizer import Localizer
 from ..modeling_iclip import ICLIPTextFeatures
 from ..presence import MIN_PRESENCE
@@ -69,7 +68,7 @@ class EvaluationResult(Result):
 
 
 class _Scores:
-    """The metrics of one method. `count` may run in any thread; `add` takes its results in order."""
+    """The metrics of one method. `count` can run in any thread. `add` takes its results in order."""
 
     def __init__(self, aggregate: str):
         self.miou = MeanMaxIoU(aggregate)
@@ -78,7 +77,7 @@ class _Scores:
 
     @staticmethod
     def count(heatmaps: torch.Tensor, masks: np.ndarray, labels: Sequence[int]) -> tuple:
-        """Counts maps and masks `(K, H, W)` of the K classes of one image, for `add`."""
+        """Counts the maps and masks `(K, H, W)` of the K classes of one image. Returns the argument of `add`."""
         pairs = [
             (label, MeanMaxIoU.count(heatmap, mask, label), MeanForegroundMinusBackground.count(heatmap, mask, label))
             for heatmap, mask, label in zip(heatmaps, masks, labels)
@@ -130,17 +129,18 @@ class _Scores:
 
 
 class _Totals:
-    """Everything that is counted over the images of one process."""
+    """All sums over the images of one process."""
 
     def __init__(self, methods: Sequence[str], aggregate: str):
         self.scores = {method: _Scores(aggregate) for method in methods}
         self.average_precision = MultiLabelAveragePrecision()
         self.calibrated = MultiLabelAveragePrecision()
-        self.gate = np.zeros((2, 2), np.int64)  # absent and shown classes: all, and those whose presence is enough
-        self.seconds_in_model = 0.0  # of this process alone: not merged
+        # For absent and for shown classes: the number of all, and of those with a presence of at least MIN_PRESENCE.
+        self.gate = np.zeros((2, 2), np.int64)
+        self.seconds_in_model = 0.0  # of this process only; not merged
 
     def add_recognition(self, cosines: torch.Tensor, presence: torch.Tensor, shown: np.ndarray) -> None:
-        """Adds images: cosines and presence of all classes, and whether the class is shown, all `(B, K)`."""
+        """Adds images: cosines and presence of all classes, and whether the image shows the class, all `(B, K)`."""
         self.average_precision.update(cosines, shown)
         self.calibrated.update(presence, shown)
         enough = presence.numpy() >= MIN_PRESENCE
@@ -204,7 +204,7 @@ def evaluate(
     _run(plan, drawer, totals, progress=progress and state.is_main_process)
     seconds_in_model = totals.seconds_in_model
 
-    totals, *others = gather_object([totals])  # alike on every process
+    totals, *others = gather_object([totals])  # equal on all processes
     for other in others:
         totals.merge(other)
     recognition = totals.average_precision.compute()
@@ -264,7 +264,7 @@ class Plan:
         """Checks the options of [`evaluate`] and shares the images out. `state` is that of `this_process`."""
         for name, number in (("limit", limit), ("batch_size", batch_size)):
             if number is not None and number < 1:
-                raise ValueError(f"Expected {name} to be at least 1, got {number}.")
+                raise ValueError(f"Expected {name} to be at least 1, got {number}: correct it.")
         count = min(len(dataset), limit or len(dataset))
         return cls(
             dataset=dataset,
@@ -368,14 +368,14 @@ def maps_of(
     explainer: Explainer, pixel_values: torch.Tensor, texts: ICLIPTextFeatures, rows: torch.Tensor
 ) -> torch.Tensor:
     """Computes raw maps `(B, T, h, w)` of the texts `rows` `(B, T)` among all of a data set, `(K, P)`, as its method sees them."""
-    if isinstance(explainer, GradientExplainer):  # a backward a text: not for the absent classes
+    if explainer.backward_per_text:  # so none for the absent classes
         return explainer.raw_maps(pixel_values, select_texts(texts, rows))[0]
-    # The other texts are almost free, and clip_surgery compares a text with all others.
+    # The other texts are almost free, and clip_surgery subtracts their mean.
     return explainer.raw_maps(pixel_values, texts)[0][torch.arange(len(rows))[:, None], rows]
 
 
 def _count(item: tuple[SegmentationSample, dict[str, torch.Tensor]]) -> dict[str, tuple]:
-    """Counts the raw maps of one image by method, those of its classes first, for `_Scores.add`."""
+    """Counts the raw maps of one image, by method. The maps of its classes come first. Returns arguments of `_Scores.add`."""
     sample, raw_maps = item
     labels = sample.labels
     masks = np.array([sample.mask(label) for label in labels], np.uint8).reshape(-1, *sample.size)
@@ -383,6 +383,6 @@ def _count(item: tuple[SegmentationSample, dict[str, torch.Tensor]]) -> dict[str
     for method, raw in raw_maps.items():
         heatmaps = resize_and_normalize(raw[: len(labels)], sample.size)
         if method == "reversed_itsm":
-            heatmaps = reverse(heatmaps)  # not the negative stretched anew, which rounds otherwise
+            heatmaps = reverse(heatmaps)  # stretching the negative instead would round differently
         counts[method] = _Scores.count(heatmaps, masks, labels)
     return counts

@@ -1,6 +1,6 @@
-"""Base classes and demo of the metric modules of the `evaluate` library.
-
-The scripts live in the repository's folder `evaluate_metrics`, which is installed as `iclip_hf.evaluate_metrics`.
+"""
+Base classes and demo of the metric modules of the `evaluate` library. The scripts are in the folder `evaluate_metrics` of the
+repository, which is installed as `iclip_hf.evaluate_metrics`.
 """
 
 import json
@@ -19,7 +19,7 @@ with require_extra("eval"):
 
 
 _IGNORE_INDEX = """
-    ignore_index: mask value of the pixels that count nowhere, 255 by default; it applies where items are given.
+    ignore_index: mask value of the pixels that are ignored, 255 by default; it applies to the items of the same call.
 """
 _PAIR_INPUTS = f"""
 One item is one image and one class.
@@ -27,11 +27,11 @@ One item is one image and one class.
 Args:
     predictions: maps (H, W) in [0, 1], numpy or torch, float16, float32 or float64; sizes may differ between items.
     references: label masks (H, W) of integers, each of the size of its map.
-    labels: class ids; the pixels of the mask equal to it are the foreground, all others the background.{_IGNORE_INDEX.rstrip()}
-    aggregate: "image" (default) takes each image's ratio, then the mean over the images of a class; "pixel" pools the
-        pixels of a class over its images.
+    labels: class ids; pixels of the mask equal to the id are the foreground, all others the background.{_IGNORE_INDEX.rstrip()}
+    aggregate: "image" (default) averages the ratios of the images of a class; "pixel" pools the pixels of a class over its
+        images.
 
-`add` takes the singular names too. Both options can also be set in `evaluate.load`.
+`add` also accepts the singular names. Both options can also be set in `evaluate.load`.
 """
 _IMAGE_INPUTS = f"""
 One item is one image with all of its classes.
@@ -40,8 +40,8 @@ Args:
     predictions: maps (K, H, W) in [0, 1], one a class, numpy or torch, float16, float32 or float64; K, H and W may differ
         between items.
     references: label masks of integers, each (H, W), or (K, H, W) with a mask for each class where classes overlap.
-    labels: lists of K class ids; the pixels of the mask equal to an id are those of its class.{_IGNORE_INDEX}
-`add` takes the singular names too. The option can also be set in `evaluate.load`.
+    labels: lists of K class ids; pixels of the mask equal to an id belong to its class.{_IGNORE_INDEX}
+`add` also accepts the singular names. The option can also be set in `evaluate.load`.
 """
 _CITATION = """
 @article{li2022exploring,
@@ -54,10 +54,11 @@ _CITATION = """
 
 
 class StreamingMetric(evaluate.Metric, ABC):
-    """An `evaluate` metric over maps and masks. It stores the counts of each item, not its pixels.
+    """
+    A metric of `evaluate` over maps and masks. It stores the counts of each item instead of its pixels.
 
     A subclass sets `accumulator` to a metric of `iclip_hf.evaluation.metrics` and returns `self._metric_info(...)` from `_info`.
-    This class is abstract, because `evaluate.load` takes the first metric class of a script that is not abstract.
+    This class is abstract, because `evaluate.load` instantiates the first metric class of a script that is not abstract.
     """
 
     accumulator: type
@@ -65,7 +66,7 @@ class StreamingMetric(evaluate.Metric, ABC):
     def __init__(self, *args, ignore_index: int = 255, **kwargs):
         super().__init__(*args, **kwargs)
         self.ignore_index = ignore_index
-        self._ignored = set()  # all values of ignore_index for the stored items
+        self._ignored = set()  # values of ignore_index with which items were counted
 
     @abstractmethod
     def _info(self) -> evaluate.MetricInfo: ...
@@ -76,8 +77,8 @@ class StreamingMetric(evaluate.Metric, ABC):
         """Returns the inputs for K maps (H, W) of one image, its label mask (H, W) and K class ids."""
 
     def _metric_info(self, description: str, outputs: str, inputs: str, labels) -> evaluate.MetricInfo:
-        # An item is stored as its two rows of counts and its class or classes. The columns have the names of the inputs, because
-        # `evaluate.combine` passes only those.
+        # An item is stored as its two rows of counts and its class or classes. The columns keep the names of the inputs, because
+        # `evaluate.combine` passes no others.
         row = Sequence(Value("float64"))
         return evaluate.MetricInfo(
             description=description,
@@ -97,7 +98,7 @@ class StreamingMetric(evaluate.Metric, ABC):
         if not len(predictions) == len(references) == len(labels):
             raise ValueError(
                 "Expected predictions, references and labels of one length, "
-                f"got {len(predictions)}, {len(references)} and {len(labels)}."
+                f"got {len(predictions)}, {len(references)} and {len(labels)}: pass one of each for every item."
             )
         ignore_index = self.ignore_index if ignore_index is None else ignore_index
         counts = [self.accumulator.count(*item, ignore_index) for item in zip(predictions, references, labels)]
@@ -111,14 +112,13 @@ class StreamingMetric(evaluate.Metric, ABC):
     def _compute_with(self, accumulator, ignore_index: int | None, items: dict) -> dict | None:
         if ignore_index is not None and not self._ignored <= {ignore_index}:
             raise ValueError(
-                f"The pairs were counted with ignore_index {sorted(self._ignored)}, not {ignore_index}. "
-                "Give ignore_index to `evaluate.load`, or wherever pairs are added."
+                f"Expected the ignore_index of the added items, {sorted(self._ignored)}, got {ignore_index}: "
+                "give it to `evaluate.load`, or wherever items are added."
             )
         items = {name: values for name, values in items.items() if values is not None}
         if not items and self.num_process > 1:
-            items = dict.fromkeys(
-                self.features, ()
-            )  # process 0 waits for a file of every process, also of an empty one
+            # Process 0 waits for a file of every process, so a process without items writes an empty one.
+            items = dict.fromkeys(self.features, ())
         if items:
             self.add_batch(ignore_index=ignore_index, **items)
         self._ignored = set()
@@ -145,8 +145,8 @@ class PairMetric(StreamingMetric):
         return {"predictions": maps, "references": [mask] * len(maps), "labels": labels}
 
     def compute(self, *, aggregate: str | None = None, ignore_index: int | None = None, **pairs) -> dict | None:
-        """Returns the scores of all pairs added before or given here, on process 0; None on the others."""
-        # Both options are checked first, so that a mistake does not lose the added pairs.
+        """Returns the scores of all pairs that were added or are given here, on process 0; None on other processes."""
+        # Both options are checked first, so that an error does not lose the added pairs.
         accumulator = self.accumulator(self.aggregate if aggregate is None else aggregate)
         return self._compute_with(accumulator, ignore_index, pairs)
 
@@ -162,15 +162,19 @@ class ImageMetric(StreamingMetric):
         return {"predictions": [np.stack(maps)], "references": [mask], "labels": [labels]}
 
     def compute(self, *, ignore_index: int | None = None, **images) -> dict | None:
-        """Returns the scores of all images added before or given here, on process 0; None on the others."""
+        """Returns the scores of all images that were added or are given here, on process 0; None on other processes."""
         return self._compute_with(self.accumulator(), ignore_index, images)
 
 
 def metric_demo(script: str | Path):
-    """Returns the app of a metric's Space, a `gradio.Interface` for maps and a label mask as image files, and class ids.
+    """
+    Builds the app of a metric's Space. Its inputs are maps and a label mask as image files, and class ids.
 
     Args:
-        script: script of the metric; the app shows the `README.md` beside it.
+        script (`str` or `Path`): script of the metric. The app shows the `README.md` in the same folder.
+
+    Returns:
+        `gradio.Interface`.
     """
     with require_extra("demo"):
         import gradio as gr
@@ -189,11 +193,11 @@ def metric_demo(script: str | Path):
         inputs=[
             gr.File(
                 file_count="multiple",
-                label="Maps: grey images of the size of the mask, one a class; black 0, white 1",
+                label="Maps: grayscale images of the mask's size, one for each class; black is 0, white is 1",
                 **images,
             ),
-            gr.File(label="Label mask: palette or grey PNG whose values are class ids", **images),
-            gr.Textbox(value="1", label="Class ids of the maps, such as: 1, 2"),
+            gr.File(label="Label mask: palette or grayscale PNG of class ids", **images),
+            gr.Textbox(value="1", label="Class ids of the maps, for example: 1, 2"),
         ],
         outputs=gr.Code(language="json", label=metric.name),
         title=f"Metric: {metric.name}",

@@ -100,9 +100,14 @@ def deletion_insertion(
         `tuple`: deletion and insertion, each `(M, steps + 1, ...)`, from the untouched start to the last step.
 
     Raises:
-        `ValueError`: `steps` or `batch_size` is below 1.
+        `ValueError`: a shape is not as described, the maps hold NaN, or `steps` or `batch_size` is below 1.
     """
     _check_positive(steps=steps, batch_size=batch_size)
+    _check_image(pixel_values)
+    if maps.ndim != 3 or 0 in maps.shape or maps.isnan().any():
+        raise ValueError(
+            f"Expected maps (M, h, w) of numbers, got {tuple(maps.shape)}, NaN: {bool(maps.isnan().any())}."
+        )
     size, device = pixel_values.shape[-2:], pixel_values.device
     generator = torch.Generator().manual_seed(seed)
     noise = torch.randn(pixel_values.shape, generator=generator).to(pixel_values)
@@ -154,8 +159,12 @@ def max_sensitivity(
 
     Returns:
         `torch.Tensor` of shape `(M,)`; NaN for a constant map.
+
+    Raises:
+        `ValueError`: `pixel_values` has another shape, or `samples` is below 1.
     """
     _check_positive(samples=samples)
+    _check_image(pixel_values)
     noise = torch.rand((samples, *pixel_values.shape), generator=torch.Generator().manual_seed(seed))
     noisy = pixel_values + ((2 * noise - 1) * radius).to(pixel_values)
     own = min_max_normalize(explain(pixel_values[None])).flatten(2)
@@ -339,7 +348,9 @@ def evaluate_faithfulness(
     state = this_process("eval")
     templates = check_templates(dataset.templates if templates is None else templates)
     if not measures or not methods or not set(measures) <= set(MEASURES):
-        raise ValueError(f"Expected methods, and measures of {list(MEASURES)}, got {methods!r} and {measures!r}.")
+        raise ValueError(
+            f"Expected methods, and measures of {list(MEASURES)}, got {methods!r} and {measures!r}: name at least one of each."
+        )
     explainers = {method: make_explainer(model, processor, method) for method in dict.fromkeys(methods)}
     plan = Plan.make(
         state, dataset, next(iter(explainers.values())).processor, image_size, limit, batch_size, num_workers
@@ -396,7 +407,12 @@ def evaluate_faithfulness(
 def _check_positive(**numbers: int) -> None:
     for name, number in numbers.items():
         if number < 1:
-            raise ValueError(f"Expected {name} to be at least 1, got {number}.")
+            raise ValueError(f"Expected {name} to be at least 1, got {number}: correct it.")
+
+
+def _check_image(pixel_values: torch.Tensor) -> None:
+    if pixel_values.ndim != 3 or 0 in pixel_values.shape:
+        raise ValueError(f"Expected pixel_values (C, H, W) of one image, got {tuple(pixel_values.shape)}.")
 
 
 def _labels(sample: SegmentationSample) -> tuple[int, ...]:

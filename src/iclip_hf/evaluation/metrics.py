@@ -1,8 +1,9 @@
-"""mMIoU (Eq. 7), mFMB (Eq. 8), text contrast, the pointing game and multi-label mAP. Maps and masks become sums that can be merged.
+"""
+mMIoU (Eq. 7), mFMB (Eq. 8), text contrast, the pointing game and multi-label mAP. Maps and masks become sums that can be merged.
 
 A *pair* is one image and one class: a map (H, W) in [0, 1], a label mask (H, W) of integers, and the class id whose pixels are the
-foreground. Pixels equal to `ignore_index` are ignored, all others are background. Text contrast takes all pairs of an image
-together. Sums are float64, so results agree to about 1e-12 for any order of adding and merging.
+foreground. Pixels equal to `ignore_index` are ignored, all others are background. Text contrast compares all pairs of an image.
+Sums are float64, so results agree to about 1e-12 for any order of adding and merging.
 """
 
 from __future__ import annotations
@@ -19,9 +20,9 @@ from ..utils.arrays import to_numpy
 # The thresholds of mMIoU. A pixel is predicted where M > t, with t rounded to the map's dtype.
 THRESHOLDS = np.arange(101) / 100
 
-_LEVELS = 1 + len(THRESHOLDS)  # "every pixel", then one level for each threshold
+_LEVELS = 1 + len(THRESHOLDS)  # all pixels, then those above each threshold
 _VOID_CODE = 255  # above the 2 * _LEVELS codes of background and foreground
-_BLOCK = 2**16  # pixels in one block: small temporary arrays stay in the cache, those of a whole map do not
+_BLOCK = 2**16  # pixels in one block, whose temporary arrays fit into the processor's cache
 _LEVELS_OF_CONTRAST = 2**12  # a power of two, so that scaling a float32 map has no rounding error
 
 
@@ -29,45 +30,47 @@ def _class_id(value, name: str) -> int:
     try:
         return operator.index(value)
     except TypeError:
-        raise TypeError(f"Expected `{name}` to be an integer class id, got {value!r}.") from None
+        raise TypeError(
+            f"Expected `{name}` to be an integer class id, got {value!r}: pass an id of the mask."
+        ) from None
 
 
 def _check_map(heatmap) -> np.ndarray:
-    """Returns map values as floats, after a check that they are in [0, 1]."""
+    """Returns a map as an array of floats. Raises an error unless its values are in [0, 1]."""
     heatmap = to_numpy(heatmap)
     if heatmap.dtype.kind in "biu":
         heatmap = heatmap.astype(np.float32)  # a map of zeros and ones; other integers are refused below
     if heatmap.dtype not in (np.float16, np.float32, np.float64):
-        raise TypeError(f"Expected a map of float16, float32 or float64, got {heatmap.dtype}.")
+        raise TypeError(f"Expected a map of float16, float32 or float64, got {heatmap.dtype}: convert it.")
     if heatmap.size:
         low, high = heatmap.min(), heatmap.max()
         if not (low >= 0 and high <= 1):  # NaN fails too
-            raise ValueError(f"Expected map values in [0, 1], got {low} to {high}. Min-max normalise or clip the map.")
+            raise ValueError(f"Expected map values in [0, 1], got {low} to {high}: normalise or clip the map.")
     return heatmap
 
 
 def _check_mask(mask) -> np.ndarray:
     mask = to_numpy(mask)
     if mask.dtype.kind not in "biu":
-        raise TypeError(f"Expected a label mask of integers, got {mask.dtype}.")
+        raise TypeError(f"Expected a label mask of integers, got {mask.dtype}: convert it.")
     return mask
 
 
 def _check_label(label, ignore_index: int) -> int:
     label = _class_id(label, "label")
     if label == ignore_index:
-        raise ValueError(f"Expected `label` to be a class, got {label}, which is the `ignore_index`.")
+        raise ValueError(f"Expected `label` to be a class, got {label}, the `ignore_index`: change one of them.")
     return label
 
 
 def _pair_blocks(heatmap, mask, label, ignore_index):
-    """Checks one pair, then yields blocks of its map values, foreground and void, flattened."""
+    """Checks one pair, and yields its map values, foreground and void in flat blocks."""
     ignore_index = _class_id(ignore_index, "ignore_index")
     label, heatmap, mask = _check_label(label, ignore_index), _check_map(heatmap), _check_mask(mask)
     if heatmap.ndim != 2 or heatmap.shape != mask.shape or not heatmap.size:
         raise ValueError(
-            f"Expected a map and a label mask of one shape (H, W), got {heatmap.shape} and {mask.shape}. "
-            "Resize the map to the mask."
+            f"Expected a map and a label mask of one shape (H, W), got {heatmap.shape} and {mask.shape}: "
+            "resize the map to the mask."
         )
     heatmap, mask = heatmap.ravel(), mask.ravel()
     for start in range(0, heatmap.size, _BLOCK):
@@ -76,21 +79,23 @@ def _pair_blocks(heatmap, mask, label, ignore_index):
 
 
 def threshold_counts(heatmap, mask, label: int, ignore_index: int = 255) -> np.ndarray:
-    """Counts the pixels above each threshold in one pass over the map.
+    """
+    Counts the pixels above each threshold in one pass over the map.
 
     Args:
-        heatmap: (H, W) array or tensor of floats in [0, 1], or of integers 0 and 1.
-        mask: (H, W) array or tensor of integers; pixels equal to `label` are foreground.
-        label: the class id.
-        ignore_index: mask value of the pixels that are ignored.
+        heatmap (`np.ndarray` or `torch.Tensor` of shape `(H, W)`): map of floats in [0, 1], or of integers 0 and 1.
+        mask (`np.ndarray` or `torch.Tensor` of shape `(H, W)`): integers; pixels equal to `label` are foreground.
+        label (`int`): class id.
+        ignore_index (`int`, defaults to 255): mask value of the pixels that are ignored.
 
     Returns:
-        (2, 102) int64, numbers of background and foreground pixels: all, then those with M > 0, M > 0.01, ..., M > 1. At
-        `THRESHOLDS[i]`, `[0, 1 + i]` is the number of false positives and `[1, 1 + i]` that of true positives.
+        `np.ndarray` of shape `(2, 102)`, int64: numbers of background and foreground pixels: all, then those with M > 0,
+        M > 0.01, ..., M > 1. At `THRESHOLDS[i]`, `[0, 1 + i]` is the number of false positives and `[1, 1 + i]` that of true
+        positives.
 
     Raises:
-        TypeError: the map has another dtype, or the mask, `label` or `ignore_index` is not of integers.
-        ValueError: shapes differ or are not (H, W), map values are NaN or outside [0, 1], `label` is `ignore_index`.
+        `TypeError`: the map has another dtype, or the mask, `label` or `ignore_index` is not of integers.
+        `ValueError`: shapes differ or are not (H, W), map values are NaN or outside [0, 1], or `label` is `ignore_index`.
     """
     histogram = np.zeros(256, dtype=np.int64)
     for values, foreground, void in _pair_blocks(heatmap, mask, label, ignore_index):
@@ -115,16 +120,17 @@ def _thresholds_below(values: np.ndarray) -> np.ndarray:
 
 
 def region_means(heatmap, mask, label: int, ignore_index: int = 255) -> np.ndarray:
-    """Computes the means of the map over the background and over the foreground.
-
-    Arguments and errors are those of `threshold_counts`.
+    """
+    Computes the means of the map over the background and over the foreground. Arguments and errors are those of
+    [`threshold_counts`].
 
     Returns:
-        (2, 2) float64, background and foreground: number of pixels, and mean (0 without pixels).
+        `np.ndarray` of shape `(2, 2)`, float64: for background and foreground, the number of pixels and the mean (0 without
+        pixels).
     """
     sums = np.zeros((2, 2))
     for values, foreground, void in _pair_blocks(heatmap, mask, label, ignore_index):
-        # Most pixels are background. Subtracting the other sums from the total is faster than selecting the background.
+        # Most pixels are background. Subtracting the sum of the others from the total is faster than selecting them.
         inside, nowhere = values[foreground], values[void]
         total, high, void_total = (one.sum(dtype=np.float64) for one in (values, inside, nowhere))
         sums += (
@@ -136,26 +142,27 @@ def region_means(heatmap, mask, label: int, ignore_index: int = 255) -> np.ndarr
 
 
 def contrast_counts(maps, mask, labels, ignore_index: int = 255) -> np.ndarray:
-    """Compares each map of an image with the pixels of its other classes.
+    """
+    Compares each map of an image on the pixels of its own class and of the other classes.
 
     For classes i and j, a_ij = P(M_i at a pixel of i > M_i at a pixel of j), where ties count half, and c_ij = (a_ij + a_ji) / 2.
     Pixels of both classes or of neither are left out. Maps are first rounded to multiples of 1 / 4096, and equal rounded values are
     ties. The error of c_ij is at most half the share of such pixel pairs (about 1e-5 for smooth maps).
 
     Args:
-        maps: (K, H, W) array or tensor of floats in [0, 1], the map of each class.
-        mask: (H, W) array or tensor of integers, the class of each pixel; or (K, H, W), one mask for each class, whose pixels
-            equal to the label belong to the class. These masks may overlap.
-        labels: K different class ids.
-        ignore_index: mask value of the pixels that are ignored, in one mask or in any of the K.
+        maps (`np.ndarray` or `torch.Tensor` of shape `(K, H, W)`): floats in [0, 1], the map of each class.
+        mask (`np.ndarray` or `torch.Tensor` of shape `(H, W)` or `(K, H, W)`): integers, the class of each pixel; or one mask for
+            each class, whose pixels equal to the label belong to the class. These masks can overlap.
+        labels (`Sequence[int]`): K different class ids.
+        ignore_index (`int`, defaults to 255): mask value of the pixels that are ignored, in the mask or in any of the K masks.
 
     Returns:
-        (2, K) float64: for each class, the number of its partners and the sum of c over them. A partner is another class of the
-        image, if each of the two has a pixel that does not belong to the other.
+        `np.ndarray` of shape `(2, K)`, float64: for each class, the number of its partners and the sum of c over them. Two classes
+        of the image are partners if each has a pixel that does not belong to the other.
 
     Raises:
-        TypeError: as `threshold_counts`.
-        ValueError: as `threshold_counts`; or labels are repeated, or their number is not K.
+        `TypeError`: as [`threshold_counts`].
+        `ValueError`: as [`threshold_counts`]; or labels are repeated, or their number is not K.
     """
     ignore_index = _class_id(ignore_index, "ignore_index")
     labels = [_check_label(label, ignore_index) for label in labels]
@@ -163,17 +170,17 @@ def contrast_counts(maps, mask, labels, ignore_index: int = 255) -> np.ndarray:
     if maps.ndim != 3 or mask.shape not in (maps.shape, maps.shape[1:]) or 0 in maps.shape[1:]:
         raise ValueError(
             "Expected maps (K, H, W) and a label mask (H, W) or (K, H, W) of their size, "
-            f"got {maps.shape} and {mask.shape}. Resize the maps to the mask."
+            f"got {maps.shape} and {mask.shape}: resize the maps to the mask."
         )
     if len(set(labels)) != len(maps) or len(labels) != len(maps):
-        raise ValueError(f"Expected {len(maps)} different labels, one a map, got {labels}.")
+        raise ValueError(f"Expected {len(maps)} different labels, one a map, got {labels}: pass these.")
     masks, number = np.broadcast_to(mask, maps.shape), len(maps)
     void = (masks == ignore_index).any(0)
     regions = [(one == label) & ~void for one, label in zip(masks, labels)]
     pixels = [np.flatnonzero(region) for region in regions]
     shared = {(i, j): np.flatnonzero(regions[i] & regions[j]) for i in range(number) for j in range(i)}
 
-    # `wins`: twice the number of pixel pairs in which M_i is higher at i than at j. `pairs`: the number of all pixel pairs.
+    # `wins`: twice the number of pixel pairs where M_i is greater at i than at j, plus the ties. `pairs`: the number of all pairs.
     wins, pairs = np.zeros((2, number, number), np.int64)
     for i, heatmap in enumerate(maps):
         heatmap = heatmap.ravel()
@@ -240,13 +247,13 @@ def label_areas(prediction, reference, num_classes: int, confidence=None, ignore
     confidence = None if confidence is None else _check_map(confidence)
     shapes = {one.shape for one in (prediction, reference, confidence) if one is not None}
     if len(shapes) > 1 or prediction.ndim != 2:
-        raise ValueError(f"Expected label maps and confidence of one shape (H, W), got {sorted(shapes)}.")
+        raise ValueError(f"Expected label maps and confidence of one shape (H, W), got {sorted(shapes)}: resize them.")
     counted = reference != _class_id(ignore_index, "ignore_index")
     prediction, reference = prediction[counted].astype(np.intp), reference[counted].astype(np.intp)
     for name, ids in (("prediction", prediction), ("reference", reference)):
         if ids.size and not (ids.min() >= 0 and ids.max() < num_classes):
             raise ValueError(
-                f"Expected class ids from 0 to {num_classes - 1} in the {name}, got {ids.min()} to {ids.max()}."
+                f"Expected class ids from 0 to {num_classes - 1} in the {name}, got {ids.min()} to {ids.max()}: correct them."
             )
     levels = 1 if confidence is None else _LEVELS
     codes = prediction * levels
@@ -267,14 +274,15 @@ def label_areas(prediction, reference, num_classes: int, confidence=None, ignore
 
 
 def average_precision(scores: np.ndarray, presence: np.ndarray) -> float:
-    """Computes the area under the precision-recall step function, with ties grouped, as in scikit-learn.
+    """
+    Computes the area under the precision-recall step function, with ties grouped, as in scikit-learn.
 
     Args:
-        scores: (B,) floats, higher is more likely.
-        presence: (B,) zeros and ones, at least one 1.
+        scores (`np.ndarray` of shape `(B,)`): floats, higher is more likely.
+        presence (`np.ndarray` of shape `(B,)`): zeros and ones, at least one 1.
 
     Returns:
-        Average precision in [0, 1].
+        `float`: average precision in [0, 1].
     """
     order = np.argsort(-scores)
     scores = scores[order]
@@ -291,13 +299,14 @@ def _mean(values) -> float:
 
 
 class _ClassSums:
-    """Sums for each class, which can be merged. Subclasses add to the sums and compute scores from them.
+    """
+    Sums for each class, which can be merged. Subclasses add to the sums and compute scores from them.
 
     Args:
-        ignore_index: mask value of the pixels that are ignored.
+        ignore_index (`int`, defaults to 255): mask value of the pixels that are ignored.
     """
 
-    _reasons: tuple[str, ...]  # reasons for a missing value, in the order of the checks
+    _reasons: tuple[str, ...]  # why items are left out, in the order of the checks
 
     def __init__(self, ignore_index: int = 255):
         self.ignore_index = _class_id(ignore_index, "ignore_index")
@@ -306,9 +315,11 @@ class _ClassSums:
         self._left_out = Counter()
 
     def merge(self, other: _ClassSums) -> None:
-        """Adds the counts of another metric. Raises ValueError if its type or settings differ."""
+        """Adds the counts of another metric. Raises `ValueError` if its type or settings differ."""
         if self._settings() != other._settings():
-            raise ValueError(f"Expected a metric like this one, {self._settings()}, got {other._settings()}.")
+            raise ValueError(
+                f"Expected a metric like this one, {self._settings()}, got {other._settings()}: create both alike."
+            )
         self._counted += other._counted
         self._left_out.update(other._left_out)
         for label, sums in other._sums.items():
@@ -325,22 +336,25 @@ class _ClassSums:
 
 
 class _PairMetric(_ClassSums):
-    """Sums over pairs of an image and a class.
+    """
+    Sums over pairs of an image and a class.
 
     Args:
-        aggregate: `"image"` averages the ratios of the images of a class; `"pixel"` pools the pixels of a class over its images.
-            Both average over the classes.
-        ignore_index: mask value of the pixels that are ignored.
+        aggregate (`str`, defaults to `"image"`): `"image"` averages the ratios of the images of a class. `"pixel"` pools the pixels
+            of a class over its images. Both average over the classes.
+        ignore_index (`int`, defaults to 255): mask value of the pixels that are ignored.
     """
 
     def __init__(self, aggregate: str = "image", ignore_index: int = 255):
         if aggregate not in ("image", "pixel"):
-            raise ValueError(f"Expected `aggregate` to be one of ('image', 'pixel'), got {aggregate!r}.")
+            raise ValueError(
+                f"Expected `aggregate` to be one of ('image', 'pixel'), got {aggregate!r}: choose one of them."
+            )
         super().__init__(ignore_index)
         self.aggregate = aggregate
 
     def update(self, heatmap, mask, label: int) -> None:
-        """Adds one pair. Arguments and errors are those of `threshold_counts`."""
+        """Adds one pair. Arguments and errors are those of [`threshold_counts`]."""
         self.add_counts(self.count(heatmap, mask, label, self.ignore_index), label)
 
     def add_counts(self, counts: np.ndarray, label: int) -> None:
@@ -363,7 +377,8 @@ class _PairMetric(_ClassSums):
 
 
 class MeanMaxIoU(_PairMetric):
-    """mMIoU (Eq. 7): the IoU of M > t at the best threshold t of each class, averaged over the classes.
+    """
+    mMIoU (Eq. 7): the IoU of M > t at the best threshold t of each class, averaged over the classes.
 
     With `aggregate="image"`, the IoU of a class at a threshold is the mean over its images. With `"pixel"`, intersections and unions
     are pooled over its images. A pair without foreground is left out.
@@ -387,7 +402,8 @@ class MeanMaxIoU(_PairMetric):
         return np.array([intersection, union], dtype=np.float64)
 
     def compute(self) -> dict:
-        """Returns the scores of all pairs so far.
+        """
+        Returns the scores of all pairs so far.
 
         - **mmiou** -- mean over classes, percent (NaN without any pair).
         - **per_class** -- {class id: best IoU in percent}.
@@ -409,7 +425,8 @@ class MeanMaxIoU(_PairMetric):
 
 
 class MeanForegroundMinusBackground(_PairMetric):
-    """mFMB (Eq. 8): mean of the map over the foreground minus its mean over the background, averaged over the classes.
+    """
+    mFMB (Eq. 8): mean of the map over the foreground minus its mean over the background, averaged over the classes.
 
     With `aggregate="image"`, the difference is averaged over the images of a class. With `"pixel"`, both means are over the pixels
     of all its images. A pair without foreground or without background is left out. The score of the reversed maps 1 - M is the
@@ -431,7 +448,8 @@ class MeanForegroundMinusBackground(_PairMetric):
         return np.stack([weights, weights * means], axis=1)
 
     def compute(self) -> dict:
-        """Returns the scores of all pairs so far.
+        """
+        Returns the scores of all pairs so far.
 
         - **mfmb** -- mean over classes, in [-1, 1] (NaN without any pair).
         - **per_class** -- {class id: difference}.
@@ -443,10 +461,11 @@ class MeanForegroundMinusBackground(_PairMetric):
 
 
 class TextContrast(_ClassSums):
-    """Text contrast: how much the map of a class prefers its own pixels to those of the other classes in the image.
+    """
+    Text contrast: how much the map of a class prefers its own pixels to those of the other classes in the image.
 
     For classes i and j of one image, c_ij = (P(M_i at a pixel of i > M_i at a pixel of j) + P(M_j at j > M_j at i)) / 2, where ties
-    count half, see `contrast_counts`. The value of a class is the mean of c over all its images and partners. The score is the mean
+    count half, see [`contrast_counts`]. The value of a class is the mean of c over all its images and partners. The score is the mean
     over the classes. It is exactly 50 for maps that do not depend on the text, and 100 - x for reversed maps. An image without two
     classes that each have pixels of their own is left out.
 
@@ -462,7 +481,7 @@ class TextContrast(_ClassSums):
     count = staticmethod(contrast_counts)
 
     def update(self, maps, mask, labels) -> None:
-        """Adds one image. Arguments and errors are those of `contrast_counts`."""
+        """Adds one image. Arguments and errors are those of [`contrast_counts`]."""
         self.add_counts(self.count(maps, mask, labels, self.ignore_index), labels)
 
     def add_counts(self, counts: np.ndarray, labels) -> None:
@@ -476,7 +495,8 @@ class TextContrast(_ClassSums):
             self._add(label, sums)
 
     def compute(self) -> dict:
-        """Returns the scores of all images so far.
+        """
+        Returns the scores of all images so far.
 
         - **text_contrast** -- mean over classes, percent (NaN without any image).
         - **per_class** -- {class id: mean over images and partners, percent}.
@@ -557,14 +577,16 @@ class MeanIoU:
     def add_counts(self, areas: np.ndarray) -> None:
         """Adds one image by its counts from `count`, which may come from another process. All images have confidences, or none."""
         if self.areas.any() and self.areas.shape != areas.shape:
-            raise ValueError(f"Expected counts of shape {self.areas.shape} as before, got {areas.shape}.")
+            raise ValueError(
+                f"Expected counts of shape {self.areas.shape} as before, got {areas.shape}: use another metric for these."
+            )
         self.areas = self.areas + areas
 
     def merge(self, other: MeanIoU) -> None:
         """Adds the counts of another metric. Raises ValueError if its settings differ."""
         own, others = ((one.num_classes, one.background, one.ignore_index) for one in (self, other))
         if own != others:
-            raise ValueError(f"Expected a metric like this one, {own}, got {others}.")
+            raise ValueError(f"Expected a metric like this one, {own}, got {others}: create both alike.")
         if other.areas.any():
             self.add_counts(other.areas)
 
@@ -614,7 +636,8 @@ class MeanIoU:
 
 
 class MultiLabelAveragePrecision:
-    """mAP: average precision of each class over the images, averaged over the classes that occur in some image.
+    """
+    mAP: average precision of each class over the images, averaged over the classes that occur in some image.
 
     Stores all scores, nine bytes for each image and class, because a ranking cannot be summed. Column k is class id k + 1.
 
@@ -630,32 +653,40 @@ class MultiLabelAveragePrecision:
         self._presence: list[np.ndarray] = []
 
     def update(self, scores, presence) -> None:
-        """Adds images.
+        """
+        Adds images.
 
         Args:
-            scores: (B, K) array or tensor, higher is more likely.
-            presence: (B, K) array or tensor of zeros and ones.
+            scores (`np.ndarray` or `torch.Tensor` of shape `(B, K)`): higher is more likely.
+            presence (`np.ndarray` or `torch.Tensor` of shape `(B, K)`): zeros and ones.
 
         Raises:
-            ValueError: shapes differ or are not (B, K), K differs from earlier images, scores are NaN, or presence is not 0 or 1.
+            `TypeError`: scores or presence are not numbers. `ValueError`: shapes differ or are not (B, K), K differs from earlier
+            images, scores are NaN, or presence is not 0 or 1.
         """
         scores, presence = to_numpy(scores), to_numpy(presence)
         if not {scores.dtype.kind, presence.dtype.kind} <= set("biuf"):
-            raise TypeError(f"Expected scores and presence of numbers, got {scores.dtype} and {presence.dtype}.")
+            raise TypeError(
+                f"Expected scores and presence of numbers, got {scores.dtype} and {presence.dtype}: convert them."
+            )
         if scores.ndim != 2 or scores.shape != presence.shape:
             raise ValueError(
-                f"Expected scores and presence of one shape (B, K), got {scores.shape} and {presence.shape}."
+                f"Expected scores and presence of one shape (B, K), got {scores.shape} and {presence.shape}: "
+                "pass a row for each image and a column for each class."
             )
         self._check_classes(scores.shape[1])
         if np.isnan(scores).any():
-            raise ValueError("Expected scores that can be ranked, got NaN.")
+            raise ValueError("Expected scores that can be ranked, got NaN: replace these scores.")
         if not np.isin(presence, (0, 1)).all():
-            raise ValueError(f"Expected presence of 0 or 1, got values from {presence.min()} to {presence.max()}.")
+            raise ValueError(
+                f"Expected presence of 0 or 1, got values from {presence.min()} to {presence.max()}: "
+                "mark the classes that an image shows by 1."
+            )
         self._scores.append(scores.astype(np.float64))
         self._presence.append(presence.astype(bool))
 
     def merge(self, other: MultiLabelAveragePrecision) -> None:
-        """Adds all images of another metric. Raises ValueError if its number of classes differs."""
+        """Adds all images of another metric. Raises `ValueError` if its number of classes differs."""
         if other._scores:
             self._check_classes(other._scores[0].shape[1])
         self._scores.extend(other._scores)
@@ -663,10 +694,13 @@ class MultiLabelAveragePrecision:
 
     def _check_classes(self, number: int) -> None:
         if self._scores and number != self._scores[0].shape[1]:
-            raise ValueError(f"Expected {self._scores[0].shape[1]} classes as before, got {number}.")
+            raise ValueError(
+                f"Expected {self._scores[0].shape[1]} classes as before, got {number}: use another metric for these."
+            )
 
     def compute(self) -> dict:
-        """Returns the scores of all images so far.
+        """
+        Returns the scores of all images so far.
 
         - **map** -- mean over classes, percent (NaN without any positive).
         - **per_class** -- {class id: average precision in percent}.

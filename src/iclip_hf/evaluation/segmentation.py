@@ -114,7 +114,7 @@ def evaluate_segmentation(
             f"and {threshold}."
         )
     if image_size is not None and (short_side or window):
-        raise ValueError("Expected image_size, or short_side and window, got both.")
+        raise ValueError("Expected image_size, or short_side and window, got both: leave one out.")
     templates = check_templates(dataset.templates if templates is None else templates)
     segmenter = _Segmenter(model, processor, dataset, methods, templates, background, window, stride, min_presence)
     segmenter.options = {
@@ -183,7 +183,7 @@ class _Segmenter:
             self.stride = stride or window // 2
             check_window(first, window, self.stride)
         elif stride is not None:
-            raise ValueError(f"Expected stride with a window, got a stride of {stride} alone.")
+            raise ValueError(f"Expected stride with a window, got a stride of {stride} alone: add the window.")
         self.classes = [label for label, texts in enumerate(dataset.synonyms) for _ in texts]
         self.classes += [BACKGROUND_LABEL] * len(background)
         texts = [*itertools.chain(*dataset.synonyms), *background]

@@ -80,12 +80,14 @@ def make_explainer(model, processor, method: str = "itsm", **method_options) -> 
         `TypeError`: for another kind of model.
     """
     if method not in METHODS:
-        raise ValueError(f"Expected method to be one of {sorted(METHODS)}, got {method!r}.")
+        raise ValueError(f"Expected method to be one of {sorted(METHODS)}, got {method!r}: choose one of them.")
     explainer = METHODS[method]
     allowed = list(inspect.signature(explainer).parameters)[2:]
     unknown = sorted(set(method_options) - set(allowed))
     if unknown:
-        raise ValueError(f"Expected options of method {method!r}, which are {allowed}, got {unknown}.")
+        raise ValueError(
+            f"Expected options of method {method!r}, which are {allowed}, got {unknown}: remove the others."
+        )
     return explainer(model, processor, **method_options)
 
 

@@ -88,7 +88,7 @@ class ModelAdapter(ABC):
     def encode_texts(self, labels: Sequence[str], templates: Sequence[str] | None = None) -> ICLIPTextFeatures:
         """Encodes T labels, each put into the templates and averaged over them, as unit vectors `(T, P)`."""
         if isinstance(labels, str) or len(labels) == 0:
-            raise ValueError(f"Expected a list of at least one label, got {labels!r}.")
+            raise ValueError(f"Expected a list of at least one label, got {labels!r}: pass such a list.")
         templates = check_templates(self.templates if templates is None else templates)
         step = max(1, TEXT_BATCH // len(templates))
         with torch.no_grad():

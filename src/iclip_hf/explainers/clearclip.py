@@ -22,7 +22,7 @@ class ClearCLIP(LastBlock):
     def __init__(self, model, processor, tokens: str = "query", residual: bool = False):
         super().__init__(model, processor, residual)
         if tokens not in ("query", "key", "value"):
-            raise ValueError(f'Expected tokens to be "query", "key" or "value", got {tokens!r}.')
+            raise ValueError(f'Expected tokens to be "query", "key" or "value", got {tokens!r}: choose one of them.')
         self.tokens = tokens
 
     def mix(self, layer: AttentionRecord, image: ICLIPImageFeatures, pixel_values: torch.Tensor) -> torch.Tensor:

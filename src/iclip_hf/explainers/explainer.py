@@ -51,6 +51,7 @@ class Explainer(ABC):
         processor: `processor(images=images)["pixel_values"]` prepares whole RGB images for this model, `(B, 3, H, W)`.
         reversed (`bool`): the method's maps are 1 - M (Eq. 5), where M is made of the raw maps.
         sees_text (`bool`): False if all texts of an image have the same map.
+        backward_per_text (`bool`): each text costs a backward pass; otherwise further texts are almost free.
 
     Raises:
         `TypeError`: for another kind of model. `ValueError`: if this model cannot do the method, with the reason.
@@ -58,6 +59,7 @@ class Explainer(ABC):
 
     reversed = False
     sees_text = True
+    backward_per_text = False
 
     def __init__(self, model, processor):
         self.family = adapt(model, processor)
@@ -118,7 +120,7 @@ def adapt(model, processor) -> ModelAdapter:
     if kind not in _FAMILIES or not fits:
         raise TypeError(
             "Expected an ICLIPModel, an ONNXModel, a CLIPModel, MetaClip2Model, SiglipModel, Siglip2Model or Tipsv2Model of "
-            f"transformers, or a model of open_clip with a class token or a ResNet, got {type(model).__name__}."
+            f"transformers, or a model of open_clip with a class token or a ResNet, got {type(model).__name__}: load one of them."
         )
     return _FAMILIES[kind](model, processor)
 

@@ -25,7 +25,7 @@ class GEM(ReplacedAttention):
     def __init__(self, model, processor, depth: int = 6, iterations: int = 1):
         super().__init__(model, processor, depth)
         if iterations < 0:
-            raise ValueError(f"Expected a number of iterations of at least 0, got {iterations}.")
+            raise ValueError(f"Expected a number of iterations of at least 0, got {iterations}: correct it.")
         self.iterations = iterations
 
     def mix(self, layer: AttentionRecord, image: ICLIPImageFeatures, pixel_values: torch.Tensor) -> torch.Tensor:

@@ -22,7 +22,7 @@ class GradCAM(GradientExplainer):
     def __init__(self, model, processor, layer: int = -1, activations: str = "norm"):
         super().__init__(model, processor, layer)
         if activations not in ("norm", "block"):
-            raise ValueError(f'Expected activations to be "norm" or "block", got {activations!r}.')
+            raise ValueError(f'Expected activations to be "norm" or "block", got {activations!r}: choose one of them.')
         self.normed = activations == "norm" and self.family.layers[layer].residual
 
     def differentiated(self, layers: list[AttentionRecord]) -> list[torch.Tensor]:

@@ -22,6 +22,7 @@ class GradientExplainer(Explainer):
         layer (`int`): index among the attention layers of the image tower; -1 is the last.
     """
 
+    backward_per_text = True
     needs_weights = False
 
     def __init__(self, model, processor, layer: int = -1):
@@ -29,7 +30,9 @@ class GradientExplainer(Explainer):
         self.layer = layer
         depth = len(self.family.layers)
         if not -depth <= layer < depth:
-            raise ValueError(f"Expected layer to be one of the {depth} attention layers, got {layer}.")
+            raise ValueError(
+                f"Expected layer to be one of the {depth} attention layers, got {layer}: choose one of them."
+            )
 
     def forward(self, pixel_values: torch.Tensor, texts: ICLIPTextFeatures) -> tuple[torch.Tensor, ICLIPImageFeatures]:
         image, layers = self.family.trace(pixel_values, self.layer, grad=True, weights=self.needs_weights)

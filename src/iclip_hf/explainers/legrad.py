@@ -23,10 +23,12 @@ class LeGrad(Explainer):
         depth (`int`): the number of last blocks; all where the tower has fewer.
     """
 
+    backward_per_text = True
+
     def __init__(self, model, processor, depth: int = 2):
         super().__init__(model, processor)
         if depth < 1:
-            raise ValueError(f"Expected a depth of at least one layer, got {depth}.")
+            raise ValueError(f"Expected a depth of at least one layer, got {depth}: correct it.")
         self.blocks = self.family.self_attentions("LeGrad")[-depth:]
         self._mean_mlps = {index: _mean_mlp(self.family.layers[index].mlp) for index in self.blocks}
 

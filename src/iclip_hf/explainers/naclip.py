@@ -23,7 +23,7 @@ class NACLIP(LastBlock):
     def __init__(self, model, processor, sigma: float | None = 5.0, residual: bool = False):
         super().__init__(model, processor, residual)
         if sigma is not None and not sigma > 0:
-            raise ValueError(f"Expected sigma to be greater than 0, or None for no window, got {sigma}.")
+            raise ValueError(f"Expected sigma to be greater than 0, or None for no window, got {sigma}: correct it.")
         self.sigma = sigma
 
     def mix(self, layer: AttentionRecord, image: ICLIPImageFeatures, pixel_values: torch.Tensor) -> torch.Tensor:

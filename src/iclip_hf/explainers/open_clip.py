@@ -50,7 +50,7 @@ class OpenCLIPAdapter(ModelAdapter):
     def _encode_image(self, pixel_values: torch.Tensor) -> ICLIPImageFeatures:
         if pixel_values.shape[2:] != (self.side, self.side):
             raise ValueError(
-                f"This open_clip model takes images of {self.side}x{self.side} pixels, got {tuple(pixel_values.shape)}."
+                f"Expected images of {self.side}x{self.side} pixels for this open_clip model, got {tuple(pixel_values.shape)}: resize them."
             )
         output = self.model.visual.forward_intermediates(pixel_values, indices=1)
         (stream,) = output["image_intermediates"]  # (B, D, h, w)

@@ -41,7 +41,7 @@ class ProxyCLIP(ReplacedAttention):
             config = AutoConfig.from_pretrained(proxy, trust_remote_code=False)
             if config.model_type not in VISION_TOWERS:
                 raise ValueError(
-                    f"{proxy}: expected an image tower as proxy, one of {sorted(VISION_TOWERS)}, got {config.model_type!r}."
+                    f"{proxy}: expected an image tower as proxy, one of {sorted(VISION_TOWERS)}, got {config.model_type!r}; name another."
                 )
             weight = next(self.family.model.parameters())
             self.proxy = load_tower(config, proxy).eval().to(weight.device, weight.dtype)

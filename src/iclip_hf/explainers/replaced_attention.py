@@ -30,7 +30,7 @@ class ReplacedAttention(Explainer):
     def __init__(self, model, processor, depth: int, residual: bool = True, mlp: bool = False):
         super().__init__(model, processor)
         if depth < 1:
-            raise ValueError(f"Expected a depth of at least one layer, got {depth}.")
+            raise ValueError(f"Expected a depth of at least one layer, got {depth}: correct it.")
         self.blocks = self.family.self_attentions(type(self).__name__)[-depth:]
         self.residual, self.mlp = residual, mlp
 

@@ -15,9 +15,11 @@ def check_window(explainer: Explainer, window: int, stride: int) -> None:
     patch = explainer.processor.patch_size
     for name, pixels in (("window", window), ("stride", stride)):
         if pixels < patch or pixels % patch:
-            raise ValueError(f"Expected {name} in multiples of the patch size, {patch} pixels, got {pixels}.")
+            raise ValueError(
+                f"Expected {name} in multiples of the patch size, {patch} pixels, got {pixels}: change it."
+            )
     if stride > window:
-        raise ValueError(f"Expected stride of at most the window's {window} pixels, got {stride}.")
+        raise ValueError(f"Expected stride of at most the window's {window} pixels, got {stride}: change it.")
 
 
 def windowed_maps(

@@ -63,7 +63,9 @@ class WordExplainer:
         method: str = "grad_eclip",
     ):
         if method not in WORD_METHODS:
-            raise ValueError(f"Expected the method of word scores to be one of {list(WORD_METHODS)}, got {method!r}.")
+            raise ValueError(
+                f"Expected the method of word scores to be one of {list(WORD_METHODS)}, got {method!r}: choose one of them."
+            )
         self.method = method
         self.family = adapt(model, processor)
         self.texts = list(texts)

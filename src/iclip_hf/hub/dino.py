@@ -11,7 +11,7 @@ import torch
 from transformers import ViTConfig, ViTModel
 
 
-# Names in DINO's code -> names in checkpoints of `ViTModel`.
+# Patterns of names in DINO's checkpoints, and the names in checkpoints of `ViTModel`.
 _DINO_NAMES = {
     r"cls_token": "embeddings.cls_token",
     r"pos_embed": "embeddings.position_embeddings",
@@ -38,7 +38,7 @@ def load_dino_checkpoint(path: str | Path, config: ViTConfig) -> ViTModel:
     """
     if config.model_type != "vit":
         raise ValueError(
-            f"{path}: a DINO checkpoint needs a configuration of model_type vit, got {config.model_type}."
+            f"{path}: expected a configuration of model_type vit for DINO's checkpoint, got {config.model_type}; choose one of those."
         )
     weights = _convert_dino(_read_state_dict(path))
     config.layer_norm_eps = 1e-6
@@ -53,13 +53,15 @@ def load_dino_checkpoint(path: str | Path, config: ViTConfig) -> ViTModel:
     wrong = {kind: sorted(map(str, names)) for kind, names in loading.items() if names}
     if wrong:
         few = "; ".join(f"{kind.replace('_', ' ')}: {', '.join(names[:3])}" for kind, names in wrong.items())
-        raise ValueError(f"{path}: not a ViT of this configuration ({few}).")
+        raise ValueError(
+            f"{path}: expected a ViT of this configuration, got {few}; name another checkpoint or configuration."
+        )
     return model
 
 
 def _read_state_dict(path: str | Path) -> Mapping[str, torch.Tensor]:
     if not Path(path).is_file():
-        raise FileNotFoundError(f"{path}: expected a DINO checkpoint, but there is no such file.")
+        raise FileNotFoundError(f"{path}: expected a DINO checkpoint, but there is no such file; check the path.")
     try:
         # A training state also contains the parsed command line, a namespace of plain values.
         with torch.serialization.safe_globals([argparse.Namespace]):

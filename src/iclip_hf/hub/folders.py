@@ -38,7 +38,7 @@ _CUSTOM_PIPELINES = {
     task: {"impl": f"pipeline_iclip.{implementation.__name__}", "pt": ["AutoModel"], "type": "multimodal"}
     for task, implementation in PIPELINES.items()
 }
-# Options that must be equal in the checkpoint and the configuration. The configuration determines all others, such as DINO's epsilon.
+# Options that must be equal in a tower's checkpoint and the configuration. All others are those of the configuration.
 _TOWER_SHAPE = (
     "model_type",
     "hidden_size",
@@ -65,13 +65,13 @@ def init_model(config: str | Path, output: str | Path, vision: str | None = None
     Args:
         config: name of a shipped configuration (`"iclip-vit-b16"`) or a folder with `config.json` and `processor_config.json`.
         output: the folder to write; new or empty.
-        vision (*optional*): image tower: a folder or Hub id, or an original checkpoint of DINO (`.pth`).
-        text (*optional*): text tower, a folder or Hub id, also of a two-tower model such as CLIP.
-            Towers that are not given are taken from the configuration's `train.yaml`. The configuration of the embedded model
-            without other towers returns the trained embedded model.
+        vision (`str`, *optional*): image tower: a folder or Hub id, or an original checkpoint of DINO (`.pth`). That of the
+            configuration's `train.yaml` if not given.
+        text (`str`, *optional*): text tower: a folder or Hub id, also of a two-tower model such as CLIP. That of `train.yaml` if not
+            given. For the configuration of the embedded model, and no other towers, the trained embedded model is written.
 
     Returns:
-        The folder.
+        `Path`: the folder.
 
     Raises:
         `FileExistsError`: `output` is not empty.
@@ -83,7 +83,7 @@ def init_model(config: str | Path, output: str | Path, vision: str | None = None
     trained = vision is None and text is None and source.resolve() == _EMBEDDED.resolve()
     vision, text = vision or named.get("vision"), text or named.get("text")
     if not (vision and text):
-        raise ValueError(f"Expected an image and a text tower, which {source} does not name: give vision and text.")
+        raise ValueError(f"Expected an image and a text tower, but got none in {source}: give vision and text.")
     known = {}
     with atomic_folder(output) as folder:
         if trained:
@@ -140,12 +140,14 @@ def _checked_tower(config, checkpoint: str, side: str):
         found = AutoConfig.from_pretrained(checkpoint, trust_remote_code=False)
     found = getattr(found, side, found)
     differences = [
-        f"{name} is {getattr(found, name, None)!r}, expected {getattr(config, name, None)!r}"
+        f"{name} is {getattr(found, name, None)!r} instead of {getattr(config, name, None)!r}"
         for name in _TOWER_SHAPE
         if getattr(found, name, None) != getattr(config, name, None)
     ]
     if differences:
-        raise ValueError(f"{checkpoint}: not a tower of this configuration: {'; '.join(differences)}.")
+        raise ValueError(
+            f"{checkpoint}: expected a tower of this configuration, but {'; '.join(differences)}; name another tower or configuration."
+        )
     with loading_errors(checkpoint):
         return load_tower(config, checkpoint)
 
@@ -174,8 +176,8 @@ def export_model(
     training: Mapping | None = None,
 ) -> Path:
     """
-    Exports a model: weights (safetensors), configuration, processor, code and model card. Where this package is not installed,
-    the Auto classes and `pipeline` load the folder with `trust_remote_code=True`.
+    Exports a model: weights (safetensors), configuration, processor, code and model card. Without this package installed, the Auto
+    classes and `pipeline` load the folder with `trust_remote_code=True`.
 
     Args:
         model, processor: model to export and its processor; they are not changed.
@@ -183,7 +185,7 @@ def export_model(
         name, source, metrics, training: for the model card, see [`write_model_card`].
 
     Returns:
-        The folder.
+        `Path`: the folder.
 
     Raises:
         `FileExistsError`: `folder` is not empty.
@@ -192,7 +194,7 @@ def export_model(
         model.save_pretrained(built)
         processor.save_pretrained(built)
         config = json.loads((built / "config.json").read_text())
-        for side in ("vision_config", "text_config"):  # replaces paths of this machine
+        for side in ("vision_config", "text_config"):  # without paths of this machine
             config[side]["_name_or_path"] = describe_tower(getattr(model.config, side))["id"] or ""
         config |= {"auto_map": _AUTO_MAP, "custom_pipelines": _CUSTOM_PIPELINES}
         _write_json(built / "config.json", config)
@@ -220,7 +222,7 @@ def push_model(folder: str | Path, repo_id: str, private: bool | None = None) ->
         private: whether a new repository is private; the default of the account if not given.
 
     Returns:
-        The URL of the commit.
+        `str`: the URL of the commit.
 
     Raises:
         `OSError` (`HfHubHTTPError`): the Hub refuses the upload, or there is no token. `ValueError`: the name is invalid.

@@ -21,36 +21,37 @@ def metric_folders() -> dict[str, Path]:
 
 
 def install_metrics() -> list[str]:
-    """Installs the metric scripts in the module cache of `evaluate`. Replaces earlier versions.
-
-    Afterwards `evaluate.load` finds them by their bare names in any working directory, also offline.
+    """
+    Installs the metric scripts in the module cache of `evaluate`. Replaces earlier versions. Then `evaluate.load` finds them by
+    their bare names in any working directory, also offline.
 
     Returns:
-        The names: `["mfmb", "mmiou", "text_contrast"]`.
+        `list[str]`: the names, `["mfmb", "mmiou", "text_contrast"]`.
     """
     for name, folder in metric_folders().items():
         factory = LocalEvaluationModuleFactory(str(folder / f"{name}.py"), download_mode=DownloadMode.FORCE_REDOWNLOAD)
-        factory.name = f"evaluate-metric/{name}"  # the repository that `load(name)` looks up, also in its cache
+        factory.name = f"evaluate-metric/{name}"  # `load(name)` looks for this repository, also in its cache
         factory.get_module()
     return list(metric_folders())
 
 
 def export_space(metric: str, directory: str | Path) -> Path:
-    """Writes the files of a metric's Space into a new folder or an existing clone.
+    """
+    Writes the files of a metric's Space into a new folder or an existing clone.
 
     Args:
-        metric: name of the metric.
-        directory: folder to write into; created if it does not exist.
+        metric (`str`): name of the metric.
+        directory (`str` or `Path`): folder to write into; created if it does not exist.
 
     Returns:
-        The folder.
+        `Path`: the folder.
 
     Raises:
-        ValueError: the metric does not exist.
+        `ValueError`: the metric does not exist.
     """
     folders = metric_folders()
     if metric not in folders:
-        raise ValueError(f"Expected `metric` to be one of {tuple(folders)}, got {metric!r}.")
+        raise ValueError(f"Expected `metric` to be one of {tuple(folders)}, got {metric!r}: choose one of them.")
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     for source in folders[metric].iterdir():

@@ -104,15 +104,15 @@ def write_model_card(
     Args:
         model, processor: model and processor that the card describes.
         folder: folder of the model.
-        name (*optional*): name of the model, such as its Hub id; the folder's name if not given.
-        source (*optional*): folder or Hub id of the same weights. Training and results are taken from the front matter of its
-            card where `training` and `metrics` are not given. The text is written anew.
-        metrics (*optional*): an [`EvaluationResult`], or the `dict` of its JSON: `protocol`, and `results` with `mAP` and `mMIoU`
-            in percent, `mFMB` and `floor` for each method.
-        training (*optional*): settings of `iclip train` by name. The card shows those that a reader needs to repeat the training.
+        name (`str`, *optional*): name of the model, such as its Hub id; the folder's name if not given.
+        source (`str` or `Path`, *optional*): folder or Hub id of the same weights. If `training` or `metrics` is not given, it is
+            read from the front matter of the card there.
+        metrics ([`EvaluationResult`] or `dict`, *optional*): an evaluation, or the content of its JSON file: `protocol`, and
+            `results` with `mAP` and `mMIoU` in percent, `mFMB` and `floor` for each method.
+        training (`dict`, *optional*): settings of `iclip train` by name. The card shows those that are needed to repeat the training.
 
     Returns:
-        The path of the card. Its front matter contains the results in the Hub's model-index format.
+        `Path`: path of the card. Its front matter contains the results in the Hub's model-index format.
 
     Raises:
         `ValueError`: `metrics` has another form.
@@ -207,7 +207,7 @@ def public_settings(settings: Mapping) -> dict:
 
 
 def _is_hub_id(name: str) -> bool:
-    """Whether a name can be a Hub id, such as `org/model`, and is not a path of this machine."""
+    """Returns whether a name can be a Hub id, such as `org/model`, and is not a path of this machine."""
     is_file_name = name.endswith((".tar", ".csv", ".tsv", ".txt", ".pth"))
     return bool(re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name)) and not is_file_name and not Path(name).exists()
 
@@ -218,8 +218,10 @@ def _without_folders(name: str) -> str:
 
 def describe_tower(config: PreTrainedConfig) -> dict[str, str | None]:
     """
-    Describes a tower by the name it was loaded from: `name`, Hub `id` and `licence`, None where unknown. A local folder has no
-    known origin, except for the folders of the embedded towers.
+    Describes a tower by the name it was loaded from. The origin of a local folder is unknown, except for the embedded towers.
+
+    Returns:
+        `dict` with `name`, Hub `id` and `licence`. `id` and `licence` are None if unknown.
     """
     tower_id = config.name_or_path or ""
     folder = Path(tower_id)
@@ -274,7 +276,7 @@ def _eval_results(metrics: EvaluationResult | Mapping) -> list[EvalResult]:
 
 
 def _eval_result_entries(results: list[EvalResult]) -> list[EvalResultEntry]:
-    """Converts results on data sets of the Hub to its newer format, which has the conditions as a note."""
+    """Converts results on data sets of the Hub to its newer format. The number of images and the split become a note."""
     return [
         EvalResultEntry(
             dataset_id=_DATASET_IDS[one.dataset_type],
@@ -293,7 +295,7 @@ def _tables(results: list[EvalResult]) -> dict:
     protocols = {}
     for one in results:
         if one.metric_name not in _METRIC_DIGITS or "fingerprint" not in (one.dataset_args or {}):
-            continue  # results of other sources stay in the front matter only
+            continue  # results from elsewhere are in the front matter only
         dataset = f"{one.dataset_name} {one.dataset_split}"
         protocols[dataset] = one.dataset_args
         row = rows.setdefault((dataset, one.metric_config), {"dataset": dataset, "method": one.metric_config})

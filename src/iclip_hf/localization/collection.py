@@ -100,7 +100,7 @@ def open_images(sources: Sequence[str | os.PathLike]) -> ImageFolder | PairDatas
         return load_pairs(sources)
     if len(sources) > 1:
         raise ValueError(
-            f"Expected one folder of images, or webdataset shards alone, got {[str(s) for s in sources]}."
+            f"Expected one folder of images, or webdataset shards alone, got {[str(s) for s in sources]}: name one folder, or shards."
         )
     return ImageFolder(folders[0])
 
@@ -156,7 +156,9 @@ def explain_collection(
         folder cannot be written, another run is writing there, or another process of this run died.
     """
     if min(batch_size, images_per_file) < 1:
-        raise ValueError(f"Expected batch_size and images_per_file from 1, got {batch_size} and {images_per_file}.")
+        raise ValueError(
+            f"Expected batch_size and images_per_file from 1, got {batch_size} and {images_per_file}: correct them."
+        )
     state = this_process("collections")
     parts = [range(len(images))[start : start + images_per_file] for start in range(0, len(images), images_per_file)]
     files = [output / f"explanations-{number:05d}-of-{len(parts):05d}.parquet" for number in range(len(parts))]
@@ -169,7 +171,7 @@ def explain_collection(
             if found != settings:
                 differing = sorted(name for name in settings if found.get(name) != settings[name])
                 raise ValueError(
-                    f"{file}: it was made with other {', '.join(differing)}; choose another output folder."
+                    f"{file}: expected a file of this run, got one of other {', '.join(differing)}; choose another output folder."
                 )
 
         missing = [(part, file) for part, file in zip(parts, files) if not file.exists()]
@@ -201,7 +203,9 @@ def _rows(localizer, images, part, batch_size, pool, bar, broken) -> Iterator[di
     def load(index: int) -> tuple[str, Image.Image]:
         name, image = images.image(index)
         if name != _printable(name):
-            raise ValueError(f"{name}: expected a name in UTF-8, which Parquet files hold: rename the image")
+            raise ValueError(
+                f"{name}: expected a name in UTF-8, which Parquet files hold, got other bytes; rename the image"
+            )
         return name, image
 
     def explained() -> Iterator[ExplainedImage]:
@@ -237,5 +241,7 @@ def _metadata(file: Path) -> dict:
     """Returns the metadata of a file from `explain_collection`: settings and broken images."""
     metadata = pq.read_schema(file).metadata or {}
     if b"iclip" not in metadata:
-        raise ValueError(f"{file}: expected a file that this command wrote; choose another output folder.")
+        raise ValueError(
+            f"{file}: expected a file that this command wrote, but got another; choose another output folder."
+        )
     return json.loads(metadata[b"iclip"])

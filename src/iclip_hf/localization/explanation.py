@@ -60,7 +60,9 @@ class Explanation:
     def map(self, index: int) -> torch.Tensor:
         """Returns the map of one text, `(H, W)` float32 in [0, 1]: bicubic resize, then min-max (Eq. 4)."""
         if not -len(self.raw_maps) <= index < len(self.raw_maps):
-            raise IndexError(f"Expected the index of one of {len(self.raw_maps)} texts, got {index}.")
+            raise IndexError(
+                f"Expected the index of one of {len(self.raw_maps)} texts, got {index}: pass a lower one."
+            )
         return self._stretched(self.raw_maps[index, None])[0]
 
     def mask(self, index: int, threshold: float | None = None) -> torch.Tensor:

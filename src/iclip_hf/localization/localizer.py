@@ -89,7 +89,9 @@ class Localizer:
         **method_options,
     ):
         if not 0 <= min_presence <= 1:
-            raise ValueError(f"Expected min_presence in [0, 1], got {min_presence}.")
+            raise ValueError(
+                f"Expected min_presence in [0, 1], got {min_presence}: pass a share such as {MIN_PRESENCE}."
+            )
         self.explainer = make_explainer(model, processor, method, **method_options)
         self.templates = check_templates(self.explainer.family.templates if templates is None else templates)
         self.min_presence = min_presence
@@ -118,9 +120,11 @@ class Localizer:
         thresholds = check_thresholds(threshold)
         self.thresholds = thresholds.expand(len(self.texts) if thresholds.ndim == 0 else -1).tolist()
         if not self.texts:
-            raise ValueError("Expected at least one text, got none.")
+            raise ValueError("Expected at least one text, got none: name what to look for.")
         if len(self.thresholds) != len(self.texts):
-            raise ValueError(f"Expected {len(self.texts)} thresholds, one a text, got {len(self.thresholds)}.")
+            raise ValueError(
+                f"Expected {len(self.texts)} thresholds, one a text, got {len(self.thresholds)}: pass these."
+            )
         self.encoded = self.explainer.encode_texts(self.texts, self.templates)
         self._words = None
         if self._word_method is not None:
@@ -156,7 +160,7 @@ class Localizer:
             batch_size (`int`): largest number of images in one forward pass. These have one shape and equally many texts.
         """
         if batch_size < 1:
-            raise ValueError(f"Expected batch_size to be at least 1, got {batch_size}.")
+            raise ValueError(f"Expected batch_size to be at least 1, got {batch_size}: correct it.")
         images = iter(images)
         while batch := list(itertools.islice(images, batch_size)):
             readable = [image for image in batch if image is not None]
@@ -269,20 +273,22 @@ def explain(
     images = [load_image(image) for image in images]
     if not images or isinstance(texts, str) or not len(texts):
         raise ValueError(
-            f"Expected at least one image and a list of texts, got {len(images)} images and {texts!r:.100}."
+            f"Expected at least one image and a list of texts, got {len(images)} images and {texts!r:.100}: pass both as lists."
         )
     per_image = all(isinstance(one, (list, tuple)) for one in texts)
     labels = texts if per_image else [None] * len(images)
     unique = list(dict.fromkeys(itertools.chain(*texts))) if per_image else list(texts)
     if per_image and not all(texts):
-        raise ValueError("Expected at least one text for each image, got an empty list.")
+        raise ValueError(
+            "Expected at least one text for each image, got an empty list: add a text, or leave the image out."
+        )
     if not all(isinstance(label, str) for label in unique):
-        raise TypeError(f"Expected texts to be strings, got {texts!r:.100}.")
+        raise TypeError(f"Expected texts to be strings, got {texts!r:.100}: convert the others.")
     sizes = [None] * len(images) if target_sizes is None else target_sizes
     if len(labels) != len(images) or len(sizes) != len(images):
         raise ValueError(
             f"Expected texts and target sizes for {len(images)} images, got {len(labels)} lists of texts and "
-            f"{len(sizes)} sizes."
+            f"{len(sizes)} sizes: pass one of each for every image."
         )
     localizer = Localizer(
         model, processor, unique, method=method, templates=templates, image_size=size, words=words, **method_options

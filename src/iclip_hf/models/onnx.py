@@ -55,7 +55,7 @@ def export_onnx(model: ICLIPModel, processor: ICLIPProcessor, folder: str | Path
             extra `onnx` is missing.
     """
     if weights not in _WRITERS:
-        raise ValueError(f"Expected weights to be one of {', '.join(_WRITERS)}, got {weights!r}.")
+        raise ValueError(f"Expected weights to be one of {', '.join(_WRITERS)}, got {weights!r}: choose one of them.")
     with require_extra("onnx"):  # before the export, which takes minutes
         for package in ("onnxruntime.quantization", "onnxscript"):
             importlib.import_module(package)

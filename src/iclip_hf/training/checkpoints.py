@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import re
@@ -14,8 +15,10 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
 from ..hub.model_card import write_model_card
+from ..modeling_iclip import ICLIPModel
 from ..processing_iclip import ICLIPProcessor
 from ..utils.extras import require_extra
 from ..utils.files import writing_errors
@@ -40,6 +43,7 @@ class RunState:
         metrics: results of this model, or of the last one without validation.
         evaluation: its results on maps, as `iclip evaluate` returns them.
         settings: settings of the run.
+        sharded: whether the run shards its weights with FSDP.
     """
 
     step: int = 0
@@ -51,6 +55,7 @@ class RunState:
     metrics: dict = field(default_factory=dict)
     evaluation: dict | None = None
     settings: dict = field(default_factory=dict)
+    sharded: bool = False
 
 
 def keep_learning_weights_only(accelerator: Accelerator) -> None:
@@ -106,14 +111,18 @@ def state_to_resume(settings: Settings, fixed: Collection[str] = ()) -> tuple[Pa
     if not checkpoints(folder):
         return None, RunState()
     if not settings.resume:
-        raise ValueError(f"{folder}: holds a run already; add --resume to go on with it, or name another output_dir.")
+        raise ValueError(
+            f"{folder}: expected no run here, but got one; add --resume to go on with it, or name another output_dir."
+        )
     last = checkpoints(folder)[-1]
     state = RunState(**json.loads((last / "state.json").read_text()))
     if changed := changed_settings(settings, state.settings, fixed):
         differences = ", ".join(
             f"{name} from {state.settings.get(name)} to {getattr(settings, name)}" for name in changed
         )
-        raise ValueError(f"{folder}: cannot go on with other settings, but they changed: {differences}.")
+        raise ValueError(
+            f"{folder}: expected the settings of the run to resume, but got others: {differences}; restore them, or name another output_dir."
+        )
     return last, state
 
 
@@ -135,9 +144,7 @@ def advice_to_resume(output_dir: Path) -> Iterator[None]:
 
 
 def save_checkpoint(accelerator: Accelerator, output_dir: Path, state: RunState, keep: int) -> None:
-    """
-    Saves `checkpoint-<state.step>` atomically, and deletes all but the last `keep` checkpoints.
-    """
+    """Saves `checkpoint-<state.step>` atomically, and deletes all but the last `keep` checkpoints."""
     target = output_dir / f"checkpoint-{state.step:07d}"
     partial = Path(f"{target}.partial")
     if accelerator.is_main_process:
@@ -152,6 +159,18 @@ def save_checkpoint(accelerator: Accelerator, output_dir: Path, state: RunState,
         os.replace(partial, target)
         for old in checkpoints(output_dir)[:-keep]:
             shutil.rmtree(old)
+    accelerator.wait_for_everyone()  # a launcher ends all processes as soon as one has ended
+
+
+def whole_model(accelerator: Accelerator, pair_model: nn.Module) -> ICLIPModel:
+    """Returns the model with all its weights: itself, or a copy if FSDP shards it. Every process must call this."""
+    model = accelerator.unwrap_model(pair_model).model
+    if not accelerator.is_fsdp2:
+        return model
+    weights = get_model_state_dict(pair_model, options=StateDictOptions(full_state_dict=True))
+    whole = ICLIPModel(copy.deepcopy(model.config)).to(accelerator.device)
+    whole.load_state_dict({name.removeprefix("model."): weight for name, weight in weights.items()})
+    return whole
 
 
 def export(
@@ -161,13 +180,12 @@ def export(
     Writes the model, its processor and its card (see [`write_model_card`]) into a folder, for `from_pretrained`. Replaces the files
     of an earlier model one by one, each atomically, and leaves others, such as checkpoints.
     """
-    weights = accelerator.get_state_dict(pair_model)
+    model = whole_model(accelerator, pair_model)
     if accelerator.is_main_process:
         partial = folder / "model.partial"
         shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed during the export
-        model = accelerator.unwrap_model(pair_model).model
         with writing_errors(folder):
-            model.save_pretrained(partial, state_dict={name.removeprefix("model."): w for name, w in weights.items()})
+            model.save_pretrained(partial)
             processor.save_pretrained(partial)
             write_model_card(model, processor, partial, **card)
             for file in [path for path in partial.rglob("*") if path.is_file()]:

@@ -233,10 +233,12 @@ class BatchLoader:
         rows = pairs_per_epoch if self.streamed else len(dataset)
         self.steps_per_epoch = rows // batch_size
         if batch_size % world_size:
-            raise ValueError(f"Expected batch_size to be a multiple of the {world_size} processes, got {batch_size}.")
+            raise ValueError(
+                f"Expected batch_size to be a multiple of the {world_size} processes, got {batch_size}: change it."
+            )
         if not self.steps_per_epoch:
             way_out = "set pairs_per_epoch to the size of the stream" if self.streamed else "lower batch_size"
-            raise ValueError(f"An epoch of {rows} pairs has no batch of {batch_size}: {way_out}.")
+            raise ValueError(f"Expected at least {batch_size} pairs in an epoch, a batch, got {rows}: {way_out}.")
         self.sampler = GlobalBatches(rows, batch_size, seed, rank, world_size)
         by_index = {"batch_sampler": self.sampler}
         in_order = {"batch_size": batch_size // world_size, "drop_last": True}
@@ -300,7 +302,9 @@ class BatchLoader:
                 time.sleep(2**failures)
                 continue
             if step == began:
-                raise ValueError("A pass over this process's part of the stream has no whole batch: lower batch_size.")
+                raise ValueError(
+                    "Expected a whole batch in this process's part of the stream, got less: lower batch_size."
+                )
 
 
 def _ignore_interrupts(worker: int) -> None:

@@ -62,7 +62,10 @@ def load_datasets(
 
     def cached(pairs, part: str, transforms: list, nouns: NounPrompts | None = None) -> CachedPairs:
         if not model.config.lock_vision or isinstance(pairs, PairStream):
-            raise ValueError("cache_features needs a locked image tower and local pairs.")
+            given = "a stream" if model.config.lock_vision else "an image tower that learns"
+            raise ValueError(
+                f"Expected a locked image tower and local pairs for cache_features, got {given}: leave it out."
+            )
         folder = Path(settings.cache_features, part)
         limits = {"num_workers": settings.num_workers, "max_bad_share": settings.max_bad_share}
         limits["title"] = part.capitalize()

@@ -36,5 +36,5 @@ class Interrupts:
         self.requested = True
         if not self.deferred or (number == signal.SIGINT and now - self._since > 1):
             raise KeyboardInterrupt
-        if first:
+        if first and os.environ.get("RANK", "0") == "0":
             print("iclip train: stopping after this step, with a checkpoint; Ctrl-C again stops at once", flush=True)

@@ -122,6 +122,11 @@ class PairModel(nn.Module):
         return {name: branch for name, branch in named.items() if branch is not None}
 
     @property
+    def _no_split_modules(self) -> list[str]:
+        """The classes of the towers' layers, which FSDP shards one by one."""
+        return sorted(self.model._no_split_modules)
+
+    @property
     def has_dropout(self) -> bool:
         """Whether a tower that learns has dropout, so that `chunk_size` changes results."""
         learning = [] if self.model.config.lock_vision else [self.model.vision_model]
@@ -154,21 +159,22 @@ class PairModel(nn.Module):
             noun_ids, has_noun: nouns of the prompts, see [`NounPrompts`].
 
         Returns:
-            `dict` with `loss`, the mean of `losses` (branches,) (Eq. 13), and the unit vectors `image_embeds` and `text_embeds`
-            (B, P) of the recognition branch, without gradient. All are float32.
+            `dict` with `loss`, the mean of `losses` (branches,) (Eq. 13), and without gradient, `logit_scales` (branches,) and the
+            unit vectors `image_embeds` and `text_embeds` (B, P) of the recognition branch. All are float32.
         """
         if image_features is None:
             image_features = self._in_chunks(self._encode_images, pixel_values)
         if text_features is None:
             text_features = self._in_chunks(lambda *t: self._encode_texts(**dict(zip(texts, t))), *texts.values())
         pairs, rank, losses, embeds = len(image_features[0]), _rank(), [], None
+        scales = self.model.logit_scales()
         own = slice(rank * pairs, rank * pairs + pairs)
         if noun_ids is not None:
             nouns, all_have = gather_with_gradient(noun_ids), gather_with_gradient(has_noun)
             once = _first_of_each(nouns)  # a noun of many images counts once
             nouns = nouns[once]
 
-        for (name, branch), scale in zip(self.branches.items(), self.model.logit_scales()):
+        for (name, branch), scale in zip(self.branches.items(), scales):
             pooled = name == "recognition" or self.model.config.max_over == "channels"
             features = image_features[0] if name == "recognition" else image_features[1]
             images = branch.visual_projection(features)
@@ -201,6 +207,7 @@ class PairModel(nn.Module):
         return {
             "loss": losses.mean(),
             "losses": losses.detach(),
+            "logit_scales": torch.stack(scales[: len(losses)]).detach(),
             "image_embeds": embeds[0],
             "text_embeds": embeds[1],
         }

@@ -39,7 +39,7 @@ class NounPrompts:
         self.nouns = list(dict.fromkeys(noun.strip().lower() for noun in nouns if noun.strip()))
         self.count, self.seed = count, seed
         if not self.nouns:
-            raise ValueError("Expected at least one noun, got none.")
+            raise ValueError("Expected at least one noun, got none: add nouns to the vocabulary.")
         self._by_form = {noun: number for number, noun in enumerate(self.nouns)}
         for number, noun in enumerate(self.nouns):
             for plural in _plurals(noun):

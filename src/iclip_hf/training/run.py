@@ -36,6 +36,7 @@ from .checkpoints import (
     keep_learning_weights_only,
     save_checkpoint,
     state_to_resume,
+    whole_model,
 )
 from .data import BatchLoader, derive_seed
 from .datasets import load_datasets
@@ -55,7 +56,7 @@ def build_model(settings: Settings) -> tuple[ICLIPModel, ICLIPProcessor]:
     """The model to train and its processor: a trained one, or fresh projections on two towers."""
     options = dict(one.split("=", 1) for one in settings.model_options)
     if unknown := [name for name in options if name not in ICLIPConfig.__annotations__]:
-        raise ValueError(f"Expected model_options to name options of ICLIPConfig, got {unknown[0]!r}.")
+        raise ValueError(f"Expected model_options to name options of ICLIPConfig, got {unknown[0]!r}: correct it.")
     options = {name: yaml.safe_load(value) for name, value in options.items()}
     if settings.model:
         return load_iclip(embedded_model() if settings.model == "embedded" else settings.model, **options)
@@ -78,10 +79,11 @@ def start_accelerator(settings: Settings, model: ICLIPModel) -> Accelerator:
         # An image tower that learns may have parameters that no forward uses, such as a mask token.
         kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=not model.config.lock_vision)],
     )
-    if accelerator.distributed_type in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
+    kind = accelerator.distributed_type.value
+    if kind in ("DEEPSPEED", "MEGATRON_LM") or (kind == "FSDP" and not accelerator.is_fsdp2):
         raise ValueError(
-            f"Expected processes that each hold the whole model, got {accelerator.distributed_type}: use a configuration of "
-            "Accelerate without it, such as those in hub_configs/accelerate."
+            f"Expected processes that each hold the whole model, or FSDP of version 2, got {kind}: use a configuration of "
+            "Accelerate such as those in hub_configs/accelerate."
         )
     return accelerator
 
@@ -130,7 +132,10 @@ def run(
         settings.noun_branches,
     )
     last_checkpoint, state = state_to_resume(settings, fixed=["chunk_size"] if pair_model.has_dropout else [])
-    state.settings = asdict(settings)
+    if last_checkpoint and state.sharded != accelerator.is_fsdp2:
+        was = "with FSDP" if state.sharded else "without FSDP"
+        raise ValueError(f"{last_checkpoint}: expected a run {was}, as it began, got another; resume it {was}.")
+    state.settings, state.sharded = asdict(settings), accelerator.is_fsdp2
 
     # Data; first what is quickly found to be missing
     segmentation = None
@@ -163,13 +168,13 @@ def run(
         metrics, evaluation = {}, None
         if validation is not None:
             metrics |= validate(accelerator, pair_model, validation, settings.chunk_size, workers)
-        pair_model.eval()
+        whole = whole_model(accelerator, pair_model).eval()
         if segmentation is not None:
-            result = evaluate(model, processor, segmentation, progress=False)
+            result = evaluate(whole, processor, segmentation, progress=False)
             evaluation = {"protocol": {**result.protocol, "model": settings.name}, "results": result.results}
             metrics |= {metric: result.results["itsm"][metric] for metric in MAP_METRICS}
         if held_out is not None and settings.pictures and accelerator.is_main_process:
-            draw_examples(model, processor, held_out, settings.pictures, output_dir / "pictures", state.step)
+            draw_examples(whole, processor, held_out, settings.pictures, output_dir / "pictures", state.step)
         pair_model.train()
         accelerator.log(metrics, state.step)
         return metrics, evaluation
@@ -202,6 +207,7 @@ def run(
             if finite:
                 accelerator.backward(outputs["loss"])
                 norm = accelerator.clip_grad_norm_(pair_model.parameters(), settings.clip_grad_norm)
+                norm = norm.full_tensor() if accelerator.is_fsdp2 else norm
                 finite = bool(torch.isfinite(norm))
                 if finite or accelerator.scaler is not None:  # the scaler skips by itself, and lowers its scale
                     optimizer.step()
@@ -214,19 +220,18 @@ def run(
             state.bad_in_a_row = 0 if finite else state.bad_in_a_row + 1
             if state.bad_in_a_row == settings.max_bad_steps:
                 raise FloatingPointError(
-                    f"No finite loss and gradient in the last {settings.max_bad_steps} steps, up to step {state.step}: lower "
-                    "learning_rate, or set mixed_precision to bf16 or no"
+                    f"Expected a finite loss and gradient, got none in the last {settings.max_bad_steps} steps, up to step "
+                    f"{state.step}: lower learning_rate, or set mixed_precision to bf16 or no"
                 )
             meter.stepped()
             bar.update()
 
             last = state.step == total_steps
             if last or state.step % settings.log_steps == 0:
-                scales = [scale.item() for scale in model.logit_scales()]
                 log = {
                     "loss": sum(losses) / len(losses),
                     **dict(zip(("recognition_loss", "map_loss"), losses)),
-                    **dict(zip(("logit_scale", "map_logit_scale"), scales[: len(losses)])),
+                    **dict(zip(("logit_scale", "map_logit_scale"), outputs["logit_scales"].tolist())),
                     "learning_rate": learning_rate,
                     "gradient_norm": norm.item() if finite else math.nan,
                     **meter.read(),

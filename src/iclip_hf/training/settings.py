@@ -1,4 +1,4 @@
-"""The settings of a training run: defaults, a `train.yaml`, and what the command line gives. Loads no torch."""
+"""Settings of a training run, from defaults, a `train.yaml` and the command line. Does not import torch."""
 
 # ruff: noqa: RUF009 (`setting` makes a field)
 
@@ -29,7 +29,7 @@ def setting(default, help: str, same: Callable | None = lambda value: value):
     Args:
         default: default value.
         help: description for the command line.
-        same: function of the value whose result must not change when a run resumes; None if the setting changes no result.
+        same: function of the value. Its result must be the same when a run resumes. None if the setting changes no result.
     """
     make = {"default_factory": default.copy} if isinstance(default, list) else {"default": default}
     return field(**make, metadata={"help": help, "same": same})
@@ -37,11 +37,11 @@ def setting(default, help: str, same: Callable | None = lambda value: value):
 
 @dataclass
 class Settings:
-    """Settings of a run. The defaults are the paper's recipe, and those of GroupViT and DeiT where the paper refers to them."""
+    """Settings of a run. The defaults are the recipe of the paper, and of GroupViT and DeiT, to which the paper refers."""
 
     config: str = setting(
         "",
-        "name of a shipped configuration, or a train.yaml with the model's configuration beside it; without one, settings are "
+        "name of a shipped configuration, or a train.yaml in the folder of the model's configuration; without one, settings are "
         "chosen by the number of pairs, and without data it is iclip-vit-b16",
         same=None,
     )
@@ -50,14 +50,18 @@ class Settings:
         "folder of the run and of the trained model; runs/<name of the configuration or the data> if not given",
         same=None,
     )
-    resume: bool = setting(False, "go on from the last checkpoint in output_dir, if there is one", same=None)
+    resume: bool = setting(False, "resume from the last checkpoint in output_dir, if there is one", same=None)
 
     # model
-    model: str = setting("", 'ICLIP model to train further (folder or Hub id), or "embedded", instead of two towers')
-    vision: str = setting("", 'image tower (folder, Hub id, or DINO\'s .pth), or "embedded" for the one of the demo')
-    text: str = setting("", 'text tower (folder or Hub id), or "embedded" for the one of the demo')
-    model_options: list[str] = setting([], "options of the model over those of config.json, as name=value")
-    lock_text: bool = setting(False, "train the projections only")
+    model: str = setting(
+        "", 'ICLIP model to continue to train (folder or Hub id), or "embedded", instead of two towers'
+    )
+    vision: str = setting(
+        "", 'image tower: a folder, a Hub id, a .pth file of DINO, or "embedded" for that of the embedded model'
+    )
+    text: str = setting("", 'text tower: a folder, a Hub id, or "embedded" for that of the embedded model')
+    model_options: list[str] = setting([], "options that override those of config.json, as name=value")
+    lock_text: bool = setting(False, "freeze the text tower")
     image_size: int = setting(224, "height and width of images in pixels")
 
     # data
@@ -68,58 +72,64 @@ class Settings:
     )
     image_column: str = setting("", "column of the images, if it has no usual name")
     caption_column: str = setting("", "column of the captions, if it has no usual name")
-    validation_data: list[str] = setting([], "pairs to validate on, local")
+    validation_data: list[str] = setting([], "validation pairs, local")
     validation_share: float = setting(0.0, "share of the pairs to validate on instead, which are not trained on")
     split: str = setting("train", "split of a Hub dataset")
     pairs_per_epoch: int = setting(
         0, "pairs in an epoch of a Hub dataset, which then is streamed instead of downloaded"
     )
-    max_bad_share: float = setting(0.05, "the run stops if more of the pairs are broken")
+    max_bad_share: float = setting(0.05, "largest share of broken pairs; the run stops above it")
     crop_scale: float = setting(0.08, "smallest area of a random crop, as a share of the image")
-    auto_augment: str = setting("rand-m9-mstd0.5-inc1", "timm's name of an augmentation policy, or empty")
+    auto_augment: str = setting("rand-m9-mstd0.5-inc1", "name of an augmentation policy of timm; empty for none")
     random_erasing: float = setting(0.25, "probability of erasing a rectangle")
-    nouns: str = setting("", "text file of nouns, a line each: those of a caption become prompts, as in GroupViT")
-    noun_prompts: int = setting(3, "nouns that a pair brings; each noun of a batch counts once")
-    noun_weight: float = setting(0.5, "their share in the loss of the branches that learn them")
-    noun_branches: list[str] = setting(["recognition"], "branches that learn them: recognition, interpretability")
-    map_tokens: int = setting(16, "patches that stand for an image where max_over is similarity")
-    num_workers: int = setting(4, "processes that load pairs, for each training process", same=None)
-    cache_features: str = setting(
-        "", "folder for features of locked towers, computed once and trained from", same=bool
+    nouns: str = setting(
+        "", "text file with one noun in each line; nouns that occur in captions become prompts, as in GroupViT"
     )
-    views: int = setting(1, "views of an image in that cache: the whole image, then augmented ones")
+    noun_prompts: int = setting(3, "number of noun prompts for each pair; a noun counts once in a batch")
+    noun_weight: float = setting(0.5, "share of noun prompts in the loss of noun_branches")
+    noun_branches: list[str] = setting(
+        ["recognition"], "branches that learn noun prompts: recognition, interpretability"
+    )
+    map_tokens: int = setting(16, "number of patches that represent an image with max_over=similarity")
+    num_workers: int = setting(4, "number of loading processes for each training process", same=None)
+    cache_features: str = setting("", "folder for features of frozen towers, which are computed once", same=bool)
+    views: int = setting(1, "number of views of each image in cache_features: the whole image and augmented ones")
 
     # optimisation
-    epochs: int = setting(30, "passes over the pairs")
-    max_steps: int = setting(0, "stop after so many steps, the schedule with them; 0 for all epochs")
-    batch_size: int = setting(1024, "pairs in a batch of all processes together")
+    epochs: int = setting(30, "number of passes over the pairs")
+    max_steps: int = setting(0, "number of steps of the run and its schedule; 0 for all epochs")
+    batch_size: int = setting(1024, "number of pairs in a batch, over all processes")
     chunk_size: int = setting(
         256,
-        "pairs that a tower sees at once in a process: the memory it needs; changes results only where a tower with dropout learns",
+        "number of pairs in one forward pass of a tower; limits the memory, and changes results only if a trained tower has dropout",
         same=None,
     )
     learning_rate: float = setting(
-        1.25e-4, "learning rate at the peak, for a batch of 1024; all three rates follow the batch size"
+        1.25e-4, "peak learning rate for a batch of 1024; all three rates are scaled with the batch size"
     )
-    warmup_learning_rate: float = setting(1e-6, "learning rate at the start")
-    min_learning_rate: float = setting(1e-5, "learning rate at the end")
-    warmup_epochs: float = setting(2.0, "epochs of linear warm-up, before half a cosine")
-    weight_decay: float = setting(0.05, "weight decay of matrices; not of biases, norms and logit scales")
-    adam_beta1: float = setting(0.9, "AdamW's memory of the gradient")
-    adam_beta2: float = setting(0.999, "AdamW's memory of the squared gradient")
-    adam_epsilon: float = setting(1e-8, "AdamW's epsilon")
+    warmup_learning_rate: float = setting(1e-6, "first learning rate of the warm-up")
+    min_learning_rate: float = setting(1e-5, "last learning rate")
+    warmup_epochs: float = setting(2.0, "number of epochs of linear warm-up, before the cosine decay")
+    weight_decay: float = setting(0.05, "weight decay of matrices; biases, norms and logit scales have none")
+    adam_beta1: float = setting(0.9, "beta1 of AdamW")
+    adam_beta2: float = setting(0.999, "beta2 of AdamW")
+    adam_epsilon: float = setting(1e-8, "epsilon of AdamW")
     clip_grad_norm: float = setting(5.0, "largest norm of the gradient")
     mixed_precision: Literal["auto", "no", "fp16", "bf16"] = setting(
         "auto",
-        "auto: fp16 or bf16 if Accelerate was told one of them, else the one that the GPU prefers, none on a CPU",
+        "auto: the choice of `accelerate launch`; without one, bf16 or fp16 on a GPU and no on a CPU",
     )
-    max_bad_steps: int = setting(30, "stop after so many steps in a row without a finite loss and gradient", same=None)
-    seed: int = setting(0, "seed of everything random")
+    max_bad_steps: int = setting(
+        30, "number of consecutive steps without a finite loss and gradient after which the run stops", same=None
+    )
+    seed: int = setting(0, "random seed")
 
-    # watching
-    report_to: str = setting("tensorboard", "Accelerate's name of a tracker, or none", same=None)
-    log_steps: int = setting(10, "steps between two logs", same=None)
-    eval_steps: int = setting(1000, "steps between two evaluations; there is one at the end in any case", same=None)
+    # monitoring
+    report_to: str = setting("tensorboard", "name of a tracker of Accelerate, or none", same=None)
+    log_steps: int = setting(10, "number of steps between logs", same=None)
+    eval_steps: int = setting(
+        1000, "number of steps between evaluations; the last step is always evaluated", same=None
+    )
     eval_dataset: Literal[
         "none",
         "voc2012",
@@ -133,21 +143,21 @@ class Settings:
         "coco_stuff",
         "ade20k",
         "cityscapes",
-    ] = setting("none", "segmentation data to evaluate maps on")
+    ] = setting("none", "segmentation data set for the evaluation of maps")
     eval_root: str = setting("", "folder of eval_dataset")
-    eval_split: str = setting("", "split of eval_dataset, if not the official one")
+    eval_split: str = setting("", "split of eval_dataset; the validation split if not given")
     best_metric: Literal[_BEST_METRICS] = setting(
-        "auto", "what the kept best model is best in; auto: text_to_image, or mMIoU without validation_data"
+        "auto", "metric that selects the best model; auto: text_to_image, or mMIoU without validation_data"
     )
-    pictures: int = setting(4, "validation images to draw the maps of at each evaluation", same=None)
-    checkpoint_steps: int = setting(1000, "steps between two checkpoints", same=None)
-    keep_checkpoints: int = setting(2, "checkpoints to keep", same=None)
+    pictures: int = setting(4, "number of validation images whose maps are drawn at each evaluation", same=None)
+    checkpoint_steps: int = setting(1000, "number of steps between checkpoints", same=None)
+    keep_checkpoints: int = setting(2, "number of checkpoints to keep", same=None)
 
     def __post_init__(self):
         if not self.output_dir and self.config:
             self.output_dir = f"runs/{Path(self.config).resolve().parent.name}"
         if not self.output_dir:
-            raise ValueError("expected output_dir to name the folder of the run, got none")
+            raise ValueError("Expected output_dir to be the folder of the run, got none: name one.")
         limits = dict.fromkeys(("image_size", "views", "epochs", "batch_size", "chunk_size", "max_bad_steps"), 1)
         limits |= dict.fromkeys(("log_steps", "eval_steps", "checkpoint_steps", "keep_checkpoints", "noun_prompts"), 1)
         limits["map_tokens"] = 1
@@ -155,10 +165,10 @@ class Settings:
         limits |= dict.fromkeys(("warmup_epochs", "weight_decay", "warmup_learning_rate", "min_learning_rate"), 0)
         for name, least in limits.items():
             if not getattr(self, name) >= least:
-                raise ValueError(f"expected {name} to be at least {least}, got {getattr(self, name)}")
+                raise ValueError(f"Expected {name} to be at least {least}, got {getattr(self, name)}: change it.")
         for name in ("learning_rate", "clip_grad_norm", "adam_epsilon"):
             if not getattr(self, name) > 0:
-                raise ValueError(f"expected {name} to be positive, got {getattr(self, name)}")
+                raise ValueError(f"Expected {name} to be positive, got {getattr(self, name)}: change it.")
         for name in (
             "crop_scale",
             "random_erasing",
@@ -169,15 +179,15 @@ class Settings:
             "validation_share",
         ):
             if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"expected {name} to be from 0 to 1, got {getattr(self, name)}")
+                raise ValueError(f"Expected {name} to be from 0 to 1, got {getattr(self, name)}: change it.")
         for one in self.model_options:
             if "=" not in one:
-                raise ValueError(f"expected model_options to be name=value, got {one!r}")
+                raise ValueError(f"Expected model_options to be name=value, got {one!r}: correct it.")
         branches = ("recognition", "interpretability")
         if unknown := [name for name in self.noun_branches if name not in branches]:
-            raise ValueError(f"expected noun_branches to be of {', '.join(branches)}, got {unknown[0]!r}")
+            raise ValueError(f"Expected noun_branches to be of {', '.join(branches)}, got {unknown[0]!r}: correct it.")
         if self.validation_data and self.validation_share:
-            raise ValueError("expected validation_data or validation_share, got both")
+            raise ValueError("Expected validation_data or validation_share, got both: leave one out.")
         validated = bool(self.validation_data or self.validation_share)
         given = {"validation_data": validated, "eval_dataset": self.eval_dataset != "none"}
         needed = "validation_data" if self.best_metric in RETRIEVAL_METRICS else "eval_dataset"
@@ -185,16 +195,20 @@ class Settings:
             maps_alone = given["eval_dataset"] and not validated
             self.best_metric = "mMIoU" if maps_alone else "text_to_image"
         elif not given[needed]:
-            raise ValueError(f"expected {needed} for best_metric {self.best_metric}, got none")
+            raise ValueError(f"Expected {needed} for best_metric {self.best_metric}, got none: set it.")
         if not self.data:
-            raise ValueError("expected data to name training pairs, such as a folder of webdataset shards, got none")
+            raise ValueError(
+                "Expected data to be training pairs, got none: name some, such as a folder of webdataset shards."
+            )
         if bool(self.model) == bool(self.vision and self.text):
             raise ValueError(
-                f"expected either model, or vision and text, got model={self.model!r}, vision={self.vision!r} and "
-                f"text={self.text!r}"
+                f"Expected either model, or vision and text, got model={self.model!r}, vision={self.vision!r} and "
+                f"text={self.text!r}: set one or the other."
             )
         if not self.model and not self.config:
-            raise ValueError(f"expected config to name the model's configuration for vision={self.vision!r}, got none")
+            raise ValueError(
+                f"Expected config to name the configuration of a model with vision={self.vision!r}, got none: name one."
+            )
 
     def is_better(self, score: float, than: float) -> bool:
         """Whether a score in `best_metric` is better than another."""
@@ -206,11 +220,11 @@ class Settings:
         return Path(self.config).resolve().parent.name if self.config else Path(self.output_dir).name
 
 
-# --------------------------------------------------------------------------------------------------------- their sources
+# --------------------------------------------------------------------------------------------------------- sources
 
 
 def add_settings(parser: argparse.ArgumentParser) -> None:
-    """Adds every setting as an option, and the training pairs as arguments too. What is not given is absent from the result."""
+    """Adds every setting as an option, and `data` also as positional arguments. Settings that are not given are absent from the result."""
     for one in fields(Settings):
         kind, several, choices = _kind(one.name)
         options = {"nargs": "+"} if several else {"nargs": "?", "const": True} if kind is bool else {}
@@ -233,11 +247,14 @@ def has_configuration(given: Mapping) -> bool:
 
 def read_settings(given: Mapping, chosen: Mapping | None = None) -> Settings:
     """
-    Returns the settings of a run: `given` over those of the `train.yaml` that `config` names, over the defaults.
+    Merges the settings of a run. `given` has precedence over the `train.yaml` that `config` names, and this over the defaults.
 
     Args:
-        given: settings by name, with values of their types, such as the result of [`add_settings`]'s parser.
-        chosen (*optional*): settings in place of a configuration's, see [`has_configuration`].
+        given (`Mapping`): settings by name, with values of their types, such as the result of the parser of [`add_settings`].
+        chosen (`Mapping`, *optional*): settings in place of those of a configuration, see [`has_configuration`].
+
+    Returns:
+        [`Settings`].
 
     Raises:
         `ValueError`: a setting is invalid. `FileNotFoundError`: there is no such configuration.
@@ -254,14 +271,14 @@ def read_settings(given: Mapping, chosen: Mapping | None = None) -> Settings:
 
 
 def parse_settings(arguments: Sequence[str]) -> Settings:
-    """Returns the settings of a run from the words of a command line that names a configuration."""
+    """Parses the settings of a run from command-line arguments that name a configuration."""
     parser = argparse.ArgumentParser(allow_abbrev=False)
     add_settings(parser)
     return read_settings(vars(parser.parse_args(arguments)))
 
 
 def _config_file(config: str) -> Path:
-    """Returns the `train.yaml` that `config` names: the file, that in the folder, or that of a shipped configuration."""
+    """Returns the `train.yaml` that `config` names: a file, the one in a folder, or the one of a shipped configuration."""
     for file in (Path(config), Path(config, "train.yaml"), SHIPPED / config / "train.yaml"):
         if file.is_file():
             return file
@@ -304,7 +321,7 @@ def _read_file(file: Path) -> dict:
 
 @cache
 def _kind(name: str) -> tuple[type, bool, tuple[str, ...]]:
-    """Returns the type of a setting, whether it is a list of them, and its choices if it has some."""
+    """Returns the type of a setting or of its items, whether it is a list, and its choices, if any."""
     hint = get_type_hints(Settings)[name]
     if get_origin(hint) is Literal:
         return str, False, get_args(hint)
@@ -312,7 +329,7 @@ def _kind(name: str) -> tuple[type, bool, tuple[str, ...]]:
 
 
 def _parse(name: str, text: str):
-    """Converts the text of a setting to its type. An error has the form that argparse prints."""
+    """Converts the text of a setting to its type. Raises `argparse.ArgumentTypeError` for other text."""
     kind, _, choices = _kind(name)
     expected = {int: "a whole number", float: "a number", bool: "true or false"}.get(
         kind

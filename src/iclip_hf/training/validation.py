@@ -48,10 +48,10 @@ def validate(
         outputs = pair_model(**send_to_device(batch, accelerator.device))
         images.append(outputs["image_embeds"])
         texts.append(outputs["text_embeds"])
+        scale = outputs["logit_scales"][0]
     pair_model.train()
     images, texts = (accelerator.gather(torch.cat(one))[: len(dataset)] for one in (images, texts))
     cosines = images @ texts.T
-    scale = accelerator.unwrap_model(pair_model).model.logit_scales()[0]
     numbers = {}  # pairs with the same caption cannot be told apart
     same = [numbers.setdefault(caption, len(numbers)) for caption in dataset.drawn_captions()]
     same = torch.tensor(same, device=images.device)

@@ -64,10 +64,12 @@ def overlay(image: Image.Image, heatmap: np.ndarray, opacity: float = 0.5, color
     heatmap = to_numpy(heatmap)
     if heatmap.shape != (image.height, image.width):
         raise ValueError(
-            f"Expected a map of the image's size {(image.height, image.width)} (height, width), got {heatmap.shape}."
+            f"Expected a map of the image's size {(image.height, image.width)} (height, width), got {heatmap.shape}: resize it."
         )
     if colormap not in colormaps:
-        raise ValueError(f'Expected a colormap of matplotlib, such as "jet" or "cividis", got {colormap!r}.')
+        raise ValueError(
+            f'Expected a colormap of matplotlib, such as "jet" or "cividis", got {colormap!r}: choose one of them.'
+        )
     colors = _colors(colormap)
     levels = np.minimum(heatmap * np.float32(len(colors)), len(colors) - 1).astype(np.intp)
     return Image.blend(image, Image.fromarray(colors[levels]), opacity)

@@ -1,0 +1,149 @@
+"""All methods on one model: what their maps mark, owe to the text and to the model, and what they cost, in one table.
+
+    python benchmarks/methods.py coco2017:DATA/coco100:train2017 voc2012:DATA/voc_layout --output docs/tables/methods.md
+
+A cell has a value for each data set. The columns that cost most (label maps of all classes; deletion and insertion) are measured
+on the first images alone, as many as --few says. Methods that the model cannot do are named below the table. Prints the table and
+writes it.
+"""
+
+import argparse
+import statistics
+from pathlib import Path
+
+from measuring import machine, ratio, table, take_turns
+
+from iclip_hf.cli.common import load_silently
+from iclip_hf.data.segmentation import load_segmentation
+from iclip_hf.evaluation.evaluate import evaluate
+from iclip_hf.evaluation.faithfulness import evaluate_faithfulness
+from iclip_hf.evaluation.results import rounded
+from iclip_hf.evaluation.segmentation import evaluate_segmentation
+from iclip_hf.explainers import METHODS, make_explainer
+from iclip_hf.utils.files import atomic_write
+
+
+CONSTANT = "a constant map"
+TEXTS = 20  # of one image, for the time
+COLUMNS = {
+    "mMIoU": ("mMIoU %", 1),
+    "mFMB": ("mFMB", 3),
+    "text_contrast": ("text contrast %", 1),
+    "mIoU": ("mIoU %", 1),
+    "pointing_game": ("pointing game %", 1),
+    "difference_probability": ("insertion minus deletion, % points", 2),
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("data", nargs="+", metavar="NAME:FOLDER[:SPLIT]", help="data sets of load_segmentation")
+    parser.add_argument("--model", help="folder or Hub id (default: the embedded model)")
+    parser.add_argument("--dtype", help="number format of the model, for example bfloat16 (default: as saved)")
+    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS, metavar="METHOD")
+    parser.add_argument("--limit", type=int, help="use only the first images (default: all)")
+    parser.add_argument("--few", type=int, default=20, help="number of images for the costly columns (default: 20)")
+    parser.add_argument("--output", type=Path, default=Path("runs/methods.md"))
+    options = parser.parse_args()
+
+    datasets = [load_segmentation(*data.split(":")) for data in options.data]
+    model, processor = load_silently(options.model, options.dtype)
+    methods, refused = able(model, processor, options.methods)
+    scores = [measure(model, processor, dataset, methods, options.limit, options.few) for dataset in datasets]
+    taken = seconds(model, processor, datasets[0], methods)
+    report = written(datasets, scores, taken, options, refused)
+    print(report)
+    options.output.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_write(options.output) as partial:
+        partial.write_text(report + "\n", encoding="utf-8")
+
+
+def able(model, processor, methods: list[str]) -> tuple[list[str], dict[str, str]]:
+    """The methods that this model can do, and why it cannot do the others."""
+    refused = {}
+    for method in methods:
+        try:
+            make_explainer(model, processor, method)
+        except ValueError as error:
+            refused[method] = str(error)
+    return [method for method in methods if method not in refused], refused
+
+
+def measure(model, processor, dataset, methods: list[str], limit: int | None, few: int) -> dict[str, dict[str, float]]:
+    """Scores by method on one data set, with mAP and the row of a constant map."""
+    few = min(few, limit or few)
+    cheap = evaluate(model, processor, dataset, methods, limit=limit).results
+    labels = evaluate_segmentation(model, processor, dataset, methods, limit=few).results
+    faithful = evaluate_faithfulness(
+        model, processor, dataset, methods, measures=["deletion_insertion", "pointing_game"], limit=few
+    ).results
+    scores = {method: {**cheap[method], **labels[method], **faithful[method]} for method in methods}
+    for one in scores.values():
+        if one["difference_probability"] is not None:
+            one["difference_probability"] *= 100
+    first = scores[methods[0]]
+    scores[CONSTANT] = {
+        "mAP": first["mAP"],
+        "mMIoU": cheap[methods[0]]["floor"],
+        "mFMB": 0.0,
+        "text_contrast": 50.0,
+        "mIoU": labels[methods[0]]["floor"],
+        "pointing_game": first["foreground"],
+    }
+    return scores
+
+
+def seconds(model, processor, dataset, methods: list[str]) -> dict[str, list[float]]:
+    """Seconds of the raw maps of one image with `TEXTS` texts, by method."""
+    explainers = {method: make_explainer(model, processor, method) for method in dict.fromkeys(["itsm", *methods])}
+    texts = explainers["itsm"].encode_texts(dataset.class_names[:TEXTS])
+    pixel_values = explainers["itsm"].processor(images=[dataset[0].image])["pixel_values"]
+    return take_turns({name: lambda one=one: one.raw_maps(pixel_values, texts) for name, one in explainers.items()}, 3)
+
+
+def written(datasets, scores: list[dict], taken: dict[str, list[float]], options, refused: dict[str, str]) -> str:
+    """The table, with what it was measured on."""
+    rows = []
+    for method in scores[0]:
+        cells = [
+            " / ".join(rounded(one[method].get(name), digits) for one in scores)
+            for name, (_, digits) in COLUMNS.items()
+        ]
+        cost = ["-", "-"]
+        if method in taken:
+            cost = [f"{statistics.median(taken[method]):.3f}", f"{ratio(taken, method, 'itsm'):.1f}"]
+        rows.append([f"`{method}`" if method in METHODS else method, *cells, *cost])
+    headings = ["method", *(heading for heading, _ in COLUMNS.values()), "seconds an image", "times `itsm`"]
+    counts = [min(len(dataset), options.limit or len(dataset)) for dataset in datasets]
+    few = [min(count, options.few) for count in counts]
+    lines = [
+        f"Each cell: {' / '.join(f'{dataset.name}, {count} images' for dataset, count in zip(datasets, counts))}. mIoU, pointing game and "
+        f"insertion minus deletion: the first {' / '.join(map(str, few))} images. mAP of the model, whatever the method: "
+        f"{' / '.join(rounded(one[CONSTANT]['mAP'], 1) for one in scores)} %. Seconds: raw maps of one image with "
+        f"{min(TEXTS, len(datasets[0].class_names))} texts, medians of 3 rounds; {machine()}; {options.dtype or 'number format as saved'}.",
+        "",
+        table(headings, rows),
+    ]
+    lines += ["", "Who leads, and whether that takes a text:", "", table(*leaders(scores))]
+    lines += ["", *(f"`{method}` is left out: {reason}" for method, reason in refused.items())] if refused else []
+    return "\n".join(lines)
+
+
+def leaders(scores: list[dict]) -> tuple[list[str], list[list[str]]]:
+    """For each column the best method, the rank of the model's own map, and the best method that does not see the text."""
+    rows = []
+    for name, (heading, digits) in COLUMNS.items():
+        best, rank, blind = [], [], []
+        for one in scores:
+            known = {method: one[method][name] for method in METHODS if one.get(method, {}).get(name) is not None}
+            order = sorted(known, key=known.get, reverse=True)
+            unseeing = [method for method in order if not METHODS[method].sees_text]
+            best.append(f"`{order[0]}`" if order else "-")
+            rank.append(f"{order.index('itsm') + 1} of {len(order)}" if "itsm" in known else "-")
+            blind.append(f"`{unseeing[0]}`, {rounded(known[unseeing[0]], digits)}" if unseeing else "-")
+        rows.append([heading, *(" / ".join(cells) for cells in (best, rank, blind))])
+    return ["column", "best", "rank of `itsm`", "best without text"], rows
+
+
+if __name__ == "__main__":
+    main()

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from measuring import cost, machine, ratio, table, take_turns
 from PIL import Image
-from transformers import BertConfig, Dinov2Config
+from transformers import BertConfig, Dinov2Config, pipeline
 
 from iclip_hf import ICLIPConfig, ICLIPModel
 from iclip_hf.images import load_image
@@ -146,15 +146,76 @@ def variants(rounds: int) -> str:
     return table(["8 images, 20 texts, raw maps", "seconds", "times faster than float32"], rows)
 
 
+def bare_tower(pixels: int) -> Callable[[], object]:
+    """The image tower alone on one image of so many pixels a side."""
+    model, pixel_values = embedded_size(), torch.randn(1, 3, pixels, pixels)
+    return without_gradients(lambda: model.vision_model(pixel_values))
+
+
 def growth() -> str:
-    """Time and memory from one to a thousand images and texts, and over the sizes of an image."""
-    sizes = [(images, 20, 224) for images in (1, 100, 1000)] + [(1, texts, 224) for texts in (1, 1000)]
-    sizes += [(1, 20, pixels) for pixels in (448, 896, 1344)]
+    """Time and memory from one to a thousand images, to ten thousand texts, and over the sizes of an image."""
+    sizes = [(images, 20, 224) for images in (1, 100, 1000)] + [(1, texts, 224) for texts in (1, 1000, 10_000)]
+    sizes += [(1, 20, pixels) for pixels in (448, 896, 1344, 1792)]
     rows = []
     for size in sizes:
         seconds, memory = cost(grown, *size)
         rows.append([*size, seconds, f"{memory:.0f}"])
     return table(["images", "texts", "pixels a side", "seconds", "MiB"], rows)
+
+
+def large_images(rounds: int) -> str:
+    """One image with one text against the image tower's own forward: what the attention row and the affinity add."""
+    rows = []
+    for pixels in (224, 896, 1344):
+        contenders = {"explain": grown(1, 1, pixels), "tower": bare_tower(pixels)}
+        taken = take_turns(contenders, rounds if pixels == 224 else 3)
+        memory = [cost(grown, 1, 1, pixels)[1], cost(bare_tower, pixels)[1]]
+        seconds = [float(np.median(times)) for times in taken.values()]
+        rows.append([pixels, *seconds, f"{ratio(taken, 'explain', 'tower'):.3f}", *(f"{one:.0f}" for one in memory)])
+    return table(["pixels a side", "seconds", "tower alone", "ratio", "MiB", "tower's MiB"], rows)
+
+
+def pipelines(rounds: int) -> str:
+    """`pipeline` over 100 images against the model's forward alone, both in batches of 8."""
+    model, processor = load_iclip(embedded_model())
+    pipe = pipeline("image-text-similarity-map", model=model, processor=processor)
+    noise = np.random.default_rng(0).integers(0, 255, (100, 15, 20, 3), np.uint8)
+    images = [Image.fromarray(one).resize(SIZE[::-1], Image.Resampling.BICUBIC) for one in noise]
+    texts = ["dog", "ball", "grass"]
+    features = model.get_text_features(**processor(labels=texts))
+    pixel_values = processor(images=images)["pixel_values"]
+
+    def forwards():
+        for batch in pixel_values.split(8):
+            model(pixel_values=batch, text_features=features)
+
+    contenders = {"pipeline": lambda: pipe(images, texts, batch_size=8), "forward": without_gradients(forwards)}
+    taken = take_turns(contenders, rounds)
+    seconds = [float(np.median(times)) for times in taken.values()]
+    headings = ["`pipeline` over 100 images of 480x640, 3 texts, batches of 8", "forward alone", "ratio"]
+    return table(headings, [[*seconds, f"{ratio(taken, 'pipeline', 'forward'):.3f}"]])
+
+
+def asking_again(rounds: int) -> str:
+    """The demo's answer for the first texts on an image and for other texts on the same one, from upload to archive."""
+    from iclip_hf.demo.app import EXAMPLES, explain_image, to_npz, viewer_value
+    from iclip_hf.localization.localizer import Localizer
+
+    localizer = Localizer(*load_iclip(embedded_model()), ["dog"])
+    photo = np.random.default_rng(0).integers(0, 255, (15, 20, 3), np.uint8)
+    image = Image.fromarray(photo).resize(SIZE[::-1], Image.Resampling.BICUBIC)
+    texts = next(iter(EXAMPLES.values())).split(", ")
+    _, kept = explain_image(localizer, image, texts)
+
+    def answer(features=None):
+        explanation, _ = explain_image(localizer, image, texts, features)
+        viewer_value(image, explanation), to_npz(explanation)
+
+    contenders = {"first": answer, "again": lambda: answer(kept), "texts": lambda: localizer.about(texts)}
+    taken = take_turns(contenders, rounds)
+    seconds = [float(np.median(times)) for times in taken.values()]
+    headings = ["demo, first texts on an image", "other texts on it", "ratio", "of which encoding 3 texts"]
+    return table(headings, [[*seconds[:2], f"{ratio(taken, 'again', 'first'):.3f}", seconds[2]]])
 
 
 def end_to_end(files: int) -> str:
@@ -212,6 +273,9 @@ def starting(rounds: int) -> str:
     def run(*command: str) -> Callable[[], object]:
         return lambda: subprocess.run([sys.executable, *command], check=True, capture_output=True)
 
+    def refused(*command: str) -> Callable[[], object]:
+        return lambda: subprocess.run([sys.executable, "-m", "iclip_hf.cli", *command], capture_output=True)
+
     auto = "from transformers import AutoModel, AutoProcessor, pipeline; import torch"
     vision, text = embedded_towers()
     bare = f"""
@@ -231,8 +295,13 @@ with torch.no_grad():
             {
                 "`import torch, transformers`": run("-c", "import torch, transformers"),
                 "its Auto classes and pipelines": run("-c", auto),
-                "and `iclip_hf`": run("-c", f"{auto}, iclip_hf"),
+                "and ICLIP's": run("-c", f"{auto}, iclip_hf"),
+                "`import iclip_hf`": run("-c", "import iclip_hf"),
                 "`iclip --help`": run("-m", "iclip_hf.cli", "--help"),
+                "`iclip explain missing.jpg`": refused("explain", "missing.jpg", "--text", "dog"),
+                "`iclip evaluate` of a missing folder": refused(
+                    "evaluate", "--dataset", "coco2017", "--data-root", "missing"
+                ),
                 "towers loaded and run by transformers": run("-c", bare),
                 "first map: `iclip explain` of one photograph": run(*explain),
             },
@@ -254,6 +323,9 @@ def main():
         lambda: explaining(options.rounds, options.images),
         lambda: variants(options.rounds),
         growth,
+        lambda: large_images(options.rounds),
+        lambda: pipelines(3),
+        lambda: asking_again(options.rounds),
         lambda: end_to_end(100),
         lambda: evaluating(options.data),
         lambda: starting(max(3, options.rounds // 2)),

@@ -108,6 +108,7 @@ def compare(all_contenders: dict[str, Callable[[], object]]) -> None:
         (grad_cam, all_contenders["Grad-CAM with transformers"]()),
         (bi_modal, all_contenders["relevance with transformers"]()),
     ):
+        theirs = theirs.unflatten(-1, ours.shape[2:])
         torch.testing.assert_close(min_max_normalize(ours), min_max_normalize(theirs), atol=1e-3, rtol=0)
     for ours, (theirs,) in zip(enlarged, all_contenders["Grad-CAM of pytorch-grad-cam"]()):
         correlation = np.corrcoef(ours.ravel(), theirs.ravel())[0, 1]  # it enlarges in another way

@@ -114,7 +114,7 @@ def difference_of_means(heatmap, mask):
 
 
 FMB_CONTENDERS = (
-    ("`iclip_hf.evaluation.metrics`, sums in float64", difference_of_sums, 1),
+    ("`iclip_hf.evaluation.metrics`", difference_of_sums, 1),
     ("numpy, two means", difference_of_means, 1),
 )
 

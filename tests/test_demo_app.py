@@ -44,7 +44,7 @@ def folder(tmp_path_factory, tiny_processor):
 @pytest.fixture(scope="module")
 def explained(tiny_processor):
     image = Image.linear_gradient("L").resize((1300, 650)).convert("RGB")
-    return image, app.explain_image(Localizer(tiny_model(), tiny_processor, ["any"]), image, TEXTS)
+    return image, app.explain_image(Localizer(tiny_model(), tiny_processor, ["any"]), image, TEXTS)[0]
 
 
 @pytest.fixture(scope="module")
@@ -88,7 +88,9 @@ def test_the_maps_are_the_explainers_at_the_size_of_the_view(tiny_processor, exp
     expected = explain(model, tiny_processor, [image], TEXTS, target_sizes=size)[0]
     torch.testing.assert_close(explanation.maps, expected.maps)
     torch.testing.assert_close(explanation.scores, expected.scores)
-    other = app.explain_image(Localizer(model, tiny_processor, ["any"], method="grad_cam"), image, TEXTS)
+    localizer = Localizer(model, tiny_processor, ["any"], method="grad_cam")
+    other, features = app.explain_image(localizer, image, TEXTS)
+    assert features is None  # its gradients need the tower for each text
     expected = explain(model, tiny_processor, [image], TEXTS, "grad_cam", target_sizes=size)[0]
     torch.testing.assert_close(other.maps, expected.maps)
     torch.testing.assert_close(other.presence, explanation.presence, atol=1e-5, rtol=0)
@@ -239,6 +241,27 @@ def test_no_answer_prepares_the_model_or_the_background_anew(server, folder, mon
     monkeypatch.setattr(families, "private_copy", lambda model: copied.append(model) or copy(model))
     assert call(server, photo, "sky, red ball", "gem")[1]() == "event: complete"
     assert encoded == [2] and copied == []
+
+
+def test_the_image_of_another_question_is_not_encoded_again(server, folder, tmp_path, monkeypatch):
+    client, other = (gradio_client.Client(server, verbose=False, download_files=tmp_path) for _ in range(2))
+    encoded, encode = [], ICLIPModel.encode_image
+    monkeypatch.setattr(
+        ICLIPModel, "encode_image", lambda *args, **options: encoded.append(1) or encode(*args, **options)
+    )
+    answers, counts = [], []
+    for asking, name, texts in (
+        (client, "small.png", "sky, a red ball"),
+        (client, "small.png", "sky, dog"),
+        (other, "small.png", "sky"),  # of another visitor
+        (client, "small.png", "sky"),
+        (client, "large.png", "sky"),
+    ):
+        value, _ = asking.predict(gradio_client.handle_file(folder / name), texts, "itsm", api_name="/explain")
+        answers.append({one["text"]: one for one in value["texts"]})
+        counts.append(len(encoded))
+    assert counts == [1, 1, 2, 2, 3]
+    assert [one["sky"] for one in answers[:4]] == [answers[0]["sky"]] * 4 and answers[4]["sky"] != answers[0]["sky"]
 
 
 def test_a_full_queue_is_told_in_a_sentence_and_all_in_it_are_answered(server, folder, monkeypatch):

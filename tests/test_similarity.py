@@ -25,6 +25,14 @@ def test_the_fused_steps_equal_the_single_ones():
     assert fused[2].eq(0).all()
 
 
+def test_weights_kept_from_inference_serve_a_gradient():
+    with torch.inference_mode():
+        resize_maps(torch.rand(1, 3, 5), (11, 13))
+    maps = torch.rand(1, 3, 5, requires_grad=True)
+    resize_maps(maps, (11, 13)).sum().backward()
+    assert maps.grad.sum() == pytest.approx(11 * 13, rel=1e-4)  # each pixel is a mean of patches
+
+
 def test_resize_refuses_an_empty_size():
     with pytest.raises(ValueError, match="at least one pixel.*got a side of 0"):
         resize_maps(torch.zeros(1, 2, 2), (0, 5))

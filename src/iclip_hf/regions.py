@@ -47,7 +47,7 @@ def find_regions(heatmap: np.ndarray, mask: np.ndarray, min_area: float = MIN_AR
             f"Expected min_area as a share of the image, in [0, 1], got {min_area}: pass a share such as {MIN_AREA}."
         )
     rows, starts, stops = _runs(mask)
-    parts = _connected(rows, starts, stops, len(mask))
+    parts = _connected(rows, starts, stops, mask.shape[1])
     areas = np.bincount(parts, weights=stops - starts)
     regions = []
     for part in np.flatnonzero((areas > 0) & (areas >= min_area * mask.size)):
@@ -68,30 +68,26 @@ def _runs(mask: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return rows, starts, np.nonzero(changes < 0)[1]
 
 
-def _connected(rows: np.ndarray, starts: np.ndarray, stops: np.ndarray, height: int) -> np.ndarray:
-    """Returns the index of the first run of each run's part, by union-find over touching runs of adjacent rows."""
-    parents = list(range(len(rows)))
-
-    def first(run: int) -> int:
-        while parents[run] != run:
-            parents[run] = run = parents[parents[run]]
-        return run
-
-    begins = np.searchsorted(rows, np.arange(height + 1)).tolist()
-    starts, stops = starts.tolist(), stops.tolist()
-    for above, here, end in zip(begins, begins[1:], begins[2:]):
-        upper, lower = above, here
-        while upper < here and lower < end:
-            if (
-                starts[upper] <= stops[lower] and starts[lower] <= stops[upper]
-            ):  # stops are exclusive, so corners connect
-                one, other = first(upper), first(lower)
-                parents[max(one, other)] = min(one, other)
-            if stops[upper] < stops[lower]:
-                upper += 1
-            else:
-                lower += 1
-    return np.array([first(run) for run in range(len(parents))], dtype=np.int64)
+def _connected(rows: np.ndarray, starts: np.ndarray, stops: np.ndarray, width: int) -> np.ndarray:
+    """Returns the index of the first run of each run's part."""
+    # Positions in one long row, with a gap between the rows, so that runs touch where they overlap those of the row below.
+    # Stops are exclusive, so corners connect.
+    starts, stops = (ends + rows * (width + 2) for ends in (starts, stops))
+    first = np.searchsorted(stops, starts + width + 2)
+    counts = (np.searchsorted(starts, stops + width + 2, side="right") - first).clip(0)
+    upper = np.repeat(np.arange(len(rows)), counts)
+    lower = np.arange(counts.sum()) + np.repeat(first - counts.cumsum() + counts, counts)
+    # Both runs of a touching pair point to the lower of their parts, until nothing changes.
+    parts = np.arange(len(rows))
+    while True:
+        least = np.minimum(parts[upper], parts[lower])
+        merged = parts.copy()
+        for runs in (upper, lower, parts[upper], parts[lower]):
+            np.minimum.at(merged, runs, least)
+        merged = merged[merged]
+        if np.array_equal(merged, parts):
+            return parts
+        parts = merged
 
 
 def positive_points(heatmap: np.ndarray, region: Region, count: int = 1) -> np.ndarray:

@@ -1,5 +1,8 @@
 """Image-text similarity maps (ITSM, Eq. 1-5) as pure functions: cosine map, reverse, min-max and resize."""
 
+from functools import lru_cache
+
+import numpy as np
 import torch
 from torch.nn import functional as F
 
@@ -84,7 +87,7 @@ def resize_and_normalize(maps: torch.Tensor, size: tuple[int, int]) -> torch.Ten
     rows, columns = resize_weights(maps, size)
     maps = maps.float()
     wide = (maps - maps.amin((-2, -1), keepdim=True)) @ columns.mT
-    enlarged = maps.new_empty(len(maps), *size)
+    enlarged = _empty((len(maps), *size), maps.device)
     for one, target in zip(wide, enlarged):
         torch.matmul(rows, one, out=target)
         low, high = torch.aminmax(target)
@@ -98,6 +101,15 @@ def resize_weights(maps: torch.Tensor, size: tuple[int, int]) -> tuple[torch.Ten
     return tuple(_bicubic_weights(source, target, maps.device) for source, target in zip(maps.shape[-2:], size))
 
 
+def _empty(shape: tuple[int, ...], device: torch.device) -> torch.Tensor:
+    """Returns a tensor without values. On a CPU numpy allocates it, in huge pages: mapping small ones takes longer than the maps."""
+    if device.type == "cpu":
+        return torch.from_numpy(np.empty(shape, np.float32))
+    return torch.empty(shape, device=device)
+
+
+@lru_cache(maxsize=32)
+@torch.inference_mode(False)  # may later be part of a graph
 def _bicubic_weights(source: int, target: int, device: torch.device) -> torch.Tensor:
     """Returns the (target, source) matrix of a one-dimensional bicubic resize, from the resized identity."""
     if target < 1:

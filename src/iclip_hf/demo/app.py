@@ -11,6 +11,7 @@ import io
 import os
 import time
 import zlib
+from collections import OrderedDict
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from .. import __version__
 from ..images import load_image
 from ..localization.explanation import Explanation
 from ..localization.localizer import Localizer
+from ..modeling_iclip import ICLIPImageFeatures
 from ..models.loading import load_model
 from ..presence import BACKGROUND, MIN_PRESENCE
 from ..utils.extras import require_extra
@@ -126,11 +128,23 @@ def split_texts(typed: str) -> list[str]:
     return texts
 
 
-def explain_image(localizer: Localizer, image: Image.Image, texts: list[str]) -> Explanation:
-    """Explains an RGB image with the method of a localizer. Maps have sides of at most `VIEW_SIDE` pixels."""
+def explain_image(
+    localizer: Localizer, image: Image.Image, texts: list[str], features: ICLIPImageFeatures | None = None
+) -> tuple[Explanation, ICLIPImageFeatures | None]:
+    """
+    Explains an RGB image with the method of a localizer. Maps have sides of at most `VIEW_SIDE` pixels.
+
+    Args:
+        features: what this function returned for the same localizer and image.
+
+    Returns:
+        `tuple`: the explanation, and the features of the image, if the method can use them for other texts.
+    """
     localizer = localizer.about(texts)
-    (explanation,) = localizer.explain([localizer.prepare(image, size=_view_size(image)[::-1])])
-    return explanation
+    prepared = localizer.prepare(image, size=_view_size(image)[::-1])
+    prepared = localizer.encode(prepared) if features is None else prepared._replace(features=features)
+    (explanation,) = localizer.explain([prepared])
+    return explanation, prepared.features
 
 
 def viewer_value(image: Image.Image, explanation: Explanation) -> dict:
@@ -148,7 +162,7 @@ def viewer_value(image: Image.Image, explanation: Explanation) -> dict:
                 "cosine": round(cosine, 4),
                 "presence": round(present, 4),
                 "absent": present < MIN_PRESENCE,
-                "map": base64.b64encode(zlib.compress(map_)).decode(),
+                "map": base64.b64encode(zlib.compress(map_, 1)).decode(),
             }
             for text, cosine, present, map_ in zip(
                 explanation.labels, explanation.scores.tolist(), explanation.presence.tolist(), levels
@@ -163,7 +177,7 @@ def to_npz(explanation: Explanation) -> bytes:
     `(T, H, W)` in [0, 1], float16.
     """
     archive = io.BytesIO()
-    np.savez_compressed(
+    np.savez(  # compression saves a third, and takes longer than the texts and maps of an image seen before
         archive,
         texts=explanation.labels,
         scores=explanation.scores.numpy(),
@@ -234,13 +248,21 @@ def build_app(model, processor) -> gr.Blocks:
     def localizer(method: str) -> Localizer:  # the texts are set for each image
         return Localizer(model, processor, BACKGROUND[:1], method=method)
 
-    def explain(photo: dict | None, typed: str, method: str):
+    # A visitor often asks about one image several times. Features belong to a session and an upload, oldest first.
+    kept: OrderedDict[tuple[str, str, str], ICLIPImageFeatures | None] = OrderedDict()
+
+    def explain(photo: dict | None, typed: str, method: str, request: gr.Request):
         if photo is None:
             return gr.skip()
         try:
             photo = app.uploaded(photo)  # checked again, because Gradio decides when the first check runs
             image = load_image(photo["path"], photo["orig_name"])
-            explanation = explain_image(localizer(method), image, split_texts(typed))
+            asked = (request.session_hash, photo["path"], method)
+            explanation, features = explain_image(localizer(method), image, split_texts(typed), kept.get(asked))
+            kept[asked] = features
+            kept.move_to_end(asked)
+            if len(kept) > MAX_SESSIONS:  # half a megabyte each
+                kept.popitem(last=False)
         except (OSError, ValueError, TypeError) as error:
             raise gr.Error(str(error), print_exception=False) from error
         npz = save_bytes_to_cache(to_npz(explanation), "explanation.npz", download.GRADIO_CACHE)

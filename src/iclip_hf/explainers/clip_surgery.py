@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import torch
+from torch.nn import functional as F
 
 from ..modeling_iclip import ICLIPImageFeatures, ICLIPTextFeatures, cosines
 from .adapters import join_texts
 from .recording import AttentionRecord
-from .replaced_attention import ReplacedAttention, similar
+from .replaced_attention import ReplacedAttention
 
 
 class CLIPSurgery(ReplacedAttention):
@@ -22,7 +23,7 @@ class CLIPSurgery(ReplacedAttention):
         self.nothing = self.family.encode_texts(["a photo of"], ["{}"])
 
     def mix(self, layer: AttentionRecord, image: ICLIPImageFeatures, pixel_values: torch.Tensor) -> torch.Tensor:
-        return similar(layer.value, layer.value.shape[-1] ** -0.5) @ layer.value
+        return F.scaled_dot_product_attention(layer.value, layer.value, layer.value)
 
     @torch.no_grad()
     def forward(self, pixel_values: torch.Tensor, texts: ICLIPTextFeatures) -> tuple[torch.Tensor, ICLIPImageFeatures]:

@@ -78,6 +78,13 @@ class Explainer(ABC):
         """
         return self.family.encode_texts(labels, templates)
 
+    def encode_image(self, pixel_values: torch.Tensor) -> ICLIPImageFeatures | None:
+        """
+        Encodes prepared images `(B, 3, H, W)` for any number of calls of `forward`. None for a method that runs the image tower
+        anew for other texts.
+        """
+        return None
+
     @abstractmethod
     def forward(self, pixel_values: torch.Tensor, texts: ICLIPTextFeatures) -> tuple[torch.Tensor, ICLIPImageFeatures]:
         """

@@ -7,7 +7,7 @@ from torch.nn import functional as F
 
 from ..modeling_iclip import ICLIPImageFeatures
 from .recording import AttentionRecord
-from .replaced_attention import ReplacedAttention, similar
+from .replaced_attention import ReplacedAttention
 
 
 class GEM(ReplacedAttention):
@@ -30,11 +30,15 @@ class GEM(ReplacedAttention):
 
     def mix(self, layer: AttentionRecord, image: ICLIPImageFeatures, pixel_values: torch.Tensor) -> torch.Tensor:
         norm = layer.tokens.float().norm(dim=-1).mean(-1)
-        scale = (norm * layer.value.shape[-1] ** -0.5)[:, None, None, None]
-        attentions = []
+        scale = (norm * layer.value.shape[-1] ** -0.5)[:, None, None, None].to(layer.value.dtype)
+
+        def gather(tokens: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+            return F.scaled_dot_product_attention(tokens * scale, tokens, values, scale=1.0)
+
+        mixed = []
         for tokens in (layer.query, layer.key, layer.value):
             for _ in range(self.iterations):
                 tokens = F.normalize(tokens, dim=-1)
-                tokens = similar(tokens, scale) @ tokens
-            attentions.append(similar(F.normalize(tokens, dim=-1), scale))
-        return torch.stack(attentions).mean(0) @ layer.value
+                tokens = gather(tokens, tokens)
+            mixed.append(gather(F.normalize(tokens, dim=-1), layer.value))
+        return torch.stack(mixed).mean(0)

@@ -8,12 +8,23 @@ from ..modeling_iclip import ICLIPImageFeatures, ICLIPTextFeatures
 from .explainer import Explainer
 
 
+_NEEDED = ("image_embeds", "patch_embeds", "attention", "map_attention")
+
+
 class ITSM(Explainer):
     """Cosine of each projected patch token with the text; for ICLIP the model's own map."""
 
     @torch.no_grad()
-    def forward(self, pixel_values: torch.Tensor, texts: ICLIPTextFeatures) -> tuple[torch.Tensor, ICLIPImageFeatures]:
+    def encode_image(self, pixel_values: torch.Tensor) -> ICLIPImageFeatures:
         image = self.family.encode_image(pixel_values)
+        # Without the tower's own outputs, which take more memory than all that is needed.
+        return ICLIPImageFeatures(**{name: image[name] for name in _NEEDED if image.get(name) is not None})
+
+    @torch.no_grad()
+    def forward(
+        self, pixel_values: torch.Tensor | ICLIPImageFeatures, texts: ICLIPTextFeatures
+    ) -> tuple[torch.Tensor, ICLIPImageFeatures]:
+        image = self.family.encode_image(pixel_values) if isinstance(pixel_values, torch.Tensor) else pixel_values
         return self.family.similarity_maps(image, texts).float(), image
 
 

@@ -63,8 +63,3 @@ class LastBlock(ReplacedAttention):
 
     def __init__(self, model, processor, residual: bool = False):
         super().__init__(model, processor, depth=1, residual=residual, mlp=residual)
-
-
-def similar(tokens: torch.Tensor, scale: float | torch.Tensor) -> torch.Tensor:
-    """Computes the attention of tokens `(B, H, L, D / H)` to each other by their scaled products, `(B, H, L, L)`."""
-    return ((tokens.float() @ tokens.float().mT) * scale).softmax(-1).to(tokens.dtype)

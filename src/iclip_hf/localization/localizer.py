@@ -14,7 +14,7 @@ from PIL import Image
 
 from ..explainers import WordExplainer, WordScore, identity, make_explainer, select_texts
 from ..images import load_image, map_groups
-from ..modeling_iclip import ICLIPTextFeatures, cosines
+from ..modeling_iclip import ICLIPImageFeatures, ICLIPTextFeatures, cosines
 from ..presence import BACKGROUND, MIN_PRESENCE, presence
 from ..processing_iclip import check_thresholds
 from ..prompts import check_templates
@@ -30,11 +30,13 @@ class PreparedImage(NamedTuple):
         pixel_values (`torch.Tensor` of shape `(1, 3, H, W)`).
         size (`tuple[int, int]`): height and width of its maps in pixels.
         rows (`list[int]`): indices of its texts among those of the [`Localizer`].
+        features ([`ICLIPImageFeatures`], *optional*): of [`Localizer.encode`], used instead of `pixel_values`.
     """
 
     pixel_values: torch.Tensor
     size: tuple[int, int]
     rows: list[int]
+    features: ICLIPImageFeatures | None = None
 
 
 class ExplainedImage(NamedTuple):
@@ -151,6 +153,10 @@ class Localizer:
         pixel_values = self.explainer.processor(images=[image], **self._options)["pixel_values"]
         return PreparedImage(pixel_values, (image.height, image.width) if size is None else size, list(rows))
 
+    def encode(self, image: PreparedImage) -> PreparedImage:
+        """Adds the features of an image, which `explain` then need not compute, if the method can use them for any texts."""
+        return image._replace(features=self.explainer.encode_image(image.pixel_values))
+
     def explain(self, images: Iterable[PreparedImage | None], batch_size: int = 8) -> Iterator[Explanation | None]:
         """
         Yields explanations in the order of the images; None stays None.
@@ -164,14 +170,19 @@ class Localizer:
         images = iter(images)
         while batch := list(itertools.islice(images, batch_size)):
             readable = [image for image in batch if image is not None]
-            keys = [(image.pixel_values.shape, len(image.rows)) for image in readable]
+            keys = [
+                (image.pixel_values.shape, len(image.rows), image.features and id(image.features))
+                for image in readable
+            ]
             explanations = iter(map_groups(self._explain, readable, keys))
             yield from (None if image is None else next(explanations) for image in batch)
 
     def _explain(self, images: list[PreparedImage]) -> list[Explanation]:
         """Explains images of one shape with equally many texts in one forward pass."""
         texts = select_texts(self.encoded, torch.tensor([image.rows for image in images]))
-        *answers, words = self.explain_batch(torch.cat([image.pixel_values for image in images]), texts)
+        pixel_values = torch.cat([image.pixel_values for image in images])
+        given = images[0].features or pixel_values  # images with features come alone
+        *answers, words = self.explain_batch(given, texts)
         return [
             Explanation(
                 labels=[self.texts[row] for row in image.rows],
@@ -188,13 +199,13 @@ class Localizer:
         ]
 
     def explain_batch(
-        self, pixel_values: torch.Tensor, texts: ICLIPTextFeatures
+        self, pixel_values: torch.Tensor | ICLIPImageFeatures, texts: ICLIPTextFeatures
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, list[list[list[WordScore]] | None]]:
         """
         Explains images of one shape.
 
         Args:
-            pixel_values (`torch.Tensor` of shape `(B, 3, H, W)`).
+            pixel_values (`torch.Tensor` of shape `(B, 3, H, W)`): or the features of these images from the explainer.
             texts ([`ICLIPTextFeatures`]): `encoded`, or a result of `select_texts`.
 
         Returns:

@@ -251,7 +251,7 @@ def test_the_loss_over_similarities_equals_a_slow_implementation():
         )
         stretched = [(a - min(lit)) / (max(lit) - min(lit)) for a in lit]
         means = [sum(row) / len(row) for row in cosines]
-        expected = [[max(c - mean, 0) + a / 20 for a, c in zip(stretched, row)] for mean, row in zip(means, cosines)]
+        expected = [[max(c, mean) + a / 20 for a, c in zip(stretched, row)] for mean, row in zip(means, cosines)]
         torch.testing.assert_close(
             outputs.similarity_maps[image].flatten(1), torch.tensor(expected), atol=1e-5, rtol=0
         )

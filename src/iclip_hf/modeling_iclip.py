@@ -664,7 +664,7 @@ class ICLIPModel(PreTrainedModel):
             text ([`ICLIPTextFeatures`]): from `get_text_features`.
 
         Returns:
-            `torch.Tensor` of shape `(B, T, h, w)`, in [-1, 1]; at least 0 with `map_attention="additive"`.
+            `torch.Tensor` of shape `(B, T, h, w)`, in [-1, 1], additive ones up to 1 / (2 `config.max_sharpness`) more.
             [`ICLIPProcessor.post_process_similarity_maps`] enlarges and stretches them.
         """
         if isinstance(image, torch.Tensor):
@@ -677,8 +677,8 @@ class ICLIPModel(PreTrainedModel):
         elif self.config.map_attention == "sqrt_similarity":
             maps = maps * attention.sqrt()
         elif self.config.map_attention == "additive":
-            above = (maps - maps.mean((-2, -1), keepdim=True)).clamp(min=0)
-            maps = above + min_max_normalize(attention) / (2 * self.config.max_sharpness)
+            maps = torch.maximum(maps, maps.mean((-2, -1), keepdim=True))  # still cosines, which texts compete by
+            maps = maps + min_max_normalize(attention) / (2 * self.config.max_sharpness)
         return maps
 
     def match(self, image: ICLIPImageFeatures, text: ICLIPTextFeatures) -> torch.FloatTensor:

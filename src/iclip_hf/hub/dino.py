@@ -38,7 +38,7 @@ def load_dino_checkpoint(path: str | Path, config: ViTConfig) -> ViTModel:
     """
     if config.model_type != "vit":
         raise ValueError(
-            f"{path}: expected a configuration of model_type vit for DINO's checkpoint, got {config.model_type}; choose one of those."
+            f"{path}: expected a configuration of model_type vit, got {config.model_type}; choose one that fits DINO's checkpoint."
         )
     weights = _convert_dino(_read_state_dict(path))
     config.layer_norm_eps = 1e-6

@@ -198,13 +198,14 @@ def pipelines(rounds: int) -> str:
 
 def asking_again(rounds: int) -> str:
     """The demo's answer for the first texts on an image and for other texts on the same one, from upload to archive."""
-    from iclip_hf.demo.app import EXAMPLES, explain_image, to_npz, viewer_value
+    from iclip_hf.demo.app import explain_image, to_npz, viewer_value
+    from iclip_hf.demo.content import EXAMPLES
     from iclip_hf.localization.localizer import Localizer
 
     localizer = Localizer(*load_iclip(embedded_model()), ["dog"])
     photo = np.random.default_rng(0).integers(0, 255, (15, 20, 3), np.uint8)
     image = Image.fromarray(photo).resize(SIZE[::-1], Image.Resampling.BICUBIC)
-    texts = next(iter(EXAMPLES.values())).split(", ")
+    texts = next(iter(EXAMPLES.values())).texts.split(", ")
     _, kept = explain_image(localizer, image, texts)
 
     def answer(features=None):

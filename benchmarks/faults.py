@@ -128,7 +128,7 @@ JOBS = {job.__name__: job for job in (training, cache, collection, evaluation, e
 def result(name: str, output: Path) -> dict:
     """What a job has made, in a form that is equal where it must be."""
     if name == "training":
-        weights = {kind: (output / kind / "model.safetensors").read_bytes() for kind in ("model", "best")}
+        weights = {"weights": (output / "model.safetensors").read_bytes()}
         state = json.loads((output / "results.json").read_text())
         return weights | {key: state[key] for key in ("step", "metrics", "best")}
     if name == "evaluation":

@@ -68,11 +68,11 @@ def main() -> None:
                 command += [f"--{name}={value}" for name, value in studies["settings"].items()]
                 command += ["--model_options", *studies["model_options"], *changes, *settings]
                 train(parse_settings([str(argument) for argument in command]))
-                kept.write_text(json.dumps(measure(folder / "model", dataset, tokens), indent=2))
+                kept.write_text(json.dumps(measure(folder, dataset, tokens), indent=2))
             scores.append(json.loads(kept.read_text()))
         rows[name] = scores
         print(table(rows), flush=True)
-    report = f"{table(rows)}\n\n{tower_facts(options.output / f'0-seed{options.seeds[0]}' / 'model', dataset)}\n"
+    report = f"{table(rows)}\n\n{tower_facts(options.output / f'0-seed{options.seeds[0]}', dataset)}\n"
     (options.output / "studies.md").write_text(report)
     print(report)
 

@@ -1,6 +1,7 @@
 """Tiny random models of every tower pair, a processor for them, a place for faults, and the way to the real data."""
 
 import os
+import shutil
 import tempfile
 from pathlib import Path
 from types import SimpleNamespace
@@ -128,6 +129,19 @@ def world(tmp_path_factory, tiny_processor) -> SimpleNamespace:
         photo=folder / "photo.png",
         pipe=ImageTextSimilarityMapPipeline(model=model, processor=tiny_processor, device="cpu"),
     )
+
+
+@pytest.fixture(scope="module")
+def browser():
+    """A headless Chromium: the system's, or Playwright's own."""
+    playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright: pip install playwright")
+    system = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    with playwright.sync_playwright() as driver:
+        if system is None and not Path(driver.chromium.executable_path).exists():
+            pytest.skip("needs Chromium: apt-get install chromium, or playwright install chromium")
+        browser = driver.chromium.launch(executable_path=system, args=["--no-sandbox"])
+        yield browser
+        browser.close()
 
 
 @pytest.fixture

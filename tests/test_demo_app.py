@@ -2,7 +2,6 @@ import base64
 import contextlib
 import io
 import runpy
-import shutil
 import sys
 import threading
 import time
@@ -21,7 +20,7 @@ from PIL import Image
 
 from iclip_hf import ICLIPModel, cli, explain, explainers
 from iclip_hf.cli import common
-from iclip_hf.demo import app
+from iclip_hf.demo import app, content
 from iclip_hf.explainers import adapters as families
 from iclip_hf.localization.localizer import Localizer
 
@@ -204,7 +203,7 @@ def test_all_else_that_an_upload_is_said_to_be_is_ignored(server, folder):
     own = upload(server, (folder / "small.png").read_bytes()).json()[0]
     said = {"url": "http://example.org/a.png", "inner": {"path": "http://example.org/a.png", **META}, "orig_name": [1]}
     assert answer_to(server, {"path": own, **said}, "dog", "itsm")[0] == "event: complete"
-    assert app.EXAMPLES and answer_to(server, {"path": app._examples()[0][0]}, "dog", "itsm")[0] == "event: complete"
+    assert answer_to(server, {"path": str(content.example_files()[0])}, "dog", "itsm")[0] == "event: complete"
 
 
 def test_routes_of_gradio_that_fetch_or_keep_are_not_there(server, folder):
@@ -350,19 +349,6 @@ def test_without_gradio_a_sentence_names_the_extra(monkeypatch, capsys):
     )
 
 
-@pytest.fixture(scope="module")
-def browser():
-    """A headless Chromium: the system's, or Playwright's own."""
-    playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright: pip install playwright")
-    system = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-    with playwright.sync_playwright() as driver:
-        if system is None and not Path(driver.chromium.executable_path).exists():
-            pytest.skip("needs Chromium: apt-get install chromium, or playwright install chromium")
-        browser = driver.chromium.launch(executable_path=system, args=["--no-sandbox"])
-        yield browser
-        browser.close()
-
-
 @pytest.fixture
 def page(browser, server):
     context = browser.new_context(viewport={"width": 390, "height": 844}, has_touch=True, is_mobile=True)
@@ -380,7 +366,7 @@ def page(browser, server):
 def test_a_visitor_on_a_phone(page, server, folder, tmp_path):
     # The first image is explained without any input, nothing comes from elsewhere, nothing is wider than the phone.
     first = page.locator("figcaption").all_inner_texts()
-    assert first == app.split_texts(app.EXAMPLES["coffee.png"])
+    assert first == app.split_texts(content.EXAMPLES["coffee.png"].texts)
     assert all(url.startswith((server, "data:", "blob:")) for url in page.requested)
     assert page.evaluate("document.documentElement.scrollWidth") == 390
 

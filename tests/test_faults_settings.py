@@ -13,8 +13,8 @@ CASES = Cases()
 
 
 def read(arguments: list[str]) -> int:
-    """`iclip train` up to the training."""
-    with patch("iclip_hf.training.run.train"):
+    """`iclip train` without a look at the files, and without training."""
+    with patch("iclip_hf.training.run.train"), patch("iclip_hf.training.checks.check_run"):
         return cli.main(["train", *arguments])
 
 
@@ -72,7 +72,7 @@ BAD_SETTINGS = (
     *(("vision", "''", "vision=''"), ("seed", "1.5", "'1.5'"), ("lock_text", "maybe", "maybe")),
     *(("model_options", "[pooling]", "'pooling'"), ("text", "''", "text=''")),
     *(("max_bad_share", 7, "got 7"), ("num_workers", -1, "got -1"), ("keep_checkpoints", 0, "got 0")),
-    ("noun_prompts", 0, "got 0"),
+    *(("noun_prompts", 0, "got 0"), ("validation_share", 2, "got 2"), ("image_column", "[a, b]", "got list")),
     *((name, 0, "got 0") for name in ("image_size", "views", "chunk_size", "map_tokens", "clip_grad_norm")),
     *((name, 0, "got 0") for name in ("max_bad_steps", "log_steps", "eval_steps", "checkpoint_steps", "adam_epsilon")),
     *((name, -1, "got -1") for name in ("max_steps", "pairs_per_epoch", "pictures", "warmup_epochs", "weight_decay")),

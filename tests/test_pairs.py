@@ -12,15 +12,18 @@ import tarfile
 from collections import Counter
 from itertools import chain
 
+import datasets
 import fsspec
 import httpx
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from accelerate.data_loader import prepare_data_loader
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from iclip_hf.data import BadPairError, PairDataset, PairStream, load_pairs, load_segmentation, pairs
+from iclip_hf.data import BadPairError, PairDataset, PairStream, load_pairs, load_segmentation, sources
 from iclip_hf.data.pairs import DroppedConnectionError, _image_bytes
 
 
@@ -167,6 +170,96 @@ def test_image_folder(tmp_path):
         assert keys(dataset)[:2] == ["0.jpg", "sub/1.jpg"]
 
 
+def write_images(folder, names):
+    for number, name in enumerate(names):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(jpeg(number))
+
+
+def test_a_folder_for_each_class(tmp_path):
+    write_images(tmp_path, ["dog/1.jpg", "dog/2.png", "golden_retriever/1.jpg", "golden_retriever/.hidden.jpg"])
+    (tmp_path / "dog" / "notes.txt").write_text("no image")
+    dataset = load_pairs(tmp_path)
+    assert [(dataset[i]["key"], dataset[i]["caption"]) for i in range(len(dataset))] == [
+        ("dog/1.jpg", "a photo of a dog"),
+        ("dog/2.png", "a photo of a dog"),
+        ("golden_retriever/1.jpg", "a photo of a golden retriever"),
+    ]
+    assert dataset.image_file(2) == tmp_path / "golden_retriever" / "1.jpg"
+    before = dataset.fingerprint()
+    (tmp_path / "dog").rename(tmp_path / "cat")  # other captions of the same images
+    assert load_pairs(tmp_path).fingerprint() != before
+
+
+@pytest.mark.parametrize("form", ["parquet", "folder", "split"])
+def test_saved_datasets(tmp_path, form):
+    """Bytes of images as `datasets` and pandas store them, and paths."""
+    rows = {
+        "picture": [{"bytes": jpeg(i), "path": f"{i}.jpg"} for i in range(3)],
+        "report": [f"caption {i}" for i in range(3)],
+    }
+    features = datasets.Features({"picture": datasets.Image(), "report": datasets.Value("string")})
+    saved = datasets.Dataset.from_dict(rows, features=features)
+    source = tmp_path / ("pairs.parquet" if form == "parquet" else "saved")
+    if form == "parquet":
+        saved.to_parquet(source)
+    else:
+        (saved if form == "folder" else datasets.DatasetDict(train=saved)).save_to_disk(source)
+    dataset = load_pairs(source, caption_column="report")
+    assert [dataset[i]["caption"] for i in range(3)] == ["caption 0", "caption 1", "caption 2"]
+    assert [dataset[i]["image"].getpixel((0, 0))[0] for i in range(3)] == pytest.approx([0, 1, 2], abs=1)
+    assert (
+        dataset[1]["key"] == "1.jpg"
+        and dataset.fingerprint() == load_pairs(source, caption_column="report").fingerprint()
+    )
+    with pytest.raises(
+        ValueError, match="column of the caption to be one of .* got 'picture', 'report'; .*caption_column"
+    ):
+        load_pairs(source)
+
+
+def test_parquet_with_plain_bytes_and_without_an_image(tmp_path):
+    table = pa.table({"image": [jpeg(7), None], "text": ["a dog", "a cat"]})
+    pq.write_table(table, tmp_path / "pairs.parquet")
+    dataset = load_pairs(tmp_path)
+    assert dataset[0]["image"].size == (12, 8) and dataset[0]["caption"] == "a dog"
+    with pytest.raises(BadPairError, match="rows 1 to 2: .* no image in 'image'"):
+        dataset.read(1)
+
+
+def test_named_columns(tmp_path):
+    write_images(tmp_path, ["a.jpg"])
+    (tmp_path / "pairs.csv").write_text("scan,image,report\na.jpg,absent.jpg,a dog\n")
+    dataset = load_pairs(tmp_path / "pairs.csv", image_column="scan", caption_column="report")
+    assert dataset.read(0)["captions"] == ["a dog"]
+    with pytest.raises(ValueError, match="column of the image to be 'photo', but got 'image', 'report', 'scan'"):
+        load_pairs(tmp_path / "pairs.csv", image_column="photo", caption_column="report")
+    write_tar(tmp_path / "a.tar", [("a.jpg", jpeg(0)), ("a.json", '{"alt": "a cat", "caption": "no"}')])
+    assert load_pairs(tmp_path / "a.tar", caption_column="alt").read(0)["captions"] == ["a cat"]
+
+
+def test_a_part_is_split_off_by_images(tmp_path):
+    """Several captions of an image in rows of their own, after a shard."""
+    shards = write_shards(tmp_path / "shards", 9)
+    rows = [f"{number // 3}.jpg,caption {number}" for number in range(30)]
+    (tmp_path / "pairs.csv").write_text("\n".join(["image,caption", *rows, ""]))
+    dataset = load_pairs([shards, tmp_path / "pairs.csv"])
+    training, part = dataset.split(0.25)
+    images = [{key_of(one, row) for row in range(len(one))} for one in (training, part)]
+    assert images[0].isdisjoint(images[1]) and len(images[0] | images[1]) == 19 and len(images[1]) == 5
+    assert len(training) + len(part) == 39
+    again = dataset.split(0.25)[1]
+    assert [again.caption(row) for row in range(len(again))] == [part.caption(row) for row in range(len(part))]
+    assert pickle.loads(pickle.dumps(part)).fingerprint() == part.fingerprint() != training.fingerprint()
+    for share in (0, 1):
+        with pytest.raises(ValueError, match=f"splits 19 images in two, got {share}"):
+            dataset.split(share)
+
+
+def key_of(dataset, row):
+    return dataset._parse(row)[3]
+
+
 def test_patterns_and_lists(tmp_path):
     shards = write_shards(tmp_path / "shards [1]", 12, shards=12)
     other = write_shards(tmp_path / "other", 3, shards=1)
@@ -176,7 +269,7 @@ def test_patterns_and_lists(tmp_path):
     assert keys(load_pairs(f"{plain}/{{00008..00011}}.tar")) == ["k08", "k09", "k10", "k11"]
     assert keys(load_pairs(f"{plain}/*[02].tar")) == ["k00", "k02", "k10"]
     assert keys(load_pairs([plain, other / "00000.tar"])) == [f"k{i:02}" for i in range(12)] + ["k00", "k01", "k02"]
-    assert pairs._expand_braces("{a,b}-{9..11}-{08..09}") == [
+    assert sources._expand_braces("{a,b}-{9..11}-{08..09}") == [
         f"{letter}-{number}-{padded}" for letter in "ab" for number in (9, 10, 11) for padded in ("08", "09")
     ]
 
@@ -187,13 +280,21 @@ def test_patterns_and_lists(tmp_path):
         ("nowhere.tar", FileNotFoundError, r"nowhere\.tar: expected a file or folder of pairs"),
         ("{0..3}.tar", FileNotFoundError, r"0\.tar: .*4 of 4 missing"),
         ("no*.tar", FileNotFoundError, r"no\*\.tar: expected"),
-        ("", FileNotFoundError, "expected metadata.jsonl or .tar shards in this folder"),
+        (
+            "",
+            FileNotFoundError,
+            "expected metadata.jsonl, .tar or .parquet files, or a folder of images for each class",
+        ),
         ("a.txt", ValueError, r"a\.txt: expected a file of one of the kinds"),
         ("rubbish.tar", ValueError, r"rubbish\.tar: expected a whole tar file without compression"),
         ("packed.tar", ValueError, r"packed\.tar: expected a whole tar file without compression"),
         ("empty.tar", ValueError, r"got none in .*empty\.tar"),
-        ("empty.csv", ValueError, r"empty\.csv.*\(|empty\.csv: expected a column out of"),
-        ("cc3m.tsv", ValueError, r"cc3m\.tsv: expected a column out of .*add a header"),
+        ("empty.csv", ValueError, r"empty\.csv: expected a header line .* got an empty file; fill it"),
+        (
+            "cc3m.tsv",
+            ValueError,
+            r"cc3m\.tsv: expected the column of the image to be one of .*add a header line, or name the column by image_column",
+        ),
         ("open_quote.csv", ValueError, r"open_quote\.csv: expected well-formed CSV"),
         ("rubbish.jsonl", ValueError, r"rubbish\.jsonl: expected \.jsonl rows"),
         ("list.jsonl", ValueError, r"list\.jsonl: .*JSON object, but got list"),
@@ -241,8 +342,8 @@ def test_index_is_cached_until_the_shard_changes(tmp_path, cache, monkeypatch):
     first = load_pairs(folder)
     assert len(list((cache / "shards").iterdir())) == 2
     scans = []
-    scan = pairs._TarShard._scan
-    monkeypatch.setattr(pairs._TarShard, "_scan", lambda self: scans.append(self.path.name) or scan(self))
+    scan = sources.TarShard._scan
+    monkeypatch.setattr(sources.TarShard, "_scan", lambda self: scans.append(self.path.name) or scan(self))
     assert keys(load_pairs(folder)) == keys(first) and not scans
     write_tar(folder / "00001.tar", [("new.jpg", jpeg(1)), ("new.txt", "new")])
     assert keys(load_pairs(folder)) == ["k00", "k01", "k02", "new"] and scans == ["00001.tar"]

@@ -1,8 +1,9 @@
-"""`iclip demo`: the live demo in a browser, or as a Space."""
+"""`iclip demo`: the live demo in a browser, or as a Space; or the page that runs a model in the browser."""
 
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 
 from .common import add_command, add_model_option, at_least_1, check_folder, echo, silence_transformers
@@ -20,9 +21,14 @@ def register(commands) -> None:
     command.add_argument(
         "--export-space", type=Path, metavar="DIR", help="write the files of a Space that runs the demo, and exit"
     )
+    command.add_argument(
+        "--web", type=Path, metavar="DIR", help="serve the page that `iclip export --format web` wrote, instead"
+    )
 
 
 def run(options: argparse.Namespace) -> int:
+    if options.web:
+        return _serve(options)
     if options.export_space:
         check_folder("--export-space", options.export_space)
     from ..demo.app import export_space, launch
@@ -33,4 +39,16 @@ def run(options: argparse.Namespace) -> int:
     else:
         silence_transformers()
         launch(options.model, options.host, options.port, options.dtype)
+    return 0
+
+
+def _serve(options: argparse.Namespace) -> int:
+    from ..demo.web_server import web_server
+
+    if options.model or options.dtype or options.export_space:
+        raise ValueError("--web serves a page that has its model: leave out --model, --dtype and --export-space.")
+    with web_server(options.web, options.host, options.port) as server:
+        echo(f"http://{options.host}:{server.server_port}/")
+        sys.stdout.flush()  # also into a pipe, because the server does not end
+        server.serve_forever()
     return 0

@@ -1,4 +1,4 @@
-"""`iclip export`: a model folder with its code for Transformers, or an ONNX folder."""
+"""`iclip export`: a model folder with its code for Transformers, an ONNX folder, or a page that runs the model in the browser."""
 
 from __future__ import annotations
 
@@ -12,16 +12,34 @@ from .common import add_command, check_model, checked, echo, silence_transformer
 
 def register(commands) -> None:
     command = add_command(
-        commands, "export", run, "write a model folder with code and model card for the Hub, or an ONNX folder"
+        commands,
+        "export",
+        run,
+        "write a model folder with code and model card for the Hub, an ONNX folder, or a web page",
     )
     add_source_options(command)
     command.add_argument("directory", type=Path, metavar="DIR", help="new folder to write")
     command.add_argument(
         "--format",
-        choices=("transformers", "onnx", "onnx-bfloat16", "onnx-int8"),
+        choices=(
+            "transformers",
+            "onnx",
+            "onnx-bfloat16",
+            "onnx-int8",
+            "web",
+            "web-bfloat16",
+            "web-float32",
+        ),
         default="transformers",
-        help="onnx: two graphs for ONNX Runtime, with float32 weights unless the format names another type (default: "
+        help="onnx: two graphs for ONNX Runtime, with float32 weights unless the format names another type; web: a page "
+        "that runs the model in the browser, with int8 weights unless the format names another type (default: "
         "transformers)",
+    )
+    command.add_argument(
+        "--vendor",
+        action="store_true",
+        help="with a format of the web: put ONNX Runtime and the tokenizer into the folder, by npm, instead of a CDN's "
+        "addresses",
     )
 
 
@@ -38,19 +56,30 @@ def add_source_options(command: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    if options.format == "transformers":
+    kind, _, weights = options.format.partition("-")
+    if options.vendor and kind != "web":
+        raise ValueError(f"--vendor goes with --format web, got {options.format}: leave it out.")
+    if kind == "transformers":
         echo(export(options, options.directory))
         return 0
     if options.results is not None:
         raise ValueError(
-            "Expected no --results, because an ONNX folder has no model card, got {options.results}: leave it out."
+            f"Expected no --results, because only --format transformers writes its model card from them, got {options.results}: "
+            "leave it out."
         )
     from ..models.loading import load_iclip
-    from ..models.onnx import export_onnx
 
     silence_transformers()
-    _, _, weights = options.format.partition("-")
-    echo(export_onnx(*load_iclip(options.model, dtype="float32"), options.directory, weights or "float32"))
+    model, processor = load_iclip(options.model, dtype="float32")
+    if kind == "onnx":
+        from ..models.onnx import export_onnx
+
+        echo(export_onnx(model, processor, options.directory, weights or "float32"))
+    else:
+        from ..demo.web import export_web
+
+        folder = options.directory
+        echo(export_web(model, processor, folder, weights or "int8", vendor=options.vendor, source=options.model))
     return 0
 
 

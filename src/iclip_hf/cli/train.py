@@ -3,20 +3,32 @@
 from __future__ import annotations
 
 import argparse
+import os
 
-from ..training.settings import add_settings, read_settings
-from .common import add_command, report_error
+from ..training.settings import add_settings, has_configuration, read_settings
+from .common import add_command, echo, report_error
 
 
 def register(commands) -> None:
-    command = add_command(commands, "train", run, "train a model on image-text pairs")
+    command = add_command(
+        commands, "train", run, "train a model on your own image-text pairs, or by the settings of a configuration"
+    )
     command.allow_abbrev = False
     add_settings(command)
 
 
 def run(options: argparse.Namespace) -> int:
+    from ..training.checks import check_run
+    from ..training.plan import choose_settings
+
     given = {name: value for name, value in vars(options).items() if name not in ("command", "run")}
-    settings = read_settings(given)
+    chosen = None if has_configuration(given) else choose_settings(given)
+    settings = read_settings(given, chosen and {name: choice.value for name, choice in chosen.items()})
+    check_run(settings)  # all of this before torch is loaded
+    if chosen and os.environ.get("RANK", "0") == "0":
+        echo("Chosen for these pairs; what you give takes precedence, and --config takes a recipe:")
+        width = max(map(len, chosen))
+        echo("\n".join(f"  {name:<{width}}  {choice.value}  ({choice.why})" for name, choice in chosen.items()))
 
     from huggingface_hub.errors import StrictDataclassError
 

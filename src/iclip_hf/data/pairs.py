@@ -1,23 +1,16 @@
-"""
-Image-text pairs for training: tar shards, image folders and tables with random access, and Hub datasets as streams.
+"""Image-text pairs for training: local ones by random access, Hub datasets also as a stream.
 
-Local data is neither unpacked nor loaded into memory. A pair is a byte range of a shard or table. One pass over the files finds
-all ranges, which are kept in one array, so any sampler can shuffle, split and resume exactly.
+Local data is neither unpacked nor read into memory. A pair is a range of its source, such as bytes of a shard. One pass finds the
+ranges, and one array holds them, so any sampler can shuffle, split and resume exactly.
 """
 
 from __future__ import annotations
 
-import csv
-import glob
+import copy
 import hashlib
-import io
-import json
 import logging
 import os
 import random
-import re
-import tarfile
-from array import array
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -28,10 +21,9 @@ import torch
 from torch.utils.data import Dataset, IterableDataset
 from tqdm import tqdm
 
-from ..images import IMAGE_SUFFIXES, load_image
-from ..utils.digests import content_digest, file_state
+from ..images import load_image
 from ..utils.extras import require_extra
-from ..utils.files import cache_folder, keep_in_cache
+from .sources import BAD_PAIR, USUAL_COLUMNS, Columns, Source, held_out_rows, is_hub_id, open_sources
 
 
 if TYPE_CHECKING:
@@ -40,12 +32,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# Columns of the image's path and of the captions, in order of preference: the first column with a value is used. "captions" is a
-# list, all others are text. Members of a shard become the columns "txt" and "json".
-IMAGE_COLUMNS = ("image", "file_name", "image_path", "filepath", "path")
-CAPTION_COLUMNS = ("captions", "txt", "caption", "text", "title")
-
-_SHUFFLE_BUFFER = 2000  # pairs of a stream that wait undecoded
+_SHUFFLE_BUFFER = 2000  # pairs of a stream, not decoded yet
 
 
 class BadPairError(ValueError):
@@ -73,7 +60,7 @@ class PairDataset(Dataset):
     reaches running workers.
 
     Args:
-        files: shards and tables.
+        sources: of the pairs, see [`~iclip_hf.data.sources.open_sources`].
         seed (`int`, defaults to 0): seed of the draws.
         max_bad_share (`float` in [0, 1], defaults to 0.05): largest allowed share of bad pairs among those that this process read.
 
@@ -81,17 +68,17 @@ class PairDataset(Dataset):
         `ValueError`: there are no pairs. During access, too many pairs are bad.
     """
 
-    def __init__(self, files: Sequence[_TarShard | _Table], seed: int = 0, max_bad_share: float = 0.05):
-        ranges = [file.ranges() for file in tqdm(files, desc="Indexing", unit="file", delay=2, leave=False)]
+    def __init__(self, sources: Sequence[Source], seed: int = 0, max_bad_share: float = 0.05):
+        ranges = [source.ranges() for source in tqdm(sources, desc="Indexing", unit="file", delay=2, leave=False)]
         self.seed = seed
-        self._files = files
+        self._sources = sources
         self._ranges = np.concatenate([np.empty((0, 2), np.int64), *ranges])
-        self._ends = np.cumsum([len(part) for part in ranges])  # where each file's pairs end in `_ranges`
+        self._ends = np.cumsum([len(part) for part in ranges])  # end of each source's pairs in `_ranges`
         self._tally = _Tally(max_bad_share, counts_from=min(100, len(self)))
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # shared with persistent workers
         if not len(self):
             raise ValueError(
-                f"Expected at least one pair, got none in {[str(file.path) for file in files]}: name others."
+                f"Expected at least one pair, got none in {[str(source.path) for source in sources]}: name others."
             )
 
     def __len__(self) -> int:
@@ -112,7 +99,7 @@ class PairDataset(Dataset):
         return {**pair, "caption": caption, "skipped": skipped}
 
     def __repr__(self) -> str:
-        return f"PairDataset(pairs={len(self)}, files={len(self._files)})"
+        return f"PairDataset(pairs={len(self)}, sources={len(self._sources)})"
 
     def read(self, index: int) -> dict:
         """
@@ -136,6 +123,41 @@ class PairDataset(Dataset):
         """Returns all captions of a pair, at least one, without decoding its image. Raises like `read`."""
         return self._parse(index)[2]
 
+    def caption(self, index: int) -> str:
+        """Returns the caption of this pair in this epoch; empty for a bad pair. Raises `OSError` like `read`."""
+        try:
+            return _draw(self.captions(index), self.seed, int(self._epoch), range(len(self))[index])
+        except BadPairError:
+            return ""
+
+    def image_file(self, index: int) -> Path | None:
+        """Returns the image file of a pair, or None if the image lies within the source. Raises like `read`."""
+        image = self._parse(index, need_captions=False)[0]
+        return image if isinstance(image, Path) else None
+
+    def split(self, share: float) -> tuple[PairDataset, PairDataset]:
+        """
+        Splits off a part of the pairs, which is always the same. Pairs of one image stay together.
+
+        Args:
+            share (`float` in (0, 1)): share of the images in the part, rounded up.
+
+        Returns:
+            `tuple`: the other pairs, and the part.
+
+        Raises:
+            `ValueError`: one of the two would be empty.
+        """
+        inside = held_out_rows(self._sources, np.split(self._ranges, self._ends[:-1]), share)
+        return self._subset(np.flatnonzero(~inside)), self._subset(np.flatnonzero(inside))
+
+    def _subset(self, rows: np.ndarray) -> PairDataset:
+        subset = copy.copy(self)
+        subset._ranges, subset._ends = self._ranges[rows], np.searchsorted(rows, self._ends)
+        subset._tally = _Tally(self._tally._max_bad_share, counts_from=min(100, len(rows)))
+        subset._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
+        return subset
+
     def set_epoch(self, epoch: int) -> None:
         """Sets the epoch, on which the draws depend."""
         self._epoch.fill_(epoch)
@@ -149,10 +171,8 @@ class PairDataset(Dataset):
             `str`: 16 hex digits.
         """
         digest = hashlib.sha256(self._ranges.tobytes())
-        for file, ranges in zip(self._files, np.split(self._ranges, self._ends[:-1])):
-            digest.update(content_digest([file.path]).encode())
-            if images := file.image_files(ranges):
-                digest.update(content_digest(images).encode())
+        for source, ranges in zip(self._sources, np.split(self._ranges, self._ends[:-1])):
+            digest.update(source.fingerprint(ranges).encode())
         return digest.hexdigest()[:16]
 
     def _replacement(self, draws: random.Random) -> tuple[int, dict]:
@@ -167,22 +187,14 @@ class PairDataset(Dataset):
 
     def _parse(self, index: int, need_captions: bool = True) -> tuple[bytes | Path, str, list[str], str]:
         index = range(len(self))[index]
-        file = self._files[np.searchsorted(self._ends, index, side="right")]
+        source = self._sources[np.searchsorted(self._ends, index, side="right")]
         start, end = self._ranges[index].tolist()
         try:
-            with open(file.path, "rb", buffering=0) as opened:
-                opened.seek(start)
-                block = opened.read(end - start)
-        except OSError as error:
-            raise OSError(
-                f"{file.path}: it was there at the start, but now: {error}; restore it, then resume."
-            ) from error
-        try:
-            image, name, row, key = file.parse(block)
-            return image, name, _captions(row) if need_captions else [], key
-        except (ValueError, RecursionError, tarfile.TarError, csv.Error) as error:
+            image, name, row, key = source.read(start, end)
+            return image, name, source.columns.captions(row) if need_captions else [], key
+        except BAD_PAIR as error:
             raise BadPairError(
-                f"{file.path}, bytes {start} to {end}: expected an image and a caption, but got: {error}; correct it."
+                f"{source.path}, {source.unit} {start} to {end}: expected an image and a caption, but got: {error}; correct it."
             ) from error
 
 
@@ -213,20 +225,24 @@ class PairStream(IterableDataset):
         max_bad_share: float = 0.05,
         rank: int = 0,
         world_size: int = 1,
+        columns: Columns = USUAL_COLUMNS,
     ):
         from datasets import Image
         from datasets.distributed import split_dataset_by_node
 
         features = dataset.features or {}
-        self._image_column = next((name for name, feature in features.items() if isinstance(feature, Image)), None)
-        if self._image_column is None:
+        images = [name for name, feature in features.items() if isinstance(feature, Image)]
+        if columns.image != USUAL_COLUMNS.image:
+            images = [name for name in columns.image if name in images]
+        if not images:
             raise ValueError(
                 f"Expected a dataset with an image column, but got columns {list(features)}: name another one."
             )
-        # Other columns are dropped. `datasets` infers types from the first rows, and a later row of another type ends the stream.
-        kept = [column for column in (self._image_column, "__key__", *CAPTION_COLUMNS) if column in features]
+        self._image_column, self._columns = images[0], columns
+        # Only these columns are kept: datasets infers types from the first rows, and a different type later ends the stream.
+        kept = [column for column in (self._image_column, "__key__", *columns.caption) if column in features]
         if isinstance(features.get("json"), Mapping):
-            captions = {column: kind for column, kind in features["json"].items() if column in CAPTION_COLUMNS}
+            captions = {column: kind for column, kind in features["json"].items() if column in columns.caption}
             dataset = dataset.cast_column("json", captions)
             kept.append("json")
         dataset = dataset.select_columns(kept)
@@ -248,7 +264,7 @@ class PairStream(IterableDataset):
             stored = row[self._image_column] or {}
             key = row.get("__key__") or stored.get("path") or "a pair without a name"
             try:
-                captions = _captions(row)
+                captions = self._columns.captions(row)
                 image = load_image(_image_bytes(stored), repr(key))
             except DroppedConnectionError:
                 raise
@@ -270,6 +286,9 @@ def load_pairs(
     source: str | os.PathLike | Sequence[str | os.PathLike],
     *,
     split: str = "train",
+    image_column: str | None = None,
+    caption_column: str | None = None,
+    streaming: bool = True,
     seed: int = 0,
     max_bad_share: float = 0.05,
     rank: int = 0,
@@ -281,192 +300,40 @@ def load_pairs(
     - Tar shards of webdataset or img2dataset (`key.jpg` with `key.txt`, `key.json` or both): a file, a folder of shards, or a
       pattern such as "cc3m/{00000..00331}.tar" or "cc3m/*.tar". The captions are the list `captions` in the JSON, else the text,
       else `caption` in the JSON.
-    - An image folder with `metadata.jsonl`, or such a file. Each line has one of `IMAGE_COLUMNS`, a path relative to the file, and
-      one of `CAPTION_COLUMNS`.
+    - An image folder with `metadata.jsonl`, or such a file. Each line has one of `sources.IMAGE_COLUMNS`, a path relative to the
+      file, and one of `sources.CAPTION_COLUMNS`.
     - A `.csv` or `.tsv` table with a header line and the same columns; `captions` is a JSON list. Values are literal, also "null".
       In a .tsv, quotes have no special meaning.
-    - The Hub id of a dataset ("org/name"), if there is no such local path. It is streamed.
+    - A folder with a subfolder of images for each class. The caption of `dog/1.jpg` is "a photo of a dog".
+    - A `.parquet` file, a folder of them, or a folder of `save_to_disk` of `datasets`, with images as bytes or paths.
+    - The Hub id of a dataset ("org/name"), if there is no such local path.
 
     Args:
         source (`str`, `os.PathLike` or a list of them): the source.
-        split (`str`, defaults to `"train"`): split of a Hub dataset.
+        split (`str`, defaults to `"train"`): split of a Hub dataset or of a saved one.
+        image_column, caption_column (`str`, *optional*): names of columns that are not among the usual ones.
+        streaming (`bool`, defaults to `True`): whether a Hub dataset is streamed instead of downloaded.
         seed (`int`, defaults to 0): seed of the drawn captions and of the order of a stream.
         max_bad_share (`float` in [0, 1], defaults to 0.05): largest allowed share of bad pairs (broken image, no caption).
         rank, world_size (`int`): index of this process and number of processes, for a stream. A [`PairDataset`] is split by its
             sampler.
 
     Returns:
-        [`PairDataset`], or [`PairStream`] for a Hub dataset.
+        [`PairDataset`], or [`PairStream`] for a streamed Hub dataset.
 
     Raises:
         `FileNotFoundError`: a file, folder or Hub dataset does not exist. `ValueError`, `TypeError`: a source is not as described.
     """
+    columns = Columns.named(image_column, caption_column)
     if isinstance(source, (str, os.PathLike)):
-        if _is_hub_id(os.fspath(source)):
-            return PairStream(_open_hub_dataset(source, split), seed, max_bad_share, rank, world_size)
+        if streaming and is_hub_id(os.fspath(source)):
+            return PairStream(_open_hub_dataset(source, split), seed, max_bad_share, rank, world_size, columns)
         source = [source]
     if not isinstance(source, Sequence):
         raise TypeError(
             f"Expected a path, the id of a Hub dataset or a list of paths, got {source!r:.100}: name the data by one of these."
         )
-    paths = [path for part in source for path in _local_files(os.fspath(part))]
-    return PairDataset([_open_file(path) for path in paths], seed, max_bad_share)
-
-
-class _TarShard:
-    """
-    A tar file in the form of webdataset. Adjacent members with the same key are a pair. Their bytes are a small tar file.
-
-    Nothing is extracted to disk, and links are ignored, so no member can refer to a path outside.
-    """
-
-    def __init__(self, path: Path):
-        self.path = path
-
-    def ranges(self) -> np.ndarray:
-        """Returns the byte range (start, end) of each pair, `(N, 2)` int64. Cached on disk, because a million pairs take minutes."""
-        state, _ = file_state(self.path)
-        cached = cache_folder() / "shards" / f"{hashlib.sha256(state).hexdigest()[:32]}.npy"
-        try:
-            return np.load(cached)
-        except (OSError, ValueError, EOFError):  # missing or damaged
-            ranges = self._scan()
-
-        def write(partial: Path) -> None:
-            with open(partial, "wb") as file:  # numpy would add a suffix to a file name
-                np.save(file, ranges)
-
-        keep_in_cache(cached, write)
-        return ranges
-
-    def image_files(self, ranges: np.ndarray) -> list[Path]:
-        """Returns an empty list, because the images are inside the shard."""
-        return []
-
-    def parse(self, block: bytes) -> tuple[bytes, str, dict, str]:
-        """Returns the image of one pair, its name for errors, the row with the captions, and the key."""
-        row, image = {}, None
-        with tarfile.open(fileobj=io.BytesIO(block), mode="r:") as tar:
-            for member in tar:
-                key, suffix = _key_and_suffix(member)
-                data = block[member.offset_data : member.offset_data + member.size]
-                if suffix in IMAGE_SUFFIXES:
-                    image, image_key, name = data, key, f"{str(self.path)!r}: {member.name!r}"
-                elif suffix in (".txt", ".json"):
-                    row[suffix[1:]] = json.loads(data) if suffix == ".json" else data.decode()
-        if image is None:
-            raise ValueError("no image beside its text; members of a pair must be neighbours (`tar --sort=name`)")
-        return image, name, row, image_key
-
-    def _scan(self) -> np.ndarray:
-        ranges, last_key, size = array("q"), None, self.path.stat().st_size
-        try:
-            with tarfile.open(self.path, "r:") as tar:
-                # Without any member the offset is 0, and Python 3.10 would seek to -1.
-                while tar.offset and (member := tar.next()) is not None:
-                    if not member.offset < tar.offset <= size:  # the size in the header may exceed the file
-                        raise tarfile.ReadError(f"unexpected end of data, in the member at byte {member.offset}")
-                    key, _ = _key_and_suffix(member)
-                    if key is not None:
-                        if key != last_key:
-                            ranges.extend((member.offset, 0))
-                        ranges[-1] = tar.offset  # start of the next member
-                        last_key = key
-                    tar.members.clear()  # tarfile would keep all members
-                tar.fileobj.seek(tar.offset)
-                if tar.fileobj.read(tarfile.BLOCKSIZE).strip(b"\0"):  # tarfile ends silently at a damaged header
-                    raise tarfile.ReadError(f"no member begins at byte {tar.offset}")
-        # Numbers in a damaged header may have any value.
-        except (tarfile.TarError, ValueError, OverflowError, MemoryError, RecursionError) as error:
-            problem = str(error) or type(error).__name__
-            raise ValueError(
-                f"{self.path}: expected a whole tar file without compression, but got: {problem}; decompress it, or get it "
-                "again."
-            ) from error
-        return np.array(ranges, np.int64).reshape(-1, 2)
-
-
-class _Table:
-    """A text file with one pair in each row: .csv or .tsv (without quoting) with a header line, or .jsonl."""
-
-    def __init__(self, path: Path):
-        self.path = path
-        self._kind = path.suffix.lower()
-        try:
-            start, end = next(self._rows(), (0, 0))
-            with open(path, "rb") as file:
-                first = self._values(file.read(end)[start:])
-        except (ValueError, RecursionError, csv.Error) as error:
-            raise ValueError(f"{path}: expected {self._kind} rows in UTF-8, but got: {error}; correct it.") from error
-        self._header = None if self._kind == ".jsonl" else [name.strip() for name in first]
-        columns = set(self._header or first)
-        if not (columns & set(IMAGE_COLUMNS) and columns & set(CAPTION_COLUMNS)):
-            raise ValueError(
-                f"{path}: expected a column out of {IMAGE_COLUMNS} and one out of {CAPTION_COLUMNS}, but got "
-                f"{sorted(columns)}; add a header line or rename the columns."
-            )
-
-    def ranges(self) -> np.ndarray:
-        """Returns the byte range (start, end) of each row, `(N, 2)` int64."""
-        try:
-            ranges = array("q", (position for row in self._rows() for position in row))
-        except csv.Error as error:
-            raise ValueError(f"{self.path}: expected well-formed CSV, but got: {error}; correct it.") from error
-        return np.array(ranges, np.int64).reshape(-1, 2)[self._header is not None :]
-
-    def parse(self, block: bytes) -> tuple[Path, None, dict, str]:
-        """Returns the image path of one row, None (the path is the name for errors), the row with the captions, and the key."""
-        row = self._values(block)
-        if self._header is not None:
-            if len(row) != len(self._header):
-                raise ValueError(f"{len(row)} fields instead of {len(self._header)}")
-            row = dict(zip(self._header, row))
-        key = next((row[column] for column in IMAGE_COLUMNS if row.get(column)), None)
-        if not isinstance(key, str):
-            raise ValueError(f"no image path in the columns {list(row)}")
-        if "://" in key:
-            raise ValueError(f"expected an image path, but got the URL {key}; download the images first (img2dataset)")
-        return self.path.parent / key, None, row, key
-
-    def image_files(self, ranges: np.ndarray) -> list[Path]:
-        """Returns the image files of these rows. Unreadable rows are skipped."""
-        files = []
-        with open(self.path, "rb") as opened:
-            for start, end in ranges.tolist():
-                opened.seek(start)
-                try:
-                    files.append(self.parse(opened.read(end - start))[0])
-                except (ValueError, RecursionError, csv.Error):
-                    continue
-        return files
-
-    def _rows(self) -> Iterator[tuple[int, int]]:
-        """Yields the byte range (start, end) of each row that is not blank, including the header."""
-        end = 0
-
-        def lines() -> Iterator[str]:
-            nonlocal end
-            with open(self.path, "rb") as file:
-                for line in file:
-                    end += len(line)
-                    yield line.decode(errors="surrogateescape").rstrip("\r\n") + "\n"
-
-        start = 0
-        for row in csv.reader(lines(), strict=True) if self._kind == ".csv" else lines():
-            if row and row != "\n":
-                yield start, end
-            start = end
-
-    def _values(self, block: bytes) -> list[str] | dict:
-        text = block.decode("utf-8-sig")
-        if self._kind == ".jsonl":
-            row = json.loads(text)
-            if not isinstance(row, dict):
-                raise ValueError(f"expected a JSON object, but got {type(row).__name__}")
-            return row
-        if self._kind == ".tsv":
-            return text.rstrip("\r\n").split("\t")
-        return next(csv.reader(io.StringIO(text, newline=""), strict=True), [])
+    return PairDataset(open_sources(source, columns, split), seed, max_bad_share)
 
 
 class _Tally:
@@ -523,39 +390,8 @@ def _load(image: bytes | Path, name: str | None) -> Image.Image:
         raise BadPairError(str(error)) from error
 
 
-def _captions(row: Mapping) -> list[str]:
-    """Returns all captions of a row, stripped. Raises `ValueError` if there are none."""
-    if isinstance(row.get("json"), Mapping):
-        row = {**row["json"], **row}
-    column = next((column for column in CAPTION_COLUMNS if row.get(column)), None)
-    if column is None:
-        raise ValueError("no caption")
-    value = row[column]
-    if column == "captions" and isinstance(value, str):  # of a .csv or .tsv
-        value = json.loads(value)
-    if isinstance(value, str):
-        value = [value]
-    if not isinstance(value, list) or not all(isinstance(caption, str) for caption in value):
-        raise ValueError(f"expected text or a list of texts in {column!r}, but got {value!r:.100}")
-    # JSON escapes can contain lone surrogates, which tokenizers refuse.
-    captions = [caption.encode(errors="ignore").decode().strip() for caption in value]
-    captions = [caption for caption in captions if caption]
-    if not captions:
-        raise ValueError(f"no caption but blank text in {column!r}")
-    return captions
-
-
 def _draw(captions: list[str], seed: int, epoch: int, key: int | str) -> str:
     return random.Random(f"{seed}/{epoch}/{key!r}").choice(captions) if len(captions) > 1 else captions[0]
-
-
-def _key_and_suffix(member: tarfile.TarInfo) -> tuple[str | None, str]:
-    """Returns the key of webdataset (the path up to the first dot of the file name) and the suffix; (None, "") for other members."""
-    folder, _, name = member.name.rpartition("/")
-    stem, dot, suffix = name.partition(".")
-    if member.type not in (tarfile.REGTYPE, tarfile.AREGTYPE) or not stem or not dot:
-        return None, ""
-    return f"{folder}/{stem}" if folder else stem, f".{suffix.lower()}"
 
 
 def _image_bytes(stored: Mapping) -> bytes:
@@ -566,59 +402,6 @@ def _image_bytes(stored: Mapping) -> bytes:
 
     with _connection_errors(), fsspec.open(stored["path"], "rb") as file:
         return file.read()
-
-
-_FILE_KINDS = {".tar": _TarShard, ".csv": _Table, ".tsv": _Table, ".jsonl": _Table}
-
-
-def _open_file(path: Path) -> _TarShard | _Table:
-    kind = _FILE_KINDS.get(path.suffix.lower())
-    if kind is None:
-        raise ValueError(f"{path}: expected a file of one of the kinds {list(_FILE_KINDS)}; convert or rename it.")
-    return kind(path)
-
-
-def _local_files(source: str) -> list[Path]:
-    if os.path.isdir(source):
-        metadata = Path(source, "metadata.jsonl")
-        files = [metadata] if metadata.is_file() else sorted(Path(source).glob("*.tar"))
-        if not files:
-            raise FileNotFoundError(
-                f"{source}: expected metadata.jsonl or .tar shards in this folder, but got neither; name another."
-            )
-        return files
-    if os.path.isfile(source):
-        return [Path(source)]
-    files = [file for pattern in _expand_braces(source) for file in sorted(glob.glob(pattern)) or [pattern]]
-    missing = [file for file in files if not os.path.isfile(file)]
-    if missing:
-        raise FileNotFoundError(
-            f"{missing[0]}: expected a file or folder of pairs, but there is none ({len(missing)} of {len(files)} "
-            "missing); check the path."
-        )
-    return [Path(file) for file in files]
-
-
-def _expand_braces(pattern: str) -> list[str]:
-    """Expands braces as a shell does: ranges with leading zeros, "{08..10}", and lists, "{a,b}"."""
-    match = re.search(r"\{([^{}]*)\}", pattern)
-    if not match:
-        return [pattern]
-    count = re.fullmatch(r"(\d+)\.\.(\d+)", match[1])
-    parts = match[1].split(",")
-    if count:
-        parts = [str(number).zfill(len(count[1])) for number in range(int(count[1]), int(count[2]) + 1)]
-    return [
-        name for part in parts for name in _expand_braces(pattern[: match.start()] + part + pattern[match.end() :])
-    ]
-
-
-def _is_hub_id(source: str) -> bool:
-    return (
-        re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", source) is not None
-        and Path(source).suffix.lower() not in _FILE_KINDS
-        and not os.path.exists(source)
-    )
 
 
 def _open_hub_dataset(name: str, split: str) -> datasets.IterableDataset:

@@ -6,7 +6,6 @@ import asyncio
 import base64
 import contextlib
 import functools
-import importlib.util
 import io
 import os
 import time
@@ -16,7 +15,7 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 
 import numpy as np
-from matplotlib import colormaps
+import torch
 from PIL import Image
 
 from .. import __version__
@@ -26,9 +25,10 @@ from ..localization.localizer import Localizer
 from ..modeling_iclip import ICLIPImageFeatures
 from ..models.loading import load_model
 from ..presence import BACKGROUND, MIN_PRESENCE
+from ..similarity import resize_maps
 from ..utils.extras import require_extra
 from ..utils.files import atomic_write
-from ..utils.plots import COLORMAP
+from .content import EXAMPLES, MAX_TEXTS, beside, colors, example_files, view_size
 
 
 with require_extra("demo"):
@@ -39,15 +39,12 @@ with require_extra("demo"):
 
 
 MAX_FILE_SIZE = "20mb"  # `load_image` limits the number of pixels
-MAX_TEXTS = 12
 # By default Gradio keeps the last answer, up to two megabytes, of 10,000 visitors. The page does not need them.
 MAX_SESSIONS = 64
 # Limits for files of visitors: uploads, and an archive of up to six megabytes for each answer.
 MAX_CACHE_AGE = 3600  # seconds
 MAX_CACHE_SIZE = 2 * 2**30  # bytes
 _CACHE_CHECK = 10  # seconds between two checks
-# Longest side of the maps in pixels: enough for a screen, and some hundred kilobytes for all maps together.
-VIEW_SIDE = 640
 # Routes of Gradio that this app does not need. They fetch addresses or store files that are never deleted.
 _UNUSED_ROUTES = ("file=http", "proxy=", "process_recording", "component_server", "deep_link", "run-history")
 METHODS = {
@@ -67,13 +64,6 @@ METHODS = {
     "NACLIP": "naclip",
     "ProxyCLIP": "proxyclip",
     "Random, which knows neither image nor text": "random",
-}
-# Photographs of scikit-image, CC0 or in the public domain, with texts. The last text of each is absent.
-EXAMPLES = {
-    "coffee.png": "cup of coffee, spoon, dog",
-    "chelsea.png": "cat, eyes, bicycle",
-    "rocket.jpg": "rocket, night sky, dog",
-    "astronaut.png": "woman, orange jacket, tree",
 }
 INTRODUCTION = f"""# Which pixels match the text?
 Red matches most, blue least. Each map is stretched to the whole scale, so a text that is not there lights up as well. Its
@@ -117,7 +107,7 @@ def split_texts(typed: str) -> list[str]:
     commas.
 
     Raises:
-        `ValueError`: there is no text, or more than `MAX_TEXTS`.
+        `ValueError`: there is no text, or more than `content.MAX_TEXTS`.
     """
     separator = "\n" if "\n" in typed.strip() else ","
     texts = list(dict.fromkeys(text.strip() for text in typed.split(separator) if text.strip()))
@@ -132,7 +122,7 @@ def explain_image(
     localizer: Localizer, image: Image.Image, texts: list[str], features: ICLIPImageFeatures | None = None
 ) -> tuple[Explanation, ICLIPImageFeatures | None]:
     """
-    Explains an RGB image with the method of a localizer. Maps have sides of at most `VIEW_SIDE` pixels.
+    Explains an RGB image with the method of a localizer. Maps have sides of at most `content.VIEW_SIDE` pixels.
 
     Args:
         features: what this function returned for the same localizer and image.
@@ -141,17 +131,22 @@ def explain_image(
         `tuple`: the explanation, and the features of the image, if the method can use them for other texts.
     """
     localizer = localizer.about(texts)
-    prepared = localizer.prepare(image, size=_view_size(image)[::-1])
+    prepared = localizer.prepare(image, size=view_size(image)[::-1])
     prepared = localizer.encode(prepared) if features is None else prepared._replace(features=features)
     (explanation,) = localizer.explain([prepared])
     return explanation, prepared.features
 
 
 def viewer_value(image: Image.Image, explanation: Explanation) -> dict:
-    """Returns the data for `viewer.js`. A map is a base64 string of its compressed values 0..255, row-major."""
-    photo, size = io.BytesIO(), _view_size(image)
+    """
+    Returns the data for `gradio_viewer.js`. A map is a base64 string of its compressed values 0..255, row-major; `low` and `high`
+    are the raw values of 0 and 255.
+    """
+    photo, size = io.BytesIO(), view_size(image)
     image.resize(size).save(photo, "JPEG", quality=85)
     levels = (explanation.maps * 255).round().byte().numpy()
+    raw_maps = resize_maps(-explanation.raw_maps if explanation.reversed else explanation.raw_maps, explanation.size)
+    ranges = torch.stack(torch.aminmax(raw_maps.flatten(1), dim=-1), dim=-1).tolist()
     return {
         "image": "data:image/jpeg;base64," + base64.b64encode(photo.getvalue()).decode(),
         "size": size,
@@ -163,9 +158,11 @@ def viewer_value(image: Image.Image, explanation: Explanation) -> dict:
                 "presence": round(present, 4),
                 "absent": present < MIN_PRESENCE,
                 "map": base64.b64encode(zlib.compress(map_, 1)).decode(),
+                "low": low,
+                "high": high,
             }
-            for text, cosine, present, map_ in zip(
-                explanation.labels, explanation.scores.tolist(), explanation.presence.tolist(), levels
+            for text, cosine, present, map_, (low, high) in zip(
+                explanation.labels, explanation.scores.tolist(), explanation.presence.tolist(), levels, ranges
             )
         ],
     }
@@ -240,7 +237,7 @@ def build_app(model, processor) -> gr.Blocks:
     Args:
         model, processor: as for `make_explainer`.
     """
-    examples = _examples()
+    examples = [[str(path), EXAMPLES[path.name].texts] for path in example_files()]
     first_photo, first_texts = examples[0] if examples else (None, "")
     gr.set_static_paths([path for path, _ in examples])
 
@@ -304,10 +301,11 @@ def build_app(model, processor) -> gr.Blocks:
             with gr.Column(scale=5, min_width=300):
                 viewer = gr.HTML(
                     html_template="",
-                    css_template=_beside("viewer.css"),
-                    js_on_load=_beside("viewer.js"),
+                    css_template=beside("viewer.css"),
+                    # A module for the page of `web`; Gradio runs a function's body.
+                    js_on_load=beside("viewer.js").replace("export function", "function") + beside("gradio_viewer.js"),
                     apply_default_css=False,
-                    colors=colormaps[COLORMAP](np.arange(256), bytes=True)[:, :3].tolist(),
+                    colors=colors(),
                 )
                 with gr.Row():
                     picture = gr.Button("Save picture (PNG)")
@@ -418,20 +416,3 @@ async def _deleting_files(app: gr.Blocks) -> AsyncIterator[None]:
     task = asyncio.create_task(again_and_again())
     yield
     task.cancel()
-
-
-def _view_size(image: Image.Image) -> tuple[int, int]:
-    """Returns width and height of the shown image and maps."""
-    scale = min(1.0, VIEW_SIDE / max(image.size))
-    return tuple(max(1, round(side * scale)) for side in image.size)
-
-
-def _examples() -> list[list[str]]:
-    """Returns photographs and texts if scikit-image is installed."""
-    package = importlib.util.find_spec("skimage")
-    folder = Path(package.origin).with_name("data") if package else Path()
-    return [[str(folder / name), texts] for name, texts in EXAMPLES.items() if (folder / name).is_file()]
-
-
-def _beside(name: str) -> str:
-    return Path(__file__).with_name(name).read_text(encoding="utf-8")

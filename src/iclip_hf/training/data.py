@@ -162,6 +162,10 @@ class TrainingPairs(_Preparation, Dataset):
     def __getitem__(self, index: int) -> dict:
         return self.prepare(self.pairs[index], index)
 
+    def drawn_captions(self) -> list[str]:
+        """Returns the caption of each pair in this epoch."""
+        return [self.pairs.caption(index) for index in range(len(self))]
+
 
 class TrainingStream(_Preparation, IterableDataset):
     """Pairs of a [`PairStream`] as tensors."""

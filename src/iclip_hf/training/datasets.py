@@ -42,13 +42,21 @@ def load_datasets(
         `FileNotFoundError`: data is missing.
     """
     shared = {"seed": settings.seed, "max_bad_share": settings.max_bad_share}
+    shared |= {"image_column": settings.image_column or None, "caption_column": settings.caption_column or None}
     source = settings.data[0] if len(settings.data) == 1 else settings.data
     placed = {"rank": accelerator.process_index, "world_size": accelerator.num_processes, "split": settings.split}
+    placed["streaming"] = settings.pairs_per_epoch > 0
     with accelerator.main_process_first():  # the first process caches the indexes of tar shards for the others
         pairs = load_pairs(source, **shared, **placed)
         held_out = load_pairs(settings.validation_data, **shared) if settings.validation_data else None
+    if settings.validation_share:
+        if isinstance(pairs, PairStream):
+            raise ValueError("Expected validation_data for a stream, got validation_share: name local pairs.")
+        pairs, held_out = pairs.split(settings.validation_share)
     whole = WholeImage(processor)
-    augmented = AugmentedImage(processor, settings.crop_scale, settings.auto_augment, settings.random_erasing)
+
+    def augmented() -> AugmentedImage:
+        return AugmentedImage(processor, settings.crop_scale, settings.auto_augment, settings.random_erasing)
 
     nouns = NounPrompts.from_file(settings.nouns, settings.noun_prompts, settings.seed) if settings.nouns else None
 
@@ -60,14 +68,19 @@ def load_datasets(
             )
         folder = Path(settings.cache_features, part)
         limits = {"num_workers": settings.num_workers, "max_bad_share": settings.max_bad_share}
+        limits["title"] = part.capitalize()
         views = cache_images(folder, pairs, model, transforms, accelerator, map_tokens=settings.map_tokens, **limits)
         texts = {}
         if settings.lock_text:
             captions = itertools.chain.from_iterable(views[0].captions())
-            texts["texts"] = cache_texts(folder / "texts", captions, model, processor, accelerator)
+            texts["texts"] = cache_texts(
+                folder / "texts", captions, model, processor, accelerator, f"{part.capitalize()} captions"
+            )
             if nouns is not None:
                 prompts = nouns.all_prompts()
-                texts["prompts"] = cache_texts(folder / "prompts", prompts, model, processor, accelerator)
+                texts["prompts"] = cache_texts(
+                    folder / "prompts", prompts, model, processor, accelerator, "Noun prompts"
+                )
         return CachedPairs(views, model.config, processor, settings.seed, nouns, **texts)
 
     model.to(accelerator.device).eval()
@@ -77,8 +90,8 @@ def load_datasets(
         some = (pairs[index]["image"] for index in range(0, len(pairs), max(1, len(pairs) // 256)))
     set_token_mean(model, map(whole, some))
     if settings.cache_features:
-        training = cached(pairs, "training", [whole] + [augmented] * (settings.views - 1), nouns)
+        training = cached(pairs, "training", [whole] + [augmented() for _ in range(settings.views - 1)], nouns)
         return training, held_out, held_out and cached(held_out, "validation", [whole])
     prepared = TrainingStream if isinstance(pairs, PairStream) else TrainingPairs
-    training = prepared(pairs, augmented, processor, settings.seed, nouns)
+    training = prepared(pairs, augmented(), processor, settings.seed, nouns)
     return training, held_out, held_out and TrainingPairs(held_out, whole, processor, settings.seed)

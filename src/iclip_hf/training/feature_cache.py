@@ -177,6 +177,7 @@ def cache_images(
     batch_size: int = 64,
     num_workers: int = 0,
     max_bad_share: float = 0.05,
+    title: str = "Training",
 ) -> list[FeatureShards]:
     """
     Computes [`image_rows`] of each view of each pair, unless they are cached already.
@@ -191,6 +192,7 @@ def cache_images(
         batch_size: number of images in one forward pass.
         num_workers: number of loading processes for each process of the accelerator.
         max_bad_share: largest allowed share of pairs with a broken image or no caption. Such pairs have no captions in the cache.
+        title: what the progress bar calls the images.
 
     Returns:
         For each view, [`FeatureShards`] of [`image_rows`] with the captions.
@@ -222,7 +224,15 @@ def cache_images(
             pixel_values = torch.stack(images).to(accelerator.device)
             return image_rows(model, pixel_values, map_tokens).float().cpu(), list(captions)
 
-        _fill(views[-1], reader, encode, accelerator, batch_size, num_workers, f"View {view}")
+        _fill(
+            views[-1],
+            reader,
+            encode,
+            accelerator,
+            batch_size,
+            num_workers,
+            f"{title} images{f', view {view + 1}' * (view > 0)}",
+        )
     bad = sum(not captions for captions in views[0].captions())
     if bad > max_bad_share * len(pairs):
         raise ValueError(
@@ -244,7 +254,12 @@ class CachedTexts:
 
 
 def cache_texts(
-    folder: Path, texts: Iterable[str], model: ICLIPModel, processor: ICLIPProcessor, accelerator: Accelerator
+    folder: Path,
+    texts: Iterable[str],
+    model: ICLIPModel,
+    processor: ICLIPProcessor,
+    accelerator: Accelerator,
+    title: str = "Texts",
 ) -> CachedTexts:
     """Computes the text tower's feature of each distinct text, unless they are cached already."""
     texts = sorted(set(texts), key=lambda text: (len(text), text))  # batches of similar length need little padding
@@ -262,7 +277,7 @@ def cache_texts(
     def encode(batch: list[str]) -> tuple[torch.Tensor, None]:
         return model.encode_text(**processor(text=batch).to(accelerator.device))[0], None
 
-    _fill(shards, texts, encode, accelerator, batch_size=256, num_workers=0, title="Texts")
+    _fill(shards, texts, encode, accelerator, batch_size=256, num_workers=0, title=title)
     return CachedTexts(texts, shards)
 
 
@@ -305,6 +320,10 @@ class CachedPairs(Dataset):
         draws = np.random.default_rng([self.seed, epoch])
         self.drawn_view = draws.integers(len(self.views), size=len(self))
         self.drawn_caption = draws.random(len(self))
+
+    def drawn_captions(self) -> list[str]:
+        """Returns the caption of each pair in this epoch."""
+        return [several[int(draw * len(several))] for several, draw in zip(self.captions, self.drawn_caption)]
 
     def __getitems__(self, indices: Sequence[int]) -> dict:
         """Returns a batch: `image_features` of the branches, and for each pair the drawn caption and all captions."""

@@ -25,6 +25,7 @@ from ..data.segmentation import load_segmentation
 from ..evaluation.evaluate import evaluate
 from ..hub.folders import join_towers
 from ..modeling_iclip import ICLIPModel
+from ..models.embedded import embedded_model
 from ..models.loading import load_iclip
 from ..processing_iclip import ICLIPProcessor
 from ..utils.distributed import partner_errors, shared_folder_lock
@@ -42,6 +43,7 @@ from .datasets import load_datasets
 from .interrupts import Interrupts
 from .loss import PairModel
 from .meter import Meter
+from .report import report
 from .schedule import cosine_schedule, parameter_groups
 from .settings import MAP_METRICS, Settings
 from .validation import draw_examples, validate
@@ -57,7 +59,7 @@ def build_model(settings: Settings) -> tuple[ICLIPModel, ICLIPProcessor]:
         raise ValueError(f"Expected model_options to name options of ICLIPConfig, got {unknown[0]!r}: correct it.")
     options = {name: yaml.safe_load(value) for name, value in options.items()}
     if settings.model:
-        return load_iclip(settings.model, **options)
+        return load_iclip(embedded_model() if settings.model == "embedded" else settings.model, **options)
     folder = Path(settings.config).parent
     return join_towers(folder, settings.vision, settings.text, settings.image_size, **options)
 
@@ -91,10 +93,11 @@ def start_accelerator(settings: Settings, model: ICLIPModel) -> Accelerator:
 
 def train(settings: Settings) -> dict[str, float]:
     """
-    Trains a model in the folder `settings.output_dir`, and exports it there as a folder for `from_pretrained`.
+    Trains a model in the folder `settings.output_dir`, which `from_pretrained` then loads. With validation, this is the best
+    model of the evaluations, otherwise the last.
 
     Returns:
-        The metrics of the last evaluation.
+        The metrics of this model.
 
     Raises:
         `ValueError`: a setting or the data is not as described. `OSError`: something cannot be read or written.
@@ -118,8 +121,8 @@ def run(
     accelerator: Accelerator,
     interrupts: Interrupts,
 ) -> dict[str, float]:
-    """The run itself, top to bottom: data, optimizer, loop, export. Returns the metrics of the last evaluation."""
-    output_dir, name = Path(settings.output_dir), Path(settings.config).resolve().parent.name
+    """The run itself, top to bottom: data, optimizer, loop, report. Returns the metrics of the model in the run's folder."""
+    output_dir = Path(settings.output_dir)
     pair_model = PairModel(
         model,
         settings.chunk_size,
@@ -159,31 +162,29 @@ def run(
     keep_learning_weights_only(accelerator)
     if last_checkpoint:
         accelerator.load_state(str(last_checkpoint))
-    accelerator.init_trackers("", {name: str(value) for name, value in state.settings.items()})
+    accelerator.init_trackers("iclip-hf", {name: str(value) for name, value in state.settings.items()})
 
-    def evaluate_now() -> dict[str, float]:
-        metrics = {}
+    def evaluate_now() -> tuple[dict[str, float], dict | None]:
+        metrics, evaluation = {}, None
         if validation is not None:
             metrics |= validate(accelerator, pair_model, validation, settings.chunk_size, workers)
         whole = whole_model(accelerator, pair_model).eval()
         if segmentation is not None:
             result = evaluate(whole, processor, segmentation, progress=False)
-            state.evaluation = {"protocol": {**result.protocol, "model": name}, "results": result.results}
+            evaluation = {"protocol": {**result.protocol, "model": settings.name}, "results": result.results}
             metrics |= {metric: result.results["itsm"][metric] for metric in MAP_METRICS}
         if held_out is not None and settings.pictures and accelerator.is_main_process:
-            (output_dir / "pictures").mkdir(exist_ok=True)
-            figure = draw_examples(whole, processor, held_out, settings.pictures)
-            figure.savefig(output_dir / "pictures" / f"{state.step:07d}.png")
+            draw_examples(whole, processor, held_out, settings.pictures, output_dir / "pictures", state.step)
         pair_model.train()
         accelerator.log(metrics, state.step)
-        return metrics
+        return metrics, evaluation
 
-    def export_now(folder: Path) -> None:
-        card = {"name": name, "metrics": state.evaluation, "training": state.settings}
-        export(accelerator, pair_model, processor, folder, **card)
+    if settings.model and state.step == 0:
+        state.before, _ = evaluate_now()
 
     # Loop
-    bar = tqdm(total=total_steps, initial=state.step, disable=not accelerator.is_main_process)
+    bar = tqdm(total=total_steps, initial=state.step, desc="Training", disable=not accelerator.is_main_process)
+    shown = {}  # beside the bar
     meter = Meter(settings.batch_size)
     interrupts.deferred = True
     while state.step < total_steps:
@@ -238,13 +239,17 @@ def run(
                     "skipped_pairs": state.skipped_pairs,
                 }
                 accelerator.log(log, state.step)
-                bar.set_postfix(loss=f"{log['loss']:.3f}", pairs_per_s=f"{log['pairs_per_second']:.0f}")
+                shown |= {"loss": f"{log['loss']:.3f}", "pairs_per_s": f"{log['pairs_per_second']:.0f}"}
+                bar.set_postfix(shown)
             if last or state.step % settings.eval_steps == 0:
-                state.metrics = evaluate_now()
-                score = state.metrics.get(settings.best_metric)
-                if score is not None and (state.best is None or score > state.best):
-                    state.best = score
-                    export_now(output_dir / "best")
+                metrics, evaluation = evaluate_now()
+                score = metrics.get(settings.best_metric)
+                if last if score is None else state.best is None or settings.is_better(score, state.best):
+                    state.best, state.metrics, state.evaluation = score, metrics, evaluation
+                    card = {"name": settings.name, "metrics": evaluation, "training": state.settings}
+                    export(accelerator, pair_model, processor, output_dir, **card)
+                if score is not None:
+                    bar.set_postfix(shown := {**shown, settings.best_metric: f"{score:.4g}"})
             if last or interrupted or state.step % settings.checkpoint_steps == 0:
                 save_checkpoint(accelerator, output_dir, state, settings.keep_checkpoints)
             if interrupted:
@@ -255,12 +260,11 @@ def run(
             meter.pause()
     bar.close()
 
-    # Export
-    export_now(output_dir / "model")
+    # Report
     if accelerator.is_main_process:
         with atomic_write(output_dir / "results.json") as partial:
             partial.write_text(json.dumps(asdict(state), indent=2))
-        print(json.dumps(state.metrics))
+        print(report(settings, state, held_out))
     accelerator.wait_for_everyone()
     accelerator.end_training()
     return state.metrics

@@ -18,7 +18,7 @@ from ..hub.configs import SHIPPED
 
 # Results of `iclip_hf.evaluation.evaluate.evaluate` that a run logs and can select its best model by.
 MAP_METRICS = ("mAP", "mMIoU", "mFMB", "text_contrast")
-RETRIEVAL_METRICS = ("text_to_image", "image_to_text")
+RETRIEVAL_METRICS = ("text_to_image", "image_to_text", "val_loss")
 _BEST_METRICS = ("auto", *RETRIEVAL_METRICS, *MAP_METRICS)
 
 
@@ -40,15 +40,22 @@ class Settings:
     """Settings of a run. The defaults are the recipe of the paper, and of GroupViT and DeiT, to which the paper refers."""
 
     config: str = setting(
-        "iclip-vit-b16",
-        "name of a shipped configuration, or a train.yaml in the folder of the model's configuration",
+        "",
+        "name of a shipped configuration, or a train.yaml in the folder of the model's configuration; without one, settings are "
+        "chosen by the number of pairs, and without data it is iclip-vit-b16",
         same=None,
     )
-    output_dir: str = setting("", "output folder; runs/<name of the config's folder> if not given", same=None)
+    output_dir: str = setting(
+        "",
+        "folder of the run and of the trained model; runs/<name of the configuration or the data> if not given",
+        same=None,
+    )
     resume: bool = setting(False, "resume from the last checkpoint in output_dir, if there is one", same=None)
 
     # model
-    model: str = setting("", "ICLIP model to continue to train (folder or Hub id), instead of vision and text")
+    model: str = setting(
+        "", 'ICLIP model to continue to train (folder or Hub id), or "embedded", instead of two towers'
+    )
     vision: str = setting(
         "", 'image tower: a folder, a Hub id, a .pth file of DINO, or "embedded" for that of the embedded model'
     )
@@ -58,10 +65,19 @@ class Settings:
     image_size: int = setting(224, "height and width of images in pixels")
 
     # data
-    data: list[str] = setting([], "training pairs: tar shards, image folders, .csv or .tsv tables, or one Hub dataset")
+    data: list[str] = setting(
+        [],
+        "training pairs: a .csv or .tsv table, a folder of images with metadata.jsonl or with a subfolder for each class, tar "
+        "shards, Parquet, a saved dataset, or a Hub dataset",
+    )
+    image_column: str = setting("", "column of the images, if it has no usual name")
+    caption_column: str = setting("", "column of the captions, if it has no usual name")
     validation_data: list[str] = setting([], "validation pairs, local")
+    validation_share: float = setting(0.0, "share of the pairs to validate on instead, which are not trained on")
     split: str = setting("train", "split of a Hub dataset")
-    pairs_per_epoch: int = setting(0, "number of pairs in an epoch of a Hub dataset, because a stream has no length")
+    pairs_per_epoch: int = setting(
+        0, "pairs in an epoch of a Hub dataset, which then is streamed instead of downloaded"
+    )
     max_bad_share: float = setting(0.05, "largest share of broken pairs; the run stops above it")
     crop_scale: float = setting(0.08, "smallest area of a random crop, as a share of the image")
     auto_augment: str = setting("rand-m9-mstd0.5-inc1", "name of an augmentation policy of timm; empty for none")
@@ -138,7 +154,10 @@ class Settings:
     keep_checkpoints: int = setting(2, "number of checkpoints to keep", same=None)
 
     def __post_init__(self):
-        self.output_dir = self.output_dir or f"runs/{Path(self.config).resolve().parent.name}"
+        if not self.output_dir and self.config:
+            self.output_dir = f"runs/{Path(self.config).resolve().parent.name}"
+        if not self.output_dir:
+            raise ValueError("Expected output_dir to be the folder of the run, got none: name one.")
         limits = dict.fromkeys(("image_size", "views", "epochs", "batch_size", "chunk_size", "max_bad_steps"), 1)
         limits |= dict.fromkeys(("log_steps", "eval_steps", "checkpoint_steps", "keep_checkpoints", "noun_prompts"), 1)
         limits["map_tokens"] = 1
@@ -150,7 +169,15 @@ class Settings:
         for name in ("learning_rate", "clip_grad_norm", "adam_epsilon"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"Expected {name} to be positive, got {getattr(self, name)}: change it.")
-        for name in ("crop_scale", "random_erasing", "max_bad_share", "adam_beta1", "adam_beta2", "noun_weight"):
+        for name in (
+            "crop_scale",
+            "random_erasing",
+            "max_bad_share",
+            "adam_beta1",
+            "adam_beta2",
+            "noun_weight",
+            "validation_share",
+        ):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"Expected {name} to be from 0 to 1, got {getattr(self, name)}: change it.")
         for one in self.model_options:
@@ -159,10 +186,13 @@ class Settings:
         branches = ("recognition", "interpretability")
         if unknown := [name for name in self.noun_branches if name not in branches]:
             raise ValueError(f"Expected noun_branches to be of {', '.join(branches)}, got {unknown[0]!r}: correct it.")
-        given = {"validation_data": bool(self.validation_data), "eval_dataset": self.eval_dataset != "none"}
+        if self.validation_data and self.validation_share:
+            raise ValueError("Expected validation_data or validation_share, got both: leave one out.")
+        validated = bool(self.validation_data or self.validation_share)
+        given = {"validation_data": validated, "eval_dataset": self.eval_dataset != "none"}
         needed = "validation_data" if self.best_metric in RETRIEVAL_METRICS else "eval_dataset"
         if self.best_metric == "auto":
-            maps_alone = given["eval_dataset"] and not given["validation_data"]
+            maps_alone = given["eval_dataset"] and not validated
             self.best_metric = "mMIoU" if maps_alone else "text_to_image"
         elif not given[needed]:
             raise ValueError(f"Expected {needed} for best_metric {self.best_metric}, got none: set it.")
@@ -175,6 +205,19 @@ class Settings:
                 f"Expected either model, or vision and text, got model={self.model!r}, vision={self.vision!r} and "
                 f"text={self.text!r}: set one or the other."
             )
+        if not self.model and not self.config:
+            raise ValueError(
+                f"Expected config to name the configuration of a model with vision={self.vision!r}, got none: name one."
+            )
+
+    def is_better(self, score: float, than: float) -> bool:
+        """Whether a score in `best_metric` is better than another."""
+        return score < than if self.best_metric == "val_loss" else score > than
+
+    @property
+    def name(self) -> str:
+        """The name of the model: that of its configuration, or of the run's folder."""
+        return Path(self.config).resolve().parent.name if self.config else Path(self.output_dir).name
 
 
 # --------------------------------------------------------------------------------------------------------- sources
@@ -197,12 +240,18 @@ def add_settings(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("data", nargs="*", default=argparse.SUPPRESS, metavar="DATA", help="the same as --data")
 
 
-def read_settings(given: Mapping) -> Settings:
+def has_configuration(given: Mapping) -> bool:
+    """Whether a configuration gives the other settings. Otherwise there are data, which they can be chosen by."""
+    return bool(given.get("config") or not given.get("data"))
+
+
+def read_settings(given: Mapping, chosen: Mapping | None = None) -> Settings:
     """
     Merges the settings of a run. `given` has precedence over the `train.yaml` that `config` names, and this over the defaults.
 
     Args:
         given (`Mapping`): settings by name, with values of their types, such as the result of the parser of [`add_settings`].
+        chosen (`Mapping`, *optional*): settings in place of those of a configuration, see [`has_configuration`].
 
     Returns:
         [`Settings`].
@@ -210,7 +259,9 @@ def read_settings(given: Mapping) -> Settings:
     Raises:
         `ValueError`: a setting is invalid. `FileNotFoundError`: there is no such configuration.
     """
-    file = _config_file(given.get("config") or Settings.config)
+    if chosen is not None:
+        return Settings(**{**chosen, **given})
+    file = _config_file(given.get("config") or "iclip-vit-b16")
     named = _read_file(file)
     if given.get("model"):  # instead of the towers that the file names
         named = {name: value for name, value in named.items() if name not in ("vision", "text")}
@@ -220,7 +271,7 @@ def read_settings(given: Mapping) -> Settings:
 
 
 def parse_settings(arguments: Sequence[str]) -> Settings:
-    """Parses the settings of a run from command-line arguments, as `iclip train` does."""
+    """Parses the settings of a run from command-line arguments that name a configuration."""
     parser = argparse.ArgumentParser(allow_abbrev=False)
     add_settings(parser)
     return read_settings(vars(parser.parse_args(arguments)))

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
+import numpy as np
 import torch
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
@@ -14,7 +16,8 @@ from ..losses import contrastive_loss
 from ..modeling_iclip import ICLIPModel
 from ..processing_iclip import ICLIPProcessor
 from ..utils.extras import require_extra
-from ..utils.plots import Sheet, overlay, picture_grid
+from ..utils.files import atomic_write, writing_errors
+from ..utils.plots import overlay, picture_grid
 
 
 with require_extra("train"):
@@ -31,7 +34,7 @@ def validate(
 
     Returns:
         `dict`: `val_loss`, and `image_to_text` and `text_to_image`, the percentage of images (texts) whose nearest text (image)
-        is their own.
+        is their own, or has the same caption.
     """
     dataset.set_epoch(0)
     # Contiguous parts, padded to equal length because each forward pass gathers.
@@ -49,21 +52,40 @@ def validate(
     pair_model.train()
     images, texts = (accelerator.gather(torch.cat(one))[: len(dataset)] for one in (images, texts))
     cosines = images @ texts.T
-    own = torch.arange(len(dataset), device=images.device)
+    numbers = {}  # pairs with the same caption cannot be told apart
+    same = [numbers.setdefault(caption, len(numbers)) for caption in dataset.drawn_captions()]
+    same = torch.tensor(same, device=images.device)
     return {
         "val_loss": contrastive_loss(scale * cosines).item(),
-        "image_to_text": 100 * (cosines.argmax(1) == own).float().mean().item(),
-        "text_to_image": 100 * (cosines.argmax(0) == own).float().mean().item(),
+        "image_to_text": 100 * (same[cosines.argmax(1)] == same).float().mean().item(),
+        "text_to_image": 100 * (same[cosines.argmax(0)] == same).float().mean().item(),
     }
 
 
-def draw_examples(model: ICLIPModel, processor: ICLIPProcessor, pairs: PairDataset, count: int) -> Sheet:
-    """Draws the first pairs of a data set: each image beside the map of its caption."""
+def draw_examples(
+    model: ICLIPModel, processor: ICLIPProcessor, pairs: PairDataset, count: int, folder: Path, step: int
+) -> None:
+    """
+    Draws the first pairs of a data set as `<step>.png`: each image beside the map of its caption, after the map that the model of
+    step 0 had. Its maps are kept in the folder.
+    """
     shown = [pairs[index] for index in range(min(count, len(pairs)))]
     images, captions = ([pair[name] for pair in shown] for name in ("image", "caption"))
     explanations = explain(model, processor, images, [[caption] for caption in captions], templates=["{}"])
-    pictures, titles = [], []
-    for image, caption, explanation in zip(images, captions, explanations):
-        pictures += [image, overlay(image, explanation.map(0).numpy())]
-        titles += ["", caption]
-    return picture_grid(pictures, titles, columns=4)
+    columns = {f"step {step}": [explanation.map(0).numpy() for explanation in explanations]}
+    kept = folder / "before.npz"
+    with writing_errors(folder):
+        folder.mkdir(exist_ok=True)
+    if step == 0:
+        with atomic_write(kept) as partial, open(partial, "wb") as opened:  # numpy would add a suffix to a file name
+            np.savez_compressed(opened, *(one.astype(np.float16) for one in columns["step 0"]))
+    elif kept.is_file():
+        with np.load(kept) as before:
+            columns = {"before": [before[name].astype(np.float32) for name in before.files], **columns}
+    pictures = []
+    for image, *maps in zip(images, *columns.values()):
+        pictures += [image, *(overlay(image, one) for one in maps)]
+    titles = ["", *columns] + [""] * (len(pictures) - len(columns) - 1)
+    sheet = picture_grid(pictures, titles, 1 + len(columns), captions)
+    with atomic_write(folder / f"{step:07d}.png") as partial:
+        sheet.image().save(partial, format="png")

@@ -1,0 +1,144 @@
+"""The page in the browser beside ONNX Runtime in Python, on the same graphs with one thread each.
+
+    python benchmarks/bench_web.py
+
+The embedded model in 8 bits, headless Chromium, scikit-image's photograph of a cup. Prints Markdown tables.
+"""
+
+import argparse
+import gzip
+import json
+import shutil
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from statistics import median
+
+import onnxruntime
+from measuring import machine, table
+from playwright.sync_api import Browser, Page, sync_playwright
+from skimage.data import coffee
+
+from iclip_hf import ICLIPProcessor, embedded_model
+from iclip_hf.demo.web import export_web
+from iclip_hf.demo.web_server import web_server
+from iclip_hf.models.loading import load_iclip
+
+
+# Times in milliseconds: when the download has ended, and when the first row of the table is there.
+CLOCK = """
+window.times = {};
+new MutationObserver(() => {
+  if (document.getElementById("status").textContent.startsWith("Starting")) times.start ??= performance.now();
+  if (document.querySelector("tbody tr")) times.first ??= performance.now();
+}).observe(document.body, { subtree: true, childList: true, characterData: true });
+"""
+
+
+@contextmanager
+def opened(browser: Browser, folder: Path) -> Iterator[Page]:
+    with web_server(folder, port=0) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        context = browser.new_context()
+        page = context.new_page()
+        page.goto(f"http://127.0.0.1:{server.server_port}/")
+        page.wait_for_selector("#go:not([disabled])")
+        page.evaluate(CLOCK)
+        yield page
+        context.close()
+        server.shutdown()
+
+
+def browser_seconds(browser: Browser, folder: Path) -> tuple[float, float, float]:
+    """Seconds from the end of the download to the first map, and for a further text; MiB of the page's process at its peak."""
+    with opened(browser, folder) as page:
+        page.fill("#texts", "cup")
+        page.click("#go")
+        page.locator("tbody tr").wait_for(timeout=600_000)
+        times = page.evaluate("times")
+        further = []
+        for text in ("saucer", "spoon", "wooden table", "dog", "cat"):
+            page.fill("#texts", text)
+            page.evaluate(
+                "asked = performance.now(); times.first = undefined; document.querySelector('tbody').replaceChildren()"
+            )
+            page.press("#texts", "Enter")
+            page.locator("tbody tr", has_text=text).wait_for()
+            further.append(page.evaluate("times.first - asked") / 1000)
+        processes = browser.new_browser_cdp_session().send("SystemInfo.getProcessInfo")["processInfo"]
+        peak = max(_peak(process["id"]) for process in processes if process["type"] == "renderer")
+    return (times["first"] - times["start"]) / 1000, median(further), peak
+
+
+def _peak(process: int) -> float:
+    status = Path("/proc", str(process), "status").read_text()
+    return int(next(line for line in status.splitlines() if line.startswith("VmHWM")).split()[1]) / 1024
+
+
+def python_seconds(processor: ICLIPProcessor, page: Path) -> tuple[float, float]:
+    """The same by ONNX Runtime in Python: both sessions, the processor, the image and a text; then a further text."""
+    graphs = [gzip.decompress((page / f"{side}_model.onnx.gz").read_bytes()) for side in ("vision", "text")]
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 1
+
+    def seconds(function: Callable[[], object]) -> float:
+        start = time.perf_counter()
+        function()
+        return time.perf_counter() - start
+
+    def encode(text: str) -> None:
+        sessions[1].run(None, {name: value.numpy() for name, value in processor(labels=[text]).items()})
+
+    def first() -> None:
+        sessions.extend(onnxruntime.InferenceSession(graph, options) for graph in graphs)
+        sessions[0].run(None, {"pixel_values": processor(images=coffee())["pixel_values"].numpy()})
+        encode("cup")
+
+    sessions: list[onnxruntime.InferenceSession] = []
+    return seconds(first), median(seconds(partial(encode, text)) for text in ("saucer", "spoon", "dog"))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument(
+        "--page", type=Path, help="page of the embedded model, exported with --vendor; made if not given"
+    )
+    parser.add_argument("--rounds", type=int, default=5, help="default: 5")
+    options = parser.parse_args()
+
+    with tempfile.TemporaryDirectory() as scratch:
+        model, processor = load_iclip(embedded_model(), dtype="float32")
+        page = options.page or export_web(model, processor, Path(scratch, "page"), vendor=True)
+        report(processor, page, options.rounds)
+
+
+def report(processor: ICLIPProcessor, page: Path, rounds: int) -> None:
+    settings = json.loads((page / "settings.json").read_text())
+    files = {**settings["runtime"]["wasm"], **settings["files"]}
+    print(table(["file", "MB"], [[name, file["bytes"] / 1e6] for name, file in files.items()]))
+    print(f"\n{settings['bytes'] / 1e6:.1f} MB in all.\n")
+
+    system = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    web, python = [], []
+    with sync_playwright() as driver:
+        for _ in range(rounds):  # in turns, each browser anew
+            browser = driver.chromium.launch(executable_path=system, args=["--no-sandbox"])
+            web.append(browser_seconds(browser, page))
+            browser.close()
+            python.append(python_seconds(processor, page))
+    rows = []
+    for number, name in enumerate(("first map after the download", "a further text")):
+        pairs = [(one[number], other[number]) for one, other in zip(web, python)]
+        ratio = median(one / other for one, other in pairs)
+        rows.append([name, *(median(side) for side in zip(*pairs)), ratio])
+    print(table(["seconds, median", "browser", "Python", "ratio"], rows))
+    print(f"\nPeak memory of the page's process: {max(peak for _, _, peak in web):.0f} MiB.")
+    print(machine("onnxruntime"))
+
+
+if __name__ == "__main__":
+    main()

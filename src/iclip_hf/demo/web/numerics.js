@@ -1,0 +1,180 @@
+// What the processor and the model do around the two graphs, as pure functions: the resized image, similarities, presence,
+// enlarged maps. The tests compare each with its counterpart in Python.
+
+const cubic = (a) => (x) => {
+  x = Math.abs(x);
+  if (x < 1) return ((a + 2) * x - (a + 3)) * x * x + 1;
+  return x < 2 ? a * (((x - 5) * x + 8) * x - 4) : 0;
+};
+const KERNELS = { // weight at a distance, and the distance from which it is 0
+  bilinear: [(x) => Math.max(0, 1 - Math.abs(x)), 1],
+  bicubic: [cubic(-0.5), 2],
+};
+
+/** For each of `target` pixels along one side: its first source pixel and the weights from there on, of sum 1. */
+function antialiased(source, target, [kernel, support]) {
+  const scale = source / target, stretch = Math.max(1, scale);
+  return Array.from({ length: target }, (_, index) => {
+    const center = (index + 0.5) * scale;
+    const first = Math.max(0, Math.trunc(center - support * stretch + 0.5));
+    const end = Math.min(source, Math.trunc(center + support * stretch + 0.5));
+    const weights = Float64Array.from({ length: end - first }, (_, i) => kernel((first + i + 0.5 - center) / stretch));
+    const sum = weights.reduce((one, other) => one + other, 0);
+    return [first, weights.map((weight) => weight / sum)];
+  });
+}
+
+/**
+ * Resizes with antialiasing as Pillow and torchvision do for 8 bits: along the rows, then along the columns, each rounded.
+ *
+ * @param rgba pixels of four bytes, row-major.
+ * @param kernel "bilinear" or "bicubic".
+ * @returns pixels of three bytes, row-major.
+ */
+export function resize(rgba, width, height, newWidth, newHeight, kernel) {
+  const wide = new Uint8ClampedArray(3 * newWidth * height); // rounds and clamps
+  antialiased(width, newWidth, KERNELS[kernel]).forEach(([first, weights], x) => {
+    for (let y = 0; y < height; y++) {
+      let red = 0, green = 0, blue = 0;
+      for (let i = 0, at = 4 * (y * width + first); i < weights.length; i++, at += 4) {
+        red += weights[i] * rgba[at];
+        green += weights[i] * rgba[at + 1];
+        blue += weights[i] * rgba[at + 2];
+      }
+      const to = 3 * (y * newWidth + x);
+      wide[to] = red, wide[to + 1] = green, wide[to + 2] = blue;
+    }
+  });
+  const stride = 3 * newWidth, resized = new Uint8ClampedArray(stride * newHeight), row = new Float64Array(stride);
+  antialiased(height, newHeight, KERNELS[kernel]).forEach(([first, weights], y) => {
+    row.fill(0);
+    weights.forEach((weight, i) => {
+      for (let at = 0, from = (first + i) * stride; at < stride; at++) row[at] += weight * wide[from + at];
+    });
+    resized.set(row, y * stride);
+  });
+  return resized;
+}
+
+/** Height and width in pixels that the model sees, as `ICLIPProcessor` computes them. */
+export function modelSize({ size, patch }, height, width) {
+  if (!size.shortest_edge) return [size.height, size.width];
+  const scale = size.shortest_edge / Math.min(height, width) / patch;
+  return [height, width].map((side) => Math.max(1, roundHalfToEven(side * scale)) * patch);
+}
+
+function roundHalfToEven(x) {
+  const below = Math.floor(x), odd = below % 2;
+  return x - below === 0.5 ? below + odd : Math.round(x);
+}
+
+/** Three bytes a pixel -> the floats of `pixel_values`, channel by channel. */
+export function normalize(rgb, { factor, mean, std }) {
+  const pixels = rgb.length / 3, values = new Float32Array(rgb.length);
+  for (let channel = 0; channel < 3; channel++)
+    for (let i = 0; i < pixels; i++)
+      values[channel * pixels + i] = (rgb[3 * i + channel] * factor - mean[channel]) / std[channel];
+  return values;
+}
+
+export function dot(one, other) {
+  let sum = 0;
+  for (let i = 0; i < one.length; i++) sum += one[i] * other[i];
+  return sum;
+}
+
+/** The mean of unit vectors as a unit vector: the prompts of one label. */
+export function unitMean(vectors) {
+  const sum = new Float32Array(vectors[0].length);
+  for (const vector of vectors) vector.forEach((value, i) => (sum[i] += value));
+  const length = Math.hypot(...sum) || 1;
+  return sum.map((value) => value / length);
+}
+
+/** Cosine of each patch with a text; `patches` are unit vectors in one array. */
+export function similarities(patches, text) {
+  const dim = text.length;
+  return Float32Array.from({ length: patches.length / dim }, (_, i) =>
+    dot(patches.subarray(i * dim, (i + 1) * dim), text));
+}
+
+function range(values) {
+  let low = Infinity, high = -Infinity;
+  for (const value of values) {
+    if (value < low) low = value;
+    if (value > high) high = value;
+  }
+  return [low, high - low || 1]; // a constant map becomes zeros
+}
+
+/** The raw map, as `ICLIPModel.similarity_maps` computes it. */
+export function rawMap(cosines, attention, { map_attention, max_sharpness }) {
+  const [low, span] = range(attention);
+  const mean = cosines.reduce((one, other) => one + other, 0) / cosines.length;
+  const weigh = {
+    similarity: (value, a) => value * a,
+    sqrt_similarity: (value, a) => value * Math.sqrt(a),
+    additive: (value, a) => Math.max(value - mean, 0) + (a - low) / span / (2 * max_sharpness),
+  }[map_attention];
+  return weigh ? cosines.map((value, i) => weigh(value, attention[i])) : cosines;
+}
+
+/** How well image and text match, as `ICLIPModel.match` computes it. */
+export function match(cosine, cosines, attention, { max_over, pooling, max_sharpness }) {
+  if (max_over === "channels") return cosine;
+  const total = attention.reduce((one, other) => one + other, 0);
+  const uniform = pooling === "max" || !(total > 0);
+  const [low, span] = range(cosines), peak = low + span; // keeps the exponentials at 1 at most
+  let sum = 0;
+  cosines.forEach((value, i) => {
+    sum += (uniform ? 1 / cosines.length : attention[i] / total) * Math.exp(max_sharpness * (value - peak));
+  });
+  return (cosine + peak + Math.log(sum) / max_sharpness) / 2;
+}
+
+/** Mean and standard deviation of the matches with general nouns. */
+export function chance(matches) {
+  const mean = matches.reduce((one, other) => one + other, 0) / matches.length;
+  const squares = matches.reduce((sum, value) => sum + (value - mean) ** 2, 0);
+  return { mean, std: Math.sqrt(squares / (matches.length - 1)) };
+}
+
+/** The share of unrelated texts that match less, as `presence.presence` computes it: a normal distribution. */
+export function presence(value, { mean, std }) {
+  // Abramowitz and Stegun 7.1.26, within 1.5e-7
+  const z = (value - mean) / std / Math.SQRT2, t = 1 / (1 + 0.3275911 * Math.abs(z));
+  const tail = t * (0.254829592 + t * (-0.284496736 + t * (1.421413741 + t * (-1.453152027 + t * 1.061405429))));
+  const below = 1 - tail * Math.exp(-z * z); // erf(|z|)
+  return (1 + Math.sign(z) * below) / 2;
+}
+
+/** For each of `target` pixels along one side: four source pixels and their weights; no antialiasing. */
+function bicubic(source, target) {
+  const weight = cubic(-0.75), clamp = (i) => Math.min(Math.max(i, 0), source - 1); // torch's constant and edges
+  return Array.from({ length: target }, (_, index) => {
+    const center = (index + 0.5) * source / target - 0.5, first = Math.floor(center) - 1;
+    return [0, 1, 2, 3].map((i) => [clamp(first + i), weight(center - first - i)]);
+  });
+}
+
+/**
+ * Enlarges a map of `rows` x `columns` and stretches it to the levels 0..255: bicubic, then min-max (Eq. 4).
+ *
+ * @returns the levels, and the raw values `low` and `high` of 0 and 255.
+ */
+export function enlarge(map, [rows, columns], width, height) {
+  const across = bicubic(columns, width), wide = new Float32Array(rows * width);
+  const [lowest] = range(map); // subtracted, so that a constant map stays exactly constant
+  for (let y = 0; y < rows; y++)
+    across.forEach((taps, x) => {
+      for (const [i, weight] of taps) wide[y * width + x] += weight * (map[y * columns + i] - lowest);
+    });
+  const large = new Float32Array(height * width);
+  bicubic(rows, height).forEach((taps, y) => {
+    for (const [i, weight] of taps)
+      for (let x = 0; x < width; x++) large[y * width + x] += weight * wide[i * width + x];
+  });
+  const [low, span] = range(large);
+  const levels = Uint8Array.from(large, (value) => Math.round(255 * (value - low) / span));
+  return { levels, low: low + lowest, high: low + lowest + span };
+}

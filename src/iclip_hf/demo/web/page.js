@@ -1,0 +1,187 @@
+// The page: image and texts in, maps out. The worker computes; this draws and speaks.
+
+import { createViewer } from "./viewer.js";
+
+const find = (id) => document.getElementById(id);
+const megabytes = (bytes) => (bytes / 1e6).toFixed(bytes < 1e7 ? 1 : 0);
+const say = (sentence) => (find("status").textContent = sentence);
+
+say("");
+const settings = await fetch("settings.json").then((response) => response.json()).catch(() => null);
+if (!settings) throw fail("This page misses its settings.json. Serve the whole folder by a web server.");
+settings.cache = `iclip ${new URL(".", location).pathname}`; // other pages of this server have their own
+if (!globalThis.WebAssembly || !globalThis.OffscreenCanvas)
+  throw fail("This browser cannot run the model: it has no WebAssembly, or it is older than 2023. Try another one.");
+
+const viewer = createViewer(find("viewer"), settings.colors);
+// Through a blob, so that the worker has the page's content security policy. It may connect nowhere else either.
+const start = `import ${JSON.stringify(new URL("worker.js", location).href)};`;
+const worker = new Worker(URL.createObjectURL(new Blob([start], { type: "text/javascript" })), { type: "module" });
+let photo = null; // {blob, id}
+let job = 0, pending = null; // the texts of the question that is being answered
+
+find("size").textContent = ` It downloads the model once (${megabytes(settings.bytes)} MB) and keeps it.`;
+
+// ------------------------------------------------------------------------------------------------ asking
+
+/** Texts between commas, or one a line. */
+function typedTexts() {
+  const typed = find("texts").value, separator = typed.trim().includes("\n") ? "\n" : ",";
+  const texts = [...new Set(typed.split(separator).map((text) => text.trim()).filter(Boolean))];
+  if (texts.length >= 1 && texts.length <= settings.max_texts) return texts;
+  fail(`Expected 1 to ${settings.max_texts} texts, between commas or one a line, got ${texts.length}.`);
+  return null;
+}
+
+function explain() {
+  find("error").hidden = true;
+  const texts = typedTexts();
+  if (!texts) return;
+  history.replaceState(null, "", link(texts));
+  if (!photo) return fail("There is no image yet: choose one, drop it here or paste it.");
+  pending = texts;
+  busy(true);
+  worker.postMessage({ job: ++job, settings, photo: photo.blob, photoId: photo.id, texts });
+}
+
+function setPhoto(blob) {
+  photo = { blob, id: (photo?.id ?? 0) + 1 };
+  const preview = find("preview"), old = preview.src;
+  preview.src = URL.createObjectURL(blob);
+  preview.hidden = false;
+  URL.revokeObjectURL(old);
+}
+
+function choose(file) {
+  if (!file) return;
+  setPhoto(file);
+  for (const button of find("examples").children) button.removeAttribute("aria-current");
+  explain();
+}
+
+async function chooseExample(button, { file, texts }) {
+  const response = await fetch(file).catch(() => null);
+  if (!response?.ok) return fail(`The example ${file} could not be fetched: check the connection.`);
+  setPhoto(await response.blob());
+  for (const other of find("examples").children) other.removeAttribute("aria-current");
+  button.setAttribute("aria-current", "true");
+  if (texts) find("texts").value = texts;
+}
+
+// ---------------------------------------------------------------------------------------------- answering
+
+let picture = null; // of the photograph that the worker has: {photo, size, originalSize}
+let unseen = true; // whether the panels of the question are still to come
+
+worker.onmessage = ({ data }) => {
+  if (data.job !== undefined && data.job !== job) return; // of an older question
+  answers[data.kind](data);
+};
+worker.onerror = (event) => {
+  event.preventDefault();
+  busy(false);
+  fail("The worker could not start: reload the page, or try another browser.");
+};
+
+const answers = {
+  progress({ loaded, total }) {
+    Object.assign(find("progress"), { hidden: false, value: loaded, max: total });
+    say(`Downloading the model: ${megabytes(loaded)} of ${megabytes(total)} MB`);
+  },
+  status({ sentence }) {
+    find("progress").hidden = true;
+    say(sentence);
+  },
+  photo({ view, size, originalSize }) {
+    picture?.photo.close();
+    picture = { photo: view, size, originalSize };
+  },
+  map({ index, ...result }) {
+    if (unseen) viewer.show({ ...picture, texts: pending });
+    unseen = false;
+    viewer.add(index, { ...result, absent: result.presence < settings.min_presence });
+  },
+  done() {
+    busy(false);
+    say("");
+    find("after").hidden = false;
+  },
+  error({ sentence }) {
+    busy(false);
+    fail(sentence);
+  },
+};
+
+function busy(is) {
+  unseen = true;
+  find("viewer").setAttribute("aria-busy", is);
+  if (is) say("Working …");
+}
+
+/** Shows a sentence; returns it as an error. */
+function fail(sentence) {
+  find("progress").hidden = true;
+  say("");
+  Object.assign(find("error"), { textContent: sentence, hidden: false });
+  return new Error(sentence);
+}
+
+// --------------------------------------------------------------------------------------------- the link
+
+function link(texts) {
+  return `#texts=${encodeURIComponent(texts.join("\n"))}`;
+}
+
+/** Puts the texts of the link into the field. */
+function readLink() {
+  const texts = new URLSearchParams(location.hash.slice(1).replaceAll("+", "%2B")).get("texts");
+  if (texts) find("texts").value = texts;
+  return Boolean(texts);
+}
+
+// ------------------------------------------------------------------------------------------- the controls
+
+for (const id of ["file", "camera"])
+  find(id).addEventListener("change", ({ target }) => {
+    choose(target.files[0]);
+    target.value = ""; // the same file can be chosen again
+  });
+addEventListener("paste", ({ clipboardData }) => choose(clipboardData.files[0]));
+addEventListener("dragover", (event) => event.preventDefault());
+addEventListener("drop", (event) => {
+  event.preventDefault();
+  const [file] = event.dataTransfer.files;
+  if (file) choose(file);
+  else fail("What was dropped is not a file: save the image first, then drop the file.");
+});
+find("ask").addEventListener("submit", (event) => {
+  event.preventDefault();
+  explain();
+});
+find("texts").addEventListener("keydown", (event) => {
+  if (event.key !== "Enter" || event.shiftKey || event.isComposing) return;
+  event.preventDefault();
+  explain();
+});
+find("save").addEventListener("click", viewer.savePicture);
+find("copy").addEventListener("click", async () => {
+  const copied = await navigator.clipboard?.writeText(location.href).then(() => true, () => false);
+  say(copied ? "The link is copied. It holds the texts, not the image." : `The link: ${location.href}`);
+});
+addEventListener("hashchange", () => readLink() && photo && explain());
+
+const linked = readLink();
+for (const [index, example] of settings.examples.entries()) {
+  const button = find("examples").appendChild(document.createElement("button"));
+  button.type = "button";
+  Object.assign(button.appendChild(new Image()), { src: example.file, alt: example.title });
+  button.addEventListener("click", async () => {
+    await chooseExample(button, example);
+    explain();
+  });
+  if (index === 0) await chooseExample(button, linked ? { file: example.file } : example);
+}
+find("photographs").hidden = !settings.examples.length;
+find("go").disabled = false;
+// A visitor who has the model already need not ask for it.
+if (photo && await caches?.has(settings.cache).catch(() => false)) explain();

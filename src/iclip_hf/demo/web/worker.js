@@ -1,0 +1,249 @@
+// All work of the page: the download, both graphs, and the maps. The page stays responsive, and nothing leaves the machine.
+
+import * as numerics from "./numerics.js";
+
+const BASE = new URL(".", import.meta.url);
+// Canvases of some browsers hold no more. A larger image is reduced first.
+const MAX_PIXELS = 2 ** 24;
+// Texts that stay encoded.
+const MAX_ENCODED = 1000;
+
+/** An error with a sentence for the visitor. */
+class Sentence extends Error {}
+
+let settings; // settings.json, from the page's first question
+let asked = null; // the newest question; older ones are dropped
+let answering = false;
+let loading = null; // promise of the model
+let image = null; // features of the last image
+const encoded = new Map(); // text -> its vectors
+
+onmessage = ({ data }) => {
+  settings ??= data.settings;
+  asked = data;
+  if (!answering) answerAll();
+};
+
+async function answerAll() {
+  answering = true;
+  while (asked) {
+    const question = asked;
+    asked = null;
+    const tell = (message, transfer = []) => postMessage({ ...message, job: question.job }, transfer);
+    try {
+      await answer(question, tell);
+    } catch (error) {
+      console.warn(error);
+      const sentence = error instanceof Sentence ? error.message
+        : `The model could not run here (${String(error?.message ?? error).slice(0, 200)}): reload the page, or try another browser.`;
+      tell({ kind: "error", sentence });
+    }
+  }
+  answering = false;
+}
+
+async function answer({ photo, photoId, texts }, tell) {
+  if (image?.id !== photoId) image = null;
+  const decoded = image ? null : await decode(photo); // before the download: a bad image is told at once
+  const model = await (loading ??= load().catch((error) => { loading = null; throw error; }));
+  if (asked) return;
+  if (decoded) {
+    tell({ kind: "status", sentence: "Looking at the image …" });
+    image = { ...await encodeImage(model, decoded), id: photoId };
+    const { view, size, originalSize } = decoded;
+    tell({ kind: "photo", view, size, originalSize }, [view]);
+  }
+  for (const [index, text] of texts.entries()) {
+    await new Promise((turn) => setTimeout(turn)); // lets a newer question in
+    if (asked) return;
+    const { cosine, cosines, match } = compare(image, await encodeText(model, text));
+    const raw = numerics.rawMap(cosines, image.attention, settings.model);
+    const map = numerics.enlarge(raw, image.grid, ...image.size);
+    const scores = { cosine, presence: numerics.presence(match, image.chance) };
+    tell({ kind: "map", index, ...scores, ...map }, [map.levels.buffer]);
+  }
+  tell({ kind: "done" });
+}
+
+// ----------------------------------------------------------------------------------------------------- the image
+
+async function decode(blob) {
+  const name = blob.name ?? "this image";
+  let bitmap;
+  try {
+    bitmap = await createImageBitmap(blob, { colorSpaceConversion: "none" }); // the pixels that Python reads
+  } catch {
+    throw new Sentence(`${name}: this browser cannot read it as a photograph. Save it as JPEG, PNG or WebP and try again` +
+      (/hei[cf]/i.test(`${blob.type} ${name}`) ? " (of HEIC, only Safari shows the content)." : "."));
+  }
+  const originalSize = [bitmap.width, bitmap.height];
+  const reduced = draw(bitmap, Math.sqrt(MAX_PIXELS / (bitmap.width * bitmap.height)));
+  const viewed = draw(bitmap, settings.view_side / Math.max(...originalSize));
+  bitmap.close();
+  const { width, height } = reduced.canvas;
+  const [newHeight, newWidth] = numerics.modelSize(settings.image, height, width);
+  if (newHeight * newWidth > settings.image.max_pixels)
+    throw new Sentence(`${name}: at ${originalSize.join(" x ")} pixels it is too narrow for the model. Cut out a part of it.`);
+  const rgba = reduced.getImageData(0, 0, width, height).data;
+  const rgb = numerics.resize(rgba, width, height, newWidth, newHeight, settings.image.kernel);
+  return {
+    pixels: numerics.normalize(rgb, settings.image),
+    shape: [newHeight, newWidth],
+    size: [viewed.canvas.width, viewed.canvas.height],
+    view: viewed.canvas.transferToImageBitmap(),
+    originalSize,
+  };
+}
+
+/** The bitmap on white, reduced if `scale` is below 1. */
+function draw(bitmap, scale) {
+  const [width, height] = [bitmap.width, bitmap.height].map((side) => Math.max(1, Math.round(side * Math.min(1, scale))));
+  const context = new OffscreenCanvas(width, height).getContext("2d", { willReadFrequently: true });
+  Object.assign(context, { fillStyle: "white", imageSmoothingQuality: "high" });
+  context.fillRect(0, 0, width, height);
+  context.drawImage(bitmap, 0, 0, width, height);
+  return context;
+}
+
+async function encodeImage({ ort, vision, background }, { pixels, shape, size }) {
+  const outputs = await vision.run({ pixel_values: new ort.Tensor("float32", pixels, [1, 3, ...shape]) });
+  const [embeds, patches, attention] = ["image_embeds", "patch_embeds", "map_attention"].map((name) => outputs[name].data);
+  const features = { embeds, patches, attention, size, grid: outputs.patch_embeds.dims.slice(1, 3) };
+  return { ...features, chance: numerics.chance(background.map((text) => compare(features, text).match)) };
+}
+
+/** The cosine of image and text, those of its patches, and the match of both branches. */
+function compare({ embeds, patches, attention }, text) {
+  const cosine = numerics.dot(embeds, text.embeds), cosines = numerics.similarities(patches, text.mapEmbeds);
+  return { cosine, cosines, match: numerics.match(cosine, cosines, attention, settings.model) };
+}
+
+// ------------------------------------------------------------------------------------------------------ the texts
+
+async function encodeText(model, text) {
+  if (!encoded.has(text)) {
+    if (encoded.size >= MAX_ENCODED) encoded.clear();
+    const prompts = [];
+    for (const template of settings.text.templates) {
+      const outputs = await encodePrompt(model, template.replaceAll("{}", () => text));
+      prompts.push({ embeds: outputs.text_embeds.data, mapEmbeds: outputs.map_text_embeds.data });
+    }
+    const [embeds, mapEmbeds] = ["embeds", "mapEmbeds"].map((name) => numerics.unitMean(prompts.map((one) => one[name])));
+    encoded.set(text, { embeds, mapEmbeds });
+  }
+  return encoded.get(text);
+}
+
+async function encodePrompt({ ort, text, tokenizer }, prompt) {
+  const { max_length, pad_to_max, pad_id } = settings.text;
+  let ids = tokenizer.encode(prompt).ids;
+  if (ids.length > max_length) { // keeps the special tokens at the end, as Python's tokenizers do
+    const body = tokenizer.encode(prompt, { add_special_tokens: false }).ids;
+    const special = ids.length - 1 - ids.lastIndexOf(body.at(-1));
+    ids = [...ids.slice(0, max_length - special), ...ids.slice(ids.length - special)];
+  }
+  const length = pad_to_max ? max_length : ids.length;
+  const fill = { input_ids: pad_id, attention_mask: 0, token_type_ids: 0 };
+  const feeds = text.inputNames.map((name) => {
+    const row = new BigInt64Array(length).fill(BigInt(fill[name]));
+    ids.forEach((id, i) => (row[i] = BigInt({ input_ids: id, attention_mask: 1, token_type_ids: 0 }[name])));
+    return [name, new ort.Tensor("int64", row, [1, length])];
+  });
+  return text.run(Object.fromEntries(feeds));
+}
+
+// ------------------------------------------------------------------------------------------------------ the model
+
+async function load() {
+  const gpu = settings.runtime.webgpu && await navigator.gpu?.requestAdapter().catch(() => null);
+  const files = { ...settings.runtime[gpu ? "webgpu" : "wasm"], ...settings.files };
+  const all = Object.values(files), total = all.reduce((sum, { bytes }) => sum + bytes, 0);
+  const loaded = new Map();
+  const progress = (file, bytes) => {
+    loaded.set(file, Math.min(bytes, file.bytes)); // some servers send the decompressed file
+    postMessage({ kind: "progress", loaded: [...loaded.values()].reduce((one, other) => one + other, 0), total });
+  };
+  const cache = await openCache();
+  const ended = await Promise.allSettled(all.map((file) => download(file, cache, progress)));
+  for (const { reason } of ended) if (reason) throw reason;
+  const content = Object.fromEntries(Object.keys(files).map((name, i) => [name, ended[i].value]));
+
+  postMessage({ kind: "status", sentence: "Starting the model …" });
+  try {
+    const [ort, { Tokenizer }] = await Promise.all([content.ort, content.tokenizers].map(importModule));
+    ort.env.logLevel = "error"; // not where each node runs
+    ort.env.wasm.wasmPaths = { mjs: moduleUrl(content.glue) };
+    ort.env.wasm.wasmBinary = content.wasm;
+    const options = { executionProviders: gpu ? ["webgpu", "wasm"] : ["wasm"] };
+    const vision = await ort.InferenceSession.create(content.vision, options);
+    const text = await ort.InferenceSession.create(content.text, options);
+    const [tokens, tokensConfig] = [content.tokenizer, content.tokenizer_config].map((bytes) => JSON.parse(decodeText(bytes)));
+    const background = vectors(content.background, settings.model.projection_dim);
+    await Promise.all((await cache?.keys() ?? []) // of earlier exports
+      .filter(({ url }) => !all.some((file) => address(file) === url))
+      .map((request) => cache.delete(request)));
+    return { ort, vision, text, tokenizer: new Tokenizer(tokens, tokensConfig), background };
+  } catch (error) {
+    for (const file of all) await cache?.delete(address(file)); // a damaged file would stay
+    throw error;
+  }
+}
+
+const decodeText = (bytes) => new TextDecoder().decode(bytes);
+const moduleUrl = (bytes) => URL.createObjectURL(new Blob([bytes], { type: "text/javascript" }));
+const importModule = (bytes) => import(moduleUrl(bytes));
+const address = ({ url }) => new URL(url, BASE).href;
+
+/** The general nouns' vectors: of each, one for recognition and one for the map, float32. */
+function vectors(bytes, dim) {
+  const values = new Float32Array(bytes.buffer);
+  return Array.from({ length: values.length / dim / 2 }, (_, i) => {
+    const [embeds, mapEmbeds] = [0, 1].map((branch) => values.subarray((2 * i + branch) * dim, (2 * i + branch + 1) * dim));
+    return { embeds, mapEmbeds };
+  });
+}
+
+/** The cache of this page; null where the browser has none, as in private windows and without HTTPS. */
+async function openCache() {
+  return self.caches?.open(settings.cache).catch(() => null) ?? null;
+}
+
+async function download(file, cache, progress) {
+  const kept = await cache?.match(address(file)).catch(() => null);
+  const bytes = kept ? new Uint8Array(await kept.arrayBuffer()) : await fetchBytes(file, progress);
+  progress(file, file.bytes);
+  try {
+    const content = await decompress(bytes);
+    if (!kept) await cache?.put(address(file), new Response(bytes)).catch(() => null); // a full disk is no error
+    return content;
+  } catch {
+    await cache?.delete(address(file));
+    throw brokenOff(file);
+  }
+}
+
+async function fetchBytes(file, progress) {
+  try {
+    // The browser checks files from elsewhere against the digest of what the package was tested with.
+    const response = await fetch(address(file), file.integrity ? { integrity: file.integrity, credentials: "omit" } : {});
+    if (!response.ok) throw new Error(response.status);
+    const parts = [], reader = response.body.getReader();
+    for (let size = 0, part; !(part = await reader.read()).done; progress(file, size += part.value.length))
+      parts.push(part.value);
+    return new Uint8Array(await new Blob(parts).arrayBuffer());
+  } catch {
+    throw brokenOff(file);
+  }
+}
+
+function brokenOff(file) {
+  const name = file.url.split("/").at(-1).split("?")[0];
+  return new Sentence(`The download broke off at ${name}. Check the connection and try again; what has arrived is kept.`);
+}
+
+/** Content of a gzip file. Where the server has decompressed it already, the bytes themselves. */
+async function decompress(bytes) {
+  if (bytes[0] !== 0x1f || bytes[1] !== 0x8b) return bytes;
+  const stream = new Blob([bytes]).stream().pipeThrough(new DecompressionStream("gzip"));
+  return new Uint8Array(await new Response(stream).arrayBuffer());
+}

@@ -1,0 +1,134 @@
+"""Checks of a run that need no torch, so that a mistake is told within a second."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from importlib.util import find_spec
+from pathlib import Path
+
+import numpy as np
+
+from ..data.sources import BAD_PAIR, Columns, Source, TarShard, is_hub_id, open_sources
+from .settings import Settings
+
+
+_LOOKED_AT = 200  # pairs, evenly spaced over all
+
+# Package of a tracker, where it has another name.
+_TRACKER_PACKAGES = {"comet_ml": "comet_ml", "clearml": "clearml"}
+
+
+def check_run(settings: Settings) -> None:
+    """
+    Checks packages, files, columns and folders of a run.
+
+    Raises:
+        `ImportError`: a package is missing. `FileNotFoundError`: a file or folder does not exist. `ValueError`: something is not as
+        described.
+    """
+    check_packages(settings)
+    folder = Path(settings.output_dir)
+    if not settings.resume and any(folder.glob("checkpoint-*[0-9]")):
+        raise ValueError(
+            f"{folder}: expected a new folder, but it holds a run already; add --resume to go on with it, or name another "
+            "output_dir."
+        )
+    if settings.model:
+        check_model(settings.model)
+    elif not Path(settings.config).with_name("config.json").is_file():
+        raise FileNotFoundError(
+            f"{settings.config}: expected the model's config.json and processor_config.json beside it, but got none; copy its "
+            "whole folder, or name a model."
+        )
+    if settings.nouns and not Path(settings.nouns).is_file():
+        raise FileNotFoundError(f"{settings.nouns}: expected a text file of nouns, but there is none; check the path.")
+    if settings.eval_dataset != "none" and not (settings.eval_root and Path(settings.eval_root).is_dir()):
+        raise FileNotFoundError(
+            f"Expected eval_root to be the folder of the {settings.eval_dataset} data, got {settings.eval_root!r}: name it."
+        )
+    columns = Columns.named(settings.image_column, settings.caption_column)
+    if not any(map(is_hub_id, settings.data)):  # which is opened with its download
+        sources = open_sources(settings.data, columns, settings.split)
+        if not any(isinstance(source, TarShard) for source in sources):  # whose index may take minutes
+            check_pairs(sources, settings.max_bad_share)
+    if settings.validation_data:
+        open_sources(settings.validation_data, columns)
+
+
+def check_packages(settings: Settings) -> None:
+    """Raises `ImportError` if a package is missing that the run will import."""
+    tracker = settings.report_to
+    for package in ("accelerate", "timm", *(["tensorboard"] if tracker == "tensorboard" else [])):
+        if find_spec(package) is None:
+            raise ImportError(f"{package} is not installed: `pip install 'iclip-hf[train]'` brings it.", name=package)
+    if tracker not in ("none", "tensorboard") and find_spec(tracker) is None:
+        raise ImportError(
+            f"{tracker} is not installed: `pip install {tracker}` brings it, or set report_to.", name=tracker
+        )
+
+
+def check_model(model: str) -> None:
+    """Raises an error if a local folder is no ICLIP model. A Hub id is checked when it is loaded."""
+    folder = Path(model)
+    if not folder.is_dir():
+        if model == "embedded" or (model.count("/") == 1 and not model.startswith((".", "/", "~"))):
+            return
+        raise FileNotFoundError(
+            f"{model}: expected the folder or the Hub id of an ICLIP model, but there is none; check it."
+        )
+    try:
+        kind = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type")
+    except FileNotFoundError:
+        raise FileNotFoundError(
+            f"{model}: expected the folder of a model, but it has no config.json; name another."
+        ) from None
+    except (OSError, ValueError, AttributeError, RecursionError) as error:
+        raise ValueError(f"{model}: expected a model's config.json, but got: {error}; get it again.") from error
+    if kind != "iclip":
+        raise ValueError(
+            f"{model}: expected an ICLIP model, but got one of type {kind}; name another, or join its towers by `iclip init` first."
+        )
+
+
+def check_pairs(sources: Sequence[Source], max_bad_share: float) -> int:
+    """
+    Looks at some of the pairs.
+
+    Returns:
+        The number of all pairs.
+
+    Raises:
+        `ValueError`: there are fewer than two pairs, their captions do not differ, or too many of them cannot be used.
+    """
+    ranges = [source.ranges() for source in sources]
+    ends = np.cumsum([len(part) for part in ranges])
+    count, where = int(ends[-1]), sources[0].path
+    if count < 2:
+        raise ValueError(
+            f"{where}: expected at least 2 pairs, which are told apart in training, but got {count}; add more."
+        )
+    looked_at = np.unique(np.linspace(0, count - 1, min(count, _LOOKED_AT)).astype(int))
+    texts, bad = set(), []
+    for index in looked_at:
+        which = int(np.searchsorted(ends, index, side="right"))
+        source, (start, end) = sources[which], ranges[which][index - ends[which]].tolist()
+        try:
+            pair = source.read(start, end)
+            if isinstance(pair.image, Path) and not pair.image.is_file():
+                beside = "" if os.path.isabs(pair.key) else f" (paths are relative to the folder {source.path.parent})"
+                raise ValueError(f"there is no image {pair.image}{beside}")
+            texts.update(source.columns.captions(pair.row))
+        except BAD_PAIR as error:
+            bad.append(error)
+    if len(bad) > max_bad_share * len(looked_at):
+        raise ValueError(
+            f"{where}: expected an image and a caption in each pair, but {len(bad)} of the {len(looked_at)} looked at lack one; "
+            f"correct them. The first: {bad[0]}."
+        )
+    if len(texts) == 1:
+        raise ValueError(
+            f"{where}: expected captions that differ, but all are {texts.pop()!r:.100}; describe what each image shows."
+        )
+    return count

@@ -1,0 +1,230 @@
+"""`iclip train DATA`: what is checked and chosen before the training, and what a run says at its end."""
+
+import csv
+import json
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from accelerate.state import AcceleratorState
+from conftest import WORDS, tiny_model
+from PIL import Image
+
+from iclip_hf import ICLIPModel, cli, embedded_model
+from iclip_hf.data.pairs import load_pairs
+from iclip_hf.training.checkpoints import RunState
+from iclip_hf.training.plan import choose_settings
+from iclip_hf.training.report import own_labels, report
+from iclip_hf.training.settings import Settings, read_settings
+
+
+def write_table(folder: Path, count: int, captions=None, header=("image", "caption")) -> Path:
+    draws = np.random.default_rng(0)
+    with open(folder / "pairs.csv", "w", newline="") as file:
+        table = csv.writer(file)
+        table.writerow(header)
+        for number in range(count):
+            Image.fromarray(draws.integers(0, 256, (40, 36, 3), dtype=np.uint8)).save(folder / f"{number}.png")
+            caption = captions[number] if captions else " ".join(WORDS[word] for word in draws.integers(0, 12, 5))
+            table.writerow([f"{number}.png", caption])
+    return folder / "pairs.csv"
+
+
+@pytest.fixture
+def model(tmp_path, tiny_processor) -> Path:
+    tiny_model().save_pretrained(tmp_path / "start")
+    tiny_processor.save_pretrained(tmp_path / "start")
+    return tmp_path / "start"
+
+
+@pytest.fixture(autouse=True)
+def here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+# ---------------------------------------------------------------------------------------------------------------- plan
+
+
+@pytest.mark.parametrize("count", [2, 19, 20, 21, 300])
+def test_what_is_chosen_makes_a_run(tmp_path, count):
+    data = [str(write_table(tmp_path, count))]
+    chosen = choose_settings({"data": data})
+    settings = read_settings({"data": data}, {name: choice.value for name, choice in chosen.items()})
+    held_out = -(-count // 10) if count >= 20 else 0  # rounded up
+    rate = settings.learning_rate * settings.batch_size / 1024
+    assert rate == pytest.approx(1e-5, rel=1e-3)
+    assert 1 <= settings.batch_size <= count - held_out
+    steps = (count - held_out) // settings.batch_size * settings.epochs
+    assert 0 < settings.eval_steps <= steps and settings.warmup_epochs < settings.epochs
+    assert (settings.model, settings.output_dir, settings.lock_text) == ("embedded", "runs/pairs", True)
+    assert settings.validation_share == (0.1 if held_out else 0) and all(choice.why for choice in chosen.values())
+
+
+def test_captions_of_one_image_are_counted_together(tmp_path):
+    """Images with one to six captions: the part that is held out is not a tenth of the pairs, and no batch is too large."""
+    table = write_table(tmp_path, 21)
+    rows = [f"{image}.png,caption {image} {number}" for image in range(21) for number in range(1 + image % 6)]
+    table.write_text("\n".join(["image,caption", *rows, ""]))
+    training, held_out = load_pairs(table).split(0.1)
+    batch = choose_settings({"data": [str(table)]})["batch_size"].value
+    assert batch == len(training) == len(rows) - len(held_out)
+
+
+def test_what_is_given_takes_precedence_and_the_rest_follows(tmp_path, monkeypatch):
+    given = {"data": [str(write_table(tmp_path, 40))], "epochs": 3, "batch_size": 8, "output_dir": "elsewhere"}
+    chosen = choose_settings(given)
+    assert given.keys().isdisjoint(chosen)
+    assert chosen["cache_features"].value == "elsewhere/cache"
+    assert chosen["eval_steps"].value <= 3 * (36 // 8)
+    assert "validation_share" not in choose_settings({**given, "validation_data": ["x.tar"]})
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    del given["batch_size"]
+    assert choose_settings(given)["batch_size"].value == 32  # a multiple of the processes
+
+
+# -------------------------------------------------------------------------------------------------------------- checks
+
+
+def said(arguments: list, capsys) -> str:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("iclip_hf.training.run.train", lambda settings: pytest.fail("it trained"))
+        code = cli.main(["train", *map(str, arguments)])
+    message = capsys.readouterr().err
+    assert code == 2 and message.count("\n") == 1, message
+    return message
+
+
+def test_bad_data_is_one_sentence(tmp_path, capsys):
+    table = write_table(tmp_path, 30)
+    for content, sentence in (
+        ("", "pairs.csv: expected a header line and a pair in each further line, but got an empty file; fill it."),
+        ("image,caption\n", "expected at least 2 pairs, which are told apart in training, but got 0; add more."),
+        ("image,caption\n0.png,a dog\n", "but got 1; add more."),
+        ("image,caption\n0.png,a dog\n1.png,a dog\n2.png,a dog\n", "expected captions that differ, but all are 'a dog'"),
+        ("image,label\n0.png,a dog\n", "expected the column of the caption to be one of captions, txt, caption, text, title"),
+        ("image,caption\nx.png,a dog\ny.png,a cat\n", f"2 of the 2 looked at lack one; correct them. The first: there is no image {tmp_path}/x.png (paths are relative"),
+        ("image,caption\n0.png,a dog\n1.png,\n2.png,a cat\n", "1 of the 3 looked at lack one; correct them. The first: no caption."),
+    ):  # fmt: skip
+        table.write_text(content)
+        assert sentence in said([table], capsys)
+    assert "absent.csv: expected a file or folder of pairs" in said(["absent.csv"], capsys)
+
+
+def test_bad_settings_are_one_sentence(tmp_path, model, capsys):
+    table = write_table(tmp_path, 30)
+    (tmp_path / "clip").mkdir()
+    (tmp_path / "clip" / "config.json").write_text('{"model_type": "clip"}')
+    (tmp_path / "alone.yaml").write_text(f"vision: embedded\ntext: embedded\ndata: [{table}]")
+    (tmp_path / "runs" / "pairs" / "checkpoint-0000003").mkdir(parents=True)
+    new = ["--output_dir", "new"]
+    for arguments, sentence in (
+        ([table], "runs/pairs: expected a new folder, but it holds a run already; add --resume"),
+        (
+            [table, *new, "--caption_column", "label"],
+            "column of the caption to be 'label', but got 'caption', 'image'",
+        ),
+        ([table, *new, "--model", "clip"], "clip: expected an ICLIP model, but got one of type clip; name another"),
+        ([table, *new, "--model", "./absent"], "./absent: expected the folder or the Hub id of an ICLIP model"),
+        ([table, *new, "--model", tmp_path], "expected the folder of a model, but it has no config.json"),
+        (
+            [table, *new, "--report_to", "no_tracker"],
+            "no_tracker is not installed: `pip install no_tracker` brings it",
+        ),
+        ([table, *new, "--nouns", "absent.txt"], "absent.txt: expected a text file of nouns"),
+        ([table, *new, "--eval_dataset", "folder"], "Expected eval_root to be the folder of the folder data, got ''"),
+        ([table, *new, "--validation_data", "absent.tar"], "absent.tar: expected a file or folder of pairs"),
+        (
+            [table, *new, "--vision", "v", "--text", "t"],
+            "Expected config to name the configuration of a model with vision='v'",
+        ),
+        (
+            ["--config", "alone.yaml", *new],
+            "alone.yaml: expected the model's config.json and processor_config.json beside it",
+        ),
+    ):
+        assert sentence in said(arguments, capsys)
+    assert not (tmp_path / "new").exists()
+
+
+# ----------------------------------------------------------------------------------------------------------------- run
+
+
+def test_a_table_becomes_a_model(tmp_path, model, capsys):
+    table = write_table(tmp_path, 30)
+    assert cli.main(["train", str(table), "--model", str(model), "--epochs", "3", "--report_to", "none"]) == 0
+    out = capsys.readouterr().out
+    assert "Chosen for these pairs" in out and "batch_size        27" in out
+    state = json.loads((tmp_path / "runs" / "pairs" / "results.json").read_text())
+    assert f"val_loss{state['before']['val_loss']:>24.4g}{state['metrics']['val_loss']:>10.4g}" in out
+    assert "The model is in runs/pairs. Next:\n  iclip explain " in out and "--model runs/pairs" in out
+    before, after = ICLIPModel.from_pretrained(model), ICLIPModel.from_pretrained("runs/pairs")
+    assert (before.recognition.visual_projection.weight != after.recognition.visual_projection.weight).any()
+    text = zip(before.text_model.parameters(), after.text_model.parameters())
+    assert all((one == other).all() for one, other in text)
+    pictures = sorted(path.name for path in (tmp_path / "runs" / "pairs" / "pictures").iterdir())
+    assert pictures == ["0000000.png", "0000001.png", "0000002.png", "0000003.png", "before.npz"]
+
+
+def test_the_report_says_whether_the_model_got_better(tmp_path):
+    settings = Settings(data=["d"], model="m", output_dir="my runs/x", validation_share=0.1)
+    held_out = load_pairs(write_table(tmp_path, 3, ["Two dogs run.", "A dog and a ball.", "A cat."]))
+    better = RunState(before={"text_to_image": 20.0}, metrics={"text_to_image": 40.0})
+    said = report(settings, better, held_out)
+    assert "The model got better: text_to_image rose from 20 to 40." in said
+    assert f"iclip explain {tmp_path}/0.png --text dog --text " in said and "--model 'my runs/x'" in said
+    for after in (20.0, 10.0):
+        worse = RunState(before={"text_to_image": 20.0}, metrics={"text_to_image": after})
+        assert f"did not get better: text_to_image was 20 and is {after:.0f}. Keep the model" in report(
+            settings, worse, held_out
+        )
+    settings = Settings(data=["d"], model="m", output_dir="x", validation_share=0.1, best_metric="val_loss")
+    lower = RunState(before={"val_loss": 2.0}, metrics={"val_loss": 1.5})
+    assert "The model got better: val_loss fell from 2 to 1.5." in report(settings, lower, held_out)
+    assert "Nothing was measured" in report(settings, RunState(), None)
+
+
+def test_labels_are_the_users_own(tmp_path):
+    for name in ("oak_leaf/1", "oak_leaf/2", "beech/1"):
+        (tmp_path / "leaves" / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (8, 8)).save(tmp_path / "leaves" / f"{name}.png")
+    assert own_labels(load_pairs(tmp_path / "leaves")) == ["oak leaf", "beech"]
+    assert own_labels(load_pairs(write_table(tmp_path, 2, ["Qwerty.", "Asdf."]))) == ["Qwerty."]
+    assert own_labels(None) == ["..."]
+
+
+@pytest.mark.slow
+def test_the_guide_ends_with_a_model_for_the_hub(tmp_path, iclip_data, capsys):
+    """Its commands with 50 real pairs, from the table on."""
+    (tmp_path / "photos").mkdir()
+    real = load_pairs(iclip_data / "flickr8k" / "test-00000.tar")
+    with open(tmp_path / "pairs.csv", "w", newline="") as file:
+        table = csv.writer(file)
+        table.writerow(["image", "caption"])
+        for number in range(1, 51):
+            pair = real.read(number)
+            pair["image"].save(tmp_path / "photos" / f"{number}.jpg")
+            table.writerow([f"photos/{number}.jpg", pair["captions"][0]])
+    guide = (Path(__file__).parents[1] / "docs" / "guide" / "own-images.md").read_text(encoding="utf-8")
+    commands = [shlex.split(line) for line in re.findall(r"^iclip (.*)", guide, re.MULTILINE)]
+    assert [words[0] for words in commands] == ["train", "explain", "push"]
+    try:
+        embedded_model()
+    except OSError as error:
+        pytest.skip(f"the embedded towers cannot be had here: {error}")
+    for words in commands:
+        assert cli.main(words) == 0, words
+    out = capsys.readouterr().out
+    assert "5 held-out pairs" in out and "model.safetensors" in out and Path("explanation.png").is_file()
+
+
+def test_the_script_and_the_command_are_one_program(tmp_path):
+    script = Path(__file__).parents[1] / "train.py"
+    done = subprocess.run([sys.executable, script, "absent.csv"], capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.startswith(
+        "iclip train: absent.csv: expected a file or folder of pairs"
+    )

@@ -1,0 +1,561 @@
+"""The page that runs a model in the browser, driven in Chromium beside the same graphs in Python."""
+
+import base64
+import gzip
+import hashlib
+import io
+import json
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import urllib.request
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import tiny_model
+from huggingface_hub import ModelCard
+from PIL import Image
+
+from iclip_hf import cli, embedded_model, explain
+from iclip_hf.demo import content, web
+from iclip_hf.demo.web_server import web_server
+from iclip_hf.label_maps import label_map
+from iclip_hf.models.loading import load_iclip
+from iclip_hf.models.onnx import ONNXModel
+from iclip_hf.pooling import pool_similarities
+from iclip_hf.presence import presence
+from iclip_hf.similarity import resize_and_normalize, resize_maps
+
+
+NEEDS_NPM = pytest.mark.skipif(shutil.which("npm") is None, reason="needs npm, which brings ONNX Runtime for the page")
+
+
+@contextmanager
+def served(folder):
+    with web_server(folder, port=0) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}/"
+        server.shutdown()
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory, tiny_processor):
+    """The page of a tiny model like the embedded one, the model of its graphs, and its processor."""
+    if shutil.which("npm") is None:
+        pytest.skip("needs npm, which brings ONNX Runtime for the page")
+    folder = tmp_path_factory.mktemp("web")
+    options = {"max_over": "similarity", "center_tokens": True, "map_attention": "additive", "map_affinity": 10.0}
+    model = tiny_model("dinov2", attention_norm="quantile", **options)
+    page = web.export_web(model, tiny_processor, folder / "page", vendor=True)
+    return page, unpacked(page, model, tiny_processor, folder / "onnx"), tiny_processor
+
+
+@pytest.fixture(scope="module")
+def url(exported):
+    with served(exported[0]) as address:
+        yield address
+
+
+@contextmanager
+def opened(browser, address, **options):
+    context = browser.new_context(**options)
+    page = context.new_page()
+    page.set_default_timeout(120_000)  # for busy machines
+    page.requested, page.failures = [], []
+    page.on("request", lambda request: page.requested.append(request.url))
+    page.on("pageerror", lambda error: page.failures.append(error))
+    page.goto(address)
+    page.wait_for_selector("#go:not([disabled])")
+    yield page
+    assert page.failures == []
+    context.close()
+
+
+@pytest.fixture
+def page(browser, url):
+    with opened(browser, url) as page:
+        yield page
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("photos")
+    Image.effect_noise((61, 40), 80).convert("RGB").save(folder / "noise.png")
+    Image.linear_gradient("L").resize((1300, 650)).convert("RGB").save(folder / "large.jpg", quality=95)
+    for name in ("notes.png", "photo.heic", "drawing.svg"):
+        (folder / name).write_text(
+            "<svg xmlns='http://www.w3.org/2000/svg' width='9' height='9'><script>1</script></svg>"
+        )
+    (folder / "empty.jpg").write_bytes(b"")
+    return folder
+
+
+def ask(page, photo=None, texts=None):
+    """Chooses a file and texts, and waits for the end of the answer or for a sentence."""
+    page.evaluate("document.getElementById('status').textContent = 'asking'")
+    if texts is not None:
+        page.fill("#texts", texts)
+    if photo is not None:
+        page.set_input_files("#file", photo)
+    else:
+        page.click("#go")
+    page.locator("#status", has_text=re.compile("^$")).wait_for(state="attached")
+
+
+def scores(page):
+    rows = page.locator("tbody tr").all_inner_texts()
+    cells = [row.split("\t") for row in (" ".join(row.split("\n")) for row in rows)]
+    return {text.strip(): (float(cosine), float(share.strip(" %")) / 100) for text, cosine, share, *_ in cells}
+
+
+def canvas(page, index):
+    """The pixels that are drawn over the photograph in a figure, RGBA."""
+    picture = page.locator("figure canvas:nth-of-type(2)").nth(index).evaluate("canvas => canvas.toDataURL()")
+    return decoded(picture)
+
+
+def decoded(picture):
+    return np.asarray(Image.open(io.BytesIO(base64.b64decode(picture.partition(",")[2]))).convert("RGBA"))
+
+
+def drawn(page, index):
+    """The map of a text as the page has drawn it, with values in [0, 1], found by its colours."""
+    level = {tuple(color): level / 255 for level, color in enumerate(content.colors())}
+    return np.array([[level[tuple(pixel)] for pixel in row] for row in canvas(page, index)[..., :3].tolist()])
+
+
+def explain_by(exported, image, texts, **options):
+    """
+    The explanations of each text by the same graphs in Python. One at a time, as the page asks: 8-bit products round by the range
+    of what is computed together.
+    """
+    _, model, processor = exported
+    return [explain(model, processor, [image], [text], **options)[0] for text in texts]
+
+
+def unpacked(page, model, processor, folder):
+    """The graphs of a page, with the rest of an ONNX folder."""
+    model.config.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    for name in ("vision_model.onnx", "text_model.onnx"):
+        (folder / name).write_bytes(gzip.decompress((page / f"{name}.gz").read_bytes()))
+    return ONNXModel(folder)
+
+
+def test_a_folder_is_a_static_space(exported):
+    folder = exported[0]
+    card = ModelCard.load(folder / "README.md").data
+    assert card.sdk == "static" and card["custom_headers"]["cross-origin-opener-policy"] == "same-origin"
+    assert card.title == "page" and "Rachel Michetti, CC0" in (folder / "README.md").read_text()
+    assert "ICLIP" in (folder / "model_card.md").read_text()
+    settings = json.loads((folder / "settings.json").read_text())
+    files = [*settings["runtime"]["wasm"].values(), *settings["files"].values()]
+    assert settings["bytes"] == sum(file["bytes"] for file in files)
+    for file in files:  # what the page asks for is there, and its address tells its content
+        name, _, digest = file["url"].partition("?")
+        packed = (folder / name).read_bytes()
+        assert len(packed) == file["bytes"] and hashlib.sha256(packed).hexdigest().startswith(digest)
+    assert list(settings["runtime"]) == ["wasm"]  # 8-bit products have no kernels on WebGPU
+    assert not {path.name for path in folder.iterdir()} & {"config.json", "vision_model.onnx"}
+
+
+def test_a_visitor_from_the_first_paint_to_offline(browser, exported, url, photos):
+    with opened(browser, url) as page:
+        # Before a question nothing of the model is asked for, and the size of the download is told.
+        assert not [one for one in page.requested if ".gz" in one]
+        megabytes = json.loads((exported[0] / "settings.json").read_text())["bytes"] / 1e6
+        assert f"({megabytes:.1f} MB)" in page.inner_text("header")
+        assert page.evaluate("crossOriginIsolated")
+
+        ask(page, photos / "noise.png", "dog, red ball")
+        assert all(one.startswith((url, f"blob:{url}", "data:")) for one in page.requested)
+        image = Image.open(photos / "noise.png")
+        check(page, explain_by(exported, image, ["dog", "red ball"]))
+
+        # A further text and image need no server.
+        asked = len(page.requested)
+        page.context.set_offline(True)
+        long = " ".join(["dog", "car"] * 50)  # is cut to the tokenizer's length
+        ask(page, texts=f"sky, {long}")
+        check(page, explain_by(exported, image, ["sky", long]))
+        ask(page, photos / "large.jpg")
+        size = [(320, 640)]
+        large = Image.open(photos / "large.jpg")
+        check(page, explain_by(exported, large, ["sky", long], target_sizes=size))
+        assert [one for one in page.requested[asked:] if not one.startswith("blob:")] == []
+        page.context.set_offline(False)
+
+        # The next visit explains without a question, from the browser's cache; the link holds the texts.
+        page.requested.clear()
+        page.goto(page.url)
+        page.reload()
+        page.locator("figcaption", has_text="sky").wait_for()
+        assert not [one for one in page.requested if ".gz" in one]
+
+
+def check(page, explanations):
+    found = scores(page)
+    assert list(found) == sorted(found, key=lambda text: -found[text][0])
+    assert set(found) == {text for explanation in explanations for text in explanation.labels}
+    for index, expected in enumerate(explanations):
+        (text,) = expected.labels
+        assert found[text][0] == pytest.approx(expected.scores[0].item(), abs=0.02)
+        assert found[text][1] == pytest.approx(expected.presence[0].item(), abs=0.1)
+        map_ = drawn(page, index)
+        assert map_.shape == tuple(expected.size)
+        assert np.corrcoef(map_.ravel(), expected.map(0).numpy().ravel())[0, 1] > 0.99
+
+
+def test_bad_input_is_a_sentence_and_the_page_goes_on(page, photos):
+    for photo, texts, sentence in [
+        ("notes.png", "dog", "notes.png: this browser cannot read it as a photograph. Save it as JPEG"),
+        ("drawing.svg", "dog", "drawing.svg: this browser cannot read it"),
+        ("photo.heic", "dog", "of HEIC, only Safari shows the content"),
+        ("empty.jpg", "dog", "empty.jpg: this browser cannot read it"),
+        (None, " , ", "Expected 1 to 12 texts, between commas or one a line, got 0."),
+        (None, ",".join(map(str, range(200))), "Expected 1 to 12 texts, between commas or one a line, got 200."),
+    ]:
+        ask(page, photo and photos / photo, texts)
+        assert sentence in page.inner_text("#error")
+    assert not [one for one in page.requested if ".gz" in one]  # told before the download
+    ask(page, photos / "noise.png", "dog")
+    assert page.locator("#error").is_hidden() and list(scores(page)) == ["dog"]
+
+
+def test_a_download_that_breaks_off_can_be_tried_again(page, photos):
+    page.route("**/text_model*", lambda route: route.abort())
+    ask(page, photos / "noise.png", "dog")
+    assert page.inner_text("#error").startswith("The download broke off at text_model.onnx.gz.")
+    page.unroute("**/text_model*")
+    page.requested.clear()
+    ask(page)
+    assert list(scores(page)) == ["dog"]
+    asked = [one for one in page.requested if ".gz" in one]
+    assert len(asked) == 1 and "text_model" in asked[0]  # what had arrived was kept
+
+
+def test_a_damaged_file_does_not_stay_in_the_cache(page, exported, photos):
+    page.route("**/vision_model*", lambda route: route.fulfill(body=b"\x1f\x8bno gzip file"))
+    ask(page, photos / "noise.png", "dog")
+    assert page.inner_text("#error").startswith("The download broke off at vision_model.onnx.gz.")
+    page.unroute("**/vision_model*")
+    # Some servers send a .gz file decompressed.
+    content = gzip.decompress((exported[0] / "vision_model.onnx.gz").read_bytes())
+    page.route("**/vision_model*", lambda route: route.fulfill(body=content))
+    ask(page)
+    assert list(scores(page)) == ["dog"]
+
+
+def test_without_webassembly_a_sentence_says_so(browser, url):
+    context = browser.new_context()
+    page = context.new_page()
+    page.add_init_script("delete globalThis.WebAssembly")
+    page.goto(url)
+    page.locator("#error", has_text="it has no WebAssembly").wait_for()
+    context.close()
+
+
+def test_texts_of_a_link_are_texts(browser, url, photos):
+    attack = "<img src=x onerror=alert(1)>, $& {} </script>"
+    with opened(browser, f"{url}#texts=" + urllib.request.quote(attack + "\nsky")) as page:
+        dialogs = []
+        page.on("dialog", lambda dialog: dialogs.append(dialog))
+        ask(page, photos / "noise.png")
+        assert page.locator("figcaption").all_inner_texts() == [attack, "sky"]
+        assert set(scores(page)) == {attack, "sky"} and dialogs == []
+        # Neither the page nor its worker may send anything elsewhere.
+        for connect in (
+            "fetch('http://localhost:1/')",
+            """new Promise((resolve, reject) => {
+                const code = "fetch('http://localhost:1/').then(() => postMessage(1), () => postMessage(0))";
+                new Worker(URL.createObjectURL(new Blob([code]))).onmessage = ({data}) => data ? resolve() : reject();
+            })""",
+        ):
+            assert page.evaluate(f"{connect}.then(() => 'sent', () => 'refused')") == "refused"
+        assert not [one for one in page.requested if "localhost" in one]
+
+
+def test_on_a_phone_with_the_keyboard(browser, url, photos):
+    phone = {"viewport": {"width": 390, "height": 844}, "has_touch": True, "is_mobile": True}
+    with opened(browser, url, **phone, color_scheme="dark") as page:
+        page.evaluate("document.getElementById('status').textContent = 'asking'")
+        page.set_input_files("#camera", photos / "noise.png")
+        page.locator("#status", has_text=re.compile("^$")).wait_for(state="attached")
+        assert page.evaluate("document.documentElement.scrollWidth") == 390
+        assert page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(18, 21, 27)"
+
+        # Every control has a name, and the arrow keys read all maps at one place.
+        names = page.evaluate("[...document.querySelectorAll('input, textarea')].map(one => one.labels.length)")
+        assert names and all(names)
+        page.locator(".stack").nth(0).focus()
+        for _ in range(4):
+            page.keyboard.press("ArrowLeft")
+        x = int((0.5 - 4 / 40) * 61)
+        texts = page.input_value("#texts").split(", ")
+        values = [f"{drawn(page, index)[20, x]:.2f}" for index in range(len(texts))]
+        assert page.locator(".value").all_inner_texts() == [f"{value} at {x}, 20" for value in values]
+        assert page.locator("output.unseen").inner_text() == ", ".join(map(" ".join, zip(texts, values)))
+
+        with page.expect_download() as download:  # all maps under their texts
+            page.click("#save")
+        assert Image.open(download.value.path()).size == (3 * (61 + 12) + 12, 40 + 28 + 2 * 12)
+
+
+# -------------------------------------------------------------------------------------------------- the functions
+
+
+@pytest.fixture(scope="module")
+def functions(browser, url):
+    with opened(browser, url) as page:
+        yield page
+
+
+def compute(page, function, *arguments):
+    """Calls a function of numerics.js. Arrays travel as lists."""
+    return page.evaluate(
+        """async ([name, args]) => {
+            const result = (await import("./numerics.js"))[name](...args.map((one) =>
+                one?.floats ? Float32Array.from(one.floats) : one?.bytes ? Uint8Array.from(one.bytes) : one));
+            if (result.levels) result.levels = [...result.levels];
+            return ArrayBuffer.isView(result) ? [...result] : result;
+        }""",
+        [function, arguments],
+    )
+
+
+def floats(tensor):
+    return {"floats": tensor.flatten().tolist()}
+
+
+@pytest.mark.parametrize("kernel", [2, 3])
+@pytest.mark.parametrize("size", [(61, 40), (20, 25), (150, 90), (32, 32), (7, 300)])
+def test_images_are_resized_as_by_the_processor(functions, tiny_processor, size, kernel):
+    image = Image.effect_noise(size, 120).convert("RGB")
+    image.putpixel((0, 0), (255, 0, 0))
+    images = {"resample": kernel, "do_normalize": False, "do_rescale": False}
+    expected = tiny_processor(images=image, images_kwargs=images)["pixel_values"][0].permute(1, 2, 0).numpy()
+    rgba = {"bytes": np.asarray(image.convert("RGBA")).ravel().tolist()}
+    found = compute(functions, "resize", rgba, *size, 32, 32, web._KERNELS[kernel])
+    difference = np.abs(np.array(found, dtype=float).reshape(32, 32, 3) - expected)
+    assert difference.max() <= 1 and difference.mean() < 0.1
+
+
+def test_pixels_are_normalized_as_by_the_processor(functions, tiny_processor):
+    image = Image.effect_noise((32, 32), 120).convert("RGB")
+    expected = tiny_processor(images=image)["pixel_values"]
+    settings = web._image_settings(tiny_processor)
+    found = compute(functions, "normalize", {"bytes": np.asarray(image).ravel().tolist()}, settings)
+    np.testing.assert_allclose(found, expected.flatten(), atol=1e-5)
+
+
+@pytest.mark.parametrize("edge", [24, 32, 100])
+def test_sizes_are_the_processors(functions, tiny_processor, edge):
+    settings = {"size": {"shortest_edge": edge}, "patch": 8}
+    for size in [(60, 40), (40, 60), (33, 33), (300, 20), (24, 28)]:
+        pixels = tiny_processor(images=Image.new("RGB", size), size={"shortest_edge": edge})["pixel_values"]
+        assert compute(functions, "modelSize", settings, size[1], size[0]) == list(pixels.shape[-2:])
+    assert compute(functions, "modelSize", {"size": {"height": 32, "width": 48}, "patch": 8}, 5, 9) == [32, 48]
+
+
+@pytest.mark.parametrize("map_attention", ["similarity", "sqrt_similarity", "additive", "none"])
+@pytest.mark.parametrize(
+    ("max_over", "pooling"), [("similarity", "masked_max"), ("similarity", "max"), ("channels", "max")]
+)
+def test_maps_and_matches_are_the_models(functions, map_attention, max_over, pooling):
+    options = {"map_attention": map_attention, "max_over": max_over, "pooling": pooling, "max_sharpness": 7.0}
+    model = tiny_model("dinov2", **options)
+    generator = torch.Generator().manual_seed(0)
+    image = model.get_image_features(torch.randn(1, 3, 32, 40, generator=generator))
+    text = model.get_text_features(torch.randint(2, 60, (1, 6), generator=generator))
+    cosines = compute(functions, "similarities", floats(image.patch_embeds), floats(text.map_text_embeds))
+    attention = floats(image.map_attention)
+    raw = compute(functions, "rawMap", {"floats": cosines}, attention, options)
+    np.testing.assert_allclose(raw, model.similarity_maps(image, text).detach().flatten(), atol=1e-5)
+    cosine = compute(functions, "dot", floats(image.image_embeds), floats(text.text_embeds))
+    match = compute(functions, "match", cosine, {"floats": cosines}, attention, options)
+    assert match == pytest.approx(model.match(image, text).item(), abs=1e-5)
+
+
+def test_attention_that_is_zero_everywhere_weighs_all_patches_alike(functions):
+    options = {"max_over": "similarity", "pooling": "masked_max", "max_sharpness": 5.0}
+    cosines = torch.tensor([0.1, -0.3, 0.2])
+    patches = torch.stack([cosines, (1 - cosines**2).sqrt()], dim=-1)[None]  # their cosines with the text
+    expected = (0.4 + pool_similarities(patches, torch.tensor([[1.0, 0.0]]), torch.zeros(1, 3), 5.0).item()) / 2
+    assert compute(functions, "match", 0.4, floats(cosines), floats(torch.zeros(3)), options) == pytest.approx(
+        expected
+    )
+
+
+def test_presence_is_the_share_of_chance_matches_below(functions):
+    matches = torch.randn(40, generator=torch.Generator().manual_seed(1)) * 0.05 + 0.1
+    chance = compute(functions, "chance", matches.tolist())
+    for value in (-0.1, 0.05, 0.1, 0.17, 0.4):
+        expected = presence(torch.tensor([[value]]), matches[None]).item()
+        assert compute(functions, "presence", value, chance) == pytest.approx(expected, abs=1e-6)
+
+
+@pytest.mark.parametrize(("grid", "size"), [((4, 5), (40, 61)), ((2, 7), (30, 30)), ((5, 5), (3, 4))])
+def test_maps_are_enlarged_and_stretched_as_in_python(functions, grid, size):
+    map_ = torch.randn(1, *grid, generator=torch.Generator().manual_seed(2))
+    expected = (resize_and_normalize(map_, size) * 255).flatten().numpy()
+    found = compute(functions, "enlarge", floats(map_), list(grid), size[1], size[0])
+    raw = resize_maps(map_, size)
+    assert (found["low"], found["high"]) == pytest.approx((raw.min().item(), raw.max().item()), abs=1e-5)
+    assert np.abs(np.array(found["levels"]) - expected).max() <= 0.51
+    constant = compute(functions, "enlarge", floats(torch.full(grid, 0.3)), list(grid), size[1], size[0])
+    assert set(constant["levels"]) == {0}
+
+
+def test_segments_are_the_label_map(functions, tmp_path):
+    raw_maps = torch.randn(4, 3, 5, generator=torch.Generator().manual_seed(4))
+    raw_maps[3] += 9  # of an absent text
+    size, present, texts = (24, 36), torch.tensor([True, True, True, False]), ["dog", "sky", "car", "cat"]
+    expected, _ = label_map(raw_maps, size, present=present, threshold=0.4)
+    assert set(expected.unique().tolist()) == {-1, 0, 1, 2}
+    large = resize_maps(raw_maps, size).flatten(1)
+    results = [
+        {"low": one.min().item(), "high": one.max().item(), "absent": not there, "cosine": 0, "presence": 0}
+        | {"levels": (resize_and_normalize(raw[None], size) * 255).round().int().flatten().tolist()}
+        for one, raw, there in zip(large, raw_maps, present.tolist())
+    ]
+    picture = functions.evaluate(
+        """async ([texts, [height, width], results, colors]) => {
+            const { createViewer } = await import("./viewer.js");
+            const element = document.body.appendChild(document.createElement("div")), size = [width, height];
+            const viewer = createViewer(element, colors);
+            viewer.show({ photo: new OffscreenCanvas(width, height), size, originalSize: size, texts });
+            results.forEach((one, index) => viewer.add(index, { ...one, levels: Uint8Array.from(one.levels) }));
+            const [, threshold, segments] = element.querySelectorAll("input");
+            segments.click();
+            threshold.value = 0.4;
+            threshold.dispatchEvent(new Event("input"));
+            element.id = "synthetic";
+            return element.querySelectorAll("figure canvas")[1].toDataURL();
+        }""",
+        [texts, size, results, content.colors()],
+    )
+    pixels, found = decoded(picture), np.full(size, -1)
+    for index, ink in enumerate([[0xE6, 0x9F, 0], [0x56, 0xB4, 0xE9], [0, 0x9E, 0x73]]):
+        found[(pixels[..., :3] == ink).all(-1) & (pixels[..., 3] == 255)] = index
+    assert (found == expected.numpy()).mean() > 0.98  # 8 bits decide otherwise on borders
+    assert functions.locator("#synthetic .key").all_inner_texts() == texts[:3]
+
+
+def test_prompts_of_one_label_are_averaged_as_unit_vectors(functions):
+    vectors = torch.nn.functional.normalize(torch.randn(3, 5, generator=torch.Generator().manual_seed(3)), dim=-1)
+    found = functions.evaluate(
+        "async (rows) => [...(await import('./numerics.js')).unitMean(rows.map((row) => Float32Array.from(row)))]",
+        vectors.tolist(),
+    )
+    np.testing.assert_allclose(found, torch.nn.functional.normalize(vectors.mean(0), dim=0), atol=1e-6)
+
+
+# ---------------------------------------------------------------------------------------------- export and server
+
+
+def test_without_vendor_the_packages_come_from_a_cdn_with_their_digests(tiny_processor, tmp_path, monkeypatch):
+    monkeypatch.setattr(web, "export_onnx", fake_graphs)
+    monkeypatch.setattr(web, "_background", lambda model, processor: b"")
+    monkeypatch.setattr(web, "ONNXModel", lambda folder: None)
+    web.export_web(tiny_model(), tiny_processor, tmp_path / "page", weights="bfloat16")
+    settings = json.loads((tmp_path / "page" / "settings.json").read_text())
+    assert list(settings["runtime"]) == ["wasm", "webgpu"]
+    policy = re.search('Content-Security-Policy" content="([^"]*)"', (tmp_path / "page" / "index.html").read_text())[1]
+    allowed = re.search("connect-src 'self' ([^;]*);", policy)[1].split()
+    for file in [*settings["runtime"]["webgpu"].values(), settings["files"]["tokenizers"]]:
+        assert re.fullmatch("sha384-[A-Za-z0-9+/]{64}", file["integrity"])
+        assert file["url"].startswith(tuple(allowed)) and re.search(r"@\d+\.\d+\.\d+/dist/", file["url"])
+    assert not list((tmp_path / "page").glob("*.mjs*"))
+
+
+def fake_graphs(model, processor, folder, weights):
+    folder.mkdir()
+    processor.save_pretrained(folder)
+    for name in ("vision_model.onnx", "text_model.onnx"):
+        (folder / name).write_bytes(b"graph")
+    return folder
+
+
+@NEEDS_NPM
+def test_the_digests_are_those_of_the_npm_packages():
+    files = [*web._WASM.values(), *web._WEBGPU.values(), web._TOKENIZER_MODULE]
+    assert set(web._npm_files(files)) == set(files)  # which checks them
+    changed = web._TOKENIZER_MODULE._replace(integrity="sha384-" + "A" * 64)
+    with pytest.raises(OSError, match="expected dist/tokenizers.min.mjs of digest sha384-AAA.*got sha384-Tl2lM"):
+        web._npm_files([changed])
+
+
+def test_errors_of_the_command_are_one_line(world, tmp_path, monkeypatch, capsys):
+    model, target = str(world.folder / "model"), tmp_path / "page"
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    for arguments, sentence in [
+        (["export", model, str(target), "--format", "web", "--vendor"], "Expected npm, .* got none: install Node.js"),
+        (["export", model, str(target), "--format", "onnx", "--vendor"], "--vendor goes with --format web, got onnx"),
+        (
+            ["export", model, str(target), "--format", "web", "--results", "r.json"],
+            "Expected no --results.*leave it out",
+        ),
+        (["demo", "--web", str(tmp_path)], "expected a folder of `iclip export --format web`"),
+        (["demo", "--web", str(tmp_path), "--model", model], "leave out --model"),
+    ]:
+        assert cli.main(arguments) == 2
+        error = capsys.readouterr().err
+        assert re.search(sentence, error) and error.count("\n") == 1 and not target.exists()
+
+
+@pytest.mark.parametrize("options", [{"do_center_crop": True}, {"resample": 1}, {"do_resize": False}])
+def test_a_processor_that_the_page_cannot_follow_is_refused(tiny_processor, tmp_path, options):
+    processor = web.ICLIPProcessor(
+        type(tiny_processor.image_processor)(
+            **{"size": {"height": 32, "width": 32}, "do_center_crop": False, **options}
+        ),
+        tiny_processor.tokenizer,
+    )
+    with pytest.raises(ValueError, match="resizes the whole image with bilinear or bicubic"):
+        web.export_web(tiny_model(), processor, tmp_path / "page")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_command_serves_files_of_the_folder_only(tmp_path):
+    (tmp_path / "secret.txt").write_text("secret")
+    page = tmp_path / "page"
+    page.mkdir()
+    for name in ("index.html", "settings.json", "worker.js"):
+        (page / name).write_text("x")
+    command = [sys.executable, "-m", "iclip_hf.cli", "demo", "--web", str(page)]
+    # A background job of a shell, and what it starts, ignore Ctrl-C.
+    options = {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL), "text": True}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options) as process:
+        address = process.stdout.readline().strip()
+        assert re.fullmatch(r"http://127\.0\.0\.1:\d+/", address)
+        with urllib.request.urlopen(f"{address}worker.js") as answer:
+            assert answer.headers["Content-Type"].startswith("text/javascript")
+            assert answer.headers["Cross-Origin-Opener-Policy"] == "same-origin"
+        for path in ("../secret.txt", "%2e%2e/secret.txt", "..%2fsecret.txt"):
+            with pytest.raises(urllib.error.HTTPError) as refused:
+                urllib.request.urlopen(address + path)
+            assert refused.value.code == 404
+        process.send_signal(signal.SIGINT)
+        assert process.wait(60) == 130 and process.stderr.read() == "iclip demo: interrupted\n"
+
+
+@pytest.mark.slow
+@NEEDS_NPM
+def test_the_embedded_model_on_20_photographs(browser, iclip_data, tmp_path):
+    model, processor = load_iclip(embedded_model(), dtype="float32")
+    folder = web.export_web(model, processor, tmp_path / "page", vendor=True)
+    exported = folder, unpacked(folder, model, processor, tmp_path / "onnx"), processor
+    texts = ["person", "wooden table", "Café in 東京 🍰"]
+    photos = sorted(Path(iclip_data, "coco100", "train2017").glob("*.jpg"))[:20]
+    with served(folder) as address, opened(browser, address) as page:
+        for photo in photos:
+            ask(page, photo, ", ".join(texts))
+            image = Image.open(photo).convert("RGB")
+            size = [content.view_size(image)[::-1]]
+            check(page, explain_by(exported, image, texts, target_sizes=size))

@@ -242,8 +242,7 @@ def test_arguments_and_files_are_checked_before_torch_is_imported(folder, tmp_pa
     ]
     code = f"""
 import sys
-from iclip_hf import cli, explain
-from iclip_hf.models.loading import load_model
+from iclip_hf import cli
 for command in {commands}:
     try: code = cli.main(command)
     except SystemExit as stop: code = stop.code

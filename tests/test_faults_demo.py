@@ -28,7 +28,8 @@ def world(world):
 
 def explain(world, path, texts="dog"):
     try:
-        return world.app({"path": str(path), "orig_name": "image.png"}, texts, "itsm")
+        photo, visitor = {"path": str(path), "orig_name": "image.png"}, SimpleNamespace(session_hash="visitor")
+        return world.app(photo, texts, "itsm", visitor)
     except gr.Error as error:  # its own text is the repr
         raise ValueError(error.message) from error
 

@@ -126,7 +126,9 @@ def test_the_command_explains_with_an_exported_folder(model, folder, tiny_proces
 
 
 def test_a_folder_has_its_precision(folder, tmp_path, capsys):
-    assert cli.main(["explain", "a.png", "--text", "dog", "--model", str(folder), "--dtype", "bfloat16"]) == 2
+    photo = tmp_path / "a.png"
+    Image.new("RGB", (9, 7)).save(photo)
+    assert cli.main(["explain", str(photo), "--text", "dog", "--model", str(folder), "--dtype", "bfloat16"]) == 2
     assert "expected no dtype with an ONNX folder, got bfloat16" in capsys.readouterr().err
 
 
@@ -134,7 +136,9 @@ def test_a_damaged_graph_is_one_line(folder, tmp_path, capsys):
     for path in folder.iterdir():
         content = path.read_bytes()
         (tmp_path / path.name).write_bytes(content[: len(content) // 2] if path.suffix == ".onnx" else content)
-    assert cli.main(["explain", "a.png", "--text", "dog", "--model", str(tmp_path)]) == 2
+    photo = tmp_path / "a.png"
+    Image.new("RGB", (9, 7)).save(photo)
+    assert cli.main(["explain", str(photo), "--text", "dog", "--model", str(tmp_path)]) == 2
     error = capsys.readouterr().err.splitlines()
     assert len(error) == 1 and str(tmp_path) in error[0] and "get it again" in error[0]
 

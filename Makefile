@@ -13,7 +13,7 @@ BIN := .venv/bin
 # Explains a photograph that scikit-image ships (CC0) with the embedded checkpoint.
 demo: .venv/.installed
 	$(BIN)/iclip explain "$$($(BIN)/python -c 'import skimage; print(skimage.__path__[0])')/data/coffee.png" \
-		--text "cup of coffee" --text "wooden table" --text dog --output demo.png
+		--text "cup of coffee" --text plate --text dog --output demo.png
 
 test: .venv/.installed
 	$(BIN)/python -m pytest

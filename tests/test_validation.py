@@ -6,20 +6,35 @@ from PIL import Image
 from iclip_hf.training import validation
 
 
-def test_pictures_show_the_maps_of_the_images_own_captions(tiny_processor, monkeypatch):
-    model, drawn = tiny_model(), []
-    overlay = validation.overlay
+def test_pictures_show_the_maps_of_the_images_own_captions(tiny_processor, tmp_path, monkeypatch):
+    model, drawn, sheets = tiny_model(), [], []
+    overlay, grid = validation.overlay, validation.picture_grid
     monkeypatch.setattr(validation, "overlay", lambda *args: drawn.append(args) or overlay(*args))
+    monkeypatch.setattr(validation, "picture_grid", lambda *args: sheets.append(args[1:]) or grid(*args))
     pairs = [
         {"image": Image.effect_noise(size, 80).convert("RGB"), "caption": caption}
         for size, caption in (((60, 40), "a red ball"), ((30, 50), "the sky"), ((20, 20), "a dog"))
     ]
-    sheet = validation.draw_examples(model.train(), tiny_processor, pairs, 2)
-    assert [cell.title for cell in sheet.cells] == ["", "a red ball", "", "the sky"] and model.training
-    for (image, heatmap), pair in zip(drawn, pairs):
+    captions = ["a red ball", "the sky"]
+    validation.draw_examples(model.train(), tiny_processor, pairs, 2, tmp_path / "pictures", 0)
+    assert sheets.pop() == (["", "step 0", "", ""], 2, captions) and model.training
+    before, drawn[:] = list(drawn), []
+    for (image, heatmap), pair in zip(before, pairs):
         with torch.no_grad():
             inputs = tiny_processor(pair["image"], text=[pair["caption"]])
             maps = model.eval()(**inputs, output_similarity_maps=True).similarity_maps
         (expected,) = tiny_processor.post_process_similarity_maps(maps, [(image.height, image.width)])
         assert image is pair["image"] and heatmap == pytest.approx(expected[0].numpy(), abs=1e-5)
-    assert len(drawn) == 2
+    assert len(before) == 2
+
+    trained = tiny_model(seed=1)
+    validation.draw_examples(trained, tiny_processor, pairs, 2, tmp_path / "pictures", 7)
+    assert sheets.pop() == (["", "before", "step 7", "", "", ""], 3, captions)
+    for (image, heatmap), (first, now) in zip(before, (drawn[:2], drawn[2:])):
+        assert first[0] is now[0] is image and first[1] == pytest.approx(heatmap, abs=1e-3)  # kept as float16
+        assert abs(now[1] - heatmap).max() > 0.01
+    assert sorted(path.name for path in (tmp_path / "pictures").iterdir()) == [
+        "0000000.png",
+        "0000007.png",
+        "before.npz",
+    ]

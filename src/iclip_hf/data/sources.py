@@ -247,7 +247,7 @@ class Table(_ByteRanges):
         self._header = None if self._kind == ".jsonl" else [name.strip() for name in first]
         if not end:
             raise ValueError(
-                f"{path}: expected a header line and a pair in each further line, but got an empty file; fill it."
+                f"{path}: expected a header line and a pair in each further line, but got an empty file; add pairs."
             )
         columns.check(path, sorted(self._header or first))
 
@@ -459,7 +459,7 @@ def _local_files(source: str) -> list[Path]:
             files = [folder]
         if not files:
             raise FileNotFoundError(
-                f"{source}: expected metadata.jsonl, .tar or .parquet files, or a folder of images for each class, but got "
+                f"{source!r}: expected metadata.jsonl, .tar or .parquet files, or a folder of images for each class, but got "
                 "neither; name another folder, or the table itself."
             )
         return files

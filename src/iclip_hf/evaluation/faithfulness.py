@@ -106,7 +106,8 @@ def deletion_insertion(
     _check_image(pixel_values)
     if maps.ndim != 3 or 0 in maps.shape or maps.isnan().any():
         raise ValueError(
-            f"Expected maps (M, h, w) of numbers, got {tuple(maps.shape)}, NaN: {bool(maps.isnan().any())}."
+            f"Expected maps (M, h, w) of numbers, got {tuple(maps.shape)}, NaN: {bool(maps.isnan().any())}: "
+            "pass finite maps of one image."
         )
     size, device = pixel_values.shape[-2:], pixel_values.device
     generator = torch.Generator().manual_seed(seed)
@@ -412,7 +413,9 @@ def _check_positive(**numbers: int) -> None:
 
 def _check_image(pixel_values: torch.Tensor) -> None:
     if pixel_values.ndim != 3 or 0 in pixel_values.shape:
-        raise ValueError(f"Expected pixel_values (C, H, W) of one image, got {tuple(pixel_values.shape)}.")
+        raise ValueError(
+            f"Expected pixel_values (C, H, W) of one image, got {tuple(pixel_values.shape)}: pass one image."
+        )
 
 
 def _labels(sample: SegmentationSample) -> tuple[int, ...]:

@@ -114,7 +114,7 @@ export function rawMap(cosines, attention, { map_attention, max_sharpness }) {
   const weigh = {
     similarity: (value, a) => value * a,
     sqrt_similarity: (value, a) => value * Math.sqrt(a),
-    additive: (value, a) => Math.max(value - mean, 0) + (a - low) / span / (2 * max_sharpness),
+    additive: (value, a) => Math.max(value, mean) + (a - low) / span / (2 * max_sharpness),
   }[map_attention];
   return weigh ? cosines.map((value, i) => weigh(value, attention[i])) : cosines;
 }

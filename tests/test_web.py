@@ -205,11 +205,11 @@ def check(page, explanations):
     assert set(found) == {text for explanation in explanations for text in explanation.labels}
     for index, expected in enumerate(explanations):
         (text,) = expected.labels
-        assert found[text][0] == pytest.approx(expected.scores[0].item(), abs=0.02)
+        assert found[text][0] == pytest.approx(expected.scores[0].item(), abs=0.03)
         assert found[text][1] == pytest.approx(expected.presence[0].item(), abs=0.1)
         map_ = drawn(page, index)
         assert map_.shape == tuple(expected.size)
-        assert np.corrcoef(map_.ravel(), expected.map(0).numpy().ravel())[0, 1] > 0.99
+        assert np.corrcoef(map_.ravel(), expected.map(0).numpy().ravel())[0, 1] > 0.98
 
 
 def test_bad_input_is_a_sentence_and_the_page_goes_on(page, photos):

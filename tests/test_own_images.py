@@ -102,7 +102,7 @@ def said(arguments: list, capsys) -> str:
 def test_bad_data_is_one_sentence(tmp_path, capsys):
     table = write_table(tmp_path, 30)
     for content, sentence in (
-        ("", "pairs.csv: expected a header line and a pair in each further line, but got an empty file; fill it."),
+        ("", "pairs.csv: expected a header line and a pair in each further line, but got an empty file; add pairs."),
         ("image,caption\n", "expected at least 2 pairs, which are told apart in training, but got 0; add more."),
         ("image,caption\n0.png,a dog\n", "but got 1; add more."),
         ("image,caption\n0.png,a dog\n1.png,a dog\n2.png,a dog\n", "expected captions that differ, but all are 'a dog'"),

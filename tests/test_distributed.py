@@ -20,6 +20,11 @@ from iclip_hf.utils.distributed import agreed, shared_folder_lock, partner_error
 torch.set_num_threads(1)
 state = this_process("train")
 """
+# Not by the interpreter: threads of torch can abort its end when the other process is gone already.
+END = """
+sys.stdout.flush()
+os._exit(0)
+"""
 
 
 def two(script: str, *arguments) -> list[tuple[int, str]]:
@@ -28,7 +33,7 @@ def two(script: str, *arguments) -> list[tuple[int, str]]:
         free.bind(("127.0.0.1", 0))
         shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
     shared |= {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "1"}  # without the first, Accelerate warns
-    command = [sys.executable, "-c", BEGIN + script, *map(str, arguments)]
+    command = [sys.executable, "-c", BEGIN + script + END, *map(str, arguments)]
     processes = [
         subprocess.Popen(
             command,
@@ -79,8 +84,8 @@ try:
     with partner_errors("go on"):
         {work}
 except OSError as error:
-    print(error)
-    sys.exit(2)
+    print(error, flush=True)
+    os._exit(2)
 """
     results = two(script)
     assert results[dies][0] == 9

@@ -289,7 +289,7 @@ def test_patterns_and_lists(tmp_path):
         ("rubbish.tar", ValueError, r"rubbish\.tar: expected a whole tar file without compression"),
         ("packed.tar", ValueError, r"packed\.tar: expected a whole tar file without compression"),
         ("empty.tar", ValueError, r"got none in .*empty\.tar"),
-        ("empty.csv", ValueError, r"empty\.csv: expected a header line .* got an empty file; fill it"),
+        ("empty.csv", ValueError, r"empty\.csv: expected a header line .* got an empty file; add pairs"),
         (
             "cc3m.tsv",
             ValueError,

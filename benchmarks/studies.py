@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 import yaml
 
-from iclip_hf.cli.common import DATASETS
+from iclip_hf.data.class_names import DATASETS
 from iclip_hf.data.segmentation import load_segmentation
 from iclip_hf.evaluation.evaluate import evaluate
 from iclip_hf.models.loading import load_iclip

@@ -296,7 +296,7 @@ def test_methods_of_the_command_are_those_of_the_package():
 def test_data_sets_of_the_command_are_those_of_the_package():
     from typing import get_args, get_type_hints
 
-    from iclip_hf.cli.common import DATASETS
+    from iclip_hf.data.class_names import DATASETS
     from iclip_hf.data.segmentation import _LOADERS
     from iclip_hf.training.settings import Settings
 

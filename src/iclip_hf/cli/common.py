@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TypeVar
 
+from ..data.class_names import DATASETS
 from ..prompts import check_templates, check_text
 
 
@@ -41,19 +42,6 @@ METHODS = (
 )
 DTYPES = ("float32", "bfloat16", "float16")
 COLORMAP = "jet"
-DATASETS = (
-    "voc2012",
-    "coco2017",
-    "folder",
-    "voc21",
-    "voc20",
-    "context60",
-    "context59",
-    "coco_object",
-    "coco_stuff",
-    "ade20k",
-    "cityscapes",
-)
 # Categories of characters that control a terminal or cannot be printed: controls, surrogates, line separators.
 _ACTING = ("Cc", "Cs", "Zl", "Zp")
 _TURNING = frozenset("\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")

@@ -1,4 +1,19 @@
-"""Class names of the segmentation benchmarks, in the order of their class ids and written as in a prompt."""
+"""Names of the segmentation data sets, and their class names in the order of their ids, written as in a prompt."""
+
+# Apart from their readers, so that the help of commands loads none of them.
+DATASETS = (
+    "voc2012",
+    "coco2017",
+    "folder",
+    "voc21",
+    "voc20",
+    "context60",
+    "context59",
+    "coco_object",
+    "coco_stuff",
+    "ade20k",
+    "cityscapes",
+)
 
 
 def _names(text: str) -> tuple[str, ...]:

@@ -13,12 +13,14 @@ from typing import Literal, get_args, get_origin, get_type_hints
 
 import yaml
 
+from ..data.class_names import DATASETS
 from ..hub.configs import SHIPPED
 
 
 # Results of `iclip_hf.evaluation.evaluate.evaluate` that a run logs and can select its best model by.
 MAP_METRICS = ("mAP", "mMIoU", "mFMB", "text_contrast")
 RETRIEVAL_METRICS = ("text_to_image", "image_to_text", "val_loss")
+_EVAL_DATASETS = ("none", *DATASETS)
 _BEST_METRICS = ("auto", *RETRIEVAL_METRICS, *MAP_METRICS)
 
 
@@ -130,20 +132,7 @@ class Settings:
     eval_steps: int = setting(
         1000, "number of steps between evaluations; the last step is always evaluated", same=None
     )
-    eval_dataset: Literal[
-        "none",
-        "voc2012",
-        "coco2017",
-        "folder",
-        "voc21",
-        "voc20",
-        "context60",
-        "context59",
-        "coco_object",
-        "coco_stuff",
-        "ade20k",
-        "cityscapes",
-    ] = setting("none", "segmentation data set for the evaluation of maps")
+    eval_dataset: Literal[_EVAL_DATASETS] = setting("none", "segmentation data set for the evaluation of maps")
     eval_root: str = setting("", "folder of eval_dataset")
     eval_split: str = setting("", "split of eval_dataset; the validation split if not given")
     best_metric: Literal[_BEST_METRICS] = setting(

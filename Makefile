@@ -38,6 +38,7 @@ test-transformers: .venv/.installed
 # attention's name, which tells whether the class token's row comes with it.
 HOUSE_RULES := TRF028|TRF057|TRF041|TRF014|TRF051
 style: .venv/.installed
+	! git grep -nE '^ *(<{7}|>{7}) '  # what a merge left
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	sed -E '/^\[rules\.($(HOUSE_RULES))\]/,/^default_enabled/s/= true/= false/' \

@@ -15,75 +15,56 @@ _MOST_LAYERS = 1000
 @strict
 class ICLIPConfig(PreTrainedConfig):
     r"""
-        Configuration of an [`ICLIPModel`]. The defaults are those of the paper: a locked DINO ViT-B/16 image tower, a CLIP text
-        tower, masked max pooling and dual projections.
+    Configuration of an [`ICLIPModel`]. The defaults are those of the paper: a locked DINO ViT-B/16 image tower, a CLIP text
+    tower, masked max pooling and dual projections.
 
-        The *map branch* is the pair of projections that the similarity maps are computed with: the interpretability branch, or the
-        only branch without dual projections.
+    The *map branch* is the pair of projections that the similarity maps are computed with: the interpretability branch, or the
+    only branch without dual projections.
 
-        Args:
-            vision_config (`PreTrainedConfig` or `dict`, *optional*): configuration of the image tower, a ViT with a class token.
-            text_config (`PreTrainedConfig` or `dict`, *optional*): configuration of the text tower.
-            projection_dim (`int`, defaults to 512): width P of the shared image-text space.
-            pooling (`str`, defaults to `"masked_max"`): how the map branch pools patch tokens into one vector. `"masked_max"` (Eq. 9,
-                10), `"max"`, `"average"` or `"class_token"`; these are the rows of Table 2.
-            max_over (`str`, defaults to `"channels"`): where `"masked_max"` and `"max"` take the maximum. `"channels"` takes it for
-                each channel over the tokens, before the projection (Eq. 10). `"similarity"`, which is not in the paper, takes it for
-                each text over the similarities of the patches, after the projection ([`~pooling.pool_similarities`]). The score that
-                is trained is then the peak of the map. `"similarity"` requires `dual_projection`, because this branch has no image
-                vector.
-            max_sharpness (`float`, defaults to 10): sharpness of the smooth maximum with `max_over="similarity"`. The larger, the
-                nearer to the maximum. Must be positive.
-            center_tokens (`bool`, defaults to `False`): whether the map branch subtracts the mean of the training images' patch tokens
-                from its patch tokens. The model stores this mean as `token_mean`. Not in the paper. Requires `max_over="similarity"`.
-            value_share (`float` in [0, 1], defaults to 0): share of a patch's own value in the output of the image tower's last
-                attention. 0 is the attention of the tower. 1 is that of MaskCLIP, where each patch attends to itself only, so that its
-                token describes its own place. The class token is not changed. Not in the paper. Requires SDPA attention.
-            dual_projection (`bool`, defaults to `True`): whether there are two pairs of projections (Eq. 12): the recognition branch,
-                which projects the class token, and the interpretability branch. If `False`, one branch does both (Table 3).
-            projection_bias (`bool`, defaults to `False`): whether the projections have a bias.
-    <<<<<<< HEAD
-            map_attention (`str`, defaults to `"similarity"`): where the class-token attention A enters the similarity map:
-                `"similarity"` multiplies the cosines by A, `"sqrt_similarity"` by its root, `"features"` multiplies the patch
-                tokens before the projection (Eq. 12 to the letter; cancelled by the normalisation unless `projection_bias`),
-                `"additive"` raises each text's cosines to their mean over the patches where they are below it, and adds A, stretched to
-                [0, 1], / (2 `max_sharpness`), which never sees the text; `"none"` leaves it out.
-            map_affinity (`float`, defaults to 0): beyond the paper: the token and the attention of each patch become the mean
-                over all patches, weighted by softmax(map_affinity * cosine of their tokens), so that an object's patches share
-                what one of them shows. 0 leaves them as they are.
-            attention_norm (`str`, defaults to `"minmax"`): how A is brought to [0, 1]: `"minmax"` over the patches (the
-                paper), or `"quantile"`, which saturates at `attention_quantile` so that one bright token cannot dim the rest.
-            attention_quantile (`float`, defaults to 0.9): the quantile that becomes 1 with `attention_norm="quantile"`.
-            logit_scales (`str`, defaults to `"per_branch"`): one learned temperature a branch, or one `"shared"`.
-            logit_scale_init_value (`float`, defaults to 2.6592): initial logarithm of the temperature's inverse, ln(1 / 0.07).
-            lock_vision (`bool`, defaults to `True`): the image tower takes no gradients and stays in eval mode.
-            text_pooling (`str`, defaults to `"eos"`): the text feature: `"eos"` (the pooled output of a CLIP or SigLIP tower),
-                `"mean"` over the attended tokens, or `"class_token"` (the first token).
-    =======
-            map_attention (`str`, defaults to `"similarity"`): how the class token's attention A weights the similarity map.
-                `"similarity"` multiplies the cosines by A. `"sqrt_similarity"` multiplies them by the square root of A. `"features"`
-                multiplies the patch tokens by A before the projection (Eq. 12 to the letter); the normalisation cancels this factor
-                unless `projection_bias` is set. `"additive"` subtracts the mean over the patches from the cosines of
-                each text, replaces negative values by 0, and adds A, stretched to [0, 1] and divided by 2 `max_sharpness`, equally for
-                all texts. `"none"` does not use A.
-            map_affinity (`float`, defaults to 0): sharpness of the sharing among similar patches. Token and attention of each patch
-                become the mean over all patches, weighted by softmax(map_affinity * cosine of their tokens). 0 disables sharing. Not
-                in the paper.
-            attention_norm (`str`, defaults to `"minmax"`): how A is scaled to [0, 1]. `"minmax"` over the patches is the paper's.
-                `"quantile"` maps `attention_quantile` to 1 and clips above it, so that one bright token cannot dim all others.
-            attention_quantile (`float` in (0, 1], defaults to 0.9): used with `attention_norm="quantile"`.
-            logit_scales (`str`, defaults to `"per_branch"`): one learned temperature for each branch, or one `"shared"` temperature.
-            logit_scale_init_value (`float` in [0, ln 100], defaults to 2.6592): initial value of the logarithm of the logit scale,
-                ln(1 / 0.07).
-            lock_vision (`bool`, defaults to `True`): whether the image tower is frozen. A frozen tower has no gradients and stays in
-                eval mode.
-            text_pooling (`str`, defaults to `"eos"`): the feature of a text. `"eos"` is the pooled output of a CLIP or SigLIP tower,
-                `"mean"` the mean over the attended tokens, `"class_token"` the first token.
-    >>>>>>> main
+    Args:
+        vision_config (`PreTrainedConfig` or `dict`, *optional*): configuration of the image tower, a ViT with a class token.
+        text_config (`PreTrainedConfig` or `dict`, *optional*): configuration of the text tower.
+        projection_dim (`int`, defaults to 512): width P of the shared image-text space.
+        pooling (`str`, defaults to `"masked_max"`): how the map branch pools patch tokens into one vector. `"masked_max"` (Eq. 9,
+            10), `"max"`, `"average"` or `"class_token"`; these are the rows of Table 2.
+        max_over (`str`, defaults to `"channels"`): where `"masked_max"` and `"max"` take the maximum. `"channels"` takes it for
+            each channel over the tokens, before the projection (Eq. 10). `"similarity"`, which is not in the paper, takes it for
+            each text over the similarities of the patches, after the projection ([`~pooling.pool_similarities`]). The score that
+            is trained is then the peak of the map. `"similarity"` requires `dual_projection`, because this branch has no image
+            vector.
+        max_sharpness (`float`, defaults to 10): sharpness of the smooth maximum with `max_over="similarity"`. The larger, the
+            nearer to the maximum. Must be positive.
+        center_tokens (`bool`, defaults to `False`): whether the map branch subtracts the mean of the training images' patch tokens
+            from its patch tokens. The model stores this mean as `token_mean`. Not in the paper. Requires `max_over="similarity"`.
+        value_share (`float` in [0, 1], defaults to 0): share of a patch's own value in the output of the image tower's last
+            attention. 0 is the attention of the tower. 1 is that of MaskCLIP, where each patch attends to itself only, so that its
+            token describes its own place. The class token is not changed. Not in the paper. Requires SDPA attention.
+        dual_projection (`bool`, defaults to `True`): whether there are two pairs of projections (Eq. 12): the recognition branch,
+            which projects the class token, and the interpretability branch. If `False`, one branch does both (Table 3).
+        projection_bias (`bool`, defaults to `False`): whether the projections have a bias.
+        map_attention (`str`, defaults to `"similarity"`): how the class token's attention A weights the similarity map.
+            `"similarity"` multiplies the cosines by A. `"sqrt_similarity"` multiplies them by the square root of A. `"features"`
+            multiplies the patch tokens by A before the projection (Eq. 12 to the letter); the normalisation cancels this factor
+            unless `projection_bias` is set. `"additive"` raises the cosines of each text to their mean over the patches where they
+            are below it, and adds A, stretched to [0, 1] and divided by 2 `max_sharpness`, equally for all texts. `"none"` does
+            not use A.
+        map_affinity (`float`, defaults to 0): sharpness of the sharing among similar patches. Token and attention of each patch
+            become the mean over all patches, weighted by softmax(map_affinity * cosine of their tokens). 0 disables sharing. Not
+            in the paper.
+        attention_norm (`str`, defaults to `"minmax"`): how A is scaled to [0, 1]. `"minmax"` over the patches is the paper's.
+            `"quantile"` maps `attention_quantile` to 1 and clips above it, so that one bright token cannot dim all others.
+        attention_quantile (`float` in (0, 1], defaults to 0.9): used with `attention_norm="quantile"`.
+        logit_scales (`str`, defaults to `"per_branch"`): one learned temperature for each branch, or one `"shared"` temperature.
+        logit_scale_init_value (`float` in [0, ln 100], defaults to 2.6592): initial value of the logarithm of the logit scale,
+            ln(1 / 0.07).
+        lock_vision (`bool`, defaults to `True`): whether the image tower is frozen. A frozen tower has no gradients and stays in
+            eval mode.
+        text_pooling (`str`, defaults to `"eos"`): the feature of a text. `"eos"` is the pooled output of a CLIP or SigLIP tower,
+            `"mean"` the mean over the attended tokens, `"class_token"` the first token.
 
-        Raises:
-            `ValueError`: an option is misspelt. `huggingface_hub.errors.StrictDataclassError`: a value has another type, is not one
-            of the listed names, or is out of range.
+    Raises:
+        `ValueError`: an option is misspelt. `huggingface_hub.errors.StrictDataclassError`: a value has another type, is not one
+        of the listed names, or is out of range.
     """
 
     model_type = "iclip"

@@ -11,6 +11,7 @@ from transformers import CLIPImageProcessor
 
 from iclip_hf import ICLIPProcessor, explain
 from iclip_hf.explainers import make_explainer
+from iclip_hf.explainers.adapters import ICLIPAdapter
 from iclip_hf.localization.localizer import Localizer
 from iclip_hf.presence import BACKGROUND, MIN_PRESENCE, presence
 from iclip_hf.regions import find_regions
@@ -197,6 +198,45 @@ def test_presence_uses_both_branches_and_the_templates(tiny_processor):
         )
     (found,) = explain(model, tiny_processor, IMAGES[:1], TEXTS, templates=templates)
     torch.testing.assert_close(found.presence, presence(texts, background)[0], atol=1e-4, rtol=0)
+
+
+def test_nouns_are_encoded_again_only_when_the_result_changes(tiny_processor, tmp_path, monkeypatch):
+    """A later process reads the same numbers from the cache; other weights, options or templates and a damaged file are noticed."""
+    monkeypatch.setenv("ICLIP_CACHE", str(tmp_path))
+    encode, encoded = ICLIPAdapter.encode_texts, []
+
+    def counted(self, labels, templates=None):
+        encoded.append(len(labels))
+        return encode(self, labels, templates)
+
+    monkeypatch.setattr(ICLIPAdapter, "encode_texts", counted)
+
+    def check(model, times, templates=None):
+        """The nouns' features are right, and were encoded so many times."""
+        found = Localizer(model, tiny_processor, TEXTS, templates=templates)._background
+        assert encoded.count(len(BACKGROUND)) == times
+        with torch.no_grad():
+            expected = model.get_text_features(**tiny_processor(labels=BACKGROUND, templates=templates))
+        assert torch.equal(found.text_embeds, expected.text_embeds)
+        assert torch.equal(found.map_text_embeds, expected.map_text_embeds)
+
+    model = tiny_model()
+    check(model, 1)
+    check(model, 1)
+    check(model, 2, ["a red {}", "{}"])
+    model.text_model.get_input_embeddings().weight.data[10:].mul_(2)
+    check(model, 3)
+    model.interpretability.text_projection.weight.data.mul_(-1)
+    check(model, 4)
+    model.config.text_pooling = "class_token"
+    check(model, 5)
+    check(model, 5)
+    files = list(tmp_path.glob("*/*"))
+    assert len(files) == 2  # one for each name and templates, however often the weights change
+    for file in files:
+        file.write_bytes(file.read_bytes()[:1000])
+    check(model, 6)
+    check(model, 6)
 
 
 def test_the_least_presence_was_chosen_with_these_nouns():

@@ -15,10 +15,11 @@ from PIL import Image
 from ..explainers import WordExplainer, WordScore, identity, make_explainer, select_texts
 from ..images import load_image, map_groups
 from ..modeling_iclip import ICLIPImageFeatures, ICLIPTextFeatures, cosines
-from ..presence import BACKGROUND, MIN_PRESENCE, presence
+from ..presence import MIN_PRESENCE, presence
 from ..processing_iclip import check_thresholds
 from ..prompts import check_templates
 from ..utils.prefetch import Item, prefetch_map
+from .background import encode_background
 from .explanation import Explanation
 
 
@@ -97,7 +98,7 @@ class Localizer:
         self.explainer = make_explainer(model, processor, method, **method_options)
         self.templates = check_templates(self.explainer.family.templates if templates is None else templates)
         self.min_presence = min_presence
-        self._background = self.explainer.encode_texts(BACKGROUND, self.templates)
+        self._background = encode_background(self.explainer, self.templates)
         size = {"height": image_size, "width": image_size} if isinstance(image_size, int) else image_size
         self._options = {} if size is None else {"size": size}
         self._model, self._processor, self._word_method = model, processor, words

@@ -198,7 +198,7 @@ def pipelines(rounds: int) -> str:
 
 def asking_again(rounds: int) -> str:
     """The demo's answer for the first texts on an image and for other texts on the same one, from upload to archive."""
-    from iclip_hf.demo.app import explain_image, to_npz, viewer_value
+    from iclip_hf.demo.app import explain_image, look_at, to_npz, viewer_value
     from iclip_hf.demo.content import EXAMPLES
     from iclip_hf.localization.localizer import Localizer
 
@@ -206,11 +206,12 @@ def asking_again(rounds: int) -> str:
     photo = np.random.default_rng(0).integers(0, 255, (15, 20, 3), np.uint8)
     image = Image.fromarray(photo).resize(SIZE[::-1], Image.Resampling.BICUBIC)
     texts = next(iter(EXAMPLES.values())).texts.split(", ")
-    _, kept = explain_image(localizer, image, texts)
+    kept = look_at(localizer, image)
 
-    def answer(features=None):
-        explanation, _ = explain_image(localizer, image, texts, features)
-        viewer_value(image, explanation), to_npz(explanation)
+    def answer(seen=None):
+        seen = seen or look_at(localizer, image)
+        explanation = explain_image(localizer, seen, texts)
+        viewer_value(seen, explanation), to_npz(explanation)
 
     contenders = {"first": answer, "again": lambda: answer(kept), "texts": lambda: localizer.about(texts)}
     taken = take_turns(contenders, rounds)

@@ -12,7 +12,6 @@ in pieces, which comes to rest.
 
 from __future__ import annotations
 
-import base64
 import ctypes
 import io
 import json
@@ -21,7 +20,6 @@ import os
 import sys
 import threading
 import time
-import zlib
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from functools import partial
@@ -108,13 +106,11 @@ def of_demo(address: str, client: int) -> list:
     if "event: complete" not in lines:
         raise ValueError(" ".join(lines)[:200])
     value = json.loads(lines[lines.index("event: complete") + 1].removeprefix("data: "))[0]
-    width, height = value["size"]
 
-    def decoded(map_: str) -> np.ndarray:
-        levels = np.frombuffer(zlib.decompress(base64.b64decode(map_)), np.uint8)
-        return levels.reshape(height, width) / 255
+    def stretched(raw_map: list[float]) -> np.ndarray:
+        return (np.array(raw_map) - min(raw_map)) / np.ptp(raw_map)
 
-    return [(text["text"], text["cosine"], decoded(text["map"])) for text in value["texts"]]
+    return [(text["text"], text["cosine"], stretched(text["map"])) for text in value["texts"]]
 
 
 def in_parallel(ask: Callable[[int], list], seconds: float) -> list[tuple[list[float], list[str]]]:

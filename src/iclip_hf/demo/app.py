@@ -9,23 +9,20 @@ import functools
 import io
 import os
 import time
-import zlib
 from collections import OrderedDict
 from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
-import torch
 from PIL import Image
 
 from .. import __version__
 from ..images import load_image
 from ..localization.explanation import Explanation
-from ..localization.localizer import Localizer
-from ..modeling_iclip import ICLIPImageFeatures
+from ..localization.localizer import Localizer, PreparedImage
 from ..models.loading import load_model
 from ..presence import BACKGROUND, MIN_PRESENCE
-from ..similarity import resize_maps
 from ..utils.extras import require_extra
 from ..utils.files import atomic_write
 from .content import EXAMPLES, MAX_TEXTS, beside, colors, example_files, view_size
@@ -118,51 +115,55 @@ def split_texts(typed: str) -> list[str]:
     return texts
 
 
-def explain_image(
-    localizer: Localizer, image: Image.Image, texts: list[str], features: ICLIPImageFeatures | None = None
-) -> tuple[Explanation, ICLIPImageFeatures | None]:
+class SeenImage(NamedTuple):
     """
-    Explains an RGB image with the method of a localizer. Maps have sides of at most `content.VIEW_SIDE` pixels.
+    What the demo keeps of an image for further texts.
 
-    Args:
-        features: what this function returned for the same localizer and image.
-
-    Returns:
-        `tuple`: the explanation, and the features of the image, if the method can use them for other texts.
+    Attributes:
+        prepared ([`PreparedImage`]): with its features, if the method can use them for other texts.
+        view (`dict`): `image`, a data URL of at most `content.VIEW_SIDE` pixels a side, its `size` and the `original_size` (width,
+            height).
     """
-    localizer = localizer.about(texts)
-    prepared = localizer.prepare(image, size=view_size(image)[::-1])
-    prepared = localizer.encode(prepared) if features is None else prepared._replace(features=features)
-    (explanation,) = localizer.explain([prepared])
-    return explanation, prepared.features
+
+    prepared: PreparedImage
+    view: dict
 
 
-def viewer_value(image: Image.Image, explanation: Explanation) -> dict:
-    """
-    Returns the data for `gradio_viewer.js`. A map is a base64 string of its compressed values 0..255, row-major; `low` and `high`
-    are the raw values of 0 and 255.
-    """
-    photo, size = io.BytesIO(), view_size(image)
+def look_at(localizer: Localizer, image: Image.Image) -> SeenImage:
+    """Prepares an RGB image for any texts with the method of a localizer. Its maps have the size of the view."""
+    size, photo = view_size(image), io.BytesIO()
     image.resize(size).save(photo, "JPEG", quality=85)
-    levels = (explanation.maps * 255).round().byte().numpy()
-    raw_maps = resize_maps(-explanation.raw_maps if explanation.reversed else explanation.raw_maps, explanation.size)
-    ranges = torch.stack(torch.aminmax(raw_maps.flatten(1), dim=-1), dim=-1).tolist()
+    url = "data:image/jpeg;base64," + base64.b64encode(photo.getvalue()).decode()
+    prepared = localizer.encode(localizer.prepare(image, size=size[::-1]))
+    return SeenImage(prepared, {"image": url, "size": size, "original_size": image.size})
+
+
+def explain_image(localizer: Localizer, seen: SeenImage, texts: list[str]) -> Explanation:
+    """Explains texts with the method of a localizer, which the image was prepared for."""
+    localizer = localizer.about(texts)
+    (explanation,) = localizer.explain([seen.prepared._replace(rows=list(range(len(texts))))])
+    return explanation
+
+
+def viewer_value(seen: SeenImage, explanation: Explanation) -> dict:
+    """Returns the data for `gradio_viewer.js`, with raw maps on a grid of (rows, columns), which the browser enlarges."""
+    raw_maps = -explanation.raw_maps if explanation.reversed else explanation.raw_maps
     return {
-        "image": "data:image/jpeg;base64," + base64.b64encode(photo.getvalue()).decode(),
-        "size": size,
-        "original_size": image.size,
+        **seen.view,
+        "grid": list(raw_maps.shape[1:]),
         "texts": [
             {
                 "text": text,
                 "cosine": round(cosine, 4),
                 "presence": round(present, 4),
                 "absent": present < MIN_PRESENCE,
-                "map": base64.b64encode(zlib.compress(map_, 1)).decode(),
-                "low": low,
-                "high": high,
+                "map": raw_map,
             }
-            for text, cosine, present, map_, (low, high) in zip(
-                explanation.labels, explanation.scores.tolist(), explanation.presence.tolist(), levels, ranges
+            for text, cosine, present, raw_map in zip(
+                explanation.labels,
+                explanation.scores.tolist(),
+                explanation.presence.tolist(),
+                raw_maps.flatten(1).tolist(),
             )
         ],
     }
@@ -245,25 +246,27 @@ def build_app(model, processor) -> gr.Blocks:
     def localizer(method: str) -> Localizer:  # the texts are set for each image
         return Localizer(model, processor, BACKGROUND[:1], method=method)
 
-    # A visitor often asks about one image several times. Features belong to a session and an upload, oldest first.
-    kept: OrderedDict[tuple[str, str, str], ICLIPImageFeatures | None] = OrderedDict()
+    # A visitor often asks about one image several times. Images belong to a session and an upload, oldest first.
+    kept: OrderedDict[tuple[str, str, str], SeenImage] = OrderedDict()
 
     def explain(photo: dict | None, typed: str, method: str, request: gr.Request):
         if photo is None:
             return gr.skip()
         try:
             photo = app.uploaded(photo)  # checked again, because Gradio decides when the first check runs
-            image = load_image(photo["path"], photo["orig_name"])
-            asked = (request.session_hash, photo["path"], method)
-            explanation, features = explain_image(localizer(method), image, split_texts(typed), kept.get(asked))
-            kept[asked] = features
+            texts, asked = split_texts(typed), (request.session_hash, photo["path"], method)
+            seen = kept.get(asked)
+            if seen is None:
+                seen = look_at(localizer(method), load_image(photo["path"], photo["orig_name"]))
+            explanation = explain_image(localizer(method), seen, texts)
+            kept[asked] = seen
             kept.move_to_end(asked)
-            if len(kept) > MAX_SESSIONS:  # half a megabyte each
+            if len(kept) > MAX_SESSIONS:  # 1.2 megabytes each
                 kept.popitem(last=False)
         except (OSError, ValueError, TypeError) as error:
             raise gr.Error(str(error), print_exception=False) from error
         npz = save_bytes_to_cache(to_npz(explanation), "explanation.npz", download.GRADIO_CACHE)
-        return viewer_value(image, explanation), npz
+        return viewer_value(seen, explanation), npz
 
     # Deletes all files of visitors at the end, and old files if the app is not started by `launch`. `delete_files` is faster.
     cache = (600, 2 * MAX_CACHE_AGE)
@@ -302,8 +305,9 @@ def build_app(model, processor) -> gr.Blocks:
                 viewer = gr.HTML(
                     html_template="",
                     css_template=beside("viewer.css"),
-                    # A module for the page of `web`; Gradio runs a function's body.
-                    js_on_load=beside("viewer.js").replace("export function", "function") + beside("gradio_viewer.js"),
+                    # Modules for the page of `web`; Gradio runs a function's body.
+                    js_on_load=(beside("web/numerics.js") + beside("viewer.js")).replace("export function", "function")
+                    + beside("gradio_viewer.js"),
                     apply_default_css=False,
                     colors=colors(),
                 )

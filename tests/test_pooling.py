@@ -3,8 +3,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from iclip_hf.pooling import normalize_attention, pool, pool_similarities
+from iclip_hf.pooling import normalize_attention, pool, pool_similarities, share_among_like
 
 
 ATTENTION = torch.tensor([[0.1, 0.5, 0.2, 0.3, 0.1]])
@@ -106,3 +107,15 @@ def test_pooling_knows_no_order_and_stays_within_the_tokens(seed, patches, mode)
     torch.testing.assert_close(pool(tokens[:, order], tokens[:, 0], attention[:, order], mode), pooled)
     lowest = tokens.amin(1).clamp(max=0) if mode == "masked_max" else tokens.amin(1)
     assert (pooled <= tokens.amax(1).clamp(min=0) + 1e-6).all() and (pooled >= lowest - 1e-6).all()
+
+
+@pytest.mark.parametrize("columns", [3, 8, 9])
+def test_sharing_equals_its_formula_without_the_matrix_of_all_patches(columns):
+    torch.manual_seed(0)
+    tokens, values, queries = torch.randn(2, 7, 8), torch.randn(2, 7, columns), torch.randn(2, 4, 8)
+    for given, expected in ((None, tokens), (queries, queries)):
+        units, others = (one / one.norm(dim=-1, keepdim=True) for one in (expected, tokens))
+        weights = (4 * units @ others.mT).softmax(-1)
+        with sdpa_kernel(SDPBackend.FLASH_ATTENTION):  # an error if only the kernel with the matrix fits
+            shared = share_among_like(values, tokens, 4, given)
+        torch.testing.assert_close(shared, weights @ values, atol=1e-5, rtol=1e-4)

@@ -44,10 +44,11 @@ def share_among_like(
     """
     keys = F.normalize(tokens.float(), dim=-1)
     queries = keys if queries is None else F.normalize(queries.float(), dim=-1)
-    shared = F.scaled_dot_product_attention(
-        *(one.unsqueeze(1) for one in (queries, keys, values.float())), scale=float(affinity)
-    )
-    return shared.squeeze(1).to(values.dtype)
+    # Zeros make all widths equal. The fused attention needs this; the other one holds the matrix.
+    width = max(keys.shape[-1], values.shape[-1])
+    padded = (F.pad(one, (0, width - one.shape[-1])).unsqueeze(1) for one in (queries, keys, values.float()))
+    shared = F.scaled_dot_product_attention(*padded, scale=float(affinity))
+    return shared[:, 0, :, : values.shape[-1]].to(values.dtype)
 
 
 def pool_similarities(

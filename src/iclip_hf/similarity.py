@@ -78,8 +78,8 @@ def resize_maps(maps: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
 @torch.no_grad()
 def resize_and_normalize(maps: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
     """
-    Computes `min_max_normalize(resize_maps(maps, size))` (Eq. 4) for `(T, h, w)` maps, one map at a time in place. One full-size
-    map fits the cache of a processor, many do not.
+    Computes `min_max_normalize(resize_maps(maps, size))` (Eq. 4) for `(T, h, w)` maps, one map at a time. One full-size map
+    fits the cache of a processor, many do not.
 
     Returns:
         `torch.Tensor` of shape `(T, *size)`, float32, in [0, 1].
@@ -87,12 +87,12 @@ def resize_and_normalize(maps: torch.Tensor, size: tuple[int, int]) -> torch.Ten
     rows, columns = resize_weights(maps, size)
     maps = maps.float()
     wide = (maps - maps.amin((-2, -1), keepdim=True)) @ columns.mT
-    enlarged = _empty((len(maps), *size), maps.device)
+    enlarged, large = _empty((len(maps), *size), maps.device), maps.new_empty(size)
     for one, target in zip(wide, enlarged):
-        torch.matmul(rows, one, out=target)
-        low, high = torch.aminmax(target)
+        torch.matmul(rows, one, out=large)
+        low, high = torch.aminmax(large)
         span = high - low
-        target.sub_(low).div_(span.masked_fill(span == 0, 1.0))
+        torch.div(large.sub_(low), span.masked_fill(span == 0, 1.0), out=target)
     return enlarged
 
 

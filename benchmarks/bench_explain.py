@@ -6,6 +6,7 @@ The embedded model's size with random weights, images seen at 224 pixels, maps i
 """
 
 import argparse
+import json
 import os
 import subprocess
 import sys
@@ -20,10 +21,18 @@ from PIL import Image
 from transformers import BertConfig, Dinov2Config, pipeline
 
 from iclip_hf import ICLIPConfig, ICLIPModel
+from iclip_hf.data.segmentation import load_segmentation
+from iclip_hf.demo.app import explain_image, look_at, to_npz, viewer_value
+from iclip_hf.demo.content import EXAMPLES
+from iclip_hf.evaluation.analysis import semantic_shift
+from iclip_hf.explainers import make_explainer
 from iclip_hf.images import load_image
+from iclip_hf.localization.background import encode_background
+from iclip_hf.localization.localizer import Localizer
 from iclip_hf.models.embedded import embedded_model
 from iclip_hf.models.loading import load_iclip
 from iclip_hf.models.towers import embedded_towers
+from iclip_hf.presence import BACKGROUND, presence
 from iclip_hf.processing_iclip import ICLIPProcessor
 
 
@@ -84,22 +93,6 @@ def contender(name: str, images: int, texts: int) -> Callable[[], object]:
     return contenders(images, texts)[name]
 
 
-def grown(images: int, texts: int, pixels: int) -> Callable[[], object]:
-    """Explaining in batches of 8 images of so many pixels a side, keeping no map."""
-    model = embedded_size()
-    input_ids = torch.randint(1000, 20000, (texts, 8))
-
-    def explain():
-        features = model.get_text_features(input_ids)
-        for start in range(0, images, 8):
-            maps = model.similarity_maps(torch.randn(min(8, images - start), 3, pixels, pixels), features)
-            for one in maps:
-                for text in one.split(8):
-                    ICLIPProcessor.post_process_similarity_maps(None, text[None], [SIZE])
-
-    return without_gradients(explain)
-
-
 def explaining(rounds: int, images: int) -> str:
     rows = []
     for number, texts in ((n, t) for n in (1, images) for t in (1, 20, 80)):
@@ -146,35 +139,6 @@ def variants(rounds: int) -> str:
     return table(["8 images, 20 texts, raw maps", "seconds", "times faster than float32"], rows)
 
 
-def bare_tower(pixels: int) -> Callable[[], object]:
-    """The image tower alone on one image of so many pixels a side."""
-    model, pixel_values = embedded_size(), torch.randn(1, 3, pixels, pixels)
-    return without_gradients(lambda: model.vision_model(pixel_values))
-
-
-def growth() -> str:
-    """Time and memory from one to a thousand images, to ten thousand texts, and over the sizes of an image."""
-    sizes = [(images, 20, 224) for images in (1, 100, 1000)] + [(1, texts, 224) for texts in (1, 1000, 10_000)]
-    sizes += [(1, 20, pixels) for pixels in (448, 896, 1344, 1792)]
-    rows = []
-    for size in sizes:
-        seconds, memory = cost(grown, *size)
-        rows.append([*size, seconds, f"{memory:.0f}"])
-    return table(["images", "texts", "pixels a side", "seconds", "MiB"], rows)
-
-
-def large_images(rounds: int) -> str:
-    """One image with one text against the image tower's own forward: what the attention row and the affinity add."""
-    rows = []
-    for pixels in (224, 896, 1344):
-        contenders = {"explain": grown(1, 1, pixels), "tower": bare_tower(pixels)}
-        taken = take_turns(contenders, rounds if pixels == 224 else 3)
-        memory = [cost(grown, 1, 1, pixels)[1], cost(bare_tower, pixels)[1]]
-        seconds = [float(np.median(times)) for times in taken.values()]
-        rows.append([pixels, *seconds, f"{ratio(taken, 'explain', 'tower'):.3f}", *(f"{one:.0f}" for one in memory)])
-    return table(["pixels a side", "seconds", "tower alone", "ratio", "MiB", "tower's MiB"], rows)
-
-
 def pipelines(rounds: int) -> str:
     """`pipeline` over 100 images against the model's forward alone, both in batches of 8."""
     model, processor = load_iclip(embedded_model())
@@ -198,10 +162,6 @@ def pipelines(rounds: int) -> str:
 
 def asking_again(rounds: int) -> str:
     """The demo's answer for the first texts on an image and for other texts on the same one, from upload to archive."""
-    from iclip_hf.demo.app import explain_image, look_at, to_npz, viewer_value
-    from iclip_hf.demo.content import EXAMPLES
-    from iclip_hf.localization.localizer import Localizer
-
     localizer = Localizer(*load_iclip(embedded_model()), ["dog"])
     photo = np.random.default_rng(0).integers(0, 255, (15, 20, 3), np.uint8)
     image = Image.fromarray(photo).resize(SIZE[::-1], Image.Resampling.BICUBIC)
@@ -256,17 +216,65 @@ def end_to_end(files: int) -> str:
     return table(headings, [[*seconds.values(), an_image, f"{an_image / bound:.2f}"]])
 
 
-def evaluating(data: Path) -> str:
-    """`iclip evaluate` on real images and masks: how much of the time is not the model's."""
-    from iclip_hf.data.segmentation import load_segmentation
-    from iclip_hf.evaluation.evaluate import evaluate
-
+def presences(rounds: int) -> str:
+    """Presence: encoding the nouns and reading them again in another process, and what an image costs then."""
     model, processor = load_iclip(embedded_model())
-    dataset = load_segmentation("coco2017", data / "coco100", "train2017")
-    timing = evaluate(model, processor, dataset, progress=False).timing
-    seconds, forward = timing["seconds"], timing["seconds_in_model"]
-    headings = [f"evaluating {len(dataset)} images, 80 classes, seconds", "of them in the model", "ratio"]
-    return table(headings, [[seconds, forward, f"{seconds / forward:.3f}"]])
+    explainer, templates = make_explainer(model, processor), processor.templates
+    pixel_values = processor(images=[Image.new("RGB", SIZE[::-1])])["pixel_values"]
+    background, texts = encode_background(explainer, templates), explainer.encode_texts(["dog", "ball", "grass"])
+    image = explainer.encode_image(pixel_values)
+    contenders = {
+        "first": lambda: explainer.encode_texts(BACKGROUND, templates),
+        "read": lambda: encode_background(explainer, templates),
+        "image": lambda: presence(model.match(image, texts), model.match(image, background)),
+        "forward": lambda: explainer.encode_image(pixel_values),
+    }
+    taken = take_turns({name: without_gradients(function) for name, function in contenders.items()}, rounds)
+    seconds = {name: float(np.median(times)) for name, times in taken.items()}
+    headings = [f"encoding {len(BACKGROUND)} nouns, first use, seconds", "from the cache, seconds"]
+    headings += ["presence of an image, ms", "forward, ms", "ratio"]
+    figures = [seconds["first"], seconds["read"], 1e3 * seconds["image"], 1e3 * seconds["forward"]]
+    return table(headings, [[*figures, f"{ratio(taken, 'image', 'forward'):.4f}"]])
+
+
+def shifting(data: Path, images: int) -> str:
+    """`iclip analyze shift` of real images and masks against the forwards of these images."""
+    model, processor = load_iclip(embedded_model())
+    samples = [
+        sample for _, sample in zip(range(images), load_segmentation("coco2017", data / "coco100", "train2017"))
+    ]
+    pixel_values = processor(images=[sample.image for sample in samples])["pixel_values"]
+
+    def forwards():
+        for one in pixel_values.split(1):
+            model.get_image_features(one)
+
+    contenders = {"shift": lambda: semantic_shift(model, processor, samples), "forward": without_gradients(forwards)}
+    taken = take_turns(contenders, 3)
+    seconds = [float(np.median(times)) for times in taken.values()]
+    headings = [f"semantic shift of {len(samples)} images, seconds", "forwards alone", "ratio"]
+    return table(headings, [[*seconds, f"{ratio(taken, 'shift', 'forward'):.3f}"]])
+
+
+def evaluating(data: Path) -> str:
+    """`iclip evaluate` on real images and masks, with all its metrics: how much of the time is not the model's."""
+    command = ["-m", "iclip_hf.cli", "evaluate", "--dataset", "coco2017", "--data-root", data / "coco100"]
+    command += ["--split", "train2017", "--output"]
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        output = Path(folder, "evaluation.json")
+        for processes, launcher in ((1, []), (2, ["-m", "torch.distributed.run", "--nproc-per-node", "2"])):
+            threads = str(max(1, torch.get_num_threads() // processes))
+            subprocess.run(
+                [sys.executable, *launcher, *command, output],
+                check=True,
+                capture_output=True,
+                env={**os.environ, "OMP_NUM_THREADS": threads},
+            )
+            timing = json.loads(output.read_text())["timing"]
+            seconds, forward = timing["seconds"], timing["seconds_in_model"]
+            rows.append([processes, seconds, forward, f"{seconds / forward:.3f}"])
+    return table(["processes", "evaluating 100 images, 80 classes, seconds", "in the first's model", "ratio"], rows)
 
 
 def starting(rounds: int) -> str:
@@ -324,12 +332,12 @@ def main():
     for part in (
         lambda: explaining(options.rounds, options.images),
         lambda: variants(options.rounds),
-        growth,
-        lambda: large_images(options.rounds),
         lambda: pipelines(3),
         lambda: asking_again(options.rounds),
+        lambda: presences(options.rounds),
         lambda: end_to_end(100),
         lambda: evaluating(options.data),
+        lambda: shifting(options.data, 77),
         lambda: starting(max(3, options.rounds // 2)),
     ):
         print(part(), end="\n\n", flush=True)

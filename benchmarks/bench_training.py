@@ -2,9 +2,9 @@
 
     python benchmarks/bench_training.py --data ../shared/data/flickr8k/dev-00000.tar
 
-Prints a Markdown table: seconds of an epoch over the same pairs in the same batches, on the embedded towers (DINOv2 ViT-S/14 and
+Prints Markdown tables: seconds of an epoch over the same pairs in the same batches, on the embedded towers (DINOv2 ViT-S/14 and
 MiniLM-L6); the contenders take turns. open_clip trains random towers of these sizes, with its own loss and tokenizer. Two
-processes share the cores of one.
+processes share the cores of one. Then a step with the similarity pooling against one with Eq. 10's, and 3 million pairs on paper.
 """
 
 import argparse
@@ -15,6 +15,7 @@ import tempfile
 import time
 from pathlib import Path
 
+import numpy as np
 import open_clip
 import torch
 from accelerate import Accelerator
@@ -22,11 +23,11 @@ from measuring import cost, machine, ratio, table, take_turns, together
 from open_clip.loss import ClipLoss
 from torch.utils.data import DataLoader, Dataset
 
-from iclip_hf import ICLIPModel, ICLIPProcessor
+from iclip_hf import ICLIPConfig, ICLIPModel, ICLIPProcessor
 from iclip_hf.data.pairs import load_pairs
 from iclip_hf.models.towers import embedded_towers
 from iclip_hf.training.data import BatchLoader, TrainingPairs, WholeImage
-from iclip_hf.training.feature_cache import CachedPairs, cache_images, cache_texts
+from iclip_hf.training.feature_cache import CachedPairs, CachedTexts, FeatureShards, cache_images, cache_texts
 from iclip_hf.training.loss import PairModel
 from iclip_hf.training.schedule import parameter_groups
 
@@ -162,6 +163,93 @@ def epoch(name: str, folder: Path, options: argparse.Namespace):
     return make(name, folder, options).train
 
 
+PAIRS, TOKENS, WIDTH, PROJECTION = (
+    256,
+    16,
+    384,
+    512,
+)  # of a step; patches of an image and their width; the common space
+
+
+def steps(rounds: int) -> dict[str, list[float]]:
+    """Seconds of training steps from cached features, by where the maximum over patches is taken."""
+
+    def step(max_over: str):
+        model = ICLIPModel.from_vision_text_pretrained(*map(str, embedded_towers()), max_over=max_over)
+        pair_model = PairModel(model, PAIRS, lock_text=True)
+        optimizer = torch.optim.AdamW(parameter_groups(pair_model, 0.05), lr=1e-4)
+        features = [torch.randn(PAIRS, WIDTH), torch.randn(PAIRS, WIDTH)]
+        if max_over == "similarity":
+            features[1:] = torch.randn(PAIRS, TOKENS, WIDTH), torch.rand(PAIRS, TOKENS)
+        texts = torch.randn(PAIRS, WIDTH)
+
+        def train() -> None:
+            pair_model(image_features=features, text_features=texts)["loss"].backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+        return train
+
+    return take_turns({name: step(name) for name in ("channels", "similarity")}, rounds)
+
+
+def captions_held(folder: Path, pairs: int):
+    """Opening a cache of so many pairs: what stays in memory is the captions, because features are memory-mapped."""
+    shards = FeatureShards(folder, {}, pairs)
+    for shard in shards.missing():
+        rows = shards.rows_of(shard)
+        captions = [[f"a photo of {row:9d} things, as long as a caption is"] for row in rows]
+        shards.write(shard, np.zeros((len(rows), 1, 1), np.float16), captions)
+    held = []
+
+    def open_cache() -> None:
+        pairs = CachedPairs([shards], ICLIPConfig(), None)
+        held.append((pairs, CachedTexts(pairs.drawn_captions(), shards)))
+
+    return open_cache
+
+
+def on_paper(folder: Path, step: float, encoded: float) -> str:
+    """
+    An epoch of 3 million pairs from the cache, similarity pooling, locked text tower.
+
+    Args:
+        step: measured seconds of a step of `PAIRS` pairs.
+        encoded: measured pairs a second without the cache.
+    """
+    pairs, batch, sample = 3_000_000, 4096, 100_000
+    flops, products, read, cores = (
+        30e12,
+        10e12,
+        2e9,
+        16,
+    )  # assumed a second: of towers, of float32 products, bytes; cores a GPU
+    size = 2 * ((1 + TOKENS) * (WIDTH + 1) + WIDTH)  # bytes of a pair
+    held = cost(captions_held, folder / "captions", sample)[1] / sample * pairs / 1024
+    plain = plain_pairs(folder)
+    start = time.perf_counter()
+    for index in range(64):
+        plain[index]
+    decode = (time.perf_counter() - start) / 64
+    towers = 12.5e9  # operations of a forward of both towers, a pair
+    # Projections forward and backward, without gradients of the features; similarities with all texts, with both gradients.
+    trained = 4 * (TOKENS + 3) * WIDTH * PROJECTION + 6 * (TOKENS + 1) * PROJECTION * batch
+    rows = [["this processor", pairs / encoded / 3600, pairs / PAIRS * step / 60]]
+    for gpus in (1, 2, 4, 8):
+        fill = max(towers / flops, decode / cores) * pairs / gpus
+        epoch = max(trained / products * pairs / gpus, size * pairs / read)
+        rows.append([f"{gpus} GPU{'s' * (gpus > 1)}", fill / 3600, epoch / 60])
+    return (
+        f"{pairs:,} pairs in the cache: {size:,} bytes a pair, {size * pairs / 1e9:.1f} GB on disk, {held:.1f} GiB of captions in "
+        f"each process; decoding takes {1e3 * decode:.1f} ms of a core.\n\n"
+        + table(["on", "filling the cache once, hours", "an epoch from it, minutes"], rows)
+        + f"\n\nGPUs are assumed, not measured: {flops / 1e12:.0f} TFLOP/s in the towers, {products / 1e12:.0f} in float32 products, "
+        f"{cores} cores each to decode, a disk of {read / 1e9:.0f} GB/s for all. A pair costs {towers / 1e9} GFLOP in the towers "
+        f"and {trained / 1e6:.0f} MFLOP in a step of {batch:,} pairs. Filling takes the longer of towers and decoding, an epoch the "
+        "longer of step and reading."
+    )
+
+
 def main() -> None:
     data = Path(os.environ.get("ICLIP_DATA", "../shared/data"), "flickr8k/dev-00000.tar")
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -178,6 +266,12 @@ def main() -> None:
         contenders = {name: make(name, folder, options) for name in CONTENDERS}
         taken = take_turns({name: one.train for name, one in contenders.items()}, options.rounds)
         memory = {name: cost(epoch, name, folder, options)[1] for name in CONTENDERS}
+        taken_by_steps = steps(10)
+        paper = on_paper(
+            folder,
+            statistics.median(taken_by_steps["similarity"]),
+            options.pairs / statistics.median(taken["projections, without"]),
+        )
         two = {name: together(2, options.rounds, epoch, name, folder, options) for name in IN_TWO}
 
     print(f"{machine('open_clip_torch')}; {options.pairs} pairs in batches of {options.batch_size}, ", end="")
@@ -198,6 +292,10 @@ def main() -> None:
         f"{ratio(taken, uncached, halved):.2f} and {ratio(taken, uncached_learning, halved_learning):.2f} times. open_clip "
         f"takes {ratio(taken, theirs, uncached_learning):.2f} times as long as `iclip train` without a cache."
     )
+    headings = [f"a step of {PAIRS} pairs from the cache, ms", f"similarity pooling, {TOKENS} patches", "ratio"]
+    row = [1e3 * statistics.median(times) for times in taken_by_steps.values()]
+    row.append(f"{ratio(taken_by_steps, 'similarity', 'channels'):.2f}")
+    print(f"\n{table(headings, [row])}\n\n{paper}")
 
 
 if __name__ == "__main__":

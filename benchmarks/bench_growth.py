@@ -1,0 +1,103 @@
+"""How time and memory of explaining grow with images, texts and pixels, and what pixels add to the image tower's own growth.
+
+    python benchmarks/bench_growth.py
+
+Prints two Markdown tables and draws the first as `docs/growth.png`. The embedded model's size with random weights, maps of 480x640.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from bench_explain import SIZE, embedded_size, without_gradients
+from matplotlib.figure import Figure
+from measuring import cost, machine, ratio, table, take_turns
+
+from iclip_hf import ICLIPProcessor
+from iclip_hf.explainers.adapters import TEXT_BATCH, join_texts
+from iclip_hf.utils.files import atomic_write
+
+
+PLOT = Path(__file__).parents[1] / "docs" / "growth.png"
+# One image, 20 texts and 224 pixels a side, but for what grows.
+FIXED = {"images": 1, "texts": 20, "pixels a side": 224}
+GROWN = {
+    "images": (1, 10, 100, 1000),
+    "texts": (1, 10, 100, 1000, 10_000),
+    "pixels a side": (224, 448, 896, 1344, 1792),
+}
+
+
+def grown(images: int, texts: int, pixels: int) -> Callable[[], object]:
+    """Explaining in batches of 8 images of so many pixels a side, keeping no map."""
+    model = embedded_size()
+    input_ids = torch.randint(1000, 20000, (texts, 8))
+
+    def explain():
+        features = join_texts([model.get_text_features(part) for part in input_ids.split(TEXT_BATCH)])
+        for start in range(0, images, 8):
+            maps = model.similarity_maps(torch.randn(min(8, images - start), 3, pixels, pixels), features)
+            for one in maps:
+                for text in one.split(8):
+                    ICLIPProcessor.post_process_similarity_maps(None, text[None], [SIZE])
+
+    return without_gradients(explain)
+
+
+def growth() -> list[list]:
+    """A row for each size: images, texts, pixels a side, seconds, MiB."""
+    sizes = [list({**FIXED, name: size}.values()) for name, several in GROWN.items() for size in several]
+    return [[*size, *cost(grown, *size)] for size in sizes]
+
+
+def plot(rows: list[list], path: Path) -> None:
+    """Seconds and memory against each size, on logarithmic axes, beside lines of slope 1 through the last seconds."""
+    figure = Figure(figsize=(10, 3.2), layout="constrained")
+    rows = iter(rows)
+    for axes, (column, (name, sizes)) in zip(figure.subplots(1, 3), enumerate(GROWN.items())):
+        shown = np.array([next(rows) for _ in sizes], dtype=float)
+        size, (seconds, memory) = shown[:, column], shown[:, 3:].T
+        if name == "pixels a side":
+            name, size = "patches", (size / 14) ** 2
+        axes.loglog(size, seconds, "o-", label="seconds")
+        axes.loglog(size, memory, "s-", label="MiB")
+        axes.loglog(size, seconds[-1] * size / size[-1], ":", color="gray", label="linear")
+        axes.set_xlabel(name)
+        axes.grid(alpha=0.3)
+    axes.legend()
+    with atomic_write(path) as partial:
+        figure.savefig(partial, format="png", dpi=100)
+
+
+def bare_tower(pixels: int) -> Callable[[], object]:
+    """The image tower alone on one image of so many pixels a side."""
+    model, pixel_values = embedded_size(), torch.randn(1, 3, pixels, pixels)
+    return without_gradients(lambda: model.vision_model(pixel_values))
+
+
+def large_images() -> str:
+    """One image with one text against the image tower's own forward: what the attention row and the affinity add."""
+    rows = []
+    for pixels in (224, 896, 1344):
+        contenders = {"explain": grown(1, 1, pixels), "tower": bare_tower(pixels)}
+        taken = take_turns(contenders, 10 if pixels == 224 else 3)
+        memory = [cost(grown, 1, 1, pixels)[1], cost(bare_tower, pixels)[1]]
+        seconds = [float(np.median(times)) for times in taken.values()]
+        rows.append([pixels, *seconds, f"{ratio(taken, 'explain', 'tower'):.3f}", *(f"{one:.0f}" for one in memory)])
+    return table(["pixels a side", "seconds", "tower alone", "ratio", "MiB", "tower's MiB"], rows)
+
+
+def main():
+    print(
+        f"{machine()}; each size once in a fresh process, ratios as medians of 3 rounds (10 at 224 pixels)\n",
+        flush=True,
+    )
+    rows = growth()
+    plot(rows, PLOT)
+    print(table([*FIXED, "seconds", "MiB"], [[*row[:4], f"{row[4]:.0f}"] for row in rows]), end="\n\n", flush=True)
+    print(large_images())
+
+
+if __name__ == "__main__":
+    main()

@@ -64,7 +64,8 @@ def main() -> None:
     parser.add_argument("--recipes", nargs="+", default=[f"rate {RATE:.0e}", "rate 1e-04"], choices=RECIPES)
     options = parser.parse_args()
 
-    study = Study(options.data_root, options.split, options.output / options.split)
+    with_nouns = any(RECIPES[recipe][1] for recipe in options.recipes)
+    study = Study(options.data_root, options.split, options.output / options.split, with_nouns)
     rows = {"the embedded model": [study.run(seed) for seed in options.seeds]}
     print(table(rows), flush=True)
     for count, recipe in itertools.product(options.pairs, options.recipes):
@@ -75,7 +76,7 @@ def main() -> None:
 class Study:
     """The embedded model and the features that all runs share."""
 
-    def __init__(self, data_root: Path, split: str, folder: Path):
+    def __init__(self, data_root: Path, split: str, folder: Path, with_nouns: bool):
         self.accelerator = Accelerator(cpu=True)
         self.model, self.processor = load_iclip(embedded_model())
         self.weights = copy.deepcopy(self.model.state_dict())
@@ -83,10 +84,12 @@ class Study:
         views = cache_images(folder, pairs, self.model, [WholeImage(self.processor)], self.accelerator)
         captions = [caption for several in views[0].captions() for caption in several]
         texts = cache_texts(folder / "texts", captions, self.model, self.processor, self.accelerator)
-        self.nouns = NounPrompts.from_file(SHIPPED / "iclip-dinov2-s14-minilm" / "nouns.txt")
-        prompts = self.nouns.all_prompts()
-        prompts = cache_texts(folder / "prompts", prompts, self.model, self.processor, self.accelerator)
-        self.pairs = CachedPairs(views, self.model.config, self.processor, texts=texts, prompts=prompts)
+        self.pairs = CachedPairs(views, self.model.config, self.processor, texts=texts)
+        if with_nouns:
+            self.pairs.nouns = NounPrompts.from_file(SHIPPED / "iclip-dinov2-s14-minilm" / "nouns.txt")
+            prompts = self.pairs.nouns.all_prompts()
+            folder = folder / "prompts"
+            self.pairs.prompts = cache_texts(folder, prompts, self.model, self.processor, self.accelerator)
         self.maps = load_segmentation("coco2017", data_root / "coco100", "train2017")
         self.model.encode_image = remembered(self.model.encode_image)
         self.model.encode_text = remembered(self.model.encode_text)
@@ -105,7 +108,7 @@ class Study:
         training = copy.copy(self.pairs)
         training.rows = self.pairs.rows[rows]
         training.captions = [self.pairs.captions[row][:1] for row in rows]
-        training.nouns = self.nouns if with_nouns else None
+        training.nouns = self.pairs.nouns if with_nouns else None
         batch_size = min(len(rows), 256)
         loader = BatchLoader(training, self.accelerator, batch_size, seed)
         both = ("recognition", "interpretability")

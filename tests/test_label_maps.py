@@ -84,6 +84,8 @@ def test_large_scales_are_finite():
     raw = torch.tensor([[[100.0, -100.0]], [[-100.0, 100.0]]])
     labels, confidence = label_map(raw, logit_scale=100.0)
     assert labels.tolist() == [[0, 1]] and confidence.tolist() == [[1.0, 1.0]]
+    apart = torch.tensor([[[-1.0, 1.0]], [[-1.0, 0.99]]])  # exp(100 * (-1 - 1)) is 0 in float32
+    assert torch.allclose(label_map(apart, logit_scale=100.0)[1], (100 * apart.double()).softmax(0).amax(0).float())
 
 
 def test_bad_shapes_are_named():
@@ -91,6 +93,9 @@ def test_bad_shapes_are_named():
         label_map(torch.zeros(2, 3))
     with pytest.raises(ValueError, match="each of 2 texts, got 3"):
         label_map(torch.zeros(2, 3, 3), classes=[0, 1, 2])
+    for scale in (0.0, -1.0, float("nan"), float("inf")):
+        with pytest.raises(ValueError, match=f"logit_scale to be positive, got {scale}"):
+            label_map(torch.zeros(2, 3, 3), logit_scale=scale)
     with pytest.raises(ValueError, match=r"indices of 2 texts, got \[2\]"):
         classes_of(2, [2])
 

@@ -244,7 +244,8 @@ def run(
             if last or state.step % settings.eval_steps == 0:
                 metrics, evaluation = evaluate_now()
                 score = metrics.get(settings.best_metric)
-                if last if score is None else state.best is None or settings.is_better(score, state.best):
+                better = last if score is None else state.best is None or settings.is_better(score, state.best)
+                if better:
                     state.best, state.metrics, state.evaluation = score, metrics, evaluation
                     card = {"name": settings.name, "metrics": evaluation, "training": state.settings}
                     export(accelerator, pair_model, processor, output_dir, **card)

@@ -136,9 +136,8 @@ def test_json_and_arrays_say_what_the_masks_are(folder, tmp_path, capsys):
 def test_a_mask_is_above_its_threshold_not_at_it(folder, tmp_path, capsys):
     arguments = [folder / "0" / "a.jpg", "--text", "dog", "--output", tmp_path / "a.png", "--json", "--threshold", "1"]
     assert run(folder, *arguments, "--min-presence", "0") == 0
-    assert json.loads(capsys.readouterr().out)[0]["texts"][0]["mask"]["counts"] == [
-        40 * 60
-    ]  # though the map reaches 1
+    counts = json.loads(capsys.readouterr().out)[0]["texts"][0]["mask"]["counts"]
+    assert counts == [40 * 60]  # though the map reaches 1
 
 
 def test_the_gate_empties_the_masks_of_absent_texts(folder, tmp_path, capsys):
@@ -303,7 +302,18 @@ def test_data_sets_of_the_command_are_those_of_the_package():
     assert set(DATASETS) == set(_LOADERS) == set(get_args(get_type_hints(Settings)["eval_dataset"])) - {"none"}
 
 
-def test_the_gate_of_the_command_is_that_of_the_package():
-    from iclip_hf.localization.localizer import MIN_PRESENCE
+def test_options_and_defaults_of_the_command_are_those_of_the_package():
+    from inspect import signature
 
-    assert cli._parser().parse_args(["explain", "a.jpg", "--text", "dog"]).min_presence == MIN_PRESENCE
+    from iclip_hf.cli.common import COLORMAP
+    from iclip_hf.cli.evaluate import MEASURES, OPTIONS
+    from iclip_hf.evaluation import evaluate, faithfulness, segmentation
+    from iclip_hf.presence import MIN_PRESENCE
+    from iclip_hf.utils import plots
+
+    for command in ("explain", "segment"):
+        assert cli._parser().parse_args([command, "a.jpg", "--text", "dog"]).min_presence == MIN_PRESENCE
+    assert plots.COLORMAP == COLORMAP and tuple(faithfulness.MEASURES) == MEASURES
+    functions = evaluate.evaluate, segmentation.evaluate_segmentation, faithfulness.evaluate_faithfulness
+    for (task, options), function in zip(OPTIONS.items(), functions, strict=True):
+        assert set(options) <= signature(function).parameters.keys(), task

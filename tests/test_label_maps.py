@@ -55,6 +55,7 @@ def test_a_single_text_has_the_mask_of_its_map():
     heatmap = resize_and_normalize(raw, SIZE)[0]
     assert torch.allclose(confidence, heatmap, atol=1e-6)
     assert torch.equal(labels, torch.where(heatmap > 0.5, 0, BACKGROUND_LABEL))
+    assert (label_map(raw, SIZE, threshold=1.0)[0] == BACKGROUND_LABEL).all()  # though the confidence reaches 1
 
 
 def test_permuted_texts_have_permuted_labels_and_a_scale_changes_no_winner():

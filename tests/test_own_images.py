@@ -194,6 +194,7 @@ def test_labels_are_the_users_own(tmp_path):
         Image.new("RGB", (8, 8)).save(tmp_path / "leaves" / f"{name}.png")
     assert own_labels(load_pairs(tmp_path / "leaves")) == ["oak leaf", "beech"]
     assert own_labels(load_pairs(write_table(tmp_path, 2, ["Qwerty.", "Asdf."]))) == ["Qwerty."]
+    assert own_labels(load_pairs(write_table(tmp_path, 2, ["\x1b[31mAsdf.", "Qwerty\tuiop."]))) == ["Qwerty uiop."]
     assert own_labels(None) == ["..."]
 
 

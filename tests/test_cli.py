@@ -113,6 +113,17 @@ def test_words_are_listed_and_coloured(method, folder, tmp_path, capsys):
         assert before.size == after.size and before.tobytes() != after.tobytes()
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("has_instructions", [True, False])
+def test_bfloat16_on_a_processor_that_emulates_it_is_warned_of(dtype, has_instructions, folder, monkeypatch, caplog):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: True)
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: has_instructions, raising=False)
+    load_model(str(folder / "model"), dtype)
+    warned = "no instructions for bfloat16" in caplog.text
+    assert warned == (dtype == "bfloat16" and not has_instructions)
+
+
 def test_json_and_arrays_say_what_the_masks_are(folder, tmp_path, capsys):
     results = tmp_path / "results.json"
     rows = [{"name": "dog", "threshold": 0.3}, {"name": "red ball", "threshold": 0.8}]

@@ -2,9 +2,9 @@
 
     python benchmarks/few_pairs.py --data-root ../shared/data
 
-For each seed, one half of the images of a Flickr8k split are the pairs, with one caption each, and retrieval is measured on the
-other half, with five. Maps are measured on coco100. Settings are those that `iclip train pairs.csv` chooses, except for those
-that a recipe names. The towers are locked, so all runs share their features, which `--output` keeps.
+For each seed, one half of the images of Flickr8k's dev split are the pairs, with one caption each, and retrieval is measured on
+the other half, with five. Maps are measured on coco100. Settings are those that `iclip train pairs.csv` chooses, except for the
+learning rate. The towers are locked, so all runs share their features, which `--output` keeps.
 """
 
 import argparse
@@ -23,23 +23,16 @@ from torch.nn import functional as F
 from iclip_hf.data.pairs import load_pairs
 from iclip_hf.data.segmentation import load_segmentation
 from iclip_hf.evaluation.evaluate import evaluate
-from iclip_hf.hub.configs import SHIPPED
 from iclip_hf.models.embedded import embedded_model
 from iclip_hf.models.loading import load_iclip
 from iclip_hf.training.data import BatchLoader, WholeImage
 from iclip_hf.training.feature_cache import CachedPairs, cache_images, cache_texts
 from iclip_hf.training.loss import PairModel
-from iclip_hf.training.nouns import NounPrompts
 from iclip_hf.training.plan import RATE, STEPS
 from iclip_hf.training.schedule import cosine_schedule, parameter_groups
 from iclip_hf.training.settings import Settings
 
 
-# Peak learning rate for the batch, and whether the pairs are trained with the nouns of the embedded model
-RECIPES = {
-    **{f"rate {rate:.0e}": (rate, False) for rate in (3e-6, 1e-5, 3e-5, 1e-4, 3e-4)},
-    **{f"rate {rate:.0e}, nouns": (rate, True) for rate in (1e-5, 3e-5, 1e-4, 3e-4)},
-}
 COLUMNS = {
     "image to text R@1": ".1f",
     "image to text R@5": ".1f",
@@ -57,62 +50,55 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument("--data-root", type=Path, required=True)
-    parser.add_argument("--split", default="test", choices=("dev", "test"))
     parser.add_argument("--output", type=Path, default=Path("runs/few_pairs"))
     parser.add_argument("--pairs", type=int, nargs="+", default=[50, 500])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--recipes", nargs="+", default=[f"rate {RATE:.0e}", "rate 1e-04"], choices=RECIPES)
+    parser.add_argument(
+        "--rates", type=float, nargs="+", default=[3e-6, 1e-5, 3e-5, 1e-4], help="peaks, for the batch"
+    )
     options = parser.parse_args()
 
-    with_nouns = any(RECIPES[recipe][1] for recipe in options.recipes)
-    study = Study(options.data_root, options.split, options.output / options.split, with_nouns)
+    study = Study(options.data_root, options.output)
     rows = {"the embedded model": [study.run(seed) for seed in options.seeds]}
     print(table(rows), flush=True)
-    for count, recipe in itertools.product(options.pairs, options.recipes):
-        rows[f"{count} pairs, {recipe}"] = [study.run(seed, count, recipe) for seed in options.seeds]
+    for count, rate in itertools.product(options.pairs, options.rates):
+        rows[f"{count} pairs, rate {rate:.0e}"] = [study.run(seed, count, rate) for seed in options.seeds]
         print(table(rows).splitlines()[-1], flush=True)
 
 
 class Study:
     """The embedded model and the features that all runs share."""
 
-    def __init__(self, data_root: Path, split: str, folder: Path, with_nouns: bool):
+    def __init__(self, data_root: Path, folder: Path):
         self.accelerator = Accelerator(cpu=True)
         self.model, self.processor = load_iclip(embedded_model())
         self.weights = copy.deepcopy(self.model.state_dict())
-        pairs = load_pairs(data_root / "flickr8k" / f"{split}-00000.tar")
+        pairs = load_pairs(data_root / "flickr8k" / "dev-00000.tar")
         views = cache_images(folder, pairs, self.model, [WholeImage(self.processor)], self.accelerator)
         captions = [caption for several in views[0].captions() for caption in several]
         texts = cache_texts(folder / "texts", captions, self.model, self.processor, self.accelerator)
         self.pairs = CachedPairs(views, self.model.config, self.processor, texts=texts)
-        if with_nouns:
-            self.pairs.nouns = NounPrompts.from_file(SHIPPED / "iclip-dinov2-s14-minilm" / "nouns.txt")
-            prompts = self.pairs.nouns.all_prompts()
-            folder = folder / "prompts"
-            self.pairs.prompts = cache_texts(folder, prompts, self.model, self.processor, self.accelerator)
         self.maps = load_segmentation("coco2017", data_root / "coco100", "train2017")
         self.model.encode_image = remembered(self.model.encode_image)
         self.model.encode_text = remembered(self.model.encode_text)
 
-    def run(self, seed: int, count: int = 0, recipe: str = "") -> dict[str, float]:
+    def run(self, seed: int, count: int = 0, rate: float = RATE) -> dict[str, float]:
         """Returns the scores after fine-tuning on `count` pairs, or without."""
         self.model.load_state_dict(self.weights)
         own, unseen = np.split(np.random.default_rng(seed).permutation(len(self.pairs)), 2)
         if count:
-            self.fine_tune(own[:count], seed, *RECIPES[recipe])
+            self.fine_tune(own[:count], seed, rate)
         self.model.eval()
         result = evaluate(self.model, self.processor, self.maps, progress=False).results["itsm"]
         return {**self.retrieval(unseen), **result}
 
-    def fine_tune(self, rows: np.ndarray, seed: int, rate: float, with_nouns: bool) -> None:
+    def fine_tune(self, rows: np.ndarray, seed: int, rate: float) -> None:
         training = copy.copy(self.pairs)
         training.rows = self.pairs.rows[rows]
         training.captions = [self.pairs.captions[row][:1] for row in rows]
-        training.nouns = self.pairs.nouns if with_nouns else None
         batch_size = min(len(rows), 256)
         loader = BatchLoader(training, self.accelerator, batch_size, seed)
-        both = ("recognition", "interpretability")
-        pair_model = PairModel(self.model, lock_text=True, noun_weight=0.7, noun_branches=both)
+        pair_model = PairModel(self.model, lock_text=True)
         defaults = Settings(model="embedded", data=[""], output_dir=".")
         optimizer = torch.optim.AdamW(parameter_groups(pair_model, defaults.weight_decay), lr=rate)
         ends = [one * batch_size / 1024 for one in (defaults.warmup_learning_rate, defaults.min_learning_rate)]

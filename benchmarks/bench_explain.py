@@ -22,8 +22,6 @@ from transformers import BertConfig, Dinov2Config, pipeline
 
 from iclip_hf import ICLIPConfig, ICLIPModel
 from iclip_hf.data.segmentation import load_segmentation
-from iclip_hf.demo.app import explain_image, look_at, to_npz, viewer_value
-from iclip_hf.demo.content import EXAMPLES
 from iclip_hf.evaluation.analysis import semantic_shift
 from iclip_hf.explainers import make_explainer
 from iclip_hf.images import load_image
@@ -162,6 +160,10 @@ def pipelines(rounds: int) -> str:
 
 def asking_again(rounds: int) -> str:
     """The demo's answer for the first texts on an image and for other texts on the same one, from upload to archive."""
+    # Gradio would take long to import in each of the fresh processes.
+    from iclip_hf.demo.app import explain_image, look_at, to_npz, viewer_value
+    from iclip_hf.demo.content import EXAMPLES
+
     localizer = Localizer(*load_iclip(embedded_model()), ["dog"])
     photo = np.random.default_rng(0).integers(0, 255, (15, 20, 3), np.uint8)
     image = Image.fromarray(photo).resize(SIZE[::-1], Image.Resampling.BICUBIC)

@@ -15,6 +15,7 @@ from .common import (
     PICTURES,
     add_command,
     add_model_options,
+    add_refine_option,
     add_text_option,
     check_file,
     check_folder,
@@ -49,6 +50,7 @@ def register(commands) -> None:
     command.add_argument(
         "--method", choices=METHODS, default="itsm", help="method that computes the maps (default: itsm)"
     )
+    add_refine_option(command)
     command.add_argument(
         "--threshold",
         type=share,
@@ -100,6 +102,7 @@ def run(options: argparse.Namespace) -> int:
         templates=options.templates,
         min_presence=options.min_presence,
         image_size=options.image_size,
+        refine=options.refine,
     )
     rule = {"threshold": threshold, "background": range(len(options.texts), len(localizer.texts))}
 

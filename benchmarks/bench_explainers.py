@@ -65,8 +65,8 @@ def with_transformers(model: CLIPModel, pixel_values: torch.Tensor, text_embeds:
     return torch.stack(maps, 1)
 
 
-def contenders(count: int) -> dict[str, Callable[[], object]]:
-    """Everything on one tower and one image, with so many texts."""
+def clip(count: int) -> tuple[CLIPModel, argparse.Namespace, ICLIPTextFeatures, torch.Tensor]:
+    """A model with its processor, so many texts, and the pixels of an image."""
     torch.manual_seed(0)
     config = CLIPConfig(vision_config={"patch_size": 16})
     model = CLIPModel._from_config(config, attn_implementation="eager").eval()
@@ -77,10 +77,15 @@ def contenders(count: int) -> dict[str, Callable[[], object]]:
     processor = argparse.Namespace(image_processor=CLIPImageProcessor(), tokenizer=tokenizer)
     embeds = F.normalize(torch.randn(count, config.projection_dim), dim=-1)
     texts = ICLIPTextFeatures(text_embeds=embeds, map_text_embeds=embeds)
-    pixel_values = torch.randn(1, 3, 224, 224)
+    return model, processor, texts, torch.randn(1, 3, 224, 224)
 
+
+def contenders(count: int) -> dict[str, Callable[[], object]]:
+    """Everything on one tower and one image, with so many texts."""
+    model, processor, texts, pixel_values = clip(count)
+    embeds = texts.text_embeds
     classifier, layer = Scores(model, embeds), model.vision_model.encoder.layers[-1].layer_norm1
-    grid = config.vision_config.image_size // config.vision_config.patch_size
+    grid = model.config.vision_config.image_size // model.config.vision_config.patch_size
 
     def pytorch_grad_cam():
         with GradCAM(classifier, [layer], lambda tokens: tokens[:, 1:].mT.unflatten(2, (grid, grid))) as cam:
@@ -104,12 +109,8 @@ def contenders(count: int) -> dict[str, Callable[[], object]]:
 
 def uses_of_maps() -> dict[str, Callable[[], object]]:
     """From the pixels of a photograph to its finished maps or label map."""
-    torch.manual_seed(0)
-    model = CLIPModel(CLIPConfig(vision_config={"patch_size": 16})).eval()
-    explainer = make_explainer(model, argparse.Namespace(image_processor=CLIPImageProcessor(), tokenizer=None))
-    embeds = F.normalize(torch.randn(CLASSES, model.config.projection_dim), dim=-1)
-    texts = ICLIPTextFeatures(text_embeds=embeds, map_text_embeds=embeds)
-    pixel_values = torch.randn(1, 3, 224, 224)
+    model, processor, texts, pixel_values = clip(CLASSES)
+    explainer = make_explainer(model, processor)
 
     def drawn(refine: bool) -> torch.Tensor:
         maps, _ = explainer.raw_maps(pixel_values, texts)

@@ -113,6 +113,17 @@ def test_words_are_listed_and_coloured(method, folder, tmp_path, capsys):
         assert before.size == after.size and before.tobytes() != after.tobytes()
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("has_instructions", [True, False])
+def test_bfloat16_on_a_processor_that_emulates_it_is_warned_of(dtype, has_instructions, folder, monkeypatch, caplog):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: True)
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: has_instructions, raising=False)
+    load_model(str(folder / "model"), dtype)
+    warned = "no instructions for bfloat16" in caplog.text
+    assert warned == (dtype == "bfloat16" and not has_instructions)
+
+
 def test_json_and_arrays_say_what_the_masks_are(folder, tmp_path, capsys):
     results = tmp_path / "results.json"
     rows = [{"name": "dog", "threshold": 0.3}, {"name": "red ball", "threshold": 0.8}]
@@ -136,9 +147,8 @@ def test_json_and_arrays_say_what_the_masks_are(folder, tmp_path, capsys):
 def test_a_mask_is_above_its_threshold_not_at_it(folder, tmp_path, capsys):
     arguments = [folder / "0" / "a.jpg", "--text", "dog", "--output", tmp_path / "a.png", "--json", "--threshold", "1"]
     assert run(folder, *arguments, "--min-presence", "0") == 0
-    assert json.loads(capsys.readouterr().out)[0]["texts"][0]["mask"]["counts"] == [
-        40 * 60
-    ]  # though the map reaches 1
+    counts = json.loads(capsys.readouterr().out)[0]["texts"][0]["mask"]["counts"]
+    assert counts == [40 * 60]  # though the map reaches 1
 
 
 def test_the_gate_empties_the_masks_of_absent_texts(folder, tmp_path, capsys):
@@ -303,7 +313,18 @@ def test_data_sets_of_the_command_are_those_of_the_package():
     assert set(DATASETS) == set(_LOADERS) == set(get_args(get_type_hints(Settings)["eval_dataset"])) - {"none"}
 
 
-def test_the_gate_of_the_command_is_that_of_the_package():
-    from iclip_hf.localization.localizer import MIN_PRESENCE
+def test_options_and_defaults_of_the_command_are_those_of_the_package():
+    from inspect import signature
 
-    assert cli._parser().parse_args(["explain", "a.jpg", "--text", "dog"]).min_presence == MIN_PRESENCE
+    from iclip_hf.cli.common import COLORMAP
+    from iclip_hf.cli.evaluate import MEASURES, OPTIONS
+    from iclip_hf.evaluation import evaluate, faithfulness, segmentation
+    from iclip_hf.presence import MIN_PRESENCE
+    from iclip_hf.utils import plots
+
+    for command in ("explain", "segment"):
+        assert cli._parser().parse_args([command, "a.jpg", "--text", "dog"]).min_presence == MIN_PRESENCE
+    assert plots.COLORMAP == COLORMAP and tuple(faithfulness.MEASURES) == MEASURES
+    functions = evaluate.evaluate, segmentation.evaluate_segmentation, faithfulness.evaluate_faithfulness
+    for (task, options), function in zip(OPTIONS.items(), functions, strict=True):
+        assert set(options) <= signature(function).parameters.keys(), task

@@ -298,6 +298,7 @@ ARGUMENTS = {
     "demo of a folder as a Space": ("demo --export-space new --model {model}", "/model"),
     "demo into a file": ("demo --export-space {photo}", "photo.png"),
     "demo at a port of text": ("demo --port http", "got http"),
+    "demo at a port beyond all": ("demo --port 65536", "1 to 65535, got 65536"),
 }
 
 

@@ -10,6 +10,7 @@ import pickle
 import subprocess
 import sys
 import threading
+from dataclasses import fields
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from importlib import metadata
 from pathlib import Path
@@ -32,8 +33,9 @@ from iclip_hf.explainers.explainer import identity
 from iclip_hf.hub.configs import config_folder
 from iclip_hf.hub.dino import load_dino_checkpoint
 from iclip_hf.hub.folders import code_files, export_model, init_model
-from iclip_hf.hub.model_card import describe_tower, write_model_card
+from iclip_hf.hub.model_card import _TRAINING_SETTINGS, describe_tower, write_model_card
 from iclip_hf.models.loading import load_pretrained
+from iclip_hf.training.settings import Settings
 
 
 ROOT = Path(__file__).parents[1]
@@ -70,7 +72,10 @@ def source(tmp_path_factory, tiny_processor) -> Path:
         "seed": 3,
         "weight_decay": 0,
         "max_steps": 0,
+        "lock_text": False,
+        "auto_augment": "",
         "nouns": "",
+        "noun_weight": 0.5,
         "output_dir": "/home/someone/runs",
     }
     write_model_card(model, tiny_processor, folder / "model", metrics=METRICS, training=training)
@@ -584,11 +589,19 @@ def test_the_card_tells_configuration_training_and_terms(source):
     assert "| `data` | pixparse/cc3m-wds, flickr8k/train-{00..05}.tar |" in text and "| `epochs` | 7 |" in text
     assert "| training data flickr8k/train-{00..05}.tar | research and education" in text
     assert "| vit tower | not known here" in text and "| `seed` | 3 |" in text and "| `weight_decay` | 0 |" in text
+    assert "| `auto_augment` | none |" in text and "noun_weight" not in text and "max_steps" not in text
     for part in ("Intended use", "fine-grained classes and the class person", "Citation"):
         assert part in text
     assert "{{" not in text and "{%" not in text and "None" not in text
     parameters = 2 * (32 * 16 + 24 * 16 + 1)
     assert f"({parameters:,} parameters)" in text
+
+
+def test_the_card_tells_the_settings_that_a_model_depends_on():
+    fixed = {one.name for one in fields(Settings) if one.metadata["same"]}
+    elsewhere = {"image_column", "caption_column", "split", "max_bad_share", "cache_features"}  # how pairs are read
+    elsewhere |= {"validation_data", "eval_dataset", "eval_root", "eval_split"}  # the results tell
+    assert fixed - elsewhere == set(_TRAINING_SETTINGS)
 
 
 def test_what_a_card_tells_goes_on_with_the_weights_unless_measured_again(source, exported, tmp_path):

@@ -55,6 +55,7 @@ def test_a_single_text_has_the_mask_of_its_map():
     heatmap = resize_and_normalize(raw, SIZE)[0]
     assert torch.allclose(confidence, heatmap, atol=1e-6)
     assert torch.equal(labels, torch.where(heatmap > 0.5, 0, BACKGROUND_LABEL))
+    assert (label_map(raw, SIZE, threshold=1.0)[0] == BACKGROUND_LABEL).all()  # though the confidence reaches 1
 
 
 def test_permuted_texts_have_permuted_labels_and_a_scale_changes_no_winner():
@@ -84,6 +85,8 @@ def test_large_scales_are_finite():
     raw = torch.tensor([[[100.0, -100.0]], [[-100.0, 100.0]]])
     labels, confidence = label_map(raw, logit_scale=100.0)
     assert labels.tolist() == [[0, 1]] and confidence.tolist() == [[1.0, 1.0]]
+    apart = torch.tensor([[[-1.0, 1.0]], [[-1.0, 0.99]]])  # exp(100 * (-1 - 1)) is 0 in float32
+    assert torch.allclose(label_map(apart, logit_scale=100.0)[1], (100 * apart.double()).softmax(0).amax(0).float())
 
 
 def test_bad_shapes_are_named():
@@ -91,6 +94,9 @@ def test_bad_shapes_are_named():
         label_map(torch.zeros(2, 3))
     with pytest.raises(ValueError, match="each of 2 texts, got 3"):
         label_map(torch.zeros(2, 3, 3), classes=[0, 1, 2])
+    for scale in (0.0, -1.0, float("nan"), float("inf")):
+        with pytest.raises(ValueError, match=f"logit_scale to be positive, got {scale}"):
+            label_map(torch.zeros(2, 3, 3), logit_scale=scale)
     with pytest.raises(ValueError, match=r"indices of 2 texts, got \[2\]"):
         classes_of(2, [2])
 

@@ -673,9 +673,8 @@ def label_maps(count=4, num_classes=5, seed=0):
     draws = np.random.default_rng(seed)
     for _ in range(count):
         shape = tuple(draws.integers(3, 12, 2))
-        reference = draws.choice([*range(num_classes - 1), 255], shape).astype(
-            np.uint8
-        )  # the last class: only predicted
+        # The last class is only predicted.
+        reference = draws.choice([*range(num_classes - 1), 255], shape).astype(np.uint8)
         confidence = draws.choice([0, 0.29, 0.3, 0.31, 1], shape).astype(np.float32)  # some at a threshold
         yield draws.integers(0, num_classes, shape), reference, confidence
 

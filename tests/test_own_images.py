@@ -16,8 +16,10 @@ from PIL import Image
 
 from iclip_hf import ICLIPModel, cli, embedded_model
 from iclip_hf.data.pairs import load_pairs
+from iclip_hf.data.sources import open_sources
 from iclip_hf.training.checkpoints import RunState
-from iclip_hf.training.plan import choose_settings
+from iclip_hf.training.checks import check_pairs
+from iclip_hf.training.plan import STEPS, choose_settings
 from iclip_hf.training.report import own_labels, report
 from iclip_hf.training.settings import Settings, read_settings
 
@@ -81,6 +83,10 @@ def test_what_is_given_takes_precedence_and_the_rest_follows(tmp_path, monkeypat
     assert given.keys().isdisjoint(chosen)
     assert chosen["cache_features"].value == "elsewhere/cache"
     assert chosen["eval_steps"].value <= 3 * (36 // 8)
+    free = {name: value for name, value in given.items() if name != "epochs"}
+    assert choose_settings(free)["epochs"].value == round(
+        STEPS / (36 // 8)
+    )  # batches of the pairs that are not held out
     assert "validation_share" not in choose_settings({**given, "validation_data": ["x.tar"]})
     monkeypatch.setenv("WORLD_SIZE", "8")
     del given["batch_size"]
@@ -113,6 +119,8 @@ def test_bad_data_is_one_sentence(tmp_path, capsys):
         table.write_text(content)
         assert sentence in said([table], capsys)
     assert "absent.csv: expected a file or folder of pairs" in said(["absent.csv"], capsys)
+    table.write_text("\n".join(["image,caption", *(f"{number}.png,dog {number}" for number in range(19)), "19.png,"]))
+    assert check_pairs(open_sources([table]), max_bad_share=0.05) == 20  # as many are bad as may be
 
 
 def test_bad_settings_are_one_sentence(tmp_path, model, capsys):
@@ -194,6 +202,7 @@ def test_labels_are_the_users_own(tmp_path):
         Image.new("RGB", (8, 8)).save(tmp_path / "leaves" / f"{name}.png")
     assert own_labels(load_pairs(tmp_path / "leaves")) == ["oak leaf", "beech"]
     assert own_labels(load_pairs(write_table(tmp_path, 2, ["Qwerty.", "Asdf."]))) == ["Qwerty."]
+    assert own_labels(load_pairs(write_table(tmp_path, 2, ["\x1b[31mAsdf.", "Qwerty\tuiop."]))) == ["Qwerty uiop."]
     assert own_labels(None) == ["..."]
 
 

@@ -280,6 +280,7 @@ def test_patterns_and_lists(tmp_path):
         ("nowhere.tar", FileNotFoundError, r"nowhere\.tar: expected a file or folder of pairs"),
         ("{0..3}.tar", FileNotFoundError, r"0\.tar: .*4 of 4 missing"),
         ("no*.tar", FileNotFoundError, r"no\*\.tar: expected"),
+        ("{3..0}.tar", FileNotFoundError, r"\{3\.\.0\}\.tar: expected a file or folder of pairs"),
         (
             "",
             FileNotFoundError,

@@ -321,6 +321,7 @@ def test_absent_labels_have_no_segment(segment, photographs):
     [
         ({"candidate_labels": []}, ValueError, "at least one label"),
         ({"background_labels": [3]}, TypeError, "background_labels to be a list of strings"),
+        ({"background_labels": None}, TypeError, "background_labels to be a list of strings"),
         ({"threshold": [0.5, 0.5]}, ValueError, "one threshold"),
         ({"treshold": 0.3}, TypeError, "'treshold'"),
     ],

@@ -36,14 +36,14 @@ def label_map(
         present (`torch.Tensor` of shape `(T,)`, *optional*): whether the image shows the text. An absent text gets no pixel. Texts of
             the background are never absent.
         threshold (`float`, *optional*): a pixel whose confidence is not greater belongs to the background.
-        logit_scale (`float`, *optional*): factor of the values in the softmax.
+        logit_scale (`float`, *optional*): factor of the values in the softmax, positive.
 
     Returns:
         `tuple`: class of each pixel `(H, W)`, int64, and the confidence `(H, W)`, float32, in [0, 1]. Of equal values, the first text
         counts. The confidence is 0 everywhere if the map of best texts is constant, or no text is present.
 
     Raises:
-        `ValueError`: the maps have another shape, or the number of classes is not T.
+        `ValueError`: the maps have another shape, the number of classes is not T, or `logit_scale` is not positive and finite.
     """
     if raw_maps.ndim != 3:
         raise ValueError(
@@ -54,6 +54,8 @@ def label_map(
         raise ValueError(
             f"Expected one class for each of {len(raw_maps)} texts, got {len(classes)} classes: pass one for each."
         )
+    if logit_scale is not None and not 0 < logit_scale < float("inf"):
+        raise ValueError(f"Expected logit_scale to be positive, got {logit_scale}: pass a number such as 40.")
     size = tuple(raw_maps.shape[1:] if size is None else size)
     if present is not None:
         kept = present.cpu() | (classes == BACKGROUND_LABEL)
@@ -69,16 +71,17 @@ def label_map(
     wide = (raw_maps - lows) @ columns.mT
     best = torch.addmm(lows[0], rows, wide[0])
     winner = torch.zeros(size, dtype=torch.int16, device=best.device)
-    one, total = torch.empty_like(best), torch.zeros_like(best)
-    highest = raw_maps.max()
+    one, total = torch.empty_like(best), torch.zeros_like(best)  # sum of exp(logit - highest logit so far)
     for index, (low, text) in enumerate(zip(lows, wide)):
         torch.addmm(low, rows, text, out=one)
-        winner.masked_fill_(one > best, index)
-        torch.maximum(best, one, out=best)
+        higher = one > best
+        winner.masked_fill_(higher, index)
         if logit_scale is not None:
-            total += one.sub_(highest).mul_(logit_scale).exp_()
+            below = (one - best).abs_().mul_(-logit_scale).exp_()
+            total = torch.where(higher, total * below + 1, total + below)
+        torch.maximum(best, one, out=best)
     if logit_scale is not None:
-        confidence = best.sub_(highest).mul_(logit_scale).exp_().div_(total)
+        confidence = 1 / total
     else:
         low, high = best.aminmax()
         confidence = best.sub_(low).div_((high - low).masked_fill(high == low, 1.0))

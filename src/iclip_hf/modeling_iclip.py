@@ -383,9 +383,8 @@ class ICLIPModel(PreTrainedModel):
                 self.vision_model.eval()
                 self.vision_model.requires_grad_(False)
             for name, parameter in self.vision_model.named_parameters():
-                if name.endswith(
-                    "mask_token"
-                ):  # of DINO's pretraining. It is not used, and DDP waits for its gradient
+                # DINO's mask token is not used, and DDP would wait for its gradient.
+                if name.endswith("mask_token"):
                     parameter.requires_grad_(False)
         return self
 
@@ -487,9 +486,8 @@ class ICLIPModel(PreTrainedModel):
                 tokens = self.vision_model.post_layernorm(tokens)  # CLIP applies it to the class token only
             first_patch = 1 + getattr(config, "num_register_tokens", 0)
             row = outputs.attentions[-1] if last_attention.class_row is None else last_attention.class_row
-            attention = (
-                row[:, :, 0, first_patch:].float().mean(1).to(tokens.device)
-            )  # layers may be on several devices
+            # Layers may be on several devices.
+            attention = row[:, :, 0, first_patch:].float().mean(1).to(tokens.device)
         return ImageTokens(
             class_token=tokens[:, 0],
             patch_tokens=tokens[:, first_patch:],

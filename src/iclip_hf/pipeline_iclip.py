@@ -224,7 +224,7 @@ class ZeroShotImageSegmentationPipeline(ImageTextSimilarityMapPipeline):
             `ValueError`, `TypeError`, `OSError`: as [`ImageTextSimilarityMapPipeline`].
         """
         labels = _strings("candidate_labels", candidate_labels)
-        background = _strings("background_labels", background_labels) if len(background_labels) else []
+        background = _strings("background_labels", background_labels)
         if labels:  # the base class refuses to work without
             kwargs["background"] = range(len(labels), len(labels) + len(background))
             kwargs.setdefault("threshold", None if background else 0.5)

@@ -141,9 +141,8 @@ def _lowest_places(cost: np.ndarray, count: int, distance: float) -> np.ndarray:
     for place in places:
         y, x = np.unravel_index(cost.argmin(), cost.shape)
         place[:] = x, y
-        cost[(rows - y) ** 2 + (columns - x) ** 2 < distance**2] += (
-            4  # ranks them after all others, whose costs differ by at most 1
-        )
+        near = (rows - y) ** 2 + (columns - x) ** 2 < distance**2
+        cost[near] += 4  # ranks them after all others, whose costs differ by at most 1
     return places
 
 

@@ -11,7 +11,7 @@ import sys
 import time
 import unicodedata
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
@@ -245,31 +245,6 @@ def check_folder(option: str, path: Path) -> None:
     """Raises `ValueError` for an invalid output folder, before the model is loaded."""
     if path.suffix or (path.exists() and not path.is_dir()):
         raise ValueError(f"{option}: expected a folder, got the file name {path}: name a folder.")
-
-
-def existing_files(command: str, images: Sequence[str], pictures: Sequence[Path]) -> list[tuple[str, Path]]:
-    """Returns the images that are files, each with its picture. Says which are not, before the model is loaded."""
-    from ..images import require_file
-
-    wanted = []
-    for image, picture in zip(images, pictures):
-        try:
-            require_file(image)
-            wanted.append((image, picture))
-        except (ValueError, FileNotFoundError) as error:
-            print(f"iclip {command}: {one_line(error)}", file=sys.stderr)
-    return wanted
-
-
-def file_names(images: list[str]) -> list[str]:
-    """Returns a unique name for each picture, because a/dog.jpg and b/dog.jpg must not write the same file."""
-    taken = {}
-    for stem in (Path(image).stem for image in images):
-        name, number = stem, 2
-        while name in taken:
-            name, number = f"{stem}-{number}", number + 1
-        taken[name] = f"{name}.png"
-    return list(taken.values())
 
 
 def save_figure(figure, path: Path, dpi: int = 120) -> None:

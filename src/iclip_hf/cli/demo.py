@@ -6,7 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from .common import add_command, add_model_option, at_least_1, check_folder, echo, silence_transformers
+from .common import add_command, add_model_option, check_folder, echo, silence_transformers
 
 
 def register(commands) -> None:
@@ -17,13 +17,20 @@ def register(commands) -> None:
     command.add_argument(
         "--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1, this machine only)"
     )
-    command.add_argument("--port", type=at_least_1, help="port to listen on (default: the first free port from 7860)")
+    command.add_argument("--port", type=_port, help="port to listen on (default: the first free port from 7860)")
     command.add_argument(
         "--export-space", type=Path, metavar="DIR", help="write the files of a Space that runs the demo, and exit"
     )
     command.add_argument(
         "--web", type=Path, metavar="DIR", help="serve the page that `iclip export --format web` wrote, instead"
     )
+
+
+def _port(text: str) -> int:
+    """Parses the number of a port, as a type for argparse."""
+    if not text.isdecimal() or not 0 < int(text) < 2**16:
+        raise argparse.ArgumentTypeError(f"expected a port from 1 to 65535, got {text}")
+    return int(text)
 
 
 def run(options: argparse.Namespace) -> int:

@@ -178,4 +178,5 @@ def run(options: argparse.Namespace) -> int:
         if options.output:
             result.save(options.output)
         echo(result.to_json() if options.json else result.table())
+    state.destroy_process_group()
     return 0

@@ -5,28 +5,23 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from pathlib import Path
 
 from .common import (
     METHODS,
-    PICTURES,
     add_colormap_option,
     add_command,
     add_model_options,
     add_text_option,
     at_least_1,
-    check_file,
     check_folder,
     echo,
-    existing_files,
-    file_names,
     load_silently,
     printable,
     save_figure,
     share,
 )
+from .pictures import at_picture_size, pictures_to_write, write_pictures
 
 
 def register(commands) -> None:
@@ -133,42 +128,20 @@ def _localizer(options: argparse.Namespace):
 
 
 def _explain_images(options: argparse.Namespace) -> int:
-    from ..images import load_image
-
-    several = len(options.images) > 1
-    output = options.output or Path("explanations" if several else "explanation.png")
-    if several:
-        check_folder("--output", output)
-    else:
-        check_file("--output", output, PICTURES)
-    pictures = [output / name for name in file_names(options.images)] if several else [output]
-    wanted = existing_files("explain", options.images, pictures)
-    if not wanted:
+    images = pictures_to_write(options, "explanation.png", "explanations")
+    if not images:
         return 2
     localizer = _localizer(options)
-    from tqdm import tqdm
-
     from ..regions import run_lengths
-    from ..utils.prefetch import prefetch_map
 
-    def write(item) -> dict | None:
-        (name, image, explanation), picture = item
-        if image is None:  # the other images are still explained
-            tqdm.write(f"iclip explain: {printable(name)}", file=sys.stderr)  # above the progress bar
-            return None
+    def write(image, explanation, picture: Path) -> dict:
         texts = [{**text, "mask": run_lengths(mask)} for text, mask in explanation.records_and_masks()]
         _draw(image, explanation, options.colormap, picture)
         if options.npz:
             _save_arrays(explanation, picture.with_suffix(".npz"))
-        return {"image": name, "picture": str(picture), "texts": texts}
+        return {"texts": texts}
 
-    images, pictures = zip(*wanted)
-    with ThreadPoolExecutor(1) as beside:  # while the model runs
-        explained = localizer.explain_all(lambda path: (path, load_image(path)), images, beside, batch_size=4)
-        written = prefetch_map(beside, write, zip(explained, pictures), 4)
-        written = list(tqdm(written, total=len(pictures), unit="image", disable=not several))
-    report = [entry for entry in written if entry is not None]
-
+    report = write_pictures(options.command, localizer, images, write)
     if options.json:  # one line for each image, because run lengths are long
         echo("[" + ",\n ".join(json.dumps(entry, ensure_ascii=False) for entry in report) + "]")
     else:
@@ -214,15 +187,14 @@ def _explain_collection(options: argparse.Namespace) -> int:
 
 
 def _draw(image, explanation, colormap: str, path: Path) -> None:
-    from ..utils.plots import DPI, VECTOR_FORMATS, cell_sized, explanation_grid
+    from ..utils.plots import explanation_grid
 
-    vector = path.suffix[1:].lower() in VECTOR_FORMATS
-    drawn = cell_sized(image, 2 * DPI if vector else DPI)  # one zooms into vector graphics
-    heatmaps = replace(explanation, size=(drawn.height, drawn.width)).maps.numpy()
+    drawn, shown = at_picture_size(image, explanation, path)
     titles = [f"{text}  {score:+.2f}" for text, score in zip(explanation.labels, explanation.scores.tolist())]
     absent = (explanation.presence < explanation.min_presence).nonzero()[:, 0].tolist()
     save_figure(
-        explanation_grid(drawn, heatmaps, titles, absent=absent, words=explanation.words, colormap=colormap), path
+        explanation_grid(drawn, shown.maps.numpy(), titles, absent=absent, words=explanation.words, colormap=colormap),
+        path,
     )
 
 

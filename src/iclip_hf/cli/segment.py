@@ -4,29 +4,22 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from pathlib import Path
 
 from ..prompts import check_text
 from .common import (
     METHODS,
-    PICTURES,
     add_command,
     add_model_options,
     add_text_option,
-    check_file,
-    check_folder,
     checked,
     echo,
-    existing_files,
-    file_names,
     load_silently,
     printable,
     save_figure,
     share,
 )
+from .pictures import at_picture_size, pictures_to_write, write_pictures
 
 
 def register(commands) -> None:
@@ -74,24 +67,13 @@ def register(commands) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    several = len(options.images) > 1
-    output = options.output or Path("segmentations" if several else "segmentation.png")
-    if several:
-        check_folder("--output", output)
-    else:
-        check_file("--output", output, PICTURES)
+    images = pictures_to_write(options, "segmentation.png", "segmentations")
+    if not images:
+        return 2
     threshold = options.threshold
     if threshold is None and not options.background:
         threshold = 0.5
-    pictures = [output / name for name in file_names(options.images)] if several else [output]
-    wanted = existing_files("segment", options.images, pictures)
-    if not wanted:
-        return 2
-    from tqdm import tqdm
-
-    from ..images import load_image
     from ..localization.localizer import Localizer
-    from ..utils.prefetch import prefetch_map
 
     localizer = Localizer(
         *load_silently(options.model, options.dtype),
@@ -103,11 +85,7 @@ def run(options: argparse.Namespace) -> int:
     )
     rule = {"threshold": threshold, "background": range(len(options.texts), len(localizer.texts))}
 
-    def write(item) -> dict | None:
-        (name, image, explanation), picture = item
-        if image is None:  # the other images are still segmented
-            tqdm.write(f"iclip segment: {printable(name)}", file=sys.stderr)  # above the progress bar
-            return None
+    def write(image, explanation, picture: Path) -> dict:
         labels = explanation.label_map(**rule).numpy()
         label_file = picture.parent / "labels" / f"{picture.stem}.png"
         segments = [
@@ -122,15 +100,9 @@ def run(options: argparse.Namespace) -> int:
         ]
         _draw(image, explanation, rule, options.texts, picture)
         _save_labels(labels, label_file)
-        return {"image": name, "picture": str(picture), "labels": str(label_file), "segments": segments}
+        return {"labels": str(label_file), "segments": segments}
 
-    images, pictures = zip(*wanted)
-    with ThreadPoolExecutor(1) as beside:  # while the model runs
-        explained = localizer.explain_all(lambda path: (path, load_image(path)), images, beside, batch_size=4)
-        written = prefetch_map(beside, write, zip(explained, pictures), 4)
-        written = list(tqdm(written, total=len(pictures), unit="image", disable=not several))
-    report = [entry for entry in written if entry is not None]
-
+    report = write_pictures(options.command, localizer, images, write)
     if options.json:
         echo(json.dumps(report, indent=2, ensure_ascii=False))
     else:
@@ -139,12 +111,10 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _draw(image, explanation, rule: dict, texts: list[str], path: Path) -> None:
-    from ..utils.plots import DPI, VECTOR_FORMATS, cell_sized, label_sheet
+    from ..utils.plots import label_sheet
 
-    vector = path.suffix[1:].lower() in VECTOR_FORMATS
-    drawn = cell_sized(image, 2 * DPI if vector else DPI)  # one zooms into vector graphics
-    labels = replace(explanation, size=(drawn.height, drawn.width)).label_map(**rule)
-    save_figure(label_sheet(drawn, labels.numpy(), texts), path)
+    drawn, shown = at_picture_size(image, explanation, path)
+    save_figure(label_sheet(drawn, shown.label_map(**rule).numpy(), texts), path)
 
 
 def _save_labels(labels, path: Path) -> None:

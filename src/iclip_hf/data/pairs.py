@@ -1,4 +1,5 @@
-"""Image-text pairs for training: local ones by random access, Hub datasets also as a stream.
+"""
+Image-text pairs for training: local ones by random access, Hub datasets also as a stream.
 
 Local data is neither unpacked nor read into memory. A pair is a range of its source, such as bytes of a shard. One pass finds the
 ranges, and one array holds them, so any sampler can shuffle, split and resume exactly.

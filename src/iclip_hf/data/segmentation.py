@@ -157,9 +157,8 @@ class _COCOSample(SegmentationSample):
         label_map = np.zeros(self.size, np.uint8)
         instances = [one for one in self.annotations if not one["iscrowd"]]
         masks = [self._union([one]).view(bool) for one in instances]
-        for index in np.argsort(
-            [-mask.sum() for mask in masks], kind="stable"
-        ):  # the smaller of two lies before the larger
+        # The smaller of two lies before the larger.
+        for index in np.argsort([-mask.sum() for mask in masks], kind="stable"):
             label_map[masks[index]] = instances[index]["label"]
         label_map[self._union([one for one in self.annotations if one["iscrowd"]]).view(bool)] = VOID
         return label_map

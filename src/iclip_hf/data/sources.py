@@ -467,9 +467,9 @@ def _local_files(source: str) -> list[Path]:
         return [folder]
     files = [file for pattern in _expand_braces(source) for file in sorted(glob.glob(pattern)) or [pattern]]
     missing = [file for file in files if not os.path.isfile(file)]
-    if missing:
+    if missing or not files:
         raise FileNotFoundError(
-            f"{missing[0]}: expected a file or folder of pairs, but there is none ({len(missing)} of {len(files)} "
+            f"{(missing or [source])[0]}: expected a file or folder of pairs, but there is none ({len(missing)} of {len(files)} "
             "missing); check the path."
         )
     return [Path(file) for file in files]

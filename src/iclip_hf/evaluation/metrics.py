@@ -196,12 +196,12 @@ def contrast_counts(maps, mask, labels, ignore_index: int = 255) -> np.ndarray:
 
 
 def pointing_shares(heatmap, mask, label: int, ignore_index: int = 255) -> np.ndarray:
-    """Plays the pointing game (Zhang et al. 2018) and the energy-based one (Wang et al. 2020).
-
-    Arguments and errors are those of `threshold_counts`.
+    """
+    Plays the pointing game (Zhang et al. 2018) and the energy-based one (Wang et al. 2020). Arguments and errors are those of
+    [`threshold_counts`].
 
     Returns:
-        (3,) float64 in [0, 1]: whether the map's highest pixel is of the class (of several, the share that is); the share of the
+        `np.ndarray` of shape `(3,)`, float64, in [0, 1]: whether the map's highest pixel is of the class (of several, the share that is); the share of the
         map's sum on the class; the share of the class in the image, which is what a constant map has in both. Ignored pixels count
         nowhere. NaN without a pixel of the class.
     """
@@ -225,23 +225,24 @@ def _histogram(values: np.ndarray) -> np.ndarray:
 
 
 def label_areas(prediction, reference, num_classes: int, confidence=None, ignore_index: int = 255) -> np.ndarray:
-    """Counts the pixels of each class in a predicted and a reference label map.
+    """
+    Counts the pixels of each class in a predicted and a reference label map.
 
     Args:
-        prediction: (H, W) array or tensor of class ids 0..K-1; 0 is the background.
-        reference: (H, W) array or tensor of class ids; pixels equal to `ignore_index` are ignored.
-        num_classes: number of classes K, with the background.
-        confidence: (H, W) array or tensor of floats in [0, 1]. If given, the prediction is counted at each of `THRESHOLDS`: a pixel
-            whose confidence is not greater is background.
-        ignore_index: value of the pixels of the reference that are ignored.
+        prediction (`np.ndarray` or `torch.Tensor` of shape `(H, W)`): class ids 0..K-1; 0 is the background.
+        reference (`np.ndarray` or `torch.Tensor` of shape `(H, W)`): class ids; pixels equal to `ignore_index` are ignored.
+        num_classes (`int`): number of classes K, with the background.
+        confidence (`np.ndarray` or `torch.Tensor` of shape `(H, W)`, *optional*): floats in [0, 1]. If given, the prediction is
+            counted at each of `THRESHOLDS`: a pixel whose confidence is not greater is background.
+        ignore_index (`int`, defaults to 255): value of the pixels of the reference that are ignored.
 
     Returns:
-        (3, K, L) int64, pixels of each class in both maps, in the prediction and in the reference, at L thresholds: 101, or 1 without
-        confidence.
+        `np.ndarray` of shape `(3, K, L)`, int64: pixels of each class in both maps, in the prediction and in the reference, at L
+        thresholds: 101, or 1 without confidence.
 
     Raises:
-        TypeError: a label map is not of integers.
-        ValueError: shapes differ or are not (H, W), class ids are outside 0..K-1, or confidences outside [0, 1].
+        `TypeError`: a label map is not of integers.
+        `ValueError`: shapes differ or are not (H, W), class ids are outside 0..K-1, or confidences outside [0, 1].
     """
     prediction, reference = _check_mask(prediction), _check_mask(reference)
     confidence = None if confidence is None else _check_map(confidence)
@@ -507,7 +508,8 @@ class TextContrast(_ClassSums):
 
 
 class ClassMeans(_ClassSums):
-    """Means of any figures of pairs: over the images of a class, then over the classes. A figure that is NaN is left out.
+    """
+    Means of any figures of pairs: over the images of a class, then over the classes. A figure that is NaN is left out.
 
     Example:
         >>> metric = ClassMeans()
@@ -520,18 +522,19 @@ class ClassMeans(_ClassSums):
     _reasons = ()
 
     def update(self, figures, label: int) -> None:
-        """Adds the figures of one pair, `(F,)` floats."""
+        """Adds the figures of one pair, F floats."""
         figures = np.asarray(figures, dtype=np.float64)
         counts = ~np.isnan(figures)
         self._counted += 1
         self._add(_class_id(label, "label"), np.array([counts, np.where(counts, figures, 0)]))
 
     def compute(self) -> dict:
-        """Returns the means of all pairs so far.
+        """
+        Returns the means of all pairs so far.
 
-        - **means** -- (F,) mean over classes (NaN without any value); None without any pair.
-        - **per_class** -- {class id: (F,) mean over images}.
-        - **pairs**, **left_out** -- number of pairs, and (F,) number of values that were NaN.
+        - **means** -- mean over classes, `(F,)` (NaN without any value); None without any pair.
+        - **per_class** -- {class id: mean over images, `(F,)`}.
+        - **pairs**, **left_out** -- number of pairs, and number of values that were NaN, `(F,)`.
         """
         if not self._sums:
             return {"means": None, "per_class": {}, "pairs": 0, "left_out": None}
@@ -545,14 +548,15 @@ class ClassMeans(_ClassSums):
 
 
 class MeanIoU:
-    """mIoU of label maps: the IoU of each class over the pixels of all images, averaged over the classes.
+    """
+    mIoU of label maps: the IoU of each class over the pixels of all images, averaged over the classes.
 
     It is the mean of TP / (TP + FP + FN) of the confusion matrix of all pixels. Needs constant memory.
 
     Args:
-        num_classes: number of classes K, with the background; class ids are 0..K-1.
-        background: whether the background, class 0, is one of the classes of the mean.
-        ignore_index: value of the pixels of the reference that are ignored.
+        num_classes (`int`): number of classes K, with the background; class ids are 0..K-1.
+        background (`bool`): whether the background, class 0, is one of the classes of the mean.
+        ignore_index (`int`, defaults to 255): value of the pixels of the reference that are ignored.
 
     Example:
         >>> metric = MeanIoU(num_classes=2)
@@ -567,11 +571,11 @@ class MeanIoU:
         self.areas = np.zeros((3, self.num_classes, 1), np.int64)
 
     def count(self, prediction, reference, confidence=None) -> np.ndarray:
-        """Counts one image, see `label_areas`."""
+        """Counts one image, see [`label_areas`]."""
         return label_areas(prediction, reference, self.num_classes, confidence, self.ignore_index)
 
     def update(self, prediction, reference, confidence=None) -> None:
-        """Adds one image. Arguments and errors are those of `label_areas`."""
+        """Adds one image. Arguments and errors are those of [`label_areas`]."""
         self.add_counts(self.count(prediction, reference, confidence))
 
     def add_counts(self, areas: np.ndarray) -> None:
@@ -583,7 +587,7 @@ class MeanIoU:
         self.areas = self.areas + areas
 
     def merge(self, other: MeanIoU) -> None:
-        """Adds the counts of another metric. Raises ValueError if its settings differ."""
+        """Adds the counts of another metric. Raises `ValueError` if its settings differ."""
         own, others = ((one.num_classes, one.background, one.ignore_index) for one in (self, other))
         if own != others:
             raise ValueError(f"Expected a metric like this one, {own}, got {others}: create both alike.")
@@ -591,7 +595,7 @@ class MeanIoU:
             self.add_counts(other.areas)
 
     def curve(self) -> np.ndarray:
-        """Returns the mIoU at each threshold, (L,), percent (NaN without pixels)."""
+        """Returns the mIoU at each threshold, `(L,)`, percent (NaN without pixels)."""
         iou, first = self._iou(), 0 if self.background else 1
         known = ~np.isnan(iou[first:])
         return np.where(known, iou[first:], 0).sum(axis=0) / np.where(known.any(axis=0), known.sum(axis=0), np.nan)
@@ -603,7 +607,8 @@ class MeanIoU:
         return one
 
     def compute(self) -> dict:
-        """Returns the scores of all images so far, at the lowest threshold.
+        """
+        Returns the scores of all images so far, at the lowest threshold.
 
         - **miou** -- mean over classes, percent (NaN without pixels).
         - **pixel_accuracy** -- share of the pixels with the right class, percent.
@@ -629,7 +634,7 @@ class MeanIoU:
         }
 
     def _iou(self) -> np.ndarray:
-        """Returns the IoU of each class at each threshold, (K, L), percent; NaN for a class without pixels."""
+        """Returns the IoU of each class at each threshold, `(K, L)`, percent; NaN for a class without pixels."""
         in_both, predicted, referenced = self.areas
         union = predicted + referenced - in_both
         return 100 * in_both / np.where(union, union, np.nan)

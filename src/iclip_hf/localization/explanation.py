@@ -104,8 +104,8 @@ class Explanation:
 
         Returns:
             list of T `dict` with `text`, `score`, `presence` and `regions`, and `words` if they were asked for, each with
-            `word` and `score`. A region has `score`, `box` (x0, y0, x1, y1),
-            `positive_points` and `negative_points`, (x, y) in pixels.
+            `word` and `score`. A region has `score`, `box` (x0, y0, x1, y1), `positive_points` and `negative_points`, (x, y) in
+            pixels.
         """
         return [record for record, _ in self.records_and_masks()]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
 import torch
@@ -12,6 +13,9 @@ from ..processing_iclip import ICLIPProcessor
 from ..utils.files import loading_errors
 from .embedded import embedded_model
 from .onnx import VISION_FILE, ONNXModel
+
+
+logger = logging.getLogger(__name__)
 
 
 def load_model(name: str | Path | None = None, dtype: str | None = None):
@@ -34,8 +38,16 @@ def load_model(name: str | Path | None = None, dtype: str | None = None):
             )
         return ONNXModel(name), AutoProcessor.from_pretrained(name, trust_remote_code=False)
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    if dtype == "bfloat16" and device == "cpu":
+        warn_of_slow_bfloat16()
     model, processor = load_pretrained(name, **({} if dtype is None else {"dtype": dtype}))
     return model.to(device), processor
+
+
+def warn_of_slow_bfloat16() -> None:
+    """Logs a warning if this processor has no instructions for bfloat16. It then takes several times as long as float32."""
+    if torch.backends.mkldnn.is_available() and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        logger.warning("This processor has no instructions for bfloat16: float32 is several times faster on it.")
 
 
 def load_pretrained(name: str | Path, **options):

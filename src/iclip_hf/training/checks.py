@@ -16,9 +16,6 @@ from .settings import Settings
 
 _LOOKED_AT = 200  # pairs, evenly spaced over all
 
-# Package of a tracker, where it has another name.
-_TRACKER_PACKAGES = {"comet_ml": "comet_ml", "clearml": "clearml"}
-
 
 def check_run(settings: Settings) -> None:
     """

@@ -65,7 +65,8 @@ def own_labels(pairs: PairDataset | None) -> list[str]:
     """Returns the classes, or else the general nouns, that most captions of a data set have, or else a caption."""
     if pairs is None:
         return ["..."]
-    captions = [caption for caption in (pairs.caption(row) for row in range(min(len(pairs), _CAPTIONS))) if caption]
+    captions = [" ".join(pairs.caption(row).split()) for row in range(min(len(pairs), _CAPTIONS))]
+    captions = [caption for caption in captions if caption and caption.isprintable()]  # a terminal shows them
     start, end = CLASS_CAPTION.split("{}")
     labels = Counter(one.removeprefix(start).removesuffix(end) for one in captions if one.startswith(start))
     if sum(labels.values()) < len(captions) or len(labels) == len(captions):

@@ -26,7 +26,7 @@ from ..evaluation.evaluate import evaluate
 from ..hub.folders import join_towers
 from ..modeling_iclip import ICLIPModel
 from ..models.embedded import embedded_model
-from ..models.loading import load_iclip
+from ..models.loading import load_iclip, warn_of_slow_bfloat16
 from ..processing_iclip import ICLIPProcessor
 from ..utils.distributed import partner_errors, shared_folder_lock
 from ..utils.files import atomic_write
@@ -79,6 +79,8 @@ def start_accelerator(settings: Settings, model: ICLIPModel) -> Accelerator:
         # An image tower that learns may have parameters that no forward uses, such as a mask token.
         kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=not model.config.lock_vision)],
     )
+    if accelerator.mixed_precision == "bf16" and accelerator.device.type == "cpu":
+        warn_of_slow_bfloat16()
     kind = accelerator.distributed_type.value
     if kind in ("DEEPSPEED", "MEGATRON_LM") or (kind == "FSDP" and not accelerator.is_fsdp2):
         raise ValueError(
@@ -244,7 +246,8 @@ def run(
             if last or state.step % settings.eval_steps == 0:
                 metrics, evaluation = evaluate_now()
                 score = metrics.get(settings.best_metric)
-                if last if score is None else state.best is None or settings.is_better(score, state.best):
+                better = last if score is None else state.best is None or settings.is_better(score, state.best)
+                if better:
                     state.best, state.metrics, state.evaluation = score, metrics, evaluation
                     card = {"name": settings.name, "metrics": evaluation, "training": state.settings}
                     export(accelerator, pair_model, processor, output_dir, **card)

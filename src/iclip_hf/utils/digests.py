@@ -18,9 +18,8 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-_SETTLED = (
-    2 * 10**9
-)  # nanoseconds; a file that changed more recently may change again within one tick of the file system's clock
+# In nanoseconds. A file that changed more recently may change again within one tick of the file system's clock.
+_SETTLED = 2 * 10**9
 
 
 def content_digest(files: Sequence[str | os.PathLike]) -> str:

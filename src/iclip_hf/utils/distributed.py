@@ -85,9 +85,8 @@ def partner_errors(advice: str) -> Iterator[None]:
     except RuntimeError as error:
         if not (distributed.is_available() and distributed.is_initialized() and _PARTNER_LOST.search(str(error))):
             raise
-        problem = (
-            re.sub(r"^\[\S+\] ", "", str(error).strip()).splitlines()[0].partition(". ")[0]
-        )  # without the location in C++ code
+        # Without the location in C++ code.
+        problem = re.sub(r"^\[\S+\] ", "", str(error).strip()).splitlines()[0].partition(". ")[0]
         raise OSError(
             f"A partner process of this run died or no longer answers ({problem}); see what it said, then {advice}."
         ) from error

@@ -173,10 +173,8 @@ def _built_beside(folder: Path) -> Iterator[Path]:
         try:
             yield built
         except (OSError, SafetensorError) as error:
-            if (
-                isinstance(error, OSError) and error.errno not in _DISK_FULL
-            ):  # errors of reading have their own messages
-                raise
+            if isinstance(error, OSError) and error.errno not in _DISK_FULL:
+                raise  # errors of reading have their own messages
             raise OSError(f"{folder}: writing failed ({error}); see to the disk's room, then run again.") from error
 
 

@@ -72,8 +72,9 @@ const rounded = (sum, bits) => (sum + (1 << bits - 1)) >> bits;
 /** Height and width in pixels that the model sees, as `ICLIPProcessor` computes them. */
 export function modelSize({ size, patch }, height, width) {
   if (!size.shortest_edge) return [size.height, size.width];
-  const scale = size.shortest_edge / Math.min(height, width) / patch;
-  return [height, width].map((side) => Math.max(1, roundHalfToEven(side * scale)) * patch);
+  const shortest = Math.min(height, width); // in the order of Python's operations, which ties depend on
+  const patches = (side) => Math.max(1, roundHalfToEven((side * size.shortest_edge) / shortest / patch));
+  return [height, width].map((side) => patches(side) * patch);
 }
 
 function roundHalfToEven(x) {

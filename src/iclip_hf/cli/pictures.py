@@ -1,0 +1,96 @@
+"""Shared parts of the commands that write a picture of each image."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+
+from .common import PICTURES, check_file, check_folder, one_line, printable
+
+
+def pictures_to_write(options: argparse.Namespace, file: str, folder: str) -> list[tuple[str, Path]]:
+    """
+    Returns those of `options.images` that are files, each with its picture. Prints the others on stderr, before the model is loaded.
+
+    Args:
+        options: with `command`, `images` and `output`.
+        file, folder: default output for one image, and for several.
+
+    Raises:
+        `ValueError`: `options.output` is no file name for one image, or no folder for several.
+    """
+    if len(options.images) == 1:
+        pictures = [options.output or Path(file)]
+        check_file("--output", pictures[0], PICTURES)
+    else:
+        output = options.output or Path(folder)
+        check_folder("--output", output)
+        pictures = [output / name for name in file_names(options.images)]
+    from ..images import require_file
+
+    found = []
+    for image, picture in zip(options.images, pictures):
+        try:
+            require_file(image)
+            found.append((image, picture))
+        except (ValueError, FileNotFoundError) as error:
+            print(f"iclip {options.command}: {one_line(error)}", file=sys.stderr)
+    return found
+
+
+def file_names(images: Sequence[str]) -> list[str]:
+    """Returns a unique name for each picture, because a/dog.jpg and b/dog.jpg must not write the same file."""
+    taken = {}
+    for stem in (Path(image).stem for image in images):
+        name, number = stem, 2
+        while name in taken:
+            name, number = f"{stem}-{number}", number + 1
+        taken[name] = f"{name}.png"
+    return list(taken.values())
+
+
+def write_pictures(command: str, localizer, images: Sequence[tuple[str, Path]], write: Callable) -> list[dict]:
+    """
+    Explains images. A thread loads them and writes what they become, while the model runs.
+
+    Args:
+        command: name of the command, for errors.
+        localizer: a [`Localizer`].
+        images: of `pictures_to_write`, at least one.
+        write: function of an image, its explanation and the path of its picture. It returns a `dict` for the report.
+
+    Returns:
+        For each image its `image` name, its `picture` and what `write` returned. An image that cannot be read is printed on stderr
+        and left out.
+    """
+    from tqdm import tqdm
+
+    from ..images import load_image
+    from ..utils.prefetch import prefetch_map
+
+    def written(item) -> dict | None:
+        (name, image, explanation), picture = item
+        if image is None:
+            tqdm.write(f"iclip {command}: {printable(name)}", file=sys.stderr)  # above the progress bar
+            return None
+        return {"image": name, "picture": str(picture), **write(image, explanation, picture)}
+
+    names, pictures = zip(*images)
+    with ThreadPoolExecutor(1) as beside:
+        explained = localizer.explain_all(lambda path: (path, load_image(path)), names, beside, batch_size=4)
+        report = prefetch_map(beside, written, zip(explained, pictures), 4)
+        report = list(tqdm(report, total=len(images), unit="image", disable=len(images) == 1))
+    return [entry for entry in report if entry is not None]
+
+
+def at_picture_size(image, explanation, picture: Path):
+    """Returns an image and its explanation at the size that they have in the picture; twice that for vector graphics, for zooming."""
+    from ..utils.plots import DPI, VECTOR_FORMATS, cell_sized
+
+    vector = picture.suffix[1:].lower() in VECTOR_FORMATS
+    drawn = cell_sized(image, 2 * DPI if vector else DPI)
+    return drawn, replace(explanation, size=(drawn.height, drawn.width))

@@ -165,7 +165,7 @@ def test_a_folder_is_a_static_space(exported):
         name, _, digest = file["url"].partition("?")
         packed = (folder / name).read_bytes()
         assert len(packed) == file["bytes"] and hashlib.sha256(packed).hexdigest().startswith(digest)
-    assert list(settings["runtime"]) == ["wasm"]  # 8-bit products have no kernels on WebGPU
+    assert list(settings["runtime"]) == ["wasm"]
     assert not {path.name for path in folder.iterdir()} & {"config.json", "vision_model.onnx"}
 
 

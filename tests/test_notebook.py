@@ -34,7 +34,8 @@ def test_it_runs_and_shows_what_it_says(notebook):
     outputs = [output for cell in notebook.cells for output in cell.get("outputs", ())]
     shown = [output.data for output in outputs if "data" in output]
     printed = "".join(output.text for output in outputs if output.get("name") == "stdout")
-    assert sum("image/png" in data for data in shown) == 4
+    assert sum("image/png" in data for data in shown) == 5
     assert any(data.get("text/markdown", "").startswith("| method |") for data in shown)
     accuracy = int(printed.split("recognises ")[1].split("%")[0])
     assert accuracy > 50  # by chance 12
+    assert "3 held-out pairs" in printed and "The model got better: val_loss fell from" in printed

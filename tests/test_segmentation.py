@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from iclip_hf.data import load_segmentation
+from iclip_hf.data import SegmentationDataset, load_segmentation
 from iclip_hf.data.class_names import ADE20K, CITYSCAPES, COCO_STUFF, CONTEXT, VOC
 from iclip_hf.data.segmentation import _COCOSample
 
@@ -372,6 +372,7 @@ def test_coco_object_of_instances_has_the_smaller_before_the_larger(tmp_path, or
     )
     dataset = load_segmentation("coco_object", write_coco(tmp_path, [cat, dog, crowd][::order]))
     assert (CAT * DOG).sum() == 1 and dataset.background and dataset.name == "coco_object"
+    assert dataset.templates == SegmentationDataset("coco_object", None, ["cat"], [], []).templates  # by its own name
     expected = np.where(CROWD, 255, np.where(CAT, 2, np.where(DOG, 3, 0)))
     np.testing.assert_array_equal(dataset[0].label_map, expected)
 

@@ -1,6 +1,7 @@
 """The training system: small runs on tiny random towers, and its parts against slow or direct computation."""
 
 import io
+import itertools
 import json
 import math
 import os
@@ -12,6 +13,7 @@ import tarfile
 import time
 from pathlib import Path
 
+import datasets
 import numpy as np
 import pytest
 import torch
@@ -32,7 +34,15 @@ from iclip_hf.data.pairs import DroppedConnectionError, load_pairs
 from iclip_hf.losses import contrastive_loss
 from iclip_hf.training import loss as loss_module
 from iclip_hf.training import run as program
-from iclip_hf.training.data import AugmentedImage, BatchLoader, GlobalBatches, TrainingPairs, WholeImage, seeded
+from iclip_hf.training.data import (
+    AugmentedImage,
+    BatchLoader,
+    GlobalBatches,
+    TrainingPairs,
+    TrainingStream,
+    WholeImage,
+    seeded,
+)
 from iclip_hf.training.feature_cache import CachedPairs, FeatureShards, cache_images, cache_texts
 from iclip_hf.training.loss import PairModel, salient_tokens, set_token_mean
 from iclip_hf.training.nouns import NounPrompts
@@ -910,6 +920,40 @@ def test_an_interrupted_run_saves_a_checkpoint_and_says_where(hub, tmp_path, nam
     run(hub, tmp_path / "whole", "--max_steps", 5)
     torch.set_num_threads(threads)
     assert_same_weights(tmp_path / "run", tmp_path / "whole")
+
+
+def test_a_stream_interrupted_twice_in_a_row_goes_on_with_other_pairs(hub, tmp_path, monkeypatch):
+    """Six steps: two, then one, then three. Each part is the beginning of the pass that its first step names."""
+    source = {"train": str(hub / "pairs.tar")}
+    opened = datasets.load_dataset("webdataset", data_files=source, split="train", streaming=True)
+    monkeypatch.setattr("iclip_hf.data.pairs._open_hub_dataset", lambda name, split: opened)
+    prepare, forward, seen = TrainingStream.prepare, PairModel.forward, []
+    steps = 0
+
+    def recorded(self, pair, key):
+        seen.append(key)
+        return prepare(self, pair, key)
+
+    def interrupted(self, **batch):
+        nonlocal steps
+        steps += 1
+        if steps in (2, 3):
+            os.kill(os.getpid(), signal.SIGINT)
+        return forward(self, **batch)
+
+    monkeypatch.setattr(TrainingStream, "prepare", recorded)
+    monkeypatch.setattr(PairModel, "forward", interrupted)
+    arguments = ["--data", "org/pairs", "--pairs_per_epoch", 96, "--epochs", 1, "--resume"]
+    for step in (2, 3):
+        with pytest.raises(KeyboardInterrupt, match=f"interrupted after step {step}; --resume goes on from"):
+            run(hub, tmp_path, *arguments)
+    run(hub, tmp_path, *arguments)
+
+    stream, expected = load_pairs("org/pairs"), []
+    for first, count in ((0, 2), (2, 1), (3, 3)):
+        stream.set_epoch(first)
+        expected += [pair["key"] for pair in itertools.islice(stream, 16 * count)]
+    assert seen == expected and steps == json.loads((tmp_path / "results.json").read_text())["step"] == 6
 
 
 def test_the_death_of_a_partner_says_how_to_go_on(hub, tmp_path, monkeypatch):

@@ -406,9 +406,7 @@ def _stuffthingmaps(root: Path, split: str) -> Path | None:
 def _load_coco_object(root: Path, split: str | None) -> SegmentationDataset:
     if _stuffthingmaps(root, split or "val2017") is not None:
         return _load_stuffthingmaps("coco_object", root, split)
-    dataset = _load_coco2017(root, split)
-    dataset.name = "coco_object"
-    return dataset
+    return _load_coco2017(root, split, "coco_object")
 
 
 def _load_stuffthingmaps(name: str, root: Path, split: str | None) -> SegmentationDataset:
@@ -461,7 +459,7 @@ def _load_cityscapes(root: Path, split: str | None) -> SegmentationDataset:
     return _indexed("cityscapes", split, CITYSCAPES, images, masks, ids, background=False)
 
 
-def _load_coco2017(root: Path, split: str | None) -> SegmentationDataset:
+def _load_coco2017(root: Path, split: str | None, name: str = "coco2017") -> SegmentationDataset:
     _pycocotools_mask()  # raises now if the package is missing
     split = split or "val2017"
     path = _split_file(root / "annotations", "instances_{}.json", split)
@@ -493,7 +491,7 @@ def _load_coco2017(root: Path, split: str | None) -> SegmentationDataset:
         _COCOSample(image_path.stem, image_path, len(class_names), size, path, annotations[image["id"]])
         for image_path, size, image in zip(image_paths, sizes, images)
     ]
-    return SegmentationDataset("coco2017", split, class_names, samples, [path])
+    return SegmentationDataset(name, split, class_names, samples, [path])
 
 
 def _load_folder(root: Path, split: str | None) -> SegmentationDataset:

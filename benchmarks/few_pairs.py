@@ -1,0 +1,168 @@
+"""Fine-tunes the embedded model on few pairs that it never saw, and writes the table of what this changes.
+
+    python benchmarks/few_pairs.py --data-root ../shared/data
+
+For each seed, one half of the images of Flickr8k's dev split are the pairs, with one caption each, and retrieval is measured on
+the other half, with five. Maps are measured on coco100. Settings are those that `iclip train pairs.csv` chooses, except for the
+learning rate. The towers are locked, so all runs share their features, which `--output` keeps.
+"""
+
+import argparse
+import copy
+import hashlib
+import itertools
+import statistics
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from torch.nn import functional as F
+
+from iclip_hf.data.pairs import load_pairs
+from iclip_hf.data.segmentation import load_segmentation
+from iclip_hf.evaluation.evaluate import evaluate
+from iclip_hf.models.embedded import embedded_model
+from iclip_hf.models.loading import load_iclip
+from iclip_hf.training.data import BatchLoader, WholeImage
+from iclip_hf.training.feature_cache import CachedPairs, cache_images, cache_texts
+from iclip_hf.training.loss import PairModel
+from iclip_hf.training.plan import RATE, STEPS
+from iclip_hf.training.schedule import cosine_schedule, parameter_groups
+from iclip_hf.training.settings import Settings
+
+
+COLUMNS = {
+    "image to text R@1": ".1f",
+    "image to text R@5": ".1f",
+    "text to image R@1": ".1f",
+    "text to image R@5": ".1f",
+    "mAP": ".1f",
+    "mMIoU": ".1f",
+    "mFMB": ".3f",
+    "text_contrast": ".1f",
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("--data-root", type=Path, required=True)
+    parser.add_argument("--output", type=Path, default=Path("runs/few_pairs"))
+    parser.add_argument("--pairs", type=int, nargs="+", default=[50, 500])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument(
+        "--rates", type=float, nargs="+", default=[3e-6, 1e-5, 3e-5, 1e-4], help="peaks, for the batch"
+    )
+    options = parser.parse_args()
+
+    study = Study(options.data_root, options.output)
+    rows = {"the embedded model": [study.run(seed) for seed in options.seeds]}
+    print(table(rows), flush=True)
+    for count, rate in itertools.product(options.pairs, options.rates):
+        rows[f"{count} pairs, rate {rate:.0e}"] = [study.run(seed, count, rate) for seed in options.seeds]
+        print(table(rows).splitlines()[-1], flush=True)
+
+
+class Study:
+    """The embedded model and the features that all runs share."""
+
+    def __init__(self, data_root: Path, folder: Path):
+        self.accelerator = Accelerator(cpu=True)
+        self.model, self.processor = load_iclip(embedded_model())
+        self.weights = copy.deepcopy(self.model.state_dict())
+        pairs = load_pairs(data_root / "flickr8k" / "dev-00000.tar")
+        views = cache_images(folder, pairs, self.model, [WholeImage(self.processor)], self.accelerator)
+        captions = [caption for several in views[0].captions() for caption in several]
+        texts = cache_texts(folder / "texts", captions, self.model, self.processor, self.accelerator)
+        self.pairs = CachedPairs(views, self.model.config, self.processor, texts=texts)
+        self.maps = load_segmentation("coco2017", data_root / "coco100", "train2017")
+        self.model.encode_image = remembered(self.model.encode_image)
+        self.model.encode_text = remembered(self.model.encode_text)
+
+    def run(self, seed: int, count: int = 0, rate: float = RATE) -> dict[str, float]:
+        """Returns the scores after fine-tuning on `count` pairs, or without."""
+        self.model.load_state_dict(self.weights)
+        own, unseen = np.split(np.random.default_rng(seed).permutation(len(self.pairs)), 2)
+        if count:
+            self.fine_tune(own[:count], seed, rate)
+        self.model.eval()
+        result = evaluate(self.model, self.processor, self.maps, progress=False).results["itsm"]
+        return {**self.retrieval(unseen), **result}
+
+    def fine_tune(self, rows: np.ndarray, seed: int, rate: float) -> None:
+        training = copy.copy(self.pairs)
+        training.rows = self.pairs.rows[rows]
+        training.captions = [self.pairs.captions[row][:1] for row in rows]
+        batch_size = min(len(rows), 256)
+        loader = BatchLoader(training, self.accelerator, batch_size, seed)
+        pair_model = PairModel(self.model, lock_text=True)
+        defaults = Settings(model="embedded", data=[""], output_dir=".")
+        optimizer = torch.optim.AdamW(parameter_groups(pair_model, defaults.weight_decay), lr=rate)
+        ends = [one * batch_size / 1024 for one in (defaults.warmup_learning_rate, defaults.min_learning_rate)]
+        step = 0
+        for epoch in itertools.count():
+            for batch in loader.epoch(epoch):
+                if step == STEPS:
+                    return
+                batch.pop("skipped")
+                for group in optimizer.param_groups:
+                    group["lr"] = cosine_schedule(step, STEPS, STEPS // 10, rate, *ends)
+                pair_model(**batch)["loss"].backward()
+                torch.nn.utils.clip_grad_norm_(pair_model.parameters(), defaults.clip_grad_norm)
+                optimizer.step()
+                optimizer.zero_grad()
+                pair_model.clamp_logit_scales()
+                step += 1
+
+    @torch.inference_mode()
+    def retrieval(self, rows: np.ndarray) -> dict[str, float]:
+        """Returns recall among these images and all their captions, in percent."""
+        branch = self.model.recognition
+        images = self.pairs.__getitems__(rows)["image_features"][0]
+        captions = [self.pairs.captions[row] for row in rows]
+        texts = self.pairs.texts[list(itertools.chain.from_iterable(captions))]
+        own = torch.arange(len(rows)).repeat_interleave(torch.tensor([len(several) for several in captions]))
+        own = torch.arange(len(rows))[:, None] == own
+        cosines = (
+            F.normalize(branch.visual_projection(images), dim=-1)
+            @ F.normalize(branch.text_projection(texts), dim=-1).T
+        )
+        return {
+            f"{name} R@{k}": 100 * hits.gather(1, values.topk(k, 1).indices).any(1).float().mean().item()
+            for name, values, hits in (("image to text", cosines, own), ("text to image", cosines.T, own.T))
+            for k in (1, 5)
+        }
+
+
+def remembered(encode: Callable) -> Callable:
+    """Keeps the results of a locked tower."""
+    results = {}
+
+    def recall(*args, **kwargs):
+        tensors = [one for one in (*args, *kwargs.values()) if isinstance(one, torch.Tensor)]
+        key = tuple(hashlib.sha256(one.numpy().tobytes()).digest() for one in tensors)
+        if key not in results:
+            results[key] = encode(*args, **kwargs)
+        return results[key]
+
+    return recall
+
+
+def table(rows: dict[str, list[dict]]) -> str:
+    """Mean and standard deviation over the seeds, as Markdown."""
+    lines = [f"| run | {' | '.join(COLUMNS)} |", "|---" * (1 + len(COLUMNS)) + "|"]
+    for name, seeds in rows.items():
+        cells = []
+        for column, digits in COLUMNS.items():
+            values = [scores[column] for scores in seeds]
+            spread = f" ± {statistics.stdev(values):{digits}}" if len(values) > 1 else ""
+            cells.append(f"{statistics.mean(values):{digits}}{spread}")
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()

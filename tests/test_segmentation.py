@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader
 from iclip_hf.data import SegmentationDataset, load_segmentation
 from iclip_hf.data.class_names import ADE20K, CITYSCAPES, COCO_STUFF, CONTEXT, VOC
 from iclip_hf.data.segmentation import _COCOSample
+from iclip_hf.prompts import IMAGENET_TEMPLATES
 
 
 # ---- layouts made here ----
@@ -398,7 +399,8 @@ def test_synonyms_of_a_file_of_lines_or_a_mapping(voc):
     other = load_segmentation("voc21", voc, overrides=mapping)
     assert (other.synonyms, other.background_texts) == (dataset.synonyms, dataset.background_texts)
     (voc / "names.txt").write_text("\n".join(lines))
-    assert load_segmentation("voc20", voc, overrides=voc / "names.txt").synonyms == dataset.synonyms
+    void = load_segmentation("voc20", voc, overrides=voc / "names.txt")
+    assert void.synonyms == dataset.synonyms and void.templates == IMAGENET_TEMPLATES  # not named, so kept
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ The embedded model in 8 bits, headless Chromium, scikit-image's photograph of a 
 
 import argparse
 import gzip
+import io
 import json
 import shutil
 import tempfile
@@ -20,6 +21,7 @@ from statistics import median
 
 import onnxruntime
 from measuring import machine, table
+from PIL import Image
 from playwright.sync_api import Browser, Page, sync_playwright
 from skimage.data import coffee
 
@@ -74,6 +76,14 @@ def browser_seconds(browser: Browser, folder: Path) -> tuple[float, float, float
     return (times["first"] - times["start"]) / 1000, median(further), peak
 
 
+def write_picture(browser: Browser, folder: Path, path: Path) -> None:
+    """Writes the page with its first answer, in 256 colours."""
+    with opened(browser, folder) as page:
+        page.click("#go")
+        page.locator("#after").wait_for(timeout=600_000)
+        Image.open(io.BytesIO(page.screenshot(full_page=True))).convert("RGB").quantize().save(path, optimize=True)
+
+
 def _peak(process: int) -> float:
     status = Path("/proc", str(process), "status").read_text()
     return int(next(line for line in status.splitlines() if line.startswith("VmHWM")).split()[1]) / 1024
@@ -108,15 +118,16 @@ def main() -> None:
         "--page", type=Path, help="page of the embedded model, exported with --vendor; made if not given"
     )
     parser.add_argument("--rounds", type=int, default=5, help="default: 5")
+    parser.add_argument("--picture", type=Path, help="also write a picture of the page there, as docs/web.png is")
     options = parser.parse_args()
 
     with tempfile.TemporaryDirectory() as scratch:
         model, processor = load_iclip(embedded_model(), dtype="float32")
         page = options.page or export_web(model, processor, Path(scratch, "page"), vendor=True)
-        report(processor, page, options.rounds)
+        report(processor, page, options.rounds, options.picture)
 
 
-def report(processor: ICLIPProcessor, page: Path, rounds: int) -> None:
+def report(processor: ICLIPProcessor, page: Path, rounds: int, picture: Path | None) -> None:
     settings = json.loads((page / "settings.json").read_text())
     files = {**settings["runtime"]["wasm"], **settings["files"]}
     print(table(["file", "MB"], [[name, file["bytes"] / 1e6] for name, file in files.items()]))
@@ -130,6 +141,9 @@ def report(processor: ICLIPProcessor, page: Path, rounds: int) -> None:
             web.append(browser_seconds(browser, page))
             browser.close()
             python.append(python_seconds(processor, page))
+        if picture:
+            with driver.chromium.launch(executable_path=system, args=["--no-sandbox"]) as browser:
+                write_picture(browser, page, picture)
     rows = []
     for number, name in enumerate(("first map after the download", "a further text")):
         pairs = [(one[number], other[number]) for one, other in zip(web, python)]

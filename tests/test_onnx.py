@@ -167,7 +167,7 @@ def test_other_weights_and_missing_packages(model, tiny_processor, tmp_path, mon
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("weights", "error"), [("bfloat16", 0.01), ("int8", 0.1)])
+@pytest.mark.parametrize(("weights", "error"), [("bfloat16", 0.01), ("int8", 0.01)])
 def test_reduced_weights(model, folder, tiny_processor, tmp_path, capsys, weights, error):
     model.save_pretrained(tmp_path / "model")
     tiny_processor.save_pretrained(tmp_path / "model")

@@ -12,7 +12,9 @@ import subprocess
 import sys
 import threading
 import urllib.request
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import numpy as np
@@ -88,6 +90,7 @@ def photos(tmp_path_factory):
     folder = tmp_path_factory.mktemp("photos")
     Image.effect_noise((61, 40), 80).convert("RGB").save(folder / "noise.png")
     Image.linear_gradient("L").resize((1300, 650)).convert("RGB").save(folder / "large.jpg", quality=95)
+    Image.linear_gradient("L").resize((6000, 3000)).convert("RGB").save(folder / "huge.jpg")
     for name in ("notes.png", "photo.heic", "drawing.svg"):
         (folder / name).write_text(
             "<svg xmlns='http://www.w3.org/2000/svg' width='9' height='9'><script>1</script></svg>"
@@ -126,17 +129,18 @@ def decoded(picture):
 
 def drawn(page, index):
     """The map of a text as the page has drawn it, with values in [0, 1], found by its colours."""
-    level = {tuple(color): level / 255 for level, color in enumerate(content.colors())}
-    return np.array([[level[tuple(pixel)] for pixel in row] for row in canvas(page, index)[..., :3].tolist()])
+    red_green_blue = [65536, 256, 1]
+    colors, pixels = np.array(content.colors()) @ red_green_blue, canvas(page, index)[..., :3] @ red_green_blue
+    order = np.argsort(colors)
+    levels = order[np.searchsorted(colors, pixels, sorter=order)]
+    assert (colors[levels] == pixels).all()
+    return levels / 255
 
 
 def explain_by(exported, image, texts, **options):
-    """
-    The explanations of each text by the same graphs in Python. One at a time, as the page asks: 8-bit products round by the range
-    of what is computed together.
-    """
+    """The explanation by the same graphs in Python."""
     _, model, processor = exported
-    return [explain(model, processor, [image], [text], **options)[0] for text in texts]
+    return explain(model, processor, [image], texts, **options)[0]
 
 
 def unpacked(page, model, processor, folder):
@@ -161,7 +165,7 @@ def test_a_folder_is_a_static_space(exported):
         name, _, digest = file["url"].partition("?")
         packed = (folder / name).read_bytes()
         assert len(packed) == file["bytes"] and hashlib.sha256(packed).hexdigest().startswith(digest)
-    assert list(settings["runtime"]) == ["wasm"]  # 8-bit products have no kernels on WebGPU
+    assert list(settings["runtime"]) == ["wasm"]
     assert not {path.name for path in folder.iterdir()} & {"config.json", "vision_model.onnx"}
 
 
@@ -188,6 +192,8 @@ def test_a_visitor_from_the_first_paint_to_offline(browser, exported, url, photo
         size = [(320, 640)]
         large = Image.open(photos / "large.jpg")
         check(page, explain_by(exported, large, ["sky", long], target_sizes=size))
+        ask(page, photos / "huge.jpg")  # is reduced before
+        assert canvas(page, 0).shape == (320, 640, 4)
         assert [one for one in page.requested[asked:] if not one.startswith("blob:")] == []
         page.context.set_offline(False)
 
@@ -199,17 +205,57 @@ def test_a_visitor_from_the_first_paint_to_offline(browser, exported, url, photo
         assert not [one for one in page.requested if ".gz" in one]
 
 
-def check(page, explanations):
+def check(page, expected):
     found = scores(page)
     assert list(found) == sorted(found, key=lambda text: -found[text][0])
-    assert set(found) == {text for explanation in explanations for text in explanation.labels}
-    for index, expected in enumerate(explanations):
-        (text,) = expected.labels
-        assert found[text][0] == pytest.approx(expected.scores[0].item(), abs=0.03)
-        assert found[text][1] == pytest.approx(expected.presence[0].item(), abs=0.1)
+    assert set(found) == set(expected.labels)
+    for index, text in enumerate(expected.labels):
+        assert found[text][0] == pytest.approx(expected.scores[index].item(), abs=0.001)  # of three decimals
+        assert found[text][1] == pytest.approx(expected.presence[index].item(), abs=0.006)  # in percent
         map_ = drawn(page, index)
         assert map_.shape == tuple(expected.size)
-        assert np.corrcoef(map_.ravel(), expected.map(0).numpy().ravel())[0, 1] > 0.98
+        assert np.abs(map_ - expected.map(index).numpy()).max() < 0.016  # four of the 256 levels have one colour
+
+
+class Files(SimpleHTTPRequestHandler):
+    """Of a server that only serves files."""
+
+    def log_message(self, *arguments):
+        pass
+
+
+def test_a_reload_needs_no_server_and_sees_a_newer_page(browser, exported, photos, tmp_path):
+    page_folder = shutil.copytree(exported[0], tmp_path / "some" / "folder")
+
+    @contextmanager
+    def serving(port=0):
+        with ThreadingHTTPServer(("127.0.0.1", port), partial(Files, directory=tmp_path)) as server:
+            threading.Thread(target=server.serve_forever, daemon=True).start()
+            yield server.server_port
+            server.shutdown()
+
+    def reload(page):
+        page.reload()
+        page.wait_for_selector("#go:not([disabled])")
+
+    with ExitStack() as stack:
+        with serving() as port:
+            page = stack.enter_context(opened(browser, f"http://127.0.0.1:{port}/some/folder/?query"))
+            assert not page.evaluate("crossOriginIsolated")  # without the headers for threads
+            ask(page, photos / "noise.png", "dog")
+            found = scores(page)
+            page.evaluate("navigator.serviceWorker.ready.then(() => null)")
+        reload(page)
+        ask(page, photos / "noise.png", "dog, car")
+        assert scores(page)["dog"] == found["dog"] and scores(page).keys() == {"dog", "car"}
+        assert page.locator("#examples img").nth(0).evaluate("image => image.decode().then(() => image.alt)")
+
+        for name, old, new in [("index.html", "<title>", "<title>Newer: "), ("viewer.js", "Opacity of", "Newer:")]:
+            text = (page_folder / name).read_text()
+            (page_folder / name).write_text(text.replace(old, new))
+        with serving(port):
+            reload(page)
+            assert page.title().startswith("Newer: ") and "Newer: the maps" in page.inner_text(".controls")
 
 
 def test_bad_input_is_a_sentence_and_the_page_goes_on(page, photos):
@@ -223,9 +269,11 @@ def test_bad_input_is_a_sentence_and_the_page_goes_on(page, photos):
     ]:
         ask(page, photo and photos / photo, texts)
         assert sentence in page.inner_text("#error")
+    page.locator("#preview").wait_for(state="hidden")  # not a broken picture
     assert not [one for one in page.requested if ".gz" in one]  # told before the download
     ask(page, photos / "noise.png", "dog")
     assert page.locator("#error").is_hidden() and list(scores(page)) == ["dog"]
+    assert page.locator("#preview").is_visible()
 
 
 def test_a_download_that_breaks_off_can_be_tried_again(page, photos):
@@ -290,6 +338,11 @@ def test_on_a_phone_with_the_keyboard(browser, url, photos):
         assert page.evaluate("document.documentElement.scrollWidth") == 390
         assert page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(18, 21, 27)"
 
+        # The maps are below the question, and come into view when the visitor asks.
+        ask(page, texts="a" * 300 + ", dog, sky")
+        assert abs(page.locator("#viewer").bounding_box()["y"]) < 100
+        assert page.evaluate("document.documentElement.scrollWidth") == 390
+
         # Every control has a name, and the arrow keys read all maps at one place.
         names = page.evaluate("[...document.querySelectorAll('input, textarea')].map(one => one.labels.length)")
         assert names and all(names)
@@ -342,8 +395,9 @@ def test_images_are_resized_as_by_the_processor(functions, tiny_processor, size,
     expected = tiny_processor(images=image, images_kwargs=images)["pixel_values"][0].permute(1, 2, 0).numpy()
     rgba = {"bytes": np.asarray(image.convert("RGBA")).ravel().tolist()}
     found = compute(functions, "resize", rgba, *size, 32, 32, web._KERNELS[kernel])
-    difference = np.abs(np.array(found, dtype=float).reshape(32, 32, 3) - expected)
-    assert difference.max() <= 1 and difference.mean() < 0.1
+    # On processors without AVX2, torchvision resizes bilinearly in float32, and rounds once.
+    exact = kernel == 3 or "AVX" in torch.backends.cpu.get_cpu_capability()
+    assert np.abs(np.array(found).reshape(32, 32, 3) - expected).max() <= (0 if exact else 1)
 
 
 def test_pixels_are_normalized_as_by_the_processor(functions, tiny_processor):
@@ -557,5 +611,4 @@ def test_the_embedded_model_on_20_photographs(browser, iclip_data, tmp_path):
         for photo in photos:
             ask(page, photo, ", ".join(texts))
             image = Image.open(photo).convert("RGB")
-            size = [content.view_size(image)[::-1]]
-            check(page, explain_by(exported, image, texts, target_sizes=size))
+            check(page, explain_by(exported, image, texts, target_sizes=[content.view_size(image)[::-1]]))

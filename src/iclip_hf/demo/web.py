@@ -29,7 +29,7 @@ from ..utils.files import atomic_folder
 from .content import EXAMPLES, MAX_TEXTS, VIEW_SIDE, beside, colors, example_files, view_size
 
 
-_PAGE = ("index.html", "page.css", "page.js", "worker.js", "numerics.js")
+_PAGE = ("index.html", "page.css", "page.js", "worker.js", "numerics.js", "offline.js")
 _SHARED = ("viewer.css", "viewer.js")
 _KERNELS = {2: "bilinear", 3: "bicubic"}  # by Pillow's numbers
 _CDN = "https://cdn.jsdelivr.net/npm"
@@ -167,13 +167,17 @@ def export_web(
         settings["examples"] = [_example(path, built) for path in example_files()]
 
         elsewhere = "" if vendor else " ".join(f"{_CDN}/{package}/" for package in (_ORT, _TOKENIZERS))
-        for name in _PAGE:
-            text = beside(f"web/{name}")
-            if name == "index.html":
-                text = string.Template(text).substitute(elsewhere=elsewhere, min_presence=f"{MIN_PRESENCE:.0%}")
+        examples = [example["file"] for example in settings["examples"]]
+        kept = ["./", *(name for name in _PAGE if name != "offline.js"), *_SHARED, "settings.json", *examples]
+        values = {
+            "index.html": {"elsewhere": elsewhere, "min_presence": f"{MIN_PRESENCE:.0%}"},
+            "offline.js": {"files": json.dumps(kept)},
+        }
+        for name in (*_PAGE, *_SHARED):
+            text = beside(name if name in _SHARED else f"web/{name}")
+            if name in values:
+                text = string.Template(text).substitute(values[name])
             (built / name).write_text(text, encoding="utf-8")
-        for name in _SHARED:
-            (built / name).write_text(beside(name), encoding="utf-8")
         (built / "settings.json").write_text(json.dumps(settings), encoding="utf-8")
         card = write_model_card(model, processor, scratch, name=folder.resolve().name, source=source)
         shutil.copyfile(card, built / "model_card.md")

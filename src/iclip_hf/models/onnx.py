@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import sys
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from unittest import mock
 
@@ -44,8 +44,7 @@ def export_onnx(model: ICLIPModel, processor: ICLIPProcessor, folder: str | Path
     Args:
         model, processor: an ICLIP model on the CPU, in float32, and its processor.
         folder: new or empty.
-        weights (`str`): `"float32"`; `"bfloat16"`, half the size, computed in float32; `"int8"`, a quarter of the size, with
-            matrices and activations in 8 bits.
+        weights (`str`): `"float32"`; `"bfloat16"`, half the size, computed in float32; `"int8"`, a quarter of the size, likewise.
 
     Returns:
         The folder.
@@ -57,8 +56,7 @@ def export_onnx(model: ICLIPModel, processor: ICLIPProcessor, folder: str | Path
     if weights not in _WRITERS:
         raise ValueError(f"Expected weights to be one of {', '.join(_WRITERS)}, got {weights!r}: choose one of them.")
     with require_extra("onnx"):  # before the export, which takes minutes
-        for package in ("onnxruntime.quantization", "onnxscript"):
-            importlib.import_module(package)
+        importlib.import_module("onnxscript")
     write = _WRITERS[weights]
     with atomic_folder(folder) as built:
         write(_vision_program(model), built / VISION_FILE)
@@ -187,41 +185,53 @@ def _write_float32(program, path: Path) -> None:
 
 
 def _write_bfloat16(program, path: Path) -> None:
-    """Stores matrices in bfloat16 with a cast to float32, which ONNX Runtime executes once on loading."""
+    """Stores matrices in bfloat16."""
     import onnx
 
-    model = program.model_proto
-    casts = []
-    for tensor in model.graph.initializer:
-        if tensor.data_type == onnx.TensorProto.FLOAT and len(tensor.dims) > 1:
-            name, values = tensor.name, torch.from_numpy(onnx.numpy_helper.to_array(tensor).copy())
-            raw = values.bfloat16().view(torch.int16).numpy().tobytes()
-            stored = onnx.helper.make_tensor(
-                f"{name}.bfloat16", onnx.TensorProto.BFLOAT16, values.shape, raw, raw=True
-            )
-            tensor.CopyFrom(stored)
-            casts.append(onnx.helper.make_node("Cast", [stored.name], [name], to=onnx.TensorProto.FLOAT))
-    nodes = [*casts, *model.graph.node]
-    del model.graph.node[:]
-    model.graph.node.extend(nodes)
-    onnx.save(model, path)
+    def shrink(name, values):
+        raw = values.bfloat16().view(torch.int16).numpy().tobytes()
+        stored = onnx.helper.make_tensor(f"{name}.bfloat16", onnx.TensorProto.BFLOAT16, values.shape, raw, raw=True)
+        return [stored], [onnx.helper.make_node("Cast", [stored.name], [name], to=onnx.TensorProto.FLOAT)]
+
+    _write_smaller(program, path, shrink)
 
 
 def _write_int8(program, path: Path) -> None:
-    """Quantizes dynamically: matrices in 8 bits, activations in 8 bits by the range of each product."""
-    from onnxruntime.quantization import QuantType, quantize_dynamic
+    """Stores matrices in 8 bits, with one scale for each column."""
+    import onnx
+
+    def shrink(name, values):
+        scale = values.abs().amax(dim=tuple(range(values.ndim - 1))).clamp(min=1e-30) / 127
+        stored, scales, cast = (f"{name}.{part}" for part in ("int8", "scale", "cast"))
+        tensors = {stored: (values / scale).round().to(torch.int8), scales: scale}
+        return [onnx.numpy_helper.from_array(tensor.numpy(), part) for part, tensor in tensors.items()], [
+            onnx.helper.make_node("Cast", [stored], [cast], to=onnx.TensorProto.FLOAT),
+            onnx.helper.make_node("Mul", [cast, scales], [name]),
+        ]
+
+    _write_smaller(program, path, shrink)
+
+
+def _write_smaller(program, path: Path, shrink: Callable) -> None:
+    """
+    Writes a graph with smaller tensors for each matrix, and nodes that compute the matrix from them: `shrink(name, values)` returns
+    both. ONNX Runtime executes the nodes once, on loading.
+    """
+    import onnx
 
     model = program.model_proto
-    # Suppresses the quantizer's request for shape inference, which torch has done.
-    model.metadata_props.add(key="onnx.quant.pre_process", value="onnxruntime.quant")
-    # One range for each column. Unsigned, because products of signed numbers overflow on processors without VNNI.
-    quantize_dynamic(
-        model,
-        path,
-        op_types_to_quantize=["MatMul", "Gemm", "Gather"],
-        per_channel=True,
-        weight_type=QuantType.QUInt8,
-    )
+    tensors, restoring = [], []
+    for tensor in model.graph.initializer:
+        if tensor.data_type == onnx.TensorProto.FLOAT and len(tensor.dims) > 1:
+            stored, nodes = shrink(tensor.name, torch.from_numpy(onnx.numpy_helper.to_array(tensor).copy()))
+            tensors += stored
+            restoring += nodes
+        else:
+            tensors.append(tensor)
+    for field, values in ((model.graph.initializer, tensors), (model.graph.node, [*restoring, *model.graph.node])):
+        del field[:]
+        field.extend(values)
+    onnx.save(model, path)
 
 
 _WRITERS = {"float32": _write_float32, "bfloat16": _write_bfloat16, "int8": _write_int8}

@@ -11,29 +11,38 @@ const KERNELS = { // weight at a distance, and the distance from which it is 0
   bicubic: [cubic(-0.5), 2],
 };
 
-/** For each of `target` pixels along one side: its first source pixel and the weights from there on, of sum 1. */
+/**
+ * For each of `target` pixels along one side: its first source pixel and the weights from there on, integers of sum 2 ** bits. They
+ * have the most bits with which the largest has 15, as torch's for 8-bit images do.
+ */
 function antialiased(source, target, [kernel, support]) {
   const scale = source / target, stretch = Math.max(1, scale);
-  return Array.from({ length: target }, (_, index) => {
+  const taps = Array.from({ length: target }, (_, index) => {
     const center = (index + 0.5) * scale;
     const first = Math.max(0, Math.trunc(center - support * stretch + 0.5));
     const end = Math.min(source, Math.trunc(center + support * stretch + 0.5));
-    const weights = Float64Array.from({ length: end - first }, (_, i) => kernel((first + i + 0.5 - center) / stretch));
+    const weights = Array.from({ length: end - first }, (_, i) => kernel((first + i + 0.5 - center) / stretch));
     const sum = weights.reduce((one, other) => one + other, 0);
-    return [first, weights.map((weight) => weight / sum)];
+    return { first, weights: weights.map((weight) => weight / sum) };
   });
+  const largest = taps.reduce((most, { weights }) => Math.max(most, ...weights), 0);
+  let bits = 22;
+  while (Math.round(largest * 2 ** bits) >= 2 ** 15) bits--;
+  const integer = (weight) => Math.sign(weight) * Math.round(Math.abs(weight) * 2 ** bits);
+  return { bits, taps: taps.map(({ first, weights }) => [first, Int32Array.from(weights, integer)]) };
 }
 
 /**
- * Resizes with antialiasing as Pillow and torchvision do for 8 bits: along the rows, then along the columns, each rounded.
+ * Resizes with antialiasing exactly as torchvision does for 8 bits: along the rows, then along the columns, in integers.
  *
  * @param rgba pixels of four bytes, row-major.
  * @param kernel "bilinear" or "bicubic".
  * @returns pixels of three bytes, row-major.
  */
 export function resize(rgba, width, height, newWidth, newHeight, kernel) {
-  const wide = new Uint8ClampedArray(3 * newWidth * height); // rounds and clamps
-  antialiased(width, newWidth, KERNELS[kernel]).forEach(([first, weights], x) => {
+  const wide = new Uint8ClampedArray(3 * newWidth * height);
+  const across = antialiased(width, newWidth, KERNELS[kernel]), down = antialiased(height, newHeight, KERNELS[kernel]);
+  across.taps.forEach(([first, weights], x) => {
     for (let y = 0; y < height; y++) {
       let red = 0, green = 0, blue = 0;
       for (let i = 0, at = 4 * (y * width + first); i < weights.length; i++, at += 4) {
@@ -42,19 +51,23 @@ export function resize(rgba, width, height, newWidth, newHeight, kernel) {
         blue += weights[i] * rgba[at + 2];
       }
       const to = 3 * (y * newWidth + x);
-      wide[to] = red, wide[to + 1] = green, wide[to + 2] = blue;
+      wide[to] = rounded(red, across.bits);
+      wide[to + 1] = rounded(green, across.bits);
+      wide[to + 2] = rounded(blue, across.bits);
     }
   });
-  const stride = 3 * newWidth, resized = new Uint8ClampedArray(stride * newHeight), row = new Float64Array(stride);
-  antialiased(height, newHeight, KERNELS[kernel]).forEach(([first, weights], y) => {
+  const stride = 3 * newWidth, resized = new Uint8ClampedArray(stride * newHeight), row = new Int32Array(stride);
+  down.taps.forEach(([first, weights], y) => {
     row.fill(0);
     weights.forEach((weight, i) => {
       for (let at = 0, from = (first + i) * stride; at < stride; at++) row[at] += weight * wide[from + at];
     });
-    resized.set(row, y * stride);
+    resized.set(row.map((sum) => rounded(sum, down.bits)), y * stride);
   });
   return resized;
 }
+
+const rounded = (sum, bits) => (sum + (1 << bits - 1)) >> bits;
 
 /** Height and width in pixels that the model sees, as `ICLIPProcessor` computes them. */
 export function modelSize({ size, patch }, height, width) {

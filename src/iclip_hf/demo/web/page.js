@@ -4,6 +4,7 @@ import { createViewer } from "./viewer.js";
 
 const find = (id) => document.getElementById(id);
 const megabytes = (bytes) => (bytes / 1e6).toFixed(bytes < 1e7 ? 1 : 0);
+const NARROW = "(max-width: 720px)"; // as in page.css
 const say = (sentence) => (find("status").textContent = sentence);
 
 say("");
@@ -13,6 +14,7 @@ settings.cache = `iclip ${new URL(".", location).pathname}`; // other pages of t
 if (!globalThis.WebAssembly || !globalThis.OffscreenCanvas)
   throw fail("This browser cannot run the model: it has no WebAssembly, or it is older than 2023. Try another one.");
 
+navigator.serviceWorker?.register("offline.js").catch(() => null); // without it, the page needs the server again
 const viewer = createViewer(find("viewer"), settings.colors);
 // Through a blob, so that the worker has the page's content security policy. It may connect nowhere else either.
 const start = `import ${JSON.stringify(new URL("worker.js", location).href)};`;
@@ -98,8 +100,10 @@ const answers = {
   },
   map({ index, ...result }) {
     if (unseen) viewer.show({ ...picture, texts: pending });
-    unseen = false;
     viewer.add(index, { ...result, absent: result.presence < settings.min_presence });
+    // On a phone, the maps are below the question. They come into view if the visitor asked for them.
+    if (unseen && matchMedia(NARROW).matches && navigator.userActivation?.hasBeenActive) find("viewer").scrollIntoView();
+    unseen = false;
   },
   done() {
     busy(false);
@@ -141,6 +145,7 @@ function readLink() {
 
 // ------------------------------------------------------------------------------------------- the controls
 
+find("preview").addEventListener("error", ({ target }) => (target.hidden = true));
 for (const id of ["file", "camera"])
   find(id).addEventListener("change", ({ target }) => {
     choose(target.files[0]);

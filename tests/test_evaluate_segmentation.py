@@ -123,11 +123,11 @@ def test_probabilities_as_confidence(root, tiny_processor):  # noqa: F811
 def test_windows_are_cut_run_and_averaged(tiny_processor):
     explainer = make_explainer(tiny_model(), tiny_processor)
     texts = explainer.encode_texts(NAMES)
-    pixels = torch.randn(2, 3, 40, 56, generator=torch.Generator().manual_seed(0))
+    pixels = torch.randn(2, 3, 48, 56, generator=torch.Generator().manual_seed(0))
     found = windowed_maps(explainer, pixels, texts, window=32, stride=16)
-    assert found.shape == (2, 3, 5, 7)
-    values = [[[] for _ in range(7)] for _ in range(5)]
-    for top in (0, 8):
+    assert found.shape == (2, 3, 6, 7)
+    values = [[[] for _ in range(7)] for _ in range(6)]
+    for top in (0, 16):
         for left in (0, 16, 24):  # the last of a row ends at the edge
             maps, _ = explainer.raw_maps(pixels[..., top : top + 32, left : left + 32], texts)
             for y in range(4):

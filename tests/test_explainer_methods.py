@@ -2,6 +2,7 @@
 
 import copy
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,8 +13,10 @@ from transformers import AutoConfig
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from iclip_hf.explainers import make_explainer
+from iclip_hf.explainers.bi_modal import BiModal
 from iclip_hf.explainers.legrad import _mean_mlp
 from iclip_hf.explainers.naclip import gaussian_window
+from iclip_hf.explainers.recording import AttentionRecord
 from iclip_hf.modeling_iclip import load_tower
 
 
@@ -394,3 +397,13 @@ def test_grad_cam_after_the_first_norm(made):
 def test_options_are_checked(made, method, options, match):
     with pytest.raises(ValueError, match=match):
         make_explainer(*made("clip")[:2], method, **options)
+
+
+def test_bi_modal_multiplies_three_layers_from_the_last_to_the_first():
+    weights = torch.rand(3, 1, 1, 4, 4, generator=torch.Generator().manual_seed(0))
+    explainer = BiModal.__new__(BiModal)
+    explainer.family = SimpleNamespace(layers=[SimpleNamespace(residual=True)])
+    layers = [AttentionRecord(stream=None, weights=one) for one in weights]
+    found = explainer.weigh(layers, tuple(torch.ones_like(weights)), patches=3)
+    first, second, last = weights[:, 0, 0] + torch.eye(4)
+    torch.testing.assert_close(found, (last @ second @ first)[None, 0, 1:])

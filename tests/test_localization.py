@@ -218,6 +218,7 @@ def test_settings_hold_everything_that_results_depend_on(tiny_processor):
         "min_presence": {"min_presence": 0.6},
         "image_size": {"image_size": 48},
         "templates": {"templates": ["{}"]},
+        "refine": {"refine": True},
         "method": {"method": "gem"},
         "iterations": {"method": "gem", "iterations": 2},
     }

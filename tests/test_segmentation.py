@@ -11,9 +11,10 @@ from hypothesis import strategies as st
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from iclip_hf.data import load_segmentation
+from iclip_hf.data import SegmentationDataset, load_segmentation
 from iclip_hf.data.class_names import ADE20K, CITYSCAPES, COCO_STUFF, CONTEXT, VOC
 from iclip_hf.data.segmentation import _COCOSample
+from iclip_hf.prompts import IMAGENET_TEMPLATES
 
 
 # ---- layouts made here ----
@@ -372,6 +373,7 @@ def test_coco_object_of_instances_has_the_smaller_before_the_larger(tmp_path, or
     )
     dataset = load_segmentation("coco_object", write_coco(tmp_path, [cat, dog, crowd][::order]))
     assert (CAT * DOG).sum() == 1 and dataset.background and dataset.name == "coco_object"
+    assert dataset.templates == SegmentationDataset("coco_object", None, ["cat"], [], []).templates  # by its own name
     expected = np.where(CROWD, 255, np.where(CAT, 2, np.where(DOG, 3, 0)))
     np.testing.assert_array_equal(dataset[0].label_map, expected)
 
@@ -397,7 +399,8 @@ def test_synonyms_of_a_file_of_lines_or_a_mapping(voc):
     other = load_segmentation("voc21", voc, overrides=mapping)
     assert (other.synonyms, other.background_texts) == (dataset.synonyms, dataset.background_texts)
     (voc / "names.txt").write_text("\n".join(lines))
-    assert load_segmentation("voc20", voc, overrides=voc / "names.txt").synonyms == dataset.synonyms
+    void = load_segmentation("voc20", voc, overrides=voc / "names.txt")
+    assert void.synonyms == dataset.synonyms and void.templates == IMAGENET_TEMPLATES  # not named, so kept
 
 
 @pytest.mark.parametrize(

@@ -126,6 +126,15 @@ def add_methods_option(command: argparse.ArgumentParser) -> None:
     )
 
 
+def add_refine_option(command: argparse.ArgumentParser, tasks: str = "", default: bool | None = False) -> None:
+    command.add_argument(
+        "--refine",
+        action="store_true",
+        default=default,
+        help=f"{tasks}refine the maps by the colours of the image (PAMR), so that they follow its edges",
+    )
+
+
 def add_colormap_option(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--colormap",

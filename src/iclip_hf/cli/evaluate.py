@@ -13,6 +13,7 @@ from .common import (
     add_limit_option,
     add_methods_option,
     add_model_options,
+    add_refine_option,
     at_least_1,
     check_file,
     checked,
@@ -24,7 +25,7 @@ from .common import (
 
 # Names instead of imports, so that the help does not load torch: tasks, and the options that not all of them have.
 OPTIONS = {
-    "interpretability": ("batch_size", "aggregate"),
+    "interpretability": ("batch_size", "aggregate", "refine"),
     "segmentation": (
         "batch_size",
         "short_side",
@@ -34,6 +35,7 @@ OPTIONS = {
         "threshold",
         "logit_scale",
         "min_presence",
+        "refine",
     ),
     "faithfulness": ("batch_size", "measures", "steps", "seed"),
 }
@@ -58,6 +60,7 @@ def register(commands) -> None:
     add_limit_option(command)
     add_model_options(command)
     add_methods_option(command)
+    add_refine_option(command, "interpretability and segmentation: ", default=None)
     command.add_argument(
         "--aggregate",
         choices=("image", "pixel"),

@@ -12,6 +12,7 @@ from .common import (
     add_colormap_option,
     add_command,
     add_model_options,
+    add_refine_option,
     add_text_option,
     at_least_1,
     check_folder,
@@ -41,6 +42,7 @@ def register(commands) -> None:
     command.add_argument(
         "--method", choices=METHODS, default="itsm", help="method that computes the maps (default: itsm)"
     )
+    add_refine_option(command)
     command.add_argument(
         "--threshold",
         type=_number_or_file,
@@ -123,6 +125,7 @@ def _localizer(options: argparse.Namespace):
         threshold=options.threshold,
         min_presence=options.min_presence,
         image_size=options.image_size,
+        refine=options.refine,
         words=("bi_modal" if options.method == "bi_modal" else "grad_eclip") if options.words else None,
     )
 

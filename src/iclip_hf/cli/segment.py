@@ -11,6 +11,7 @@ from .common import (
     METHODS,
     add_command,
     add_model_options,
+    add_refine_option,
     add_text_option,
     checked,
     echo,
@@ -42,6 +43,7 @@ def register(commands) -> None:
     command.add_argument(
         "--method", choices=METHODS, default="itsm", help="method that computes the maps (default: itsm)"
     )
+    add_refine_option(command)
     command.add_argument(
         "--threshold",
         type=share,
@@ -82,6 +84,7 @@ def run(options: argparse.Namespace) -> int:
         templates=options.templates,
         min_presence=options.min_presence,
         image_size=options.image_size,
+        refine=options.refine,
     )
     rule = {"threshold": threshold, "background": range(len(options.texts), len(localizer.texts))}
 

@@ -21,12 +21,14 @@ import numpy as np
 from PIL import Image
 
 from ..images import IMAGE_SUFFIXES, load_image, open_image
+from ..prompts import IMAGENET_TEMPLATES
 from ..utils.extras import require_extra
 from .class_names import ADE20K, CITYSCAPES, COCO_STUFF, COCO_THINGS, CONTEXT, VOC
 
 
 VOID = 255
-DEFAULT_TEMPLATES = ("a photo of the {}",)
+# Prompts of the data sets that ICLIP's paper evaluates on, and of folders. Those of segmentation have CLIP's, as in its papers.
+_TEMPLATES = dict.fromkeys(("voc2012", "coco2017", "folder"), ("a photo of the {}",))
 
 # Value of an id that a data set does not have, in the tables from the values of mask files to class ids.
 _UNKNOWN = -1
@@ -249,7 +251,8 @@ class SegmentationDataset(Sequence):
         labels (`tuple[int, ...]`): ids of the classes, 1..K.
         background (`bool`): whether pixels can be background (0). Otherwise, pixels of no class are void.
         background_texts (`tuple[str, ...]`): texts that describe the background; none by default.
-        templates (`tuple[str, ...]`): prompt templates, each with one "{}".
+        templates (`tuple[str, ...]`): prompt templates, each with one "{}": "a photo of the {}" for `"voc2012"`, `"coco2017"` and
+            `"folder"`, CLIP's 80 templates of ImageNet for the data sets of open-vocabulary segmentation.
     """
 
     def __init__(
@@ -266,7 +269,7 @@ class SegmentationDataset(Sequence):
         self.synonyms = tuple((name,) for name in class_names)
         self.background = background
         self.background_texts: tuple[str, ...] = ()
-        self.templates = DEFAULT_TEMPLATES
+        self.templates = _TEMPLATES.get(name, IMAGENET_TEMPLATES)
         self._samples = samples
         self._annotation_paths = annotation_paths
 
@@ -406,9 +409,7 @@ def _stuffthingmaps(root: Path, split: str) -> Path | None:
 def _load_coco_object(root: Path, split: str | None) -> SegmentationDataset:
     if _stuffthingmaps(root, split or "val2017") is not None:
         return _load_stuffthingmaps("coco_object", root, split)
-    dataset = _load_coco2017(root, split)
-    dataset.name = "coco_object"
-    return dataset
+    return _load_coco2017(root, split, "coco_object")
 
 
 def _load_stuffthingmaps(name: str, root: Path, split: str | None) -> SegmentationDataset:
@@ -461,7 +462,7 @@ def _load_cityscapes(root: Path, split: str | None) -> SegmentationDataset:
     return _indexed("cityscapes", split, CITYSCAPES, images, masks, ids, background=False)
 
 
-def _load_coco2017(root: Path, split: str | None) -> SegmentationDataset:
+def _load_coco2017(root: Path, split: str | None, name: str = "coco2017") -> SegmentationDataset:
     _pycocotools_mask()  # raises now if the package is missing
     split = split or "val2017"
     path = _split_file(root / "annotations", "instances_{}.json", split)
@@ -493,7 +494,7 @@ def _load_coco2017(root: Path, split: str | None) -> SegmentationDataset:
         _COCOSample(image_path.stem, image_path, len(class_names), size, path, annotations[image["id"]])
         for image_path, size, image in zip(image_paths, sizes, images)
     ]
-    return SegmentationDataset("coco2017", split, class_names, samples, [path])
+    return SegmentationDataset(name, split, class_names, samples, [path])
 
 
 def _load_folder(root: Path, split: str | None) -> SegmentationDataset:
@@ -584,7 +585,7 @@ def _override(dataset: SegmentationDataset, overrides: str | os.PathLike | Mappi
         if every.count(name) > 1:
             fail("'names' to keep the classes distinct", name)
 
-    templates = overrides.get("templates", DEFAULT_TEMPLATES)
+    templates = overrides.get("templates", dataset.templates)
     if not isinstance(templates, Sequence) or isinstance(templates, str) or not templates:
         fail("'templates' to be a list of at least one template", templates)
     for template in templates:

@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from ..data.segmentation import SegmentationDataset, SegmentationSample
 from ..explainers import Explainer, identity, make_explainer, select_texts
+from ..explainers.refinement import refine_maps
 from ..localization.localizer import Localizer
 from ..modeling_iclip import ICLIPTextFeatures
 from ..presence import MIN_PRESENCE
@@ -163,6 +164,7 @@ def evaluate(
     image_size: int | None = None,
     templates: Sequence[str] | None = None,
     aggregate: str = "image",
+    refine: bool = False,
     limit: int | None = None,
     batch_size: int = 8,
     num_workers: int | None = None,
@@ -183,6 +185,7 @@ def evaluate(
             given.
         templates: prompts for the class names; the data set's if not given.
         aggregate (`str`): `"image"` or `"pixel"`, see [`MeanMaxIoU`].
+        refine (`bool`): whether to refine the maps by the colours of the image, see [`refine_maps`].
         limit (`int`, *optional*): evaluate only the first images.
         batch_size (`int`): number of images in one forward pass.
         num_workers (`int`, *optional*): number of threads that decode images and masks and count pixels; `spare_processors` if not
@@ -198,7 +201,7 @@ def evaluate(
     start = time.perf_counter()
     state = this_process("eval")
     templates = check_templates(dataset.templates if templates is None else templates)
-    drawer = MapMaker(model, processor, methods, dataset.class_names, templates)
+    drawer = MapMaker(model, processor, methods, dataset.class_names, templates, refine)
     plan = Plan.make(state, dataset, drawer.itsm.processor, image_size, limit, batch_size, num_workers)
     totals = _Totals(drawer.methods, aggregate)
     _run(plan, drawer, totals, progress=progress and state.is_main_process)
@@ -217,6 +220,7 @@ def evaluate(
             "templates": templates,
             "aggregate": aggregate,
             "maps": "bicubic to the image's size, then min-max; foreground is M > t for t in 0, 0.01, ..., 1",
+            "refine": refine,
             "text_contrast": "c_ij = (P(M_i at i > M_i at j) + P(M_j at j > M_j at i)) / 2 for classes i, j of an image, ties "
             "half, without pixels of both; mean over a class's images and partners, then over classes",
         },
@@ -332,8 +336,16 @@ class MapMaker:
     classes. Every other method needs a pass of its own.
     """
 
-    def __init__(self, model, processor, methods: Sequence[str], class_names: Sequence[str], templates: list[str]):
-        self.methods = list(dict.fromkeys(methods))
+    def __init__(
+        self,
+        model,
+        processor,
+        methods: Sequence[str],
+        class_names: Sequence[str],
+        templates: list[str],
+        refine: bool = False,
+    ):
+        self.methods, self.refine = list(dict.fromkeys(methods)), refine
         self.localizer = Localizer(model, processor, class_names, templates=templates)
         self.itsm = self.localizer.explainer
         self.others = {
@@ -361,7 +373,10 @@ class MapMaker:
         maps, cosines, presence, _ = self.localizer.explain_batch(pixel_values, texts)
         drawn = dict.fromkeys(("itsm", "reversed_itsm"), maps[shown])  # reversed once they are stretched to [0, 1]
         drawn |= {name: maps_of(explainer, pixel_values, texts, rows) for name, explainer in self.others.items()}
-        return cosines, presence, {method: drawn[method].cpu() for method in self.methods}
+        drawn = {method: drawn[method].cpu() for method in self.methods}
+        if self.refine:
+            drawn = {method: refine_maps(maps, pixel_values.cpu()) for method, maps in drawn.items()}
+        return cosines, presence, drawn
 
 
 def maps_of(

@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from ..data.segmentation import SegmentationDataset, SegmentationSample
 from ..explainers import identity, make_explainer
+from ..explainers.refinement import refine_maps
 from ..explainers.windows import check_window, windowed_maps
 from ..images import map_groups
 from ..label_maps import BACKGROUND_LABEL, label_map
@@ -74,6 +75,7 @@ def evaluate_segmentation(
     threshold: float | None = None,
     logit_scale: float | None = None,
     min_presence: float = 0.0,
+    refine: bool = False,
     limit: int | None = None,
     batch_size: int = 8,
     num_workers: int | None = None,
@@ -98,6 +100,7 @@ def evaluate_segmentation(
         threshold (`float` in [0, 1], *optional*): background threshold.
         logit_scale (`float`, *optional*): makes the confidence a probability, see [`label_map`].
         min_presence (`float` in [0, 1]): a class with a lower presence gets no pixel of the image. The papers have no such gate.
+        refine (`bool`): whether to refine the maps by the colours of the image, see [`refine_maps`].
 
     Returns:
         [`SegmentationResult`].
@@ -116,7 +119,9 @@ def evaluate_segmentation(
     if image_size is not None and (short_side or window):
         raise ValueError("Expected image_size, or short_side and window, got both: leave one out.")
     templates = check_templates(dataset.templates if templates is None else templates)
-    segmenter = _Segmenter(model, processor, dataset, methods, templates, background, window, stride, min_presence)
+    segmenter = _Segmenter(
+        model, processor, dataset, methods, templates, background, window, stride, min_presence, refine
+    )
     segmenter.options = {
         "threshold": None if threshold is None else check_threshold(threshold),
         "logit_scale": logit_scale,
@@ -158,7 +163,8 @@ def evaluate_segmentation(
             "background_texts": background,
             "logit_scale": logit_scale,
             "min_presence": min_presence,
-            "label_maps": "raw maps of all classes, bicubic to the image's size; the highest one counts; no post-processing",
+            "label_maps": "raw maps of all classes, bicubic to the image's size; the highest one counts",
+            "refine": refine,
             "background": _background_rule(dataset, background, segmenter.sweeps, threshold, logit_scale),
         },
         results={method: summary for method, (summary, _) in reports.items()},
@@ -174,11 +180,13 @@ def evaluate_segmentation(
 class _Segmenter:
     """The methods with their texts. `draw` runs the model; `count` may run in any thread."""
 
-    def __init__(self, model, processor, dataset, methods, templates, background, window, stride, min_presence):
+    def __init__(
+        self, model, processor, dataset, methods, templates, background, window, stride, min_presence, refine
+    ):
         self.explainers = {method: make_explainer(model, processor, method) for method in dict.fromkeys(methods)}
         first = next(iter(self.explainers.values()))
         self.processor = first.processor
-        self.window, self.stride = window, stride
+        self.window, self.stride, self.refine = window, stride, refine
         if window is not None:
             self.stride = stride or window // 2
             check_window(first, window, self.stride)
@@ -215,6 +223,8 @@ class _Segmenter:
                 maps, _ = explainer.raw_maps(pixel_values, self.texts)
             else:
                 maps = windowed_maps(explainer, pixel_values, self.texts, self.window, self.stride)
+            if self.refine:
+                maps = refine_maps(maps, pixel_values.to(maps.device))
             drawn[method] = (-maps if explainer.reversed else maps).cpu()
         present = [None] * len(pixels)
         if self.gate is not None:

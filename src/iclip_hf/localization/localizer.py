@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 
 from ..explainers import WordExplainer, WordScore, identity, make_explainer, select_texts
+from ..explainers.refinement import refine_maps
 from ..images import load_image, map_groups
 from ..modeling_iclip import ICLIPImageFeatures, ICLIPTextFeatures, cosines
 from ..presence import BACKGROUND, MIN_PRESENCE, presence
@@ -68,6 +69,7 @@ class Localizer:
             [`ICLIPProcessor`]; the processor's if not given.
         words (`str`, *optional*): method that scores the words of the texts, `"grad_eclip"` or `"bi_modal"`, see
             [`WordExplainer`]; no word scores if not given.
+        refine (`bool`): whether `explain` refines the maps by the colours of the image, see [`refine_maps`].
 
     Attributes:
         encoded ([`ICLIPTextFeatures`]): the encoded texts, `(T, P)`.
@@ -88,6 +90,7 @@ class Localizer:
         min_presence: float = MIN_PRESENCE,
         image_size: int | dict[str, int] | None = None,
         words: str | None = None,
+        refine: bool = False,
         **method_options,
     ):
         if not 0 <= min_presence <= 1:
@@ -100,13 +103,14 @@ class Localizer:
         self._background = self.explainer.encode_texts(BACKGROUND, self.templates)
         size = {"height": image_size, "width": image_size} if isinstance(image_size, int) else image_size
         self._options = {} if size is None else {"size": size}
-        self._model, self._processor, self._word_method = model, processor, words
+        self._model, self._processor, self._word_method, self._refine = model, processor, words, refine
         self._settings = {
             "method": method,
             "templates": self.templates,
             "min_presence": min_presence,
             "image_size": image_size,
             "words": words,
+            "refine": refine,
             **method_options,
         }
         self._ask(texts, threshold)
@@ -182,7 +186,9 @@ class Localizer:
         texts = select_texts(self.encoded, torch.tensor([image.rows for image in images]))
         pixel_values = torch.cat([image.pixel_values for image in images])
         given = images[0].features or pixel_values  # images with features come alone
-        *answers, words = self.explain_batch(given, texts)
+        maps, *answers, words = self.explain_batch(given, texts)
+        if self._refine:
+            maps = refine_maps(maps, pixel_values)
         return [
             Explanation(
                 labels=[self.texts[row] for row in image.rows],
@@ -195,7 +201,7 @@ class Localizer:
                 reversed=self.explainer.reversed,
                 words=None if of_words is None else [of_words[row] for row in image.rows],
             )
-            for image, raw_maps, scores, presences, of_words in zip(images, *answers, words)
+            for image, raw_maps, scores, presences, of_words in zip(images, maps, *answers, words)
         ]
 
     def explain_batch(
@@ -260,6 +266,7 @@ def explain(
     size: dict[str, int] | None = None,
     batch_size: int = 8,
     words: str | None = None,
+    refine: bool = False,
     **method_options,
 ) -> list[Explanation]:
     """
@@ -273,7 +280,7 @@ def explain(
         target_sizes: `(height, width)` in pixels of each image's maps; the size of the image if not given.
         size: the size of images for the model, as for [`ICLIPProcessor`]; the processor's if not given.
         batch_size (`int`): largest number of images in one forward pass. These have one shape and equally many texts.
-        words (`str`, *optional*): method of word scores, as for [`Localizer`].
+        words (`str`, *optional*), refine (`bool`): method of word scores, and whether to refine the maps, as for [`Localizer`].
 
     Returns:
         list of B [`Explanation`].
@@ -302,6 +309,14 @@ def explain(
             f"{len(sizes)} sizes: pass one of each for every image."
         )
     localizer = Localizer(
-        model, processor, unique, method=method, templates=templates, image_size=size, words=words, **method_options
+        model,
+        processor,
+        unique,
+        method=method,
+        templates=templates,
+        image_size=size,
+        words=words,
+        refine=refine,
+        **method_options,
     )
     return list(localizer.explain(map(localizer.prepare, images, labels, sizes), batch_size))

@@ -1,0 +1,166 @@
+"""explainers/refinement.py against a loop over cells, and its doors."""
+
+import math
+
+import pytest
+import torch
+from conftest import tiny_model
+from test_evaluation import root  # noqa: F401
+from test_localization import IMAGES, TEXTS, explained
+from torch.nn import functional as F
+
+from iclip_hf import cli
+from iclip_hf.data import load_segmentation
+from iclip_hf.evaluation.evaluate import MapMaker
+from iclip_hf.evaluation.segmentation import evaluate_segmentation
+from iclip_hf.explainers import make_explainer
+from iclip_hf.explainers.refinement import refine_maps
+from iclip_hf.explainers.windows import windowed_maps
+from iclip_hf.label_maps import label_map
+from iclip_hf.localization.localizer import Localizer
+
+
+def slowly(raw, image):
+    """One image, cell by cell, in double precision: `(T, h, w)` and `(3, H, W)` to `(T, H // 2, W // 2)`."""
+    cells = F.avg_pool2d(image.double(), 2)
+    height, width = cells.shape[1:]
+    maps = F.interpolate(raw[None].double(), (height, width), mode="bicubic", align_corners=False)[0]
+
+    def near(y, x):
+        for step in (1, 2, 4):
+            for dy in (-step, 0, step):
+                for dx in (-step, 0, step):
+                    if (dy, dx) != (0, 0):
+                        yield min(max(y + dy, 0), height - 1), min(max(x + dx, 0), width - 1)
+
+    weights = {}
+    for y in range(height):
+        for x in range(width):
+            affinities = [0.0] * 24
+            for channel in cells.tolist():
+                own, others = channel[y][x], [channel[j][i] for j, i in near(y, x)]
+                mean = (own + sum(others)) / 25
+                spread = math.sqrt(sum((value - mean) ** 2 for value in [own, *others]) / 24)
+                for number, value in enumerate(others):
+                    affinities[number] -= abs(own - value) / (0.3 * spread) / 3
+            powers = [math.exp(one) for one in affinities]
+            weights[y, x] = [one / sum(powers) for one in powers]
+    for _ in range(10):
+        refined = torch.zeros_like(maps)
+        for (y, x), shares in weights.items():
+            refined[:, y, x] = sum(share * maps[:, j, i] for share, (j, i) in zip(shares, near(y, x)))
+        maps = refined
+    return maps
+
+
+def test_refined_maps_equal_a_loop_over_cells():
+    generator = torch.Generator().manual_seed(0)
+    raw, images = torch.rand(2, 3, 3, 5, generator=generator), torch.rand(2, 3, 17, 24, generator=generator)
+    found = refine_maps(raw, images)
+    assert found.shape == (2, 3, 8, 12) and found.dtype == torch.float32
+    for one, maps, image in zip(found, raw, images):
+        torch.testing.assert_close(one, slowly(maps, image).float(), atol=1e-5, rtol=0)
+    torch.testing.assert_close(refine_maps(raw, 3 * images - 1), found, atol=1e-4, rtol=0)
+
+
+def test_an_edge_of_the_map_moves_to_the_edge_of_the_image():
+    image = torch.zeros(1, 3, 64, 64)
+    image[..., 22:] = 1.0  # cell 11, between two patches of 16 pixels
+    raw = torch.tensor([0.0, 0.6, 1.0, 1.0]).expand(1, 1, 4, 4)
+    refined = refine_maps(raw, image)[0, 0]
+    steps = refined.diff(dim=1)
+    assert (steps.argmax(1) == 10).all()
+    plain = F.interpolate(raw, (32, 32), mode="bicubic")[0, 0].diff(dim=1)
+    assert (steps.amax(1) > 3 * plain.amax(1)).all()
+
+
+@pytest.mark.parametrize("image", [torch.zeros(1, 3, 16, 16), torch.rand(1, 3, 16, 16)])
+def test_a_constant_map_stays_constant_and_one_colour_is_finite(image):
+    refined = refine_maps(torch.full((1, 2, 2, 2), 0.3), image)
+    assert torch.equal(refined, torch.full((1, 2, 8, 8), 0.3))
+    assert refine_maps(torch.rand(1, 1, 2, 2), image).isfinite().all()
+
+
+# ---- doors ----
+
+
+def test_explanations_are_refined_in_batches_and_from_features(tiny_processor):
+    model = tiny_model()
+    plain, refined = (Localizer(model, tiny_processor, TEXTS, refine=refine) for refine in (False, True))
+    for image, one, two in zip(IMAGES, explained(plain), explained(refined)):
+        expected = refine_maps(one.raw_maps[None], refined.prepare(image).pixel_values)[0]
+        torch.testing.assert_close(two.raw_maps, expected, atol=1e-5, rtol=0)
+        (again,) = refined.explain([refined.encode(refined.prepare(image))])
+        torch.testing.assert_close(again.raw_maps, expected, atol=1e-5, rtol=0)
+        torch.testing.assert_close(two.scores, one.scores)
+
+
+def test_map_makers_refine_the_maps_of_the_shown_classes(tiny_processor):
+    pixels = torch.randn(2, 3, 32, 48, generator=torch.Generator().manual_seed(0))
+    drawn = {}
+    for refine in (False, True):
+        maker = MapMaker(tiny_model(), tiny_processor, ["itsm", "gem"], TEXTS, ["{}"], refine)
+        drawn[refine] = maker.draw(pixels, [[2], [1, 3]])[2]
+    for method, maps in drawn[False].items():
+        torch.testing.assert_close(drawn[True][method], refine_maps(maps, pixels))
+
+
+def test_label_maps_are_those_of_refined_maps_of_the_whole_image(root, tiny_processor):  # noqa: F811
+    model, dataset = tiny_model(), load_segmentation("folder", root)
+    dataset.background = False
+    size = {"short_side": 40, "window": 32, "stride": 16}
+    result = evaluate_segmentation(model, tiny_processor, dataset, **size, refine=True, progress=False)
+    explainer = make_explainer(model, tiny_processor)
+    texts = explainer.encode_texts(dataset.class_names, dataset.templates)
+    right = total = 0
+    for sample in dataset:
+        pixels = tiny_processor(images=[sample.image], size={"shortest_edge": 40})["pixel_values"]
+        maps = refine_maps(windowed_maps(explainer, pixels, texts, 32, 16), pixels)[0]
+        labels = label_map(maps, sample.size)[0].numpy() + 1
+        known = (sample.label_map > 0) & (sample.label_map < 255)
+        right, total = right + (labels == sample.label_map)[known].sum(), total + known.sum()
+    assert result.results["itsm"]["pixel_accuracy"] == pytest.approx(100 * right / total, abs=0.1)
+    assert result.protocol["refine"] is True
+
+
+def test_commands_refine(root, tiny_processor, tmp_path, capsys):  # noqa: F811
+    tiny_model().save_pretrained(tmp_path / "model")
+    tiny_processor.save_pretrained(tmp_path / "model")
+    model = ["--model", str(tmp_path / "model")]
+    data = ["evaluate", "--dataset", "folder", "--data-root", str(root), "--json", *model]
+    photo = str(next((root / "images").iterdir()))
+    answers = {}
+    for refine in ((), ("--refine",)):
+        for command in (
+            [*data, "--task", "interpretability"],
+            [*data, "--task", "segmentation", "--threshold", "0.5"],
+            [
+                "segment",
+                photo,
+                "--text",
+                "dog",
+                "--min-presence",
+                "0",
+                "--output",
+                str(tmp_path / "a.png"),
+                "--json",
+                *model,
+            ],
+            [
+                "explain",
+                photo,
+                "--text",
+                "dog",
+                "--min-presence",
+                "0",
+                "--output",
+                str(tmp_path / "b.png"),
+                "--json",
+                *model,
+            ],
+        ):
+            assert cli.main([*command, *refine]) == 0
+            answers.setdefault(tuple(command), []).append(capsys.readouterr().out)
+    assert all(plain != refined for plain, refined in answers.values())
+    assert cli.main([*data, "--task", "faithfulness", "--refine"]) == 2
+    assert "--refine with another --task" in capsys.readouterr().err

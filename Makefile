@@ -15,8 +15,12 @@ demo: .venv/.installed
 	$(BIN)/iclip explain "$$($(BIN)/python -c 'import skimage; print(skimage.__path__[0])')/data/coffee.png" \
 		--text "cup of coffee" --text plate --text dog --output demo.png
 
+# A test process for each core; a file's tests stay together, because they share models and browsers.
+PYTEST := -m pytest -n auto --dist loadfile
+test test-lowest test-newest: export OMP_NUM_THREADS = 1
+
 test: .venv/.installed
-	$(BIN)/python -m pytest
+	$(BIN)/python $(PYTEST)
 
 # The same with the lowest versions that setup.py allows, on the lowest Python, and with the newest on any:
 # `make test-lowest PYTHON=python3.10`.
@@ -26,7 +30,7 @@ test-lowest test-newest: test-%:
 	$(PYTHON) -m venv --clear .venv-$*
 	.venv-$*/bin/python -m pip install --quiet uv
 	.venv-$*/bin/uv pip install --quiet --python .venv-$*/bin/python --resolution $(RESOLUTION) --editable '.[dev]'
-	.venv-$*/bin/python -m pytest
+	.venv-$*/bin/python $(PYTEST)
 
 # Transformers' own common tests, on every pair of towers. They come from its source distribution and stay in runs/.
 test-transformers: .venv/.installed

@@ -32,6 +32,7 @@ extras["dev"] = sorted(
         "nbclient>=0.10",
         "playwright>=1.65",
         "pytest>=8.0",
+        "pytest-xdist>=3.6",
         "ruff>=0.12",
         "scikit-learn>=1.5",
         "setuptools>=77",

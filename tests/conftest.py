@@ -151,8 +151,8 @@ def sandbox(monkeypatch):
     with tempfile.TemporaryDirectory() as name:
         for folder in ("here", "elsewhere", "case"):
             Path(name, folder).mkdir()
-        for variable in ("ICLIP_CACHE", "TMPDIR"):
-            monkeypatch.setenv(variable, f"{name}/elsewhere")
+        monkeypatch.setenv("ICLIP_CACHE", f"{name}/cache")
+        monkeypatch.setenv("TMPDIR", f"{name}/elsewhere")
         monkeypatch.setattr(tempfile, "tempdir", None)
         monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
         monkeypatch.chdir(Path(name, "here"))

@@ -311,7 +311,7 @@ with torch.no_grad():
                 "`import iclip_hf`": run("-c", "import iclip_hf"),
                 "`iclip --help`": run("-m", "iclip_hf.cli", "--help"),
                 "`iclip explain missing.jpg`": refused("explain", "missing.jpg", "--text", "dog"),
-                "`iclip evaluate` of a missing folder": refused(
+                "evaluation of a missing folder": refused(
                     "evaluate", "--dataset", "coco2017", "--data-root", "missing"
                 ),
                 "towers loaded and run by transformers": run("-c", bare),

@@ -310,7 +310,7 @@ with torch.no_grad():
                 "and ICLIP's": run("-c", f"{auto}, iclip_hf"),
                 "`import iclip_hf`": run("-c", "import iclip_hf"),
                 "`iclip --help`": run("-m", "iclip_hf.cli", "--help"),
-                "`iclip explain missing.jpg`": refused("explain", "missing.jpg", "--text", "dog"),
+                "explanation of a missing file": refused("explain", "missing.jpg", "--text", "dog"),
                 "evaluation of a missing folder": refused(
                     "evaluate", "--dataset", "coco2017", "--data-root", "missing"
                 ),

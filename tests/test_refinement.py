@@ -129,35 +129,14 @@ def test_commands_refine(root, tiny_processor, tmp_path, capsys):  # noqa: F811
     model = ["--model", str(tmp_path / "model")]
     data = ["evaluate", "--dataset", "folder", "--data-root", str(root), "--json", *model]
     photo = str(next((root / "images").iterdir()))
+    asked = [photo, "--text", "dog", "--min-presence", "0", "--json", *model]
     answers = {}
     for refine in ((), ("--refine",)):
         for command in (
             [*data, "--task", "interpretability"],
             [*data, "--task", "segmentation", "--threshold", "0.5"],
-            [
-                "segment",
-                photo,
-                "--text",
-                "dog",
-                "--min-presence",
-                "0",
-                "--output",
-                str(tmp_path / "a.png"),
-                "--json",
-                *model,
-            ],
-            [
-                "explain",
-                photo,
-                "--text",
-                "dog",
-                "--min-presence",
-                "0",
-                "--output",
-                str(tmp_path / "b.png"),
-                "--json",
-                *model,
-            ],
+            ["segment", *asked, "--output", str(tmp_path / "a.png")],
+            ["explain", *asked, "--output", str(tmp_path / "b.png")],
         ):
             assert cli.main([*command, *refine]) == 0
             answers.setdefault(tuple(command), []).append(capsys.readouterr().out)

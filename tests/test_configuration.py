@@ -71,6 +71,13 @@ def test_bad_options_are_refused(option, value, message):
         ICLIPConfig(**{option: value})
 
 
+@pytest.mark.parametrize("options", [{"max_over": "similarity"}, {"recognition_pooling": "class_and_average"}])
+def test_options_of_dual_projections_are_refused_without_them(options):
+    (option,) = options
+    with pytest.raises(StrictDataclassError, match=f"Expected dual_projection=True .*{option}.*False"):
+        ICLIPConfig(dual_projection=False, **options)
+
+
 def test_towers_that_do_not_fit_are_refused():
     no_class_token = {"model_type": "siglip_vision_model", "hidden_size": 32, "num_hidden_layers": 1}
     with pytest.raises(ValueError, match="class token.*siglip_vision_model"):

@@ -343,8 +343,15 @@ def test_grad_eclip_follows_finite_differences(made):
     torch.testing.assert_close(maps.flatten().double(), expected, atol=1e-5, rtol=1e-3)
 
 
-def test_grad_eclip_sums_over_the_patches_that_a_score_pools(tiny_processor):
-    model = tiny_model(pooling="average", dual_projection=False)
+@pytest.mark.parametrize(
+    ("options", "share"),
+    [
+        ({"pooling": "average", "dual_projection": False}, 0.0),
+        ({"recognition_pooling": "class_and_average", "value_share": 0.25}, 0.25),
+    ],
+)
+def test_grad_eclip_sums_over_the_patches_that_a_score_pools(tiny_processor, options, share):
+    model = tiny_model(**options)
     explainer = make_explainer(model, tiny_processor, "grad_eclip")
     texts = explainer.encode_texts(LABELS)
     maps, _ = explainer.raw_maps(pixels(batch=1), texts)
@@ -357,6 +364,8 @@ def test_grad_eclip_sums_over_the_patches_that_a_score_pools(tiny_processor):
             given = 0.0
             for head in range(4):
                 weight = (layer.query[0, head, query] @ layer.key[0, head].T / 8**0.5).softmax(-1)[token]
+                if query > 0:
+                    weight = (1 - share) * weight + share * (token == query)
                 given += weight * (gradient[0, head, query] @ layer.value[0, head, token])
             expected[token] += max(0.0, given.item())
     torch.testing.assert_close(maps[0, 0].flatten(), expected[1:], atol=1e-5, rtol=1e-3)
@@ -399,11 +408,13 @@ def test_options_are_checked(made, method, options, match):
         make_explainer(*made("clip")[:2], method, **options)
 
 
-def test_bi_modal_multiplies_three_layers_from_the_last_to_the_first():
+@pytest.mark.parametrize("one", [True, False])
+def test_bi_modal_multiplies_three_layers_from_the_last_to_the_first(one):
     weights = torch.rand(3, 1, 1, 4, 4, generator=torch.Generator().manual_seed(0))
     explainer = BiModal.__new__(BiModal)
-    explainer.family = SimpleNamespace(layers=[SimpleNamespace(residual=True)])
+    explainer.family = SimpleNamespace(layers=[SimpleNamespace(residual=True)], reads_one_query=one)
     layers = [AttentionRecord(stream=None, weights=one) for one in weights]
     found = explainer.weigh(layers, tuple(torch.ones_like(weights)), patches=3)
     first, second, last = weights[:, 0, 0] + torch.eye(4)
-    torch.testing.assert_close(found, (last @ second @ first)[None, 0, 1:])
+    whole = last @ second @ first
+    torch.testing.assert_close(found, (whole[:1] if one else whole.sum(0, keepdim=True))[:, 1:])

@@ -354,6 +354,36 @@ def test_bi_modal_against_the_whole_relevance_matrix(made, layer):
             torch.testing.assert_close(maps[image, text].flatten(), relevance[0, 1:], atol=1e-5, rtol=1e-3)
 
 
+@pytest.mark.parametrize(
+    ("options", "one_row"),
+    [
+        ({"pooling": "average", "dual_projection": False}, False),
+        ({"pooling": "class_token", "dual_projection": False}, True),
+        ({"recognition_pooling": "class_and_average"}, False),
+        ({}, True),
+    ],
+)
+def test_bi_modal_adds_the_rows_of_all_tokens_that_the_score_reads(options, one_row, tiny_processor):
+    """On transformers' own eager attention; the score is made from the tower's output here."""
+    model = tiny_model(**options)
+    explainer = make_explainer(model, tiny_processor, "bi_modal")
+    texts = explainer.encode_texts(LABELS)
+    maps, _ = explainer.raw_maps(pixels(), texts)
+    reference = eager(model)
+    reference.vision_model.requires_grad_(True)
+    outputs = reference.vision_model(pixels()[:1], interpolate_pos_encoding=True, output_attentions=True)
+    class_token, average = outputs.last_hidden_state[:, 0], outputs.last_hidden_state[:, 1:].mean(1)
+    pooled = average if options.get("pooling") == "average" else class_token
+    pooled = torch.cat([class_token, average], 1) if "recognition_pooling" in options else pooled
+    embed = F.normalize(reference.recognition.visual_projection(pooled)[0], dim=-1)
+    logit = reference.recognition() * embed @ texts.text_embeds[0]
+    attention = outputs.attentions[-1]
+    (gradient,) = torch.autograd.grad(logit, attention)
+    relevance = torch.eye(25) + (attention * gradient)[0].clamp(min=0).mean(0)
+    expected = relevance[0] if one_row else relevance.sum(0)
+    torch.testing.assert_close(maps[0, 0].flatten(), expected[1:], atol=1e-5, rtol=1e-3)
+
+
 @pytest.mark.parametrize("family", ["siglip", "open_clip_resnet"])
 def test_bi_modal_of_a_pooling_head_follows_finite_differences(made, family):
     """The head alone in float64, its weights moved one by one."""
@@ -711,15 +741,6 @@ def test_other_models_are_refused(made):
     for other in (model.vision_model, nn.Linear(1, 1)):
         with pytest.raises(TypeError, match="Expected an ICLIPModel, an ONNXModel, a CLIPModel"):
             make_explainer(other, processor)
-
-
-@pytest.mark.parametrize("pooling", ["masked_max", "max", "average"])
-def test_bi_modal_needs_a_class_token_behind_the_score(pooling, tiny_processor):
-    model = tiny_model(pooling=pooling, dual_projection=False)
-    with pytest.raises(ValueError, match="score pools the patch tokens"):
-        make_explainer(model, tiny_processor, "bi_modal")
-    model = tiny_model(pooling="class_token", dual_projection=False)
-    assert explain(model, tiny_processor, images(), LABELS, "bi_modal")[0].raw_maps.shape == (3, 4, 4)
 
 
 @pytest.mark.parametrize("method", NEED_BLOCKS)

@@ -136,9 +136,16 @@ def slow_pool(tokens, class_token, attention, mode):
     return [max(x * a for x, a in zip(channel, attention)) for channel in channels]
 
 
-@pytest.mark.parametrize(("pooling", "dual"), list(itertools.product(POOLINGS, [True, False])))
-def test_model_equals_a_slow_implementation_of_equations_9_to_13(pooling, dual):
-    model = tiny_model(pooling=pooling, dual_projection=dual, projection_bias=True, map_attention="similarity")
+@pytest.mark.parametrize(
+    ("pooling", "dual", "recognition"),
+    [
+        *itertools.product(POOLINGS, [True, False], ["class_token"]),
+        ("masked_max", True, "class_and_average"),
+    ],
+)
+def test_model_equals_a_slow_implementation_of_equations_9_to_13(pooling, dual, recognition):
+    options = {"dual_projection": dual, "recognition_pooling": recognition, "projection_bias": True}
+    model = tiny_model(pooling=pooling, map_attention="similarity", **options)
     with torch.no_grad():
         model.recognition.logit_scale.fill_(1.3)
         model.map_branch.logit_scale.fill_(2.1)
@@ -161,6 +168,8 @@ def test_model_equals_a_slow_implementation_of_equations_9_to_13(pooling, dual):
         texts.append([sum(channel) / len(kept) for channel in zip(*kept)])
     pooled = [slow_pool(h[1:], h[0], a, pooling) for h, a in zip(hidden, attention)]  # Eq. 11
     recognised = [h[0] for h in hidden] if dual else pooled
+    if recognition == "class_and_average":
+        recognised = [h[0] + slow_pool(h[1:], h[0], None, "average") for h in hidden]
 
     recognition = slow_cosines(model.recognition, recognised, texts)  # Eq. 12
     logits = [[math.exp(model.recognition.logit_scale.item()) * cosine for cosine in row] for row in recognition]

@@ -307,6 +307,7 @@ OF_ITS_OWN = [
     {},
     {"dual_projection": False, "pooling": "max"},
     {"logit_scales": "shared"},
+    {"recognition_pooling": "class_and_average"},
     {"max_over": "similarity", "center_tokens": True, "map_affinity": 4.0},
     {"max_over": "similarity", "pooling": "max"},
 ]
@@ -461,7 +462,14 @@ def test_clamped_scale_can_come_back():
         {"pooling": "max"},
         {"pooling": "average", "dual_projection": False},
         {"pooling": "class_token", "dual_projection": False},
+        {"pooling": "max", "recognition_pooling": "class_and_average"},
         {"max_over": "similarity", "center_tokens": True, "map_affinity": 3.0},
+        {
+            "max_over": "similarity",
+            "center_tokens": True,
+            "map_affinity": 3.0,
+            "recognition_pooling": "class_and_average",
+        },
     ],
 )
 def test_any_pooling_comes_from_one_cache(hub, tmp_path_factory, tiny_processor, options):
@@ -477,7 +485,8 @@ def test_any_pooling_comes_from_one_cache(hub, tmp_path_factory, tiny_processor,
     pixel_values = tiny_processor(images=[pairs.read(index)["image"] for index in (5, 60)])["pixel_values"]
     direct = PairModel(model)._encode_images(pixel_values)
     branches = 2 if model.config.dual_projection else 1
-    shapes = [(2, 32), (2, 16, 32) if "max_over" in options else (2, 32)]
+    width = 64 if "recognition_pooling" in options else 32
+    shapes = [(2, width), (2, 16, 32) if "max_over" in options else (2, 32)]
     assert [one.shape for one in direct[:branches]] == shapes[:branches]
     torch.testing.assert_close(cached, direct, atol=2e-3, rtol=2e-3)  # float16
 

@@ -40,7 +40,10 @@ class ICLIPConfig(PreTrainedConfig):
             attention. 0 is the attention of the tower. 1 is that of MaskCLIP, where each patch attends to itself only, so that its
             token describes its own place. The class token is not changed. Not in the paper. Requires SDPA attention.
         dual_projection (`bool`, defaults to `True`): whether there are two pairs of projections (Eq. 12): the recognition branch,
-            which projects the class token, and the interpretability branch. If `False`, one branch does both (Table 3).
+            which projects `recognition_pooling`, and the interpretability branch. If `False`, one branch does both (Table 3).
+        recognition_pooling (`str`, defaults to `"class_token"`): the vector of an image that the recognition branch of dual
+            projections projects. `"class_token"` is the paper's. `"class_and_average"` is the class token followed by the mean
+            patch token, as in DINOv2's linear evaluation and dino.txt.
         projection_bias (`bool`, defaults to `False`): whether the projections have a bias.
         map_attention (`str`, defaults to `"similarity"`): how the class token's attention A weights the similarity map.
             `"similarity"` multiplies the cosines by A. `"sqrt_similarity"` multiplies them by the square root of A. `"features"`
@@ -84,6 +87,7 @@ class ICLIPConfig(PreTrainedConfig):
     center_tokens: bool = False
     value_share: int | float = 0.0
     dual_projection: bool = True
+    recognition_pooling: Literal["class_token", "class_and_average"] = "class_token"
     projection_bias: bool = False
     map_attention: Literal["similarity", "sqrt_similarity", "features", "additive", "none"] = "similarity"
     map_affinity: int | float = 0.0
@@ -139,6 +143,11 @@ class ICLIPConfig(PreTrainedConfig):
             raise ValueError(
                 'Expected dual_projection=True and pooling "masked_max" or "max" for max_over="similarity", got '
                 f"dual_projection={self.dual_projection} and pooling={self.pooling!r}: change one of them."
+            )
+        if self.recognition_pooling != "class_token" and not self.dual_projection:
+            raise ValueError(
+                f"Expected dual_projection=True with recognition_pooling={self.recognition_pooling!r}, got False: change one "
+                "of them."
             )
         if not 0 < self.attention_quantile <= 1:
             raise ValueError(

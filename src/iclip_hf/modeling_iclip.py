@@ -335,7 +335,8 @@ class ICLIPModel(PreTrainedModel):
         image_dim, text_dim = config.vision_config.hidden_size, config.text_config.hidden_size
         if config.text_pooling == "eos":
             text_dim = getattr(config.text_config, "projection_size", text_dim)  # SigLIP's head
-        self.recognition = ICLIPBranch(config, image_dim, text_dim)
+        widths = 2 if config.recognition_pooling == "class_and_average" else 1
+        self.recognition = ICLIPBranch(config, widths * image_dim, text_dim)
         self.interpretability = None
         if config.dual_projection:
             own_scale = config.logit_scales == "per_branch"
@@ -527,7 +528,7 @@ class ICLIPModel(PreTrainedModel):
         """Returns the class token's attention over the patches, `(B, N)` in [0, 1], see `config.attention_norm` (Eq. 9)."""
         return normalize_attention(image.attention, self.config.attention_norm, self.config.attention_quantile)
 
-    def pool_image(self, image: ImageTokens, attention: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def pool_image(self, image: ImageTokens, attention: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         """
         Pools the tokens of images for the projections.
 
@@ -536,10 +537,15 @@ class ICLIPModel(PreTrainedModel):
             attention (`torch.Tensor` of shape `(B, N)`): from `normalized_attention`.
 
         Returns:
-            `tuple`: the vectors `(B, D)` of the recognition branch and of the map branch. They are equal without dual projections.
+            `tuple`: the vectors of the recognition branch, `(B, D)`, or `(B, 2 D)` with `recognition_pooling="class_and_average"`,
+            and of the map branch, `(B, D)`, or None with `max_over="similarity"`. They are equal without dual projections.
         """
-        pooled = pool(image.patch_tokens, image.class_token, attention, self.config.pooling)
-        return (image.class_token if self.config.dual_projection else pooled), pooled
+
+        def pooled(mode: str) -> torch.Tensor:
+            return pool(image.patch_tokens, image.class_token, attention, mode)
+
+        drawn = pooled(self.config.pooling) if self.config.max_over == "channels" else None
+        return (pooled(self.config.recognition_pooling) if self.config.dual_projection else drawn), drawn
 
     def centered_tokens(self, patch_tokens: torch.Tensor) -> torch.Tensor:
         """Returns patch tokens `(..., D)` as the map branch uses them, before sharing among similar patches."""
@@ -582,7 +588,7 @@ class ICLIPModel(PreTrainedModel):
         pooled, map_pooled = self.pool_image(image, attention)
         projected = self.recognition.visual_projection(pooled)
         map_image_embeds = None
-        if self.config.max_over == "channels":
+        if map_pooled is not None:
             map_image_embeds = normalize(self.map_branch.visual_projection(map_pooled))
         patch_tokens = self.centered_tokens(image.patch_tokens)
         if self.config.map_affinity > 0:

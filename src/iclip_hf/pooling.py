@@ -1,4 +1,4 @@
-"""Pooling of patch tokens into one image vector: class token, average, max, and masked max (Eq. 9, 10)."""
+"""Pooling of tokens into one image vector: class token, average, max, and masked max (Eq. 9, 10)."""
 
 import torch
 from torch.nn import functional as F
@@ -133,12 +133,15 @@ def pool(patch_tokens: torch.Tensor, class_token: torch.Tensor, attention: torch
         attention (`torch.Tensor` of shape `(B, N)`): normalised class-token attention in [0, 1].
         mode (`str`): `"class_token"`, `"average"`, `"max"` (per channel), or `"masked_max"`, the maximum over the tokens
             multiplied by their attention (Eq. 10), which keeps background tokens from winning a channel.
+            `"class_and_average"` is the class token followed by the average.
 
     Returns:
-        `torch.Tensor` of shape `(B, D)`.
+        `torch.Tensor` of shape `(B, D)`, or `(B, 2 D)` with `"class_and_average"`.
     """
     if mode == "class_token":
         return class_token
+    if mode == "class_and_average":
+        return torch.cat([class_token, patch_tokens.mean(1)], -1)
     if mode == "average":
         return patch_tokens.mean(1)
     if mode == "max":
@@ -146,5 +149,6 @@ def pool(patch_tokens: torch.Tensor, class_token: torch.Tensor, attention: torch
     if mode == "masked_max":
         return (patch_tokens * attention.unsqueeze(-1).to(patch_tokens.dtype)).amax(1)
     raise ValueError(
-        f'Expected pooling to be "masked_max", "max", "average" or "class_token", got {mode!r}: choose one of them.'
+        'Expected pooling to be "masked_max", "max", "average", "class_token" or "class_and_average", got '
+        f"{mode!r}: choose one of them."
     )

@@ -16,7 +16,7 @@ What the methods do where there is no class token to start from:
 - `itsm` needs patches in the space of the texts: each is what the head gives with all attention on it.
 - `clip_surgery`, `gem`, `maskclip`, `sclip`, `clearclip`, `naclip`, `proxyclip` and `legrad` look at the self-attention of a
   transformer's blocks: a ResNet has none and is refused.
-- `bi_modal` is refused for an ICLIP of one branch that pools its patch tokens.
+- An ICLIP whose score pools its patch tokens has all queries in place of one: `bi_modal` and `grad_eclip` sum over them.
 """
 
 from __future__ import annotations

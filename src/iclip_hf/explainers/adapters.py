@@ -209,7 +209,8 @@ class ICLIPAdapter(_TransformersAdapter):
 
     @property
     def reads_one_query(self) -> bool:
-        return self.model.config.dual_projection or self.draws_by_class_token
+        config = self.model.config
+        return config.recognition_pooling == "class_token" if config.dual_projection else self.draws_by_class_token
 
     @property
     def pools_one_vector(self) -> bool:

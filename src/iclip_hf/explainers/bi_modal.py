@@ -12,28 +12,22 @@ class BiModal(GradientExplainer):
     """
     Attention times its gradient, positive part, mean of the heads; accumulated as R <- R + A R over the layers from `layer`
     on, by default the last alone as in the authors' notebook for CLIP. The map is the class token's row of R. A pooling head
-    (SigLIP, ResNets) is the last layer then, and its query takes the class token's place.
+    (SigLIP, ResNets) is the last layer then, and its query takes the class token's place. Where a model's score reads more
+    tokens than one, the map is the sum of the rows of all tokens.
     """
 
     needs_weights = True
-
-    def __init__(self, model, processor, layer: int = -1):
-        super().__init__(model, processor, layer)
-        if not self.family.reads_one_query:
-            raise ValueError(
-                "bi_modal reads the relevance of the class token, but this model's score pools the patch tokens: use it "
-                'with dual projections or pooling="class_token".'
-            )
 
     def differentiated(self, layers: list[AttentionRecord]) -> list[torch.Tensor]:
         return [layer.weights for layer in layers]
 
     def weigh(self, layers: list[AttentionRecord], gradients: tuple[torch.Tensor, ...], patches: int) -> torch.Tensor:
         relevances = [attention_relevance(layer.weights, grad) for layer, grad in zip(layers, gradients)]
-        # Row 0 of the product (I + A_n) ... (I + A_1), taken from the left: a vector times a matrix a layer.
-        row = relevances[-1][:, :1].clone()
+        # Rows of the product (I + A_n) ... (I + A_1), taken from the left: a vector times a matrix a layer.
+        read = slice(0, 1 if self.family.reads_one_query else None)
+        row = relevances[-1][:, read].sum(1, keepdim=True)
         if self.family.layers[-1].residual:
-            row[..., 0] += 1
+            row[..., read] += 1
         for relevance in reversed(relevances[:-1]):
             row = row + row @ relevance
         return row[:, 0, -patches:]

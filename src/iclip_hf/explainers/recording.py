@@ -31,7 +31,7 @@ class AttentionRecord:
         tokens (`torch.Tensor` of shape `(B, L, D)`): what the attention itself sees.
         query, key, value (`torch.Tensor` of shape `(B, H, Q or L, D / H)`).
         mixed (`torch.Tensor` of shape `(B, H, Q, D / H)`): the values mixed by the attention, before the output projection.
-        weights (`torch.Tensor` of shape `(B, H, Q, L)`): after the softmax, where they were asked for.
+        weights (`torch.Tensor` of shape `(B, H, Q, L)`): of the values in `mixed`, where they were asked for.
     """
 
     stream: torch.Tensor
@@ -174,10 +174,12 @@ def _transformers_attention(module, query, key, value, attention_mask, scaling=N
         fused = AttentionInterface()["sdpa_class_row"]
         mixed, _ = fused(module, query, key, value, attention_mask, scaling, last_attention=last_attention, **kwargs)
     else:
-        mixed = (weights @ value).transpose(1, 2)
         if last_attention is not None and getattr(module, "is_last_attention", False):
             last_attention.class_row = weights[:, :, :1]
-            mixed = last_attention.mix(mixed, value)
+            own = torch.eye(weights.shape[-1]).to(weights)[None, None]  # the weights of a patch's own value
+            weights = last_attention.mix(weights.transpose(1, 2), own).transpose(1, 2)
+            _current_layer().weights = weights
+        mixed = (weights @ value).transpose(1, 2)
     return _record_mixed(mixed.transpose(1, 2)).transpose(1, 2), None
 
 

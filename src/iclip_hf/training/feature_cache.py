@@ -26,7 +26,7 @@ from ..processing_iclip import ICLIPProcessor
 from ..utils.distributed import agreed, partner_errors, shared_folder_lock
 from ..utils.files import atomic_write, writing_errors
 from .data import seeded
-from .loss import image_features
+from .loss import map_features
 from .nouns import NounPrompts
 
 
@@ -35,21 +35,17 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# Cached poolings of an image for branches that pool before the projection: all poolings of Table 2, masked max with both
-# normalisations of the attention.
+# Cached poolings of an image. Recognition projects the first, or the first two; branches that pool before the projection, any:
+# all poolings of Table 2, masked max with both normalisations of the attention.
 POOLINGS = ("class_token", "average", "max", "masked_max/minmax", "masked_max/quantile")
 
 
 def image_rows(model: ICLIPModel, pixel_values: torch.Tensor, map_tokens: int) -> torch.Tensor:
     """
     Computes the cached features of images (B, 3, H, W): all `POOLINGS` (B, 5, D), which are the same for all models with this
-    tower; with `max_over="similarity"` the class token and the model's [`salient_tokens`], (B, 1 + K, D + 1), with the attention
-    as the last column.
+    tower; with `max_over="similarity"` the first two of them and the model's [`salient_tokens`], (B, 2 + K, D + 1), with the
+    attention as the last column.
     """
-    if model.config.max_over == "similarity":
-        class_token, tokens, attention = image_features(model, pixel_values, map_tokens)
-        rows = torch.cat([class_token.unsqueeze(1), tokens], 1)
-        return torch.cat([rows, F.pad(attention, (1, 0)).unsqueeze(-1)], -1)
     image = model.encode_image(pixel_values)
 
     def one(way: str) -> torch.Tensor:
@@ -57,16 +53,21 @@ def image_rows(model: ICLIPModel, pixel_values: torch.Tensor, map_tokens: int) -
         attention = normalize_attention(image.attention, norm or "minmax", model.config.attention_quantile)
         return pool(image.patch_tokens, image.class_token, attention, mode)
 
-    return torch.stack([one(way) for way in POOLINGS], 1)
+    if model.config.max_over == "channels":
+        return torch.stack([one(way) for way in POOLINGS], 1)
+    tokens, attention = map_features(model, image, map_tokens)
+    rows = torch.cat([torch.stack([one(way) for way in POOLINGS[:2]], 1), tokens], 1)
+    return torch.cat([rows, F.pad(attention, (2, 0)).unsqueeze(-1)], -1)
 
 
 def branch_features(rows: torch.Tensor, config: ICLIPConfig) -> tuple[torch.Tensor, ...]:
     """Converts the result of [`image_rows`] to that of [`~loss.image_features`]."""
+    recognised = slice(2 if config.recognition_pooling == "class_and_average" else 1)
     if config.max_over == "similarity":
-        return rows[:, 0, :-1], rows[:, 1:, :-1], rows[:, 1:, -1]
+        return rows[:, recognised, :-1].flatten(1), rows[:, 2:, :-1], rows[:, 2:, -1]
     own = f"masked_max/{config.attention_norm}" if config.pooling == "masked_max" else config.pooling
-    names = ["class_token", own] if config.dual_projection else [own]
-    return tuple(rows[:, POOLINGS.index(name)] for name in names)
+    drawn = rows[:, POOLINGS.index(own)]
+    return (rows[:, recognised].flatten(1), drawn) if config.dual_projection else (drawn,)
 
 
 def image_settings(config: ICLIPConfig, map_tokens: int) -> dict:
@@ -97,7 +98,7 @@ class FeatureShards:
         self.shard_rows = max(256, math.ceil(rows / 256))
         self.num_shards = math.ceil(rows / self.shard_rows)
         self._arrays: list[np.ndarray] = []
-        now = json.loads(json.dumps({**fingerprint, "rows": rows, "version": 1}))
+        now = json.loads(json.dumps({**fingerprint, "rows": rows, "version": 2}))
         file = folder / "fingerprint.json"
         if not file.exists():
             with writing_errors(folder):

@@ -11,7 +11,7 @@ from torch import distributed, nn
 from torch.utils.checkpoint import checkpoint
 
 from ..losses import contrastive_loss, multi_positive_loss
-from ..modeling_iclip import ICLIPModel, normalize
+from ..modeling_iclip import ICLIPModel, ImageTokens, normalize
 from ..pooling import share_among_like
 
 
@@ -54,15 +54,21 @@ def salient_tokens(
 
 def image_features(model: ICLIPModel, pixel_values: torch.Tensor, map_tokens: int) -> tuple[torch.Tensor, ...]:
     """
-    Computes the inputs of the projections for images (B, 3, H, W): the pooled vector (B, D) of each branch, or with
-    `max_over="similarity"` the vector of the recognition branch (B, D), [`salient_tokens`] (B, K, D) and their attention (B, K).
+    Computes the inputs of the projections for images (B, 3, H, W): the pooled vector of each branch, see
+    [`ICLIPModel.pool_image`], or with `max_over="similarity"` the vector of the recognition branch, [`salient_tokens`] (B, K, D)
+    and their attention (B, K).
     """
     image = model.encode_image(pixel_values)
-    attention = model.normalized_attention(image)
-    if model.config.max_over == "channels":
-        return model.pool_image(image, attention)[: 1 + model.config.dual_projection]
-    tokens = model.centered_tokens(image.patch_tokens)
-    return image.class_token, *salient_tokens(tokens, attention, map_tokens, model.config.map_affinity)
+    recognised, drawn = model.pool_image(image, model.normalized_attention(image))
+    if model.config.max_over == "similarity":
+        return recognised, *map_features(model, image, map_tokens)
+    return (recognised, drawn) if model.config.dual_projection else (drawn,)
+
+
+def map_features(model: ICLIPModel, image: ImageTokens, map_tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Computes the [`salient_tokens`] of images for the map branch: tokens (B, K, D) and their attention (B, K)."""
+    tokens, attention = model.centered_tokens(image.patch_tokens), model.normalized_attention(image)
+    return salient_tokens(tokens, attention, map_tokens, model.config.map_affinity)
 
 
 @torch.no_grad()

@@ -1,4 +1,5 @@
 import itertools
+import logging
 import math
 
 import pytest
@@ -6,7 +7,8 @@ import torch
 from conftest import TEXT, VISION, tiny_config, tiny_inputs, tiny_model
 from PIL import Image
 from torch.nn import functional as F
-from transformers import AutoModel, AutoModelForZeroShotImageClassification, pipeline
+from transformers import AutoModel, AutoModelForZeroShotImageClassification, BertModel, pipeline
+from transformers.utils.logging import get_verbosity
 
 from iclip_hf import ICLIPConfig, ICLIPModel, ICLIPProcessor
 from iclip_hf.models.loading import load_pretrained
@@ -426,6 +428,17 @@ def test_two_pretrained_towers_are_joined(tmp_path):
     assert torch.equal(
         run(ICLIPModel.from_pretrained(tmp_path / "joined")).logits_per_image, run(model).logits_per_image
     )
+
+
+def test_joining_reports_no_weights_that_the_towers_lack(tmp_path, caplog, monkeypatch):
+    """Transformers would print a table of the pooler's weights."""
+    source = tiny_model()
+    source.vision_model.save_pretrained(tmp_path / "vision")
+    BertModel(source.config.text_config).save_pretrained(tmp_path / "text")  # with a pooler
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    verbosity = get_verbosity()
+    ICLIPModel.from_vision_text_pretrained(str(tmp_path / "vision"), str(tmp_path / "text"))
+    assert not caplog.records and get_verbosity() == verbosity
 
 
 def test_both_sides_of_a_two_tower_checkpoint_are_taken(tmp_path):

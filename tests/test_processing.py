@@ -137,6 +137,22 @@ def test_saving_keeps_every_option(tiny_processor, tmp_path):
         assert torch.equal(batch["pixel_values"], processor(photo())["pixel_values"])
 
 
+def test_processors_of_two_towers_are_joined(tiny_processor, tmp_path):
+    """Also where the image tower's configuration stores the patch size as a pair."""
+    config = tiny_config()
+    config.vision_config.patch_size = (8, 8)
+    for part in (config.vision_config, tiny_processor.image_processor):
+        part.save_pretrained(tmp_path / "vision")
+    for part in (config.text_config, tiny_processor.tokenizer):
+        part.save_pretrained(tmp_path / "text")
+    towers = str(tmp_path / "vision"), str(tmp_path / "text")
+    processor = ICLIPProcessor.from_vision_text_pretrained(*towers, image_size=40)
+    assert processor(photo())["pixel_values"].shape == (1, 3, 40, 40)
+    assert processor(photo(), size={"shortest_edge": 16})["pixel_values"].shape == (1, 3, 16, 24)
+    with pytest.raises(ValueError, match="multiples of the patch size 8"):
+        processor(photo(), size=30)
+
+
 MAPS = torch.randn(2, 3, 4, 6, generator=torch.Generator().manual_seed(0))
 SIZES = [(33, 50), (20, 20)]
 

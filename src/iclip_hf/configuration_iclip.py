@@ -43,7 +43,7 @@ class ICLIPConfig(PreTrainedConfig):
             which projects `recognition_pooling`, and the interpretability branch. If `False`, one branch does both (Table 3).
         recognition_pooling (`str`, defaults to `"class_token"`): the vector of an image that the recognition branch of dual
             projections projects. `"class_token"` is the paper's. `"class_and_average"` is the class token followed by the mean
-            patch token, as in DINOv2's linear evaluation and dino.txt.
+            patch token, as in DINOv2's linear evaluation and dino.txt. It requires `dual_projection`.
         projection_bias (`bool`, defaults to `False`): whether the projections have a bias.
         map_attention (`str`, defaults to `"similarity"`): how the class token's attention A weights the similarity map.
             `"similarity"` multiplies the cosines by A. `"sqrt_similarity"` multiplies them by the square root of A. `"features"`
@@ -158,6 +158,12 @@ class ICLIPConfig(PreTrainedConfig):
                 f"Expected logit_scale_init_value in [0, {math.log(100):.4f}], got {self.logit_scale_init_value}: set the "
                 "logarithm of a scale from 1 to 100."
             )
+
+
+def patch_side(vision_config: PreTrainedConfig) -> int:
+    """Returns the side of an image tower's square patches in pixels. Some configurations store a pair."""
+    size = vision_config.patch_size
+    return size if isinstance(size, int) else size[0]
 
 
 __all__ = ["ICLIPConfig"]

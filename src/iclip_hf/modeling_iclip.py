@@ -26,9 +26,9 @@ from transformers.core_model_loading import ConversionOps, WeightConverter
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 from transformers.modeling_outputs import BaseModelOutputWithPooling
-from transformers.utils import ModelOutput, can_return_tuple
+from transformers.utils import ModelOutput, can_return_tuple, logging
 
-from .configuration_iclip import ICLIPConfig
+from .configuration_iclip import ICLIPConfig, patch_side
 from .losses import contrastive_loss
 from .pooling import normalize_attention, pool, pool_similarities, share_among_like
 from .similarity import check_lists, cosine_similarity_map, min_max_normalize
@@ -230,12 +230,6 @@ def _tower_config(checkpoint: str, side: str) -> PreTrainedConfig:
     return getattr(config, side, config)
 
 
-def patch_side(vision_config: PreTrainedConfig) -> int:
-    """Returns the side of an image tower's square patches in pixels. Some configurations store a pair."""
-    size = vision_config.patch_size
-    return size if isinstance(size, int) else size[0]
-
-
 def load_tower(config: PreTrainedConfig, checkpoint: str | None = None) -> PreTrainedModel:
     """Loads a tower from a checkpoint, or initialises it. The tower has no pooler, because a pooler would not be trained."""
     if config.model_type == "siglip_text_model":  # not in the Auto classes
@@ -250,9 +244,15 @@ def load_tower(config: PreTrainedConfig, checkpoint: str | None = None) -> PreTr
     options = {"add_pooling_layer": False} if takes_pooler else {}
     if checkpoint is None:
         return tower_class._from_config(config, **options)
-    tower, loading = tower_class.from_pretrained(
-        checkpoint, config=config, dtype=torch.float32, output_loading_info=True, **options
-    )
+    # Without Transformers' report on weights that the tower does not have, such as a pooler's. Missing weights are checked below.
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        tower, loading = tower_class.from_pretrained(
+            checkpoint, config=config, dtype=torch.float32, output_loading_info=True, **options
+        )
+    finally:
+        logging.set_verbosity(verbosity)
     check_weights(checkpoint, tower, loading["missing_keys"])
     return tower
 

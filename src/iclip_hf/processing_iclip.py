@@ -10,7 +10,7 @@ from transformers.feature_extraction_utils import BatchFeature
 from transformers.image_utils import SizeDict
 from transformers.processing_utils import ProcessorMixin
 
-from .configuration_iclip import ICLIPConfig
+from .configuration_iclip import ICLIPConfig, patch_side
 from .images import to_rgb
 from .label_maps import classes_of, label_map
 from .prompts import check_templates, check_text
@@ -78,7 +78,7 @@ class ICLIPProcessor(ProcessorMixin):
             do_convert_rgb=True,
             trust_remote_code=False,
         )
-        options.setdefault("patch_size", getattr(config, "vision_config", config).patch_size)
+        options.setdefault("patch_size", patch_side(getattr(config, "vision_config", config)))
         if AutoConfig.from_pretrained(text, trust_remote_code=False).model_type.startswith("siglip"):
             options.setdefault("max_text_length", 64)
             options.setdefault("text_padding", "max_length")

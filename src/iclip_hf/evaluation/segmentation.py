@@ -85,9 +85,9 @@ def evaluate_segmentation(
     Measures the label maps of a model over a data set. Each pixel gets the class with the highest raw map among all classes of the
     data set, see [`label_map`]. Under `accelerate launch` the processes share the images, and every process returns the same result.
 
-    The background of a data set that has one are the pixels whose confidence is not above a threshold, and those where a text for the
-    background is best. Without a given threshold and without such texts, the threshold is chosen on other images: that of the
-    images at even positions is the best of 0, 0.01, ..., 1 for the images at odd positions, and the reverse.
+    If the data set has a background, it consists of the pixels whose confidence is not above a threshold, and of those where a text
+    for the background is best. If neither a threshold nor such texts are given, the threshold is chosen on other images: the images
+    at even positions take the best of 0, 0.01, ..., 1 for the images at odd positions, and the reverse.
 
     Args:
         model, processor, methods, templates, limit, batch_size, num_workers, progress: as for [`evaluate`].
@@ -114,22 +114,28 @@ def evaluate_segmentation(
     if not dataset.background and (background or threshold is not None):
         raise ValueError(
             f"Expected neither texts nor a threshold for the background of {dataset.name!r}, which is void, got {background} "
-            f"and {threshold}."
+            f"and {threshold}: leave them out."
         )
     if image_size is not None and (short_side or window):
         raise ValueError("Expected image_size, or short_side and window, got both: leave one out.")
     templates = check_templates(dataset.templates if templates is None else templates)
     segmenter = _Segmenter(
-        model, processor, dataset, methods, templates, background, window, stride, min_presence, refine
+        model,
+        processor,
+        dataset,
+        methods,
+        templates=templates,
+        background=background,
+        threshold=threshold,
+        logit_scale=logit_scale,
+        window=window,
+        stride=stride,
+        min_presence=min_presence,
+        refine=refine,
     )
-    segmenter.options = {
-        "threshold": None if threshold is None else check_threshold(threshold),
-        "logit_scale": logit_scale,
-    }
     plan = Plan.make(state, dataset, segmenter.processor, image_size, limit, batch_size, num_workers)
     if short_side or window:
         plan.size = {"size": {"shortest_edge": short_side or SHORT_SIDE}}
-    segmenter.sweeps = dataset.background and threshold is None and not background
     if segmenter.sweeps and plan.count < 2:
         raise ValueError("Expected two images or more to choose the background threshold on, got 1: give a threshold.")
 
@@ -178,11 +184,30 @@ def evaluate_segmentation(
 
 
 class _Segmenter:
-    """The methods with their texts. `draw` runs the model; `count` may run in any thread."""
+    """The methods with their texts. `draw` runs the model; `count` can run in any thread. Arguments as for [`evaluate_segmentation`]."""
 
     def __init__(
-        self, model, processor, dataset, methods, templates, background, window, stride, min_presence, refine
+        self,
+        model,
+        processor,
+        dataset: SegmentationDataset,
+        methods: Sequence[str],
+        *,
+        templates: list[str],
+        background: list[str],
+        threshold: float | None,
+        logit_scale: float | None,
+        window: int | None,
+        stride: int | None,
+        min_presence: float,
+        refine: bool,
     ):
+        self.options = {
+            "threshold": None if threshold is None else check_threshold(threshold),
+            "logit_scale": logit_scale,
+        }
+        # Whether the background threshold is chosen on other images.
+        self.sweeps = dataset.background and threshold is None and not background
         self.explainers = {method: make_explainer(model, processor, method) for method in dict.fromkeys(methods)}
         first = next(iter(self.explainers.values()))
         self.processor = first.processor
@@ -200,8 +225,6 @@ class _Segmenter:
         if min_presence:
             self.gate = Localizer(model, processor, texts, templates=templates, min_presence=min_presence)
         self.metric = MeanIoU(len(dataset.labels) + 1, dataset.background)
-        self.options: dict = {}
-        self.sweeps = False
         self.seconds_in_model = 0.0
 
     def draw(self, loaded: Iterator[tuple[int, SegmentationSample, torch.Tensor]], plan: Plan) -> Iterator[tuple]:

@@ -14,6 +14,7 @@ from transformers import CLIPModel, SiglipImageProcessor
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
+from ..configuration_iclip import patch_side
 from ..modeling_iclip import (
     ICLIPImageFeatures,
     ICLIPModel,
@@ -273,7 +274,7 @@ class CLIPAdapter(_TransformersAdapter):
         own_processor = ICLIPProcessor(
             self._whole_image_processor(model.config.vision_config, processor.image_processor),
             processor.tokenizer,
-            patch_size=model.config.vision_config.patch_size,
+            patch_size=patch_side(model.config.vision_config),
             max_text_length=model.config.text_config.max_position_embeddings,
             text_padding=self.text_padding,
         )
@@ -351,7 +352,7 @@ class Siglip2Adapter(SiglipAdapter):
     """SigLIP2 for images of any shape (NaFlex). It is given all patches of each image, so that none is padding."""
 
     def _whole_image_processor(self, vision_config, image_processor):
-        side = math.isqrt(vision_config.num_patches) * vision_config.patch_size
+        side = math.isqrt(vision_config.num_patches) * patch_side(vision_config)
         return whole_image_processor(
             side, image_processor.image_mean, image_processor.image_std, image_processor.resample
         )

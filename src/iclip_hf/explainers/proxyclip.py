@@ -10,7 +10,8 @@ from transformers import AutoConfig
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN as IMAGENET_MEAN
 from transformers.image_utils import IMAGENET_DEFAULT_STD as IMAGENET_STD
 
-from ..modeling_iclip import VISION_TOWERS, ICLIPImageFeatures, ICLIPModel, load_tower, patch_side
+from ..configuration_iclip import patch_side
+from ..modeling_iclip import VISION_TOWERS, ICLIPImageFeatures, ICLIPModel, load_tower
 from ..models.towers import embedded_towers
 from .adapters import unit
 from .recording import AttentionRecord

@@ -12,14 +12,13 @@ from unittest import mock
 import torch
 from torch import nn
 
-from ..configuration_iclip import ICLIPConfig
+from ..configuration_iclip import ICLIPConfig, patch_side
 from ..modeling_iclip import (
     ICLIPImageFeatures,
     ICLIPModel,
     ICLIPTextFeatures,
     average_templates,
     normalize,
-    patch_side,
 )
 from ..processing_iclip import ICLIPProcessor
 from ..utils.extras import require_extra

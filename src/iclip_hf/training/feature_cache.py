@@ -13,16 +13,17 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 from PIL import Image
-from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
+from transformers import PreTrainedModel
 
 from ..configuration_iclip import ICLIPConfig
 from ..data.pairs import BadPairError, PairDataset
 from ..modeling_iclip import ICLIPModel
 from ..pooling import normalize_attention, pool
 from ..processing_iclip import ICLIPProcessor
+from ..utils.digests import weights_digest
 from ..utils.distributed import agreed, partner_errors, shared_folder_lock
 from ..utils.files import atomic_write, writing_errors
 from .data import seeded
@@ -350,17 +351,11 @@ class CachedPairs(Dataset):
         return {"image_features": batch["image_features"], **texts, **nouns, "skipped": 0}
 
 
-def tower_digest(tower: nn.Module) -> str:
+def tower_digest(tower: PreTrainedModel) -> str:
     """Returns 16 hex digits over the weights and the configuration of a tower."""
-    config = tower.config.to_dict()
     unrelated = ("_name_or_path", "transformers_version", "dtype", "architectures")
-    digest = hashlib.sha256(
-        json.dumps({k: v for k, v in config.items() if k not in unrelated}, sort_keys=True).encode()
-    )
-    for name, weight in sorted(tower.state_dict().items()):
-        digest.update(f"{name}{tuple(weight.shape)}{weight.dtype}".encode())
-        digest.update(weight.detach().cpu().contiguous().view(torch.uint8).numpy())
-    return digest.hexdigest()[:16]
+    config = {name: value for name, value in tower.config.to_dict().items() if name not in unrelated}
+    return _digest([config, weights_digest(tower)])
 
 
 def _json(file: Path):
@@ -368,7 +363,7 @@ def _json(file: Path):
 
 
 def _digest(value: list) -> str:
-    return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:16]
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
 
 
 class _ViewReader(Dataset):

@@ -108,7 +108,7 @@ def test_analysis_takes_an_exported_model(model, folder, tiny_processor):
     "method", sorted(METHODS.keys() - {"itsm", "reversed_itsm", "attention", "attention_affinity", "random"})
 )
 def test_methods_that_look_inside_the_tower_are_refused(folder, tiny_processor, method):
-    with pytest.raises(ValueError, match="looks inside the image tower.*use itsm"):
+    with pytest.raises(ValueError, match="needs the layers of the image tower.*use itsm"):
         make_explainer(ONNXModel(folder), tiny_processor, method)
 
 

@@ -61,7 +61,10 @@ class LastAttention:
         self.value_share = value_share
 
     def mix(self, attended: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-        """Mixes what the attention returns, (B, N, heads, D / heads), with the values (B, heads, N, D / heads), except for the class token."""
+        """
+        Mixes the output of the attention, (B, N, heads, D / heads), with the values (B, heads, N, D / heads). The class token is not
+        changed.
+        """
         if self.value_share == 0:
             return attended
         own = value.transpose(1, 2)
@@ -69,7 +72,7 @@ class LastAttention:
 
 
 def _sdpa_class_row(module, query, key, value, attention_mask, scaling=None, last_attention=None, **kwargs):
-    """Fused attention, which returns no weights. In the tower's last layer, it does what `last_attention` says."""
+    """Fused attention, which returns no weights. In the tower's last layer, it fills and applies `last_attention`."""
     attended, _ = sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
     if last_attention is not None and getattr(module, "is_last_attention", False):
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
@@ -349,7 +352,7 @@ class ICLIPModel(PreTrainedModel):
         self.train(self.training)
 
     def _find_last_attention(self):
-        """Makes the last attention layer of the image tower return the class token's row, by one product beside the fused attention."""
+        """Makes the last attention layer of the image tower compute the class token's row, a product besides the fused attention."""
         last = [module for module in self.vision_model.modules() if type(module).__name__.endswith("Attention")][-1]
         last.is_last_attention = True
         if self.vision_model.config._attn_implementation != "eager":

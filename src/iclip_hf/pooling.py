@@ -125,18 +125,21 @@ def _parts(images: int, numbers_of_image: int) -> list[slice]:
 
 def pool(patch_tokens: torch.Tensor, class_token: torch.Tensor, attention: torch.Tensor, mode: str) -> torch.Tensor:
     """
-    Pools the patch tokens of each image into one vector.
+    Pools the tokens of each image into one vector.
 
     Args:
         patch_tokens (`torch.Tensor` of shape `(B, N, D)`): patch tokens of the image tower.
         class_token (`torch.Tensor` of shape `(B, D)`): its class token.
         attention (`torch.Tensor` of shape `(B, N)`): normalised class-token attention in [0, 1].
-        mode (`str`): `"class_token"`, `"average"`, `"max"` (per channel), or `"masked_max"`, the maximum over the tokens
-            multiplied by their attention (Eq. 10), which keeps background tokens from winning a channel.
-            `"class_and_average"` is the class token followed by the average.
+        mode (`str`): `"class_token"`; `"average"` and `"max"` over the patches, for each channel; `"masked_max"`, the maximum of
+            the patch tokens multiplied by their attention (Eq. 10), which keeps background tokens from winning a channel; or
+            `"class_and_average"`, the class token followed by the average.
 
     Returns:
         `torch.Tensor` of shape `(B, D)`, or `(B, 2 D)` with `"class_and_average"`.
+
+    Raises:
+        `ValueError`: `mode` is another.
     """
     if mode == "class_token":
         return class_token

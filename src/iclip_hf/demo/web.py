@@ -197,7 +197,9 @@ def _image_settings(processor: ICLIPProcessor) -> dict:
             f"resample={images.resample}: set these options."
         )
     if size.keys() not in ({"height", "width"}, {"shortest_edge"}):
-        raise ValueError(f"Expected a processor whose size is height and width or shortest_edge, got {size}.")
+        raise ValueError(
+            f"Expected a processor whose size is height and width or shortest_edge, got {size}: set one of them."
+        )
     return {
         "size": size,
         "patch": processor.patch_size,

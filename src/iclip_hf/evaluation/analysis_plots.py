@@ -30,7 +30,7 @@ def channel_scatter(images: Sequence[Image.Image], matches: Sequence[Mapping[str
     pale = [image.convert("L").point(lambda gray: (gray + 255) // 2).convert("RGB") for image in images]
     pictures = [picture for picture in pale for _ in poolings]
     titles = [name.replace("_", " ") for name in poolings] + [""] * (len(pictures) - len(poolings))
-    caption = "a point a channel, its area the magnitude of the pooled value"
+    caption = "each point is a channel; its area is the magnitude of the pooled value"
     figure = picture_grid(pictures, titles, len(poolings), caption=caption).figure()
     panels = [(image, one[pooling]) for image, one in zip(images, matches) for pooling in poolings]
     for axis, (image, match) in zip(figure.axes, panels):

@@ -37,7 +37,7 @@ with require_extra("eval"):
 @dataclass
 class EvaluationResult(Result):
     """
-    The results of [`evaluate`]. Attributes beside those of [`Result`]:
+    Result of [`evaluate`]. Attributes besides those of [`Result`]:
 
     Attributes:
         results (`dict`): for each method `mAP`, `mMIoU`, `text_contrast` and `floor` in percent and `mFMB` in [-1, 1]; `floor`
@@ -51,7 +51,7 @@ class EvaluationResult(Result):
     presence: dict[str, float | None]
 
     def table(self) -> str:
-        """The scores as a Markdown table, and a line on presence."""
+        """Returns the scores as a Markdown table, and a line on presence."""
         digits = {"mAP": 2, "mMIoU": 2, "mFMB": 4, "text_contrast": 2, "floor": 2}
         rows = [
             [method, *(rounded(figures[name], number) for name, number in digits.items())]
@@ -286,7 +286,7 @@ class Plan:
         return sample, self.processor(images=[sample.image], **self.size)["pixel_values"]
 
     def protocol(self) -> dict:
-        """Returns what is needed to repeat an evaluation of these images, whatever it measures."""
+        """Returns what is needed to repeat any evaluation of these images."""
         dataset, image_processor = self.dataset, self.processor.image_processor
         return {
             "dataset": {
@@ -382,8 +382,8 @@ class MapMaker:
 def maps_of(
     explainer: Explainer, pixel_values: torch.Tensor, texts: ICLIPTextFeatures, rows: torch.Tensor
 ) -> torch.Tensor:
-    """Computes raw maps `(B, T, h, w)` of the texts `rows` `(B, T)` among all of a data set, `(K, P)`, as its method sees them."""
-    if explainer.backward_per_text:  # so none for the absent classes
+    """Computes raw maps `(B, T, h, w)` of the texts `rows`, indices `(B, T)` into all texts of a data set, `(K, P)`."""
+    if explainer.backward_per_text:  # the absent classes need none
         return explainer.raw_maps(pixel_values, select_texts(texts, rows))[0]
     # The other texts are almost free, and clip_surgery subtracts their mean.
     return explainer.raw_maps(pixel_values, texts)[0][torch.arange(len(rows))[:, None], rows]

@@ -37,8 +37,8 @@ _IMAGE_INPUTS = f"""
 One item is one image with all of its classes.
 
 Args:
-    predictions: maps (K, H, W) in [0, 1], one a class, numpy or torch, float16, float32 or float64; K, H and W may differ
-        between items.
+    predictions: maps (K, H, W) in [0, 1], one for each class, numpy or torch, float16, float32 or float64; K, H and W may
+        differ between items.
     references: label masks of integers, each (H, W), or (K, H, W) with a mask for each class where classes overlap.
     labels: lists of K class ids; pixels of the mask equal to an id belong to its class.{_IGNORE_INDEX}
 `add` also accepts the singular names. The option can also be set in `evaluate.load`.

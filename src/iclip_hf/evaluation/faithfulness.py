@@ -1,7 +1,7 @@
 """
 Faithfulness: whether maps show what the model's score depends on, and whether they depend on the model.
 
-The functions take a model as a function, so that they work with any model and any maps. [`scorer`] makes one of an explainer:
+The functions take the model as a function, so they work with any model and any maps. [`scorer`] creates it from an explainer:
 
 ```python
 >>> explainer = make_explainer(model, processor, "gem")
@@ -50,15 +50,15 @@ RADIUS = 0.02  # of their noise: captum's default, about one of 255 levels
 
 def scorer(explainer: Explainer, texts: ICLIPTextFeatures) -> Callable[[torch.Tensor], torch.Tensor]:
     """
-    Makes the function that deletion and insertion ask.
+    Creates the score function for deletion and insertion.
 
     Args:
-        explainer ([`Explainer`]): of the model.
+        explainer ([`Explainer`]): any explainer of the model.
         texts ([`ICLIPTextFeatures`]): T encoded texts.
 
     Returns:
-        A function from images `(N, 3, H, W)` to `(N, T, 2)`: the cosine with each text, and the probability of each text
-        among all, which is the softmax of the model's logits.
+        A function from images `(N, 3, H, W)` to `(N, T, 2)`: the cosine with each text, and the probability of each text among all
+        of them, the softmax of the model's logits.
     """
 
     @torch.no_grad()
@@ -82,22 +82,22 @@ def deletion_insertion(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """
     Deletes and inserts the pixels of an image in the order of maps, highest first, and scores the image after each step
-    (Petsiuk et al. 2018; order, steps and fill as Grad-ECLIP, Zhao et al. 2024).
+    (Petsiuk et al. 2018; order, steps and fill as in Grad-ECLIP, Zhao et al. 2024).
 
-    Step s changes the first s / (2 * steps) of the pixels, so the last one half of them. Deletion replaces them by values drawn
-    from a standard normal distribution, which is that of prepared images; insertion starts from zeros, the mean colour. Pixels
-    of one value come in a random order.
+    Step s changes the first s / (2 * steps) of the pixels, so the last step changes half of them. Deletion replaces pixels by values
+    from a standard normal distribution, because prepared images have mean 0 and standard deviation 1. Insertion starts from zeros,
+    the mean colour. Pixels of equal value are in random order.
 
     Args:
         score: function from images `(N, C, H, W)` to figures `(N, ...)`.
         pixel_values (`torch.Tensor` of shape `(C, H, W)`): a prepared image.
-        maps (`torch.Tensor` of shape `(M, h, w)`): of any size; they are enlarged to the image's (bicubic).
+        maps (`torch.Tensor` of shape `(M, h, w)`): of any size; they are enlarged to the size of the image (bicubic).
         steps (`int`): number of steps, at least 1.
-        seed (`int`): of the values and of the order of equal pixels, which all maps of an image share.
+        seed (`int`): seed of the values and of the order of equal pixels. They are the same for all maps.
         batch_size (`int`): largest number of images in one call of `score`. There are 2 + 2 * M * steps images.
 
     Returns:
-        `tuple`: deletion and insertion, each `(M, steps + 1, ...)`, from the untouched start to the last step.
+        `tuple`: deletion and insertion, each `(M, steps + 1, ...)`, from the start without a change to the last step.
 
     Raises:
         `ValueError`: a shape is not as described, the maps hold NaN, or `steps` or `batch_size` is below 1.
@@ -149,14 +149,14 @@ def max_sensitivity(
 ) -> torch.Tensor:
     """
     Max-sensitivity (Yeh et al. 2019): the largest relative change of a map under small noise on the image,
-    max ||M(x + n) - M(x)|| / ||M(x)|| over so many uniform n in [-radius, radius], for maps stretched to [0, 1].
+    max ||M(x + n) - M(x)|| / ||M(x)|| over samples of uniform noise n in [-radius, radius], for maps stretched to [0, 1].
 
     Args:
         explain: function from images `(N, C, H, W)` to raw maps `(N, M, h, w)`; called twice.
         pixel_values (`torch.Tensor` of shape `(C, H, W)`): a prepared image.
         radius (`float`): in the units of prepared images, whose standard deviation is about 1.
         samples (`int`): number of noisy images, at least 1.
-        seed (`int`): of the noise.
+        seed (`int`): seed of the noise.
 
     Returns:
         `torch.Tensor` of shape `(M,)`; NaN for a constant map.
@@ -175,19 +175,19 @@ def max_sensitivity(
 
 class LayerRandomization:
     """
-    The sanity check of cascading randomisation (Adebayo et al. 2018): maps that hardly change when the image tower's layers
-    lose what they learned do not explain the model.
+    The sanity check of cascading randomisation (Adebayo et al. 2018). Maps that hardly change when the weights of the image tower
+    are randomised do not explain the model.
 
-    The layers are those of `ModelAdapter.blocks`, the last first. Every weight of a layer is replaced by values drawn from a
-    normal distribution of its mean and standard deviation. The explainers' private copies get the new weights, never the
-    model itself, and have their own again after every call, also after an exception.
+    The layers are those of `ModelAdapter.blocks`, the last first. Each weight tensor of a layer is replaced by values from a normal
+    distribution with its mean and standard deviation. Only the private copies of the explainers are changed. Their weights are
+    restored after every call, also after an exception.
 
     Args:
         explainers: one or more [`Explainer`]s of one model.
-        seed (`int`): of the random weights.
+        seed (`int`): seed of the random weights.
 
     Raises:
-        `ValueError`: the model has no weights to replace, as one in ONNX.
+        `ValueError`: the weights of the model cannot be replaced, because it is an ONNX model.
     """
 
     def __init__(self, explainers: Sequence[Explainer], seed: int = 0):
@@ -217,14 +217,14 @@ class LayerRandomization:
         self, explain: Callable[[torch.Tensor], torch.Tensor], pixel_values: torch.Tensor
     ) -> torch.Tensor:
         """
-        Compares the maps of images with those after the last 1, 2, ... layers were randomised.
+        Computes the rank correlation of maps with those after the last 1, 2, ... layers are randomised.
 
         Args:
             explain: function from images `(N, C, H, W)` to raw maps `(N, M, h, w)` of these explainers.
             pixel_values (`torch.Tensor` of shape `(N, C, H, W)`): prepared images.
 
         Returns:
-            `torch.Tensor` of shape `(L, N, M)`: the [`rank_correlation`] for each of L depths.
+            `torch.Tensor` of shape `(L, N, M)`: the [`rank_correlation`] for 1, ..., L randomised layers.
         """
         own, found, kept = explain(pixel_values), [], []
         try:
@@ -240,7 +240,7 @@ class LayerRandomization:
 
 
 def rank_correlation(maps: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
-    """Returns Spearman's correlation of maps `(..., h, w)`, in [-1, 1], equal values with their mean rank; NaN for a constant map."""
+    """Returns Spearman's correlation of maps `(..., h, w)`, in [-1, 1]. Equal values have their mean rank. NaN for a constant map."""
     ranks = []
     for values in (maps.flatten(-2).contiguous(), others.flatten(-2).contiguous()):
         ordered = values.sort(-1).values
@@ -250,7 +250,7 @@ def rank_correlation(maps: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
     return (one * other).sum(-1) / (one.norm(dim=-1) * other.norm(dim=-1))
 
 
-# What can be measured, with the scores of each; the rank correlations of `randomization` are one for each layer.
+# The measures and the scores of each. `randomization` has one rank correlation for each layer.
 MEASURES = {
     "deletion_insertion": ("deletion_cosine", "deletion_probability", "insertion_cosine", "insertion_probability"),
     "max_sensitivity": ("max_sensitivity",),
@@ -276,24 +276,24 @@ _HEADINGS = {
 @dataclass
 class FaithfulnessResult(Result):
     """
-    The results of [`evaluate_faithfulness`]. Attributes beside those of [`Result`]:
+    Result of [`evaluate_faithfulness`]. Attributes besides those of [`Result`]:
 
     Attributes:
-        results (`dict`): for each method the scores that were asked for,
+        results (`dict`): for each method, the scores of the measures:
 
             - `deletion_cosine`, `insertion_cosine`, `deletion_probability`, `insertion_probability`: areas under the curves, and
               `difference_cosine`, `difference_probability`: insertion minus deletion;
             - `max_sensitivity`;
-            - `randomization`: rank correlations with the maps after the last 1, 2, ... layers were randomised;
-            - `pointing_game`, `energy_pointing_game` and `foreground`, what a constant map has in both, in percent;
+            - `randomization`: rank correlations with the maps after the last 1, 2, ... layers are randomised;
+            - `pointing_game`, `energy_pointing_game` and `foreground`, the score of a constant map in both, in percent;
             - `pairs`, the number of pairs of an image and a class, and `left_out`, for each score the number of pairs without it.
-        per_class (`dict`): for each method, a list with one `dict` for each class: id, name and the same scores, of
-            `randomization` the last.
-        timing (`dict`): also `forwards`, the number of images that went through the image tower.
+        per_class (`dict`): for each method, a list with one `dict` for each class: id, name and the same scores; `randomization` is
+            the rank correlation with all layers randomised.
+        timing (`dict`): also `forwards`, the number of images that passed through the image tower.
     """
 
     def table(self) -> str:
-        """The scores as a Markdown table."""
+        """Returns the scores as a Markdown table."""
         rows = []
         for scores in self.results.values():
             ends = scores.get("randomization", [])
@@ -325,18 +325,18 @@ def evaluate_faithfulness(
     progress: bool = True,
 ) -> FaithfulnessResult:
     """
-    Measures the faithfulness of maps over a data set: deletion and insertion, max-sensitivity, the cascading randomisation of
-    the image tower, and the pointing game. All scores are means over a class's images, then over the classes.
+    Measures the faithfulness of maps over a data set: deletion and insertion, max-sensitivity, cascading randomisation of the image
+    tower, and the pointing game. All scores are means over the images of a class, then over the classes.
 
-    Maps are computed for the classes that the image shows. The probability of a class is among all classes of the data set.
-    Under `accelerate launch` the processes share the images, and every process returns the same result.
+    Maps are computed for the classes that the image shows. The probability of a class is that among all classes of the data set.
+    Under `accelerate launch`, the processes share the images, and every process returns the same result.
 
     Args:
         model, processor, dataset, methods, image_size, templates, limit, num_workers, progress: as for [`evaluate`]. The
-            progress bar counts images that go through the image tower, and shows their number before the first.
+            progress bar counts images that pass through the image tower.
         measures: names of `MEASURES`.
         steps (`int`): number of steps of deletion and of insertion.
-        seed (`int`): of all random values. An image has the same ones in every run and with any number of processes.
+        seed (`int`): seed of all random values, which are the same in every run and with any number of processes.
         batch_size (`int`): largest number of images in one forward pass of deletion and insertion.
 
     Returns:
@@ -427,8 +427,8 @@ class _Examiner:
     Measures the images of one process.
 
     Attributes:
-        columns (`list[str]`): names of the figures of a pair, those of randomised layers with the number of layers.
-        seconds_in_model (`float`): so far.
+        columns (`list[str]`): names of the F figures of a pair; those of randomised layers include the number of layers.
+        seconds_in_model (`float`): time spent in the model so far.
     """
 
     def __init__(
@@ -455,7 +455,7 @@ class _Examiner:
         self.seconds_in_model = 0.0
 
     def forwards(self, pairs: int) -> int:
-        """Returns how many images go through the image tower for an image that shows so many classes."""
+        """Returns how many images pass through the image tower for an image that shows `pairs` classes."""
         if not pairs:
             return 0
         draws, changed = 1, 0
@@ -480,7 +480,7 @@ class _Examiner:
         seed = self.seed + index
 
         def draw(images: torch.Tensor) -> torch.Tensor:
-            """Draws the maps of all methods, one after the other in the second dimension."""
+            """Computes the maps of all methods, one after the other in the second dimension."""
             of_images = rows.expand(len(images), -1)
             return torch.cat([maps_of(one, images, self.texts, of_images) for one in self.explainers.values()], 1)
 
@@ -504,7 +504,7 @@ class _Examiner:
         followed = []
         for method, explainer in self.explainers.items():
             maps = -raw_maps[method] if explainer.reversed else raw_maps[method]
-            followed.append(maps if explainer.sees_text else maps[:1])  # one map for all texts is followed once
+            followed.append(maps if explainer.sees_text else maps[:1])  # one map for all texts is measured once
         curves = deletion_insertion(
             self.score, image, torch.cat(followed), steps=self.steps, seed=seed, batch_size=self.batch_size
         )
@@ -514,7 +514,7 @@ class _Examiner:
         return torch.stack([part.expand(len(rows), -1, -1)[own] for part in parts])
 
     def point(self, item: tuple) -> tuple[Sequence[int], dict[str, np.ndarray]]:
-        """Returns labels, and figures `(K, F)` by method with those of the pointing game. May run in any thread."""
+        """Returns labels, and figures `(K, F)` by method with those of the pointing game. Can run in any thread."""
         sample, raw_maps, figures = item
         if "pointing_game" in self.measures:
             masks = [sample.mask(label) for label in sample.labels]
@@ -526,7 +526,7 @@ class _Examiner:
         return sample.labels, figures
 
     def _timed(self, function: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[torch.Tensor], torch.Tensor]:
-        """Adds the time of a function to the seconds in the model."""
+        """Wraps a function so that its time is added to `seconds_in_model`."""
 
         def timed(images: torch.Tensor) -> torch.Tensor:
             began = time.perf_counter()

@@ -201,9 +201,9 @@ def pointing_shares(heatmap, mask, label: int, ignore_index: int = 255) -> np.nd
     [`threshold_counts`].
 
     Returns:
-        `np.ndarray` of shape `(3,)`, float64, in [0, 1]: whether the map's highest pixel is of the class (of several, the share that is); the share of the
-        map's sum on the class; the share of the class in the image, which is what a constant map has in both. Ignored pixels count
-        nowhere. NaN without a pixel of the class.
+        `np.ndarray` of shape `(3,)`, float64, in [0, 1]: whether the map's highest pixel belongs to the class (if several are equal,
+        the share that does); the share of the map's sum on the class; the share of the class in the image, which is the score of a
+        constant map in both games. Ignored pixels are not counted. NaN without a pixel of the class.
     """
     counts, peak = np.zeros((2, 3)), -1.0  # background and foreground: highest pixels, sum, all pixels
     for values, foreground, void in _pair_blocks(heatmap, mask, label, ignore_index):
@@ -215,7 +215,7 @@ def pointing_shares(heatmap, mask, label: int, ignore_index: int = 255) -> np.nd
     if not counts[1, 2]:
         return np.full(3, np.nan)
     shares = counts[1] / np.where(total, total, 1)
-    return np.where(total, shares, shares[2])  # a map of zeros points everywhere
+    return np.where(total, shares, shares[2])  # a map of zeros counts as constant
 
 
 def _histogram(values: np.ndarray) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""What the results of every evaluation have in common: the protocol, and files of them."""
+"""Base class of the results of evaluations, and their files."""
 
 from __future__ import annotations
 
@@ -16,15 +16,13 @@ from ..utils.files import atomic_write
 @dataclass
 class Result(ABC):
     """
-    The results of an evaluation and its protocol.
+    The results of an evaluation and its protocol. A figure that the data cannot measure is None.
 
     Attributes:
         protocol (`dict`): model, data set with its fingerprint, resolution, prompts, options, software versions.
         results (`dict`): the scores of each method.
         per_class (`dict`): for each method, a list with one `dict` for each class.
         timing (`dict`): seconds in total, seconds in the model, number of images of this process.
-
-    A figure that the data cannot measure is None.
     """
 
     protocol: dict
@@ -34,14 +32,14 @@ class Result(ABC):
 
     @abstractmethod
     def table(self) -> str:
-        """The scores as a Markdown table."""
+        """Returns the scores as a Markdown table."""
 
     def to_json(self) -> str:
-        """Everything, as JSON text."""
+        """Returns all attributes as JSON text."""
         return json.dumps(asdict(self), indent=2, allow_nan=False) + "\n"
 
     def per_class_csv(self) -> str:
-        """One row a method and class, as CSV text."""
+        """Returns `per_class` as CSV text, with a row for each method and class."""
         text = io.StringIO()
         rows = [{"method": method, **row} for method, rows in self.per_class.items() for row in rows]
         writer = csv.DictWriter(text, rows[0])
@@ -50,7 +48,7 @@ class Result(ABC):
         return text.getvalue()
 
     def save(self, path: str | Path) -> None:
-        """Writes `path` (JSON) and, beside it, the per-class scores as `.csv`; each appears whole or not at all."""
+        """Writes `path` (JSON) and, beside it, the scores of the classes as `.csv`, each atomically."""
         for target, text in ((Path(path), self.to_json()), (Path(path).with_suffix(".csv"), self.per_class_csv())):
             with atomic_write(target) as partial:
                 partial.write_text(text, encoding="utf-8")
@@ -67,5 +65,5 @@ def measured(value: float) -> float | None:
 
 
 def rounded(value: float | None, digits: int) -> str:
-    """Writes a figure for a table."""
+    """Formats a figure for a table."""
     return "-" if value is None else f"{value:.{digits}f}"

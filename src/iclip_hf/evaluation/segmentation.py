@@ -1,4 +1,4 @@
-"""Open-vocabulary semantic segmentation as its papers report it: mIoU of label maps over a data set."""
+"""Evaluation of open-vocabulary semantic segmentation: mIoU of label maps over a data set, as in its papers."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ SHORT_SIDE = 336
 @dataclass
 class SegmentationResult(Result):
     """
-    The results of [`evaluate_segmentation`]. Attributes beside those of [`Result`]:
+    Result of [`evaluate_segmentation`]. Attributes besides those of [`Result`]:
 
     Attributes:
         results (`dict`): for each method `mIoU`, `pixel_accuracy` and `floor` in percent, `floor_class`, and `thresholds`: the
@@ -49,7 +49,7 @@ class SegmentationResult(Result):
     """
 
     def table(self) -> str:
-        """The scores as a Markdown table."""
+        """Returns the scores as a Markdown table."""
         rows = []
         for method, figures in self.results.items():
             thresholds = dict.fromkeys(figures["thresholds"] or ["-"])  # once if they are equal
@@ -83,7 +83,7 @@ def evaluate_segmentation(
 ) -> SegmentationResult:
     """
     Measures the label maps of a model over a data set. Each pixel gets the class with the highest raw map among all classes of the
-    data set, see [`label_map`]. Under `accelerate launch` the processes share the images, and every process returns the same result.
+    data set, see [`label_map`]. Under `accelerate launch`, the processes share the images, and all return the same result.
 
     If the data set has a background, it consists of the pixels whose confidence is not above a threshold, and of those where a text
     for the background is best. If neither a threshold nor such texts are given, the threshold is chosen on other images: the images
@@ -184,7 +184,7 @@ def evaluate_segmentation(
 
 
 class _Segmenter:
-    """The methods with their texts. `draw` runs the model; `count` can run in any thread. Arguments as for [`evaluate_segmentation`]."""
+    """The methods with their texts. `draw` runs the model; `count` can run in any thread. Arguments: [`evaluate_segmentation`]."""
 
     def __init__(
         self,

@@ -1,7 +1,7 @@
 """
-Explainers: the methods that tell which pixels of an image match a text, for ICLIP and any CLIP-like model.
+Explainers: methods that compute which pixels of an image match a text, for ICLIP and any CLIP-like model.
 
-`explain` and `Localizer` make finished maps of images and texts. A method itself works on a prepared batch:
+`explain` and `Localizer` return maps at the size of the images. A method itself computes raw maps of a prepared batch:
 
 ```python
 >>> explainer = make_explainer(model, processor, method="itsm")
@@ -9,14 +9,15 @@ Explainers: the methods that tell which pixels of an image match a text, for ICL
 >>> maps, scores = explainer.raw_maps(pixel_values, texts)  # (B, T, h, w), (B, T)
 ```
 
-What the methods do where there is no class token to start from:
+Some models have no class token, or a score that does not depend on it alone:
 
-- SigLIP and SigLIP2 pool by a head whose probe attends over the patches, and a ResNet by the mean of its feature map. This
-  query takes the class token's place in `attention`, `bi_modal` and `grad_eclip`; the head is the tower's last attention layer.
-- `itsm` needs patches in the space of the texts: each is what the head gives with all attention on it.
-- `clip_surgery`, `gem`, `maskclip`, `sclip`, `clearclip`, `naclip`, `proxyclip` and `legrad` look at the self-attention of a
-  transformer's blocks: a ResNet has none and is refused.
-- An ICLIP whose score pools its patch tokens has all queries in place of one: `bi_modal` and `grad_eclip` sum over them.
+- SigLIP and SigLIP2 have a pooling head, whose query is a learned probe. A ResNet ends with attention pooling, whose query is the
+  mean of its feature map. `attention`, `bi_modal` and `grad_eclip` use this query instead of the class token. The pooling is the
+  last attention layer of the tower.
+- `itsm` projects a patch into the space of the texts as this pooling does with all attention on the patch.
+- `clip_surgery`, `gem`, `maskclip`, `sclip`, `clearclip`, `naclip`, `proxyclip` and `legrad` use the self-attention of transformer
+  blocks. They raise an error for a ResNet, which has none.
+- If the score of an ICLIP model pools patch tokens, `bi_modal` and `grad_eclip` sum over all queries of the last layer.
 """
 
 from __future__ import annotations
@@ -76,8 +77,8 @@ def make_explainer(model, processor, method: str = "itsm", **method_options) -> 
         method_options: of the method, see its class.
 
     Raises:
-        `ValueError`: for an unknown method or option, or a method that this model cannot do, with the reason.
-        `TypeError`: for another kind of model.
+        `ValueError`: the method or an option is unknown, or the model does not support the method.
+        `TypeError`: the model is of another kind.
     """
     if method not in METHODS:
         raise ValueError(f"Expected method to be one of {sorted(METHODS)}, got {method!r}: choose one of them.")

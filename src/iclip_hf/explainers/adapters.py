@@ -1,4 +1,4 @@
-"""The kinds of contrastive models that can be explained: the one place that knows their parts."""
+"""Adapters of the supported contrastive models, which hide how the models differ."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from ..similarity import cosine_similarity_map
 from .recording import AttentionLayer, AttentionRecord, merge_heads, prepare, private_copy, record
 
 
-# Prompts encoded at once; 80 classes in 80 templates together would take gigabytes.
+# Number of prompts in one forward pass. All prompts of 80 classes in 80 templates would take gigabytes.
 TEXT_BATCH = 256
 
 
@@ -42,29 +42,29 @@ def join_texts(parts: Sequence[ICLIPTextFeatures]) -> ICLIPTextFeatures:
 
 class ModelAdapter(ABC):
     """
-    A model behind the few functions that the methods are written in. It works on a private copy that shares the model's
-    weights; make it after the model is on its device.
+    Common interface of the supported models, which the methods use. An adapter works on a private copy that shares the model's
+    weights, so it is created after the model is on its device.
 
     Attributes:
         model: the private copy.
-        processor: makes `pixel_values` of whole images, without a crop; an [`ICLIPProcessor`] but for open_clip.
-        templates (`list[str]`): prompts that labels are put into if none are given.
-        layers (list of `AttentionLayer`): of the image tower, from the first to the one that the score reads.
+        processor: prepares `pixel_values` of whole images, without a crop; an [`ICLIPProcessor`], except for open_clip.
+        templates (`list[str]`): default prompts for labels.
+        layers (list of `AttentionLayer`): attention layers of the image tower in order; a pooling head is the last.
         blocks (list of `nn.Module`): the modules that these layers belong to.
-        reads_one_query (`bool`): the score depends on the last attention layer through its first query alone, which is the
-            class token's or a pooling head's.
+        reads_one_query (`bool`): whether the score depends on the last attention layer through its first query only, which is
+            that of the class token or of a pooling head.
     """
 
     reads_one_query = True
 
     @property
     def pools_one_vector(self) -> bool:
-        """The branch whose patches are compared with texts also compares one vector an image."""
+        """Whether the branch that computes the maps also has a pooled vector of each image."""
         return True
 
     @property
     def draws_by_class_token(self) -> bool:
-        """The branch whose patches are compared with texts pools by the class token, or by a pooling head's query."""
+        """Whether the branch that computes the maps pools by the class token, or by the query of a pooling head."""
         return self.reads_one_query
 
     def __init__(self, model: nn.Module, processor):
@@ -87,7 +87,7 @@ class ModelAdapter(ABC):
         self.layers.append(AttentionLayer(output, mlp))
 
     def encode_texts(self, labels: Sequence[str], templates: Sequence[str] | None = None) -> ICLIPTextFeatures:
-        """Encodes T labels, each put into the templates and averaged over them, as unit vectors `(T, P)`."""
+        """Encodes T labels, averaged over the templates, as unit vectors `(T, P)`."""
         if isinstance(labels, str) or len(labels) == 0:
             raise ValueError(f"Expected a list of at least one label, got {labels!r}: pass such a list.")
         templates = check_templates(self.templates if templates is None else templates)
@@ -101,13 +101,14 @@ class ModelAdapter(ABC):
 
     def trace_texts(self, labels: list[str], templates: list[str]) -> tuple[ICLIPTextFeatures, AttentionRecord]:
         """
-        Encodes labels with a graph from the last attention layer of the text tower on, and records this layer with its weights, see `record`.
+        Encodes labels with a graph from the last attention layer of the text tower on, and records this layer with its weights,
+        see `record`.
 
         Raises:
-            `ValueError`: the text tower cannot be looked into.
+            `ValueError`: the model is not of transformers, so the layers of its text tower cannot be recorded.
         """
         raise ValueError(
-            "Expected a model of transformers for word scores, whose text tower can be looked into, got "
+            "Expected a model of transformers for word scores, which need the layers of its text tower, got "
             f"{type(self.model).__name__}: leave words out."
         )
 
@@ -125,21 +126,21 @@ class ModelAdapter(ABC):
 
     def self_attentions(self, method: str) -> list[int]:
         """
-        Returns the indices of the layers that are self-attentions in a transformer's blocks.
+        Returns the indices of the layers that are self-attentions of transformer blocks.
 
         Raises:
-            `ValueError`: there are none, which the method needs.
+            `ValueError`: there are none.
         """
         blocks = [index for index, layer in enumerate(self.layers) if layer.residual]
         if not blocks:
             raise ValueError(
-                f"{method} looks at the self-attention in a transformer's blocks, and this image tower has none: use itsm, "
+                f"Expected an image tower of transformer blocks for {method}, got one without self-attention: use itsm, "
                 "grad_cam, grad_eclip, bi_modal or attention."
             )
         return blocks
 
     def rgb(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """Returns the pixels that the processor normalised, `(B, 3, H, W)` in [0, 1]."""
+        """Undoes the normalisation of the processor. Returns `(B, 3, H, W)` in [0, 1]."""
         processor = self.processor
         image_processor = processor.func if isinstance(processor, partial) else processor.image_processor
         if not image_processor.do_normalize:
@@ -153,7 +154,7 @@ class ModelAdapter(ABC):
         return cosine_similarity_map(image.patch_embeds, texts.map_text_embeds)
 
     def match(self, image: ICLIPImageFeatures, texts: ICLIPTextFeatures) -> torch.Tensor:
-        """Computes how well images match texts, `(B, T)`, by all that the model knows."""
+        """Scores how well images match texts, `(B, T)`, float32: their cosines, or [`ICLIPModel.match`] for ICLIP."""
         return cosines(image.image_embeds, texts.text_embeds)
 
     def logit_scale(self) -> torch.Tensor:
@@ -168,7 +169,7 @@ class ModelAdapter(ABC):
 
 
 class _TransformersAdapter(ModelAdapter):
-    """The models of transformers, whose towers look up their attention function."""
+    """Base class for models of transformers, whose attention function can be replaced by its name."""
 
     _text_layer: nn.Module | None = None
 
@@ -202,11 +203,11 @@ class _TransformersAdapter(ModelAdapter):
 
 
 class ICLIPAdapter(_TransformersAdapter):
-    """ICLIP, whose own functions are called for everything that it can do itself."""
+    """ICLIP, whose own functions are used where they exist."""
 
     def __init__(self, model: ICLIPModel, processor: ICLIPProcessor):
         super().__init__(model, processor)
-        self.model.config.lock_vision = False  # of the copy: the gradient methods go through the tower
+        self.model.config.lock_vision = False  # of the copy: gradient methods differentiate through the tower
 
     @property
     def reads_one_query(self) -> bool:
@@ -241,32 +242,32 @@ class ICLIPAdapter(_TransformersAdapter):
 
 
 class ONNXAdapter(ICLIPAdapter):
-    """ICLIP in ONNX Runtime, for the methods that need no look inside the image tower."""
+    """ICLIP in ONNX Runtime, for methods that do not need the layers of the image tower."""
 
     def __init__(self, model: ONNXModel, processor: ICLIPProcessor):
-        self.model = model  # itself: nothing in it can be changed
+        self.model = model  # no copy, because it cannot be changed
         self.processor = processor
         self.templates = processor.templates
 
     @property
     def layers(self):
         raise ValueError(
-            "This method looks inside the image tower, which an ONNX model does not allow: use itsm, reversed_itsm or "
-            "attention, or the model that was exported."
+            "Expected a PyTorch model for this method, which needs the layers of the image tower, got an ONNX model: use itsm, "
+            "reversed_itsm or attention, or the model that was exported."
         )
 
     def encode_image(self, pixel_values: torch.Tensor) -> ICLIPImageFeatures:
         return self.model.get_image_features(pixel_values)
 
     def trace(self, pixel_values: torch.Tensor, **options) -> tuple[ICLIPImageFeatures, list[None]]:
-        """The last layer's attention is in the features, already normalised; there are no records of layers."""
+        """Returns the features, which contain the last layer's normalised attention, and no records of layers."""
         return self.encode_image(pixel_values), [None]
 
     trace_texts = ModelAdapter.trace_texts
 
 
 class CLIPAdapter(_TransformersAdapter):
-    """CLIP, whose patch tokens go through the class token's norm and projection."""
+    """CLIP. Its patch tokens are projected by the norm and the projection of the class token."""
 
     text_padding = "longest"
 
@@ -281,7 +282,7 @@ class CLIPAdapter(_TransformersAdapter):
         super().__init__(model, own_processor)
 
     def _whole_image_processor(self, vision_config, image_processor):
-        """Copies an image processor so that it resizes the whole image to the size that the model was trained at."""
+        """Copies an image processor so that it resizes the whole image to the size of the model's training images."""
         side = vision_config.image_size
         options = {"size": {"height": side, "width": side}, "do_center_crop": False, "do_convert_rgb": True}
         return type(image_processor)(**(image_processor.to_dict() | options))
@@ -311,8 +312,8 @@ class CLIPAdapter(_TransformersAdapter):
 
 class SiglipAdapter(CLIPAdapter):
     """
-    SigLIP, which has no class token: the probe of a pooling head attends over the patches. A patch's place in the space of
-    the texts is what the head gives where its attention is all on this patch: value, output projection and MLP.
+    SigLIP, which has no class token but a pooling head, whose query is a learned probe. A patch is projected into the space of the
+    texts as the head does with all attention on this patch: by value, output projection and MLP.
     """
 
     text_padding = "max_length"
@@ -333,7 +334,7 @@ class SiglipAdapter(CLIPAdapter):
 
 
 class Tipsv2Adapter(CLIPAdapter):
-    """TIPSv2, whose towers end in one space: its class token and patches are compared with texts without a projection."""
+    """TIPSv2. Its towers share one space, so class token and patches are compared with texts without a projection."""
 
     def _vision_output(self, pixel_values: torch.Tensor) -> BaseModelOutputWithPooling:
         return self.model.get_image_features(pixel_values)
@@ -349,7 +350,7 @@ class Tipsv2Adapter(CLIPAdapter):
 
 
 class Siglip2Adapter(SiglipAdapter):
-    """SigLIP2 for images of any shape (NaFlex). It is given all patches of each image, so that none is padding."""
+    """SigLIP2 for images of any shape (NaFlex). All patches of an image are passed, so none is padding."""
 
     def _whole_image_processor(self, vision_config, image_processor):
         side = math.isqrt(vision_config.num_patches) * patch_side(vision_config)
@@ -367,7 +368,7 @@ class Siglip2Adapter(SiglipAdapter):
 
 
 def whole_image_processor(side: int, mean: Sequence[float], std: Sequence[float], resample: int):
-    """Makes an image processor that resizes whole images to a square of `side` pixels."""
+    """Creates an image processor that resizes whole images to a square of `side` pixels."""
     return SiglipImageProcessor(
         size={"height": side, "width": side}, image_mean=mean, image_std=std, resample=resample, do_convert_rgb=True
     )
@@ -385,11 +386,11 @@ def text_features(projected: torch.Tensor, num_templates: int) -> ICLIPTextFeatu
 
 
 def head_output(projection: nn.Module, scale: nn.Module | None = None) -> Callable[[torch.Tensor], torch.Tensor]:
-    """Makes an `AttentionLayer.output`: it merges heads, projects them, and scales them if the model has a layer scale."""
+    """Creates an `AttentionLayer.output`: merged heads, output projection, and the layer scale if the model has one."""
     scale = nn.Identity() if scale is None else scale
     return lambda heads: scale(projection(merge_heads(heads)))
 
 
 def block_mlp(norm: nn.Module, mlp: nn.Module, scale: nn.Module | None = None) -> nn.Sequential:
-    """Makes an `AttentionLayer.mlp`: the norm, the MLP, and the layer scale if the model has one."""
+    """Creates an `AttentionLayer.mlp`: norm, MLP, and the layer scale if the model has one."""
     return nn.Sequential(norm, mlp, nn.Identity() if scale is None else scale)

@@ -1,4 +1,4 @@
-"""Attention of the last layer, as it is and spread over like patches: where the model looks, whatever the text."""
+"""Attention of the last layer, as it is or shared among similar patches. It does not depend on the text."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from .recording import AttentionRecord
 
 class Attention(Explainer):
     """
-    Class-agnostic attention of the class token, or of the pooling head's query, over the patches: mean of the heads, the
-    same map for every text. For ICLIP it is the model's own, normalised (Eq. 9).
+    Attention of the class token, or of the pooling head's query, over the patches, averaged over the heads. All texts have the
+    same map. For ICLIP, the attention is normalised (Eq. 9).
     """
 
     sees_text = False
@@ -26,7 +26,7 @@ class Attention(Explainer):
         return maps.expand(-1, texts.text_embeds.shape[-2], -1, -1), image
 
     def _attention(self, image: ICLIPImageFeatures, layer: AttentionRecord) -> torch.Tensor:
-        """What is shown of the patches, `(B, N)`."""
+        """Returns the value of each patch, `(B, N)`."""
         if image.attention is not None:
             return image.attention
         return layer.weights[:, :, 0, -math.prod(image.grid) :].float().mean(1)
@@ -34,8 +34,8 @@ class Attention(Explainer):
 
 class AttentionAffinity(Attention):
     """
-    The attention of [`Attention`], shared among like patches as `config.map_affinity` says: what ICLIP's own map owes to
-    attention and affinity alone, without any text.
+    The attention of [`Attention`], shared among similar patches, see `config.map_affinity`. This is the part of an ICLIP map that
+    does not depend on the text.
     """
 
     def __init__(self, model, processor):

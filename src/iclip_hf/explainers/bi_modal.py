@@ -10,10 +10,10 @@ from .recording import AttentionRecord
 
 class BiModal(GradientExplainer):
     """
-    Attention times its gradient, positive part, mean of the heads; accumulated as R <- R + A R over the layers from `layer`
-    on, by default the last alone as in the authors' notebook for CLIP. The map is the class token's row of R. A pooling head
-    (SigLIP, ResNets) is the last layer then, and its query takes the class token's place. Where a model's score reads more
-    tokens than one, the map is the sum of the rows of all tokens.
+    The relevance A of a layer is the positive part of attention times its gradient, averaged over the heads. It is accumulated as
+    R <- R + A R over the layers from `layer` on. The default is the last layer only, as in the authors' notebook for CLIP. The map
+    is the class token's row of R. A pooling head (SigLIP, ResNets) is the last layer, and its query replaces the class token. If
+    the score depends on several tokens, the map is the sum of the rows of all tokens.
     """
 
     needs_weights = True
@@ -23,7 +23,7 @@ class BiModal(GradientExplainer):
 
     def weigh(self, layers: list[AttentionRecord], gradients: tuple[torch.Tensor, ...], patches: int) -> torch.Tensor:
         relevances = [attention_relevance(layer.weights, grad) for layer, grad in zip(layers, gradients)]
-        # Rows of the product (I + A_n) ... (I + A_1), taken from the left: a vector times a matrix a layer.
+        # Rows of the product (I + A_n) ... (I + A_1), computed from the left: a vector times a matrix for each layer.
         read = slice(0, 1 if self.family.reads_one_query else None)
         row = relevances[-1][:, read].sum(1, keepdim=True)
         if self.family.layers[-1].residual:
@@ -34,5 +34,5 @@ class BiModal(GradientExplainer):
 
 
 def attention_relevance(weights: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
-    """Computes attention times its gradient `(B, H, Q, L)`, positive part, mean of the heads: `(B, Q, L)`."""
+    """Computes the positive part of attention times its gradient `(B, H, Q, L)`, averaged over the heads: `(B, Q, L)`."""
     return (weights * gradient).float().relu().mean(1)

@@ -16,7 +16,7 @@ class ClearCLIP(LastBlock):
 
     Args:
         model, processor, residual: see [`LastBlock`].
-        tokens (`str`): what attends to itself, `"query"`, `"key"` or `"value"`.
+        tokens (`str`): which tokens attend to themselves, `"query"`, `"key"` or `"value"`.
     """
 
     def __init__(self, model, processor, tokens: str = "query", residual: bool = False):

@@ -1,4 +1,4 @@
-"""CLIP Surgery (Li et al. 2023): consistent self-attention, and what the texts have in common taken away."""
+"""CLIP Surgery (Li et al. 2023): value-value attention, and maps without what the texts have in common."""
 
 from __future__ import annotations
 
@@ -13,9 +13,12 @@ from .replaced_attention import ReplacedAttention
 
 class CLIPSurgery(ReplacedAttention):
     """
-    Values attend to values (architecture surgery). From each text's similarity, weighted by how well the text fits the
-    image, the mean over the texts is taken away (feature surgery): a map depends on the other texts. A single text is
-    compared with a prompt that names nothing.
+    Values attend to values (architecture surgery). The similarities of each text are weighted by how well it matches the image, and
+    their mean over the texts is subtracted (feature surgery), so a map depends on the other texts. A single text is compared with
+    a prompt without a class.
+
+    Args:
+        model, processor, depth: see [`ReplacedAttention`].
     """
 
     def __init__(self, model, processor, depth: int = 6):

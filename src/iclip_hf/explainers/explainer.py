@@ -1,4 +1,4 @@
-"""The signature that every method implements, and the models that methods work on."""
+"""The interface of every method, and the adapter of each kind of model."""
 
 from __future__ import annotations
 
@@ -37,10 +37,10 @@ _FAMILIES: dict[str, type[ModelAdapter]] = {
 
 class Explainer(ABC):
     """
-    One method on one model: texts are encoded once and go with any number of images.
+    A method for one model. Texts are encoded once and can be used with any number of images.
 
-    The given model is never changed: it works on a private copy that shares the weights. Make it after the model is on its
-    device.
+    The explainer works on a private copy that shares the model's weights, so the given model is not changed. Create it after the
+    model is on its device.
 
     Args:
         model: [`ICLIPModel`], an [`ONNXModel`], transformers' `CLIPModel`, `MetaClip2Model`, `SiglipModel`, `Siglip2Model` or
@@ -49,12 +49,12 @@ class Explainer(ABC):
 
     Attributes:
         processor: `processor(images=images)["pixel_values"]` prepares whole RGB images for this model, `(B, 3, H, W)`.
-        reversed (`bool`): the method's maps are 1 - M (Eq. 5), where M is made of the raw maps.
-        sees_text (`bool`): False if all texts of an image have the same map.
-        backward_per_text (`bool`): each text costs a backward pass; otherwise further texts are almost free.
+        reversed (`bool`): whether the method's maps are 1 - M (Eq. 5), where M is computed from the raw maps.
+        sees_text (`bool`): whether maps depend on the text. If `False`, all texts of an image have the same map.
+        backward_per_text (`bool`): whether each text needs a backward pass. If `False`, further texts cost little.
 
     Raises:
-        `TypeError`: for another kind of model. `ValueError`: if this model cannot do the method, with the reason.
+        `TypeError`: the model is of another kind. `ValueError`: the model does not support the method.
     """
 
     reversed = False
@@ -67,7 +67,7 @@ class Explainer(ABC):
 
     def encode_texts(self, labels: Sequence[str], templates: Sequence[str] | None = None) -> ICLIPTextFeatures:
         """
-        Encodes T labels, each put into every template and averaged over them.
+        Encodes T labels, averaged over the templates.
 
         Args:
             labels: class names or phrases.
@@ -80,8 +80,8 @@ class Explainer(ABC):
 
     def encode_image(self, pixel_values: torch.Tensor) -> ICLIPImageFeatures | None:
         """
-        Encodes prepared images `(B, 3, H, W)` for any number of calls of `forward`. None for a method that runs the image tower
-        anew for other texts.
+        Encodes prepared images `(B, 3, H, W)` for any number of calls of `forward`. Returns None if the method runs the image tower
+        in each call.
         """
         return None
 
@@ -111,10 +111,10 @@ class Explainer(ABC):
 
 def adapt(model, processor) -> ModelAdapter:
     """
-    Puts a model of any supported kind behind the functions that methods and analyses are written in.
+    Creates the adapter of a model, which methods and analyses use.
 
     Raises:
-        `TypeError`: for another kind of model.
+        `TypeError`: the model is of another kind.
     """
     if isinstance(model, ONNXModel):
         return ONNXAdapter(model, processor)
@@ -133,7 +133,7 @@ def adapt(model, processor) -> ModelAdapter:
 
 
 def identity(model) -> dict[str, str]:
-    """Returns what results say of their model: its name, a digest of its weights, and the precision that it computes in."""
+    """Returns the description of a model in results: its name, a digest of its weights, and its dtype."""
     is_module = isinstance(model, torch.nn.Module)
     dtype = next(model.parameters()).dtype if is_module else model.dtype
     name = getattr(getattr(model, "config", None), "_name_or_path", "") or type(model).__name__

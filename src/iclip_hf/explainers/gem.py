@@ -12,14 +12,14 @@ from .replaced_attention import ReplacedAttention
 
 class GEM(ReplacedAttention):
     """
-    Queries, keys and values each attend to themselves, `iterations` times with their unit vectors, so that similar tokens
-    gather; the three attentions that result are averaged on the values. The sharpness adapts to the mean norm of the tokens
-    that the layer sees.
+    Queries, keys and values each attend to themselves, `iterations` times as unit vectors, so that similar tokens form clusters.
+    The three results then attend to themselves to mix the values, and their outputs are averaged. The sharpness is proportional to
+    the mean norm of the tokens that enter the attention.
 
     Args:
         model, processor: see [`Explainer`].
-        depth (`int`): the number of last blocks. The authors' `depth=7` counts one more: it is six blocks.
-        iterations (`int`): rounds of gathering, at least 0.
+        depth (`int`): number of last blocks. The authors' `depth=7` means six blocks.
+        iterations (`int`): number of iterations, at least 0.
     """
 
     def __init__(self, model, processor, depth: int = 6, iterations: int = 1):

@@ -10,13 +10,13 @@ from .recording import AttentionRecord
 
 class GradCAM(GradientExplainer):
     """
-    Activations weighted by their channels' mean gradient, positive part. The activations are those of a block's patch
-    tokens, by default after the first norm of the last block, as is usual with pytorch-grad-cam. Of the pooling head of SigLIP
-    and of ResNets they are what enters it, the last feature map.
+    The positive part of the activations of the patches, weighted by the mean gradient of each channel and summed over the channels.
+    The default activations are the patch tokens after the first norm of the last block, as is usual with pytorch-grad-cam. For a
+    pooling head (SigLIP, ResNets), they are its input, the last feature map.
 
     Args:
         model, processor, layer: see [`GradientExplainer`].
-        activations (`str`): `"norm"`, after the block's first norm, or `"block"`, what enters the block.
+        activations (`str`): `"norm"`, after the first norm of the block, or `"block"`, the input of the block.
     """
 
     def __init__(self, model, processor, layer: int = -1, activations: str = "norm"):

@@ -11,13 +11,12 @@ from .recording import AttentionRecord, merge_heads
 
 class GradECLIP(GradientExplainer):
     """
-    The gradient of the similarity by what the attention of the last layer gives the class token is the importance of the
-    channels; with it the channels of each patch's value are summed, positive part. The importance of a patch is the cosine
-    of its key with the class token's query, stretched to [0, 1]. The map is the product. A pooling head (SigLIP, ResNets) is
-    the last layer, and its query takes the class token's place.
+    The map is the product of two factors. The first weights the channels of each patch's value by the gradient of the similarity
+    with respect to the class token's output of the last attention layer, sums them, and takes the positive part. The second is the
+    cosine of the patch's key and the class token's query, stretched to [0, 1]. A pooling head (SigLIP, ResNets) is the last layer,
+    and its query replaces the class token.
 
-    Where a model's score reads more tokens than one, their products are summed, and the importance of a patch for each is its
-    attention weight.
+    If the score depends on several tokens, the map is the sum over them, with the attention weights as the second factor.
     """
 
     def __init__(self, model, processor):
@@ -46,7 +45,8 @@ def one_query_relevance(
     Computes the relevance of tokens for one query: ReLU(sum_c g_c v_c) minmax(cos(q, k)).
 
     Args:
-        query, gradient (`torch.Tensor` of shape `(B, H, 1, D / H)`): the query, and the gradient by what it is given.
+        query, gradient (`torch.Tensor` of shape `(B, H, 1, D / H)`): the query, and the gradient with respect to its attention
+            output.
         key, value (`torch.Tensor` of shape `(B, H, N, D / H)`): of the tokens.
         known (`torch.Tensor` of shape `(B, N)`, boolean, *optional*): the tokens that count; all if not given.
 
@@ -59,7 +59,7 @@ def one_query_relevance(
     known = torch.ones_like(cosines, dtype=torch.bool) if known is None else known
     low = cosines.masked_fill(~known, torch.inf).amin(-1, keepdim=True)
     span = cosines.masked_fill(~known, -torch.inf).amax(-1, keepdim=True) - low
-    spatial = torch.where(span > 0, (cosines - low) / span, 1)  # a single token counts whole
+    spatial = torch.where(span > 0, (cosines - low) / span, 1)  # 1 for a single token
     return channels * spatial * known
 
 
@@ -70,7 +70,7 @@ def all_queries_relevance(weights: torch.Tensor, value: torch.Tensor, gradient: 
     Args:
         weights (`torch.Tensor` of shape `(B, H, Q, N)`): attention weights a.
         value (`torch.Tensor` of shape `(B, H, N, D / H)`): of the tokens.
-        gradient (`torch.Tensor` of shape `(B, H, Q, D / H)`): by what the queries are given.
+        gradient (`torch.Tensor` of shape `(B, H, Q, D / H)`): with respect to the attention outputs.
 
     Returns:
         `torch.Tensor` of shape `(B, N)`, float32.

@@ -1,4 +1,4 @@
-"""Shared ground of the methods that differentiate the similarity."""
+"""Base class of the methods that differentiate the similarity."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from .recording import AttentionRecord
 
 class GradientExplainer(Explainer):
     """
-    One forward for all texts, with a graph from attention layer `layer` on; then for each text one backward through it,
-    of all images at once.
+    Runs one forward pass, with a graph from attention layer `layer` on, and one backward pass through this graph for each text, for
+    all images at once.
 
     Args:
         model, processor: see [`Explainer`].
-        layer (`int`): index among the attention layers of the image tower; -1 is the last.
+        layer (`int`): index of an attention layer of the image tower; -1 is the last.
     """
 
     backward_per_text = True
@@ -39,10 +39,10 @@ class GradientExplainer(Explainer):
         inputs = self.differentiated(layers)
         maps, patches, count = [], math.prod(image.grid), texts.text_embeds.shape[-2]
         with torch.inference_mode(False), torch.enable_grad():
-            # The clone: an embedding made under inference mode could not take part in a backward.
+            # A clone, because a tensor that was created in inference mode cannot be part of a graph.
             logits = self.family.logit_scale() * cosines(image.image_embeds, texts.text_embeds.clone())
             for text in range(count):
-                # Images do not mix, so that the gradient of their sum has each image's own.
+                # Images are independent, so the gradient of their sum contains the gradient of each.
                 gradients = torch.autograd.grad(logits[:, text].sum(), inputs, retain_graph=text < count - 1)
                 with torch.no_grad():
                     maps.append(self.weigh(layers, gradients, patches))
@@ -51,7 +51,7 @@ class GradientExplainer(Explainer):
 
     @abstractmethod
     def differentiated(self, layers: list[AttentionRecord]) -> list[torch.Tensor]:
-        """Returns the tensors whose gradients are taken."""
+        """Returns the tensors that the similarity is differentiated with respect to."""
 
     @abstractmethod
     def weigh(self, layers: list[AttentionRecord], gradients: tuple[torch.Tensor, ...], patches: int) -> torch.Tensor:

@@ -17,7 +17,7 @@ class ITSM(Explainer):
     @torch.no_grad()
     def encode_image(self, pixel_values: torch.Tensor) -> ICLIPImageFeatures:
         image = self.family.encode_image(pixel_values)
-        # Without the tower's own outputs, which take more memory than all that is needed.
+        # Without the outputs of the tower, which take more memory than the rest.
         return ICLIPImageFeatures(**{name: image[name] for name in _NEEDED if image.get(name) is not None})
 
     @torch.no_grad()
@@ -29,6 +29,6 @@ class ITSM(Explainer):
 
 
 class ReversedITSM(ITSM):
-    """1 - M (Eq. 5), which repairs CLIP's opposite maps without training. Its raw maps are those of [`ITSM`]."""
+    """The reversed map 1 - M (Eq. 5), which corrects CLIP's opposite maps without training. Its raw maps are those of [`ITSM`]."""
 
     reversed = True

@@ -1,4 +1,4 @@
-"""LeGrad (Bousselham et al. 2025): gradients by the attention weights of the last blocks."""
+"""LeGrad (Bousselham et al. 2025): gradients with respect to the attention weights of the last blocks."""
 
 from __future__ import annotations
 
@@ -15,12 +15,13 @@ from .recording import AttentionRecord, private_copy
 
 class LeGrad(Explainer):
     """
-    For each of the last blocks, the gradient of the text's cosine with the block's projected mean token, by the block's own
-    attention weights: positive part, mean of heads and queries, summed over the blocks.
+    Each of the last blocks has a score: the cosine of the text and the projected mean token of the block. The map is the positive
+    part of the gradient of this score with respect to the attention weights of the block, averaged over heads and queries, and
+    summed over the blocks.
 
     Args:
         model, processor: see [`Explainer`].
-        depth (`int`): the number of last blocks; all where the tower has fewer.
+        depth (`int`): number of last blocks; all if the tower has fewer.
     """
 
     backward_per_text = True
@@ -35,7 +36,7 @@ class LeGrad(Explainer):
     def forward(self, pixel_values: torch.Tensor, texts: ICLIPTextFeatures) -> tuple[torch.Tensor, ICLIPImageFeatures]:
         image, layers = self.family.trace(pixel_values, self.blocks[0])
         with torch.inference_mode(False), torch.enable_grad():
-            # The clone: an embedding made under inference mode could not take part in a backward.
+            # A clone, because a tensor that was created in inference mode cannot be part of a graph.
             embeds = texts.map_text_embeds.clone()
             maps = sum(self._relevance(index, layer, embeds) for index, layer in zip(self.blocks, layers))
         return maps[..., -math.prod(image.grid) :].unflatten(-1, image.grid), image
@@ -50,15 +51,15 @@ class LeGrad(Explainer):
         maps = []
         for text in range(scores.shape[1]):
             (gradient,) = torch.autograd.grad(scores[:, text].sum(), mixed, retain_graph=True)
-            # Attention weight (i, j) of a head multiplies value j in what query i is given.
+            # The attention weight (i, j) of a head multiplies value j in the output of query i.
             maps.append((gradient @ layer.value.mT).float().relu().mean((1, 2)))
         return torch.stack(maps, 1)
 
 
 def _mean_mlp(mlp: nn.Module) -> nn.Module:
     """
-    Copies an MLP so that it computes the mean over the tokens, `(B, L, D)` -> `(B, 1, D)`. Its last layer is linear, so that
-    the mean may come before it: this halves the cost of each backward.
+    Copies an MLP so that it computes the mean over the tokens, `(B, L, D)` -> `(B, 1, D)`. The mean is taken before the last layer,
+    which is linear. This halves the cost of each backward pass.
     """
     mlp = private_copy(mlp)
     *_, last = (module for module in mlp.modules() if isinstance(module, nn.Linear))

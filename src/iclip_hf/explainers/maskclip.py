@@ -10,7 +10,12 @@ from .replaced_attention import LastBlock
 
 
 class MaskCLIP(LastBlock):
-    """Each token keeps its own value. With `residual=True` this is the value trick of TIPSv2."""
+    """
+    Each token keeps its own value. With `residual=True`, this is the value trick of TIPSv2.
+
+    Args:
+        model, processor, residual: see [`LastBlock`].
+    """
 
     def mix(self, layer: AttentionRecord, image: ICLIPImageFeatures, pixel_values: torch.Tensor) -> torch.Tensor:
         return layer.value

@@ -1,4 +1,4 @@
-"""NACLIP (Hajimiri et al. 2025): key-key attention of the last block that prefers near patches."""
+"""NACLIP (Hajimiri et al. 2025): key-key attention in the last block that favours near patches."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from .replaced_attention import LastBlock
 
 class NACLIP(LastBlock):
     """
-    Keys attend to keys. The logit of two patches is raised by exp(-d^2 / (2 sigma^2)), where d is their distance on the
-    grid, those of the class token and of registers by nothing.
+    Keys attend to keys. The logit of two patches is increased by exp(-d^2 / (2 sigma^2)), where d is their distance on the grid.
+    Logits of the class token and of registers are not changed.
 
     Args:
         model, processor, residual: see [`LastBlock`].

@@ -17,17 +17,17 @@ _RESAMPLE = {"bicubic": 3, "bilinear": 2}  # Pillow's numbers
 
 
 class OpenCLIPAdapter(ModelAdapter):
-    """A transformer with a class token, for images of the one size that its position embeddings have."""
+    """A transformer with a class token. Images must have the size of its position embeddings."""
 
     def __init__(self, model: nn.Module, tokenizer):
         try:
             tokens = tokenizer(["dog"])
-        except Exception:  # of whatever takes other things than texts
+        except Exception:  # of an object that does not accept texts
             tokens = None
         if not isinstance(tokens, torch.Tensor):
             raise TypeError(
                 "Expected the tokenizer of this open_clip model, which `open_clip.get_tokenizer` gives, got "
-                f"{type(tokenizer).__name__}: images need no preprocessing of open_clip's."
+                f"{type(tokenizer).__name__}: pass the tokenizer; images are not prepared by open_clip."
             )
         self.tokenizer = tokenizer
         options, size = model.visual.preprocess_cfg, model.visual.image_size
@@ -50,7 +50,8 @@ class OpenCLIPAdapter(ModelAdapter):
     def _encode_image(self, pixel_values: torch.Tensor) -> ICLIPImageFeatures:
         if pixel_values.shape[2:] != (self.side, self.side):
             raise ValueError(
-                f"Expected images of {self.side}x{self.side} pixels for this open_clip model, got {tuple(pixel_values.shape)}: resize them."
+                f"Expected images of {self.side}x{self.side} pixels for this open_clip model, got "
+                f"{tuple(pixel_values.shape)}: resize them."
             )
         output = self.model.visual.forward_intermediates(pixel_values, indices=1)
         (stream,) = output["image_intermediates"]  # (B, D, h, w)
@@ -65,8 +66,8 @@ class OpenCLIPAdapter(ModelAdapter):
 
 class OpenCLIPResNetAdapter(OpenCLIPAdapter):
     """
-    A ResNet, whose one attention layer is the pooling at its end. A position's place in the space of the texts is what the
-    pooling gives where its attention is all there: value and output projection.
+    A ResNet, whose only attention layer is the pooling at its end. A position is projected into the space of the texts as the
+    pooling does with all attention on this position: by value and output projection.
     """
 
     def _prepare_layers(self) -> None:
@@ -80,7 +81,7 @@ class OpenCLIPResNetAdapter(OpenCLIPAdapter):
 
 
 def _attention_pool(pool: nn.Module, features: torch.Tensor) -> torch.Tensor:
-    """Pools features `(B, D, h, w)` by the attention of their mean, and records it."""
+    """Pools features `(B, D, h, w)` by attention with their mean as the query, and records it."""
     tokens = features.flatten(2).mT
     tokens = torch.cat([tokens.mean(1, keepdim=True), tokens], 1) + pool.positional_embedding
     query, key, value = (

@@ -1,4 +1,4 @@
-"""ProxyCLIP (Lan et al. 2024): a DINO tower says which patches belong together, the model what they show."""
+"""ProxyCLIP (Lan et al. 2024): attention of the last block from the patch similarities of a DINO tower."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ from .replaced_attention import ReplacedAttention
 
 class ProxyCLIP(ReplacedAttention):
     """
-    In the last block the patches' values are mixed by softmax(gamma (S - beta mean(S))), where S are the cosines of the
-    proxy's patch tokens; entries below 0 are left out. There is no residual connection and no MLP. The proxy sees the image
-    at the size that gives it the model's grid.
+    In the last block, the values of the patches are mixed by softmax(gamma (S - beta mean(S))), where S are the cosines of the
+    proxy's patch tokens. Entries whose logit is below 0 are masked. There is no residual connection and no MLP. The image is
+    resized for the proxy, so that both towers have the same grid.
 
     Args:
         model, processor: see [`Explainer`].
         proxy (`str`, *optional*): folder or Hub id of an image tower such as DINO, DINOv2 or DINOv3. If not given, an ICLIP
-            model is its own proxy, and others take the DINOv2 tower of the embedded model.
-        beta (`float`): the threshold, as a multiple of the mean similarity.
+            model is its own proxy, and other models use the DINOv2 tower of the embedded model.
+        beta (`float`): threshold, as a multiple of the mean similarity.
         gamma (`float`): sharpness of the softmax.
     """
 
@@ -42,7 +42,8 @@ class ProxyCLIP(ReplacedAttention):
             config = AutoConfig.from_pretrained(proxy, trust_remote_code=False)
             if config.model_type not in VISION_TOWERS:
                 raise ValueError(
-                    f"{proxy}: expected an image tower as proxy, one of {sorted(VISION_TOWERS)}, got {config.model_type!r}; name another."
+                    f"{proxy}: expected an image tower as proxy, one of {sorted(VISION_TOWERS)}, got "
+                    f"{config.model_type!r}; name another."
                 )
             weight = next(self.family.model.parameters())
             self.proxy = load_tower(config, proxy).eval().to(weight.device, weight.dtype)
@@ -51,12 +52,12 @@ class ProxyCLIP(ReplacedAttention):
         tokens = unit(image.patch_tokens if self.proxy is None else self._proxy_tokens(image.grid, pixel_values))
         similarity = tokens @ tokens.mT  # (B, N, N)
         logits = self.gamma * (similarity - self.beta * similarity.mean((1, 2), keepdim=True))
-        itself = torch.eye(logits.shape[-1], dtype=torch.bool, device=logits.device)  # stays where all are alike
+        itself = torch.eye(logits.shape[-1], dtype=torch.bool, device=logits.device)  # no row is masked as a whole
         weights = logits.masked_fill((logits < 0) & ~itself, -torch.inf).softmax(-1)
         return weights.unsqueeze(1).to(layer.value.dtype) @ layer.value[:, :, -tokens.shape[1] :]
 
     def _proxy_tokens(self, grid: tuple[int, int], pixel_values: torch.Tensor) -> torch.Tensor:
-        """The proxy's patch tokens `(B, N, D)` of the same grid."""
+        """Returns the proxy's patch tokens `(B, N, D)` on this grid."""
         config = self.proxy.config
         weight = next(self.proxy.parameters())
         mean, std = (torch.tensor(values).to(weight).view(3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD))

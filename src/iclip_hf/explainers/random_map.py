@@ -1,4 +1,4 @@
-"""Random maps: what a measure gives to a map without information."""
+"""Random maps, a baseline without information about image or text."""
 
 from __future__ import annotations
 

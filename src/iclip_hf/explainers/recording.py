@@ -1,4 +1,4 @@
-"""Recording what the attention layers of an image tower do in a forward, on a private copy of the model."""
+"""Recording of the attention layers of a tower in a forward pass, on a private copy of the model."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ T = TypeVar("T")
 @dataclass
 class AttentionRecord:
     """
-    One attention layer in one forward, L tokens attended by Q queries in H heads.
+    An attention layer in a forward pass: Q queries attend to L tokens in H heads.
 
     Attributes:
-        stream (`torch.Tensor` of shape `(B, L, D)`): what enters the layer's block, before its norm. A ResNet's pooling
-            gets a feature map `(B, D, h, w)`.
-        tokens (`torch.Tensor` of shape `(B, L, D)`): what the attention itself sees.
+        stream (`torch.Tensor` of shape `(B, L, D)`): input of the layer's block, before its norm; for the pooling of a ResNet, a
+            feature map `(B, D, h, w)`.
+        tokens (`torch.Tensor` of shape `(B, L, D)`): input of the attention.
         query, key, value (`torch.Tensor` of shape `(B, H, Q or L, D / H)`).
-        mixed (`torch.Tensor` of shape `(B, H, Q, D / H)`): the values mixed by the attention, before the output projection.
-        weights (`torch.Tensor` of shape `(B, H, Q, L)`): of the values in `mixed`, where they were asked for.
+        mixed (`torch.Tensor` of shape `(B, H, Q, D / H)`): values mixed by the attention, before the output projection.
+        weights (`torch.Tensor` of shape `(B, H, Q, L)`): weights of the values in `mixed`; None if they are not recorded.
     """
 
     stream: torch.Tensor
@@ -51,7 +51,7 @@ class _Recording:
     layers: list[AttentionRecord] = field(default_factory=list)
 
 
-# The forward now being recorded in this thread; none in any other.
+# The recording of the current forward pass. Other threads have their own.
 _recording: ContextVar[_Recording | None] = ContextVar("recording", default=None)
 
 
@@ -61,9 +61,9 @@ class AttentionLayer:
     An attention layer of an image tower, prepared to be recorded.
 
     Attributes:
-        output: mixed values of the heads `(B, H, L, D / H)` -> what the layer adds to the stream, `(B, L, D)`.
-        mlp: stream after the attention `(..., L, D)` -> what the block's MLP adds to it; None for a head that pools the
-            tokens at the end, which is no self-attention in the stream.
+        output: mixed values of the heads `(B, H, L, D / H)` -> what the layer adds to the residual stream, `(B, L, D)`.
+        mlp: residual stream after the attention `(..., L, D)` -> what the block's MLP adds to it; None for a pooling head, which is
+            no self-attention.
     """
 
     output: Callable[[torch.Tensor], torch.Tensor]
@@ -71,14 +71,14 @@ class AttentionLayer:
 
     @property
     def residual(self) -> bool:
-        """Whether it is a self-attention in the stream."""
+        """Whether it is a self-attention of a transformer block, with a residual connection."""
         return self.mlp is not None
 
 
 def private_copy(model: nn.Module) -> nn.Module:
     """
-    Copies a model in eval mode. The copy shares the weights but takes no gradients for them; what is set, hooked or
-    replaced in it reaches neither the model nor another thread that uses it.
+    Copies a model in eval mode. The copy shares the weights, which have no gradients in it. Attributes, hooks and modules that are
+    set in the copy do not affect the model.
     """
     with torch.inference_mode(False):
         shared = {
@@ -95,8 +95,8 @@ def record(forward: Callable[[], T], start: int, grad: bool, weights: bool) -> t
     Args:
         forward: runs the model that [`prepare`] was applied to.
         start (`int`): index of an attention layer.
-        grad (`bool`): keep the graph from the stream that enters layer `start` to the result.
-        weights (`bool`): record the attention weights, which takes the memory that fused attention saves.
+        grad (`bool`): whether to keep the graph from the input of layer `start` to the result.
+        weights (`bool`): whether to record the attention weights, which takes the memory that fused attention saves.
     """
     recording = _Recording(start, grad, weights)
     token = _recording.set(recording)
@@ -108,7 +108,7 @@ def record(forward: Callable[[], T], start: int, grad: bool, weights: bool) -> t
 
 
 def prepare(index: int, block: nn.Module, attention: nn.Module | None = None) -> None:
-    """Makes layer `index` of a private copy record what enters its block and, if given, what its attention sees."""
+    """Makes layer `index` of a private copy record the input of its block and, if given, of its attention."""
 
     def enter_block(module, args, kwargs):
         recording = _recording.get()
@@ -141,13 +141,13 @@ def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch
 
 
 def _current_layer() -> AttentionRecord | None:
-    """Returns the layer that the recorded forward has come to, if one is being recorded."""
+    """Returns the record of the current layer; None if nothing is recorded."""
     recording = _recording.get()
     return recording.layers[-1] if recording and recording.layers else None
 
 
 def _record_heads(query, key, value, scaling: float, mask: torch.Tensor | None = None) -> torch.Tensor | None:
-    """Records the heads of a layer. Returns its attention weights if these are recorded too."""
+    """Records queries, keys and values of a layer. Returns its attention weights if these are recorded too."""
     layer = _current_layer()
     if layer is None:
         return None
@@ -161,14 +161,14 @@ def _record_heads(query, key, value, scaling: float, mask: torch.Tensor | None =
 
 
 def _record_mixed(mixed: torch.Tensor) -> torch.Tensor:
-    """Records the mixed values of a layer and returns them: the tensor that the forward goes on with."""
+    """Records the mixed values of a layer and returns them. The forward pass must continue with them, for their gradients."""
     if layer := _current_layer():
         layer.mixed = mixed
     return mixed
 
 
 def _transformers_attention(module, query, key, value, attention_mask, scaling=None, last_attention=None, **kwargs):
-    """Computes attention as ICLIP's own function does, and records it."""
+    """Computes attention like ICLIP's own function, and records it."""
     weights = _record_heads(query, key, value, query.shape[-1] ** -0.5 if scaling is None else scaling, attention_mask)
     if weights is None:
         fused = AttentionInterface()["sdpa_class_row"]
@@ -184,7 +184,7 @@ def _transformers_attention(module, query, key, value, attention_mask, scaling=N
 
 
 def _explicit_mask(*args, **kwargs):
-    """Makes masks of text towers, boolean, causal ones too; None where all tokens attend to all, as in image towers."""
+    """Returns a boolean mask, also where it is causal; None if all tokens attend to all, as in image towers."""
     return sdpa_mask(*args, **{**kwargs, "allow_is_causal_skip": False})
 
 

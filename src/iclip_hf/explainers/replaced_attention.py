@@ -1,4 +1,4 @@
-"""Shared ground of the training-free methods that replace the self-attention of the last blocks."""
+"""Base classes of the training-free methods that replace the self-attention of the last blocks."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from .recording import AttentionRecord
 
 class ReplacedAttention(Explainer):
     """
-    Beside the model's own stream of tokens a second one leaves it `depth` blocks before the end. In each of these blocks
-    another attention mixes the values that the block has in the first stream. The maps are the cosines of the projected
-    patch tokens of the second stream with the texts.
+    Computes a second residual stream, which starts as a copy of the model's own, `depth` blocks before the end. In each of these
+    blocks, another attention mixes the values that the block computes from the model's stream. The maps are the cosines of texts
+    and projected patch tokens of the second stream.
 
     Args:
         model, processor: see [`Explainer`].
-        depth (`int`): the number of last blocks; all where the tower has fewer.
-        residual (`bool`): whether what the attention gives is added to the stream or replaces it.
-        mlp (`bool`): whether the MLPs of the blocks follow.
+        depth (`int`): number of last blocks; all if the tower has fewer.
+        residual (`bool`): whether the output of the attention is added to the stream; otherwise it replaces the stream.
+        mlp (`bool`): whether the MLPs of the blocks are applied.
     """
 
     def __init__(self, model, processor, depth: int, residual: bool = True, mlp: bool = False):
@@ -49,12 +49,12 @@ class ReplacedAttention(Explainer):
 
     @abstractmethod
     def mix(self, layer: AttentionRecord, image: ICLIPImageFeatures, pixel_values: torch.Tensor) -> torch.Tensor:
-        """Mixes the values of a block, `(B, H, L, D / H)`; without residual connections the patches' alone are enough."""
+        """Mixes the values of a block, `(B, H, L, D / H)`. Without residual connections, those of the patches are sufficient."""
 
 
 class LastBlock(ReplacedAttention):
     """
-    Replaces the attention of the last block alone.
+    Replaces the attention of the last block only.
 
     Args:
         model, processor: see [`Explainer`].

@@ -26,8 +26,8 @@ def windowed_maps(
     explainer: Explainer, pixel_values: torch.Tensor, texts: ICLIPTextFeatures, window: int, stride: int
 ) -> torch.Tensor:
     """
-    Computes raw maps from square windows that slide over the images. A patch has the mean of the values that it has in the windows
-    around it. The last window of a row or column ends at the image's edge, and a window is never larger than the image.
+    Computes raw maps from square windows that slide over the images. The value of a patch is its mean over the windows that contain
+    it. The last window of a row or column ends at the image's edge, and a window is never larger than the image.
 
     Args:
         explainer ([`Explainer`]): the method.

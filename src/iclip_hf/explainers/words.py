@@ -41,17 +41,17 @@ class WordExplainer:
     Scores the words of fixed texts for any number of images, by the gradient of the cosine of image and text in the last
     attention layer of the text tower.
 
-    A tower that reads its end token has its one query there; a tower that averages its tokens has all of them. Tokens of one word
-    are added, and prompts averaged.
+    In a tower that pools by its end token, this token is the query. In a tower that averages its tokens, all tokens are queries. The
+    relevance of a word is the sum over its tokens, averaged over the prompts.
 
     Args:
         model, processor: a model of transformers, see [`Explainer`].
-        texts: T labels or phrases; words are what stands between spaces.
+        texts: T labels or phrases, whose words are separated by spaces.
         templates: prompts with one `{}` each; the processor's if not given. Words of the prompts get no score.
         method (`str`): [`GradECLIP`] (`"grad_eclip"`) or [`BiModal`] (`"bi_modal"`).
 
     Raises:
-        `ValueError`: for another method, or a text tower that cannot be looked into.
+        `ValueError`: the method is another, or the model is not of transformers.
     """
 
     def __init__(
@@ -95,10 +95,10 @@ class WordExplainer:
             image_embeds (`torch.Tensor` of shape `(B, P)`): unit vectors of the recognition branch.
 
         Returns:
-            list of B lists of T lists of [`WordScore`], in the order of the words. The scores of a text's words add up to 1, or
-            are all 0 where no word speaks for the image.
+            list of B lists of T lists of [`WordScore`], in the order of the words. The scores of a text's words sum to 1, or are
+            all 0 if no word has a positive relevance.
         """
-        # The clone: an embedding made under inference mode could not take part in a backward.
+        # A clone, because a tensor that was created in inference mode cannot be part of a graph.
         with torch.inference_mode(False):
             embeds = image_embeds.clone()
         return [list(self._scores(embed)) for embed in embeds.split(1)]
@@ -114,7 +114,7 @@ class WordExplainer:
         layer = part.layer
         tensor = layer.weights if self.method == "bi_modal" else layer.mixed
         with torch.inference_mode(False), torch.enable_grad():
-            # Texts do not mix, so that the gradient of their sum has each text's own.
+            # Texts are independent, so the gradient of their sum contains the gradient of each.
             score = cosines(image_embed, part.features.text_embeds).sum()
             (gradient,) = torch.autograd.grad(score, tensor, retain_graph=True)
         with torch.no_grad():
@@ -128,7 +128,7 @@ class WordExplainer:
         """Computes the relevance of all tokens, `(M, L)`."""
         if self.method == "bi_modal":
             return attention_relevance(layer.weights, gradient).sum(1)
-        read = gradient.abs().amax((1, 3))  # (M, L): where the score reads nothing, the gradient is exactly 0
+        read = gradient.abs().amax((1, 3))  # (M, L), exactly 0 at tokens that the score does not depend on
         if ((read > 0).sum(1) > 1).any():
             return all_queries_relevance(layer.weights, layer.value, gradient)
         end = read.argmax(1)[:, None, None, None].expand(-1, gradient.shape[1], 1, gradient.shape[3])
@@ -140,7 +140,8 @@ def word_tokens(tokenizer, template: str, text: str) -> tuple[slice, list[slice]
     """
     Finds the tokens of a prompt, which is the template with the text, and those of each word of the text.
 
-    Words are found by tokenizing what comes before their end, which any tokenizer can that joins no words.
+    The tokens of a word are found by the number of tokens before its start and before its end. This works with any tokenizer that
+    does not join words.
     """
     start = template.index("{}")
     prompt = template.replace("{}", text)

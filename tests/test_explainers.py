@@ -746,7 +746,7 @@ def test_other_models_are_refused(made):
 @pytest.mark.parametrize("method", NEED_BLOCKS)
 def test_blocks_are_needed(made, method):
     model, tokenizer, _ = made("open_clip_resnet")
-    with pytest.raises(ValueError, match="this image tower has none"):
+    with pytest.raises(ValueError, match="got one without self-attention"):
         make_explainer(model, tokenizer, method)
 
 

@@ -163,12 +163,9 @@ def epoch(name: str, folder: Path, options: argparse.Namespace):
     return make(name, folder, options).train
 
 
-PAIRS, TOKENS, WIDTH, PROJECTION = (
-    256,
-    16,
-    384,
-    512,
-)  # of a step; patches of an image and their width; the common space
+PAIRS = 256  # of a step
+TOKENS, WIDTH = 16, 384  # patches of an image, and their width
+PROJECTION = 512  # width of the shared space
 
 
 def steps(rounds: int) -> dict[str, list[float]]:
@@ -218,13 +215,9 @@ def on_paper(folder: Path, step: float, encoded: float) -> str:
         encoded: measured pairs a second without the cache.
     """
     pairs, batch, sample = 3_000_000, 4096, 100_000
-    flops, products, read, cores = (
-        30e12,
-        10e12,
-        2e9,
-        16,
-    )  # assumed a second: of towers, of float32 products, bytes; cores a GPU
-    size = 2 * ((1 + TOKENS) * (WIDTH + 1) + WIDTH)  # bytes of a pair
+    # Assumptions: operations a second in the towers and in float32 products, bytes a second of the disk, cores for each GPU.
+    flops, products, read, cores = 30e12, 10e12, 2e9, 16
+    size = 2 * ((2 + TOKENS) * (WIDTH + 1) + WIDTH)  # bytes of a pair: two pooled vectors, patches, and the text
     held = cost(captions_held, folder / "captions", sample)[1] / sample * pairs / 1024
     plain = plain_pairs(folder)
     start = time.perf_counter()

@@ -5,9 +5,8 @@ from iclip_hf.evaluation.metrics import MeanForegroundMinusBackground
 
 
 _DESCRIPTION = """
-mFMB (mean foreground minus background) says on which side of a mask a map in [0, 1] lights up: its mean over the
-class's pixels minus its mean over the others; the mean over the images of a class, then over the classes. Below 0 the
-map is upside down.
+mFMB (mean foreground minus background) is the mean of a map in [0, 1] over the pixels of its class minus its mean over the
+other pixels, averaged over the images of a class, then over the classes. A negative value means an inverted map.
 """
 
 _OUTPUTS = """

@@ -5,8 +5,8 @@ from iclip_hf.evaluation.metrics import MeanMaxIoU
 
 
 _DESCRIPTION = """
-mMIoU (mean max IoU) scores maps in [0, 1] without a threshold chosen by hand: for each class the mean over its images
-of the IoU between M > t and the class's pixels, at the best t of 0, 0.01, ..., 1; then the mean over the classes.
+mMIoU (mean max IoU) scores maps in [0, 1] without a threshold chosen by hand: for each class, the IoU of M > t and the
+pixels of the class, averaged over its images, at the best t of 0, 0.01, ..., 1; then the mean over the classes.
 """
 
 _OUTPUTS = """
@@ -14,7 +14,7 @@ Returns:
     mmiou: mean over classes, in percent.
     per_class: {class id: its best IoU in percent}.
     thresholds: {class id: the threshold of that IoU, the lowest of equals}.
-    floor: what a map that marks every pixel would score, in percent.
+    floor: mMIoU of a map that marks every pixel, in percent.
     pairs: number of items in the mean.
     left_out: {reason: number of items that have no IoU}: their class is not in the mask, or all of the mask is void.
 

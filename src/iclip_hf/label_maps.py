@@ -71,7 +71,7 @@ def label_map(
     wide = (raw_maps - lows) @ columns.mT
     best = torch.addmm(lows[0], rows, wide[0])
     winner = torch.zeros(size, dtype=torch.int16, device=best.device)
-    one, total = torch.empty_like(best), torch.zeros_like(best)  # sum of exp(logit - highest logit so far)
+    one, total = torch.empty_like(best), torch.zeros_like(best)  # total: sum of exp(logit - highest logit so far)
     for index, (low, text) in enumerate(zip(lows, wide)):
         torch.addmm(low, rows, text, out=one)
         higher = one > best

@@ -14,14 +14,15 @@ from .common import PICTURES, check_file, check_folder, one_line, printable
 
 def pictures_to_write(options: argparse.Namespace, file: str, folder: str) -> list[tuple[str, Path]]:
     """
-    Returns those of `options.images` that are files, each with its picture. Prints the others on stderr, before the model is loaded.
+    Returns those of `options.images` that are files, each with the path of its picture. Prints errors for the others on stderr, before
+    the model is loaded.
 
     Args:
-        options: with `command`, `images` and `output`.
+        options: parsed options with `command`, `images` and `output`.
         file, folder: default output for one image, and for several.
 
     Raises:
-        `ValueError`: `options.output` is no file name for one image, or no folder for several.
+        `ValueError`: `options.output` is not a file name for one image, or not a folder for several.
     """
     if len(options.images) == 1:
         pictures = [options.output or Path(file)]
@@ -55,17 +56,17 @@ def file_names(images: Sequence[str]) -> list[str]:
 
 def write_pictures(command: str, localizer, images: Sequence[tuple[str, Path]], write: Callable) -> list[dict]:
     """
-    Explains images. A thread loads them and writes what they become, while the model runs.
+    Explains images. A thread loads images and writes pictures while the model runs.
 
     Args:
         command: name of the command, for errors.
         localizer: a [`Localizer`].
-        images: of `pictures_to_write`, at least one.
+        images: result of `pictures_to_write`, at least one.
         write: function of an image, its explanation and the path of its picture. It returns a `dict` for the report.
 
     Returns:
-        For each image its `image` name, its `picture` and what `write` returned. An image that cannot be read is printed on stderr
-        and left out.
+        For each image, a `dict` with its name `image`, the path `picture` and what `write` returned. An image that cannot be read is
+        left out, with an error on stderr.
     """
     from tqdm import tqdm
 
@@ -88,7 +89,7 @@ def write_pictures(command: str, localizer, images: Sequence[tuple[str, Path]], 
 
 
 def at_picture_size(image, explanation, picture: Path):
-    """Returns an image and its explanation at the size that they have in the picture; twice that for vector graphics, for zooming."""
+    """Returns an image and its explanation at their size in the picture; at twice the size for vector graphics, for zooming."""
     from ..utils.plots import DPI, VECTOR_FORMATS, cell_sized
 
     vector = picture.suffix[1:].lower() in VECTOR_FORMATS

@@ -1,6 +1,6 @@
 """Names of the segmentation data sets, and their class names in the order of their ids, written as in a prompt."""
 
-# Apart from their readers, so that the help of commands loads none of them.
+# Separate from their readers, so that the help of commands does not import these.
 DATASETS = (
     "voc2012",
     "coco2017",

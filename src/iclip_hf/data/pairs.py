@@ -213,6 +213,7 @@ class PairStream(IterableDataset):
         seed (`int`, defaults to 0): seed of the order and of the drawn captions.
         max_bad_share (`float` in [0, 1], defaults to 0.05): largest allowed share of bad pairs among those that were read.
         rank, world_size (`int`): index of this process and number of processes.
+        columns ([`~iclip_hf.data.sources.Columns`]): names of the columns; the usual ones by default.
 
     Raises:
         `ValueError`: there is no image column. During iteration, too many pairs are bad. `DroppedConnectionError`: during

@@ -27,7 +27,7 @@ from .class_names import ADE20K, CITYSCAPES, COCO_STUFF, COCO_THINGS, CONTEXT, V
 
 
 VOID = 255
-# Prompts of the data sets that ICLIP's paper evaluates on, and of folders. Those of segmentation have CLIP's, as in its papers.
+# Prompts of the data sets of ICLIP's paper, and of folders. Other data sets use CLIP's templates, as papers on segmentation do.
 _TEMPLATES = dict.fromkeys(("voc2012", "coco2017", "folder"), ("a photo of the {}",))
 
 # Value of an id that a data set does not have, in the tables from the values of mask files to class ids.
@@ -159,7 +159,7 @@ class _COCOSample(SegmentationSample):
         label_map = np.zeros(self.size, np.uint8)
         instances = [one for one in self.annotations if not one["iscrowd"]]
         masks = [self._union([one]).view(bool) for one in instances]
-        # The smaller of two lies before the larger.
+        # The smaller of two overlapping instances lies in front.
         for index in np.argsort([-mask.sum() for mask in masks], kind="stable"):
             label_map[masks[index]] = instances[index]["label"]
         label_map[self._union([one for one in self.annotations if one["iscrowd"]]).view(bool)] = VOID
@@ -369,7 +369,7 @@ def _indexed(
     background: bool = True,
     lists: Sequence[Path] = (),
 ) -> SegmentationDataset:
-    """Makes a data set of index masks. `ids` maps their values to class ids. 255 is void if not named, all others are refused."""
+    """Creates a data set of index masks. `ids` maps their values to class ids. 255 is void if not named, others are errors."""
     table = np.full(256, _UNKNOWN, np.int16)
     table[VOID] = VOID
     table[list(ids)] = list(ids.values())

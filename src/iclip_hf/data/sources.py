@@ -48,7 +48,7 @@ class Columns(NamedTuple):
 
     @classmethod
     def named(cls, image: str | None = None, caption: str | None = None) -> Columns:
-        """The usual columns, or the given one alone."""
+        """Returns the usual columns, or only the given one."""
         return cls((image,) if image else IMAGE_COLUMNS, (caption,) if caption else CAPTION_COLUMNS)
 
     def check(self, where: str | os.PathLike, found: Sequence[str]) -> None:

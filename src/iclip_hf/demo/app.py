@@ -63,8 +63,8 @@ METHODS = {
     "Random, which knows neither image nor text": "random",
 }
 INTRODUCTION = f"""# Which pixels match the text?
-Red matches most, blue least. Each map is stretched to the whole scale, so a text that is not there lights up as well. Its
-**presence** tells: how surely the image shows it. Below {MIN_PRESENCE:.0%} the text counts as absent."""
+Red matches most, blue least. Each map is stretched to the whole scale, so a text that is not in the image lights up as well.
+**Presence** shows how surely the image shows a text. Below {MIN_PRESENCE:.0%} the text counts as absent."""
 SPACE_README = """---
 title: ICLIP
 emoji: 🔍
@@ -117,10 +117,10 @@ def split_texts(typed: str) -> list[str]:
 
 class SeenImage(NamedTuple):
     """
-    What the demo keeps of an image for further texts.
+    A visitor's image, kept for further texts.
 
     Attributes:
-        prepared ([`PreparedImage`]): with its features, if the method can use them for other texts.
+        prepared ([`PreparedImage`]): the image with its features, if the method can use them for other texts.
         view (`dict`): `image`, a data URL of at most `content.VIEW_SIDE` pixels a side, its `size` and the `original_size` (width,
             height).
     """
@@ -139,7 +139,7 @@ def look_at(localizer: Localizer, image: Image.Image) -> SeenImage:
 
 
 def explain_image(localizer: Localizer, seen: SeenImage, texts: list[str]) -> Explanation:
-    """Explains texts with the method of a localizer, which the image was prepared for."""
+    """Explains texts with the method of the localizer that prepared the image."""
     localizer = localizer.about(texts)
     (explanation,) = localizer.explain([seen.prepared._replace(rows=list(range(len(texts))))])
     return explanation

@@ -103,7 +103,7 @@ _TRAINING_SETTINGS = (
     "seed",
     "best_metric",
 )
-# Of these, those that are not set at 0.
+# Settings of these that are off at 0, and then not shown.
 _OFF_AT_0 = ("pairs_per_epoch", "validation_share", "max_steps")
 
 

@@ -25,11 +25,11 @@ _NAMES = ("text_embeds", "map_text_embeds")
 
 def encode_background(explainer: Explainer, templates: Sequence[str]) -> ICLIPTextFeatures:
     """
-    Encodes [`BACKGROUND`]. For an [`ICLIPModel`] on the CPU, the features are cached on disk, in one file for each name of a model and
-    templates: a digest of the weights takes a fifth of the text tower's time for one template, and less for several.
+    Encodes [`BACKGROUND`]. For an [`ICLIPModel`] on the CPU, the features are cached on disk, in a file for each model name and
+    templates. A digest of the weights shows whether the file is valid; it takes a fifth of the text tower's time for one template.
 
     Args:
-        explainer: of the model.
+        explainer ([`Explainer`]): explainer of the model.
         templates: prompts with one `{}` each.
 
     Returns:

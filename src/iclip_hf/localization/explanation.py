@@ -28,8 +28,8 @@ class Explanation:
             absent text, whose map is stretched to [0, 1] like any other.
         presence (`torch.Tensor` of shape `(T,)`): share of unrelated texts that would match the image less, in [0, 1], see
             [`presence`].
-        raw_maps (`torch.Tensor` of shape `(T, h, w)`): values of the method on the patch grid, or on half the pixels a side of the
-            prepared image where they were refined.
+        raw_maps (`torch.Tensor` of shape `(T, h, w)`): values of the method on the patch grid; if they are refined, at half the
+            height and width of the prepared image.
         size (`tuple[int, int]`): height and width of maps and masks in pixels, by default those of the image.
         threshold (`float` in [0, 1], or T of them): foreground is M > threshold.
         min_presence (`float` in [0, 1]): a text with a lower presence has an empty mask.

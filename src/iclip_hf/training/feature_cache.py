@@ -36,8 +36,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# Cached poolings of an image. Recognition projects the first, or the first two; branches that pool before the projection, any:
-# all poolings of Table 2, masked max with both normalisations of the attention.
+# Cached poolings of an image: all of Table 2, masked max with both normalisations of the attention. The recognition branch uses the
+# first or the first two, and a branch that pools before the projection uses any of them.
 POOLINGS = ("class_token", "average", "max", "masked_max/minmax", "masked_max/quantile")
 
 

@@ -118,7 +118,7 @@ def test_processor_gives_a_label_map_of_each_image():
         ({"target_sizes": sizes[:1]}, "each of 2 images, got 1"),
         ({"scores": scores}, "scores and min_score together"),
         ({"background": [-1]}, r"indices of 3 texts, got \[-1\]"),
-        ({"threshold": 1.5}, r"in \[0, 1\], or one a text, got 1.5"),
+        ({"threshold": 1.5}, r"in \[0, 1\], or one for each text, got 1.5"),
         ({"threshold": [0.5, 0.5, 0.5]}, "one threshold in"),
     ):
         with pytest.raises(ValueError, match=problem):

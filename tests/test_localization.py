@@ -45,7 +45,7 @@ def test_other_thresholds_are_refused(tiny_processor, wrong):
         lambda: Localizer(tiny_model(), tiny_processor, ["dog"], threshold=wrong),
         lambda: tiny_processor.post_process_masks([torch.rand(1, 5, 6)], wrong),
     ):
-        with pytest.raises(ValueError, match=r"Expected a threshold in \[0, 1\], or one a text, got"):
+        with pytest.raises(ValueError, match=r"Expected a threshold in \[0, 1\], or one for each text, got"):
             refuse()
 
 
@@ -177,7 +177,7 @@ def test_the_image_size_is_the_models(tiny_processor):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"threshold": [0.5]}, "3 thresholds, one a text, got 1"),
+        ({"threshold": [0.5]}, "3 thresholds, one for each text, got 1"),
         ({"threshold": 1.5}, r"in \[0, 1\]"),
         ({"min_presence": -0.1}, r"in \[0, 1\]"),
         ({"method": "magic"}, "magic"),

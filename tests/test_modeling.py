@@ -463,7 +463,7 @@ def test_both_sides_of_a_two_tower_checkpoint_are_taken(tmp_path):
         ({"pixel_values": torch.zeros(3, 32, 32)}, r"shape \(B, 3, H, W\)"),
         ({"pixel_values": None}, "no pixel_values"),
         ({"input_ids": None}, "no input_ids and no text_features"),
-        ({"return_loss": True}, "one text an image for the contrastive loss, got 2 images and texts of shape"),
+        ({"return_loss": True}, "one text for each image in the contrastive loss, got 2 images and texts of shape"),
     ],
 )
 def test_bad_inputs_are_named(changes, message):
@@ -565,7 +565,7 @@ def test_what_is_loaded_is_told_as_by_the_base_class(tmp_path):
 def test_every_image_needs_its_own_list_of_texts(images, lists):
     model, ids = tiny_model(), torch.randint(2, 60, (lists, 2, 5))
     pixel_values = torch.zeros(images, 3, 32, 32)
-    sentence = f"one list of texts an image, got {lists} lists for {images} images"
+    sentence = f"one list of texts for each image, got {lists} lists for {images} images"
     with pytest.raises(ValueError, match=sentence):
         model(pixel_values=pixel_values, input_ids=ids)
     with pytest.raises(ValueError, match=sentence):

@@ -262,7 +262,7 @@ def test_boxes_and_points_are_prompts_for_sam(tiny_processor):
         (lambda p: p.post_process_similarity_maps(MAPS, SIZES[:1]), r"B target sizes, got \(2, 3, 4, 6\) and 1"),
         (lambda p: p.post_process_similarity_maps(MAPS[0], SIZES), r"\(B, T, h, w\)"),
         (lambda p: p.post_process_similarity_maps(MAPS, SIZES, order="first"), "got 'first'"),
-        (lambda p: p.post_process_masks([MAPS[0]], threshold=1.5), r"in \[0, 1\], or one a text, got 1.5"),
+        (lambda p: p.post_process_masks([MAPS[0]], threshold=1.5), r"in \[0, 1\], or one for each text, got 1.5"),
         (lambda p: p.post_process_masks([MAPS[0]], min_score=1.0), "scores and min_score together"),
     ],
 )

@@ -530,7 +530,7 @@ def test_bad_folders(folder):
     with pytest.raises(ValueError, match="no split for a folder of masks, but got 'val'"):
         load_segmentation("folder", folder, "val")
     write_image(folder / "images" / "b.png", 2, 3)
-    with pytest.raises(ValueError, match="one image a mask, but got several 'b'; remove"):
+    with pytest.raises(ValueError, match="one image for each mask, but got several 'b'; remove"):
         load_segmentation("folder", folder)
     (folder / "images" / "b.png").rename(folder / "images" / "c.png")
     with pytest.raises(FileNotFoundError, match=r"masks/c\.png"):

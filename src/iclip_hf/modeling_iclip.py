@@ -757,7 +757,7 @@ class ICLIPModel(PreTrainedModel):
         if return_loss:
             if text.text_embeds.shape != image.image_embeds.shape:
                 raise ValueError(
-                    f"Expected one text an image for the contrastive loss, got {len(image.image_embeds)} images and texts of shape "
+                    f"Expected one text for each image in the contrastive loss, got {len(image.image_embeds)} images and texts of shape "
                     f"{tuple(text.text_embeds.shape[:-1])}: pass as many texts as images."
                 )
             loss = contrastive_loss(logits_per_image)

@@ -27,7 +27,7 @@ MAX_DOWNLOAD = 64 * 2**20  # largest size of an image at a URL, in bytes
 
 class ImageTextSimilarityMapPipeline(Pipeline):
     """
-    Tells which labels an image shows, and which of its pixels match them.
+    Predicts which labels an image shows, and which of its pixels match them.
 
     The labels are encoded once for each call, also for a data set or a generator of images, whose results are yielded one by one.
 
@@ -207,14 +207,14 @@ class ZeroShotImageSegmentationPipeline(ImageTextSimilarityMapPipeline):
             images, template: as for [`ImageTextSimilarityMapPipeline`].
             candidate_labels (`str` or T of them): class names or phrases.
             background_labels (`str` or a list): texts for the rest of the image, such as "sky" and "wall".
-            threshold (`float` in [0, 1], *optional*): a pixel whose best map, stretched to [0, 1] over the image, is not greater belongs
-                to the background; 0.5 if there are no `background_labels`, otherwise none. None assigns every pixel.
+            threshold (`float` in [0, 1], *optional*): a pixel whose best map, stretched to [0, 1] over the image, is not greater
+                belongs to the background; 0.5 if there are no `background_labels`, otherwise none. None assigns every pixel.
             min_presence (`float` in [0, 1], defaults to 0.7): a label with a lower presence gets no pixel.
             size, timeout, batch_size: as for [`ImageTextSimilarityMapPipeline`].
 
         Returns:
-            For one image, a list with a `dict` for each label that has pixels, in the order of the labels. For several images, a list
-            of or an iterator over such lists, as [`ImageTextSimilarityMapPipeline`]. The items are:
+            For one image, a list with a `dict` for each label that has pixels, in the order of the labels. For several images, a
+            list of such lists or an iterator over them, as [`ImageTextSimilarityMapPipeline`]. The items are:
 
             - **label** (`str`)
             - **score** (`float`): presence of the label, in [0, 1], see [`presence`].
@@ -225,7 +225,7 @@ class ZeroShotImageSegmentationPipeline(ImageTextSimilarityMapPipeline):
         """
         labels = _strings("candidate_labels", candidate_labels)
         background = _strings("background_labels", background_labels)
-        if labels:  # the base class refuses to work without
+        if labels:  # otherwise the base class raises an error
             kwargs["background"] = range(len(labels), len(labels) + len(background))
             kwargs.setdefault("threshold", None if background else 0.5)
             labels += background

@@ -63,7 +63,7 @@ def pool_similarities(
 
     Args:
         patch_embeds (`torch.Tensor` of shape `(B, N, P)`): unit vectors of N patches.
-        text_embeds (`torch.Tensor` of shape `(T, P)`, or `(B, T, P)` for different texts an image): unit vectors.
+        text_embeds (`torch.Tensor` of shape `(T, P)`, or `(B, T, P)` with T texts for each image): unit vectors.
         attention (`torch.Tensor` of shape `(B, N)`): weights of the patches, not negative. If all are 0, the patches have equal
             weights.
         sharpness (`float`): b. Near 0 the result is the weighted mean, at infinity the maximum over patches with attention.

@@ -68,7 +68,18 @@ class ICLIPProcessor(ProcessorMixin):
     def from_vision_text_pretrained(cls, vision: str, text: str, image_size: int = 224, **options) -> "ICLIPProcessor":
         """
         Joins the image processor and the tokenizer of two towers, as [`ICLIPModel.from_vision_text_pretrained`] joins the
-        towers. The whole image is resized to a square of `image_size` pixels, without a crop.
+        towers.
+
+        Args:
+            vision, text (`str`): folders or Hub ids of the towers.
+            image_size (`int`, defaults to 224): side in pixels of the square to which whole images are resized, without a crop.
+            options: arguments of [`ICLIPProcessor`]. Those that depend on the towers have their values by default.
+
+        Returns:
+            [`ICLIPProcessor`].
+
+        Raises:
+            `OSError`, `ValueError`: a folder or id has no image processor or tokenizer, or an option has another form.
         """
         config = AutoConfig.from_pretrained(vision, trust_remote_code=False)
         image_processor = AutoImageProcessor.from_pretrained(
@@ -141,7 +152,7 @@ class ICLIPProcessor(ProcessorMixin):
                 raise ValueError("Expected at least one image, got none: pass one or a list.")
             if per_image and len(text) != len(images):
                 raise ValueError(
-                    f"Expected one list of texts an image, got {len(text)} lists for {len(images)} images: pass a list for each."
+                    f"Expected one list of texts for each image, got {len(text)} lists for {len(images)} images: pass a list for each."
                 )
             kwargs = self._with_exact_size(images, kwargs)
         if text is not None:
@@ -197,7 +208,7 @@ class ICLIPProcessor(ProcessorMixin):
             )
         if size["height"] * size["width"] > MAX_PIXELS:
             raise ValueError(
-                f"Expected at most {MAX_PIXELS:,} pixels an image as the model sees it, got size={size} for size={asked}: "
+                f"Expected at most {MAX_PIXELS:,} pixels in an image for the model, got size={size} for size={asked}: "
                 'give a smaller one, or {"height": ..., "width": ...}.'
             )
         return {**kwargs, "size": size}
@@ -215,7 +226,7 @@ class ICLIPProcessor(ProcessorMixin):
         Args:
             maps (`torch.Tensor` of shape `(B, T, h, w)`): raw similarity maps of [`ICLIPModel`].
             target_sizes (list of B `(height, width)`): sizes of the original images in pixels.
-            reverse (`bool`): whether to return 1 - M, which repairs CLIP's inverted maps without training.
+            reverse (`bool`): whether to return 1 - M, which corrects CLIP's opposite maps without training.
             order (`str`, defaults to `"resize_first"`): `"resize_first"` (bicubic, then min-max) or `"normalize_first"`.
 
         Returns:
@@ -269,7 +280,7 @@ class ICLIPProcessor(ProcessorMixin):
         thresholds = check_thresholds(threshold).float()
         if thresholds.ndim and any(len(map_) != len(thresholds) for map_ in maps):
             raise ValueError(
-                f"Expected one threshold a text, got {len(thresholds)} for {[len(map_) for map_ in maps]} texts: pass "
+                f"Expected one threshold for each text, got {len(thresholds)} for {[len(map_) for map_ in maps]} texts: pass "
                 "one number, or one for each text."
             )
         if (scores is None) != (min_score is None):
@@ -291,10 +302,10 @@ class ICLIPProcessor(ProcessorMixin):
     ) -> list[torch.Tensor]:
         """
         Converts outputs to label maps: each pixel gets the text with the highest value, or -1 for the background. The background
-        are the pixels whose confidence is not above `threshold`, and those where a `background` text is best.
+        consists of the pixels whose confidence is not above `threshold`, and of those where a `background` text is best.
 
         Args:
-            outputs ([`ICLIPOutput`]): of [`ICLIPModel`] with `output_similarity_maps=True`.
+            outputs ([`ICLIPOutput`]): outputs of [`ICLIPModel`] with `output_similarity_maps=True`.
             target_sizes (list of B `(height, width)`, *optional*): sizes of the label maps in pixels; the patch grid's if not given.
             threshold (`float` in [0, 1], *optional*): a pixel gets a text where its confidence is greater: the map of its best text,
                 stretched to [0, 1] over the image. Every pixel gets a text if not given.
@@ -303,7 +314,7 @@ class ICLIPProcessor(ProcessorMixin):
                 this factor, see [`label_map`].
             scores (`torch.Tensor` of shape `(B, T)`, *optional*): confidence that the text is in the image, such as
                 `presence.presence`.
-            min_score (`float`, *optional*): a text with a lower score gets no pixel. Background texts are not asked.
+            min_score (`float`, *optional*): a text with a lower score gets no pixel, unless it is a background text.
 
         Returns:
             list of B `torch.Tensor` of shape `(height, width)`, int64: index of the text, or -1.
@@ -425,7 +436,7 @@ def check_thresholds(threshold: float | Sequence[float]) -> torch.Tensor:
         fits = False
     if not fits:
         raise ValueError(
-            f"Expected a threshold in [0, 1], or one a text, got {threshold!r:.100}: pass a number such as 0.5."
+            f"Expected a threshold in [0, 1], or one for each text, got {threshold!r:.100}: pass a number such as 0.5."
         )
     return thresholds
 

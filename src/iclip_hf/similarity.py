@@ -13,7 +13,7 @@ def cosine_similarity_map(patch_embeds: torch.Tensor, text_embeds: torch.Tensor)
 
     Args:
         patch_embeds (`torch.Tensor` of shape `(B, h, w, P)`): unit vectors.
-        text_embeds (`torch.Tensor` of shape `(T, P)`, or `(B, T, P)` for different texts an image): unit vectors.
+        text_embeds (`torch.Tensor` of shape `(T, P)`, or `(B, T, P)` with T texts for each image): unit vectors.
 
     Returns:
         `torch.Tensor` of shape `(B, T, h, w)`, in [-1, 1].
@@ -29,7 +29,7 @@ def check_lists(num_images: int, text_embeds: torch.Tensor) -> None:
     """Raises `ValueError` unless texts `(B, T, P)` are for all B images. A product would broadcast a single list."""
     if text_embeds.ndim == 3 and len(text_embeds) != num_images:
         raise ValueError(
-            f"Expected one list of texts an image, got {len(text_embeds)} lists for {num_images} images: pass a list for each."
+            f"Expected one list of texts for each image, got {len(text_embeds)} lists for {num_images} images: pass a list for each."
         )
 
 

@@ -515,7 +515,7 @@ def _load_folder(root: Path, split: str | None) -> SegmentationDataset:
         problem = "background, which is always id 0 and not listed"
     if problem:
         raise ValueError(
-            f"{classes_path}: expected 1 to {VOID - 1} different class names, one a line (line 1 names class id 1), "
+            f"{classes_path}: expected 1 to {VOID - 1} different class names, one in each line (line 1 names class id 1), "
             f"but got {problem}; correct the list."
         )
     image_names = sorted(
@@ -526,7 +526,7 @@ def _load_folder(root: Path, split: str | None) -> SegmentationDataset:
     if len(set(stems)) < len(stems):
         twice = next(stem for stem in stems if stems.count(stem) > 1)
         raise ValueError(
-            f"{root / 'images'}: expected one image a mask, but got several {twice!r}; remove all but one."
+            f"{root / 'images'}: expected one image for each mask, but got several {twice!r}; remove all but one."
         )
     masks = _find(root / "masks", [f"{stem}.png" for stem in stems], root / "images")
     return _indexed("folder", None, class_names, images, masks, _ids(class_names), lists=[classes_path])

@@ -173,7 +173,7 @@ def contrast_counts(maps, mask, labels, ignore_index: int = 255) -> np.ndarray:
             f"got {maps.shape} and {mask.shape}: resize the maps to the mask."
         )
     if len(set(labels)) != len(maps) or len(labels) != len(maps):
-        raise ValueError(f"Expected {len(maps)} different labels, one a map, got {labels}: pass these.")
+        raise ValueError(f"Expected {len(maps)} different labels, one for each map, got {labels}: pass these.")
     masks, number = np.broadcast_to(mask, maps.shape), len(maps)
     void = (masks == ignore_index).any(0)
     regions = [(one == label) & ~void for one, label in zip(masks, labels)]

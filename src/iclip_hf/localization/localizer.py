@@ -130,7 +130,7 @@ class Localizer:
             raise ValueError("Expected at least one text, got none: name what to look for.")
         if len(self.thresholds) != len(self.texts):
             raise ValueError(
-                f"Expected {len(self.texts)} thresholds, one a text, got {len(self.thresholds)}: pass these."
+                f"Expected {len(self.texts)} thresholds, one for each text, got {len(self.thresholds)}: pass these."
             )
         self.encoded = self.explainer.encode_texts(self.texts, self.templates)
         self._words = None

@@ -53,7 +53,7 @@ class NounPrompts:
             lines = Path(path).read_text(encoding="utf-8").splitlines()
         except (OSError, UnicodeDecodeError) as error:
             raise ValueError(
-                f"{path}: expected a UTF-8 text file with a noun a line, but got: {error}; correct it or name another."
+                f"{path}: expected a UTF-8 text file with a noun in each line, but got: {error}; correct it or name another."
             ) from error
         return cls(lines, count, seed)
 

@@ -524,8 +524,11 @@ def test_a_stale_cache_is_refused(hub, tmp_path, tiny_processor):
 
     fill()
     fill()
+    other_norm = tiny_model()
+    other_norm.vision_model.config.layer_norm_eps = 1e-3
     for changed, what in (
         ({"model": tiny_model(seed=1)}, "tower"),
+        ({"model": other_norm}, "tower"),
         ({"model": tiny_model(attention_quantile=0.5)}, "attention_quantile"),
         ({"name": "held_out.tar"}, "data"),
         ({"transform": AugmentedImage(tiny_processor, crop_scale=0.5)}, "augmentation"),

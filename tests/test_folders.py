@@ -47,6 +47,7 @@ METRICS = {
         "resize": "whole image, no crop",
         "templates": ["a photo of the {}"],
         "aggregate": "image",
+        "refine": False,
         "versions": {"iclip-hf": "0.1.0", "torch": "2.13.0"},
     },
     "results": {
@@ -581,6 +582,15 @@ def test_the_card_leaves_out_what_could_not_be_measured(tmp_path, tiny_processor
     measured = {**METRICS, "results": {"itsm": scores}}
     card = ModelCard.load(write_model_card(tiny_model(), tiny_processor, tmp_path, metrics=measured))
     assert [one.metric_name for one in card.data.eval_results] == ["mMIoU", "mFMB"] and "None" not in card.text
+
+
+def test_the_card_tells_that_maps_were_refined(source, tmp_path, tiny_processor):
+    refined = {**METRICS, "protocol": {**METRICS["protocol"], "refine": True}}
+    card = write_model_card(tiny_model(), tiny_processor, tmp_path, metrics=refined)
+    assert "pixels without a crop, maps refined by the image's colours, aggregated by" in card.read_text()
+    entries = parse_eval_result_entries(yaml.safe_load((tmp_path / ".eval_results" / "iclip.yaml").read_text()))
+    assert {entry.notes for entry in entries} == {"77 images of val, refined maps"}
+    assert "refined" not in (source / "model" / "README.md").read_text()
 
 
 def test_the_card_tells_configuration_training_and_terms(source):

@@ -278,8 +278,8 @@ def _eval_results(metrics: EvaluationResult | Mapping) -> list[EvalResult]:
             f"Expected metrics with one of {list(_METRIC_DIGITS)}, got {metrics['results']!r:.100}: evaluate interpretability."
         )
     protocol, dataset = metrics["protocol"], metrics["protocol"]["dataset"]
-    conditions = ("image_size", "templates", "aggregate", "versions", "note")
-    conditions = {name: protocol[name] for name in conditions if name in protocol}
+    conditions = ("image_size", "templates", "aggregate", "refine", "versions", "note")
+    conditions = {name: protocol[name] for name in conditions if protocol.get(name)}
     return [
         EvalResult(
             task_type="zero-shot-image-classification",
@@ -301,13 +301,19 @@ def _eval_results(metrics: EvaluationResult | Mapping) -> list[EvalResult]:
 
 
 def _eval_result_entries(results: list[EvalResult]) -> list[EvalResultEntry]:
-    """Converts results on data sets of the Hub to its newer format. The number of images and the split become a note."""
+    """Converts results on data sets of the Hub to its newer format. Number of images, split and refinement become a note."""
+
+    def notes(one: EvalResult) -> str:
+        conditions = one.dataset_args or {}
+        refined = ", refined maps" if conditions.get("refine") else ""
+        return f"{conditions.get('images', 'unknown number of')} images of {one.dataset_split}{refined}"
+
     return [
         EvalResultEntry(
             dataset_id=_DATASET_IDS[one.dataset_type],
             task_id=f"{one.metric_config}_{one.metric_type}",
             value=one.metric_value,
-            notes=f"{(one.dataset_args or {}).get('images', 'unknown number of')} images of {one.dataset_split}",
+            notes=notes(one),
         )
         for one in results
         if one.dataset_type in _DATASET_IDS and one.metric_name in _METRIC_DIGITS

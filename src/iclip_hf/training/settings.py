@@ -68,7 +68,8 @@ class Settings:
         0, "rank of low-rank updates of the text tower, which learn instead of its weights; 0 for none"
     )
     unlocked_vision_blocks: int = setting(
-        0, "number of the image tower's last blocks that learn while its others are locked; 0 leaves all to lock_vision"
+        0,
+        "number of the image tower's last blocks that learn while its others are locked; 0 leaves all to lock_vision",
     )
     image_size: int = setting(224, "height and width of images in pixels")
 

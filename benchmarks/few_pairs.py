@@ -97,6 +97,7 @@ class Study:
     def run(self, seed: int, count: int = 0, rate: float = RATE) -> dict[str, float]:
         """Returns the scores after fine-tuning on `count` pairs, or without."""
         model = copy.deepcopy(self.start)
+        torch.manual_seed(seed)  # of low-rank updates and dropout
         if self.rank:
             del model.encode_text  # the class has the one that does not remember
             add_low_rank(model, self.rank)

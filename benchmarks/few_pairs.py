@@ -1,10 +1,12 @@
 """Fine-tunes the embedded model on few pairs that it never saw, and writes the table of what this changes.
 
     python benchmarks/few_pairs.py --data-root ../shared/data
+    python benchmarks/few_pairs.py --data-root ../shared/data --pairs 500 --steps 50 --text-lora-rank 8
+    python benchmarks/few_pairs.py --data-root ../shared/data --pairs 500 --steps 50 --unlocked-vision-blocks 1
 
 For each seed, one half of the images of Flickr8k's dev split are the pairs, with one caption each, and retrieval is measured on
 the other half, with five. Maps are measured on coco100. Settings are those that `iclip train pairs.csv` chooses, except for the
-learning rate. The towers are locked, so all runs share their features, which `--output` keeps.
+learning rate. What is locked is the same for all runs and computed once; `--output` keeps the features of locked towers.
 """
 
 import argparse
@@ -18,16 +20,19 @@ from pathlib import Path
 import numpy as np
 import torch
 from accelerate import Accelerator
+from torch import nn
 from torch.nn import functional as F
 
 from iclip_hf.data.pairs import load_pairs
 from iclip_hf.data.segmentation import load_segmentation
 from iclip_hf.evaluation.evaluate import evaluate
+from iclip_hf.modeling_iclip import ICLIPModel
 from iclip_hf.models.embedded import embedded_model
 from iclip_hf.models.loading import load_iclip
 from iclip_hf.training.data import BatchLoader, WholeImage
 from iclip_hf.training.feature_cache import CachedPairs, cache_images, cache_texts
-from iclip_hf.training.loss import PairModel
+from iclip_hf.training.loss import PairModel, image_features
+from iclip_hf.training.low_rank import add_low_rank, merge_low_rank
 from iclip_hf.training.plan import RATE, STEPS
 from iclip_hf.training.schedule import cosine_schedule, parameter_groups
 from iclip_hf.training.settings import Settings
@@ -56,9 +61,12 @@ def main() -> None:
     parser.add_argument(
         "--rates", type=float, nargs="+", default=[3e-6, 1e-5, 3e-5, 1e-4], help="peaks, for the batch"
     )
+    parser.add_argument("--steps", type=int, default=STEPS)
+    parser.add_argument("--text-lora-rank", type=int, default=0, help="as in iclip train")
+    parser.add_argument("--unlocked-vision-blocks", type=int, default=0, help="as in iclip train")
     options = parser.parse_args()
 
-    study = Study(options.data_root, options.output)
+    study = Study(options)
     rows = {"the embedded model": [study.run(seed) for seed in options.seeds]}
     print(table(rows), flush=True)
     for count, rate in itertools.product(options.pairs, options.rates):
@@ -67,49 +75,63 @@ def main() -> None:
 
 
 class Study:
-    """The embedded model and the features that all runs share."""
+    """The embedded model, and what all runs share."""
 
-    def __init__(self, data_root: Path, folder: Path):
+    def __init__(self, options: argparse.Namespace):
+        self.steps, self.rank, self.blocks = options.steps, options.text_lora_rank, options.unlocked_vision_blocks
         self.accelerator = Accelerator(cpu=True)
-        self.model, self.processor = load_iclip(embedded_model())
-        self.weights = copy.deepcopy(self.model.state_dict())
-        pairs = load_pairs(data_root / "flickr8k" / "dev-00000.tar")
-        views = cache_images(folder, pairs, self.model, [WholeImage(self.processor)], self.accelerator)
+        self.start, self.processor = load_iclip(embedded_model())
+        pairs, transform = load_pairs(options.data_root / "flickr8k" / "dev-00000.tar"), WholeImage(self.processor)
+        views = cache_images(options.output, pairs, self.start, [transform], self.accelerator)
         captions = [caption for several in views[0].captions() for caption in several]
-        texts = cache_texts(folder / "texts", captions, self.model, self.processor, self.accelerator)
-        self.pairs = CachedPairs(views, self.model.config, self.processor, texts=texts)
-        self.maps = load_segmentation("coco2017", data_root / "coco100", "train2017")
-        self.model.encode_image = remembered(self.model.encode_image)
-        self.model.encode_text = remembered(self.model.encode_text)
+        texts = cache_texts(options.output / "texts", captions, self.start, self.processor, self.accelerator)
+        self.pairs = CachedPairs(views, self.start.config, self.processor, texts=texts)
+        if self.blocks:
+            images = {row: transform(pairs.read(row)["image"]) for row in self.pairs.rows}
+            self.pairs = PairsWithImages(images, views, self.start.config, self.processor, texts=texts)
+        self.maps = load_segmentation("coco2017", options.data_root / "coco100", "train2017")
+        self.locked_blocks = remembered_blocks(copy.deepcopy(self.start.vision_model), self.blocks)
+        self.start.encode_image = remembered(self.start.encode_image)
+        self.start.encode_text = remembered(self.start.encode_text)
 
     def run(self, seed: int, count: int = 0, rate: float = RATE) -> dict[str, float]:
         """Returns the scores after fine-tuning on `count` pairs, or without."""
-        self.model.load_state_dict(self.weights)
+        model = copy.deepcopy(self.start)
+        torch.manual_seed(seed)  # of low-rank updates and dropout
+        if self.rank:
+            del model.encode_text  # the class has the one that does not remember
+            add_low_rank(model, self.rank)
+        if self.blocks:
+            del model.encode_image
+            layers = model.vision_model.encoder.layer
+            model.vision_model.encoder.layer = layers[len(layers) - self.blocks :]
+            model.vision_model.embeddings.forward = self.locked_blocks
         own, unseen = np.split(np.random.default_rng(seed).permutation(len(self.pairs)), 2)
         if count:
-            self.fine_tune(own[:count], seed, rate)
-        self.model.eval()
-        result = evaluate(self.model, self.processor, self.maps, progress=False).results["itsm"]
-        return {**self.retrieval(unseen), **result}
+            self.fine_tune(model, own[:count], seed, rate)
+        model = merge_low_rank(model).eval()
+        result = evaluate(model, self.processor, self.maps, progress=False).results["itsm"]
+        return {**self.retrieval(model, unseen), **result}
 
-    def fine_tune(self, rows: np.ndarray, seed: int, rate: float) -> None:
+    def fine_tune(self, model: ICLIPModel, rows: np.ndarray, seed: int, rate: float) -> None:
         training = copy.copy(self.pairs)
+        training.texts = None if self.rank else self.pairs.texts
         training.rows = self.pairs.rows[rows]
         training.captions = [self.pairs.captions[row][:1] for row in rows]
         batch_size = min(len(rows), 256)
         loader = BatchLoader(training, self.accelerator, batch_size, seed)
-        pair_model = PairModel(self.model, lock_text=True)
+        pair_model = PairModel(model, lock_text=not self.rank, unlocked_vision_blocks=self.blocks)
         defaults = Settings(model="embedded", data=[""], output_dir=".")
         optimizer = torch.optim.AdamW(parameter_groups(pair_model, defaults.weight_decay), lr=rate)
         ends = [one * batch_size / 1024 for one in (defaults.warmup_learning_rate, defaults.min_learning_rate)]
         step = 0
         for epoch in itertools.count():
             for batch in loader.epoch(epoch):
-                if step == STEPS:
+                if step == self.steps:
                     return
                 batch.pop("skipped")
                 for group in optimizer.param_groups:
-                    group["lr"] = cosine_schedule(step, STEPS, STEPS // 10, rate, *ends)
+                    group["lr"] = cosine_schedule(step, self.steps, self.steps // 10, rate, *ends)
                 pair_model(**batch)["loss"].backward()
                 torch.nn.utils.clip_grad_norm_(pair_model.parameters(), defaults.clip_grad_norm)
                 optimizer.step()
@@ -118,12 +140,13 @@ class Study:
                 step += 1
 
     @torch.inference_mode()
-    def retrieval(self, rows: np.ndarray) -> dict[str, float]:
+    def retrieval(self, model: ICLIPModel, rows: np.ndarray) -> dict[str, float]:
         """Returns recall among these images and all their captions, in percent."""
-        branch = self.model.recognition
-        images = self.pairs.__getitems__(rows)["image_features"][0]
+        branch, pairs = model.recognition, self.pairs.__getitems__(rows)
+        images = image_features(model, pairs["pixel_values"], 1)[0] if self.blocks else pairs["image_features"][0]
         captions = [self.pairs.captions[row] for row in rows]
-        texts = self.pairs.texts[list(itertools.chain.from_iterable(captions))]
+        texts = list(itertools.chain.from_iterable(captions))
+        texts = model.encode_text(**self.processor(text=texts))[0] if self.rank else self.pairs.texts[texts]
         own = torch.arange(len(rows)).repeat_interleave(torch.tensor([len(several) for several in captions]))
         own = torch.arange(len(rows))[:, None] == own
         cosines = (
@@ -135,6 +158,39 @@ class Study:
             for name, values, hits in (("image to text", cosines, own), ("text to image", cosines.T, own.T))
             for k in (1, 5)
         }
+
+
+class PairsWithImages(CachedPairs):
+    """Pairs with images by their rows, for a tower that learns."""
+
+    def __init__(self, images: dict[int, torch.Tensor], *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.images = images
+
+    def __getitems__(self, indices: np.ndarray) -> dict:
+        return super().__getitems__(indices) | {
+            "pixel_values": torch.stack([self.images[row] for row in self.rows[indices]])
+        }
+
+    def collate(self, batch: dict) -> dict:
+        collated = super().collate(batch) | {"pixel_values": batch["pixel_values"]}
+        del collated["image_features"]
+        return collated
+
+
+def remembered_blocks(tower: nn.Module, last: int) -> Callable:
+    """What reaches the `last` blocks of an image tower, kept for each image."""
+    kept = {}
+
+    @torch.no_grad()
+    def recall(pixel_values: torch.Tensor, **kwargs) -> torch.Tensor:
+        keys = [hashlib.sha256(image.numpy().tobytes()).digest() for image in pixel_values]
+        for key, image in zip(keys, pixel_values):
+            if key not in kept:
+                kept[key] = tower(image[None], output_hidden_states=True).hidden_states[-1 - last][0]
+        return torch.stack([kept[key] for key in keys])
+
+    return recall
 
 
 def remembered(encode: Callable) -> Callable:

@@ -77,6 +77,7 @@ BAD_SETTINGS = (
     *((name, 0, "got 0") for name in ("max_bad_steps", "log_steps", "eval_steps", "checkpoint_steps", "adam_epsilon")),
     *((name, -1, "got -1") for name in ("max_steps", "pairs_per_epoch", "pictures", "warmup_epochs", "weight_decay")),
     *((name, -1, "got -1") for name in ("warmup_learning_rate", "min_learning_rate")),
+    *((name, -1, "got -1") for name in ("text_lora_rank", "unlocked_vision_blocks")),
     *((name, 1.1, "got 1.1") for name in ("noun_weight", "adam_beta2", "random_erasing")),
 )
 for name, value, shows in BAD_SETTINGS:

@@ -88,6 +88,9 @@ def test_what_is_given_takes_precedence_and_the_rest_follows(tmp_path, monkeypat
         STEPS / (36 // 8)
     )  # batches of the pairs that are not held out
     assert "validation_share" not in choose_settings({**given, "validation_data": ["x.tar"]})
+    low_rank, unlocked = {"text_lora_rank": 8}, {"unlocked_vision_blocks": 1}
+    assert chosen.keys() - choose_settings({**given, **low_rank}).keys() == {"lock_text"}
+    assert chosen.keys() - choose_settings({**given, **unlocked}).keys() == {"cache_features"}
     monkeypatch.setenv("WORLD_SIZE", "8")
     del given["batch_size"]
     assert choose_settings(given)["batch_size"].value == 32  # a multiple of the processes
@@ -123,14 +126,16 @@ def test_bad_data_is_one_sentence(tmp_path, capsys):
     assert check_pairs(open_sources([table]), max_bad_share=0.05) == 20  # as many are bad as may be
 
 
-def test_bad_settings_are_one_sentence(tmp_path, model, capsys):
+def test_bad_settings_are_one_sentence(tmp_path, model, capsys, monkeypatch):
     table = write_table(tmp_path, 30)
     (tmp_path / "clip").mkdir()
     (tmp_path / "clip" / "config.json").write_text('{"model_type": "clip"}')
     (tmp_path / "alone.yaml").write_text(f"vision: embedded\ntext: embedded\ndata: [{table}]")
     (tmp_path / "runs" / "pairs" / "checkpoint-0000003").mkdir(parents=True)
     new = ["--output_dir", "new"]
+    monkeypatch.setitem(sys.modules, "peft", None)
     for arguments, sentence in (
+        ([table, *new, "--text_lora_rank", "8"], "peft is not installed: `pip install 'iclip-hf[lora]'` brings it"),
         ([table], "runs/pairs: expected a new folder, but it holds a run already; add --resume"),
         (
             [table, *new, "--caption_column", "label"],

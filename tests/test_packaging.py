@@ -144,7 +144,7 @@ OPTIONAL = [
     "onnxscript",
     "open_clip",
 ]
-OPTIONAL += ["pycocotools", "skimage", "tensorboard", "timm"]
+OPTIONAL += ["peft", "pycocotools", "skimage", "tensorboard", "timm"]
 NEEDS = {
     "iclip_hf.localization.collection": "collections",
     "iclip_hf.demo.app": "demo",
@@ -178,6 +178,7 @@ def test_what_is_loaded_late_says_its_extra_too():
     doors = {
         ("accelerate", "train"): "import iclip_hf.training.run",
         ("timm", "train"): "from iclip_hf.training.data import AugmentedImage as A; A(None)",
+        ("peft", "lora"): "from iclip_hf.training.low_rank import add_low_rank as add; add(None, 8)",
         ("datasets", "train"): "from iclip_hf.data import load_pairs; load_pairs('org/name')",
         ("pycocotools", "eval"): "from iclip_hf.data import load_segmentation; load_segmentation('coco2017', '.')",
         ("gradio", "demo"): "from iclip_hf.evaluation.evaluate_modules import metric_demo; metric_demo('')",

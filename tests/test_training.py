@@ -6,6 +6,7 @@ import json
 import math
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,7 +21,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
-from conftest import WORDS, tiny_inputs, tiny_model
+from conftest import TEXT, VISION, WORDS, tiny_inputs, tiny_model
 from huggingface_hub import ModelCard
 from hypothesis import given
 from hypothesis import strategies as st
@@ -45,6 +46,7 @@ from iclip_hf.training.data import (
 )
 from iclip_hf.training.feature_cache import CachedPairs, FeatureShards, cache_images, cache_texts
 from iclip_hf.training.loss import PairModel, salient_tokens, set_token_mean
+from iclip_hf.training.low_rank import add_low_rank, merge_low_rank
 from iclip_hf.training.nouns import NounPrompts
 from iclip_hf.training.run import train
 from iclip_hf.training.schedule import cosine_schedule, parameter_groups
@@ -441,6 +443,68 @@ def test_locked_towers_stay_locked():
     assert all(".recognition." in name or ".interpretability." in name for name in grads) and len(grads) == 6
 
 
+def low_rank_model(text: str) -> ICLIPModel:
+    """A tiny model with updates of rank 3 that are not zero, as they are at first."""
+    pytest.importorskip("peft", reason="needs peft")
+    model = tiny_model(text=text)
+    add_low_rank(model, 3)
+    for name, parameter in model.text_model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.3)
+    return model
+
+
+@pytest.mark.parametrize("text", TEXT)
+@torch.no_grad()
+def test_low_rank_updates_are_merged_into_a_plain_model(text, tmp_path):
+    model, inputs = low_rank_model(text), tiny_inputs(4, 4)
+    adapted, plain = model(**inputs).logits_per_image, tiny_model(text=text)
+    merge_low_rank(model).save_pretrained(tmp_path)
+    merged = ICLIPModel.from_pretrained(tmp_path)
+    assert merged.state_dict().keys() == plain.state_dict().keys()
+    torch.testing.assert_close(merged(**inputs).logits_per_image, adapted, atol=1e-5, rtol=1e-5)
+    assert (plain(**inputs).logits_per_image - adapted).abs().max() > 0.01
+    assert torch.equal(model(**inputs).logits_per_image, adapted)  # the model itself goes on to learn
+    updated = 0
+    for name, layer in model.text_model.base_model.model.named_modules():
+        if hasattr(layer, "lora_A"):  # peft's scale is 8 / rank
+            update = 8 / 3 * layer.lora_B.default.weight @ layer.lora_A.default.weight
+            weight = plain.text_model.get_submodule(name).weight + update
+            torch.testing.assert_close(merged.text_model.get_submodule(name).weight, weight)
+            updated += 1
+    assert updated == sum(isinstance(layer, torch.nn.Linear) for layer in plain.text_model.modules())
+
+
+@pytest.mark.parametrize("text", TEXT)
+def test_only_low_rank_updates_and_projections_learn(text):
+    pair_model = PairModel(low_rank_model(text)).train()
+    _, grads = gradients(pair_model, tiny_inputs(4, 4))
+    assert pair_model.has_dropout == (text == "bert")
+    assert all("lora_" in name or ".recognition." in name or ".interpretability." in name for name in grads)
+    # Processes wait for the gradient of all that learn
+    assert grads.keys() == {name for name, one in pair_model.named_parameters() if one.requires_grad}
+    assert sum("lora_" in name for name in grads) >= 2 * 6 * 2  # two matrices for six linear layers of two blocks
+
+
+@pytest.mark.parametrize("vision", VISION)
+def test_the_last_blocks_of_the_image_tower_learn_alone(vision):
+    """As they do when the whole tower learns."""
+    batch, free = tiny_inputs(4, 4), tiny_model(vision, lock_vision=False)
+    _, whole = gradients(PairModel(free, lock_text=True).eval(), batch)
+    pair_model = PairModel(tiny_model(vision), lock_text=True, unlocked_vision_blocks=1).eval()
+    _, grads = gradients(pair_model, batch)
+    of_tower = {name for name in grads if "vision_model" in name}
+    assert of_tower == {name for name in whole if ".layer.1." in name or ".layers.1." in name} != set()
+    for name in grads:
+        torch.testing.assert_close(grads[name], whole[name], atol=1e-6, rtol=1e-4)
+    # Processes wait for the gradient of all that learn
+    assert grads.keys() == {name for name, one in pair_model.named_parameters() if one.requires_grad}
+    in_training = {name for name, one in pair_model.train().model.vision_model.named_modules() if one.training}
+    assert in_training and all("layer.1" in name or "layers.1" in name for name in in_training)
+    with pytest.raises(ValueError, match="at most 2, the blocks of the image tower, got 3: lower it"):
+        PairModel(tiny_model(vision), unlocked_vision_blocks=3)
+
+
 def test_clamped_scale_can_come_back():
     pair_model = PairModel(tiny_model()).eval()
     scale = pair_model.model.recognition.logit_scale
@@ -686,6 +750,7 @@ def test_settings_are_refused_in_one_line(hub, tmp_path, capsys):
         ([*config, "--crop_scale", "nan"], "Expected crop_scale to be from 0 to 1"),
         ([*config, "--mixed_precision", "fp8"], "mixed_precision"),
         ([*config, "--vision", ""], "either model"),
+        ([*config, "--text_lora_rank", "8", "--lock_text"], "Expected lock_text or text_lora_rank, got both: leave"),
         ([*config, "--best_metric", "mAP"], "Expected eval_dataset for best_metric mAP"),
         (["--config", str(tmp_path / "absent.yaml")], "absent.yaml"),
         (["--config", str(tmp_path / "typo.yaml")], "'learning_rates'"),
@@ -746,6 +811,41 @@ def test_a_model_in_parts_is_refused(hub, tmp_path, monkeypatch, kind):
     monkeypatch.setattr(Accelerator, "distributed_type", DistributedType(kind))
     with pytest.raises(ValueError, match=f"or FSDP of version 2, got {kind}: use"):
         run(hub, tmp_path / "run")
+
+
+def test_partly_locked_towers_resume_and_are_saved_as_a_plain_model(hub, tmp_path):
+    pytest.importorskip("peft", reason="needs peft")
+    arguments = ["--text_lora_rank", 2, "--unlocked_vision_blocks", 1, "--max_steps", 6, "--checkpoint_steps", 3]
+    arguments += ["--validation_data", hub / "held_out.tar", "--pictures", 2]
+    metrics = run(hub, tmp_path / "run", *arguments)
+    shutil.copytree(tmp_path / "run", tmp_path / "resumed")
+    shutil.rmtree(tmp_path / "resumed" / "checkpoint-0000006")
+    (tmp_path / "resumed" / "model.safetensors").unlink()
+    assert run(hub, tmp_path / "resumed", *arguments, "--resume") == metrics
+    assert_same_weights(tmp_path / "run", tmp_path / "resumed")
+    with pytest.raises(ValueError, match="text_lora_rank from 2 to 3"):
+        run(hub, tmp_path / "run", *arguments, "--resume", "--text_lora_rank", 3)
+
+    assert ICLIPModel.from_pretrained(tmp_path / "run").config.lock_vision is False
+    card = ModelCard.load(tmp_path / "run" / "README.md").data.training
+    assert (card["text_lora_rank"], card["unlocked_vision_blocks"]) == (2, 1)
+    after, start = weights(tmp_path / "run"), {}
+    for tower in ("vision", "text"):
+        start |= {f"{tower}_model.{name}": weight for name, weight in weights(hub / tower).items()}
+    assert start.keys() == {name for name in after if "_model." in name}
+    changed = {name for name, weight in start.items() if not torch.equal(after[name], weight)}
+    last_block = {name for name in start if "vision_model.encoder.layer.1." in name}
+    updated = {name for name in start if "text_model.encoder" in name and start[name].ndim == 2}
+    assert last_block and updated and changed == last_block | updated
+
+
+def test_a_learning_text_tower_learns_from_cached_images_and_learning_blocks_are_not_cached(hub, tmp_path):
+    pytest.importorskip("peft", reason="needs peft")
+    cache = ["--cache_features", tmp_path / "cache", "--max_steps", 1]
+    run(hub, tmp_path / "run", *cache, "--text_lora_rank", 2)
+    assert (tmp_path / "cache" / "training" / "images-0").is_dir()
+    with pytest.raises(ValueError, match="locked image tower .* for cache_features, got an image tower that learns"):
+        run(hub, tmp_path / "other", *cache, "--unlocked_vision_blocks", 1)
 
 
 def test_model_options_reach_the_model(hub, tmp_path):

@@ -78,6 +78,8 @@ _TRAINING_SETTINGS = (
     "validation_share",
     "image_size",
     "lock_text",
+    "text_lora_rank",
+    "unlocked_vision_blocks",
     "crop_scale",
     "auto_augment",
     "random_erasing",
@@ -104,7 +106,7 @@ _TRAINING_SETTINGS = (
     "best_metric",
 )
 # Settings of these that are off at 0, and then not shown.
-_OFF_AT_0 = ("pairs_per_epoch", "validation_share", "max_steps")
+_OFF_AT_0 = ("text_lora_rank", "unlocked_vision_blocks", "pairs_per_epoch", "validation_share", "max_steps")
 
 
 def write_model_card(

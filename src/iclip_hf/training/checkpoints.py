@@ -22,6 +22,7 @@ from ..modeling_iclip import ICLIPModel
 from ..processing_iclip import ICLIPProcessor
 from ..utils.extras import require_extra
 from ..utils.files import writing_errors
+from .low_rank import add_low_rank, low_rank_of, merge_low_rank
 from .settings import Settings, changed_settings
 
 
@@ -163,14 +164,20 @@ def save_checkpoint(accelerator: Accelerator, output_dir: Path, state: RunState,
 
 
 def whole_model(accelerator: Accelerator, pair_model: nn.Module) -> ICLIPModel:
-    """Returns the model with all its weights: itself, or a copy if FSDP shards it. Every process must call this."""
+    """
+    Returns the model with all its weights and without low-rank updates: itself, or a copy if FSDP shards it or updates are merged.
+    Every process must call this.
+    """
     model = accelerator.unwrap_model(pair_model).model
     if not accelerator.is_fsdp2:
-        return model
+        return merge_low_rank(model)
     weights = get_model_state_dict(pair_model, options=StateDictOptions(full_state_dict=True))
-    whole = ICLIPModel(copy.deepcopy(model.config)).to(accelerator.device)
+    whole = ICLIPModel(copy.deepcopy(model.config))
+    if rank := low_rank_of(model):
+        add_low_rank(whole, rank)
+    whole.to(accelerator.device)
     whole.load_state_dict({name.removeprefix("model."): weight for name, weight in weights.items()})
-    return whole
+    return merge_low_rank(whole)
 
 
 def export(

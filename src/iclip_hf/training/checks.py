@@ -60,6 +60,8 @@ def check_packages(settings: Settings) -> None:
     for package in ("accelerate", "timm", *(["tensorboard"] if tracker == "tensorboard" else [])):
         if find_spec(package) is None:
             raise ImportError(f"{package} is not installed: `pip install 'iclip-hf[train]'` brings it.", name=package)
+    if settings.text_lora_rank and find_spec("peft") is None:
+        raise ImportError("peft is not installed: `pip install 'iclip-hf[lora]'` brings it.", name="peft")
     if tracker not in ("none", "tensorboard") and find_spec(tracker) is None:
         raise ImportError(
             f"{tracker} is not installed: `pip install {tracker}` brings it, or set report_to.", name=tracker

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Sequence
 import torch
 from torch import distributed, nn
 from torch.utils.checkpoint import checkpoint
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ..losses import contrastive_loss, multi_positive_loss
 from ..modeling_iclip import ICLIPModel, ImageTokens, normalize
@@ -105,6 +106,11 @@ class PairModel(nn.Module):
         noun_weight: share of the noun prompts in the loss of the branches that learn them; the rest is the captions' share.
         noun_branches: the branches that learn nouns, `"recognition"` and `"interpretability"`. Nouns improve a map that is pooled
             by similarity. With other poolings, the map loses what distinguishes all objects from the background.
+        unlocked_vision_blocks: number of the image tower's last blocks that learn, while its others, the embeddings and the final
+            norm are locked. The model's `lock_vision` becomes False. With 0, `lock_vision` decides about the whole tower.
+
+    Raises:
+        `ValueError`: the image tower has fewer blocks than `unlocked_vision_blocks`.
     """
 
     def __init__(
@@ -115,8 +121,18 @@ class PairModel(nn.Module):
         map_tokens: int = 16,
         noun_weight: float = 0.5,
         noun_branches: Sequence[str] = ("recognition",),
+        unlocked_vision_blocks: int = 0,
     ):
         super().__init__()
+        blocks = [module for module in model.vision_model.modules() if isinstance(module, GradientCheckpointingLayer)]
+        if unlocked_vision_blocks > len(blocks):
+            raise ValueError(
+                f"Expected unlocked_vision_blocks to be at most {len(blocks)}, the blocks of the image tower, got "
+                f"{unlocked_vision_blocks}: lower it."
+            )
+        self.unlocked_vision_blocks = blocks[len(blocks) - unlocked_vision_blocks :]
+        if unlocked_vision_blocks:
+            model.config.lock_vision = False
         self.model, self.chunk_size, self.lock_text, self.map_tokens = model, chunk_size, lock_text, map_tokens
         self.noun_weight, self.noun_branches = noun_weight, noun_branches
         self.train()
@@ -144,6 +160,13 @@ class PairModel(nn.Module):
         super().train(mode)
         if self.lock_text:
             self.model.text_model.eval().requires_grad_(False)
+        if self.unlocked_vision_blocks:
+            self.model.vision_model.eval()
+            for block in self.unlocked_vision_blocks:
+                block.train(mode)
+            learning = {id(one) for block in self.unlocked_vision_blocks for one in block.parameters()}
+            for parameter in self.model.vision_model.parameters():
+                parameter.requires_grad_(id(parameter) in learning)
         return self
 
     def forward(

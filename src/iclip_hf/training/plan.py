@@ -61,8 +61,10 @@ def choose_settings(given: Mapping) -> dict[str, Choice]:
     training = pairs - held_out
     if 0 < held_out < 100:
         choose("best_metric", "val_loss", "a share of right answers is too coarse on so few pairs")
-    choose("lock_text", True, "the towers stay as they are, the projections learn")
-    choose("cache_features", f"{folder}/cache", "the image tower is locked, so its features are computed once")
+    if not given.get("text_lora_rank"):
+        choose("lock_text", True, "the tower stays as it is, the projections learn")
+    if not given.get("unlocked_vision_blocks"):
+        choose("cache_features", f"{folder}/cache", "the image tower is locked, so its features are computed once")
     world = int(os.environ.get("WORLD_SIZE", 1))
     batch = choose("batch_size", max(min(training, 256) // world * world, world), "all pairs at once, at most 256")
     steps_per_epoch = max(training // batch, 1)

@@ -42,6 +42,7 @@ from .data import BatchLoader, derive_seed
 from .datasets import load_datasets
 from .interrupts import Interrupts
 from .loss import PairModel
+from .low_rank import add_low_rank
 from .meter import Meter
 from .report import report
 from .schedule import cosine_schedule, parameter_groups
@@ -72,12 +73,13 @@ def start_accelerator(settings: Settings, model: ICLIPModel) -> Accelerator:
     on_gpu = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU")).device.type == "cuda"
     if settings.mixed_precision == "auto" and precision == "no" and on_gpu:
         precision = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+    whole_tower_learns = not (model.config.lock_vision or settings.unlocked_vision_blocks)
     accelerator = Accelerator(
         mixed_precision=precision,
         log_with=None if settings.report_to == "none" else settings.report_to,
         project_config=ProjectConfiguration(settings.output_dir, logging_dir=str(Path(settings.output_dir, "logs"))),
-        # An image tower that learns may have parameters that no forward uses, such as a mask token.
-        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=not model.config.lock_vision)],
+        # An image tower that learns as a whole may have parameters that no forward uses, such as a mask token.
+        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=whole_tower_learns)],
     )
     if accelerator.mixed_precision == "bf16" and accelerator.device.type == "cpu":
         warn_of_slow_bfloat16()
@@ -111,6 +113,8 @@ def train(settings: Settings) -> dict[str, float]:
     output_dir = Path(settings.output_dir)
     with advice_to_resume(output_dir), Interrupts() as interrupts:
         model, processor = build_model(settings)
+        if settings.text_lora_rank:
+            add_low_rank(model, settings.text_lora_rank)
         accelerator = start_accelerator(settings, model)
         with partner_errors("start it again"), shared_folder_lock(output_dir, accelerator):
             return run(settings, model, processor, accelerator, interrupts)
@@ -132,6 +136,7 @@ def run(
         settings.map_tokens,
         settings.noun_weight,
         settings.noun_branches,
+        settings.unlocked_vision_blocks,
     )
     last_checkpoint, state = state_to_resume(settings, fixed=["chunk_size"] if pair_model.has_dropout else [])
     if last_checkpoint and state.sharded != accelerator.is_fsdp2:

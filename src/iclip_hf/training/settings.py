@@ -64,6 +64,13 @@ class Settings:
     text: str = setting("", 'text tower: a folder, a Hub id, or "embedded" for that of the embedded model')
     model_options: list[str] = setting([], "options that override those of config.json, as name=value")
     lock_text: bool = setting(False, "freeze the text tower")
+    text_lora_rank: int = setting(
+        0, "rank of low-rank updates of the text tower, which learn instead of its weights; 0 for none"
+    )
+    unlocked_vision_blocks: int = setting(
+        0,
+        "number of the image tower's last blocks that learn while its others are locked; 0 leaves all to lock_vision",
+    )
     image_size: int = setting(224, "height and width of images in pixels")
 
     # data
@@ -151,6 +158,7 @@ class Settings:
         limits |= dict.fromkeys(("log_steps", "eval_steps", "checkpoint_steps", "keep_checkpoints", "noun_prompts"), 1)
         limits["map_tokens"] = 1
         limits |= dict.fromkeys(("num_workers", "max_steps", "pairs_per_epoch", "pictures"), 0)
+        limits |= dict.fromkeys(("text_lora_rank", "unlocked_vision_blocks"), 0)
         limits |= dict.fromkeys(("warmup_epochs", "weight_decay", "warmup_learning_rate", "min_learning_rate"), 0)
         for name, least in limits.items():
             if not getattr(self, name) >= least:
@@ -169,6 +177,8 @@ class Settings:
         ):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"Expected {name} to be from 0 to 1, got {getattr(self, name)}: change it.")
+        if self.lock_text and self.text_lora_rank:
+            raise ValueError("Expected lock_text or text_lora_rank, got both: leave one out.")
         for one in self.model_options:
             if "=" not in one:
                 raise ValueError(f"Expected model_options to be name=value, got {one!r}: correct it.")

@@ -19,7 +19,7 @@ BACKGROUND = tuple(
     basket, barrel, umbrella
     """.split(",")
 )
-# Here the share of present texts minus the share of absent texts above it is within 0.3 points of its maximum, for the nouns of
+# Here the share of present texts minus the share of absent texts above it is within one point of its maximum, for the nouns of
 # Flickr8k's dev captions and the embedded model.
 MIN_PRESENCE = 0.7
 

@@ -758,6 +758,11 @@ def test_images_and_texts_must_match(made):
     for some, texts in ([], LABELS), (images(), []):
         with pytest.raises(ValueError, match="at least one image and a list of texts"):
             explain(model, processor, some, texts)
+    for one in (images()[0], "photo.jpg"):
+        with pytest.raises(
+            TypeError, match=f"Expected a list of images, got one {type(one).__name__}: put it into a list"
+        ):
+            explain(model, processor, one, LABELS)
 
 
 def test_texts_are_checked(made):

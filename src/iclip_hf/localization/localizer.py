@@ -289,6 +289,8 @@ def explain(
     Raises:
         `ValueError`, `TypeError`: as [`make_explainer`] and [`ICLIPProcessor`]; or the numbers of images, texts and sizes differ.
     """
+    if isinstance(images, (Image.Image, str, os.PathLike)):
+        raise TypeError(f"Expected a list of images, got one {type(images).__name__}: put it into a list.")
     images = [load_image(image) for image in images]
     if not images or isinstance(texts, str) or not len(texts):
         raise ValueError(

@@ -58,9 +58,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("runs/few_pairs"))
     parser.add_argument("--pairs", type=int, nargs="+", default=[50, 500])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument(
-        "--rates", type=float, nargs="+", default=[1e-5, 1e-4], help="peaks, for the batch"
-    )
+    parser.add_argument("--rates", type=float, nargs="+", default=[1e-5, 1e-4], help="peaks, for the batch")
     parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument("--text-lora-rank", type=int, default=0, help="as in iclip train")
     parser.add_argument("--unlocked-vision-blocks", type=int, default=0, help="as in iclip train")

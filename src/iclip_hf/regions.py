@@ -1,6 +1,8 @@
 """Conversion of masks to boxes, point prompts and run lengths, and thresholds of classes from an evaluation."""
 
+import itertools
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -63,9 +65,10 @@ def find_regions(heatmap: np.ndarray, mask: np.ndarray, min_area: float = MIN_AR
 
 def _runs(mask: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Returns row, first column and end column (exclusive) of each horizontal run of a mask, row by row."""
-    changes = np.diff(np.pad(np.asarray(mask, dtype=np.int8), ((0, 0), (1, 1))))
-    rows, starts = np.nonzero(changes > 0)
-    return rows, starts, np.nonzero(changes < 0)[1]
+    rows = np.pad(mask, ((0, 0), (0, 1)))  # so that no run goes on in the next row
+    changes = np.flatnonzero(np.diff(rows.ravel(), prepend=False))
+    row, starts = np.divmod(changes[::2], rows.shape[1])
+    return row, starts, changes[1::2] % rows.shape[1]
 
 
 def _connected(rows: np.ndarray, starts: np.ndarray, stops: np.ndarray, width: int) -> np.ndarray:
@@ -129,20 +132,25 @@ def _box_mean(values: np.ndarray, side: int) -> np.ndarray:
     """Returns the mean of the square of `side` pixels around each pixel. Pixels of the edge are repeated outside."""
     mean = values.astype(np.float64)
     for _ in range(2):  # along one axis, then along the other
-        padded = np.pad(mean, ((side // 2, (side - 1) // 2), (0, 0)), mode="edge")
-        sums = np.pad(padded.cumsum(0), ((1, 0), (0, 0)))
+        within = np.arange(-(side // 2), len(mean) + (side - 1) // 2).clip(0, len(mean) - 1)
+        sums = np.zeros((len(within) + 1, mean.shape[1]))
+        for row, total in zip(mean[within], itertools.pairwise(sums)):  # faster than cumsum along this axis
+            np.add(total[0], row, out=total[1])
         mean = ((sums[side:] - sums[:-side]) / side).T
     return mean
 
 
 def _lowest_places(cost: np.ndarray, count: int, distance: float) -> np.ndarray:
-    rows, columns = np.ogrid[: cost.shape[0], : cost.shape[1]]
+    reach = math.ceil(distance)
     places = np.empty((count, 2), dtype=np.int64)
     for place in places:
         y, x = np.unravel_index(cost.argmin(), cost.shape)
         place[:] = x, y
-        near = (rows - y) ** 2 + (columns - x) ** 2 < distance**2
-        cost[near] += 4  # ranks them after all others, whose costs differ by at most 1
+        top, left = max(y - reach, 0), max(x - reach, 0)
+        around = cost[top : y + reach + 1, left : x + reach + 1]
+        rows, columns = np.ogrid[: around.shape[0], : around.shape[1]]
+        near = (rows + top - y) ** 2 + (columns + left - x) ** 2 < distance**2
+        around[near] += 4  # ranks them after all others, whose costs differ by at most 1
     return places
 
 

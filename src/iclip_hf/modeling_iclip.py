@@ -18,7 +18,6 @@ from transformers import (
     AutoModelForZeroShotImageClassification,
     PreTrainedConfig,
     PreTrainedModel,
-    SiglipTextModel,
 )
 from transformers import initialization as init
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
@@ -235,8 +234,8 @@ def _tower_config(checkpoint: str, side: str) -> PreTrainedConfig:
 
 def load_tower(config: PreTrainedConfig, checkpoint: str | None = None) -> PreTrainedModel:
     """Loads a tower from a checkpoint, or initialises it. The tower has no pooler, because a pooler would not be trained."""
-    if config.model_type == "siglip_text_model":  # not in the Auto classes
-        tower_class = SiglipTextModel
+    if config.model_type == "siglip_text_model":  # not in the Auto classes, and slow to import
+        from transformers import SiglipTextModel as tower_class
     elif type(config) in MODEL_MAPPING:
         tower_class = MODEL_MAPPING[type(config)]
     else:

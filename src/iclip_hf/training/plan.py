@@ -71,7 +71,7 @@ def choose_settings(given: Mapping) -> dict[str, Choice]:
     choose(
         "learning_rate",
         float(f"{RATE * 1024 / batch:.4g}"),
-        f"{RATE:g} for this batch, which improves a trained model and keeps what it knows",
+        f"{RATE:g} for this batch, so that a trained model keeps what it knows",
     )
     epochs = choose("epochs", max(1, round(STEPS / steps_per_epoch)), f"{STEPS} steps")
     choose("warmup_epochs", epochs / 10, "a tenth of the epochs")

@@ -73,7 +73,7 @@ def test_captions_of_one_image_are_counted_together(tmp_path):
     rows = [f"{image}.png,caption {image} {number}" for image in range(21) for number in range(1 + image % 6)]
     table.write_text("\n".join(["image,caption", *rows, ""]))
     training, held_out = load_pairs(table).split(0.1)
-    batch = choose_settings({"data": [str(table)]})["batch_size"].value
+    batch = choose_settings({"data": [str(table)], "max_bad_share": 0.0})["batch_size"].value
     assert batch == len(training) == len(rows) - len(held_out)
 
 
@@ -173,9 +173,11 @@ def test_bad_settings_are_one_sentence(tmp_path, model, capsys, monkeypatch):
 
 def test_a_table_becomes_a_model(tmp_path, model, capsys):
     table = write_table(tmp_path, 30)
+    training, _ = load_pairs(table).split(0.1)
+    (tmp_path / training.read(0)["key"]).write_bytes(b"no image")  # one bad pair of 27 is allowed
     assert cli.main(["train", str(table), "--model", str(model), "--epochs", "3", "--report_to", "none"]) == 0
     out = capsys.readouterr().out
-    assert "Chosen for these pairs" in out and "batch_size        27" in out
+    assert "Chosen for these pairs" in out and "batch_size        26" in out
     state = json.loads((tmp_path / "runs" / "pairs" / "results.json").read_text())
     assert f"val_loss{state['before']['val_loss']:>24.4g}{state['metrics']['val_loss']:>10.4g}" in out
     assert "The trained model is in runs/pairs. Next:\n  iclip explain " in out and "--model runs/pairs" in out

@@ -37,9 +37,9 @@ test-transformers: .venv/.installed
 	$(BIN)/python -m pip install --quiet parameterized
 	$(BIN)/python -m pytest tests/transformers_common.py
 
-# Transformers' rules for model files apart from its own house's: licence header, its docstring decorator, checkpoints named
-# beside each branch; and two that mean another thing here: trust_remote_code=False, which refuses code, and a look at the
-# attention's name, which tells whether the class token's row comes with it.
+# Transformers' rules for model files, without those for its own repository (licence header, docstring decorator, checkpoints named
+# beside each branch), and without two that take correct code for an error: trust_remote_code=False, which refuses code, and a
+# comparison of the attention's name, which tells whether the class token's attention is returned.
 HOUSE_RULES := TRF028|TRF057|TRF041|TRF014|TRF051
 style: .venv/.installed
 	! git grep -nE '^ *(<{7}|>{7}) '  # what a merge left

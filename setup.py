@@ -42,7 +42,7 @@ extras["dev"] = sorted(
         "transformers-mlinter==0.1.5",
     }
 )
-# What the benchmarks stand beside, on top of dev.
+# In addition to dev: the packages that the benchmarks compare with.
 extras["bench"] = ["captum>=0.8", "grad-cam>=1.5"]
 
 setup(
@@ -53,7 +53,7 @@ setup(
     long_description_content_type="text/markdown",
     license_expression="Apache-2.0",
     python_requires=">=3.10",
-    # What `iclip install-metrics` hands to `evaluate`, and what `iclip init` and the model card start from, travel in the wheel.
+    # The wheel also contains what `iclip install-metrics`, `iclip init` and the model card read.
     package_dir={
         "": "src",
         "iclip_hf.evaluate_metrics": "evaluate_metrics",

@@ -1,13 +1,12 @@
 """
-The pipeline and the live demo under parallel clients: no error, no answer to another's question, no growing memory.
+The pipeline and the live demo under parallel clients: errors, wrong answers, and growth of memory.
 
 `python benchmarks/concurrency.py [seconds]` (two minutes by default, for each of the two) prints a Markdown table. Every client has its
-own image and texts, and compares each answer with the one that was computed alone before. Clients of the demo speak HTTP on loopback
-from another process; those of the pipeline share it. Linux, glibc.
+own image and texts, and compares each answer with one that was computed alone before. Clients of the demo use HTTP from another
+process; those of the pipeline are threads of this one. Needs Linux with glibc.
 
-Memory is sampled against the number of answers: as it is, and after the allocator gave back what it holds free, which is what is
-really in use. The latter's slope over the second half is what an answer leaves behind; where only the former grows, it is free memory
-in pieces, which comes to rest.
+Memory is sampled against the number of answers: what the process holds, and what it holds after the allocator returned free memory,
+which is what is in use. The slope of the latter over the second half is what each answer leaves behind.
 """
 
 from __future__ import annotations
@@ -58,7 +57,7 @@ def count_in(counter) -> None:
 
 
 def ask_until(end: float, ask: Callable[[], object], expected: object) -> tuple[list[float], list[str]]:
-    """Asks the same again and again: the seconds of each answer, and what was wrong with some."""
+    """Asks the same until `end`. Returns the seconds of each answer, and the problems."""
     taken, wrong = [], []
     while time.time() < end:
         began = time.time()
@@ -76,7 +75,7 @@ def ask_until(end: float, ask: Callable[[], object], expected: object) -> tuple[
 
 
 def same(answer: list, expected: list) -> bool:
-    """Texts, and scores and maps to the last digit that does not depend on what else the processor does."""
+    """Returns whether texts are equal, and scores and maps up to the rounding of other batches and threads."""
     return len(answer) == len(expected) and all(
         text == other and abs(score - other_score) < 1e-3 and map_.shape == other_map.shape
         and np.abs(map_ - other_map).mean() < 1e-2
@@ -84,7 +83,7 @@ def same(answer: list, expected: list) -> bool:
     )  # fmt: skip
 
 
-# --------------------------------------------------------------------------------------------------------------- doors
+# --------------------------------------------------------------------------------------------------------------- questions
 
 
 def of_pipeline(pipe, client: int) -> list:
@@ -94,7 +93,7 @@ def of_pipeline(pipe, client: int) -> list:
 
 
 def of_demo(address: str, client: int) -> list:
-    """One visit as a browser makes it: upload, call, answer."""
+    """Uploads an image, calls the app and reads the answer, as a browser does."""
     image, texts = question(client)
     file = io.BytesIO()
     image.save(file, "PNG")
@@ -114,7 +113,7 @@ def of_demo(address: str, client: int) -> list:
 
 
 def in_parallel(ask: Callable[[int], list], seconds: float) -> list[tuple[list[float], list[str]]]:
-    """Each client in a thread of its own, after each was answered alone."""
+    """Runs each client in a thread of its own, after each was answered alone."""
     expected = [ask(client) for client in range(CLIENTS)]
     end = time.time() + seconds
     with ThreadPoolExecutor(CLIENTS) as pool:
@@ -122,13 +121,13 @@ def in_parallel(ask: Callable[[int], list], seconds: float) -> list[tuple[list[f
 
 
 def from_outside(address: str, seconds: float) -> list[tuple[list[float], list[str]]]:
-    """The demo's clients, in another process than the demo."""
+    """Runs the demo's clients in another process."""
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), count_in, (answered,)) as pool:
         return pool.submit(in_parallel, partial(of_demo, address), seconds).result()
 
 
 def report(name: str, run: Callable[[], list[tuple[list[float], list[str]]]]) -> bool:
-    """A line of the table. Memory is that of this process, which answers."""
+    """Prints a line of the table, with the memory of this process. Returns whether all answers were right."""
     samples, ended = [], threading.Event()
     answered.value = 0
 
@@ -146,7 +145,7 @@ def report(name: str, run: Callable[[], list[tuple[list[float], list[str]]]]) ->
     taken = sorted(second for seconds, _ in answers for second in seconds)
     wrong = [problem for _, problems in answers for problem in problems]
     count, held, used = np.array([sample for sample in samples if sample[0] >= len(taken) / 2]).T
-    third = -(-len(count) // 3)  # of the second half, for means that do not hang on one sample
+    third = -(-len(count) // 3)  # of the second half, for means over several samples
 
     def between(values: np.ndarray) -> str:
         return f"{values[:third].mean():,.0f} -> {values[-third:].mean():,.0f}"

@@ -1,8 +1,8 @@
 """
-What happens when a run is cut off: killed at random moments, without room on the disk, without the right to write, without a shard.
+Interrupted runs: jobs that are killed at random moments, or lose their disk, the permission to write, a shard, or another process.
 
-`python benchmarks/faults.py` takes some minutes and prints a Markdown table. Each job is compared with one that nothing disturbed.
-Linux; jobs are forks of this process, which has imported everything and computed nothing.
+`python benchmarks/faults.py` takes some minutes and prints a Markdown table. The result of each job is compared with that of an
+uninterrupted one. Needs Linux. Jobs are forks of this process, which has imported everything and computed nothing.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ from iclip_hf.training.feature_cache import cache_images
 KILLS = {"training": 20, "cache": 10, "collection": 10, "evaluation": 10, "export": 10}
 FORK = multiprocessing.get_context("fork")
 
-# ---------------------------------------------------------------------------------------------------- what jobs work on
+# ---------------------------------------------------------------------------------------------------- inputs of the jobs
 
 
 def make_inputs(folder: Path) -> None:
@@ -126,7 +126,7 @@ JOBS = {job.__name__: job for job in (training, cache, collection, evaluation, e
 
 
 def result(name: str, output: Path) -> dict:
-    """What a job has made, in a form that is equal where it must be."""
+    """Returns what a job has written, without what may differ between equal runs, such as times."""
     if name == "training":
         weights = {"weights": (output / "model.safetensors").read_bytes()}
         state = json.loads((output / "results.json").read_text())
@@ -143,7 +143,7 @@ def result(name: str, output: Path) -> dict:
 
 
 def rubbish(output: Path) -> list[str]:
-    """What a finished job left half-written or hidden."""
+    """Returns the partial and hidden files that a finished job left behind."""
     paths = [path.relative_to(output) for path in output.rglob("*")]
     return [str(path) for path in paths if "partial" in path.name or path.parts[0].startswith(".model-")]
 
@@ -152,7 +152,7 @@ def rubbish(output: Path) -> list[str]:
 
 
 class Run:
-    """A job in a process of its own, which says through a pipe how it ended."""
+    """A job in a process of its own, whose output goes through a pipe."""
 
     def __init__(self, job: Callable, *arguments, before: Callable = lambda: None, environment: dict | None = None):
         self._said, says = os.pipe()
@@ -175,18 +175,18 @@ class Run:
             sys.exit(2)
 
     def wait(self, timeout: float = 300) -> int | None:
-        """Exit code; None if it still runs."""
+        """Returns the exit code; None if it still runs."""
         self._process.join(timeout)
         return self._process.exitcode
 
     def kill(self) -> bool:
-        """Kill -9; False if it had ended before."""
+        """Sends SIGKILL. Returns False if the job had ended before."""
         alive = self.wait(0) is None
         self._process.kill()
         return self.wait() == -signal.SIGKILL and alive
 
     def said(self) -> str:
-        """The sentence it ended with, or else its last line, short and without the folder."""
+        """Returns the error message, or else the last line of the output, shortened and without the folder."""
         said = os.read(self._said, 2**20).decode(errors="replace")
         sentence = re.findall(r"(?:error|iclip \w+): (.*)", said)
         last = (sentence or said.splitlines() or [""])[-1].replace(f"{tempfile.tempdir}/", "").replace("|", "/")
@@ -194,7 +194,7 @@ class Run:
 
 
 class Faults:
-    """All of it: jobs in `folder`, lines of the table in `rows`."""
+    """All faults. The jobs write to `folder`, and the lines of the table are in `rows`."""
 
     def __init__(self, folder: Path):
         self.folder, self.inputs = folder, folder / "inputs"
@@ -220,7 +220,7 @@ class Faults:
         print(self.rows[-1], flush=True)
 
     def resumed(self, name: str, output: Path, *more) -> str:
-        """Runs the job to its end; "" if it made what the undisturbed one made."""
+        """Runs the job to its end. Returns "" if its result is that of the uninterrupted one, otherwise the problem."""
         run = self.start(name, output, *more)
         if run.wait() != 0:
             return run.said()
@@ -228,7 +228,7 @@ class Faults:
         return ("" if same else "another result") + (f"left {rubbish(output)}" if rubbish(output) else "")
 
     def kills(self) -> None:
-        """At moments spread evenly over the job's length; it goes on each time until it is done, then begins anew."""
+        """Kills each job at moments that are uniform over its duration. It is resumed until it ends, then started anew."""
         for name, times in KILLS.items():
             killed, problems, number = 0, [], 0
             while killed < times:
@@ -246,7 +246,7 @@ class Faults:
             self.tell("kill -9 at a random moment", name, times, seen, not problems)
 
     def told(self, fault: str, name: str, output: Path, run: Run, mend: Callable[[], object] = lambda: None) -> None:
-        """The run must end with a sentence and exit code 2; once the fault is mended, it goes on."""
+        """Checks that the run ends with an error message and exit code 2, and resumes once the fault is mended."""
         code, said = run.wait(), run.said()
         mend()
         problem = self.resumed(name, output)
@@ -279,18 +279,18 @@ class Faults:
         self.told("a data-loading worker dies", "training", output, run)
 
     def started(self, output: Path, *more) -> Run:
-        """A training that has got somewhere."""
+        """Starts a training and returns it once it has written two checkpoints."""
         run = self.start("training", output, *more)
         _until(lambda: len(list(output.glob("checkpoint-*"))) > 1)
         return run
 
     def two_runs(self) -> None:
-        """Where the first has claimed the folder the second is refused; else each writes whole files, of which one stays."""
+        """A job that locks its folder must refuse the second run; the others write whole files, of which those of one run remain."""
         for name in JOBS:
             output, claims = self.output(name, "two"), name not in ("evaluation", "export")
             first = self.start(name, output)
             _until(lambda: output.exists() and (not claims or any(output.rglob(".lock"))))  # noqa: B023
-            os.kill(first.pid, signal.SIGSTOP)  # so that the second comes in its midst
+            os.kill(first.pid, signal.SIGSTOP)  # so that the second starts while it runs
             second = self.start(name, output)
             second.wait()
             os.kill(first.pid, signal.SIGCONT)
@@ -306,7 +306,7 @@ class Faults:
             )
 
     def two(self, name: str, output: Path) -> list[Run]:
-        """The job in two processes that know each other, as torchrun starts them."""
+        """Starts the job in two processes of one group, as torchrun does."""
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
@@ -314,7 +314,7 @@ class Faults:
         return [self.start(name, output, environment=shared | rank) for rank in ranks]
 
     def a_process_dies(self) -> None:
-        """One of two processes is killed; the other must say so and end by itself, and two go on."""
+        """Kills one of two processes. The other must end with an error message, and two new processes must resume."""
         signs = {"training": "checkpoint-*", "cache": "*/*.npy", "collection": "*.parquet"}
         for name in ("training", "cache", "collection", "evaluation"):
             undisturbed, output = self.output(name, "two processes"), self.output(name, "process")
@@ -322,7 +322,7 @@ class Faults:
             assert [run.wait() for run in self.two(name, undisturbed)] == [0, 0]
             took = time.perf_counter() - began
             code = 0
-            while code == 0:  # an evaluation leaves no sign on the way; once it was done before, it is caught earlier
+            while code == 0:  # an evaluation writes nothing on the way; if it had ended, it is killed earlier
                 first, second = self.two(name, output)
                 if name in signs:
                     _until(lambda: any(output.glob(signs[name])))  # noqa: B023
@@ -362,13 +362,13 @@ def _children(pid: int) -> list[str]:
 
 
 def _limit_files(folder: Path) -> None:
-    """No file, in whatever folder, grows beyond a thousand bytes, whoever writes it: to a program, a full disk."""
+    """Limits all files that the process writes to a thousand bytes, which has the effect of a full disk."""
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
 
 
 def _read_only(folder: Path) -> None:
-    """A folder without the right to write; root gives up its capabilities, which would let it write all the same."""
+    """Makes a folder without permission to write. Root also gives up its capabilities, which would allow it to write."""
     folder.mkdir()
     folder.chmod(0o555)
     header, data = (ctypes.c_uint32 * 2)(0x20080522, 0), (ctypes.c_uint32 * 6)()

@@ -7,7 +7,7 @@
 
 For each seed, one half of the images of Flickr8k's dev split are the pairs, with one caption each, and retrieval is measured on
 the other half, with five. Maps are measured on coco100. Settings are those that `iclip train pairs.csv` chooses, except for the
-learning rate. What is locked is the same for all runs and computed once; `--output` keeps the features of locked towers.
+learning rate. Features of locked towers are the same in all runs: they are computed once and kept in the folder `--output`.
 
 Two recipes of the literature for few pairs can be added: FuseMix (Vouitsis et al., 2023) mixes the features of two pairs, and
 STRUCTURE (Gröger et al., 2025) keeps the similarities among images and among texts as they were before the projections.
@@ -18,13 +18,14 @@ import copy
 import hashlib
 import itertools
 import math
-import statistics
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import torch
 from accelerate import Accelerator
+from measuring import mean_and_spread, remembered
+from measuring import table as markdown
 from torch import nn
 from torch.nn import functional as F
 
@@ -83,7 +84,7 @@ def main() -> None:
 
 
 class Study:
-    """The embedded model, and what all runs share."""
+    """The embedded model, the data, and the features that all runs share."""
 
     def __init__(self, options: argparse.Namespace):
         self.steps, self.recipe = options.steps, options.recipe
@@ -100,11 +101,11 @@ class Study:
             self.pairs = PairsWithImages(images, views, self.start.config, self.processor, texts=texts)
         self.maps = load_segmentation("coco2017", options.data_root / "coco100", "train2017")
         self.locked_blocks = remembered_blocks(copy.deepcopy(self.start.vision_model), self.blocks)
-        self.start.encode_image = remembered(self.start.encode_image)
-        self.start.encode_text = remembered(self.start.encode_text)
+        self.start.encode_image = remembered(self.start.encode_image, {})
+        self.start.encode_text = remembered(self.start.encode_text, {})
 
     def run(self, seed: int, count: int = 0, rate: float = RATE) -> dict[str, float]:
-        """Returns the scores after fine-tuning on `count` pairs, or without."""
+        """Returns the scores after fine-tuning on `count` pairs; with 0 pairs those of the embedded model itself."""
         model = copy.deepcopy(self.start)
         torch.manual_seed(seed)  # of low-rank updates and dropout
         if self.rank:
@@ -156,7 +157,7 @@ class Study:
 
     @torch.inference_mode()
     def retrieval(self, model: ICLIPModel, rows: np.ndarray) -> dict[str, float]:
-        """Returns recall among these images and all their captions, in percent."""
+        """Returns the recall at 1 and at 5 among these images and all their captions, in percent."""
         branch, pairs = model.recognition, self.pairs.__getitems__(rows)
         images = image_features(model, pairs["pixel_values"], 1)[0] if self.blocks else pairs["image_features"][0]
         captions = [self.pairs.captions[row] for row in rows]
@@ -176,7 +177,7 @@ class Study:
 
 
 def mixed(batch: dict, draws: torch.Generator) -> dict:
-    """FuseMix: each pair is mixed with another one, by the same share in image and text."""
+    """FuseMix: mixes the features of each pair with those of another one, by the same share in image and text."""
     order = torch.randperm(len(batch["text_features"]), generator=draws)
     share = torch.rand(len(order), generator=draws)
 
@@ -188,7 +189,10 @@ def mixed(batch: dict, draws: torch.Generator) -> dict:
 
 
 def structure_change(model: ICLIPModel, batch: dict) -> torch.Tensor:
-    """STRUCTURE: how much the projections change which images, and which texts, are similar; Jensen-Shannon divergence in nats."""
+    """
+    STRUCTURE: returns how much the projections change the similarities among the images and among the texts, as Jensen-Shannon
+    divergence in nats.
+    """
     images, texts = batch["image_features"][0], batch["text_features"]
     projected = [(images, model.recognition.visual_projection(images))]
     projected += [(texts, branch.text_projection(texts)) for branch in (model.recognition, model.interpretability)]
@@ -205,7 +209,7 @@ def structure_change(model: ICLIPModel, batch: dict) -> torch.Tensor:
 
 
 class PairsWithImages(CachedPairs):
-    """Pairs with images by their rows, for a tower that learns."""
+    """Pairs with their images, for an image tower that learns."""
 
     def __init__(self, images: dict[int, torch.Tensor], *args, **kwargs):
         super().__init__(*args, **kwargs)
@@ -223,7 +227,7 @@ class PairsWithImages(CachedPairs):
 
 
 def remembered_blocks(tower: nn.Module, last: int) -> Callable:
-    """What reaches the `last` blocks of an image tower, kept for each image."""
+    """Returns a function that computes the input of the `last` blocks of an image tower, and keeps it for each image."""
     kept = {}
 
     @torch.no_grad()
@@ -237,31 +241,13 @@ def remembered_blocks(tower: nn.Module, last: int) -> Callable:
     return recall
 
 
-def remembered(encode: Callable) -> Callable:
-    """Keeps the results of a locked tower."""
-    results = {}
-
-    def recall(*args, **kwargs):
-        tensors = [one for one in (*args, *kwargs.values()) if isinstance(one, torch.Tensor)]
-        key = tuple(hashlib.sha256(one.numpy().tobytes()).digest() for one in tensors)
-        if key not in results:
-            results[key] = encode(*args, **kwargs)
-        return results[key]
-
-    return recall
-
-
 def table(rows: dict[str, list[dict]]) -> str:
-    """Mean and standard deviation over the seeds, as Markdown."""
-    lines = [f"| run | {' | '.join(COLUMNS)} |", "|---" * (1 + len(COLUMNS)) + "|"]
-    for name, seeds in rows.items():
-        cells = []
-        for column, digits in COLUMNS.items():
-            values = [scores[column] for scores in seeds]
-            spread = f" ± {statistics.stdev(values):{digits}}" if len(values) > 1 else ""
-            cells.append(f"{statistics.mean(values):{digits}}{spread}")
-        lines.append(f"| {name} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+    """Returns mean and standard deviation over the seeds as Markdown."""
+
+    def cells(seeds: list[dict]) -> list[str]:
+        return [mean_and_spread([scores[column] for scores in seeds], digits) for column, digits in COLUMNS.items()]
+
+    return markdown(["run", *COLUMNS], [[name, *cells(seeds)] for name, seeds in rows.items()])
 
 
 if __name__ == "__main__":

@@ -1,11 +1,12 @@
-"""How the benchmarks measure and report.
+"""Functions that the benchmarks share: measuring time and memory, remembering the results of locked towers, and tables.
 
-Contenders take turns, round by round, so that a machine that is slower for a while is slower for all of them; what is quoted is
-the median over the rounds of the ratio to the one compared with. Memory is measured in a process of its own.
+Contenders take turns, round by round, so that a machine that is slower for a while is slower for all of them. The ratio of two
+contenders is the median of their ratios over the rounds. Memory is measured in a process of its own.
 """
 
 from __future__ import annotations
 
+import hashlib
 import multiprocessing
 import os
 import platform
@@ -21,7 +22,7 @@ import torch
 
 
 def machine(*packages: str) -> str:
-    """What the figures were taken on, in one line."""
+    """Returns a line with the processor, the number of cores, the device, and the versions of torch, transformers and `packages`."""
     names = [line.split(":")[1].strip() for line in _proc("cpuinfo").splitlines() if line.startswith("model name")]
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{torch.get_num_threads()} threads"
     versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", *packages))
@@ -29,6 +30,7 @@ def machine(*packages: str) -> str:
 
 
 def seconds(function: Callable[[], object]) -> float:
+    """Returns the seconds that one call takes."""
     start = time.perf_counter()
     function()
     if torch.cuda.is_available():
@@ -37,7 +39,7 @@ def seconds(function: Callable[[], object]) -> float:
 
 
 def take_turns(contenders: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
-    """Seconds of each contender in each round, after one round that is not counted."""
+    """Returns the seconds of each contender in each round, after one round that is not counted."""
     for function in contenders.values():
         function()
     taken = {name: [] for name in contenders}
@@ -48,16 +50,16 @@ def take_turns(contenders: Mapping[str, Callable[[], object]], rounds: int) -> d
 
 
 def ratio(taken: Mapping[str, list[float]], name: str, to: str) -> float:
-    """Median over the rounds of what one took by what the other took."""
+    """Returns the median over the rounds of the time of `name`, divided by that of `to`."""
     return statistics.median(a / b for a, b in zip(taken[name], taken[to]))
 
 
 def cost(make: Callable[..., Callable[[], object]], *arguments) -> tuple[float, float]:
     """
-    Seconds of one call in a fresh process, and MiB that it needs at its peak beyond what the process held before (Linux).
+    Returns the seconds of one call in a fresh process, and the MiB at its peak beyond what the process held before (Linux).
 
     Args:
-        make: a function of a module, called there with the arguments; it returns what is measured.
+        make: a function of a module, called there with the arguments; it returns the function that is measured.
     """
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
         return pool.submit(_cost, make, arguments).result()
@@ -73,11 +75,11 @@ def _cost(make: Callable, arguments: tuple) -> tuple[float, float]:
 
 def together(processes: int, rounds: int, make: Callable[..., Callable[[], object]], *arguments) -> list[float]:
     """
-    Seconds of each round, after one that is not counted, in so many fresh processes that know each other as torchrun's do and
-    share this machine's cores.
+    Returns the seconds of each round, after one that is not counted, in fresh processes that form one group, as under torchrun, and
+    share the cores of this machine.
 
     Args:
-        make: as for `cost`; called in each of them.
+        make: as for `cost`; called in each process.
     """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -105,7 +107,7 @@ def _as_rank(rank: int, processes: int, port: int, rounds: int, make: Callable, 
 
 
 def memory(field: str = "VmRSS") -> float:
-    """MiB that this process holds, or with `"VmHWM"` that it held at its peak (Linux)."""
+    """Returns the MiB that this process holds, or with `"VmHWM"` held at its peak (Linux)."""
     return int(next(line for line in _proc("self/status").splitlines() if line.startswith(field)).split()[1]) / 1024
 
 
@@ -114,7 +116,26 @@ def _proc(name: str) -> str:
     return path.read_text() if path.exists() else ""
 
 
+def remembered(encode: Callable, results: dict) -> Callable:
+    """Returns `encode` with its results kept in `results`, by the content of its tensors. The tower must be locked."""
+
+    def recall(*args, **kwargs):
+        tensors = [one for one in (*args, *kwargs.values()) if isinstance(one, torch.Tensor)]
+        key = tuple(hashlib.sha256(one.cpu().numpy().tobytes()).digest() for one in tensors)
+        if key not in results:
+            results[key] = encode(*args, **kwargs)
+        return results[key]
+
+    return recall
+
+
+def mean_and_spread(values: list[float], digits: str) -> str:
+    """Returns the mean and, of several values, the standard deviation, both formatted as `digits`, for example `.1f`."""
+    spread = f" ± {statistics.stdev(values):{digits}}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):{digits}}{spread}"
+
+
 def table(headings: list[str], rows: list[list[object]]) -> str:
-    """Markdown; floats to three significant digits."""
+    """Returns a Markdown table, with floats to three significant digits."""
     cells = [[f"{cell:.3g}" if isinstance(cell, float) else str(cell) for cell in row] for row in rows]
     return "\n".join(f"| {' | '.join(row)} |" for row in [headings, ["---"] * len(headings), *cells])

@@ -1,10 +1,9 @@
-"""All methods on one model: what their maps mark, owe to the text and to the model, and what they cost, in one table.
+"""Measures all methods on one model, in one table: maps, dependence on the text, label maps, faithfulness and time.
 
     python benchmarks/methods.py coco2017:DATA/coco100:train2017 voc2012:DATA/voc_layout --output docs/tables/methods.md
 
 A cell has a value for each data set. The columns that cost most (label maps of all classes; deletion and insertion) are measured
-on the first images alone, as many as --few says. Methods that the model cannot do are named below the table. Prints the table and
-writes it.
+on the first --few images. Methods that the model does not support are named below the table. Prints and writes the table.
 """
 
 import argparse
@@ -48,7 +47,7 @@ def main() -> None:
 
     datasets = [load_segmentation(*data.split(":")) for data in options.data]
     model, processor = load_silently(options.model, options.dtype)
-    methods, refused = able(model, processor, options.methods)
+    methods, refused = supported(model, processor, options.methods)
     scores = [measure(model, processor, dataset, methods, options.limit, options.few) for dataset in datasets]
     taken = seconds(model, processor, datasets[0], methods)
     report = written(datasets, scores, taken, options, refused)
@@ -58,8 +57,8 @@ def main() -> None:
         partial.write_text(report + "\n", encoding="utf-8")
 
 
-def able(model, processor, methods: list[str]) -> tuple[list[str], dict[str, str]]:
-    """The methods that this model can do, and why it cannot do the others."""
+def supported(model, processor, methods: list[str]) -> tuple[list[str], dict[str, str]]:
+    """Returns the methods that the model supports, and for each other method the reason why not."""
     refused = {}
     for method in methods:
         try:
@@ -70,7 +69,7 @@ def able(model, processor, methods: list[str]) -> tuple[list[str], dict[str, str
 
 
 def measure(model, processor, dataset, methods: list[str], limit: int | None, few: int) -> dict[str, dict[str, float]]:
-    """Scores by method on one data set, with mAP and the row of a constant map."""
+    """Returns the scores by method on one data set, with mAP and the row of a constant map."""
     few = min(few, limit or few)
     cheap = evaluate(model, processor, dataset, methods, limit=limit).results
     labels = evaluate_segmentation(model, processor, dataset, methods, limit=few).results
@@ -94,7 +93,7 @@ def measure(model, processor, dataset, methods: list[str], limit: int | None, fe
 
 
 def seconds(model, processor, dataset, methods: list[str]) -> dict[str, list[float]]:
-    """Seconds of the raw maps of one image with `TEXTS` texts, by method."""
+    """Returns the seconds of the raw maps of one image with `TEXTS` texts, by method."""
     explainers = {method: make_explainer(model, processor, method) for method in dict.fromkeys(["itsm", *methods])}
     texts = explainers["itsm"].encode_texts(dataset.class_names[:TEXTS])
     pixel_values = explainers["itsm"].processor(images=[dataset[0].image])["pixel_values"]
@@ -102,7 +101,7 @@ def seconds(model, processor, dataset, methods: list[str]) -> dict[str, list[flo
 
 
 def written(datasets, scores: list[dict], taken: dict[str, list[float]], options, refused: dict[str, str]) -> str:
-    """The table, with what it was measured on."""
+    """Returns the tables, with a line on the data, the texts and the machine."""
     rows = []
     for method in scores[0]:
         cells = [
@@ -130,18 +129,19 @@ def written(datasets, scores: list[dict], taken: dict[str, list[float]], options
 
 
 def leaders(scores: list[dict]) -> tuple[list[str], list[list[str]]]:
-    """For each column the best method, the rank of the model's own map, and the best method that does not see the text."""
+    """Returns headings and rows: the best method of each column, the rank of `itsm`, and the best method without text."""
     rows = []
     for name, (heading, digits) in COLUMNS.items():
-        best, rank, blind = [], [], []
+        best, rank, text_free = [], [], []
         for one in scores:
             known = {method: one[method][name] for method in METHODS if one.get(method, {}).get(name) is not None}
             order = sorted(known, key=known.get, reverse=True)
-            unseeing = [method for method in order if not METHODS[method].sees_text]
+            without_text = [method for method in order if not METHODS[method].sees_text]
             best.append(f"`{order[0]}`" if order else "-")
             rank.append(f"{order.index('itsm') + 1} of {len(order)}" if "itsm" in known else "-")
-            blind.append(f"`{unseeing[0]}`, {rounded(known[unseeing[0]], digits)}" if unseeing else "-")
-        rows.append([heading, *(" / ".join(cells) for cells in (best, rank, blind))])
+            leader = without_text[0] if without_text else None
+            text_free.append(f"`{leader}`, {rounded(known[leader], digits)}" if leader else "-")
+        rows.append([heading, *(" / ".join(cells) for cells in (best, rank, text_free))])
     return ["column", "best", "rank of `itsm`", "best without text"], rows
 
 

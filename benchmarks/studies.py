@@ -2,18 +2,19 @@
 
     python benchmarks/studies.py --data-root ../shared/data/coco100 --split train2017
 
-Every run is `iclip train` with other options of the model, once a seed. A run that is there already is not repeated. Beside the
-table stands what it is explained by: how near the image tower's patch tokens are to its class token, and whether one patch
-owns the attention.
+Every run is `iclip train` with other options of the model, once for each seed. Runs that `--output` already holds are not repeated.
+A sentence below the table gives what explains it: how similar the image tower's patch tokens are to its class token, and how far one
+patch dominates the attention.
 """
 
 import argparse
 import json
-import statistics
 from pathlib import Path
 
 import torch
 import yaml
+from measuring import mean_and_spread, remembered
+from measuring import table as markdown
 
 from iclip_hf.data.class_names import DATASETS
 from iclip_hf.data.segmentation import load_segmentation
@@ -24,7 +25,7 @@ from iclip_hf.training.run import train
 from iclip_hf.training.settings import parse_settings
 
 
-# Where attention enters the map is chosen after training, so each run is measured in all three ways.
+# How attention enters the map does not change the training, so each run is measured with all of these.
 MAP_ATTENTION = {
     "none": "cosine map",
     "similarity": "times attention",
@@ -48,7 +49,7 @@ def main() -> None:
 
     studies = yaml.safe_load((options.config / "studies.yaml").read_text())
     dataset = load_segmentation(options.dataset, options.data_root, options.split)
-    tokens = {}
+    features = {}  # of the locked image tower, which is the same in all runs
     rows = {}
     for number, (name, changes) in enumerate(studies["runs"].items()):
         scores = []
@@ -68,7 +69,7 @@ def main() -> None:
                 command += [f"--{name}={value}" for name, value in studies["settings"].items()]
                 command += ["--model_options", *studies["model_options"], *changes, *settings]
                 train(parse_settings([str(argument) for argument in command]))
-                kept.write_text(json.dumps(measure(folder, dataset, tokens), indent=2))
+                kept.write_text(json.dumps(measure(folder, dataset, features), indent=2))
             scores.append(json.loads(kept.read_text()))
         rows[name] = scores
         print(table(rows), flush=True)
@@ -77,21 +78,12 @@ def main() -> None:
     print(report)
 
 
-def measure(model_folder: Path, dataset, tokens: dict) -> dict[str, dict[str, float]]:
-    """mAP, mMIoU, mFMB and text contrast under each `map_attention`."""
+def measure(model_folder: Path, dataset, features: dict) -> dict[str, dict[str, float]]:
+    """Returns mAP, mMIoU, mFMB and text contrast with each `map_attention`. `features` keeps the image tower's outputs."""
     model, processor = load_iclip(model_folder)
     if torch.cuda.is_available():
         model.to("cuda")
-    encode_image = model.encode_image
-
-    def remembered(pixel_values, **kwargs):
-        """The locked tower says the same in every run."""
-        key = (pixel_values.double().sum().item(), pixel_values.shape)
-        if key not in tokens:
-            tokens[key] = encode_image(pixel_values, **kwargs)
-        return tokens[key]
-
-    model.encode_image = remembered
+    model.encode_image = remembered(model.encode_image, features)
     scores = {}
     for map_attention in MAP_ATTENTION:
         model.config.map_attention = map_attention
@@ -102,7 +94,7 @@ def measure(model_folder: Path, dataset, tokens: dict) -> dict[str, dict[str, fl
 
 @torch.inference_mode()
 def tower_facts(model_folder: Path, dataset) -> str:
-    """What the order of the poolings comes from, in one sentence: means over the images."""
+    """Returns a sentence on the image tower that explains the order of the poolings. Its figures are means over the images."""
     model, processor = load_iclip(model_folder)
     facts = []
     for sample in dataset:
@@ -127,23 +119,18 @@ def tower_facts(model_folder: Path, dataset) -> str:
 
 
 def table(rows: dict[str, list[dict]]) -> str:
-    """Mean and standard deviation over the seeds, as Markdown."""
+    """Returns mean and standard deviation over the seeds as Markdown."""
+
+    def cells(seeds: list[dict], way: str, metrics: list[str]) -> str:
+        return " / ".join(mean_and_spread([scores[way][one] for scores in seeds], METRICS[one]) for one in metrics)
+
+    recognition, *maps = METRICS
+    headings = ["run", "mAP %", *(f"{name}: mMIoU % / mFMB / text contrast %" for name in MAP_ATTENTION.values())]
     lines = [
-        "| run | mAP % | "
-        + " | ".join(f"{name}: mMIoU % / mFMB / text contrast %" for name in MAP_ATTENTION.values())
-        + " |",
-        "|---|---|" + "---|" * len(MAP_ATTENTION),
+        [name, cells(seeds, "none", [recognition]), *(cells(seeds, way, maps) for way in MAP_ATTENTION)]
+        for name, seeds in rows.items()
     ]
-    for name, seeds in rows.items():
-        maps = [" / ".join(cell(seeds, way, metric) for metric in list(METRICS)[1:]) for way in MAP_ATTENTION]
-        lines.append(f"| {name} | {cell(seeds, 'none', 'mAP')} | {' | '.join(maps)} |")
-    return "\n".join(lines)
-
-
-def cell(seeds: list[dict], map_attention: str, metric: str) -> str:
-    values = [scores[map_attention][metric] for scores in seeds]
-    spread = f" ± {statistics.stdev(values):{METRICS[metric]}}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):{METRICS[metric]}}{spread}"
+    return markdown(headings, lines)
 
 
 if __name__ == "__main__":

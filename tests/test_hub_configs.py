@@ -15,14 +15,15 @@ from iclip_hf.models.embedded import embedded_model
 
 FOLDER = Path(__file__).parents[1] / "hub_configs"
 CONFIGS = sorted(path.parent for path in FOLDER.glob("*/config.json"))
-# In millions: the image tower as its authors publish it, CLIP's or MiniLM's text tower without what ICLIP leaves out (pooler).
+# In millions: the image tower as its authors publish it, CLIP's or MiniLM's text tower without what ICLIP leaves out (pooler), and
+# the projections.
 SIZES = {
-    "iclip-vit-b16": (85.8, 63.2),
-    "iclip-vit-s16": (21.7, 63.2),
-    "iclip-vit-b8": (85.8, 63.2),
-    "iclip-dinov2-b14": (86.6, 63.2),
-    "iclip-dinov3-b16": (85.7, 63.2),
-    "iclip-dinov2-s14-minilm": (22.1, 22.6),
+    "iclip-vit-b16": (85.8, 63.2, 1.3),
+    "iclip-vit-s16": (21.7, 63.2, 0.9),
+    "iclip-vit-b8": (85.8, 63.2, 1.3),
+    "iclip-dinov2-b14": (86.6, 63.2, 1.3),
+    "iclip-dinov3-b16": (85.7, 63.2, 1.3),
+    "iclip-dinov2-s14-minilm": (22.1, 22.6, 1.0),
 }
 
 
@@ -38,9 +39,9 @@ def transformer(width: int, layers: int, hidden: int) -> int:
 def test_all_of_them_are_there_and_in_the_table():
     assert {folder.name for folder in CONFIGS} == set(SIZES)
     table = (FOLDER / "README.md").read_text()
-    for name, (image, text) in SIZES.items():
+    for name, sizes in SIZES.items():
         row = next(line for line in table.splitlines() if line.startswith(f"| `{name}` |"))
-        assert f"| {image}M / {text}M / " in row
+        assert f"| {' / '.join(f'{size}M' for size in sizes)} |" in row
 
 
 @pytest.mark.parametrize("folder", CONFIGS, ids=lambda folder: folder.name)
@@ -49,9 +50,9 @@ def test_size(folder):
     with torch.device("meta"):
         model = ICLIPModel(config)
     vision, text = config.vision_config, config.text_config
-    assert (round(parameters(model.vision_model) / 1e6, 1), round(parameters(model.text_model) / 1e6, 1)) == SIZES[
-        folder.name
-    ]
+    image, language = parameters(model.vision_model), parameters(model.text_model)
+    sizes = image, language, parameters(model) - image - language
+    assert tuple(round(size / 1e6, 1) for size in sizes) == SIZES[folder.name]
     if text.model_type == "clip_text_model":
         embeddings = (49408 + 77) * 512
         assert parameters(model.text_model) == embeddings + transformer(512, 12, 2048) == 63_165_952

@@ -130,7 +130,7 @@ def write_model_card(
         source (`str` or `Path`, *optional*): folder or Hub id of the same weights. If `training` or `metrics` is not given, it is
             read from the front matter of the card there.
         metrics ([`EvaluationResult`] or `dict`, *optional*): an evaluation, or the content of its JSON file: `protocol`, and
-            `results` with `mAP` and `mMIoU` in percent, `mFMB` and `floor` for each method.
+            `results` with `mAP`, `mMIoU`, `text_contrast` and `floor` in percent, and `mFMB`, for each method.
         training (`dict`, *optional*): settings of `iclip train` by name. The card shows those that are needed to repeat the training.
 
     Returns:
@@ -158,7 +158,7 @@ def write_model_card(
         tags=["iclip", "explainability", "image-text-similarity-map"],
         base_model=base_model,
         datasets=datasets or None,
-        metrics=["mmiou", "mfmb"] if results else None,
+        metrics=["mmiou", "mfmb", "text_contrast"] if results else None,
         model_name=name if results else None,
         eval_results=results,
         training=training,

@@ -25,7 +25,7 @@ _PAIR_INPUTS = f"""
 One item is one image and one class.
 
 Args:
-    predictions: maps (H, W) in [0, 1], numpy or torch, float16, float32 or float64; sizes may differ between items.
+    predictions: maps (H, W) in [0, 1], numpy or torch, float16, bfloat16, float32 or float64; their sizes may differ.
     references: label masks (H, W) of integers, each of the size of its map.
     labels: class ids; pixels of the mask equal to the id are the foreground, all others the background.{_IGNORE_INDEX.rstrip()}
     aggregate: "image" (default) averages the ratios of the images of a class; "pixel" pools the pixels of a class over its
@@ -37,7 +37,7 @@ _IMAGE_INPUTS = f"""
 One item is one image with all of its classes.
 
 Args:
-    predictions: maps (K, H, W) in [0, 1], one for each class, numpy or torch, float16, float32 or float64; K, H and W may
+    predictions: maps (K, H, W) in [0, 1], one for each class, numpy or torch, float16, bfloat16, float32 or float64; K, H and W may
         differ between items.
     references: label masks of integers, each (H, W), or (K, H, W) with a mask for each class where classes overlap.
     labels: lists of K class ids; pixels of the mask equal to an id belong to its class.{_IGNORE_INDEX}

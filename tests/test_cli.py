@@ -249,7 +249,11 @@ def test_arguments_and_files_are_checked_before_torch_is_imported(folder, tmp_pa
         ["analyze", "channels", "none.jpg"],
         ["analyze", "relation", "none.json"],
         ["export", photo, "out", "--results", "none.json"],
+        ["train", "none.csv"],
+        ["train", "pairs.csv"],
+        ["train", "--config", "none"],
     ]
+    (tmp_path / "pairs.csv").write_text("image,label\n")
     code = f"""
 import sys
 from iclip_hf import cli

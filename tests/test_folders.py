@@ -33,7 +33,7 @@ from iclip_hf.explainers.explainer import identity
 from iclip_hf.hub.configs import config_folder
 from iclip_hf.hub.dino import load_dino_checkpoint
 from iclip_hf.hub.folders import code_files, export_model, init_model
-from iclip_hf.hub.model_card import _TRAINING_SETTINGS, describe_tower, write_model_card
+from iclip_hf.hub.model_card import _TRAINING_SETTINGS, describe_tower, public_settings, write_model_card
 from iclip_hf.models.loading import load_pretrained
 from iclip_hf.training.settings import Settings
 
@@ -609,9 +609,18 @@ def test_the_card_tells_configuration_training_and_terms(source):
 
 def test_the_card_tells_the_settings_that_a_model_depends_on():
     fixed = {one.name for one in fields(Settings) if one.metadata["same"]}
-    elsewhere = {"image_column", "caption_column", "split", "max_bad_share", "cache_features"}  # how pairs are read
+    elsewhere = {"image_column", "caption_column", "split", "max_bad_share"}  # how pairs are read
     elsewhere |= {"validation_data", "eval_dataset", "eval_root", "eval_split"}  # the results tell
     assert fixed - elsewhere == set(_TRAINING_SETTINGS)
+
+
+def test_the_card_tells_the_augmentation_only_where_there_is_some():
+    """The first of the cached views is the whole image."""
+    augmentation = {"crop_scale": 0.08, "auto_augment": "none", "random_erasing": 0.25}
+    settings = {**augmentation, "auto_augment": "", "cache_features": "/home/someone/cache"}
+    assert public_settings({**settings, "views": 1}) == {"cache_features": True, "views": 1}
+    assert public_settings({**settings, "views": 2}) == {**augmentation, "cache_features": True, "views": 2}
+    assert public_settings({**settings, "views": 1, "cache_features": ""}) == {**augmentation, "views": 1}
 
 
 def test_what_a_card_tells_goes_on_with_the_weights_unless_measured_again(source, exported, tmp_path):

@@ -84,9 +84,7 @@ def test_what_is_given_takes_precedence_and_the_rest_follows(tmp_path, monkeypat
     assert chosen["cache_features"].value == "elsewhere/cache"
     assert chosen["eval_steps"].value <= 3 * (36 // 8)
     free = {name: value for name, value in given.items() if name != "epochs"}
-    assert choose_settings(free)["epochs"].value == round(
-        STEPS / (36 // 8)
-    )  # batches of the pairs that are not held out
+    assert choose_settings(free)["epochs"].value == round(STEPS / (36 // 8))  # 36 pairs are not held out
     assert "validation_share" not in choose_settings({**given, "validation_data": ["x.tar"]})
     low_rank, unlocked = {"text_lora_rank": 8}, {"unlocked_vision_blocks": 1}
     assert chosen.keys() - choose_settings({**given, **low_rank}).keys() == {"lock_text"}
@@ -152,6 +150,7 @@ def test_bad_settings_are_one_sentence(tmp_path, model, capsys, monkeypatch):
             [table, *new, "--report_to", "no_tracker"],
             "no_tracker is not installed: `pip install no_tracker` brings it",
         ),
+        (["org/name", *new, "--pairs_per_epoch", "100"], "Expected config for a stream"),
         ([table, *new, "--nouns", "absent.txt"], "absent.txt: expected a text file of nouns"),
         ([table, *new, "--eval_dataset", "folder"], "Expected eval_root to be the folder of the folder data, got ''"),
         ([table, *new, "--validation_data", "absent.tar"], "absent.tar: expected a file or folder of pairs"),
@@ -204,6 +203,12 @@ def test_the_report_says_whether_the_model_got_better(tmp_path):
     lower = RunState(before={"val_loss": 2.0}, metrics={"val_loss": 1.5})
     assert "The model got better: val_loss fell from 2 to 1.5." in report(settings, lower, held_out)
     assert "Nothing was measured" in report(settings, RunState(), None)
+    assert "\nMeasured on 3 held-out pairs:\n" in report(settings, lower, held_out)
+    settings = Settings(data=["d"], model="m", output_dir="x", validation_share=0.1, eval_dataset="voc20")
+    assert "\nMeasured on 3 held-out pairs and voc20:\n" in report(settings, better, held_out)
+    settings = Settings(data=["d"], model="m", output_dir="x", eval_dataset="voc20")
+    maps = RunState(before={"mMIoU": 20.0}, metrics={"mMIoU": 21.0})
+    assert "\nMeasured on voc20:\n" in report(settings, maps, None)
 
 
 def test_labels_are_the_users_own(tmp_path):

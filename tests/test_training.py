@@ -13,6 +13,7 @@ import sys
 import tarfile
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import datasets
 import numpy as np
@@ -45,6 +46,7 @@ from iclip_hf.training.data import (
     seeded,
 )
 from iclip_hf.training.feature_cache import CachedPairs, FeatureShards, cache_images, cache_texts
+from iclip_hf.training.interrupts import Interrupts
 from iclip_hf.training.loss import PairModel, salient_tokens, set_token_mean
 from iclip_hf.training.low_rank import add_low_rank, merge_low_rank
 from iclip_hf.training.nouns import NounPrompts
@@ -541,10 +543,9 @@ def test_any_pooling_comes_from_one_cache(hub, tmp_path_factory, tiny_processor,
     folder = tmp_path_factory.getbasetemp() / "one-cache"
     model, pairs = tiny_model(**options), load_pairs(str(hub / "pairs.tar"))
     model.vision_model.load_state_dict(tiny_model().vision_model.state_dict())
-    existed = folder.exists() and {file: file.stat().st_mtime_ns for file in folder.rglob("*.npy")}
+    before = {file: file.stat().st_mtime_ns for file in folder.rglob("images-*/*.npy")}
     views = cache_images(folder, pairs, model, [WholeImage(tiny_processor)], accelerator())
-    now = {file: file.stat().st_mtime_ns for file in folder.rglob("images-*/*.npy")}
-    assert not existed or "max_over" in options or existed == now
+    assert not before or before == {file: file.stat().st_mtime_ns for file in folder.rglob("images-*/*.npy")}
     dataset = CachedPairs(views, model.config, tiny_processor)
     cached = dataset.__getitems__([5, 60])["image_features"]
     pixel_values = tiny_processor(images=[pairs.read(index)["image"] for index in (5, 60)])["pixel_values"]
@@ -883,7 +884,7 @@ def test_a_folder_holds_one_run(hub, tmp_path):
     run(hub, tmp_path, "--max_steps", 2)
     with pytest.raises(ValueError, match="expected no run here, but got one; add --resume"):
         run(hub, tmp_path, "--max_steps", 2)
-    with pytest.raises(ValueError, match="weight_decay from 0.05 to 0.1"):
+    with pytest.raises(ValueError, match="weight_decay from 0.05 to 0.1; repeat the command that began it"):
         run(hub, tmp_path, "--max_steps", 2, "--resume", "--weight_decay", 0.1)
     with folder_lock(tmp_path), pytest.raises(BlockingIOError, match="expected no other run here"):
         run(hub, tmp_path, "--max_steps", 2, "--resume")
@@ -1033,6 +1034,19 @@ def test_an_interrupted_run_saves_a_checkpoint_and_says_where(hub, tmp_path, nam
     run(hub, tmp_path / "whole", "--max_steps", 5)
     torch.set_num_threads(threads)
     assert_same_weights(tmp_path / "run", tmp_path / "whole")
+
+
+def test_a_second_ctrl_c_stops_at_once_but_not_its_repetition_by_a_launcher(monkeypatch, capsys):
+    before, clock = signal.getsignal(signal.SIGINT), SimpleNamespace(monotonic=iter([5.0, 5.9, 7.0, 7.1]).__next__)
+    monkeypatch.setattr("iclip_hf.training.interrupts.time", clock)
+    with Interrupts() as interrupts:
+        interrupts.deferred = True
+        for number in (signal.SIGINT, signal.SIGINT, signal.SIGTERM):
+            signal.raise_signal(number)
+        assert interrupts.requested and capsys.readouterr().out.count("stopping after this step") == 1
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) == before
 
 
 def test_a_stream_interrupted_twice_in_a_row_goes_on_with_other_pairs(hub, tmp_path, monkeypatch):

@@ -83,6 +83,7 @@ _TRAINING_SETTINGS = (
     "crop_scale",
     "auto_augment",
     "random_erasing",
+    "cache_features",
     "views",
     "nouns",
     "noun_prompts",
@@ -222,6 +223,9 @@ def public_settings(settings: Mapping) -> dict:
     if settings.get("auto_augment") == "":
         told["auto_augment"] = "none"
     idle = {name for name in told if told[name] is False or (told[name] == 0 and name in _OFF_AT_0)}
+    if "cache_features" in told:
+        told["cache_features"] = True  # instead of its folder
+        idle |= {"crop_scale", "auto_augment", "random_erasing"} if told.get("views") == 1 else set()
     if "nouns" not in told:
         idle |= {name for name in told if name.startswith("noun_")}
     told = {name: value for name, value in told.items() if name not in idle}

@@ -67,9 +67,9 @@ def load_datasets(
                 f"Expected a locked image tower and local pairs for cache_features, got {given}: leave it out."
             )
         folder = Path(settings.cache_features, part)
-        limits = {"num_workers": settings.num_workers, "max_bad_share": settings.max_bad_share}
-        limits["title"] = part.capitalize()
-        views = cache_images(folder, pairs, model, transforms, accelerator, map_tokens=settings.map_tokens, **limits)
+        options = {"num_workers": settings.num_workers, "max_bad_share": settings.max_bad_share}
+        options |= {"map_tokens": settings.map_tokens, "title": part.capitalize()}
+        views = cache_images(folder, pairs, model, transforms, accelerator, **options)
         texts = {}
         if settings.lock_text:
             captions = itertools.chain.from_iterable(views[0].captions())

@@ -22,7 +22,6 @@ class Interrupts:
         self._since = None
         signals = (signal.SIGINT, signal.SIGTERM) if threading.current_thread() is threading.main_thread() else ()
         self._before = {number: signal.signal(number, self._handle) for number in signals}
-        self._owner = os.getpid()
         return self
 
     def __exit__(self, *exception) -> None:

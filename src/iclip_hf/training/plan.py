@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-from ..data.sources import Columns, held_out_rows, open_sources
+from ..data.sources import Columns, held_out_rows, is_hub_id, open_sources
 from .checks import check_pairs
 from .settings import Settings
 
@@ -35,8 +35,13 @@ def choose_settings(given: Mapping) -> dict[str, Choice]:
         Choices by the name of the setting.
 
     Raises:
-        As [`~checks.check_pairs`] and [`~iclip_hf.data.pairs.load_pairs`].
+        As [`~checks.check_pairs`] and [`~iclip_hf.data.pairs.load_pairs`]. `ValueError`: the pairs are a stream.
     """
+    if given.get("pairs_per_epoch") and any(map(is_hub_id, given["data"])):
+        raise ValueError(
+            "Expected config for a stream, because settings are chosen by the number of all pairs, got none: name a configuration, or "
+            "leave pairs_per_epoch out to download the data."
+        )
     columns = Columns.named(given.get("image_column"), given.get("caption_column"))
     sources = open_sources(given["data"], columns, given.get("split", Settings.split))
     max_bad_share = given.get("max_bad_share", Settings.max_bad_share)

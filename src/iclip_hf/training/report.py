@@ -29,9 +29,11 @@ def report(settings: Settings, state: RunState, held_out: PairDataset | None) ->
     """
     lines = [""]
     if state.metrics:
-        measured_on = f"{len(held_out)} held-out pairs" if held_out is not None else settings.eval_dataset
+        measured_on = [f"{len(held_out)} held-out pairs"] if held_out is not None else []
+        measured_on += [settings.eval_dataset] if settings.eval_dataset != "none" else []
         columns = {"before": state.before, "after": state.metrics} if state.before else {"": state.metrics}
-        lines.append(f"{measured_on:<24}" + "".join(f"{name:>10}" for name in columns))
+        lines.append(f"Measured on {' and '.join(measured_on)}:")
+        lines.append(f"{'':<24}" + "".join(f"{name:>10}" for name in columns))
         lines += [
             f"  {name:<22}" + "".join(f"{_number(values.get(name)):>10}" for values in columns.values())
             for name in state.metrics

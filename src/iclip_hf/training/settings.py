@@ -155,8 +155,8 @@ class Settings:
         if not self.output_dir:
             raise ValueError("Expected output_dir to be the folder of the run, got none: name one.")
         limits = dict.fromkeys(("image_size", "views", "epochs", "batch_size", "chunk_size", "max_bad_steps"), 1)
-        limits |= dict.fromkeys(("log_steps", "eval_steps", "checkpoint_steps", "keep_checkpoints", "noun_prompts"), 1)
-        limits["map_tokens"] = 1
+        limits |= dict.fromkeys(("log_steps", "eval_steps", "checkpoint_steps", "keep_checkpoints"), 1)
+        limits |= dict.fromkeys(("noun_prompts", "map_tokens"), 1)
         limits |= dict.fromkeys(("num_workers", "max_steps", "pairs_per_epoch", "pictures"), 0)
         limits |= dict.fromkeys(("text_lora_rank", "unlocked_vision_blocks"), 0)
         limits |= dict.fromkeys(("warmup_epochs", "weight_decay", "warmup_learning_rate", "min_learning_rate"), 0)

@@ -270,8 +270,9 @@ class Table(_ByteRanges):
         row = self._values(block)
         if self._header is not None:
             if len(row) != len(self._header):
-                quotes = " (text with a separator needs double quotes)" if self._kind == ".csv" else ""
-                raise ValueError(f"{len(row)} fields instead of {len(self._header)}{quotes}")
+                unquoted = self._kind == ".csv" and len(row) > len(self._header)
+                hint = " (text with a separator needs double quotes)" if unquoted else ""
+                raise ValueError(f"{len(row)} fields instead of {len(self._header)}{hint}")
             row = dict(zip(self._header, row))
         key = next((row[column] for column in self.columns.image if row.get(column)), None)
         if not isinstance(key, str):

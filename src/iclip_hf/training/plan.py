@@ -72,9 +72,9 @@ def choose_settings(given: Mapping) -> dict[str, Choice]:
     if not given.get("unlocked_vision_blocks"):
         choose("cache_features", f"{folder}/cache", "the image tower is locked, so its features are computed once")
     world = int(os.environ.get("WORLD_SIZE", 1))
-    good = training - int(max_bad_share * training)  # at least; the feature cache leaves bad pairs out
+    good = training - int(max_bad_share * training)  # at least so many; the feature cache leaves bad pairs out
     size = max(min(good, 256) // world * world, world)
-    batch = choose("batch_size", size, f"all pairs at once but {max_bad_share:.0%}, which may be bad; at most 256")
+    batch = choose("batch_size", size, f"all pairs at once, less the {max_bad_share:.0%} that may be bad; at most 256")
     steps_per_epoch = max(training // batch, 1)
     choose(
         "learning_rate",

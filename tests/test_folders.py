@@ -623,6 +623,11 @@ def test_the_card_tells_the_augmentation_only_where_there_is_some():
     assert public_settings({**settings, "views": 1, "cache_features": ""}) == {**augmentation, "views": 1}
 
 
+def test_the_card_tells_the_image_size_of_joined_towers_alone():
+    assert public_settings({"model": "org/model", "image_size": 224}) == {"model": "org/model"}
+    assert public_settings({"vision": "org/vision", "image_size": 224}) == {"vision": "org/vision", "image_size": 224}
+
+
 def test_what_a_card_tells_goes_on_with_the_weights_unless_measured_again(source, exported, tmp_path):
     first, second = (ModelCard.load(folder / "README.md") for folder in (source / "model", exported))
     assert first.data.to_dict() == second.data.to_dict()

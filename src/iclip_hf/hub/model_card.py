@@ -226,6 +226,8 @@ def public_settings(settings: Mapping) -> dict:
     if "cache_features" in told:
         told["cache_features"] = True  # instead of its folder
         idle |= {"crop_scale", "auto_augment", "random_erasing"} if told.get("views") == 1 else set()
+    if "model" in told:
+        idle.add("image_size")  # a model has its own
     if "nouns" not in told:
         idle |= {name for name in told if name.startswith("noun_")}
     told = {name: value for name, value in told.items() if name not in idle}

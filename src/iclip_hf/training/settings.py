@@ -71,7 +71,7 @@ class Settings:
         0,
         "number of the image tower's last blocks that learn while its others are locked; 0 leaves all to lock_vision",
     )
-    image_size: int = setting(224, "height and width of images in pixels")
+    image_size: int = setting(224, "height and width of images in pixels; with model, those of its processor")
 
     # data
     data: list[str] = setting(

@@ -203,6 +203,8 @@ def test_the_report_says_whether_the_model_got_better(tmp_path):
     lower = RunState(before={"val_loss": 2.0}, metrics={"val_loss": 1.5})
     assert "The model got better: val_loss fell from 2 to 1.5." in report(settings, lower, held_out)
     assert "Nothing was measured" in report(settings, RunState(), None)
+    spaced = Settings(data=["d"], model="m", output_dir="runs/my pairs")
+    assert "  iclip push 'runs/my pairs' your-name/my-pairs --dry-run" in report(spaced, RunState(), None)
     assert "\nMeasured on 3 held-out pairs:\n" in report(settings, lower, held_out)
     settings = Settings(data=["d"], model="m", output_dir="x", validation_share=0.1, eval_dataset="voc20")
     assert "\nMeasured on 3 held-out pairs and voc20:\n" in report(settings, better, held_out)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 import shlex
 from collections import Counter
 
@@ -56,10 +57,11 @@ def report(settings: Settings, state: RunState, held_out: PairDataset | None) ->
         )
     lines.append(f"The trained model is in {settings.output_dir}. Next:")
     folder = shlex.quote(settings.output_dir)
+    repository = re.sub(r"[^\w.-]+", "-", settings.name, flags=re.ASCII)  # what the Hub allows
     texts = " ".join(f"--text {shlex.quote(label)}" for label in own_labels(held_out))
     lines += [
         f"  iclip explain {shlex.quote(_image(held_out))} {texts} --model {folder}",
-        f"  iclip push {folder} your-name/{settings.name} --dry-run",
+        f"  iclip push {folder} your-name/{repository} --dry-run",
     ]
     return "\n".join(lines)
 

@@ -27,7 +27,17 @@ from iclip_hf.data import BadPairError, PairDataset, PairStream, load_pairs, loa
 from iclip_hf.data.pairs import DroppedConnectionError, _image_bytes
 
 
-NASTY = ["null", "NA", 'a "quoted" dog', "a, b", "one\ntwo", "it's 50 % = {x} \\n", "狗 🐕 كلب", "  spaces around "]
+NASTY = [
+    "null",
+    "NA",
+    'a "quoted" dog',
+    "a, b",
+    "a; b",
+    "one\ntwo",
+    "it's 50 % = {x} \\n",
+    "狗 🐕 كلب",
+    "  spaces around ",
+]
 
 
 @pytest.fixture(autouse=True)
@@ -123,8 +133,8 @@ def test_shard_members(tmp_path, format):
     assert [np.asarray(item["image"]).mean().round() for item in dataset] == [0, 1, 2, 3]
 
 
-@pytest.mark.parametrize("suffix", [".csv", ".tsv"])
-def test_tables_keep_captions_as_they_are_written(tmp_path, suffix):
+@pytest.mark.parametrize("suffix, separator", [(".csv", ","), (".csv", ";"), (".csv", "\t"), (".tsv", "\t")])
+def test_tables_keep_captions_as_they_are_written(tmp_path, suffix, separator):
     captions = NASTY if suffix == ".csv" else [caption for caption in NASTY if "\n" not in caption]
     (tmp_path / "images").mkdir()
     for i in range(len(captions)):
@@ -132,7 +142,7 @@ def test_tables_keep_captions_as_they_are_written(tmp_path, suffix):
     path = tmp_path / f"pairs{suffix}"
     with open(path, "w", newline="", encoding="utf-8-sig") as file:  # as spreadsheets write it
         if suffix == ".csv":
-            writer = csv.writer(file)
+            writer = csv.writer(file, delimiter=separator)
             writer.writerow(["title", "other", "filepath"])
             writer.writerows([caption, "", f"images/{i}, x.jpg"] for i, caption in enumerate(captions))
         else:
@@ -142,6 +152,12 @@ def test_tables_keep_captions_as_they_are_written(tmp_path, suffix):
     assert [item["caption"] for item in dataset] == [caption.strip() for caption in captions]
     assert keys(dataset) == [f"images/{i}, x.jpg" for i in range(len(captions))]
     np.testing.assert_allclose([np.asarray(item["image"]).mean() for item in dataset], range(len(captions)), atol=1)
+
+
+def test_spaces_after_the_separators(tmp_path):
+    (tmp_path / "p.csv").write_text('image, caption\n0.jpg, "a dog, a\ncat"\n1.jpg, a bird\n')
+    dataset = load_pairs(tmp_path / "p.csv")
+    assert [dataset.captions(0), dataset.captions(1)] == [["a dog, a\ncat"], ["a bird"]]
 
 
 def test_caption_lists(tmp_path):

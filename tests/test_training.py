@@ -454,6 +454,7 @@ def low_rank_model(text: str) -> ICLIPModel:
     return model
 
 
+@pytest.mark.filterwarnings("error::FutureWarning")  # which a user would see
 @pytest.mark.parametrize("text", TEXT)
 @torch.no_grad()
 def test_low_rank_updates_are_merged_into_a_plain_model(text, tmp_path):
@@ -466,7 +467,7 @@ def test_low_rank_updates_are_merged_into_a_plain_model(text, tmp_path):
     assert (plain(**inputs).logits_per_image - adapted).abs().max() > 0.01
     assert torch.equal(model(**inputs).logits_per_image, adapted)  # the model itself goes on to learn
     updated = 0
-    for name, layer in model.text_model.base_model.model.named_modules():
+    for name, layer in model.text_model.model.named_modules():
         if hasattr(layer, "lora_A"):  # peft's scale is 8 / rank
             update = 8 / 3 * layer.lora_B.default.weight @ layer.lora_A.default.weight
             weight = plain.text_model.get_submodule(name).weight + update

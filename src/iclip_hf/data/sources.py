@@ -18,6 +18,7 @@ import re
 import tarfile
 from array import array
 from collections.abc import Hashable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -233,11 +234,17 @@ class TarShard(_ByteRanges):
 
 
 class Table(_ByteRanges):
-    """A text file with one pair in each row: .csv or .tsv (without quoting) with a header line, or .jsonl."""
+    """
+    A text file with one pair in each row: .csv or .tsv (without quoting) with a header line, or .jsonl. Fields of a .csv are
+    separated by the character of ",", ";" and tab that its first line has most of.
+    """
 
     def __init__(self, path: Path, columns: Columns = USUAL_COLUMNS):
         super().__init__(path, columns)
         self._kind = path.suffix.lower()
+        with open(path, "rb") as file:
+            delimiter = max(",;\t", key=file.readline().decode(errors="replace").count)
+        self._csv = partial(csv.reader, delimiter=delimiter, skipinitialspace=True, strict=True)
         try:
             start, end = next(self._rows(), (0, 0))
             with open(path, "rb") as file:
@@ -263,7 +270,8 @@ class Table(_ByteRanges):
         row = self._values(block)
         if self._header is not None:
             if len(row) != len(self._header):
-                raise ValueError(f"{len(row)} fields instead of {len(self._header)}")
+                quotes = " (text with a separator needs double quotes)" if self._kind == ".csv" else ""
+                raise ValueError(f"{len(row)} fields instead of {len(self._header)}{quotes}")
             row = dict(zip(self._header, row))
         key = next((row[column] for column in self.columns.image if row.get(column)), None)
         if not isinstance(key, str):
@@ -293,7 +301,7 @@ class Table(_ByteRanges):
                     yield line.decode(errors="surrogateescape").rstrip("\r\n") + "\n"
 
         start = 0
-        for row in csv.reader(lines(), strict=True) if self._kind == ".csv" else lines():
+        for row in self._csv(lines()) if self._kind == ".csv" else lines():
             if row and row != "\n":
                 yield start, end
             start = end
@@ -307,7 +315,7 @@ class Table(_ByteRanges):
             return row
         if self._kind == ".tsv":
             return text.rstrip("\r\n").split("\t")
-        return next(csv.reader(io.StringIO(text, newline=""), strict=True), [])
+        return next(self._csv(io.StringIO(text, newline="")), [])
 
 
 class ClassFolders(Source):
@@ -354,7 +362,7 @@ class ArrowRows(Source):
                 rows = datasets.Dataset.from_parquet(os.fspath(path))
         except Exception as error:  # of many types, from an unknown id or split to damaged files
             raise (FileNotFoundError if hub else ValueError)(
-                f"{path}: expected a {'Hub dataset' if hub else 'dataset'} with split {split!r}, but it cannot be opened "
+                f"{path}: expected a {'local path or a Hub dataset' if hub else 'dataset'} with split {split!r}, but it cannot be opened "
                 f"({' '.join(str(error).split()):.300}); check name and split, or get it again."
             ) from error
         images = [name for name, feature in rows.features.items() if isinstance(feature, datasets.Image)]
@@ -446,7 +454,7 @@ def _open(path: Path, columns: Columns) -> Source:
         return ClassFolders(path, columns)
     kind = _KINDS.get(path.suffix.lower())
     if kind is None:
-        raise ValueError(f"{path}: expected a file of one of the kinds {list(_KINDS)}; convert or rename it.")
+        raise ValueError(f"{path}: expected a file of one of the kinds {', '.join(_KINDS)}; convert or rename it.")
     return kind(path, columns)
 
 
@@ -460,7 +468,7 @@ def _local_files(source: str) -> list[Path]:
         if not files:
             raise FileNotFoundError(
                 f"{source!r}: expected metadata.jsonl, .tar or .parquet files, or a folder of images for each class, but got "
-                "neither; name another folder, or the table itself."
+                "none of them; name another folder, or the table itself."
             )
         return files
     if os.path.isfile(source):

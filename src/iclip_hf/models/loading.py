@@ -44,9 +44,14 @@ def load_model(name: str | Path | None = None, dtype: str | None = None):
     return model.to(device), processor
 
 
+def has_bfloat16() -> bool:
+    """Returns whether this processor has instructions for bfloat16."""
+    return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
 def warn_of_slow_bfloat16() -> None:
     """Logs a warning if this processor has no instructions for bfloat16. It then takes several times as long as float32."""
-    if torch.backends.mkldnn.is_available() and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+    if torch.backends.mkldnn.is_available() and not has_bfloat16():
         logger.warning("This processor has no instructions for bfloat16: float32 is several times faster on it.")
 
 

@@ -122,7 +122,8 @@ def state_to_resume(settings: Settings, fixed: Collection[str] = ()) -> tuple[Pa
             f"{name} from {state.settings.get(name)} to {getattr(settings, name)}" for name in changed
         )
         raise ValueError(
-            f"{folder}: expected the settings of the run to resume, but got others: {differences}; restore them, or name another output_dir."
+            f"{folder}: expected the settings of the run to resume, but got others: {differences}; repeat the command that began it, on "
+            "the same pairs, with --resume, or name another output_dir."
         )
     return last, state
 

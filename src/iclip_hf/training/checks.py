@@ -112,19 +112,19 @@ def check_pairs(sources: Sequence[Source], max_bad_share: float) -> int:
     texts, bad = set(), []
     for index in looked_at:
         which = int(np.searchsorted(ends, index, side="right"))
-        source, (start, end) = sources[which], ranges[which][index - ends[which]].tolist()
+        source, row = sources[which], index - ends[which] + len(ranges[which])
         try:
-            pair = source.read(start, end)
+            pair = source.read(*ranges[which][row].tolist())
             if isinstance(pair.image, Path) and not pair.image.is_file():
-                beside = "" if os.path.isabs(pair.key) else f" (paths are relative to the folder {source.path.parent})"
-                raise ValueError(f"there is no image {pair.image}{beside}")
+                beside = "" if os.path.isabs(pair.key) else " (paths are relative to the folder of the table)"
+                raise ValueError(f"there is no image {pair.image.absolute()}{beside}")
             texts.update(source.columns.captions(pair.row))
         except BAD_PAIR as error:
-            bad.append(error)
+            bad.append(f"pair {row + 1} of {source.path.name}: {error}")
     if len(bad) > max_bad_share * len(looked_at):
         raise ValueError(
-            f"{where}: expected an image and a caption in each pair, but {len(bad)} of the {len(looked_at)} looked at lack one; "
-            f"correct them. The first: {bad[0]}."
+            f"{where}: expected an image and a caption in each pair, but {len(bad)} of the {len(looked_at)} looked at cannot be "
+            f"used; correct them. The first is {bad[0]}."
         )
     if len(texts) == 1:
         raise ValueError(

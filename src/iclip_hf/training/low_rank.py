@@ -17,9 +17,10 @@ def add_low_rank(model: ICLIPModel, rank: int) -> None:
         `ImportError`: peft is missing.
     """
     with require_extra("lora"):
-        from peft import LoraConfig, get_peft_model
+        from peft import LoraConfig, LoraModel
 
-    model.text_model = get_peft_model(model.text_model, LoraConfig(r=rank, target_modules="all-linear"))
+    # Not `get_peft_model`, whose wrapper reads an attribute that transformers deprecates
+    model.text_model = LoraModel(model.text_model, LoraConfig(r=rank, target_modules="all-linear"), "default")
 
 
 def low_rank_of(model: ICLIPModel) -> int:

@@ -39,7 +39,8 @@ def choose_settings(given: Mapping) -> dict[str, Choice]:
     """
     columns = Columns.named(given.get("image_column"), given.get("caption_column"))
     sources = open_sources(given["data"], columns, given.get("split", Settings.split))
-    pairs = check_pairs(sources, given.get("max_bad_share", Settings.max_bad_share))
+    max_bad_share = given.get("max_bad_share", Settings.max_bad_share)
+    pairs = check_pairs(sources, max_bad_share)
     chosen: dict[str, Choice] = {}
 
     def choose(name: str, value, why: str):
@@ -66,12 +67,14 @@ def choose_settings(given: Mapping) -> dict[str, Choice]:
     if not given.get("unlocked_vision_blocks"):
         choose("cache_features", f"{folder}/cache", "the image tower is locked, so its features are computed once")
     world = int(os.environ.get("WORLD_SIZE", 1))
-    batch = choose("batch_size", max(min(training, 256) // world * world, world), "all pairs at once, at most 256")
+    good = training - int(max_bad_share * training)  # at least; the feature cache leaves bad pairs out
+    size = max(min(good, 256) // world * world, world)
+    batch = choose("batch_size", size, f"all pairs at once but {max_bad_share:.0%}, which may be bad; at most 256")
     steps_per_epoch = max(training // batch, 1)
     choose(
         "learning_rate",
         float(f"{RATE * 1024 / batch:.4g}"),
-        f"{RATE:g} for this batch, which improves a trained model and keeps what it knows",
+        f"{RATE:g} for this batch, so that a trained model keeps what it knows",
     )
     epochs = choose("epochs", max(1, round(STEPS / steps_per_epoch)), f"{STEPS} steps")
     choose("warmup_epochs", epochs / 10, "a tenth of the epochs")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import shlex
 from collections import Counter
 
@@ -44,14 +45,14 @@ def report(settings: Settings, state: RunState, held_out: PairDataset | None) ->
             lines.append(f"The model got better: {name} {moved} from {_number(before)} to {_number(after)}.")
         else:
             lines.append(
-                f"The model did not get better: {name} was {_number(before)} and is {_number(after)}. Keep the model that you started "
-                "from, or train on more pairs."
+                f"The model did not get better: {name} was {_number(before)} and is {_number(after)} at best. Keep the model that you "
+                f"started from ({settings.model}), or train on more pairs or with a lower --learning_rate."
             )
     elif not state.metrics:
         lines.append(
             "Nothing was measured: name pairs by --validation_data, or hold out a part by --validation_share."
         )
-    lines.append(f"The model is in {settings.output_dir}. Next:")
+    lines.append(f"The trained model is in {settings.output_dir}. Next:")
     folder = shlex.quote(settings.output_dir)
     texts = " ".join(f"--text {shlex.quote(label)}" for label in own_labels(held_out))
     lines += [
@@ -62,17 +63,22 @@ def report(settings: Settings, state: RunState, held_out: PairDataset | None) ->
 
 
 def own_labels(pairs: PairDataset | None) -> list[str]:
-    """Returns the classes, or else the general nouns, that most captions of a data set have, or else a caption."""
+    """
+    Returns classes, or else general nouns, of a data set's captions, or else a caption. Those of the first caption, whose image the
+    command shows, precede those that most captions have.
+    """
     if pairs is None:
         return ["..."]
     captions = [" ".join(pairs.caption(row).split()) for row in range(min(len(pairs), _CAPTIONS))]
     captions = [caption for caption in captions if caption and caption.isprintable()]  # a terminal shows them
     start, end = CLASS_CAPTION.split("{}")
-    labels = Counter(one.removeprefix(start).removesuffix(end) for one in captions if one.startswith(start))
-    if sum(labels.values()) < len(captions) or len(labels) == len(captions):
+    labels = [[one.removeprefix(start).removesuffix(end)] for one in captions if one.startswith(start)]
+    if len(labels) < len(captions) or len({label for [label] in labels}) == len(captions):
         nouns = NounPrompts.from_file(SHIPPED / "iclip-dinov2-s14-minilm" / "nouns.txt")
-        labels = Counter(nouns.nouns[number] for caption in captions for number in nouns.find(caption))
-    return [label for label, _ in labels.most_common(_LABELS)] or captions[:1] or ["..."]
+        labels = [[nouns.nouns[number] for number in nouns.find(caption)] for caption in captions]
+    counts = Counter(itertools.chain(*labels))
+    ordered = sorted(counts, key=lambda label: (label not in labels[0], -counts[label]))
+    return ordered[:_LABELS] or captions[:1] or ["..."]
 
 
 def _image(pairs: PairDataset | None) -> str:

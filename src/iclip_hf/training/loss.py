@@ -280,9 +280,9 @@ class _Gather(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, local: torch.Tensor) -> torch.Tensor:
-        gathered = local.new_empty(distributed.get_world_size() * len(local), *local.shape[1:])
-        distributed.all_gather_into_tensor(gathered, local.contiguous())
-        return gathered
+        gathered = local.new_empty(distributed.get_world_size(), *local.shape)
+        distributed.all_gather(list(gathered), local.contiguous())
+        return gathered.flatten(0, 1)
 
     @staticmethod
     def backward(ctx, gradient: torch.Tensor) -> torch.Tensor:

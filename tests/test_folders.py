@@ -600,7 +600,7 @@ def test_the_card_tells_configuration_training_and_terms(source):
     assert "| training data flickr8k/train-{00..05}.tar | research and education" in text
     assert "| vit tower | not known here" in text and "| `seed` | 3 |" in text and "| `weight_decay` | 0 |" in text
     assert "| `auto_augment` | none |" in text and "noun_weight" not in text and "max_steps" not in text
-    for part in ("Intended use", "fine-grained classes and the class person", "Citation"):
+    for part in ("Intended use", "fine-grained classes and people", "Citation"):
         assert part in text
     assert "{{" not in text and "{%" not in text and "None" not in text
     parameters = 2 * (32 * 16 + 24 * 16 + 1)

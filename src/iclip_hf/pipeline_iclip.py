@@ -295,7 +295,7 @@ def _download(url: str, timeout: float) -> bytes:
     def fetch() -> None:
         content = bytearray()
         try:
-            with urllib.request.urlopen(request, timeout=timeout) as answer:
+            with urllib.request.urlopen(request, timeout=timeout + 1) as answer:  # the thread is left before that
                 while part := answer.read1(2**16):
                     content += part
                     if len(content) > MAX_DOWNLOAD:

@@ -94,6 +94,13 @@ def test_what_is_given_takes_precedence_and_the_rest_follows(tmp_path, monkeypat
     assert choose_settings(given)["batch_size"].value == 32  # a multiple of the processes
 
 
+def test_loading_processes_leave_processors_to_the_model(tmp_path, monkeypatch):
+    given = {"data": [str(write_table(tmp_path, 600))]}
+    for spare, workers in ((14, 2), (1, 1)):
+        monkeypatch.setattr("iclip_hf.training.plan.spare_processors", lambda spare=spare: spare)
+        assert choose_settings(given)["num_workers"].value == workers
+
+
 # -------------------------------------------------------------------------------------------------------------- checks
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ..data.sources import Columns, held_out_rows, is_hub_id, open_sources
+from ..utils.prefetch import spare_processors
 from .checks import check_pairs
 from .settings import Settings
 
@@ -86,5 +87,8 @@ def choose_settings(given: Mapping) -> dict[str, Choice]:
     steps = steps_per_epoch * epochs
     choose("eval_steps", max(1, steps // 5), "5 times in the run")
     choose("log_steps", max(1, steps // 100), "100 times in the run")
-    choose("num_workers", min(4, training // 250), "one for every 250 pairs, at most 4")
+    workers = min(training // 250, 4, spare_processors())
+    choose(
+        "num_workers", workers, "one for every 250 pairs, at most 4 and as many as the processors beside the model's"
+    )
     return chosen

@@ -89,6 +89,8 @@ def choose_settings(given: Mapping) -> dict[str, Choice]:
     choose("log_steps", max(1, steps // 100), "100 times in the run")
     workers = min(training // 250, 4, spare_processors())
     choose(
-        "num_workers", workers, "one for every 250 pairs, at most 4, and no more than the processors that the model leaves"
+        "num_workers",
+        workers,
+        "one for every 250 pairs, at most 4, and no more than the processors that the model leaves",
     )
     return chosen

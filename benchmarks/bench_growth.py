@@ -2,7 +2,7 @@
 
     python benchmarks/bench_growth.py
 
-Prints two Markdown tables and draws the first as `docs/growth.png`. The embedded model's size with random weights, maps of 480x640.
+Prints two Markdown tables and draws the first as `docs/growth.png`. The embedded model, maps of 480x640.
 """
 
 from collections.abc import Callable
@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from bench_explain import SIZE, embedded_size, without_gradients
+from bench_explain import SIZE, loaded, without_gradients
 from matplotlib.figure import Figure
 from measuring import cost, machine, ratio, table, take_turns
 
@@ -31,7 +31,7 @@ GROWN = {
 
 def grown(images: int, texts: int, pixels: int) -> Callable[[], object]:
     """Explaining in batches of 8 images of so many pixels a side, keeping no map."""
-    model = embedded_size()
+    model = loaded()
     input_ids = torch.randint(1000, 20000, (texts, 8))
 
     def explain():
@@ -72,7 +72,7 @@ def plot(rows: list[list], path: Path) -> None:
 
 def bare_tower(pixels: int) -> Callable[[], object]:
     """The image tower alone on one image of so many pixels a side."""
-    model, pixel_values = embedded_size(), torch.randn(1, 3, pixels, pixels)
+    model, pixel_values = loaded(), torch.randn(1, 3, pixels, pixels)
     return without_gradients(lambda: model.vision_model(pixel_values))
 
 

@@ -54,6 +54,12 @@ def ratio(taken: Mapping[str, list[float]], name: str, to: str) -> float:
     return statistics.median(a / b for a, b in zip(taken[name], taken[to]))
 
 
+def alone(function: Callable, *arguments):
+    """Returns the result of a function of a module in a fresh process."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(function, *arguments).result()
+
+
 def cost(make: Callable[..., Callable[[], object]], *arguments) -> tuple[float, float]:
     """
     Returns the seconds of one call in a fresh process, and the MiB at its peak beyond what the process held before (Linux).
@@ -61,8 +67,7 @@ def cost(make: Callable[..., Callable[[], object]], *arguments) -> tuple[float, 
     Args:
         make: a function of a module, called there with the arguments; it returns the function that is measured.
     """
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-        return pool.submit(_cost, make, arguments).result()
+    return alone(_cost, make, arguments)
 
 
 def _cost(make: Callable, arguments: tuple) -> tuple[float, float]:
@@ -94,6 +99,7 @@ def _as_rank(rank: int, processes: int, port: int, rounds: int, make: Callable, 
         "RANK": rank,
         "LOCAL_RANK": rank,
         "WORLD_SIZE": processes,
+        "LOCAL_WORLD_SIZE": processes,  # Accelerate shares the cores by it
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": port,
     }

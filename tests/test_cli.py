@@ -227,6 +227,8 @@ def test_help_says_what_every_option_is():
     for parser in parsers:  # grows by the commands of each
         for action in parser._actions:
             commands = action.choices.values() if isinstance(action, argparse._SubParsersAction) else ()
+            for command in commands:
+                command.complete()
             parsers += commands
             assert commands or action.help, f"{parser.prog} {action.dest}"
         assert parser.description and parser.format_help()

@@ -8,7 +8,6 @@ from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import TypeVar
 
-import numpy as np
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 
@@ -18,9 +17,6 @@ IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".ti
 
 # Other decoders of Pillow are excluded, because some start external programs (EPS runs Ghostscript).
 _FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000", "PPM")
-
-# 0..65535 -> 0..255, rounded: 65535 becomes 255.
-_16_TO_8_BIT = ((np.arange(65536) + 128) // 257).astype(np.uint8)
 
 
 def open_image(source: str | os.PathLike | bytes | Image.Image, name: str | None = None) -> Image.Image:
@@ -92,10 +88,12 @@ def to_rgb(image: Image.Image, name: str | None = None) -> Image.Image:
     """
     try:
         if image.mode.startswith("I"):  # "I;16" in its byte orders, "I" in older Pillow
-            values = np.asarray(image)
+            import numpy as np  # not above, because commands check their files before they load anything
+
+            values = np.asarray(image).astype(np.int64)
             if values.min() < 0 or values.max() > 65535:
                 raise ValueError(f"values from {values.min()} to {values.max()}")
-            image = Image.fromarray(_16_TO_8_BIT[values])
+            image = Image.fromarray(((values + 128) // 257).astype(np.uint8))  # rounded
         if image.mode == "F":
             raise ValueError("floating-point values")
         if image.has_transparency_data:

@@ -4,7 +4,8 @@ import itertools
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -22,12 +23,21 @@ class Region:
     Attributes:
         box (`tuple[int, int, int, int]`): (x0, y0, x1, y1) in pixels; x1 and y1 are exclusive.
         score (`float`): mean of the map over the region, in [0, 1].
-        inside (`np.ndarray` of shape `(y1 - y0, x1 - x0)`): boolean, the pixels of the box that belong to the region.
+        runs (`np.ndarray` of shape `(R, 3)`): row, first column and end column (exclusive) of its horizontal runs, in pixels.
     """
 
     box: tuple[int, int, int, int]
     score: float
-    inside: np.ndarray
+    runs: np.ndarray = field(repr=False)
+
+    @cached_property
+    def inside(self) -> np.ndarray:
+        """The pixels of the box that belong to the region, `(y1 - y0, x1 - x0)` boolean."""
+        x0, y0, x1, y1 = self.box
+        inside = np.zeros((y1 - y0, x1 - x0), dtype=bool)
+        for row, start, stop in (self.runs - (y0, x0, x0)).tolist():
+            inside[row, start:stop] = True
+        return inside
 
 
 def find_regions(heatmap: np.ndarray, mask: np.ndarray, min_area: float = MIN_AREA) -> list[Region]:
@@ -48,31 +58,36 @@ def find_regions(heatmap: np.ndarray, mask: np.ndarray, min_area: float = MIN_AR
         raise ValueError(
             f"Expected min_area as a share of the image, in [0, 1], got {min_area}: pass a share such as {MIN_AREA}."
         )
-    rows, starts, stops = _runs(mask)
-    parts = _connected(rows, starts, stops, mask.shape[1])
-    areas = np.bincount(parts, weights=stops - starts)
+    runs = _runs(mask)
+    parts = _connected(runs, mask.shape[1])
+    lengths, sums = runs[:, 2] - runs[:, 1], _sums(heatmap, runs)
+    areas = np.bincount(parts, weights=lengths)
     regions = []
     for part in np.flatnonzero((areas > 0) & (areas >= min_area * mask.size)):
-        own = np.flatnonzero(parts == part)
-        x0, y0, x1, y1 = starts[own].min(), rows[own].min(), stops[own].max(), rows[own].max() + 1
-        inside = np.zeros((y1 - y0, x1 - x0), dtype=bool)
-        for run in own:
-            inside[rows[run] - y0, starts[run] - x0 : stops[run] - x0] = True
-        score = float(heatmap[y0:y1, x0:x1][inside].mean())
-        regions.append(Region((int(x0), int(y0), int(x1), int(y1)), score, inside))
+        own = parts == part
+        (y0, x0, _), (y1, _, x1) = runs[own].min(axis=0).tolist(), runs[own].max(axis=0).tolist()
+        regions.append(Region((x0, y0, x1, y1 + 1), float(sums[own].sum() / areas[part]), runs[own]))
     return sorted(regions, key=lambda region: -region.score)
 
 
-def _runs(mask: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Returns row, first column and end column (exclusive) of each horizontal run of a mask, row by row."""
+def _runs(mask: np.ndarray) -> np.ndarray:
+    """Returns row, first column and end column (exclusive) of each horizontal run of a mask, row by row: `(R, 3)`."""
     rows = np.pad(mask, ((0, 0), (0, 1)))  # so that no run goes on in the next row
     changes = np.flatnonzero(np.diff(rows.ravel(), prepend=False))
     row, starts = np.divmod(changes[::2], rows.shape[1])
-    return row, starts, changes[1::2] % rows.shape[1]
+    return np.stack([row, starts, changes[1::2] % rows.shape[1]], axis=1)
 
 
-def _connected(rows: np.ndarray, starts: np.ndarray, stops: np.ndarray, width: int) -> np.ndarray:
+def _sums(values: np.ndarray, runs: np.ndarray) -> np.ndarray:
+    """Returns the sum of the values of each run."""
+    ends = (runs[:, 1:] + runs[:, :1] * values.shape[1]).ravel()
+    ends = ends[ends < values.size]  # reduceat allows no index behind the last value
+    return np.add.reduceat(values.ravel(), ends, dtype=np.float64)[::2] if len(runs) else np.zeros(0)
+
+
+def _connected(runs: np.ndarray, width: int) -> np.ndarray:
     """Returns the index of the first run of each run's part."""
+    rows, starts, stops = runs.T
     # Positions in one long row, with a gap between the rows, so that runs touch where they overlap those of the row below.
     # Stops are exclusive, so corners connect.
     starts, stops = (ends + rows * (width + 2) for ends in (starts, stops))
@@ -130,14 +145,16 @@ def negative_points(heatmap: np.ndarray, mask: np.ndarray, count: int = 3) -> np
 
 def _box_mean(values: np.ndarray, side: int) -> np.ndarray:
     """Returns the mean of the square of `side` pixels around each pixel. Pixels of the edge are repeated outside."""
-    mean = values.astype(np.float64)
+    before = side // 2
     for _ in range(2):  # along one axis, then along the other
-        within = np.arange(-(side // 2), len(mean) + (side - 1) // 2).clip(0, len(mean) - 1)
-        sums = np.zeros((len(within) + 1, mean.shape[1]))
-        for row, total in zip(mean[within], itertools.pairwise(sums)):  # faster than cumsum along this axis
-            np.add(total[0], row, out=total[1])
-        mean = ((sums[side:] - sums[:-side]) / side).T
-    return mean
+        sums = np.empty((len(values) + side, values.shape[1]))  # filled in place, because new memory is slow
+        sums[0], sums[1 : before + 1] = 0, values[0]
+        sums[before + 1 : before + 1 + len(values)] = values
+        sums[before + 1 + len(values) :] = values[-1]
+        for total, row in itertools.pairwise(sums):  # faster than cumsum along this axis
+            np.add(total, row, out=row)
+        values = (sums[side:] - sums[:-side]).T
+    return values / side**2
 
 
 def _lowest_places(cost: np.ndarray, count: int, distance: float) -> np.ndarray:

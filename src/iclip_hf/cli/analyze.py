@@ -6,11 +6,11 @@ import argparse
 import itertools
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 
 from .common import (
     PICTURES,
-    add_command,
     add_dataset_options,
     add_dpi_option,
     add_limit_option,
@@ -20,6 +20,7 @@ from .common import (
     echo,
     load_silently,
     save_figure,
+    sentence,
 )
 
 
@@ -28,12 +29,10 @@ POOLINGS = ("class_token", "average", "max", "own")
 SCORES = {"MIoU": "IoU at the best threshold, %", "FMB": "foreground minus background"}
 
 
-def register(commands) -> None:
-    description = "measure semantic shift, or compare recognition with interpretability"
-    analyses = commands.add_parser("analyze", help=description, description=description.capitalize() + ".")
-    analyses = analyses.add_subparsers(required=True, metavar="ANALYSIS")
+def add_options(command: argparse.ArgumentParser) -> None:
+    analyses = command.add_subparsers(required=True, metavar="ANALYSIS")
 
-    shift = add_command(
+    shift = _add_analysis(
         analyses, "shift", _shift, "count the channels that move from foreground to background (Tables 6, 7)"
     )
     add_dataset_options(shift)
@@ -44,13 +43,15 @@ def register(commands) -> None:
     shift.add_argument("--output", type=Path, metavar="FILE", help="JSON file to write")
     shift.add_argument("--json", action="store_true", help="print JSON instead of text")
 
-    channels = add_command(analyses, "channels", _channels, "draw the patches that pooled channels come from (Fig. 3)")
+    channels = _add_analysis(
+        analyses, "channels", _channels, "draw the patches that pooled channels come from (Fig. 3)"
+    )
     channels.add_argument("images", nargs="+", metavar="IMAGE", help="image files, one row of the figure each")
     add_model_option(channels)
     add_picture_option(channels, "channels.png")
     add_dpi_option(channels)
 
-    relation = add_command(
+    relation = _add_analysis(
         analyses, "relation", _relation, "compare recognition and interpretability of each class (Fig. 9)"
     )
     relation.add_argument(
@@ -64,6 +65,12 @@ def register(commands) -> None:
     )
     add_dpi_option(relation)
     relation.add_argument("--json", action="store_true", help="print JSON instead of text")
+
+
+def _add_analysis(analyses, name: str, run: Callable, description: str) -> argparse.ArgumentParser:
+    analysis = analyses.add_parser(name, help=description, description=sentence(description))
+    analysis.set_defaults(run=run)
+    return analysis
 
 
 def _shift(options: argparse.Namespace) -> int:

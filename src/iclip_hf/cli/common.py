@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import ctypes
 import json
 import math
 import os
 import re
 import sys
 import time
-import unicodedata
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -42,17 +42,16 @@ METHODS = (
 )
 DTYPES = ("float32", "bfloat16", "float16")
 COLORMAP = "jet"
-# Categories of characters that control a terminal or cannot be printed: controls, surrogates, line separators.
-_ACTING = ("Cc", "Cs", "Zl", "Zp")
-_TURNING = frozenset("\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
+# Characters that control a terminal or cannot be printed: controls, line separators, marks of writing direction, surrogates.
+_ACTING = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+# Numbers of options in malloc.h.
+_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".pdf", ".svg")
 
 
-def add_command(commands, name: str, run: Callable, description: str) -> argparse.ArgumentParser:
-    """Adds a command. `run` is called with its parsed options."""
-    command = commands.add_parser(name, help=description, description=description[0].upper() + description[1:] + ".")
-    command.set_defaults(run=run)
-    return command
+def sentence(description: str) -> str:
+    """Returns a description, as the list of commands shows it, as a sentence."""
+    return f"{description[0].upper()}{description[1:]}."
 
 
 def add_model_option(command: argparse.ArgumentParser, help: str = "", **options) -> None:
@@ -225,11 +224,25 @@ def at_least_1(text: str) -> int:
 
 
 def load_silently(name: str | None, dtype: str | None = None):
-    """Like [`iclip_hf.models.loading.load_model`], without output of Transformers."""
+    """Like [`iclip_hf.models.loading.load_model`], without output of Transformers, in a process that keeps its memory."""
     from ..models.loading import load_model
 
     silence_transformers()
+    keep_memory()
     return load_model(name, dtype)
+
+
+def keep_memory() -> None:
+    """
+    Makes the GNU C library keep freed memory for the next image. By default it gives large blocks back to the system, which has to map
+    and clear them again.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt is not None:
+        mallopt(_TRIM_THRESHOLD, 2**30)  # free bytes from which memory is given back
+        mallopt(_MMAP_THRESHOLD, 2**30) or mallopt(
+            _MMAP_THRESHOLD, 2**25
+        )  # bytes from which a block is mapped by itself
 
 
 def silence_transformers() -> None:
@@ -293,10 +306,7 @@ def printable(text) -> str:
     Escapes characters that control a terminal, as in JSON: control characters (escape sequences, new lines), marks of writing
     direction, and bytes of file names that are not UTF-8.
     """
-    return "".join(
-        f"\\u{ord(letter):04x}" if unicodedata.category(letter) in _ACTING or letter in _TURNING else letter
-        for letter in str(text)
-    )
+    return _ACTING.sub(lambda found: f"\\u{ord(found[0]):04x}", str(text))
 
 
 def echo(report) -> None:

@@ -9,7 +9,6 @@ from pathlib import Path
 from .common import (
     PICTURES,
     add_colormap_option,
-    add_command,
     add_dataset_options,
     add_dpi_option,
     add_methods_option,
@@ -25,8 +24,8 @@ from .common import (
 )
 
 
-def register(commands) -> None:
-    command = add_command(commands, "compare", run, "draw the maps of several methods or models side by side")
+def add_options(command: argparse.ArgumentParser) -> None:
+    command.set_defaults(run=run)
     command.add_argument(
         "image", metavar="IMAGE", help="image file, or with --dataset the name or path of one of its images"
     )

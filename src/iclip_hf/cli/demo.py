@@ -6,13 +6,11 @@ import argparse
 import sys
 from pathlib import Path
 
-from .common import add_command, add_model_option, check_folder, echo, silence_transformers
+from .common import add_model_option, check_folder, echo, keep_memory, silence_transformers
 
 
-def register(commands) -> None:
-    command = add_command(
-        commands, "demo", run, "start the live demo: drop an image, type texts, see one map for each text"
-    )
+def add_options(command: argparse.ArgumentParser) -> None:
+    command.set_defaults(run=run)
     add_model_option(command)
     command.add_argument(
         "--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1, this machine only)"
@@ -45,6 +43,7 @@ def run(options: argparse.Namespace) -> int:
         echo(options.export_space)
     else:
         silence_transformers()
+        keep_memory()
         launch(options.model, options.host, options.port, options.dtype)
     return 0
 

@@ -8,7 +8,6 @@ from pathlib import Path
 
 from ..prompts import check_text
 from .common import (
-    add_command,
     add_dataset_options,
     add_limit_option,
     add_methods_option,
@@ -42,13 +41,8 @@ OPTIONS = {
 MEASURES = ("deletion_insertion", "max_sensitivity", "randomization", "pointing_game")
 
 
-def register(commands) -> None:
-    command = add_command(
-        commands,
-        "evaluate",
-        run,
-        "measure how well maps mark or segment classes, or how faithful they are, on a segmentation data set",
-    )
+def add_options(command: argparse.ArgumentParser) -> None:
+    command.set_defaults(run=run)
     command.add_argument(
         "--task",
         choices=tuple(OPTIONS),

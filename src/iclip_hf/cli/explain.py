@@ -10,7 +10,6 @@ from pathlib import Path
 from .common import (
     METHODS,
     add_colormap_option,
-    add_command,
     add_model_options,
     add_refine_option,
     add_text_option,
@@ -25,8 +24,8 @@ from .common import (
 from .pictures import at_picture_size, pictures_to_write, write_pictures
 
 
-def register(commands) -> None:
-    command = add_command(commands, "explain", run, "show which pixels of images match which texts")
+def add_options(command: argparse.ArgumentParser) -> None:
+    command.set_defaults(run=run)
     command.add_argument(
         "images",
         nargs="+",

@@ -7,16 +7,11 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
-from .common import add_command, check_model, checked, echo, silence_transformers
+from .common import check_model, checked, echo, silence_transformers
 
 
-def register(commands) -> None:
-    command = add_command(
-        commands,
-        "export",
-        run,
-        "write a model folder with code and model card for the Hub, an ONNX folder, or a web page",
-    )
+def add_options(command: argparse.ArgumentParser) -> None:
+    command.set_defaults(run=run)
     add_source_options(command)
     command.add_argument("directory", type=Path, metavar="DIR", help="new folder to write")
     command.add_argument(

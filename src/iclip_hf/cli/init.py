@@ -5,11 +5,11 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from .common import add_command, echo, silence_transformers
+from .common import echo, silence_transformers
 
 
-def register(commands) -> None:
-    command = add_command(commands, "init", run, "join an image tower and a text tower into a new model")
+def add_options(command: argparse.ArgumentParser) -> None:
+    command.set_defaults(run=run)
     command.add_argument(
         "--config",
         required=True,

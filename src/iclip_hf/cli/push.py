@@ -7,12 +7,12 @@ import json
 import tempfile
 from pathlib import Path
 
-from .common import add_command, echo
+from .common import echo
 from .export import add_source_options, export
 
 
-def register(commands) -> None:
-    command = add_command(commands, "push", run, "upload a model folder with code and model card to the Hub")
+def add_options(command: argparse.ArgumentParser) -> None:
+    command.set_defaults(run=run)
     add_source_options(command)
     command.add_argument(
         "repo_id",

@@ -9,7 +9,6 @@ from pathlib import Path
 from ..prompts import check_text
 from .common import (
     METHODS,
-    add_command,
     add_model_options,
     add_refine_option,
     add_text_option,
@@ -23,8 +22,8 @@ from .common import (
 from .pictures import at_picture_size, pictures_to_write, write_pictures
 
 
-def register(commands) -> None:
-    command = add_command(commands, "segment", run, "assign each pixel of images to the text that matches it best")
+def add_options(command: argparse.ArgumentParser) -> None:
+    command.set_defaults(run=run)
     command.add_argument("images", nargs="+", metavar="IMAGE", help="image files")
     add_text_option(
         command,

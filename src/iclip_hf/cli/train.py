@@ -6,13 +6,11 @@ import argparse
 import os
 
 from ..training.settings import add_settings, has_configuration, read_settings
-from .common import add_command, echo, report_error
+from .common import echo, report_error
 
 
-def register(commands) -> None:
-    command = add_command(
-        commands, "train", run, "train a model on your own image-text pairs, or by the settings of a configuration"
-    )
+def add_options(command: argparse.ArgumentParser) -> None:
+    command.set_defaults(run=run)
     command.allow_abbrev = False
     add_settings(command)
 

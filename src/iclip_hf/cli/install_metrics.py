@@ -1,0 +1,18 @@
+"""`iclip install-metrics`: the metric modules for `evaluate.load`."""
+
+from __future__ import annotations
+
+import argparse
+
+from .common import echo
+
+
+def add_options(command: argparse.ArgumentParser) -> None:
+    command.set_defaults(run=run)
+
+
+def run(options: argparse.Namespace) -> int:
+    from ..hub.metrics import install_metrics
+
+    echo(f"installed: {', '.join(install_metrics())}")
+    return 0

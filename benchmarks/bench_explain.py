@@ -91,9 +91,11 @@ def contender(name: str, images: int, texts: int) -> Callable[[], object]:
 
 def turns(images: int, texts: int, rounds: int, kept: bool) -> dict[str, list[float]]:
     """Runs in a process of its own, which keeps freed memory, as `iclip` does, or gives it back to the system."""
+    runs = contenders(images, texts)
     if kept:
         keep_memory()
-    return take_turns(contenders(images, texts), rounds)
+        del runs["with attentions"]
+    return take_turns(runs, rounds)
 
 
 def explaining(rounds: int, images: int) -> str:

@@ -47,7 +47,7 @@ extras["bench"] = ["captum>=0.8", "grad-cam>=1.5"]
 
 setup(
     name="iclip-hf",
-    version="0.1.0",
+    version="0.2.0.dev0",
     description="Contrastive image-text models that explain themselves: ICLIP for Hugging Face Transformers",
     long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",

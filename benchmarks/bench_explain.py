@@ -28,7 +28,6 @@ from iclip_hf.explainers import make_explainer
 from iclip_hf.images import load_image
 from iclip_hf.localization.background import encode_background
 from iclip_hf.localization.localizer import Localizer
-from iclip_hf.models.embedded import embedded_model
 from iclip_hf.models.loading import load_iclip
 from iclip_hf.models.towers import embedded_towers
 from iclip_hf.presence import BACKGROUND, presence
@@ -39,7 +38,7 @@ SIZE = (480, 640)
 
 
 def loaded() -> ICLIPModel:
-    return load_iclip(embedded_model())[0]
+    return load_iclip("embedded")[0]
 
 
 def without_gradients(function: Callable[[], object]) -> Callable[[], object]:
@@ -148,7 +147,7 @@ def variants(rounds: int) -> str:
 
 def pipelines(rounds: int) -> str:
     """`pipeline` over 100 images against the model's forward alone, both in batches of 8."""
-    model, processor = load_iclip(embedded_model())
+    model, processor = load_iclip("embedded")
     pipe = pipeline("image-text-similarity-map", model=model, processor=processor)
     noise = np.random.default_rng(0).integers(0, 255, (100, 15, 20, 3), np.uint8)
     images = [Image.fromarray(one).resize(SIZE[::-1], Image.Resampling.BICUBIC) for one in noise]
@@ -173,7 +172,7 @@ def asking_again(rounds: int) -> str:
     from iclip_hf.demo.app import explain_image, look_at, to_npz, viewer_value
     from iclip_hf.demo.content import EXAMPLES
 
-    localizer = Localizer(*load_iclip(embedded_model()), ["dog"])
+    localizer = Localizer(*load_iclip("embedded"), ["dog"])
     photo = np.random.default_rng(0).integers(0, 255, (15, 20, 3), np.uint8)
     image = Image.fromarray(photo).resize(SIZE[::-1], Image.Resampling.BICUBIC)
     texts = next(iter(EXAMPLES.values())).texts.split(", ")
@@ -193,7 +192,7 @@ def asking_again(rounds: int) -> str:
 
 def end_to_end(files: int) -> str:
     """`iclip explain` of JPEG files against decoding them and the model's forward, each alone."""
-    model, processor = load_iclip(embedded_model())
+    model, processor = load_iclip("embedded")
     with tempfile.TemporaryDirectory() as folder:
         paths = [Path(folder, f"{number}.jpg") for number in range(files)]
         for number, path in enumerate(paths):
@@ -229,7 +228,7 @@ def end_to_end(files: int) -> str:
 
 def presences(rounds: int) -> str:
     """Presence: encoding the nouns and reading them again in another process, and what an image costs then."""
-    model, processor = load_iclip(embedded_model())
+    model, processor = load_iclip("embedded")
     explainer, templates = make_explainer(model, processor), processor.templates
     pixel_values = processor(images=[Image.new("RGB", SIZE[::-1])])["pixel_values"]
     background, texts = encode_background(explainer, templates), explainer.encode_texts(["dog", "ball", "grass"])
@@ -250,7 +249,7 @@ def presences(rounds: int) -> str:
 
 def shifting(data: Path, images: int) -> str:
     """`iclip analyze shift` of real images and masks against the forwards of these images."""
-    model, processor = load_iclip(embedded_model())
+    model, processor = load_iclip("embedded")
     samples = [
         sample for _, sample in zip(range(images), load_segmentation("coco2017", data / "coco100", "train2017"))
     ]
@@ -337,7 +336,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--images", type=int, default=64)
-    parser.add_argument("--data", type=Path, default=Path(os.environ.get("ICLIP_DATA", "../shared/data")))
+    parser.add_argument("--data", type=Path, default=Path(os.environ.get("ICLIP_DATA", "data")))
     options = parser.parse_args()
     print(f"{machine()}; medians of {options.rounds} rounds, several images 3\n", flush=True)
     for part in (

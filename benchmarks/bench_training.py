@@ -1,6 +1,6 @@
 """Training from the feature cache against training without it, in one and two processes, and open_clip's locked-image training.
 
-    python benchmarks/bench_training.py --data ../shared/data/flickr8k/dev-00000.tar
+    python benchmarks/bench_training.py --data DATA/flickr8k/dev-00000.tar
 
 Prints Markdown tables: seconds of an epoch over the same pairs in the same batches, on the embedded towers (DINOv2 ViT-S/14 and
 MiniLM-L6); the contenders take turns. open_clip trains random towers of these sizes, with its own loss and tokenizer. Two
@@ -245,7 +245,7 @@ def on_paper(folder: Path, step: float, encoded: float) -> str:
 
 
 def main() -> None:
-    data = Path(os.environ.get("ICLIP_DATA", "../shared/data"), "flickr8k/dev-00000.tar")
+    data = Path(os.environ.get("ICLIP_DATA", "data"), "flickr8k/dev-00000.tar")
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, default=data)
     parser.add_argument("--pairs", type=int, default=128)

@@ -25,7 +25,7 @@ from PIL import Image
 from playwright.sync_api import Browser, Page, sync_playwright
 from skimage.data import coffee
 
-from iclip_hf import ICLIPProcessor, embedded_model
+from iclip_hf import ICLIPProcessor
 from iclip_hf.demo.web import export_web
 from iclip_hf.demo.web_server import web_server
 from iclip_hf.models.loading import load_iclip
@@ -122,7 +122,7 @@ def main() -> None:
     options = parser.parse_args()
 
     with tempfile.TemporaryDirectory() as scratch:
-        model, processor = load_iclip(embedded_model(), dtype="float32")
+        model, processor = load_iclip("embedded", dtype="float32")
         page = options.page or export_web(model, processor, Path(scratch, "page"), vendor=True)
         report(processor, page, options.rounds, options.picture)
 

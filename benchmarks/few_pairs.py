@@ -1,9 +1,9 @@
 """Fine-tunes the embedded model on few pairs that it never saw, and writes the table of what this changes.
 
-    python benchmarks/few_pairs.py --data-root ../shared/data
-    python benchmarks/few_pairs.py --data-root ../shared/data --recipe structure
-    python benchmarks/few_pairs.py --data-root ../shared/data --pairs 500 --steps 50 --text-lora-rank 8
-    python benchmarks/few_pairs.py --data-root ../shared/data --pairs 500 --steps 50 --unlocked-vision-blocks 1
+    python benchmarks/few_pairs.py --data-root DATA
+    python benchmarks/few_pairs.py --data-root DATA --recipe structure
+    python benchmarks/few_pairs.py --data-root DATA --pairs 500 --steps 50 --text-lora-rank 8
+    python benchmarks/few_pairs.py --data-root DATA --pairs 500 --steps 50 --unlocked-vision-blocks 1
 
 For each seed, one half of the images of Flickr8k's dev split are the pairs, with one caption each, and retrieval is measured on
 the other half, with five. Maps are measured on coco100. Settings are those that `iclip train pairs.csv` chooses, except for the
@@ -33,7 +33,6 @@ from iclip_hf.data.pairs import load_pairs
 from iclip_hf.data.segmentation import load_segmentation
 from iclip_hf.evaluation.evaluate import evaluate
 from iclip_hf.modeling_iclip import ICLIPModel
-from iclip_hf.models.embedded import embedded_model
 from iclip_hf.models.loading import load_iclip
 from iclip_hf.training.data import BatchLoader, WholeImage
 from iclip_hf.training.feature_cache import CachedPairs, cache_images, cache_texts
@@ -90,7 +89,7 @@ class Study:
         self.steps, self.recipe = options.steps, options.recipe
         self.rank, self.blocks = options.text_lora_rank, options.unlocked_vision_blocks
         self.accelerator = Accelerator(cpu=True)
-        self.start, self.processor = load_iclip(embedded_model())
+        self.start, self.processor = load_iclip("embedded")
         pairs, transform = load_pairs(options.data_root / "flickr8k" / "dev-00000.tar"), WholeImage(self.processor)
         views = cache_images(options.output, pairs, self.start, [transform], self.accelerator)
         captions = [caption for several in views[0].captions() for caption in several]

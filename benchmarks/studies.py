@@ -1,6 +1,6 @@
 """Trains the studies of the paper's Tables 2 and 3 from one feature cache, and writes their table.
 
-    python benchmarks/studies.py --data-root ../shared/data/coco100 --split train2017
+    python benchmarks/studies.py --data-root DATA/coco100 --split train2017
 
 Every run is `iclip train` with other options of the model, once for each seed. Runs that `--output` already holds are not repeated.
 A sentence below the table gives what explains it: how similar the image tower's patch tokens are to its class token, and how far one

@@ -24,7 +24,7 @@ from conftest import tiny_model
 from huggingface_hub import ModelCard
 from PIL import Image
 
-from iclip_hf import cli, embedded_model, explain
+from iclip_hf import cli, explain
 from iclip_hf.demo import content, web
 from iclip_hf.demo.web_server import web_server
 from iclip_hf.label_maps import label_map
@@ -602,7 +602,7 @@ def test_the_command_serves_files_of_the_folder_only(tmp_path):
 @pytest.mark.slow
 @NEEDS_NPM
 def test_the_embedded_model_on_20_photographs(browser, iclip_data, tmp_path):
-    model, processor = load_iclip(embedded_model(), dtype="float32")
+    model, processor = load_iclip("embedded", dtype="float32")
     folder = web.export_web(model, processor, tmp_path / "page", vendor=True)
     exported = folder, unpacked(folder, model, processor, tmp_path / "onnx"), processor
     texts = ["person", "wooden table", "Café in 東京 🍰"]

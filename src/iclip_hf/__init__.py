@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from .processing_iclip import ICLIPProcessor
 
 
-__version__ = "0.1.0"
+__version__ = "0.2.0.dev0"
 
 _MODULES = {
     "embedded_model": ".models.embedded",

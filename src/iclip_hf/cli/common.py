@@ -59,7 +59,7 @@ def add_model_option(command: argparse.ArgumentParser, help: str = "", **options
         "--model",
         metavar="FOLDER_OR_ID",
         type=checked(check_model),
-        help=f"ICLIP or CLIP-like model{help} (default: the embedded model)",
+        help=f'ICLIP or CLIP-like model, or "embedded"{help} (default: the embedded model)',
         **options,
     )
     command.add_argument(

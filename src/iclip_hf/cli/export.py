@@ -40,7 +40,7 @@ def add_options(command: argparse.ArgumentParser) -> None:
 
 def add_source_options(command: argparse.ArgumentParser) -> None:
     command.add_argument(
-        "model", type=checked(check_model), metavar="MODEL", help="folder or Hub id of an ICLIP model"
+        "model", type=checked(_check_source), metavar="MODEL", help="folder or Hub id of an ICLIP model"
     )
     command.add_argument(
         "--results",
@@ -48,6 +48,15 @@ def add_source_options(command: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="JSON file of `iclip evaluate --output`; its scores are written into the model card",
     )
+
+
+def _check_source(name: str) -> str:
+    if name == "embedded":  # its folder has a model card, which the next one is written from
+        raise ValueError(
+            f"Expected a folder or a Hub id, got {name!r}: write it into a folder by "
+            "`iclip init --config iclip-dinov2-s14-minilm --output DIR` first."
+        )
+    return check_model(name)
 
 
 def run(options: argparse.Namespace) -> int:

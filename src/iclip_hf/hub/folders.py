@@ -14,7 +14,6 @@ from transformers.dynamic_module_utils import get_relative_import_files
 
 from ..configuration_iclip import ICLIPConfig
 from ..modeling_iclip import ICLIPModel, load_tower
-from ..models.embedded import embedded_model
 from ..models.loading import load_iclip
 from ..models.towers import embedded_towers
 from ..pipeline_iclip import PIPELINES
@@ -87,7 +86,7 @@ def init_model(config: str | Path, output: str | Path, vision: str | None = None
     known = {}
     with atomic_folder(output) as folder:
         if trained:
-            model, processor = load_iclip(embedded_model())
+            model, processor = load_iclip("embedded")
             known = {"training": named, "metrics": json.loads((source / "results.json").read_text())}
         else:
             model, processor = join_towers(source, vision, text)

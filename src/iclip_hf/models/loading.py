@@ -23,14 +23,13 @@ def load_model(name: str | Path | None = None, dtype: str | None = None):
     Loads model and processor for the commands and the demo, on the GPU if there is one.
 
     Args:
-        name: folder or Hub id of an ICLIP model or another model of the Auto classes, or an exported ONNX folder; the embedded
-            model if not given.
+        name: as for [`load_pretrained`], or an exported ONNX folder; the embedded model if not given.
         dtype (`str`, *optional*): `"float32"`, `"bfloat16"` or `"float16"`; that of the checkpoint if not given.
 
     Raises:
         As [`load_pretrained`]; also `ValueError` for a dtype with an ONNX folder, whose precision is set on export.
     """
-    name = embedded_model() if name is None else name
+    name = "embedded" if name is None else name
     if Path(name, VISION_FILE).is_file():
         if dtype is not None:
             raise ValueError(
@@ -60,7 +59,7 @@ def load_pretrained(name: str | Path, **options):
     Loads model and processor of a folder or Hub id from safetensors. Code in the folder is not run.
 
     Args:
-        name: folder or Hub id of an ICLIP model or another model of the Auto classes.
+        name: folder or Hub id of an ICLIP model or another model of the Auto classes, or `"embedded"`.
         options: options of the model's configuration.
 
     Returns:
@@ -69,6 +68,7 @@ def load_pretrained(name: str | Path, **options):
     Raises:
         `OSError`: the model or one of its files does not exist. `ValueError`: a file is damaged, lacks weights or contains NaN.
     """
+    name = embedded_model() if name == "embedded" else name
     with loading_errors(name):
         model, loading = AutoModel.from_pretrained(
             name, output_loading_info=True, use_safetensors=True, trust_remote_code=False, **options
@@ -85,11 +85,12 @@ def load_pretrained(name: str | Path, **options):
 
 def load_iclip(name: str | Path, **options) -> tuple[ICLIPModel, ICLIPProcessor]:
     """
-    Loads model and processor of an ICLIP model; `options` override its configuration.
+    Loads model and processor of an ICLIP model, a folder, Hub id or `"embedded"`; `options` override its configuration.
 
     Raises:
         `ValueError`: the model is of another type or damaged. `OSError`: it does not exist.
     """
+    name = embedded_model() if name == "embedded" else name
     with loading_errors(name):
         model_type = AutoConfig.from_pretrained(name, trust_remote_code=False).model_type
     if model_type != "iclip":

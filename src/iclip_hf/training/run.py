@@ -25,7 +25,6 @@ from ..data.segmentation import load_segmentation
 from ..evaluation.evaluate import evaluate
 from ..hub.folders import join_towers
 from ..modeling_iclip import ICLIPModel
-from ..models.embedded import embedded_model
 from ..models.loading import load_iclip, warn_of_slow_bfloat16
 from ..processing_iclip import ICLIPProcessor
 from ..utils.distributed import partner_errors, shared_folder_lock
@@ -60,7 +59,7 @@ def build_model(settings: Settings) -> tuple[ICLIPModel, ICLIPProcessor]:
         raise ValueError(f"Expected model_options to name options of ICLIPConfig, got {unknown[0]!r}: correct it.")
     options = {name: yaml.safe_load(value) for name, value in options.items()}
     if settings.model:
-        return load_iclip(embedded_model() if settings.model == "embedded" else settings.model, **options)
+        return load_iclip(settings.model, **options)
     folder = Path(settings.config).parent
     return join_towers(folder, settings.vision, settings.text, settings.image_size, **options)
 

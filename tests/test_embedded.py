@@ -5,11 +5,13 @@ import json
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import load_file
 
 from iclip_hf import ICLIPConfig, ICLIPModel, ICLIPProcessor
 from iclip_hf.data import load_segmentation
 from iclip_hf.evaluation.evaluate import evaluate
 from iclip_hf.models.embedded import PROJECTIONS, embedded_model, save_projections
+from iclip_hf.models.loading import load_iclip, load_model, load_pretrained
 
 
 # Of `iclip evaluate --dataset coco2017 --split train2017` on these images, 224 pixels, 80 classes.
@@ -41,6 +43,15 @@ def test_projections_survive_the_way_out_and_in(folder, tmp_path):
         assert copy.metadata() == file.metadata()
         assert all(torch.equal(copy.get_tensor(name), file.get_tensor(name)) for name in file.keys())
     assert [path.name for path in tmp_path.iterdir()] == ["projections.safetensors"]
+
+
+@pytest.mark.slow
+def test_its_name_stands_for_its_folder(folder):
+    expected = load_file(folder / "model.safetensors")["recognition.visual_projection.weight"]
+    for load in (load_model, load_pretrained, load_iclip):
+        model, processor = load("embedded")
+        assert torch.equal(model.state_dict()["recognition.visual_projection.weight"].cpu(), expected), load.__name__
+        assert isinstance(processor, ICLIPProcessor)
 
 
 @pytest.mark.slow

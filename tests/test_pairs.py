@@ -758,10 +758,11 @@ def test_hub_ids_are_streamed(tmp_path, monkeypatch):
         raise ConnectionError("no network")
 
     monkeypatch.setattr(datasets, "load_dataset", refuse)
-    with pytest.raises(FileNotFoundError, match=r"org/other: expected a local path, or a Hub dataset.*no network"):
-        load_pairs("org/other")
-    with pytest.raises(FileNotFoundError, match="expected a file or folder of pairs"):
-        load_pairs("org/other.tar")  # not asked for on the Hub
+    with pytest.raises(FileNotFoundError, match=r"other/name: expected a local path, or a Hub dataset.*no network"):
+        load_pairs("other/name")
+    for mistyped in ("org/other", "other/name.tar"):  # not asked for on the Hub
+        with pytest.raises(FileNotFoundError, match=f"{mistyped}: expected a file or folder of pairs"):
+            load_pairs(mistyped)
 
 
 def test_stream_needs_images(tmp_path):

@@ -82,7 +82,7 @@ def _sums(values: np.ndarray, runs: np.ndarray) -> np.ndarray:
     """Returns the sum of the values of each run."""
     ends = (runs[:, 1:] + runs[:, :1] * values.shape[1]).ravel()
     ends = ends[ends < values.size]  # reduceat allows no index behind the last value
-    return np.add.reduceat(values.ravel(), ends, dtype=np.float64)[::2] if len(runs) else np.zeros(0)
+    return np.add.reduceat(values.ravel(), ends, dtype=np.float64)[::2]
 
 
 def _connected(runs: np.ndarray, width: int) -> np.ndarray:
@@ -100,8 +100,8 @@ def _connected(runs: np.ndarray, width: int) -> np.ndarray:
     while True:
         least = np.minimum(parts[upper], parts[lower])
         merged = parts.copy()
-        for runs in (upper, lower, parts[upper], parts[lower]):
-            np.minimum.at(merged, runs, least)
+        for touched in (upper, lower, parts[upper], parts[lower]):
+            np.minimum.at(merged, touched, least)
         merged = merged[merged]
         if np.array_equal(merged, parts):
             return parts

@@ -308,7 +308,7 @@ def load_pairs(
       Commas, semicolons or tabs separate the fields of a .csv. In a .tsv, quotes have no special meaning.
     - A folder with a subfolder of images for each class. The caption of `dog/1.jpg` is "a photo of a dog".
     - A `.parquet` file, a folder of them, or a folder of `save_to_disk` of `datasets`, with images as bytes or paths.
-    - The Hub id of a dataset ("org/name"), if there is no such local path.
+    - The Hub id of a dataset ("org/name"), if there is no local folder "org".
 
     Args:
         source (`str`, `os.PathLike` or a list of them): the source.

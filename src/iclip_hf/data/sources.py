@@ -397,11 +397,11 @@ class ArrowRows(Source):
 
 
 def is_hub_id(source: str) -> bool:
-    """Whether this names a Hub dataset: `org/name` that is no local path."""
+    """Whether this names a Hub dataset: `org/name` where `org` is no folder here, as it is for a mistyped path."""
     return (
         re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", source) is not None
         and Path(source).suffix.lower() not in _KINDS
-        and not os.path.exists(source)
+        and not os.path.exists(os.path.dirname(source))
     )
 
 

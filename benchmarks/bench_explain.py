@@ -100,7 +100,7 @@ def turns(images: int, texts: int, rounds: int, kept: bool) -> dict[str, list[fl
 def explaining(rounds: int, images: int) -> str:
     rows = []
     for number, texts in ((n, t) for n in (1, images) for t in (1, 20, 80)):
-        taken, kept = (alone(turns, number, texts, rounds if number == 1 else 3, keeping) for keeping in (False, True))
+        taken, kept = (alone(turns, number, texts, rounds, keeping) for keeping in (False, True))
         memory = {name: cost(contender, name, number, texts)[1] for name in ("explain", "map by map", "bare")}
         rows.append(
             [
@@ -335,10 +335,10 @@ with torch.no_grad():
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=10)
-    parser.add_argument("--images", type=int, default=64)
+    parser.add_argument("--images", type=int, default=8, help="images of a batch")
     parser.add_argument("--data", type=Path, default=Path(os.environ.get("ICLIP_DATA", "data")))
     options = parser.parse_args()
-    print(f"{machine()}; medians of {options.rounds} rounds, several images 3\n", flush=True)
+    print(f"{machine()}; medians of {options.rounds} rounds, of 3 for 77 and 100 images\n", flush=True)
     for part in (
         lambda: explaining(options.rounds, options.images),
         lambda: variants(options.rounds),

@@ -54,8 +54,8 @@ def with_transformers(model: CLIPModel, pixel_values: torch.Tensor, text_embeds:
     for text in text_embeds:
         outputs = model.vision_model(pixel_values, output_attentions=True)
         logit = (F.normalize(model.visual_projection(outputs.pooler_output), dim=-1) @ text).sum()
+        activations = normed.pop()
         if method == "grad_cam":
-            activations = normed.pop()
             (gradient,) = torch.autograd.grad(logit, activations)
             maps.append((activations * gradient[:, 1:].mean(1, keepdim=True)).sum(-1)[:, 1:].relu().detach())
         else:

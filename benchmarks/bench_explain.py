@@ -104,7 +104,7 @@ def explaining(rounds: int, images: int) -> str:
         memory = {name: cost(contender, name, number, texts)[1] for name in ("explain", "map by map", "bare")}
         rows.append(
             [
-                f"{number} of each, {texts}",
+                f"{number}, {texts}",
                 1e3 * float(np.median(taken["explain"])),
                 *(f"{ratio(one, name, 'bare'):.3f}" for one in (taken, kept) for name in ("explain", "map by map")),
                 f"{ratio(taken, 'explain', 'with attentions'):.3f}",

@@ -1,5 +1,6 @@
 import argparse
 import json
+import platform
 import shutil
 import subprocess
 import sys
@@ -269,6 +270,37 @@ for command in {commands}:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert len(done.stderr.splitlines()) == len(commands) - 1  # one sentence each
+
+
+def test_a_command_loads_only_its_own_options():
+    code = """
+import sys
+from iclip_hf import cli
+assert cli.main(["explain", "none.jpg", "--text", "dog"]) == 2
+assert [name for name in cli.COMMANDS if f"iclip_hf.cli.{name.replace('-', '_')}" in sys.modules] == ["explain"]
+assert "numpy" not in sys.modules
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="needs the GNU C library")
+def test_freed_memory_is_kept_for_the_next_image():
+    """A page that is new to the process is a page fault, and 64 MiB are 16384 pages, or 32 huge ones."""
+    code = """
+import resource
+from iclip_hf.cli.common import keep_memory
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    bytearray(b"x") * 2**26
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+assert min(faults() for _ in range(3)) > 16
+keep_memory()
+faults()
+assert max(faults() for _ in range(3)) < 16
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize(

@@ -240,9 +240,8 @@ def keep_memory() -> None:
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt is not None:
         mallopt(_TRIM_THRESHOLD, 2**30)  # free bytes from which memory is given back
-        mallopt(_MMAP_THRESHOLD, 2**30) or mallopt(
-            _MMAP_THRESHOLD, 2**25
-        )  # bytes from which a block is mapped by itself
+        # Bytes from which a block is mapped by itself. Older versions allow 32 MiB at most.
+        mallopt(_MMAP_THRESHOLD, 2**30) or mallopt(_MMAP_THRESHOLD, 2**25)
 
 
 def silence_transformers() -> None:

@@ -234,6 +234,8 @@ def test_help_says_what_every_option_is():
             assert commands or action.help, f"{parser.prog} {action.dest}"
         assert parser.description and parser.format_help()
     assert len(parsers) == 16  # iclip, its 12 commands and 3 analyses
+    parser, arguments = cli._parser(), ["explain", "a.jpg", "--text", "dog"]
+    assert parser.parse_args(arguments) == parser.parse_args(arguments)
 
 
 def test_arguments_and_files_are_checked_before_torch_is_imported(folder, tmp_path):

@@ -161,7 +161,7 @@ def test_pixel_limit(monkeypatch, tmp_path, limit):
         (encoded(Image.fromarray(noise(60, 60)), "JPEG")[:2000], "truncated"),
         (encoded(Image.fromarray(noise(60, 60)), "PNG")[:5000], "truncated"),
         (encoded(Image.new("F", (3, 3)), "TIFF"), "mode 'F'"),
-        (encoded(Image.new("I", (3, 3), 70000), "TIFF"), "values from 70000 to 70000"),
+        (encoded(Image.new("I", (3, 3), 65536), "TIFF"), "values from 65536 to 65536"),
     ],
 )
 def test_unreadable_files_are_named(tmp_path, content, problem):

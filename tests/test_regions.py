@@ -74,15 +74,17 @@ def test_points_are_where_they_should_be(seed):
     assert distances.min() >= 13 / 4
 
 
+@pytest.mark.parametrize(("height", "side"), [(26, 3), (34, 4)])
 @pytest.mark.parametrize("seed", range(5))
-def test_negative_points_are_those_of_a_slow_search(seed):
-    """Means over 3x3 pixels with repeated edges; the lowest, then the lowest of those at least 26 / 4 pixels away, and so on."""
-    heatmap, mask = random_maps(seed, (26, 33))
-    padded = np.pad(heatmap.astype(np.float64), 1, mode="edge")
-    means = {(x, y): padded[y : y + 3, x : x + 3].mean() for y in range(26) for x in range(33) if not mask[y, x]}
+def test_negative_points_are_those_of_a_slow_search(seed, height, side):
+    """Means over squares with repeated edges; the lowest, then the lowest of those at least a quarter of the height away, and so on."""
+    heatmap, mask = random_maps(seed, (height, 37))
+    padded = np.pad(heatmap.astype(np.float64), (side // 2, (side - 1) // 2), mode="edge")
+    places = [(x, y) for y in range(height) for x in range(37) if not mask[y, x]]
+    means = {(x, y): padded[y : y + side, x : x + side].mean() for x, y in places}
     expected = []
     for _ in range(3):
-        far = [place for place in means if all(np.hypot(*np.subtract(place, one)) >= 26 / 4 for one in expected)]
+        far = [place for place in means if all(np.hypot(*np.subtract(place, one)) >= height / 4 for one in expected)]
         expected.append(min(far, key=means.get))
     assert negative_points(heatmap, mask, 3).tolist() == [list(place) for place in expected]
 

@@ -5,14 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
+from importlib.metadata import version
 
 import torch
-import transformers
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from .. import __version__
 from ..explainers import Explainer
 from ..modeling_iclip import ICLIPModel, ICLIPTextFeatures
 from ..presence import BACKGROUND
@@ -61,5 +60,5 @@ def _fingerprint(explainer: Explainer, templates: Sequence[str]) -> dict[str, st
         "tokens": hashlib.sha256(tokens.encode()).hexdigest(),
         "weights": weights_digest(nn.ModuleList([model.text_model, model.recognition, model.map_branch])),
         "config": model.config.to_json_string(use_diff=False),
-        "versions": f"{__version__} {torch.__version__} {transformers.__version__}",
+        "versions": " ".join(version(name) for name in ("iclip-hf", "torch", "transformers")),
     }

@@ -12,6 +12,7 @@ from iclip_hf.data import load_segmentation
 from iclip_hf.evaluation.evaluate import evaluate
 from iclip_hf.models.embedded import PROJECTIONS, embedded_model, save_projections
 from iclip_hf.models.loading import load_iclip, load_model, load_pretrained
+from iclip_hf.models.onnx import VISION_FILE
 
 
 # Of `iclip evaluate --dataset coco2017 --split train2017` on these images, 224 pixels, 80 classes.
@@ -46,7 +47,12 @@ def test_projections_survive_the_way_out_and_in(folder, tmp_path):
 
 
 @pytest.mark.slow
-def test_its_name_stands_for_its_folder(folder):
+def test_its_name_stands_for_its_folder(folder, tmp_path, monkeypatch):
+    """Also beside another model in a folder of this name, which `./embedded` names."""
+    (tmp_path / "embedded").mkdir()
+    for name in (VISION_FILE, "config.json"):
+        (tmp_path / "embedded" / name).write_text("{}")
+    monkeypatch.chdir(tmp_path)
     expected = load_file(folder / "model.safetensors")["recognition.visual_projection.weight"]
     for load in (load_model, load_pretrained, load_iclip):
         model, processor = load("embedded")

@@ -29,7 +29,7 @@ def load_model(name: str | Path | None = None, dtype: str | None = None):
     Raises:
         As [`load_pretrained`]; also `ValueError` for a dtype with an ONNX folder, whose precision is set on export.
     """
-    name = "embedded" if name is None else name
+    name = embedded_model() if name in (None, "embedded") else name  # not a folder of this name
     if Path(name, VISION_FILE).is_file():
         if dtype is not None:
             raise ValueError(

@@ -71,8 +71,10 @@ def check_packages(settings: Settings) -> None:
 def check_model(model: str) -> None:
     """Raises an error if a local folder is no ICLIP model. A Hub id is checked when it is loaded."""
     folder = Path(model)
+    if model == "embedded":
+        return
     if not folder.is_dir():
-        if model == "embedded" or (model.count("/") == 1 and not model.startswith((".", "/", "~"))):
+        if model.count("/") == 1 and not model.startswith((".", "/", "~")):
             return
         raise FileNotFoundError(
             f"{model}: expected the folder or the Hub id of an ICLIP model, but there is none; check it."

@@ -29,7 +29,7 @@ def load_model(name: str | Path | None = None, dtype: str | None = None):
     Raises:
         As [`load_pretrained`]; also `ValueError` for a dtype with an ONNX folder, whose precision is set on export.
     """
-    name = embedded_model() if name in (None, "embedded") else name  # not a folder of this name
+    name = _located("embedded" if name is None else name)
     if Path(name, VISION_FILE).is_file():
         if dtype is not None:
             raise ValueError(
@@ -41,6 +41,11 @@ def load_model(name: str | Path | None = None, dtype: str | None = None):
         warn_of_slow_bfloat16()
     model, processor = load_pretrained(name, **({} if dtype is None else {"dtype": dtype}))
     return model.to(device), processor
+
+
+def _located(name: str | Path) -> str | Path:
+    """Returns the folder of the embedded model for its name, also beside another folder `embedded`; other names as they are."""
+    return embedded_model() if name == "embedded" else name
 
 
 def has_bfloat16() -> bool:
@@ -68,7 +73,7 @@ def load_pretrained(name: str | Path, **options):
     Raises:
         `OSError`: the model or one of its files does not exist. `ValueError`: a file is damaged, lacks weights or contains NaN.
     """
-    name = embedded_model() if name == "embedded" else name
+    name = _located(name)
     with loading_errors(name):
         model, loading = AutoModel.from_pretrained(
             name, output_loading_info=True, use_safetensors=True, trust_remote_code=False, **options
@@ -90,7 +95,7 @@ def load_iclip(name: str | Path, **options) -> tuple[ICLIPModel, ICLIPProcessor]
     Raises:
         `ValueError`: the model is of another type or damaged. `OSError`: it does not exist.
     """
-    name = embedded_model() if name == "embedded" else name
+    name = _located(name)
     with loading_errors(name):
         model_type = AutoConfig.from_pretrained(name, trust_remote_code=False).model_type
     if model_type != "iclip":

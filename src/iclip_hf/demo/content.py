@@ -10,7 +10,7 @@ import numpy as np
 from matplotlib import colormaps
 from PIL import Image
 
-from ..utils.plots import COLORMAP
+from ..utils.names import COLORMAP
 
 
 MAX_TEXTS = 12

@@ -16,6 +16,7 @@ from PIL import Image
 
 from .arrays import to_numpy
 from .lettering import more_scripts, text_mask, word_boxes
+from .names import COLORMAP
 
 
 if TYPE_CHECKING:
@@ -23,8 +24,6 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from matplotlib.patches import Rectangle
 
-# Blue is low and red is high, as in the paper's Fig. 1. "cividis" is safe for colour-blind readers.
-COLORMAP = "jet"
 # Resolution of a sheet in dots per inch.
 DPI = 120
 # These are drawn with matplotlib.

@@ -15,9 +15,7 @@ from measuring import machine, ratio, table, take_turns
 from iclip_hf.cli.common import load_silently
 from iclip_hf.data.segmentation import load_segmentation
 from iclip_hf.evaluation.evaluate import evaluate
-from iclip_hf.evaluation.faithfulness import evaluate_faithfulness
 from iclip_hf.evaluation.results import rounded
-from iclip_hf.evaluation.segmentation import evaluate_segmentation
 from iclip_hf.explainers import METHODS, make_explainer
 from iclip_hf.utils.files import atomic_write
 

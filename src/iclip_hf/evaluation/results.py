@@ -1,4 +1,4 @@
-"""Base class of the results of evaluations, and their files."""
+"""The result of an evaluation, and its files."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import csv
 import io
 import json
 import math
-from abc import ABC, abstractmethod
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -14,35 +13,49 @@ from ..utils.files import atomic_write
 
 
 @dataclass
-class Result(ABC):
+class EvaluationResult:
     """
-    The results of an evaluation and its protocol. A figure that the data cannot measure is None.
+    The result of [`evaluate`]. A figure that the data cannot measure is None.
 
     Attributes:
         protocol (`dict`): model, data set with its fingerprint, resolution, prompts, options, software versions.
-        results (`dict`): the scores of each method.
-        per_class (`dict`): for each method, a list with one `dict` for each class.
+        results (`dict`): for each method, the figures of all measures, and `left_out`, for each measure the number of items that
+            have no figure, by reason.
+        presence (`dict`): figures of the measure `presence`; empty if it was not measured.
+        per_class (`dict`): for each method, a list with one `dict` for each class: id, name and the rows of all measures.
         timing (`dict`): seconds in total, seconds in the model, number of images of this process.
+        columns (`dict`): for each method, the cells of the table by heading.
     """
 
     protocol: dict
     results: dict[str, dict]
+    presence: dict[str, float | None]
     per_class: dict[str, list[dict]]
     timing: dict[str, float]
+    columns: dict[str, dict[str, str]]
 
-    @abstractmethod
     def table(self) -> str:
-        """Returns the scores as a Markdown table."""
+        """Returns the scores as a Markdown table, and a line on presence."""
+        headings = list(next(iter(self.columns.values())))
+        lines = [markdown(["method", *headings], [[method, *row.values()] for method, row in self.columns.items()])]
+        if self.presence:
+            kept, passed, ap = (rounded(self.presence[name], 1) for name in ("kept", "passed", "mAP"))
+            gate = f"presence of at least {self.presence['min_presence']}"
+            shares = f"{kept} % of the classes that an image shows, {passed} % of the others"
+            lines += ["", f"{gate}: {shares}; mAP by presence {ap} %"]
+        return "\n".join(lines)
 
     def to_json(self) -> str:
-        """Returns all attributes as JSON text."""
-        return json.dumps(asdict(self), indent=2, allow_nan=False) + "\n"
+        """Returns all attributes but the table as JSON text."""
+        values = asdict(self)
+        del values["columns"]
+        return json.dumps(values, indent=2, allow_nan=False) + "\n"
 
     def per_class_csv(self) -> str:
         """Returns `per_class` as CSV text, with a row for each method and class."""
         text = io.StringIO()
         rows = [{"method": method, **row} for method, rows in self.per_class.items() for row in rows]
-        writer = csv.DictWriter(text, rows[0])
+        writer = csv.DictWriter(text, dict.fromkeys(name for row in rows for name in row))
         writer.writeheader()
         writer.writerows(rows)
         return text.getvalue()

@@ -203,7 +203,9 @@ def test_bands_meet_without_a_seam():
     np.testing.assert_array_equal(np.asarray(load_image(Image.fromarray(values)))[..., 1], np.rint(values / 257))
     alpha = noise(700, 3, 4)
     share = alpha[..., 3:] / 255
-    np.testing.assert_allclose(load_image(Image.fromarray(alpha)), alpha[..., :3] * share + 255 * (1 - share), atol=1.01)
+    np.testing.assert_allclose(
+        load_image(Image.fromarray(alpha)), alpha[..., :3] * share + 255 * (1 - share), atol=1.01
+    )
 
 
 @pytest.mark.parametrize(

@@ -192,6 +192,9 @@ def _orientation(image: Image.Image) -> int:
     if "exif" in image.info:  # else of a TIFF file, or given by the user
         exif = Image.Exif()
         exif.load(image.info["exif"])
-    elif image.format not in (None, "TIFF"):  # Pillow found it in XMP or in the text of a PNG file, where browsers do not look
+    elif image.format not in (
+        None,
+        "TIFF",
+    ):  # Pillow found it in XMP or in the text of a PNG file, where browsers do not look
         return 1
     return exif.get(ExifTags.Base.Orientation, 1)

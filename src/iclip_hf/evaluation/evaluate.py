@@ -77,13 +77,13 @@ class _Scores:
         self.contrast = TextContrast()
 
     @staticmethod
-    def count(heatmaps: torch.Tensor, masks: np.ndarray, labels: Sequence[int]) -> tuple:
+    def count(heatmaps: torch.Tensor, masks: np.ndarray, labels: Sequence[int], void: int) -> tuple:
         """Counts the maps and masks `(K, H, W)` of the K classes of one image. Returns the argument of `add`."""
         pairs = [
-            (label, MeanMaxIoU.count(heatmap, mask, label), MeanForegroundMinusBackground.count(heatmap, mask, label))
-            for heatmap, mask, label in zip(heatmaps, masks, labels)
+            (pair[2], MeanMaxIoU.count(*pair, void), MeanForegroundMinusBackground.count(*pair, void))
+            for pair in zip(heatmaps, masks, labels)
         ]
-        return pairs, TextContrast.count(heatmaps, masks, labels)
+        return pairs, TextContrast.count(heatmaps, masks, labels, void)
 
     def add(self, counts: tuple) -> None:
         pairs, contrast = counts
@@ -393,11 +393,13 @@ def _count(item: tuple[SegmentationSample, dict[str, torch.Tensor]]) -> dict[str
     """Counts the raw maps of one image, by method. The maps of its classes come first. Returns arguments of `_Scores.add`."""
     sample, raw_maps = item
     labels = sample.labels
-    masks = np.array([sample.mask(label) for label in labels], np.uint8).reshape(-1, *sample.size)
+    masks = np.array([sample.mask(label) for label in labels], np.min_scalar_type(sample.void)).reshape(
+        -1, *sample.size
+    )
     counts = {}
     for method, raw in raw_maps.items():
         heatmaps = resize_and_normalize(raw[: len(labels)], sample.size)
         if method == "reversed_itsm":
             heatmaps = reverse(heatmaps)  # stretching the negative instead would round differently
-        counts[method] = _Scores.count(heatmaps, masks, labels)
+        counts[method] = _Scores.count(heatmaps, masks, labels, sample.void)
     return counts

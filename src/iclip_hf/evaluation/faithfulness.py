@@ -521,7 +521,7 @@ class _Examiner:
             for method, raw in raw_maps.items():
                 heatmaps = resize_and_normalize(raw, sample.size)
                 heatmaps = reverse(heatmaps) if self.explainers[method].reversed else heatmaps
-                shares = [pointing_shares(*one) for one in zip(heatmaps, masks, sample.labels)]
+                shares = [pointing_shares(*one, sample.void) for one in zip(heatmaps, masks, sample.labels)]
                 figures[method] = np.concatenate([figures[method], 100 * np.array(shares)], 1)
         return sample.labels, figures
 

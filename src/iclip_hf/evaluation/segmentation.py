@@ -140,7 +140,9 @@ def evaluate_segmentation(
         raise ValueError("Expected two images or more to choose the background threshold on, got 1: give a threshold.")
 
     count = len(dataset.labels) + 1
-    folds = {method: [MeanIoU(count, dataset.background) for _ in range(2)] for method in segmenter.explainers}
+    folds = {
+        method: [MeanIoU(count, dataset.background, dataset.void) for _ in range(2)] for method in segmenter.explainers
+    }
     bar = tqdm(total=len(plan.indices), unit="image", disable=not (progress and state.is_main_process))
     with ThreadPoolExecutor(plan.num_workers) as pool, bar:
         loaded = prefetch_map(pool, lambda index: (index, *plan.load(index)), plan.indices, 2 * plan.batch_size)
@@ -224,7 +226,7 @@ class _Segmenter:
         self.gate = None
         if min_presence:
             self.gate = Localizer(model, processor, texts, templates=templates, min_presence=min_presence)
-        self.metric = MeanIoU(len(dataset.labels) + 1, dataset.background)
+        self.metric = MeanIoU(len(dataset.labels) + 1, dataset.background, dataset.void)
         self.seconds_in_model = 0.0
 
     def draw(self, loaded: Iterator[tuple[int, SegmentationSample, torch.Tensor]], plan: Plan) -> Iterator[tuple]:
@@ -271,7 +273,7 @@ def _report(dataset: SegmentationDataset, folds: Sequence[MeanIoU], sweeps: bool
         best = [fold.curve().argmax() for fold in folds]
         thresholds = [float(THRESHOLDS[index]) for index in reversed(best)]
         folds = [fold.at(index) for fold, index in zip(folds, reversed(best))]
-    metric = MeanIoU(len(dataset.labels) + 1, dataset.background)
+    metric = MeanIoU(len(dataset.labels) + 1, dataset.background, dataset.void)
     for fold in folds:
         metric.merge(fold)
     scores = metric.compute()

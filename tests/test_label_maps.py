@@ -89,6 +89,12 @@ def test_large_scales_are_finite():
     assert torch.allclose(label_map(apart, logit_scale=100.0)[1], (100 * apart.double()).softmax(0).amax(0).float())
 
 
+def test_more_texts_than_16_bits_count():
+    raw = torch.zeros(2**15 + 2, 1, 1)
+    raw[-1] = 1
+    assert label_map(raw)[0].item() == 2**15 + 1
+
+
 def test_bad_shapes_are_named():
     with pytest.raises(ValueError, match=r"\(T, h, w\), got shape \(2, 3\)"):
         label_map(torch.zeros(2, 3))

@@ -70,7 +70,7 @@ def label_map(
     lows = raw_maps.amin((-2, -1), keepdim=True)
     wide = (raw_maps - lows) @ columns.mT
     best = torch.addmm(lows[0], rows, wide[0])
-    winner = torch.zeros(size, dtype=torch.int16, device=best.device)
+    winner = torch.zeros(size, dtype=torch.int32, device=best.device)
     one, total = torch.empty_like(best), torch.zeros_like(best)  # total: sum of exp(logit - highest logit so far)
     for index, (low, text) in enumerate(zip(lows, wide)):
         torch.addmm(low, rows, text, out=one)

@@ -100,7 +100,7 @@ def run(options: argparse.Namespace) -> int:
             for index, text in enumerate(options.texts)
         ]
         _draw(image, explanation, rule, options.texts, picture)
-        _save_labels(labels, label_file)
+        _save_labels(labels, len(options.texts), label_file)
         return {"labels": str(label_file), "segments": segments}
 
     report = write_pictures(options.command, localizer, images, write)
@@ -118,8 +118,11 @@ def _draw(image, explanation, rule: dict, texts: list[str], path: Path) -> None:
     save_figure(label_sheet(drawn, shown.label_map(**rule).numpy(), texts), path)
 
 
-def _save_labels(labels, path: Path) -> None:
-    """Writes a label map as a palette PNG: 0 is background, and id i the i-th text. More than 255 texts need 16 bits."""
+def _save_labels(labels, num_texts: int, path: Path) -> None:
+    """
+    Writes a label map as a PNG: 0 is background, and id i the i-th text. Up to 254 texts have 8 bits and a palette, more have 16 bits.
+    So the highest value, with which other programs mark void pixels, is never an id.
+    """
     import numpy as np
     from PIL import Image
 
@@ -127,7 +130,7 @@ def _save_labels(labels, path: Path) -> None:
     from ..utils.plots import label_colors
 
     path.parent.mkdir(parents=True, exist_ok=True)
-    few = labels.max() < 255
+    few = num_texts < 255
     image = Image.fromarray((labels + 1).astype(np.uint8 if few else np.uint16))
     if few:
         image.putpalette(label_colors(256).tobytes())

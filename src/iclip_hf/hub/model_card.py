@@ -57,6 +57,7 @@ _DATASET_NAMES = {
     "coco_stuff": "COCO-Stuff 164k",
     "ade20k": "ADE20K",
     "cityscapes": "Cityscapes",
+    "camvid": "CamVid",
 }
 # Ids of the data sets on the Hub, for the results on a model's page.
 _DATASET_IDS = {"coco2017": "detection-datasets/coco", "voc2012": "nateraw/pascal-voc-2012"}

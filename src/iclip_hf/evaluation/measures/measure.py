@@ -45,10 +45,9 @@ class EvaluatedImage:
 
     @cached_property
     def masks(self) -> np.ndarray:
-        """The mask of each shown class, `(T, height, width)`, uint8."""
-        return np.array([self.sample.mask(label) for label in self.sample.labels], np.uint8).reshape(
-            -1, *self.sample.size
-        )
+        """The mask of each shown class, `(T, height, width)`."""
+        masks = [self.sample.mask(label) for label in self.sample.labels]
+        return np.array(masks, np.min_scalar_type(self.sample.void)).reshape(-1, *self.sample.size)
 
     def heatmaps(self, method: str, is_reversed: bool) -> torch.Tensor:
         """Returns the maps of a method at the size of the image, stretched to [0, 1], `(T, height, width)`."""
@@ -131,7 +130,7 @@ class PairMeasure(Measure):
 
     def count(self, image: EvaluatedImage, method: str, heatmaps: torch.Tensor) -> list[tuple]:
         pairs = zip(heatmaps, image.masks, image.sample.labels)
-        return [(self.metric.count(*pair), pair[-1]) for pair in pairs]
+        return [(self.metric.count(*pair, image.sample.void), pair[-1]) for pair in pairs]
 
     def add(self, method: str, counts: list[tuple]) -> None:
         for of_pair in counts:
@@ -154,7 +153,8 @@ class RegionMeasure(Measure):
         return self.metric()
 
     def count(self, image: EvaluatedImage, method: str, heatmaps: torch.Tensor) -> tuple:
-        return self.metric.count(heatmaps, image.masks, image.sample.labels), image.sample.labels
+        sample = image.sample
+        return self.metric.count(heatmaps, image.masks, sample.labels, sample.void), sample.labels
 
     def add(self, method: str, counts: tuple) -> None:
         self.totals[method].add_counts(*counts)

@@ -25,5 +25,7 @@ class PointingGame(MeansMeasure):
         return [None] * len(images)
 
     def count(self, image: EvaluatedImage, method: str, heatmaps: torch.Tensor) -> tuple[tuple, np.ndarray]:
-        shares = [pointing_shares(*pair) for pair in zip(heatmaps, image.masks, image.sample.labels)]
+        shares = [
+            pointing_shares(*pair, image.sample.void) for pair in zip(heatmaps, image.masks, image.sample.labels)
+        ]
         return image.sample.labels, 100 * np.array(shares)

@@ -24,8 +24,8 @@ SHORT_SIDE = 336
 class _Folds:
     """The sums of the images at even and at odd positions. Each fold takes the best background threshold of the other."""
 
-    def __init__(self, num_classes: int, background: bool):
-        self.folds = [MeanIoU(num_classes, background) for _ in range(2)]
+    def __init__(self, num_classes: int, background: bool, void: int):
+        self.folds = [MeanIoU(num_classes, background, void) for _ in range(2)]
 
     def merge(self, other: _Folds) -> None:
         for own, more in zip(self.folds, other.folds):
@@ -104,7 +104,7 @@ class Segmentation(Measure):
 
     def new_totals(self) -> _Folds:
         dataset = self.run.dataset
-        return _Folds(len(dataset.labels) + 1, dataset.background)
+        return _Folds(len(dataset.labels) + 1, dataset.background, dataset.void)
 
     def see(self, images: list[EvaluatedImage]) -> list[tuple[dict[str, torch.Tensor], torch.Tensor | None]]:
         """Returns raw maps of all texts `(T, h, w)` by method, and whether each text is present, for each image."""
@@ -144,7 +144,7 @@ class Segmentation(Measure):
             folds = [fold.at(index) for fold, index in zip(folds, best)]
         elif self.threshold is not None:
             thresholds = [self.threshold] * 2
-        whole = MeanIoU(folds[0].num_classes, folds[0].background)
+        whole = MeanIoU(folds[0].num_classes, folds[0].background, folds[0].ignore_index)
         for fold in folds:
             whole.merge(fold)
         scores = whole.compute()

@@ -150,8 +150,6 @@ NEEDS = {
     "iclip_hf.demo.app": "demo",
     "iclip_hf.evaluation.evaluate_modules": "eval",
     "iclip_hf.evaluation.evaluate": "eval",
-    "iclip_hf.evaluation.faithfulness": "eval",
-    "iclip_hf.evaluation.segmentation": "eval",
     "iclip_hf.hub.metrics": "eval",
     "iclip_hf.training.feature_cache": "train",
     "iclip_hf.training.checkpoints": "train",

@@ -214,6 +214,7 @@ class PairStream(IterableDataset):
         max_bad_share (`float` in [0, 1], defaults to 0.05): largest allowed share of bad pairs among those that were read.
         rank, world_size (`int`): index of this process and number of processes.
         columns ([`~iclip_hf.data.sources.Columns`]): names of the columns; the usual ones by default.
+        hub_id (`str`, *optional*): id of the Hub dataset, whose files the rows may name. Other rows must hold the bytes of their images.
 
     Raises:
         `ValueError`: there is no image column. During iteration, too many pairs are bad. `DroppedConnectionError`: during
@@ -228,6 +229,7 @@ class PairStream(IterableDataset):
         rank: int = 0,
         world_size: int = 1,
         columns: Columns = USUAL_COLUMNS,
+        hub_id: str | None = None,
     ):
         from datasets import Image
         from datasets.distributed import split_dataset_by_node
@@ -240,7 +242,7 @@ class PairStream(IterableDataset):
             raise ValueError(
                 f"Expected a dataset with an image column, but got columns {list(features)}: name another one."
             )
-        self._image_column, self._columns = images[0], columns
+        self._image_column, self._columns, self._hub_id = images[0], columns, hub_id
         # Only these columns are kept: datasets infers types from the first rows, and a different type later ends the stream.
         kept = [column for column in (self._image_column, "__key__", *columns.caption) if column in features]
         if isinstance(features.get("json"), Mapping):
@@ -267,7 +269,7 @@ class PairStream(IterableDataset):
             key = row.get("__key__") or stored.get("path") or "a pair without a name"
             try:
                 captions = self._columns.captions(row)
-                image = load_image(_image_bytes(stored), repr(key))
+                image = load_image(_image_bytes(stored, self._hub_id), repr(key))
             except DroppedConnectionError:
                 raise
             except (ValueError, OSError) as error:
@@ -329,7 +331,8 @@ def load_pairs(
     columns = Columns.named(image_column, caption_column)
     if isinstance(source, (str, os.PathLike)):
         if streaming and is_hub_id(os.fspath(source)):
-            return PairStream(_open_hub_dataset(source, split), seed, max_bad_share, rank, world_size, columns)
+            rows = _open_hub_dataset(source, split)
+            return PairStream(rows, seed, max_bad_share, rank, world_size, columns, hub_id=os.fspath(source))
         source = [source]
     if not isinstance(source, Sequence):
         raise TypeError(
@@ -396,14 +399,22 @@ def _draw(captions: list[str], seed: int, epoch: int, key: int | str) -> str:
     return random.Random(f"{seed}/{epoch}/{key!r}").choice(captions) if len(captions) > 1 else captions[0]
 
 
-def _image_bytes(stored: Mapping) -> bytes:
-    """Returns the encoded image of a streamed row, which holds its bytes or a path, possibly on the Hub."""
-    if stored.get("bytes") or not stored.get("path"):
+def _image_bytes(stored: Mapping, hub_id: str | None) -> bytes:
+    """Returns the encoded image of a streamed row, which holds its bytes or names a file of its Hub dataset."""
+    path = stored.get("path")
+    if stored.get("bytes") or not path:
         return stored.get("bytes") or b""
+    # Whoever wrote the rows could name any file of this machine and its network. A zip file may hold the images.
+    *archives, file = path.split("::")
+    own = file.startswith(f"hf://datasets/{hub_id}@") and all(one.startswith("zip://") for one in archives)
+    if hub_id is None or not own or ".." in path.split("/"):
+        raise ValueError(
+            f"expected the image's bytes or a file of the data set itself, but got the path {path!r:.200}"
+        )
     import fsspec
 
-    with _connection_errors(), fsspec.open(stored["path"], "rb") as file:
-        return file.read()
+    with _connection_errors(), fsspec.open(path, "rb") as opened:
+        return opened.read()
 
 
 def _open_hub_dataset(name: str, split: str) -> datasets.IterableDataset:

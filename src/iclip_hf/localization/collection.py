@@ -95,7 +95,9 @@ def open_images(sources: Sequence[str | os.PathLike]) -> ImageFolder | PairDatas
     Raises:
         `FileNotFoundError`: there are no images. `ValueError`: a folder of images is combined with other sources.
     """
-    folders = [Path(source) for source in sources if Path(source).is_dir() and not any(Path(source).glob("*.tar"))]
+    folders = [
+        Path(source) for source in sources if Path(source).is_dir() and not any(Path(source).glob("*.[tT][aA][rR]"))
+    ]
     if not folders:
         return load_pairs(sources)
     if len(sources) > 1:
@@ -239,7 +241,12 @@ def _png(mask: np.ndarray) -> bytes:
 
 def _metadata(file: Path) -> dict:
     """Returns the metadata of a file from `explain_collection`: settings and broken images."""
-    metadata = pq.read_schema(file).metadata or {}
+    try:
+        metadata = pq.read_schema(file).metadata or {}
+    except pa.ArrowInvalid as error:
+        raise ValueError(
+            f"{file}: expected a whole Parquet file, but got a damaged one ({error}); delete it, then rerun to resume."
+        ) from error
     if b"iclip" not in metadata:
         raise ValueError(
             f"{file}: expected a file that this command wrote, but got another; choose another output folder."

@@ -16,7 +16,10 @@ def pairwise(factors: dict[str, list]) -> list[dict]:
 
     columns = [range(len(factors[name])) for name in names]
     missing = {
-        ((i, a), (j, b)) for i, j in itertools.combinations(range(len(names)), 2) for a in columns[i] for b in columns[j]
+        ((i, a), (j, b))
+        for i, j in itertools.combinations(range(len(names)), 2)
+        for a in columns[i]
+        for b in columns[j]
     }
     rows = []
     while missing:

@@ -33,6 +33,14 @@ def check_lists(num_images: int, text_embeds: torch.Tensor) -> None:
         )
 
 
+def check_finite(*results: torch.Tensor) -> None:
+    """Raises `ValueError` if results of a model hold NaN or infinity."""
+    if not all(result.isfinite().all() for result in results):
+        raise ValueError(
+            "Expected finite maps and scores, got NaN or infinity from the model: check its weights, or load it in float32."
+        )
+
+
 def reverse(maps: torch.Tensor) -> torch.Tensor:
     """The reversed map of Eq. 5: 1 - M for maps M in [0, 1]."""
     return 1 - maps

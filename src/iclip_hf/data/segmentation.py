@@ -7,6 +7,7 @@ Class ids are 1..K in the order of `class_names`. 0 is background and 255 is voi
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import os
@@ -241,7 +242,8 @@ def _run_lengths(counts: str | bytes) -> np.ndarray:
 
 class SegmentationDataset(Sequence):
     """
-    A sequence of [`SegmentationSample`] with class names. Indexing returns a new sample, which is not decoded yet.
+    A sequence of [`SegmentationSample`] with class names. Indexing returns a new sample, which is not decoded yet,
+    and a slice returns a data set of these samples.
 
     Attributes:
         name (`str`): name of the data set.
@@ -286,7 +288,11 @@ class SegmentationDataset(Sequence):
     def __len__(self) -> int:
         return len(self._samples)
 
-    def __getitem__(self, index: int) -> SegmentationSample:
+    def __getitem__(self, index: int | slice) -> SegmentationSample | SegmentationDataset:
+        if isinstance(index, slice):
+            part = copy.copy(self)
+            part._samples = self._samples[index]
+            return part
         return replace(self._samples[index])  # a copy, so that decoded data is freed with it
 
     def __repr__(self) -> str:

@@ -1,10 +1,12 @@
-"""Every gradient is finite, whatever options, towers and parts that learn come together."""
+"""Gradients are finite, whatever options, towers and parts that learn come together; a model that gives NaN is refused."""
 
 import pytest
 import torch
 from conftest import VISION, tiny_inputs, tiny_model
 from pairwise import pairwise
+from PIL import Image
 
+from iclip_hf import ImageTextSimilarityMapPipeline, ZeroShotImageSegmentationPipeline, cli
 from iclip_hf.pooling import normalize_attention, pool_similarities
 from iclip_hf.training.loss import PairModel
 
@@ -45,7 +47,9 @@ FACTORS = {
 
 
 def name(row: dict) -> str:
-    return "-".join("+".join(map(str, value.values() if isinstance(value, dict) else [value])) for value in row.values())
+    return "-".join(
+        "+".join(map(str, value.values() if isinstance(value, dict) else [value])) for value in row.values()
+    )
 
 
 @pytest.mark.parametrize("row", pairwise(FACTORS), ids=name)
@@ -53,7 +57,9 @@ def test_the_gradient_of_everything_that_learns_is_finite(row):
     options = {key: row[key] for key in FACTORS if key in ("map_affinity", "map_attention", "attention_norm")}
     options |= {key: row[key] for key in ("value_share", "projection_bias", "logit_scales")} | row["pooled"]
     text, text_pooling = row["text"]
-    model = tiny_model(row["vision"], text, text_pooling=text_pooling, lock_vision=row["learns"] != "everything", **options)
+    model = tiny_model(
+        row["vision"], text, text_pooling=text_pooling, lock_vision=row["learns"] != "everything", **options
+    )
     branches = [one for one in row["nouns"] if getattr(model, one) is not None]
     training = {"map_tokens": row["map_tokens"], "chunk_size": row["chunk_size"], "noun_branches": branches}
     pair_model = PairModel(model, **training, **LEARNS[row["learns"]])
@@ -87,3 +93,30 @@ def test_the_gradient_of_attention_is_that_of_the_formula(sharpness):
     (found,) = torch.autograd.grad((pooled * factors).sum(), learned)
     (gradient,) = torch.autograd.grad((expected * factors).sum(), weights)
     torch.testing.assert_close(found.double(), gradient, atol=1e-5, rtol=1e-4)
+
+
+def test_a_model_that_gives_nan_is_refused_by_every_command(tiny_processor, tmp_path, capsys):
+    """Its weights are finite, but their products are not."""
+    model = tiny_model()
+    with torch.no_grad():
+        for layer in (
+            model.vision_model.layernorm,
+            *(branch.visual_projection for branch in model.children() if hasattr(branch, "visual_projection")),
+        ):
+            layer.weight.fill_(1e20)
+    model.save_pretrained(tmp_path / "model")
+    tiny_processor.save_pretrained(tmp_path / "model")
+    (tmp_path / "photos").mkdir()
+    photo = tmp_path / "photos" / "a.png"
+    Image.effect_noise((60, 40), 80).convert("RGB").save(photo)
+    sentence = "Expected finite maps and scores, got NaN or infinity from the model"
+    for command, image in (("explain", photo), ("segment", photo), ("compare", photo), ("explain", photo.parent)):
+        output = tmp_path / f"{command}-{image.stem}{image.suffix}"
+        arguments = [command, image, "--text", "dog", "--model", tmp_path / "model", "--output", output]
+        assert cli.main([*map(str, arguments)]) == 2, command
+        out, err = capsys.readouterr()
+        assert "nan" not in out.lower() and err.splitlines()[-1].startswith(f"iclip {command}: {sentence}")
+        assert not [path for path in (output, *output.glob("[!.]*")) if path.is_file()]
+    for pipeline in (ImageTextSimilarityMapPipeline, ZeroShotImageSegmentationPipeline):
+        with pytest.raises(ValueError, match=sentence):
+            pipeline(model=model, processor=tiny_processor, device="cpu")(str(photo), ["dog"])

@@ -90,6 +90,7 @@ BY_DESIGN = {
     "test_hidden_states_output": "hidden states are those of a tower, in the outputs of either side",
     "test_attention_outputs": "and so are attentions",
     "test_retain_grad_hidden_states_attentions": "and so are attentions",
+    "test_model_weights_reload_no_missing_tied_weights": "a folder that lacks weights is refused, and not filled with random ones",
 }
 
 

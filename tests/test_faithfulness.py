@@ -302,7 +302,7 @@ def test_processes_share_the_images_and_agree(root, tiny_processor, monkeypatch)
         together = evaluate(model, dataset, ["itsm"], measures, progress=False)
     assert together.timing["images"] == 2
     for name in ("pairs", "pointing_game", "insertion_cosine"):
-        assert together.results["itsm"][name] == pytest.approx(alone.results["itsm"][name], abs=1e-6)
+        assert together.results["itsm"][name] == pytest.approx(alone.results["itsm"][name], abs=1e-4)
 
 
 def arguments(root, tmp_path, *more):

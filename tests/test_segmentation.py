@@ -303,6 +303,9 @@ def test_samples_are_fresh_lazy_and_picklable(name, request):
         )
         for label in one.labels:
             np.testing.assert_array_equal(one.mask(label), other.mask(label))
+    part = dataset[1:]
+    assert [one.name for one in part] == [one.name for one in dataset][1:] and part.labels == dataset.labels
+    assert part.fingerprint() != dataset.fingerprint()
     with pytest.raises(IndexError):
         dataset[len(dataset)]
     for label in (0, len(dataset.labels) + 1, 255):

@@ -26,7 +26,7 @@ class StuffContrast(RegionMeasure):
         if not run.dataset.stuff:
             raise ValueError(
                 f"Expected a data set that names the background for {self.name}, got {run.dataset.name!r}: use camvid, coco_stuff, "
-                "ade20k, cityscapes or context59."
+                "ade20k or cityscapes."
             )
         super().prepare(run)
 

@@ -144,6 +144,15 @@ def add_picture_option(command: argparse.ArgumentParser, default: str) -> None:
     command.add_argument(
         "--output", type=Path, default=Path(default), metavar="FILE", help=f"picture to write (default: {default})"
     )
+    add_overwrite_option(command)
+
+
+def add_overwrite_option(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--overwrite",
+        action="store_true",
+        help="also replace files that iclip did not write; inputs are never replaced",
+    )
 
 
 def add_dpi_option(command: argparse.ArgumentParser) -> None:
@@ -267,20 +276,34 @@ def check_file(option: str, path: Path, suffixes: tuple[str, ...]) -> None:
 
 def check_folder(option: str, path: Path) -> None:
     """Raises `ValueError` for an invalid output folder, before the model is loaded."""
-    if path.suffix or (path.exists() and not path.is_dir()):
+    if not path.is_dir() and (path.suffix or path.exists()):
         raise ValueError(f"{option}: expected a folder, got the file name {path}: name a folder.")
 
 
-def save_figure(figure, path: Path, dpi: int = 120) -> None:
-    """Writes a figure atomically, in the format of the file name's suffix."""
-    from ..utils.files import atomic_write
+def save_figure(figure, path: Path, dpi: int = 120, overwrite: bool = False) -> None:
+    """Writes a figure by [`iclip_hf.utils.files.new_file`], in the format of the file name's suffix."""
+    from ..utils.files import SOFTWARE, new_file
 
-    path.parent.mkdir(parents=True, exist_ok=True)
     form = path.suffix[1:].lower()
-    # Run lengths: the PNG of a photograph is as small as by the default compression, in a quarter of the time.
-    options = {"pil_kwargs": {"compress_type": zlib.Z_RLE}} if form == "png" else {}
-    with atomic_write(path) as partial:
+    if form in ("pdf", "svg"):
+        options = {"metadata": {"Creator": SOFTWARE}}
+    else:
+        # Run lengths: the PNG of a photograph is as small as by the default compression, in a quarter of the time.
+        compression = {"compress_type": zlib.Z_RLE} if form == "png" else {}
+        options = {"pil_kwargs": {"exif": software_exif(), **compression}}
+    with new_file(path, overwrite) as partial:
         figure.savefig(partial, format=form, dpi=dpi, **options)
+
+
+def software_exif():
+    """Returns the EXIF data of a picture that this program writes."""
+    from PIL import ExifTags, Image
+
+    from ..utils.files import SOFTWARE
+
+    exif = Image.Exif()
+    exif[ExifTags.Base.Software] = SOFTWARE
+    return exif
 
 
 def report_error(command: str, error: BaseException, printed: bool = True) -> None:

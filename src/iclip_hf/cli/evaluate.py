@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 
 from ..prompts import check_text
@@ -12,12 +13,14 @@ from .common import (
     add_limit_option,
     add_methods_option,
     add_model_options,
+    add_overwrite_option,
     add_refine_option,
     at_least_1,
     check_file,
     checked,
     echo,
     load_silently,
+    printable,
     share,
 )
 
@@ -85,6 +88,7 @@ def add_options(command: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="JSON file to write; a CSV file with the scores of each class is written beside it",
     )
+    add_overwrite_option(command)
     command.add_argument("--json", action="store_true", help="print JSON instead of text")
 
 
@@ -150,7 +154,10 @@ def run(options: argparse.Namespace) -> int:
     if options.image_size and options.short_side:
         raise ValueError("Expected --image-size or --short-side, got both: leave one out.")
     if options.output:
+        from ..evaluation.results import check_files
+
         check_file("--output", options.output, (".json",))
+        check_files(options.output, [options.overrides], options.overwrite)
     dataset = load_segmentation(options.dataset, options.data_root, options.split, options.overrides)
     from ..evaluation.evaluate import evaluate
     from ..evaluation.measures import make_measure
@@ -177,8 +184,11 @@ def run(options: argparse.Namespace) -> int:
             batch_size=options.batch_size,
         )
     if state.is_main_process:
-        if options.output:
-            result.save(options.output)
-        echo(result.to_json() if options.json else result.table())
+        try:
+            if options.output:
+                written = " and ".join(map(str, result.save(options.output, options.overwrite)))
+                print(f"iclip evaluate: wrote {printable(written)}", file=sys.stderr)
+        finally:  # also if a file of another program has come there meanwhile
+            echo(result.to_json() if options.json else result.table())
     state.destroy_process_group()
     return 0

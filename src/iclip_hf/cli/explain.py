@@ -12,6 +12,7 @@ from .common import (
     add_colormap_option,
     add_method_option,
     add_model_options,
+    add_overwrite_option,
     add_refine_option,
     add_text_option,
     at_least_1,
@@ -63,6 +64,7 @@ def add_options(command: argparse.ArgumentParser) -> None:
         help="picture to write (default: explanation.png); for several images or a collection, the folder to write "
         "pictures or Parquet files to (default: explanations)",
     )
+    add_overwrite_option(command)
     add_colormap_option(command)
     command.add_argument(
         "--npz", action="store_true", help="also write scores, raw maps and masks to an .npz file beside each picture"
@@ -81,14 +83,12 @@ def add_options(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--batch-size",
         type=at_least_1,
-        default=8,
         metavar="N",
-        help="images of a collection in one forward pass (default: 8)",
+        help="images in one forward pass (default: 4; of a collection 8)",
     )
     command.add_argument(
         "--images-per-file",
         type=at_least_1,
-        default=256,
         metavar="N",
         help="rows in each Parquet file of a collection (default: 256)",
     )
@@ -129,7 +129,10 @@ def _localizer(options: argparse.Namespace):
 
 
 def _explain_images(options: argparse.Namespace) -> int:
-    images = pictures_to_write(options, "explanation.png", "explanations")
+    if options.images_per_file is not None:
+        raise ValueError("Expected --images-per-file with a collection, got image files: leave it out.")
+    arrays = _array_file if options.npz else None
+    images = pictures_to_write(options, "explanation.png", "explanations", arrays)
     if not images:
         return 2
     localizer = _localizer(options)
@@ -137,12 +140,12 @@ def _explain_images(options: argparse.Namespace) -> int:
 
     def write(image, explanation, picture: Path) -> dict:
         texts = [{**text, "mask": run_lengths(mask)} for text, mask in explanation.records_and_masks()]
-        _draw(image, explanation, options.colormap, picture)
+        _draw(image, explanation, options, picture)
         if options.npz:
-            _save_arrays(explanation, picture.with_suffix(".npz"))
+            _save_arrays(explanation, _array_file(picture), options.overwrite)
         return {"texts": texts}
 
-    report = write_pictures(options.command, localizer, images, write)
+    report = write_pictures(options.command, localizer, images, write, options.batch_size or 4)
     if options.json:  # one line for each image, because run lengths are long
         echo("[" + ",\n ".join(json.dumps(entry, ensure_ascii=False) for entry in report) + "]")
     else:
@@ -162,6 +165,10 @@ def _explain_collection(options: argparse.Namespace) -> int:
         raise ValueError(
             "Expected --words with image files, got a collection, whose Parquet files hold none: leave it out."
         )
+    if options.overwrite:
+        raise ValueError(
+            "Expected --overwrite with image files, got a collection, which replaces no files: leave it out."
+        )
     output = options.output or Path("explanations")
     check_folder("--output", output)
     images = open_images(options.images)
@@ -170,8 +177,8 @@ def _explain_collection(options: argparse.Namespace) -> int:
         _localizer(options),
         images,
         output,
-        batch_size=options.batch_size,
-        images_per_file=options.images_per_file,
+        batch_size=options.batch_size or 8,
+        images_per_file=options.images_per_file or 256,
     )
     if state.is_main_process:
         for reason in report.broken:
@@ -187,24 +194,30 @@ def _explain_collection(options: argparse.Namespace) -> int:
     return 2 if report.broken else 0
 
 
-def _draw(image, explanation, colormap: str, path: Path) -> None:
+def _array_file(picture: Path) -> Path:
+    return picture.with_suffix(".npz")
+
+
+def _draw(image, explanation, options: argparse.Namespace, path: Path) -> None:
     from ..utils.plots import explanation_grid
 
     drawn, shown = at_picture_size(image, explanation, path)
     titles = [f"{text}  {score:+.2f}" for text, score in zip(explanation.labels, explanation.scores.tolist())]
     absent = (explanation.presence < explanation.min_presence).nonzero()[:, 0].tolist()
-    save_figure(
-        explanation_grid(drawn, shown.maps.numpy(), titles, absent=absent, words=explanation.words, colormap=colormap),
-        path,
-    )
+    extras = {"absent": absent, "words": explanation.words, "colormap": options.colormap}
+    sheet = explanation_grid(drawn, shown.maps.numpy(), titles, **extras)
+    save_figure(sheet, path, overwrite=options.overwrite)
 
 
-def _save_arrays(explanation, path: Path) -> None:
+def _save_arrays(explanation, path: Path, overwrite: bool) -> None:
+    import zipfile
+
     import numpy as np
 
-    from ..utils.files import atomic_write
+    from ..utils.files import SOFTWARE, new_file
 
-    with atomic_write(path) as partial, partial.open("wb") as file:  # numpy would add a suffix to a file name
+    # An open file, because numpy would add a suffix to a file name.
+    with new_file(path, overwrite) as partial, partial.open("w+b") as file:
         np.savez_compressed(
             file,
             texts=explanation.labels,
@@ -213,6 +226,8 @@ def _save_arrays(explanation, path: Path) -> None:
             raw_maps=explanation.raw_maps.numpy(),
             masks=np.stack([explanation.mask(index) for index in range(len(explanation.labels))]),
         )
+        with zipfile.ZipFile(file, "a") as archive:
+            archive.comment = SOFTWARE.encode()
 
 
 def _print_table(report: list[dict]) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import json
 import os
-import re
 import shutil
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
@@ -21,7 +20,8 @@ from ..hub.model_card import write_model_card
 from ..modeling_iclip import ICLIPModel
 from ..processing_iclip import ICLIPProcessor
 from ..utils.extras import require_extra
-from ..utils.files import writing_errors
+from ..utils.files import atomic_write, writing_errors
+from .checks import checkpoints
 from .low_rank import add_low_rank, low_rank_of, merge_low_rank
 from .settings import Settings, changed_settings
 
@@ -45,6 +45,7 @@ class RunState:
         evaluation: its results on maps, as `iclip evaluate` returns them.
         settings: settings of the run.
         sharded: whether the run shards its weights with FSDP.
+        measured: whether the model of this step has been evaluated, if it is to be.
     """
 
     step: int = 0
@@ -57,6 +58,7 @@ class RunState:
     evaluation: dict | None = None
     settings: dict = field(default_factory=dict)
     sharded: bool = False
+    measured: bool = True
 
 
 def keep_learning_weights_only(accelerator: Accelerator) -> None:
@@ -87,11 +89,6 @@ def keep_learning_weights_only(accelerator: Accelerator) -> None:
 
     accelerator.register_save_state_pre_hook(save)
     accelerator.register_load_state_pre_hook(load)
-
-
-def checkpoints(output_dir: Path) -> list[Path]:
-    """Returns the complete checkpoints of a run, oldest first."""
-    return sorted(path for path in output_dir.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name))
 
 
 def state_to_resume(settings: Settings, fixed: Collection[str] = ()) -> tuple[Path | None, RunState]:
@@ -147,7 +144,7 @@ def advice_to_resume(output_dir: Path) -> Iterator[None]:
 
 def save_checkpoint(accelerator: Accelerator, output_dir: Path, state: RunState, keep: int) -> None:
     """Saves `checkpoint-<state.step>` atomically, and deletes all but the last `keep` checkpoints."""
-    target = output_dir / f"checkpoint-{state.step:07d}"
+    target = _checkpoint(output_dir, state)
     partial = Path(f"{target}.partial")
     if accelerator.is_main_process:
         shutil.rmtree(partial, ignore_errors=True)
@@ -157,11 +154,27 @@ def save_checkpoint(accelerator: Accelerator, output_dir: Path, state: RunState,
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         with writing_errors(target):
-            (partial / "state.json").write_text(json.dumps(asdict(state), indent=2))
+            (partial / "state.json").write_text(_json(state))
         os.replace(partial, target)
         for old in checkpoints(output_dir)[:-keep]:
             shutil.rmtree(old)
     accelerator.wait_for_everyone()  # a launcher ends all processes as soon as one has ended
+
+
+def update_checkpoint(accelerator: Accelerator, output_dir: Path, state: RunState) -> None:
+    """Saves the state in the checkpoint of its step again, after an evaluation."""
+    if accelerator.is_main_process:
+        with atomic_write(_checkpoint(output_dir, state) / "state.json") as partial:
+            partial.write_text(_json(state))
+    accelerator.wait_for_everyone()
+
+
+def _checkpoint(output_dir: Path, state: RunState) -> Path:
+    return output_dir / f"checkpoint-{state.step:07d}"
+
+
+def _json(state: RunState) -> str:
+    return json.dumps(asdict(state), indent=2)
 
 
 def whole_model(accelerator: Accelerator, pair_model: nn.Module) -> ICLIPModel:

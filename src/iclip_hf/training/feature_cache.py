@@ -25,8 +25,9 @@ from ..pooling import normalize_attention, pool
 from ..processing_iclip import ICLIPProcessor
 from ..utils.digests import weights_digest
 from ..utils.distributed import agreed, partner_errors, shared_folder_lock
-from ..utils.files import atomic_write, writing_errors
+from ..utils.files import atomic_write, check_own_folder, writing_errors
 from .data import seeded
+from .interrupts import ignore_signals
 from .loss import map_features
 from .nouns import NounPrompts
 
@@ -102,6 +103,7 @@ class FeatureShards:
         now = json.loads(json.dumps({**fingerprint, "rows": rows, "version": 2}))
         file = folder / "fingerprint.json"
         if not file.exists():
+            check_own_folder(folder, file.name)
             with writing_errors(folder):
                 folder.mkdir(parents=True, exist_ok=True)
             with atomic_write(file) as partial:
@@ -404,7 +406,8 @@ def _fill(
             for rows in map(shards.rows_of, todo)
             for start in range(0, len(rows), batch_size)
         ]
-        loader = DataLoader(dataset, batch_sampler=batches, num_workers=num_workers, collate_fn=list)
+        options = {"num_workers": num_workers, "collate_fn": list, "worker_init_fn": ignore_signals}
+        loader = DataLoader(dataset, batch_sampler=batches, **options)
         features, captions = [], []
         with tqdm(total=sum(map(len, batches)), desc=title, disable=not accelerator.is_main_process) as bar:
             for items in loader:

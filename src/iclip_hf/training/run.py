@@ -35,8 +35,10 @@ from .checkpoints import (
     keep_learning_weights_only,
     save_checkpoint,
     state_to_resume,
+    update_checkpoint,
     whole_model,
 )
+from .checks import checkpoints
 from .data import BatchLoader, derive_seed
 from .datasets import load_datasets
 from .interrupts import Interrupts
@@ -115,7 +117,8 @@ def train(settings: Settings) -> dict[str, float]:
         if settings.text_lora_rank:
             add_low_rank(model, settings.text_lora_rank)
         accelerator = start_accelerator(settings, model)
-        with partner_errors("start it again"), shared_folder_lock(output_dir, accelerator):
+        new = not checkpoints(output_dir)
+        with partner_errors("start it again"), shared_folder_lock(output_dir, accelerator, own=new):
             return run(settings, model, processor, accelerator, interrupts)
 
 
@@ -188,11 +191,38 @@ def run(
     if settings.model and state.step == 0:
         state.before, _ = evaluate_now()
 
-    # Loop
     bar = tqdm(total=total_steps, initial=state.step, desc="Training", disable=not accelerator.is_main_process)
     shown = {}  # beside the bar
+
+    def measure() -> None:
+        """Evaluates the model, and exports it if it is the best so far."""
+        metrics, evaluation = evaluate_now()
+        score = metrics.get(settings.best_metric)
+        last = state.step == total_steps
+        better = last if score is None else state.best is None or settings.is_better(score, state.best)
+        if better:
+            state.best, state.metrics, state.evaluation = score, metrics, evaluation
+            card = {"name": settings.name, "metrics": evaluation, "training": state.settings}
+            export(accelerator, pair_model, processor, output_dir, **card)
+        if score is not None:
+            shown[settings.best_metric] = f"{score:.4g}"
+            bar.set_postfix(shown)
+        state.measured = True
+
+    def measure_checkpoint() -> None:
+        try:
+            with interrupts.at_once():  # all is saved
+                measure()
+                update_checkpoint(accelerator, output_dir, state)
+        except KeyboardInterrupt:
+            bar.close()
+            raise KeyboardInterrupt(f"interrupted after step {state.step}") from None
+
+    # Loop
     meter = Meter(settings.batch_size)
     interrupts.deferred = True
+    if not state.measured:  # interrupted meanwhile
+        measure_checkpoint()
     while state.step < total_steps:
         epoch, first = divmod(state.step, loader.steps_per_epoch)
         for batch in loader.epoch(epoch, first):
@@ -247,21 +277,15 @@ def run(
                 accelerator.log(log, state.step)
                 shown |= {"loss": f"{log['loss']:.3f}", "pairs_per_s": f"{log['pairs_per_second']:.0f}"}
                 bar.set_postfix(shown)
-            if last or state.step % settings.eval_steps == 0:
-                metrics, evaluation = evaluate_now()
-                score = metrics.get(settings.best_metric)
-                better = last if score is None else state.best is None or settings.is_better(score, state.best)
-                if better:
-                    state.best, state.metrics, state.evaluation = score, metrics, evaluation
-                    card = {"name": settings.name, "metrics": evaluation, "training": state.settings}
-                    export(accelerator, pair_model, processor, output_dir, **card)
-                if score is not None:
-                    bar.set_postfix(shown := {**shown, settings.best_metric: f"{score:.4g}"})
-            if last or interrupted or state.step % settings.checkpoint_steps == 0:
+            state.measured = not (last or state.step % settings.eval_steps == 0)
+            saved = last or interrupted or state.step % settings.checkpoint_steps == 0
+            if saved:  # before measuring, which may take long or fail
                 save_checkpoint(accelerator, output_dir, state, settings.keep_checkpoints)
             if interrupted:
                 bar.close()
                 raise KeyboardInterrupt(f"interrupted after step {state.step}")
+            if not state.measured:
+                measure_checkpoint() if saved else measure()
             if last:
                 break
             meter.pause()

@@ -185,6 +185,11 @@ class Settings:
         branches = ("recognition", "interpretability")
         if unknown := [name for name in self.noun_branches if name not in branches]:
             raise ValueError(f"Expected noun_branches to be of {', '.join(branches)}, got {unknown[0]!r}: correct it.")
+        if self.views > 1 and not self.cache_features:
+            raise ValueError(
+                f"Expected cache_features for {self.views} views, which are views of cached images, got none: name a folder, or "
+                "leave views out."
+            )
         if self.validation_data and self.validation_share:
             raise ValueError("Expected validation_data or validation_share, got both: leave one out.")
         validated = bool(self.validation_data or self.validation_share)

@@ -18,6 +18,7 @@ from ..processing_iclip import ICLIPProcessor
 from ..utils.extras import require_extra
 from ..utils.files import atomic_write, writing_errors
 from ..utils.plots import overlay, picture_grid
+from .interrupts import ignore_signals
 
 
 with require_extra("train"):
@@ -43,6 +44,7 @@ def validate(
     pair_model.eval()
     images, texts = [], []
     options = {"sampler": rows, "collate_fn": dataset.collate, "num_workers": num_workers}
+    options["worker_init_fn"] = ignore_signals
     for batch in DataLoader(dataset, min(batch_size, part), **options):
         batch.pop("skipped")
         outputs = pair_model(**send_to_device(batch, accelerator.device))

@@ -182,7 +182,7 @@ class Sheet:
         """Writes the sheet like `Figure.savefig`: with matplotlib as PDF or SVG, with Pillow as an image."""
         format = format or Path(path).suffix[1:].lower()
         if format in VECTOR_FORMATS:
-            self.figure().savefig(path, format=format, dpi=dpi)
+            self.figure().savefig(path, format=format, dpi=dpi, **options)
         else:
             kind = Image.registered_extensions()[f".{format}"]
             self.image(dpi).save(path, kind, dpi=(dpi, dpi), **options.get("pil_kwargs", {}))

@@ -94,7 +94,8 @@ def test_dtype_and_software_count(saved, monkeypatch):
         ("torch", module.version("torch").split("+")[0] + ".post1+cu999", False),
     ):
         with monkeypatch.context() as patch:
-            patch.setattr(module, "version", lambda one, old=module.version: now if one == name else old(one))
+            versions = {one: module.version(one) for one in ("iclip-hf", "torch", "transformers")}
+            patch.setattr(module, "version", {**versions, name: now}.get)
             assert changed(before, identity(model, processor)) == ["software"] * counts
             assert changed_model(before, model, processor) == []
 

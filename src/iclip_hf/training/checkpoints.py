@@ -123,9 +123,9 @@ def state_to_resume(settings: Settings, fixed: Collection[str] = ()) -> tuple[Pa
         )
     last = checkpoints(folder)[-1]
     state = RunState(**json.loads((last / "state.json").read_text()))
-    if changed := changed_settings(settings, state.settings, fixed):
+    if others := changed_settings(settings, state.settings, fixed):
         differences = ", ".join(
-            f"{name} from {state.settings.get(name)} to {getattr(settings, name)}" for name in changed
+            f"{name} from {state.settings.get(name)} to {getattr(settings, name)}" for name in others
         )
         raise ValueError(
             f"{folder}: expected the settings of the run to resume, but got others: {differences}; repeat the command that began it, on "

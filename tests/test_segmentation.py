@@ -1,6 +1,7 @@
 """data/segmentation.py: VOC, COCO and folder layouts against masks known by construction."""
 
 import json
+import os
 import pickle
 import re
 
@@ -311,6 +312,18 @@ def test_samples_are_fresh_lazy_and_picklable(name, request):
     for label in (0, len(dataset.labels) + 1, 255):
         with pytest.raises(ValueError, match=rf"from 1 to {len(dataset.labels)}, but got {label}"):
             sample.mask(label)
+
+
+def test_fingerprint_is_of_the_images_too(voc):
+    """Not of their names and sizes alone."""
+    dataset = load_segmentation("voc2012", voc)
+    before, image = dataset.fingerprint(), dataset[1].image_path
+    content, stat = image.read_bytes(), image.stat()
+    image.write_bytes(content[:-9] + bytes(9))
+    os.utime(image, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    assert dataset.fingerprint() != before
+    image.write_bytes(content)
+    assert dataset.fingerprint() == before
 
 
 def test_fingerprint(voc):

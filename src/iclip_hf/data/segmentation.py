@@ -25,6 +25,7 @@ from PIL import Image
 
 from ..images import IMAGE_SUFFIXES, load_image, open_image
 from ..prompts import IMAGENET_TEMPLATES
+from ..utils.digests import content_digest
 from ..utils.extras import require_extra
 from .class_names import ADE20K, CAMVID, CITYSCAPES, COCO_STUFF, COCO_THINGS, CONTEXT, STUFF, VOC
 
@@ -322,12 +323,14 @@ class SegmentationDataset(Sequence):
         )
 
     def fingerprint(self) -> str:
-        """Returns a digest, 16 hex digits, over the names and sizes in bytes of the images and the content of the annotations."""
-        digest = hashlib.sha256()
-        for sample in self._samples:
-            digest.update(os.fsencode(f"{sample.image_path.name}\0{sample.image_path.stat().st_size}\0"))
-        for path in self._annotation_paths:
-            digest.update(hashlib.sha256(path.read_bytes()).digest())
+        """
+        Returns a digest, 16 hex digits, over names and content of the images and the content of the annotations. The first call reads
+        the files; later ones only after a change.
+        """
+        images = [sample.image_path for sample in self._samples]
+        digest = hashlib.sha256(content_digest([*images, *self._annotation_paths]).encode())
+        for path in images:
+            digest.update(os.fsencode(f"{path.name}\0"))
         return digest.hexdigest()[:16]
 
 

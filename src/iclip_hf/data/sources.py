@@ -128,26 +128,25 @@ class Source:
         """
         raise NotImplementedError
 
-    def groups(self, ranges: np.ndarray) -> list[Hashable]:
-        """Returns a value for each pair, equal for pairs of one image."""
-        return ranges[:, 0].tolist()
+    def image_files(self, ranges: np.ndarray) -> list[Path | None]:
+        """Returns the image file of each pair, None for an image within the source and for a pair that cannot be read."""
 
-    def image_files(self, ranges: np.ndarray) -> list[Path]:
-        """Returns the image files that the pairs in these ranges name. Pairs that cannot be read are skipped."""
-        files = []
-        for start, end in ranges.tolist():
+        def file(start: int, end: int) -> Path | None:
             try:
                 image = self.read(start, end).image
             except BAD_PAIR:
-                continue
-            if isinstance(image, Path):
-                files.append(image)
-        return files
+                return None
+            return image if isinstance(image, Path) else None
+
+        return [file(*one) for one in ranges.tolist()]
+
+    def files(self) -> list[str | Path]:
+        """Returns the files of the source itself."""
+        return [self.path]
 
     def fingerprint(self, ranges: np.ndarray) -> str:
         """Returns a digest over the content of the source and of the image files that it names."""
-        images = self.image_files(ranges)
-        return content_digest([self.path]) + (content_digest(images) if images else "")
+        return content_digest([*self.files(), *filter(None, self.image_files(ranges))])
 
 
 class _ByteRanges(Source):
@@ -194,9 +193,9 @@ class TarShard(_ByteRanges):
         keep_in_cache(cached, write)
         return ranges
 
-    def image_files(self, ranges: np.ndarray) -> list[Path]:
-        """Returns an empty list, because the images are inside the shard."""
-        return []
+    def image_files(self, ranges: np.ndarray) -> list[None]:
+        """The images are within the shard, which need not be read for this."""
+        return [None] * len(ranges)
 
     def parse(self, block: bytes) -> RawPair:
         row, image, name = {}, None, None
@@ -294,15 +293,6 @@ class Table(_ByteRanges):
         if "://" in key:
             raise ValueError(f"expected an image path, but got the URL {key}; download the images first (img2dataset)")
         return RawPair(self.path.parent / key, None, row, key)
-
-    def groups(self, ranges: np.ndarray) -> list[Hashable]:
-        def key(start: int, end: int) -> Hashable:
-            try:
-                return self.read(start, end).key
-            except BAD_PAIR:
-                return start
-
-        return [key(*one) for one in ranges.tolist()]
 
     def _rows(self) -> Iterator[tuple[int, int]]:
         """Yields the byte range (start, end) of each row that is not blank, including the header."""
@@ -405,9 +395,12 @@ class ClassFolders(Source):
         label = " ".join(image.parent.name.replace("_", " ").split())
         return RawPair(image, None, {"caption": CLASS_CAPTION.format(label)}, f"{image.parent.name}/{image.name}")
 
+    def files(self) -> list[str | Path]:
+        return []
+
     def fingerprint(self, ranges: np.ndarray) -> str:
         names = "\0".join(file.parent.name for file in self._images)
-        return hashlib.sha256(names.encode(errors="surrogateescape")).hexdigest() + content_digest(self._images)
+        return hashlib.sha256(names.encode(errors="surrogateescape")).hexdigest() + super().fingerprint(ranges)
 
 
 class ArrowRows(Source):
@@ -459,9 +452,21 @@ class ArrowRows(Source):
             raise ValueError(f"expected an image of the data set itself, but got the path {stored!r:.200}")
         return RawPair(image, repr(key) if isinstance(stored, bytes) else None, row, key)
 
-    def fingerprint(self, ranges: np.ndarray) -> str:
-        files = [self.path] if self.path.is_file() else [file["filename"] for file in self._rows.cache_files]
-        return content_digest(files)
+    def image_files(self, ranges: np.ndarray) -> list[Path | None]:
+        import pyarrow as pa
+        import pyarrow.compute as pc
+
+        # Of images within the rows, only lengths are read.
+        column = self._rows.select_columns([self._image_column]).with_format("arrow")[:][self._image_column]
+        if pa.types.is_struct(column.type):
+            within = pc.greater(pc.binary_length(pc.struct_field(column, "bytes")), 0)
+            column = pc.if_else(pc.fill_null(within, False), None, pc.struct_field(column, "path"))
+        if not (pa.types.is_string(column.type) or pa.types.is_large_string(column.type)):
+            return [None] * len(ranges)
+        return [self.path.parent / name if name else None for name in column.take(ranges[:, 0]).to_pylist()]
+
+    def files(self) -> list[str | Path]:
+        return [self.path] if self.path.is_file() else [file["filename"] for file in self._rows.cache_files]
 
 
 def is_hub_id(source: str) -> bool:
@@ -503,8 +508,12 @@ def held_out_rows(sources: Sequence[Source], ranges: Sequence[np.ndarray], share
     Raises:
         `ValueError`: the part or the rest would be empty.
     """
-    groups = [(source.path, group) for source, part in zip(sources, ranges) for group in source.groups(part)]
-    distinct = sorted(set(groups), key=repr)
+    groups = [
+        (number, start) if file is None else _same_file(file)
+        for number, (source, part) in enumerate(zip(sources, ranges))
+        for start, file in zip(part[:, 0].tolist(), source.image_files(part))
+    ]
+    distinct = list(dict.fromkeys(groups))  # in the order of the pairs, so that the place of the files does not count
     count = math.ceil(share * len(distinct))
     if not 0 < count < len(distinct):
         raise ValueError(
@@ -513,6 +522,15 @@ def held_out_rows(sources: Sequence[Source], ranges: Sequence[np.ndarray], share
     order = np.random.default_rng(0).permutation(len(distinct))
     drawn = {distinct[place] for place in order[:count]}
     return np.array([group in drawn for group in groups])
+
+
+def _same_file(file: Path) -> Hashable:
+    """Returns a value that is equal for all paths and links to a file."""
+    try:
+        found = os.stat(file)
+    except (OSError, ValueError):  # a name may hold any characters
+        return os.path.abspath(file)
+    return "file", found.st_dev, found.st_ino
 
 
 _KINDS = {".tar": TarShard, ".csv": Table, ".tsv": Table, ".jsonl": Table, ".parquet": ArrowRows}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, is_dataclass
@@ -13,6 +14,7 @@ import yaml
 from huggingface_hub import EvalResult, EvalResultEntry, ModelCard, ModelCardData, eval_result_entries_to_yaml
 from huggingface_hub.errors import EntryNotFoundError
 
+from ..models.identity import changed_model, identity
 from ..utils.files import atomic_write, cache_folder
 
 
@@ -23,6 +25,8 @@ if TYPE_CHECKING:
     from ..modeling_iclip import ICLIPModel
     from ..processing_iclip import ICLIPProcessor
 
+
+logger = logging.getLogger(__name__)
 
 # Known towers by Hub id: display name and licence.
 _TOWERS = {
@@ -149,7 +153,7 @@ def write_model_card(
         training = public_settings(training)
     else:
         training = earlier.get("training") if isinstance(earlier.get("training"), dict) else None
-    results = _eval_results(metrics) if metrics is not None else earlier.get("eval_results")
+    results = _eval_results(metrics) if metrics is not None else _results_so_far(earlier, model, processor)
     towers = [describe_tower(side) for side in (model.config.vision_config, model.config.text_config)]
     base_model = [one["id"] for one in towers if one["id"]] or earlier.get("base_model")
     card_data = ModelCardData(
@@ -164,6 +168,9 @@ def write_model_card(
         model_name=name if results else None,
         eval_results=results,
         training=training,
+        identity={
+            part: value for part, value in identity(model, processor).items() if part != "model"
+        },  # a local path
         widget=[
             {
                 "src": "https://huggingface.co/datasets/mishig/sample_images/resolve/main/cat-dog-music.png",
@@ -216,6 +223,18 @@ def _card_data(source: str | Path | None) -> dict:
     except EntryNotFoundError:
         return {}
     return vars(card.data)
+
+
+def _results_so_far(earlier: Mapping, model: ICLIPModel, processor: ICLIPProcessor) -> list[EvalResult] | None:
+    """Returns the results of an earlier card, unless it describes another model. A card may also describe none."""
+    described = earlier.get("identity")
+    if isinstance(described, Mapping) and (differing := changed_model(described, model, processor)):
+        if earlier.get("eval_results"):
+            logger.warning(
+                "The results of the card are left out, because it describes other %s.", ", ".join(differing)
+            )
+        return None
+    return earlier.get("eval_results")
 
 
 def public_settings(settings: Mapping) -> dict:

@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from ..data.pairs import PairDataset, load_pairs
 from ..images import IMAGE_SUFFIXES, load_image
+from ..models.identity import changed
 from ..utils.digests import content_digest
 from ..utils.distributed import partner_errors, shared_folder_lock, this_process
 from ..utils.extras import require_extra
@@ -154,7 +155,7 @@ def explain_collection(
         [`CollectionReport`], the same on every process.
 
     Raises:
-        `ValueError`: the folder contains files of other images, texts, weights or options; or a number is below 1. `OSError`: the
+        `ValueError`: the folder contains files of other images or texts, another model or other options; or a number is below 1. `OSError`: the
         folder cannot be written, another run is writing there, or another process of this run died.
     """
     if min(batch_size, images_per_file) < 1:
@@ -169,9 +170,7 @@ def explain_collection(
     settings = {**localizer.settings, "images": fingerprint, "images_per_file": images_per_file}
     with shared_folder_lock(output, state):
         for file in output.glob("explanations-*.parquet"):
-            found = _metadata(file)["settings"]
-            if found != settings:
-                differing = sorted(name for name in settings if found.get(name) != settings[name])
+            if differing := changed(_metadata(file)["settings"], settings):
                 raise ValueError(
                     f"{file}: expected a file of this run, got one of other {', '.join(differing)}; choose another output folder."
                 )

@@ -120,7 +120,7 @@ class Localizer:
 
     @property
     def settings(self) -> dict:
-        """Everything that results depend on besides the images, as plain values. Computes a digest of the weights."""
+        """Everything that results depend on besides the images, as plain values. Computes the identity of the model."""
         asked = {"texts": self.texts, "thresholds": self.thresholds}
         return {**self.model.identity, **self._settings, **asked}
 

@@ -6,7 +6,7 @@ import copy
 import json
 import os
 import shutil
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -16,13 +16,17 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
+from ..data.pairs import PairDataset, PairStream
+from ..data.segmentation import SegmentationDataset
 from ..hub.model_card import write_model_card
 from ..modeling_iclip import ICLIPModel
+from ..models.identity import changed, digest
 from ..processing_iclip import ICLIPProcessor
 from ..utils.extras import require_extra
 from ..utils.files import atomic_write, writing_errors
 from .checks import checkpoints
 from .low_rank import add_low_rank, low_rank_of, merge_low_rank
+from .nouns import NounPrompts
 from .settings import Settings, changed_settings
 
 
@@ -44,6 +48,7 @@ class RunState:
         metrics: results of this model, or of the last one without validation.
         evaluation: its results on maps, as `iclip evaluate` returns them.
         settings: settings of the run.
+        content: identity of the model that the run started from, and digests of what settings name, see [`known_by_content`].
         sharded: whether the run shards its weights with FSDP.
         measured: whether the model of this step has been evaluated, if it is to be.
     """
@@ -57,6 +62,7 @@ class RunState:
     metrics: dict = field(default_factory=dict)
     evaluation: dict | None = None
     settings: dict = field(default_factory=dict)
+    content: dict = field(default_factory=dict)
     sharded: bool = False
     measured: bool = True
 
@@ -114,15 +120,49 @@ def state_to_resume(settings: Settings, fixed: Collection[str] = ()) -> tuple[Pa
         )
     last = checkpoints(folder)[-1]
     state = RunState(**json.loads((last / "state.json").read_text()))
-    if changed := changed_settings(settings, state.settings, fixed):
+    if others := changed_settings(settings, state.settings, fixed):
         differences = ", ".join(
-            f"{name} from {state.settings.get(name)} to {getattr(settings, name)}" for name in changed
+            f"{name} from {state.settings.get(name)} to {getattr(settings, name)}" for name in others
         )
         raise ValueError(
             f"{folder}: expected the settings of the run to resume, but got others: {differences}; repeat the command that began it, on "
             "the same pairs, with --resume, or name another output_dir."
         )
     return last, state
+
+
+def known_by_content(
+    settings: Settings,
+    pairs: PairDataset | PairStream,
+    held_out: PairDataset | None,
+    nouns: NounPrompts | None,
+    segmentation: SegmentationDataset | None,
+) -> dict[str, str | list[str] | None]:
+    """
+    Returns digests of what settings name besides the model, by the name of the setting. The files are read once, and again only after
+    a change. A stream has none: it is known by its name.
+    """
+    return {
+        "data": settings.data if isinstance(pairs, PairStream) else pairs.fingerprint(),
+        "validation_data": held_out and held_out.fingerprint(),
+        "nouns": nouns and digest(nouns.nouns),
+        "eval_root": segmentation and segmentation.fingerprint(),
+    }
+
+
+def check_content(checkpoint: Path, state: RunState, content: Mapping) -> None:
+    """
+    Checks that a run goes on with the model and the data that it began with. Their places may differ, and the software, so that a
+    long run can outlive an update.
+
+    Raises:
+        `ValueError`: something has changed.
+    """
+    if differing := changed(state.content, content, may_differ=["software"]):
+        raise ValueError(
+            f"{checkpoint}: expected the run to go on with the content that it began with, but got other {', '.join(differing)}; "
+            "restore what has changed, or name another output_dir."
+        )
 
 
 @contextmanager

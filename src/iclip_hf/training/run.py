@@ -25,14 +25,17 @@ from ..data.segmentation import load_segmentation
 from ..evaluation.evaluate import evaluate
 from ..hub.folders import join_towers
 from ..modeling_iclip import ICLIPModel
+from ..models.identity import identity
 from ..models.loading import load_iclip, warn_of_slow_bfloat16
 from ..processing_iclip import ICLIPProcessor
 from ..utils.distributed import partner_errors, shared_folder_lock
 from ..utils.files import atomic_write
 from .checkpoints import (
     advice_to_resume,
+    check_content,
     export,
     keep_learning_weights_only,
+    known_by_content,
     save_checkpoint,
     state_to_resume,
     update_checkpoint,
@@ -40,11 +43,12 @@ from .checkpoints import (
 )
 from .checks import checkpoints
 from .data import BatchLoader, derive_seed
-from .datasets import load_datasets
+from .datasets import load_datasets, open_pairs
 from .interrupts import Interrupts
 from .loss import PairModel
 from .low_rank import add_low_rank
 from .meter import Meter
+from .nouns import NounPrompts
 from .report import report
 from .schedule import cosine_schedule, parameter_groups
 from .settings import MAP_METRICS, Settings
@@ -114,18 +118,20 @@ def train(settings: Settings) -> dict[str, float]:
     output_dir = Path(settings.output_dir)
     with advice_to_resume(output_dir), Interrupts() as interrupts:
         model, processor = build_model(settings)
+        started_from = identity(model, processor)
         if settings.text_lora_rank:
             add_low_rank(model, settings.text_lora_rank)
         accelerator = start_accelerator(settings, model)
         new = not checkpoints(output_dir)
         with partner_errors("start it again"), shared_folder_lock(output_dir, accelerator, own=new):
-            return run(settings, model, processor, accelerator, interrupts)
+            return run(settings, model, processor, started_from, accelerator, interrupts)
 
 
 def run(
     settings: Settings,
     model: ICLIPModel,
     processor: ICLIPProcessor,
+    started_from: dict[str, str],
     accelerator: Accelerator,
     interrupts: Interrupts,
 ) -> dict[str, float]:
@@ -150,7 +156,14 @@ def run(
     segmentation = None
     if settings.eval_dataset != "none":
         segmentation = load_segmentation(settings.eval_dataset, settings.eval_root, settings.eval_split or None)
-    training, held_out, validation = load_datasets(settings, model, processor, accelerator)
+    pairs, held_out = open_pairs(settings, accelerator)
+    nouns = NounPrompts.from_file(settings.nouns, settings.noun_prompts, settings.seed) if settings.nouns else None
+    with accelerator.main_process_first():  # the first process caches the digests of the files for the others
+        content = {**started_from, **known_by_content(settings, pairs, held_out, nouns, segmentation)}
+    if last_checkpoint:
+        check_content(last_checkpoint, state, content)
+    state.content = content
+    training, validation = load_datasets(settings, pairs, held_out, nouns, model, processor, accelerator)
     workers = 0 if settings.cache_features else settings.num_workers
     loader = BatchLoader(training, accelerator, settings.batch_size, settings.seed, workers, settings.pairs_per_epoch)
 

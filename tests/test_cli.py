@@ -357,15 +357,13 @@ def test_data_sets_of_the_command_are_those_of_the_package():
 def test_options_and_defaults_of_the_command_are_those_of_the_package():
     from inspect import signature
 
-    from iclip_hf.cli.common import COLORMAP
     from iclip_hf.cli.evaluate import MEASURES, OPTIONS
     from iclip_hf.evaluation import evaluate, faithfulness, segmentation
     from iclip_hf.presence import MIN_PRESENCE
-    from iclip_hf.utils import plots
 
     for command in ("explain", "segment"):
         assert cli._parser().parse_args([command, "a.jpg", "--text", "dog"]).min_presence == MIN_PRESENCE
-    assert plots.COLORMAP == COLORMAP and tuple(faithfulness.MEASURES) == MEASURES
+    assert tuple(faithfulness.MEASURES) == MEASURES
     functions = evaluate.evaluate, segmentation.evaluate_segmentation, faithfulness.evaluate_faithfulness
     for (task, options), function in zip(OPTIONS.items(), functions, strict=True):
         assert set(options) <= signature(function).parameters.keys(), task

@@ -16,6 +16,7 @@ from .utils.lazy import lazy_names
 
 if TYPE_CHECKING:
     from .configuration_iclip import ICLIPConfig
+    from .figures.sheets import draw
     from .localization.localizer import explain
     from .modeling_iclip import ICLIPImageFeatures, ICLIPModel, ICLIPOutput, ICLIPTextFeatures
     from .models.embedded import embedded_model
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 __version__ = "0.2.0.dev0"
 
 _MODULES = {
+    "draw": ".figures.sheets",
     "embedded_model": ".models.embedded",
     "explain": ".localization.localizer",
     "ICLIPConfig": ".configuration_iclip",

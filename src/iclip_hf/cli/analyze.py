@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from .common import (
-    PICTURES,
+    CHARTS,
     add_dataset_options,
     add_dpi_option,
     add_limit_option,
@@ -106,7 +106,7 @@ def _shift(options: argparse.Namespace) -> int:
 def _channels(options: argparse.Namespace) -> int:
     from ..images import load_image
 
-    check_file("--output", options.output, PICTURES)
+    check_file("--output", options.output, CHARTS)
     images = [load_image(path) for path in options.images]
     from ..evaluation.analysis import channel_matches
     from ..evaluation.analysis_plots import channel_scatter
@@ -121,7 +121,7 @@ def _channels(options: argparse.Namespace) -> int:
 def _relation(options: argparse.Namespace) -> int:
     for option, path in (("--output", options.output), ("--bars", options.bars)):
         if path:
-            check_file(option, path, PICTURES)
+            check_file(option, path, CHARTS)
     method, rows = _read_classes(options.evaluation, options.method)
     from ..evaluation.analysis import relation
     from ..evaluation.analysis_plots import class_bars, relation_plot

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from dataclasses import replace
 from pathlib import Path
 
 from ..prompts import check_text
@@ -19,7 +20,7 @@ from .common import (
     save_figure,
     share,
 )
-from .pictures import at_picture_size, pictures_to_write, write_pictures
+from .pictures import picture_dpi, pictures_to_write, write_pictures
 
 
 def add_options(command: argparse.ArgumentParser) -> None:
@@ -108,15 +109,17 @@ def run(options: argparse.Namespace) -> int:
     if options.json:
         echo(json.dumps(report, indent=2, ensure_ascii=False))
     else:
-        _print_table(report)
+        _print_table(report, options.min_presence)
     return 0 if len(report) == len(options.images) else 2
 
 
 def _draw(image, explanation, rule: dict, texts: list[str], path: Path) -> None:
-    from ..utils.plots import label_sheet
+    from ..figures.sheets import at_picture_size, label_sheet
 
-    drawn, shown = at_picture_size(image, explanation, path)
-    save_figure(label_sheet(drawn, shown.label_map(**rule).numpy(), texts), path)
+    dpi = picture_dpi(path)
+    drawn = at_picture_size(image, dpi)
+    labels = replace(explanation, size=(drawn.height, drawn.width)).label_map(**rule)
+    save_figure(label_sheet(drawn, labels.numpy(), texts, dpi=dpi), path, dpi)
 
 
 def _save_labels(labels, path: Path) -> None:
@@ -124,8 +127,8 @@ def _save_labels(labels, path: Path) -> None:
     import numpy as np
     from PIL import Image
 
+    from ..figures.colors import label_colors
     from ..utils.files import atomic_write
-    from ..utils.plots import label_colors
 
     path.parent.mkdir(parents=True, exist_ok=True)
     few = labels.max() < 255
@@ -136,12 +139,15 @@ def _save_labels(labels, path: Path) -> None:
         image.save(partial, format="PNG")
 
 
-def _print_table(report: list[dict]) -> None:
+def _print_table(report: list[dict], min_presence: float) -> None:
+    from ..presence import presence_word
+
     width = max((len(printable(row["text"])) for entry in report for row in entry["segments"]), default=0)
     for entry in report:
         echo(f"{printable(entry['image'])} -> {printable(entry['picture'])}, {printable(entry['labels'])}")
-        for row in sorted(entry["segments"], key=lambda row: -row["area"]):
+        for row in entry["segments"]:
             echo(
-                f"  {printable(row['text']):<{width}}  {row['score']:+.4f}  presence {row['presence']:.2f}  "
+                f"  {printable(row['text']):<{width}}  {row['score']:+.4f}  {presence_word(row['presence'], min_presence):<7}  "
+                f"presence {row['presence']:.2f}  "
                 f"{100 * row['area']:5.1f} % of the image"
             )

@@ -18,14 +18,15 @@ import numpy as np
 from PIL import Image
 
 from .. import __version__
+from ..hub.model_card import front_matter
 from ..images import load_image
 from ..localization.explanation import Explanation
 from ..localization.localizer import Localizer, PreparedImage
 from ..models.loading import load_model
-from ..presence import BACKGROUND, MIN_PRESENCE
+from ..presence import BACKGROUND, MIN_PRESENCE, PRESENT, presence_word
 from ..utils.extras import require_extra
 from ..utils.files import atomic_write
-from .content import EXAMPLES, MAX_TEXTS, beside, colors, example_files, view_size
+from .content import EXAMPLES, MAX_CHARACTERS, MAX_TEXTS, beside, example_files, look, view_size
 
 
 with require_extra("demo"):
@@ -63,21 +64,22 @@ METHODS = {
     "Random, which knows neither image nor text": "random",
 }
 INTRODUCTION = f"""# Which pixels match the text?
-Red matches most, blue least. Each map is stretched to the whole scale, so a text that is not in the image lights up as well.
-**Presence** shows how surely the image shows a text. Below {MIN_PRESENCE:.0%} the text counts as absent."""
-SPACE_README = """---
-title: ICLIP
-emoji: 🔍
-colorFrom: blue
-colorTo: red
-sdk: gradio
-sdk_version: {gradio}
-app_file: app.py
-pinned: false
-license: apache-2.0
-short_description: Which pixels of an image match a text
----
-
+Bright pixels match most, dark ones least. Each map has its own scale, so a text that is not in the image lights up as well.
+**Presence** is the share of unrelated texts that would match the image less. A text is *present* from {PRESENT:.0%} on, *absent* below
+{MIN_PRESENCE:.0%}, and *unsure* in between."""
+SPACE_CARD = {
+    "title": "ICLIP",
+    "emoji": "🔍",
+    "colorFrom": "blue",
+    "colorTo": "red",
+    "sdk": "gradio",
+    "sdk_version": gr.__version__,
+    "app_file": "app.py",
+    "pinned": False,
+    "license": "apache-2.0",
+    "short_description": "Which pixels of an image match a text",
+}
+SPACE_README = """
 The live demo of [ICLIP](https://arxiv.org/abs/2209.07046) in `iclip_hf`: drop an image, type texts, see one map a text.
 """
 SPACE_APP = '''"""Live demo: which pixels of an image match a text."""
@@ -104,7 +106,7 @@ def split_texts(typed: str) -> list[str]:
     commas.
 
     Raises:
-        `ValueError`: there is no text, or more than `content.MAX_TEXTS`.
+        `ValueError`: there is no text, there are more than `content.MAX_TEXTS`, or one is longer than `content.MAX_CHARACTERS`.
     """
     separator = "\n" if "\n" in typed.strip() else ","
     texts = list(dict.fromkeys(text.strip() for text in typed.split(separator) if text.strip()))
@@ -112,6 +114,9 @@ def split_texts(typed: str) -> list[str]:
         raise ValueError(
             f"Expected 1 to {MAX_TEXTS} texts, between commas or one a line, got {len(texts)}: add or remove some."
         )
+    longest = max(map(len, texts))
+    if longest > MAX_CHARACTERS:
+        raise ValueError(f"Expected texts of at most {MAX_CHARACTERS} characters, got one of {longest}: shorten it.")
     return texts
 
 
@@ -156,7 +161,7 @@ def viewer_value(seen: SeenImage, explanation: Explanation) -> dict:
                 "text": text,
                 "cosine": round(cosine, 4),
                 "presence": round(present, 4),
-                "absent": present < MIN_PRESENCE,
+                "word": presence_word(present),
                 "map": raw_map,
             }
             for text, cosine, present, raw_map in zip(
@@ -309,7 +314,7 @@ def build_app(model, processor) -> gr.Blocks:
                     js_on_load=(beside("web/numerics.js") + beside("viewer.js")).replace("export function", "function")
                     + beside("gradio_viewer.js"),
                     apply_default_css=False,
-                    colors=colors(),
+                    look=look(),
                 )
                 with gr.Row():
                     picture = gr.Button("Save picture (PNG)")
@@ -399,7 +404,7 @@ def export_space(folder: Path, model: str | None = None) -> None:
         raise ValueError(f"Expected the Hub id of a model for a Space, got the folder {model}: push it first.")
     folder.mkdir(parents=True, exist_ok=True)
     files = {
-        "README.md": SPACE_README.format(gradio=gr.__version__),
+        "README.md": front_matter(SPACE_CARD) + SPACE_README,
         "app.py": SPACE_APP.format(model=model),
         "requirements.txt": f"iclip-hf[demo]=={__version__}\n",
     }

@@ -29,6 +29,8 @@ _TITLE, _NOTE = 15, 12.5
 # Distance of a title from what is below it.
 _SPACE = 7
 _INK, _PALE = "#1c2430", "#5b6472"
+# Colours behind the words of the lowest and the highest score.
+_PALE_WORD, _DARK_WORD = (255, 245, 235), (253, 164, 80)
 # Opacity of the black over the background of a label map.
 _DIMMED = 0.4
 # Share of an absent text's picture that is left; the rest is white.
@@ -246,7 +248,7 @@ def _shades(title: str, words: Sequence[tuple[str, float]], scale: float) -> lis
     for written, (x0, y0, x1, y1) in word_boxes(title, _TITLE * scale, bold=True):
         if remaining and written == remaining[0][0]:  # a long title is shortened
             share = remaining.pop(0)[1] / highest
-            color = tuple(round(255 - share * (255 - end)) for end in (253, 164, 80))
+            color = tuple(round(pale + share * (dark - pale)) for pale, dark in zip(_PALE_WORD, _DARK_WORD))
             box = [round(side) for side in (x0, y0, x1, y1)]
             placed.append((Image.new("L", (box[2] - box[0], box[3] - box[1]), 255), color, box[0], box[1]))
     return placed

@@ -29,10 +29,10 @@ class Example(NamedTuple):
 
 # Photographs of scikit-image.
 EXAMPLES = {
-    "coffee.png": Example("Cup of coffee", "cup of coffee, spoon, dog", "Rachel Michetti, CC0"),
-    "chelsea.png": Example("Cat", "cat, eyes, bicycle", "Stefan van der Walt, CC0"),
-    "rocket.jpg": Example("Rocket at night", "rocket, night sky, dog", "SpaceX, public domain"),
-    "astronaut.png": Example("Astronaut", "woman, orange jacket, tree", "NASA, public domain"),
+    "astronaut.png": Example("Astronaut", "face, orange jacket, helmet, tree", "NASA, public domain"),
+    "coffee.png": Example("Cup of coffee", "saucer, cup of coffee, dog", "Rachel Michetti, CC0"),
+    "chelsea.png": Example("Cat", "cat, bicycle", "Stefan van der Walt, CC0"),
+    "rocket.jpg": Example("Rocket at night", "launch tower, dog", "SpaceX, public domain"),
 }
 
 

@@ -43,7 +43,7 @@ def draw(
     *,
     colormap: str = COLORMAPS[0],
     opacity: float = OPACITY,
-    columns: int = 4,
+    columns: int = 5,
     dpi: int = DPI,
 ) -> Image.Image:
     """

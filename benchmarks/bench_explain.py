@@ -172,7 +172,7 @@ def asking_again(rounds: int) -> str:
     from iclip_hf.demo.app import explain_image, look_at, to_npz, viewer_value
     from iclip_hf.demo.content import EXAMPLES
 
-    localizer = Localizer(*load_iclip("embedded"), ["dog"])
+    localizer = Localizer(load_iclip("embedded"), ["dog"])
     photo = np.random.default_rng(0).integers(0, 255, (15, 20, 3), np.uint8)
     image = Image.fromarray(photo).resize(SIZE[::-1], Image.Resampling.BICUBIC)
     texts = next(iter(EXAMPLES.values())).texts.split(", ")
@@ -229,12 +229,12 @@ def end_to_end(files: int) -> str:
 def presences(rounds: int) -> str:
     """Presence: encoding the nouns and reading them again in another process, and what an image costs then."""
     model, processor = load_iclip("embedded")
-    explainer, templates = make_explainer(model, processor), processor.templates
+    explainer, templates = make_explainer((model, processor)), processor.templates
     pixel_values = processor(images=[Image.new("RGB", SIZE[::-1])])["pixel_values"]
-    background, texts = encode_background(explainer, templates), explainer.encode_texts(["dog", "ball", "grass"])
+    background, texts = encode_background(explainer, templates), explainer.model.encode_texts(["dog", "ball", "grass"])
     image = explainer.encode_image(pixel_values)
     contenders = {
-        "first": lambda: explainer.encode_texts(BACKGROUND, templates),
+        "first": lambda: explainer.model.encode_texts(BACKGROUND, templates),
         "read": lambda: encode_background(explainer, templates),
         "image": lambda: presence(model.match(image, texts), model.match(image, background)),
         "forward": lambda: explainer.encode_image(pixel_values),
@@ -259,7 +259,7 @@ def shifting(data: Path, images: int) -> str:
         for one in pixel_values.split(1):
             model.get_image_features(one)
 
-    contenders = {"shift": lambda: semantic_shift(model, processor, samples), "forward": without_gradients(forwards)}
+    contenders = {"shift": lambda: semantic_shift((model, processor), samples), "forward": without_gradients(forwards)}
     taken = take_turns(contenders, 3)
     seconds = [float(np.median(times)) for times in taken.values()]
     headings = [f"semantic shift of {len(samples)} images, seconds", "forwards alone", "ratio"]

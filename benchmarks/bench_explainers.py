@@ -96,7 +96,7 @@ def contenders(count: int) -> dict[str, Callable[[], object]]:
         return [cam.attribute(pixel_values, target=text, attr_dim_summation=False) for text in range(len(embeds))]
 
     methods = [method for method in METHODS if method != "attention_affinity"]  # which needs an ICLIP model
-    explainers = {method: make_explainer(model, processor, method) for method in methods}
+    explainers = {method: make_explainer((model, processor), method) for method in methods}
     return {
         "the image tower's forward": torch.no_grad()(lambda: model.vision_model(pixel_values)),
         **{f"`{name}`": lambda one=one: one.raw_maps(pixel_values, texts) for name, one in explainers.items()},
@@ -110,7 +110,7 @@ def contenders(count: int) -> dict[str, Callable[[], object]]:
 def uses_of_maps() -> dict[str, Callable[[], object]]:
     """From the pixels of a photograph to its finished maps or label map."""
     model, processor, texts, pixel_values = clip(CLASSES)
-    explainer = make_explainer(model, processor)
+    explainer = make_explainer((model, processor))
 
     def drawn(refine: bool) -> torch.Tensor:
         maps, _ = explainer.raw_maps(pixel_values, texts)

@@ -119,7 +119,7 @@ class Study:
         if count:
             self.fine_tune(model, own[:count], seed, rate)
         model = merge_low_rank(model).eval()
-        result = evaluate(model, self.processor, self.maps, progress=False).results["itsm"]
+        result = evaluate((model, self.processor), self.maps, progress=False).results["itsm"]
         return {**self.retrieval(model, unseen), **result}
 
     def fine_tune(self, model: ICLIPModel, rows: np.ndarray, seed: int, rate: float) -> None:

@@ -62,7 +62,7 @@ def supported(model, processor, methods: list[str]) -> tuple[list[str], dict[str
     refused = {}
     for method in methods:
         try:
-            make_explainer(model, processor, method)
+            make_explainer((model, processor), method)
         except ValueError as error:
             refused[method] = str(error)
     return [method for method in methods if method not in refused], refused
@@ -71,10 +71,10 @@ def supported(model, processor, methods: list[str]) -> tuple[list[str], dict[str
 def measure(model, processor, dataset, methods: list[str], limit: int | None, few: int) -> dict[str, dict[str, float]]:
     """Returns the scores by method on one data set, with mAP and the row of a constant map."""
     few = min(few, limit or few)
-    cheap = evaluate(model, processor, dataset, methods, limit=limit).results
-    labels = evaluate_segmentation(model, processor, dataset, methods, limit=few).results
+    cheap = evaluate((model, processor), dataset, methods, limit=limit).results
+    labels = evaluate_segmentation((model, processor), dataset, methods, limit=few).results
     faithful = evaluate_faithfulness(
-        model, processor, dataset, methods, measures=["deletion_insertion", "pointing_game"], limit=few
+        (model, processor), dataset, methods, measures=["deletion_insertion", "pointing_game"], limit=few
     ).results
     scores = {method: {**cheap[method], **labels[method], **faithful[method]} for method in methods}
     for one in scores.values():
@@ -94,7 +94,7 @@ def measure(model, processor, dataset, methods: list[str], limit: int | None, fe
 
 def seconds(model, processor, dataset, methods: list[str]) -> dict[str, list[float]]:
     """Returns the seconds of the raw maps of one image with `TEXTS` texts, by method."""
-    explainers = {method: make_explainer(model, processor, method) for method in dict.fromkeys(["itsm", *methods])}
+    explainers = {method: make_explainer((model, processor), method) for method in dict.fromkeys(["itsm", *methods])}
     texts = explainers["itsm"].encode_texts(dataset.class_names[:TEXTS])
     pixel_values = explainers["itsm"].processor(images=[dataset[0].image])["pixel_values"]
     return take_turns({name: lambda one=one: one.raw_maps(pixel_values, texts) for name, one in explainers.items()}, 3)

@@ -87,7 +87,7 @@ def measure(model_folder: Path, dataset, features: dict) -> dict[str, dict[str, 
     scores = {}
     for map_attention in MAP_ATTENTION:
         model.config.map_attention = map_attention
-        result = evaluate(model, processor, dataset, progress=False).results["itsm"]
+        result = evaluate((model, processor), dataset, progress=False).results["itsm"]
         scores[map_attention] = {metric: result[metric] for metric in METRICS}
     return scores
 

@@ -13,6 +13,7 @@ from iclip_hf.data.segmentation import load_segmentation
 from iclip_hf.evaluation import analysis
 from iclip_hf.evaluation.analysis import channel_matches, foreground_tokens, match_channels, relation, semantic_shift
 from iclip_hf.modeling_iclip import ICLIPImageFeatures
+from iclip_hf.models.explainable import Pooling
 
 
 class Sample:
@@ -32,19 +33,18 @@ class Sample:
 def by_hand(monkeypatch):
     """Models are given by what they say of each image: patches and class token, on a grid of 1x3 patches."""
 
-    def adapt(model, processor):
-        def encode_image(image):
+    def load(model):
+        def encode_images(image):
             patches, class_token = image
             return ICLIPImageFeatures(image_embeds=torch.tensor([class_token]), patch_embeds=torch.tensor([[patches]]))
 
         return SimpleNamespace(
             processor=lambda images: {"pixel_values": images[0]},
-            encode_image=encode_image,
-            pools_one_vector=True,
-            draws_by_class_token=model != "max",
+            encode_images=encode_images,
+            map_pooling=Pooling.PATCHES if model == "max" else Pooling.ONE_QUERY,
         )
 
-    monkeypatch.setattr(analysis, "adapt", adapt)
+    monkeypatch.setattr(analysis, "load", load)
 
 
 # Three patches of four channels. Per channel the greatest is of patch 0, 0, 1, 2.
@@ -54,13 +54,13 @@ CLASS_TOKEN = [4.0, 9.0, 2.5, 5.0]
 
 
 def test_channels_by_hand(by_hand):
-    matches = channel_matches("model", None, (PATCHES, CLASS_TOKEN))
+    matches = channel_matches("model", (PATCHES, CLASS_TOKEN))
     assert matches["max"].tokens.tolist() == [0, 0, 1, 2] and matches["max"].values.tolist() == [9, 8, 7, 6]
     assert matches["class_token"].tokens.tolist() == [1, 0, 2, 2]
     # The mean is (5, 3.33, 3.33, 2.33): nearest are 5, 2, 2, 1.
     assert matches["average"].tokens.tolist() == [1, 1, 2, 1]
     assert matches["own"].values.tolist() == CLASS_TOKEN and matches["max"].grid == (1, 3)
-    assert "class_token" not in channel_matches("max", None, (PATCHES, CLASS_TOKEN))
+    assert "class_token" not in channel_matches("max", (PATCHES, CLASS_TOKEN))
 
 
 def test_semantic_shift_by_hand(by_hand):
@@ -77,7 +77,7 @@ def test_semantic_shift_by_hand(by_hand):
         Sample([[255, 255, 0]], image),
         Sample([[4, 4, 4]], image),
     ]
-    shift = semantic_shift("model", None, iter(samples), after="class_token")
+    shift = semantic_shift("model", iter(samples), after="class_token")
     few, half, most, all_ = shift.rows
     assert (few.low, few.high, all_.low, all_.high) == (0, 0.25, 0, 1)
     assert (few.images, few.b2f, few.f2b, few.same) == (1, 1, 0, 3)
@@ -99,15 +99,15 @@ def test_semantic_shift_by_hand(by_hand):
         *(f"| {pooling} | 2.0 |" for pooling in ("class_token", "average", "max", "own")),
     ]
 
-    back = semantic_shift("model", None, samples, before="class_token", after="max").rows
+    back = semantic_shift("model", samples, before="class_token", after="max").rows
     assert [(row.b2f, row.f2b) for row in back] == [(row.f2b, row.b2f) for row in shift.rows]
 
 
 def test_what_cannot_be_counted(by_hand):
-    shift = semantic_shift("model", None, [])
+    shift = semantic_shift("model", [])
     assert shift.images == 0 and shift.foreground_channels == {} and all(row.same is None for row in shift.rows)
     with pytest.raises(ValueError, match=r"one of \['average', 'max', 'own'\], got 'class_token'"):
-        semantic_shift("max", None, [Sample([[1, 0, 0]], (PATCHES, CLASS_TOKEN))], after="class_token")
+        semantic_shift("max", [Sample([[1, 0, 0]], (PATCHES, CLASS_TOKEN))], after="class_token")
 
 
 @settings(max_examples=50, deadline=None)
@@ -141,7 +141,7 @@ def test_a_models_own_vectors_are_matched(dual, pooling, tiny_processor):
     """
     model = tiny_model("dinov2", dual_projection=dual, pooling=pooling)
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (30, 50, 3), dtype=np.uint8))
-    matches = channel_matches(model, tiny_processor, image)
+    matches = channel_matches((model, tiny_processor), image)
     with torch.no_grad():
         features = model.get_image_features(tiny_processor(images=[image])["pixel_values"])
     patches = features.patch_embeds[0].flatten(0, 1)
@@ -157,7 +157,7 @@ def test_a_models_own_vectors_are_matched(dual, pooling, tiny_processor):
         chosen = patches[matches[name].tokens, np.arange(16)]
         torch.testing.assert_close((chosen - vector).abs(), nearest, atol=1e-5, rtol=0)
     samples = [Sample([[0, 0, 1, 1]] * 2, image), Sample([[1, 1, 1, 0]] * 2, image)]
-    shift = semantic_shift(model, tiny_processor, samples, after="own")
+    shift = semantic_shift((model, tiny_processor), samples, after="own")
     expected = []
     for left, right in ((2, 4), (0, 3)):  # the columns of patches that are foreground
         before, after = (np.isin(matches[name].tokens % 4, range(left, right)) for name in ("max", "own"))
@@ -171,7 +171,7 @@ def test_a_models_own_vectors_are_matched(dual, pooling, tiny_processor):
 def test_real_masks(name, root, split, iclip_data, tiny_processor):
     dataset = load_segmentation(name, iclip_data / root, split)
     samples = [dataset[index] for index in range(6)]
-    shift = semantic_shift(tiny_model(), tiny_processor, samples)
+    shift = semantic_shift((tiny_model(), tiny_processor), samples)
     assert shift.images + shift.left_out == 6
     rows = [row for row in shift.rows if row.images]
     assert sum(row.images for row in shift.rows[:-1]) == shift.images == shift.rows[-1].images

@@ -35,7 +35,7 @@ def run(*arguments):
 def test_shift_prints_and_writes_what_the_function_counts(folder, tmp_path, capsys, tiny_processor):
     data = ["shift", "--dataset", "folder", "--data-root", folder, "--model", folder / "model"]
     dataset = load_segmentation("folder", folder)
-    expected = semantic_shift(tiny_model(), tiny_processor, dataset)
+    expected = semantic_shift((tiny_model(), tiny_processor), dataset)
     assert run(*data, "--output", tmp_path / "shift.json") == 0
     assert capsys.readouterr().out.strip() == expected.table().strip()
     written = json.loads((tmp_path / "shift.json").read_text())
@@ -45,7 +45,7 @@ def test_shift_prints_and_writes_what_the_function_counts(folder, tmp_path, caps
 
     assert run(*data, "--limit", "1", "--before", "own", "--after", "max", "--json") == 0
     one = json.loads(capsys.readouterr().out)
-    back = semantic_shift(tiny_model(), tiny_processor, [dataset[0]], "own", "max").rows
+    back = semantic_shift((tiny_model(), tiny_processor), [dataset[0]], "own", "max").rows
     assert [row["b2f"] for row in one["rows"]] == [back[0].b2f, None, None, back[0].b2f]
 
 
@@ -108,5 +108,5 @@ def test_bad_evaluations_are_one_line_and_exit_code_2(tmp_path, capsys, monkeypa
 def test_poolings_of_the_command_are_those_of_the_analysis(folder, tiny_processor):
     from iclip_hf.evaluation.analysis import channel_matches
 
-    matches = channel_matches(tiny_model(pooling="class_token"), tiny_processor, Image.new("RGB", (40, 30)))
+    matches = channel_matches((tiny_model(pooling="class_token"), tiny_processor), Image.new("RGB", (40, 30)))
     assert set(matches) == set(analyze.POOLINGS)

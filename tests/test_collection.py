@@ -44,7 +44,7 @@ def folder(tmp_path_factory, tiny_processor):
 
 @pytest.fixture(scope="module")
 def localizer(tiny_processor):
-    return Localizer(tiny_model(), tiny_processor, TEXTS, threshold=[0.4, 0.6], min_presence=0.2)
+    return Localizer((tiny_model(), tiny_processor), TEXTS, threshold=[0.4, 0.6], min_presence=0.2)
 
 
 def run(localizer, images, output, **options):
@@ -80,7 +80,7 @@ def test_rows_are_what_explain_gives(folder, whole, tmp_path):
     from transformers import AutoModel, AutoProcessor
 
     model, processor = (auto.from_pretrained(folder / "model") for auto in (AutoModel, AutoProcessor))
-    explanations = explain(model, processor, [folder / "images" / name for name in names], TEXTS)
+    explanations = explain((model, processor), [folder / "images" / name for name in names], TEXTS)
     masks = 0
     for row, explanation in zip(dataset, explanations):
         assert (row["height"], row["width"]) == explanation.size
@@ -204,7 +204,7 @@ def test_two_processes_go_on_after_a_kill_in_the_midst_of_writing(folder, tiny_p
     alone = tmp_path / "alone"
     model = tiny_model()
     model.config._name_or_path = str(folder / "model")
-    localizer = Localizer(model, tiny_processor, TEXTS, threshold=0.4, min_presence=0.2)
+    localizer = Localizer((model, tiny_processor), TEXTS, threshold=0.4, min_presence=0.2)
     run(localizer, open_images([folder / "images"]), alone)
     assert sorted(contents(output)) == sorted(contents(alone))
     for file in alone.glob("*.parquet"):
@@ -246,13 +246,13 @@ def test_only_broken_images(localizer, tmp_path):
 def test_other_settings_do_not_mix(folder, localizer, whole, tiny_processor):
     images, output = open_images([folder / "images"]), whole[1]
     before = contents(output)
-    other = Localizer(tiny_model(), tiny_processor, ["cat", "car"], threshold=[0.4, 0.6], min_presence=0.2)
+    other = Localizer((tiny_model(), tiny_processor), ["cat", "car"], threshold=[0.4, 0.6], min_presence=0.2)
     for change, options, name in ((other, {}, "texts"), (localizer, {"images_per_file": 5}, "images_per_file")):
         with pytest.raises(ValueError, match=f"got one of other {name}; choose another"):
             run(change, images, output, **options)
     with pytest.raises(ValueError, match="one of other images; choose another"):
         run(localizer, open_images([folder / "images" / "a"]), output)
-    retrained = Localizer(tiny_model(seed=1), tiny_processor, TEXTS, threshold=[0.4, 0.6], min_presence=0.2)
+    retrained = Localizer((tiny_model(seed=1), tiny_processor), TEXTS, threshold=[0.4, 0.6], min_presence=0.2)
     with pytest.raises(ValueError, match="one of other weights; choose another"):
         run(retrained, images, output)
     assert contents(output) == before

@@ -18,11 +18,10 @@ from gradio_client.exceptions import AppError
 from huggingface_hub import RepoCard
 from PIL import Image
 
-from iclip_hf import ICLIPModel, cli, explain, explainers
-from iclip_hf.cli import common
+from iclip_hf import ICLIPModel, cli, explain
 from iclip_hf.demo import app, content
-from iclip_hf.explainers import adapters as families
 from iclip_hf.localization.localizer import Localizer
+from iclip_hf.models import explainable
 from iclip_hf.presence import presence_word
 from iclip_hf.similarity import resize_and_normalize
 
@@ -45,7 +44,7 @@ def folder(tmp_path_factory, tiny_processor):
 @pytest.fixture(scope="module")
 def explained(tiny_processor):
     image = Image.linear_gradient("L").resize((1300, 650)).convert("RGB")
-    localizer = Localizer(tiny_model(), tiny_processor, ["any"])
+    localizer = Localizer((tiny_model(), tiny_processor), ["any"])
     seen = app.look_at(localizer, image)
     return image, seen, app.explain_image(localizer, seen, TEXTS)
 
@@ -93,22 +92,18 @@ def test_a_text_of_megabytes_is_refused():
         app.split_texts("dog\n" + "a" * 2_000_000)
 
 
-def test_all_methods_can_be_chosen():
-    assert list(app.METHODS.values()) == list(explainers.METHODS) == list(common.METHODS)
-
-
 def test_the_maps_are_the_explainers_at_the_size_of_the_view(tiny_processor, explained):
     image, seen, explanation = explained
     model, size = tiny_model(), [(320, 640)]
-    expected = explain(model, tiny_processor, [image], TEXTS, target_sizes=size)[0]
+    expected = explain((model, tiny_processor), [image], TEXTS, target_sizes=size)[0]
     torch.testing.assert_close(explanation.maps, expected.maps)
     torch.testing.assert_close(explanation.scores, expected.scores)
     assert seen.prepared.features is not None
-    localizer = Localizer(model, tiny_processor, ["any"], method="grad_cam")
+    localizer = Localizer((model, tiny_processor), ["any"], method="grad_cam")
     seen = app.look_at(localizer, image)
     other = app.explain_image(localizer, seen, TEXTS)
     assert seen.prepared.features is None  # its gradients need the tower for each text
-    expected = explain(model, tiny_processor, [image], TEXTS, "grad_cam", target_sizes=size)[0]
+    expected = explain((model, tiny_processor), [image], TEXTS, "grad_cam", target_sizes=size)[0]
     torch.testing.assert_close(other.maps, expected.maps)
     torch.testing.assert_close(other.presence, explanation.presence, atol=1e-5, rtol=0)
 
@@ -248,14 +243,14 @@ def broken_upload():
 def test_no_answer_prepares_the_model_or_the_background_anew(server, folder, monkeypatch):
     photo = upload(server, (folder / "small.png").read_bytes()).json()[0]
     assert call(server, photo, "dog", "gem")[1]() == "event: complete"
-    encoded, encode, copied, copy = [], ICLIPModel.encode_text, [], families.private_copy
+    encoded, encode, copied, copy = [], ICLIPModel.encode_text, [], explainable.private_copy
 
     def counted(model, input_ids, **options):
         encoded.append(len(input_ids))
         return encode(model, input_ids, **options)
 
     monkeypatch.setattr(ICLIPModel, "encode_text", counted)
-    monkeypatch.setattr(families, "private_copy", lambda model: copied.append(model) or copy(model))
+    monkeypatch.setattr(explainable, "private_copy", lambda model: copied.append(model) or copy(model))
     assert call(server, photo, "sky, red ball", "gem")[1]() == "event: complete"
     assert encoded == [2] and copied == []
 
@@ -285,7 +280,7 @@ def test_the_image_of_another_question_is_not_encoded_again(server, folder, tmp_
 def test_a_full_queue_is_told_in_a_sentence_and_all_in_it_are_answered(server, folder, monkeypatch):
     photo = upload(server, (folder / "small.png").read_bytes()).json()[0]
     going, explain = threading.Event(), app.explain_image
-    monkeypatch.setattr(app, "explain_image", lambda *question: going.wait(60) and explain(*question))
+    monkeypatch.setattr(app, "explain_image", lambda *question: going.wait(60) and explain(question))
     answers = []
     for _ in range(100):
         asked, answer = call(server, photo)

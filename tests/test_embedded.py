@@ -11,7 +11,7 @@ from iclip_hf import ICLIPConfig, ICLIPModel, ICLIPProcessor
 from iclip_hf.data import load_segmentation
 from iclip_hf.evaluation.evaluate import evaluate
 from iclip_hf.models.embedded import PROJECTIONS, embedded_model, save_projections
-from iclip_hf.models.loading import load_iclip, load_model, load_pretrained
+from iclip_hf.models.loading import load, load_iclip, load_pretrained
 from iclip_hf.models.onnx import VISION_FILE
 
 
@@ -54,9 +54,13 @@ def test_its_name_stands_for_its_folder(folder, tmp_path, monkeypatch):
         (tmp_path / "embedded" / name).write_text("{}")
     monkeypatch.chdir(tmp_path)
     expected = load_file(folder / "model.safetensors")["recognition.visual_projection.weight"]
-    for load in (load_model, load_pretrained, load_iclip):
-        model, processor = load("embedded")
-        assert torch.equal(model.state_dict()["recognition.visual_projection.weight"].cpu(), expected), load.__name__
+    loaded = load("embedded")
+    for model, processor in (
+        (loaded.network, loaded.processor),
+        load_pretrained("embedded"),
+        load_iclip("embedded"),
+    ):
+        assert torch.equal(model.state_dict()["recognition.visual_projection.weight"].cpu(), expected)
         assert isinstance(processor, ICLIPProcessor)
 
 
@@ -81,7 +85,7 @@ def test_figures_on_coco100(folder, iclip_data):
     """The README's row, above the floors: everything foreground, and the tower's attention alone (19.9 and 0.100)."""
     dataset = load_segmentation("coco2017", iclip_data / "coco100", split="train2017")
     model, processor = ICLIPModel.from_pretrained(folder), ICLIPProcessor.from_pretrained(folder)
-    scores = evaluate(model, processor, dataset, progress=False).results["itsm"]
+    scores = evaluate((model, processor), dataset, progress=False).results["itsm"]
     assert scores["floor"] == pytest.approx(GOLDEN["floor"], abs=0.01)
     assert scores["mAP"] == pytest.approx(GOLDEN["mAP"], abs=0.3)
     assert scores["mMIoU"] == pytest.approx(GOLDEN["mMIoU"], abs=0.2)

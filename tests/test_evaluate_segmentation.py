@@ -43,7 +43,7 @@ def miou(pairs):
 
 def test_figures_equal_the_protocol_in_plain_steps(root, tiny_processor):  # noqa: F811
     model, dataset = tiny_model(), load_segmentation("folder", root)
-    result = evaluate_segmentation(model, tiny_processor, dataset, batch_size=3, progress=False)
+    result = evaluate_segmentation((model, tiny_processor), dataset, batch_size=3, progress=False)
     found = []
     for sample in dataset:
         maps, _ = enlarged(model, tiny_processor, sample, NAMES)
@@ -80,7 +80,7 @@ def test_synonyms_background_texts_and_presence(root, tiny_processor):  # noqa: 
             if gate:
                 maps[:4][~present[:4]] = -np.inf  # texts of the background stay
             pairs.append((classes[maps.argmax(0)], sample.label_map))
-        result = evaluate_segmentation(model, tiny_processor, dataset, min_presence=gate, progress=False)
+        result = evaluate_segmentation((model, tiny_processor), dataset, min_presence=gate, progress=False)
         expected, iou = miou(pairs)
         assert result.results["itsm"]["mIoU"] == pytest.approx(expected, abs=0.2)
         assert result.results["itsm"]["thresholds"] is None
@@ -90,7 +90,7 @@ def test_synonyms_background_texts_and_presence(root, tiny_processor):  # noqa: 
 def test_a_given_threshold_and_every_kind_of_method(root, tiny_processor):  # noqa: F811
     model, dataset = tiny_model(), load_segmentation("folder", root)
     methods = ["itsm", "reversed_itsm", "attention", "grad_cam", "gem"]
-    result = evaluate_segmentation(model, tiny_processor, dataset, methods, threshold=0.25, progress=False)
+    result = evaluate_segmentation((model, tiny_processor), dataset, methods, threshold=0.25, progress=False)
     pairs, turned = [], []
     for sample in dataset:
         maps, _ = enlarged(model, tiny_processor, sample, NAMES)
@@ -107,7 +107,7 @@ def test_a_given_threshold_and_every_kind_of_method(root, tiny_processor):  # no
 
 def test_probabilities_as_confidence(root, tiny_processor):  # noqa: F811
     model, dataset = tiny_model(), load_segmentation("folder", root)
-    result = evaluate_segmentation(model, tiny_processor, dataset, threshold=0.5, logit_scale=5.0, progress=False)
+    result = evaluate_segmentation((model, tiny_processor), dataset, threshold=0.5, logit_scale=5.0, progress=False)
     pairs = []
     for sample in dataset:
         maps, _ = enlarged(model, tiny_processor, sample, NAMES)
@@ -121,8 +121,8 @@ def test_probabilities_as_confidence(root, tiny_processor):  # noqa: F811
 
 
 def test_windows_are_cut_run_and_averaged(tiny_processor):
-    explainer = make_explainer(tiny_model(), tiny_processor)
-    texts = explainer.encode_texts(NAMES)
+    explainer = make_explainer((tiny_model(), tiny_processor))
+    texts = explainer.model.encode_texts(NAMES)
     pixels = torch.randn(2, 3, 48, 56, generator=torch.Generator().manual_seed(0))
     found = windowed_maps(explainer, pixels, texts, window=32, stride=16)
     assert found.shape == (2, 3, 6, 7)
@@ -142,12 +142,12 @@ def test_windows_are_cut_run_and_averaged(tiny_processor):
 def test_images_keep_their_proportions_under_windows(root, tiny_processor):  # noqa: F811
     dataset = load_segmentation("folder", root)
     options = {"short_side": 48, "window": 32, "threshold": 0.5, "progress": False}
-    result = evaluate_segmentation(tiny_model(), tiny_processor, dataset, batch_size=4, **options)
+    result = evaluate_segmentation((tiny_model(), tiny_processor), dataset, batch_size=4, **options)
     assert result.protocol["image_size"] == {"shortest_edge": 48}
     assert (result.protocol["window"], result.protocol["stride"]) == (32, 16)
-    alone = evaluate_segmentation(tiny_model(), tiny_processor, dataset, batch_size=1, **options)
+    alone = evaluate_segmentation((tiny_model(), tiny_processor), dataset, batch_size=1, **options)
     assert alone.results["itsm"]["mIoU"] == pytest.approx(result.results["itsm"]["mIoU"], abs=0.1)
-    square = evaluate_segmentation(tiny_model(), tiny_processor, dataset, threshold=0.5, progress=False)
+    square = evaluate_segmentation((tiny_model(), tiny_processor), dataset, threshold=0.5, progress=False)
     assert square.results["itsm"]["mIoU"] != result.results["itsm"]["mIoU"]
 
 
@@ -168,7 +168,7 @@ def test_images_keep_their_proportions_under_windows(root, tiny_processor):  # n
 def test_bad_options_are_named(root, tiny_processor, options, problem):  # noqa: F811
     with pytest.raises(ValueError, match=problem):
         evaluate_segmentation(
-            tiny_model(), tiny_processor, load_segmentation("folder", root), progress=False, **options
+            (tiny_model(), tiny_processor), load_segmentation("folder", root), progress=False, **options
         )
 
 
@@ -177,8 +177,8 @@ def test_a_void_background_is_not_predicted(root, tiny_processor, options):  # n
     dataset = load_segmentation("folder", root)
     dataset.background = False
     with pytest.raises(ValueError, match="background of 'folder', which is void"):
-        evaluate_segmentation(tiny_model(), tiny_processor, dataset, progress=False, **options)
-    result = evaluate_segmentation(tiny_model(), tiny_processor, dataset, progress=False)
+        evaluate_segmentation((tiny_model(), tiny_processor), dataset, progress=False, **options)
+    result = evaluate_segmentation((tiny_model(), tiny_processor), dataset, progress=False)
     assert [row["id"] for row in result.per_class["itsm"]] == [1, 2, 3]
 
 

@@ -89,7 +89,7 @@ def slowly(model, processor, dataset):
 
 def test_figures_equal_the_protocol_in_plain_steps(root, tiny_processor):
     model, dataset = tiny_model(), load_segmentation("folder", root)
-    result = evaluate(model, tiny_processor, dataset, ["itsm", "reversed_itsm"], batch_size=3, progress=False)
+    result = evaluate((model, tiny_processor), dataset, ["itsm", "reversed_itsm"], batch_size=3, progress=False)
     expected = slowly(model, tiny_processor, dataset)
     found = {name: result.results["itsm"][name] for name in expected}
     assert found.pop("text_contrast") == pytest.approx(expected.pop("text_contrast"), abs=1e-2)  # of few pixels
@@ -109,7 +109,7 @@ def test_figures_equal_the_protocol_in_plain_steps(root, tiny_processor):
 def test_methods_that_do_not_see_the_text_have_a_contrast_of_exactly_50(root, tiny_processor):
     dataset = load_segmentation("folder", root)
     methods = ["attention", "attention_affinity", "itsm"]
-    results = evaluate(tiny_model(map_affinity=2.0), tiny_processor, dataset, methods, progress=False).results
+    results = evaluate((tiny_model(map_affinity=2.0), tiny_processor), dataset, methods, progress=False).results
     assert [results[method]["text_contrast"] for method in methods[:2]] == [50.0, 50.0]
     assert results["itsm"]["text_contrast"] != 50
     assert results["attention"]["mMIoU"] != results["attention_affinity"]["mMIoU"]
@@ -118,11 +118,11 @@ def test_methods_that_do_not_see_the_text_have_a_contrast_of_exactly_50(root, ti
 def test_every_method_scores_its_maps_of_all_classes(root, tiny_processor):
     """Drawn for the shown classes alone where that saves time, they are those that a method gives when asked for all."""
     model, dataset = tiny_model(), load_segmentation("folder", root)
-    result = evaluate(model, tiny_processor, dataset, list(METHODS), batch_size=3, progress=False)
+    result = evaluate((model, tiny_processor), dataset, list(METHODS), batch_size=3, progress=False)
     assert list(result.results) == list(METHODS)
     for method in METHODS:
-        explainer = make_explainer(model, tiny_processor, method)
-        texts, miou, mfmb, ap = explainer.encode_texts(NAMES), MeanMaxIoU(), MFMB(), MultiLabelAveragePrecision()
+        explainer = make_explainer((model, tiny_processor), method)
+        texts, miou, mfmb, ap = explainer.model.encode_texts(NAMES), MeanMaxIoU(), MFMB(), MultiLabelAveragePrecision()
         for sample in dataset:
             maps, scores = explainer.raw_maps(tiny_processor(images=[sample.image])["pixel_values"], texts)
             ap.update(scores, np.isin([1, 2, 3], sample.labels)[None])
@@ -145,14 +145,14 @@ def test_images_are_encoded_once_for_maps_reversal_and_scores(root, tiny_process
         type(model), "get_image_features", lambda self, pixels: passes.append(len(pixels)) or encode(self, pixels)
     )
     monkeypatch.setattr(torch.autograd, "grad", lambda *args, **kwargs: backwards.append(1) or grad(*args, **kwargs))
-    evaluate(model, tiny_processor, dataset, ["itsm", "reversed_itsm"], batch_size=4, progress=False)
+    evaluate((model, tiny_processor), dataset, ["itsm", "reversed_itsm"], batch_size=4, progress=False)
     assert (passes, backwards) == ([4, 3], [])
-    evaluate(model, tiny_processor, dataset, ["grad_cam"], batch_size=4, progress=False)
+    evaluate((model, tiny_processor), dataset, ["grad_cam"], batch_size=4, progress=False)
     assert passes[2:] == [4, 4, 3, 3]
     shown = [len(sample.labels) for sample in dataset]
     assert len(backwards) == max(shown[:4]) + max(shown[4:]) < 2 * len(NAMES)
     backwards.clear()
-    evaluate(model, tiny_processor, dataset, ["legrad"], batch_size=4, progress=False)
+    evaluate((model, tiny_processor), dataset, ["legrad"], batch_size=4, progress=False)
     assert len(backwards) == 2 * (max(shown[:4]) + max(shown[4:]))  # of two blocks
 
 
@@ -160,8 +160,8 @@ def test_the_gate_of_presence_by_hand(root, tiny_processor):
     """In prompts of the caller's, which the unrelated texts take too."""
     model, dataset = tiny_model(), load_segmentation("folder", root)
     templates = ["the dog {}"]
-    explainer = make_explainer(model, tiny_processor)
-    texts = explainer.encode_texts(NAMES, templates)
+    explainer = make_explainer((model, tiny_processor))
+    texts = explainer.model.encode_texts(NAMES, templates)
 
     def shares(background):
         counts = {True: [0, 0], False: [0, 0]}
@@ -173,9 +173,9 @@ def test_the_gate_of_presence_by_hand(root, tiny_processor):
                 counts[label in sample.labels][1] += value >= 0.7
         return {name: 100 * counts[shown][1] / counts[shown][0] for name, shown in (("kept", True), ("passed", False))}
 
-    expected = shares(explainer.encode_texts(BACKGROUND, templates))
-    assert expected["kept"] != expected["passed"] and expected != shares(explainer.encode_texts(BACKGROUND))
-    gate = evaluate(model, tiny_processor, dataset, templates=templates, progress=False).presence
+    expected = shares(explainer.model.encode_texts(BACKGROUND, templates))
+    assert expected["kept"] != expected["passed"] and expected != shares(explainer.model.encode_texts(BACKGROUND))
+    gate = evaluate((model, tiny_processor), dataset, templates=templates, progress=False).presence
     assert {name: gate[name] for name in expected} == pytest.approx(expected)
 
 
@@ -186,8 +186,8 @@ def test_a_limit_takes_the_first_images(root, tiny_processor, tmp_path):
         for folder in ("images", "masks"):
             (first / folder / f"{number}.png").unlink()
     model = tiny_model()
-    limited = evaluate(model, tiny_processor, load_segmentation("folder", root), limit=2, progress=False)
-    alone = evaluate(model, tiny_processor, load_segmentation("folder", first), progress=False)
+    limited = evaluate((model, tiny_processor), load_segmentation("folder", root), limit=2, progress=False)
+    alone = evaluate((model, tiny_processor), load_segmentation("folder", first), progress=False)
     assert limited.results == alone.results and limited.per_class == alone.per_class
 
 
@@ -196,7 +196,7 @@ def test_images_without_any_class_are_only_ranked(root, tiny_processor, tmp_path
         (tmp_path / name).parent.mkdir(exist_ok=True)
         shutil.copy(root / name, tmp_path / name)
     dataset = load_segmentation("folder", tmp_path)
-    scores = evaluate(tiny_model(), tiny_processor, dataset, ["grad_cam"], progress=False).results["grad_cam"]
+    scores = evaluate((tiny_model(), tiny_processor), dataset, ["grad_cam"], progress=False).results["grad_cam"]
     figures = ("mAP", "mMIoU", "mFMB", "text_contrast", "floor")
     assert scores["pairs"] == 0 and [scores[name] for name in figures] == [None] * 5
 
@@ -225,8 +225,8 @@ def test_a_folder_of_one_class_is_valid_json_and_a_table_without_nan(root, tiny_
 
 def test_batches_workers_and_order_change_nothing(root, tiny_processor):
     model, dataset = tiny_model(), load_segmentation("folder", root)
-    one = evaluate(model, tiny_processor, dataset, batch_size=1, num_workers=1, progress=False)
-    many = evaluate(model, tiny_processor, dataset, batch_size=4, num_workers=3, progress=False)
+    one = evaluate((model, tiny_processor), dataset, batch_size=1, num_workers=1, progress=False)
+    many = evaluate((model, tiny_processor), dataset, batch_size=4, num_workers=3, progress=False)
     for name in ("mAP", "mMIoU", "mFMB", "floor"):
         assert one.results["itsm"][name] == pytest.approx(many.results["itsm"][name], abs=1e-4)
 
@@ -234,7 +234,7 @@ def test_batches_workers_and_order_change_nothing(root, tiny_processor):
 def test_protocol_says_what_was_done(root, tiny_processor):
     dataset = load_segmentation("folder", root)
     result = evaluate(
-        tiny_model(), tiny_processor, dataset, image_size=40, limit=2, templates=["a {}"], progress=False
+        (tiny_model(), tiny_processor), dataset, image_size=40, limit=2, templates=["a {}"], progress=False
     )
     protocol = result.protocol
     assert protocol["dataset"]["images"] == 2 and protocol["dataset"]["fingerprint"] == dataset.fingerprint()
@@ -301,7 +301,7 @@ def test_in_bfloat16_the_figures_are_nearly_the_same(root, tiny_processor, tmp_p
 @pytest.mark.parametrize("option", ["limit", "batch_size"])
 def test_no_images_are_too_few(root, tiny_processor, option):
     with pytest.raises(ValueError, match=f"{option} to be at least 1, got 0"):
-        evaluate(tiny_model(), tiny_processor, load_segmentation("folder", root), **{option: 0})
+        evaluate((tiny_model(), tiny_processor), load_segmentation("folder", root), **{option: 0})
 
 
 def test_a_mask_of_another_size_is_named(root, tiny_processor, tmp_path):
@@ -309,4 +309,4 @@ def test_a_mask_of_another_size_is_named(root, tiny_processor, tmp_path):
     shutil.copytree(root, copy)
     Image.new("L", (5, 5)).save(copy / "masks" / "3.png")
     with pytest.raises(ValueError, match=r"3\.png"):
-        evaluate(tiny_model(), tiny_processor, load_segmentation("folder", copy), progress=False)
+        evaluate((tiny_model(), tiny_processor), load_segmentation("folder", copy), progress=False)

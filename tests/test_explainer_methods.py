@@ -16,13 +16,14 @@ from iclip_hf.explainers import make_explainer
 from iclip_hf.explainers.bi_modal import BiModal
 from iclip_hf.explainers.legrad import _mean_mlp
 from iclip_hf.explainers.naclip import gaussian_window
-from iclip_hf.explainers.recording import AttentionRecord
 from iclip_hf.modeling_iclip import load_tower
+from iclip_hf.models.explainable import Pooling
+from iclip_hf.models.recording import AttentionRecord
 
 
 def maps_of(model, processor, method, texts=LABELS, **options):
-    explainer = make_explainer(model, processor, method, **options)
-    return explainer.raw_maps(pixels(), explainer.encode_texts(texts, ["{}"]))[0]
+    explainer = make_explainer((model, processor), method, **options)
+    return explainer.raw_maps(pixels(), explainer.model.encode_texts(texts, ["{}"]))[0]
 
 
 @torch.no_grad()
@@ -94,8 +95,8 @@ def naclip(q, k, v, i):
 def test_the_last_block_token_by_token(made, method, weights, options, kept):
     model, processor, _ = made("clip")
     maps = maps_of(model, processor, method, **options)
-    explainer = make_explainer(model, processor, method)
-    texts = explainer.encode_texts(LABELS, ["{}"]).text_embeds
+    explainer = make_explainer((model, processor), method)
+    texts = explainer.model.encode_texts(LABELS, ["{}"]).text_embeds
     for image in range(2):
         expected = texts @ mixed_in_last_block(model, pixels()[image, None], weights, kept).T
         torch.testing.assert_close(maps[image].flatten(1), expected, atol=1e-5, rtol=1e-3)
@@ -113,18 +114,18 @@ def test_what_the_methods_have_in_common(made, family):
     # a window of one patch alone raises each patch's own logit only; a wide one raises all patches alike
     assert (maps_of(model, processor, "naclip", sigma=0.1) - keys).abs().max() > 1e-4
     # one block of CLIP Surgery, value-value, without its residual connection and what the texts have in common
-    surgery = make_explainer(model, processor, "clip_surgery", depth=1)
+    surgery = make_explainer((model, processor), "clip_surgery", depth=1)
     surgery.residual = False
-    texts = surgery.encode_texts(LABELS, ["{}"])
+    texts = surgery.model.encode_texts(LABELS, ["{}"])
     same(
         super(type(surgery), surgery).forward(pixels(), texts)[0],
         maps_of(model, processor, "clearclip", tokens="value"),
     )
     # SCLIP is the sum of the attention of queries and of keys
-    both = make_explainer(model, processor, "sclip", residual=False)
-    image, layers = both.family.trace(pixels(), both.blocks[0])
+    both = make_explainer((model, processor), "sclip", residual=False)
+    image, layers = both.model.trace(pixels(), both.blocks[0])
     halves = [
-        make_explainer(model, processor, "clearclip", tokens=tokens).mix(layers[0], image, pixels())
+        make_explainer((model, processor), "clearclip", tokens=tokens).mix(layers[0], image, pixels())
         for tokens in ("query", "key")
     ]
     same(both.mix(layers[0], image, pixels()), sum(halves))
@@ -133,8 +134,8 @@ def test_what_the_methods_have_in_common(made, family):
 def test_gem_without_iterations_averages_three_attentions(made):
     """With one block and no iterations its only differences are unit vectors and their sharpness."""
     model, processor, _ = made("clip")
-    gem = make_explainer(model, processor, "gem", depth=1, iterations=0)
-    image, (layer,) = gem.family.trace(pixels(), -1)
+    gem = make_explainer((model, processor), "gem", depth=1, iterations=0)
+    image, (layer,) = gem.model.trace(pixels(), -1)
     thirds = []
     for tokens in (layer.query, layer.key, layer.value):
         sharpness = layer.tokens.norm(dim=-1).mean(1) / 8**0.5
@@ -147,12 +148,12 @@ def test_gem_without_iterations_averages_three_attentions(made):
 def test_value_attention_with_all_of_the_block_is_the_models_own_stream(made, depth, tiny_processor):
     """The weights of the model's own attention, with residual connections and MLPs, give back its own patches."""
     model, processor, _ = made("clip")
-    explainer = make_explainer(model, processor, "gem", depth=depth)
+    explainer = make_explainer((model, processor), "gem", depth=depth)
     explainer.mlp = True
     explainer.mix = lambda layer, image, pixel_values: F.scaled_dot_product_attention(
         layer.query, layer.key, layer.value
     )
-    texts = explainer.encode_texts(LABELS, ["{}"])
+    texts = explainer.model.encode_texts(LABELS, ["{}"])
     expected = maps_of(model, processor, "itsm")
     torch.testing.assert_close(explainer.raw_maps(pixels(), texts)[0], expected, atol=1e-5, rtol=1e-4)
 
@@ -198,8 +199,8 @@ def test_proxyclip_patch_by_patch(made, vision, tmp_path):
     model, processor, _ = made("clip")
     proxy = tiny_model(vision).vision_model
     proxy.save_pretrained(tmp_path)
-    explainer = make_explainer(model, processor, "proxyclip", proxy=str(tmp_path))
-    texts = explainer.encode_texts(LABELS, ["{}"])
+    explainer = make_explainer((model, processor), "proxyclip", proxy=str(tmp_path))
+    texts = explainer.model.encode_texts(LABELS, ["{}"])
     maps, _ = explainer.raw_maps(pixels(), texts)
     statistics = processor.image_processor
     mean, std = (torch.tensor(x).view(3, 1, 1) for x in (statistics.image_mean, statistics.image_std))
@@ -215,9 +216,9 @@ def test_proxyclip_patch_by_patch(made, vision, tmp_path):
 
 def test_proxyclip_of_iclip_is_guided_by_its_own_tower(made):
     model, processor, _ = made("iclip")
-    explainer = make_explainer(model, processor, "proxyclip")
+    explainer = make_explainer((model, processor), "proxyclip")
     with torch.no_grad():
-        image, (layer,) = explainer.family.trace(pixels(), -1)
+        image, (layer,) = explainer.model.trace(pixels(), -1)
     mixed = explainer.mix(layer, image, pixels())
     for index in range(2):
         rows = torch.tensor(proxy_weights(image.patch_tokens[index]))[:, 1:]
@@ -229,13 +230,13 @@ def test_proxyclip_asks_the_proxy_for_the_models_grid(made, tmp_path):
     model, processor, _ = made("clip")
     proxy = copy.deepcopy(tiny_model("dinov2").vision_model)
     seen = []
-    explainer = make_explainer(model, processor, "proxyclip")
+    explainer = make_explainer((model, processor), "proxyclip")
     explainer.proxy = proxy
     proxy.config.patch_size = 4
     proxy.forward = lambda pixel_values: (
         seen.append(pixel_values.shape) or type("Output", (), {"last_hidden_state": torch.ones(2, 25, 3)})
     )
-    maps = explainer.raw_maps(pixels(), explainer.encode_texts(LABELS, ["{}"]))[0]
+    maps = explainer.raw_maps(pixels(), explainer.model.encode_texts(LABELS, ["{}"]))[0]
     assert seen == [(2, 3, 16, 24)]
     torch.testing.assert_close(maps, maps_of(model, processor, "maskclip"), atol=1e-5, rtol=1e-4)
 
@@ -244,7 +245,7 @@ def test_proxyclip_refuses_a_text_tower_as_proxy(made, tmp_path):
     model, processor, _ = made("clip")
     tiny_model().text_model.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="expected an image tower as proxy, one of .*got 'bert'"):
-        make_explainer(model, processor, "proxyclip", proxy=str(tmp_path))
+        make_explainer((model, processor), "proxyclip", proxy=str(tmp_path))
 
 
 # LeGrad and Grad-ECLIP
@@ -254,8 +255,8 @@ def test_proxyclip_refuses_a_text_tower_as_proxy(made, tmp_path):
 def test_legrad_on_transformers_eager_attention(made, depth):
     """An image, a text and a block at a time, by the attention weights that transformers itself returns."""
     model, processor, _ = made("clip")
-    explainer = make_explainer(model, processor, "legrad", depth=depth)
-    texts = explainer.encode_texts(LABELS, ["{}"])
+    explainer = make_explainer((model, processor), "legrad", depth=depth)
+    texts = explainer.model.encode_texts(LABELS, ["{}"])
     maps, _ = explainer.raw_maps(pixels(), texts)
     reference = copy.deepcopy(model)
     reference.set_attn_implementation("eager")
@@ -293,10 +294,10 @@ def test_legrads_mean_token_is_that_of_the_block(vision, gated):
 @pytest.mark.parametrize("family", ["clip", "metaclip_2", "iclip"])
 def test_grad_eclip_channel_by_channel(made, family):
     model, processor, _ = made(family)
-    explainer = make_explainer(model, processor, "grad_eclip")
-    texts = explainer.encode_texts(LABELS, ["{}"])
+    explainer = make_explainer((model, processor), "grad_eclip")
+    texts = explainer.model.encode_texts(LABELS, ["{}"])
     maps, _ = explainer.raw_maps(pixels(), texts)
-    adapter = explainer.family
+    adapter = explainer.model
     for image in range(2):
         features, (layer,) = adapter.trace(pixels()[image, None], -1, grad=True)
         for text in range(3):
@@ -319,9 +320,9 @@ def test_grad_eclip_follows_finite_differences(made):
     """The importance of the channels, on the class token's path in float64: output projection, MLP, norm, projection."""
     model, processor, _ = made("clip")
     double = copy.deepcopy(model).double()
-    explainer = make_explainer(double, processor, "grad_eclip")
-    text = explainer.encode_texts(["dog"], ["{}"]).text_embeds[0].double()
-    _, (layer,) = explainer.family.trace(pixels(batch=1), -1, grad=True)
+    explainer = make_explainer((double, processor), "grad_eclip")
+    text = explainer.model.encode_texts(["dog"], ["{}"]).text_embeds[0].double()
+    _, (layer,) = explainer.model.trace(pixels(batch=1), -1, grad=True)
     block, tower = double.vision_model.encoder.layers[-1], double.vision_model
 
     @torch.no_grad()
@@ -339,7 +340,7 @@ def test_grad_eclip_follows_finite_differences(made):
         layer.query[0, :, 0].flatten(), layer.key[0, :, 1:].transpose(0, 1).flatten(1), dim=1
     )
     expected = (values @ importance).relu() * (spatial - spatial.min()) / (spatial.max() - spatial.min())
-    maps, _ = explainer.raw_maps(pixels(batch=1), explainer.encode_texts(["dog"], ["{}"]))
+    maps, _ = explainer.raw_maps(pixels(batch=1), explainer.model.encode_texts(["dog"], ["{}"]))
     torch.testing.assert_close(maps.flatten().double(), expected, atol=1e-5, rtol=1e-3)
 
 
@@ -352,11 +353,11 @@ def test_grad_eclip_follows_finite_differences(made):
 )
 def test_grad_eclip_sums_over_the_patches_that_a_score_pools(tiny_processor, options, share):
     model = tiny_model(**options)
-    explainer = make_explainer(model, tiny_processor, "grad_eclip")
-    texts = explainer.encode_texts(LABELS)
+    explainer = make_explainer((model, tiny_processor), "grad_eclip")
+    texts = explainer.model.encode_texts(LABELS)
     maps, _ = explainer.raw_maps(pixels(batch=1), texts)
-    features, (layer,) = explainer.family.trace(pixels(batch=1), -1, grad=True)
-    logit = explainer.family.logit_scale() * (features.image_embeds[0] @ texts.text_embeds[0])
+    features, (layer,) = explainer.model.trace(pixels(batch=1), -1, grad=True)
+    logit = explainer.model.logit_scale() * (features.image_embeds[0] @ texts.text_embeds[0])
     (gradient,) = torch.autograd.grad(logit, layer.mixed)
     expected = torch.zeros(25)
     for query in range(25):
@@ -377,8 +378,8 @@ def test_grad_eclip_sums_over_the_patches_that_a_score_pools(tiny_processor, opt
 def test_grad_cam_after_the_first_norm(made):
     model, processor, _ = made("clip")
     maps = maps_of(model, processor, "grad_cam")
-    explainer = make_explainer(model, processor, "grad_cam")
-    texts = explainer.encode_texts(LABELS, ["{}"])
+    explainer = make_explainer((model, processor), "grad_cam")
+    texts = explainer.model.encode_texts(LABELS, ["{}"])
     seen = []
     copied = copy.deepcopy(model)
     copied.vision_model.encoder.layers[-1].layer_norm1.register_forward_hook(lambda m, a, output: seen.append(output))
@@ -405,14 +406,16 @@ def test_grad_cam_after_the_first_norm(made):
 )
 def test_options_are_checked(made, method, options, match):
     with pytest.raises(ValueError, match=match):
-        make_explainer(*made("clip")[:2], method, **options)
+        make_explainer(made("clip")[:2], method, **options)
 
 
 @pytest.mark.parametrize("one", [True, False])
 def test_bi_modal_multiplies_three_layers_from_the_last_to_the_first(one):
     weights = torch.rand(3, 1, 1, 4, 4, generator=torch.Generator().manual_seed(0))
     explainer = BiModal.__new__(BiModal)
-    explainer.family = SimpleNamespace(layers=[SimpleNamespace(residual=True)], reads_one_query=one)
+    explainer.model = SimpleNamespace(
+        layers=[SimpleNamespace(residual=True)], pooling=Pooling.ONE_QUERY if one else Pooling.PATCHES
+    )
     layers = [AttentionRecord(stream=None, weights=one) for one in weights]
     found = explainer.weigh(layers, tuple(torch.ones_like(weights)), patches=3)
     first, second, last = weights[:, 0, 0] + torch.eye(4)

@@ -3,6 +3,7 @@
 import copy
 import math
 import threading
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,10 +17,10 @@ from transformers import Siglip2ImageProcessor
 
 from iclip_hf import explain
 from iclip_hf.explainers import METHODS, make_explainer
-from iclip_hf.explainers.adapters import ModelAdapter, head_output
 from iclip_hf.explainers.bi_modal import BiModal
 from iclip_hf.explainers.grad_cam import GradCAM
 from iclip_hf.modeling_iclip import ICLIPImageFeatures, ICLIPTextFeatures
+from iclip_hf.models.explainable import RecordableModel, head_output
 from iclip_hf.similarity import min_max_normalize
 
 
@@ -29,8 +30,8 @@ from iclip_hf.similarity import min_max_normalize
 @pytest.mark.parametrize(("family", "method"), PAIRS)
 def test_batch_order_and_texts_do_not_matter(made, family, method):
     model, processor, size = made(family)
-    explainer = make_explainer(model, processor, method)
-    texts, pixel_values = explainer.encode_texts(LABELS, ["{}"]), pixels(size)
+    explainer = make_explainer((model, processor), method)
+    texts, pixel_values = explainer.model.encode_texts(LABELS, ["{}"]), pixels(size)
     before = pixel_values.clone()
     maps, scores = explainer.raw_maps(pixel_values, texts)
     assert maps.dtype == scores.dtype == torch.float32 and not maps.requires_grad and not scores.requires_grad
@@ -61,8 +62,8 @@ def test_batch_order_and_texts_do_not_matter(made, family, method):
 @pytest.mark.parametrize(("family", "method"), PAIRS)
 def test_a_method_says_whether_it_sees_the_text(made, family, method):
     model, processor, size = made(family)
-    explainer = make_explainer(model, processor, method)
-    maps, _ = explainer.raw_maps(pixels(size), explainer.encode_texts(LABELS))
+    explainer = make_explainer((model, processor), method)
+    maps, _ = explainer.raw_maps(pixels(size), explainer.model.encode_texts(LABELS))
     assert (maps != maps[:, :1]).any() == explainer.sees_text
     assert not torch.equal(maps[0], maps[1])  # but every one the image
 
@@ -92,23 +93,23 @@ def test_the_model_stays_as_it_was(made, family, method):
     model, processor, size = made(family)
     model.train()
     before = snapshot(model)
-    explainer = make_explainer(model, processor, method)
-    texts = explainer.encode_texts(LABELS)
-    explainer.raw_maps(explainer.processor(images=images())["pixel_values"], texts)
+    explainer = make_explainer((model, processor), method)
+    texts = explainer.model.encode_texts(LABELS)
+    explainer.raw_maps(explainer.model.processor(images=images())["pixel_values"], texts)
     with pytest.raises((ValueError, RuntimeError)):
         explainer.raw_maps(torch.zeros(1, 4, *size), texts)
     assert snapshot(model) == before
     # and the explainer is as before: what was being recorded is gone
-    again = explainer.raw_maps(explainer.processor(images=images())["pixel_values"], texts)[0]
+    again = explainer.raw_maps(explainer.model.processor(images=images())["pixel_values"], texts)[0]
     model.eval()
-    fresh = make_explainer(model, processor, method)
-    torch.testing.assert_close(again, fresh.raw_maps(fresh.processor(images=images())["pixel_values"], texts)[0])
+    fresh = make_explainer((model, processor), method)
+    torch.testing.assert_close(again, fresh.raw_maps(fresh.model.processor(images=images())["pixel_values"], texts)[0])
 
 
 @pytest.mark.parametrize(("family", "method"), PAIRS)
 def test_scores_are_the_models_own(made, family, method):
     model, processor, size = made(family)
-    explainer = make_explainer(model, processor, method)
+    explainer = make_explainer((model, processor), method)
     pixel_values = pixels(size)
     texts = [f"a photo of the {label}" for label in LABELS]
     with torch.no_grad():
@@ -128,7 +129,7 @@ def test_scores_are_the_models_own(made, family, method):
                     pixel_values, **({} if family == "iclip" else {"interpolate_pos_encoding": True})
                 ).pooler_output
         expected = F.normalize(image, dim=-1) @ F.normalize(text, dim=-1).T
-    scores = explainer.raw_maps(pixel_values, explainer.encode_texts(LABELS, ["a photo of the {}"]))[1]
+    scores = explainer.raw_maps(pixel_values, explainer.model.encode_texts(LABELS, ["a photo of the {}"]))[1]
     torch.testing.assert_close(scores, expected, atol=1e-5, rtol=1e-4)
 
 
@@ -147,21 +148,21 @@ def naflex(pixel_values):
 @pytest.mark.parametrize("vision", ["vit", "dinov2_with_registers", "dinov3_vit"])
 def test_itsm_of_iclip_is_the_models_map(vision, tiny_processor):
     model = tiny_model(vision, value_share=0.5)
-    explainer = make_explainer(model, tiny_processor)
+    explainer = make_explainer((model, tiny_processor))
     texts = tiny_processor(labels=LABELS)
-    maps, scores = explainer.raw_maps(pixels(), explainer.encode_texts(LABELS))
+    maps, scores = explainer.raw_maps(pixels(), explainer.model.encode_texts(LABELS))
     with torch.no_grad():
         outputs = model(pixel_values=pixels(), **texts, output_similarity_maps=True)
     torch.testing.assert_close(maps, outputs.similarity_maps)
-    recorded, _ = explainer.family.trace(pixels(), weights=True)
+    recorded, _ = explainer.model.trace(pixels(), weights=True)
     torch.testing.assert_close(recorded.patch_embeds, outputs.patch_embeds)
     torch.testing.assert_close(scores, outputs.image_embeds @ outputs.text_embeds.T)
 
 
 def test_itsm_of_clip_is_the_cosine_of_projected_patch_tokens(made):
     model, processor, _ = made("clip")
-    explainer = make_explainer(model, processor)
-    maps, _ = explainer.raw_maps(pixels(), explainer.encode_texts(LABELS, ["{}"]))
+    explainer = make_explainer((model, processor))
+    maps, _ = explainer.raw_maps(pixels(), explainer.model.encode_texts(LABELS, ["{}"]))
     with torch.no_grad():
         tokens = model.vision_model(pixels(), interpolate_pos_encoding=True).last_hidden_state[:, 1:]
         patches = model.visual_projection(model.vision_model.post_layernorm(tokens))
@@ -172,8 +173,8 @@ def test_itsm_of_clip_is_the_cosine_of_projected_patch_tokens(made):
 @pytest.mark.parametrize("family", ["siglip", "siglip2"])
 def test_itsm_of_siglip_is_the_head_on_each_patch_alone(made, family):
     model, processor, _ = made(family)
-    explainer = make_explainer(model, processor)
-    texts = explainer.encode_texts(LABELS)
+    explainer = make_explainer((model, processor))
+    texts = explainer.model.encode_texts(LABELS)
     maps, _ = explainer.raw_maps(pixels(), texts)
     with torch.no_grad():
         if family == "siglip":
@@ -186,8 +187,8 @@ def test_itsm_of_siglip_is_the_head_on_each_patch_alone(made, family):
 
 def test_itsm_of_open_clip_is_the_cosine_of_its_projected_tokens(made):
     model, tokenizer, size = made("open_clip")
-    explainer = make_explainer(model, tokenizer)
-    maps, _ = explainer.raw_maps(pixels(size), explainer.encode_texts(LABELS, ["{}"]))
+    explainer = make_explainer((model, tokenizer))
+    maps, _ = explainer.raw_maps(pixels(size), explainer.model.encode_texts(LABELS, ["{}"]))
     visual = copy.deepcopy(model.visual)
     visual.output_tokens = True
     with torch.no_grad():
@@ -198,8 +199,8 @@ def test_itsm_of_open_clip_is_the_cosine_of_its_projected_tokens(made):
 
 def test_itsm_of_a_resnet_is_its_pooling_with_all_attention_on_one_position(made):
     model, tokenizer, size = made("open_clip_resnet")
-    explainer = make_explainer(model, tokenizer)
-    texts = explainer.encode_texts(LABELS)
+    explainer = make_explainer((model, tokenizer))
+    texts = explainer.model.encode_texts(LABELS)
     maps, _ = explainer.raw_maps(pixels(size), texts)
     visual = model.visual
     pool = visual.attnpool
@@ -230,7 +231,7 @@ def resnet_pool(pool, x, mask=None, need_weights=False):
 def test_reversed_itsm_is_one_minus_the_map(made):
     model, processor, _ = made("clip")
     for one, reverse in zip(
-        *(explain(model, processor, images(), LABELS, m, size=WIDE) for m in ("itsm", "reversed_itsm"))
+        *(explain((model, processor), images(), LABELS, m, size=WIDE) for m in ("itsm", "reversed_itsm"))
     ):
         torch.testing.assert_close(reverse.maps, 1 - one.maps, atol=1e-6, rtol=0)
         assert torch.equal(reverse.scores, one.scores)
@@ -245,8 +246,8 @@ def eager(model):
 
 def test_attention_of_clip_is_the_class_tokens_row(made):
     model, processor, _ = made("clip")
-    explainer = make_explainer(model, processor, "attention")
-    maps, _ = explainer.raw_maps(pixels(), explainer.encode_texts(LABELS))
+    explainer = make_explainer((model, processor), "attention")
+    maps, _ = explainer.raw_maps(pixels(), explainer.model.encode_texts(LABELS))
     with torch.no_grad():
         outputs = eager(model).vision_model(pixels(), interpolate_pos_encoding=True, output_attentions=True)
     expected = outputs.attentions[-1].mean(1)[:, 0, 1:].unflatten(-1, GRID)
@@ -255,8 +256,8 @@ def test_attention_of_clip_is_the_class_tokens_row(made):
 
 def test_attention_of_siglip_is_its_heads(made):
     model, processor, _ = made("siglip")
-    explainer = make_explainer(model, processor, "attention")
-    maps, _ = explainer.raw_maps(pixels(), explainer.encode_texts(["dog"]))
+    explainer = make_explainer((model, processor), "attention")
+    maps, _ = explainer.raw_maps(pixels(), explainer.model.encode_texts(["dog"]))
     with torch.no_grad():
         tokens = model.vision_model(pixels(), interpolate_pos_encoding=True).last_hidden_state
         head = model.vision_model.head
@@ -267,8 +268,8 @@ def test_attention_of_siglip_is_its_heads(made):
 @pytest.mark.parametrize("norm", ["minmax", "quantile"])
 def test_attention_of_iclip_is_its_own(norm, tiny_processor):
     model = tiny_model(attention_norm=norm)
-    explainer = make_explainer(model, tiny_processor, "attention")
-    maps, _ = explainer.raw_maps(pixels(), explainer.encode_texts(["dog"]))
+    explainer = make_explainer((model, tiny_processor), "attention")
+    maps, _ = explainer.raw_maps(pixels(), explainer.model.encode_texts(["dog"]))
     with torch.no_grad():
         attention = model.get_image_features(pixels()).attention
     torch.testing.assert_close(maps[:, 0], attention.unflatten(-1, GRID), atol=1e-5, rtol=0)
@@ -277,8 +278,8 @@ def test_attention_of_iclip_is_its_own(norm, tiny_processor):
 @pytest.mark.parametrize("affinity", [0.0, 3.0])
 def test_attention_affinity_is_each_patchs_mean_over_its_like(affinity, tiny_processor):
     model = tiny_model(map_affinity=affinity)
-    explainer = make_explainer(model, tiny_processor, "attention_affinity")
-    maps, scores = explainer.raw_maps(pixels(), explainer.encode_texts(LABELS))
+    explainer = make_explainer((model, tiny_processor), "attention_affinity")
+    maps, scores = explainer.raw_maps(pixels(), explainer.model.encode_texts(LABELS))
     assert maps.shape == (2, len(LABELS), *GRID) and scores.shape == (2, len(LABELS))
     with torch.no_grad():
         image = model.get_image_features(pixels())
@@ -294,14 +295,14 @@ def test_attention_affinity_is_each_patchs_mean_over_its_like(affinity, tiny_pro
 
 def test_attention_affinity_needs_a_model_that_has_one(made):
     with pytest.raises(ValueError, match="Expected an ICLIP model.*got CLIPModel: use attention"):
-        make_explainer(*made("clip")[:2], "attention_affinity")
+        make_explainer(made("clip")[:2], "attention_affinity")
 
 
 @pytest.mark.parametrize("layer", [-1, -2])
 def test_grad_cam_against_one_backward_an_image_and_text(made, layer):
     model, processor, _ = made("clip")
-    explainer = make_explainer(model, processor, "grad_cam", layer=layer, activations="block")
-    texts = explainer.encode_texts(LABELS)
+    explainer = make_explainer((model, processor), "grad_cam", layer=layer, activations="block")
+    texts = explainer.model.encode_texts(LABELS)
     maps, _ = explainer.raw_maps(pixels(), texts)
     for image in range(2):
         for text in range(3):
@@ -320,8 +321,8 @@ def test_grad_cam_against_one_backward_an_image_and_text(made, layer):
 def test_grad_cam_of_a_resnet_weighs_its_last_feature_map(made):
     model, tokenizer, size = made("open_clip_resnet")
     model = copy.deepcopy(model).double()  # its channels cancel to a fraction of their size
-    explainer = make_explainer(model, tokenizer, "grad_cam")
-    texts = explainer.encode_texts(LABELS)
+    explainer = make_explainer((model, tokenizer), "grad_cam")
+    texts = explainer.model.encode_texts(LABELS)
     maps, _ = explainer.raw_maps(pixels(size), texts)
     visual = model.visual
     features = visual.layer4(visual.layer3(visual.layer2(visual.layer1(visual.stem(pixels(size).double())))))
@@ -336,8 +337,8 @@ def test_grad_cam_of_a_resnet_weighs_its_last_feature_map(made):
 def test_bi_modal_against_the_whole_relevance_matrix(made, layer):
     """Chefer et al.'s rules to the letter, an image and a text at a time, on transformers' own eager attention."""
     model, processor, _ = made("clip")
-    explainer = make_explainer(model, processor, "bi_modal", layer=layer)
-    texts = explainer.encode_texts(LABELS)
+    explainer = make_explainer((model, processor), "bi_modal", layer=layer)
+    texts = explainer.model.encode_texts(LABELS)
     maps, _ = explainer.raw_maps(pixels(), texts)
     reference = eager(model)
     for image in range(2):
@@ -366,8 +367,8 @@ def test_bi_modal_against_the_whole_relevance_matrix(made, layer):
 def test_bi_modal_adds_the_rows_of_all_tokens_that_the_score_reads(options, one_row, tiny_processor):
     """On transformers' own eager attention; the score is made from the tower's output here."""
     model = tiny_model(**options)
-    explainer = make_explainer(model, tiny_processor, "bi_modal")
-    texts = explainer.encode_texts(LABELS)
+    explainer = make_explainer((model, tiny_processor), "bi_modal")
+    texts = explainer.model.encode_texts(LABELS)
     maps, _ = explainer.raw_maps(pixels(), texts)
     reference = eager(model)
     reference.vision_model.requires_grad_(True)
@@ -388,8 +389,8 @@ def test_bi_modal_adds_the_rows_of_all_tokens_that_the_score_reads(options, one_
 def test_bi_modal_of_a_pooling_head_follows_finite_differences(made, family):
     """The head alone in float64, its weights moved one by one."""
     model, processor, size = made(family)
-    explainer = make_explainer(model, processor, "bi_modal")
-    texts = explainer.encode_texts(LABELS[:1])
+    explainer = make_explainer((model, processor), "bi_modal")
+    texts = explainer.model.encode_texts(LABELS[:1])
     maps, _ = explainer.raw_maps(pixels(size, 1), texts)
     text = texts.text_embeds[0].double()
     with torch.no_grad():
@@ -435,7 +436,7 @@ def mixed(weights, value):
     return torch.cat([w @ v for w, v in zip(weights, value.chunk(len(weights), dim=1))])
 
 
-class Toy(ModelAdapter):
+class Toy(RecordableModel):
     """
     Two layers without norms or MLPs on a class token and two patches of two channels. Queries are zero, so that every
     weight is 1/3, and values are the tokens: each layer adds the mean of all tokens to each. The embedding is the class
@@ -452,17 +453,17 @@ class Toy(ModelAdapter):
                 attention.out_proj.weight.copy_(torch.eye(2))
                 attention.out_proj.bias.zero_()
             attentions.append(ToyBlock(attention))
-        super().__init__(nn.Sequential(*attentions), processor=None)
+        super().__init__(nn.Sequential(*attentions), SimpleNamespace(templates=[]))
 
     def _prepare_layers(self):
-        for block in self.model:
+        for block in self.network:
             self._add_layer(block, block.attention, head_output(block.attention.out_proj), torch.zeros_like)
 
     def _encode_texts(self, labels, templates):
         raise NotImplementedError
 
-    def _encode_image(self, pixel_values):
-        tokens = self.model(pixel_values)
+    def _encode_images(self, pixel_values):
+        tokens = self.network(pixel_values)
         # not normalised: the score is then linear in the class token
         return ICLIPImageFeatures(image_embeds=tokens[:, 0], patch_embeds=tokens[:, None, 1:])
 
@@ -484,7 +485,7 @@ class ToyBlock(nn.Module):
 
 def toy(method, **options):
     explainer = method.__new__(method)
-    explainer.family = Toy()
+    explainer.model = Toy()
     vars(explainer).update(options)
     tokens = torch.tensor([[[3.0, 0.0], [0.0, 3.0], [3.0, -9.0]]])
     text = torch.tensor([[0.0, 1.0]])
@@ -531,8 +532,8 @@ def second_stream(model, depth, mix, image):
 
 def test_clip_surgery_against_its_published_steps(made):
     model, processor, _ = made("clip")
-    explainer = make_explainer(model, processor, "clip_surgery", depth=2)
-    texts = explainer.encode_texts(LABELS)
+    explainer = make_explainer((model, processor), "clip_surgery", depth=2)
+    texts = explainer.model.encode_texts(LABELS)
     maps, scores = explainer.raw_maps(pixels(), texts)
 
     def mix(query, key, value, seen):
@@ -550,8 +551,8 @@ def test_clip_surgery_against_its_published_steps(made):
 
 def test_clip_surgery_compares_a_single_text_with_a_prompt_that_names_nothing(made):
     model, processor, _ = made("clip")
-    explainer = make_explainer(model, processor, "clip_surgery", depth=1)
-    dog, nothing = explainer.encode_texts(["dog"]), explainer.encode_texts(["a photo of"], ["{}"])
+    explainer = make_explainer((model, processor), "clip_surgery", depth=1)
+    dog, nothing = explainer.model.encode_texts(["dog"]), explainer.model.encode_texts(["a photo of"], ["{}"])
     maps, scores = explainer.raw_maps(pixels(), dog)
 
     def mix(query, key, value, seen):
@@ -566,8 +567,8 @@ def test_clip_surgery_compares_a_single_text_with_a_prompt_that_names_nothing(ma
 @pytest.mark.parametrize("iterations", [0, 2])
 def test_gem_against_its_published_steps(made, iterations):
     model, processor, _ = made("clip")
-    explainer = make_explainer(model, processor, "gem", depth=2, iterations=iterations)
-    texts = explainer.encode_texts(LABELS)
+    explainer = make_explainer((model, processor), "gem", depth=2, iterations=iterations)
+    texts = explainer.model.encode_texts(LABELS)
     maps, _ = explainer.raw_maps(pixels(), texts)
 
     def mix(query, key, value, seen):
@@ -590,11 +591,11 @@ def test_gem_against_its_published_steps(made, iterations):
 @pytest.mark.parametrize("vision", ["vit", "dinov2", "dinov3_vit", "clip_vision_model"])
 def test_recorded_layers_rebuild_the_towers_own_output(vision, tiny_processor):
     """With plain attention for the mix, and the MLPs added, the second stream would be the first: every part is in place."""
-    family = make_explainer(tiny_model(vision), tiny_processor, "gem").family
+    family = make_explainer((tiny_model(vision), tiny_processor), "gem").model
     with torch.no_grad():
         image, (first, last) = family.trace(pixels(), -2, weights=True)
         torch.testing.assert_close(first.weights.sum(-1), torch.ones(first.weights.shape[:-1]))
-        block = [m for m in family.model.vision_model.modules() if hasattr(m, "mlp")][0]
+        block = [m for m in family.network.vision_model.modules() if hasattr(m, "mlp")][0]
         middle = first.stream + family.layers[0].output(first.weights @ first.value)
         norm = [m for m in block.children() if isinstance(m, nn.LayerNorm)][1]
         scale = getattr(block, "layer_scale2", nn.Identity())
@@ -609,19 +610,19 @@ def test_explanations_have_the_images_size_and_each_its_own_texts(made):
     texts = [["dog"], ["ball", "dog", "cat"], ["cat", "sky"]]
     for method in METHODS:
         for one, image, labels in zip(
-            explain(model, processor, images(), texts, method, batch_size=2), images(), texts
+            explain((model, processor), images(), texts, method, batch_size=2), images(), texts
         ):
             assert one.labels == labels and one.size == (image.height, image.width)
             assert one.maps.shape == (len(labels), image.height, image.width) and one.maps.dtype == torch.float32
             assert one.maps.min() == 0 and one.maps.max() == 1
-            (alone,) = explain(model, processor, [image], labels, method)
+            (alone,) = explain((model, processor), [image], labels, method)
             torch.testing.assert_close(one.raw_maps, alone.raw_maps, atol=1e-5, rtol=1e-3)
             torch.testing.assert_close(one.scores, alone.scores, atol=1e-5, rtol=1e-3)
 
 
 def test_maps_are_post_processed_as_the_processor_does(made):
     model, processor, _ = made("iclip")
-    explanations = explain(model, processor, images(), LABELS, target_sizes=[(10, 30)] * 3)
+    explanations = explain((model, processor), images(), LABELS, target_sizes=[(10, 30)] * 3)
     raw = torch.stack([one.raw_maps for one in explanations])
     for one, expected in zip(explanations, processor.post_process_similarity_maps(raw, [(10, 30)] * 3)):
         torch.testing.assert_close(one.maps, expected, atol=1e-6, rtol=0)
@@ -631,7 +632,7 @@ def test_maps_are_post_processed_as_the_processor_does(made):
 
 def test_images_keep_their_proportions_on_request(made):
     model, processor, _ = made("iclip")
-    tall, wide = explain(model, processor, [images()[2], images()[0]], LABELS, size={"shortest_edge": 32})
+    tall, wide = explain((model, processor), [images()[2], images()[0]], LABELS, size={"shortest_edge": 32})
     assert tall.raw_maps.shape == (3, 13, 4) and wide.raw_maps.shape == (3, 4, 5)
 
 
@@ -640,24 +641,24 @@ def test_a_photograph_on_its_side_is_explained_upright(made, tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6  # to be turned by a quarter
     images()[0].save(tmp_path / "turned.png", exif=exif)
-    (one,) = explain(model, processor, [tmp_path / "turned.png"], LABELS)
-    (upright,) = explain(model, processor, [images()[0].transpose(Image.Transpose.ROTATE_270)], LABELS)
+    (one,) = explain((model, processor), [tmp_path / "turned.png"], LABELS)
+    (upright,) = explain((model, processor), [images()[0].transpose(Image.Transpose.ROTATE_270)], LABELS)
     assert one.size == (50, 40)
     torch.testing.assert_close(one.maps, upright.maps)
 
 
 def test_templates_are_averaged_as_unit_vectors(made, monkeypatch):
-    monkeypatch.setattr("iclip_hf.explainers.adapters.TEXT_BATCH", 4)  # so that the labels come in parts
+    monkeypatch.setattr("iclip_hf.models.explainable.TEXT_BATCH", 4)  # so that the labels come in parts
     templates = ["a photo of the {}", "the {} ."]
     for family in ("iclip", "clip", "open_clip"):
         model, processor, _ = made(family)
-        explainer = make_explainer(model, processor)
-        texts = explainer.encode_texts(LABELS, templates)
+        explainer = make_explainer((model, processor))
+        texts = explainer.model.encode_texts(LABELS, templates)
         for name in ("text_embeds", "map_text_embeds"):
-            each = [getattr(explainer.encode_texts(LABELS, [template]), name) for template in templates]
+            each = [getattr(explainer.model.encode_texts(LABELS, [template]), name) for template in templates]
             torch.testing.assert_close(getattr(texts, name), F.normalize(sum(each), dim=-1), atol=1e-6, rtol=0)
-        (one,) = explain(model, processor, images()[:1], LABELS, templates=["the {} ."])
-        (verbatim,) = explain(model, processor, images()[:1], [f"the {x} ." for x in LABELS], templates=["{}"])
+        (one,) = explain((model, processor), images()[:1], LABELS, templates=["the {} ."])
+        (verbatim,) = explain((model, processor), images()[:1], [f"the {x} ." for x in LABELS], templates=["{}"])
         torch.testing.assert_close(one.raw_maps, verbatim.raw_maps)
 
 
@@ -668,9 +669,9 @@ def test_templates_are_averaged_as_unit_vectors(made, monkeypatch):
 @pytest.mark.parametrize("method", METHODS)
 def test_any_gradient_mode_of_the_caller(made, method, context):
     model, processor, _ = made("iclip")
-    expected = explain(model, processor, images(), LABELS, method)
+    expected = explain((model, processor), images(), LABELS, method)
     with context():
-        for one, same in zip(explain(model, processor, images(), LABELS, method), expected):
+        for one, same in zip(explain((model, processor), images(), LABELS, method), expected):
             torch.testing.assert_close(one.raw_maps, same.raw_maps)
         assert torch.is_inference_mode_enabled() == (context is torch.inference_mode)
         assert torch.is_grad_enabled() == (context is torch.enable_grad)
@@ -679,8 +680,8 @@ def test_any_gradient_mode_of_the_caller(made, method, context):
 @pytest.mark.parametrize("method", METHODS)
 def test_half_precision(method, tiny_processor):
     model = tiny_model()
-    exact = explain(model, tiny_processor, images(), LABELS, method)
-    half = explain(model.bfloat16(), tiny_processor, images(), LABELS, method)
+    exact = explain((model, tiny_processor), images(), LABELS, method)
+    half = explain((model.bfloat16(), tiny_processor), images(), LABELS, method)
     for one, other in zip(half, exact):
         assert one.raw_maps.dtype == torch.float32
         difference = (min_max_normalize(one.raw_maps) - min_max_normalize(other.raw_maps)).abs().mean()
@@ -689,8 +690,8 @@ def test_half_precision(method, tiny_processor):
 
 def test_threads_do_not_disturb_each_other(made):
     model, processor, size = made("iclip")
-    explainers = {method: make_explainer(model, processor, method) for method in ("bi_modal", "gem")}
-    texts = explainers["gem"].encode_texts(LABELS)
+    explainers = {method: make_explainer((model, processor), method) for method in ("bi_modal", "gem")}
+    texts = explainers["gem"].model.encode_texts(LABELS)
     shared, results = explainers["bi_modal"], {}
 
     def work(index):
@@ -709,10 +710,10 @@ def test_threads_do_not_disturb_each_other(made):
 
 def test_the_copy_shares_the_weights(tiny_processor):
     model = tiny_model(lock_vision=False).train()
-    explainer = make_explainer(model, tiny_processor)
-    pairs = list(zip(explainer.family.model.parameters(), model.parameters(), strict=True))
+    explainer = make_explainer((model, tiny_processor))
+    pairs = list(zip(explainer.model.network.parameters(), model.parameters(), strict=True))
     assert all(own.data_ptr() == given.data_ptr() and own is not given for own, given in pairs if given.requires_grad)
-    texts = explainer.encode_texts(LABELS)
+    texts = explainer.model.encode_texts(LABELS)
     before = explainer.raw_maps(pixels(), texts)[0]
     with torch.no_grad():
         model.interpretability.visual_projection.weight.neg_()  # as an optimizer steps
@@ -725,67 +726,62 @@ def test_the_copy_shares_the_weights(tiny_processor):
 def test_unknown_names_are_refused(made):
     model, processor, _ = made("iclip")
     with pytest.raises(ValueError, match=r"one of \['attention', .*'bi_modal'.*got 'gradcam'"):
-        make_explainer(model, processor, "gradcam")
+        make_explainer((model, processor), "gradcam")
     with pytest.raises(ValueError, match=r"'grad_cam', which are \['layer', 'activations'\], got \['layers'\]"):
-        make_explainer(model, processor, "grad_cam", layers=3)
+        make_explainer((model, processor), "grad_cam", layers=3)
     with pytest.raises(ValueError, match="2 attention layers, got 2"):
-        make_explainer(model, processor, "grad_cam", layer=2)
+        make_explainer((model, processor), "grad_cam", layer=2)
     with pytest.raises(ValueError, match="depth of at least one"):
-        make_explainer(model, processor, "gem", depth=0)
+        make_explainer((model, processor), "gem", depth=0)
     with pytest.raises(ValueError, match="iterations"):
-        make_explainer(model, processor, "gem", iterations=-1)
+        make_explainer((model, processor), "gem", iterations=-1)
 
 
 def test_other_models_are_refused(made):
     model, processor, _ = made("clip")
     for other in (model.vision_model, nn.Linear(1, 1)):
         with pytest.raises(TypeError, match="Expected an ICLIPModel, an ONNXModel, a CLIPModel"):
-            make_explainer(other, processor)
+            make_explainer((other, processor))
 
 
 @pytest.mark.parametrize("method", NEED_BLOCKS)
 def test_blocks_are_needed(made, method):
     model, tokenizer, _ = made("open_clip_resnet")
     with pytest.raises(ValueError, match="got one without self-attention"):
-        make_explainer(model, tokenizer, method)
+        make_explainer((model, tokenizer), method)
 
 
 def test_images_and_texts_must_match(made):
     model, processor, _ = made("iclip")
     for texts, sizes in ([["dog"]], None), (LABELS, [(10, 10)]):
         with pytest.raises(ValueError, match="for 3 images"):
-            explain(model, processor, images(), texts, target_sizes=sizes)
+            explain((model, processor), images(), texts, target_sizes=sizes)
     for some, texts in ([], LABELS), (images(), []):
         with pytest.raises(ValueError, match="at least one image and a list of texts"):
-            explain(model, processor, some, texts)
-    for one in (images()[0], "photo.jpg"):
-        with pytest.raises(
-            TypeError, match=f"Expected a list of images, got one {type(one).__name__}: put it into a list"
-        ):
-            explain(model, processor, one, LABELS)
+            explain((model, processor), some, texts)
 
 
 def test_texts_are_checked(made):
     for family in ("iclip", "open_clip"):
         model, processor, _ = made(family)
-        explainer = make_explainer(model, processor)
+        explainer = make_explainer((model, processor))
         for labels in ("dog", []):
             with pytest.raises(ValueError, match="list of at least one label"):
-                explainer.encode_texts(labels)
+                explainer.model.encode_texts(labels)
         with pytest.raises(ValueError, match="templates with one {} each"):
-            explainer.encode_texts(LABELS, ["a photo"])
+            explainer.model.encode_texts(LABELS, ["a photo"])
 
 
 def test_open_clip_takes_its_one_size(made):
     model, tokenizer, _ = made("open_clip")
     with pytest.raises(ValueError, match="32x32 pixels"):
-        explain(model, tokenizer, images(), LABELS, size=WIDE)
+        explain((model, tokenizer), images(), LABELS, size=WIDE)
 
 
 def test_open_clip_needs_its_tokenizer(made):
     model, _, _ = made("open_clip")
     preprocess = torchvision.transforms.Compose([torchvision.transforms.ToTensor()])
     with pytest.raises(TypeError, match=r"open_clip\.get_tokenizer.*got Compose"):
-        make_explainer(model, preprocess)
+        make_explainer((model, preprocess))
     with pytest.raises(TypeError, match="got NoneType"):
-        make_explainer(model, None)
+        make_explainer((model, None))

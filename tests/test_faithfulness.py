@@ -28,6 +28,7 @@ from iclip_hf.evaluation.faithfulness import (
 )
 from iclip_hf.evaluation.metrics import ClassMeans, pointing_shares
 from iclip_hf.explainers import make_explainer
+from iclip_hf.models.loading import load
 from iclip_hf.similarity import min_max_normalize, resize_and_normalize
 
 
@@ -67,12 +68,14 @@ def test_a_linear_model_has_the_areas_computed_by_hand():
 
 def test_curves_equal_those_of_plain_loops(tiny_processor):
     model = tiny_model()
-    explainer = make_explainer(model, tiny_processor)
-    texts = explainer.encode_texts(NAMES)
+    explainer = make_explainer((model, tiny_processor))
+    texts = explainer.model.encode_texts(NAMES)
     image = torch.randn(3, 32, 24, generator=torch.Generator().manual_seed(1))
     maps = explainer.raw_maps(image[None], texts)[0][0]
     maps[2] = (maps[2] > maps[2].median()).float()  # with ties
-    deletion, insertion = deletion_insertion(scorer(explainer, texts), image, maps, steps=3, seed=5, batch_size=4)
+    deletion, insertion = deletion_insertion(
+        scorer(explainer.model, texts), image, maps, steps=3, seed=5, batch_size=4
+    )
     assert deletion.shape == insertion.shape == (3, 4, 3, 2)
 
     generator = torch.Generator().manual_seed(5)
@@ -143,8 +146,9 @@ def test_rank_correlation_is_spearmans():
 @pytest.mark.parametrize("method", ["itsm", "grad_cam", "gem"])
 def test_randomised_layers_are_the_last_ones_and_the_model_stays_bit_for_bit(tiny_processor, method, locked):
     model = tiny_model(lock_vision=locked)
-    explainers = [make_explainer(model, tiny_processor, name) for name in (method, "attention")]
-    texts = explainers[0].encode_texts(NAMES)
+    loaded = load((model, tiny_processor))
+    explainers = [make_explainer(loaded, name) for name in (method, "attention")]
+    texts = loaded.encode_texts(NAMES)
     images = torch.randn(2, 3, 32, 24, generator=torch.Generator().manual_seed(1))
     before = copy.deepcopy(model.state_dict())
 
@@ -156,7 +160,7 @@ def test_randomised_layers_are_the_last_ones_and_the_model_stays_bit_for_bit(tin
         return torch.cat([explainer.raw_maps(images, texts)[0] for explainer in explainers], 1)
 
     own = explain(images)
-    check = LayerRandomization(explainers, seed=9)
+    check = LayerRandomization(loaded, seed=9)
     found = check.correlations(explain, images)
     assert found.shape == (len(check), 2, 6) and len(check) == 2
     assert torch.equal(explain(images), own)
@@ -169,7 +173,8 @@ def test_randomised_layers_are_the_last_ones_and_the_model_stays_bit_for_bit(tin
                 std = weight.std(correction=0)
                 weight.copy_(torch.randn(weight.shape, generator=generator) * std + weight.mean())
             maps = [
-                make_explainer(twin, tiny_processor, name).raw_maps(images, texts)[0] for name in (method, "attention")
+                make_explainer((twin, tiny_processor), name).raw_maps(images, texts)[0]
+                for name in (method, "attention")
             ]
             torch.testing.assert_close(found[depth], rank_correlation(own, torch.cat(maps, 1)), atol=1e-3, rtol=0)
     assert found[-1].abs().mean() < 0.9 and unchanged()
@@ -177,10 +182,10 @@ def test_randomised_layers_are_the_last_ones_and_the_model_stays_bit_for_bit(tin
 
 def test_an_exception_restores_the_layers_too(tiny_processor):
     model = tiny_model()
-    explainer = make_explainer(model, tiny_processor)
-    texts, images = explainer.encode_texts(NAMES), torch.randn(1, 3, 32, 32)
+    explainer = make_explainer((model, tiny_processor))
+    texts, images = explainer.model.encode_texts(NAMES), torch.randn(1, 3, 32, 32)
     before = copy.deepcopy(model.state_dict())
-    weights = dict(explainer.family.model.named_parameters())
+    weights = dict(explainer.model.network.named_parameters())
     own, calls = explainer.raw_maps(images, texts)[0], []
 
     def explain(images):
@@ -190,9 +195,9 @@ def test_an_exception_restores_the_layers_too(tiny_processor):
         return calls[-1]
 
     with pytest.raises(KeyboardInterrupt):
-        LayerRandomization([explainer]).correlations(explain, images)
+        LayerRandomization(explainer.model).correlations(explain, images)
     assert not torch.equal(calls[-1], own)  # it was under way
-    assert all(weight is weights[name] for name, weight in explainer.family.model.named_parameters())
+    assert all(weight is weights[name] for name, weight in explainer.model.network.named_parameters())
     assert torch.equal(explainer.raw_maps(images, texts)[0], own)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
@@ -232,9 +237,9 @@ def test_means_over_images_then_classes_merge():
 
 def slowly(model, processor, dataset, method):
     """The same with the functions above, one image, class and figure at a time."""
-    explainer, scores = make_explainer(model, processor, method), {}
-    texts = explainer.encode_texts(NAMES)
-    score = scorer(explainer, texts)
+    explainer, scores = make_explainer((model, processor), method), {}
+    texts = explainer.model.encode_texts(NAMES)
+    score = scorer(explainer.model, texts)
     for index, sample in enumerate(dataset):
         pixels = processor(images=[sample.image])["pixel_values"]
         raw = explainer.raw_maps(pixels, texts)[0][0]
@@ -248,7 +253,7 @@ def slowly(model, processor, dataset, method):
             areas = [area_under(curve)[0, label - 1].tolist() for curve in curves]
             heatmap = resize_and_normalize(one, sample.size)[0]
             pointing, energy, floor = 100 * pointing_shares(heatmap, sample.mask(label), label)
-            correlations = LayerRandomization([explainer], 3).correlations(explain, pixels)[:, 0, 0].tolist()
+            correlations = LayerRandomization(explainer.model, 3).correlations(explain, pixels)[:, 0, 0].tolist()
             (changed,) = max_sensitivity(explain, pixels[0], seed=3 + index).tolist()
             figures = [*areas[0], *areas[1], changed, pointing, energy, floor, *correlations]
             scores.setdefault(label, []).append(figures)
@@ -267,7 +272,7 @@ def test_figures_equal_the_protocol_in_plain_steps_for_the_cost_that_is_told(roo
         type(model), "get_image_features", lambda self, pixels: seen.append(len(pixels)) or encode(self, pixels)
     )
     result = evaluate_faithfulness(
-        model, tiny_processor, dataset, METHODS, steps=2, seed=3, batch_size=5, progress=False
+        (model, tiny_processor), dataset, METHODS, steps=2, seed=3, batch_size=5, progress=False
     )
     assert sum(seen) == result.timing["forwards"] == 3 * 6 * (1 + 11 + 3) + 3 * 2 + 4 * (6 * 4 + 3 * 2)
     for method in METHODS:
@@ -285,7 +290,7 @@ def test_figures_equal_the_protocol_in_plain_steps_for_the_cost_that_is_told(roo
 def test_processes_share_the_images_and_agree(root, tiny_processor, monkeypatch):
     model, dataset = tiny_model(), load_segmentation("folder", root)
     options = {"measures": ["pointing_game", "deletion_insertion"], "steps": 1, "progress": False}
-    alone = evaluate_faithfulness(model, tiny_processor, dataset, ["itsm"], **options)
+    alone = evaluate_faithfulness((model, tiny_processor), dataset, ["itsm"], **options)
     assert set(alone.results["itsm"]) >= {"pointing_game", "insertion_cosine"}
     assert not {"max_sensitivity", "randomization"} & set(alone.results["itsm"])
     gathered = []
@@ -293,7 +298,7 @@ def test_processes_share_the_images_and_agree(root, tiny_processor, monkeypatch)
     for index in (0, 1):
         state = SimpleNamespace(process_index=index, num_processes=2, is_main_process=True)
         monkeypatch.setattr(faithfulness, "this_process", lambda needed_by, state=state: state)
-        together = evaluate_faithfulness(model, tiny_processor, dataset, ["itsm"], **options)
+        together = evaluate_faithfulness((model, tiny_processor), dataset, ["itsm"], **options)
     assert together.timing["images"] == 2 and together.timing["forwards"] < alone.timing["forwards"]
     for name in ("pairs", "pointing_game", "insertion_cosine"):
         assert together.results["itsm"][name] == pytest.approx(alone.results["itsm"][name], abs=1e-6)
@@ -328,9 +333,6 @@ def test_the_command_writes_a_table_and_files(root, tiny_processor, tmp_path, ca
 
 
 def test_what_cannot_be_measured_is_refused(root, tiny_processor):
-    dataset, explainer = load_segmentation("folder", root), make_explainer(tiny_model(), tiny_processor)
+    dataset = load_segmentation("folder", root)
     with pytest.raises(ValueError, match="luck"):
-        evaluate_faithfulness(tiny_model(), tiny_processor, dataset, measures=["luck"])
-    explainer.family.model = SimpleNamespace()  # as one in ONNX
-    with pytest.raises(ValueError, match="weights can be randomised"):
-        LayerRandomization([explainer])
+        evaluate_faithfulness((tiny_model(), tiny_processor), dataset, measures=["luck"])

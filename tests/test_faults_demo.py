@@ -20,7 +20,7 @@ CASES = Cases()
 @pytest.fixture(scope="module")
 def world(world):
     """With the function behind the page, for a visitor who uploaded the photo."""
-    built = app.build_app(world.model, world.processor)
+    built = app.build_app((world.model, world.processor))
     built.upload_file_set.add(str(world.photo))
     explain = next(function.fn for function in built.fns.values() if function.api_name == "explain")
     return SimpleNamespace(**vars(world), app=explain, uploads=built.upload_file_set)

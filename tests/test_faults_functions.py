@@ -33,13 +33,13 @@ CASES = Cases()
 
 
 def explained(world, folder, image):
-    return explain(world.model, world.processor, [image], ["dog"])
+    return explain((world.model, world.processor), [image], ["dog"])
 
 
 def in_collection(world, folder, content):
     (folder / "images").mkdir()
     (folder / "images" / "image.png").write_bytes(content)
-    localizer = Localizer(world.model, world.processor, ["dog"])
+    localizer = Localizer((world.model, world.processor), ["dog"])
     report = explain_collection(localizer, open_images([folder / "images"]), folder / "maps", progress=False)
     if report.broken:
         raise ValueError(*report.broken)
@@ -148,14 +148,16 @@ CASES.add(
 for door, run in {
     "text of processor": lambda world, folder, text: world.processor(text=[text]),
     "label of processor": lambda world, folder, text: world.processor(labels=["cat", text]),
-    "text of explain": lambda world, folder, text: explain(world.model, world.processor, [world.photo], ["cat", text]),
-    "text of Localizer": lambda world, folder, text: Localizer(world.model, world.processor, ["cat", text]),
+    "text of explain": lambda world, folder, text: explain(
+        (world.model, world.processor), [world.photo], ["cat", text]
+    ),
+    "text of Localizer": lambda world, folder, text: Localizer((world.model, world.processor), ["cat", text]),
 }.items():
     CASES.add_texts(door, run)
 for door, run in {
     "templates of processor": lambda world, folder, template: world.processor(labels="dog", templates=[template]),
     "templates of explain": lambda world, folder, template: explain(
-        world.model, world.processor, [world.photo], ["dog"], templates=[template]
+        (world.model, world.processor), [world.photo], ["dog"], templates=[template]
     ),
 }.items():
     CASES.add_templates(door, run)
@@ -171,9 +173,9 @@ CASES.add(
         "an empty list": ([inputs.PHOTO], [[]]),
         "lists and texts": ([inputs.PHOTO] * 2, [["dog"], "cat"]),
         "an unknown method": ([inputs.PHOTO], ["dog"], "magic"),
-        "an array": ([np.zeros((3, 3, 3))], ["dog"]),
+        "an array of another shape": ([np.zeros((3, 3))], ["dog"]),
     },
-    lambda world, folder, arguments: explain(world.model, world.processor, *arguments),
+    lambda world, folder, arguments: explain((world.model, world.processor), *arguments),
 )
 CASES.add(
     "options of explain",
@@ -184,17 +186,17 @@ CASES.add(
         "an unknown option": {"sharpness": 3},
         "no batch": {"batch_size": 0},
     },
-    lambda world, folder, options: explain(world.model, world.processor, [inputs.PHOTO], ["dog"], **options)[0].maps,
+    lambda world, folder, options: explain((world.model, world.processor), [inputs.PHOTO], ["dog"], **options)[0].maps,
 )
 CASES.add(
     "make_explainer",
     {"no model": None, "a number": 3, "a module": torch.nn.Linear(2, 2)},
-    lambda world, folder, model: make_explainer(model, world.processor),
+    lambda world, folder, model: make_explainer(model),
 )
 CASES.add(
     "make_explainer",
     {"a tower": "vision_model"},
-    lambda world, folder, name: make_explainer(getattr(world.model, name), world.processor),
+    lambda world, folder, name: make_explainer((getattr(world.model, name), world.processor)),
     shows="got ViTModel",
 )
 CASES.add(
@@ -207,7 +209,7 @@ CASES.add(
         "a presence that is no number": {"min_presence": float("nan")},
         "no texts": {"texts": []},
     },
-    lambda world, folder, options: Localizer(world.model, world.processor, **{"texts": ["dog"], **options}),
+    lambda world, folder, options: Localizer((world.model, world.processor), **{"texts": ["dog"], **options}),
 )
 
 

@@ -13,12 +13,13 @@ import iclip_hf
 from iclip_hf.evaluation.analysis import ChannelMatch, relation
 from iclip_hf.evaluation.analysis_plots import channel_scatter, class_bars, relation_plot
 from iclip_hf.explainers import WordScore
-from iclip_hf.figures import COLORMAPS, sheets
+from iclip_hf.figures import sheets
 from iclip_hf.figures.colors import color_table, overlay
 from iclip_hf.figures.lettering import fitted, text_mask, text_width, word_boxes
 from iclip_hf.figures.sheets import at_picture_size, comparison_sheet, draw, picture_grid
 from iclip_hf.localization.explanation import Explanation
 from iclip_hf.presence import presence_word
+from iclip_hf.utils.names import COLORMAPS
 
 
 def rendered(figure, dpi=50):

@@ -29,11 +29,11 @@ from transformers import AutoModel, AutoProcessor, ViTConfig, pipeline
 
 from iclip_hf import ICLIPConfig, ICLIPModel, ICLIPProcessor, cli
 from iclip_hf.evaluation.evaluate import EvaluationResult
-from iclip_hf.explainers.explainer import identity
 from iclip_hf.hub.configs import config_folder
 from iclip_hf.hub.dino import load_dino_checkpoint
 from iclip_hf.hub.folders import code_files, export_model, init_model
 from iclip_hf.hub.model_card import _TRAINING_SETTINGS, describe_tower, public_settings, write_model_card
+from iclip_hf.models.explainable import identity
 from iclip_hf.models.loading import load_pretrained
 from iclip_hf.training.settings import Settings
 

@@ -11,8 +11,8 @@ from transformers import CLIPImageProcessor
 
 from iclip_hf import ICLIPProcessor, explain
 from iclip_hf.explainers import make_explainer
-from iclip_hf.explainers.adapters import ICLIPAdapter
 from iclip_hf.localization.localizer import Localizer
+from iclip_hf.models.explainable import ExplainableModel
 from iclip_hf.presence import BACKGROUND, MIN_PRESENCE, presence
 from iclip_hf.regions import find_regions
 from iclip_hf.similarity import resize_and_normalize
@@ -31,9 +31,9 @@ def explained(localizer):
 
 @pytest.mark.parametrize("one", [np.float32(0.25), np.array(0.25), torch.tensor(0.25), 0.25])
 def test_thresholds_of_numpy_and_torch(tiny_processor, one):
-    localizer = Localizer(tiny_model(), tiny_processor, ["dog", "cat"], threshold=one)
+    localizer = Localizer((tiny_model(), tiny_processor), ["dog", "cat"], threshold=one)
     assert localizer.thresholds == [0.25, 0.25] and json.dumps(localizer.settings)
-    localizer = Localizer(tiny_model(), tiny_processor, ["dog", "cat"], threshold=np.array([0.1, 0.25]))
+    localizer = Localizer((tiny_model(), tiny_processor), ["dog", "cat"], threshold=np.array([0.1, 0.25]))
     assert localizer.thresholds == [0.1, 0.25]
     maps = [torch.rand(2, 5, 6)]
     assert tiny_processor.post_process_masks(maps, one)[0].equal(maps[0] > 0.25)
@@ -42,7 +42,7 @@ def test_thresholds_of_numpy_and_torch(tiny_processor, one):
 @pytest.mark.parametrize("wrong", [None, "a", [[0.5]], [], np.float64("nan"), [0.5, None], 1.5])
 def test_other_thresholds_are_refused(tiny_processor, wrong):
     for refuse in (
-        lambda: Localizer(tiny_model(), tiny_processor, ["dog"], threshold=wrong),
+        lambda: Localizer((tiny_model(), tiny_processor), ["dog"], threshold=wrong),
         lambda: tiny_processor.post_process_masks([torch.rand(1, 5, 6)], wrong),
     ):
         with pytest.raises(ValueError, match=r"Expected a threshold in \[0, 1\], or one for each text, got"):
@@ -69,12 +69,12 @@ def test_presence_is_the_share_of_texts_that_match_less_at_any_scale():
 def test_presence_beside_the_maps_of_every_method(tiny_processor, method):
     """The background changes no map, and the presence is the same whatever the method."""
     model = tiny_model()
-    explainer = make_explainer(model, tiny_processor, method)
-    maps, scores = explainer.raw_maps(tiny_processor(IMAGES)["pixel_values"], explainer.encode_texts(TEXTS))
+    explainer = make_explainer((model, tiny_processor), method)
+    maps, scores = explainer.raw_maps(tiny_processor(IMAGES)["pixel_values"], explainer.model.encode_texts(TEXTS))
     with torch.no_grad():
         logits = model(**tiny_processor(IMAGES, labels=[*TEXTS, *BACKGROUND])).logits_per_image
     presences = presence(logits[:, :3], logits[:, 3:])
-    for index, found in enumerate(explained(Localizer(model, tiny_processor, TEXTS, method=method))):
+    for index, found in enumerate(explained(Localizer((model, tiny_processor), TEXTS, method=method))):
         torch.testing.assert_close(found.raw_maps, maps[index], atol=1e-5, rtol=1e-4)
         torch.testing.assert_close(found.scores, scores[index], atol=1e-5, rtol=0)
         torch.testing.assert_close(found.presence, presences[index], atol=1e-4, rtol=0)
@@ -82,7 +82,7 @@ def test_presence_beside_the_maps_of_every_method(tiny_processor, method):
 
 def test_many_images_give_what_each_gives_alone(tiny_processor):
     """In batches, in order, with those that cannot be read in their places."""
-    localizer = Localizer(tiny_model(), tiny_processor, TEXTS)
+    localizer = Localizer((tiny_model(), tiny_processor), TEXTS)
 
     def load(item):
         if item == "absent":
@@ -110,7 +110,7 @@ def assert_same(one, other):
 def test_images_of_a_shape_with_equally_many_texts_share_a_forward(tiny_processor, monkeypatch):
     image_processor = CLIPImageProcessor(size={"shortest_edge": 32}, do_center_crop=False)
     processor = ICLIPProcessor(image_processor, tiny_processor.tokenizer, patch_size=8)
-    localizer, forwards = Localizer(tiny_model(), processor, TEXTS), []
+    localizer, forwards = Localizer((tiny_model(), processor), TEXTS), []
     forward = localizer.explainer.forward
     monkeypatch.setattr(localizer.explainer, "forward", lambda *args: forwards.append(len(args[0])) or forward(*args))
     asked = [(0, None), (1, None), (0, ["car"]), (1, None), (0, None), (0, ["dog"]), (0, ["car", "dog"]), (1, None)]
@@ -125,7 +125,7 @@ def test_images_of_a_shape_with_equally_many_texts_share_a_forward(tiny_processo
 
 
 def test_maps_masks_regions_and_record_of_an_explanation(tiny_processor):
-    localizer = Localizer(tiny_model(), tiny_processor, TEXTS, threshold=[0.3, 0.5, 0.7], min_presence=0.5)
+    localizer = Localizer((tiny_model(), tiny_processor), TEXTS, threshold=[0.3, 0.5, 0.7], min_presence=0.5)
     explanation = replace(explained(localizer)[0], presence=torch.tensor([0.9, 0.5, 0.49]))
     for index, threshold in enumerate((0.3, 0.5)):
         heatmap = resize_and_normalize(explanation.raw_maps, (40, 60))[index]
@@ -160,7 +160,7 @@ def test_maps_masks_regions_and_record_of_an_explanation(tiny_processor):
 def test_the_reversed_map_is_one_minus_the_map_to_the_last_bit(tiny_processor):
     model = tiny_model()
     (straight,), (turned,) = (
-        explain(model, tiny_processor, IMAGES[:1], TEXTS, method) for method in ("itsm", "reversed_itsm")
+        explain((model, tiny_processor), IMAGES[:1], TEXTS, method) for method in ("itsm", "reversed_itsm")
     )
     (processed,) = tiny_processor.post_process_similarity_maps(straight.raw_maps[None], [(40, 60)], reverse=True)
     for maps in (turned.maps, torch.stack([turned.map(index) for index in range(3)])):
@@ -169,7 +169,7 @@ def test_the_reversed_map_is_one_minus_the_map_to_the_last_bit(tiny_processor):
 
 
 def test_the_image_size_is_the_models(tiny_processor):
-    localizer = Localizer(tiny_model(), tiny_processor, TEXTS, image_size=48)
+    localizer = Localizer((tiny_model(), tiny_processor), TEXTS, image_size=48)
     assert localizer.prepare(IMAGES[0]).pixel_values.shape == (1, 3, 48, 48)
     assert [one.raw_maps.shape for one in explained(localizer)] == [(3, 6, 6)] * 2
 
@@ -185,7 +185,7 @@ def test_the_image_size_is_the_models(tiny_processor):
 )
 def test_bad_options_are_named(tiny_processor, options, message):
     with pytest.raises(ValueError, match=message):
-        Localizer(tiny_model(), tiny_processor, TEXTS, **options)
+        Localizer((tiny_model(), tiny_processor), TEXTS, **options)
 
 
 def test_presence_uses_both_branches_and_the_templates(tiny_processor):
@@ -196,24 +196,24 @@ def test_presence_uses_both_branches_and_the_templates(tiny_processor):
             model.match(image, model.get_text_features(**tiny_processor(labels=list(labels), templates=templates)))
             for labels in (TEXTS, BACKGROUND)
         )
-    (found,) = explain(model, tiny_processor, IMAGES[:1], TEXTS, templates=templates)
+    (found,) = explain((model, tiny_processor), IMAGES[:1], TEXTS, templates=templates)
     torch.testing.assert_close(found.presence, presence(texts, background)[0], atol=1e-4, rtol=0)
 
 
 def test_nouns_are_encoded_again_only_when_the_result_changes(tiny_processor, tmp_path, monkeypatch):
     """A later process reads the same numbers from the cache; other weights, options or templates and a damaged file are noticed."""
     monkeypatch.setenv("ICLIP_CACHE", str(tmp_path))
-    encode, encoded = ICLIPAdapter.encode_texts, []
+    encode, encoded = ExplainableModel.encode_texts, []
 
     def counted(self, labels, templates=None):
         encoded.append(len(labels))
         return encode(self, labels, templates)
 
-    monkeypatch.setattr(ICLIPAdapter, "encode_texts", counted)
+    monkeypatch.setattr(ExplainableModel, "encode_texts", counted)
 
     def check(model, times, templates=None):
         """The nouns' features are right, and were encoded so many times."""
-        found = Localizer(model, tiny_processor, TEXTS, templates=templates)._background
+        found = Localizer((model, tiny_processor), TEXTS, templates=templates)._background
         assert encoded.count(len(BACKGROUND)) == times
         with torch.no_grad():
             expected = model.get_text_features(**tiny_processor(labels=BACKGROUND, templates=templates))
@@ -244,7 +244,7 @@ def test_the_least_presence_was_chosen_with_these_nouns():
 
 
 def test_thresholds_follow_their_texts(tiny_processor):
-    localizer = Localizer(tiny_model(), tiny_processor, TEXTS, threshold=[0.3, 0.5, 0.7])
+    localizer = Localizer((tiny_model(), tiny_processor), TEXTS, threshold=[0.3, 0.5, 0.7])
     (found,) = localizer.explain([localizer.prepare(IMAGES[0], ["car", "dog"])])
     assert found.threshold == [0.7, 0.3]
     other = localizer.about(["cat"], 0.2)
@@ -263,9 +263,9 @@ def test_settings_hold_everything_that_results_depend_on(tiny_processor):
         "iterations": {"method": "gem", "iterations": 2},
     }
     model, usual = tiny_model(), {"texts": ["dog"]}
-    before = Localizer(model, tiny_processor, **usual).settings
+    before = Localizer((model, tiny_processor), **usual).settings
     for name, options in changes.items():
-        after = Localizer(model, tiny_processor, **{**usual, **options}).settings
+        after = Localizer((model, tiny_processor), **{**usual, **options}).settings
         assert {one for one in after if after[one] != before.get(one)} == {name, *("method",) * ("method" in options)}
 
 
@@ -280,7 +280,7 @@ def test_presence_tells_present_classes_better_than_the_cosine(iclip_data):
     folder = embedded_model()
     dataset = load_segmentation("coco2017", iclip_data / "coco100", "train2017")
     model, processor = ICLIPModel.from_pretrained(folder), ICLIPProcessor.from_pretrained(folder)
-    localizer = Localizer(model, processor, dataset.class_names)
+    localizer = Localizer((model, processor), dataset.class_names)
     samples = [dataset[index] for index in range(20)]
     found = list(localizer.explain(localizer.prepare(sample.image) for sample in samples))
     scores, presences = (torch.stack([getattr(one, name) for one in found]) for name in ("scores", "presence"))
@@ -292,7 +292,7 @@ def test_presence_tells_present_classes_better_than_the_cosine(iclip_data):
 
 
 def test_a_map_is_taken_by_its_index_as_from_a_list(tiny_processor):
-    (explanation,) = explain(tiny_model(), tiny_processor, [Image.effect_noise((8, 6), 80)], ["dog", "cat"])
+    (explanation,) = explain((tiny_model(), tiny_processor), [Image.effect_noise((8, 6), 80)], ["dog", "cat"])
     assert explanation.map(-1).equal(explanation.map(1)) and explanation.map(-2).equal(explanation.maps[0])
     for index in (2, -3):
         with pytest.raises(IndexError, match=f"one of 2 texts, got {index}"):
@@ -302,4 +302,4 @@ def test_a_map_is_taken_by_its_index_as_from_a_list(tiny_processor):
 def test_an_image_without_texts_is_refused(tiny_processor):
     images = [Image.new("RGB", (32, 32))] * 2
     with pytest.raises(ValueError, match="at least one text for each image"):
-        explain(tiny_model(), tiny_processor, images, [["dog"], []])
+        explain((tiny_model(), tiny_processor), images, [["dog"], []])

@@ -86,7 +86,7 @@ def test_a_constant_map_stays_constant_and_one_colour_is_finite(image):
 
 def test_explanations_are_refined_in_batches_and_from_features(tiny_processor):
     model = tiny_model()
-    plain, refined = (Localizer(model, tiny_processor, TEXTS, refine=refine) for refine in (False, True))
+    plain, refined = (Localizer((model, tiny_processor), TEXTS, refine=refine) for refine in (False, True))
     for image, one, two in zip(IMAGES, explained(plain), explained(refined)):
         expected = refine_maps(one.raw_maps[None], refined.prepare(image).pixel_values)[0]
         torch.testing.assert_close(two.raw_maps, expected, atol=1e-5, rtol=0)
@@ -109,9 +109,9 @@ def test_label_maps_are_those_of_refined_maps_of_the_whole_image(root, tiny_proc
     model, dataset = tiny_model(), load_segmentation("folder", root)
     dataset.background = False
     size = {"short_side": 40, "window": 32, "stride": 16}
-    result = evaluate_segmentation(model, tiny_processor, dataset, **size, refine=True, progress=False)
-    explainer = make_explainer(model, tiny_processor)
-    texts = explainer.encode_texts(dataset.class_names, dataset.templates)
+    result = evaluate_segmentation((model, tiny_processor), dataset, **size, refine=True, progress=False)
+    explainer = make_explainer((model, tiny_processor))
+    texts = explainer.model.encode_texts(dataset.class_names, dataset.templates)
     right = total = 0
     for sample in dataset:
         pixels = tiny_processor(images=[sample.image], size={"shortest_edge": 40})["pixel_values"]

@@ -27,7 +27,7 @@ def test_one_photograph_becomes_a_picture_a_label_map_and_json(folder, tmp_path,
     assert (entry["picture"], entry["labels"]) == (str(output), str(tmp_path / "sub" / "labels" / "out.png"))
     assert sorted(path.name for path in output.parent.iterdir()) == ["labels", "out.png"]
 
-    localizer = Localizer(*load_pretrained(folder / "model"), ["dog", "red ball", "sky"], min_presence=0)
+    localizer = Localizer(load_pretrained(folder / "model"), ["dog", "red ball", "sky"], min_presence=0)
     image = Image.open(photo)
     (explanation,) = localizer.explain([localizer.prepare(image)])
     expected = explanation.label_map(None, background=[2]).numpy() + 1

@@ -142,7 +142,7 @@ def drawn(page, index):
 def explain_by(exported, image, texts, **options):
     """The explanation by the same graphs in Python."""
     _, model, processor = exported
-    return explain(model, processor, [image], texts, **options)[0]
+    return explain((model, processor), [image], texts, **options)[0]
 
 
 def unpacked(page, model, processor, folder):

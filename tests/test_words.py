@@ -57,7 +57,7 @@ def words_of_all_queries(query, key, value, gradient, text):
 def test_words_of_an_end_token(made, family):
     """One prompt at a time; the gradient by what the last attention gives, through hooks on transformers' own modules."""
     model, processor, _ = made(family)
-    words = WordExplainer(model, processor, TEXTS, [TEMPLATE])(IMAGE)
+    words = WordExplainer((model, processor), TEXTS, [TEMPLATE])(IMAGE)
     reference, seen = copy.deepcopy(model), {}
     attention = reference.text_model.encoder.layers[-1].self_attn
     for name in ("q_proj", "k_proj", "v_proj"):
@@ -78,7 +78,7 @@ def test_words_of_an_end_token(made, family):
 def test_words_of_a_mean_of_tokens(tiny_processor):
     """A tower that averages its tokens reads all queries, the special tokens' too."""
     model = tiny_model()
-    words = WordExplainer(model, tiny_processor, TEXTS, [TEMPLATE])(IMAGE)
+    words = WordExplainer((model, tiny_processor), TEXTS, [TEMPLATE])(IMAGE)
     reference, seen = copy.deepcopy(model), {}
     attention = reference.text_model.encoder.layer[-1].attention.self
     for name in ("query", "key", "value"):
@@ -95,7 +95,7 @@ def test_words_of_a_mean_of_tokens(tiny_processor):
 
 def test_words_by_attention_times_its_gradient(made):
     model, processor, _ = made("clip")
-    words = WordExplainer(model, processor, TEXTS, [TEMPLATE], "bi_modal")(IMAGE)
+    words = WordExplainer((model, processor), TEXTS, [TEMPLATE], "bi_modal")(IMAGE)
     reference = copy.deepcopy(model)
     reference.set_attn_implementation("eager")
     for image in range(2):
@@ -117,10 +117,12 @@ def test_texts_and_images_do_not_mix(made, family, method):
     model, processor, _ = made(family)
     dim = {"siglip": 32, "siglip2": 32, "tipsv2": 32}.get(family, 16)
     embeds = F.normalize(torch.randn(2, dim, generator=torch.Generator().manual_seed(4)), dim=-1)
-    together = WordExplainer(model, processor, TEXTS, [TEMPLATE, "{}"], method)(embeds)
+    together = WordExplainer((model, processor), TEXTS, [TEMPLATE, "{}"], method)(embeds)
     for image in range(2):
         for index, text in enumerate(TEXTS):
-            ((alone,),) = WordExplainer(model, processor, [text], [TEMPLATE, "{}"], method)(embeds[image : image + 1])
+            ((alone,),) = WordExplainer((model, processor), [text], [TEMPLATE, "{}"], method)(
+                embeds[image : image + 1]
+            )
             assert [one.word for one in alone] == text.split()
             assert sum(one.score for one in alone) == pytest.approx(1) or not any(one.score for one in alone)
             assert [one.score for one in alone] == pytest.approx(
@@ -149,7 +151,7 @@ def test_tokens_of_words(tiny_processor):
 def test_truncated_words_have_no_share(made):
     model, processor, _ = made("clip")
     text = "dog " * 80 + "ball"
-    ((words,),) = WordExplainer(model, processor, [text], ["{}"])(IMAGE[:1])
+    ((words,),) = WordExplainer((model, processor), [text], ["{}"])(IMAGE[:1])
     assert len(words) == 81 and words[-1] == ("ball", 0.0)
 
 
@@ -160,24 +162,24 @@ def test_explanations_carry_the_words_of_their_texts(made):
     model, processor, _ = made("iclip")
     texts = [["dog"], ["red ball", "dog", "blue car"], ["blue car"]]
     with torch.inference_mode():
-        explained = explain(model, processor, images(), texts, words="grad_eclip")
+        explained = explain((model, processor), images(), texts, words="grad_eclip")
     before = [parameter.requires_grad for parameter in model.parameters()]
     for one, image, labels in zip(explained, images(), texts):
-        (alone,) = explain(model, processor, [image], labels, words="grad_eclip")
+        (alone,) = explain((model, processor), [image], labels, words="grad_eclip")
         for label, scored, again, record in zip(labels, one.words, alone.words, one.record(), strict=True):
             assert [word for word, _ in scored] == label.split()
             assert [score for _, score in scored] == pytest.approx([score for _, score in again], abs=1e-4)
             assert record["words"] == [{"word": word, "score": round(score, 4)} for word, score in scored]
         assert one.raw_maps.shape == (len(labels), 4, 4)
     assert [parameter.requires_grad for parameter in model.parameters()] == before
-    (plain,) = explain(model, processor, images()[:1], LABELS)
+    (plain,) = explain((model, processor), images()[:1], LABELS)
     assert plain.words is None and all("words" not in record for record in plain.record())
 
 
 def test_what_is_refused(made):
     model, processor, _ = made("clip")
     with pytest.raises(ValueError, match=r"one of \['grad_eclip', 'bi_modal'\], got 'gem'"):
-        WordExplainer(model, processor, LABELS, method="gem")
+        WordExplainer((model, processor), LABELS, method="gem")
     model, tokenizer, _ = made("open_clip")
     with pytest.raises(ValueError, match="Expected a model of transformers for word scores.*leave words out"):
-        WordExplainer(model, tokenizer, LABELS)
+        WordExplainer((model, tokenizer), LABELS)

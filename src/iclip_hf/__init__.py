@@ -16,10 +16,13 @@ from .utils.lazy import lazy_names
 
 if TYPE_CHECKING:
     from .configuration_iclip import ICLIPConfig
+    from .evaluation.evaluate import evaluate
     from .figures.sheets import draw
+    from .localization.explanation import Explanation
     from .localization.localizer import explain
     from .modeling_iclip import ICLIPImageFeatures, ICLIPModel, ICLIPOutput, ICLIPTextFeatures
     from .models.embedded import embedded_model
+    from .models.loading import load
     from .pipeline_iclip import ImageTextSimilarityMapPipeline, ZeroShotImageSegmentationPipeline
     from .processing_iclip import ICLIPProcessor
 
@@ -29,13 +32,16 @@ __version__ = "0.2.0.dev0"
 _MODULES = {
     "draw": ".figures.sheets",
     "embedded_model": ".models.embedded",
+    "evaluate": ".evaluation.evaluate",
     "explain": ".localization.localizer",
+    "Explanation": ".localization.explanation",
     "ICLIPConfig": ".configuration_iclip",
     "ICLIPImageFeatures": ".modeling_iclip",
     "ICLIPModel": ".modeling_iclip",
     "ICLIPOutput": ".modeling_iclip",
     "ICLIPProcessor": ".processing_iclip",
     "ICLIPTextFeatures": ".modeling_iclip",
+    "load": ".models.loading",
     "ImageTextSimilarityMapPipeline": ".pipeline_iclip",
     "ZeroShotImageSegmentationPipeline": ".pipeline_iclip",
 }

@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import base64
 import io
 import os
+import queue
+import threading
+import time
+import urllib.parse
+import urllib.request
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterable, Sequence
+from http.client import HTTPException
 from typing import TypeVar
 
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
@@ -14,6 +21,8 @@ from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 Item, Result = TypeVar("Item"), TypeVar("Result")
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".jp2", ".ppm", ".pgm")
+
+MAX_DOWNLOAD = 64 * 2**20  # largest size of an image at a URL, in bytes
 
 # Other decoders of Pillow are excluded, because some start external programs (EPS runs Ghostscript).
 _FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000", "PPM")
@@ -77,6 +86,67 @@ def load_image(source: str | os.PathLike | bytes | Image.Image, name: str | None
         defined (floats, or integers of more than 16 bits).
     """
     return to_rgb(_upright(open_image(source, name)), name)
+
+
+def read_image(image: str | os.PathLike | bytes | Image.Image, timeout: float = 60) -> Image.Image:
+    """
+    Like [`load_image`], and reads URLs and base64 text too.
+
+    Args:
+        image (`str`, `os.PathLike`, `bytes` or `PIL.Image.Image`): path, URL, base64 text, bytes of a file, or a PIL image.
+        timeout (`float`): time limit in seconds for a download, of at most `MAX_DOWNLOAD` bytes.
+
+    Raises:
+        As [`load_image`]; also `OSError`: the download fails.
+    """
+    if not isinstance(image, str) or os.path.exists(image):
+        return load_image(image)
+    name = repr(image[:100])
+    if image.startswith(("http://", "https://")):
+        try:
+            content = _download(image, timeout)
+        except (OSError, HTTPException, ValueError) as error:
+            raise OSError(f"{name}: expected an image at this address, but got: {error}; check it.") from error
+        return load_image(content, name)
+    try:
+        content = base64.b64decode("".join(image.rpartition(",")[2].split()), validate=True)
+    except ValueError:  # not base64, so a path
+        return load_image(image)
+    return load_image(content, name)
+
+
+def _download(url: str, timeout: float) -> bytes:
+    """
+    Downloads a URL with a limit of time and size. Runs in a thread, which is abandoned after the time limit, because the timeout of a
+    socket restarts with every byte, also of the headers.
+    """
+    url = urllib.parse.quote(url, safe="%/:?#[]@!$&'()*+,;=~")  # quotes spaces and non-ASCII letters
+    request = urllib.request.Request(url, headers={"User-Agent": "iclip-hf"})  # some sites refuse Python's default
+    answers, late = queue.Queue(), TimeoutError(f"no end of it within {timeout:g} seconds")
+    end = time.monotonic() + timeout
+
+    def fetch() -> None:
+        content = bytearray()
+        try:
+            with urllib.request.urlopen(request, timeout=timeout + 1) as answer:  # the thread is left before that
+                while part := answer.read1(2**16):
+                    content += part
+                    if len(content) > MAX_DOWNLOAD:
+                        raise OSError(f"more than {MAX_DOWNLOAD // 2**20} MiB")
+                    if time.monotonic() > end:
+                        raise late
+            answers.put(bytes(content))
+        except Exception as error:
+            answers.put(error)
+
+    threading.Thread(target=fetch, daemon=True).start()
+    try:
+        answer = answers.get(timeout=timeout)
+    except queue.Empty:
+        raise late from None
+    if isinstance(answer, Exception):
+        raise answer
+    return answer
 
 
 def to_rgb(image: Image.Image, name: str | None = None) -> Image.Image:

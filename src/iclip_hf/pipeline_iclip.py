@@ -1,28 +1,18 @@
 """Pipelines from images and labels to scores, maps and masks, and to segments."""
 
-import base64
 import os
-import queue
-import threading
-import time
-import urllib.parse
-import urllib.request
 from collections.abc import Sequence
-from http.client import HTTPException
 
 import torch
 from PIL import Image
 from transformers import AutoModel
 from transformers.pipelines import PIPELINE_REGISTRY, Pipeline
 
-from .images import load_image, map_groups
+from .images import map_groups, read_image
 from .label_maps import classes_of, label_map
 from .modeling_iclip import cosines
 from .presence import BACKGROUND, MIN_PRESENCE, presence
 from .processing_iclip import check_threshold
-
-
-MAX_DOWNLOAD = 64 * 2**20  # largest size of an image at a URL, in bytes
 
 
 class ImageTextSimilarityMapPipeline(Pipeline):
@@ -123,7 +113,7 @@ class ImageTextSimilarityMapPipeline(Pipeline):
         return parameters
 
     def preprocess(self, image, size: dict | None = None, timeout: float = 60) -> dict:
-        image = _read(image, timeout)
+        image = read_image(image, timeout)
         pixel_values = self.processor(images=[image], **({} if size is None else {"size": size}))["pixel_values"]
         # In a list, because the base class would concatenate tensors, whose shapes may differ.
         return {"pixel_values": [pixel_values.to(self.dtype)], "target_size": (image.height, image.width)}
@@ -262,58 +252,6 @@ def _strings(name: str, labels: str | Sequence[str]) -> list[str]:
             f"Expected {name} to be a list of strings, shared by all images, got {labels!r}: pass such a list."
         )
     return list(labels)
-
-
-def _read(image, timeout: float) -> Image.Image:
-    """Reads an image like the command line, with the same formats and conversions."""
-    if not isinstance(image, str) or os.path.exists(image):
-        return load_image(image)
-    name = repr(image[:100])
-    if image.startswith(("http://", "https://")):
-        try:
-            content = _download(image, timeout)
-        except (OSError, HTTPException, ValueError) as error:
-            raise OSError(f"{name}: expected an image at this address, but got: {error}; check it.") from error
-        return load_image(content, name)
-    try:
-        content = base64.b64decode("".join(image.rpartition(",")[2].split()), validate=True)
-    except ValueError:  # not base64, so a path
-        return load_image(image)
-    return load_image(content, name)
-
-
-def _download(url: str, timeout: float) -> bytes:
-    """
-    Downloads a URL with a limit of time and size. Runs in a thread, which is abandoned after the time limit, because the timeout of a
-    socket restarts with every byte, also of the headers.
-    """
-    url = urllib.parse.quote(url, safe="%/:?#[]@!$&'()*+,;=~")  # quotes spaces and non-ASCII letters
-    request = urllib.request.Request(url, headers={"User-Agent": "iclip-hf"})  # some sites refuse Python's default
-    answers, late = queue.Queue(), TimeoutError(f"no end of it within {timeout:g} seconds")
-    end = time.monotonic() + timeout
-
-    def fetch() -> None:
-        content = bytearray()
-        try:
-            with urllib.request.urlopen(request, timeout=timeout + 1) as answer:  # the thread is left before that
-                while part := answer.read1(2**16):
-                    content += part
-                    if len(content) > MAX_DOWNLOAD:
-                        raise OSError(f"more than {MAX_DOWNLOAD // 2**20} MiB")
-                    if time.monotonic() > end:
-                        raise late
-            answers.put(bytes(content))
-        except Exception as error:
-            answers.put(error)
-
-    threading.Thread(target=fetch, daemon=True).start()
-    try:
-        answer = answers.get(timeout=timeout)
-    except queue.Empty:
-        raise late from None
-    if isinstance(answer, Exception):
-        raise answer
-    return answer
 
 
 __all__ = ["ImageTextSimilarityMapPipeline", "ZeroShotImageSegmentationPipeline"]

@@ -1,6 +1,12 @@
 """Presence: whether a text is in an image at all. A map, which is stretched to [0, 1], does not tell this."""
 
-import torch
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+
+if TYPE_CHECKING:
+    import torch
 
 
 # Nouns of what photographs show. Their matches with an image estimate the distribution of chance matches.
@@ -40,6 +46,8 @@ def presence(scores: torch.Tensor, background_scores: torch.Tensor) -> torch.Ten
     Returns:
         `torch.Tensor` of shape `(B, T)`, in [0, 1].
     """
+    import torch  # not above, because commands take `MIN_PRESENCE` before they load it
+
     std, mean = torch.std_mean(background_scores, dim=-1, keepdim=True)
     return torch.special.ndtr((scores - mean) / std)
 

@@ -505,6 +505,13 @@ def _checked_image(image, rescaled: bool):
     return image if rescaled else _to_8_bit(pixels)
 
 
+def array_to_image(image) -> Image.Image:
+    """Converts an array or tensor, `(3, H, W)` or `(H, W, 3)` as for [`ICLIPProcessor`], to a PIL image in RGB."""
+    pixels = torch.as_tensor(_checked_image(image, rescaled=False))
+    pixels = pixels.movedim(0, -1) if pixels.shape[0] in (1, 3) else pixels
+    return to_rgb(Image.fromarray(pixels.squeeze(-1).numpy(force=True)))
+
+
 def _to_8_bit(pixels: torch.Tensor) -> torch.Tensor:
     """Converts pixels to the nearest values in 0..255. The range of a type is that of torchvision."""
     if pixels.dtype == torch.uint8:

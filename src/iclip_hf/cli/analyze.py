@@ -9,6 +9,7 @@ import math
 from collections.abc import Callable
 from pathlib import Path
 
+from ..utils.names import POOLINGS
 from .common import (
     CHARTS,
     add_dataset_options,
@@ -24,8 +25,6 @@ from .common import (
 )
 
 
-# Names instead of imports, so that the help does not load torch.
-POOLINGS = ("class_token", "average", "max", "own")
 SCORES = {"MIoU": "IoU at the best threshold, %", "FMB": "foreground minus background"}
 
 
@@ -88,9 +87,9 @@ def _shift(options: argparse.Namespace) -> int:
 
     count = min(len(dataset), options.limit or len(dataset))
     samples = tqdm(itertools.islice(dataset, count), total=count, unit="image")
-    shift = semantic_shift(*load_silently(options.model, options.dtype), samples, options.before, options.after)
+    shift = semantic_shift(load_silently(options.model, options), samples, options.before, options.after)
     protocol = {
-        "model": options.model or "embedded",
+        "model": options.model,
         "dataset": {"name": dataset.name, "split": dataset.split, "fingerprint": dataset.fingerprint()},
         "before": options.before,
         "after": options.after,
@@ -111,8 +110,8 @@ def _channels(options: argparse.Namespace) -> int:
     from ..evaluation.analysis import channel_matches
     from ..evaluation.analysis_plots import channel_scatter
 
-    model, processor = load_silently(options.model, options.dtype)
-    matches = [channel_matches(model, processor, image) for image in images]
+    model = load_silently(options.model, options)
+    matches = [channel_matches(model, image) for image in images]
     save_figure(channel_scatter(images, matches), options.output, options.dpi)
     echo(options.output)
     return 0

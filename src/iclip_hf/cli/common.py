@@ -12,36 +12,17 @@ import sys
 import time
 import zlib
 from collections.abc import Callable
+from importlib.metadata import entry_points
 from pathlib import Path
 from typing import TypeVar
 
 from ..data.class_names import DATASETS
-from ..figures import COLORMAPS
 from ..prompts import check_templates, check_text
+from ..utils.names import COLORMAPS, DTYPES, METHOD_GROUP, METHODS
 
 
 Value = TypeVar("Value")
 
-# Names instead of imports, so that the help does not load torch.
-METHODS = (
-    "itsm",
-    "reversed_itsm",
-    "attention",
-    "attention_affinity",
-    "grad_cam",
-    "grad_eclip",
-    "legrad",
-    "bi_modal",
-    "clip_surgery",
-    "gem",
-    "maskclip",
-    "sclip",
-    "clearclip",
-    "naclip",
-    "proxyclip",
-    "random",
-)
-DTYPES = ("float32", "bfloat16", "float16")
 # Characters that control a terminal or cannot be printed: controls, line separators, marks of writing direction, surrogates.
 _ACTING = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 # Numbers of options in malloc.h.
@@ -62,12 +43,17 @@ def add_model_option(command: argparse.ArgumentParser, help: str = "", **options
         metavar="FOLDER_OR_ID",
         type=checked(check_model),
         help=f'ICLIP or CLIP-like model, or "embedded"{help} (default: the embedded model)',
-        **options,
+        **{"default": "embedded", **options},
     )
     command.add_argument(
         "--dtype",
         choices=DTYPES,
         help="number format of the model; bfloat16 is faster on processors that support it (default: as saved)",
+    )
+    command.add_argument(
+        "--device",
+        metavar="NAME",
+        help="cpu, cuda or mps (default: cuda if there is a GPU that it can use, otherwise cpu)",
     )
 
 
@@ -116,11 +102,21 @@ def add_limit_option(command: argparse.ArgumentParser) -> None:
     command.add_argument("--limit", type=at_least_1, metavar="N", help="use only the first N images (default: all)")
 
 
+def add_method_option(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--method",
+        type=checked(check_method),
+        default="itsm",
+        metavar="METHOD",
+        help=f"method that computes the maps, one of {', '.join(METHODS)} (default: itsm)",
+    )
+
+
 def add_methods_option(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--methods",
         nargs="+",
-        choices=METHODS,
+        type=checked(check_method),
         default=["itsm"],
         metavar="METHOD",
         help=f"one or more of {', '.join(METHODS)} (default: itsm)",
@@ -187,6 +183,13 @@ def check_model(name: str) -> str:
     return name
 
 
+def check_method(name: str) -> str:
+    """Returns the name of a method. Raises `ValueError` unless this package or another one has it."""
+    if name in METHODS or name in (added := entry_points(group=METHOD_GROUP)).names:
+        return name
+    raise ValueError(f"Expected a method, one of {', '.join([*METHODS, *sorted(added.names)])}, got {name!r}.")
+
+
 def check_prompt(prompt: str) -> str:
     """Returns a prompt, or a name of prompts. Raises `ValueError` for another text."""
     check_templates(prompt)
@@ -211,13 +214,13 @@ def at_least_1(text: str) -> int:
     return int(text)
 
 
-def load_silently(name: str | None, dtype: str | None = None):
-    """Like [`iclip_hf.models.loading.load_model`], without output of Transformers, in a process that keeps its memory."""
-    from ..models.loading import load_model
+def load_silently(name: str, options: argparse.Namespace):
+    """Like [`iclip_hf.load`], without output of Transformers, in a process that keeps its memory."""
+    from ..models.loading import load
 
     silence_transformers()
     keep_memory()
-    return load_model(name, dtype)
+    return load(name, dtype=options.dtype, device=options.device)
 
 
 def keep_memory() -> None:

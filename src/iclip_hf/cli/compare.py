@@ -35,7 +35,7 @@ def add_options(command: argparse.ArgumentParser) -> None:
         "set's image shows)",
     )
     add_methods_option(command)
-    add_model_option(command, "; repeat the option to compare several", action="append", dest="models")
+    add_model_option(command, "; repeat the option to compare several", action="append", dest="models", default=None)
     add_prompt_options(command)
     truth = command.add_argument_group("ground truth", "a data set that contains IMAGE adds the masks of its classes")
     add_dataset_options(truth, required=False)
@@ -114,10 +114,10 @@ def _explain(options: argparse.Namespace, image, texts: list[str], templates, ta
 
     size = None if options.image_size is None else {"height": options.image_size, "width": options.image_size}
     seen = {"templates": templates, "target_sizes": [target_size], "size": size}
-    for name in options.models or [None]:
-        model, processor = load_silently(name, options.dtype)
+    for name in options.models or ["embedded"]:
+        model = load_silently(name, options)
         for method in dict.fromkeys(options.methods):
-            yield name or "embedded", method, explain(model, processor, [image], texts, method, **seen)[0]
+            yield name, method, explain(model, [image], texts, method, **seen)[0]
 
 
 def _shrunk(mask, image):

@@ -11,7 +11,7 @@ from .common import add_model_option, check_folder, echo, keep_memory, silence_t
 
 def add_options(command: argparse.ArgumentParser) -> None:
     command.set_defaults(run=run)
-    add_model_option(command)
+    add_model_option(command, default=None)
     command.add_argument(
         "--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1, this machine only)"
     )
@@ -39,20 +39,22 @@ def run(options: argparse.Namespace) -> int:
     from ..demo.app import export_space, launch
 
     if options.export_space:
-        export_space(options.export_space, options.model)
+        export_space(options.export_space, options.model or "embedded")
         echo(options.export_space)
     else:
         silence_transformers()
         keep_memory()
-        launch(options.model, options.host, options.port, options.dtype)
+        launch(options.model or "embedded", options.host, options.port, dtype=options.dtype, device=options.device)
     return 0
 
 
 def _serve(options: argparse.Namespace) -> int:
     from ..demo.web_server import web_server
 
-    if options.model or options.dtype or options.export_space:
-        raise ValueError("--web serves a page that has its model: leave out --model, --dtype and --export-space.")
+    if options.model or options.dtype or options.device or options.export_space:
+        raise ValueError(
+            "--web serves a page that has its model: leave out --model, --dtype, --device and --export-space."
+        )
     with web_server(options.web, options.host, options.port) as server:
         echo(f"http://{options.host}:{server.server_port}/")
         sys.stdout.flush()  # also into a pipe, because the server does not end

@@ -7,6 +7,7 @@ import itertools
 from pathlib import Path
 
 from ..prompts import check_text
+from ..utils.names import MEASURES
 from .common import (
     add_dataset_options,
     add_limit_option,
@@ -22,7 +23,7 @@ from .common import (
 )
 
 
-# Names instead of imports, so that the help does not load torch: tasks, and the options that not all of them have.
+# Tasks, and the options that not all of them have.
 OPTIONS = {
     "interpretability": ("batch_size", "aggregate", "refine"),
     "segmentation": (
@@ -38,7 +39,6 @@ OPTIONS = {
     ),
     "faithfulness": ("batch_size", "measures", "steps", "seed"),
 }
-MEASURES = ("deletion_insertion", "max_sensitivity", "randomization", "pointing_game")
 
 
 def add_options(command: argparse.ArgumentParser) -> None:
@@ -163,7 +163,7 @@ def run(options: argparse.Namespace) -> int:
     state = this_process("eval")  # selects the device before the model is loaded
     with partner_errors("run it again"):
         result = measure(
-            *load_silently(options.model, options.dtype),
+            load_silently(options.model, options),
             dataset,
             options.methods,
             image_size=options.image_size,

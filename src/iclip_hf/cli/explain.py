@@ -7,9 +7,10 @@ import json
 import sys
 from pathlib import Path
 
+from ..presence import MIN_PRESENCE
 from .common import (
-    METHODS,
     add_colormap_option,
+    add_method_option,
     add_model_options,
     add_refine_option,
     add_text_option,
@@ -38,9 +39,7 @@ def add_options(command: argparse.ArgumentParser) -> None:
         required=True,
     )
     add_model_options(command)
-    command.add_argument(
-        "--method", choices=METHODS, default="itsm", help="method that computes the maps (default: itsm)"
-    )
+    add_method_option(command)
     add_refine_option(command)
     command.add_argument(
         "--threshold",
@@ -53,9 +52,9 @@ def add_options(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--min-presence",
         type=share,
-        default=0.7,
+        default=MIN_PRESENCE,
         metavar="NUMBER",
-        help="a text with a lower presence counts as absent and gets an empty mask; 0 to 1 (default: 0.7)",
+        help=f"a text with a lower presence counts as absent and gets an empty mask; 0 to 1 (default: {MIN_PRESENCE})",
     )
     command.add_argument(
         "--output",
@@ -117,7 +116,7 @@ def _localizer(options: argparse.Namespace):
     from ..localization.localizer import Localizer
 
     return Localizer(
-        *load_silently(options.model, options.dtype),
+        load_silently(options.model, options),
         options.texts,
         method=options.method,
         templates=options.templates,

@@ -7,9 +7,10 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
+from ..presence import MIN_PRESENCE
 from ..prompts import check_text
 from .common import (
-    METHODS,
+    add_method_option,
     add_model_options,
     add_refine_option,
     add_text_option,
@@ -40,9 +41,7 @@ def add_options(command: argparse.ArgumentParser) -> None:
         help="what else the image shows, such as sky; its pixels are background; repeat the option for several texts",
     )
     add_model_options(command)
-    command.add_argument(
-        "--method", choices=METHODS, default="itsm", help="method that computes the maps (default: itsm)"
-    )
+    add_method_option(command)
     add_refine_option(command)
     command.add_argument(
         "--threshold",
@@ -54,9 +53,9 @@ def add_options(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--min-presence",
         type=share,
-        default=0.7,
+        default=MIN_PRESENCE,
         metavar="NUMBER",
-        help="a text with a lower presence counts as absent and gets no pixel; 0 to 1 (default: 0.7)",
+        help=f"a text with a lower presence counts as absent and gets no pixel; 0 to 1 (default: {MIN_PRESENCE})",
     )
     command.add_argument(
         "--output",
@@ -78,7 +77,7 @@ def run(options: argparse.Namespace) -> int:
     from ..localization.localizer import Localizer
 
     localizer = Localizer(
-        *load_silently(options.model, options.dtype),
+        load_silently(options.model, options),
         [*options.texts, *options.background],
         method=options.method,
         templates=options.templates,

@@ -22,10 +22,11 @@ from ..hub.model_card import front_matter
 from ..images import load_image
 from ..localization.explanation import Explanation
 from ..localization.localizer import Localizer, PreparedImage
-from ..models.loading import load_model
+from ..models.loading import load
 from ..presence import BACKGROUND, MIN_PRESENCE, PRESENT, presence_word
 from ..utils.extras import require_extra
 from ..utils.files import atomic_write
+from ..utils.names import METHODS
 from .content import EXAMPLES, MAX_CHARACTERS, MAX_TEXTS, beside, example_files, look, view_size
 
 
@@ -45,24 +46,6 @@ MAX_CACHE_SIZE = 2 * 2**30  # bytes
 _CACHE_CHECK = 10  # seconds between two checks
 # Routes of Gradio that this app does not need. They fetch addresses or store files that are never deleted.
 _UNUSED_ROUTES = ("file=http", "proxy=", "process_recording", "component_server", "deep_link", "run-history")
-METHODS = {
-    "Similarity map (ITSM)": "itsm",
-    "Reversed similarity map": "reversed_itsm",
-    "Attention, the same for every text": "attention",
-    "Attention spread by affinity, the same for every text": "attention_affinity",
-    "Grad-CAM": "grad_cam",
-    "Grad-ECLIP": "grad_eclip",
-    "LeGrad": "legrad",
-    "Bi-modal relevance": "bi_modal",
-    "CLIP Surgery": "clip_surgery",
-    "GEM": "gem",
-    "MaskCLIP": "maskclip",
-    "SCLIP": "sclip",
-    "ClearCLIP": "clearclip",
-    "NACLIP": "naclip",
-    "ProxyCLIP": "proxyclip",
-    "Random, which knows neither image nor text": "random",
-}
 INTRODUCTION = f"""# Which pixels match the text?
 Bright pixels match most, dark ones least. Each map has its own scale, so a text that is not in the image lights up as well.
 **Presence** is the share of unrelated texts that would match the image less. A text is *present* from {PRESENT:.0%} on, *absent* below
@@ -235,21 +218,22 @@ class _RefuseUnusedRoutes:
         await app(scope, receive, send)
 
 
-def build_app(model, processor) -> gr.Blocks:
+def build_app(model) -> gr.Blocks:
     """
     Builds the app for a model. An explanation runs the model once. The browser computes opacity, outline and the value under the
     pointer.
 
     Args:
-        model, processor: as for `make_explainer`.
+        model ([`ExplainableModel`]): or anything that [`load`] takes.
     """
+    model = load(model)
     examples = [[str(path), EXAMPLES[path.name].texts] for path in example_files()]
     first_photo, first_texts = examples[0] if examples else (None, "")
     gr.set_static_paths([path for path, _ in examples])
 
     @functools.cache
     def localizer(method: str) -> Localizer:  # the texts are set for each image
-        return Localizer(model, processor, BACKGROUND[:1], method=method)
+        return Localizer(model, BACKGROUND[:1], method=method)
 
     # A visitor often asks about one image several times. Images belong to a session and an upload, oldest first.
     kept: OrderedDict[tuple[str, str, str], SeenImage] = OrderedDict()
@@ -289,7 +273,9 @@ def build_app(model, processor) -> gr.Blocks:
                     info="Between commas, or one a line (shift + enter).",
                     max_lines=MAX_TEXTS,
                 )
-                method = gr.Dropdown(list(METHODS.items()), value="itsm", label="Method")
+                method = gr.Dropdown(
+                    [(label, name) for name, (label, _) in METHODS.items()], value="itsm", label="Method"
+                )
                 button = gr.Button("Explain", variant="primary")
                 if examples:
                     thumbnails = gr.Dataset(
@@ -336,18 +322,23 @@ def build_app(model, processor) -> gr.Blocks:
 
 
 def launch(
-    model: str | None = None, host: str | None = None, port: int | None = None, dtype: str | None = None, **options
+    model: str = "embedded",
+    host: str | None = None,
+    port: int | None = None,
+    *,
+    dtype: str | None = None,
+    device: str | None = None,
+    **options,
 ) -> gr.Blocks:
     """
     Serves the app until it is interrupted.
 
     Args:
-        model (`str`, *optional*): folder or Hub id; the embedded model if not given.
+        model, dtype, device: as for [`load`].
         host, port (*optional*): address and port to listen on; Gradio's defaults if not given, which are right for a Space.
-        dtype (`str`, *optional*): precision of the model, see [`load_model`].
         options: options of `gradio.Blocks.launch`. With `prevent_thread_lock=True` the function returns at once.
     """
-    app = build_app(*load_model(model, dtype))
+    app = build_app(load(model, dtype=dtype, device=device))
     app.launch(
         server_name=host,
         server_port=port,
@@ -389,18 +380,18 @@ def delete_files(app: gr.Blocks) -> None:
                 one.discard(path)
 
 
-def export_space(folder: Path, model: str | None = None) -> None:
+def export_space(folder: Path, model: str = "embedded") -> None:
     """
     Writes the files of a Space that runs this demo.
 
     Args:
         folder: created if it does not exist.
-        model: Hub id; the embedded model if not given.
+        model: Hub id, or `"embedded"`.
 
     Raises:
         `ValueError`: the model is a local folder, which a Space cannot read.
     """
-    if model is not None and Path(model).exists():
+    if model != "embedded" and Path(model).exists():
         raise ValueError(f"Expected the Hub id of a model for a Space, got the folder {model}: push it first.")
     folder.mkdir(parents=True, exist_ok=True)
     files = {

@@ -8,8 +8,8 @@ from typing import NamedTuple
 
 from PIL import Image
 
-from ..figures import COLORMAPS
 from ..figures.colors import OPACITY, SEGMENTS, color_table
+from ..utils.names import COLORMAPS
 
 
 MAX_TEXTS = 12

@@ -12,9 +12,9 @@ from PIL import Image
 from torch.nn import functional as F
 
 from ..data.segmentation import VOID, SegmentationSample
-from ..explainers.adapters import ModelAdapter
-from ..explainers.explainer import adapt
 from ..modeling_iclip import ICLIPImageFeatures
+from ..models.explainable import ExplainableModel, Pooling
+from ..models.loading import load
 
 
 # Foreground shares of an image, low exclusive and high inclusive: the rows of Table 6. The last row is for all images. The last
@@ -114,12 +114,12 @@ def match_channels(pooled: torch.Tensor, patches: torch.Tensor) -> torch.Tensor:
 
 
 @torch.no_grad()
-def channel_matches(model, processor, image: Image.Image) -> dict[str, ChannelMatch]:
+def channel_matches(model, image: Image.Image) -> dict[str, ChannelMatch]:
     """
     Matches the channels of one image for each pooling, in the space where patches and texts are compared.
 
     Args:
-        model, processor: any kind of model that `iclip_hf.explainers` supports.
+        model ([`ExplainableModel`]): or anything that [`load`] takes.
         image: an RGB image.
 
     Returns:
@@ -130,21 +130,21 @@ def channel_matches(model, processor, image: Image.Image) -> dict[str, ChannelMa
         - `"class_token"`; of SigLIP and ResNets, the output of the attention pooling. Absent if the branch that draws the maps pools
           patch tokens, because the class token of another branch is in another space.
     """
-    family = adapt(model, processor)
-    features = _features(family, image)
+    model = load(model)
+    features = _features(model, image)
     return {
         name: ChannelMatch(
             match_channels(vector, features.patch_embeds[0].flatten(0, 1)).numpy(force=True),
             vector.numpy(force=True),
             features.grid,
         )
-        for name, vector in _poolings(family, features).items()
+        for name, vector in _poolings(model, features).items()
     }
 
 
 @torch.no_grad()
 def semantic_shift(
-    model, processor, samples: Iterable[SegmentationSample], before: str = "max", after: str = "average"
+    model, samples: Iterable[SegmentationSample], before: str = "max", after: str = "average"
 ) -> SemanticShift:
     """
     Counts the channels that move between foreground and background when one pooling replaces another (Section 3.1, Tables 6
@@ -153,14 +153,14 @@ def semantic_shift(
     A patch is foreground if most of its labelled pixels belong to a class. Void pixels are ignored.
 
     Args:
-        model, processor: any kind of model that `iclip_hf.explainers` supports.
+        model ([`ExplainableModel`]): or anything that [`load`] takes.
         samples: samples of a segmentation data set.
         before, after (`str`): poolings as in [`channel_matches`]. The defaults are those of Table 6.
 
     Raises:
         `ValueError`: the model does not have one of the poolings.
     """
-    family = adapt(model, processor)
+    model = load(model)
     sums = np.zeros((len(SHARES), 4), np.int64)  # images, b2f, f2b, same
     on_foreground: dict[str, int] = {}
     left_out = 0
@@ -170,13 +170,13 @@ def semantic_shift(
         if share == 0:
             left_out += 1
             continue
-        features = _features(family, sample.image)
+        features = _features(model, sample.image)
         tokens = torch.from_numpy(foreground_tokens(foreground, labelled, features.grid)).to(
             features.patch_embeds.device
         )
         on = {
             name: tokens[match_channels(vector, features.patch_embeds[0].flatten(0, 1))]
-            for name, vector in _poolings(family, features).items()
+            for name, vector in _poolings(model, features).items()
         }
         for pooling in (before, after):
             if pooling not in on:
@@ -228,17 +228,17 @@ def relation(recognition: Mapping[str, float], interpretability: Mapping[str, fl
     return Relation(names, x, y, float(np.corrcoef(x, y)[0, 1]) if varied else math.nan)
 
 
-def _features(family: ModelAdapter, image: Image.Image) -> ICLIPImageFeatures:
-    return family.encode_image(family.processor(images=[image])["pixel_values"])
+def _features(model: ExplainableModel, image: Image.Image) -> ICLIPImageFeatures:
+    return model.encode_images(model.processor(images=[image])["pixel_values"])
 
 
-def _poolings(family: ModelAdapter, features: ICLIPImageFeatures) -> dict[str, torch.Tensor]:
+def _poolings(model: ExplainableModel, features: ICLIPImageFeatures) -> dict[str, torch.Tensor]:
     """Returns the pooled vectors `(P,)` of one image, in the space of its unit patch embeddings."""
     patches, own = features.patch_embeds[0], features.map_image_embeds
     own = (features.image_embeds if own is None else own)[0]
-    vectors = {"class_token": own} if family.draws_by_class_token else {}
+    vectors = {"class_token": own} if model.map_pooling is Pooling.ONE_QUERY else {}
     vectors |= {"average": patches.mean((0, 1)), "max": patches.amax((0, 1))}
-    return vectors | ({"own": own} if family.pools_one_vector else {})
+    return vectors | ({"own": own} if model.map_pooling is not Pooling.SIMILARITIES else {})
 
 
 def _foreground(sample: SegmentationSample) -> tuple[np.ndarray, np.ndarray]:

@@ -16,7 +16,7 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 from ..data.segmentation import SegmentationDataset, SegmentationSample
-from ..explainers import Explainer, identity, make_explainer, select_texts
+from ..explainers import Explainer, make_explainer, select_texts
 from ..explainers.refinement import refine_maps
 from ..localization.localizer import Localizer
 from ..modeling_iclip import ICLIPTextFeatures
@@ -157,7 +157,6 @@ class _Totals:
 
 def evaluate(
     model,
-    processor,
     dataset: SegmentationDataset,
     methods: Sequence[str] = ("itsm",),
     *,
@@ -178,7 +177,7 @@ def evaluate(
     `accelerate launch` the processes share the images, and every process returns the same result.
 
     Args:
-        model, processor: an ICLIP model or any other that [`make_explainer`] supports, on its device.
+        model ([`ExplainableModel`]): or anything that [`load`] takes.
         dataset ([`SegmentationDataset`]): from `load_segmentation`.
         methods: names of explainers.
         image_size (`int`, *optional*): side in pixels of the square that images are resized to; the processor's size if not
@@ -201,8 +200,9 @@ def evaluate(
     start = time.perf_counter()
     state = this_process("eval")
     templates = check_templates(dataset.templates if templates is None else templates)
-    drawer = MapMaker(model, processor, methods, dataset.class_names, templates, refine)
-    plan = Plan.make(state, dataset, drawer.itsm.processor, image_size, limit, batch_size, num_workers)
+    drawer = MapMaker(model, methods, dataset.class_names, templates, refine)
+    model = drawer.localizer.model
+    plan = Plan.make(state, dataset, model.processor, image_size, limit, batch_size, num_workers)
     totals = _Totals(drawer.methods, aggregate)
     _run(plan, drawer, totals, progress=progress and state.is_main_process)
     seconds_in_model = totals.seconds_in_model
@@ -215,7 +215,7 @@ def evaluate(
     passed, kept = (100 * some / all_ if all_ else None for all_, some in totals.gate.tolist())
     return EvaluationResult(
         protocol={
-            **identity(model),
+            **model.identity,
             **plan.protocol(),
             "templates": templates,
             "aggregate": aggregate,
@@ -339,17 +339,15 @@ class MapMaker:
     def __init__(
         self,
         model,
-        processor,
         methods: Sequence[str],
         class_names: Sequence[str],
         templates: list[str],
         refine: bool = False,
     ):
         self.methods, self.refine = list(dict.fromkeys(methods)), refine
-        self.localizer = Localizer(model, processor, class_names, templates=templates)
-        self.itsm = self.localizer.explainer
+        self.localizer = Localizer(model, class_names, templates=templates)
         self.others = {
-            method: make_explainer(model, processor, method)
+            method: make_explainer(self.localizer.model, method)
             for method in self.methods
             if method not in ("itsm", "reversed_itsm")
         }

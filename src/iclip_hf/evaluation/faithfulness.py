@@ -1,14 +1,14 @@
 """
 Faithfulness: whether maps show what the model's score depends on, and whether they depend on the model.
 
-The functions take the model as a function, so they work with any model and any maps. [`scorer`] creates it from an explainer:
+The functions take the model as a function, so they work with any model and any maps. [`scorer`] creates it from a loaded model:
 
 ```python
->>> explainer = make_explainer(model, processor, "gem")
->>> texts = explainer.encode_texts(["dog", "ball"])
->>> pixel_values = explainer.processor(images=[image])["pixel_values"]
+>>> explainer = make_explainer(model, "gem")
+>>> texts = model.encode_texts(["dog", "ball"])
+>>> pixel_values = model.processor(images=[image])["pixel_values"]
 >>> maps, _ = explainer.raw_maps(pixel_values, texts)
->>> deletion, insertion = deletion_insertion(scorer(explainer, texts), pixel_values[0], maps[0])
+>>> deletion, insertion = deletion_insertion(scorer(model, texts), pixel_values[0], maps[0])
 >>> area_under(insertion) - area_under(deletion)  # (maps, texts, 2): of the cosine and of the probability
 ```
 """
@@ -27,12 +27,15 @@ from torch import nn
 from tqdm import tqdm
 
 from ..data.segmentation import SegmentationDataset, SegmentationSample
-from ..explainers import Explainer, identity, make_explainer
+from ..explainers import Explainer, make_explainer
 from ..modeling_iclip import ICLIPTextFeatures, cosines
+from ..models.explainable import ExplainableModel, recordable
+from ..models.loading import load
 from ..prompts import check_templates
 from ..similarity import min_max_normalize, resize_and_normalize, resize_maps, reverse
 from ..utils.distributed import this_process
 from ..utils.extras import require_extra
+from ..utils.names import MEASURES
 from ..utils.prefetch import prefetch_map
 from .evaluate import Plan, maps_of
 from .metrics import ClassMeans, pointing_shares
@@ -48,12 +51,12 @@ SAMPLES = 10  # noisy images of max-sensitivity
 RADIUS = 0.02  # of their noise: captum's default, about one of 255 levels
 
 
-def scorer(explainer: Explainer, texts: ICLIPTextFeatures) -> Callable[[torch.Tensor], torch.Tensor]:
+def scorer(model: ExplainableModel, texts: ICLIPTextFeatures) -> Callable[[torch.Tensor], torch.Tensor]:
     """
     Creates the score function for deletion and insertion.
 
     Args:
-        explainer ([`Explainer`]): any explainer of the model.
+        model: the model, in PyTorch.
         texts ([`ICLIPTextFeatures`]): T encoded texts.
 
     Returns:
@@ -61,10 +64,12 @@ def scorer(explainer: Explainer, texts: ICLIPTextFeatures) -> Callable[[torch.Te
         of them, the softmax of the model's logits.
     """
 
+    model = recordable(model, "deletion and insertion")
+
     @torch.no_grad()
     def score(pixel_values: torch.Tensor) -> torch.Tensor:
-        cosine = cosines(explainer.family.encode_image(pixel_values).image_embeds, texts.text_embeds)
-        logits = cosine * explainer.family.logit_scale().to(cosine)
+        cosine = cosines(model.encode_images(pixel_values).image_embeds, texts.text_embeds)
+        logits = cosine * model.logit_scale().to(cosine)
         return torch.stack([cosine, logits.softmax(-1)], -1)
 
     return score
@@ -178,35 +183,29 @@ class LayerRandomization:
     The sanity check of cascading randomisation (Adebayo et al. 2018). Maps that hardly change when the weights of the image tower
     are randomised do not explain the model.
 
-    The layers are those of `ModelAdapter.blocks`, the last first. Each weight tensor of a layer is replaced by values from a normal
-    distribution with its mean and standard deviation. Only the private copies of the explainers are changed. Their weights are
-    restored after every call, also after an exception.
+    The layers are those of `RecordableModel.blocks`, the last first. Each weight tensor of a layer is replaced by values from a
+    normal distribution with its mean and standard deviation. The weights are restored after every call, also after an exception.
 
     Args:
-        explainers: one or more [`Explainer`]s of one model.
+        model: the model that the explainers work on.
         seed (`int`): seed of the random weights.
 
     Raises:
         `ValueError`: the weights of the model cannot be replaced, because it is an ONNX model.
     """
 
-    def __init__(self, explainers: Sequence[Explainer], seed: int = 0):
-        for explainer in explainers:
-            if not isinstance(explainer.family.model, nn.Module):
-                raise ValueError(
-                    "Expected a model whose weights can be randomised, got "
-                    f"{type(explainer.family.model).__name__}: use the model that was exported."
-                )
+    def __init__(self, model: ExplainableModel, seed: int = 0):
+        model = recordable(model, "randomization")
         generator = torch.Generator().manual_seed(seed)
         self._layers: list[list[tuple[nn.Module, str, nn.Parameter]]] = []
-        for blocks in zip(*(reversed(explainer.family.blocks) for explainer in explainers), strict=True):
+        for block in reversed(model.blocks):
             replacements = []
-            for path, weight in blocks[0].named_parameters():
+            for path, weight in block.named_parameters():
                 std, mean = torch.std_mean(weight.float(), correction=0)
                 drawn = torch.randn(weight.shape, generator=generator).to(weight.device) * std + mean
                 drawn = nn.Parameter(drawn.to(weight.dtype), requires_grad=False)
                 parent, _, name = path.rpartition(".")
-                replacements += [(block.get_submodule(parent), name, drawn) for block in blocks]
+                replacements.append((block.get_submodule(parent), name, drawn))
             self._layers.append(replacements)
 
     def __len__(self) -> int:
@@ -220,7 +219,7 @@ class LayerRandomization:
         Computes the rank correlation of maps with those after the last 1, 2, ... layers are randomised.
 
         Args:
-            explain: function from images `(N, C, H, W)` to raw maps `(N, M, h, w)` of these explainers.
+            explain: function from images `(N, C, H, W)` to raw maps `(N, M, h, w)` of this model.
             pixel_values (`torch.Tensor` of shape `(N, C, H, W)`): prepared images.
 
         Returns:
@@ -250,8 +249,8 @@ def rank_correlation(maps: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
     return (one * other).sum(-1) / (one.norm(dim=-1) * other.norm(dim=-1))
 
 
-# The measures and the scores of each. `randomization` has one rank correlation for each layer.
-MEASURES = {
+# The scores of each measure. `randomization` has one rank correlation for each layer.
+_SCORES = {
     "deletion_insertion": ("deletion_cosine", "deletion_probability", "insertion_cosine", "insertion_probability"),
     "max_sensitivity": ("max_sensitivity",),
     "randomization": (),
@@ -310,11 +309,10 @@ class FaithfulnessResult(Result):
 
 def evaluate_faithfulness(
     model,
-    processor,
     dataset: SegmentationDataset,
     methods: Sequence[str] = ("itsm",),
     *,
-    measures: Sequence[str] = tuple(MEASURES),
+    measures: Sequence[str] = MEASURES,
     image_size: int | None = None,
     templates: Sequence[str] | None = None,
     steps: int = STEPS,
@@ -332,7 +330,7 @@ def evaluate_faithfulness(
     Under `accelerate launch`, the processes share the images, and every process returns the same result.
 
     Args:
-        model, processor, dataset, methods, image_size, templates, limit, num_workers, progress: as for [`evaluate`]. The
+        model, dataset, methods, image_size, templates, limit, num_workers, progress: as for [`evaluate`]. The
             progress bar counts images that pass through the image tower.
         measures: names of `MEASURES`.
         steps (`int`): number of steps of deletion and of insertion.
@@ -352,12 +350,11 @@ def evaluate_faithfulness(
         raise ValueError(
             f"Expected methods, and measures of {list(MEASURES)}, got {methods!r} and {measures!r}: name at least one of each."
         )
-    explainers = {method: make_explainer(model, processor, method) for method in dict.fromkeys(methods)}
-    plan = Plan.make(
-        state, dataset, next(iter(explainers.values())).processor, image_size, limit, batch_size, num_workers
-    )
-    texts = next(iter(explainers.values())).encode_texts(dataset.class_names, templates)
-    examiner = _Examiner(explainers, texts, measures, steps, seed, batch_size)
+    model = load(model)
+    explainers = {method: make_explainer(model, method) for method in dict.fromkeys(methods)}
+    plan = Plan.make(state, dataset, model.processor, image_size, limit, batch_size, num_workers)
+    texts = model.encode_texts(dataset.class_names, templates)
+    examiner = _Examiner(model, explainers, texts, measures, steps, seed, batch_size)
     means = {method: ClassMeans() for method in explainers}
     with ThreadPoolExecutor(plan.num_workers) as pool:
         shown = [len(labels) for labels in prefetch_map(pool, _labels, map(dataset.__getitem__, plan.indices), 32)]
@@ -382,7 +379,7 @@ def evaluate_faithfulness(
     return FaithfulnessResult(
         protocol={
             "task": "faithfulness",
-            **identity(model),
+            **model.identity,
             **plan.protocol(),
             "templates": templates,
             "measures": list(examiner.measures),
@@ -433,6 +430,7 @@ class _Examiner:
 
     def __init__(
         self,
+        model: ExplainableModel,
         explainers: dict[str, Explainer],
         texts: ICLIPTextFeatures,
         measures: Sequence[str],
@@ -447,9 +445,9 @@ class _Examiner:
         self.steps = steps
         self.seed = seed
         self.batch_size = batch_size
-        self.layers = LayerRandomization(list(explainers.values()), seed) if "randomization" in measures else []
-        self.score = self._timed(scorer(next(iter(explainers.values())), texts))
-        self.columns = [name for measure in self.measures for name in MEASURES[measure]]
+        self.layers = LayerRandomization(model, seed) if "randomization" in measures else []
+        self.score = self._timed(scorer(model, texts)) if "deletion_insertion" in measures else None
+        self.columns = [name for measure in self.measures for name in _SCORES[measure]]
         at = self.columns.index("pointing_game") if "pointing_game" in measures else len(self.columns)
         self.columns[at:at] = [f"randomization {depth + 1}" for depth in range(len(self.layers))]
         self.seconds_in_model = 0.0

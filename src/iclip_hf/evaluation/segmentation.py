@@ -12,12 +12,14 @@ import torch
 from tqdm import tqdm
 
 from ..data.segmentation import SegmentationDataset, SegmentationSample
-from ..explainers import identity, make_explainer
+from ..explainers import make_explainer
 from ..explainers.refinement import refine_maps
 from ..explainers.windows import check_window, windowed_maps
 from ..images import map_groups
 from ..label_maps import BACKGROUND_LABEL, label_map
 from ..localization.localizer import Localizer
+from ..models.explainable import ExplainableModel
+from ..models.loading import load
 from ..processing_iclip import check_threshold
 from ..prompts import check_templates
 from ..utils.distributed import this_process
@@ -62,7 +64,6 @@ class SegmentationResult(Result):
 
 def evaluate_segmentation(
     model,
-    processor,
     dataset: SegmentationDataset,
     methods: Sequence[str] = ("itsm",),
     *,
@@ -90,7 +91,7 @@ def evaluate_segmentation(
     at even positions take the best of 0, 0.01, ..., 1 for the images at odd positions, and the reverse.
 
     Args:
-        model, processor, methods, templates, limit, batch_size, num_workers, progress: as for [`evaluate`].
+        model, methods, templates, limit, batch_size, num_workers, progress: as for [`evaluate`].
         dataset ([`SegmentationDataset`]): from `load_segmentation`.
         image_size (`int`, *optional*): side in pixels of the square that images are resized to; the processor's size if not given.
         short_side (`int`, *optional*): short side in pixels of images that keep their proportions; 336 with a window.
@@ -119,9 +120,9 @@ def evaluate_segmentation(
     if image_size is not None and (short_side or window):
         raise ValueError("Expected image_size, or short_side and window, got both: leave one out.")
     templates = check_templates(dataset.templates if templates is None else templates)
+    model = load(model)
     segmenter = _Segmenter(
         model,
-        processor,
         dataset,
         methods,
         templates=templates,
@@ -133,7 +134,7 @@ def evaluate_segmentation(
         min_presence=min_presence,
         refine=refine,
     )
-    plan = Plan.make(state, dataset, segmenter.processor, image_size, limit, batch_size, num_workers)
+    plan = Plan.make(state, dataset, model.processor, image_size, limit, batch_size, num_workers)
     if short_side or window:
         plan.size = {"size": {"shortest_edge": short_side or SHORT_SIDE}}
     if segmenter.sweeps and plan.count < 2:
@@ -160,7 +161,7 @@ def evaluate_segmentation(
             summary["thresholds"] = [threshold, threshold]
     return SegmentationResult(
         protocol={
-            **identity(model),
+            **model.identity,
             **plan.protocol(),
             "window": window,
             "stride": segmenter.stride,
@@ -188,8 +189,7 @@ class _Segmenter:
 
     def __init__(
         self,
-        model,
-        processor,
+        model: ExplainableModel,
         dataset: SegmentationDataset,
         methods: Sequence[str],
         *,
@@ -208,9 +208,8 @@ class _Segmenter:
         }
         # Whether the background threshold is chosen on other images.
         self.sweeps = dataset.background and threshold is None and not background
-        self.explainers = {method: make_explainer(model, processor, method) for method in dict.fromkeys(methods)}
+        self.explainers = {method: make_explainer(model, method) for method in dict.fromkeys(methods)}
         first = next(iter(self.explainers.values()))
-        self.processor = first.processor
         self.window, self.stride, self.refine = window, stride, refine
         if window is not None:
             self.stride = stride or window // 2
@@ -220,10 +219,10 @@ class _Segmenter:
         self.classes = [label for label, texts in enumerate(dataset.synonyms) for _ in texts]
         self.classes += [BACKGROUND_LABEL] * len(background)
         texts = [*itertools.chain(*dataset.synonyms), *background]
-        self.texts = first.encode_texts(texts, templates)
+        self.texts = model.encode_texts(texts, templates)
         self.gate = None
         if min_presence:
-            self.gate = Localizer(model, processor, texts, templates=templates, min_presence=min_presence)
+            self.gate = Localizer(model, texts, templates=templates, min_presence=min_presence)
         self.metric = MeanIoU(len(dataset.labels) + 1, dataset.background)
         self.seconds_in_model = 0.0
 

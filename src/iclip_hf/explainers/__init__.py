@@ -4,7 +4,7 @@ Explainers: methods that compute which pixels of an image match a text, for ICLI
 `explain` and `Localizer` return maps at the size of the images. A method itself computes raw maps of a prepared batch:
 
 ```python
->>> explainer = make_explainer(model, processor, method="itsm")
+>>> explainer = make_explainer(model, method="itsm")
 >>> texts = explainer.encode_texts(["dog", "ball"])
 >>> maps, scores = explainer.raw_maps(pixel_values, texts)  # (B, T, h, w), (B, T)
 ```
@@ -27,69 +27,32 @@ import inspect
 import torch
 
 from ..modeling_iclip import ICLIPTextFeatures
-from .attention import Attention, AttentionAffinity
-from .bi_modal import BiModal
-from .clearclip import ClearCLIP
-from .clip_surgery import CLIPSurgery
-from .explainer import Explainer, identity
-from .gem import GEM
-from .grad_cam import GradCAM
-from .grad_eclip import GradECLIP
-from .itsm import ITSM, ReversedITSM
-from .legrad import LeGrad
-from .maskclip import MaskCLIP
-from .naclip import NACLIP
-from .proxyclip import ProxyCLIP
-from .random_map import RandomMap
-from .sclip import SCLIP
+from ..utils.names import METHODS
+from .explainer import Explainer, explainer_class, register_explainer
 from .words import WORD_METHODS, WordExplainer, WordScore
 
 
-METHODS: dict[str, type[Explainer]] = {
-    "itsm": ITSM,
-    "reversed_itsm": ReversedITSM,
-    "attention": Attention,
-    "attention_affinity": AttentionAffinity,
-    "grad_cam": GradCAM,
-    "grad_eclip": GradECLIP,
-    "legrad": LeGrad,
-    "bi_modal": BiModal,
-    "clip_surgery": CLIPSurgery,
-    "gem": GEM,
-    "maskclip": MaskCLIP,
-    "sclip": SCLIP,
-    "clearclip": ClearCLIP,
-    "naclip": NACLIP,
-    "proxyclip": ProxyCLIP,
-    "random": RandomMap,
-}
-
-
-def make_explainer(model, processor, method: str = "itsm", **method_options) -> Explainer:
+def make_explainer(model, method: str = "itsm", **method_options) -> Explainer:
     """
     Prepares a method for a model.
 
     Args:
-        model: [`ICLIPModel`], an [`ONNXModel`], transformers' `CLIPModel`, `MetaClip2Model`, `SiglipModel`, `Siglip2Model` or
-            `Tipsv2Model`, or a model of open_clip.
-        processor: the model's processor; for open_clip its tokenizer.
-        method (`str`): a name of `METHODS`.
+        model ([`ExplainableModel`]): or anything that [`load`] takes.
+        method (`str`): a name of `METHODS`, or of a registered method, see [`register_explainer`].
         method_options: of the method, see its class.
 
     Raises:
         `ValueError`: the method or an option is unknown, or the model does not support the method.
         `TypeError`: the model is of another kind.
     """
-    if method not in METHODS:
-        raise ValueError(f"Expected method to be one of {sorted(METHODS)}, got {method!r}: choose one of them.")
-    explainer = METHODS[method]
-    allowed = list(inspect.signature(explainer).parameters)[2:]
+    explainer = explainer_class(method)
+    allowed = list(inspect.signature(explainer).parameters)[1:]
     unknown = sorted(set(method_options) - set(allowed))
     if unknown:
         raise ValueError(
             f"Expected options of method {method!r}, which are {allowed}, got {unknown}: remove the others."
         )
-    return explainer(model, processor, **method_options)
+    return explainer(model, **method_options)
 
 
 def select_texts(texts: ICLIPTextFeatures, rows: torch.Tensor) -> ICLIPTextFeatures:
@@ -103,7 +66,8 @@ __all__ = [
     "Explainer",
     "WordExplainer",
     "WordScore",
-    "identity",
+    "explainer_class",
     "make_explainer",
+    "register_explainer",
     "select_texts",
 ]

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 
 from ..modeling_iclip import ICLIPImageFeatures, ICLIPTextFeatures
 from .explainer import Explainer
-from .recording import AttentionRecord
 
 
 class Attention(Explainer):
@@ -18,18 +15,17 @@ class Attention(Explainer):
     """
 
     sees_text = False
+    needs_layers = False
 
     @torch.no_grad()
     def forward(self, pixel_values: torch.Tensor, texts: ICLIPTextFeatures) -> tuple[torch.Tensor, ICLIPImageFeatures]:
-        image, (layer,) = self.family.trace(pixel_values, weights=True)
-        maps = self._attention(image, layer).unflatten(-1, image.grid).unsqueeze(1)
+        image, attention = self._attention(pixel_values)
+        maps = attention.unflatten(-1, image.grid).unsqueeze(1)
         return maps.expand(-1, texts.text_embeds.shape[-2], -1, -1), image
 
-    def _attention(self, image: ICLIPImageFeatures, layer: AttentionRecord) -> torch.Tensor:
-        """Returns the value of each patch, `(B, N)`."""
-        if image.attention is not None:
-            return image.attention
-        return layer.weights[:, :, 0, -math.prod(image.grid) :].float().mean(1)
+    def _attention(self, pixel_values: torch.Tensor) -> tuple[ICLIPImageFeatures, torch.Tensor]:
+        """Returns the features of the images, and the value of each patch, `(B, N)`."""
+        return self.model.attention(pixel_values)
 
 
 class AttentionAffinity(Attention):
@@ -38,12 +34,14 @@ class AttentionAffinity(Attention):
     does not depend on the text.
     """
 
-    def __init__(self, model, processor):
-        super().__init__(model, processor)
-        if not hasattr(getattr(model, "config", None), "map_affinity"):
+    def __init__(self, model):
+        super().__init__(model)
+        network = self.model.network
+        if not hasattr(getattr(network, "config", None), "map_affinity"):
             raise ValueError(
-                f"Expected an ICLIP model, whose attention is shared by affinity, got {type(model).__name__}: use attention."
+                f"Expected an ICLIP model, whose attention is shared by affinity, got {type(network).__name__}: use attention."
             )
 
-    def _attention(self, image: ICLIPImageFeatures, layer: AttentionRecord) -> torch.Tensor:
-        return image.map_attention
+    def _attention(self, pixel_values: torch.Tensor) -> tuple[ICLIPImageFeatures, torch.Tensor]:
+        image = self.model.encode_images(pixel_values)
+        return image, image.map_attention

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import torch
 
+from ..models.explainable import Pooling
+from ..models.recording import AttentionRecord
 from .gradients import GradientExplainer
-from .recording import AttentionRecord
 
 
 class BiModal(GradientExplainer):
@@ -24,9 +25,9 @@ class BiModal(GradientExplainer):
     def weigh(self, layers: list[AttentionRecord], gradients: tuple[torch.Tensor, ...], patches: int) -> torch.Tensor:
         relevances = [attention_relevance(layer.weights, grad) for layer, grad in zip(layers, gradients)]
         # Rows of the product (I + A_n) ... (I + A_1), computed from the left: a vector times a matrix for each layer.
-        read = slice(0, 1 if self.family.reads_one_query else None)
+        read = slice(0, 1 if self.model.pooling is Pooling.ONE_QUERY else None)
         row = relevances[-1][:, read].sum(1, keepdim=True)
-        if self.family.layers[-1].residual:
+        if self.model.layers[-1].residual:
             row[..., read] += 1
         for relevance in reversed(relevances[:-1]):
             row = row + row @ relevance

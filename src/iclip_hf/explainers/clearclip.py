@@ -6,7 +6,7 @@ import torch
 from torch.nn import functional as F
 
 from ..modeling_iclip import ICLIPImageFeatures
-from .recording import AttentionRecord
+from ..models.recording import AttentionRecord
 from .replaced_attention import LastBlock
 
 
@@ -15,12 +15,12 @@ class ClearCLIP(LastBlock):
     Queries attend to queries.
 
     Args:
-        model, processor, residual: see [`LastBlock`].
+        model, residual: see [`LastBlock`].
         tokens (`str`): which tokens attend to themselves, `"query"`, `"key"` or `"value"`.
     """
 
-    def __init__(self, model, processor, tokens: str = "query", residual: bool = False):
-        super().__init__(model, processor, residual)
+    def __init__(self, model, tokens: str = "query", residual: bool = False):
+        super().__init__(model, residual)
         if tokens not in ("query", "key", "value"):
             raise ValueError(f'Expected tokens to be "query", "key" or "value", got {tokens!r}: choose one of them.')
         self.tokens = tokens

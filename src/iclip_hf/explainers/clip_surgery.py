@@ -6,8 +6,8 @@ import torch
 from torch.nn import functional as F
 
 from ..modeling_iclip import ICLIPImageFeatures, ICLIPTextFeatures, cosines
-from .adapters import join_texts
-from .recording import AttentionRecord
+from ..models.explainable import join_texts
+from ..models.recording import AttentionRecord
 from .replaced_attention import ReplacedAttention
 
 
@@ -18,12 +18,12 @@ class CLIPSurgery(ReplacedAttention):
     a prompt without a class.
 
     Args:
-        model, processor, depth: see [`ReplacedAttention`].
+        model, depth: see [`ReplacedAttention`].
     """
 
-    def __init__(self, model, processor, depth: int = 6):
-        super().__init__(model, processor, depth)
-        self.nothing = self.family.encode_texts(["a photo of"], ["{}"])
+    def __init__(self, model, depth: int = 6):
+        super().__init__(model, depth)
+        self.nothing = self.model.encode_texts(["a photo of"], ["{}"])
 
     def mix(self, layer: AttentionRecord, image: ICLIPImageFeatures, pixel_values: torch.Tensor) -> torch.Tensor:
         return F.scaled_dot_product_attention(layer.value, layer.value, layer.value)

@@ -1,57 +1,33 @@
-"""The interface of every method, and the adapter of each kind of model."""
+"""The interface of every method, and how a method is found by its name."""
 
 from __future__ import annotations
 
+import importlib
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable
+from importlib.metadata import entry_points
 
 import torch
 
 from ..modeling_iclip import ICLIPImageFeatures, ICLIPTextFeatures, cosines
-from ..models.onnx import ONNXModel
-from ..utils.digests import content_digest, weights_digest
-from .adapters import (
-    CLIPAdapter,
-    ICLIPAdapter,
-    ModelAdapter,
-    ONNXAdapter,
-    Siglip2Adapter,
-    SiglipAdapter,
-    Tipsv2Adapter,
-)
-from .open_clip import OpenCLIPAdapter, OpenCLIPResNetAdapter
-
-
-# By the model type of a config, or by the image tower's class in open_clip.
-_FAMILIES: dict[str, type[ModelAdapter]] = {
-    "iclip": ICLIPAdapter,
-    "clip": CLIPAdapter,
-    "metaclip_2": CLIPAdapter,
-    "siglip": SiglipAdapter,
-    "siglip2": Siglip2Adapter,
-    "tipsv2": Tipsv2Adapter,
-    "VisionTransformer": OpenCLIPAdapter,
-    "ModifiedResNet": OpenCLIPResNetAdapter,
-}
+from ..models.explainable import recordable
+from ..models.loading import load
+from ..utils.names import METHOD_GROUP, METHODS
 
 
 class Explainer(ABC):
     """
-    A method for one model. Texts are encoded once and can be used with any number of images.
-
-    The explainer works on a private copy that shares the model's weights, so the given model is not changed. Create it after the
-    model is on its device.
+    A method for one model.
 
     Args:
-        model: [`ICLIPModel`], an [`ONNXModel`], transformers' `CLIPModel`, `MetaClip2Model`, `SiglipModel`, `Siglip2Model` or
-            `Tipsv2Model`, or a model of open_clip (its transformers with a class token and its ResNets).
-        processor: the model's processor; for open_clip its tokenizer.
+        model ([`ExplainableModel`]): or anything that [`load`] takes.
 
     Attributes:
-        processor: `processor(images=images)["pixel_values"]` prepares whole RGB images for this model, `(B, 3, H, W)`.
+        model ([`ExplainableModel`]): encodes texts and prepares images.
         reversed (`bool`): whether the method's maps are 1 - M (Eq. 5), where M is computed from the raw maps.
         sees_text (`bool`): whether maps depend on the text. If `False`, all texts of an image have the same map.
         backward_per_text (`bool`): whether each text needs a backward pass. If `False`, further texts cost little.
+        needs_layers (`bool`): whether the method records the layers of the image tower. `model` is then a [`RecordableModel`].
 
     Raises:
         `TypeError`: the model is of another kind. `ValueError`: the model does not support the method.
@@ -60,25 +36,14 @@ class Explainer(ABC):
     reversed = False
     sees_text = True
     backward_per_text = False
+    needs_layers = True
 
-    def __init__(self, model, processor):
-        self.family = adapt(model, processor)
-        self.processor = self.family.processor
+    def __init__(self, model):
+        self.model = load(model)
+        if self.needs_layers:
+            recordable(self.model, "this method")
 
-    def encode_texts(self, labels: Sequence[str], templates: Sequence[str] | None = None) -> ICLIPTextFeatures:
-        """
-        Encodes T labels, averaged over the templates.
-
-        Args:
-            labels: class names or phrases.
-            templates: prompts with one `{}` each; the processor's if not given. `["{}"]` takes the labels as they are.
-
-        Returns:
-            [`ICLIPTextFeatures`] with `text_embeds` and `map_text_embeds` of shape `(T, P)`, unit vectors.
-        """
-        return self.family.encode_texts(labels, templates)
-
-    def encode_image(self, pixel_values: torch.Tensor) -> ICLIPImageFeatures | None:
+    def encode_images(self, pixel_values: torch.Tensor) -> ICLIPImageFeatures | None:
         """
         Encodes prepared images `(B, 3, H, W)` for any number of calls of `forward`. Returns None if the method runs the image tower
         in each call.
@@ -109,33 +74,48 @@ class Explainer(ABC):
         return maps, cosines(image.image_embeds, texts.text_embeds)
 
 
-def adapt(model, processor) -> ModelAdapter:
+_registered: dict[str, type[Explainer]] = {}
+
+
+def register_explainer(name: str) -> Callable[[type[Explainer]], type[Explainer]]:
     """
-    Creates the adapter of a model, which methods and analyses use.
+    Class decorator that makes a method known by a name, in this process. A package adds a method to the command line too by an
+    entry point of the group `iclip_hf.explainers`, such as `name = "package.module:Class"`.
+
+    Example:
+
+    ```python
+    >>> @register_explainer("norm")
+    ... class TokenNorm(Explainer):
+    ...     def forward(self, pixel_values, texts):
+    ...         image, (layer,) = self.model.trace(pixel_values)
+    ...         maps = layer.stream[:, -math.prod(image.grid) :].norm(dim=-1).unflatten(1, image.grid)
+    ...         return maps[:, None].expand(-1, len(texts.text_embeds), -1, -1), image
+    ```
+    """
+
+    def register(explainer: type[Explainer]) -> type[Explainer]:
+        _registered[name] = explainer
+        return explainer
+
+    return register
+
+
+def explainer_class(method: str) -> type[Explainer]:
+    """
+    Returns the class of a method.
 
     Raises:
-        `TypeError`: the model is of another kind.
+        `ValueError`: the method is unknown.
     """
-    if isinstance(model, ONNXModel):
-        return ONNXAdapter(model, processor)
-    if hasattr(model, "visual"):
-        kind = type(model.visual).__name__
-        fits = getattr(model.visual, "attn_pool", None) is None  # CoCa pools by queries of its own
-    else:
-        kind = getattr(getattr(model, "config", None), "model_type", None)
-        fits = hasattr(model, "get_text_features")  # CLIP's image classifier has CLIP's config
-    if kind not in _FAMILIES or not fits:
-        raise TypeError(
-            "Expected an ICLIPModel, an ONNXModel, a CLIPModel, MetaClip2Model, SiglipModel, Siglip2Model or Tipsv2Model of "
-            f"transformers, or a model of open_clip with a class token or a ResNet, got {type(model).__name__}: load one of them."
-        )
-    return _FAMILIES[kind](model, processor)
-
-
-def identity(model) -> dict[str, str]:
-    """Returns the description of a model in results: its name, a digest of its weights, and its dtype."""
-    is_module = isinstance(model, torch.nn.Module)
-    dtype = next(model.parameters()).dtype if is_module else model.dtype
-    name = getattr(getattr(model, "config", None), "_name_or_path", "") or type(model).__name__
-    weights = weights_digest(model) if is_module else content_digest(sorted(model.folder.glob("*.onnx*")))
-    return {"model": name, "weights": weights, "dtype": str(dtype).removeprefix("torch.")}
+    if method not in _registered:
+        if method in METHODS:
+            module, _, name = METHODS[method][1].partition(":")
+            _registered[method] = getattr(importlib.import_module(f".{module}", __package__), name)
+        else:
+            added = entry_points(group=METHOD_GROUP)
+            if method not in added.names:
+                known = sorted({*METHODS, *_registered, *added.names})
+                raise ValueError(f"Expected method to be one of {known}, got {method!r}: choose one of them.")
+            _registered[method] = added[method].load()
+    return _registered[method]

@@ -6,7 +6,7 @@ import torch
 from torch.nn import functional as F
 
 from ..modeling_iclip import ICLIPImageFeatures
-from .recording import AttentionRecord
+from ..models.recording import AttentionRecord
 from .replaced_attention import ReplacedAttention
 
 
@@ -17,13 +17,13 @@ class GEM(ReplacedAttention):
     the mean norm of the tokens that enter the attention.
 
     Args:
-        model, processor: see [`Explainer`].
+        model: see [`Explainer`].
         depth (`int`): number of last blocks. The authors' `depth=7` means six blocks.
         iterations (`int`): number of iterations, at least 0.
     """
 
-    def __init__(self, model, processor, depth: int = 6, iterations: int = 1):
-        super().__init__(model, processor, depth)
+    def __init__(self, model, depth: int = 6, iterations: int = 1):
+        super().__init__(model, depth)
         if iterations < 0:
             raise ValueError(f"Expected a number of iterations of at least 0, got {iterations}: correct it.")
         self.iterations = iterations

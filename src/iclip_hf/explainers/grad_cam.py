@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from ..models.recording import AttentionRecord
 from .gradients import GradientExplainer
-from .recording import AttentionRecord
 
 
 class GradCAM(GradientExplainer):
@@ -15,15 +15,15 @@ class GradCAM(GradientExplainer):
     pooling head (SigLIP, ResNets), they are its input, the last feature map.
 
     Args:
-        model, processor, layer: see [`GradientExplainer`].
+        model, layer: see [`GradientExplainer`].
         activations (`str`): `"norm"`, after the first norm of the block, or `"block"`, the input of the block.
     """
 
-    def __init__(self, model, processor, layer: int = -1, activations: str = "norm"):
-        super().__init__(model, processor, layer)
+    def __init__(self, model, layer: int = -1, activations: str = "norm"):
+        super().__init__(model, layer)
         if activations not in ("norm", "block"):
             raise ValueError(f'Expected activations to be "norm" or "block", got {activations!r}: choose one of them.')
-        self.normed = activations == "norm" and self.family.layers[layer].residual
+        self.normed = activations == "norm" and self.model.layers[layer].residual
 
     def differentiated(self, layers: list[AttentionRecord]) -> list[torch.Tensor]:
         return [layers[0].tokens if self.normed else layers[0].stream]

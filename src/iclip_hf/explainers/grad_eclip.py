@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch.nn import functional as F
 
+from ..models.explainable import Pooling
+from ..models.recording import AttentionRecord, merge_heads
 from .gradients import GradientExplainer
-from .recording import AttentionRecord, merge_heads
 
 
 class GradECLIP(GradientExplainer):
@@ -19,16 +20,16 @@ class GradECLIP(GradientExplainer):
     If the score depends on several tokens, the map is the sum over them, with the attention weights as the second factor.
     """
 
-    def __init__(self, model, processor):
-        super().__init__(model, processor)
-        self.needs_weights = not self.family.reads_one_query
+    def __init__(self, model):
+        super().__init__(model)
+        self.needs_weights = self.model.pooling is not Pooling.ONE_QUERY
 
     def differentiated(self, layers: list[AttentionRecord]) -> list[torch.Tensor]:
         return [layers[-1].mixed]
 
     def weigh(self, layers: list[AttentionRecord], gradients: tuple[torch.Tensor, ...], patches: int) -> torch.Tensor:
         (layer,), (gradient,) = layers, gradients
-        if self.family.reads_one_query:
+        if self.model.pooling is Pooling.ONE_QUERY:
             key, value = layer.key[:, :, -patches:], layer.value[:, :, -patches:]
             return one_query_relevance(layer.query[:, :, :1], key, value, gradient[:, :, :1])
         return all_queries_relevance(layer.weights, layer.value, gradient)[:, -patches:]

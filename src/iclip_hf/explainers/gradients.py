@@ -8,8 +8,8 @@ from abc import abstractmethod
 import torch
 
 from ..modeling_iclip import ICLIPImageFeatures, ICLIPTextFeatures, cosines
+from ..models.recording import AttentionRecord
 from .explainer import Explainer
-from .recording import AttentionRecord
 
 
 class GradientExplainer(Explainer):
@@ -18,29 +18,29 @@ class GradientExplainer(Explainer):
     all images at once.
 
     Args:
-        model, processor: see [`Explainer`].
+        model: see [`Explainer`].
         layer (`int`): index of an attention layer of the image tower; -1 is the last.
     """
 
     backward_per_text = True
     needs_weights = False
 
-    def __init__(self, model, processor, layer: int = -1):
-        super().__init__(model, processor)
+    def __init__(self, model, layer: int = -1):
+        super().__init__(model)
         self.layer = layer
-        depth = len(self.family.layers)
+        depth = len(self.model.layers)
         if not -depth <= layer < depth:
             raise ValueError(
                 f"Expected layer to be one of the {depth} attention layers, got {layer}: choose one of them."
             )
 
     def forward(self, pixel_values: torch.Tensor, texts: ICLIPTextFeatures) -> tuple[torch.Tensor, ICLIPImageFeatures]:
-        image, layers = self.family.trace(pixel_values, self.layer, grad=True, weights=self.needs_weights)
+        image, layers = self.model.trace(pixel_values, self.layer, grad=True, weights=self.needs_weights)
         inputs = self.differentiated(layers)
         maps, patches, count = [], math.prod(image.grid), texts.text_embeds.shape[-2]
         with torch.inference_mode(False), torch.enable_grad():
             # A clone, because a tensor that was created in inference mode cannot be part of a graph.
-            logits = self.family.logit_scale() * cosines(image.image_embeds, texts.text_embeds.clone())
+            logits = self.model.logit_scale() * cosines(image.image_embeds, texts.text_embeds.clone())
             for text in range(count):
                 # Images are independent, so the gradient of their sum contains the gradient of each.
                 gradients = torch.autograd.grad(logits[:, text].sum(), inputs, retain_graph=text < count - 1)

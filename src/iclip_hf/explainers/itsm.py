@@ -14,9 +14,11 @@ _NEEDED = ("image_embeds", "patch_embeds", "attention", "map_attention")
 class ITSM(Explainer):
     """Cosine of each projected patch token with the text; for ICLIP the model's own map."""
 
+    needs_layers = False
+
     @torch.no_grad()
-    def encode_image(self, pixel_values: torch.Tensor) -> ICLIPImageFeatures:
-        image = self.family.encode_image(pixel_values)
+    def encode_images(self, pixel_values: torch.Tensor) -> ICLIPImageFeatures:
+        image = self.model.encode_images(pixel_values)
         # Without the outputs of the tower, which take more memory than the rest.
         return ICLIPImageFeatures(**{name: image[name] for name in _NEEDED if image.get(name) is not None})
 
@@ -24,8 +26,8 @@ class ITSM(Explainer):
     def forward(
         self, pixel_values: torch.Tensor | ICLIPImageFeatures, texts: ICLIPTextFeatures
     ) -> tuple[torch.Tensor, ICLIPImageFeatures]:
-        image = self.family.encode_image(pixel_values) if isinstance(pixel_values, torch.Tensor) else pixel_values
-        return self.family.similarity_maps(image, texts).float(), image
+        image = self.model.encode_images(pixel_values) if isinstance(pixel_values, torch.Tensor) else pixel_values
+        return self.model.similarity_maps(image, texts).float(), image
 
 
 class ReversedITSM(ITSM):

@@ -8,9 +8,9 @@ import torch
 from torch import nn
 
 from ..modeling_iclip import ICLIPImageFeatures, ICLIPTextFeatures, cosines
-from .adapters import unit
+from ..models.explainable import unit
+from ..models.recording import AttentionRecord, private_copy
 from .explainer import Explainer
-from .recording import AttentionRecord, private_copy
 
 
 class LeGrad(Explainer):
@@ -20,21 +20,21 @@ class LeGrad(Explainer):
     summed over the blocks.
 
     Args:
-        model, processor: see [`Explainer`].
+        model: see [`Explainer`].
         depth (`int`): number of last blocks; all if the tower has fewer.
     """
 
     backward_per_text = True
 
-    def __init__(self, model, processor, depth: int = 2):
-        super().__init__(model, processor)
+    def __init__(self, model, depth: int = 2):
+        super().__init__(model)
         if depth < 1:
             raise ValueError(f"Expected a depth of at least one layer, got {depth}: correct it.")
-        self.blocks = self.family.self_attentions("LeGrad")[-depth:]
-        self._mean_mlps = {index: _mean_mlp(self.family.layers[index].mlp) for index in self.blocks}
+        self.blocks = self.model.self_attentions("LeGrad")[-depth:]
+        self._mean_mlps = {index: _mean_mlp(self.model.layers[index].mlp) for index in self.blocks}
 
     def forward(self, pixel_values: torch.Tensor, texts: ICLIPTextFeatures) -> tuple[torch.Tensor, ICLIPImageFeatures]:
-        image, layers = self.family.trace(pixel_values, self.blocks[0])
+        image, layers = self.model.trace(pixel_values, self.blocks[0])
         with torch.inference_mode(False), torch.enable_grad():
             # A clone, because a tensor that was created in inference mode cannot be part of a graph.
             embeds = texts.map_text_embeds.clone()
@@ -43,11 +43,11 @@ class LeGrad(Explainer):
 
     def _relevance(self, index: int, layer: AttentionRecord, text_embeds: torch.Tensor) -> torch.Tensor:
         """Computes the relevance of all tokens in one block, `(B, T, L)`."""
-        block = self.family.layers[index]
+        block = self.model.layers[index]
         mixed = layer.mixed.detach().requires_grad_()
         stream = layer.stream + block.output(mixed)
         token = stream.mean(1, keepdim=True) + self._mean_mlps[index](stream)
-        scores = cosines(unit(self.family.project(token))[:, 0], text_embeds)
+        scores = cosines(unit(self.model.project(token))[:, 0], text_embeds)
         maps = []
         for text in range(scores.shape[1]):
             (gradient,) = torch.autograd.grad(scores[:, text].sum(), mixed, retain_graph=True)

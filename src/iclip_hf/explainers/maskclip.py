@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from ..modeling_iclip import ICLIPImageFeatures
-from .recording import AttentionRecord
+from ..models.recording import AttentionRecord
 from .replaced_attention import LastBlock
 
 
@@ -14,7 +14,7 @@ class MaskCLIP(LastBlock):
     Each token keeps its own value. With `residual=True`, this is the value trick of TIPSv2.
 
     Args:
-        model, processor, residual: see [`LastBlock`].
+        model, residual: see [`LastBlock`].
     """
 
     def mix(self, layer: AttentionRecord, image: ICLIPImageFeatures, pixel_values: torch.Tensor) -> torch.Tensor:

@@ -6,7 +6,7 @@ import torch
 from torch.nn import functional as F
 
 from ..modeling_iclip import ICLIPImageFeatures
-from .recording import AttentionRecord
+from ..models.recording import AttentionRecord
 from .replaced_attention import LastBlock
 
 
@@ -16,12 +16,12 @@ class NACLIP(LastBlock):
     Logits of the class token and of registers are not changed.
 
     Args:
-        model, processor, residual: see [`LastBlock`].
+        model, residual: see [`LastBlock`].
         sigma (`float` or None): width of the window in patches, greater than 0; None for no window.
     """
 
-    def __init__(self, model, processor, sigma: float | None = 5.0, residual: bool = False):
-        super().__init__(model, processor, residual)
+    def __init__(self, model, sigma: float | None = 5.0, residual: bool = False):
+        super().__init__(model, residual)
         if sigma is not None and not sigma > 0:
             raise ValueError(f"Expected sigma to be greater than 0, or None for no window, got {sigma}: correct it.")
         self.sigma = sigma

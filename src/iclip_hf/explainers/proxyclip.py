@@ -11,10 +11,11 @@ from transformers.image_utils import IMAGENET_DEFAULT_MEAN as IMAGENET_MEAN
 from transformers.image_utils import IMAGENET_DEFAULT_STD as IMAGENET_STD
 
 from ..configuration_iclip import patch_side
-from ..modeling_iclip import VISION_TOWERS, ICLIPImageFeatures, ICLIPModel, load_tower
+from ..modeling_iclip import VISION_TOWERS, ICLIPImageFeatures, load_tower
+from ..models.explainable import unit
+from ..models.families import ExplainableICLIP
+from ..models.recording import AttentionRecord
 from ..models.towers import embedded_towers
-from .adapters import unit
-from .recording import AttentionRecord
 from .replaced_attention import ReplacedAttention
 
 
@@ -25,18 +26,18 @@ class ProxyCLIP(ReplacedAttention):
     resized for the proxy, so that both towers have the same grid.
 
     Args:
-        model, processor: see [`Explainer`].
+        model: see [`Explainer`].
         proxy (`str`, *optional*): folder or Hub id of an image tower such as DINO, DINOv2 or DINOv3. If not given, an ICLIP
             model is its own proxy, and other models use the DINOv2 tower of the embedded model.
         beta (`float`): threshold, as a multiple of the mean similarity.
         gamma (`float`): sharpness of the softmax.
     """
 
-    def __init__(self, model, processor, proxy: str | None = None, beta: float = 1.2, gamma: float = 3.0):
-        super().__init__(model, processor, depth=1, residual=False)
+    def __init__(self, model, proxy: str | None = None, beta: float = 1.2, gamma: float = 3.0):
+        super().__init__(model, depth=1, residual=False)
         self.beta, self.gamma = beta, gamma
         self.proxy = None
-        if proxy is None and not isinstance(model, ICLIPModel):
+        if proxy is None and not isinstance(self.model, ExplainableICLIP):
             proxy = str(embedded_towers()[0])
         if proxy is not None:
             config = AutoConfig.from_pretrained(proxy, trust_remote_code=False)
@@ -45,7 +46,7 @@ class ProxyCLIP(ReplacedAttention):
                     f"{proxy}: expected an image tower as proxy, one of {sorted(VISION_TOWERS)}, got "
                     f"{config.model_type!r}; name another."
                 )
-            weight = next(self.family.model.parameters())
+            weight = next(self.model.network.parameters())
             self.proxy = load_tower(config, proxy).eval().to(weight.device, weight.dtype)
 
     def mix(self, layer: AttentionRecord, image: ICLIPImageFeatures, pixel_values: torch.Tensor) -> torch.Tensor:
@@ -61,9 +62,18 @@ class ProxyCLIP(ReplacedAttention):
         config = self.proxy.config
         weight = next(self.proxy.parameters())
         mean, std = (torch.tensor(values).to(weight).view(3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD))
-        pixels = (self.family.rgb(pixel_values.to(weight)) - mean) / std
+        pixels = (_rgb(pixel_values.to(weight), self.model.processor.image_processor) - mean) / std
         size = [side * patch_side(config) for side in grid]
         if pixels.shape[2:] != torch.Size(size):
             pixels = F.interpolate(pixels, size, mode="bicubic", antialias=True)
         options = {"interpolate_pos_encoding": True} if VISION_TOWERS[config.model_type] else {}
         return self.proxy(pixels, **options).last_hidden_state[:, -math.prod(grid) :]
+
+
+def _rgb(pixel_values: torch.Tensor, image_processor) -> torch.Tensor:
+    """Undoes the normalisation of prepared images. Returns `(B, 3, H, W)` in [0, 1]."""
+    if not image_processor.do_normalize:
+        return pixel_values
+    statistics = (image_processor.image_mean, image_processor.image_std)
+    mean, std = (torch.tensor(values).to(pixel_values).view(3, 1, 1) for values in statistics)
+    return pixel_values * std + mean

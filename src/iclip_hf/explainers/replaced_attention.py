@@ -8,10 +8,10 @@ from abc import abstractmethod
 import torch
 
 from ..modeling_iclip import ICLIPImageFeatures, ICLIPTextFeatures
+from ..models.explainable import unit
+from ..models.recording import AttentionRecord
 from ..similarity import cosine_similarity_map
-from .adapters import unit
 from .explainer import Explainer
-from .recording import AttentionRecord
 
 
 class ReplacedAttention(Explainer):
@@ -21,30 +21,30 @@ class ReplacedAttention(Explainer):
     and projected patch tokens of the second stream.
 
     Args:
-        model, processor: see [`Explainer`].
+        model: see [`Explainer`].
         depth (`int`): number of last blocks; all if the tower has fewer.
         residual (`bool`): whether the output of the attention is added to the stream; otherwise it replaces the stream.
         mlp (`bool`): whether the MLPs of the blocks are applied.
     """
 
-    def __init__(self, model, processor, depth: int, residual: bool = True, mlp: bool = False):
-        super().__init__(model, processor)
+    def __init__(self, model, depth: int, residual: bool = True, mlp: bool = False):
+        super().__init__(model)
         if depth < 1:
             raise ValueError(f"Expected a depth of at least one layer, got {depth}: correct it.")
-        self.blocks = self.family.self_attentions(type(self).__name__)[-depth:]
+        self.blocks = self.model.self_attentions(type(self).__name__)[-depth:]
         self.residual, self.mlp = residual, mlp
 
     @torch.no_grad()
     def forward(self, pixel_values: torch.Tensor, texts: ICLIPTextFeatures) -> tuple[torch.Tensor, ICLIPImageFeatures]:
-        image, layers = self.family.trace(pixel_values, self.blocks[0])
+        image, layers = self.model.trace(pixel_values, self.blocks[0])
         stream = layers[0].stream
         for index, layer in zip(self.blocks, layers):
-            block = self.family.layers[index]
+            block = self.model.layers[index]
             attended = block.output(self.mix(layer, image, pixel_values))
             stream = stream + attended if self.residual else attended
             if self.mlp:
                 stream = stream + block.mlp(stream)
-        patch_embeds = unit(self.family.project(stream[:, -math.prod(image.grid) :])).unflatten(1, image.grid)
+        patch_embeds = unit(self.model.project(stream[:, -math.prod(image.grid) :])).unflatten(1, image.grid)
         return cosine_similarity_map(patch_embeds, texts.map_text_embeds.float()), image
 
     @abstractmethod
@@ -57,9 +57,9 @@ class LastBlock(ReplacedAttention):
     Replaces the attention of the last block only.
 
     Args:
-        model, processor: see [`Explainer`].
+        model: see [`Explainer`].
         residual (`bool`): whether to keep the block's residual connection and MLP.
     """
 
-    def __init__(self, model, processor, residual: bool = False):
-        super().__init__(model, processor, depth=1, residual=residual, mlp=residual)
+    def __init__(self, model, residual: bool = False):
+        super().__init__(model, depth=1, residual=residual, mlp=residual)

@@ -6,7 +6,7 @@ import torch
 from torch.nn import functional as F
 
 from ..modeling_iclip import ICLIPImageFeatures
-from .recording import AttentionRecord
+from ..models.recording import AttentionRecord
 from .replaced_attention import LastBlock
 
 
@@ -15,11 +15,11 @@ class SCLIP(LastBlock):
     Queries attend to queries and keys to keys; the sum of both attentions mixes the values.
 
     Args:
-        model, processor, residual: see [`LastBlock`].
+        model, residual: see [`LastBlock`].
     """
 
-    def __init__(self, model, processor, residual: bool = True):
-        super().__init__(model, processor, residual)
+    def __init__(self, model, residual: bool = True):
+        super().__init__(model, residual)
 
     def mix(self, layer: AttentionRecord, image: ICLIPImageFeatures, pixel_values: torch.Tensor) -> torch.Tensor:
         return sum(F.scaled_dot_product_attention(tokens, tokens, layer.value) for tokens in (layer.query, layer.key))

@@ -12,7 +12,7 @@ from .explainer import Explainer
 
 def check_window(explainer: Explainer, window: int, stride: int) -> None:
     """Raises `ValueError` unless window and stride, in pixels, are multiples of the patch size, and windows leave no gaps."""
-    patch = explainer.processor.patch_size
+    patch = explainer.model.processor.patch_size
     for name, pixels in (("window", window), ("stride", stride)):
         if pixels < patch or pixels % patch:
             raise ValueError(
@@ -38,7 +38,7 @@ def windowed_maps(
     Returns:
         `torch.Tensor` of shape `(B, T, h, w)`, float32.
     """
-    patch = explainer.processor.patch_size
+    patch = explainer.model.processor.patch_size
     total = number = 0
     for top, left in itertools.product(*(_starts(side, window, stride) for side in pixel_values.shape[2:])):
         part = pixel_values[..., top : top + window, left : left + window]

@@ -9,12 +9,13 @@ from typing import NamedTuple
 import torch
 
 from ..modeling_iclip import ICLIPTextFeatures, cosines
+from ..models.explainable import TEXT_BATCH
+from ..models.families import TransformersModel
+from ..models.loading import load
+from ..models.recording import AttentionRecord
 from ..prompts import check_templates
-from .adapters import TEXT_BATCH
 from .bi_modal import attention_relevance
-from .explainer import adapt
 from .grad_eclip import all_queries_relevance, one_query_relevance
-from .recording import AttentionRecord
 
 
 WORD_METHODS = ("grad_eclip", "bi_modal")
@@ -45,7 +46,7 @@ class WordExplainer:
     relevance of a word is the sum over its tokens, averaged over the prompts.
 
     Args:
-        model, processor: a model of transformers, see [`Explainer`].
+        model ([`TransformersModel`]): or anything that [`load`] takes and that is a PyTorch model of transformers.
         texts: T labels or phrases, whose words are separated by spaces.
         templates: prompts with one `{}` each; the processor's if not given. Words of the prompts get no score.
         method (`str`): [`GradECLIP`] (`"grad_eclip"`) or [`BiModal`] (`"bi_modal"`).
@@ -57,7 +58,6 @@ class WordExplainer:
     def __init__(
         self,
         model,
-        processor,
         texts: Sequence[str],
         templates: Sequence[str] | None = None,
         method: str = "grad_eclip",
@@ -67,16 +67,21 @@ class WordExplainer:
                 f"Expected the method of word scores to be one of {list(WORD_METHODS)}, got {method!r}: choose one of them."
             )
         self.method = method
-        self.family = adapt(model, processor)
+        self.model = load(model)
+        if not isinstance(self.model, TransformersModel):
+            raise ValueError(
+                "Expected a model of transformers for word scores, which need the layers of its text tower, got "
+                f"{type(self.model.network).__name__}: leave words out."
+            )
         self.texts = list(texts)
-        templates = check_templates(self.family.templates if templates is None else templates)
+        templates = check_templates(self.model.templates if templates is None else templates)
         step = max(1, TEXT_BATCH // len(templates))
         chunks = [self.texts[start : start + step] for start in range(0, len(self.texts), step)]
         self._parts = [self._trace(chunk, templates) for chunk in chunks]
 
     def _trace(self, texts: list[str], templates: list[str]) -> _Part:
-        features, layer = self.family.trace_texts(texts, templates)
-        tokenizer, length = self.family.processor.tokenizer, layer.key.shape[2]
+        features, layer = self.model.trace_texts(texts, templates)
+        tokenizer, length = self.model.processor.tokenizer, layer.key.shape[2]
         places = [word_tokens(tokenizer, template, text) for text in texts for template in templates]
         known = torch.zeros(len(places), length, dtype=torch.bool)
         members = torch.zeros(len(places), max(len(words) for _, words in places), length)

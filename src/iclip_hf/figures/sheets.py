@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 from PIL import Image, ImageColor
 
-from ..images import load_image
+from ..images import read_image
 from ..presence import ABSENT, presence_word
-from . import COLORMAPS
+from ..utils.names import COLORMAPS
 from .colors import OPACITY, SEGMENTS, overlay
 from .lettering import fitted, text_mask, word_boxes
 
@@ -53,15 +53,15 @@ def draw(
     Example:
 
     ```python
-    >>> from iclip_hf import draw, embedded_model, explain
+    >>> from iclip_hf import draw, explain
 
-    >>> explanation = explain(model, processor, ["dog.jpg"], ["dog", "red ball"])[0]
+    >>> explanation = explain("embedded", ["dog.jpg"], ["dog", "red ball"])[0]
     >>> draw(explanation, "dog.jpg").save("explanation.png")
     ```
 
     Args:
         explanation ([`Explanation`]): of the image. Word scores, if it has some, colour the words of the titles.
-        image (`str`, `os.PathLike`, `bytes` or `PIL.Image.Image`): the image.
+        image (`str`, `os.PathLike`, `bytes` or `PIL.Image.Image`): the image, in any form that [`explain`] takes.
         colormap (`str`): `"heat"`, `"cividis"`, which is safe for colour-blind readers, or `"jet"`, the colours of the paper.
         opacity (`float`): of a map where it is 1, in [0, 1].
         columns (`int`): largest number of pictures in a row.
@@ -73,7 +73,7 @@ def draw(
     Raises:
         `ValueError`: the image cannot be read, or there is no such colour map.
     """
-    image = load_image(image)
+    image = read_image(image)
     pictures, titles = [at_picture_size(image, dpi)], [f"image\n{image.width} x {image.height} pixels"]
     (image,) = pictures
     explanation = replace(explanation, size=(image.height, image.width))

@@ -12,8 +12,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from ..explainers import Explainer
 from ..modeling_iclip import ICLIPModel, ICLIPTextFeatures
+from ..models.explainable import ExplainableModel
 from ..presence import BACKGROUND
 from ..utils.digests import weights_digest
 from ..utils.files import cache_folder, keep_in_cache
@@ -22,43 +22,43 @@ from ..utils.files import cache_folder, keep_in_cache
 _NAMES = ("text_embeds", "map_text_embeds")
 
 
-def encode_background(explainer: Explainer, templates: Sequence[str]) -> ICLIPTextFeatures:
+def encode_background(model: ExplainableModel, templates: Sequence[str]) -> ICLIPTextFeatures:
     """
     Encodes [`BACKGROUND`]. For an [`ICLIPModel`] on the CPU, the features are cached on disk, in a file for each model name and
     templates. A digest of the weights shows whether the file is valid; it takes a fifth of the text tower's time for one template.
 
     Args:
-        explainer ([`Explainer`]): explainer of the model.
+        model: the model.
         templates: prompts with one `{}` each.
 
     Returns:
         [`ICLIPTextFeatures`] with `text_embeds` and `map_text_embeds` of shape `(K, P)`, unit vectors.
     """
-    model = explainer.family.model
-    if not isinstance(model, ICLIPModel) or model.text_model.device.type != "cpu":  # another device, or offloaded
-        return explainer.encode_texts(BACKGROUND, templates)
-    key = json.dumps([model.config._name_or_path, *templates])
+    network = model.network
+    if not isinstance(network, ICLIPModel) or network.text_model.device.type != "cpu":  # another device, or offloaded
+        return model.encode_texts(BACKGROUND, templates)
+    key = json.dumps([network.config._name_or_path, *templates])
     path = cache_folder() / "nouns" / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.safetensors"
-    fingerprint = _fingerprint(explainer, templates)
+    fingerprint = _fingerprint(model, templates)
     try:
         with safe_open(path, "pt") as file:
             if file.metadata() == fingerprint:
                 return ICLIPTextFeatures(**{name: file.get_tensor(name) for name in _NAMES})
     except (OSError, SafetensorError):  # absent or damaged
         pass
-    features = explainer.encode_texts(BACKGROUND, templates)
+    features = model.encode_texts(BACKGROUND, templates)
     tensors = {name: features[name] for name in _NAMES}
     keep_in_cache(path, lambda partial: save_file(tensors, partial, fingerprint))
     return features
 
 
-def _fingerprint(explainer: Explainer, templates: Sequence[str]) -> dict[str, str]:
+def _fingerprint(model: ExplainableModel, templates: Sequence[str]) -> dict[str, str]:
     """Returns everything that the features depend on: token ids, the text side of the model, and versions."""
-    model, prompts = explainer.family.model, explainer.processor(labels=BACKGROUND, templates=templates)
+    network, prompts = model.network, model.processor(labels=BACKGROUND, templates=templates)
     tokens = json.dumps({name: torch.as_tensor(value).tolist() for name, value in prompts.items()})
     return {
         "tokens": hashlib.sha256(tokens.encode()).hexdigest(),
-        "weights": weights_digest(nn.ModuleList([model.text_model, model.recognition, model.map_branch])),
-        "config": model.config.to_json_string(use_diff=False),
+        "weights": weights_digest(nn.ModuleList([network.text_model, network.recognition, network.map_branch])),
+        "config": network.config.to_json_string(use_diff=False),
         "versions": " ".join(version(name) for name in ("iclip-hf", "torch", "transformers")),
     }

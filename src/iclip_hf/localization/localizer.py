@@ -12,12 +12,12 @@ from typing import NamedTuple
 import torch
 from PIL import Image
 
-from ..explainers import WordExplainer, WordScore, identity, make_explainer, select_texts
+from ..explainers import WordExplainer, WordScore, make_explainer, select_texts
 from ..explainers.refinement import refine_maps
-from ..images import load_image, map_groups
+from ..images import map_groups, read_image
 from ..modeling_iclip import ICLIPImageFeatures, ICLIPTextFeatures, cosines
 from ..presence import MIN_PRESENCE, presence
-from ..processing_iclip import check_thresholds
+from ..processing_iclip import array_to_image, check_thresholds
 from ..prompts import check_templates
 from ..utils.prefetch import Item, prefetch_map
 from .background import encode_background
@@ -61,7 +61,7 @@ class Localizer:
     Localizes the same texts in any number of images with one method. Texts are encoded once, and images are batched by shape.
 
     Args:
-        model, processor, method, method_options: as for [`make_explainer`].
+        model, method, method_options: as for [`make_explainer`].
         texts: T labels.
         templates: prompts with one `{}` each; the processor's if not given.
         threshold (`float` in [0, 1], or T of them): foreground is M > threshold.
@@ -73,6 +73,7 @@ class Localizer:
         refine (`bool`): whether `explain` refines the maps by the colours of the image, see [`refine_maps`].
 
     Attributes:
+        model ([`ExplainableModel`]): the loaded model.
         encoded ([`ICLIPTextFeatures`]): the encoded texts, `(T, P)`.
 
     Raises:
@@ -82,7 +83,6 @@ class Localizer:
     def __init__(
         self,
         model,
-        processor,
         texts: Sequence[str],
         *,
         method: str = "itsm",
@@ -98,13 +98,14 @@ class Localizer:
             raise ValueError(
                 f"Expected min_presence in [0, 1], got {min_presence}: pass a share such as {MIN_PRESENCE}."
             )
-        self.explainer = make_explainer(model, processor, method, **method_options)
-        self.templates = check_templates(self.explainer.family.templates if templates is None else templates)
+        self.explainer = make_explainer(model, method, **method_options)
+        self.model = self.explainer.model
+        self.templates = check_templates(self.model.templates if templates is None else templates)
         self.min_presence = min_presence
-        self._background = encode_background(self.explainer, self.templates)
+        self._background = encode_background(self.model, self.templates)
         size = {"height": image_size, "width": image_size} if isinstance(image_size, int) else image_size
         self._options = {} if size is None else {"size": size}
-        self._model, self._processor, self._word_method, self._refine = model, processor, words, refine
+        self._word_method, self._refine = words, refine
         self._settings = {
             "method": method,
             "templates": self.templates,
@@ -120,7 +121,7 @@ class Localizer:
     def settings(self) -> dict:
         """Everything that results depend on besides the images, as plain values. Computes a digest of the weights."""
         asked = {"texts": self.texts, "thresholds": self.thresholds}
-        return {**identity(self._model), **self._settings, **asked}
+        return {**self.model.identity, **self._settings, **asked}
 
     def _ask(self, texts: Sequence[str], threshold: float | Sequence[float]) -> None:
         self.texts = list(texts)
@@ -132,10 +133,10 @@ class Localizer:
             raise ValueError(
                 f"Expected {len(self.texts)} thresholds, one for each text, got {len(self.thresholds)}: pass these."
             )
-        self.encoded = self.explainer.encode_texts(self.texts, self.templates)
+        self.encoded = self.model.encode_texts(self.texts, self.templates)
         self._words = None
         if self._word_method is not None:
-            self._words = WordExplainer(self._model, self._processor, self.texts, self.templates, self._word_method)
+            self._words = WordExplainer(self.model, self.texts, self.templates, self._word_method)
 
     def about(self, texts: Sequence[str], threshold: float | Sequence[float] = 0.5) -> Localizer:
         """Returns a localizer for other texts that shares the prepared model and the encoded background texts."""
@@ -155,12 +156,12 @@ class Localizer:
             size (`tuple[int, int]`, *optional*): height and width of its maps in pixels; those of the image if not given.
         """
         rows = range(len(self.texts)) if labels is None else map(self.texts.index, labels)
-        pixel_values = self.explainer.processor(images=[image], **self._options)["pixel_values"]
+        pixel_values = self.model.processor(images=[image], **self._options)["pixel_values"]
         return PreparedImage(pixel_values, (image.height, image.width) if size is None else size, list(rows))
 
     def encode(self, image: PreparedImage) -> PreparedImage:
         """Adds the features of an image, which `explain` then need not compute, if the method can use them for any texts."""
-        return image._replace(features=self.explainer.encode_image(image.pixel_values))
+        return image._replace(features=self.explainer.encode_images(image.pixel_values))
 
     def explain(self, images: Iterable[PreparedImage | None], batch_size: int = 8) -> Iterator[Explanation | None]:
         """
@@ -220,7 +221,7 @@ class Localizer:
             scores of all texts of the localizer, None where they were not asked for.
         """
         maps, image = self.explainer.forward(pixel_values, texts)
-        matches, background = (self.explainer.family.match(image, one) for one in (texts, self._background))
+        matches, background = (self.model.match(image, one) for one in (texts, self._background))
         scores = cosines(image.image_embeds, texts.text_embeds)
         words = [None] * len(maps) if self._words is None else self._words(image.image_embeds)
         return maps.cpu(), scores.cpu(), presence(matches, background).cpu(), words
@@ -257,8 +258,7 @@ class Localizer:
 
 def explain(
     model,
-    processor,
-    images: Sequence[Image.Image | str | os.PathLike],
+    images,
     texts: Sequence[str] | Sequence[Sequence[str]],
     method: str = "itsm",
     *,
@@ -268,30 +268,46 @@ def explain(
     batch_size: int = 8,
     words: str | None = None,
     refine: bool = False,
+    timeout: float = 60,
     **method_options,
-) -> list[Explanation]:
+) -> Explanation | list[Explanation]:
     """
-    Explains which pixels of each image match which text.
+    Explains which pixels of images match which text.
+
+    Example:
+
+    ```python
+    >>> from iclip_hf import explain, load
+
+    >>> explanation = explain(load("embedded"), "dog.jpg", ["dog", "red ball"])
+    >>> explanation.scores, explanation.presence, explanation.maps.shape
+    ```
 
     Args:
-        model, processor, method, method_options: as for [`make_explainer`].
-        images: B images of any shapes: PIL images, or paths of image files.
-        texts: labels shared by all images, or a list of labels for each image; the lists may differ in length.
+        model ([`ExplainableModel`]): or anything that [`load`] takes.
+        images: an image, or a list of B images of any shapes: PIL images, numpy arrays or tensors as for [`ICLIPProcessor`], paths,
+            URLs or base64 text.
+        texts: labels shared by all images, or for a list of images a list of labels for each; these may differ in length.
+        method (`str`), method_options: as for [`make_explainer`].
         templates: prompts with one `{}` each for the labels; the processor's if not given. `["{}"]` takes the texts as they are.
         target_sizes: `(height, width)` in pixels of each image's maps; the size of the image if not given.
         size: the size of images for the model, as for [`ICLIPProcessor`]; the processor's if not given.
         batch_size (`int`): largest number of images in one forward pass. These have one shape and equally many texts.
         words (`str`, *optional*), refine (`bool`): method of word scores, and whether to refine the maps, as for [`Localizer`].
+        timeout (`float`): time limit in seconds for the download of an image.
 
     Returns:
-        list of B [`Explanation`].
+        [`Explanation`] of one image, or a list of B for a list of images.
 
     Raises:
         `ValueError`, `TypeError`: as [`make_explainer`] and [`ICLIPProcessor`]; or the numbers of images, texts and sizes differ.
+        `OSError`: an image cannot be read.
     """
-    if isinstance(images, (Image.Image, str, os.PathLike)):
-        raise TypeError(f"Expected a list of images, got one {type(images).__name__}: put it into a list.")
-    images = [load_image(image) for image in images]
+    is_one = isinstance(images, (Image.Image, str, os.PathLike)) or getattr(images, "ndim", 4) < 4
+    images = [
+        array_to_image(image) if hasattr(image, "shape") else read_image(image, timeout)
+        for image in ([images] if is_one else images)
+    ]
     if not images or isinstance(texts, str) or not len(texts):
         raise ValueError(
             f"Expected at least one image and a list of texts, got {len(images)} images and {texts!r:.100}: pass both as lists."
@@ -313,7 +329,6 @@ def explain(
         )
     localizer = Localizer(
         model,
-        processor,
         unique,
         method=method,
         templates=templates,
@@ -322,4 +337,5 @@ def explain(
         refine=refine,
         **method_options,
     )
-    return list(localizer.explain(map(localizer.prepare, images, labels, sizes), batch_size))
+    explanations = list(localizer.explain(map(localizer.prepare, images, labels, sizes), batch_size))
+    return explanations[0] if is_one else explanations

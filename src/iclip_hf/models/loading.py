@@ -1,8 +1,9 @@
-"""Loading of models from folders and the Hub, with all weights and without running code of the folder."""
+"""Loading of models: `load` gives the object that explains; from folders and the Hub, without running code of the folder."""
 
 from __future__ import annotations
 
 import logging
+import os
 from pathlib import Path
 
 import torch
@@ -12,35 +13,117 @@ from ..modeling_iclip import ICLIPModel, check_weights
 from ..processing_iclip import ICLIPProcessor
 from ..utils.files import loading_errors
 from .embedded import embedded_model
+from .explainable import ExplainableModel
+from .families import (
+    ExplainableCLIP,
+    ExplainableICLIP,
+    ExplainableONNX,
+    ExplainableSiglip,
+    ExplainableSiglip2,
+    ExplainableTipsv2,
+)
 from .onnx import VISION_FILE, ONNXModel
+from .open_clip import ExplainableOpenCLIP, ExplainableOpenCLIPResNet
 
 
 logger = logging.getLogger(__name__)
 
 
-def load_model(name: str | Path | None = None, dtype: str | None = None):
+# By the model type of a config, or by the image tower's class in open_clip.
+_FAMILIES: dict[str, type[ExplainableModel]] = {
+    "iclip": ExplainableICLIP,
+    "clip": ExplainableCLIP,
+    "metaclip_2": ExplainableCLIP,
+    "siglip": ExplainableSiglip,
+    "siglip2": ExplainableSiglip2,
+    "tipsv2": ExplainableTipsv2,
+    "VisionTransformer": ExplainableOpenCLIP,
+    "ModifiedResNet": ExplainableOpenCLIPResNet,
+}
+
+
+def load(
+    source: str | os.PathLike | tuple | ExplainableModel = "embedded",
+    *,
+    dtype: str | None = None,
+    device: str | torch.device | None = None,
+) -> ExplainableModel:
     """
-    Loads model and processor for the commands and the demo, on the GPU if there is one.
+    Loads a model that explains. Everything that takes a model calls this function, which returns a loaded one as it is.
+
+    Example:
+
+    ```python
+    >>> from iclip_hf import explain, load
+
+    >>> model = load("openai/clip-vit-base-patch16", device="cuda")
+    >>> explanation = explain(model, "dog.jpg", ["dog", "red ball"], method="gem")
+    ```
 
     Args:
-        name: as for [`load_pretrained`], or an exported ONNX folder; the embedded model if not given.
+        source: `"embedded"`; a folder or Hub id of an ICLIP model, or of a `CLIPModel`, `MetaClip2Model`, `SiglipModel`,
+            `Siglip2Model` or `Tipsv2Model` of transformers; an exported ONNX folder; a pair of a model, already on its device, and
+            its processor, or of a model of open_clip (its transformers with a class token and its ResNets) and its tokenizer; or
+            the result of an earlier call.
         dtype (`str`, *optional*): `"float32"`, `"bfloat16"` or `"float16"`; that of the checkpoint if not given.
+        device (*optional*): such as `"cpu"`, `"cuda"` or `"mps"`; the GPU if there is one, if not given.
+
+    Returns:
+        [`ExplainableModel`]. It works on a private copy that shares the model's weights, so a given model is not changed.
 
     Raises:
-        As [`load_pretrained`]; also `ValueError` for a dtype with an ONNX folder, whose precision is set on export.
+        `OSError`: the model or one of its files does not exist. `TypeError`: the model is of another kind. `ValueError`: a file is
+            damaged, lacks weights or contains NaN; or dtype or device are given for a model that has its own.
     """
-    name = _located("embedded" if name is None else name)
-    if Path(name, VISION_FILE).is_file():
-        if dtype is not None:
-            raise ValueError(
-                f"{name}: expected no dtype with an ONNX folder, got {dtype}; export it in that precision."
-            )
-        return ONNXModel(name), AutoProcessor.from_pretrained(name, trust_remote_code=False)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    if dtype == "bfloat16" and device == "cpu":
-        warn_of_slow_bfloat16()
-    model, processor = load_pretrained(name, **({} if dtype is None else {"dtype": dtype}))
-    return model.to(device), processor
+    if isinstance(source, (str, os.PathLike)):
+        source = _located(source)
+        if not Path(source, VISION_FILE).is_file():
+            device = _usable(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+            if dtype == "bfloat16" and device.type == "cpu":
+                warn_of_slow_bfloat16()
+            model, processor = load_pretrained(source, **({} if dtype is None else {"dtype": dtype}))
+            return _explainable(model.to(device), processor)
+    if dtype is not None or device is not None:
+        kind = type(source).__name__ if not isinstance(source, (str, os.PathLike)) else f"the ONNX folder {source}"
+        raise ValueError(
+            f"Expected dtype and device with the name of a model, got {dtype or device} with {kind}, which has its own: leave it out."
+        )
+    if isinstance(source, ExplainableModel):
+        return source
+    if isinstance(source, (str, os.PathLike)):
+        return ExplainableONNX(ONNXModel(source), AutoProcessor.from_pretrained(source, trust_remote_code=False))
+    if not isinstance(source, tuple) or len(source) != 2:
+        raise TypeError(
+            "Expected a folder, a Hub id, a pair (model, processor) or a result of load, got "
+            f"{type(source).__name__}: pass one of them."
+        )
+    return _explainable(*source)
+
+
+def _usable(device: str | torch.device) -> torch.device:
+    try:
+        return torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(
+            f"Expected a device of this machine, such as cpu, cuda or mps, got {device}: choose another ({error})."
+        ) from error
+
+
+def _explainable(model, processor) -> ExplainableModel:
+    if isinstance(model, ONNXModel):
+        return ExplainableONNX(model, processor)
+    if hasattr(model, "visual"):
+        kind = type(model.visual).__name__
+        fits = getattr(model.visual, "attn_pool", None) is None  # CoCa pools by queries of its own
+    else:
+        kind = getattr(getattr(model, "config", None), "model_type", None)
+        fits = hasattr(model, "get_text_features")  # CLIP's image classifier has CLIP's config
+    if kind not in _FAMILIES or not fits:
+        raise TypeError(
+            "Expected an ICLIPModel, an ONNXModel, a CLIPModel, MetaClip2Model, SiglipModel, Siglip2Model or Tipsv2Model of "
+            f"transformers, or a model of open_clip with a class token or a ResNet, got {type(model).__name__}: load one of them."
+        )
+    return _FAMILIES[kind](model, processor)
 
 
 def _located(name: str | Path) -> str | Path:

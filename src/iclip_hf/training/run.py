@@ -176,7 +176,7 @@ def run(
             metrics |= validate(accelerator, pair_model, validation, settings.chunk_size, workers)
         whole = whole_model(accelerator, pair_model).eval()
         if segmentation is not None:
-            result = evaluate(whole, processor, segmentation, progress=False)
+            result = evaluate((whole, processor), segmentation, progress=False)
             evaluation = {"protocol": {**result.protocol, "model": settings.name}, "results": result.results}
             metrics |= {metric: result.results["itsm"][metric] for metric in MAP_METRICS}
         if held_out is not None and settings.pictures and accelerator.is_main_process:

@@ -72,7 +72,7 @@ def draw_examples(
     """
     shown = [pairs[index] for index in range(min(count, len(pairs)))]
     images, captions = ([pair[name] for pair in shown] for name in ("image", "caption"))
-    explanations = explain(model, processor, images, [[caption] for caption in captions], templates=["{}"])
+    explanations = explain((model, processor), images, [[caption] for caption in captions], templates=["{}"])
     columns = {f"step {step}": [explanation.map(0).numpy() for explanation in explanations]}
     kept = folder / "before.npz"
     with writing_errors(folder):

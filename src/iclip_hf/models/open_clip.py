@@ -8,15 +8,24 @@ import torch
 from torch import nn
 
 from ..modeling_iclip import ICLIPImageFeatures, ICLIPTextFeatures
-from ..prompts import check_templates
-from .adapters import ModelAdapter, block_mlp, head_output, text_features, unit, whole_image_processor
+from ..processing_iclip import ICLIPProcessor
+from .explainable import Pooling, RecordableModel, block_mlp, head_output, text_features, unit
+from .families import whole_image_processor
 from .recording import attend, merge_heads
 
 
 _RESAMPLE = {"bicubic": 3, "bilinear": 2}  # Pillow's numbers
 
 
-class OpenCLIPAdapter(ModelAdapter):
+class _ImagesOnly(ICLIPProcessor):
+    """A processor without a tokenizer, because that of open_clip is a function."""
+
+    @classmethod
+    def get_attributes(cls) -> list[str]:
+        return ["image_processor"]
+
+
+class ExplainableOpenCLIP(RecordableModel):
     """A transformer with a class token. Images must have the size of its position embeddings."""
 
     def __init__(self, model: nn.Module, tokenizer):
@@ -33,27 +42,28 @@ class OpenCLIPAdapter(ModelAdapter):
         options, size = model.visual.preprocess_cfg, model.visual.image_size
         self.side = size[0] if isinstance(size, tuple) else size
         resample = _RESAMPLE[options["interpolation"]]
-        processor = whole_image_processor(self.side, options["mean"], options["std"], resample)
-        super().__init__(model, partial(processor, return_tensors="pt"))
-        self.reads_one_query = getattr(model.visual, "pool_type", "tok") == "tok"
+        image_processor = whole_image_processor(self.side, options["mean"], options["std"], resample)
+        patch_size, *_ = getattr(model.visual, "patch_size", [32])  # a ResNet has a position for every 32 pixels
+        super().__init__(model, _ImagesOnly(image_processor, patch_size=patch_size))
+        if getattr(model.visual, "pool_type", "tok") != "tok":
+            self.pooling = self.map_pooling = Pooling.PATCHES
 
     def _prepare_layers(self) -> None:
-        for block in self.model.visual.transformer.resblocks:
+        for block in self.network.visual.transformer.resblocks:
             output, mlp = head_output(block.attn.out_proj, block.ls_1), block_mlp(block.ln_2, block.mlp, block.ls_2)
             self._add_layer(block, block.attn, output, mlp)
 
     def _encode_texts(self, labels: list[str], templates: list[str]) -> ICLIPTextFeatures:
-        templates = check_templates(templates)
         tokens = self.tokenizer([template.replace("{}", label) for label in labels for template in templates])
-        return text_features(self.model.encode_text(tokens.to(self.model.logit_scale.device)), len(templates))
+        return text_features(self.network.encode_text(tokens.to(self.network.logit_scale.device)), len(templates))
 
-    def _encode_image(self, pixel_values: torch.Tensor) -> ICLIPImageFeatures:
+    def _encode_images(self, pixel_values: torch.Tensor) -> ICLIPImageFeatures:
         if pixel_values.shape[2:] != (self.side, self.side):
             raise ValueError(
                 f"Expected images of {self.side}x{self.side} pixels for this open_clip model, got "
                 f"{tuple(pixel_values.shape)}: resize them."
             )
-        output = self.model.visual.forward_intermediates(pixel_values, indices=1)
+        output = self.network.visual.forward_intermediates(pixel_values, indices=1)
         (stream,) = output["image_intermediates"]  # (B, D, h, w)
         return ICLIPImageFeatures(
             image_embeds=unit(output["image_features"]),
@@ -61,22 +71,22 @@ class OpenCLIPAdapter(ModelAdapter):
         )
 
     def project(self, stream: torch.Tensor) -> torch.Tensor:
-        return self.model.visual.ln_post(stream) @ self.model.visual.proj
+        return self.network.visual.ln_post(stream) @ self.network.visual.proj
 
 
-class OpenCLIPResNetAdapter(OpenCLIPAdapter):
+class ExplainableOpenCLIPResNet(ExplainableOpenCLIP):
     """
     A ResNet, whose only attention layer is the pooling at its end. A position is projected into the space of the texts as the
     pooling does with all attention on this position: by value and output projection.
     """
 
     def _prepare_layers(self) -> None:
-        pool = self.model.visual.attnpool
+        pool = self.network.visual.attnpool
         pool.forward = partial(_attention_pool, pool)
         self._add_layer(pool, pool, head_output(pool.c_proj))
 
     def project(self, stream: torch.Tensor) -> torch.Tensor:
-        pool = self.model.visual.attnpool
+        pool = self.network.visual.attnpool
         return pool.c_proj(pool.v_proj(stream + pool.positional_embedding[1:]))
 
 

@@ -1,0 +1,215 @@
+"""The interface of a loaded model that explains: what every model can, and what those can whose layers are recorded."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from enum import Enum
+
+import torch
+from torch import nn
+
+from ..modeling_iclip import ICLIPImageFeatures, ICLIPTextFeatures, average_templates, cosines, normalize
+from ..prompts import check_templates
+from ..similarity import cosine_similarity_map
+from ..utils.digests import content_digest, weights_digest
+from .recording import AttentionLayer, AttentionRecord, merge_heads, prepare, private_copy, record
+
+
+# Number of prompts in one forward pass. All prompts of 80 classes in 80 templates would take gigabytes.
+TEXT_BATCH = 256
+
+
+class Pooling(Enum):
+    """What the score of an image and a text is computed from."""
+
+    ONE_QUERY = (
+        "one_query"  # output of the first query of the last attention: of the class token, or of a pooling head
+    )
+    PATCHES = "patches"  # one vector, pooled from patch tokens
+    SIMILARITIES = "similarities"  # the similarities of all patches with the text; the image has no vector
+
+
+class ExplainableModel(ABC):
+    """
+    A loaded model with its processor, which explanations, evaluations and analyses take. [`load`] returns one.
+
+    Attributes:
+        network: the model itself. A model of PyTorch is a private copy that shares the weights of the given one.
+        processor ([`ICLIPProcessor`]): prepares `pixel_values` of whole images, without a crop.
+        templates (`list[str]`): default prompts for labels.
+        pooling ([`Pooling`]): of the score, by the recognition branch.
+        map_pooling ([`Pooling`]): of the branch that computes the maps.
+    """
+
+    pooling = map_pooling = Pooling.ONE_QUERY
+
+    def __init__(self, model, processor):
+        self._given = model, processor
+        self.network = model
+        self.processor = processor
+        self.templates = processor.templates
+
+    @property
+    def identity(self) -> dict[str, str]:
+        """Name, digest of the weights and dtype of the model, for results. Reads all weights."""
+        return identity(self._given[0])
+
+    def encode_texts(self, labels: Sequence[str], templates: Sequence[str] | None = None) -> ICLIPTextFeatures:
+        """
+        Encodes T labels, averaged over the templates.
+
+        Args:
+            labels: class names or phrases.
+            templates: prompts with one `{}` each; the processor's if not given. `["{}"]` takes the labels as they are.
+
+        Returns:
+            [`ICLIPTextFeatures`] with `text_embeds` and `map_text_embeds` of shape `(T, P)`, unit vectors.
+        """
+        if isinstance(labels, str) or len(labels) == 0:
+            raise ValueError(f"Expected a list of at least one label, got {labels!r}: pass such a list.")
+        templates = check_templates(self.templates if templates is None else templates)
+        step = max(1, TEXT_BATCH // len(templates))
+        with torch.no_grad():
+            parts = [self._encode_texts(list(labels[i : i + step]), templates) for i in range(0, len(labels), step)]
+        return join_texts(parts)
+
+    @abstractmethod
+    def _encode_texts(self, labels: list[str], templates: list[str]) -> ICLIPTextFeatures: ...
+
+    @abstractmethod
+    def encode_images(self, pixel_values: torch.Tensor) -> ICLIPImageFeatures:
+        """Encodes `(B, 3, H, W)` as unit vectors of images `(B, P)` and of patches `(B, h, w, P)`."""
+
+    @abstractmethod
+    def attention(self, pixel_values: torch.Tensor) -> tuple[ICLIPImageFeatures, torch.Tensor]:
+        """Encodes images. Returns their features, and the attention of the query that pools the patches, `(B, N)`."""
+
+    def similarity_maps(self, image: ICLIPImageFeatures, texts: ICLIPTextFeatures) -> torch.Tensor:
+        """Computes raw maps `(B, T, h, w)`: the cosine of every patch with every text (Eq. 1-3)."""
+        return cosine_similarity_map(image.patch_embeds, texts.map_text_embeds)
+
+    def match(self, image: ICLIPImageFeatures, texts: ICLIPTextFeatures) -> torch.Tensor:
+        """Scores how well images match texts, `(B, T)`, float32: their cosines, or [`ICLIPModel.match`] for ICLIP."""
+        return cosines(image.image_embeds, texts.text_embeds)
+
+
+class RecordableModel(ExplainableModel):
+    """
+    A model whose attention layers of the image tower can be recorded.
+
+    Attributes:
+        layers (list of `AttentionLayer`): attention layers of the image tower in order; a pooling head is the last.
+        blocks (list of `nn.Module`): the modules that these layers belong to.
+    """
+
+    def __init__(self, model: nn.Module, processor):
+        super().__init__(model, processor)
+        self.network = private_copy(model)
+        self.layers: list[AttentionLayer] = []
+        self.blocks: list[nn.Module] = []
+        self._prepare_layers()
+
+    @abstractmethod
+    def _prepare_layers(self) -> None:
+        """Prepares the attention layers for recording and lists them in `layers`."""
+
+    def _add_layer(
+        self, block: nn.Module, attention: nn.Module, output: Callable, mlp: Callable | None = None
+    ) -> None:
+        prepare(len(self.layers), block, attention)
+        self.blocks.append(block)
+        self.layers.append(AttentionLayer(output, mlp))
+
+    def encode_images(self, pixel_values: torch.Tensor) -> ICLIPImageFeatures:
+        weight = next(self.network.parameters())
+        return self._encode_images(pixel_values.to(weight.device, weight.dtype))
+
+    @abstractmethod
+    def _encode_images(self, pixel_values: torch.Tensor) -> ICLIPImageFeatures: ...
+
+    def attention(self, pixel_values: torch.Tensor) -> tuple[ICLIPImageFeatures, torch.Tensor]:
+        image, (layer,) = self.trace(pixel_values, weights=True)
+        return image, layer.weights[:, :, 0, -math.prod(image.grid) :].float().mean(1)
+
+    @abstractmethod
+    def project(self, stream: torch.Tensor) -> torch.Tensor:
+        """Projects patches of the stream that leaves the last block, `(B, N, D)`, into the space of the texts, `(B, N, P)`."""
+
+    def logit_scale(self) -> torch.Tensor:
+        """Returns the factor by which the model multiplies the cosines of images and texts."""
+        return self.network.logit_scale.exp()
+
+    def self_attentions(self, method: str) -> list[int]:
+        """
+        Returns the indices of the layers that are self-attentions of transformer blocks.
+
+        Raises:
+            `ValueError`: there are none.
+        """
+        blocks = [index for index, layer in enumerate(self.layers) if layer.residual]
+        if not blocks:
+            raise ValueError(
+                f"Expected an image tower of transformer blocks for {method}, got one without self-attention: use itsm, "
+                "grad_cam, grad_eclip, bi_modal or attention."
+            )
+        return blocks
+
+    def trace(
+        self, pixel_values: torch.Tensor, start: int = -1, grad: bool = False, weights: bool = False
+    ) -> tuple[ICLIPImageFeatures, list[AttentionRecord]]:
+        """Encodes images and records the attention layers from `start` on, see `record`."""
+        return record(lambda: self.encode_images(pixel_values), range(len(self.layers))[start], grad, weights)
+
+
+def recordable(model: ExplainableModel, purpose: str) -> RecordableModel:
+    """
+    Returns the model if its layers can be recorded.
+
+    Raises:
+        `ValueError`: they cannot, because it is an ONNX model.
+    """
+    if not isinstance(model, RecordableModel):
+        raise ValueError(
+            f"Expected a PyTorch model for {purpose}, which needs the layers of the image tower, got an ONNX model: use itsm, "
+            "reversed_itsm or attention, or the model that was exported."
+        )
+    return model
+
+
+def identity(model) -> dict[str, str]:
+    """Returns the description of a model in results: its name, a digest of its weights, and its dtype."""
+    is_module = isinstance(model, nn.Module)
+    dtype = next(model.parameters()).dtype if is_module else model.dtype
+    name = getattr(getattr(model, "config", None), "_name_or_path", "") or type(model).__name__
+    weights = weights_digest(model) if is_module else content_digest(sorted(model.folder.glob("*.onnx*")))
+    return {"model": name, "weights": weights, "dtype": str(dtype).removeprefix("torch.")}
+
+
+def join_texts(parts: Sequence[ICLIPTextFeatures]) -> ICLIPTextFeatures:
+    """Joins texts that were encoded in parts, `(..., T, P)` each."""
+    names = ("text_embeds", "map_text_embeds")
+    return ICLIPTextFeatures(**{name: torch.cat([part[name] for part in parts], -2) for name in names})
+
+
+def unit(features: torch.Tensor) -> torch.Tensor:
+    """Normalizes features to unit vectors, float32."""
+    return normalize(features.float())
+
+
+def text_features(projected: torch.Tensor, num_templates: int) -> ICLIPTextFeatures:
+    """Averages the unit vectors of each label's prompts, `(T * num_templates, P)`, to unit vectors `(T, P)`."""
+    embeds = unit(average_templates(projected.float(), num_templates))
+    return ICLIPTextFeatures(text_embeds=embeds, map_text_embeds=embeds)
+
+
+def head_output(projection: nn.Module, scale: nn.Module | None = None) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Creates an `AttentionLayer.output`: merged heads, output projection, and the layer scale if the model has one."""
+    scale = nn.Identity() if scale is None else scale
+    return lambda heads: scale(projection(merge_heads(heads)))
+
+
+def block_mlp(norm: nn.Module, mlp: nn.Module, scale: nn.Module | None = None) -> nn.Sequential:
+    """Creates an `AttentionLayer.mlp`: norm, MLP, and the layer scale if the model has one."""
+    return nn.Sequential(norm, mlp, nn.Identity() if scale is None else scale)

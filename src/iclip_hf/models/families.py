@@ -1,0 +1,222 @@
+"""The models of Transformers that explain: ICLIP, also in ONNX, and CLIP, MetaCLIP 2, SigLIP, SigLIP2 and TIPSv2."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from transformers import CLIPModel, SiglipImageProcessor
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+from ..configuration_iclip import patch_side
+from ..modeling_iclip import ICLIPImageFeatures, ICLIPModel, ICLIPTextFeatures
+from ..processing_iclip import ICLIPProcessor
+from .explainable import ExplainableModel, Pooling, RecordableModel, block_mlp, head_output, text_features, unit
+from .onnx import ONNXModel
+from .recording import AttentionRecord, prepare, record
+
+
+class TransformersModel(RecordableModel):
+    """Base class for models of transformers, whose attention function can be replaced by its name."""
+
+    _text_layer: nn.Module | None = None
+
+    def _prepare_layers(self) -> None:
+        tower = self.network.vision_model
+        tower.set_attn_implementation("iclip_recorded")
+        for block in tower.modules():
+            if isinstance(block, GradientCheckpointingLayer):
+                attention = next(child for child in block.children() if hasattr(child, "v_proj"))
+                projection = attention.o_proj if hasattr(attention, "o_proj") else attention.out_proj
+                norm = [child for child in block.children() if isinstance(child, nn.LayerNorm)][1]
+                self._add_layer(
+                    block,
+                    attention,
+                    head_output(projection, getattr(block, "layer_scale1", None)),
+                    block_mlp(norm, block.mlp, getattr(block, "layer_scale2", None)),
+                )
+
+    def trace_texts(self, labels: list[str], templates: list[str]) -> tuple[ICLIPTextFeatures, AttentionRecord]:
+        """
+        Encodes labels with a graph from the last attention layer of the text tower on, and records this layer with its weights,
+        see `record`.
+        """
+        tower = self.network.text_model
+        if self._text_layer is None:
+            self._text_layer = [one for one in tower.modules() if isinstance(one, GradientCheckpointingLayer)][-1]
+            prepare(0, self._text_layer)
+        own = tower.config._attn_implementation
+        tower.set_attn_implementation("iclip_recorded")
+        try:
+            features, layers = record(lambda: self._encode_texts(labels, templates), 0, grad=True, weights=True)
+        finally:
+            tower.set_attn_implementation(own)  # so that texts are always encoded alike
+        return features, layers[-1]
+
+    def _final_norm(self, stream: torch.Tensor) -> torch.Tensor:
+        norms = [child for child in self.network.vision_model.children() if isinstance(child, nn.LayerNorm)]
+        return norms[-1](stream)
+
+
+class _ICLIP(ExplainableModel):
+    """ICLIP, whose own functions are used where they exist."""
+
+    def __init__(self, model: ICLIPModel | ONNXModel, processor: ICLIPProcessor):
+        super().__init__(model, processor)
+        config = model.config
+        self.map_pooling = Pooling.ONE_QUERY if config.pooling == "class_token" else Pooling.PATCHES
+        if config.max_over == "similarity":
+            self.map_pooling = Pooling.SIMILARITIES
+        self.pooling = self.map_pooling
+        if config.dual_projection:
+            self.pooling = Pooling.ONE_QUERY if config.recognition_pooling == "class_token" else Pooling.PATCHES
+
+    def _encode_texts(self, labels: list[str], templates: list[str]) -> ICLIPTextFeatures:
+        inputs = self.processor(labels=labels, templates=templates).to(self.network.device)
+        return self.network.get_text_features(**inputs)
+
+    def attention(self, pixel_values: torch.Tensor) -> tuple[ICLIPImageFeatures, torch.Tensor]:
+        image = self.encode_images(pixel_values)
+        return image, image.attention
+
+    def similarity_maps(self, image: ICLIPImageFeatures, texts: ICLIPTextFeatures) -> torch.Tensor:
+        return self.network.similarity_maps(image, texts)
+
+    def match(self, image: ICLIPImageFeatures, texts: ICLIPTextFeatures) -> torch.Tensor:
+        return self.network.match(image, texts)
+
+
+class ExplainableICLIP(_ICLIP, TransformersModel):
+    """ICLIP in PyTorch."""
+
+    def __init__(self, model: ICLIPModel, processor: ICLIPProcessor):
+        super().__init__(model, processor)
+        self.network.config.lock_vision = False  # of the copy: gradient methods differentiate through the tower
+
+    def _encode_images(self, pixel_values: torch.Tensor) -> ICLIPImageFeatures:
+        return self.network.get_image_features(pixel_values)
+
+    def project(self, stream: torch.Tensor) -> torch.Tensor:
+        return self.network.map_branch.visual_projection(self.network.centered_tokens(self._final_norm(stream)))
+
+    def logit_scale(self) -> torch.Tensor:
+        return self.network.logit_scales()[0]
+
+
+class ExplainableONNX(_ICLIP):
+    """ICLIP in ONNX Runtime, for methods that do not need the layers of the image tower."""
+
+    def encode_images(self, pixel_values: torch.Tensor) -> ICLIPImageFeatures:
+        return self.network.get_image_features(pixel_values)
+
+
+class ExplainableCLIP(TransformersModel):
+    """CLIP. Its patch tokens are projected by the norm and the projection of the class token."""
+
+    text_padding = "longest"
+
+    def __init__(self, model: CLIPModel, processor):
+        own_processor = ICLIPProcessor(
+            self._whole_image_processor(model.config.vision_config, processor.image_processor),
+            processor.tokenizer,
+            patch_size=patch_side(model.config.vision_config),
+            max_text_length=model.config.text_config.max_position_embeddings,
+            text_padding=self.text_padding,
+        )
+        super().__init__(model, own_processor)
+
+    def _whole_image_processor(self, vision_config, image_processor):
+        """Copies an image processor so that it resizes the whole image to the size of the model's training images."""
+        side = vision_config.image_size
+        options = {"size": {"height": side, "width": side}, "do_center_crop": False, "do_convert_rgb": True}
+        return type(image_processor)(**(image_processor.to_dict() | options))
+
+    def _encode_texts(self, labels: list[str], templates: list[str]) -> ICLIPTextFeatures:
+        inputs = self.processor(labels=labels, templates=templates).to(self.network.device)
+        num_templates = inputs.pop("num_templates", 1)
+        return text_features(self.network.get_text_features(**inputs).pooler_output, num_templates)
+
+    def _encode_images(self, pixel_values: torch.Tensor) -> ICLIPImageFeatures:
+        output = self._vision_output(pixel_values)
+        grid = tuple(side // self.processor.patch_size for side in pixel_values.shape[2:])
+        patch_tokens = output.last_hidden_state[:, -grid[0] * grid[1] :]
+        patch_embeds = unit(self._project_output(patch_tokens)).unflatten(1, grid)
+        return ICLIPImageFeatures(image_embeds=unit(output.pooler_output), patch_embeds=patch_embeds)
+
+    def _vision_output(self, pixel_values: torch.Tensor) -> BaseModelOutputWithPooling:
+        return self.network.get_image_features(pixel_values, interpolate_pos_encoding=True)
+
+    def _project_output(self, patch_tokens: torch.Tensor) -> torch.Tensor:
+        """Projects patch tokens as the tower returns them. CLIP returns them without the final norm."""
+        return self.project(patch_tokens)
+
+    def project(self, stream: torch.Tensor) -> torch.Tensor:
+        return self.network.visual_projection(self._final_norm(stream))
+
+
+class ExplainableSiglip(ExplainableCLIP):
+    """
+    SigLIP, which has no class token but a pooling head, whose query is a learned probe. A patch is projected into the space of the
+    texts as the head does with all attention on this patch: by value, output projection and MLP.
+    """
+
+    text_padding = "max_length"
+
+    def _prepare_layers(self) -> None:
+        super()._prepare_layers()
+        head = self.network.vision_model.head
+        self._add_layer(head, head.attention, head_output(head.attention.out_proj))
+
+    def _project_output(self, patch_tokens: torch.Tensor) -> torch.Tensor:
+        head = self.network.vision_model.head
+        weight, bias = head.attention.in_proj_weight.chunk(3)[2], head.attention.in_proj_bias.chunk(3)[2]
+        pooled = head.attention.out_proj(F.linear(patch_tokens, weight, bias))
+        return pooled + head.mlp(head.layernorm(pooled))
+
+    def project(self, stream: torch.Tensor) -> torch.Tensor:
+        return self._project_output(self._final_norm(stream))
+
+
+class ExplainableTipsv2(ExplainableCLIP):
+    """TIPSv2. Its towers share one space, so class token and patches are compared with texts without a projection."""
+
+    def _vision_output(self, pixel_values: torch.Tensor) -> BaseModelOutputWithPooling:
+        return self.network.get_image_features(pixel_values)
+
+    def _project_output(self, patch_tokens: torch.Tensor) -> torch.Tensor:
+        return patch_tokens  # after the final norm
+
+    def project(self, stream: torch.Tensor) -> torch.Tensor:
+        return self._final_norm(stream)
+
+    def logit_scale(self) -> torch.Tensor:
+        return 1 / self.network.temperature
+
+
+class ExplainableSiglip2(ExplainableSiglip):
+    """SigLIP2 for images of any shape (NaFlex). All patches of an image are passed, so none is padding."""
+
+    def _whole_image_processor(self, vision_config, image_processor):
+        side = math.isqrt(vision_config.num_patches) * patch_side(vision_config)
+        return whole_image_processor(
+            side, image_processor.image_mean, image_processor.image_std, image_processor.resample
+        )
+
+    def _vision_output(self, pixel_values: torch.Tensor) -> BaseModelOutputWithPooling:
+        patch = self.processor.patch_size
+        patches = pixel_values.unfold(2, patch, patch).unfold(3, patch, patch)  # (B, 3, h, w, patch, patch)
+        shapes = torch.tensor(patches.shape[2:4], device=patches.device).expand(len(patches), 2)
+        patches = patches.permute(0, 2, 3, 4, 5, 1).flatten(3).flatten(1, 2)  # (B, h * w, patch * patch * 3)
+        mask = torch.ones(patches.shape[:2], dtype=torch.long, device=patches.device)
+        return self.network.get_image_features(patches, pixel_attention_mask=mask, spatial_shapes=shapes)
+
+
+def whole_image_processor(side: int, mean: Sequence[float], std: Sequence[float], resample: int):
+    """Creates an image processor that resizes whole images to a square of `side` pixels."""
+    return SiglipImageProcessor(
+        size={"height": side, "width": side}, image_mean=mean, image_std=std, resample=resample, do_convert_rgb=True
+    )

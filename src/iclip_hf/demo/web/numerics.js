@@ -2,20 +2,29 @@
 // enlarged maps. The tests compare each with its counterpart in Python.
 
 /**
- * The orientation in the EXIF data of a PNG or WebP file, 1 to 8; 1 for any other file. Browsers turn JPEG files themselves, and differ
- * in these.
+ * The orientation in the EXIF data of a PNG or WebP file, 1 to 8, and the file without these data, because some browsers turn such
+ * files and some do not. Other files come back as they are, with 1: all browsers turn JPEG files.
  */
-export function orientation(bytes) {
+export function withoutOrientation(bytes) {
   const view = new DataView(bytes.buffer, bytes.byteOffset, bytes.byteLength);
   const letters = (at) => String.fromCharCode(...bytes.subarray(at, at + 4));
   const png = letters(0) === "\x89PNG", webp = letters(0) === "RIFF" && letters(8) === "WEBP";
-  if (!png && !webp) return 1;
-  for (let at = png ? 8 : 12; at + 8 <= bytes.length;) {
+  for (let at = png ? 8 : 12; (png || webp) && at + 8 <= bytes.length;) {
     const length = view.getUint32(png ? at : at + 4, webp), name = letters(png ? at + 4 : at);
-    if (name === "eXIf" || name === "EXIF") return tiffOrientation(bytes.subarray(at + 8, at + 8 + length));
-    at += png ? length + 12 : length + 8 + length % 2;
+    const end = Math.min(bytes.length, at + (png ? length + 12 : length + 8 + length % 2));
+    if (name === "eXIf" || name === "EXIF") {
+      const content = new Uint8Array(bytes.length - (end - at));
+      content.set(bytes.subarray(0, at));
+      content.set(bytes.subarray(end), at);
+      if (webp) {
+        new DataView(content.buffer).setUint32(4, content.length - 8, true);
+        content[20] &= ~8; // the flag for EXIF data
+      }
+      return { orientation: tiffOrientation(bytes.subarray(at + 8, at + 8 + length)), content };
+    }
+    at = end;
   }
-  return 1;
+  return { orientation: 1, content: bytes };
 }
 
 function tiffOrientation(bytes) {

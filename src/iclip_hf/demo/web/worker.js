@@ -71,9 +71,10 @@ async function decode(blob) {
   const file = blob.name ?? "this image";
   let bitmap, orientation;
   try {
-    orientation = numerics.orientation(new Uint8Array(await blob.arrayBuffer()));
-    const options = orientation > 1 ? { imageOrientation: "none" } : {}; // turned by `draw`
-    bitmap = await createImageBitmap(blob, { colorSpaceConversion: "none", ...options }); // the pixels that Python reads
+    const file = numerics.withoutOrientation(new Uint8Array(await blob.arrayBuffer()));
+    orientation = file.orientation;
+    // The pixels that Python reads.
+    bitmap = await createImageBitmap(new Blob([file.content], { type: blob.type }), { colorSpaceConversion: "none" });
   } catch {
     throw new Sentence(`${file}: this browser cannot read it as a photograph. Save it as JPEG, PNG or WebP and try again` +
       (/hei[cf]/i.test(`${blob.type} ${file}`) ? " (of HEIC, only Safari shows the content)." : "."));

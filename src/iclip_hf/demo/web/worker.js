@@ -71,10 +71,10 @@ async function decode(blob) {
   const file = blob.name ?? "this image";
   let bitmap, orientation;
   try {
-    const file = numerics.withoutOrientation(new Uint8Array(await blob.arrayBuffer()));
-    orientation = file.orientation;
+    const stored = numerics.withoutOrientation(new Uint8Array(await blob.arrayBuffer()));
+    orientation = stored.orientation;
     // The pixels that Python reads.
-    bitmap = await createImageBitmap(new Blob([file.content], { type: blob.type }), { colorSpaceConversion: "none" });
+    bitmap = await createImageBitmap(new Blob([stored.content], { type: blob.type }), { colorSpaceConversion: "none" });
   } catch {
     throw new Sentence(`${file}: this browser cannot read it as a photograph. Save it as JPEG, PNG or WebP and try again` +
       (/hei[cf]/i.test(`${blob.type} ${file}`) ? " (of HEIC, only Safari shows the content)." : "."));

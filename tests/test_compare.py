@@ -6,7 +6,7 @@ from conftest import tiny_model
 from PIL import Image
 
 from iclip_hf import cli, explain
-from iclip_hf.utils import plots
+from iclip_hf.figures import sheets
 
 
 NAMES = ["dog", "red ball", "car"]
@@ -34,13 +34,13 @@ def folder(tmp_path_factory, tiny_processor):
 def sheet(monkeypatch):
     """What the command gives the plot."""
     seen = {}
-    draw = plots.comparison_sheet
+    draw = sheets.comparison_sheet
 
     def spy(image, heatmaps, row_titles, **options):
         seen.update(image=image, heatmaps=heatmaps, row_titles=row_titles)
         return draw(image, heatmaps, row_titles, **options)
 
-    monkeypatch.setattr(plots, "comparison_sheet", spy)
+    monkeypatch.setattr(sheets, "comparison_sheet", spy)
     return seen
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from ..utils.names import POOLINGS
 from .common import (
-    PICTURES,
+    CHARTS,
     add_dataset_options,
     add_dpi_option,
     add_limit_option,
@@ -109,7 +109,7 @@ def _channels(options: argparse.Namespace) -> int:
     from ..images import load_image
     from ..utils.files import check_outputs
 
-    check_file("--output", options.output, PICTURES)
+    check_file("--output", options.output, CHARTS)
     check_outputs([options.output], options.images, options.overwrite)
     images = [load_image(path) for path in options.images]
     from ..evaluation.analysis import channel_matches
@@ -127,7 +127,7 @@ def _relation(options: argparse.Namespace) -> int:
 
     pictures = {"--output": options.output, **({"--bars": options.bars} if options.bars else {})}
     for option, path in pictures.items():
-        check_file(option, path, PICTURES)
+        check_file(option, path, CHARTS)
     check_outputs(pictures.values(), [options.evaluation], options.overwrite)
     method, rows = _read_classes(options.evaluation, options.method)
     from ..evaluation.analysis import relation

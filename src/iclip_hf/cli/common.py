@@ -18,7 +18,7 @@ from typing import TypeVar
 
 from ..data.class_names import DATASETS
 from ..prompts import check_templates, check_text
-from ..utils.names import COLORMAP, DTYPES, METHOD_GROUP, METHODS
+from ..utils.names import COLORMAPS, DTYPES, METHOD_GROUP, METHODS
 
 
 Value = TypeVar("Value")
@@ -27,7 +27,9 @@ Value = TypeVar("Value")
 _ACTING = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 # Numbers of options in malloc.h.
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
-PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".pdf", ".svg")
+# Files of pictures, and of charts.
+PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".pdf")
+CHARTS = (*PICTURES, ".svg")
 
 
 def sentence(description: str) -> str:
@@ -133,10 +135,9 @@ def add_refine_option(command: argparse.ArgumentParser, tasks: str = "", default
 def add_colormap_option(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--colormap",
-        default=COLORMAP,
-        type=checked(check_colormap),
-        metavar="NAME",
-        help=f'matplotlib colormap, for example "cividis", which colour-blind readers can read (default: {COLORMAP})',
+        default=COLORMAPS[0],
+        choices=COLORMAPS,
+        help=f"colours of the maps: cividis is safe for colour-blind readers, jet is the paper's (default: {COLORMAPS[0]})",
     )
 
 
@@ -204,19 +205,6 @@ def check_prompt(prompt: str) -> str:
     return prompt
 
 
-def check_colormap(name: str) -> str:
-    """Returns the name of a colormap. Raises `ValueError` unless matplotlib has it, which is imported only for other than the default."""
-    if name == COLORMAP:
-        return name
-    from matplotlib import colormaps
-
-    if name not in colormaps:
-        raise ValueError(
-            f'Expected a colormap of matplotlib, such as "jet" or "cividis", got {name!r}: choose one of them.'
-        )
-    return name
-
-
 def share(text: str) -> float:
     """Parses a number in [0, 1], as a type for argparse."""
     try:
@@ -281,18 +269,26 @@ def check_folder(option: str, path: Path) -> None:
 
 
 def save_figure(figure, path: Path, dpi: int = 120, overwrite: bool = False) -> None:
-    """Writes a figure by [`iclip_hf.utils.files.new_file`], in the format of the file name's suffix."""
+    """
+    Writes a PIL image, or a figure of matplotlib, by [`iclip_hf.utils.files.new_file`], in the format of the file name's suffix.
+    """
+    from PIL import Image
+
     from ..utils.files import SOFTWARE, new_file
 
     form = path.suffix[1:].lower()
-    if form in ("pdf", "svg"):
-        options = {"metadata": {"Creator": SOFTWARE}}
-    else:
-        # Run lengths: the PNG of a photograph is as small as by the default compression, in a quarter of the time.
-        compression = {"compress_type": zlib.Z_RLE} if form == "png" else {}
-        options = {"pil_kwargs": {"exif": software_exif(), **compression}}
+    exif = {"exif": software_exif()}
     with new_file(path, overwrite) as partial:
-        figure.savefig(partial, format=form, dpi=dpi, **options)
+        if not isinstance(figure, Image.Image):
+            vector = form in ("pdf", "svg")
+            own = {"metadata": {"Creator": SOFTWARE}} if vector else {"pil_kwargs": exif}
+            figure.savefig(partial, format=form, dpi=dpi, **own)
+        elif form == "pdf":
+            figure.save(partial, "PDF", quality=92, resolution=dpi, creator=SOFTWARE.encode())
+        else:
+            # Run lengths: the PNG of a photograph is as small as by the default compression, in a quarter of the time.
+            options = {"compress_type": zlib.Z_RLE} if form == "png" else {"quality": 92}
+            figure.save(partial, Image.registered_extensions()[f".{form}"], dpi=(dpi, dpi), **options, **exif)
 
 
 def software_exif():

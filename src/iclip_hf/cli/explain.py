@@ -23,7 +23,7 @@ from .common import (
     save_figure,
     share,
 )
-from .pictures import at_picture_size, pictures_to_write, write_pictures
+from .pictures import picture_dpi, pictures_to_write, write_pictures
 
 
 def add_options(command: argparse.ArgumentParser) -> None:
@@ -136,11 +136,14 @@ def _explain_images(options: argparse.Namespace) -> int:
     if not images:
         return 2
     localizer = _localizer(options)
+    from ..figures.sheets import draw
     from ..regions import run_lengths
 
     def write(image, explanation, picture: Path) -> dict:
         texts = [{**text, "mask": run_lengths(mask)} for text, mask in explanation.records_and_masks()]
-        _draw(image, explanation, options, picture)
+        dpi = picture_dpi(picture)
+        sheet = draw(explanation, image, colormap=options.colormap, dpi=dpi)
+        save_figure(sheet, picture, dpi, options.overwrite)
         if options.npz:
             _save_arrays(explanation, _array_file(picture), options.overwrite)
         return {"texts": texts}
@@ -149,7 +152,7 @@ def _explain_images(options: argparse.Namespace) -> int:
     if options.json:  # one line for each image, because run lengths are long
         echo("[" + ",\n ".join(json.dumps(entry, ensure_ascii=False) for entry in report) + "]")
     else:
-        _print_table(report)
+        _print_table(report, options.min_presence)
     return 0 if len(report) == len(options.images) else 2
 
 
@@ -198,17 +201,6 @@ def _array_file(picture: Path) -> Path:
     return picture.with_suffix(".npz")
 
 
-def _draw(image, explanation, options: argparse.Namespace, path: Path) -> None:
-    from ..utils.plots import explanation_grid
-
-    drawn, shown = at_picture_size(image, explanation, path)
-    titles = [f"{text}  {score:+.2f}" for text, score in zip(explanation.labels, explanation.scores.tolist())]
-    absent = (explanation.presence < explanation.min_presence).nonzero()[:, 0].tolist()
-    extras = {"absent": absent, "words": explanation.words, "colormap": options.colormap}
-    sheet = explanation_grid(drawn, shown.maps.numpy(), titles, **extras)
-    save_figure(sheet, path, overwrite=options.overwrite)
-
-
 def _save_arrays(explanation, path: Path, overwrite: bool) -> None:
     import zipfile
 
@@ -230,14 +222,17 @@ def _save_arrays(explanation, path: Path, overwrite: bool) -> None:
             archive.comment = SOFTWARE.encode()
 
 
-def _print_table(report: list[dict]) -> None:
+def _print_table(report: list[dict], min_presence: float) -> None:
+    from ..presence import presence_word
+
     width = max((len(printable(row["text"])) for entry in report for row in entry["texts"]), default=0)
     for entry in report:
         echo(f"{printable(entry['image'])} -> {printable(entry['picture'])}")
-        for row in sorted(entry["texts"], key=lambda row: -row["score"]):
+        for row in entry["texts"]:
             regions = f"{len(row['regions'])} region{'' if len(row['regions']) == 1 else 's'}"
             echo(
-                f"  {printable(row['text']):<{width}}  {row['score']:+.4f}  presence {row['presence']:.2f}  {regions}"
+                f"  {printable(row['text']):<{width}}  {row['score']:+.4f}  {presence_word(row['presence'], min_presence):<7}  "
+                f"presence {row['presence']:.2f}  {regions}"
             )
             if "words" in row:
                 echo("    " + "  ".join(f"{printable(one['word'])} {one['score']:.2f}" for one in row["words"]))

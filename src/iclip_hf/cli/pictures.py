@@ -6,7 +6,6 @@ import argparse
 import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from pathlib import Path
 
 from .common import PICTURES, check_file, check_folder, one_line, printable
@@ -99,10 +98,6 @@ def write_pictures(
     return [entry for entry in report if entry is not None]
 
 
-def at_picture_size(image, explanation, picture: Path):
-    """Returns an image and its explanation at their size in the picture; at twice the size for vector graphics, for zooming."""
-    from ..utils.plots import DPI, VECTOR_FORMATS, cell_sized
-
-    vector = picture.suffix[1:].lower() in VECTOR_FORMATS
-    drawn = cell_sized(image, 2 * DPI if vector else DPI)
-    return drawn, replace(explanation, size=(drawn.height, drawn.width))
+def picture_dpi(path: Path) -> int:
+    """Returns the resolution of a picture in dots per inch: that of print for a PDF, otherwise that of screens."""
+    return 300 if path.suffix.lower() == ".pdf" else 120

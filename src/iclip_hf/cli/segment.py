@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from dataclasses import replace
 from pathlib import Path
 
 from ..presence import MIN_PRESENCE
@@ -22,7 +23,7 @@ from .common import (
     share,
     software_exif,
 )
-from .pictures import at_picture_size, pictures_to_write, write_pictures
+from .pictures import picture_dpi, pictures_to_write, write_pictures
 
 
 def add_options(command: argparse.ArgumentParser) -> None:
@@ -76,8 +77,8 @@ def run(options: argparse.Namespace) -> int:
     threshold = options.threshold
     if threshold is None and not options.background:
         threshold = 0.5
+    from ..figures.sheets import at_picture_size, label_sheet
     from ..localization.localizer import Localizer
-    from ..utils.plots import label_sheet
 
     localizer = Localizer(
         load_silently(options.model, options),
@@ -103,9 +104,10 @@ def run(options: argparse.Namespace) -> int:
             }
             for index, text in enumerate(options.texts)
         ]
-        drawn, shown = at_picture_size(image, explanation, picture)
-        sheet = label_sheet(drawn, shown.label_map(**rule).numpy(), options.texts)
-        save_figure(sheet, picture, overwrite=options.overwrite)
+        dpi = picture_dpi(picture)
+        drawn = at_picture_size(image, dpi)
+        shown = replace(explanation, size=(drawn.height, drawn.width)).label_map(**rule)
+        save_figure(label_sheet(drawn, shown.numpy(), options.texts, dpi=dpi), picture, dpi, options.overwrite)
         _save_labels(labels, len(options.texts), label_file, options.overwrite)
         return {"labels": str(label_file), "segments": segments}
 
@@ -113,7 +115,7 @@ def run(options: argparse.Namespace) -> int:
     if options.json:
         echo(json.dumps(report, indent=2, ensure_ascii=False))
     else:
-        _print_table(report)
+        _print_table(report, options.min_presence)
     return 0 if len(report) == len(options.images) else 2
 
 
@@ -129,8 +131,8 @@ def _save_labels(labels, num_texts: int, path: Path, overwrite: bool) -> None:
     import numpy as np
     from PIL import Image
 
+    from ..figures.colors import label_colors
     from ..utils.files import new_file
-    from ..utils.plots import label_colors
 
     few = num_texts < 255
     image = Image.fromarray((labels + 1).astype(np.uint8 if few else np.uint16))
@@ -140,12 +142,15 @@ def _save_labels(labels, num_texts: int, path: Path, overwrite: bool) -> None:
         image.save(partial, format="PNG", exif=software_exif())
 
 
-def _print_table(report: list[dict]) -> None:
+def _print_table(report: list[dict], min_presence: float) -> None:
+    from ..presence import presence_word
+
     width = max((len(printable(row["text"])) for entry in report for row in entry["segments"]), default=0)
     for entry in report:
         echo(f"{printable(entry['image'])} -> {printable(entry['picture'])}, {printable(entry['labels'])}")
-        for row in sorted(entry["segments"], key=lambda row: -row["area"]):
+        for row in entry["segments"]:
             echo(
-                f"  {printable(row['text']):<{width}}  {row['score']:+.4f}  presence {row['presence']:.2f}  "
+                f"  {printable(row['text']):<{width}}  {row['score']:+.4f}  {presence_word(row['presence'], min_presence):<7}  "
+                f"presence {row['presence']:.2f}  "
                 f"{100 * row['area']:5.1f} % of the image"
             )

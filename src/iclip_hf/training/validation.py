@@ -11,13 +11,14 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
 from ..data.pairs import PairDataset
+from ..figures.colors import overlay
+from ..figures.sheets import picture_grid
 from ..localization.localizer import explain
 from ..losses import contrastive_loss
 from ..modeling_iclip import ICLIPModel
 from ..processing_iclip import ICLIPProcessor
 from ..utils.extras import require_extra
 from ..utils.files import atomic_write, writing_errors
-from ..utils.plots import overlay, picture_grid
 from .interrupts import ignore_signals
 
 
@@ -90,4 +91,4 @@ def draw_examples(
     titles = ["", *columns] + [""] * (len(pictures) - len(columns) - 1)
     sheet = picture_grid(pictures, titles, 1 + len(columns), captions)
     with atomic_write(folder / f"{step:07d}.png") as partial:
-        sheet.image().save(partial, format="png")
+        sheet.save(partial, format="png")

@@ -43,5 +43,5 @@ MEASURES = {name: place for measures in TASKS.values() for name, place in measur
 # Poolings whose channels are compared.
 POOLINGS = ("class_token", "average", "max", "own")
 DTYPES = ("float32", "bfloat16", "float16")
-# Blue is low and red is high, as in the paper's Fig. 1. "cividis" is safe for colour-blind readers.
-COLORMAP = "jet"
+# Colours of maps, see `iclip_hf.figures.colors`; the first is the default.
+COLORMAPS = ("heat", "cividis", "jet")

@@ -254,7 +254,6 @@ def test_arguments_and_files_are_checked_before_torch_is_imported(folder, tmp_pa
         ["analyze", "channels", "none.jpg"],
         ["analyze", "relation", "none.json"],
         ["export", photo, "out", "--results", "none.json"],
-        ["export", "embedded", "out"],
         ["train", "none.csv"],
         ["train", "pairs.csv"],
         ["train", "--config", "none"],

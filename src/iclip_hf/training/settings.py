@@ -236,13 +236,16 @@ class Settings:
 
 
 def add_settings(parser: argparse.ArgumentParser) -> None:
-    """Adds every setting as an option, and `data` also as positional arguments. Settings that are not given are absent from the result."""
+    """
+    Adds every setting as an option, with underscores or dashes, and `data` also as positional arguments. Settings that are not given
+    are absent from the result.
+    """
     for one in fields(Settings):
         kind, several, choices = _kind(one.name)
         options = {"nargs": "+"} if several else {"nargs": "?", "const": True} if kind is bool else {}
         default = "" if one.default in ("", False) or several else f" (default: {one.default})"
         parser.add_argument(
-            f"--{one.name}",
+            *dict.fromkeys([f"--{one.name}", f"--{one.name.replace('_', '-')}"]),
             type=partial(_parse, one.name),
             default=argparse.SUPPRESS,
             metavar="|".join(choices) or one.name.upper(),

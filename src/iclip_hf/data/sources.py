@@ -328,7 +328,7 @@ class Table(_ByteRanges):
                 lines.clear()
         if malformed:
             logger.warning(
-                "%s: %d lines with a missing or stray quote count as bad pairs: line %s",
+                "%s: a missing or stray quote makes bad pairs, %d in all, of line %s",
                 self.path,
                 len(malformed),
                 ", ".join(map(str, malformed[:10])) + (", ..." if len(malformed) > 10 else ""),

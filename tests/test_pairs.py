@@ -858,13 +858,14 @@ def test_rows_of_the_hub_that_name_local_files_are_bad_pairs(tmp_path, monkeypat
         assert pairs.read(0)["captions"] == ["a"]
         with pytest.raises(BadPairError, match="expected an image of the data set itself, but got the path"):
             pairs.read(1)
-        kept = tmp_path / "downloads"
-        monkeypatch.setattr(datasets.config, "DOWNLOADED_DATASETS_PATH", kept)
-        kept.mkdir()
-        secret.rename(kept / "0.jpg")  # as `datasets` downloads them
-        saved = datasets.Dataset.from_dict(
-            {"image": [{"bytes": None, "path": str(kept / "0.jpg")}], "text": ["a"]}, features=features
-        )
+        assert pairs._sources[0].image_files(pairs._ranges) == [None, None]  # nor is it read for the fingerprint
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+        own = tmp_path / "datasets--org--name" / "snapshots" / "1a2b" / "0.jpg"  # as `datasets` downloads it
+        own.parent.mkdir(parents=True)
+        own.symlink_to(own.parents[2] / "blob")
+        secret.rename(own.parents[2] / "blob")
+        rows = {"image": [{"bytes": None, "path": str(own)}], "text": ["a"]}
+        saved = datasets.Dataset.from_dict(rows, features=features)
         assert load_pairs("org/name", streaming=False).read(0)["captions"] == ["a"]
 
 

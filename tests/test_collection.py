@@ -319,6 +319,16 @@ def test_a_foreign_file_is_left_alone(folder, localizer, tmp_path):
         run(localizer, open_images([folder / "images"]), tmp_path)
 
 
+def test_a_truncated_file_is_to_be_deleted(folder, localizer, tmp_path):
+    report = run(localizer, open_images([folder / "images"]), tmp_path)
+    file = report.files[0]
+    os.truncate(file, file.stat().st_size - 20)
+    with pytest.raises(ValueError, match=rf"{file.name}: expected a whole Parquet file, .*; delete it, then rerun"):
+        run(localizer, open_images([folder / "images"]), tmp_path)
+    file.unlink()
+    assert run(localizer, open_images([folder / "images"]), tmp_path).images == report.images
+
+
 def test_sources_that_are_none(folder, tmp_path):
     with pytest.raises(FileNotFoundError, match="expected images or .tar shards"):
         open_images([tmp_path])

@@ -15,8 +15,8 @@ from torch.utils.data import DataLoader
 from iclip_hf.data import SegmentationDataset, load_segmentation
 from iclip_hf.data.class_names import ADE20K, CAMVID, CITYSCAPES, COCO_STUFF, CONTEXT, DATASETS, STUFF, VOC
 from iclip_hf.data.segmentation import _COCOSample
-from iclip_hf.evaluation.evaluate import _Scores
-from iclip_hf.evaluation.metrics import MeanIoU
+from iclip_hf.evaluation.measures.measure import EvaluatedImage
+from iclip_hf.evaluation.metrics import MeanIoU, MeanMaxIoU
 from iclip_hf.prompts import IMAGENET_TEMPLATES
 
 
@@ -244,10 +244,11 @@ def test_many_classes_need_16_bits_and_no_id_is_void(tmp_path):
             sample.label_map, np.where(CROWD, void, np.where(CAT, 1, np.where(DOG, count, 0)))
         )
         # The pixels that count are those without the crowd, and all classes of the image are counted.
-        masks = np.stack([sample.mask(label) for label in labels])
-        scores = _Scores("image")
-        scores.add(_Scores.count((masks == np.array(labels)[:, None, None]).astype(float), masks, labels, void))
-        assert scores.miou.compute()["mmiou"] == 100 and scores.mfmb.compute()["mfmb"] == 1
+        miou = MeanMaxIoU()
+        for label, mask in zip(sample.labels, EvaluatedImage(0, sample, None).masks, strict=True):
+            miou.add_counts(miou.count((mask == label).astype(float), mask, label, void), label)
+        scores = miou.compute()
+        assert scores["mmiou"] == 100 and sorted(scores["per_class"]) == [1, count]
         areas = MeanIoU(count + 1, ignore_index=dataset.void).count(
             np.where(sample.label_map == void, 0, sample.label_map), sample.label_map
         )

@@ -135,6 +135,8 @@ ARGUMENTS = {
     "explain with a presence above 1": ("explain {photo} --text dog --model {model} --min-presence 2", "got 2"),
     "explain with a presence of nan": ("explain {photo} --text dog --model {model} --min-presence nan", "got nan"),
     "explain with a threshold of nan": ("explain {photo} --text dog --model {model} --threshold nan", "got nan"),
+    "explain with a threshold above 1": ("explain {photo} --text dog --model {model} --threshold 1.5", "got 1.5"),
+    "explain with an absent threshold": ("explain {photo} --text dog --model {model} --threshold no.json", "no.json"),
     "explain with a threshold of a folder": (
         "explain {photo} --text dog --model {model} --threshold {folder}",
         "empty",

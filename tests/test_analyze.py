@@ -86,10 +86,6 @@ def test_relation_of_an_evaluation(evaluation, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("content", "more", "message"),
     [
-        (None, [], "results.json"),
-        ("no JSON", [], "that `iclip evaluate --output` writes"),
-        ("[1]", [], "that `iclip evaluate --output` writes"),
-        ('{"per_class": {}}', [], "that `iclip evaluate --output` writes"),
         ('{"per_class": {"itsm": [{"name": "dog"}]}}', [], "that `iclip evaluate --output` writes"),
         (json.dumps({"per_class": {"itsm": [row("a", 1, 1, 1)]}}), ["--method", "gem"], "one of ['itsm'], got 'gem'"),
         (json.dumps({"per_class": {"itsm": [row("a", 1, None, 1)]}}), [], "both AP and MIoU"),

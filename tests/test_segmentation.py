@@ -524,19 +524,9 @@ def test_overrides(voc, form):
     ("content", "problem"),
     [
         ("{", "expected JSON or YAML"),
-        ("[]", "expected a mapping"),
-        ('{"name": {}}', "'name'"),
         ('{"names": {"tvmonitor": "tv"}}', "keys out of .*'aeroplane'.* but got 'tvmonitor'"),
-        ('{"names": {"cat": ""}}', "new name of 'cat' to be text"),
         ('{"names": {"cat": false}}', "new name of 'cat' to be text .*but got False"),
-        ('{"names": {"cat": "dog"}}', "distinct, but got 'dog'"),
-        ('{"names": ["cat"]}', "'names' to map"),
-        ('{"templates": "a {}"}', "'templates' to be a list"),
-        ('{"templates": []}', "'templates' to be a list"),
         ('{"templates": ["a photo"]}', "one '{}'.* but got 'a photo'"),
-        ('{"templates": ["{} and {}"]}', "one '{}'"),
-        ('{"templates": ["{} and {x}"]}', "one '{}'"),
-        ('{"templates": [3]}', "one '{}'.* but got 3"),
     ],
 )
 def test_bad_overrides_name_file_and_entry(voc, content, problem):
@@ -596,10 +586,7 @@ def test_bad_index_masks_are_named(folder):
 @pytest.mark.parametrize(
     ("classes", "problem"),
     [
-        ("", "got 0 of them"),
         ("a\n\nb\n", "no name in line 2"),
-        ("a\nb\na", "a name twice"),
-        ("background\na", "background, which is always id 0"),
         ("\n".join(map(str, range(255))), "got 255 of them"),
     ],
 )

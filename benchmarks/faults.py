@@ -145,7 +145,7 @@ def result(name: str, output: Path) -> dict:
 def rubbish(output: Path) -> list[str]:
     """Returns the partial and hidden files that a finished job left behind."""
     paths = [path.relative_to(output) for path in output.rglob("*")]
-    return [str(path) for path in paths if "partial" in path.name or path.parts[0].startswith(".model-")]
+    return [str(path) for path in paths if "partial" in path.name or path.parts[0].startswith(".model.")]
 
 
 # ---------------------------------------------------------------------------------------------------- running and killing
@@ -289,7 +289,7 @@ class Faults:
         for name in JOBS:
             output, claims = self.output(name, "two"), name not in ("evaluation", "export")
             first = self.start(name, output)
-            _until(lambda: output.exists() and (not claims or any(output.rglob(".lock"))))  # noqa: B023
+            _until(lambda: output.exists() and (not claims or any(output.rglob(".iclip-hf.lock"))))  # noqa: B023
             os.kill(first.pid, signal.SIGSTOP)  # so that the second starts while it runs
             second = self.start(name, output)
             second.wait()

@@ -147,6 +147,7 @@ def test_bad_settings_are_one_sentence(tmp_path, model, capsys, monkeypatch):
     (tmp_path / "clip" / "config.json").write_text('{"model_type": "clip"}')
     (tmp_path / "alone.yaml").write_text(f"vision: embedded\ntext: embedded\ndata: [{table}]")
     (tmp_path / "runs" / "pairs" / "checkpoint-0000003").mkdir(parents=True)
+    (tmp_path / "runs" / "pairs" / "checkpoint-0000003" / "state.json").touch()
     new = ["--output_dir", "new"]
     monkeypatch.setitem(sys.modules, "peft", None)
     for arguments, sentence in (

@@ -12,8 +12,7 @@ from PIL import Image
 
 from iclip_hf import cli, evaluate, explain, load
 from iclip_hf.data.segmentation import load_segmentation
-from iclip_hf.evaluation.faithfulness import evaluate_faithfulness
-from iclip_hf.evaluation.segmentation import evaluate_segmentation
+from iclip_hf.evaluation.measures.segmentation import Segmentation
 from iclip_hf.explainers import Explainer, make_explainer, register_explainer
 from iclip_hf.explainers import explainer as registry
 from iclip_hf.models.explainable import RecordableModel
@@ -113,12 +112,12 @@ def test_a_method_of_another_package(world, dataset, tmp_path, monkeypatch):
 
 def test_evaluations_and_windows_take_a_model_of_open_clip(made, dataset):
     model = load(made("open_clip")[:2])
-    assert evaluate(model, dataset, ["itsm", "gem"], progress=False).results["gem"]["mFMB"] is not None
-    for options in ({"short_side": 32, "window": 32, "stride": 16}, {"min_presence": 0.1}):
-        result = evaluate_segmentation(model, dataset, threshold=0.5, progress=False, **options)
-        assert result.results["itsm"]["mIoU"] is not None
-    result = evaluate_faithfulness(model, dataset, measures=["pointing_game", "randomization"], progress=False)
-    assert len(result.results["itsm"]["randomization"]) == 2
+    measures = ["mAP", "mFMB", "pointing_game", "randomization", Segmentation(threshold=0.5, min_presence=0.1)]
+    found = evaluate(model, dataset, ["itsm", "gem"], measures, progress=False).results["gem"]
+    assert len(found["randomization"]) == 2 and None not in (found["mAP"], found["mFMB"], found["mIoU"])
+    windows = Segmentation(window=32, stride=16, threshold=0.5)
+    result = evaluate(model, dataset, measures=[windows], image_size={"shortest_edge": 32}, progress=False)
+    assert result.results["itsm"]["mIoU"] is not None
 
 
 def test_scores_of_words_leave_the_text_tower_as_it_was(tiny_processor):

@@ -59,6 +59,8 @@ def test_every_source_gives_the_same_model(world):
 def test_what_load_refuses(world, source, options, error, match):
     with pytest.raises(error, match=match):
         load(source(world), **options)
+    with pytest.raises(TypeError, match=r"a pair \(model, processor\)"):
+        explain(world.model, world.processor, [PHOTO], ["dog"])
 
 
 def test_an_image_comes_in_any_form(world, tmp_path):
@@ -69,7 +71,7 @@ def test_an_image_comes_in_any_form(world, tmp_path):
     PHOTO.save(file, format="PNG")
     forms = [tmp_path / "a.png", str(tmp_path / "a.png"), base64.b64encode(file.getvalue()).decode(), array]
     forms += [torch.from_numpy(array.copy()).movedim(-1, 0), array / 255]
-    for found in [*(explain(model, form, ["dog"]) for form in forms), *explain(model, forms, ["dog"])]:
+    for found in [*(explain(model, form, "dog") for form in forms), *explain(model, forms, ["dog"])]:
         assert found.size == (40, 60)
         torch.testing.assert_close(found.raw_maps, expected.raw_maps, atol=1e-5, rtol=0)
     assert len(explain(model, np.stack([array] * 2), [["dog"], ["cat", "sky"]])) == 2

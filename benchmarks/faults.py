@@ -103,7 +103,7 @@ def cache(inputs: Path, output: Path) -> None:
 
 
 def collection(inputs: Path, output: Path) -> None:
-    localizer = Localizer(load_iclip(inputs / "model"), ["dog", "red ball"])
+    localizer = Localizer(inputs / "model", ["dog", "red ball"])
     images = open_images([inputs / "data" / "images"])
     explain_collection(localizer, images, output, images_per_file=3, num_workers=1, progress=False)
 

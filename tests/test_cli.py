@@ -309,3 +309,11 @@ def test_options_of_the_command_are_those_of_the_package():
     for measure in MEASURES:
         own = {option for option, measures in OPTIONS.items() if measure in measures}
         assert own == signature(type(make_measure(measure))).parameters.keys(), measure
+
+
+def test_settings_take_dashes_and_underscores():
+    from iclip_hf.training.settings import parse_settings
+
+    config = ["--config", "iclip-dinov2-s14-minilm"]
+    dashes, underscores = (parse_settings([*config, f"--output{sign}dir", "a", "b"]) for sign in "-_")
+    assert dashes == underscores and (dashes.output_dir, dashes.data) == ("a", ["b"])

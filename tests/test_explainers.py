@@ -757,7 +757,7 @@ def test_images_and_texts_must_match(made):
         with pytest.raises(ValueError, match="for 3 images"):
             explain((model, processor), images(), texts, target_sizes=sizes)
     for some, texts in ([], LABELS), (images(), []):
-        with pytest.raises(ValueError, match="at least one image and a list of texts"):
+        with pytest.raises(ValueError, match="at least one image and one text"):
             explain((model, processor), some, texts)
 
 

@@ -21,7 +21,7 @@ from faults import (
 from PIL import Image
 
 from iclip_hf import ICLIPConfig
-from iclip_hf.evaluation.faithfulness import deletion_insertion
+from iclip_hf.evaluation.measures.deletion_insertion import deletion_insertion
 from iclip_hf.explainers import make_explainer
 from iclip_hf.images import load_image
 from iclip_hf.localization.collection import explain_collection, open_images
@@ -166,7 +166,6 @@ CASES.add(
     {
         "no images": ([], ["dog"]),
         "no texts": (["photo.png"], []),
-        "texts as one string": ([inputs.PHOTO], "dog"),
         "one list too few": ([inputs.PHOTO] * 2, [["dog"]]),
         "an empty list": ([inputs.PHOTO], [[]]),
         "lists and texts": ([inputs.PHOTO] * 2, [["dog"], "cat"]),

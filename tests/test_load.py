@@ -12,8 +12,7 @@ from PIL import Image
 
 from iclip_hf import cli, evaluate, explain, load
 from iclip_hf.data.segmentation import load_segmentation
-from iclip_hf.evaluation.faithfulness import evaluate_faithfulness
-from iclip_hf.evaluation.segmentation import evaluate_segmentation
+from iclip_hf.evaluation.measures.segmentation import Segmentation
 from iclip_hf.explainers import Explainer, make_explainer, register_explainer
 from iclip_hf.explainers import explainer as registry
 from iclip_hf.models.explainable import RecordableModel
@@ -60,6 +59,8 @@ def test_every_source_gives_the_same_model(world):
 def test_what_load_refuses(world, source, options, error, match):
     with pytest.raises(error, match=match):
         load(source(world), **options)
+    with pytest.raises(TypeError, match=r"a pair \(model, processor\)"):
+        explain(world.model, world.processor, [PHOTO], ["dog"])
 
 
 def test_an_image_comes_in_any_form(world, tmp_path):
@@ -70,7 +71,7 @@ def test_an_image_comes_in_any_form(world, tmp_path):
     PHOTO.save(file, format="PNG")
     forms = [tmp_path / "a.png", str(tmp_path / "a.png"), base64.b64encode(file.getvalue()).decode(), array]
     forms += [torch.from_numpy(array.copy()).movedim(-1, 0), array / 255]
-    for found in [*(explain(model, form, ["dog"]) for form in forms), *explain(model, forms, ["dog"])]:
+    for found in [*(explain(model, form, "dog") for form in forms), *explain(model, forms, ["dog"])]:
         assert found.size == (40, 60)
         torch.testing.assert_close(found.raw_maps, expected.raw_maps, atol=1e-5, rtol=0)
     assert len(explain(model, np.stack([array] * 2), [["dog"], ["cat", "sky"]])) == 2
@@ -113,12 +114,12 @@ def test_a_method_of_another_package(world, dataset, tmp_path, monkeypatch):
 
 def test_evaluations_and_windows_take_a_model_of_open_clip(made, dataset):
     model = load(made("open_clip")[:2])
-    assert evaluate(model, dataset, ["itsm", "gem"], progress=False).results["gem"]["mFMB"] is not None
-    for options in ({"short_side": 32, "window": 32, "stride": 16}, {"min_presence": 0.1}):
-        result = evaluate_segmentation(model, dataset, threshold=0.5, progress=False, **options)
-        assert result.results["itsm"]["mIoU"] is not None
-    result = evaluate_faithfulness(model, dataset, measures=["pointing_game", "randomization"], progress=False)
-    assert len(result.results["itsm"]["randomization"]) == 2
+    measures = ["mAP", "mFMB", "pointing_game", "randomization", Segmentation(threshold=0.5, min_presence=0.1)]
+    found = evaluate(model, dataset, ["itsm", "gem"], measures, progress=False).results["gem"]
+    assert len(found["randomization"]) == 2 and None not in (found["mAP"], found["mFMB"], found["mIoU"])
+    windows = Segmentation(window=32, stride=16, threshold=0.5)
+    result = evaluate(model, dataset, measures=[windows], image_size={"shortest_edge": 32}, progress=False)
+    assert result.results["itsm"]["mIoU"] is not None
 
 
 def test_scores_of_words_leave_the_text_tower_as_it_was(tiny_processor):

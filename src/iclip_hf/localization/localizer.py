@@ -16,6 +16,7 @@ from ..explainers import WordExplainer, WordScore, make_explainer, select_texts
 from ..explainers.refinement import refine_maps
 from ..images import map_groups, read_image
 from ..modeling_iclip import ICLIPImageFeatures, ICLIPTextFeatures, cosines
+from ..models.loading import load
 from ..presence import MIN_PRESENCE, presence
 from ..processing_iclip import array_to_image, check_thresholds
 from ..prompts import check_templates
@@ -265,7 +266,7 @@ class Localizer:
 def explain(
     model,
     images,
-    texts: Sequence[str] | Sequence[Sequence[str]],
+    texts: str | Sequence[str] | Sequence[Sequence[str]],
     method: str = "itsm",
     *,
     templates: Sequence[str] | None = None,
@@ -293,7 +294,7 @@ def explain(
         model ([`ExplainableModel`]): or anything that [`load`] takes.
         images: an image, or a list of B images of any shapes: PIL images, numpy arrays or tensors as for [`ICLIPProcessor`], paths,
             URLs or base64 text.
-        texts: labels shared by all images, or for a list of images a list of labels for each; these may differ in length.
+        texts: one label, or labels shared by all images, or for a list of images a list of labels for each; these may differ in length.
         method (`str`), method_options: as for [`make_explainer`].
         templates: prompts with one `{}` each for the labels; the processor's if not given. `["{}"]` takes the texts as they are.
         target_sizes: `(height, width)` in pixels of each image's maps; the size of the image if not given.
@@ -309,14 +310,16 @@ def explain(
         `ValueError`, `TypeError`: as [`make_explainer`] and [`ICLIPProcessor`]; or the numbers of images, texts and sizes differ.
         `OSError`: an image cannot be read.
     """
+    model = load(model)
     is_one = isinstance(images, (Image.Image, str, os.PathLike)) or getattr(images, "ndim", 4) < 4
     images = [
         array_to_image(image) if hasattr(image, "shape") else read_image(image, timeout)
         for image in ([images] if is_one else images)
     ]
-    if not images or isinstance(texts, str) or not len(texts):
+    texts = [texts] if isinstance(texts, str) else texts
+    if not images or not len(texts):
         raise ValueError(
-            f"Expected at least one image and a list of texts, got {len(images)} images and {texts!r:.100}: pass both as lists."
+            f"Expected at least one image and one text, got {len(images)} images and {texts!r:.100}: pass both."
         )
     per_image = all(isinstance(one, (list, tuple)) for one in texts)
     labels = texts if per_image else [None] * len(images)

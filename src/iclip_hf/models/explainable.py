@@ -22,13 +22,14 @@ TEXT_BATCH = 256
 
 
 class Pooling(Enum):
-    """What the score of an image and a text is computed from."""
+    """
+    What the score of an image and a text is computed from: the output of the first query of the last attention, which is that of
+    the class token or of a pooling head; a vector pooled from patch tokens; or the similarities of the patches and the text.
+    """
 
-    ONE_QUERY = (
-        "one_query"  # output of the first query of the last attention: of the class token, or of a pooling head
-    )
-    PATCHES = "patches"  # one vector, pooled from patch tokens
-    SIMILARITIES = "similarities"  # the similarities of all patches with the text; the image has no vector
+    ONE_QUERY = "one_query"
+    PATCHES = "patches"
+    SIMILARITIES = "similarities"
 
 
 class ExplainableModel(ABC):

@@ -35,8 +35,7 @@ ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 # ruff: noqa: E402
 
-from conftest import WORDS, tiny_model
-from test_training import write_pairs
+from conftest import WORDS, tiny_model, write_pairs
 
 from iclip_hf import ICLIPProcessor, cli
 from iclip_hf.data.pairs import load_pairs

@@ -1,3 +1,4 @@
+import copy
 import io
 import os
 import signal
@@ -255,6 +256,11 @@ def test_other_settings_do_not_mix(folder, localizer, whole, tiny_processor):
     retrained = Localizer((tiny_model(seed=1), tiny_processor), TEXTS, threshold=[0.4, 0.6], min_presence=0.2)
     with pytest.raises(ValueError, match="one of other weights; choose another"):
         run(retrained, images, output)
+    brighter = copy.deepcopy(tiny_processor)
+    brighter.image_processor.image_mean = [0.1] * 3
+    brighter = Localizer((tiny_model(), brighter), TEXTS, threshold=[0.4, 0.6], min_presence=0.2)
+    with pytest.raises(ValueError, match="one of other processor; choose another"):
+        run(brighter, images, output)
     assert contents(output) == before
 
 

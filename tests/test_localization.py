@@ -217,8 +217,8 @@ def test_nouns_are_encoded_again_only_when_the_result_changes(tiny_processor, tm
         assert encoded.count(len(BACKGROUND)) == times
         with torch.no_grad():
             expected = model.get_text_features(**tiny_processor(labels=BACKGROUND, templates=templates))
-        assert torch.equal(found.text_embeds, expected.text_embeds)
-        assert torch.equal(found.map_text_embeds, expected.map_text_embeds)
+        torch.testing.assert_close(found.text_embeds, expected.text_embeds)
+        torch.testing.assert_close(found.map_text_embeds, expected.map_text_embeds)
 
     model = tiny_model()
     check(model, 1)
@@ -249,6 +249,19 @@ def test_thresholds_follow_their_texts(tiny_processor):
     assert found.threshold == [0.7, 0.3]
     other = localizer.about(["cat"], 0.2)
     assert (other.texts, other.thresholds, localizer.texts) == (["cat"], [0.2], TEXTS)
+
+
+def test_one_text_is_a_text(tiny_processor):
+    localizer = Localizer((tiny_model(), tiny_processor), "dog")
+    assert localizer.texts == ["dog"] and localizer.about("red ball").texts == ["red ball"]
+
+
+def test_an_encoded_image_can_come_twice(tiny_processor):
+    localizer = Localizer((tiny_model(), tiny_processor), TEXTS)
+    image = localizer.encode(localizer.prepare(IMAGES[0]))
+    (alone,) = localizer.explain([image])
+    for one in localizer.explain([image, image]):
+        assert_same(one, alone)
 
 
 def test_settings_hold_everything_that_results_depend_on(tiny_processor):

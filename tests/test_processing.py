@@ -298,8 +298,12 @@ def test_keywords_are_the_same_in_a_dictionary_of_their_side(tiny_processor):
     torch.testing.assert_close(dict(found), dict(expected))
     padded = tiny_processor(text="dog", text_kwargs={"padding": "max_length", "max_length": 9})
     assert padded["input_ids"].shape == (1, 9)
-    with pytest.raises(ValueError, match="Expected max_length once, got 4 and 5"):
-        tiny_processor(text="dog", max_length=4, text_kwargs={"max_length": 5})
+    for other in (4, 5):
+        with pytest.raises(ValueError, match=f"Expected max_length once, got 4 and {other}"):
+            tiny_processor(text="dog", max_length=4, text_kwargs={"max_length": other})
+    with pytest.raises(ValueError, match="Expected return_tensors once, got 'pt' and 'np'"):
+        options = {"images_kwargs": {"return_tensors": "np"}, "text_kwargs": {"return_tensors": "pt"}}
+        tiny_processor(images=image, text="dog", **options)
 
 
 @pytest.mark.parametrize("return_tensors", ["np", None])

@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -41,6 +42,14 @@ def test_two_objects_by_hand():
     for least in (3 / 40, 5 / 40):  # a part of exactly the least area stays
         assert [region.box for region in find_regions(heatmap, heatmap > 0.5, min_area=least)] == [second.box]
     assert positive_points(heatmap, first).tolist() == [[7, 0]]
+
+
+def test_regions_are_equal_by_what_they_hold():
+    heatmap, mask = random_maps(0)
+    regions, same = (find_regions(heatmap, mask) for _ in range(2))
+    assert regions == same and set(regions) == set(same) and len(regions) == len(set(regions)) > 1
+    first = regions[0]
+    assert first != replace(first, runs=first.runs[:-1]) and first != first.box
 
 
 @pytest.mark.parametrize("seed", range(5))

@@ -8,6 +8,7 @@ from PIL import Image, ImageColor
 from test_cli import folder  # noqa: F401
 
 from iclip_hf import cli
+from iclip_hf.cli.segment import _save_labels
 from iclip_hf.figures import sheets
 from iclip_hf.figures.colors import SEGMENTS, label_colors
 from iclip_hf.figures.sheets import label_sheet
@@ -67,6 +68,16 @@ def test_many_photographs_and_one_that_is_broken(folder, tmp_path, capsys):  # n
     assert "broken.jpg" in err and "undamaged copy" in err
     for place in (tmp_path / "all", tmp_path / "all" / "labels"):
         assert sorted(path.name for path in place.glob("*.png")) == ["a-2.png", "a.png"]
+
+
+@pytest.mark.parametrize("texts, mode, void", [(254, "P", 255), (255, "I;16", 65535)])
+def test_no_id_is_that_of_void_pixels(tmp_path, texts, mode, void):
+    """Whichever texts the image shows: files of one call have one form."""
+    for shown in (np.arange(-1, texts), np.array([-1, 0])):
+        _save_labels(shown[None], texts, tmp_path / "labels" / "a.png")
+        with Image.open(tmp_path / "labels" / "a.png") as labels:
+            assert labels.mode == mode and np.asarray(labels).max() < void
+            np.testing.assert_array_equal(np.asarray(labels)[0], shown + 1)
 
 
 def test_colors_are_those_of_voc():

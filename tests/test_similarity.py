@@ -12,7 +12,7 @@ from iclip_hf.similarity import cosine_similarity_map, min_max_normalize, resize
 def test_resize_equals_the_general_kernel(grid, size, seed):
     maps = torch.randn(2, 3, *grid, generator=torch.Generator().manual_seed(seed))
     expected = F.interpolate(maps, size=size, mode="bicubic", align_corners=False)
-    torch.testing.assert_close(resize_maps(maps, size), expected, atol=5e-6, rtol=0)
+    torch.testing.assert_close(resize_maps(maps, size), expected, atol=2e-5, rtol=0)
 
 
 def test_the_fused_steps_equal_the_single_ones():
@@ -21,7 +21,7 @@ def test_the_fused_steps_equal_the_single_ones():
     before = maps.clone()
     fused = resize_and_normalize(maps, (33, 50))
     assert torch.equal(maps, before)
-    torch.testing.assert_close(fused, min_max_normalize(resize_maps(maps, (33, 50))), atol=1e-6, rtol=0)
+    torch.testing.assert_close(fused, min_max_normalize(resize_maps(maps, (33, 50))), atol=1e-5, rtol=0)
     assert fused[2].eq(0).all()
 
 

@@ -323,7 +323,7 @@ def test_loss_is_the_models_own(options):
     if "center_tokens" in options:
         set_token_mean(model, inputs["pixel_values"])
     outputs = PairModel(model).eval()(**inputs)
-    torch.testing.assert_close(outputs["loss"], model(**inputs, return_loss=True).loss, atol=1e-6, rtol=0)
+    torch.testing.assert_close(outputs["loss"], model(**inputs, return_loss=True).loss, atol=1e-5, rtol=0)
     assert outputs["losses"].shape == (2 if model.config.dual_projection else 1,)
 
 
@@ -374,10 +374,10 @@ def test_chunks_give_the_gradient_of_the_whole_batch(lock_vision):
     loss, whole = gradients(pair_model, batch)
     pair_model.chunk_size = 3
     chunked_loss, chunked = gradients(pair_model, batch)
-    assert abs(chunked_loss - loss) < 1e-6
+    assert abs(chunked_loss - loss) < 1e-5
     assert whole.keys() == chunked.keys() and any("vision_model" in name for name in whole) != lock_vision
     for name in whole:
-        torch.testing.assert_close(chunked[name], whole[name], atol=1e-6, rtol=1e-4)
+        torch.testing.assert_close(chunked[name], whole[name], atol=1e-5, rtol=1e-4)
 
 
 def test_chunks_are_computed_again_with_the_same_dropout(monkeypatch):
@@ -388,7 +388,7 @@ def test_chunks_are_computed_again_with_the_same_dropout(monkeypatch):
     kept = gradients(pair_model, batch)
     assert again[0] == kept[0]
     for name in kept[1]:
-        torch.testing.assert_close(again[1][name], kept[1][name], atol=1e-6, rtol=1e-4)
+        torch.testing.assert_close(again[1][name], kept[1][name], atol=1e-5, rtol=1e-4)
 
 
 def test_nouns_are_found_in_captions():
@@ -431,7 +431,7 @@ def test_noun_prompts_teach_the_recognition_branch():
     )
     assert outputs["losses"][0].item() == pytest.approx(0.3 * plain["losses"][0].item() + 0.7 * nouns, abs=1e-5)
     torch.testing.assert_close(outputs["losses"][1], plain["losses"][1], atol=1e-5, rtol=0)
-    torch.testing.assert_close(outputs["text_embeds"], plain["text_embeds"], atol=1e-6, rtol=0)
+    torch.testing.assert_close(outputs["text_embeds"], plain["text_embeds"], atol=1e-5, rtol=0)
 
 
 def zip_lists(rows: list[list]) -> list[list]:
@@ -499,7 +499,7 @@ def test_the_last_blocks_of_the_image_tower_learn_alone(vision):
     of_tower = {name for name in grads if "vision_model" in name}
     assert of_tower == {name for name in whole if ".layer.1." in name or ".layers.1." in name} != set()
     for name in grads:
-        torch.testing.assert_close(grads[name], whole[name], atol=1e-6, rtol=1e-4)
+        torch.testing.assert_close(grads[name], whole[name], atol=1e-5, rtol=1e-4)
     # Processes wait for the gradient of all that learn
     assert grads.keys() == {name for name, one in pair_model.named_parameters() if one.requires_grad}
     in_training = {name for name, one in pair_model.train().model.vision_model.named_modules() if one.training}
@@ -1238,9 +1238,9 @@ def test_two_processes_are_one_with_the_whole_batch(hub, tmp_path):
     noun_ids, has_noun = tiny_nouns()
     loss, grads = gradients(pair_model, {**tiny_inputs(8, 24), "noun_ids": noun_ids, "has_noun": has_noun})
     two = torch.load(tmp_path / "gradients.pt", weights_only=True)
-    assert abs(two["loss"] - loss) < 1e-6 and two["grads"].keys() == grads.keys()
+    assert abs(two["loss"] - loss) < 1e-5 and two["grads"].keys() == grads.keys()
     for name in grads:
-        torch.testing.assert_close(two["grads"][name], grads[name], atol=1e-6, rtol=1e-4)
+        torch.testing.assert_close(two["grads"][name], grads[name], atol=1e-5, rtol=1e-4)
 
     # A whole run, both caches filled by two processes; without a text tower that learns, whose dropout differs
     metrics = run(hub, tmp_path / "one", *arguments[4:], "--cache_features", tmp_path / "other_cache")

@@ -13,6 +13,7 @@ from .label_maps import classes_of, label_map
 from .modeling_iclip import cosines
 from .presence import BACKGROUND, MIN_PRESENCE, presence
 from .processing_iclip import check_threshold
+from .similarity import check_finite
 
 
 class ImageTextSimilarityMapPipeline(Pipeline):
@@ -126,7 +127,9 @@ class ImageTextSimilarityMapPipeline(Pipeline):
             outputs = self.model(pixel_values=torch.cat(batch), text_features=texts, output_similarity_maps=True)
             image = outputs.vision_model_output
             presences = presence(self.model.match(image, texts), self.model.match(image, background))
-            return zip(cosines(outputs.image_embeds, outputs.text_embeds), presences, outputs.similarity_maps)
+            scores = cosines(outputs.image_embeds, outputs.text_embeds)
+            check_finite(outputs.similarity_maps, scores, presences)
+            return zip(scores, presences, outputs.similarity_maps)
 
         texts, background = text_features
         scores, presences, maps = zip(*map_groups(forward, images, [image.shape for image in images]))

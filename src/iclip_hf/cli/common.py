@@ -145,6 +145,15 @@ def add_picture_option(command: argparse.ArgumentParser, default: str) -> None:
     command.add_argument(
         "--output", type=Path, default=Path(default), metavar="FILE", help=f"picture to write (default: {default})"
     )
+    add_overwrite_option(command)
+
+
+def add_overwrite_option(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--overwrite",
+        action="store_true",
+        help="also replace files that iclip did not write; inputs are never replaced",
+    )
 
 
 def add_dpi_option(command: argparse.ArgumentParser) -> None:
@@ -255,25 +264,44 @@ def check_file(option: str, path: Path, suffixes: tuple[str, ...]) -> None:
 
 def check_folder(option: str, path: Path) -> None:
     """Raises `ValueError` for an invalid output folder, before the model is loaded."""
-    if path.suffix or (path.exists() and not path.is_dir()):
+    if not path.is_dir() and (path.suffix or path.exists()):
         raise ValueError(f"{option}: expected a folder, got the file name {path}: name a folder.")
 
 
-def save_figure(figure, path: Path, dpi: int = 120) -> None:
-    """Writes a PIL image, or a figure of matplotlib, atomically in the format of the file name's suffix."""
+def save_figure(figure, path: Path, dpi: int = 120, overwrite: bool = False) -> None:
+    """
+    Writes a PIL image, or a figure of matplotlib, by [`iclip_hf.utils.files.new_file`], in the format of the file name's suffix.
+    """
     from PIL import Image
 
-    from ..utils.files import atomic_write
+    from ..utils.files import SOFTWARE, new_file
 
-    path.parent.mkdir(parents=True, exist_ok=True)
     form = path.suffix[1:].lower()
-    with atomic_write(path) as partial:
-        if not isinstance(figure, Image.Image):
-            figure.savefig(partial, format=form, dpi=dpi)
-        elif form == "png":  # run lengths: as small as by the default compression, in a quarter of the time
-            figure.save(partial, "PNG", compress_type=zlib.Z_RLE, dpi=(dpi, dpi))
+    drawn, vector = isinstance(figure, Image.Image), form in ("pdf", "svg")
+    with new_file(path, overwrite) as partial:
+        if drawn and vector:
+            figure.save(partial, "PDF", resolution=dpi, quality=92, creator=SOFTWARE.encode())
+        elif vector:
+            figure.savefig(partial, format=form, dpi=dpi, metadata={"Creator": SOFTWARE})
         else:
-            figure.save(partial, Image.registered_extensions()[f".{form}"], quality=92, resolution=dpi, dpi=(dpi, dpi))
+            # Run lengths: the PNG of a photograph is as small as by the default compression, in a quarter of the time.
+            options = {"compress_type": zlib.Z_RLE} if form == "png" else {"quality": 92}
+            options["exif"] = software_exif()
+            if drawn:
+                figure.save(partial, Image.registered_extensions()[path.suffix.lower()], dpi=(dpi, dpi), **options)
+            else:
+                figure.savefig(partial, format=form, dpi=dpi, pil_kwargs=options)
+
+
+def software_exif():
+    """Returns the EXIF data of a picture that this program writes."""
+    from PIL import ExifTags, Image
+
+    from ..utils.files import SOFTWARE
+
+    exif = Image.Exif()
+    exif[ExifTags.Base.Software] = SOFTWARE
+    return exif
 
 
 def report_error(command: str, error: BaseException, printed: bool = True) -> None:

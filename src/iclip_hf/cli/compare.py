@@ -46,7 +46,10 @@ def add_options(command: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
+    from ..utils.files import check_outputs
+
     check_file("--output", options.output, PICTURES)
+    check_outputs([options.output], [options.image, options.overrides], options.overwrite)
     image, truths, templates = _open(options)
     texts = list(dict.fromkeys(options.texts or truths))
     if not texts:
@@ -68,7 +71,7 @@ def run(options: argparse.Namespace) -> int:
 
     titles = [f"{row['text']}\nscore {', '.join(f'{score:.2f}' for score in row['scores'].values())}" for row in rows]
     sheet = comparison_sheet(drawn, columns, titles, colormap=options.colormap, dpi=options.dpi)
-    save_figure(sheet, options.output, options.dpi)
+    save_figure(sheet, options.output, options.dpi, options.overwrite)
     if options.json:
         report = {"image": options.image, "picture": str(options.output), "texts": rows}
         echo(json.dumps(report, indent=2, ensure_ascii=False))

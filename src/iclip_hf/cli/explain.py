@@ -12,6 +12,7 @@ from .common import (
     add_colormap_option,
     add_method_option,
     add_model_options,
+    add_overwrite_option,
     add_refine_option,
     add_text_option,
     at_least_1,
@@ -63,6 +64,7 @@ def add_options(command: argparse.ArgumentParser) -> None:
         help="picture to write (default: explanation.png); for several images or a collection, the folder to write "
         "pictures or Parquet files to (default: explanations)",
     )
+    add_overwrite_option(command)
     add_colormap_option(command)
     command.add_argument(
         "--npz", action="store_true", help="also write scores, raw maps and masks to an .npz file beside each picture"
@@ -81,14 +83,12 @@ def add_options(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--batch-size",
         type=at_least_1,
-        default=8,
         metavar="N",
-        help="images of a collection in one forward pass (default: 8)",
+        help="images in one forward pass (default: 4; of a collection 8)",
     )
     command.add_argument(
         "--images-per-file",
         type=at_least_1,
-        default=256,
         metavar="N",
         help="rows in each Parquet file of a collection (default: 256)",
     )
@@ -129,7 +129,10 @@ def _localizer(options: argparse.Namespace):
 
 
 def _explain_images(options: argparse.Namespace) -> int:
-    images = pictures_to_write(options, "explanation.png", "explanations")
+    if options.images_per_file is not None:
+        raise ValueError("Expected --images-per-file with a collection, got image files: leave it out.")
+    arrays = _array_file if options.npz else None
+    images = pictures_to_write(options, "explanation.png", "explanations", arrays)
     if not images:
         return 2
     localizer = _localizer(options)
@@ -139,12 +142,13 @@ def _explain_images(options: argparse.Namespace) -> int:
     def write(image, explanation, picture: Path) -> dict:
         texts = [{**text, "mask": run_lengths(mask)} for text, mask in explanation.records_and_masks()]
         dpi = picture_dpi(picture)
-        save_figure(draw(explanation, image, colormap=options.colormap, dpi=dpi), picture, dpi)
+        sheet = draw(explanation, image, colormap=options.colormap, dpi=dpi)
+        save_figure(sheet, picture, dpi, options.overwrite)
         if options.npz:
-            _save_arrays(explanation, picture.with_suffix(".npz"))
+            _save_arrays(explanation, _array_file(picture), options.overwrite)
         return {"texts": texts}
 
-    report = write_pictures(options.command, localizer, images, write)
+    report = write_pictures(options.command, localizer, images, write, options.batch_size or 4)
     if options.json:  # one line for each image, because run lengths are long
         echo("[" + ",\n ".join(json.dumps(entry, ensure_ascii=False) for entry in report) + "]")
     else:
@@ -164,6 +168,10 @@ def _explain_collection(options: argparse.Namespace) -> int:
         raise ValueError(
             "Expected --words with image files, got a collection, whose Parquet files hold none: leave it out."
         )
+    if options.overwrite:
+        raise ValueError(
+            "Expected --overwrite with image files, got a collection, which replaces no files: leave it out."
+        )
     output = options.output or Path("explanations")
     check_folder("--output", output)
     images = open_images(options.images)
@@ -172,8 +180,8 @@ def _explain_collection(options: argparse.Namespace) -> int:
         _localizer(options),
         images,
         output,
-        batch_size=options.batch_size,
-        images_per_file=options.images_per_file,
+        batch_size=options.batch_size or 8,
+        images_per_file=options.images_per_file or 256,
     )
     if state.is_main_process:
         for reason in report.broken:
@@ -189,12 +197,19 @@ def _explain_collection(options: argparse.Namespace) -> int:
     return 2 if report.broken else 0
 
 
-def _save_arrays(explanation, path: Path) -> None:
+def _array_file(picture: Path) -> Path:
+    return picture.with_suffix(".npz")
+
+
+def _save_arrays(explanation, path: Path, overwrite: bool) -> None:
+    import zipfile
+
     import numpy as np
 
-    from ..utils.files import atomic_write
+    from ..utils.files import SOFTWARE, new_file
 
-    with atomic_write(path) as partial, partial.open("wb") as file:  # numpy would add a suffix to a file name
+    # An open file, because numpy would add a suffix to a file name.
+    with new_file(path, overwrite) as partial, partial.open("w+b") as file:
         np.savez_compressed(
             file,
             texts=explanation.labels,
@@ -203,6 +218,8 @@ def _save_arrays(explanation, path: Path) -> None:
             raw_maps=explanation.raw_maps.numpy(),
             masks=np.stack([explanation.mask(index) for index in range(len(explanation.labels))]),
         )
+        with zipfile.ZipFile(file, "a") as archive:
+            archive.comment = SOFTWARE.encode()
 
 
 def _print_table(report: list[dict], min_presence: float) -> None:

@@ -106,25 +106,21 @@ def export(options: argparse.Namespace, directory: Path, name: str | None = None
     silence_transformers()
     model, processor = load_iclip(options.model)
     if metrics is not None and isinstance(metrics.get("protocol"), Mapping):
-        check_measured(metrics["protocol"], model, options.results)
+        check_measured(metrics["protocol"], model, processor, options.results)
     return export_model(model, processor, directory, name=name, source=options.model, metrics=metrics)
 
 
-def check_measured(protocol: Mapping, model, file: Path) -> None:
+def check_measured(protocol: Mapping, model, processor, file: Path) -> None:
     """
-    Checks that results were measured with the weights of a model.
+    Checks that results were measured with a model.
 
     Raises:
-        `ValueError`: the results are of other weights, or do not name the weights.
+        `ValueError`: the results are of another model, or do not describe theirs.
     """
-    import torch
+    from ..models.identity import changed_model
 
-    from ..utils.digests import weights_digest
-
-    dtype = getattr(torch, str(protocol.get("dtype")), None)  # the dtype in which the weights were measured
-    own = weights_digest(model, dtype if isinstance(dtype, torch.dtype) else None)
-    if (measured := protocol.get("weights")) != own:
+    if differing := changed_model(protocol, model, processor):
         raise ValueError(
-            f"--results {file}: expected figures of weights {own}, got those of {measured or 'weights that it does not name'}; "
-            "measure this model by `iclip evaluate --output`."
+            f"--results {file}: expected figures of this model, got those of other {', '.join(differing)}, or of a model that it does "
+            "not describe; measure this model by `iclip evaluate --output`."
         )

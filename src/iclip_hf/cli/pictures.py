@@ -11,17 +11,21 @@ from pathlib import Path
 from .common import PICTURES, check_file, check_folder, one_line, printable
 
 
-def pictures_to_write(options: argparse.Namespace, file: str, folder: str) -> list[tuple[str, Path]]:
+def pictures_to_write(
+    options: argparse.Namespace, file: str, folder: str, beside: Callable[[Path], Path] | None = None
+) -> list[tuple[str, Path]]:
     """
     Returns those of `options.images` that are files, each with the path of its picture. Prints errors for the others on stderr, before
     the model is loaded.
 
     Args:
-        options: parsed options with `command`, `images` and `output`.
+        options: parsed options with `command`, `images`, `output` and `overwrite`.
         file, folder: default output for one image, and for several.
+        beside: returns, for a picture, another file that is written with it.
 
     Raises:
-        `ValueError`: `options.output` is not a file name for one image, or not a folder for several.
+        `ValueError`: `options.output` is not a file name for one image, or not a folder for several. `FileExistsError`: as
+        [`iclip_hf.utils.files.check_outputs`].
     """
     if len(options.images) == 1:
         pictures = [options.output or Path(file)]
@@ -31,7 +35,11 @@ def pictures_to_write(options: argparse.Namespace, file: str, folder: str) -> li
         check_folder("--output", output)
         pictures = [output / name for name in file_names(options.images)]
     from ..images import require_file
+    from ..utils.files import check_outputs
 
+    written = [*pictures, *map(beside, pictures)] if beside else pictures
+    thresholds = [options.threshold] if isinstance(options.threshold, Path) else []
+    check_outputs(written, [*options.images, *thresholds], options.overwrite)
     found = []
     for image, picture in zip(options.images, pictures):
         try:
@@ -47,13 +55,15 @@ def file_names(images: Sequence[str]) -> list[str]:
     taken = {}
     for stem in (Path(image).stem for image in images):
         name, number = stem, 2
-        while name in taken:
+        while name.casefold() in taken:  # file systems may not tell upper from lower case
             name, number = f"{stem}-{number}", number + 1
-        taken[name] = f"{name}.png"
+        taken[name.casefold()] = f"{name}.png"
     return list(taken.values())
 
 
-def write_pictures(command: str, localizer, images: Sequence[tuple[str, Path]], write: Callable) -> list[dict]:
+def write_pictures(
+    command: str, localizer, images: Sequence[tuple[str, Path]], write: Callable, batch_size: int = 4
+) -> list[dict]:
     """
     Explains images. A thread loads images and writes pictures while the model runs.
 
@@ -62,6 +72,7 @@ def write_pictures(command: str, localizer, images: Sequence[tuple[str, Path]], 
         localizer: a [`Localizer`].
         images: result of `pictures_to_write`, at least one.
         write: function of an image, its explanation and the path of its picture. It returns a `dict` for the report.
+        batch_size: images in one forward pass.
 
     Returns:
         For each image, a `dict` with its name `image`, the path `picture` and what `write` returned. An image that cannot be read is
@@ -81,7 +92,7 @@ def write_pictures(command: str, localizer, images: Sequence[tuple[str, Path]], 
 
     names, pictures = zip(*images)
     with ThreadPoolExecutor(1) as beside:
-        explained = localizer.explain_all(lambda path: (path, load_image(path)), names, beside, batch_size=4)
+        explained = localizer.explain_all(lambda path: (path, load_image(path)), names, beside, batch_size)
         report = prefetch_map(beside, written, zip(explained, pictures), 4)
         report = list(tqdm(report, total=len(images), unit="image", disable=len(images) == 1))
     return [entry for entry in report if entry is not None]

@@ -12,6 +12,7 @@ from ..prompts import check_text
 from .common import (
     add_method_option,
     add_model_options,
+    add_overwrite_option,
     add_refine_option,
     add_text_option,
     checked,
@@ -20,6 +21,7 @@ from .common import (
     printable,
     save_figure,
     share,
+    software_exif,
 )
 from .pictures import picture_dpi, pictures_to_write, write_pictures
 
@@ -64,16 +66,18 @@ def add_options(command: argparse.ArgumentParser) -> None:
         help="picture to write (default: segmentation.png); for several images, the folder to write to (default: "
         "segmentations); label maps are written to the folder labels beside the pictures",
     )
+    add_overwrite_option(command)
     command.add_argument("--json", action="store_true", help="print JSON instead of text")
 
 
 def run(options: argparse.Namespace) -> int:
-    images = pictures_to_write(options, "segmentation.png", "segmentations")
+    images = pictures_to_write(options, "segmentation.png", "segmentations", _label_file)
     if not images:
         return 2
     threshold = options.threshold
     if threshold is None and not options.background:
         threshold = 0.5
+    from ..figures.sheets import at_picture_size, label_sheet
     from ..localization.localizer import Localizer
 
     localizer = Localizer(
@@ -89,7 +93,7 @@ def run(options: argparse.Namespace) -> int:
 
     def write(image, explanation, picture: Path) -> dict:
         labels = explanation.label_map(**rule).numpy()
-        label_file = picture.parent / "labels" / f"{picture.stem}.png"
+        label_file = _label_file(picture)
         segments = [
             {
                 "id": index + 1,
@@ -100,8 +104,11 @@ def run(options: argparse.Namespace) -> int:
             }
             for index, text in enumerate(options.texts)
         ]
-        _draw(image, explanation, rule, options.texts, picture)
-        _save_labels(labels, label_file)
+        dpi = picture_dpi(picture)
+        drawn = at_picture_size(image, dpi)
+        shown = replace(explanation, size=(drawn.height, drawn.width)).label_map(**rule)
+        save_figure(label_sheet(drawn, shown.numpy(), options.texts, dpi=dpi), picture, dpi, options.overwrite)
+        _save_labels(labels, len(options.texts), label_file, options.overwrite)
         return {"labels": str(label_file), "segments": segments}
 
     report = write_pictures(options.command, localizer, images, write)
@@ -112,30 +119,27 @@ def run(options: argparse.Namespace) -> int:
     return 0 if len(report) == len(options.images) else 2
 
 
-def _draw(image, explanation, rule: dict, texts: list[str], path: Path) -> None:
-    from ..figures.sheets import at_picture_size, label_sheet
-
-    dpi = picture_dpi(path)
-    drawn = at_picture_size(image, dpi)
-    labels = replace(explanation, size=(drawn.height, drawn.width)).label_map(**rule)
-    save_figure(label_sheet(drawn, labels.numpy(), texts, dpi=dpi), path, dpi)
+def _label_file(picture: Path) -> Path:
+    return picture.parent / "labels" / f"{picture.stem}.png"
 
 
-def _save_labels(labels, path: Path) -> None:
-    """Writes a label map as a palette PNG: 0 is background, and id i the i-th text. More than 255 texts need 16 bits."""
+def _save_labels(labels, num_texts: int, path: Path, overwrite: bool) -> None:
+    """
+    Writes a label map as a PNG: 0 is background, and id i the i-th text. Up to 254 texts have 8 bits and a palette, more have 16 bits.
+    So the highest value, with which other programs mark void pixels, is never an id.
+    """
     import numpy as np
     from PIL import Image
 
     from ..figures.colors import label_colors
-    from ..utils.files import atomic_write
+    from ..utils.files import new_file
 
-    path.parent.mkdir(parents=True, exist_ok=True)
-    few = labels.max() < 255
+    few = num_texts < 255
     image = Image.fromarray((labels + 1).astype(np.uint8 if few else np.uint16))
     if few:
         image.putpalette(label_colors(256).tobytes())
-    with atomic_write(path) as partial:
-        image.save(partial, format="PNG")
+    with new_file(path, overwrite) as partial:
+        image.save(partial, format="PNG", exif=software_exif())
 
 
 def _print_table(report: list[dict], min_presence: float) -> None:

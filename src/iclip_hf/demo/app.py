@@ -25,7 +25,7 @@ from ..localization.localizer import Localizer, PreparedImage
 from ..models.loading import load
 from ..presence import BACKGROUND, MIN_PRESENCE, PRESENT, presence_word
 from ..utils.extras import require_extra
-from ..utils.files import atomic_write
+from ..utils.files import write_beside_others
 from ..utils.names import METHODS
 from .content import EXAMPLES, MAX_CHARACTERS, MAX_TEXTS, beside, example_files, look, view_size
 
@@ -380,28 +380,27 @@ def delete_files(app: gr.Blocks) -> None:
                 one.discard(path)
 
 
-def export_space(folder: Path, model: str = "embedded") -> None:
+def export_space(folder: Path, model: str = "embedded", overwrite: bool = False) -> None:
     """
     Writes the files of a Space that runs this demo.
 
     Args:
         folder: created if it does not exist.
         model: Hub id, or `"embedded"`.
+        overwrite: whether files of other content may be replaced.
 
     Raises:
-        `ValueError`: the model is a local folder, which a Space cannot read.
+        `ValueError`: the model is a local folder, which a Space cannot read. `FileExistsError`: a file of another content exists,
+        and not `overwrite`.
     """
     if model != "embedded" and Path(model).exists():
         raise ValueError(f"Expected the Hub id of a model for a Space, got the folder {model}: push it first.")
-    folder.mkdir(parents=True, exist_ok=True)
     files = {
         "README.md": front_matter(SPACE_CARD) + SPACE_README,
         "app.py": SPACE_APP.format(model=model),
         "requirements.txt": f"iclip-hf[demo]=={__version__}\n",
     }
-    for name, text in files.items():
-        with atomic_write(folder / name) as partial:
-            partial.write_text(text, encoding="utf-8")
+    write_beside_others(folder, {name: text.encode() for name, text in files.items()}, overwrite)
 
 
 @contextlib.asynccontextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, is_dataclass, replace
@@ -14,6 +15,7 @@ import yaml
 from huggingface_hub import EvalResult, EvalResultEntry, ModelCard, ModelCardData, eval_result_entries_to_yaml
 from huggingface_hub.errors import EntryNotFoundError
 
+from ..models.identity import changed_model, identity
 from ..utils.files import atomic_write, cache_folder
 
 
@@ -24,6 +26,8 @@ if TYPE_CHECKING:
     from ..modeling_iclip import ICLIPModel
     from ..processing_iclip import ICLIPProcessor
 
+
+logger = logging.getLogger(__name__)
 
 # Known towers by Hub id: display name and licence.
 _TOWERS = {
@@ -58,6 +62,7 @@ _DATASET_NAMES = {
     "coco_stuff": "COCO-Stuff 164k",
     "ade20k": "ADE20K",
     "cityscapes": "Cityscapes",
+    "camvid": "CamVid",
 }
 # Ids of the data sets on the Hub, for the results on a model's page.
 _DATASET_IDS = {"coco2017": "detection-datasets/coco", "voc2012": "nateraw/pascal-voc-2012"}
@@ -151,7 +156,7 @@ def write_model_card(
         training = public_settings(training)
     else:
         training = earlier.get("training")
-    results = _eval_results(metrics) if metrics is not None else earlier.get("eval_results")
+    results = _eval_results(metrics) if metrics is not None else _results_so_far(earlier, model, processor)
     towers = [describe_tower(side) for side in (model.config.vision_config, model.config.text_config)]
     base_model = [one["id"] for one in towers if one["id"]] or earlier.get("base_model") or None
     card_data = ModelCardData(
@@ -166,6 +171,9 @@ def write_model_card(
         model_name=name if results else None,
         eval_results=results,
         training=training,
+        identity={
+            part: value for part, value in identity(model, processor).items() if part != "model"
+        },  # a local path
         widget=[
             {
                 "src": "https://huggingface.co/datasets/mishig/sample_images/resolve/main/cat-dog-music.png",
@@ -225,7 +233,7 @@ def _card_data(source: str | Path | None) -> dict:
         card = ModelCard.load(local if local.is_file() else str(source), ignore_metadata_errors=True)
     except EntryNotFoundError:
         return {}
-    found = {name: _harmless(getattr(card.data, name, None)) for name in ("license", "training")}
+    found = {name: _harmless(getattr(card.data, name, None)) for name in ("license", "training", "identity")}
     for name in ("datasets", "base_model"):
         ids = getattr(card.data, name, None) or []
         found[name] = [one for one in ([ids] if isinstance(ids, str) else ids) if _is_hub_id(str(one))]
@@ -250,6 +258,18 @@ def _harmless(value):
     if isinstance(value, list | tuple):
         return [_harmless(one) for one in value]
     return value if isinstance(value, bool | int | float | date) else None
+
+
+def _results_so_far(earlier: Mapping, model: ICLIPModel, processor: ICLIPProcessor) -> list[EvalResult] | None:
+    """Returns the results of an earlier card, unless it describes another model. A card may also describe none."""
+    described = earlier.get("identity")
+    if isinstance(described, Mapping) and (differing := changed_model(described, model, processor)):
+        if earlier.get("eval_results"):
+            logger.warning(
+                "The results of the card are left out, because it describes other %s.", ", ".join(differing)
+            )
+        return None
+    return earlier.get("eval_results")
 
 
 def public_settings(settings: Mapping) -> dict:

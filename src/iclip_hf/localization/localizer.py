@@ -19,6 +19,7 @@ from ..modeling_iclip import ICLIPImageFeatures, ICLIPTextFeatures, cosines
 from ..presence import MIN_PRESENCE, presence
 from ..processing_iclip import array_to_image, check_thresholds
 from ..prompts import check_templates
+from ..similarity import check_finite
 from ..utils.prefetch import Item, prefetch_map
 from .background import encode_background
 from .explanation import Explanation
@@ -62,7 +63,7 @@ class Localizer:
 
     Args:
         model, method, method_options: as for [`make_explainer`].
-        texts: T labels.
+        texts: T labels, or one.
         templates: prompts with one `{}` each; the processor's if not given.
         threshold (`float` in [0, 1], or T of them): foreground is M > threshold.
         min_presence (`float` in [0, 1]): a text with a lower presence gets an empty mask.
@@ -83,7 +84,7 @@ class Localizer:
     def __init__(
         self,
         model,
-        texts: Sequence[str],
+        texts: str | Sequence[str],
         *,
         method: str = "itsm",
         templates: Sequence[str] | None = None,
@@ -119,12 +120,12 @@ class Localizer:
 
     @property
     def settings(self) -> dict:
-        """Everything that results depend on besides the images, as plain values. Computes a digest of the weights."""
+        """Everything that results depend on besides the images, as plain values. Computes the identity of the model."""
         asked = {"texts": self.texts, "thresholds": self.thresholds}
         return {**self.model.identity, **self._settings, **asked}
 
-    def _ask(self, texts: Sequence[str], threshold: float | Sequence[float]) -> None:
-        self.texts = list(texts)
+    def _ask(self, texts: str | Sequence[str], threshold: float | Sequence[float]) -> None:
+        self.texts = [texts] if isinstance(texts, str) else list(texts)
         thresholds = check_thresholds(threshold)
         self.thresholds = thresholds.expand(len(self.texts) if thresholds.ndim == 0 else -1).tolist()
         if not self.texts:
@@ -138,7 +139,7 @@ class Localizer:
         if self._word_method is not None:
             self._words = WordExplainer(self.model, self.texts, self.templates, self._word_method)
 
-    def about(self, texts: Sequence[str], threshold: float | Sequence[float] = 0.5) -> Localizer:
+    def about(self, texts: str | Sequence[str], threshold: float | Sequence[float] = 0.5) -> Localizer:
         """Returns a localizer for other texts that shares the prepared model and the encoded background texts."""
         other = copy.copy(self)
         other._ask(texts, threshold)
@@ -177,8 +178,8 @@ class Localizer:
         while batch := list(itertools.islice(images, batch_size)):
             readable = [image for image in batch if image is not None]
             keys = [
-                (image.pixel_values.shape, len(image.rows), image.features and id(image.features))
-                for image in readable
+                (image.pixel_values.shape, len(image.rows), None if image.features is None else index)
+                for index, image in enumerate(readable)
             ]
             explanations = iter(map_groups(self._explain, readable, keys))
             yield from (None if image is None else next(explanations) for image in batch)
@@ -219,12 +220,17 @@ class Localizer:
         Returns:
             `tuple`: raw maps `(B, T, h, w)`, cosines `(B, T)` and presence `(B, T)`, on the CPU, and for each image the word
             scores of all texts of the localizer, None where they were not asked for.
+
+        Raises:
+            `ValueError`: the model gives NaN or infinity.
         """
         maps, image = self.explainer.forward(pixel_values, texts)
         matches, background = (self.model.match(image, one) for one in (texts, self._background))
         scores = cosines(image.image_embeds, texts.text_embeds)
+        presences = presence(matches, background)
+        check_finite(maps, scores, presences)
         words = [None] * len(maps) if self._words is None else self._words(image.image_embeds)
-        return maps.cpu(), scores.cpu(), presence(matches, background).cpu(), words
+        return maps.cpu(), scores.cpu(), presences.cpu(), words
 
     def explain_all(
         self,

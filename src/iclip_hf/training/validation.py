@@ -19,6 +19,7 @@ from ..modeling_iclip import ICLIPModel
 from ..processing_iclip import ICLIPProcessor
 from ..utils.extras import require_extra
 from ..utils.files import atomic_write, writing_errors
+from .interrupts import ignore_signals
 
 
 with require_extra("train"):
@@ -44,6 +45,7 @@ def validate(
     pair_model.eval()
     images, texts = [], []
     options = {"sampler": rows, "collate_fn": dataset.collate, "num_workers": num_workers}
+    options["worker_init_fn"] = ignore_signals
     for batch in DataLoader(dataset, min(batch_size, part), **options):
         batch.pop("skipped")
         outputs = pair_model(**send_to_device(batch, accelerator.device))

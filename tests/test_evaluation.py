@@ -313,22 +313,6 @@ def test_command_writes_json_and_csv_alike_with_two_processes(root, tiny_process
         assert together["results"]["itsm"][name] == pytest.approx(written["results"]["itsm"][name], abs=apart)
 
 
-@pytest.mark.parametrize(
-    ("more", "message"),
-    [
-        (["--output", "a.txt"], "ends in .json"),
-        (["--overrides", "none.json"], "none.json"),
-        (["--image-size", "30"], "multiples of the patch size"),
-    ],
-)
-def test_bad_options_are_one_line(root, tiny_processor, tmp_path, capsys, more, message):
-    tiny_model().save_pretrained(tmp_path / "model")
-    tiny_processor.save_pretrained(tmp_path / "model")
-    assert cli.main(arguments(root, tmp_path, *more)) == 2
-    err = capsys.readouterr().err.strip().splitlines()
-    assert message in err[-1] and err[-1].startswith("iclip evaluate: ")
-
-
 def test_in_bfloat16_the_figures_are_nearly_the_same(root, tiny_processor, tmp_path, capsys):
     tiny_model().save_pretrained(tmp_path / "model")
     tiny_processor.save_pretrained(tmp_path / "model")

@@ -135,6 +135,8 @@ ARGUMENTS = {
     "explain with a presence above 1": ("explain {photo} --text dog --model {model} --min-presence 2", "got 2"),
     "explain with a presence of nan": ("explain {photo} --text dog --model {model} --min-presence nan", "got nan"),
     "explain with a threshold of nan": ("explain {photo} --text dog --model {model} --threshold nan", "got nan"),
+    "explain with a threshold above 1": ("explain {photo} --text dog --model {model} --threshold 1.5", "got 1.5"),
+    "explain with an absent threshold": ("explain {photo} --text dog --model {model} --threshold no.json", "no.json"),
     "explain with a threshold of a folder": (
         "explain {photo} --text dog --model {model} --threshold {folder}",
         "empty",
@@ -178,7 +180,7 @@ ARGUMENTS = {
     ),
     "compare with no data set": (
         "compare {photo} --text dog --model {model} --dataset folder --data-root {folder}",
-        "classes.txt",
+        "/empty",
     ),
     "evaluate without a data set": ("evaluate", "--dataset"),
     "evaluate an unknown task": ("evaluate --task dreams --dataset folder --data-root {masks}", "'dreams'"),
@@ -223,11 +225,11 @@ ARGUMENTS = {
         "annotations/validation",
     ),
     "evaluate with windows below a patch": (
-        "evaluate --task segmentation --dataset folder --data-root {masks} --window 4 --model {model}",
+        "evaluate --task segmentation --dataset folder --data-root {masks} --threshold 0.5 --window 4 --model {model}",
         "got 4",
     ),
     "evaluate with gaps between windows": (
-        "evaluate --task segmentation --dataset folder --data-root {masks} --window 16 --stride 32 --model {model}",
+        "evaluate --task segmentation --dataset folder --data-root {masks} --threshold 0.5 --window 16 --stride 32 --model {model}",
         "got 32",
     ),
     "evaluate with the options of another task": (

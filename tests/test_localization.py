@@ -174,20 +174,6 @@ def test_the_image_size_is_the_models(tiny_processor):
     assert [one.raw_maps.shape for one in explained(localizer)] == [(3, 6, 6)] * 2
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"threshold": [0.5]}, "3 thresholds, one for each text, got 1"),
-        ({"threshold": 1.5}, r"in \[0, 1\]"),
-        ({"min_presence": -0.1}, r"in \[0, 1\]"),
-        ({"method": "magic"}, "magic"),
-    ],
-)
-def test_bad_options_are_named(tiny_processor, options, message):
-    with pytest.raises(ValueError, match=message):
-        Localizer((tiny_model(), tiny_processor), TEXTS, **options)
-
-
 def test_presence_uses_both_branches_and_the_templates(tiny_processor):
     model, templates = tiny_model(max_over="similarity"), ["a red {}"]
     with torch.no_grad():
@@ -310,9 +296,3 @@ def test_a_map_is_taken_by_its_index_as_from_a_list(tiny_processor):
     for index in (2, -3):
         with pytest.raises(IndexError, match=f"one of 2 texts, got {index}"):
             explanation.map(index)
-
-
-def test_an_image_without_texts_is_refused(tiny_processor):
-    images = [Image.new("RGB", (32, 32))] * 2
-    with pytest.raises(ValueError, match="at least one text for each image"):
-        explain((tiny_model(), tiny_processor), images, [["dog"], []])

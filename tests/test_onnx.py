@@ -10,8 +10,9 @@ from conftest import tiny_inputs, tiny_model
 from PIL import Image
 from torch.nn import functional as F
 
-from iclip_hf import cli, explain
+from iclip_hf import cli, explain, load
 from iclip_hf.evaluation.analysis import channel_matches
+from iclip_hf.evaluation.faithfulness import LayerRandomization, scorer
 from iclip_hf.explainers import METHODS, make_explainer
 from iclip_hf.models import onnx as onnx_export
 from iclip_hf.models.onnx import ONNXModel, export_onnx
@@ -188,3 +189,11 @@ def test_results_do_not_go_with_onnx(tmp_path, capsys):
     arguments = ["export", "model", str(tmp_path / "exported"), "--format", "onnx", "--results", "r.json"]
     assert cli.main(arguments) == 2
     assert "model card" in capsys.readouterr().err
+
+
+def test_measures_that_look_inside_the_tower_are_refused(folder, tiny_processor):
+    loaded = load((ONNXModel(folder), tiny_processor))
+    with pytest.raises(ValueError, match="Expected a PyTorch model for deletion"):
+        scorer(loaded, loaded.encode_texts(["dog"]))
+    with pytest.raises(ValueError, match="Expected a PyTorch model for randomization"):
+        LayerRandomization(loaded)

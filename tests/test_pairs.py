@@ -175,7 +175,7 @@ def test_a_stray_quote_costs_one_row(tmp_path, caplog, stray, lines, later):
     (tmp_path / "p.csv").write_text(rows)
     with caplog.at_level(logging.WARNING):
         dataset = load_pairs(tmp_path / "p.csv")
-    assert f"p.csv: 1 lines with a missing or stray quote count as bad pairs: line {lines}" in caplog.text
+    assert f"p.csv: a missing or stray quote makes bad pairs, 1 in all, of line {lines}\n" in caplog.text
     captions = {}
     for index in range(len(dataset)):
         try:
@@ -188,6 +188,14 @@ def test_a_stray_quote_costs_one_row(tmp_path, caplog, stray, lines, later):
     if later:
         expected["8.jpg"] = [later.strip()[6:].strip('"') if later[6] == '"' else '6"']
     assert captions == expected
+
+
+def test_a_caption_of_several_lines_is_no_stray_quote(tmp_path, caplog):
+    rows = [("a list:\n1,2,3\nend", "0.jpg"), ("x,y.jpg\nz", "1.jpg"), ("text\nlast", "2.jpg")]
+    with open(tmp_path / "p.csv", "w", newline="") as file:
+        csv.writer(file).writerows([("caption", "image"), *rows])
+    dataset = load_pairs(tmp_path / "p.csv")
+    assert [dataset.captions(index) for index in range(3)] == [[caption] for caption, _ in rows] and not caplog.text
 
 
 def test_caption_lists(tmp_path):
@@ -569,8 +577,7 @@ def test_fingerprint_is_of_content(tmp_path):
     rows = {"image": ["0.png", "absent.png", None], "caption": ["dog", "cat", "cow"]}
     datasets.Dataset.from_dict(rows).to_parquet(tmp_path / "p.parquet")
     stored = {**rows, "image": [{"bytes": None, "path": "0.png"}, {"bytes": b"x", "path": "0.png"}, None]}
-    features = datasets.Features({"image": datasets.Image(), "caption": datasets.Value("string")})
-    datasets.Dataset.from_dict(stored, features=features).to_parquet(tmp_path / "s.parquet")
+    datasets.Dataset.from_dict(stored).to_parquet(tmp_path / "s.parquet")
     image, of_class = tmp_path / "0.png", tmp_path / "classes" / "dog" / "0.png"
     of_class.parent.mkdir(parents=True)
     for file in (image, of_class):
@@ -850,13 +857,14 @@ def test_rows_of_the_hub_that_name_local_files_are_bad_pairs(tmp_path, monkeypat
         assert pairs.read(0)["captions"] == ["a"]
         with pytest.raises(BadPairError, match="expected an image of the data set itself, but got the path"):
             pairs.read(1)
-        kept = tmp_path / "downloads"
-        monkeypatch.setattr(datasets.config, "DOWNLOADED_DATASETS_PATH", kept)
-        kept.mkdir()
-        secret.rename(kept / "0.jpg")  # as `datasets` downloads them
-        saved = datasets.Dataset.from_dict(
-            {"image": [{"bytes": None, "path": str(kept / "0.jpg")}], "text": ["a"]}, features=features
-        )
+        assert pairs._sources[0].image_files(pairs._ranges) == [None, None]  # nor is it read for the fingerprint
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+        own = tmp_path / "datasets--org--name" / "snapshots" / "1a2b" / "0.jpg"  # as `datasets` downloads it
+        own.parent.mkdir(parents=True)
+        own.symlink_to(own.parents[2] / "blob")
+        secret.rename(own.parents[2] / "blob")
+        rows = {"image": [{"bytes": None, "path": str(own)}], "text": ["a"]}
+        saved = datasets.Dataset.from_dict(rows, features=features)
         assert load_pairs("org/name", streaming=False).read(0)["captions"] == ["a"]
 
 

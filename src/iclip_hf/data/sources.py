@@ -328,7 +328,7 @@ class Table(_ByteRanges):
                 lines.clear()
         if malformed:
             logger.warning(
-                "%s: %d lines with a missing or stray quote count as bad pairs: line %s",
+                "%s: a missing or stray quote makes bad pairs, %d in all, of line %s",
                 self.path,
                 len(malformed),
                 ", ".join(map(str, malformed[:10])) + (", ..." if len(malformed) > 10 else ""),
@@ -430,8 +430,12 @@ class ArrowRows(Source):
         for name in images:
             rows = rows.cast_column(name, datasets.Image(decode=False))
         self._rows = rows
-        # Rows of a table of one's own may name any image file, those of the Hub only files that were downloaded with them.
-        self._within = datasets.config.DOWNLOADED_DATASETS_PATH if hub else None
+        self._folders = None
+        if hub:
+            from huggingface_hub import constants
+
+            downloaded = Path(constants.HF_HUB_CACHE, "--".join(("datasets", *path.parts)))
+            self._folders = [downloaded.resolve(), Path(datasets.config.EXTRACTED_DATASETS_PATH).resolve()]
         self._image_column = next(name for name in columns.image if name in rows.features)
 
     def ranges(self) -> np.ndarray:
@@ -447,10 +451,12 @@ class ArrowRows(Source):
             raise ValueError(f"no image in {self._image_column!r}")
         if not isinstance(stored, (bytes, str)):
             raise ValueError(f"expected an image in {self._image_column!r}, but got {type(stored).__name__}")
-        image = stored if isinstance(stored, bytes) else self.path.parent / stored
-        if self._within and isinstance(image, Path) and not image.resolve().is_relative_to(self._within.resolve()):
+        if isinstance(stored, bytes):
+            return RawPair(stored, repr(key), row, key)
+        image = self._file(stored)
+        if image is None:
             raise ValueError(f"expected an image of the data set itself, but got the path {stored!r:.200}")
-        return RawPair(image, repr(key) if isinstance(stored, bytes) else None, row, key)
+        return RawPair(image, None, row, key)
 
     def image_files(self, ranges: np.ndarray) -> list[Path | None]:
         import pyarrow as pa
@@ -463,7 +469,19 @@ class ArrowRows(Source):
             column = pc.if_else(pc.fill_null(within, False), None, pc.struct_field(column, "path"))
         if not (pa.types.is_string(column.type) or pa.types.is_large_string(column.type)):
             return [None] * len(ranges)
-        return [self.path.parent / name if name else None for name in column.take(ranges[:, 0]).to_pylist()]
+        return [self._file(name) if name else None for name in column.take(ranges[:, 0]).to_pylist()]
+
+    def _file(self, name: str) -> Path | None:
+        """
+        Returns the path of an image. A table of the user's own may name any file; rows of the Hub, which others wrote, only files that
+        were downloaded with them, and None is returned for others.
+        """
+        file = self.path.parent / name
+        try:
+            own = self._folders is None or any(file.resolve().is_relative_to(folder) for folder in self._folders)
+        except ValueError:  # a name may hold any characters
+            own = False
+        return file if own else None
 
     def files(self) -> list[str | Path]:
         return [self.path] if self.path.is_file() else [file["filename"] for file in self._rows.cache_files]

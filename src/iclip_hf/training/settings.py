@@ -31,8 +31,8 @@ def setting(default, help: str, same: Callable | None = lambda value: value):
     Args:
         default: default value.
         help: description for the command line.
-        same: function of the value. Its result must be the same when a run resumes. None if the setting changes no result, or names
-            what a run knows by its content, see [`~checkpoints.known_by_content`].
+        same: function of the value. Its result must be the same when a run resumes. None if the setting changes no result; `bool` if it
+            is a place, whose content is compared, see [`~checkpoints.known_by_content`].
     """
     make = {"default_factory": default.copy} if isinstance(default, list) else {"default": default}
     return field(**make, metadata={"help": help, "same": same})
@@ -64,9 +64,9 @@ class Settings:
     vision: str = setting(
         "",
         'image tower: a folder, a Hub id, a .pth file of DINO, or "embedded" for that of the embedded model',
-        same=None,
+        same=bool,
     )
-    text: str = setting("", 'text tower: a folder, a Hub id, or "embedded" for that of the embedded model', same=None)
+    text: str = setting("", 'text tower: a folder, a Hub id, or "embedded" for that of the embedded model', same=bool)
     model_options: list[str] = setting([], "options that override those of config.json, as name=value")
     lock_text: bool = setting(False, "freeze the text tower")
     text_lora_rank: int = setting(
@@ -83,11 +83,11 @@ class Settings:
         [],
         "training pairs: a .csv or .tsv table, a folder of images with metadata.jsonl or with a subfolder for each class, tar "
         "shards, Parquet, a saved dataset, or a Hub dataset",
-        same=None,
+        same=bool,
     )
     image_column: str = setting("", "column of the images, if it has no usual name")
     caption_column: str = setting("", "column of the captions, if it has no usual name")
-    validation_data: list[str] = setting([], "validation pairs, local", same=None)
+    validation_data: list[str] = setting([], "validation pairs, local", same=bool)
     validation_share: float = setting(0.0, "share of the pairs to validate on instead, which are not trained on")
     split: str = setting("train", "split of a Hub dataset")
     pairs_per_epoch: int = setting(
@@ -100,7 +100,7 @@ class Settings:
     nouns: str = setting(
         "",
         "text file with one noun in each line; nouns that occur in captions become prompts, as in GroupViT",
-        same=None,
+        same=bool,
     )
     noun_prompts: int = setting(3, "number of noun prompts for each pair; a noun counts once in a batch")
     noun_weight: float = setting(0.5, "share of noun prompts in the loss of noun_branches")
@@ -148,7 +148,7 @@ class Settings:
         1000, "number of steps between evaluations; the last step is always evaluated", same=None
     )
     eval_dataset: Literal[_EVAL_DATASETS] = setting("none", "segmentation data set for the evaluation of maps")
-    eval_root: str = setting("", "folder of eval_dataset", same=None)
+    eval_root: str = setting("", "folder of eval_dataset", same=bool)
     eval_split: str = setting("", "split of eval_dataset; the validation split if not given")
     best_metric: Literal[_BEST_METRICS] = setting(
         "auto", "metric that selects the best model; auto: text_to_image, or mMIoU without validation_data"
@@ -236,13 +236,16 @@ class Settings:
 
 
 def add_settings(parser: argparse.ArgumentParser) -> None:
-    """Adds every setting as an option, and `data` also as positional arguments. Settings that are not given are absent from the result."""
+    """
+    Adds every setting as an option, with underscores or dashes, and `data` also as positional arguments. Settings that are not given
+    are absent from the result.
+    """
     for one in fields(Settings):
         kind, several, choices = _kind(one.name)
         options = {"nargs": "+"} if several else {"nargs": "?", "const": True} if kind is bool else {}
         default = "" if one.default in ("", False) or several else f" (default: {one.default})"
         parser.add_argument(
-            f"--{one.name}",
+            *dict.fromkeys([f"--{one.name}", f"--{one.name.replace('_', '-')}"]),
             type=partial(_parse, one.name),
             default=argparse.SUPPRESS,
             metavar="|".join(choices) or one.name.upper(),

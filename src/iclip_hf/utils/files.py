@@ -64,6 +64,9 @@ def check_outputs(
                 "name another output."
             )
         taken[identity] = path
+        place = next(one for one in path.absolute().parents if one.exists())
+        if not place.is_dir():
+            raise NotADirectoryError(f"{path}: expected a file in a folder, but {place} is none; name another output.")
         if path.exists() and not path.is_file():
             raise FileExistsError(
                 f"{path}: expected a file to write, but got a folder or device; name another output."
@@ -119,6 +122,8 @@ def _identity(path: str | os.PathLike) -> object:
     try:
         found = os.stat(path)
         return found.st_dev, found.st_ino
+    except ValueError:  # a null character or a lone surrogate: no file has this name
+        return os.fspath(path)
     except OSError:
         return os.path.realpath(path).casefold()
 

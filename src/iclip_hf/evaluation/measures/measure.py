@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,10 +14,6 @@ from ...data.segmentation import SegmentationSample
 from ...similarity import resize_and_normalize, reverse
 from ..metrics import ClassMeans
 from ..results import measured, rounded
-
-
-if TYPE_CHECKING:
-    from ..evaluate import EvaluationRun
 
 
 @dataclass
@@ -77,8 +73,8 @@ class Measure(ABC):
     by_method = True
     image_size: dict[str, int] | None = None
 
-    def prepare(self, run: EvaluationRun) -> None:
-        """Prepares for a data set and methods. Raises `ValueError` if these cannot be measured."""
+    def prepare(self, run) -> None:
+        """Prepares for the data set and methods of an [`~evaluate.EvaluationRun`]. Raises `ValueError` if these cannot be measured."""
         self.run = run
         self.totals = {method: self.new_totals() for method in (run.methods if self.by_method else [None])}
 

@@ -346,7 +346,7 @@ def test_a_space_runs_the_same_app(tmp_path, monkeypatch, model):
     launched = []
     monkeypatch.setattr(app, "launch", launched.append)
     runpy.run_path(str(tmp_path / "space" / "app.py"), run_name="__main__")
-    assert launched == [model]
+    assert launched == [model or "embedded"]
 
 
 def test_a_space_of_a_local_model_is_refused(folder, tmp_path, capsys):

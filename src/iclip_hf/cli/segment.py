@@ -123,7 +123,7 @@ def _label_file(picture: Path) -> Path:
     return picture.parent / "labels" / f"{picture.stem}.png"
 
 
-def _save_labels(labels, num_texts: int, path: Path, overwrite: bool) -> None:
+def _save_labels(labels, num_texts: int, path: Path, overwrite: bool = False) -> None:
     """
     Writes a label map as a PNG: 0 is background, and id i the i-th text. Up to 254 texts have 8 bits and a palette, more have 16 bits.
     So the highest value, with which other programs mark void pixels, is never an id.

@@ -19,6 +19,8 @@ from iclip_hf.models.explainable import Pooling
 class Sample:
     """A sample in memory: `index` holds a class id a pixel, 0 background, 255 void."""
 
+    void = 255
+
     def __init__(self, index, image=None):
         self.index = np.asarray(index, np.uint8)
         self.size = self.index.shape

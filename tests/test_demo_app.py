@@ -280,7 +280,7 @@ def test_the_image_of_another_question_is_not_encoded_again(server, folder, tmp_
 def test_a_full_queue_is_told_in_a_sentence_and_all_in_it_are_answered(server, folder, monkeypatch):
     photo = upload(server, (folder / "small.png").read_bytes()).json()[0]
     going, explain = threading.Event(), app.explain_image
-    monkeypatch.setattr(app, "explain_image", lambda *question: going.wait(60) and explain(question))
+    monkeypatch.setattr(app, "explain_image", lambda *question: going.wait(60) and explain(*question))
     answers = []
     for _ in range(100):
         asked, answer = call(server, photo)

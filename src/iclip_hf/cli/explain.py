@@ -22,7 +22,7 @@ from .common import (
     save_figure,
     share,
 )
-from .pictures import at_picture_size, pictures_to_write, write_pictures
+from .pictures import at_picture_size, pictures_to_write, print_json_lines, write_pictures
 
 
 def add_options(command: argparse.ArgumentParser) -> None:
@@ -70,7 +70,8 @@ def add_options(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--json",
         action="store_true",
-        help="print JSON instead of text; for image files it includes boxes, points and run-length masks",
+        help="print JSON instead of text, for image files one line each with boxes, points and run-length masks; writes no pictures "
+        "unless --output or --npz is given",
     )
     command.add_argument(
         "--words",
@@ -133,18 +134,17 @@ def _explain_images(options: argparse.Namespace) -> int:
     if not images:
         return 2
     localizer = _localizer(options)
-    from ..regions import run_lengths
 
-    def write(image, explanation, picture: Path) -> dict:
-        texts = [{**text, "mask": run_lengths(mask)} for text, mask in explanation.records_and_masks()]
-        _draw(image, explanation, options.colormap, picture)
-        if options.npz:
-            _save_arrays(explanation, picture.with_suffix(".npz"))
-        return {"texts": texts}
+    def write(image, explanation, picture: Path | None) -> dict:
+        if picture is not None:
+            _draw(image, explanation, options.colormap, picture)
+            if options.npz:
+                _save_arrays(explanation, picture.with_suffix(".npz"))
+        return explanation.to_dict()
 
     report = write_pictures(options.command, localizer, images, write)
-    if options.json:  # one line for each image, because run lengths are long
-        echo("[" + ",\n ".join(json.dumps(entry, ensure_ascii=False) for entry in report) + "]")
+    if options.json:
+        print_json_lines(report)
     else:
         _print_table(report)
     return 0 if len(report) == len(options.images) else 2

@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
-from .common import PICTURES, check_file, check_folder, one_line, printable
+from .common import PICTURES, check_file, check_folder, echo, one_line, printable
 
 
-def pictures_to_write(options: argparse.Namespace, file: str, folder: str) -> list[tuple[str, Path]]:
+def pictures_to_write(options: argparse.Namespace, file: str, folder: str) -> list[tuple[str, Path | None]]:
     """
-    Returns those of `options.images` that are files, each with the path of its picture. Prints errors for the others on stderr, before
-    the model is loaded.
+    Returns those of `options.images` that are files, each with the path of its picture, or None where only JSON was asked for. Prints
+    errors for the others on stderr, before the model is loaded.
 
     Args:
-        options: parsed options with `command`, `images` and `output`.
+        options: parsed options with `command`, `images`, `output` and `json`, and `npz` if the command has it.
         file, folder: default output for one image, and for several.
 
     Raises:
@@ -31,6 +32,8 @@ def pictures_to_write(options: argparse.Namespace, file: str, folder: str) -> li
         output = options.output or Path(folder)
         check_folder("--output", output)
         pictures = [output / name for name in file_names(options.images)]
+    if options.json and options.output is None and not getattr(options, "npz", False):
+        pictures = [None] * len(pictures)
     from ..images import require_file
 
     found = []
@@ -54,7 +57,7 @@ def file_names(images: Sequence[str]) -> list[str]:
     return list(taken.values())
 
 
-def write_pictures(command: str, localizer, images: Sequence[tuple[str, Path]], write: Callable) -> list[dict]:
+def write_pictures(command: str, localizer, images: Sequence[tuple[str, Path | None]], write: Callable) -> list[dict]:
     """
     Explains images. A thread loads images and writes pictures while the model runs.
 
@@ -65,8 +68,8 @@ def write_pictures(command: str, localizer, images: Sequence[tuple[str, Path]], 
         write: function of an image, its explanation and the path of its picture. It returns a `dict` for the report.
 
     Returns:
-        For each image, a `dict` with its name `image`, the path `picture` and what `write` returned. An image that cannot be read is
-        left out, with an error on stderr.
+        For each image, a `dict` with its name `image`, the path `picture` if there is one, and what `write` returned. An image that
+        cannot be read is left out, with an error on stderr.
     """
     from tqdm import tqdm
 
@@ -78,7 +81,8 @@ def write_pictures(command: str, localizer, images: Sequence[tuple[str, Path]], 
         if image is None:
             tqdm.write(f"iclip {command}: {printable(name)}", file=sys.stderr)  # above the progress bar
             return None
-        return {"image": name, "picture": str(picture), **write(image, explanation, picture)}
+        written_to = {} if picture is None else {"picture": str(picture)}
+        return {"image": name, **written_to, **write(image, explanation, picture)}
 
     names, pictures = zip(*images)
     with ThreadPoolExecutor(1) as beside:
@@ -86,6 +90,12 @@ def write_pictures(command: str, localizer, images: Sequence[tuple[str, Path]], 
         report = prefetch_map(beside, written, zip(explained, pictures), 4)
         report = list(tqdm(report, total=len(images), unit="image", disable=len(images) == 1))
     return [entry for entry in report if entry is not None]
+
+
+def print_json_lines(report: Sequence[dict]) -> None:
+    """Prints JSON Lines: one line for each image."""
+    for entry in report:
+        echo(json.dumps(entry, ensure_ascii=False))
 
 
 def at_picture_size(image, explanation, picture: Path):

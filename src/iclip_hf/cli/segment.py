@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import json
+import sys
 from pathlib import Path
 
 from ..presence import MIN_PRESENCE
@@ -20,7 +20,7 @@ from .common import (
     save_figure,
     share,
 )
-from .pictures import at_picture_size, pictures_to_write, write_pictures
+from .pictures import at_picture_size, pictures_to_write, print_json_lines, write_pictures
 
 
 def add_options(command: argparse.ArgumentParser) -> None:
@@ -37,17 +37,18 @@ def add_options(command: argparse.ArgumentParser) -> None:
         type=checked(check_text),
         default=[],
         metavar="TEXT",
-        help="what else the image shows, such as sky; its pixels are background; repeat the option for several texts",
+        help="what else the image shows, such as sky; it competes like the texts, and its pixels are background; repeat the option for "
+        "several texts",
     )
     add_model_options(command)
     add_method_option(command)
-    add_refine_option(command)
+    add_refine_option(command, default=True)
     command.add_argument(
         "--threshold",
         type=share,
+        default=0.5,
         metavar="NUMBER",
-        help="pixels are background up to this value of their best map, which is stretched to [0, 1] (default: 0.5; none with "
-        "--background)",
+        help="a text competes for the pixels whose map, stretched to [0, 1], is greater (default: 0.5)",
     )
     command.add_argument(
         "--min-presence",
@@ -63,32 +64,34 @@ def add_options(command: argparse.ArgumentParser) -> None:
         help="picture to write (default: segmentation.png); for several images, the folder to write to (default: "
         "segmentations); label maps are written to the folder labels beside the pictures",
     )
-    command.add_argument("--json", action="store_true", help="print JSON instead of text")
+    command.add_argument(
+        "--json",
+        action="store_true",
+        help="print JSON instead of text, one line for each image, with run-length masks; writes no files unless --output is given",
+    )
 
 
 def run(options: argparse.Namespace) -> int:
     images = pictures_to_write(options, "segmentation.png", "segmentations")
     if not images:
         return 2
-    threshold = options.threshold
-    if threshold is None and not options.background:
-        threshold = 0.5
     from ..localization.localizer import Localizer
+    from ..regions import run_lengths
 
     localizer = Localizer(
         load_silently(options.model, options),
         [*options.texts, *options.background],
         method=options.method,
         templates=options.templates,
+        threshold=options.threshold,
         min_presence=options.min_presence,
         image_size=options.image_size,
         refine=options.refine,
     )
-    rule = {"threshold": threshold, "background": range(len(options.texts), len(localizer.texts))}
+    background = range(len(options.texts), len(localizer.texts))
 
-    def write(image, explanation, picture: Path) -> dict:
-        labels = explanation.label_map(**rule).numpy()
-        label_file = picture.parent / "labels" / f"{picture.stem}.png"
+    def write(image, explanation, picture: Path | None) -> dict:
+        labels = explanation.label_map(background=background).numpy()
         segments = [
             {
                 "id": index + 1,
@@ -96,26 +99,38 @@ def run(options: argparse.Namespace) -> int:
                 "score": round(explanation.scores[index].item(), 4),
                 "presence": round(explanation.presence[index].item(), 4),
                 "area": round((labels == index).mean().item(), 4),
+                "mask": run_lengths(labels == index),
             }
             for index, text in enumerate(options.texts)
         ]
-        _draw(image, explanation, rule, options.texts, picture)
+        entry = {"height": explanation.size[0], "width": explanation.size[1], "segments": segments}
+        if picture is None:
+            return entry
+        label_file = picture.parent / "labels" / f"{picture.stem}.png"
+        _draw(image, explanation, background, options.texts, picture)
         _save_labels(labels, label_file)
-        return {"labels": str(label_file), "segments": segments}
+        return {"labels": str(label_file), **entry}
 
     report = write_pictures(options.command, localizer, images, write)
+    for entry in report:
+        hidden = [
+            row["text"] for row in entry["segments"] if row["presence"] >= options.min_presence and not row["area"]
+        ]
+        if hidden:
+            problem = f"{entry['image']}: present, but covered by the other texts: {', '.join(hidden)}"
+            print(f"iclip segment: {printable(problem)}; look at the maps with iclip explain", file=sys.stderr)
     if options.json:
-        echo(json.dumps(report, indent=2, ensure_ascii=False))
+        print_json_lines(report)
     else:
         _print_table(report)
     return 0 if len(report) == len(options.images) else 2
 
 
-def _draw(image, explanation, rule: dict, texts: list[str], path: Path) -> None:
+def _draw(image, explanation, background: range, texts: list[str], path: Path) -> None:
     from ..utils.plots import label_sheet
 
     drawn, shown = at_picture_size(image, explanation, path)
-    save_figure(label_sheet(drawn, shown.label_map(**rule).numpy(), texts), path)
+    save_figure(label_sheet(drawn, shown.label_map(background=background).numpy(), texts), path)
 
 
 def _save_labels(labels, path: Path) -> None:

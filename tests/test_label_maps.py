@@ -132,8 +132,6 @@ def test_segments_equal_a_loop_over_pixels(present, thresholds, background):
     found = segments(raw, SIZE, shown, thresholds, background)
     expected = segments_slowly(raw, SIZE, present, thresholds, background)
     assert found.dtype == torch.int64 and torch.equal(found, expected)
-    if thresholds is None and shown.any():
-        assert torch.equal(found, label_map(raw, SIZE, classes=classes_of(4, background), present=shown)[0])
 
 
 def test_a_strong_text_hides_no_other_outside_of_its_mask():

@@ -1,5 +1,6 @@
 """explainers/refinement.py against a loop over cells, and its doors."""
 
+import json
 import math
 
 import pytest

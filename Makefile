@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-lowest test-newest test-transformers style docs bench
+.PHONY: demo test test-lowest test-newest test-kernels test-sse4 test-avx2 test-avx512 test-transformers style docs bench
 
 .venv/.installed: setup.py pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
@@ -10,13 +10,13 @@ BIN := .venv/bin
 	$(BIN)/python -m pip install --quiet --editable '.[dev]'
 	touch $@
 
-# Explains a photograph that scikit-image ships (CC0) with the embedded checkpoint.
+# Explains a photograph that scikit-image ships (NASA, public domain) with the embedded checkpoint.
 demo: .venv/.installed
-	$(BIN)/iclip explain "$$($(BIN)/python -c 'import skimage; print(skimage.__path__[0])')/data/coffee.png" \
-		--text "cup of coffee" --text plate --text dog --output demo.png
+	$(BIN)/iclip explain "$$($(BIN)/python -c 'import skimage; print(skimage.__path__[0])')/data/astronaut.png" \
+		--text face --text "orange jacket" --text helmet --text tree --output demo.png
 
 # A test process for each core; a file's tests stay together, because they share models and browsers.
-PYTEST := -m pytest -n auto --dist loadfile
+PYTEST := -m pytest -n auto --dist loadfile -p no:randomly
 test test-lowest test-newest: export OMP_NUM_THREADS = 1
 
 test: .venv/.installed
@@ -32,10 +32,28 @@ test-lowest test-newest: test-%:
 	.venv-$*/bin/uv pip install --quiet --python .venv-$*/bin/python --resolution $(RESOLUTION) --editable '.[dev]'
 	.venv-$*/bin/python $(PYTEST)
 
-# Transformers' own common tests, on every pair of towers. They come from its source distribution and stay in runs/.
+# The tests that compare numbers, on other kernels and threads than the processor's own, in random order: no result may depend on
+# rounding.
+NUMBERS := similarity pooling finite losses label_maps refinement regions modeling localization explainers explainer_methods words
+NUMBERS += analysis metrics faithfulness tasks
+test-sse4: export MKL_ENABLE_INSTRUCTIONS = SSE4_2
+test-sse4: export ATEN_CPU_CAPABILITY = default
+test-sse4: export OMP_NUM_THREADS = 1
+test-avx2: export MKL_ENABLE_INSTRUCTIONS = AVX2
+test-avx2: export ATEN_CPU_CAPABILITY = avx2
+test-avx2: export OMP_NUM_THREADS = 2
+test-avx512: export MKL_ENABLE_INSTRUCTIONS = AVX512
+test-avx512: export OMP_NUM_THREADS = 4
+test-kernels: test-sse4 test-avx2 test-avx512
+test-sse4 test-avx2 test-avx512: .venv/.installed
+	$(BIN)/python -m pip install --quiet pytest-randomly
+	$(BIN)/python -m pytest -n auto --dist loadfile -m "not slow" $(NUMBERS:%=tests/test_%.py)
+
+# Transformers' own common tests, on every pair of towers, or on those that TOWERS selects. They come from its source distribution
+# and stay in runs/.
 test-transformers: .venv/.installed
 	$(BIN)/python -m pip install --quiet parameterized
-	$(BIN)/python -m pytest tests/transformers_common.py
+	$(BIN)/python -m pytest --disable-warnings $(if $(TOWERS),-k "$(TOWERS)") tests/transformers_common.py
 
 # Transformers' rules for model files, without those for its own repository (licence header, docstring decorator, checkpoints named
 # beside each branch), and without two that take correct code for an error: trust_remote_code=False, which refuses code, and a

@@ -1,7 +1,11 @@
+import warnings
 from pathlib import Path
 
 from setuptools import find_packages, setup
 
+
+# Setuptools warns of folders with the package's name in the working directory; here it is below src.
+warnings.filterwarnings("ignore", "Editable installation")
 
 extras = {
     # train.py: streamed data sets, trackers, augmentation

@@ -24,11 +24,10 @@ from iclip_hf import ICLIPModel
 from iclip_hf.cli.common import keep_memory
 from iclip_hf.data.segmentation import load_segmentation
 from iclip_hf.evaluation.analysis import semantic_shift
-from iclip_hf.explainers import make_explainer
 from iclip_hf.images import load_image
 from iclip_hf.localization.background import encode_background
 from iclip_hf.localization.localizer import Localizer
-from iclip_hf.models.loading import load_iclip
+from iclip_hf.models.loading import load, load_iclip
 from iclip_hf.models.towers import embedded_towers
 from iclip_hf.presence import BACKGROUND, presence
 from iclip_hf.processing_iclip import ICLIPProcessor
@@ -172,7 +171,7 @@ def asking_again(rounds: int) -> str:
     from iclip_hf.demo.app import explain_image, look_at, to_npz, viewer_value
     from iclip_hf.demo.content import EXAMPLES
 
-    localizer = Localizer(load_iclip("embedded"), ["dog"])
+    localizer = Localizer("embedded", ["dog"])
     photo = np.random.default_rng(0).integers(0, 255, (15, 20, 3), np.uint8)
     image = Image.fromarray(photo).resize(SIZE[::-1], Image.Resampling.BICUBIC)
     texts = next(iter(EXAMPLES.values())).texts.split(", ")
@@ -228,16 +227,15 @@ def end_to_end(files: int) -> str:
 
 def presences(rounds: int) -> str:
     """Presence: encoding the nouns and reading them again in another process, and what an image costs then."""
-    model, processor = load_iclip("embedded")
-    explainer, templates = make_explainer((model, processor)), processor.templates
-    pixel_values = processor(images=[Image.new("RGB", SIZE[::-1])])["pixel_values"]
-    background, texts = encode_background(explainer, templates), explainer.model.encode_texts(["dog", "ball", "grass"])
-    image = explainer.encode_image(pixel_values)
+    model = load("embedded")
+    pixel_values = model.processor(images=[Image.new("RGB", SIZE[::-1])])["pixel_values"]
+    background, texts = encode_background(model, model.templates), model.encode_texts(["dog", "ball", "grass"])
+    image = model.encode_images(pixel_values)
     contenders = {
-        "first": lambda: explainer.model.encode_texts(BACKGROUND, templates),
-        "read": lambda: encode_background(explainer, templates),
+        "first": lambda: model.encode_texts(BACKGROUND),
+        "read": lambda: encode_background(model, model.templates),
         "image": lambda: presence(model.match(image, texts), model.match(image, background)),
-        "forward": lambda: explainer.encode_image(pixel_values),
+        "forward": lambda: model.encode_images(pixel_values),
     }
     taken = take_turns({name: without_gradients(function) for name, function in contenders.items()}, rounds)
     seconds = {name: float(np.median(times)) for name, times in taken.items()}

@@ -34,7 +34,7 @@ def each_stretched(raw_maps, size, present, threshold, background):
     """The highest map, each stretched to [0, 1]."""
     maps = resize_and_normalize(raw_maps, size)
     maps[~present] = -1
-    best, labels = maps.max(0)
+    best, labels = torch.cat([maps, torch.zeros(1, *size)]).max(0)
     return labels.masked_fill((best <= threshold) | torch.isin(labels, torch.tensor(list(background))), -1)
 
 

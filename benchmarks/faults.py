@@ -35,8 +35,7 @@ ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 # ruff: noqa: E402
 
-from conftest import WORDS, tiny_model
-from test_training import write_pairs
+from conftest import WORDS, tiny_model, write_pairs
 
 from iclip_hf import ICLIPProcessor, cli
 from iclip_hf.data.pairs import load_pairs
@@ -103,7 +102,7 @@ def cache(inputs: Path, output: Path) -> None:
 
 
 def collection(inputs: Path, output: Path) -> None:
-    localizer = Localizer(load_iclip(inputs / "model"), ["dog", "red ball"])
+    localizer = Localizer(inputs / "model", ["dog", "red ball"])
     images = open_images([inputs / "data" / "images"])
     explain_collection(localizer, images, output, images_per_file=3, num_workers=1, progress=False)
 
@@ -145,7 +144,7 @@ def result(name: str, output: Path) -> dict:
 def rubbish(output: Path) -> list[str]:
     """Returns the partial and hidden files that a finished job left behind."""
     paths = [path.relative_to(output) for path in output.rglob("*")]
-    return [str(path) for path in paths if "partial" in path.name or path.parts[0].startswith(".model-")]
+    return [str(path) for path in paths if "partial" in path.name or path.parts[0].startswith(".model.")]
 
 
 # ---------------------------------------------------------------------------------------------------- running and killing
@@ -289,7 +288,7 @@ class Faults:
         for name in JOBS:
             output, claims = self.output(name, "two"), name not in ("evaluation", "export")
             first = self.start(name, output)
-            _until(lambda: output.exists() and (not claims or any(output.rglob(".lock"))))  # noqa: B023
+            _until(lambda: output.exists() and (not claims or any(output.rglob(".iclip-hf.lock"))))  # noqa: B023
             os.kill(first.pid, signal.SIGSTOP)  # so that the second starts while it runs
             second = self.start(name, output)
             second.wait()

@@ -12,13 +12,11 @@ from pathlib import Path
 
 from measuring import machine, ratio, table, take_turns
 
-from iclip_hf.cli.common import load_silently
 from iclip_hf.data.segmentation import load_segmentation
 from iclip_hf.evaluation.evaluate import evaluate
-from iclip_hf.evaluation.faithfulness import evaluate_faithfulness
 from iclip_hf.evaluation.results import rounded
-from iclip_hf.evaluation.segmentation import evaluate_segmentation
 from iclip_hf.explainers import METHODS, make_explainer
+from iclip_hf.models.loading import load
 from iclip_hf.utils.files import atomic_write
 
 
@@ -46,10 +44,10 @@ def main() -> None:
     options = parser.parse_args()
 
     datasets = [load_segmentation(*data.split(":")) for data in options.data]
-    model, processor = load_silently(options.model, options.dtype)
-    methods, refused = supported(model, processor, options.methods)
-    scores = [measure(model, processor, dataset, methods, options.limit, options.few) for dataset in datasets]
-    taken = seconds(model, processor, datasets[0], methods)
+    model = load(options.model or "embedded", dtype=options.dtype)
+    methods, refused = supported(model, options.methods)
+    scores = [measure(model, dataset, methods, options.limit, options.few) for dataset in datasets]
+    taken = seconds(model, datasets[0], methods)
     report = written(datasets, scores, taken, options, refused)
     print(report)
     options.output.parent.mkdir(parents=True, exist_ok=True)
@@ -57,26 +55,25 @@ def main() -> None:
         partial.write_text(report + "\n", encoding="utf-8")
 
 
-def supported(model, processor, methods: list[str]) -> tuple[list[str], dict[str, str]]:
+def supported(model, methods: list[str]) -> tuple[list[str], dict[str, str]]:
     """Returns the methods that the model supports, and for each other method the reason why not."""
     refused = {}
     for method in methods:
         try:
-            make_explainer((model, processor), method)
+            make_explainer(model, method)
         except ValueError as error:
             refused[method] = str(error)
     return [method for method in methods if method not in refused], refused
 
 
-def measure(model, processor, dataset, methods: list[str], limit: int | None, few: int) -> dict[str, dict[str, float]]:
+def measure(model, dataset, methods: list[str], limit: int | None, few: int) -> dict[str, dict[str, float]]:
     """Returns the scores by method on one data set, with mAP and the row of a constant map."""
     few = min(few, limit or few)
-    cheap = evaluate((model, processor), dataset, methods, limit=limit).results
-    labels = evaluate_segmentation((model, processor), dataset, methods, limit=few).results
-    faithful = evaluate_faithfulness(
-        (model, processor), dataset, methods, measures=["deletion_insertion", "pointing_game"], limit=few
+    cheap = evaluate(model, dataset, methods, limit=limit).results
+    costly = evaluate(
+        model, dataset, methods, ["segmentation", "deletion_insertion", "pointing_game"], limit=few
     ).results
-    scores = {method: {**cheap[method], **labels[method], **faithful[method]} for method in methods}
+    scores = {method: {**costly[method], **cheap[method], "floor": costly[method]["floor"]} for method in methods}
     for one in scores.values():
         if one["difference_probability"] is not None:
             one["difference_probability"] *= 100
@@ -86,17 +83,17 @@ def measure(model, processor, dataset, methods: list[str], limit: int | None, fe
         "mMIoU": cheap[methods[0]]["floor"],
         "mFMB": 0.0,
         "text_contrast": 50.0,
-        "mIoU": labels[methods[0]]["floor"],
+        "mIoU": costly[methods[0]]["floor"],
         "pointing_game": first["foreground"],
     }
     return scores
 
 
-def seconds(model, processor, dataset, methods: list[str]) -> dict[str, list[float]]:
+def seconds(model, dataset, methods: list[str]) -> dict[str, list[float]]:
     """Returns the seconds of the raw maps of one image with `TEXTS` texts, by method."""
-    explainers = {method: make_explainer((model, processor), method) for method in dict.fromkeys(["itsm", *methods])}
-    texts = explainers["itsm"].encode_texts(dataset.class_names[:TEXTS])
-    pixel_values = explainers["itsm"].processor(images=[dataset[0].image])["pixel_values"]
+    explainers = {method: make_explainer(model, method) for method in dict.fromkeys(["itsm", *methods])}
+    texts = model.encode_texts(dataset.class_names[:TEXTS])
+    pixel_values = model.processor(images=[dataset[0].image])["pixel_values"]
     return take_turns({name: lambda one=one: one.raw_maps(pixel_values, texts) for name, one in explainers.items()}, 3)
 
 

@@ -1,11 +1,15 @@
 """Tiny random models of every tower pair, a processor for them, a place for faults, and the way to the real data."""
 
+import io
+import json
 import os
 import shutil
+import tarfile
 import tempfile
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
@@ -16,6 +20,7 @@ os.environ["HF_MODULES_CACHE"] = _MODULES.name
 # ruff: noqa: E402
 
 from fault_inputs import PHOTO
+from PIL import Image
 from transformers import BertTokenizer, CLIPImageProcessor
 
 from iclip_hf import ICLIPConfig, ICLIPModel, ICLIPProcessor, ImageTextSimilarityMapPipeline
@@ -185,3 +190,50 @@ def made(tiny_processor, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("iclip_hf.explainers.proxyclip.embedded_towers", lambda: (proxy, None))
         yield get
+
+
+def write_pairs(path: Path, count: int, broken: tuple[int, ...] = (), seed: int = 0) -> None:
+    """A webdataset shard of noise images with two captions each."""
+    draws = np.random.default_rng(seed)
+    with tarfile.open(path, "w") as tar:
+        for i in range(count):
+            image = io.BytesIO()
+            Image.fromarray(draws.integers(0, 256, (40, 36, 3), dtype=np.uint8)).save(image, "JPEG")
+            words = [WORDS[j] for j in draws.integers(0, 12, 5)]
+            captions = json.dumps({"captions": [" ".join(words), " ".join(words[::-1]) + f" {i}"]})
+            data = b"no image" if i in broken else image.getvalue()
+            for suffix, content in ((".jpg", data), (".json", captions.encode())):
+                member = tarfile.TarInfo(f"{i:05d}{suffix}")
+                member.size = len(content)
+                tar.addfile(member, io.BytesIO(content))
+
+
+@pytest.fixture(scope="module")
+def hub(tmp_path_factory, tiny_processor) -> Path:
+    """Tiny towers, pairs, and a folder as in hub_configs: 64 pairs in 4 steps an epoch, 12 steps in all."""
+    folder = tmp_path_factory.mktemp("hub")
+    model = tiny_model()
+    model.vision_model.save_pretrained(folder / "vision")
+    model.text_model.save_pretrained(folder / "text")
+    model.config.save_pretrained(folder)
+    tiny_processor.save_pretrained(folder)
+    tiny_processor.tokenizer.save_pretrained(folder / "text")
+    write_pairs(folder / "pairs.tar", 64)
+    write_pairs(folder / "held_out.tar", 17, seed=1)
+    (folder / "train.yaml").write_text(
+        f"""
+        vision: {folder}/vision
+        text: {folder}/text
+        data: [{folder}/pairs.tar]
+        image_size: 32
+        batch_size: 16
+        epochs: 3
+        warmup_epochs: 1
+        learning_rate: 0.05
+        num_workers: 0
+        eval_steps: 5
+        checkpoint_steps: 5
+        report_to: none
+        """
+    )
+    return folder

@@ -123,6 +123,9 @@ DAMAGED_IMAGES = {f"damaged {format}": damaged(data, 1) for format, data in BY_F
     f"{format} without its last byte": data[:-1] for format, data in BY_FORMAT.items()
 }
 
+# Of both, one for each way through a door: frames, values and shapes that need conversion; nothing, another format, code, a bomb, a part.
+FEW_IMAGES = ("animated gif", "16-bit", "cmyk", "one row", "empty", "svg", "pickle", "bomb", "half a JPEG")
+
 # Whatever is no file of an image; `make_places` makes those that need making, and the folder is in ..
 PLACES = {
     "nothing": "../case/absent.png",
@@ -140,6 +143,9 @@ PLACES = {
     "file url": "file://../case/photo.png",
     "nothing at all": "",
 }
+
+
+FEW_PLACES = ("nothing", "pipe", "link to itself", "lone surrogate", "https")
 
 
 def make_places(folder: Path) -> None:
@@ -176,6 +182,7 @@ BAD_TEXTS = {
     "not a number": float("nan"),
     "mapping": {"text": "dog"},
 }
+FEW_TEXTS = ("control characters", "special tokens", "blank", "number", "none")
 # Figures take their time: for them those that mean something to matplotlib.
 DRAWN_TEXTS = {
     name: text
@@ -349,6 +356,14 @@ MODEL_FOLDERS = {
     "tokenizer of another kind": replaced("tokenizer.json", "{}"),
     "symlinked code": with_code,
 }
+FEW_MODEL_FOLDERS = (
+    "missing",
+    "no weights",
+    "config of another model",
+    "weights hold NaN",
+    "no tokenizer",
+    "symlinked code",
+)
 # The same by what a JSON file of it holds.
 MODEL_JSON = {
     **{f"config is {name}": replaced("config.json", content) for name, content in BAD_JSON.items()},

@@ -14,7 +14,7 @@ import resource
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -58,19 +58,26 @@ class Cases(list[Case]):
             what = (shows or file,) if shows or file else tuple(forms(value))
             self.append(Case(door, name, run, value, fate, what))
 
-    def add_images(self, door: str, run: Callable) -> None:
-        """All files of images, for a door that is given the content."""
-        self.add(door, inputs.UNUSUAL_IMAGES, run, WORKS)
-        self.add(door, inputs.UNREADABLE_IMAGES, run, file="image")
-        self.add(door, inputs.DAMAGED_IMAGES, run, EITHER, file="image")
+    def add_images(self, door: str, run: Callable, every: bool = False) -> None:
+        """Files of images, for a door that is given the content: every one for `load_image`, few for the doors that read with it."""
+        unusual, unreadable = inputs.UNUSUAL_IMAGES, inputs.UNREADABLE_IMAGES
+        self.add(door, unusual if every else few(unusual, inputs.FEW_IMAGES), run, WORKS)
+        self.add(door, unreadable if every else few(unreadable, inputs.FEW_IMAGES), run, file="image")
+        if every:
+            self.add(door, inputs.DAMAGED_IMAGES, run, EITHER, file="image")
 
-    def add_texts(self, door: str, run: Callable) -> None:
-        self.add(door, inputs.GOOD_TEXTS, run, WORKS)
-        self.add(door, inputs.BAD_TEXTS, run)
+    def add_texts(self, door: str, run: Callable, every: bool = False) -> None:
+        """Texts: every one for the processor, few for the doors that encode with it."""
+        self.add(door, inputs.GOOD_TEXTS if every else few(inputs.GOOD_TEXTS, inputs.FEW_TEXTS), run, WORKS)
+        self.add(door, inputs.BAD_TEXTS if every else few(inputs.BAD_TEXTS, inputs.FEW_TEXTS), run)
 
     def add_templates(self, door: str, run: Callable) -> None:
         self.add(door, inputs.BAD_TEMPLATES, run)
         self.add(door, {"a brace": "{} {", "a field": "{} {0.__class__}", "percent": "%s {}"}, run, WORKS)
+
+
+def few(values: dict, names: Iterable[str]) -> dict:
+    return {name: values[name] for name in names if name in values}
 
 
 def forms(value) -> Iterator[str]:

@@ -21,6 +21,7 @@ ROOMS = [
     "hub",
     "evaluate_metrics",
     "evaluation",
+    "figures",
     "localization",
     "explainers",
     "models",
@@ -102,7 +103,11 @@ def test_what_travels_with_a_model_and_what_all_use_know_nothing_else():
 @pytest.mark.parametrize(
     ("module", "source", "found"),
     [
-        ("iclip_hf.utils.plots", "def draw():\n    from ..evaluation.analysis import relation", "evaluation.analysis"),
+        (
+            "iclip_hf.figures.sheets",
+            "def draw():\n    from ..evaluation.analysis import relation",
+            "evaluation.analysis",
+        ),
         ("iclip_hf.explainers", "from .gem import GEM", "explainers.gem"),
         ("iclip_hf.cli.explain", "from ..localization import collection", "localization.collection"),
         ("iclip_hf.presence", "from . import images", "images"),

@@ -191,52 +191,6 @@ def test_a_folder_becomes_parquet_files(folder, tmp_path, capsys):
     assert "broken.jpg" in report["broken"][0] and "iclip explain: " in err and "undamaged copy" in err
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["none.jpg", "--text", "dog"], "none.jpg.*check the path"),
-        (["{image}", "--text", ""], "at least one character"),
-        (["{image}", "--text", "dog", "--template", "photo"], "one {} each"),
-        (["{image}", "--text", "dog", "--image-size", "30"], "multiples of the patch size 8"),
-        (["{image}", "--text", "dog", "--output", "{tmp}"], "--output.*ends in .png"),
-        (["{image}", "{image}", "--text", "dog", "--output", "{tmp}/a.png"], "expected a folder"),
-        (["{image}", "--text", "dog", "--colormap", "x"], "colormap"),
-        (["{image}", "--text", "dog", "--threshold", "1.5"], "[0, 1]"),
-        (["{image}", "--text", "dog", "--threshold", "none.json"], "none.json"),
-        (["{image}", "--text", "dog", "--min-presence", "7"], "[0, 1]"),
-        (["{tmp}", "--text", "dog"], "expected images or .tar shards"),
-        (["{folder}", "--text", "dog", "--npz"], "Parquet files"),
-        (["{folder}", "--text", "dog", "--words"], "Parquet files"),
-        (["{folder}", "{image}", "--text", "dog"], "one folder of images"),
-    ],
-)
-def test_bad_input_is_one_line_and_exit_code_2(folder, tmp_path, capsys, monkeypatch, arguments, message):
-    monkeypatch.chdir(tmp_path)
-    filled = [a.replace("{image}", str(folder / "2" / "a.jpg")).replace("{tmp}", str(tmp_path)) for a in arguments]
-    filled = [a.replace("{folder}", str(folder / "2")) for a in filled]
-    assert run(folder, *filled) == 2
-    err = capsys.readouterr().err.strip()
-    assert len(err.splitlines()) == 1 and err.startswith("iclip explain: ")
-    assert all(part in err for part in message.split(".*"))
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_a_folder_that_is_no_model(tmp_path, folder, capsys):
-    arguments = ["explain", str(folder / "2" / "a.jpg"), "--text", "dog", "--model", str(tmp_path)]
-    assert cli.main(arguments) == 2
-    assert len(capsys.readouterr().err.strip().splitlines()) == 1
-
-
-@pytest.mark.parametrize(
-    "arguments", [[], ["explain"], ["explain", "a.jpg"], ["paint"], ["evaluate", "--dataset", "x"]]
-)
-def test_wrong_usage_is_one_line_and_exit_code_2(arguments, capsys):
-    with pytest.raises(SystemExit) as stop:
-        cli.main(arguments)
-    assert stop.value.code == 2
-    assert len(capsys.readouterr().err.strip().splitlines()) == 1
-
-
 def test_help_says_what_every_option_is():
     parsers = [cli._parser()]
     for parser in parsers:  # grows by the commands of each
@@ -268,7 +222,6 @@ def test_arguments_and_files_are_checked_before_torch_is_imported(folder, tmp_pa
         ["analyze", "channels", "none.jpg"],
         ["analyze", "relation", "none.json"],
         ["export", photo, "out", "--results", "none.json"],
-        ["export", "embedded", "out"],
         ["train", "none.csv"],
         ["train", "pairs.csv"],
         ["train", "--config", "none"],
@@ -365,8 +318,16 @@ def test_options_of_the_command_are_those_of_the_package():
     from inspect import signature
 
     from iclip_hf.cli.evaluate import OPTIONS
-    from iclip_hf.evaluation import evaluate, faithfulness, segmentation
+    from iclip_hf.evaluation.measures import MEASURES, make_measure
 
-    functions = evaluate.evaluate, segmentation.evaluate_segmentation, faithfulness.evaluate_faithfulness
-    for (task, options), function in zip(OPTIONS.items(), functions, strict=True):
-        assert set(options) <= signature(function).parameters.keys(), task
+    for measure in MEASURES:
+        own = {option for option, measures in OPTIONS.items() if measure in measures}
+        assert own == signature(type(make_measure(measure))).parameters.keys(), measure
+
+
+def test_settings_take_dashes_and_underscores():
+    from iclip_hf.training.settings import parse_settings
+
+    config = ["--config", "iclip-dinov2-s14-minilm"]
+    dashes, underscores = (parse_settings([*config, f"--output{sign}dir", "a", "b"]) for sign in "-_")
+    assert dashes == underscores and (dashes.output_dir, dashes.data) == ("a", ["b"])

@@ -1,3 +1,4 @@
+import copy
 import io
 import os
 import signal
@@ -189,14 +190,14 @@ def test_two_processes_go_on_after_a_kill_in_the_midst_of_writing(folder, tiny_p
         [sys.executable, "-c", killed, *command(folder, output)], env=environment, capture_output=True
     )
     assert done.returncode == -signal.SIGKILL
-    names = sorted(contents(output))
-    assert len(names) == 2 and names[1].endswith(".partial")
+    assert list(contents(output)) == ["explanations-00000-of-00004.parquet"] and list(output.glob(".*.partial"))
 
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     done = subprocess.run(
         [*launch, "-m", "iclip_hf.cli", *command(folder, output)], env=environment, capture_output=True, text=True
     )
     assert done.stdout == f"13 images -> 4 files in {output}, 1 broken images\n"
+    assert not list(output.glob(".*.partial"))
     assert "b/02.jpg" in done.stderr and done.returncode != 0
     # Of the files left, with 4, 4 and 2 images, the process that shows progress makes the first and the third.
     assert "/6 [" in done.stderr
@@ -255,6 +256,11 @@ def test_other_settings_do_not_mix(folder, localizer, whole, tiny_processor):
     retrained = Localizer((tiny_model(seed=1), tiny_processor), TEXTS, threshold=[0.4, 0.6], min_presence=0.2)
     with pytest.raises(ValueError, match="one of other weights; choose another"):
         run(retrained, images, output)
+    brighter = copy.deepcopy(tiny_processor)
+    brighter.image_processor.image_mean = [0.1] * 3
+    brighter = Localizer((tiny_model(), brighter), TEXTS, threshold=[0.4, 0.6], min_presence=0.2)
+    with pytest.raises(ValueError, match="one of other processor; choose another"):
+        run(brighter, images, output)
     assert contents(output) == before
 
 
@@ -311,6 +317,16 @@ def test_a_foreign_file_is_left_alone(folder, localizer, tmp_path):
     pq.write_table(pa.table({"a": [1]}), tmp_path / "explanations-mine.parquet")
     with pytest.raises(ValueError, match="explanations-mine.parquet: expected a file that this command wrote"):
         run(localizer, open_images([folder / "images"]), tmp_path)
+
+
+def test_a_truncated_file_is_to_be_deleted(folder, localizer, tmp_path):
+    report = run(localizer, open_images([folder / "images"]), tmp_path)
+    file = report.files[0]
+    os.truncate(file, file.stat().st_size - 20)
+    with pytest.raises(ValueError, match=rf"{file.name}: expected a whole Parquet file, .*; delete it, then rerun"):
+        run(localizer, open_images([folder / "images"]), tmp_path)
+    file.unlink()
+    assert run(localizer, open_images([folder / "images"]), tmp_path).images == report.images
 
 
 def test_sources_that_are_none(folder, tmp_path):

@@ -15,7 +15,8 @@ from torch.nn import functional as F
 
 from iclip_hf import cli
 from iclip_hf.data import load_segmentation
-from iclip_hf.evaluation.segmentation import evaluate_segmentation
+from iclip_hf.evaluation.evaluate import evaluate
+from iclip_hf.evaluation.measures.segmentation import Segmentation
 from iclip_hf.explainers import make_explainer
 from iclip_hf.explainers.windows import windowed_maps
 from iclip_hf.presence import BACKGROUND, presence
@@ -28,6 +29,10 @@ def enlarged(model, processor, sample, texts):
         others = model(**processor(sample.image, labels=BACKGROUND))
     maps = F.interpolate(outputs.similarity_maps, sample.size, mode="bicubic", align_corners=False)[0]
     return maps.numpy(), (presence(outputs.logits_per_image, others.logits_per_image)[0] >= 0.5).numpy()
+
+
+def segment(model, dataset, methods=("itsm",), **options):
+    return evaluate(model, dataset, methods, [Segmentation(**options)], progress=False)
 
 
 def miou(pairs):
@@ -43,7 +48,7 @@ def miou(pairs):
 
 def test_figures_equal_the_protocol_in_plain_steps(root, tiny_processor):  # noqa: F811
     model, dataset = tiny_model(), load_segmentation("folder", root)
-    result = evaluate_segmentation((model, tiny_processor), dataset, batch_size=3, progress=False)
+    result = evaluate((model, tiny_processor), dataset, measures=["segmentation"], batch_size=3, progress=False)
     found = []
     for sample in dataset:
         maps, _ = enlarged(model, tiny_processor, sample, NAMES)
@@ -80,7 +85,7 @@ def test_synonyms_background_texts_and_presence(root, tiny_processor):  # noqa: 
             if gate:
                 maps[:4][~present[:4]] = -np.inf  # texts of the background stay
             pairs.append((classes[maps.argmax(0)], sample.label_map))
-        result = evaluate_segmentation((model, tiny_processor), dataset, min_presence=gate, progress=False)
+        result = segment((model, tiny_processor), dataset, min_presence=gate)
         expected, iou = miou(pairs)
         assert result.results["itsm"]["mIoU"] == pytest.approx(expected, abs=0.2)
         assert result.results["itsm"]["thresholds"] is None
@@ -90,7 +95,7 @@ def test_synonyms_background_texts_and_presence(root, tiny_processor):  # noqa: 
 def test_a_given_threshold_and_every_kind_of_method(root, tiny_processor):  # noqa: F811
     model, dataset = tiny_model(), load_segmentation("folder", root)
     methods = ["itsm", "reversed_itsm", "attention", "grad_cam", "gem"]
-    result = evaluate_segmentation((model, tiny_processor), dataset, methods, threshold=0.25, progress=False)
+    result = segment((model, tiny_processor), dataset, methods, threshold=0.25)
     pairs, turned = [], []
     for sample in dataset:
         maps, _ = enlarged(model, tiny_processor, sample, NAMES)
@@ -107,7 +112,7 @@ def test_a_given_threshold_and_every_kind_of_method(root, tiny_processor):  # no
 
 def test_probabilities_as_confidence(root, tiny_processor):  # noqa: F811
     model, dataset = tiny_model(), load_segmentation("folder", root)
-    result = evaluate_segmentation((model, tiny_processor), dataset, threshold=0.5, logit_scale=5.0, progress=False)
+    result = segment((model, tiny_processor), dataset, threshold=0.5, logit_scale=5.0)
     pairs = []
     for sample in dataset:
         maps, _ = enlarged(model, tiny_processor, sample, NAMES)
@@ -141,13 +146,14 @@ def test_windows_are_cut_run_and_averaged(tiny_processor):
 
 def test_images_keep_their_proportions_under_windows(root, tiny_processor):  # noqa: F811
     dataset = load_segmentation("folder", root)
-    options = {"short_side": 48, "window": 32, "threshold": 0.5, "progress": False}
-    result = evaluate_segmentation((tiny_model(), tiny_processor), dataset, batch_size=4, **options)
+    measure = Segmentation(window=32, threshold=0.5)
+    options = {"measures": [measure], "image_size": {"shortest_edge": 48}, "progress": False}
+    result = evaluate((tiny_model(), tiny_processor), dataset, batch_size=4, **options)
     assert result.protocol["image_size"] == {"shortest_edge": 48}
     assert (result.protocol["window"], result.protocol["stride"]) == (32, 16)
-    alone = evaluate_segmentation((tiny_model(), tiny_processor), dataset, batch_size=1, **options)
+    alone = evaluate((tiny_model(), tiny_processor), dataset, batch_size=1, **options)
     assert alone.results["itsm"]["mIoU"] == pytest.approx(result.results["itsm"]["mIoU"], abs=0.1)
-    square = evaluate_segmentation((tiny_model(), tiny_processor), dataset, threshold=0.5, progress=False)
+    square = segment((tiny_model(), tiny_processor), dataset, threshold=0.5)
     assert square.results["itsm"]["mIoU"] != result.results["itsm"]["mIoU"]
 
 
@@ -159,17 +165,18 @@ def test_images_keep_their_proportions_under_windows(root, tiny_processor):  # n
         ({"window": 32, "stride": 12}, "stride in multiples of the patch size, 8 pixels, got 12"),
         ({"window": 32, "stride": 40}, "at most the window's 32 pixels, got 40"),
         ({"stride": 16}, "stride with a window"),
-        ({"window": 32, "image_size": 64}, "image_size, or short_side and window, got both"),
-        ({"limit": 1}, "two images or more"),
         ({"threshold": 1.5}, r"in \[0, 1\]"),
         ({"min_presence": 2}, r"min_presence in \[0, 1\], got 2"),
     ],
 )
 def test_bad_options_are_named(root, tiny_processor, options, problem):  # noqa: F811
     with pytest.raises(ValueError, match=problem):
-        evaluate_segmentation(
-            (tiny_model(), tiny_processor), load_segmentation("folder", root), progress=False, **options
-        )
+        segment((tiny_model(), tiny_processor), load_segmentation("folder", root), **options)
+
+
+def test_one_image_has_no_other_to_choose_a_threshold_on(root, tiny_processor):  # noqa: F811
+    with pytest.raises(ValueError, match="two images or more"):
+        evaluate((tiny_model(), tiny_processor), load_segmentation("folder", root), measures=["segmentation"], limit=1)
 
 
 @pytest.mark.parametrize("options", [{"threshold": 0.5}, {"background": ["sky"]}])
@@ -177,8 +184,8 @@ def test_a_void_background_is_not_predicted(root, tiny_processor, options):  # n
     dataset = load_segmentation("folder", root)
     dataset.background = False
     with pytest.raises(ValueError, match="background of 'folder', which is void"):
-        evaluate_segmentation((tiny_model(), tiny_processor), dataset, progress=False, **options)
-    result = evaluate_segmentation((tiny_model(), tiny_processor), dataset, progress=False)
+        segment((tiny_model(), tiny_processor), dataset, **options)
+    result = segment((tiny_model(), tiny_processor), dataset)
     assert [row["id"] for row in result.per_class["itsm"]] == [1, 2, 3]
 
 

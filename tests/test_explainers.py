@@ -47,16 +47,16 @@ def test_batch_order_and_texts_do_not_matter(made, family, method):
     order = [2, 0, 1]
     permuted = ICLIPTextFeatures(text_embeds=texts.text_embeds[order], map_text_embeds=texts.map_text_embeds[order])
     other, score = explainer.raw_maps(pixel_values, permuted)
-    torch.testing.assert_close(other, maps[:, order], atol=1e-6, rtol=1e-5)
-    torch.testing.assert_close(score, scores[:, order], atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(other, maps[:, order], atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(score, scores[:, order], atol=1e-5, rtol=1e-4)
 
     own = ICLIPTextFeatures(  # texts an image: the first image's, and reversed
         text_embeds=torch.stack([texts.text_embeds, texts.text_embeds.flip(0)]),
         map_text_embeds=torch.stack([texts.map_text_embeds, texts.map_text_embeds.flip(0)]),
     )
     different, score = explainer.raw_maps(pixel_values, own)
-    torch.testing.assert_close(different, torch.stack([maps[0], maps[1].flip(0)]), atol=1e-6, rtol=1e-5)
-    torch.testing.assert_close(score, torch.stack([scores[0], scores[1].flip(0)]), atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(different, torch.stack([maps[0], maps[1].flip(0)]), atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(score, torch.stack([scores[0], scores[1].flip(0)]), atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize(("family", "method"), PAIRS)
@@ -233,8 +233,8 @@ def test_reversed_itsm_is_one_minus_the_map(made):
     for one, reverse in zip(
         *(explain((model, processor), images(), LABELS, m, size=WIDE) for m in ("itsm", "reversed_itsm"))
     ):
-        torch.testing.assert_close(reverse.maps, 1 - one.maps, atol=1e-6, rtol=0)
-        assert torch.equal(reverse.scores, one.scores)
+        torch.testing.assert_close(reverse.maps, 1 - one.maps, atol=1e-5, rtol=0)
+        torch.testing.assert_close(reverse.scores, one.scores)
 
 
 def eager(model):
@@ -627,7 +627,7 @@ def test_maps_are_post_processed_as_the_processor_does(made):
     for one, expected in zip(explanations, processor.post_process_similarity_maps(raw, [(10, 30)] * 3)):
         torch.testing.assert_close(one.maps, expected, atol=1e-6, rtol=0)
         for index in range(3):
-            torch.testing.assert_close(one.map(index), one.maps[index], atol=1e-6, rtol=0)
+            assert torch.equal(one.map(index), one.maps[index])  # each is stretched alone
 
 
 def test_images_keep_their_proportions_on_request(made):
@@ -656,7 +656,7 @@ def test_templates_are_averaged_as_unit_vectors(made, monkeypatch):
         texts = explainer.model.encode_texts(LABELS, templates)
         for name in ("text_embeds", "map_text_embeds"):
             each = [getattr(explainer.model.encode_texts(LABELS, [template]), name) for template in templates]
-            torch.testing.assert_close(getattr(texts, name), F.normalize(sum(each), dim=-1), atol=1e-6, rtol=0)
+            torch.testing.assert_close(getattr(texts, name), F.normalize(sum(each), dim=-1), atol=1e-5, rtol=0)
         (one,) = explain((model, processor), images()[:1], LABELS, templates=["the {} ."])
         (verbatim,) = explain((model, processor), images()[:1], [f"the {x} ." for x in LABELS], templates=["{}"])
         torch.testing.assert_close(one.raw_maps, verbatim.raw_maps)
@@ -757,7 +757,7 @@ def test_images_and_texts_must_match(made):
         with pytest.raises(ValueError, match="for 3 images"):
             explain((model, processor), images(), texts, target_sizes=sizes)
     for some, texts in ([], LABELS), (images(), []):
-        with pytest.raises(ValueError, match="at least one image and a list of texts"):
+        with pytest.raises(ValueError, match="at least one image and one text"):
             explain((model, processor), some, texts)
 
 

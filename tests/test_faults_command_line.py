@@ -12,6 +12,7 @@ from faults import (
     at_place,
     command,
     damaged_model,
+    few,
     index_mask,
     masks_folder,
     test_of_cases,
@@ -31,21 +32,17 @@ def explained_by_command(world, folder, image):
     return iclip("explain", image, "--text", "dog", "--model", world.folder / "model")
 
 
-few = ("cmyk", "16-bit", "one row", "animated gif")
-by_command = as_file(explained_by_command)
-CASES.add("iclip explain", {name: inputs.UNUSUAL_IMAGES[name] for name in few}, by_command, WORKS)
-CASES.add("iclip explain", inputs.UNREADABLE_IMAGES, by_command, file="image.png")
-
-
-for door, run in (
-    ("iclip explain", explained_by_command),
-    ("iclip compare", lambda w, f, place: iclip("compare", place, "--text", "dog", "--model", w.folder / "model")),
-    ("iclip analyze channels", lambda w, f, place: iclip("analyze", "channels", place, "--model", w.folder / "model")),
-):
+CASES.add_images("iclip explain", as_file(explained_by_command))
+places = {name: place for name, place in inputs.PLACES.items() if name != "folder"}  # which is a collection
+CASES.add("iclip explain", places, at_place(explained_by_command))
+for door in ("compare", "analyze channels"):
+    text = ("--text", "dog") if door == "compare" else ()
     CASES.add(
-        door,
-        {name: make for name, make in inputs.PLACES.items() if (door, name) != ("iclip explain", "folder")},
-        at_place(run),
+        f"iclip {door}",
+        few(inputs.PLACES, inputs.FEW_PLACES),
+        at_place(
+            lambda w, f, place, door=door, text=text: iclip(*door.split(), place, *text, "--model", w.folder / "model")
+        ),
     )
 
 
@@ -66,14 +63,18 @@ for door, run in {
     CASES.add(door, inputs.TYPED_TEXTS, run)
 
 
-for door, run in (
-    (
-        "iclip explain --model",
-        lambda world, model: iclip("explain", world.photo, "--text", "dog", "--model", model),
-    ),
-    ("iclip export", lambda world, model: iclip("export", model, "exported")),
-):
-    CASES.add(door, inputs.MODEL_FOLDERS, damaged_model(run), file="model")
+CASES.add(
+    "iclip explain --model",
+    few(inputs.MODEL_FOLDERS, inputs.FEW_MODEL_FOLDERS),
+    damaged_model(lambda world, model: iclip("explain", world.photo, "--text", "dog", "--model", model)),
+    file="model",
+)
+CASES.add(
+    "iclip export",
+    inputs.MODEL_FOLDERS,
+    damaged_model(lambda world, model: iclip("export", model, "exported")),
+    file="model",
+)
 
 
 def tower(damage_name: str):
@@ -86,17 +87,8 @@ def tower(damage_name: str):
         world.model.config.save_pretrained(folder / "config")
         world.processor.save_pretrained(folder / "config")
         inputs.MODEL_FOLDERS[damage_name](folder / side)
-        iclip(
-            "init",
-            "--config",
-            folder / "config",
-            "--vision",
-            folder / "vision",
-            "--text",
-            folder / "text",
-            "--output",
-            "new",
-        )
+        towers = ("--vision", folder / "vision", "--text", folder / "text")
+        iclip("init", "--config", folder / "config", *towers, "--output", "new")
 
     return run
 
@@ -143,6 +135,8 @@ ARGUMENTS = {
     "explain with a presence above 1": ("explain {photo} --text dog --model {model} --min-presence 2", "got 2"),
     "explain with a presence of nan": ("explain {photo} --text dog --model {model} --min-presence nan", "got nan"),
     "explain with a threshold of nan": ("explain {photo} --text dog --model {model} --threshold nan", "got nan"),
+    "explain with a threshold above 1": ("explain {photo} --text dog --model {model} --threshold 1.5", "got 1.5"),
+    "explain with an absent threshold": ("explain {photo} --text dog --model {model} --threshold no.json", "no.json"),
     "explain with a threshold of a folder": (
         "explain {photo} --text dog --model {model} --threshold {folder}",
         "empty",
@@ -186,7 +180,7 @@ ARGUMENTS = {
     ),
     "compare with no data set": (
         "compare {photo} --text dog --model {model} --dataset folder --data-root {folder}",
-        "classes.txt",
+        "/empty",
     ),
     "evaluate without a data set": ("evaluate", "--dataset"),
     "evaluate an unknown task": ("evaluate --task dreams --dataset folder --data-root {masks}", "'dreams'"),
@@ -231,11 +225,11 @@ ARGUMENTS = {
         "annotations/validation",
     ),
     "evaluate with windows below a patch": (
-        "evaluate --task segmentation --dataset folder --data-root {masks} --window 4 --model {model}",
+        "evaluate --task segmentation --dataset folder --data-root {masks} --threshold 0.5 --window 4 --model {model}",
         "got 4",
     ),
     "evaluate with gaps between windows": (
-        "evaluate --task segmentation --dataset folder --data-root {masks} --window 16 --stride 32 --model {model}",
+        "evaluate --task segmentation --dataset folder --data-root {masks} --threshold 0.5 --window 16 --stride 32 --model {model}",
         "got 32",
     ),
     "evaluate with the options of another task": (

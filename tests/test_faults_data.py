@@ -173,6 +173,8 @@ CASES.add(
         "ids of two types": {"categories": [CATEGORY, {"id": "x", "name": "cat"}]},
         "id that is a list": {"categories": [{"id": [3], "name": "dog"}]},
         "category twice": {"categories": [CATEGORY, {"id": 3, "name": "cat"}]},
+        "name of a category twice": {"categories": [CATEGORY, {"id": 4, "name": "dog"}]},
+        "image twice": {"images": [PICTURE, PICTURE | {"file_name": "other.png"}]},
         "image without a size": {"images": [{"id": 5, "file_name": "image.png"}]},
         "image whose size is text": {"images": [PICTURE | {"height": "24"}]},
         "image of no height": {"images": [PICTURE | {"height": 0}]},

@@ -11,7 +11,7 @@ import httpx
 import pytest
 from faults import REFUSED, WORKS, Cases, as_file, test_of_cases
 
-from iclip_hf.demo import app
+from iclip_hf.demo import app, content
 
 
 CASES = Cases()
@@ -40,7 +40,9 @@ def uploaded(world, folder, path):
 
 
 CASES.add_images("app", as_file(uploaded))
-for texts, fate in ((inputs.DRAWN_TEXTS, WORKS), (inputs.TYPED_TEXTS, REFUSED)):
+LONG = {name: text for name, text in inputs.DRAWN_TEXTS.items() if len(text) > content.MAX_CHARACTERS}
+SHORT = {name: text for name, text in inputs.DRAWN_TEXTS.items() if name not in LONG}
+for texts, fate in ((SHORT, WORKS), ({**inputs.TYPED_TEXTS, **LONG}, REFUSED)):
     CASES.add("text of app", texts, lambda world, folder, texts: explain(world, world.photo, texts), fate)
 
 ROOT = Path(__file__).parents[1]

@@ -13,6 +13,7 @@ from faults import (
     at_place,
     damaged_model,
     evaluation,
+    few,
     test_of_cases,
     test_of_random_damage,
     written,
@@ -20,7 +21,7 @@ from faults import (
 from PIL import Image
 
 from iclip_hf import ICLIPConfig
-from iclip_hf.evaluation.faithfulness import deletion_insertion
+from iclip_hf.evaluation.measures.deletion_insertion import deletion_insertion
 from iclip_hf.explainers import make_explainer
 from iclip_hf.images import load_image
 from iclip_hf.localization.collection import explain_collection, open_images
@@ -45,14 +46,11 @@ def in_collection(world, folder, content):
         raise ValueError(*report.broken)
 
 
-for door, run in {
-    "load_image": as_file(lambda world, folder, path: load_image(path)),
-    "explain": as_file(explained),
-    "image of a collection": in_collection,
-}.items():
-    CASES.add_images(door, run)
-for door, run in {"load_image": lambda world, folder, place: load_image(place), "explain": explained}.items():
-    CASES.add(door, inputs.PLACES, at_place(run))
+CASES.add_images("load_image", as_file(lambda world, folder, path: load_image(path)), every=True)
+CASES.add_images("explain", as_file(explained))
+CASES.add_images("image of a collection", in_collection)
+CASES.add("load_image", inputs.PLACES, at_place(lambda world, folder, place: load_image(place)))
+CASES.add("explain", few(inputs.PLACES, inputs.FEW_PLACES), at_place(explained))
 
 
 image, maps = torch.zeros(3, 8, 8), torch.zeros(2, 4, 4)
@@ -153,7 +151,7 @@ for door, run in {
     ),
     "text of Localizer": lambda world, folder, text: Localizer((world.model, world.processor), ["cat", text]),
 }.items():
-    CASES.add_texts(door, run)
+    CASES.add_texts(door, run, every=door == "text of processor")
 for door, run in {
     "templates of processor": lambda world, folder, template: world.processor(labels="dog", templates=[template]),
     "templates of explain": lambda world, folder, template: explain(
@@ -168,7 +166,6 @@ CASES.add(
     {
         "no images": ([], ["dog"]),
         "no texts": (["photo.png"], []),
-        "texts as one string": ([inputs.PHOTO], "dog"),
         "one list too few": ([inputs.PHOTO] * 2, [["dog"]]),
         "an empty list": ([inputs.PHOTO], [[]]),
         "lists and texts": ([inputs.PHOTO] * 2, [["dog"], "cat"]),

@@ -48,7 +48,7 @@ def test_a_killed_run_frees_its_folder_and_its_half_written_files_go(tmp_path):
     assert len(names(tmp_path)) == 3
     with folder_lock(tmp_path), atomic_write(tmp_path / "a.json") as partial:
         partial.touch()
-    assert names(tmp_path) == [".lock", "a.json", "mine.partial"]
+    assert names(tmp_path) == [".iclip-hf.lock", "a.json", "mine.partial"]
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
@@ -70,7 +70,7 @@ def test_the_workers_of_a_killed_run_do_not_keep_its_folder(tmp_path):
 def test_a_folder_that_cannot_be_claimed_is_an_error_of_writing(tmp_path):
     (tmp_path / "file").touch()
     with (
-        pytest.raises(OSError, match="file: writing failed .* see to the disk's room and rights"),
+        pytest.raises(OSError, match="file: writing failed .* check free space and permissions"),
         folder_lock(tmp_path / "file"),
     ):
         pass
@@ -130,7 +130,7 @@ def test_what_a_living_run_builds_stays(tmp_path):
 
 def test_a_full_disk_is_told_and_what_is_no_matter_of_writing_stays_as_it_is(tmp_path):
     for raised, told in (
-        (OSError(errno.ENOSPC, "No space left"), "model: writing failed .*; see to the disk's room"),
+        (OSError(errno.ENOSPC, "No space left"), "model: writing failed .*; check free space"),
         (OSError("no tower"), "^no tower$"),
     ):
         with pytest.raises(OSError, match=told), atomic_folder(tmp_path / "model"):

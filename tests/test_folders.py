@@ -4,9 +4,11 @@ import argparse
 import ast
 import base64
 import contextlib
+import copy
 import json
 import os
 import pickle
+import shutil
 import subprocess
 import sys
 import threading
@@ -33,7 +35,7 @@ from iclip_hf.hub.configs import config_folder
 from iclip_hf.hub.dino import load_dino_checkpoint
 from iclip_hf.hub.folders import code_files, export_model, init_model
 from iclip_hf.hub.model_card import _TRAINING_SETTINGS, describe_tower, public_settings, write_model_card
-from iclip_hf.models.explainable import identity
+from iclip_hf.models.identity import identity
 from iclip_hf.models.loading import load_pretrained
 from iclip_hf.training.settings import Settings
 
@@ -628,10 +630,10 @@ def test_the_card_tells_the_image_size_of_joined_towers_alone():
     assert public_settings({"vision": "org/vision", "image_size": 224}) == {"vision": "org/vision", "image_size": 224}
 
 
-def test_what_a_card_tells_goes_on_with_the_weights_unless_measured_again(source, exported, tmp_path):
+def test_what_a_card_tells_goes_on_with_the_weights_unless_measured_again(source, exported, tmp_path, tiny_processor):
     first, second = (ModelCard.load(folder / "README.md") for folder in (source / "model", exported))
     assert first.data.to_dict() == second.data.to_dict()
-    measured = {**METRICS["protocol"], **identity(tiny_model().to(torch.bfloat16))}
+    measured = {**METRICS["protocol"], **identity(tiny_model().to(torch.bfloat16), tiny_processor)}
     results = {**METRICS, "protocol": measured, "results": {"itsm": METRICS["results"]["itsm"]}}
     (tmp_path / "results.json").write_text(json.dumps(results))
     command = ["export", str(exported), str(tmp_path / "again"), "--results", str(tmp_path / "results.json")]
@@ -650,17 +652,36 @@ def test_weights_in_pickles_are_not_read(tmp_path, tiny_processor):
         load_pretrained(tmp_path)
 
 
-def test_figures_of_another_model(exported, tmp_path, capsys):
+@pytest.mark.parametrize("change", [{"attention_norm": "quantile"}, {"vision_config": {"layer_norm_eps": 1e-3}}])
+def test_a_card_does_not_tell_results_of_another_model(exported, tmp_path, change):
+    """Also where only an option of its configuration was edited."""
+    shutil.copytree(exported, tmp_path / "model")
+    config = json.loads((tmp_path / "model" / "config.json").read_text())
+    for name, value in change.items():
+        config[name] = {**config[name], **value} if isinstance(value, dict) else value
+    (tmp_path / "model" / "config.json").write_text(json.dumps(config))
+    assert ModelCard.load(exported / "README.md").data.eval_results
+    assert cli.main(["export", str(tmp_path / "model"), str(tmp_path / "again")]) == 0
+    card = ModelCard.load(tmp_path / "again" / "README.md")
+    assert card.data.eval_results is None and "Not measured" in card.text
+    assert str(tmp_path) not in str(card)
+
+
+def test_figures_of_another_model(exported, tmp_path, capsys, tiny_processor):
     """Or of nobody knows which."""
+    other_mean = copy.deepcopy(tiny_processor)
+    other_mean.image_processor.image_mean = [0.5] * 3
     results, command = tmp_path / "results.json", ["export", str(exported), str(tmp_path / "a"), "--results"]
     for protocol, says in (
-        (identity(tiny_model(seed=1)), "got those of "),
-        ({}, "got those of weights that it does not name"),
+        (identity(tiny_model(seed=1), tiny_processor), "got those of other weights"),
+        (identity(tiny_model(), other_mean), "got those of other processor"),
+        (identity(tiny_model(max_sharpness=5), tiny_processor), "got those of other configuration"),
+        ({}, "or of a model that it does not describe"),
     ):
         results.write_text(json.dumps({**METRICS, "protocol": {**METRICS["protocol"], **protocol}}))
         assert cli.main([*command, str(results)]) == 2
         said = capsys.readouterr().err
-        assert says in said and "expected figures of weights" in said and not (tmp_path / "a").exists()
+        assert says in said and "expected figures of this model" in said and not (tmp_path / "a").exists()
 
 
 def test_figures_of_another_form(source, tmp_path, capsys, tiny_processor):

@@ -2,10 +2,13 @@
 
 import io
 import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from iclip_hf.images import load_image
 
@@ -111,6 +114,32 @@ def test_exif_orientation(orientation):
     np.testing.assert_array_equal(np.asarray(load_image(image)), upright)  # not turned twice
 
 
+XMP = b'<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:Description tiff:Orientation="6"/></x:xmpmeta>'
+
+
+def test_orientation_where_browsers_look_for_it():
+    """Of EXIF in JPEG, PNG and AVIF, but neither of WebP nor of XMP, as measured in Chromium 156."""
+    image, turned, plain = Image.new("RGB", (40, 20)), Image.Exif(), Image.Exif()
+    turned[0x0112], plain[0x010E] = 6, "a photo"
+    xmp_of_png = PngInfo()
+    xmp_of_png.add_itxt("XML:com.adobe.xmp", XMP.decode())
+    upright, stored = (20, 40), (40, 20)
+    Image.init()
+    for format, options, size in (
+        ("JPEG", {"exif": turned}, upright),
+        ("PNG", {"exif": turned}, upright),
+        ("AVIF", {"exif": turned}, upright),
+        ("WEBP", {"exif": turned}, stored),
+        ("JPEG", {"xmp": XMP}, stored),
+        ("JPEG", {"xmp": XMP, "exif": plain}, stored),
+        ("WEBP", {"xmp": XMP}, stored),
+        ("PNG", {"pnginfo": xmp_of_png}, stored),
+    ):
+        if format in Image.SAVE:  # Pillow may be built without AVIF
+            data = encoded(image, format, **options)
+            assert load_image(data).size == load_image(Image.open(io.BytesIO(data))).size == size, (format, options)
+
+
 @pytest.mark.filterwarnings("ignore:.*EXIF.*")
 @pytest.mark.parametrize("exif", [b"Exif\0\0", b"Exif\0\0rubbish rubbish", b"Exif\0\0II*\0\xff\xff\xff\xff"])
 def test_damaged_exif_does_not_matter(photo, exif):
@@ -150,6 +179,33 @@ def test_pixel_limit(monkeypatch, tmp_path, limit):
         load_image(path)
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 30_000)
     assert load_image(path).size == (300, 100)
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="needs /proc")
+@pytest.mark.parametrize("mode", ["I;16", "RGBA", "P"])
+def test_a_small_file_takes_little_memory(mode):
+    """At most 10 bytes for each pixel: the decoded image, up to 4, and that in RGB, 4."""
+    side = 5000
+    data = encoded(Image.new(mode, (side, side)), **({"transparency": 0} if mode == "P" else {}))
+    assert len(data) < 200_000
+    code = (
+        "import re, sys, numpy; from iclip_hf.images import load_image\n"
+        "peak = lambda: int(re.search(r'VmHWM:\\s+(\\d+)', open('/proc/self/status').read())[1]) * 1024\n"
+        f"before = peak(); assert load_image(sys.stdin.buffer.read()).size == ({side}, {side}); print(peak() - before)"
+    )
+    result = subprocess.run([sys.executable, "-c", code], input=data, capture_output=True, check=True)
+    assert int(result.stdout) < 10 * side**2
+
+
+def test_bands_meet_without_a_seam():
+    """More rows than a band has, 16-bit and transparent."""
+    values = (np.arange(700, dtype=np.uint16) * 90)[:, None].repeat(3, 1)
+    np.testing.assert_array_equal(np.asarray(load_image(Image.fromarray(values)))[..., 1], np.rint(values / 257))
+    alpha = noise(700, 3, 4)
+    share = alpha[..., 3:] / 255
+    np.testing.assert_allclose(
+        load_image(Image.fromarray(alpha)), alpha[..., :3] * share + 255 * (1 - share), atol=1.01
+    )
 
 
 @pytest.mark.parametrize(

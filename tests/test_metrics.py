@@ -353,16 +353,8 @@ def test_hard_maps_of_zeros_and_ones():
     ("change", "error", "match"),
     [
         ({"heatmap": np.array([[0.1, 1.0000001]])}, ValueError, r"in \[0, 1\].*1\.0000001"),
-        ({"heatmap": np.array([[-0.1, 0.5]])}, ValueError, r"in \[0, 1\].*-0\.1"),
-        ({"heatmap": np.array([[0.1, np.nan]])}, ValueError, r"in \[0, 1\].*nan"),
-        ({"heatmap": np.array([[0, 255]], np.uint8)}, ValueError, r"in \[0, 1\].*255"),
         ({"heatmap": np.array([[0.1], [0.2]])}, ValueError, r"\(2, 1\) and \(1, 2\)"),
-        ({"heatmap": np.zeros((1, 1, 2)), "mask": np.zeros((1, 1, 2), int)}, ValueError, r"one shape \(H, W\)"),
-        ({"heatmap": np.zeros((0, 2)), "mask": np.zeros((0, 2), int)}, ValueError, r"one shape \(H, W\)"),
-        ({"heatmap": np.array([[0.1, 0.2j]])}, TypeError, "complex128"),
         ({"mask": np.array([[1.0, 0.0]])}, TypeError, "integers, got float64"),
-        ({"label": 1.0}, TypeError, "`label`.*1.0"),
-        ({"label": "cat"}, TypeError, "`label`.*'cat'"),
         ({"label": 255}, ValueError, "`ignore_index`"),
     ],
 )
@@ -536,13 +528,9 @@ def test_text_contrast_merges_and_takes_counts_from_elsewhere():
         ({"maps": np.zeros((2, 3, 3))}, ValueError, r"\(2, 3, 3\) and \(2, 2\).*resize"),
         ({"maps": np.zeros((2, 2))}, ValueError, r"maps \(K, H, W\).*got \(2, 2\)"),
         ({"mask": np.ones((3, 2, 2), int)}, ValueError, r"\(2, 2, 2\) and \(3, 2, 2\)"),
-        ({"maps": np.full((2, 2, 2), 1.5)}, ValueError, r"in \[0, 1\].*1\.5"),
-        ({"maps": np.full((2, 2, 2), np.nan)}, ValueError, r"in \[0, 1\].*nan"),
-        ({"mask": np.ones((2, 2))}, TypeError, "integers, got float64"),
         ({"labels": [1]}, ValueError, r"2 different labels, one for each map, got \[1\]"),
         ({"labels": [1, 1]}, ValueError, r"2 different labels, one for each map, got \[1, 1\]"),
         ({"labels": [1, 255]}, ValueError, "255, the `ignore_index`: change"),
-        ({"labels": [1, "dog"]}, TypeError, "integer class id, got 'dog'"),
     ],
 )
 def test_text_contrast_refuses_bad_input(change, error, match):
@@ -618,9 +606,6 @@ def test_average_precision_of_nothing():
     ("scores", "presence", "match"),
     [
         ([[0.1, 0.2]], [[1]], r"\(1, 2\) and \(1, 1\)"),
-        ([0.1, 0.2], [1, 0], r"\(B, K\)"),
-        ([[0.1, np.nan]], [[1, 0]], "NaN"),
-        ([[0.1, 0.2]], [[1, 2]], "0 or 1"),
         ([[0.1]], [[1]], "2 classes as before, got 1"),
     ],
 )

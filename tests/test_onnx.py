@@ -10,8 +10,10 @@ from conftest import tiny_inputs, tiny_model
 from PIL import Image
 from torch.nn import functional as F
 
-from iclip_hf import cli, explain
+from iclip_hf import cli, explain, load
 from iclip_hf.evaluation.analysis import channel_matches
+from iclip_hf.evaluation.measures.deletion_insertion import scorer
+from iclip_hf.evaluation.measures.randomization import LayerRandomization
 from iclip_hf.explainers import METHODS, make_explainer
 from iclip_hf.models import onnx as onnx_export
 from iclip_hf.models.onnx import ONNXModel, export_onnx
@@ -129,7 +131,7 @@ def test_a_folder_has_its_precision(folder, tmp_path, capsys):
     photo = tmp_path / "a.png"
     Image.new("RGB", (9, 7)).save(photo)
     assert cli.main(["explain", str(photo), "--text", "dog", "--model", str(folder), "--dtype", "bfloat16"]) == 2
-    assert "got bfloat16 with the ONNX folder" in capsys.readouterr().err
+    assert f"got bfloat16 with {folder}, which has its own" in capsys.readouterr().err
 
 
 def test_a_damaged_graph_is_one_line(folder, tmp_path, capsys):
@@ -188,3 +190,11 @@ def test_results_do_not_go_with_onnx(tmp_path, capsys):
     arguments = ["export", "model", str(tmp_path / "exported"), "--format", "onnx", "--results", "r.json"]
     assert cli.main(arguments) == 2
     assert "model card" in capsys.readouterr().err
+
+
+def test_measures_that_look_inside_the_tower_are_refused(folder, tiny_processor):
+    loaded = load((ONNXModel(folder), tiny_processor))
+    with pytest.raises(ValueError, match="Expected a PyTorch model for deletion"):
+        scorer(loaded, loaded.encode_texts(["dog"]))
+    with pytest.raises(ValueError, match="Expected a PyTorch model for randomization"):
+        LayerRandomization(loaded)

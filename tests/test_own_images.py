@@ -94,6 +94,12 @@ def test_what_is_given_takes_precedence_and_the_rest_follows(tmp_path, monkeypat
     assert choose_settings(given)["batch_size"].value == 32  # a multiple of the processes
 
 
+def test_the_steps_that_are_given_are_the_run(tmp_path):
+    chosen = choose_settings({"data": [str(write_table(tmp_path, 40))], "max_steps": 20, "batch_size": 8})
+    assert "epochs" not in chosen and chosen["eval_steps"].value == 4
+    assert chosen["warmup_epochs"].value * (36 // 8) == pytest.approx(2)  # steps
+
+
 def test_loading_processes_leave_processors_to_the_model(tmp_path, monkeypatch):
     given = {"data": [str(write_table(tmp_path, 600))]}
     for spare, workers in ((14, 2), (1, 1)):
@@ -141,6 +147,7 @@ def test_bad_settings_are_one_sentence(tmp_path, model, capsys, monkeypatch):
     (tmp_path / "clip" / "config.json").write_text('{"model_type": "clip"}')
     (tmp_path / "alone.yaml").write_text(f"vision: embedded\ntext: embedded\ndata: [{table}]")
     (tmp_path / "runs" / "pairs" / "checkpoint-0000003").mkdir(parents=True)
+    (tmp_path / "runs" / "pairs" / "checkpoint-0000003" / "state.json").touch()
     new = ["--output_dir", "new"]
     monkeypatch.setitem(sys.modules, "peft", None)
     for arguments, sentence in (

@@ -101,13 +101,8 @@ def test_long_texts_are_truncated(tiny_processor):
     [
         ({}, ValueError, "images, text or labels"),
         ({"text": []}, ValueError, "at least one text"),
-        ({"text": ""}, ValueError, "at least one character"),
-        ({"text": ["dog", "  "]}, ValueError, "at least one character.*'  '"),
-        ({"text": ["dog\ud800"]}, ValueError, "valid Unicode"),
-        ({"text": [3]}, TypeError, "strings, got 3 of type int"),
         ({"text": [["dog"], []]}, ValueError, "at least one text"),
         ({"text": "dog", "labels": "dog"}, ValueError, "got both"),
-        ({"labels": "dog", "templates": ["photo"]}, ValueError, r"one \{\} each"),
         ({"labels": "dog", "templates": []}, ValueError, r"one \{\} each"),
         ({"text": "dog", "templates": ["a {}"]}, ValueError, "labels instead of text"),
         ({"images": photo(), "size": {"height": 30, "width": 32}}, ValueError, "multiples of the patch size 8"),
@@ -259,14 +254,8 @@ def test_boxes_and_points_are_prompts_for_sam(tiny_processor):
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda p: p.post_process_masks([MAPS[0]], threshold=[0.1, 0.2]), r"got 2 for \[3\] texts"),
-        (lambda p: p.post_process_masks([MAPS[0]], threshold=[]), r"got \[\]"),
-        (lambda p: p.post_process_boxes([MAPS[0]], [MAPS[0] > 0], min_area=2), "share of the image"),
         (lambda p: p.post_process_points([MAPS[0]], [MAPS[1, :, 1:] > 0]), "mask of the map's shape"),
-        (lambda p: p.post_process_similarity_maps(MAPS, SIZES[:1]), r"B target sizes, got \(2, 3, 4, 6\) and 1"),
-        (lambda p: p.post_process_similarity_maps(MAPS[0], SIZES), r"\(B, T, h, w\)"),
         (lambda p: p.post_process_similarity_maps(MAPS, SIZES, order="first"), "got 'first'"),
-        (lambda p: p.post_process_masks([MAPS[0]], threshold=1.5), r"in \[0, 1\], or one for each text, got 1.5"),
         (lambda p: p.post_process_masks([MAPS[0]], min_presence=1.0), "presence and min_presence together"),
     ],
 )
@@ -302,8 +291,12 @@ def test_keywords_are_the_same_in_a_dictionary_of_their_side(tiny_processor):
     torch.testing.assert_close(dict(found), dict(expected))
     padded = tiny_processor(text="dog", text_kwargs={"padding": "max_length", "max_length": 9})
     assert padded["input_ids"].shape == (1, 9)
-    with pytest.raises(ValueError, match="Expected max_length once, got 4 and 5"):
-        tiny_processor(text="dog", max_length=4, text_kwargs={"max_length": 5})
+    for other in (4, 5):
+        with pytest.raises(ValueError, match=f"Expected max_length once, got 4 and {other}"):
+            tiny_processor(text="dog", max_length=4, text_kwargs={"max_length": other})
+    with pytest.raises(ValueError, match="Expected return_tensors once, got 'pt' and 'np'"):
+        options = {"images_kwargs": {"return_tensors": "np"}, "text_kwargs": {"return_tensors": "pt"}}
+        tiny_processor(images=image, text="dog", **options)
 
 
 @pytest.mark.parametrize("return_tensors", ["np", None])
@@ -373,9 +366,6 @@ def test_booleans_and_int8_end_at_their_own_white(tiny_processor):
         (np.array(photo()).astype(np.float32), r"float32 in \[0, 1\], got values from 0 to 255: .*uint8"),
         (torch.linspace(-1, 1, 3 * 32 * 32).view(3, 32, 32), r"in \[0, 1\], got values from -1 to 1"),
         (np.array(photo()).astype(np.int8), r"int8 in \[0, 127\], got values from -12\d to 127"),
-        (np.array(photo()).astype(np.int64), "type uint8, .*, got torch.int64, whose range is not agreed"),
-        (np.array(photo()).astype(np.complex64), "whose range is not agreed"),
-        (np.full((3, 32, 32), "a"), "image of numbers, got an array of type <U1"),
     ],
 )
 def test_arrays_of_no_agreed_range_are_refused(tiny_processor, pixels, says):

@@ -12,8 +12,9 @@ from torch.nn import functional as F
 
 from iclip_hf import cli
 from iclip_hf.data import load_segmentation
-from iclip_hf.evaluation.evaluate import MapMaker
-from iclip_hf.evaluation.segmentation import evaluate_segmentation
+from iclip_hf.evaluation.evaluate import evaluate
+from iclip_hf.evaluation.measures.mfmb import MFMB
+from iclip_hf.evaluation.measures.segmentation import Segmentation
 from iclip_hf.explainers import make_explainer
 from iclip_hf.explainers.refinement import refine_maps
 from iclip_hf.explainers.windows import windowed_maps
@@ -96,21 +97,29 @@ def test_explanations_are_refined_in_batches_and_from_features(tiny_processor):
         torch.testing.assert_close(two.scores, one.scores)
 
 
-def test_map_makers_refine_the_maps_of_the_shown_classes(tiny_processor):
-    pixels = torch.randn(2, 3, 32, 48, generator=torch.Generator().manual_seed(0))
-    drawn = {}
+def test_measures_take_the_refined_maps_of_the_shown_classes(root, tiny_processor):  # noqa: F811
+    model, dataset, seen = (tiny_model(), tiny_processor), load_segmentation("folder", root), {}
+
+    class Spy(MFMB):
+        def count(self, image, method, heatmaps):
+            seen.setdefault(image.index, []).append((image, image.raw_maps[method]))
+            return super().count(image, method, heatmaps)
+
     for refine in (False, True):
-        maker = MapMaker(tiny_model(), tiny_processor, ["itsm", "gem"], TEXTS, ["{}"], refine)
-        drawn[refine] = maker.draw(pixels, [[2], [1, 3]])[2]
-    for method, maps in drawn[False].items():
-        torch.testing.assert_close(drawn[True][method], refine_maps(maps, pixels))
+        evaluate(model, dataset, ["itsm", "gem"], [Spy()], refine=refine, progress=False)
+    assert len(seen) == len(dataset)
+    for of_image in seen.values():
+        for (image, plain), (_, refined) in zip(of_image[:2], of_image[2:]):
+            if len(plain):  # one image shows no class
+                expected = refine_maps(plain[None], image.pixel_values)[0]
+                torch.testing.assert_close(refined, expected, atol=1e-5, rtol=0)
 
 
 def test_label_maps_are_those_of_refined_maps_of_the_whole_image(root, tiny_processor):  # noqa: F811
     model, dataset = tiny_model(), load_segmentation("folder", root)
     dataset.background = False
-    size = {"short_side": 40, "window": 32, "stride": 16}
-    result = evaluate_segmentation((model, tiny_processor), dataset, **size, refine=True, progress=False)
+    options = {"measures": [Segmentation(window=32, stride=16)], "image_size": {"shortest_edge": 40}}
+    result = evaluate((model, tiny_processor), dataset, **options, refine=True, progress=False)
     explainer = make_explainer((model, tiny_processor))
     texts = explainer.model.encode_texts(dataset.class_names, dataset.templates)
     right = total = 0
@@ -148,5 +157,3 @@ def test_commands_refine(root, tiny_processor, tmp_path, capsys):  # noqa: F811
         (expected,) = (json.loads(answers[one][refined]) for one in answers if one[0] == command)
         name = "segments" if command == "segment" else "texts"
         assert found[name] == expected[name]
-    assert cli.main([*data, "--task", "faithfulness", "--refine"]) == 2
-    assert "--refine with another --task" in capsys.readouterr().err

@@ -4,14 +4,17 @@ import json
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageColor
 from test_cli import folder  # noqa: F401
 
 from iclip_hf import cli
+from iclip_hf.cli.segment import _save_labels
+from iclip_hf.figures import sheets
+from iclip_hf.figures.colors import SEGMENTS, label_colors
+from iclip_hf.figures.sheets import label_sheet
 from iclip_hf.localization.localizer import Localizer
 from iclip_hf.models.loading import load_pretrained
 from iclip_hf.regions import run_lengths
-from iclip_hf.utils.plots import label_colors, label_sheet
 
 
 def run(folder, *arguments):  # noqa: F811
@@ -89,6 +92,16 @@ def test_many_photographs_and_one_that_is_broken(folder, tmp_path, capsys):  # n
         assert sorted(path.name for path in place.glob("*.png")) == ["a-2.png", "a.png"]
 
 
+@pytest.mark.parametrize("texts, mode, void", [(254, "P", 255), (255, "I;16", 65535)])
+def test_no_id_is_that_of_void_pixels(tmp_path, texts, mode, void):
+    """Whichever texts the image shows: files of one call have one form."""
+    for shown in (np.arange(-1, texts), np.array([-1, 0])):
+        _save_labels(shown[None], texts, tmp_path / "labels" / "a.png")
+        with Image.open(tmp_path / "labels" / "a.png") as labels:
+            assert labels.mode == mode and np.asarray(labels).max() < void
+            np.testing.assert_array_equal(np.asarray(labels)[0], shown + 1)
+
+
 def test_colors_are_those_of_voc():
     assert label_colors(22)[[0, 1, 2, 3, 4, 8, 15, 20, 21]].tolist() == [
         [0, 0, 0], [128, 0, 0], [0, 128, 0], [128, 128, 0], [0, 0, 128], [64, 0, 0], [192, 128, 128], [0, 64, 128],
@@ -97,24 +110,36 @@ def test_colors_are_those_of_voc():
     assert len({tuple(color) for color in label_colors(256).tolist()}) == 256
 
 
-def test_the_sheet_paints_labels_and_names_them():
+@pytest.fixture
+def shown(monkeypatch):
+    """The pictures of sheets."""
+    seen, grid = [], sheets.picture_grid
+    monkeypatch.setattr(
+        sheets,
+        "picture_grid",
+        lambda pictures, *args, **options: seen.extend(map(np.asarray, pictures)) or grid(pictures, *args, **options),
+    )
+    return seen
+
+
+def test_the_sheet_paints_labels_and_names_them(shown):
     image = Image.new("RGB", (400, 200), "white")
     labels = np.full((200, 400), -1)
     labels[:, 200:] = 2
     sheet = label_sheet(image, labels, ["dog", "cat", "$x$ ball"], opacity=1)
-    original, painted, legend = (np.asarray(cell.picture) for cell in sheet.cells)
-    assert (original == 255).all() and (painted[:, :200] == 0).all() and (painted[:, 200:] == label_colors(4)[3]).all()
-    colors = {tuple(color) for color in legend.reshape(-1, 3).tolist() if len(set(color)) > 1}  # no shade of grey
-    assert colors == {tuple(label_colors(4)[3].tolist())}
-    assert np.asarray(sheet.image()).shape[1] > 2 * np.asarray(sheet.image()).shape[0]
+    original, painted, legend = shown
+    ink = ImageColor.getrgb(SEGMENTS[2])
+    assert (original == 255).all() and (painted[:, 200:] == ink).all()
+    assert (painted[:, :200] == painted[0, 0]).all() and 100 < painted[0, 0, 0] < 200  # the background is dimmed
+    assert (legend == ink).all(-1).sum() > 200 and not (legend == ImageColor.getrgb(SEGMENTS[0])).all(-1).any()
+    assert sheet.width > 2 * sheet.height
 
 
 @pytest.mark.parametrize("texts", [0, 1, 200])
-def test_a_legend_holds_what_fits(texts):
+def test_a_legend_holds_what_fits(shown, texts):
     labels = np.arange(200).repeat(100).reshape(200, 100) % max(texts, 1) - (not texts)
-    sheet = label_sheet(Image.new("RGB", (100, 200), "white"), labels, [f"{k} " * 40 for k in range(max(texts, 1))])
-    legend = np.asarray(sheet.cells[2].picture)
+    label_sheet(Image.new("RGB", (100, 200), "white"), labels, [f"{k} " * 40 for k in range(max(texts, 1))])
+    legend = shown[2]
     drawn = (legend < 128).any((1, 2))
     assert drawn.any() and not drawn[:2].any() and not drawn[-2:].any()  # nothing is cut
-    names = (legend[:, 60:] < 128).all(2).any(0)
-    assert not names[-2:].any()
+    assert len({tuple(ink) for ink in legend[:, 10].tolist()}) <= 1 + len(SEGMENTS)

@@ -16,22 +16,24 @@ from contextlib import ExitStack, contextmanager
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import pytest
 import torch
 from conftest import tiny_model
-from huggingface_hub import ModelCard
-from PIL import Image
+from huggingface_hub import ModelCard, ModelCardData, RepoCard
+from PIL import Image, ImageOps
 
 from iclip_hf import cli, explain
 from iclip_hf.demo import content, web
 from iclip_hf.demo.web_server import web_server
+from iclip_hf.figures.colors import color_table
 from iclip_hf.label_maps import segments
 from iclip_hf.models.loading import load_iclip
 from iclip_hf.models.onnx import ONNXModel
 from iclip_hf.pooling import pool_similarities
-from iclip_hf.presence import presence
+from iclip_hf.presence import presence, presence_word
 from iclip_hf.similarity import resize_and_normalize, resize_maps
 
 
@@ -128,13 +130,13 @@ def decoded(picture):
 
 
 def drawn(page, index):
-    """The map of a text as the page has drawn it, with values in [0, 1], found by its colours."""
-    red_green_blue = [65536, 256, 1]
-    colors, pixels = np.array(content.colors()) @ red_green_blue, canvas(page, index)[..., :3] @ red_green_blue
-    order = np.argsort(colors)
-    levels = order[np.searchsorted(colors, pixels, sorter=order)]
-    assert (colors[levels] == pixels).all()
-    return levels / 255
+    """The map of a text as the page has drawn it, with values in [0, 1], found by its colours, which a canvas rounds."""
+    table = color_table("heat").astype(np.int16)
+    colors, where = np.unique(canvas(page, index).reshape(-1, 4), axis=0, return_inverse=True)
+    distances = np.abs(colors[:, None].astype(np.int16) - table).max(-1)
+    assert distances.min(1).max() <= 2
+    height, width = canvas(page, index).shape[:2]
+    return distances.argmin(1)[where].reshape(height, width) / 255
 
 
 def explain_by(exported, image, texts, **options):
@@ -207,8 +209,10 @@ def test_a_visitor_from_the_first_paint_to_offline(browser, exported, url, photo
 
 def check(page, expected):
     found = scores(page)
-    assert list(found) == sorted(found, key=lambda text: -found[text][0])
-    assert set(found) == set(expected.labels)
+    assert list(found) == expected.labels
+    words = [presence_word(presence) for presence in expected.presence.tolist()]
+    assert page.locator("tbody td:nth-child(4)").all_inner_texts() == words
+    assert page.locator("figcaption").evaluate_all("all => all.map((one) => one.dataset.word)") == words
     for index, text in enumerate(expected.labels):
         assert found[text][0] == pytest.approx(expected.scores[index].item(), abs=0.001)  # of three decimals
         assert found[text][1] == pytest.approx(expected.presence[index].item(), abs=0.006)  # in percent
@@ -266,6 +270,7 @@ def test_bad_input_is_a_sentence_and_the_page_goes_on(page, photos):
         ("empty.jpg", "dog", "empty.jpg: this browser cannot read it"),
         (None, " , ", "Expected 1 to 12 texts, between commas or one a line, got 0."),
         (None, ",".join(map(str, range(200))), "Expected 1 to 12 texts, between commas or one a line, got 200."),
+        (None, "dog, " + "a" * 1001, "Expected texts of at most 1000 characters, got one of 1001."),
     ]:
         ask(page, photo and photos / photo, texts)
         assert sentence in page.inner_text("#error")
@@ -288,16 +293,109 @@ def test_a_download_that_breaks_off_can_be_tried_again(page, photos):
     assert len(asked) == 1 and "text_model" in asked[0]  # what had arrived was kept
 
 
-def test_a_damaged_file_does_not_stay_in_the_cache(page, exported, photos):
-    page.route("**/vision_model*", lambda route: route.fulfill(body=b"\x1f\x8bno gzip file"))
-    ask(page, photos / "noise.png", "dog")
-    assert page.inner_text("#error").startswith("The download broke off at vision_model.onnx.gz.")
-    page.unroute("**/vision_model*")
-    # Some servers send a .gz file decompressed.
-    content = gzip.decompress((exported[0] / "vision_model.onnx.gz").read_bytes())
-    page.route("**/vision_model*", lambda route: route.fulfill(body=content))
-    ask(page)
-    assert list(scores(page)) == ["dog"]
+class Wrong(Files):
+    """Of a server that answers for some files with other bodies, and with status 200."""
+
+    wrong: ClassVar[dict[str, bytes]] = {}
+    asked: ClassVar[list[str]] = []
+
+    def do_GET(self):
+        name = self.path.split("?")[0].rpartition("/")[2]
+        self.asked.append(name)
+        if name not in self.wrong:
+            return super().do_GET()
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(self.wrong[name])))
+        self.end_headers()
+        self.wfile.write(self.wrong[name])
+
+
+@pytest.fixture
+def wrong_server(exported):
+    handler = type("Handler", (Wrong,), {"wrong": {}, "asked": []})
+    with ThreadingHTTPServer(("127.0.0.1", 0), partial(handler, directory=exported[0])) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}/", handler
+        server.shutdown()
+
+
+def test_a_wrong_download_is_neither_used_nor_kept(browser, exported, wrong_server, photos):
+    url, server = wrong_server
+    nouns = (exported[0] / "nouns.bin.gz").read_bytes()
+    other = gzip.compress(bytes(len(gzip.decompress(nouns))))  # as long, which the digest alone tells
+    with opened(browser, url) as page:
+        for body in (b"<!doctype html><title>Sign in</title>", b"", nouns[:-9], b"\x1f\x8bno gzip file", other):
+            server.wrong["nouns.bin.gz"] = body
+            ask(page, photos / "noise.png", "dog")
+            assert "something else than the file nouns.bin.gz" in page.inner_text("#error")
+            assert scores(page) == {}
+        server.asked.clear()
+        # Some servers send a .gz file decompressed.
+        server.wrong["nouns.bin.gz"] = gzip.decompress(nouns)
+        ask(page)
+        expected = explain_by(exported, Image.open(photos / "noise.png"), ["dog"])
+        check(page, expected)
+        assert server.asked == ["nouns.bin.gz"]
+
+        # What is damaged in the browser's cache is fetched again at the next visit, and nothing else is.
+        server.wrong.clear()
+        damage = """async (body) => {
+            const cache = await caches.open("iclip /");
+            for (const request of await cache.keys())
+                if (request.url.includes("nouns")) await cache.put(request, new Response(body));
+        }"""
+        page.evaluate(damage, "<!doctype html>")
+        server.asked.clear()
+        page.reload()
+        page.wait_for_selector("#go:not([disabled])")
+        ask(page, photos / "noise.png", "dog")
+        check(page, expected)
+        assert [name for name in server.asked if name.endswith(".gz")] == ["nouns.bin.gz"]
+
+
+def test_a_wrong_file_of_the_page_is_not_kept_for_later(browser, exported, wrong_server):
+    url, server = wrong_server
+    kept = """async () => {
+        const cache = await caches.open("iclip page /");
+        return Promise.all((await cache.keys()).map(async ({ url }) => [url, await (await cache.match(url)).text()]));
+    }"""
+    server.wrong["page.css"] = b"<!doctype html>"
+    with opened(browser, url) as page:
+        page.wait_for_function(
+            "navigator.serviceWorker.getRegistration().then((one) => !one)"
+        )  # could not be installed
+        assert f"{url}page.css" not in dict(page.evaluate(kept))
+        server.wrong.clear()
+        page.reload()
+        page.evaluate("navigator.serviceWorker.ready.then(() => null)")
+        server.wrong["page.css"] = b""
+        page.reload()
+        page.wait_for_selector("#go:not([disabled])")
+        assert dict(page.evaluate(kept))[f"{url}page.css"] == (exported[0] / "page.css").read_text()
+
+
+def test_photographs_stand_upright_as_in_python(browser, exported, url, photos, tmp_path):
+    """EXIF turns JPEG, PNG and WebP files; XMP alone turns none."""
+    image = Image.linear_gradient("L").resize((61, 40)).convert("RGB")
+    image.paste("red", (3, 3, 20, 12))
+    xmp = (
+        b'<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:RDF xmlns:rdf="http://www.w3.org/1999/02/22-rdf-syntax-ns#"><rdf:Description '
+        b'xmlns:tiff="http://ns.adobe.com/tiff/1.0/" tiff:Orientation="6"/></rdf:RDF></x:xmpmeta>'
+    )
+    with opened(browser, url) as page:
+        for form, options in {"jpeg": {"quality": 95}, "png": {}, "webp": {"lossless": True}}.items():
+            for orientation in (6,) if form == "jpeg" else range(1, 9):
+                exif = Image.Exif()
+                exif[0x0112] = orientation
+                path = tmp_path / f"{orientation}.{form}"
+                image.save(path, exif=exif, **options)
+                with Image.open(path) as stored:
+                    expected = ImageOps.exif_transpose(stored).convert("RGB")
+                ask(page, path, "dog")
+                check(page, explain_by(exported, expected, ["dog"]))
+        image.save(tmp_path / "xmp.webp", xmp=xmp, lossless=True)
+        ask(page, tmp_path / "xmp.webp", "dog")
+        check(page, explain_by(exported, image, ["dog"]))
 
 
 def test_without_webassembly_a_sentence_says_so(browser, url):
@@ -342,6 +440,15 @@ def test_on_a_phone_with_the_keyboard(browser, url, photos):
         ask(page, texts="a" * 300 + ", dog, sky")
         assert abs(page.locator("#viewer").bounding_box()["y"]) < 100
         assert page.evaluate("document.documentElement.scrollWidth") == 390
+
+        # The maps come before the table, which has their order, and other colours are a tap away.
+        assert page.locator("figure").last.bounding_box()["y"] < page.locator("table").bounding_box()["y"]
+        heat = canvas(page, 0)
+        page.get_by_text("Colour-blind safe").tap()
+        safe = canvas(page, 0)
+        assert (safe[heat[..., 3] == 255][:, 2] != heat[heat[..., 3] == 255][:, 2]).all()
+        page.get_by_text("Heat").tap()
+        assert (canvas(page, 0) == heat).all()
 
         # Every control has a name, and the arrow keys read all maps at one place.
         names = page.evaluate("[...document.querySelectorAll('input, textarea')].map(one => one.labels.length)")
@@ -454,6 +561,11 @@ def test_presence_is_the_share_of_chance_matches_below(functions):
         assert compute(functions, "presence", value, chance) == pytest.approx(expected, abs=1e-6)
 
 
+def test_words_for_presence_are_those_of_python(functions):
+    for value in (0.0, 0.699, 0.7, 0.899, 0.9, 1.0):
+        assert compute(functions, "presenceWord", value, {"min_presence": 0.7, "present": 0.9}) == presence_word(value)
+
+
 @pytest.mark.parametrize(("grid", "size"), [((4, 5), (40, 61)), ((2, 7), (30, 30)), ((5, 5), (3, 4))])
 def test_maps_are_enlarged_and_stretched_as_in_python(functions, grid, size):
     map_ = torch.randn(1, *grid, generator=torch.Generator().manual_seed(2))
@@ -474,15 +586,21 @@ def test_segments_are_the_label_map(functions, tmp_path):
     assert set(expected.unique().tolist()) == {-1, 0, 1, 2}
     large = resize_maps(raw_maps, size).flatten(1)
     results = [
-        {"low": one.min().item(), "high": one.max().item(), "absent": not there, "cosine": 0, "presence": 0}
+        {
+            "low": one.min().item(),
+            "high": one.max().item(),
+            "word": "unsure" if there else "absent",
+            "cosine": 0,
+            "presence": 0,
+        }
         | {"levels": (resize_and_normalize(raw[None], size) * 255).round().int().flatten().tolist()}
         for one, raw, there in zip(large, raw_maps, present.tolist())
     ]
     picture = functions.evaluate(
-        """async ([texts, [height, width], results, colors]) => {
+        """async ([texts, [height, width], results, look]) => {
             const { createViewer } = await import("./viewer.js");
             const element = document.body.appendChild(document.createElement("div")), size = [width, height];
-            const viewer = createViewer(element, colors);
+            const viewer = createViewer(element, look);
             viewer.show({ photo: new OffscreenCanvas(width, height), size, originalSize: size, texts });
             results.forEach((one, index) => viewer.add(index, { ...one, levels: Uint8Array.from(one.levels) }));
             const [, threshold, segments] = element.querySelectorAll("input");
@@ -492,7 +610,7 @@ def test_segments_are_the_label_map(functions, tmp_path):
             element.id = "synthetic";
             return element.querySelectorAll("figure canvas")[1].toDataURL();
         }""",
-        [texts, size, results, content.colors()],
+        [texts, size, results, content.look()],
     )
     pixels, found = decoded(picture), np.full(size, -1)
     for index, ink in enumerate([[0xE6, 0x9F, 0], [0x56, 0xB4, 0xE9], [0, 0x9E, 0x73]]):
@@ -526,6 +644,34 @@ def test_without_vendor_the_packages_come_from_a_cdn_with_their_digests(tiny_pro
         assert re.fullmatch("sha384-[A-Za-z0-9+/]{64}", file["integrity"])
         assert file["url"].startswith(tuple(allowed)) and re.search(r"@\d+\.\d+\.\d+/dist/", file["url"])
     assert not list((tmp_path / "page").glob("*.mjs*"))
+
+
+def test_what_a_foreign_card_tells_stays_text(tiny_processor, tmp_path, monkeypatch):
+    monkeypatch.setattr(web, "export_onnx", fake_graphs)
+    monkeypatch.setattr(web, "_background", lambda model, processor: b"")
+    monkeypatch.setattr(web, "ONNXModel", lambda folder: None)
+    training = {
+        "data": ["/home/alice/secret/pairs.tar", "C:\\Users\\alice\\b.csv", "org/pairs"],
+        "model": "/home/alice/runs/best",
+        "nouns": "~/alice/nouns.txt",
+        "best_metric": "<script>alert(1)</script> | [x](http://e.org)",
+        "secret": "/home/alice",
+    }
+    data = ModelCardData(
+        license="mit\nsdk: docker\nhf_oauth: true", training=training, datasets=["org/pairs", "/home/alice/x"]
+    )
+    (tmp_path / "README.md").write_text(f"---\n{data.to_yaml()}\n---\n# Card\n")
+    page = web.export_web(tiny_model(), tiny_processor, tmp_path / 'a: "b" #1', source=tmp_path)
+    card = RepoCard.load(page / "README.md").data
+    assert (card.sdk, card.license, card.title) == (
+        "static",
+        "unknown",
+        'a: "b" #1',
+    ) and "hf_oauth" not in card.to_dict()
+    text = (page / "model_card.md").read_text()
+    assert "pairs.tar" in text and "org/pairs" in text and "script alert(1)" in text
+    for gone in ("alice", "<script", "hf_oauth", "docker", "[x]", "secret"):
+        assert gone not in text.partition("## Intended use")[0], gone
 
 
 def fake_graphs(model, processor, folder, weights):

@@ -2,19 +2,15 @@
 
 import copy
 
-import numpy as np
 import pytest
 import torch
 from conftest import tiny_model
 from families import LABELS, images
-from PIL import Image
 from torch.nn import functional as F
 
 from iclip_hf import explain
 from iclip_hf.explainers import WordExplainer
 from iclip_hf.explainers.words import word_tokens
-from iclip_hf.utils.lettering import text_mask, word_boxes
-from iclip_hf.utils.plots import explanation_grid
 
 
 TEXTS = ["the red ball", "dog"]
@@ -187,31 +183,3 @@ def test_what_is_refused(made):
     model, tokenizer, _ = made("open_clip")
     with pytest.raises(ValueError, match="Expected a model of transformers for word scores.*leave words out"):
         WordExplainer((model, tokenizer), LABELS)
-
-
-def test_words_are_where_they_are_drawn():
-    text = "red ball\na very big dog"
-    mask = np.asarray(text_mask(text, 40)) > 128
-    for word, (x0, y0, x1, y1) in word_boxes(text, 40):
-        inside = mask[round(y0) : round(y1), round(x0) : round(x1)]
-        assert inside.any(), word
-        mask[round(y0) : round(y1), round(x0) : round(x1)] = False
-    assert mask.sum() < 20  # all ink belongs to a word
-    assert [word for word, _ in word_boxes(text, 40)] == text.split()
-
-
-@pytest.mark.parametrize("vector", [False, True])
-def test_the_darkest_word_has_the_highest_score(vector):
-    words = [[("red", 0.1), ("ball", 0.6), ("ball", 0.3)]]
-    white = Image.new("RGB", (60, 40), "white")
-    sheet = explanation_grid(white, [np.zeros((40, 60))], ["red ball ball  +0.2"], words=words, opacity=0)
-    if vector:
-        _, axis = sheet.figure().axes
-        colours = [patch.get_facecolor()[:3] for patch in axis.patches]
-    else:
-        drawn = np.asarray(sheet.image(120)).astype(int)
-        found = drawn[drawn[..., 0] > drawn[..., 2]]  # all that is not grey, row by row
-        colours = [tuple(one) for one in found if (found == one).all(1).sum() > 99]
-        colours = list(dict.fromkeys(colours))
-    assert len(colours) == 3
-    assert sum(colours[0]) > sum(colours[2]) > sum(colours[1])

@@ -17,6 +17,7 @@ from .utils.lazy import lazy_names
 if TYPE_CHECKING:
     from .configuration_iclip import ICLIPConfig
     from .evaluation.evaluate import evaluate
+    from .figures.sheets import draw
     from .localization.explanation import Explanation
     from .localization.localizer import explain
     from .modeling_iclip import ICLIPImageFeatures, ICLIPModel, ICLIPOutput, ICLIPTextFeatures
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 __version__ = "0.2.0.dev0"
 
 _MODULES = {
+    "draw": ".figures.sheets",
     "embedded_model": ".models.embedded",
     "evaluate": ".evaluation.evaluate",
     "explain": ".localization.localizer",

@@ -23,6 +23,7 @@ Item, Result = TypeVar("Item"), TypeVar("Result")
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".jp2", ".ppm", ".pgm")
 
 MAX_DOWNLOAD = 64 * 2**20  # largest size of an image at a URL, in bytes
+_BAND = 256  # rows that are converted at once
 
 # Other decoders of Pillow are excluded, because some start external programs (EPS runs Ghostscript).
 _FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000", "PPM")
@@ -70,8 +71,9 @@ def open_image(source: str | os.PathLike | bytes | Image.Image, name: str | None
 
 def load_image(source: str | os.PathLike | bytes | Image.Image, name: str | None = None) -> Image.Image:
     """
-    Opens an image as viewers display it: upright (EXIF), 8-bit RGB, transparent parts on white, first frame.
+    Opens an image as browsers display it: upright, 8-bit RGB, transparent parts on white, first frame.
 
+    The orientation is that of EXIF in JPEG, PNG, TIFF and AVIF. As in browsers, an orientation in a WebP file or in XMP does not count.
     16-bit grayscale is scaled (65535 becomes 255). A given PIL image is not modified.
 
     Args:
@@ -156,27 +158,37 @@ def to_rgb(image: Image.Image, name: str | None = None) -> Image.Image:
     Raises:
         `ValueError`: as [`load_image`].
     """
+    if image.mode == "RGB" and not image.has_transparency_data:
+        return image
+    converted = Image.new("RGB", image.size)
     try:
-        if image.mode.startswith("I"):  # "I;16" in its byte orders, "I" in older Pillow
-            import numpy as np  # not above, because commands check their files before they load anything
-
-            values = np.asarray(image).astype(np.int64)
-            if values.min() < 0 or values.max() > 65535:
-                raise ValueError(f"values from {values.min()} to {values.max()}")
-            image = Image.fromarray(((values + 128) // 257).astype(np.uint8))  # rounded
-        if image.mode == "F":
-            raise ValueError("floating-point values")
-        if image.has_transparency_data:
-            image = image.convert("RGBA")
-            canvas = Image.new("RGBA", image.size, "white")
-            canvas.alpha_composite(image)
-            image = canvas
-        return image if image.mode == "RGB" else image.convert("RGB")
+        # In bands, because the steps in between take up to 24 bytes for each pixel, and a small file may hold millions.
+        for top in range(0, image.height, _BAND):
+            box = (0, top, image.width, min(top + _BAND, image.height))
+            converted.paste(_band_to_rgb(image.crop(box)), box)
     except ValueError as error:
         raise ValueError(
             f"{name or _name(image)}: expected pixels that have an 8-bit RGB form, but got mode {image.mode!r} "
             f"({error}); convert it to RGB or to 8- or 16-bit grayscale."
         ) from error
+    return converted
+
+
+def _band_to_rgb(band: Image.Image) -> Image.Image:
+    if band.mode.startswith("I"):  # "I;16" in its byte orders, "I" in older Pillow
+        import numpy as np  # not above, because commands check their files before they load anything
+
+        values = np.asarray(band).astype(np.int32)
+        if values.min() < 0 or values.max() > 65535:
+            raise ValueError(f"values from {values.min()} to {values.max()}")
+        band = Image.fromarray(((values + 128) // 257).astype(np.uint8))  # rounded
+    if band.mode == "F":
+        raise ValueError("floating-point values")
+    if band.has_transparency_data:
+        canvas = Image.new("RGBA", band.size, "white")
+        canvas.alpha_composite(band.convert("RGBA"))
+        band = canvas
+    return band.convert("RGB")
 
 
 def map_groups(
@@ -237,8 +249,21 @@ def _decode(file: str | os.PathLike | io.BytesIO) -> Image.Image:
 
 def _upright(image: Image.Image) -> Image.Image:
     try:
-        if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
-            return ImageOps.exif_transpose(image)
+        return ImageOps.exif_transpose(image) if _orientation(image) != 1 else image
     except Exception:  # damaged EXIF raises anything; like viewers, show the pixels as stored
-        pass
-    return image
+        return image
+
+
+def _orientation(image: Image.Image) -> int:
+    if image.format == "WEBP":
+        return 1
+    exif = image.getexif()
+    if "exif" in image.info:  # else of a TIFF file, or given by the user
+        exif = Image.Exif()
+        exif.load(image.info["exif"])
+    elif image.format not in (
+        None,
+        "TIFF",
+    ):  # Pillow found it in XMP or in the text of a PNG file, where browsers do not look
+        return 1
+    return exif.get(ExifTags.Base.Orientation, 1)

@@ -109,14 +109,17 @@ def label_map(
 
     rows, columns = resize_weights(raw_maps, size)
     raw_maps = raw_maps.float()
-    # Subtracted before a map is enlarged, which keeps a constant map exactly constant.
-    lows = raw_maps.amin((-2, -1), keepdim=True)
-    wide = (raw_maps - lows) @ columns.mT
-    best = torch.addmm(lows[0], rows, wide[0])
-    winner = torch.zeros(size, dtype=torch.int16, device=best.device)
+
+    def enlarge(raw: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+        """One map alone, so that equal maps stay equal. The minimum is subtracted, so that a constant map stays constant."""
+        low = raw.amin()
+        return torch.addmm(low, rows, (raw - low) @ columns.mT, out=out)
+
+    best = enlarge(raw_maps[0], raw_maps.new_empty(size))
+    winner = torch.zeros(size, dtype=torch.int32, device=best.device)
     one, total = torch.empty_like(best), torch.zeros_like(best)  # total: sum of exp(logit - highest logit so far)
-    for index, (low, text) in enumerate(zip(lows, wide)):
-        torch.addmm(low, rows, text, out=one)
+    for index, raw in enumerate(raw_maps):
+        enlarge(raw, one)
         higher = one > best
         winner.masked_fill_(higher, index)
         if logit_scale is not None:

@@ -33,13 +33,26 @@ from .pooling import normalize_attention, pool, pool_similarities, share_among_l
 from .similarity import check_lists, cosine_similarity_map, min_max_normalize
 
 
-# Supported image towers, which have a class token, and whether they need `interpolate_pos_encoding`.
+class VisionTower(NamedTuple):
+    """
+    What the model needs to know of a kind of image tower.
+
+    Attributes:
+        attention (`str`): class of its attention layers. The last one computes the class token's attention.
+        interpolates (`bool`): whether its position embeddings follow the size of images only with `interpolate_pos_encoding`.
+    """
+
+    attention: str
+    interpolates: bool = False
+
+
+# Supported image towers, which have a class token, by model type.
 VISION_TOWERS = {
-    "vit": True,
-    "dinov2": False,
-    "dinov2_with_registers": False,
-    "dinov3_vit": False,
-    "clip_vision_model": True,
+    "vit": VisionTower("ViTAttention", interpolates=True),
+    "dinov2": VisionTower("Dinov2Attention"),
+    "dinov2_with_registers": VisionTower("Dinov2WithRegistersAttention"),
+    "dinov3_vit": VisionTower("DINOv3ViTAttention"),
+    "clip_vision_model": VisionTower("CLIPAttention", interpolates=True),
 }
 # Text towers whose pooled output is the end-of-sequence token.
 _EOS_TEXT_TOWERS = ("clip_text_model", "siglip_text_model")
@@ -352,7 +365,8 @@ class ICLIPModel(PreTrainedModel):
 
     def _find_last_attention(self):
         """Makes the last attention layer of the image tower compute the class token's row, a product besides the fused attention."""
-        last = [module for module in self.vision_model.modules() if type(module).__name__.endswith("Attention")][-1]
+        name = VISION_TOWERS[self.config.vision_config.model_type].attention
+        *_, last = (module for module in self.vision_model.modules() if type(module).__name__ == name)
         last.is_last_attention = True
         if self.vision_model.config._attn_implementation != "eager":
             self.vision_model.set_attn_implementation("sdpa_class_row")
@@ -475,7 +489,7 @@ class ICLIPModel(PreTrainedModel):
                 f"Expected pixel_values of shape (B, {config.num_channels}, H, W) with H and W multiples of the patch "
                 f"size {patch_size}, got {shape}: prepare images with ICLIPProcessor."
             )
-        if VISION_TOWERS[config.model_type]:
+        if VISION_TOWERS[config.model_type].interpolates:
             kwargs["interpolate_pos_encoding"] = True
         last_attention = LastAttention(self.config.value_share)
         if self.vision_model.config._attn_implementation == "eager":

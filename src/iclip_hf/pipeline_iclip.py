@@ -16,6 +16,7 @@ from .modeling_iclip import cosines
 from .presence import BACKGROUND, MIN_PRESENCE, presence
 from .processing_iclip import check_threshold
 from .regions import run_lengths
+from .similarity import check_finite
 
 
 logger = logging.get_logger(__name__)
@@ -148,7 +149,9 @@ class ImageTextSimilarityMapPipeline(Pipeline):
             if own[0] is not None:
                 image = self.model.get_image_features(torch.cat(own))
             presences = presence(self.model.match(image, texts), self.model.match(image, background))
-            return zip(cosines(image.image_embeds, texts.text_embeds), presences, outputs.similarity_maps)
+            scores = cosines(image.image_embeds, texts.text_embeds)
+            check_finite(outputs.similarity_maps, scores, presences)
+            return zip(scores, presences, outputs.similarity_maps)
 
         shapes = [tuple(None if one is None else one.shape for one in pair) for pair in pairs]
         scores, presences, maps = zip(*map_groups(forward, pairs, shapes))

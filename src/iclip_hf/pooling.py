@@ -72,13 +72,16 @@ def pool_similarities(
         `torch.Tensor` of shape `(B, T)`, float32, between the least and the greatest similarity of each image and text.
     """
     attention = attention.float()
-    total = attention.sum(-1, keepdim=True)
-    prior = torch.where(total > 0, attention / total, 1 / attention.shape[-1])
+    attention = attention.where(attention.sum(-1, keepdim=True) > 0, 1.0)
+    prior = attention / attention.sum(-1, keepdim=True)
     learning = torch.is_grad_enabled() and (patch_embeds.requires_grad or text_embeds.requires_grad)
     if learning and text_embeds.ndim == 2 and not prior.requires_grad:
         return _SmoothMaximum.apply(patch_embeds, text_embeds, prior, sharpness)
     similarities = (text_embeds @ patch_embeds.mT).float()
-    return (prior.log().unsqueeze(1) + sharpness * similarities).logsumexp(-1) / sharpness
+    # The gradient of log 0 is infinite, and times the share of 0 in the maximum, NaN. A patch without attention takes no part.
+    absent = prior == 0
+    logarithms = prior.masked_fill(absent, 1.0).log().masked_fill(absent, -torch.inf)
+    return (logarithms.unsqueeze(1) + sharpness * similarities).logsumexp(-1) / sharpness
 
 
 class _SmoothMaximum(torch.autograd.Function):

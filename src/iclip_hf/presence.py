@@ -28,6 +28,10 @@ BACKGROUND = tuple(
 # Here the share of present texts minus the share of absent texts above it is within one point of its maximum, for the nouns of
 # Flickr8k's dev captions and the embedded model.
 MIN_PRESENCE = 0.7
+# From here on a text counts as present; between the two it is unsure.
+PRESENT = 0.9
+# Presence as words, see `presence_word`.
+ABSENT, UNSURE, SURE = "absent", "unsure", "present"
 
 
 def presence(scores: torch.Tensor, background_scores: torch.Tensor) -> torch.Tensor:
@@ -46,3 +50,16 @@ def presence(scores: torch.Tensor, background_scores: torch.Tensor) -> torch.Ten
 
     std, mean = torch.std_mean(background_scores, dim=-1, keepdim=True)
     return torch.special.ndtr((scores - mean) / std)
+
+
+def presence_word(value: float, min_presence: float = MIN_PRESENCE) -> str:
+    """
+    Returns `"present"`, `"unsure"` or `"absent"` for a presence.
+
+    Args:
+        value (`float`): from [`presence`].
+        min_presence (`float`, defaults to 0.7): a text with a lower presence is absent. From 0.9 on it is present.
+    """
+    if not value >= min_presence:  # also NaN
+        return ABSENT
+    return SURE if value >= PRESENT else UNSURE

@@ -458,13 +458,15 @@ def _present(presence: torch.Tensor | None, min_presence: float | None) -> torch
 
 def _flattened(kwargs: dict) -> dict:
     """Merges `text_kwargs`, `images_kwargs` and `common_kwargs` into the keywords, which are equivalent."""
-    flat = dict(kwargs)
+    flat, merged = dict(kwargs), {}
     nested = [flat.pop(name, None) or {} for name in ("text_kwargs", "images_kwargs", "common_kwargs")]
     for name, value in (item for part in nested for item in part.items()):
-        if name in flat and flat[name] != value:
-            raise ValueError(f"Expected {name} once, got {flat[name]!r} and {value!r}: pass it in one place.")
-        flat[name] = value
-    return flat
+        # As in other processors, a keyword of its own must not be repeated, but both sides may have the same.
+        if name in flat or merged.setdefault(name, value) != value:
+            raise ValueError(
+                f"Expected {name} once, got {flat.get(name, merged.get(name))!r} and {value!r}: pass it in one place."
+            )
+    return flat | merged
 
 
 def _nested(texts, expand) -> list[str] | list[list[str]]:
@@ -504,6 +506,8 @@ def _checked_image(image, rescaled: bool):
         raise ValueError(
             f"Expected an image of shape (3, H, W) or (H, W, 3), or with 1 for 3, got {tuple(image.shape)}: convert it."
         )
+    if isinstance(image, np.ndarray):  # torch warns of arrays that cannot be written to, such as those of PIL images
+        image = np.require(image, requirements="W")
     try:
         pixels = torch.as_tensor(image)
     except TypeError as error:

@@ -28,7 +28,12 @@ class Region:
 
     box: tuple[int, int, int, int]
     score: float
-    runs: np.ndarray = field(repr=False)
+    runs: np.ndarray = field(repr=False, hash=False)
+
+    def __eq__(self, other) -> bool:
+        if not isinstance(other, Region):
+            return NotImplemented
+        return (self.box, self.score) == (other.box, other.score) and np.array_equal(self.runs, other.runs)
 
     @cached_property
     def inside(self) -> np.ndarray:

@@ -33,6 +33,14 @@ def check_lists(num_images: int, text_embeds: torch.Tensor) -> None:
         )
 
 
+def check_finite(*results: torch.Tensor) -> None:
+    """Raises `ValueError` if results of a model hold NaN or infinity."""
+    if not all(result.isfinite().all() for result in results):
+        raise ValueError(
+            "Expected finite maps and scores, got NaN or infinity from the model: check its weights, or load it in float32."
+        )
+
+
 def reverse(maps: torch.Tensor) -> torch.Tensor:
     """The reversed map of Eq. 5: 1 - M for maps M in [0, 1]."""
     return 1 - maps
@@ -79,17 +87,16 @@ def resize_maps(maps: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
 def resize_and_normalize(maps: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
     """
     Computes `min_max_normalize(resize_maps(maps, size))` (Eq. 4) for `(T, h, w)` maps, one map at a time. One full-size map
-    fits the cache of a processor, many do not.
+    fits the cache of a processor, many do not. So a map does not depend on the others, to the last bit.
 
     Returns:
         `torch.Tensor` of shape `(T, *size)`, float32, in [0, 1].
     """
     rows, columns = resize_weights(maps, size)
     maps = maps.float()
-    wide = (maps - maps.amin((-2, -1), keepdim=True)) @ columns.mT
     enlarged, large = _empty((len(maps), *size), maps.device), maps.new_empty(size)
-    for one, target in zip(wide, enlarged):
-        torch.matmul(rows, one, out=large)
+    for one, target in zip(maps, enlarged):
+        torch.matmul(rows, (one - one.amin()) @ columns.mT, out=large)
         low, high = torch.aminmax(large)
         span = high - low
         torch.div(large.sub_(low), span.masked_fill(span == 0, 1.0), out=target)

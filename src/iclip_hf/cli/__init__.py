@@ -41,7 +41,10 @@ class _Command(_Parser):
 
     def parse_known_args(self, args=None, namespace=None):
         self.complete()
-        return super().parse_known_args(args, namespace)
+        namespace, unknown = super().parse_known_args(args, namespace)
+        if unknown:  # said here, because the program's own help does not list the options of a command
+            self.error(f"unrecognized arguments: {' '.join(unknown)}")
+        return namespace, unknown
 
     def complete(self) -> None:
         """Adds the options, once."""

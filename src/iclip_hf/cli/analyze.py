@@ -11,11 +11,12 @@ from pathlib import Path
 
 from ..utils.names import POOLINGS
 from .common import (
-    PICTURES,
+    CHARTS,
     add_dataset_options,
     add_dpi_option,
     add_limit_option,
     add_model_option,
+    add_overwrite_option,
     add_picture_option,
     check_file,
     echo,
@@ -40,6 +41,7 @@ def add_options(command: argparse.ArgumentParser) -> None:
     shift.add_argument("--before", choices=POOLINGS, default="max", help="first pooling (default: max)")
     shift.add_argument("--after", choices=POOLINGS, default="average", help="second pooling (default: average)")
     shift.add_argument("--output", type=Path, metavar="FILE", help="JSON file to write")
+    add_overwrite_option(shift)
     shift.add_argument("--json", action="store_true", help="print JSON instead of text")
 
     channels = _add_analysis(
@@ -78,10 +80,11 @@ def _shift(options: argparse.Namespace) -> int:
     from tqdm import tqdm
 
     from ..data.segmentation import load_segmentation
-    from ..utils.files import atomic_write
+    from ..utils.files import SOFTWARE, check_outputs, new_file
 
     if options.output:
         check_file("--output", options.output, (".json",))
+        check_outputs([options.output], [options.overrides], options.overwrite)
     dataset = load_segmentation(options.dataset, options.data_root, options.split, options.overrides)
     from ..evaluation.analysis import semantic_shift
 
@@ -94,9 +97,9 @@ def _shift(options: argparse.Namespace) -> int:
         "before": options.before,
         "after": options.after,
     }
-    report = json.dumps({"protocol": protocol, **asdict(shift)}, indent=2)
+    report = json.dumps({"software": SOFTWARE, "protocol": protocol, **asdict(shift)}, indent=2)
     if options.output:
-        with atomic_write(options.output) as partial:
+        with new_file(options.output, options.overwrite) as partial:
             partial.write_text(report + "\n", encoding="utf-8")
     echo(report if options.json else shift.table())
     return 0
@@ -104,23 +107,28 @@ def _shift(options: argparse.Namespace) -> int:
 
 def _channels(options: argparse.Namespace) -> int:
     from ..images import load_image
+    from ..utils.files import check_outputs
 
-    check_file("--output", options.output, PICTURES)
+    check_file("--output", options.output, CHARTS)
+    check_outputs([options.output], options.images, options.overwrite)
     images = [load_image(path) for path in options.images]
     from ..evaluation.analysis import channel_matches
     from ..evaluation.analysis_plots import channel_scatter
 
     model = load_silently(options.model, options)
     matches = [channel_matches(model, image) for image in images]
-    save_figure(channel_scatter(images, matches), options.output, options.dpi)
+    save_figure(channel_scatter(images, matches), options.output, options.dpi, options.overwrite)
     echo(options.output)
     return 0
 
 
 def _relation(options: argparse.Namespace) -> int:
-    for option, path in (("--output", options.output), ("--bars", options.bars)):
-        if path:
-            check_file(option, path, PICTURES)
+    from ..utils.files import check_outputs
+
+    pictures = {"--output": options.output, **({"--bars": options.bars} if options.bars else {})}
+    for option, path in pictures.items():
+        check_file(option, path, CHARTS)
+    check_outputs(pictures.values(), [options.evaluation], options.overwrite)
     method, rows = _read_classes(options.evaluation, options.method)
     from ..evaluation.analysis import relation
     from ..evaluation.analysis_plots import class_bars, relation_plot
@@ -134,12 +142,14 @@ def _relation(options: argparse.Namespace) -> int:
             f"{options.evaluation}: expected a class with both AP and {options.score}, but got none; evaluate others."
         )
     labels = ("average precision, %", f"{SCORES[options.score]} ({method})")
-    save_figure(relation_plot(found, *labels), options.output, options.dpi)
+    save_figure(relation_plot(found, *labels), options.output, options.dpi, options.overwrite)
     if options.bars:
-        save_figure(class_bars(found, *labels), options.bars, options.dpi)
+        save_figure(class_bars(found, *labels), options.bars, options.dpi, options.overwrite)
     correlation = None if math.isnan(found.correlation) else found.correlation
     report = {"method": method, "score": options.score, "classes": len(found.names), "correlation": correlation}
-    echo(json.dumps(report) if options.json else f"{method}: {len(found.names)} classes, correlation {correlation}")
+    report["pictures"] = [str(path) for path in pictures.values()]
+    said = f"{method}: {len(found.names)} classes, correlation {correlation} -> {', '.join(report['pictures'])}"
+    echo(json.dumps(report) if options.json else said)
     return 0
 
 

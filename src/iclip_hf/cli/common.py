@@ -18,7 +18,7 @@ from typing import TypeVar
 
 from ..data.class_names import DATASETS
 from ..prompts import check_templates, check_text
-from ..utils.names import COLORMAP, DTYPES, METHOD_GROUP, METHODS
+from ..utils.names import COLORMAPS, DTYPES, METHOD_GROUP, METHODS
 
 
 Value = TypeVar("Value")
@@ -27,7 +27,9 @@ Value = TypeVar("Value")
 _ACTING = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 # Numbers of options in malloc.h.
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
-PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".pdf", ".svg")
+# Files of pictures, and of charts.
+PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".pdf")
+CHARTS = (*PICTURES, ".svg")
 
 
 def sentence(description: str) -> str:
@@ -133,16 +135,24 @@ def add_refine_option(command: argparse.ArgumentParser, tasks: str = "", default
 def add_colormap_option(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--colormap",
-        default=COLORMAP,
-        type=checked(check_colormap),
-        metavar="NAME",
-        help=f'matplotlib colormap, for example "cividis", which colour-blind readers can read (default: {COLORMAP})',
+        default=COLORMAPS[0],
+        choices=COLORMAPS,
+        help=f"colours of the maps: cividis is safe for colour-blind readers, jet is the paper's (default: {COLORMAPS[0]})",
     )
 
 
 def add_picture_option(command: argparse.ArgumentParser, default: str) -> None:
     command.add_argument(
         "--output", type=Path, default=Path(default), metavar="FILE", help=f"picture to write (default: {default})"
+    )
+    add_overwrite_option(command)
+
+
+def add_overwrite_option(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--overwrite",
+        action="store_true",
+        help="also replace files that iclip did not write; inputs are never replaced",
     )
 
 
@@ -193,19 +203,6 @@ def check_prompt(prompt: str) -> str:
     """Returns a prompt, or a name of prompts. Raises `ValueError` for another text."""
     check_templates(prompt)
     return prompt
-
-
-def check_colormap(name: str) -> str:
-    """Returns the name of a colormap. Raises `ValueError` unless matplotlib has it, which is imported only for other than the default."""
-    if name == COLORMAP:
-        return name
-    from matplotlib import colormaps
-
-    if name not in colormaps:
-        raise ValueError(
-            f'Expected a colormap of matplotlib, such as "jet" or "cividis", got {name!r}: choose one of them.'
-        )
-    return name
 
 
 def share(text: str) -> float:
@@ -267,20 +264,42 @@ def check_file(option: str, path: Path, suffixes: tuple[str, ...]) -> None:
 
 def check_folder(option: str, path: Path) -> None:
     """Raises `ValueError` for an invalid output folder, before the model is loaded."""
-    if path.suffix or (path.exists() and not path.is_dir()):
+    if not path.is_dir() and (path.suffix or path.exists()):
         raise ValueError(f"{option}: expected a folder, got the file name {path}: name a folder.")
 
 
-def save_figure(figure, path: Path, dpi: int = 120) -> None:
-    """Writes a figure atomically, in the format of the file name's suffix."""
-    from ..utils.files import atomic_write
+def save_figure(figure, path: Path, dpi: int = 120, overwrite: bool = False) -> None:
+    """
+    Writes a PIL image, or a figure of matplotlib, by [`iclip_hf.utils.files.new_file`], in the format of the file name's suffix.
+    """
+    from PIL import Image
 
-    path.parent.mkdir(parents=True, exist_ok=True)
+    from ..utils.files import SOFTWARE, new_file
+
     form = path.suffix[1:].lower()
-    # Run lengths: the PNG of a photograph is as small as by the default compression, in a quarter of the time.
-    options = {"pil_kwargs": {"compress_type": zlib.Z_RLE}} if form == "png" else {}
-    with atomic_write(path) as partial:
-        figure.savefig(partial, format=form, dpi=dpi, **options)
+    exif = {"exif": software_exif()}
+    with new_file(path, overwrite) as partial:
+        if not isinstance(figure, Image.Image):
+            vector = form in ("pdf", "svg")
+            own = {"metadata": {"Creator": SOFTWARE}} if vector else {"pil_kwargs": exif}
+            figure.savefig(partial, format=form, dpi=dpi, **own)
+        elif form == "pdf":
+            figure.save(partial, "PDF", quality=92, resolution=dpi, creator=SOFTWARE.encode())
+        else:
+            # Run lengths: the PNG of a photograph is as small as by the default compression, in a quarter of the time.
+            options = {"compress_type": zlib.Z_RLE} if form == "png" else {"quality": 92}
+            figure.save(partial, Image.registered_extensions()[f".{form}"], dpi=(dpi, dpi), **options, **exif)
+
+
+def software_exif():
+    """Returns the EXIF data of a picture that this program writes."""
+    from PIL import ExifTags, Image
+
+    from ..utils.files import SOFTWARE
+
+    exif = Image.Exif()
+    exif[ExifTags.Base.Software] = SOFTWARE
+    return exif
 
 
 def report_error(command: str, error: BaseException, printed: bool = True) -> None:

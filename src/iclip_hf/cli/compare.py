@@ -46,16 +46,19 @@ def add_options(command: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
+    from ..utils.files import check_outputs
+
     check_file("--output", options.output, PICTURES)
+    check_outputs([options.output], [options.image, options.overrides], options.overwrite)
     image, truths, templates = _open(options)
     texts = list(dict.fromkeys(options.texts or truths))
     if not texts:
         raise ValueError(
             "Expected at least one --text, or a --dataset whose IMAGE shows a class, got neither: add one of them."
         )
-    from ..utils.plots import cell_sized, comparison_sheet
+    from ..figures.sheets import at_picture_size, comparison_sheet
 
-    drawn = cell_sized(image, options.dpi)
+    drawn = at_picture_size(image, options.dpi)
     columns = {}
     if truths:
         columns["ground truth"] = [_shrunk(truths[text], drawn) if text in truths else None for text in texts]
@@ -66,15 +69,16 @@ def run(options: argparse.Namespace) -> int:
         scores[model] = [round(float(score), 4) for score in explanation.scores]
     rows = [{"text": text, "scores": dict(zip(scores, row))} for text, row in zip(texts, zip(*scores.values()))]
 
-    titles = [f"{row['text']}\n{'  '.join(f'{score:+.2f}' for score in row['scores'].values())}" for row in rows]
-    save_figure(comparison_sheet(drawn, columns, titles, colormap=options.colormap), options.output, options.dpi)
+    titles = [f"{row['text']}\nscore {', '.join(f'{score:.2f}' for score in row['scores'].values())}" for row in rows]
+    sheet = comparison_sheet(drawn, columns, titles, colormap=options.colormap, dpi=options.dpi)
+    save_figure(sheet, options.output, options.dpi, options.overwrite)
     if options.json:
         report = {"image": options.image, "picture": str(options.output), "texts": rows}
         echo(json.dumps(report, indent=2, ensure_ascii=False))
         return 0
     echo(f"{printable(options.image)} -> {printable(options.output)}")
     width = max(len(printable(text)) for text in texts)
-    for row in sorted(rows, key=lambda row: -next(iter(row["scores"].values()))):
+    for row in rows:
         cosines = "  ".join(f"{score:+.4f}" for score in row["scores"].values())
         echo(f"  {printable(row['text']):<{width}}  {cosines}")
     return 0

@@ -6,7 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from .common import add_model_option, check_folder, echo, keep_memory, silence_transformers
+from .common import add_model_option, add_overwrite_option, check_folder, echo, keep_memory, silence_transformers
 
 
 def add_options(command: argparse.ArgumentParser) -> None:
@@ -19,6 +19,7 @@ def add_options(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--export-space", type=Path, metavar="DIR", help="write the files of a Space that runs the demo, and exit"
     )
+    add_overwrite_option(command)
     command.add_argument(
         "--web", type=Path, metavar="DIR", help="serve the page that `iclip export --format web` wrote, instead"
     )
@@ -32,6 +33,8 @@ def _port(text: str) -> int:
 
 
 def run(options: argparse.Namespace) -> int:
+    if options.overwrite and not options.export_space:
+        raise ValueError("Expected --overwrite with --export-space, got it without: leave it out.")
     if options.web:
         return _serve(options)
     if options.export_space:
@@ -39,7 +42,7 @@ def run(options: argparse.Namespace) -> int:
     from ..demo.app import export_space, launch
 
     if options.export_space:
-        export_space(options.export_space, options.model or "embedded")
+        export_space(options.export_space, options.model or "embedded", options.overwrite)
         echo(options.export_space)
     else:
         silence_transformers()

@@ -3,41 +3,39 @@
 from __future__ import annotations
 
 import argparse
-import itertools
+import sys
 from pathlib import Path
 
 from ..prompts import check_text
-from ..utils.names import MEASURES
+from ..utils.names import MEASURES, TASKS
 from .common import (
     add_dataset_options,
     add_limit_option,
     add_methods_option,
     add_model_options,
+    add_overwrite_option,
     add_refine_option,
     at_least_1,
     check_file,
     checked,
     echo,
     load_silently,
+    printable,
     share,
 )
 
 
-# Tasks, and the options that not all of them have.
+# The measures that have an option. `--short-side` and `--measures` are for all of them.
 OPTIONS = {
-    "interpretability": ("batch_size", "aggregate", "refine"),
-    "segmentation": (
-        "batch_size",
-        "short_side",
-        "window",
-        "stride",
-        "background",
-        "threshold",
-        "logit_scale",
-        "min_presence",
-        "refine",
-    ),
-    "faithfulness": ("batch_size", "measures", "steps", "seed"),
+    "aggregate": ("mMIoU", "mFMB"),
+    "window": ("segmentation",),
+    "stride": ("segmentation",),
+    "background": ("segmentation",),
+    "threshold": ("segmentation",),
+    "logit_scale": ("segmentation",),
+    "min_presence": ("segmentation",),
+    "steps": ("deletion_insertion",),
+    "seed": ("deletion_insertion", "max_sensitivity", "randomization"),
 }
 
 
@@ -45,16 +43,17 @@ def add_options(command: argparse.ArgumentParser) -> None:
     command.set_defaults(run=run)
     command.add_argument(
         "--task",
-        choices=tuple(OPTIONS),
+        choices=tuple(TASKS),
         default="interpretability",
-        help="interpretability: mAP, mMIoU, mFMB and text contrast; segmentation: mIoU of label maps; faithfulness: deletion and "
-        "insertion, pointing game, max-sensitivity and randomised layers (default: interpretability)",
+        help="interpretability: mAP, mMIoU, mFMB, text contrast, and for data sets that name the background stuff contrast; "
+        "segmentation: mIoU of label maps; faithfulness: deletion and insertion, pointing game, max-sensitivity and randomised layers "
+        "(default: interpretability)",
     )
     add_dataset_options(command)
     add_limit_option(command)
     add_model_options(command)
     add_methods_option(command)
-    add_refine_option(command, "interpretability and segmentation: ", default=None)
+    add_refine_option(command)
     command.add_argument(
         "--aggregate",
         choices=("image", "pixel"),
@@ -67,20 +66,21 @@ def add_options(command: argparse.ArgumentParser) -> None:
         nargs="+",
         choices=MEASURES,
         metavar="MEASURE",
-        help=f"faithfulness: one or more of {', '.join(MEASURES)} (default: all)",
+        help=f"one or more of {', '.join(MEASURES)} instead of those of a task",
     )
     command.add_argument(
         "--steps",
         type=at_least_1,
         metavar="N",
-        help="faithfulness: steps of deletion and of insertion (default: 10)",
+        help="deletion_insertion: number of steps (default: 10)",
     )
     command.add_argument("--seed", type=int, metavar="N", help="faithfulness: seed of all random values (default: 0)")
     command.add_argument(
         "--batch-size",
         type=at_least_1,
         metavar="N",
-        help="images in one forward pass (default: 8; faithfulness 32)",
+        default=8,
+        help="images in one forward pass (default: 8)",
     )
     command.add_argument(
         "--output",
@@ -88,6 +88,7 @@ def add_options(command: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="JSON file to write; a CSV file with the scores of each class is written beside it",
     )
+    add_overwrite_option(command)
     command.add_argument("--json", action="store_true", help="print JSON instead of text")
 
 
@@ -142,38 +143,52 @@ def _add_segmentation_options(command: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     from ..data.segmentation import load_segmentation
 
-    own = OPTIONS[options.task]
-    given = {name: getattr(options, name) for name in own if getattr(options, name) is not None}
-    for name in dict.fromkeys(itertools.chain(*OPTIONS.values())):
-        if name not in own and getattr(options, name) is not None:
+    measures = options.measures or [*TASKS[options.task]]
+    given = {name: value for name in OPTIONS if (value := getattr(options, name)) is not None}
+    for name in given:
+        if not set(OPTIONS[name]) & set(measures):
             raise ValueError(
-                f"Expected --{name.replace('_', '-')} with another --task, got it with {options.task}: leave it out."
+                f"Expected --{name.replace('_', '-')} with one of the measures {', '.join(OPTIONS[name])}, got it with "
+                f"{', '.join(measures)}: leave it out, or choose the --task or the --measures."
             )
+    if options.image_size and options.short_side:
+        raise ValueError("Expected --image-size or --short-side, got both: leave one out.")
     if options.output:
+        from ..evaluation.results import check_files
+
         check_file("--output", options.output, (".json",))
+        check_files(options.output, [options.overrides], options.overwrite)
     dataset = load_segmentation(options.dataset, options.data_root, options.split, options.overrides)
     from ..evaluation.evaluate import evaluate
-    from ..evaluation.faithfulness import evaluate_faithfulness
-    from ..evaluation.segmentation import evaluate_segmentation
+    from ..evaluation.measures import make_measure
     from ..utils.distributed import partner_errors, this_process
 
-    measure = {"segmentation": evaluate_segmentation, "faithfulness": evaluate_faithfulness}.get(
-        options.task, evaluate
-    )
+    if not options.measures and not dataset.stuff:
+        measures = [name for name in measures if name != "stuff_contrast"]
+    measures = [
+        make_measure(name, **{option: value for option, value in given.items() if name in OPTIONS[option]})
+        for name in measures
+    ]
+    size = {"shortest_edge": options.short_side} if options.short_side else options.image_size
     state = this_process("eval")  # selects the device before the model is loaded
     with partner_errors("run it again"):
-        result = measure(
+        result = evaluate(
             load_silently(options.model, options),
             dataset,
             options.methods,
-            image_size=options.image_size,
+            measures,
+            image_size=size,
             templates=options.templates,
+            refine=options.refine,
             limit=options.limit,
-            **given,
+            batch_size=options.batch_size,
         )
     if state.is_main_process:
-        if options.output:
-            result.save(options.output)
-        echo(result.to_json() if options.json else result.table())
+        try:
+            if options.output:
+                written = " and ".join(map(str, result.save(options.output, options.overwrite)))
+                print(f"iclip evaluate: wrote {printable(written)}", file=sys.stderr)
+        finally:  # also if a file of another program has come there meanwhile
+            echo(result.to_json() if options.json else result.table())
     state.destroy_process_group()
     return 0

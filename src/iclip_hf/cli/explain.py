@@ -12,6 +12,7 @@ from .common import (
     add_colormap_option,
     add_method_option,
     add_model_options,
+    add_overwrite_option,
     add_refine_option,
     add_text_option,
     at_least_1,
@@ -22,7 +23,7 @@ from .common import (
     save_figure,
     share,
 )
-from .pictures import at_picture_size, pictures_to_write, print_json_lines, write_pictures
+from .pictures import picture_dpi, pictures_to_write, print_json_lines, write_pictures
 
 
 def add_options(command: argparse.ArgumentParser) -> None:
@@ -63,6 +64,7 @@ def add_options(command: argparse.ArgumentParser) -> None:
         help="picture to write (default: explanation.png); for several images or a collection, the folder to write "
         "pictures or Parquet files to (default: explanations)",
     )
+    add_overwrite_option(command)
     add_colormap_option(command)
     command.add_argument(
         "--npz", action="store_true", help="also write scores, raw maps and masks to an .npz file beside each picture"
@@ -82,14 +84,12 @@ def add_options(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--batch-size",
         type=at_least_1,
-        default=8,
         metavar="N",
-        help="images of a collection in one forward pass (default: 8)",
+        help="images in one forward pass (default: 4; of a collection 8)",
     )
     command.add_argument(
         "--images-per-file",
         type=at_least_1,
-        default=256,
         metavar="N",
         help="rows in each Parquet file of a collection (default: 256)",
     )
@@ -130,23 +130,29 @@ def _localizer(options: argparse.Namespace):
 
 
 def _explain_images(options: argparse.Namespace) -> int:
-    images = pictures_to_write(options, "explanation.png", "explanations")
+    if options.images_per_file is not None:
+        raise ValueError("Expected --images-per-file with a collection, got image files: leave it out.")
+    arrays = _array_file if options.npz else None
+    images = pictures_to_write(options, "explanation.png", "explanations", arrays)
     if not images:
         return 2
     localizer = _localizer(options)
+    from ..figures.sheets import draw
 
     def write(image, explanation, picture: Path | None) -> dict:
         if picture is not None:
-            _draw(image, explanation, options.colormap, picture)
+            dpi = picture_dpi(picture)
+            sheet = draw(explanation, image, colormap=options.colormap, dpi=dpi)
+            save_figure(sheet, picture, dpi, options.overwrite)
             if options.npz:
-                _save_arrays(explanation, picture.with_suffix(".npz"))
+                _save_arrays(explanation, _array_file(picture), options.overwrite)
         return explanation.to_dict()
 
-    report = write_pictures(options.command, localizer, images, write)
+    report = write_pictures(options.command, localizer, images, write, options.batch_size or 4)
     if options.json:
         print_json_lines(report)
     else:
-        _print_table(report)
+        _print_table(report, options.min_presence)
     return 0 if len(report) == len(options.images) else 2
 
 
@@ -162,6 +168,10 @@ def _explain_collection(options: argparse.Namespace) -> int:
         raise ValueError(
             "Expected --words with image files, got a collection, whose Parquet files hold none: leave it out."
         )
+    if options.overwrite:
+        raise ValueError(
+            "Expected --overwrite with image files, got a collection, which replaces no files: leave it out."
+        )
     output = options.output or Path("explanations")
     check_folder("--output", output)
     images = open_images(options.images)
@@ -170,8 +180,8 @@ def _explain_collection(options: argparse.Namespace) -> int:
         _localizer(options),
         images,
         output,
-        batch_size=options.batch_size,
-        images_per_file=options.images_per_file,
+        batch_size=options.batch_size or 8,
+        images_per_file=options.images_per_file or 256,
     )
     if state.is_main_process:
         for reason in report.broken:
@@ -187,24 +197,19 @@ def _explain_collection(options: argparse.Namespace) -> int:
     return 2 if report.broken else 0
 
 
-def _draw(image, explanation, colormap: str, path: Path) -> None:
-    from ..utils.plots import explanation_grid
-
-    drawn, shown = at_picture_size(image, explanation, path)
-    titles = [f"{text}  {score:+.2f}" for text, score in zip(explanation.labels, explanation.scores.tolist())]
-    absent = (explanation.presence < explanation.min_presence).nonzero()[:, 0].tolist()
-    save_figure(
-        explanation_grid(drawn, shown.maps.numpy(), titles, absent=absent, words=explanation.words, colormap=colormap),
-        path,
-    )
+def _array_file(picture: Path) -> Path:
+    return picture.with_suffix(".npz")
 
 
-def _save_arrays(explanation, path: Path) -> None:
+def _save_arrays(explanation, path: Path, overwrite: bool) -> None:
+    import zipfile
+
     import numpy as np
 
-    from ..utils.files import atomic_write
+    from ..utils.files import SOFTWARE, new_file
 
-    with atomic_write(path) as partial, partial.open("wb") as file:  # numpy would add a suffix to a file name
+    # An open file, because numpy would add a suffix to a file name.
+    with new_file(path, overwrite) as partial, partial.open("w+b") as file:
         np.savez_compressed(
             file,
             texts=explanation.labels,
@@ -213,16 +218,21 @@ def _save_arrays(explanation, path: Path) -> None:
             raw_maps=explanation.raw_maps.numpy(),
             masks=np.stack([explanation.mask(index) for index in range(len(explanation.labels))]),
         )
+        with zipfile.ZipFile(file, "a") as archive:
+            archive.comment = SOFTWARE.encode()
 
 
-def _print_table(report: list[dict]) -> None:
+def _print_table(report: list[dict], min_presence: float) -> None:
+    from ..presence import presence_word
+
     width = max((len(printable(row["text"])) for entry in report for row in entry["texts"]), default=0)
     for entry in report:
         echo(f"{printable(entry['image'])} -> {printable(entry['picture'])}")
-        for row in sorted(entry["texts"], key=lambda row: -row["score"]):
+        for row in entry["texts"]:
             regions = f"{len(row['regions'])} region{'' if len(row['regions']) == 1 else 's'}"
             echo(
-                f"  {printable(row['text']):<{width}}  {row['score']:+.4f}  presence {row['presence']:.2f}  {regions}"
+                f"  {printable(row['text']):<{width}}  {row['score']:+.4f}  {presence_word(row['presence'], min_presence):<7}  "
+                f"presence {row['presence']:.2f}  {regions}"
             )
             if "words" in row:
                 echo("    " + "  ".join(f"{printable(one['word'])} {one['score']:.2f}" for one in row["words"]))

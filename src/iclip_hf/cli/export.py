@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Mapping
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 from .common import check_model, checked, echo, silence_transformers
@@ -40,7 +42,10 @@ def add_options(command: argparse.ArgumentParser) -> None:
 
 def add_source_options(command: argparse.ArgumentParser) -> None:
     command.add_argument(
-        "model", type=checked(_check_source), metavar="MODEL", help="folder or Hub id of an ICLIP model"
+        "model",
+        type=checked(check_model),
+        metavar="MODEL",
+        help='folder or Hub id of an ICLIP model, or "embedded"',
     )
     command.add_argument(
         "--results",
@@ -48,15 +53,6 @@ def add_source_options(command: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="JSON file of `iclip evaluate --output`; its scores are written into the model card",
     )
-
-
-def _check_source(name: str) -> str:
-    if name == "embedded":  # its folder has a model card, which the next one is written from
-        raise ValueError(
-            f"Expected a folder or a Hub id, got {name!r}: write it into a folder by "
-            "`iclip init --config iclip-dinov2-s14-minilm --output DIR` first."
-        )
-    return check_model(name)
 
 
 def run(options: argparse.Namespace) -> int:
@@ -83,7 +79,8 @@ def run(options: argparse.Namespace) -> int:
         from ..demo.web import export_web
 
         folder = options.directory
-        echo(export_web(model, processor, folder, weights or "int8", vendor=options.vendor, source=options.model))
+        with _with_card(options.model) as source:
+            echo(export_web(model, processor, folder, weights or "int8", vendor=options.vendor, source=source))
     return 0
 
 
@@ -106,25 +103,34 @@ def export(options: argparse.Namespace, directory: Path, name: str | None = None
     silence_transformers()
     model, processor = load_iclip(options.model)
     if metrics is not None and isinstance(metrics.get("protocol"), Mapping):
-        check_measured(metrics["protocol"], model, options.results)
-    return export_model(model, processor, directory, name=name, source=options.model, metrics=metrics)
+        check_measured(metrics["protocol"], model, processor, options.results)
+    with _with_card(options.model) as source:
+        return export_model(model, processor, directory, name=name, source=source, metrics=metrics)
 
 
-def check_measured(protocol: Mapping, model, file: Path) -> None:
+@contextmanager
+def _with_card(model: str) -> Iterator[str | Path]:
+    """Yields the folder or Hub id whose model card the next one is written from; the embedded model gets one."""
+    from ..hub.folders import init_model
+
+    if model != "embedded":
+        yield model
+        return
+    with tempfile.TemporaryDirectory() as scratch:
+        yield init_model("iclip-dinov2-s14-minilm", Path(scratch, "model"))
+
+
+def check_measured(protocol: Mapping, model, processor, file: Path) -> None:
     """
-    Checks that results were measured with the weights of a model.
+    Checks that results were measured with a model.
 
     Raises:
-        `ValueError`: the results are of other weights, or do not name the weights.
+        `ValueError`: the results are of another model, or do not describe theirs.
     """
-    import torch
+    from ..models.identity import changed_model
 
-    from ..utils.digests import weights_digest
-
-    dtype = getattr(torch, str(protocol.get("dtype")), None)  # the dtype in which the weights were measured
-    own = weights_digest(model, dtype if isinstance(dtype, torch.dtype) else None)
-    if (measured := protocol.get("weights")) != own:
+    if differing := changed_model(protocol, model, processor):
         raise ValueError(
-            f"--results {file}: expected figures of weights {own}, got those of {measured or 'weights that it does not name'}; "
-            "measure this model by `iclip evaluate --output`."
+            f"--results {file}: expected figures of this model, got those of other {', '.join(differing)}, or of a model that it does "
+            "not describe; measure this model by `iclip evaluate --output`."
         )

@@ -7,23 +7,26 @@ import json
 import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from pathlib import Path
 
 from .common import PICTURES, check_file, check_folder, echo, one_line, printable
 
 
-def pictures_to_write(options: argparse.Namespace, file: str, folder: str) -> list[tuple[str, Path | None]]:
+def pictures_to_write(
+    options: argparse.Namespace, file: str, folder: str, beside: Callable[[Path], Path] | None = None
+) -> list[tuple[str, Path | None]]:
     """
     Returns those of `options.images` that are files, each with the path of its picture, or None where only JSON was asked for. Prints
     errors for the others on stderr, before the model is loaded.
 
     Args:
-        options: parsed options with `command`, `images`, `output` and `json`, and `npz` if the command has it.
+        options: parsed options with `command`, `images`, `output`, `json` and `overwrite`, and `npz` if the command has it.
         file, folder: default output for one image, and for several.
+        beside: returns, for a picture, another file that is written with it.
 
     Raises:
-        `ValueError`: `options.output` is not a file name for one image, or not a folder for several.
+        `ValueError`: `options.output` is not a file name for one image, or not a folder for several. `FileExistsError`: as
+        [`iclip_hf.utils.files.check_outputs`].
     """
     if len(options.images) == 1:
         pictures = [options.output or Path(file)]
@@ -32,10 +35,15 @@ def pictures_to_write(options: argparse.Namespace, file: str, folder: str) -> li
         output = options.output or Path(folder)
         check_folder("--output", output)
         pictures = [output / name for name in file_names(options.images)]
-    if options.json and options.output is None and not getattr(options, "npz", False):
-        pictures = [None] * len(pictures)
     from ..images import require_file
+    from ..utils.files import check_outputs
 
+    if options.json and options.output is None and not getattr(options, "npz", False):
+        written, pictures = [], [None] * len(pictures)
+    else:
+        written = [*pictures, *map(beside, pictures)] if beside else pictures
+    thresholds = [options.threshold] if isinstance(options.threshold, Path) else []
+    check_outputs(written, [*options.images, *thresholds], options.overwrite)
     found = []
     for image, picture in zip(options.images, pictures):
         try:
@@ -51,13 +59,15 @@ def file_names(images: Sequence[str]) -> list[str]:
     taken = {}
     for stem in (Path(image).stem for image in images):
         name, number = stem, 2
-        while name in taken:
+        while name.casefold() in taken:  # file systems may not tell upper from lower case
             name, number = f"{stem}-{number}", number + 1
-        taken[name] = f"{name}.png"
+        taken[name.casefold()] = f"{name}.png"
     return list(taken.values())
 
 
-def write_pictures(command: str, localizer, images: Sequence[tuple[str, Path | None]], write: Callable) -> list[dict]:
+def write_pictures(
+    command: str, localizer, images: Sequence[tuple[str, Path | None]], write: Callable, batch_size: int = 4
+) -> list[dict]:
     """
     Explains images. A thread loads images and writes pictures while the model runs.
 
@@ -66,6 +76,7 @@ def write_pictures(command: str, localizer, images: Sequence[tuple[str, Path | N
         localizer: a [`Localizer`].
         images: result of `pictures_to_write`, at least one.
         write: function of an image, its explanation and the path of its picture. It returns a `dict` for the report.
+        batch_size: images in one forward pass.
 
     Returns:
         For each image, a `dict` with its name `image`, the path `picture` if there is one, and what `write` returned. An image that
@@ -86,7 +97,7 @@ def write_pictures(command: str, localizer, images: Sequence[tuple[str, Path | N
 
     names, pictures = zip(*images)
     with ThreadPoolExecutor(1) as beside:
-        explained = localizer.explain_all(lambda path: (path, load_image(path)), names, beside, batch_size=4)
+        explained = localizer.explain_all(lambda path: (path, load_image(path)), names, beside, batch_size)
         report = prefetch_map(beside, written, zip(explained, pictures), 4)
         report = list(tqdm(report, total=len(images), unit="image", disable=len(images) == 1))
     return [entry for entry in report if entry is not None]
@@ -98,10 +109,6 @@ def print_json_lines(report: Sequence[dict]) -> None:
         echo(json.dumps(entry, ensure_ascii=False))
 
 
-def at_picture_size(image, explanation, picture: Path):
-    """Returns an image and its explanation at their size in the picture; at twice the size for vector graphics, for zooming."""
-    from ..utils.plots import DPI, VECTOR_FORMATS, cell_sized
-
-    vector = picture.suffix[1:].lower() in VECTOR_FORMATS
-    drawn = cell_sized(image, 2 * DPI if vector else DPI)
-    return drawn, replace(explanation, size=(drawn.height, drawn.width))
+def picture_dpi(path: Path) -> int:
+    """Returns the resolution of a picture in dots per inch: that of print for a PDF, otherwise that of screens."""
+    return 300 if path.suffix.lower() == ".pdf" else 120

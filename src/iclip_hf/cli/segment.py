@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 from ..presence import MIN_PRESENCE
@@ -11,6 +12,7 @@ from ..prompts import check_text
 from .common import (
     add_method_option,
     add_model_options,
+    add_overwrite_option,
     add_refine_option,
     add_text_option,
     checked,
@@ -19,8 +21,9 @@ from .common import (
     printable,
     save_figure,
     share,
+    software_exif,
 )
-from .pictures import at_picture_size, pictures_to_write, print_json_lines, write_pictures
+from .pictures import picture_dpi, pictures_to_write, print_json_lines, write_pictures
 
 
 def add_options(command: argparse.ArgumentParser) -> None:
@@ -64,6 +67,7 @@ def add_options(command: argparse.ArgumentParser) -> None:
         help="picture to write (default: segmentation.png); for several images, the folder to write to (default: "
         "segmentations); label maps are written to the folder labels beside the pictures",
     )
+    add_overwrite_option(command)
     command.add_argument(
         "--json",
         action="store_true",
@@ -72,9 +76,10 @@ def add_options(command: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    images = pictures_to_write(options, "segmentation.png", "segmentations")
+    images = pictures_to_write(options, "segmentation.png", "segmentations", _label_file)
     if not images:
         return 2
+    from ..figures.sheets import at_picture_size, label_sheet
     from ..localization.localizer import Localizer
     from ..regions import run_lengths
 
@@ -106,9 +111,11 @@ def run(options: argparse.Namespace) -> int:
         entry = {"height": explanation.size[0], "width": explanation.size[1], "segments": segments}
         if picture is None:
             return entry
-        label_file = picture.parent / "labels" / f"{picture.stem}.png"
-        _draw(image, explanation, background, options.texts, picture)
-        _save_labels(labels, label_file)
+        dpi, label_file = picture_dpi(picture), _label_file(picture)
+        drawn = at_picture_size(image, dpi)
+        shown = replace(explanation, size=(drawn.height, drawn.width)).label_map(background=background)
+        save_figure(label_sheet(drawn, shown.numpy(), options.texts, dpi=dpi), picture, dpi, options.overwrite)
+        _save_labels(labels, len(options.texts), label_file, options.overwrite)
         return {"labels": str(label_file), **entry}
 
     report = write_pictures(options.command, localizer, images, write)
@@ -122,40 +129,42 @@ def run(options: argparse.Namespace) -> int:
     if options.json:
         print_json_lines(report)
     else:
-        _print_table(report)
+        _print_table(report, options.min_presence)
     return 0 if len(report) == len(options.images) else 2
 
 
-def _draw(image, explanation, background: range, texts: list[str], path: Path) -> None:
-    from ..utils.plots import label_sheet
-
-    drawn, shown = at_picture_size(image, explanation, path)
-    save_figure(label_sheet(drawn, shown.label_map(background=background).numpy(), texts), path)
+def _label_file(picture: Path) -> Path:
+    return picture.parent / "labels" / f"{picture.stem}.png"
 
 
-def _save_labels(labels, path: Path) -> None:
-    """Writes a label map as a palette PNG: 0 is background, and id i the i-th text. More than 255 texts need 16 bits."""
+def _save_labels(labels, num_texts: int, path: Path, overwrite: bool = False) -> None:
+    """
+    Writes a label map as a PNG: 0 is background, and id i the i-th text. Up to 254 texts have 8 bits and a palette, more have 16 bits.
+    So the highest value, with which other programs mark void pixels, is never an id.
+    """
     import numpy as np
     from PIL import Image
 
-    from ..utils.files import atomic_write
-    from ..utils.plots import label_colors
+    from ..figures.colors import label_colors
+    from ..utils.files import new_file
 
-    path.parent.mkdir(parents=True, exist_ok=True)
-    few = labels.max() < 255
+    few = num_texts < 255
     image = Image.fromarray((labels + 1).astype(np.uint8 if few else np.uint16))
     if few:
         image.putpalette(label_colors(256).tobytes())
-    with atomic_write(path) as partial:
-        image.save(partial, format="PNG")
+    with new_file(path, overwrite) as partial:
+        image.save(partial, format="PNG", exif=software_exif())
 
 
-def _print_table(report: list[dict]) -> None:
+def _print_table(report: list[dict], min_presence: float) -> None:
+    from ..presence import presence_word
+
     width = max((len(printable(row["text"])) for entry in report for row in entry["segments"]), default=0)
     for entry in report:
         echo(f"{printable(entry['image'])} -> {printable(entry['picture'])}, {printable(entry['labels'])}")
-        for row in sorted(entry["segments"], key=lambda row: -row["area"]):
+        for row in entry["segments"]:
             echo(
-                f"  {printable(row['text']):<{width}}  {row['score']:+.4f}  presence {row['presence']:.2f}  "
+                f"  {printable(row['text']):<{width}}  {row['score']:+.4f}  {presence_word(row['presence'], min_presence):<7}  "
+                f"presence {row['presence']:.2f}  "
                 f"{100 * row['area']:5.1f} % of the image"
             )

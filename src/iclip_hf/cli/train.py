@@ -20,6 +20,11 @@ def run(options: argparse.Namespace) -> int:
     from ..training.plan import choose_settings
 
     given = {name: value for name, value in vars(options).items() if name not in ("command", "run")}
+    if given.get("model") and not (given.get("data") or given.get("config")):
+        raise ValueError(
+            f"Expected pairs to train {given['model']} on, got none: give a table of images and captions or a folder, as in `iclip "
+            f"train pairs.csv --model {given['model']}`, or a recipe by --config."
+        )
     chosen = None if has_configuration(given) else choose_settings(given)
     settings = read_settings(given, chosen and {name: choice.value for name, choice in chosen.items()})
     check_run(settings)  # all of this before torch is loaded

@@ -1,4 +1,4 @@
-"""Names of the segmentation data sets, and their class names in the order of their ids, written as in a prompt."""
+"""Names of the segmentation data sets, their class names in the order of their ids, written as in a prompt, and which are stuff."""
 
 # Separate from their readers, so that the help of commands does not import these.
 DATASETS = (
@@ -13,6 +13,7 @@ DATASETS = (
     "coco_stuff",
     "ade20k",
     "cityscapes",
+    "camvid",
 )
 
 
@@ -70,3 +71,20 @@ CITYSCAPES = _names("""
     road, sidewalk, building, wall, fence, pole, traffic light, traffic sign, vegetation, terrain, sky, person, rider, car, truck,
     bus, train, motorcycle, bicycle
 """)
+
+CAMVID = _names("sky, building, pole, road, pavement, tree, sign, fence, car, pedestrian, bicyclist")
+
+# Classes without instances, by data set; all others are things. COCO-Stuff, ADE20K (panoptic) and Cityscapes define them; those of
+# CamVid are chosen by COCO's panoptic convention. A data set that is not listed has no such division.
+STUFF = {
+    **dict.fromkeys(("voc2012", "voc21", "voc20", "coco2017", "coco_object"), ()),
+    "coco_stuff": COCO_STUFF[len(COCO_THINGS) :],
+    "ade20k": _names("""
+        wall, building, sky, floor, tree, ceiling, road, grass, sidewalk, earth, mountain, plant, water, house, sea, rug, field, rock,
+        base, sand, skyscraper, grandstand, path, runway, stairway, river, bridge, blind, hill, bar, hovel, tower, dirt track, land,
+        escalator, buffet, poster, stage, conveyor belt, canopy, swimming pool, waterfall, tent, cradle, tank, lake, blanket, pier,
+        crt screen, shower
+    """),
+    "cityscapes": CITYSCAPES[: CITYSCAPES.index("person")],
+    "camvid": _names("sky, building, road, pavement, tree, fence"),
+}

@@ -75,7 +75,7 @@ class PairDataset(Dataset):
         self._sources = sources
         self._ranges = np.concatenate([np.empty((0, 2), np.int64), *ranges])
         self._ends = np.cumsum([len(part) for part in ranges])  # end of each source's pairs in `_ranges`
-        self._tally = _Tally(max_bad_share, counts_from=min(100, len(self)))
+        self._tally = _Tally(max_bad_share, len(self))
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # shared with persistent workers
         if not len(self):
             raise ValueError(
@@ -90,10 +90,10 @@ class PairDataset(Dataset):
         epoch = int(self._epoch)
         try:
             pair = self.read(index)
-            self._tally.good()
+            self._tally.good(index)
             skipped = 0
         except BadPairError as error:
-            self._tally.bad(error)
+            self._tally.bad(error, index)
             index, pair = self._replacement(random.Random(f"{self.seed}/{epoch}/{index}"))
             skipped = 1
         caption = _draw(pair["captions"], self.seed, epoch, index)
@@ -155,7 +155,7 @@ class PairDataset(Dataset):
     def _subset(self, rows: np.ndarray) -> PairDataset:
         subset = copy.copy(self)
         subset._ranges, subset._ends = self._ranges[rows], np.searchsorted(rows, self._ends)
-        subset._tally = _Tally(self._tally._max_bad_share, counts_from=min(100, len(rows)))
+        subset._tally = _Tally(self._tally._max_bad_share, len(rows))
         subset._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
         return subset
 
@@ -214,6 +214,7 @@ class PairStream(IterableDataset):
         max_bad_share (`float` in [0, 1], defaults to 0.05): largest allowed share of bad pairs among those that were read.
         rank, world_size (`int`): index of this process and number of processes.
         columns ([`~iclip_hf.data.sources.Columns`]): names of the columns; the usual ones by default.
+        hub_id (`str`, *optional*): id of the Hub dataset, whose files the rows may name. Other rows must hold the bytes of their images.
 
     Raises:
         `ValueError`: there is no image column. During iteration, too many pairs are bad. `DroppedConnectionError`: during
@@ -228,6 +229,7 @@ class PairStream(IterableDataset):
         rank: int = 0,
         world_size: int = 1,
         columns: Columns = USUAL_COLUMNS,
+        hub_id: str | None = None,
     ):
         from datasets import Image
         from datasets.distributed import split_dataset_by_node
@@ -240,7 +242,7 @@ class PairStream(IterableDataset):
             raise ValueError(
                 f"Expected a dataset with an image column, but got columns {list(features)}: name another one."
             )
-        self._image_column, self._columns = images[0], columns
+        self._image_column, self._columns, self._hub_id = images[0], columns, hub_id
         # Only these columns are kept: datasets infers types from the first rows, and a different type later ends the stream.
         kept = [column for column in (self._image_column, "__key__", *columns.caption) if column in features]
         if isinstance(features.get("json"), Mapping):
@@ -253,7 +255,7 @@ class PairStream(IterableDataset):
         dataset = dataset.shuffle(seed=seed, buffer_size=_SHUFFLE_BUFFER)
         self._rows = split_dataset_by_node(dataset, rank=rank, world_size=world_size)
         self.seed = seed
-        self._tally = _Tally(max_bad_share, counts_from=100)
+        self._tally = _Tally(max_bad_share)
 
     def __iter__(self) -> Iterator[dict]:
         skipped = 0
@@ -267,7 +269,7 @@ class PairStream(IterableDataset):
             key = row.get("__key__") or stored.get("path") or "a pair without a name"
             try:
                 captions = self._columns.captions(row)
-                image = load_image(_image_bytes(stored), repr(key))
+                image = load_image(_image_bytes(stored, self._hub_id), repr(key))
             except DroppedConnectionError:
                 raise
             except (ValueError, OSError) as error:
@@ -329,7 +331,8 @@ def load_pairs(
     columns = Columns.named(image_column, caption_column)
     if isinstance(source, (str, os.PathLike)):
         if streaming and is_hub_id(os.fspath(source)):
-            return PairStream(_open_hub_dataset(source, split), seed, max_bad_share, rank, world_size, columns)
+            rows = _open_hub_dataset(source, split)
+            return PairStream(rows, seed, max_bad_share, rank, world_size, columns, hub_id=os.fspath(source))
         source = [source]
     if not isinstance(source, Sequence):
         raise TypeError(
@@ -339,27 +342,40 @@ def load_pairs(
 
 
 class _Tally:
-    """Counts good and bad pairs of this process. Logs bad pairs, and raises `ValueError` if their share is too large."""
+    """
+    Counts good and bad pairs of this process. Logs bad pairs, and raises `ValueError` if their share is too large. A pair of a data
+    set counts once, in whatever number of epochs it is read; those of a stream have no index and count each time.
+    """
 
-    def __init__(self, max_bad_share: float, counts_from: int):
+    def __init__(self, max_bad_share: float, pairs: int | None = None):
         if not 0 <= max_bad_share <= 1:
             raise ValueError(f"Expected max_bad_share from 0 to 1, but got {max_bad_share}: set a share such as 0.05.")
         self._max_bad_share = max_bad_share
-        self._counts_from = counts_from  # number of pairs from which the share is meaningful
+        self._counts_from = 100 if pairs is None else min(100, pairs)  # from so many on, the share is meaningful
+        self._seen = bytearray(pairs or 0)
         self._read = self._bad = 0
         self._last_error: BadPairError | None = None
 
-    def good(self) -> None:
-        self._read += 1
-        self._check()
+    def good(self, index: int | None = None) -> None:
+        if self._is_new(index):
+            self._read += 1
+            self._check()
 
-    def bad(self, error: BadPairError) -> None:
+    def bad(self, error: BadPairError, index: int | None = None) -> None:
+        if not self._is_new(index):
+            return
         self._read += 1
         self._bad += 1
         self._last_error = error
         if self._bad <= 10 or self._bad.bit_count() == 1:  # later only the 16th, 32nd, 64th, ...
             logger.warning("Bad pair, number %d among %d: %s", self._bad, self._read, error)
         self._check()
+
+    def _is_new(self, index: int | None) -> bool:
+        if index is None:
+            return True
+        seen, self._seen[index] = self._seen[index], True
+        return not seen
 
     def _check(self) -> None:
         if self._read >= self._counts_from and self._bad > self._max_bad_share * self._read:
@@ -396,14 +412,22 @@ def _draw(captions: list[str], seed: int, epoch: int, key: int | str) -> str:
     return random.Random(f"{seed}/{epoch}/{key!r}").choice(captions) if len(captions) > 1 else captions[0]
 
 
-def _image_bytes(stored: Mapping) -> bytes:
-    """Returns the encoded image of a streamed row, which holds its bytes or a path, possibly on the Hub."""
-    if stored.get("bytes") or not stored.get("path"):
+def _image_bytes(stored: Mapping, hub_id: str | None) -> bytes:
+    """Returns the encoded image of a streamed row, which holds its bytes or names a file of its Hub dataset."""
+    path = stored.get("path")
+    if stored.get("bytes") or not path:
         return stored.get("bytes") or b""
+    # Whoever wrote the rows could name any file of this machine and its network. A zip file may hold the images.
+    *archives, file = path.split("::")
+    own = file.startswith(f"hf://datasets/{hub_id}@") and all(one.startswith("zip://") for one in archives)
+    if hub_id is None or not own or ".." in path.split("/"):
+        raise ValueError(
+            f"expected the image's bytes or a file of the data set itself, but got the path {path!r:.200}"
+        )
     import fsspec
 
-    with _connection_errors(), fsspec.open(stored["path"], "rb") as file:
-        return file.read()
+    with _connection_errors(), fsspec.open(path, "rb") as opened:
+        return opened.read()
 
 
 def _open_hub_dataset(name: str, split: str) -> datasets.IterableDataset:

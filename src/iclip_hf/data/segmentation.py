@@ -1,16 +1,19 @@
 """
-Segmentation data sets with one type of samples: VOC, Pascal Context, COCO, COCO-Stuff, ADE20K, Cityscapes or a folder of index
-masks.
+Segmentation data sets with one type of samples: VOC, Pascal Context, COCO, COCO-Stuff, ADE20K, Cityscapes, CamVid or a
+folder of index masks.
 
-Class ids are 1..K in the order of `class_names`. 0 is background and 255 is void (ignored).
+Class ids are 1..K in the order of `class_names`. 0 is background. Void pixels, which are ignored, are the highest value of the masks'
+type: 255 of uint8, or 65535 of uint16, which more than 254 classes need.
 """
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import os
 import reprlib
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
@@ -22,16 +25,22 @@ from PIL import Image
 
 from ..images import IMAGE_SUFFIXES, load_image, open_image
 from ..prompts import IMAGENET_TEMPLATES
+from ..utils.digests import content_digest
 from ..utils.extras import require_extra
-from .class_names import ADE20K, CITYSCAPES, COCO_STUFF, COCO_THINGS, CONTEXT, VOC
+from .class_names import ADE20K, CAMVID, CITYSCAPES, COCO_STUFF, COCO_THINGS, CONTEXT, STUFF, VOC
 
 
-VOID = 255
+_VOID = 255  # in files of index masks
 # Prompts of the data sets of ICLIP's paper, and of folders. Other data sets use CLIP's templates, as papers on segmentation do.
 _TEMPLATES = dict.fromkeys(("voc2012", "coco2017", "folder"), ("a photo of the {}",))
 
 # Value of an id that a data set does not have, in the tables from the values of mask files to class ids.
 _UNKNOWN = -1
+
+
+def _mask_type(num_classes: int) -> np.dtype:
+    """Returns the smallest unsigned type that holds background, K classes and void."""
+    return np.min_scalar_type(num_classes + 1)
 
 
 @dataclass(frozen=True)
@@ -46,12 +55,18 @@ class SegmentationSample:
         image (`PIL.Image.Image`): image of mode "RGB".
         size (`tuple[int, int]`): height and width of image and masks in pixels.
         labels (`tuple[int, ...]`): ids of the classes in the image, ascending, without background and void.
-        label_map (`np.ndarray` of shape `(H, W)`): uint8, the class id of each pixel, 0 for background, 255 for ignored pixels.
+        label_map (`np.ndarray` of shape `(H, W)`): uint8, the class id of each pixel, 0 for background, `void` for ignored pixels;
+            uint16 if K > 254.
+        void (`int`): value of ignored pixels, 255; 65535 if K > 254.
     """
 
     name: str
     image_path: Path
     num_classes: int
+
+    @property
+    def void(self) -> int:
+        return np.iinfo(_mask_type(self.num_classes)).max
 
     @cached_property
     def image(self) -> Image.Image:
@@ -71,7 +86,8 @@ class SegmentationSample:
             label (`int`): class id in 1..K.
 
         Returns:
-            `np.ndarray` of shape `(H, W)`, uint8: `label` on the pixels of the class, 255 on ignored pixels, 0 on all others.
+            `np.ndarray` of shape `(H, W)`, of the type of `label_map`: `label` on the pixels of the class, `void` on ignored pixels,
+            0 on all others.
 
         Raises:
             `ValueError`: `label` is not a class id, or the mask file is not as described.
@@ -106,7 +122,7 @@ class _IndexSample(SegmentationSample):
         index = self.label_map
         mask = np.zeros_like(index)
         mask[index == label] = label
-        mask[index == VOID] = VOID
+        mask[index == _VOID] = _VOID
         return mask
 
     @cached_property
@@ -126,7 +142,7 @@ class _IndexSample(SegmentationSample):
                 f"{self.mask_path}: expected class ids out of {_ranges(known.tolist())}, but got {unknown}; "
                 "correct the mask or the list of classes."
             )
-        labels = sorted(set(self.table[present].tolist()) - {0, VOID})
+        labels = sorted(set(self.table[present].tolist()) - {0, _VOID})
         return self.table.astype(np.uint8)[values], tuple(labels)
 
 
@@ -156,22 +172,23 @@ class _COCOSample(SegmentationSample):
 
     @cached_property
     def label_map(self) -> np.ndarray:
-        label_map = np.zeros(self.size, np.uint8)
+        label_map = np.zeros(self.size, _mask_type(self.num_classes))
         instances = [one for one in self.annotations if not one["iscrowd"]]
         masks = [self._union([one]).view(bool) for one in instances]
         # The smaller of two overlapping instances lies in front.
         for index in np.argsort([-mask.sum() for mask in masks], kind="stable"):
             label_map[masks[index]] = instances[index]["label"]
-        label_map[self._union([one for one in self.annotations if one["iscrowd"]]).view(bool)] = VOID
+        label_map[self._crowds()] = self.void
         return label_map
 
     def _mask(self, label: int) -> np.ndarray:
-        mask = self._union([annotation for annotation in self.annotations if annotation["label"] == label])
-        mask *= np.uint8(label)
-        crowds = [annotation for annotation in self.annotations if annotation["iscrowd"]]
-        if crowds:
-            mask[self._union(crowds).view(bool)] = VOID
-        return np.ascontiguousarray(mask)
+        union = self._union([annotation for annotation in self.annotations if annotation["label"] == label])
+        mask = np.multiply(union, label, dtype=_mask_type(self.num_classes), order="C")
+        mask[self._crowds()] = self.void
+        return mask
+
+    def _crowds(self) -> np.ndarray:
+        return self._union([annotation for annotation in self.annotations if annotation["iscrowd"]]).view(bool)
 
     def _union(self, annotations: list[dict]) -> np.ndarray:
         """Returns ones on the pixels of all annotations, `(H, W)` uint8. Merges run lengths, then decodes once."""
@@ -241,7 +258,8 @@ def _run_lengths(counts: str | bytes) -> np.ndarray:
 
 class SegmentationDataset(Sequence):
     """
-    A sequence of [`SegmentationSample`] with class names. Indexing returns a new sample, which is not decoded yet.
+    A sequence of [`SegmentationSample`] with class names. Indexing returns a new sample, which is not decoded yet; a slice returns a
+    data set of these samples.
 
     Attributes:
         name (`str`): name of the data set.
@@ -249,6 +267,9 @@ class SegmentationDataset(Sequence):
         class_names (`tuple[str, ...]`): names of the K classes, as used in prompts.
         synonyms (`tuple[tuple[str, ...], ...]`): all names of each class, that of `class_names` first.
         labels (`tuple[int, ...]`): ids of the classes, 1..K.
+        stuff (`tuple[int, ...]`, *optional*): ids of the classes without instances, such as sky and road; all others are things. None
+            if the data set does not tell them apart, as Pascal Context and folders.
+        void (`int`): value of ignored pixels in masks, 255; 65535 if K > 254.
         background (`bool`): whether pixels can be background (0). Otherwise, pixels of no class are void.
         background_texts (`tuple[str, ...]`): texts that describe the background; none by default.
         templates (`tuple[str, ...]`): prompt templates, each with one "{}": "a photo of the {}" for `"voc2012"`, `"coco2017"` and
@@ -267,6 +288,9 @@ class SegmentationDataset(Sequence):
         self.name = name
         self.split = split
         self.synonyms = tuple((name,) for name in class_names)
+        stuff = STUFF.get(name)
+        self.stuff = None if stuff is None else tuple(id_ for id_ in self.labels if class_names[id_ - 1] in stuff)
+        self.void = int(np.iinfo(_mask_type(len(class_names))).max)
         self.background = background
         self.background_texts: tuple[str, ...] = ()
         self.templates = _TEMPLATES.get(name, IMAGENET_TEMPLATES)
@@ -286,7 +310,11 @@ class SegmentationDataset(Sequence):
     def __len__(self) -> int:
         return len(self._samples)
 
-    def __getitem__(self, index: int) -> SegmentationSample:
+    def __getitem__(self, index: int | slice) -> SegmentationSample | SegmentationDataset:
+        if isinstance(index, slice):
+            part = copy.copy(self)
+            part._samples = self._samples[index]
+            return part
         return replace(self._samples[index])  # a copy, so that decoded data is freed with it
 
     def __repr__(self) -> str:
@@ -295,12 +323,14 @@ class SegmentationDataset(Sequence):
         )
 
     def fingerprint(self) -> str:
-        """Returns a digest, 16 hex digits, over the names and sizes in bytes of the images and the content of the annotations."""
-        digest = hashlib.sha256()
-        for sample in self._samples:
-            digest.update(os.fsencode(f"{sample.image_path.name}\0{sample.image_path.stat().st_size}\0"))
-        for path in self._annotation_paths:
-            digest.update(hashlib.sha256(path.read_bytes()).digest())
+        """
+        Returns a digest, 16 hex digits, over names and content of the images and the content of the annotations. The first call reads
+        the files; later ones only after a change.
+        """
+        images = [sample.image_path for sample in self._samples]
+        digest = hashlib.sha256(content_digest([*images, *self._annotation_paths]).encode())
+        for path in images:
+            digest.update(os.fsencode(f"{path.name}\0"))
         return digest.hexdigest()[:16]
 
 
@@ -328,6 +358,8 @@ def load_segmentation(
       be the folder above. Pixels of other classes (0) are void.
     - `"cityscapes"`: `leftImg8bit/<split>/<city>/*_leftImg8bit.png` and `gtFine/<split>/<city>/*_gtFine_labelIds.png`, split "val"
       by default: the 19 classes of the benchmark. All others are void.
+    - `"camvid"`: `images/*` and, for each image, a PNG with the same stem in `masks/`: 11 classes from 0 (sky) to 10 (bicyclist).
+      Unlabelled pixels (11) are void. There are no splits.
     - `"folder"`: `images/*`, for each image an index PNG with the same stem in `masks/`, and `classes.txt`. Line i of this file
       (from 1) is the name of class id i. Background (0) and void (255) are not listed. There are no splits.
 
@@ -371,7 +403,7 @@ def _indexed(
 ) -> SegmentationDataset:
     """Creates a data set of index masks. `ids` maps their values to class ids. 255 is void if not named, others are errors."""
     table = np.full(256, _UNKNOWN, np.int16)
-    table[VOID] = VOID
+    table[_VOID] = _VOID
     table[list(ids)] = list(ids.values())
     samples = [_IndexSample(image.stem, image, len(class_names), mask, table) for image, mask in zip(images, masks)]
     return SegmentationDataset(name, split, class_names, samples, [*lists, *masks], background)
@@ -379,7 +411,7 @@ def _indexed(
 
 def _ids(class_names: Sequence[str], background: bool = True) -> dict[int, int]:
     """Maps 1..K to themselves, and 0 to the background or to void."""
-    return {0: 0 if background else VOID, **{label: label for label in range(1, len(class_names) + 1)}}
+    return {0: 0 if background else _VOID, **{label: label for label in range(1, len(class_names) + 1)}}
 
 
 def _load_voc(
@@ -425,7 +457,7 @@ def _load_stuffthingmaps(name: str, root: Path, split: str | None) -> Segmentati
             False,
         )
     else:  # everything that is no thing, also unlabelled pixels, is background, as in GroupViT's conversion
-        class_names, ids, background = COCO_THINGS, dict.fromkeys((*_STUFF_VALUES, VOID), 0), True
+        class_names, ids, background = COCO_THINGS, dict.fromkeys((*_STUFF_VALUES, _VOID), 0), True
         ids |= {value: label for label, value in enumerate(_STUFF_VALUES[: len(COCO_THINGS)], 1)}
     paths = _find(images, [f"{stem}.jpg" for stem in stems], masks)
     return _indexed(name, split, class_names, paths, [masks / f"{stem}.png" for stem in stems], ids, background)
@@ -458,7 +490,7 @@ def _load_cityscapes(root: Path, split: str | None) -> SegmentationDataset:
         stems = [file.removesuffix(ends) for file in sorted(_list(here)) if file.endswith(ends)]
         images += _find(root / "leftImg8bit" / split / city, [f"{stem}_leftImg8bit.png" for stem in stems], here)
         masks += [here / f"{stem}{ends}" for stem in stems]
-    ids = {**dict.fromkeys(range(35), VOID), **{value: label for label, value in enumerate(_CITYSCAPES_IDS, 1)}}
+    ids = {**dict.fromkeys(range(35), _VOID), **{value: label for label, value in enumerate(_CITYSCAPES_IDS, 1)}}
     return _indexed("cityscapes", split, CITYSCAPES, images, masks, ids, background=False)
 
 
@@ -470,11 +502,17 @@ def _load_coco2017(root: Path, split: str | None, name: str = "coco2017") -> Seg
         content = json.loads(_read_text(path))
         categories = sorted(content["categories"], key=lambda category: category["id"])
         class_names = [category["name"] for category in categories]
-        labels = {category["id"]: label for label, category in enumerate(categories, start=1)}
+        category_ids = [category["id"] for category in categories]
+        labels = {id_: label for label, id_ in enumerate(category_ids, start=1)}
         images = sorted(content["images"], key=lambda image: image["id"])
+        image_ids = [image["id"] for image in images]
+        for what, values in (("image id", image_ids), ("category id", category_ids), ("category name", class_names)):
+            repeated = [value for value, times in Counter(values).items() if times > 1]
+            if repeated:
+                raise ValueError(f"the {what} {repeated[0]!r} more than once")
         names = [image["file_name"] for image in images]
         sizes = [(image["height"], image["width"]) for image in images]
-        annotations = {image["id"]: [] for image in images}
+        annotations = {id_: [] for id_ in image_ids}
         for item in content["annotations"]:
             if item["category_id"] not in labels or item["image_id"] not in annotations:
                 raise ValueError(
@@ -482,8 +520,8 @@ def _load_coco2017(root: Path, split: str | None, name: str = "coco2017") -> Seg
                 )
             kept = {"id": item["id"], "label": labels[item["category_id"]], "iscrowd": bool(item["iscrowd"])}
             annotations[item["image_id"]].append(kept | {"segmentation": item["segmentation"]})
-        if len(labels) < len(categories) or not all(isinstance(name, str) for name in class_names + names):
-            raise ValueError("categories without an id of their own, or they or images without a name")
+        if not all(isinstance(name, str) for name in class_names + names):
+            raise ValueError("categories or images without a name")
     except (KeyError, TypeError, ValueError, RecursionError) as error:
         raise ValueError(
             f"{path}: expected COCO instance annotations (categories, images, annotations), but got "
@@ -497,15 +535,18 @@ def _load_coco2017(root: Path, split: str | None, name: str = "coco2017") -> Seg
     return SegmentationDataset(name, split, class_names, samples, [path])
 
 
+def _load_camvid(root: Path, split: str | None) -> SegmentationDataset:
+    images, masks = _images_and_masks(root, split)
+    ids = {**{label - 1: label for label in range(1, len(CAMVID) + 1)}, len(CAMVID): _VOID}
+    return _indexed("camvid", None, CAMVID, images, masks, ids, background=False)
+
+
 def _load_folder(root: Path, split: str | None) -> SegmentationDataset:
-    if split is not None:
-        raise ValueError(
-            f"Expected no split for a folder of masks, but got {split!r}; name that split's folder as root."
-        )
+    images, masks = _images_and_masks(root, split)
     classes_path = root / "classes.txt"
     class_names = [line.strip() for line in _read_text(classes_path).rstrip().splitlines()]
     problem = None
-    if not 1 <= len(class_names) < VOID:
+    if not 1 <= len(class_names) < _VOID:
         problem = f"{len(class_names)} of them"
     elif "" in class_names:
         problem = f"no name in line {class_names.index('') + 1}"
@@ -515,8 +556,17 @@ def _load_folder(root: Path, split: str | None) -> SegmentationDataset:
         problem = "background, which is always id 0 and not listed"
     if problem:
         raise ValueError(
-            f"{classes_path}: expected 1 to {VOID - 1} different class names, one in each line (line 1 names class id 1), "
+            f"{classes_path}: expected 1 to {_VOID - 1} different class names, one in each line (line 1 names class id 1), "
             f"but got {problem}; correct the list."
+        )
+    return _indexed("folder", None, class_names, images, masks, _ids(class_names), lists=[classes_path])
+
+
+def _images_and_masks(root: Path, split: str | None) -> tuple[list[Path], list[Path]]:
+    """Returns the files of `images/` and, for each, the PNG file with the same stem in `masks/`."""
+    if split is not None:
+        raise ValueError(
+            f"Expected no split for a folder of masks, but got {split!r}; name that split's folder as root."
         )
     image_names = sorted(
         name for name in _list(root / "images") if name.lower().endswith(IMAGE_SUFFIXES) and not name.startswith(".")
@@ -528,8 +578,7 @@ def _load_folder(root: Path, split: str | None) -> SegmentationDataset:
         raise ValueError(
             f"{root / 'images'}: expected one image for each mask, but got several {twice!r}; remove all but one."
         )
-    masks = _find(root / "masks", [f"{stem}.png" for stem in stems], root / "images")
-    return _indexed("folder", None, class_names, images, masks, _ids(class_names), lists=[classes_path])
+    return images, _find(root / "masks", [f"{stem}.png" for stem in stems], root / "images")
 
 
 _LOADERS = {
@@ -544,6 +593,7 @@ _LOADERS = {
     "coco_stuff": partial(_load_stuffthingmaps, "coco_stuff"),
     "ade20k": _load_ade20k,
     "cityscapes": _load_cityscapes,
+    "camvid": _load_camvid,
 }
 
 

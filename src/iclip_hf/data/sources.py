@@ -12,6 +12,7 @@ import glob
 import hashlib
 import io
 import json
+import logging
 import math
 import os
 import re
@@ -20,7 +21,7 @@ from array import array
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 
@@ -29,6 +30,8 @@ from ..utils.digests import content_digest, file_state
 from ..utils.extras import require_extra
 from ..utils.files import cache_folder, keep_in_cache
 
+
+logger = logging.getLogger(__name__)
 
 # Columns of the image's path and of the captions, in order of preference: the first column with a value is used. "captions" is a
 # list, all others are text. Members of a shard become the columns "txt" and "json".
@@ -125,26 +128,25 @@ class Source:
         """
         raise NotImplementedError
 
-    def groups(self, ranges: np.ndarray) -> list[Hashable]:
-        """Returns a value for each pair, equal for pairs of one image."""
-        return ranges[:, 0].tolist()
+    def image_files(self, ranges: np.ndarray) -> list[Path | None]:
+        """Returns the image file of each pair, None for an image within the source and for a pair that cannot be read."""
 
-    def image_files(self, ranges: np.ndarray) -> list[Path]:
-        """Returns the image files that the pairs in these ranges name. Pairs that cannot be read are skipped."""
-        files = []
-        for start, end in ranges.tolist():
+        def file(start: int, end: int) -> Path | None:
             try:
                 image = self.read(start, end).image
             except BAD_PAIR:
-                continue
-            if isinstance(image, Path):
-                files.append(image)
-        return files
+                return None
+            return image if isinstance(image, Path) else None
+
+        return [file(*one) for one in ranges.tolist()]
+
+    def files(self) -> list[str | Path]:
+        """Returns the files of the source itself."""
+        return [self.path]
 
     def fingerprint(self, ranges: np.ndarray) -> str:
         """Returns a digest over the content of the source and of the image files that it names."""
-        images = self.image_files(ranges)
-        return content_digest([self.path]) + (content_digest(images) if images else "")
+        return content_digest([*self.files(), *filter(None, self.image_files(ranges))])
 
 
 class _ByteRanges(Source):
@@ -164,9 +166,13 @@ class _ByteRanges(Source):
         return self.parse(block)
 
 
+_INDEX_VERSION = b"2"  # of the ranges that are kept on disk
+
+
 class TarShard(_ByteRanges):
     """
-    A tar file in the form of webdataset. Adjacent members with the same key are a pair. Their bytes are a small tar file.
+    A tar file in the form of webdataset. Adjacent members with the same key are a pair, and a member whose full name repeats begins
+    the next one. Their bytes are a small tar file.
 
     Nothing is extracted to disk, and links are ignored, so no member can refer to a path outside.
     """
@@ -174,7 +180,7 @@ class TarShard(_ByteRanges):
     def ranges(self) -> np.ndarray:
         """Returns the byte range (start, end) of each pair, `(N, 2)` int64. Cached on disk, because a million pairs take minutes."""
         state, _ = file_state(self.path)
-        cached = cache_folder() / "shards" / f"{hashlib.sha256(state).hexdigest()[:32]}.npy"
+        cached = cache_folder() / "shards" / f"{hashlib.sha256(state + _INDEX_VERSION).hexdigest()[:32]}.npy"
         try:
             return np.load(cached)
         except (OSError, ValueError, EOFError):  # missing or damaged
@@ -187,17 +193,19 @@ class TarShard(_ByteRanges):
         keep_in_cache(cached, write)
         return ranges
 
-    def image_files(self, ranges: np.ndarray) -> list[Path]:
-        """Returns an empty list, because the images are inside the shard."""
-        return []
+    def image_files(self, ranges: np.ndarray) -> list[None]:
+        """The images are within the shard, which need not be read for this."""
+        return [None] * len(ranges)
 
     def parse(self, block: bytes) -> RawPair:
-        row, image = {}, None
+        row, image, name = {}, None, None
         with tarfile.open(fileobj=io.BytesIO(block), mode="r:") as tar:
             for member in tar:
                 key, suffix = _key_and_suffix(member)
                 data = block[member.offset_data : member.offset_data + member.size]
                 if suffix in IMAGE_SUFFIXES:
+                    if image is not None:
+                        raise ValueError(f"two images of the key {key!r}, in {name} and {member.name!r}")
                     image, image_key, name = data, key, f"{str(self.path)!r}: {member.name!r}"
                 elif suffix in (".txt", ".json"):
                     row[suffix[1:]] = json.loads(data) if suffix == ".json" else data.decode()
@@ -206,17 +214,19 @@ class TarShard(_ByteRanges):
         return RawPair(image, name, row, image_key)
 
     def _scan(self) -> np.ndarray:
-        ranges, last_key, size = array("q"), None, self.path.stat().st_size
+        ranges, last_key, suffixes, size = array("q"), None, set(), self.path.stat().st_size
         try:
             with tarfile.open(self.path, "r:") as tar:
                 # Without any member the offset is 0, and Python 3.10 would seek to -1.
                 while tar.offset and (member := tar.next()) is not None:
                     if not member.offset < tar.offset <= size:  # the size in the header may exceed the file
                         raise tarfile.ReadError(f"unexpected end of data, in the member at byte {member.offset}")
-                    key, _ = _key_and_suffix(member)
+                    key, suffix = _key_and_suffix(member)
                     if key is not None:
-                        if key != last_key:
+                        if key != last_key or suffix in suffixes:
                             ranges.extend((member.offset, 0))
+                            suffixes.clear()
+                        suffixes.add(suffix)
                         ranges[-1] = tar.offset  # start of the next member
                         last_key = key
                     tar.members.clear()  # tarfile would keep all members
@@ -237,11 +247,13 @@ class Table(_ByteRanges):
     """
     A text file with one pair in each row: .csv or .tsv (without quoting) with a header line, or .jsonl. Fields of a .csv are
     separated by the character of ",", ";" and tab that its first line has most of.
+
+    A line of a .csv with a missing or stray quote is a row of its own, which cannot be used. Such lines are logged by their number.
     """
 
     def __init__(self, path: Path, columns: Columns = USUAL_COLUMNS):
         super().__init__(path, columns)
-        self._kind = path.suffix.lower()
+        self._kind, self._header = path.suffix.lower(), None
         with open(path, "rb") as file:
             delimiter = max(",;\t", key=file.readline().decode(errors="replace").count)
         self._csv = partial(csv.reader, delimiter=delimiter, skipinitialspace=True, strict=True)
@@ -251,19 +263,20 @@ class Table(_ByteRanges):
                 first = self._values(file.read(end)[start:])
         except (ValueError, RecursionError, csv.Error) as error:
             raise ValueError(f"{path}: expected {self._kind} rows in UTF-8, but got: {error}; correct it.") from error
-        self._header = None if self._kind == ".jsonl" else [name.strip() for name in first]
+        if self._kind != ".jsonl":
+            self._header = [name.strip() for name in first]
         if not end:
             raise ValueError(
                 f"{path}: expected a header line and a pair in each further line, but got an empty file; add pairs."
             )
         columns.check(path, sorted(self._header or first))
+        for name in columns.image + columns.caption:
+            if self._header is not None and self._header.count(name) > 1:
+                raise ValueError(f"{path}: expected different columns, but got {name!r} more than once; rename one.")
 
     def ranges(self) -> np.ndarray:
         """Returns the byte range (start, end) of each row, `(N, 2)` int64."""
-        try:
-            ranges = array("q", (position for row in self._rows() for position in row))
-        except csv.Error as error:
-            raise ValueError(f"{self.path}: expected well-formed CSV, but got: {error}; correct it.") from error
+        ranges = array("q", (position for row in self._rows() for position in row))
         return np.array(ranges, np.int64).reshape(-1, 2)[self._header is not None :]
 
     def parse(self, block: bytes) -> RawPair:
@@ -281,31 +294,60 @@ class Table(_ByteRanges):
             raise ValueError(f"expected an image path, but got the URL {key}; download the images first (img2dataset)")
         return RawPair(self.path.parent / key, None, row, key)
 
-    def groups(self, ranges: np.ndarray) -> list[Hashable]:
-        def key(start: int, end: int) -> Hashable:
-            try:
-                return self.read(start, end).key
-            except BAD_PAIR:
-                return start
-
-        return [key(*one) for one in ranges.tolist()]
-
     def _rows(self) -> Iterator[tuple[int, int]]:
         """Yields the byte range (start, end) of each row that is not blank, including the header."""
-        end = 0
+        start = number = 0  # `number`: of lines before the row
+        lines: list[bytes] = []  # of the row
+        malformed = []
 
-        def lines() -> Iterator[str]:
-            nonlocal end
-            with open(self.path, "rb") as file:
-                for line in file:
-                    end += len(line)
-                    yield line.decode(errors="surrogateescape").rstrip("\r\n") + "\n"
+        def read_lines(file: BinaryIO) -> Iterator[str]:
+            for line in iter(file.readline, b""):
+                lines.append(line)
+                yield line.decode(errors="surrogateescape").rstrip("\r\n") + "\n"
 
-        start = 0
-        for row in self._csv(lines()) if self._kind == ".csv" else lines():
-            if row and row != "\n":
-                yield start, end
-            start = end
+        split = self._csv if self._kind == ".csv" else iter
+        with open(self.path, "rb") as file:
+            rows = split(read_lines(file))
+            while True:
+                try:
+                    row = next(rows, None)
+                    if row is not None and len(lines) > 1 and self._swallows(row, lines):
+                        raise csv.Error("a stray quote")
+                except csv.Error:
+                    malformed.append(number + 1)
+                    row = lines[:1]
+                    del lines[1:]
+                    file.seek(start + len(lines[0]))
+                    rows = split(read_lines(file))
+                if row is None:
+                    break
+                end = start + sum(map(len, lines))
+                if row and row != "\n":
+                    yield start, end
+                start, number = end, number + len(lines)
+                lines.clear()
+        if malformed:
+            logger.warning(
+                "%s: a missing or stray quote makes bad pairs, %d in all, of line %s",
+                self.path,
+                len(malformed),
+                ", ".join(map(str, malformed[:10])) + (", ..." if len(malformed) > 10 else ""),
+            )
+
+    def _swallows(self, row: list[str], lines: list[bytes]) -> bool:
+        """Whether one of the lines that quotes join to a row is a row itself, with another image."""
+        if self._header is None:
+            return False
+        column = next(place for place, name in enumerate(self._header) if name in self.columns.image)
+        for line in lines[1:]:
+            try:
+                fields = self._values(line)
+            except (ValueError, csv.Error):
+                continue
+            whole = len(fields) == len(self._header)
+            if whole and fields[column].lower().endswith(IMAGE_SUFFIXES) and fields[column] not in row:
+                return True
+        return False
 
     def _values(self, block: bytes) -> list[str] | dict:
         text = block.decode("utf-8-sig")
@@ -320,17 +362,29 @@ class Table(_ByteRanges):
 
 
 class ClassFolders(Source):
-    """A folder whose subfolders hold the images of one class each and have its name: `dog/1.jpg`."""
+    """
+    A folder whose subfolders hold the images of one class each and have its name: `dog/1.jpg`. Images elsewhere in it are logged.
+    Hidden files and folders are none, nor is `__MACOSX`.
+    """
 
     unit = "images"
 
     def __init__(self, path: Path, columns: Columns = USUAL_COLUMNS):
         super().__init__(path)
-        self._images = sorted(
-            file
-            for file in path.glob("*/*")
-            if file.suffix.lower() in IMAGE_SUFFIXES and not file.name.startswith(".")
-        )
+        self._images, elsewhere = [], _images_in(path, os.listdir(path))
+        for label in sorted(entry for entry in path.iterdir() if entry.is_dir() and not _is_hidden(entry.name)):
+            for folder, folders, files in os.walk(label):
+                folders[:] = [name for name in folders if not _is_hidden(name)]
+                (self._images if Path(folder) == label else elsewhere).extend(_images_in(Path(folder), files))
+        self._images.sort()
+        left_out = f"{len(elsewhere)} images elsewhere, such as {min(elsewhere)}" if elsewhere else "none"
+        if not self._images:
+            raise FileNotFoundError(
+                f"{str(path)!r}: expected metadata.jsonl, .tar or .parquet files, or a folder of images for each class, but got "
+                f"{left_out}; name another folder, or the table itself."
+            )
+        if elsewhere:
+            logger.warning("%s: only images in the folders of classes are read, not %s", path, left_out)
 
     def ranges(self) -> np.ndarray:
         first = np.arange(len(self._images), dtype=np.int64)
@@ -341,9 +395,12 @@ class ClassFolders(Source):
         label = " ".join(image.parent.name.replace("_", " ").split())
         return RawPair(image, None, {"caption": CLASS_CAPTION.format(label)}, f"{image.parent.name}/{image.name}")
 
+    def files(self) -> list[str | Path]:
+        return []
+
     def fingerprint(self, ranges: np.ndarray) -> str:
         names = "\0".join(file.parent.name for file in self._images)
-        return hashlib.sha256(names.encode(errors="surrogateescape")).hexdigest() + content_digest(self._images)
+        return hashlib.sha256(names.encode(errors="surrogateescape")).hexdigest() + super().fingerprint(ranges)
 
 
 class ArrowRows(Source):
@@ -373,6 +430,12 @@ class ArrowRows(Source):
         for name in images:
             rows = rows.cast_column(name, datasets.Image(decode=False))
         self._rows = rows
+        self._folders = None
+        if hub:
+            from huggingface_hub import constants
+
+            downloaded = Path(constants.HF_HUB_CACHE, "--".join(("datasets", *path.parts)))
+            self._folders = [downloaded.resolve(), Path(datasets.config.EXTRACTED_DATASETS_PATH).resolve()]
         self._image_column = next(name for name in columns.image if name in rows.features)
 
     def ranges(self) -> np.ndarray:
@@ -388,12 +451,40 @@ class ArrowRows(Source):
             raise ValueError(f"no image in {self._image_column!r}")
         if not isinstance(stored, (bytes, str)):
             raise ValueError(f"expected an image in {self._image_column!r}, but got {type(stored).__name__}")
-        image = stored if isinstance(stored, bytes) else self.path.parent / stored
-        return RawPair(image, repr(key) if isinstance(stored, bytes) else None, row, key)
+        if isinstance(stored, bytes):
+            return RawPair(stored, repr(key), row, key)
+        image = self._file(stored)
+        if image is None:
+            raise ValueError(f"expected an image of the data set itself, but got the path {stored!r:.200}")
+        return RawPair(image, None, row, key)
 
-    def fingerprint(self, ranges: np.ndarray) -> str:
-        files = [self.path] if self.path.is_file() else [file["filename"] for file in self._rows.cache_files]
-        return content_digest(files)
+    def image_files(self, ranges: np.ndarray) -> list[Path | None]:
+        import pyarrow as pa
+        import pyarrow.compute as pc
+
+        # Of images within the rows, only lengths are read.
+        column = self._rows.select_columns([self._image_column]).with_format("arrow")[:][self._image_column]
+        if pa.types.is_struct(column.type):
+            within = pc.greater(pc.binary_length(pc.struct_field(column, "bytes")), 0)
+            column = pc.if_else(pc.fill_null(within, False), None, pc.struct_field(column, "path"))
+        if not (pa.types.is_string(column.type) or pa.types.is_large_string(column.type)):
+            return [None] * len(ranges)
+        return [self._file(name) if name else None for name in column.take(ranges[:, 0]).to_pylist()]
+
+    def _file(self, name: str) -> Path | None:
+        """
+        Returns the path of an image. A table of the user's own may name any file; rows of the Hub, which others wrote, only files that
+        were downloaded with them, and None is returned for others.
+        """
+        file = self.path.parent / name
+        try:
+            own = self._folders is None or any(file.resolve().is_relative_to(folder) for folder in self._folders)
+        except ValueError:  # a name may hold any characters
+            own = False
+        return file if own else None
+
+    def files(self) -> list[str | Path]:
+        return [self.path] if self.path.is_file() else [file["filename"] for file in self._rows.cache_files]
 
 
 def is_hub_id(source: str) -> bool:
@@ -435,8 +526,12 @@ def held_out_rows(sources: Sequence[Source], ranges: Sequence[np.ndarray], share
     Raises:
         `ValueError`: the part or the rest would be empty.
     """
-    groups = [(source.path, group) for source, part in zip(sources, ranges) for group in source.groups(part)]
-    distinct = sorted(set(groups), key=repr)
+    groups = [
+        (number, start) if file is None else _same_file(file)
+        for number, (source, part) in enumerate(zip(sources, ranges))
+        for start, file in zip(part[:, 0].tolist(), source.image_files(part))
+    ]
+    distinct = list(dict.fromkeys(groups))  # in the order of the pairs, so that the place of the files does not count
     count = math.ceil(share * len(distinct))
     if not 0 < count < len(distinct):
         raise ValueError(
@@ -445,6 +540,15 @@ def held_out_rows(sources: Sequence[Source], ranges: Sequence[np.ndarray], share
     order = np.random.default_rng(0).permutation(len(distinct))
     drawn = {distinct[place] for place in order[:count]}
     return np.array([group in drawn for group in groups])
+
+
+def _same_file(file: Path) -> Hashable:
+    """Returns a value that is equal for all paths and links to a file."""
+    try:
+        found = os.stat(file)
+    except (OSError, ValueError):  # a name may hold any characters
+        return os.path.abspath(file)
+    return "file", found.st_dev, found.st_ino
 
 
 _KINDS = {".tar": TarShard, ".csv": Table, ".tsv": Table, ".jsonl": Table, ".parquet": ArrowRows}
@@ -463,15 +567,16 @@ def _local_files(source: str) -> list[Path]:
     folder = Path(source)
     if folder.is_dir():
         metadata = folder / "metadata.jsonl"
-        files = [metadata] if metadata.is_file() else sorted([*folder.glob("*.tar"), *folder.glob("*.parquet")])
-        if not files and any(file.suffix.lower() in IMAGE_SUFFIXES for file in folder.glob("*/*")):
-            files = [folder]
-        if not files:
-            raise FileNotFoundError(
-                f"{source!r}: expected metadata.jsonl, .tar or .parquet files, or a folder of images for each class, but got "
-                "none of them; name another folder, or the table itself."
+        files = (
+            [metadata]
+            if metadata.is_file()
+            else sorted(
+                file
+                for file in folder.iterdir()
+                if file.suffix.lower() in (".tar", ".parquet") and not _is_hidden(file.name)
             )
-        return files
+        )
+        return files or [folder]
     if os.path.isfile(source):
         return [folder]
     files = [file for pattern in _expand_braces(source) for file in sorted(glob.glob(pattern)) or [pattern]]
@@ -482,6 +587,15 @@ def _local_files(source: str) -> list[Path]:
             "missing); check the path."
         )
     return [Path(file) for file in files]
+
+
+def _images_in(folder: Path, names: Sequence[str]) -> list[Path]:
+    return [folder / name for name in names if name.lower().endswith(IMAGE_SUFFIXES) and not _is_hidden(name)]
+
+
+def _is_hidden(name: str) -> bool:
+    """Whether a program added this file or folder, such as `.ipynb_checkpoints` or what macOS writes into zip files."""
+    return name.startswith(".") or name == "__MACOSX"
 
 
 def _expand_braces(pattern: str) -> list[str]:

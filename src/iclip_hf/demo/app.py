@@ -18,15 +18,16 @@ import numpy as np
 from PIL import Image
 
 from .. import __version__
+from ..hub.model_card import front_matter
 from ..images import load_image
 from ..localization.explanation import Explanation
 from ..localization.localizer import Localizer, PreparedImage
 from ..models.loading import load
-from ..presence import BACKGROUND, MIN_PRESENCE
+from ..presence import BACKGROUND, MIN_PRESENCE, PRESENT, presence_word
 from ..utils.extras import require_extra
-from ..utils.files import atomic_write
+from ..utils.files import write_beside_others
 from ..utils.names import METHODS
-from .content import EXAMPLES, MAX_TEXTS, beside, colors, example_files, view_size
+from .content import EXAMPLES, MAX_CHARACTERS, MAX_TEXTS, beside, example_files, look, view_size
 
 
 with require_extra("demo"):
@@ -46,21 +47,22 @@ _CACHE_CHECK = 10  # seconds between two checks
 # Routes of Gradio that this app does not need. They fetch addresses or store files that are never deleted.
 _UNUSED_ROUTES = ("file=http", "proxy=", "process_recording", "component_server", "deep_link", "run-history")
 INTRODUCTION = f"""# Which pixels match the text?
-Red matches most, blue least. Each map is stretched to the whole scale, so a text that is not in the image lights up as well.
-**Presence** shows how surely the image shows a text. Below {MIN_PRESENCE:.0%} the text counts as absent."""
-SPACE_README = """---
-title: ICLIP
-emoji: 🔍
-colorFrom: blue
-colorTo: red
-sdk: gradio
-sdk_version: {gradio}
-app_file: app.py
-pinned: false
-license: apache-2.0
-short_description: Which pixels of an image match a text
----
-
+Bright pixels match most, dark ones least. Each map has its own scale, so a text that is not in the image lights up as well.
+**Presence** is the share of unrelated texts that would match the image less. A text is *present* from {PRESENT:.0%} on, *absent* below
+{MIN_PRESENCE:.0%}, and *unsure* in between."""
+SPACE_CARD = {
+    "title": "ICLIP",
+    "emoji": "🔍",
+    "colorFrom": "blue",
+    "colorTo": "red",
+    "sdk": "gradio",
+    "sdk_version": gr.__version__,
+    "app_file": "app.py",
+    "pinned": False,
+    "license": "apache-2.0",
+    "short_description": "Which pixels of an image match a text",
+}
+SPACE_README = """
 The live demo of [ICLIP](https://arxiv.org/abs/2209.07046) in `iclip_hf`: drop an image, type texts, see one map a text.
 """
 SPACE_APP = '''"""Live demo: which pixels of an image match a text."""
@@ -87,7 +89,7 @@ def split_texts(typed: str) -> list[str]:
     commas.
 
     Raises:
-        `ValueError`: there is no text, or more than `content.MAX_TEXTS`.
+        `ValueError`: there is no text, there are more than `content.MAX_TEXTS`, or one is longer than `content.MAX_CHARACTERS`.
     """
     separator = "\n" if "\n" in typed.strip() else ","
     texts = list(dict.fromkeys(text.strip() for text in typed.split(separator) if text.strip()))
@@ -95,6 +97,9 @@ def split_texts(typed: str) -> list[str]:
         raise ValueError(
             f"Expected 1 to {MAX_TEXTS} texts, between commas or one a line, got {len(texts)}: add or remove some."
         )
+    longest = max(map(len, texts))
+    if longest > MAX_CHARACTERS:
+        raise ValueError(f"Expected texts of at most {MAX_CHARACTERS} characters, got one of {longest}: shorten it.")
     return texts
 
 
@@ -139,7 +144,7 @@ def viewer_value(seen: SeenImage, explanation: Explanation) -> dict:
                 "text": text,
                 "cosine": round(cosine, 4),
                 "presence": round(present, 4),
-                "absent": present < MIN_PRESENCE,
+                "word": presence_word(present),
                 "map": raw_map,
             }
             for text, cosine, present, raw_map in zip(
@@ -295,7 +300,7 @@ def build_app(model) -> gr.Blocks:
                     js_on_load=(beside("web/numerics.js") + beside("viewer.js")).replace("export function", "function")
                     + beside("gradio_viewer.js"),
                     apply_default_css=False,
-                    colors=colors(),
+                    look=look(),
                 )
                 with gr.Row():
                     picture = gr.Button("Save picture (PNG)")
@@ -375,28 +380,27 @@ def delete_files(app: gr.Blocks) -> None:
                 one.discard(path)
 
 
-def export_space(folder: Path, model: str = "embedded") -> None:
+def export_space(folder: Path, model: str = "embedded", overwrite: bool = False) -> None:
     """
     Writes the files of a Space that runs this demo.
 
     Args:
         folder: created if it does not exist.
         model: Hub id, or `"embedded"`.
+        overwrite: whether files of other content may be replaced.
 
     Raises:
-        `ValueError`: the model is a local folder, which a Space cannot read.
+        `ValueError`: the model is a local folder, which a Space cannot read. `FileExistsError`: a file of another content exists,
+        and not `overwrite`.
     """
     if model != "embedded" and Path(model).exists():
         raise ValueError(f"Expected the Hub id of a model for a Space, got the folder {model}: push it first.")
-    folder.mkdir(parents=True, exist_ok=True)
     files = {
-        "README.md": SPACE_README.format(gradio=gr.__version__),
+        "README.md": front_matter(SPACE_CARD) + SPACE_README,
         "app.py": SPACE_APP.format(model=model),
         "requirements.txt": f"iclip-hf[demo]=={__version__}\n",
     }
-    for name, text in files.items():
-        with atomic_write(folder / name) as partial:
-            partial.write_text(text, encoding="utf-8")
+    write_beside_others(folder, {name: text.encode() for name, text in files.items()}, overwrite)
 
 
 @contextlib.asynccontextmanager

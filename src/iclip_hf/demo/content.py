@@ -6,14 +6,15 @@ import importlib.util
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
-from matplotlib import colormaps
 from PIL import Image
 
-from ..utils.names import COLORMAP
+from ..figures.colors import OPACITY, SEGMENTS, color_table
+from ..utils.names import COLORMAPS
 
 
 MAX_TEXTS = 12
+# Of one text. A model reads far fewer; texts of megabytes would fill memory and the answer.
+MAX_CHARACTERS = 1000
 # Longest side of the maps in pixels: enough for a screen, and some hundred kilobytes for all maps together.
 VIEW_SIDE = 640
 
@@ -28,10 +29,10 @@ class Example(NamedTuple):
 
 # Photographs of scikit-image.
 EXAMPLES = {
-    "coffee.png": Example("Cup of coffee", "cup of coffee, spoon, dog", "Rachel Michetti, CC0"),
-    "chelsea.png": Example("Cat", "cat, eyes, bicycle", "Stefan van der Walt, CC0"),
-    "rocket.jpg": Example("Rocket at night", "rocket, night sky, dog", "SpaceX, public domain"),
-    "astronaut.png": Example("Astronaut", "woman, orange jacket, tree", "NASA, public domain"),
+    "astronaut.png": Example("Astronaut", "face, orange jacket, helmet, tree", "NASA, public domain"),
+    "coffee.png": Example("Cup of coffee", "saucer, cup of coffee, dog", "Rachel Michetti, CC0"),
+    "chelsea.png": Example("Cat", "cat, bicycle", "Stefan van der Walt, CC0"),
+    "rocket.jpg": Example("Rocket at night", "launch tower, dog", "SpaceX, public domain"),
 }
 
 
@@ -48,9 +49,13 @@ def view_size(image: Image.Image) -> tuple[int, int]:
     return tuple(max(1, round(side * scale)) for side in image.size)
 
 
-def colors() -> list[list[int]]:
-    """Returns the red, green and blue, 0..255, of the 256 levels of a map."""
-    return colormaps[COLORMAP](np.arange(256), bytes=True)[:, :3].tolist()
+def look() -> dict:
+    """
+    Returns the colours that `viewer.js` draws with: `colors`, for each name the red, green, blue and opacity, 0..255, of the 256
+    levels of a map; `opacity` of the maps at the start; and `segments`, colours of texts as hexadecimal numbers.
+    """
+    colors = {name: color_table(name).tolist() for name in COLORMAPS}
+    return {"colors": colors, "opacity": OPACITY, "segments": SEGMENTS}
 
 
 def beside(name: str) -> str:

@@ -1,13 +1,12 @@
-// Draws one overlay a text, for both demos: opacity, outline, segments, the value under the pointer and the picture to save are
-// made here, from maps of 256 levels.
+// Draws one overlay a text, for both demos: colours, opacity, outline, segments, the value under the pointer and the picture to save
+// are made here, from maps of 256 levels.
 
 const WHITE = 0xffffffff, BLACK = 0xff000000; // alpha, blue, green, red
 const MIXED = 0.65; // opacity of segments
-const SEGMENTS = [ // colours that differ also for colour-blind readers come first
-  "#e69f00", "#56b4e9", "#009e73", "#f0e442", "#0072b2", "#d55e00", "#cc79a7", "#7f3fbf", "#8c564b", "#17becf", "#9a9a9a", "#b5e61d",
-];
+const FADED = 0.35; // what is left of an absent text's map, as in viewer.css
+const NAMES = { heat: "Heat", cividis: "Colour-blind safe", jet: "Jet" };
 
-const packed = ([red, green, blue]) => (0xff << 24 | blue << 16 | green << 8 | red) >>> 0;
+const packed = ([red, green, blue, alpha = 255]) => (alpha << 24 | blue << 16 | green << 8 | red) >>> 0;
 const channels = (hex) => [1, 3, 5].map((at) => parseInt(hex.slice(at, at + 2), 16));
 
 function create(tag, parent, properties = {}) {
@@ -25,31 +24,34 @@ function paint(canvas, draw) {
 /**
  * Fills an element with the controls, the maps and the table of scores.
  *
- * @param colors 256 colours, [red, green, blue] in 0..255.
+ * @param look `colors`: name -> 256 colours, [red, green, blue, alpha] in 0..255; `opacity` of the maps; `segments`: colours of texts.
  * @returns `show({photo, size, originalSize, texts})` starts with a photograph that `drawImage` takes and the texts;
- *   `add(index, {cosine, presence, absent, levels, low, high})` brings what belongs to one: its map in 0..255, row-major, of
+ *   `add(index, {cosine, presence, word, levels, low, high})` brings what belongs to one: its map in 0..255, row-major, of
  *   `size` (width, height), and the raw values of 0 and 255; `savePicture()` downloads all overlays as they are seen.
  */
-export function createViewer(element, colors) {
+export function createViewer(element, look) {
   element.innerHTML = `
     <div class="controls">
-      <label><input name="opacity" type="range" min="0" max="1" step="0.01" value="0.5">
+      <label><input name="opacity" type="range" min="0" max="1" step="0.01" value="${look.opacity}">
         Opacity of the maps <output></output></label>
       <label><input name="threshold" type="range" min="0" max="1" step="0.01" value="1">
         Outline of values above <output></output></label>
       <label class="check"><input name="segments" type="checkbox"> Segments: each pixel in the colour of its best text</label>
+      <fieldset><legend>Colours</legend>${Object.keys(look.colors).map((name, index) =>
+        `<label class="check"><input name="colors" type="radio" value="${name}" ${index ? "" : "checked"}> ${NAMES[name]}</label>`
+      ).join("")}</fieldset>
     </div>
     <div class="maps"></div>
     <output class="unseen" aria-live="polite"></output>
     <table hidden>
       <caption class="unseen">Scores of the texts</caption>
-      <thead><tr><th>Text</th><th class="number">Cosine</th><th class="number">Presence</th><th class="bar"></th></tr></thead>
+      <thead><tr><th>Text</th><th class="number">Cosine</th><th class="number">Presence</th><th></th><th class="bar"></th></tr></thead>
       <tbody></tbody>
     </table>`;
-  const [opacity, threshold, segments] = element.querySelectorAll("input");
+  const [opacity, threshold, segments, ...choices] = element.querySelectorAll("input");
   const [opacityOutput, thresholdOutput, spoken] = element.querySelectorAll("output");
   const gallery = element.querySelector(".maps"), table = element.querySelector("table");
-  const palette = colors.map(packed);
+  const palettes = Object.fromEntries(Object.entries(look.colors).map(([name, colors]) => [name, colors.map(packed)]));
   let shown = null; // {photo, size, originalSize}
   let panels = []; // one a text: {text, heat, outline, ring, label, ...}, with `levels` and scores once they are there
   let overview = null; // the panel of segments
@@ -61,7 +63,8 @@ export function createViewer(element, colors) {
     const figure = create("figure", gallery), stack = create("div", figure, { className: "stack", tabIndex: 0 });
     stack.setAttribute("role", "img");
     stack.setAttribute("aria-label", description);
-    const [photo, heat, outline] = [0, 1, 2].map(() => create("canvas", stack, { width, height }));
+    const layers = create("div", stack, { className: "layers" });
+    const [photo, heat, outline] = [0, 1, 2].map(() => create("canvas", layers, { width, height }));
     photo.getContext("2d").drawImage(shown.photo, 0, 0, width, height);
     const ring = create("div", stack, { className: "ring", hidden: true });
     const label = create("div", stack, { className: "value", hidden: true });
@@ -81,11 +84,17 @@ export function createViewer(element, colors) {
 
   function add(index, result) {
     const panel = Object.assign(panels[index], result);
-    panel.figure.className = panel.absent ? "absent" : "";
-    paint(panel.heat, (pixels) => panel.levels.forEach((level, pixel) => (pixels[pixel] = palette[level])));
+    panel.figure.className = panel.word;
+    panel.caption.dataset.word = panel.word;
+    paintHeat(panel);
     paintOutline(panel);
     paintSegments();
     fillTable();
+  }
+
+  function paintHeat({ heat, levels }) {
+    const palette = palettes[choices.find(({ checked }) => checked).value];
+    paint(heat, (pixels) => levels.forEach((level, pixel) => (pixels[pixel] = palette[level])));
   }
 
   // A white line inside and a black one outside of the region above the threshold, of about one pixel of the screen.
@@ -106,12 +115,12 @@ export function createViewer(element, colors) {
     });
   }
 
-  // Of the texts that count as present and whose outline holds the pixel, the one with the highest raw value, as
+  // Of the texts that are not absent and whose outline holds the pixel, the one with the highest raw value, as
   // `Explanation.label_map` finds it.
   function paintSegments() {
     if (!segments.checked || !overview) return;
-    const present = ready().filter(({ absent }) => !absent);
-    const color = ({ text }) => SEGMENTS[panels.findIndex((panel) => panel.text === text) % SEGMENTS.length];
+    const present = ready().filter(({ word }) => word !== "absent");
+    const color = ({ text }) => look.segments[panels.findIndex((panel) => panel.text === text) % look.segments.length];
     const inks = present.map((panel) => packed(channels(color(panel))));
     const { width, height } = overview.heat;
     const highest = new Float32Array(width * height).fill(-Infinity);
@@ -124,18 +133,19 @@ export function createViewer(element, colors) {
     overview.caption.replaceChildren();
     for (const [text, ink] of overview.legend)
       create("i", create("span", overview.caption, { className: "key", textContent: text })).style.background = ink;
-    if (!present.length) overview.caption.textContent = ready().length ? "No text counts as present" : "";
+    if (!present.length) overview.caption.textContent = ready().length ? "All texts are absent" : "";
   }
 
   function fillTable() {
     const body = table.tBodies[0];
     table.hidden = false;
     body.replaceChildren();
-    for (const { text, cosine, presence, absent } of ready().sort((a, b) => b.cosine - a.cosine)) {
-      const row = create("tr", body, { className: absent ? "absent" : "" });
+    for (const { text, cosine, presence, word } of ready()) {
+      const row = create("tr", body, { className: word });
       create("td", row, { textContent: text });
       create("td", row, { className: "number", textContent: cosine.toFixed(3) });
       create("td", row, { className: "number", textContent: `${Math.round(100 * presence)} %` });
+      create("td", row, { textContent: word });
       create("div", create("td", row, { className: "bar" })).style.width = `${100 * presence}%`;
     }
   }
@@ -204,20 +214,23 @@ export function createViewer(element, colors) {
     const context = sheet.getContext("2d");
     context.fillStyle = "white";
     context.fillRect(0, 0, sheet.width, sheet.height);
-    seen.forEach(({ text, cosine, photo, heat, outline, legend }, index) => {
+    seen.forEach(({ text, word, photo, heat, outline, legend }, index) => {
       const x = gap + (index % columns) * (width + gap);
       const y = gap + Math.floor(index / columns) * (height + line + gap);
-      const words = legend ?? [[`${text}  ${cosine.toFixed(2)}`, "black"]];
+      const words = legend ?? [[`${text} · ${word}`, "black"]];
       context.font = "600 18px system-ui, sans-serif";
-      words.forEach(([word, ink], i) => {
+      words.forEach(([one, ink], i) => {
         context.fillStyle = ink;
-        context.fillText(word, x + i * width / words.length, y + 18, width / words.length - 6);
+        context.fillText(one, x + i * width / words.length, y + 18, width / words.length - 6);
       });
       context.drawImage(photo, x, y + line);
       context.globalAlpha = heat.style.opacity;
       context.drawImage(heat, x, y + line);
       context.globalAlpha = 1;
       context.drawImage(outline, x, y + line);
+      if (word !== "absent") return;
+      context.fillStyle = `rgb(255 255 255 / ${1 - FADED})`;
+      context.fillRect(x, y + line, width, height);
     });
     sheet.toBlob((blob) => {
       const href = URL.createObjectURL(blob);
@@ -229,6 +242,7 @@ export function createViewer(element, colors) {
   opacity.addEventListener("input", setOpacity);
   threshold.addEventListener("input", setThreshold);
   segments.addEventListener("input", setSegments);
+  for (const choice of choices) choice.addEventListener("input", () => ready().forEach(paintHeat));
   for (const name of ["pointermove", "pointerdown", "pointerleave"]) element.addEventListener(name, point);
   element.addEventListener("keydown", move);
   setOpacity();

@@ -20,18 +20,32 @@ import torch
 from huggingface_hub import ModelCard
 from PIL import Image
 
-from ..hub.model_card import write_model_card
+from ..hub.model_card import front_matter, write_model_card
 from ..modeling_iclip import ICLIPModel
 from ..models.onnx import TEXT_FILE, VISION_FILE, ONNXModel, export_onnx
-from ..presence import BACKGROUND, MIN_PRESENCE
+from ..presence import BACKGROUND, MIN_PRESENCE, PRESENT
 from ..processing_iclip import MAX_PIXELS, ICLIPProcessor
 from ..utils.files import atomic_folder
-from .content import EXAMPLES, MAX_TEXTS, VIEW_SIDE, beside, colors, example_files, view_size
+from .content import EXAMPLES, MAX_CHARACTERS, MAX_TEXTS, VIEW_SIDE, beside, example_files, look, view_size
 
 
-_PAGE = ("index.html", "page.css", "page.js", "worker.js", "numerics.js", "offline.js")
+_PAGE = ("index.html", "page.css", "page.js", "worker.js", "numerics.js")
 _SHARED = ("viewer.css", "viewer.js")
 _KERNELS = {2: "bilinear", 3: "bicubic"}  # by Pillow's numbers
+# What makes the folder a static Space. The headers give the page threads.
+_SPACE = {
+    "emoji": "🔍",
+    "colorFrom": "blue",
+    "colorTo": "red",
+    "sdk": "static",
+    "pinned": False,
+    "short_description": "Which pixels of an image match a text",
+    "custom_headers": {
+        "cross-origin-embedder-policy": "require-corp",
+        "cross-origin-opener-policy": "same-origin",
+        "cross-origin-resource-policy": "cross-origin",
+    },
+}
 _CDN = "https://cdn.jsdelivr.net/npm"
 _ORT, _TOKENIZERS = "onnxruntime-web@1.30.0", "@huggingface/tokenizers@0.2.0"
 
@@ -135,9 +149,11 @@ def export_web(
             "pad_id": processor.tokenizer.pad_token_id or 0,
         },
         "min_presence": MIN_PRESENCE,
+        "present": PRESENT,
         "max_texts": MAX_TEXTS,
+        "max_characters": MAX_CHARACTERS,
         "view_side": VIEW_SIDE,
-        "colors": colors(),
+        "look": look(),
     }
     with atomic_folder(folder) as built, tempfile.TemporaryDirectory() as scratch:
         runtime = {"wasm": _WASM, **({} if weights == "int8" else {"webgpu": _WEBGPU})}
@@ -168,17 +184,18 @@ def export_web(
 
         elsewhere = "" if vendor else " ".join(f"{_CDN}/{package}/" for package in (_ORT, _TOKENIZERS))
         examples = [example["file"] for example in settings["examples"]]
-        kept = ["./", *(name for name in _PAGE if name != "offline.js"), *_SHARED, "settings.json", *examples]
-        values = {
-            "index.html": {"elsewhere": elsewhere, "min_presence": f"{MIN_PRESENCE:.0%}"},
-            "offline.js": {"files": json.dumps(kept)},
-        }
+        values = {"elsewhere": elsewhere, "min_presence": f"{MIN_PRESENCE:.0%}", "present": f"{PRESENT:.0%}"}
         for name in (*_PAGE, *_SHARED):
             text = beside(name if name in _SHARED else f"web/{name}")
-            if name in values:
-                text = string.Template(text).substitute(values[name])
+            if name == "index.html":
+                text = string.Template(text).substitute(values)
             (built / name).write_text(text, encoding="utf-8")
         (built / "settings.json").write_text(json.dumps(settings), encoding="utf-8")
+        kept = [*_PAGE, *_SHARED, "settings.json", *examples]
+        digests = {name: hashlib.sha256((built / name).read_bytes()).hexdigest() for name in kept}
+        offline = string.Template(beside("web/offline.js"))
+        offline = offline.substitute(files=json.dumps({"./": digests["index.html"], **digests}))
+        (built / "offline.js").write_text(offline, encoding="utf-8")
         card = write_model_card(model, processor, scratch, name=folder.resolve().name, source=source)
         shutil.copyfile(card, built / "model_card.md")
         (built / "README.md").write_text(_readme(card, folder.resolve().name), encoding="utf-8")
@@ -219,10 +236,23 @@ def _background(model: ONNXModel, processor: ICLIPProcessor) -> bytes:
 
 
 def _compressed(folder: Path, name: str, content: bytes) -> dict:
-    """Writes a file that the worker decompresses. Its address changes with its content, so no cache holds an old one."""
+    """
+    Writes a file that the worker decompresses, and checks by length and digest. Its address changes with its content, so no cache
+    holds an old one.
+    """
     packed = gzip.compress(content, mtime=0)
     (folder / f"{name}.gz").write_bytes(packed)
-    return {"url": f"{name}.gz?{hashlib.sha256(packed).hexdigest()[:12]}", "bytes": len(packed)}
+    return {
+        "url": f"{name}.gz?{hashlib.sha256(packed).hexdigest()[:12]}",
+        "bytes": len(packed),
+        "length": len(content),
+        "integrity": _integrity(content, "sha256"),
+    }
+
+
+def _integrity(content: bytes, algorithm: str) -> str:
+    """Returns a digest in the form of browsers."""
+    return f"{algorithm}-{base64.b64encode(hashlib.new(algorithm, content).digest()).decode()}"
 
 
 def _example(path: Path, folder: Path) -> dict:
@@ -237,14 +267,13 @@ def _readme(card: Path, name: str) -> str:
     photographs = [
         f"| `{path.stem}.jpg`, from scikit-image | {EXAMPLES[path.name].origin} |" for path in example_files()
     ]
-    return string.Template(beside("web/README.md")).substitute(
-        title=json.dumps(name, ensure_ascii=False),  # as YAML
+    page = string.Template(beside("web/README.md")).substitute(
         name=name,
-        license=licence,
         ort=_ORT,
         tokenizers=_TOKENIZERS,
         photographs="\n".join(photographs),
     )
+    return front_matter({"title": name, **_SPACE, "license": licence}) + page
 
 
 # ------------------------------------------------------------------------------------------------------ npm packages
@@ -285,9 +314,9 @@ def _npm_files(files: list[_RuntimeFile]) -> dict[_RuntimeFile, bytes]:
                     if file.package == package:
                         contents[file] = tar.extractfile(f"package/{file.path}").read()
     for file, content in contents.items():
-        digest = base64.b64encode(hashlib.sha384(content).digest()).decode()
-        if f"sha384-{digest}" != file.integrity:
+        digest = _integrity(content, "sha384")
+        if digest != file.integrity:
             raise OSError(
-                f"{file.package}: expected {file.path} of digest {file.integrity}, got sha384-{digest}; clear npm's cache."
+                f"{file.package}: expected {file.path} of digest {file.integrity}, got {digest}; clear npm's cache."
             )
     return contents

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from torch.nn import functional as F
 
-from ..data.segmentation import VOID, SegmentationSample
+from ..data.segmentation import SegmentationSample
 from ..modeling_iclip import ICLIPImageFeatures
 from ..models.explainable import ExplainableModel, Pooling
 from ..models.loading import load
@@ -247,7 +247,7 @@ def _foreground(sample: SegmentationSample) -> tuple[np.ndarray, np.ndarray]:
     for label in sample.labels:
         mask = sample.mask(label)
         foreground |= mask == label
-        void |= mask == VOID
+        void |= mask == sample.void
     return foreground, foreground | ~void
 
 

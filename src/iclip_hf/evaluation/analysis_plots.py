@@ -6,15 +6,21 @@ import math
 from collections.abc import Mapping, Sequence
 
 import numpy as np
+from matplotlib import rcParams
 from matplotlib.figure import Figure
 from PIL import Image
 
-from ..utils.plots import picture_grid, verbatim
+from ..figures.lettering import more_scripts
 from .analysis import ChannelMatch, Relation
 
 
 # Safe for colour-blind readers, on white and on gray (Okabe and Ito).
 BLUE, ORANGE = "#0072B2", "#D55E00"
+
+
+def _verbatim() -> dict:
+    """Returns matplotlib's options for text of a user: dollar signs start no formula, and further fonts cover other scripts."""
+    return {"parse_math": False, "fontfamily": [*rcParams["font.family"], *more_scripts()]}
 
 
 def channel_scatter(images: Sequence[Image.Image], matches: Sequence[Mapping[str, ChannelMatch]]) -> Figure:
@@ -27,13 +33,17 @@ def channel_scatter(images: Sequence[Image.Image], matches: Sequence[Mapping[str
         matches: results of `channel_matches` for the images, with the same poolings.
     """
     poolings = list(matches[0])
-    pale = [image.convert("L").point(lambda gray: (gray + 255) // 2).convert("RGB") for image in images]
-    pictures = [picture for picture in pale for _ in poolings]
-    titles = [name.replace("_", " ") for name in poolings] + [""] * (len(pictures) - len(poolings))
-    caption = "each point is a channel; its area is the magnitude of the pooled value"
-    figure = picture_grid(pictures, titles, len(poolings), caption=caption).figure()
+    rows, columns = len(images), len(poolings)
+    heights = [image.height / image.width for image in images]
+    figure = Figure(figsize=(2.8 * columns, 2.8 * sum(heights) + 0.7), layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False, gridspec_kw={"height_ratios": heights})
+    for axis, pooling in zip(axes[0], poolings):
+        axis.set_title(pooling.replace("_", " "), fontsize=11)
+    figure.supxlabel("each point is a channel; its area is the magnitude of the pooled value", fontsize=9)
     panels = [(image, one[pooling]) for image, one in zip(images, matches) for pooling in poolings]
-    for axis, (image, match) in zip(figure.axes, panels):
+    for axis, (image, match) in zip(axes.flat, panels):
+        axis.axis("off")
+        axis.imshow(image.convert("L").point(lambda gray: (gray + 255) // 2).convert("RGB"))
         # The points of one patch are spread evenly over it (Roberts' R2 sequence), so that they do not hide each other.
         places = (np.arange(len(match.tokens))[:, None] * (0.5698402910, 0.7548776662)) % 1
         corners = np.stack(np.divmod(match.tokens, match.grid[1]), 1)
@@ -71,7 +81,7 @@ def relation_plot(relation: Relation, x_label: str, y_label: str) -> Figure:
         side = 1 if x[index] < x.mean() else -1  # inwards
         offset = {"xytext": (5 * side, 0), "textcoords": "offset points", "ha": "left" if side > 0 else "right"}
         name = relation.names[index]
-        text = axis.annotate(name, (x[index], y[index]), va="center", fontsize=8, **offset, **verbatim())
+        text = axis.annotate(name, (x[index], y[index]), va="center", fontsize=8, **offset, **_verbatim())
         box = text.get_window_extent()
         if box.count_contains(points) or any(box.overlaps(other) for other in taken):
             text.remove()
@@ -99,5 +109,5 @@ def class_bars(relation: Relation, x_label: str, y_label: str) -> Figure:
         axis.set_ylim(-0.6, len(names) - 0.4)
         axis.tick_params(labelsize=9)
         axis.spines[["top", "right"]].set_visible(False)
-    figure.axes[0].set_yticks(range(len(names)), names, **verbatim())
+    figure.axes[0].set_yticks(range(len(names)), names, **_verbatim())
     return figure

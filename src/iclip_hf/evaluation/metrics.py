@@ -164,6 +164,28 @@ def contrast_counts(maps, mask, labels, ignore_index: int = 255) -> np.ndarray:
         `TypeError`: as [`threshold_counts`].
         `ValueError`: as [`threshold_counts`]; or labels are repeated, or their number is not K.
     """
+    wins, pairs = _compared_regions(maps, mask, labels, ignore_index)
+    contrast = (wins + wins.T) / (4 * pairs.clip(1))
+    return np.stack([(pairs > 0).sum(1), contrast.sum(1)])
+
+
+def ranking_counts(maps, mask, labels, ignore_index: int = 255) -> np.ndarray:
+    """
+    Compares the map of each class of an image on its own pixels and on those of the other classes: a_ij of [`contrast_counts`], whose
+    arguments and errors it has.
+
+    Returns:
+        `np.ndarray` of shape `(2, K)`, float64: for each class, the number of its partners and the sum of a_ij over them.
+    """
+    wins, pairs = _compared_regions(maps, mask, labels, ignore_index)
+    return np.stack([(pairs > 0).sum(1), (wins / (2 * pairs.clip(1))).sum(1)])
+
+
+def _compared_regions(maps, mask, labels, ignore_index: int) -> tuple[np.ndarray, np.ndarray]:
+    """
+    Compares each map on the pixels of each two classes. Returns, both `(K, K)` int64: twice the number of pairs of a pixel of i and a
+    pixel of j where M_i is greater at i, plus the ties; and the number of all these pairs.
+    """
     ignore_index = _class_id(ignore_index, "ignore_index")
     labels = [_check_label(label, ignore_index) for label in labels]
     maps, mask = _check_map(maps), _check_mask(mask)
@@ -180,7 +202,6 @@ def contrast_counts(maps, mask, labels, ignore_index: int = 255) -> np.ndarray:
     pixels = [np.flatnonzero(region) for region in regions]
     shared = {(i, j): np.flatnonzero(regions[i] & regions[j]) for i in range(number) for j in range(i)}
 
-    # `wins`: twice the number of pixel pairs where M_i is greater at i than at j, plus the ties. `pairs`: the number of all pairs.
     wins, pairs = np.zeros((2, number, number), np.int64)
     for i, heatmap in enumerate(maps):
         heatmap = heatmap.ravel()
@@ -191,8 +212,7 @@ def contrast_counts(maps, mask, labels, ignore_index: int = 255) -> np.ndarray:
                 own, other = histograms[i] - both, histograms[j] - both
                 wins[i, j] = own @ (2 * other.cumsum() - other)
                 pairs[i, j] = own.sum() * other.sum()
-    contrast = (wins + wins.T) / (4 * pairs.clip(1))
-    return np.stack([(pairs > 0).sum(1), contrast.sum(1)])
+    return wins, pairs
 
 
 def pointing_shares(heatmap, mask, label: int, ignore_index: int = 255) -> np.ndarray:
@@ -461,25 +481,10 @@ class MeanForegroundMinusBackground(_PairMetric):
         return {"mfmb": _mean(per_class.values()), "per_class": per_class, **self._numbers("pairs")}
 
 
-class TextContrast(_ClassSums):
-    """
-    Text contrast: how much the map of a class prefers its own pixels to those of the other classes in the image.
-
-    For classes i and j of one image, c_ij = (P(M_i at a pixel of i > M_i at a pixel of j) + P(M_j at j > M_j at i)) / 2, where ties
-    count half, see [`contrast_counts`]. The value of a class is the mean of c over all its images and partners. The score is the mean
-    over the classes. It is exactly 50 for maps that do not depend on the text, and 100 - x for reversed maps. An image without two
-    classes that each have pixels of their own is left out.
-
-    Example:
-        >>> metric = TextContrast()
-        >>> maps, mask = np.array([[[0.9, 0.2]], [[0.1, 0.5]]]), np.array([[7, 8]])
-        >>> metric.update(maps, mask, labels=[7, 8])
-        >>> metric.compute()["text_contrast"]
-        100.0
-    """
+class _RegionMetric(_ClassSums):
+    """Sums over images with the maps of all their classes: for each class, the number of partners and the sum of a value over them."""
 
     _reasons = ("fewer_than_two_classes",)
-    count = staticmethod(contrast_counts)
 
     def update(self, maps, mask, labels) -> None:
         """Adds one image. Arguments and errors are those of [`contrast_counts`]."""
@@ -499,12 +504,50 @@ class TextContrast(_ClassSums):
         """
         Returns the scores of all images so far.
 
-        - **text_contrast** -- mean over classes, percent (NaN without any image).
+        - **text_contrast**, **region_ranking** -- mean over classes, percent (NaN without any image).
         - **per_class** -- {class id: mean over images and partners, percent}.
         - **images**, **left_out** -- number of images in the mean, and {"fewer_than_two_classes": number of the others}.
         """
         per_class = {label: float(100 * total / number) for label, (number, total) in sorted(self._sums.items())}
-        return {"text_contrast": _mean(per_class.values()), "per_class": per_class, **self._numbers("images")}
+        return {self._name: _mean(per_class.values()), "per_class": per_class, **self._numbers("images")}
+
+
+class TextContrast(_RegionMetric):
+    """
+    Text contrast: how much the map of a class prefers its own pixels to those of the other classes in the image.
+
+    For classes i and j of one image, c_ij = (P(M_i at a pixel of i > M_i at a pixel of j) + P(M_j at j > M_j at i)) / 2, where ties
+    count half, see [`contrast_counts`]. The value of a class is the mean of c over all its images and partners. The score is the mean
+    over the classes. It is exactly 50 for maps that do not depend on the text, and 100 - x for reversed maps. An image without two
+    classes that each have pixels of their own is left out.
+
+    Example:
+        >>> metric = TextContrast()
+        >>> maps, mask = np.array([[[0.9, 0.2]], [[0.1, 0.5]]]), np.array([[7, 8]])
+        >>> metric.update(maps, mask, labels=[7, 8])
+        >>> metric.compute()["text_contrast"]
+        100.0
+    """
+
+    _name = "text_contrast"
+    count = staticmethod(contrast_counts)
+
+
+class RegionRanking(_RegionMetric):
+    """
+    The share of a class's own pixels that its map ranks above the pixels of the other classes: P(M_i at i > M_i at j), ties half, mean
+    over the images and partners of a class, then over the classes (the area under the ROC curve of two regions). 50 is chance.
+
+    Example:
+        >>> metric = RegionRanking()
+        >>> maps, mask = np.array([[[0.9, 0.2]], [[0.8, 0.5]]]), np.array([[7, 8]])
+        >>> metric.update(maps, mask, labels=[7, 8])
+        >>> metric.compute()["per_class"]
+        {7: 100.0, 8: 0.0}
+    """
+
+    _name = "region_ranking"
+    count = staticmethod(ranking_counts)
 
 
 class ClassMeans(_ClassSums):

@@ -1,4 +1,4 @@
-"""Base class of the results of evaluations, and their files."""
+"""The result of an evaluation, and its files."""
 
 from __future__ import annotations
 
@@ -6,52 +6,102 @@ import csv
 import io
 import json
 import math
-from abc import ABC, abstractmethod
+import os
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from ..utils.files import atomic_write
+from ..utils.files import SOFTWARE, check_outputs, is_own, new_file
 
 
 @dataclass
-class Result(ABC):
+class EvaluationResult:
     """
-    The results of an evaluation and its protocol. A figure that the data cannot measure is None.
+    The result of [`evaluate`]. A figure that the data cannot measure is None.
 
     Attributes:
         protocol (`dict`): model, data set with its fingerprint, resolution, prompts, options, software versions.
-        results (`dict`): the scores of each method.
-        per_class (`dict`): for each method, a list with one `dict` for each class.
+        results (`dict`): for each method, the figures of all measures, and `left_out`, for each measure the number of items that
+            have no figure, by reason.
+        presence (`dict`): figures of the measure `presence`; empty if it was not measured.
+        per_class (`dict`): for each method, a list with one `dict` for each class: id, name and the rows of all measures.
         timing (`dict`): seconds in total, seconds in the model, number of images of this process.
+        columns (`dict`): for each method, the cells of the table by heading.
     """
 
     protocol: dict
     results: dict[str, dict]
+    presence: dict[str, float | None]
     per_class: dict[str, list[dict]]
     timing: dict[str, float]
+    columns: dict[str, dict[str, str]]
 
-    @abstractmethod
     def table(self) -> str:
-        """Returns the scores as a Markdown table."""
+        """Returns the scores as a Markdown table, and a line on presence."""
+        headings = list(next(iter(self.columns.values())))
+        lines = [markdown(["method", *headings], [[method, *row.values()] for method, row in self.columns.items()])]
+        if self.presence:
+            kept, passed, ap = (rounded(self.presence[name], 1) for name in ("kept", "passed", "mAP"))
+            gate = f"presence of at least {self.presence['min_presence']}"
+            shares = f"{kept} % of the classes that an image shows, {passed} % of the others"
+            lines += ["", f"{gate}: {shares}; mAP by presence {ap} %"]
+        return "\n".join(lines)
 
     def to_json(self) -> str:
-        """Returns all attributes as JSON text."""
-        return json.dumps(asdict(self), indent=2, allow_nan=False) + "\n"
+        """Returns all attributes but the table as JSON text, and the name of this software."""
+        values = {"software": SOFTWARE, **asdict(self)}
+        del values["columns"]
+        return json.dumps(values, indent=2, allow_nan=False) + "\n"
 
     def per_class_csv(self) -> str:
         """Returns `per_class` as CSV text, with a row for each method and class."""
-        text = io.StringIO()
-        rows = [{"method": method, **row} for method, rows in self.per_class.items() for row in rows]
-        writer = csv.DictWriter(text, rows[0])
-        writer.writeheader()
-        writer.writerows(rows)
-        return text.getvalue()
+        return _csv(self.per_class)
 
-    def save(self, path: str | Path) -> None:
-        """Writes `path` (JSON) and, beside it, the scores of the classes as `.csv`, each atomically."""
-        for target, text in ((Path(path), self.to_json()), (Path(path).with_suffix(".csv"), self.per_class_csv())):
-            with atomic_write(target) as partial:
+    def save(self, path: str | Path, overwrite: bool = False) -> tuple[Path, Path]:
+        """
+        Writes `path` (JSON) and, beside it, the scores of the classes as `.csv`, each atomically. Replaces those of another result.
+
+        Args:
+            path: JSON file to write.
+            overwrite: whether other files may be replaced.
+
+        Returns:
+            The two files.
+
+        Raises:
+            `FileExistsError`: a file exists that holds no result, and not `overwrite`.
+        """
+        table = Path(path).with_suffix(".csv")
+        check_files(path, overwrite=overwrite)
+        for target, text in ((table, self.per_class_csv()), (Path(path), self.to_json())):
+            with new_file(target, overwrite, _is_own) as partial:
                 partial.write_text(text, encoding="utf-8")
+        return Path(path), table
+
+
+def check_files(path: str | Path, inputs: Iterable[str | os.PathLike | None] = (), overwrite: bool = False) -> None:
+    """Checks the files of [`EvaluationResult.save`] as [`iclip_hf.utils.files.check_outputs`] does."""
+    check_outputs([path, Path(path).with_suffix(".csv")], inputs, overwrite, _is_own)
+
+
+def _is_own(path: Path) -> bool:
+    """Whether [`EvaluationResult.save`] wrote a file. A table has no place to say so, and must hold what the JSON file beside it holds."""
+    if path.suffix.lower() != ".csv":
+        return is_own(path)
+    try:
+        result = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
+        return path.read_bytes() == _csv(result["per_class"]).encode()
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, IndexError, RecursionError):
+        return False
+
+
+def _csv(per_class: Mapping[str, list[dict]]) -> str:
+    text = io.StringIO()
+    rows = [{"method": method, **row} for method, rows in per_class.items() for row in rows]
+    writer = csv.DictWriter(text, dict.fromkeys(name for row in rows for name in row))
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
 
 
 def markdown(headings: list[str], rows: list[list[str]]) -> str:

@@ -4,8 +4,10 @@ Explainers: methods that compute which pixels of an image match a text, for ICLI
 `explain` and `Localizer` return maps at the size of the images. A method itself computes raw maps of a prepared batch:
 
 ```python
+>>> model = load("embedded")
+>>> texts = model.encode_texts(["dog", "ball"])
+>>> pixel_values = model.processor(images=[image])["pixel_values"]
 >>> explainer = make_explainer(model, method="itsm")
->>> texts = explainer.encode_texts(["dog", "ball"])
 >>> maps, scores = explainer.raw_maps(pixel_values, texts)  # (B, T, h, w), (B, T)
 ```
 

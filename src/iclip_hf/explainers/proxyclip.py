@@ -66,7 +66,7 @@ class ProxyCLIP(ReplacedAttention):
         size = [side * patch_side(config) for side in grid]
         if pixels.shape[2:] != torch.Size(size):
             pixels = F.interpolate(pixels, size, mode="bicubic", antialias=True)
-        options = {"interpolate_pos_encoding": True} if VISION_TOWERS[config.model_type] else {}
+        options = {"interpolate_pos_encoding": True} if VISION_TOWERS[config.model_type].interpolates else {}
         return self.proxy(pixels, **options).last_hidden_state[:, -math.prod(grid) :]
 
 

@@ -1,11 +1,10 @@
 """Installation and publication of the metric modules of the `evaluate` library."""
 
-import shutil
 from importlib.resources import files
 from pathlib import Path
 
 from ..utils.extras import require_extra
-from ..utils.files import atomic_write
+from ..utils.files import write_beside_others
 
 
 with require_extra("eval"):
@@ -35,27 +34,24 @@ def install_metrics() -> list[str]:
     return list(metric_folders())
 
 
-def export_space(metric: str, directory: str | Path) -> Path:
+def export_space(metric: str, directory: str | Path, overwrite: bool = False) -> Path:
     """
     Writes the files of a metric's Space into a new folder or an existing clone.
 
     Args:
         metric (`str`): name of the metric.
         directory (`str` or `Path`): folder to write into; created if it does not exist.
+        overwrite (`bool`): whether files of other content may be replaced.
 
     Returns:
         `Path`: the folder.
 
     Raises:
-        `ValueError`: the metric does not exist.
+        `ValueError`: the metric does not exist. `FileExistsError`: a file of another content exists, and not `overwrite`.
     """
     folders = metric_folders()
     if metric not in folders:
         raise ValueError(f"Expected `metric` to be one of {tuple(folders)}, got {metric!r}: choose one of them.")
-    directory = Path(directory)
-    directory.mkdir(parents=True, exist_ok=True)
-    for source in folders[metric].iterdir():
-        if source.is_file():
-            with atomic_write(directory / source.name) as partial:
-                shutil.copyfile(source, partial)
-    return directory
+    sources = sorted(source for source in folders[metric].iterdir() if source.is_file())
+    write_beside_others(Path(directory), {source.name: source.read_bytes() for source in sources}, overwrite)
+    return Path(directory)

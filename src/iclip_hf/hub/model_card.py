@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, is_dataclass
+from dataclasses import asdict, is_dataclass, replace
+from datetime import date
 from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,6 +15,7 @@ import yaml
 from huggingface_hub import EvalResult, EvalResultEntry, ModelCard, ModelCardData, eval_result_entries_to_yaml
 from huggingface_hub.errors import EntryNotFoundError
 
+from ..models.identity import changed_model, identity
 from ..utils.files import atomic_write, cache_folder
 
 
@@ -23,6 +26,8 @@ if TYPE_CHECKING:
     from ..modeling_iclip import ICLIPModel
     from ..processing_iclip import ICLIPProcessor
 
+
+logger = logging.getLogger(__name__)
 
 # Known towers by Hub id: display name and licence.
 _TOWERS = {
@@ -57,6 +62,7 @@ _DATASET_NAMES = {
     "coco_stuff": "COCO-Stuff 164k",
     "ade20k": "ADE20K",
     "cityscapes": "Cityscapes",
+    "camvid": "CamVid",
 }
 # Ids of the data sets on the Hub, for the results on a model's page.
 _DATASET_IDS = {"coco2017": "detection-datasets/coco", "voc2012": "nateraw/pascal-voc-2012"}
@@ -106,6 +112,8 @@ _TRAINING_SETTINGS = (
     "seed",
     "best_metric",
 )
+# Characters of a text that is taken from another card.
+_LONGEST = 500
 # Settings of these that are off at 0, and then not shown.
 _OFF_AT_0 = ("text_lora_rank", "unlocked_vision_blocks", "pairs_per_epoch", "validation_share", "max_steps")
 
@@ -147,10 +155,10 @@ def write_model_card(
         datasets = [one for one in training.get("data", []) if _is_hub_id(one)]
         training = public_settings(training)
     else:
-        training = earlier.get("training") if isinstance(earlier.get("training"), dict) else None
-    results = _eval_results(metrics) if metrics is not None else earlier.get("eval_results")
+        training = earlier.get("training")
+    results = _eval_results(metrics) if metrics is not None else _results_so_far(earlier, model, processor)
     towers = [describe_tower(side) for side in (model.config.vision_config, model.config.text_config)]
-    base_model = [one["id"] for one in towers if one["id"]] or earlier.get("base_model")
+    base_model = [one["id"] for one in towers if one["id"]] or earlier.get("base_model") or None
     card_data = ModelCardData(
         **_license([one["licence"] for one in towers], earlier),
         language="en",
@@ -163,6 +171,9 @@ def write_model_card(
         model_name=name if results else None,
         eval_results=results,
         training=training,
+        identity={
+            part: value for part, value in identity(model, processor).items() if part != "model"
+        },  # a local path
         widget=[
             {
                 "src": "https://huggingface.co/datasets/mishig/sample_images/resolve/main/cat-dog-music.png",
@@ -203,8 +214,16 @@ def write_model_card(
     return path
 
 
+def front_matter(data: Mapping) -> str:
+    """Returns values as the front matter of a card, with the lines around it. Values of any form stay values."""
+    return f"---\n{yaml.safe_dump(dict(data), sort_keys=False, allow_unicode=True)}---\n"
+
+
 def _card_data(source: str | Path | None) -> dict:
-    """Returns the front matter of the card of a folder or repository; empty if there is no card."""
+    """
+    Returns the front matter of the card of a folder or repository; empty if there is no card. Somebody else may have written it, so
+    nothing of it acts in a new card: see `_harmless`.
+    """
     if source is None:
         return {}
     local = Path(source, "README.md")
@@ -214,12 +233,48 @@ def _card_data(source: str | Path | None) -> dict:
         card = ModelCard.load(local if local.is_file() else str(source), ignore_metadata_errors=True)
     except EntryNotFoundError:
         return {}
-    return vars(card.data)
+    found = {name: _harmless(getattr(card.data, name, None)) for name in ("license", "training", "identity")}
+    for name in ("datasets", "base_model"):
+        ids = getattr(card.data, name, None) or []
+        found[name] = [one for one in ([ids] if isinstance(ids, str) else ids) if _is_hub_id(str(one))]
+    if not re.fullmatch(r"[\w.+-]+", str(found["license"])):
+        found["license"] = None
+    found["training"] = public_settings(found["training"]) if isinstance(found["training"], dict) else None
+    results = card.data.eval_results or []
+    return {**found, "eval_results": [replace(one, **_harmless(vars(one))) for one in results] or None}
+
+
+def _harmless(value):
+    """
+    Returns a value of a card with each text on one short line, without what Markdown, HTML or a table would act on, and without the
+    folders of absolute paths. Values of other types than YAML's plain ones become None.
+    """
+    if isinstance(value, str):
+        line = re.sub(r"[<>`|\[\]\x00-\x1f\x7f]+", " ", value)
+        line = re.sub(r"(?<![^\s'\"=,(])(?:~|[A-Za-z]:)?[/\\](?:[^\s/\\]+[/\\])+", "", line)
+        return " ".join(line.split())[:_LONGEST]
+    if isinstance(value, Mapping):
+        return {_harmless(name): _harmless(one) for name, one in value.items() if isinstance(name, str)}
+    if isinstance(value, list | tuple):
+        return [_harmless(one) for one in value]
+    return value if isinstance(value, bool | int | float | date) else None
+
+
+def _results_so_far(earlier: Mapping, model: ICLIPModel, processor: ICLIPProcessor) -> list[EvalResult] | None:
+    """Returns the results of an earlier card, unless it describes another model. A card may also describe none."""
+    described = earlier.get("identity")
+    if isinstance(described, Mapping) and (differing := changed_model(described, model, processor)):
+        if earlier.get("eval_results"):
+            logger.warning(
+                "The results of the card are left out, because it describes other %s.", ", ".join(differing)
+            )
+        return None
+    return earlier.get("eval_results")
 
 
 def public_settings(settings: Mapping) -> dict:
     """Returns the settings that the card shows, without paths of this machine."""
-    told = {name: settings[name] for name in _TRAINING_SETTINGS if settings.get(name) not in (None, "", [])}
+    told = {name: settings[name] for name in _TRAINING_SETTINGS if settings.get(name) not in (None, "", [], {})}
     if settings.get("auto_augment") == "":
         told["auto_augment"] = "none"
     idle = {name for name in told if told[name] is False or (told[name] == 0 and name in _OFF_AT_0)}
@@ -233,9 +288,10 @@ def public_settings(settings: Mapping) -> dict:
     told = {name: value for name, value in told.items() if name not in idle}
     for name in ("model", "vision", "text", "nouns"):
         if name in told:
-            told[name] = _EMBEDDED[name] if told[name] == "embedded" else _without_folders(told[name])
+            told[name] = _EMBEDDED[name] if told[name] == "embedded" else _without_folders(str(told[name]))
     if "data" in told:
-        told["data"] = [_without_folders(one) for one in told["data"]]
+        data = told["data"] if isinstance(told["data"], list | tuple) else [told["data"]]
+        told["data"] = [_without_folders(str(one)) for one in data]
     return told
 
 

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Sequence
-from importlib.metadata import version
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -14,6 +11,7 @@ from torch import nn
 
 from ..modeling_iclip import ICLIPModel, ICLIPTextFeatures
 from ..models.explainable import ExplainableModel
+from ..models.identity import configuration_digest, digest, software
 from ..presence import BACKGROUND
 from ..utils.digests import weights_digest
 from ..utils.files import cache_folder, keep_in_cache
@@ -37,8 +35,7 @@ def encode_background(model: ExplainableModel, templates: Sequence[str]) -> ICLI
     network = model.network
     if not isinstance(network, ICLIPModel) or network.text_model.device.type != "cpu":  # another device, or offloaded
         return model.encode_texts(BACKGROUND, templates)
-    key = json.dumps([network.config._name_or_path, *templates])
-    path = cache_folder() / "nouns" / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.safetensors"
+    path = cache_folder() / "nouns" / f"{digest([network.config._name_or_path, *templates])}.safetensors"
     fingerprint = _fingerprint(model, templates)
     try:
         with safe_open(path, "pt") as file:
@@ -55,10 +52,9 @@ def encode_background(model: ExplainableModel, templates: Sequence[str]) -> ICLI
 def _fingerprint(model: ExplainableModel, templates: Sequence[str]) -> dict[str, str]:
     """Returns everything that the features depend on: token ids, the text side of the model, and versions."""
     network, prompts = model.network, model.processor(labels=BACKGROUND, templates=templates)
-    tokens = json.dumps({name: torch.as_tensor(value).tolist() for name, value in prompts.items()})
     return {
-        "tokens": hashlib.sha256(tokens.encode()).hexdigest(),
+        "tokens": digest({name: torch.as_tensor(value).tolist() for name, value in prompts.items()}),
         "weights": weights_digest(nn.ModuleList([network.text_model, network.recognition, network.map_branch])),
-        "config": network.config.to_json_string(use_diff=False),
-        "versions": " ".join(version(name) for name in ("iclip-hf", "torch", "transformers")),
+        "configuration": configuration_digest(network.config),
+        "software": software(),
     }

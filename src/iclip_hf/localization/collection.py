@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from ..data.pairs import PairDataset, load_pairs
 from ..images import IMAGE_SUFFIXES, load_image
+from ..models.identity import changed
 from ..utils.digests import content_digest
 from ..utils.distributed import partner_errors, shared_folder_lock, this_process
 from ..utils.extras import require_extra
@@ -95,7 +96,9 @@ def open_images(sources: Sequence[str | os.PathLike]) -> ImageFolder | PairDatas
     Raises:
         `FileNotFoundError`: there are no images. `ValueError`: a folder of images is combined with other sources.
     """
-    folders = [Path(source) for source in sources if Path(source).is_dir() and not any(Path(source).glob("*.tar"))]
+    folders = [
+        Path(source) for source in sources if Path(source).is_dir() and not any(Path(source).glob("*.[tT][aA][rR]"))
+    ]
     if not folders:
         return load_pairs(sources)
     if len(sources) > 1:
@@ -152,7 +155,7 @@ def explain_collection(
         [`CollectionReport`], the same on every process.
 
     Raises:
-        `ValueError`: the folder contains files of other images, texts, weights or options; or a number is below 1. `OSError`: the
+        `ValueError`: the folder contains files of other images or texts, another model or other options; or a number is below 1. `OSError`: the
         folder cannot be written, another run is writing there, or another process of this run died.
     """
     if min(batch_size, images_per_file) < 1:
@@ -167,9 +170,7 @@ def explain_collection(
     settings = {**localizer.settings, "images": fingerprint, "images_per_file": images_per_file}
     with shared_folder_lock(output, state):
         for file in output.glob("explanations-*.parquet"):
-            found = _metadata(file)["settings"]
-            if found != settings:
-                differing = sorted(name for name in settings if found.get(name) != settings[name])
+            if differing := changed(_metadata(file)["settings"], settings):
                 raise ValueError(
                     f"{file}: expected a file of this run, got one of other {', '.join(differing)}; choose another output folder."
                 )
@@ -239,7 +240,12 @@ def _png(mask: np.ndarray) -> bytes:
 
 def _metadata(file: Path) -> dict:
     """Returns the metadata of a file from `explain_collection`: settings and broken images."""
-    metadata = pq.read_schema(file).metadata or {}
+    try:
+        metadata = pq.read_schema(file).metadata or {}
+    except pa.ArrowInvalid as error:
+        raise ValueError(
+            f"{file}: expected a whole Parquet file, but got a damaged one ({error}); delete it, then rerun to resume."
+        ) from error
     if b"iclip" not in metadata:
         raise ValueError(
             f"{file}: expected a file that this command wrote, but got another; choose another output folder."

@@ -16,9 +16,11 @@ from ..explainers import WordExplainer, WordScore, make_explainer, select_texts
 from ..explainers.refinement import refine_maps
 from ..images import map_groups, read_image
 from ..modeling_iclip import ICLIPImageFeatures, ICLIPTextFeatures, cosines
+from ..models.loading import load
 from ..presence import MIN_PRESENCE, presence
 from ..processing_iclip import array_to_image, check_thresholds
 from ..prompts import check_templates
+from ..similarity import check_finite
 from ..utils.prefetch import Item, prefetch_map
 from .background import encode_background
 from .explanation import Explanation
@@ -64,7 +66,7 @@ class Localizer:
 
     Args:
         model, method, method_options: as for [`make_explainer`].
-        texts: T labels.
+        texts: T labels, or one.
         templates: prompts with one `{}` each; the processor's if not given.
         threshold (`float` in [0, 1], or T of them): foreground is M > threshold.
         min_presence (`float` in [0, 1]): a text with a lower presence gets an empty mask.
@@ -86,7 +88,7 @@ class Localizer:
     def __init__(
         self,
         model,
-        texts: Sequence[str],
+        texts: str | Sequence[str],
         *,
         method: str = "itsm",
         templates: Sequence[str] | None = None,
@@ -122,12 +124,12 @@ class Localizer:
 
     @property
     def settings(self) -> dict:
-        """Everything that results depend on besides the images, as plain values. Computes a digest of the weights."""
+        """Everything that results depend on besides the images, as plain values. Computes the identity of the model."""
         asked = {"texts": self.texts, "thresholds": self.thresholds}
         return {**self.model.identity, **self._settings, **asked}
 
-    def _ask(self, texts: Sequence[str], threshold: float | Sequence[float]) -> None:
-        self.texts = list(texts)
+    def _ask(self, texts: str | Sequence[str], threshold: float | Sequence[float]) -> None:
+        self.texts = [texts] if isinstance(texts, str) else list(texts)
         thresholds = check_thresholds(threshold)
         self.thresholds = thresholds.expand(len(self.texts) if thresholds.ndim == 0 else -1).tolist()
         if not self.texts:
@@ -141,7 +143,7 @@ class Localizer:
         if self._word_method is not None:
             self._words = WordExplainer(self.model, self.texts, self.templates, self._word_method)
 
-    def about(self, texts: Sequence[str], threshold: float | Sequence[float] = 0.5) -> Localizer:
+    def about(self, texts: str | Sequence[str], threshold: float | Sequence[float] = 0.5) -> Localizer:
         """Returns a localizer for other texts that shares the prepared model and the encoded background texts."""
         other = copy.copy(self)
         other._ask(texts, threshold)
@@ -190,9 +192,9 @@ class Localizer:
                     image.pixel_values.shape,
                     None if image.own_size is None else image.own_size.shape,
                     len(image.rows),
-                    image.features and id(image.features),
+                    None if image.features is None else index,
                 )
-                for image in readable
+                for index, image in enumerate(readable)
             ]
             explanations = iter(map_groups(self._explain, readable, keys))
             yield from (None if image is None else next(explanations) for image in batch)
@@ -239,6 +241,9 @@ class Localizer:
         Returns:
             `tuple`: raw maps `(B, T, h, w)`, cosines `(B, T)` and presence `(B, T)`, on the CPU, and for each image the word
             scores of all texts of the localizer, None where they were not asked for.
+
+        Raises:
+            `ValueError`: the model gives NaN or infinity.
         """
         maps, image = self.explainer.forward(pixel_values, texts)
         if own_size is not None:
@@ -246,8 +251,10 @@ class Localizer:
                 image = self.model.encode_images(own_size)
         matches, background = (self.model.match(image, one) for one in (texts, self._background))
         scores = cosines(image.image_embeds, texts.text_embeds)
+        presences = presence(matches, background)
+        check_finite(maps, scores, presences)
         words = [None] * len(maps) if self._words is None else self._words(image.image_embeds)
-        return maps.cpu(), scores.cpu(), presence(matches, background).cpu(), words
+        return maps.cpu(), scores.cpu(), presences.cpu(), words
 
     def explain_all(
         self,
@@ -282,7 +289,7 @@ class Localizer:
 def explain(
     model,
     images,
-    texts: Sequence[str] | Sequence[Sequence[str]],
+    texts: str | Sequence[str] | Sequence[Sequence[str]],
     method: str = "itsm",
     *,
     templates: Sequence[str] | None = None,
@@ -310,7 +317,7 @@ def explain(
         model ([`ExplainableModel`]): or anything that [`load`] takes.
         images: an image, or a list of B images of any shapes: PIL images, numpy arrays or tensors as for [`ICLIPProcessor`], paths,
             URLs or base64 text.
-        texts: labels shared by all images, or for a list of images a list of labels for each; these may differ in length.
+        texts: one label, or labels shared by all images, or for a list of images a list of labels for each; these may differ in length.
         method (`str`), method_options: as for [`make_explainer`].
         templates: prompts with one `{}` each for the labels; the processor's if not given. `["{}"]` takes the texts as they are.
         target_sizes: `(height, width)` in pixels of each image's maps; the size of the image if not given.
@@ -326,14 +333,16 @@ def explain(
         `ValueError`, `TypeError`: as [`make_explainer`] and [`ICLIPProcessor`]; or the numbers of images, texts and sizes differ.
         `OSError`: an image cannot be read.
     """
+    model = load(model)
     is_one = isinstance(images, (Image.Image, str, os.PathLike)) or getattr(images, "ndim", 4) < 4
     images = [
         array_to_image(image) if hasattr(image, "shape") else read_image(image, timeout)
         for image in ([images] if is_one else images)
     ]
-    if not images or isinstance(texts, str) or not len(texts):
+    texts = [texts] if isinstance(texts, str) else texts
+    if not images or not len(texts):
         raise ValueError(
-            f"Expected at least one image and a list of texts, got {len(images)} images and {texts!r:.100}: pass both as lists."
+            f"Expected at least one image and one text, got {len(images)} images and {texts!r:.100}: pass both."
         )
     per_image = all(isinstance(one, (list, tuple)) for one in texts)
     labels = texts if per_image else [None] * len(images)

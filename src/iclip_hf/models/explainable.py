@@ -13,7 +13,7 @@ from torch import nn
 from ..modeling_iclip import ICLIPImageFeatures, ICLIPTextFeatures, average_templates, cosines, normalize
 from ..prompts import check_templates
 from ..similarity import cosine_similarity_map
-from ..utils.digests import content_digest, weights_digest
+from .identity import identity
 from .recording import AttentionLayer, AttentionRecord, merge_heads, prepare, private_copy, record
 
 
@@ -22,13 +22,14 @@ TEXT_BATCH = 256
 
 
 class Pooling(Enum):
-    """What the score of an image and a text is computed from."""
+    """
+    What the score of an image and a text is computed from: the output of the first query of the last attention, which is that of
+    the class token or of a pooling head; a vector pooled from patch tokens; or the similarities of the patches and the text.
+    """
 
-    ONE_QUERY = (
-        "one_query"  # output of the first query of the last attention: of the class token, or of a pooling head
-    )
-    PATCHES = "patches"  # one vector, pooled from patch tokens
-    SIMILARITIES = "similarities"  # the similarities of all patches with the text; the image has no vector
+    ONE_QUERY = "one_query"
+    PATCHES = "patches"
+    SIMILARITIES = "similarities"
 
 
 class ExplainableModel(ABC):
@@ -53,8 +54,8 @@ class ExplainableModel(ABC):
 
     @property
     def identity(self) -> dict[str, str]:
-        """Name, digest of the weights and dtype of the model, for results. Reads all weights."""
-        return identity(self._given[0])
+        """Description of the model by digests of all that its numbers depend on, see [`~identity.identity`]. Reads all weights."""
+        return identity(*self._given)
 
     def encode_texts(self, labels: Sequence[str], templates: Sequence[str] | None = None) -> ICLIPTextFeatures:
         """
@@ -176,15 +177,6 @@ def recordable(model: ExplainableModel, purpose: str) -> RecordableModel:
             "reversed_itsm or attention, or the model that was exported."
         )
     return model
-
-
-def identity(model) -> dict[str, str]:
-    """Returns the description of a model in results: its name, a digest of its weights, and its dtype."""
-    is_module = isinstance(model, nn.Module)
-    dtype = next(model.parameters()).dtype if is_module else model.dtype
-    name = getattr(getattr(model, "config", None), "_name_or_path", "") or type(model).__name__
-    weights = weights_digest(model) if is_module else content_digest(sorted(model.folder.glob("*.onnx*")))
-    return {"model": name, "weights": weights, "dtype": str(dtype).removeprefix("torch.")}
 
 
 def join_texts(parts: Sequence[ICLIPTextFeatures]) -> ICLIPTextFeatures:

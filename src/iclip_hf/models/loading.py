@@ -75,23 +75,25 @@ def load(
         `OSError`: the model or one of its files does not exist. `TypeError`: the model is of another kind. `ValueError`: a file is
             damaged, lacks weights or contains NaN; or dtype or device are given for a model that has its own.
     """
-    if isinstance(source, (str, os.PathLike)):
+    is_name = isinstance(source, (str, os.PathLike))
+    if is_name:
         source = _located(source)
-        if not Path(source, VISION_FILE).is_file():
-            device = _usable(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-            if dtype == "bfloat16" and device.type == "cpu":
-                warn_of_slow_bfloat16()
-            model, processor = load_pretrained(source, **({} if dtype is None else {"dtype": dtype}))
-            return _explainable(model.to(device), processor)
-    if dtype is not None or device is not None:
-        kind = type(source).__name__ if not isinstance(source, (str, os.PathLike)) else f"the ONNX folder {source}"
+    is_onnx = is_name and Path(source, VISION_FILE).is_file()
+    if (is_onnx or not is_name) and (dtype or device):
         raise ValueError(
-            f"Expected dtype and device with the name of a model, got {dtype or device} with {kind}, which has its own: leave it out."
+            f"Expected dtype and device with the name of a PyTorch model, got {dtype or device} with "
+            f"{source if is_onnx else type(source).__name__}, which has its own: leave it out."
         )
+    if is_onnx:
+        source = ONNXModel(source), AutoProcessor.from_pretrained(source, trust_remote_code=False)
+    elif is_name:
+        device = _usable(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        if dtype == "bfloat16" and device.type == "cpu":
+            warn_of_slow_bfloat16()
+        model, processor = load_pretrained(source, **({} if dtype is None else {"dtype": dtype}))
+        source = model.to(device), processor
     if isinstance(source, ExplainableModel):
         return source
-    if isinstance(source, (str, os.PathLike)):
-        return ExplainableONNX(ONNXModel(source), AutoProcessor.from_pretrained(source, trust_remote_code=False))
     if not isinstance(source, tuple) or len(source) != 2:
         raise TypeError(
             "Expected a folder, a Hub id, a pair (model, processor) or a result of load, got "

@@ -45,6 +45,7 @@ class ExplainableOpenCLIP(RecordableModel):
         image_processor = whole_image_processor(self.side, options["mean"], options["std"], resample)
         patch_size, *_ = getattr(model.visual, "patch_size", [32])  # a ResNet has a position for every 32 pixels
         super().__init__(model, _ImagesOnly(image_processor, patch_size=patch_size))
+        self._given = model, tokenizer  # its configuration tells how images are prepared
         if getattr(model.visual, "pool_type", "tok") != "tok":
             self.pooling = self.map_pooling = Pooling.PATCHES
 

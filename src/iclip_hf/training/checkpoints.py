@@ -5,9 +5,8 @@ from __future__ import annotations
 import copy
 import json
 import os
-import re
 import shutil
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -17,12 +16,17 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
+from ..data.pairs import PairDataset, PairStream
+from ..data.segmentation import SegmentationDataset
 from ..hub.model_card import write_model_card
 from ..modeling_iclip import ICLIPModel
+from ..models.identity import changed, digest
 from ..processing_iclip import ICLIPProcessor
 from ..utils.extras import require_extra
-from ..utils.files import writing_errors
+from ..utils.files import atomic_write, writing_errors
+from .checks import checkpoints
 from .low_rank import add_low_rank, low_rank_of, merge_low_rank
+from .nouns import NounPrompts
 from .settings import Settings, changed_settings
 
 
@@ -44,7 +48,9 @@ class RunState:
         metrics: results of this model, or of the last one without validation.
         evaluation: its results on maps, as `iclip evaluate` returns them.
         settings: settings of the run.
+        content: identity of the model that the run started from, and digests of what settings name, see [`known_by_content`].
         sharded: whether the run shards its weights with FSDP.
+        measured: whether the model of this step has been evaluated, if it is to be.
     """
 
     step: int = 0
@@ -56,7 +62,9 @@ class RunState:
     metrics: dict = field(default_factory=dict)
     evaluation: dict | None = None
     settings: dict = field(default_factory=dict)
+    content: dict = field(default_factory=dict)
     sharded: bool = False
+    measured: bool = True
 
 
 def keep_learning_weights_only(accelerator: Accelerator) -> None:
@@ -89,11 +97,6 @@ def keep_learning_weights_only(accelerator: Accelerator) -> None:
     accelerator.register_load_state_pre_hook(load)
 
 
-def checkpoints(output_dir: Path) -> list[Path]:
-    """Returns the complete checkpoints of a run, oldest first."""
-    return sorted(path for path in output_dir.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name))
-
-
 def state_to_resume(settings: Settings, fixed: Collection[str] = ()) -> tuple[Path | None, RunState]:
     """
     Finds the checkpoint to resume from.
@@ -117,15 +120,49 @@ def state_to_resume(settings: Settings, fixed: Collection[str] = ()) -> tuple[Pa
         )
     last = checkpoints(folder)[-1]
     state = RunState(**json.loads((last / "state.json").read_text()))
-    if changed := changed_settings(settings, state.settings, fixed):
+    if others := changed_settings(settings, state.settings, fixed):
         differences = ", ".join(
-            f"{name} from {state.settings.get(name)} to {getattr(settings, name)}" for name in changed
+            f"{name} from {state.settings.get(name)} to {getattr(settings, name)}" for name in others
         )
         raise ValueError(
             f"{folder}: expected the settings of the run to resume, but got others: {differences}; repeat the command that began it, on "
             "the same pairs, with --resume, or name another output_dir."
         )
     return last, state
+
+
+def known_by_content(
+    settings: Settings,
+    pairs: PairDataset | PairStream,
+    held_out: PairDataset | None,
+    nouns: NounPrompts | None,
+    segmentation: SegmentationDataset | None,
+) -> dict[str, str | list[str] | None]:
+    """
+    Returns digests of what settings name besides the model, by the name of the setting. The files are read once, and again only after
+    a change. A stream has none: it is known by its name.
+    """
+    return {
+        "data": settings.data if isinstance(pairs, PairStream) else pairs.fingerprint(),
+        "validation_data": held_out and held_out.fingerprint(),
+        "nouns": nouns and digest(nouns.nouns),
+        "eval_root": segmentation and segmentation.fingerprint(),
+    }
+
+
+def check_content(checkpoint: Path, state: RunState, content: Mapping) -> None:
+    """
+    Checks that a run goes on with the model and the data that it began with. Their places may differ, and the software, so that a
+    long run can outlive an update.
+
+    Raises:
+        `ValueError`: something has changed.
+    """
+    if differing := changed(state.content, content, may_differ=["software"]):
+        raise ValueError(
+            f"{checkpoint}: expected the run to go on with the content that it began with, but got other {', '.join(differing)}; "
+            "restore what has changed, or name another output_dir."
+        )
 
 
 @contextmanager
@@ -147,7 +184,7 @@ def advice_to_resume(output_dir: Path) -> Iterator[None]:
 
 def save_checkpoint(accelerator: Accelerator, output_dir: Path, state: RunState, keep: int) -> None:
     """Saves `checkpoint-<state.step>` atomically, and deletes all but the last `keep` checkpoints."""
-    target = output_dir / f"checkpoint-{state.step:07d}"
+    target = _checkpoint(output_dir, state)
     partial = Path(f"{target}.partial")
     if accelerator.is_main_process:
         shutil.rmtree(partial, ignore_errors=True)
@@ -157,11 +194,27 @@ def save_checkpoint(accelerator: Accelerator, output_dir: Path, state: RunState,
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         with writing_errors(target):
-            (partial / "state.json").write_text(json.dumps(asdict(state), indent=2))
+            (partial / "state.json").write_text(_json(state))
         os.replace(partial, target)
         for old in checkpoints(output_dir)[:-keep]:
             shutil.rmtree(old)
     accelerator.wait_for_everyone()  # a launcher ends all processes as soon as one has ended
+
+
+def update_checkpoint(accelerator: Accelerator, output_dir: Path, state: RunState) -> None:
+    """Saves the state in the checkpoint of its step again, after an evaluation."""
+    if accelerator.is_main_process:
+        with atomic_write(_checkpoint(output_dir, state) / "state.json") as partial:
+            partial.write_text(_json(state))
+    accelerator.wait_for_everyone()
+
+
+def _checkpoint(output_dir: Path, state: RunState) -> Path:
+    return output_dir / f"checkpoint-{state.step:07d}"
+
+
+def _json(state: RunState) -> str:
+    return json.dumps(asdict(state), indent=2)
 
 
 def whole_model(accelerator: Accelerator, pair_model: nn.Module) -> ICLIPModel:

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from ..data.sources import BAD_PAIR, Columns, Source, TarShard, is_hub_id, open_sources
+from ..utils.files import check_own_folder
 from .settings import Settings
 
 
@@ -27,13 +28,24 @@ def check_run(settings: Settings) -> None:
     """
     check_packages(settings)
     folder = Path(settings.output_dir)
-    if not settings.resume and any(folder.glob("checkpoint-*[0-9]")):
+    if settings.model and os.path.realpath(settings.model) == os.path.realpath(folder):
+        raise ValueError(
+            f"{folder}: expected another output_dir than the folder of model, got the same; name a new one."
+        )
+    if not checkpoints(folder):
+        check_own_folder(folder)
+    elif not settings.resume:
         raise ValueError(
             f"{folder}: expected a new folder, but it holds a run already; add --resume to go on with it, or name another "
             "output_dir."
         )
     if settings.model:
         check_model(settings.model)
+        if folder.is_dir() and Path(settings.model).is_dir() and folder.samefile(settings.model):
+            raise ValueError(
+                f"{folder}: expected another folder than that of model, which a resumed run reads again, but got the same; name a new "
+                "output_dir."
+            )
     elif not Path(settings.config).with_name("config.json").is_file():
         raise FileNotFoundError(
             f"{settings.config}: expected the model's config.json and processor_config.json beside it, but got none; copy its "
@@ -52,6 +64,11 @@ def check_run(settings: Settings) -> None:
             check_pairs(sources, settings.max_bad_share)
     if settings.validation_data:
         open_sources(settings.validation_data, columns)
+
+
+def checkpoints(output_dir: Path) -> list[Path]:
+    """Returns the complete checkpoints of a run, oldest first."""
+    return sorted(state.parent for state in output_dir.glob(f"checkpoint-{'[0-9]' * 7}/state.json"))
 
 
 def check_packages(settings: Settings) -> None:

@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
 from ..data.pairs import DroppedConnectionError, PairDataset, PairStream
 from ..processing_iclip import ICLIPProcessor
 from ..utils.extras import require_extra
+from .interrupts import ignore_signals
 from .nouns import NounPrompts
 
 
@@ -248,7 +249,7 @@ class BatchLoader:
             num_workers=num_workers,
             collate_fn=dataset.collate,
             pin_memory=self.device.type == "cuda",
-            worker_init_fn=_ignore_interrupts,
+            worker_init_fn=ignore_signals,
         )
 
     def epoch(self, epoch: int, first: int = 0) -> Iterator[dict]:
@@ -305,8 +306,3 @@ class BatchLoader:
                 raise ValueError(
                     "Expected a whole batch in this process's part of the stream, got less: lower batch_size."
                 )
-
-
-def _ignore_interrupts(worker: int) -> None:
-    """Ignores Ctrl-C, which reaches every process of the terminal. The training process ends its workers."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)

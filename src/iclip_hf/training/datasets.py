@@ -22,24 +22,12 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 
-def load_datasets(
-    settings: Settings, model: ICLIPModel, processor: ICLIPProcessor, accelerator: Accelerator
-) -> tuple[Dataset, PairDataset | None, Dataset | None]:
+def open_pairs(settings: Settings, accelerator: Accelerator) -> tuple[PairDataset | PairStream, PairDataset | None]:
     """
-    Loads the data of a run, and computes the feature cache if the settings have one.
-
-    Args:
-        settings: settings of the run.
-        model: model to train. It is moved to the device; its `token_mean` is set if it centers tokens.
-        processor: processor of the model.
-        accelerator: its processes share the work.
-
-    Returns:
-        `tuple`: the training data set, the local validation pairs, and the validation data set; None without validation data.
+    Opens the training pairs of a run, and those of its validation.
 
     Raises:
-        `ValueError`: `cache_features` with an image tower that learns or with a stream, or the data is not as described.
-        `FileNotFoundError`: data is missing.
+        `ValueError`: the data is not as described, or a share of a stream is to be held out. `FileNotFoundError`: data is missing.
     """
     shared = {"seed": settings.seed, "max_bad_share": settings.max_bad_share}
     shared |= {"image_column": settings.image_column or None, "caption_column": settings.caption_column or None}
@@ -53,12 +41,39 @@ def load_datasets(
         if isinstance(pairs, PairStream):
             raise ValueError("Expected validation_data for a stream, got validation_share: name local pairs.")
         pairs, held_out = pairs.split(settings.validation_share)
+    return pairs, held_out
+
+
+def load_datasets(
+    settings: Settings,
+    pairs: PairDataset | PairStream,
+    held_out: PairDataset | None,
+    nouns: NounPrompts | None,
+    model: ICLIPModel,
+    processor: ICLIPProcessor,
+    accelerator: Accelerator,
+) -> tuple[Dataset, Dataset | None]:
+    """
+    Prepares the data of a run for training, and computes the feature cache if the settings have one.
+
+    Args:
+        settings: settings of the run.
+        pairs, held_out: from [`open_pairs`].
+        nouns: draws noun prompts.
+        model: model to train. It is moved to the device; its `token_mean` is set if it centers tokens.
+        processor: processor of the model.
+        accelerator: its processes share the work.
+
+    Returns:
+        `tuple`: the training data set, and the validation data set or None.
+
+    Raises:
+        `ValueError`: `cache_features` with an image tower that learns or with a stream, or too many pairs are bad.
+    """
     whole = WholeImage(processor)
 
     def augmented() -> AugmentedImage:
         return AugmentedImage(processor, settings.crop_scale, settings.auto_augment, settings.random_erasing)
-
-    nouns = NounPrompts.from_file(settings.nouns, settings.noun_prompts, settings.seed) if settings.nouns else None
 
     def cached(pairs, part: str, transforms: list, nouns: NounPrompts | None = None) -> CachedPairs:
         if not model.config.lock_vision or isinstance(pairs, PairStream):
@@ -68,7 +83,7 @@ def load_datasets(
             )
         folder = Path(settings.cache_features, part)
         options = {"num_workers": settings.num_workers, "max_bad_share": settings.max_bad_share}
-        options |= {"map_tokens": settings.map_tokens, "title": part.capitalize()}
+        options |= {"map_tokens": settings.map_tokens, "title": part.capitalize(), "earlier_mean": earlier_mean}
         views = cache_images(folder, pairs, model, transforms, accelerator, **options)
         texts = {}
         if settings.lock_text:
@@ -88,10 +103,12 @@ def load_datasets(
         some = (pair["image"] for pair in itertools.islice(pairs, 256))
     else:
         some = (pairs[index]["image"] for index in range(0, len(pairs), max(1, len(pairs) // 256)))
+    # Of an earlier training; otherwise it depends on the tower and the images, as the features do, and is rounded anew by each run.
+    earlier_mean = model.token_mean.tolist() if model.config.center_tokens and model.token_mean.any() else None
     set_token_mean(model, map(whole, some))
     if settings.cache_features:
         training = cached(pairs, "training", [whole] + [augmented() for _ in range(settings.views - 1)], nouns)
-        return training, held_out, held_out and cached(held_out, "validation", [whole])
+        return training, held_out and cached(held_out, "validation", [whole])
     prepared = TrainingStream if isinstance(pairs, PairStream) else TrainingPairs
     training = prepared(pairs, augmented(), processor, settings.seed, nouns)
-    return training, held_out, held_out and TrainingPairs(held_out, whole, processor, settings.seed)
+    return training, held_out and TrainingPairs(held_out, whole, processor, settings.seed)

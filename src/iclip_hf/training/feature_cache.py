@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import math
@@ -21,12 +20,14 @@ from transformers import PreTrainedModel
 from ..configuration_iclip import ICLIPConfig
 from ..data.pairs import BadPairError, PairDataset
 from ..modeling_iclip import ICLIPModel
+from ..models.identity import configuration_digest, digest, software, tokenizer_digest
 from ..pooling import normalize_attention, pool
 from ..processing_iclip import ICLIPProcessor
 from ..utils.digests import weights_digest
 from ..utils.distributed import agreed, partner_errors, shared_folder_lock
-from ..utils.files import atomic_write, writing_errors
+from ..utils.files import atomic_write, check_own_folder, writing_errors
 from .data import seeded
+from .interrupts import ignore_signals
 from .loss import map_features
 from .nouns import NounPrompts
 
@@ -71,13 +72,33 @@ def branch_features(rows: torch.Tensor, config: ICLIPConfig) -> tuple[torch.Tens
     return (rows[:, recognised].flatten(1), drawn) if config.dual_projection else (drawn,)
 
 
+# Options of a model that [`image_rows`] does not depend on: of the towers, which have digests, of the projections and what they
+# compute, and of the choice among the rows, which hold all. Other options count, also those that a later version adds.
+_AFTER_THE_ROWS = {
+    "vision_config",
+    "text_config",
+    "lock_vision",
+    "text_pooling",
+    "projection_dim",
+    "dual_projection",
+    "projection_bias",
+    "logit_scales",
+    "logit_scale_init_value",
+    "max_sharpness",
+    "map_attention",
+    "pooling",
+    "recognition_pooling",
+}
+# With `max_over="channels"` the rows hold both norms, and the patch tokens as they are.
+_AFTER_POOLED_ROWS = {"attention_norm", "center_tokens", "map_affinity"}
+
+
 def image_settings(config: ICLIPConfig, map_tokens: int) -> dict:
     """Returns the options of a model that [`image_rows`] depends on, besides its image tower."""
-    names = ["attention_quantile", "value_share"]
+    names = {*type(config).__annotations__} - _AFTER_THE_ROWS
     if config.max_over == "channels":
-        return {name: getattr(config, name) for name in names}
-    names += ["attention_norm", "center_tokens", "map_affinity"]
-    return {"map_tokens": map_tokens, **{name: getattr(config, name) for name in names}}
+        return {name: getattr(config, name) for name in sorted(names - _AFTER_POOLED_ROWS)}
+    return {"map_tokens": map_tokens, **{name: getattr(config, name) for name in sorted(names)}}
 
 
 class FeatureShards:
@@ -102,6 +123,7 @@ class FeatureShards:
         now = json.loads(json.dumps({**fingerprint, "rows": rows, "version": 2}))
         file = folder / "fingerprint.json"
         if not file.exists():
+            check_own_folder(folder, file.name)
             with writing_errors(folder):
                 folder.mkdir(parents=True, exist_ok=True)
             with atomic_write(file) as partial:
@@ -176,6 +198,7 @@ def cache_images(
     accelerator: Accelerator,
     *,
     map_tokens: int = 16,
+    earlier_mean: list[float] | None = None,
     batch_size: int = 64,
     num_workers: int = 0,
     max_bad_share: float = 0.05,
@@ -191,6 +214,7 @@ def cache_images(
         transforms: one for each view. The random numbers of a transform depend only on (view, index).
         accelerator: its processes share the work.
         map_tokens: see [`PairModel`].
+        earlier_mean: the model's `token_mean` if it is not that of these pairs.
         batch_size: number of images in one forward pass.
         num_workers: number of loading processes for each process of the accelerator.
         max_bad_share: largest allowed share of pairs with a broken image or no caption. Such pairs have no captions in the cache.
@@ -208,12 +232,14 @@ def cache_images(
     views = []
     settings = image_settings(model.config, map_tokens)
     # Models with other options for tokens have folders of their own.
-    kind = "images" if model.config.max_over == "channels" else f"tokens-{_digest([*settings.items()])}"
+    kind = "images" if model.config.max_over == "channels" else f"tokens-{digest(settings)}"
     for view, transform in enumerate(transforms):
         fingerprint = {
             "tower": tower_digest(model.vision_model),
             **settings,
             "mixed_precision": accelerator.mixed_precision,
+            "token_mean": earlier_mean and digest(earlier_mean),
+            "software": software(),
             "data": data,
             "view": view if transform.is_random else None,
             **transform.description(),
@@ -265,14 +291,15 @@ def cache_texts(
 ) -> CachedTexts:
     """Computes the text tower's feature of each distinct text, unless they are cached already."""
     texts = sorted(set(texts), key=lambda text: (len(text), text))  # batches of similar length need little padding
-    # The probe shows how case, accents, punctuation and truncation are handled. A tokenizer's own state changes with use.
+    # The probe shows what the processor adds: length and padding.
     probe = processor(text=["A photo of Two Dogs, naïve.", "long " * 1000])["input_ids"].tolist()
     fingerprint = {
         "tower": tower_digest(model.text_model),
         "text_pooling": model.config.text_pooling,
         "mixed_precision": accelerator.mixed_precision,
-        "tokenizer": _digest([sorted(processor.tokenizer.get_vocab().items()), probe]),
-        "texts": _digest(texts),
+        "tokenizer": digest([tokenizer_digest(processor.tokenizer), probe]),
+        "software": software(),
+        "texts": digest(texts),
     }
     shards = FeatureShards(folder, fingerprint, len(texts))
 
@@ -353,17 +380,11 @@ class CachedPairs(Dataset):
 
 def tower_digest(tower: PreTrainedModel) -> str:
     """Returns 16 hex digits over the weights and the configuration of a tower."""
-    unrelated = ("_name_or_path", "transformers_version", "dtype", "architectures")
-    config = {name: value for name, value in tower.config.to_dict().items() if name not in unrelated}
-    return _digest([config, weights_digest(tower)])
+    return digest([configuration_digest(tower.config), weights_digest(tower)])
 
 
 def _json(file: Path):
     return json.loads(file.read_text())
-
-
-def _digest(value: list) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
 
 
 class _ViewReader(Dataset):
@@ -404,7 +425,8 @@ def _fill(
             for rows in map(shards.rows_of, todo)
             for start in range(0, len(rows), batch_size)
         ]
-        loader = DataLoader(dataset, batch_sampler=batches, num_workers=num_workers, collate_fn=list)
+        options = {"num_workers": num_workers, "collate_fn": list, "worker_init_fn": ignore_signals}
+        loader = DataLoader(dataset, batch_sampler=batches, **options)
         features, captions = [], []
         with tqdm(total=sum(map(len, batches)), desc=title, disable=not accelerator.is_main_process) as bar:
             for items in loader:

@@ -6,6 +6,17 @@ import os
 import signal
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+
+def ignore_signals(worker: int) -> None:
+    """
+    Ignores Ctrl-C and SIGTERM, which reach every process of a terminal or job, in a worker of a `DataLoader`. The training process ends
+    its workers.
+    """
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
 
 
 class Interrupts:
@@ -27,6 +38,15 @@ class Interrupts:
     def __exit__(self, *exception) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
+
+    @contextmanager
+    def at_once(self) -> Iterator[None]:
+        """Context in which a signal raises at once, also one that came before."""
+        self.deferred = False
+        if self.requested:
+            raise KeyboardInterrupt
+        yield
+        self.deferred = True
 
     def _handle(self, number: int, frame) -> None:
         now = time.monotonic()

@@ -82,9 +82,10 @@ def choose_settings(given: Mapping) -> dict[str, Choice]:
         float(f"{RATE * 1024 / batch:.4g}"),
         f"{RATE:g} for this batch, so that a trained model keeps what it knows",
     )
-    epochs = choose("epochs", max(1, round(STEPS / steps_per_epoch)), f"{STEPS} steps")
-    choose("warmup_epochs", epochs / 10, "a tenth of the epochs")
-    steps = steps_per_epoch * epochs
+    steps = given.get("max_steps") or 0
+    if not steps:
+        steps = steps_per_epoch * choose("epochs", max(1, round(STEPS / steps_per_epoch)), f"{STEPS} steps")
+    choose("warmup_epochs", steps / steps_per_epoch / 10, "a tenth of the run")
     choose("eval_steps", max(1, steps // 5), "5 times in the run")
     choose("log_steps", max(1, steps // 100), "100 times in the run")
     workers = min(training // 250, 4, spare_processors())

@@ -25,24 +25,30 @@ from ..data.segmentation import load_segmentation
 from ..evaluation.evaluate import evaluate
 from ..hub.folders import join_towers
 from ..modeling_iclip import ICLIPModel
+from ..models.identity import identity
 from ..models.loading import load_iclip, warn_of_slow_bfloat16
 from ..processing_iclip import ICLIPProcessor
 from ..utils.distributed import partner_errors, shared_folder_lock
 from ..utils.files import atomic_write
 from .checkpoints import (
     advice_to_resume,
+    check_content,
     export,
     keep_learning_weights_only,
+    known_by_content,
     save_checkpoint,
     state_to_resume,
+    update_checkpoint,
     whole_model,
 )
+from .checks import checkpoints
 from .data import BatchLoader, derive_seed
-from .datasets import load_datasets
+from .datasets import load_datasets, open_pairs
 from .interrupts import Interrupts
 from .loss import PairModel
 from .low_rank import add_low_rank
 from .meter import Meter
+from .nouns import NounPrompts
 from .report import report
 from .schedule import cosine_schedule, parameter_groups
 from .settings import MAP_METRICS, Settings
@@ -112,17 +118,20 @@ def train(settings: Settings) -> dict[str, float]:
     output_dir = Path(settings.output_dir)
     with advice_to_resume(output_dir), Interrupts() as interrupts:
         model, processor = build_model(settings)
+        started_from = identity(model, processor)
         if settings.text_lora_rank:
             add_low_rank(model, settings.text_lora_rank)
         accelerator = start_accelerator(settings, model)
-        with partner_errors("start it again"), shared_folder_lock(output_dir, accelerator):
-            return run(settings, model, processor, accelerator, interrupts)
+        new = not checkpoints(output_dir)
+        with partner_errors("start it again"), shared_folder_lock(output_dir, accelerator, own=new):
+            return run(settings, model, processor, started_from, accelerator, interrupts)
 
 
 def run(
     settings: Settings,
     model: ICLIPModel,
     processor: ICLIPProcessor,
+    started_from: dict[str, str],
     accelerator: Accelerator,
     interrupts: Interrupts,
 ) -> dict[str, float]:
@@ -147,7 +156,14 @@ def run(
     segmentation = None
     if settings.eval_dataset != "none":
         segmentation = load_segmentation(settings.eval_dataset, settings.eval_root, settings.eval_split or None)
-    training, held_out, validation = load_datasets(settings, model, processor, accelerator)
+    pairs, held_out = open_pairs(settings, accelerator)
+    nouns = NounPrompts.from_file(settings.nouns, settings.noun_prompts, settings.seed) if settings.nouns else None
+    with accelerator.main_process_first():  # the first process caches the digests of the files for the others
+        content = {**started_from, **known_by_content(settings, pairs, held_out, nouns, segmentation)}
+    if last_checkpoint:
+        check_content(last_checkpoint, state, content)
+    state.content = content
+    training, validation = load_datasets(settings, pairs, held_out, nouns, model, processor, accelerator)
     workers = 0 if settings.cache_features else settings.num_workers
     loader = BatchLoader(training, accelerator, settings.batch_size, settings.seed, workers, settings.pairs_per_epoch)
 
@@ -188,11 +204,38 @@ def run(
     if settings.model and state.step == 0:
         state.before, _ = evaluate_now()
 
-    # Loop
     bar = tqdm(total=total_steps, initial=state.step, desc="Training", disable=not accelerator.is_main_process)
     shown = {}  # beside the bar
+
+    def measure() -> None:
+        """Evaluates the model, and exports it if it is the best so far."""
+        metrics, evaluation = evaluate_now()
+        score = metrics.get(settings.best_metric)
+        last = state.step == total_steps
+        better = last if score is None else state.best is None or settings.is_better(score, state.best)
+        if better:
+            state.best, state.metrics, state.evaluation = score, metrics, evaluation
+            card = {"name": settings.name, "metrics": evaluation, "training": state.settings}
+            export(accelerator, pair_model, processor, output_dir, **card)
+        if score is not None:
+            shown[settings.best_metric] = f"{score:.4g}"
+            bar.set_postfix(shown)
+        state.measured = True
+
+    def measure_checkpoint() -> None:
+        try:
+            with interrupts.at_once():  # all is saved
+                measure()
+                update_checkpoint(accelerator, output_dir, state)
+        except KeyboardInterrupt:
+            bar.close()
+            raise KeyboardInterrupt(f"interrupted after step {state.step}") from None
+
+    # Loop
     meter = Meter(settings.batch_size)
     interrupts.deferred = True
+    if not state.measured:  # interrupted meanwhile
+        measure_checkpoint()
     while state.step < total_steps:
         epoch, first = divmod(state.step, loader.steps_per_epoch)
         for batch in loader.epoch(epoch, first):
@@ -247,21 +290,15 @@ def run(
                 accelerator.log(log, state.step)
                 shown |= {"loss": f"{log['loss']:.3f}", "pairs_per_s": f"{log['pairs_per_second']:.0f}"}
                 bar.set_postfix(shown)
-            if last or state.step % settings.eval_steps == 0:
-                metrics, evaluation = evaluate_now()
-                score = metrics.get(settings.best_metric)
-                better = last if score is None else state.best is None or settings.is_better(score, state.best)
-                if better:
-                    state.best, state.metrics, state.evaluation = score, metrics, evaluation
-                    card = {"name": settings.name, "metrics": evaluation, "training": state.settings}
-                    export(accelerator, pair_model, processor, output_dir, **card)
-                if score is not None:
-                    bar.set_postfix(shown := {**shown, settings.best_metric: f"{score:.4g}"})
-            if last or interrupted or state.step % settings.checkpoint_steps == 0:
+            state.measured = not (last or state.step % settings.eval_steps == 0)
+            saved = last or interrupted or state.step % settings.checkpoint_steps == 0
+            if saved:  # before measuring, which may take long or fail
                 save_checkpoint(accelerator, output_dir, state, settings.keep_checkpoints)
             if interrupted:
                 bar.close()
                 raise KeyboardInterrupt(f"interrupted after step {state.step}")
+            if not state.measured:
+                measure_checkpoint() if saved else measure()
             if last:
                 break
             meter.pause()

@@ -31,7 +31,8 @@ def setting(default, help: str, same: Callable | None = lambda value: value):
     Args:
         default: default value.
         help: description for the command line.
-        same: function of the value. Its result must be the same when a run resumes. None if the setting changes no result.
+        same: function of the value. Its result must be the same when a run resumes. None if the setting changes no result; `bool` if it
+            is a place, whose content is compared, see [`~checkpoints.known_by_content`].
     """
     make = {"default_factory": default.copy} if isinstance(default, list) else {"default": default}
     return field(**make, metadata={"help": help, "same": same})
@@ -56,12 +57,16 @@ class Settings:
 
     # model
     model: str = setting(
-        "", 'ICLIP model to continue to train (folder or Hub id), or "embedded", instead of two towers'
+        "",
+        'ICLIP model to continue to train (folder or Hub id), or "embedded", instead of two towers',
+        same=bool,
     )
     vision: str = setting(
-        "", 'image tower: a folder, a Hub id, a .pth file of DINO, or "embedded" for that of the embedded model'
+        "",
+        'image tower: a folder, a Hub id, a .pth file of DINO, or "embedded" for that of the embedded model',
+        same=bool,
     )
-    text: str = setting("", 'text tower: a folder, a Hub id, or "embedded" for that of the embedded model')
+    text: str = setting("", 'text tower: a folder, a Hub id, or "embedded" for that of the embedded model', same=bool)
     model_options: list[str] = setting([], "options that override those of config.json, as name=value")
     lock_text: bool = setting(False, "freeze the text tower")
     text_lora_rank: int = setting(
@@ -78,10 +83,11 @@ class Settings:
         [],
         "training pairs: a .csv or .tsv table, a folder of images with metadata.jsonl or with a subfolder for each class, tar "
         "shards, Parquet, a saved dataset, or a Hub dataset",
+        same=bool,
     )
     image_column: str = setting("", "column of the images, if it has no usual name")
     caption_column: str = setting("", "column of the captions, if it has no usual name")
-    validation_data: list[str] = setting([], "validation pairs, local")
+    validation_data: list[str] = setting([], "validation pairs, local", same=bool)
     validation_share: float = setting(0.0, "share of the pairs to validate on instead, which are not trained on")
     split: str = setting("train", "split of a Hub dataset")
     pairs_per_epoch: int = setting(
@@ -92,7 +98,9 @@ class Settings:
     auto_augment: str = setting("rand-m9-mstd0.5-inc1", "name of an augmentation policy of timm; empty for none")
     random_erasing: float = setting(0.25, "probability of erasing a rectangle")
     nouns: str = setting(
-        "", "text file with one noun in each line; nouns that occur in captions become prompts, as in GroupViT"
+        "",
+        "text file with one noun in each line; nouns that occur in captions become prompts, as in GroupViT",
+        same=bool,
     )
     noun_prompts: int = setting(3, "number of noun prompts for each pair; a noun counts once in a batch")
     noun_weight: float = setting(0.5, "share of noun prompts in the loss of noun_branches")
@@ -140,7 +148,7 @@ class Settings:
         1000, "number of steps between evaluations; the last step is always evaluated", same=None
     )
     eval_dataset: Literal[_EVAL_DATASETS] = setting("none", "segmentation data set for the evaluation of maps")
-    eval_root: str = setting("", "folder of eval_dataset")
+    eval_root: str = setting("", "folder of eval_dataset", same=bool)
     eval_split: str = setting("", "split of eval_dataset; the validation split if not given")
     best_metric: Literal[_BEST_METRICS] = setting(
         "auto", "metric that selects the best model; auto: text_to_image, or mMIoU without validation_data"
@@ -185,6 +193,11 @@ class Settings:
         branches = ("recognition", "interpretability")
         if unknown := [name for name in self.noun_branches if name not in branches]:
             raise ValueError(f"Expected noun_branches to be of {', '.join(branches)}, got {unknown[0]!r}: correct it.")
+        if self.views > 1 and not self.cache_features:
+            raise ValueError(
+                f"Expected cache_features for {self.views} views, which are views of cached images, got none: name a folder, or "
+                "leave views out."
+            )
         if self.validation_data and self.validation_share:
             raise ValueError("Expected validation_data or validation_share, got both: leave one out.")
         validated = bool(self.validation_data or self.validation_share)
@@ -223,13 +236,16 @@ class Settings:
 
 
 def add_settings(parser: argparse.ArgumentParser) -> None:
-    """Adds every setting as an option, and `data` also as positional arguments. Settings that are not given are absent from the result."""
+    """
+    Adds every setting as an option, with underscores or dashes, and `data` also as positional arguments. Settings that are not given
+    are absent from the result.
+    """
     for one in fields(Settings):
         kind, several, choices = _kind(one.name)
         options = {"nargs": "+"} if several else {"nargs": "?", "const": True} if kind is bool else {}
         default = "" if one.default in ("", False) or several else f" (default: {one.default})"
         parser.add_argument(
-            f"--{one.name}",
+            *dict.fromkeys([f"--{one.name}", f"--{one.name.replace('_', '-')}"]),
             type=partial(_parse, one.name),
             default=argparse.SUPPRESS,
             metavar="|".join(choices) or one.name.upper(),

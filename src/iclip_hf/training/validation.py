@@ -11,13 +11,15 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
 from ..data.pairs import PairDataset
+from ..figures.colors import overlay
+from ..figures.sheets import picture_grid
 from ..localization.localizer import explain
 from ..losses import contrastive_loss
 from ..modeling_iclip import ICLIPModel
 from ..processing_iclip import ICLIPProcessor
 from ..utils.extras import require_extra
 from ..utils.files import atomic_write, writing_errors
-from ..utils.plots import overlay, picture_grid
+from .interrupts import ignore_signals
 
 
 with require_extra("train"):
@@ -43,6 +45,7 @@ def validate(
     pair_model.eval()
     images, texts = [], []
     options = {"sampler": rows, "collate_fn": dataset.collate, "num_workers": num_workers}
+    options["worker_init_fn"] = ignore_signals
     for batch in DataLoader(dataset, min(batch_size, part), **options):
         batch.pop("skipped")
         outputs = pair_model(**send_to_device(batch, accelerator.device))
@@ -88,4 +91,4 @@ def draw_examples(
     titles = ["", *columns] + [""] * (len(pictures) - len(columns) - 1)
     sheet = picture_grid(pictures, titles, 1 + len(columns), captions)
     with atomic_write(folder / f"{step:07d}.png") as partial:
-        sheet.image().save(partial, format="png")
+        sheet.save(partial, format="png")

@@ -54,14 +54,14 @@ def content_digest(files: Sequence[str | os.PathLike]) -> str:
 
 
 def file_state(file: str | os.PathLike) -> tuple[bytes, int]:
-    """Returns path, size and times of a file, which change with its content, and the time of its last change in nanoseconds."""
+    """Returns path, number, size and times of a file, one of which changes with its content, and the time of its last change in ns."""
     path = os.fsencode(os.path.abspath(file))
     try:
         found = os.stat(file)
     except (OSError, ValueError):  # a name may hold any characters
         return path + b"\0absent\0", 0
     # Programs can set the time of the content (mtime), as unpacking does, but not that of the entry (ctime).
-    state = f"\0{found.st_size}\0{found.st_mtime_ns}\0{found.st_ctime_ns}\0"
+    state = f"\0{found.st_ino}\0{found.st_size}\0{found.st_mtime_ns}\0{found.st_ctime_ns}\0"
     return path + state.encode(), max(found.st_mtime_ns, found.st_ctime_ns)
 
 

@@ -52,7 +52,7 @@ def agreed(value: Value) -> Value:
 
 
 @contextmanager
-def shared_folder_lock(folder: Path, state: Accelerator | PartialState) -> Iterator[None]:
+def shared_folder_lock(folder: Path, state: Accelerator | PartialState, own: bool = False) -> Iterator[None]:
     """
     [`iclip_hf.utils.files.folder_lock`] for a run of several processes. The first process locks the folder for all.
 
@@ -63,7 +63,7 @@ def shared_folder_lock(folder: Path, state: Accelerator | PartialState) -> Itera
         refusal = None
         if state.is_main_process:
             try:
-                claim.enter_context(folder_lock(folder))
+                claim.enter_context(folder_lock(folder, own))
             except OSError as error:
                 refusal = error
         if refusal := agreed(refusal):

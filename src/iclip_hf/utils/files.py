@@ -1,4 +1,4 @@
-"""Cache folder, atomic writes of files and folders, folder locks, and uniform errors of reading and writing."""
+"""Cache folder, writing of files and folders, folder locks, and uniform errors of reading and writing."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import logging
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -18,7 +18,13 @@ from safetensors import SafetensorError
 
 logger = logging.getLogger(__name__)
 
-_LOCK, _WORK = ".lock", "partial"
+# Stands in every file that a command writes to a path of the user's, so that the next run knows it: as the software of pictures,
+# the creator of vector graphics, in JSON, and in the comment of .npz files.
+SOFTWARE = "iclip-hf, ICLIP for Hugging Face"
+_SEARCHED = 2**20  # bytes at each end of a file
+# All files of this program's own in folders that others use too begin or end with `.iclip-hf`.
+_MARKER, _LOCK, _PARTIAL = ".iclip-hf", ".iclip-hf.lock", ".iclip-hf.partial"
+_WORK = "work"
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -28,20 +34,121 @@ def cache_folder() -> Path:
     return Path(os.environ.get("ICLIP_CACHE") or default).expanduser()
 
 
+# ---------------------------------------------------------------------------------------------------- files that users name
+
+
+def check_outputs(
+    outputs: Iterable[str | os.PathLike],
+    inputs: Iterable[str | os.PathLike | None] = (),
+    overwrite: bool = False,
+    own: Callable[[Path], bool] | None = None,
+) -> None:
+    """
+    Checks that files may be written: an output replaces no input, no other output, and no file that this program did not write.
+
+    Args:
+        outputs: files to write.
+        inputs: what is read: files, names that are no files, or None. They are never replaced.
+        overwrite: whether files that this program did not write may be replaced.
+        own: tells of a file whether this program wrote it; [`is_own`] if not given.
+
+    Raises:
+        `FileExistsError`: an output may not be written. `OSError`: it cannot be.
+    """
+    taken = {_identity(one): one for one in inputs if one}
+    for path in map(Path, outputs):
+        identity = _identity(path)
+        if identity in taken:
+            raise FileExistsError(
+                f"{path}: expected a file that is written to be no other that is read or written, but got {taken[identity]}; "
+                "name another output."
+            )
+        taken[identity] = path
+        place = next(one for one in path.absolute().parents if one.exists())
+        if not place.is_dir():
+            raise NotADirectoryError(f"{path}: expected a file in a folder, but {place} is none; name another output.")
+        if path.exists() and not path.is_file():
+            raise FileExistsError(
+                f"{path}: expected a file to write, but got a folder or device; name another output."
+            )
+        if path.exists() and not overwrite and not (own or is_own)(path):
+            raise FileExistsError(
+                f"{path}: expected a new file or one that iclip wrote, but got another; name another output, or replace "
+                "it by --overwrite."
+            )
+
+
+def is_own(path: Path) -> bool:
+    """Whether this program wrote a file: its first or last megabyte contains `SOFTWARE`."""
+    with open(path, "rb") as file:
+        head = file.read(_SEARCHED)
+        file.seek(max(len(head), path.stat().st_size - _SEARCHED))
+        return SOFTWARE.encode() in head + file.read()
+
+
+@contextmanager
+def new_file(
+    path: str | os.PathLike, overwrite: bool = False, own: Callable[[Path], bool] | None = None
+) -> Iterator[Path]:
+    """
+    [`atomic_write`] for a path that the user named, after [`check_outputs`]. Creates its folder; a symbolic link stays one, and its
+    target is written.
+    """
+    check_outputs([path], overwrite=overwrite, own=own)
+    path = Path(os.path.realpath(path))
+    with writing_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_write(path) as partial:
+        yield partial
+
+
+def write_beside_others(folder: Path, contents: dict[str, bytes], overwrite: bool = False) -> None:
+    """
+    Writes files into a folder that may hold others, such as a clone. Those that have their content already stay.
+
+    Raises:
+        `FileExistsError`: a file has another content, and not `overwrite`; then none is written.
+    """
+    files = {folder / name: content for name, content in contents.items()}
+    changed = {path: one for path, one in files.items() if not path.is_file() or path.read_bytes() != one}
+    check_outputs(changed, overwrite=overwrite)
+    for path, content in changed.items():
+        with new_file(path, overwrite) as partial:
+            partial.write_bytes(content)
+
+
+def _identity(path: str | os.PathLike) -> object:
+    """Returns what two paths of one file share, however they are written. Names of new files differ by more than case."""
+    try:
+        found = os.stat(path)
+        return found.st_dev, found.st_ino
+    except ValueError:  # a null character or a lone surrogate: no file has this name
+        return os.fspath(path)
+    except OSError:
+        return os.path.realpath(path).casefold()
+
+
+# ------------------------------------------------------------------------------------------------------------ any files
+
+
 @contextmanager
 def atomic_write(path: Path) -> Iterator[Path]:
     """
     Yields a temporary path; renamed to `path` on success, deleted on error. Its name contains the process id, so that
-    several processes can write the same file.
+    several processes can write the same file. For paths in this program's own folders; see [`new_file`] for others.
     """
-    name = os.fsdecode(os.fsencode(path.name)[:200])  # with the suffix within the 255 bytes that file systems allow
-    partial = path.with_name(f"{name}.{os.getpid()}.partial")
+    partial = path.with_name(f".{_short(path.name)}.{os.getpid()}{_PARTIAL}")
     try:
         with writing_errors(path):
             yield partial
             os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def _short(name: str) -> str:
+    """Returns a name that leaves room for a prefix and suffix within the 255 bytes that file systems allow."""
+    return os.fsdecode(os.fsencode(name)[:200])
 
 
 def keep_in_cache(path: Path, write: Callable[[Path], object]) -> None:
@@ -64,7 +171,7 @@ def writing_errors(path: Path) -> Iterator[None]:
             raise
         problem = str(error).splitlines()[0]
         raise OSError(
-            f"{path}: writing failed ({problem}); see to the disk's room and rights, then run again."
+            f"{path}: writing failed ({problem}); check free space and permissions, then run again."
         ) from error
 
 
@@ -85,16 +192,46 @@ def loading_errors(name: str | Path) -> Iterator[None]:
         ) from error
 
 
+# -------------------------------------------------------------------------------------------------------------- folders
+
+
+def check_own_folder(folder: Path, marker: str = _MARKER) -> None:
+    """
+    Checks that a folder holds nothing that this program did not write.
+
+    Args:
+        folder: it need not exist.
+        marker: name of a file that such a folder contains.
+
+    Raises:
+        `FileExistsError`: it holds other files. `OSError`: it is no folder.
+    """
+    names = {path.name for path in folder.iterdir()} if folder.exists() else set()
+    others = [name for name in names if not name.startswith(_MARKER) and not name.endswith(_PARTIAL)]
+    if others and marker not in names:
+        raise FileExistsError(
+            f"{folder}: expected a new or empty folder, or that of an earlier run, but got one with other files, such as "
+            f"{min(others)}; name another."
+        )
+
+
 @contextmanager
-def folder_lock(folder: Path) -> Iterator[None]:
+def folder_lock(folder: Path, own: bool = False) -> Iterator[None]:
     """
     Locks a folder against other runs. Creates the folder if it does not exist, and deletes temporary files of killed runs.
     The operating system releases the lock when the process ends. For a run of several processes see
     [`iclip_hf.utils.distributed.shared_folder_lock`].
 
+    Args:
+        folder: folder to write into.
+        own: whether it must hold nothing that this program did not write; it is marked as such.
+
     Raises:
-        `BlockingIOError`: another run holds the lock. `OSError`: the folder cannot be written.
+        `BlockingIOError`: another run holds the lock. `FileExistsError`: as [`check_own_folder`], if `own`. `OSError`: the folder
+        cannot be written.
     """
+    if own:
+        check_own_folder(folder)
     lock = FileLock(folder / _LOCK)
     try:
         with writing_errors(folder):
@@ -105,8 +242,12 @@ def folder_lock(folder: Path) -> Iterator[None]:
             raise BlockingIOError(
                 f"{folder}: expected no other run here, but one is writing; wait until it ends, or name another folder."
             )
-        for left_over in folder.glob("*.[0-9]*.partial"):  # of `atomic_write`
-            left_over.unlink()
+        if own:
+            with writing_errors(folder):
+                (folder / _MARKER).write_text("This folder belongs to iclip, which replaces its files.\n")
+        for left_over in folder.glob(f".*{_PARTIAL}"):
+            if left_over.is_file():
+                left_over.unlink()
         yield
     finally:
         lock.release()
@@ -115,18 +256,34 @@ def folder_lock(folder: Path) -> Iterator[None]:
 @contextmanager
 def atomic_folder(folder: str | Path) -> Iterator[Path]:
     """
-    Yields a temporary folder; renamed to `folder` on success, deleted on error.
+    Yields a temporary folder; renamed to `folder` on success, deleted on error. First deletes those of killed runs.
 
     Raises:
         `FileExistsError`: the folder exists and is not empty; it stays as it is. `OSError`: it cannot be written.
     """
     folder = Path(folder).resolve()
-    _clear_left_overs(folder)
+    prefix = f".{_short(folder.name)}."
+    for left_over in folder.parent.glob(f"{glob.escape(prefix)}*{_PARTIAL}"):
+        if (left_over / _WORK).is_dir():  # created under the lock
+            with suppress(OSError), folder_lock(left_over):  # held by a live run
+                shutil.rmtree(left_over)
     _check_empty(folder)
-    with _built_beside(folder) as built:
-        yield built
-        _check_empty(folder)  # another run may have been faster
-        os.replace(built, folder)
+    with writing_errors(folder):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        scratch = tempfile.mkdtemp(dir=folder.parent, prefix=prefix, suffix=_PARTIAL)
+    try:
+        with folder_lock(Path(scratch)):
+            built = Path(scratch, _WORK, folder.name)
+            built.mkdir(parents=True)
+            yield built
+            _check_empty(folder)  # another run may have been faster
+            os.replace(built, folder)
+    except (OSError, SafetensorError) as error:
+        if isinstance(error, OSError) and error.errno not in _DISK_FULL:
+            raise  # errors of reading have their own messages
+        raise OSError(f"{folder}: writing failed ({error}); check free space, then run again.") from error
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
 
 
 def _check_empty(folder: Path) -> None:
@@ -138,55 +295,20 @@ def _check_empty(folder: Path) -> None:
 
 def build_once(folder: Path, build: Callable[[Path], None]) -> Path:
     """
-    Fills a model folder with `build`, unless the folder is complete already. The folder is renamed into place at the end, so
-    that several processes can build it at the same time.
+    Fills a model folder with `build`, unless the folder is complete already. Several processes can build it at the same time; the
+    first to end wins.
 
     Raises:
         `FileExistsError`: the folder exists but is incomplete.
     """
-    _clear_left_overs(folder)
-    if _is_complete(folder):
-        return folder
-    with _built_beside(folder) as built:
-        build(built)
+    if not _is_complete(folder):
         try:
-            os.replace(built, folder)
-        except OSError as error:  # a folder that is not empty cannot be replaced
+            with atomic_folder(folder) as built:
+                build(built)
+        except FileExistsError:
             if not _is_complete(folder):  # otherwise another process built the same folder first
-                raise FileExistsError(
-                    f"Expected {folder} to be absent or to hold a complete model, but it lacks model.safetensors or "
-                    "config.json. Delete it and try again."
-                ) from error
+                raise
     return folder
-
-
-@contextmanager
-def _built_beside(folder: Path) -> Iterator[Path]:
-    """Yields a new folder on the same disk, to be renamed to `folder`; deleted at the end if it was not."""
-    with writing_errors(folder):
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        scratch = tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-", ignore_cleanup_errors=True)
-    with scratch as name, folder_lock(Path(name)):
-        # `_clear_left_overs` deletes only folders with `_WORK`, so it is created under the lock.
-        built = Path(name, _WORK, folder.name)
-        built.mkdir(parents=True)
-        try:
-            yield built
-        except (OSError, SafetensorError) as error:
-            if isinstance(error, OSError) and error.errno not in _DISK_FULL:
-                raise  # errors of reading have their own messages
-            raise OSError(f"{folder}: writing failed ({error}); see to the disk's room, then run again.") from error
-
-
-def _clear_left_overs(folder: Path) -> None:
-    """Deletes the temporary folders that killed runs left beside a folder."""
-    for lock in folder.parent.glob(f".{glob.escape(folder.name)}-*/{_LOCK}"):
-        left_over = lock.parent
-        if (left_over / _WORK).is_dir():
-            with suppress(OSError):  # held by a live run
-                with folder_lock(left_over):
-                    shutil.rmtree(left_over / _WORK)
-                shutil.rmtree(left_over)
 
 
 def _is_complete(folder: Path) -> bool:

@@ -21,10 +21,27 @@ METHODS = {
 }
 # The group of entry points by which other packages add methods: a name, and module and class.
 METHOD_GROUP = "iclip_hf.explainers"
-# Measures of faithfulness.
-MEASURES = ("deletion_insertion", "max_sensitivity", "randomization", "pointing_game")
+# Measures of an evaluation: for each its module and class in `iclip_hf.evaluation.measures`; by the tasks of `iclip evaluate`.
+TASKS = {
+    "interpretability": {
+        "mAP": "average_precision:AveragePrecision",
+        "mMIoU": "mmiou:MMIoU",
+        "mFMB": "mfmb:MFMB",
+        "text_contrast": "text_contrast:TextContrast",
+        "stuff_contrast": "stuff_contrast:StuffContrast",
+        "presence": "presence:Presence",
+    },
+    "segmentation": {"segmentation": "segmentation:Segmentation"},
+    "faithfulness": {
+        "deletion_insertion": "deletion_insertion:DeletionInsertion",
+        "max_sensitivity": "max_sensitivity:MaxSensitivity",
+        "randomization": "randomization:Randomization",
+        "pointing_game": "pointing_game:PointingGame",
+    },
+}
+MEASURES = {name: place for measures in TASKS.values() for name, place in measures.items()}
 # Poolings whose channels are compared.
 POOLINGS = ("class_token", "average", "max", "own")
 DTYPES = ("float32", "bfloat16", "float16")
-# Blue is low and red is high, as in the paper's Fig. 1. "cividis" is safe for colour-blind readers.
-COLORMAP = "jet"
+# Colours of maps, see `iclip_hf.figures.colors`; the first is the default.
+COLORMAPS = ("heat", "cividis", "jet")

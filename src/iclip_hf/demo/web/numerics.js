@@ -1,5 +1,46 @@
-// What the processor and the model do around the two graphs, as pure functions: the resized image, similarities, presence,
+// What the processor and the model do around the two graphs, as pure functions: the upright and resized image, similarities, presence,
 // enlarged maps. The tests compare each with its counterpart in Python.
+
+/**
+ * The orientation in the EXIF data of a PNG or WebP file, 1 to 8, and the file without these data, because some browsers turn such
+ * files and some do not. Other files come back as they are, with 1: all browsers turn JPEG files.
+ */
+export function withoutOrientation(bytes) {
+  const view = new DataView(bytes.buffer, bytes.byteOffset, bytes.byteLength);
+  const letters = (at) => String.fromCharCode(...bytes.subarray(at, at + 4));
+  const png = letters(0) === "\x89PNG", webp = letters(0) === "RIFF" && letters(8) === "WEBP";
+  for (let at = png ? 8 : 12; (png || webp) && at + 8 <= bytes.length;) {
+    const length = view.getUint32(png ? at : at + 4, webp), name = letters(png ? at + 4 : at);
+    const end = Math.min(bytes.length, at + (png ? length + 12 : length + 8 + length % 2));
+    if (name === "eXIf" || name === "EXIF") {
+      const content = new Uint8Array(bytes.length - (end - at));
+      content.set(bytes.subarray(0, at));
+      content.set(bytes.subarray(end), at);
+      if (webp) {
+        new DataView(content.buffer).setUint32(4, content.length - 8, true);
+        content[20] &= ~8; // the flag for EXIF data
+      }
+      return { orientation: tiffOrientation(bytes.subarray(at + 8, at + 8 + length)), content };
+    }
+    at = end;
+  }
+  return { orientation: 1, content: bytes };
+}
+
+function tiffOrientation(bytes) {
+  try {
+    const start = bytes[0] === 0x45 ? 6 : 0; // "Exif\0\0", which WebP files may have in front
+    const view = new DataView(bytes.buffer, bytes.byteOffset + start, bytes.length - start);
+    const little = view.getUint8(0) === 0x49, directory = view.getUint32(4, little);
+    for (let i = 0; i < view.getUint16(directory, little); i++) {
+      const entry = directory + 2 + 12 * i;
+      if (view.getUint16(entry, little) !== 0x0112) continue;
+      const value = view.getUint16(entry + 8, little);
+      return value >= 1 && value <= 8 ? value : 1;
+    }
+  } catch { /* damaged: the pixels as stored, as in Python */ }
+  return 1;
+}
 
 const cubic = (a) => (x) => {
   x = Math.abs(x);
@@ -160,6 +201,12 @@ export function presence(value, { mean, std }) {
   const tail = t * (0.254829592 + t * (-0.284496736 + t * (1.421413741 + t * (-1.453152027 + t * 1.061405429))));
   const below = 1 - tail * Math.exp(-z * z); // erf(|z|)
   return (1 + Math.sign(z) * below) / 2;
+}
+
+/** The presence as a word, as `presence.presence_word` says it. */
+export function presenceWord(value, { min_presence, present }) {
+  if (!(value >= min_presence)) return "absent";
+  return value >= present ? "present" : "unsure";
 }
 
 /** For each of `target` pixels along one side: four source pixels and their weights; no antialiasing. */

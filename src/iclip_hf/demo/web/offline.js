@@ -1,30 +1,40 @@
 // The page's service worker: keeps the page's own files, so that it also opens without a network. `worker.js` keeps the model.
 
-const FILES = $files;
+const FILES = $files; // name -> digest, as hexadecimal number
 const BASE = new URL(".", location), CACHE = "iclip page " + BASE.pathname;
-const addresses = FILES.map((file) => new URL(file, BASE).href);
+const digests = new Map(Object.entries(FILES).map(([file, digest]) => [new URL(file, BASE).href, digest]));
 
 addEventListener("install", (event) => {
   skipWaiting(); // the worker of a newer page takes over at once
-  const requests = addresses.map((address) => new Request(address, { cache: "no-cache" }));
-  event.waitUntil(caches.open(CACHE).then((cache) => cache.addAll(requests)));
+  event.waitUntil(Promise.all([...digests.keys()].map(async (address) => {
+    const response = await fetch(address, { cache: "no-cache" });
+    if (!await keep(address, response)) throw new Error(`$${address} is not the exported file`); // tried again at the next visit
+  })));
 });
 
 addEventListener("fetch", (event) => {
   const address = event.request.url.split(/[?#]/)[0];
-  if (addresses.includes(address)) event.respondWith(answer(address, event.request));
+  if (digests.has(address)) event.respondWith(answer(address, event));
 });
 
 /** The file from the server, so that a newer page is seen at once; the kept one only where the server cannot be reached. */
-async function answer(address, request) {
-  const cache = await caches.open(CACHE);
+async function answer(address, event) {
   try {
-    const response = await fetch(request, { cache: "no-cache" });
-    if (response.ok) await cache.put(address, response.clone()).catch(() => null); // a full disk is no error
+    const response = await fetch(event.request, { cache: "no-cache" });
+    event.waitUntil(keep(address, response.clone()).catch(() => null)); // a full disk is no error
     return response;
   } catch (error) {
-    const kept = await cache.match(address);
+    const kept = await (await caches.open(CACHE)).match(address);
     if (!kept) throw error;
     return kept;
   }
+}
+
+/** Keeps a response if it is the exported file. An error page, a login page or an empty body is not; nor is a newer export. */
+async function keep(address, response) {
+  const content = await response.clone().arrayBuffer();
+  const digest = new Uint8Array(await crypto.subtle.digest("SHA-256", content));
+  const right = [...digest].map((byte) => byte.toString(16).padStart(2, "0")).join("") === digests.get(address);
+  if (right) await (await caches.open(CACHE)).put(address, response);
+  return right;
 }

@@ -1,5 +1,6 @@
 // The page: image and texts in, maps out. The worker computes; this draws and speaks.
 
+import { presenceWord } from "./numerics.js";
 import { createViewer } from "./viewer.js";
 
 const find = (id) => document.getElementById(id);
@@ -15,7 +16,7 @@ if (!globalThis.WebAssembly || !globalThis.OffscreenCanvas)
   throw fail("This browser cannot run the model: it has no WebAssembly, or it is older than 2023. Try another one.");
 
 navigator.serviceWorker?.register("offline.js").catch(() => null); // without it, the page needs the server again
-const viewer = createViewer(find("viewer"), settings.colors);
+const viewer = createViewer(find("viewer"), settings.look);
 // Through a blob, so that the worker has the page's content security policy. It may connect nowhere else either.
 const start = `import ${JSON.stringify(new URL("worker.js", location).href)};`;
 const worker = new Worker(URL.createObjectURL(new Blob([start], { type: "text/javascript" })), { type: "module" });
@@ -30,8 +31,11 @@ find("size").textContent = ` It downloads the model once (${megabytes(settings.b
 function typedTexts() {
   const typed = find("texts").value, separator = typed.trim().includes("\n") ? "\n" : ",";
   const texts = [...new Set(typed.split(separator).map((text) => text.trim()).filter(Boolean))];
-  if (texts.length >= 1 && texts.length <= settings.max_texts) return texts;
-  fail(`Expected 1 to ${settings.max_texts} texts, between commas or one a line, got ${texts.length}.`);
+  const longest = Math.max(0, ...texts.map(({ length }) => length));
+  if (longest > settings.max_characters)
+    fail(`Expected texts of at most ${settings.max_characters} characters, got one of ${longest}.`);
+  else if (texts.length >= 1 && texts.length <= settings.max_texts) return texts;
+  else fail(`Expected 1 to ${settings.max_texts} texts, between commas or one a line, got ${texts.length}.`);
   return null;
 }
 
@@ -100,7 +104,7 @@ const answers = {
   },
   map({ index, ...result }) {
     if (unseen) viewer.show({ ...picture, texts: pending });
-    viewer.add(index, { ...result, absent: result.presence < settings.min_presence });
+    viewer.add(index, { ...result, word: presenceWord(result.presence, settings) });
     // On a phone, the maps are below the question. They come into view if the visitor asked for them.
     if (unseen && matchMedia(NARROW).matches && navigator.userActivation?.hasBeenActive) find("viewer").scrollIntoView();
     unseen = false;

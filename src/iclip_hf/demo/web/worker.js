@@ -68,22 +68,25 @@ async function answer({ photo, photoId, texts }, tell) {
 // ----------------------------------------------------------------------------------------------------- the image
 
 async function decode(blob) {
-  const name = blob.name ?? "this image";
-  let bitmap;
+  const file = blob.name ?? "this image";
+  let bitmap, orientation;
   try {
-    bitmap = await createImageBitmap(blob, { colorSpaceConversion: "none" }); // the pixels that Python reads
+    const stored = numerics.withoutOrientation(new Uint8Array(await blob.arrayBuffer()));
+    orientation = stored.orientation;
+    // The pixels that Python reads.
+    bitmap = await createImageBitmap(new Blob([stored.content], { type: blob.type }), { colorSpaceConversion: "none" });
   } catch {
-    throw new Sentence(`${name}: this browser cannot read it as a photograph. Save it as JPEG, PNG or WebP and try again` +
-      (/hei[cf]/i.test(`${blob.type} ${name}`) ? " (of HEIC, only Safari shows the content)." : "."));
+    throw new Sentence(`${file}: this browser cannot read it as a photograph. Save it as JPEG, PNG or WebP and try again` +
+      (/hei[cf]/i.test(`${blob.type} ${file}`) ? " (of HEIC, only Safari shows the content)." : "."));
   }
-  const originalSize = [bitmap.width, bitmap.height];
-  const reduced = draw(bitmap, Math.sqrt(MAX_PIXELS / (bitmap.width * bitmap.height)));
-  const viewed = draw(bitmap, settings.view_side / Math.max(...originalSize));
+  const originalSize = orientation > 4 ? [bitmap.height, bitmap.width] : [bitmap.width, bitmap.height];
+  const reduced = draw(bitmap, orientation, Math.sqrt(MAX_PIXELS / (bitmap.width * bitmap.height)));
+  const viewed = draw(bitmap, orientation, settings.view_side / Math.max(...originalSize));
   bitmap.close();
   const { width, height } = reduced.canvas;
   const [newHeight, newWidth] = numerics.modelSize(settings.image, height, width);
   if (newHeight * newWidth > settings.image.max_pixels)
-    throw new Sentence(`${name}: at ${originalSize.join(" x ")} pixels it is too narrow for the model. Cut out a part of it.`);
+    throw new Sentence(`${file}: at ${originalSize.join(" x ")} pixels it is too narrow for the model. Cut out a part of it.`);
   const rgba = reduced.getImageData(0, 0, width, height).data;
   const rgb = numerics.resize(rgba, width, height, newWidth, newHeight, settings.image.kernel);
   return {
@@ -95,13 +98,18 @@ async function decode(blob) {
   };
 }
 
-/** The bitmap on white, reduced if `scale` is below 1. */
-function draw(bitmap, scale) {
-  const [width, height] = [bitmap.width, bitmap.height].map((side) => Math.max(1, Math.round(side * Math.min(1, scale))));
+/** The bitmap on white, turned upright, and reduced if `scale` is below 1. */
+function draw(bitmap, orientation, scale) {
+  const [w, h] = [bitmap.width, bitmap.height].map((side) => Math.max(1, Math.round(side * Math.min(1, scale))));
+  const [width, height] = orientation > 4 ? [h, w] : [w, h];
   const context = new OffscreenCanvas(width, height).getContext("2d", { willReadFrequently: true });
   Object.assign(context, { fillStyle: "white", imageSmoothingQuality: "high" });
   context.fillRect(0, 0, width, height);
-  context.drawImage(bitmap, 0, 0, width, height);
+  context.setTransform(...[ // by EXIF's numbers
+    [1, 0, 0, 1, 0, 0], [-1, 0, 0, 1, w, 0], [-1, 0, 0, -1, w, h], [1, 0, 0, -1, 0, h],
+    [0, 1, 1, 0, 0, 0], [0, 1, -1, 0, h, 0], [0, -1, -1, 0, h, w], [0, -1, 1, 0, 0, w],
+  ][orientation - 1]);
+  context.drawImage(bitmap, 0, 0, w, h);
   return context;
 }
 
@@ -169,24 +177,19 @@ async function load() {
   const content = Object.fromEntries(Object.keys(files).map((name, i) => [name, ended[i].value]));
 
   postMessage({ kind: "status", sentence: "Starting the model …" });
-  try {
-    const [ort, { Tokenizer }] = await Promise.all([content.ort, content.tokenizers].map(importModule));
-    ort.env.logLevel = "error"; // not where each node runs
-    ort.env.wasm.wasmPaths = { mjs: moduleUrl(content.glue) };
-    ort.env.wasm.wasmBinary = content.wasm;
-    const options = { executionProviders: gpu ? ["webgpu", "wasm"] : ["wasm"] };
-    const vision = await ort.InferenceSession.create(content.vision, options);
-    const text = await ort.InferenceSession.create(content.text, options);
-    const [tokens, tokensConfig] = [content.tokenizer, content.tokenizer_config].map((bytes) => JSON.parse(decodeText(bytes)));
-    const background = vectors(content.background, settings.model.projection_dim);
-    await Promise.all((await cache?.keys() ?? []) // of earlier exports
-      .filter(({ url }) => !all.some((file) => address(file) === url))
-      .map((request) => cache.delete(request)));
-    return { ort, vision, text, tokenizer: new Tokenizer(tokens, tokensConfig), background };
-  } catch (error) {
-    for (const file of all) await cache?.delete(address(file)); // a damaged file would stay
-    throw error;
-  }
+  const [ort, { Tokenizer }] = await Promise.all([content.ort, content.tokenizers].map(importModule));
+  ort.env.logLevel = "error"; // not where each node runs
+  ort.env.wasm.wasmPaths = { mjs: moduleUrl(content.glue) };
+  ort.env.wasm.wasmBinary = content.wasm;
+  const options = { executionProviders: gpu ? ["webgpu", "wasm"] : ["wasm"] };
+  const vision = await ort.InferenceSession.create(content.vision, options);
+  const text = await ort.InferenceSession.create(content.text, options);
+  const [tokens, tokensConfig] = [content.tokenizer, content.tokenizer_config].map((bytes) => JSON.parse(decodeText(bytes)));
+  const background = vectors(content.background, settings.model.projection_dim);
+  await Promise.all((await cache?.keys() ?? []) // of earlier exports
+    .filter(({ url }) => !all.some((file) => address(file) === url))
+    .map((request) => cache.delete(request)));
+  return { ort, vision, text, tokenizer: new Tokenizer(tokens, tokensConfig), background };
 }
 
 const decodeText = (bytes) => new TextDecoder().decode(bytes);
@@ -208,24 +211,42 @@ async function openCache() {
   return self.caches?.open(settings.cache).catch(() => null) ?? null;
 }
 
+/** The content of a file, from the cache or the server. What is not the exported file is neither used nor kept. */
 async function download(file, cache, progress) {
   const kept = await cache?.match(address(file)).catch(() => null);
-  const bytes = kept ? new Uint8Array(await kept.arrayBuffer()) : await fetchBytes(file, progress);
-  progress(file, file.bytes);
-  try {
-    const content = await decompress(bytes);
-    if (!kept) await cache?.put(address(file), new Response(bytes)).catch(() => null); // a full disk is no error
+  const content = kept && await checked(file, new Uint8Array(await kept.arrayBuffer()));
+  if (content) {
+    progress(file, file.bytes);
     return content;
-  } catch {
-    await cache?.delete(address(file));
-    throw brokenOff(file);
   }
+  if (kept) await cache.delete(address(file));
+  for (const mode of ["default", "reload"]) { // then past the browser's own cache, which may hold the wrong file
+    const bytes = await fetchBytes(file, progress, mode);
+    const content = await checked(file, bytes);
+    if (!content) continue;
+    progress(file, file.bytes);
+    await cache?.put(address(file), new Response(bytes)).catch(() => null); // a full disk is no error
+    return content;
+  }
+  throw new Sentence(`The server sent something else than the file ${name(file)}. Try again later, or tell who runs this page.`);
 }
 
-async function fetchBytes(file, progress) {
+/** The content of what was downloaded as a file, if its length and digest are right; otherwise null. */
+async function checked(file, bytes) {
+  const content = await decompress(bytes).catch(() => null);
+  if (!content || (file.length ?? content.length) !== content.length) return null;
+  if (!crypto.subtle) return content; // without HTTPS; gzip has a sum of its own
+  const [algorithm, expected] = file.integrity.split("-");
+  const digest = new Uint8Array(await crypto.subtle.digest(algorithm.replace("sha", "SHA-"), content));
+  return btoa(String.fromCharCode(...digest)) === expected ? content : null;
+}
+
+async function fetchBytes(file, progress, mode) {
   try {
-    // The browser checks files from elsewhere against the digest of what the package was tested with.
-    const response = await fetch(address(file), file.integrity ? { integrity: file.integrity, credentials: "omit" } : {});
+    // The browser itself checks files from elsewhere, which come as they are, also without HTTPS.
+    const elsewhere = new URL(address(file)).origin !== BASE.origin;
+    const options = elsewhere ? { integrity: file.integrity, credentials: "omit" } : {};
+    const response = await fetch(address(file), { cache: mode, ...options });
     if (!response.ok) throw new Error(response.status);
     const parts = [], reader = response.body.getReader();
     for (let size = 0, part; !(part = await reader.read()).done; progress(file, size += part.value.length))
@@ -236,9 +257,10 @@ async function fetchBytes(file, progress) {
   }
 }
 
+const name = ({ url }) => url.split("/").at(-1).split("?")[0];
+
 function brokenOff(file) {
-  const name = file.url.split("/").at(-1).split("?")[0];
-  return new Sentence(`The download broke off at ${name}. Check the connection and try again; what has arrived is kept.`);
+  return new Sentence(`The download broke off at ${name(file)}. Check the connection and try again; what has arrived is kept.`);
 }
 
 /** Content of a gzip file. Where the server has decompressed it already, the bytes themselves. */

@@ -1,0 +1,21 @@
+"""Measures over a data set: recognition, maps, label maps and faithfulness. One file for each; `utils.names` lists them."""
+
+from importlib import import_module
+
+from ...utils.names import MEASURES
+from .measure import EvaluatedImage, Measure
+
+
+def make_measure(name: str, **options) -> Measure:
+    """
+    Creates a measure.
+
+    Args:
+        name (`str`): a name of `MEASURES`.
+        options: of the measure, see its class.
+    """
+    module, _, kind = MEASURES[name].partition(":")
+    return getattr(import_module(f"{__name__}.{module}"), kind)(**options)
+
+
+__all__ = ["MEASURES", "EvaluatedImage", "Measure", "make_measure"]

@@ -1,0 +1,184 @@
+"""
+Deletion and insertion: whether the score of a text falls when the pixels that its map marks are deleted, and rises when they are
+inserted. The functions work with any model and any maps. [`scorer`] creates the score function of a loaded model:
+
+```python
+>>> explainer = make_explainer(model, "gem")
+>>> texts = model.encode_texts(["dog", "ball"])
+>>> pixel_values = model.processor(images=[image])["pixel_values"]
+>>> maps, _ = explainer.raw_maps(pixel_values, texts)
+>>> deletion, insertion = deletion_insertion(scorer(model, texts), pixel_values[0], maps[0])
+>>> area_under(insertion) - area_under(deletion)  # (maps, texts, 2): of the cosine and of the probability
+```
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+
+import torch
+
+from ...modeling_iclip import ICLIPTextFeatures, cosines
+from ...models.explainable import ExplainableModel, recordable
+from ...similarity import resize_maps
+from .measure import EvaluatedImage, MeansMeasure, check_image, check_positive
+
+
+STEPS = 10  # of deletion and of insertion
+
+
+def scorer(model: ExplainableModel, texts: ICLIPTextFeatures) -> Callable[[torch.Tensor], torch.Tensor]:
+    """
+    Creates the score function for deletion and insertion.
+
+    Args:
+        model: the model, in PyTorch.
+        texts ([`ICLIPTextFeatures`]): T encoded texts.
+
+    Returns:
+        A function from images `(N, 3, H, W)` to `(N, T, 2)`: the cosine with each text, and the probability of each text among all
+        of them, the softmax of the model's logits.
+    """
+
+    model = recordable(model, "deletion and insertion")
+
+    @torch.no_grad()
+    def score(pixel_values: torch.Tensor) -> torch.Tensor:
+        cosine = cosines(model.encode_images(pixel_values).image_embeds, texts.text_embeds)
+        logits = cosine * model.logit_scale().to(cosine)
+        return torch.stack([cosine, logits.softmax(-1)], -1)
+
+    return score
+
+
+@torch.no_grad()
+def deletion_insertion(
+    score: Callable[[torch.Tensor], torch.Tensor],
+    pixel_values: torch.Tensor,
+    maps: torch.Tensor,
+    *,
+    steps: int = STEPS,
+    seed: int = 0,
+    batch_size: int = 32,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    Deletes and inserts the pixels of an image in the order of maps, highest first, and scores the image after each step
+    (Petsiuk et al. 2018; order, steps and fill as in Grad-ECLIP, Zhao et al. 2024).
+
+    Step s changes the first s / (2 * steps) of the pixels, so the last step changes half of them. Deletion replaces pixels by values
+    from a standard normal distribution, because prepared images have mean 0 and standard deviation 1. Insertion starts from zeros,
+    the mean colour. Pixels of equal value are in random order.
+
+    Args:
+        score: function from images `(N, C, H, W)` to figures `(N, ...)`.
+        pixel_values (`torch.Tensor` of shape `(C, H, W)`): a prepared image.
+        maps (`torch.Tensor` of shape `(M, h, w)`): of any size; they are enlarged to the size of the image (bicubic).
+        steps (`int`): number of steps, at least 1.
+        seed (`int`): seed of the values and of the order of equal pixels. They are the same for all maps.
+        batch_size (`int`): largest number of images in one call of `score`. There are 2 + 2 * M * steps images.
+
+    Returns:
+        `tuple`: deletion and insertion, each `(M, steps + 1, ...)`, from the start without a change to the last step.
+
+    Raises:
+        `ValueError`: a shape is not as described, the maps hold NaN, or `steps` or `batch_size` is below 1.
+    """
+    check_positive(steps=steps, batch_size=batch_size)
+    check_image(pixel_values)
+    if maps.ndim != 3 or 0 in maps.shape or maps.isnan().any():
+        raise ValueError(
+            f"Expected maps (M, h, w) of numbers, got {tuple(maps.shape)}, NaN: {bool(maps.isnan().any())}: "
+            "pass finite maps of one image."
+        )
+    size, device = pixel_values.shape[-2:], pixel_values.device
+    generator = torch.Generator().manual_seed(seed)
+    noise = torch.randn(pixel_values.shape, generator=generator).to(pixel_values)
+    shuffled = torch.randperm(size.numel(), generator=generator).to(device)
+    values = resize_maps(maps.to(device), size).flatten(1)[:, shuffled]
+    order = shuffled[values.argsort(dim=-1, descending=True, stable=True)]
+    ranks = order.argsort(-1).unflatten(1, size)  # (M, H, W): 0 is the highest pixel
+    counts = [round(size.numel() * step / (2 * steps)) for step in range(1, steps + 1)]
+    starts = torch.stack([pixel_values, torch.zeros_like(pixel_values)])
+    changed = (
+        torch.where(rank < count, fill, start)
+        for rank in ranks
+        for start, fill in zip(starts, (noise, pixel_values))
+        for count in counts
+    )
+    parts = [score(starts)]
+    while batch := list(itertools.islice(changed, batch_size)):
+        parts.append(score(torch.stack(batch)))
+    first, later = torch.cat(parts).tensor_split((2,))
+    curves = later.unflatten(0, (len(maps), 2, steps))
+    curves = torch.cat([first[None, :, None].expand(len(maps), -1, -1, *first.shape[1:]), curves], 2)
+    return curves[:, 0], curves[:, 1]
+
+
+def area_under(curves: torch.Tensor) -> torch.Tensor:
+    """Returns the area under curves `(M, S, ...)` by trapezoids, on an axis of length 1: `(M, ...)`, a mean score."""
+    return torch.trapezoid(curves, dx=1 / (curves.shape[1] - 1), dim=1)
+
+
+class DeletionInsertion(MeansMeasure):
+    """
+    Areas under the curves of deletion and insertion, of the cosine and of the probability among all classes, and insertion minus
+    deletion.
+
+    Args:
+        steps (`int`): number of steps of each.
+        seed (`int`): seed of the random values. They are the same in every run and with any number of processes.
+    """
+
+    name = "deletion_insertion"
+    figures = {
+        "insertion_probability": ("insertion", 4),
+        "deletion_probability": ("deletion", 4),
+        "difference_probability": ("difference", 4),
+        "insertion_cosine": ("insertion, cosine", 4),
+        "deletion_cosine": ("deletion, cosine", 4),
+        "difference_cosine": ("difference, cosine", 4),
+    }
+    columns = ("deletion_cosine", "deletion_probability", "insertion_cosine", "insertion_probability")
+
+    def __init__(self, steps: int = STEPS, seed: int = 0):
+        check_positive(steps=steps)
+        self.steps, self.seed = steps, seed
+
+    def prepare(self, run) -> None:
+        super().prepare(run)
+        self.score = scorer(run.model, run.texts)
+
+    def measure(self, image: EvaluatedImage) -> dict[str, torch.Tensor]:
+        rows = torch.tensor(image.sample.labels) - 1
+        followed = []
+        for method, explainer in self.run.explainers.items():
+            maps = -image.raw_maps[method] if explainer.reversed else image.raw_maps[method]
+            followed.append(maps if explainer.sees_text else maps[:1])  # one map for all texts is measured once
+        curves = deletion_insertion(
+            self.score,
+            image.pixel_values[0].to(self.run.device),
+            torch.cat(followed),
+            steps=self.steps,
+            seed=self.seed + image.index,
+            batch_size=self.run.batch_size,
+        )
+        areas = torch.cat([area_under(curve) for curve in curves], -1)  # (maps, classes of the data set, 4)
+        own = torch.arange(len(rows)), rows  # the score of each map's own text
+        parts = areas.split([len(maps) for maps in followed])
+        return {method: part.expand(len(rows), -1, -1)[own] for method, part in zip(self.run.explainers, parts)}
+
+    def named(self, values) -> dict:
+        figures = super().named(values)
+        for kind in ("cosine", "probability"):
+            insertion, deletion = figures[f"insertion_{kind}"], figures[f"deletion_{kind}"]
+            figures[f"difference_{kind}"] = None if insertion is None else insertion - deletion
+        return figures
+
+    def protocol(self) -> dict:
+        return {
+            "steps": self.steps,
+            "seed": self.seed,
+            self.name: "pixels by the map, highest first, in steps of 1 / (2 * steps) of the image; deletion fills with normal "
+            "noise, insertion starts from zeros; probability among the class names",
+        }

@@ -1,0 +1,74 @@
+"""Max-sensitivity: whether a map stays when the image hardly changes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from ...similarity import min_max_normalize
+from .measure import EvaluatedImage, MeansMeasure, check_image, check_positive
+
+
+SAMPLES = 10  # noisy images
+RADIUS = 0.02  # of their noise: captum's default, about one of 255 levels
+
+
+@torch.no_grad()
+def max_sensitivity(
+    explain: Callable[[torch.Tensor], torch.Tensor],
+    pixel_values: torch.Tensor,
+    *,
+    radius: float = RADIUS,
+    samples: int = SAMPLES,
+    seed: int = 0,
+) -> torch.Tensor:
+    """
+    Max-sensitivity (Yeh et al. 2019): the largest relative change of a map under small noise on the image,
+    max ||M(x + n) - M(x)|| / ||M(x)|| over samples of uniform noise n in [-radius, radius], for maps stretched to [0, 1].
+
+    Args:
+        explain: function from images `(N, C, H, W)` to raw maps `(N, M, h, w)`; called twice.
+        pixel_values (`torch.Tensor` of shape `(C, H, W)`): a prepared image.
+        radius (`float`): in the units of prepared images, whose standard deviation is about 1.
+        samples (`int`): number of noisy images, at least 1.
+        seed (`int`): seed of the noise.
+
+    Returns:
+        `torch.Tensor` of shape `(M,)`; NaN for a constant map.
+
+    Raises:
+        `ValueError`: `pixel_values` has another shape, or `samples` is below 1.
+    """
+    check_positive(samples=samples)
+    check_image(pixel_values)
+    noise = torch.rand((samples, *pixel_values.shape), generator=torch.Generator().manual_seed(seed))
+    noisy = pixel_values + ((2 * noise - 1) * radius).to(pixel_values)
+    own = min_max_normalize(explain(pixel_values[None])).flatten(2)
+    changes = min_max_normalize(explain(noisy)).flatten(2) - own
+    return (changes.norm(dim=2) / own.norm(dim=2)).amax(0)
+
+
+class MaxSensitivity(MeansMeasure):
+    """
+    The largest relative change of a map under small noise, see [`max_sensitivity`].
+
+    Args:
+        seed (`int`): seed of the noise.
+    """
+
+    name = "max_sensitivity"
+    figures = {"max_sensitivity": ("max-sensitivity", 3)}
+    columns = ("max_sensitivity",)
+
+    def __init__(self, seed: int = 0):
+        self.seed = seed
+
+    def measure(self, image: EvaluatedImage) -> dict[str, torch.Tensor]:
+        draw, pixel_values = self.run.drawer(image), image.pixel_values[0].to(self.run.device)
+        changes = max_sensitivity(draw, pixel_values, seed=self.seed + image.index)
+        return self.run.by_method(changes.unsqueeze(-1))
+
+    def protocol(self) -> dict:
+        maps = "stretched to [0, 1] on the patch grid"
+        return {"seed": self.seed, self.name: {"radius": RADIUS, "samples": SAMPLES, "maps": maps}}

@@ -1,0 +1,126 @@
+"""Cascading randomisation: whether maps depend on what the model has learned."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+from ...models.explainable import ExplainableModel, recordable
+from ..results import rounded
+from .measure import EvaluatedImage, MeansMeasure
+
+
+class LayerRandomization:
+    """
+    The sanity check of cascading randomisation (Adebayo et al. 2018). Maps that hardly change when the weights of the image tower
+    are randomised do not explain the model.
+
+    The layers are those of `RecordableModel.blocks`, the last first. Each weight tensor of a layer is replaced by values from a
+    normal distribution with its mean and standard deviation. The weights are restored after every call, also after an exception.
+
+    Args:
+        model: the model that the explainers work on.
+        seed (`int`): seed of the random weights.
+
+    Raises:
+        `ValueError`: the weights of the model cannot be replaced, because it is an ONNX model.
+    """
+
+    def __init__(self, model: ExplainableModel, seed: int = 0):
+        model = recordable(model, "randomization")
+        generator = torch.Generator().manual_seed(seed)
+        self._layers: list[list[tuple[nn.Module, str, nn.Parameter]]] = []
+        for block in reversed(model.blocks):
+            replacements = []
+            for path, weight in block.named_parameters():
+                std, mean = torch.std_mean(weight.float(), correction=0)
+                drawn = torch.randn(weight.shape, generator=generator).to(weight.device) * std + mean
+                drawn = nn.Parameter(drawn.to(weight.dtype), requires_grad=False)
+                parent, _, name = path.rpartition(".")
+                replacements.append((block.get_submodule(parent), name, drawn))
+            self._layers.append(replacements)
+
+    def __len__(self) -> int:
+        """Number of layers."""
+        return len(self._layers)
+
+    def correlations(
+        self, explain: Callable[[torch.Tensor], torch.Tensor], pixel_values: torch.Tensor
+    ) -> torch.Tensor:
+        """
+        Computes the rank correlation of maps with those after the last 1, 2, ... layers are randomised.
+
+        Args:
+            explain: function from images `(N, C, H, W)` to raw maps `(N, M, h, w)` of this model.
+            pixel_values (`torch.Tensor` of shape `(N, C, H, W)`): prepared images.
+
+        Returns:
+            `torch.Tensor` of shape `(L, N, M)`: the [`rank_correlation`] for 1, ..., L randomised layers.
+        """
+        own, found, kept = explain(pixel_values), [], []
+        try:
+            for replacements in self._layers:
+                for module, name, drawn in replacements:
+                    kept.append((module, name, getattr(module, name)))
+                    setattr(module, name, drawn)
+                found.append(rank_correlation(own, explain(pixel_values)))
+        finally:
+            for module, name, weight in kept:
+                setattr(module, name, weight)
+        return torch.stack(found)
+
+
+def rank_correlation(maps: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
+    """Returns Spearman's correlation of maps `(..., h, w)`, in [-1, 1]. Equal values have their mean rank. NaN for a constant map."""
+    ranks = []
+    for values in (maps.flatten(-2).contiguous(), others.flatten(-2).contiguous()):
+        ordered = values.sort(-1).values
+        below, up_to = (torch.searchsorted(ordered, values, right=right) for right in (False, True))
+        ranks.append((below + up_to).double())
+    one, other = (rank - rank.mean(-1, keepdim=True) for rank in ranks)
+    return (one * other).sum(-1) / (one.norm(dim=-1) * other.norm(dim=-1))
+
+
+class Randomization(MeansMeasure):
+    """
+    `randomization`: rank correlations of the maps with those after the last 1, 2, ... layers of the image tower are randomised. Rows:
+    the correlation with all layers randomised.
+
+    Args:
+        seed (`int`): seed of the random weights.
+    """
+
+    name = "randomization"
+    figures = {"first": ("rank correlation, last layer random", 2), "all": ("all layers random", 2)}
+
+    def __init__(self, seed: int = 0):
+        self.seed = seed
+
+    def prepare(self, run) -> None:
+        super().prepare(run)
+        self.layers = LayerRandomization(run.model, self.seed)
+        self.columns = tuple(range(len(self.layers)))
+
+    def measure(self, image: EvaluatedImage) -> dict[str, torch.Tensor]:
+        correlations = self.layers.correlations(self.run.drawer(image), image.pixel_values.to(self.run.device))
+        return self.run.by_method(correlations[:, 0].T)
+
+    def named(self, values) -> dict:
+        return {self.name: list(super().named(values).values())}
+
+    def report(self, method: str) -> tuple[dict, dict[int, dict]]:
+        figures, rows = super().report(method)
+        return figures, {label: {self.name: row[self.name][-1]} for label, row in rows.items()}
+
+    def cells(self, figures: dict) -> list[str]:
+        ends = figures[self.name]
+        return [rounded(one, 2) for one in (ends[0], ends[-1])]
+
+    def protocol(self) -> dict:
+        return {
+            "seed": self.seed,
+            self.name: "normal weights of each weight's mean and standard deviation, last layer first; Spearman's correlation on "
+            "the patch grid",
+        }

@@ -1,0 +1,191 @@
+"""Open-vocabulary semantic segmentation: mIoU of label maps over a data set, as in its papers."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+
+import torch
+
+from ...explainers.refinement import refine_maps
+from ...explainers.windows import check_window, windowed_maps
+from ...label_maps import BACKGROUND_LABEL, label_map
+from ...localization.localizer import Localizer
+from ...processing_iclip import check_threshold
+from ..metrics import THRESHOLDS, MeanIoU
+from ..results import measured
+from .measure import EvaluatedImage, Measure
+
+
+# Short side of images under sliding windows, in pixels, as in SCLIP and its successors.
+SHORT_SIDE = 336
+
+
+class _Folds:
+    """The sums of the images at even and at odd positions. Each fold takes the best background threshold of the other."""
+
+    def __init__(self, num_classes: int, background: bool, void: int):
+        self.folds = [MeanIoU(num_classes, background, void) for _ in range(2)]
+
+    def merge(self, other: _Folds) -> None:
+        for own, more in zip(self.folds, other.folds):
+            own.merge(more)
+
+    def best_thresholds(self) -> list[int]:
+        """Returns the index of the threshold of each fold."""
+        return [int(fold.curve().argmax()) for fold in reversed(self.folds)]
+
+
+class Segmentation(Measure):
+    """
+    mIoU, pixel accuracy and `floor` in percent, where each pixel gets the class with the highest raw map among all classes of the
+    data set, see [`label_map`]. `floor` is the mIoU of the best map with one class everywhere, which is `floor_class`. `thresholds`
+    are the background thresholds of the images at even and at odd positions, or None. Rows: `IoU` and `accuracy`.
+
+    If the data set has a background, it consists of the pixels whose confidence is not above a threshold, and of those where a text
+    for the background is best. If neither a threshold nor such texts are given, the threshold is chosen on other images: the images
+    at even positions take the best of 0, 0.01, ..., 1 for the images at odd positions, and the reverse.
+
+    Args:
+        window (`int`, *optional*): side in pixels of windows that slide over the image; the whole image if not given. Images then
+            keep their proportions, with a short side of 336 pixels unless `image_size` says otherwise.
+        stride (`int`, *optional*): distance in pixels of the windows; half of the window if not given.
+        background: texts that describe the background; those of the data set's overrides if not given.
+        threshold (`float` in [0, 1], *optional*): background threshold.
+        logit_scale (`float`, *optional*): makes the confidence a probability, see [`label_map`].
+        min_presence (`float` in [0, 1]): a class with a lower presence gets no pixel of the image. The papers have no such gate.
+    """
+
+    name = "segmentation"
+    figures = {"mIoU": ("mIoU %", 2), "pixel_accuracy": ("pixel accuracy %", 2), "floor": ("floor %", 2)}
+    figures |= {"floor_class": ("floor's class", 0), "thresholds": ("background threshold", 0)}
+
+    def __init__(
+        self,
+        window: int | None = None,
+        stride: int | None = None,
+        background: Sequence[str] | None = None,
+        threshold: float | None = None,
+        logit_scale: float | None = None,
+        min_presence: float = 0.0,
+    ):
+        if stride is not None and window is None:
+            raise ValueError(f"Expected stride with a window, got a stride of {stride} alone: add the window.")
+        self.window, self.stride = window, None if window is None else stride or window // 2
+        self.background, self.min_presence = background, min_presence
+        self.threshold = None if threshold is None else check_threshold(threshold)
+        self.logit_scale = logit_scale
+        if window is not None:
+            self.image_size = {"shortest_edge": SHORT_SIDE}
+
+    def prepare(self, run) -> None:
+        dataset = run.dataset
+        self.texts_of_background = list(dataset.background_texts if self.background is None else self.background)
+        if not dataset.background and (self.texts_of_background or self.threshold is not None):
+            raise ValueError(
+                f"Expected neither texts nor a threshold for the background of {dataset.name!r}, which is void, got "
+                f"{self.texts_of_background} and {self.threshold}: leave them out."
+            )
+        # Whether the background threshold is chosen on other images.
+        self.sweeps = dataset.background and self.threshold is None and not self.texts_of_background
+        if self.sweeps and run.count < 2:
+            raise ValueError(
+                "Expected two images or more to choose the background threshold on, got 1: give a threshold."
+            )
+        if self.window is not None:
+            check_window(next(iter(run.explainers.values())), self.window, self.stride)
+        self.classes = [label for label, texts in enumerate(dataset.synonyms) for _ in texts]
+        self.classes += [BACKGROUND_LABEL] * len(self.texts_of_background)
+        texts = [*itertools.chain(*dataset.synonyms), *self.texts_of_background]
+        self.encoded, self.gate = run.encode(texts), None
+        if self.min_presence:
+            self.gate = Localizer(run.model, texts, templates=run.templates, min_presence=self.min_presence)
+        super().prepare(run)
+
+    def new_totals(self) -> _Folds:
+        dataset = self.run.dataset
+        return _Folds(len(dataset.labels) + 1, dataset.background, dataset.void)
+
+    def see(self, images: list[EvaluatedImage]) -> list[tuple[dict[str, torch.Tensor], torch.Tensor | None]]:
+        """Returns raw maps of all texts `(T, h, w)` by method, and whether each text is present, for each image."""
+        pixel_values = torch.cat([image.pixel_values for image in images])
+        drawn = {}
+        for method, explainer in self.run.explainers.items():
+            if self.window is None:
+                maps, _ = explainer.raw_maps(pixel_values, self.encoded)
+            else:
+                maps = windowed_maps(explainer, pixel_values, self.encoded, self.window, self.stride)
+            if self.run.refine:
+                maps = refine_maps(maps, pixel_values.to(maps.device))
+            drawn[method] = (-maps if explainer.reversed else maps).cpu()
+        present = [None] * len(images)
+        if self.gate is not None:
+            present = self.gate.explain_batch(pixel_values, self.encoded)[2] >= self.min_presence
+        return [(dict(zip(drawn, maps)), one) for *maps, one in zip(*drawn.values(), present)]
+
+    def count(self, image: EvaluatedImage, method: str, heatmaps: None):
+        drawn, present = image.seen[self.name]
+        options = {"threshold": self.threshold, "logit_scale": self.logit_scale, "present": present}
+        labels, confidence = label_map(drawn[method], image.sample.size, classes=self.classes, **options)
+        metric = self.totals[method].folds[0]
+        areas = metric.count(labels + 1, image.sample.label_map, confidence if self.sweeps else None)
+        return image.index % 2, areas
+
+    def add(self, method: str, counts: tuple) -> None:
+        fold, areas = counts
+        self.totals[method].folds[fold].add_counts(areas)
+
+    def report(self, method: str) -> tuple[dict, dict[int, dict]]:
+        totals, thresholds = self.totals[method], None
+        folds = totals.folds
+        if self.sweeps:
+            best = totals.best_thresholds()
+            thresholds = [float(THRESHOLDS[index]) for index in best]
+            folds = [fold.at(index) for fold, index in zip(folds, best)]
+        elif self.threshold is not None:
+            thresholds = [self.threshold] * 2
+        whole = MeanIoU(folds[0].num_classes, folds[0].background, folds[0].ignore_index)
+        for fold in folds:
+            whole.merge(fold)
+        scores = whole.compute()
+        figures = {
+            "mIoU": measured(scores["miou"]),
+            "pixel_accuracy": measured(scores["pixel_accuracy"]),
+            "floor": measured(scores["floor"]),
+            "floor_class": (["background", *self.run.dataset.class_names])[scores["floor_class"]],
+            "thresholds": thresholds,
+            "pixels": scores["pixels"],
+            "left_out": {self.name: scores["left_out"]},
+        }
+        accuracy = scores["per_class_accuracy"]
+        ids = range(0 if self.run.dataset.background else 1, whole.num_classes)
+        rows = {k: {"IoU": scores["per_class"].get(k), "accuracy": accuracy.get(k)} for k in ids}
+        return figures, rows
+
+    def cells(self, figures: dict) -> list[str]:
+        thresholds = dict.fromkeys(figures["thresholds"] or ["-"])  # once if they are equal
+        shown = figures | {"floor_class": None, "thresholds": None}
+        return [*super().cells(shown)[:3], str(figures["floor_class"]), " / ".join(map(str, thresholds))]
+
+    def protocol(self) -> dict:
+        return {
+            "window": self.window,
+            "stride": self.stride,
+            "synonyms": [list(texts) for texts in self.run.dataset.synonyms],
+            "background_texts": self.texts_of_background,
+            "logit_scale": self.logit_scale,
+            "min_presence": self.min_presence,
+            "label_maps": "raw maps of all classes, bicubic to the image's size; the highest one counts",
+            "background": self._background_rule(),
+        }
+
+    def _background_rule(self) -> str:
+        value = "the map of the best class, stretched to [0, 1]"
+        if self.logit_scale is not None:
+            value = "the probability of the best class"
+        if not self.run.dataset.background:
+            return "void"
+        if self.sweeps:
+            return f"{value}, is not above the best threshold of the images at the other (even or odd) positions"
+        parts = [] if self.threshold is None else [f"{value}, is not above {self.threshold}"]
+        return " or ".join([*parts, *(["a background text is best"] if self.texts_of_background else [])]) or "never"

@@ -1,0 +1,87 @@
+"""Colours of maps and of label maps, and their blending with images."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import numpy as np
+from PIL import Image
+
+from ..utils.arrays import to_numpy
+from ..utils.names import COLORMAPS
+
+
+# Of a map over its image where the map is 1.
+OPACITY = 0.85
+# For each name of `COLORMAPS`: the colours at equal distances from 0 to 1, and how opaque they are at 0 and at 1.
+_TABLES = {
+    # Low values are a thin dark veil, high values glow. Lightness grows with the value, so the maps also read in grey.
+    "heat": ("10131a 1a1420 4a1030 a01c2c e5431f ff8a1a ffc93c fff3a0", 0.45, 1.0),
+    # The same from blue to yellow, which colour-blind readers tell apart.
+    "cividis": ("00102e 00224e 3b496c 707173 a59c74 e1cc55 fee838", 0.5, 1.0),
+    # As in the paper's figures: blue is low and red is high, all of one opacity.
+    "jet": ("000080 0000ff 0080ff 00ffff 80ff80 ffff00 ff8000 ff0000 800000", 0.6, 0.6),
+}
+# Of the segments of a label map in a picture. Colours that differ also for colour-blind readers come first (Okabe and Ito).
+SEGMENTS = (
+    *("#e69f00", "#56b4e9", "#009e73", "#f0e442", "#0072b2", "#d55e00"),
+    *("#cc79a7", "#7f3fbf", "#8c564b", "#17becf", "#9a9a9a", "#b5e61d"),
+)
+
+
+@cache
+def color_table(colormap: str) -> np.ndarray:
+    """
+    Returns the colours of the 256 levels of a map, `(256, 4)` uint8: red, green, blue and opacity.
+
+    Raises:
+        `ValueError`: there is no such colour map.
+    """
+    if colormap not in _TABLES:
+        raise ValueError(f"Expected a colour map of {', '.join(COLORMAPS)}, got {colormap!r}: choose one of them.")
+    names, lowest, highest = _TABLES[colormap]
+    colors = np.array([list(bytes.fromhex(name)) for name in names.split()])
+    levels = np.linspace(0, 1, 256)
+    channels = [np.interp(levels, np.linspace(0, 1, len(colors)), channel) for channel in colors.T]
+    opacity = 255 * (lowest + (highest - lowest) * levels)
+    return np.stack([*channels, opacity], axis=1).round().astype(np.uint8)
+
+
+def overlay(
+    image: Image.Image, heatmap: np.ndarray, opacity: float = OPACITY, colormap: str = COLORMAPS[0]
+) -> Image.Image:
+    """
+    Blends a map over its image. The image stays visible where the map is low.
+
+    Args:
+        image (`PIL.Image.Image`): RGB.
+        heatmap (`np.ndarray` or `torch.Tensor` of shape `(H, W)`): in [0, 1], of the image's size.
+        opacity (`float`): of the map where it is 1, in [0, 1].
+        colormap (`str`): one of `COLORMAPS`: `"heat"`, `"cividis"`, which is safe for colour-blind readers, or `"jet"`, the colours
+            of the paper.
+
+    Raises:
+        `ValueError`: map and image differ in size, or there is no such colour map.
+    """
+    heatmap = to_numpy(heatmap)
+    if heatmap.shape != (image.height, image.width):
+        raise ValueError(
+            f"Expected a map of the image's size {(image.height, image.width)} (height, width), got {heatmap.shape}: resize it."
+        )
+    table = color_table(colormap)
+    levels = np.minimum(heatmap * np.float32(256), 255).astype(np.intp)
+    mask = (table[:, 3] * opacity).round().astype(np.uint8)[levels]
+    return Image.composite(Image.fromarray(table[levels, :3]), image, Image.fromarray(mask))
+
+
+def label_colors(number: int) -> np.ndarray:
+    """
+    Returns the colours of class ids 0, 1, ..., as VOC numbers them: the bits of an id, in turn, are the highest bits of red, green and
+    blue. The background (0) is black.
+
+    Returns:
+        `np.ndarray` of shape `(number, 3)`, uint8, RGB.
+    """
+    ids = np.arange(number)[:, None]
+    bits = [((ids >> (3 * place + np.arange(3))) & 1) << (7 - place) for place in range(8)]
+    return np.sum(bits, axis=0).astype(np.uint8)

@@ -1,0 +1,289 @@
+"""Sheets of pictures under their titles. Each function returns one RGB image."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+from PIL import Image, ImageColor
+
+from ..images import read_image
+from ..presence import ABSENT, presence_word
+from ..utils.names import COLORMAPS
+from .colors import OPACITY, SEGMENTS, overlay
+from .lettering import fitted, text_mask, word_boxes
+
+
+if TYPE_CHECKING:
+    from ..localization.explanation import Explanation
+
+# Resolution of a sheet in dots per inch. All lengths are in pixels at this resolution.
+DPI = 120
+# Width of a picture.
+_PICTURE = 336
+_MARGIN, _GAP = 18, 14
+# Sizes of the letters of titles, and of notes below them.
+_TITLE, _NOTE = 15, 12.5
+# Distance of a title from what is below it.
+_SPACE = 7
+_INK, _PALE = "#1c2430", "#5b6472"
+# Colours behind the words of the lowest and the highest score.
+_PALE_WORD, _DARK_WORD = (255, 245, 235), (253, 164, 80)
+# Opacity of the black over the background of a label map.
+_DIMMED = 0.4
+# Share of an absent text's picture that is left; the rest is white.
+_FADED = 0.35
+
+
+def draw(
+    explanation: Explanation,
+    image,
+    *,
+    colormap: str = COLORMAPS[0],
+    opacity: float = OPACITY,
+    columns: int = 5,
+    dpi: int = DPI,
+) -> Image.Image:
+    """
+    Draws an image and the map of each text over it, in the order of the texts. Each title tells the presence in a word, and the
+    score. The picture of an absent text is faded, because its map is stretched to [0, 1] like all others.
+
+    Example:
+
+    ```python
+    >>> from iclip_hf import draw, explain
+
+    >>> explanation = explain("embedded", ["dog.jpg"], ["dog", "red ball"])[0]
+    >>> draw(explanation, "dog.jpg").save("explanation.png")
+    ```
+
+    Args:
+        explanation ([`Explanation`]): of the image. Word scores, if it has some, colour the words of the titles.
+        image (`str`, `os.PathLike`, `bytes` or `PIL.Image.Image`): the image, in any form that [`explain`] takes.
+        colormap (`str`): `"heat"`, `"cividis"`, which is safe for colour-blind readers, or `"jet"`, the colours of the paper.
+        opacity (`float`): of a map where it is 1, in [0, 1].
+        columns (`int`): largest number of pictures in a row.
+        dpi (`int`): resolution of the picture; 120 gives pictures of 336 pixels' width.
+
+    Returns:
+        `PIL.Image.Image` of mode "RGB".
+
+    Raises:
+        `ValueError`: the image cannot be read, or there is no such colour map.
+    """
+    image = read_image(image)
+    pictures, titles = [at_picture_size(image, dpi)], [f"image\n{image.width} x {image.height} pixels"]
+    (image,) = pictures
+    explanation = replace(explanation, size=(image.height, image.width))
+    for index, (text, score, present) in enumerate(
+        zip(explanation.labels, explanation.scores.tolist(), explanation.presence.tolist())
+    ):
+        picture, word = (
+            overlay(image, explanation.map(index), opacity, colormap),
+            presence_word(present, explanation.min_presence),
+        )
+        if word == ABSENT:
+            picture = Image.blend(Image.new("RGB", picture.size, "white"), picture, _FADED)
+        pictures.append(picture)
+        titles.append(f"{' '.join(text.split())}\n{word} · score {score:.2f}")
+    words = None if explanation.words is None else [[], *explanation.words]
+    return picture_grid(pictures, titles, columns, words=words, legend=colormap, dpi=dpi)
+
+
+def label_sheet(
+    image: Image.Image, labels: np.ndarray, texts: Sequence[str], *, opacity: float = 0.6, dpi: int = DPI
+) -> Image.Image:
+    """
+    Draws an image, its label map over it, and a legend of the texts that have pixels, the largest first.
+
+    Args:
+        image (`PIL.Image.Image`): RGB.
+        labels (`np.ndarray` of shape `(H, W)`): index of a text for each pixel, -1 for the background, which is dimmed.
+        texts: T texts.
+        opacity (`float`): of the colours, in [0, 1].
+        dpi (`int`): resolution.
+    """
+    areas = np.bincount(labels.ravel() + 1, minlength=len(texts) + 1)[1:] / labels.size
+    shown = [index for index in np.argsort(-areas, kind="stable") if areas[index]]
+    inks = [SEGMENTS[index % len(SEGMENTS)] for index in range(len(texts))]
+    entries = [(inks[index], texts[index], f"{100 * areas[index]:.1f} %") for index in shown]
+    colors = np.array([ImageColor.getrgb(ink) for ink in ("black", *inks)], np.uint8)
+    strength = Image.fromarray(np.where(labels < 0, 255 * _DIMMED, 255 * opacity).astype(np.uint8))
+    blended = Image.composite(Image.fromarray(colors[labels + 1]), image, strength)
+    legend = _legend(entries or [("white", "none of the texts", "")], _aspect([image]), dpi)
+    return picture_grid(
+        [image, blended, legend], ["image", "best text of each pixel", "share of the image"], 3, dpi=dpi
+    )
+
+
+def comparison_sheet(
+    image: Image.Image,
+    heatmaps: Mapping[str, Sequence[np.ndarray | None]],
+    row_titles: Sequence[str],
+    *,
+    colormap: str = COLORMAPS[0],
+    dpi: int = DPI,
+) -> Image.Image:
+    """
+    Compares methods side by side (Fig. 2, 6 and 10). A row shows the image and the overlays of one text.
+
+    Args:
+        image (`PIL.Image.Image`): RGB.
+        heatmaps: title of a column to its T maps of shape `(H, W)` in [0, 1]; None leaves a place empty.
+        row_titles: T titles.
+        colormap: see [`overlay`].
+        dpi (`int`): resolution.
+    """
+    pictures = []
+    for row in zip(*heatmaps.values()):
+        pictures += [image, *(None if one is None else overlay(image, one, colormap=colormap) for one in row)]
+    titles = ["", *heatmaps]
+    titles += [""] * (len(pictures) - len(titles))
+    return picture_grid(pictures, titles, len(heatmaps) + 1, row_titles, legend=colormap, dpi=dpi)
+
+
+def picture_grid(
+    pictures: Sequence[Image.Image | None],
+    titles: Sequence[str],
+    columns: int,
+    row_titles: Sequence[str] = (),
+    *,
+    words: Sequence[Sequence[tuple[str, float]]] | None = None,
+    legend: str | None = None,
+    dpi: int = DPI,
+) -> Image.Image:
+    """
+    Arranges pictures in rows, each under its title.
+
+    Args:
+        pictures: RGB images; None leaves a place empty.
+        titles: one for each picture. Its first line is the title, further lines are notes in smaller letters.
+        columns (`int`): largest number of pictures in a row.
+        row_titles: one for each row, above it; none by default.
+        words: for each picture the first words of its title, with scores of at least 0; the darker a word, the higher its score.
+        legend (`str`, *optional*): colour map to explain below the pictures.
+        dpi (`int`): resolution.
+    """
+    scale = dpi / DPI
+    margin, gap, side = (round(length * scale) for length in (_MARGIN, _GAP, _PICTURE))
+    columns = min(columns, len(pictures))
+    width, height = columns * (side + gap) - gap, round(side * _aspect(pictures))
+    placed, top = [], margin  # (what, x, y): a picture, or the colour and the mask of letters
+
+    def place_titles(texts: Sequence[str], shaded: Sequence, wide: int) -> None:
+        """Writes titles side by side, so that all end at the same height."""
+        nonlocal top
+        blocks = [_lettered(text, words, wide, scale) for text, words in zip(texts, shaded)]
+        highest = max((one[-1][0].height + one[-1][3] for one in blocks if one), default=0)
+        for column, block in enumerate(blocks):
+            low = highest - (block[-1][0].height + block[-1][3] if block else 0)
+            placed.extend((mask, ink, margin + column * (side + gap) + x, top + low + y) for mask, ink, x, y in block)
+        top += highest + round(_SPACE * scale) * bool(highest)
+
+    shaded = words or [()] * len(pictures)
+    for number, start in enumerate(range(0, len(pictures), columns)):
+        row = slice(start, start + columns)
+        top += 2 * gap if start else 0
+        place_titles(titles[row], shaded[row], side)
+        place_titles(row_titles[number : number + 1], [()], width)
+        for column, picture in enumerate(pictures[row]):
+            if picture is not None:
+                shown = _within(picture, side, height)
+                x = margin + column * (side + gap) + (side - shown.width) // 2
+                placed.append((shown, None, x, top + (height - shown.height) // 2))
+        top += height
+    if legend is not None:
+        top += gap
+        placed.extend((what, ink, margin + x, top + y) for what, ink, x, y in _color_bar(legend, scale))
+        top += round(_NOTE * scale)
+    canvas = Image.new("RGB", (width + 2 * margin, top + margin), "white")
+    for what, ink, x, y in placed:
+        canvas.paste(*((what, (x, y)) if ink is None else (ink, (x, y), what)))
+    return canvas
+
+
+def at_picture_size(image: Image.Image, dpi: int = DPI) -> Image.Image:
+    """Returns a copy of an image, reduced to the size that it has on a sheet of this resolution."""
+    image = image.copy()
+    side = round(_PICTURE * dpi / DPI)
+    image.thumbnail((side, round(side * _aspect([image]))))
+    return image
+
+
+def _aspect(pictures: Sequence[Image.Image | None]) -> float:
+    """Returns the mean ratio of height and width, within a factor of 2 because of panoramas, and at most 4:3 because of the page."""
+    ratios = [picture.height / picture.width for picture in pictures if picture is not None]
+    return min(max(float(np.mean(ratios)), 0.5), 4 / 3)
+
+
+def _within(picture: Image.Image, width: int, height: int) -> Image.Image:
+    """Resizes a picture to fit a place, unless it fits within a pixel already."""
+    scale = min(width / picture.width, height / picture.height)
+    if abs(scale - 1) * max(picture.size) <= 1:
+        return picture
+    return picture.resize([max(1, round(side * scale)) for side in picture.size], Image.Resampling.LANCZOS)
+
+
+def _lettered(text: str, words: Sequence[tuple[str, float]], width: int, scale: float) -> list[tuple]:
+    """Returns a title and its notes as a list of (mask, ink, x, y), with the colours behind its words before them."""
+    title, _, notes = text.partition("\n")
+    placed, top = [], 0
+    if title:
+        title = fitted(title, _TITLE * scale, width, 3, bold=True)
+        placed += _shades(title, words, scale)
+        mask = text_mask(title, _TITLE * scale, bold=True)
+        placed.append((mask, _INK, 0, 0))
+        top = mask.height
+    if notes:
+        placed.append((text_mask(fitted(notes, _NOTE * scale, width, 2), _NOTE * scale), _PALE, 0, top))
+    return placed
+
+
+def _shades(title: str, words: Sequence[tuple[str, float]], scale: float) -> list[tuple]:
+    """Returns the colours behind the words of a title, as [`_lettered`]."""
+    highest = max((score for _, score in words), default=0) or 1
+    remaining, placed = list(words), []
+    for written, (x0, y0, x1, y1) in word_boxes(title, _TITLE * scale, bold=True):
+        if remaining and written == remaining[0][0]:  # a long title is shortened
+            share = remaining.pop(0)[1] / highest
+            color = tuple(round(pale + share * (dark - pale)) for pale, dark in zip(_PALE_WORD, _DARK_WORD))
+            box = [round(side) for side in (x0, y0, x1, y1)]
+            placed.append((Image.new("L", (box[2] - box[0], box[3] - box[1]), 255), color, box[0], box[1]))
+    return placed
+
+
+def _color_bar(colormap: str, scale: float) -> list[tuple]:
+    """Returns a legend of a colour map, as [`_lettered`]."""
+    size, gap = _NOTE * scale, round(8 * scale)
+    levels = np.linspace(0, 1, round(140 * scale))[None].repeat(round(10 * scale), 0)
+    bar = overlay(Image.new("RGB", levels.shape[::-1], "#c9cdd4"), levels, colormap=colormap)
+    low, high = text_mask("low", size), text_mask("high, each map on its own scale", size)
+    middle = low.width + gap
+    return [
+        (low, _PALE, 0, 0),
+        (bar, None, middle, (low.height - bar.height) // 2),
+        (high, _PALE, middle + bar.width + gap, 0),
+    ]
+
+
+def _legend(entries: Sequence[tuple[str | tuple[int, ...], str, str]], aspect: float, dpi: int) -> Image.Image:
+    """Draws colours with names and shares as a picture of a sheet. Those that do not fit are counted in the last line."""
+    scale = dpi / DPI
+    size, line = _NOTE * scale, round(24 * scale)
+    width = round(_PICTURE * scale)
+    legend = Image.new("RGB", (width, round(width * aspect)), "white")
+    fitting = legend.height // line
+    if len(entries) > fitting:
+        entries = [*entries[: fitting - 1], ("white", f"and {len(entries) - fitting + 1} more", "")]
+    for number, (color, name, share) in enumerate(entries):
+        y = line * number
+        number_mask = text_mask(share, size)
+        room = width - 2 * line - number_mask.width
+        name_mask = text_mask(fitted(name, size, room, 1), size)
+        middle = y + (line - name_mask.height) // 2
+        legend.paste(color, (0, y + line // 6, line, y + line * 5 // 6))
+        legend.paste(_INK, (line + line // 3, middle), name_mask)
+        legend.paste(_PALE, (width - number_mask.width, middle), number_mask)
+    return legend

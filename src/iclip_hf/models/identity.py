@@ -1,0 +1,136 @@
+"""The identity of a model: digests of everything that its numbers depend on. Collections, caches, cards, results and runs compare it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Collection, Mapping
+from importlib.metadata import version
+
+import torch
+from transformers import PreTrainedConfig
+
+from ..utils.digests import content_digest, weights_digest
+
+
+# Options that change no number. All others count, also those that a later version adds.
+_WITHOUT_EFFECT = {
+    # The place of the files.
+    "_name_or_path",
+    # The code that wrote the files, or loads them.
+    "architectures",
+    "auto_map",
+    "custom_pipelines",
+    "processor_class",
+    "transformers_version",
+    # Of the files; the loaded weights have a dtype of their own, which counts.
+    "dtype",
+    "torch_dtype",
+}
+# What a tokenizer of the tokenizers library keeps of its last call; each call of a processor sets it.
+_LAST_CALL = ("truncation", "padding")
+# What transformers adds to such a tokenizer.
+_TOKENIZER_OPTIONS = ("model_input_names", "padding_side", "special_tokens_map", "truncation_side")
+# Of other tokenizers: what they have met, and the place of their files.
+_TOKENIZER_STATE = ("cache", "init_kwargs", "merges_file", "name_or_path", "vocab_file")
+
+
+def identity(model, processor, dtype: torch.dtype | None = None) -> dict[str, str]:
+    """
+    Describes a model. Two models with equal descriptions, apart from `model`, compute the same up to rounding, which also depends on
+    the device, the number of threads and the size of batches. These are therefore no part of it.
+
+    The digests are computed anew by each call, in 0.1 s for each 100 MB of weights.
+
+    Args:
+        model, processor: as for [`~iclip_hf.explainers.make_explainer`].
+        dtype (`torch.dtype`, *optional*): weights are rounded to it first, as if the model were loaded in it.
+
+    Returns:
+        `dict` with `model`, a name, which may be that of its folder; and what counts: `configuration`, `weights`, `dtype`,
+        `processor` (options and image processor), `tokenizer` and `software`.
+    """
+    is_module = isinstance(model, torch.nn.Module)
+    used = (dtype or next(model.parameters()).dtype) if is_module else model.dtype
+    weights = weights_digest(model, dtype) if is_module else content_digest(sorted(model.folder.glob("*.onnx*")))
+    config = getattr(model, "config", None)
+    if config is None:  # of open_clip
+        config = {"layers": str(model), "images": [model.visual.preprocess_cfg, model.visual.image_size]}
+    options = processor.to_dict() if hasattr(processor, "image_processor") else {}
+    return {
+        "model": getattr(config, "_name_or_path", "") or type(model).__name__,
+        "configuration": configuration_digest(config),
+        "weights": weights,
+        "dtype": str(used).removeprefix("torch."),
+        "processor": configuration_digest(options),
+        "tokenizer": tokenizer_digest(processor.tokenizer if options else processor),
+        "software": software(),
+    }
+
+
+def changed(then: Mapping, now: Mapping, may_differ: Collection[str] = ()) -> list[str]:
+    """Returns the names of the entries that differ, sorted. `model`, the name, and the entries in `may_differ` do not count."""
+    compared = {**then, **now}.keys() - {"model", *may_differ}
+    return sorted(name for name in compared if then.get(name) != now.get(name))
+
+
+def changed_model(described: Mapping, model, processor) -> list[str]:
+    """
+    Returns the parts of the identity in which a model differs from the one that results or a card describe. The dtype may differ,
+    because the weights are rounded to the described one; and the software, because what is described names its own.
+    """
+    dtype = getattr(torch, str(described.get("dtype")), None)
+    now = identity(model, processor, dtype if isinstance(dtype, torch.dtype) else None)
+    return changed({name: described[name] for name in now if name in described}, now, ("dtype", "software"))
+
+
+def configuration_digest(config: PreTrainedConfig | Mapping) -> str:
+    """Returns 16 hex digits over all options of a configuration and of those within it that can change a number."""
+    return digest(_counting(config if isinstance(config, Mapping) else config.to_dict()))
+
+
+def tokenizer_digest(tokenizer) -> str:
+    """Returns 16 hex digits over vocabulary, rules and special tokens of a tokenizer."""
+    if backend := getattr(tokenizer, "backend_tokenizer", None):
+        rules = json.loads(backend.to_str())
+        rules = {name: rule for name, rule in rules.items() if name not in _LAST_CALL}
+        return digest([rules, {name: getattr(tokenizer, name) for name in _TOKENIZER_OPTIONS}])
+    return digest({name: value for name, value in vars(tokenizer).items() if name not in _TOKENIZER_STATE})
+
+
+def software() -> str:
+    """
+    Returns the version of the mathematics: this package's release, and the minor releases of torch and Transformers. Their patch
+    releases repair faults, and their builds differ in the device.
+    """
+    libraries = (f"{name} {'.'.join(version(name).split('.')[:2])}" for name in ("torch", "transformers"))
+    return ", ".join([f"iclip-hf {version('iclip-hf')}", *libraries])
+
+
+def digest(value) -> str:
+    """Returns 16 hex digits over a value of nested mappings and sequences. The order of mappings does not count."""
+    return hashlib.sha256(json.dumps(_plain(value), sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _counting(options: Mapping) -> dict:
+    return {
+        name: _counting(value) if isinstance(value, Mapping) else value
+        for name, value in options.items()
+        if name not in _WITHOUT_EFFECT
+    }
+
+
+def _plain(value):
+    """Converts a value to what JSON has."""
+    if isinstance(value, Mapping):
+        return {str(name): _plain(one) for name, one in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(one) for one in value]
+    if isinstance(value, (set, frozenset)):
+        return sorted(map(str, value))
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    if hasattr(value, "backend_tokenizer"):  # within a tokenizer of open_clip
+        return tokenizer_digest(value)
+    return re.sub(r" at 0x\w+", "", str(value))  # functions and objects without a value

@@ -1,0 +1,302 @@
+import io
+import subprocess
+import sys
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+from matplotlib import colormaps
+from PIL import Image
+
+import iclip_hf
+from iclip_hf.evaluation.analysis import ChannelMatch, relation
+from iclip_hf.evaluation.analysis_plots import channel_scatter, class_bars, relation_plot
+from iclip_hf.explainers import WordScore
+from iclip_hf.figures import sheets
+from iclip_hf.figures.colors import color_table, overlay
+from iclip_hf.figures.lettering import fitted, text_mask, text_width, word_boxes
+from iclip_hf.figures.sheets import at_picture_size, comparison_sheet, draw, picture_grid
+from iclip_hf.localization.explanation import Explanation
+from iclip_hf.presence import presence_word
+from iclip_hf.utils.names import COLORMAPS
+
+
+def rendered(figure, dpi=50):
+    file = io.BytesIO()
+    figure.savefig(file, format="png", dpi=dpi)
+    return np.asarray(Image.open(file).convert("RGB")).astype(int)
+
+
+def marked(pixels):
+    """Shares of a figure that are orange and blue, also where points let their ground through."""
+    warmth = pixels[..., 0] - pixels[..., 2]
+    return (warmth > 60).mean(), (warmth < -60).mean()
+
+
+def test_a_map_in_bfloat16_is_drawn():
+    image, heatmap = Image.new("RGB", (6, 4)), torch.linspace(0, 1, 24).view(4, 6).bfloat16()
+    np.testing.assert_array_equal(overlay(image, heatmap), overlay(image, heatmap.float().numpy()))
+
+
+@pytest.mark.parametrize("colormap", COLORMAPS)
+def test_the_image_stays_visible_where_a_map_is_low(colormap):
+    """Half of the contrast is left at 0. It falls with the value, except with jet, which is equally opaque everywhere."""
+    ramp = np.linspace(0, 1, 256)[None].repeat(2, 0)
+    dark, light = (
+        np.asarray(overlay(Image.new("RGB", (256, 2), color), ramp, colormap=colormap))[0].astype(int)
+        for color in ("black", "white")
+    )
+    left = (light - dark).mean(1) / 255
+    assert left[0] > 0.48 and (np.diff(left) < 0.01).all()
+    assert (left[-1] < 0.2) == (colormap != "jet")
+    np.testing.assert_array_equal(
+        overlay(Image.new("RGB", (256, 2), "gray"), ramp, 0), Image.new("RGB", (256, 2), "gray")
+    )
+
+
+@pytest.mark.parametrize("colormap", ["heat", "cividis"])
+def test_high_values_are_lighter_also_in_grey_and_for_colour_blind_readers(colormap):
+    table = color_table(colormap).astype(float)
+    lightness = table[:, :3] @ [0.299, 0.587, 0.114]
+    assert (np.diff(lightness) > -0.6).all() and lightness[-1] - lightness[0] > 150
+
+
+def test_jet_is_the_one_of_the_papers_figures():
+    assert (
+        np.abs(color_table("jet")[:, :3].astype(int) - colormaps["jet"](np.arange(256), bytes=True)[:, :3]).max() < 40
+    )
+
+
+def test_bad_overlays_are_named():
+    image = Image.new("RGB", (4, 2))
+    with pytest.raises(ValueError, match=r"size \(2, 4\).*got \(4, 2\)"):
+        overlay(image, np.zeros((4, 2)))
+    with pytest.raises(ValueError, match="cividis"):
+        overlay(image, np.zeros((2, 4)), colormap="rainbows")
+
+
+@pytest.mark.parametrize(
+    ("value", "least", "word"),
+    [(0.69, 0.7, "absent"), (0.7, 0.7, "unsure"), (0.89, 0.7, "unsure"), (0.9, 0.7, "present"), (0.95, 0.97, "absent"),
+     (0.3, 0.2, "unsure"), (float("nan"), 0.0, "absent")],
+)  # fmt: skip
+def test_presence_is_told_in_a_word(value, least, word):
+    assert presence_word(value, least) == word
+
+
+def explained(presence, words=None, size=(40, 60)):
+    """Of texts whose maps are 1 in the right half."""
+    raw_maps = torch.zeros(len(presence), 8, 12)
+    raw_maps[..., 6:] = 1
+    labels = [f"text {index}" for index in range(len(presence))]
+    return Explanation(labels, torch.full((len(presence),), 0.3), torch.tensor(presence), raw_maps, size, words=words)
+
+
+@pytest.fixture
+def written(monkeypatch):
+    """What is written on sheets, in order."""
+    seen, write = [], sheets.text_mask
+    monkeypatch.setattr(
+        sheets, "text_mask", lambda text, *args, **options: seen.append(text) or write(text, *args, **options)
+    )
+    return seen
+
+
+def test_an_explanation_is_drawn_in_the_order_of_its_texts_with_words_for_presence(written):
+    image = Image.new("RGB", (60, 40), "gray")
+    sheet = iclip_hf.draw(explained([0.75, 0.99, 0.2]), image)
+    assert written[:8] == ["image", "60 x 40 pixels", "text 0", "unsure · score 0.30", "text 1", "present · score 0.30", "text 2",
+                           "absent · score 0.30"]  # fmt: skip
+    pixels = np.asarray(sheet).astype(int)
+    overlaid = overlay(Image.new("RGB", (2, 1), "gray"), np.array([[0.0, 1.0]]))
+    faded = Image.blend(Image.new("RGB", (2, 1), "white"), overlaid, 0.35)
+    middles = []
+    for color in (overlaid.getpixel((1, 0)), faded.getpixel((1, 0))):
+        at = np.argwhere(np.abs(pixels - color).max(-1) < 4)
+        middles.append(at[:, 1])
+        assert len(at) > 2000
+    assert middles[0].max() < middles[1].min()  # the absent one is the last, and the only faded one
+    assert (pixels[:10] == 255).all() and (pixels[:, :10] == 255).all()
+
+
+def test_a_drawing_takes_paths_and_is_as_large_as_asked(tmp_path):
+    Image.new("RGB", (600, 400), "gray").save(tmp_path / "a.png")
+    small, large = (draw(explained([0.9] * 4), str(tmp_path / "a.png"), columns=3, dpi=dpi) for dpi in (60, 120))
+    assert abs(large.width - 2 * small.width) < 9 and abs(large.height - 2 * small.height) < 9
+    assert large.height > 2 * 224  # two rows
+    assert large.mode == "RGB" and np.asarray(large)[:, 0].min() == 255
+
+
+def test_the_darkest_word_has_the_highest_score():
+    words = [[WordScore("red", 0.1), WordScore("ball", 0.6), WordScore("ball", 0.3)]]
+    white = Image.new("RGB", (60, 40), "white")
+    drawn = np.asarray(picture_grid([white], ["red ball ball"], 1, words=words)).astype(int)
+    found = drawn[drawn[..., 0] > drawn[..., 2] + 9].tolist()  # all that is not grey, row by row
+    colours = [colour for colour in dict.fromkeys(map(tuple, found)) if found.count(list(colour)) > 200]
+    assert len(colours) == 3
+    assert sum(colours[0]) > sum(colours[2]) > sum(colours[1])
+
+
+def test_a_picture_of_a_sheet_is_not_resized_again():
+    drawn = at_picture_size(Image.effect_noise((640, 480), 80).convert("RGB"))
+    sheet = picture_grid([drawn, drawn], ["a", "b"], 2)
+    assert drawn.width == 336
+    places = [(sheet.width - 18 - 336, top) for top in range(sheet.height - 252)]
+    assert any(np.array_equal(sheet.crop((x, y, x + 336, y + 252)), drawn) for x, y in places)
+
+
+def test_empty_places_and_long_titles_fit(written):
+    image = Image.new("RGB", (400, 20), "red")
+    pixels = np.asarray(picture_grid([image, None, image], ["word " * 30, "", "b"], 3)).astype(int)
+    red = np.abs(pixels - [255, 0, 0]).max(-1) < 3
+    assert red.mean() > 0.01 and not red[:, pixels.shape[1] // 3 : -pixels.shape[1] // 3].any()
+    assert written[0].count("\n") == 2 and written[0].endswith("…")
+    assert not (pixels[:, pixels.shape[1] // 3 : pixels.shape[1] // 2] < 128).any()  # the title stays over its picture
+
+
+def test_a_comparison_has_a_row_a_text_and_a_column_a_method(written):
+    image = Image.new("RGB", (60, 40), "gray")
+    low, high = np.zeros((40, 60)), np.ones((40, 60))
+    columns = {"ground truth": [high, None], "itsm": [low, high]}
+    pixels = np.asarray(comparison_sheet(image, columns, ["dog\nscore 0.31", "a cat " * 40])).astype(int)
+    assert written[:4] == ["ground truth", "itsm", "dog", "score 0.31"] and written[4].count("\n") == 1
+
+    def shown(heatmap):
+        color = overlay(image, heatmap).getpixel((0, 0))
+        return (np.abs(pixels - color).max(-1) < 3)[50:-50]
+
+    for heatmap, rows, columns in ((high, {0, 1}, {1, 2}), (low, {0}, {2})):
+        at = np.argwhere(shown(heatmap))
+        assert set(at[:, 0] // (len(pixels[50:-50]) // 2)) >= rows and set(at[:, 1] * 3 // pixels.shape[1]) == columns
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "傘を持った女性が海のそばの庭に立っている" * 3,
+        "امرأة تحمل مظلة في الحديقة",
+        "cost $5 and $6 {x}^\\frac",
+        "🦒",
+        "a" * 400,
+    ],
+)
+def test_any_script_is_drawn_within_its_width(text):
+    mask = text_mask(fitted(text, 15, 336, 3, bold=True), 15, bold=True)
+    assert 10 < mask.width <= 336 and mask.height <= 3 * 19
+    assert np.asarray(mask).max() > 200
+
+
+def test_lines_are_filled_and_end_with_an_ellipsis():
+    text = "a woman in a red dress under an umbrella by the sea"
+    lines = fitted(text, 12, 120, 9).split("\n")
+    assert " ".join(lines) == text and len(lines) > 2
+    assert all(text_width(line, 12) <= 120 for line in lines)
+    assert all(text_width(f"{line} {after.split()[0]}", 12) > 120 for line, after in pairwise(lines))
+    cut = fitted(text, 12, 120, 2).split("\n")
+    assert cut[0] == lines[0] and cut[1].endswith("…") and text_width(cut[1], 12) <= 120
+    assert fitted("", 12, 120, 2) == ""
+
+
+def test_letters_stand_in_lines():
+    one, two = text_mask("Ill", 20), text_mask("Ill\nIllIll", 20)
+    assert one.mode == "L" and (one.height, two.height) == (25, 50)
+    assert two.width == pytest.approx(2 * one.width, abs=2)
+    first, second = np.asarray(two)[:25] > 128, np.asarray(two)[25:] > 128
+    assert first.any(1).sum() == pytest.approx(0.73 * 20, abs=2)  # the height of a capital letter
+    assert np.flatnonzero(first.any(0))[-1] < 0.6 * two.width  # from the left
+    assert second.any(0).sum() > 1.5 * first.any(0).sum()
+    assert np.asarray(text_mask("Ill", 20, bold=True)).sum() > 1.2 * np.asarray(one).sum()
+
+
+def test_words_are_where_they_are_drawn():
+    text = "red ball\na very big dog"
+    mask = np.asarray(text_mask(text, 40)) > 128
+    for word, (x0, y0, x1, y1) in word_boxes(text, 40):
+        inside = mask[round(y0) : round(y1), round(x0) : round(x1)]
+        assert inside.any(), word
+        mask[round(y0) : round(y1), round(x0) : round(x1)] = False
+    assert mask.sum() < 20  # all ink belongs to a word
+    assert [word for word, _ in word_boxes(text, 40)] == text.split()
+
+
+def test_pictures_are_drawn_without_matplotlib():
+    code = """
+import sys
+import torch
+from PIL import Image
+from iclip_hf import draw
+from iclip_hf.localization.explanation import Explanation
+one = torch.ones(1)
+draw(Explanation(["Café “x” …"], one, one, torch.rand(1, 4, 4), (9, 9)), Image.new("RGB", (9, 9)))
+assert not any(name.startswith("matplotlib") for name in sys.modules)
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_channels_are_points_in_their_patches():
+    """Patches of 30x20 pixels; three channels, two of them in the last patch, of a value three times as large."""
+    image = Image.new("RGB", (90, 40), "white")
+    match = ChannelMatch(np.array([5, 1, 5]), np.array([3.0, -1.0, 3.0]), (2, 3))
+    figure = channel_scatter([image, image], [{"class_token": match, "max": match}] * 2)
+    assert [axis.get_title() for axis in figure.axes] == ["class token", "max", "", ""]
+    for axis in figure.axes:
+        assert axis.images[0].get_array().shape == (40, 90, 3)
+        (points,) = axis.collections
+        patches = (points.get_offsets() + 0.5) // [30, 20]
+        assert patches.tolist() == [[2, 1], [1, 0], [2, 1]]
+        large, small, also_large = points.get_sizes()
+        assert large == also_large == pytest.approx(3 * small)
+        assert len({tuple(offset) for offset in points.get_offsets().tolist()}) == 3
+        assert axis.get_xlim() == (-0.5, 89.5)  # the image, not the points, sets the frame
+    assert marked(rendered(figure))[0] > 0.0005
+
+
+@pytest.fixture
+def scores():
+    names = ["dog", "cat", "car", "sky"]
+    return relation(dict(zip(names, [90.0, 50.0, 10.0, 30.0])), dict(zip(names, [60.0, 40.0, 20.0, 0.0])))
+
+
+def test_a_relation_shows_points_line_and_names(scores):
+    figure = relation_plot(scores, "precision", "IoU")
+    pixels = rendered(figure)
+    (axis,) = figure.axes
+    assert axis.collections[0].get_offsets().tolist() == [[90, 60], [50, 40], [10, 20], [30, 0]]
+    assert (axis.get_xlabel(), axis.get_ylabel()) == ("precision", "IoU")
+    assert f"correlation {scores.correlation:.2f}" in axis.get_title()
+    assert {text.get_text() for text in axis.texts} == {"dog", "cat", "car", "sky"}
+    slope, offset = np.polyfit(scores.recognition, scores.interpretability, 1)
+    np.testing.assert_allclose(axis.lines[0].get_ydata(), offset + slope * np.array([10, 90]))
+    assert min(marked(pixels)) > 0.0003  # points and line are within the frame
+
+
+def test_names_of_a_crowd_do_not_cover_each_other_or_a_point():
+    generator = np.random.default_rng(0)
+    names = [f"class {number}" for number in range(80)]
+    crowd = relation(*(dict(zip(names, generator.uniform(0, 100, 80).tolist())) for _ in range(2)))
+    figure = relation_plot(crowd, "x", "y")
+    rendered(figure)
+    (axis,) = figure.axes
+    boxes = [text.get_window_extent() for text in axis.texts]
+    assert 10 < len(boxes) < 80
+    assert not any(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[:i])
+    points = axis.transData.transform(axis.collections[0].get_offsets())
+    assert not any(box.padded(-1).count_contains(points) for box in boxes)
+
+
+def test_one_class_has_no_line(scores):
+    figure = relation_plot(relation({"dog": 1.0}, {"dog": 2.0}), "x", "y")
+    assert "1 classes" in figure.axes[0].get_title() and not figure.axes[0].lines
+    rendered(figure)
+
+
+def test_bars_of_every_class_by_falling_interpretability(scores):
+    figure = class_bars(scores, "precision", "IoU")
+    pixels = rendered(figure)
+    left, right = figure.axes
+    assert [label.get_text() for label in left.get_yticklabels()] == ["sky", "car", "cat", "dog"]  # upwards
+    assert [bar.get_width() for bar in left.patches] == [30, 10, 50, 90]
+    assert [bar.get_width() for bar in right.patches] == [0, 20, 40, 60]
+    assert left.get_title() == "precision\nmean 45" and right.lines[0].get_xdata()[0] == 30
+    assert min(marked(pixels)) > 0.05

@@ -1,0 +1,159 @@
+"""The identity of a model: every change that can change a number counts, and nothing else."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import TEXT, VISION, tiny_model
+from safetensors.torch import load_file, save_file
+
+from iclip_hf import ICLIPConfig
+from iclip_hf.hub.folders import export_model
+from iclip_hf.models import identity as module
+from iclip_hf.models.identity import changed, changed_model, identity
+from iclip_hf.models.loading import load_pretrained
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory, tiny_processor) -> Path:
+    folder = tmp_path_factory.mktemp("saved") / "model"
+    tiny_model("dinov2").save_pretrained(folder)
+    tiny_processor.save_pretrained(folder)
+    return folder
+
+
+def edit_json(folder: Path, file: str, *place: str, to) -> None:
+    content = inner = json.loads((folder / file).read_text())
+    for name in place[:-1]:
+        inner = inner[name]
+    inner[place[-1]] = to(inner.get(place[-1])) if callable(to) else to
+    (folder / file).write_text(json.dumps(content))
+
+
+def edit_weights(folder: Path, change) -> None:
+    """Changes the values of a tensor; names, shapes and the size of the file stay."""
+    file = folder / "model.safetensors"
+    weights = load_file(file)
+    name = next(name for name in weights if name.startswith("recognition") and weights[name].ndim == 2)
+    weights[name] = change(weights[name])
+    save_file(weights, file, {"format": "pt"})
+
+
+def swapped(vocabulary: dict) -> dict:
+    return {**vocabulary, "dog": vocabulary["cat"], "cat": vocabulary["dog"]}
+
+
+CONFIG, PROCESSOR = "config.json", "processor_config.json"
+CHANGES = {
+    "weights rescaled": ("weights", lambda f: edit_weights(f, lambda weight: 2 * weight)),
+    "weights permuted": ("weights", lambda f: edit_weights(f, lambda weight: weight.roll(1, 0))),
+    "attention_norm": ("configuration", lambda f: edit_json(f, CONFIG, "attention_norm", to="quantile")),
+    "map_attention": ("configuration", lambda f: edit_json(f, CONFIG, "map_attention", to="none")),
+    "pooling": ("configuration", lambda f: edit_json(f, CONFIG, "pooling", to="max")),
+    "value_share": ("configuration", lambda f: edit_json(f, CONFIG, "value_share", to=0.5)),
+    "layer_norm_eps": ("configuration", lambda f: edit_json(f, CONFIG, "vision_config", "layer_norm_eps", to=1e-3)),
+    "hidden_act": ("configuration", lambda f: edit_json(f, CONFIG, "text_config", "hidden_act", to="relu")),
+    "an option of tomorrow": ("configuration", lambda f: edit_json(f, CONFIG, "vision_config", "tomorrow", to=1)),
+    "image_mean": ("processor", lambda f: edit_json(f, PROCESSOR, "image_processor", "image_mean", to=[0.5] * 3)),
+    "resample": ("processor", lambda f: edit_json(f, PROCESSOR, "image_processor", "resample", to=0)),
+    "size": (
+        "processor",
+        lambda f: edit_json(f, PROCESSOR, "image_processor", "size", to={"height": 40, "width": 40}),
+    ),
+    "rescale_factor": ("processor", lambda f: edit_json(f, PROCESSOR, "image_processor", "rescale_factor", to=0.01)),
+    "max_text_length": ("processor", lambda f: edit_json(f, PROCESSOR, "max_text_length", to=5)),
+    "text_padding": ("processor", lambda f: edit_json(f, PROCESSOR, "text_padding", to="max_length")),
+    "templates": ("processor", lambda f: edit_json(f, PROCESSOR, "templates", to=["a {}"])),
+    "two words": ("tokenizer", lambda f: edit_json(f, "tokenizer.json", "model", "vocab", to=swapped)),
+    "case": ("tokenizer", lambda f: edit_json(f, "tokenizer_config.json", "do_lower_case", to=False)),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_what_changes_a_number_counts(saved, tmp_path, change):
+    part, edit = CHANGES[change]
+    shutil.copytree(saved, tmp_path / "model")
+    edit(tmp_path / "model")
+    before, model = identity(*load_pretrained(saved)), load_pretrained(tmp_path / "model")
+    assert changed(before, identity(*model)) == [part] == changed_model(before, *model)
+
+
+def test_dtype_and_software_count(saved, monkeypatch):
+    model, processor = load_pretrained(saved)
+    before, rounded = identity(model, processor), load_pretrained(saved, dtype="bfloat16")
+    assert changed(before, identity(*rounded)) == ["dtype", "weights"]
+    assert identity(model, processor, torch.bfloat16)["weights"] == identity(*rounded)["weights"]
+    assert changed_model(identity(*rounded), model, processor) == []  # measured in bfloat16
+    assert changed_model(before, *rounded) == ["weights"]  # measured in more
+    for name, now, counts in (
+        ("iclip-hf", "99.1.1", True),
+        ("torch", "99.1.0", True),
+        ("transformers", "99.1.0", True),
+        ("torch", module.version("torch").split("+")[0] + ".post1+cu999", False),
+    ):
+        with monkeypatch.context() as patch:
+            versions = {one: module.version(one) for one in ("iclip-hf", "torch", "transformers")}
+            patch.setattr(module, "version", {**versions, name: now}.get)
+            assert changed(before, identity(model, processor)) == ["software"] * counts
+            assert changed_model(before, model, processor) == []
+
+
+@pytest.mark.parametrize("text", TEXT)
+@pytest.mark.parametrize("vision", VISION)
+def test_a_saved_and_exported_model_is_the_same(tmp_path, tiny_processor, vision, text):
+    """Wherever it lies, whoever wrote its files, and however often it was used."""
+    model = tiny_model(vision, text)
+    before = identity(model, tiny_processor)
+    tiny_processor(labels=["dog"] * 2, padding="max_length", max_length=9, truncation=True)
+    model.save_pretrained(tmp_path / "saved")
+    tiny_processor.save_pretrained(tmp_path / "saved")
+    edit_json(tmp_path / "saved", CONFIG, "transformers_version", to="1.0")
+    loaded = load_pretrained(tmp_path / "saved")
+    export_model(*loaded, tmp_path / "exported")
+    names = set()
+    for one in (loaded, load_pretrained(tmp_path / "exported")):
+        now = identity(*one)
+        names.add(now["model"])
+        assert changed(before, now) == []
+    assert names == {str(tmp_path / "saved"), str(tmp_path / "exported")}
+
+
+def test_every_option_of_the_model_counts_for_a_configuration():
+    usual = ICLIPConfig()
+    others = {"pooling": "max", "max_over": "similarity", "logit_scales": "shared", "text_pooling": "mean"}
+    others |= {"recognition_pooling": "class_and_average", "map_attention": "none", "attention_norm": "quantile"}
+    seen = {module.configuration_digest(usual)}
+    for name in {*ICLIPConfig.__annotations__} - {"vision_config", "text_config"}:
+        value = getattr(usual, name)
+        other = others[name] if isinstance(value, str) else not value if isinstance(value, bool) else value / 2 or 0.5
+        options = usual.to_dict() | {name: other}
+        seen.add(module.configuration_digest(options))
+    assert len(seen) == len(ICLIPConfig.__annotations__) - 1
+
+
+def test_models_of_open_clip_by_weights_layers_images_and_tokens():
+    open_clip = pytest.importorskip("open_clip")
+    settings = {"image_size": 32, "layers": 2, "width": 64, "head_width": 32, "patch_size": 8}
+    texts = {"context_length": 77, "vocab_size": 49408, "width": 64, "heads": 2, "layers": 2}
+
+    def made(quick_gelu=False):
+        torch.manual_seed(0)
+        return open_clip.CLIP(32, vision_cfg=settings, text_cfg=texts, quick_gelu=quick_gelu).eval()
+
+    model, tokenizer = made(), open_clip.SimpleTokenizer()
+    model.visual.preprocess_cfg = {"mean": (0.5, 0.5, 0.5)}
+    before = identity(model, tokenizer)
+    tokenizer(["a dog"])
+    other = made()
+    other.visual.preprocess_cfg = {"mean": (0.5, 0.5, 0.5)}
+    assert changed(before, identity(other, open_clip.SimpleTokenizer())) == []
+    other.visual.preprocess_cfg = {"mean": (0.4, 0.5, 0.5)}
+    assert changed(before, identity(other, open_clip.SimpleTokenizer(context_length=20))) == [
+        "configuration",
+        "tokenizer",
+    ]
+    other = made(quick_gelu=True)
+    other.visual.preprocess_cfg = model.visual.preprocess_cfg
+    assert changed(before, identity(other, tokenizer)) == ["configuration"]

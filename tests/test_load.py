@@ -1,0 +1,129 @@
+"""The loaded model: every way to get one, and that everything takes it."""
+
+import base64
+import io
+from importlib.metadata import EntryPoint, EntryPoints
+
+import numpy as np
+import pytest
+import torch
+from conftest import tiny_model
+from PIL import Image
+
+from iclip_hf import cli, evaluate, explain, load
+from iclip_hf.data.segmentation import load_segmentation
+from iclip_hf.evaluation.measures.segmentation import Segmentation
+from iclip_hf.explainers import Explainer, make_explainer, register_explainer
+from iclip_hf.explainers import explainer as registry
+from iclip_hf.models.explainable import RecordableModel
+
+
+PHOTO = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 60, 3), dtype=np.uint8))
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory):
+    root = tmp_path_factory.mktemp("dataset")
+    for folder in ("images", "masks"):
+        (root / folder).mkdir()
+    for name in "ab":
+        PHOTO.save(root / "images" / f"{name}.png")
+        Image.fromarray(np.arange(2400, dtype=np.uint16).reshape(40, 60).astype(np.uint8) % 3).save(
+            root / "masks" / f"{name}.png"
+        )
+    (root / "classes.txt").write_text("dog\ncat\n")
+    return load_segmentation("folder", root)
+
+
+def test_every_source_gives_the_same_model(world):
+    loaded = load((world.model, world.processor))
+    assert isinstance(loaded, RecordableModel) and load(loaded) is loaded
+    by_name = load(world.folder / "model", dtype="float32", device="cpu")
+    expected = explain(loaded, PHOTO, ["dog", "cat"])
+    for source in (by_name, str(world.folder / "model"), (world.model, world.processor)):
+        found = explain(source, PHOTO, ["dog", "cat"])
+        torch.testing.assert_close(found.raw_maps.cpu(), expected.raw_maps, atol=1e-4, rtol=0)
+    assert by_name.identity["weights"] == loaded.identity["weights"]
+    assert load(world.folder / "model", dtype="bfloat16").identity["dtype"] == "bfloat16"
+
+
+@pytest.mark.parametrize(
+    ("source", "options", "error", "match"),
+    [
+        (lambda world: world.model, {}, TypeError, r"a pair \(model, processor\).*got ICLIPModel"),
+        (lambda world: (world.model, world.processor), {"device": "cpu"}, ValueError, "got cpu with tuple"),
+        (lambda world: load((world.model, world.processor)), {"dtype": "bfloat16"}, ValueError, "leave it out"),
+        (lambda world: world.folder / "model", {"device": "tpu"}, ValueError, "such as cpu, cuda or mps, got tpu"),
+    ],
+)
+def test_what_load_refuses(world, source, options, error, match):
+    with pytest.raises(error, match=match):
+        load(source(world), **options)
+    with pytest.raises(TypeError, match=r"a pair \(model, processor\)"):
+        explain(world.model, world.processor, [PHOTO], ["dog"])
+
+
+def test_an_image_comes_in_any_form(world, tmp_path):
+    model, array = load((world.model, world.processor)), np.asarray(PHOTO)
+    expected = explain(model, PHOTO, ["dog"])
+    PHOTO.save(tmp_path / "a.png")
+    file = io.BytesIO()
+    PHOTO.save(file, format="PNG")
+    forms = [tmp_path / "a.png", str(tmp_path / "a.png"), base64.b64encode(file.getvalue()).decode(), array]
+    forms += [torch.from_numpy(array.copy()).movedim(-1, 0), array / 255]
+    for found in [*(explain(model, form, "dog") for form in forms), *explain(model, forms, ["dog"])]:
+        assert found.size == (40, 60)
+        torch.testing.assert_close(found.raw_maps, expected.raw_maps, atol=1e-5, rtol=0)
+    assert len(explain(model, np.stack([array] * 2), [["dog"], ["cat", "sky"]])) == 2
+    gray = explain(model, array[..., :1], ["dog"])
+    torch.testing.assert_close(gray.raw_maps, explain(model, PHOTO.getchannel(0), ["dog"]).raw_maps)
+
+
+class Corner(Explainer):
+    """1 at the first patch."""
+
+    needs_layers = False
+
+    def forward(self, pixel_values, texts):
+        image = self.model.encode_images(pixel_values)
+        maps = torch.zeros(len(pixel_values), texts.text_embeds.shape[-2], *image.grid)
+        maps[..., 0, 0] = 1
+        return maps, image
+
+
+def test_a_method_of_another_package(world, dataset, tmp_path, monkeypatch):
+    monkeypatch.setattr(registry, "_registered", {})
+    model = (world.model, world.processor)
+    with pytest.raises(ValueError, match="'random'.*got 'corner'"):
+        make_explainer(model, "corner")
+    register_explainer("corner")(Corner)
+    assert explain(model, PHOTO, ["dog"], "corner").raw_maps.flatten().tolist() == [1, *[0] * 15]
+    assert evaluate(model, dataset, ["corner"], progress=False).results["corner"]["mMIoU"] > 0
+
+    registry._registered.clear()
+    PHOTO.save(tmp_path / "a.png")
+    command = ["compare", str(tmp_path / "a.png"), "--text", "dog", "--methods", "gem", "corner"]
+    command += ["--model", str(world.folder / "model"), "--output", str(tmp_path / "out.png")]
+    with pytest.raises(SystemExit):
+        cli.main(command)
+    point = EntryPoint("corner", f"{__name__}:Corner", "iclip_hf.explainers")
+    for module in (registry, cli.common):
+        monkeypatch.setattr(module, "entry_points", lambda group: EntryPoints([point]).select(group=group))
+    assert cli.main(command) == 0 and (tmp_path / "out.png").is_file()
+
+
+def test_evaluations_and_windows_take_a_model_of_open_clip(made, dataset):
+    model = load(made("open_clip")[:2])
+    measures = ["mAP", "mFMB", "pointing_game", "randomization", Segmentation(threshold=0.5, min_presence=0.1)]
+    found = evaluate(model, dataset, ["itsm", "gem"], measures, progress=False).results["gem"]
+    assert len(found["randomization"]) == 2 and None not in (found["mAP"], found["mFMB"], found["mIoU"])
+    windows = Segmentation(window=32, stride=16, threshold=0.5)
+    result = evaluate(model, dataset, measures=[windows], image_size={"shortest_edge": 32}, progress=False)
+    assert result.results["itsm"]["mIoU"] is not None
+
+
+def test_scores_of_words_leave_the_text_tower_as_it_was(tiny_processor):
+    model = load((tiny_model(), tiny_processor))
+    own = model.network.text_model.config._attn_implementation
+    explain(model, PHOTO, ["red ball"], words="grad_eclip")
+    assert model.network.text_model.config._attn_implementation == own != "iclip_recorded"

@@ -1,0 +1,173 @@
+"""No command replaces an input, nor a file that it did not write; what it wrote itself, it replaces."""
+
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import PHOTO
+from faults import index_mask, masks_folder
+
+from iclip_hf import cli
+
+
+# Everything that a command writes by default or below is there already, of the user's.
+FOREIGN = """
+    explanation.png explanation.npz labels/segmentation.png labels/photo.png comparison.png channels.png relation.png bars.png
+    explanations/explanations-00000-of-00001.parquet shift.json scores.json pairs.csv README.md app.py requirements.txt mmiou.py
+    config.json results.json model.safetensors .lock run/notes.txt run/checkpoint-500/state.txt clip/checkpoint-500/trainer_state.json
+    cache/training/00000.npy maps/holiday.2024.mkv.partial maps/x.1.partial maps/.lock photos/dog.png photos/dog.npz photos/DOG.PNG runs/table/notes.txt
+""".split()
+
+
+@pytest.fixture
+def mine(world, tmp_path, monkeypatch) -> Path:
+    """The user's folder, which is the current one."""
+    folder = tmp_path / "mine"
+    for name in FOREIGN:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        PHOTO.save(folder / name) if name.lower().endswith(".png") else (folder / name).write_text(f"my own {name}")
+    for name in ("photo.jpg", "photos/dog.jpg", "photos/cat.jpg"):
+        PHOTO.save(folder / name)
+    rows = [
+        {"name": name, "AP": 50.0 + len(name), "MIoU": 20.0, "FMB": 0.1, "threshold": 0.4} for name in ("dog", "mouse")
+    ]
+    (folder / "measured.json").write_text(json.dumps({"per_class": {"itsm": rows}}))
+    (folder / "table.csv").write_text("image,caption\nphoto.jpg,a dog\nphotos/cat.jpg,a cat\n")
+    masks_folder(folder, mask=index_mask(np.tri(24, 30, dtype=np.uint8)))
+    (folder / "link.png").symlink_to("photos/dog.png")
+    os.link(folder / "photos" / "dog.png", folder / "twin.png")
+    monkeypatch.chdir(folder)
+    return folder
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def iclip(world, line: str) -> int:
+    """Runs a command line in this process; `EXPLAIN` etc. stand for what is the same in many."""
+    short = {"DATA": "--dataset folder --data-root . --model MODEL", "SEE": "--text dog --model MODEL"}
+    for name, words in short.items():
+        line = line.replace(name, words)
+    try:
+        return cli.main([word.replace("MODEL", str(world.folder / "model")) for word in line.split()])
+    except SystemExit as stop:
+        return stop.code
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "explain photo.jpg SEE",
+        "explain photo.jpg SEE --output explanation.jpg --npz",  # of which only the arrays are there
+        "explain photos/dog.jpg photos/dog.png SEE --output photos",
+        "explain photos/dog.jpg SEE --output photos/../photos/dog.png",
+        "explain photos/dog.jpg SEE --output photos/DOG.PNG",
+        "explain photo.jpg SEE --output link.png",
+        "explain photos/dog.png SEE --output link.png --overwrite",
+        "explain photos/dog.png SEE --output photos/../link.png --overwrite",
+        "explain photos/dog.png SEE --overwrite --output ./photos/dog.png",
+        "explain photos/dog.png SEE --output twin.png --overwrite",
+        "explain photos SEE",
+        "segment photo.jpg SEE",
+        "segment photo.jpg SEE --output photo.png",
+        "segment labels/photo.png SEE --output photo.png --overwrite",
+        "segment labels/photo.png photo.jpg SEE --output . --overwrite",
+        "compare photo.jpg SEE",
+        "compare comparison.png SEE --overwrite",
+        "compare images/image.png --output images/image.png --text dog DATA --overwrite",
+        "analyze channels photo.jpg --model MODEL",
+        "analyze channels channels.png --model MODEL --overwrite",
+        "analyze relation measured.json",
+        "analyze relation measured.json --output a.png --bars bars.png",
+        "analyze relation measured.json --output a.png --bars ./A.png",
+        "analyze shift DATA --output shift.json",
+        "evaluate DATA --output scores.json",
+        "evaluate DATA --output pairs.json",
+        "train table.csv --output_dir .",
+        "train table.csv --output_dir run",
+        "train table.csv --output_dir run --resume",
+        "train table.csv --output_dir clip --resume",
+        "train table.csv --output_dir photos/../photos",
+        "train table.csv --model MODEL --output_dir MODEL",
+        "train table.csv --model MODEL",  # into runs/table
+        "train --model MODEL",
+        "init --config iclip-dinov2-s14-minilm --output .",
+        "export MODEL .",
+        "export MODEL MODEL",
+        "export MODEL . --format onnx",
+        "export MODEL . --format web",
+        "export-metric mmiou .",
+        "demo --export-space .",
+    ],
+)
+def test_what_is_not_its_own_is_refused(world, mine, capsys, line):
+    before, model = contents(mine), contents(world.folder)
+    assert iclip(world, line) == 2
+    after = contents(mine)
+    after.pop("explanations/.iclip-hf.lock", None)  # a folder of others may be locked
+    assert after == before and contents(world.folder) == model
+    assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("line", "new"),
+    [
+        ("explain photo.jpg SEE --output a.PNG --npz", ["a.PNG", "a.npz"]),
+        ("explain photo.jpg SEE --output new/a.jpg", ["new/a.jpg"]),
+        ("explain photo.jpg SEE --output a.webp", ["a.webp"]),
+        ("explain photo.jpg SEE --output a.pdf", ["a.pdf"]),
+        ("explain photo.jpg SEE --output a.svg", ["a.svg"]),
+        (
+            "explain photos/cat.jpg photo.jpg SEE --output photos --npz",
+            "photos/cat.png photos/cat.npz photos/photo.png photos/photo.npz".split(),
+        ),
+        ("explain photos/dog.png photos/DOG.PNG SEE --output maps", ["maps/dog.png", "maps/DOG-2.png"]),
+        ("explain photos SEE --output maps", ["maps/.iclip-hf.lock", "maps/explanations-00000-of-00001.parquet"]),
+        ("segment photo.jpg SEE --output a.png", ["a.png", "labels/a.png"]),
+        ("compare photo.jpg SEE --output a.png", ["a.png"]),
+        ("analyze channels photo.jpg --model MODEL --output a.jpg", ["a.jpg"]),
+        ("analyze relation measured.json --output a.png --bars b.svg", ["a.png", "b.svg"]),
+        ("analyze shift DATA --output a.json", ["a.json"]),
+        ("evaluate DATA --output a.json", ["a.json", "a.csv"]),
+        ("export-metric mmiou new", ["new/README.md", "new/app.py", "new/mmiou.py", "new/requirements.txt"]),
+        ("demo --export-space out.d", ["out.d/README.md", "out.d/app.py", "out.d/requirements.txt"]),
+    ],
+)
+def test_a_command_may_be_repeated_and_writes_what_it_says(world, mine, capsys, line, new):
+    (mine / "out.d").mkdir()
+    before = contents(mine)
+    for _ in range(2):
+        assert iclip(world, line) == 0, capsys.readouterr().err
+    after = contents(mine)
+    assert sorted(after.keys() - before.keys()) == sorted(new)
+    assert {name: after[name] for name in before} == before
+    said = f"{line}{''.join(capsys.readouterr())}"
+    shown = [name for name in new if Path(name).suffix != ".npz"]
+    assert all(name in said or (Path(name).parent.name or name) in said for name in shown)
+
+
+def test_overwrite_replaces_a_file_of_another_program_and_a_link_stays_one(world, mine):
+    picture = (mine / "photos" / "dog.png").read_bytes()
+    assert iclip(world, "explain photo.jpg SEE --output link.png --overwrite") == 0
+    assert (mine / "link.png").is_symlink() and (mine / "photos" / "dog.png").read_bytes() != picture
+    assert (mine / "twin.png").read_bytes() == picture
+    assert iclip(world, "explain photo.jpg SEE --output link.png") == 0
+
+
+def test_its_own_picture_is_not_replaced_while_it_is_explained(world, mine):
+    assert iclip(world, "explain photo.jpg SEE --output q/photo.png") == 0
+    (mine / "q" / "b.jpg").write_bytes((mine / "photo.jpg").read_bytes())
+    before = contents(mine)
+    for line in ("explain q/photo.png SEE --output q/photo.png", "explain q/b.jpg q/photo.png SEE --output q"):
+        assert iclip(world, line) == 2 and contents(mine) == before
+
+
+def test_a_table_that_was_edited_is_the_users(world, mine):
+    assert iclip(world, "evaluate DATA --output a.json") == 0
+    (mine / "a.csv").write_text((mine / "a.csv").read_text() + "my notes\n")
+    before = contents(mine)
+    assert iclip(world, "evaluate DATA --output a.json") == 2 and contents(mine) == before
+    assert iclip(world, "evaluate DATA --output a.json --overwrite") == 0

@@ -1,0 +1,226 @@
+"""The loss of pairs and its gradients, salient tokens, nouns, and what learns."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from conftest import TEXT, VISION, tiny_inputs, tiny_model
+from training_runs import gradients
+
+from iclip_hf import ICLIPModel
+from iclip_hf.training import loss as loss_module
+from iclip_hf.training.loss import PairModel, salient_tokens, set_token_mean
+from iclip_hf.training.low_rank import add_low_rank, merge_low_rank
+from iclip_hf.training.nouns import NounPrompts
+
+
+OF_ITS_OWN = [
+    {},
+    {"dual_projection": False, "pooling": "max"},
+    {"logit_scales": "shared"},
+    {"recognition_pooling": "class_and_average"},
+    {"max_over": "similarity", "center_tokens": True, "map_affinity": 4.0},
+    {"max_over": "similarity", "pooling": "max"},
+]
+
+
+@pytest.mark.parametrize("options", OF_ITS_OWN)
+def test_loss_is_the_models_own(options):
+    model, inputs = tiny_model(**options), tiny_inputs(batch=6, texts=6)
+    if "center_tokens" in options:
+        set_token_mean(model, inputs["pixel_values"])
+    outputs = PairModel(model).eval()(**inputs)
+    torch.testing.assert_close(outputs["loss"], model(**inputs, return_loss=True).loss, atol=1e-5, rtol=0)
+    assert outputs["losses"].shape == (2 if model.config.dual_projection else 1,)
+
+
+def test_salient_tokens_by_hand():
+    """Most attention first, then what is attended and unlike what was taken, and each with the patches like it."""
+    tokens = torch.tensor([[[1.0, 0.0], [2.0, 0.1], [0.0, 1.0], [0.0, 3.0], [-1.0, 0.0]]])
+    attention = torch.tensor([[0.9, 1.0, 0.5, 0.2, 0.3]])
+    taken, weights = salient_tokens(tokens, attention, 3, affinity=0)
+    # 1 has most; then 0.35 * 2 of its opposite and 0.55 * 0.95 of the upright one; then that one
+    assert taken[0].tolist() == [tokens[0, place].tolist() for place in (1, 4, 2)]
+    torch.testing.assert_close(weights, torch.tensor([[1.0, 0.3, 0.5]]))
+    shared, weights = salient_tokens(tokens, attention, 3, affinity=50.0)  # no other patch but those that point alike
+    upright = [math.exp(50 * cosine) for cosine in (0, 0.1 / math.hypot(2, 0.1), 1, 1, 0)]
+    columns = [*tokens[0].T.tolist(), attention[0].tolist()]
+    mean = [sum(w * x for w, x in zip(upright, column)) / sum(upright) for column in columns]
+    torch.testing.assert_close(shared[0, 2], torch.tensor(mean[:2]), atol=1e-5, rtol=0)
+    assert weights[0, 2].item() == pytest.approx(mean[2], abs=1e-5)
+    everything = salient_tokens(tokens, attention, 5, affinity=0)
+    assert torch.equal(everything[0], tokens) and torch.equal(everything[1], attention)
+
+
+def test_nouns_reach_the_branches_that_are_named():
+    model, batch = tiny_model(max_over="similarity"), tiny_inputs(3, 9)
+    noun_ids, has_noun = torch.tensor([0, 1, 1, 1, 3, 2]), torch.tensor([[1, 1, 0, 0]] * 3, dtype=torch.uint8)
+    losses = {}
+    for branches in ((), ("recognition",), ("interpretability",)):
+        pair_model = PairModel(model, noun_branches=branches).eval()
+        losses[branches] = pair_model(**batch, noun_ids=noun_ids, has_noun=has_noun)["losses"]
+    assert (losses[("recognition",)] != losses[()]).tolist() == [True, False]
+    assert (losses[("interpretability",)] != losses[()]).tolist() == [False, True]
+
+
+def test_the_token_mean_is_that_of_the_images_and_stays():
+    model, inputs = tiny_model(max_over="similarity", center_tokens=True), tiny_inputs(4, 4)
+    set_token_mean(model, inputs["pixel_values"])
+    with torch.no_grad():
+        tokens = model.encode_image(inputs["pixel_values"]).patch_tokens
+    torch.testing.assert_close(model.token_mean, tokens.mean((0, 1)))
+    before = model.token_mean.clone()
+    set_token_mean(model, inputs["pixel_values"][:1])
+    assert torch.equal(model.token_mean, before)
+
+
+@pytest.mark.parametrize("lock_vision", [True, False])
+def test_chunks_give_the_gradient_of_the_whole_batch(lock_vision):
+    """More negatives, not the same few: cached gradients, with both towers in several chunks, the last one smaller."""
+    pair_model, batch = PairModel(tiny_model(lock_vision=lock_vision), chunk_size=100).eval(), tiny_inputs(7, 7)
+    loss, whole = gradients(pair_model, batch)
+    pair_model.chunk_size = 3
+    chunked_loss, chunked = gradients(pair_model, batch)
+    assert abs(chunked_loss - loss) < 1e-5
+    assert whole.keys() == chunked.keys() and any("vision_model" in name for name in whole) != lock_vision
+    for name in whole:
+        torch.testing.assert_close(chunked[name], whole[name], atol=1e-5, rtol=1e-4)
+
+
+def test_chunks_are_computed_again_with_the_same_dropout(monkeypatch):
+    pair_model, batch = PairModel(tiny_model(), chunk_size=3), tiny_inputs(7, 7)
+    assert pair_model.model.text_model.training and pair_model.model.text_model.config.hidden_dropout_prob > 0
+    again = gradients(pair_model, batch)
+    monkeypatch.setattr(loss_module, "checkpoint", lambda encode, *inputs, use_reentrant: encode(*inputs))
+    kept = gradients(pair_model, batch)
+    assert again[0] == kept[0]
+    for name in kept[1]:
+        torch.testing.assert_close(again[1][name], kept[1][name], atol=1e-5, rtol=1e-4)
+
+
+def test_nouns_are_found_in_captions():
+    nouns = NounPrompts(["dog", "traffic light", "bus", "man", "baby", "light", "Dog"])
+    assert nouns.nouns == ["dog", "traffic light", "bus", "man", "baby", "light"]
+    found = nouns.find("Two men, three babies and dogs wait at the traffic lights; no business")
+    assert {nouns.nouns[number] for number in found} == {"dog", "traffic light", "man", "baby", "light"}
+    prompts, drawn = nouns.draw([["buses", "a tree by a man"], ["nothing here"]], epoch=0)
+    assert drawn["has_noun"].tolist() == [[0, 0, 1, 1, 0, 0], [0] * 6] and len(prompts) == 6
+    assert all(nouns.nouns[number] in prompt for number, prompt in zip(drawn["noun_ids"], prompts))
+    assert set(drawn["noun_ids"][:3].tolist()) <= {2, 3}
+    assert nouns.draw([["buses", "a tree by a man"]], epoch=0)[0] == prompts[:3]
+    assert any(nouns.draw([["buses", "a tree by a man"]], epoch)[0] != prompts[:3] for epoch in range(1, 4))
+
+
+def test_noun_prompts_teach_the_recognition_branch():
+    """Against plain loops; a prompt of another image's is no negative of an image that has its noun."""
+    model, batch = tiny_model(), tiny_inputs(3, 9)
+    has_noun = torch.tensor([[1, 1, 0, 0], [0, 1, 0, 0], [0, 0, 0, 0]], dtype=torch.uint8)
+    noun_ids = torch.tensor([0, 1, 1, 1, 3, 2])
+    outputs = PairModel(model, noun_weight=0.7).eval()(**batch, noun_ids=noun_ids, has_noun=has_noun)
+    once = [0, 1, 5, 4]  # where each noun stands first
+    with torch.no_grad():
+        logits = model(**batch).logits_per_image[:, [3 + place for place in once]].tolist()
+
+    def one_side(logits, positive) -> float:
+        total = 0.0
+        for row, of_row in zip(logits, positive):
+            negatives = sum(np.exp(value) for value, is_positive in zip(row, of_row) if not is_positive)
+            losses = [
+                -np.log(np.exp(v) / (np.exp(v) + negatives)) for v, is_positive in zip(row, of_row) if is_positive
+            ]
+            total += np.mean(losses) if losses else 0.0
+        return total / len(logits)
+
+    positive = [[bool(has_noun[image, noun]) for noun in noun_ids[once]] for image in range(3)]
+    nouns = (one_side(logits, positive) + one_side(zip_lists(logits), zip_lists(positive))) / 2
+    plain = PairModel(model).eval()(
+        **{**batch, "input_ids": batch["input_ids"][:3], "attention_mask": batch["attention_mask"][:3]}
+    )
+    assert outputs["losses"][0].item() == pytest.approx(0.3 * plain["losses"][0].item() + 0.7 * nouns, abs=1e-5)
+    torch.testing.assert_close(outputs["losses"][1], plain["losses"][1], atol=1e-5, rtol=0)
+    torch.testing.assert_close(outputs["text_embeds"], plain["text_embeds"], atol=1e-5, rtol=0)
+
+
+def zip_lists(rows: list[list]) -> list[list]:
+    return [list(column) for column in zip(*rows)]
+
+
+def test_locked_towers_stay_locked():
+    pair_model = PairModel(tiny_model(), lock_text=True).train()
+    assert not pair_model.model.vision_model.training and not pair_model.model.text_model.training
+    _, grads = gradients(pair_model, tiny_inputs(4, 4))
+    assert all(".recognition." in name or ".interpretability." in name for name in grads) and len(grads) == 6
+
+
+def low_rank_model(text: str) -> ICLIPModel:
+    """A tiny model with updates of rank 3 that are not zero, as they are at first."""
+    pytest.importorskip("peft", reason="needs peft")
+    model = tiny_model(text=text)
+    add_low_rank(model, 3)
+    for name, parameter in model.text_model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.3)
+    return model
+
+
+@pytest.mark.filterwarnings("error::FutureWarning")  # which a user would see
+@pytest.mark.parametrize("text", TEXT)
+@torch.no_grad()
+def test_low_rank_updates_are_merged_into_a_plain_model(text, tmp_path):
+    model, inputs = low_rank_model(text), tiny_inputs(4, 4)
+    adapted, plain = model(**inputs).logits_per_image, tiny_model(text=text)
+    merge_low_rank(model).save_pretrained(tmp_path)
+    merged = ICLIPModel.from_pretrained(tmp_path)
+    assert merged.state_dict().keys() == plain.state_dict().keys()
+    torch.testing.assert_close(merged(**inputs).logits_per_image, adapted, atol=1e-5, rtol=1e-5)
+    assert (plain(**inputs).logits_per_image - adapted).abs().max() > 0.01
+    assert torch.equal(model(**inputs).logits_per_image, adapted)  # the model itself goes on to learn
+    updated = 0
+    for name, layer in model.text_model.model.named_modules():
+        if hasattr(layer, "lora_A"):  # peft's scale is 8 / rank
+            update = 8 / 3 * layer.lora_B.default.weight @ layer.lora_A.default.weight
+            weight = plain.text_model.get_submodule(name).weight + update
+            torch.testing.assert_close(merged.text_model.get_submodule(name).weight, weight)
+            updated += 1
+    assert updated == sum(isinstance(layer, torch.nn.Linear) for layer in plain.text_model.modules())
+
+
+@pytest.mark.parametrize("text", TEXT)
+def test_only_low_rank_updates_and_projections_learn(text):
+    pair_model = PairModel(low_rank_model(text)).train()
+    _, grads = gradients(pair_model, tiny_inputs(4, 4))
+    assert pair_model.has_dropout == (text == "bert")
+    assert all("lora_" in name or ".recognition." in name or ".interpretability." in name for name in grads)
+    # Processes wait for the gradient of all that learn
+    assert grads.keys() == {name for name, one in pair_model.named_parameters() if one.requires_grad}
+    assert sum("lora_" in name for name in grads) >= 2 * 6 * 2  # two matrices for six linear layers of two blocks
+
+
+@pytest.mark.parametrize("vision", VISION)
+def test_the_last_blocks_of_the_image_tower_learn_alone(vision):
+    """As they do when the whole tower learns."""
+    batch, free = tiny_inputs(4, 4), tiny_model(vision, lock_vision=False)
+    _, whole = gradients(PairModel(free, lock_text=True).eval(), batch)
+    pair_model = PairModel(tiny_model(vision), lock_text=True, unlocked_vision_blocks=1).eval()
+    _, grads = gradients(pair_model, batch)
+    of_tower = {name for name in grads if "vision_model" in name}
+    assert of_tower == {name for name in whole if ".layer.1." in name or ".layers.1." in name} != set()
+    for name in grads:
+        torch.testing.assert_close(grads[name], whole[name], atol=1e-5, rtol=1e-4)
+    # Processes wait for the gradient of all that learn
+    assert grads.keys() == {name for name, one in pair_model.named_parameters() if one.requires_grad}
+    in_training = {name for name, one in pair_model.train().model.vision_model.named_modules() if one.training}
+    assert in_training and all("layer.1" in name or "layers.1" in name for name in in_training)
+    with pytest.raises(ValueError, match="at most 2, the blocks of the image tower, got 3: lower it"):
+        PairModel(tiny_model(vision), unlocked_vision_blocks=3)
+
+
+def test_clamped_scale_can_come_back():
+    pair_model = PairModel(tiny_model()).eval()
+    scale = pair_model.model.recognition.logit_scale
+    scale.data.fill_(9.0)
+    pair_model.clamp_logit_scales()
+    assert scale.exp().item() == pytest.approx(100, abs=1e-3)
+    gradients(pair_model, tiny_inputs(4, 4))
+    assert scale.grad != 0

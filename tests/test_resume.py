@@ -1,0 +1,117 @@
+"""A run goes on with what it began with, wherever that lies, and with nothing else."""
+
+import csv
+import json
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from accelerate.state import AcceleratorState
+from conftest import WORDS, tiny_model
+from PIL import Image
+from test_identity import CONFIG, PROCESSOR, edit_json, edit_weights, swapped
+
+from iclip_hf.training.checkpoints import checkpoints
+from iclip_hf.training.run import train
+from iclip_hf.training.settings import parse_settings
+
+
+def write_table(folder: Path, count: int, seed: int) -> None:
+    draws = np.random.default_rng(seed)
+    folder.mkdir()
+    with open(folder / "pairs.csv", "w", newline="") as file:
+        table = csv.writer(file)
+        table.writerow(["image", "caption"])
+        for number in range(count):
+            pixels = draws.integers(0, 256, (8, 8, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(folder / f"{number}.bmp")
+            table.writerow([f"{number}.bmp", f"{WORDS[4 + number % 9]} {WORDS[number % 4]}"])
+
+
+@pytest.fixture(scope="module")
+def began(tmp_path_factory, tiny_processor) -> Path:
+    """A folder with a run on joined towers, one on a model, and all that they use."""
+    folder = tmp_path_factory.mktemp("began") / "here"
+    model = tiny_model()
+    model.save_pretrained(folder / "model")
+    tiny_processor.save_pretrained(folder / "model")
+    model.vision_model.save_pretrained(folder / "vision")
+    model.text_model.save_pretrained(folder / "text")
+    tiny_processor.tokenizer.save_pretrained(folder / "text")
+    model.config.save_pretrained(folder / "settings")
+    tiny_processor.save_pretrained(folder / "settings")
+    (folder / "settings" / "train.yaml").write_text("{image_size: 32, batch_size: 4, max_steps: 1, warmup_epochs: 0}")
+    write_table(folder / "pairs", 12, seed=0)
+    write_table(folder / "held_out", 4, seed=1)
+    (folder / "nouns.txt").write_text("dog\ncat\n")
+    for start in ("towers", "model"):
+        run(folder, start)
+    return folder
+
+
+def run(folder: Path, start: str, *arguments: str) -> None:
+    AcceleratorState._reset_state(reset_partial_state=True)
+    named = {"model": ["--model", "model"], "towers": ["--vision", "vision", "--text", "text"]}[start]
+    named += ["--config", "settings/train.yaml", "--output_dir", f"run-{start}", "--nouns", "nouns.txt"]
+    named += ["--data", "pairs/pairs.csv", "--validation_data", "held_out/pairs.csv"]
+    named = [one if one.startswith("--") else str(folder / one) for one in named]
+    train(parse_settings([*named, "--report_to", "none", "--pictures", "0", "--num_workers", "0", *arguments]))
+
+
+def edit(file: Path, old: bytes, new: bytes) -> None:
+    """Changes the content of a file, but not its size and time."""
+    content, stat = file.read_bytes(), file.stat()
+    assert content.count(old) and len(old) == len(new)
+    file.write_bytes(content.replace(old, new, 1))
+    os.utime(file, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+
+
+def other_image(file: Path) -> None:
+    edit(file, file.read_bytes()[-9:], bytes(9))
+
+
+CHANGES = {
+    "pooling": ("towers", "configuration", lambda f: edit_json(f / "settings", CONFIG, "pooling", to="max")),
+    "max_over": ("towers", "configuration", lambda f: edit_json(f / "settings", CONFIG, "max_over", to="similarity")),
+    "image_mean": (
+        "towers",
+        "processor",
+        lambda f: edit_json(f / "settings", PROCESSOR, "image_processor", "image_mean", to=[0.5] * 3),
+    ),
+    "tower": ("towers", "weights", lambda f: edit((m := f / "vision" / "model.safetensors"), m.read_bytes()[-8:], b"\0" * 8)),
+    "words": ("towers", "tokenizer", lambda f: edit_json(f / "text", "tokenizer.json", "model", "vocab", to=swapped)),
+    "weights of the model": ("model", "weights", lambda f: edit_weights(f / "model", lambda weight: weight + 1)),
+    "options of the model": ("model", "configuration", lambda f: edit_json(f / "model", CONFIG, "attention_norm", to="quantile")),
+    "an image": ("model", "data", lambda f: other_image(f / "pairs" / "3.bmp")),
+    "a caption": ("model", "data", lambda f: edit(f / "pairs" / "pairs.csv", b"ball", b"wall")),
+    "a held-out image": ("model", "validation_data", lambda f: other_image(f / "held_out" / "0.bmp")),
+    "nouns": ("model", "nouns", lambda f: edit(f / "nouns.txt", b"cat", b"car")),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_run_does_not_go_on_with_other_content(began, tmp_path, change):
+    start, part, edit_content = CHANGES[change]
+    moved = shutil.copytree(began, tmp_path / "there")
+    edit_content(moved)
+    with pytest.raises(ValueError, match=f"go on with the content that it began with, but got other {part}; restore"):
+        run(moved, start, "--resume")
+
+
+@pytest.mark.parametrize("start", ["towers", "model"])
+def test_a_run_goes_on_elsewhere_and_after_an_update(began, tmp_path, start):
+    moved = shutil.copytree(began, tmp_path / "there")
+    (last,) = checkpoints(moved / f"run-{start}")
+    edit_json(last, "state.json", "content", "software", to="iclip-hf 0.1.0, torch 1.0, transformers 1.0")
+    run(moved, start, "--resume", "--num_workers", "1")
+    assert json.loads((moved / f"run-{start}" / "results.json").read_text())["step"] == 1
+
+
+def test_a_run_does_not_replace_the_model_that_it_goes_on_from(began, capsys):
+    from iclip_hf import cli
+
+    same = [str(began / "pairs" / "pairs.csv"), "--model", str(began / "model"), "--output_dir", f"{began}/./model"]
+    assert cli.main(["train", *same]) == 2
+    assert "expected another folder than that of model" in capsys.readouterr().err

@@ -1,0 +1,52 @@
+"""Every task gives figures, whatever family of models, method, dtype and options come together."""
+
+import copy
+import itertools
+import math
+
+import pytest
+import torch
+from families import FAMILIES, REFUSED
+from pairwise import pairwise
+from test_evaluation import root  # noqa: F401
+
+from iclip_hf.data import load_segmentation
+from iclip_hf.evaluation.evaluate import evaluate
+from iclip_hf.evaluation.measures import make_measure
+from iclip_hf.models.loading import load
+from iclip_hf.utils.names import TASKS
+
+
+FACTORS = {
+    "family": FAMILIES,
+    "task": ["interpretability", "segmentation", "windows", "faithfulness"],
+    "method": ["itsm", "reversed_itsm", "attention", "grad_cam", "gem", "grad_eclip"],
+    "dtype": [torch.float32, torch.bfloat16],
+    "templates": [None, ["{}", "a photo of the {}"]],
+    "refine": [False, True],
+    "batch_size": [1, 8],
+}
+
+
+def measures(task: str, side: int) -> list:
+    options = {"deletion_insertion": {"steps": 2}, "segmentation": {"threshold": 0.5}}
+    if task == "windows":
+        task, options = "segmentation", {"segmentation": {"threshold": 0.5, "window": side, "stride": 32}}
+    return [make_measure(name, **options.get(name, {})) for name in TASKS[task] if name != "stuff_contrast"]
+
+
+@pytest.mark.parametrize("row", pairwise(FACTORS), ids=lambda row: "-".join(map(str, row.values())))
+def test_every_task_gives_finite_figures(made, root, row):  # noqa: F811
+    if (row["family"], row["method"]) in REFUSED:
+        row = {**row, "method": "itsm"}
+    model, processor, (side, _) = made(row["family"])
+    model = load((copy.deepcopy(model).to(row["dtype"]), processor))
+    options = {name: row[name] for name in ("templates", "refine", "batch_size")}
+    if row["task"] == "windows":
+        options["image_size"] = {"shortest_edge": side + 32}
+    dataset = load_segmentation("folder", root)[:2]
+    result = evaluate(model, dataset, [row["method"]], measures(row["task"], side), progress=False, **options)
+    (figures,) = result.results.values()
+    numbers = itertools.chain(*(one if isinstance(one, list) else [one] for one in figures.values()))
+    numbers = [one for one in numbers if isinstance(one, float)]
+    assert len(numbers) >= 3 and all(map(math.isfinite, numbers)) and result.timing["images"] == 2

@@ -1,0 +1,384 @@
+"""Runs that are interrupted, killed, resumed or shared by processes."""
+
+import itertools
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from types import SimpleNamespace
+
+import datasets
+import pytest
+import torch
+from conftest import tiny_inputs, tiny_model
+from huggingface_hub import ModelCard
+from training_runs import ROOT, assert_same_weights, gradients, run, tiny_nouns, weights
+
+from iclip_hf import ICLIPModel
+from iclip_hf.data.pairs import load_pairs
+from iclip_hf.training import run as program
+from iclip_hf.training.data import (
+    TrainingStream,
+)
+from iclip_hf.training.interrupts import Interrupts
+from iclip_hf.training.loss import PairModel
+from iclip_hf.utils.files import folder_lock
+
+
+def test_partly_locked_towers_resume_and_are_saved_as_a_plain_model(hub, tmp_path):
+    pytest.importorskip("peft", reason="needs peft")
+    arguments = ["--text_lora_rank", 2, "--unlocked_vision_blocks", 1, "--max_steps", 6, "--checkpoint_steps", 3]
+    arguments += ["--validation_data", hub / "held_out.tar", "--pictures", 2]
+    metrics = run(hub, tmp_path / "run", *arguments)
+    shutil.copytree(tmp_path / "run", tmp_path / "resumed")
+    shutil.rmtree(tmp_path / "resumed" / "checkpoint-0000006")
+    (tmp_path / "resumed" / "model.safetensors").unlink()
+    assert run(hub, tmp_path / "resumed", *arguments, "--resume") == metrics
+    assert_same_weights(tmp_path / "run", tmp_path / "resumed")
+    with pytest.raises(ValueError, match="text_lora_rank from 2 to 3"):
+        run(hub, tmp_path / "run", *arguments, "--resume", "--text_lora_rank", 3)
+
+    assert ICLIPModel.from_pretrained(tmp_path / "run").config.lock_vision is False
+    card = ModelCard.load(tmp_path / "run" / "README.md").data.training
+    assert (card["text_lora_rank"], card["unlocked_vision_blocks"]) == (2, 1)
+    after, start = weights(tmp_path / "run"), {}
+    for tower in ("vision", "text"):
+        start |= {f"{tower}_model.{name}": weight for name, weight in weights(hub / tower).items()}
+    assert start.keys() == {name for name in after if "_model." in name}
+    changed = {name for name, weight in start.items() if not torch.equal(after[name], weight)}
+    last_block = {name for name in start if "vision_model.encoder.layer.1." in name}
+    updated = {name for name in start if "text_model.encoder" in name and start[name].ndim == 2}
+    assert last_block and updated and changed == last_block | updated
+
+
+def test_a_folder_holds_one_run(hub, tmp_path):
+    run(hub, tmp_path, "--max_steps", 2)
+    with pytest.raises(ValueError, match="expected no run here, but got one; add --resume"):
+        run(hub, tmp_path, "--max_steps", 2)
+    with pytest.raises(ValueError, match="weight_decay from 0.05 to 0.1; repeat the command that began it"):
+        run(hub, tmp_path, "--max_steps", 2, "--resume", "--weight_decay", 0.1)
+    with folder_lock(tmp_path), pytest.raises(BlockingIOError, match="expected no other run here"):
+        run(hub, tmp_path, "--max_steps", 2, "--resume")
+
+
+INTERRUPTED = """
+import os, signal, sys
+import torch
+from iclip_hf import cli
+from iclip_hf.training import run
+from iclip_hf.training.loss import PairModel
+
+torch.set_num_threads(1)
+forward, steps = PairModel.forward, 0
+
+
+def interrupted(self, **batch):
+    global steps
+    steps += 1
+    if steps == 3:
+        os.kill(os.getpid(), signal.{signal})
+        os.kill(os.getpid(), signal.{signal})  # as a launcher repeats it
+    return forward(self, **batch)
+
+
+PairModel.forward = interrupted
+if {early}:
+    run.load_datasets = lambda *arguments: os.kill(os.getpid(), signal.{signal})
+sys.exit(cli.main(["train", *sys.argv[1:]]))
+"""
+
+
+@pytest.mark.parametrize(("name", "early"), [("SIGINT", False), ("SIGTERM", False), ("SIGTERM", True)])
+def test_an_interrupted_run_saves_a_checkpoint_and_says_where(hub, tmp_path, name, early):
+    script = tmp_path / "interrupted.py"
+    script.write_text(INTERRUPTED.format(signal=name, early=early))
+    arguments = ["--config", hub / "train.yaml", "--output_dir", tmp_path / "run", "--max_steps", "5"]
+    done = subprocess.run(
+        [sys.executable, *map(str, [script, *arguments])], capture_output=True, text=True, timeout=240
+    )
+    said = done.stderr.splitlines()[-1]
+    assert done.returncode == 130, done.stderr
+    if early:
+        assert said == "iclip train: interrupted before the first checkpoint; start it again"
+        return
+    checkpoint = tmp_path / "run" / "checkpoint-0000003"
+    assert said == f"iclip train: interrupted after step 3; --resume goes on from {checkpoint}" and checkpoint.is_dir()
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # as the interrupted process: several round otherwise
+    run(hub, tmp_path / "run", "--max_steps", 5, "--resume")
+    run(hub, tmp_path / "whole", "--max_steps", 5)
+    torch.set_num_threads(threads)
+    assert_same_weights(tmp_path / "run", tmp_path / "whole")
+
+
+def test_a_second_ctrl_c_stops_at_once_but_not_its_repetition_by_a_launcher(monkeypatch, capsys):
+    before, clock = signal.getsignal(signal.SIGINT), SimpleNamespace(monotonic=iter([5.0, 5.9, 7.0, 7.1]).__next__)
+    monkeypatch.setattr("iclip_hf.training.interrupts.time", clock)
+    with Interrupts() as interrupts:
+        interrupts.deferred = True
+        for number in (signal.SIGINT, signal.SIGINT, signal.SIGTERM):
+            signal.raise_signal(number)
+        assert interrupts.requested and capsys.readouterr().out.count("stopping after this step") == 1
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) == before
+
+
+def test_a_stream_interrupted_twice_in_a_row_goes_on_with_other_pairs(hub, tmp_path, monkeypatch):
+    """Six steps: two, then one, then three. Each part is the beginning of the pass that its first step names."""
+    source = {"train": str(hub / "pairs.tar")}
+    opened = datasets.load_dataset("webdataset", data_files=source, split="train", streaming=True)
+    monkeypatch.setattr("iclip_hf.data.pairs._open_hub_dataset", lambda name, split: opened)
+    prepare, forward, seen = TrainingStream.prepare, PairModel.forward, []
+    steps = 0
+
+    def recorded(self, pair, key):
+        seen.append(key)
+        return prepare(self, pair, key)
+
+    def interrupted(self, **batch):
+        nonlocal steps
+        steps += 1
+        if steps in (2, 3):
+            os.kill(os.getpid(), signal.SIGINT)
+        return forward(self, **batch)
+
+    monkeypatch.setattr(TrainingStream, "prepare", recorded)
+    monkeypatch.setattr(PairModel, "forward", interrupted)
+    arguments = ["--data", "org/pairs", "--pairs_per_epoch", 96, "--epochs", 1, "--resume"]
+    for step in (2, 3):
+        with pytest.raises(KeyboardInterrupt, match=f"interrupted after step {step}; --resume goes on from"):
+            run(hub, tmp_path, *arguments)
+    run(hub, tmp_path, *arguments)
+
+    stream, expected = load_pairs("org/pairs"), []
+    for first, count in ((0, 2), (2, 1), (3, 3)):
+        stream.set_epoch(first)
+        expected += [pair["key"] for pair in itertools.islice(stream, 16 * count)]
+    assert seen == expected and steps == json.loads((tmp_path / "results.json").read_text())["step"] == 6
+
+
+def test_the_death_of_a_partner_says_how_to_go_on(hub, tmp_path, monkeypatch):
+    def lose_partner(*arguments):
+        monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+        raise RuntimeError(
+            "[/gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:1. This is typical."
+        )
+
+    monkeypatch.setattr(program, "run", lose_partner)
+    said = r"died or no longer answers \(Connection closed by peer \[127.0.0.1\]:1\); see what it said, then start it again"
+    with pytest.raises(OSError, match=f"{said}\\.$"):
+        run(hub, tmp_path)
+    (tmp_path / "checkpoint-0000005").mkdir()
+    (tmp_path / "checkpoint-0000005" / "state.json").touch()
+    with pytest.raises(OSError, match=f"{said}; --resume goes on from {tmp_path}/checkpoint-0000005"):
+        run(hub, tmp_path)
+
+
+KILLED = """
+import os, random, shutil, signal, sys
+import torch
+import iclip_hf.training.checkpoints
+from iclip_hf.training.run import train
+from iclip_hf.training.settings import parse_settings
+
+torch.set_num_threads(1)
+calls_to_live = int(sys.argv[1])
+
+
+def deadly(function):
+    # Kills its own process before or after the work of one call
+    def call(*arguments, **options):
+        global calls_to_live
+        for work in (None, function):
+            calls_to_live -= 1
+            if calls_to_live == 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+            result = work and work(*arguments, **options)
+        return result
+    return call
+
+
+for module, name in ((os, "replace"), (torch, "save"), (shutil, "rmtree"), (iclip_hf.training.checkpoints, "save_file")):
+    setattr(module, name, deadly(getattr(module, name)))
+print("ready", flush=True)
+train(parse_settings(sys.argv[2:]))
+"""
+
+
+def test_killed_at_any_moment_and_resumed_is_the_uninterrupted_run(hub, tmp_path):
+    """Kill -9 of a run that saves after every step, by turns somewhere inside the saving and at a moment by the clock."""
+    arguments = ["--validation_data", hub / "held_out.tar", "--eval_steps", 2, "--checkpoint_steps", 1]
+    arguments += ["--pictures", 0, "--epochs", 6]
+    script, draws, kills = tmp_path / "killed.py", random.Random(0), 0
+    script.write_text(KILLED)
+
+    def start(name: str, calls_to_live: int = -1) -> subprocess.Popen:
+        command = ["--config", hub / "train.yaml", "--output_dir", tmp_path / name, "--resume", *arguments]
+        command = [sys.executable, script, calls_to_live, *command]
+        process = subprocess.Popen([str(word) for word in command], stdout=subprocess.PIPE, text=True)
+        assert process.stdout.readline() == "ready\n"
+        return process
+
+    whole, began = start("whole"), time.perf_counter()
+    whole.communicate(timeout=120)
+    assert whole.returncode == 0
+    length = time.perf_counter() - began
+    while True:
+        process = start("killed", draws.randrange(1, 40) if kills % 2 == 0 and kills < 6 else -1)
+        if kills % 2 and kills < 6:
+            time.sleep(draws.uniform(0, length / 4))  # so that three kills leave something to do
+            process.kill()
+        process.communicate(timeout=120)
+        if process.returncode != -signal.SIGKILL:
+            break
+        kills += 1
+    assert process.returncode == 0 and kills >= 3
+    assert_same_weights(tmp_path / "killed", tmp_path / "whole")
+    results = [json.loads((tmp_path / name / "results.json").read_text()) for name in ("killed", "whole")]
+    assert results[0]["metrics"] == results[1]["metrics"] and results[0]["best"] == results[1]["best"]
+    assert len(list((tmp_path / "killed").glob("checkpoint-*"))) == 2
+
+
+TWO_PROCESSES = """
+import json, sys
+sys.path.insert(0, {tests!r})
+import torch
+from accelerate import PartialState
+from conftest import tiny_inputs, tiny_model
+from training_runs import tiny_nouns
+from iclip_hf.training.loss import PairModel
+from iclip_hf.training.run import train
+from iclip_hf.training.settings import parse_settings
+
+torch.set_num_threads(1)
+folder, arguments = sys.argv[1], sys.argv[2:]
+state = PartialState(cpu=True)
+assert state.num_processes == 2 and torch.distributed.get_backend() == "gloo"
+
+# Loss and gradients of eight pairs, four a process in two chunks, with both towers learning
+model = tiny_model(lock_vision=False, max_over="similarity", map_affinity=2.0)
+pair_model = PairModel(model, chunk_size=2, noun_branches=["recognition", "interpretability"]).eval()
+pair_model = torch.nn.parallel.DistributedDataParallel(pair_model)
+part = slice(4 * state.process_index, 4 * state.process_index + 4)
+nouns = slice(8 + 8 * state.process_index, 16 + 8 * state.process_index)
+inputs = tiny_inputs(8, 24)  # eight captions, two noun prompts each
+batch = {{"pixel_values": inputs.pop("pixel_values")[part]}}
+batch |= {{name: torch.cat([value[part], value[nouns]]) for name, value in inputs.items()}}
+noun_ids, has_noun = tiny_nouns()
+local = slice(nouns.start - 8, nouns.stop - 8)
+outputs = pair_model(**batch, noun_ids=noun_ids[local], has_noun=has_noun[part])
+outputs["loss"].backward()
+loss = outputs["loss"].detach()
+torch.distributed.all_reduce(loss)
+grads = {{name.removeprefix("module."): p.grad for name, p in pair_model.named_parameters() if p.grad is not None}}
+if state.is_main_process:
+    torch.save({{"loss": loss / 2, "grads": grads}}, folder + "/gradients.pt")
+del pair_model, outputs, grads
+
+train(parse_settings(arguments))
+"""
+
+
+def test_two_processes_are_one_with_the_whole_batch(hub, tmp_path):
+    arguments = ["--config", hub / "train.yaml", "--output_dir", tmp_path / "two", "--chunk_size", 3]
+    arguments += ["--validation_data", hub / "held_out.tar", "--pictures", 0, "--lock_text"]
+    (tmp_path / "nouns.txt").write_text("dog\ncat\nsky\n")
+    arguments += ["--cache_features", tmp_path / "cache", "--nouns", tmp_path / "nouns.txt"]
+    script = tmp_path / "two.py"
+    script.write_text(TWO_PROCESSES.format(tests=str(ROOT / "tests")))
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node",
+        "2",
+        script,
+        tmp_path,
+    ]
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "1", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [*map(str, command), *map(str, arguments)], env=environment, capture_output=True, text=True, timeout=240
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+
+    model = tiny_model(lock_vision=False, max_over="similarity", map_affinity=2.0)
+    pair_model = PairModel(model, noun_branches=["recognition", "interpretability"]).eval()
+    noun_ids, has_noun = tiny_nouns()
+    loss, grads = gradients(pair_model, {**tiny_inputs(8, 24), "noun_ids": noun_ids, "has_noun": has_noun})
+    two = torch.load(tmp_path / "gradients.pt", weights_only=True)
+    assert abs(two["loss"] - loss) < 1e-5 and two["grads"].keys() == grads.keys()
+    for name in grads:
+        torch.testing.assert_close(two["grads"][name], grads[name], atol=1e-5, rtol=1e-4)
+
+    # A whole run, both caches filled by two processes; without a text tower that learns, whose dropout differs
+    metrics = run(hub, tmp_path / "one", *arguments[4:], "--cache_features", tmp_path / "other_cache")
+    together = json.loads((tmp_path / "two" / "results.json").read_text())
+    assert together["metrics"] == pytest.approx(metrics, abs=1e-4)
+    assert_same_weights(tmp_path / "two", tmp_path / "one", atol=1e-5, rtol=1e-4)
+
+
+TWO_SHARDED_PROCESSES = """
+import os, signal, sys
+import torch
+from accelerate import PartialState
+from accelerate.utils import DistributedType
+from iclip_hf import cli
+from iclip_hf.training.loss import PairModel
+
+torch.set_num_threads(1)
+state = PartialState(cpu=True)
+# Accelerate itself shards on GPUs only
+PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+forward, steps = PairModel.forward, 0
+
+
+def interrupted(self, **batch):
+    global steps
+    steps += 1
+    if steps == 3 and state.process_index == 1 and "--resume" not in sys.argv:
+        os.kill(os.getpid(), signal.SIGTERM)
+    return forward(self, **batch)
+
+
+PairModel.forward = interrupted
+sys.exit(cli.main(["train", *sys.argv[1:]]))
+"""
+
+
+def test_two_sharded_processes_are_one_also_when_interrupted(hub, tmp_path):
+    """FSDP2 with layers that learn: checkpoints, evaluation and export. A signal to one process stops both."""
+    script = tmp_path / "two.py"
+    script.write_text(TWO_SHARDED_PROCESSES)
+    arguments = ["--max_steps", 5, "--chunk_size", 3, "--validation_data", hub / "held_out.tar"]
+    arguments += ["--lock_text", "--model_options", "lock_vision=false"]  # the text tower has dropout
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2]
+    command = [sys.executable, *launcher, script, "--config", hub / "train.yaml", "--output_dir", tmp_path / "two"]
+    environment = {"ACCELERATE_USE_CPU": "1", "OMP_NUM_THREADS": "1", "ACCELERATE_USE_FSDP": "true"}
+    environment |= {"FSDP_VERSION": "2", "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP"}
+    options = {"env": {**os.environ, **environment}, "capture_output": True, "text": True, "timeout": 240}
+
+    stopped = subprocess.run([*map(str, [*command, *arguments])], **options)
+    checkpoint = tmp_path / "two" / "checkpoint-0000003"
+    said = f"iclip train: interrupted after step 3; --resume goes on from {checkpoint}"
+    assert stopped.returncode == 1 and said in stopped.stderr.partition("Root Cause")[2], stopped.stderr[-3000:]
+    assert (checkpoint / "pytorch_model_fsdp_0").is_dir() and (checkpoint / "state.json").is_file()
+    assert [path.name for path in (tmp_path / "two").glob("checkpoint-*")] == [checkpoint.name]
+    with pytest.raises(ValueError, match="expected a run with FSDP, as it began, got another; resume it with FSDP"):
+        run(hub, tmp_path / "two", *arguments, "--resume")
+
+    resumed = subprocess.run([*map(str, [*command, *arguments, "--resume"])], **options)
+    assert resumed.returncode == 0, resumed.stderr[-3000:]
+    metrics = run(hub, tmp_path / "one", *arguments)
+    together = json.loads((tmp_path / "two" / "results.json").read_text())
+    assert together["metrics"] == pytest.approx(metrics, abs=1e-3)
+    two, one = weights(tmp_path / "two"), weights(tmp_path / "one")
+    assert two.keys() == one.keys()
+    for name in two:
+        if not name.endswith("key.bias"):  # softmax cancels it: its gradient is rounding, which Adam enlarges
+            torch.testing.assert_close(two[name], one[name], atol=1e-5, rtol=1e-4)

@@ -1,0 +1,191 @@
+"""Parts of training against slow or direct computation: schedule, batches, streams, augmentation."""
+
+import os
+import random
+import signal
+
+import numpy as np
+import pytest
+import torch
+from conftest import tiny_model
+from hypothesis import given
+from hypothesis import strategies as st
+from timm.scheduler import CosineLRScheduler
+from torch.utils.data import IterableDataset
+from training_runs import accelerator
+
+from iclip_hf.data.pairs import DroppedConnectionError, load_pairs
+from iclip_hf.training.data import (
+    AugmentedImage,
+    BatchLoader,
+    GlobalBatches,
+    TrainingPairs,
+    seeded,
+)
+from iclip_hf.training.loss import PairModel
+from iclip_hf.training.schedule import cosine_schedule, parameter_groups
+
+
+@pytest.mark.parametrize(("total", "warmup"), [(12, 4), (12, 0), (5, 4), (100, 7)])
+def test_schedule_is_that_of_groupvit(total, warmup):
+    """timm's, as GroupViT calls it; the cosine runs from the first step on, under the warm-up too."""
+    learning = torch.nn.Parameter(torch.zeros(1))
+    theirs = CosineLRScheduler(
+        torch.optim.AdamW([learning], lr=1.0),
+        t_initial=total,
+        lr_min=0.1,
+        warmup_t=warmup,
+        warmup_lr_init=0.2 if warmup else 0,
+        cycle_limit=1,
+        t_in_epochs=False,
+    )
+    rates = [cosine_schedule(step, total, warmup, peak=1.0, start=0.2, end=0.1) for step in range(total)]
+    assert rates == pytest.approx([theirs._get_lr(step)[0] for step in range(total)])
+    slowly = [0.2 + 0.8 * step / warmup for step in range(warmup)]
+    slowly += [0.1 + 0.9 * np.cos(np.pi * step / total / 2) ** 2 for step in range(warmup, total)]
+    assert rates == pytest.approx(slowly)
+
+
+def test_what_decays():
+    pair_model = PairModel(tiny_model(projection_bias=True))
+    decaying, others = parameter_groups(pair_model, 0.05)
+    names = {id(parameter): name for name, parameter in pair_model.named_parameters()}
+    assert decaying["weight_decay"] == 0.05 and others["weight_decay"] == 0
+    assert {names[id(p)].rsplit(".")[-1] for p in others["params"]} >= {"bias", "logit_scale"}
+    assert all(p.ndim > 1 for p in decaying["params"]) and all(p.ndim <= 1 for p in others["params"])
+    listed = {names[id(p)] for group in (decaying, others) for p in group["params"]}
+    assert listed == {name for name in names.values() if "vision_model" not in name}
+
+
+@given(
+    rows=st.integers(1, 40),
+    share=st.integers(1, 5),
+    world_size=st.integers(1, 4),
+    epoch=st.integers(0, 3),
+    data=st.data(),
+)
+def test_batches_are_the_same_for_any_number_of_processes(rows, share, world_size, epoch, data):
+    batch_size = share * world_size
+
+    def batches(world_size, first=0):
+        of_rank = []
+        for rank in range(world_size):
+            sampler = GlobalBatches(rows, batch_size, seed=3, rank=rank, world_size=world_size)
+            sampler.epoch, sampler.first = epoch, first
+            of_rank.append(list(sampler))
+        return [[index for part in parts for index in part] for parts in zip(*of_rank)]
+
+    whole = batches(1)
+    assert batches(world_size) == whole
+    seen = [index for batch in whole for index in batch]
+    assert len(seen) == len(set(seen)) == rows // batch_size * batch_size and set(seen) <= set(range(rows))
+    first = data.draw(st.integers(0, len(whole)))
+    assert batches(world_size, first) == whole[first:]
+
+
+class Stream(IterableDataset):
+    """Seven pairs, in an order of its epoch."""
+
+    collate = staticmethod(torch.tensor)
+
+    def set_epoch(self, epoch):
+        self.epoch = epoch
+
+    def __iter__(self):
+        return iter(np.random.default_rng(self.epoch).permutation(7).tolist())
+
+
+def test_a_stream_goes_on_with_an_order_of_its_own():
+    """Five steps of two pairs an epoch, from passes of three."""
+    loader = BatchLoader(Stream(), accelerator(), 2, pairs_per_epoch=10)
+
+    def seen(epoch, first=0):
+        return torch.stack(list(loader.epoch(epoch, first))).tolist()
+
+    def orders(*steps):
+        return [np.random.default_rng(step).permutation(7)[:6].reshape(3, 2).tolist() for step in steps]
+
+    first, second = orders(0, 3)
+    assert seen(0) == first + second[:2]
+    assert seen(1) == [*orders(5)[0], *orders(8)[0]][:5]
+    assert seen(1, 4) == orders(9)[0][:1] != seen(1)[:1]  # not the beginning of the epoch again
+    with pytest.raises(ValueError, match="a whole batch .* lower batch_size"):
+        list(BatchLoader(Stream(), accelerator(), 8, pairs_per_epoch=10).epoch(0))
+
+
+class Dropping(Stream):
+    """A stream whose connection is lost after three pairs, as often as it is told."""
+
+    drops = 0
+
+    def __iter__(self):
+        for number, item in enumerate(super().__iter__()):
+            if number == 3 and self.drops:
+                self.drops -= 1
+                raise DroppedConnectionError("reset by peer")
+            yield item
+
+
+def test_a_stream_goes_on_after_a_lost_connection(monkeypatch):
+    """With the next pass of its own order; retries end where no batch comes between them."""
+    waits = []
+    monkeypatch.setattr("iclip_hf.training.data.time.sleep", waits.append)
+    loader = BatchLoader(Dropping(), accelerator(), 2, pairs_per_epoch=10)
+    loader.dataset.drops = 2
+    assert len(list(loader.epoch(0))) == 5 and waits == [2, 2]
+    loader = BatchLoader(Dropping(), accelerator(), 4, pairs_per_epoch=16)
+    loader.dataset.drops = 5
+    assert len(list(loader.epoch(0))) == 4 and waits[2:] == [2, 4, 8, 16, 32]
+    loader.dataset.drops = 6
+    with pytest.raises(ConnectionError, match=r"lost, also after 5 retries \(reset by peer\): see to the network"):
+        list(loader.epoch(0))
+    with pytest.raises(ConnectionError, match=r"also after 5 retries \(reset by peer\)"):  # through a worker too
+        loader = BatchLoader(Dropping(), accelerator(), 4, pairs_per_epoch=16, num_workers=1)
+        loader.dataset.drops = 1  # each worker starts with it
+        list(loader.epoch(0))
+
+
+class Deadly(torch.utils.data.Dataset):
+    """Kills the process that reads it."""
+
+    collate = staticmethod(torch.tensor)
+
+    def set_epoch(self, epoch):
+        pass
+
+    def __len__(self):
+        return 8
+
+    def __getitem__(self, index):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_loader_that_dies_is_told_apart(hub):
+    loader = BatchLoader(Deadly(), accelerator(), 4, num_workers=1)
+    with pytest.raises(OSError, match="A process that loads pairs broke off .* for want of memory: lower num_workers"):
+        list(loader.epoch(0))
+
+
+def test_seeded_leaves_the_other_random_numbers_alone():
+    def draw():
+        return random.random(), np.random.rand(), torch.rand(1).item()
+
+    with seeded("a"):
+        outer = draw()
+        with seeded("b", 1):
+            inner = draw()
+        after = draw()
+    with seeded("a"):
+        assert draw() == outer and draw() == after
+    with seeded("b", 1):
+        assert draw() == inner != outer
+
+
+def test_augmentation_depends_on_seed_epoch_and_pair_alone(hub, tiny_processor):
+    pairs = load_pairs(str(hub / "pairs.tar"))
+    dataset = TrainingPairs(pairs, AugmentedImage(tiny_processor), tiny_processor, seed=1)
+    first, other = dataset[3]["image"], dataset[4]["image"]
+    assert first.shape == other.shape == (3, 32, 32) and not torch.equal(first, other)
+    assert torch.equal(dataset[3]["image"], first)
+    dataset.set_epoch(1)
+    assert not torch.equal(dataset[3]["image"], first)

@@ -24,7 +24,7 @@ from transformers import BertTokenizer, CLIPConfig, CLIPImageProcessor, CLIPMode
 
 from iclip_hf.explainers import METHODS, make_explainer
 from iclip_hf.explainers.refinement import refine_maps
-from iclip_hf.label_maps import label_map
+from iclip_hf.label_maps import segments
 from iclip_hf.modeling_iclip import ICLIPTextFeatures
 from iclip_hf.similarity import min_max_normalize, resize_and_normalize
 
@@ -110,7 +110,7 @@ def contenders(count: int) -> dict[str, Callable[[], object]]:
 def uses_of_maps() -> dict[str, Callable[[], object]]:
     """From the pixels of a photograph to its finished maps or label map."""
     model, processor, texts, pixel_values = clip(CLASSES)
-    explainer = make_explainer((model, processor))
+    explainer, shown = make_explainer((model, processor)), torch.ones(len(CLASSES), dtype=torch.bool)
 
     def drawn(refine: bool) -> torch.Tensor:
         maps, _ = explainer.raw_maps(pixel_values, texts)
@@ -118,9 +118,9 @@ def uses_of_maps() -> dict[str, Callable[[], object]]:
 
     return {
         "explaining": lambda: resize_and_normalize(drawn(False), SIZE),
-        "segmenting": lambda: label_map(drawn(False), SIZE, threshold=0.5),
+        "segmenting": lambda: segments(drawn(False), SIZE, shown),
         "explaining, refined": lambda: resize_and_normalize(drawn(True), SIZE),
-        "segmenting, refined": lambda: label_map(drawn(True), SIZE, threshold=0.5),
+        "segmenting, refined": lambda: segments(drawn(True), SIZE, shown),
     }
 
 

@@ -51,11 +51,26 @@ def test_many_photographs_and_one_that_is_broken(folder, tmp_path, capsys):
     images = [folder / "0" / "a.jpg", folder / "broken.jpg", folder / "1" / "a.jpg"]
     assert run(folder, *images, "--text", "dog", "--output", tmp_path / "maps", "--json") == 2
     out, err = capsys.readouterr()
-    report = json.loads(out)
+    report = [json.loads(line) for line in out.splitlines()]
     assert [entry["image"] for entry in report] == [str(images[0]), str(images[2])]
     assert sorted(path.name for path in (tmp_path / "maps").iterdir()) == ["a-2.png", "a.png"]
     assert -1 <= report[0]["texts"][0]["score"] <= 1
     assert "broken.jpg" in err and "undamaged copy" in err
+
+
+@pytest.mark.parametrize("command", ["explain", "segment"])
+def test_json_alone_writes_no_files(folder, tmp_path, capsys, monkeypatch, command):
+    monkeypatch.chdir(tmp_path)
+    images = [folder / "0" / "a.jpg", folder / "1" / "a.jpg"]
+    arguments = [command, *map(str, images), "--text", "dog", "--min-presence", "0", "--model", str(folder / "model")]
+    assert cli.main([*arguments, "--json"]) == 0
+    report = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [entry["image"] for entry in report] == [str(image) for image in images]
+    for entry, image in zip(report, images):
+        (text,) = entry["texts" if command == "explain" else "segments"]
+        size = [entry["height"], entry["width"]]
+        assert size == list(Image.open(image).size[::-1]) == text["mask"]["size"] and "picture" not in entry
+    assert not list(tmp_path.iterdir())
 
 
 def test_the_sentence_of_a_broken_image_has_a_line_of_its_own(folder, tmp_path, capsys):
@@ -81,8 +96,7 @@ def test_escape_sequences_in_names_and_texts_are_printed_as_letters(folder, tmp_
     out, err = capsys.readouterr()
     assert not set(ACTING[:-1] + "\x7f") - set("dog [31m2J") & set((out + err).replace("\n", ""))
     if form:
-        report = json.loads(out)
-        (entry,) = report if command == "explain" else [report]
+        entry = json.loads(out)
         assert entry["image"] == str(image) and entry["texts"][0]["text"] == ACTING
     else:
         first, second = out.splitlines()
@@ -105,7 +119,7 @@ def test_words_are_listed_and_coloured(method, folder, tmp_path, capsys):
     assert run(folder, *arguments, "--output", output, "--words") == 0
     printed = capsys.readouterr().out.splitlines()[-1].split()
     assert run(folder, *arguments, "--output", output, "--words", "--json") == 0
-    words = json.loads(capsys.readouterr().out)[0]["texts"][0]["words"]
+    words = json.loads(capsys.readouterr().out)["texts"][0]["words"]
     assert printed == [part for one in words for part in (one["word"], f"{one['score']:.2f}")]
     side = "bi_modal" if method == "bi_modal" else "grad_eclip"
     expected = explain(load(str(folder / "model")), [image], ["red ball"], words=side)[0].words[0]
@@ -132,7 +146,7 @@ def test_json_and_arrays_say_what_the_masks_are(folder, tmp_path, capsys):
     image, output = folder / "0" / "a.jpg", tmp_path / "out.png"
     arguments = [image, "--text", "red ball", "--text", "dog", "--threshold", results, "--min-presence", "0"]
     assert run(folder, *arguments, "--output", output, "--npz", "--json") == 0
-    (entry,) = json.loads(capsys.readouterr().out)
+    entry = json.loads(capsys.readouterr().out)
     arrays = np.load(tmp_path / "out.npz")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out.npz", "out.png", "results.json"]
     assert arrays["texts"].tolist() == ["red ball", "dog"] and arrays["raw_maps"].shape == (2, 4, 4)
@@ -148,7 +162,7 @@ def test_json_and_arrays_say_what_the_masks_are(folder, tmp_path, capsys):
 def test_a_mask_is_above_its_threshold_not_at_it(folder, tmp_path, capsys):
     arguments = [folder / "0" / "a.jpg", "--text", "dog", "--output", tmp_path / "a.png", "--json", "--threshold", "1"]
     assert run(folder, *arguments, "--min-presence", "0") == 0
-    counts = json.loads(capsys.readouterr().out)[0]["texts"][0]["mask"]["counts"]
+    counts = json.loads(capsys.readouterr().out)["texts"][0]["mask"]["counts"]
     assert counts == [40 * 60]  # though the map reaches 1
 
 
@@ -157,7 +171,7 @@ def test_the_gate_empties_the_masks_of_absent_texts(folder, tmp_path, capsys):
     regions = []
     for least in ("0", "1"):
         assert run(folder, *arguments, least) == 0
-        (text,) = json.loads(capsys.readouterr().out)[0]["texts"]
+        (text,) = json.loads(capsys.readouterr().out)["texts"]
         regions.append(len(text["regions"]))
         assert 0 < text["presence"] < 1
     assert regions[0] > 0 and regions[1] == 0 and text["mask"]["counts"] == [40 * 60]

@@ -1,4 +1,4 @@
-"""label_maps.py and its doors, against a loop over pixels with torch's own interpolation."""
+"""label_maps.py and its doors, against loops over pixels with torch's own interpolation."""
 
 import pytest
 import torch
@@ -6,7 +6,7 @@ from conftest import tiny_model
 from torch.nn import functional as F
 
 from iclip_hf import ICLIPProcessor
-from iclip_hf.label_maps import BACKGROUND_LABEL, classes_of, label_map
+from iclip_hf.label_maps import BACKGROUND_LABEL, classes_of, label_map, segments
 from iclip_hf.localization.explanation import Explanation
 from iclip_hf.modeling_iclip import ICLIPOutput
 from iclip_hf.prompts import IMAGENET_TEMPLATES, check_templates
@@ -107,6 +107,56 @@ def test_bad_shapes_are_named():
         classes_of(2, [2])
 
 
+# ---- segments ----
+
+
+def segments_slowly(raw, size, present, thresholds, background):
+    """Pixel by pixel: of the texts whose mask holds it, the one with the highest raw value."""
+    big = F.interpolate(raw[None].double(), size=size, mode="bicubic", align_corners=False)[0]
+    low, high = big.amin((1, 2)), big.amax((1, 2))
+    found = torch.full(size, -1)
+    for y in range(size[0]):
+        for x in range(size[1]):
+            inside = [
+                t
+                for t in range(len(raw))
+                if present[t] and (thresholds is None or (big[t, y, x] - low[t]) / (high[t] - low[t]) > thresholds[t])
+            ]
+            if inside:
+                best = max(inside, key=lambda t: big[t, y, x].item())
+                found[y, x] = -1 if best in background else best
+    return found
+
+
+@pytest.mark.parametrize("thresholds", [None, [0.4] * 4, [0.2, 0.4, 0.6, 0.5]])
+@pytest.mark.parametrize("background", [(), (3,)])
+@pytest.mark.parametrize("present", [[1, 1, 1, 1], [0, 1, 1, 1], [1, 0, 1, 0], [0, 0, 0, 0]])
+def test_segments_equal_a_loop_over_pixels(present, thresholds, background):
+    raw = torch.rand(4, 3, 5, generator=torch.Generator().manual_seed(0)) * 0.2 + 0.1
+    raw[1] += 0.1  # stronger everywhere
+    shown = torch.tensor(present, dtype=torch.bool)
+    found = segments(raw, SIZE, shown, thresholds, background)
+    expected = segments_slowly(raw, SIZE, present, thresholds, background)
+    assert found.dtype == torch.int64 and torch.equal(found, expected)
+
+
+def test_a_strong_text_hides_no_other_outside_of_its_mask():
+    raw = torch.zeros(2, 2, 8)
+    raw[0], raw[1] = torch.linspace(0.9, 0.6, 8), torch.linspace(0.1, 0.3, 8)  # everywhere below the first
+    found = segments(raw, (2, 8), torch.ones(2, dtype=torch.bool), 0.5)
+    assert found[0].tolist() == [0, 0, 0, 0, 1, 1, 1, 1]
+
+
+def test_segments_of_constant_and_no_maps():
+    both = torch.ones(2, dtype=torch.bool)
+    constant = torch.full((2, 4, 4), 0.3)
+    assert (segments(constant, SIZE, both) == -1).all()  # of a constant map, nothing is above the threshold
+    assert (segments(constant, SIZE, both, None) == 0).all()  # of equal texts, the first
+    assert (segments(constant[:0], SIZE, both[:0]) == -1).all()
+    with pytest.raises(ValueError, match=r"indices of 2 texts, got \[2\]"):
+        segments(constant, SIZE, both, background=[2])
+
+
 # ---- doors ----
 
 
@@ -115,17 +165,18 @@ def test_processor_gives_a_label_map_of_each_image():
     process = ICLIPProcessor.post_process_semantic_segmentation
     outputs, sizes = ICLIPOutput(similarity_maps=raw), [(9, 12), (7, 20)]
     for found, one, size in zip(process(None, outputs, sizes), raw, sizes, strict=True):
-        assert torch.equal(found, label_map(one, size)[0])
+        assert torch.equal(found, label_map(one, size)[0])  # without a threshold, the highest raw value
     assert [tuple(one.shape) for one in process(None, outputs)] == [(4, 6), (4, 6)]
-    scores = torch.tensor([[0.9, 0.1, 0.9], [0.1, 0.1, 0.1]])
-    found = process(None, outputs, sizes, scores=scores, min_score=0.5, threshold=0.2, background=[2])
+    presence = torch.tensor([[0.9, 0.1, 0.9], [0.1, 0.1, 0.1]])
+    options = {"presence": presence, "min_presence": 0.5, "background": [2]}
+    found = process(None, outputs, sizes, threshold=[0.2, 0.3, 0.4], **options)
+    assert torch.equal(found[0], segments(raw[0], sizes[0], presence[0] > 0.5, [0.2, 0.3, 0.4], [2]))
     assert found[0].unique().tolist() == [-1, 0] and (found[1] == -1).all()
     for options, problem in (
         ({"target_sizes": sizes[:1]}, "each of 2 images, got 1"),
-        ({"scores": scores}, "scores and min_score together"),
+        ({"presence": presence}, "presence and min_presence together"),
         ({"background": [-1]}, r"indices of 3 texts, got \[-1\]"),
         ({"threshold": 1.5}, r"in \[0, 1\], or one for each text, got 1.5"),
-        ({"threshold": [0.5, 0.5, 0.5]}, "one threshold in"),
     ):
         with pytest.raises(ValueError, match=problem):
             process(None, outputs, **options)
@@ -133,17 +184,21 @@ def test_processor_gives_a_label_map_of_each_image():
         process(None, ICLIPOutput())
 
 
-def test_an_explanation_compares_raw_maps_of_present_texts():
+@pytest.mark.parametrize("is_reversed", [False, True])
+def test_an_explanation_segments_by_its_own_masks(is_reversed):
     raw = torch.rand(3, 4, 5, generator=torch.Generator().manual_seed(4))
-    presence = torch.tensor([0.9, 0.2, 0.8])
-    options = {"labels": ["a", "b", "c"], "scores": presence, "presence": presence, "raw_maps": raw, "size": SIZE}
-    expected, confidence = label_map(raw, SIZE, present=presence >= 0.7)
-    found = Explanation(**options).label_map(None)
-    assert torch.equal(found, expected) and found.unique().tolist() == [0, 2]
-    assert torch.equal(Explanation(**options).label_map(), expected.masked_fill(confidence <= 0.5, -1))
-    assert torch.equal(Explanation(**options).label_map(None, background=[2]), expected.masked_fill(expected == 2, -1))
-    turned = Explanation(**options, min_presence=0, reversed=True).label_map(None)
-    assert torch.equal(turned, label_map(-raw, SIZE)[0])
+    presence, thresholds = torch.tensor([0.9, 0.2, 0.8]), [0.5, 0.5, 0.3]
+    explanation = Explanation(["a", "b", "c"], presence, presence, raw, SIZE, thresholds, reversed=is_reversed)
+    masks = torch.stack([explanation.mask(index) for index in range(3)])
+    found = explanation.label_map()
+    assert torch.equal(found >= 0, masks.any(0)) and found.unique().tolist() == [-1, 0, 2]
+    assert all(masks[index][found == index].all() for index in range(3))
+    signed = -raw if is_reversed else raw
+    assert torch.equal(found, segments(signed, SIZE, presence > 0.7, thresholds))
+    assert torch.equal(explanation.label_map(background=[2]), found.masked_fill(found == 2, -1))
+    assert torch.equal(explanation.label_map(0.8), segments(signed, SIZE, presence > 0.7, 0.8))
+    with pytest.raises(ValueError, match="one threshold in"):
+        explanation.label_map([0.5, 0.5, 0.5])
 
 
 def test_templates_by_name(tiny_processor):

@@ -14,7 +14,7 @@ from iclip_hf.explainers import make_explainer
 from iclip_hf.localization.localizer import Localizer
 from iclip_hf.models.explainable import ExplainableModel
 from iclip_hf.presence import BACKGROUND, MIN_PRESENCE, presence
-from iclip_hf.regions import find_regions
+from iclip_hf.regions import find_regions, run_lengths
 from iclip_hf.similarity import resize_and_normalize
 
 
@@ -137,7 +137,9 @@ def test_maps_masks_regions_and_record_of_an_explanation(tiny_processor):
             assert [one.box for one in explanation.regions(index, least)] == [one.box for one in regions]
     assert not explanation.mask(2).any() and explanation.regions(2) == []
     assert not explanation.mask(0, 1.0).any()  # the greatest value is 1, and foreground is M > threshold
-    record = explanation.record()
+    answer = json.loads(json.dumps(explanation.to_dict()))
+    assert (answer["height"], answer["width"]) == (40, 60)
+    record = answer["texts"]
     assert [one["text"] for one in record] == TEXTS and [one["presence"] for one in record] == [0.9, 0.5, 0.49]
     assert [one["score"] for one in record] == pytest.approx(explanation.scores.tolist(), abs=1e-4)
     assert record[2]["regions"] == []
@@ -148,9 +150,10 @@ def test_maps_masks_regions_and_record_of_an_explanation(tiny_processor):
         mask = explanation.mask(index)
         assert all(mask[y, x] for region in record[index]["regions"] for x, y in region["positive_points"])
         assert not any(mask[y, x] for region in record[index]["regions"] for x, y in region["negative_points"])
-    json.dumps(record)  # plain values
     for index, (one, mask) in enumerate(explanation.records_and_masks()):
-        assert one == record[index] and torch.equal(mask, explanation.mask(index))
+        assert {**one, "mask": run_lengths(mask.numpy())} == record[index] and torch.equal(
+            mask, explanation.mask(index)
+        )
     score = explanation.scores[0].item()
     assert (
         repr(explanation).startswith(f"Explanation('dog': {score:.2f}, 'red ball': ") and len(repr(explanation)) < 80
@@ -172,6 +175,33 @@ def test_the_image_size_is_the_models(tiny_processor):
     localizer = Localizer((tiny_model(), tiny_processor), TEXTS, image_size=48)
     assert localizer.prepare(IMAGES[0]).pixel_values.shape == (1, 3, 48, 48)
     assert [one.raw_maps.shape for one in explained(localizer)] == [(3, 6, 6)] * 2
+
+
+@pytest.mark.parametrize("method", ["itsm", "grad_cam"])
+def test_scores_and_presence_come_from_the_models_own_size(tiny_processor, method, monkeypatch):
+    """Whatever the size of the maps; in one more forward only if that size is another."""
+    model = tiny_model(max_over="similarity")
+    own, large, same = (
+        Localizer((model, tiny_processor), TEXTS, method=method, words="grad_eclip", image_size=size)
+        for size in (None, 48, tiny_processor.image_processor.size["height"])
+    )
+    forwards = []
+    for localizer in (own, large, same):
+        encode = localizer.model.network.get_image_features
+        monkeypatch.setattr(
+            localizer.model.network,
+            "get_image_features",
+            lambda pixels, encode=encode, **kw: forwards.append(len(pixels)) or encode(pixels, **kw),
+        )
+    expected, found, again = map(explained, (own, large, same))
+    assert forwards == [2] * 4  # both images at once, twice for `large`
+    for one, other, third in zip(expected, found, again):
+        assert other.raw_maps.shape[1:] == (6, 6) != one.raw_maps.shape[1:] == third.raw_maps.shape[1:]
+        torch.testing.assert_close(other.scores, one.scores, atol=1e-5, rtol=0)
+        torch.testing.assert_close(other.presence, one.presence, atol=1e-4, rtol=0)
+        assert [word.score for word in other.words[0]] == pytest.approx(
+            [word.score for word in one.words[0]], abs=1e-4
+        )
 
 
 def test_presence_uses_both_branches_and_the_templates(tiny_processor):

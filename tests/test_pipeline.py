@@ -5,6 +5,7 @@ import contextlib
 import copy
 import functools
 import importlib.util
+import json
 import subprocess
 import sys
 import threading
@@ -20,9 +21,10 @@ from PIL import Image as PILImage
 from transformers.pipelines import PIPELINE_REGISTRY, pipeline
 from transformers.pipelines.pt_utils import KeyDataset
 
-from iclip_hf import ImageTextSimilarityMapPipeline, ZeroShotImageSegmentationPipeline
+from iclip_hf import ImageTextSimilarityMapPipeline, ZeroShotImageSegmentationPipeline, pipeline_iclip
 from iclip_hf.pipeline_iclip import __file__ as pipeline_file
 from iclip_hf.presence import BACKGROUND
+from iclip_hf.regions import find_regions, run_lengths
 
 
 TASK = "image-text-similarity-map"
@@ -45,13 +47,20 @@ def photographs(tmp_path_factory):
     return sorted(folder.iterdir())
 
 
+def inside(answer):
+    """The mask of an answer as a boolean tensor."""
+    mask = np.asarray(answer["mask"])
+    assert answer["mask"].mode == "L" and set(np.unique(mask)) <= {0, 255}
+    return torch.from_numpy(mask == 255)
+
+
 def assert_same(answers, others):
     assert [answer["label"] for answer in answers] == [other["label"] for other in others]
     for answer, other in zip(answers, others):
         assert answer["score"] == pytest.approx(other["score"], abs=1e-5)
         assert answer["presence"] == pytest.approx(other["presence"], abs=1e-5)
         assert torch.allclose(answer["map"], other["map"], atol=1e-4)
-        assert (answer["mask"] != other["mask"]).float().mean() < 0.01
+        assert (inside(answer) != inside(other)).float().mean() < 0.01
 
 
 def test_answers_are_those_of_model_and_processor(pipe, photographs):
@@ -72,10 +81,13 @@ def test_answers_are_those_of_model_and_processor(pipe, photographs):
         z = (cosines[index] - chance.mean()) / chance.std()
         assert answer["presence"] == pytest.approx(torch.distributions.Normal(0, 1).cdf(z).item(), abs=1e-4)
         assert answer["map"].shape == (40, 60) and torch.allclose(answer["map"], maps[index], atol=1e-5)
-        assert torch.equal(answer["mask"], answer["map"] > 0.3)
-        rows, columns = torch.where(answer["mask"])
-        x0, y0, x1, y1 = answer["boxes"].T  # together they hold the mask, but for specks
-        assert (x0.min(), y0.min()) <= (columns.min() + 8, rows.min() + 8) and x1.max() <= columns.max() + 1
+        assert torch.equal(inside(answer), answer["map"] > 0.3)
+        regions = find_regions(answer["map"].numpy(), inside(answer).numpy())
+        assert answer["boxes"] == [list(region.box) for region in regions] != []
+    plain = pipe(image, LABELS, template=["{}", "a photo of the {}"], threshold=0.3, min_presence=0, return_json=True)
+    for answer, other in zip(json.loads(json.dumps(plain)), answers, strict=True):
+        assert answer == {**{name: other[name] for name in answer}, "mask": run_lengths(inside(other).numpy())}
+        assert answer.keys() == other.keys() - {"map"}
 
 
 def test_every_form_of_an_image_gives_the_same_answer(pipe, photographs):
@@ -174,7 +186,8 @@ def test_a_batch_of_images_that_keep_their_proportions_answers_as_each_alone(
     )
     for answers, others in zip(pipe(images, LABELS, batch_size=batch_size, **options), expected, strict=True):
         assert_same(answers, others)
-    assert forwards == ([2, 1, 1] if batch_size == 4 else [1, 1, 1, 1])
+    # Twice for images that the model sees at another size than its own, for maps and for scores; the last shape is its own.
+    assert forwards == ([2, 2, 1, 1, 1] if batch_size == 4 else [1] * 7)
 
 
 def test_labels_are_encoded_once_for_all_images(pipe, photographs, monkeypatch):
@@ -192,15 +205,15 @@ def test_labels_are_encoded_once_for_all_images(pipe, photographs, monkeypatch):
 def test_one_label_thresholds_and_presence(pipe, photographs):
     image = str(photographs[0])
     assert [answer["label"] for answer in pipe(image, "dog")] == ["dog"]
-    by_label = {a["label"]: a["mask"] for a in pipe(image, LABELS, threshold=[0.2, 0.5, 0.9], min_presence=0)}
+    by_label = {a["label"]: a for a in pipe(image, LABELS, threshold=[0.2, 0.5, 0.9], min_presence=0)}
     maps = {answer["label"]: answer["map"] for answer in pipe(image, LABELS)}
     for label, threshold in zip(LABELS, (0.2, 0.5, 0.9)):
-        assert torch.equal(by_label[label], maps[label] > threshold)
+        assert torch.equal(inside(by_label[label]), maps[label] > threshold)
     enough = sorted(answer["presence"] for answer in pipe(image, LABELS))[1]
     answers = pipe(image, LABELS, min_presence=enough)
     assert sorted(answer["presence"] >= enough for answer in answers) == [False, True, True]
     for answer in answers:
-        assert answer["mask"].any() == (answer["presence"] >= enough) == (len(answer["boxes"]) > 0)
+        assert inside(answer).any() == (answer["presence"] >= enough) == (len(answer["boxes"]) > 0)
 
 
 @pytest.mark.parametrize("batch_size", [2, 3])
@@ -228,9 +241,15 @@ def test_a_saved_pipeline_keeps_its_processor(tiny_processor, photographs, tmp_p
 
 
 def test_another_resolution(pipe, photographs):
+    """It changes the maps, not the scores and the presence."""
     answers = pipe(str(photographs[0]), LABELS, size={"height": 64, "width": 96})
+    expected = pipe(str(photographs[0]), LABELS)
     assert answers[0]["map"].shape == (40, 60)
-    assert not torch.allclose(answers[0]["map"], pipe(str(photographs[0]), LABELS)[0]["map"], atol=1e-2)
+    assert not torch.allclose(answers[0]["map"], expected[0]["map"], atol=1e-2)
+    for answer, other in zip(answers, expected, strict=True):
+        assert answer["label"] == other["label"]
+        assert answer["score"] == pytest.approx(other["score"], abs=1e-6)
+        assert answer["presence"] == pytest.approx(other["presence"], abs=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -280,7 +299,7 @@ def segment(tiny_processor):
     [
         ({}, {"threshold": 0.5}),
         ({"threshold": None}, {}),
-        ({"background_labels": "grass"}, {"background": [3]}),
+        ({"background_labels": "grass"}, {"threshold": 0.5, "background": [3]}),
         ({"background_labels": ["grass"], "threshold": 0.3}, {"background": [3], "threshold": 0.3}),
     ],
 )
@@ -298,6 +317,18 @@ def test_segments_are_the_label_map_of_model_and_processor(segment, photographs,
         assert one.keys() == {"label", "score", "mask"} and 0 <= one["score"] <= 1
         assert one["mask"].mode == "L" and one["mask"].size == image.size
         np.testing.assert_array_equal(np.asarray(one["mask"]), 255 * (found == LABELS.index(one["label"])))
+
+
+def test_a_present_label_without_a_pixel_is_named(segment, photographs, monkeypatch):
+    warnings = []
+    monkeypatch.setattr(pipeline_iclip.logger, "warning", warnings.append)
+    answers = segment(str(photographs[0]), ["dog", "dog"], min_presence=0, background_labels="dog", return_json=True)
+    assert len(answers) == 1 and json.loads(json.dumps(answers)) == answers
+    assert (
+        len(warnings) == 1 and "'dog' is present, but gets no pixel" in warnings[0]
+    )  # the first of equals; no word on background
+    segment(str(photographs[0]), ["dog", "dog"], min_presence=1)
+    assert len(warnings) == 1
 
 
 def test_absent_labels_have_no_segment(segment, photographs):

@@ -1,3 +1,4 @@
+import contextlib
 import json
 
 import numpy as np
@@ -189,8 +190,11 @@ def test_masks_by_hand(tiny_processor):
 def test_an_absent_text_gets_an_empty_mask(tiny_processor):
     maps = tiny_processor.post_process_similarity_maps(MAPS, SIZES)
     scores = torch.tensor([[0.3, 0.1, 0.2], [0.0, 0.25, 0.4]])
-    masks = tiny_processor.post_process_masks(maps, scores=scores, min_score=0.2)
-    assert [mask.any((1, 2)).tolist() for mask in masks] == [[True, False, True], [False, True, True]]
+    for names in (("presence", "min_presence"), ("scores", "min_score")):
+        options = dict(zip(names, (scores, 0.2)))
+        with contextlib.nullcontext() if "presence" in options else pytest.warns(FutureWarning):
+            masks = tiny_processor.post_process_masks(maps, **options)
+        assert [mask.any((1, 2)).tolist() for mask in masks] == [[True, False, True], [False, True, True]]
 
 
 def two_images_of_boxes(processor):
@@ -252,7 +256,7 @@ def test_boxes_and_points_are_prompts_for_sam(tiny_processor):
     [
         (lambda p: p.post_process_points([MAPS[0]], [MAPS[1, :, 1:] > 0]), "mask of the map's shape"),
         (lambda p: p.post_process_similarity_maps(MAPS, SIZES, order="first"), "got 'first'"),
-        (lambda p: p.post_process_masks([MAPS[0]], min_score=1.0), "scores and min_score together"),
+        (lambda p: p.post_process_masks([MAPS[0]], min_presence=1.0), "presence and min_presence together"),
     ],
 )
 def test_bad_post_processing_is_named(tiny_processor, call, message):

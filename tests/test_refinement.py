@@ -1,5 +1,6 @@
 """explainers/refinement.py against a loop over cells, and its doors."""
 
+import json
 import math
 
 import pytest
@@ -140,13 +141,19 @@ def test_commands_refine(root, tiny_processor, tmp_path, capsys):  # noqa: F811
     photo = str(next((root / "images").iterdir()))
     asked = [photo, "--text", "dog", "--min-presence", "0", "--json", *model]
     answers = {}
-    for refine in ((), ("--refine",)):
+    for refine in ("--no-refine", "--refine"):
         for command in (
             [*data, "--task", "interpretability"],
             [*data, "--task", "segmentation", "--threshold", "0.5"],
             ["segment", *asked, "--output", str(tmp_path / "a.png")],
             ["explain", *asked, "--output", str(tmp_path / "b.png")],
         ):
-            assert cli.main([*command, *refine]) == 0
+            assert cli.main([*command, refine]) == 0
             answers.setdefault(tuple(command), []).append(capsys.readouterr().out)
     assert all(plain != refined for plain, refined in answers.values())
+    for command, refined in (("segment", True), ("explain", False)):  # by default
+        assert cli.main([command, *asked]) == 0
+        found = json.loads(capsys.readouterr().out)
+        (expected,) = (json.loads(answers[one][refined]) for one in answers if one[0] == command)
+        name = "segments" if command == "segment" else "texts"
+        assert found[name] == expected[name]

@@ -3,11 +3,14 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from pycocotools import mask as coco
+from scipy import ndimage
 
 from iclip_hf.regions import class_thresholds, find_regions, negative_points, positive_points, run_lengths
+from iclip_hf.similarity import resize_and_normalize
 
 
 def random_maps(seed, shape=(13, 21)):
@@ -96,6 +99,24 @@ def test_negative_points_are_those_of_a_slow_search(seed, height, side):
         far = [place for place in means if all(np.hypot(*np.subtract(place, one)) >= height / 4 for one in expected)]
         expected.append(min(far, key=means.get))
     assert negative_points(heatmap, mask, 3).tolist() == [list(place) for place in expected]
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_negative_points_of_a_large_map_are_nearly_those_of_a_slow_search(seed):
+    """They lie on a grid, which smooth maps allow."""
+    grid = torch.rand(1, 6, 8, generator=torch.Generator().manual_seed(seed))
+    heatmap = resize_and_normalize(grid, (240, 320))[0].numpy()
+    mask = heatmap > 0.5
+    around = ndimage.uniform_filter(heatmap.astype(np.float64), 30, mode="nearest")
+    points = negative_points(heatmap, mask)
+    assert not mask[points[:, 1], points[:, 0]].any()
+    assert around[points[0, 1], points[0, 0]] <= around[~mask].min() + 0.03
+    distances = np.linalg.norm(points[:, None] - points[None], axis=-1)[np.triu_indices(3, 1)]
+    assert distances.min() >= 60
+    gap = np.ones_like(mask)
+    gap[101:103, 51:53] = False  # between the points of the grid
+    ((x, y),) = negative_points(heatmap, gap, 1)
+    assert not gap[y, x]
 
 
 def test_positive_points_are_half_the_shorter_side_apart():

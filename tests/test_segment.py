@@ -14,6 +14,7 @@ from iclip_hf.figures.colors import SEGMENTS, label_colors
 from iclip_hf.figures.sheets import label_sheet
 from iclip_hf.localization.localizer import Localizer
 from iclip_hf.models.loading import load_pretrained
+from iclip_hf.regions import run_lengths
 
 
 def run(folder, *arguments):  # noqa: F811
@@ -24,14 +25,14 @@ def test_one_photograph_becomes_a_picture_a_label_map_and_json(folder, tmp_path,
     output, photo = tmp_path / "sub" / "out.png", folder / "0" / "a.jpg"
     texts = ("--text", "dog", "--text", "red ball", "--background", "sky", "--min-presence", "0")
     assert run(folder, photo, *texts, "--output", output, "--json") == 0
-    (entry,) = json.loads(capsys.readouterr().out)
+    entry = json.loads(capsys.readouterr().out)
     assert (entry["picture"], entry["labels"]) == (str(output), str(tmp_path / "sub" / "labels" / "out.png"))
     assert sorted(path.name for path in output.parent.iterdir()) == ["labels", "out.png"]
 
-    localizer = Localizer(load_pretrained(folder / "model"), ["dog", "red ball", "sky"], min_presence=0)
+    localizer = Localizer(load_pretrained(folder / "model"), ["dog", "red ball", "sky"], min_presence=0, refine=True)
     image = Image.open(photo)
     (explanation,) = localizer.explain([localizer.prepare(image)])
-    expected = explanation.label_map(None, background=[2]).numpy() + 1
+    expected = explanation.label_map(background=[2]).numpy() + 1
     with Image.open(entry["labels"]) as labels:
         assert labels.mode == "P" and labels.size == image.size
         np.testing.assert_array_equal(np.asarray(labels), expected)
@@ -41,6 +42,27 @@ def test_one_photograph_becomes_a_picture_a_label_map_and_json(folder, tmp_path,
     for segment in entry["segments"]:
         assert segment["area"] == pytest.approx((expected == segment["id"]).mean(), abs=1e-4)
         assert segment["score"] == pytest.approx(explanation.scores[segment["id"] - 1].item(), abs=1e-4)
+        assert segment["mask"] == run_lengths(expected == segment["id"])
+
+
+def test_a_present_text_without_a_pixel_is_named(folder, capsys):  # noqa: F811
+    texts = (
+        "--text",
+        "dog",
+        "--text",
+        "red ball",
+        "--text",
+        "dog",
+        "--min-presence",
+        "0",
+        "--json",
+    )  # the first of equals
+    assert run(folder, folder / "0" / "a.jpg", *texts) == 0
+    out, err = capsys.readouterr()
+    assert json.loads(out)["segments"][2]["area"] == 0
+    assert "covered by the other texts: dog;" in err and "red ball" not in err
+    assert run(folder, folder / "0" / "a.jpg", *texts[:-2], "1", "--json") == 0
+    assert not capsys.readouterr().err  # absent, not covered
 
 
 def test_thresholds_and_presence_leave_pixels_to_the_background(folder, tmp_path, capsys):  # noqa: F811
@@ -56,7 +78,7 @@ def test_thresholds_and_presence_leave_pixels_to_the_background(folder, tmp_path
             run(folder, folder / "0" / "a.jpg", "--text", "dog", *options, "--output", tmp_path / "a.png", "--json")
             == 0
         )
-        areas[name] = json.loads(capsys.readouterr().out)[0]["segments"][0]["area"]
+        areas[name] = json.loads(capsys.readouterr().out)["segments"][0]["area"]
     assert 0 == areas["none"] == areas["absent"] < areas["default"] < areas["low"] < 1
 
 

@@ -29,7 +29,7 @@ from iclip_hf import cli, explain
 from iclip_hf.demo import content, web
 from iclip_hf.demo.web_server import web_server
 from iclip_hf.figures.colors import color_table
-from iclip_hf.label_maps import label_map
+from iclip_hf.label_maps import segments
 from iclip_hf.models.loading import load_iclip
 from iclip_hf.models.onnx import ONNXModel
 from iclip_hf.pooling import pool_similarities
@@ -582,7 +582,7 @@ def test_segments_are_the_label_map(functions, tmp_path):
     raw_maps = torch.randn(4, 3, 5, generator=torch.Generator().manual_seed(4))
     raw_maps[3] += 9  # of an absent text
     size, present, texts = (24, 36), torch.tensor([True, True, True, False]), ["dog", "sky", "car", "cat"]
-    expected, _ = label_map(raw_maps, size, present=present, threshold=0.4)
+    expected = segments(raw_maps, size, present, threshold=0.4)
     assert set(expected.unique().tolist()) == {-1, 0, 1, 2}
     large = resize_maps(raw_maps, size).flatten(1)
     results = [

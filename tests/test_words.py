@@ -166,14 +166,14 @@ def test_explanations_carry_the_words_of_their_texts(made):
     before = [parameter.requires_grad for parameter in model.parameters()]
     for one, image, labels in zip(explained, images(), texts):
         (alone,) = explain((model, processor), [image], labels, words="grad_eclip")
-        for label, scored, again, record in zip(labels, one.words, alone.words, one.record(), strict=True):
+        for label, scored, again, record in zip(labels, one.words, alone.words, one.to_dict()["texts"], strict=True):
             assert [word for word, _ in scored] == label.split()
             assert [score for _, score in scored] == pytest.approx([score for _, score in again], abs=1e-4)
             assert record["words"] == [{"word": word, "score": round(score, 4)} for word, score in scored]
         assert one.raw_maps.shape == (len(labels), 4, 4)
     assert [parameter.requires_grad for parameter in model.parameters()] == before
     (plain,) = explain((model, processor), images()[:1], LABELS)
-    assert plain.words is None and all("words" not in record for record in plain.record())
+    assert plain.words is None and all("words" not in record for record in plain.to_dict()["texts"])
 
 
 def test_what_is_refused(made):

@@ -1,13 +1,55 @@
-"""Label maps: the best text of each pixel, from the raw maps of any method."""
+"""Label maps from the raw maps of any method: the segments of an image, and the competition that benchmarks measure."""
 
 from collections.abc import Sequence
 
 import torch
 
-from .similarity import resize_weights
+from .similarity import min_max_normalize, resize_maps, resize_weights
 
 
 BACKGROUND_LABEL = -1  # label of a pixel that shows none of the texts
+
+
+@torch.no_grad()
+def segments(
+    raw_maps: torch.Tensor,
+    size: tuple[int, int],
+    present: torch.Tensor,
+    threshold: float | Sequence[float] | None = 0.5,
+    background: Sequence[int] = (),
+) -> torch.Tensor:
+    """
+    Assigns each pixel to one of the texts that are present, or to the background. A text competes for the pixels of its own mask,
+    where its map is above the threshold. Of overlapping masks, the one with the highest raw value takes the pixel. So the segments
+    together cover what the masks cover, and a text with a strong map takes no pixel outside of its own mask.
+
+    Args:
+        raw_maps (`torch.Tensor` of shape `(T, h, w)`): raw maps of one image.
+        size (`tuple[int, int]`): height and width of the result in pixels.
+        present (`torch.Tensor` of shape `(T,)`): whether the image shows the text. An absent text gets no pixel.
+        threshold (`float` in [0, 1], or T of them, *optional*): a mask holds the pixels whose map, stretched to [0, 1] (Eq. 4), is
+            greater. None makes each mask the whole image.
+        background: indices of texts that describe the background. They compete like any other, and their pixels are background.
+
+    Returns:
+        `torch.Tensor` of shape `(H, W)`, int64: index of the text, or [`BACKGROUND_LABEL`]. Of equal values, the first text counts.
+
+    Raises:
+        `ValueError`: the number of thresholds is not T, or `background` has no such text.
+    """
+    classes = classes_of(len(raw_maps), background).tolist()
+    thresholds = threshold if isinstance(threshold, Sequence) else [threshold] * len(raw_maps)
+    found = torch.full(size, BACKGROUND_LABEL, device=raw_maps.device)
+    best = torch.full(size, -torch.inf, device=raw_maps.device)
+    for raw_map, shown, label, least in zip(raw_maps, present.tolist(), classes, thresholds, strict=True):
+        if shown:  # one map at a time, so the memory does not grow with the number of texts
+            values = resize_maps(raw_map, size)
+            won = values > best
+            if least is not None:
+                won &= min_max_normalize(values) > least
+            found.masked_fill_(won, label)
+            best = torch.where(won, values, best)
+    return found
 
 
 @torch.no_grad()
@@ -21,8 +63,9 @@ def label_map(
     logit_scale: float | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """
-    Finds the text with the highest value at each pixel. Maps are enlarged one at a time (bicubic, as in Eq. 4), so the memory does
-    not grow with the number of texts.
+    Finds the text with the highest raw value at each pixel, as benchmarks of segmentation do with all classes of a data set, whether
+    an image shows them or not. For texts that were asked about one image see [`segments`]. Maps are enlarged one at a time (bicubic,
+    as in Eq. 4), so the memory does not grow with the number of texts.
 
     The confidence of a pixel is the map of its best text, stretched to [0, 1] over the image. For a single text, this is the map of
     Eq. 4. With `logit_scale`, the confidence is the probability of the best text: a softmax of the scaled values over all texts. It
@@ -96,7 +139,7 @@ def label_map(
 
 def classes_of(num_texts: int, background: Sequence[int] = ()) -> torch.Tensor:
     """
-    Returns the classes of texts, for [`label_map`]: each its own, and [`BACKGROUND_LABEL`] for those of the background.
+    Returns the labels of texts, for [`segments`]: each its own, and [`BACKGROUND_LABEL`] for those of the background.
 
     Args:
         num_texts (`int`): number of texts T.

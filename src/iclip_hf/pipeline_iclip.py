@@ -3,17 +3,23 @@
 import os
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from PIL import Image
 from transformers import AutoModel
 from transformers.pipelines import PIPELINE_REGISTRY, Pipeline
+from transformers.utils import logging
 
 from .images import map_groups, read_image
-from .label_maps import classes_of, label_map
+from .label_maps import segments
 from .modeling_iclip import cosines
 from .presence import BACKGROUND, MIN_PRESENCE, presence
 from .processing_iclip import check_threshold
+from .regions import run_lengths
 from .similarity import check_finite
+
+
+logger = logging.get_logger(__name__)
 
 
 class ImageTextSimilarityMapPipeline(Pipeline):
@@ -41,7 +47,7 @@ class ImageTextSimilarityMapPipeline(Pipeline):
     _load_image_processor = False
     _load_feature_extractor = False
     _load_tokenizer = False
-    _postprocess_options = ("threshold", "min_presence")
+    _postprocess_options = ("threshold", "min_presence", "return_json")
 
     def __call__(
         self, images, candidate_labels: str | Sequence[str], template: str | Sequence[str] | None = None, **kwargs
@@ -56,7 +62,10 @@ class ImageTextSimilarityMapPipeline(Pipeline):
                 processor if not given; `"{}"` takes the labels as they are.
             threshold (`float` in [0, 1] or T of them, defaults to 0.5): a mask holds the pixels whose map is greater.
             min_presence (`float` in [0, 1], defaults to 0.7): a label with a lower presence gets an empty mask.
-            size (`dict`, *optional*): size of the image for the model, see [`ICLIPProcessor`].
+            return_json (`bool`, defaults to `False`): whether to return plain values only, for JSON: no `map`, and `mask` as COCO's
+                uncompressed run lengths, see [`run_lengths`].
+            size (`dict`, *optional*): size of the image for the maps, see [`ICLIPProcessor`]. Score and presence always come from the
+                processor's size, so another one costs a second forward pass.
             timeout (`float`, defaults to 60): time limit in seconds for the download of an image.
             batch_size (`int`, defaults to 1): largest number of images in one forward pass. These have one shape.
 
@@ -68,8 +77,9 @@ class ImageTextSimilarityMapPipeline(Pipeline):
             - **score** (`float`): cosine of image and label, in [-1, 1].
             - **presence** (`float`): share of unrelated texts that would match the image less, in [0, 1], see [`presence`].
             - **map** (`torch.Tensor` of shape `(height, width)`): map at the size of the image, in [0, 1].
-            - **mask** (`torch.Tensor` of shape `(height, width)`): boolean.
-            - **boxes** (`torch.Tensor` of shape `(R, 4)`): (x0, y0, x1, y1) in pixels around the mask's parts, best first.
+            - **mask** (`PIL.Image.Image`): mode "L", size of the image, 255 where the map is above the threshold and 0 elsewhere.
+            - **boxes** (list of R lists of 4 `int`): [xmin, ymin, xmax, ymax] in pixels around the mask's parts, the last two exclusive,
+              best part first.
 
         Raises:
             `ValueError`, `TypeError`, `OSError`: an image cannot be read, or [`ICLIPProcessor`] refuses labels, templates or
@@ -115,24 +125,36 @@ class ImageTextSimilarityMapPipeline(Pipeline):
 
     def preprocess(self, image, size: dict | None = None, timeout: float = 60) -> dict:
         image = read_image(image, timeout)
-        pixel_values = self.processor(images=[image], **({} if size is None else {"size": size}))["pixel_values"]
-        # In a list, because the base class would concatenate tensors, whose shapes may differ.
-        return {"pixel_values": [pixel_values.to(self.dtype)], "target_size": (image.height, image.width)}
+        sizes = [{}] if size is None else [{"size": size}, {}]
+        pixels = [self.processor(images=[image], **one)["pixel_values"].to(self.dtype) for one in sizes]
+        # The pixels for the maps, and those for the scores if they are others. In lists, because the base class would concatenate
+        # tensors, whose shapes may differ.
+        return {
+            "pixel_values": [pixels[0]],
+            "own_size": [None if pixels[-1].shape == pixels[0].shape else pixels[-1]],
+            "target_size": (image.height, image.width),
+        }
 
     def _forward(self, model_inputs: dict, text_features) -> dict:
-        images = model_inputs["pixel_values"]
-        images = [image for (image,) in images] if isinstance(images[0], list) else images  # a batch or one image
+        texts, background = text_features
+        pairs = [model_inputs[name] for name in ("pixel_values", "own_size")]
+        if isinstance(pairs[0][0], list):  # a batch
+            pairs = [[image for (image,) in images] for images in pairs]
+        pairs = list(zip(*pairs))
 
-        def forward(batch: list[torch.Tensor]):
-            outputs = self.model(pixel_values=torch.cat(batch), text_features=texts, output_similarity_maps=True)
+        def forward(batch: list[tuple[torch.Tensor, torch.Tensor | None]]):
+            pixels, own = zip(*batch)
+            outputs = self.model(pixel_values=torch.cat(pixels), text_features=texts, output_similarity_maps=True)
             image = outputs.vision_model_output
+            if own[0] is not None:
+                image = self.model.get_image_features(torch.cat(own))
             presences = presence(self.model.match(image, texts), self.model.match(image, background))
-            scores = cosines(outputs.image_embeds, outputs.text_embeds)
+            scores = cosines(image.image_embeds, texts.text_embeds)
             check_finite(outputs.similarity_maps, scores, presences)
             return zip(scores, presences, outputs.similarity_maps)
 
-        texts, background = text_features
-        scores, presences, maps = zip(*map_groups(forward, images, [image.shape for image in images]))
+        shapes = [tuple(None if one is None else one.shape for one in pair) for pair in pairs]
+        scores, presences, maps = zip(*map_groups(forward, pairs, shapes))
         return {
             "scores": torch.stack(scores),
             "presences": torch.stack(presences),
@@ -146,6 +168,7 @@ class ImageTextSimilarityMapPipeline(Pipeline):
         candidate_labels: list[str],
         threshold: float | Sequence[float] = 0.5,
         min_presence: float = MIN_PRESENCE,
+        return_json: bool = False,
     ) -> list[dict]:
         scores, presences = model_outputs["scores"], model_outputs["presences"]
         raw_maps, processor = model_outputs["maps"][0], self.processor
@@ -157,9 +180,9 @@ class ImageTextSimilarityMapPipeline(Pipeline):
                 "label": label,
                 "score": scores[0, index].item(),
                 "presence": presences[0, index].item(),
-                "map": maps[0][index],
-                "mask": masks[0][index],
-                "boxes": regions["boxes"][regions["labels"] == index],
+                **({} if return_json else {"map": maps[0][index]}),
+                "mask": _mask(masks[0][index], return_json),
+                "boxes": regions["boxes"][regions["labels"] == index].long().tolist(),
             }
             for index, label in enumerate(candidate_labels)
         ]
@@ -168,7 +191,7 @@ class ImageTextSimilarityMapPipeline(Pipeline):
 
 class ZeroShotImageSegmentationPipeline(ImageTextSimilarityMapPipeline):
     """
-    Assigns each pixel of an image to the label that matches it best, or to the background. The answers have the form of
+    Assigns each pixel of an image to one of the labels, or to the background, see [`segments`]. The answers have the form of
     transformers' "image-segmentation".
 
     Example:
@@ -183,7 +206,7 @@ class ZeroShotImageSegmentationPipeline(ImageTextSimilarityMapPipeline):
     ```
     """
 
-    _postprocess_options = ("threshold", "min_presence", "background")
+    _postprocess_options = ("threshold", "min_presence", "return_json", "background")
 
     def __call__(
         self,
@@ -199,18 +222,21 @@ class ZeroShotImageSegmentationPipeline(ImageTextSimilarityMapPipeline):
         Args:
             images, template: as for [`ImageTextSimilarityMapPipeline`].
             candidate_labels (`str` or T of them): class names or phrases.
-            background_labels (`str` or a list): texts for the rest of the image, such as "sky" and "wall".
-            threshold (`float` in [0, 1], *optional*): a pixel whose best map, stretched to [0, 1] over the image, is not greater
-                belongs to the background; 0.5 if there are no `background_labels`, otherwise none. None assigns every pixel.
+            background_labels (`str` or a list): texts for the rest of the image, such as "sky" and "wall". They compete like the others,
+                and their pixels are background.
+            threshold (`float` in [0, 1], *optional*, defaults to 0.5): a label competes for the pixels whose map is greater; None lets
+                it compete for all.
             min_presence (`float` in [0, 1], defaults to 0.7): a label with a lower presence gets no pixel.
-            size, timeout, batch_size: as for [`ImageTextSimilarityMapPipeline`].
+            return_json, size, timeout, batch_size: as for [`ImageTextSimilarityMapPipeline`].
 
         Returns:
-            For one image, a list with a `dict` for each label that has pixels, in the order of the labels. For several images, a
-            list of such lists or an iterator over them, as [`ImageTextSimilarityMapPipeline`]. The items are:
+            For one image, a list with a `dict` for each label that has pixels, in the order of the labels; a warning names present
+            labels without. For several images, a list of such lists or an iterator over them, as
+            [`ImageTextSimilarityMapPipeline`]. The items are:
 
             - **label** (`str`)
-            - **score** (`float`): presence of the label, in [0, 1], see [`presence`].
+            - **score** (`float`): presence of the label, in [0, 1], see [`presence`]. Not the cosine, because the score of
+              "image-segmentation" is a confidence.
             - **mask** (`PIL.Image.Image`): mode "L", size of the image, 255 at the pixels of the label and 0 elsewhere.
 
         Raises:
@@ -220,7 +246,6 @@ class ZeroShotImageSegmentationPipeline(ImageTextSimilarityMapPipeline):
         background = _strings("background_labels", background_labels)
         if labels:  # otherwise the base class raises an error
             kwargs["background"] = range(len(labels), len(labels) + len(background))
-            kwargs.setdefault("threshold", None if background else 0.5)
             labels += background
         return super().__call__(images, labels, template, **kwargs)
 
@@ -230,22 +255,31 @@ class ZeroShotImageSegmentationPipeline(ImageTextSimilarityMapPipeline):
         candidate_labels: list[str],
         threshold: float | None = 0.5,
         min_presence: float = MIN_PRESENCE,
+        return_json: bool = False,
         background: Sequence[int] = (),
     ) -> list[dict]:
         presences = model_outputs["presences"][0]
-        found, _ = label_map(
+        found = segments(
             model_outputs["maps"][0],
             model_outputs["target_size"],
-            classes=classes_of(len(candidate_labels), background),
             present=presences >= min_presence,
             threshold=None if threshold is None else check_threshold(threshold),
+            background=background,
         )
-        masks = ((label, found == index) for index, label in enumerate(candidate_labels))
-        return [
-            {"label": label, "score": score, "mask": Image.fromarray(mask.mul(255).byte().cpu().numpy())}
-            for (label, mask), score in zip(masks, presences.tolist())
-            if mask.any()
-        ]
+        answers = []
+        for index, (label, score) in enumerate(zip(candidate_labels, presences.tolist())):
+            mask = found == index
+            if mask.any():
+                answers.append({"label": label, "score": score, "mask": _mask(mask, return_json)})
+            elif score >= min_presence and index not in background:
+                logger.warning(f"{label!r} is present, but gets no pixel: other labels match better everywhere.")
+        return answers
+
+
+def _mask(mask: torch.Tensor, return_json: bool) -> Image.Image | dict:
+    """Returns a mask as transformers' pipelines do, 255 and 0, or for JSON."""
+    mask = mask.cpu().numpy()
+    return run_lengths(mask) if return_json else Image.fromarray(mask.astype(np.uint8) * 255)
 
 
 def _strings(name: str, labels: str | Sequence[str]) -> list[str]:

@@ -1,6 +1,7 @@
 """Processor of ICLIP: prepares images and texts, and converts raw maps to maps at the image's size, masks, boxes and points."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 
 import numpy as np
 import torch
@@ -9,10 +10,11 @@ from transformers import AutoConfig, AutoImageProcessor, AutoProcessor, AutoToke
 from transformers.feature_extraction_utils import BatchFeature
 from transformers.image_utils import SizeDict
 from transformers.processing_utils import ProcessorMixin
+from transformers.utils.deprecation import deprecate_kwarg
 
 from .configuration_iclip import ICLIPConfig, patch_side
 from .images import to_rgb
-from .label_maps import classes_of, label_map
+from .label_maps import segments
 from .prompts import check_templates, check_text
 from .regions import MIN_AREA, Region, find_regions, negative_points, positive_points
 from .similarity import min_max_normalize, resize_and_normalize, resize_maps
@@ -23,6 +25,10 @@ from .similarity import reverse as reverse_maps
 MAX_PIXELS = 2**24
 # Value of white in arrays of integers (1 in floats). Wider integers are not supported, because they mostly hold 0..255.
 _BRIGHTEST = {torch.bool: 1, torch.int8: 127, torch.uint16: 65535}
+
+
+# Old names of arguments, which warn until the version of this package in which they end.
+_renamed = partial(deprecate_kwarg, warn_if_greater_or_equal_version=True)
 
 
 class ICLIPProcessor(ProcessorMixin):
@@ -253,12 +259,14 @@ class ICLIPProcessor(ProcessorMixin):
             processed.append(reverse_maps(map_) if reverse else map_)
         return processed
 
+    @_renamed("scores", "0.3", "presence")
+    @_renamed("min_score", "0.3", "min_presence")
     def post_process_masks(
         self,
         maps: Sequence[torch.Tensor],
         threshold: float | Sequence[float] = 0.5,
-        scores: torch.Tensor | None = None,
-        min_score: float | None = None,
+        presence: torch.Tensor | None = None,
+        min_presence: float | None = None,
     ) -> list[torch.Tensor]:
         """
         Converts maps to masks. A pixel is foreground where M > threshold.
@@ -267,61 +275,55 @@ class ICLIPProcessor(ProcessorMixin):
             maps (list of `torch.Tensor` of shape `(T, H, W)`): from `post_process_similarity_maps`.
             threshold (`float` in [0, 1], or T of them): such as the best threshold of each class, from
                 `regions.class_thresholds`.
-            scores (`torch.Tensor` of shape `(B, T)`, *optional*): confidence that the text is in the image, such as
-                `presence.presence`.
-            min_score (`float`, *optional*): a text with a lower score counts as absent and gets an empty mask.
+            presence (`torch.Tensor` of shape `(B, T)`, *optional*): from `presence.presence`. Any score in which higher means present
+                will do.
+            min_presence (`float`, *optional*): a text with a lower presence counts as absent and gets an empty mask.
 
         Returns:
             list of B boolean `torch.Tensor` of shape `(T, H, W)`.
 
         Raises:
-            `ValueError`: thresholds are outside [0, 1], their number is not T, or only one of `scores` and `min_score` is given.
+            `ValueError`: thresholds are outside [0, 1], their number is not T, or only one of `presence` and `min_presence` is given.
         """
+        present = _present(presence, min_presence)
         thresholds = check_thresholds(threshold).float()
         if thresholds.ndim and any(len(map_) != len(thresholds) for map_ in maps):
             raise ValueError(
                 f"Expected one threshold for each text, got {len(thresholds)} for {[len(map_) for map_ in maps]} texts: pass "
                 "one number, or one for each text."
             )
-        if (scores is None) != (min_score is None):
-            raise ValueError("Expected scores and min_score together, got one of them: pass both, or neither.")
         masks = [map_ > thresholds.view(-1, 1, 1).to(map_.device) for map_ in maps]
-        if scores is not None:
-            masks = [mask & (score >= min_score).view(-1, 1, 1) for mask, score in zip(masks, scores, strict=True)]
+        if present is not None:
+            masks = [mask & shown.view(-1, 1, 1) for mask, shown in zip(masks, present, strict=True)]
         return masks
 
     def post_process_semantic_segmentation(
         self,
         outputs,
         target_sizes: Sequence[tuple[int, int]] | None = None,
-        threshold: float | None = None,
+        threshold: float | Sequence[float] | None = None,
         background: Sequence[int] = (),
-        logit_scale: float | None = None,
-        scores: torch.Tensor | None = None,
-        min_score: float | None = None,
+        presence: torch.Tensor | None = None,
+        min_presence: float | None = None,
     ) -> list[torch.Tensor]:
         """
-        Converts outputs to label maps: each pixel gets the text with the highest value, or -1 for the background. The background
-        consists of the pixels whose confidence is not above `threshold`, and of those where a `background` text is best.
+        Converts outputs to label maps: the text of each pixel, or -1 for the background, see [`segments`].
 
         Args:
             outputs ([`ICLIPOutput`]): outputs of [`ICLIPModel`] with `output_similarity_maps=True`.
             target_sizes (list of B `(height, width)`, *optional*): sizes of the label maps in pixels; the patch grid's if not given.
-            threshold (`float` in [0, 1], *optional*): a pixel gets a text where its confidence is greater: the map of its best text,
-                stretched to [0, 1] over the image. Every pixel gets a text if not given.
+            threshold (`float` in [0, 1], or T of them, *optional*): a text competes for the pixels whose map is greater, for all pixels
+                if not given.
             background (list of `int`): indices of texts that describe the background, such as "sky" and "wall".
-            logit_scale (`float`, *optional*): makes the confidence a probability, the softmax over all texts of similarities times
-                this factor, see [`label_map`].
-            scores (`torch.Tensor` of shape `(B, T)`, *optional*): confidence that the text is in the image, such as
-                `presence.presence`.
-            min_score (`float`, *optional*): a text with a lower score gets no pixel, unless it is a background text.
+            presence (`torch.Tensor` of shape `(B, T)`, *optional*): from `presence.presence`.
+            min_presence (`float`, *optional*): a text with a lower presence gets no pixel.
 
         Returns:
             list of B `torch.Tensor` of shape `(height, width)`, int64: index of the text, or -1.
 
         Raises:
             `ValueError`: there are no maps, the number of sizes is not B, `threshold` is outside [0, 1], `background` has no such
-            texts, or only one of `scores` and `min_score` is given.
+            texts, or only one of `presence` and `min_presence` is given.
         """
         maps = getattr(outputs, "similarity_maps", None)
         if maps is None:
@@ -332,14 +334,13 @@ class ICLIPProcessor(ProcessorMixin):
         sizes = [maps.shape[2:]] * len(maps) if target_sizes is None else target_sizes
         if len(sizes) != len(maps):
             raise ValueError(f"Expected one target size for each of {len(maps)} images, got {len(sizes)}: pass these.")
-        if (scores is None) != (min_score is None):
-            raise ValueError("Expected scores and min_score together, got one of them: pass both, or neither.")
-        classes = classes_of(maps.shape[1], background)
-        present = [None] * len(maps) if scores is None else scores >= min_score
-        threshold = None if threshold is None else check_threshold(threshold)
-        options = {"classes": classes, "threshold": threshold, "logit_scale": logit_scale}
+        present = _present(presence, min_presence)
+        if present is None:
+            present = torch.ones(maps.shape[:2], dtype=torch.bool)
+        if threshold is not None:
+            threshold = check_thresholds(threshold).expand(maps.shape[1]).tolist()
         return [
-            label_map(one, size, present=shown, **options)[0]
+            segments(one, tuple(size), shown, threshold, background)
             for one, size, shown in zip(maps, sizes, present, strict=True)
         ]
 
@@ -446,6 +447,13 @@ def check_threshold(threshold: float) -> float:
     if check_thresholds(threshold).ndim:
         raise ValueError(f"Expected one threshold in [0, 1], got {threshold!r:.100}: pass a number such as 0.5.")
     return float(threshold)
+
+
+def _present(presence: torch.Tensor | None, min_presence: float | None) -> torch.Tensor | None:
+    """Returns which texts are present, `(B, T)`, or None if nobody asks."""
+    if (presence is None) != (min_presence is None):
+        raise ValueError("Expected presence and min_presence together, got one of them: pass both, or neither.")
+    return None if presence is None else presence >= min_presence
 
 
 def _flattened(kwargs: dict) -> dict:

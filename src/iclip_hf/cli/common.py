@@ -126,9 +126,9 @@ def add_methods_option(command: argparse.ArgumentParser) -> None:
 def add_refine_option(command: argparse.ArgumentParser, tasks: str = "", default: bool | None = False) -> None:
     command.add_argument(
         "--refine",
-        action="store_true",
+        action=argparse.BooleanOptionalAction,
         default=default,
-        help=f"{tasks}refine the maps by the colours of the image (PAMR), so that they follow its edges",
+        help=f"{tasks}refine the maps by the colours of the image (PAMR), so that they follow its edges (default: {'yes' if default else 'no'})",
     )
 
 

@@ -23,7 +23,7 @@ from .common import (
     save_figure,
     share,
 )
-from .pictures import picture_dpi, pictures_to_write, write_pictures
+from .pictures import picture_dpi, pictures_to_write, print_json_lines, write_pictures
 
 
 def add_options(command: argparse.ArgumentParser) -> None:
@@ -72,7 +72,8 @@ def add_options(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--json",
         action="store_true",
-        help="print JSON instead of text; for image files it includes boxes, points and run-length masks",
+        help="print JSON instead of text, for image files one line each with boxes, points and run-length masks; writes no pictures "
+        "unless --output or --npz is given",
     )
     command.add_argument(
         "--words",
@@ -137,20 +138,19 @@ def _explain_images(options: argparse.Namespace) -> int:
         return 2
     localizer = _localizer(options)
     from ..figures.sheets import draw
-    from ..regions import run_lengths
 
-    def write(image, explanation, picture: Path) -> dict:
-        texts = [{**text, "mask": run_lengths(mask)} for text, mask in explanation.records_and_masks()]
-        dpi = picture_dpi(picture)
-        sheet = draw(explanation, image, colormap=options.colormap, dpi=dpi)
-        save_figure(sheet, picture, dpi, options.overwrite)
-        if options.npz:
-            _save_arrays(explanation, _array_file(picture), options.overwrite)
-        return {"texts": texts}
+    def write(image, explanation, picture: Path | None) -> dict:
+        if picture is not None:
+            dpi = picture_dpi(picture)
+            sheet = draw(explanation, image, colormap=options.colormap, dpi=dpi)
+            save_figure(sheet, picture, dpi, options.overwrite)
+            if options.npz:
+                _save_arrays(explanation, _array_file(picture), options.overwrite)
+        return explanation.to_dict()
 
     report = write_pictures(options.command, localizer, images, write, options.batch_size or 4)
-    if options.json:  # one line for each image, because run lengths are long
-        echo("[" + ",\n ".join(json.dumps(entry, ensure_ascii=False) for entry in report) + "]")
+    if options.json:
+        print_json_lines(report)
     else:
         _print_table(report, options.min_presence)
     return 0 if len(report) == len(options.images) else 2

@@ -3,23 +3,24 @@
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from .common import PICTURES, check_file, check_folder, one_line, printable
+from .common import PICTURES, check_file, check_folder, echo, one_line, printable
 
 
 def pictures_to_write(
     options: argparse.Namespace, file: str, folder: str, beside: Callable[[Path], Path] | None = None
-) -> list[tuple[str, Path]]:
+) -> list[tuple[str, Path | None]]:
     """
-    Returns those of `options.images` that are files, each with the path of its picture. Prints errors for the others on stderr, before
-    the model is loaded.
+    Returns those of `options.images` that are files, each with the path of its picture, or None where only JSON was asked for. Prints
+    errors for the others on stderr, before the model is loaded.
 
     Args:
-        options: parsed options with `command`, `images`, `output` and `overwrite`.
+        options: parsed options with `command`, `images`, `output`, `json` and `overwrite`, and `npz` if the command has it.
         file, folder: default output for one image, and for several.
         beside: returns, for a picture, another file that is written with it.
 
@@ -37,7 +38,10 @@ def pictures_to_write(
     from ..images import require_file
     from ..utils.files import check_outputs
 
-    written = [*pictures, *map(beside, pictures)] if beside else pictures
+    if options.json and options.output is None and not getattr(options, "npz", False):
+        written, pictures = [], [None] * len(pictures)
+    else:
+        written = [*pictures, *map(beside, pictures)] if beside else pictures
     thresholds = [options.threshold] if isinstance(options.threshold, Path) else []
     check_outputs(written, [*options.images, *thresholds], options.overwrite)
     found = []
@@ -62,7 +66,7 @@ def file_names(images: Sequence[str]) -> list[str]:
 
 
 def write_pictures(
-    command: str, localizer, images: Sequence[tuple[str, Path]], write: Callable, batch_size: int = 4
+    command: str, localizer, images: Sequence[tuple[str, Path | None]], write: Callable, batch_size: int = 4
 ) -> list[dict]:
     """
     Explains images. A thread loads images and writes pictures while the model runs.
@@ -75,8 +79,8 @@ def write_pictures(
         batch_size: images in one forward pass.
 
     Returns:
-        For each image, a `dict` with its name `image`, the path `picture` and what `write` returned. An image that cannot be read is
-        left out, with an error on stderr.
+        For each image, a `dict` with its name `image`, the path `picture` if there is one, and what `write` returned. An image that
+        cannot be read is left out, with an error on stderr.
     """
     from tqdm import tqdm
 
@@ -88,7 +92,8 @@ def write_pictures(
         if image is None:
             tqdm.write(f"iclip {command}: {printable(name)}", file=sys.stderr)  # above the progress bar
             return None
-        return {"image": name, "picture": str(picture), **write(image, explanation, picture)}
+        written_to = {} if picture is None else {"picture": str(picture)}
+        return {"image": name, **written_to, **write(image, explanation, picture)}
 
     names, pictures = zip(*images)
     with ThreadPoolExecutor(1) as beside:
@@ -96,6 +101,12 @@ def write_pictures(
         report = prefetch_map(beside, written, zip(explained, pictures), 4)
         report = list(tqdm(report, total=len(images), unit="image", disable=len(images) == 1))
     return [entry for entry in report if entry is not None]
+
+
+def print_json_lines(report: Sequence[dict]) -> None:
+    """Prints JSON Lines: one line for each image."""
+    for entry in report:
+        echo(json.dumps(entry, ensure_ascii=False))
 
 
 def picture_dpi(path: Path) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import json
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,7 +23,7 @@ from .common import (
     share,
     software_exif,
 )
-from .pictures import picture_dpi, pictures_to_write, write_pictures
+from .pictures import picture_dpi, pictures_to_write, print_json_lines, write_pictures
 
 
 def add_options(command: argparse.ArgumentParser) -> None:
@@ -40,17 +40,18 @@ def add_options(command: argparse.ArgumentParser) -> None:
         type=checked(check_text),
         default=[],
         metavar="TEXT",
-        help="what else the image shows, such as sky; its pixels are background; repeat the option for several texts",
+        help="what else the image shows, such as sky; it competes like the texts, and its pixels are background; repeat the option for "
+        "several texts",
     )
     add_model_options(command)
     add_method_option(command)
-    add_refine_option(command)
+    add_refine_option(command, default=True)
     command.add_argument(
         "--threshold",
         type=share,
+        default=0.5,
         metavar="NUMBER",
-        help="pixels are background up to this value of their best map, which is stretched to [0, 1] (default: 0.5; none with "
-        "--background)",
+        help="a text competes for the pixels whose map, stretched to [0, 1], is greater (default: 0.5)",
     )
     command.add_argument(
         "--min-presence",
@@ -67,33 +68,35 @@ def add_options(command: argparse.ArgumentParser) -> None:
         "segmentations); label maps are written to the folder labels beside the pictures",
     )
     add_overwrite_option(command)
-    command.add_argument("--json", action="store_true", help="print JSON instead of text")
+    command.add_argument(
+        "--json",
+        action="store_true",
+        help="print JSON instead of text, one line for each image, with run-length masks; writes no files unless --output is given",
+    )
 
 
 def run(options: argparse.Namespace) -> int:
     images = pictures_to_write(options, "segmentation.png", "segmentations", _label_file)
     if not images:
         return 2
-    threshold = options.threshold
-    if threshold is None and not options.background:
-        threshold = 0.5
     from ..figures.sheets import at_picture_size, label_sheet
     from ..localization.localizer import Localizer
+    from ..regions import run_lengths
 
     localizer = Localizer(
         load_silently(options.model, options),
         [*options.texts, *options.background],
         method=options.method,
         templates=options.templates,
+        threshold=options.threshold,
         min_presence=options.min_presence,
         image_size=options.image_size,
         refine=options.refine,
     )
-    rule = {"threshold": threshold, "background": range(len(options.texts), len(localizer.texts))}
+    background = range(len(options.texts), len(localizer.texts))
 
-    def write(image, explanation, picture: Path) -> dict:
-        labels = explanation.label_map(**rule).numpy()
-        label_file = _label_file(picture)
+    def write(image, explanation, picture: Path | None) -> dict:
+        labels = explanation.label_map(background=background).numpy()
         segments = [
             {
                 "id": index + 1,
@@ -101,19 +104,30 @@ def run(options: argparse.Namespace) -> int:
                 "score": round(explanation.scores[index].item(), 4),
                 "presence": round(explanation.presence[index].item(), 4),
                 "area": round((labels == index).mean().item(), 4),
+                "mask": run_lengths(labels == index),
             }
             for index, text in enumerate(options.texts)
         ]
-        dpi = picture_dpi(picture)
+        entry = {"height": explanation.size[0], "width": explanation.size[1], "segments": segments}
+        if picture is None:
+            return entry
+        dpi, label_file = picture_dpi(picture), _label_file(picture)
         drawn = at_picture_size(image, dpi)
-        shown = replace(explanation, size=(drawn.height, drawn.width)).label_map(**rule)
+        shown = replace(explanation, size=(drawn.height, drawn.width)).label_map(background=background)
         save_figure(label_sheet(drawn, shown.numpy(), options.texts, dpi=dpi), picture, dpi, options.overwrite)
         _save_labels(labels, len(options.texts), label_file, options.overwrite)
-        return {"labels": str(label_file), "segments": segments}
+        return {"labels": str(label_file), **entry}
 
     report = write_pictures(options.command, localizer, images, write)
+    for entry in report:
+        hidden = [
+            row["text"] for row in entry["segments"] if row["presence"] >= options.min_presence and not row["area"]
+        ]
+        if hidden:
+            problem = f"{entry['image']}: present, but covered by the other texts: {', '.join(hidden)}"
+            print(f"iclip segment: {printable(problem)}; look at the maps with iclip explain", file=sys.stderr)
     if options.json:
-        echo(json.dumps(report, indent=2, ensure_ascii=False))
+        print_json_lines(report)
     else:
         _print_table(report, options.min_presence)
     return 0 if len(report) == len(options.images) else 2

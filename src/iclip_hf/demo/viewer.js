@@ -115,25 +115,20 @@ export function createViewer(element, look) {
     });
   }
 
-  // Of the texts that are not absent, the one with the highest raw value, as `Explanation.label_map` finds it; the outline's
-  // threshold is one of the best value, stretched over the image.
+  // Of the texts that are not absent and whose outline holds the pixel, the one with the highest raw value, as
+  // `Explanation.label_map` finds it.
   function paintSegments() {
     if (!segments.checked || !overview) return;
     const present = ready().filter(({ word }) => word !== "absent");
     const color = ({ text }) => look.segments[panels.findIndex((panel) => panel.text === text) % look.segments.length];
     const inks = present.map((panel) => packed(channels(color(panel))));
     const { width, height } = overview.heat;
-    const best = new Int8Array(width * height), highest = new Float32Array(width * height).fill(-Infinity);
-    present.forEach(({ levels, low, high }, index) => levels.forEach((level, pixel) => {
+    const highest = new Float32Array(width * height).fill(-Infinity);
+    const limit = threshold.value === "1" ? -Infinity : threshold.value * 255;
+    paint(overview.heat, (pixels) => present.forEach(({ levels, low, high }, index) => levels.forEach((level, pixel) => {
       const value = low + (high - low) * level / 255;
-      if (value > highest[pixel]) [best[pixel], highest[pixel]] = [index, value];
-    }));
-    const least = highest.reduce((one, other) => Math.min(one, other), Infinity);
-    const most = highest.reduce((one, other) => Math.max(one, other), -Infinity);
-    const limit = threshold.value === "1" ? -Infinity : least + threshold.value * (most - least);
-    paint(overview.heat, (pixels) => best.forEach((index, pixel) => {
-      if (highest[pixel] > limit) pixels[pixel] = inks[index];
-    }));
+      if (level > limit && value > highest[pixel]) [pixels[pixel], highest[pixel]] = [inks[index], value];
+    })));
     overview.legend = present.map((panel) => [panel.text, color(panel)]);
     overview.caption.replaceChildren();
     for (const [text, ink] of overview.legend)

@@ -9,10 +9,10 @@ import numpy as np
 import torch
 
 from ..explainers import WordScore
-from ..label_maps import classes_of, label_map
+from ..label_maps import segments
 from ..presence import MIN_PRESENCE
 from ..processing_iclip import check_threshold
-from ..regions import Region, find_regions, negative_points, positive_points
+from ..regions import Region, find_regions, negative_points, positive_points, run_lengths
 from ..similarity import resize_and_normalize, reverse
 
 
@@ -74,14 +74,12 @@ class Explanation:
         """Returns the connected parts of the mask of one text, best first."""
         return find_regions(*(one.numpy() for one in self._map_and_mask(index, threshold)))
 
-    def label_map(self, threshold: float | None = 0.5, background: Sequence[int] = ()) -> torch.Tensor:
+    def label_map(self, threshold: float | None = None, background: Sequence[int] = ()) -> torch.Tensor:
         """
-        Returns the best text of each pixel among the texts that are present. Raw maps of all texts are compared, so a text that
-        matches weakly has no pixels.
+        Returns the text of each pixel, see [`segments`]: the texts that are present compete where their masks overlap.
 
         Args:
-            threshold (`float` in [0, 1], *optional*): a pixel whose best map, stretched to [0, 1] over the image, is not greater
-                belongs to the background. With None, each pixel gets a text.
+            threshold (`float` in [0, 1], *optional*): threshold of the masks; that of the explanation if not given.
             background: indices of texts that describe the background.
 
         Returns:
@@ -90,28 +88,35 @@ class Explanation:
         Raises:
             `ValueError`: `threshold` is outside [0, 1], or there is no such text.
         """
-        labels, _ = label_map(
+        return segments(
             -self.raw_maps if self.reversed else self.raw_maps,
             self.size,
-            classes=classes_of(len(self.labels), background),
             present=self.presence >= self.min_presence,
-            threshold=None if threshold is None else check_threshold(threshold),
+            threshold=self.threshold if threshold is None else check_threshold(threshold),
+            background=background,
         )
-        return labels
 
-    def record(self) -> list[dict]:
+    def to_dict(self) -> dict:
         """
-        Returns everything but maps and masks as plain values.
+        Returns the explanation as plain values, for JSON.
 
         Returns:
-            list of T `dict` with `text`, `score`, `presence` and `regions`, and `words` if they were asked for, each with
-            `word` and `score`. A region has `score`, `box` (x0, y0, x1, y1), `positive_points` and `negative_points`, (x, y) in
-            pixels.
+            `dict` with `height` and `width` of maps and masks in pixels, and `texts`, a list of T `dict`:
+
+            - **text** (`str`), **score** (`float`), **presence** (`float`)
+            - **words** (list of `dict`): `word` and `score` of each word, if they were asked for
+            - **regions** (list of `dict`): connected parts of the mask, best first: `score`, the mean of the map in [0, 1]; `box`,
+              [xmin, ymin, xmax, ymax] in pixels, the last two exclusive; `positive_points` and `negative_points`, [x, y] in pixels
+            - **mask** (`dict`): COCO's uncompressed run lengths, see [`run_lengths`]
+
+            Numbers that are not integers are rounded to 4 decimals.
         """
-        return [record for record, _ in self.records_and_masks()]
+        height, width = self.size
+        texts = [{**record, "mask": run_lengths(mask.numpy())} for record, mask in self.records_and_masks()]
+        return {"height": height, "width": width, "texts": texts}
 
     def records_and_masks(self) -> Iterator[tuple[dict, torch.Tensor]]:
-        """Yields record and mask of each text. Computes each map once, which is slow at the size of a photograph."""
+        """Yields `to_dict`'s `dict` of each text without the mask, and the mask. Computes each map once."""
         for index in range(len(self.labels)):
             heatmap, mask = self._map_and_mask(index)
             yield self._record(index, heatmap.numpy(), mask.numpy()), mask

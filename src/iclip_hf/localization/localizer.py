@@ -34,12 +34,14 @@ class PreparedImage(NamedTuple):
         pixel_values (`torch.Tensor` of shape `(1, 3, H, W)`).
         size (`tuple[int, int]`): height and width of its maps in pixels.
         rows (`list[int]`): indices of its texts among those of the [`Localizer`].
+        own_size (`torch.Tensor`, *optional*): pixel values at the model's own size, if those for the maps have another.
         features ([`ICLIPImageFeatures`], *optional*): of [`Localizer.encode`], used instead of `pixel_values`.
     """
 
     pixel_values: torch.Tensor
     size: tuple[int, int]
     rows: list[int]
+    own_size: torch.Tensor | None = None
     features: ICLIPImageFeatures | None = None
 
 
@@ -69,7 +71,8 @@ class Localizer:
         threshold (`float` in [0, 1], or T of them): foreground is M > threshold.
         min_presence (`float` in [0, 1]): a text with a lower presence gets an empty mask.
         image_size (`int` or `dict`, *optional*): side in pixels of the square that images are resized to, or a `size` of
-            [`ICLIPProcessor`]; the processor's if not given.
+            [`ICLIPProcessor`]; the processor's if not given. Scores and presence always come from the processor's size, so another
+            one costs a second forward pass.
         words (`str`, *optional*): method that scores the words of the texts, `"grad_eclip"` or `"bi_modal"`, see
             [`WordExplainer`]; no word scores if not given.
         refine (`bool`): whether `explain` refines the maps by the colours of the image, see [`refine_maps`].
@@ -158,8 +161,14 @@ class Localizer:
             size (`tuple[int, int]`, *optional*): height and width of its maps in pixels; those of the image if not given.
         """
         rows = range(len(self.texts)) if labels is None else map(self.texts.index, labels)
-        pixel_values = self.model.processor(images=[image], **self._options)["pixel_values"]
-        return PreparedImage(pixel_values, (image.height, image.width) if size is None else size, list(rows))
+        sizes = [self._options, {}] if self._options else [{}]
+        pixel_values, *own = (self.model.processor(images=[image], **one)["pixel_values"] for one in sizes)
+        return PreparedImage(
+            pixel_values,
+            size=(image.height, image.width) if size is None else size,
+            rows=list(rows),
+            own_size=next((one for one in own if one.shape != pixel_values.shape), None),
+        )
 
     def encode(self, image: PreparedImage) -> PreparedImage:
         """Adds the features of an image, which `explain` then need not compute, if the method can use them for any texts."""
@@ -179,7 +188,12 @@ class Localizer:
         while batch := list(itertools.islice(images, batch_size)):
             readable = [image for image in batch if image is not None]
             keys = [
-                (image.pixel_values.shape, len(image.rows), None if image.features is None else index)
+                (
+                    image.pixel_values.shape,
+                    None if image.own_size is None else image.own_size.shape,
+                    len(image.rows),
+                    None if image.features is None else index,
+                )
                 for index, image in enumerate(readable)
             ]
             explanations = iter(map_groups(self._explain, readable, keys))
@@ -190,7 +204,8 @@ class Localizer:
         texts = select_texts(self.encoded, torch.tensor([image.rows for image in images]))
         pixel_values = torch.cat([image.pixel_values for image in images])
         given = images[0].features or pixel_values  # images with features come alone
-        maps, *answers, words = self.explain_batch(given, texts)
+        own_size = None if images[0].own_size is None else torch.cat([image.own_size for image in images])
+        maps, *answers, words = self.explain_batch(given, texts, own_size)
         if self._refine:
             maps = refine_maps(maps, pixel_values)
         return [
@@ -209,7 +224,10 @@ class Localizer:
         ]
 
     def explain_batch(
-        self, pixel_values: torch.Tensor | ICLIPImageFeatures, texts: ICLIPTextFeatures
+        self,
+        pixel_values: torch.Tensor | ICLIPImageFeatures,
+        texts: ICLIPTextFeatures,
+        own_size: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, list[list[list[WordScore]] | None]]:
         """
         Explains images of one shape.
@@ -217,6 +235,8 @@ class Localizer:
         Args:
             pixel_values (`torch.Tensor` of shape `(B, 3, H, W)`): or the features of these images from the explainer.
             texts ([`ICLIPTextFeatures`]): `encoded`, or a result of `select_texts`.
+            own_size (`torch.Tensor`, *optional*): pixel values of the same images for scores, presence and words, `pixel_values` if
+                not given.
 
         Returns:
             `tuple`: raw maps `(B, T, h, w)`, cosines `(B, T)` and presence `(B, T)`, on the CPU, and for each image the word
@@ -226,6 +246,9 @@ class Localizer:
             `ValueError`: the model gives NaN or infinity.
         """
         maps, image = self.explainer.forward(pixel_values, texts)
+        if own_size is not None:
+            with torch.no_grad():
+                image = self.model.encode_images(own_size)
         matches, background = (self.model.match(image, one) for one in (texts, self._background))
         scores = cosines(image.image_embeds, texts.text_embeds)
         presences = presence(matches, background)

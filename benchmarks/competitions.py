@@ -1,0 +1,86 @@
+"""Which competition of texts makes the best segments, on images with the names of the classes that they show.
+
+    python benchmarks/competitions.py voc21:DATA/voc_layout coco_object:DATA/coco100:train2017
+
+The embedded model, the data set's prompts and the presence gate. Prints a Markdown table: mIoU with the background over the images at even
+and at odd positions, and how many present classes that pass the gate have no pixel.
+"""
+
+import argparse
+
+import numpy as np
+import torch
+from measuring import table
+
+from iclip_hf import load
+from iclip_hf.data.segmentation import load_segmentation
+from iclip_hf.evaluation.metrics import MeanIoU
+from iclip_hf.label_maps import label_map, segments
+from iclip_hf.localization.localizer import Localizer
+from iclip_hf.similarity import resize_and_normalize
+
+
+BACKGROUND = ["sky", "grass", "wall", "road"]
+
+
+def stretched_maximum(raw_maps, size, present, threshold, background):
+    """The highest raw value, with a threshold on the stretched maximum of all maps."""
+    classes = torch.arange(len(raw_maps))
+    classes[list(background)] = -1
+    return label_map(raw_maps, size, classes=classes, present=present, threshold=None if background else threshold)[0]
+
+
+def each_stretched(raw_maps, size, present, threshold, background):
+    """The highest map, each stretched to [0, 1]."""
+    maps = resize_and_normalize(raw_maps, size)
+    maps[~present] = -1
+    best, labels = torch.cat([maps, torch.zeros(1, *size)]).max(0)
+    return labels.masked_fill((best <= threshold) | torch.isin(labels, torch.tensor(list(background))), -1)
+
+
+RULES = {"stretched maximum": stretched_maximum, "masks": segments, "each stretched": each_stretched}
+
+
+def measure(dataset, refine: bool, background: list[str]) -> list[list]:
+    model = load("embedded")
+    texts = [text for synonyms in dataset.synonyms for text in synonyms]
+    labels = np.array([label for label, names in zip(dataset.labels, dataset.synonyms) for _ in names])
+    localizer = Localizer(model, [*texts, *background], templates=dataset.templates, refine=refine)
+    folds = {rule: [MeanIoU(max(dataset.labels) + 1, True) for _ in range(2)] for rule in RULES}
+    hidden, asked = dict.fromkeys(RULES, 0), 0
+    for position in range(len(dataset)):
+        sample = dataset[position]
+        (explanation,) = localizer.explain([localizer.prepare(sample.image)])
+        rows = np.flatnonzero(np.isin(labels, sample.labels))
+        names = np.append(labels[rows], 0)  # the last for the label -1
+        rows = [*rows.tolist(), *range(len(texts), len(localizer.texts))]
+        present = explanation.presence[rows] >= explanation.min_presence
+        shown = set(names[:-1][present[: len(names) - 1].numpy()].tolist())
+        asked += len(shown)
+        others = range(len(names) - 1, len(rows))
+        for rule, compete in RULES.items():
+            found = compete(explanation.raw_maps[rows], sample.size, present, 0.5, others).numpy()
+            predicted = names[found]
+            folds[rule][position % 2].update(predicted, sample.label_map)
+            hidden[rule] += len(shown - set(np.unique(predicted).tolist()))
+    scores = {rule: [fold.compute()["miou"] for fold in pair] for rule, pair in folds.items()}
+    return [[rule, *(f"{one:.2f}" for one in scores[rule]), f"{hidden[rule]} of {asked}"] for rule in RULES]
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("data", nargs="+", metavar="NAME:FOLDER[:SPLIT]", help="data sets of load_segmentation")
+    rows = []
+    for data in parser.parse_args().data:
+        dataset = load_segmentation(*data.split(":"))
+        for form, options in {
+            "plain": (False, []),
+            "refined": (True, []),
+            "background texts": (False, BACKGROUND),
+        }.items():
+            rows += [[dataset.name, form, *row] for row in measure(dataset, *options)]
+    print(table(["data set", "maps", "rule", "mIoU %, even", "mIoU %, odd", "without a pixel"], rows))
+
+
+if __name__ == "__main__":
+    main()

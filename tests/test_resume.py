@@ -107,11 +107,3 @@ def test_a_run_goes_on_elsewhere_and_after_an_update(began, tmp_path, start):
     edit_json(last, "state.json", "content", "software", to="iclip-hf 0.1.0, torch 1.0, transformers 1.0")
     run(moved, start, "--resume", "--num_workers", "1")
     assert json.loads((moved / f"run-{start}" / "results.json").read_text())["step"] == 1
-
-
-def test_a_run_does_not_replace_the_model_that_it_goes_on_from(began, capsys):
-    from iclip_hf import cli
-
-    same = [str(began / "pairs" / "pairs.csv"), "--model", str(began / "model"), "--output_dir", f"{began}/./model"]
-    assert cli.main(["train", *same]) == 2
-    assert "expected another folder than that of model" in capsys.readouterr().err

@@ -41,11 +41,6 @@ def check_run(settings: Settings) -> None:
         )
     if settings.model:
         check_model(settings.model)
-        if folder.is_dir() and Path(settings.model).is_dir() and folder.samefile(settings.model):
-            raise ValueError(
-                f"{folder}: expected another folder than that of model, which a resumed run reads again, but got the same; name a new "
-                "output_dir."
-            )
     elif not Path(settings.config).with_name("config.json").is_file():
         raise FileNotFoundError(
             f"{settings.config}: expected the model's config.json and processor_config.json beside it, but got none; copy its "

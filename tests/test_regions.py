@@ -114,7 +114,7 @@ def test_negative_points_of_a_large_map_are_nearly_those_of_a_slow_search(seed):
     distances = np.linalg.norm(points[:, None] - points[None], axis=-1)[np.triu_indices(3, 1)]
     assert distances.min() >= 60
     gap = np.ones_like(mask)
-    gap[101:103, 51:53] = False  # between the points of the grid
+    gap[100:102, 52:54] = False  # between the points of the grid
     ((x, y),) = negative_points(heatmap, gap, 1)
     assert not gap[y, x]
 

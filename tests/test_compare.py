@@ -1,4 +1,5 @@
 import json
+import re
 
 import numpy as np
 import pytest
@@ -94,13 +95,14 @@ def test_models_side_by_side(folder, tmp_path, sheet):
     titles = [f"{model}\n{method}" for model in (first, second) for method in ("itsm", "attention")]
     assert list(sheet["heatmaps"]) == titles
     assert np.abs(sheet["heatmaps"][titles[0]][0] - sheet["heatmaps"][titles[2]][0]).max() > 0.05
-    assert len(sheet["row_titles"][0].split()) == 3  # the text and a score for each model
+    assert len(re.findall(r"-?\d\.\d\d", sheet["row_titles"][0])) == 2  # a score for each model
 
 
 def test_a_large_photograph_is_drawn_at_the_size_of_its_cell(folder, tmp_path, sheet):
     Image.effect_noise((3000, 1000), 80).convert("RGB").save(tmp_path / "large.jpg")
     assert run(folder, tmp_path / "large.jpg", "--text", "dog", "--dpi", "50", "--output", tmp_path / "out.png") == 0
-    assert sheet["image"].size == (136, 45) and sheet["heatmaps"]["itsm"].shape == (1, 45, 136)
+    width, height = sheet["image"].size
+    assert 100 < width < 200 and sheet["heatmaps"]["itsm"].shape == (1, height, width)
 
 
 @pytest.mark.parametrize(

@@ -42,8 +42,8 @@ def uploaded(world, folder, path):
 CASES.add_images("app", as_file(uploaded))
 LONG = {name: text for name, text in inputs.DRAWN_TEXTS.items() if len(text) > content.MAX_CHARACTERS}
 SHORT = {name: text for name, text in inputs.DRAWN_TEXTS.items() if name not in LONG}
-for texts, fate in ((SHORT, WORKS), ({**inputs.TYPED_TEXTS, **LONG}, REFUSED)):
-    CASES.add("text of app", texts, lambda world, folder, texts: explain(world, world.photo, texts), fate)
+for texts, fate, shows in ((SHORT, WORKS, ""), (inputs.TYPED_TEXTS, REFUSED, ""), (LONG, REFUSED, "got one of ")):
+    CASES.add("text of app", texts, lambda world, folder, one: explain(world, world.photo, one), fate, shows=shows)
 
 ROOT = Path(__file__).parents[1]
 

@@ -122,7 +122,7 @@ def test_the_command_explains_with_an_exported_folder(model, folder, tiny_proces
     for name in (folder, tmp_path / "model"):
         arguments = [str(tmp_path / "a.png"), "--text", "dog", "--text", "sky", "--output", str(tmp_path / "out.png")]
         assert cli.main(["explain", *arguments, "--model", str(name), "--json"]) == 0
-        (report,) = json.loads(capsys.readouterr().out)
+        report = json.loads(capsys.readouterr().out)
         scores.append([text["score"] for text in report["texts"]])
     assert scores[0] == pytest.approx(scores[1], abs=2e-4)
 

@@ -142,7 +142,7 @@ GOT = re.compile(rf"\bgot\b|\bbut\b|{ARGPARSE}")
 
 VERBS = """
     add change check choose clip complete convert correct create decompress delete download evaluate get give leave load make mark
-    move name normalise open pass prepare push put remove rename replace resize save scale see set use wait
+    move name normalise open pass prepare push put remove rename replace resize save scale see set shorten use wait
 """.split()
 ADVICE = re.compile(rf"[;:.] ({'|'.join(VERBS)})\b|\(see ", re.IGNORECASE)
 # The beginning of errors that another package words: `@strict` of huggingface_hub, for a value of another type.

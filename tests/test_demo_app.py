@@ -430,8 +430,9 @@ def test_a_visitor_on_a_phone(page, server, folder, monkeypatch):
 
 
 def test_a_bad_upload_is_answered_in_the_page(page, folder):
+    shown = page.locator("figure").count()
     page.locator("input[type=file]").first.set_input_files(folder / "notes.png")
     toast = page.locator(".toast-message-text")
     toast.first.wait_for()
     assert toast.all_inner_texts()[0].startswith("notes.png: expected a readable image, but")
-    assert page.locator("figure").count() == 3
+    assert page.locator("figure").count() == shown > 0

@@ -336,3 +336,25 @@ def test_sources_that_are_none(folder, tmp_path):
         open_images([tmp_path / "none.tar"])
     with pytest.raises(ValueError, match="one folder of images"):
         open_images([folder / "images" / "a", folder / "images" / "b"])
+
+
+def test_a_method_is_known_by_the_content_of_what_it_names(folder, tiny_processor, tmp_path):
+    """The image tower of ProxyCLIP is another one: other maps. It lies elsewhere: the same."""
+
+    def explained(seed, place):
+        tiny_model("dinov2", seed=seed).vision_model.save_pretrained(tmp_path / place)
+        one = Localizer((tiny_model(), tiny_processor), TEXTS, method="proxyclip", proxy=str(tmp_path / place))
+        return run(one, open_images([folder / "images"]), tmp_path / "output").images
+
+    assert explained(0, "proxy") == explained(0, "moved")
+    with pytest.raises(ValueError, match="one of other proxy; choose another"):
+        explained(1, "proxy")
+
+
+@pytest.mark.parametrize("metadata", ["{", "{}", "[]", '{"settings": 1, "broken": []}'])
+def test_a_file_with_other_metadata_is_refused(folder, localizer, tmp_path, metadata):
+    import pyarrow as pa
+
+    pq.write_table(pa.table({"a": [1]}, metadata={"iclip": metadata}), tmp_path / "explanations-0.parquet")
+    with pytest.raises(ValueError, match="explanations-0.parquet: expected settings as this command writes them"):
+        run(localizer, open_images([folder / "images"]), tmp_path)

@@ -731,3 +731,38 @@ def test_a_folder_named_like_a_known_tower_is_not_known(tmp_path, tiny_processor
         assert describe_tower(config) == unknown
     config.name_or_path = str(tmp_path / "cache" / "dinov2-small")
     assert describe_tower(config)["id"] == "facebook/dinov2-small"
+
+
+_LISTS = "".join(f"  k{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10)}]\n" for i in range(1, 9))
+_RESULT = """
+model-index: [{name: x, results: [{task: {type: t}, dataset: {type: voc2012, name: n, args: ARGS}, metrics: [
+{type: mmiou, name: mMIoU, value: VALUE, args: FLOOR, config: itsm}]}]}]
+"""
+
+
+@pytest.mark.parametrize(
+    "front_matter",
+    [
+        f"license: mit\ntraining:\n  data: &a0 [x, x]\n{_LISTS}",
+        "training: &a {data: *a}",
+        f"training: {'[' * 3000}{']' * 3000}",
+        "a: [",
+        "- a",
+        "datasets: 5\nbase_model: 5\nlicense: [5]\ntraining: [5]\nidentity: [5]",
+        "identity: {dtype: bits8, weights: x}",
+        *(
+            _RESULT.replace("ARGS", args).replace("VALUE", value).replace("FLOOR", floor)
+            for args, value, floor in (
+                ("{fingerprint: x}", "1", "{floor: 1}"),
+                ("{fingerprint: x, image_size: {}, versions: {}, templates: []}", "many", "{floor: 1}"),
+                ("{fingerprint: x, image_size: {}, versions: {}, templates: []}", "1", "{x: 1}"),
+                ("[fingerprint]", "1", "[floor]"),
+            )
+        ),
+    ],
+    ids=range(11),
+)
+def test_a_card_of_any_content_does_not_stop_an_export(tmp_path, tiny_processor, front_matter):
+    (tmp_path / "README.md").write_text(f"---\n{front_matter}\n---\n")
+    card = write_model_card(tiny_model(), tiny_processor, tmp_path, source=tmp_path)
+    assert ModelCard.load(card).data.eval_results is None

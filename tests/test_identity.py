@@ -157,3 +157,17 @@ def test_models_of_open_clip_by_weights_layers_images_and_tokens():
     other = made(quick_gelu=True)
     other.visual.preprocess_cfg = model.visual.preprocess_cfg
     assert changed(before, identity(other, tokenizer)) == ["configuration"]
+
+
+def test_weights_that_accelerate_offloads_count(tiny_processor):
+    from accelerate import cpu_offload
+
+    first, second = (identity(cpu_offload(tiny_model(seed=seed)), tiny_processor) for seed in (0, 1))
+    assert changed(first, identity(tiny_model(), tiny_processor)) == []
+    assert changed(first, second) == ["weights"]
+
+
+def test_a_described_dtype_that_is_none(tiny_processor):
+    for dtype in ("bits8", ["float32"], "load"):
+        described = {**identity(tiny_model(), tiny_processor), "dtype": dtype}
+        assert changed_model(described, tiny_model(), tiny_processor) == []

@@ -10,6 +10,7 @@ from conftest import PHOTO
 from faults import index_mask, masks_folder
 
 from iclip_hf import cli
+from iclip_hf.evaluation.results import EvaluationResult
 
 
 # Everything that a command writes by default or below is there already, of the user's.
@@ -86,6 +87,8 @@ def iclip(world, line: str) -> int:
         "analyze shift DATA --output shift.json",
         "evaluate DATA --output scores.json",
         "evaluate DATA --output pairs.json",
+        "evaluate DATA --output MODEL/config.json --overwrite",
+        "analyze shift DATA --output MODEL/config.json --overwrite",
         "train table.csv --output_dir .",
         "train table.csv --output_dir run",
         "train table.csv --output_dir run --resume",
@@ -171,3 +174,26 @@ def test_a_table_that_was_edited_is_the_users(world, mine):
     before = contents(mine)
     assert iclip(world, "evaluate DATA --output a.json") == 2 and contents(mine) == before
     assert iclip(world, "evaluate DATA --output a.json --overwrite") == 0
+
+
+def test_a_file_that_contains_its_own_is_the_users(world, mine):
+    assert iclip(world, "evaluate DATA --output a.json") == 0
+    assert iclip(world, "explain photo.jpg SEE --output a.jpg") == 0
+    (mine / "all.json").write_text(json.dumps({"runs": [json.loads((mine / "a.json").read_text())]}))
+    (mine / "paper.pdf").write_bytes(b"%PDF-1.5" + (mine / "a.jpg").read_bytes())
+    before = contents(mine)
+    for line in ("evaluate DATA --output all.json", "explain photo.jpg SEE --output paper.pdf"):
+        assert iclip(world, line) == 2 and contents(mine) == before
+
+
+def test_a_result_and_its_table_are_replaced_together(tmp_path, monkeypatch):
+    """Else the next run would not know the table again. The name of the result may have any suffix."""
+    first, second = (EvaluationResult({}, {}, {}, {"itsm": [{"id": id_}]}, {}, {}) for id_ in (1, 2))
+    first.save(tmp_path / "a.txt")
+    before = contents(tmp_path)
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="writing failed"):
+        patch.setattr(second, "per_class_csv", lambda: (_ for _ in ()).throw(OSError("disk full")))
+        second.save(tmp_path / "a.txt")
+    assert contents(tmp_path) == before
+    second.save(tmp_path / "a.txt")
+    assert {*before} == {*contents(tmp_path)} and contents(tmp_path) != before

@@ -978,3 +978,21 @@ def test_real_shards(iclip_data):
             pair = dataset.read(3000 + number)
             assert pair["captions"] == json.loads(captions)["captions"] and pair["captions"][0] == text.decode()
             np.testing.assert_array_equal(np.asarray(pair["image"]), np.asarray(Image.open(io.BytesIO(image))))
+
+
+def test_other_columns_are_other_data(tmp_path):
+    """The captions of a cache would be those of another column."""
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    (tmp_path / "pairs.csv").write_text("image,caption,title\na.png,a dog,a cat\n")
+    columns = (None, "caption", "title")
+    seen = [load_pairs(tmp_path / "pairs.csv", caption_column=column).fingerprint() for column in columns]
+    assert len(set(seen)) == 3
+
+
+def test_an_image_in_a_zip_file_that_grows_without_end(monkeypatch):
+    from iclip_hf.data import pairs
+
+    monkeypatch.setattr(pairs, "MAX_DOWNLOAD", 100)
+    monkeypatch.setattr("fsspec.open", lambda path, mode: io.BytesIO(bytes(200)))
+    with pytest.raises(ValueError, match="expected an image of at most"):
+        pairs._image_bytes({"path": "zip://a.png::hf://datasets/org/name@main/images.zip"}, "org/name")

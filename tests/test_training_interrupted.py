@@ -57,12 +57,19 @@ def test_partly_locked_towers_resume_and_are_saved_as_a_plain_model(hub, tmp_pat
 
 def test_a_folder_holds_one_run(hub, tmp_path):
     run(hub, tmp_path, "--max_steps", 2)
-    with pytest.raises(ValueError, match="expected no run here, but got one; add --resume"):
+    with pytest.raises(ValueError, match="but it holds a run already; add --resume"):
         run(hub, tmp_path, "--max_steps", 2)
     with pytest.raises(ValueError, match="weight_decay from 0.05 to 0.1; repeat the command that began it"):
         run(hub, tmp_path, "--max_steps", 2, "--resume", "--weight_decay", 0.1)
     with folder_lock(tmp_path), pytest.raises(BlockingIOError, match="expected no other run here"):
         run(hub, tmp_path, "--max_steps", 2, "--resume")
+    for checkpoint in tmp_path.glob("checkpoint-*"):
+        shutil.rmtree(checkpoint)
+    trained = (tmp_path / "model.safetensors").read_bytes()
+    for resume, says in (([], "holds a run already"), (["--resume"], "its checkpoints are gone")):
+        with pytest.raises(ValueError, match=says):
+            run(hub, tmp_path, "--max_steps", 2, *resume)
+    assert (tmp_path / "model.safetensors").read_bytes() == trained
 
 
 INTERRUPTED = """

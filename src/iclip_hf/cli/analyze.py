@@ -19,6 +19,7 @@ from .common import (
     add_overwrite_option,
     add_picture_option,
     check_file,
+    data_inputs,
     echo,
     load_silently,
     save_figure,
@@ -84,8 +85,9 @@ def _shift(options: argparse.Namespace) -> int:
 
     if options.output:
         check_file("--output", options.output, (".json",))
-        check_outputs([options.output], [options.overrides], options.overwrite)
     dataset = load_segmentation(options.dataset, options.data_root, options.split, options.overrides)
+    if options.output:
+        check_outputs([options.output], data_inputs(options, dataset), options.overwrite)
     from ..evaluation.analysis import semantic_shift
 
     count = min(len(dataset), options.limit or len(dataset))

@@ -112,6 +112,11 @@ def add_method_option(command: argparse.ArgumentParser) -> None:
     )
 
 
+def data_inputs(options: argparse.Namespace, dataset) -> list[Path | None]:
+    """Returns the files that are no pictures and that a command reads with [`add_dataset_options`] and [`add_model_option`]."""
+    return [options.overrides, *dataset.annotation_paths, *Path(options.model).glob("*")]
+
+
 def add_methods_option(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--methods",

@@ -18,6 +18,7 @@ from .common import (
     at_least_1,
     check_file,
     checked,
+    data_inputs,
     echo,
     load_silently,
     printable,
@@ -154,11 +155,12 @@ def run(options: argparse.Namespace) -> int:
     if options.image_size and options.short_side:
         raise ValueError("Expected --image-size or --short-side, got both: leave one out.")
     if options.output:
+        check_file("--output", options.output, (".json",))
+    dataset = load_segmentation(options.dataset, options.data_root, options.split, options.overrides)
+    if options.output:
         from ..evaluation.results import check_files
 
-        check_file("--output", options.output, (".json",))
-        check_files(options.output, [options.overrides], options.overwrite)
-    dataset = load_segmentation(options.dataset, options.data_root, options.split, options.overrides)
+        check_files(options.output, data_inputs(options, dataset), options.overwrite)
     from ..evaluation.evaluate import evaluate
     from ..evaluation.measures import make_measure
     from ..utils.distributed import partner_errors, this_process

@@ -22,7 +22,7 @@ import torch
 from torch.utils.data import Dataset, IterableDataset
 from tqdm import tqdm
 
-from ..images import load_image
+from ..images import MAX_DOWNLOAD, load_image
 from ..utils.extras import require_extra
 from .sources import BAD_PAIR, USUAL_COLUMNS, Columns, Source, held_out_rows, is_hub_id, open_sources
 
@@ -165,15 +165,15 @@ class PairDataset(Dataset):
 
     def fingerprint(self) -> str:
         """
-        Computes a digest over the positions of the pairs and the content of shards, tables and the images that tables name. The
-        first call reads all files. Later calls, also in other processes, only read files again after one has changed.
+        Computes a digest over the positions of the pairs, the content of shards, tables and the images that tables name, and the names
+        of the columns. The first call reads all files. Later calls, also in other processes, only read files again after one has changed.
 
         Returns:
             `str`: 16 hex digits.
         """
         digest = hashlib.sha256(self._ranges.tobytes())
         for source, ranges in zip(self._sources, np.split(self._ranges, self._ends[:-1])):
-            digest.update(source.fingerprint(ranges).encode())
+            digest.update(f"{source.fingerprint(ranges)}{[*source.columns]}".encode())
         return digest.hexdigest()[:16]
 
     def _replacement(self, draws: random.Random) -> tuple[int, dict]:
@@ -427,7 +427,10 @@ def _image_bytes(stored: Mapping, hub_id: str | None) -> bytes:
     import fsspec
 
     with _connection_errors(), fsspec.open(path, "rb") as opened:
-        return opened.read()
+        content = opened.read(MAX_DOWNLOAD + 1)
+    if len(content) > MAX_DOWNLOAD:  # a zip file of kilobytes may hold gigabytes
+        raise ValueError(f"expected an image of at most {MAX_DOWNLOAD // 2**20} MiB, but got more in {path!r:.200}")
+    return content
 
 
 def _open_hub_dataset(name: str, split: str) -> datasets.IterableDataset:

@@ -272,6 +272,7 @@ class SegmentationDataset(Sequence):
         void (`int`): value of ignored pixels in masks, 255; 65535 if K > 254.
         background (`bool`): whether pixels can be background (0). Otherwise, pixels of no class are void.
         background_texts (`tuple[str, ...]`): texts that describe the background; none by default.
+        annotation_paths (`Sequence[Path]`): the files that hold masks and lists of classes.
         templates (`tuple[str, ...]`): prompt templates, each with one "{}": "a photo of the {}" for `"voc2012"`, `"coco2017"` and
             `"folder"`, CLIP's 80 templates of ImageNet for the data sets of open-vocabulary segmentation.
     """
@@ -295,7 +296,7 @@ class SegmentationDataset(Sequence):
         self.background_texts: tuple[str, ...] = ()
         self.templates = _TEMPLATES.get(name, IMAGENET_TEMPLATES)
         self._samples = samples
-        self._annotation_paths = annotation_paths
+        self.annotation_paths = annotation_paths
 
     @property
     def class_names(self) -> tuple[str, ...]:
@@ -328,7 +329,7 @@ class SegmentationDataset(Sequence):
         the files; later ones only after a change.
         """
         images = [sample.image_path for sample in self._samples]
-        digest = hashlib.sha256(content_digest([*images, *self._annotation_paths]).encode())
+        digest = hashlib.sha256(content_digest([*images, *self.annotation_paths]).encode())
         for path in images:
             digest.update(os.fsencode(f"{path.name}\0"))
         return digest.hexdigest()[:16]

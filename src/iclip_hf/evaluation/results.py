@@ -9,6 +9,7 @@ import math
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 from ..utils.files import SOFTWARE, check_outputs, is_own, new_file
@@ -71,26 +72,27 @@ class EvaluationResult:
         Raises:
             `FileExistsError`: a file exists that holds no result, and not `overwrite`.
         """
-        table = Path(path).with_suffix(".csv")
+        path, table = Path(path), Path(path).with_suffix(".csv")
         check_files(path, overwrite=overwrite)
-        for target, text in ((table, self.per_class_csv()), (Path(path), self.to_json())):
-            with new_file(target, overwrite, _is_own) as partial:
-                partial.write_text(text, encoding="utf-8")
-        return Path(path), table
+        # Both are whole before one is replaced, because a table without its result is not known again.
+        with new_file(path, overwrite) as result, new_file(table, overwrite, partial(_is_own, result=path)) as rows:
+            result.write_text(self.to_json(), encoding="utf-8")
+            rows.write_text(self.per_class_csv(), encoding="utf-8")
+        return path, table
 
 
 def check_files(path: str | Path, inputs: Iterable[str | os.PathLike | None] = (), overwrite: bool = False) -> None:
     """Checks the files of [`EvaluationResult.save`] as [`iclip_hf.utils.files.check_outputs`] does."""
-    check_outputs([path, Path(path).with_suffix(".csv")], inputs, overwrite, _is_own)
+    own = partial(_is_own, result=Path(path))
+    check_outputs([path, Path(path).with_suffix(".csv")], inputs, overwrite, own)
 
 
-def _is_own(path: Path) -> bool:
-    """Whether [`EvaluationResult.save`] wrote a file. A table has no place to say so, and must hold what the JSON file beside it holds."""
-    if path.suffix.lower() != ".csv":
+def _is_own(path: Path, result: Path) -> bool:
+    """Whether [`EvaluationResult.save`] wrote a file. A table has no place to say so, and must hold what the JSON file `result` holds."""
+    if path == result:
         return is_own(path)
     try:
-        result = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
-        return path.read_bytes() == _csv(result["per_class"]).encode()
+        return path.read_bytes() == _csv(json.loads(result.read_text(encoding="utf-8"))["per_class"]).encode()
     except (OSError, ValueError, TypeError, KeyError, AttributeError, IndexError, RecursionError):
         return False
 

@@ -43,6 +43,11 @@ class Explainer(ABC):
         if self.needs_layers:
             recordable(self.model, "this method")
 
+    @property
+    def content(self) -> dict[str, str]:
+        """Digests of what options name, such as the folder of another model, by option. Results are known by them, not by the names."""
+        return {}
+
     def encode_images(self, pixel_values: torch.Tensor) -> ICLIPImageFeatures | None:
         """
         Encodes prepared images `(B, 3, H, W)` for any number of calls of `forward`. Returns None if the method runs the image tower

@@ -14,6 +14,7 @@ from ..configuration_iclip import patch_side
 from ..modeling_iclip import VISION_TOWERS, ICLIPImageFeatures, load_tower
 from ..models.explainable import unit
 from ..models.families import ExplainableICLIP
+from ..models.identity import tower_digest
 from ..models.recording import AttentionRecord
 from ..models.towers import embedded_towers
 from .replaced_attention import ReplacedAttention
@@ -48,6 +49,10 @@ class ProxyCLIP(ReplacedAttention):
                 )
             weight = next(self.model.network.parameters())
             self.proxy = load_tower(config, proxy).eval().to(weight.device, weight.dtype)
+
+    @property
+    def content(self) -> dict[str, str]:
+        return {} if self.proxy is None else {"proxy": tower_digest(self.proxy)}
 
     def mix(self, layer: AttentionRecord, image: ICLIPImageFeatures, pixel_values: torch.Tensor) -> torch.Tensor:
         tokens = unit(image.patch_tokens if self.proxy is None else self._proxy_tokens(image.grid, pixel_values))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, is_dataclass, replace
@@ -233,15 +235,54 @@ def _card_data(source: str | Path | None) -> dict:
         card = ModelCard.load(local if local.is_file() else str(source), ignore_metadata_errors=True)
     except EntryNotFoundError:
         return {}
+    except (ValueError, TypeError, RecursionError, yaml.YAMLError):
+        card = None
+    if card is None or not _is_small(vars(card.data)):
+        logger.warning("%s: expected a model card, got another README.md, of which nothing is taken over.", source)
+        return {}
     found = {name: _harmless(getattr(card.data, name, None)) for name in ("license", "training", "identity")}
     for name in ("datasets", "base_model"):
-        ids = getattr(card.data, name, None) or []
-        found[name] = [one for one in ([ids] if isinstance(ids, str) else ids) if _is_hub_id(str(one))]
+        ids = getattr(card.data, name, None)
+        found[name] = [one for one in (ids if isinstance(ids, list) else [ids]) if _is_hub_id(str(one))]
     if not re.fullmatch(r"[\w.+-]+", str(found["license"])):
         found["license"] = None
     found["training"] = public_settings(found["training"]) if isinstance(found["training"], dict) else None
     results = card.data.eval_results or []
-    return {**found, "eval_results": [replace(one, **_harmless(vars(one))) for one in results] or None}
+    results = [replace(one, **_harmless(vars(one))) for one in results if _is_result(one)]
+    return {**found, "eval_results": results or None}
+
+
+def _is_small(value) -> bool:
+    """Whether a value of YAML has at most some thousand parts. Aliases make a few lines endless."""
+    rest, left = [value], 10_000
+    while rest and left:
+        one, left = rest.pop(), left - 1
+        if isinstance(one, EvalResult):
+            one = vars(one)
+        if isinstance(one, Mapping | list | tuple):
+            rest.extend(itertools.islice(one.values() if isinstance(one, Mapping) else one, left))
+    return not rest
+
+
+def _is_result(one: EvalResult) -> bool:
+    """Whether a result of a card is one of another program, or has the form that [`_tables`] and the card's template need."""
+    texts = (
+        one.dataset_type,
+        one.dataset_name,
+        one.dataset_split or "",
+        one.metric_config or "",
+        one.metric_name or "",
+    )
+    args, floor = one.dataset_args or {}, one.metric_args or {"floor": 0}
+    if not (all(isinstance(text, str) for text in texts) and isinstance(args, Mapping) and isinstance(floor, Mapping)):
+        return False
+    if one.metric_name not in _METRIC_DIGITS:
+        return True
+    forms = {"image_size": Mapping, "versions": Mapping, "templates": list} if "fingerprint" in args else {}
+    numbers = (one.metric_value, floor.get("floor"))
+    return all(isinstance(number, int | float) and math.isfinite(number) for number in numbers) and all(
+        isinstance(args.get(name), form) for name, form in forms.items()
+    )
 
 
 def _harmless(value):

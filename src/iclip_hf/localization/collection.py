@@ -250,4 +250,10 @@ def _metadata(file: Path) -> dict:
         raise ValueError(
             f"{file}: expected a file that this command wrote, but got another; choose another output folder."
         )
-    return json.loads(metadata[b"iclip"])
+    try:
+        found = json.loads(metadata[b"iclip"])
+        return {"settings": dict(found["settings"]), "broken": list(found["broken"])}
+    except (ValueError, TypeError, KeyError, RecursionError):
+        raise ValueError(
+            f"{file}: expected settings as this command writes them, but got others; choose another output folder."
+        ) from None

@@ -126,7 +126,7 @@ class Localizer:
     def settings(self) -> dict:
         """Everything that results depend on besides the images, as plain values. Computes the identity of the model."""
         asked = {"texts": self.texts, "thresholds": self.thresholds}
-        return {**self.model.identity, **self._settings, **asked}
+        return {**self.model.identity, **self._settings, **self.explainer.content, **asked}
 
     def _ask(self, texts: str | Sequence[str], threshold: float | Sequence[float]) -> None:
         self.texts = [texts] if isinstance(texts, str) else list(texts)

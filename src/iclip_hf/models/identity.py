@@ -9,7 +9,7 @@ from collections.abc import Collection, Mapping
 from importlib.metadata import version
 
 import torch
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..utils.digests import content_digest, weights_digest
 
@@ -80,14 +80,20 @@ def changed_model(described: Mapping, model, processor) -> list[str]:
     Returns the parts of the identity in which a model differs from the one that results or a card describe. The dtype may differ,
     because the weights are rounded to the described one; and the software, because what is described names its own.
     """
-    dtype = getattr(torch, str(described.get("dtype")), None)
-    now = identity(model, processor, dtype if isinstance(dtype, torch.dtype) else None)
+    dtype = described.get("dtype")
+    dtype = getattr(torch, dtype) if dtype in ("float32", "bfloat16", "float16") else None
+    now = identity(model, processor, dtype)
     return changed({name: described[name] for name in now if name in described}, now, ("dtype", "software"))
 
 
 def configuration_digest(config: PreTrainedConfig | Mapping) -> str:
     """Returns 16 hex digits over all options of a configuration and of those within it that can change a number."""
     return digest(_counting(config if isinstance(config, Mapping) else config.to_dict()))
+
+
+def tower_digest(tower: PreTrainedModel) -> str:
+    """Returns 16 hex digits over the weights and the configuration of a tower."""
+    return digest([configuration_digest(tower.config), weights_digest(tower)])
 
 
 def tokenizer_digest(tokenizer) -> str:

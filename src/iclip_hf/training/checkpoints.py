@@ -24,7 +24,7 @@ from ..models.identity import changed, digest
 from ..processing_iclip import ICLIPProcessor
 from ..utils.extras import require_extra
 from ..utils.files import atomic_write, writing_errors
-from .checks import checkpoints
+from .checks import check_output_dir, checkpoints
 from .low_rank import add_low_rank, low_rank_of, merge_low_rank
 from .nouns import NounPrompts
 from .settings import Settings, changed_settings
@@ -112,12 +112,9 @@ def state_to_resume(settings: Settings, fixed: Collection[str] = ()) -> tuple[Pa
         `ValueError`: there is a checkpoint, but `resume` is not set, or a setting has changed that must not change.
     """
     folder = Path(settings.output_dir)
+    check_output_dir(folder, settings.resume)
     if not checkpoints(folder):
         return None, RunState()
-    if not settings.resume:
-        raise ValueError(
-            f"{folder}: expected no run here, but got one; add --resume to go on with it, or name another output_dir."
-        )
     last = checkpoints(folder)[-1]
     state = RunState(**json.loads((last / "state.json").read_text()))
     if others := changed_settings(settings, state.settings, fixed):

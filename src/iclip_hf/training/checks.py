@@ -32,13 +32,7 @@ def check_run(settings: Settings) -> None:
         raise ValueError(
             f"{folder}: expected another output_dir than the folder of model, got the same; name a new one."
         )
-    if not checkpoints(folder):
-        check_own_folder(folder)
-    elif not settings.resume:
-        raise ValueError(
-            f"{folder}: expected a new folder, but it holds a run already; add --resume to go on with it, or name another "
-            "output_dir."
-        )
+    check_output_dir(folder, settings.resume)
     if settings.model:
         check_model(settings.model)
     elif not Path(settings.config).with_name("config.json").is_file():
@@ -59,6 +53,29 @@ def check_run(settings: Settings) -> None:
             check_pairs(sources, settings.max_bad_share)
     if settings.validation_data:
         open_sources(settings.validation_data, columns)
+
+
+def check_output_dir(folder: Path, resume: bool) -> None:
+    """
+    Checks that a run can begin in a folder, or go on there.
+
+    Raises:
+        `FileExistsError`: the folder holds files of others. `ValueError`: it holds a run, but not `resume`; or a run that has ended and
+        whose checkpoints are gone, so that it would be made anew.
+    """
+    kept = checkpoints(folder)
+    if not kept:
+        check_own_folder(folder)
+    if not resume and (kept or (folder / "model.safetensors").is_file()):
+        raise ValueError(
+            f"{folder}: expected a new folder, but it holds a run already; add --resume to go on with it, or name another "
+            "output_dir."
+        )
+    if not kept and (folder / "results.json").is_file():
+        raise ValueError(
+            f"{folder}: expected a checkpoint to resume from, but the run has ended and its checkpoints are gone; name another "
+            "output_dir."
+        )
 
 
 def checkpoints(output_dir: Path) -> list[Path]:

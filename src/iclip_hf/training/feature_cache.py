@@ -15,15 +15,13 @@ from PIL import Image
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
-from transformers import PreTrainedModel
 
 from ..configuration_iclip import ICLIPConfig
 from ..data.pairs import BadPairError, PairDataset
 from ..modeling_iclip import ICLIPModel
-from ..models.identity import configuration_digest, digest, software, tokenizer_digest
+from ..models.identity import digest, software, tokenizer_digest, tower_digest
 from ..pooling import normalize_attention, pool
 from ..processing_iclip import ICLIPProcessor
-from ..utils.digests import weights_digest
 from ..utils.distributed import agreed, partner_errors, shared_folder_lock
 from ..utils.files import atomic_write, check_own_folder, writing_errors
 from .data import seeded
@@ -376,11 +374,6 @@ class CachedPairs(Dataset):
             features = [self.texts[captions], *([self.prompts[prompts]] if prompts else [])]
             texts = {"text_features": torch.cat(features)}
         return {"image_features": batch["image_features"], **texts, **nouns, "skipped": 0}
-
-
-def tower_digest(tower: PreTrainedModel) -> str:
-    """Returns 16 hex digits over the weights and the configuration of a tower."""
-    return digest([configuration_digest(tower.config), weights_digest(tower)])
 
 
 def _json(file: Path):

@@ -92,10 +92,14 @@ def weights_digest(model: nn.Module, dtype: torch.dtype | None = None) -> str:
     import torch
 
     digest = hashlib.sha256()
-    for name, weight in sorted(model.state_dict().items()):
+    weights = model.state_dict()
+    if any(weight.is_meta for weight in weights.values()):  # offloaded by Accelerate, which is then installed
+        from accelerate.utils.modeling import get_state_dict_offloaded_model
+
+        weights = get_state_dict_offloaded_model(model)
+    for name, weight in sorted(weights.items()):
         if dtype is not None and weight.is_floating_point():
             weight = weight.to(dtype)
         digest.update(f"{name}{tuple(weight.shape)}{weight.dtype}".encode())
-        if not weight.is_meta:  # offloaded
-            digest.update(weight.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+        digest.update(weight.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
     return digest.hexdigest()[:32]

@@ -6,6 +6,7 @@ import errno
 import glob
 import logging
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
@@ -79,11 +80,17 @@ def check_outputs(
 
 
 def is_own(path: Path) -> bool:
-    """Whether this program wrote a file: its first or last megabyte contains `SOFTWARE`."""
+    """
+    Whether this program wrote a file: its first or last megabyte names `SOFTWARE`. In JSON this is the first value, and in a PDF the
+    creator, because files of others may contain results and pictures of this program.
+    """
     with open(path, "rb") as file:
         head = file.read(_SEARCHED)
         file.seek(max(len(head), path.stat().st_size - _SEARCHED))
-        return SOFTWARE.encode() in head + file.read()
+        content = head + file.read()
+    if head[:1] == b"{":
+        return re.match(rb'{\s*"software":\s*"%s"' % SOFTWARE.encode(), head) is not None
+    return (b"/Creator (%s)" if head[:4] == b"%PDF" else b"%s") % SOFTWARE.encode() in content
 
 
 @contextmanager

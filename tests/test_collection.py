@@ -146,7 +146,7 @@ def test_the_death_of_a_partner_says_how_to_go_on(folder, localizer, tmp_path, m
         raise RuntimeError("Connection closed by peer")
 
     monkeypatch.setattr(localizer, "explain_batch", lose_partner)
-    with pytest.raises(OSError, match="partner process of this run died .* run the same again, which goes on"):
+    with pytest.raises(OSError, match="Another process of this run ended .* rerun to resume"):
         run(localizer, open_images([folder / "images"]), tmp_path)
 
 

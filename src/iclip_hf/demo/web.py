@@ -7,6 +7,7 @@ import gzip
 import hashlib
 import io
 import json
+import logging
 import shutil
 import string
 import subprocess
@@ -28,6 +29,8 @@ from ..processing_iclip import MAX_PIXELS, ICLIPProcessor
 from ..utils.files import atomic_folder
 from .content import EXAMPLES, MAX_CHARACTERS, MAX_TEXTS, VIEW_SIDE, beside, example_files, look, view_size
 
+
+logger = logging.getLogger(__name__)
 
 _PAGE = ("index.html", "page.css", "page.js", "worker.js", "numerics.js")
 _SHARED = ("viewer.css", "viewer.js")
@@ -159,6 +162,7 @@ def export_web(
         runtime = {"wasm": _WASM, **({} if weights == "int8" else {"webgpu": _WEBGPU})}
         needed = [_TOKENIZER_MODULE, *(file for files in runtime.values() for file in files.values())]
         if vendor:  # first, because the export takes a minute
+            logger.info("Downloading ONNX Runtime and the tokenizer by npm")
             place = partial(_keep, built, _npm_files(needed))
         else:
             place = _on_cdn
@@ -170,6 +174,7 @@ def export_web(
         graphs = export_onnx(model, processor, Path(scratch, "onnx"), weights)
         if not (graphs / "tokenizer.json").is_file():
             raise ValueError("Expected a tokenizer that has a tokenizer.json, got one of Python alone: convert it.")
+        logger.info("Compressing the graphs")
         contents = {
             "vision": (VISION_FILE, (graphs / VISION_FILE).read_bytes()),
             "text": (TEXT_FILE, (graphs / TEXT_FILE).read_bytes()),

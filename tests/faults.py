@@ -136,13 +136,13 @@ def test_of_cases(cases: Cases) -> Callable:
 
 # Argparse says in its own words what it takes and what came.
 ARGPARSE = "invalid choice|invalid int value|are required|unrecognized arguments|expected (at least )?one argument"
-EXPECTED = re.compile(rf"\bexpected\b|{ARGPARSE}", re.IGNORECASE)
+EXPECTED = re.compile(rf"\bexpected\b|\bapplies to\b|{ARGPARSE}", re.IGNORECASE)
 GOT = re.compile(rf"\bgot\b|\bbut\b|{ARGPARSE}")
 
 
 VERBS = """
-    add change check choose clip complete convert correct create decompress delete download evaluate get give leave load make mark
-    move name normalise open pass prepare push put remove rename replace resize save scale see set shorten use wait
+    add change check choose clip complete convert correct create decompress delete download evaluate fix get give leave load make
+    mark move name normalise open pass prepare push put remove rename replace rerun resize save scale see set shorten use wait
 """.split()
 ADVICE = re.compile(rf"[;:.] ({'|'.join(VERBS)})\b|\(see ", re.IGNORECASE)
 # The beginning of errors that another package words: `@strict` of huggingface_hub, for a value of another type.

@@ -331,3 +331,9 @@ def test_settings_take_dashes_and_underscores():
     config = ["--config", "iclip-dinov2-s14-minilm"]
     dashes, underscores = (parse_settings([*config, f"--output{sign}dir", "a", "b"]) for sign in "-_")
     assert dashes == underscores and (dashes.output_dir, dashes.data) == ("a", ["b"])
+
+
+def test_without_a_command_the_help_lists_them(capsys):
+    assert cli.main([]) == 0
+    out, err = capsys.readouterr()
+    assert all(name in out for name in cli.COMMANDS) and not err

@@ -105,11 +105,11 @@ class Killed(BaseException):
 def test_an_interrupted_run_goes_on_and_gives_the_same_files(folder, localizer, whole, tmp_path, monkeypatch):
     calls = []
 
-    def stop_at_the_fourth_batch(pixel_values, texts):
+    def stop_at_the_fourth_batch(pixel_values, *others):
         calls.append(len(pixel_values))
         if len(calls) == 4:
             raise Killed
-        return Localizer.explain_batch(localizer, pixel_values, texts)
+        return Localizer.explain_batch(localizer, pixel_values, *others)
 
     images = open_images([folder / "images"])
     monkeypatch.setattr(localizer, "explain_batch", stop_at_the_fourth_batch)
@@ -146,7 +146,7 @@ def test_the_death_of_a_partner_says_how_to_go_on(folder, localizer, tmp_path, m
         raise RuntimeError("Connection closed by peer")
 
     monkeypatch.setattr(localizer, "explain_batch", lose_partner)
-    with pytest.raises(OSError, match="partner process of this run died .* run the same again, which goes on"):
+    with pytest.raises(OSError, match="Another process of this run ended .* rerun to resume"):
         run(localizer, open_images([folder / "images"]), tmp_path)
 
 

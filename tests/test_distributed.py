@@ -90,7 +90,7 @@ except OSError as error:
     results = two(script)
     assert results[dies][0] == 9
     code, said = results[1 - dies]
-    assert code == 2 and said.startswith("A partner process of this run died or no longer answers (")
+    assert code == 2 and said.startswith("Another process of this run ended or no longer answers (")
     assert said.endswith("); see what it said, then go on.\n") and len(said.splitlines()) == 1
 
 

@@ -579,6 +579,13 @@ def test_the_card_tells_the_figures_in_the_hubs_form(source):
     assert "77 images at 224x160 pixels" in card.text
 
 
+def test_the_widget_has_the_nouns_of_the_training_also_after_an_export(source, tmp_path):
+    model, processor = tiny_model(), ICLIPProcessor.from_pretrained(source / "model")
+    write_model_card(model, processor, tmp_path, labels=["oak", "maple leaf"])
+    write_model_card(model, processor, tmp_path, source=tmp_path)
+    assert ModelCard.load(tmp_path / "README.md").data.widget[0]["candidate_labels"] == "oak, maple leaf"
+
+
 def test_the_card_leaves_out_what_could_not_be_measured(tmp_path, tiny_processor):
     scores = {**METRICS["results"]["itsm"], "mAP": None}
     measured = {**METRICS, "results": {"itsm": scores}}

@@ -326,3 +326,12 @@ def test_a_map_is_taken_by_its_index_as_from_a_list(tiny_processor):
     for index in (2, -3):
         with pytest.raises(IndexError, match=f"one of 2 texts, got {index}"):
             explanation.map(index)
+
+
+def test_progress_is_shown_on_request(tiny_processor, capsys):
+    images, model = [Image.new("RGB", (32, 32))] * 3, (tiny_model(), tiny_processor)
+    explain(model, images, "dog")
+    assert capsys.readouterr() == ("", "")
+    explain(model, images, "dog", progress=True)
+    out, err = capsys.readouterr()
+    assert not out and "3/3" in err

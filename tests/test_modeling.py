@@ -530,7 +530,7 @@ def test_missing_weights_and_nan_are_refused_by_every_door(tmp_path, tiny_proces
     loaders.append(AutoModelForZeroShotImageClassification.from_pretrained)
     for load in loaders:
         with pytest.raises(
-            ValueError, match=f"^{tmp_path}: expected all weights of ICLIPModel.*{says}.*get it again.$"
+            ValueError, match=f"^{tmp_path}: expected all weights of ICLIPModel.*{says}.*download it again.$"
         ):
             load(tmp_path)
     for task in ("image-text-similarity-map", "zero-shot-image-classification"):

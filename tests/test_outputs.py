@@ -122,7 +122,7 @@ def test_what_is_not_its_own_is_refused(world, mine, capsys, line):
         ("explain photo.jpg SEE --output new/a.jpg", ["new/a.jpg"]),
         ("explain photo.jpg SEE --output a.webp", ["a.webp"]),
         ("explain photo.jpg SEE --output a.pdf", ["a.pdf"]),
-        ("explain photo.jpg SEE --output a.svg", ["a.svg"]),
+        ("explain photo.jpg SEE --output a.webp", ["a.webp"]),
         (
             "explain photos/cat.jpg photo.jpg SEE --output photos --npz",
             "photos/cat.png photos/cat.npz photos/photo.png photos/photo.npz".split(),

@@ -11,6 +11,7 @@ from zipfile import ZipFile
 import pytest
 
 from iclip_hf import __version__
+from iclip_hf.utils.extras import PACKAGE
 
 
 ROOT = Path(__file__).parents[1]
@@ -173,7 +174,7 @@ def test_modules_without_their_extra_say_its_name(files):
     said = dict(zip(modules, open_doors([(OPTIONAL, f"import {name}") for name in modules])))
     assert {name for name, sentence in said.items() if sentence} == NEEDS.keys()
     for name, extra in NEEDS.items():
-        assert f"`pip install 'iclip-hf[{extra}]'`" in said[name], said[name]
+        assert f"`pip install '{PACKAGE}[{extra}]'`" in said[name], said[name]
 
 
 def test_what_is_loaded_late_says_its_extra_too():
@@ -187,4 +188,4 @@ def test_what_is_loaded_late_says_its_extra_too():
     }
     said = open_doors([([package], door) for (package, _), door in doors.items()])
     for (package, extra), sentence in zip(doors, said):
-        assert sentence == f"{package} is not installed: `pip install 'iclip-hf[{extra}]'` brings it."
+        assert sentence.startswith(f"{package} is not installed: install it with `pip install '{PACKAGE}[{extra}]'`")

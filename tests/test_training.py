@@ -328,7 +328,7 @@ def test_a_job_that_is_ended_while_it_measures_loses_nothing(hub, tmp_path, eval
     done = subprocess.run(command, capture_output=True, text=True, timeout=240, start_new_session=True)
     assert done.returncode == 130, done.stderr
     checkpoint = tmp_path / "run" / "checkpoint-0000003"
-    said = f"iclip train: interrupted after step 3; --resume goes on from {checkpoint}"
+    said = f"iclip train: interrupted after step 3; --resume continues from {checkpoint}"
     assert done.stderr.splitlines()[-1] == said
     metrics = run(hub, tmp_path / "run", *arguments, "--resume")
     assert metrics == run(hub, tmp_path / "whole", *arguments) and "text_to_image" in metrics

@@ -110,10 +110,12 @@ def test_an_interrupted_run_saves_a_checkpoint_and_says_where(hub, tmp_path, nam
     said = done.stderr.splitlines()[-1]
     assert done.returncode == 130, done.stderr
     if early:
-        assert said == "iclip train: interrupted before the first checkpoint; start it again"
+        assert said == "iclip train: interrupted before the first checkpoint; run it again"
         return
     checkpoint = tmp_path / "run" / "checkpoint-0000003"
-    assert said == f"iclip train: interrupted after step 3; --resume goes on from {checkpoint}" and checkpoint.is_dir()
+    assert (
+        said == f"iclip train: interrupted after step 3; --resume continues from {checkpoint}" and checkpoint.is_dir()
+    )
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # as the interrupted process: several round otherwise
     run(hub, tmp_path / "run", "--max_steps", 5, "--resume")
@@ -158,7 +160,7 @@ def test_a_stream_interrupted_twice_in_a_row_goes_on_with_other_pairs(hub, tmp_p
     monkeypatch.setattr(PairModel, "forward", interrupted)
     arguments = ["--data", "org/pairs", "--pairs_per_epoch", 96, "--epochs", 1, "--resume"]
     for step in (2, 3):
-        with pytest.raises(KeyboardInterrupt, match=f"interrupted after step {step}; --resume goes on from"):
+        with pytest.raises(KeyboardInterrupt, match=f"interrupted after step {step}; --resume continues from"):
             run(hub, tmp_path, *arguments)
     run(hub, tmp_path, *arguments)
 
@@ -182,7 +184,7 @@ def test_the_death_of_a_partner_says_how_to_go_on(hub, tmp_path, monkeypatch):
         run(hub, tmp_path)
     (tmp_path / "checkpoint-0000005").mkdir()
     (tmp_path / "checkpoint-0000005" / "state.json").touch()
-    with pytest.raises(OSError, match=f"{said}; --resume goes on from {tmp_path}/checkpoint-0000005"):
+    with pytest.raises(OSError, match=f"{said}; --resume continues from {tmp_path}/checkpoint-0000005"):
         run(hub, tmp_path)
 
 
@@ -372,7 +374,7 @@ def test_two_sharded_processes_are_one_also_when_interrupted(hub, tmp_path):
 
     stopped = subprocess.run([*map(str, [*command, *arguments])], **options)
     checkpoint = tmp_path / "two" / "checkpoint-0000003"
-    said = f"iclip train: interrupted after step 3; --resume goes on from {checkpoint}"
+    said = f"iclip train: interrupted after step 3; --resume continues from {checkpoint}"
     assert stopped.returncode == 1 and said in stopped.stderr.partition("Root Cause")[2], stopped.stderr[-3000:]
     assert (checkpoint / "pytorch_model_fsdp_0").is_dir() and (checkpoint / "state.json").is_file()
     assert [path.name for path in (tmp_path / "two").glob("checkpoint-*")] == [checkpoint.name]

@@ -284,7 +284,7 @@ def test_bad_input_is_a_sentence_and_the_page_goes_on(page, photos):
 def test_a_download_that_breaks_off_can_be_tried_again(page, photos):
     page.route("**/text_model*", lambda route: route.abort())
     ask(page, photos / "noise.png", "dog")
-    assert page.inner_text("#error").startswith("The download broke off at text_model.onnx.gz.")
+    assert page.inner_text("#error").startswith("The download ended early at text_model.onnx.gz.")
     page.unroute("**/text_model*")
     page.requested.clear()
     ask(page)
@@ -696,10 +696,13 @@ def test_errors_of_the_command_are_one_line(world, tmp_path, monkeypatch, capsys
     monkeypatch.setattr(shutil, "which", lambda name: None)
     for arguments, sentence in [
         (["export", model, str(target), "--format", "web", "--vendor"], "Expected npm, .* got none: install Node.js"),
-        (["export", model, str(target), "--format", "onnx", "--vendor"], "--vendor goes with --format web, got onnx"),
+        (
+            ["export", model, str(target), "--format", "onnx", "--vendor"],
+            "--vendor applies to --format web, but got onnx",
+        ),
         (
             ["export", model, str(target), "--format", "web", "--results", "r.json"],
-            "Expected no --results.*leave it out",
+            "--results applies to --format transformers.*leave it out",
         ),
         (["demo", "--web", str(tmp_path)], "expected a folder of `iclip export --format web`"),
         (["demo", "--web", str(tmp_path), "--model", model], "leave out --model"),

@@ -124,7 +124,7 @@ def _download(url: str, timeout: float) -> bytes:
     """
     url = urllib.parse.quote(url, safe="%/:?#[]@!$&'()*+,;=~")  # quotes spaces and non-ASCII letters
     request = urllib.request.Request(url, headers={"User-Agent": "iclip-hf"})  # some sites refuse Python's default
-    answers, late = queue.Queue(), TimeoutError(f"no end of it within {timeout:g} seconds")
+    answers, late = queue.Queue(), TimeoutError(f"it did not end within {timeout:g} seconds")
     end = time.monotonic() + timeout
 
     def fetch() -> None:

@@ -37,7 +37,7 @@ ABSENT, UNSURE, SURE = "absent", "unsure", "present"
 def presence(scores: torch.Tensor, background_scores: torch.Tensor) -> torch.Tensor:
     """
     Estimates the share of unrelated texts that would match the image less, with a normal distribution fitted to the matches of
-    [`BACKGROUND`]. With the embedded model one in five absent texts reaches 0.7, and one in fifteen 0.9.
+    [`BACKGROUND`]. It is a rank, not a probability: some absent texts rank high by chance, see docs/results.md.
 
     Args:
         scores (`torch.Tensor` of shape `(B, T)`): from [`ICLIPModel.match`], or logits. Scale and offset do not matter.

@@ -55,7 +55,11 @@ class _Command(_Parser):
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line and returns the exit code."""
-    options = _parser().parse_args(arguments)
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    if options.command is None:
+        parser.print_help()
+        return 0
     try:
         return options.run(options) or 0
     except (OSError, ValueError, TypeError, ImportError) as error:
@@ -73,7 +77,7 @@ def _parser() -> _Parser:
         epilog="Exit codes: 0 success; 2 invalid or unreadable input, with one line on stderr; 130 interrupted.",
     )
     parser.add_argument("--version", action="version", version=f"iclip {__version__}")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=_Command)
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", parser_class=_Command)
     for name, description in COMMANDS.items():
         command = commands.add_parser(name, help=description, description=sentence(description))
         command.module = name.replace("-", "_")

@@ -5,13 +5,16 @@ from __future__ import annotations
 import argparse
 import ctypes
 import json
+import logging
 import math
 import os
 import re
+import shlex
 import sys
 import time
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import TypeVar
@@ -333,6 +336,28 @@ def printable(text) -> str:
     direction, and bytes of file names that are not UTF-8.
     """
     return _ACTING.sub(lambda found: f"\\u{ord(found[0]):04x}", str(text))
+
+
+@contextmanager
+def shown_steps() -> Iterator[None]:
+    """Prints the steps that functions log at the level INFO, on stderr."""
+    logger, handler = logging.getLogger(__package__.partition(".")[0]), logging.StreamHandler()
+    level = logger.level
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)
+
+
+def echo_folder(folder: Path, *commands: Sequence[str]) -> None:
+    """Prints what was written into a new folder, and commands that use it."""
+    sizes = [path.stat().st_size for path in folder.rglob("*") if path.is_file()]
+    echo(f"{folder}: {len(sizes)} files, {sum(sizes) / 1e6:,.1f} MB. Next:")
+    for command in commands:
+        echo(f"  {shlex.join(command)}")
 
 
 def echo(report) -> None:

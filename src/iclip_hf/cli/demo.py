@@ -34,7 +34,7 @@ def _port(text: str) -> int:
 
 def run(options: argparse.Namespace) -> int:
     if options.overwrite and not options.export_space:
-        raise ValueError("Expected --overwrite with --export-space, got it without: leave it out.")
+        raise ValueError("--overwrite applies to --export-space, but got it alone: leave it out.")
     if options.web:
         return _serve(options)
     if options.export_space:

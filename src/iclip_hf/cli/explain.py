@@ -131,7 +131,7 @@ def _localizer(options: argparse.Namespace):
 
 def _explain_images(options: argparse.Namespace) -> int:
     if options.images_per_file is not None:
-        raise ValueError("Expected --images-per-file with a collection, got image files: leave it out.")
+        raise ValueError("--images-per-file applies to collections, but got image files: leave it out.")
     arrays = _array_file if options.npz else None
     images = pictures_to_write(options, "explanation.png", "explanations", arrays)
     if not images:
@@ -162,15 +162,13 @@ def _explain_collection(options: argparse.Namespace) -> int:
 
     if options.npz:
         raise ValueError(
-            "Expected --npz with image files, got a collection, whose Parquet files hold raw maps and masks: leave it out."
+            "--npz applies to image files, but got a collection, whose Parquet files contain raw maps and masks: leave it out."
         )
     if options.words:
-        raise ValueError(
-            "Expected --words with image files, got a collection, whose Parquet files hold none: leave it out."
-        )
+        raise ValueError("--words applies to image files, but got a collection: leave it out.")
     if options.overwrite:
         raise ValueError(
-            "Expected --overwrite with image files, got a collection, which replaces no files: leave it out."
+            "--overwrite applies to image files, but got a collection, which replaces no files: leave it out."
         )
     output = options.output or Path("explanations")
     check_folder("--output", output)

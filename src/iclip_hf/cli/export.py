@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
-from .common import check_model, checked, echo, silence_transformers
+from .common import check_model, checked, echo_folder, shown_steps, silence_transformers
 
 
 def add_options(command: argparse.ArgumentParser) -> None:
@@ -58,14 +58,15 @@ def add_source_options(command: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     kind, _, weights = options.format.partition("-")
     if options.vendor and kind != "web":
-        raise ValueError(f"--vendor goes with --format web, got {options.format}: leave it out.")
+        raise ValueError(f"--vendor applies to --format web, but got {options.format}: leave it out.")
     if kind == "transformers":
-        echo(export(options, options.directory))
+        folder = export(options, options.directory)
+        echo_folder(folder, ["iclip", "push", str(folder), f"your-name/{folder.resolve().name}", "--dry-run"])
         return 0
     if options.results is not None:
         raise ValueError(
-            f"Expected no --results, because only --format transformers writes its model card from them, got {options.results}: "
-            "leave it out."
+            f"--results applies to --format transformers, whose model card shows them, but got {options.results} with "
+            f"{options.format}: leave it out."
         )
     from ..models.loading import load_iclip
 
@@ -74,13 +75,17 @@ def run(options: argparse.Namespace) -> int:
     if kind == "onnx":
         from ..models.onnx import export_onnx
 
-        echo(export_onnx(model, processor, options.directory, weights or "float32"))
+        with shown_steps():
+            folder = export_onnx(model, processor, options.directory, weights or "float32")
+        echo_folder(folder, ["iclip", "explain", "photo.jpg", "--text", "dog", "--model", str(folder)])
     else:
         from ..demo.web import export_web
 
-        folder = options.directory
-        with _with_card(options.model) as source:
-            echo(export_web(model, processor, folder, weights or "int8", vendor=options.vendor, source=source))
+        with shown_steps(), _with_card(options.model) as source:
+            folder = export_web(
+                model, processor, options.directory, weights or "int8", vendor=options.vendor, source=source
+            )
+        echo_folder(folder, ["iclip", "demo", "--web", str(folder)])
     return 0
 
 

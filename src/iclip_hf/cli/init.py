@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from .common import echo, silence_transformers
+from .common import echo_folder, silence_transformers
 
 
 def add_options(command: argparse.ArgumentParser) -> None:
@@ -28,5 +28,6 @@ def run(options: argparse.Namespace) -> int:
     from ..hub.folders import init_model
 
     silence_transformers()
-    echo(init_model(options.config, options.output, options.vision, options.text))
+    folder = init_model(options.config, options.output, options.vision, options.text)
+    echo_folder(folder, ["iclip", "train", "pairs.csv", "--model", str(folder)])
     return 0

@@ -381,7 +381,7 @@ class _Tally:
         if self._read >= self._counts_from and self._bad > self._max_bad_share * self._read:
             raise ValueError(
                 f"Expected at most {self._max_bad_share:.2%} bad pairs, but {self._bad} of the {self._read} read so far "
-                f"are; mend the data or raise max_bad_share. The last one: {self._last_error}"
+                f"are; fix the data or raise max_bad_share. The last one: {self._last_error}"
             )
 
 

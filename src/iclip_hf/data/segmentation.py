@@ -526,7 +526,7 @@ def _load_coco2017(root: Path, split: str | None, name: str = "coco2017") -> Seg
     except (KeyError, TypeError, ValueError, RecursionError) as error:
         raise ValueError(
             f"{path}: expected COCO instance annotations (categories, images, annotations), but got "
-            f"{type(error).__name__}: {error}; download or correct the file."
+            f"{type(error).__name__}: {error}; download it again, or correct it."
         ) from error
     image_paths = _find(root / split, names, path)
     samples = [

@@ -161,7 +161,7 @@ class _ByteRanges(Source):
                 block = opened.read(end - start)
         except OSError as error:
             raise OSError(
-                f"{self.path}: it was there at the start, but now: {error}; restore it, then resume."
+                f"{self.path}: the run started with it, but now: {error}; restore it, then rerun to resume."
             ) from error
         return self.parse(block)
 
@@ -421,7 +421,7 @@ class ArrowRows(Source):
         except Exception as error:  # of many types, from an unknown id or split to damaged files
             raise (FileNotFoundError if hub else ValueError)(
                 f"{path}: expected a {'local path or a Hub dataset' if hub else 'dataset'} with split {split!r}, but it cannot be opened "
-                f"({' '.join(str(error).split()):.300}); check name and split, or get it again."
+                f"({' '.join(str(error).split()):.300}); check name and split, or download it again."
             ) from error
         images = [name for name, feature in rows.features.items() if isinstance(feature, datasets.Image)]
         if columns.image == IMAGE_COLUMNS and images:

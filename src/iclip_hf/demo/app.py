@@ -27,7 +27,7 @@ from ..presence import BACKGROUND, MIN_PRESENCE, PRESENT, presence_word
 from ..utils.extras import require_extra
 from ..utils.files import write_beside_others
 from ..utils.names import METHODS
-from .content import EXAMPLES, MAX_CHARACTERS, MAX_TEXTS, beside, example_files, look, view_size
+from .content import EXAMPLES, MAX_CHARACTERS, MAX_TEXTS, RANK, beside, example_files, look, view_size
 
 
 with require_extra("demo"):
@@ -49,7 +49,7 @@ _UNUSED_ROUTES = ("file=http", "proxy=", "process_recording", "component_server"
 INTRODUCTION = f"""# Which pixels match the text?
 Bright pixels match most, dark ones least. Each map has its own scale, so a text that is not in the image lights up as well.
 **Presence** is the share of unrelated texts that would match the image less. A text is *present* from {PRESENT:.0%} on, *absent* below
-{MIN_PRESENCE:.0%}, and *unsure* in between."""
+{MIN_PRESENCE:.0%}, and *unsure* in between. {RANK}"""
 SPACE_CARD = {
     "title": "ICLIP",
     "emoji": "🔍",

@@ -9,6 +9,7 @@ from typing import NamedTuple
 from PIL import Image
 
 from ..figures.colors import OPACITY, SEGMENTS, color_table
+from ..presence import MIN_PRESENCE
 from ..utils.names import COLORMAPS
 
 
@@ -17,6 +18,10 @@ MAX_TEXTS = 12
 MAX_CHARACTERS = 1000
 # Longest side of the maps in pixels: enough for a screen, and some hundred kilobytes for all maps together.
 VIEW_SIDE = 640
+
+
+# What presence is not, with the share of the embedded model that docs/results.md measures.
+RANK = f"This is a rank, not a probability: about one in four texts that are not in an image reach {MIN_PRESENCE:.0%} too."
 
 
 class Example(NamedTuple):

@@ -7,6 +7,7 @@ import gzip
 import hashlib
 import io
 import json
+import logging
 import shutil
 import string
 import subprocess
@@ -26,8 +27,10 @@ from ..models.onnx import TEXT_FILE, VISION_FILE, ONNXModel, export_onnx
 from ..presence import BACKGROUND, MIN_PRESENCE, PRESENT
 from ..processing_iclip import MAX_PIXELS, ICLIPProcessor
 from ..utils.files import atomic_folder
-from .content import EXAMPLES, MAX_CHARACTERS, MAX_TEXTS, VIEW_SIDE, beside, example_files, look, view_size
+from .content import EXAMPLES, MAX_CHARACTERS, MAX_TEXTS, RANK, VIEW_SIDE, beside, example_files, look, view_size
 
+
+logger = logging.getLogger(__name__)
 
 _PAGE = ("index.html", "page.css", "page.js", "worker.js", "numerics.js")
 _SHARED = ("viewer.css", "viewer.js")
@@ -159,6 +162,7 @@ def export_web(
         runtime = {"wasm": _WASM, **({} if weights == "int8" else {"webgpu": _WEBGPU})}
         needed = [_TOKENIZER_MODULE, *(file for files in runtime.values() for file in files.values())]
         if vendor:  # first, because the export takes a minute
+            logger.info("Downloading ONNX Runtime and the tokenizer by npm")
             place = partial(_keep, built, _npm_files(needed))
         else:
             place = _on_cdn
@@ -170,6 +174,7 @@ def export_web(
         graphs = export_onnx(model, processor, Path(scratch, "onnx"), weights)
         if not (graphs / "tokenizer.json").is_file():
             raise ValueError("Expected a tokenizer that has a tokenizer.json, got one of Python alone: convert it.")
+        logger.info("Compressing the graphs")
         contents = {
             "vision": (VISION_FILE, (graphs / VISION_FILE).read_bytes()),
             "text": (TEXT_FILE, (graphs / TEXT_FILE).read_bytes()),
@@ -184,7 +189,12 @@ def export_web(
 
         elsewhere = "" if vendor else " ".join(f"{_CDN}/{package}/" for package in (_ORT, _TOKENIZERS))
         examples = [example["file"] for example in settings["examples"]]
-        values = {"elsewhere": elsewhere, "min_presence": f"{MIN_PRESENCE:.0%}", "present": f"{PRESENT:.0%}"}
+        values = {
+            "elsewhere": elsewhere,
+            "min_presence": f"{MIN_PRESENCE:.0%}",
+            "present": f"{PRESENT:.0%}",
+            "rank": RANK,
+        }
         for name in (*_PAGE, *_SHARED):
             text = beside(name if name in _SHARED else f"web/{name}")
             if name == "index.html":

@@ -67,7 +67,7 @@ def _read_state_dict(path: str | Path) -> Mapping[str, torch.Tensor]:
         with torch.serialization.safe_globals([argparse.Namespace]):
             state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # of unpickling, of the zip archive, or of reading
-        raise ValueError(f"{path}: expected a file of weights alone, but got: {error}; get it again.") from error
+        raise ValueError(f"{path}: expected a file of weights alone, but got: {error}; download it again.") from error
     for key in ("teacher", "state_dict", "model"):
         if isinstance(state, Mapping) and isinstance(state.get(key), Mapping):
             state = state[key]

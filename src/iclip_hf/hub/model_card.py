@@ -6,7 +6,7 @@ import itertools
 import logging
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, is_dataclass, replace
 from datetime import date
 from importlib.resources import files
@@ -129,6 +129,7 @@ def write_model_card(
     source: str | Path | None = None,
     metrics: EvaluationResult | Mapping | None = None,
     training: Mapping | None = None,
+    labels: Sequence[str] | None = None,
 ) -> Path:
     """
     Writes the model card, `README.md`, into a model's folder. Results of data sets on the Hub are also written to
@@ -138,11 +139,12 @@ def write_model_card(
         model, processor: model and processor that the card describes.
         folder: folder of the model.
         name (`str`, *optional*): name of the model, such as its Hub id; the folder's name if not given.
-        source (`str` or `Path`, *optional*): folder or Hub id of the same weights. If `training` or `metrics` is not given, it is
-            read from the front matter of the card there.
+        source (`str` or `Path`, *optional*): folder or Hub id of the same weights. What is not given of `training`, `metrics` and
+            `labels` is read from the front matter of the card there.
         metrics ([`EvaluationResult`] or `dict`, *optional*): an evaluation, or the content of its JSON file: `protocol`, and
             `results` with `mAP`, `mMIoU`, `text_contrast` and `floor` in percent, and `mFMB`, for each method.
         training (`dict`, *optional*): settings of `iclip train` by name. The card shows those that are needed to repeat the training.
+        labels (*optional*): nouns that the model was trained on, which the widget of the card offers.
 
     Returns:
         `Path`: path of the card. Its front matter contains the results in the Hub's model-index format.
@@ -179,7 +181,7 @@ def write_model_card(
         widget=[
             {
                 "src": "https://huggingface.co/datasets/mishig/sample_images/resolve/main/cat-dog-music.png",
-                "candidate_labels": "cat, dog, guitar",
+                "candidate_labels": ", ".join(labels or earlier.get("labels") or ["cat", "dog", "guitar"]),
                 "example_title": "Cat and dog",
             }
         ],
@@ -247,6 +249,9 @@ def _card_data(source: str | Path | None) -> dict:
     if not re.fullmatch(r"[\w.+-]+", str(found["license"])):
         found["license"] = None
     found["training"] = public_settings(found["training"]) if isinstance(found["training"], dict) else None
+    widget = card.data.widget if isinstance(card.data.get("widget"), list) else []
+    texts = [_harmless(one.get("candidate_labels")) for one in widget if isinstance(one, dict)]
+    found["labels"] = texts[0].split(", ") if texts and isinstance(texts[0], str) else None
     results = card.data.eval_results or []
     results = [replace(one, **_harmless(vars(one))) for one in results if _is_result(one)]
     return {**found, "eval_results": results or None}

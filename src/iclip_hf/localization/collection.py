@@ -124,7 +124,7 @@ class CollectionReport:
     broken: list[str]
 
 
-@partner_errors("run the same again, which goes on")
+@partner_errors("rerun to resume")
 def explain_collection(
     localizer: Localizer,
     images: ImageFolder | PairDataset,

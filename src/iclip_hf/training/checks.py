@@ -1,4 +1,4 @@
-"""Checks of a run that need no torch, so that a mistake is told within a second."""
+"""Checks of a run that need no torch, so that a mistake is reported within a second."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from ..data.sources import BAD_PAIR, Columns, Source, TarShard, is_hub_id, open_sources
+from ..utils.extras import not_installed
 from ..utils.files import check_own_folder
 from .settings import Settings
 
@@ -88,12 +89,12 @@ def check_packages(settings: Settings) -> None:
     tracker = settings.report_to
     for package in ("accelerate", "timm", *(["tensorboard"] if tracker == "tensorboard" else [])):
         if find_spec(package) is None:
-            raise ImportError(f"{package} is not installed: `pip install 'iclip-hf[train]'` brings it.", name=package)
+            raise not_installed(package, "train")
     if settings.text_lora_rank and find_spec("peft") is None:
-        raise ImportError("peft is not installed: `pip install 'iclip-hf[lora]'` brings it.", name="peft")
+        raise not_installed("peft", "lora")
     if tracker not in ("none", "tensorboard") and find_spec(tracker) is None:
         raise ImportError(
-            f"{tracker} is not installed: `pip install {tracker}` brings it, or set report_to.", name=tracker
+            f"{tracker} is not installed: install it with `pip install {tracker}`, or set report_to.", name=tracker
         )
 
 
@@ -115,7 +116,7 @@ def check_model(model: str) -> None:
             f"{model}: expected the folder of a model, but it has no config.json; name another."
         ) from None
     except (OSError, ValueError, AttributeError, RecursionError) as error:
-        raise ValueError(f"{model}: expected a model's config.json, but got: {error}; get it again.") from error
+        raise ValueError(f"{model}: expected a model's config.json, but got: {error}; download it again.") from error
     if kind != "iclip":
         raise ValueError(
             f"{model}: expected an ICLIP model, but got one of type {kind}; name another, or join its towers by `iclip init` first."
@@ -137,7 +138,7 @@ def check_pairs(sources: Sequence[Source], max_bad_share: float) -> int:
     count, where = int(ends[-1]), sources[0].path
     if count < 2:
         raise ValueError(
-            f"{where}: expected at least 2 pairs, which are told apart in training, but got {count}; add more."
+            f"{where}: expected at least 2 pairs, because training contrasts them, but got {count}; add more."
         )
     looked_at = np.unique(np.linspace(0, count - 1, min(count, _LOOKED_AT)).astype(int))
     texts, bad = set(), []

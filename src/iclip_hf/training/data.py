@@ -268,7 +268,7 @@ class BatchLoader:
             if hasattr(signal, "SIGCHLD"):
                 signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler may raise again for the same worker
             raise OSError(
-                f"A process that loads pairs broke off ({' '.join(str(error).split())}), perhaps for want of memory: lower "
+                f"A process that loads pairs ended ({' '.join(str(error).split())}), perhaps out of memory: lower "
                 "num_workers"
             ) from error
 
@@ -297,9 +297,9 @@ class BatchLoader:
                 problem = str(error).strip().splitlines()[-1].rpartition("Error: ")[2]  # without a worker's traceback
                 if failures > _RETRIES:
                     raise DroppedConnectionError(
-                        f"The stream's connection is lost, also after {_RETRIES} retries ({problem}): see to the network"
+                        f"The connection of the stream is lost, also after {_RETRIES} retries ({problem}): check the network"
                     ) from error
-                logger.warning("The stream's connection is lost, retry %d: %s", failures, problem)
+                logger.warning("The connection of the stream is lost, retry %d: %s", failures, problem)
                 time.sleep(2**failures)
                 continue
             if step == began:

@@ -262,7 +262,7 @@ def cache_images(
     bad = sum(not captions for captions in views[0].captions())
     if bad > max_bad_share * len(pairs):
         raise ValueError(
-            f"Expected at most {max_bad_share:.2%} bad pairs, but {bad} of {len(pairs)} are, as the log says; mend the data "
+            f"Expected at most {max_bad_share:.2%} bad pairs, but {bad} of {len(pairs)} are, as the log says; fix the data "
             "or raise max_bad_share."
         )
     return views
@@ -396,7 +396,7 @@ class _ViewReader(Dataset):
             return self.transform(pair["image"]), pair["captions"]
 
 
-@partner_errors("run the same again, which goes on")
+@partner_errors("rerun to resume")
 def _fill(
     shards: FeatureShards,
     dataset: Dataset | Sequence,

@@ -49,7 +49,7 @@ from .loss import PairModel
 from .low_rank import add_low_rank
 from .meter import Meter
 from .nouns import NounPrompts
-from .report import report
+from .report import own_labels, report
 from .schedule import cosine_schedule, parameter_groups
 from .settings import MAP_METRICS, Settings
 from .validation import draw_examples, validate
@@ -111,7 +111,7 @@ def train(settings: Settings) -> dict[str, float]:
     Raises:
         `ValueError`: a setting or the data is not as described. `OSError`: something cannot be read or written.
         `FloatingPointError`: too many steps in a row have no finite loss. `KeyboardInterrupt`: the run was interrupted; its message
-        says how to go on.
+        names the checkpoint to resume from.
     """
     transformers_logging.disable_progress_bar()
     set_seed(settings.seed)
@@ -204,6 +204,7 @@ def run(
     if settings.model and state.step == 0:
         state.before, _ = evaluate_now()
 
+    labels = own_labels(held_out) if held_out is not None else None
     bar = tqdm(total=total_steps, initial=state.step, desc="Training", disable=not accelerator.is_main_process)
     shown = {}  # beside the bar
 
@@ -215,7 +216,7 @@ def run(
         better = last if score is None else state.best is None or settings.is_better(score, state.best)
         if better:
             state.best, state.metrics, state.evaluation = score, metrics, evaluation
-            card = {"name": settings.name, "metrics": evaluation, "training": state.settings}
+            card = {"name": settings.name, "metrics": evaluation, "training": state.settings, "labels": labels}
             export(accelerator, pair_model, processor, output_dir, **card)
         if score is not None:
             shown[settings.best_metric] = f"{score:.4g}"

@@ -316,7 +316,7 @@ def _read_file(file: Path) -> dict:
     settings = {}
     for name, value in content.items():
         if name not in Settings.__dataclass_fields__ or name == "config":
-            raise ValueError(f"{file}: expected settings, but got {name!r:.100}, which is none; remove it.")
+            raise ValueError(f"{file}: expected settings, but got {name!r:.100}, which is not one; remove it.")
         if value is None:
             continue
         several = _kind(name)[1]

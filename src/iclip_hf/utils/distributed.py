@@ -88,5 +88,5 @@ def partner_errors(advice: str) -> Iterator[None]:
         # Without the location in C++ code.
         problem = re.sub(r"^\[\S+\] ", "", str(error).strip()).splitlines()[0].partition(". ")[0]
         raise OSError(
-            f"A partner process of this run died or no longer answers ({problem}); see what it said, then {advice}."
+            f"Another process of this run ended or no longer answers ({problem}); see its output, then {advice}."
         ) from error

@@ -6,6 +6,18 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 
+# Names the package for pip, in a clone of its repository. Once it is on PyPI, `iclip-hf` works everywhere.
+PACKAGE = "."
+
+
+def not_installed(package: str, extra: str) -> ImportError:
+    """Returns the error for a missing package. It names the command that installs the extra."""
+    where = " in a clone of iclip-hf" if PACKAGE == "." else ""
+    return ImportError(
+        f"{package} is not installed: install it with `pip install '{PACKAGE}[{extra}]'`{where}.", name=package
+    )
+
+
 @contextmanager
 def require_extra(name: str) -> Iterator[None]:
     """
@@ -17,7 +29,4 @@ def require_extra(name: str) -> Iterator[None]:
     try:
         yield
     except ModuleNotFoundError as error:
-        package = error.name.partition(".")[0]
-        raise ImportError(
-            f"{package} is not installed: `pip install 'iclip-hf[{name}]'` brings it.", name=package
-        ) from error
+        raise not_installed(error.name.partition(".")[0], name) from error

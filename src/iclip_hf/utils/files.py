@@ -61,13 +61,15 @@ def check_outputs(
         identity = _identity(path)
         if identity in taken:
             raise FileExistsError(
-                f"{path}: expected a file that is written to be no other that is read or written, but got {taken[identity]}; "
+                f"{path}: expected an output that is not also an input or another output, but it is the same file as {taken[identity]}; "
                 "name another output."
             )
         taken[identity] = path
         place = next(one for one in path.absolute().parents if one.exists())
         if not place.is_dir():
-            raise NotADirectoryError(f"{path}: expected a file in a folder, but {place} is none; name another output.")
+            raise NotADirectoryError(
+                f"{path}: expected a file in a folder, but {place} is not a folder; name another output."
+            )
         if path.exists() and not path.is_file():
             raise FileExistsError(
                 f"{path}: expected a file to write, but got a folder or device; name another output."
@@ -195,7 +197,7 @@ def loading_errors(name: str | Path) -> Iterator[None]:
             problem = "its weights have other shapes than its config.json says"
         kind = OSError if isinstance(error, OSError) else ValueError
         raise kind(
-            f"{name}: expected a whole folder or a Hub id, but {problem}; correct the name, or get it again."
+            f"{name}: expected a whole folder or a Hub id, but {problem}; correct the name, or download it again."
         ) from error
 
 

@@ -17,7 +17,7 @@ METHODS = {
     "clearclip": ("ClearCLIP", "clearclip:ClearCLIP"),
     "naclip": ("NACLIP", "naclip:NACLIP"),
     "proxyclip": ("ProxyCLIP", "proxyclip:ProxyCLIP"),
-    "random": ("Random, which knows neither image nor text", "random_map:RandomMap"),
+    "random": ("Random, independent of image and text", "random_map:RandomMap"),
 }
 # The group of entry points by which other packages add methods: a name, and module and class.
 METHOD_GROUP = "iclip_hf.explainers"

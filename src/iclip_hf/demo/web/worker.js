@@ -228,7 +228,7 @@ async function download(file, cache, progress) {
     await cache?.put(address(file), new Response(bytes)).catch(() => null); // a full disk is no error
     return content;
   }
-  throw new Sentence(`The server sent something else than the file ${name(file)}. Try again later, or tell who runs this page.`);
+  throw new Sentence(`The server sent something other than the file ${name(file)}. Try again later, or report it to the owner of this page.`);
 }
 
 /** The content of what was downloaded as a file, if its length and digest are right; otherwise null. */
@@ -260,7 +260,7 @@ async function fetchBytes(file, progress, mode) {
 const name = ({ url }) => url.split("/").at(-1).split("?")[0];
 
 function brokenOff(file) {
-  return new Sentence(`The download broke off at ${name(file)}. Check the connection and try again; what has arrived is kept.`);
+  return new Sentence(`The download ended early at ${name(file)}. Check the connection and try again; what has arrived is kept.`);
 }
 
 /** Content of a gzip file. Where the server has decompressed it already, the bytes themselves. */

@@ -286,7 +286,7 @@ def test_samples_are_fresh_lazy_and_picklable(name, request):
     root = request.getfixturevalue({"voc2012": "voc", "coco2017": "coco", "folder": "folder"}[name])
     dataset = load_segmentation(name, root)
     sample = dataset[-1]
-    assert not sample.__dict__.keys() & {"image", "_decoded"}  # nothing is decoded yet
+    assert not sample.__dict__.keys() & {"image", "label_map"}  # nothing is decoded yet
     assert sample.image is sample.image  # once
     assert dataset[-1] is not sample and "image" not in dataset[-1].__dict__  # and freed with the sample
     copy = pickle.loads(pickle.dumps(dataset))

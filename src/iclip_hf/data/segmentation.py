@@ -110,23 +110,16 @@ class _IndexSample(SegmentationSample):
     def size(self) -> tuple[int, int]:
         return self.label_map.shape
 
-    @property
+    @cached_property
     def labels(self) -> tuple[int, ...]:
-        return self._decoded[1]
-
-    @property
-    def label_map(self) -> np.ndarray:
-        return self._decoded[0]
+        present = np.flatnonzero(np.bincount(self.label_map.ravel()))
+        return tuple(id_ for id_ in present.tolist() if id_ not in (0, _VOID))
 
     def _mask(self, label: int) -> np.ndarray:
-        index = self.label_map
-        mask = np.zeros_like(index)
-        mask[index == label] = label
-        mask[index == _VOID] = _VOID
-        return mask
+        return self.label_map * ((self.label_map == label) | (self.label_map == _VOID))
 
     @cached_property
-    def _decoded(self) -> tuple[np.ndarray, tuple[int, ...]]:
+    def label_map(self) -> np.ndarray:
         image = open_image(self.mask_path)
         if image.mode not in ("P", "L", "1"):
             raise ValueError(
@@ -142,8 +135,7 @@ class _IndexSample(SegmentationSample):
                 f"{self.mask_path}: expected class ids out of {_ranges(known.tolist())}, but got {unknown}; "
                 "correct the mask or the list of classes."
             )
-        labels = sorted(set(self.table[present].tolist()) - {0, _VOID})
-        return self.table.astype(np.uint8)[values], tuple(labels)
+        return self.table.astype(np.uint8)[values]
 
 
 def _ranges(ids: list[int]) -> str:
@@ -429,6 +421,14 @@ def _load_voc(
     return _indexed(name, split, class_names, images, masks, _ids(class_names, background), background)
 
 
+def _with_masks(images: Path, image_end: str, masks: Path, mask_end: str) -> tuple[list[Path], list[Path]]:
+    """Returns the images of all masks in a folder, and these masks. Files of a pair have one stem before their ends."""
+    # Other programs write converted files beside them.
+    files = [file for file in _list(masks) if file.endswith(mask_end) and not file.endswith("TrainIds.png")]
+    stems = sorted(file.removesuffix(mask_end) for file in files)
+    return _find(images, [stem + image_end for stem in stems], masks), [masks / (stem + mask_end) for stem in stems]
+
+
 _VOC = ("VOC2012", "SegmentationClass", "Segmentation", VOC)
 _CONTEXT = ("VOC2010", "SegmentationClassContext", "SegmentationContext", CONTEXT)
 
@@ -449,8 +449,6 @@ def _load_stuffthingmaps(name: str, root: Path, split: str | None) -> Segmentati
     split = split or "val2017"
     masks = _stuffthingmaps(root, split) or root / "stuffthingmaps" / split
     images = next((path for path in (root / "images" / split, root / split) if path.is_dir()), root / split)
-    # Other programs write converted files beside them.
-    stems = sorted(file[:-4] for file in _list(masks) if file.endswith(".png") and not file.endswith("TrainIds.png"))
     if name == "coco_stuff":
         class_names, ids, background = (
             COCO_STUFF,
@@ -460,8 +458,7 @@ def _load_stuffthingmaps(name: str, root: Path, split: str | None) -> Segmentati
     else:  # everything that is no thing, also unlabelled pixels, is background, as in GroupViT's conversion
         class_names, ids, background = COCO_THINGS, dict.fromkeys((*_STUFF_VALUES, _VOID), 0), True
         ids |= {value: label for label, value in enumerate(_STUFF_VALUES[: len(COCO_THINGS)], 1)}
-    paths = _find(images, [f"{stem}.jpg" for stem in stems], masks)
-    return _indexed(name, split, class_names, paths, [masks / f"{stem}.png" for stem in stems], ids, background)
+    return _indexed(name, split, class_names, *_with_masks(images, ".jpg", masks, ".png"), ids, background)
 
 
 # Values of COCO's things, then of its stuff, in the stuffthingmaps: one less than the category ids, of which 11 are not used.
@@ -471,10 +468,7 @@ _STUFF_VALUES = [value for value in range(182) if value not in (11, 25, 28, 29, 
 def _load_ade20k(root: Path, split: str | None) -> SegmentationDataset:
     split = split or "validation"
     folder = root / "ADEChallengeData2016" if (root / "ADEChallengeData2016").is_dir() else root
-    masks = folder / "annotations" / split
-    stems = [file.removesuffix(".png") for file in sorted(_list(masks)) if file.endswith(".png")]
-    images = _find(folder / "images" / split, [f"{stem}.jpg" for stem in stems], masks)
-    masks = [masks / f"{stem}.png" for stem in stems]
+    images, masks = _with_masks(folder / "images" / split, ".jpg", folder / "annotations" / split, ".png")
     return _indexed("ade20k", split, ADE20K, images, masks, _ids(ADE20K, background=False), background=False)
 
 
@@ -486,11 +480,9 @@ def _load_cityscapes(root: Path, split: str | None) -> SegmentationDataset:
     split = split or "val"
     images, masks = [], []
     for city in sorted(_list(root / "gtFine" / split)):
-        ends = "_gtFine_labelIds.png"
-        here = root / "gtFine" / split / city
-        stems = [file.removesuffix(ends) for file in sorted(_list(here)) if file.endswith(ends)]
-        images += _find(root / "leftImg8bit" / split / city, [f"{stem}_leftImg8bit.png" for stem in stems], here)
-        masks += [here / f"{stem}{ends}" for stem in stems]
+        shown, annotated = (root / kind / split / city for kind in ("leftImg8bit", "gtFine"))
+        pairs = _with_masks(shown, "_leftImg8bit.png", annotated, "_gtFine_labelIds.png")
+        images, masks = images + pairs[0], masks + pairs[1]
     ids = {**dict.fromkeys(range(35), _VOID), **{value: label for label, value in enumerate(_CITYSCAPES_IDS, 1)}}
     return _indexed("cityscapes", split, CITYSCAPES, images, masks, ids, background=False)
 

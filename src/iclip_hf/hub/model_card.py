@@ -17,6 +17,7 @@ import yaml
 from huggingface_hub import EvalResult, EvalResultEntry, ModelCard, ModelCardData, eval_result_entries_to_yaml
 from huggingface_hub.errors import EntryNotFoundError
 
+from ..data.class_names import DATASETS
 from ..models.identity import changed_model, identity
 from ..utils.files import atomic_write, cache_folder
 
@@ -52,19 +53,6 @@ _DATA_TERMS = {
     "cc3m": "Conceptual Captions: free for any purpose; the images are their owners'",
     "flickr8k": "research and education; the images are their photographers'",
     "imagenet": "non-commercial research; the images are their owners'",
-}
-_DATASET_NAMES = {
-    "coco2017": "COCO 2017",
-    "voc2012": "PASCAL VOC 2012",
-    "voc21": "PASCAL VOC 2012",
-    "voc20": "PASCAL VOC 2012, without background",
-    "context60": "PASCAL Context",
-    "context59": "PASCAL Context, without background",
-    "coco_object": "COCO-Object",
-    "coco_stuff": "COCO-Stuff 164k",
-    "ade20k": "ADE20K",
-    "cityscapes": "Cityscapes",
-    "camvid": "CamVid",
 }
 # Ids of the data sets on the Hub, for the results on a model's page.
 _DATASET_IDS = {"coco2017": "detection-datasets/coco", "voc2012": "nateraw/pascal-voc-2012"}
@@ -395,7 +383,7 @@ def _eval_results(metrics: EvaluationResult | Mapping) -> list[EvalResult]:
             task_type="zero-shot-image-classification",
             task_name="Image-text similarity maps",
             dataset_type=dataset["name"],
-            dataset_name=_DATASET_NAMES.get(dataset["name"], dataset["name"]),
+            dataset_name=DATASETS.get(dataset["name"], dataset["name"]),
             dataset_split=dataset["split"],
             dataset_args={"images": dataset["images"], "fingerprint": dataset["fingerprint"], **conditions},
             metric_type=metric.lower(),

@@ -73,12 +73,12 @@ def evaluation(tmp_path):
 
 
 def test_relation_of_an_evaluation(evaluation, tmp_path, capsys):
-    output, bars = tmp_path / "relation.svg", tmp_path / "bars.svg"
-    assert run("relation", evaluation, "--output", output, "--bars", bars, "--json") == 0
+    output = tmp_path / "relation.svg"
+    assert run("relation", evaluation, "--output", output, "--json") == 0
     found = json.loads(capsys.readouterr().out)
-    assert found.pop("pictures") == [str(output), str(bars)]
+    assert found.pop("picture") == str(output)
     assert found == {"method": "itsm", "score": "MIoU", "classes": 3, "correlation": pytest.approx(-1)}
-    assert "<svg" in output.read_text() and "<svg" in bars.read_text()
+    assert "<svg" in output.read_text()
     assert run("relation", evaluation, "--method", "gem", "--score", "FMB", "--output", output) == 0
     assert capsys.readouterr().out.startswith("gem: 2 classes, correlation 1.0")
 

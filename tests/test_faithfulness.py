@@ -144,7 +144,7 @@ def test_rank_correlation_is_spearmans():
 
 
 @pytest.mark.parametrize("locked", [True, False])
-@pytest.mark.parametrize("method", ["itsm", "grad_cam", "gem"])
+@pytest.mark.parametrize("method", ["itsm", "grad_cam", "gem", "legrad"])
 def test_randomised_layers_are_the_last_ones_and_the_model_stays_bit_for_bit(tiny_processor, method, locked):
     model = tiny_model(lock_vision=locked)
     loaded = load((model, tiny_processor))

@@ -11,7 +11,7 @@ from PIL import Image
 
 import iclip_hf
 from iclip_hf.evaluation.analysis import ChannelMatch, relation
-from iclip_hf.evaluation.analysis_plots import channel_scatter, class_bars, relation_plot
+from iclip_hf.evaluation.analysis_plots import channel_scatter, relation_plot
 from iclip_hf.explainers import WordScore
 from iclip_hf.figures import sheets
 from iclip_hf.figures.colors import color_table, overlay
@@ -289,14 +289,3 @@ def test_one_class_has_no_line(scores):
     figure = relation_plot(relation({"dog": 1.0}, {"dog": 2.0}), "x", "y")
     assert "1 classes" in figure.axes[0].get_title() and not figure.axes[0].lines
     rendered(figure)
-
-
-def test_bars_of_every_class_by_falling_interpretability(scores):
-    figure = class_bars(scores, "precision", "IoU")
-    pixels = rendered(figure)
-    left, right = figure.axes
-    assert [label.get_text() for label in left.get_yticklabels()] == ["sky", "car", "cat", "dog"]  # upwards
-    assert [bar.get_width() for bar in left.patches] == [30, 10, 50, 90]
-    assert [bar.get_width() for bar in right.patches] == [0, 20, 40, 60]
-    assert left.get_title() == "precision\nmean 45" and right.lines[0].get_xdata()[0] == 30
-    assert min(marked(pixels)) > 0.05

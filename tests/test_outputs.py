@@ -15,7 +15,7 @@ from iclip_hf.evaluation.results import EvaluationResult
 
 # Everything that a command writes by default or below is there already, of the user's.
 FOREIGN = """
-    explanation.png explanation.npz labels/segmentation.png labels/photo.png comparison.png channels.png relation.png bars.png
+    explanation.png explanation.npz labels/segmentation.png labels/photo.png comparison.png channels.png relation.png
     explanations/explanations-00000-of-00001.parquet shift.json scores.json pairs.csv README.md app.py requirements.txt mmiou.py
     config.json results.json model.safetensors .lock run/notes.txt run/checkpoint-500/state.txt clip/checkpoint-500/trainer_state.json
     cache/training/00000.npy maps/holiday.2024.mkv.partial maps/x.1.partial maps/.lock photos/dog.png photos/dog.npz photos/DOG.PNG runs/table/notes.txt
@@ -82,8 +82,6 @@ def iclip(world, line: str) -> int:
         "analyze channels photo.jpg --model MODEL",
         "analyze channels channels.png --model MODEL --overwrite",
         "analyze relation measured.json",
-        "analyze relation measured.json --output a.png --bars bars.png",
-        "analyze relation measured.json --output a.png --bars ./A.png",
         "analyze shift DATA --output shift.json",
         "evaluate DATA --output scores.json",
         "evaluate DATA --output pairs.json",
@@ -132,7 +130,7 @@ def test_what_is_not_its_own_is_refused(world, mine, capsys, line):
         ("segment photo.jpg SEE --output a.png", ["a.png", "labels/a.png"]),
         ("compare photo.jpg SEE --output a.png", ["a.png"]),
         ("analyze channels photo.jpg --model MODEL --output a.jpg", ["a.jpg"]),
-        ("analyze relation measured.json --output a.png --bars b.svg", ["a.png", "b.svg"]),
+        ("analyze relation measured.json --output a.svg", ["a.svg"]),
         ("analyze shift DATA --output a.json", ["a.json"]),
         ("evaluate DATA --output a.json", ["a.json", "a.csv"]),
         ("export-metric mmiou new", ["new/README.md", "new/app.py", "new/mmiou.py", "new/requirements.txt"]),

@@ -1,6 +1,5 @@
 """Conversion of masks to boxes, point prompts and run lengths, and thresholds of classes from an evaluation."""
 
-import itertools
 import json
 import math
 from collections.abc import Sequence
@@ -157,12 +156,8 @@ def _box_mean(values: np.ndarray, side: int) -> np.ndarray:
     """Returns the mean of the square of `side` pixels around each pixel. Pixels of the edge are repeated outside."""
     before = side // 2
     for _ in range(2):  # along one axis, then along the other
-        sums = np.empty((len(values) + side, values.shape[1]))  # filled in place, because new memory is slow
-        sums[0], sums[1 : before + 1] = 0, values[0]
-        sums[before + 1 : before + 1 + len(values)] = values
-        sums[before + 1 + len(values) :] = values[-1]
-        for total, row in itertools.pairwise(sums):  # faster than cumsum along this axis
-            np.add(total, row, out=row)
+        # One pixel more before, so that each sum is a difference.
+        sums = np.pad(values, ((before + 1, side - 1 - before), (0, 0)), mode="edge").cumsum(0, dtype=np.float64)
         values = (sums[side:] - sums[:-side]).T
     return values / side**2
 

@@ -62,9 +62,6 @@ def add_options(command: argparse.ArgumentParser) -> None:
     relation.add_argument("--method", help="method whose scores are used (default: the first method in the file)")
     relation.add_argument("--score", choices=SCORES, default="MIoU", help="score of interpretability (default: MIoU)")
     add_picture_option(relation, "relation.png")
-    relation.add_argument(
-        "--bars", type=Path, metavar="FILE", help="also write a bar chart of both scores of each class"
-    )
     add_dpi_option(relation)
     relation.add_argument("--json", action="store_true", help="print JSON instead of text")
 
@@ -127,13 +124,11 @@ def _channels(options: argparse.Namespace) -> int:
 def _relation(options: argparse.Namespace) -> int:
     from ..utils.files import check_outputs
 
-    pictures = {"--output": options.output, **({"--bars": options.bars} if options.bars else {})}
-    for option, path in pictures.items():
-        check_file(option, path, CHARTS)
-    check_outputs(pictures.values(), [options.evaluation], options.overwrite)
+    check_file("--output", options.output, CHARTS)
+    check_outputs([options.output], [options.evaluation], options.overwrite)
     method, rows = _read_classes(options.evaluation, options.method)
     from ..evaluation.analysis import relation
-    from ..evaluation.analysis_plots import class_bars, relation_plot
+    from ..evaluation.analysis_plots import relation_plot
 
     recognition, interpretability = (
         {row["name"]: row[score] for row in rows if row[score] is not None} for score in ("AP", options.score)
@@ -145,12 +140,10 @@ def _relation(options: argparse.Namespace) -> int:
         )
     labels = ("average precision, %", f"{SCORES[options.score]} ({method})")
     save_figure(relation_plot(found, *labels), options.output, options.dpi, options.overwrite)
-    if options.bars:
-        save_figure(class_bars(found, *labels), options.bars, options.dpi, options.overwrite)
     correlation = None if math.isnan(found.correlation) else found.correlation
     report = {"method": method, "score": options.score, "classes": len(found.names), "correlation": correlation}
-    report["pictures"] = [str(path) for path in pictures.values()]
-    said = f"{method}: {len(found.names)} classes, correlation {correlation} -> {', '.join(report['pictures'])}"
+    report["picture"] = str(options.output)
+    said = f"{method}: {len(found.names)} classes, correlation {correlation} -> {options.output}"
     echo(json.dumps(report) if options.json else said)
     return 0
 

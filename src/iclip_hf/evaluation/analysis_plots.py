@@ -88,26 +88,3 @@ def relation_plot(relation: Relation, x_label: str, y_label: str) -> Figure:
         else:
             taken.append(box)
     return figure
-
-
-def class_bars(relation: Relation, x_label: str, y_label: str) -> Figure:
-    """
-    Draws both scores of every class as bars, sorted by interpretability, with their means as lines (Fig. 9). Arguments are those of
-    [`relation_plot`].
-    """
-    order = np.argsort(relation.interpretability)
-    names = [relation.names[index] for index in order]
-    figure = Figure(figsize=(8, 1 + 0.19 * len(names)), layout="constrained")
-    panels = zip(
-        figure.subplots(1, 2, sharey=True),
-        ((relation.recognition, x_label, BLUE), (relation.interpretability, y_label, ORANGE)),
-    )
-    for axis, (scores, label, color) in panels:
-        axis.barh(range(len(names)), scores[order], color=color, height=0.75)
-        axis.axvline(scores.mean(), color="black", linestyle="--", linewidth=0.9)
-        axis.set_title(f"{label}\nmean {scores.mean():.3g}", fontsize=10)
-        axis.set_ylim(-0.6, len(names) - 0.4)
-        axis.tick_params(labelsize=9)
-        axis.spines[["top", "right"]].set_visible(False)
-    figure.axes[0].set_yticks(range(len(names)), names, **_verbatim())
-    return figure

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import nn
+from torch.func import functional_call
 
 from ..modeling_iclip import ICLIPImageFeatures, ICLIPTextFeatures, cosines
 from ..models.explainable import unit
@@ -56,12 +58,13 @@ class LeGrad(Explainer):
         return torch.stack(maps, 1)
 
 
-def _mean_mlp(mlp: nn.Module) -> nn.Module:
+def _mean_mlp(mlp: nn.Module) -> Callable[[torch.Tensor], torch.Tensor]:
     """
-    Copies an MLP so that it computes the mean over the tokens, `(B, L, D)` -> `(B, 1, D)`. The mean is taken before the last layer,
-    which is linear. This halves the cost of each backward pass.
+    Makes a function of an MLP that computes the mean over the tokens, `(B, L, D)` -> `(B, 1, D)`. The mean is taken before the last
+    layer, which is linear. This halves the cost of each backward pass.
     """
-    mlp = private_copy(mlp)
-    *_, last = (module for module in mlp.modules() if isinstance(module, nn.Linear))
+    copied = private_copy(mlp)
+    *_, last = (module for module in copied.modules() if isinstance(module, nn.Linear))
     last.register_forward_pre_hook(lambda module, args: (args[0].mean(1, keepdim=True),))
-    return mlp
+    # With the weights that the MLP has at each call, because they may be randomised.
+    return lambda stream: functional_call(copied, dict(mlp.named_parameters()), stream)

@@ -69,7 +69,7 @@ def check_output_dir(folder: Path, resume: bool) -> None:
         check_own_folder(folder)
     if not resume and (kept or (folder / "model.safetensors").is_file()):
         raise ValueError(
-            f"{folder}: expected a new folder, but it holds a run already; add --resume to go on with it, or name another "
+            f"{folder}: expected a new folder, but it holds a run already; add --resume to continue it, or name another "
             "output_dir."
         )
     if not kept and (folder / "results.json").is_file():

@@ -308,25 +308,25 @@ def _results_so_far(earlier: Mapping, model: ICLIPModel, processor: ICLIPProcess
 
 def public_settings(settings: Mapping) -> dict:
     """Returns the settings that the card shows, without paths of this machine."""
-    told = {name: settings[name] for name in _TRAINING_SETTINGS if settings.get(name) not in (None, "", [], {})}
+    shown = {name: settings[name] for name in _TRAINING_SETTINGS if settings.get(name) not in (None, "", [], {})}
     if settings.get("auto_augment") == "":
-        told["auto_augment"] = "none"
-    idle = {name for name in told if told[name] is False or (told[name] == 0 and name in _OFF_AT_0)}
-    if "cache_features" in told:
-        told["cache_features"] = True  # instead of its folder
-        idle |= {"crop_scale", "auto_augment", "random_erasing"} if told.get("views") == 1 else set()
-    if "model" in told:
+        shown["auto_augment"] = "none"
+    idle = {name for name in shown if shown[name] is False or (shown[name] == 0 and name in _OFF_AT_0)}
+    if "cache_features" in shown:
+        shown["cache_features"] = True  # instead of its folder
+        idle |= {"crop_scale", "auto_augment", "random_erasing"} if shown.get("views") == 1 else set()
+    if "model" in shown:
         idle.add("image_size")  # a model has its own
-    if "nouns" not in told:
-        idle |= {name for name in told if name.startswith("noun_")}
-    told = {name: value for name, value in told.items() if name not in idle}
+    if "nouns" not in shown:
+        idle |= {name for name in shown if name.startswith("noun_")}
+    shown = {name: value for name, value in shown.items() if name not in idle}
     for name in ("model", "vision", "text", "nouns"):
-        if name in told:
-            told[name] = _EMBEDDED[name] if told[name] == "embedded" else _without_folders(str(told[name]))
-    if "data" in told:
-        data = told["data"] if isinstance(told["data"], list | tuple) else [told["data"]]
-        told["data"] = [_without_folders(str(one)) for one in data]
-    return told
+        if name in shown:
+            shown[name] = _EMBEDDED[name] if shown[name] == "embedded" else _without_folders(str(shown[name]))
+    if "data" in shown:
+        data = shown["data"] if isinstance(shown["data"], list | tuple) else [shown["data"]]
+        shown["data"] = [_without_folders(str(one)) for one in data]
+    return shown
 
 
 def _is_hub_id(name: str) -> bool:

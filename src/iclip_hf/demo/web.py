@@ -162,7 +162,6 @@ def export_web(
         runtime = {"wasm": _WASM, **({} if weights == "int8" else {"webgpu": _WEBGPU})}
         needed = [_TOKENIZER_MODULE, *(file for files in runtime.values() for file in files.values())]
         if vendor:  # first, because the export takes a minute
-            logger.info("Downloading ONNX Runtime and the tokenizer by npm")
             place = partial(_keep, built, _npm_files(needed))
         else:
             place = _on_cdn
@@ -310,6 +309,7 @@ def _npm_files(files: list[_RuntimeFile]) -> dict[_RuntimeFile, bytes]:
             "Expected npm, to put its packages into the folder, got none: install Node.js, or leave out --vendor, and "
             "browsers get them from a CDN."
         )
+    logger.info("Getting ONNX Runtime and the tokenizer by npm")
     contents = {}
     with tempfile.TemporaryDirectory() as scratch:
         for package in {file.package for file in files}:

@@ -5,13 +5,13 @@ from __future__ import annotations
 import base64
 import io
 import os
-import queue
 import threading
 import time
 import urllib.parse
 import urllib.request
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterable, Sequence
+from concurrent import futures
 from http.client import HTTPException
 from typing import TypeVar
 
@@ -124,31 +124,28 @@ def _download(url: str, timeout: float) -> bytes:
     """
     url = urllib.parse.quote(url, safe="%/:?#[]@!$&'()*+,;=~")  # quotes spaces and non-ASCII letters
     request = urllib.request.Request(url, headers={"User-Agent": "iclip-hf"})  # some sites refuse Python's default
-    answers, late = queue.Queue(), TimeoutError(f"it did not end within {timeout:g} seconds")
+    answer, late = futures.Future(), TimeoutError(f"it did not end within {timeout:g} seconds")
     end = time.monotonic() + timeout
 
     def fetch() -> None:
         content = bytearray()
         try:
-            with urllib.request.urlopen(request, timeout=timeout + 1) as answer:  # the thread is left before that
-                while part := answer.read1(2**16):
+            with urllib.request.urlopen(request, timeout=timeout + 1) as opened:  # the thread is left before that
+                while part := opened.read1(2**16):
                     content += part
                     if len(content) > MAX_DOWNLOAD:
                         raise OSError(f"more than {MAX_DOWNLOAD // 2**20} MiB")
                     if time.monotonic() > end:
                         raise late
-            answers.put(bytes(content))
+            answer.set_result(bytes(content))
         except Exception as error:
-            answers.put(error)
+            answer.set_exception(error)
 
     threading.Thread(target=fetch, daemon=True).start()
     try:
-        answer = answers.get(timeout=timeout)
-    except queue.Empty:
+        return answer.result(timeout)
+    except futures.TimeoutError:
         raise late from None
-    if isinstance(answer, Exception):
-        raise answer
-    return answer
 
 
 def to_rgb(image: Image.Image, name: str | None = None) -> Image.Image:
@@ -261,9 +258,7 @@ def _orientation(image: Image.Image) -> int:
     if "exif" in image.info:  # else of a TIFF file, or given by the user
         exif = Image.Exif()
         exif.load(image.info["exif"])
-    elif image.format not in (
-        None,
-        "TIFF",
-    ):  # Pillow found it in XMP or in the text of a PNG file, where browsers do not look
+    # Pillow found it in XMP or in the text of a PNG file, where browsers do not look.
+    elif image.format not in (None, "TIFF"):
         return 1
     return exif.get(ExifTags.Base.Orientation, 1)

@@ -449,15 +449,11 @@ def _load_stuffthingmaps(name: str, root: Path, split: str | None) -> Segmentati
     split = split or "val2017"
     masks = _stuffthingmaps(root, split) or root / "stuffthingmaps" / split
     images = next((path for path in (root / "images" / split, root / split) if path.is_dir()), root / split)
-    if name == "coco_stuff":
-        class_names, ids, background = (
-            COCO_STUFF,
-            {value: label for label, value in enumerate(_STUFF_VALUES, 1)},
-            False,
-        )
-    else:  # everything that is no thing, also unlabelled pixels, is background, as in GroupViT's conversion
-        class_names, ids, background = COCO_THINGS, dict.fromkeys((*_STUFF_VALUES, _VOID), 0), True
-        ids |= {value: label for label, value in enumerate(_STUFF_VALUES[: len(COCO_THINGS)], 1)}
+    background = name == "coco_object"
+    class_names = COCO_THINGS if background else COCO_STUFF
+    ids = {value: label for label, value in enumerate(_STUFF_VALUES[: len(class_names)], 1)}
+    if background:  # all that is no thing, also unlabelled pixels, as in GroupViT's conversion
+        ids = {**dict.fromkeys((*_STUFF_VALUES, _VOID), 0), **ids}
     return _indexed(name, split, class_names, *_with_masks(images, ".jpg", masks, ".png"), ids, background)
 
 

@@ -369,7 +369,7 @@ class ClassFolders(Source):
 
     unit = "images"
 
-    def __init__(self, path: Path, columns: Columns = USUAL_COLUMNS):
+    def __init__(self, path: Path):
         super().__init__(path)
         self._images, elsewhere = [], _images_in(path, os.listdir(path))
         for label in sorted(entry for entry in path.iterdir() if entry.is_dir() and not _is_hidden(entry.name)):
@@ -556,7 +556,7 @@ _KINDS = {".tar": TarShard, ".csv": Table, ".tsv": Table, ".jsonl": Table, ".par
 
 def _open(path: Path, columns: Columns) -> Source:
     if path.is_dir():
-        return ClassFolders(path, columns)
+        return ClassFolders(path)
     kind = _KINDS.get(path.suffix.lower())
     if kind is None:
         raise ValueError(f"{path}: expected a file of one of the kinds {', '.join(_KINDS)}; convert or rename it.")
@@ -566,17 +566,10 @@ def _open(path: Path, columns: Columns) -> Source:
 def _local_files(source: str) -> list[Path]:
     folder = Path(source)
     if folder.is_dir():
-        metadata = folder / "metadata.jsonl"
-        files = (
-            [metadata]
-            if metadata.is_file()
-            else sorted(
-                file
-                for file in folder.iterdir()
-                if file.suffix.lower() in (".tar", ".parquet") and not _is_hidden(file.name)
-            )
-        )
-        return files or [folder]
+        if (folder / "metadata.jsonl").is_file():
+            return [folder / "metadata.jsonl"]
+        visible = sorted(file for file in folder.iterdir() if not _is_hidden(file.name))
+        return [file for file in visible if file.suffix.lower() in (".tar", ".parquet")] or [folder]
     if os.path.isfile(source):
         return [folder]
     files = [file for pattern in _expand_braces(source) for file in sorted(glob.glob(pattern)) or [pattern]]

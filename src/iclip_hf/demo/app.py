@@ -27,7 +27,7 @@ from ..presence import BACKGROUND, MIN_PRESENCE, PRESENT, presence_word
 from ..utils.extras import require_extra
 from ..utils.files import write_beside_others
 from ..utils.names import METHODS
-from .content import EXAMPLES, MAX_CHARACTERS, MAX_TEXTS, RANK, beside, example_files, look, view_size
+from .content import EXAMPLES, MAX_CHARACTERS, MAX_TEXTS, RANK, SPACE, beside, example_files, look, view_size
 
 
 with require_extra("demo"):
@@ -52,15 +52,11 @@ Bright pixels match most, dark ones least. Each map has its own scale, so a text
 {MIN_PRESENCE:.0%}, and *unsure* in between. {RANK}"""
 SPACE_CARD = {
     "title": "ICLIP",
-    "emoji": "🔍",
-    "colorFrom": "blue",
-    "colorTo": "red",
+    **SPACE,
     "sdk": "gradio",
     "sdk_version": gr.__version__,
     "app_file": "app.py",
-    "pinned": False,
     "license": "apache-2.0",
-    "short_description": "Which pixels of an image match a text",
 }
 SPACE_README = """
 The live demo of [ICLIP](https://arxiv.org/abs/2209.07046) in `iclip_hf`: drop an image, type texts, see one map a text.

@@ -22,6 +22,14 @@ VIEW_SIDE = 640
 
 # What presence is not, with the share of the embedded model that docs/results.md measures.
 RANK = f"This is a rank, not a probability: about one in four texts that are not in an image reach {MIN_PRESENCE:.0%} too."
+# The front matter of a Space's README that both have.
+SPACE = {
+    "emoji": "🔍",
+    "colorFrom": "blue",
+    "colorTo": "red",
+    "pinned": False,
+    "short_description": "Which pixels of an image match a text",
+}
 
 
 class Example(NamedTuple):

@@ -13,7 +13,6 @@ import string
 import subprocess
 import tarfile
 import tempfile
-from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -27,7 +26,18 @@ from ..models.onnx import TEXT_FILE, VISION_FILE, ONNXModel, export_onnx
 from ..presence import BACKGROUND, MIN_PRESENCE, PRESENT
 from ..processing_iclip import MAX_PIXELS, ICLIPProcessor
 from ..utils.files import atomic_folder
-from .content import EXAMPLES, MAX_CHARACTERS, MAX_TEXTS, RANK, VIEW_SIDE, beside, example_files, look, view_size
+from .content import (
+    EXAMPLES,
+    MAX_CHARACTERS,
+    MAX_TEXTS,
+    RANK,
+    SPACE,
+    VIEW_SIDE,
+    beside,
+    example_files,
+    look,
+    view_size,
+)
 
 
 logger = logging.getLogger(__name__)
@@ -36,13 +46,9 @@ _PAGE = ("index.html", "page.css", "page.js", "worker.js", "numerics.js")
 _SHARED = ("viewer.css", "viewer.js")
 _KERNELS = {2: "bilinear", 3: "bicubic"}  # by Pillow's numbers
 # What makes the folder a static Space. The headers give the page threads.
-_SPACE = {
-    "emoji": "🔍",
-    "colorFrom": "blue",
-    "colorTo": "red",
+_STATIC_SPACE = {
+    **SPACE,
     "sdk": "static",
-    "pinned": False,
-    "short_description": "Which pixels of an image match a text",
     "custom_headers": {
         "cross-origin-embedder-policy": "require-corp",
         "cross-origin-opener-policy": "same-origin",
@@ -161,10 +167,15 @@ def export_web(
     with atomic_folder(folder) as built, tempfile.TemporaryDirectory() as scratch:
         runtime = {"wasm": _WASM, **({} if weights == "int8" else {"webgpu": _WEBGPU})}
         needed = [_TOKENIZER_MODULE, *(file for files in runtime.values() for file in files.values())]
+        vendored = {}
         if vendor:  # first, because the export takes a minute
-            place = partial(_keep, built, _npm_files(needed))
-        else:
-            place = _on_cdn
+            vendored = _npm_files(needed)
+
+        def place(file: _RuntimeFile) -> dict:
+            if vendor:
+                return _compressed(built, Path(file.path).name, vendored[file])
+            return {"url": f"{_CDN}/{file.package}/{file.path}", "integrity": file.integrity, "bytes": file.bytes}
+
         settings["runtime"] = {
             name: {part: place(file) for part, file in files.items()} for name, files in runtime.items()
         }
@@ -282,18 +293,10 @@ def _readme(card: Path, name: str) -> str:
         tokenizers=_TOKENIZERS,
         photographs="\n".join(photographs),
     )
-    return front_matter({"title": name, **_SPACE, "license": licence}) + page
+    return front_matter({"title": name, **_STATIC_SPACE, "license": licence}) + page
 
 
 # ------------------------------------------------------------------------------------------------------ npm packages
-
-
-def _on_cdn(file: _RuntimeFile) -> dict:
-    return {"url": f"{_CDN}/{file.package}/{file.path}", "integrity": file.integrity, "bytes": file.bytes}
-
-
-def _keep(folder: Path, contents: dict[_RuntimeFile, bytes], file: _RuntimeFile) -> dict:
-    return _compressed(folder, Path(file.path).name, contents[file])
 
 
 def _npm_files(files: list[_RuntimeFile]) -> dict[_RuntimeFile, bytes]:

@@ -74,16 +74,14 @@ def draw(
         `ValueError`: the image cannot be read, or there is no such colour map.
     """
     image = read_image(image)
-    pictures, titles = [at_picture_size(image, dpi)], [f"image\n{image.width} x {image.height} pixels"]
-    (image,) = pictures
+    titles = [f"image\n{image.width} x {image.height} pixels"]
+    image = at_picture_size(image, dpi)
+    pictures = [image]
     explanation = replace(explanation, size=(image.height, image.width))
-    for index, (text, score, present) in enumerate(
-        zip(explanation.labels, explanation.scores.tolist(), explanation.presence.tolist())
-    ):
-        picture, word = (
-            overlay(image, explanation.map(index), opacity, colormap),
-            presence_word(present, explanation.min_presence),
-        )
+    told = zip(explanation.labels, explanation.scores.tolist(), explanation.presence.tolist())
+    for index, (text, score, present) in enumerate(told):
+        picture = overlay(image, explanation.map(index), opacity, colormap)
+        word = presence_word(present, explanation.min_presence)
         if word == ABSENT:
             picture = Image.blend(Image.new("RGB", picture.size, "white"), picture, _FADED)
         pictures.append(picture)

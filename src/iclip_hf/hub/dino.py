@@ -85,8 +85,6 @@ def _convert_dino(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         if name.startswith("head."):
             continue
         for pattern, replacement in _DINO_NAMES.items():
-            if re.fullmatch(pattern, name):
-                name = re.sub(pattern, replacement, name)
-                break
+            name = re.sub(rf"\A{pattern}\Z", replacement, name)
         weights[name] = tensor
     return weights

@@ -115,7 +115,10 @@ def join_towers(
         towers = map(str, embedded_towers())
         vision, text = (tower if name == "embedded" else name for name, tower in zip((vision, text), towers))
     config = ICLIPConfig(**{**ICLIPConfig.get_config_dict(source)[0], **options})
-    image_tower = _image_tower(config.vision_config, vision)
+    if Path(vision).suffix == ".pth":
+        image_tower = load_dino_checkpoint(vision, config.vision_config)
+    else:
+        image_tower = _checked_tower(config.vision_config, vision, "vision_config")
     model = ICLIPModel(config, image_tower, _checked_tower(config.text_config, text, "text_config")).eval()
 
     size = {} if image_size is None else {"size": {"height": image_size, "width": image_size}}
@@ -125,12 +128,6 @@ def join_towers(
     with loading_errors(text):
         tokenizer = AutoTokenizer.from_pretrained(text, trust_remote_code=False)
     return model, ICLIPProcessor(image_processor, tokenizer, **known)
-
-
-def _image_tower(config, checkpoint: str):
-    if Path(checkpoint).suffix == ".pth":
-        return load_dino_checkpoint(checkpoint, config)
-    return _checked_tower(config, checkpoint, "vision_config")
 
 
 def _checked_tower(config, checkpoint: str, side: str):
@@ -157,10 +154,8 @@ def _checked_tower(config, checkpoint: str, side: str):
 def code_files() -> list[Path]:
     """Returns the modules that an exported model contains: those of the auto map and the modules they import."""
     package = Path(__file__).parents[1]
-    modules = {impl.split(".")[0] for impl in _AUTO_MAP.values()} | {
-        task["impl"].split(".")[0] for task in _CUSTOM_PIPELINES.values()
-    }
-    entries = [package / f"{module}.py" for module in modules]
+    named = [*_AUTO_MAP.values(), *(task["impl"] for task in _CUSTOM_PIPELINES.values())]
+    entries = [package / f"{name.split('.')[0]}.py" for name in named]
     return sorted({*entries, *(Path(file) for entry in entries for file in get_relative_import_files(entry))})
 
 

@@ -9,7 +9,6 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, is_dataclass, replace
 from datetime import date
-from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,6 +19,7 @@ from huggingface_hub.errors import EntryNotFoundError
 from ..data.class_names import DATASETS
 from ..models.identity import changed_model, identity
 from ..utils.files import atomic_write, cache_folder
+from .configs import SHIPPED
 
 
 if TYPE_CHECKING:
@@ -151,6 +151,7 @@ def write_model_card(
     results = _eval_results(metrics) if metrics is not None else _results_so_far(earlier, model, processor)
     towers = [describe_tower(side) for side in (model.config.vision_config, model.config.text_config)]
     base_model = [one["id"] for one in towers if one["id"]] or earlier.get("base_model") or None
+    described = identity(model, processor)
     card_data = ModelCardData(
         **_license([one["licence"] for one in towers], earlier),
         language="en",
@@ -163,9 +164,7 @@ def write_model_card(
         model_name=name if results else None,
         eval_results=results,
         training=training,
-        identity={
-            part: value for part, value in identity(model, processor).items() if part != "model"
-        },  # a local path
+        identity={part: value for part, value in described.items() if part != "model"},  # a local path
         widget=[
             {
                 "src": "https://huggingface.co/datasets/mishig/sample_images/resolve/main/cat-dog-music.png",
@@ -174,13 +173,12 @@ def write_model_card(
             }
         ],
     )
-    config = model.config
-    options = {option: getattr(config, option) for option in sorted(type(config).__annotations__)}
+    options = {option: getattr(model.config, option) for option in sorted(type(model.config).__annotations__)}
     tower_configs = {side: options.pop(side) for side in ("vision_config", "text_config")}
     options["templates"] = processor.templates
     card = ModelCard.from_template(
         card_data,
-        template_path=str(Path(str(files("iclip_hf.hub_configs"))).parent / "model_card.md"),
+        template_path=str(SHIPPED.with_name("model_card.md")),
         name=name,
         options=options,
         **tower_configs,

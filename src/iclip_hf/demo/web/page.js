@@ -43,7 +43,7 @@ function explain() {
   find("error").hidden = true;
   const texts = typedTexts();
   if (!texts) return;
-  history.replaceState(null, "", link(texts));
+  history.replaceState(null, "", `#texts=${encodeURIComponent(texts.join("\n"))}`); // as `readLink` reads it
   if (!photo) return fail("There is no image yet: choose one, drop it here or paste it.");
   pending = texts;
   busy(true);
@@ -51,6 +51,7 @@ function explain() {
 }
 
 function setPhoto(blob) {
+  for (const button of find("examples").children) button.removeAttribute("aria-current");
   photo = { blob, id: (photo?.id ?? 0) + 1 };
   const preview = find("preview"), old = preview.src;
   preview.src = URL.createObjectURL(blob);
@@ -61,7 +62,6 @@ function setPhoto(blob) {
 function choose(file) {
   if (!file) return;
   setPhoto(file);
-  for (const button of find("examples").children) button.removeAttribute("aria-current");
   explain();
 }
 
@@ -69,7 +69,6 @@ async function chooseExample(button, { file, texts }) {
   const response = await fetch(file).catch(() => null);
   if (!response?.ok) return fail(`The example ${file} could not be fetched: check the connection.`);
   setPhoto(await response.blob());
-  for (const other of find("examples").children) other.removeAttribute("aria-current");
   button.setAttribute("aria-current", "true");
   if (texts) find("texts").value = texts;
 }
@@ -135,10 +134,6 @@ function fail(sentence) {
 }
 
 // --------------------------------------------------------------------------------------------- the link
-
-function link(texts) {
-  return `#texts=${encodeURIComponent(texts.join("\n"))}`;
-}
 
 /** Puts the texts of the link into the field. */
 function readLink() {

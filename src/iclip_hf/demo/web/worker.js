@@ -253,15 +253,11 @@ async function fetchBytes(file, progress, mode) {
       parts.push(part.value);
     return new Uint8Array(await new Blob(parts).arrayBuffer());
   } catch {
-    throw brokenOff(file);
+    throw new Sentence(`The download ended early at ${name(file)}. Check the connection and try again; what has arrived is kept.`);
   }
 }
 
 const name = ({ url }) => url.split("/").at(-1).split("?")[0];
-
-function brokenOff(file) {
-  return new Sentence(`The download ended early at ${name(file)}. Check the connection and try again; what has arrived is kept.`);
-}
 
 /** Content of a gzip file. Where the server has decompressed it already, the bytes themselves. */
 async function decompress(bytes) {

@@ -110,7 +110,7 @@ def contenders(count: int) -> dict[str, Callable[[], object]]:
 def uses_of_maps() -> dict[str, Callable[[], object]]:
     """From the pixels of a photograph to its finished maps or label map."""
     model, processor, texts, pixel_values = clip(CLASSES)
-    explainer, shown = make_explainer((model, processor)), torch.ones(len(CLASSES), dtype=torch.bool)
+    explainer, shown = make_explainer((model, processor)), torch.ones(CLASSES, dtype=torch.bool)
 
     def drawn(refine: bool) -> torch.Tensor:
         maps, _ = explainer.raw_maps(pixel_values, texts)

@@ -15,7 +15,7 @@ from measuring import machine, ratio, table, take_turns
 from iclip_hf.data.segmentation import load_segmentation
 from iclip_hf.evaluation.evaluate import evaluate
 from iclip_hf.evaluation.results import rounded
-from iclip_hf.explainers import METHODS, make_explainer
+from iclip_hf.explainers import METHODS, explainer_class, make_explainer
 from iclip_hf.models.loading import load
 from iclip_hf.utils.files import atomic_write
 
@@ -133,7 +133,7 @@ def leaders(scores: list[dict]) -> tuple[list[str], list[list[str]]]:
         for one in scores:
             known = {method: one[method][name] for method in METHODS if one.get(method, {}).get(name) is not None}
             order = sorted(known, key=known.get, reverse=True)
-            without_text = [method for method in order if not METHODS[method].sees_text]
+            without_text = [method for method in order if not explainer_class(method).sees_text]
             best.append(f"`{order[0]}`" if order else "-")
             rank.append(f"{order.index('itsm') + 1} of {len(order)}" if "itsm" in known else "-")
             leader = without_text[0] if without_text else None

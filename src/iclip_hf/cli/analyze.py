@@ -13,11 +13,10 @@ from ..utils.names import POOLINGS
 from .common import (
     CHARTS,
     add_dataset_options,
-    add_dpi_option,
     add_limit_option,
     add_model_option,
     add_overwrite_option,
-    add_picture_option,
+    add_picture_options,
     check_file,
     data_inputs,
     echo,
@@ -50,8 +49,7 @@ def add_options(command: argparse.ArgumentParser) -> None:
     )
     channels.add_argument("images", nargs="+", metavar="IMAGE", help="image files, one row of the figure each")
     add_model_option(channels)
-    add_picture_option(channels, "channels.png")
-    add_dpi_option(channels)
+    add_picture_options(channels, "channels.png")
 
     relation = _add_analysis(
         analyses, "relation", _relation, "compare recognition and interpretability of each class (Fig. 9)"
@@ -61,8 +59,7 @@ def add_options(command: argparse.ArgumentParser) -> None:
     )
     relation.add_argument("--method", help="method whose scores are used (default: the first method in the file)")
     relation.add_argument("--score", choices=SCORES, default="MIoU", help="score of interpretability (default: MIoU)")
-    add_picture_option(relation, "relation.png")
-    add_dpi_option(relation)
+    add_picture_options(relation, "relation.png")
     relation.add_argument("--json", action="store_true", help="print JSON instead of text")
 
 

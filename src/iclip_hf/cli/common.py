@@ -60,7 +60,9 @@ def add_model_option(command: argparse.ArgumentParser, help: str = "", **options
     )
 
 
-def add_prompt_options(command: argparse.ArgumentParser) -> None:
+def add_model_options(command: argparse.ArgumentParser, help: str = "", **options) -> None:
+    """Adds the options of `add_model_option`, and those of prompts and image size."""
+    add_model_option(command, help, **options)
     command.add_argument(
         "--template",
         action="append",
@@ -76,11 +78,6 @@ def add_prompt_options(command: argparse.ArgumentParser) -> None:
         metavar="PIXELS",
         help="height and width to which images are resized for the model (default: that of its processor)",
     )
-
-
-def add_model_options(command: argparse.ArgumentParser) -> None:
-    add_model_option(command)
-    add_prompt_options(command)
 
 
 def add_dataset_options(command: argparse.ArgumentParser, required: bool = True) -> None:
@@ -149,11 +146,18 @@ def add_colormap_option(command: argparse.ArgumentParser) -> None:
     )
 
 
-def add_picture_option(command: argparse.ArgumentParser, default: str) -> None:
+def add_picture_options(command: argparse.ArgumentParser, default: str) -> None:
     command.add_argument(
         "--output", type=Path, default=Path(default), metavar="FILE", help=f"picture to write (default: {default})"
     )
     add_overwrite_option(command)
+    command.add_argument(
+        "--dpi",
+        type=at_least_1,
+        default=120,
+        metavar="N",
+        help="resolution of the figure in dots per inch, for example 300 for print (default: 120)",
+    )
 
 
 def add_overwrite_option(command: argparse.ArgumentParser) -> None:
@@ -161,16 +165,6 @@ def add_overwrite_option(command: argparse.ArgumentParser) -> None:
         "--overwrite",
         action="store_true",
         help="also replace files that iclip did not write; inputs are never replaced",
-    )
-
-
-def add_dpi_option(command: argparse.ArgumentParser) -> None:
-    command.add_argument(
-        "--dpi",
-        type=at_least_1,
-        default=120,
-        metavar="N",
-        help="resolution of the figure in dots per inch, for example 300 for print (default: 120)",
     )
 
 

@@ -10,11 +10,9 @@ from .common import (
     PICTURES,
     add_colormap_option,
     add_dataset_options,
-    add_dpi_option,
     add_methods_option,
-    add_model_option,
-    add_picture_option,
-    add_prompt_options,
+    add_model_options,
+    add_picture_options,
     add_text_option,
     check_file,
     echo,
@@ -35,13 +33,11 @@ def add_options(command: argparse.ArgumentParser) -> None:
         "set's image shows)",
     )
     add_methods_option(command)
-    add_model_option(command, "; repeat the option to compare several", action="append", dest="models", default=None)
-    add_prompt_options(command)
+    add_model_options(command, "; repeat the option to compare several", action="append", dest="models", default=None)
     truth = command.add_argument_group("ground truth", "a data set that contains IMAGE adds the masks of its classes")
     add_dataset_options(truth, required=False)
-    add_picture_option(command, "comparison.png")
+    add_picture_options(command, "comparison.png")
     add_colormap_option(command)
-    add_dpi_option(command)
     command.add_argument("--json", action="store_true", help="print JSON instead of text")
 
 

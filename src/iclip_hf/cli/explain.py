@@ -7,41 +7,26 @@ import json
 import sys
 from pathlib import Path
 
-from ..presence import MIN_PRESENCE
-from .common import (
-    add_colormap_option,
-    add_method_option,
-    add_model_options,
-    add_overwrite_option,
-    add_refine_option,
-    add_text_option,
-    at_least_1,
-    check_folder,
-    echo,
-    load_silently,
-    printable,
-    save_figure,
-    share,
+from .common import add_colormap_option, at_least_1, check_folder, echo, printable, save_figure, share
+from .pictures import (
+    add_image_options,
+    make_localizer,
+    picture_dpi,
+    pictures_to_write,
+    print_report,
+    write_pictures,
 )
-from .pictures import picture_dpi, pictures_to_write, print_json_lines, write_pictures
 
 
 def add_options(command: argparse.ArgumentParser) -> None:
     command.set_defaults(run=run)
-    command.add_argument(
-        "images",
-        nargs="+",
-        metavar="IMAGE",
-        help="image files, or a collection: a folder of images, webdataset shards (.tar) or a folder of shards",
-    )
-    add_text_option(
+    add_image_options(
         command,
-        "what to look for; it is inserted into the prompts; repeat the option for several texts",
-        required=True,
+        images="image files, or a collection: a folder of images, webdataset shards (.tar) or a folder of shards",
+        absent="an empty mask",
+        output="picture to write (default: explanation.png); for several images or a collection, the folder to write pictures or "
+        "Parquet files to (default: explanations)",
     )
-    add_model_options(command)
-    add_method_option(command)
-    add_refine_option(command)
     command.add_argument(
         "--threshold",
         type=_number_or_file,
@@ -50,21 +35,6 @@ def add_options(command: argparse.ArgumentParser) -> None:
         help="a mask holds the pixels whose map is greater; a number in [0, 1], or the file of `iclip evaluate --output` for the "
         "best threshold of each class (default: 0.5)",
     )
-    command.add_argument(
-        "--min-presence",
-        type=share,
-        default=MIN_PRESENCE,
-        metavar="NUMBER",
-        help=f"a text with a lower presence counts as absent and gets an empty mask; 0 to 1 (default: {MIN_PRESENCE})",
-    )
-    command.add_argument(
-        "--output",
-        type=Path,
-        metavar="PATH",
-        help="picture to write (default: explanation.png); for several images or a collection, the folder to write "
-        "pictures or Parquet files to (default: explanations)",
-    )
-    add_overwrite_option(command)
     add_colormap_option(command)
     command.add_argument(
         "--npz", action="store_true", help="also write scores, raw maps and masks to an .npz file beside each picture"
@@ -114,26 +84,14 @@ def _localizer(options: argparse.Namespace):
 
     if isinstance(options.threshold, Path):  # read before the model is loaded
         options.threshold = class_thresholds(options.threshold, options.texts, options.method)
-    from ..localization.localizer import Localizer
-
-    return Localizer(
-        load_silently(options.model, options),
-        options.texts,
-        method=options.method,
-        templates=options.templates,
-        threshold=options.threshold,
-        min_presence=options.min_presence,
-        image_size=options.image_size,
-        refine=options.refine,
-        words=("bi_modal" if options.method == "bi_modal" else "grad_eclip") if options.words else None,
-    )
+    words = "bi_modal" if options.method == "bi_modal" else "grad_eclip"
+    return make_localizer(options, options.texts, words if options.words else None)
 
 
 def _explain_images(options: argparse.Namespace) -> int:
     if options.images_per_file is not None:
         raise ValueError("--images-per-file applies to collections, but got image files: leave it out.")
-    arrays = _array_file if options.npz else None
-    images = pictures_to_write(options, "explanation.png", "explanations", arrays)
+    images = pictures_to_write(options, "explanation.png", "explanations", _array_file if options.npz else None)
     if not images:
         return 2
     localizer = _localizer(options)
@@ -149,26 +107,17 @@ def _explain_images(options: argparse.Namespace) -> int:
         return explanation.to_dict()
 
     report = write_pictures(options.command, localizer, images, write, options.batch_size or 4)
-    if options.json:
-        print_json_lines(report)
-    else:
-        _print_table(report, options.min_presence)
-    return 0 if len(report) == len(options.images) else 2
+    return print_report(options, report, "texts", _describe)
 
 
 def _explain_collection(options: argparse.Namespace) -> int:
     from ..localization.collection import explain_collection, open_images
     from ..utils.distributed import this_process
 
-    if options.npz:
+    if given := [f"--{name}" for name in ("npz", "words", "overwrite") if getattr(options, name)]:
         raise ValueError(
-            "--npz applies to image files, but got a collection, whose Parquet files contain raw maps and masks: leave it out."
-        )
-    if options.words:
-        raise ValueError("--words applies to image files, but got a collection: leave it out.")
-    if options.overwrite:
-        raise ValueError(
-            "--overwrite applies to image files, but got a collection, which replaces no files: leave it out."
+            f"{' and '.join(given)} applies to image files, but got a collection, whose Parquet files contain raw maps and masks and "
+            "replace no files: leave it out."
         )
     output = options.output or Path("explanations")
     check_folder("--output", output)
@@ -220,17 +169,7 @@ def _save_arrays(explanation, path: Path, overwrite: bool) -> None:
             archive.comment = SOFTWARE.encode()
 
 
-def _print_table(report: list[dict], min_presence: float) -> None:
-    from ..presence import presence_word
-
-    width = max((len(printable(row["text"])) for entry in report for row in entry["texts"]), default=0)
-    for entry in report:
-        echo(f"{printable(entry['image'])} -> {printable(entry['picture'])}")
-        for row in entry["texts"]:
-            regions = f"{len(row['regions'])} region{'' if len(row['regions']) == 1 else 's'}"
-            echo(
-                f"  {printable(row['text']):<{width}}  {row['score']:+.4f}  {presence_word(row['presence'], min_presence):<7}  "
-                f"presence {row['presence']:.2f}  {regions}"
-            )
-            if "words" in row:
-                echo("    " + "  ".join(f"{printable(one['word'])} {one['score']:.2f}" for one in row["words"]))
+def _describe(row: dict) -> str:
+    regions = f"{len(row['regions'])} region{'' if len(row['regions']) == 1 else 's'}"
+    words = "  ".join(f"{printable(one['word'])} {one['score']:.2f}" for one in row.get("words", ()))
+    return f"{regions}\n    {words}" if "words" in row else regions

@@ -103,12 +103,17 @@ def export(options: argparse.Namespace, directory: Path, name: str | None = None
                 "content; evaluate again."
             )
     from ..hub.folders import export_model
+    from ..models.identity import changed_model
     from ..models.loading import load_iclip
 
     silence_transformers()
     model, processor = load_iclip(options.model)
-    if metrics is not None and isinstance(metrics.get("protocol"), Mapping):
-        check_measured(metrics["protocol"], model, processor, options.results)
+    protocol = None if metrics is None else metrics["protocol"]
+    if isinstance(protocol, Mapping) and (differing := changed_model(protocol, model, processor)):
+        raise ValueError(
+            f"--results {options.results}: expected figures of this model, got those of other {', '.join(differing)}, or of a model that "
+            "it does not describe; measure this model by `iclip evaluate --output`."
+        )
     with _with_card(options.model) as source:
         return export_model(model, processor, directory, name=name, source=source, metrics=metrics)
 
@@ -123,19 +128,3 @@ def _with_card(model: str) -> Iterator[str | Path]:
         return
     with tempfile.TemporaryDirectory() as scratch:
         yield init_model("iclip-dinov2-s14-minilm", Path(scratch, "model"))
-
-
-def check_measured(protocol: Mapping, model, processor, file: Path) -> None:
-    """
-    Checks that results were measured with a model.
-
-    Raises:
-        `ValueError`: the results are of another model, or do not describe theirs.
-    """
-    from ..models.identity import changed_model
-
-    if differing := changed_model(protocol, model, processor):
-        raise ValueError(
-            f"--results {file}: expected figures of this model, got those of other {', '.join(differing)}, or of a model that it does "
-            "not describe; measure this model by `iclip evaluate --output`."
-        )

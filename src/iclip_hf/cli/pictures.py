@@ -9,7 +9,54 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from .common import PICTURES, check_file, check_folder, echo, one_line, printable
+from ..presence import MIN_PRESENCE
+from .common import (
+    PICTURES,
+    add_method_option,
+    add_model_options,
+    add_overwrite_option,
+    add_refine_option,
+    add_text_option,
+    check_file,
+    check_folder,
+    echo,
+    load_silently,
+    one_line,
+    printable,
+    share,
+)
+
+
+def add_image_options(
+    command: argparse.ArgumentParser, *, images: str, absent: str, output: str, refine: bool = False
+) -> None:
+    """
+    Adds what the commands share that explain image files.
+
+    Args:
+        images: help of the images.
+        absent: what an absent text gets.
+        output: help of `--output`.
+        refine: default of `--refine`.
+    """
+    command.add_argument("images", nargs="+", metavar="IMAGE", help=images)
+    add_text_option(
+        command,
+        "what to look for; it is inserted into the prompts; repeat the option for several texts",
+        required=True,
+    )
+    add_model_options(command)
+    add_method_option(command)
+    add_refine_option(command, default=refine)
+    command.add_argument(
+        "--min-presence",
+        type=share,
+        default=MIN_PRESENCE,
+        metavar="NUMBER",
+        help=f"a text with a lower presence counts as absent and gets {absent}; 0 to 1 (default: {MIN_PRESENCE})",
+    )
+    command.add_argument("--output", type=Path, metavar="PATH", help=output)
+    add_overwrite_option(command)
 
 
 def pictures_to_write(
@@ -65,6 +112,23 @@ def file_names(images: Sequence[str]) -> list[str]:
     return list(taken.values())
 
 
+def make_localizer(options: argparse.Namespace, texts: Sequence[str], words: str | None = None):
+    """Loads the model and returns the [`Localizer`] of the options for these texts."""
+    from ..localization.localizer import Localizer
+
+    return Localizer(
+        load_silently(options.model, options),
+        texts,
+        method=options.method,
+        templates=options.templates,
+        threshold=options.threshold,
+        min_presence=options.min_presence,
+        image_size=options.image_size,
+        refine=options.refine,
+        words=words,
+    )
+
+
 def write_pictures(
     command: str, localizer, images: Sequence[tuple[str, Path | None]], write: Callable, batch_size: int = 4
 ) -> list[dict]:
@@ -103,10 +167,37 @@ def write_pictures(
     return [entry for entry in report if entry is not None]
 
 
-def print_json_lines(report: Sequence[dict]) -> None:
-    """Prints JSON Lines: one line for each image."""
+def print_report(
+    options: argparse.Namespace, report: Sequence[dict], texts: str, describe: Callable[[dict], str]
+) -> int:
+    """
+    Prints the result of `write_pictures`: JSON Lines, or for each image its files and a line for each text.
+
+    Args:
+        options: parsed options with `images`, `min_presence` and `json`.
+        report: the entries of the images.
+        texts: key of the texts of an entry.
+        describe: the end of the line of a text.
+
+    Returns:
+        The exit code.
+    """
+    from ..presence import presence_word
+
+    width = max((len(printable(row["text"])) for entry in report for row in entry[texts]), default=0)
     for entry in report:
-        echo(json.dumps(entry, ensure_ascii=False))
+        if options.json:
+            echo(json.dumps(entry, ensure_ascii=False))
+            continue
+        files = [printable(entry[name]) for name in ("picture", "labels") if name in entry]
+        echo(f"{printable(entry['image'])} -> {', '.join(files)}")
+        for row in entry[texts]:
+            word = presence_word(row["presence"], options.min_presence)
+            echo(
+                f"  {printable(row['text']):<{width}}  {row['score']:+.4f}  {word:<7}  presence {row['presence']:.2f}  "
+                f"{describe(row)}"
+            )
+    return 0 if len(report) == len(options.images) else 2
 
 
 def picture_dpi(path: Path) -> int:

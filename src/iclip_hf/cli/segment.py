@@ -7,32 +7,27 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-from ..presence import MIN_PRESENCE
 from ..prompts import check_text
-from .common import (
-    add_method_option,
-    add_model_options,
-    add_overwrite_option,
-    add_refine_option,
-    add_text_option,
-    checked,
-    echo,
-    load_silently,
-    printable,
-    save_figure,
-    share,
-    software_exif,
+from .common import checked, printable, save_figure, share, software_exif
+from .pictures import (
+    add_image_options,
+    make_localizer,
+    picture_dpi,
+    pictures_to_write,
+    print_report,
+    write_pictures,
 )
-from .pictures import picture_dpi, pictures_to_write, print_json_lines, write_pictures
 
 
 def add_options(command: argparse.ArgumentParser) -> None:
     command.set_defaults(run=run)
-    command.add_argument("images", nargs="+", metavar="IMAGE", help="image files")
-    add_text_option(
+    add_image_options(
         command,
-        "what to look for; it is inserted into the prompts; repeat the option for several texts",
-        required=True,
+        images="image files",
+        absent="no pixel",
+        output="picture to write (default: segmentation.png); for several images, the folder to write to (default: segmentations); "
+        "label maps are written to the folder labels beside the pictures",
+        refine=True,
     )
     command.add_argument(
         "--background",
@@ -43,9 +38,6 @@ def add_options(command: argparse.ArgumentParser) -> None:
         help="what else the image shows, such as sky; it competes like the texts, and its pixels are background; repeat the option for "
         "several texts",
     )
-    add_model_options(command)
-    add_method_option(command)
-    add_refine_option(command, default=True)
     command.add_argument(
         "--threshold",
         type=share,
@@ -53,21 +45,6 @@ def add_options(command: argparse.ArgumentParser) -> None:
         metavar="NUMBER",
         help="a text competes for the pixels whose map, stretched to [0, 1], is greater (default: 0.5)",
     )
-    command.add_argument(
-        "--min-presence",
-        type=share,
-        default=MIN_PRESENCE,
-        metavar="NUMBER",
-        help=f"a text with a lower presence counts as absent and gets no pixel; 0 to 1 (default: {MIN_PRESENCE})",
-    )
-    command.add_argument(
-        "--output",
-        type=Path,
-        metavar="PATH",
-        help="picture to write (default: segmentation.png); for several images, the folder to write to (default: "
-        "segmentations); label maps are written to the folder labels beside the pictures",
-    )
-    add_overwrite_option(command)
     command.add_argument(
         "--json",
         action="store_true",
@@ -80,19 +57,9 @@ def run(options: argparse.Namespace) -> int:
     if not images:
         return 2
     from ..figures.sheets import at_picture_size, label_sheet
-    from ..localization.localizer import Localizer
     from ..regions import run_lengths
 
-    localizer = Localizer(
-        load_silently(options.model, options),
-        [*options.texts, *options.background],
-        method=options.method,
-        templates=options.templates,
-        threshold=options.threshold,
-        min_presence=options.min_presence,
-        image_size=options.image_size,
-        refine=options.refine,
-    )
+    localizer = make_localizer(options, [*options.texts, *options.background])
     background = range(len(options.texts), len(localizer.texts))
 
     def write(image, explanation, picture: Path | None) -> dict:
@@ -126,11 +93,7 @@ def run(options: argparse.Namespace) -> int:
         if hidden:
             problem = f"{entry['image']}: present, but covered by the other texts: {', '.join(hidden)}"
             print(f"iclip segment: {printable(problem)}; look at the maps with iclip explain", file=sys.stderr)
-    if options.json:
-        print_json_lines(report)
-    else:
-        _print_table(report, options.min_presence)
-    return 0 if len(report) == len(options.images) else 2
+    return print_report(options, report, "segments", lambda row: f"{100 * row['area']:5.1f} % of the image")
 
 
 def _label_file(picture: Path) -> Path:
@@ -154,17 +117,3 @@ def _save_labels(labels, num_texts: int, path: Path, overwrite: bool = False) ->
         image.putpalette(label_colors(256).tobytes())
     with new_file(path, overwrite) as partial:
         image.save(partial, format="PNG", exif=software_exif())
-
-
-def _print_table(report: list[dict], min_presence: float) -> None:
-    from ..presence import presence_word
-
-    width = max((len(printable(row["text"])) for entry in report for row in entry["segments"]), default=0)
-    for entry in report:
-        echo(f"{printable(entry['image'])} -> {printable(entry['picture'])}, {printable(entry['labels'])}")
-        for row in entry["segments"]:
-            echo(
-                f"  {printable(row['text']):<{width}}  {row['score']:+.4f}  {presence_word(row['presence'], min_presence):<7}  "
-                f"presence {row['presence']:.2f}  "
-                f"{100 * row['area']:5.1f} % of the image"
-            )

@@ -123,7 +123,8 @@ def _report(measures: list[Measure], method: str, dataset: SegmentationDataset) 
     figures, cells, left_out, by_class = {}, {}, {}, {}
     for measure in measures:
         found, rows = measure.report(method if measure.by_method else None)
-        left_out |= found.pop("left_out", {})
+        if "left_out" in found:
+            left_out[measure.name] = found.pop("left_out")
         cells |= dict(zip((heading for heading, _ in measure.figures.values()), measure.cells(found)))
         figures |= found
         for label, row in rows.items():

@@ -27,6 +27,7 @@ from ..utils.extras import require_extra
 from ..utils.names import MEASURES, TASKS
 from ..utils.prefetch import prefetch_map, spare_processors
 from .measures import EvaluatedImage, Measure, make_measure
+from .measures.measure import check_positive
 from .results import EvaluationResult
 
 
@@ -148,9 +149,7 @@ class EvaluationRun:
     """
 
     def __init__(self, model, dataset, methods, image_size, templates, refine, limit, batch_size, num_workers, state):
-        for name, number in (("limit", limit), ("batch_size", batch_size)):
-            if number is not None and number < 1:
-                raise ValueError(f"Expected {name} to be at least 1, got {number}: correct it.")
+        check_positive(limit=limit, batch_size=batch_size)
         self.model, self.dataset, self.methods = load(model), dataset, list(dict.fromkeys(methods))
         self.explainers = {method: make_explainer(self.model, method) for method in self.methods}
         self.templates = check_templates(dataset.templates if templates is None else templates)

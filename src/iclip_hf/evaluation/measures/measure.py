@@ -205,10 +205,10 @@ class MeansMeasure(Measure):
         }
 
 
-def check_positive(**numbers: int) -> None:
-    """Raises `ValueError` unless all numbers are at least 1."""
+def check_positive(**numbers: int | None) -> None:
+    """Raises `ValueError` unless all numbers that are given are at least 1."""
     for name, number in numbers.items():
-        if number < 1:
+        if number is not None and number < 1:
             raise ValueError(f"Expected {name} to be at least 1, got {number}: correct it.")
 
 

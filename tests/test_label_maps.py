@@ -6,7 +6,7 @@ from conftest import tiny_model
 from torch.nn import functional as F
 
 from iclip_hf import ICLIPProcessor
-from iclip_hf.label_maps import BACKGROUND_LABEL, classes_of, label_map, segments
+from iclip_hf.label_maps import BACKGROUND_LABEL, label_map, segments
 from iclip_hf.localization.explanation import Explanation
 from iclip_hf.modeling_iclip import ICLIPOutput
 from iclip_hf.prompts import IMAGENET_TEMPLATES, check_templates
@@ -104,7 +104,7 @@ def test_bad_shapes_are_named():
         with pytest.raises(ValueError, match=f"logit_scale to be positive, got {scale}"):
             label_map(torch.zeros(2, 3, 3), logit_scale=scale)
     with pytest.raises(ValueError, match=r"indices of 2 texts, got \[2\]"):
-        classes_of(2, [2])
+        segments(torch.zeros(2, 3, 3), (3, 3), torch.ones(2, dtype=torch.bool), background=[2])
 
 
 # ---- segments ----

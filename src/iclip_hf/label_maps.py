@@ -37,17 +37,21 @@ def segments(
     Raises:
         `ValueError`: the number of thresholds is not T, or `background` has no such text.
     """
-    classes = classes_of(len(raw_maps), background).tolist()
+    if not all(0 <= index < len(raw_maps) for index in background):
+        raise ValueError(
+            f"Expected background to be indices of {len(raw_maps)} texts, got {list(background)}: correct them."
+        )
     thresholds = threshold if isinstance(threshold, Sequence) else [threshold] * len(raw_maps)
     found = torch.full(size, BACKGROUND_LABEL, device=raw_maps.device)
     best = torch.full(size, -torch.inf, device=raw_maps.device)
-    for raw_map, shown, label, least in zip(raw_maps, present.tolist(), classes, thresholds, strict=True):
+    texts = zip(raw_maps, present.tolist(), thresholds, strict=True)
+    for index, (raw_map, shown, least) in enumerate(texts):
         if shown:  # one map at a time, so the memory does not grow with the number of texts
             values = resize_maps(raw_map, size)
             won = values > best
             if least is not None:
                 won &= min_max_normalize(values) > least
-            found.masked_fill_(won, label)
+            found.masked_fill_(won, BACKGROUND_LABEL if index in background else index)
             best = torch.where(won, values, best)
     return found
 
@@ -135,23 +139,3 @@ def label_map(
     if threshold is not None:
         labels[confidence <= threshold] = BACKGROUND_LABEL
     return labels, confidence
-
-
-def classes_of(num_texts: int, background: Sequence[int] = ()) -> torch.Tensor:
-    """
-    Returns the labels of texts, for [`segments`]: each its own, and [`BACKGROUND_LABEL`] for those of the background.
-
-    Args:
-        num_texts (`int`): number of texts T.
-        background: indices of the texts that describe the background, in [0, T).
-
-    Raises:
-        `ValueError`: there is no such text.
-    """
-    classes = torch.arange(num_texts)
-    if not all(0 <= index < num_texts for index in background):
-        raise ValueError(
-            f"Expected background to be indices of {num_texts} texts, got {list(background)}: correct them."
-        )
-    classes[list(background)] = BACKGROUND_LABEL
-    return classes

@@ -111,8 +111,7 @@ def _explain(options: argparse.Namespace, image, texts: list[str], templates, ta
     """Yields model name, method and explanation for each model and method."""
     from ..localization.localizer import explain
 
-    size = None if options.image_size is None else {"height": options.image_size, "width": options.image_size}
-    seen = {"templates": templates, "target_sizes": [target_size], "size": size}
+    seen = {"templates": templates, "target_sizes": [target_size], "size": options.image_size}
     for name in options.models or ["embedded"]:
         model = load_silently(name, options)
         for method in dict.fromkeys(options.methods):

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from ..presence import MIN_PRESENCE
+from ..presence import MIN_PRESENCE, presence_word
 from .common import (
     PICTURES,
     add_method_option,
@@ -182,8 +182,6 @@ def print_report(
     Returns:
         The exit code.
     """
-    from ..presence import presence_word
-
     width = max((len(printable(row["text"])) for entry in report for row in entry[texts]), default=0)
     for entry in report:
         if options.json:

@@ -131,18 +131,14 @@ def channel_matches(model, image: Image.Image) -> dict[str, ChannelMatch]:
           patch tokens, because the class token of another branch is in another space.
     """
     model = load(model)
-    features = _features(model, image)
+    features = model.encode_images(model.processor(images=[image])["pixel_values"])
+    patches = features.patch_embeds[0].flatten(0, 1)
     return {
-        name: ChannelMatch(
-            match_channels(vector, features.patch_embeds[0].flatten(0, 1)).numpy(force=True),
-            vector.numpy(force=True),
-            features.grid,
-        )
+        name: ChannelMatch(match_channels(vector, patches).numpy(force=True), vector.numpy(force=True), features.grid)
         for name, vector in _poolings(model, features).items()
     }
 
 
-@torch.no_grad()
 def semantic_shift(
     model, samples: Iterable[SegmentationSample], before: str = "max", after: str = "average"
 ) -> SemanticShift:
@@ -170,14 +166,9 @@ def semantic_shift(
         if share == 0:
             left_out += 1
             continue
-        features = _features(model, sample.image)
-        tokens = torch.from_numpy(foreground_tokens(foreground, labelled, features.grid)).to(
-            features.patch_embeds.device
-        )
-        on = {
-            name: tokens[match_channels(vector, features.patch_embeds[0].flatten(0, 1))]
-            for name, vector in _poolings(model, features).items()
-        }
+        matches = channel_matches(model, sample.image)
+        tokens = foreground_tokens(foreground, labelled, matches["average"].grid)
+        on = {name: tokens[match.tokens] for name, match in matches.items()}
         for pooling in (before, after):
             if pooling not in on:
                 raise ValueError(
@@ -226,10 +217,6 @@ def relation(recognition: Mapping[str, float], interpretability: Mapping[str, fl
     x, y = (np.array([scores[name] for name in names], dtype=float) for scores in (recognition, interpretability))
     varied = len(names) > 1 and np.ptp(x) > 0 and np.ptp(y) > 0
     return Relation(names, x, y, float(np.corrcoef(x, y)[0, 1]) if varied else math.nan)
-
-
-def _features(model: ExplainableModel, image: Image.Image) -> ICLIPImageFeatures:
-    return model.encode_images(model.processor(images=[image])["pixel_values"])
 
 
 def _poolings(model: ExplainableModel, features: ICLIPImageFeatures) -> dict[str, torch.Tensor]:

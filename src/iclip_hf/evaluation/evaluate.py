@@ -27,6 +27,7 @@ from ..utils.extras import require_extra
 from ..utils.names import MEASURES, TASKS
 from ..utils.prefetch import prefetch_map, spare_processors
 from .measures import EvaluatedImage, Measure, make_measure
+from .measures.measure import check_positive
 from .results import EvaluationResult
 
 
@@ -123,7 +124,8 @@ def _report(measures: list[Measure], method: str, dataset: SegmentationDataset) 
     figures, cells, left_out, by_class = {}, {}, {}, {}
     for measure in measures:
         found, rows = measure.report(method if measure.by_method else None)
-        left_out |= found.pop("left_out", {})
+        if "left_out" in found:
+            left_out[measure.name] = found.pop("left_out")
         cells |= dict(zip((heading for heading, _ in measure.figures.values()), measure.cells(found)))
         figures |= found
         for label, row in rows.items():
@@ -147,9 +149,7 @@ class EvaluationRun:
     """
 
     def __init__(self, model, dataset, methods, image_size, templates, refine, limit, batch_size, num_workers, state):
-        for name, number in (("limit", limit), ("batch_size", batch_size)):
-            if number is not None and number < 1:
-                raise ValueError(f"Expected {name} to be at least 1, got {number}: correct it.")
+        check_positive(limit=limit, batch_size=batch_size)
         self.model, self.dataset, self.methods = load(model), dataset, list(dict.fromkeys(methods))
         self.explainers = {method: make_explainer(self.model, method) for method in self.methods}
         self.templates = check_templates(dataset.templates if templates is None else templates)

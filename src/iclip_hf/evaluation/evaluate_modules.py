@@ -57,11 +57,14 @@ class StreamingMetric(evaluate.Metric, ABC):
     """
     A metric of `evaluate` over maps and masks. It stores the counts of each item instead of its pixels.
 
-    A subclass sets `accumulator` to a metric of `iclip_hf.evaluation.metrics` and returns `self._metric_info(...)` from `_info`.
+    A subclass sets `accumulator` to a metric of `iclip_hf.evaluation.metrics`, and `inputs` and `labels` to the description of the
+    inputs and the feature of a class or classes. It returns `self._metric_info(...)` from `_info`.
     This class is abstract, because `evaluate.load` instantiates the first metric class of a script that is not abstract.
     """
 
     accumulator: type
+    inputs: str
+    labels: Value | Sequence
 
     def __init__(self, *args, ignore_index: int = 255, **kwargs):
         super().__init__(*args, **kwargs)
@@ -76,15 +79,15 @@ class StreamingMetric(evaluate.Metric, ABC):
     def of_one_image(cls, maps: list[np.ndarray], mask: np.ndarray, labels: list[int]) -> dict:
         """Returns the inputs for K maps (H, W) of one image, its label mask (H, W) and K class ids."""
 
-    def _metric_info(self, description: str, outputs: str, inputs: str, labels) -> evaluate.MetricInfo:
+    def _metric_info(self, description: str, outputs: str) -> evaluate.MetricInfo:
         # An item is stored as its two rows of counts and its class or classes. The columns keep the names of the inputs, because
         # `evaluate.combine` passes no others.
         row = Sequence(Value("float64"))
         return evaluate.MetricInfo(
             description=description,
             citation=_CITATION,
-            inputs_description=inputs + outputs,
-            features=Features({"predictions": row, "references": row, "labels": labels}),
+            inputs_description=self.inputs + outputs,
+            features=Features({"predictions": row, "references": row, "labels": self.labels}),
             reference_urls=["https://arxiv.org/abs/2209.07046"],
         )
 
@@ -133,12 +136,11 @@ class StreamingMetric(evaluate.Metric, ABC):
 class PairMetric(StreamingMetric):
     """A metric over pairs of a map and a class."""
 
+    inputs, labels = _PAIR_INPUTS, Value("int64")
+
     def __init__(self, *args, aggregate: str = "image", **kwargs):
         super().__init__(*args, **kwargs)
         self.aggregate = self.accumulator(aggregate).aggregate
-
-    def _metric_info(self, description: str, outputs: str) -> evaluate.MetricInfo:
-        return super()._metric_info(description, outputs, _PAIR_INPUTS, Value("int64"))
 
     @classmethod
     def of_one_image(cls, maps: list[np.ndarray], mask: np.ndarray, labels: list[int]) -> dict:
@@ -154,8 +156,7 @@ class PairMetric(StreamingMetric):
 class ImageMetric(StreamingMetric):
     """A metric over images with the maps of all their classes."""
 
-    def _metric_info(self, description: str, outputs: str) -> evaluate.MetricInfo:
-        return super()._metric_info(description, outputs, _IMAGE_INPUTS, Sequence(Value("int64")))
+    inputs, labels = _IMAGE_INPUTS, Sequence(Value("int64"))
 
     @classmethod
     def of_one_image(cls, maps: list[np.ndarray], mask: np.ndarray, labels: list[int]) -> dict:

@@ -30,9 +30,7 @@ class LeGrad(Explainer):
 
     def __init__(self, model, depth: int = 2):
         super().__init__(model)
-        if depth < 1:
-            raise ValueError(f"Expected a depth of at least one layer, got {depth}: correct it.")
-        self.blocks = self.model.self_attentions("LeGrad")[-depth:]
+        self.blocks = self.model.self_attentions("LeGrad", depth)
         self._mean_mlps = {index: _mean_mlp(self.model.layers[index].mlp) for index in self.blocks}
 
     def forward(self, pixel_values: torch.Tensor, texts: ICLIPTextFeatures) -> tuple[torch.Tensor, ICLIPImageFeatures]:

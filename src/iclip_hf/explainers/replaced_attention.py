@@ -29,9 +29,7 @@ class ReplacedAttention(Explainer):
 
     def __init__(self, model, depth: int, residual: bool = True, mlp: bool = False):
         super().__init__(model)
-        if depth < 1:
-            raise ValueError(f"Expected a depth of at least one layer, got {depth}: correct it.")
-        self.blocks = self.model.self_attentions(type(self).__name__)[-depth:]
+        self.blocks = self.model.self_attentions(type(self).__name__, depth)
         self.residual, self.mlp = residual, mlp
 
     @torch.no_grad()

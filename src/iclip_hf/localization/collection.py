@@ -219,7 +219,7 @@ def _rows(localizer, images, part, batch_size, pool, bar, broken) -> Iterator[di
 
     def describe(one: ExplainedImage) -> dict:
         texts = [
-            {**text, "raw_map": list(raw), "mask": {"bytes": _png(mask.numpy()), "path": None}}
+            {**text, "raw_map": list(raw), "mask": {"bytes": _png(mask), "path": None}}
             for (text, mask), raw in zip(one.explanation.records_and_masks(), one.explanation.raw_maps.numpy())
         ]
         return {"image": one.name, "height": one.image.height, "width": one.image.width, "texts": texts}

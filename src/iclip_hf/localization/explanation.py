@@ -112,40 +112,38 @@ class Explanation:
             Numbers that are not integers are rounded to 4 decimals.
         """
         height, width = self.size
-        texts = [{**record, "mask": run_lengths(mask.numpy())} for record, mask in self.records_and_masks()]
+        texts = [{**record, "mask": run_lengths(mask)} for record, mask in self.records_and_masks()]
         return {"height": height, "width": width, "texts": texts}
 
-    def records_and_masks(self) -> Iterator[tuple[dict, torch.Tensor]]:
+    def records_and_masks(self) -> Iterator[tuple[dict, np.ndarray]]:
         """Yields `to_dict`'s `dict` of each text without the mask, and the mask. Computes each map once."""
         for index in range(len(self.labels)):
-            heatmap, mask = self._map_and_mask(index)
-            yield self._record(index, heatmap.numpy(), mask.numpy()), mask
+            heatmap, mask = (one.numpy() for one in self._map_and_mask(index))
+            regions = find_regions(heatmap, mask)
+            negative = negative_points(heatmap, mask).tolist() if regions else []
+            words = {}
+            if self.words is not None:
+                words["words"] = [{"word": word, "score": round(score, 4)} for word, score in self.words[index]]
+            record = {
+                "text": self.labels[index],
+                "score": round(self.scores[index].item(), 4),
+                "presence": round(self.presence[index].item(), 4),
+                **words,
+                "regions": [
+                    {
+                        "score": round(region.score, 4),
+                        "box": list(region.box),
+                        "positive_points": positive_points(heatmap, region).tolist(),
+                        "negative_points": negative,
+                    }
+                    for region in regions
+                ],
+            }
+            yield record, mask
 
     def _stretched(self, raw_maps: torch.Tensor) -> torch.Tensor:
         maps = resize_and_normalize(raw_maps, self.size)
         return reverse(maps) if self.reversed else maps
-
-    def _record(self, index: int, heatmap: np.ndarray, mask: np.ndarray) -> dict:
-        regions = find_regions(heatmap, mask)
-        negative = negative_points(heatmap, mask).tolist() if regions else []
-        words = {}
-        if self.words is not None:
-            words["words"] = [{"word": word, "score": round(score, 4)} for word, score in self.words[index]]
-        return {
-            "text": self.labels[index],
-            "score": round(self.scores[index].item(), 4),
-            "presence": round(self.presence[index].item(), 4),
-            **words,
-            "regions": [
-                {
-                    "score": round(region.score, 4),
-                    "box": list(region.box),
-                    "positive_points": positive_points(heatmap, region).tolist(),
-                    "negative_points": negative,
-                }
-                for region in regions
-            ],
-        }
 
     def _map_and_mask(self, index: int, threshold: float | None = None) -> tuple[torch.Tensor, torch.Tensor]:
         if threshold is None:

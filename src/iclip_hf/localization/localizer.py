@@ -109,9 +109,7 @@ class Localizer:
         self.templates = check_templates(self.model.templates if templates is None else templates)
         self.min_presence = min_presence
         self._background = encode_background(self.model, self.templates)
-        size = {"height": image_size, "width": image_size} if isinstance(image_size, int) else image_size
-        self._options = {} if size is None else {"size": size}
-        self._word_method, self._refine = words, refine
+        self._size, self._word_method, self._refine = image_size, words, refine
         self._settings = {
             "method": method,
             "templates": self.templates,
@@ -162,8 +160,8 @@ class Localizer:
             size (`tuple[int, int]`, *optional*): height and width of its maps in pixels; those of the image if not given.
         """
         rows = range(len(self.texts)) if labels is None else map(self.texts.index, labels)
-        sizes = [self._options, {}] if self._options else [{}]
-        pixel_values, *own = (self.model.processor(images=[image], **one)["pixel_values"] for one in sizes)
+        sizes = [None] if self._size is None else [self._size, None]  # None is the processor's
+        pixel_values, *own = (self.model.processor(images=[image], size=one)["pixel_values"] for one in sizes)
         return PreparedImage(
             pixel_values,
             size=(image.height, image.width) if size is None else size,
@@ -295,7 +293,7 @@ def explain(
     *,
     templates: Sequence[str] | None = None,
     target_sizes: Sequence[tuple[int, int]] | None = None,
-    size: dict[str, int] | None = None,
+    size: int | dict[str, int] | None = None,
     batch_size: int = 8,
     words: str | None = None,
     refine: bool = False,

@@ -142,20 +142,22 @@ class RecordableModel(ExplainableModel):
         """Returns the factor by which the model multiplies the cosines of images and texts."""
         return self.network.logit_scale.exp()
 
-    def self_attentions(self, method: str) -> list[int]:
+    def self_attentions(self, method: str, depth: int) -> list[int]:
         """
-        Returns the indices of the layers that are self-attentions of transformer blocks.
+        Returns the indices of the last `depth` layers that are self-attentions of transformer blocks; all if the tower has fewer.
 
         Raises:
-            `ValueError`: there are none.
+            `ValueError`: there are none, or `depth` is below 1.
         """
+        if depth < 1:
+            raise ValueError(f"Expected a depth of at least one layer, got {depth}: correct it.")
         blocks = [index for index, layer in enumerate(self.layers) if layer.residual]
         if not blocks:
             raise ValueError(
                 f"Expected an image tower of transformer blocks for {method}, got one without self-attention: use itsm, "
                 "grad_cam, grad_eclip, bi_modal or attention."
             )
-        return blocks
+        return blocks[-depth:]
 
     def trace(
         self, pixel_values: torch.Tensor, start: int = -1, grad: bool = False, weights: bool = False

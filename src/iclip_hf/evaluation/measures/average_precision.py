@@ -25,5 +25,5 @@ class AveragePrecision(Measure):
 
     def report(self, method: None) -> tuple[dict, dict[int, dict]]:
         scores = self.totals[method].compute()
-        figures = {"mAP": measured(scores["map"]), "left_out": {self.name: scores["left_out"]}}
+        figures = {"mAP": measured(scores["map"]), "left_out": scores["left_out"]}
         return figures, {label: {"AP": ap} for label, ap in scores["per_class"].items()}

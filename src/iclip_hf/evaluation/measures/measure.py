@@ -96,7 +96,10 @@ class Measure(ABC):
 
     @abstractmethod
     def report(self, method: str | None) -> tuple[dict, dict[int, dict]]:
-        """Returns the figures of a method, and for each class id a row of figures. A figure without data is None."""
+        """
+        Returns the figures of a method, and for each class id a row of figures. A figure without data is None; `left_out` is the
+        number of items without a figure, by reason.
+        """
 
     def protocol(self) -> dict:
         """Returns what is needed to repeat the measurement."""
@@ -196,15 +199,16 @@ class MeansMeasure(Measure):
     def report(self, method: str) -> tuple[dict, dict[int, dict]]:
         means = self.totals[method].compute()
         left_out = np.zeros(len(self.columns), int) if means["left_out"] is None else means["left_out"]
-        figures = self.named(means["means"]) | {"pairs": means["pairs"]}
-        figures["left_out"] = {self.name: {"no_value": int(left_out.max(initial=0))}}
-        return figures, {label: self.named(values) for label, values in means["per_class"].items()}
+        counted = {"pairs": means["pairs"], "left_out": {"no_value": int(left_out.max(initial=0))}}
+        return self.named(means["means"]) | counted, {
+            label: self.named(values) for label, values in means["per_class"].items()
+        }
 
 
-def check_positive(**numbers: int) -> None:
-    """Raises `ValueError` unless all numbers are at least 1."""
+def check_positive(**numbers: int | None) -> None:
+    """Raises `ValueError` unless all numbers that are given are at least 1."""
     for name, number in numbers.items():
-        if number < 1:
+        if number is not None and number < 1:
             raise ValueError(f"Expected {name} to be at least 1, got {number}: correct it.")
 
 

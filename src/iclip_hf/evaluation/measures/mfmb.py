@@ -14,5 +14,5 @@ class MFMB(PairMeasure):
 
     def report(self, method: str) -> tuple[dict, dict[int, dict]]:
         scores = self.totals[method].compute()
-        figures = {"mFMB": measured(scores["mfmb"]), "left_out": {self.name: scores["left_out"]}}
+        figures = {"mFMB": measured(scores["mfmb"]), "left_out": scores["left_out"]}
         return figures, {label: {"FMB": fmb} for label, fmb in scores["per_class"].items()}

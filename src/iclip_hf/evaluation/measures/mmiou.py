@@ -17,4 +17,4 @@ class MMIoU(PairMeasure):
         figures = {"mMIoU": measured(scores["mmiou"]), "floor": measured(scores["floor"]), "pairs": scores["pairs"]}
         best = scores["thresholds"]
         rows = {label: {"MIoU": iou, "threshold": best[label]} for label, iou in scores["per_class"].items()}
-        return figures | {"left_out": {self.name: scores["left_out"]}}, rows
+        return figures | {"left_out": scores["left_out"]}, rows

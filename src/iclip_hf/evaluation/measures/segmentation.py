@@ -155,7 +155,7 @@ class Segmentation(Measure):
             "floor_class": (["background", *self.run.dataset.class_names])[scores["floor_class"]],
             "thresholds": thresholds,
             "pixels": scores["pixels"],
-            "left_out": {self.name: scores["left_out"]},
+            "left_out": scores["left_out"],
         }
         accuracy = scores["per_class_accuracy"]
         ids = range(0 if self.run.dataset.background else 1, whole.num_classes)

@@ -38,7 +38,7 @@ class StuffContrast(RegionMeasure):
             return fmean(values) if values else None
 
         figures = {"stuff_contrast": mean(True), "thing_contrast": mean(False)}
-        figures["left_out"] = {self.name: scores["left_out"]}
+        figures["left_out"] = scores["left_out"]
         return figures, {label: {"ranking": one} for label, one in scores["per_class"].items()}
 
     def protocol(self) -> dict:

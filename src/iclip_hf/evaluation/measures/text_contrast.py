@@ -14,7 +14,7 @@ class TextContrast(RegionMeasure):
 
     def report(self, method: str) -> tuple[dict, dict[int, dict]]:
         scores = self.totals[method].compute()
-        figures = {"text_contrast": measured(scores["text_contrast"]), "left_out": {self.name: scores["left_out"]}}
+        figures = {"text_contrast": measured(scores["text_contrast"]), "left_out": scores["left_out"]}
         return figures, {label: {"text_contrast": one} for label, one in scores["per_class"].items()}
 
     def protocol(self) -> dict:

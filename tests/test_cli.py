@@ -12,6 +12,7 @@ from conftest import tiny_model
 from PIL import Image
 
 from iclip_hf import cli, explain
+from iclip_hf.cli.pictures import presence_column
 from iclip_hf.models.loading import load
 from iclip_hf.regions import find_regions, run_lengths
 from iclip_hf.similarity import resize_and_normalize
@@ -45,6 +46,18 @@ def test_one_photograph_becomes_one_picture(folder, tmp_path, capsys):
     with Image.open(output) as picture:
         assert picture.width > 3 * picture.height / 2  # original and two maps side by side
     assert [path.name for path in output.parent.iterdir()] == ["out.png"]
+
+
+def test_an_input_that_is_missing_is_named_before_the_output(tmp_path, capsys):
+    assert cli.main(["explain", f"{tmp_path}/none/", "--text", "dog", "--output", "maps"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "none" in line and "--output" not in line  # which is no picture, but right for a folder of images
+
+
+def test_a_printed_presence_agrees_with_its_word():
+    assert presence_column(0.8968, 0.7) == "unsure   presence 0.89"
+    assert presence_column(0.9, 0.7) == "present  presence 0.90"
+    assert presence_column(0.29, 0.7) == "absent   presence 0.29" and presence_column(1.0, 0.7).endswith("1.00")
 
 
 def test_many_photographs_and_one_that_is_broken(folder, tmp_path, capsys):

@@ -647,6 +647,15 @@ def test_a_photograph_on_its_side_is_explained_upright(made, tmp_path):
     torch.testing.assert_close(one.maps, upright.maps)
 
 
+def test_bytes_of_a_file_are_one_image_and_other_objects_none(made, tmp_path):
+    model, processor, _ = made("iclip")
+    images()[0].save(tmp_path / "photo.png")
+    one = explain((model, processor), (tmp_path / "photo.png").read_bytes(), LABELS)
+    torch.testing.assert_close(one.maps, explain((model, processor), images()[0], LABELS).maps)
+    with pytest.raises(TypeError, match="Expected the path of an image, its bytes or a PIL image, but got NoneType"):
+        explain((model, processor), None, LABELS)
+
+
 def test_templates_are_averaged_as_unit_vectors(made, monkeypatch):
     monkeypatch.setattr("iclip_hf.models.explainable.TEXT_BATCH", 4)  # so that the labels come in parts
     templates = ["a photo of the {}", "the {} ."]

@@ -129,10 +129,21 @@ def test_the_sheet_paints_labels_and_names_them(shown):
     sheet = label_sheet(image, labels, ["dog", "cat", "$x$ ball"], opacity=1)
     original, painted, legend = shown
     ink = ImageColor.getrgb(SEGMENTS[2])
-    assert (original == 255).all() and (painted[:, 200:] == ink).all()
-    assert (painted[:, :200] == painted[0, 0]).all() and 100 < painted[0, 0, 0] < 200  # the background is dimmed
+    middle = painted.shape[1] // 2
+    assert (original == 255).all() and (painted[:, middle:] == ink).all()
+    assert (painted[:, :middle] == painted[0, 0]).all() and 100 < painted[0, 0, 0] < 200  # the background is dimmed
     assert (legend == ink).all(-1).sum() > 200 and not (legend == ImageColor.getrgb(SEGMENTS[0])).all(-1).any()
     assert sheet.width > 2 * sheet.height
+
+
+def test_a_legend_has_the_order_of_the_texts_and_shares_of_the_whole_image(monkeypatch):
+    entries, legend = [], sheets._legend
+    monkeypatch.setattr(sheets, "_legend", lambda given, *size: entries.extend(given) or legend(given, *size))
+    labels = np.full((500, 1000), -1)
+    labels[:, ::4] = 1
+    labels[:, 1::1000] = 0  # one column of a thousand, of a picture of 336
+    label_sheet(Image.new("RGB", (1000, 500)), labels, ["dog", "cat"])
+    assert [entry[1:] for entry in entries] == [("dog", "0.1 %"), ("cat", "25.0 %")]
 
 
 @pytest.mark.parametrize("texts", [0, 1, 200])

@@ -75,6 +75,18 @@ def pictures_to_write(
         `ValueError`: `options.output` is not a file name for one image, or not a folder for several. `FileExistsError`: as
         [`iclip_hf.utils.files.check_outputs`].
     """
+    from ..images import require_file
+    from ..utils.files import check_outputs
+
+    found = []  # before the output is checked, which may only look wrong because an image does not exist
+    for image in options.images:
+        try:
+            require_file(image)
+            found.append(image)
+        except (ValueError, FileNotFoundError) as error:
+            print(f"iclip {options.command}: {one_line(error)}", file=sys.stderr)
+    if not found:
+        return []
     if len(options.images) == 1:
         pictures = [options.output or Path(file)]
         check_file("--output", pictures[0], PICTURES)
@@ -82,23 +94,13 @@ def pictures_to_write(
         output = options.output or Path(folder)
         check_folder("--output", output)
         pictures = [output / name for name in file_names(options.images)]
-    from ..images import require_file
-    from ..utils.files import check_outputs
-
     if options.json and options.output is None and not getattr(options, "npz", False):
         written, pictures = [], [None] * len(pictures)
     else:
         written = [*pictures, *map(beside, pictures)] if beside else pictures
     thresholds = [options.threshold] if isinstance(options.threshold, Path) else []
     check_outputs(written, [*options.images, *thresholds], options.overwrite)
-    found = []
-    for image, picture in zip(options.images, pictures):
-        try:
-            require_file(image)
-            found.append((image, picture))
-        except (ValueError, FileNotFoundError) as error:
-            print(f"iclip {options.command}: {one_line(error)}", file=sys.stderr)
-    return found
+    return [(image, picture) for image, picture in zip(options.images, pictures) if image in found]
 
 
 def file_names(images: Sequence[str]) -> list[str]:
@@ -190,12 +192,17 @@ def print_report(
         files = [printable(entry[name]) for name in ("picture", "labels") if name in entry]
         echo(f"{printable(entry['image'])} -> {', '.join(files)}")
         for row in entry[texts]:
-            word = presence_word(row["presence"], options.min_presence)
-            echo(
-                f"  {printable(row['text']):<{width}}  {row['score']:+.4f}  {word:<7}  presence {row['presence']:.2f}  "
-                f"{describe(row)}"
-            )
+            presence = presence_column(row["presence"], options.min_presence)
+            echo(f"  {printable(row['text']):<{width}}  {row['score']:+.4f}  {presence}  {describe(row)}")
     return 0 if len(report) == len(options.images) else 2
+
+
+def presence_column(value: float, min_presence: float) -> str:
+    """
+    Returns a presence as a word and a number. The number is cut, not rounded: an unsure 0.898 must not look like the 0.90 from which a
+    text is present.
+    """
+    return f"{presence_word(value, min_presence):<7}  presence {f'{value:.4f}'[:4]}"
 
 
 def picture_dpi(path: Path) -> int:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 from ..prompts import check_text
@@ -56,7 +55,7 @@ def run(options: argparse.Namespace) -> int:
     images = pictures_to_write(options, "segmentation.png", "segmentations", _label_file)
     if not images:
         return 2
-    from ..figures.sheets import at_picture_size, label_sheet
+    from ..figures.sheets import label_sheet
     from ..regions import run_lengths
 
     localizer = make_localizer(options, [*options.texts, *options.background])
@@ -79,9 +78,7 @@ def run(options: argparse.Namespace) -> int:
         if picture is None:
             return entry
         dpi, label_file = picture_dpi(picture), _label_file(picture)
-        drawn = at_picture_size(image, dpi)
-        shown = replace(explanation, size=(drawn.height, drawn.width)).label_map(background=background)
-        save_figure(label_sheet(drawn, shown.numpy(), options.texts, dpi=dpi), picture, dpi, options.overwrite)
+        save_figure(label_sheet(image, labels, options.texts, dpi=dpi), picture, dpi, options.overwrite)
         _save_labels(labels, len(options.texts), label_file, options.overwrite)
         return {"labels": str(label_file), **entry}
 

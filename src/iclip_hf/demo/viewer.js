@@ -144,7 +144,7 @@ export function createViewer(element, look) {
       const row = create("tr", body, { className: word });
       create("td", row, { textContent: text });
       create("td", row, { className: "number", textContent: cosine.toFixed(3) });
-      create("td", row, { className: "number", textContent: `${Math.round(100 * presence)} %` });
+      create("td", row, { className: "number", textContent: `${Math.floor(100 * presence)} %` });
       create("td", row, { textContent: word });
       create("div", create("td", row, { className: "bar" })).style.width = `${100 * presence}%`;
     }

@@ -94,7 +94,7 @@ def label_sheet(
     image: Image.Image, labels: np.ndarray, texts: Sequence[str], *, opacity: float = 0.6, dpi: int = DPI
 ) -> Image.Image:
     """
-    Draws an image, its label map over it, and a legend of the texts that have pixels, the largest first.
+    Draws an image, its label map over it, and a legend of the texts that have pixels, in their order.
 
     Args:
         image (`PIL.Image.Image`): RGB.
@@ -103,10 +103,13 @@ def label_sheet(
         opacity (`float`): of the colours, in [0, 1].
         dpi (`int`): resolution.
     """
-    areas = np.bincount(labels.ravel() + 1, minlength=len(texts) + 1)[1:] / labels.size
-    shown = [index for index in np.argsort(-areas, kind="stable") if areas[index]]
+    areas = (
+        np.bincount(labels.ravel() + 1, minlength=len(texts) + 1)[1:] / labels.size
+    )  # of the whole image, as in tables
+    image = at_picture_size(image, dpi)
+    labels = np.asarray(Image.fromarray(labels.astype(np.int32)).resize(image.size, Image.Resampling.NEAREST))
     inks = [SEGMENTS[index % len(SEGMENTS)] for index in range(len(texts))]
-    entries = [(inks[index], texts[index], f"{100 * areas[index]:.1f} %") for index in shown]
+    entries = [(inks[index], texts[index], f"{100 * areas[index]:.1f} %") for index in np.flatnonzero(areas)]
     colors = np.array([ImageColor.getrgb(ink) for ink in ("black", *inks)], np.uint8)
     strength = Image.fromarray(np.where(labels < 0, 255 * _DIMMED, 255 * opacity).astype(np.uint8))
     blended = Image.composite(Image.fromarray(colors[labels + 1]), image, strength)

@@ -316,7 +316,7 @@ def explain(
     Args:
         model ([`ExplainableModel`]): or anything that [`load`] takes.
         images: an image, or a list of B images of any shapes: PIL images, numpy arrays or tensors as for [`ICLIPProcessor`], paths,
-            URLs or base64 text.
+            URLs, base64 text or bytes of files.
         texts: one label, or labels shared by all images, or for a list of images a list of labels for each; these may differ in length.
         method (`str`), method_options: as for [`make_explainer`].
         templates: prompts with one `{}` each for the labels; the processor's if not given. `["{}"]` takes the texts as they are.
@@ -335,7 +335,8 @@ def explain(
         `OSError`: an image cannot be read.
     """
     model = load(model)
-    is_one = isinstance(images, (Image.Image, str, os.PathLike)) or getattr(images, "ndim", 4) < 4
+    is_one = isinstance(images, (Image.Image, str, bytes, os.PathLike)) or not isinstance(images, Iterable)
+    is_one = is_one or getattr(images, "ndim", 4) < 4
     images = [
         array_to_image(image) if hasattr(image, "shape") else read_image(image, timeout)
         for image in ([images] if is_one else images)

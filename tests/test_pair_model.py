@@ -18,7 +18,6 @@ from iclip_hf.training.nouns import NounPrompts
 OF_ITS_OWN = [
     {},
     {"dual_projection": False, "pooling": "max"},
-    {"logit_scales": "shared"},
     {"recognition_pooling": "class_and_average"},
     {"max_over": "similarity", "center_tokens": True, "map_affinity": 4.0},
     {"max_over": "similarity", "pooling": "max"},

@@ -204,15 +204,14 @@ class ICLIPBranch(nn.Module):
     """
     One pair of projections into a shared image-text space, with its temperature (Eq. 12).
 
-    `logit_scale` is the logarithm of the scale. Its shape is (1,), because FSDP cannot shard scalars. It is None in a branch that
-    shares the scale of the recognition branch.
+    `logit_scale` is the logarithm of the scale. Its shape is (1,), because FSDP cannot shard scalars.
     """
 
-    def __init__(self, config: ICLIPConfig, image_dim: int, text_dim: int, own_scale: bool = True):
+    def __init__(self, config: ICLIPConfig, image_dim: int, text_dim: int):
         super().__init__()
         self.visual_projection = nn.Linear(image_dim, config.projection_dim, bias=config.projection_bias)
         self.text_projection = nn.Linear(text_dim, config.projection_dim, bias=config.projection_bias)
-        self.logit_scale = nn.Parameter(torch.full((1,), float(config.logit_scale_init_value))) if own_scale else None
+        self.logit_scale = nn.Parameter(torch.full((1,), float(config.logit_scale_init_value)))
 
     def forward(self) -> torch.Tensor:
         """
@@ -354,8 +353,7 @@ class ICLIPModel(PreTrainedModel):
         self.recognition = ICLIPBranch(config, widths * image_dim, text_dim)
         self.interpretability = None
         if config.dual_projection:
-            own_scale = config.logit_scales == "per_branch"
-            self.interpretability = ICLIPBranch(config, image_dim, text_dim, own_scale)
+            self.interpretability = ICLIPBranch(config, image_dim, text_dim)
         if config.center_tokens:
             self.token_mean = nn.Buffer(torch.zeros(image_dim))
 
@@ -457,8 +455,7 @@ class ICLIPModel(PreTrainedModel):
 
     def logit_scales(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Returns the logit scales of the recognition branch and of the map branch, scalars of at most 100."""
-        scale = self.recognition()
-        return scale, scale if self.map_branch.logit_scale is None else self.map_branch()
+        return self.recognition(), self.map_branch()
 
     def _set_gradient_checkpointing(self, enable: bool = True, **options):
         # Reentrant checkpoints drop gradients of tensors that are not outputs of a layer, such as the class token's attention.
@@ -694,8 +691,6 @@ class ICLIPModel(PreTrainedModel):
         attention = image.map_attention.unflatten(-1, image.grid).unsqueeze(1).to(maps)
         if self.config.map_attention == "similarity":
             maps = maps * attention
-        elif self.config.map_attention == "sqrt_similarity":
-            maps = maps * attention.sqrt()
         elif self.config.map_attention == "additive":
             maps = torch.maximum(maps, maps.mean((-2, -1), keepdim=True))  # still cosines, which texts compete by
             maps = maps + min_max_normalize(attention) / (2 * self.config.max_sharpness)

@@ -80,7 +80,6 @@ _AFTER_THE_ROWS = {
     "projection_dim",
     "dual_projection",
     "projection_bias",
-    "logit_scales",
     "logit_scale_init_value",
     "max_sharpness",
     "map_attention",

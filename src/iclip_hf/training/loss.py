@@ -258,8 +258,7 @@ class PairModel(nn.Module):
     def clamp_logit_scales(self) -> None:
         """Keeps the scales just below 100. Above, the clamp in the model has no gradient, so a scale could not decrease again."""
         for branch in self.branches.values():
-            if branch.logit_scale is not None:
-                branch.logit_scale.clamp_(max=math.log(100) - 1e-6)
+            branch.logit_scale.clamp_(max=math.log(100) - 1e-6)
 
 
 def _first_of_each(ids: torch.Tensor) -> torch.Tensor:

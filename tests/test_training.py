@@ -223,7 +223,7 @@ def test_the_optimizer_does_what_the_settings_say(hub, tmp_path, monkeypatch):
 
 def test_best_is_the_best_and_not_the_latest(hub, tmp_path, monkeypatch):
     scores, seen = iter([1.0, 3.0, 2.0]), []
-    monkeypatch.setattr(program, "validate", lambda *arguments: {"text_to_image": next(scores)})
+    monkeypatch.setattr(program, "validate", lambda *arguments: {"text_to_image": torch.tensor([next(scores)])})
     exported = program.export
     monkeypatch.setattr(program, "export", lambda *a, **card: seen.append(a[3]) or exported(*a, **card))
     run(hub, tmp_path, "--validation_data", hub / "held_out.tar", "--eval_steps", 4, "--pictures", 0)
@@ -231,6 +231,22 @@ def test_best_is_the_best_and_not_the_latest(hub, tmp_path, monkeypatch):
     assert seen == [tmp_path, tmp_path] and state["best"] == 3.0 and state["metrics"] == {"text_to_image": 3.0}
     best, last = weights(tmp_path), load_file(tmp_path / "checkpoint-0000012" / "learning.safetensors")
     assert any(not torch.equal(best[name.removeprefix("model.")], weight) for name, weight in last.items())
+
+
+@pytest.mark.parametrize(("scores", "kept"), [((2.0, 1.0, 3.0, 2.0), 3.0), ((2.0, 1.0, 2.0, 0.0), 2.0)])
+def test_the_folder_holds_the_start_until_a_model_is_better(hub, tmp_path, monkeypatch, capsys, scores, kept):
+    start = tmp_path / "start"
+    run(hub, start, "--max_steps", 1)
+    seen = iter(scores)
+    monkeypatch.setattr(program, "validate", lambda *arguments: {"text_to_image": torch.tensor([next(seen)] * 17)})
+    arguments = ["--model", start, "--validation_data", hub / "held_out.tar", "--eval_steps", 4, "--pictures", 0]
+    assert run(hub, tmp_path / "run", *arguments) == {"text_to_image": kept}
+    before, after = weights(start), weights(tmp_path / "run")
+    started = kept == scores[0]
+    assert started == all(torch.equal(before[name], weight) for name, weight in after.items())
+    assert started == ("holds the model that you started from" in capsys.readouterr().out)
+    card = ModelCard.load(tmp_path / "run" / "README.md").data.training
+    assert ("model" in card) != started  # the training of the start
 
 
 def test_each_epoch_has_an_order_of_its_own():

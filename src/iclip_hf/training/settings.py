@@ -212,8 +212,10 @@ class Settings:
                 f"Expected config to name the configuration of a model with vision={self.vision!r}, got none: name one."
             )
 
-    def is_better(self, score: float, than: float) -> bool:
-        """Whether a score in `best_metric` is better than another."""
+    def is_better(self, score: float, than: float | None) -> bool:
+        """Whether a score in `best_metric` is better than another, if there is one."""
+        if than is None:
+            return True
         return score < than if self.best_metric == "val_loss" else score > than
 
     @property

@@ -8,7 +8,7 @@ from PIL import Image
 
 from iclip_hf import ImageTextSimilarityMapPipeline, ZeroShotImageSegmentationPipeline, cli
 from iclip_hf.pooling import normalize_attention, pool_similarities
-from iclip_hf.training.loss import PairModel
+from iclip_hf.training.pair_model import PairModel
 
 
 POOLED = [

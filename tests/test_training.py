@@ -24,7 +24,7 @@ from iclip_hf.training import run as program
 from iclip_hf.training.data import (
     GlobalBatches,
 )
-from iclip_hf.training.loss import PairModel
+from iclip_hf.training.pair_model import PairModel
 from iclip_hf.training.run import train
 from iclip_hf.training.settings import parse_settings, read_settings
 
@@ -108,6 +108,8 @@ def test_every_way_to_name_a_configuration(hub, monkeypatch):
         ["pairs.csv"],
         "runs/iclip-dinov2-s14-minilm",
     )
+    held_out = parse_settings(["--config", "iclip-dinov2-s14-minilm", "pairs.csv", "--validation_share", "0.1"])
+    assert shipped.validation_data and not held_out.validation_data
     assert Path(shipped.nouns).name == "nouns.txt" and Path(shipped.nouns).is_file()
     assert parse_settings(["--config", str(hub)]) == parse_settings(["--config", str(hub / "train.yaml")])
     monkeypatch.chdir(hub)  # a folder's own file before a shipped one
@@ -295,7 +297,7 @@ TERMINATED = """
 import os, signal, sys
 import torch
 from iclip_hf import cli
-from iclip_hf.training.loss import PairModel
+from iclip_hf.training.pair_model import PairModel
 
 torch.set_num_threads(1)
 forward, sent = PairModel.forward, []

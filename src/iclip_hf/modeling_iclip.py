@@ -582,6 +582,31 @@ class ICLIPModel(PreTrainedModel):
         patches = patch_embeds.flatten(1, -2)
         return pool_similarities(patches, text_embeds.to(patches), attention, self.config.max_sharpness)
 
+    def branch_logits(
+        self,
+        scale: torch.Tensor,
+        image_embeds: torch.Tensor,
+        text_embeds: torch.Tensor,
+        attention: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """
+        Computes the scaled similarities of images and texts in a branch, which the loss compares.
+
+        Args:
+            scale (`torch.Tensor`): scalar, see `logit_scales`.
+            image_embeds (`torch.Tensor` of shape `(B, P)`): unit vectors of images, or `(B, N, P)` of their patches.
+            text_embeds (`torch.Tensor` of shape `(T, P)` or `(B, T, P)`): unit vectors of texts.
+            attention (`torch.Tensor` of shape `(B, N)`, *optional*): of the patches, if there are.
+
+        Returns:
+            `torch.Tensor` of shape `(B, T)`, float32.
+        """
+        if attention is None:
+            similarities = cosines(image_embeds, text_embeds)
+        else:
+            similarities = self.pool_similarities(image_embeds, text_embeds, attention)
+        return scale.to(similarities.device) * similarities
+
     @can_return_tuple
     def get_image_features(self, pixel_values: torch.FloatTensor, **kwargs) -> ICLIPImageFeatures:
         """
@@ -760,7 +785,7 @@ class ICLIPModel(PreTrainedModel):
             text = self.get_text_features(input_ids, attention_mask, token_type_ids, num_templates, **kwargs)
 
         scale, map_scale = self.logit_scales()
-        logits_per_image = _scaled(scale, cosines(image.image_embeds, text.text_embeds))
+        logits_per_image = self.branch_logits(scale, image.image_embeds, text.text_embeds)
         loss = None
         if return_loss:
             if text.text_embeds.shape != image.image_embeds.shape:
@@ -770,13 +795,11 @@ class ICLIPModel(PreTrainedModel):
                 )
             loss = contrastive_loss(logits_per_image)
             if self.interpretability is not None:
-                if self.config.max_over == "similarity":
-                    similarities = self.pool_similarities(
-                        image.patch_embeds, text.map_text_embeds, image.map_attention
-                    )
-                else:
-                    similarities = cosines(image.map_image_embeds, text.map_text_embeds)
-                map_loss = contrastive_loss(_scaled(map_scale, similarities))
+                by_patch = self.config.max_over == "similarity"
+                images = (image.patch_embeds, image.map_attention) if by_patch else (image.map_image_embeds,)
+                map_loss = contrastive_loss(
+                    self.branch_logits(map_scale, images[0], text.map_text_embeds, *images[1:])
+                )
                 loss = (loss + map_loss.to(loss.device)) / 2
 
         return ICLIPOutput(
@@ -814,10 +837,6 @@ def average_templates(projected: torch.Tensor, num_templates: int) -> torch.Tens
     if num_templates == 1:
         return projected
     return normalize(projected).unflatten(-2, (-1, num_templates)).mean(-2)
-
-
-def _scaled(scale: torch.Tensor, cosines: torch.Tensor) -> torch.Tensor:
-    return scale.to(cosines.device) * cosines
 
 
 def cosines(image_embeds: torch.Tensor, text_embeds: torch.Tensor) -> torch.Tensor:

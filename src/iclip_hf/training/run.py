@@ -7,7 +7,6 @@ import math
 import os
 from dataclasses import asdict
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 import yaml
@@ -48,10 +47,10 @@ from .checks import checkpoints
 from .data import BatchLoader, derive_seed
 from .datasets import load_datasets, open_pairs
 from .interrupts import Interrupts
-from .loss import PairModel
 from .low_rank import add_low_rank
 from .meter import Meter
 from .nouns import NounPrompts
+from .pair_model import PairModel
 from .report import report
 from .schedule import cosine_schedule, parameter_groups
 from .settings import MAP_METRICS, Settings
@@ -128,16 +127,6 @@ def train(settings: Settings) -> dict[str, float]:
         new = not checkpoints(output_dir)
         with partner_errors("start it again"), shared_folder_lock(output_dir, accelerator, own=new):
             return TrainingRun(settings, model, processor, started_from, accelerator, interrupts).run()
-
-
-class Step(NamedTuple):
-    """What a training step did: `losses` of the branches, scales, rate, norm of the gradient (NaN if not finite), and signals."""
-
-    losses: list[float]
-    logit_scales: list[float]
-    learning_rate: float
-    gradient_norm: float
-    interrupted: bool
 
 
 class TrainingRun:
@@ -235,18 +224,18 @@ class TrainingRun:
         settings, state = self.settings, self.state
         for batch in self.loader.epoch(epoch, first):
             self.meter.loaded()
-            step = self.train_step(batch)
+            row, interrupted = self.train_step(batch)
             self.meter.stepped()
             self.bar.update()
 
             last = state.step == self.total_steps
             if last or state.step % settings.log_steps == 0:
-                self.log_row(step)
+                self.log_row(row)
             state.measured = not (last or state.step % settings.eval_steps == 0)
-            saved = last or step.interrupted or state.step % settings.checkpoint_steps == 0
+            saved = last or interrupted or state.step % settings.checkpoint_steps == 0
             if saved:  # before measuring, which may take long or fail
                 save_checkpoint(self.accelerator, self.output_dir, state, settings.keep_checkpoints)
-            if step.interrupted:
+            if interrupted:
                 self.bar.close()
                 raise KeyboardInterrupt(f"interrupted after step {state.step}")
             if not state.measured:
@@ -255,8 +244,11 @@ class TrainingRun:
                 return
             self.meter.pause()
 
-    def train_step(self, batch: dict) -> Step:
-        """Takes a step of the optimizer, unless loss or gradient are not finite, and counts it."""
+    def train_step(self, batch: dict) -> tuple[dict[str, float], bool]:
+        """
+        Takes a step of the optimizer, unless loss or gradient are not finite, and counts it. Returns its row of the log, and whether a
+        process got a signal.
+        """
         settings, state, accelerator = self.settings, self.state, self.accelerator
         # Dropout draws by the step, not by what was drawn before, so that a resumed step is the same.
         torch.manual_seed(derive_seed(settings.seed, state.step, accelerator.process_index))
@@ -290,23 +282,20 @@ class TrainingRun:
                 f"Expected a finite loss and gradient, got none in the last {settings.max_bad_steps} steps, up to step "
                 f"{state.step}: lower learning_rate, or set mixed_precision to bf16 or no"
             )
-        scales = outputs["logit_scales"].tolist()
-        return Step(losses, scales, learning_rate, norm if finite else math.nan, bool(interrupted))
-
-    def log_row(self, step: Step) -> None:
-        """Logs a step, and shows its loss beside the bar."""
-        log = {
-            "loss": sum(step.losses) / len(step.losses),
-            **dict(zip(("recognition_loss", "map_loss"), step.losses)),
-            **dict(zip(("logit_scale", "map_logit_scale"), step.logit_scales)),
-            "learning_rate": step.learning_rate,
-            "gradient_norm": step.gradient_norm,
-            **self.meter.read(),
-            "bad_steps": self.state.bad_steps,
-            "skipped_pairs": self.state.skipped_pairs,
+        row = {
+            "loss": sum(losses) / len(losses),
+            **dict(zip(("recognition_loss", "map_loss"), losses)),
+            **dict(zip(("logit_scale", "map_logit_scale"), outputs["logit_scales"].tolist())),
+            "learning_rate": learning_rate,
+            "gradient_norm": norm if finite else math.nan,
         }
-        self.accelerator.log(log, self.state.step)
-        self.shown |= {"loss": f"{log['loss']:.3f}", "pairs_per_s": f"{log['pairs_per_second']:.0f}"}
+        return row, bool(interrupted)
+
+    def log_row(self, row: dict[str, float]) -> None:
+        """Logs what a step returned, with the speed and the counts of the run, and shows its loss beside the bar."""
+        row |= {**self.meter.read(), "bad_steps": self.state.bad_steps, "skipped_pairs": self.state.skipped_pairs}
+        self.accelerator.log(row, self.state.step)
+        self.shown |= {"loss": f"{row['loss']:.3f}", "pairs_per_s": f"{row['pairs_per_second']:.0f}"}
         self.bar.set_postfix(self.shown)
 
     # ---------------------------------------------------------------------------------------------------- evaluations

@@ -20,9 +20,10 @@ from iclip_hf.data.sources import open_sources
 from iclip_hf.training.checkpoints import RunState
 from iclip_hf.training.checks import check_pairs
 from iclip_hf.training.plan import STEPS, choose_settings
-from iclip_hf.training.report import example, report
+from iclip_hf.training.report import example, own_labels, report
 from iclip_hf.training.settings import Settings, read_settings
 from iclip_hf.training.validation import change_interval
+from iclip_hf.utils.extras import PACKAGE
 
 
 def write_table(folder: Path, count: int, captions=None, header=("image", "caption")) -> Path:
@@ -124,7 +125,7 @@ def test_bad_data_is_one_sentence(tmp_path, capsys):
     table = write_table(tmp_path, 30)
     for content, sentence in (
         ("", "pairs.csv: expected a header line and a pair in each further line, but got an empty file; add pairs."),
-        ("image,caption\n", "expected at least 2 pairs, which are told apart in training, but got 0; add more."),
+        ("image,caption\n", "expected at least 2 pairs, because training contrasts them, but got 0; add more."),
         ("image,caption\n0.png,a dog\n", "but got 1; add more."),
         ("image,caption\n0.png,a dog\n1.png,a dog\n2.png,a dog\n", "expected captions that differ, but all are 'a dog'"),
         ("image,label\n0.png,a dog\n", "expected the column of the caption to be one of captions, txt, caption, text, title"),
@@ -152,7 +153,10 @@ def test_bad_settings_are_one_sentence(tmp_path, model, capsys, monkeypatch):
     new = ["--output_dir", "new"]
     monkeypatch.setitem(sys.modules, "peft", None)
     for arguments, sentence in (
-        ([table, *new, "--text_lora_rank", "8"], "peft is not installed: `pip install 'iclip-hf[lora]'` brings it"),
+        (
+            [table, *new, "--text_lora_rank", "8"],
+            f"peft is not installed: install it with `pip install '{PACKAGE}[lora]'`",
+        ),
         ([table], "runs/pairs: expected a new folder, but it holds a run already; add --resume"),
         (
             [table, *new, "--caption_column", "label"],
@@ -173,7 +177,7 @@ def test_bad_settings_are_one_sentence(tmp_path, model, capsys, monkeypatch):
         ([table, *new, "--model", tmp_path], "expected the folder of a model, but it has no config.json"),
         (
             [table, *new, "--report_to", "no_tracker"],
-            "no_tracker is not installed: `pip install no_tracker` brings it",
+            "no_tracker is not installed: install it with `pip install no_tracker`",
         ),
         (["org/name", *new, "--pairs_per_epoch", "100"], "Expected config for a stream"),
         ([table, *new, "--nouns", "absent.txt"], "absent.txt: expected a text file of nouns"),
@@ -266,6 +270,7 @@ def test_texts_are_of_the_image_that_is_shown(tmp_path):
     for name in ("oak_leaf/1", "oak_leaf/2", "oak_leaf/3", "birch/1", "ash/1", "ash/2"):
         (tmp_path / "leaves" / name).parent.mkdir(parents=True, exist_ok=True)
         Image.new("RGB", (8, 8)).save(tmp_path / "leaves" / f"{name}.png")
+    assert own_labels(load_pairs(tmp_path / "leaves")) == ["oak leaf", "ash"]
     assert example(load_pairs(tmp_path / "leaves")) == (str(tmp_path / "leaves/ash/1.png"), ["ash"])
 
     def shown(*captions: str) -> tuple[str, list[str]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 import shlex
 from collections import Counter
@@ -64,32 +65,43 @@ def report(settings: Settings, state: RunState, held_out: PairDataset | None) ->
     return "\n".join(lines)
 
 
+def own_labels(pairs: PairDataset) -> list[str]:
+    """Returns the labels that most captions of a data set have, see [`example`]."""
+    counts = Counter(itertools.chain(*_labels(pairs).values()))
+    return [label for label, _ in counts.most_common(_LABELS)]
+
+
 def example(pairs: PairDataset | None) -> tuple[str, list[str]]:
     """
     Returns an image of a data set, as a file if it is one, and texts that it shows: its class, or else nouns of its captions, or else a
     caption. The image is the first with such texts.
     """
-    if pairs is None:
-        return "photo.jpg", ["..."]
-    nouns = NounPrompts.from_file(SHIPPED / "iclip-dinov2-s14-minilm" / "nouns.txt")
+    labels = _labels(pairs) if pairs is not None else {}
+    for row in sorted(labels, key=lambda row: not labels[row]):
+        if texts := labels[row][:_LABELS] or _captions(pairs, row)[:1]:
+            return str(pairs.image_file(row) or "photo.jpg"), texts
+    return "photo.jpg", ["..."]
+
+
+def _labels(pairs: PairDataset) -> dict[int, list[str]]:
+    """Returns the labels of the first pairs by row: classes if the captions are made of them, else nouns, first those of most captions."""
+    captions = {row: _captions(pairs, row) for row in range(min(len(pairs), _LOOKED_AT))}
     start, end = CLASS_CAPTION.split("{}")
-    rows, first = range(min(len(pairs), _LOOKED_AT)), None
-    shown = [pairs.caption(row) for row in rows]
-    of_classes = all(one.startswith(start) for one in shown) and len(set(shown)) < len(shown)
-    for row in rows:
-        try:
-            captions = [" ".join(caption.split()) for caption in pairs.captions(row)]
-            file = str(pairs.image_file(row) or "photo.jpg")
-        except BadPairError:
-            continue
-        captions = [caption for caption in captions if caption.isprintable()]  # a terminal shows them
-        classes = [caption.removeprefix(start).removesuffix(end) for caption in captions]
-        found = Counter(number for caption in captions for number in sorted(nouns.find(caption)))
-        labels = classes if of_classes else [nouns.nouns[number] for number, _ in found.most_common()]
-        if labels:
-            return file, labels[:_LABELS]
-        first = first or (captions and (file, captions[:1]))
-    return first or ("photo.jpg", ["..."])
+    every = [caption for several in captions.values() for caption in several]
+    if all(caption.startswith(start) for caption in every) and len(set(every)) < len(every):
+        return {row: [one.removeprefix(start).removesuffix(end) for one in captions[row]] for row in captions}
+    nouns = NounPrompts.from_file(SHIPPED / "iclip-dinov2-s14-minilm" / "nouns.txt")
+    counts = {row: Counter(itertools.chain(*map(sorted, map(nouns.find, captions[row])))) for row in captions}
+    return {row: [nouns.nouns[number] for number, _ in counts[row].most_common()] for row in captions}
+
+
+def _captions(pairs: PairDataset, row: int) -> list[str]:
+    """Returns the captions of a pair that a terminal shows; none of a bad pair."""
+    try:
+        captions = [" ".join(caption.split()) for caption in pairs.captions(row)]
+    except BadPairError:
+        return []
+    return [caption for caption in captions if caption.isprintable()]
 
 
 def _verdict(settings: Settings, state: RunState, held_out: PairDataset | None) -> str:

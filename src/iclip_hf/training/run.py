@@ -51,7 +51,7 @@ from .low_rank import add_low_rank
 from .meter import Meter
 from .nouns import NounPrompts
 from .pair_model import PairModel
-from .report import report
+from .report import own_labels, report
 from .schedule import cosine_schedule, parameter_groups
 from .settings import MAP_METRICS, Settings
 from .validation import change_interval, draw_examples, validate
@@ -113,7 +113,7 @@ def train(settings: Settings) -> dict[str, float]:
     Raises:
         `ValueError`: a setting or the data is not as described. `OSError`: something cannot be read or written.
         `FloatingPointError`: too many steps in a row have no finite loss. `KeyboardInterrupt`: the run was interrupted; its message
-        says how to go on.
+        names the checkpoint to resume from.
     """
     transformers_logging.disable_progress_bar()
     set_seed(settings.seed)
@@ -349,7 +349,8 @@ class TrainingRun:
             if state.before_by_pair:
                 state.change = change_interval(state.before_by_pair, by_pair)
             if not holds_start(settings, state):
-                self.export(metrics=evaluation, training=state.settings)
+                labels = own_labels(self.held_out) if self.held_out is not None else None
+                self.export(metrics=evaluation, training=state.settings, labels=labels)
         if score is not None:
             self.shown[settings.best_metric] = f"{score:.4g}"
             self.bar.set_postfix(self.shown)

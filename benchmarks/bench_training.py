@@ -29,7 +29,7 @@ from iclip_hf.models.loading import has_bfloat16
 from iclip_hf.models.towers import embedded_towers
 from iclip_hf.training.data import BatchLoader, TrainingPairs, WholeImage
 from iclip_hf.training.feature_cache import CachedPairs, CachedTexts, FeatureShards, cache_images, cache_texts
-from iclip_hf.training.loss import PairModel
+from iclip_hf.training.pair_model import PairModel
 from iclip_hf.training.schedule import parameter_groups
 
 

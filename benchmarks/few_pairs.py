@@ -36,8 +36,8 @@ from iclip_hf.modeling_iclip import ICLIPModel
 from iclip_hf.models.loading import load_iclip
 from iclip_hf.training.data import BatchLoader, WholeImage
 from iclip_hf.training.feature_cache import CachedPairs, cache_images, cache_texts
-from iclip_hf.training.loss import PairModel, image_features
 from iclip_hf.training.low_rank import add_low_rank, merge_low_rank
+from iclip_hf.training.pair_model import PairModel, image_features
 from iclip_hf.training.plan import RATE, STEPS
 from iclip_hf.training.schedule import cosine_schedule, parameter_groups
 from iclip_hf.training.settings import Settings

@@ -29,7 +29,6 @@ from iclip_hf.training.settings import parse_settings
 MAP_ATTENTION = {
     "none": "cosine map",
     "similarity": "times attention",
-    "sqrt_similarity": "times its root",
     "additive": "plus attention",
 }
 METRICS = {"mAP": ".1f", "mMIoU": ".1f", "mFMB": ".3f", "text_contrast": ".1f"}

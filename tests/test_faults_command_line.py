@@ -275,10 +275,6 @@ ARGUMENTS = {
         "init --config iclip-vit-b16 --vision {folder}/a --text {folder}/b --output new",
         "/a",
     ),
-    "init from a .pth that is none": (
-        "init --config iclip-vit-b16 --vision {pth} --text {model} --output new",
-        "dino.pth",
-    ),
     "export without a folder": ("export {model}", "DIR"),
     "export into a full folder": ("export {model} {world}", "world"),
     "export an absent model": ("export {folder}/absent new", "/absent"),
@@ -306,7 +302,6 @@ def by_command_line(world, folder, arguments):
         "world": world.folder,
         "folder": folder / "empty",
         "masks": folder / "masks",
-        "pth": written(folder, inputs.UNREADABLE_IMAGES["pickle"], "dino.pth"),
         "long": "x" * 300,
         "names": written(folder, "dog\ncat\nball\nsky", "names.txt"),
     }

@@ -13,7 +13,7 @@ from iclip_hf.training.data import (
     WholeImage,
 )
 from iclip_hf.training.feature_cache import CachedPairs, FeatureShards, cache_images, cache_texts
-from iclip_hf.training.loss import PairModel
+from iclip_hf.training.pair_model import PairModel
 
 
 @pytest.mark.parametrize(

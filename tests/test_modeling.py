@@ -1,4 +1,5 @@
 import itertools
+import json
 import logging
 import math
 
@@ -208,13 +209,11 @@ def test_attention_on_features_cancels_in_the_map_without_bias():
     assert change.abs().max() > 0.01
 
 
-def test_attention_on_similarity_is_a_factor_and_its_root():
+def test_attention_on_similarity_is_a_factor():
     model = tiny_model()
     plain = maps_with(model, "none")
     attention = plain.attention.view(2, 1, *GRID)
     torch.testing.assert_close(maps_with(model, "similarity").similarity_maps, plain.similarity_maps * attention)
-    root = maps_with(model, "sqrt_similarity").similarity_maps
-    torch.testing.assert_close(root, plain.similarity_maps * attention.sqrt())
 
 
 def test_affinity_shares_the_map_among_like_patches():
@@ -369,14 +368,18 @@ def test_locked_tower_stays_locked_after_loading_and_training(lock, tmp_path):
     assert changed == {"text_model", "recognition", "interpretability"} | (set() if lock else {"vision_model"})
 
 
-def test_scales_are_shared_or_a_branchs_own_and_clamped():
-    shared, own = tiny_model(logit_scales="shared"), tiny_model()
-    assert shared.interpretability.logit_scale is None
+def test_scales_are_a_branchs_own_and_clamped(tmp_path):
+    model = tiny_model()
     with torch.no_grad():
-        shared.recognition.logit_scale.fill_(9.0)
-        own.interpretability.logit_scale.fill_(1.0)
-    assert [s.item() for s in shared.logit_scales()] == [100, 100]
-    torch.testing.assert_close(torch.stack(own.logit_scales()), torch.tensor([2.6592, 1.0]).exp())
+        model.recognition.logit_scale.fill_(9.0)
+        model.interpretability.logit_scale.fill_(1.0)
+    torch.testing.assert_close(torch.stack(model.logit_scales()), torch.tensor([100, math.e]))
+    model.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(
+        json.dumps({**config, "logit_scales": "per_branch"})
+    )  # of an earlier version
+    torch.testing.assert_close(ICLIPModel.from_pretrained(tmp_path).logit_scales(), model.logit_scales())
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 0.1), (torch.float16, 0.02)])

@@ -20,8 +20,9 @@ from iclip_hf.data.sources import open_sources
 from iclip_hf.training.checkpoints import RunState
 from iclip_hf.training.checks import check_pairs
 from iclip_hf.training.plan import STEPS, choose_settings
-from iclip_hf.training.report import own_labels, report
+from iclip_hf.training.report import example, own_labels, report
 from iclip_hf.training.settings import Settings, read_settings
+from iclip_hf.training.validation import change_interval
 from iclip_hf.utils.extras import PACKAGE
 
 
@@ -162,7 +163,17 @@ def test_bad_settings_are_one_sentence(tmp_path, model, capsys, monkeypatch):
             "column of the caption to be 'label', but got 'caption', 'image'",
         ),
         ([table, *new, "--model", "clip"], "clip: expected an ICLIP model, but got one of type clip; name another"),
-        ([table, *new, "--model", "./absent"], "./absent: expected the folder or the Hub id of an ICLIP model"),
+        ([table, *new, "--model", "./absent"], "./absent: expected a folder or a Hub id of a model"),
+        ([table, *new, "--model", "runs/absent"], "runs/absent: expected a folder or a Hub id of a model"),
+        (
+            ["--config", "iclip-dinov2-s14-minilm", "--validation_data", table],
+            "(6 of 6 missing); check the path. The configuration iclip-dinov2-s14-minilm names it as data: name your own",
+        ),
+        (
+            ["--config", "iclip-dinov2-s14-minilm", "--data", table],
+            "The configuration iclip-dinov2-s14-minilm names it as validation_data: name your own pairs by --validation_data, or "
+            "hold out a part by --validation_share.",
+        ),
         ([table, *new, "--model", tmp_path], "expected the folder of a model, but it has no config.json"),
         (
             [table, *new, "--report_to", "no_tracker"],
@@ -206,42 +217,71 @@ def test_a_table_becomes_a_model(tmp_path, model, capsys):
     assert pictures == ["0000000.png", "0000001.png", "0000002.png", "0000003.png", "before.npz"]
 
 
+def state_of(name: str, before: list[float], after: list[float]) -> RunState:
+    state = RunState(before={name: np.mean(before)}, best=np.mean(after), metrics={name: np.mean(after)})
+    state.change = change_interval(before, after)
+    return state
+
+
 def test_the_report_says_whether_the_model_got_better(tmp_path):
+    captions = ["Two dogs run.", "A dog and a ball.", "A cat."] * 8
+    held_out = load_pairs(write_table(tmp_path, 24, captions))
     settings = Settings(data=["d"], model="m", output_dir="my runs/x", validation_share=0.1)
-    held_out = load_pairs(write_table(tmp_path, 3, ["Two dogs run.", "A dog and a ball.", "A cat."]))
-    better = RunState(before={"text_to_image": 20.0}, metrics={"text_to_image": 40.0})
+    hits, few = np.array([100.0] * 6 + [0.0] * 18), np.array([100.0] * 6)
+    better = state_of("text_to_image", hits, np.where(np.arange(24) < 12, 100.0, 0.0))
     said = report(settings, better, held_out)
-    assert "The model got better: text_to_image rose from 20 to 40." in said
-    assert f"iclip explain {tmp_path}/0.png --text dog --text " in said and "--model 'my runs/x'" in said
-    for after in (20.0, 10.0):
-        worse = RunState(before={"text_to_image": 20.0}, metrics={"text_to_image": after})
-        sentence = f"did not get better: text_to_image was 20 and is {after:.0f} at best. Keep the model that you started from (m), or"
-        assert sentence in report(settings, worse, held_out)
+    assert "The model got better: text_to_image rose from 25 to 50 (95 % interval of the change: " in said
+    assert "The trained model is in my runs/x. Next:" in said and "--model 'my runs/x'" in said
+    assert f"iclip explain {tmp_path}/0.png --text dog --model" in said
+    worse = report(settings, state_of("text_to_image", hits, np.zeros(24)), held_out)
+    assert "The model got worse: text_to_image fell from 25 to 0 (" in worse
+    assert "so my runs/x holds the model that you started from (m). Train on more pairs" in worse
+    one_more = state_of("text_to_image", hits, np.where(np.arange(24) < 7, 100.0, 0.0))
+    assert "No measurable change: text_to_image rose from 25 to 29.17 (95 %" in report(settings, one_more, held_out)
+    all_better = state_of("text_to_image", few * 0, few)
+    said = report(settings, all_better, load_pairs(write_table(tmp_path, 6)))
+    assert "No measurable change: text_to_image rose from 0 to 100, but 6 held-out pairs are too few" in said
     settings = Settings(data=["d"], model="m", output_dir="x", validation_share=0.1, best_metric="val_loss")
-    lower = RunState(before={"val_loss": 2.0}, metrics={"val_loss": 1.5})
-    assert "The model got better: val_loss fell from 2 to 1.5." in report(settings, lower, held_out)
+    lower = state_of("val_loss", np.linspace(1, 3, 24), np.linspace(0.5, 2.5, 24))
+    assert "The model got better: val_loss fell from 2 to 1.5 (" in report(settings, lower, held_out)
+    assert "\nMeasured on 24 held-out pairs:\n" in report(settings, lower, held_out)
     assert "Nothing was measured" in report(settings, RunState(), None)
     spaced = Settings(data=["d"], model="m", output_dir="runs/my pairs")
     assert "  iclip push 'runs/my pairs' your-name/my-pairs --dry-run" in report(spaced, RunState(), None)
-    assert "\nMeasured on 3 held-out pairs:\n" in report(settings, lower, held_out)
     settings = Settings(data=["d"], model="m", output_dir="x", validation_share=0.1, eval_dataset="voc20")
-    assert "\nMeasured on 3 held-out pairs and voc20:\n" in report(settings, better, held_out)
+    assert "\nMeasured on 24 held-out pairs and voc20:\n" in report(settings, better, held_out)
     settings = Settings(data=["d"], model="m", output_dir="x", eval_dataset="voc20")
-    maps = RunState(before={"mMIoU": 20.0}, metrics={"mMIoU": 21.0})
-    assert "\nMeasured on voc20:\n" in report(settings, maps, None)
+    maps = RunState(before={"mMIoU": 20.0}, best=21.0, metrics={"mMIoU": 21.0})
+    said = report(settings, maps, None)
+    assert "\nMeasured on voc20:\n" in said and "On voc20, mMIoU rose from 20 to 21." in said
 
 
-def test_labels_are_the_users_own(tmp_path):
+def test_the_interval_is_that_of_paired_changes():
+    """Noise that both scores of a pair share does not widen it, and its width is that of a mean."""
+    draws = np.random.default_rng(1)
+    level, change = draws.normal(0, 10, 400), draws.normal(0.5, 1, 400)
+    low, high = change_interval(level, level + change)
+    assert [low, high] == change_interval(level, level + change)
+    assert low + high == pytest.approx(2 * change.mean(), abs=0.01)
+    assert high - low == pytest.approx(2 * 1.96 * change.std() / 20, rel=0.1)
+
+
+def test_texts_are_of_the_image_that_is_shown(tmp_path):
     for name in ("oak_leaf/1", "oak_leaf/2", "oak_leaf/3", "birch/1", "ash/1", "ash/2"):
         (tmp_path / "leaves" / name).parent.mkdir(parents=True, exist_ok=True)
         Image.new("RGB", (8, 8)).save(tmp_path / "leaves" / f"{name}.png")
-    # That of the first image, which the command shows, then the most frequent
-    assert own_labels(load_pairs(tmp_path / "leaves")) == ["ash", "oak leaf"]
-    captions = ["A cat.", "A dog on grass.", "A dog on grass.", "Grass."]
-    assert own_labels(load_pairs(write_table(tmp_path, 4, captions))) == ["cat", "grass"]
-    assert own_labels(load_pairs(write_table(tmp_path, 2, ["Qwerty.", "Asdf."]))) == ["Qwerty."]
-    assert own_labels(load_pairs(write_table(tmp_path, 2, ["\x1b[31mAsdf.", "Qwerty\tuiop."]))) == ["Qwerty uiop."]
-    assert own_labels(None) == ["..."]
+    assert own_labels(load_pairs(tmp_path / "leaves")) == ["oak leaf", "ash"]
+    assert example(load_pairs(tmp_path / "leaves")) == (str(tmp_path / "leaves/ash/1.png"), ["ash"])
+
+    def shown(*captions: str) -> tuple[str, list[str]]:
+        file, texts = example(load_pairs(write_table(tmp_path, len(captions), captions)))
+        return Path(file).name, texts
+
+    assert shown("A cat.", "A dog on grass.", "A dog on grass.") == ("0.png", ["cat"])
+    assert shown("Qwerty.", "A dog on grass.") == ("1.png", ["dog", "grass"])
+    assert shown("Qwerty.", "Asdf.") == ("0.png", ["Qwerty."])
+    assert shown("\x1b[31mAsdf.", "Qwerty\tuiop.") == ("1.png", ["Qwerty uiop."])
+    assert example(None) == ("photo.jpg", ["..."])
 
 
 @pytest.mark.slow

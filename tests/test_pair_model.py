@@ -9,16 +9,15 @@ from conftest import TEXT, VISION, tiny_inputs, tiny_model
 from training_runs import gradients
 
 from iclip_hf import ICLIPModel
-from iclip_hf.training import loss as loss_module
-from iclip_hf.training.loss import PairModel, salient_tokens, set_token_mean
+from iclip_hf.training import pair_model as module
 from iclip_hf.training.low_rank import add_low_rank, merge_low_rank
 from iclip_hf.training.nouns import NounPrompts
+from iclip_hf.training.pair_model import PairModel, salient_tokens, set_token_mean
 
 
 OF_ITS_OWN = [
     {},
     {"dual_projection": False, "pooling": "max"},
-    {"logit_scales": "shared"},
     {"recognition_pooling": "class_and_average"},
     {"max_over": "similarity", "center_tokens": True, "map_affinity": 4.0},
     {"max_over": "similarity", "pooling": "max"},
@@ -92,7 +91,7 @@ def test_chunks_are_computed_again_with_the_same_dropout(monkeypatch):
     pair_model, batch = PairModel(tiny_model(), chunk_size=3), tiny_inputs(7, 7)
     assert pair_model.model.text_model.training and pair_model.model.text_model.config.hidden_dropout_prob > 0
     again = gradients(pair_model, batch)
-    monkeypatch.setattr(loss_module, "checkpoint", lambda encode, *inputs, use_reentrant: encode(*inputs))
+    monkeypatch.setattr(module, "checkpoint", lambda encode, *inputs, use_reentrant: encode(*inputs))
     kept = gradients(pair_model, batch)
     assert again[0] == kept[0]
     for name in kept[1]:

@@ -410,7 +410,7 @@ def test_patterns_and_lists(tmp_path):
         (
             "cc3m.tsv",
             ValueError,
-            r"cc3m\.tsv: expected the column of the image to be one of .*add a header line, or name the column by image_column",
+            r"cc3m\.tsv: expected the column of the image to be one of .*add a header line, or name the column by --image_column",
         ),
         ("twice.csv", ValueError, r"twice\.csv: expected different columns, but got 'text' more than once"),
         ("rubbish.jsonl", ValueError, r"rubbish\.jsonl: expected \.jsonl rows"),

@@ -163,13 +163,7 @@ def test_maps_are_resized_then_stretched(tiny_processor):
             torch.testing.assert_close(done[text], (big[text] - low) / (high - low), atol=1e-5, rtol=0)
 
 
-def test_the_other_order_and_the_reverse(tiny_processor):
-    first = tiny_processor.post_process_similarity_maps(MAPS, SIZES, order="normalize_first")
-    assert all(m.min() >= 0 and m.max() <= 1 for m in first)
-    low, high = MAPS.amin((2, 3), keepdim=True), MAPS.amax((2, 3), keepdim=True)
-    small = (MAPS - low) / (high - low)
-    big = F.interpolate(small[:1], size=SIZES[0], mode="bicubic", align_corners=False)[0].clamp(0, 1)
-    torch.testing.assert_close(first[0], big, atol=1e-5, rtol=0)
+def test_a_reversed_map_is_the_rest(tiny_processor):
     straight = tiny_processor.post_process_similarity_maps(MAPS, SIZES)
     turned = tiny_processor.post_process_similarity_maps(MAPS, SIZES, reverse=True)
     assert all(torch.equal(b, 1 - a) for a, b in zip(straight, turned))

@@ -24,7 +24,7 @@ from iclip_hf.training import run as program
 from iclip_hf.training.data import (
     GlobalBatches,
 )
-from iclip_hf.training.loss import PairModel
+from iclip_hf.training.pair_model import PairModel
 from iclip_hf.training.run import train
 from iclip_hf.training.settings import parse_settings, read_settings
 
@@ -108,6 +108,8 @@ def test_every_way_to_name_a_configuration(hub, monkeypatch):
         ["pairs.csv"],
         "runs/iclip-dinov2-s14-minilm",
     )
+    held_out = parse_settings(["--config", "iclip-dinov2-s14-minilm", "pairs.csv", "--validation_share", "0.1"])
+    assert shipped.validation_data and not held_out.validation_data
     assert Path(shipped.nouns).name == "nouns.txt" and Path(shipped.nouns).is_file()
     assert parse_settings(["--config", str(hub)]) == parse_settings(["--config", str(hub / "train.yaml")])
     monkeypatch.chdir(hub)  # a folder's own file before a shipped one
@@ -208,16 +210,7 @@ def test_the_optimizer_does_what_the_settings_say(hub, tmp_path, monkeypatch):
     """Rates for a batch of 16 out of 1024, one epoch of warm-up; clipped gradients; decay of matrices alone."""
     monkeypatch.setattr(torch.optim, "AdamW", Spy)
     Spy.runs = []
-    arguments = [
-        "--warmup_learning_rate",
-        0.02,
-        "--min_learning_rate",
-        0.01,
-        "--adam_beta2",
-        0.95,
-        "--adam_epsilon",
-        1e-7,
-    ]
+    arguments = ["--warmup_learning_rate", 0.02, "--min_learning_rate", 0.01]
     run(hub, tmp_path / "run", "--clip_grad_norm", 0.01, "--weight_decay", 0.3, *arguments)
     (spy,) = Spy.runs
     warmup = [0.02 + 0.03 * step / 4 for step in range(4)]
@@ -225,7 +218,6 @@ def test_the_optimizer_does_what_the_settings_say(hub, tmp_path, monkeypatch):
     assert all(len(rates) == 1 for rates in spy.rates)
     assert [rate * 64 for (rate,) in spy.rates] == pytest.approx(warmup + cosine)
     assert spy.norms == pytest.approx([0.01] * 12, rel=1e-3)
-    assert spy.defaults["betas"] == (0.9, 0.95) and spy.defaults["eps"] == 1e-7
     assert [group["weight_decay"] for group in spy.param_groups] == [0.3, 0.0]
     run(hub, tmp_path / "larger", "--max_steps", 1, "--batch_size", 32, "--warmup_epochs", 0)
     assert [rate for (rate,) in Spy.runs[1].rates] == pytest.approx([0.05 / 32])
@@ -233,7 +225,7 @@ def test_the_optimizer_does_what_the_settings_say(hub, tmp_path, monkeypatch):
 
 def test_best_is_the_best_and_not_the_latest(hub, tmp_path, monkeypatch):
     scores, seen = iter([1.0, 3.0, 2.0]), []
-    monkeypatch.setattr(program, "validate", lambda *arguments: {"text_to_image": next(scores)})
+    monkeypatch.setattr(program, "validate", lambda *arguments: {"text_to_image": torch.tensor([next(scores)])})
     exported = program.export
     monkeypatch.setattr(program, "export", lambda *a, **card: seen.append(a[3]) or exported(*a, **card))
     run(hub, tmp_path, "--validation_data", hub / "held_out.tar", "--eval_steps", 4, "--pictures", 0)
@@ -241,6 +233,22 @@ def test_best_is_the_best_and_not_the_latest(hub, tmp_path, monkeypatch):
     assert seen == [tmp_path, tmp_path] and state["best"] == 3.0 and state["metrics"] == {"text_to_image": 3.0}
     best, last = weights(tmp_path), load_file(tmp_path / "checkpoint-0000012" / "learning.safetensors")
     assert any(not torch.equal(best[name.removeprefix("model.")], weight) for name, weight in last.items())
+
+
+@pytest.mark.parametrize(("scores", "kept"), [((2.0, 1.0, 3.0, 2.0), 3.0), ((2.0, 1.0, 2.0, 0.0), 2.0)])
+def test_the_folder_holds_the_start_until_a_model_is_better(hub, tmp_path, monkeypatch, capsys, scores, kept):
+    start = tmp_path / "start"
+    run(hub, start, "--max_steps", 1)
+    seen = iter(scores)
+    monkeypatch.setattr(program, "validate", lambda *arguments: {"text_to_image": torch.tensor([next(seen)] * 17)})
+    arguments = ["--model", start, "--validation_data", hub / "held_out.tar", "--eval_steps", 4, "--pictures", 0]
+    assert run(hub, tmp_path / "run", *arguments) == {"text_to_image": kept}
+    before, after = weights(start), weights(tmp_path / "run")
+    started = kept == scores[0]
+    assert started == all(torch.equal(before[name], weight) for name, weight in after.items())
+    assert started == ("holds the model that you started from" in capsys.readouterr().out)
+    card = ModelCard.load(tmp_path / "run" / "README.md").data.training
+    assert ("model" in card) != started  # the training of the start
 
 
 def test_each_epoch_has_an_order_of_its_own():
@@ -289,7 +297,7 @@ TERMINATED = """
 import os, signal, sys
 import torch
 from iclip_hf import cli
-from iclip_hf.training.loss import PairModel
+from iclip_hf.training.pair_model import PairModel
 
 torch.set_num_threads(1)
 forward, sent = PairModel.forward, []

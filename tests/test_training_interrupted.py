@@ -25,7 +25,7 @@ from iclip_hf.training.data import (
     TrainingStream,
 )
 from iclip_hf.training.interrupts import Interrupts
-from iclip_hf.training.loss import PairModel
+from iclip_hf.training.pair_model import PairModel
 from iclip_hf.utils.files import folder_lock
 
 
@@ -77,7 +77,7 @@ import os, signal, sys
 import torch
 from iclip_hf import cli
 from iclip_hf.training import run
-from iclip_hf.training.loss import PairModel
+from iclip_hf.training.pair_model import PairModel
 
 torch.set_num_threads(1)
 forward, steps = PairModel.forward, 0
@@ -178,7 +178,7 @@ def test_the_death_of_a_partner_says_how_to_go_on(hub, tmp_path, monkeypatch):
             "[/gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:1. This is typical."
         )
 
-    monkeypatch.setattr(program, "run", lose_partner)
+    monkeypatch.setattr(program, "TrainingRun", lose_partner)
     said = r"died or no longer answers \(Connection closed by peer \[127.0.0.1\]:1\); see what it said, then start it again"
     with pytest.raises(OSError, match=f"{said}\\.$"):
         run(hub, tmp_path)
@@ -260,7 +260,7 @@ import torch
 from accelerate import PartialState
 from conftest import tiny_inputs, tiny_model
 from training_runs import tiny_nouns
-from iclip_hf.training.loss import PairModel
+from iclip_hf.training.pair_model import PairModel
 from iclip_hf.training.run import train
 from iclip_hf.training.settings import parse_settings
 
@@ -338,7 +338,7 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import DistributedType
 from iclip_hf import cli
-from iclip_hf.training.loss import PairModel
+from iclip_hf.training.pair_model import PairModel
 
 torch.set_num_threads(1)
 state = PartialState(cpu=True)

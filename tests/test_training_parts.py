@@ -22,7 +22,7 @@ from iclip_hf.training.data import (
     TrainingPairs,
     seeded,
 )
-from iclip_hf.training.loss import PairModel
+from iclip_hf.training.pair_model import PairModel
 from iclip_hf.training.schedule import cosine_schedule, parameter_groups
 
 

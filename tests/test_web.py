@@ -524,7 +524,7 @@ def test_sizes_are_the_processors(functions, tiny_processor, edge):
     assert compute(functions, "modelSize", {"size": {"height": 32, "width": 48}, "patch": 8}, 5, 9) == [32, 48]
 
 
-@pytest.mark.parametrize("map_attention", ["similarity", "sqrt_similarity", "additive", "none"])
+@pytest.mark.parametrize("map_attention", ["similarity", "additive", "none"])
 @pytest.mark.parametrize(
     ("max_over", "pooling"), [("similarity", "masked_max"), ("similarity", "max"), ("channels", "max")]
 )

@@ -46,9 +46,8 @@ class ICLIPConfig(PreTrainedConfig):
             patch token, as in DINOv2's linear evaluation and dino.txt. It requires `dual_projection`.
         projection_bias (`bool`, defaults to `False`): whether the projections have a bias.
         map_attention (`str`, defaults to `"similarity"`): how the class token's attention A weights the similarity map.
-            `"similarity"` multiplies the cosines by A. `"sqrt_similarity"` multiplies them by the square root of A. `"features"`
-            multiplies the patch tokens by A before the projection (Eq. 12 to the letter); the normalisation cancels this factor
-            unless `projection_bias` is set. `"additive"` raises the cosines of each text to their mean over the patches where they
+            `"similarity"` multiplies the cosines by A. `"features"` multiplies the patch tokens by A before the projection (Eq. 12 to
+            the letter); the normalisation cancels this factor unless `projection_bias` is set. `"additive"` raises the cosines of each text to their mean over the patches where they
             are below it, and adds A, stretched to [0, 1] and divided by 2 `max_sharpness`, equally for all texts. `"none"` does
             not use A.
         map_affinity (`float`, defaults to 0): sharpness of the sharing among similar patches. Token and attention of each patch
@@ -57,7 +56,6 @@ class ICLIPConfig(PreTrainedConfig):
         attention_norm (`str`, defaults to `"minmax"`): how A is scaled to [0, 1]. `"minmax"` over the patches is the paper's.
             `"quantile"` maps `attention_quantile` to 1 and clips above it, so that one bright token cannot dim all others.
         attention_quantile (`float` in (0, 1], defaults to 0.9): used with `attention_norm="quantile"`.
-        logit_scales (`str`, defaults to `"per_branch"`): one learned temperature for each branch, or one `"shared"` temperature.
         logit_scale_init_value (`float` in [0, ln 100], defaults to 2.6592): initial value of the logarithm of the logit scale,
             ln(1 / 0.07).
         lock_vision (`bool`, defaults to `True`): whether the image tower is frozen. A frozen tower has no gradients and stays in
@@ -89,11 +87,10 @@ class ICLIPConfig(PreTrainedConfig):
     dual_projection: bool = True
     recognition_pooling: Literal["class_token", "class_and_average"] = "class_token"
     projection_bias: bool = False
-    map_attention: Literal["similarity", "sqrt_similarity", "features", "additive", "none"] = "similarity"
+    map_attention: Literal["similarity", "features", "additive", "none"] = "similarity"
     map_affinity: int | float = 0.0
     attention_norm: Literal["minmax", "quantile"] = "minmax"
     attention_quantile: int | float = 0.9
-    logit_scales: Literal["per_branch", "shared"] = "per_branch"
     logit_scale_init_value: int | float = 2.6592
     lock_vision: bool = True
     text_pooling: Literal["eos", "mean", "class_token"] = "eos"

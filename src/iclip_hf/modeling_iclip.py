@@ -204,15 +204,14 @@ class ICLIPBranch(nn.Module):
     """
     One pair of projections into a shared image-text space, with its temperature (Eq. 12).
 
-    `logit_scale` is the logarithm of the scale. Its shape is (1,), because FSDP cannot shard scalars. It is None in a branch that
-    shares the scale of the recognition branch.
+    `logit_scale` is the logarithm of the scale. Its shape is (1,), because FSDP cannot shard scalars.
     """
 
-    def __init__(self, config: ICLIPConfig, image_dim: int, text_dim: int, own_scale: bool = True):
+    def __init__(self, config: ICLIPConfig, image_dim: int, text_dim: int):
         super().__init__()
         self.visual_projection = nn.Linear(image_dim, config.projection_dim, bias=config.projection_bias)
         self.text_projection = nn.Linear(text_dim, config.projection_dim, bias=config.projection_bias)
-        self.logit_scale = nn.Parameter(torch.full((1,), float(config.logit_scale_init_value))) if own_scale else None
+        self.logit_scale = nn.Parameter(torch.full((1,), float(config.logit_scale_init_value)))
 
     def forward(self) -> torch.Tensor:
         """
@@ -354,8 +353,7 @@ class ICLIPModel(PreTrainedModel):
         self.recognition = ICLIPBranch(config, widths * image_dim, text_dim)
         self.interpretability = None
         if config.dual_projection:
-            own_scale = config.logit_scales == "per_branch"
-            self.interpretability = ICLIPBranch(config, image_dim, text_dim, own_scale)
+            self.interpretability = ICLIPBranch(config, image_dim, text_dim)
         if config.center_tokens:
             self.token_mean = nn.Buffer(torch.zeros(image_dim))
 
@@ -457,8 +455,7 @@ class ICLIPModel(PreTrainedModel):
 
     def logit_scales(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Returns the logit scales of the recognition branch and of the map branch, scalars of at most 100."""
-        scale = self.recognition()
-        return scale, scale if self.map_branch.logit_scale is None else self.map_branch()
+        return self.recognition(), self.map_branch()
 
     def _set_gradient_checkpointing(self, enable: bool = True, **options):
         # Reentrant checkpoints drop gradients of tensors that are not outputs of a layer, such as the class token's attention.
@@ -585,6 +582,31 @@ class ICLIPModel(PreTrainedModel):
         patches = patch_embeds.flatten(1, -2)
         return pool_similarities(patches, text_embeds.to(patches), attention, self.config.max_sharpness)
 
+    def branch_logits(
+        self,
+        scale: torch.Tensor,
+        image_embeds: torch.Tensor,
+        text_embeds: torch.Tensor,
+        attention: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """
+        Computes the scaled similarities of images and texts in a branch, which the loss compares.
+
+        Args:
+            scale (`torch.Tensor`): scalar, see `logit_scales`.
+            image_embeds (`torch.Tensor` of shape `(B, P)`): unit vectors of images, or `(B, N, P)` of their patches.
+            text_embeds (`torch.Tensor` of shape `(T, P)` or `(B, T, P)`): unit vectors of texts.
+            attention (`torch.Tensor` of shape `(B, N)`, *optional*): of the patches, if there are.
+
+        Returns:
+            `torch.Tensor` of shape `(B, T)`, float32.
+        """
+        if attention is None:
+            similarities = cosines(image_embeds, text_embeds)
+        else:
+            similarities = self.pool_similarities(image_embeds, text_embeds, attention)
+        return scale.to(similarities.device) * similarities
+
     @can_return_tuple
     def get_image_features(self, pixel_values: torch.FloatTensor, **kwargs) -> ICLIPImageFeatures:
         """
@@ -694,8 +716,6 @@ class ICLIPModel(PreTrainedModel):
         attention = image.map_attention.unflatten(-1, image.grid).unsqueeze(1).to(maps)
         if self.config.map_attention == "similarity":
             maps = maps * attention
-        elif self.config.map_attention == "sqrt_similarity":
-            maps = maps * attention.sqrt()
         elif self.config.map_attention == "additive":
             maps = torch.maximum(maps, maps.mean((-2, -1), keepdim=True))  # still cosines, which texts compete by
             maps = maps + min_max_normalize(attention) / (2 * self.config.max_sharpness)
@@ -765,7 +785,7 @@ class ICLIPModel(PreTrainedModel):
             text = self.get_text_features(input_ids, attention_mask, token_type_ids, num_templates, **kwargs)
 
         scale, map_scale = self.logit_scales()
-        logits_per_image = _scaled(scale, cosines(image.image_embeds, text.text_embeds))
+        logits_per_image = self.branch_logits(scale, image.image_embeds, text.text_embeds)
         loss = None
         if return_loss:
             if text.text_embeds.shape != image.image_embeds.shape:
@@ -775,13 +795,11 @@ class ICLIPModel(PreTrainedModel):
                 )
             loss = contrastive_loss(logits_per_image)
             if self.interpretability is not None:
-                if self.config.max_over == "similarity":
-                    similarities = self.pool_similarities(
-                        image.patch_embeds, text.map_text_embeds, image.map_attention
-                    )
-                else:
-                    similarities = cosines(image.map_image_embeds, text.map_text_embeds)
-                map_loss = contrastive_loss(_scaled(map_scale, similarities))
+                by_patch = self.config.max_over == "similarity"
+                images = (image.patch_embeds, image.map_attention) if by_patch else (image.map_image_embeds,)
+                map_loss = contrastive_loss(
+                    self.branch_logits(map_scale, images[0], text.map_text_embeds, *images[1:])
+                )
                 loss = (loss + map_loss.to(loss.device)) / 2
 
         return ICLIPOutput(
@@ -819,10 +837,6 @@ def average_templates(projected: torch.Tensor, num_templates: int) -> torch.Tens
     if num_templates == 1:
         return projected
     return normalize(projected).unflatten(-2, (-1, num_templates)).mean(-2)
-
-
-def _scaled(scale: torch.Tensor, cosines: torch.Tensor) -> torch.Tensor:
-    return scale.to(cosines.device) * cosines
 
 
 def cosines(image_embeds: torch.Tensor, text_embeds: torch.Tensor) -> torch.Tensor:

@@ -17,7 +17,7 @@ from .images import to_rgb
 from .label_maps import segments
 from .prompts import check_templates, check_text
 from .regions import MIN_AREA, Region, find_regions, negative_points, positive_points
-from .similarity import min_max_normalize, resize_and_normalize, resize_maps
+from .similarity import resize_and_normalize
 from .similarity import reverse as reverse_maps
 
 
@@ -224,7 +224,6 @@ class ICLIPProcessor(ProcessorMixin):
         maps: torch.Tensor,
         target_sizes: Sequence[tuple[int, int]],
         reverse: bool = False,
-        order: str = "resize_first",
     ) -> list[torch.Tensor]:
         """
         Converts raw maps to maps in [0, 1] at the size of the images (Eq. 4; reversed: Eq. 5).
@@ -233,31 +232,20 @@ class ICLIPProcessor(ProcessorMixin):
             maps (`torch.Tensor` of shape `(B, T, h, w)`): raw similarity maps of [`ICLIPModel`].
             target_sizes (list of B `(height, width)`): sizes of the original images in pixels.
             reverse (`bool`): whether to return 1 - M, which corrects CLIP's opposite maps without training.
-            order (`str`, defaults to `"resize_first"`): `"resize_first"` (bicubic, then min-max) or `"normalize_first"`.
 
         Returns:
             list of B `torch.Tensor` of shape `(T, height, width)`, float32, in [0, 1]; a constant map is zeros.
 
         Raises:
-            `ValueError`: the number of sizes is not B, or `order` has another value.
+            `ValueError`: the number of sizes is not B.
         """
         if maps.ndim != 4 or len(target_sizes) != len(maps):
             raise ValueError(
                 f"Expected maps of shape (B, T, h, w) and B target sizes, got {tuple(maps.shape)} and {len(target_sizes)}: "
                 "pass the maps of a batch and a size for each image."
             )
-        if order not in ("resize_first", "normalize_first"):
-            raise ValueError(
-                f'Expected order to be "resize_first" or "normalize_first", got {order!r}: use one of them.'
-            )
-        processed = []
-        for map_, size in zip(maps.float(), target_sizes):
-            if order == "resize_first":
-                map_ = resize_and_normalize(map_, size)
-            else:
-                map_ = resize_maps(min_max_normalize(map_), size).clamp(0, 1)  # bicubic overshoots
-            processed.append(reverse_maps(map_) if reverse else map_)
-        return processed
+        processed = [resize_and_normalize(map_, size) for map_, size in zip(maps.float(), target_sizes)]
+        return [reverse_maps(map_) for map_ in processed] if reverse else processed
 
     @_renamed("scores", "0.3", "presence")
     @_renamed("min_score", "0.3", "min_presence")

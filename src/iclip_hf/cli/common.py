@@ -21,7 +21,7 @@ from typing import TypeVar
 
 from ..data.class_names import DATASETS
 from ..prompts import check_templates, check_text
-from ..utils.names import COLORMAPS, DTYPES, METHOD_GROUP, METHODS
+from ..utils.names import COLORMAPS, DTYPES, METHOD_GROUP, METHODS, check_model_name
 
 
 Value = TypeVar("Value")
@@ -44,7 +44,7 @@ def add_model_option(command: argparse.ArgumentParser, help: str = "", **options
     command.add_argument(
         "--model",
         metavar="FOLDER_OR_ID",
-        type=checked(check_model),
+        type=checked(check_model_name),
         help=f'ICLIP or CLIP-like model, or "embedded"{help} (default: the embedded model)',
         **{"default": "embedded", **options},
     )
@@ -185,13 +185,6 @@ def checked(check: Callable[[str], Value]) -> Callable[[str], Value]:
             raise argparse.ArgumentTypeError(sentence) from error
 
     return parse
-
-
-def check_model(name: str) -> str:
-    """Returns the name of a model. Raises `ValueError` unless it is a path that exists, or may be a Hub id."""
-    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) and not Path(name).exists():
-        raise ValueError(f"Expected a folder or a Hub id, but {name!r} is neither: check the path.")
-    return name
 
 
 def check_method(name: str) -> str:

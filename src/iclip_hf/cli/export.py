@@ -9,7 +9,8 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
-from .common import check_model, checked, echo_folder, shown_steps, silence_transformers
+from ..utils.names import check_model_name
+from .common import checked, echo_folder, shown_steps, silence_transformers
 
 
 def add_options(command: argparse.ArgumentParser) -> None:
@@ -43,7 +44,7 @@ def add_options(command: argparse.ArgumentParser) -> None:
 def add_source_options(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "model",
-        type=checked(check_model),
+        type=checked(check_model_name),
         metavar="MODEL",
         help='folder or Hub id of an ICLIP model, or "embedded"',
     )

@@ -17,9 +17,7 @@ def add_options(command: argparse.ArgumentParser) -> None:
         help="name of a shipped configuration, for example iclip-vit-b16, or a folder with a config.json",
     )
     tower = {"metavar": "FOLDER_OR_ID"}
-    command.add_argument(
-        "--vision", **tower, help="image tower, or a .pth file of DINO's authors (default: the configuration's)"
-    )
+    command.add_argument("--vision", **tower, help="image tower (default: the configuration's)")
     command.add_argument("--text", **tower, help="text tower (default: the configuration's)")
     command.add_argument("--output", required=True, type=Path, metavar="DIR", help="new folder to write")
 

@@ -29,6 +29,7 @@ from ..images import IMAGE_SUFFIXES
 from ..utils.digests import content_digest, file_state
 from ..utils.extras import require_extra
 from ..utils.files import cache_folder, keep_in_cache
+from ..utils.names import may_be_hub_id
 
 
 logger = logging.getLogger(__name__)
@@ -62,7 +63,7 @@ class Columns(NamedTuple):
                 expected = repr(wanted[0]) if len(wanted) == 1 else f"one of {', '.join(wanted)}"
                 raise ValueError(
                     f"{where}: expected the column of the {what} to be {expected}, but got {', '.join(map(repr, found))}; add "
-                    f"a header line, or name the column by {what}_column."
+                    f"a header line, or name the column by --{what}_column."
                 )
 
     def captions(self, row: Mapping) -> list[str]:
@@ -488,12 +489,8 @@ class ArrowRows(Source):
 
 
 def is_hub_id(source: str) -> bool:
-    """Whether this names a Hub dataset: `org/name` where `org` is no folder here, as it is for a mistyped path."""
-    return (
-        re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", source) is not None
-        and Path(source).suffix.lower() not in _KINDS
-        and not os.path.exists(os.path.dirname(source))
-    )
+    """Whether this names a Hub dataset, as `org/name`, see [`~iclip_hf.utils.names.may_be_hub_id`]."""
+    return "/" in source and may_be_hub_id(source) and Path(source).suffix.lower() not in _KINDS
 
 
 def open_sources(

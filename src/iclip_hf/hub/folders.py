@@ -20,7 +20,6 @@ from ..pipeline_iclip import PIPELINES
 from ..processing_iclip import ICLIPProcessor
 from ..utils.files import atomic_folder, loading_errors
 from .configs import SHIPPED, config_folder
-from .dino import load_dino_checkpoint
 from .model_card import describe_tower, write_model_card
 
 
@@ -64,8 +63,7 @@ def init_model(config: str | Path, output: str | Path, vision: str | None = None
     Args:
         config: name of a shipped configuration (`"iclip-vit-b16"`) or a folder with `config.json` and `processor_config.json`.
         output: the folder to write; new or empty.
-        vision (`str`, *optional*): image tower: a folder or Hub id, or an original checkpoint of DINO (`.pth`). That of the
-            configuration's `train.yaml` if not given.
+        vision (`str`, *optional*): image tower: a folder or Hub id. That of the configuration's `train.yaml` if not given.
         text (`str`, *optional*): text tower: a folder or Hub id, also of a two-tower model such as CLIP. That of `train.yaml` if not
             given. For the configuration of the embedded model, and no other towers, the trained embedded model is written.
 
@@ -115,10 +113,7 @@ def join_towers(
         towers = map(str, embedded_towers())
         vision, text = (tower if name == "embedded" else name for name, tower in zip((vision, text), towers))
     config = ICLIPConfig(**{**ICLIPConfig.get_config_dict(source)[0], **options})
-    if Path(vision).suffix == ".pth":
-        image_tower = load_dino_checkpoint(vision, config.vision_config)
-    else:
-        image_tower = _checked_tower(config.vision_config, vision, "vision_config")
+    image_tower = _checked_tower(config.vision_config, vision, "vision_config")
     model = ICLIPModel(config, image_tower, _checked_tower(config.text_config, text, "text_config")).eval()
 
     size = {} if image_size is None else {"size": {"height": image_size, "width": image_size}}

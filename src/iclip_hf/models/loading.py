@@ -12,6 +12,7 @@ from transformers import AutoConfig, AutoModel, AutoProcessor, ProcessorMixin
 from ..modeling_iclip import ICLIPModel, check_weights
 from ..processing_iclip import ICLIPProcessor
 from ..utils.files import loading_errors
+from ..utils.names import check_model_name
 from .embedded import embedded_model
 from .explainable import ExplainableModel
 from .families import (
@@ -129,8 +130,8 @@ def _explainable(model, processor) -> ExplainableModel:
 
 
 def _located(name: str | Path) -> str | Path:
-    """Returns the folder of the embedded model for its name, also beside another folder `embedded`; other names as they are."""
-    return embedded_model() if name == "embedded" else name
+    """Returns the folder of the embedded model for its name, also beside another folder `embedded`; checked other names."""
+    return embedded_model() if name == "embedded" else check_model_name(os.fspath(name))
 
 
 def has_bfloat16() -> bool:

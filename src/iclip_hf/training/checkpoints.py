@@ -44,8 +44,10 @@ class RunState:
         bad_steps, bad_in_a_row: number of steps without a finite loss and gradient, in total and since the last good step.
         skipped_pairs: number of broken pairs that were replaced.
         before: results of the model that the run started from, if it was trained already.
-        best: value of the chosen metric for the best model so far.
+        before_by_pair: its `best_metric` for each held-out pair.
+        best: value of `best_metric` for the best model of the training so far.
         metrics: results of this model, or of the last one without validation.
+        change: 95 % interval of the difference between the two in `best_metric`, see [`~validation.change_interval`].
         evaluation: its results on maps, as `iclip evaluate` returns them.
         settings: settings of the run.
         content: identity of the model that the run started from, and digests of what settings name, see [`known_by_content`].
@@ -58,13 +60,21 @@ class RunState:
     bad_in_a_row: int = 0
     skipped_pairs: int = 0
     before: dict = field(default_factory=dict)
+    before_by_pair: list[float] = field(default_factory=list)
     best: float | None = None
     metrics: dict = field(default_factory=dict)
+    change: list[float] = field(default_factory=list)
     evaluation: dict | None = None
     settings: dict = field(default_factory=dict)
     content: dict = field(default_factory=dict)
     sharded: bool = False
     measured: bool = True
+
+
+def holds_start(settings: Settings, state: RunState) -> bool:
+    """Whether the run's folder holds the model that the run started from, because no evaluation was better."""
+    start = state.before.get(settings.best_metric)
+    return start is not None and (state.best is None or not settings.is_better(state.best, start))
 
 
 def keep_learning_weights_only(accelerator: Accelerator) -> None:

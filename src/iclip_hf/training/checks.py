@@ -13,7 +13,8 @@ import numpy as np
 from ..data.sources import BAD_PAIR, Columns, Source, TarShard, is_hub_id, open_sources
 from ..utils.extras import not_installed
 from ..utils.files import check_own_folder
-from .settings import Settings
+from ..utils.names import check_model_name
+from .settings import Settings, read_file
 
 
 _LOOKED_AT = 200  # pairs, evenly spaced over all
@@ -47,13 +48,25 @@ def check_run(settings: Settings) -> None:
         raise FileNotFoundError(
             f"Expected eval_root to be the folder of the {settings.eval_dataset} data, got {settings.eval_root!r}: name it."
         )
-    columns = Columns.named(settings.image_column, settings.caption_column)
-    if not any(map(is_hub_id, settings.data)):  # which is opened with its download
-        sources = open_sources(settings.data, columns, settings.split)
-        if not any(isinstance(source, TarShard) for source in sources):  # whose index may take minutes
-            check_pairs(sources, settings.max_bad_share)
-    if settings.validation_data:
-        open_sources(settings.validation_data, columns)
+    sources = _open_local(settings, "data")
+    # A Hub dataset is opened with its download, and the index of a shard may take minutes.
+    if not any(map(is_hub_id, settings.data)) and not any(isinstance(source, TarShard) for source in sources):
+        check_pairs(sources, settings.max_bad_share)
+    _open_local(settings, "validation_data")
+
+
+def _open_local(settings: Settings, name: str) -> list[Source]:
+    """Opens the pairs on disk of a setting. An error says if a configuration names them."""
+    paths = [path for path in getattr(settings, name) if not is_hub_id(path)]
+    try:
+        return open_sources(paths, Columns.named(settings.image_column, settings.caption_column), settings.split)
+    except FileNotFoundError as error:
+        if not settings.config or read_file(Path(settings.config)).get(name) != getattr(settings, name):
+            raise
+        raise FileNotFoundError(
+            f"{error} The configuration {settings.name} names it as {name}: name your own pairs by --{name}"
+            f"{', or hold out a part by --validation_share' if name == 'validation_data' else ''}."
+        ) from error
 
 
 def check_output_dir(folder: Path, resume: bool) -> None:
@@ -100,17 +113,10 @@ def check_packages(settings: Settings) -> None:
 
 def check_model(model: str) -> None:
     """Raises an error if a local folder is no ICLIP model. A Hub id is checked when it is loaded."""
-    folder = Path(model)
-    if model == "embedded":
+    if model == "embedded" or not Path(check_model_name(model)).exists():
         return
-    if not folder.is_dir():
-        if model.count("/") == 1 and not model.startswith((".", "/", "~")):
-            return
-        raise FileNotFoundError(
-            f"{model}: expected the folder or the Hub id of an ICLIP model, but there is none; check it."
-        )
     try:
-        kind = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type")
+        kind = json.loads(Path(model, "config.json").read_text(encoding="utf-8")).get("model_type")
     except FileNotFoundError:
         raise FileNotFoundError(
             f"{model}: expected the folder of a model, but it has no config.json; name another."

@@ -13,8 +13,8 @@ from ..modeling_iclip import ICLIPModel
 from ..processing_iclip import ICLIPProcessor
 from .data import AugmentedImage, TrainingPairs, TrainingStream, WholeImage
 from .feature_cache import CachedPairs, cache_images, cache_texts
-from .loss import set_token_mean
 from .nouns import NounPrompts
+from .pair_model import set_token_mean
 from .settings import Settings
 
 

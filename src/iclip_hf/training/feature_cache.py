@@ -26,8 +26,8 @@ from ..utils.distributed import agreed, partner_errors, shared_folder_lock
 from ..utils.files import atomic_write, check_own_folder, writing_errors
 from .data import seeded
 from .interrupts import ignore_signals
-from .loss import map_features
 from .nouns import NounPrompts
+from .pair_model import map_features
 
 
 if TYPE_CHECKING:
@@ -61,7 +61,7 @@ def image_rows(model: ICLIPModel, pixel_values: torch.Tensor, map_tokens: int) -
 
 
 def branch_features(rows: torch.Tensor, config: ICLIPConfig) -> tuple[torch.Tensor, ...]:
-    """Converts the result of [`image_rows`] to that of [`~loss.image_features`]."""
+    """Converts the result of [`image_rows`] to that of [`~pair_model.image_features`]."""
     recognised = slice(2 if config.recognition_pooling == "class_and_average" else 1)
     if config.max_over == "similarity":
         return rows[:, recognised, :-1].flatten(1), rows[:, 2:, :-1], rows[:, 2:, -1]
@@ -80,7 +80,6 @@ _AFTER_THE_ROWS = {
     "projection_dim",
     "dual_projection",
     "projection_bias",
-    "logit_scales",
     "logit_scale_init_value",
     "max_sharpness",
     "map_attention",

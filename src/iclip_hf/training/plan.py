@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ..data.sources import Columns, held_out_rows, is_hub_id, open_sources
+from ..utils.names import RUNS
 from ..utils.prefetch import spare_processors
 from .checks import check_pairs
 from .settings import Settings
@@ -57,7 +58,7 @@ def choose_settings(given: Mapping) -> dict[str, Choice]:
         return value
 
     stem = Path(given["data"][0]).absolute().name.partition(".")[0]
-    folder = choose("output_dir", f"runs/{stem}", "named after the data")
+    folder = choose("output_dir", f"{RUNS}/{stem}", "named after the data")
     if not (given.get("vision") or given.get("text")):
         choose("model", "embedded", "a trained model, which needs no model hub")
     share = 0.0

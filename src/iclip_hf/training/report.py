@@ -10,13 +10,14 @@ from collections import Counter
 from ..data.pairs import BadPairError, PairDataset
 from ..data.sources import CLASS_CAPTION
 from ..hub.configs import SHIPPED
-from .checkpoints import RunState
+from .checkpoints import RunState, holds_start
 from .nouns import NounPrompts
 from .settings import Settings
 
 
 _LABELS = 2
-_CAPTIONS = 1000  # read for the labels
+_LOOKED_AT = 1000  # pairs, for the labels
+_FEWEST = 10  # held-out pairs; on fewer, the interval is too narrow
 
 
 def report(settings: Settings, state: RunState, held_out: PairDataset | None) -> str:
@@ -41,56 +42,86 @@ def report(settings: Settings, state: RunState, held_out: PairDataset | None) ->
         ]
         lines.append("")
     if state.before:
-        name = settings.best_metric
-        before, after = state.before[name], state.metrics[name]
-        if settings.is_better(after, before):
-            moved = "rose" if after > before else "fell"
-            lines.append(f"The model got better: {name} {moved} from {_number(before)} to {_number(after)}.")
-        else:
-            lines.append(
-                f"The model did not get better: {name} was {_number(before)} and is {_number(after)} at best. Keep the model that you "
-                f"started from ({settings.model}), or train on more pairs or with a lower --learning_rate."
-            )
+        lines.append(_verdict(settings, state, held_out))
     elif not state.metrics:
         lines.append(
             "Nothing was measured: name pairs by --validation_data, or hold out a part by --validation_share."
         )
-    lines.append(f"The trained model is in {settings.output_dir}. Next:")
+    if holds_start(settings, state):
+        lines.append(
+            f"No evaluation was better than the start, so {settings.output_dir} holds the model that you started from "
+            f"({settings.model}). Train on more pairs, or with another --learning_rate. Next:"
+        )
+    else:
+        lines.append(f"The trained model is in {settings.output_dir}. Next:")
     folder = shlex.quote(settings.output_dir)
     repository = re.sub(r"[^\w.-]+", "-", settings.name, flags=re.ASCII)  # what the Hub allows
-    texts = " ".join(f"--text {shlex.quote(label)}" for label in own_labels(held_out))
+    image, labels = example(held_out)
+    texts = " ".join(f"--text {shlex.quote(label)}" for label in labels)
     lines += [
-        f"  iclip explain {shlex.quote(_image(held_out))} {texts} --model {folder}",
+        f"  iclip explain {shlex.quote(image)} {texts} --model {folder}",
         f"  iclip push {folder} your-name/{repository} --dry-run",
     ]
     return "\n".join(lines)
 
 
-def own_labels(pairs: PairDataset | None) -> list[str]:
+def own_labels(pairs: PairDataset) -> list[str]:
+    """Returns the labels that most captions of a data set have, see [`example`]."""
+    counts = Counter(itertools.chain(*_labels(pairs).values()))
+    return [label for label, _ in counts.most_common(_LABELS)]
+
+
+def example(pairs: PairDataset | None) -> tuple[str, list[str]]:
     """
-    Returns classes, or else general nouns, of a data set's captions, or else a caption. Those of the first caption, whose image the
-    command shows, precede those that most captions have.
+    Returns an image of a data set, as a file if it is one, and texts that it shows: its class, or else nouns of its captions, or else a
+    caption. The image is the first with such texts.
     """
-    if pairs is None:
-        return ["..."]
-    captions = [" ".join(pairs.caption(row).split()) for row in range(min(len(pairs), _CAPTIONS))]
-    captions = [caption for caption in captions if caption and caption.isprintable()]  # a terminal shows them
+    labels = _labels(pairs) if pairs is not None else {}
+    for row in sorted(labels, key=lambda row: not labels[row]):
+        if texts := labels[row][:_LABELS] or _captions(pairs, row)[:1]:
+            return str(pairs.image_file(row) or "photo.jpg"), texts
+    return "photo.jpg", ["..."]
+
+
+def _labels(pairs: PairDataset) -> dict[int, list[str]]:
+    """Returns the labels of the first pairs by row: classes if the captions are made of them, else nouns, first those of most captions."""
+    captions = {row: _captions(pairs, row) for row in range(min(len(pairs), _LOOKED_AT))}
     start, end = CLASS_CAPTION.split("{}")
-    labels = [[one.removeprefix(start).removesuffix(end)] for one in captions if one.startswith(start)]
-    if len(labels) < len(captions) or len({label for [label] in labels}) == len(captions):
-        nouns = NounPrompts.from_file(SHIPPED / "iclip-dinov2-s14-minilm" / "nouns.txt")
-        labels = [[nouns.nouns[number] for number in nouns.find(caption)] for caption in captions]
-    counts = Counter(itertools.chain(*labels))
-    ordered = sorted(counts, key=lambda label: (label not in labels[0], -counts[label]))
-    return ordered[:_LABELS] or captions[:1] or ["..."]
+    every = [caption for several in captions.values() for caption in several]
+    if all(caption.startswith(start) for caption in every) and len(set(every)) < len(every):
+        return {row: [one.removeprefix(start).removesuffix(end) for one in captions[row]] for row in captions}
+    nouns = NounPrompts.from_file(SHIPPED / "iclip-dinov2-s14-minilm" / "nouns.txt")
+    counts = {row: Counter(itertools.chain(*map(sorted, map(nouns.find, captions[row])))) for row in captions}
+    return {row: [nouns.nouns[number] for number, _ in counts[row].most_common()] for row in captions}
 
 
-def _image(pairs: PairDataset | None) -> str:
+def _captions(pairs: PairDataset, row: int) -> list[str]:
+    """Returns the captions of a pair that a terminal shows; none of a bad pair."""
     try:
-        file = pairs.image_file(0) if pairs is not None else None
+        captions = [" ".join(caption.split()) for caption in pairs.captions(row)]
     except BadPairError:
-        file = None
-    return str(file or "photo.jpg")
+        return []
+    return [caption for caption in captions if caption.isprintable()]
+
+
+def _verdict(settings: Settings, state: RunState, held_out: PairDataset | None) -> str:
+    """Returns whether the model got better, as far as the held-out pairs can tell."""
+    name = settings.best_metric
+    before, after = state.before[name], state.metrics[name]
+    moved = "rose" if after > before else "fell"
+    change = f"{name} {moved} from {_number(before)} to {_number(after)}" if after != before else f"{name} stayed"
+    if not state.change:  # of a data set
+        return f"On {settings.eval_dataset}, {change}."
+    if len(held_out) < _FEWEST:
+        return (
+            f"No measurable change: {change}, but {len(held_out)} held-out pairs are too few to tell. Hold out more by "
+            "--validation_share, or name some by --validation_data."
+        )
+    low, high = state.change
+    interval = f"95 % interval of the change: {_number(low)} to {_number(high)}"
+    if low <= 0 <= high:
+        return f"No measurable change: {change} ({interval})."
+    return f"The model got {'better' if settings.is_better(after, before) else 'worse'}: {change} ({interval})."
 
 
 def _number(value: float | None) -> str:

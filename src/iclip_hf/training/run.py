@@ -25,6 +25,7 @@ from ..data.segmentation import load_segmentation
 from ..evaluation.evaluate import evaluate
 from ..hub.folders import join_towers
 from ..modeling_iclip import ICLIPModel
+from ..models.embedded import embedded_model
 from ..models.identity import identity
 from ..models.loading import load_iclip, warn_of_slow_bfloat16
 from ..processing_iclip import ICLIPProcessor
@@ -34,6 +35,7 @@ from .checkpoints import (
     advice_to_resume,
     check_content,
     export,
+    holds_start,
     keep_learning_weights_only,
     known_by_content,
     save_checkpoint,
@@ -45,14 +47,14 @@ from .checks import checkpoints
 from .data import BatchLoader, derive_seed
 from .datasets import load_datasets, open_pairs
 from .interrupts import Interrupts
-from .loss import PairModel
 from .low_rank import add_low_rank
 from .meter import Meter
 from .nouns import NounPrompts
+from .pair_model import PairModel
 from .report import own_labels, report
 from .schedule import cosine_schedule, parameter_groups
 from .settings import MAP_METRICS, Settings
-from .validation import draw_examples, validate
+from .validation import change_interval, draw_examples, validate
 
 
 # -------------------------------------------------------------------------------------------------------------- model
@@ -103,7 +105,7 @@ def start_accelerator(settings: Settings, model: ICLIPModel) -> Accelerator:
 def train(settings: Settings) -> dict[str, float]:
     """
     Trains a model in the folder `settings.output_dir`, which `from_pretrained` then loads. With validation, this is the best
-    model of the evaluations, otherwise the last.
+    model of the evaluations, which may be the one that the run started from; otherwise the last.
 
     Returns:
         The metrics of this model.
@@ -124,192 +126,247 @@ def train(settings: Settings) -> dict[str, float]:
         accelerator = start_accelerator(settings, model)
         new = not checkpoints(output_dir)
         with partner_errors("start it again"), shared_folder_lock(output_dir, accelerator, own=new):
-            return run(settings, model, processor, started_from, accelerator, interrupts)
+            return TrainingRun(settings, model, processor, started_from, accelerator, interrupts).run()
 
 
-def run(
-    settings: Settings,
-    model: ICLIPModel,
-    processor: ICLIPProcessor,
-    started_from: dict[str, str],
-    accelerator: Accelerator,
-    interrupts: Interrupts,
-) -> dict[str, float]:
-    """The run itself, top to bottom: data, optimizer, loop, report. Returns the metrics of the model in the run's folder."""
-    output_dir = Path(settings.output_dir)
-    pair_model = PairModel(
-        model,
-        settings.chunk_size,
-        settings.lock_text,
-        settings.map_tokens,
-        settings.noun_weight,
-        settings.noun_branches,
-        settings.unlocked_vision_blocks,
-    )
-    last_checkpoint, state = state_to_resume(settings, fixed=["chunk_size"] if pair_model.has_dropout else [])
-    if last_checkpoint and state.sharded != accelerator.is_fsdp2:
-        was = "with FSDP" if state.sharded else "without FSDP"
-        raise ValueError(f"{last_checkpoint}: expected a run {was}, as it began, got another; resume it {was}.")
-    state.settings, state.sharded = asdict(settings), accelerator.is_fsdp2
+class TrainingRun:
+    """A run from its data to its report. Parameters: see [`train`]."""
 
-    # Data; first what is quickly found to be missing
-    segmentation = None
-    if settings.eval_dataset != "none":
-        segmentation = load_segmentation(settings.eval_dataset, settings.eval_root, settings.eval_split or None)
-    pairs, held_out = open_pairs(settings, accelerator)
-    nouns = NounPrompts.from_file(settings.nouns, settings.noun_prompts, settings.seed) if settings.nouns else None
-    with accelerator.main_process_first():  # the first process caches the digests of the files for the others
-        content = {**started_from, **known_by_content(settings, pairs, held_out, nouns, segmentation)}
-    if last_checkpoint:
-        check_content(last_checkpoint, state, content)
-    state.content = content
-    training, validation = load_datasets(settings, pairs, held_out, nouns, model, processor, accelerator)
-    workers = 0 if settings.cache_features else settings.num_workers
-    loader = BatchLoader(training, accelerator, settings.batch_size, settings.seed, workers, settings.pairs_per_epoch)
+    def __init__(
+        self,
+        settings: Settings,
+        model: ICLIPModel,
+        processor: ICLIPProcessor,
+        started_from: dict[str, str],
+        accelerator: Accelerator,
+        interrupts: Interrupts,
+    ):
+        self.settings, self.processor, self.accelerator, self.interrupts = settings, processor, accelerator, interrupts
+        self.output_dir = Path(settings.output_dir)
+        pair_model = PairModel(
+            model,
+            settings.chunk_size,
+            settings.lock_text,
+            settings.map_tokens,
+            settings.noun_weight,
+            settings.noun_branches,
+            settings.unlocked_vision_blocks,
+        )
+        fixed = ["chunk_size"] if pair_model.has_dropout else []
+        last_checkpoint, self.state = state_to_resume(settings, fixed)
+        if last_checkpoint and self.state.sharded != accelerator.is_fsdp2:
+            was = "with FSDP" if self.state.sharded else "without FSDP"
+            raise ValueError(f"{last_checkpoint}: expected a run {was}, as it began, got another; resume it {was}.")
+        self.state.settings, self.state.sharded = asdict(settings), accelerator.is_fsdp2
 
-    # Optimizer and schedule
-    pair_model.train()
-    optimizer = torch.optim.AdamW(
-        parameter_groups(pair_model, settings.weight_decay),
-        betas=(settings.adam_beta1, settings.adam_beta2),
-        eps=settings.adam_epsilon,
-    )
-    pair_model, optimizer = accelerator.prepare(pair_model, optimizer)
-    unwrapped = accelerator.unwrap_model(pair_model)
-    total_steps = settings.max_steps or settings.epochs * loader.steps_per_epoch
-    warmup_steps = min(round(settings.warmup_epochs * loader.steps_per_epoch), total_steps - 1)
-    rates = (settings.learning_rate, settings.warmup_learning_rate, settings.min_learning_rate)
-    rates = [rate * settings.batch_size / 1024 for rate in rates]
+        # Data; first what is quickly found to be missing
+        self.segmentation = None
+        if settings.eval_dataset != "none":
+            self.segmentation = load_segmentation(
+                settings.eval_dataset, settings.eval_root, settings.eval_split or None
+            )
+        pairs, self.held_out = open_pairs(settings, accelerator)
+        nouns = NounPrompts.from_file(settings.nouns, settings.noun_prompts, settings.seed) if settings.nouns else None
+        with accelerator.main_process_first():  # the first process caches the digests of the files for the others
+            named = known_by_content(settings, pairs, self.held_out, nouns, self.segmentation)
+        content = {**started_from, **named}
+        if last_checkpoint:
+            check_content(last_checkpoint, self.state, content)
+        self.state.content = content
+        training, self.validation = load_datasets(settings, pairs, self.held_out, nouns, model, processor, accelerator)
+        self.workers = 0 if settings.cache_features else settings.num_workers
+        self.loader = BatchLoader(
+            training, accelerator, settings.batch_size, settings.seed, self.workers, settings.pairs_per_epoch
+        )
 
-    keep_learning_weights_only(accelerator)
-    if last_checkpoint:
-        accelerator.load_state(str(last_checkpoint))
-    accelerator.init_trackers("iclip-hf", {name: str(value) for name, value in state.settings.items()})
-
-    def evaluate_now() -> tuple[dict[str, float], dict | None]:
-        metrics, evaluation = {}, None
-        if validation is not None:
-            metrics |= validate(accelerator, pair_model, validation, settings.chunk_size, workers)
-        whole = whole_model(accelerator, pair_model).eval()
-        if segmentation is not None:
-            result = evaluate((whole, processor), segmentation, progress=False)
-            evaluation = {"protocol": {**result.protocol, "model": settings.name}, "results": result.results}
-            metrics |= {metric: result.results["itsm"][metric] for metric in MAP_METRICS}
-        if held_out is not None and settings.pictures and accelerator.is_main_process:
-            draw_examples(whole, processor, held_out, settings.pictures, output_dir / "pictures", state.step)
+        # Optimizer and schedule
         pair_model.train()
-        accelerator.log(metrics, state.step)
-        return metrics, evaluation
+        optimizer = torch.optim.AdamW(parameter_groups(pair_model, settings.weight_decay))
+        self.pair_model, self.optimizer = accelerator.prepare(pair_model, optimizer)
+        steps_per_epoch = self.loader.steps_per_epoch
+        self.total_steps = settings.max_steps or settings.epochs * steps_per_epoch
+        self.warmup_steps = min(round(settings.warmup_epochs * steps_per_epoch), self.total_steps - 1)
+        rates = (settings.learning_rate, settings.warmup_learning_rate, settings.min_learning_rate)
+        self.rates = [rate * settings.batch_size / 1024 for rate in rates]
 
-    if settings.model and state.step == 0:
-        state.before, _ = evaluate_now()
+        keep_learning_weights_only(accelerator)
+        if last_checkpoint:
+            accelerator.load_state(str(last_checkpoint))
+        accelerator.init_trackers("iclip-hf", {name: str(value) for name, value in self.state.settings.items()})
+        self.meter = Meter(settings.batch_size)
+        self.bar = tqdm(total=self.total_steps, initial=self.state.step, disable=not accelerator.is_main_process)
+        self.shown: dict[str, str] = {}  # beside the bar
 
-    labels = own_labels(held_out) if held_out is not None else None
-    bar = tqdm(total=total_steps, initial=state.step, desc="Training", disable=not accelerator.is_main_process)
-    shown = {}  # beside the bar
+    def run(self) -> dict[str, float]:
+        """Trains, and returns the metrics of the model in the run's folder."""
+        if self.settings.model and self.state.step == 0:
+            self.measure_start()
+        self.interrupts.deferred = True
+        if not self.state.measured:  # interrupted meanwhile
+            self.measure_checkpoint()
+        self.bar.set_description("Training")
+        while self.state.step < self.total_steps:
+            self.train_epoch(*divmod(self.state.step, self.loader.steps_per_epoch))
+        self.bar.close()
 
-    def measure() -> None:
-        """Evaluates the model, and exports it if it is the best so far."""
-        metrics, evaluation = evaluate_now()
-        score = metrics.get(settings.best_metric)
-        last = state.step == total_steps
-        better = last if score is None else state.best is None or settings.is_better(score, state.best)
-        if better:
-            state.best, state.metrics, state.evaluation = score, metrics, evaluation
-            card = {"name": settings.name, "metrics": evaluation, "training": state.settings, "labels": labels}
-            export(accelerator, pair_model, processor, output_dir, **card)
-        if score is not None:
-            shown[settings.best_metric] = f"{score:.4g}"
-            bar.set_postfix(shown)
-        state.measured = True
+        if self.accelerator.is_main_process:
+            with atomic_write(self.output_dir / "results.json") as partial:
+                partial.write_text(json.dumps(asdict(self.state), indent=2))
+            print(report(self.settings, self.state, self.held_out))
+        self.accelerator.wait_for_everyone()
+        self.accelerator.end_training()
+        return self.state.before if holds_start(self.settings, self.state) else self.state.metrics
 
-    def measure_checkpoint() -> None:
-        try:
-            with interrupts.at_once():  # all is saved
-                measure()
-                update_checkpoint(accelerator, output_dir, state)
-        except KeyboardInterrupt:
-            bar.close()
-            raise KeyboardInterrupt(f"interrupted after step {state.step}") from None
+    # ---------------------------------------------------------------------------------------------------------- steps
 
-    # Loop
-    meter = Meter(settings.batch_size)
-    interrupts.deferred = True
-    if not state.measured:  # interrupted meanwhile
-        measure_checkpoint()
-    while state.step < total_steps:
-        epoch, first = divmod(state.step, loader.steps_per_epoch)
-        for batch in loader.epoch(epoch, first):
-            meter.loaded()
-            # Dropout draws by the step, not by what was drawn before, so that a resumed step is the same.
-            torch.manual_seed(derive_seed(settings.seed, state.step, accelerator.process_index))
-            learning_rate = cosine_schedule(state.step, total_steps, warmup_steps, *rates)
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate
+    def train_epoch(self, epoch: int, first: int) -> None:
+        """Takes the steps of an epoch from its batch `first` on, up to the last of the run, and logs, saves and evaluates."""
+        settings, state = self.settings, self.state
+        for batch in self.loader.epoch(epoch, first):
+            self.meter.loaded()
+            row, interrupted = self.train_step(batch)
+            self.meter.stepped()
+            self.bar.update()
 
-            skipped = batch.pop("skipped")
-            outputs = pair_model(**batch)
-            # Every process decides by the same numbers.
-            mine = torch.tensor([skipped, interrupts.requested], device=accelerator.device)
-            shared = accelerator.reduce(torch.cat([outputs["losses"], mine.float()]), "mean")
-            *losses, skipped, interrupted = shared.tolist()
-            finite = all(map(math.isfinite, losses))
-            if finite:
-                accelerator.backward(outputs["loss"])
-                norm = accelerator.clip_grad_norm_(pair_model.parameters(), settings.clip_grad_norm)
-                norm = norm.full_tensor() if accelerator.is_fsdp2 else norm
-                finite = bool(torch.isfinite(norm))
-                if finite or accelerator.scaler is not None:  # the scaler skips by itself, and lowers its scale
-                    optimizer.step()
-                    unwrapped.clamp_logit_scales()
-            optimizer.zero_grad()
-
-            state.step += 1
-            state.skipped_pairs += round(skipped * accelerator.num_processes)
-            state.bad_steps += not finite
-            state.bad_in_a_row = 0 if finite else state.bad_in_a_row + 1
-            if state.bad_in_a_row == settings.max_bad_steps:
-                raise FloatingPointError(
-                    f"Expected a finite loss and gradient, got none in the last {settings.max_bad_steps} steps, up to step "
-                    f"{state.step}: lower learning_rate, or set mixed_precision to bf16 or no"
-                )
-            meter.stepped()
-            bar.update()
-
-            last = state.step == total_steps
+            last = state.step == self.total_steps
             if last or state.step % settings.log_steps == 0:
-                log = {
-                    "loss": sum(losses) / len(losses),
-                    **dict(zip(("recognition_loss", "map_loss"), losses)),
-                    **dict(zip(("logit_scale", "map_logit_scale"), outputs["logit_scales"].tolist())),
-                    "learning_rate": learning_rate,
-                    "gradient_norm": norm.item() if finite else math.nan,
-                    **meter.read(),
-                    "bad_steps": state.bad_steps,
-                    "skipped_pairs": state.skipped_pairs,
-                }
-                accelerator.log(log, state.step)
-                shown |= {"loss": f"{log['loss']:.3f}", "pairs_per_s": f"{log['pairs_per_second']:.0f}"}
-                bar.set_postfix(shown)
+                self.log_row(row)
             state.measured = not (last or state.step % settings.eval_steps == 0)
             saved = last or interrupted or state.step % settings.checkpoint_steps == 0
             if saved:  # before measuring, which may take long or fail
-                save_checkpoint(accelerator, output_dir, state, settings.keep_checkpoints)
+                save_checkpoint(self.accelerator, self.output_dir, state, settings.keep_checkpoints)
             if interrupted:
-                bar.close()
+                self.bar.close()
                 raise KeyboardInterrupt(f"interrupted after step {state.step}")
             if not state.measured:
-                measure_checkpoint() if saved else measure()
+                self.measure_checkpoint() if saved else self.measure()
             if last:
-                break
-            meter.pause()
-    bar.close()
+                return
+            self.meter.pause()
 
-    # Report
-    if accelerator.is_main_process:
-        with atomic_write(output_dir / "results.json") as partial:
-            partial.write_text(json.dumps(asdict(state), indent=2))
-        print(report(settings, state, held_out))
-    accelerator.wait_for_everyone()
-    accelerator.end_training()
-    return state.metrics
+    def train_step(self, batch: dict) -> tuple[dict[str, float], bool]:
+        """
+        Takes a step of the optimizer, unless loss or gradient are not finite, and counts it. Returns its row of the log, and whether a
+        process got a signal.
+        """
+        settings, state, accelerator = self.settings, self.state, self.accelerator
+        # Dropout draws by the step, not by what was drawn before, so that a resumed step is the same.
+        torch.manual_seed(derive_seed(settings.seed, state.step, accelerator.process_index))
+        learning_rate = cosine_schedule(state.step, self.total_steps, self.warmup_steps, *self.rates)
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate
+
+        skipped = batch.pop("skipped")
+        outputs = self.pair_model(**batch)
+        # Every process decides by the same numbers.
+        mine = torch.tensor([skipped, self.interrupts.requested], device=accelerator.device)
+        shared = accelerator.reduce(torch.cat([outputs["losses"], mine.float()]), "mean")
+        *losses, skipped, interrupted = shared.tolist()
+        norm = math.nan
+        if all(map(math.isfinite, losses)):
+            accelerator.backward(outputs["loss"])
+            norm = accelerator.clip_grad_norm_(self.pair_model.parameters(), settings.clip_grad_norm)
+            norm = (norm.full_tensor() if accelerator.is_fsdp2 else norm).item()
+            if math.isfinite(norm) or accelerator.scaler is not None:  # which skips by itself, and lowers its scale
+                self.optimizer.step()
+                accelerator.unwrap_model(self.pair_model).clamp_logit_scales()
+        self.optimizer.zero_grad()
+
+        finite = math.isfinite(norm)
+        state.step += 1
+        state.skipped_pairs += round(skipped * accelerator.num_processes)
+        state.bad_steps += not finite
+        state.bad_in_a_row = 0 if finite else state.bad_in_a_row + 1
+        if state.bad_in_a_row == settings.max_bad_steps:
+            raise FloatingPointError(
+                f"Expected a finite loss and gradient, got none in the last {settings.max_bad_steps} steps, up to step "
+                f"{state.step}: lower learning_rate, or set mixed_precision to bf16 or no"
+            )
+        row = {
+            "loss": sum(losses) / len(losses),
+            **dict(zip(("recognition_loss", "map_loss"), losses)),
+            **dict(zip(("logit_scale", "map_logit_scale"), outputs["logit_scales"].tolist())),
+            "learning_rate": learning_rate,
+            "gradient_norm": norm if finite else math.nan,
+        }
+        return row, bool(interrupted)
+
+    def log_row(self, row: dict[str, float]) -> None:
+        """Logs what a step returned, with the speed and the counts of the run, and shows its loss beside the bar."""
+        row |= {**self.meter.read(), "bad_steps": self.state.bad_steps, "skipped_pairs": self.state.skipped_pairs}
+        self.accelerator.log(row, self.state.step)
+        self.shown |= {"loss": f"{row['loss']:.3f}", "pairs_per_s": f"{row['pairs_per_second']:.0f}"}
+        self.bar.set_postfix(self.shown)
+
+    # ---------------------------------------------------------------------------------------------------- evaluations
+
+    def evaluate(self) -> tuple[dict[str, float], list[float], dict | None]:
+        """Returns the metrics of the model, `best_metric` for each held-out pair, and the evaluation on maps."""
+        settings, pair_model, is_main = self.settings, self.pair_model, self.accelerator.is_main_process
+        metrics, by_pair, evaluation = {}, [], None
+        stages = [f"on {len(self.validation)} held-out pairs"] if self.validation is not None else []
+        stages += [f"maps on {settings.eval_dataset}"] if self.segmentation is not None else []
+        stages += ["pictures"] if self.held_out is not None and settings.pictures else []
+
+        def say_next() -> None:
+            self.bar.set_description(f"Evaluating {', then '.join(stages)}")
+            del stages[0]
+
+        if self.validation is not None:
+            say_next()
+            scores = validate(self.accelerator, pair_model, self.validation, settings.chunk_size, self.workers)
+            metrics |= {name: one.mean().item() for name, one in scores.items()}
+            by_pair = scores[settings.best_metric].tolist() if settings.best_metric in scores else []
+        whole = whole_model(self.accelerator, pair_model).eval()
+        if self.segmentation is not None:
+            say_next()
+            result = evaluate((whole, self.processor), self.segmentation)
+            evaluation = {"protocol": {**result.protocol, "model": settings.name}, "results": result.results}
+            metrics |= {metric: result.results["itsm"][metric] for metric in MAP_METRICS}
+        if self.held_out is not None and settings.pictures and is_main:
+            say_next()
+            pictures = self.output_dir / "pictures"
+            draw_examples(whole, self.processor, self.held_out, settings.pictures, pictures, self.state.step)
+        pair_model.train()
+        self.accelerator.log(metrics, self.state.step)
+        return metrics, by_pair, evaluation
+
+    def measure_start(self) -> None:
+        """Evaluates the model that the run starts from. Its folder holds it until an evaluation is better."""
+        self.state.before, self.state.before_by_pair, evaluation = self.evaluate()
+        if self.state.before:
+            start = embedded_model() if self.settings.model == "embedded" else self.settings.model
+            self.export(metrics=evaluation, source=start)
+
+    def measure(self) -> None:
+        """Evaluates the model, and exports it if it is the best so far."""
+        settings, state = self.settings, self.state
+        metrics, by_pair, evaluation = self.evaluate()
+        score = metrics.get(settings.best_metric)
+        last = state.step == self.total_steps
+        if last if score is None else settings.is_better(score, state.best):
+            state.best, state.metrics, state.evaluation = score, metrics, evaluation
+            if state.before_by_pair:
+                state.change = change_interval(state.before_by_pair, by_pair)
+            if not holds_start(settings, state):
+                labels = own_labels(self.held_out) if self.held_out is not None else None
+                self.export(metrics=evaluation, training=state.settings, labels=labels)
+        if score is not None:
+            self.shown[settings.best_metric] = f"{score:.4g}"
+            self.bar.set_postfix(self.shown)
+        self.bar.set_description("Training")
+        state.measured = True
+
+    def measure_checkpoint(self) -> None:
+        """Like `measure`, after a checkpoint: a signal acts at once."""
+        try:
+            with self.interrupts.at_once():  # all is saved
+                self.measure()
+                update_checkpoint(self.accelerator, self.output_dir, self.state)
+        except KeyboardInterrupt:
+            self.bar.close()
+            raise KeyboardInterrupt(f"interrupted after step {self.state.step}") from None
+
+    def export(self, **card: object) -> None:
+        self.bar.set_description("Saving the model")
+        export(self.accelerator, self.pair_model, self.processor, self.output_dir, name=self.settings.name, **card)

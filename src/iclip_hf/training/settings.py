@@ -15,6 +15,7 @@ import yaml
 
 from ..data.class_names import DATASETS
 from ..hub.configs import SHIPPED
+from ..utils.names import RUNS
 
 
 # Results of `iclip_hf.evaluation.evaluate.evaluate` that a run logs and can select its best model by.
@@ -63,7 +64,7 @@ class Settings:
     )
     vision: str = setting(
         "",
-        'image tower: a folder, a Hub id, a .pth file of DINO, or "embedded" for that of the embedded model',
+        'image tower: a folder, a Hub id, or "embedded" for that of the embedded model',
         same=bool,
     )
     text: str = setting("", 'text tower: a folder, a Hub id, or "embedded" for that of the embedded model', same=bool)
@@ -128,9 +129,6 @@ class Settings:
     min_learning_rate: float = setting(1e-5, "last learning rate")
     warmup_epochs: float = setting(2.0, "number of epochs of linear warm-up, before the cosine decay")
     weight_decay: float = setting(0.05, "weight decay of matrices; biases, norms and logit scales have none")
-    adam_beta1: float = setting(0.9, "beta1 of AdamW")
-    adam_beta2: float = setting(0.999, "beta2 of AdamW")
-    adam_epsilon: float = setting(1e-8, "epsilon of AdamW")
     clip_grad_norm: float = setting(5.0, "largest norm of the gradient")
     mixed_precision: Literal["auto", "no", "fp16", "bf16"] = setting(
         "auto",
@@ -159,7 +157,7 @@ class Settings:
 
     def __post_init__(self):
         if not self.output_dir and self.config:
-            self.output_dir = f"runs/{Path(self.config).resolve().parent.name}"
+            self.output_dir = f"{RUNS}/{Path(self.config).resolve().parent.name}"
         if not self.output_dir:
             raise ValueError("Expected output_dir to be the folder of the run, got none: name one.")
         limits = dict.fromkeys(("image_size", "views", "epochs", "batch_size", "chunk_size", "max_bad_steps"), 1)
@@ -171,18 +169,10 @@ class Settings:
         for name, least in limits.items():
             if not getattr(self, name) >= least:
                 raise ValueError(f"Expected {name} to be at least {least}, got {getattr(self, name)}: change it.")
-        for name in ("learning_rate", "clip_grad_norm", "adam_epsilon"):
+        for name in ("learning_rate", "clip_grad_norm"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"Expected {name} to be positive, got {getattr(self, name)}: change it.")
-        for name in (
-            "crop_scale",
-            "random_erasing",
-            "max_bad_share",
-            "adam_beta1",
-            "adam_beta2",
-            "noun_weight",
-            "validation_share",
-        ):
+        for name in ("crop_scale", "random_erasing", "max_bad_share", "noun_weight", "validation_share"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"Expected {name} to be from 0 to 1, got {getattr(self, name)}: change it.")
         if self.lock_text and self.text_lora_rank:
@@ -222,8 +212,10 @@ class Settings:
                 f"Expected config to name the configuration of a model with vision={self.vision!r}, got none: name one."
             )
 
-    def is_better(self, score: float, than: float) -> bool:
-        """Whether a score in `best_metric` is better than another."""
+    def is_better(self, score: float, than: float | None) -> bool:
+        """Whether a score in `best_metric` is better than another, if there is one."""
+        if than is None:
+            return True
         return score < than if self.best_metric == "val_loss" else score > than
 
     @property
@@ -277,11 +269,13 @@ def read_settings(given: Mapping, chosen: Mapping | None = None) -> Settings:
     if chosen is not None:
         return Settings(**{**chosen, **given})
     file = _config_file(given.get("config") or "iclip-vit-b16")
-    named = _read_file(file)
+    named = read_file(file)
     if given.get("model"):  # instead of the towers that the file names
         named = {name: value for name, value in named.items() if name not in ("vision", "text")}
     if given.get("vision") or given.get("text"):
         named.pop("model", None)
+    if given.get("validation_share"):
+        named.pop("validation_data", None)
     return Settings(**{**named, **given, "config": str(file)})
 
 
@@ -303,7 +297,7 @@ def _config_file(config: str) -> Path:
     )
 
 
-def _read_file(file: Path) -> dict:
+def read_file(file: Path) -> dict:
     """Returns the settings in a `train.yaml`. `name:` without a value leaves the default."""
     try:
         content = yaml.safe_load(file.read_text(encoding="utf-8"))

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import nn
+from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
 
 from ..data.pairs import PairDataset
 from ..figures.colors import overlay
 from ..figures.sheets import picture_grid
 from ..localization.localizer import explain
-from ..losses import contrastive_loss
 from ..modeling_iclip import ICLIPModel
 from ..processing_iclip import ICLIPProcessor
 from ..utils.extras import require_extra
@@ -27,16 +29,19 @@ with require_extra("train"):
     from accelerate.utils import send_to_device
 
 
+_DRAWS = 2000  # of the bootstrap
+
+
 @torch.no_grad()
 def validate(
     accelerator: Accelerator, pair_model: nn.Module, dataset: Dataset, batch_size: int, num_workers: int = 0
-) -> dict[str, float]:
+) -> dict[str, torch.Tensor]:
     """
     Measures retrieval with the recognition branch, and its loss over all pairs of a validation set at once.
 
     Returns:
-        `dict`: `val_loss`, and `image_to_text` and `text_to_image`, the percentage of images (texts) whose nearest text (image)
-        is their own, or has the same caption.
+        `dict` of `torch.Tensor` of shape `(N,)`, a value for each pair, whose mean is the metric: `val_loss`, and `image_to_text`
+        and `text_to_image`, 100 if the nearest text (image) of the image (text) is its own, or has the same caption, and else 0.
     """
     dataset.set_epoch(0)
     # Contiguous parts, padded to equal length because each forward pass gathers.
@@ -46,7 +51,8 @@ def validate(
     images, texts = [], []
     options = {"sampler": rows, "collate_fn": dataset.collate, "num_workers": num_workers}
     options["worker_init_fn"] = ignore_signals
-    for batch in DataLoader(dataset, min(batch_size, part), **options):
+    batches = DataLoader(dataset, min(batch_size, part), **options)
+    for batch in tqdm(batches, desc="Held-out pairs", leave=False, disable=not accelerator.is_main_process):
         batch.pop("skipped")
         outputs = pair_model(**send_to_device(batch, accelerator.device))
         images.append(outputs["image_embeds"])
@@ -54,15 +60,26 @@ def validate(
         scale = outputs["logit_scales"][0]
     pair_model.train()
     images, texts = (accelerator.gather(torch.cat(one))[: len(dataset)] for one in (images, texts))
-    cosines = images @ texts.T
+    logits = scale * images @ texts.T
+    own = torch.arange(len(logits), device=logits.device)
     numbers = {}  # pairs with the same caption cannot be told apart
     same = [numbers.setdefault(caption, len(numbers)) for caption in dataset.drawn_captions()]
     same = torch.tensor(same, device=images.device)
     return {
-        "val_loss": contrastive_loss(scale * cosines).item(),
-        "image_to_text": 100 * (same[cosines.argmax(1)] == same).float().mean().item(),
-        "text_to_image": 100 * (same[cosines.argmax(0)] == same).float().mean().item(),
+        "val_loss": sum(F.cross_entropy(one, own, reduction="none") for one in (logits, logits.T)) / 2,
+        "image_to_text": 100 * (same[logits.argmax(1)] == same).float(),
+        "text_to_image": 100 * (same[logits.argmax(0)] == same).float(),
     }
+
+
+def change_interval(before: Sequence[float], after: Sequence[float]) -> list[float]:
+    """
+    Returns the 95 % interval of the mean change of a score over pairs, by the paired bootstrap: pairs are drawn again, with their
+    scores before and after. The draws are always the same.
+    """
+    changes, draws = np.subtract(after, before), np.random.default_rng(0)
+    means = [changes[draws.integers(len(changes), size=len(changes))].mean() for _ in range(_DRAWS)]
+    return np.quantile(means, [0.025, 0.975]).tolist()
 
 
 def draw_examples(

@@ -1,4 +1,8 @@
-"""Names and defaults that options take. This module imports nothing, so that the help of a command does not load torch."""
+"""Names and defaults that options take. Imports only Python's library, so that the help of a command does not load torch."""
+
+import os
+import re
+
 
 # Explanation methods: for each its label in the demo, and the module and class in `iclip_hf.explainers`.
 METHODS = {
@@ -45,3 +49,20 @@ POOLINGS = ("class_token", "average", "max", "own")
 DTYPES = ("float32", "bfloat16", "float16")
 # Colours of maps, see `iclip_hf.figures.colors`; the first is the default.
 COLORMAPS = ("heat", "cividis", "jet")
+# The folder of the runs of `iclip train`, if no other is named.
+RUNS = "runs"
+
+
+def may_be_hub_id(name: str) -> bool:
+    """Whether this can name a repository of the Hub: `name`, or `org/name` where `org` is no folder here, as it is for a mistyped path."""
+    owner = os.path.dirname(name)
+    return re.fullmatch(r"(\w[\w.-]*/)?\w[\w.-]*", name) is not None and owner != RUNS and not os.path.exists(owner)
+
+
+def check_model_name(name: str) -> str:
+    """Returns the name of a model. Raises `FileNotFoundError` unless it is a path that exists, or may be a Hub id."""
+    if not os.path.exists(name) and not may_be_hub_id(name):
+        raise FileNotFoundError(
+            f"{name}: expected a folder or a Hub id of a model, but there is none; check the path."
+        )
+    return name

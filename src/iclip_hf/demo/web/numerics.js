@@ -168,7 +168,6 @@ export function rawMap(cosines, attention, { map_attention, max_sharpness }) {
   const mean = cosines.reduce((one, other) => one + other, 0) / cosines.length;
   const weigh = {
     similarity: (value, a) => value * a,
-    sqrt_similarity: (value, a) => value * Math.sqrt(a),
     additive: (value, a) => Math.max(value, mean) + (a - low) / span / (2 * max_sharpness),
   }[map_attention];
   return weigh ? cosines.map((value, i) => weigh(value, attention[i])) : cosines;

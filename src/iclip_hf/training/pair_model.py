@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Iterable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import distributed, nn
@@ -86,6 +87,47 @@ def set_token_mean(model: ICLIPModel, images: Iterable[torch.Tensor]) -> None:
         while batch := list(itertools.islice(images, 32)):
             means.append(model.encode_image(torch.stack(batch).to(model.device)).patch_tokens.float().mean(1))
         model.token_mean.copy_(torch.cat(means).mean(0))
+
+
+class BranchInputs(NamedTuple):
+    """
+    What a branch compares: the pairs of this process, projected.
+
+    Attributes:
+        images: unit vectors of images (B, P), or of their patches (B, K, P).
+        captions, prompts: unit vectors of the captions (B, P) and of the noun prompts (M - B, P).
+        scale: logit scale, a scalar.
+        attention: of the patches (B, K).
+    """
+
+    images: torch.Tensor
+    captions: torch.Tensor
+    prompts: torch.Tensor
+    scale: torch.Tensor
+    attention: torch.Tensor | None = None
+
+
+class BatchNouns(NamedTuple):
+    """
+    The V distinct nouns of the prompts of all processes. A noun of many images counts once.
+
+    Attributes:
+        first: the first prompt of each noun among those of all processes (V,).
+        own: whether the images of this process have the nouns, boolean (B, V).
+        all: the same of all processes.
+    """
+
+    first: torch.Tensor
+    own: torch.Tensor
+    all: torch.Tensor
+
+    @classmethod
+    def gathered(cls, noun_ids: torch.Tensor, has_noun: torch.Tensor) -> BatchNouns:
+        """Gathers the nouns of all processes. Arguments are those of [`PairModel.forward`]."""
+        noun_ids = gather_with_gradient(noun_ids)
+        first = _first_of_each(noun_ids)
+        nouns = noun_ids[first]
+        return cls(first, has_noun[:, nouns] > 0, gather_with_gradient(has_noun)[:, nouns] > 0)
 
 
 class PairModel(nn.Module):
@@ -195,51 +237,54 @@ class PairModel(nn.Module):
             image_features = self._in_chunks(self._encode_images, pixel_values)
         if text_features is None:
             text_features = self._in_chunks(lambda *t: self._encode_texts(**dict(zip(texts, t))), *texts.values())
-        pairs, rank, losses, embeds = len(image_features[0]), _rank(), [], None
-        scales = self.model.logit_scales()
-        own = slice(rank * pairs, rank * pairs + pairs)
-        if noun_ids is not None:
-            nouns, all_have = gather_with_gradient(noun_ids), gather_with_gradient(has_noun)
-            once = _first_of_each(nouns)  # a noun of many images counts once
-            nouns = nouns[once]
-
-        for (name, branch), scale in zip(self.branches.items(), scales):
-            pooled = name == "recognition" or self.model.config.max_over == "channels"
-            features = image_features[0] if name == "recognition" else image_features[1]
-            images = branch.visual_projection(features)
-            texts_of_branch = branch.text_projection(text_features)
-            # In float16, scaled cosines would be rounded to multiples of 1/16.
-            with torch.autocast(images.device.type, enabled=False):
-                images, texts_of_branch = normalize(images.float()), normalize(texts_of_branch.float())
-                captions, prompts = texts_of_branch[:pairs], texts_of_branch[pairs:]
-                embeds = embeds or (images.detach(), captions.detach())
-
-                def logits(texts, images=images, pooled=pooled, scale=scale) -> torch.Tensor:
-                    """Returns the logits (B, T) of this process's images with texts (T, P)."""
-                    if pooled:
-                        return scale * images @ texts.mT
-                    return scale * self.model.pool_similarities(images, texts, image_features[2])
-
-                # Each process scores its own images. The logits of a text with all images are gathered, because logits are
-                # smaller than the embeddings of patches.
-                per_image = logits(gather_with_gradient(captions))
-                per_text = gather_with_gradient(per_image)[:, own].mT
-                loss = contrastive_loss(per_image, per_text, offset=rank * pairs)
-                if noun_ids is not None and name in self.noun_branches:
-                    per_image = logits(gather_with_gradient(prompts)[once])
-                    per_prompt = gather_with_gradient(per_image).mT
-                    noun_loss = multi_positive_loss(per_image, has_noun[:, nouns] > 0)
-                    noun_loss = (noun_loss + multi_positive_loss(per_prompt, all_have[:, nouns].T > 0)) / 2
-                    loss = (1 - self.noun_weight) * loss + self.noun_weight * noun_loss
+        nouns = None if noun_ids is None else BatchNouns.gathered(noun_ids, has_noun)
+        branches = {name: self._branch_inputs(name, image_features, text_features) for name in self.branches}
+        losses, recognised = [], branches["recognition"]
+        # In float16, scaled cosines would be rounded to multiples of 1/16.
+        with torch.autocast(text_features.device.type, enabled=False):
+            for name, inputs in branches.items():
+                loss = self.caption_loss(inputs)
+                if nouns is not None and name in self.noun_branches:
+                    loss = (1 - self.noun_weight) * loss + self.noun_weight * self.noun_loss(inputs, nouns)
                 losses.append(loss)
         losses = torch.stack(losses)
         return {
             "loss": losses.mean(),
             "losses": losses.detach(),
-            "logit_scales": torch.stack(scales[: len(losses)]).detach(),
-            "image_embeds": embeds[0],
-            "text_embeds": embeds[1],
+            "logit_scales": torch.stack([inputs.scale for inputs in branches.values()]).detach(),
+            "image_embeds": recognised.images.detach(),
+            "text_embeds": recognised.captions.detach(),
         }
+
+    def caption_loss(self, inputs: BranchInputs) -> torch.Tensor:
+        """
+        Returns the contrastive loss of a branch. Each process scores its own images. The logits of a text with all images are
+        gathered, because logits are smaller than the embeddings of patches.
+        """
+        pairs, offset = len(inputs.captions), _rank() * len(inputs.captions)
+        per_image = self._logits(inputs, gather_with_gradient(inputs.captions))
+        per_text = gather_with_gradient(per_image)[:, offset : offset + pairs].mT
+        return contrastive_loss(per_image, per_text, offset)
+
+    def noun_loss(self, inputs: BranchInputs, nouns: BatchNouns) -> torch.Tensor:
+        """Returns the loss of a branch with noun prompts, each of which may belong to several images, and an image to several."""
+        per_image = self._logits(inputs, gather_with_gradient(inputs.prompts)[nouns.first])
+        per_prompt = gather_with_gradient(per_image).mT
+        loss = multi_positive_loss(per_image, nouns.own)
+        return (loss + multi_positive_loss(per_prompt, nouns.all.mT)) / 2
+
+    def _branch_inputs(
+        self, name: str, image_features: Sequence[torch.Tensor], text_features: torch.Tensor
+    ) -> BranchInputs:
+        features, *attention = image_features[:1] if name == "recognition" else image_features[1:]
+        branch, pairs = self.branches[name], len(features)
+        images = normalize(branch.visual_projection(features).float())
+        texts = normalize(branch.text_projection(text_features).float())
+        return BranchInputs(images, texts[:pairs], texts[pairs:], branch(), *attention)
+
+    def _logits(self, inputs: BranchInputs, texts: torch.Tensor) -> torch.Tensor:
+        """Returns the logits (B, T) of this process's images with texts (T, P)."""
+        return self.model.branch_logits(inputs.scale, inputs.images, texts, inputs.attention)
 
     def _encode_images(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, ...]:
         return image_features(self.model, pixel_values, self.map_tokens)
@@ -258,8 +303,7 @@ class PairModel(nn.Module):
     def clamp_logit_scales(self) -> None:
         """Keeps the scales just below 100. Above, the clamp in the model has no gradient, so a scale could not decrease again."""
         for branch in self.branches.values():
-            if branch.logit_scale is not None:
-                branch.logit_scale.clamp_(max=math.log(100) - 1e-6)
+            branch.logit_scale.clamp_(max=math.log(100) - 1e-6)
 
 
 def _first_of_each(ids: torch.Tensor) -> torch.Tensor:

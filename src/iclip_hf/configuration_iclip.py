@@ -49,8 +49,9 @@ class ICLIPConfig(PreTrainedConfig):
             `"similarity"` multiplies the cosines by A. `"sqrt_similarity"` multiplies them by the square root of A. `"features"`
             multiplies the patch tokens by A before the projection (Eq. 12 to the letter); the normalisation cancels this factor
             unless `projection_bias` is set. `"additive"` raises the cosines of each text to their mean over the patches where they
-            are below it, and adds A, stretched to [0, 1] and divided by 2 `max_sharpness`, equally for all texts. `"none"` does
-            not use A.
+            are below it, and adds A, stretched to [0, 1] and divided by 2 `max_sharpness`, equally for all texts. `"signed"` does the
+            same with A times a weight of the text in [-1, 1], which is learned from noun prompts: texts of objects raise the
+            patches with attention, texts of the background ("sky") lower them. `"none"` does not use A.
         map_affinity (`float`, defaults to 0): sharpness of the sharing among similar patches. Token and attention of each patch
             become the mean over all patches, weighted by softmax(map_affinity * cosine of their tokens). 0 disables sharing. Not
             in the paper.
@@ -89,7 +90,7 @@ class ICLIPConfig(PreTrainedConfig):
     dual_projection: bool = True
     recognition_pooling: Literal["class_token", "class_and_average"] = "class_token"
     projection_bias: bool = False
-    map_attention: Literal["similarity", "sqrt_similarity", "features", "additive", "none"] = "similarity"
+    map_attention: Literal["similarity", "sqrt_similarity", "features", "additive", "signed", "none"] = "similarity"
     map_affinity: int | float = 0.0
     attention_norm: Literal["minmax", "quantile"] = "minmax"
     attention_quantile: int | float = 0.9

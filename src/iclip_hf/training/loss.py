@@ -11,7 +11,7 @@ from torch import distributed, nn
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from ..losses import contrastive_loss, multi_positive_loss
+from ..losses import competition_loss, contrastive_loss, multi_positive_loss
 from ..modeling_iclip import ICLIPModel, ImageTokens, normalize
 from ..pooling import share_among_like
 
@@ -106,6 +106,8 @@ class PairModel(nn.Module):
         noun_weight: share of the noun prompts in the loss of the branches that learn them; the rest is the captions' share.
         noun_branches: the branches that learn nouns, `"recognition"` and `"interpretability"`. Nouns improve a map that is pooled
             by similarity. With other poolings, the map loses what distinguishes all objects from the background.
+        noun_competition: share of [`~losses.competition_loss`] in the noun loss of a map that is pooled by similarity; the rest is
+            contrastive.
         unlocked_vision_blocks: number of the image tower's last blocks that learn, while its others, the embeddings and the final
             norm are locked. The model's `lock_vision` becomes False. With 0, `lock_vision` decides about the whole tower.
 
@@ -121,6 +123,7 @@ class PairModel(nn.Module):
         map_tokens: int = 16,
         noun_weight: float = 0.5,
         noun_branches: Sequence[str] = ("recognition",),
+        noun_competition: float = 0.0,
         unlocked_vision_blocks: int = 0,
     ):
         super().__init__()
@@ -134,7 +137,7 @@ class PairModel(nn.Module):
         if unlocked_vision_blocks:
             model.config.lock_vision = False
         self.model, self.chunk_size, self.lock_text, self.map_tokens = model, chunk_size, lock_text, map_tokens
-        self.noun_weight, self.noun_branches = noun_weight, noun_branches
+        self.noun_weight, self.noun_branches, self.noun_competition = noun_weight, noun_branches, noun_competition
         self.train()
 
     @property
@@ -175,6 +178,7 @@ class PairModel(nn.Module):
         image_features: Sequence[torch.Tensor] | None = None,
         text_features: torch.Tensor | None = None,
         noun_ids: torch.Tensor | None = None,
+        is_background: torch.Tensor | None = None,
         has_noun: torch.Tensor | None = None,
         **texts: torch.Tensor,
     ) -> dict[str, torch.Tensor]:
@@ -185,11 +189,12 @@ class PairModel(nn.Module):
             text_features: precomputed features of the text tower, (M, Dt).
             texts: the tokenizer's tensors (M, L), if there are no `text_features`. The first B texts are the captions, the others
                 noun prompts.
-            noun_ids, has_noun: nouns of the prompts, see [`NounPrompts`].
+            noun_ids, is_background, has_noun: nouns of the prompts, see [`NounPrompts`].
 
         Returns:
-            `dict` with `loss`, the mean of `losses` (branches,) (Eq. 13), and without gradient, `logit_scales` (branches,) and the
-            unit vectors `image_embeds` and `text_embeds` (B, P) of the recognition branch. All are float32.
+            `dict` with `loss`, the mean of `losses` (branches,) (Eq. 13) and, with `map_attention="signed"`, the loss of the
+            attention's direction; without gradient, `losses`, `logit_scales` (branches,) and the unit vectors `image_embeds` and
+            `text_embeds` (B, P) of the recognition branch. All are float32.
         """
         if image_features is None:
             image_features = self._in_chunks(self._encode_images, pixel_values)
@@ -202,6 +207,9 @@ class PairModel(nn.Module):
             nouns, all_have = gather_with_gradient(noun_ids), gather_with_gradient(has_noun)
             once = _first_of_each(nouns)  # a noun of many images counts once
             nouns = nouns[once]
+            is_background = torch.zeros_like(noun_ids) if is_background is None else is_background
+            is_background = gather_with_gradient(is_background)[once] > 0
+            has, all_have = has_noun[:, nouns] > 0, all_have[:, nouns] > 0
 
         for (name, branch), scale in zip(self.branches.items(), scales):
             pooled = name == "recognition" or self.model.config.max_over == "channels"
@@ -225,16 +233,35 @@ class PairModel(nn.Module):
                 per_image = logits(gather_with_gradient(captions))
                 per_text = gather_with_gradient(per_image)[:, own].mT
                 loss = contrastive_loss(per_image, per_text, offset=rank * pairs)
+                if noun_ids is not None:
+                    prompts = gather_with_gradient(prompts)[once]
                 if noun_ids is not None and name in self.noun_branches:
-                    per_image = logits(gather_with_gradient(prompts)[once])
+                    if pooled:
+                        per_image = logits(prompts)
+                    else:
+                        similarities = images @ prompts.mT
+                        prior = noun_prior(image_features[2], is_background)
+                        sharpness = self.model.config.max_sharpness
+                        per_image = scale * (sharpness * similarities + prior.log()).logsumexp(1) / sharpness
                     per_prompt = gather_with_gradient(per_image).mT
-                    noun_loss = multi_positive_loss(per_image, has_noun[:, nouns] > 0)
-                    noun_loss = (noun_loss + multi_positive_loss(per_prompt, all_have[:, nouns].T > 0)) / 2
+                    noun_loss = (multi_positive_loss(per_image, has) + multi_positive_loss(per_prompt, all_have.T)) / 2
+                    if not pooled and self.noun_competition:
+                        # Nouns of many images would otherwise take the patches that no other noun explains.
+                        frequency = all_have.sum(0).clamp(min=1).log()
+                        competition = competition_loss(2 * sharpness * similarities + frequency, prior, has)
+                        noun_loss = torch.lerp(noun_loss, competition, self.noun_competition)
                     loss = (1 - self.noun_weight) * loss + self.noun_weight * noun_loss
                 losses.append(loss)
         losses = torch.stack(losses)
+        loss = losses.mean()
+        if self.model.config.map_attention == "signed":
+            direction = self.model.attention_direction.float()
+            if noun_ids is None:
+                loss = loss + 0 * direction.sum()  # DDP waits for its gradient
+            else:  # `prompts` are those of the map branch, the last
+                loss = loss + direction_loss(prompts.detach() @ direction, is_background)
         return {
-            "loss": losses.mean(),
+            "loss": loss,
             "losses": losses.detach(),
             "logit_scales": torch.stack(scales[: len(losses)]).detach(),
             "image_embeds": embeds[0],
@@ -260,6 +287,32 @@ class PairModel(nn.Module):
         for branch in self.branches.values():
             if branch.logit_scale is not None:
                 branch.logit_scale.clamp_(max=math.log(100) - 1e-6)
+
+
+def noun_prior(attention: torch.Tensor, is_background: torch.Tensor) -> torch.Tensor:
+    """
+    Returns how likely patches show the nouns before these are compared: all patches are equally likely to show an object, and those
+    with the least attention show the background.
+
+    Args:
+        attention (`torch.Tensor` of shape `(B, N)`): in [0, 1].
+        is_background (`torch.Tensor` of shape `(T,)`): boolean.
+
+    Returns:
+        `torch.Tensor` of shape `(B, N, T)`, float32, positive, with the sum 1 over N.
+    """
+    background = (1 - attention.float()) ** 8 + 1e-6
+    background = (background / background.sum(1, keepdim=True)).unsqueeze(-1)
+    return torch.where(is_background, background, 1 / attention.shape[1])
+
+
+def direction_loss(weights: torch.Tensor, is_background: torch.Tensor) -> torch.Tensor:
+    """
+    Squared error of the attention's weights (T,) of nouns: 1 is expected for objects and -1 for the background, which count
+    equally.
+    """
+    errors = (weights - torch.where(is_background, -1.0, 1.0)) ** 2
+    return torch.stack([errors[kind].mean() for kind in (is_background, ~is_background) if kind.any()]).mean()
 
 
 def _first_of_each(ids: torch.Tensor) -> torch.Tensor:

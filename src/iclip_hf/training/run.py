@@ -144,6 +144,7 @@ def run(
         settings.map_tokens,
         settings.noun_weight,
         settings.noun_branches,
+        settings.noun_competition,
         settings.unlocked_vision_blocks,
     )
     last_checkpoint, state = state_to_resume(settings, fixed=["chunk_size"] if pair_model.has_dropout else [])

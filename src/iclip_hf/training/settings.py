@@ -99,13 +99,17 @@ class Settings:
     random_erasing: float = setting(0.25, "probability of erasing a rectangle")
     nouns: str = setting(
         "",
-        "text file with one noun in each line; nouns that occur in captions become prompts, as in GroupViT",
+        "text file with one noun in each line, those of the background marked 'sky (background)'; nouns that occur in captions "
+        "become prompts, as in GroupViT",
         same=bool,
     )
     noun_prompts: int = setting(3, "number of noun prompts for each pair; a noun counts once in a batch")
     noun_weight: float = setting(0.5, "share of noun prompts in the loss of noun_branches")
     noun_branches: list[str] = setting(
         ["recognition"], "branches that learn noun prompts: recognition, interpretability"
+    )
+    noun_competition: float = setting(
+        0.0, "share of the nouns' competition for patches in their loss, with max_over=similarity"
     )
     map_tokens: int = setting(16, "number of patches that represent an image with max_over=similarity")
     num_workers: int = setting(4, "number of loading processes for each training process", same=None)
@@ -181,6 +185,7 @@ class Settings:
             "adam_beta1",
             "adam_beta2",
             "noun_weight",
+            "noun_competition",
             "validation_share",
         ):
             if not 0 <= getattr(self, name) <= 1:

@@ -47,9 +47,11 @@ class ICLIPConfig(PreTrainedConfig):
         projection_bias (`bool`, defaults to `False`): whether the projections have a bias.
         map_attention (`str`, defaults to `"similarity"`): how the class token's attention A weights the similarity map.
             `"similarity"` multiplies the cosines by A. `"features"` multiplies the patch tokens by A before the projection (Eq. 12 to
-            the letter); the normalisation cancels this factor unless `projection_bias` is set. `"additive"` raises the cosines of each text to their mean over the patches where they
-            are below it, and adds A, stretched to [0, 1] and divided by 2 `max_sharpness`, equally for all texts. `"none"` does
-            not use A.
+            the letter); the normalisation cancels this factor unless `projection_bias` is set. `"additive"` raises the cosines of
+            each text to their mean over the patches where they are below it, and adds A, stretched to [0, 1] and divided by
+            2 `max_sharpness`, equally for all texts. `"signed"` does the same with A times a weight of the text in [-1, 1], which is
+            learned from noun prompts: texts of objects raise the patches with attention, texts of the background ("sky") lower them.
+            `"none"` does not use A.
         map_affinity (`float`, defaults to 0): sharpness of the sharing among similar patches. Token and attention of each patch
             become the mean over all patches, weighted by softmax(map_affinity * cosine of their tokens). 0 disables sharing. Not
             in the paper.
@@ -87,7 +89,7 @@ class ICLIPConfig(PreTrainedConfig):
     dual_projection: bool = True
     recognition_pooling: Literal["class_token", "class_and_average"] = "class_token"
     projection_bias: bool = False
-    map_attention: Literal["similarity", "features", "additive", "none"] = "similarity"
+    map_attention: Literal["similarity", "features", "additive", "signed", "none"] = "similarity"
     map_affinity: int | float = 0.0
     attention_norm: Literal["minmax", "quantile"] = "minmax"
     attention_quantile: int | float = 0.9

@@ -25,6 +25,26 @@ def contrastive_loss(
     return (F.cross_entropy(logits_per_image.float(), labels) + F.cross_entropy(logits_per_text.float(), labels)) / 2
 
 
+def competition_loss(logits: torch.Tensor, prior: torch.Tensor, positives: torch.Tensor) -> torch.Tensor:
+    """
+    Loss of texts that compete for the patches of images. Each patch distributes itself over all texts by a softmax. The share of a
+    text in an image is the mean of its shares in the patches, and the loss is the negative logarithm of the shares of the texts that
+    the image has. So patches behind an object, which belong to some text of the image, cannot stay with the object's.
+
+    Args:
+        logits (`torch.Tensor` of shape `(B, N, T)`): scaled cosines of N patches with the texts.
+        prior (`torch.Tensor` of shape `(B, N, T)`): weights of the patches in the mean, which add up to 1 over N.
+        positives (`torch.Tensor` of shape `(B, T)`): boolean.
+
+    Returns:
+        `torch.Tensor` scalar, float32: mean over the positives of an image, then over the images. An image without positives counts 0.
+    """
+    shares = (prior * logits.float().softmax(-1)).sum(1)
+    rows, columns = positives.nonzero(as_tuple=True)
+    losses = -shares[rows, columns].clamp(min=torch.finfo(shares.dtype).tiny).log()
+    return (losses / positives.sum(1)[rows]).sum() / len(logits)
+
+
 def multi_positive_loss(logits: torch.Tensor, positives: torch.Tensor) -> torch.Tensor:
     """
     Cross entropy of rows with any number of positives. A positive competes with the negatives of its row only.

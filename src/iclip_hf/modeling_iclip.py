@@ -149,6 +149,8 @@ class ICLIPImageFeatures(BaseModelOutputWithPooling):
         attention (`torch.Tensor` of shape `(B, N)`): class-token attention over the patches, normalised to [0, 1] (Eq. 9).
         map_attention (`torch.Tensor` of shape `(B, N)`): `attention` after sharing among similar patches, see
             `config.map_affinity`.
+        attention_direction (`torch.Tensor` of shape `(B, P)`): the model's parameter, the same for all images, whose product with
+            a text is the text's weight of the attention; None unless `config.map_attention` is `"signed"`.
     """
 
     image_embeds: torch.FloatTensor | None = None
@@ -157,6 +159,7 @@ class ICLIPImageFeatures(BaseModelOutputWithPooling):
     patch_tokens: torch.FloatTensor | None = None
     attention: torch.FloatTensor | None = None
     map_attention: torch.FloatTensor | None = None
+    attention_direction: torch.FloatTensor | None = None
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -356,6 +359,8 @@ class ICLIPModel(PreTrainedModel):
             self.interpretability = ICLIPBranch(config, image_dim, text_dim)
         if config.center_tokens:
             self.token_mean = nn.Buffer(torch.zeros(image_dim))
+        if config.map_attention == "signed":
+            self.attention_direction = nn.Parameter(torch.zeros(config.projection_dim))
 
         self._find_last_attention()
         self.post_init()
@@ -386,8 +391,10 @@ class ICLIPModel(PreTrainedModel):
                 init.normal_(projection.weight, std=projection.in_features**-0.5)
             if module.logit_scale is not None:
                 init.constant_(module.logit_scale, float(self.config.logit_scale_init_value))
-        elif isinstance(module, ICLIPModel) and self.config.center_tokens:
-            init.zeros_(module.token_mean)
+        elif isinstance(module, ICLIPModel):
+            for name in ("token_mean", "attention_direction"):
+                if hasattr(module, name):
+                    init.zeros_(getattr(module, name))
 
     def train(self, mode: bool = True):
         """Sets the training mode. A locked image tower stays in eval mode and without gradients."""
@@ -633,6 +640,9 @@ class ICLIPModel(PreTrainedModel):
             values = torch.cat([patch_tokens, attention.unsqueeze(-1).to(patch_tokens.dtype)], -1)
             shared = share_among_like(values, patch_tokens, self.config.map_affinity)
             patch_tokens, map_attention = shared[..., :-1], shared[..., -1].float()
+        direction = None
+        if self.config.map_attention == "signed":
+            direction = self.attention_direction.expand(len(pixel_values), -1)
         if self.config.map_attention == "features":
             patch_tokens = patch_tokens * map_attention.unsqueeze(-1).to(patch_tokens.dtype)  # Eq. 12 to the letter
         return ICLIPImageFeatures(
@@ -646,6 +656,7 @@ class ICLIPModel(PreTrainedModel):
             patch_tokens=image.patch_tokens,
             attention=attention,
             map_attention=map_attention,
+            attention_direction=direction,
         )
 
     @can_return_tuple
@@ -706,7 +717,7 @@ class ICLIPModel(PreTrainedModel):
             text ([`ICLIPTextFeatures`]): from `get_text_features`.
 
         Returns:
-            `torch.Tensor` of shape `(B, T, h, w)`, in [-1, 1], additive ones up to 1 / (2 `config.max_sharpness`) more.
+            `torch.Tensor` of shape `(B, T, h, w)`, in [-1, 1], additive and signed ones up to 1 / (2 `config.max_sharpness`) more.
             [`ICLIPProcessor.post_process_similarity_maps`] enlarges and stretches them.
         """
         if isinstance(image, torch.Tensor):
@@ -716,9 +727,13 @@ class ICLIPModel(PreTrainedModel):
         attention = image.map_attention.unflatten(-1, image.grid).unsqueeze(1).to(maps)
         if self.config.map_attention == "similarity":
             maps = maps * attention
-        elif self.config.map_attention == "additive":
+        elif self.config.map_attention in ("additive", "signed"):
             maps = torch.maximum(maps, maps.mean((-2, -1), keepdim=True))  # still cosines, which texts compete by
-            maps = maps + min_max_normalize(attention) / (2 * self.config.max_sharpness)
+            attention = min_max_normalize(attention) / (2 * self.config.max_sharpness)
+            if self.config.map_attention == "signed":
+                weights = attention_weights(image.attention_direction, text.map_text_embeds)
+                attention = attention * weights[..., None, None].to(attention)
+            maps = maps + attention
         return maps
 
     def match(self, image: ICLIPImageFeatures, text: ICLIPTextFeatures) -> torch.FloatTensor:
@@ -821,6 +836,21 @@ class ICLIPModel(PreTrainedModel):
 def normalize(features: torch.Tensor) -> torch.Tensor:
     """Scales vectors `(..., D)` to unit length, in float32. A zero vector stays zero. Keeps the dtype."""
     return F.normalize(features.float(), dim=-1).to(features.dtype)
+
+
+def attention_weights(direction: torch.Tensor, text_embeds: torch.Tensor) -> torch.Tensor:
+    """
+    Returns how much the attention raises the maps of texts with `map_attention="signed"`: near 1 for objects, and near -1 for the
+    background.
+
+    Args:
+        direction (`torch.Tensor` of shape `(B, P)`): `attention_direction` of [`ICLIPImageFeatures`].
+        text_embeds (`torch.Tensor` of shape `(T, P)` or `(B, T, P)`): unit vectors of the map branch.
+
+    Returns:
+        `torch.Tensor` of shape `(B, T)`, float32, in [-1, 1].
+    """
+    return cosines(direction, text_embeds).clamp(-1, 1)
 
 
 def average_templates(projected: torch.Tensor, num_templates: int) -> torch.Tensor:

@@ -8,7 +8,7 @@ from ..modeling_iclip import ICLIPImageFeatures, ICLIPTextFeatures
 from .explainer import Explainer
 
 
-_NEEDED = ("image_embeds", "patch_embeds", "attention", "map_attention")
+_NEEDED = ("image_embeds", "patch_embeds", "attention", "map_attention", "attention_direction")
 
 
 class ITSM(Explainer):

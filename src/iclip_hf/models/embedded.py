@@ -58,7 +58,7 @@ def save_projections(model_folder: str | Path, path: Path = PROJECTIONS) -> None
     from ..processing_iclip import ICLIPProcessor
 
     model, processor = ICLIPModel.from_pretrained(model_folder), ICLIPProcessor.from_pretrained(model_folder)
-    learned = ("recognition.", "interpretability.", "token_mean")
+    learned = ("recognition.", "interpretability.", "token_mean", "attention_direction")
     weights = {name: w.half().contiguous() for name, w in model.state_dict().items() if name.startswith(learned)}
     options = {name: getattr(model.config, name) for name in type(model.config).__annotations__}
     options = {name: value for name, value in options.items() if name not in ("vision_config", "text_config")}

@@ -39,7 +39,7 @@ def export_onnx(model: ICLIPModel, processor: ICLIPProcessor, folder: str | Path
 
     - `vision_model.onnx`: `pixel_values` `(B, 3, H, W)`, at least two patches high and wide, to the unit vectors `image_embeds`
       `(B, P)` and `patch_embeds` `(B, h, w, P)`, the `attention` and, shared among like patches, the `map_attention` `(B, N)` in
-      [0, 1], as in [`ICLIPImageFeatures`].
+      [0, 1], as in [`ICLIPImageFeatures`]; with `map_attention="signed"` also the `attention_direction` `(B, P)`.
     - `text_model.onnx`: `input_ids`, `attention_mask` and the tokenizer's other outputs, `(T, L)`, to the unit vectors
       `text_embeds` and `map_text_embeds` `(T, P)`, as in [`ICLIPTextFeatures`].
 
@@ -141,7 +141,8 @@ def _vision_program(model: ICLIPModel):
     patch, Dim = patch_side(model.config.vision_config), torch.export.Dim
     pixel_values = torch.zeros(2, model.config.vision_config.num_channels, 2 * patch, 3 * patch)
     shape = {0: Dim("batch"), 2: patch * Dim("rows", min=2), 3: patch * Dim("columns", min=2)}
-    side = _Side(model, "get_image_features", ["pixel_values"], _IMAGE_OUTPUTS)
+    signed = ("attention_direction",) if model.config.map_attention == "signed" else ()
+    side = _Side(model, "get_image_features", ["pixel_values"], _IMAGE_OUTPUTS + signed)
     # Towers convert their grid to int, which would fix the size of images in the graph.
     tower = sys.modules[type(model.vision_model).__module__]
     keep_symbols = mock.patch.object(

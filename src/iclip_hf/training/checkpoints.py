@@ -152,7 +152,7 @@ def known_by_content(
     return {
         "data": settings.data if isinstance(pairs, PairStream) else pairs.fingerprint(),
         "validation_data": held_out and held_out.fingerprint(),
-        "nouns": nouns and digest(nouns.nouns),
+        "nouns": nouns and digest([nouns.nouns, nouns.is_background.tolist()]),
         "eval_root": segmentation and segmentation.fingerprint(),
     }
 

@@ -20,6 +20,7 @@ TEMPLATES = (
     "a photo of a large {}",
     "there is a {} in the photo",
 )
+_BACKGROUND = "(background)"
 
 
 class NounPrompts:
@@ -27,7 +28,8 @@ class NounPrompts:
     Draws noun prompts for images. The prompts depend only on (seed, epoch, captions).
 
     Args:
-        nouns: the vocabulary: nouns of one or several words, in the singular.
+        nouns: the vocabulary: nouns of one or several words, in the singular. Those of the background, which is behind or below
+            objects, are marked: "sky (background)".
         count: number of prompts for each image.
         seed: seed of the prompts.
 
@@ -36,15 +38,19 @@ class NounPrompts:
     """
 
     def __init__(self, nouns: Sequence[str], count: int = 3, seed: int = 0):
-        self.nouns = list(dict.fromkeys(noun.strip().lower() for noun in nouns if noun.strip()))
+        lines = [noun.strip().lower() for noun in nouns if noun.strip()]
+        marked = {line.removesuffix(_BACKGROUND).rstrip(): line.endswith(_BACKGROUND) for line in lines}
+        self.nouns, self.is_background = list(marked), torch.tensor([*marked.values()], dtype=torch.uint8)
         self.count, self.seed = count, seed
         if not self.nouns:
             raise ValueError("Expected at least one noun, got none: add nouns to the vocabulary.")
-        self._by_form = {noun: number for number, noun in enumerate(self.nouns)}
-        for number, noun in enumerate(self.nouns):
+        # As `find` reads captions: "carpenter's kit" is three words.
+        singular = [" ".join(_words(noun)) for noun in self.nouns]
+        self._by_form = {noun: number for number, noun in enumerate(singular)}
+        for number, noun in enumerate(singular):
             for plural in _plurals(noun):
                 self._by_form.setdefault(plural, number)
-        self._longest = max(len(noun.split()) for noun in self.nouns)
+        self._longest = max(len(noun.split()) for noun in singular)
 
     @classmethod
     def from_file(cls, path: str | Path, count: int = 3, seed: int = 0) -> NounPrompts:
@@ -63,7 +69,7 @@ class NounPrompts:
 
     def find(self, caption: str) -> set[int]:
         """Returns the indices of the nouns in a caption, including plural forms."""
-        words = re.findall(r"\w+", caption.lower())
+        words = _words(caption)
         phrases = (
             " ".join(words[start : start + length])
             for length in range(1, self._longest + 1)
@@ -78,9 +84,9 @@ class NounPrompts:
             epoch: number of the epoch, which determines the prompts.
 
         Returns:
-            `tuple`: B * count prompts, grouped by image, and a `dict` of `noun_ids` (B * count,), the indices of their nouns, and
-            `has_noun` (B, vocabulary), which is 1 for the nouns in the captions of an image. An image without nouns gets random
-            prompts, which are negatives.
+            `tuple`: B * count prompts, grouped by image, and a `dict` of `noun_ids` (B * count,), the indices of their nouns,
+            `is_background` (B * count,), which is 1 for those of the background, and `has_noun` (B, vocabulary), which is 1 for the nouns in the captions of an image. An
+            image without nouns gets random prompts, which are negatives.
         """
         prompts, drawn = [], []
         has_noun = torch.zeros(len(captions), len(self.nouns), dtype=torch.uint8)
@@ -92,7 +98,12 @@ class NounPrompts:
                 noun = draws.choice(found or range(len(self.nouns)))
                 drawn.append(noun)
                 prompts.append(draws.choice(TEMPLATES).format(self.nouns[noun]))
-        return prompts, {"noun_ids": torch.tensor(drawn), "has_noun": has_noun}
+        drawn = torch.tensor(drawn)
+        return prompts, {"noun_ids": drawn, "is_background": self.is_background[drawn], "has_noun": has_noun}
+
+
+def _words(text: str) -> list[str]:
+    return re.findall(r"\w+", text.lower())
 
 
 def _plurals(noun: str) -> list[str]:

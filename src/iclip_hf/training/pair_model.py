@@ -12,7 +12,7 @@ from torch import distributed, nn
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from ..losses import contrastive_loss, multi_positive_loss
+from ..losses import competition_loss, contrastive_loss, multi_positive_loss
 from ..modeling_iclip import ICLIPModel, ImageTokens, normalize
 from ..pooling import share_among_like
 
@@ -115,19 +115,25 @@ class BatchNouns(NamedTuple):
         first: the first prompt of each noun among those of all processes (V,).
         own: whether the images of this process have the nouns, boolean (B, V).
         all: the same of all processes.
+        is_background: whether the nouns are of the background, boolean (V,).
     """
 
     first: torch.Tensor
     own: torch.Tensor
     all: torch.Tensor
+    is_background: torch.Tensor
 
     @classmethod
-    def gathered(cls, noun_ids: torch.Tensor, has_noun: torch.Tensor) -> BatchNouns:
+    def gathered(
+        cls, noun_ids: torch.Tensor, has_noun: torch.Tensor, is_background: torch.Tensor | None
+    ) -> BatchNouns:
         """Gathers the nouns of all processes. Arguments are those of [`PairModel.forward`]."""
         noun_ids = gather_with_gradient(noun_ids)
         first = _first_of_each(noun_ids)
         nouns = noun_ids[first]
-        return cls(first, has_noun[:, nouns] > 0, gather_with_gradient(has_noun)[:, nouns] > 0)
+        is_background = torch.zeros_like(noun_ids) if is_background is None else gather_with_gradient(is_background)
+        everyone = gather_with_gradient(has_noun)
+        return cls(first, has_noun[:, nouns] > 0, everyone[:, nouns] > 0, is_background[first] > 0)
 
 
 class PairModel(nn.Module):
@@ -148,6 +154,8 @@ class PairModel(nn.Module):
         noun_weight: share of the noun prompts in the loss of the branches that learn them; the rest is the captions' share.
         noun_branches: the branches that learn nouns, `"recognition"` and `"interpretability"`. Nouns improve a map that is pooled
             by similarity. With other poolings, the map loses what distinguishes all objects from the background.
+        noun_competition: share of [`~losses.competition_loss`] in the noun loss of a map that is pooled by similarity; the rest is
+            contrastive.
         unlocked_vision_blocks: number of the image tower's last blocks that learn, while its others, the embeddings and the final
             norm are locked. The model's `lock_vision` becomes False. With 0, `lock_vision` decides about the whole tower.
 
@@ -163,6 +171,7 @@ class PairModel(nn.Module):
         map_tokens: int = 16,
         noun_weight: float = 0.5,
         noun_branches: Sequence[str] = ("recognition",),
+        noun_competition: float = 0.0,
         unlocked_vision_blocks: int = 0,
     ):
         super().__init__()
@@ -176,7 +185,7 @@ class PairModel(nn.Module):
         if unlocked_vision_blocks:
             model.config.lock_vision = False
         self.model, self.chunk_size, self.lock_text, self.map_tokens = model, chunk_size, lock_text, map_tokens
-        self.noun_weight, self.noun_branches = noun_weight, noun_branches
+        self.noun_weight, self.noun_branches, self.noun_competition = noun_weight, noun_branches, noun_competition
         self.train()
 
     @property
@@ -217,6 +226,7 @@ class PairModel(nn.Module):
         image_features: Sequence[torch.Tensor] | None = None,
         text_features: torch.Tensor | None = None,
         noun_ids: torch.Tensor | None = None,
+        is_background: torch.Tensor | None = None,
         has_noun: torch.Tensor | None = None,
         **texts: torch.Tensor,
     ) -> dict[str, torch.Tensor]:
@@ -227,29 +237,38 @@ class PairModel(nn.Module):
             text_features: precomputed features of the text tower, (M, Dt).
             texts: the tokenizer's tensors (M, L), if there are no `text_features`. The first B texts are the captions, the others
                 noun prompts.
-            noun_ids, has_noun: nouns of the prompts, see [`NounPrompts`].
+            noun_ids, is_background, has_noun: nouns of the prompts, see [`NounPrompts`].
 
         Returns:
-            `dict` with `loss`, the mean of `losses` (branches,) (Eq. 13), and without gradient, `logit_scales` (branches,) and the
-            unit vectors `image_embeds` and `text_embeds` (B, P) of the recognition branch. All are float32.
+            `dict` with `loss`, the mean of `losses` (branches,) (Eq. 13) and, with `map_attention="signed"`, the loss of the
+            attention's direction; without gradient, `losses`, `logit_scales` (branches,) and the unit vectors `image_embeds` and
+            `text_embeds` (B, P) of the recognition branch. All are float32.
         """
         if image_features is None:
             image_features = self._in_chunks(self._encode_images, pixel_values)
         if text_features is None:
             text_features = self._in_chunks(lambda *t: self._encode_texts(**dict(zip(texts, t))), *texts.values())
-        nouns = None if noun_ids is None else BatchNouns.gathered(noun_ids, has_noun)
+        nouns = None if noun_ids is None else BatchNouns.gathered(noun_ids, has_noun, is_background)
         branches = {name: self._branch_inputs(name, image_features, text_features) for name in self.branches}
         losses, recognised = [], branches["recognition"]
         # In float16, scaled cosines would be rounded to multiples of 1/16.
         with torch.autocast(text_features.device.type, enabled=False):
             for name, inputs in branches.items():
                 loss = self.caption_loss(inputs)
+                prompts = None if nouns is None else gather_with_gradient(inputs.prompts)[nouns.first]
                 if nouns is not None and name in self.noun_branches:
-                    loss = (1 - self.noun_weight) * loss + self.noun_weight * self.noun_loss(inputs, nouns)
+                    loss = torch.lerp(loss, self.noun_loss(inputs, prompts, nouns), self.noun_weight)
                 losses.append(loss)
         losses = torch.stack(losses)
+        loss = losses.mean()
+        if self.model.config.map_attention == "signed":
+            direction = self.model.attention_direction.float()
+            if nouns is None:
+                loss = loss + 0 * direction.sum()  # DDP waits for its gradient
+            else:  # `prompts` are those of the map branch, the last
+                loss = loss + direction_loss(prompts.detach() @ direction, nouns.is_background)
         return {
-            "loss": losses.mean(),
+            "loss": loss,
             "losses": losses.detach(),
             "logit_scales": torch.stack([inputs.scale for inputs in branches.values()]).detach(),
             "image_embeds": recognised.images.detach(),
@@ -266,12 +285,26 @@ class PairModel(nn.Module):
         per_text = gather_with_gradient(per_image)[:, offset : offset + pairs].mT
         return contrastive_loss(per_image, per_text, offset)
 
-    def noun_loss(self, inputs: BranchInputs, nouns: BatchNouns) -> torch.Tensor:
-        """Returns the loss of a branch with noun prompts, each of which may belong to several images, and an image to several."""
-        per_image = self._logits(inputs, gather_with_gradient(inputs.prompts)[nouns.first])
+    def noun_loss(self, inputs: BranchInputs, prompts: torch.Tensor, nouns: BatchNouns) -> torch.Tensor:
+        """
+        Returns the loss of a branch with the noun prompts (V, P), each of which may belong to several images, and an image to several.
+        In a map that is pooled by similarity, the nouns have a prior of their own, see [`noun_prior`], and compete for its patches.
+        """
+        if inputs.attention is None:
+            per_image = self._logits(inputs, prompts)
+        else:
+            sharpness = self.model.config.max_sharpness
+            similarities = inputs.images @ prompts.mT
+            prior = noun_prior(inputs.attention, nouns.is_background)
+            per_image = inputs.scale * (sharpness * similarities + prior.log()).logsumexp(1) / sharpness
         per_prompt = gather_with_gradient(per_image).mT
-        loss = multi_positive_loss(per_image, nouns.own)
-        return (loss + multi_positive_loss(per_prompt, nouns.all.mT)) / 2
+        loss = (multi_positive_loss(per_image, nouns.own) + multi_positive_loss(per_prompt, nouns.all.mT)) / 2
+        if inputs.attention is None or not self.noun_competition:
+            return loss
+        # Nouns of many images would otherwise take the patches that no other noun explains.
+        frequency = nouns.all.sum(0).clamp(min=1).log()
+        competition = competition_loss(2 * sharpness * similarities + frequency, prior, nouns.own)
+        return torch.lerp(loss, competition, self.noun_competition)
 
     def _branch_inputs(
         self, name: str, image_features: Sequence[torch.Tensor], text_features: torch.Tensor
@@ -304,6 +337,32 @@ class PairModel(nn.Module):
         """Keeps the scales just below 100. Above, the clamp in the model has no gradient, so a scale could not decrease again."""
         for branch in self.branches.values():
             branch.logit_scale.clamp_(max=math.log(100) - 1e-6)
+
+
+def noun_prior(attention: torch.Tensor, is_background: torch.Tensor) -> torch.Tensor:
+    """
+    Returns how likely patches show the nouns before these are compared: all patches are equally likely to show an object, and those
+    with the least attention show the background.
+
+    Args:
+        attention (`torch.Tensor` of shape `(B, N)`): in [0, 1].
+        is_background (`torch.Tensor` of shape `(T,)`): boolean.
+
+    Returns:
+        `torch.Tensor` of shape `(B, N, T)`, float32, positive, with the sum 1 over N.
+    """
+    background = (1 - attention.float()) ** 8 + 1e-6
+    background = (background / background.sum(1, keepdim=True)).unsqueeze(-1)
+    return torch.where(is_background, background, 1 / attention.shape[1])
+
+
+def direction_loss(weights: torch.Tensor, is_background: torch.Tensor) -> torch.Tensor:
+    """
+    Squared error of the attention's weights (T,) of nouns: 1 is expected for objects and -1 for the background, which count
+    equally.
+    """
+    errors = (weights - torch.where(is_background, -1.0, 1.0)) ** 2
+    return torch.stack([errors[kind].mean() for kind in (is_background, ~is_background) if kind.any()]).mean()
 
 
 def _first_of_each(ids: torch.Tensor) -> torch.Tensor:

@@ -150,6 +150,7 @@ class TrainingRun:
             settings.map_tokens,
             settings.noun_weight,
             settings.noun_branches,
+            settings.noun_competition,
             settings.unlocked_vision_blocks,
         )
         fixed = ["chunk_size"] if pair_model.has_dropout else []

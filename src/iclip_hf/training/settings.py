@@ -100,13 +100,17 @@ class Settings:
     random_erasing: float = setting(0.25, "probability of erasing a rectangle")
     nouns: str = setting(
         "",
-        "text file with one noun in each line; nouns that occur in captions become prompts, as in GroupViT",
+        "text file with one noun in each line, those of the background marked 'sky (background)'; nouns that occur in captions "
+        "become prompts, as in GroupViT",
         same=bool,
     )
     noun_prompts: int = setting(3, "number of noun prompts for each pair; a noun counts once in a batch")
     noun_weight: float = setting(0.5, "share of noun prompts in the loss of noun_branches")
     noun_branches: list[str] = setting(
         ["recognition"], "branches that learn noun prompts: recognition, interpretability"
+    )
+    noun_competition: float = setting(
+        0.0, "share of the nouns' competition for patches in their loss, with max_over=similarity"
     )
     map_tokens: int = setting(16, "number of patches that represent an image with max_over=similarity")
     num_workers: int = setting(4, "number of loading processes for each training process", same=None)
@@ -172,7 +176,14 @@ class Settings:
         for name in ("learning_rate", "clip_grad_norm"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"Expected {name} to be positive, got {getattr(self, name)}: change it.")
-        for name in ("crop_scale", "random_erasing", "max_bad_share", "noun_weight", "validation_share"):
+        for name in (
+            "crop_scale",
+            "random_erasing",
+            "max_bad_share",
+            "noun_weight",
+            "noun_competition",
+            "validation_share",
+        ):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"Expected {name} to be from 0 to 1, got {getattr(self, name)}: change it.")
         if self.lock_text and self.text_lora_rank:

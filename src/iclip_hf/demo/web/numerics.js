@@ -162,13 +162,19 @@ function range(values) {
   return [low, high - low || 1]; // a constant map becomes zeros
 }
 
-/** The raw map, as `ICLIPModel.similarity_maps` computes it. */
-export function rawMap(cosines, attention, { map_attention, max_sharpness }) {
+/** How much the attention raises the map of a text, as `attention_weights` in modeling_iclip.py. */
+export function attentionWeight(direction, text) {
+  return Math.min(1, Math.max(-1, dot(direction, text)));
+}
+
+/** The raw map, as `ICLIPModel.similarity_maps` computes it. `weight` is the text's, with signed attention. */
+export function rawMap(cosines, attention, { map_attention, max_sharpness }, weight) {
   const [low, span] = range(attention);
   const mean = cosines.reduce((one, other) => one + other, 0) / cosines.length;
   const weigh = {
     similarity: (value, a) => value * a,
     additive: (value, a) => Math.max(value, mean) + (a - low) / span / (2 * max_sharpness),
+    signed: (value, a) => Math.max(value, mean) + (weight * (a - low)) / span / (2 * max_sharpness),
   }[map_attention];
   return weigh ? cosines.map((value, i) => weigh(value, attention[i])) : cosines;
 }

@@ -56,8 +56,10 @@ async function answer({ photo, photoId, texts }, tell) {
   for (const [index, text] of texts.entries()) {
     await new Promise((turn) => setTimeout(turn)); // lets a newer question in
     if (asked) return;
-    const { cosine, cosines, match } = compare(image, await encodeText(model, text));
-    const raw = numerics.rawMap(cosines, image.attention, settings.model);
+    const encodedText = await encodeText(model, text);
+    const { cosine, cosines, match } = compare(image, encodedText);
+    const weight = image.direction && numerics.attentionWeight(image.direction, encodedText.mapEmbeds);
+    const raw = numerics.rawMap(cosines, image.attention, settings.model, weight);
     const map = numerics.enlarge(raw, image.grid, ...image.size);
     const scores = { cosine, presence: numerics.presence(match, image.chance) };
     tell({ kind: "map", index, ...scores, ...map }, [map.levels.buffer]);
@@ -116,7 +118,8 @@ function draw(bitmap, orientation, scale) {
 async function encodeImage({ ort, vision, background }, { pixels, shape, size }) {
   const outputs = await vision.run({ pixel_values: new ort.Tensor("float32", pixels, [1, 3, ...shape]) });
   const [embeds, patches, attention] = ["image_embeds", "patch_embeds", "map_attention"].map((name) => outputs[name].data);
-  const features = { embeds, patches, attention, size, grid: outputs.patch_embeds.dims.slice(1, 3) };
+  const direction = outputs.attention_direction?.data; // of a model with signed attention
+  const features = { embeds, patches, attention, direction, size, grid: outputs.patch_embeds.dims.slice(1, 3) };
   return { ...features, chance: numerics.chance(background.map((text) => compare(features, text).match)) };
 }
 

@@ -200,9 +200,8 @@ class MeansMeasure(Measure):
         means = self.totals[method].compute()
         left_out = np.zeros(len(self.columns), int) if means["left_out"] is None else means["left_out"]
         counted = {"pairs": means["pairs"], "left_out": {"no_value": int(left_out.max(initial=0))}}
-        return self.named(means["means"]) | counted, {
-            label: self.named(values) for label, values in means["per_class"].items()
-        }
+        rows = {label: self.named(values) for label, values in means["per_class"].items()}
+        return self.named(means["means"]) | counted, rows
 
 
 def check_positive(**numbers: int | None) -> None:

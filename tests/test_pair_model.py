@@ -176,7 +176,8 @@ def test_nouns_of_the_background_compete_for_patches_without_attention():
         expected = (1 - share) * contrast + share * competition
         assert found["losses"][1].item() == pytest.approx(expected.item(), abs=1e-4)
     one, behind, other = (texts @ model.attention_direction).tolist()
-    direction = ((behind + 1) ** 2 + ((one - 1) ** 2 + (other - 1) ** 2) / 2) / 2
+    short = [max(0, 1 - weight) ** 2 for weight in (-behind, one, other)]
+    direction = (short[0] + (short[1] + short[2]) / 2) / 2
     found = outputs[0]["loss"] - outputs[0]["losses"].mean()
     assert found.item() == pytest.approx(direction, abs=1e-4)
 

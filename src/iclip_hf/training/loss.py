@@ -308,10 +308,10 @@ def noun_prior(attention: torch.Tensor, is_background: torch.Tensor) -> torch.Te
 
 def direction_loss(weights: torch.Tensor, is_background: torch.Tensor) -> torch.Tensor:
     """
-    Squared error of the attention's weights (T,) of nouns: 1 is expected for objects and -1 for the background, which count
-    equally.
+    Squared hinge loss of the attention's weights (T,) of nouns: at least 1 is expected for objects and at most -1 for the background.
+    Both kinds count equally.
     """
-    errors = (weights - torch.where(is_background, -1.0, 1.0)) ** 2
+    errors = (1 - torch.where(is_background, -weights, weights)).relu() ** 2
     return torch.stack([errors[kind].mean() for kind in (is_background, ~is_background) if kind.any()]).mean()
 
 

@@ -223,7 +223,7 @@ def test_signed_attention_raises_objects_and_lowers_the_background():
     with torch.no_grad():
         texts = run(model).map_text_embeds
         # so that the weights of the three texts are 3 (limited to 1), -0.5 and 0
-        model.attention_direction.copy_(torch.linalg.pinv(texts) @ torch.tensor([3.0, -0.5, 0.0]))
+        model.attention_direction.copy_(torch.linalg.pinv(texts) @ torch.tensor([3.0, -0.5, 0.0]) / 20)
     signed, plain = run(model), maps_with(model, "none")
     lit = plain.attention.view(2, 1, *GRID)
     low, high = lit.amin((2, 3), keepdim=True), lit.amax((2, 3), keepdim=True)

@@ -154,7 +154,7 @@ def test_nouns_of_the_background_compete_for_patches_without_attention():
     learns = {"noun_weight": 1.0, "noun_branches": ["interpretability"]}
     with torch.no_grad():
         image = model.get_image_features(batch["pixel_values"])
-        model.attention_direction.copy_(torch.linspace(-1, 1, model.config.projection_dim))
+        model.attention_direction.copy_(torch.linspace(-0.05, 0.05, model.config.projection_dim))
         texts = model.get_text_features(batch["input_ids"], batch["attention_mask"]).map_text_embeds[3:6]
         outputs = {
             share: PairModel(model, **learns, noun_competition=share).eval()(**batch, **nouns)
@@ -175,7 +175,7 @@ def test_nouns_of_the_background_compete_for_patches_without_attention():
     for share, found in outputs.items():
         expected = (1 - share) * contrast + share * competition
         assert found["losses"][1].item() == pytest.approx(expected.item(), abs=1e-4)
-    one, behind, other = (texts @ model.attention_direction).tolist()
+    one, behind, other = (20 * texts @ model.attention_direction).tolist()
     short = [max(0, 1 - weight) ** 2 for weight in (-behind, one, other)]
     direction = (short[0] + (short[1] + short[2]) / 2) / 2
     found = outputs[0]["loss"] - outputs[0]["losses"].mean()

@@ -539,7 +539,9 @@ def test_maps_and_matches_are_the_models(functions, map_attention, max_over, poo
     cosines = compute(functions, "similarities", floats(image.patch_embeds), floats(text.map_text_embeds))
     attention = floats(image.map_attention)
     if map_attention == "signed":
-        weight = compute(functions, "attentionWeight", floats(image.attention_direction), floats(text.map_text_embeds))
+        weight = compute(
+            functions, "attentionWeight", floats(image.attention_direction), floats(text.map_text_embeds), options
+        )
     raw = compute(functions, "rawMap", {"floats": cosines}, attention, options, weight)
     np.testing.assert_allclose(raw, model.similarity_maps(image, text).detach().flatten(), atol=1e-5)
     cosine = compute(functions, "dot", floats(image.image_embeds), floats(text.text_embeds))

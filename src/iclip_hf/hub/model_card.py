@@ -120,7 +120,14 @@ _TRAINING_SETTINGS = (
 # Characters of a text that is taken from another card.
 _LONGEST = 500
 # Settings of these that are off at 0, and then not shown.
-_OFF_AT_0 = ("noun_competition", "text_lora_rank", "unlocked_vision_blocks", "pairs_per_epoch", "validation_share", "max_steps")
+_OFF_AT_0 = (
+    "noun_competition",
+    "text_lora_rank",
+    "unlocked_vision_blocks",
+    "pairs_per_epoch",
+    "validation_share",
+    "max_steps",
+)
 
 
 def write_model_card(

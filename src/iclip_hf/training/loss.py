@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ..losses import competition_loss, contrastive_loss, multi_positive_loss
-from ..modeling_iclip import ICLIPModel, ImageTokens, normalize
+from ..modeling_iclip import ICLIPModel, ImageTokens, attention_weights, normalize
 from ..pooling import share_among_like
 
 
@@ -259,7 +259,9 @@ class PairModel(nn.Module):
             if noun_ids is None:
                 loss = loss + 0 * direction.sum()  # DDP waits for its gradient
             else:  # `prompts` are those of the map branch, the last
-                loss = loss + direction_loss(prompts.detach() @ direction, is_background)
+                sharpness = self.model.config.max_sharpness
+                weights = attention_weights(direction[None], prompts.detach(), sharpness)[0]
+                loss = loss + direction_loss(weights, is_background)
         return {
             "loss": loss,
             "losses": losses.detach(),

@@ -34,7 +34,7 @@ FACTORS = {
     "pooled": POOLED,
     "learns": [*LEARNS],
     "map_affinity": [0, 4.0],
-    "map_attention": ["similarity", "features", "additive"],
+    "map_attention": ["similarity", "features", "additive", "signed"],
     "attention_norm": ["minmax", "quantile"],
     "value_share": [0, 0.5],
     "projection_bias": [False, True],
@@ -60,7 +60,12 @@ def test_the_gradient_of_everything_that_learns_is_finite(row):
         row["vision"], text, text_pooling=text_pooling, lock_vision=row["learns"] != "everything", **options
     )
     branches = [one for one in row["nouns"] if getattr(model, one) is not None]
-    training = {"map_tokens": row["map_tokens"], "chunk_size": row["chunk_size"], "noun_branches": branches}
+    training = {
+        "map_tokens": row["map_tokens"],
+        "chunk_size": row["chunk_size"],
+        "noun_branches": branches,
+        "noun_competition": 0.5,
+    }
     pair_model = PairModel(model, **training, **LEARNS[row["learns"]])
     batch = tiny_inputs(batch=3, texts=6 if row["nouns"] else 3)
     if row["nouns"]:
@@ -72,7 +77,8 @@ def test_the_gradient_of_everything_that_learns_is_finite(row):
     gradients = {name: one.grad for name, one in learning.items() if one.grad is not None}
     assert loss.isfinite() and not [name for name, gradient in gradients.items() if not gradient.isfinite().all()]
     taught = {name.split(".")[1] for name, gradient in gradients.items() if gradient.any()}
-    assert taught == {name.split(".")[1] for name in learning}  # towers and branches
+    expected = {name.split(".")[1] for name in learning}  # towers, branches, and from nouns the attention's direction
+    assert taught == (expected if row["nouns"] else expected - {"attention_direction"})
 
 
 @pytest.mark.parametrize("sharpness", [10.0, 1000.0])

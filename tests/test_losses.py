@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from iclip_hf.losses import contrastive_loss, multi_positive_loss
+from iclip_hf.losses import competition_loss, contrastive_loss, multi_positive_loss
 
 
 def in_loops(logits: list[list[float]]) -> float:
@@ -55,6 +55,25 @@ def test_one_positive_a_row_is_cross_entropy():
     torch.testing.assert_close(
         multi_positive_loss(logits, positives), torch.nn.functional.cross_entropy(logits, labels)
     )
+
+
+def test_texts_compete_for_patches_by_hand():
+    """A patch is shared by all texts; the shares of an image's texts count by its prior; an image without texts counts 0."""
+    generator = torch.Generator().manual_seed(3)
+    logits, prior = torch.randn(3, 4, 5, generator=generator) * 3, torch.rand(3, 4, 5, generator=generator)
+    positives = torch.tensor([[True, False, True, False, False], [False] * 5, [False, True, False, False, False]])
+    total = 0.0
+    for image in range(3):
+        losses = []
+        for text in range(5):
+            share = 0.0
+            for patch in range(4):
+                values = [math.exp(value) for value in logits[image, patch].tolist()]
+                share += prior[image, patch, text].item() * values[text] / sum(values)
+            if positives[image, text]:
+                losses.append(-math.log(share))
+        total += sum(losses) / len(losses) if losses else 0.0
+    assert competition_loss(logits, prior, positives).item() == pytest.approx(total / 3, abs=1e-5)
 
 
 def test_positives_are_not_one_anothers_negatives():

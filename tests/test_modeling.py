@@ -216,6 +216,21 @@ def test_attention_on_similarity_is_a_factor():
     torch.testing.assert_close(maps_with(model, "similarity").similarity_maps, plain.similarity_maps * attention)
 
 
+def test_signed_attention_raises_objects_and_lowers_the_background():
+    """The formula by hand: cosines, at least their mean, plus the stretched attention times the text's weight in [-1, 1] / 20."""
+    model = tiny_model(map_attention="signed")
+    with torch.no_grad():
+        texts = run(model).map_text_embeds
+        # so that the weights of the three texts are 3 (limited to 1), -0.5 and 0
+        model.attention_direction.copy_(torch.linalg.pinv(texts) @ torch.tensor([3.0, -0.5, 0.0]) / 20)
+    signed, plain = run(model), maps_with(model, "none")
+    lit = plain.attention.view(2, 1, *GRID)
+    low, high = lit.amin((2, 3), keepdim=True), lit.amax((2, 3), keepdim=True)
+    raised = torch.maximum(plain.similarity_maps, plain.similarity_maps.mean((2, 3), keepdim=True))
+    expected = raised + (lit - low) / (high - low) * torch.tensor([1.0, -0.5, 0.0]).view(3, 1, 1) / 20
+    torch.testing.assert_close(signed.similarity_maps, expected, atol=1e-5, rtol=0)
+
+
 def test_affinity_shares_the_map_among_like_patches():
     model = tiny_model()
     plain = run(model)

@@ -19,16 +19,17 @@ from iclip_hf.models import onnx as onnx_export
 from iclip_hf.models.onnx import ONNXModel, export_onnx
 
 
-IMAGE = ("image_embeds", "patch_embeds", "attention", "map_attention")
+IMAGE = ("image_embeds", "patch_embeds", "attention", "map_attention", "attention_direction")
 TEXT = ("text_embeds", "map_text_embeds")
 
 
 @pytest.fixture(scope="module")
 def model():
-    options = {"max_over": "similarity", "center_tokens": True, "map_attention": "additive", "map_affinity": 10.0}
+    options = {"max_over": "similarity", "center_tokens": True, "map_attention": "signed", "map_affinity": 10.0}
     model = tiny_model("dinov2", attention_norm="quantile", **options)
     with torch.no_grad():
         model.token_mean.copy_(torch.linspace(-1, 1, len(model.token_mean)))
+        model.attention_direction.copy_(torch.linspace(-1, 1, len(model.attention_direction)))
     return model
 
 

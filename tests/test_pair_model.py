@@ -9,6 +9,7 @@ from conftest import TEXT, VISION, tiny_inputs, tiny_model
 from training_runs import gradients
 
 from iclip_hf import ICLIPModel
+from iclip_hf.losses import multi_positive_loss
 from iclip_hf.training import pair_model as module
 from iclip_hf.training.low_rank import add_low_rank, merge_low_rank
 from iclip_hf.training.nouns import NounPrompts
@@ -99,7 +100,7 @@ def test_chunks_are_computed_again_with_the_same_dropout(monkeypatch):
 
 
 def test_nouns_are_found_in_captions():
-    nouns = NounPrompts(["dog", "traffic light", "bus", "man", "baby", "light", "Dog"])
+    nouns = NounPrompts(["dog", "traffic light", "bus (background)", "man", "baby", "light", "Dog"])
     assert nouns.nouns == ["dog", "traffic light", "bus", "man", "baby", "light"]
     found = nouns.find("Two men, three babies and dogs wait at the traffic lights; no business")
     assert {nouns.nouns[number] for number in found} == {"dog", "traffic light", "man", "baby", "light"}
@@ -107,6 +108,8 @@ def test_nouns_are_found_in_captions():
     assert drawn["has_noun"].tolist() == [[0, 0, 1, 1, 0, 0], [0] * 6] and len(prompts) == 6
     assert all(nouns.nouns[number] in prompt for number, prompt in zip(drawn["noun_ids"], prompts))
     assert set(drawn["noun_ids"][:3].tolist()) <= {2, 3}
+    assert drawn["is_background"].tolist() == [int(number == 2) for number in drawn["noun_ids"]]
+    assert NounPrompts(["carpenter's kit"]).find("a photo of the carpenter's kits") == {0}
     assert nouns.draw([["buses", "a tree by a man"]], epoch=0)[0] == prompts[:3]
     assert any(nouns.draw([["buses", "a tree by a man"]], epoch)[0] != prompts[:3] for epoch in range(1, 4))
 
@@ -139,6 +142,43 @@ def test_noun_prompts_teach_the_recognition_branch():
     assert outputs["losses"][0].item() == pytest.approx(0.3 * plain["losses"][0].item() + 0.7 * nouns, abs=1e-5)
     torch.testing.assert_close(outputs["losses"][1], plain["losses"][1], atol=1e-5, rtol=0)
     torch.testing.assert_close(outputs["text_embeds"], plain["text_embeds"], atol=1e-5, rtol=0)
+
+
+def test_nouns_of_the_background_compete_for_patches_without_attention():
+    """Against plain sums over patches: priors, the competition of a share of the loss, frequencies, and the attention's direction."""
+    options = {"max_over": "similarity", "map_attention": "signed"}
+    model, batch = tiny_model(**options), tiny_inputs(3, 7)
+    has_noun = torch.tensor([[1, 1, 0], [0, 1, 0], [0, 1, 1]], dtype=torch.uint8)
+    nouns = {"noun_ids": torch.arange(4) % 3, "is_background": torch.tensor([0, 1, 0, 0]), "has_noun": has_noun}
+    learns = {"noun_weight": 1.0, "noun_branches": ["interpretability"]}
+    with torch.no_grad():
+        image = model.get_image_features(batch["pixel_values"])
+        model.attention_direction.copy_(torch.linspace(-0.05, 0.05, model.config.projection_dim))
+        texts = model.get_text_features(batch["input_ids"], batch["attention_mask"]).map_text_embeds[3:6]
+        outputs = {
+            share: PairModel(model, **learns, noun_competition=share).eval()(**batch, **nouns)
+            for share in (0, 0.25, 1)
+        }
+    cosines = (image.patch_embeds.flatten(1, 2) @ texts.T).double()
+    seen = (1 - image.attention.double()) ** 8 + 1e-6
+    prior = torch.full_like(cosines, 1 / cosines.shape[1])
+    prior[..., 1] = seen / seen.sum(1, keepdim=True)
+    pooled = (prior * (10 * cosines).exp()).sum(1).log() / 10
+    scale, positives = model.logit_scales()[1].double(), has_noun > 0
+    contrast = (
+        multi_positive_loss(scale * pooled, positives) + multi_positive_loss(scale * pooled.T, positives.T)
+    ) / 2
+    shares = (20 * cosines).exp() * torch.tensor([1, 3, 1])  # one, all and one of the images have them
+    shares = (prior * shares / shares.sum(-1, keepdim=True)).sum(1)
+    competition = -sum((shares[i].log() * has_noun[i]).sum() / has_noun[i].sum() for i in range(3)) / 3
+    for share, found in outputs.items():
+        expected = (1 - share) * contrast + share * competition
+        assert found["losses"][1].item() == pytest.approx(expected.item(), abs=1e-4)
+    one, behind, other = (20 * texts @ model.attention_direction).tolist()
+    short = [max(0, 1 - weight) ** 2 for weight in (-behind, one, other)]
+    direction = (short[0] + (short[1] + short[2]) / 2) / 2
+    found = outputs[0]["loss"] - outputs[0]["losses"].mean()
+    assert found.item() == pytest.approx(direction, abs=1e-4)
 
 
 def zip_lists(rows: list[list]) -> list[list]:

@@ -524,19 +524,25 @@ def test_sizes_are_the_processors(functions, tiny_processor, edge):
     assert compute(functions, "modelSize", {"size": {"height": 32, "width": 48}, "patch": 8}, 5, 9) == [32, 48]
 
 
-@pytest.mark.parametrize("map_attention", ["similarity", "additive", "none"])
+@pytest.mark.parametrize("map_attention", ["similarity", "additive", "signed", "none"])
 @pytest.mark.parametrize(
     ("max_over", "pooling"), [("similarity", "masked_max"), ("similarity", "max"), ("channels", "max")]
 )
 def test_maps_and_matches_are_the_models(functions, map_attention, max_over, pooling):
     options = {"map_attention": map_attention, "max_over": max_over, "pooling": pooling, "max_sharpness": 7.0}
     model = tiny_model("dinov2", **options)
-    generator = torch.Generator().manual_seed(0)
+    generator, weight = torch.Generator().manual_seed(0), None
+    if map_attention == "signed":
+        torch.nn.init.normal_(model.attention_direction, std=0.1, generator=generator)
     image = model.get_image_features(torch.randn(1, 3, 32, 40, generator=generator))
     text = model.get_text_features(torch.randint(2, 60, (1, 6), generator=generator))
     cosines = compute(functions, "similarities", floats(image.patch_embeds), floats(text.map_text_embeds))
     attention = floats(image.map_attention)
-    raw = compute(functions, "rawMap", {"floats": cosines}, attention, options)
+    if map_attention == "signed":
+        weight = compute(
+            functions, "attentionWeight", floats(image.attention_direction), floats(text.map_text_embeds), options
+        )
+    raw = compute(functions, "rawMap", {"floats": cosines}, attention, options, weight)
     np.testing.assert_allclose(raw, model.similarity_maps(image, text).detach().flatten(), atol=1e-5)
     cosine = compute(functions, "dot", floats(image.image_embeds), floats(text.text_embeds))
     match = compute(functions, "match", cosine, {"floats": cosines}, attention, options)

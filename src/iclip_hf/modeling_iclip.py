@@ -731,7 +731,9 @@ class ICLIPModel(PreTrainedModel):
             maps = torch.maximum(maps, maps.mean((-2, -1), keepdim=True))  # still cosines, which texts compete by
             attention = min_max_normalize(attention) / (2 * self.config.max_sharpness)
             if self.config.map_attention == "signed":
-                weights = attention_weights(image.attention_direction, text.map_text_embeds)
+                weights = attention_weights(
+                    image.attention_direction, text.map_text_embeds, self.config.max_sharpness
+                ).clamp(-1, 1)
                 attention = attention * weights[..., None, None].to(attention)
             maps = maps + attention
         return maps
@@ -838,19 +840,19 @@ def normalize(features: torch.Tensor) -> torch.Tensor:
     return F.normalize(features.float(), dim=-1).to(features.dtype)
 
 
-def attention_weights(direction: torch.Tensor, text_embeds: torch.Tensor) -> torch.Tensor:
+def attention_weights(direction: torch.Tensor, text_embeds: torch.Tensor, sharpness: float) -> torch.Tensor:
     """
-    Returns how much the attention raises the maps of texts with `map_attention="signed"`: near 1 for objects, and near -1 for the
-    background.
+    Returns the weights of the attention in the maps of texts with `map_attention="signed"`, before they are limited to [-1, 1].
 
     Args:
         direction (`torch.Tensor` of shape `(B, P)`): `attention_direction` of [`ICLIPImageFeatures`].
         text_embeds (`torch.Tensor` of shape `(T, P)` or `(B, T, P)`): unit vectors of the map branch.
+        sharpness (`float`): `config.max_sharpness`, the scale of the attention in a map.
 
     Returns:
-        `torch.Tensor` of shape `(B, T)`, float32, in [-1, 1].
+        `torch.Tensor` of shape `(B, T)`, float32: positive for objects, and negative for the background.
     """
-    return cosines(direction, text_embeds).clamp(-1, 1)
+    return 2 * sharpness * cosines(direction, text_embeds)
 
 
 def average_templates(projected: torch.Tensor, num_templates: int) -> torch.Tensor:

@@ -52,7 +52,11 @@ _EMBEDDED_FOLDERS = {
 _DATA_TERMS = {
     "cc3m": "Conceptual Captions: free for any purpose; the images are their owners'",
     "flickr8k": "research and education; the images are their photographers'",
+    "coco2014": "annotations: CC BY 4.0; the images have Creative Commons licences of their photographers",
     "imagenet": "non-commercial research; the images are their owners'",
+    "nips17": "CC BY 2.0",
+    "places": "non-commercial research and education",
+    "intel_scenes": "none stated",
 }
 # Ids of the data sets on the Hub, for the results on a model's page.
 _DATASET_IDS = {"coco2017": "detection-datasets/coco", "voc2012": "nateraw/pascal-voc-2012"}
@@ -85,6 +89,7 @@ _TRAINING_SETTINGS = (
     "noun_prompts",
     "noun_weight",
     "noun_branches",
+    "noun_competition",
     "map_tokens",
     "epochs",
     "max_steps",
@@ -102,7 +107,14 @@ _TRAINING_SETTINGS = (
 # Characters of a text that is taken from another card.
 _LONGEST = 500
 # Settings of these that are off at 0, and then not shown.
-_OFF_AT_0 = ("text_lora_rank", "unlocked_vision_blocks", "pairs_per_epoch", "validation_share", "max_steps")
+_OFF_AT_0 = (
+    "noun_competition",
+    "text_lora_rank",
+    "unlocked_vision_blocks",
+    "pairs_per_epoch",
+    "validation_share",
+    "max_steps",
+)
 
 
 def write_model_card(

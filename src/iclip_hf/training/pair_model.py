@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ..losses import competition_loss, contrastive_loss, multi_positive_loss
-from ..modeling_iclip import ICLIPModel, ImageTokens, normalize
+from ..modeling_iclip import ICLIPModel, ImageTokens, attention_weights, normalize
 from ..pooling import share_among_like
 
 
@@ -266,7 +266,8 @@ class PairModel(nn.Module):
             if nouns is None:
                 loss = loss + 0 * direction.sum()  # DDP waits for its gradient
             else:  # `prompts` are those of the map branch, the last
-                loss = loss + direction_loss(prompts.detach() @ direction, nouns.is_background)
+                weights = attention_weights(direction[None], prompts.detach(), self.model.config.max_sharpness)[0]
+                loss = loss + direction_loss(weights, nouns.is_background)
         return {
             "loss": loss,
             "losses": losses.detach(),
@@ -358,10 +359,10 @@ def noun_prior(attention: torch.Tensor, is_background: torch.Tensor) -> torch.Te
 
 def direction_loss(weights: torch.Tensor, is_background: torch.Tensor) -> torch.Tensor:
     """
-    Squared error of the attention's weights (T,) of nouns: 1 is expected for objects and -1 for the background, which count
-    equally.
+    Squared hinge loss of the attention's weights (T,) of nouns: at least 1 is expected for objects and at most -1 for the background.
+    Both kinds count equally.
     """
-    errors = (weights - torch.where(is_background, -1.0, 1.0)) ** 2
+    errors = (1 - torch.where(is_background, -weights, weights)).relu() ** 2
     return torch.stack([errors[kind].mean() for kind in (is_background, ~is_background) if kind.any()]).mean()
 
 

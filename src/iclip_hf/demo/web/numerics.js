@@ -163,8 +163,8 @@ function range(values) {
 }
 
 /** How much the attention raises the map of a text, as `attention_weights` in modeling_iclip.py. */
-export function attentionWeight(direction, text) {
-  return Math.min(1, Math.max(-1, dot(direction, text)));
+export function attentionWeight(direction, text, { max_sharpness }) {
+  return Math.min(1, Math.max(-1, 2 * max_sharpness * dot(direction, text)));
 }
 
 /** The raw map, as `ICLIPModel.similarity_maps` computes it. `weight` is the text's, with signed attention. */

@@ -58,7 +58,7 @@ async function answer({ photo, photoId, texts }, tell) {
     if (asked) return;
     const encodedText = await encodeText(model, text);
     const { cosine, cosines, match } = compare(image, encodedText);
-    const weight = image.direction && numerics.attentionWeight(image.direction, encodedText.mapEmbeds);
+    const weight = image.direction && numerics.attentionWeight(image.direction, encodedText.mapEmbeds, settings.model);
     const raw = numerics.rawMap(cosines, image.attention, settings.model, weight);
     const map = numerics.enlarge(raw, image.grid, ...image.size);
     const scores = { cosine, presence: numerics.presence(match, image.chance) };

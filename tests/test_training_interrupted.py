@@ -179,7 +179,7 @@ def test_the_death_of_a_partner_says_how_to_go_on(hub, tmp_path, monkeypatch):
         )
 
     monkeypatch.setattr(program, "TrainingRun", lose_partner)
-    said = r"died or no longer answers \(Connection closed by peer \[127.0.0.1\]:1\); see what it said, then start it again"
+    said = r"ended or no longer answers \(Connection closed by peer \[127.0.0.1\]:1\); see its output, then start it again"
     with pytest.raises(OSError, match=f"{said}\\.$"):
         run(hub, tmp_path)
     (tmp_path / "checkpoint-0000005").mkdir()

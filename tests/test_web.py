@@ -44,8 +44,10 @@ NEEDS_NPM = pytest.mark.skipif(shutil.which("npm") is None, reason="needs npm, w
 def served(folder):
     with web_server(folder, port=0) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
-        yield f"http://127.0.0.1:{server.server_port}/"
-        server.shutdown()
+        try:
+            yield f"http://127.0.0.1:{server.server_port}/"
+        finally:  # also after a failure; a closed server would spin
+            server.shutdown()
 
 
 @pytest.fixture(scope="module")
@@ -235,8 +237,10 @@ def test_a_reload_needs_no_server_and_sees_a_newer_page(browser, exported, photo
     def serving(port=0):
         with ThreadingHTTPServer(("127.0.0.1", port), partial(Files, directory=tmp_path)) as server:
             threading.Thread(target=server.serve_forever, daemon=True).start()
-            yield server.server_port
-            server.shutdown()
+            try:
+                yield server.server_port
+            finally:  # also after a failure; a closed server would spin
+                server.shutdown()
 
     def reload(page):
         page.reload()
@@ -315,8 +319,10 @@ def wrong_server(exported):
     handler = type("Handler", (Wrong,), {"wrong": {}, "asked": []})
     with ThreadingHTTPServer(("127.0.0.1", 0), partial(handler, directory=exported[0])) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
-        yield f"http://127.0.0.1:{server.server_port}/", handler
-        server.shutdown()
+        try:
+            yield f"http://127.0.0.1:{server.server_port}/", handler
+        finally:  # also after a failure; a closed server would spin
+            server.shutdown()
 
 
 def test_a_wrong_download_is_neither_used_nor_kept(browser, exported, wrong_server, photos):

@@ -642,7 +642,7 @@ class ICLIPModel(PreTrainedModel):
             patch_tokens, map_attention = shared[..., :-1], shared[..., -1].float()
         direction = None
         if self.config.map_attention == "signed":
-            direction = self.attention_direction.expand(len(pixel_values), -1)
+            direction = self.attention_direction.expand(pixel_values.shape[0], -1)
         if self.config.map_attention == "features":
             patch_tokens = patch_tokens * map_attention.unsqueeze(-1).to(patch_tokens.dtype)  # Eq. 12 to the letter
         return ICLIPImageFeatures(

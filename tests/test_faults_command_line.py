@@ -122,7 +122,6 @@ for door, run in {
 
 # What is typed, and what of it the error shows.
 ARGUMENTS = {
-    "nothing": ("", "COMMAND"),
     "unknown command": ("paint", "'paint'"),
     "explain without image": ("explain --text dog", "IMAGE"),
     "explain without text": ("explain {photo}", "--text"),

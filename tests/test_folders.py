@@ -574,7 +574,7 @@ def test_known_towers_bring_their_terms(tmp_path, tiny_processor):
     model = tiny_model()
     model.config.vision_config.name_or_path = "facebook/dino-vitb16"
     model.config.text_config.name_or_path = "openai/clip-vit-base-patch16"
-    result = EvaluationResult(**METRICS)
+    result = EvaluationResult(**METRICS, columns={})
     card = ModelCard.load(write_model_card(model, tiny_processor, tmp_path, name="org/one", metrics=result))
     assert card.data.base_model == ["facebook/dino-vitb16", "openai/clip-vit-base-patch16"]
     assert card.data.license == "apache-2.0" and card.data.model_name == "org/one"

@@ -122,7 +122,7 @@ class Endless(QuietHandler):
                 time.sleep(self.pause)
 
 
-LATE = "no end of it within 0.5 seconds"
+LATE = "did not end within 0.5 seconds"
 
 
 @pytest.mark.parametrize(

@@ -40,6 +40,8 @@ def by_hand(monkeypatch):
             patches, class_token = image
             return ICLIPImageFeatures(image_embeds=torch.tensor([class_token]), patch_embeds=torch.tensor([[patches]]))
 
+        if not isinstance(model, str):  # loaded already
+            return model
         return SimpleNamespace(
             processor=lambda images: {"pixel_values": images[0]},
             encode_images=encode_images,

@@ -91,7 +91,7 @@ except OSError as error:
     assert results[dies][0] == 9
     code, said = results[1 - dies]
     assert code == 2 and said.startswith("Another process of this run ended or no longer answers (")
-    assert said.endswith("); see what it said, then go on.\n") and len(said.splitlines()) == 1
+    assert said.endswith("); see its output, then go on.\n") and len(said.splitlines()) == 1
 
 
 def test_without_partners_an_error_is_what_it_was():

@@ -216,7 +216,6 @@ for name, call, shows in (
     ("one size too many", lambda p: p.post_process_similarity_maps(MAPS, [(8, 8)] * 2), "and 2"),
     ("a size of nothing", lambda p: p.post_process_similarity_maps(MAPS, [(0, 8)]), "a side of 0"),
     ("a negative size", lambda p: p.post_process_similarity_maps(MAPS, [(-3, 8)]), "a side of -3"),
-    ("an unknown order", lambda p: p.post_process_similarity_maps(MAPS, [(8, 8)], order="last"), "'last'"),
     ("thresholds of others", lambda p: p.post_process_masks(list(MAPS), [0.1, 0.2, 0.3]), "got 3"),
     ("a threshold that is no number", lambda p: p.post_process_masks(list(MAPS), float("nan")), "got nan"),
     ("no thresholds", lambda p: p.post_process_masks(list(MAPS), []), "got []"),

@@ -45,7 +45,9 @@ ICLIP = [(page, arguments) for page, words in COMMANDS if (arguments := iclip_ar
 
 @pytest.mark.parametrize(("page", "arguments"), ICLIP, ids=lambda part: part.name if isinstance(part, Path) else None)
 def test_iclip_commands_parse(page, arguments, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)  # where no folder `runs` makes the name of a run one of a missing folder
+    for run in ("pairs", "iclip-vit-b16", "iclip-dinov2-s14-minilm"):  # as the pages' trainings leave them
+        (tmp_path / "runs" / run).mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
     spelled = [word for argument in arguments for word in ABBREVIATIONS.get(argument, [argument])]
     assert cli._parser().parse_args(spelled).run
 

@@ -703,7 +703,7 @@ def test_shard_that_disappears_stops_the_run(tmp_path):
     dataset = load_pairs(write_shards(tmp_path, 6, shards=2))
     (tmp_path / "00001.tar").unlink()
     assert dataset[0]["key"] == "k00"
-    with pytest.raises(OSError, match=r"00001\.tar: it was there at the start.*restore it, then resume"):
+    with pytest.raises(OSError, match=r"00001\.tar: the run started with it.*restore it, then rerun to resume"):
         dataset[5]
 
 
@@ -955,9 +955,9 @@ def test_optional_packages_are_loaded_late():
 def test_missing_packages_are_named(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
     monkeypatch.setitem(sys.modules, "pycocotools", None)
-    with pytest.raises(ImportError, match=r"iclip-hf\[train\]"):
+    with pytest.raises(ImportError, match=r"\[train\]' in a clone of iclip-hf"):
         load_pairs("org/name")
-    with pytest.raises(ImportError, match=r"iclip-hf\[eval\]"):
+    with pytest.raises(ImportError, match=r"\[eval\]' in a clone of iclip-hf"):
         load_segmentation("coco2017", tmp_path)
 
 

@@ -249,7 +249,6 @@ def test_boxes_and_points_are_prompts_for_sam(tiny_processor):
     ("call", "message"),
     [
         (lambda p: p.post_process_points([MAPS[0]], [MAPS[1, :, 1:] > 0]), "mask of the map's shape"),
-        (lambda p: p.post_process_similarity_maps(MAPS, SIZES, order="first"), "got 'first'"),
         (lambda p: p.post_process_masks([MAPS[0]], min_presence=1.0), "presence and min_presence together"),
     ],
 )

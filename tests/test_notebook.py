@@ -38,4 +38,4 @@ def test_it_runs_and_shows_what_it_says(notebook):
     assert any(data.get("text/markdown", "").startswith("| method |") for data in shown)
     accuracy = int(printed.split("recognises ")[1].split("%")[0])
     assert accuracy > 50  # by chance 12
-    assert "3 held-out pairs" in printed and "The model got better: val_loss fell from" in printed
+    assert "3 held-out pairs" in printed and "No measurable change" in printed

@@ -26,6 +26,12 @@ from transformers import BertTokenizer, CLIPImageProcessor
 from iclip_hf import ICLIPConfig, ICLIPModel, ICLIPProcessor, ImageTextSimilarityMapPipeline
 
 
+def noise(size: tuple[int, int], spread: int = 80, seed: int = 0) -> Image.Image:
+    """A grey photograph of noise, (width, height) pixels, as `Image.effect_noise` draws it, but the same on every run."""
+    grey = np.random.default_rng(seed).normal(128, spread, size[::-1]).clip(0, 255).astype(np.uint8)
+    return Image.fromarray(grey).convert("RGB")
+
+
 VIT = {
     "hidden_size": 32,
     "num_hidden_layers": 2,

@@ -2,7 +2,7 @@ import json
 
 import numpy as np
 import pytest
-from conftest import tiny_model
+from conftest import noise, tiny_model
 from PIL import Image
 
 from iclip_hf import cli
@@ -23,7 +23,7 @@ def folder(tmp_path_factory, tiny_processor):
     for name, columns in enumerate((10, 20, 40, 0)):
         mask = np.zeros((30, 40), np.uint8)
         mask[:, :columns] = 1
-        Image.effect_noise((40, 30), 80).convert("RGB").save(folder / "images" / f"{name}.png")
+        noise((40, 30), seed=name).save(folder / "images" / f"{name}.png")
         Image.fromarray(mask).save(folder / "masks" / f"{name}.png")
     return folder
 

@@ -8,7 +8,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import tiny_model
+from conftest import noise, tiny_model
 from PIL import Image
 
 from iclip_hf import cli, explain
@@ -26,7 +26,7 @@ def folder(tmp_path_factory, tiny_processor):
     tiny_processor.save_pretrained(folder / "model")
     for number, size in enumerate([(60, 40), (30, 90), (64, 64)]):
         (folder / str(number)).mkdir()
-        Image.effect_noise(size, 80).convert("RGB").save(folder / str(number) / "a.jpg")
+        noise(size).save(folder / str(number) / "a.jpg")
     (folder / "broken.jpg").write_bytes((folder / "0" / "a.jpg").read_bytes()[:200])
     return folder
 

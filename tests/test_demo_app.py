@@ -13,7 +13,7 @@ import httpx
 import numpy as np
 import pytest
 import torch
-from conftest import tiny_model
+from conftest import noise, tiny_model
 from gradio_client.exceptions import AppError
 from huggingface_hub import RepoCard
 from PIL import Image
@@ -36,7 +36,7 @@ def folder(tmp_path_factory, tiny_processor):
     folder = tmp_path_factory.mktemp("demo")
     tiny_model().save_pretrained(folder / "model")
     tiny_processor.save_pretrained(folder / "model")
-    Image.effect_noise((60, 40), 80).convert("RGB").save(folder / "small.png")
+    noise((60, 40)).save(folder / "small.png")
     Image.linear_gradient("L").resize((1300, 650)).save(folder / "large.png")
     (folder / "notes.png").write_text("no image")
     return folder

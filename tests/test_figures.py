@@ -6,6 +6,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
+from conftest import noise
 from matplotlib import colormaps
 from PIL import Image
 
@@ -139,7 +140,7 @@ def test_the_darkest_word_has_the_highest_score():
 
 
 def test_a_picture_of_a_sheet_is_not_resized_again():
-    drawn = at_picture_size(Image.effect_noise((640, 480), 80).convert("RGB"))
+    drawn = at_picture_size(noise((640, 480)))
     sheet = picture_grid([drawn, drawn], ["a", "b"], 2)
     assert drawn.width == 336
     places = [(sheet.width - 18 - 336, top) for top in range(sheet.height - 252)]

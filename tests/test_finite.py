@@ -2,9 +2,8 @@
 
 import pytest
 import torch
-from conftest import VISION, tiny_inputs, tiny_model
+from conftest import VISION, noise, tiny_inputs, tiny_model
 from pairwise import pairwise
-from PIL import Image
 
 from iclip_hf import ImageTextSimilarityMapPipeline, ZeroShotImageSegmentationPipeline, cli
 from iclip_hf.pooling import normalize_attention, pool_similarities
@@ -113,7 +112,7 @@ def test_a_model_that_gives_nan_is_refused_by_every_command(tiny_processor, tmp_
     tiny_processor.save_pretrained(tmp_path / "model")
     (tmp_path / "photos").mkdir()
     photo = tmp_path / "photos" / "a.png"
-    Image.effect_noise((60, 40), 80).convert("RGB").save(photo)
+    noise((60, 40)).save(photo)
     sentence = "Expected finite maps and scores, got NaN or infinity from the model"
     for command, image in (("explain", photo), ("segment", photo), ("compare", photo), ("explain", photo.parent)):
         output = tmp_path / f"{command}-{image.stem}{image.suffix}"

@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from conftest import tiny_model
+from conftest import noise, tiny_model
 from PIL import Image
 from transformers import CLIPImageProcessor
 
@@ -320,7 +320,7 @@ def test_presence_tells_present_classes_better_than_the_cosine(iclip_data):
 
 
 def test_a_map_is_taken_by_its_index_as_from_a_list(tiny_processor):
-    (explanation,) = explain((tiny_model(), tiny_processor), [Image.effect_noise((8, 6), 80)], ["dog", "cat"])
+    (explanation,) = explain((tiny_model(), tiny_processor), [noise((8, 6)).convert("L")], ["dog", "cat"])
     assert explanation.map(-1).equal(explanation.map(1)) and explanation.map(-2).equal(explanation.maps[0])
     for index in (2, -3):
         with pytest.raises(IndexError, match=f"one of 2 texts, got {index}"):

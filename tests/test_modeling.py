@@ -5,8 +5,7 @@ import math
 
 import pytest
 import torch
-from conftest import TEXT, VISION, tiny_config, tiny_inputs, tiny_model
-from PIL import Image
+from conftest import TEXT, VISION, noise, tiny_config, tiny_inputs, tiny_model
 from torch.nn import functional as F
 from transformers import AutoModel, AutoModelForZeroShotImageClassification, BertModel, pipeline
 from transformers.utils.logging import get_verbosity
@@ -598,7 +597,7 @@ def test_the_zero_shot_pipeline_scores_as_the_processor_with_siglip(tmp_path, ti
     model.config.text_config.pad_token_id = tokenizer.pad_token_id
     model.save_pretrained(tmp_path)
     processor.save_pretrained(tmp_path)
-    image = Image.effect_noise((40, 60), 80).convert("RGB")
+    image = noise((40, 60))
     answers = pipeline("zero-shot-image-classification", model=str(tmp_path))(
         image, ["dog", "red ball"], hypothesis_template="a photo of the {}"
     )

@@ -6,7 +6,7 @@ import numpy as np
 import onnxruntime
 import pytest
 import torch
-from conftest import tiny_inputs, tiny_model
+from conftest import noise, tiny_inputs, tiny_model
 from PIL import Image
 from torch.nn import functional as F
 
@@ -90,7 +90,7 @@ def test_every_tower(tiny_processor, tmp_path, vision, text, tokens):
 
 @pytest.mark.parametrize("method", ["itsm", "reversed_itsm", "attention", "attention_affinity", "random"])
 def test_explanations_are_the_models(model, folder, tiny_processor, method):
-    images = [Image.effect_noise(size, 80).convert("RGB") for size in [(60, 40), (30, 90)]]
+    images = [noise(size) for size in [(60, 40), (30, 90)]]
     texts = [["dog", "red ball"], ["sky"]]
     options = {"method": method, "templates": ["a photo of the {}", "{}"], "size": {"shortest_edge": 24}}
     expected = explain((model, tiny_processor), images, texts, **options)
@@ -100,7 +100,7 @@ def test_explanations_are_the_models(model, folder, tiny_processor, method):
 
 
 def test_analysis_takes_an_exported_model(model, folder, tiny_processor):
-    image = Image.effect_noise((60, 40), 80).convert("RGB")
+    image = noise((60, 40))
     expected = channel_matches((model, tiny_processor), image)
     found = channel_matches((ONNXModel(folder), tiny_processor), image)
     assert found.keys() == expected.keys()
@@ -119,7 +119,7 @@ def test_methods_that_look_inside_the_tower_are_refused(folder, tiny_processor, 
 def test_the_command_explains_with_an_exported_folder(model, folder, tiny_processor, tmp_path, capsys):
     model.save_pretrained(tmp_path / "model")
     tiny_processor.save_pretrained(tmp_path / "model")
-    Image.effect_noise((60, 40), 80).convert("RGB").save(tmp_path / "a.png")
+    noise((60, 40)).save(tmp_path / "a.png")
     scores = []
     for name in (folder, tmp_path / "model"):
         arguments = [str(tmp_path / "a.png"), "--text", "dog", "--text", "sky", "--output", str(tmp_path / "out.png")]

@@ -1,7 +1,6 @@
 import pytest
 import torch
-from conftest import tiny_model
-from PIL import Image
+from conftest import noise, tiny_model
 
 from iclip_hf.training import validation
 
@@ -12,7 +11,7 @@ def test_pictures_show_the_maps_of_the_images_own_captions(tiny_processor, tmp_p
     monkeypatch.setattr(validation, "overlay", lambda *args: drawn.append(args) or overlay(*args))
     monkeypatch.setattr(validation, "picture_grid", lambda *args: sheets.append(args[1:]) or grid(*args))
     pairs = [
-        {"image": Image.effect_noise(size, 80).convert("RGB"), "caption": caption}
+        {"image": noise(size), "caption": caption}
         for size, caption in (((60, 40), "a red ball"), ((30, 50), "the sky"), ((20, 20), "a dog"))
     ]
     captions = ["a red ball", "the sky"]

@@ -21,7 +21,7 @@ from typing import ClassVar
 import numpy as np
 import pytest
 import torch
-from conftest import tiny_model
+from conftest import noise, tiny_model
 from huggingface_hub import ModelCard, ModelCardData, RepoCard
 from PIL import Image, ImageOps
 
@@ -92,7 +92,7 @@ def page(browser, url):
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory):
     folder = tmp_path_factory.mktemp("photos")
-    Image.effect_noise((61, 40), 80).convert("RGB").save(folder / "noise.png")
+    noise((61, 40)).save(folder / "noise.png")
     Image.linear_gradient("L").resize((1300, 650)).convert("RGB").save(folder / "large.jpg", quality=95)
     Image.linear_gradient("L").resize((6000, 3000)).convert("RGB").save(folder / "huge.jpg")
     for name in ("notes.png", "photo.heic", "drawing.svg"):
@@ -505,7 +505,7 @@ def floats(tensor):
 @pytest.mark.parametrize("kernel", [2, 3])
 @pytest.mark.parametrize("size", [(61, 40), (20, 25), (150, 90), (32, 32), (7, 300)])
 def test_images_are_resized_as_by_the_processor(functions, tiny_processor, size, kernel):
-    image = Image.effect_noise(size, 120).convert("RGB")
+    image = noise(size, 120)
     image.putpixel((0, 0), (255, 0, 0))
     images = {"resample": kernel, "do_normalize": False, "do_rescale": False}
     expected = tiny_processor(images=image, images_kwargs=images)["pixel_values"][0].permute(1, 2, 0).numpy()
@@ -517,7 +517,7 @@ def test_images_are_resized_as_by_the_processor(functions, tiny_processor, size,
 
 
 def test_pixels_are_normalized_as_by_the_processor(functions, tiny_processor):
-    image = Image.effect_noise((32, 32), 120).convert("RGB")
+    image = noise((32, 32), 120)
     expected = tiny_processor(images=image)["pixel_values"]
     settings = web._image_settings(tiny_processor)
     found = compute(functions, "normalize", {"bytes": np.asarray(image).ravel().tolist()}, settings)

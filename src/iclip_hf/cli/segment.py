@@ -60,9 +60,12 @@ def run(options: argparse.Namespace) -> int:
 
     localizer = make_localizer(options, [*options.texts, *options.background])
     background = range(len(options.texts), len(localizer.texts))
+    hidden = []  # of each image, the present texts without a pixel
 
     def write(image, explanation, picture: Path | None) -> dict:
         labels = explanation.label_map(background=background).numpy()
+        present = (explanation.presence >= options.min_presence).tolist()
+        hidden.append([text for index, text in enumerate(options.texts) if present[index] and index not in labels])
         segments = [
             {
                 "id": index + 1,
@@ -83,12 +86,9 @@ def run(options: argparse.Namespace) -> int:
         return {"labels": str(label_file), **entry}
 
     report = write_pictures(options.command, localizer, images, write)
-    for entry in report:
-        hidden = [
-            row["text"] for row in entry["segments"] if row["presence"] >= options.min_presence and not row["area"]
-        ]
-        if hidden:
-            problem = f"{entry['image']}: present, but covered by the other texts: {', '.join(hidden)}"
+    for entry, texts in zip(report, hidden):
+        if texts:
+            problem = f"{entry['image']}: present, but covered by the other texts: {', '.join(texts)}"
             print(f"iclip segment: {printable(problem)}; look at the maps with iclip explain", file=sys.stderr)
     return print_report(options, report, "segments", lambda row: f"{100 * row['area']:5.1f} % of the image")
 

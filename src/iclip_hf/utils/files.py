@@ -146,7 +146,7 @@ def atomic_write(path: Path) -> Iterator[Path]:
     Yields a temporary path; renamed to `path` on success, deleted on error. Its name contains the process id, so that
     several processes can write the same file. For paths in this program's own folders; see [`new_file`] for others.
     """
-    partial = path.with_name(f".{_short(path.name)}.{os.getpid()}{_PARTIAL}")
+    partial = path.with_name(f".{short_name(path.name)}.{os.getpid()}{_PARTIAL}")
     try:
         with writing_errors(path):
             yield partial
@@ -155,9 +155,9 @@ def atomic_write(path: Path) -> Iterator[Path]:
         partial.unlink(missing_ok=True)
 
 
-def _short(name: str) -> str:
-    """Returns a name that leaves room for a prefix and suffix within the 255 bytes that file systems allow."""
-    return os.fsdecode(os.fsencode(name)[:200])
+def short_name(name: str) -> str:
+    """Returns a name that leaves room for a prefix and a suffix within the 255 bytes that file systems allow."""
+    return os.fsencode(name)[:200].decode(errors="ignore")
 
 
 def keep_in_cache(path: Path, write: Callable[[Path], object]) -> None:
@@ -267,26 +267,35 @@ def atomic_folder(folder: str | Path) -> Iterator[Path]:
     """
     Yields a temporary folder; renamed to `folder` on success, deleted on error. First deletes those of killed runs.
 
+    An existing empty folder stays the same folder, because it may be a mount point or the working directory of a shell. The
+    temporary folder is then in it, and its content is renamed.
+
     Raises:
         `FileExistsError`: the folder exists and is not empty; it stays as it is. `OSError`: it cannot be written.
     """
     folder = Path(folder).resolve()
-    prefix = f".{_short(folder.name)}."
-    for left_over in folder.parent.glob(f"{glob.escape(prefix)}*{_PARTIAL}"):
-        if (left_over / _WORK).is_dir():  # created under the lock
-            with suppress(OSError), folder_lock(left_over):  # held by a live run
-                shutil.rmtree(left_over)
+    prefix = f".{short_name(folder.name)}."
+    for place in (folder, folder.parent):
+        for left_over in place.glob(f"{glob.escape(prefix)}*{_PARTIAL}"):
+            if (left_over / _WORK).is_dir():  # created under the lock
+                with suppress(OSError), folder_lock(left_over):  # held by a live run
+                    shutil.rmtree(left_over)
     _check_empty(folder)
+    place = folder if folder.exists() else folder.parent
     with writing_errors(folder):
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        scratch = tempfile.mkdtemp(dir=folder.parent, prefix=prefix, suffix=_PARTIAL)
+        place.mkdir(parents=True, exist_ok=True)
+        scratch = tempfile.mkdtemp(dir=place, prefix=prefix, suffix=_PARTIAL)
     try:
         with folder_lock(Path(scratch)):
             built = Path(scratch, _WORK, folder.name)
             built.mkdir(parents=True)
             yield built
             _check_empty(folder)  # another run may have been faster
-            os.replace(built, folder)
+            if place == folder:
+                for path in built.iterdir():
+                    os.replace(path, folder / path.name)
+            else:
+                os.replace(built, folder)
     except (OSError, SafetensorError) as error:
         if isinstance(error, OSError) and error.errno not in _DISK_FULL:
             raise  # errors of reading have their own messages
@@ -296,7 +305,8 @@ def atomic_folder(folder: str | Path) -> Iterator[Path]:
 
 
 def _check_empty(folder: Path) -> None:
-    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+    """Raises `FileExistsError` unless a folder is new, or holds nothing but temporary folders of runs."""
+    if folder.exists() and not (folder.is_dir() and all(path.name.endswith(_PARTIAL) for path in folder.iterdir())):
         raise FileExistsError(
             f"{folder}: expected a new or empty folder, but got a full one; delete what is there or name another."
         )

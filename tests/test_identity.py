@@ -140,7 +140,13 @@ def test_every_option_of_the_model_counts_for_a_configuration():
     seen = {module.configuration_digest(usual)}
     for name in {*ICLIPConfig.__annotations__} - {"vision_config", "text_config"}:
         value = getattr(usual, name)
-        other = others[name] if isinstance(value, str) else not value if isinstance(value, bool) else type(value)(value / 2) or 0.5
+        other = (
+            others[name]
+            if isinstance(value, str)
+            else not value
+            if isinstance(value, bool)
+            else type(value)(value / 2) or 0.5
+        )
         seen.add(module.configuration_digest(ICLIPConfig(**{name: other})))
     assert len(seen) == len(ICLIPConfig.__annotations__) - 1
 

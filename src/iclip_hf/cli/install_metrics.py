@@ -14,5 +14,6 @@ def add_options(command: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     from ..hub.metrics import install_metrics
 
-    echo(f"installed: {', '.join(install_metrics())}")
+    for name, folder in install_metrics().items():
+        echo(f"{name} -> {folder}")
     return 0

@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 logger = logging.getLogger(__name__)
 
 # Stands in every file that a command writes to a path of the user's, so that the next run knows it: as the software of pictures,
-# the creator of vector graphics, in JSON, and in the comment of .npz files.
+# the creator of vector graphics, in JSON, in the front matter of cards, and in the comment of .npz files.
 SOFTWARE = "iclip-hf, ICLIP for Hugging Face"
 _SEARCHED = 2**20  # bytes at each end of a file
 # All files of this program's own in folders that others use too begin or end with `.iclip-hf`.
@@ -83,15 +83,16 @@ def check_outputs(
 
 def is_own(path: Path) -> bool:
     """
-    Whether this program wrote a file: its first or last megabyte names `SOFTWARE`. In JSON this is the first value, and in a PDF the
-    creator, because files of others may contain results and pictures of this program.
+    Whether this program wrote a file: its first or last megabyte names `SOFTWARE`. In JSON and in the front matter of a card this is
+    the first value, and in a PDF the creator, because files of others may contain results and pictures of this program.
     """
     with open(path, "rb") as file:
         head = file.read(_SEARCHED)
         file.seek(max(len(head), path.stat().st_size - _SEARCHED))
         content = head + file.read()
-    if head[:1] == b"{":
-        return re.match(rb'{\s*"software":\s*"%s"' % SOFTWARE.encode(), head) is not None
+    for start, field in ((b"{", rb'{\s*"software":\s*"%s"'), (b"---", rb"---\s*software: %s")):
+        if head.startswith(start):
+            return re.match(field % SOFTWARE.encode(), head) is not None
     return (b"/Creator (%s)" if head[:4] == b"%PDF" else b"%s") % SOFTWARE.encode() in content
 
 
@@ -155,9 +156,10 @@ def atomic_write(path: Path) -> Iterator[Path]:
         partial.unlink(missing_ok=True)
 
 
-def short_name(name: str) -> str:
-    """Returns a name that leaves room for a prefix and a suffix within the 255 bytes that file systems allow."""
-    return os.fsencode(name)[:200].decode(errors="ignore")
+def short_name(name: str, size: int = 200) -> str:
+    """Returns the beginning of a name of at most `size` bytes. File systems allow 255, with all prefixes and suffixes."""
+    encoded = os.fsencode(name)
+    return name if len(encoded) <= size else encoded[:size].decode(errors="ignore")
 
 
 def keep_in_cache(path: Path, write: Callable[[Path], object]) -> None:
@@ -204,6 +206,13 @@ def loading_errors(name: str | Path) -> Iterator[None]:
 # -------------------------------------------------------------------------------------------------------------- folders
 
 
+def _check_name(folder: Path) -> None:
+    """Raises `ValueError` unless the path of a folder is UTF-8, as the libraries expect that write models and tables."""
+    path = os.fspath(folder.absolute())
+    if path != path.encode(errors="ignore").decode():
+        raise ValueError(f"{folder}: expected a folder whose path is UTF-8, but got other bytes in it; name another.")
+
+
 def check_own_folder(folder: Path, marker: str = _MARKER) -> None:
     """
     Checks that a folder holds nothing that this program did not write.
@@ -213,8 +222,9 @@ def check_own_folder(folder: Path, marker: str = _MARKER) -> None:
         marker: name of a file that such a folder contains.
 
     Raises:
-        `FileExistsError`: it holds other files. `OSError`: it is no folder.
+        `FileExistsError`: it holds other files. `OSError`: it is no folder. `ValueError`: its path is not UTF-8.
     """
+    _check_name(folder)
     names = {path.name for path in folder.iterdir()} if folder.exists() else set()
     others = [name for name in names if not name.startswith(_MARKER) and not name.endswith(_PARTIAL)]
     if others and marker not in names:
@@ -237,8 +247,9 @@ def folder_lock(folder: Path, own: bool = False) -> Iterator[None]:
 
     Raises:
         `BlockingIOError`: another run holds the lock. `FileExistsError`: as [`check_own_folder`], if `own`. `OSError`: the folder
-        cannot be written.
+        cannot be written. `ValueError`: its path is not UTF-8.
     """
+    _check_name(folder)
     if own:
         check_own_folder(folder)
     lock = FileLock(folder / _LOCK)
@@ -271,9 +282,11 @@ def atomic_folder(folder: str | Path) -> Iterator[Path]:
     temporary folder is then in it, and its content is renamed.
 
     Raises:
-        `FileExistsError`: the folder exists and is not empty; it stays as it is. `OSError`: it cannot be written.
+        `FileExistsError`: the folder exists and is not empty; it stays as it is. `OSError`: it cannot be written. `ValueError`: its
+        path is not UTF-8.
     """
     folder = Path(folder).resolve()
+    _check_name(folder)
     prefix = f".{short_name(folder.name)}."
     for place in (folder, folder.parent):
         for left_over in place.glob(f"{glob.escape(prefix)}*{_PARTIAL}"):

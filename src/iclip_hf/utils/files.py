@@ -101,15 +101,17 @@ def new_file(
     path: str | os.PathLike, overwrite: bool = False, own: Callable[[Path], bool] | None = None
 ) -> Iterator[Path]:
     """
-    [`atomic_write`] for a path that the user named, after [`check_outputs`]. Creates its folder; a symbolic link stays one, and its
-    target is written.
+    Yields a temporary path for a file that the user named; renamed to `path` on success, deleted on error. Checks by
+    [`check_outputs`] before and after. Creates the file's folder; a symbolic link stays one, and its target is written.
     """
     check_outputs([path], overwrite=overwrite, own=own)
     path = Path(os.path.realpath(path))
-    with writing_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_write(path) as partial:
-        yield partial
+    with _workplace(path.parent, path.name) as work:
+        with writing_errors(path):
+            yield work / path.name
+        check_outputs([path], overwrite=overwrite, own=own)  # another program may have been faster
+        with writing_errors(path):
+            os.replace(work / path.name, path)
 
 
 def write_beside_others(folder: Path, contents: dict[str, bytes], overwrite: bool = False) -> None:
@@ -206,8 +208,8 @@ def loading_errors(name: str | Path) -> Iterator[None]:
 # -------------------------------------------------------------------------------------------------------------- folders
 
 
-def _check_name(folder: Path) -> None:
-    """Raises `ValueError` unless the path of a folder is UTF-8, as the libraries expect that write models and tables."""
+def check_utf8(folder: Path) -> None:
+    """Raises `ValueError` unless the path of a folder is UTF-8, as the libraries expect that write models and Parquet files."""
     path = os.fspath(folder.absolute())
     if path != path.encode(errors="ignore").decode():
         raise ValueError(f"{folder}: expected a folder whose path is UTF-8, but got other bytes in it; name another.")
@@ -224,7 +226,7 @@ def check_own_folder(folder: Path, marker: str = _MARKER) -> None:
     Raises:
         `FileExistsError`: it holds other files. `OSError`: it is no folder. `ValueError`: its path is not UTF-8.
     """
-    _check_name(folder)
+    check_utf8(folder)
     names = {path.name for path in folder.iterdir()} if folder.exists() else set()
     others = [name for name in names if not name.startswith(_MARKER) and not name.endswith(_PARTIAL)]
     if others and marker not in names:
@@ -247,9 +249,8 @@ def folder_lock(folder: Path, own: bool = False) -> Iterator[None]:
 
     Raises:
         `BlockingIOError`: another run holds the lock. `FileExistsError`: as [`check_own_folder`], if `own`. `OSError`: the folder
-        cannot be written. `ValueError`: its path is not UTF-8.
+        cannot be written.
     """
-    _check_name(folder)
     if own:
         check_own_folder(folder)
     lock = FileLock(folder / _LOCK)
@@ -286,22 +287,15 @@ def atomic_folder(folder: str | Path) -> Iterator[Path]:
         path is not UTF-8.
     """
     folder = Path(folder).resolve()
-    _check_name(folder)
-    prefix = f".{short_name(folder.name)}."
+    check_utf8(folder)
     for place in (folder, folder.parent):
-        for left_over in place.glob(f"{glob.escape(prefix)}*{_PARTIAL}"):
-            if (left_over / _WORK).is_dir():  # created under the lock
-                with suppress(OSError), folder_lock(left_over):  # held by a live run
-                    shutil.rmtree(left_over)
+        _delete_left_overs(place, folder.name)
     _check_empty(folder)
     place = folder if folder.exists() else folder.parent
-    with writing_errors(folder):
-        place.mkdir(parents=True, exist_ok=True)
-        scratch = tempfile.mkdtemp(dir=place, prefix=prefix, suffix=_PARTIAL)
     try:
-        with folder_lock(Path(scratch)):
-            built = Path(scratch, _WORK, folder.name)
-            built.mkdir(parents=True)
+        with _workplace(place, folder.name) as work:
+            built = work / folder.name
+            built.mkdir()
             yield built
             _check_empty(folder)  # another run may have been faster
             if place == folder:
@@ -313,8 +307,37 @@ def atomic_folder(folder: str | Path) -> Iterator[Path]:
         if isinstance(error, OSError) and error.errno not in _DISK_FULL:
             raise  # errors of reading have their own messages
         raise OSError(f"{folder}: writing failed ({error}); check free space, then run again.") from error
+
+
+@contextmanager
+def _workplace(place: Path, name: str) -> Iterator[Path]:
+    """
+    Yields a temporary folder in `place`, which is created if necessary, for the file or folder `name` that will be there. Deletes it
+    at the end, and at the beginning those of killed runs.
+    """
+    _delete_left_overs(place, name)
+    with writing_errors(place):
+        place.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(dir=place, prefix=_prefix(name), suffix=_PARTIAL))
+    try:
+        with folder_lock(temporary):
+            work = temporary / _WORK
+            work.mkdir()
+            yield work
     finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _delete_left_overs(place: Path, name: str) -> None:
+    """Deletes the temporary folders for `name` that killed runs left in a folder."""
+    for left_over in place.glob(f"{glob.escape(_prefix(name))}*{_PARTIAL}"):
+        if (left_over / _WORK).is_dir():  # created under the lock
+            with suppress(OSError), folder_lock(left_over):  # held by a live run
+                shutil.rmtree(left_over)
+
+
+def _prefix(name: str) -> str:
+    return f".{short_name(name)}."
 
 
 def _check_empty(folder: Path) -> None:

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from iclip_hf.utils.files import atomic_folder, atomic_write, build_once, folder_lock
+from iclip_hf.utils.files import atomic_folder, atomic_write, build_once, folder_lock, new_file
 
 
 def killed(script: str, *arguments) -> None:
@@ -111,6 +111,29 @@ def test_what_a_run_leaves_that_is_killed_when_all_is_built_goes_too(tmp_path):
     with pytest.raises(FileExistsError), atomic_folder(tmp_path / "model"):
         pass
     assert names(tmp_path) == ["model"]
+
+
+def test_a_file_that_a_killed_run_was_writing_goes_with_the_next(tmp_path):
+    file = tmp_path / "a.json"
+    killed(
+        "with new_file(sys.argv[1]) as partial:\n    partial.touch()\n    os.kill(os.getpid(), signal.SIGKILL)", file
+    )
+    assert len(names(tmp_path)) == 1 and not file.exists()
+    with new_file(tmp_path / "b.json") as other, new_file(file) as partial:
+        assert len(names(tmp_path)) == 2  # of the living runs
+        for path in (other, partial):
+            path.write_text("whole")
+    assert names(tmp_path) == ["a.json", "b.json"] and file.read_text() == "whole"
+
+
+def test_a_file_that_appears_meanwhile_stays(tmp_path):
+    with (
+        pytest.raises(FileExistsError, match=r"^\S+a.json: expected a new file"),
+        new_file(tmp_path / "a.json") as partial,
+    ):
+        partial.write_text("of the run")
+        (tmp_path / "a.json").write_text("mine")
+    assert names(tmp_path) == ["a.json"] and (tmp_path / "a.json").read_text() == "mine"
 
 
 def test_an_empty_folder_stays_the_same_folder(tmp_path):

@@ -286,7 +286,7 @@ def atomic_folder(folder: str | Path) -> Iterator[Path]:
         `FileExistsError`: the folder exists and is not empty; it stays as it is. `OSError`: it cannot be written. `ValueError`: its
         path is not UTF-8.
     """
-    folder = Path(folder).resolve()
+    folder = Path(os.path.realpath(folder))  # of a link that leads to itself, the link
     check_utf8(folder)
     for place in (folder, folder.parent):
         _delete_left_overs(place, folder.name)

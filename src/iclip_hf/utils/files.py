@@ -288,8 +288,7 @@ def atomic_folder(folder: str | Path) -> Iterator[Path]:
     """
     folder = Path(os.path.realpath(folder))  # of a link that leads to itself, the link
     check_utf8(folder)
-    for place in (folder, folder.parent):
-        _delete_left_overs(place, folder.name)
+    _delete_left_overs(folder.parent, folder.name)
     _check_empty(folder)
     place = folder if folder.exists() else folder.parent
     try:

@@ -6,6 +6,7 @@ import argparse
 import json
 from pathlib import Path
 
+from ..presence import MIN_PRESENCE, presence_word
 from .common import (
     PICTURES,
     add_colormap_option,
@@ -13,6 +14,7 @@ from .common import (
     add_methods_option,
     add_model_options,
     add_picture_options,
+    add_refine_option,
     add_text_option,
     check_file,
     echo,
@@ -20,6 +22,7 @@ from .common import (
     printable,
     save_figure,
 )
+from .pictures import presence_column
 
 
 def add_options(command: argparse.ArgumentParser) -> None:
@@ -33,6 +36,7 @@ def add_options(command: argparse.ArgumentParser) -> None:
         "set's image shows)",
     )
     add_methods_option(command)
+    add_refine_option(command)
     add_model_options(command, "; repeat the option to compare several", action="append", dest="models", default=None)
     truth = command.add_argument_group("ground truth", "a data set that contains IMAGE adds the masks of its classes")
     add_dataset_options(truth, required=False)
@@ -55,18 +59,29 @@ def run(options: argparse.Namespace) -> int:
     from ..figures.sheets import at_picture_size, comparison_sheet
 
     drawn = at_picture_size(image, options.dpi)
-    columns = {}
+    columns, words = {}, {}  # by the title of a column
     if truths:
         columns["ground truth"] = [_shrunk(truths[text], drawn) if text in truths else None for text in texts]
-    scores = {}
+    of_model = {}  # an explanation of each model; score and presence do not depend on the method
     for model, method, explanation in _explain(options, image, texts, templates, (drawn.height, drawn.width)):
         title = method if len(options.models or ()) < 2 else f"{model}\n{method}"
         columns[title] = explanation.maps.numpy()
-        scores[model] = [round(float(score), 4) for score in explanation.scores]
-    rows = [{"text": text, "scores": dict(zip(scores, row))} for text, row in zip(texts, zip(*scores.values()))]
+        words[title] = [presence_word(value) for value in explanation.presence.tolist()]
+        of_model[model] = explanation
+    rows = [
+        {
+            "text": text,
+            "scores": {model: round(one.scores[index].item(), 4) for model, one in of_model.items()},
+            "presence": {model: round(one.presence[index].item(), 4) for model, one in of_model.items()},
+        }
+        for index, text in enumerate(texts)
+    ]
 
-    titles = [f"{row['text']}\nscore {', '.join(f'{score:.2f}' for score in row['scores'].values())}" for row in rows]
-    sheet = comparison_sheet(drawn, columns, titles, colormap=options.colormap, dpi=options.dpi)
+    titles = []
+    for index, text in enumerate(texts):
+        notes = [f"{presence_word(one.presence[index])} · score {one.scores[index]:.2f}" for one in of_model.values()]
+        titles.append(f"{text}\n{', '.join(notes)}")
+    sheet = comparison_sheet(drawn, columns, titles, words, colormap=options.colormap, dpi=options.dpi)
     save_figure(sheet, options.output, options.dpi, options.overwrite)
     if options.json:
         report = {"image": options.image, "picture": str(options.output), "texts": rows}
@@ -75,8 +90,11 @@ def run(options: argparse.Namespace) -> int:
     echo(f"{printable(options.image)} -> {printable(options.output)}")
     width = max(len(printable(text)) for text in texts)
     for row in rows:
-        cosines = "  ".join(f"{score:+.4f}" for score in row["scores"].values())
-        echo(f"  {printable(row['text']):<{width}}  {cosines}")
+        columns = [
+            f"{row['scores'][model]:+.4f}  {presence_column(row['presence'][model], MIN_PRESENCE)}"
+            for model in of_model
+        ]
+        echo(f"  {printable(row['text']):<{width}}  {'  '.join(columns)}")
     return 0
 
 
@@ -111,7 +129,12 @@ def _explain(options: argparse.Namespace, image, texts: list[str], templates, ta
     """Yields model name, method and explanation for each model and method."""
     from ..localization.localizer import explain
 
-    seen = {"templates": templates, "target_sizes": [target_size], "size": options.image_size}
+    seen = {
+        "templates": templates,
+        "target_sizes": [target_size],
+        "size": options.image_size,
+        "refine": options.refine,
+    }
     for name in options.models or ["embedded"]:
         model = load_silently(name, options)
         for method in dict.fromkeys(options.methods):

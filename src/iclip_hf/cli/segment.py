@@ -6,6 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
+from ..presence import ABSENT, presence_word
 from ..prompts import check_text
 from .common import checked, printable, save_figure, share, software_exif
 from .pictures import (
@@ -64,8 +65,9 @@ def run(options: argparse.Namespace) -> int:
 
     def write(image, explanation, picture: Path | None) -> dict:
         labels = explanation.label_map(background=background).numpy()
-        present = (explanation.presence >= options.min_presence).tolist()
-        hidden.append([text for index, text in enumerate(options.texts) if present[index] and index not in labels])
+        words = [presence_word(value, options.min_presence) for value in explanation.presence.tolist()]
+        covered = [index for index in range(len(options.texts)) if words[index] != ABSENT and index not in labels]
+        hidden.append([options.texts[index] for index in covered])
         segments = [
             {
                 "id": index + 1,
@@ -81,7 +83,7 @@ def run(options: argparse.Namespace) -> int:
         if picture is None:
             return entry
         dpi, label_file = picture_dpi(picture), _label_file(picture)
-        save_figure(label_sheet(image, labels, options.texts, dpi=dpi), picture, dpi, options.overwrite)
+        save_figure(label_sheet(image, labels, options.texts, words, dpi=dpi), picture, dpi, options.overwrite)
         _save_labels(labels, len(options.texts), label_file, options.overwrite)
         return {"labels": str(label_file), **entry}
 

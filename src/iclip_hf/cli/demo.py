@@ -6,6 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
+from ..utils.extras import require_extra
 from .common import add_model_option, add_overwrite_option, check_folder, echo, keep_memory, silence_transformers
 
 
@@ -39,6 +40,8 @@ def run(options: argparse.Namespace) -> int:
         return _serve(options)
     if options.export_space:
         check_folder("--export-space", options.export_space)
+    with require_extra("demo"):  # before torch is loaded
+        import gradio  # noqa: F401
     from ..demo.app import export_space, launch
 
     if options.export_space:

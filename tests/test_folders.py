@@ -341,7 +341,9 @@ def test_push_without_a_connection_is_one_line_and_exit_code_2(source, capsys, m
     monkeypatch.setenv("HF_TOKEN", "hf_token")
     assert cli.main(["push", str(source / "model"), "org/tiny"]) == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("iclip push: org/tiny: ") and "http://127.0.0.1:9" in line and "check the connection" in line
+    assert (
+        line.startswith("iclip push: org/tiny: ") and "http://127.0.0.1:9" in line and "check the connection" in line
+    )
 
 
 def test_push_to_a_name_that_cannot_be_one(source, capsys):

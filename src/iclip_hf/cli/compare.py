@@ -126,7 +126,9 @@ def _open(options: argparse.Namespace):
 
 
 def _explain(options: argparse.Namespace, image, texts: list[str], templates, target_size: tuple[int, int]):
-    """Yields model name, method and explanation for each model and method."""
+    """Yields model name, method and explanation for each model and method, under a progress bar."""
+    from tqdm import tqdm
+
     from ..localization.localizer import explain
 
     seen = {
@@ -135,10 +137,15 @@ def _explain(options: argparse.Namespace, image, texts: list[str], templates, ta
         "size": options.image_size,
         "refine": options.refine,
     }
-    for name in options.models or ["embedded"]:
-        model = load_silently(name, options)
-        for method in dict.fromkeys(options.methods):
-            yield name, method, explain(model, [image], texts, method, **seen)[0]
+    models, methods = options.models or ["embedded"], list(dict.fromkeys(options.methods))
+    with tqdm(
+        total=len(models) * len(methods), unit="method", delay=2, disable=len(models) * len(methods) == 1
+    ) as bar:
+        for name in models:
+            model = load_silently(name, options)
+            for method in methods:
+                yield name, method, explain(model, [image], texts, method, **seen)[0]
+                bar.update()
 
 
 def _shrunk(mask, image):

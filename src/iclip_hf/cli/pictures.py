@@ -165,7 +165,7 @@ def write_pictures(
     with ThreadPoolExecutor(1) as beside:
         explained = localizer.explain_all(lambda path: (path, load_image(path)), names, beside, batch_size)
         report = prefetch_map(beside, written, zip(explained, pictures), 4)
-        report = list(tqdm(report, total=len(images), unit="image", disable=len(images) == 1))
+        report = list(tqdm(report, total=len(images), unit="image", delay=2, disable=len(images) == 1))
     return [entry for entry in report if entry is not None]
 
 

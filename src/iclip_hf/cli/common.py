@@ -340,11 +340,18 @@ def shown_steps() -> Iterator[None]:
 
 
 def echo_folder(folder: Path, *commands: Sequence[str]) -> None:
-    """Prints what was written into a new folder, and commands that use it."""
+    """Prints the size of a folder that was written, and commands that use it."""
     sizes = [path.stat().st_size for path in folder.rglob("*") if path.is_file()]
     echo(f"{folder}: {len(sizes)} files, {sum(sizes) / 1e6:,.1f} MB. Next:")
     for command in commands:
         echo(f"  {shlex.join(command)}")
+
+
+def echo_space(folder: Path) -> None:
+    """Prints what the folder of a Space of Gradio's holds, and the commands that publish it."""
+    name = f"your-name/{folder.resolve().name}"
+    create = ["hf", "repos", "create", name, "--type", "space", "--sdk", "gradio"]
+    echo_folder(folder, create, ["hf", "upload", name, str(folder), ".", "--repo-type", "space"])
 
 
 def echo(report) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from .common import add_overwrite_option, echo
+from .common import add_overwrite_option, echo_space
 
 
 def add_options(command: argparse.ArgumentParser) -> None:
@@ -18,5 +18,5 @@ def add_options(command: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     from ..hub.metrics import export_space
 
-    echo(export_space(options.metric, options.directory, options.overwrite))
+    echo_space(export_space(options.metric, options.directory, options.overwrite))
     return 0

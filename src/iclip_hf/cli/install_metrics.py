@@ -14,5 +14,6 @@ def add_options(command: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     from ..hub.metrics import install_metrics
 
-    echo(f"installed: {', '.join(install_metrics())}")
+    names = list(install_metrics())
+    echo(f"installed: {', '.join(names)}. Next, in Python:\n  import evaluate; evaluate.load({names[0]!r})")
     return 0

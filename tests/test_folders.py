@@ -336,6 +336,16 @@ def test_push_uploads_what_the_dry_run_lists(exported, source, tmp_path, capsys)
     assert b'model="org/tiny"' in files["README.md"]
 
 
+def test_push_without_a_connection_is_one_line_and_exit_code_2(source, capsys, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")  # a port that nothing listens on
+    monkeypatch.setenv("HF_TOKEN", "hf_token")
+    assert cli.main(["push", str(source / "model"), "org/tiny"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert (
+        line.startswith("iclip push: org/tiny: ") and "http://127.0.0.1:9" in line and "check the connection" in line
+    )
+
+
 def test_push_to_a_name_that_cannot_be_one(source, capsys):
     assert cli.main(["push", str(source / "model"), "a/b/c", "--dry-run"]) == 2
     assert "'a/b/c'" in capsys.readouterr().err

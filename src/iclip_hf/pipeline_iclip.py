@@ -15,6 +15,7 @@ from .label_maps import segments
 from .modeling_iclip import cosines
 from .presence import BACKGROUND, MIN_PRESENCE, presence
 from .processing_iclip import check_threshold
+from .refinement import refine_maps
 from .regions import run_lengths
 from .similarity import check_finite
 
@@ -48,6 +49,7 @@ class ImageTextSimilarityMapPipeline(Pipeline):
     _load_feature_extractor = False
     _load_tokenizer = False
     _postprocess_options = ("threshold", "min_presence", "return_json")
+    _refine = False  # by default
 
     def __call__(
         self, images, candidate_labels: str | Sequence[str], template: str | Sequence[str] | None = None, **kwargs
@@ -62,6 +64,7 @@ class ImageTextSimilarityMapPipeline(Pipeline):
                 processor if not given; `"{}"` takes the labels as they are.
             threshold (`float` in [0, 1] or T of them, defaults to 0.5): a mask holds the pixels whose map is greater.
             min_presence (`float` in [0, 1], defaults to 0.7): a label with a lower presence gets an empty mask.
+            refine (`bool`, defaults to `False`): whether to refine the maps by the colours of the image, see [`refine_maps`].
             return_json (`bool`, defaults to `False`): whether to return plain values only, for JSON: no `map`, and `mask` as COCO's
                 uncompressed run lengths, see [`run_lengths`].
             size (`dict`, *optional*): size of the image for the maps, see [`ICLIPProcessor`]. Score and presence always come from the
@@ -112,7 +115,7 @@ class ImageTextSimilarityMapPipeline(Pipeline):
         self.processor.save_pretrained(save_directory, **kwargs)
 
     def _sanitize_parameters(self, **kwargs):
-        steps = {"size": 0, "timeout": 0, "text_features": 1, "candidate_labels": 2}
+        steps = {"size": 0, "timeout": 0, "text_features": 1, "refine": 1, "candidate_labels": 2}
         steps |= dict.fromkeys(self._postprocess_options, 2)
         parameters = {}, {}, {}
         for name, value in kwargs.items():
@@ -135,8 +138,9 @@ class ImageTextSimilarityMapPipeline(Pipeline):
             "target_size": (image.height, image.width),
         }
 
-    def _forward(self, model_inputs: dict, text_features) -> dict:
+    def _forward(self, model_inputs: dict, text_features, refine: bool | None = None) -> dict:
         texts, background = text_features
+        refine = self._refine if refine is None else refine
         pairs = [model_inputs[name] for name in ("pixel_values", "own_size")]
         if isinstance(pairs[0][0], list):  # a batch
             pairs = [[image for (image,) in images] for images in pairs]
@@ -144,14 +148,15 @@ class ImageTextSimilarityMapPipeline(Pipeline):
 
         def forward(batch: list[tuple[torch.Tensor, torch.Tensor | None]]):
             pixels, own = zip(*batch)
-            outputs = self.model(pixel_values=torch.cat(pixels), text_features=texts, output_similarity_maps=True)
-            image = outputs.vision_model_output
+            pixels = torch.cat(pixels)
+            outputs = self.model(pixel_values=pixels, text_features=texts, output_similarity_maps=True)
+            image, maps = outputs.vision_model_output, outputs.similarity_maps
             if own[0] is not None:
                 image = self.model.get_image_features(torch.cat(own))
             presences = presence(self.model.match(image, texts), self.model.match(image, background))
             scores = cosines(image.image_embeds, texts.text_embeds)
-            check_finite(outputs.similarity_maps, scores, presences)
-            return zip(scores, presences, outputs.similarity_maps)
+            check_finite(maps, scores, presences)
+            return zip(scores, presences, refine_maps(maps, pixels) if refine else maps)
 
         shapes = [tuple(None if one is None else one.shape for one in pair) for pair in pairs]
         scores, presences, maps = zip(*map_groups(forward, pairs, shapes))
@@ -207,6 +212,7 @@ class ZeroShotImageSegmentationPipeline(ImageTextSimilarityMapPipeline):
     """
 
     _postprocess_options = ("threshold", "min_presence", "return_json", "background")
+    _refine = True
 
     def __call__(
         self,
@@ -227,6 +233,7 @@ class ZeroShotImageSegmentationPipeline(ImageTextSimilarityMapPipeline):
             threshold (`float` in [0, 1], *optional*, defaults to 0.5): a label competes for the pixels whose map is greater; None lets
                 it compete for all.
             min_presence (`float` in [0, 1], defaults to 0.7): a label with a lower presence gets no pixel.
+            refine (`bool`, defaults to `True`): whether to refine the maps by the colours of the image, see [`refine_maps`].
             return_json, size, timeout, batch_size: as for [`ImageTextSimilarityMapPipeline`].
 
         Returns:

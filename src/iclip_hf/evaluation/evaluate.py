@@ -16,12 +16,12 @@ from tqdm import tqdm
 
 from ..data.segmentation import SegmentationDataset
 from ..explainers import Explainer, make_explainer, select_texts
-from ..explainers.refinement import refine_maps
 from ..images import map_groups
 from ..localization.localizer import Localizer
 from ..modeling_iclip import ICLIPTextFeatures
 from ..models.loading import load
 from ..prompts import check_templates
+from ..refinement import refine_maps
 from ..utils.distributed import this_process
 from ..utils.extras import require_extra
 from ..utils.names import MEASURES, TASKS

@@ -14,13 +14,13 @@ from PIL import Image
 from tqdm import tqdm
 
 from ..explainers import WordExplainer, WordScore, make_explainer, select_texts
-from ..explainers.refinement import refine_maps
 from ..images import map_groups, read_image
 from ..modeling_iclip import ICLIPImageFeatures, ICLIPTextFeatures, cosines
 from ..models.loading import load
 from ..presence import MIN_PRESENCE, presence
 from ..processing_iclip import array_to_image, check_thresholds
 from ..prompts import check_templates
+from ..refinement import refine_maps
 from ..similarity import check_finite
 from ..utils.prefetch import Item, prefetch_map
 from .background import encode_background

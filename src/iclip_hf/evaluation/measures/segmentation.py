@@ -7,11 +7,11 @@ from collections.abc import Sequence
 
 import torch
 
-from ...explainers.refinement import refine_maps
 from ...explainers.windows import check_window, windowed_maps
 from ...label_maps import BACKGROUND_LABEL, label_map
 from ...localization.localizer import Localizer
 from ...processing_iclip import check_threshold
+from ...refinement import refine_maps
 from ..metrics import THRESHOLDS, MeanIoU
 from ..results import measured
 from .measure import EvaluatedImage, Measure

@@ -8,14 +8,13 @@ import importlib.util
 import json
 import subprocess
 import sys
-import threading
 import time
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from http.server import SimpleHTTPRequestHandler
 
 import numpy as np
 import pytest
 import torch
-from conftest import tiny_model
+from conftest import served, tiny_model
 from datasets import Dataset, Image
 from PIL import Image as PILImage
 from transformers.pipelines import PIPELINE_REGISTRY, pipeline
@@ -95,12 +94,10 @@ def test_every_form_of_an_image_gives_the_same_answer(pipe, photographs):
     expected = pipe(str(path), LABELS)
     encoded = base64.b64encode(path.read_bytes()).decode()
     handler = functools.partial(QuietHandler, directory=path.parent)
-    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
+    with served(handler) as server:
         url = f"http://127.0.0.1:{server.server_port}/{path.name}"
         for form in (PILImage.open(path), url, encoded, f"data:image/png;base64,{encoded}"):
             assert_same(pipe(form, LABELS, timeout=10), expected)
-        server.shutdown()
 
 
 class QuietHandler(SimpleHTTPRequestHandler):
@@ -132,13 +129,11 @@ LATE = "did not end within 0.5 seconds"
 def test_a_server_without_an_end_is_left(pipe, monkeypatch, pause, header, message):
     monkeypatch.setattr(Endless, "pause", pause)
     monkeypatch.setattr(Endless, "header", header)
-    with ThreadingHTTPServer(("127.0.0.1", 0), Endless) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
+    with served(Endless) as server:
         began = time.monotonic()
         with pytest.raises(OSError, match=message):
             pipe(f"http://127.0.0.1:{server.server_port}/a.png", LABELS, timeout=0.5 if pause else 30)
         assert time.monotonic() - began < (5 if pause else 20)
-        server.shutdown()
 
 
 def test_a_16_bit_image_is_scaled_as_on_the_command_line(pipe, photographs, tmp_path):

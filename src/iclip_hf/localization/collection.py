@@ -21,7 +21,7 @@ from ..models.identity import changed
 from ..utils.digests import content_digest
 from ..utils.distributed import partner_errors, shared_folder_lock, this_process
 from ..utils.extras import require_extra
-from ..utils.files import atomic_write
+from ..utils.files import atomic_write, check_utf8
 from ..utils.prefetch import prefetch_map, spare_processors
 from .localizer import ExplainedImage, Localizer
 
@@ -155,13 +155,14 @@ def explain_collection(
         [`CollectionReport`], the same on every process.
 
     Raises:
-        `ValueError`: the folder contains files of other images or texts, another model or other options; or a number is below 1. `OSError`: the
-        folder cannot be written, another run is writing there, or another process of this run died.
+        `ValueError`: the folder contains files of other images or texts, another model or other options; its path is not UTF-8; or a
+        number is below 1. `OSError`: the folder cannot be written, another run is writing there, or another process of this run died.
     """
     if min(batch_size, images_per_file) < 1:
         raise ValueError(
             f"Expected batch_size and images_per_file from 1, got {batch_size} and {images_per_file}: correct them."
         )
+    check_utf8(output)
     state = this_process("collections")
     parts = [range(len(images))[start : start + images_per_file] for start in range(0, len(images), images_per_file)]
     files = [output / f"explanations-{number:05d}-of-{len(parts):05d}.parquet" for number in range(len(parts))]

@@ -14,7 +14,8 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from ..utils.digests import content_digest, weights_digest
 
 
-# Options that change no number. All others count, also those that a later version adds.
+# Options that change no number. All others count where they differ from the default of their class. So a new version of Transformers,
+# which adds options, does not make another model.
 _WITHOUT_EFFECT = {
     # The place of the files.
     "_name_or_path",
@@ -57,7 +58,9 @@ def identity(model, processor, dtype: torch.dtype | None = None) -> dict[str, st
     config = getattr(model, "config", None)
     if config is None:  # of open_clip
         config = {"layers": str(model), "images": [model.visual.preprocess_cfg, model.visual.image_size]}
-    options = processor.to_dict() if hasattr(processor, "image_processor") else {}
+    options = {}
+    if images := getattr(processor, "image_processor", None):
+        options = {**processor.to_dict(), "image_processor": _unusual(images)}
     return {
         "model": getattr(config, "_name_or_path", "") or type(model).__name__,
         "configuration": configuration_digest(config),
@@ -87,8 +90,8 @@ def changed_model(described: Mapping, model, processor) -> list[str]:
 
 
 def configuration_digest(config: PreTrainedConfig | Mapping) -> str:
-    """Returns 16 hex digits over all options of a configuration and of those within it that can change a number."""
-    return digest(_counting(config if isinstance(config, Mapping) else config.to_dict()))
+    """Returns 16 hex digits over the options of a configuration, and of those within it, that can change a number."""
+    return digest(_counting(config if isinstance(config, Mapping) else _unusual(config)))
 
 
 def tower_digest(tower: PreTrainedModel) -> str:
@@ -117,6 +120,15 @@ def software() -> str:
 def digest(value) -> str:
     """Returns 16 hex digits over a value of nested mappings and sequences. The order of mappings does not count."""
     return hashlib.sha256(json.dumps(_plain(value), sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _unusual(described) -> dict:
+    """Returns the options of a configuration or image processor, and of those within it, that differ from the defaults of its class."""
+    options, usual = described.to_dict(), type(described)().to_dict()
+    within = {name: getattr(described, name, None) for name in options}
+    kept = {name: _unusual(part) for name, part in within.items() if isinstance(part, PreTrainedConfig)}
+    kept |= {name: options[name] for name in ("model_type", "image_processor_type") if name in options}
+    return kept | {name: value for name, value in options.items() if name not in kept and value != usual.get(name)}
 
 
 def _counting(options: Mapping) -> dict:

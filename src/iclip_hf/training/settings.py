@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields
 from functools import cache, partial
 from pathlib import Path
 from typing import Literal, get_args, get_origin, get_type_hints
@@ -375,6 +375,9 @@ def changed_settings(settings: Settings, before: Mapping, fixed: Collection[str]
     changed = []
     for one in fields(settings):
         same = one.metadata["same"] or (repr if one.name in fixed else None)
-        if same is not None and same(getattr(settings, one.name)) != same(before.get(one.name)):
+        usual = (
+            one.default_factory() if one.default is MISSING else one.default
+        )  # of a setting that the run began without
+        if same is not None and same(getattr(settings, one.name)) != same(before.get(one.name, usual)):
             changed.append(one.name)
     return changed

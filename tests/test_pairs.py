@@ -179,7 +179,7 @@ def test_a_stray_quote_costs_one_row(tmp_path, caplog, stray, lines, later):
     captions = {}
     for index in range(len(dataset)):
         try:
-            captions[dataset._parse(index)[3]] = dataset.captions(index)
+            captions[dataset._parse(index)[0].key] = dataset.captions(index)
         except BadPairError:
             captions[None] = captions.get(None, 0) + 1
     expected = {"0.jpg": ["two\nlines"], "5.jpg": ["a cat"], "6.jpg": ['a "red" ball'], None: 1}
@@ -363,7 +363,7 @@ def test_the_part_does_not_depend_on_the_place_of_the_files(tmp_path):
 
 
 def key_of(dataset, row):
-    return dataset._parse(row)[3]
+    return dataset._parse(row)[0].key
 
 
 def test_members_of_one_name_are_pairs_of_their_own(tmp_path):

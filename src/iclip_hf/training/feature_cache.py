@@ -101,12 +101,7 @@ def image_settings(config: ICLIPConfig, map_tokens: int) -> dict:
 class FeatureShards:
     """
     Rows of features in a folder, memory-mapped. Shards are written atomically, so that an interrupted run can continue and
-    several processes can share the folder.
-
-    Args:
-        folder: created if it does not exist.
-        fingerprint: everything that the features depend on, as JSON values.
-        rows: number of rows.
+    several processes can share the folder. `fingerprint` is everything that the features depend on, as JSON values.
 
     Raises:
         `ValueError`: the folder contains features with another fingerprint.
@@ -154,7 +149,7 @@ class FeatureShards:
     def __getitem__(self, rows: np.ndarray) -> np.ndarray:
         """Returns the features of these rows, (len(rows), ...), float16."""
         if not self._arrays:
-            self._arrays = [self._features(shard) for shard in range(self.num_shards)]
+            self._arrays = [self._array(shard) for shard in range(self.num_shards)]
         features = np.empty((len(rows), *self._arrays[0].shape[1:]), self._arrays[0].dtype)
         shards = rows // self.shard_rows
         for shard in np.unique(shards):
@@ -167,7 +162,7 @@ class FeatureShards:
         files = [self._file(shard, ".json") for shard in range(self.num_shards)]
         return [captions for file in files for captions in self._read(file, _json)]
 
-    def _features(self, shard: int) -> np.ndarray:
+    def _array(self, shard: int) -> np.ndarray:
         file, rows = self._file(shard), len(self.rows_of(shard))
         features = self._read(file, lambda file: np.lib.format.open_memmap(file, mode="r"))
         if len(features) != rows:
@@ -175,7 +170,6 @@ class FeatureShards:
         return features
 
     def _read(self, file: Path, read: Callable):
-        """Reads a file of this folder with `read`."""
         try:
             return read(file)
         except (OSError, ValueError, RecursionError) as error:
@@ -202,20 +196,15 @@ def cache_images(
     title: str = "Training",
 ) -> list[FeatureShards]:
     """
-    Computes [`image_rows`] of each view of each pair, unless they are cached already.
+    Computes [`image_rows`] of each view of each pair, unless they are cached already. Pairs with a broken image or no caption have no
+    captions in the cache.
 
     Args:
-        folder: folder of the cache.
-        pairs: pairs with the images.
-        model: model on its device; only its image tower is used.
         transforms: one for each view. The random numbers of a transform depend only on (view, index).
-        accelerator: its processes share the work.
         map_tokens: see [`PairModel`].
         earlier_mean: the model's `token_mean` if it is not that of these pairs.
         batch_size: number of images in one forward pass.
         num_workers: number of loading processes for each process of the accelerator.
-        max_bad_share: largest allowed share of pairs with a broken image or no caption. Such pairs have no captions in the cache.
-        title: what the progress bar calls the images.
 
     Returns:
         For each view, [`FeatureShards`] of [`image_rows`] with the captions.
@@ -226,6 +215,11 @@ def cache_images(
     """
     with accelerator.main_process_first():  # the first process caches the digests of the files for the others
         data = pairs.fingerprint()
+
+    def encode(items: list[tuple[torch.Tensor, list[str]]]) -> tuple[torch.Tensor, Sequence[list[str]]]:
+        images, captions = zip(*items)
+        return image_rows(model, torch.stack(images).to(accelerator.device), map_tokens), captions
+
     views = []
     settings = image_settings(model.config, map_tokens)
     # Models with other options for tokens have folders of their own.
@@ -242,22 +236,8 @@ def cache_images(
             **transform.description(),
         }
         views.append(FeatureShards(folder / f"{kind}-{view}", fingerprint, len(pairs)))
-        reader = _ViewReader(pairs, transform, view)
-
-        def encode(items: list[tuple[torch.Tensor, list[str]]]) -> tuple[torch.Tensor, list[list[str]]]:
-            images, captions = zip(*items)
-            pixel_values = torch.stack(images).to(accelerator.device)
-            return image_rows(model, pixel_values, map_tokens).float().cpu(), list(captions)
-
-        _fill(
-            views[-1],
-            reader,
-            encode,
-            accelerator,
-            batch_size,
-            num_workers,
-            f"{title} images{f', view {view + 1}' * (view > 0)}",
-        )
+        bar = f"{title} images{f', view {view + 1}' * (view > 0)}"
+        _fill(views[-1], _ViewReader(pairs, transform, view), encode, accelerator, batch_size, num_workers, bar)
     bad = sum(not captions for captions in views[0].captions())
     if bad > max_bad_share * len(pairs):
         raise ValueError(
@@ -309,15 +289,8 @@ def cache_texts(
 
 class CachedPairs(Dataset):
     """
-    Pairs as cached features. The views and captions of an epoch depend only on (seed, epoch).
-
-    Args:
-        views: from `cache_images`.
-        config: configuration of the model to train.
-        processor: tokenizes the texts.
-        seed: seed of the drawn views and captions.
-        nouns (*optional*): draws noun prompts.
-        texts, prompts (*optional*): features of captions and of noun prompts, for a locked text tower.
+    Pairs as cached features, from [`cache_images`]. The views and captions of an epoch depend only on (seed, epoch). With a locked text
+    tower, `texts` and `prompts` are the features of captions and of noun prompts.
     """
 
     def __init__(

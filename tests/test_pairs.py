@@ -19,7 +19,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from accelerate.data_loader import prepare_data_loader
 from PIL import Image
 from torch.utils.data import DataLoader
 
@@ -390,67 +389,6 @@ def test_patterns_and_lists(tmp_path):
     ]
 
 
-@pytest.mark.parametrize(
-    ("source", "error", "problem"),
-    [
-        ("nowhere.tar", FileNotFoundError, r"nowhere\.tar: expected a file or folder of pairs"),
-        ("{0..3}.tar", FileNotFoundError, r"0\.tar: .*4 of 4 missing"),
-        ("no*.tar", FileNotFoundError, r"no\*\.tar: expected"),
-        ("{3..0}.tar", FileNotFoundError, r"\{3\.\.0\}\.tar: expected a file or folder of pairs"),
-        (
-            "",
-            FileNotFoundError,
-            "expected metadata.jsonl, .tar or .parquet files, or a folder of images for each class",
-        ),
-        ("a.txt", ValueError, r"a\.txt: expected a file of one of the kinds"),
-        ("rubbish.tar", ValueError, r"rubbish\.tar: expected a whole tar file without compression"),
-        ("packed.tar", ValueError, r"packed\.tar: expected a whole tar file without compression"),
-        ("empty.tar", ValueError, r"got none in .*empty\.tar"),
-        ("empty.csv", ValueError, r"empty\.csv: expected a header line .* got an empty file; add pairs"),
-        (
-            "cc3m.tsv",
-            ValueError,
-            r"cc3m\.tsv: expected the column of the image to be one of .*add a header line, or name the column by --image_column",
-        ),
-        ("twice.csv", ValueError, r"twice\.csv: expected different columns, but got 'text' more than once"),
-        ("rubbish.jsonl", ValueError, r"rubbish\.jsonl: expected \.jsonl rows"),
-        ("list.jsonl", ValueError, r"list\.jsonl: .*JSON object, but got list"),
-        ("latin.csv", ValueError, r"latin\.csv: expected \.csv rows in UTF-8"),
-    ],
-)
-def test_what_is_no_source(tmp_path, source, error, problem):
-    (tmp_path / "a.txt").write_text("a")
-    (tmp_path / "rubbish.tar").write_bytes(b"rubbish" * 200)
-    with tarfile.open(tmp_path / "packed.tar", "w:gz") as tar:
-        tar.add(tmp_path / "a.txt", "a.txt")
-    write_tar(tmp_path / "empty.tar", [])
-    (tmp_path / "empty.csv").write_text("")
-    (tmp_path / "cc3m.tsv").write_text("a dog\thttp://x/a.jpg\n")
-    (tmp_path / "twice.csv").write_text("image,text, text\na.jpg,a dog,a cat\n")
-    (tmp_path / "rubbish.jsonl").write_text("rubbish\n")
-    (tmp_path / "list.jsonl").write_text("[1]\n")
-    (tmp_path / "latin.csv").write_bytes("image,légende\n".encode("latin-1"))
-    for file in tmp_path.iterdir():
-        if file.suffix == ".tar" and source == "":
-            file.unlink()
-    with pytest.raises(error, match=problem):
-        load_pairs(os.path.join(tmp_path, source))
-
-
-@pytest.mark.parametrize("damage", ["cut inside a member", "overwritten header"])
-def test_damaged_shards_are_refused(tmp_path, damage):
-    path = write_shards(tmp_path, 6, shards=1) / "00000.tar"
-    data = bytearray(path.read_bytes())
-    if damage == "cut inside a member":
-        del data[data.index(b"k04.jpg") + 600 :]
-    else:
-        start = data.index(b"k03.jpg")
-        data[start : start + 512] = b"x" * 512
-    path.write_bytes(data)
-    with pytest.raises(ValueError, match=r"00000\.tar: expected a whole tar file"):
-        load_pairs(path)
-
-
 # ---- index cache ----
 
 
@@ -476,39 +414,7 @@ def test_cache_that_cannot_be_written_does_not_matter(tmp_path, monkeypatch, cap
     assert "could not be kept" in caplog.text
 
 
-# ---- order, split, epochs ----
-
-
-def epoch_keys(dataset, world_size, seed=0, epoch=0, drop_last=False, batch_size=4):
-    """Keys that each process gets in one epoch through Accelerate's loader."""
-    parts = []
-    for rank in range(world_size):
-        loader = DataLoader(dataset, batch_size=batch_size, shuffle=True, drop_last=drop_last, collate_fn=keys)
-        loader = prepare_data_loader(
-            loader, num_processes=world_size, process_index=rank, put_on_device=False,
-            use_seedable_sampler=True, data_seed=seed, even_batches=drop_last,
-        )  # fmt: skip
-        loader.set_epoch(epoch)
-        parts.append([key for batch in loader for key in batch])
-    return parts
-
-
-@pytest.mark.parametrize("world_size", [1, 2, 3])
-def test_split_over_processes_loses_and_repeats_nothing(tmp_path, world_size):
-    dataset = load_pairs(write_shards(tmp_path, 30))
-    parts = epoch_keys(dataset, world_size)
-    assert sorted(flat(parts)) == [f"k{i:02}" for i in range(30)]
-    full = epoch_keys(dataset, world_size, drop_last=True)  # what training uses: full batches only, equal on all
-    assert len({len(part) for part in full}) == 1
-    kept = Counter(flat(full))
-    assert set(kept.values()) == {1} and len(kept) == 30 // (4 * world_size) * 4 * world_size
-
-
-def test_shuffle_is_reproducible_by_seed_and_epoch(tmp_path):
-    dataset = load_pairs(write_shards(tmp_path, 30))
-    orders = {(seed, epoch): epoch_keys(dataset, 1, seed, epoch)[0] for seed in (0, 7) for epoch in (0, 1)}
-    assert len({tuple(order) for order in orders.values()}) == 4 - (orders[0, 1] == orders[7, 0])
-    assert orders[7, 1] == epoch_keys(load_pairs(tmp_path), 1, 7, 1)[0]
+# ---- epochs and content ----
 
 
 def test_drawn_captions(tmp_path):
@@ -555,19 +461,6 @@ def test_picklable(tmp_path):
     copy = pickle.loads(pickle.dumps(dataset))
     assert [(i["key"], i["caption"]) for i in copy] == [(i["key"], i["caption"]) for i in dataset]
     assert int(copy._epoch) == 2 and copy.fingerprint() == dataset.fingerprint()
-
-
-def test_fingerprint(tmp_path):
-    folder = write_shards(tmp_path / "a", 5)
-    fingerprint = load_pairs(folder).fingerprint()
-    assert len(fingerprint) == 16 and fingerprint == load_pairs(folder).fingerprint()
-    assert fingerprint != load_pairs(write_shards(tmp_path / "b", 6)).fingerprint()
-    table = tmp_path / "p.csv"
-    prints = set()
-    for caption in ("teh dog", "the dog"):  # of one length
-        table.write_text(f"image,caption\n0.jpg,{caption}\n")
-        prints.add(load_pairs(table).fingerprint())
-    assert len(prints) == 2
 
 
 def test_fingerprint_is_of_content(tmp_path):
@@ -679,38 +572,12 @@ def test_no_good_pair_at_all(tmp_path):
         dataset[0]
 
 
-def test_rotten_links_and_ragged_rows(tmp_path):
-    (tmp_path / "0.jpg").write_bytes(jpeg(0))
-    rows = ["image,caption", "0.jpg,fine", "gone.jpg,a", "0.jpg", "0.jpg,a,b", ",a", "0.jpg,", "https://a/b.jpg,a"]
-    (tmp_path / "p.csv").write_text("\n".join(rows))
-    dataset = load_pairs(tmp_path / "p.csv", max_bad_share=1)
-    problems = [
-        r"gone\.jpg.*check the path",
-        "1 fields instead of 2",
-        "3 fields",
-        "no image path",
-        "no caption",
-        r"URL https://a/b\.jpg; download",
-    ]
-    assert len(dataset) == 7
-    for index, problem in enumerate(problems, start=1):
-        with pytest.raises(BadPairError, match=problem):
-            dataset.read(index)
-    assert {item["caption"] for item in dataset} == {"fine"}
-
-
 def test_shard_that_disappears_stops_the_run(tmp_path):
     dataset = load_pairs(write_shards(tmp_path, 6, shards=2))
     (tmp_path / "00001.tar").unlink()
     assert dataset[0]["key"] == "k00"
     with pytest.raises(OSError, match=r"00001\.tar: the run started with it.*restore it, then rerun to resume"):
         dataset[5]
-
-
-def test_deeply_nested_json_is_a_bad_pair(tmp_path):
-    members = [("0.jpg", jpeg(0)), ("0.json", "[" * 200_000)]
-    with pytest.raises(BadPairError):
-        load_pairs(write_tar(tmp_path / "a.tar", members)).read(0)
 
 
 # ---- streams ----

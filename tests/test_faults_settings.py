@@ -79,6 +79,12 @@ BAD_SETTINGS = (
     *((name, -1, "got -1") for name in ("warmup_learning_rate", "min_learning_rate")),
     *((name, -1, "got -1") for name in ("text_lora_rank", "unlocked_vision_blocks")),
     *((name, 1.1, "got 1.1") for name in ("noun_weight", "random_erasing")),
+    *(
+        ("crop_scale", ".nan", "got nan"),
+        ("noun_branches", "[map]", "'map'"),
+        ("best_metric", "mAP", "best_metric mAP"),
+    ),
+    *(("views", 2, "2 views"), ("text_lora_rank", "8\nlock_text: true", "got both")),
 )
 for name, value, shows in BAD_SETTINGS:
     content = "\n".join(f"{other}: {its}" for other, its in {**SETTINGS, name: value}.items())

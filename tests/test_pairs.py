@@ -10,7 +10,7 @@ import subprocess
 import sys
 import tarfile
 from collections import Counter
-from itertools import chain
+from itertools import chain, combinations
 
 import datasets
 import fsspec
@@ -67,12 +67,17 @@ def write_tar(path, members, format=tarfile.PAX_FORMAT):
     return path
 
 
+def write_members(path, numbers, **by_suffix):
+    """Pairs "k00", "k01", ... of these numbers; each suffix has a function of the number, None for no member."""
+    found = [(f"k{i:02}.{suffix}", content(i)) for i in numbers for suffix, content in by_suffix.items()]
+    return write_tar(path, [member for member in found if member[1] is not None])
+
+
 def write_shards(folder, count, shards=3):
-    """`count` pairs "k00", "k01", ... over some shards; pair i has brightness i and caption "caption i"."""
+    """`count` pairs over some shards; pair i has brightness i and caption "caption i"."""
     folder.mkdir(exist_ok=True)
     for shard, numbers in enumerate(np.array_split(np.arange(count), shards)):
-        members = [m for i in numbers for m in ((f"k{i:02}.jpg", jpeg(i)), (f"k{i:02}.txt", f"caption {i}"))]
-        write_tar(folder / f"{shard:05}.tar", members)
+        write_members(folder / f"{shard:05}.tar", numbers, jpg=jpeg, txt=lambda i: f"caption {i}")
     return folder
 
 
@@ -315,7 +320,7 @@ def test_a_part_is_split_off_by_images(tmp_path):
     (tmp_path / "pairs.csv").write_text("\n".join(["image,caption", *rows, ""]))
     dataset = load_pairs([shards, tmp_path / "pairs.csv"])
     training, part = dataset.split(0.25)
-    images = [{key_of(one, row) for row in range(len(one))} for one in (training, part)]
+    images = [{part._parse(row)[0].key for row in range(len(part))} for part in (training, part)]
     assert images[0].isdisjoint(images[1]) and len(images[0] | images[1]) == 19 and len(images[1]) == 5
     assert len(training) + len(part) == 39
     again = dataset.split(0.25)[1]
@@ -359,10 +364,6 @@ def test_the_part_does_not_depend_on_the_place_of_the_files(tmp_path):
         part = load_pairs([moved, moved / "pairs.csv"]).split(0.4)[1]
         seen.append([part.caption(row) for row in range(len(part))])
     assert seen[0] == seen[1]
-
-
-def key_of(dataset, row):
-    return dataset._parse(row)[0].key
 
 
 def test_members_of_one_name_are_pairs_of_their_own(tmp_path):
@@ -419,10 +420,7 @@ def test_cache_that_cannot_be_written_does_not_matter(tmp_path, monkeypatch, cap
 
 def test_drawn_captions(tmp_path):
     captions = [f"c{i}" for i in range(5)]
-    members = [
-        m for i in range(40) for m in ((f"{i}.jpg", jpeg(i)), (f"{i}.json", json.dumps({"captions": captions})))
-    ]
-    path = write_tar(tmp_path / "a.tar", members)
+    path = write_members(tmp_path / "a.tar", range(40), jpg=jpeg, json=lambda i: json.dumps({"captions": captions}))
 
     def drawn(seed, epoch):
         dataset = load_pairs(path, seed=seed)
@@ -438,12 +436,8 @@ def test_drawn_captions(tmp_path):
 
 
 def test_epoch_reaches_persistent_workers(tmp_path):
-    members = [
-        m
-        for i in range(24)
-        for m in ((f"{i}.jpg", jpeg(i)), (f"{i}.json", json.dumps({"captions": [f"c{j}" for j in range(9)]})))
-    ]
-    dataset = load_pairs(write_tar(tmp_path / "a.tar", members))
+    captions = json.dumps({"captions": [f"c{j}" for j in range(9)]})
+    dataset = load_pairs(write_members(tmp_path / "a.tar", range(24), jpg=jpeg, json=lambda i: captions))
     loader = DataLoader(
         dataset, batch_size=5, num_workers=2, persistent_workers=True, collate_fn=lambda items: [i["caption"] for i in items]
     )  # fmt: skip
@@ -496,12 +490,13 @@ def test_fingerprint_is_of_content(tmp_path):
 @pytest.fixture
 def damaged(tmp_path):
     """40 pairs, of which 8, 9, 23 and 31 are bad in different ways."""
-    members = []
-    for i in range(40):
-        image = jpeg(i)[:300] if i == 8 else jpeg(i)
-        caption = " \n" if i == 9 else b"\xff\xfe" if i == 31 else f"caption {i}"
-        members += [(f"k{i:02}.jpg", image)] * (i != 23) + [(f"k{i:02}.txt", caption)]
-    return write_tar(tmp_path / "damaged.tar", members)
+    images, texts = {8: jpeg(8)[:300], 23: None}, {9: " \n", 31: b"\xff\xfe"}
+    return write_members(
+        tmp_path / "damaged.tar",
+        range(40),
+        jpg=lambda i: images.get(i, jpeg(i)),
+        txt=lambda i: texts.get(i, f"caption {i}"),
+    )
 
 
 BAD = {8: r"damaged\.tar': 'k08\.jpg'.*(?i:truncated)", 9: "no caption", 23: "no image beside its text", 31: "utf-8"}
@@ -608,12 +603,8 @@ def test_stream_is_split_without_loss_or_repetition(tmp_path, shards, world_size
 
 
 def test_stream_order_and_captions_by_seed_and_epoch(tmp_path):
-    members = [
-        m
-        for i in range(20)
-        for m in ((f"{i}.jpg", jpeg(i)), (f"{i}.json", json.dumps({"captions": ["a", "b", "c"], "n": i})))
-    ]
-    write_tar(tmp_path / "0.tar", members)
+    captions = json.dumps({"captions": ["a", "b", "c"]})
+    write_members(tmp_path / "0.tar", range(20), jpg=jpeg, json=lambda i: captions)
 
     def one_pass(seed, epoch):
         pairs = stream(tmp_path, seed=seed)
@@ -622,18 +613,16 @@ def test_stream_order_and_captions_by_seed_and_epoch(tmp_path):
 
     passes = [one_pass(*by) for by in ((0, 0), (0, 1), (1, 0))]
     assert passes[0] == one_pass(0, 0)
-    for one, other in ((0, 1), (0, 2), (1, 2)):
-        assert keys_of(passes[one]) != keys_of(passes[other]) and dict(passes[one]) != dict(passes[other])
+    for one, other in combinations(passes, 2):
+        assert [key for key, _ in one] != [key for key, _ in other] and dict(one) != dict(other)
     assert {caption for _, caption in passes[0]} == {"a", "b", "c"}
 
 
-def keys_of(items):
-    return [key for key, _ in items]
-
-
-def test_stream_leaves_bad_pairs_out(damaged, caplog):
+def test_stream_leaves_bad_pairs_out(tmp_path, caplog):
+    image, caption = (lambda i: jpeg(i)[: 300 if i == 8 else None]), (lambda i: "" if i == 9 else "a")
+    write_members(tmp_path / "0.tar", range(40), jpg=image, txt=caption)
     with caplog.at_level(logging.WARNING):
-        items = list(stream(write_damaged_stream(damaged.parent), max_bad_share=0.2))
+        items = list(stream(tmp_path, max_bad_share=0.2))
     assert sorted(keys(items)) == [f"k{i:02}" for i in range(40) if i not in (8, 9)]
     assert sum(item["skipped"] for item in items) <= 2  # one after the last good pair is in no item
     assert caplog.text.count("Bad pair, number") == 2 and "k08" in caplog.text and "no caption" in caplog.text
@@ -735,35 +724,20 @@ def test_rows_of_the_hub_that_name_local_files_are_bad_pairs(tmp_path, monkeypat
         assert load_pairs("org/name", streaming=False).read(0)["captions"] == ["a"]
 
 
-def write_damaged_stream(folder):
-    (folder / "stream").mkdir()
-    members = [
-        m
-        for i in range(40)
-        for m in ((f"k{i:02}.jpg", jpeg(i)[: 300 if i == 8 else None]), (f"k{i:02}.txt", "" if i == 9 else "a"))
-    ]
-    write_tar(folder / "stream" / "0.tar", members)
-    return folder / "stream"
-
-
 @pytest.mark.parametrize("with_text", [True, False])
 def test_stream_bears_json_whose_types_change(tmp_path, with_text):
-    members = []
-    for i in range(20):  # datasets guesses the types from the first five
-        info = {"caption": f"caption {i}", "width": 640 if i < 10 else "wide", "error": None if i < 10 else "late"}
-        members += [
-            (f"{i:02}.jpg", jpeg(i)),
-            (f"{i:02}.json", json.dumps(info | ({"exif": {"a": i}} if i > 9 else {}))),
-        ]
-        members += [(f"{i:02}.txt", f"text {i}")] * with_text
-    write_tar(tmp_path / "0.tar", members)
+    def info(i):  # datasets guesses the types from the first five
+        late = {"width": "wide", "error": "late", "exif": {"a": i}} if i > 9 else {"width": 640, "error": None}
+        return json.dumps({"caption": f"caption {i}", **late})
+
+    text = {"txt": lambda i: f"text {i}"} if with_text else {}
+    write_members(tmp_path / "0.tar", range(20), jpg=jpeg, json=info, **text)
     kind = "text" if with_text else "caption"
     assert sorted(item["caption"] for item in stream(tmp_path)) == sorted(f"{kind} {i}" for i in range(20))
 
 
 def test_stream_stops_at_too_many_bad_pairs(tmp_path):
-    members = [m for i in range(150) for m in ((f"{i:03}.jpg", jpeg(i)), (f"{i:03}.txt", "" if i % 5 else "a"))]
-    write_tar(tmp_path / "0.tar", members)
+    write_members(tmp_path / "0.tar", range(150), jpg=jpeg, txt=lambda i: "" if i % 5 else "a")
     with pytest.raises(ValueError, match=r"at most 50\.00% bad pairs"):
         list(stream(tmp_path, max_bad_share=0.5))
 

@@ -300,7 +300,6 @@ def load_pairs(
     - The Hub id of a dataset ("org/name"), if there is no local folder "org".
 
     Args:
-        source (`str`, `os.PathLike` or a list of them): the source.
         split (`str`, defaults to `"train"`): split of a Hub dataset or of a saved one.
         image_column, caption_column (`str`, *optional*): names of columns that are not among the usual ones.
         streaming (`bool`, defaults to `True`): whether a Hub dataset is streamed instead of downloaded.

@@ -322,30 +322,10 @@ def load_segmentation(
     overrides: str | os.PathLike | Mapping | None = None,
 ) -> SegmentationDataset:
     """
-    Opens a segmentation data set for evaluation. The layouts under `root` are:
-
-    - `"voc2012"` or `"voc21"`: `VOCdevkit/VOC2012/{JPEGImages,SegmentationClass,ImageSets/Segmentation/<split>.txt}`, split "val"
-      by default. `root` can also be the folder VOCdevkit or VOC2012 itself. `"voc20"`: the same with the background as void.
-    - `"context60"`: Pascal Context as index PNGs of 59 classes and background (0),
-      `VOCdevkit/VOC2010/{JPEGImages,SegmentationClassContext,ImageSets/SegmentationContext/<split>.txt}`, split "val" by default.
-      `"context59"`: the same with the background as void.
-    - `"coco2017"`: `annotations/instances_<split>.json` and the images in `<split>/`, split "val2017" by default. Images without
-      annotations are included. The classes are the categories of the file by ascending COCO id.
-    - `"coco_object"`: the 80 things of COCO on a background, from the stuffthingmaps below if they exist, otherwise from the
-      instances of `"coco2017"`.
-    - `"coco_stuff"`: COCO-Stuff 164k, 171 classes: the stuffthingmaps `<split>/*.png` under `stuffthingmaps/` or `annotations/`, the
-      images in `images/<split>/` or `<split>/`, split "val2017" by default.
-    - `"ade20k"`: ADEChallengeData2016, 150 classes: `{images,annotations}/<split>/`, split "validation" by default. `root` can also
-      be the folder above. Pixels of other classes (0) are void.
-    - `"cityscapes"`: `leftImg8bit/<split>/<city>/*_leftImg8bit.png` and `gtFine/<split>/<city>/*_gtFine_labelIds.png`, split "val"
-      by default: the 19 classes of the benchmark. All others are void.
-    - `"camvid"`: `images/*` and, for each image, a PNG with the same stem in `masks/`: 11 classes from 0 (sky) to 10 (bicyclist).
-      Unlabelled pixels (11) are void. There are no splits.
-    - `"folder"`: `images/*`, for each image an index PNG with the same stem in `masks/`, and `classes.txt`. Line i of this file
-      (from 1) is the name of class id i. Background (0) and void (255) are not listed. There are no splits.
+    Opens a segmentation data set for evaluation.
 
     Args:
-        name (`str`): name of one of these layouts.
+        name (`str`): one of [`~iclip_hf.data.class_names.DATASETS`]. The guide (`docs/guide/evaluate.md`) describes their files.
         root (`str` or `os.PathLike`): folder of the data set.
         split (`str`, *optional*): split of the data set; the default split if not given.
         overrides (`dict`, `str` or `os.PathLike`, *optional*): other class names and prompt templates. A mapping, or a JSON or YAML

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-import json
 import logging
 import random
 import signal
@@ -57,17 +56,11 @@ def seeded(*key) -> Iterator[None]:
 class WholeImage:
     """Converts a PIL image to `pixel_values` (3, H, W) with the processor, as for evaluation."""
 
-    is_random = False
-
     def __init__(self, processor: ICLIPProcessor):
         self.processor = processor
 
     def __call__(self, image) -> torch.Tensor:
         return self.processor(images=image)["pixel_values"][0]
-
-    def description(self) -> dict:
-        """Returns the options that the result depends on."""
-        return {"image_processor": json.loads(self.processor.image_processor.to_json_string())}
 
 
 class AugmentedImage:
@@ -75,8 +68,6 @@ class AugmentedImage:
     Converts a PIL image to `pixel_values` (3, H, W) of the processor's size, cropped and augmented by timm's transforms. The options are
     those of [`~settings.Settings`]; their defaults are DeiT's recipe.
     """
-
-    is_random = True
 
     def __init__(
         self,
@@ -89,25 +80,21 @@ class AugmentedImage:
             from timm.data import create_transform
 
         image_processor = processor.image_processor
-        self.options = {
-            "input_size": (3, image_processor.size["height"], image_processor.size["width"]),
-            "scale": (crop_scale, 1.0),
-            "auto_augment": auto_augment or None,
-            "color_jitter": None,  # DeiT's is off where its RandAugment is on
-            "interpolation": "bicubic",
-            "re_prob": random_erasing,
-            "re_mode": "pixel",
-            "mean": tuple(image_processor.image_mean),
-            "std": tuple(image_processor.image_std),
-        }
-        self.transform = create_transform(is_training=True, **self.options)
+        self.transform = create_transform(
+            is_training=True,
+            input_size=(3, image_processor.size["height"], image_processor.size["width"]),
+            scale=(crop_scale, 1.0),
+            auto_augment=auto_augment or None,
+            color_jitter=None,  # DeiT's is off where its RandAugment is on
+            interpolation="bicubic",
+            re_prob=random_erasing,
+            re_mode="pixel",
+            mean=tuple(image_processor.image_mean),
+            std=tuple(image_processor.image_std),
+        )
 
     def __call__(self, image) -> torch.Tensor:
         return self.transform(image)
-
-    def description(self) -> dict:
-        """Returns the options that the result depends on, besides the random numbers."""
-        return {"augmentation": self.options}
 
 
 class _Preparation:

@@ -127,9 +127,6 @@ class Settings:
     map_tokens: int = setting(16, "number of patches that represent an image with max_over=similarity", FROM_1)
     num_workers: int = setting(4, "number of loading processes for each training process", FROM_0, same=None)
     cache_features: str = setting("", "folder for features of frozen towers, which are computed once", same=bool)
-    views: int = setting(
-        1, "number of views of each image in cache_features: the whole image and augmented ones", FROM_1
-    )
 
     # optimisation
     epochs: int = setting(30, "number of passes over the pairs", FROM_1)
@@ -193,11 +190,6 @@ class Settings:
         for one in self.model_options:
             if "=" not in one:
                 raise ValueError(f"Expected model_options to be name=value, got {one!r}: correct it.")
-        if self.views > 1 and not self.cache_features:
-            raise ValueError(
-                f"Expected cache_features for {self.views} views, which are views of cached images, got none: name a folder, or "
-                "leave views out."
-            )
         if self.validation_data and self.validation_share:
             raise ValueError("Expected validation_data or validation_share, got both: leave one out.")
         validated = bool(self.validation_data or self.validation_share)

@@ -491,12 +491,10 @@ def test_the_card_tells_the_settings_that_a_model_depends_on():
 
 
 def test_the_card_tells_the_augmentation_only_where_there_is_some():
-    """The first of the cached views is the whole image."""
     augmentation = {"crop_scale": 0.08, "auto_augment": "none", "random_erasing": 0.25}
     settings = {**augmentation, "auto_augment": "", "cache_features": "/home/someone/cache"}
-    assert public_settings({**settings, "views": 1}) == {"cache_features": True, "views": 1}
-    assert public_settings({**settings, "views": 2}) == {**augmentation, "cache_features": True, "views": 2}
-    assert public_settings({**settings, "views": 1, "cache_features": ""}) == {**augmentation, "views": 1}
+    assert public_settings(settings) == {"cache_features": True}
+    assert public_settings({**settings, "cache_features": ""}) == augmentation
 
 
 def test_the_card_tells_the_image_size_of_joined_towers_alone():

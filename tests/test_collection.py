@@ -305,12 +305,6 @@ def test_any_name_is_one_broken_image_at_most(localizer, tmp_path):
     assert report.images == 1 and "caf\\udce9" in report.broken[0]
 
 
-@pytest.mark.parametrize("options", [{"batch_size": 0}, {"images_per_file": 0}])
-def test_numbers_below_one(folder, localizer, tmp_path, options):
-    with pytest.raises(ValueError, match="from 1, got"):
-        run(localizer, open_images([folder / "images"]), tmp_path / "output", **options)
-
-
 def test_a_foreign_file_is_left_alone(folder, localizer, tmp_path):
     import pyarrow as pa
 

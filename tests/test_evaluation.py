@@ -28,22 +28,26 @@ from iclip_hf.similarity import resize_and_normalize, reverse
 NAMES = ["dog", "red ball", "car"]
 
 
-@pytest.fixture(scope="module")
-def root(tmp_path_factory):
-    """Seven images of different shapes with index masks: some classes absent, void pixels, one image without a class."""
-    root = tmp_path_factory.mktemp("folder")
+def write_folder(root, values, largest):
+    """Images of different shapes with index masks of these values in squares of 5 pixels, as `load_segmentation("folder")` takes them."""
     rng = np.random.default_rng(0)
     (root / "images").mkdir()
     (root / "masks").mkdir()
     (root / "classes.txt").write_text("\n".join(NAMES))
-    for number in range(7):
-        height, width = rng.integers(20, 60, 2)
+    for number, of_image in enumerate(values):
+        height, width = rng.integers(20, largest, 2)
         pixels = rng.integers(0, 256, (height, width, 3), dtype=np.uint8)
         Image.fromarray(pixels).save(root / "images" / f"{number}.png")
-        classes = [0, 0, 255, 1 + number % 3, 1 + number % 2] if number != 4 else [0, 0, 255]
-        mask = rng.choice(classes, (height // 5 + 1, width // 5 + 1)).astype(np.uint8)
+        mask = rng.choice(of_image, (height // 5 + 1, width // 5 + 1)).astype(np.uint8)
         Image.fromarray(mask.repeat(5, 0).repeat(5, 1)[:height, :width]).save(root / "masks" / f"{number}.png")
     return root
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    """Seven images: some classes absent, void pixels, one image without a class."""
+    values = [[0, 0, 255, 1 + number % 3, 1 + number % 2] for number in range(7)]
+    return write_folder(tmp_path_factory.mktemp("folder"), [*values[:4], [0, 0, 255], *values[5:]], 60)
 
 
 def slowly(model, processor, dataset):
@@ -130,11 +134,19 @@ def test_stuff_contrast_by_hand_and_with_a_map_of_saliency(root, tiny_processor)
     assert result.protocol["stuff_contrast"] and "stuff contrast %" in result.table()
 
 
-def test_stuff_contrast_needs_a_data_set_that_names_the_background(root, tiny_processor):
-    model, dataset = (tiny_model(), tiny_processor), load_segmentation("folder", root)
-    assert "stuff_contrast" not in evaluate(model, dataset, progress=False).results["itsm"]
-    with pytest.raises(ValueError, match="names the background"):
-        evaluate(model, dataset, measures=["stuff_contrast"], progress=False)
+@pytest.mark.parametrize(
+    ("options", "problem"),
+    [
+        ({"measures": ["luck"]}, "luck"),
+        ({"measures": ["stuff_contrast"]}, "names the background"),
+        ({"measures": ["segmentation"], "limit": 1}, "two images or more"),
+        ({"limit": 0}, "limit to be at least 1, got 0"),
+        ({"batch_size": 0}, "batch_size to be at least 1, got 0"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused(root, tiny_processor, options, problem):
+    with pytest.raises(ValueError, match=problem):
+        evaluate((tiny_model(), tiny_processor), load_segmentation("folder", root), progress=False, **options)
 
 
 def test_measures_of_all_tasks_run_together_and_alone_give_the_same(root, tiny_processor):
@@ -311,30 +323,3 @@ def test_command_writes_json_and_csv_alike_with_two_processes(root, tiny_process
     # Maps of other batches differ by rounding, so a few pixels may cross a threshold.
     for name, apart in (("mAP", 1e-3), ("mMIoU", 0.1), ("mFMB", 1e-4), ("floor", 1e-6)):
         assert together["results"]["itsm"][name] == pytest.approx(written["results"]["itsm"][name], abs=apart)
-
-
-def test_in_bfloat16_the_figures_are_nearly_the_same(root, tiny_processor, tmp_path, capsys):
-    tiny_model().save_pretrained(tmp_path / "model")
-    tiny_processor.save_pretrained(tmp_path / "model")
-    results = []
-    for dtype in ("float32", "bfloat16"):
-        assert cli.main(arguments(root, tmp_path, "--dtype", dtype, "--json")) == 0
-        results.append(json.loads(capsys.readouterr().out))
-        assert results[-1]["protocol"]["dtype"] == dtype
-    whole, half = (one["results"]["itsm"] for one in results)
-    assert half["mFMB"] != whole["mFMB"] and half["mFMB"] == pytest.approx(whole["mFMB"], abs=0.03)
-    assert half["mMIoU"] == pytest.approx(whole["mMIoU"], abs=1)
-
-
-@pytest.mark.parametrize("option", ["limit", "batch_size"])
-def test_no_images_are_too_few(root, tiny_processor, option):
-    with pytest.raises(ValueError, match=f"{option} to be at least 1, got 0"):
-        evaluate((tiny_model(), tiny_processor), load_segmentation("folder", root), **{option: 0})
-
-
-def test_a_mask_of_another_size_is_named(root, tiny_processor, tmp_path):
-    copy = tmp_path / "copy"
-    shutil.copytree(root, copy)
-    Image.new("L", (5, 5)).save(copy / "masks" / "3.png")
-    with pytest.raises(ValueError, match=r"3\.png"):
-        evaluate((tiny_model(), tiny_processor), load_segmentation("folder", copy), progress=False)

@@ -266,11 +266,6 @@ def test_thresholds_follow_their_texts(tiny_processor):
     assert (other.texts, other.thresholds, localizer.texts) == (["cat"], [0.2], TEXTS)
 
 
-def test_one_text_is_a_text(tiny_processor):
-    localizer = Localizer((tiny_model(), tiny_processor), "dog")
-    assert localizer.texts == ["dog"] and localizer.about("red ball").texts == ["red ball"]
-
-
 def test_an_encoded_image_can_come_twice(tiny_processor):
     localizer = Localizer((tiny_model(), tiny_processor), TEXTS)
     image = localizer.encode(localizer.prepare(IMAGES[0]))

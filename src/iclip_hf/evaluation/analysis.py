@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -39,8 +40,7 @@ class ChannelMatch:
     grid: tuple[int, int]
 
 
-@dataclass(frozen=True)
-class ShiftRow:
+class ShiftRow(NamedTuple):
     """
     A row of Table 6, for images whose foreground share is in (low, high]: the mean number of channels whose patch moves from
     background to foreground (`b2f`), from foreground to background (`f2b`), or does neither (`same`); None without images.
@@ -101,14 +101,8 @@ class Relation:
 
 def match_channels(pooled: torch.Tensor, patches: torch.Tensor) -> torch.Tensor:
     """
-    Finds the patch whose value is nearest to the pooled value, for each channel (Section 3.1). The first of equal patches counts.
-
-    Args:
-        pooled (`torch.Tensor` of shape `(P,)`): a pooled vector.
-        patches (`torch.Tensor` of shape `(N, P)`): embeddings of the patches.
-
-    Returns:
-        `torch.Tensor` of shape `(P,)`: indices of patches.
+    Finds the patch `(N, P)` whose value is nearest to the pooled value `(P,)`, for each channel (Section 3.1). Returns indices `(P,)`.
+    The first of equal patches counts.
     """
     return (patches - pooled).abs().argmin(0)
 
@@ -181,21 +175,18 @@ def semantic_shift(
                 sums[row] += counts
         for name, flags in on.items():
             on_foreground[name] = on_foreground.get(name, 0) + int(flags.sum())
-    rows = [ShiftRow(*share, int(row[0]), *_average(row[1:], row[0])) for share, row in zip(SHARES, sums)]
+    rows = [
+        ShiftRow(*share, count, *((float(total / count) if count else None) for total in totals))
+        for share, (count, *totals) in zip(SHARES, sums.tolist())
+    ]
     images = rows[-1].images
     return SemanticShift(rows, {name: count / images for name, count in on_foreground.items()}, images, left_out)
 
 
 def foreground_tokens(foreground: np.ndarray, labelled: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
     """
-    Determines which patches are foreground.
-
-    Args:
-        foreground, labelled (`np.ndarray` of shape `(H, W)`, boolean): pixels of a class, and pixels that are not void.
-        grid (`tuple[int, int]`): height and width of the patch grid that covers the whole image.
-
-    Returns:
-        `np.ndarray` of shape `(h * w,)`, boolean: whether more than half of the patch's labelled pixels belong to a class.
+    Returns whether more than half of the labelled pixels of a patch belong to a class, `(h * w,)` boolean, from the pixels of a class and
+    those that are not void, `(H, W)` boolean.
     """
     pixels = torch.from_numpy(np.stack([foreground & labelled, labelled])).double()
     area, total = F.adaptive_avg_pool2d(pixels, grid).flatten(1).numpy()
@@ -204,10 +195,8 @@ def foreground_tokens(foreground: np.ndarray, labelled: np.ndarray, grid: tuple[
 
 def relation(recognition: Mapping[str, float], interpretability: Mapping[str, float]) -> Relation:
     """
-    Compares two scores of each class, such as average precision and mIoU of an evaluation.
-
-    Args:
-        recognition, interpretability: scores by class name. Classes without both scores, or with NaN, are left out.
+    Compares two scores by class name, such as average precision and mIoU of an evaluation. Classes without both, or with NaN, are left
+    out.
     """
     names = [
         name
@@ -236,7 +225,3 @@ def _foreground(sample: SegmentationSample) -> tuple[np.ndarray, np.ndarray]:
         foreground |= mask == label
         void |= mask == sample.void
     return foreground, foreground | ~void
-
-
-def _average(sums: np.ndarray, count: int) -> list[float | None]:
-    return [float(value / count) if count else None for value in sums]

@@ -16,17 +16,15 @@ from ..utils.digests import content_digest, weights_digest
 
 # Options that change no number. All others count, also those that a later version adds.
 _WITHOUT_EFFECT = {
-    # The place of the files.
-    "_name_or_path",
-    # The code that wrote the files, or loads them.
-    "architectures",
-    "auto_map",
-    "custom_pipelines",
-    "processor_class",
-    "transformers_version",
-    # Of the files; the loaded weights have a dtype of their own, which counts.
-    "dtype",
-    "torch_dtype",
+    "_name_or_path",  # the place of the files
+    *(
+        "architectures",
+        "auto_map",
+        "custom_pipelines",
+        "processor_class",
+        "transformers_version",
+    ),  # what wrote or loads them
+    *("dtype", "torch_dtype"),  # of the files; the loaded weights have a dtype of their own, which counts
 }
 # What a tokenizer of the tokenizers library keeps of its last call; each call of a processor sets it.
 _LAST_CALL = ("truncation", "padding")
@@ -44,7 +42,7 @@ def identity(model, processor, dtype: torch.dtype | None = None) -> dict[str, st
     The digests are computed anew by each call, in 0.1 s for each 100 MB of weights.
 
     Args:
-        model, processor: as for [`~iclip_hf.explainers.make_explainer`].
+        model, processor: a pair for [`load`].
         dtype (`torch.dtype`, *optional*): weights are rounded to it first, as if the model were loaded in it.
 
     Returns:

@@ -90,13 +90,9 @@ def private_copy(model: nn.Module) -> nn.Module:
 
 def record(forward: Callable[[], T], start: int, grad: bool, weights: bool) -> tuple[T, list[AttentionRecord]]:
     """
-    Runs `forward` and returns its result with the records of the attention layers from `start` on.
-
-    Args:
-        forward: runs the model that [`prepare`] was applied to.
-        start (`int`): index of an attention layer.
-        grad (`bool`): whether to keep the graph from the input of layer `start` to the result.
-        weights (`bool`): whether to record the attention weights, which takes the memory that fused attention saves.
+    Runs `forward`, of a model that [`prepare`] was applied to, and returns its result with the records of the attention layers from
+    `start` on. `grad` keeps the graph from the input of layer `start` to the result. `weights` records the attention weights too,
+    which takes the memory that fused attention saves.
     """
     recording = _Recording(start, grad, weights)
     token = _recording.set(recording)

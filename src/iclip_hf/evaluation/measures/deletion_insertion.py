@@ -30,15 +30,8 @@ STEPS = 10  # of deletion and of insertion
 
 def scorer(model: ExplainableModel, texts: ICLIPTextFeatures) -> Callable[[torch.Tensor], torch.Tensor]:
     """
-    Creates the score function for deletion and insertion.
-
-    Args:
-        model: the model, in PyTorch.
-        texts ([`ICLIPTextFeatures`]): T encoded texts.
-
-    Returns:
-        A function from images `(N, 3, H, W)` to `(N, T, 2)`: the cosine with each text, and the probability of each text among all
-        of them, the softmax of the model's logits.
+    Creates the score function for deletion and insertion by a PyTorch model, from images `(N, 3, H, W)` to `(N, T, 2)`: the cosine with
+    each text, and the probability of each text among all of them, the softmax of the model's logits.
     """
 
     model = recordable(model, "deletion and insertion")

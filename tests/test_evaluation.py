@@ -256,7 +256,7 @@ def test_images_without_any_class_are_only_ranked(root, tiny_processor, tmp_path
     assert scores["pairs"] == 0 and [scores[name] for name in figures] == [None] * 5
 
 
-def test_a_folder_of_one_class_is_valid_json_and_a_table_without_nan(root, tiny_processor, tmp_path, capsys):
+def test_a_folder_of_one_class_is_valid_json_and_a_table_without_nan(root, world, tmp_path, capsys):
     """No image lacks the class, so that there is nothing that presence could pass, and none shows two."""
     shutil.copytree(root, tmp_path / "data")
     (tmp_path / "data" / "classes.txt").write_text("dog")
@@ -264,10 +264,8 @@ def test_a_folder_of_one_class_is_valid_json_and_a_table_without_nan(root, tiny_
         with Image.open(path) as image:
             mask = np.asarray(image)
         Image.fromarray(np.where(np.arange(mask.shape[1]) < 5, 1, 0 * mask).astype(np.uint8)).save(path)
-    tiny_model().save_pretrained(tmp_path / "model")
-    tiny_processor.save_pretrained(tmp_path / "model")
     output = tmp_path / "results.json"
-    assert cli.main(arguments(tmp_path / "data", tmp_path, "--output", str(output))) == 0
+    assert cli.main(arguments(tmp_path / "data", world, "--output", str(output))) == 0
     table = capsys.readouterr().out
     gate = table.rstrip().splitlines()[-1]
     assert "- % of the others" in gate and re.search(r"\bnan\b", table.lower()) is None
@@ -297,15 +295,13 @@ def test_protocol_says_what_was_done(root, tiny_processor):
     assert protocol["dtype"] == "float32"
 
 
-def arguments(root, tmp_path, *more):
-    return ["evaluate", "--model", str(tmp_path / "model"), "--dataset", "folder", "--data-root", str(root), *more]
+def arguments(root, world, *more):
+    return ["evaluate", "--model", str(world.folder / "model"), "--dataset", "folder", "--data-root", str(root), *more]
 
 
-def test_command_writes_json_and_csv_alike_with_two_processes(root, tiny_processor, tmp_path, capsys):
-    tiny_model().save_pretrained(tmp_path / "model")
-    tiny_processor.save_pretrained(tmp_path / "model")
+def test_command_writes_json_and_csv_alike_with_two_processes(root, world, tmp_path, capsys):
     output = tmp_path / "results.json"
-    assert cli.main(arguments(root, tmp_path, "--output", str(output), "--json")) == 0
+    assert cli.main(arguments(root, world, "--output", str(output), "--json")) == 0
     written = json.loads(output.read_text())
     assert json.loads(capsys.readouterr().out) == written
     with (tmp_path / "results.csv").open() as file:
@@ -313,7 +309,7 @@ def test_command_writes_json_and_csv_alike_with_two_processes(root, tiny_process
 
     two = tmp_path / "two.json"
     launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29651"]
-    command = [*launch, "-m", "iclip_hf.cli", *arguments(root, tmp_path, "--output", str(two))]
+    command = [*launch, "-m", "iclip_hf.cli", *arguments(root, world, "--output", str(two))]
     environment = {**os.environ, "ACCELERATE_USE_CPU": "1", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]

@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 from conftest import VISION, tiny_model
-from families import GRID, LABELS, pixels
+from families import GRID, LABELS, drawn, pixels
 from torch.nn import functional as F
 from transformers import AutoConfig
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -209,10 +209,7 @@ def test_proxyclip_refuses_a_text_tower_as_proxy(made, tmp_path):
 @pytest.mark.parametrize("depth", [1, 2])
 def test_legrad_on_transformers_eager_attention(made, depth):
     """An image, a text and a block at a time, by the attention weights that transformers itself returns."""
-    model, processor, _ = made("clip")
-    explainer = make_explainer((model, processor), "legrad", depth=depth)
-    texts = explainer.model.encode_texts(LABELS, ["{}"])
-    maps, _ = explainer.raw_maps(pixels(), texts)
+    model, processor, explainer, texts, maps = drawn(made, "clip", "legrad", depth=depth, templates=["{}"])
     reference = copy.deepcopy(model)
     reference.set_attn_implementation("eager")
     for image in range(2):
@@ -248,10 +245,7 @@ def test_legrads_mean_token_is_that_of_the_block(vision, gated):
 
 @pytest.mark.parametrize("family", ["clip", "metaclip_2", "iclip"])
 def test_grad_eclip_channel_by_channel(made, family):
-    model, processor, _ = made(family)
-    explainer = make_explainer((model, processor), "grad_eclip")
-    texts = explainer.model.encode_texts(LABELS, ["{}"])
-    maps, _ = explainer.raw_maps(pixels(), texts)
+    model, processor, explainer, texts, maps = drawn(made, family, "grad_eclip", templates=["{}"])
     adapter = explainer.model
     for image in range(2):
         features, (layer,) = adapter.trace(pixels()[image, None], -1, grad=True)
@@ -297,26 +291,3 @@ def test_grad_eclip_sums_over_the_patches_that_a_score_pools(tiny_processor, opt
                 given += weight * (gradient[0, head, query] @ layer.value[0, head, token])
             expected[token] += max(0.0, given.item())
     torch.testing.assert_close(maps[0, 0].flatten(), expected[1:], atol=1e-5, rtol=1e-3)
-
-
-# Grad-CAM's two layers
-
-
-def test_grad_cam_after_the_first_norm(made):
-    model, processor, _ = made("clip")
-    maps = maps_of(model, processor, "grad_cam")
-    explainer = make_explainer((model, processor), "grad_cam")
-    texts = explainer.model.encode_texts(LABELS, ["{}"])
-    seen = []
-    copied = copy.deepcopy(model)
-    copied.vision_model.encoder.layers[-1].layer_norm1.register_forward_hook(lambda m, a, output: seen.append(output))
-    for image in range(2):
-        pooled = copied.vision_model(pixels()[image, None], interpolate_pos_encoding=True).pooler_output
-        logits = (
-            model.logit_scale.exp() * F.normalize(copied.visual_projection(pooled)[0], dim=-1) @ texts.text_embeds.T
-        )
-        activations = seen[-1]
-        for text in range(3):
-            (gradient,) = torch.autograd.grad(logits[text], activations, retain_graph=True)
-            expected = (activations[0, 1:] @ gradient[0, 1:].mean(0)).relu()
-            torch.testing.assert_close(maps[image, text].flatten(), expected.detach(), atol=1e-5, rtol=1e-3)

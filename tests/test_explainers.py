@@ -9,7 +9,7 @@ import pytest
 import torch
 import torchvision
 from conftest import tiny_model
-from families import GRID, LABELS, NEED_BLOCKS, PAIRS, WIDE, cosine_map, images, pixels
+from families import GRID, LABELS, NEED_BLOCKS, PAIRS, WIDE, cosine_map, drawn, images, pixels
 from torch import nn
 from torch.nn import functional as F
 from transformers import Siglip2ImageProcessor
@@ -57,9 +57,7 @@ def test_batch_order_and_texts_do_not_matter(made, family, method):
 
 @pytest.mark.parametrize(("family", "method"), PAIRS)
 def test_a_method_says_whether_it_sees_the_text(made, family, method):
-    model, processor, size = made(family)
-    explainer = make_explainer((model, processor), method)
-    maps, _ = explainer.raw_maps(pixels(size), explainer.model.encode_texts(LABELS))
+    model, processor, explainer, texts, maps = drawn(made, family, method)
     assert (maps != maps[:, :1]).any() == explainer.sees_text
     assert not torch.equal(maps[0], maps[1])  # but every one the image
 
@@ -156,9 +154,7 @@ def test_itsm_of_iclip_is_the_models_map(vision, tiny_processor):
 
 
 def test_itsm_of_clip_is_the_cosine_of_projected_patch_tokens(made):
-    model, processor, _ = made("clip")
-    explainer = make_explainer((model, processor))
-    maps, _ = explainer.raw_maps(pixels(), explainer.model.encode_texts(LABELS, ["{}"]))
+    model, processor, explainer, texts, maps = drawn(made, "clip", templates=["{}"])
     with torch.no_grad():
         tokens = model.vision_model(pixels(), interpolate_pos_encoding=True).last_hidden_state[:, 1:]
         patches = model.visual_projection(model.vision_model.post_layernorm(tokens))
@@ -168,10 +164,7 @@ def test_itsm_of_clip_is_the_cosine_of_projected_patch_tokens(made):
 
 @pytest.mark.parametrize("family", ["siglip", "siglip2"])
 def test_itsm_of_siglip_is_the_head_on_each_patch_alone(made, family):
-    model, processor, _ = made(family)
-    explainer = make_explainer((model, processor))
-    texts = explainer.model.encode_texts(LABELS)
-    maps, _ = explainer.raw_maps(pixels(), texts)
+    model, processor, explainer, texts, maps = drawn(made, family)
     with torch.no_grad():
         if family == "siglip":
             tokens = model.vision_model(pixels(), interpolate_pos_encoding=True).last_hidden_state
@@ -182,26 +175,21 @@ def test_itsm_of_siglip_is_the_head_on_each_patch_alone(made, family):
 
 
 def test_itsm_of_open_clip_is_the_cosine_of_its_projected_tokens(made):
-    model, tokenizer, size = made("open_clip")
-    explainer = make_explainer((model, tokenizer))
-    maps, _ = explainer.raw_maps(pixels(size), explainer.model.encode_texts(LABELS, ["{}"]))
+    model, tokenizer, explainer, texts, maps = drawn(made, "open_clip", templates=["{}"])
     visual = copy.deepcopy(model.visual)
     visual.output_tokens = True
     with torch.no_grad():
-        _, tokens = visual(pixels(size))
+        _, tokens = visual(pixels((32, 32)))
         expected = cosine_map(tokens @ visual.proj, model.encode_text(tokenizer(LABELS)), (4, 4))
     torch.testing.assert_close(maps, expected, atol=1e-5, rtol=0)
 
 
 def test_itsm_of_a_resnet_is_its_pooling_with_all_attention_on_one_position(made):
-    model, tokenizer, size = made("open_clip_resnet")
-    explainer = make_explainer((model, tokenizer))
-    texts = explainer.model.encode_texts(LABELS)
-    maps, _ = explainer.raw_maps(pixels(size), texts)
+    model, tokenizer, explainer, texts, maps = drawn(made, "open_clip_resnet")
     visual = model.visual
     pool = visual.attnpool
     with torch.no_grad():
-        features = visual.layer4(visual.layer3(visual.layer2(visual.layer1(visual.stem(pixels(size))))))
+        features = visual.layer4(visual.layer3(visual.layer2(visual.layer1(visual.stem(pixels((96, 96)))))))
         x = features.flatten(2).permute(2, 0, 1)
         x = torch.cat([x.mean(0, keepdim=True), x]) + pool.positional_embedding[:, None]
         patches = []
@@ -232,9 +220,7 @@ def eager(model):
 
 
 def test_attention_of_clip_is_the_class_tokens_row(made):
-    model, processor, _ = made("clip")
-    explainer = make_explainer((model, processor), "attention")
-    maps, _ = explainer.raw_maps(pixels(), explainer.model.encode_texts(LABELS))
+    model, processor, explainer, texts, maps = drawn(made, "clip", "attention")
     with torch.no_grad():
         outputs = eager(model).vision_model(pixels(), interpolate_pos_encoding=True, output_attentions=True)
     expected = outputs.attentions[-1].mean(1)[:, 0, 1:].unflatten(-1, GRID)
@@ -242,9 +228,7 @@ def test_attention_of_clip_is_the_class_tokens_row(made):
 
 
 def test_attention_of_siglip_is_its_heads(made):
-    model, processor, _ = made("siglip")
-    explainer = make_explainer((model, processor), "attention")
-    maps, _ = explainer.raw_maps(pixels(), explainer.model.encode_texts(["dog"]))
+    model, processor, explainer, texts, maps = drawn(made, "siglip", "attention", labels=["dog"])
     with torch.no_grad():
         tokens = model.vision_model(pixels(), interpolate_pos_encoding=True).last_hidden_state
         head = model.vision_model.head
@@ -281,23 +265,20 @@ def test_attention_affinity_is_each_patchs_mean_over_its_like(affinity, tiny_pro
 
 
 @pytest.mark.parametrize("layer", [-1, -2])
-def test_grad_cam_against_one_backward_an_image_and_text(made, layer):
-    model, processor, _ = made("clip")
-    explainer = make_explainer((model, processor), "grad_cam", layer=layer, activations="block")
-    texts = explainer.model.encode_texts(LABELS)
-    maps, _ = explainer.raw_maps(pixels(), texts)
-    for image in range(2):
-        for text in range(3):
-            outputs = model.vision_model(
-                pixels()[image, None], interpolate_pos_encoding=True, output_hidden_states=True
-            )
-            activations = outputs.hidden_states[layer - 1]
-            embed = F.normalize(model.visual_projection(outputs.pooler_output)[0], dim=-1)
-            logit = model.logit_scale.exp() * embed @ texts.text_embeds[text]
-            (gradient,) = torch.autograd.grad(logit, activations)
-            channel_weights = gradient[0, 1:].mean(0)
-            expected = torch.tensor([max(0.0, (token @ channel_weights).item()) for token in activations[0, 1:]])
-            torch.testing.assert_close(maps[image, text].flatten(), expected, atol=1e-5, rtol=1e-3)
+@pytest.mark.parametrize("activations", ["norm", "block"])
+def test_grad_cam_against_one_backward_an_image_and_text(made, layer, activations):
+    options = {"layer": layer, "activations": activations}
+    model, processor, explainer, texts, maps = drawn(made, "clip", "grad_cam", **options)
+    reference, seen = copy.deepcopy(model), []
+    norm = reference.vision_model.encoder.layers[layer].layer_norm1
+    norm.register_forward_hook(lambda module, args, output: seen.append(output if activations == "norm" else args[0]))
+    for image, text in itertools.product(range(2), range(3)):
+        pooled = reference.vision_model(pixels()[image, None], interpolate_pos_encoding=True).pooler_output
+        embed = F.normalize(reference.visual_projection(pooled)[0], dim=-1)
+        (gradient,) = torch.autograd.grad(model.logit_scale.exp() * embed @ texts.text_embeds[text], seen[-1])
+        channel_weights = gradient[0, 1:].mean(0)
+        expected = torch.tensor([max(0.0, (token @ channel_weights).item()) for token in seen[-1][0, 1:]])
+        torch.testing.assert_close(maps[image, text].flatten(), expected, atol=1e-5, rtol=1e-3)
 
 
 def test_grad_cam_of_a_resnet_weighs_its_last_feature_map(made):
@@ -318,10 +299,7 @@ def test_grad_cam_of_a_resnet_weighs_its_last_feature_map(made):
 @pytest.mark.parametrize("layer", [-1, -2])
 def test_bi_modal_against_the_whole_relevance_matrix(made, layer):
     """Chefer et al.'s rules to the letter, an image and a text at a time, on transformers' own eager attention."""
-    model, processor, _ = made("clip")
-    explainer = make_explainer((model, processor), "bi_modal", layer=layer)
-    texts = explainer.model.encode_texts(LABELS)
-    maps, _ = explainer.raw_maps(pixels(), texts)
+    model, processor, explainer, texts, maps = drawn(made, "clip", "bi_modal", layer=layer)
     reference = eager(model)
     for image in range(2):
         for text in range(3):
@@ -446,10 +424,7 @@ def test_clip_surgery_compares_a_single_text_with_a_prompt_that_names_nothing(ma
 
 @pytest.mark.parametrize("iterations", [0, 2])
 def test_gem_against_its_published_steps(made, iterations):
-    model, processor, _ = made("clip")
-    explainer = make_explainer((model, processor), "gem", depth=2, iterations=iterations)
-    texts = explainer.model.encode_texts(LABELS)
-    maps, _ = explainer.raw_maps(pixels(), texts)
+    model, processor, explainer, texts, maps = drawn(made, "clip", "gem", depth=2, iterations=iterations)
 
     def mix(query, key, value, seen):
         inverse_temperature = seen.norm(dim=-1).mean() / 8**0.5

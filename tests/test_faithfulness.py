@@ -293,19 +293,17 @@ def test_processes_share_the_images_and_agree(root, tiny_processor, monkeypatch)
         assert together.results["itsm"][name] == pytest.approx(alone.results["itsm"][name], abs=1e-4)
 
 
-def arguments(root, tmp_path, *more):
+def arguments(root, world, *more):
     return [
-        *("evaluate", "--task", "faithfulness", "--model", str(tmp_path / "model")),
+        *("evaluate", "--task", "faithfulness", "--model", str(world.folder / "model")),
         *("--dataset", "folder", "--data-root", str(root), *more),
     ]
 
 
-def test_the_command_writes_a_table_and_files(root, tiny_processor, tmp_path, capsys):
-    tiny_model().save_pretrained(tmp_path / "model")
-    tiny_processor.save_pretrained(tmp_path / "model")
+def test_the_command_writes_a_table_and_files(root, world, tmp_path, capsys):
     output = tmp_path / "results.json"
     more = ["--methods", "itsm", "attention", "--steps", "2", "--limit", "3", "--output", str(output)]
-    assert cli.main(arguments(root, tmp_path, *more)) == 0
+    assert cli.main(arguments(root, world, *more)) == 0
     out, err = capsys.readouterr()
     written = json.loads(output.read_text())
     assert written["protocol"]["steps"] == 2 and written["protocol"]["dataset"]["images"] == 3

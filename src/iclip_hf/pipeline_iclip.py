@@ -117,7 +117,7 @@ class ImageTextSimilarityMapPipeline(Pipeline):
     def preprocess(self, image, size: dict | None = None, timeout: float = 60) -> dict:
         image = read_image(image, timeout)
         sizes = [None] if size is None else [size, None]  # None is the processor's
-        pixels = [self.processor(images=[image], size=one)["pixel_values"].to(self.dtype) for one in sizes]
+        pixels = [self.processor(images=[image], size=side)["pixel_values"].to(self.dtype) for side in sizes]
         # The pixels for the maps, and those for the scores if they are others. In lists, because the base class would concatenate
         # tensors, whose shapes may differ.
         return {

@@ -310,8 +310,8 @@ class ICLIPProcessor(ProcessorMixin):
         if threshold is not None:
             threshold = check_thresholds(threshold).expand(maps.shape[1]).tolist()
         return [
-            segments(one, tuple(size), shown, threshold, background)
-            for one, size, shown in zip(maps, sizes, present, strict=True)
+            segments(raw_maps, tuple(size), shown, threshold, background)
+            for raw_maps, size, shown in zip(maps, sizes, present, strict=True)
         ]
 
     def post_process_boxes(
@@ -372,7 +372,9 @@ class ICLIPProcessor(ProcessorMixin):
             for label, heatmap, mask, regions in texts:
                 negative = negative_points(heatmap, mask, num_negative)
                 labels += [label] * len(regions)
-                points += [np.concatenate([positive_points(heatmap, one, num_positive), negative]) for one in regions]
+                points += [
+                    np.concatenate([positive_points(heatmap, part, num_positive), negative]) for part in regions
+                ]
             results.append(
                 {
                     "labels": torch.tensor(labels, dtype=torch.long),

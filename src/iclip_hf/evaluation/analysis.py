@@ -27,12 +27,8 @@ SHARES = ((0.0, 0.25), (0.25, 0.75), (0.75, 1.0), (0.0, 1.0))
 @dataclass(frozen=True)
 class ChannelMatch:
     """
-    The patches of an image that the channels of its pooled vector match (Fig. 3).
-
-    Attributes:
-        tokens (`np.ndarray` of shape `(P,)`): for each channel, the index of the patch with the nearest value, row-major.
-        values (`np.ndarray` of shape `(P,)`): the pooled value of each channel.
-        grid (`tuple[int, int]`): height and width of the patch grid.
+    The patches of an image that the channels of its pooled vector match (Fig. 3): for each channel, the index of the patch with the
+    nearest value, row-major, and the pooled value, `(P,)` each; and height and width of the patch grid.
     """
 
     tokens: np.ndarray
@@ -85,12 +81,8 @@ class SemanticShift:
 @dataclass(frozen=True)
 class Relation:
     """
-    Recognition against interpretability (Fig. 9).
-
-    Attributes:
-        names (`list[str]`): the classes that have both scores.
-        recognition, interpretability (`np.ndarray` of shape `(K,)`): scores of the classes.
-        correlation (`float`): Pearson correlation in [-1, 1]; NaN for fewer than two classes or a constant score.
+    Recognition against interpretability (Fig. 9): the K classes that have both scores, the scores `(K,)`, and their Pearson correlation
+    in [-1, 1], which is NaN for fewer than two classes or a constant score.
     """
 
     names: list[str]
@@ -198,11 +190,8 @@ def relation(recognition: Mapping[str, float], interpretability: Mapping[str, fl
     Compares two scores by class name, such as average precision and mIoU of an evaluation. Classes without both, or with NaN, are left
     out.
     """
-    names = [
-        name
-        for name in recognition
-        if name in interpretability and not math.isnan(recognition[name] + interpretability[name])
-    ]
+    shared = [name for name in recognition if name in interpretability]
+    names = [name for name in shared if not math.isnan(recognition[name] + interpretability[name])]
     x, y = (np.array([scores[name] for name in names], dtype=float) for scores in (recognition, interpretability))
     varied = len(names) > 1 and np.ptp(x) > 0 and np.ptp(y) > 0
     return Relation(names, x, y, float(np.corrcoef(x, y)[0, 1]) if varied else math.nan)

@@ -72,7 +72,7 @@ class Explanation:
 
     def regions(self, index: int, threshold: float | None = None) -> list[Region]:
         """Returns the connected parts of the mask of one text, best first."""
-        return find_regions(*(one.numpy() for one in self._map_and_mask(index, threshold)))
+        return find_regions(*(part.numpy() for part in self._map_and_mask(index, threshold)))
 
     def label_map(self, threshold: float | None = None, background: Sequence[int] = ()) -> torch.Tensor:
         """
@@ -110,7 +110,7 @@ class Explanation:
     def records_and_masks(self) -> Iterator[tuple[dict, np.ndarray]]:
         """Yields `to_dict`'s `dict` of each text without the mask, and the mask. Computes each map once."""
         for index in range(len(self.labels)):
-            heatmap, mask = (one.numpy() for one in self._map_and_mask(index))
+            heatmap, mask = (part.numpy() for part in self._map_and_mask(index))
             regions = find_regions(heatmap, mask)
             negative = negative_points(heatmap, mask).tolist() if regions else []
             record = {

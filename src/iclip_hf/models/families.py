@@ -47,7 +47,9 @@ class TransformersModel(RecordableModel):
         """
         tower = self.network.text_model
         if self._text_layer is None:
-            self._text_layer = [one for one in tower.modules() if isinstance(one, GradientCheckpointingLayer)][-1]
+            self._text_layer = [block for block in tower.modules() if isinstance(block, GradientCheckpointingLayer)][
+                -1
+            ]
             prepare(0, self._text_layer)
         own = tower.config._attn_implementation
         tower.set_attn_implementation("iclip_recorded")

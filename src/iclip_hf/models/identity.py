@@ -128,9 +128,9 @@ def _counting(options: Mapping) -> dict:
 def _plain(value):
     """Converts a value to what JSON has."""
     if isinstance(value, Mapping):
-        return {str(name): _plain(one) for name, one in value.items()}
+        return {str(name): _plain(part) for name, part in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_plain(one) for one in value]
+        return [_plain(part) for part in value]
     if isinstance(value, (set, frozenset)):
         return sorted(map(str, value))
     if value is None or isinstance(value, (bool, int, float, str)):

@@ -117,7 +117,7 @@ class Segmentation(Measure):
         present = [None] * len(images)
         if self.gate is not None:
             present = self.gate.explain_batch(pixel_values, self.encoded)[2] >= self.min_presence
-        return [(dict(zip(drawn, maps)), one) for *maps, one in zip(*drawn.values(), present)]
+        return [(dict(zip(drawn, maps)), shown) for *maps, shown in zip(*drawn.values(), present)]
 
     def count(self, image: EvaluatedImage, method: str, heatmaps: None):
         drawn, present = image.seen[self.name]

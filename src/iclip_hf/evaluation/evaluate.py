@@ -136,16 +136,7 @@ def _report(measures: list[Measure], method: str, dataset: SegmentationDataset) 
 
 
 class EvaluationRun:
-    """
-    What the measures of an evaluation share: methods, encoded texts, and the images of this process. Parameters: [`evaluate`].
-
-    Attributes:
-        model: the loaded model.
-        explainers (`dict`): the explainer of each method.
-        count (`int`): number of images of all processes.
-        indices (`range`): positions of the images of this process.
-        seconds_in_model (`float`): of this process.
-    """
+    """What the measures of an evaluation share: methods, encoded texts, and the images of this process. Parameters: [`evaluate`]."""
 
     def __init__(self, model, dataset, methods, image_size, templates, refine, limit, batch_size, num_workers, state):
         check_positive(limit=limit, batch_size=batch_size)
@@ -156,8 +147,8 @@ class EvaluationRun:
         self.size = {} if size is None else {"size": size}
         self.refine, self.batch_size = refine, batch_size
         self.num_workers = num_workers or spare_processors()
-        self.count = min(len(dataset), limit or len(dataset))
-        self.indices = range(state.process_index, self.count, state.num_processes)
+        self.count = min(len(dataset), limit or len(dataset))  # of all processes
+        self.indices = range(state.process_index, self.count, state.num_processes)  # of this one
         self.seconds_in_model = 0.0
 
     def encode(self, texts: Sequence[str]) -> ICLIPTextFeatures:

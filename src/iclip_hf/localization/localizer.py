@@ -28,32 +28,18 @@ from .explanation import Explanation
 
 
 class PreparedImage(NamedTuple):
-    """
-    An image prepared for the model, with its texts.
+    """An image prepared for the model, with its texts, from [`Localizer.prepare`]."""
 
-    Attributes:
-        pixel_values (`torch.Tensor` of shape `(1, 3, H, W)`).
-        size (`tuple[int, int]`): height and width of its maps in pixels.
-        rows (`list[int]`): indices of its texts among those of the [`Localizer`].
-        own_size (`torch.Tensor`, *optional*): pixel values at the model's own size, if those for the maps have another.
-        features ([`ICLIPImageFeatures`], *optional*): of [`Localizer.encode`], used instead of `pixel_values`.
-    """
-
-    pixel_values: torch.Tensor
-    size: tuple[int, int]
-    rows: list[int]
-    own_size: torch.Tensor | None = None
-    features: ICLIPImageFeatures | None = None
+    pixel_values: torch.Tensor  # (1, 3, H, W)
+    size: tuple[int, int]  # height and width of its maps in pixels
+    rows: list[int]  # indices of its texts among those of the localizer
+    own_size: torch.Tensor | None = None  # pixel values at the model's own size, if those for the maps have another
+    features: ICLIPImageFeatures | None = None  # of `Localizer.encode`, used instead of `pixel_values`
 
 
 class ExplainedImage(NamedTuple):
     """
-    Result of [`Localizer.explain_all`] for one image.
-
-    Attributes:
-        name (`str`): name of the image. If it could not be read, the error message; the other attributes are then None.
-        image (`PIL.Image.Image`): the image in RGB.
-        explanation ([`Explanation`]): explanation of the texts.
+    Result of [`Localizer.explain_all`] for one image. If it could not be read, the name is the error message, and the rest is None.
     """
 
     name: str

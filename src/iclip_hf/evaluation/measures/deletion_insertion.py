@@ -125,12 +125,9 @@ class DeletionInsertion(MeansMeasure):
 
     name = "deletion_insertion"
     figures = {
-        "insertion_probability": ("insertion", 4),
-        "deletion_probability": ("deletion", 4),
-        "difference_probability": ("difference", 4),
-        "insertion_cosine": ("insertion, cosine", 4),
-        "deletion_cosine": ("deletion, cosine", 4),
-        "difference_cosine": ("difference, cosine", 4),
+        f"{name}_{kind}": (name + heading, 4)
+        for kind, heading in (("probability", ""), ("cosine", ", cosine"))
+        for name in ("insertion", "deletion", "difference")
     }
     columns = ("deletion_cosine", "deletion_probability", "insertion_cosine", "insertion_probability")
 

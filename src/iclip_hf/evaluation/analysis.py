@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -36,7 +35,8 @@ class ChannelMatch:
     grid: tuple[int, int]
 
 
-class ShiftRow(NamedTuple):
+@dataclass(frozen=True)
+class ShiftRow:
     """
     A row of Table 6, for images whose foreground share is in (low, high]: the mean number of channels whose patch moves from
     background to foreground (`b2f`), from foreground to background (`f2b`), or does neither (`same`); None without images.

@@ -14,18 +14,10 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from ..utils.digests import content_digest, weights_digest
 
 
-# Options that change no number. All others count, also those that a later version adds.
-_WITHOUT_EFFECT = {
-    "_name_or_path",  # the place of the files
-    *(
-        "architectures",
-        "auto_map",
-        "custom_pipelines",
-        "processor_class",
-        "transformers_version",
-    ),  # what wrote or loads them
-    *("dtype", "torch_dtype"),  # of the files; the loaded weights have a dtype of their own, which counts
-}
+# Options that change no number; all others count, also those that a later version adds. They are the place of the files, the code that
+# wrote or loads them, and the dtype of the files: the loaded weights have a dtype of their own, which counts.
+_WITHOUT_EFFECT = {"_name_or_path", "architectures", "auto_map", "custom_pipelines", "processor_class"}
+_WITHOUT_EFFECT |= {"transformers_version", "dtype", "torch_dtype"}
 # What a tokenizer of the tokenizers library keeps of its last call; each call of a processor sets it.
 _LAST_CALL = ("truncation", "padding")
 # What transformers adds to such a tokenizer.

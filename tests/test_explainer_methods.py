@@ -12,8 +12,8 @@ from transformers import AutoConfig
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from iclip_hf.explainers import make_explainer
+from iclip_hf.explainers.last_block import gaussian_window
 from iclip_hf.explainers.legrad import _mean_mlp
-from iclip_hf.explainers.naclip import gaussian_window
 from iclip_hf.modeling_iclip import load_tower
 
 

@@ -316,7 +316,9 @@ def test_a_truncated_file_is_to_be_deleted(folder, localizer, tmp_path):
     assert run(localizer, open_images([folder / "images"]), tmp_path).images == report.images
 
 
-def test_sources_that_are_none(folder, tmp_path):
+def test_bad_numbers_and_sources(folder, localizer, tmp_path):
+    with pytest.raises(ValueError, match="from 1, got 0 and 4"):
+        run(localizer, open_images([folder / "images"]), tmp_path / "output", batch_size=0)
     with pytest.raises(FileNotFoundError, match="expected images or .tar shards"):
         open_images([tmp_path])
     with pytest.raises(FileNotFoundError, match="none.tar"):

@@ -577,6 +577,12 @@ def test_other_models_are_refused(made):
             make_explainer((other, processor))
 
 
+@pytest.mark.parametrize("labels", ["dog", []])
+def test_labels_are_a_list(made, labels):
+    with pytest.raises(ValueError, match="list of at least one label"):
+        make_explainer(made("clip")[:2]).model.encode_texts(labels)
+
+
 @pytest.mark.parametrize("method", NEED_BLOCKS)
 def test_blocks_are_needed(made, method):
     model, tokenizer, _ = made("open_clip_resnet")

@@ -439,17 +439,6 @@ def test_autocast_rounds_no_logit_and_no_loss():
     assert outputs.loss.dtype == torch.float32
 
 
-def test_tuples_for_who_wants_them():
-    model = tiny_model()
-    expected = model(**tiny_inputs())
-    model.config.return_dict = False
-    outputs = model(**tiny_inputs())
-    assert isinstance(outputs, tuple)
-    torch.testing.assert_close(outputs[0], expected.logits_per_image)
-    again = model(**tiny_inputs(), return_dict=True).logits_per_image
-    torch.testing.assert_close(again, expected.logits_per_image)
-
-
 @pytest.mark.filterwarnings("ignore:.gradient_checkpointing_enable")  # has another name in the newest transformers
 @pytest.mark.parametrize("lock_vision", [True, False])
 @pytest.mark.parametrize("options", [None, {"use_reentrant": True}])

@@ -34,16 +34,12 @@ from .similarity import check_lists, cosine_similarity_map, min_max_normalize
 
 
 class VisionTower(NamedTuple):
-    """
-    What the model needs to know of a kind of image tower.
+    """What the model needs to know of a kind of image tower."""
 
-    Attributes:
-        attention (`str`): class of its attention layers. The last one computes the class token's attention.
-        interpolates (`bool`): whether its position embeddings follow the size of images only with `interpolate_pos_encoding`.
-    """
-
-    attention: str
-    interpolates: bool = False
+    attention: str  # class of its attention layers, the last of which computes the class token's attention
+    interpolates: bool = (
+        False  # whether its position embeddings follow the size of images only with `interpolate_pos_encoding`
+    )
 
 
 # Supported image towers, which have a class token, by model type.
@@ -99,22 +95,14 @@ AttentionMaskInterface.register("sdpa_class_row", sdpa_mask)
 
 
 class ImageTokens(NamedTuple):
-    """
-    Output of the image tower for B images of N = h * w patches.
+    """Output of the image tower for B images of N = h * w patches. Tokens are those after the tower's final norm."""
 
-    Attributes:
-        class_token (`torch.Tensor` of shape `(B, D)`): class token after the tower's final norm.
-        patch_tokens (`torch.Tensor` of shape `(B, N, D)`): patch tokens after the tower's final norm, row-major.
-        attention (`torch.Tensor` of shape `(B, N)`): attention of the class token over the patches in the last layer, averaged
-            over the heads, not normalised, float32.
-        grid (`tuple[int, int]`): height and width of the patch grid.
-        tower_output (`BaseModelOutputWithPooling`): output of the tower.
-    """
-
-    class_token: torch.Tensor
-    patch_tokens: torch.Tensor
-    attention: torch.Tensor
-    grid: tuple[int, int]
+    class_token: torch.Tensor  # (B, D)
+    patch_tokens: torch.Tensor  # (B, N, D), row-major
+    attention: (
+        torch.Tensor
+    )  # (B, N), of the class token in the last layer, mean over the heads, not normalised, float32
+    grid: tuple[int, int]  # height and width in patches
     tower_output: BaseModelOutputWithPooling
 
 

@@ -459,16 +459,7 @@ class RegionRanking(_RegionMetric):
 
 
 class ClassMeans(_ClassSums):
-    """
-    Means of any figures of pairs: over the images of a class, then over the classes. A figure that is NaN is left out.
-
-    Example:
-        >>> metric = ClassMeans()
-        >>> for figures, label in (([1.0, math.nan], 7), ([0.0, math.nan], 7), ([1.0, 0.5], 8)):
-        ...     metric.update(figures, label)
-        >>> metric.compute()["means"]
-        array([0.75, 0.5 ])
-    """
+    """Means of any figures of pairs: over the images of a class, then over the classes. A figure that is NaN is left out."""
 
     _reasons = ()
 

@@ -22,25 +22,16 @@ T = TypeVar("T")
 
 @dataclass
 class AttentionRecord:
-    """
-    An attention layer in a forward pass: Q queries attend to L tokens in H heads.
+    """An attention layer in a forward pass: Q queries attend to L tokens in H heads."""
 
-    Attributes:
-        stream (`torch.Tensor` of shape `(B, L, D)`): input of the layer's block, before its norm; for the pooling of a ResNet, a
-            feature map `(B, D, h, w)`.
-        tokens (`torch.Tensor` of shape `(B, L, D)`): input of the attention.
-        query, key, value (`torch.Tensor` of shape `(B, H, Q or L, D / H)`).
-        mixed (`torch.Tensor` of shape `(B, H, Q, D / H)`): values mixed by the attention, before the output projection.
-        weights (`torch.Tensor` of shape `(B, H, Q, L)`): weights of the values in `mixed`; None if they are not recorded.
-    """
-
+    # (B, L, D), input of the layer's block, before its norm; for the pooling of a ResNet, a feature map (B, D, h, w).
     stream: torch.Tensor
-    tokens: torch.Tensor | None = None
-    query: torch.Tensor | None = None
-    key: torch.Tensor | None = None
-    value: torch.Tensor | None = None
-    mixed: torch.Tensor | None = None
-    weights: torch.Tensor | None = None
+    tokens: torch.Tensor | None = None  # (B, L, D), input of the attention
+    query: torch.Tensor | None = None  # (B, H, Q, D / H)
+    key: torch.Tensor | None = None  # (B, H, L, D / H)
+    value: torch.Tensor | None = None  # (B, H, L, D / H)
+    mixed: torch.Tensor | None = None  # (B, H, Q, D / H), values mixed by the attention, before the output projection
+    weights: torch.Tensor | None = None  # (B, H, Q, L), of the values in `mixed`, if they are recorded
 
 
 @dataclass
@@ -57,16 +48,11 @@ _recording: ContextVar[_Recording | None] = ContextVar("recording", default=None
 
 @dataclass(frozen=True)
 class AttentionLayer:
-    """
-    An attention layer of an image tower, prepared to be recorded.
+    """An attention layer of an image tower, prepared to be recorded."""
 
-    Attributes:
-        output: mixed values of the heads `(B, H, L, D / H)` -> what the layer adds to the residual stream, `(B, L, D)`.
-        mlp: residual stream after the attention `(..., L, D)` -> what the block's MLP adds to it; None for a pooling head, which is
-            no self-attention.
-    """
-
+    # Mixed values of the heads (B, H, L, D / H) -> what the layer adds to the residual stream, (B, L, D).
     output: Callable[[torch.Tensor], torch.Tensor]
+    # Residual stream after the attention (..., L, D) -> what the block's MLP adds to it; None for a pooling head.
     mlp: Callable[[torch.Tensor], torch.Tensor] | None = None
 
     @property

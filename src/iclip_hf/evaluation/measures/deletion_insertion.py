@@ -67,9 +67,8 @@ def deletion_insertion(
         score: function from images `(N, C, H, W)` to figures `(N, ...)`.
         pixel_values (`torch.Tensor` of shape `(C, H, W)`): a prepared image.
         maps (`torch.Tensor` of shape `(M, h, w)`): of any size; they are enlarged to the size of the image (bicubic).
-        steps (`int`): number of steps, at least 1.
+        steps (`int`), batch_size (`int`): number of steps, and largest number of images in one call of `score`, of 2 + 2 * M * steps.
         seed (`int`): seed of the values and of the order of equal pixels. They are the same for all maps.
-        batch_size (`int`): largest number of images in one call of `score`. There are 2 + 2 * M * steps images.
 
     Returns:
         `tuple`: deletion and insertion, each `(M, steps + 1, ...)`, from the start without a change to the last step.

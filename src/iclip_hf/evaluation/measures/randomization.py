@@ -19,13 +19,11 @@ class LayerRandomization:
 
     The layers are those of `RecordableModel.blocks`, the last first. Each weight tensor of a layer is replaced by values from a
     normal distribution with its mean and standard deviation. The weights are restored after every call, also after an exception.
+    Raises `ValueError` for an ONNX model, whose weights cannot be replaced.
 
     Args:
         model: the model that the explainers work on.
         seed (`int`): seed of the random weights.
-
-    Raises:
-        `ValueError`: the weights of the model cannot be replaced, because it is an ONNX model.
     """
 
     def __init__(self, model: ExplainableModel, seed: int = 0):
@@ -80,10 +78,7 @@ def rank_correlation(maps: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
 class Randomization(MeansMeasure):
     """
     `randomization`: rank correlations of the maps with those after the last 1, 2, ... layers of the image tower are randomised. Rows:
-    the correlation with all layers randomised.
-
-    Args:
-        seed (`int`): seed of the random weights.
+    the correlation with all layers randomised. `seed` is that of the random weights.
     """
 
     name = "randomization"

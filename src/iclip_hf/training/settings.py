@@ -355,10 +355,10 @@ def _parse(name: str, text: str):
 def changed_settings(settings: Settings, before: Mapping, fixed: Collection[str] = ()) -> list[str]:
     """Returns the names of settings that must not change on resume (those of `fixed` too), but differ from `before`."""
     changed = []
-    for field in fields(settings):
-        same = field.metadata["same"] or (repr if field.name in fixed else None)
+    for setting in fields(settings):
+        same = setting.metadata["same"] or (repr if setting.name in fixed else None)
         # of a setting that the run began without
-        usual = field.default_factory() if field.default is MISSING else field.default
-        if same and same(getattr(settings, field.name)) != same(before.get(field.name, usual)):
-            changed.append(field.name)
+        usual = setting.default_factory() if setting.default is MISSING else setting.default
+        if same and same(getattr(settings, setting.name)) != same(before.get(setting.name, usual)):
+            changed.append(setting.name)
     return changed

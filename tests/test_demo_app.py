@@ -356,8 +356,7 @@ def test_what_visitors_leave_is_bounded_in_memory_and_on_disk(folder, tmp_path, 
 def test_a_space_runs_the_same_app(tmp_path, monkeypatch, capsys, model):
     arguments = ["demo", "--export-space", str(tmp_path / "space"), *(["--model", model] if model else [])]
     assert cli.main(arguments) == 0
-    _, create, upload = capsys.readouterr().out.splitlines()
-    assert create == "  hf repos create your-name/space --type space --sdk gradio"
+    _, upload = capsys.readouterr().out.splitlines()
     assert upload == f"  hf upload your-name/space {tmp_path / 'space'} . --repo-type space"
     assert sorted(path.name for path in (tmp_path / "space").iterdir()) == ["README.md", "app.py", "requirements.txt"]
     card = RepoCard.load(tmp_path / "space" / "README.md")

@@ -134,10 +134,8 @@ def test_label_maps_are_those_of_refined_maps_of_the_whole_image(root, tiny_proc
     assert result.protocol["refine"] is True
 
 
-def test_commands_refine(root, tiny_processor, tmp_path, capsys):  # noqa: F811
-    tiny_model().save_pretrained(tmp_path / "model")
-    tiny_processor.save_pretrained(tmp_path / "model")
-    model = ["--model", str(tmp_path / "model")]
+def test_commands_refine(root, world, tmp_path, capsys):  # noqa: F811
+    model = ["--model", str(world.folder / "model")]
     data = ["evaluate", "--dataset", "folder", "--data-root", str(root), "--json", *model]
     photo = str(next((root / "images").iterdir()))
     asked = [photo, "--text", "dog", "--min-presence", "0", "--json", *model]

@@ -735,9 +735,9 @@ def fake_graphs(model, processor, folder, weights):
 
 @NEEDS_NPM
 def test_the_digests_are_those_of_the_npm_packages():
-    files = [*web._WASM.values(), *web._WEBGPU.values(), web._TOKENIZER_MODULE]
-    assert set(web._npm_files(files)) == set(files)  # which checks them
-    changed = web._TOKENIZER_MODULE._replace(integrity="sha384-" + "A" * 64)
+    files = [*web._RUNTIME["wasm"].values(), *web._RUNTIME["webgpu"].values(), web._RUNTIME["tokenizers"]]
+    assert web._npm_files(files).keys() == {file["integrity"] for file in files}  # which checks them
+    changed = {**web._RUNTIME["tokenizers"], "integrity": "sha384-" + "A" * 64}
     with pytest.raises(OSError, match="expected dist/tokenizers.min.mjs of digest sha384-AAA.*got sha384-Tl2lM"):
         web._npm_files([changed])
 

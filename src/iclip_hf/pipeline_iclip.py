@@ -50,6 +50,7 @@ class ImageTextSimilarityMapPipeline(Pipeline):
     _load_tokenizer = False
     _postprocess_options = ("threshold", "min_presence", "return_json")
     _refine = False  # by default
+    _background = None, None  # the last template, and the features of the nouns of `BACKGROUND` in it
 
     def __call__(
         self, images, candidate_labels: str | Sequence[str], template: str | Sequence[str] | None = None, **kwargs
@@ -93,21 +94,14 @@ class ImageTextSimilarityMapPipeline(Pipeline):
         labels = _strings("candidate_labels", candidate_labels)
         if not labels:
             raise ValueError("Expected at least one label in candidate_labels, got none: name what to look for.")
-        features = self._encode(labels, template), self._background(template)
+        if self._background[0] != repr(template):
+            self._background = repr(template), self._encode(BACKGROUND, template)
+        features = self._encode(labels, template), self._background[1]
         return super().__call__(images, candidate_labels=labels, text_features=features, **kwargs)
 
     @torch.no_grad()
     def _encode(self, labels: Sequence[str], template):
         return self.model.get_text_features(**self.processor(labels=labels, templates=template).to(self.device))
-
-    def _background(self, template):
-        """Returns the features of [`BACKGROUND`]. They are cached for the last template."""
-        kept = self.__dict__.setdefault("_backgrounds", {})
-        key = template if template is None or isinstance(template, str) else tuple(template)
-        if key not in kept:
-            kept.clear()  # a few megabytes each
-            kept[key] = self._encode(BACKGROUND, template)
-        return kept[key]
 
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs):
         """Saves the model with the pipeline's code, as the base class does, and the processor."""
@@ -117,19 +111,16 @@ class ImageTextSimilarityMapPipeline(Pipeline):
     def _sanitize_parameters(self, **kwargs):
         steps = {"size": 0, "timeout": 0, "text_features": 1, "refine": 1, "candidate_labels": 2}
         steps |= dict.fromkeys(self._postprocess_options, 2)
-        parameters = {}, {}, {}
-        for name, value in kwargs.items():
-            if name not in steps:
-                raise TypeError(
-                    f"Expected one of {sorted(steps)} or template and batch_size, got {name!r}: correct or remove it."
-                )
-            parameters[steps[name]][name] = value
-        return parameters
+        if unknown := sorted(kwargs.keys() - steps):
+            raise TypeError(
+                f"Expected some of {sorted(steps)}, template and batch_size, got {unknown}: correct or remove the others."
+            )
+        return tuple({name: value for name, value in kwargs.items() if steps[name] == step} for step in range(3))
 
     def preprocess(self, image, size: dict | None = None, timeout: float = 60) -> dict:
         image = read_image(image, timeout)
         sizes = [None] if size is None else [size, None]  # None is the processor's
-        pixels = [self.processor(images=[image], size=one)["pixel_values"].to(self.dtype) for one in sizes]
+        pixels = [self.processor(images=[image], size=side)["pixel_values"].to(self.dtype) for side in sizes]
         # The pixels for the maps, and those for the scores if they are others. In lists, because the base class would concatenate
         # tensors, whose shapes may differ.
         return {
@@ -158,7 +149,7 @@ class ImageTextSimilarityMapPipeline(Pipeline):
             check_finite(maps, scores, presences)
             return zip(scores, presences, refine_maps(maps, pixels) if refine else maps)
 
-        shapes = [tuple(None if one is None else one.shape for one in pair) for pair in pairs]
+        shapes = [tuple(getattr(pixels, "shape", None) for pixels in pair) for pair in pairs]
         scores, presences, maps = zip(*map_groups(forward, pairs, shapes))
         return {
             "scores": torch.stack(scores),
@@ -245,9 +236,6 @@ class ZeroShotImageSegmentationPipeline(ImageTextSimilarityMapPipeline):
             - **score** (`float`): presence of the label, in [0, 1], see [`presence`]. Not the cosine, because the score of
               "image-segmentation" is a confidence.
             - **mask** (`PIL.Image.Image`): mode "L", size of the image, 255 at the pixels of the label and 0 elsewhere.
-
-        Raises:
-            `ValueError`, `TypeError`, `OSError`: as [`ImageTextSimilarityMapPipeline`].
         """
         labels = _strings("candidate_labels", candidate_labels)
         background = _strings("background_labels", background_labels)

@@ -8,15 +8,14 @@ from pathlib import Path
 
 from ..presence import MIN_PRESENCE, presence_word
 from .common import (
+    DATASET,
+    MODEL,
     PICTURES,
-    add_colormap_option,
-    add_dataset_options,
-    add_methods_option,
-    add_model_options,
-    add_picture_options,
-    add_refine_option,
-    add_text_option,
-    check_file,
+    PROMPTS,
+    add_picture,
+    add_refine,
+    add_shared,
+    check_output,
     echo,
     load_silently,
     printable,
@@ -30,26 +29,30 @@ def add_options(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "image", metavar="IMAGE", help="image file, or with --dataset the name or path of one of its images"
     )
-    add_text_option(
+    add_shared(
         command,
-        "what to look for, one row of the figure; repeat the option for several texts (default: the classes that the data "
+        "--text",
+        help="what to look for, one row of the figure; repeat the option for several texts (default: the classes that the data "
         "set's image shows)",
     )
-    add_methods_option(command)
-    add_refine_option(command)
-    add_model_options(command, "; repeat the option to compare several", action="append", dest="models", default=None)
+    add_shared(
+        command,
+        "--model",
+        action="append",
+        dest="models",
+        default=None,
+        help='ICLIP or CLIP-like model, or "embedded"; repeat the option to compare several (default: the embedded model)',
+    )
+    add_shared(command, "--methods", *MODEL[1:], *PROMPTS)
+    add_refine(command)
     truth = command.add_argument_group("ground truth", "a data set that contains IMAGE adds the masks of its classes")
-    add_dataset_options(truth, required=False)
-    add_picture_options(command, "comparison.png")
-    add_colormap_option(command)
-    command.add_argument("--json", action="store_true", help="print JSON instead of text")
+    add_shared(truth, *DATASET)
+    add_picture(command, "comparison.png")
+    add_shared(command, "--colormap", "--json")
 
 
-def run(options: argparse.Namespace) -> int:
-    from ..utils.files import check_outputs
-
-    check_file("--output", options.output, PICTURES)
-    check_outputs([options.output], [options.image, options.overrides], options.overwrite)
+def run(options: argparse.Namespace) -> None:
+    check_output(options, PICTURES, [options.image, options.overrides])
     image, truths, templates = _open(options)
     texts = list(dict.fromkeys(options.texts or truths))
     if not texts:
@@ -86,7 +89,7 @@ def run(options: argparse.Namespace) -> int:
     if options.json:
         report = {"image": options.image, "picture": str(options.output), "texts": rows}
         echo(json.dumps(report, indent=2, ensure_ascii=False))
-        return 0
+        return
     echo(f"{printable(options.image)} -> {printable(options.output)}")
     width = max(len(printable(text)) for text in texts)
     for row in rows:
@@ -95,7 +98,6 @@ def run(options: argparse.Namespace) -> int:
             for model in of_model
         ]
         echo(f"  {printable(row['text']):<{width}}  {'  '.join(columns)}")
-    return 0
 
 
 def _open(options: argparse.Namespace):

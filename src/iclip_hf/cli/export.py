@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -19,15 +19,7 @@ def add_options(command: argparse.ArgumentParser) -> None:
     command.add_argument("directory", type=Path, metavar="DIR", help="new folder to write")
     command.add_argument(
         "--format",
-        choices=(
-            "transformers",
-            "onnx",
-            "onnx-bfloat16",
-            "onnx-int8",
-            "web",
-            "web-bfloat16",
-            "web-float32",
-        ),
+        choices=("transformers", "onnx", "onnx-bfloat16", "onnx-int8", "web", "web-bfloat16", "web-float32"),
         default="transformers",
         help="onnx: two graphs for ONNX Runtime, with float32 weights unless the format names another type; web: a page "
         "that runs the model in the browser, with int8 weights unless the format names another type (default: "
@@ -56,14 +48,14 @@ def add_source_options(command: argparse.ArgumentParser) -> None:
     )
 
 
-def run(options: argparse.Namespace) -> int:
+def run(options: argparse.Namespace) -> None:
     kind, _, weights = options.format.partition("-")
     if options.vendor and kind != "web":
         raise ValueError(f"--vendor applies to --format web, but got {options.format}: leave it out.")
     if kind == "transformers":
         folder = export(options, options.directory)
-        echo_folder(folder, ["iclip", "push", str(folder), f"your-name/{folder.resolve().name}", "--dry-run"])
-        return 0
+        echo_folder(folder, "iclip", "push", str(folder), f"your-name/{folder.resolve().name}", "--dry-run")
+        return
     if options.results is not None:
         raise ValueError(
             f"--results applies to --format transformers, whose model card shows them, but got {options.results} with "
@@ -78,7 +70,7 @@ def run(options: argparse.Namespace) -> int:
 
         with shown_steps():
             folder = export_onnx(model, processor, options.directory, weights or "float32")
-        echo_folder(folder, ["iclip", "explain", "photo.jpg", "--text", "dog", "--model", str(folder)])
+        echo_folder(folder, "iclip", "explain", "photo.jpg", "--text", "dog", "--model", str(folder))
     else:
         from ..demo.web import export_web
 
@@ -86,8 +78,7 @@ def run(options: argparse.Namespace) -> int:
             folder = export_web(
                 model, processor, options.directory, weights or "int8", vendor=options.vendor, source=source
             )
-        echo_folder(folder, ["iclip", "demo", "--web", str(folder)])
-    return 0
+        echo_folder(folder, "iclip", "demo", "--web", str(folder))
 
 
 def export(options: argparse.Namespace, directory: Path, name: str | None = None) -> Path:
@@ -98,7 +89,9 @@ def export(options: argparse.Namespace, directory: Path, name: str | None = None
             metrics = json.loads(options.results.read_text(encoding="utf-8"))
         except (ValueError, RecursionError):
             metrics = None
-        if not (isinstance(metrics, dict) and {"protocol", "results"} <= metrics.keys()):
+        if not (
+            isinstance(metrics, dict) and all(isinstance(metrics.get(part), dict) for part in ("protocol", "results"))
+        ):
             raise ValueError(
                 f"--results {options.results}: expected the JSON that `iclip evaluate --output` writes, but got other "
                 "content; evaluate again."
@@ -109,8 +102,7 @@ def export(options: argparse.Namespace, directory: Path, name: str | None = None
 
     silence_transformers()
     model, processor = load_iclip(options.model)
-    protocol = None if metrics is None else metrics["protocol"]
-    if isinstance(protocol, Mapping) and (differing := changed_model(protocol, model, processor)):
+    if metrics is not None and (differing := changed_model(metrics["protocol"], model, processor)):
         raise ValueError(
             f"--results {options.results}: expected figures of this model, got those of other {', '.join(differing)}, or of a model that "
             "it does not describe; measure this model by `iclip evaluate --output`."

@@ -11,9 +11,8 @@ def add_options(command: argparse.ArgumentParser) -> None:
     command.set_defaults(run=run)
 
 
-def run(options: argparse.Namespace) -> int:
+def run(options: argparse.Namespace) -> None:
     from ..hub.metrics import install_metrics
 
-    names = list(install_metrics())
-    echo(f"installed: {', '.join(names)}. Next, in Python:\n  import evaluate; evaluate.load({names[0]!r})")
-    return 0
+    for name, folder in install_metrics().items():
+        echo(f"{name} -> {folder}")

@@ -6,7 +6,7 @@ import argparse
 import os
 
 from ..training.settings import add_settings, has_configuration, read_settings
-from .common import echo, report_error
+from .common import echo
 
 
 def add_options(command: argparse.ArgumentParser) -> None:
@@ -15,7 +15,7 @@ def add_options(command: argparse.ArgumentParser) -> None:
     add_settings(command)
 
 
-def run(options: argparse.Namespace) -> int:
+def run(options: argparse.Namespace) -> None:
     from ..training.checks import check_run
     from ..training.plan import choose_settings
 
@@ -41,9 +41,3 @@ def run(options: argparse.Namespace) -> int:
         train(settings)
     except (FloatingPointError, StrictDataclassError) as error:
         raise ValueError(str(error)) from error
-    except KeyboardInterrupt as interruption:
-        from accelerate import PartialState
-
-        report_error("train", interruption, printed=PartialState().is_main_process)
-        return 130
-    return 0

@@ -37,20 +37,10 @@ _CUSTOM_PIPELINES = {
     for task, implementation in PIPELINES.items()
 }
 # Options that must be equal in a tower's checkpoint and the configuration. All others are those of the configuration.
-_TOWER_SHAPE = (
-    "model_type",
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "hidden_act",
-    "mlp_ratio",
-    "image_size",
-    "patch_size",
-    "num_register_tokens",
-    "max_position_embeddings",
-    "vocab_size",
-)
+_TOWER_SHAPE = """
+    model_type hidden_size intermediate_size num_hidden_layers num_attention_heads hidden_act mlp_ratio image_size patch_size
+    num_register_tokens max_position_embeddings vocab_size
+""".split()
 
 
 # ------------------------------------------------------------ a new model
@@ -98,16 +88,13 @@ def join_towers(
     source: Path, vision: str, text: str, image_size: int | None = None, **options
 ) -> tuple[ICLIPModel, ICLIPProcessor]:
     """
-    Joins two towers with untrained projections, and creates their processor.
+    Joins two towers with untrained projections, and creates their processor. Raises what [`init_model`] raises.
 
     Args:
         source: folder of a configuration, with `config.json` and `processor_config.json`.
         vision, text: as for [`init_model`], or `"embedded"` for the towers of the embedded model.
         image_size (*optional*): height and width in pixels; the configuration's if not given.
         options: of [`ICLIPConfig`]; they override the configuration.
-
-    Raises:
-        `OSError` or `ValueError`: as [`init_model`].
     """
     if "embedded" in (vision, text):
         towers = map(str, embedded_towers())
@@ -162,7 +149,6 @@ def export_model(
     name: str | None = None,
     source: str | Path | None = None,
     metrics=None,
-    training: Mapping | None = None,
 ) -> Path:
     """
     Exports a model: weights (safetensors), configuration, processor, code and model card. Without this package installed, the Auto
@@ -170,14 +156,11 @@ def export_model(
 
     Args:
         model, processor: model to export and its processor; they are not changed.
-        folder: new or empty.
-        name, source, metrics, training: for the model card, see [`write_model_card`].
+        folder: new or empty. Raises `FileExistsError` for another.
+        name, source, metrics: for the model card, see [`write_model_card`].
 
     Returns:
         `Path`: the folder.
-
-    Raises:
-        `FileExistsError`: `folder` is not empty.
     """
     with atomic_folder(folder) as built:
         model.save_pretrained(built)
@@ -193,7 +176,7 @@ def export_model(
         _write_json(built / "processor_config.json", {**options, "auto_map": auto_map})
         for file in code_files():
             shutil.copyfile(file, built / file.name)
-        write_model_card(model, processor, built, name=name, source=source, metrics=metrics, training=training)
+        write_model_card(model, processor, built, name=name, source=source, metrics=metrics)
     return Path(folder)
 
 

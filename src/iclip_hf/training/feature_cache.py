@@ -48,15 +48,15 @@ def image_rows(model: ICLIPModel, pixel_values: torch.Tensor, map_tokens: int) -
     """
     image = model.encode_image(pixel_values)
 
-    def one(way: str) -> torch.Tensor:
+    def pooled(way: str) -> torch.Tensor:
         mode, _, norm = way.partition("/")
         attention = normalize_attention(image.attention, norm or "minmax", model.config.attention_quantile)
         return pool(image.patch_tokens, image.class_token, attention, mode)
 
     if model.config.max_over == "channels":
-        return torch.stack([one(way) for way in POOLINGS], 1)
+        return torch.stack([pooled(way) for way in POOLINGS], 1)
     tokens, attention = map_features(model, image, map_tokens)
-    rows = torch.cat([torch.stack([one(way) for way in POOLINGS[:2]], 1), tokens], 1)
+    rows = torch.cat([torch.stack([pooled(way) for way in POOLINGS[:2]], 1), tokens], 1)
     return torch.cat([rows, F.pad(attention, (2, 0)).unsqueeze(-1)], -1)
 
 

@@ -249,27 +249,14 @@ def add_settings(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("data", nargs="*", default=argparse.SUPPRESS, metavar="DATA", help="the same as --data")
 
 
-def has_configuration(given: Mapping) -> bool:
-    """Whether a configuration gives the other settings. Otherwise there are data, which they can be chosen by."""
-    return bool(given.get("config") or not given.get("data"))
-
-
-def read_settings(given: Mapping, chosen: Mapping | None = None) -> Settings:
+def read_settings(given: Mapping) -> Settings:
     """
-    Merges the settings of a run. `given` has precedence over the `train.yaml` that `config` names, and this over the defaults.
-
-    Args:
-        given (`Mapping`): settings by name, with values of their types, such as the result of the parser of [`add_settings`].
-        chosen (`Mapping`, *optional*): settings in place of those of a configuration, see [`has_configuration`].
-
-    Returns:
-        [`Settings`].
+    Merges the settings of a run. `given`, such as the result of the parser of [`add_settings`], has precedence over the `train.yaml` that
+    `config` names, and this over the defaults.
 
     Raises:
         `ValueError`: a setting is invalid. `FileNotFoundError`: there is no such configuration.
     """
-    if chosen is not None:
-        return Settings(**{**chosen, **given})
     file = _config_file(given.get("config") or "iclip-vit-b16")
     named = read_file(file)
     if given.get("model"):  # instead of the towers that the file names

@@ -141,16 +141,8 @@ class TrainingRun:
     ):
         self.settings, self.processor, self.accelerator, self.interrupts = settings, processor, accelerator, interrupts
         self.output_dir = Path(settings.output_dir)
-        pair_model = PairModel(
-            model,
-            settings.chunk_size,
-            settings.lock_text,
-            settings.map_tokens,
-            settings.noun_weight,
-            settings.noun_branches,
-            settings.noun_competition,
-            settings.unlocked_vision_blocks,
-        )
+        options = "chunk_size lock_text map_tokens noun_weight noun_branches noun_competition unlocked_vision_blocks"
+        pair_model = PairModel(model, **{name: getattr(settings, name) for name in options.split()})
         fixed = ["chunk_size"] if pair_model.has_dropout else []
         last_checkpoint, self.state = state_to_resume(settings, fixed)
         if last_checkpoint and self.state.sharded != accelerator.is_fsdp2:

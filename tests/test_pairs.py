@@ -559,6 +559,23 @@ def test_no_good_pair_at_all(tmp_path):
         dataset[0]
 
 
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"text": "", "title": "a"},
+        {"captions": ["", " "], "txt": " ", "title": "a"},
+        {"captions": " ", "text": "a"},
+        {"txt": "", "caption": "", "json": {"caption": "a"}},
+        {"caption": None, "json": {"captions": [" "], "caption": "a"}},
+    ],
+)
+def test_a_blank_caption_does_not_hide_the_next(row):
+    columns = sources.Columns()
+    assert columns.captions(row) == ["a"]
+    with pytest.raises(ValueError, match="no caption"):
+        columns.captions({"txt": " ", "json": {"caption": ""}})
+
+
 def test_shard_that_disappears_stops_the_run(tmp_path):
     dataset = load_pairs(write_shards(tmp_path, 6, shards=2))
     (tmp_path / "00001.tar").unlink()

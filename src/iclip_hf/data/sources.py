@@ -68,25 +68,28 @@ class Columns(NamedTuple):
                 )
 
     def captions(self, row: Mapping) -> list[str]:
-        """Returns all captions of a row, stripped. Raises `ValueError` if there are none."""
-        if isinstance(row.get("json"), Mapping):
-            row = {**row["json"], **row}
-        column = next((column for column in self.caption if row.get(column)), None)
-        if column is None:
-            raise ValueError("no caption")
-        value = row[column]
-        if column == "captions" and isinstance(value, str):  # of a .csv or .tsv
-            value = json.loads(value)
-        if isinstance(value, str):
-            value = [value]
-        if not isinstance(value, list) or not all(isinstance(caption, str) for caption in value):
-            raise ValueError(f"expected text or a list of texts in {column!r}, but got {value!r:.100}")
-        # JSON escapes can contain lone surrogates, which tokenizers refuse.
-        captions = [caption.encode(errors="ignore").decode().strip() for caption in value]
-        captions = [caption for caption in captions if caption]
-        if not captions:
-            raise ValueError(f"no caption but blank text in {column!r}")
-        return captions
+        """Returns the captions of the first column with text, stripped. Raises `ValueError` if there is none."""
+        within = row["json"] if isinstance(row.get("json"), Mapping) else {}
+        for column in self.caption:
+            for value in (row.get(column), within.get(column)):
+                if captions := _captions(column, value):
+                    return captions
+        raise ValueError("no caption")
+
+
+def _captions(column: str, value) -> list[str]:
+    """Returns the captions in a value of a column, which may be none. Raises `ValueError` if it is not text."""
+    if not (value.strip() if isinstance(value, str) else value):
+        return []
+    if column == "captions" and isinstance(value, str):  # of a .csv or .tsv
+        value = json.loads(value)
+    if isinstance(value, str):
+        value = [value]
+    if not isinstance(value, list) or not all(isinstance(caption, str) for caption in value):
+        raise ValueError(f"expected text or a list of texts in {column!r}, but got {value!r:.100}")
+    # JSON escapes can contain lone surrogates, which tokenizers refuse.
+    captions = (caption.encode(errors="ignore").decode().strip() for caption in value)
+    return [caption for caption in captions if caption]
 
 
 USUAL_COLUMNS = Columns()

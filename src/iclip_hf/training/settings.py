@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields
 from functools import cache, partial
 from pathlib import Path
 from typing import Literal, get_args, get_origin, get_type_hints
@@ -341,7 +341,11 @@ def _parse(name: str, text: str):
 
 def changed_settings(settings: Settings, before: Mapping, fixed: Collection[str] = ()) -> list[str]:
     """Returns the names of settings that must not change on resume (those of `fixed` too), but differ from `before`."""
-    kept = {
-        entry.name: entry.metadata["same"] or (repr if entry.name in fixed else None) for entry in fields(settings)
-    }
-    return [name for name, same in kept.items() if same and same(getattr(settings, name)) != same(before.get(name))]
+    changed = []
+    for entry in fields(settings):
+        same = entry.metadata["same"] or (repr if entry.name in fixed else None)
+        # of a setting that the run began without
+        usual = entry.default_factory() if entry.default is MISSING else entry.default
+        if same and same(getattr(settings, entry.name)) != same(before.get(entry.name, usual)):
+            changed.append(entry.name)
+    return changed

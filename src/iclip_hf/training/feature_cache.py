@@ -256,7 +256,7 @@ class CachedPairs(Dataset):
 
     def __init__(
         self,
-        images: FeatureShards,
+        features: FeatureShards,
         config: ICLIPConfig,
         processor: ICLIPProcessor,
         seed: int = 0,
@@ -264,9 +264,9 @@ class CachedPairs(Dataset):
         texts: CachedTexts | None = None,
         prompts: CachedTexts | None = None,
     ):
-        self.images, self.config, self.processor, self.seed = images, config, processor, seed
+        self.features, self.config, self.processor, self.seed = features, config, processor, seed
         self.nouns, self.texts, self.prompts = nouns, texts, prompts
-        captions = images.captions()
+        captions = features.captions()
         self.rows = np.array([row for row, several in enumerate(captions) if several])  # bad pairs have no captions
         self.captions = [captions[row] for row in self.rows]
         self.set_epoch(0)
@@ -287,7 +287,7 @@ class CachedPairs(Dataset):
     def __getitems__(self, indices: Sequence[int]) -> dict:
         """Returns a batch: `image_features` of the branches, and for each pair the drawn caption and all captions."""
         return {
-            "image_features": branch_features(torch.from_numpy(self.images[self.rows[indices]]).float(), self.config),
+            "image_features": branch_features(torch.from_numpy(self.features[self.rows[indices]]).float(), self.config),
             "caption": self.drawn_captions(indices),
             "captions": [self.captions[i] for i in indices],
         }

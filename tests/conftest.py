@@ -54,28 +54,7 @@ TRANSFORMER = {
     "intermediate_size": 48,
     "max_position_embeddings": 77,
 }
-WORDS = [
-    "a",
-    "photo",
-    "of",
-    "the",
-    "dog",
-    "cat",
-    "ball",
-    "red",
-    "blue",
-    "car",
-    "sky",
-    "grass",
-    "person",
-    ".",
-    ",",
-    "[PAD]",
-    "[UNK]",
-    "[CLS]",
-    "[SEP]",
-    "[MASK]",
-]
+WORDS = "a photo of the dog cat ball red blue car sky grass person . , [PAD] [UNK] [CLS] [SEP] [MASK]".split()
 CLIP_TOKENS = {"vocab_size": 64, "bos_token_id": 62, "eos_token_id": 63, "pad_token_id": 1}
 TEXT = {
     "clip_text_model": {"model_type": "clip_text_model", **TRANSFORMER, **CLIP_TOKENS},

@@ -134,12 +134,12 @@ def plain_pairs(folder: Path) -> TrainingPairs:
 def cached_pairs(folder: Path, model: ICLIPModel, accelerator: Accelerator, lock_text: bool) -> CachedPairs:
     """From what is in the folder, or is put there now."""
     pairs = load_pairs(folder / "pairs.tar")
-    views = cache_images(folder, pairs, model.eval(), [WholeImage(processor())], accelerator)
+    images = cache_images(folder, pairs, model.eval(), processor(), accelerator)
     texts = {}
     if lock_text:
-        captions = [caption for several in views[0].captions() for caption in several]
+        captions = [caption for several in images.captions() for caption in several]
         texts["texts"] = cache_texts(folder / "texts", captions, model, processor(), accelerator)
-    return CachedPairs(views, model.config, processor(), **texts)
+    return CachedPairs(images, model.config, processor(), **texts)
 
 
 # name, class, and what it is made with
@@ -201,7 +201,7 @@ def captions_held(folder: Path, pairs: int):
     held = []
 
     def open_cache() -> None:
-        pairs = CachedPairs([shards], ICLIPConfig(), None)
+        pairs = CachedPairs(shards, ICLIPConfig(), None)
         held.append((pairs, CachedTexts(pairs.drawn_captions(), shards)))
 
     return open_cache

@@ -42,7 +42,6 @@ from iclip_hf.data.pairs import load_pairs
 from iclip_hf.localization.collection import explain_collection, open_images
 from iclip_hf.localization.localizer import Localizer
 from iclip_hf.models.loading import load_iclip
-from iclip_hf.training.data import WholeImage
 from iclip_hf.training.feature_cache import cache_images
 
 
@@ -97,8 +96,7 @@ def training(inputs: Path, output: Path, *more) -> None:
 
 def cache(inputs: Path, output: Path) -> None:
     model, processor = load_iclip(inputs / "model")
-    views = [WholeImage(processor)]
-    cache_images(output, load_pairs(inputs / "pairs.tar"), model, views, Accelerator(cpu=True), batch_size=16)
+    cache_images(output, load_pairs(inputs / "pairs.tar"), model, processor, Accelerator(cpu=True), batch_size=16)
 
 
 def collection(inputs: Path, output: Path) -> None:

@@ -89,13 +89,13 @@ class Study:
         self.accelerator = Accelerator(cpu=True)
         self.start, self.processor = load_iclip("embedded")
         pairs, transform = load_pairs(options.data_root / "flickr8k" / "dev-00000.tar"), WholeImage(self.processor)
-        views = cache_images(options.output, pairs, self.start, [transform], self.accelerator)
-        captions = [caption for several in views[0].captions() for caption in several]
+        features = cache_images(options.output, pairs, self.start, self.processor, self.accelerator)
+        captions = [caption for several in features.captions() for caption in several]
         texts = cache_texts(options.output / "texts", captions, self.start, self.processor, self.accelerator)
-        self.pairs = CachedPairs(views, self.start.config, self.processor, texts=texts)
+        self.pairs = CachedPairs(features, self.start.config, self.processor, texts=texts)
         if self.blocks:
             images = {row: transform(pairs.read(row)["image"]) for row in self.pairs.rows}
-            self.pairs = PairsWithImages(images, views, self.start.config, self.processor, texts=texts)
+            self.pairs = PairsWithImages(images, features, self.start.config, self.processor, texts=texts)
         self.maps = load_segmentation("coco2017", options.data_root / "coco100", "train2017")
         self.locked_blocks = remembered_blocks(copy.deepcopy(self.start.vision_model), self.blocks)
         self.start.encode_image = remembered(self.start.encode_image, {})

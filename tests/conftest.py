@@ -6,6 +6,10 @@ import os
 import shutil
 import tarfile
 import tempfile
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from http.server import ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -93,6 +97,17 @@ def tiny_inputs(batch: int = 2, texts: int = 3, size: tuple[int, int] = (32, 32)
         attention_mask[row, end + 1 :] = 0
     pixel_values = torch.randn(batch, 3, *size, generator=generator)
     return {"pixel_values": pixel_values, "input_ids": input_ids, "attention_mask": attention_mask}
+
+
+@contextmanager
+def served(handler: Callable) -> Iterator[ThreadingHTTPServer]:
+    """Runs an HTTP server in a thread. It ends also after a failure, because a closed server that runs would spin."""
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        try:
+            yield server
+        finally:
+            server.shutdown()
 
 
 @pytest.fixture(scope="session")

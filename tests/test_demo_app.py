@@ -140,6 +140,16 @@ def test_an_upload_is_answered_with_scores_maps_and_an_archive(client, folder):
     np.testing.assert_allclose(np.load(npz)["scores"], [one["cosine"] for one in value["texts"]], atol=1e-4)
 
 
+def test_maps_are_refined_on_request(client, folder, tiny_processor):
+    photo = gradio_client.handle_file(folder / "small.png")
+    for refine in (True, False):  # also of a photograph that was seen before
+        value, _ = client.predict(photo, "dog, red ball", "itsm", refine, api_name="/explain")
+        image = Image.open(folder / "small.png")
+        expected = explain((tiny_model(), tiny_processor), image, ["dog", "red ball"], refine=refine)
+        assert value["grid"] == list(expected.raw_maps.shape[1:])
+        np.testing.assert_allclose(drawn_maps(value), expected.maps, atol=1e-3)
+
+
 @pytest.mark.parametrize(
     ("name", "texts", "method", "sentence"),
     [
@@ -157,7 +167,7 @@ def test_bad_input_is_answered_with_a_sentence(client, folder, name, texts, meth
 def call(server, photo, texts="dog", method="itsm"):
     """A question to the server, and how to get the first line and the answer to it."""
     photo = {"path": str(photo), "orig_name": "photo.png", "meta": {"_type": "gradio.FileData"}}
-    asked = httpx.post(f"{server}gradio_api/call/explain", json={"data": [photo, texts, method]}, timeout=60)
+    asked = httpx.post(f"{server}gradio_api/call/explain", json={"data": [photo, texts, method, False]}, timeout=60)
     return asked, lambda: httpx.get(f"{asked.url}/{asked.json()['event_id']}", timeout=60).text.splitlines()[0]
 
 
@@ -203,9 +213,10 @@ def test_one_answer_for_every_file_that_was_not_uploaded(server, folder, monkeyp
         *({"path": None, "url": paths[0], **extra}, {"path": [own], **extra}, {"path": photos[0], **extra}),
         *({"url": f"{server}gradio_api/file={own}", **extra}, {"path": paths[1], "inner": hidden, **extra}),
     ]
-    refused = {tuple(answer_to(server, photo, "dog", "itsm")) for photo in photos}
+    refused = {tuple(answer_to(server, photo, "dog", "itsm", False)) for photo in photos}
     refused |= {
-        tuple(answer_to(server, {"path": own, **META}, *rest)) for rest in ([hidden, "itsm"], ["dog", [hidden]])
+        tuple(answer_to(server, {"path": own, **META}, *rest))
+        for rest in ([hidden, "itsm", False], ["dog", [hidden], False], ["dog", "itsm", hidden])
     }
     link.unlink()
     ((event, sentence),) = refused
@@ -216,8 +227,8 @@ def test_one_answer_for_every_file_that_was_not_uploaded(server, folder, monkeyp
 def test_all_else_that_an_upload_is_said_to_be_is_ignored(server, folder):
     own = upload(server, (folder / "small.png").read_bytes()).json()[0]
     said = {"url": "http://example.org/a.png", "inner": {"path": "http://example.org/a.png", **META}, "orig_name": [1]}
-    assert answer_to(server, {"path": own, **said}, "dog", "itsm")[0] == "event: complete"
-    assert answer_to(server, {"path": str(content.example_files()[0])}, "dog", "itsm")[0] == "event: complete"
+    assert answer_to(server, {"path": own, **said}, "dog", "itsm", False)[0] == "event: complete"
+    assert answer_to(server, {"path": str(content.example_files()[0])}, "dog", "itsm", False)[0] == "event: complete"
 
 
 def test_routes_of_gradio_that_fetch_or_keep_are_not_there(server, folder):

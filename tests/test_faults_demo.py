@@ -97,7 +97,9 @@ def test_the_app_fetches_nothing_from_elsewhere(server):
             {"path": "photo.png", "url": address},
         ):
             call = f"{server}gradio_api/call/explain"
-            body = {"data": [{**photo, "orig_name": "a.png", "meta": {"_type": "gradio.FileData"}}, "dog", "itsm"]}
+            body = {
+                "data": [{**photo, "orig_name": "a.png", "meta": {"_type": "gradio.FileData"}}, "dog", "itsm", False]
+            }
             answer = httpx.post(call, json=body)
             if answer.status_code == 200:
                 event = httpx.get(f"{call}/{answer.json()['event_id']}", timeout=30).text

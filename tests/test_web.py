@@ -34,6 +34,7 @@ from iclip_hf.models.loading import load_iclip
 from iclip_hf.models.onnx import ONNXModel
 from iclip_hf.pooling import pool_similarities
 from iclip_hf.presence import presence, presence_word
+from iclip_hf.refinement import refine_maps
 from iclip_hf.similarity import resize_and_normalize, resize_maps
 
 
@@ -228,6 +229,23 @@ def check(page, expected):
         map_ = drawn(page, index)
         assert map_.shape == tuple(expected.size)
         assert np.abs(map_ - expected.map(index).numpy()).max() < 0.016  # four of the 256 levels have one colour
+
+
+def test_maps_are_refined_on_request_and_for_segments(page, exported, photos):
+    image, texts = Image.open(photos / "noise.png"), ["dog", "red ball"]
+    ask(page, photos / "noise.png", ", ".join(texts))
+    plain, refined = (explain_by(exported, image, texts, refine=refine) for refine in (False, True))
+    assert (plain.maps - refined.maps).abs().max() > 0.1
+    shown = page.locator("#refine")
+    for click, expected in (("#refine", refined), ("#refine", plain), ("input[name=segments]", refined)):
+        page.evaluate("document.getElementById('status').textContent = 'asking'")
+        page.click(click)
+        page.locator("#status", has_text=re.compile("^$")).wait_for(state="attached")
+        assert shown.is_checked() == (expected is refined)
+        if click == "input[name=segments]":
+            page.click(click)  # removes the panel of segments, and leaves the maps refined
+        check(page, expected)
+    assert shown.is_checked()
 
 
 class Files(SimpleHTTPRequestHandler):
@@ -581,6 +599,24 @@ def test_maps_are_enlarged_and_stretched_as_in_python(functions, grid, size):
     assert np.abs(np.array(found["levels"]) - expected).max() <= 0.51
     constant = compute(functions, "enlarge", floats(torch.full(grid, 0.3)), list(grid), size[1], size[0])
     assert set(constant["levels"]) == {0}
+
+
+@pytest.mark.parametrize("size", [(30, 20), (17, 24)])
+def test_maps_are_refined_as_in_python(functions, size):
+    image = noise(size, 40)
+    image.paste((90, 90, 90), (0, 0, size[0] // 2, size[1]))  # with cells of one colour
+    pixels, raw = np.array(image), torch.randn(3, 5, generator=torch.Generator().manual_seed(5))
+    expected = refine_maps(raw[None, None], torch.from_numpy(pixels).permute(2, 0, 1)[None] / 127.5 - 1)[0, 0]
+    found = functions.evaluate(
+        """async ([rgb, [width, height], map, grid]) => {
+            const { neighbours, refine } = await import("./numerics.js");
+            const near = neighbours(Uint8Array.from(rgb), width, height);
+            return [near.grid, [...refine(Float32Array.from(map), grid, near)]];
+        }""",
+        [pixels.ravel().tolist(), size, raw.flatten().tolist(), [3, 5]],
+    )
+    assert found[0] == list(expected.shape)
+    np.testing.assert_allclose(found[1], expected.flatten(), atol=1e-4)
 
 
 def test_segments_are_the_label_map(functions, tmp_path):

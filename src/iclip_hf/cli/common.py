@@ -157,7 +157,7 @@ def add_shared(command: argparse._ActionsContainer, *names: str, **changes) -> N
         command.add_argument(name, **{**SHARED[name], **changes})
 
 
-def add_refine(command: argparse.ArgumentParser, default: bool) -> None:
+def add_refine(command: argparse.ArgumentParser, default: bool = False) -> None:
     command.add_argument(
         "--refine",
         action=argparse.BooleanOptionalAction,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Mapping
 from pathlib import Path
 
 from ..utils.names import check_model_name
@@ -87,7 +86,9 @@ def export(options: argparse.Namespace, directory: Path, name: str | None = None
             metrics = json.loads(options.results.read_text(encoding="utf-8"))
         except (ValueError, RecursionError):
             metrics = None
-        if not (isinstance(metrics, dict) and {"protocol", "results"} <= metrics.keys()):
+        if not (
+            isinstance(metrics, dict) and all(isinstance(metrics.get(part), dict) for part in ("protocol", "results"))
+        ):
             raise ValueError(
                 f"--results {options.results}: expected the JSON that `iclip evaluate --output` writes, but got other "
                 "content; evaluate again."
@@ -98,8 +99,7 @@ def export(options: argparse.Namespace, directory: Path, name: str | None = None
 
     silence_transformers()
     model, processor = load_iclip(options.model)
-    protocol = None if metrics is None else metrics["protocol"]
-    if isinstance(protocol, Mapping) and (differing := changed_model(protocol, model, processor)):
+    if metrics is not None and (differing := changed_model(metrics["protocol"], model, processor)):
         raise ValueError(
             f"--results {options.results}: expected figures of this model, got those of other {', '.join(differing)}, or of a model that "
             "it does not describe; measure this model by `iclip evaluate --output`."

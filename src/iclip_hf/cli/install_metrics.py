@@ -14,4 +14,5 @@ def add_options(command: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> None:
     from ..hub.metrics import install_metrics
 
-    echo(f"installed: {', '.join(install_metrics())}")
+    for name, folder in install_metrics().items():
+        echo(f"{name} -> {folder}")

@@ -29,6 +29,10 @@ from .common import (
 )
 
 
+# Bytes of a picture's name without its suffix, of the 255 that file systems allow.
+_LONGEST = 251
+
+
 def add_image_options(
     command: argparse.ArgumentParser, *, images: str, absent: str, output: str, refine: bool = False
 ) -> None:
@@ -130,11 +134,14 @@ def _pictures_to_write(
 
 def _file_names(images: Sequence[str]) -> list[str]:
     """Returns a unique name for each picture, because a/dog.jpg and b/dog.jpg must not write the same file."""
+    from ..utils.files import short_name
+
     taken = {}
     for stem in (Path(image).stem for image in images):
-        name, number = stem, 2
+        name, number = short_name(stem, _LONGEST), 2
         while name.casefold() in taken:  # file systems may not tell upper from lower case
-            name, number = f"{stem}-{number}", number + 1
+            mark = f"-{number}"
+            name, number = short_name(stem, _LONGEST - len(mark)) + mark, number + 1
         taken[name.casefold()] = f"{name}.png"
     return list(taken.values())
 
@@ -182,7 +189,7 @@ def _written(command: str, localizer, images, write: Callable, batch_size: int) 
     with ThreadPoolExecutor(1) as beside:
         explained = localizer.explain_all(lambda path: (path, load_image(path)), names, beside, batch_size)
         entries = prefetch_map(beside, written, zip(explained, pictures), 4)
-        yield from tqdm(entries, total=len(images), unit="image", disable=len(images) == 1)
+        yield from tqdm(entries, total=len(images), unit="image", delay=2, disable=len(images) == 1)
 
 
 def presence_column(value: float, min_presence: float) -> str:

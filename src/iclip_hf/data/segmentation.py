@@ -80,10 +80,7 @@ class SegmentationSample:
 
     def mask(self, label: int) -> np.ndarray:
         """
-        Returns the mask of one class, which the image need not contain.
-
-        Args:
-            label (`int`): class id in 1..K.
+        Returns the mask of one class, an id in 1..K, which the image need not contain.
 
         Returns:
             `np.ndarray` of shape `(H, W)`, of the type of `label_map`: `label` on the pixels of the class, `void` on ignored pixels,
@@ -164,31 +161,27 @@ class _COCOSample(SegmentationSample):
 
     @cached_property
     def label_map(self) -> np.ndarray:
-        label_map = np.zeros(self.size, _mask_type(self.num_classes))
-        instances = [one for one in self.annotations if not one["iscrowd"]]
-        masks = [self._union([one]).view(bool) for one in instances]
+        instances = [(a["label"], self._union([a])) for a in self.annotations if not a["iscrowd"]]
         # The smaller of two overlapping instances lies in front.
-        for index in np.argsort([-mask.sum() for mask in masks], kind="stable"):
-            label_map[masks[index]] = instances[index]["label"]
-        label_map[self._crowds()] = self.void
-        return label_map
+        return self._painted(sorted(instances, key=lambda instance: -instance[1].sum()))
 
     def _mask(self, label: int) -> np.ndarray:
-        union = self._union([annotation for annotation in self.annotations if annotation["label"] == label])
-        mask = np.multiply(union, label, dtype=_mask_type(self.num_classes), order="C")
-        mask[self._crowds()] = self.void
-        return mask
+        return self._painted([(label, self._union([a for a in self.annotations if a["label"] == label]))])
 
-    def _crowds(self) -> np.ndarray:
-        return self._union([annotation for annotation in self.annotations if annotation["iscrowd"]]).view(bool)
+    def _painted(self, masks: Sequence[tuple[int, np.ndarray]]) -> np.ndarray:
+        """Returns an array with the label of each mask on its pixels, and void on crowds."""
+        painted = np.zeros(self.size, _mask_type(self.num_classes))
+        for label, mask in (*masks, (self.void, self._union([a for a in self.annotations if a["iscrowd"]]))):
+            painted[mask] = label
+        return painted
 
     def _union(self, annotations: list[dict]) -> np.ndarray:
-        """Returns ones on the pixels of all annotations, `(H, W)` uint8. Merges run lengths, then decodes once."""
+        """Returns the pixels of all annotations, `(H, W)` boolean. Merges run lengths, then decodes once."""
         runs = [run for annotation in annotations for run in self._runs(annotation)]
         if not runs:
-            return np.zeros(self.size, np.uint8)
+            return np.zeros(self.size, bool)
         coco_mask = _pycocotools_mask()
-        return coco_mask.decode(coco_mask.merge(runs))
+        return coco_mask.decode(coco_mask.merge(runs)).view(bool)
 
     def _runs(self, annotation: dict) -> list[dict]:
         """Returns compressed run lengths of one annotation, which holds polygons, or plain or compressed run lengths."""
@@ -255,9 +248,9 @@ class SegmentationDataset(Sequence):
 
     Attributes:
         name (`str`): name of the data set.
-        split (`str`, *optional*): split of the data set; None for a folder.
-        class_names (`tuple[str, ...]`): names of the K classes, as used in prompts.
-        synonyms (`tuple[tuple[str, ...], ...]`): all names of each class, that of `class_names` first.
+        split (`str`, *optional*): its split; None for a folder.
+        synonyms (`tuple[tuple[str, ...], ...]`): all names of each class.
+        class_names (`tuple[str, ...]`): the first name of each of the K classes, as used in prompts.
         labels (`tuple[int, ...]`): ids of the classes, 1..K.
         stuff (`tuple[int, ...]`, *optional*): ids of the classes without instances, such as sky and road; all others are things. None
             if the data set does not tell them apart, as Pascal Context and folders.
@@ -278,27 +271,22 @@ class SegmentationDataset(Sequence):
         annotation_paths: Sequence[Path],
         background: bool = True,
     ):
-        self.name = name
-        self.split = split
+        self.name, self.split, self.background = name, split, background
+        self.annotation_paths, self._samples = annotation_paths, samples
         self.synonyms = tuple((name,) for name in class_names)
         stuff = STUFF.get(name)
         self.stuff = None if stuff is None else tuple(id_ for id_ in self.labels if class_names[id_ - 1] in stuff)
         self.void = int(np.iinfo(_mask_type(len(class_names))).max)
-        self.background = background
         self.background_texts: tuple[str, ...] = ()
         self.templates = _TEMPLATES.get(name, IMAGENET_TEMPLATES)
-        self._samples = samples
-        self.annotation_paths = annotation_paths
 
     @property
     def class_names(self) -> tuple[str, ...]:
-        """First of the `synonyms` of each class."""
         return tuple(texts[0] for texts in self.synonyms)
 
     @property
     def labels(self) -> tuple[int, ...]:
-        """Ids of `class_names`, 1..K."""
-        return tuple(range(1, len(self.class_names) + 1))
+        return tuple(range(1, len(self.synonyms) + 1))
 
     def __len__(self) -> int:
         return len(self._samples)
@@ -334,30 +322,10 @@ def load_segmentation(
     overrides: str | os.PathLike | Mapping | None = None,
 ) -> SegmentationDataset:
     """
-    Opens a segmentation data set for evaluation. The layouts under `root` are:
-
-    - `"voc2012"` or `"voc21"`: `VOCdevkit/VOC2012/{JPEGImages,SegmentationClass,ImageSets/Segmentation/<split>.txt}`, split "val"
-      by default. `root` can also be the folder VOCdevkit or VOC2012 itself. `"voc20"`: the same with the background as void.
-    - `"context60"`: Pascal Context as index PNGs of 59 classes and background (0),
-      `VOCdevkit/VOC2010/{JPEGImages,SegmentationClassContext,ImageSets/SegmentationContext/<split>.txt}`, split "val" by default.
-      `"context59"`: the same with the background as void.
-    - `"coco2017"`: `annotations/instances_<split>.json` and the images in `<split>/`, split "val2017" by default. Images without
-      annotations are included. The classes are the categories of the file by ascending COCO id.
-    - `"coco_object"`: the 80 things of COCO on a background, from the stuffthingmaps below if they exist, otherwise from the
-      instances of `"coco2017"`.
-    - `"coco_stuff"`: COCO-Stuff 164k, 171 classes: the stuffthingmaps `<split>/*.png` under `stuffthingmaps/` or `annotations/`, the
-      images in `images/<split>/` or `<split>/`, split "val2017" by default.
-    - `"ade20k"`: ADEChallengeData2016, 150 classes: `{images,annotations}/<split>/`, split "validation" by default. `root` can also
-      be the folder above. Pixels of other classes (0) are void.
-    - `"cityscapes"`: `leftImg8bit/<split>/<city>/*_leftImg8bit.png` and `gtFine/<split>/<city>/*_gtFine_labelIds.png`, split "val"
-      by default: the 19 classes of the benchmark. All others are void.
-    - `"camvid"`: `images/*` and, for each image, a PNG with the same stem in `masks/`: 11 classes from 0 (sky) to 10 (bicyclist).
-      Unlabelled pixels (11) are void. There are no splits.
-    - `"folder"`: `images/*`, for each image an index PNG with the same stem in `masks/`, and `classes.txt`. Line i of this file
-      (from 1) is the name of class id i. Background (0) and void (255) are not listed. There are no splits.
+    Opens a segmentation data set for evaluation.
 
     Args:
-        name (`str`): name of one of these layouts.
+        name (`str`): one of [`~iclip_hf.data.class_names.DATASETS`]. The guide (`docs/guide/evaluate.md`) describes their files.
         root (`str` or `os.PathLike`): folder of the data set.
         split (`str`, *optional*): split of the data set; the default split if not given.
         overrides (`dict`, `str` or `os.PathLike`, *optional*): other class names and prompt templates. A mapping, or a JSON or YAML
@@ -534,16 +502,14 @@ def _load_folder(root: Path, split: str | None) -> SegmentationDataset:
     images, masks = _images_and_masks(root, split)
     classes_path = root / "classes.txt"
     class_names = [line.strip() for line in _read_text(classes_path).rstrip().splitlines()]
-    problem = None
-    if not 1 <= len(class_names) < _VOID:
-        problem = f"{len(class_names)} of them"
-    elif "" in class_names:
-        problem = f"no name in line {class_names.index('') + 1}"
-    elif len(set(class_names)) < len(class_names):
-        problem = "a name twice"
-    elif class_names[0] == "background":
-        problem = "background, which is always id 0 and not listed"
-    if problem:
+    blank = next((number for number, name in enumerate(class_names, 1) if not name), 0)
+    problems = {
+        f"{len(class_names)} of them": not 1 <= len(class_names) < _VOID,
+        f"no name in line {blank}": blank,
+        "a name twice": len(set(class_names)) < len(class_names),
+        "background, which is always id 0 and not listed": class_names[:1] == ["background"],
+    }
+    if problem := next((problem for problem, occurs in problems.items() if occurs), None):
         raise ValueError(
             f"{classes_path}: expected 1 to {_VOID - 1} different class names, one in each line (line 1 names class id 1), "
             f"but got {problem}; correct the list."
@@ -593,43 +559,42 @@ def _override(dataset: SegmentationDataset, overrides: str | os.PathLike | Mappi
         where = Path(overrides)
         overrides = _read_class_lines(where, dataset) if where.suffix.lower() == ".txt" else _read_mapping(where)
 
-    def fail(expected: str, got: object) -> None:
-        raise ValueError(f"{where}: expected {expected}, but got {reprlib.repr(got):.300}; correct this entry.")
+    def check(holds: bool, expected: str, got: object) -> None:
+        if not holds:
+            raise ValueError(f"{where}: expected {expected}, but got {reprlib.repr(got):.300}; correct this entry.")
 
     def texts(entry: str, given: object) -> tuple[str, ...]:
         several = (given,) if isinstance(given, str) else given
-        if not isinstance(several, Sequence) or not several:
-            fail(f"{entry} to be text (quoted, in YAML) or a list of texts", given)
+        check(
+            isinstance(several, Sequence) and several,
+            f"{entry} to be text (quoted, in YAML) or a list of texts",
+            given,
+        )
         for text in several:
-            if not isinstance(text, str) or not text.strip():
-                fail(f"{entry} to be text (quoted, in YAML)", text)
+            check(isinstance(text, str) and text.strip(), f"{entry} to be text (quoted, in YAML)", text)
         return tuple(several)
 
-    unknown = [key for key in overrides if key not in ("names", "background", "templates")]
-    if unknown:
-        fail("only the keys 'names', 'background' and 'templates'", unknown[0])
-
+    for key in overrides:
+        check(key in ("names", "background", "templates"), "only the keys 'names', 'background' and 'templates'", key)
     names = overrides.get("names", {})
-    if not isinstance(names, Mapping):
-        fail("'names' to map old names to new ones", names)
+    check(isinstance(names, Mapping), "'names' to map old names to new ones", names)
     for old in names:
-        if old not in dataset.class_names:
-            fail(f"'names' to have keys out of {list(dataset.class_names)}", old)
+        check(old in dataset.class_names, f"'names' to have keys out of {list(dataset.class_names)}", old)
     synonyms = [texts(f"the new name of {name!r}", names.get(name, name)) for name in dataset.class_names]
     background = texts("'background'", overrides["background"]) if "background" in overrides else ()
-    if background and not dataset.background:
-        fail(f"no 'background' for {dataset.name!r}, whose background is void", background)
-    every = [name for several in (background, *synonyms) for name in several]
-    for name in every:
-        if every.count(name) > 1:
-            fail("'names' to keep the classes distinct", name)
+    without = f"no 'background' for {dataset.name!r}, whose background is void"
+    check(dataset.background or not background, without, background)
+    for name, times in Counter(name for several in (background, *synonyms) for name in several).items():
+        check(times == 1, "'names' to keep the classes distinct", name)
 
     templates = overrides.get("templates", dataset.templates)
-    if not isinstance(templates, Sequence) or isinstance(templates, str) or not templates:
-        fail("'templates' to be a list of at least one template", templates)
+    a_list = isinstance(templates, Sequence) and not isinstance(templates, str) and templates
+    check(a_list, "'templates' to be a list of at least one template", templates)
     for template in templates:
-        if not isinstance(template, str) or template.count("{}") != 1 or set("{}") & set(template.replace("{}", "")):
-            fail("each template to be text with one '{}' in the class name's place", template)
+        whole = (
+            isinstance(template, str) and template.count("{}") == 1 and not set("{}") & set(template.replace("{}", ""))
+        )
+        check(whole, "each template to be text with one '{}' in the class name's place", template)
     dataset.synonyms, dataset.background_texts = tuple(synonyms), background
     dataset.templates = tuple(templates)
 
@@ -655,14 +620,12 @@ def _read_mapping(path: Path) -> Mapping:
     parse = json.loads if path.suffix.lower() == ".json" else yaml.safe_load
     try:
         content = parse(_read_text(path))
+        if not isinstance(content, Mapping):
+            raise ValueError(f"a {type(content).__name__} instead of a mapping with 'names' or 'templates'")
     except (ValueError, yaml.YAMLError, RecursionError) as error:
         raise ValueError(
             f"{path}: expected JSON or YAML, as its suffix says, but got: {error}; correct it."
         ) from error
-    if not isinstance(content, Mapping):
-        raise ValueError(
-            f"{path}: expected a mapping with 'names' or 'templates', but got {type(content).__name__}; correct it."
-        )
     return content
 
 

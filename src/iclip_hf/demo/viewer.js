@@ -241,7 +241,12 @@ export function createViewer(element, look) {
 
   opacity.addEventListener("input", setOpacity);
   threshold.addEventListener("input", setThreshold);
-  segments.addEventListener("input", setSegments);
+  segments.addEventListener("input", () => {
+    setSegments();
+    // Segments are refined by default, as by `iclip segment`. Both demos have this option beside the texts.
+    const refine = document.querySelector("#refine input, input#refine");
+    if (segments.checked && refine && !refine.checked) refine.click();
+  });
   for (const choice of choices) choice.addEventListener("input", () => ready().forEach(paintHeat));
   for (const name of ["pointermove", "pointerdown", "pointerleave"]) element.addEventListener(name, point);
   element.addEventListener("keydown", move);

@@ -80,26 +80,31 @@ def draw(
     explanation = replace(explanation, size=(image.height, image.width))
     told = zip(explanation.labels, explanation.scores.tolist(), explanation.presence.tolist())
     for index, (text, score, present) in enumerate(told):
-        picture = overlay(image, explanation.map(index), opacity, colormap)
         word = presence_word(present, explanation.min_presence)
-        if word == ABSENT:
-            picture = Image.blend(Image.new("RGB", picture.size, "white"), picture, _FADED)
-        pictures.append(picture)
+        pictures.append(_map_picture(image, explanation.map(index), word, colormap, opacity))
         titles.append(f"{' '.join(text.split())}\n{word} · score {score:.2f}")
     words = None if explanation.words is None else [[], *explanation.words]
     return picture_grid(pictures, titles, columns, words=words, legend=colormap, dpi=dpi)
 
 
 def label_sheet(
-    image: Image.Image, labels: np.ndarray, texts: Sequence[str], *, opacity: float = 0.6, dpi: int = DPI
+    image: Image.Image,
+    labels: np.ndarray,
+    texts: Sequence[str],
+    words: Sequence[str],
+    *,
+    opacity: float = 0.6,
+    dpi: int = DPI,
 ) -> Image.Image:
     """
-    Draws an image, its label map over it, and a legend of the texts that have pixels, in their order.
+    Draws an image, its label map over it, and a legend: the texts that have pixels, in their order, with the share of the image, then
+    the others. Absent texts are faded.
 
     Args:
         image (`PIL.Image.Image`): RGB.
         labels (`np.ndarray` of shape `(H, W)`): index of a text for each pixel, -1 for the background, which is dimmed.
         texts: T texts.
+        words: presence of each text in a word, see [`presence_word`].
         opacity (`float`): of the colours, in [0, 1].
         dpi (`int`): resolution.
     """
@@ -109,37 +114,46 @@ def label_sheet(
     image = at_picture_size(image, dpi)
     labels = np.asarray(Image.fromarray(labels.astype(np.int32)).resize(image.size, Image.Resampling.NEAREST))
     inks = [SEGMENTS[index % len(SEGMENTS)] for index in range(len(texts))]
-    entries = [(inks[index], texts[index], f"{100 * areas[index]:.1f} %") for index in np.flatnonzero(areas)]
+    entries = [
+        (inks[index], texts[index], f"{words[index]} · {100 * areas[index]:.1f} %") for index in np.flatnonzero(areas)
+    ]
+    entries += [("white", texts[index], words[index]) for index in np.flatnonzero(areas == 0)]
     colors = np.array([ImageColor.getrgb(ink) for ink in ("black", *inks)], np.uint8)
     strength = Image.fromarray(np.where(labels < 0, 255 * _DIMMED, 255 * opacity).astype(np.uint8))
     blended = Image.composite(Image.fromarray(colors[labels + 1]), image, strength)
-    legend = _legend(entries or [("white", "none of the texts", "")], _aspect([image]), dpi)
-    return picture_grid(
-        [image, blended, legend], ["image", "best text of each pixel", "share of the image"], 3, dpi=dpi
-    )
+    legend = _legend(entries, _aspect([image]), dpi)
+    titles = ["image", "best text of each pixel", "presence and share of the image"]
+    return picture_grid([image, blended, legend], titles, 3, dpi=dpi)
 
 
 def comparison_sheet(
     image: Image.Image,
     heatmaps: Mapping[str, Sequence[np.ndarray | None]],
     row_titles: Sequence[str],
+    words: Mapping[str, Sequence[str]] | None = None,
     *,
     colormap: str = COLORMAPS[0],
     dpi: int = DPI,
 ) -> Image.Image:
     """
-    Compares methods side by side (Fig. 2, 6 and 10). A row shows the image and the overlays of one text.
+    Compares methods side by side (Fig. 2, 6 and 10). A row shows the image and the overlays of one text. Those of an absent text are
+    faded.
 
     Args:
         image (`PIL.Image.Image`): RGB.
         heatmaps: title of a column to its T maps of shape `(H, W)` in [0, 1]; None leaves a place empty.
         row_titles: T titles.
+        words (*optional*): title of a column to the presence of each text in a word, see [`presence_word`].
         colormap: see [`overlay`].
         dpi (`int`): resolution.
     """
+    words = words or {}
     pictures = []
-    for row in zip(*heatmaps.values()):
-        pictures += [image, *(None if one is None else overlay(image, one, colormap=colormap) for one in row)]
+    for index in range(len(row_titles)):
+        pictures.append(image)
+        for title, maps in heatmaps.items():
+            word = words[title][index] if title in words else None
+            pictures.append(None if maps[index] is None else _map_picture(image, maps[index], word, colormap))
     titles = ["", *heatmaps]
     titles += [""] * (len(pictures) - len(titles))
     return picture_grid(pictures, titles, len(heatmaps) + 1, row_titles, legend=colormap, dpi=dpi)
@@ -203,6 +217,14 @@ def picture_grid(
     for what, ink, x, y in placed:
         canvas.paste(*((what, (x, y)) if ink is None else (ink, (x, y), what)))
     return canvas
+
+
+def _map_picture(
+    image: Image.Image, heatmap: np.ndarray, word: str | None, colormap: str, opacity: float = OPACITY
+) -> Image.Image:
+    """Draws the map of a text over an image. The picture of an absent text is faded."""
+    picture = overlay(image, heatmap, opacity, colormap)
+    return Image.blend(Image.new("RGB", picture.size, "white"), picture, _FADED) if word == ABSENT else picture
 
 
 def at_picture_size(image: Image.Image, dpi: int = DPI) -> Image.Image:
@@ -285,6 +307,6 @@ def _legend(entries: Sequence[tuple[str | tuple[int, ...], str, str]], aspect: f
         name_mask = text_mask(fitted(name, size, room, 1), size)
         middle = y + (line - name_mask.height) // 2
         legend.paste(color, (0, y + line // 6, line, y + line * 5 // 6))
-        legend.paste(_INK, (line + line // 3, middle), name_mask)
+        legend.paste(_PALE if share == ABSENT else _INK, (line + line // 3, middle), name_mask)
         legend.paste(_PALE, (width - number_mask.width, middle), number_mask)
     return legend

@@ -200,8 +200,16 @@ def push_model(folder: str | Path, repo_id: str, private: bool | None = None) ->
         `str`: the URL of the commit.
 
     Raises:
-        `OSError` (`HfHubHTTPError`): the Hub refuses the upload, or there is no token. `ValueError`: the name is invalid.
+        `OSError`: the Hub cannot be reached, it refuses the upload (`HfHubHTTPError`), or there is no token. `ValueError`: the name is
+            invalid.
     """
     api = HfApi()
-    repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-    return api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message="Upload model").commit_url
+    try:
+        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        return api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message="Upload model").commit_url
+    except (OSError, ValueError):
+        raise
+    except Exception as error:  # of the HTTP library, which differs between versions of huggingface_hub
+        raise ConnectionError(
+            f"{repo_id}: expected to upload to {api.endpoint}, but got: {error}; check the connection."
+        ) from error

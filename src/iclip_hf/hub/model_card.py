@@ -18,7 +18,7 @@ from huggingface_hub.errors import EntryNotFoundError
 
 from ..data.class_names import DATASETS
 from ..models.identity import changed_model, identity
-from ..utils.files import atomic_write, cache_folder
+from ..utils.files import SOFTWARE, cache_folder, check_outputs, new_file
 from .configs import SHIPPED
 
 
@@ -74,7 +74,7 @@ _EMBEDDED = {
 # Settings of a training run that the card shows: those that the model depends on.
 _TRAINING_SETTINGS = """
     model vision text model_options data pairs_per_epoch validation_share image_size lock_text text_lora_rank unlocked_vision_blocks
-    crop_scale auto_augment random_erasing cache_features views nouns noun_prompts noun_weight noun_branches noun_competition map_tokens
+    crop_scale auto_augment random_erasing cache_features nouns noun_prompts noun_weight noun_branches noun_competition map_tokens
     epochs max_steps batch_size learning_rate warmup_learning_rate min_learning_rate warmup_epochs weight_decay clip_grad_norm
     mixed_precision seed best_metric
 """.split()
@@ -94,6 +94,7 @@ def write_model_card(
     metrics: EvaluationResult | Mapping | None = None,
     training: Mapping | None = None,
     labels: Sequence[str] | None = None,
+    overwrite: bool = False,
 ) -> Path:
     """
     Writes the model card, `README.md`, into a model's folder. Results of data sets on the Hub are also written to
@@ -109,12 +110,13 @@ def write_model_card(
             `results` with `mAP`, `mMIoU`, `text_contrast` and `floor` in percent, and `mFMB`, for each method.
         training (`dict`, *optional*): settings of `iclip train` by name. The card shows those that are needed to repeat the training.
         labels (*optional*): nouns that the model was trained on, which the widget of the card offers.
+        overwrite (`bool`): whether files may be replaced that this function did not write.
 
     Returns:
         `Path`: path of the card. Its front matter contains the results in the Hub's model-index format.
 
     Raises:
-        `ValueError`: `metrics` has another form.
+        `ValueError`: `metrics` has another form. `FileExistsError`: the folder holds a card of others, and not `overwrite`.
     """
     name = name or Path(folder).resolve().name
     earlier = _card_data(source)
@@ -164,15 +166,15 @@ def write_model_card(
         },
         **tables,
     )
-    path = Path(folder, "README.md")
-    with atomic_write(path) as partial:
-        partial.write_text(f"{card}\n", encoding="utf-8")
+    contents = {Path(folder, "README.md"): f"{card}\n".replace("---\n", f"---\nsoftware: {SOFTWARE}\n", 1)}
     if entries:
-        file = Path(folder, ".eval_results", "iclip.yaml")
-        file.parent.mkdir(exist_ok=True)
-        with atomic_write(file) as partial:
-            partial.write_text(yaml.safe_dump(eval_result_entries_to_yaml(entries), sort_keys=False), encoding="utf-8")
-    return path
+        listed = yaml.safe_dump(eval_result_entries_to_yaml(entries), sort_keys=False)
+        contents[Path(folder, ".eval_results", "iclip.yaml")] = f"# {SOFTWARE}\n{listed}"
+    check_outputs(contents, overwrite=overwrite)
+    for path, content in contents.items():
+        with new_file(path, overwrite) as partial:
+            partial.write_text(content, encoding="utf-8")
+    return Path(folder, "README.md")
 
 
 def front_matter(data: Mapping) -> str:
@@ -272,7 +274,7 @@ def public_settings(settings: Mapping) -> dict:
     idle = {name for name in shown if shown[name] is False or (shown[name] == 0 and name in _OFF_AT_0)}
     if "cache_features" in shown:
         shown["cache_features"] = True  # instead of its folder
-        idle |= {"crop_scale", "auto_augment", "random_erasing"} if shown.get("views") == 1 else set()
+        idle |= {"crop_scale", "auto_augment", "random_erasing"}  # of images that are not cached
     if "model" in shown:
         idle.add("image_size")  # a model has its own
     if "nouns" not in shown:
@@ -325,13 +327,22 @@ def _license(licences: list[str | None], earlier: Mapping) -> dict[str, str]:
 
 def _eval_results(metrics: EvaluationResult | Mapping) -> list[EvalResult]:
     metrics = asdict(metrics) if is_dataclass(metrics) else metrics
-    if not isinstance(metrics, Mapping) or not {"protocol", "results"} <= metrics.keys():
+    try:
+        if not any(metric in scores for scores in metrics["results"].values() for metric in _METRIC_DIGITS):
+            raise ValueError(
+                f"Expected metrics with one of {list(_METRIC_DIGITS)}, got {metrics['results']!r:.100}: evaluate interpretability."
+            )
+        results = _listed_results(metrics["protocol"], metrics["results"])
+        well_formed = all(map(_is_result, results))
+    except (KeyError, TypeError, AttributeError):
+        well_formed = False
+    if not well_formed:
         raise ValueError(f"Expected metrics as `iclip evaluate` writes them, got {metrics!r:.100}: evaluate again.")
-    if not any(metric in scores for scores in metrics["results"].values() for metric in _METRIC_DIGITS):
-        raise ValueError(
-            f"Expected metrics with one of {list(_METRIC_DIGITS)}, got {metrics['results']!r:.100}: evaluate interpretability."
-        )
-    protocol, dataset = metrics["protocol"], metrics["protocol"]["dataset"]
+    return results
+
+
+def _listed_results(protocol: Mapping, results: Mapping) -> list[EvalResult]:
+    dataset = protocol["dataset"]
     conditions = ("image_size", "templates", "aggregate", "refine", "versions", "note")
     conditions = {name: protocol[name] for name in conditions if protocol.get(name)}
     return [
@@ -348,7 +359,7 @@ def _eval_results(metrics: EvaluationResult | Mapping) -> list[EvalResult]:
             metric_value=round(scores[metric], digits),
             metric_args={"floor": round(scores["floor"], digits)} if metric == "mMIoU" else None,
         )
-        for method, scores in metrics["results"].items()
+        for method, scores in results.items()
         for metric, digits in _METRIC_DIGITS.items()
         if scores.get(metric) is not None  # None: not measurable on these data
     ]

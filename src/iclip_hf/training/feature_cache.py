@@ -24,7 +24,7 @@ from ..pooling import normalize_attention, pool
 from ..processing_iclip import ICLIPProcessor
 from ..utils.distributed import agreed, partner_errors, shared_folder_lock
 from ..utils.files import atomic_write, check_own_folder, writing_errors
-from .data import seeded
+from .data import WholeImage
 from .interrupts import ignore_signals
 from .nouns import NounPrompts
 from .pair_model import map_features
@@ -101,12 +101,7 @@ def image_settings(config: ICLIPConfig, map_tokens: int) -> dict:
 class FeatureShards:
     """
     Rows of features in a folder, memory-mapped. Shards are written atomically, so that an interrupted run can continue and
-    several processes can share the folder.
-
-    Args:
-        folder: created if it does not exist.
-        fingerprint: everything that the features depend on, as JSON values.
-        rows: number of rows.
+    several processes can share the folder. `fingerprint` is everything that the features depend on, as JSON values.
 
     Raises:
         `ValueError`: the folder contains features with another fingerprint.
@@ -154,7 +149,7 @@ class FeatureShards:
     def __getitem__(self, rows: np.ndarray) -> np.ndarray:
         """Returns the features of these rows, (len(rows), ...), float16."""
         if not self._arrays:
-            self._arrays = [self._features(shard) for shard in range(self.num_shards)]
+            self._arrays = [self._array(shard) for shard in range(self.num_shards)]
         features = np.empty((len(rows), *self._arrays[0].shape[1:]), self._arrays[0].dtype)
         shards = rows // self.shard_rows
         for shard in np.unique(shards):
@@ -167,7 +162,7 @@ class FeatureShards:
         files = [self._file(shard, ".json") for shard in range(self.num_shards)]
         return [captions for file in files for captions in self._read(file, _json)]
 
-    def _features(self, shard: int) -> np.ndarray:
+    def _array(self, shard: int) -> np.ndarray:
         file, rows = self._file(shard), len(self.rows_of(shard))
         features = self._read(file, lambda file: np.lib.format.open_memmap(file, mode="r"))
         if len(features) != rows:
@@ -175,7 +170,6 @@ class FeatureShards:
         return features
 
     def _read(self, file: Path, read: Callable):
-        """Reads a file of this folder with `read`."""
         try:
             return read(file)
         except (OSError, ValueError, RecursionError) as error:
@@ -191,7 +185,7 @@ def cache_images(
     folder: Path,
     pairs: PairDataset,
     model: ICLIPModel,
-    transforms: Sequence[Callable],
+    processor: ICLIPProcessor,
     accelerator: Accelerator,
     *,
     map_tokens: int = 16,
@@ -200,25 +194,16 @@ def cache_images(
     num_workers: int = 0,
     max_bad_share: float = 0.05,
     title: str = "Training",
-) -> list[FeatureShards]:
+) -> FeatureShards:
     """
-    Computes [`image_rows`] of each view of each pair, unless they are cached already.
+    Computes [`image_rows`] and captions of each pair, unless they are cached already. Pairs with a broken image or no caption have no
+    captions in the cache.
 
     Args:
-        folder: folder of the cache.
-        pairs: pairs with the images.
-        model: model on its device; only its image tower is used.
-        transforms: one for each view. The random numbers of a transform depend only on (view, index).
-        accelerator: its processes share the work.
         map_tokens: see [`PairModel`].
         earlier_mean: the model's `token_mean` if it is not that of these pairs.
         batch_size: number of images in one forward pass.
         num_workers: number of loading processes for each process of the accelerator.
-        max_bad_share: largest allowed share of pairs with a broken image or no caption. Such pairs have no captions in the cache.
-        title: what the progress bar calls the images.
-
-    Returns:
-        For each view, [`FeatureShards`] of [`image_rows`] with the captions.
 
     Raises:
         `ValueError`: the folder contains features with another fingerprint, or too many pairs are bad. `OSError`: the folder
@@ -226,45 +211,33 @@ def cache_images(
     """
     with accelerator.main_process_first():  # the first process caches the digests of the files for the others
         data = pairs.fingerprint()
-    views = []
+
+    def encode(items: list[tuple[torch.Tensor, list[str]]]) -> tuple[torch.Tensor, Sequence[list[str]]]:
+        images, captions = zip(*items)
+        return image_rows(model, torch.stack(images).to(accelerator.device), map_tokens), captions
+
     settings = image_settings(model.config, map_tokens)
     # Models with other options for tokens have folders of their own.
     kind = "images" if model.config.max_over == "channels" else f"tokens-{digest(settings)}"
-    for view, transform in enumerate(transforms):
-        fingerprint = {
-            "tower": tower_digest(model.vision_model),
-            **settings,
-            "mixed_precision": accelerator.mixed_precision,
-            "token_mean": earlier_mean and digest(earlier_mean),
-            "software": software(),
-            "data": data,
-            "view": view if transform.is_random else None,
-            **transform.description(),
-        }
-        views.append(FeatureShards(folder / f"{kind}-{view}", fingerprint, len(pairs)))
-        reader = _ViewReader(pairs, transform, view)
-
-        def encode(items: list[tuple[torch.Tensor, list[str]]]) -> tuple[torch.Tensor, list[list[str]]]:
-            images, captions = zip(*items)
-            pixel_values = torch.stack(images).to(accelerator.device)
-            return image_rows(model, pixel_values, map_tokens).float().cpu(), list(captions)
-
-        _fill(
-            views[-1],
-            reader,
-            encode,
-            accelerator,
-            batch_size,
-            num_workers,
-            f"{title} images{f', view {view + 1}' * (view > 0)}",
-        )
-    bad = sum(not captions for captions in views[0].captions())
+    fingerprint = {
+        "tower": tower_digest(model.vision_model),
+        **settings,
+        "mixed_precision": accelerator.mixed_precision,
+        "token_mean": earlier_mean and digest(earlier_mean),
+        "software": software(),
+        "data": data,
+        "image_processor": json.loads(processor.image_processor.to_json_string()),
+    }
+    shards = FeatureShards(folder / kind, fingerprint, len(pairs))
+    reader = _PairReader(pairs, WholeImage(processor))
+    _fill(shards, reader, encode, accelerator, batch_size, num_workers, f"{title} images")
+    bad = sum(not captions for captions in shards.captions())
     if bad > max_bad_share * len(pairs):
         raise ValueError(
             f"Expected at most {max_bad_share:.2%} bad pairs, but {bad} of {len(pairs)} are, as the log says; fix the data "
             "or raise max_bad_share."
         )
-    return views
+    return shards
 
 
 class CachedTexts:
@@ -309,20 +282,12 @@ def cache_texts(
 
 class CachedPairs(Dataset):
     """
-    Pairs as cached features. The views and captions of an epoch depend only on (seed, epoch).
-
-    Args:
-        views: from `cache_images`.
-        config: configuration of the model to train.
-        processor: tokenizes the texts.
-        seed: seed of the drawn views and captions.
-        nouns (*optional*): draws noun prompts.
-        texts, prompts (*optional*): features of captions and of noun prompts, for a locked text tower.
+    Pairs as cached features, from [`cache_images`]. The captions of an epoch depend only on (seed, epoch). With a locked text tower, `texts` and `prompts` are the features of captions and of noun prompts.
     """
 
     def __init__(
         self,
-        views: Sequence[FeatureShards],
+        images: FeatureShards,
         config: ICLIPConfig,
         processor: ICLIPProcessor,
         seed: int = 0,
@@ -330,9 +295,9 @@ class CachedPairs(Dataset):
         texts: CachedTexts | None = None,
         prompts: CachedTexts | None = None,
     ):
-        self.views, self.config, self.processor, self.seed = views, config, processor, seed
+        self.images, self.config, self.processor, self.seed = images, config, processor, seed
         self.nouns, self.texts, self.prompts = nouns, texts, prompts
-        captions = views[0].captions()
+        captions = images.captions()
         self.rows = np.array([row for row, several in enumerate(captions) if several])  # bad pairs have no captions
         self.captions = [captions[row] for row in self.rows]
         self.set_epoch(0)
@@ -341,25 +306,20 @@ class CachedPairs(Dataset):
         return len(self.rows)
 
     def set_epoch(self, epoch: int) -> None:
-        """Draws the view and the caption of each pair."""
+        """Draws the caption of each pair."""
         self.epoch = epoch
-        draws = np.random.default_rng([self.seed, epoch])
-        self.drawn_view = draws.integers(len(self.views), size=len(self))
-        self.drawn_caption = draws.random(len(self))
+        self.drawn_caption = np.random.default_rng([self.seed, epoch]).random(len(self))
 
-    def drawn_captions(self) -> list[str]:
-        """Returns the caption of each pair in this epoch."""
-        return [several[int(draw * len(several))] for several, draw in zip(self.captions, self.drawn_caption)]
+    def drawn_captions(self, indices: Sequence[int] | None = None) -> list[str]:
+        """Returns the captions of these pairs, by default of all, in this epoch."""
+        indices = range(len(self)) if indices is None else indices
+        return [self.captions[i][int(self.drawn_caption[i] * len(self.captions[i]))] for i in indices]
 
     def __getitems__(self, indices: Sequence[int]) -> dict:
         """Returns a batch: `image_features` of the branches, and for each pair the drawn caption and all captions."""
-        indices = np.asarray(indices)
-        drawn, rows = self.drawn_view[indices], self.rows[indices]
-        images = [self.views[view][rows[drawn == view]] for view in range(len(self.views))]
-        order = np.argsort(np.argsort(drawn, kind="stable"))
         return {
-            "image_features": branch_features(torch.from_numpy(np.concatenate(images)[order]).float(), self.config),
-            "caption": [self.captions[i][int(self.drawn_caption[i] * len(self.captions[i]))] for i in indices],
+            "image_features": branch_features(torch.from_numpy(self.images[self.rows[indices]]).float(), self.config),
+            "caption": self.drawn_captions(indices),
             "captions": [self.captions[i] for i in indices],
         }
 
@@ -379,11 +339,11 @@ def _json(file: Path):
     return json.loads(file.read_text())
 
 
-class _ViewReader(Dataset):
-    """One view of each pair with all captions. A bad pair becomes a black image without captions."""
+class _PairReader(Dataset):
+    """Images as tensors, with all captions. A bad pair becomes a black image without captions."""
 
-    def __init__(self, pairs: PairDataset, transform: Callable, view: int):
-        self.pairs, self.transform, self.view = pairs, transform, view
+    def __init__(self, pairs: PairDataset, transform: WholeImage):
+        self.pairs, self.transform = pairs, transform
 
     def __getitem__(self, index: int) -> tuple[torch.Tensor, list[str]]:
         try:
@@ -391,8 +351,7 @@ class _ViewReader(Dataset):
         except BadPairError as error:
             logger.warning("Left out: %s", error)
             pair = {"image": Image.new("RGB", (64, 64)), "captions": []}
-        with seeded(self.view, index):
-            return self.transform(pair["image"]), pair["captions"]
+        return self.transform(pair["image"]), pair["captions"]
 
 
 @partner_errors("rerun to resume")

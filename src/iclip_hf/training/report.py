@@ -22,12 +22,8 @@ _FEWEST = 10  # held-out pairs; on fewer, the interval is too narrow
 
 def report(settings: Settings, state: RunState, held_out: PairDataset | None) -> str:
     """
-    Returns the end of a run as text: the scores before and after, whether the model got better, its folder, and what to do with it.
-
-    Args:
-        settings: settings of the run.
-        state: its last state.
-        held_out: validation pairs; texts and an image of the proposed commands come from them.
+    Returns the end of a run as text: the scores before and after, whether the model got better, its folder, and commands to use it, with
+    texts and an image of the validation pairs `held_out`.
     """
     lines = [""]
     if state.metrics:
@@ -44,9 +40,7 @@ def report(settings: Settings, state: RunState, held_out: PairDataset | None) ->
     if state.before:
         lines.append(_verdict(settings, state, held_out))
     elif not state.metrics:
-        lines.append(
-            "Nothing was measured: name pairs by --validation_data, or hold out a part by --validation_share."
-        )
+        lines.append("Nothing was measured: name --validation_data, or hold out a part by --validation_share.")
     if holds_start(settings, state):
         lines.append(
             f"No evaluation was better than the start, so {settings.output_dir} holds the model that you started from "

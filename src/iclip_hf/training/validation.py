@@ -49,9 +49,8 @@ def validate(
     rows = [(accelerator.process_index * part + i) % len(dataset) for i in range(part)]
     pair_model.eval()
     images, texts = [], []
-    options = {"sampler": rows, "collate_fn": dataset.collate, "num_workers": num_workers}
-    options["worker_init_fn"] = ignore_signals
-    batches = DataLoader(dataset, min(batch_size, part), **options)
+    options = {"collate_fn": dataset.collate, "num_workers": num_workers, "worker_init_fn": ignore_signals}
+    batches = DataLoader(dataset, min(batch_size, part), sampler=rows, **options)
     for batch in tqdm(batches, desc="Held-out pairs", leave=False, disable=not accelerator.is_main_process):
         batch.pop("skipped")
         outputs = pair_model(**send_to_device(batch, accelerator.device))
@@ -62,9 +61,11 @@ def validate(
     images, texts = (accelerator.gather(torch.cat(one))[: len(dataset)] for one in (images, texts))
     logits = scale * images @ texts.T
     own = torch.arange(len(logits), device=logits.device)
-    numbers = {}  # pairs with the same caption cannot be told apart
-    same = [numbers.setdefault(caption, len(numbers)) for caption in dataset.drawn_captions()]
-    same = torch.tensor(same, device=images.device)
+    captions = dataset.drawn_captions()
+    numbers = {
+        caption: number for number, caption in enumerate(captions)
+    }  # pairs with one caption cannot be told apart
+    same = torch.tensor([numbers[caption] for caption in captions], device=logits.device)
     return {
         "val_loss": sum(F.cross_entropy(one, own, reduction="none") for one in (logits, logits.T)) / 2,
         "image_to_text": 100 * (same[logits.argmax(1)] == same).float(),

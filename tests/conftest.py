@@ -100,9 +100,9 @@ def tiny_inputs(batch: int = 2, texts: int = 3, size: tuple[int, int] = (32, 32)
 
 
 @contextmanager
-def served(handler: Callable) -> Iterator[ThreadingHTTPServer]:
+def served(handler: Callable, port: int = 0) -> Iterator[ThreadingHTTPServer]:
     """Runs an HTTP server in a thread. It ends also after a failure, because a closed server that runs would spin."""
-    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+    with ThreadingHTTPServer(("127.0.0.1", port), handler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         try:
             yield server

@@ -6,6 +6,7 @@ import sys
 import threading
 import time
 from dataclasses import replace
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 
 import gradio_client
@@ -13,7 +14,7 @@ import httpx
 import numpy as np
 import pytest
 import torch
-from conftest import noise, tiny_model
+from conftest import noise, served, tiny_model
 from gradio_client.exceptions import AppError
 from huggingface_hub import RepoCard
 from PIL import Image
@@ -81,16 +82,19 @@ def test_texts_are_typed_between_commas_or_one_a_line(typed, texts):
     assert app.split_texts(typed) == texts
 
 
-@pytest.mark.parametrize(("typed", "number"), [(" , ", 0), (",".join(map(str, range(13))), 13)])
-def test_too_few_and_too_many_texts(typed, number):
-    with pytest.raises(ValueError, match=f"1 to 12 texts.*got {number}"):
-        app.split_texts(typed)
-
-
-def test_a_text_of_megabytes_is_refused():
+@pytest.mark.parametrize(
+    ("typed", "message"),
+    [
+        (" , ", "1 to 12 texts.*got 0"),
+        (",".join(map(str, range(13))), "1 to 12 texts.*got 13"),
+        ("dog\n" + "a" * 2_000_000, "at most 1000 characters, got one of 2000000"),
+    ],
+    ids=["none", "many", "megabytes"],
+)
+def test_too_few_too_many_and_too_long_texts(typed, message):
     assert app.split_texts("a" * 1000) == ["a" * 1000]
-    with pytest.raises(ValueError, match="at most 1000 characters, got one of 2000000"):
-        app.split_texts("dog\n" + "a" * 2_000_000)
+    with pytest.raises(ValueError, match=message):
+        app.split_texts(typed)
 
 
 def test_the_maps_are_the_explainers_at_the_size_of_the_view(tiny_processor, explained):
@@ -229,6 +233,44 @@ def test_all_else_that_an_upload_is_said_to_be_is_ignored(server, folder):
     said = {"url": "http://example.org/a.png", "inner": {"path": "http://example.org/a.png", **META}, "orig_name": [1]}
     assert answer_to(server, {"path": own, **said}, "dog", "itsm", False)[0] == "event: complete"
     assert answer_to(server, {"path": str(content.example_files()[0])}, "dog", "itsm", False)[0] == "event: complete"
+
+
+def test_the_app_serves_only_its_own_files(server, folder):
+    config = folder / "model" / "config.json"
+    for path in ("/etc/passwd", folder / "small.png", config, "../../etc/passwd", Path(app.__file__)):
+        for address in (f"gradio_api/file={path}", f"file={path}", f"static/{path}", f"gradio_api/stream/{path}"):
+            answer = httpx.get(server + address)
+            assert answer.status_code in (400, 403, 404, 405) and "root:" not in answer.text, address
+    files = {"files": ("../../escaped.png", (folder / "small.png").read_bytes())}
+    traversal = httpx.post(f"{server}gradio_api/upload", files=files)
+    assert traversal.status_code != 200 or ".." not in traversal.json()[0]
+
+
+def test_the_app_fetches_nothing_from_elsewhere(server, folder):
+    """Whatever address a visitor names as an image, nobody is asked for it."""
+    asked = []
+
+    class Neighbour(BaseHTTPRequestHandler):
+        def do_GET(self):
+            asked.append(self.path)
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write((folder / "small.png").read_bytes())
+
+        def log_message(self, *arguments):
+            pass
+
+    with served(Neighbour) as neighbour:
+        address = f"http://127.0.0.1:{neighbour.server_port}/secret.png"
+        for path, others in (
+            (address, {}),
+            (address, {"url": address}),
+            (None, {"url": address}),
+            ("photo.png", {"url": address}),
+        ):
+            photo = {"path": path, **others, "orig_name": "a.png", **META}
+            assert answer_to(server, photo, "dog", "itsm", False)[0] == "event: error"
+    assert not asked
 
 
 def test_routes_of_gradio_that_fetch_or_keep_are_not_there(server, folder):

@@ -10,24 +10,23 @@ import shutil
 import signal
 import subprocess
 import sys
-import threading
 import urllib.request
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from http.server import SimpleHTTPRequestHandler
 from pathlib import Path
 from typing import ClassVar
 
 import numpy as np
 import pytest
 import torch
-from conftest import noise, tiny_model
+from conftest import noise, served, tiny_model
 from huggingface_hub import ModelCard, ModelCardData, RepoCard
 from PIL import Image, ImageOps
 
 from iclip_hf import cli, explain
 from iclip_hf.demo import content, web
-from iclip_hf.demo.web_server import web_server
+from iclip_hf.demo.web_server import _Handler
 from iclip_hf.figures.colors import color_table
 from iclip_hf.label_maps import segments
 from iclip_hf.models.loading import load_iclip
@@ -43,19 +42,10 @@ NEEDS_NPM = pytest.mark.skipif(shutil.which("npm") is None, reason=NO_NPM)
 
 
 @contextmanager
-def served(folder, handler=None, port=0):
+def page_served(folder, handler=_Handler, port=0):
     """Serves a folder as `iclip demo --web` does, or by another handler."""
-    server = (
-        ThreadingHTTPServer(("127.0.0.1", port), partial(handler, directory=folder))
-        if handler
-        else web_server(folder, port=0)
-    )
-    with server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        try:
-            yield f"http://127.0.0.1:{server.server_port}/"
-        finally:  # also after a failure; a closed server would spin
-            server.shutdown()
+    with served(partial(handler, directory=folder), port) as server:
+        yield f"http://127.0.0.1:{server.server_port}/"
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +62,7 @@ def exported(tmp_path_factory, tiny_processor):
 
 @pytest.fixture(scope="module")
 def url(exported):
-    with served(exported[0]) as address:
+    with page_served(exported[0]) as address:
         yield address
 
 
@@ -263,7 +253,7 @@ def test_a_reload_needs_no_server_and_sees_a_newer_page(browser, exported, photo
         page.wait_for_selector("#go:not([disabled])")
 
     with ExitStack() as stack:
-        with served(tmp_path, Files) as url:
+        with page_served(tmp_path, Files) as url:
             page = stack.enter_context(opened(browser, f"{url}some/folder/?query"))
             assert not page.evaluate("crossOriginIsolated")  # without the headers for threads
             ask(page, photos / "noise.png", "dog")
@@ -277,7 +267,7 @@ def test_a_reload_needs_no_server_and_sees_a_newer_page(browser, exported, photo
         for name, old, new in [("index.html", "<title>", "<title>Newer: "), ("viewer.js", "Opacity of", "Newer:")]:
             text = (page_folder / name).read_text()
             (page_folder / name).write_text(text.replace(old, new))
-        with served(tmp_path, Files, int(url.rstrip("/").rpartition(":")[2])):
+        with page_served(tmp_path, Files, int(url.rstrip("/").rpartition(":")[2])):
             reload(page)
             assert page.title().startswith("Newer: ") and "Newer: the maps" in page.inner_text(".controls")
 
@@ -333,7 +323,7 @@ class Wrong(Files):
 @pytest.fixture
 def wrong_server(exported):
     handler = type("Handler", (Wrong,), {"wrong": {}, "asked": []})
-    with served(exported[0], handler) as url:
+    with page_served(exported[0], handler) as url:
         yield url, handler
 
 
@@ -779,7 +769,7 @@ def test_the_embedded_model_on_20_photographs(browser, iclip_data, tmp_path):
     exported = folder, unpacked(folder, model, processor, tmp_path / "onnx"), processor
     texts = ["person", "wooden table", "Café in 東京 🍰"]
     photos = sorted(Path(iclip_data, "coco100", "train2017").glob("*.jpg"))[:20]
-    with served(folder) as address, opened(browser, address) as page:
+    with page_served(folder) as address, opened(browser, address) as page:
         for photo in photos:
             ask(page, photo, ", ".join(texts))
             image = Image.open(photo).convert("RGB")

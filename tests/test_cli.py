@@ -10,6 +10,7 @@ import pytest
 import torch
 from conftest import noise, tiny_model
 from PIL import Image
+from tqdm import tqdm
 
 from iclip_hf import cli, explain
 from iclip_hf.cli.pictures import presence_column
@@ -60,14 +61,23 @@ def test_a_printed_presence_agrees_with_its_word():
     assert presence_column(0.29, 0.7) == "absent   presence 0.29" and presence_column(1.0, 0.7).endswith("1.00")
 
 
+class AtOnce(tqdm):
+    """A progress bar that does not wait for two seconds."""
+
+    def __init__(self, *arguments, **options):
+        super().__init__(*arguments, **{**options, "delay": 0})
+
+
 @pytest.mark.parametrize("command", ["explain", "segment"])
-def test_many_photographs_and_one_that_is_broken(folder, tmp_path, capsys, command):
+def test_many_photographs_and_one_that_is_broken(folder, tmp_path, capsys, monkeypatch, command):
+    monkeypatch.setattr("tqdm.tqdm", AtOnce)
     images = [folder / "0" / "a.jpg", folder / "broken.jpg", folder / "1" / "a.jpg"]
     arguments = [command, *images, "--text", "dog", "--output", tmp_path / "maps", "--model", folder / "model"]
     assert cli.main([*map(str, arguments)]) == 2
     out, err = capsys.readouterr()
     assert sum("->" in line for line in out.splitlines()) == 2 and "-> " in out.splitlines()[0]
-    assert sorted(path.name for path in (tmp_path / "maps").glob("*.png")) == ["a-2.png", "a.png"]
+    for place in (tmp_path / "maps", *([tmp_path / "maps" / "labels"] if command == "segment" else [])):
+        assert sorted(path.name for path in place.glob("*.png")) == ["a-2.png", "a.png"]
     assert "image/s" in err  # the bar is there
     shown = [line.rpartition("\r")[2] for line in err.split("\n")]
     assert [line.startswith(f"iclip {command}: ") for line in shown if "broken.jpg" in line] == [True]

@@ -6,7 +6,8 @@ import argparse
 import sys
 from pathlib import Path
 
-from .common import MODEL, add_shared, check_folder, echo, keep_memory, silence_transformers
+from ..utils.extras import require_extra
+from .common import MODEL, add_shared, check_folder, echo, echo_space, keep_memory, silence_transformers
 
 
 def add_options(command: argparse.ArgumentParser) -> None:
@@ -36,7 +37,8 @@ def run(options: argparse.Namespace) -> None:
     if options.web:
         if options.model or options.dtype or options.device or options.export_space:
             raise ValueError(
-                "--web serves a page that has its model: leave out --model, --dtype, --device and --export-space."
+                "Expected --web, whose page has a model, without --model, --dtype, --device and --export-space, but got one of them: "
+                "leave it out."
             )
         from ..demo.web_server import web_server
 
@@ -44,15 +46,17 @@ def run(options: argparse.Namespace) -> None:
             echo(f"http://{options.host}:{server.server_port}/")
             sys.stdout.flush()  # also into a pipe, because the server does not end
             server.serve_forever()
-    elif options.export_space:
+        return
+    if options.export_space:
         check_folder("--export-space", options.export_space)
-        from ..demo.app import export_space
+    with require_extra("demo"):  # before torch is loaded
+        import gradio  # noqa: F401
+    from ..demo.app import export_space, launch
 
+    if options.export_space:
         export_space(options.export_space, options.model or "embedded", options.overwrite)
-        echo(options.export_space)
+        echo_space(options.export_space)
     else:
-        from ..demo.app import launch
-
         silence_transformers()
         keep_memory()
         launch(options.model or "embedded", options.host, options.port, dtype=options.dtype, device=options.device)

@@ -51,7 +51,7 @@ def add_options(command: argparse.ArgumentParser) -> None:
     )
     add_shared(command, *DATASET[:2], required=True)
     add_shared(command, *DATASET[2:], "--limit", *MODEL, *PROMPTS, "--methods")
-    add_refine(command, False)
+    add_refine(command)
     command.add_argument(
         "--aggregate",
         choices=("image", "pixel"),

@@ -189,7 +189,7 @@ def _written(command: str, localizer, images, write: Callable, batch_size: int) 
     with ThreadPoolExecutor(1) as beside:
         explained = localizer.explain_all(lambda path: (path, load_image(path)), names, beside, batch_size)
         entries = prefetch_map(beside, written, zip(explained, pictures), 4)
-        yield from tqdm(entries, total=len(images), unit="image", disable=len(images) == 1)
+        yield from tqdm(entries, total=len(images), unit="image", delay=2, disable=len(images) == 1)
 
 
 def presence_column(value: float, min_presence: float) -> str:

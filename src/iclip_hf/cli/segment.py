@@ -6,6 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
+from ..presence import ABSENT, presence_word
 from ..prompts import check_text
 from .common import checked, printable, save_figure, share, software_exif
 from .pictures import add_image_options, explain_files
@@ -53,6 +54,7 @@ def run(options: argparse.Namespace) -> int:
 
         background = range(len(options.texts), len(explanation.labels))
         labels = explanation.label_map(background=background).numpy()
+        words = [presence_word(value, options.min_presence) for value in explanation.presence.tolist()]
         segments = [
             {
                 "id": index + 1,
@@ -64,8 +66,7 @@ def run(options: argparse.Namespace) -> int:
             }
             for index, text in enumerate(options.texts)
         ]
-        present = (explanation.presence >= options.min_presence).tolist()
-        hidden = [text for index, text in enumerate(options.texts) if present[index] and index not in labels]
+        hidden = [text for index, text in enumerate(options.texts) if words[index] != ABSENT and index not in labels]
         if hidden:
             problem = f"{name}: present, but covered by the other texts: {', '.join(hidden)}"
             tqdm.write(f"iclip segment: {printable(problem)}; look at the maps with iclip explain", file=sys.stderr)
@@ -73,7 +74,7 @@ def run(options: argparse.Namespace) -> int:
         if picture is None:
             return entry
         label_file = _label_file(picture)
-        save_figure(label_sheet(image, labels, options.texts, dpi=dpi), picture, dpi, options.overwrite)
+        save_figure(label_sheet(image, labels, options.texts, words, dpi=dpi), picture, dpi, options.overwrite)
         _save_labels(labels, len(options.texts), label_file, options.overwrite)
         return {"labels": str(label_file), **entry}
 

@@ -196,13 +196,13 @@ def build_app(model) -> gr.Blocks:
     gr.set_static_paths([path for path, _ in examples])
 
     @functools.cache
-    def localizer(method: str) -> Localizer:  # the texts are set for each image
-        return Localizer(model, BACKGROUND[:1], method=method)
+    def localizer(method: str, refine: bool) -> Localizer:  # the texts are set for each image
+        return Localizer(model, BACKGROUND[:1], method=method, refine=refine)
 
     # A visitor often asks about one image several times. Images belong to a session and an upload, oldest first.
     kept: OrderedDict[tuple[str, str, str], SeenImage] = OrderedDict()
 
-    def explain(photo: dict | None, typed: str, method: str, request: gr.Request):
+    def explain(photo: dict | None, typed: str, method: str, refine: bool, request: gr.Request):
         if photo is None:
             return gr.skip()
         try:
@@ -210,8 +210,8 @@ def build_app(model) -> gr.Blocks:
             texts, asked = split_texts(typed), (request.session_hash, photo["path"], method)
             seen = kept.get(asked)
             if seen is None:
-                seen = look_at(localizer(method), load_image(photo["path"], photo["orig_name"]))
-            explanation = explain_image(localizer(method), seen, texts)
+                seen = look_at(localizer(method, False), load_image(photo["path"], photo["orig_name"]))
+            explanation = explain_image(localizer(method, bool(refine)), seen, texts)
             kept[asked] = seen
             kept.move_to_end(asked)
             if len(kept) > MAX_SESSIONS:  # 1.2 megabytes each
@@ -239,6 +239,9 @@ def build_app(model) -> gr.Blocks:
                 )
                 method = gr.Dropdown(
                     [(label, name) for name, (label, _) in METHODS.items()], value="itsm", label="Method"
+                )
+                refine = gr.Checkbox(
+                    False, label="Refine", info="The maps follow the edges of the image.", elem_id="refine"
                 )
                 button = gr.Button("Explain", variant="primary")
                 if examples:
@@ -272,13 +275,13 @@ def build_app(model) -> gr.Blocks:
         picture.click(None, js="() => window.dispatchEvent(new Event('iclip-save-picture'))")
         run = {
             "fn": explain,
-            "inputs": [photo, typed, method],
+            "inputs": [photo, typed, method, refine],
             "outputs": [viewer, download],
             "preprocess": False,  # `load_image` reads the uploaded file itself
             "concurrency_id": "model",
             "trigger_mode": "always_last",
         }
-        triggers = [app.load, photo.upload, typed.submit, method.change, button.click]
+        triggers = [app.load, photo.upload, typed.submit, method.change, refine.change, button.click]
         gr.on(triggers, **run, api_name="explain")
         if examples:
             chosen.success(**run, api_visibility="private")

@@ -74,7 +74,7 @@ _EMBEDDED = {
 # Settings of a training run that the card shows: those that the model depends on.
 _TRAINING_SETTINGS = """
     model vision text model_options data pairs_per_epoch validation_share image_size lock_text text_lora_rank unlocked_vision_blocks
-    crop_scale auto_augment random_erasing cache_features views nouns noun_prompts noun_weight noun_branches noun_competition map_tokens
+    crop_scale auto_augment random_erasing cache_features nouns noun_prompts noun_weight noun_branches noun_competition map_tokens
     epochs max_steps batch_size learning_rate warmup_learning_rate min_learning_rate warmup_epochs weight_decay clip_grad_norm
     mixed_precision seed best_metric
 """.split()
@@ -274,7 +274,7 @@ def public_settings(settings: Mapping) -> dict:
     idle = {name for name in shown if shown[name] is False or (shown[name] == 0 and name in _OFF_AT_0)}
     if "cache_features" in shown:
         shown["cache_features"] = True  # instead of its folder
-        idle |= {"crop_scale", "auto_augment", "random_erasing"} if shown.get("views") == 1 else set()
+        idle |= {"crop_scale", "auto_augment", "random_erasing"}  # of images that are not cached
     if "model" in shown:
         idle.add("image_size")  # a model has its own
     if "nouns" not in shown:

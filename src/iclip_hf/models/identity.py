@@ -14,21 +14,11 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from ..utils.digests import content_digest, weights_digest
 
 
-# Options that change no number. All others count where they differ from the default of their class. So a new version of Transformers,
-# which adds options, does not make another model.
-_WITHOUT_EFFECT = {
-    # The place of the files.
-    "_name_or_path",
-    # The code that wrote the files, or loads them.
-    "architectures",
-    "auto_map",
-    "custom_pipelines",
-    "processor_class",
-    "transformers_version",
-    # Of the files; the loaded weights have a dtype of their own, which counts.
-    "dtype",
-    "torch_dtype",
-}
+# Options that change no number: the place of the files, the code that wrote or loads them, and the dtype of the files (the loaded weights
+# have a dtype of their own, which counts). All others count where they differ from the default of their class. So a new version of
+# Transformers, which adds options, does not make another model.
+_WITHOUT_EFFECT = {"_name_or_path", "architectures", "auto_map", "custom_pipelines", "processor_class"}
+_WITHOUT_EFFECT |= {"transformers_version", "dtype", "torch_dtype"}
 # What a tokenizer of the tokenizers library keeps of its last call; each call of a processor sets it.
 _LAST_CALL = ("truncation", "padding")
 # What transformers adds to such a tokenizer.
@@ -45,7 +35,7 @@ def identity(model, processor, dtype: torch.dtype | None = None) -> dict[str, st
     The digests are computed anew by each call, in 0.1 s for each 100 MB of weights.
 
     Args:
-        model, processor: as for [`~iclip_hf.explainers.make_explainer`].
+        model, processor: a pair for [`load`].
         dtype (`torch.dtype`, *optional*): weights are rounded to it first, as if the model were loaded in it.
 
     Returns:
@@ -142,9 +132,9 @@ def _counting(options: Mapping) -> dict:
 def _plain(value):
     """Converts a value to what JSON has."""
     if isinstance(value, Mapping):
-        return {str(name): _plain(one) for name, one in value.items()}
+        return {str(name): _plain(part) for name, part in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_plain(one) for one in value]
+        return [_plain(part) for part in value]
     if isinstance(value, (set, frozenset)):
         return sorted(map(str, value))
     if value is None or isinstance(value, (bool, int, float, str)):

@@ -185,5 +185,5 @@ def test_a_name_as_long_as_file_systems_allow(tmp_path):
     path = tmp_path / ("é" * 125 + ".json")  # 255 bytes
     with atomic_write(path) as partial:
         partial.write_text("whole")
-        assert names(tmp_path) == [partial.name]
+        assert len(names(tmp_path)) == 1
     assert names(tmp_path) == [path.name] and path.read_text() == "whole"

@@ -29,7 +29,7 @@ def world(world):
 def explain(world, path, texts="dog"):
     try:
         photo, visitor = {"path": str(path), "orig_name": "image.png"}, SimpleNamespace(session_hash="visitor")
-        return world.app(photo, texts, "itsm", visitor)
+        return world.app(photo, texts, "itsm", False, visitor)
     except gr.Error as error:  # its own text is the repr
         raise ValueError(error.message) from error
 

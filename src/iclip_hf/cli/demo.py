@@ -37,7 +37,8 @@ def run(options: argparse.Namespace) -> None:
     if options.web:
         if options.model or options.dtype or options.device or options.export_space:
             raise ValueError(
-                "--web serves a page that has its model: leave out --model, --dtype, --device and --export-space."
+                "Expected --web, whose page has a model, without --model, --dtype, --device and --export-space, but got one of them: "
+                "leave it out."
             )
         from ..demo.web_server import web_server
 

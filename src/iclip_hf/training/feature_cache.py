@@ -251,7 +251,8 @@ def cache_texts(
 
 class CachedPairs(Dataset):
     """
-    Pairs as cached features, from [`cache_images`]. The captions of an epoch depend only on (seed, epoch). With a locked text tower, `texts` and `prompts` are the features of captions and of noun prompts.
+    Pairs as cached features, from [`cache_images`]. The captions of an epoch depend only on (seed, epoch). With a locked text tower, `texts`
+    and `prompts` are the features of captions and of noun prompts.
     """
 
     def __init__(

@@ -19,7 +19,7 @@ import numpy as np
 import open_clip
 import torch
 from accelerate import Accelerator
-from measuring import cost, machine, ratio, table, take_turns, together
+from measuring import command_line, cost, machine, ratio, table, take_turns, together
 from open_clip.loss import ClipLoss
 from torch.utils.data import DataLoader, Dataset
 
@@ -193,7 +193,7 @@ def steps(rounds: int) -> dict[str, list[float]]:
 
 def captions_held(folder: Path, pairs: int):
     """Opening a cache of so many pairs: what stays in memory is the captions, because features are memory-mapped."""
-    shards = FeatureShards(folder, {}, pairs)
+    shards = FeatureShards(folder, pairs)
     for shard in shards.missing():
         rows = shards.rows_of(shard)
         captions = [[f"a photo of {row:9d} things, as long as a caption is"] for row in rows]
@@ -246,7 +246,7 @@ def on_paper(folder: Path, step: float, encoded: float) -> str:
 
 def main() -> None:
     data = Path(os.environ.get("ICLIP_DATA", "data"), "flickr8k/dev-00000.tar")
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line(__doc__)
     parser.add_argument("--data", type=Path, default=data)
     parser.add_argument("--pairs", type=int, default=128)
     parser.add_argument("--batch-size", type=int, default=64)

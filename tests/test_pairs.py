@@ -449,14 +449,6 @@ def test_epoch_reaches_persistent_workers(tmp_path):
     assert flat(loader) != first
 
 
-def test_picklable(tmp_path):
-    dataset = load_pairs(write_shards(tmp_path, 5), seed=3)
-    dataset.set_epoch(2)
-    copy = pickle.loads(pickle.dumps(dataset))
-    assert [(i["key"], i["caption"]) for i in copy] == [(i["key"], i["caption"]) for i in dataset]
-    assert int(copy._epoch) == 2 and copy.fingerprint() == dataset.fingerprint()
-
-
 def test_fingerprint_is_of_content(tmp_path):
     """Whatever keeps its name, size and time: a shard with another caption in its padding, an image that a table or rows name."""
     (shard,) = write_shards(tmp_path / "a", 4, shards=1).iterdir()

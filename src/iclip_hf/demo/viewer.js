@@ -26,7 +26,7 @@ function paint(canvas, draw) {
  *
  * @param look `colors`: name -> 256 colours, [red, green, blue, alpha] in 0..255; `opacity` of the maps; `segments`: colours of texts.
  * @returns `show({photo, size, originalSize, texts})` starts with a photograph that `drawImage` takes and the texts;
- *   `add(index, {cosine, presence, word, levels, low, high})` brings what belongs to one: its map in 0..255, row-major, of
+ *   `add(index, {cosine, presence, word, levels, low, high})` adds what belongs to one: its map in 0..255, row-major, of
  *   `size` (width, height), and the raw values of 0 and 255; `savePicture()` downloads all overlays as they are seen.
  */
 export function createViewer(element, look) {

@@ -490,7 +490,7 @@ def test_the_card_leaves_out_settings_without_effect(settings, shown):
     assert public_settings(settings) == shown
 
 
-def test_what_a_card_tells_goes_on_with_the_weights_unless_measured_again(source, exported, tmp_path, tiny_processor):
+def test_a_card_keeps_what_an_earlier_one_tells_unless_measured_again(source, exported, tmp_path, tiny_processor):
     first, second = (ModelCard.load(folder / "README.md") for folder in (source / "model", exported))
     assert first.data.to_dict() == second.data.to_dict()
     measured = {**METRICS["protocol"], **identity(tiny_model().to(torch.bfloat16), tiny_processor)}

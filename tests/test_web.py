@@ -272,7 +272,7 @@ def test_a_reload_needs_no_server_and_sees_a_newer_page(browser, exported, photo
             assert page.title().startswith("Newer: ") and "Newer: the maps" in page.inner_text(".controls")
 
 
-def test_bad_input_is_a_sentence_and_the_page_goes_on(page, photos):
+def test_bad_input_is_a_sentence_and_the_page_stays_usable(page, photos):
     for photo, texts, sentence in [
         ("notes.png", "dog", "notes.png: this browser cannot read it as a photograph. Save it as JPEG"),
         ("drawing.svg", "dog", "drawing.svg: this browser cannot read it"),

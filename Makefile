@@ -13,7 +13,7 @@ BIN := .venv/bin
 # Explains a photograph that scikit-image ships (NASA, public domain) with the embedded checkpoint.
 demo: .venv/.installed
 	$(BIN)/iclip explain "$$($(BIN)/python -c 'import skimage; print(skimage.__path__[0])')/data/astronaut.png" \
-		--text face --text "orange jacket" --text helmet --text tree --output demo.png
+		--text "orange jacket" --text helmet --text "space shuttle" --text dog --output demo.png
 
 # A test process for each core; a file's tests stay together, because they share models and browsers.
 PYTEST := -m pytest -n auto --dist loadfile -p no:randomly

@@ -19,7 +19,7 @@ import numpy as np
 import open_clip
 import torch
 from accelerate import Accelerator
-from measuring import cost, machine, ratio, table, take_turns, together
+from measuring import command_line, cost, machine, ratio, table, take_turns, together
 from open_clip.loss import ClipLoss
 from torch.utils.data import DataLoader, Dataset
 
@@ -134,12 +134,12 @@ def plain_pairs(folder: Path) -> TrainingPairs:
 def cached_pairs(folder: Path, model: ICLIPModel, accelerator: Accelerator, lock_text: bool) -> CachedPairs:
     """From what is in the folder, or is put there now."""
     pairs = load_pairs(folder / "pairs.tar")
-    views = cache_images(folder, pairs, model.eval(), [WholeImage(processor())], accelerator)
+    images = cache_images(folder, pairs, model.eval(), processor(), accelerator)
     texts = {}
     if lock_text:
-        captions = [caption for several in views[0].captions() for caption in several]
+        captions = [caption for several in images.captions() for caption in several]
         texts["texts"] = cache_texts(folder / "texts", captions, model, processor(), accelerator)
-    return CachedPairs(views, model.config, processor(), **texts)
+    return CachedPairs(images, model.config, processor(), **texts)
 
 
 # name, class, and what it is made with
@@ -193,7 +193,7 @@ def steps(rounds: int) -> dict[str, list[float]]:
 
 def captions_held(folder: Path, pairs: int):
     """Opening a cache of so many pairs: what stays in memory is the captions, because features are memory-mapped."""
-    shards = FeatureShards(folder, {}, pairs)
+    shards = FeatureShards(folder, pairs)
     for shard in shards.missing():
         rows = shards.rows_of(shard)
         captions = [[f"a photo of {row:9d} things, as long as a caption is"] for row in rows]
@@ -201,7 +201,7 @@ def captions_held(folder: Path, pairs: int):
     held = []
 
     def open_cache() -> None:
-        pairs = CachedPairs([shards], ICLIPConfig(), None)
+        pairs = CachedPairs(shards, ICLIPConfig(), None)
         held.append((pairs, CachedTexts(pairs.drawn_captions(), shards)))
 
     return open_cache
@@ -246,7 +246,7 @@ def on_paper(folder: Path, step: float, encoded: float) -> str:
 
 def main() -> None:
     data = Path(os.environ.get("ICLIP_DATA", "data"), "flickr8k/dev-00000.tar")
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line(__doc__)
     parser.add_argument("--data", type=Path, default=data)
     parser.add_argument("--pairs", type=int, default=128)
     parser.add_argument("--batch-size", type=int, default=64)

@@ -42,7 +42,6 @@ from iclip_hf.data.pairs import load_pairs
 from iclip_hf.localization.collection import explain_collection, open_images
 from iclip_hf.localization.localizer import Localizer
 from iclip_hf.models.loading import load_iclip
-from iclip_hf.training.data import WholeImage
 from iclip_hf.training.feature_cache import cache_images
 
 
@@ -97,8 +96,7 @@ def training(inputs: Path, output: Path, *more) -> None:
 
 def cache(inputs: Path, output: Path) -> None:
     model, processor = load_iclip(inputs / "model")
-    views = [WholeImage(processor)]
-    cache_images(output, load_pairs(inputs / "pairs.tar"), model, views, Accelerator(cpu=True), batch_size=16)
+    cache_images(output, load_pairs(inputs / "pairs.tar"), model, processor, Accelerator(cpu=True), batch_size=16)
 
 
 def collection(inputs: Path, output: Path) -> None:
@@ -244,10 +242,10 @@ class Faults:
             seen = "; ".join(problems) or "resumed, the result is the uninterrupted one"
             self.tell("kill -9 at a random moment", name, times, seen, not problems)
 
-    def told(self, fault: str, name: str, output: Path, run: Run, mend: Callable[[], object] = lambda: None) -> None:
-        """Checks that the run ends with an error message and exit code 2, and resumes once the fault is mended."""
+    def told(self, fault: str, name: str, output: Path, run: Run, repair: Callable[[], object] = lambda: None) -> None:
+        """Checks that the run ends with an error message and exit code 2, and resumes once the fault is removed."""
         code, said = run.wait(), run.said()
-        mend()
+        repair()
         problem = self.resumed(name, output)
         seen = f"{'' if code == 2 else f'exit {code}: '}{said}; then {problem or 'the uninterrupted result'}"
         self.tell(fault, name, 1, seen, code == 2 and not problem)

@@ -24,7 +24,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from accelerate import Accelerator
-from measuring import mean_and_spread, remembered
+from measuring import command_line, mean_and_spread, remembered
 from measuring import table as markdown
 from torch import nn
 from torch.nn import functional as F
@@ -56,9 +56,7 @@ COLUMNS = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = command_line(__doc__)
     parser.add_argument("--data-root", type=Path, required=True)
     parser.add_argument("--output", type=Path, default=Path("runs/few_pairs"))
     parser.add_argument("--pairs", type=int, nargs="+", default=[50, 500])
@@ -91,13 +89,13 @@ class Study:
         self.accelerator = Accelerator(cpu=True)
         self.start, self.processor = load_iclip("embedded")
         pairs, transform = load_pairs(options.data_root / "flickr8k" / "dev-00000.tar"), WholeImage(self.processor)
-        views = cache_images(options.output, pairs, self.start, [transform], self.accelerator)
-        captions = [caption for several in views[0].captions() for caption in several]
+        features = cache_images(options.output, pairs, self.start, self.processor, self.accelerator)
+        captions = [caption for several in features.captions() for caption in several]
         texts = cache_texts(options.output / "texts", captions, self.start, self.processor, self.accelerator)
-        self.pairs = CachedPairs(views, self.start.config, self.processor, texts=texts)
+        self.pairs = CachedPairs(features, self.start.config, self.processor, texts=texts)
         if self.blocks:
             images = {row: transform(pairs.read(row)["image"]) for row in self.pairs.rows}
-            self.pairs = PairsWithImages(images, views, self.start.config, self.processor, texts=texts)
+            self.pairs = PairsWithImages(images, features, self.start.config, self.processor, texts=texts)
         self.maps = load_segmentation("coco2017", options.data_root / "coco100", "train2017")
         self.locked_blocks = remembered_blocks(copy.deepcopy(self.start.vision_model), self.blocks)
         self.start.encode_image = remembered(self.start.encode_image, {})

@@ -21,7 +21,7 @@ from transformers import (
     SiglipModel,
 )
 
-from iclip_hf.explainers import METHODS
+from iclip_hf.explainers import METHODS, make_explainer
 
 
 LABELS = ["dog", "red ball", "blue car"]
@@ -109,3 +109,11 @@ PAIRS = [(family, method) for family in FAMILIES for method in METHODS if (famil
 
 def cosine_map(patches, texts, grid):
     return torch.einsum("bnp,tp->btn", F.normalize(patches, dim=-1), F.normalize(texts, dim=-1)).unflatten(-1, grid)
+
+
+def drawn(made, family, method="itsm", *, labels=LABELS, templates=None, **options):
+    """Model and processor of the family, an explainer, encoded labels, and the raw maps of two images."""
+    model, processor, size = made(family)
+    explainer = make_explainer((model, processor), method, **options)
+    texts = explainer.model.encode_texts(labels, templates)
+    return model, processor, explainer, texts, explainer.raw_maps(pixels(size), texts)[0]

@@ -58,14 +58,10 @@ class Trap:
         return os.mkdir, ("unpickled",)
 
 
-def archive(kind: str) -> bytes:
+def zip_archive() -> bytes:
     file = io.BytesIO()
-    if kind == "zip":
-        with zipfile.ZipFile(file, "w") as opened:
-            opened.writestr("../escaped.png", BY_FORMAT["PNG"])
-    else:
-        with tarfile.open(fileobj=file, mode="w") as opened:
-            opened.addfile(tarfile.TarInfo("a.png"))
+    with zipfile.ZipFile(file, "w") as opened:
+        opened.writestr("../escaped.png", BY_FORMAT["PNG"])
     return file.getvalue()
 
 
@@ -96,14 +92,11 @@ UNUSUAL_IMAGES = {
 }
 UNREADABLE_IMAGES = {
     "empty": b"",
-    "one byte": b"\xff",
     "text": b"not an image",
-    "html": b"<!doctype html><title>404 Not Found</title>",
     "svg": b'<svg xmlns="http://www.w3.org/2000/svg"><image href="file:///etc/passwd"/></svg>',
     "pdf": b"%PDF-1.7\n%\xe2\xe3",
     "eps": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n",
-    "zip": archive("zip"),
-    "tar": archive("tar"),
+    "zip": zip_archive(),
     "pickle": pickle.dumps(Trap()),
     "numbers of numpy": (lambda file: (np.save(file, noise(4, 4)), file.getvalue())[1])(io.BytesIO()),
     "floating point": encoded(Image.fromarray(np.full((5, 5), np.nan, np.float32)), "TIFF"),
@@ -203,23 +196,17 @@ DEEP = 20_000
 # JSON and near JSON, for whoever reads JSON and expects something of a certain form.
 BAD_JSON = {
     "empty": "",
-    "blank": "  \n",
     "truncated": '{"per_class": {"itsm": [{"na',
     "no json": "<html>",
-    "number": "3",
     "huge number": "9" * 5000,
-    "string": '"text"',
     "null": "null",
     "list": "[]",
     "empty object": "{}",
     "deep lists": "[" * DEEP + "]" * DEEP,
-    "deep objects": '{"a":' * DEEP + "1" + "}" * DEEP,
     "other object": json.dumps({"a": {"b": [1, None, "x"]}}),
-    "nan": "NaN",
     "lone surrogate": '"\\ud800"',
     "byte order mark of UTF-16": "\ufeff{}".encode("utf-16"),
     "no UTF-8": b'{"a": "\xff"}',
-    "null bytes": bytes(100),
     "pickle": pickle.dumps(Trap()),
 }
 # A list that would hold a thousand million letters if it were printed.

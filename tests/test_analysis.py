@@ -9,7 +9,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from iclip_hf.data.segmentation import load_segmentation
 from iclip_hf.evaluation import analysis
 from iclip_hf.evaluation.analysis import channel_matches, foreground_tokens, match_channels, relation, semantic_shift
 from iclip_hf.modeling_iclip import ICLIPImageFeatures
@@ -167,22 +166,6 @@ def test_a_models_own_vectors_are_matched(dual, pooling, tiny_processor):
         before, after = (np.isin(matches[name].tokens % 4, range(left, right)) for name in ("max", "own"))
         expected.append([np.sum(~before & after), np.sum(before & ~after)])
     assert [shift.rows[-1].b2f, shift.rows[-1].f2b] == np.mean(expected, 0).tolist()
-
-
-@pytest.mark.parametrize(
-    ("name", "root", "split"), [("voc2012", "voc_layout", None), ("coco2017", "coco100", "train2017")]
-)
-def test_real_masks(name, root, split, iclip_data, tiny_processor):
-    dataset = load_segmentation(name, iclip_data / root, split)
-    samples = [dataset[index] for index in range(6)]
-    shift = semantic_shift((tiny_model(), tiny_processor), samples)
-    assert shift.images + shift.left_out == 6
-    rows = [row for row in shift.rows if row.images]
-    assert sum(row.images for row in shift.rows[:-1]) == shift.images == shift.rows[-1].images
-    assert all(row.b2f + row.f2b + row.same == pytest.approx(16) for row in rows)
-    # what comes to the foreground less what leaves it is the difference of the poolings
-    gain = shift.foreground_channels["average"] - shift.foreground_channels["max"]
-    assert shift.rows[-1].b2f - shift.rows[-1].f2b == pytest.approx(gain)
 
 
 def test_relation_by_hand():

@@ -8,6 +8,7 @@ from PIL import Image
 
 from iclip_hf import cli, explain
 from iclip_hf.figures import sheets
+from iclip_hf.presence import presence_word
 
 
 NAMES = ["dog", "red ball", "car"]
@@ -37,9 +38,9 @@ def sheet(monkeypatch):
     seen = {}
     draw = sheets.comparison_sheet
 
-    def spy(image, heatmaps, row_titles, **options):
-        seen.update(image=image, heatmaps=heatmaps, row_titles=row_titles)
-        return draw(image, heatmaps, row_titles, **options)
+    def spy(image, heatmaps, row_titles, words, **options):
+        seen.update(image=image, heatmaps=heatmaps, row_titles=row_titles, words=words)
+        return draw(image, heatmaps, row_titles, words, **options)
 
     monkeypatch.setattr(sheets, "comparison_sheet", spy)
     return seen
@@ -65,8 +66,9 @@ def test_a_row_a_text_and_a_column_a_method(folder, tmp_path, sheet, capsys, tin
             (tiny_model(), tiny_processor), [path], ["cat", "tail of the dog"], method, templates=["{}"]
         )[0]
         np.testing.assert_allclose(maps, explained.maps, atol=1e-5)
-        for row, score in zip(scores, explained.scores):
+        for row, score, presence in zip(scores, explained.scores, explained.presence):
             assert list(row["scores"].values()) == [pytest.approx(float(score), abs=1e-4)]
+            assert list(row["presence"].values()) == [pytest.approx(float(presence), abs=1e-3)]
     assert [title.split("\n")[0] for title in sheet["row_titles"]] == ["cat", "tail of the dog"]
     with Image.open(output) as picture:
         assert picture.width > picture.height
@@ -97,6 +99,27 @@ def test_models_side_by_side(folder, tmp_path, sheet):
     assert len(re.findall(r"-?\d\.\d\d", sheet["row_titles"][0])) == 2  # a score for each model
 
 
+def test_presence_of_each_text_and_model_in_words(folder, tmp_path, sheet, capsys):
+    """In the titles of the rows, in the table, and for the pictures, which fade by it."""
+    image, texts = folder / "images" / "b.png", ["dog", "cat", "red ball", "car", "tree", "sky"]
+    asked = [argument for text in texts for argument in ("--text", text)]
+    command = [*asked, "--methods", "itsm", "attention", "--output", tmp_path / "out.png"]
+    assert run(folder, image, *command, "--json", models=(0, 1)) == 0
+    rows = json.loads(capsys.readouterr().out)["texts"]
+    first, second = (str(folder / f"model{seed}") for seed in range(2))
+    words = {model: [presence_word(row["presence"][model]) for row in rows] for model in (first, second)}
+    assert len(set(words[first] + words[second])) > 1 and words[first] != words[second]
+    assert sheet["words"] == {
+        f"{model}\n{method}": words[model] for model in words for method in ("itsm", "attention")
+    }
+    for row, title, *of_text in zip(rows, sheet["row_titles"], *words.values()):
+        notes = [f"{word} · score {score:.2f}" for word, score in zip(of_text, row["scores"].values())]
+        assert title == f"{row['text']}\n{', '.join(notes)}"
+    assert run(folder, image, *command, models=(0, 1)) == 0
+    _, *lines = capsys.readouterr().out.splitlines()
+    assert [re.findall("present|unsure|absent", line) for line in lines] == list(map(list, zip(*words.values())))
+
+
 def test_a_large_photograph_is_drawn_at_the_size_of_its_cell(folder, tmp_path, sheet):
     noise((3000, 1000)).save(tmp_path / "large.jpg")
     assert run(folder, tmp_path / "large.jpg", "--text", "dog", "--dpi", "50", "--output", tmp_path / "out.png") == 0
@@ -104,28 +127,13 @@ def test_a_large_photograph_is_drawn_at_the_size_of_its_cell(folder, tmp_path, s
     assert 100 < width < 200 and sheet["heatmaps"]["itsm"].shape == (1, height, width)
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["c", "--dataset", "folder", "--data-root", "{folder}"], "such as a, got c"),
-        (["b", "--dataset", "folder", "--data-root", "{folder}"], "shows a class"),
-        (["{folder}/images/a.png", "--text", "dog", "--colormap", "x"], "colormap"),
-    ],
-)
-def test_bad_input_is_one_line_and_exit_code_2(folder, tmp_path, capsys, monkeypatch, arguments, message):
+@pytest.mark.parametrize(("image", "message"), [("c", "such as a, got c"), ("b", "shows a class")])
+def test_images_without_a_class_are_one_line_and_exit_code_2(folder, tmp_path, capsys, monkeypatch, image, message):
     monkeypatch.chdir(tmp_path)
-    assert run(folder, *(argument.format(folder=folder) for argument in arguments)) == 2
+    assert run(folder, image, "--dataset", "folder", "--data-root", folder) == 2
     err = capsys.readouterr().err.strip()
     assert len(err.splitlines()) == 1 and err.startswith("iclip compare: ") and message in err
     assert list(tmp_path.iterdir()) == []
-
-
-@pytest.mark.parametrize("dpi", ["0", "-1", "x"])
-def test_a_wrong_resolution_is_refused_at_once(dpi, capsys):
-    with pytest.raises(SystemExit) as stop:
-        cli.main(["compare", "none.jpg", "--text", "dog", "--dpi", dpi])
-    assert stop.value.code == 2
-    assert "--dpi: expected a whole number of at least 1" in capsys.readouterr().err
 
 
 def test_prompts_are_those_of_the_data_set(folder, tmp_path, capsys):

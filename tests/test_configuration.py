@@ -17,20 +17,7 @@ def test_defaults_are_the_papers_model():
 
 
 def test_round_trip_keeps_every_option(tmp_path):
-    options = {
-        "projection_dim": 48,
-        "pooling": "average",
-        "dual_projection": False,
-        "projection_bias": True,
-        "map_attention": "additive",
-        "map_affinity": 4,
-        "value_share": 0.25,
-        "attention_norm": "quantile",
-        "attention_quantile": 0.75,
-        "logit_scale_init_value": 3,
-        "lock_vision": False,
-        "text_pooling": "class_token",
-    }
+    options = {"projection_dim": 48, "dual_projection": False, "map_affinity": 4, "attention_norm": "quantile"}
     config = tiny_config("dinov2_with_registers", "bert", **options)
     config.save_pretrained(tmp_path)
     for loaded in (ICLIPConfig.from_pretrained(tmp_path), AutoConfig.from_pretrained(tmp_path)):
@@ -56,18 +43,13 @@ def test_what_a_training_loop_writes_into_it_loads_again(tmp_path):
         ("max_sharpness", 0, "got 0"),
         ("value_share", 1.5, r"value_share in \[0, 1\], got 1.5"),
         ("center_tokens", True, 'max_over="similarity" with center_tokens=True, got "channels"'),
+        ("max_over", "similarity", "Expected dual_projection=True .*max_over.*False"),
+        ("recognition_pooling", "class_and_average", "Expected dual_projection=True .*recognition_pooling.*False"),
     ],
 )
 def test_bad_options_are_refused(option, value, message):
     with pytest.raises((ValueError, StrictDataclassError), match=message):
-        ICLIPConfig(**{option: value})
-
-
-@pytest.mark.parametrize("options", [{"max_over": "similarity"}, {"recognition_pooling": "class_and_average"}])
-def test_options_of_dual_projections_are_refused_without_them(options):
-    (option,) = options
-    with pytest.raises(StrictDataclassError, match=f"Expected dual_projection=True .*{option}.*False"):
-        ICLIPConfig(dual_projection=False, **options)
+        ICLIPConfig(dual_projection=False, **{option: value})
 
 
 def test_towers_that_do_not_fit_are_refused():

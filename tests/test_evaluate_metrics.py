@@ -94,8 +94,10 @@ def installed(tmp_path_factory):
     stale.mkdir(parents=True)
     (stale / "mmiou.py").write_text("raise ImportError('an old version')")
     os.utime(stale / "mmiou.py", (4e9, 4e9))  # evaluate prefers the newest
-    command = "from iclip_hf.hub.metrics import install_metrics; print(install_metrics())"
-    assert output_of(fresh_process(["-c", command], home, home)) == ["['mfmb', 'mmiou', 'text_contrast']"]
+    said = output_of(fresh_process(["-m", "iclip_hf.cli", "install-metrics"], home, home))
+    assert [line.split(" -> ")[0] for line in said] == ["mfmb", "mmiou", "text_contrast"]
+    for name, folder in (line.split(" -> ") for line in said):
+        assert (Path(folder) / f"{name}.py").is_file() and Path(folder).is_relative_to(home)
     return home
 
 

@@ -1,11 +1,5 @@
 """evaluation/segmentation.py and explainers/windows.py against the same protocol in plain steps."""
 
-import csv
-import json
-import os
-import subprocess
-import sys
-
 import numpy as np
 import pytest
 import torch
@@ -13,7 +7,6 @@ from conftest import tiny_model
 from test_evaluation import NAMES, root  # noqa: F401
 from torch.nn import functional as F
 
-from iclip_hf import cli
 from iclip_hf.data import load_segmentation
 from iclip_hf.evaluation.evaluate import evaluate
 from iclip_hf.evaluation.measures.segmentation import Segmentation
@@ -174,11 +167,6 @@ def test_bad_options_are_named(root, tiny_processor, options, problem):  # noqa:
         segment((tiny_model(), tiny_processor), load_segmentation("folder", root), **options)
 
 
-def test_one_image_has_no_other_to_choose_a_threshold_on(root, tiny_processor):  # noqa: F811
-    with pytest.raises(ValueError, match="two images or more"):
-        evaluate((tiny_model(), tiny_processor), load_segmentation("folder", root), measures=["segmentation"], limit=1)
-
-
 @pytest.mark.parametrize("options", [{"threshold": 0.5}, {"background": ["sky"]}])
 def test_a_void_background_is_not_predicted(root, tiny_processor, options):  # noqa: F811
     dataset = load_segmentation("folder", root)
@@ -190,25 +178,3 @@ def test_a_void_background_is_not_predicted(root, tiny_processor, options):  # n
 
 
 # ---- command line ----
-
-
-def test_command_writes_json_and_csv_alike_with_two_processes(root, tiny_processor, tmp_path, capsys):  # noqa: F811
-    tiny_model().save_pretrained(tmp_path / "model")
-    tiny_processor.save_pretrained(tmp_path / "model")
-    arguments = ["evaluate", "--task", "segmentation", "--dataset", "folder", "--data-root", str(root)]
-    arguments += ["--model", str(tmp_path / "model"), "--output"]
-    assert cli.main([*arguments, str(tmp_path / "one.json"), "--json"]) == 0
-    written = json.loads((tmp_path / "one.json").read_text())
-    assert json.loads(capsys.readouterr().out) == written
-    with (tmp_path / "one.csv").open() as file:
-        assert [row["name"] for row in csv.DictReader(file)] == ["background", *NAMES]
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29657"]
-    environment = {**os.environ, "ACCELERATE_USE_CPU": "1", "OMP_NUM_THREADS": "1"}
-    command = [*launch, "-m", "iclip_hf.cli", *arguments, str(tmp_path / "two.json")]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:]
-    together = json.loads((tmp_path / "two.json").read_text())
-    assert together["timing"]["images"] == 4  # of 7
-    for name in ("mIoU", "pixel_accuracy"):
-        assert together["results"]["itsm"][name] == pytest.approx(written["results"]["itsm"][name], abs=0.3)
-    assert together["results"]["itsm"]["pixels"] == written["results"]["itsm"]["pixels"]

@@ -2,23 +2,19 @@
 
 import copy
 import math
-from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import VISION, tiny_model
-from families import GRID, LABELS, pixels
+from families import GRID, LABELS, drawn, pixels
 from torch.nn import functional as F
 from transformers import AutoConfig
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from iclip_hf.explainers import make_explainer
-from iclip_hf.explainers.bi_modal import BiModal
+from iclip_hf.explainers.last_block import gaussian_window
 from iclip_hf.explainers.legrad import _mean_mlp
-from iclip_hf.explainers.naclip import gaussian_window
 from iclip_hf.modeling_iclip import load_tower
-from iclip_hf.models.explainable import Pooling
-from iclip_hf.models.recording import AttentionRecord
 
 
 def maps_of(model, processor, method, texts=LABELS, **options):
@@ -102,62 +98,6 @@ def test_the_last_block_token_by_token(made, method, weights, options, kept):
         torch.testing.assert_close(maps[image].flatten(1), expected, atol=1e-5, rtol=1e-3)
 
 
-@pytest.mark.parametrize("family", ["iclip", "clip", "metaclip_2", "tipsv2", "siglip"])
-def test_what_the_methods_have_in_common(made, family):
-    model, processor, _ = made(family)
-
-    def same(one, other):
-        torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-4)
-
-    keys = maps_of(model, processor, "clearclip", tokens="key")
-    same(maps_of(model, processor, "naclip", sigma=None), keys)
-    # a window of one patch alone raises each patch's own logit only; a wide one raises all patches alike
-    assert (maps_of(model, processor, "naclip", sigma=0.1) - keys).abs().max() > 1e-4
-    # one block of CLIP Surgery, value-value, without its residual connection and what the texts have in common
-    surgery = make_explainer((model, processor), "clip_surgery", depth=1)
-    surgery.residual = False
-    texts = surgery.model.encode_texts(LABELS, ["{}"])
-    same(
-        super(type(surgery), surgery).forward(pixels(), texts)[0],
-        maps_of(model, processor, "clearclip", tokens="value"),
-    )
-    # SCLIP is the sum of the attention of queries and of keys
-    both = make_explainer((model, processor), "sclip", residual=False)
-    image, layers = both.model.trace(pixels(), both.blocks[0])
-    halves = [
-        make_explainer((model, processor), "clearclip", tokens=tokens).mix(layers[0], image, pixels())
-        for tokens in ("query", "key")
-    ]
-    same(both.mix(layers[0], image, pixels()), sum(halves))
-
-
-def test_gem_without_iterations_averages_three_attentions(made):
-    """With one block and no iterations its only differences are unit vectors and their sharpness."""
-    model, processor, _ = made("clip")
-    gem = make_explainer((model, processor), "gem", depth=1, iterations=0)
-    image, (layer,) = gem.model.trace(pixels(), -1)
-    thirds = []
-    for tokens in (layer.query, layer.key, layer.value):
-        sharpness = layer.tokens.norm(dim=-1).mean(1) / 8**0.5
-        weights = [F.normalize(t, dim=-1) @ F.normalize(t, dim=-1).mT * s for t, s in zip(tokens, sharpness)]
-        thirds.append(torch.stack(weights).softmax(-1) @ layer.value)
-    torch.testing.assert_close(gem.mix(layer, image, pixels()), sum(thirds) / 3, atol=1e-5, rtol=1e-4)
-
-
-@pytest.mark.parametrize("depth", [1, 2])
-def test_value_attention_with_all_of_the_block_is_the_models_own_stream(made, depth, tiny_processor):
-    """The weights of the model's own attention, with residual connections and MLPs, give back its own patches."""
-    model, processor, _ = made("clip")
-    explainer = make_explainer((model, processor), "gem", depth=depth)
-    explainer.mlp = True
-    explainer.mix = lambda layer, image, pixel_values: F.scaled_dot_product_attention(
-        layer.query, layer.key, layer.value
-    )
-    texts = explainer.model.encode_texts(LABELS, ["{}"])
-    expected = maps_of(model, processor, "itsm")
-    torch.testing.assert_close(explainer.raw_maps(pixels(), texts)[0], expected, atol=1e-5, rtol=1e-4)
-
-
 def test_the_window_by_hand():
     e = math.exp
     window = gaussian_window((2, 2), 1.0, 5)
@@ -170,6 +110,21 @@ def test_the_window_by_hand():
         [0, far, near, near, 1],
     ]
     torch.testing.assert_close(window, torch.tensor(expected))
+
+
+@pytest.mark.parametrize("family", ["iclip", "metaclip_2", "tipsv2", "siglip"])
+def test_what_the_methods_have_in_common(made, family):
+    model, processor, _ = made(family)
+    keys = maps_of(model, processor, "clearclip", tokens="key")
+    torch.testing.assert_close(maps_of(model, processor, "naclip", sigma=None), keys, atol=1e-5, rtol=1e-4)
+    # SCLIP is the sum of the attention of queries and of keys
+    both = make_explainer((model, processor), "sclip", residual=False)
+    image, layers = both.model.trace(pixels(), both.blocks[0])
+    halves = [
+        make_explainer((model, processor), "clearclip", tokens=tokens).mix(layers[0], image, pixels())
+        for tokens in ("query", "key")
+    ]
+    torch.testing.assert_close(both.mix(layers[0], image, pixels()), sum(halves), atol=1e-5, rtol=1e-4)
 
 
 # ProxyCLIP
@@ -254,10 +209,7 @@ def test_proxyclip_refuses_a_text_tower_as_proxy(made, tmp_path):
 @pytest.mark.parametrize("depth", [1, 2])
 def test_legrad_on_transformers_eager_attention(made, depth):
     """An image, a text and a block at a time, by the attention weights that transformers itself returns."""
-    model, processor, _ = made("clip")
-    explainer = make_explainer((model, processor), "legrad", depth=depth)
-    texts = explainer.model.encode_texts(LABELS, ["{}"])
-    maps, _ = explainer.raw_maps(pixels(), texts)
+    model, processor, explainer, texts, maps = drawn(made, "clip", "legrad", depth=depth, templates=["{}"])
     reference = copy.deepcopy(model)
     reference.set_attn_implementation("eager")
     for image in range(2):
@@ -293,10 +245,7 @@ def test_legrads_mean_token_is_that_of_the_block(vision, gated):
 
 @pytest.mark.parametrize("family", ["clip", "metaclip_2", "iclip"])
 def test_grad_eclip_channel_by_channel(made, family):
-    model, processor, _ = made(family)
-    explainer = make_explainer((model, processor), "grad_eclip")
-    texts = explainer.model.encode_texts(LABELS, ["{}"])
-    maps, _ = explainer.raw_maps(pixels(), texts)
+    model, processor, explainer, texts, maps = drawn(made, family, "grad_eclip", templates=["{}"])
     adapter = explainer.model
     for image in range(2):
         features, (layer,) = adapter.trace(pixels()[image, None], -1, grad=True)
@@ -314,34 +263,6 @@ def test_grad_eclip_channel_by_channel(made, family):
             torch.testing.assert_close(maps[image, text].flatten(), torch.tensor(expected), atol=1e-5, rtol=1e-3)
             if family != "iclip":  # the score reads the class token alone
                 assert gradient[0, :, 1:].abs().max() == 0
-
-
-def test_grad_eclip_follows_finite_differences(made):
-    """The importance of the channels, on the class token's path in float64: output projection, MLP, norm, projection."""
-    model, processor, _ = made("clip")
-    double = copy.deepcopy(model).double()
-    explainer = make_explainer((double, processor), "grad_eclip")
-    text = explainer.model.encode_texts(["dog"], ["{}"]).text_embeds[0].double()
-    _, (layer,) = explainer.model.trace(pixels(batch=1), -1, grad=True)
-    block, tower = double.vision_model.encoder.layers[-1], double.vision_model
-
-    @torch.no_grad()
-    def logit(mixed):
-        stream = layer.stream[0, 0] + block.self_attn.out_proj(mixed)
-        stream = stream + block.mlp(block.layer_norm2(stream))
-        embed = double.visual_projection(tower.post_layernorm(stream))
-        return double.logit_scale.exp() * F.cosine_similarity(embed, text, dim=0)
-
-    mixed = layer.mixed[0, :, 0].flatten().detach()
-    steps = torch.eye(len(mixed), dtype=torch.float64) * 1e-6
-    importance = torch.stack([(logit(mixed + step) - logit(mixed - step)) / 2e-6 for step in steps])
-    values = layer.value[0, :, 1:].transpose(0, 1).flatten(1)  # (N, D)
-    spatial = F.cosine_similarity(
-        layer.query[0, :, 0].flatten(), layer.key[0, :, 1:].transpose(0, 1).flatten(1), dim=1
-    )
-    expected = (values @ importance).relu() * (spatial - spatial.min()) / (spatial.max() - spatial.min())
-    maps, _ = explainer.raw_maps(pixels(batch=1), explainer.model.encode_texts(["dog"], ["{}"]))
-    torch.testing.assert_close(maps.flatten().double(), expected, atol=1e-5, rtol=1e-3)
 
 
 @pytest.mark.parametrize(
@@ -370,54 +291,3 @@ def test_grad_eclip_sums_over_the_patches_that_a_score_pools(tiny_processor, opt
                 given += weight * (gradient[0, head, query] @ layer.value[0, head, token])
             expected[token] += max(0.0, given.item())
     torch.testing.assert_close(maps[0, 0].flatten(), expected[1:], atol=1e-5, rtol=1e-3)
-
-
-# Grad-CAM's two layers
-
-
-def test_grad_cam_after_the_first_norm(made):
-    model, processor, _ = made("clip")
-    maps = maps_of(model, processor, "grad_cam")
-    explainer = make_explainer((model, processor), "grad_cam")
-    texts = explainer.model.encode_texts(LABELS, ["{}"])
-    seen = []
-    copied = copy.deepcopy(model)
-    copied.vision_model.encoder.layers[-1].layer_norm1.register_forward_hook(lambda m, a, output: seen.append(output))
-    for image in range(2):
-        pooled = copied.vision_model(pixels()[image, None], interpolate_pos_encoding=True).pooler_output
-        logits = (
-            model.logit_scale.exp() * F.normalize(copied.visual_projection(pooled)[0], dim=-1) @ texts.text_embeds.T
-        )
-        activations = seen[-1]
-        for text in range(3):
-            (gradient,) = torch.autograd.grad(logits[text], activations, retain_graph=True)
-            expected = (activations[0, 1:] @ gradient[0, 1:].mean(0)).relu()
-            torch.testing.assert_close(maps[image, text].flatten(), expected.detach(), atol=1e-5, rtol=1e-3)
-
-
-@pytest.mark.parametrize(
-    ("method", "options", "match"),
-    [
-        ("grad_cam", {"activations": "mlp"}, 'to be "norm" or "block", got \'mlp\''),
-        ("clearclip", {"tokens": "keys"}, 'to be "query", "key" or "value", got \'keys\''),
-        ("naclip", {"sigma": 0}, "sigma to be greater than 0, or None for no window, got 0"),
-        ("legrad", {"depth": 0}, "depth of at least one layer, got 0"),
-    ],
-)
-def test_options_are_checked(made, method, options, match):
-    with pytest.raises(ValueError, match=match):
-        make_explainer(made("clip")[:2], method, **options)
-
-
-@pytest.mark.parametrize("one", [True, False])
-def test_bi_modal_multiplies_three_layers_from_the_last_to_the_first(one):
-    weights = torch.rand(3, 1, 1, 4, 4, generator=torch.Generator().manual_seed(0))
-    explainer = BiModal.__new__(BiModal)
-    explainer.model = SimpleNamespace(
-        layers=[SimpleNamespace(residual=True)], pooling=Pooling.ONE_QUERY if one else Pooling.PATCHES
-    )
-    layers = [AttentionRecord(stream=None, weights=one) for one in weights]
-    found = explainer.weigh(layers, tuple(torch.ones_like(weights)), patches=3)
-    first, second, last = weights[:, 0, 0] + torch.eye(4)
-    whole = last @ second @ first
-    torch.testing.assert_close(found, (whole[:1] if one else whole.sum(0, keepdim=True))[:, 1:])

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import tiny_model
-from PIL import Image
+from test_evaluation import NAMES, write_folder
 from torch import nn
 from torch.nn import functional as F
 from torchmetrics.functional import spearman_corrcoef
@@ -33,24 +33,12 @@ from iclip_hf.models.loading import load
 from iclip_hf.similarity import min_max_normalize, resize_and_normalize
 
 
-NAMES = ["dog", "red ball", "car"]
-
-
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
-    """Four images of different shapes: of one class, of two, of none, and of all three."""
-    root = tmp_path_factory.mktemp("folder")
-    rng = np.random.default_rng(0)
-    (root / "images").mkdir()
-    (root / "masks").mkdir()
-    (root / "classes.txt").write_text("\n".join(NAMES))
-    for number, classes in enumerate(([1], [1, 2], [], [1, 2, 3])):
-        height, width = rng.integers(20, 40, 2)
-        pixels = rng.integers(0, 256, (height, width, 3), dtype=np.uint8)
-        Image.fromarray(pixels).save(root / "images" / f"{number}.png")
-        mask = rng.choice([0, 255, *classes], (height // 5 + 1, width // 5 + 1)).astype(np.uint8)
-        Image.fromarray(mask.repeat(5, 0).repeat(5, 1)[:height, :width]).save(root / "masks" / f"{number}.png")
-    return root
+    """Four images: of one class, of two, of none, and of all three."""
+    return write_folder(
+        tmp_path_factory.mktemp("folder"), [[0, 255, *shown] for shown in ([1], [1, 2], [], [1, 2, 3])], 40
+    )
 
 
 # Deletion and insertion
@@ -305,19 +293,17 @@ def test_processes_share_the_images_and_agree(root, tiny_processor, monkeypatch)
         assert together.results["itsm"][name] == pytest.approx(alone.results["itsm"][name], abs=1e-4)
 
 
-def arguments(root, tmp_path, *more):
+def arguments(root, world, *more):
     return [
-        *("evaluate", "--task", "faithfulness", "--model", str(tmp_path / "model")),
+        *("evaluate", "--task", "faithfulness", "--model", str(world.folder / "model")),
         *("--dataset", "folder", "--data-root", str(root), *more),
     ]
 
 
-def test_the_command_writes_a_table_and_files(root, tiny_processor, tmp_path, capsys):
-    tiny_model().save_pretrained(tmp_path / "model")
-    tiny_processor.save_pretrained(tmp_path / "model")
+def test_the_command_writes_a_table_and_files(root, world, tmp_path, capsys):
     output = tmp_path / "results.json"
     more = ["--methods", "itsm", "attention", "--steps", "2", "--limit", "3", "--output", str(output)]
-    assert cli.main(arguments(root, tmp_path, *more)) == 0
+    assert cli.main(arguments(root, world, *more)) == 0
     out, err = capsys.readouterr()
     written = json.loads(output.read_text())
     assert written["protocol"]["steps"] == 2 and written["protocol"]["dataset"]["images"] == 3
@@ -331,9 +317,3 @@ def test_the_command_writes_a_table_and_files(root, tiny_processor, tmp_path, ca
     assert (
         rows[0].startswith("method,id,name,deletion_cosine") and len(rows) == 7 and rows[3].startswith("itsm,3,car,,")
     )
-
-
-def test_what_cannot_be_measured_is_refused(root, tiny_processor):
-    dataset = load_segmentation("folder", root)
-    with pytest.raises(ValueError, match="luck"):
-        evaluate((tiny_model(), tiny_processor), dataset, measures=["luck"])

@@ -46,12 +46,10 @@ def mask(world, folder, content):
     return sample.labels, sample.mask(1)
 
 
-CASES.add("mask of a data set", inputs.UNREADABLE_IMAGES, mask, file="image.png")
-
-
 CASES.add(
     "mask of a data set",
     {
+        **inputs.UNREADABLE_IMAGES,
         "a class that is not listed": index_mask(np.full((24, 30), 7, np.uint8)),
         "colours": inputs.BY_FORMAT["PNG"],
         "16 bits": index_mask(np.full((24, 30), 1, np.uint16)),
@@ -60,15 +58,7 @@ CASES.add(
     mask,
     file="image.png",
 )
-CASES.add(
-    "mask of a data set",
-    {
-        "all void": index_mask(np.full((24, 30), 255, np.uint8)),
-        "all background": index_mask(np.zeros((24, 30), np.uint8)),
-    },
-    mask,
-    WORKS,
-)
+CASES.add("mask of a data set", {"all void": index_mask(np.full((24, 30), 255, np.uint8))}, mask, WORKS)
 CASES.add(
     "image of a data set",
     {"of another size than its mask": inputs.encoded(inputs.PHOTO.resize((31, 24)), "PNG")},
@@ -77,6 +67,12 @@ CASES.add(
     ),
     file="image.png",
 )
+
+
+def classes(world, folder, content):
+    return load_segmentation("folder", masks_folder(folder, classes=content))
+
+
 CASES.add(
     "classes.txt",
     {
@@ -89,20 +85,10 @@ CASES.add(
         "UTF-16": "dog".encode("utf-16"),
         "no text": bytes(range(128, 200)),
     },
-    lambda world, folder, classes: load_segmentation("folder", masks_folder(folder, classes=classes)),
+    classes,
     file="classes.txt",
 )
-CASES.add(
-    "classes.txt",
-    {
-        "Windows lines": "dog\r\ncat\r\n",
-        "byte order mark": "\ufeffdog",
-        "one huge name": "d" * 10**6,
-        "controls": "d\x00g",
-    },
-    lambda world, folder, classes: load_segmentation("folder", masks_folder(folder, classes=classes)),
-    WORKS,
-)
+CASES.add("classes.txt", {"byte order mark, Windows lines": "\ufeffdog\r\ncat\r\n"}, classes, WORKS)
 
 
 def voc(world, folder, names: str | bytes):
@@ -121,18 +107,14 @@ CASES.add(
         "empty": "",
         "blank": "\n \n\t",
         "an absent image": "a\nb",
-        "two columns": "a 1",
-        "a file name": "a.jpg",
         "a path out of the folder": "../../../../photo",
-        "UTF-16": "a".encode("utf-16"),
         "no text": bytes(range(128, 200)),
         "null bytes": bytes(1000),
-        "one endless line": "a" * 10**6,
     },
     voc,
     file="/case",
 )
-CASES.add("list of VOC", {"Windows lines": "a\r\n", "a name twice": "a\na", "byte order mark": "\ufeffa"}, voc, WORKS)
+CASES.add("list of VOC", {"byte order mark, Windows lines, a name twice": "\ufeffa\r\na"}, voc, WORKS)
 
 CATEGORY, PICTURE = {"id": 3, "name": "dog"}, {"id": 5, "file_name": "image.png", "height": 24, "width": 30}
 POLYGON = {"id": 7, "image_id": 5, "category_id": 3, "iscrowd": 0, "segmentation": [[1, 1, 9, 1, 9, 9]]}
@@ -165,39 +147,23 @@ CASES.add("JSON of COCO", inputs.BAD_JSON, coco, file="instances_val2017.json")
 CASES.add(
     "JSON of COCO",
     {
-        "no categories": {"categories": []},
         "no images": {"images": []},
-        "categories that are none": {"categories": None},
-        "category without a name": {"categories": [{"id": 3}]},
         "category whose name is a number": {"categories": [{"id": 3, "name": 3}]},
-        "ids of two types": {"categories": [CATEGORY, {"id": "x", "name": "cat"}]},
-        "id that is a list": {"categories": [{"id": [3], "name": "dog"}]},
         "category twice": {"categories": [CATEGORY, {"id": 3, "name": "cat"}]},
         "name of a category twice": {"categories": [CATEGORY, {"id": 4, "name": "dog"}]},
         "image twice": {"images": [PICTURE, PICTURE | {"file_name": "other.png"}]},
-        "image without a size": {"images": [{"id": 5, "file_name": "image.png"}]},
-        "image whose size is text": {"images": [PICTURE | {"height": "24"}]},
-        "image of no height": {"images": [PICTURE | {"height": 0}]},
         "image of a negative height": {"images": [PICTURE | {"height": -24}]},
-        "image of a huge height": {"images": [PICTURE | {"height": 10**30}]},
         "image of another size": {"images": [PICTURE | {"height": 23}]},
         "image by a number": {"images": [PICTURE | {"file_name": 3}]},
-        "image by a list": {"images": [PICTURE | {"file_name": ["image.png"]}]},
         "image out of the folder": {"images": [PICTURE | {"file_name": "../annotations/instances_val2017.json"}]},
         "absolute image": {"images": [PICTURE | {"file_name": "/etc/passwd"}]},
         "absent image": {"images": [PICTURE | {"file_name": "absent.png"}]},
         "unlisted category": annotation(category_id=4),
         "unlisted image": annotation(image_id=6),
-        "crowd without a value": {"annotations": [{k: v for k, v in POLYGON.items() if k != "iscrowd"}]},
         "polygon of two points": annotation(segmentation=[[1, 1, 2, 2]]),
-        "polygon of an odd number": annotation(segmentation=[[1, 1, 2, 2, 3, 3, 4]]),
         "polygon far outside": annotation(segmentation=[[0, 0, 10**9, 0, 0, 10**9]]),
         "polygon whose distance is no number": annotation(segmentation=[[-(2**63), 1, 9, 24, 9, 9]]),
         "polygon with NaN": annotation(segmentation=[[0, 0, float("nan"), 0, 0, 9]]),
-        "polygon of text": annotation(segmentation=[["a"] * 6]),
-        "polygon of nothing": annotation(segmentation=[[]]),
-        "polygon of null": annotation(segmentation=None),
-        "polygon as a number": annotation(segmentation=3),
         "runs of another size": run_lengths_of([720], (30, 24)),
         "runs that are too short": run_lengths_of([700]),
         "runs that are too long": run_lengths_of([0, 10**9]),
@@ -205,8 +171,9 @@ CASES.add(
         "runs of text": run_lengths_of("no runs"),
         "empty runs": run_lengths_of(""),
         "endless runs": run_lengths_of("o" * 10**6),
-        "runs of null": run_lengths_of(None),
-        "runs of floats": run_lengths_of([0.5, 719.5]),
+        "runs of one digit": run_lengths_of("1"),
+        "runs that are no ASCII": run_lengths_of("\u00e9"),
+        "no runs": annotation(segmentation={"size": [24, 30]}),
     },
     coco,
 )
@@ -215,34 +182,34 @@ CASES.add(
     {
         "as it should be": {},
         "no annotations": {"annotations": []},
-        "empty polygons": annotation(segmentation=[]),
-        "keys beside": annotation(score=0.5, bbox=None),
         "duplicate keys": f'{{"images": 3, "categories": {json.dumps([CATEGORY])}, "annotations": [], '
         f'"images": {json.dumps([PICTURE])}}}',
     },
     coco,
     WORKS,
 )
+
+
+def overrides(name: str) -> Callable:
+    return lambda w, f, content: load_segmentation("folder", masks_folder(f), overrides=written(f, content, name))
+
+
 CASES.add(
     "overrides",
     {name: content for name, content in inputs.BAD_JSON.items() if name != "empty object"},
-    lambda w, f, content: load_segmentation("folder", masks_folder(f), overrides=written(f, content)),
+    overrides("written.json"),
     file="written.json",
 )
 CASES.add(
     "overrides",
     {
-        "unknown key": {"name": {}},
-        "names as a list": {"names": ["dog"]},
         "unknown name": {"names": {"no class": "dog"}},
+        "names of no text": {"names": {"dog": False}},
         "name twice": {"names": {"dog": "cat"}},
         "blank name": {"names": {"dog": " "}},
-        "name as a number": {"names": {"dog": 3}},
-        "templates as text": {"templates": "a photo of the {}"},
         "no templates": {"templates": []},
         "template without a place": {"templates": ["a photo"]},
         "template with a field": {"templates": ["{} {0.__class__}"]},
-        "template as a number": {"templates": [3]},
     },
     lambda w, f, overrides: load_segmentation("folder", masks_folder(f), overrides=overrides),
 )
@@ -254,14 +221,9 @@ CASES.add(
         "bomb as a name": f"names: {{dog: {inputs.BOMB_OF_ALIASES}}}",
         "bomb as a template": f"templates: {inputs.BOMB_OF_ALIASES}",
         "bomb as a key": f"{{[{inputs.BOMB_OF_ALIASES}]: 1}}",
-        "deep lists": "[" * 400,
-        "tabs": "\tnames: 3",
         "two documents": "names: {}\n---\nnames: {}",
-        "no": "no",
     },
-    lambda world, folder, text: load_segmentation(
-        "folder", masks_folder(folder), overrides=written(folder, text, "overrides.yaml")
-    ),
+    overrides("overrides.yaml"),
     file="overrides",
 )
 
@@ -288,26 +250,23 @@ CASES.add(
     {
         "empty": b"",
         "text": "no tar",
-        "zip": inputs.archive("zip"),
         "compressed": inputs.tar(*GOOD_TAR, mode="w:gz"),
         "truncated": inputs.tar(*GOOD_TAR)[:700],
         "damaged header": inputs.damaged(inputs.tar(*GOOD_TAR)[:512], 3) + inputs.tar(*GOOD_TAR)[512:],
-        "null bytes": bytes(10_240),
+        "damaged header of a later pair": inputs.tar(*GOOD_TAR, ("b.png", b""), ("b.txt", "")).replace(
+            b"b.png", b"\xff" * 5
+        ),
         "a member beyond all bounds": inputs.huge_member(2**80),
         "attributes beyond all bounds": inputs.huge_member(2**80, b"x"),
         "attributes beyond all memory": inputs.huge_member(2**60, b"x"),
         "a thousand long names": inputs.tar(*[("././@LongLink", "a.png\0")] * 1000, type=b"L"),
         "attributes that are none": inputs.tar(("a", "9 size=b\n"), ("a.png", ""), type=b"x"),
-        "folders alone": inputs.archive("tar"),
         "links": inputs.tar(*GOOD_TAR, type=b"2", linkname="/etc/passwd"),
-        "hard links": inputs.tar(*GOOD_TAR, type=b"1", linkname="/etc/passwd"),
         "devices": inputs.tar(*GOOD_TAR, type=b"3"),
         "images alone": inputs.tar(("a.png", inputs.BY_FORMAT["PNG"])),
-        "texts alone": inputs.tar(("a.txt", "a dog")),
         "blank caption": tar_of(" \n", "txt"),
         "caption in UTF-16": tar_of("a dog".encode("utf-16"), "txt"),
         **{f"JSON that is {name}": tar_of(content) for name, content in inputs.BAD_JSON.items()},
-        "captions as a number": tar_of('{"captions": 3}'),
         "captions of numbers": tar_of('{"captions": [3]}'),
         "caption of a lone surrogate": tar_of('{"caption": "\\ud800"}'),
     },
@@ -320,8 +279,6 @@ CASES.add(
         "names out of the folder": inputs.tar(("../../a.png", GOOD_TAR[0][1]), ("../../a.txt", "a dog")),
         "absolute names": inputs.tar(("/etc/a.png", GOOD_TAR[0][1]), ("/etc/a.txt", "a dog")),
         "a name twice": inputs.tar(*GOOD_TAR, *GOOD_TAR),
-        "a million characters": tar_of("dog " * 250_000, "txt"),
-        "control characters": tar_of("dog\x00\x1b", "txt"),
     },
     pairs("a.tar"),
     WORKS,
@@ -339,6 +296,7 @@ for suffix, separator in (("csv", b","), ("tsv", b"\t")):
             "no header": row + b"\n",
             "other columns": b"a" + separator + b"b\n" + row,
             "a field too many": head + row + separator + b"x\n",
+            "a column twice": head.replace(b"\n", separator + b" caption\n") + row + separator + b"a cat\n",
             "a field too few": head + b"photo.png\n",
             "no caption": head + b"photo.png" + separator + b"\n",
             "no image": head + separator + b"a dog\n",
@@ -352,18 +310,8 @@ for suffix, separator in (("csv", b","), ("tsv", b"\t")):
         pairs(f"a.{suffix}"),
         file="/case/",
     )
-    CASES.add(
-        f".{suffix} table",
-        {"device as image": head + row.replace(b"photo.png", b"/dev/zero") + b"\n"},
-        pairs(f"a.{suffix}"),
-        file="/dev/zero",
-    )
-    CASES.add(
-        f".{suffix} table",
-        {"Windows lines": (head + row).replace(b"\n", b"\r\n") + b"\r\n"},
-        pairs(f"a.{suffix}"),
-        WORKS,
-    )
+    device = {"device as image": head + row.replace(b"photo.png", b"/dev/zero") + b"\n"}
+    CASES.add(f".{suffix} table", device, pairs(f"a.{suffix}"), file="/dev/zero")
 CASES.add(
     ".csv table",
     {
@@ -414,6 +362,7 @@ CASES.add(
         "file of another kind": "../world.txt",
         "number": 3,
         "none": None,
+        "empty range": "{3..0}.tar",
         "empty list": [],
         "share above 1": ("a.tar", {"max_bad_share": 2}),
     },
@@ -424,31 +373,22 @@ CASES.add(
 CASES.add(
     "load_pairs", {"endless pattern": "{0..3}/{0..3}.tar"}, lambda w, f, pattern: load_pairs(pattern), file="0/0.tar"
 )
-CASES.add(
-    "nouns",
-    {"empty": "", "blank": "\n \n"},
-    lambda w, f, content: NounPrompts.from_file(written(f, content, "nouns.txt")),
-)
-CASES.add(
-    "nouns",
-    {"UTF-16": "dog".encode("utf-16")},
-    lambda w, f, content: NounPrompts.from_file(written(f, content, "nouns.txt")),
-    file="nouns.txt",
-)
+
+
+def nouns(world, folder, content):
+    return NounPrompts.from_file(written(folder, content, "nouns.txt"))
+
+
+CASES.add("nouns", {"empty": "", "blank": "\n \n"}, nouns)
+CASES.add("nouns", {"UTF-16": "dog".encode("utf-16")}, nouns, file="nouns.txt")
 CASES.add("nouns", {"no file": "absent.txt"}, lambda w, f, name: NounPrompts.from_file(name), file="absent.txt")
-CASES.add(
-    "feature cache",
-    inputs.BAD_JSON,
-    lambda world, folder, content: FeatureShards(written(folder, content, "fingerprint.json").parent, {"tower": 1}, 3),
-    file="case",
-)
 
 
 def cached_rows(world, folder, content):
-    shards = FeatureShards(folder, {"tower": 1}, 3)
+    shards = FeatureShards(folder, 3)
     shards.write(0, np.ones((3, 2), np.float16))
     (folder / "00000.npy").write_bytes(content)
-    return FeatureShards(folder, {"tower": 1}, 3)[np.arange(3)]
+    return FeatureShards(folder, 3)[np.arange(3)]
 
 
 buffer = io.BytesIO()
@@ -471,36 +411,24 @@ test_a_fault_is_borne_or_refused_in_one_clear_sentence = test_of_cases(CASES)
 test_random_damage_is_borne_or_refused = test_of_random_damage(
     {
         "list of VOC": (voc, b"a\n"),
-        "classes.txt": (
-            lambda w, f, content: load_segmentation("folder", masks_folder(f, classes=content)),
-            b"dog\ncat\n",
-        ),
-        "nouns": (lambda w, f, content: NounPrompts.from_file(written(f, content)), b"dog\ncat\n"),
+        "classes.txt": (classes, b"dog\ncat\n"),
+        "nouns": (nouns, b"dog\ncat\n"),
         "shard": (pairs("a.tar"), inputs.tar(*GOOD_TAR)),
         ".csv table": (pairs("a.csv"), b'file_name,caption\nphoto.png,"a dog"\n'),
         ".tsv table": (pairs("a.tsv"), b"file_name\tcaption\nphoto.png\ta dog\n"),
         "lines of JSON": (pairs("a.jsonl"), GOOD_LINE.encode()),
         "overrides in YAML": (
-            lambda w, f, content: load_segmentation(
-                "folder", masks_folder(f), overrides=written(f, content, "o.yaml")
-            ),
+            overrides("o.yaml"),
             b"names: {dog: cat, cat: dog}\ntemplates: ['a photo of the {}']\n",
         ),
         "COCO": (
             coco,
             {"categories": [CATEGORY], "images": [PICTURE], "annotations": [POLYGON, {**POLYGON, **CROWD}]},
         ),
-        "overrides": (
-            lambda w, f, content: load_segmentation("folder", masks_folder(f), overrides=written(f, content)),
-            {"names": {"dog": "wolf"}, "templates": ["a photo of the {}"]},
-        ),
+        "overrides": (overrides("o.json"), {"names": {"dog": "wolf"}, "templates": ["a photo of the {}"]}),
         "captions": (
             lambda w, f, content: pairs("a.tar")(w, f, tar_of(content)),
             {"captions": ["a dog"], "caption": "a cat"},
-        ),
-        "feature cache": (
-            lambda w, f, content: FeatureShards(written(f, content, "fingerprint.json").parent, {"tower": 1}, 3),
-            {"tower": 1, "rows": 3, "version": 1},
         ),
     }
 )

@@ -13,7 +13,6 @@ from faults import (
     at_place,
     damaged_model,
     evaluation,
-    few,
     test_of_cases,
     test_of_random_damage,
     written,
@@ -33,10 +32,6 @@ from iclip_hf.regions import class_thresholds
 CASES = Cases()
 
 
-def explained(world, folder, image):
-    return explain((world.model, world.processor), [image], ["dog"])
-
-
 def in_collection(world, folder, content):
     (folder / "images").mkdir()
     (folder / "images" / "image.png").write_bytes(content)
@@ -47,10 +42,8 @@ def in_collection(world, folder, content):
 
 
 CASES.add_images("load_image", as_file(lambda world, folder, path: load_image(path)), every=True)
-CASES.add_images("explain", as_file(explained))
 CASES.add_images("image of a collection", in_collection)
 CASES.add("load_image", inputs.PLACES, at_place(lambda world, folder, place: load_image(place)))
-CASES.add("explain", few(inputs.PLACES, inputs.FEW_PLACES), at_place(explained))
 
 
 image, maps = torch.zeros(3, 8, 8), torch.zeros(2, 4, 4)
@@ -143,22 +136,13 @@ CASES.add(
 )
 
 
-for door, run in {
-    "text of processor": lambda world, folder, text: world.processor(text=[text]),
-    "label of processor": lambda world, folder, text: world.processor(labels=["cat", text]),
-    "text of explain": lambda world, folder, text: explain(
-        (world.model, world.processor), [world.photo], ["cat", text]
-    ),
-    "text of Localizer": lambda world, folder, text: Localizer((world.model, world.processor), ["cat", text]),
-}.items():
-    CASES.add_texts(door, run, every=door == "text of processor")
-for door, run in {
-    "templates of processor": lambda world, folder, template: world.processor(labels="dog", templates=[template]),
-    "templates of explain": lambda world, folder, template: explain(
-        (world.model, world.processor), [world.photo], ["dog"], templates=[template]
-    ),
-}.items():
-    CASES.add_templates(door, run)
+CASES.add_texts("text of processor", lambda world, folder, text: world.processor(text=[text]), every=True)
+CASES.add_texts(
+    "text of Localizer", lambda world, folder, text: Localizer((world.model, world.processor), ["cat", text])
+)
+CASES.add_templates(
+    "templates of processor", lambda world, folder, template: world.processor(labels="dog", templates=[template])
+)
 
 
 CASES.add(

@@ -22,6 +22,7 @@ CASES.add(
         "a threshold that is no number": {"threshold": float("nan")},
         "thresholds of others": {"threshold": [0.1, 0.2, 0.3]},
         "no labels": {"candidate_labels": []},
+        "no images": {"images": []},
         "an unknown option": {"min_score": 3},
         "a size of half a patch": {"size": {"height": 36, "width": 32}},
         "labels that are none": {"candidate_labels": None},

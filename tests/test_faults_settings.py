@@ -73,12 +73,18 @@ BAD_SETTINGS = (
     *(("model_options", "[pooling]", "'pooling'"), ("text", "''", "text=''")),
     *(("max_bad_share", 7, "got 7"), ("num_workers", -1, "got -1"), ("keep_checkpoints", 0, "got 0")),
     *(("noun_prompts", 0, "got 0"), ("validation_share", 2, "got 2"), ("image_column", "[a, b]", "got list")),
-    *((name, 0, "got 0") for name in ("image_size", "views", "chunk_size", "map_tokens", "clip_grad_norm")),
+    *((name, 0, "got 0") for name in ("image_size", "chunk_size", "map_tokens", "clip_grad_norm")),
     *((name, 0, "got 0") for name in ("max_bad_steps", "log_steps", "eval_steps", "checkpoint_steps")),
     *((name, -1, "got -1") for name in ("max_steps", "pairs_per_epoch", "pictures", "warmup_epochs", "weight_decay")),
     *((name, -1, "got -1") for name in ("warmup_learning_rate", "min_learning_rate")),
     *((name, -1, "got -1") for name in ("text_lora_rank", "unlocked_vision_blocks")),
     *((name, 1.1, "got 1.1") for name in ("noun_weight", "random_erasing")),
+    *(
+        ("crop_scale", ".nan", "got nan"),
+        ("noun_branches", "[map]", "'map'"),
+        ("best_metric", "mAP", "best_metric mAP"),
+    ),
+    ("text_lora_rank", "8\nlock_text: true", "got both"),
 )
 for name, value, shows in BAD_SETTINGS:
     content = "\n".join(f"{other}: {its}" for other, its in {**SETTINGS, name: value}.items())

@@ -172,6 +172,24 @@ def test_a_comparison_has_a_row_a_text_and_a_column_a_method(written):
         assert set(at[:, 0] // (len(pixels[50:-50]) // 2)) >= rows and set(at[:, 1] * 3 // pixels.shape[1]) == columns
 
 
+def test_a_comparison_fades_the_maps_of_absent_texts():
+    """By the words of a column; the truth has none."""
+    image, full = Image.new("RGB", (60, 40), "gray"), np.ones((40, 60))
+    columns = {"ground truth": [full, full], "itsm": [full, full], "gem": [full, full]}
+    words = {"itsm": ["absent", "unsure"], "gem": ["present", "absent"]}
+    sheet = np.asarray(comparison_sheet(image, columns, ["dog", "cat"], words)).astype(int)
+    height, width = len(sheet) // 2, sheet.shape[1] // 4
+    color = np.array(overlay(image, full).getpixel((0, 0)))
+    places, shown = [(row, column) for row in range(2) for column in range(1, 4)], {}
+    for row, column in places:
+        place = sheet[row * height : (row + 1) * height, column * width : (column + 1) * width]
+        shown[row, column] = [
+            (np.abs(place - one).max(-1) < 3).mean() > 0.3 for one in (0.65 * 255 + 0.35 * color, color)
+        ]
+    absent = {(0, 2), (1, 3)}
+    assert shown == {place: [place in absent, place not in absent] for place in places}
+
+
 @pytest.mark.parametrize(
     "text",
     [

@@ -113,6 +113,26 @@ def test_what_a_run_leaves_that_is_killed_when_all_is_built_goes_too(tmp_path):
     assert names(tmp_path) == ["model"]
 
 
+def test_an_empty_folder_stays_the_same_folder(tmp_path):
+    """It may be a mount point, or the one that a shell is in."""
+    folder = tmp_path / "model"
+    folder.mkdir()
+    killed("with atomic_folder(sys.argv[1]) as built: os.kill(os.getpid(), signal.SIGKILL)", folder)
+    before = folder.stat()
+    with atomic_folder(folder) as built:
+        (built / "code").mkdir()
+        (built / "code" / "weights").touch()
+    assert os.path.samestat(before, folder.stat())
+    assert names(tmp_path) == ["model"] and names(folder) == ["code"] and names(folder / "code") == ["weights"]
+
+
+def test_what_comes_into_an_empty_folder_meanwhile_stays(tmp_path):
+    with pytest.raises(FileExistsError), atomic_folder(tmp_path) as built:
+        (built / "notes").write_text("of the run")
+        (tmp_path / "notes").write_text("mine")
+    assert names(tmp_path) == ["notes"] and (tmp_path / "notes").read_text() == "mine"
+
+
 def test_what_a_living_run_builds_stays(tmp_path):
     def whole(folder):
         for name in ("model.safetensors", "config.json"):

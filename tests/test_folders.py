@@ -9,9 +9,8 @@ import os
 import shutil
 import subprocess
 import sys
-import threading
 from dataclasses import fields
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from importlib import metadata
 from pathlib import Path
 
@@ -19,7 +18,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import tiny_model
+from conftest import served, tiny_model
 from huggingface_hub import EvalResult, ModelCard, parse_eval_result_entries
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
@@ -197,9 +196,8 @@ def test_a_fresh_process_without_the_package_gives_the_same_numbers(exported, so
         assert (score, presence) == pytest.approx((other["score"], other["presence"]), abs=1e-4)
         assert total == pytest.approx(other["map"].sum().item(), rel=1e-4)
     segment = pipeline("zero-shot-image-segmentation", model=str(source / "model"))
-    for (label, total), other in zip(
-        found["segments"], segment(photograph, ["dog", "sky"], min_presence=0), strict=True
-    ):
+    segments = segment(photograph, ["dog", "sky"], min_presence=0)
+    for (label, total), other in zip(found["segments"], segments, strict=True):
         assert label == other["label"] and total == pytest.approx(np.asarray(other["mask"]).sum(), rel=0.01)
 
 
@@ -302,23 +300,13 @@ def test_push_uploads_what_the_dry_run_lists(exported, source, tmp_path, capsys)
     assert set(listed) == {"repo_id", "files"}
     assert set(listed["files"]) == files_of(exported).keys()
 
-    with ThreadingHTTPServer(("127.0.0.1", 0), HubStandIn) as server:
+    with served(HubStandIn) as server:
         server.requests = []
-        threading.Thread(target=server.serve_forever, daemon=True).start()
         environment = {**os.environ, "HF_HOME": str(tmp_path), "HF_TOKEN": "hf_token"}
         environment["HF_ENDPOINT"] = f"http://127.0.0.1:{server.server_port}"
-        command = [
-            sys.executable,
-            "-m",
-            "iclip_hf.cli",
-            "push",
-            str(source / "model"),
-            "org/tiny",
-            "--private",
-            "--json",
-        ]
+        arguments = ["push", str(source / "model"), "org/tiny", "--private", "--json"]
+        command = [sys.executable, "-m", "iclip_hf.cli", *arguments]
         pushed = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True)
-        server.shutdown()
     assert pushed.returncode == 0, pushed.stderr
     report = json.loads(pushed.stdout)
     assert report["commit"].endswith(f"/org/tiny/commit/{'0' * 40}") and report["files"] == listed["files"]
@@ -328,17 +316,21 @@ def test_push_uploads_what_the_dry_run_lists(exported, source, tmp_path, capsys)
     created = json.loads(bodies["/api/repos/create"])
     assert (created["organization"], created["name"], created["visibility"]) == ("org", "tiny", "private")
     lines = [json.loads(line) for line in bodies["/api/models/org/tiny/commit/main"].splitlines()]
-    files = {
-        line["value"]["path"]: base64.b64decode(line["value"]["content"]) for line in lines if line["key"] == "file"
-    }
+    values = [line["value"] for line in lines if line["key"] == "file"]
+    files = {value["path"]: base64.b64decode(value["content"]) for value in values}
     assert {name: len(content) for name, content in files.items()} == listed["files"]
     assert files["modeling_iclip.py"] == (exported / "modeling_iclip.py").read_bytes()
     assert b'model="org/tiny"' in files["README.md"]
 
 
-def test_push_to_a_name_that_cannot_be_one(source, capsys):
-    assert cli.main(["push", str(source / "model"), "a/b/c", "--dry-run"]) == 2
-    assert "'a/b/c'" in capsys.readouterr().err
+def test_push_without_a_connection_is_one_line_and_exit_code_2(source, capsys, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")  # a port that nothing listens on
+    monkeypatch.setenv("HF_TOKEN", "hf_token")
+    assert cli.main(["push", str(source / "model"), "org/tiny"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert (
+        line.startswith("iclip push: org/tiny: ") and "http://127.0.0.1:9" in line and "check the connection" in line
+    )
 
 
 # --------------------------------------------------------------------------------------------------------------- init
@@ -359,11 +351,8 @@ def towers(tmp_path_factory, tiny_processor) -> Path:
         "processor_class": "ICLIPProcessor",
         "patch_size": 8,
         "templates": ["{}"],
-        "image_processor": {
-            "image_processor_type": "BitImageProcessor",
-            "size": {"height": 32, "width": 32},
-            "do_center_crop": False,
-        },
+        "image_processor": {"image_processor_type": "BitImageProcessor", "size": {"height": 32, "width": 32}}
+        | {"do_center_crop": False},
     }
     (folder / "config" / "processor_config.json").write_text(json.dumps(options))
     return folder
@@ -483,18 +472,22 @@ def test_the_card_tells_the_settings_that_a_model_depends_on():
     assert fixed - elsewhere == set(_TRAINING_SETTINGS)
 
 
-def test_the_card_tells_the_augmentation_only_where_there_is_some():
-    """The first of the cached views is the whole image."""
-    augmentation = {"crop_scale": 0.08, "auto_augment": "none", "random_erasing": 0.25}
-    settings = {**augmentation, "auto_augment": "", "cache_features": "/home/someone/cache"}
-    assert public_settings({**settings, "views": 1}) == {"cache_features": True, "views": 1}
-    assert public_settings({**settings, "views": 2}) == {**augmentation, "cache_features": True, "views": 2}
-    assert public_settings({**settings, "views": 1, "cache_features": ""}) == {**augmentation, "views": 1}
+AUGMENTATION = {"crop_scale": 0.08, "auto_augment": "none", "random_erasing": 0.25}
+CACHED = {**AUGMENTATION, "auto_augment": "", "cache_features": "/home/someone/cache"}
 
 
-def test_the_card_tells_the_image_size_of_joined_towers_alone():
-    assert public_settings({"model": "org/model", "image_size": 224}) == {"model": "org/model"}
-    assert public_settings({"vision": "org/vision", "image_size": 224}) == {"vision": "org/vision", "image_size": 224}
+@pytest.mark.parametrize(
+    ("settings", "shown"),
+    [
+        (CACHED, {"cache_features": True}),  # which holds the whole image
+        ({**CACHED, "cache_features": ""}, AUGMENTATION),
+        ({"model": "org/model", "image_size": 224}, {"model": "org/model"}),  # which has its own
+        ({"vision": "org/vision", "image_size": 224}, {"vision": "org/vision", "image_size": 224}),
+    ],
+    ids=str,
+)
+def test_the_card_leaves_out_settings_without_effect(settings, shown):
+    assert public_settings(settings) == shown
 
 
 def test_what_a_card_tells_goes_on_with_the_weights_unless_measured_again(source, exported, tmp_path, tiny_processor):
@@ -551,12 +544,7 @@ def test_figures_of_another_model(exported, tmp_path, capsys, tiny_processor):
         assert says in said and "expected figures of this model" in said and not (tmp_path / "a").exists()
 
 
-def test_figures_of_another_form(source, tmp_path, capsys, tiny_processor):
-    results, command = tmp_path / "results.json", ["export", str(source / "model"), str(tmp_path / "a"), "--results"]
-    for content in ("{", "{}"):
-        results.write_text(content)
-        assert cli.main([*command, str(results)]) == 2
-        assert "expected the JSON that `iclip evaluate --output` writes" in capsys.readouterr().err
+def test_figures_of_another_form(source, tmp_path, tiny_processor):
     faithfulness = {**METRICS, "results": {"itsm": {"pointing_game": 50.0}}}
     with pytest.raises(ValueError, match="evaluate interpretability"):
         write_model_card(tiny_model(), tiny_processor, tmp_path, metrics=faithfulness)
@@ -564,10 +552,53 @@ def test_figures_of_another_form(source, tmp_path, capsys, tiny_processor):
     card.data.training = "at night"
     card.data.eval_results.append(EvalResult("image-classification", "imagenet", "ImageNet", "accuracy", "61 ± 1"))
     card.save(tmp_path / "README.md")
-    write_model_card(tiny_model(), tiny_processor, tmp_path, source=tmp_path)
+    write_model_card(tiny_model(), tiny_processor, tmp_path, source=tmp_path, overwrite=True)
     card = ModelCard.load(tmp_path / "README.md")
     assert [one.metric_value for one in card.data.eval_results if one.metric_type == "accuracy"] == ["61 ± 1"]
     assert card.text.count("PASCAL VOC 2012 val |") == 2 and "No training is recorded" in card.text
+
+
+@pytest.mark.parametrize(
+    ("part", "value"),
+    [
+        ("protocol", 5),
+        ("protocol", [["dataset", 1]]),
+        ("results", ["itsm"]),
+        ("results", {"itsm": "mAP"}),
+        ("results", {"itsm": {"mMIoU": 1.0}}),
+        ("results", {"itsm": {"mMIoU": "1", "floor": 1.0}}),
+        ("dataset", {"name": "voc2012"}),
+        ("dataset", "voc2012"),
+        ("image_size", 224),
+    ],
+)
+def test_figures_with_a_part_of_another_form(exported, tmp_path, capsys, tiny_processor, part, value):
+    known = {**METRICS["protocol"], **identity(tiny_model().to(torch.bfloat16), tiny_processor)}
+    metrics = {**METRICS, "protocol": known}
+    (metrics if part in metrics else known)[part] = value
+    (tmp_path / "r.json").write_text(json.dumps(metrics))
+    assert cli.main(["export", str(exported), str(tmp_path / "a"), "--results", str(tmp_path / "r.json")]) == 2
+    said = capsys.readouterr().err
+    assert "iclip evaluate" in said and "evaluate again" in said and len(said.splitlines()) == 1
+    assert not (tmp_path / "a").exists()
+
+
+def test_a_card_of_others_stays(tmp_path, tiny_processor):
+    model, card, entries = tiny_model(), tmp_path / "README.md", tmp_path / ".eval_results" / "iclip.yaml"
+    mine = "---\nlicense: mit\n---\nBetter than iclip-hf, ICLIP for Hugging Face"
+    for file in (card, entries):
+        file.parent.mkdir(exist_ok=True)
+        file.write_text(mine)
+        with pytest.raises(FileExistsError, match="expected a new file or one that iclip wrote"):
+            write_model_card(model, tiny_processor, tmp_path, metrics=METRICS)
+        assert [path for path in tmp_path.rglob("*") if path.is_file()] == [file] and file.read_text() == mine
+        file.unlink()
+    for options in ({}, {"metrics": METRICS}, {"metrics": METRICS}):  # its own it replaces
+        write_model_card(model, tiny_processor, tmp_path, **options)
+    assert ModelCard.load(card).data.eval_results and entries.is_file()
+    card.write_text(mine)
+    write_model_card(model, tiny_processor, tmp_path, overwrite=True)
+    assert card.read_text() != mine
 
 
 def test_known_towers_bring_their_terms(tmp_path, tiny_processor):
@@ -631,5 +662,5 @@ model-index: [{name: x, results: [{task: {type: t}, dataset: {type: voc2012, nam
 )
 def test_a_card_of_any_content_does_not_stop_an_export(tmp_path, tiny_processor, front_matter):
     (tmp_path / "README.md").write_text(f"---\n{front_matter}\n---\n")
-    card = write_model_card(tiny_model(), tiny_processor, tmp_path, source=tmp_path)
+    card = write_model_card(tiny_model(), tiny_processor, tmp_path, source=tmp_path, overwrite=True)
     assert ModelCard.load(card).data.eval_results is None

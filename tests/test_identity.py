@@ -8,6 +8,7 @@ import pytest
 import torch
 from conftest import TEXT, VISION, tiny_model
 from safetensors.torch import load_file, save_file
+from transformers import BertConfig, CLIPImageProcessor, Dinov2Config, PreTrainedConfig
 
 from iclip_hf import ICLIPConfig
 from iclip_hf.hub.folders import export_model
@@ -120,6 +121,18 @@ def test_a_saved_and_exported_model_is_the_same(tmp_path, tiny_processor, vision
     assert names == {str(tmp_path / "saved"), str(tmp_path / "exported")}
 
 
+def test_options_that_a_later_transformers_adds_do_not_count_unless_used(saved, tmp_path, monkeypatch):
+    before = identity(*load_pretrained(saved))
+    for part in (PreTrainedConfig, Dinov2Config, BertConfig, CLIPImageProcessor):
+        original = part.to_dict
+        monkeypatch.setattr(part, "to_dict", lambda self, of=original: {"tomorrow": 0, **of(self)})
+    assert changed(before, identity(*load_pretrained(saved))) == []
+    shutil.copytree(saved, tmp_path / "model")
+    edit_json(tmp_path / "model", PROCESSOR, "image_processor", "tomorrow", to=1)
+    edit_json(tmp_path / "model", CONFIG, "text_config", "tomorrow", to=1)
+    assert changed(before, identity(*load_pretrained(tmp_path / "model"))) == ["configuration", "processor"]
+
+
 def test_every_option_of_the_model_counts_for_a_configuration():
     usual = ICLIPConfig()
     others = {"pooling": "max", "max_over": "similarity", "text_pooling": "mean"}
@@ -127,9 +140,14 @@ def test_every_option_of_the_model_counts_for_a_configuration():
     seen = {module.configuration_digest(usual)}
     for name in {*ICLIPConfig.__annotations__} - {"vision_config", "text_config"}:
         value = getattr(usual, name)
-        other = others[name] if isinstance(value, str) else not value if isinstance(value, bool) else value / 2 or 0.5
-        options = usual.to_dict() | {name: other}
-        seen.add(module.configuration_digest(options))
+        other = (
+            others[name]
+            if isinstance(value, str)
+            else not value
+            if isinstance(value, bool)
+            else type(value)(value / 2) or 0.5
+        )
+        seen.add(module.configuration_digest(ICLIPConfig(**{name: other})))
     assert len(seen) == len(ICLIPConfig.__annotations__) - 1
 
 

@@ -211,11 +211,8 @@ def test_bands_meet_without_a_seam():
 @pytest.mark.parametrize(
     ("content", "problem"),
     [
-        (b"", "content is none of JPEG, PNG"),
-        (b"<html>404</html>", "content is none of JPEG, PNG"),
         (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "content is none of JPEG, PNG"),
         (encoded(Image.fromarray(noise(60, 60)), "JPEG")[:2000], "truncated"),
-        (encoded(Image.fromarray(noise(60, 60)), "PNG")[:5000], "truncated"),
         (encoded(Image.new("F", (3, 3)), "TIFF"), "mode 'F'"),
         (encoded(Image.new("I", (3, 3), 65536), "TIFF"), "values from 65536 to 65536"),
     ],
@@ -228,25 +225,6 @@ def test_unreadable_files_are_named(tmp_path, content, problem):
     assert str(path) in str(error.value)
     with pytest.raises(ValueError, match=r"^shard\.tar: key\.jpg: expected"):
         load_image(content, name="shard.tar: key.jpg")
-
-
-def test_what_is_no_file(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"nothing\.jpg.*check the path"):
-        load_image(tmp_path / "nothing.jpg")
-    for path in ("a\0b.jpg", "\ud800.jpg"):
-        with pytest.raises(FileNotFoundError, match="check the path"):
-            load_image(path)
-    with pytest.raises(ValueError, match="folder or a device"):
-        load_image(tmp_path)
-    os.mkfifo(tmp_path / "pipe.jpg")
-    with pytest.raises(ValueError, match=r"pipe\.jpg.*folder or a device"):  # and does not wait for a writer
-        load_image(tmp_path / "pipe.jpg")
-    with pytest.raises(ValueError, match=r"https://a\.b/c\.jpg.*URL; download it"):
-        load_image("https://a.b/c.jpg")
-    with pytest.raises(ValueError, match=r"PIL image.*empty \(0x4 pixels\)"):
-        load_image(Image.new("RGB", (0, 4)))
-    with pytest.raises(TypeError, match="path of an image, its bytes or a PIL image, but got ndarray"):
-        load_image(noise(2, 2))
 
 
 def test_the_death_of_a_worker_is_no_damaged_image(photo, monkeypatch):

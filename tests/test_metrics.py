@@ -10,7 +10,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.metrics import average_precision_score, roc_auc_score
-from torchmetrics.classification import BinaryJaccardIndex
 
 from iclip_hf.evaluation import metrics
 from iclip_hf.evaluation.metrics import (
@@ -131,13 +130,6 @@ def test_every_value_on_and_beside_the_grid(dtype):
     np.testing.assert_array_equal(on_grid[1], [101, *range(100, -1, -1)])
 
 
-def test_all_float16_values():
-    bits = np.arange(np.float16(1).view(np.uint16) + 1, dtype=np.uint16)
-    heatmap = bits.view(np.float16)[None]
-    mask = (bits % 3)[None].astype(np.int64)
-    np.testing.assert_array_equal(threshold_counts(heatmap, mask, 1), naive_counts(heatmap, mask, 1))
-
-
 def test_counts_of_a_map_longer_than_a_block():
     random = np.random.default_rng(0)
     shape = (301, 700)  # three blocks and a rest
@@ -195,28 +187,12 @@ def test_aggregates_by_hand():
     assert pixel["thresholds"] == image["thresholds"] == {1: 0.0}
 
 
-def test_the_threshold_is_chosen_per_class_not_per_image():
-    mask = np.array([[1, 0]])
-    pairs = [(np.array([[0.9, 0.6]]), mask, 1), (np.array([[0.4, 0.1]]), mask, 1)]
-    # t in [0.1, 0.4): 1/2 and 1; t in [0.6, 0.9): 1 and 0. The best of each image would give 1.
-    assert filled(MeanMaxIoU(), pairs).compute()["mmiou"] == 75.0
-
-
 def test_the_best_threshold_may_be_better_by_one_pixel_in_a_million():
     counts = np.zeros((2, 102), np.int64)
     counts[:, :2], counts[:, 2] = 10**6, (10**6 - 1, 10**6)  # all, M > 0, M > 0.01
     metric = MeanMaxIoU()
     metric.add_counts(counts, 1)
     assert metric.compute()["thresholds"] == {1: 0.01}
-
-
-def test_perfect_and_reversed_map():
-    mask = np.array([[1, 1, 0], [0, 0, 0]])
-    perfect = (mask == 1).astype(np.float32)
-    assert filled(MeanMaxIoU(), [(perfect, mask, 1)]).compute()["mmiou"] == 100.0
-    assert filled(MeanForegroundMinusBackground(), [(perfect, mask, 1)]).compute()["mfmb"] == 1.0
-    assert filled(MeanMaxIoU(), [(1 - perfect, mask, 1)]).compute()["mmiou"] == 0.0
-    assert filled(MeanForegroundMinusBackground(), [(1 - perfect, mask, 1)]).compute()["mfmb"] == -1.0
 
 
 def test_image_that_is_all_foreground():
@@ -232,37 +208,11 @@ def test_image_that_is_all_foreground():
 def test_absent_class_and_void_image_change_nothing(metric):
     pair = np.array([[0.9, 0.2, 0.5]]), np.array([[1, 0, 0]]), 1
     alone = filled(metric(), [pair]).compute()
-    absent, void = (pair[0], pair[1], 2), (pair[0], np.full((1, 3), 255), 1)
-    result = filled(metric(), [absent, pair, void]).compute()
+    absent, void = (pair[0], pair[1], 2), (pair[0], np.full((1, 3), 99), 1)
+    result = filled(metric(ignore_index=99), [absent, pair, void]).compute()
     assert result["left_out"]["no_foreground"] == result["left_out"]["all_void"] == 1
     del alone["left_out"], result["left_out"]
     assert result == alone
-
-
-@pytest.mark.parametrize("metric", PAIR_METRICS)
-def test_void_pixels_are_as_if_cut_away(metric):
-    random = np.random.default_rng(1)
-    heatmap, mask = random.random((4, 9)), random.integers(0, 2, (4, 9))
-    padded_map = np.hstack([heatmap, random.random((4, 3))])
-    padded_mask = np.hstack([mask, np.full((4, 3), 99)])
-    expected = filled(metric(), [(heatmap, mask, 1)]).compute()
-    assert_close(filled(metric(ignore_index=99), [(padded_map, padded_mask, 1)]).compute(), expected)
-    with pytest.raises(AssertionError):
-        assert_close(filled(metric(), [(padded_map, padded_mask, 1)]).compute(), expected)
-
-
-@pytest.mark.parametrize("threshold", [0.0, 0.25, 0.5, 0.99])
-def test_iou_at_one_threshold_against_torchmetrics(threshold):
-    generator = torch.Generator().manual_seed(3)
-    heatmap = torch.rand(31, 17, generator=generator)
-    mask = torch.randint(0, 3, (31, 17), generator=generator)
-    mask[::5] = 255
-    target = torch.where(mask == 255, -1, (mask == 2).long())
-    witness = BinaryJaccardIndex(threshold=threshold, ignore_index=-1)(heatmap, target)
-    false_positives, true_positives = threshold_counts(heatmap, mask, 2)
-    column = 1 + round(100 * threshold)
-    iou = true_positives[column] / (true_positives[0] + false_positives[column])
-    assert iou == pytest.approx(witness.item(), abs=1e-6)
 
 
 # --- mFMB ------------------------------------------------------------------------------------------------------------
@@ -331,41 +281,17 @@ def test_counts_taken_elsewhere_give_the_same_result(metric):
 def test_torch_numpy_lists_and_strides_are_equal(metric):
     random = np.random.default_rng(4)
     heatmap, mask = random.random((6, 5)), random.integers(0, 2, (6, 5))
+    heatmap = np.rint(64 * heatmap) / 64  # exact in bfloat16 too
     expected = filled(metric(), [(heatmap, mask, 1)]).compute()
     inputs = [
         (torch.tensor(heatmap, requires_grad=True), torch.tensor(mask), torch.tensor(1)),
+        (torch.tensor(heatmap).bfloat16(), torch.tensor(mask), 1),
         (heatmap.tolist(), mask.tolist(), np.int64(1)),
         (np.asfortranarray(heatmap), mask.astype(np.uint8), 1),
         (np.repeat(heatmap, 2, axis=1)[:, ::2], np.repeat(mask, 2, axis=0)[::2], 1),
     ]
     for pair in inputs:
         assert filled(metric(), [pair]).compute() == expected
-
-
-def test_hard_maps_of_zeros_and_ones():
-    mask = np.array([[1, 0], [1, 0]])
-    for hard in (mask, mask.astype(bool), mask.astype(np.uint8)):
-        assert filled(MeanMaxIoU(), [(hard, mask, 1)]).compute()["mmiou"] == 100.0
-
-
-@pytest.mark.parametrize("metric", PAIR_METRICS)
-@pytest.mark.parametrize(
-    ("change", "error", "match"),
-    [
-        ({"heatmap": np.array([[0.1, 1.0000001]])}, ValueError, r"in \[0, 1\].*1\.0000001"),
-        ({"heatmap": np.array([[0.1], [0.2]])}, ValueError, r"\(2, 1\) and \(1, 2\)"),
-        ({"mask": np.array([[1.0, 0.0]])}, TypeError, "integers, got float64"),
-        ({"label": 255}, ValueError, "`ignore_index`"),
-    ],
-)
-def test_bad_pairs_are_refused_and_leave_nothing_behind(metric, change, error, match):
-    pair = {"heatmap": np.array([[0.1, 0.2]]), "mask": np.array([[1, 0]]), "label": 1}
-    accumulator = metric()
-    accumulator.update(**pair)
-    before = accumulator.compute()
-    with pytest.raises(error, match=match):
-        accumulator.update(**{**pair, **change})
-    assert accumulator.compute() == before
 
 
 @pytest.mark.parametrize("metric", PAIR_METRICS)
@@ -451,22 +377,6 @@ def test_text_contrast_by_hand():
     assert result.compute()["text_contrast"] == (37.5 + 25) / 2
 
 
-def test_pixels_of_both_classes_count_for_neither():
-    maps = np.array([[[0.9, 0.1, 0.5]], [[0.2, 0.7, 0.5]]])
-    metric = TextContrast()
-    metric.update(maps, np.array([[[1, 0, 1]], [[0, 2, 2]]]), [1, 2])
-    assert metric.compute()["text_contrast"] == 100.0
-
-
-def test_a_value_weighs_every_image_and_partner_alike():
-    good, bad = np.array([[[1.0, 0, 0]], [[0, 1.0, 0]], [[0, 0, 1.0]]]), np.array([[[0, 1.0]], [[1.0, 0]]])
-    metric = TextContrast()
-    metric.update(good, np.array([[1, 2, 3]]), [1, 2, 3])  # perfect: class 1 has two partners here
-    metric.update(bad, np.array([[1, 2]]), [1, 2])  # upside down: and one here
-    assert metric.compute()["per_class"] == pytest.approx({1: 200 / 3, 2: 200 / 3, 3: 100})
-    assert metric.compute()["text_contrast"] == pytest.approx((200 / 3 + 200 / 3 + 100) / 3)
-
-
 @settings(deadline=None)
 @given(st.integers(0, 2**32 - 1), st.sampled_from(DTYPES))
 def test_a_map_that_does_not_see_the_text_has_exactly_50(seed, dtype):
@@ -520,24 +430,9 @@ def test_text_contrast_merges_and_takes_counts_from_elsewhere():
     assert_close(left.compute(), together.compute())
     with pytest.raises(ValueError, match="like this one"):
         left.merge(TextContrast(ignore_index=0))
-
-
-@pytest.mark.parametrize(
-    ("change", "error", "match"),
-    [
-        ({"maps": np.zeros((2, 3, 3))}, ValueError, r"\(2, 3, 3\) and \(2, 2\).*resize"),
-        ({"maps": np.zeros((2, 2))}, ValueError, r"maps \(K, H, W\).*got \(2, 2\)"),
-        ({"mask": np.ones((3, 2, 2), int)}, ValueError, r"\(2, 2, 2\) and \(3, 2, 2\)"),
-        ({"labels": [1]}, ValueError, r"2 different labels, one for each map, got \[1\]"),
-        ({"labels": [1, 1]}, ValueError, r"2 different labels, one for each map, got \[1, 1\]"),
-        ({"labels": [1, 255]}, ValueError, "255, the `ignore_index`: change"),
-    ],
-)
-def test_text_contrast_refuses_bad_input(change, error, match):
-    metric = TextContrast()
-    with pytest.raises(error, match=match):
-        metric.update(**{"maps": np.zeros((2, 2, 2)), "mask": np.ones((2, 2), int), "labels": [1, 2], **change})
-    assert metric.compute()["images"] == 0
+    for labels in ([1], [1, 1], [1, 255]):
+        with pytest.raises(ValueError, match="different labels|`ignore_index`"):
+            left.update(maps[:2], mask, labels)
 
 
 # --- mAP -------------------------------------------------------------------------------------------------------------
@@ -588,11 +483,14 @@ def test_average_precision_in_batches_any_order_and_merged_is_the_same_to_the_bi
     assert merged.compute() == whole.compute()
 
 
-def test_average_precision_keeps_its_own_scores():
-    scores = np.array([[0.9], [0.1]])
-    metric = MultiLabelAveragePrecision()
+def test_average_precision_keeps_its_own_scores_and_number_of_classes():
+    scores, metric, other = np.array([[0.9], [0.1]]), MultiLabelAveragePrecision(), MultiLabelAveragePrecision()
     metric.update(scores, np.array([[1], [0]]))
     scores[:] = 0
+    other.update([[0.1, 0.2]], [[1, 0]])
+    for add in (lambda: metric.merge(other), lambda: metric.update([[0.1, 0.2]], [[1, 0]])):
+        with pytest.raises(ValueError, match="1 classes as before, got 2"):
+            add()
     assert metric.compute()["map"] == 100.0
 
 
@@ -600,38 +498,6 @@ def test_average_precision_of_nothing():
     result = MultiLabelAveragePrecision().compute()
     assert math.isnan(result.pop("map"))
     assert result == {"per_class": {}, "images": 0, "left_out": {"no_positive": 0}}
-
-
-@pytest.mark.parametrize(
-    ("scores", "presence", "match"),
-    [
-        ([[0.1, 0.2]], [[1]], r"\(1, 2\) and \(1, 1\)"),
-        ([[0.1]], [[1]], "2 classes as before, got 1"),
-    ],
-)
-def test_average_precision_refuses_bad_input(scores, presence, match):
-    metric = MultiLabelAveragePrecision()
-    metric.update([[0.1, 0.2]], [[1, 0]])
-    with pytest.raises(ValueError, match=match):
-        metric.update(scores, presence)
-    assert metric.compute()["images"] == 1
-
-
-def test_average_precision_refuses_to_merge_other_classes():
-    one, two = MultiLabelAveragePrecision(), MultiLabelAveragePrecision()
-    one.update([[0.1]], [[1]])
-    two.update([[0.1, 0.2]], [[1, 0]])
-    with pytest.raises(ValueError, match="1 classes as before, got 2"):
-        one.merge(two)
-
-
-def test_a_map_in_bfloat16_counts_as_in_float32():
-    heatmap, mask = torch.rand(6, 8).bfloat16(), torch.randint(0, 2, (6, 8))
-    for kind in (MeanMaxIoU, MeanForegroundMinusBackground):
-        found, expected = kind(), kind()
-        found.update(heatmap, mask, 1)
-        expected.update(heatmap.float(), mask, 1)
-        assert found.compute() == expected.compute()
 
 
 # ---- mIoU of label maps ----
@@ -683,7 +549,9 @@ def test_miou_equals_a_loop_over_pixels(background):
     for index in (0, 29, 30, 31, 100):
         miou, iou, _, _ = naive_miou(images, 5, 0 if background else 1, np.float32(THRESHOLDS[index]))
         assert curve[index] == pytest.approx(miou)
-        assert swept.at(index).compute()["per_class"] == pytest.approx(iou)
+        at_threshold = MeanIoU(5, background)
+        at_threshold.add_counts(swept.areas[..., [index]])
+        assert at_threshold.compute()["per_class"] == pytest.approx(iou)
 
 
 def test_the_floor_is_the_best_map_of_one_class():
@@ -711,17 +579,6 @@ def test_miou_of_merged_and_ordered_parts_is_that_of_all():
         merged.merge(MeanIoU(4))
     with pytest.raises(ValueError, match="as before"):
         merged.update(*images[0][:2])
-
-
-def test_miou_agrees_with_sklearn():
-    from sklearn.metrics import jaccard_score
-
-    prediction, reference, _ = next(label_maps(1))
-    metric = MeanIoU(5)
-    metric.update(prediction, reference)
-    counted = reference != 255
-    expected = jaccard_score(reference[counted], prediction[counted], average=None, zero_division=0)
-    assert list(metric.compute()["per_class"].values()) == pytest.approx(100 * expected)
 
 
 def test_miou_without_pixels_is_nan_and_bad_label_maps_are_named():

@@ -208,13 +208,6 @@ def test_attention_on_features_cancels_in_the_map_without_bias():
     assert change.abs().max() > 0.01
 
 
-def test_attention_on_similarity_is_a_factor():
-    model = tiny_model()
-    plain = maps_with(model, "none")
-    attention = plain.attention.view(2, 1, *GRID)
-    torch.testing.assert_close(maps_with(model, "similarity").similarity_maps, plain.similarity_maps * attention)
-
-
 def test_signed_attention_raises_objects_and_lowers_the_background():
     """The formula by hand: cosines, at least their mean, plus the stretched attention times the text's weight in [-1, 1] / 20."""
     model = tiny_model(map_attention="signed")
@@ -228,23 +221,6 @@ def test_signed_attention_raises_objects_and_lowers_the_background():
     raised = torch.maximum(plain.similarity_maps, plain.similarity_maps.mean((2, 3), keepdim=True))
     expected = raised + (lit - low) / (high - low) * torch.tensor([1.0, -0.5, 0.0]).view(3, 1, 1) / 20
     torch.testing.assert_close(signed.similarity_maps, expected, atol=1e-5, rtol=0)
-
-
-def test_affinity_shares_the_map_among_like_patches():
-    model = tiny_model()
-    plain = run(model)
-    model.config.map_affinity = 3.0
-    shared = run(model)
-    texts = plain.map_text_embeds.tolist()
-    for image in range(2):
-        tokens, attention = plain.vision_model_output.patch_tokens[image].tolist(), plain.attention[image].tolist()
-        for patch, (token, lit) in slow_sharing(tokens, attention, 3.0, (0, 7, 23)).items():
-            embed = slow_unit(slow_linear(model.map_branch.visual_projection, token))
-            for text in range(3):
-                cosine = sum(a * b for a, b in zip(embed, texts[text]))
-                assert shared.similarity_maps[image, text].flatten()[patch].item() == pytest.approx(
-                    cosine * lit, abs=1e-5
-                )
 
 
 def slow_sharing(tokens, attention, affinity, patches):
@@ -284,25 +260,6 @@ def test_the_loss_over_similarities_equals_a_slow_implementation():
         slow_loss(outputs.logits_per_image.tolist()) + slow_loss([[scale * s for s in row] for row in similarities])
     ) / 2
     assert outputs.loss.item() == pytest.approx(loss, abs=1e-4)
-
-
-def test_a_batch_equals_its_singles():
-    model = tiny_model()
-    inputs = tiny_inputs(batch=3, size=(32, 48))
-    together = run(model, **inputs)
-    for i in range(3):
-        alone = run(model, **{**inputs, "pixel_values": inputs["pixel_values"][i : i + 1]})
-        torch.testing.assert_close(alone.similarity_maps[0], together.similarity_maps[i], atol=1e-5, rtol=1e-5)
-        torch.testing.assert_close(alone.logits_per_image[0], together.logits_per_image[i], atol=1e-5, rtol=1e-5)
-
-
-def test_permuted_texts_permute_scores_and_maps():
-    model, order = tiny_model(), [2, 0, 1]
-    inputs = tiny_inputs(size=(32, 48))
-    straight = run(model)
-    permuted = run(model, input_ids=inputs["input_ids"][order], attention_mask=inputs["attention_mask"][order])
-    torch.testing.assert_close(permuted.similarity_maps, straight.similarity_maps[:, order], atol=1e-5, rtol=0)
-    torch.testing.assert_close(permuted.logits_per_image, straight.logits_per_image[:, order], atol=1e-5, rtol=0)
 
 
 def test_padding_of_texts_changes_nothing():
@@ -480,17 +437,6 @@ def test_autocast_rounds_no_logit_and_no_loss():
     logits = model.logit_scales()[0] * outputs.image_embeds.float() @ outputs.text_embeds.float().T
     torch.testing.assert_close(outputs.logits_per_image, logits, atol=1e-4, rtol=0)
     assert outputs.loss.dtype == torch.float32
-
-
-def test_tuples_for_who_wants_them():
-    model = tiny_model()
-    expected = model(**tiny_inputs())
-    model.config.return_dict = False
-    outputs = model(**tiny_inputs())
-    assert isinstance(outputs, tuple)
-    torch.testing.assert_close(outputs[0], expected.logits_per_image)
-    again = model(**tiny_inputs(), return_dict=True).logits_per_image
-    torch.testing.assert_close(again, expected.logits_per_image)
 
 
 @pytest.mark.filterwarnings("ignore:.gradient_checkpointing_enable")  # has another name in the newest transformers

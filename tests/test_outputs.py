@@ -184,6 +184,38 @@ def test_a_file_that_contains_its_own_is_the_users(world, mine):
         assert iclip(world, line) == 2 and contents(mine) == before
 
 
+def test_names_that_are_as_long_as_file_systems_allow(world, mine):
+    for folder in ("a", "b"):
+        (mine / folder).mkdir()
+        for name in ("n" * 251, "é" * 125):
+            PHOTO.save(mine / folder / f"{name}.png")
+    images = " ".join(f"{folder}/{name}.png" for folder in "ab" for name in ("n" * 251, "é" * 125))
+    assert iclip(world, f"explain {images} SEE --output out --npz") == 0
+    written = sorted(path.stem for path in (mine / "out").glob("*.png"))
+    assert written == ["n" * 249 + "-2", "n" * 251, "é" * 124 + "-2", "é" * 125]
+    assert sorted(path.stem for path in (mine / "out").glob("*.npz")) == written
+
+
+@pytest.mark.skipif(os.name != "posix" or os.fsencode("\udce9") != b"\xe9", reason="names are text here")
+@pytest.mark.parametrize(
+    "line",
+    [
+        "explain photos SEE --output BAD",
+        "train table.csv --model MODEL --output_dir BAD",
+        "train table.csv --model MODEL --output_dir BAD/new",
+        "init --config iclip-dinov2-s14-minilm --output BAD",
+        "export MODEL BAD",
+        "export MODEL BAD --format onnx",
+        "export MODEL BAD --format web",
+    ],
+)
+def test_a_folder_with_a_name_that_is_not_utf8_is_refused_before_the_work(world, mine, capsys, line):
+    before = contents(mine)
+    assert iclip(world, line.replace("BAD", "caf\udce9")) == 2 and contents(mine) == before
+    said = capsys.readouterr().err
+    assert "caf\\udce9" in said and "expected a folder whose path is UTF-8" in said and len(said.splitlines()) == 1
+
+
 def test_a_result_and_its_table_are_replaced_together(tmp_path, monkeypatch):
     """Else the next run would not know the table again. The name of the result may have any suffix."""
     first, second = (EvaluationResult({}, {}, {}, {"itsm": [{"id": id_}]}, {}, {}) for id_ in (1, 2))

@@ -8,14 +8,13 @@ import importlib.util
 import json
 import subprocess
 import sys
-import threading
 import time
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from http.server import SimpleHTTPRequestHandler
 
 import numpy as np
 import pytest
 import torch
-from conftest import tiny_model
+from conftest import served, tiny_model
 from datasets import Dataset, Image
 from PIL import Image as PILImage
 from transformers.pipelines import PIPELINE_REGISTRY, pipeline
@@ -95,12 +94,10 @@ def test_every_form_of_an_image_gives_the_same_answer(pipe, photographs):
     expected = pipe(str(path), LABELS)
     encoded = base64.b64encode(path.read_bytes()).decode()
     handler = functools.partial(QuietHandler, directory=path.parent)
-    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
+    with served(handler) as server:
         url = f"http://127.0.0.1:{server.server_port}/{path.name}"
         for form in (PILImage.open(path), url, encoded, f"data:image/png;base64,{encoded}"):
             assert_same(pipe(form, LABELS, timeout=10), expected)
-        server.shutdown()
 
 
 class QuietHandler(SimpleHTTPRequestHandler):
@@ -132,19 +129,11 @@ LATE = "did not end within 0.5 seconds"
 def test_a_server_without_an_end_is_left(pipe, monkeypatch, pause, header, message):
     monkeypatch.setattr(Endless, "pause", pause)
     monkeypatch.setattr(Endless, "header", header)
-    with ThreadingHTTPServer(("127.0.0.1", 0), Endless) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
+    with served(Endless) as server:
         began = time.monotonic()
         with pytest.raises(OSError, match=message):
             pipe(f"http://127.0.0.1:{server.server_port}/a.png", LABELS, timeout=0.5 if pause else 30)
         assert time.monotonic() - began < (5 if pause else 20)
-        server.shutdown()
-
-
-def test_a_16_bit_image_is_scaled_as_on_the_command_line(pipe, photographs, tmp_path):
-    grey = PILImage.open(photographs[0]).convert("L")
-    PILImage.fromarray(np.asarray(grey).astype(np.uint16) * 257).save(tmp_path / "deep.png")
-    assert_same(pipe(str(tmp_path / "deep.png"), LABELS), pipe(grey, LABELS))
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 3])
@@ -216,20 +205,6 @@ def test_one_label_thresholds_and_presence(pipe, photographs):
         assert inside(answer).any() == (answer["presence"] >= enough) == (len(answer["boxes"]) > 0)
 
 
-@pytest.mark.parametrize("batch_size", [2, 3])
-def test_images_that_keep_their_proportions_go_in_batches(pipe, photographs, batch_size):
-    paths, size = [str(path) for path in (*photographs, photographs[0])], {"shortest_edge": 32}
-    found = pipe(paths, LABELS, batch_size=batch_size, size=size)
-    for answers, path in zip(found, paths, strict=True):
-        assert_same(answers, pipe(path, LABELS, size=size))
-
-
-@pytest.mark.parametrize("nothing", [[], ()])
-def test_no_images_are_refused(pipe, nothing):
-    with pytest.raises(ValueError, match="Expected at least one image, got none"):
-        pipe(nothing, LABELS)
-
-
 def test_a_saved_pipeline_keeps_its_processor(tiny_processor, photographs, tmp_path):
     processor = copy.deepcopy(tiny_processor)
     processor.templates, processor.max_text_length = ["a red {}", "the {} ."], 5
@@ -250,18 +225,6 @@ def test_another_resolution(pipe, photographs):
         assert answer["label"] == other["label"]
         assert answer["score"] == pytest.approx(other["score"], abs=1e-6)
         assert answer["presence"] == pytest.approx(other["presence"], abs=1e-5)
-
-
-@pytest.mark.parametrize(
-    ("image", "options", "error", "says"),
-    [
-        (3.5, {}, TypeError, "float"),
-        (None, {"candidate_labels": [["dog"], ["cat"]]}, TypeError, "list of strings, shared by all images"),
-    ],
-)
-def test_mistakes_are_named(pipe, photographs, image, options, error, says):
-    with pytest.raises(error, match=says):
-        pipe(str(photographs[0]) if image is None else image, **{"candidate_labels": LABELS, **options})
 
 
 def test_the_task_is_known_after_import(tmp_path, tiny_processor):

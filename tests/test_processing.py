@@ -163,16 +163,6 @@ def test_maps_are_resized_then_stretched(tiny_processor):
             torch.testing.assert_close(done[text], (big[text] - low) / (high - low), atol=1e-5, rtol=0)
 
 
-def test_a_reversed_map_is_the_rest(tiny_processor):
-    straight = tiny_processor.post_process_similarity_maps(MAPS, SIZES)
-    turned = tiny_processor.post_process_similarity_maps(MAPS, SIZES, reverse=True)
-    assert all(torch.equal(b, 1 - a) for a, b in zip(straight, turned))
-
-
-def test_a_constant_map_is_zero(tiny_processor):
-    assert tiny_processor.post_process_similarity_maps(torch.full((1, 1, 4, 6), 0.3), [(9, 9)])[0].eq(0).all()
-
-
 def test_masks_by_hand(tiny_processor):
     maps = [torch.tensor([[[0.2, 0.5], [0.6, 1.0]], [[0.0, 0.3], [0.9, 1.0]]])]
     half = tiny_processor.post_process_masks(maps)[0]
@@ -245,32 +235,6 @@ def test_boxes_and_points_are_prompts_for_sam(tiny_processor):
     torch.testing.assert_close(inputs["input_boxes"][0].float(), boxes["boxes"] * 1024 / 30, atol=0.5, rtol=0.02)
 
 
-@pytest.mark.parametrize(
-    ("call", "message"),
-    [
-        (lambda p: p.post_process_points([MAPS[0]], [MAPS[1, :, 1:] > 0]), "mask of the map's shape"),
-        (lambda p: p.post_process_masks([MAPS[0]], min_presence=1.0), "presence and min_presence together"),
-    ],
-)
-def test_bad_post_processing_is_named(tiny_processor, call, message):
-    with pytest.raises(ValueError, match=message):
-        call(tiny_processor)
-
-
-def test_pipeline_for_zero_shot_classification(tiny_processor, tmp_path):
-    from transformers import pipeline
-
-    tiny_model().save_pretrained(tmp_path)
-    tiny_processor.save_pretrained(tmp_path)
-    results = pipeline("zero-shot-image-classification", model=str(tmp_path))(photo(), candidate_labels=["dog", "cat"])
-    assert {result["label"] for result in results} == {"dog", "cat"}
-    with torch.no_grad():
-        texts = ["This is a photo of dog.", "This is a photo of cat."]
-        logits = tiny_model()(**tiny_processor(photo(), text=texts)).logits_per_image[0]
-    expected = dict(zip(["dog", "cat"], logits.softmax(-1).tolist()))
-    assert {r["label"]: r["score"] for r in results} == pytest.approx(expected, abs=1e-5)
-
-
 def test_keywords_are_the_same_in_a_dictionary_of_their_side(tiny_processor):
     image, labels = photo(), ["dog", "red ball"]
     expected = tiny_processor(images=image, labels=labels, size={"height": 64, "width": 48}, max_length=4)
@@ -302,23 +266,13 @@ def test_texts_of_each_image_in_other_forms_than_tensors(tiny_processor, return_
         assert torch.tensor(np.array(found[name])).equal(expected[name])
 
 
-def test_a_number_is_the_size_of_a_square(tiny_processor):
-    assert tiny_processor(images=photo(), size=64)["pixel_values"].shape == (1, 3, 64, 64)
-
-
-@pytest.mark.parametrize(
-    "size",
-    [{"height": 64}, {"longest_edge": 64}, {"height": 64, "width": "64"}, (64, 64), "large", -8, {"depth": 3}, 0.5],
-)
+@pytest.mark.parametrize("size", [{"height": 64}, {"height": 64, "width": "64"}, (64, 64), "large", -8, 0.5])
 def test_other_forms_of_a_size_are_refused(tiny_processor, size):
     with pytest.raises(ValueError, match="Expected size as a number of pixels"):
         tiny_processor(images=photo(), size=size)
-
-
-@pytest.mark.parametrize("size", [{"shortest_edge": 224}, {"height": 8, "width": 8 * 2**20}, 8192])
-def test_an_image_is_not_enlarged_without_bounds(tiny_processor, size):
-    with pytest.raises(ValueError, match="at most 16,777,216 pixels .* smaller"):
-        tiny_processor(images=Image.new("RGB", (3000, 1)), size=size)
+    for large in ({"shortest_edge": 224}, 8192):  # of an image of one row
+        with pytest.raises(ValueError, match="at most 16,777,216 pixels .* smaller"):
+            tiny_processor(images=Image.new("RGB", (3000, 1)), size=large)
 
 
 ARRAYS = {
@@ -351,19 +305,6 @@ def test_booleans_and_int8_end_at_their_own_white(tiny_processor):
     expected = tiny_processor(images=dots * 255)["pixel_values"]
     for pixels in (dots.astype(bool), torch.from_numpy(dots).bool(), (dots * 127).astype(np.int8)):
         torch.testing.assert_close(tiny_processor(images=pixels)["pixel_values"], expected, atol=0, rtol=0)
-
-
-@pytest.mark.parametrize(
-    ("pixels", "says"),
-    [
-        (np.array(photo()).astype(np.float32), r"float32 in \[0, 1\], got values from 0 to 255: .*uint8"),
-        (torch.linspace(-1, 1, 3 * 32 * 32).view(3, 32, 32), r"in \[0, 1\], got values from -1 to 1"),
-        (np.array(photo()).astype(np.int8), r"int8 in \[0, 127\], got values from -12\d to 127"),
-    ],
-)
-def test_arrays_of_no_agreed_range_are_refused(tiny_processor, pixels, says):
-    with pytest.raises((ValueError, TypeError), match=says):
-        tiny_processor(images=pixels)
 
 
 def test_images_that_are_rescaled_already_are_left_alone(tiny_processor):

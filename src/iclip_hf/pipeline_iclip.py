@@ -15,6 +15,7 @@ from .label_maps import segments
 from .modeling_iclip import cosines
 from .presence import BACKGROUND, MIN_PRESENCE, presence
 from .processing_iclip import check_threshold
+from .refinement import refine_maps
 from .regions import run_lengths
 from .similarity import check_finite
 
@@ -48,6 +49,8 @@ class ImageTextSimilarityMapPipeline(Pipeline):
     _load_feature_extractor = False
     _load_tokenizer = False
     _postprocess_options = ("threshold", "min_presence", "return_json")
+    _refine = False  # by default
+    _background = None, None  # the last template, and the features of the nouns of `BACKGROUND` in it
 
     def __call__(
         self, images, candidate_labels: str | Sequence[str], template: str | Sequence[str] | None = None, **kwargs
@@ -62,6 +65,7 @@ class ImageTextSimilarityMapPipeline(Pipeline):
                 processor if not given; `"{}"` takes the labels as they are.
             threshold (`float` in [0, 1] or T of them, defaults to 0.5): a mask holds the pixels whose map is greater.
             min_presence (`float` in [0, 1], defaults to 0.7): a label with a lower presence gets an empty mask.
+            refine (`bool`, defaults to `False`): whether to refine the maps by the colours of the image, see [`refine_maps`].
             return_json (`bool`, defaults to `False`): whether to return plain values only, for JSON: no `map`, and `mask` as COCO's
                 uncompressed run lengths, see [`run_lengths`].
             size (`dict`, *optional*): size of the image for the maps, see [`ICLIPProcessor`]. Score and presence always come from the
@@ -90,21 +94,14 @@ class ImageTextSimilarityMapPipeline(Pipeline):
         labels = _strings("candidate_labels", candidate_labels)
         if not labels:
             raise ValueError("Expected at least one label in candidate_labels, got none: name what to look for.")
-        features = self._encode(labels, template), self._background(template)
+        if self._background[0] != repr(template):
+            self._background = repr(template), self._encode(BACKGROUND, template)
+        features = self._encode(labels, template), self._background[1]
         return super().__call__(images, candidate_labels=labels, text_features=features, **kwargs)
 
     @torch.no_grad()
     def _encode(self, labels: Sequence[str], template):
         return self.model.get_text_features(**self.processor(labels=labels, templates=template).to(self.device))
-
-    def _background(self, template):
-        """Returns the features of [`BACKGROUND`]. They are cached for the last template."""
-        kept = self.__dict__.setdefault("_backgrounds", {})
-        key = template if template is None or isinstance(template, str) else tuple(template)
-        if key not in kept:
-            kept.clear()  # a few megabytes each
-            kept[key] = self._encode(BACKGROUND, template)
-        return kept[key]
 
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs):
         """Saves the model with the pipeline's code, as the base class does, and the processor."""
@@ -112,21 +109,18 @@ class ImageTextSimilarityMapPipeline(Pipeline):
         self.processor.save_pretrained(save_directory, **kwargs)
 
     def _sanitize_parameters(self, **kwargs):
-        steps = {"size": 0, "timeout": 0, "text_features": 1, "candidate_labels": 2}
+        steps = {"size": 0, "timeout": 0, "text_features": 1, "refine": 1, "candidate_labels": 2}
         steps |= dict.fromkeys(self._postprocess_options, 2)
-        parameters = {}, {}, {}
-        for name, value in kwargs.items():
-            if name not in steps:
-                raise TypeError(
-                    f"Expected one of {sorted(steps)} or template and batch_size, got {name!r}: correct or remove it."
-                )
-            parameters[steps[name]][name] = value
-        return parameters
+        if unknown := sorted(kwargs.keys() - steps):
+            raise TypeError(
+                f"Expected some of {sorted(steps)}, template and batch_size, got {unknown}: correct or remove the others."
+            )
+        return tuple({name: value for name, value in kwargs.items() if steps[name] == step} for step in range(3))
 
     def preprocess(self, image, size: dict | None = None, timeout: float = 60) -> dict:
         image = read_image(image, timeout)
         sizes = [None] if size is None else [size, None]  # None is the processor's
-        pixels = [self.processor(images=[image], size=one)["pixel_values"].to(self.dtype) for one in sizes]
+        pixels = [self.processor(images=[image], size=side)["pixel_values"].to(self.dtype) for side in sizes]
         # The pixels for the maps, and those for the scores if they are others. In lists, because the base class would concatenate
         # tensors, whose shapes may differ.
         return {
@@ -135,8 +129,9 @@ class ImageTextSimilarityMapPipeline(Pipeline):
             "target_size": (image.height, image.width),
         }
 
-    def _forward(self, model_inputs: dict, text_features) -> dict:
+    def _forward(self, model_inputs: dict, text_features, refine: bool | None = None) -> dict:
         texts, background = text_features
+        refine = self._refine if refine is None else refine
         pairs = [model_inputs[name] for name in ("pixel_values", "own_size")]
         if isinstance(pairs[0][0], list):  # a batch
             pairs = [[image for (image,) in images] for images in pairs]
@@ -144,16 +139,17 @@ class ImageTextSimilarityMapPipeline(Pipeline):
 
         def forward(batch: list[tuple[torch.Tensor, torch.Tensor | None]]):
             pixels, own = zip(*batch)
-            outputs = self.model(pixel_values=torch.cat(pixels), text_features=texts, output_similarity_maps=True)
-            image = outputs.vision_model_output
+            pixels = torch.cat(pixels)
+            outputs = self.model(pixel_values=pixels, text_features=texts, output_similarity_maps=True)
+            image, maps = outputs.vision_model_output, outputs.similarity_maps
             if own[0] is not None:
                 image = self.model.get_image_features(torch.cat(own))
             presences = presence(self.model.match(image, texts), self.model.match(image, background))
             scores = cosines(image.image_embeds, texts.text_embeds)
-            check_finite(outputs.similarity_maps, scores, presences)
-            return zip(scores, presences, outputs.similarity_maps)
+            check_finite(maps, scores, presences)
+            return zip(scores, presences, refine_maps(maps, pixels) if refine else maps)
 
-        shapes = [tuple(None if one is None else one.shape for one in pair) for pair in pairs]
+        shapes = [tuple(getattr(pixels, "shape", None) for pixels in pair) for pair in pairs]
         scores, presences, maps = zip(*map_groups(forward, pairs, shapes))
         return {
             "scores": torch.stack(scores),
@@ -207,6 +203,7 @@ class ZeroShotImageSegmentationPipeline(ImageTextSimilarityMapPipeline):
     """
 
     _postprocess_options = ("threshold", "min_presence", "return_json", "background")
+    _refine = True
 
     def __call__(
         self,
@@ -227,6 +224,7 @@ class ZeroShotImageSegmentationPipeline(ImageTextSimilarityMapPipeline):
             threshold (`float` in [0, 1], *optional*, defaults to 0.5): a label competes for the pixels whose map is greater; None lets
                 it compete for all.
             min_presence (`float` in [0, 1], defaults to 0.7): a label with a lower presence gets no pixel.
+            refine (`bool`, defaults to `True`): whether to refine the maps by the colours of the image, see [`refine_maps`].
             return_json, size, timeout, batch_size: as for [`ImageTextSimilarityMapPipeline`].
 
         Returns:
@@ -238,9 +236,6 @@ class ZeroShotImageSegmentationPipeline(ImageTextSimilarityMapPipeline):
             - **score** (`float`): presence of the label, in [0, 1], see [`presence`]. Not the cosine, because the score of
               "image-segmentation" is a confidence.
             - **mask** (`PIL.Image.Image`): mode "L", size of the image, 255 at the pixels of the label and 0 elsewhere.
-
-        Raises:
-            `ValueError`, `TypeError`, `OSError`: as [`ImageTextSimilarityMapPipeline`].
         """
         labels = _strings("candidate_labels", candidate_labels)
         background = _strings("background_labels", background_labels)

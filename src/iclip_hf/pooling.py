@@ -10,8 +10,7 @@ def normalize_attention(attention: torch.Tensor, norm: str = "minmax", quantile:
 
     Args:
         attention (`torch.Tensor` of shape `(B, N)`): softmax weights of the class token over the N patches.
-        norm (`str`): `"minmax"` maps the largest weight to 1; `"quantile"` maps the given quantile to 1 and clips above it.
-        quantile (`float` in (0, 1]): used by `"quantile"`.
+        norm (`str`): `"minmax"` maps the largest weight to 1; `"quantile"` maps the `quantile` in (0, 1] to 1 and clips above it.
 
     Returns:
         `torch.Tensor` of shape `(B, N)`, float32, in [0, 1]; zeros where all weights are equal.
@@ -46,7 +45,7 @@ def share_among_like(
     queries = keys if queries is None else F.normalize(queries.float(), dim=-1)
     # Zeros make all widths equal. The fused attention needs this; the other one holds the matrix.
     width = max(keys.shape[-1], values.shape[-1])
-    padded = (F.pad(one, (0, width - one.shape[-1])).unsqueeze(1) for one in (queries, keys, values.float()))
+    padded = (F.pad(part, (0, width - part.shape[-1])).unsqueeze(1) for part in (queries, keys, values.float()))
     shared = F.scaled_dot_product_attention(*padded, scale=float(affinity))
     return shared[:, 0, :, : values.shape[-1]].to(values.dtype)
 
@@ -128,11 +127,10 @@ def _parts(images: int, numbers_of_image: int) -> list[slice]:
 
 def pool(patch_tokens: torch.Tensor, class_token: torch.Tensor, attention: torch.Tensor, mode: str) -> torch.Tensor:
     """
-    Pools the tokens of each image into one vector.
+    Pools the tokens of each image into one vector. Raises `ValueError` for another `mode`.
 
     Args:
-        patch_tokens (`torch.Tensor` of shape `(B, N, D)`): patch tokens of the image tower.
-        class_token (`torch.Tensor` of shape `(B, D)`): its class token.
+        patch_tokens (`torch.Tensor` of shape `(B, N, D)`), class_token (`torch.Tensor` of shape `(B, D)`): of the image tower.
         attention (`torch.Tensor` of shape `(B, N)`): normalised class-token attention in [0, 1].
         mode (`str`): `"class_token"`; `"average"` and `"max"` over the patches, for each channel; `"masked_max"`, the maximum of
             the patch tokens multiplied by their attention (Eq. 10), which keeps background tokens from winning a channel; or
@@ -140,9 +138,6 @@ def pool(patch_tokens: torch.Tensor, class_token: torch.Tensor, attention: torch
 
     Returns:
         `torch.Tensor` of shape `(B, D)`, or `(B, 2 D)` with `"class_and_average"`.
-
-    Raises:
-        `ValueError`: `mode` is another.
     """
     if mode == "class_token":
         return class_token

@@ -53,13 +53,7 @@ def presence(scores: torch.Tensor, background_scores: torch.Tensor) -> torch.Ten
 
 
 def presence_word(value: float, min_presence: float = MIN_PRESENCE) -> str:
-    """
-    Returns `"present"`, `"unsure"` or `"absent"` for a presence.
-
-    Args:
-        value (`float`): from [`presence`].
-        min_presence (`float`, defaults to 0.7): a text with a lower presence is absent. From 0.9 on it is present.
-    """
+    """Returns `"absent"` for a presence below `min_presence`, `"present"` from 0.9 on, and otherwise `"unsure"`."""
     if not value >= min_presence:  # also NaN
         return ABSENT
     return SURE if value >= PRESENT else UNSURE

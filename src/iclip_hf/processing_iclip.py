@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 from transformers import AutoConfig, AutoImageProcessor, AutoProcessor, AutoTokenizer
 from transformers.feature_extraction_utils import BatchFeature
-from transformers.image_utils import SizeDict
+from transformers.image_utils import SizeDict, get_image_size
 from transformers.processing_utils import ProcessorMixin
 from transformers.utils.deprecation import deprecate_kwarg
 
@@ -73,19 +73,13 @@ class ICLIPProcessor(ProcessorMixin):
     @classmethod
     def from_vision_text_pretrained(cls, vision: str, text: str, image_size: int = 224, **options) -> "ICLIPProcessor":
         """
-        Joins the image processor and the tokenizer of two towers, as [`ICLIPModel.from_vision_text_pretrained`] joins the
-        towers.
+        Joins the image processor and the tokenizer of two towers, as [`ICLIPModel.from_vision_text_pretrained`] joins the towers.
+        Raises `OSError` or `ValueError` if a folder or id has none of them.
 
         Args:
             vision, text (`str`): folders or Hub ids of the towers.
             image_size (`int`, defaults to 224): side in pixels of the square to which whole images are resized, without a crop.
             options: arguments of [`ICLIPProcessor`]. Those that depend on the towers have their values by default.
-
-        Returns:
-            [`ICLIPProcessor`].
-
-        Raises:
-            `OSError`, `ValueError`: a folder or id has no image processor or tokenizer, or an option has another form.
         """
         config = AutoConfig.from_pretrained(vision, trust_remote_code=False)
         image_processor = AutoImageProcessor.from_pretrained(
@@ -142,18 +136,18 @@ class ICLIPProcessor(ProcessorMixin):
         if templates is not None and labels is None:
             raise ValueError("Expected labels to put into the templates, got none: pass labels instead of text.")
 
-        num_templates = 1
+        prompts = ["{}"]
         if labels is not None:
-            templates = self.templates if templates is None else check_templates(templates)
-            num_templates = len(templates)
-            text = _nested(labels, lambda label: [template.replace("{}", label) for template in templates])
-        elif text is not None:
-            text = _nested(text, lambda one: [one])
+            prompts = self.templates if templates is None else check_templates(templates)
+        texts = text if labels is None else labels
+        if texts is not None:
+            text = _nested(texts, prompts)
         per_image = text is not None and isinstance(text[0], list)
 
         if images is not None:
             rescaled = not kwargs.get("do_rescale", getattr(self.image_processor, "do_rescale", True))
-            images = [_checked_image(image, rescaled) for image in _as_list(images)]
+            several = isinstance(images, (list, tuple)) or getattr(images, "ndim", 3) == 4
+            images = [_checked_image(image, rescaled) for image in (images if several else [images])]
             if not images:
                 raise ValueError("Expected at least one image, got none: pass one or a list.")
             if per_image and len(text) != len(images):
@@ -168,35 +162,30 @@ class ICLIPProcessor(ProcessorMixin):
 
         if per_image:
             step = len(text[0])
-            for name in self.tokenizer.model_input_names:
-                if name in batch:
-                    rows = batch[name]
-                    if isinstance(rows, list):
-                        batch[name] = [rows[start : start + step] for start in range(0, len(rows), step)]
-                    else:
-                        batch[name] = rows.reshape(len(text), step, -1)
-        if num_templates > 1:
-            batch["num_templates"] = num_templates
+            for name in {*self.tokenizer.model_input_names} & batch.keys():
+                rows = batch[name]
+                if isinstance(rows, list):
+                    batch[name] = [rows[start : start + step] for start in range(0, len(rows), step)]
+                else:
+                    batch[name] = rows.reshape(len(text), step, -1)
+        if len(prompts) > 1:
+            batch["num_templates"] = len(prompts)
         return batch
 
     def _with_exact_size(self, images: list, kwargs: dict) -> dict:
         """Converts a requested size to height and width in multiples of the patch size."""
         asked = kwargs.get("size") or self.image_processor.size
         size = {"height": asked, "width": asked} if isinstance(asked, int) else asked
-        size = (
-            {name: side for name, side in dict(size).items() if side is not None}
-            if isinstance(size, Mapping | SizeDict)
-            else {}
-        )
-        if size.keys() not in ({"height", "width"}, {"shortest_edge"}) or not all(
-            isinstance(side, int) and side >= 1 for side in size.values()
-        ):
+        if isinstance(size, Mapping | SizeDict):
+            size = {name: side for name, side in dict(size).items() if side is not None}
+        known = isinstance(size, dict) and size.keys() in ({"height", "width"}, {"shortest_edge"})
+        if not known or not all(isinstance(side, int) and side >= 1 for side in size.values()):
             raise ValueError(
                 f'Expected size as a number of pixels, {{"height": ..., "width": ...}} or {{"shortest_edge": ...}}, got {asked}: use one of these.'
             )
         patch = self.patch_size
         if "shortest_edge" in size:
-            shapes = {_height_width(image) for image in images}
+            shapes = {get_image_size(image) for image in images}
             scaled = {
                 tuple(max(1, round(side * size["shortest_edge"] / min(shape) / patch)) * patch for side in shape)
                 for shape in shapes
@@ -226,7 +215,8 @@ class ICLIPProcessor(ProcessorMixin):
         reverse: bool = False,
     ) -> list[torch.Tensor]:
         """
-        Converts raw maps to maps in [0, 1] at the size of the images (Eq. 4; reversed: Eq. 5).
+        Converts raw maps to maps in [0, 1] at the size of the images (Eq. 4; reversed: Eq. 5). Raises `ValueError` unless there is a size
+        for each image.
 
         Args:
             maps (`torch.Tensor` of shape `(B, T, h, w)`): raw similarity maps of [`ICLIPModel`].
@@ -235,9 +225,6 @@ class ICLIPProcessor(ProcessorMixin):
 
         Returns:
             list of B `torch.Tensor` of shape `(T, height, width)`, float32, in [0, 1]; a constant map is zeros.
-
-        Raises:
-            `ValueError`: the number of sizes is not B.
         """
         if maps.ndim != 4 or len(target_sizes) != len(maps):
             raise ValueError(
@@ -257,7 +244,8 @@ class ICLIPProcessor(ProcessorMixin):
         min_presence: float | None = None,
     ) -> list[torch.Tensor]:
         """
-        Converts maps to masks. A pixel is foreground where M > threshold.
+        Converts maps to masks. A pixel is foreground where M > threshold. Raises `ValueError` if thresholds are outside [0, 1] or not T, or
+        only one of `presence` and `min_presence` is given.
 
         Args:
             maps (list of `torch.Tensor` of shape `(T, H, W)`): from `post_process_similarity_maps`.
@@ -269,9 +257,6 @@ class ICLIPProcessor(ProcessorMixin):
 
         Returns:
             list of B boolean `torch.Tensor` of shape `(T, H, W)`.
-
-        Raises:
-            `ValueError`: thresholds are outside [0, 1], their number is not T, or only one of `presence` and `min_presence` is given.
         """
         present = _present(presence, min_presence)
         thresholds = check_thresholds(threshold).float()
@@ -295,7 +280,8 @@ class ICLIPProcessor(ProcessorMixin):
         min_presence: float | None = None,
     ) -> list[torch.Tensor]:
         """
-        Converts outputs to label maps: the text of each pixel, or -1 for the background, see [`segments`].
+        Converts outputs to label maps: the text of each pixel, or -1 for the background, see [`segments`]. Raises `ValueError` if outputs
+        have no maps, and as `post_process_masks` and [`segments`].
 
         Args:
             outputs ([`ICLIPOutput`]): outputs of [`ICLIPModel`] with `output_similarity_maps=True`.
@@ -308,10 +294,6 @@ class ICLIPProcessor(ProcessorMixin):
 
         Returns:
             list of B `torch.Tensor` of shape `(height, width)`, int64: index of the text, or -1.
-
-        Raises:
-            `ValueError`: there are no maps, the number of sizes is not B, `threshold` is outside [0, 1], `background` has no such
-            texts, or only one of `presence` and `min_presence` is given.
         """
         maps = getattr(outputs, "similarity_maps", None)
         if maps is None:
@@ -328,15 +310,16 @@ class ICLIPProcessor(ProcessorMixin):
         if threshold is not None:
             threshold = check_thresholds(threshold).expand(maps.shape[1]).tolist()
         return [
-            segments(one, tuple(size), shown, threshold, background)
-            for one, size, shown in zip(maps, sizes, present, strict=True)
+            segments(raw_maps, tuple(size), shown, threshold, background)
+            for raw_maps, size, shown in zip(maps, sizes, present, strict=True)
         ]
 
     def post_process_boxes(
         self, maps: Sequence[torch.Tensor], masks: Sequence[torch.Tensor], min_area: float = MIN_AREA
     ) -> list[dict[str, torch.Tensor]]:
         """
-        Converts masks to boxes, one for each connected part.
+        Converts masks to boxes, one for each connected part. Raises `ValueError` if masks do not fit the maps, or `min_area` is outside
+        [0, 1].
 
         Args:
             maps (list of B `torch.Tensor` of shape `(T, H, W)`): from `post_process_similarity_maps`.
@@ -347,9 +330,6 @@ class ICLIPProcessor(ProcessorMixin):
             list of B `dict` with R boxes, ordered by text, then best first:
             `scores` `(R,)`: mean of the map over the part, in [0, 1]; `labels` `(R,)`: index of the text;
             `boxes` `(R, 4)`: (x0, y0, x1, y1) in pixels, float32. An empty mask has no box.
-
-        Raises:
-            `ValueError`: masks do not fit the maps, or `min_area` is outside [0, 1].
         """
         results = []
         for texts in _regions(maps, masks, min_area):
@@ -384,9 +364,6 @@ class ICLIPProcessor(ProcessorMixin):
         Returns:
             list of B `dict` with R objects of P = num_positive + num_negative points: `labels` `(R,)`: index of the text;
             `points` `(R, P, 2)`: (x, y) in pixels; `point_labels` `(R, P)`: 1 positive, 0 negative; all int64.
-
-        Raises:
-            `ValueError`: as `post_process_boxes`.
         """
         point_labels = torch.tensor([1] * num_positive + [0] * num_negative)
         results = []
@@ -395,7 +372,9 @@ class ICLIPProcessor(ProcessorMixin):
             for label, heatmap, mask, regions in texts:
                 negative = negative_points(heatmap, mask, num_negative)
                 labels += [label] * len(regions)
-                points += [np.concatenate([positive_points(heatmap, one, num_positive), negative]) for one in regions]
+                points += [
+                    np.concatenate([positive_points(heatmap, part, num_positive), negative]) for part in regions
+                ]
             results.append(
                 {
                     "labels": torch.tensor(labels, dtype=torch.long),
@@ -418,9 +397,7 @@ def check_thresholds(threshold: float | Sequence[float]) -> torch.Tensor:
     """Returns one threshold, or one for each text, as a tensor `()` or `(T,)`. `ValueError` unless they are in [0, 1]."""
     try:
         thresholds = torch.as_tensor(threshold, dtype=torch.float64, device="cpu")
-        fits = (
-            thresholds.ndim <= 1 and thresholds.numel() > 0 and bool(thresholds.min() >= 0 and thresholds.max() <= 1)
-        )
+        fits = thresholds.ndim <= 1 and thresholds.numel() > 0 and thresholds.min() >= 0 and thresholds.max() <= 1
     except (TypeError, ValueError, RuntimeError):
         fits = False
     if not fits:
@@ -457,31 +434,24 @@ def _flattened(kwargs: dict) -> dict:
     return flat | merged
 
 
-def _nested(texts, expand) -> list[str] | list[list[str]]:
+def _nested(texts, templates: list[str]) -> list[str] | list[list[str]]:
     """Converts texts to a list of prompts, or to one list of prompts for each image, all of the same length."""
     if isinstance(texts, str):
         texts = [texts]
     if not isinstance(texts, Sequence) or len(texts) == 0:
         raise ValueError(f"Expected at least one text, got {texts!r}: pass one or a list.")
-    if all(isinstance(one, (list, tuple)) for one in texts):
-        lists = [_nested(one, expand) for one in texts]
-        longest = max(len(one) for one in lists)
-        step = len(expand(""))
-        return [one + one[-step:] * ((longest - len(one)) // step) for one in lists]
-    for one in texts:
-        if not isinstance(one, str):
-            raise TypeError(f"Expected texts to be strings, got {one!r} of type {type(one).__name__}: convert it.")
-        check_text(one)
-    return [prompt for one in texts for prompt in expand(one)]
+    if all(isinstance(text, (list, tuple)) for text in texts):
+        lists = [_nested(of_image, templates) for of_image in texts]
+        longest, step = max(map(len, lists)), len(templates)
+        return [prompts + prompts[-step:] * ((longest - len(prompts)) // step) for prompts in lists]
+    for text in texts:
+        if not isinstance(text, str):
+            raise TypeError(f"Expected texts to be strings, got {text!r} of type {type(text).__name__}: convert it.")
+        check_text(text)
+    return [template.replace("{}", text) for text in texts for template in templates]
 
 
-def _as_list(images) -> list:
-    if isinstance(images, (list, tuple)):
-        return list(images)
-    return list(images) if getattr(images, "ndim", 3) == 4 else [images]
-
-
-def _checked_image(image, rescaled: bool):
+def _checked_image(image, rescaled: bool = False):
     """Returns a PIL image in RGB, or an array or tensor in 8 bits; unchanged if it is `rescaled` already."""
     if not hasattr(image, "shape"):
         if isinstance(image, Image.Image) and 0 not in image.size:
@@ -507,7 +477,7 @@ def _checked_image(image, rescaled: bool):
 
 def array_to_image(image) -> Image.Image:
     """Converts an array or tensor, `(3, H, W)` or `(H, W, 3)` as for [`ICLIPProcessor`], to a PIL image in RGB."""
-    pixels = torch.as_tensor(_checked_image(image, rescaled=False))
+    pixels = torch.as_tensor(_checked_image(image))
     pixels = pixels.movedim(0, -1) if pixels.shape[0] in (1, 3) else pixels
     return to_rgb(Image.fromarray(pixels.squeeze(-1).numpy(force=True)))
 
@@ -529,13 +499,6 @@ def _to_8_bit(pixels: torch.Tensor) -> torch.Tensor:
             f"{pixels.double().max():g}: scale it, or convert it to uint8."
         )
     return levels.to(torch.uint8)
-
-
-def _height_width(image) -> tuple[int, int]:
-    if isinstance(image, Image.Image):
-        return image.height, image.width
-    shape = image.shape
-    return tuple(shape[1:]) if shape[0] in (1, 3) else tuple(shape[:2])
 
 
 __all__ = ["ICLIPProcessor"]

@@ -114,15 +114,8 @@ def _connected(runs: np.ndarray, width: int) -> np.ndarray:
 
 def positive_points(heatmap: np.ndarray, region: Region, count: int = 1) -> np.ndarray:
     """
-    Returns the peak of a region and its next highest points, at least half the box's shorter side apart.
-
-    Args:
-        heatmap (`np.ndarray` of shape `(H, W)`): the map of the region.
-        region ([`Region`]): from [`find_regions`].
-        count (`int`): number of points.
-
-    Returns:
-        `np.ndarray` of shape `(count, 2)`: (x, y) in pixels. In a small region, points repeat.
+    Returns the peak of a region of a map and its next highest points, at least half the box's shorter side apart: `(count, 2)`, (x, y) in
+    pixels. In a small region, points repeat.
     """
     x0, y0, x1, y1 = region.box
     cost = np.where(region.inside, -heatmap[y0:y1, x0:x1], np.inf)
@@ -131,17 +124,11 @@ def positive_points(heatmap: np.ndarray, region: Region, count: int = 1) -> np.n
 
 def negative_points(heatmap: np.ndarray, mask: np.ndarray, count: int = 3) -> np.ndarray:
     """
-    Returns the lowest points of a map outside its mask, at least a quarter of the image's shorter side apart. The map is averaged
-    locally first, because bicubic enlargement undershoots next to bright areas. In a large image, points lie on a grid that is an
-    eighth as wide as the averaged squares, which is much faster.
+    Returns the lowest points of a map outside its mask, at least a quarter of the image's shorter side apart: `(count, 2)`, (x, y) in
+    pixels. In a small image, points repeat.
 
-    Args:
-        heatmap (`np.ndarray` of shape `(H, W)`): the map.
-        mask (`np.ndarray` of shape `(H, W)`): boolean, the pixels to exclude.
-        count (`int`): number of points.
-
-    Returns:
-        `np.ndarray` of shape `(count, 2)`: (x, y) in pixels. In a small image, points repeat.
+    The map is averaged locally first, because bicubic enlargement undershoots next to bright areas. In a large image, points lie on a
+    grid that is an eighth as wide as the averaged squares, which is much faster.
     """
     side = max(1, min(heatmap.shape) // 8)
     step = max(1, side // 8)
@@ -179,11 +166,8 @@ def _lowest_places(cost: np.ndarray, count: int, distance: float) -> np.ndarray:
 
 def run_lengths(mask: np.ndarray) -> dict[str, list[int]]:
     """
-    Converts a mask to COCO's uncompressed run lengths, which pycocotools reads: alternating lengths of runs of 0 and 1 in
-    column-major order, beginning with 0.
-
-    Returns:
-        `dict` of `size`, [H, W], and `counts`.
+    Converts a mask to COCO's uncompressed run lengths, which pycocotools reads: `size`, [H, W], and `counts`, alternating lengths of runs
+    of 0 and 1 in column-major order, beginning with 0.
     """
     flat = np.asarray(mask, dtype=bool).ravel(order="F")
     changes = np.flatnonzero(np.diff(flat, prepend=False))
@@ -192,15 +176,8 @@ def run_lengths(mask: np.ndarray) -> dict[str, list[int]]:
 
 def class_thresholds(path: str | Path, labels: Sequence[str], method: str = "itsm") -> list[float]:
     """
-    Reads the best threshold of each class, by mMIoU, from the JSON file of `iclip evaluate --output`.
-
-    Args:
-        path: path of the file.
-        labels: class names of the evaluation.
-        method (`str`): method with the thresholds.
-
-    Raises:
-        `FileNotFoundError`: the file does not exist. `ValueError`: the file has another form, or lacks the method or a class.
+    Reads the best threshold of each class, by mMIoU, from the JSON file of `iclip evaluate --output`. Raises `FileNotFoundError` if there
+    is none, and `ValueError` if it has another form, or lacks the method or a class.
     """
     try:
         rows = json.loads(Path(path).read_text(encoding="utf-8"))["per_class"]
@@ -212,14 +189,10 @@ def class_thresholds(path: str | Path, labels: Sequence[str], method: str = "its
             f"{path}: expected the JSON file that `iclip evaluate --output` writes, but got other content; "
             "evaluate again."
         ) from error
-    if method not in thresholds:
-        raise ValueError(
-            f"{path}: expected thresholds of method {method!r}, but got those of {sorted(thresholds)}; evaluate with it."
-        )
-    known = {name: value for name, value in thresholds[method].items() if value is not None}
-    missing = [label for label in labels if label not in known]
-    if missing:
-        raise ValueError(
-            f"{path}: expected thresholds of {missing}, but got those of {sorted(known)}; evaluate with these classes."
-        )
-    return [known[label] for label in labels]
+    for wanted, known in (([method], thresholds), (labels, thresholds.get(method, {}))):
+        known = [name for name, value in known.items() if value is not None]
+        if missing := [name for name in wanted if name not in known]:
+            raise ValueError(
+                f"{path}: expected thresholds of {missing}, but got those of {sorted(known)}; evaluate with these."
+            )
+    return [thresholds[method][label] for label in labels]

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 def cosine_similarity_map(patch_embeds: torch.Tensor, text_embeds: torch.Tensor) -> torch.Tensor:
     """
-    Cosine of every patch with every text (Eq. 1-3).
+    Cosine of every patch with every text (Eq. 1-3). Raises `ValueError` if the number of lists of texts is not B.
 
     Args:
         patch_embeds (`torch.Tensor` of shape `(B, h, w, P)`): unit vectors.
@@ -17,9 +17,6 @@ def cosine_similarity_map(patch_embeds: torch.Tensor, text_embeds: torch.Tensor)
 
     Returns:
         `torch.Tensor` of shape `(B, T, h, w)`, in [-1, 1].
-
-    Raises:
-        `ValueError`: the number of lists of texts is not B.
     """
     check_lists(len(patch_embeds), text_embeds)
     return (text_embeds @ patch_embeds.flatten(1, 2).mT).unflatten(-1, patch_embeds.shape[1:3])
@@ -47,15 +44,7 @@ def reverse(maps: torch.Tensor) -> torch.Tensor:
 
 
 def min_max_normalize(maps: torch.Tensor) -> torch.Tensor:
-    """
-    Stretches each map over its last two dimensions to [0, 1] (Eq. 4).
-
-    Args:
-        maps (`torch.Tensor` of shape `(..., H, W)`).
-
-    Returns:
-        `torch.Tensor` of the same shape; a constant map becomes zeros.
-    """
+    """Stretches each map `(..., H, W)` to [0, 1] (Eq. 4). A constant map becomes zeros."""
     low, high = torch.aminmax(maps.flatten(-2), dim=-1, keepdim=True)
     span = high - low
     # Division instead of multiplication by the reciprocal, so that the largest value is exactly 1.
@@ -64,17 +53,11 @@ def min_max_normalize(maps: torch.Tensor) -> torch.Tensor:
 
 def resize_maps(maps: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
     """
-    Bicubic resize (align_corners=False, no antialiasing) of maps to an image's size (Eq. 4).
+    Bicubic resize (align_corners=False, no antialiasing) of maps `(..., h, w)` to an image's size (height, width) in pixels (Eq. 4),
+    float32.
 
     Equal to `torch.nn.functional.interpolate` up to rounding, but computed as one matrix product for each side: the interpolation
     is linear and separable. For a 16x16 grid and the size of a photograph, these products are faster than the general kernel.
-
-    Args:
-        maps (`torch.Tensor` of shape `(..., h, w)`).
-        size (`tuple[int, int]`): target height and width in pixels.
-
-    Returns:
-        `torch.Tensor` of shape `(..., *size)`, float32.
     """
     rows, columns = resize_weights(maps, size)
     # Subtracting the minimum keeps a constant map exactly constant. Min-max would stretch its rounding errors.
@@ -88,15 +71,12 @@ def resize_and_normalize(maps: torch.Tensor, size: tuple[int, int]) -> torch.Ten
     """
     Computes `min_max_normalize(resize_maps(maps, size))` (Eq. 4) for `(T, h, w)` maps, one map at a time. One full-size map
     fits the cache of a processor, many do not. So a map does not depend on the others, to the last bit.
-
-    Returns:
-        `torch.Tensor` of shape `(T, *size)`, float32, in [0, 1].
     """
     rows, columns = resize_weights(maps, size)
     maps = maps.float()
     enlarged, large = _empty((len(maps), *size), maps.device), maps.new_empty(size)
-    for one, target in zip(maps, enlarged):
-        torch.matmul(rows, (one - one.amin()) @ columns.mT, out=large)
+    for raw_map, target in zip(maps, enlarged):
+        torch.matmul(rows, (raw_map - raw_map.amin()) @ columns.mT, out=large)
         low, high = torch.aminmax(large)
         span = high - low
         torch.div(large.sub_(low), span.masked_fill(span == 0, 1.0), out=target)

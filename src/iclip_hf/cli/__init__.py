@@ -65,8 +65,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (OSError, ValueError, TypeError, ImportError) as error:
         report_error(options.command, error)
         return 2
-    except KeyboardInterrupt:
-        report_error(options.command, KeyboardInterrupt("interrupted"))
+    except KeyboardInterrupt as error:  # with a message if a training was interrupted
+        report_error(options.command, KeyboardInterrupt(str(error) or "interrupted"))
         return 130
 
 

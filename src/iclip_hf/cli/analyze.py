@@ -12,12 +12,11 @@ from pathlib import Path
 from ..utils.names import POOLINGS
 from .common import (
     CHARTS,
-    add_dataset_options,
-    add_limit_option,
-    add_model_option,
-    add_overwrite_option,
-    add_picture_options,
-    check_file,
+    DATASET,
+    MODEL,
+    add_picture,
+    add_shared,
+    check_output,
     data_inputs,
     echo,
     load_silently,
@@ -35,21 +34,19 @@ def add_options(command: argparse.ArgumentParser) -> None:
     shift = _add_analysis(
         analyses, "shift", _shift, "count the channels that move from foreground to background (Tables 6, 7)"
     )
-    add_dataset_options(shift)
-    add_limit_option(shift)
-    add_model_option(shift)
+    add_shared(shift, *DATASET[:2], required=True)
+    add_shared(shift, *DATASET[2:], "--limit", *MODEL)
     shift.add_argument("--before", choices=POOLINGS, default="max", help="first pooling (default: max)")
     shift.add_argument("--after", choices=POOLINGS, default="average", help="second pooling (default: average)")
     shift.add_argument("--output", type=Path, metavar="FILE", help="JSON file to write")
-    add_overwrite_option(shift)
-    shift.add_argument("--json", action="store_true", help="print JSON instead of text")
+    add_shared(shift, "--overwrite", "--json")
 
     channels = _add_analysis(
         analyses, "channels", _channels, "draw the patches that pooled channels come from (Fig. 3)"
     )
     channels.add_argument("images", nargs="+", metavar="IMAGE", help="image files, one row of the figure each")
-    add_model_option(channels)
-    add_picture_options(channels, "channels.png")
+    add_shared(channels, *MODEL)
+    add_picture(channels, "channels.png")
 
     relation = _add_analysis(
         analyses, "relation", _relation, "compare recognition and interpretability of each class (Fig. 9)"
@@ -59,8 +56,8 @@ def add_options(command: argparse.ArgumentParser) -> None:
     )
     relation.add_argument("--method", help="method whose scores are used (default: the first method in the file)")
     relation.add_argument("--score", choices=SCORES, default="MIoU", help="score of interpretability (default: MIoU)")
-    add_picture_options(relation, "relation.png")
-    relation.add_argument("--json", action="store_true", help="print JSON instead of text")
+    add_picture(relation, "relation.png")
+    add_shared(relation, "--json")
 
 
 def _add_analysis(analyses, name: str, run: Callable, description: str) -> argparse.ArgumentParser:
@@ -69,19 +66,17 @@ def _add_analysis(analyses, name: str, run: Callable, description: str) -> argpa
     return analysis
 
 
-def _shift(options: argparse.Namespace) -> int:
+def _shift(options: argparse.Namespace) -> None:
     from dataclasses import asdict
 
     from tqdm import tqdm
 
     from ..data.segmentation import load_segmentation
-    from ..utils.files import SOFTWARE, check_outputs, new_file
+    from ..utils.files import SOFTWARE, new_file
 
-    if options.output:
-        check_file("--output", options.output, (".json",))
     dataset = load_segmentation(options.dataset, options.data_root, options.split, options.overrides)
     if options.output:
-        check_outputs([options.output], data_inputs(options, dataset), options.overwrite)
+        check_output(options, (".json",), data_inputs(options, dataset))
     from ..evaluation.analysis import semantic_shift
 
     count = min(len(dataset), options.limit or len(dataset))
@@ -98,15 +93,12 @@ def _shift(options: argparse.Namespace) -> int:
         with new_file(options.output, options.overwrite) as partial:
             partial.write_text(report + "\n", encoding="utf-8")
     echo(report if options.json else shift.table())
-    return 0
 
 
-def _channels(options: argparse.Namespace) -> int:
+def _channels(options: argparse.Namespace) -> None:
     from ..images import load_image
-    from ..utils.files import check_outputs
 
-    check_file("--output", options.output, CHARTS)
-    check_outputs([options.output], options.images, options.overwrite)
+    check_output(options, CHARTS, options.images)
     images = [load_image(path) for path in options.images]
     from ..evaluation.analysis import channel_matches
     from ..evaluation.analysis_plots import channel_scatter
@@ -115,14 +107,10 @@ def _channels(options: argparse.Namespace) -> int:
     matches = [channel_matches(model, image) for image in images]
     save_figure(channel_scatter(images, matches), options.output, options.dpi, options.overwrite)
     echo(options.output)
-    return 0
 
 
-def _relation(options: argparse.Namespace) -> int:
-    from ..utils.files import check_outputs
-
-    check_file("--output", options.output, CHARTS)
-    check_outputs([options.output], [options.evaluation], options.overwrite)
+def _relation(options: argparse.Namespace) -> None:
+    check_output(options, CHARTS, [options.evaluation])
     method, rows = _read_classes(options.evaluation, options.method)
     from ..evaluation.analysis import relation
     from ..evaluation.analysis_plots import relation_plot
@@ -140,9 +128,9 @@ def _relation(options: argparse.Namespace) -> int:
     correlation = None if math.isnan(found.correlation) else found.correlation
     report = {"method": method, "score": options.score, "classes": len(found.names), "correlation": correlation}
     report["picture"] = str(options.output)
-    said = f"{method}: {len(found.names)} classes, correlation {correlation} -> {options.output}"
+    shown = "-" if correlation is None else f"{correlation:.2f}"
+    said = f"{method}: {len(found.names)} classes, correlation {shown} -> {options.output}"
     echo(json.dumps(report) if options.json else said)
-    return 0
 
 
 def _read_classes(path: Path, method: str | None) -> tuple[str, list[dict]]:

@@ -13,7 +13,7 @@ import shlex
 import sys
 import time
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -33,145 +33,6 @@ _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
 # Files of pictures, and of charts.
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".pdf")
 CHARTS = (*PICTURES, ".svg")
-
-
-def sentence(description: str) -> str:
-    """Returns a description, as the list of commands shows it, as a sentence."""
-    return f"{description[0].upper()}{description[1:]}."
-
-
-def add_model_option(command: argparse.ArgumentParser, help: str = "", **options) -> None:
-    command.add_argument(
-        "--model",
-        metavar="FOLDER_OR_ID",
-        type=checked(check_model_name),
-        help=f'ICLIP or CLIP-like model, or "embedded"{help} (default: the embedded model)',
-        **{"default": "embedded", **options},
-    )
-    command.add_argument(
-        "--dtype",
-        choices=DTYPES,
-        help="number format of the model; bfloat16 is faster on processors that support it (default: as saved)",
-    )
-    command.add_argument(
-        "--device",
-        metavar="NAME",
-        help="cpu, cuda or mps (default: cuda if there is a GPU that it can use, otherwise cpu)",
-    )
-
-
-def add_model_options(command: argparse.ArgumentParser, help: str = "", **options) -> None:
-    """Adds the options of `add_model_option`, and those of prompts and image size."""
-    add_model_option(command, help, **options)
-    command.add_argument(
-        "--template",
-        action="append",
-        dest="templates",
-        type=checked(check_prompt),
-        metavar="PROMPT",
-        help='prompt with one {}; repeat the option to average several prompts; "{}" uses the texts unchanged, "imagenet" '
-        "averages CLIP's 80 templates of ImageNet (default: the prompts of the model or the data set)",
-    )
-    command.add_argument(
-        "--image-size",
-        type=at_least_1,
-        metavar="PIXELS",
-        help="height and width to which images are resized for the model (default: that of its processor)",
-    )
-
-
-def add_dataset_options(command: argparse.ArgumentParser, required: bool = True) -> None:
-    command.add_argument(
-        "--dataset",
-        required=required,
-        choices=DATASETS,
-        metavar="NAME",
-        help=f"one of {', '.join(DATASETS)}; folder means images/, masks/ and classes.txt",
-    )
-    command.add_argument("--data-root", required=required, type=Path, metavar="FOLDER", help="folder of the data set")
-    command.add_argument("--split", help="split of the data set (default: the official validation split)")
-    command.add_argument(
-        "--overrides",
-        type=Path,
-        metavar="FILE",
-        help="other class names, synonyms and prompt templates: a JSON or YAML file, or a text file with a line for each class",
-    )
-
-
-def add_limit_option(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--limit", type=at_least_1, metavar="N", help="use only the first N images (default: all)")
-
-
-def add_method_option(command: argparse.ArgumentParser) -> None:
-    command.add_argument(
-        "--method",
-        type=checked(check_method),
-        default="itsm",
-        metavar="METHOD",
-        help=f"method that computes the maps, one of {', '.join(METHODS)} (default: itsm)",
-    )
-
-
-def data_inputs(options: argparse.Namespace, dataset) -> list[Path | None]:
-    """Returns the files that are no pictures and that a command reads with [`add_dataset_options`] and [`add_model_option`]."""
-    return [options.overrides, *dataset.annotation_paths, *Path(options.model).glob("*")]
-
-
-def add_methods_option(command: argparse.ArgumentParser) -> None:
-    command.add_argument(
-        "--methods",
-        nargs="+",
-        type=checked(check_method),
-        default=["itsm"],
-        metavar="METHOD",
-        help=f"one or more of {', '.join(METHODS)} (default: itsm)",
-    )
-
-
-def add_refine_option(command: argparse.ArgumentParser, tasks: str = "", default: bool | None = False) -> None:
-    command.add_argument(
-        "--refine",
-        action=argparse.BooleanOptionalAction,
-        default=default,
-        help=f"{tasks}refine the maps by the colours of the image (PAMR), so that they follow its edges (default: {'yes' if default else 'no'})",
-    )
-
-
-def add_colormap_option(command: argparse.ArgumentParser) -> None:
-    command.add_argument(
-        "--colormap",
-        default=COLORMAPS[0],
-        choices=COLORMAPS,
-        help=f"colours of the maps: cividis is safe for colour-blind readers, jet is the paper's (default: {COLORMAPS[0]})",
-    )
-
-
-def add_picture_options(command: argparse.ArgumentParser, default: str) -> None:
-    command.add_argument(
-        "--output", type=Path, default=Path(default), metavar="FILE", help=f"picture to write (default: {default})"
-    )
-    add_overwrite_option(command)
-    command.add_argument(
-        "--dpi",
-        type=at_least_1,
-        default=120,
-        metavar="N",
-        help="resolution of the figure in dots per inch, for example 300 for print (default: 120)",
-    )
-
-
-def add_overwrite_option(command: argparse.ArgumentParser) -> None:
-    command.add_argument(
-        "--overwrite",
-        action="store_true",
-        help="also replace files that iclip did not write; inputs are never replaced",
-    )
-
-
-def add_text_option(command: argparse.ArgumentParser, help: str, **options) -> None:
-    command.add_argument(
-        "--text", action="append", dest="texts", type=checked(check_text), metavar="TEXT", help=help, **options
-    )
 
 
 def checked(check: Callable[[str], Value]) -> Callable[[str], Value]:
@@ -218,6 +79,111 @@ def at_least_1(text: str) -> int:
     return int(text)
 
 
+# Options that several commands have, for [`add_shared`].
+MODEL, PROMPTS = ("--model", "--dtype", "--device"), ("--template", "--image-size")
+DATASET = ("--dataset", "--data-root", "--split", "--overrides")
+SHARED = {
+    "--model": {
+        "metavar": "FOLDER_OR_ID",
+        "type": checked(check_model_name),
+        "default": "embedded",
+        "help": 'ICLIP or CLIP-like model, or "embedded" (default: the embedded model)',
+    },
+    "--dtype": {
+        "choices": DTYPES,
+        "help": "number format of the model; bfloat16 is faster on processors that support it (default: as saved)",
+    },
+    "--device": {
+        "metavar": "NAME",
+        "help": "cpu, cuda or mps (default: cuda if there is a GPU that it can use, otherwise cpu)",
+    },
+    "--template": {
+        "action": "append",
+        "dest": "templates",
+        "type": checked(check_prompt),
+        "metavar": "PROMPT",
+        "help": 'prompt with one {}; repeat the option to average several prompts; "{}" uses the texts unchanged, "imagenet" '
+        "averages CLIP's 80 templates of ImageNet (default: the prompts of the model or the data set)",
+    },
+    "--image-size": {
+        "type": at_least_1,
+        "metavar": "PIXELS",
+        "help": "height and width to which images are resized for the model (default: that of its processor)",
+    },
+    "--dataset": {
+        "choices": DATASETS,
+        "metavar": "NAME",
+        "help": f"one of {', '.join(DATASETS)}; folder means images/, masks/ and classes.txt",
+    },
+    "--data-root": {"type": Path, "metavar": "FOLDER", "help": "folder of the data set"},
+    "--split": {"help": "split of the data set (default: the official validation split)"},
+    "--overrides": {
+        "type": Path,
+        "metavar": "FILE",
+        "help": "other class names, synonyms and prompt templates: a JSON or YAML file, or a text file with a line for each class",
+    },
+    "--limit": {"type": at_least_1, "metavar": "N", "help": "use only the first N images (default: all)"},
+    "--text": {"action": "append", "dest": "texts", "type": checked(check_text), "metavar": "TEXT"},
+    "--methods": {
+        "nargs": "+",
+        "type": checked(check_method),
+        "default": ["itsm"],
+        "metavar": "METHOD",
+        "help": f"one or more of {', '.join(METHODS)} (default: itsm)",
+    },
+    "--colormap": {
+        "default": COLORMAPS[0],
+        "choices": COLORMAPS,
+        "help": f"colours of the maps: cividis is safe for colour-blind readers, jet is the paper's (default: {COLORMAPS[0]})",
+    },
+    "--batch-size": {"type": at_least_1, "metavar": "N"},
+    "--dpi": {
+        "type": at_least_1,
+        "default": 120,
+        "metavar": "N",
+        "help": "resolution of the figure in dots per inch, for example 300 for print (default: 120)",
+    },
+    "--overwrite": {
+        "action": "store_true",
+        "help": "also replace files that iclip did not write; inputs are never replaced",
+    },
+    "--json": {"action": "store_true", "help": "print JSON instead of text"},
+}
+
+
+def add_shared(command: argparse._ActionsContainer, *names: str, **changes) -> None:
+    """Adds options of [`SHARED`], all with these changes."""
+    for name in names:
+        command.add_argument(name, **{**SHARED[name], **changes})
+
+
+def add_refine(command: argparse.ArgumentParser, default: bool = False) -> None:
+    command.add_argument(
+        "--refine",
+        action=argparse.BooleanOptionalAction,
+        default=default,
+        help=f"refine the maps by the colours of the image (PAMR), so that they follow its edges (default: {'yes' if default else 'no'})",
+    )
+
+
+def add_picture(command: argparse.ArgumentParser, default: str) -> None:
+    """Adds the options of a command that writes one picture."""
+    command.add_argument(
+        "--output", type=Path, default=Path(default), metavar="FILE", help=f"picture to write (default: {default})"
+    )
+    add_shared(command, "--overwrite", "--dpi")
+
+
+def sentence(description: str) -> str:
+    """Returns a description, as the list of commands shows it, as a sentence."""
+    return f"{description[0].upper()}{description[1:]}."
+
+
+def data_inputs(options: argparse.Namespace, dataset) -> list[Path | None]:
+    """Returns the files that are no pictures and that the options of [`DATASET`] and the model name."""
+    return [options.overrides, *dataset.annotation_paths, *Path(options.model).glob("*")]
+
+
 def load_silently(name: str, options: argparse.Namespace):
     """Like [`iclip_hf.load`], without output of Transformers, in a process that keeps its memory."""
     from ..models.loading import load
@@ -247,26 +213,30 @@ def silence_transformers() -> None:
     logging.disable_progress_bar()
 
 
-def check_file(option: str, path: Path, suffixes: tuple[str, ...]) -> None:
-    """Raises `ValueError` for an invalid output file, before the model is loaded."""
+def check_file(path: Path, suffixes: tuple[str, ...]) -> None:
+    """Raises `ValueError` for an `--output` that is no file of this kind."""
     if path.suffix.lower() not in suffixes:
         raise ValueError(
-            f"{option}: expected a file name that ends in {' or '.join(suffixes)}, got {path}: choose another name."
+            f"--output: expected a file name that ends in {' or '.join(suffixes)}, got {path}: choose another name."
         )
-    if path.is_dir():
-        raise ValueError(f"{option}: expected a file name, got the folder {path}: name a file in it.")
+
+
+def check_output(options: argparse.Namespace, suffixes: tuple[str, ...], inputs: Iterable) -> None:
+    """Checks `--output`, before the model is loaded, by [`check_file`] and [`iclip_hf.utils.files.check_outputs`]."""
+    from ..utils.files import check_outputs
+
+    check_file(options.output, suffixes)
+    check_outputs([options.output], inputs, options.overwrite)
 
 
 def check_folder(option: str, path: Path) -> None:
-    """Raises `ValueError` for an invalid output folder, before the model is loaded."""
+    """Raises `ValueError` for an output that is no folder, before the model is loaded."""
     if not path.is_dir() and (path.suffix or path.exists()):
         raise ValueError(f"{option}: expected a folder, got the file name {path}: name a folder.")
 
 
 def save_figure(figure, path: Path, dpi: int = 120, overwrite: bool = False) -> None:
-    """
-    Writes a PIL image, or a figure of matplotlib, by [`iclip_hf.utils.files.new_file`], in the format of the file name's suffix.
-    """
+    """Writes a PIL image, or a figure of matplotlib, in the format of the file name's suffix."""
     from PIL import Image
 
     from ..utils.files import SOFTWARE, new_file
@@ -297,13 +267,13 @@ def software_exif():
     return exif
 
 
-def report_error(command: str, error: BaseException, printed: bool = True) -> None:
+def report_error(command: str, error: BaseException) -> None:
     """
     Prints an error as one line on stderr, and passes it to torchrun or `accelerate launch`, if one of them runs this process. They
-    end their own report with the line of the process that failed first.
+    end their own report with the line of the process that failed first. Of processes that are all interrupted, the first prints it.
     """
     line = f"iclip {command}: {one_line(error)}"
-    if printed:
+    if not isinstance(error, KeyboardInterrupt) or os.environ.get("RANK", "0") == "0":
         print(line, file=sys.stderr, flush=True)
     if file := os.environ.get("TORCHELASTIC_ERROR_FILE"):
         Path(file).write_text(json.dumps({"message": line, "timestamp": int(time.time())}))
@@ -339,12 +309,15 @@ def shown_steps() -> Iterator[None]:
         logger.setLevel(level)
 
 
-def echo_folder(folder: Path, *commands: Sequence[str]) -> None:
-    """Prints what was written into a new folder, and commands that use it."""
+def echo_folder(folder: Path, *command: str) -> None:
+    """Prints the size of a folder that was written, and a command that uses it."""
     sizes = [path.stat().st_size for path in folder.rglob("*") if path.is_file()]
-    echo(f"{folder}: {len(sizes)} files, {sum(sizes) / 1e6:,.1f} MB. Next:")
-    for command in commands:
-        echo(f"  {shlex.join(command)}")
+    echo(f"{folder}: {len(sizes)} files, {sum(sizes) / 1e6:,.1f} MB. Next:\n  {shlex.join(command)}")
+
+
+def echo_space(folder: Path) -> None:
+    """Prints the size of the folder of a Space, and the command that publishes it."""
+    echo_folder(folder, "hf", "upload", f"your-name/{folder.resolve().name}", str(folder), ".", "--repo-type", "space")
 
 
 def echo(report) -> None:

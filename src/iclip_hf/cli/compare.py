@@ -6,20 +6,22 @@ import argparse
 import json
 from pathlib import Path
 
+from ..presence import MIN_PRESENCE, presence_word
 from .common import (
+    DATASET,
+    MODEL,
     PICTURES,
-    add_colormap_option,
-    add_dataset_options,
-    add_methods_option,
-    add_model_options,
-    add_picture_options,
-    add_text_option,
-    check_file,
+    PROMPTS,
+    add_picture,
+    add_refine,
+    add_shared,
+    check_output,
     echo,
     load_silently,
     printable,
     save_figure,
 )
+from .pictures import presence_column
 
 
 def add_options(command: argparse.ArgumentParser) -> None:
@@ -27,25 +29,30 @@ def add_options(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "image", metavar="IMAGE", help="image file, or with --dataset the name or path of one of its images"
     )
-    add_text_option(
+    add_shared(
         command,
-        "what to look for, one row of the figure; repeat the option for several texts (default: the classes that the data "
+        "--text",
+        help="what to look for, one row of the figure; repeat the option for several texts (default: the classes that the data "
         "set's image shows)",
     )
-    add_methods_option(command)
-    add_model_options(command, "; repeat the option to compare several", action="append", dest="models", default=None)
+    add_shared(
+        command,
+        "--model",
+        action="append",
+        dest="models",
+        default=None,
+        help='ICLIP or CLIP-like model, or "embedded"; repeat the option to compare several (default: the embedded model)',
+    )
+    add_shared(command, "--methods", *MODEL[1:], *PROMPTS)
+    add_refine(command)
     truth = command.add_argument_group("ground truth", "a data set that contains IMAGE adds the masks of its classes")
-    add_dataset_options(truth, required=False)
-    add_picture_options(command, "comparison.png")
-    add_colormap_option(command)
-    command.add_argument("--json", action="store_true", help="print JSON instead of text")
+    add_shared(truth, *DATASET)
+    add_picture(command, "comparison.png")
+    add_shared(command, "--colormap", "--json")
 
 
-def run(options: argparse.Namespace) -> int:
-    from ..utils.files import check_outputs
-
-    check_file("--output", options.output, PICTURES)
-    check_outputs([options.output], [options.image, options.overrides], options.overwrite)
+def run(options: argparse.Namespace) -> None:
+    check_output(options, PICTURES, [options.image, options.overrides])
     image, truths, templates = _open(options)
     texts = list(dict.fromkeys(options.texts or truths))
     if not texts:
@@ -55,36 +62,42 @@ def run(options: argparse.Namespace) -> int:
     from ..figures.sheets import at_picture_size, comparison_sheet
 
     drawn = at_picture_size(image, options.dpi)
-    columns = {}
+    columns, words = {}, {}  # by the title of a column
     if truths:
         columns["ground truth"] = [_shrunk(truths[text], drawn) if text in truths else None for text in texts]
-    scores = {}
+    of_model = {}  # an explanation of each model; score and presence do not depend on the method
     for model, method, explanation in _explain(options, image, texts, templates, (drawn.height, drawn.width)):
         title = method if len(options.models or ()) < 2 else f"{model}\n{method}"
         columns[title] = explanation.maps.numpy()
-        scores[model] = [round(float(score), 4) for score in explanation.scores]
-    rows = [{"text": text, "scores": dict(zip(scores, row))} for text, row in zip(texts, zip(*scores.values()))]
-
-    titles = [f"{row['text']}\nscore {', '.join(f'{score:.2f}' for score in row['scores'].values())}" for row in rows]
-    sheet = comparison_sheet(drawn, columns, titles, colormap=options.colormap, dpi=options.dpi)
+        words[title] = [presence_word(value) for value in explanation.presence.tolist()]
+        of_model[model] = explanation
+    rows, titles = [], []
+    for index, text in enumerate(texts):
+        figures = {
+            model: (found.scores[index].item(), found.presence[index].item()) for model, found in of_model.items()
+        }
+        scores, presence = ({model: round(pair[k], 4) for model, pair in figures.items()} for k in range(2))
+        rows.append({"text": text, "scores": scores, "presence": presence})
+        notes = [f"{presence_word(present)} · score {score:.2f}" for score, present in figures.values()]
+        titles.append(f"{text}\n{', '.join(notes)}")
+    sheet = comparison_sheet(drawn, columns, titles, words, colormap=options.colormap, dpi=options.dpi)
     save_figure(sheet, options.output, options.dpi, options.overwrite)
     if options.json:
         report = {"image": options.image, "picture": str(options.output), "texts": rows}
         echo(json.dumps(report, indent=2, ensure_ascii=False))
-        return 0
+        return
     echo(f"{printable(options.image)} -> {printable(options.output)}")
     width = max(len(printable(text)) for text in texts)
     for row in rows:
-        cosines = "  ".join(f"{score:+.4f}" for score in row["scores"].values())
-        echo(f"  {printable(row['text']):<{width}}  {cosines}")
-    return 0
+        columns = [
+            f"{row['scores'][model]:+.4f}  {presence_column(row['presence'][model], MIN_PRESENCE)}"
+            for model in of_model
+        ]
+        echo(f"  {printable(row['text']):<{width}}  {'  '.join(columns)}")
 
 
 def _open(options: argparse.Namespace):
-    """
-    Returns the image, the mask of each text that is a class of the data set, and the templates. Without a data set there are no
-    masks.
-    """
+    """Returns the image, the mask of each text that is a class of the data set, if there is one, and the templates."""
     from ..data.segmentation import load_segmentation
     from ..images import load_image
 
@@ -108,14 +121,25 @@ def _open(options: argparse.Namespace):
 
 
 def _explain(options: argparse.Namespace, image, texts: list[str], templates, target_size: tuple[int, int]):
-    """Yields model name, method and explanation for each model and method."""
+    """Yields model name, method and explanation for each model and method, under a progress bar."""
+    from tqdm import tqdm
+
     from ..localization.localizer import explain
 
-    seen = {"templates": templates, "target_sizes": [target_size], "size": options.image_size}
-    for name in options.models or ["embedded"]:
-        model = load_silently(name, options)
-        for method in dict.fromkeys(options.methods):
-            yield name, method, explain(model, [image], texts, method, **seen)[0]
+    seen = {
+        "templates": templates,
+        "target_sizes": [target_size],
+        "size": options.image_size,
+        "refine": options.refine,
+    }
+    models, methods = options.models or ["embedded"], list(dict.fromkeys(options.methods))
+    count = len(models) * len(methods)
+    with tqdm(total=count, unit="method", delay=2, disable=count == 1) as bar:
+        for name in models:
+            model = load_silently(name, options)
+            for method in methods:
+                yield name, method, explain(model, [image], texts, method, **seen)[0]
+                bar.update()
 
 
 def _shrunk(mask, image):

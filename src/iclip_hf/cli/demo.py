@@ -6,12 +6,13 @@ import argparse
 import sys
 from pathlib import Path
 
-from .common import add_model_option, add_overwrite_option, check_folder, echo, keep_memory, silence_transformers
+from ..utils.extras import require_extra
+from .common import MODEL, add_shared, check_folder, echo, echo_space, keep_memory, silence_transformers
 
 
 def add_options(command: argparse.ArgumentParser) -> None:
     command.set_defaults(run=run)
-    add_model_option(command, default=None)
+    add_shared(command, *MODEL, default=None)
     command.add_argument(
         "--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1, this machine only)"
     )
@@ -19,7 +20,7 @@ def add_options(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--export-space", type=Path, metavar="DIR", help="write the files of a Space that runs the demo, and exit"
     )
-    add_overwrite_option(command)
+    add_shared(command, "--overwrite")
     command.add_argument(
         "--web", type=Path, metavar="DIR", help="serve the page that `iclip export --format web` wrote, instead"
     )
@@ -32,34 +33,30 @@ def _port(text: str) -> int:
     return int(text)
 
 
-def run(options: argparse.Namespace) -> int:
-    if options.overwrite and not options.export_space:
-        raise ValueError("--overwrite applies to --export-space, but got it alone: leave it out.")
+def run(options: argparse.Namespace) -> None:
     if options.web:
-        return _serve(options)
+        if options.model or options.dtype or options.device or options.export_space:
+            raise ValueError(
+                "Expected --web, whose page has a model, without --model, --dtype, --device and --export-space, but got one of them: "
+                "leave it out."
+            )
+        from ..demo.web_server import web_server
+
+        with web_server(options.web, options.host, options.port) as server:
+            echo(f"http://{options.host}:{server.server_port}/")
+            sys.stdout.flush()  # also into a pipe, because the server does not end
+            server.serve_forever()
+        return
     if options.export_space:
         check_folder("--export-space", options.export_space)
+    with require_extra("demo"):  # before torch is loaded
+        import gradio  # noqa: F401
     from ..demo.app import export_space, launch
 
     if options.export_space:
         export_space(options.export_space, options.model or "embedded", options.overwrite)
-        echo(options.export_space)
+        echo_space(options.export_space)
     else:
         silence_transformers()
         keep_memory()
         launch(options.model or "embedded", options.host, options.port, dtype=options.dtype, device=options.device)
-    return 0
-
-
-def _serve(options: argparse.Namespace) -> int:
-    from ..demo.web_server import web_server
-
-    if options.model or options.dtype or options.device or options.export_space:
-        raise ValueError(
-            "--web serves a page that has its model: leave out --model, --dtype, --device and --export-space."
-        )
-    with web_server(options.web, options.host, options.port) as server:
-        echo(f"http://{options.host}:{server.server_port}/")
-        sys.stdout.flush()  # also into a pipe, because the server does not end
-        server.serve_forever()
-    return 0

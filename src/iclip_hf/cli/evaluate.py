@@ -9,12 +9,11 @@ from pathlib import Path
 from ..prompts import check_text
 from ..utils.names import MEASURES, TASKS
 from .common import (
-    add_dataset_options,
-    add_limit_option,
-    add_methods_option,
-    add_model_options,
-    add_overwrite_option,
-    add_refine_option,
+    DATASET,
+    MODEL,
+    PROMPTS,
+    add_refine,
+    add_shared,
     at_least_1,
     check_file,
     checked,
@@ -50,11 +49,9 @@ def add_options(command: argparse.ArgumentParser) -> None:
         "segmentation: mIoU of label maps; faithfulness: deletion and insertion, pointing game, max-sensitivity and randomised layers "
         "(default: interpretability)",
     )
-    add_dataset_options(command)
-    add_limit_option(command)
-    add_model_options(command)
-    add_methods_option(command)
-    add_refine_option(command)
+    add_shared(command, *DATASET[:2], required=True)
+    add_shared(command, *DATASET[2:], "--limit", *MODEL, *PROMPTS, "--methods")
+    add_refine(command)
     command.add_argument(
         "--aggregate",
         choices=("image", "pixel"),
@@ -70,27 +67,17 @@ def add_options(command: argparse.ArgumentParser) -> None:
         help=f"one or more of {', '.join(MEASURES)} instead of those of a task",
     )
     command.add_argument(
-        "--steps",
-        type=at_least_1,
-        metavar="N",
-        help="deletion_insertion: number of steps (default: 10)",
+        "--steps", type=at_least_1, metavar="N", help="deletion_insertion: number of steps (default: 10)"
     )
     command.add_argument("--seed", type=int, metavar="N", help="faithfulness: seed of all random values (default: 0)")
-    command.add_argument(
-        "--batch-size",
-        type=at_least_1,
-        metavar="N",
-        default=8,
-        help="images in one forward pass (default: 8)",
-    )
+    add_shared(command, "--batch-size", default=8, help="images in one forward pass (default: 8)")
     command.add_argument(
         "--output",
         type=Path,
         metavar="FILE",
         help="JSON file to write; a CSV file with the scores of each class is written beside it",
     )
-    add_overwrite_option(command)
-    command.add_argument("--json", action="store_true", help="print JSON instead of text")
+    add_shared(command, "--overwrite", "--json")
 
 
 def _add_segmentation_options(command: argparse.ArgumentParser) -> None:
@@ -141,7 +128,7 @@ def _add_segmentation_options(command: argparse.ArgumentParser) -> None:
     )
 
 
-def run(options: argparse.Namespace) -> int:
+def run(options: argparse.Namespace) -> None:
     from ..data.segmentation import load_segmentation
 
     measures = options.measures or [*TASKS[options.task]]
@@ -155,7 +142,7 @@ def run(options: argparse.Namespace) -> int:
     if options.image_size and options.short_side:
         raise ValueError("Expected --image-size or --short-side, got both: leave one out.")
     if options.output:
-        check_file("--output", options.output, (".json",))
+        check_file(options.output, (".json",))
     dataset = load_segmentation(options.dataset, options.data_root, options.split, options.overrides)
     if options.output:
         from ..evaluation.results import check_files
@@ -193,4 +180,3 @@ def run(options: argparse.Namespace) -> int:
         finally:  # also if a file of another program has come there meanwhile
             echo(result.to_json() if options.json else result.table())
     state.destroy_process_group()
-    return 0

@@ -7,15 +7,8 @@ import json
 import sys
 from pathlib import Path
 
-from .common import add_colormap_option, at_least_1, check_folder, echo, printable, save_figure, share
-from .pictures import (
-    add_image_options,
-    make_localizer,
-    picture_dpi,
-    pictures_to_write,
-    print_report,
-    write_pictures,
-)
+from .common import add_shared, at_least_1, check_folder, echo, printable, save_figure, share
+from .pictures import add_image_options, explain_files, make_localizer
 
 
 def add_options(command: argparse.ArgumentParser) -> None:
@@ -35,7 +28,7 @@ def add_options(command: argparse.ArgumentParser) -> None:
         help="a mask holds the pixels whose map is greater; a number in [0, 1], or the file of `iclip evaluate --output` for the "
         "best threshold of each class (default: 0.5)",
     )
-    add_colormap_option(command)
+    add_shared(command, "--colormap")
     command.add_argument(
         "--npz", action="store_true", help="also write scores, raw maps and masks to an .npz file beside each picture"
     )
@@ -51,12 +44,7 @@ def add_options(command: argparse.ArgumentParser) -> None:
         help="also score which words of each text made the image match, coloured in the picture; by Grad-ECLIP, or with "
         "--method bi_modal by that method",
     )
-    command.add_argument(
-        "--batch-size",
-        type=at_least_1,
-        metavar="N",
-        help="images in one forward pass (default: 4; of a collection 8)",
-    )
+    add_shared(command, "--batch-size", help="images in one forward pass (default: 4; of a collection 8)")
     command.add_argument(
         "--images-per-file",
         type=at_least_1,
@@ -79,35 +67,22 @@ def _number_or_file(text: str) -> float | Path:
     return share(text)
 
 
-def _localizer(options: argparse.Namespace):
-    from ..regions import class_thresholds
-
-    if isinstance(options.threshold, Path):  # read before the model is loaded
-        options.threshold = class_thresholds(options.threshold, options.texts, options.method)
-    words = "bi_modal" if options.method == "bi_modal" else "grad_eclip"
-    return make_localizer(options, options.texts, words if options.words else None)
-
-
 def _explain_images(options: argparse.Namespace) -> int:
     if options.images_per_file is not None:
         raise ValueError("--images-per-file applies to collections, but got image files: leave it out.")
-    images = pictures_to_write(options, "explanation.png", "explanations", _array_file if options.npz else None)
-    if not images:
-        return 2
-    localizer = _localizer(options)
-    from ..figures.sheets import draw
 
-    def write(image, explanation, picture: Path | None) -> dict:
+    def write(name: str, image, explanation, picture: Path | None, dpi: int) -> dict:
+        from ..figures.sheets import draw
+
         if picture is not None:
-            dpi = picture_dpi(picture)
             sheet = draw(explanation, image, colormap=options.colormap, dpi=dpi)
             save_figure(sheet, picture, dpi, options.overwrite)
             if options.npz:
                 _save_arrays(explanation, _array_file(picture), options.overwrite)
         return explanation.to_dict()
 
-    report = write_pictures(options.command, localizer, images, write, options.batch_size or 4)
-    return print_report(options, report, "texts", _describe)
+    beside = _array_file if options.npz else None
+    return explain_files(options, "explanation", options.texts, write, _describe, beside, options.batch_size or 4)
 
 
 def _explain_collection(options: argparse.Namespace) -> int:
@@ -124,7 +99,7 @@ def _explain_collection(options: argparse.Namespace) -> int:
     images = open_images(options.images)
     state = this_process("collections")  # selects the device before the model is loaded
     report = explain_collection(
-        _localizer(options),
+        make_localizer(options, options.texts),
         images,
         output,
         batch_size=options.batch_size or 8,

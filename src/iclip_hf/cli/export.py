@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import tempfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from pathlib import Path
 
 from ..utils.names import check_model_name
@@ -19,15 +16,7 @@ def add_options(command: argparse.ArgumentParser) -> None:
     command.add_argument("directory", type=Path, metavar="DIR", help="new folder to write")
     command.add_argument(
         "--format",
-        choices=(
-            "transformers",
-            "onnx",
-            "onnx-bfloat16",
-            "onnx-int8",
-            "web",
-            "web-bfloat16",
-            "web-float32",
-        ),
+        choices=("transformers", "onnx", "onnx-bfloat16", "onnx-int8", "web", "web-bfloat16", "web-float32"),
         default="transformers",
         help="onnx: two graphs for ONNX Runtime, with float32 weights unless the format names another type; web: a page "
         "that runs the model in the browser, with int8 weights unless the format names another type (default: "
@@ -56,14 +45,14 @@ def add_source_options(command: argparse.ArgumentParser) -> None:
     )
 
 
-def run(options: argparse.Namespace) -> int:
+def run(options: argparse.Namespace) -> None:
     kind, _, weights = options.format.partition("-")
     if options.vendor and kind != "web":
         raise ValueError(f"--vendor applies to --format web, but got {options.format}: leave it out.")
     if kind == "transformers":
         folder = export(options, options.directory)
-        echo_folder(folder, ["iclip", "push", str(folder), f"your-name/{folder.resolve().name}", "--dry-run"])
-        return 0
+        echo_folder(folder, "iclip", "push", str(folder), f"your-name/{folder.resolve().name}", "--dry-run")
+        return
     if options.results is not None:
         raise ValueError(
             f"--results applies to --format transformers, whose model card shows them, but got {options.results} with "
@@ -78,16 +67,15 @@ def run(options: argparse.Namespace) -> int:
 
         with shown_steps():
             folder = export_onnx(model, processor, options.directory, weights or "float32")
-        echo_folder(folder, ["iclip", "explain", "photo.jpg", "--text", "dog", "--model", str(folder)])
+        echo_folder(folder, "iclip", "explain", "photo.jpg", "--text", "dog", "--model", str(folder))
     else:
         from ..demo.web import export_web
+        from ..hub.folders import known_card
 
-        with shown_steps(), _with_card(options.model) as source:
-            folder = export_web(
-                model, processor, options.directory, weights or "int8", vendor=options.vendor, source=source
-            )
-        echo_folder(folder, ["iclip", "demo", "--web", str(folder)])
-    return 0
+        with shown_steps():
+            card = known_card(options.model)
+            folder = export_web(model, processor, options.directory, weights or "int8", options.vendor, **card)
+        echo_folder(folder, "iclip", "demo", "--web", str(folder))
 
 
 def export(options: argparse.Namespace, directory: Path, name: str | None = None) -> Path:
@@ -98,34 +86,23 @@ def export(options: argparse.Namespace, directory: Path, name: str | None = None
             metrics = json.loads(options.results.read_text(encoding="utf-8"))
         except (ValueError, RecursionError):
             metrics = None
-        if not (isinstance(metrics, dict) and {"protocol", "results"} <= metrics.keys()):
+        if not (
+            isinstance(metrics, dict) and all(isinstance(metrics.get(part), dict) for part in ("protocol", "results"))
+        ):
             raise ValueError(
                 f"--results {options.results}: expected the JSON that `iclip evaluate --output` writes, but got other "
                 "content; evaluate again."
             )
-    from ..hub.folders import export_model
+    from ..hub.folders import export_model, known_card
     from ..models.identity import changed_model
     from ..models.loading import load_iclip
 
     silence_transformers()
     model, processor = load_iclip(options.model)
-    protocol = None if metrics is None else metrics["protocol"]
-    if isinstance(protocol, Mapping) and (differing := changed_model(protocol, model, processor)):
+    if metrics is not None and (differing := changed_model(metrics["protocol"], model, processor)):
         raise ValueError(
             f"--results {options.results}: expected figures of this model, got those of other {', '.join(differing)}, or of a model that "
             "it does not describe; measure this model by `iclip evaluate --output`."
         )
-    with _with_card(options.model) as source:
-        return export_model(model, processor, directory, name=name, source=source, metrics=metrics)
-
-
-@contextmanager
-def _with_card(model: str) -> Iterator[str | Path]:
-    """Yields the folder or Hub id whose model card the next one is written from; the embedded model gets one."""
-    from ..hub.folders import init_model
-
-    if model != "embedded":
-        yield model
-        return
-    with tempfile.TemporaryDirectory() as scratch:
-        yield init_model("iclip-dinov2-s14-minilm", Path(scratch, "model"))
+    card = known_card(options.model) | ({} if metrics is None else {"metrics": metrics})
+    return export_model(model, processor, directory, name=name, **card)

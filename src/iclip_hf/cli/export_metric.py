@@ -5,18 +5,17 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from .common import add_overwrite_option, echo
+from .common import add_shared, echo_space
 
 
 def add_options(command: argparse.ArgumentParser) -> None:
     command.set_defaults(run=run)
     command.add_argument("metric", choices=("mfmb", "mmiou", "text_contrast"), help="name of the metric")
     command.add_argument("directory", type=Path, metavar="DIR", help="folder to write into")
-    add_overwrite_option(command)
+    add_shared(command, "--overwrite")
 
 
-def run(options: argparse.Namespace) -> int:
+def run(options: argparse.Namespace) -> None:
     from ..hub.metrics import export_space
 
-    echo(export_space(options.metric, options.directory, options.overwrite))
-    return 0
+    echo_space(export_space(options.metric, options.directory, options.overwrite))

@@ -22,10 +22,9 @@ def add_options(command: argparse.ArgumentParser) -> None:
     command.add_argument("--output", required=True, type=Path, metavar="DIR", help="new folder to write")
 
 
-def run(options: argparse.Namespace) -> int:
+def run(options: argparse.Namespace) -> None:
     from ..hub.folders import init_model
 
     silence_transformers()
     folder = init_model(options.config, options.output, options.vision, options.text)
-    echo_folder(folder, ["iclip", "train", "pairs.csv", "--model", str(folder)])
-    return 0
+    echo_folder(folder, "iclip", "train", "pairs.csv", "--model", str(folder))

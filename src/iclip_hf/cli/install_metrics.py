@@ -11,8 +11,8 @@ def add_options(command: argparse.ArgumentParser) -> None:
     command.set_defaults(run=run)
 
 
-def run(options: argparse.Namespace) -> int:
+def run(options: argparse.Namespace) -> None:
     from ..hub.metrics import install_metrics
 
-    echo(f"installed: {', '.join(install_metrics())}")
-    return 0
+    for name, folder in install_metrics().items():
+        echo(f"{name} -> {folder}")

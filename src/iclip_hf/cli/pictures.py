@@ -1,24 +1,26 @@
-"""Shared parts of the commands that write a picture of each image."""
+"""What the commands share that write a picture of each image."""
 
 from __future__ import annotations
 
 import argparse
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from ..presence import MIN_PRESENCE, presence_word
+from ..utils.names import METHODS
 from .common import (
+    MODEL,
     PICTURES,
-    add_method_option,
-    add_model_options,
-    add_overwrite_option,
-    add_refine_option,
-    add_text_option,
+    PROMPTS,
+    add_refine,
+    add_shared,
     check_file,
     check_folder,
+    check_method,
+    checked,
     echo,
     load_silently,
     one_line,
@@ -27,27 +29,27 @@ from .common import (
 )
 
 
+# Bytes of a picture's name without its suffix, of the 255 that file systems allow.
+_LONGEST = 251
+
+
 def add_image_options(
     command: argparse.ArgumentParser, *, images: str, absent: str, output: str, refine: bool = False
 ) -> None:
-    """
-    Adds what the commands share that explain image files.
-
-    Args:
-        images: help of the images.
-        absent: what an absent text gets.
-        output: help of `--output`.
-        refine: default of `--refine`.
-    """
+    """Adds the shared options. `images` and `output` are their help; `absent` is what an absent text gets."""
+    command.set_defaults(npz=False, words=False)
     command.add_argument("images", nargs="+", metavar="IMAGE", help=images)
-    add_text_option(
-        command,
-        "what to look for; it is inserted into the prompts; repeat the option for several texts",
-        required=True,
+    what = "what to look for; it is inserted into the prompts; repeat the option for several texts"
+    add_shared(command, "--text", required=True, help=what)
+    add_shared(command, *MODEL, *PROMPTS)
+    command.add_argument(
+        "--method",
+        type=checked(check_method),
+        default="itsm",
+        metavar="METHOD",
+        help=f"method that computes the maps, one of {', '.join(METHODS)} (default: itsm)",
     )
-    add_model_options(command)
-    add_method_option(command)
-    add_refine_option(command, default=refine)
+    add_refine(command, refine)
     command.add_argument(
         "--min-presence",
         type=share,
@@ -56,25 +58,52 @@ def add_image_options(
         help=f"a text with a lower presence counts as absent and gets {absent}; 0 to 1 (default: {MIN_PRESENCE})",
     )
     command.add_argument("--output", type=Path, metavar="PATH", help=output)
-    add_overwrite_option(command)
+    add_shared(command, "--overwrite")
 
 
-def pictures_to_write(
-    options: argparse.Namespace, file: str, folder: str, beside: Callable[[Path], Path] | None = None
-) -> list[tuple[str, Path | None]]:
+def explain_files(
+    options: argparse.Namespace,
+    name: str,
+    texts: Sequence[str],
+    write: Callable,
+    describe: Callable[[dict], str],
+    beside: Callable[[Path], Path] | None = None,
+    batch_size: int = 4,
+) -> int:
     """
-    Returns those of `options.images` that are files, each with the path of its picture, or None where only JSON was asked for. Prints
-    errors for the others on stderr, before the model is loaded.
+    Writes a picture of each image file, prints a report, and returns the exit code.
 
     Args:
-        options: parsed options with `command`, `images`, `output`, `json` and `overwrite`, and `npz` if the command has it.
-        file, folder: default output for one image, and for several.
+        name: stem of the default output.
+        texts: what the model looks for.
+        write: function of the name of an image, the image, its explanation, the path of its picture (None where only JSON was asked
+            for) and its resolution in dots per inch. It returns the entry of the report, with a `dict` for each text in "texts" or "segments".
+        describe: the end of the printed line of a text.
         beside: returns, for a picture, another file that is written with it.
-
-    Raises:
-        `ValueError`: `options.output` is not a file name for one image, or not a folder for several. `FileExistsError`: as
-        [`iclip_hf.utils.files.check_outputs`].
+        batch_size: images in one forward pass.
     """
+    images = _pictures_to_write(options, name, beside)
+    if not images:
+        return 2
+    localizer = make_localizer(options, texts)
+    entries = [entry for entry in _written(options.command, localizer, images, write, batch_size) if entry is not None]
+    width = max(len(printable(text)) for text in texts)
+    for entry in entries:
+        if options.json:
+            echo(json.dumps(entry, ensure_ascii=False))
+            continue
+        files = [printable(entry[kind]) for kind in ("picture", "labels") if kind in entry]
+        echo(f"{printable(entry['image'])} -> {', '.join(files)}")
+        for row in entry.get("segments") or entry["texts"]:
+            presence = presence_column(row["presence"], options.min_presence)
+            echo(f"  {printable(row['text']):<{width}}  {row['score']:+.4f}  {presence}  {describe(row)}")
+    return 0 if len(entries) == len(options.images) else 2
+
+
+def _pictures_to_write(
+    options: argparse.Namespace, name: str, beside: Callable[[Path], Path] | None
+) -> list[tuple[str, Path | None]]:
+    """Returns the images that are files, each with its picture. Checks all outputs and names the other images on stderr."""
     from ..images import require_file
     from ..utils.files import check_outputs
 
@@ -88,13 +117,13 @@ def pictures_to_write(
     if not found:
         return []
     if len(options.images) == 1:
-        pictures = [options.output or Path(file)]
-        check_file("--output", pictures[0], PICTURES)
+        pictures = [options.output or Path(f"{name}.png")]
+        check_file(pictures[0], PICTURES)
     else:
-        output = options.output or Path(folder)
+        output = options.output or Path(f"{name}s")
         check_folder("--output", output)
-        pictures = [output / name for name in file_names(options.images)]
-    if options.json and options.output is None and not getattr(options, "npz", False):
+        pictures = [output / file for file in _file_names(options.images)]
+    if options.json and options.output is None and not options.npz:
         written, pictures = [], [None] * len(pictures)
     else:
         written = [*pictures, *map(beside, pictures)] if beside else pictures
@@ -103,21 +132,29 @@ def pictures_to_write(
     return [(image, picture) for image, picture in zip(options.images, pictures) if image in found]
 
 
-def file_names(images: Sequence[str]) -> list[str]:
+def _file_names(images: Sequence[str]) -> list[str]:
     """Returns a unique name for each picture, because a/dog.jpg and b/dog.jpg must not write the same file."""
+    from ..utils.files import short_name
+
     taken = {}
     for stem in (Path(image).stem for image in images):
-        name, number = stem, 2
+        name, number = short_name(stem, _LONGEST), 2
         while name.casefold() in taken:  # file systems may not tell upper from lower case
-            name, number = f"{stem}-{number}", number + 1
+            mark = f"-{number}"
+            name, number = short_name(stem, _LONGEST - len(mark)) + mark, number + 1
         taken[name.casefold()] = f"{name}.png"
     return list(taken.values())
 
 
-def make_localizer(options: argparse.Namespace, texts: Sequence[str], words: str | None = None):
+def make_localizer(options: argparse.Namespace, texts: Sequence[str]):
     """Loads the model and returns the [`Localizer`] of the options for these texts."""
+    from ..regions import class_thresholds
+
+    if isinstance(options.threshold, Path):  # read before the model is loaded
+        options.threshold = class_thresholds(options.threshold, texts, options.method)
     from ..localization.localizer import Localizer
 
+    words = "bi_modal" if options.method == "bi_modal" else "grad_eclip"
     return Localizer(
         load_silently(options.model, options),
         texts,
@@ -127,27 +164,12 @@ def make_localizer(options: argparse.Namespace, texts: Sequence[str], words: str
         min_presence=options.min_presence,
         image_size=options.image_size,
         refine=options.refine,
-        words=words,
+        words=words if options.words else None,
     )
 
 
-def write_pictures(
-    command: str, localizer, images: Sequence[tuple[str, Path | None]], write: Callable, batch_size: int = 4
-) -> list[dict]:
-    """
-    Explains images. A thread loads images and writes pictures while the model runs.
-
-    Args:
-        command: name of the command, for errors.
-        localizer: a [`Localizer`].
-        images: result of `pictures_to_write`, at least one.
-        write: function of an image, its explanation and the path of its picture. It returns a `dict` for the report.
-        batch_size: images in one forward pass.
-
-    Returns:
-        For each image, a `dict` with its name `image`, the path `picture` if there is one, and what `write` returned. An image that
-        cannot be read is left out, with an error on stderr.
-    """
+def _written(command: str, localizer, images, write: Callable, batch_size: int) -> Iterator[dict | None]:
+    """Yields the entry of each image, None if it is broken. A thread loads images and writes pictures while the model runs."""
     from tqdm import tqdm
 
     from ..images import load_image
@@ -158,43 +180,16 @@ def write_pictures(
         if image is None:
             tqdm.write(f"iclip {command}: {printable(name)}", file=sys.stderr)  # above the progress bar
             return None
-        written_to = {} if picture is None else {"picture": str(picture)}
-        return {"image": name, **written_to, **write(image, explanation, picture)}
+        if picture is None:
+            return {"image": name, **write(name, image, explanation, None, 0)}
+        dpi = 300 if picture.suffix.lower() == ".pdf" else 120  # for print, and for screens
+        return {"image": name, "picture": str(picture), **write(name, image, explanation, picture, dpi)}
 
     names, pictures = zip(*images)
     with ThreadPoolExecutor(1) as beside:
         explained = localizer.explain_all(lambda path: (path, load_image(path)), names, beside, batch_size)
-        report = prefetch_map(beside, written, zip(explained, pictures), 4)
-        report = list(tqdm(report, total=len(images), unit="image", disable=len(images) == 1))
-    return [entry for entry in report if entry is not None]
-
-
-def print_report(
-    options: argparse.Namespace, report: Sequence[dict], texts: str, describe: Callable[[dict], str]
-) -> int:
-    """
-    Prints the result of `write_pictures`: JSON Lines, or for each image its files and a line for each text.
-
-    Args:
-        options: parsed options with `images`, `min_presence` and `json`.
-        report: the entries of the images.
-        texts: key of the texts of an entry.
-        describe: the end of the line of a text.
-
-    Returns:
-        The exit code.
-    """
-    width = max((len(printable(row["text"])) for entry in report for row in entry[texts]), default=0)
-    for entry in report:
-        if options.json:
-            echo(json.dumps(entry, ensure_ascii=False))
-            continue
-        files = [printable(entry[name]) for name in ("picture", "labels") if name in entry]
-        echo(f"{printable(entry['image'])} -> {', '.join(files)}")
-        for row in entry[texts]:
-            presence = presence_column(row["presence"], options.min_presence)
-            echo(f"  {printable(row['text']):<{width}}  {row['score']:+.4f}  {presence}  {describe(row)}")
-    return 0 if len(report) == len(options.images) else 2
+        entries = prefetch_map(beside, written, zip(explained, pictures), 4)
+        yield from tqdm(entries, total=len(images), unit="image", delay=2, disable=len(images) == 1)
 
 
 def presence_column(value: float, min_presence: float) -> str:
@@ -203,8 +198,3 @@ def presence_column(value: float, min_presence: float) -> str:
     text is present.
     """
     return f"{presence_word(value, min_presence):<7}  presence {f'{value:.4f}'[:4]}"
-
-
-def picture_dpi(path: Path) -> int:
-    """Returns the resolution of a picture in dots per inch: that of print for a PDF, otherwise that of screens."""
-    return 300 if path.suffix.lower() == ".pdf" else 120

@@ -7,7 +7,7 @@ import json
 import tempfile
 from pathlib import Path
 
-from .common import echo
+from .common import add_shared, echo
 from .export import add_source_options, export
 
 
@@ -21,10 +21,10 @@ def add_options(command: argparse.ArgumentParser) -> None:
     )
     command.add_argument("--private", action="store_true", default=None, help="make a new repository private")
     command.add_argument("--dry-run", action="store_true", help="list the files and upload nothing")
-    command.add_argument("--json", action="store_true", help="print JSON instead of text")
+    add_shared(command, "--json")
 
 
-def run(options: argparse.Namespace) -> int:
+def run(options: argparse.Namespace) -> None:
     from huggingface_hub.utils import validate_repo_id
 
     from ..hub.folders import push_model
@@ -47,4 +47,3 @@ def run(options: argparse.Namespace) -> int:
     else:
         echo("\n".join(f"{size:>13,}  {name}" for name, size in sizes.items()))
         echo(f"{sum(sizes.values()):>13,}  bytes: {report.get('commit', 'a dry run, nothing was uploaded')}")
-    return 0

@@ -6,16 +6,10 @@ import argparse
 import sys
 from pathlib import Path
 
+from ..presence import ABSENT, presence_word
 from ..prompts import check_text
 from .common import checked, printable, save_figure, share, software_exif
-from .pictures import (
-    add_image_options,
-    make_localizer,
-    picture_dpi,
-    pictures_to_write,
-    print_report,
-    write_pictures,
-)
+from .pictures import add_image_options, explain_files
 
 
 def add_options(command: argparse.ArgumentParser) -> None:
@@ -52,20 +46,15 @@ def add_options(command: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    images = pictures_to_write(options, "segmentation.png", "segmentations", _label_file)
-    if not images:
-        return 2
-    from ..figures.sheets import label_sheet
-    from ..regions import run_lengths
+    def write(name: str, image, explanation, picture: Path | None, dpi: int) -> dict:
+        from tqdm import tqdm
 
-    localizer = make_localizer(options, [*options.texts, *options.background])
-    background = range(len(options.texts), len(localizer.texts))
-    hidden = []  # of each image, the present texts without a pixel
+        from ..figures.sheets import label_sheet
+        from ..regions import run_lengths
 
-    def write(image, explanation, picture: Path | None) -> dict:
+        background = range(len(options.texts), len(explanation.labels))
         labels = explanation.label_map(background=background).numpy()
-        present = (explanation.presence >= options.min_presence).tolist()
-        hidden.append([text for index, text in enumerate(options.texts) if present[index] and index not in labels])
+        words = [presence_word(value, options.min_presence) for value in explanation.presence.tolist()]
         segments = [
             {
                 "id": index + 1,
@@ -77,20 +66,22 @@ def run(options: argparse.Namespace) -> int:
             }
             for index, text in enumerate(options.texts)
         ]
+        hidden = [text for index, text in enumerate(options.texts) if words[index] != ABSENT and index not in labels]
+        if hidden:
+            problem = f"{name}: present, but covered by the other texts: {', '.join(hidden)}"
+            tqdm.write(f"iclip segment: {printable(problem)}; look at the maps with iclip explain", file=sys.stderr)
         entry = {"height": explanation.size[0], "width": explanation.size[1], "segments": segments}
         if picture is None:
             return entry
-        dpi, label_file = picture_dpi(picture), _label_file(picture)
-        save_figure(label_sheet(image, labels, options.texts, dpi=dpi), picture, dpi, options.overwrite)
+        label_file = _label_file(picture)
+        save_figure(label_sheet(image, labels, options.texts, words, dpi=dpi), picture, dpi, options.overwrite)
         _save_labels(labels, len(options.texts), label_file, options.overwrite)
         return {"labels": str(label_file), **entry}
 
-    report = write_pictures(options.command, localizer, images, write)
-    for entry, texts in zip(report, hidden):
-        if texts:
-            problem = f"{entry['image']}: present, but covered by the other texts: {', '.join(texts)}"
-            print(f"iclip segment: {printable(problem)}; look at the maps with iclip explain", file=sys.stderr)
-    return print_report(options, report, "segments", lambda row: f"{100 * row['area']:5.1f} % of the image")
+    def describe(row: dict) -> str:
+        return f"{100 * row['area']:5.1f} % of the image"
+
+    return explain_files(options, "segmentation", [*options.texts, *options.background], write, describe, _label_file)
 
 
 def _label_file(picture: Path) -> Path:

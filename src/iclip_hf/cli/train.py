@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 import os
 
-from ..training.settings import add_settings, has_configuration, read_settings
-from .common import echo, report_error
+from ..training.settings import Settings, add_settings, read_settings
+from .common import echo
 
 
 def add_options(command: argparse.ArgumentParser) -> None:
@@ -15,7 +15,7 @@ def add_options(command: argparse.ArgumentParser) -> None:
     add_settings(command)
 
 
-def run(options: argparse.Namespace) -> int:
+def run(options: argparse.Namespace) -> None:
     from ..training.checks import check_run
     from ..training.plan import choose_settings
 
@@ -25,8 +25,9 @@ def run(options: argparse.Namespace) -> int:
             f"Expected pairs to train {given['model']} on, got none: give a table of images and captions or a folder, as in `iclip "
             f"train pairs.csv --model {given['model']}`, or a recipe by --config."
         )
-    chosen = None if has_configuration(given) else choose_settings(given)
-    settings = read_settings(given, chosen and {name: choice.value for name, choice in chosen.items()})
+    chosen = {} if given.get("config") or not given.get("data") else choose_settings(given)
+    choices = {name: choice.value for name, choice in chosen.items()}
+    settings = Settings(**{**choices, **given}) if chosen else read_settings(given)
     check_run(settings)  # all of this before torch is loaded
     if chosen and os.environ.get("RANK", "0") == "0":
         echo("Chosen for these pairs; what you give takes precedence, and --config takes a recipe:")
@@ -41,9 +42,3 @@ def run(options: argparse.Namespace) -> int:
         train(settings)
     except (FloatingPointError, StrictDataclassError) as error:
         raise ValueError(str(error)) from error
-    except KeyboardInterrupt as interruption:
-        from accelerate import PartialState
-
-        report_error("train", interruption, printed=PartialState().is_main_process)
-        return 130
-    return 0

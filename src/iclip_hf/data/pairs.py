@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from ..images import MAX_DOWNLOAD, load_image
 from ..utils.extras import require_extra
-from .sources import BAD_PAIR, USUAL_COLUMNS, Columns, Source, held_out_rows, is_hub_id, open_sources
+from .sources import BAD_PAIR, USUAL_COLUMNS, Columns, RawPair, Source, held_out_rows, is_hub_id, open_sources
 
 
 if TYPE_CHECKING:
@@ -56,9 +56,9 @@ class PairDataset(Dataset):
     - `key` (`str`): name of the pair in its source.
     - `skipped` (`int`): number of bad pairs that the item replaces, 0 or 1.
 
-    A bad pair is replaced by a random good pair, so that batches have equal sizes on all processes. The draw depends only on seed,
-    epoch and index. Bad pairs are logged. `read` returns pairs without replacement. The data set can be pickled. `set_epoch` also
-    reaches running workers.
+    A bad pair is logged and replaced by a random good pair, so that batches have equal sizes on all processes. The draw depends only
+    on seed, epoch and index. `read` returns pairs without replacement. The data set can be pickled. `set_epoch` also reaches
+    running workers.
 
     Args:
         sources: of the pairs, see [`~iclip_hf.data.sources.open_sources`].
@@ -71,33 +71,32 @@ class PairDataset(Dataset):
 
     def __init__(self, sources: Sequence[Source], seed: int = 0, max_bad_share: float = 0.05):
         ranges = [source.ranges() for source in tqdm(sources, desc="Indexing", unit="file", delay=2, leave=False)]
-        self.seed = seed
+        self.seed, self.max_bad_share = seed, max_bad_share
         self._sources = sources
-        self._ranges = np.concatenate([np.empty((0, 2), np.int64), *ranges])
-        self._ends = np.cumsum([len(part) for part in ranges])  # end of each source's pairs in `_ranges`
-        self._tally = _Tally(max_bad_share, len(self))
-        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # shared with persistent workers
+        self._select(np.concatenate([np.empty((0, 2), np.int64), *ranges]), np.cumsum([len(part) for part in ranges]))
         if not len(self):
             raise ValueError(
                 f"Expected at least one pair, got none in {[str(source.path) for source in sources]}: name others."
             )
 
+    def _select(self, ranges: np.ndarray, ends: np.ndarray) -> None:
+        self._ranges, self._ends = ranges, ends  # `ends`: of each source's pairs
+        self._tally = _Tally(self.max_bad_share, len(ranges))
+        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # shared with persistent workers
+
     def __len__(self) -> int:
         return len(self._ranges)
 
     def __getitem__(self, index: int) -> dict:
-        index = range(len(self))[index]
-        epoch = int(self._epoch)
+        index, epoch, skipped = range(len(self))[index], int(self._epoch), 0
         try:
             pair = self.read(index)
-            self._tally.good(index)
-            skipped = 0
+            self._tally.add(index)
         except BadPairError as error:
-            self._tally.bad(error, index)
+            self._tally.add(index, error)
             index, pair = self._replacement(random.Random(f"{self.seed}/{epoch}/{index}"))
             skipped = 1
-        caption = _draw(pair["captions"], self.seed, epoch, index)
-        return {**pair, "caption": caption, "skipped": skipped}
+        return {**pair, "caption": _draw(pair["captions"], self.seed, epoch, index), "skipped": skipped}
 
     def __repr__(self) -> str:
         return f"PairDataset(pairs={len(self)}, sources={len(self._sources)})"
@@ -112,17 +111,17 @@ class PairDataset(Dataset):
         Raises:
             `BadPairError`: the pair is unusable. `OSError`: its shard or table no longer exists.
         """
-        image, name, captions, key = self._parse(index)
-        return {"image": _load(image, name), "captions": captions, "key": key}
+        pair, captions = self._parse(index)
+        return {"image": _load(pair), "captions": captions, "key": pair.key}
 
     def image(self, index: int) -> tuple[str, Image.Image]:
         """Returns key and image of a pair, which needs no caption. Raises like `read`."""
-        image, name, _, key = self._parse(index, need_captions=False)
-        return key, _load(image, name)
+        pair, _ = self._parse(index, need_captions=False)
+        return pair.key, _load(pair)
 
     def captions(self, index: int) -> list[str]:
         """Returns all captions of a pair, at least one, without decoding its image. Raises like `read`."""
-        return self._parse(index)[2]
+        return self._parse(index)[1]
 
     def caption(self, index: int) -> str:
         """Returns the caption of this pair in this epoch; empty for a bad pair. Raises `OSError` like `read`."""
@@ -133,31 +132,21 @@ class PairDataset(Dataset):
 
     def image_file(self, index: int) -> Path | None:
         """Returns the image file of a pair, or None if the image lies within the source. Raises like `read`."""
-        image = self._parse(index, need_captions=False)[0]
+        image = self._parse(index, need_captions=False)[0].image
         return image if isinstance(image, Path) else None
 
     def split(self, share: float) -> tuple[PairDataset, PairDataset]:
         """
-        Splits off a part of the pairs, which is always the same. Pairs of one image stay together.
-
-        Args:
-            share (`float` in (0, 1)): share of the images in the part, rounded up.
+        Splits off a part of the pairs, which is always the same, see [`~iclip_hf.data.sources.held_out_rows`].
 
         Returns:
             `tuple`: the other pairs, and the part.
-
-        Raises:
-            `ValueError`: one of the two would be empty.
         """
-        inside = held_out_rows(self._sources, np.split(self._ranges, self._ends[:-1]), share)
-        return self._subset(np.flatnonzero(~inside)), self._subset(np.flatnonzero(inside))
-
-    def _subset(self, rows: np.ndarray) -> PairDataset:
-        subset = copy.copy(self)
-        subset._ranges, subset._ends = self._ranges[rows], np.searchsorted(rows, self._ends)
-        subset._tally = _Tally(self._tally._max_bad_share, len(rows))
-        subset._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
-        return subset
+        inside = held_out_rows(self._sources, self._ranges_of_sources(), share)
+        parts = copy.copy(self), copy.copy(self)
+        for part, rows in zip(parts, (np.flatnonzero(~inside), np.flatnonzero(inside))):
+            part._select(self._ranges[rows], np.searchsorted(rows, self._ends))
+        return parts
 
     def set_epoch(self, epoch: int) -> None:
         """Sets the epoch, on which the draws depend."""
@@ -165,16 +154,16 @@ class PairDataset(Dataset):
 
     def fingerprint(self) -> str:
         """
-        Computes a digest over the positions of the pairs, the content of shards, tables and the images that tables name, and the names
-        of the columns. The first call reads all files. Later calls, also in other processes, only read files again after one has changed.
-
-        Returns:
-            `str`: 16 hex digits.
+        Computes a digest, 16 hex digits, over the positions of the pairs, the content of shards, tables and the images that tables name,
+        and the names of the columns. The first call reads all files; later calls, also in other processes, only after a change.
         """
         digest = hashlib.sha256(self._ranges.tobytes())
-        for source, ranges in zip(self._sources, np.split(self._ranges, self._ends[:-1])):
+        for source, ranges in zip(self._sources, self._ranges_of_sources()):
             digest.update(f"{source.fingerprint(ranges)}{[*source.columns]}".encode())
         return digest.hexdigest()[:16]
+
+    def _ranges_of_sources(self) -> list[np.ndarray]:
+        return np.split(self._ranges, self._ends[:-1])
 
     def _replacement(self, draws: random.Random) -> tuple[int, dict]:
         """Draws a good pair from all pairs. Taking the next good pair would repeat the one after a damaged shard."""
@@ -186,13 +175,13 @@ class PairDataset(Dataset):
                 continue
         raise ValueError("Expected at least one good pair in 1000, but got none: correct the data, as the log says.")
 
-    def _parse(self, index: int, need_captions: bool = True) -> tuple[bytes | Path, str, list[str], str]:
+    def _parse(self, index: int, need_captions: bool = True) -> tuple[RawPair, list[str]]:
         index = range(len(self))[index]
         source = self._sources[np.searchsorted(self._ends, index, side="right")]
         start, end = self._ranges[index].tolist()
         try:
-            image, name, row, key = source.read(start, end)
-            return image, name, source.columns.captions(row) if need_captions else [], key
+            pair = source.read(start, end)
+            return pair, source.columns.captions(pair.row) if need_captions else []
         except BAD_PAIR as error:
             raise BadPairError(
                 f"{source.path}, {source.unit} {start} to {end}: expected an image and a caption, but got: {error}; correct it."
@@ -210,9 +199,7 @@ class PairStream(IterableDataset):
 
     Args:
         dataset (`datasets.IterableDataset`): rows with an image column and a caption column.
-        seed (`int`, defaults to 0): seed of the order and of the drawn captions.
-        max_bad_share (`float` in [0, 1], defaults to 0.05): largest allowed share of bad pairs among those that were read.
-        rank, world_size (`int`): index of this process and number of processes.
+        seed, max_bad_share, rank, world_size: see [`load_pairs`].
         columns ([`~iclip_hf.data.sources.Columns`]): names of the columns; the usual ones by default.
         hub_id (`str`, *optional*): id of the Hub dataset, whose files the rows may name. Other rows must hold the bytes of their images.
 
@@ -274,9 +261,9 @@ class PairStream(IterableDataset):
                 raise
             except (ValueError, OSError) as error:
                 skipped += 1
-                self._tally.bad(BadPairError(f"{key}: {error}"))
+                self._tally.add(error=BadPairError(f"{key}: {error}"))
                 continue
-            self._tally.good()
+            self._tally.add()
             caption = _draw(captions, self.seed, self._rows.epoch, key)
             yield {"image": image, "captions": captions, "key": key, "caption": caption, "skipped": skipped}
             skipped = 0
@@ -313,7 +300,6 @@ def load_pairs(
     - The Hub id of a dataset ("org/name"), if there is no local folder "org".
 
     Args:
-        source (`str`, `os.PathLike` or a list of them): the source.
         split (`str`, defaults to `"train"`): split of a Hub dataset or of a saved one.
         image_column, caption_column (`str`, *optional*): names of columns that are not among the usual ones.
         streaming (`bool`, defaults to `True`): whether a Hub dataset is streamed instead of downloaded.
@@ -356,28 +342,17 @@ class _Tally:
         self._read = self._bad = 0
         self._last_error: BadPairError | None = None
 
-    def good(self, index: int | None = None) -> None:
-        if self._is_new(index):
-            self._read += 1
-            self._check()
-
-    def bad(self, error: BadPairError, index: int | None = None) -> None:
-        if not self._is_new(index):
-            return
+    def add(self, index: int | None = None, error: BadPairError | None = None) -> None:
+        if index is not None:
+            if self._seen[index]:
+                return
+            self._seen[index] = True
         self._read += 1
-        self._bad += 1
-        self._last_error = error
-        if self._bad <= 10 or self._bad.bit_count() == 1:  # later only the 16th, 32nd, 64th, ...
-            logger.warning("Bad pair, number %d among %d: %s", self._bad, self._read, error)
-        self._check()
-
-    def _is_new(self, index: int | None) -> bool:
-        if index is None:
-            return True
-        seen, self._seen[index] = self._seen[index], True
-        return not seen
-
-    def _check(self) -> None:
+        if error is not None:
+            self._bad += 1
+            self._last_error = error
+            if self._bad <= 10 or self._bad.bit_count() == 1:  # later only the 16th, 32nd, 64th, ...
+                logger.warning("Bad pair, number %d among %d: %s", self._bad, self._read, error)
         if self._read >= self._counts_from and self._bad > self._max_bad_share * self._read:
             raise ValueError(
                 f"Expected at most {self._max_bad_share:.2%} bad pairs, but {self._bad} of the {self._read} read so far "
@@ -401,9 +376,9 @@ def _connection_errors() -> Iterator[None]:
         raise DroppedConnectionError(" ".join(str(error).split()) or type(error).__name__) from error
 
 
-def _load(image: bytes | Path, name: str | None) -> Image.Image:
+def _load(pair: RawPair) -> Image.Image:
     try:
-        return load_image(image, name)
+        return load_image(pair.image, pair.name)
     except (ValueError, FileNotFoundError) as error:
         raise BadPairError(str(error)) from error
 
@@ -419,7 +394,7 @@ def _image_bytes(stored: Mapping, hub_id: str | None) -> bytes:
         return stored.get("bytes") or b""
     # Whoever wrote the rows could name any file of this machine and its network. A zip file may hold the images.
     *archives, file = path.split("::")
-    own = file.startswith(f"hf://datasets/{hub_id}@") and all(one.startswith("zip://") for one in archives)
+    own = file.startswith(f"hf://datasets/{hub_id}@") and all(archive.startswith("zip://") for archive in archives)
     if hub_id is None or not own or ".." in path.split("/"):
         raise ValueError(
             f"expected the image's bytes or a file of the data set itself, but got the path {path!r:.200}"

@@ -14,11 +14,12 @@ import json
 import os
 import reprlib
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
 from types import ModuleType
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -27,7 +28,7 @@ from ..images import IMAGE_SUFFIXES, load_image, open_image
 from ..prompts import IMAGENET_TEMPLATES
 from ..utils.digests import content_digest
 from ..utils.extras import require_extra
-from .class_names import ADE20K, CAMVID, CITYSCAPES, COCO_STUFF, COCO_THINGS, CONTEXT, STUFF, VOC
+from .class_names import ADE20K, CAMVID, CITYSCAPES, COCO_STUFF, COCO_THINGS, CONTEXT, DATASETS, STUFF, VOC
 
 
 _VOID = 255  # in files of index masks
@@ -80,10 +81,7 @@ class SegmentationSample:
 
     def mask(self, label: int) -> np.ndarray:
         """
-        Returns the mask of one class, which the image need not contain.
-
-        Args:
-            label (`int`): class id in 1..K.
+        Returns the mask of one class, an id in 1..K, which the image need not contain.
 
         Returns:
             `np.ndarray` of shape `(H, W)`, of the type of `label_map`: `label` on the pixels of the class, `void` on ignored pixels,
@@ -164,31 +162,27 @@ class _COCOSample(SegmentationSample):
 
     @cached_property
     def label_map(self) -> np.ndarray:
-        label_map = np.zeros(self.size, _mask_type(self.num_classes))
-        instances = [one for one in self.annotations if not one["iscrowd"]]
-        masks = [self._union([one]).view(bool) for one in instances]
+        instances = [(a["label"], self._union([a])) for a in self.annotations if not a["iscrowd"]]
         # The smaller of two overlapping instances lies in front.
-        for index in np.argsort([-mask.sum() for mask in masks], kind="stable"):
-            label_map[masks[index]] = instances[index]["label"]
-        label_map[self._crowds()] = self.void
-        return label_map
+        return self._painted(sorted(instances, key=lambda instance: -instance[1].sum()))
 
     def _mask(self, label: int) -> np.ndarray:
-        union = self._union([annotation for annotation in self.annotations if annotation["label"] == label])
-        mask = np.multiply(union, label, dtype=_mask_type(self.num_classes), order="C")
-        mask[self._crowds()] = self.void
-        return mask
+        return self._painted([(label, self._union([a for a in self.annotations if a["label"] == label]))])
 
-    def _crowds(self) -> np.ndarray:
-        return self._union([annotation for annotation in self.annotations if annotation["iscrowd"]]).view(bool)
+    def _painted(self, masks: Sequence[tuple[int, np.ndarray]]) -> np.ndarray:
+        """Returns an array with the label of each mask on its pixels, and void on crowds."""
+        painted = np.zeros(self.size, _mask_type(self.num_classes))
+        for label, mask in (*masks, (self.void, self._union([a for a in self.annotations if a["iscrowd"]]))):
+            painted[mask] = label
+        return painted
 
     def _union(self, annotations: list[dict]) -> np.ndarray:
-        """Returns ones on the pixels of all annotations, `(H, W)` uint8. Merges run lengths, then decodes once."""
+        """Returns the pixels of all annotations, `(H, W)` boolean. Merges run lengths, then decodes once."""
         runs = [run for annotation in annotations for run in self._runs(annotation)]
         if not runs:
-            return np.zeros(self.size, np.uint8)
+            return np.zeros(self.size, bool)
         coco_mask = _pycocotools_mask()
-        return coco_mask.decode(coco_mask.merge(runs))
+        return coco_mask.decode(coco_mask.merge(runs)).view(bool)
 
     def _runs(self, annotation: dict) -> list[dict]:
         """Returns compressed run lengths of one annotation, which holds polygons, or plain or compressed run lengths."""
@@ -255,9 +249,9 @@ class SegmentationDataset(Sequence):
 
     Attributes:
         name (`str`): name of the data set.
-        split (`str`, *optional*): split of the data set; None for a folder.
-        class_names (`tuple[str, ...]`): names of the K classes, as used in prompts.
-        synonyms (`tuple[tuple[str, ...], ...]`): all names of each class, that of `class_names` first.
+        split (`str`, *optional*): its split; None for a folder.
+        synonyms (`tuple[tuple[str, ...], ...]`): all names of each class.
+        class_names (`tuple[str, ...]`): the first name of each of the K classes, as used in prompts.
         labels (`tuple[int, ...]`): ids of the classes, 1..K.
         stuff (`tuple[int, ...]`, *optional*): ids of the classes without instances, such as sky and road; all others are things. None
             if the data set does not tell them apart, as Pascal Context and folders.
@@ -278,27 +272,22 @@ class SegmentationDataset(Sequence):
         annotation_paths: Sequence[Path],
         background: bool = True,
     ):
-        self.name = name
-        self.split = split
+        self.name, self.split, self.background = name, split, background
+        self.annotation_paths, self._samples = annotation_paths, samples
         self.synonyms = tuple((name,) for name in class_names)
         stuff = STUFF.get(name)
         self.stuff = None if stuff is None else tuple(id_ for id_ in self.labels if class_names[id_ - 1] in stuff)
         self.void = int(np.iinfo(_mask_type(len(class_names))).max)
-        self.background = background
         self.background_texts: tuple[str, ...] = ()
         self.templates = _TEMPLATES.get(name, IMAGENET_TEMPLATES)
-        self._samples = samples
-        self.annotation_paths = annotation_paths
 
     @property
     def class_names(self) -> tuple[str, ...]:
-        """First of the `synonyms` of each class."""
         return tuple(texts[0] for texts in self.synonyms)
 
     @property
     def labels(self) -> tuple[int, ...]:
-        """Ids of `class_names`, 1..K."""
-        return tuple(range(1, len(self.class_names) + 1))
+        return tuple(range(1, len(self.synonyms) + 1))
 
     def __len__(self) -> int:
         return len(self._samples)
@@ -334,30 +323,10 @@ def load_segmentation(
     overrides: str | os.PathLike | Mapping | None = None,
 ) -> SegmentationDataset:
     """
-    Opens a segmentation data set for evaluation. The layouts under `root` are:
-
-    - `"voc2012"` or `"voc21"`: `VOCdevkit/VOC2012/{JPEGImages,SegmentationClass,ImageSets/Segmentation/<split>.txt}`, split "val"
-      by default. `root` can also be the folder VOCdevkit or VOC2012 itself. `"voc20"`: the same with the background as void.
-    - `"context60"`: Pascal Context as index PNGs of 59 classes and background (0),
-      `VOCdevkit/VOC2010/{JPEGImages,SegmentationClassContext,ImageSets/SegmentationContext/<split>.txt}`, split "val" by default.
-      `"context59"`: the same with the background as void.
-    - `"coco2017"`: `annotations/instances_<split>.json` and the images in `<split>/`, split "val2017" by default. Images without
-      annotations are included. The classes are the categories of the file by ascending COCO id.
-    - `"coco_object"`: the 80 things of COCO on a background, from the stuffthingmaps below if they exist, otherwise from the
-      instances of `"coco2017"`.
-    - `"coco_stuff"`: COCO-Stuff 164k, 171 classes: the stuffthingmaps `<split>/*.png` under `stuffthingmaps/` or `annotations/`, the
-      images in `images/<split>/` or `<split>/`, split "val2017" by default.
-    - `"ade20k"`: ADEChallengeData2016, 150 classes: `{images,annotations}/<split>/`, split "validation" by default. `root` can also
-      be the folder above. Pixels of other classes (0) are void.
-    - `"cityscapes"`: `leftImg8bit/<split>/<city>/*_leftImg8bit.png` and `gtFine/<split>/<city>/*_gtFine_labelIds.png`, split "val"
-      by default: the 19 classes of the benchmark. All others are void.
-    - `"camvid"`: `images/*` and, for each image, a PNG with the same stem in `masks/`: 11 classes from 0 (sky) to 10 (bicyclist).
-      Unlabelled pixels (11) are void. There are no splits.
-    - `"folder"`: `images/*`, for each image an index PNG with the same stem in `masks/`, and `classes.txt`. Line i of this file
-      (from 1) is the name of class id i. Background (0) and void (255) are not listed. There are no splits.
+    Opens a segmentation data set for evaluation.
 
     Args:
-        name (`str`): name of one of these layouts.
+        name (`str`): one of [`~iclip_hf.data.class_names.DATASETS`]. The guide (`docs/guide/evaluate.md`) describes their files.
         root (`str` or `os.PathLike`): folder of the data set.
         split (`str`, *optional*): split of the data set; the default split if not given.
         overrides (`dict`, `str` or `os.PathLike`, *optional*): other class names and prompt templates. A mapping, or a JSON or YAML
@@ -372,9 +341,14 @@ def load_segmentation(
         `FileNotFoundError`: a folder, list, image or mask is missing. `ValueError`: the data is not as described. The content of
         images and masks is checked when they are decoded.
     """
-    if name not in _LOADERS:
-        raise ValueError(f"Expected one of the data sets {list(_LOADERS)}, but got {name!r}: choose one of them.")
-    dataset = _LOADERS[name](Path(root), split)
+    root, layout = Path(root), _LAYOUTS.get(name)
+    if name not in DATASETS:
+        raise ValueError(f"Expected one of the data sets {list(DATASETS)}, but got {name!r}: choose one of them.")
+    split = split or ("val2017" if layout is None else layout.split)
+    if layout is None or (name == "coco_object" and _stuffthingmaps(root, split) is None):
+        dataset = _load_instances(name, root, split)
+    else:
+        dataset = _load_masks(name, root, split)
     if not len(dataset):
         raise ValueError(
             f"{root}: expected at least one image for {name!r}, but got none in split {dataset.split!r}; complete the data."
@@ -384,53 +358,41 @@ def load_segmentation(
     return dataset
 
 
-def _indexed(
-    name: str,
-    split: str | None,
-    class_names: Sequence[str],
-    images: Sequence[Path],
-    masks: Sequence[Path],
-    ids: Mapping[int, int],
-    background: bool = True,
-    lists: Sequence[Path] = (),
-) -> SegmentationDataset:
-    """Creates a data set of index masks. `ids` maps their values to class ids. 255 is void if not named, others are errors."""
+def _load_masks(name: str, root: Path, split: str | None) -> SegmentationDataset:
+    layout = _LAYOUTS[name]
+    images, masks = layout.files(root, split)
+    class_names, lists = layout.class_names, []
+    if name == "folder":
+        lists = [root / "classes.txt"]
+        class_names = _read_class_names(*lists)
     table = np.full(256, _UNKNOWN, np.int16)
     table[_VOID] = _VOID
-    table[list(ids)] = list(ids.values())
+    table[list(layout.others)] = 0 if layout.background else _VOID
+    table[list(layout.values or range(1, len(class_names) + 1))] = range(1, len(class_names) + 1)
     samples = [_IndexSample(image.stem, image, len(class_names), mask, table) for image, mask in zip(images, masks)]
-    return SegmentationDataset(name, split, class_names, samples, [*lists, *masks], background)
+    return SegmentationDataset(name, split, class_names, samples, [*lists, *masks], layout.background)
 
 
-def _ids(class_names: Sequence[str], background: bool = True) -> dict[int, int]:
-    """Maps 1..K to themselves, and 0 to the background or to void."""
-    return {0: 0 if background else _VOID, **{label: label for label in range(1, len(class_names) + 1)}}
+# ------------------------------------------------------------------------- files: images of a split, and a mask for each
 
 
-def _load_voc(
-    name: str, layout: tuple[str, str, str, Sequence[str]], background: bool, root: Path, split: str | None
-) -> SegmentationDataset:
-    year, masks, lists, class_names = layout
-    split = split or "val"
+def _voc_files(year: str, masks: str, lists: str, root: Path, split: str) -> tuple[list[Path], list[Path]]:
     nested = root / "VOCdevkit" / year
     devkit = next((path for path in (nested, root / year, root) if (path / "ImageSets").is_dir()), nested)
     split_path = _split_file(devkit / "ImageSets" / lists, "{}.txt", split)
     stems = [line.strip() for line in _read_text(split_path).splitlines() if line.strip()]
     images = _find(devkit / "JPEGImages", [f"{stem}.jpg" for stem in stems], split_path)
-    masks = _find(devkit / masks, [f"{stem}.png" for stem in stems], split_path)
-    return _indexed(name, split, class_names, images, masks, _ids(class_names, background), background)
+    return images, _find(devkit / masks, [f"{stem}.png" for stem in stems], split_path)
 
 
-def _with_masks(images: Path, image_end: str, masks: Path, mask_end: str) -> tuple[list[Path], list[Path]]:
+def _with_masks(
+    images: Path, masks: Path, image_end: str = ".jpg", mask_end: str = ".png"
+) -> tuple[list[Path], list[Path]]:
     """Returns the images of all masks in a folder, and these masks. Files of a pair have one stem before their ends."""
     # Other programs write converted files beside them.
     files = [file for file in _list(masks) if file.endswith(mask_end) and not file.endswith("TrainIds.png")]
     stems = sorted(file.removesuffix(mask_end) for file in files)
     return _find(images, [stem + image_end for stem in stems], masks), [masks / (stem + mask_end) for stem in stems]
-
-
-_VOC = ("VOC2012", "SegmentationClass", "Segmentation", VOC)
-_CONTEXT = ("VOC2010", "SegmentationClassContext", "SegmentationContext", CONTEXT)
 
 
 def _stuffthingmaps(root: Path, split: str) -> Path | None:
@@ -439,53 +401,85 @@ def _stuffthingmaps(root: Path, split: str) -> Path | None:
     return next((folder for folder in folders if folder.is_dir()), None)
 
 
-def _load_coco_object(root: Path, split: str | None) -> SegmentationDataset:
-    if _stuffthingmaps(root, split or "val2017") is not None:
-        return _load_stuffthingmaps("coco_object", root, split)
-    return _load_coco2017(root, split, "coco_object")
-
-
-def _load_stuffthingmaps(name: str, root: Path, split: str | None) -> SegmentationDataset:
-    split = split or "val2017"
-    masks = _stuffthingmaps(root, split) or root / "stuffthingmaps" / split
+def _stuff_files(root: Path, split: str) -> tuple[list[Path], list[Path]]:
     images = next((path for path in (root / "images" / split, root / split) if path.is_dir()), root / split)
-    background = name == "coco_object"
-    class_names = COCO_THINGS if background else COCO_STUFF
-    ids = {value: label for label, value in enumerate(_STUFF_VALUES[: len(class_names)], 1)}
-    if background:  # all that is no thing, also unlabelled pixels, as in GroupViT's conversion
-        ids = {**dict.fromkeys((*_STUFF_VALUES, _VOID), 0), **ids}
-    return _indexed(name, split, class_names, *_with_masks(images, ".jpg", masks, ".png"), ids, background)
+    return _with_masks(images, _stuffthingmaps(root, split) or root / "stuffthingmaps" / split)
 
 
-# Values of COCO's things, then of its stuff, in the stuffthingmaps: one less than the category ids, of which 11 are not used.
-_STUFF_VALUES = [value for value in range(182) if value not in (11, 25, 28, 29, 44, 65, 67, 68, 70, 82, 90)]
-
-
-def _load_ade20k(root: Path, split: str | None) -> SegmentationDataset:
-    split = split or "validation"
+def _ade20k_files(root: Path, split: str) -> tuple[list[Path], list[Path]]:
     folder = root / "ADEChallengeData2016" if (root / "ADEChallengeData2016").is_dir() else root
-    images, masks = _with_masks(folder / "images" / split, ".jpg", folder / "annotations" / split, ".png")
-    return _indexed("ade20k", split, ADE20K, images, masks, _ids(ADE20K, background=False), background=False)
+    return _with_masks(folder / "images" / split, folder / "annotations" / split)
 
 
-# Label ids of Cityscapes' 19 classes.
-_CITYSCAPES_IDS = (7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33)
-
-
-def _load_cityscapes(root: Path, split: str | None) -> SegmentationDataset:
-    split = split or "val"
+def _cityscapes_files(root: Path, split: str) -> tuple[list[Path], list[Path]]:
     images, masks = [], []
     for city in sorted(_list(root / "gtFine" / split)):
-        shown, annotated = (root / kind / split / city for kind in ("leftImg8bit", "gtFine"))
-        pairs = _with_masks(shown, "_leftImg8bit.png", annotated, "_gtFine_labelIds.png")
+        folders = (root / kind / split / city for kind in ("leftImg8bit", "gtFine"))
+        pairs = _with_masks(*folders, "_leftImg8bit.png", "_gtFine_labelIds.png")
         images, masks = images + pairs[0], masks + pairs[1]
-    ids = {**dict.fromkeys(range(35), _VOID), **{value: label for label, value in enumerate(_CITYSCAPES_IDS, 1)}}
-    return _indexed("cityscapes", split, CITYSCAPES, images, masks, ids, background=False)
+    return images, masks
 
 
-def _load_coco2017(root: Path, split: str | None, name: str = "coco2017") -> SegmentationDataset:
+def _images_and_masks(root: Path, split: str | None) -> tuple[list[Path], list[Path]]:
+    """Returns the files of `images/` and, for each, the PNG file with the same stem in `masks/`."""
+    if split is not None:
+        raise ValueError(
+            f"Expected no split for a folder of masks, but got {split!r}; name that split's folder as root."
+        )
+    image_names = sorted(
+        name for name in _list(root / "images") if name.lower().endswith(IMAGE_SUFFIXES) and not name.startswith(".")
+    )
+    images = _find(root / "images", image_names, root)
+    stems = [image.stem for image in images]
+    if len(set(stems)) < len(stems):
+        twice = next(stem for stem in stems if stems.count(stem) > 1)
+        raise ValueError(
+            f"{root / 'images'}: expected one image for each mask, but got several {twice!r}; remove all but one."
+        )
+    return images, _find(root / "masks", [f"{stem}.png" for stem in stems], root / "images")
+
+
+class _Layout(NamedTuple):
+    """
+    A data set of index masks. Its images and masks are `files(root, split)`, and `split` is the default. The values of the classes in the
+    masks are `values`, by default 1..K; `others` are those of the background, which is void in some data sets. 255 is void if not
+    named; further values are errors.
+    """
+
+    files: Callable[[Path, str | None], tuple[list[Path], list[Path]]]
+    class_names: Sequence[str]
+    split: str | None
+    background: bool
+    values: Sequence[int] | None = None
+    others: Sequence[int] = (0,)
+
+
+_VOC_FILES = partial(_voc_files, "VOC2012", "SegmentationClass", "Segmentation")
+_CONTEXT_FILES = partial(_voc_files, "VOC2010", "SegmentationClassContext", "SegmentationContext")
+# Values of COCO's things, then of its stuff, in the stuffthingmaps: one less than the category ids, of which 11 are not used.
+_STUFF_VALUES = [value for value in range(182) if value not in (11, 25, 28, 29, 44, 65, 67, 68, 70, 82, 90)]
+# Label ids of Cityscapes' 19 classes.
+_CITYSCAPES_VALUES = (7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33)
+_LAYOUTS = {
+    "voc2012": _Layout(_VOC_FILES, VOC, "val", True),
+    "voc21": _Layout(_VOC_FILES, VOC, "val", True),
+    "voc20": _Layout(_VOC_FILES, VOC, "val", False),
+    "context60": _Layout(_CONTEXT_FILES, CONTEXT, "val", True),
+    "context59": _Layout(_CONTEXT_FILES, CONTEXT, "val", False),
+    # The background is all that is no thing, also unlabelled pixels, as in GroupViT's conversion.
+    "coco_object": _Layout(
+        _stuff_files, COCO_THINGS, "val2017", True, _STUFF_VALUES[:80], (*_STUFF_VALUES[80:], _VOID)
+    ),
+    "coco_stuff": _Layout(_stuff_files, COCO_STUFF, "val2017", False, _STUFF_VALUES, ()),
+    "ade20k": _Layout(_ade20k_files, ADE20K, "validation", False),
+    "cityscapes": _Layout(_cityscapes_files, CITYSCAPES, "val", False, _CITYSCAPES_VALUES, range(35)),
+    "camvid": _Layout(_images_and_masks, CAMVID, None, False, range(len(CAMVID)), (len(CAMVID),)),
+    "folder": _Layout(_images_and_masks, (), None, True),
+}
+
+
+def _load_instances(name: str, root: Path, split: str) -> SegmentationDataset:
     _pycocotools_mask()  # raises now if the package is missing
-    split = split or "val2017"
     path = _split_file(root / "annotations", "instances_{}.json", split)
     try:
         content = json.loads(_read_text(path))
@@ -524,66 +518,22 @@ def _load_coco2017(root: Path, split: str | None, name: str = "coco2017") -> Seg
     return SegmentationDataset(name, split, class_names, samples, [path])
 
 
-def _load_camvid(root: Path, split: str | None) -> SegmentationDataset:
-    images, masks = _images_and_masks(root, split)
-    ids = {**{label - 1: label for label in range(1, len(CAMVID) + 1)}, len(CAMVID): _VOID}
-    return _indexed("camvid", None, CAMVID, images, masks, ids, background=False)
-
-
-def _load_folder(root: Path, split: str | None) -> SegmentationDataset:
-    images, masks = _images_and_masks(root, split)
-    classes_path = root / "classes.txt"
-    class_names = [line.strip() for line in _read_text(classes_path).rstrip().splitlines()]
-    problem = None
-    if not 1 <= len(class_names) < _VOID:
-        problem = f"{len(class_names)} of them"
-    elif "" in class_names:
-        problem = f"no name in line {class_names.index('') + 1}"
-    elif len(set(class_names)) < len(class_names):
-        problem = "a name twice"
-    elif class_names[0] == "background":
-        problem = "background, which is always id 0 and not listed"
-    if problem:
+def _read_class_names(path: Path) -> list[str]:
+    """Reads the names of the classes of a folder of masks."""
+    class_names = [line.strip() for line in _read_text(path).rstrip().splitlines()]
+    blank = next((number for number, name in enumerate(class_names, 1) if not name), 0)
+    problems = {
+        f"{len(class_names)} of them": not 1 <= len(class_names) < _VOID,
+        f"no name in line {blank}": blank,
+        "a name twice": len(set(class_names)) < len(class_names),
+        "background, which is always id 0 and not listed": class_names[:1] == ["background"],
+    }
+    if problem := next((problem for problem, occurs in problems.items() if occurs), None):
         raise ValueError(
-            f"{classes_path}: expected 1 to {_VOID - 1} different class names, one in each line (line 1 names class id 1), "
+            f"{path}: expected 1 to {_VOID - 1} different class names, one in each line (line 1 names class id 1), "
             f"but got {problem}; correct the list."
         )
-    return _indexed("folder", None, class_names, images, masks, _ids(class_names), lists=[classes_path])
-
-
-def _images_and_masks(root: Path, split: str | None) -> tuple[list[Path], list[Path]]:
-    """Returns the files of `images/` and, for each, the PNG file with the same stem in `masks/`."""
-    if split is not None:
-        raise ValueError(
-            f"Expected no split for a folder of masks, but got {split!r}; name that split's folder as root."
-        )
-    image_names = sorted(
-        name for name in _list(root / "images") if name.lower().endswith(IMAGE_SUFFIXES) and not name.startswith(".")
-    )
-    images = _find(root / "images", image_names, root)
-    stems = [image.stem for image in images]
-    if len(set(stems)) < len(stems):
-        twice = next(stem for stem in stems if stems.count(stem) > 1)
-        raise ValueError(
-            f"{root / 'images'}: expected one image for each mask, but got several {twice!r}; remove all but one."
-        )
-    return images, _find(root / "masks", [f"{stem}.png" for stem in stems], root / "images")
-
-
-_LOADERS = {
-    "voc2012": partial(_load_voc, "voc2012", _VOC, True),
-    "coco2017": _load_coco2017,
-    "folder": _load_folder,
-    "voc21": partial(_load_voc, "voc21", _VOC, True),
-    "voc20": partial(_load_voc, "voc20", _VOC, False),
-    "context60": partial(_load_voc, "context60", _CONTEXT, True),
-    "context59": partial(_load_voc, "context59", _CONTEXT, False),
-    "coco_object": _load_coco_object,
-    "coco_stuff": partial(_load_stuffthingmaps, "coco_stuff"),
-    "ade20k": _load_ade20k,
-    "cityscapes": _load_cityscapes,
-    "camvid": _load_camvid,
-}
+    return class_names
 
 
 def _override(dataset: SegmentationDataset, overrides: str | os.PathLike | Mapping) -> None:
@@ -593,43 +543,42 @@ def _override(dataset: SegmentationDataset, overrides: str | os.PathLike | Mappi
         where = Path(overrides)
         overrides = _read_class_lines(where, dataset) if where.suffix.lower() == ".txt" else _read_mapping(where)
 
-    def fail(expected: str, got: object) -> None:
-        raise ValueError(f"{where}: expected {expected}, but got {reprlib.repr(got):.300}; correct this entry.")
+    def check(holds: bool, expected: str, got: object) -> None:
+        if not holds:
+            raise ValueError(f"{where}: expected {expected}, but got {reprlib.repr(got):.300}; correct this entry.")
 
     def texts(entry: str, given: object) -> tuple[str, ...]:
         several = (given,) if isinstance(given, str) else given
-        if not isinstance(several, Sequence) or not several:
-            fail(f"{entry} to be text (quoted, in YAML) or a list of texts", given)
+        check(
+            isinstance(several, Sequence) and several,
+            f"{entry} to be text (quoted, in YAML) or a list of texts",
+            given,
+        )
         for text in several:
-            if not isinstance(text, str) or not text.strip():
-                fail(f"{entry} to be text (quoted, in YAML)", text)
+            check(isinstance(text, str) and text.strip(), f"{entry} to be text (quoted, in YAML)", text)
         return tuple(several)
 
-    unknown = [key for key in overrides if key not in ("names", "background", "templates")]
-    if unknown:
-        fail("only the keys 'names', 'background' and 'templates'", unknown[0])
-
+    for key in overrides:
+        check(key in ("names", "background", "templates"), "only the keys 'names', 'background' and 'templates'", key)
     names = overrides.get("names", {})
-    if not isinstance(names, Mapping):
-        fail("'names' to map old names to new ones", names)
+    check(isinstance(names, Mapping), "'names' to map old names to new ones", names)
     for old in names:
-        if old not in dataset.class_names:
-            fail(f"'names' to have keys out of {list(dataset.class_names)}", old)
+        check(old in dataset.class_names, f"'names' to have keys out of {list(dataset.class_names)}", old)
     synonyms = [texts(f"the new name of {name!r}", names.get(name, name)) for name in dataset.class_names]
     background = texts("'background'", overrides["background"]) if "background" in overrides else ()
-    if background and not dataset.background:
-        fail(f"no 'background' for {dataset.name!r}, whose background is void", background)
-    every = [name for several in (background, *synonyms) for name in several]
-    for name in every:
-        if every.count(name) > 1:
-            fail("'names' to keep the classes distinct", name)
+    without = f"no 'background' for {dataset.name!r}, whose background is void"
+    check(dataset.background or not background, without, background)
+    for name, times in Counter(name for several in (background, *synonyms) for name in several).items():
+        check(times == 1, "'names' to keep the classes distinct", name)
 
     templates = overrides.get("templates", dataset.templates)
-    if not isinstance(templates, Sequence) or isinstance(templates, str) or not templates:
-        fail("'templates' to be a list of at least one template", templates)
+    a_list = isinstance(templates, Sequence) and not isinstance(templates, str) and templates
+    check(a_list, "'templates' to be a list of at least one template", templates)
     for template in templates:
-        if not isinstance(template, str) or template.count("{}") != 1 or set("{}") & set(template.replace("{}", "")):
-            fail("each template to be text with one '{}' in the class name's place", template)
+        whole = (
+            isinstance(template, str) and template.count("{}") == 1 and not set("{}") & set(template.replace("{}", ""))
+        )
+        check(whole, "each template to be text with one '{}' in the class name's place", template)
     dataset.synonyms, dataset.background_texts = tuple(synonyms), background
     dataset.templates = tuple(templates)
 
@@ -655,14 +604,12 @@ def _read_mapping(path: Path) -> Mapping:
     parse = json.loads if path.suffix.lower() == ".json" else yaml.safe_load
     try:
         content = parse(_read_text(path))
+        if not isinstance(content, Mapping):
+            raise ValueError(f"a {type(content).__name__} instead of a mapping with 'names' or 'templates'")
     except (ValueError, yaml.YAMLError, RecursionError) as error:
         raise ValueError(
             f"{path}: expected JSON or YAML, as its suffix says, but got: {error}; correct it."
         ) from error
-    if not isinstance(content, Mapping):
-        raise ValueError(
-            f"{path}: expected a mapping with 'names' or 'templates', but got {type(content).__name__}; correct it."
-        )
     return content
 
 

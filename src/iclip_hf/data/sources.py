@@ -19,6 +19,7 @@ import re
 import tarfile
 from array import array
 from collections.abc import Hashable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
@@ -67,25 +68,28 @@ class Columns(NamedTuple):
                 )
 
     def captions(self, row: Mapping) -> list[str]:
-        """Returns all captions of a row, stripped. Raises `ValueError` if there are none."""
-        if isinstance(row.get("json"), Mapping):
-            row = {**row["json"], **row}
-        column = next((column for column in self.caption if row.get(column)), None)
-        if column is None:
-            raise ValueError("no caption")
-        value = row[column]
-        if column == "captions" and isinstance(value, str):  # of a .csv or .tsv
-            value = json.loads(value)
-        if isinstance(value, str):
-            value = [value]
-        if not isinstance(value, list) or not all(isinstance(caption, str) for caption in value):
-            raise ValueError(f"expected text or a list of texts in {column!r}, but got {value!r:.100}")
-        # JSON escapes can contain lone surrogates, which tokenizers refuse.
-        captions = [caption.encode(errors="ignore").decode().strip() for caption in value]
-        captions = [caption for caption in captions if caption]
-        if not captions:
-            raise ValueError(f"no caption but blank text in {column!r}")
-        return captions
+        """Returns the captions of the first column with text, stripped. Raises `ValueError` if there is none."""
+        within = row["json"] if isinstance(row.get("json"), Mapping) else {}
+        for column in self.caption:
+            for value in (row.get(column), within.get(column)):
+                if captions := _captions(column, value):
+                    return captions
+        raise ValueError("no caption")
+
+
+def _captions(column: str, value) -> list[str]:
+    """Returns the captions in a value of a column, which may be none. Raises `ValueError` if it is not text."""
+    if not (value.strip() if isinstance(value, str) else value):
+        return []
+    if column == "captions" and isinstance(value, str):  # of a .csv or .tsv
+        value = json.loads(value)
+    if isinstance(value, str):
+        value = [value]
+    if not isinstance(value, list) or not all(isinstance(caption, str) for caption in value):
+        raise ValueError(f"expected text or a list of texts in {column!r}, but got {value!r:.100}")
+    # JSON escapes can contain lone surrogates, which tokenizers refuse.
+    captions = (caption.encode(errors="ignore").decode().strip() for caption in value)
+    return [caption for caption in captions if caption]
 
 
 USUAL_COLUMNS = Columns()
@@ -109,37 +113,33 @@ class RawPair(NamedTuple):
 
 
 class Source:
-    """Pairs in one place, each in a range of `unit`s."""
+    """`length` pairs in one place, each in a range of `unit`s, by default one."""
 
     unit = "rows"
+    length: int
 
     def __init__(self, path: Path, columns: Columns = USUAL_COLUMNS):
         self.path, self.columns = path, columns
 
     def ranges(self) -> np.ndarray:
         """Returns the range (start, end) of each pair, `(N, 2)` int64."""
-        raise NotImplementedError
+        first = np.arange(self.length, dtype=np.int64)
+        return np.stack([first, first + 1], 1)
 
     def read(self, start: int, end: int) -> RawPair:
-        """
-        Returns the pair in a range.
-
-        Raises:
-            `OSError`: the source no longer exists. One of `BAD_PAIR`: the pair is unusable.
-        """
+        """Returns the pair in a range. Raises `OSError` if the source no longer exists, one of `BAD_PAIR` if the pair is unusable."""
         raise NotImplementedError
 
     def image_files(self, ranges: np.ndarray) -> list[Path | None]:
         """Returns the image file of each pair, None for an image within the source and for a pair that cannot be read."""
 
-        def file(start: int, end: int) -> Path | None:
-            try:
+        files = []
+        for start, end in ranges.tolist():
+            image = None
+            with suppress(*BAD_PAIR):
                 image = self.read(start, end).image
-            except BAD_PAIR:
-                return None
-            return image if isinstance(image, Path) else None
-
-        return [file(*one) for one in ranges.tolist()]
+            files.append(image if isinstance(image, Path) else None)
+        return files
 
     def files(self) -> list[str | Path]:
         """Returns the files of the source itself."""
@@ -179,7 +179,7 @@ class TarShard(_ByteRanges):
     """
 
     def ranges(self) -> np.ndarray:
-        """Returns the byte range (start, end) of each pair, `(N, 2)` int64. Cached on disk, because a million pairs take minutes."""
+        """Returns the byte range of each pair. Cached on disk, because a million pairs take minutes."""
         state, _ = file_state(self.path)
         cached = cache_folder() / "shards" / f"{hashlib.sha256(state + _INDEX_VERSION).hexdigest()[:32]}.npy"
         try:
@@ -195,8 +195,7 @@ class TarShard(_ByteRanges):
         return ranges
 
     def image_files(self, ranges: np.ndarray) -> list[None]:
-        """The images are within the shard, which need not be read for this."""
-        return [None] * len(ranges)
+        return [None] * len(ranges)  # they are within the shard, which need not be read for this
 
     def parse(self, block: bytes) -> RawPair:
         row, image, name = {}, None, None
@@ -276,7 +275,6 @@ class Table(_ByteRanges):
                 raise ValueError(f"{path}: expected different columns, but got {name!r} more than once; rename one.")
 
     def ranges(self) -> np.ndarray:
-        """Returns the byte range (start, end) of each row, `(N, 2)` int64."""
         ranges = array("q", (position for row in self._rows() for position in row))
         return np.array(ranges, np.int64).reshape(-1, 2)[self._header is not None :]
 
@@ -298,35 +296,26 @@ class Table(_ByteRanges):
     def _rows(self) -> Iterator[tuple[int, int]]:
         """Yields the byte range (start, end) of each row that is not blank, including the header."""
         start = number = 0  # `number`: of lines before the row
-        lines: list[bytes] = []  # of the row
         malformed = []
-
-        def read_lines(file: BinaryIO) -> Iterator[str]:
-            for line in iter(file.readline, b""):
-                lines.append(line)
-                yield line.decode(errors="surrogateescape").rstrip("\r\n") + "\n"
-
-        split = self._csv if self._kind == ".csv" else iter
         with open(self.path, "rb") as file:
-            rows = split(read_lines(file))
             while True:
+                lines: list[bytes] = []  # of the row
+                text = _kept_lines(file, lines)
                 try:
-                    row = next(rows, None)
-                    if row is not None and len(lines) > 1 and self._swallows(row, lines):
+                    row = next(self._csv(text) if self._kind == ".csv" else text, None)
+                    if len(lines) > 1 and self._swallows(row, lines):
                         raise csv.Error("a stray quote")
                 except csv.Error:
                     malformed.append(number + 1)
                     row = lines[:1]
                     del lines[1:]
                     file.seek(start + len(lines[0]))
-                    rows = split(read_lines(file))
                 if row is None:
                     break
                 end = start + sum(map(len, lines))
                 if row and row != "\n":
                     yield start, end
                 start, number = end, number + len(lines)
-                lines.clear()
         if malformed:
             logger.warning(
                 "%s: a missing or stray quote makes bad pairs, %d in all, of line %s",
@@ -362,6 +351,13 @@ class Table(_ByteRanges):
         return next(self._csv(io.StringIO(text, newline="")), [])
 
 
+def _kept_lines(file: BinaryIO, lines: list[bytes]) -> Iterator[str]:
+    """Yields the lines of a file as text, and adds them to a list."""
+    for line in iter(file.readline, b""):
+        lines.append(line)
+        yield line.decode(errors="surrogateescape").rstrip("\r\n") + "\n"
+
+
 class ClassFolders(Source):
     """
     A folder whose subfolders hold the images of one class each and have its name: `dog/1.jpg`. Images elsewhere in it are logged.
@@ -378,6 +374,7 @@ class ClassFolders(Source):
                 folders[:] = [name for name in folders if not _is_hidden(name)]
                 (self._images if Path(folder) == label else elsewhere).extend(_images_in(Path(folder), files))
         self._images.sort()
+        self.length = len(self._images)
         left_out = f"{len(elsewhere)} images elsewhere, such as {min(elsewhere)}" if elsewhere else "none"
         if not self._images:
             raise FileNotFoundError(
@@ -386,10 +383,6 @@ class ClassFolders(Source):
             )
         if elsewhere:
             logger.warning("%s: only images in the folders of classes are read, not %s", path, left_out)
-
-    def ranges(self) -> np.ndarray:
-        first = np.arange(len(self._images), dtype=np.int64)
-        return np.stack([first, first + 1], 1)
 
     def read(self, start: int, end: int) -> RawPair:
         image = self._images[start]
@@ -430,7 +423,7 @@ class ArrowRows(Source):
         columns.check(path, list(rows.features))
         for name in images:
             rows = rows.cast_column(name, datasets.Image(decode=False))
-        self._rows = rows
+        self._rows, self.length = rows, len(rows)
         self._folders = None
         if hub:
             from huggingface_hub import constants
@@ -439,19 +432,13 @@ class ArrowRows(Source):
             self._folders = [downloaded.resolve(), Path(datasets.config.EXTRACTED_DATASETS_PATH).resolve()]
         self._image_column = next(name for name in columns.image if name in rows.features)
 
-    def ranges(self) -> np.ndarray:
-        first = np.arange(len(self._rows), dtype=np.int64)
-        return np.stack([first, first + 1], 1)
-
     def read(self, start: int, end: int) -> RawPair:
         row = self._rows[start]
         stored, key = row[self._image_column], f"{self.path.name} row {start}"
         if isinstance(stored, Mapping):
             stored, key = stored.get("bytes") or stored.get("path"), stored.get("path") or key
-        if not stored:
+        if not stored or not isinstance(stored, (bytes, str)):
             raise ValueError(f"no image in {self._image_column!r}")
-        if not isinstance(stored, (bytes, str)):
-            raise ValueError(f"expected an image in {self._image_column!r}, but got {type(stored).__name__}")
         if isinstance(stored, bytes):
             return RawPair(stored, repr(key), row, key)
         image = self._file(stored)
@@ -510,12 +497,8 @@ def open_sources(
 
 def held_out_rows(sources: Sequence[Source], ranges: Sequence[np.ndarray], share: float) -> np.ndarray:
     """
-    Draws a part of the pairs, which is always the same. Pairs of one image stay together.
-
-    Args:
-        sources: N pairs together.
-        ranges: those of each source.
-        share (`float` in (0, 1)): share of the images in the part, rounded up.
+    Draws a part of the pairs of sources, which is always the same. Pairs of one image stay together. `share`, in (0, 1), is that of the
+    images, rounded up.
 
     Returns:
         `np.ndarray` of shape `(N,)`: whether each pair is in the part.

@@ -50,18 +50,11 @@ INTRODUCTION = f"""# Which pixels match the text?
 Bright pixels match most, dark ones least. Each map has its own scale, so a text that is not in the image lights up as well.
 **Presence** is the share of unrelated texts that would match the image less. A text is *present* from {PRESENT:.0%} on, *absent* below
 {MIN_PRESENCE:.0%}, and *unsure* in between. {RANK}"""
-SPACE_CARD = {
-    "title": "ICLIP",
-    **SPACE,
-    "sdk": "gradio",
-    "sdk_version": gr.__version__,
-    "app_file": "app.py",
-    "license": "apache-2.0",
-}
-SPACE_README = """
+_SPACE_CARD = {"title": "ICLIP", **SPACE, "sdk": "gradio", "sdk_version": gr.__version__, "app_file": "app.py"}
+_SPACE_README = """
 The live demo of [ICLIP](https://arxiv.org/abs/2209.07046) in `iclip_hf`: drop an image, type texts, see one map a text.
 """
-SPACE_APP = '''"""Live demo: which pixels of an image match a text."""
+_SPACE_APP = '''"""Live demo: which pixels of an image match a text."""
 
 from iclip_hf.demo.app import launch
 
@@ -80,13 +73,7 @@ _CSS = """
 
 
 def split_texts(typed: str) -> list[str]:
-    """
-    Splits typed texts and removes duplicates. Several lines are one text each and may contain commas; a single line is split at
-    commas.
-
-    Raises:
-        `ValueError`: there is no text, there are more than `content.MAX_TEXTS`, or one is longer than `content.MAX_CHARACTERS`.
-    """
+    """Splits typed texts: several lines are one text each and may contain commas; a single line is split at commas."""
     separator = "\n" if "\n" in typed.strip() else ","
     texts = list(dict.fromkeys(text.strip() for text in typed.split(separator) if text.strip()))
     if not 1 <= len(texts) <= MAX_TEXTS:
@@ -100,17 +87,10 @@ def split_texts(typed: str) -> list[str]:
 
 
 class SeenImage(NamedTuple):
-    """
-    A visitor's image, kept for further texts.
+    """A visitor's image, kept for further texts."""
 
-    Attributes:
-        prepared ([`PreparedImage`]): the image with its features, if the method can use them for other texts.
-        view (`dict`): `image`, a data URL of at most `content.VIEW_SIDE` pixels a side, its `size` and the `original_size` (width,
-            height).
-    """
-
-    prepared: PreparedImage
-    view: dict
+    prepared: PreparedImage  # with its features, if the method can use them for other texts
+    view: dict  # `image`, a data URL; its `size` and the `original_size`, (width, height)
 
 
 def look_at(localizer: Localizer, image: Image.Image) -> SeenImage:
@@ -154,10 +134,7 @@ def viewer_value(seen: SeenImage, explanation: Explanation) -> dict:
 
 
 def to_npz(explanation: Explanation) -> bytes:
-    """
-    Returns a NumPy archive as bytes: `texts`, `scores` and `presence` `(T,)`, `raw_maps` `(T, h, w)` on the patch grid, and `maps`
-    `(T, H, W)` in [0, 1], float16.
-    """
+    """Returns a NumPy archive: texts, scores and presence `(T,)`, raw maps `(T, h, w)`, and maps `(T, H, W)` in [0, 1], float16."""
     archive = io.BytesIO()
     np.savez(  # compression saves a third, and takes longer than the texts and maps of an image seen before
         archive,
@@ -172,9 +149,8 @@ def to_npz(explanation: Explanation) -> bytes:
 
 class _App(gr.Blocks):
     """
-    An app that opens only files that were uploaded to it and its own examples, in any form of a payload.
-
-    The path of an upload contains a keyed digest of its content, so only the visitor who uploaded the file knows the path.
+    An app that opens only files that were uploaded to it and its own examples, in any form of a payload. The path of an upload contains
+    a keyed digest of its content, so only the visitor who uploaded the file knows the path.
     """
 
     examples: frozenset[str] = frozenset()
@@ -186,15 +162,10 @@ class _App(gr.Blocks):
         return await super().preprocess_data(block_fn, inputs, *arguments, **options)
 
     def uploaded(self, value) -> dict[str, str]:
-        """
-        Returns path and name of an uploaded file, without other fields of `value`.
-
-        Raises:
-            `gradio.Error`: `value` is not an uploaded file. The message is always the same, so it does not tell whether a path
-            exists.
-        """
+        """Returns path and name of an uploaded file, without other fields of `value`."""
         path = value.get("path") if isinstance(value, dict) else None
         if not isinstance(path, str) or not (path in self.upload_file_set or path in self.examples):
+            # One message, so that it does not tell whether a path exists.
             message = "Expected a file that was uploaded here, got something else: upload the image again."
             raise gr.Error(message, print_exception=False)
         name = value.get("orig_name")
@@ -216,11 +187,8 @@ class _RefuseUnusedRoutes:
 
 def build_app(model) -> gr.Blocks:
     """
-    Builds the app for a model. An explanation runs the model once. The browser computes opacity, outline and the value under the
-    pointer.
-
-    Args:
-        model ([`ExplainableModel`]): or anything that [`load`] takes.
+    Builds the app for a model, or anything that [`load`] takes. An explanation runs the model once; the browser computes opacity,
+    outline and the value under the pointer.
     """
     model = load(model)
     examples = [[str(path), EXAMPLES[path.name].texts] for path in example_files()]
@@ -228,13 +196,13 @@ def build_app(model) -> gr.Blocks:
     gr.set_static_paths([path for path, _ in examples])
 
     @functools.cache
-    def localizer(method: str) -> Localizer:  # the texts are set for each image
-        return Localizer(model, BACKGROUND[:1], method=method)
+    def localizer(method: str, refine: bool) -> Localizer:  # the texts are set for each image
+        return Localizer(model, BACKGROUND[:1], method=method, refine=refine)
 
     # A visitor often asks about one image several times. Images belong to a session and an upload, oldest first.
     kept: OrderedDict[tuple[str, str, str], SeenImage] = OrderedDict()
 
-    def explain(photo: dict | None, typed: str, method: str, request: gr.Request):
+    def explain(photo: dict | None, typed: str, method: str, refine: bool, request: gr.Request):
         if photo is None:
             return gr.skip()
         try:
@@ -242,8 +210,8 @@ def build_app(model) -> gr.Blocks:
             texts, asked = split_texts(typed), (request.session_hash, photo["path"], method)
             seen = kept.get(asked)
             if seen is None:
-                seen = look_at(localizer(method), load_image(photo["path"], photo["orig_name"]))
-            explanation = explain_image(localizer(method), seen, texts)
+                seen = look_at(localizer(method, False), load_image(photo["path"], photo["orig_name"]))
+            explanation = explain_image(localizer(method, bool(refine)), seen, texts)
             kept[asked] = seen
             kept.move_to_end(asked)
             if len(kept) > MAX_SESSIONS:  # 1.2 megabytes each
@@ -271,6 +239,9 @@ def build_app(model) -> gr.Blocks:
                 )
                 method = gr.Dropdown(
                     [(label, name) for name, (label, _) in METHODS.items()], value="itsm", label="Method"
+                )
+                refine = gr.Checkbox(
+                    False, label="Refine", info="The maps follow the edges of the image.", elem_id="refine"
                 )
                 button = gr.Button("Explain", variant="primary")
                 if examples:
@@ -304,13 +275,13 @@ def build_app(model) -> gr.Blocks:
         picture.click(None, js="() => window.dispatchEvent(new Event('iclip-save-picture'))")
         run = {
             "fn": explain,
-            "inputs": [photo, typed, method],
+            "inputs": [photo, typed, method, refine],
             "outputs": [viewer, download],
             "preprocess": False,  # `load_image` reads the uploaded file itself
             "concurrency_id": "model",
             "trigger_mode": "always_last",
         }
-        triggers = [app.load, photo.upload, typed.submit, method.change, button.click]
+        triggers = [app.load, photo.upload, typed.submit, method.change, refine.change, button.click]
         gr.on(triggers, **run, api_name="explain")
         if examples:
             chosen.success(**run, api_visibility="private")
@@ -327,12 +298,8 @@ def launch(
     **options,
 ) -> gr.Blocks:
     """
-    Serves the app until it is interrupted.
-
-    Args:
-        model, dtype, device: as for [`load`].
-        host, port (*optional*): address and port to listen on; Gradio's defaults if not given, which are right for a Space.
-        options: options of `gradio.Blocks.launch`. With `prevent_thread_lock=True` the function returns at once.
+    Serves the app until it is interrupted. Host and port are Gradio's defaults if not given, which are right for a Space. The options
+    are those of `gradio.Blocks.launch`; with `prevent_thread_lock=True` the function returns at once.
     """
     app = build_app(load(model, dtype=dtype, device=device))
     app.launch(
@@ -372,28 +339,17 @@ def delete_files(app: gr.Blocks) -> None:
             with contextlib.suppress(OSError):  # deleted already, or a folder with several files
                 os.remove(path)
                 os.rmdir(os.path.dirname(path))
-            for one in app.temp_file_sets:
-                one.discard(path)
+            for paths in app.temp_file_sets:
+                paths.discard(path)
 
 
 def export_space(folder: Path, model: str = "embedded", overwrite: bool = False) -> None:
-    """
-    Writes the files of a Space that runs this demo.
-
-    Args:
-        folder: created if it does not exist.
-        model: Hub id, or `"embedded"`.
-        overwrite: whether files of other content may be replaced.
-
-    Raises:
-        `ValueError`: the model is a local folder, which a Space cannot read. `FileExistsError`: a file of another content exists,
-        and not `overwrite`.
-    """
+    """Writes the files of a Space that runs this demo, beside others that the folder holds."""
     if model != "embedded" and Path(model).exists():
         raise ValueError(f"Expected the Hub id of a model for a Space, got the folder {model}: push it first.")
     files = {
-        "README.md": front_matter(SPACE_CARD) + SPACE_README,
-        "app.py": SPACE_APP.format(model=model),
+        "README.md": front_matter({**_SPACE_CARD, "license": "apache-2.0"}) + _SPACE_README,
+        "app.py": _SPACE_APP.format(model=model),
         "requirements.txt": f"iclip-hf[demo]=={__version__}\n",
     }
     write_beside_others(folder, {name: text.encode() for name, text in files.items()}, overwrite)

@@ -26,7 +26,7 @@ function paint(canvas, draw) {
  *
  * @param look `colors`: name -> 256 colours, [red, green, blue, alpha] in 0..255; `opacity` of the maps; `segments`: colours of texts.
  * @returns `show({photo, size, originalSize, texts})` starts with a photograph that `drawImage` takes and the texts;
- *   `add(index, {cosine, presence, word, levels, low, high})` brings what belongs to one: its map in 0..255, row-major, of
+ *   `add(index, {cosine, presence, word, levels, low, high})` adds what belongs to one: its map in 0..255, row-major, of
  *   `size` (width, height), and the raw values of 0 and 255; `savePicture()` downloads all overlays as they are seen.
  */
 export function createViewer(element, look) {
@@ -241,7 +241,12 @@ export function createViewer(element, look) {
 
   opacity.addEventListener("input", setOpacity);
   threshold.addEventListener("input", setThreshold);
-  segments.addEventListener("input", setSegments);
+  segments.addEventListener("input", () => {
+    setSegments();
+    // Segments are refined by default, as by `iclip segment`. Both demos have this option beside the texts.
+    const refine = document.querySelector("#refine input, input#refine");
+    if (segments.checked && refine && !refine.checked) refine.click();
+  });
   for (const choice of choices) choice.addEventListener("input", () => ready().forEach(paintHeat));
   for (const name of ["pointermove", "pointerdown", "pointerleave"]) element.addEventListener(name, point);
   element.addEventListener("keydown", move);

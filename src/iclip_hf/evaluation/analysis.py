@@ -26,12 +26,8 @@ SHARES = ((0.0, 0.25), (0.25, 0.75), (0.75, 1.0), (0.0, 1.0))
 @dataclass(frozen=True)
 class ChannelMatch:
     """
-    The patches of an image that the channels of its pooled vector match (Fig. 3).
-
-    Attributes:
-        tokens (`np.ndarray` of shape `(P,)`): for each channel, the index of the patch with the nearest value, row-major.
-        values (`np.ndarray` of shape `(P,)`): the pooled value of each channel.
-        grid (`tuple[int, int]`): height and width of the patch grid.
+    The patches of an image that the channels of its pooled vector match (Fig. 3): for each channel, the index of the patch with the
+    nearest value, row-major, and the pooled value, `(P,)` each; and height and width of the patch grid.
     """
 
     tokens: np.ndarray
@@ -85,12 +81,8 @@ class SemanticShift:
 @dataclass(frozen=True)
 class Relation:
     """
-    Recognition against interpretability (Fig. 9).
-
-    Attributes:
-        names (`list[str]`): the classes that have both scores.
-        recognition, interpretability (`np.ndarray` of shape `(K,)`): scores of the classes.
-        correlation (`float`): Pearson correlation in [-1, 1]; NaN for fewer than two classes or a constant score.
+    Recognition against interpretability (Fig. 9): the K classes that have both scores, the scores `(K,)`, and their Pearson correlation
+    in [-1, 1], which is NaN for fewer than two classes or a constant score.
     """
 
     names: list[str]
@@ -101,14 +93,8 @@ class Relation:
 
 def match_channels(pooled: torch.Tensor, patches: torch.Tensor) -> torch.Tensor:
     """
-    Finds the patch whose value is nearest to the pooled value, for each channel (Section 3.1). The first of equal patches counts.
-
-    Args:
-        pooled (`torch.Tensor` of shape `(P,)`): a pooled vector.
-        patches (`torch.Tensor` of shape `(N, P)`): embeddings of the patches.
-
-    Returns:
-        `torch.Tensor` of shape `(P,)`: indices of patches.
+    Finds the patch `(N, P)` whose value is nearest to the pooled value `(P,)`, for each channel (Section 3.1). Returns indices `(P,)`.
+    The first of equal patches counts.
     """
     return (patches - pooled).abs().argmin(0)
 
@@ -181,21 +167,18 @@ def semantic_shift(
                 sums[row] += counts
         for name, flags in on.items():
             on_foreground[name] = on_foreground.get(name, 0) + int(flags.sum())
-    rows = [ShiftRow(*share, int(row[0]), *_average(row[1:], row[0])) for share, row in zip(SHARES, sums)]
+    rows = [
+        ShiftRow(*share, count, *((float(total / count) if count else None) for total in totals))
+        for share, (count, *totals) in zip(SHARES, sums.tolist())
+    ]
     images = rows[-1].images
     return SemanticShift(rows, {name: count / images for name, count in on_foreground.items()}, images, left_out)
 
 
 def foreground_tokens(foreground: np.ndarray, labelled: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
     """
-    Determines which patches are foreground.
-
-    Args:
-        foreground, labelled (`np.ndarray` of shape `(H, W)`, boolean): pixels of a class, and pixels that are not void.
-        grid (`tuple[int, int]`): height and width of the patch grid that covers the whole image.
-
-    Returns:
-        `np.ndarray` of shape `(h * w,)`, boolean: whether more than half of the patch's labelled pixels belong to a class.
+    Returns whether more than half of the labelled pixels of a patch belong to a class, `(h * w,)` boolean, from the pixels of a class and
+    those that are not void, `(H, W)` boolean.
     """
     pixels = torch.from_numpy(np.stack([foreground & labelled, labelled])).double()
     area, total = F.adaptive_avg_pool2d(pixels, grid).flatten(1).numpy()
@@ -204,16 +187,11 @@ def foreground_tokens(foreground: np.ndarray, labelled: np.ndarray, grid: tuple[
 
 def relation(recognition: Mapping[str, float], interpretability: Mapping[str, float]) -> Relation:
     """
-    Compares two scores of each class, such as average precision and mIoU of an evaluation.
-
-    Args:
-        recognition, interpretability: scores by class name. Classes without both scores, or with NaN, are left out.
+    Compares two scores by class name, such as average precision and mIoU of an evaluation. Classes without both, or with NaN, are left
+    out.
     """
-    names = [
-        name
-        for name in recognition
-        if name in interpretability and not math.isnan(recognition[name] + interpretability[name])
-    ]
+    shared = [name for name in recognition if name in interpretability]
+    names = [name for name in shared if not math.isnan(recognition[name] + interpretability[name])]
     x, y = (np.array([scores[name] for name in names], dtype=float) for scores in (recognition, interpretability))
     varied = len(names) > 1 and np.ptp(x) > 0 and np.ptp(y) > 0
     return Relation(names, x, y, float(np.corrcoef(x, y)[0, 1]) if varied else math.nan)
@@ -236,7 +214,3 @@ def _foreground(sample: SegmentationSample) -> tuple[np.ndarray, np.ndarray]:
         foreground |= mask == label
         void |= mask == sample.void
     return foreground, foreground | ~void
-
-
-def _average(sums: np.ndarray, count: int) -> list[float | None]:
-    return [float(value / count) if count else None for value in sums]

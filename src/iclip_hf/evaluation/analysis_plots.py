@@ -27,10 +27,7 @@ def channel_scatter(images: Sequence[Image.Image], matches: Sequence[Mapping[str
     """
     Draws the patches that the channels of pooled vectors match (Fig. 3). A row shows an image, a panel a pooling, and a point a
     channel. A point lies in the channel's patch, and its area is proportional to the magnitude of the pooled value.
-
-    Args:
-        images: RGB images.
-        matches: results of `channel_matches` for the images, with the same poolings.
+    `matches` are results of `channel_matches` for the images, with the same poolings.
     """
     poolings = list(matches[0])
     rows, columns = len(images), len(poolings)
@@ -58,10 +55,6 @@ def relation_plot(relation: Relation, x_label: str, y_label: str) -> Figure:
     """
     Plots recognition against interpretability (Fig. 9), with a point for each class, the least-squares line, and the names of
     classes that do not overlap, outermost first.
-
-    Args:
-        relation: result of [`relation`].
-        x_label, y_label: names of the scores of recognition and interpretability.
     """
     x, y = relation.recognition, relation.interpretability
     figure = Figure(figsize=(6.4, 5), layout="constrained")

@@ -16,15 +16,15 @@ from tqdm import tqdm
 
 from ..data.segmentation import SegmentationDataset
 from ..explainers import Explainer, make_explainer, select_texts
-from ..explainers.refinement import refine_maps
 from ..images import map_groups
 from ..localization.localizer import Localizer
 from ..modeling_iclip import ICLIPTextFeatures
 from ..models.loading import load
 from ..prompts import check_templates
+from ..refinement import refine_maps
 from ..utils.distributed import this_process
 from ..utils.extras import require_extra
-from ..utils.names import MEASURES, TASKS
+from ..utils.names import TASKS
 from ..utils.prefetch import prefetch_map, spare_processors
 from .measures import EvaluatedImage, Measure, make_measure
 from .measures.measure import check_positive
@@ -81,14 +81,13 @@ def evaluate(
     state = this_process("eval")
     if measures is None:
         measures = [name for name in TASKS["interpretability"] if name != "stuff_contrast" or dataset.stuff]
-    unknown = [one for one in measures if not isinstance(one, Measure) and one not in MEASURES]
-    if unknown or not measures or not methods:
+    if not measures or not methods:
         raise ValueError(
-            f"Expected methods, and measures of {list(MEASURES)}, got {methods!r} and {measures!r}: name at least one of each."
+            f"Expected methods and measures, got {methods!r} and {measures!r}: name at least one of each."
         )
-    measures = [one if isinstance(one, Measure) else make_measure(one) for one in measures]
-    own_sizes = [one.image_size for one in measures if one.image_size is not None]
-    size = next(iter(own_sizes), None) if image_size is None else image_size
+    measures = [measure if isinstance(measure, Measure) else make_measure(measure) for measure in measures]
+    own_sizes = (measure.image_size for measure in measures if measure.image_size is not None)
+    size = next(own_sizes, None) if image_size is None else image_size
     run = EvaluationRun(model, dataset, methods, size, templates, refine, limit, batch_size, num_workers, state)
     for measure in measures:
         measure.prepare(run)
@@ -137,16 +136,7 @@ def _report(measures: list[Measure], method: str, dataset: SegmentationDataset) 
 
 
 class EvaluationRun:
-    """
-    What the measures of an evaluation share: methods, encoded texts, and the images of this process. Parameters: [`evaluate`].
-
-    Attributes:
-        model: the loaded model.
-        explainers (`dict`): the explainer of each method.
-        count (`int`): number of images of all processes.
-        indices (`range`): positions of the images of this process.
-        seconds_in_model (`float`): of this process.
-    """
+    """What the measures of an evaluation share: methods, encoded texts, and the images of this process. Parameters: [`evaluate`]."""
 
     def __init__(self, model, dataset, methods, image_size, templates, refine, limit, batch_size, num_workers, state):
         check_positive(limit=limit, batch_size=batch_size)
@@ -157,8 +147,8 @@ class EvaluationRun:
         self.size = {} if size is None else {"size": size}
         self.refine, self.batch_size = refine, batch_size
         self.num_workers = num_workers or spare_processors()
-        self.count = min(len(dataset), limit or len(dataset))
-        self.indices = range(state.process_index, self.count, state.num_processes)
+        self.count = min(len(dataset), limit or len(dataset))  # of all processes
+        self.indices = range(state.process_index, self.count, state.num_processes)  # of this one
         self.seconds_in_model = 0.0
 
     def encode(self, texts: Sequence[str]) -> ICLIPTextFeatures:
@@ -185,10 +175,10 @@ class EvaluationRun:
 
         def count(image: EvaluatedImage) -> list[tuple]:
             """Returns measure, method and counts."""
-            counts = [(one, None, one.count(image, None, None)) for one in measures if not one.by_method]
+            counts = [(m, None, m.count(image, None, None)) for m in measures if not m.by_method]
             for method, explainer in self.explainers.items():
                 heatmaps = image.heatmaps(method, explainer.reversed) if "maps" in needs else None
-                counts += [(one, method, one.count(image, method, heatmaps)) for one in measures if one.by_method]
+                counts += [(m, method, m.count(image, method, heatmaps)) for m in measures if m.by_method]
             return counts
 
         bar = tqdm(total=len(self.indices), unit="image", disable=not progress)
@@ -238,9 +228,9 @@ class EvaluationRun:
                 image.scores, image.presence = of_image
             shown = maps[torch.arange(len(rows))[:, None], rows]
             drawn = dict.fromkeys(("itsm", "reversed_itsm"), shown)  # reversed once they are stretched to [0, 1]
-            others = {name: one for name, one in self.explainers.items() if name not in drawn}
+            others = {name: explainer for name, explainer in self.explainers.items() if name not in drawn}
         if "maps" in needs:
-            drawn |= {name: maps_of(one, pixel_values, self.texts, rows) for name, one in others.items()}
+            drawn |= {name: maps_of(other, pixel_values, self.texts, rows) for name, other in others.items()}
             for method in self.methods:
                 maps = drawn[method].cpu()
                 maps = refine_maps(maps, pixel_values) if self.refine else maps
@@ -256,7 +246,7 @@ class EvaluationRun:
 
         def draw(pixel_values: torch.Tensor) -> torch.Tensor:
             of_images = rows.expand(len(pixel_values), -1)
-            drawn = [maps_of(one, pixel_values, self.texts, of_images) for one in self.explainers.values()]
+            drawn = [maps_of(explainer, pixel_values, self.texts, of_images) for explainer in self.explainers.values()]
             return torch.cat(drawn, 1)
 
         return draw

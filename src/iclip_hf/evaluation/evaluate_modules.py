@@ -169,13 +169,8 @@ class ImageMetric(StreamingMetric):
 
 def metric_demo(script: str | Path):
     """
-    Builds the app of a metric's Space. Its inputs are maps and a label mask as image files, and class ids.
-
-    Args:
-        script (`str` or `Path`): script of the metric. The app shows the `README.md` in the same folder.
-
-    Returns:
-        `gradio.Interface`.
+    Builds the app of a metric's Space, a `gradio.Interface`, from the script of the metric. Its inputs are maps and a label mask as image
+    files, and class ids. The app shows the `README.md` beside the script.
     """
     with require_extra("demo"):
         import gradio as gr

@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 import operator
 from collections import Counter
+from functools import partial
 
 import numpy as np
 
@@ -56,17 +57,20 @@ def _check_mask(mask) -> np.ndarray:
     return mask
 
 
-def _check_label(label, ignore_index: int) -> int:
-    label = _class_id(label, "label")
-    if label == ignore_index:
-        raise ValueError(f"Expected `label` to be a class, got {label}, the `ignore_index`: change one of them.")
-    return label
+def _checked(maps, mask, labels, ignore_index) -> tuple[np.ndarray, np.ndarray, list[int], int]:
+    """Checks types and values; shapes are checked by the caller."""
+    ignore_index = _class_id(ignore_index, "ignore_index")
+    labels = [_class_id(label, "label") for label in labels]
+    if ignore_index in labels:
+        raise ValueError(
+            f"Expected `label` to be a class, got {ignore_index}, the `ignore_index`: change one of them."
+        )
+    return _check_map(maps), _check_mask(mask), labels, ignore_index
 
 
 def _pair_blocks(heatmap, mask, label, ignore_index):
     """Checks one pair, and yields its map values, foreground and void in flat blocks."""
-    ignore_index = _class_id(ignore_index, "ignore_index")
-    label, heatmap, mask = _check_label(label, ignore_index), _check_map(heatmap), _check_mask(mask)
+    heatmap, mask, (label,), ignore_index = _checked(heatmap, mask, [label], ignore_index)
     if heatmap.ndim != 2 or heatmap.shape != mask.shape or not heatmap.size:
         raise ValueError(
             f"Expected a map and a label mask of one shape (H, W), got {heatmap.shape} and {mask.shape}: "
@@ -85,13 +89,11 @@ def threshold_counts(heatmap, mask, label: int, ignore_index: int = 255) -> np.n
     Args:
         heatmap (`np.ndarray` or `torch.Tensor` of shape `(H, W)`): map of floats in [0, 1], or of integers 0 and 1.
         mask (`np.ndarray` or `torch.Tensor` of shape `(H, W)`): integers; pixels equal to `label` are foreground.
-        label (`int`): class id.
-        ignore_index (`int`, defaults to 255): mask value of the pixels that are ignored.
+        label (`int`), ignore_index (`int`): class id, and mask value of the pixels that are ignored.
 
     Returns:
         `np.ndarray` of shape `(2, 102)`, int64: numbers of background and foreground pixels: all, then those with M > 0,
-        M > 0.01, ..., M > 1. At `THRESHOLDS[i]`, `[0, 1 + i]` is the number of false positives and `[1, 1 + i]` that of true
-        positives.
+        M > 0.01, ..., M > 1.
 
     Raises:
         `TypeError`: the map has another dtype, or the mask, `label` or `ignore_index` is not of integers.
@@ -121,18 +123,14 @@ def _thresholds_below(values: np.ndarray) -> np.ndarray:
 
 def region_means(heatmap, mask, label: int, ignore_index: int = 255) -> np.ndarray:
     """
-    Computes the means of the map over the background and over the foreground. Arguments and errors are those of
-    [`threshold_counts`].
-
-    Returns:
-        `np.ndarray` of shape `(2, 2)`, float64: for background and foreground, the number of pixels and the mean (0 without
-        pixels).
+    Computes the number of pixels and the mean of the map (0 without pixels) for background and foreground, `(2, 2)` float64. Arguments
+    and errors are those of [`threshold_counts`].
     """
     sums = np.zeros((2, 2))
     for values, foreground, void in _pair_blocks(heatmap, mask, label, ignore_index):
         # Most pixels are background. Subtracting the sum of the others from the total is faster than selecting them.
         inside, nowhere = values[foreground], values[void]
-        total, high, void_total = (one.sum(dtype=np.float64) for one in (values, inside, nowhere))
+        total, high, void_total = (part.sum(dtype=np.float64) for part in (values, inside, nowhere))
         sums += (
             (values.size - inside.size - nowhere.size, total - high - void_total),
             (inside.size, high),
@@ -141,7 +139,7 @@ def region_means(heatmap, mask, label: int, ignore_index: int = 255) -> np.ndarr
     return sums
 
 
-def contrast_counts(maps, mask, labels, ignore_index: int = 255) -> np.ndarray:
+def contrast_counts(maps, mask, labels, ignore_index: int = 255, both_maps: bool = True) -> np.ndarray:
     """
     Compares each map of an image on the pixels of its own class and of the other classes.
 
@@ -154,41 +152,18 @@ def contrast_counts(maps, mask, labels, ignore_index: int = 255) -> np.ndarray:
         mask (`np.ndarray` or `torch.Tensor` of shape `(H, W)` or `(K, H, W)`): integers, the class of each pixel; or one mask for
             each class, whose pixels equal to the label belong to the class. These masks can overlap.
         labels (`Sequence[int]`): K different class ids.
-        ignore_index (`int`, defaults to 255): mask value of the pixels that are ignored, in the mask or in any of the K masks.
+        ignore_index (`int`): mask value of the pixels that are ignored, in the mask or in any of the K masks.
+        both_maps (`bool`): whether to compare the maps of both classes, c; otherwise only that of the class itself, a.
 
     Returns:
-        `np.ndarray` of shape `(2, K)`, float64: for each class, the number of its partners and the sum of c over them. Two classes
-        of the image are partners if each has a pixel that does not belong to the other.
+        `np.ndarray` of shape `(2, K)`, float64: for each class, the number of its partners and the sum of c or a over them. Two
+        classes of the image are partners if each has a pixel that does not belong to the other.
 
     Raises:
         `TypeError`: as [`threshold_counts`].
         `ValueError`: as [`threshold_counts`]; or labels are repeated, or their number is not K.
     """
-    wins, pairs = _compared_regions(maps, mask, labels, ignore_index)
-    contrast = (wins + wins.T) / (4 * pairs.clip(1))
-    return np.stack([(pairs > 0).sum(1), contrast.sum(1)])
-
-
-def ranking_counts(maps, mask, labels, ignore_index: int = 255) -> np.ndarray:
-    """
-    Compares the map of each class of an image on its own pixels and on those of the other classes: a_ij of [`contrast_counts`], whose
-    arguments and errors it has.
-
-    Returns:
-        `np.ndarray` of shape `(2, K)`, float64: for each class, the number of its partners and the sum of a_ij over them.
-    """
-    wins, pairs = _compared_regions(maps, mask, labels, ignore_index)
-    return np.stack([(pairs > 0).sum(1), (wins / (2 * pairs.clip(1))).sum(1)])
-
-
-def _compared_regions(maps, mask, labels, ignore_index: int) -> tuple[np.ndarray, np.ndarray]:
-    """
-    Compares each map on the pixels of each two classes. Returns, both `(K, K)` int64: twice the number of pairs of a pixel of i and a
-    pixel of j where M_i is greater at i, plus the ties; and the number of all these pairs.
-    """
-    ignore_index = _class_id(ignore_index, "ignore_index")
-    labels = [_check_label(label, ignore_index) for label in labels]
-    maps, mask = _check_map(maps), _check_mask(mask)
+    maps, mask, labels, ignore_index = _checked(maps, mask, labels, ignore_index)
     if maps.ndim != 3 or mask.shape not in (maps.shape, maps.shape[1:]) or 0 in maps.shape[1:]:
         raise ValueError(
             "Expected maps (K, H, W) and a label mask (H, W) or (K, H, W) of their size, "
@@ -198,21 +173,23 @@ def _compared_regions(maps, mask, labels, ignore_index: int) -> tuple[np.ndarray
         raise ValueError(f"Expected {len(maps)} different labels, one for each map, got {labels}: pass these.")
     masks, number = np.broadcast_to(mask, maps.shape), len(maps)
     void = (masks == ignore_index).any(0)
-    regions = [(one == label) & ~void for one, label in zip(masks, labels)]
+    regions = [(own_mask == label) & ~void for own_mask, label in zip(masks, labels)]
     pixels = [np.flatnonzero(region) for region in regions]
     shared = {(i, j): np.flatnonzero(regions[i] & regions[j]) for i in range(number) for j in range(i)}
 
+    # Twice the number of pairs of a pixel of i and one of j where M_i is greater at i, plus the ties; and of all these pairs.
     wins, pairs = np.zeros((2, number, number), np.int64)
     for i, heatmap in enumerate(maps):
         heatmap = heatmap.ravel()
-        histograms = [_histogram(heatmap[one]) for one in pixels]
+        histograms = [_histogram(heatmap[of_class]) for of_class in pixels]
         for j in range(number):
             if i != j:
                 both = _histogram(heatmap[shared[max(i, j), min(i, j)]])
                 own, other = histograms[i] - both, histograms[j] - both
                 wins[i, j] = own @ (2 * other.cumsum() - other)
                 pairs[i, j] = own.sum() * other.sum()
-    return wins, pairs
+    wins = wins + wins.T if both_maps else 2 * wins  # integers, so that equal maps have exactly one half
+    return np.stack([(pairs > 0).sum(1), (wins / (4 * pairs.clip(1))).sum(1)])
 
 
 def pointing_shares(heatmap, mask, label: int, ignore_index: int = 255) -> np.ndarray:
@@ -244,66 +221,10 @@ def _histogram(values: np.ndarray) -> np.ndarray:
     return np.bincount(levels, minlength=_LEVELS_OF_CONTRAST + 1)
 
 
-def label_areas(prediction, reference, num_classes: int, confidence=None, ignore_index: int = 255) -> np.ndarray:
-    """
-    Counts the pixels of each class in a predicted and a reference label map.
-
-    Args:
-        prediction (`np.ndarray` or `torch.Tensor` of shape `(H, W)`): class ids 0..K-1; 0 is the background.
-        reference (`np.ndarray` or `torch.Tensor` of shape `(H, W)`): class ids; pixels equal to `ignore_index` are ignored.
-        num_classes (`int`): number of classes K, with the background.
-        confidence (`np.ndarray` or `torch.Tensor` of shape `(H, W)`, *optional*): floats in [0, 1]. If given, the prediction is
-            counted at each of `THRESHOLDS`: a pixel whose confidence is not greater is background.
-        ignore_index (`int`, defaults to 255): value of the pixels of the reference that are ignored.
-
-    Returns:
-        `np.ndarray` of shape `(3, K, L)`, int64: pixels of each class in both maps, in the prediction and in the reference, at L
-        thresholds: 101, or 1 without confidence.
-
-    Raises:
-        `TypeError`: a label map is not of integers.
-        `ValueError`: shapes differ or are not (H, W), class ids are outside 0..K-1, or confidences outside [0, 1].
-    """
-    prediction, reference = _check_mask(prediction), _check_mask(reference)
-    confidence = None if confidence is None else _check_map(confidence)
-    shapes = {one.shape for one in (prediction, reference, confidence) if one is not None}
-    if len(shapes) > 1 or prediction.ndim != 2:
-        raise ValueError(f"Expected label maps and confidence of one shape (H, W), got {sorted(shapes)}: resize them.")
-    counted = reference != _class_id(ignore_index, "ignore_index")
-    prediction, reference = prediction[counted].astype(np.intp), reference[counted].astype(np.intp)
-    for name, ids in (("prediction", prediction), ("reference", reference)):
-        if ids.size and not (ids.min() >= 0 and ids.max() < num_classes):
-            raise ValueError(
-                f"Expected class ids from 0 to {num_classes - 1} in the {name}, got {ids.min()} to {ids.max()}: correct them."
-            )
-    levels = 1 if confidence is None else _LEVELS
-    codes = prediction * levels
-    if confidence is not None:
-        codes += _thresholds_below(confidence[counted])
-
-    def above(pixels: np.ndarray | slice) -> np.ndarray:
-        """Counts (K, L) of these pixels by predicted class, at each threshold those above it."""
-        bins = np.bincount(codes[pixels], minlength=num_classes * levels).reshape(num_classes, levels)
-        return bins if confidence is None else bins[:, ::-1].cumsum(axis=1)[:, ::-1][:, 1:]
-
-    in_both, predicted = above(prediction == reference), above(slice(None))
-    referenced = np.bincount(reference, minlength=num_classes)
-    # Pixels of no class above the threshold are background.
-    in_both[0] = referenced[0] - above(reference == 0)[1:].sum(axis=0)
-    predicted[0] = reference.size - predicted[1:].sum(axis=0)
-    return np.stack([in_both, predicted, np.broadcast_to(referenced[:, None], predicted.shape)])
-
-
 def average_precision(scores: np.ndarray, presence: np.ndarray) -> float:
     """
-    Computes the area under the precision-recall step function, with ties grouped, as in scikit-learn.
-
-    Args:
-        scores (`np.ndarray` of shape `(B,)`): floats, higher is more likely.
-        presence (`np.ndarray` of shape `(B,)`): zeros and ones, at least one 1.
-
-    Returns:
-        `float`: average precision in [0, 1].
+    Computes the area under the precision-recall step function, in [0, 1], with ties grouped, as in scikit-learn, from scores `(B,)`
+    and presence `(B,)`, zeros and at least one 1.
     """
     order = np.argsort(-scores)
     scores = scores[order]
@@ -399,10 +320,8 @@ class _PairMetric(_ClassSums):
 
 class MeanMaxIoU(_PairMetric):
     """
-    mMIoU (Eq. 7): the IoU of M > t at the best threshold t of each class, averaged over the classes.
-
-    With `aggregate="image"`, the IoU of a class at a threshold is the mean over its images. With `"pixel"`, intersections and unions
-    are pooled over its images. A pair without foreground is left out.
+    mMIoU (Eq. 7): the IoU of M > t at the best threshold t of each class, averaged over the classes. With `aggregate="pixel"`,
+    intersections and unions are pooled over the images of a class. A pair without foreground is left out.
 
     Example:
         >>> metric = MeanMaxIoU()
@@ -447,11 +366,8 @@ class MeanMaxIoU(_PairMetric):
 
 class MeanForegroundMinusBackground(_PairMetric):
     """
-    mFMB (Eq. 8): mean of the map over the foreground minus its mean over the background, averaged over the classes.
-
-    With `aggregate="image"`, the difference is averaged over the images of a class. With `"pixel"`, both means are over the pixels
-    of all its images. A pair without foreground or without background is left out. The score of the reversed maps 1 - M is the
-    negative.
+    mFMB (Eq. 8): mean of the map over the foreground minus its mean over the background, averaged over the classes. A pair without
+    foreground or without background is left out. The score of the reversed maps 1 - M is the negative.
 
     Example:
         >>> metric = MeanForegroundMinusBackground()
@@ -516,10 +432,9 @@ class TextContrast(_RegionMetric):
     """
     Text contrast: how much the map of a class prefers its own pixels to those of the other classes in the image.
 
-    For classes i and j of one image, c_ij = (P(M_i at a pixel of i > M_i at a pixel of j) + P(M_j at j > M_j at i)) / 2, where ties
-    count half, see [`contrast_counts`]. The value of a class is the mean of c over all its images and partners. The score is the mean
-    over the classes. It is exactly 50 for maps that do not depend on the text, and 100 - x for reversed maps. An image without two
-    classes that each have pixels of their own is left out.
+    The value of a class is the mean of c_ij, see [`contrast_counts`], over all its images and partners. The score is the mean over the
+    classes. It is exactly 50 for maps that do not depend on the text, and 100 - x for reversed maps. An image without two classes
+    that each have pixels of their own is left out.
 
     Example:
         >>> metric = TextContrast()
@@ -537,30 +452,14 @@ class RegionRanking(_RegionMetric):
     """
     The share of a class's own pixels that its map ranks above the pixels of the other classes: P(M_i at i > M_i at j), ties half, mean
     over the images and partners of a class, then over the classes (the area under the ROC curve of two regions). 50 is chance.
-
-    Example:
-        >>> metric = RegionRanking()
-        >>> maps, mask = np.array([[[0.9, 0.2]], [[0.8, 0.5]]]), np.array([[7, 8]])
-        >>> metric.update(maps, mask, labels=[7, 8])
-        >>> metric.compute()["per_class"]
-        {7: 100.0, 8: 0.0}
     """
 
     _name = "region_ranking"
-    count = staticmethod(ranking_counts)
+    count = staticmethod(partial(contrast_counts, both_maps=False))
 
 
 class ClassMeans(_ClassSums):
-    """
-    Means of any figures of pairs: over the images of a class, then over the classes. A figure that is NaN is left out.
-
-    Example:
-        >>> metric = ClassMeans()
-        >>> for figures, label in (([1.0, math.nan], 7), ([0.0, math.nan], 7), ([1.0, 0.5], 8)):
-        ...     metric.update(figures, label)
-        >>> metric.compute()["means"]
-        array([0.75, 0.5 ])
-    """
+    """Means of any figures of pairs: over the images of a class, then over the classes. A figure that is NaN is left out."""
 
     _reasons = ()
 
@@ -585,16 +484,14 @@ class ClassMeans(_ClassSums):
             label: np.divide(total, number, out=np.full_like(total, np.nan), where=number > 0)
             for label, (number, total) in sorted(self._sums.items())
         }
-        means = np.array([_mean(one[~np.isnan(one)]) for one in np.array(list(per_class.values())).T])
+        means = np.array([_mean(column[~np.isnan(column)]) for column in np.array(list(per_class.values())).T])
         left_out = self._counted - sum(number for number, _ in self._sums.values()).astype(int)
         return {"means": means, "per_class": per_class, "pairs": self._counted, "left_out": left_out}
 
 
 class MeanIoU:
     """
-    mIoU of label maps: the IoU of each class over the pixels of all images, averaged over the classes.
-
-    It is the mean of TP / (TP + FP + FN) of the confusion matrix of all pixels. Needs constant memory.
+    mIoU of label maps: TP / (TP + FP + FN) of each class over the pixels of all images, averaged over the classes.
 
     Args:
         num_classes (`int`): number of classes K, with the background; class ids are 0..K-1.
@@ -614,11 +511,57 @@ class MeanIoU:
         self.areas = np.zeros((3, self.num_classes, 1), np.int64)
 
     def count(self, prediction, reference, confidence=None) -> np.ndarray:
-        """Counts one image, see [`label_areas`]."""
-        return label_areas(prediction, reference, self.num_classes, confidence, self.ignore_index)
+        """
+        Counts the pixels of each class in a predicted and a reference label map.
+
+        Args:
+            prediction (`np.ndarray` or `torch.Tensor` of shape `(H, W)`): class ids 0..K-1; 0 is the background.
+            reference (`np.ndarray` or `torch.Tensor` of shape `(H, W)`): class ids; pixels equal to `ignore_index` are ignored.
+            confidence (`np.ndarray` or `torch.Tensor` of shape `(H, W)`, *optional*): floats in [0, 1]. If given, the prediction is
+                counted at each of `THRESHOLDS`: a pixel whose confidence is not greater is background.
+
+        Returns:
+            `np.ndarray` of shape `(3, K, L)`, int64: pixels of each class in both maps, in the prediction and in the reference, at
+            L thresholds: 101, or 1 without confidence.
+
+        Raises:
+            `TypeError`: a label map is not of integers.
+            `ValueError`: shapes differ or are not (H, W), class ids are outside 0..K-1, or confidences outside [0, 1].
+        """
+        prediction, reference = _check_mask(prediction), _check_mask(reference)
+        confidence = None if confidence is None else _check_map(confidence)
+        shapes = {array.shape for array in (prediction, reference, confidence) if array is not None}
+        if len(shapes) > 1 or prediction.ndim != 2:
+            raise ValueError(
+                f"Expected label maps and confidence of one shape (H, W), got {sorted(shapes)}: resize them."
+            )
+        counted = reference != self.ignore_index
+        prediction, reference = prediction[counted].astype(np.intp), reference[counted].astype(np.intp)
+        for name, ids in (("prediction", prediction), ("reference", reference)):
+            if ids.size and not (ids.min() >= 0 and ids.max() < self.num_classes):
+                raise ValueError(
+                    f"Expected class ids from 0 to {self.num_classes - 1} in the {name}, got {ids.min()} to {ids.max()}: "
+                    "correct them."
+                )
+        levels = 1 if confidence is None else _LEVELS
+        codes = prediction * levels
+        if confidence is not None:
+            codes += _thresholds_below(confidence[counted])
+
+        def above(pixels: np.ndarray | slice) -> np.ndarray:
+            """Counts (K, L) of these pixels by predicted class, at each threshold those above it."""
+            bins = np.bincount(codes[pixels], minlength=self.num_classes * levels).reshape(-1, levels)
+            return bins if confidence is None else bins[:, ::-1].cumsum(axis=1)[:, ::-1][:, 1:]
+
+        in_both, predicted = above(prediction == reference), above(slice(None))
+        referenced = np.bincount(reference, minlength=self.num_classes)
+        # Pixels of no class above the threshold are background.
+        in_both[0] = referenced[0] - above(reference == 0)[1:].sum(axis=0)
+        predicted[0] = reference.size - predicted[1:].sum(axis=0)
+        return np.stack([in_both, predicted, np.broadcast_to(referenced[:, None], predicted.shape)])
 
     def update(self, prediction, reference, confidence=None) -> None:
-        """Adds one image. Arguments and errors are those of [`label_areas`]."""
+        """Adds one image. Arguments and errors are those of `count`."""
         self.add_counts(self.count(prediction, reference, confidence))
 
     def add_counts(self, areas: np.ndarray) -> None:
@@ -631,7 +574,7 @@ class MeanIoU:
 
     def merge(self, other: MeanIoU) -> None:
         """Adds the counts of another metric. Raises `ValueError` if its settings differ."""
-        own, others = ((one.num_classes, one.background, one.ignore_index) for one in (self, other))
+        own, others = ((metric.num_classes, metric.background, metric.ignore_index) for metric in (self, other))
         if own != others:
             raise ValueError(f"Expected a metric like this one, {own}, got {others}: create both alike.")
         if other.areas.any():
@@ -639,15 +582,9 @@ class MeanIoU:
 
     def curve(self) -> np.ndarray:
         """Returns the mIoU at each threshold, `(L,)`, percent (NaN without pixels)."""
-        iou, first = self._iou(), 0 if self.background else 1
-        known = ~np.isnan(iou[first:])
-        return np.where(known, iou[first:], 0).sum(axis=0) / np.where(known.any(axis=0), known.sum(axis=0), np.nan)
-
-    def at(self, threshold: int) -> MeanIoU:
-        """Returns a metric of the predictions at one threshold, by its index."""
-        one = MeanIoU(self.num_classes, self.background, self.ignore_index)
-        one.areas = self.areas[..., threshold, None]
-        return one
+        iou = self._iou()
+        known = ~np.isnan(iou)
+        return np.where(known, iou, 0).sum(axis=0) / np.where(known.any(axis=0), known.sum(axis=0), np.nan)
 
     def compute(self) -> dict:
         """
@@ -662,7 +599,7 @@ class MeanIoU:
         """
         first = 0 if self.background else 1
         in_both, _, referenced = self.areas[:, first:, 0]
-        iou = self._iou()[first:, 0]
+        iou = self._iou()[:, 0]
         shown, pixels = np.flatnonzero(referenced), int(referenced.sum())
         floor = 100 * referenced / (pixels or math.nan) / (len(shown) or math.nan)
         return {
@@ -677,8 +614,8 @@ class MeanIoU:
         }
 
     def _iou(self) -> np.ndarray:
-        """Returns the IoU of each class at each threshold, `(K, L)`, percent; NaN for a class without pixels."""
-        in_both, predicted, referenced = self.areas
+        """Returns the IoU of each class of the mean at each threshold, percent; NaN for a class without pixels."""
+        in_both, predicted, referenced = self.areas[:, 0 if self.background else 1 :]
         union = predicted + referenced - in_both
         return 100 * in_both / np.where(union, union, np.nan)
 
@@ -702,11 +639,7 @@ class MultiLabelAveragePrecision:
 
     def update(self, scores, presence) -> None:
         """
-        Adds images.
-
-        Args:
-            scores (`np.ndarray` or `torch.Tensor` of shape `(B, K)`): higher is more likely.
-            presence (`np.ndarray` or `torch.Tensor` of shape `(B, K)`): zeros and ones.
+        Adds images: scores and presence, zeros and ones, arrays or tensors of shape `(B, K)`.
 
         Raises:
             `TypeError`: scores or presence are not numbers. `ValueError`: shapes differ or are not (B, K), K differs from earlier

@@ -60,17 +60,8 @@ class EvaluationResult:
 
     def save(self, path: str | Path, overwrite: bool = False) -> tuple[Path, Path]:
         """
-        Writes `path` (JSON) and, beside it, the scores of the classes as `.csv`, each atomically. Replaces those of another result.
-
-        Args:
-            path: JSON file to write.
-            overwrite: whether other files may be replaced.
-
-        Returns:
-            The two files.
-
-        Raises:
-            `FileExistsError`: a file exists that holds no result, and not `overwrite`.
+        Writes `path` (JSON) and, beside it, the scores of the classes as `.csv`, each atomically, and returns both paths. Replaces those of
+        another result. Raises `FileExistsError` if a file exists that holds no result, unless `overwrite`.
         """
         path, table = Path(path), Path(path).with_suffix(".csv")
         check_files(path, overwrite=overwrite)

@@ -49,10 +49,7 @@ class Explainer(ABC):
         return {}
 
     def encode_images(self, pixel_values: torch.Tensor) -> ICLIPImageFeatures | None:
-        """
-        Encodes prepared images `(B, 3, H, W)` for any number of calls of `forward`. Returns None if the method runs the image tower
-        in each call.
-        """
+        """Encodes `(B, 3, H, W)` for any number of calls of `forward`. Returns None if the method runs the image tower in each call."""
         return None
 
     @abstractmethod
@@ -69,12 +66,7 @@ class Explainer(ABC):
         """
 
     def raw_maps(self, pixel_values: torch.Tensor, texts: ICLIPTextFeatures) -> tuple[torch.Tensor, torch.Tensor]:
-        """
-        Computes raw maps and scores of a batch, see `forward`.
-
-        Returns:
-            `tuple`: raw maps `(B, T, h, w)` and scores `(B, T)`, the cosine of image and text in [-1, 1], both float32.
-        """
+        """Computes raw maps `(B, T, h, w)` and scores `(B, T)`, the cosine of image and text, both float32, see `forward`."""
         maps, image = self.forward(pixel_values, texts)
         return maps, cosines(image.image_embeds, texts.text_embeds)
 
@@ -107,12 +99,7 @@ def register_explainer(name: str) -> Callable[[type[Explainer]], type[Explainer]
 
 
 def explainer_class(method: str) -> type[Explainer]:
-    """
-    Returns the class of a method.
-
-    Raises:
-        `ValueError`: the method is unknown.
-    """
+    """Returns the class of a method. Raises `ValueError` if it is unknown."""
     if method not in _registered:
         if method in METHODS:
             module, _, name = METHODS[method][1].partition(":")

@@ -43,16 +43,9 @@ def one_query_relevance(
     known: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """
-    Computes the relevance of tokens for one query: ReLU(sum_c g_c v_c) minmax(cos(q, k)).
-
-    Args:
-        query, gradient (`torch.Tensor` of shape `(B, H, 1, D / H)`): the query, and the gradient with respect to its attention
-            output.
-        key, value (`torch.Tensor` of shape `(B, H, N, D / H)`): of the tokens.
-        known (`torch.Tensor` of shape `(B, N)`, boolean, *optional*): the tokens that count; all if not given.
-
-    Returns:
-        `torch.Tensor` of shape `(B, N)`, float32.
+    Computes the relevance of tokens for one query, `(B, N)` float32: ReLU(sum_c g_c v_c) minmax(cos(q, k)). `query`, and the gradient
+    with respect to its attention output, are `(B, H, 1, D / H)`, `key` and `value` `(B, H, N, D / H)`. Tokens that are not `known`,
+    `(B, N)` boolean, do not count.
     """
     query, key, value, gradient = (merge_heads(heads).float() for heads in (query, key, value, gradient))
     cosines = F.cosine_similarity(query, key, dim=-1)  # (B, N)
@@ -66,14 +59,7 @@ def one_query_relevance(
 
 def all_queries_relevance(weights: torch.Tensor, value: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
     """
-    Computes the relevance of tokens for all queries: the sum over them of ReLU(sum_c g_c a v_c).
-
-    Args:
-        weights (`torch.Tensor` of shape `(B, H, Q, N)`): attention weights a.
-        value (`torch.Tensor` of shape `(B, H, N, D / H)`): of the tokens.
-        gradient (`torch.Tensor` of shape `(B, H, Q, D / H)`): with respect to the attention outputs.
-
-    Returns:
-        `torch.Tensor` of shape `(B, N)`, float32.
+    Computes the relevance of tokens for all queries, `(B, N)` float32: the sum over them of ReLU(sum_c g_c a v_c) with attention weights
+    `(B, H, Q, N)`, values `(B, H, N, D / H)`, and gradients with respect to the attention outputs `(B, H, Q, D / H)`.
     """
     return ((gradient @ value.mT) * weights).float().sum(1).relu().sum(1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch.nn import functional as F
@@ -64,10 +65,12 @@ class ProxyCLIP(ReplacedAttention):
 
     def _proxy_tokens(self, grid: tuple[int, int], pixel_values: torch.Tensor) -> torch.Tensor:
         """Returns the proxy's patch tokens `(B, N, D)` on this grid."""
-        config = self.proxy.config
+        config, own = self.proxy.config, self.model.processor.image_processor
         weight = next(self.proxy.parameters())
-        mean, std = (torch.tensor(values).to(weight).view(3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD))
-        pixels = (_rgb(pixel_values.to(weight), self.model.processor.image_processor) - mean) / std
+        pixels = pixel_values.to(weight)
+        if own.do_normalize:  # undone, because the proxy's normalisation is that of ImageNet
+            pixels = pixels * _channels(own.image_std, weight) + _channels(own.image_mean, weight)
+        pixels = (pixels - _channels(IMAGENET_MEAN, weight)) / _channels(IMAGENET_STD, weight)
         size = [side * patch_side(config) for side in grid]
         if pixels.shape[2:] != torch.Size(size):
             pixels = F.interpolate(pixels, size, mode="bicubic", antialias=True)
@@ -75,10 +78,5 @@ class ProxyCLIP(ReplacedAttention):
         return self.proxy(pixels, **options).last_hidden_state[:, -math.prod(grid) :]
 
 
-def _rgb(pixel_values: torch.Tensor, image_processor) -> torch.Tensor:
-    """Undoes the normalisation of prepared images. Returns `(B, 3, H, W)` in [0, 1]."""
-    if not image_processor.do_normalize:
-        return pixel_values
-    statistics = (image_processor.image_mean, image_processor.image_std)
-    mean, std = (torch.tensor(values).to(pixel_values).view(3, 1, 1) for values in statistics)
-    return pixel_values * std + mean
+def _channels(values: Sequence[float], like: torch.Tensor) -> torch.Tensor:
+    return torch.tensor(values).to(like).view(3, 1, 1)

@@ -22,7 +22,7 @@ class RandomMap(Explainer):
     @torch.no_grad()
     def forward(self, pixel_values: torch.Tensor, texts: ICLIPTextFeatures) -> tuple[torch.Tensor, ICLIPImageFeatures]:
         image = self.model.encode_images(pixel_values)
-        maps = torch.stack([torch.rand(image.grid, generator=_generator(one)) for one in pixel_values])
+        maps = torch.stack([torch.rand(image.grid, generator=_generator(pixels)) for pixels in pixel_values])
         maps = maps.to(image.image_embeds.device).unsqueeze(1)
         return maps.expand(-1, texts.text_embeds.shape[-2], -1, -1), image
 

@@ -48,16 +48,3 @@ class ReplacedAttention(Explainer):
     @abstractmethod
     def mix(self, layer: AttentionRecord, image: ICLIPImageFeatures, pixel_values: torch.Tensor) -> torch.Tensor:
         """Mixes the values of a block, `(B, H, L, D / H)`. Without residual connections, those of the patches are sufficient."""
-
-
-class LastBlock(ReplacedAttention):
-    """
-    Replaces the attention of the last block only.
-
-    Args:
-        model: see [`Explainer`].
-        residual (`bool`): whether to keep the block's residual connection and MLP.
-    """
-
-    def __init__(self, model, residual: bool = False):
-        super().__init__(model, depth=1, residual=residual, mlp=residual)

@@ -30,20 +30,17 @@ def windowed_maps(
     it. The last window of a row or column ends at the image's edge, and a window is never larger than the image.
 
     Args:
-        explainer ([`Explainer`]): the method.
-        pixel_values (`torch.Tensor` of shape `(B, 3, H, W)`): prepared by the explainer's processor.
-        texts ([`ICLIPTextFeatures`]): T texts of the explainer's `encode_texts`.
+        explainer ([`Explainer`]), pixel_values, texts: as for [`Explainer.forward`].
         window, stride (`int`): side of the windows and their distance, in pixels, see `check_window`.
 
     Returns:
         `torch.Tensor` of shape `(B, T, h, w)`, float32.
     """
-    patch = explainer.model.processor.patch_size
-    total = number = 0
-    for top, left in itertools.product(*(_starts(side, window, stride) for side in pixel_values.shape[2:])):
-        part = pixel_values[..., top : top + window, left : left + window]
-        maps, _ = explainer.raw_maps(part, texts)
-        if isinstance(total, int):
+    patch, total = explainer.model.processor.patch_size, None
+    edges = [max(side - window, 0) for side in pixel_values.shape[2:]]
+    for top, left in itertools.product(*([*range(0, edge, stride), edge] for edge in edges)):
+        maps, _ = explainer.raw_maps(pixel_values[..., top : top + window, left : left + window], texts)
+        if total is None:
             total = maps.new_zeros(*maps.shape[:2], *(side // patch for side in pixel_values.shape[2:]))
             number = torch.zeros_like(total[0, 0])
         rows = slice(top // patch, top // patch + maps.shape[2])
@@ -51,9 +48,3 @@ def windowed_maps(
         total[..., rows, columns] += maps
         number[rows, columns] += 1
     return total / number
-
-
-def _starts(side: int, window: int, stride: int) -> list[int]:
-    """Returns the first pixel of each window along a side."""
-    last = max(side - window, 0)
-    return [*range(0, last, stride), last]

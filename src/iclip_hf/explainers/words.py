@@ -94,14 +94,8 @@ class WordExplainer:
 
     def __call__(self, image_embeds: torch.Tensor) -> list[list[list[WordScore]]]:
         """
-        Scores the words for images.
-
-        Args:
-            image_embeds (`torch.Tensor` of shape `(B, P)`): unit vectors of the recognition branch.
-
-        Returns:
-            list of B lists of T lists of [`WordScore`], in the order of the words. The scores of a text's words sum to 1, or are
-            all 0 if no word has a positive relevance.
+        Scores the words for images, unit vectors `(B, P)` of the recognition branch. Returns B lists of T lists of [`WordScore`], in the
+        order of the words. The scores of a text's words sum to 1, or are all 0 if no word has a positive relevance.
         """
         # A clone, because a tensor that was created in inference mode cannot be part of a graph.
         with torch.inference_mode(False):

@@ -80,66 +80,79 @@ def draw(
     explanation = replace(explanation, size=(image.height, image.width))
     told = zip(explanation.labels, explanation.scores.tolist(), explanation.presence.tolist())
     for index, (text, score, present) in enumerate(told):
-        picture = overlay(image, explanation.map(index), opacity, colormap)
         word = presence_word(present, explanation.min_presence)
-        if word == ABSENT:
-            picture = Image.blend(Image.new("RGB", picture.size, "white"), picture, _FADED)
-        pictures.append(picture)
+        pictures.append(_map_picture(image, explanation.map(index), word, colormap, opacity))
         titles.append(f"{' '.join(text.split())}\n{word} · score {score:.2f}")
     words = None if explanation.words is None else [[], *explanation.words]
     return picture_grid(pictures, titles, columns, words=words, legend=colormap, dpi=dpi)
 
 
 def label_sheet(
-    image: Image.Image, labels: np.ndarray, texts: Sequence[str], *, opacity: float = 0.6, dpi: int = DPI
+    image: Image.Image,
+    labels: np.ndarray,
+    texts: Sequence[str],
+    words: Sequence[str],
+    *,
+    opacity: float = 0.6,
+    dpi: int = DPI,
 ) -> Image.Image:
     """
-    Draws an image, its label map over it, and a legend of the texts that have pixels, in their order.
+    Draws an image, its label map over it, and a legend: the texts that have pixels, in their order, with the share of the image, then
+    the others. Absent texts are faded.
 
     Args:
         image (`PIL.Image.Image`): RGB.
         labels (`np.ndarray` of shape `(H, W)`): index of a text for each pixel, -1 for the background, which is dimmed.
         texts: T texts.
+        words: presence of each text in a word, see [`presence_word`].
         opacity (`float`): of the colours, in [0, 1].
         dpi (`int`): resolution.
     """
-    areas = (
-        np.bincount(labels.ravel() + 1, minlength=len(texts) + 1)[1:] / labels.size
-    )  # of the whole image, as in tables
+    # Of the whole image, as in tables.
+    areas = np.bincount(labels.ravel() + 1, minlength=len(texts) + 1)[1:] / labels.size
     image = at_picture_size(image, dpi)
     labels = np.asarray(Image.fromarray(labels.astype(np.int32)).resize(image.size, Image.Resampling.NEAREST))
     inks = [SEGMENTS[index % len(SEGMENTS)] for index in range(len(texts))]
-    entries = [(inks[index], texts[index], f"{100 * areas[index]:.1f} %") for index in np.flatnonzero(areas)]
+    entries = [
+        (inks[index], texts[index], f"{words[index]} · {100 * areas[index]:.1f} %") for index in np.flatnonzero(areas)
+    ]
+    entries += [("white", texts[index], words[index]) for index in np.flatnonzero(areas == 0)]
     colors = np.array([ImageColor.getrgb(ink) for ink in ("black", *inks)], np.uint8)
     strength = Image.fromarray(np.where(labels < 0, 255 * _DIMMED, 255 * opacity).astype(np.uint8))
     blended = Image.composite(Image.fromarray(colors[labels + 1]), image, strength)
-    legend = _legend(entries or [("white", "none of the texts", "")], _aspect([image]), dpi)
-    return picture_grid(
-        [image, blended, legend], ["image", "best text of each pixel", "share of the image"], 3, dpi=dpi
-    )
+    legend = _legend(entries, _aspect([image]), dpi)
+    titles = ["image", "best text of each pixel", "presence and share of the image"]
+    return picture_grid([image, blended, legend], titles, 3, dpi=dpi)
 
 
 def comparison_sheet(
     image: Image.Image,
     heatmaps: Mapping[str, Sequence[np.ndarray | None]],
     row_titles: Sequence[str],
+    words: Mapping[str, Sequence[str]] | None = None,
     *,
     colormap: str = COLORMAPS[0],
     dpi: int = DPI,
 ) -> Image.Image:
     """
-    Compares methods side by side (Fig. 2, 6 and 10). A row shows the image and the overlays of one text.
+    Compares methods side by side (Fig. 2, 6 and 10). A row shows the image and the overlays of one text. Those of an absent text are
+    faded.
 
     Args:
         image (`PIL.Image.Image`): RGB.
         heatmaps: title of a column to its T maps of shape `(H, W)` in [0, 1]; None leaves a place empty.
         row_titles: T titles.
+        words (*optional*): title of a column to the presence of each text in a word, see [`presence_word`].
         colormap: see [`overlay`].
         dpi (`int`): resolution.
     """
+    words = words or {}
     pictures = []
-    for row in zip(*heatmaps.values()):
-        pictures += [image, *(None if one is None else overlay(image, one, colormap=colormap) for one in row)]
+    for index in range(len(row_titles)):
+        pictures.append(image)
+        for title, maps in heatmaps.items():
+            word = words[title][index] if title in words else None
+            pictures.append(None if maps[index] is None else _map_picture(image, maps[index], word, colormap))
     titles = ["", *heatmaps]
     titles += [""] * (len(pictures) - len(titles))
     return picture_grid(pictures, titles, len(heatmaps) + 1, row_titles, legend=colormap, dpi=dpi)
@@ -171,16 +184,15 @@ def picture_grid(
     margin, gap, side = (round(length * scale) for length in (_MARGIN, _GAP, _PICTURE))
     columns = min(columns, len(pictures))
     width, height = columns * (side + gap) - gap, round(side * _aspect(pictures))
-    placed, top = [], margin  # (what, x, y): a picture, or the colour and the mask of letters
+    placed, top = [], margin  # pictures and titles, each with its place
 
     def place_titles(texts: Sequence[str], shaded: Sequence, wide: int) -> None:
         """Writes titles side by side, so that all end at the same height."""
         nonlocal top
         blocks = [_lettered(text, words, wide, scale) for text, words in zip(texts, shaded)]
-        highest = max((one[-1][0].height + one[-1][3] for one in blocks if one), default=0)
+        highest = max((block.height for block in blocks), default=0)
         for column, block in enumerate(blocks):
-            low = highest - (block[-1][0].height + block[-1][3] if block else 0)
-            placed.extend((mask, ink, margin + column * (side + gap) + x, top + low + y) for mask, ink, x, y in block)
+            placed.append((block, margin + column * (side + gap), top + highest - block.height))
         top += highest + round(_SPACE * scale) * bool(highest)
 
     shaded = words or [()] * len(pictures)
@@ -193,16 +205,23 @@ def picture_grid(
             if picture is not None:
                 shown = _within(picture, side, height)
                 x = margin + column * (side + gap) + (side - shown.width) // 2
-                placed.append((shown, None, x, top + (height - shown.height) // 2))
+                placed.append((shown, x, top + (height - shown.height) // 2))
         top += height
     if legend is not None:
-        top += gap
-        placed.extend((what, ink, margin + x, top + y) for what, ink, x, y in _color_bar(legend, scale))
-        top += round(_NOTE * scale)
+        placed.append((_color_bar(legend, scale), margin, top + gap))
+        top += gap + round(_NOTE * scale)
     canvas = Image.new("RGB", (width + 2 * margin, top + margin), "white")
-    for what, ink, x, y in placed:
-        canvas.paste(*((what, (x, y)) if ink is None else (ink, (x, y), what)))
+    for picture, x, y in placed:
+        canvas.paste(picture, (x, y))
     return canvas
+
+
+def _map_picture(
+    image: Image.Image, heatmap: np.ndarray, word: str | None, colormap: str, opacity: float = OPACITY
+) -> Image.Image:
+    """Draws the map of a text over an image. The picture of an absent text is faded."""
+    picture = overlay(image, heatmap, opacity, colormap)
+    return Image.blend(Image.new("RGB", picture.size, "white"), picture, _FADED) if word == ABSENT else picture
 
 
 def at_picture_size(image: Image.Image, dpi: int = DPI) -> Image.Image:
@@ -227,46 +246,37 @@ def _within(picture: Image.Image, width: int, height: int) -> Image.Image:
     return picture.resize([max(1, round(side * scale)) for side in picture.size], Image.Resampling.LANCZOS)
 
 
-def _lettered(text: str, words: Sequence[tuple[str, float]], width: int, scale: float) -> list[tuple]:
-    """Returns a title and its notes as a list of (mask, ink, x, y), with the colours behind its words before them."""
+def _lettered(text: str, words: Sequence[tuple[str, float]], width: int, scale: float) -> Image.Image:
+    """Draws a title and its notes. The darker the colour behind a word, the higher its score."""
     title, _, notes = text.partition("\n")
-    placed, top = [], 0
-    if title:
-        title = fitted(title, _TITLE * scale, width, 3, bold=True)
-        placed += _shades(title, words, scale)
-        mask = text_mask(title, _TITLE * scale, bold=True)
-        placed.append((mask, _INK, 0, 0))
-        top = mask.height
-    if notes:
-        placed.append((text_mask(fitted(notes, _NOTE * scale, width, 2), _NOTE * scale), _PALE, 0, top))
-    return placed
-
-
-def _shades(title: str, words: Sequence[tuple[str, float]], scale: float) -> list[tuple]:
-    """Returns the colours behind the words of a title, as [`_lettered`]."""
-    highest = max((score for _, score in words), default=0) or 1
-    remaining, placed = list(words), []
-    for written, (x0, y0, x1, y1) in word_boxes(title, _TITLE * scale, bold=True):
+    title, notes = fitted(title, _TITLE * scale, width, 3, bold=True), fitted(notes, _NOTE * scale, width, 2)
+    masks = [(text_mask(title, _TITLE * scale, bold=True), _INK)] if title else []
+    masks += [(text_mask(notes, _NOTE * scale), _PALE)] if notes else []
+    block = Image.new("RGB", (width, sum(mask.height for mask, _ in masks)), "white")
+    highest, remaining = max((score for _, score in words), default=0) or 1, list(words)
+    for written, box in word_boxes(title, _TITLE * scale, bold=True):
         if remaining and written == remaining[0][0]:  # a long title is shortened
             share = remaining.pop(0)[1] / highest
             color = tuple(round(pale + share * (dark - pale)) for pale, dark in zip(_PALE_WORD, _DARK_WORD))
-            box = [round(side) for side in (x0, y0, x1, y1)]
-            placed.append((Image.new("L", (box[2] - box[0], box[3] - box[1]), 255), color, box[0], box[1]))
-    return placed
+            block.paste(color, tuple(round(side) for side in box))
+    top = 0
+    for mask, ink in masks:
+        block.paste(ink, (0, top), mask)
+        top += mask.height
+    return block
 
 
-def _color_bar(colormap: str, scale: float) -> list[tuple]:
-    """Returns a legend of a colour map, as [`_lettered`]."""
+def _color_bar(colormap: str, scale: float) -> Image.Image:
+    """Draws a legend of a colour map."""
     size, gap = _NOTE * scale, round(8 * scale)
     levels = np.linspace(0, 1, round(140 * scale))[None].repeat(round(10 * scale), 0)
     bar = overlay(Image.new("RGB", levels.shape[::-1], "#c9cdd4"), levels, colormap=colormap)
     low, high = text_mask("low", size), text_mask("high, each map on its own scale", size)
-    middle = low.width + gap
-    return [
-        (low, _PALE, 0, 0),
-        (bar, None, middle, (low.height - bar.height) // 2),
-        (high, _PALE, middle + bar.width + gap, 0),
-    ]
+    legend = Image.new("RGB", (low.width + bar.width + high.width + 2 * gap, low.height), "white")
+    legend.paste(_PALE, (0, 0), low)
+    legend.paste(bar, (low.width + gap, (low.height - bar.height) // 2))
+    legend.paste(_PALE, (low.width + bar.width + 2 * gap, 0), high)
+    return legend
 
 
 def _legend(entries: Sequence[tuple[str | tuple[int, ...], str, str]], aspect: float, dpi: int) -> Image.Image:
@@ -285,6 +295,6 @@ def _legend(entries: Sequence[tuple[str | tuple[int, ...], str, str]], aspect: f
         name_mask = text_mask(fitted(name, size, room, 1), size)
         middle = y + (line - name_mask.height) // 2
         legend.paste(color, (0, y + line // 6, line, y + line * 5 // 6))
-        legend.paste(_INK, (line + line // 3, middle), name_mask)
+        legend.paste(_PALE if share == ABSENT else _INK, (line + line // 3, middle), name_mask)
         legend.paste(_PALE, (width - number_mask.width, middle), number_mask)
     return legend

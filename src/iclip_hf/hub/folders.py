@@ -37,20 +37,10 @@ _CUSTOM_PIPELINES = {
     for task, implementation in PIPELINES.items()
 }
 # Options that must be equal in a tower's checkpoint and the configuration. All others are those of the configuration.
-_TOWER_SHAPE = (
-    "model_type",
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "hidden_act",
-    "mlp_ratio",
-    "image_size",
-    "patch_size",
-    "num_register_tokens",
-    "max_position_embeddings",
-    "vocab_size",
-)
+_TOWER_SHAPE = """
+    model_type hidden_size intermediate_size num_hidden_layers num_attention_heads hidden_act mlp_ratio image_size patch_size
+    num_register_tokens max_position_embeddings vocab_size
+""".split()
 
 
 # ------------------------------------------------------------ a new model
@@ -81,33 +71,36 @@ def init_model(config: str | Path, output: str | Path, vision: str | None = None
     vision, text = vision or named.get("vision"), text or named.get("text")
     if not (vision and text):
         raise ValueError(f"Expected an image and a text tower, but got none in {source}: give vision and text.")
-    known = {}
     with atomic_folder(output) as folder:
-        if trained:
-            model, processor = load_iclip("embedded")
-            known = {"training": named, "metrics": json.loads((source / "results.json").read_text())}
-        else:
-            model, processor = join_towers(source, vision, text)
+        model, processor = load_iclip("embedded") if trained else join_towers(source, vision, text)
         model.save_pretrained(folder)
         processor.save_pretrained(folder)
-        write_model_card(model, processor, folder, **known)
+        write_model_card(model, processor, folder, **(known_card("embedded") if trained else {}))
     return Path(output)
+
+
+def known_card(model: str | Path) -> dict:
+    """Returns options of [`write_model_card`]: training and results of `"embedded"`, or for another model its folder or Hub id."""
+    if str(model) != "embedded":
+        return {"source": model}
+    training, metrics = (_EMBEDDED / name for name in ("train.yaml", "results.json"))
+    return {
+        "training": yaml.safe_load(training.read_text(encoding="utf-8")),
+        "metrics": json.loads(metrics.read_text()),
+    }
 
 
 def join_towers(
     source: Path, vision: str, text: str, image_size: int | None = None, **options
 ) -> tuple[ICLIPModel, ICLIPProcessor]:
     """
-    Joins two towers with untrained projections, and creates their processor.
+    Joins two towers with untrained projections, and creates their processor. Raises what [`init_model`] raises.
 
     Args:
         source: folder of a configuration, with `config.json` and `processor_config.json`.
         vision, text: as for [`init_model`], or `"embedded"` for the towers of the embedded model.
         image_size (*optional*): height and width in pixels; the configuration's if not given.
         options: of [`ICLIPConfig`]; they override the configuration.
-
-    Raises:
-        `OSError` or `ValueError`: as [`init_model`].
     """
     if "embedded" in (vision, text):
         towers = map(str, embedded_towers())
@@ -158,11 +151,7 @@ def export_model(
     model: ICLIPModel,
     processor: ICLIPProcessor,
     folder: str | Path,
-    *,
-    name: str | None = None,
-    source: str | Path | None = None,
-    metrics=None,
-    training: Mapping | None = None,
+    **card,
 ) -> Path:
     """
     Exports a model: weights (safetensors), configuration, processor, code and model card. Without this package installed, the Auto
@@ -170,14 +159,11 @@ def export_model(
 
     Args:
         model, processor: model to export and its processor; they are not changed.
-        folder: new or empty.
-        name, source, metrics, training: for the model card, see [`write_model_card`].
+        folder: new or empty. Raises `FileExistsError` for another.
+        card: options of [`write_model_card`].
 
     Returns:
         `Path`: the folder.
-
-    Raises:
-        `FileExistsError`: `folder` is not empty.
     """
     with atomic_folder(folder) as built:
         model.save_pretrained(built)
@@ -193,7 +179,7 @@ def export_model(
         _write_json(built / "processor_config.json", {**options, "auto_map": auto_map})
         for file in code_files():
             shutil.copyfile(file, built / file.name)
-        write_model_card(model, processor, built, name=name, source=source, metrics=metrics, training=training)
+        write_model_card(model, processor, built, **card)
     return Path(folder)
 
 
@@ -214,8 +200,16 @@ def push_model(folder: str | Path, repo_id: str, private: bool | None = None) ->
         `str`: the URL of the commit.
 
     Raises:
-        `OSError` (`HfHubHTTPError`): the Hub refuses the upload, or there is no token. `ValueError`: the name is invalid.
+        `OSError`: the Hub cannot be reached, it refuses the upload (`HfHubHTTPError`), or there is no token. `ValueError`: the name is
+            invalid.
     """
     api = HfApi()
-    repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-    return api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message="Upload model").commit_url
+    try:
+        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        return api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message="Upload model").commit_url
+    except (OSError, ValueError):
+        raise
+    except Exception as error:  # of the HTTP library, which differs between versions of huggingface_hub
+        raise ConnectionError(
+            f"{repo_id}: expected to upload to {api.endpoint}, but got: {error}; check the connection."
+        ) from error

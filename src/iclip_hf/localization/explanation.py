@@ -72,21 +72,13 @@ class Explanation:
 
     def regions(self, index: int, threshold: float | None = None) -> list[Region]:
         """Returns the connected parts of the mask of one text, best first."""
-        return find_regions(*(one.numpy() for one in self._map_and_mask(index, threshold)))
+        return find_regions(*(part.numpy() for part in self._map_and_mask(index, threshold)))
 
     def label_map(self, threshold: float | None = None, background: Sequence[int] = ()) -> torch.Tensor:
         """
-        Returns the text of each pixel, see [`segments`]: the texts that are present compete where their masks overlap.
-
-        Args:
-            threshold (`float` in [0, 1], *optional*): threshold of the masks; that of the explanation if not given.
-            background: indices of texts that describe the background.
-
-        Returns:
-            `torch.Tensor` of shape `(H, W)`, int64: index of the text, or -1 for the background.
-
-        Raises:
-            `ValueError`: `threshold` is outside [0, 1], or there is no such text.
+        Returns the index of the text of each pixel, or -1 for the background, `(H, W)` int64, see [`segments`]: the texts that are present
+        compete where their masks overlap. `background` are indices of texts that describe the background. The default is the
+        threshold of the explanation. Raises `ValueError` if `threshold` is outside [0, 1], or there is no such text.
         """
         return segments(
             -self.raw_maps if self.reversed else self.raw_maps,
@@ -118,27 +110,25 @@ class Explanation:
     def records_and_masks(self) -> Iterator[tuple[dict, np.ndarray]]:
         """Yields `to_dict`'s `dict` of each text without the mask, and the mask. Computes each map once."""
         for index in range(len(self.labels)):
-            heatmap, mask = (one.numpy() for one in self._map_and_mask(index))
+            heatmap, mask = (part.numpy() for part in self._map_and_mask(index))
             regions = find_regions(heatmap, mask)
             negative = negative_points(heatmap, mask).tolist() if regions else []
-            words = {}
-            if self.words is not None:
-                words["words"] = [{"word": word, "score": round(score, 4)} for word, score in self.words[index]]
             record = {
                 "text": self.labels[index],
                 "score": round(self.scores[index].item(), 4),
                 "presence": round(self.presence[index].item(), 4),
-                **words,
-                "regions": [
-                    {
-                        "score": round(region.score, 4),
-                        "box": list(region.box),
-                        "positive_points": positive_points(heatmap, region).tolist(),
-                        "negative_points": negative,
-                    }
-                    for region in regions
-                ],
             }
+            if self.words is not None:
+                record["words"] = [{"word": word, "score": round(score, 4)} for word, score in self.words[index]]
+            record["regions"] = [
+                {
+                    "score": round(region.score, 4),
+                    "box": list(region.box),
+                    "positive_points": positive_points(heatmap, region).tolist(),
+                    "negative_points": negative,
+                }
+                for region in regions
+            ]
             yield record, mask
 
     def _stretched(self, raw_maps: torch.Tensor) -> torch.Tensor:

@@ -14,13 +14,13 @@ from PIL import Image
 from tqdm import tqdm
 
 from ..explainers import WordExplainer, WordScore, make_explainer, select_texts
-from ..explainers.refinement import refine_maps
 from ..images import map_groups, read_image
 from ..modeling_iclip import ICLIPImageFeatures, ICLIPTextFeatures, cosines
 from ..models.loading import load
 from ..presence import MIN_PRESENCE, presence
 from ..processing_iclip import array_to_image, check_thresholds
 from ..prompts import check_templates
+from ..refinement import refine_maps
 from ..similarity import check_finite
 from ..utils.prefetch import Item, prefetch_map
 from .background import encode_background
@@ -28,32 +28,18 @@ from .explanation import Explanation
 
 
 class PreparedImage(NamedTuple):
-    """
-    An image prepared for the model, with its texts.
+    """An image prepared for the model, with its texts, from [`Localizer.prepare`]."""
 
-    Attributes:
-        pixel_values (`torch.Tensor` of shape `(1, 3, H, W)`).
-        size (`tuple[int, int]`): height and width of its maps in pixels.
-        rows (`list[int]`): indices of its texts among those of the [`Localizer`].
-        own_size (`torch.Tensor`, *optional*): pixel values at the model's own size, if those for the maps have another.
-        features ([`ICLIPImageFeatures`], *optional*): of [`Localizer.encode`], used instead of `pixel_values`.
-    """
-
-    pixel_values: torch.Tensor
-    size: tuple[int, int]
-    rows: list[int]
-    own_size: torch.Tensor | None = None
-    features: ICLIPImageFeatures | None = None
+    pixel_values: torch.Tensor  # (1, 3, H, W)
+    size: tuple[int, int]  # height and width of its maps in pixels
+    rows: list[int]  # indices of its texts among those of the localizer
+    own_size: torch.Tensor | None = None  # pixel values at the model's own size, if those for the maps have another
+    features: ICLIPImageFeatures | None = None  # of `Localizer.encode`, used instead of `pixel_values`
 
 
 class ExplainedImage(NamedTuple):
     """
-    Result of [`Localizer.explain_all`] for one image.
-
-    Attributes:
-        name (`str`): name of the image. If it could not be read, the error message; the other attributes are then None.
-        image (`PIL.Image.Image`): the image in RGB.
-        explanation ([`Explanation`]): explanation of the texts.
+    Result of [`Localizer.explain_all`] for one image. If it could not be read, the name is the error message, and the rest is None.
     """
 
     name: str
@@ -109,7 +95,6 @@ class Localizer:
         self.templates = check_templates(self.model.templates if templates is None else templates)
         self.min_presence = min_presence
         self._background = encode_background(self.model, self.templates)
-        self._size, self._word_method, self._refine = image_size, words, refine
         self._settings = {
             "method": method,
             "templates": self.templates,
@@ -139,8 +124,8 @@ class Localizer:
             )
         self.encoded = self.model.encode_texts(self.texts, self.templates)
         self._words = None
-        if self._word_method is not None:
-            self._words = WordExplainer(self.model, self.texts, self.templates, self._word_method)
+        if self._settings["words"] is not None:
+            self._words = WordExplainer(self.model, self.texts, self.templates, self._settings["words"])
 
     def about(self, texts: str | Sequence[str], threshold: float | Sequence[float] = 0.5) -> Localizer:
         """Returns a localizer for other texts that shares the prepared model and the encoded background texts."""
@@ -152,21 +137,18 @@ class Localizer:
         self, image: Image.Image, labels: Sequence[str] | None = None, size: tuple[int, int] | None = None
     ) -> PreparedImage:
         """
-        Prepares an image for `explain`.
-
-        Args:
-            image (`PIL.Image.Image`): RGB, of any shape.
-            labels: the texts for this image, among those of the localizer; all if not given.
-            size (`tuple[int, int]`, *optional*): height and width of its maps in pixels; those of the image if not given.
+        Prepares an RGB image for `explain`, with some of the localizer's texts (all if not given), and with the height and width of its
+        maps in pixels (those of the image if not given).
         """
         rows = range(len(self.texts)) if labels is None else map(self.texts.index, labels)
-        sizes = [None] if self._size is None else [self._size, None]  # None is the processor's
-        pixel_values, *own = (self.model.processor(images=[image], size=one)["pixel_values"] for one in sizes)
+        size_of_maps = self._settings["image_size"]
+        sizes = [None] if size_of_maps is None else [size_of_maps, None]  # None is the processor's
+        pixel_values, *own = (self.model.processor(images=[image], size=side)["pixel_values"] for side in sizes)
         return PreparedImage(
             pixel_values,
             size=(image.height, image.width) if size is None else size,
             rows=list(rows),
-            own_size=next((one for one in own if one.shape != pixel_values.shape), None),
+            own_size=next((pixels for pixels in own if pixels.shape != pixel_values.shape), None),
         )
 
     def encode(self, image: PreparedImage) -> PreparedImage:
@@ -175,11 +157,8 @@ class Localizer:
 
     def explain(self, images: Iterable[PreparedImage | None], batch_size: int = 8) -> Iterator[Explanation | None]:
         """
-        Yields explanations in the order of the images; None stays None.
-
-        Args:
-            images: results of `prepare`.
-            batch_size (`int`): largest number of images in one forward pass. These have one shape and equally many texts.
+        Yields explanations in the order of the images, which are results of `prepare`; None stays None. At most `batch_size` images,
+        of one shape and with equally many texts, share a forward pass.
         """
         if batch_size < 1:
             raise ValueError(f"Expected batch_size to be at least 1, got {batch_size}: correct it.")
@@ -189,9 +168,9 @@ class Localizer:
             keys = [
                 (
                     image.pixel_values.shape,
-                    None if image.own_size is None else image.own_size.shape,
+                    getattr(image.own_size, "shape", None),
                     len(image.rows),
-                    None if image.features is None else index,
+                    None if image.features is None else index,  # images with features are explained alone
                 )
                 for index, image in enumerate(readable)
             ]
@@ -202,10 +181,10 @@ class Localizer:
         """Explains images of one shape with equally many texts in one forward pass."""
         texts = select_texts(self.encoded, torch.tensor([image.rows for image in images]))
         pixel_values = torch.cat([image.pixel_values for image in images])
-        given = images[0].features or pixel_values  # images with features come alone
+        given = images[0].features or pixel_values
         own_size = None if images[0].own_size is None else torch.cat([image.own_size for image in images])
         maps, *answers, words = self.explain_batch(given, texts, own_size)
-        if self._refine:
+        if self._settings["refine"]:
             maps = refine_maps(maps, pixel_values)
         return [
             Explanation(
@@ -229,26 +208,18 @@ class Localizer:
         own_size: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, list[list[list[WordScore]] | None]]:
         """
-        Explains images of one shape.
-
-        Args:
-            pixel_values (`torch.Tensor` of shape `(B, 3, H, W)`): or the features of these images from the explainer.
-            texts ([`ICLIPTextFeatures`]): `encoded`, or a result of `select_texts`.
-            own_size (`torch.Tensor`, *optional*): pixel values of the same images for scores, presence and words, `pixel_values` if
-                not given.
+        Explains images of one shape, prepared or as features from the explainer, with `encoded` or a result of `select_texts`; scores,
+        presence and words are those of the pixels `own_size`, if given. Raises `ValueError` if the model gives NaN or infinity.
 
         Returns:
             `tuple`: raw maps `(B, T, h, w)`, cosines `(B, T)` and presence `(B, T)`, on the CPU, and for each image the word
             scores of all texts of the localizer, None where they were not asked for.
-
-        Raises:
-            `ValueError`: the model gives NaN or infinity.
         """
         maps, image = self.explainer.forward(pixel_values, texts)
         if own_size is not None:
             with torch.no_grad():
                 image = self.model.encode_images(own_size)
-        matches, background = (self.model.match(image, one) for one in (texts, self._background))
+        matches, background = (self.model.match(image, some) for some in (texts, self._background))
         scores = cosines(image.image_embeds, texts.text_embeds)
         presences = presence(matches, background)
         check_finite(maps, scores, presences)
@@ -263,13 +234,8 @@ class Localizer:
         batch_size: int = 8,
     ) -> Iterator[ExplainedImage]:
         """
-        Explains many images in order, while threads load the next ones.
-
-        Args:
-            load: function from an item to the name and the RGB image. `ValueError` and `FileNotFoundError` mark a broken image.
-            items: arguments for `load`.
-            pool: thread pool.
-            batch_size (`int`): largest number of images in one forward pass.
+        Explains many images in order, while threads of the pool load the next ones: `load` returns the name and the RGB image of an
+        item. `ValueError` and `FileNotFoundError` mark a broken image.
         """
 
         def prepared(item: Item) -> tuple[ExplainedImage, PreparedImage | None]:
@@ -281,8 +247,8 @@ class Localizer:
 
         loaded, questions = itertools.tee(prefetch_map(pool, prepared, items, batch_size))
         explanations = self.explain((question for _, question in questions), batch_size)
-        for (one, _), explanation in zip(loaded, explanations):
-            yield one._replace(explanation=explanation)
+        for (image, _), explanation in zip(loaded, explanations):
+            yield image._replace(explanation=explanation)
 
 
 def explain(
@@ -342,17 +308,13 @@ def explain(
         for image in ([images] if is_one else images)
     ]
     texts = [texts] if isinstance(texts, str) else texts
-    if not images or not len(texts):
+    per_image = all(isinstance(text, (list, tuple)) for text in texts)
+    if not images or not len(texts) or (per_image and not all(texts)):
         raise ValueError(
-            f"Expected at least one image and one text, got {len(images)} images and {texts!r:.100}: pass both."
+            f"Expected at least one image, and one text for each, got {len(images)} images and {texts!r:.100}: pass both."
         )
-    per_image = all(isinstance(one, (list, tuple)) for one in texts)
     labels = texts if per_image else [None] * len(images)
     unique = list(dict.fromkeys(itertools.chain(*texts))) if per_image else list(texts)
-    if per_image and not all(texts):
-        raise ValueError(
-            "Expected at least one text for each image, got an empty list: add a text, or leave the image out."
-        )
     if not all(isinstance(label, str) for label in unique):
         raise TypeError(f"Expected texts to be strings, got {texts!r:.100}: convert the others.")
     sizes = [None] * len(images) if target_sizes is None else target_sizes
@@ -361,16 +323,8 @@ def explain(
             f"Expected texts and target sizes for {len(images)} images, got {len(labels)} lists of texts and "
             f"{len(sizes)} sizes: pass one of each for every image."
         )
-    localizer = Localizer(
-        model,
-        unique,
-        method=method,
-        templates=templates,
-        image_size=size,
-        words=words,
-        refine=refine,
-        **method_options,
-    )
+    options = {"templates": templates, "image_size": size, "words": words, "refine": refine, **method_options}
+    localizer = Localizer(model, unique, method=method, **options)
     explanations = localizer.explain(map(localizer.prepare, images, labels, sizes), batch_size)
     explanations = list(tqdm(explanations, total=len(images), unit="image", disable=not progress))
     return explanations[0] if is_one else explanations

@@ -48,11 +48,8 @@ def _join(folder: Path) -> None:
 
 def save_projections(model_folder: str | Path, path: Path = PROJECTIONS) -> None:
     """
-    Saves the weights that a training on the embedded towers changes, projections and temperatures, with the model's options.
-
-    Args:
-        model_folder: an ICLIP model with locked towers, exported by `iclip train`.
-        path: the `.safetensors` file to write, in half precision.
+    Saves the weights that a training on the embedded towers changes, projections and temperatures, in half precision, with the options
+    of the model, an ICLIP model with locked towers.
     """
     from ..modeling_iclip import ICLIPModel
     from ..processing_iclip import ICLIPProcessor
@@ -62,11 +59,8 @@ def save_projections(model_folder: str | Path, path: Path = PROJECTIONS) -> None
     weights = {name: w.half().contiguous() for name, w in model.state_dict().items() if name.startswith(learned)}
     options = {name: getattr(model.config, name) for name in type(model.config).__annotations__}
     options = {name: value for name, value in options.items() if name not in ("vision_config", "text_config")}
-    metadata = {
-        "format": "pt",
-        "config": json.dumps(options),
-        "processor": json.dumps({"templates": processor.templates}),
-    }
+    parts = {"config": options, "processor": {"templates": processor.templates}}
+    metadata = {"format": "pt", **{name: json.dumps(part) for name, part in parts.items()}}
     with atomic_write(path) as partial:
         save_file(weights, partial, metadata=metadata)
 

@@ -59,14 +59,8 @@ class ExplainableModel(ABC):
 
     def encode_texts(self, labels: Sequence[str], templates: Sequence[str] | None = None) -> ICLIPTextFeatures:
         """
-        Encodes T labels, averaged over the templates.
-
-        Args:
-            labels: class names or phrases.
-            templates: prompts with one `{}` each; the processor's if not given. `["{}"]` takes the labels as they are.
-
-        Returns:
-            [`ICLIPTextFeatures`] with `text_embeds` and `map_text_embeds` of shape `(T, P)`, unit vectors.
+        Encodes T labels, averaged over the templates (the processor's if not given), as unit vectors `text_embeds` and
+        `map_text_embeds` of shape `(T, P)`. `["{}"]` takes the labels as they are.
         """
         if isinstance(labels, str) or len(labels) == 0:
             raise ValueError(f"Expected a list of at least one label, got {labels!r}: pass such a list.")
@@ -144,10 +138,8 @@ class RecordableModel(ExplainableModel):
 
     def self_attentions(self, method: str, depth: int) -> list[int]:
         """
-        Returns the indices of the last `depth` layers that are self-attentions of transformer blocks; all if the tower has fewer.
-
-        Raises:
-            `ValueError`: there are none, or `depth` is below 1.
+        Returns the indices of the last `depth` layers that are self-attentions of transformer blocks; all if the tower has fewer. Raises
+        `ValueError` if there are none, or `depth` is below 1.
         """
         if depth < 1:
             raise ValueError(f"Expected a depth of at least one layer, got {depth}: correct it.")
@@ -167,12 +159,7 @@ class RecordableModel(ExplainableModel):
 
 
 def recordable(model: ExplainableModel, purpose: str) -> RecordableModel:
-    """
-    Returns the model if its layers can be recorded.
-
-    Raises:
-        `ValueError`: they cannot, because it is an ONNX model.
-    """
+    """Returns the model if its layers can be recorded. Raises `ValueError` for an ONNX model."""
     if not isinstance(model, RecordableModel):
         raise ValueError(
             f"Expected a PyTorch model for {purpose}, which needs the layers of the image tower, got an ONNX model: use itsm, "

@@ -47,7 +47,7 @@ class TransformersModel(RecordableModel):
         """
         tower = self.network.text_model
         if self._text_layer is None:
-            self._text_layer = [one for one in tower.modules() if isinstance(one, GradientCheckpointingLayer)][-1]
+            *_, self._text_layer = (part for part in tower.modules() if isinstance(part, GradientCheckpointingLayer))
             prepare(0, self._text_layer)
         own = tower.config._attn_implementation
         tower.set_attn_implementation("iclip_recorded")

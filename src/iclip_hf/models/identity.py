@@ -14,20 +14,11 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from ..utils.digests import content_digest, weights_digest
 
 
-# Options that change no number. All others count, also those that a later version adds.
-_WITHOUT_EFFECT = {
-    # The place of the files.
-    "_name_or_path",
-    # The code that wrote the files, or loads them.
-    "architectures",
-    "auto_map",
-    "custom_pipelines",
-    "processor_class",
-    "transformers_version",
-    # Of the files; the loaded weights have a dtype of their own, which counts.
-    "dtype",
-    "torch_dtype",
-}
+# Options that change no number: the place of the files, the code that wrote or loads them, and the dtype of the files (the loaded weights
+# have a dtype of their own, which counts). All others count where they differ from the default of their class. So a new version of
+# Transformers, which adds options, does not make another model.
+_WITHOUT_EFFECT = {"_name_or_path", "architectures", "auto_map", "custom_pipelines", "processor_class"}
+_WITHOUT_EFFECT |= {"transformers_version", "dtype", "torch_dtype"}
 # What a tokenizer of the tokenizers library keeps of its last call; each call of a processor sets it.
 _LAST_CALL = ("truncation", "padding")
 # What transformers adds to such a tokenizer.
@@ -44,7 +35,7 @@ def identity(model, processor, dtype: torch.dtype | None = None) -> dict[str, st
     The digests are computed anew by each call, in 0.1 s for each 100 MB of weights.
 
     Args:
-        model, processor: as for [`~iclip_hf.explainers.make_explainer`].
+        model, processor: a pair for [`load`].
         dtype (`torch.dtype`, *optional*): weights are rounded to it first, as if the model were loaded in it.
 
     Returns:
@@ -57,7 +48,9 @@ def identity(model, processor, dtype: torch.dtype | None = None) -> dict[str, st
     config = getattr(model, "config", None)
     if config is None:  # of open_clip
         config = {"layers": str(model), "images": [model.visual.preprocess_cfg, model.visual.image_size]}
-    options = processor.to_dict() if hasattr(processor, "image_processor") else {}
+    options = {}
+    if images := getattr(processor, "image_processor", None):
+        options = {**processor.to_dict(), "image_processor": _unusual(images)}
     return {
         "model": getattr(config, "_name_or_path", "") or type(model).__name__,
         "configuration": configuration_digest(config),
@@ -87,8 +80,8 @@ def changed_model(described: Mapping, model, processor) -> list[str]:
 
 
 def configuration_digest(config: PreTrainedConfig | Mapping) -> str:
-    """Returns 16 hex digits over all options of a configuration and of those within it that can change a number."""
-    return digest(_counting(config if isinstance(config, Mapping) else config.to_dict()))
+    """Returns 16 hex digits over the options of a configuration, and of those within it, that can change a number."""
+    return digest(_counting(config if isinstance(config, Mapping) else _unusual(config)))
 
 
 def tower_digest(tower: PreTrainedModel) -> str:
@@ -119,6 +112,15 @@ def digest(value) -> str:
     return hashlib.sha256(json.dumps(_plain(value), sort_keys=True).encode()).hexdigest()[:16]
 
 
+def _unusual(described) -> dict:
+    """Returns the options of a configuration or image processor, and of those within it, that differ from the defaults of its class."""
+    options, usual = described.to_dict(), type(described)().to_dict()
+    within = {name: getattr(described, name, None) for name in options}
+    kept = {name: _unusual(part) for name, part in within.items() if isinstance(part, PreTrainedConfig)}
+    kept |= {name: options[name] for name in ("model_type", "image_processor_type") if name in options}
+    return kept | {name: value for name, value in options.items() if name not in kept and value != usual.get(name)}
+
+
 def _counting(options: Mapping) -> dict:
     return {
         name: _counting(value) if isinstance(value, Mapping) else value
@@ -130,9 +132,9 @@ def _counting(options: Mapping) -> dict:
 def _plain(value):
     """Converts a value to what JSON has."""
     if isinstance(value, Mapping):
-        return {str(name): _plain(one) for name, one in value.items()}
+        return {str(name): _plain(part) for name, part in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_plain(one) for one in value]
+        return [_plain(part) for part in value]
     if isinstance(value, (set, frozenset)):
         return sorted(map(str, value))
     if value is None or isinstance(value, (bool, int, float, str)):

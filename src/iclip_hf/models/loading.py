@@ -147,17 +147,8 @@ def warn_of_slow_bfloat16() -> None:
 
 def load_pretrained(name: str | Path, **options):
     """
-    Loads model and processor of a folder or Hub id from safetensors. Code in the folder is not run.
-
-    Args:
-        name: folder or Hub id of an ICLIP model or another model of the Auto classes, or `"embedded"`.
-        options: options of the model's configuration.
-
-    Returns:
-        `tuple`: model, in eval mode, and processor.
-
-    Raises:
-        `OSError`: the model or one of its files does not exist. `ValueError`: a file is damaged, lacks weights or contains NaN.
+    Loads model, in eval mode, and processor of a folder or Hub id of the Auto classes, or `"embedded"`, from safetensors. Code in the
+    folder is not run. `options` override the model's configuration. Raises the errors of [`load`].
     """
     name = _located(name)
     with loading_errors(name):
@@ -175,12 +166,7 @@ def load_pretrained(name: str | Path, **options):
 
 
 def load_iclip(name: str | Path, **options) -> tuple[ICLIPModel, ICLIPProcessor]:
-    """
-    Loads model and processor of an ICLIP model, a folder, Hub id or `"embedded"`; `options` override its configuration.
-
-    Raises:
-        `ValueError`: the model is of another type or damaged. `OSError`: it does not exist.
-    """
+    """As [`load_pretrained`]. Raises `ValueError` if it is no ICLIP model."""
     name = _located(name)
     with loading_errors(name):
         model_type = AutoConfig.from_pretrained(name, trust_remote_code=False).model_type

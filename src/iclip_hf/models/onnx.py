@@ -7,6 +7,7 @@ import logging
 import sys
 import warnings
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from unittest import mock
 
@@ -14,13 +15,7 @@ import torch
 from torch import nn
 
 from ..configuration_iclip import ICLIPConfig, patch_side
-from ..modeling_iclip import (
-    ICLIPImageFeatures,
-    ICLIPModel,
-    ICLIPTextFeatures,
-    average_templates,
-    normalize,
-)
+from ..modeling_iclip import ICLIPImageFeatures, ICLIPModel, ICLIPTextFeatures, average_templates, normalize
 from ..processing_iclip import ICLIPProcessor
 from ..utils.extras import require_extra
 from ..utils.files import atomic_folder, loading_errors
@@ -107,12 +102,8 @@ class ONNXModel:
         """Like [`ICLIPModel.get_text_features`]. Inputs are `(M, L)` or `(B, M, L)`."""
         texts = inputs["input_ids"].shape[:-1]
         outputs = _run(self._text, {name: value.flatten(0, -2) for name, value in inputs.items()})
-        return ICLIPTextFeatures(
-            **{
-                name: normalize(average_templates(value.unflatten(0, texts), num_templates))
-                for name, value in outputs.items()
-            }
-        )
+        embeds = {name: average_templates(value.unflatten(0, texts), num_templates) for name, value in outputs.items()}
+        return ICLIPTextFeatures(**{name: normalize(value) for name, value in embeds.items()})
 
 
 def _run(session, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -129,8 +120,7 @@ class _Side(nn.Module):
 
     def __init__(self, model: ICLIPModel, method: str, inputs: list[str], outputs: tuple[str, ...]):
         super().__init__()
-        self.model = model
-        self.method, self.inputs, self.outputs = method, inputs, outputs
+        self.model, self.method, self.inputs, self.outputs = model, method, inputs, outputs
 
     def forward(self, *tensors):
         features = getattr(self.model, self.method)(**dict(zip(self.inputs, tensors)))
@@ -189,35 +179,29 @@ def _write_float32(program, path: Path) -> None:
     program.save(path)
 
 
-def _write_bfloat16(program, path: Path) -> None:
-    """Stores matrices in bfloat16."""
-    import onnx
+def _bfloat16(name: str, values: torch.Tensor) -> tuple[list, list]:
+    """Stores a matrix in bfloat16."""
+    from onnx import TensorProto, helper
 
-    def shrink(name, values):
-        raw = values.bfloat16().view(torch.int16).numpy().tobytes()
-        stored = onnx.helper.make_tensor(f"{name}.bfloat16", onnx.TensorProto.BFLOAT16, values.shape, raw, raw=True)
-        return [stored], [onnx.helper.make_node("Cast", [stored.name], [name], to=onnx.TensorProto.FLOAT)]
-
-    _write_smaller(program, path, shrink)
+    raw = values.bfloat16().view(torch.int16).numpy().tobytes()
+    stored = helper.make_tensor(f"{name}.bfloat16", TensorProto.BFLOAT16, values.shape, raw, raw=True)
+    return [stored], [helper.make_node("Cast", [stored.name], [name], to=TensorProto.FLOAT)]
 
 
-def _write_int8(program, path: Path) -> None:
-    """Stores matrices in 8 bits, with one scale for each column."""
-    import onnx
+def _int8(name: str, values: torch.Tensor) -> tuple[list, list]:
+    """Stores a matrix in 8 bits, with one scale for each column."""
+    from onnx import TensorProto, helper, numpy_helper
 
-    def shrink(name, values):
-        scale = values.abs().amax(dim=tuple(range(values.ndim - 1))).clamp(min=1e-30) / 127
-        stored, scales, cast = (f"{name}.{part}" for part in ("int8", "scale", "cast"))
-        tensors = {stored: (values / scale).round().to(torch.int8), scales: scale}
-        return [onnx.numpy_helper.from_array(tensor.numpy(), part) for part, tensor in tensors.items()], [
-            onnx.helper.make_node("Cast", [stored], [cast], to=onnx.TensorProto.FLOAT),
-            onnx.helper.make_node("Mul", [cast, scales], [name]),
-        ]
-
-    _write_smaller(program, path, shrink)
+    scale = values.abs().amax(dim=tuple(range(values.ndim - 1))).clamp(min=1e-30) / 127
+    stored, scales, cast = (f"{name}.{part}" for part in ("int8", "scale", "cast"))
+    tensors = {stored: (values / scale).round().to(torch.int8), scales: scale}
+    return [numpy_helper.from_array(tensor.numpy(), part) for part, tensor in tensors.items()], [
+        helper.make_node("Cast", [stored], [cast], to=TensorProto.FLOAT),
+        helper.make_node("Mul", [cast, scales], [name]),
+    ]
 
 
-def _write_smaller(program, path: Path, shrink: Callable) -> None:
+def _write_smaller(shrink: Callable, program, path: Path) -> None:
     """
     Writes a graph with smaller tensors for each matrix, and nodes that compute the matrix from them: `shrink(name, values)` returns
     both. ONNX Runtime executes the nodes once, on loading.
@@ -239,4 +223,8 @@ def _write_smaller(program, path: Path, shrink: Callable) -> None:
     onnx.save(model, path)
 
 
-_WRITERS = {"float32": _write_float32, "bfloat16": _write_bfloat16, "int8": _write_int8}
+_WRITERS = {
+    "float32": _write_float32,
+    "bfloat16": partial(_write_smaller, _bfloat16),
+    "int8": partial(_write_smaller, _int8),
+}

@@ -22,25 +22,16 @@ T = TypeVar("T")
 
 @dataclass
 class AttentionRecord:
-    """
-    An attention layer in a forward pass: Q queries attend to L tokens in H heads.
+    """An attention layer in a forward pass: Q queries attend to L tokens in H heads."""
 
-    Attributes:
-        stream (`torch.Tensor` of shape `(B, L, D)`): input of the layer's block, before its norm; for the pooling of a ResNet, a
-            feature map `(B, D, h, w)`.
-        tokens (`torch.Tensor` of shape `(B, L, D)`): input of the attention.
-        query, key, value (`torch.Tensor` of shape `(B, H, Q or L, D / H)`).
-        mixed (`torch.Tensor` of shape `(B, H, Q, D / H)`): values mixed by the attention, before the output projection.
-        weights (`torch.Tensor` of shape `(B, H, Q, L)`): weights of the values in `mixed`; None if they are not recorded.
-    """
-
+    # (B, L, D), input of the layer's block, before its norm; for the pooling of a ResNet, a feature map (B, D, h, w).
     stream: torch.Tensor
-    tokens: torch.Tensor | None = None
-    query: torch.Tensor | None = None
-    key: torch.Tensor | None = None
-    value: torch.Tensor | None = None
-    mixed: torch.Tensor | None = None
-    weights: torch.Tensor | None = None
+    tokens: torch.Tensor | None = None  # (B, L, D), input of the attention
+    query: torch.Tensor | None = None  # (B, H, Q, D / H)
+    key: torch.Tensor | None = None  # (B, H, L, D / H)
+    value: torch.Tensor | None = None  # (B, H, L, D / H)
+    mixed: torch.Tensor | None = None  # (B, H, Q, D / H), values mixed by the attention, before the output projection
+    weights: torch.Tensor | None = None  # (B, H, Q, L), of the values in `mixed`, if they are recorded
 
 
 @dataclass
@@ -57,16 +48,11 @@ _recording: ContextVar[_Recording | None] = ContextVar("recording", default=None
 
 @dataclass(frozen=True)
 class AttentionLayer:
-    """
-    An attention layer of an image tower, prepared to be recorded.
+    """An attention layer of an image tower, prepared to be recorded."""
 
-    Attributes:
-        output: mixed values of the heads `(B, H, L, D / H)` -> what the layer adds to the residual stream, `(B, L, D)`.
-        mlp: residual stream after the attention `(..., L, D)` -> what the block's MLP adds to it; None for a pooling head, which is
-            no self-attention.
-    """
-
+    # Mixed values of the heads (B, H, L, D / H) -> what the layer adds to the residual stream, (B, L, D).
     output: Callable[[torch.Tensor], torch.Tensor]
+    # Residual stream after the attention (..., L, D) -> what the block's MLP adds to it; None for a pooling head.
     mlp: Callable[[torch.Tensor], torch.Tensor] | None = None
 
     @property
@@ -90,13 +76,9 @@ def private_copy(model: nn.Module) -> nn.Module:
 
 def record(forward: Callable[[], T], start: int, grad: bool, weights: bool) -> tuple[T, list[AttentionRecord]]:
     """
-    Runs `forward` and returns its result with the records of the attention layers from `start` on.
-
-    Args:
-        forward: runs the model that [`prepare`] was applied to.
-        start (`int`): index of an attention layer.
-        grad (`bool`): whether to keep the graph from the input of layer `start` to the result.
-        weights (`bool`): whether to record the attention weights, which takes the memory that fused attention saves.
+    Runs `forward`, of a model that [`prepare`] was applied to, and returns its result with the records of the attention layers from
+    `start` on. `grad` keeps the graph from the input of layer `start` to the result. `weights` records the attention weights too,
+    which takes the memory that fused attention saves.
     """
     recording = _Recording(start, grad, weights)
     token = _recording.set(recording)

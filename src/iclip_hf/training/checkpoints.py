@@ -83,24 +83,23 @@ def keep_learning_weights_only(accelerator: Accelerator) -> None:
     can resume with another number of processes.
     """
 
+    def learning(models: list[nn.Module]) -> dict[str, torch.Tensor]:
+        named = accelerator.unwrap_model(models[0]).named_parameters()
+        return {name: parameter.detach() for name, parameter in named if parameter.requires_grad}
+
     def save(models: list[nn.Module], weights: list[dict], folder: str) -> None:
         if weights:
             weights.clear()
             if accelerator.is_main_process:
-                learning = {n: p for n, p in accelerator.unwrap_model(models[0]).named_parameters() if p.requires_grad}
-                save_file(
-                    {name: p.detach().contiguous() for name, p in learning.items()},
-                    Path(folder, "learning.safetensors"),
-                )
+                contiguous = {name: weight.contiguous() for name, weight in learning(models).items()}
+                save_file(contiguous, Path(folder, "learning.safetensors"))
 
     def load(models: list[nn.Module], folder: str) -> None:
         file = Path(folder, "learning.safetensors")
         if file.exists():
-            learning = {n: p for n, p in accelerator.unwrap_model(models[0]).named_parameters() if p.requires_grad}
             kept = load_file(file)
-            with torch.no_grad():
-                for name, parameter in learning.items():
-                    parameter.copy_(kept[name])
+            for name, weight in learning(models).items():
+                weight.copy_(kept[name])
             models.clear()
 
     accelerator.register_save_state_pre_hook(save)
@@ -109,23 +108,17 @@ def keep_learning_weights_only(accelerator: Accelerator) -> None:
 
 def state_to_resume(settings: Settings, fixed: Collection[str] = ()) -> tuple[Path | None, RunState]:
     """
-    Finds the checkpoint to resume from.
-
-    Args:
-        settings: settings of this run.
-        fixed: names of settings that must not change, besides those whose field says so.
-
-    Returns:
-        `tuple`: the last checkpoint and its state; None and a new state if there is no checkpoint.
+    Returns the last checkpoint of a run and its state; None and a new state without one. `fixed` names settings that must not change,
+    besides those whose field says so.
 
     Raises:
         `ValueError`: there is a checkpoint, but `resume` is not set, or a setting has changed that must not change.
     """
     folder = Path(settings.output_dir)
     check_output_dir(folder, settings.resume)
-    if not checkpoints(folder):
+    *_, last = [None, *checkpoints(folder)]
+    if last is None:
         return None, RunState()
-    last = checkpoints(folder)[-1]
     state = RunState(**json.loads((last / "state.json").read_text()))
     if others := changed_settings(settings, state.settings, fixed):
         differences = ", ".join(
@@ -146,8 +139,8 @@ def known_by_content(
     segmentation: SegmentationDataset | None,
 ) -> dict[str, str | list[str] | None]:
     """
-    Returns digests of what settings name besides the model, by the name of the setting. The files are read once, and again only after
-    a change. A stream has none: it is known by its name.
+    Returns digests of what settings name besides the model, by the name of the setting. Files are read once, and again only after a
+    change. A stream is known by its name.
     """
     return {
         "data": settings.data if isinstance(pairs, PairStream) else pairs.fingerprint(),
@@ -159,11 +152,8 @@ def known_by_content(
 
 def check_content(checkpoint: Path, state: RunState, content: Mapping) -> None:
     """
-    Checks that a run continues with the model and the data that it began with. Their places may differ, and the software, so that a
+    Raises `ValueError` if a run would continue with another model or other data. Their places may differ, and the software, so that a
     long run can outlive an update.
-
-    Raises:
-        `ValueError`: something has changed.
     """
     if differing := changed(state.content, content, may_differ=["software"]):
         raise ValueError(
@@ -191,37 +181,27 @@ def advice_to_resume(output_dir: Path) -> Iterator[None]:
 
 def save_checkpoint(accelerator: Accelerator, output_dir: Path, state: RunState, keep: int) -> None:
     """Saves `checkpoint-<state.step>` atomically, and deletes all but the last `keep` checkpoints."""
-    target = _checkpoint(output_dir, state)
+    target = output_dir / f"checkpoint-{state.step:07d}"
     partial = Path(f"{target}.partial")
     if accelerator.is_main_process:
         shutil.rmtree(partial, ignore_errors=True)
     accelerator.wait_for_everyone()
     with writing_errors(target):
         accelerator.save_state(str(partial))
-    accelerator.wait_for_everyone()
+    write_state(accelerator, partial, state)
     if accelerator.is_main_process:
-        with writing_errors(target):
-            (partial / "state.json").write_text(_json(state))
         os.replace(partial, target)
         for old in checkpoints(output_dir)[:-keep]:
             shutil.rmtree(old)
     accelerator.wait_for_everyone()  # a launcher ends all processes as soon as one has ended
 
 
-def update_checkpoint(accelerator: Accelerator, output_dir: Path, state: RunState) -> None:
-    """Saves the state in the checkpoint of its step again, after an evaluation."""
+def write_state(accelerator: Accelerator, folder: Path, state: RunState, name: str = "state.json") -> None:
+    """Saves the state of a run as a file in a folder."""
     if accelerator.is_main_process:
-        with atomic_write(_checkpoint(output_dir, state) / "state.json") as partial:
-            partial.write_text(_json(state))
+        with atomic_write(folder / name) as partial:
+            partial.write_text(json.dumps(asdict(state), indent=2))
     accelerator.wait_for_everyone()
-
-
-def _checkpoint(output_dir: Path, state: RunState) -> Path:
-    return output_dir / f"checkpoint-{state.step:07d}"
-
-
-def _json(state: RunState) -> str:
-    return json.dumps(asdict(state), indent=2)
 
 
 def whole_model(accelerator: Accelerator, pair_model: nn.Module) -> ICLIPModel:

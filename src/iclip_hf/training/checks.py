@@ -71,7 +71,7 @@ def _open_local(settings: Settings, name: str) -> list[Source]:
 
 def check_output_dir(folder: Path, resume: bool) -> None:
     """
-    Checks that a run can begin in a folder, or go on there.
+    Checks that a run can begin in a folder, or continue there with `resume`.
 
     Raises:
         `FileExistsError`: the folder holds files of others. `ValueError`: it holds a run, but not `resume`; or a run that has ended and
@@ -131,10 +131,7 @@ def check_model(model: str) -> None:
 
 def check_pairs(sources: Sequence[Source], max_bad_share: float) -> int:
     """
-    Looks at some of the pairs.
-
-    Returns:
-        The number of all pairs.
+    Reads some of the pairs, and returns the number of all.
 
     Raises:
         `ValueError`: there are fewer than two pairs, their captions do not differ, or too many of them cannot be used.

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-import json
 import logging
 import random
 import signal
@@ -57,31 +56,18 @@ def seeded(*key) -> Iterator[None]:
 class WholeImage:
     """Converts a PIL image to `pixel_values` (3, H, W) with the processor, as for evaluation."""
 
-    is_random = False
-
     def __init__(self, processor: ICLIPProcessor):
         self.processor = processor
 
     def __call__(self, image) -> torch.Tensor:
         return self.processor(images=image)["pixel_values"][0]
 
-    def description(self) -> dict:
-        """Returns the options that the result depends on."""
-        return {"image_processor": json.loads(self.processor.image_processor.to_json_string())}
-
 
 class AugmentedImage:
     """
-    Converts a PIL image to `pixel_values` (3, H, W), cropped and augmented by timm's transforms. The defaults are DeiT's recipe.
-
-    Args:
-        processor: determines size, mean and standard deviation.
-        crop_scale: smallest area of a crop, as a share of the image's area.
-        auto_augment: timm's name of an augmentation policy, "" for none.
-        random_erasing: probability of erasing a rectangle.
+    Converts a PIL image to `pixel_values` (3, H, W) of the processor's size, cropped and augmented by timm's transforms. The options are
+    those of [`~settings.Settings`]; their defaults are DeiT's recipe.
     """
-
-    is_random = True
 
     def __init__(
         self,
@@ -94,25 +80,21 @@ class AugmentedImage:
             from timm.data import create_transform
 
         image_processor = processor.image_processor
-        self.options = {
-            "input_size": (3, image_processor.size["height"], image_processor.size["width"]),
-            "scale": (crop_scale, 1.0),
-            "auto_augment": auto_augment or None,
-            "color_jitter": None,  # DeiT's is off where its RandAugment is on
-            "interpolation": "bicubic",
-            "re_prob": random_erasing,
-            "re_mode": "pixel",
-            "mean": tuple(image_processor.image_mean),
-            "std": tuple(image_processor.image_std),
-        }
-        self.transform = create_transform(is_training=True, **self.options)
+        self.transform = create_transform(
+            is_training=True,
+            input_size=(3, image_processor.size["height"], image_processor.size["width"]),
+            scale=(crop_scale, 1.0),
+            auto_augment=auto_augment or None,
+            color_jitter=None,  # DeiT's is off where its RandAugment is on
+            interpolation="bicubic",
+            re_prob=random_erasing,
+            re_mode="pixel",
+            mean=tuple(image_processor.image_mean),
+            std=tuple(image_processor.image_std),
+        )
 
     def __call__(self, image) -> torch.Tensor:
         return self.transform(image)
-
-    def description(self) -> dict:
-        """Returns the options that the result depends on, besides the random numbers."""
-        return {"augmentation": self.options}
 
 
 class _Preparation:
@@ -178,13 +160,8 @@ class TrainingStream(_Preparation, IterableDataset):
 class GlobalBatches(Sampler):
     """
     Yields this process's share of each batch of an epoch. The batches are the same for any number of processes and contain each
-    pair at most once. An incomplete last batch is left out.
-
-    Args:
-        rows: number of pairs.
-        batch_size: number of pairs in a batch of all processes together, a multiple of the number of processes.
-        seed: seed of the order.
-        rank, world_size: index of this process, and number of processes.
+    of the `rows` pairs at most once. An incomplete last batch is left out. `batch_size` is that of all processes together, a multiple
+    of their number.
     """
 
     def __init__(self, rows: int, batch_size: int, seed: int = 0, rank: int = 0, world_size: int = 1):
@@ -241,11 +218,10 @@ class BatchLoader:
             way_out = "set pairs_per_epoch to the size of the stream" if self.streamed else "lower batch_size"
             raise ValueError(f"Expected at least {batch_size} pairs in an epoch, a batch, got {rows}: {way_out}.")
         self.sampler = GlobalBatches(rows, batch_size, seed, rank, world_size)
-        by_index = {"batch_sampler": self.sampler}
         in_order = {"batch_size": batch_size // world_size, "drop_last": True}
         self.loader = DataLoader(
             dataset,
-            **(in_order if self.streamed else by_index),
+            **(in_order if self.streamed else {"batch_sampler": self.sampler}),
             num_workers=num_workers,
             collate_fn=dataset.collate,
             pin_memory=self.device.type == "cuda",

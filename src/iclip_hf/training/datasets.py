@@ -54,28 +54,15 @@ def load_datasets(
     accelerator: Accelerator,
 ) -> tuple[Dataset, Dataset | None]:
     """
-    Prepares the data of a run for training, and computes the feature cache if the settings have one.
-
-    Args:
-        settings: settings of the run.
-        pairs, held_out: from [`open_pairs`].
-        nouns: draws noun prompts.
-        model: model to train. It is moved to the device; its `token_mean` is set if it centers tokens.
-        processor: processor of the model.
-        accelerator: its processes share the work.
-
-    Returns:
-        `tuple`: the training data set, and the validation data set or None.
+    Prepares the pairs of [`open_pairs`] for training and validation, and computes the feature cache if the settings have one. The model is
+    moved to the device; its `token_mean` is set if it centers tokens.
 
     Raises:
         `ValueError`: `cache_features` with an image tower that learns or with a stream, or too many pairs are bad.
     """
     whole = WholeImage(processor)
 
-    def augmented() -> AugmentedImage:
-        return AugmentedImage(processor, settings.crop_scale, settings.auto_augment, settings.random_erasing)
-
-    def cached(pairs, part: str, transforms: list, nouns: NounPrompts | None = None) -> CachedPairs:
+    def cached(pairs, part: str, nouns: NounPrompts | None = None) -> CachedPairs:
         if not model.config.lock_vision or isinstance(pairs, PairStream):
             given = "a stream" if model.config.lock_vision else "an image tower that learns"
             raise ValueError(
@@ -84,19 +71,17 @@ def load_datasets(
         folder = Path(settings.cache_features, part)
         options = {"num_workers": settings.num_workers, "max_bad_share": settings.max_bad_share}
         options |= {"map_tokens": settings.map_tokens, "title": part.capitalize(), "earlier_mean": earlier_mean}
-        views = cache_images(folder, pairs, model, transforms, accelerator, **options)
+        images = cache_images(folder, pairs, model, processor, accelerator, **options)
         texts = {}
         if settings.lock_text:
-            captions = itertools.chain.from_iterable(views[0].captions())
-            texts["texts"] = cache_texts(
-                folder / "texts", captions, model, processor, accelerator, f"{part.capitalize()} captions"
-            )
+            texts["texts"] = itertools.chain.from_iterable(images.captions())
             if nouns is not None:
-                prompts = nouns.all_prompts()
-                texts["prompts"] = cache_texts(
-                    folder / "prompts", prompts, model, processor, accelerator, "Noun prompts"
-                )
-        return CachedPairs(views, model.config, processor, settings.seed, nouns, **texts)
+                texts["prompts"] = nouns.all_prompts()
+        texts = {
+            name: cache_texts(folder / name, given, model, processor, accelerator, f"{part.capitalize()} {name}")
+            for name, given in texts.items()
+        }
+        return CachedPairs(images, model.config, processor, settings.seed, nouns, **texts)
 
     model.to(accelerator.device).eval()
     if isinstance(pairs, PairStream):
@@ -107,8 +92,8 @@ def load_datasets(
     earlier_mean = model.token_mean.tolist() if model.config.center_tokens and model.token_mean.any() else None
     set_token_mean(model, map(whole, some))
     if settings.cache_features:
-        training = cached(pairs, "training", [whole] + [augmented() for _ in range(settings.views - 1)], nouns)
-        return training, held_out and cached(held_out, "validation", [whole])
+        return cached(pairs, "training", nouns), held_out and cached(held_out, "validation")
     prepared = TrainingStream if isinstance(pairs, PairStream) else TrainingPairs
-    training = prepared(pairs, augmented(), processor, settings.seed, nouns)
+    augmented = AugmentedImage(processor, settings.crop_scale, settings.auto_augment, settings.random_erasing)
+    training = prepared(pairs, augmented, processor, settings.seed, nouns)
     return training, held_out and TrainingPairs(held_out, whole, processor, settings.seed)

@@ -23,8 +23,8 @@ from ..models.identity import digest, software, tokenizer_digest, tower_digest
 from ..pooling import normalize_attention, pool
 from ..processing_iclip import ICLIPProcessor
 from ..utils.distributed import agreed, partner_errors, shared_folder_lock
-from ..utils.files import atomic_write, check_own_folder, writing_errors
-from .data import seeded
+from ..utils.files import atomic_write, writing_errors
+from .data import WholeImage
 from .interrupts import ignore_signals
 from .nouns import NounPrompts
 from .pair_model import map_features
@@ -48,15 +48,15 @@ def image_rows(model: ICLIPModel, pixel_values: torch.Tensor, map_tokens: int) -
     """
     image = model.encode_image(pixel_values)
 
-    def one(way: str) -> torch.Tensor:
+    def pooled(way: str) -> torch.Tensor:
         mode, _, norm = way.partition("/")
         attention = normalize_attention(image.attention, norm or "minmax", model.config.attention_quantile)
         return pool(image.patch_tokens, image.class_token, attention, mode)
 
     if model.config.max_over == "channels":
-        return torch.stack([one(way) for way in POOLINGS], 1)
+        return torch.stack([pooled(way) for way in POOLINGS], 1)
     tokens, attention = map_features(model, image, map_tokens)
-    rows = torch.cat([torch.stack([one(way) for way in POOLINGS[:2]], 1), tokens], 1)
+    rows = torch.cat([torch.stack([pooled(way) for way in POOLINGS[:2]], 1), tokens], 1)
     return torch.cat([rows, F.pad(attention, (2, 0)).unsqueeze(-1)], -1)
 
 
@@ -72,67 +72,34 @@ def branch_features(rows: torch.Tensor, config: ICLIPConfig) -> tuple[torch.Tens
 
 # Options of a model that [`image_rows`] does not depend on: of the towers, which have digests, of the projections and what they
 # compute, and of the choice among the rows, which hold all. Other options count, also those that a later version adds.
-_AFTER_THE_ROWS = {
-    "vision_config",
-    "text_config",
-    "lock_vision",
-    "text_pooling",
-    "projection_dim",
-    "dual_projection",
-    "projection_bias",
-    "logit_scale_init_value",
-    "max_sharpness",
-    "map_attention",
-    "pooling",
-    "recognition_pooling",
-}
+_AFTER_THE_ROWS = """
+    vision_config text_config lock_vision text_pooling projection_dim dual_projection projection_bias logit_scale_init_value
+    max_sharpness map_attention pooling recognition_pooling
+""".split()
 # With `max_over="channels"` the rows hold both norms, and the patch tokens as they are.
-_AFTER_POOLED_ROWS = {"attention_norm", "center_tokens", "map_affinity"}
+_AFTER_POOLED_ROWS = ("attention_norm", "center_tokens", "map_affinity")
 
 
 def image_settings(config: ICLIPConfig, map_tokens: int) -> dict:
     """Returns the options of a model that [`image_rows`] depends on, besides its image tower."""
-    names = {*type(config).__annotations__} - _AFTER_THE_ROWS
-    if config.max_over == "channels":
-        return {name: getattr(config, name) for name in sorted(names - _AFTER_POOLED_ROWS)}
-    return {"map_tokens": map_tokens, **{name: getattr(config, name) for name in sorted(names)}}
+    channels = config.max_over == "channels"
+    names = {*type(config).__annotations__}.difference(_AFTER_THE_ROWS, _AFTER_POOLED_ROWS if channels else ())
+    return {name: getattr(config, name) for name in names} | ({} if channels else {"map_tokens": map_tokens})
 
 
 class FeatureShards:
     """
     Rows of features in a folder, memory-mapped. Shards are written atomically, so that an interrupted run can continue and
-    several processes can share the folder.
-
-    Args:
-        folder: created if it does not exist.
-        fingerprint: everything that the features depend on, as JSON values.
-        rows: number of rows.
-
-    Raises:
-        `ValueError`: the folder contains features with another fingerprint.
+    several processes can share the folder, whose name stands for all that the features depend on.
     """
 
-    def __init__(self, folder: Path, fingerprint: dict, rows: int):
+    def __init__(self, folder: Path, rows: int):
         self.folder, self.rows = folder, rows
         self.shard_rows = max(256, math.ceil(rows / 256))
         self.num_shards = math.ceil(rows / self.shard_rows)
         self._arrays: list[np.ndarray] = []
-        now = json.loads(json.dumps({**fingerprint, "rows": rows, "version": 2}))
-        file = folder / "fingerprint.json"
-        if not file.exists():
-            check_own_folder(folder, file.name)
-            with writing_errors(folder):
-                folder.mkdir(parents=True, exist_ok=True)
-            with atomic_write(file) as partial:
-                partial.write_text(json.dumps(now, indent=2))
-        then = self._read(file, _json)
-        then = then if isinstance(then, dict) else {}
-        if changed := [name for name in {**then, **now} if then.get(name) != now.get(name)]:
-            differences = "; ".join(f"{name} was {then.get(name)}, is {now.get(name)}" for name in changed)
-            raise ValueError(
-                f"{folder}: expected features made as this run would, but {differences:.800}. Name another folder for the "
-                "cache, or delete this one."
-            )
+        with writing_errors(folder):
+            folder.mkdir(parents=True, exist_ok=True)
 
     def missing(self) -> list[int]:
         """Returns the indices of shards that do not exist yet."""
@@ -154,7 +121,7 @@ class FeatureShards:
     def __getitem__(self, rows: np.ndarray) -> np.ndarray:
         """Returns the features of these rows, (len(rows), ...), float16."""
         if not self._arrays:
-            self._arrays = [self._features(shard) for shard in range(self.num_shards)]
+            self._arrays = [self._array(shard) for shard in range(self.num_shards)]
         features = np.empty((len(rows), *self._arrays[0].shape[1:]), self._arrays[0].dtype)
         shards = rows // self.shard_rows
         for shard in np.unique(shards):
@@ -165,9 +132,9 @@ class FeatureShards:
     def captions(self) -> list[list[str]]:
         """Returns the captions of all rows."""
         files = [self._file(shard, ".json") for shard in range(self.num_shards)]
-        return [captions for file in files for captions in self._read(file, _json)]
+        return [captions for file in files for captions in self._read(file, lambda file: json.loads(file.read_text()))]
 
-    def _features(self, shard: int) -> np.ndarray:
+    def _array(self, shard: int) -> np.ndarray:
         file, rows = self._file(shard), len(self.rows_of(shard))
         features = self._read(file, lambda file: np.lib.format.open_memmap(file, mode="r"))
         if len(features) != rows:
@@ -175,7 +142,6 @@ class FeatureShards:
         return features
 
     def _read(self, file: Path, read: Callable):
-        """Reads a file of this folder with `read`."""
         try:
             return read(file)
         except (OSError, ValueError, RecursionError) as error:
@@ -191,7 +157,7 @@ def cache_images(
     folder: Path,
     pairs: PairDataset,
     model: ICLIPModel,
-    transforms: Sequence[Callable],
+    processor: ICLIPProcessor,
     accelerator: Accelerator,
     *,
     map_tokens: int = 16,
@@ -200,71 +166,47 @@ def cache_images(
     num_workers: int = 0,
     max_bad_share: float = 0.05,
     title: str = "Training",
-) -> list[FeatureShards]:
+) -> FeatureShards:
     """
-    Computes [`image_rows`] of each view of each pair, unless they are cached already.
+    Computes [`image_rows`] and captions of each pair, unless the folder holds them already. Pairs with a broken image or no caption have
+    no captions in the cache.
 
     Args:
-        folder: folder of the cache.
-        pairs: pairs with the images.
-        model: model on its device; only its image tower is used.
-        transforms: one for each view. The random numbers of a transform depend only on (view, index).
-        accelerator: its processes share the work.
         map_tokens: see [`PairModel`].
         earlier_mean: the model's `token_mean` if it is not that of these pairs.
         batch_size: number of images in one forward pass.
         num_workers: number of loading processes for each process of the accelerator.
-        max_bad_share: largest allowed share of pairs with a broken image or no caption. Such pairs have no captions in the cache.
-        title: what the progress bar calls the images.
-
-    Returns:
-        For each view, [`FeatureShards`] of [`image_rows`] with the captions.
 
     Raises:
-        `ValueError`: the folder contains features with another fingerprint, or too many pairs are bad. `OSError`: the folder
-        cannot be written, another run is filling it, or another process of this run died.
+        `ValueError`: too many pairs are bad. `OSError`: the folder cannot be written, another run is filling it, or another process of
+        this run died.
     """
     with accelerator.main_process_first():  # the first process caches the digests of the files for the others
         data = pairs.fingerprint()
-    views = []
-    settings = image_settings(model.config, map_tokens)
-    # Models with other options for tokens have folders of their own.
-    kind = "images" if model.config.max_over == "channels" else f"tokens-{digest(settings)}"
-    for view, transform in enumerate(transforms):
-        fingerprint = {
-            "tower": tower_digest(model.vision_model),
-            **settings,
-            "mixed_precision": accelerator.mixed_precision,
-            "token_mean": earlier_mean and digest(earlier_mean),
-            "software": software(),
-            "data": data,
-            "view": view if transform.is_random else None,
-            **transform.description(),
-        }
-        views.append(FeatureShards(folder / f"{kind}-{view}", fingerprint, len(pairs)))
-        reader = _ViewReader(pairs, transform, view)
 
-        def encode(items: list[tuple[torch.Tensor, list[str]]]) -> tuple[torch.Tensor, list[list[str]]]:
-            images, captions = zip(*items)
-            pixel_values = torch.stack(images).to(accelerator.device)
-            return image_rows(model, pixel_values, map_tokens).float().cpu(), list(captions)
+    def encode(items: list[tuple[torch.Tensor, list[str]]]) -> tuple[torch.Tensor, Sequence[list[str]]]:
+        images, captions = zip(*items)
+        return image_rows(model, torch.stack(images).to(accelerator.device), map_tokens), captions
 
-        _fill(
-            views[-1],
-            reader,
-            encode,
-            accelerator,
-            batch_size,
-            num_workers,
-            f"{title} images{f', view {view + 1}' * (view > 0)}",
-        )
-    bad = sum(not captions for captions in views[0].captions())
+    fingerprint = {
+        "tower": tower_digest(model.vision_model),
+        "options": image_settings(model.config, map_tokens),
+        "mixed_precision": accelerator.mixed_precision,
+        "token_mean": earlier_mean,
+        "software": software(),
+        "data": data,
+        "image_processor": json.loads(processor.image_processor.to_json_string()),
+    }
+    shards = FeatureShards(folder / "images" / digest(fingerprint), len(pairs))
+    reader = _PairReader(pairs, WholeImage(processor))
+    _fill(shards, reader, encode, accelerator, batch_size, num_workers, f"{title} images")
+    bad = sum(not captions for captions in shards.captions())
     if bad > max_bad_share * len(pairs):
         raise ValueError(
             f"Expected at most {max_bad_share:.2%} bad pairs, but {bad} of {len(pairs)} are, as the log says; fix the data "
             "or raise max_bad_share."
         )
-    return views
+    return shards
 
 
 class CachedTexts:
@@ -294,11 +236,11 @@ def cache_texts(
         "tower": tower_digest(model.text_model),
         "text_pooling": model.config.text_pooling,
         "mixed_precision": accelerator.mixed_precision,
-        "tokenizer": digest([tokenizer_digest(processor.tokenizer), probe]),
+        "tokenizer": [tokenizer_digest(processor.tokenizer), probe],
         "software": software(),
-        "texts": digest(texts),
+        "texts": texts,
     }
-    shards = FeatureShards(folder, fingerprint, len(texts))
+    shards = FeatureShards(folder / digest(fingerprint), len(texts))
 
     def encode(batch: list[str]) -> tuple[torch.Tensor, None]:
         return model.encode_text(**processor(text=batch).to(accelerator.device))[0], None
@@ -309,20 +251,12 @@ def cache_texts(
 
 class CachedPairs(Dataset):
     """
-    Pairs as cached features. The views and captions of an epoch depend only on (seed, epoch).
-
-    Args:
-        views: from `cache_images`.
-        config: configuration of the model to train.
-        processor: tokenizes the texts.
-        seed: seed of the drawn views and captions.
-        nouns (*optional*): draws noun prompts.
-        texts, prompts (*optional*): features of captions and of noun prompts, for a locked text tower.
+    Pairs as cached features, from [`cache_images`]. The captions of an epoch depend only on (seed, epoch). With a locked text tower, `texts` and `prompts` are the features of captions and of noun prompts.
     """
 
     def __init__(
         self,
-        views: Sequence[FeatureShards],
+        features: FeatureShards,
         config: ICLIPConfig,
         processor: ICLIPProcessor,
         seed: int = 0,
@@ -330,9 +264,9 @@ class CachedPairs(Dataset):
         texts: CachedTexts | None = None,
         prompts: CachedTexts | None = None,
     ):
-        self.views, self.config, self.processor, self.seed = views, config, processor, seed
+        self.features, self.config, self.processor, self.seed = features, config, processor, seed
         self.nouns, self.texts, self.prompts = nouns, texts, prompts
-        captions = views[0].captions()
+        captions = features.captions()
         self.rows = np.array([row for row, several in enumerate(captions) if several])  # bad pairs have no captions
         self.captions = [captions[row] for row in self.rows]
         self.set_epoch(0)
@@ -341,25 +275,20 @@ class CachedPairs(Dataset):
         return len(self.rows)
 
     def set_epoch(self, epoch: int) -> None:
-        """Draws the view and the caption of each pair."""
+        """Draws the caption of each pair."""
         self.epoch = epoch
-        draws = np.random.default_rng([self.seed, epoch])
-        self.drawn_view = draws.integers(len(self.views), size=len(self))
-        self.drawn_caption = draws.random(len(self))
+        self.drawn_caption = np.random.default_rng([self.seed, epoch]).random(len(self))
 
-    def drawn_captions(self) -> list[str]:
-        """Returns the caption of each pair in this epoch."""
-        return [several[int(draw * len(several))] for several, draw in zip(self.captions, self.drawn_caption)]
+    def drawn_captions(self, indices: Sequence[int] | None = None) -> list[str]:
+        """Returns the captions of these pairs, by default of all, in this epoch."""
+        indices = range(len(self)) if indices is None else indices
+        return [self.captions[i][int(self.drawn_caption[i] * len(self.captions[i]))] for i in indices]
 
     def __getitems__(self, indices: Sequence[int]) -> dict:
         """Returns a batch: `image_features` of the branches, and for each pair the drawn caption and all captions."""
-        indices = np.asarray(indices)
-        drawn, rows = self.drawn_view[indices], self.rows[indices]
-        images = [self.views[view][rows[drawn == view]] for view in range(len(self.views))]
-        order = np.argsort(np.argsort(drawn, kind="stable"))
         return {
-            "image_features": branch_features(torch.from_numpy(np.concatenate(images)[order]).float(), self.config),
-            "caption": [self.captions[i][int(self.drawn_caption[i] * len(self.captions[i]))] for i in indices],
+            "image_features": branch_features(torch.from_numpy(self.features[self.rows[indices]]).float(), self.config),
+            "caption": self.drawn_captions(indices),
             "captions": [self.captions[i] for i in indices],
         }
 
@@ -375,15 +304,11 @@ class CachedPairs(Dataset):
         return {"image_features": batch["image_features"], **texts, **nouns, "skipped": 0}
 
 
-def _json(file: Path):
-    return json.loads(file.read_text())
+class _PairReader(Dataset):
+    """Images as tensors, with all captions. A bad pair becomes a black image without captions."""
 
-
-class _ViewReader(Dataset):
-    """One view of each pair with all captions. A bad pair becomes a black image without captions."""
-
-    def __init__(self, pairs: PairDataset, transform: Callable, view: int):
-        self.pairs, self.transform, self.view = pairs, transform, view
+    def __init__(self, pairs: PairDataset, transform: WholeImage):
+        self.pairs, self.transform = pairs, transform
 
     def __getitem__(self, index: int) -> tuple[torch.Tensor, list[str]]:
         try:
@@ -391,8 +316,7 @@ class _ViewReader(Dataset):
         except BadPairError as error:
             logger.warning("Left out: %s", error)
             pair = {"image": Image.new("RGB", (64, 64)), "captions": []}
-        with seeded(self.view, index):
-            return self.transform(pair["image"]), pair["captions"]
+        return self.transform(pair["image"]), pair["captions"]
 
 
 @partner_errors("rerun to resume")

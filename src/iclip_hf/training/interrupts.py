@@ -11,10 +11,7 @@ from contextlib import contextmanager
 
 
 def ignore_signals(worker: int) -> None:
-    """
-    Ignores Ctrl-C and SIGTERM, which reach every process of a terminal or job, in a worker of a `DataLoader`. The training process ends
-    its workers.
-    """
+    """Ignores signals to every process of a terminal or job, in a worker of a `DataLoader`, which the training process ends."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
 

@@ -12,9 +12,6 @@ def add_low_rank(model: ICLIPModel, rank: int) -> None:
     """
     Freezes the weights of the text tower, and adds an update of this rank to each of its linear layers, zero at first. Other
     options are the defaults of peft's `LoraConfig`.
-
-    Raises:
-        `ImportError`: peft is missing.
     """
     with require_extra("lora"):
         from peft import LoraConfig, LoraModel

@@ -79,14 +79,12 @@ class NounPrompts:
 
     def draw(self, captions: Sequence[Sequence[str]], epoch: int) -> tuple[list[str], dict[str, torch.Tensor]]:
         """
-        Args:
-            captions: all captions of each of B images.
-            epoch: number of the epoch, which determines the prompts.
+        Draws prompts for B images with all their captions.
 
         Returns:
             `tuple`: B * count prompts, grouped by image, and a `dict` of `noun_ids` (B * count,), the indices of their nouns,
-            `is_background` (B * count,), which is 1 for those of the background, and `has_noun` (B, vocabulary), which is 1 for the nouns in the captions of an image. An
-            image without nouns gets random prompts, which are negatives.
+            `is_background` (B * count,), 1 for those of the background, and `has_noun` (B, vocabulary), 1 for the nouns in the
+            captions of an image. An image without nouns gets random prompts, which are negatives.
         """
         prompts, drawn = [], []
         has_noun = torch.zeros(len(captions), len(self.nouns), dtype=torch.uint8)

@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import distributed, nn
 from torch.utils.checkpoint import checkpoint
@@ -22,8 +23,7 @@ def salient_tokens(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """
     Selects few patches that represent an image. The first has the largest attention. Each further one has the largest product of
-    attention and distance to the selected patches. The result for a patch is the mean over the patches with similar tokens. All
-    patches are selected if there are at most `count`.
+    attention and distance to the selected patches. The result for a patch is the mean over the patches with similar tokens.
 
     Args:
         tokens (`torch.Tensor` of shape `(B, N, D)`): tokens of the map branch, before sharing among similar patches.
@@ -129,7 +129,8 @@ class BatchNouns(NamedTuple):
     ) -> BatchNouns:
         """Gathers the nouns of all processes. Arguments are those of [`PairModel.forward`]."""
         noun_ids = gather_with_gradient(noun_ids)
-        first = _first_of_each(noun_ids)
+        # Sorted by noun; `torch.unique` does not return where each stands first.
+        first = torch.from_numpy(np.unique(noun_ids.cpu(), return_index=True)[1]).to(noun_ids.device)
         nouns = noun_ids[first]
         is_background = torch.zeros_like(noun_ids) if is_background is None else gather_with_gradient(is_background)
         everyone = gather_with_gradient(has_noun)
@@ -146,7 +147,6 @@ class PairModel(nn.Module):
     no result, except for dropout, which is drawn for each chunk and process, see `has_dropout`.
 
     Args:
-        model: [`ICLIPModel`].
         chunk_size: number of images or texts in one forward pass of a tower that learns.
         lock_text: whether the text tower has no gradients and stays in eval mode, as a locked image tower does.
         map_tokens: number of patches of an image that are compared with the texts with `max_over="similarity"`, see
@@ -215,7 +215,7 @@ class PairModel(nn.Module):
             self.model.vision_model.eval()
             for block in self.unlocked_vision_blocks:
                 block.train(mode)
-            learning = {id(one) for block in self.unlocked_vision_blocks for one in block.parameters()}
+            learning = {id(weight) for block in self.unlocked_vision_blocks for weight in block.parameters()}
             for parameter in self.model.vision_model.parameters():
                 parameter.requires_grad_(id(parameter) in learning)
         return self
@@ -247,7 +247,9 @@ class PairModel(nn.Module):
         if image_features is None:
             image_features = self._in_chunks(self._encode_images, pixel_values)
         if text_features is None:
-            text_features = self._in_chunks(lambda *t: self._encode_texts(**dict(zip(texts, t))), *texts.values())
+            text_features = self._in_chunks(
+                lambda *chunk: self.model.encode_text(**dict(zip(texts, chunk)))[0], *texts.values()
+            )
         nouns = None if noun_ids is None else BatchNouns.gathered(noun_ids, has_noun, is_background)
         branches = {name: self._branch_inputs(name, image_features, text_features) for name in self.branches}
         losses, recognised = [], branches["recognition"]
@@ -323,13 +325,10 @@ class PairModel(nn.Module):
     def _encode_images(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, ...]:
         return image_features(self.model, pixel_values, self.map_tokens)
 
-    def _encode_texts(self, **texts: torch.Tensor) -> torch.Tensor:
-        return self.model.encode_text(**texts)[0]
-
     def _in_chunks(self, encode: Callable, *inputs: torch.Tensor) -> torch.Tensor:
         if len(inputs[0]) <= self.chunk_size:
             return encode(*inputs)
-        chunks = zip(*(one.split(self.chunk_size) for one in inputs))
+        chunks = zip(*(tensor.split(self.chunk_size) for tensor in inputs))
         encoded = [checkpoint(encode, *chunk, use_reentrant=False) for chunk in chunks]
         return torch.cat(encoded) if isinstance(encoded[0], torch.Tensor) else tuple(map(torch.cat, zip(*encoded)))
 
@@ -364,15 +363,6 @@ def direction_loss(weights: torch.Tensor, is_background: torch.Tensor) -> torch.
     """
     errors = (1 - torch.where(is_background, -weights, weights)).relu() ** 2
     return torch.stack([errors[kind].mean() for kind in (is_background, ~is_background) if kind.any()]).mean()
-
-
-def _first_of_each(ids: torch.Tensor) -> torch.Tensor:
-    """Returns the first index of each distinct id in (M,), in ascending order of ids."""
-    _, inverse = ids.unique(return_inverse=True)
-    places = torch.arange(len(ids), device=ids.device)
-    return torch.full((int(inverse.max()) + 1,), len(ids), device=ids.device).scatter_reduce(
-        0, inverse, places, "amin"
-    )
 
 
 def _rank() -> int:

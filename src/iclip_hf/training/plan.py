@@ -28,13 +28,8 @@ class Choice(NamedTuple):
 
 def choose_settings(given: Mapping) -> dict[str, Choice]:
     """
-    Chooses settings for training on the pairs of `given["data"]`.
-
-    Args:
-        given: settings that the user gave, by name. They take precedence: other choices follow from them.
-
-    Returns:
-        Choices by the name of the setting.
+    Chooses settings, by name, for training on the pairs of `given["data"]`. Settings that are given take precedence: other choices follow
+    from them.
 
     Raises:
         As [`~checks.check_pairs`] and [`~iclip_hf.data.pairs.load_pairs`]. `ValueError`: the pairs are a stream.
@@ -63,8 +58,7 @@ def choose_settings(given: Mapping) -> dict[str, Choice]:
         choose("model", "embedded", "a trained model, which needs no model hub")
     share = 0.0
     if not given.get("validation_data"):
-        share = 0.1 if pairs >= 20 else 0.0
-        share = choose("validation_share", share, "to measure on" if share else "fewer than 20 pairs")
+        share = choose("validation_share", *((0.1, "to measure on") if pairs >= 20 else (0.0, "fewer than 20 pairs")))
     held_out = int(held_out_rows(sources, [source.ranges() for source in sources], share).sum()) if share else 0
     training = pairs - held_out
     if 0 < held_out < 100:
@@ -78,11 +72,8 @@ def choose_settings(given: Mapping) -> dict[str, Choice]:
     size = max(min(good, 256) // world * world, world)
     batch = choose("batch_size", size, f"all pairs at once, less the {max_bad_share:.0%} that may be bad; at most 256")
     steps_per_epoch = max(training // batch, 1)
-    choose(
-        "learning_rate",
-        float(f"{RATE * 1024 / batch:.4g}"),
-        f"{RATE:g} for this batch, so that a trained model keeps what it knows",
-    )
+    rate = float(f"{RATE * 1024 / batch:.4g}")
+    choose("learning_rate", rate, f"{RATE:g} for this batch, so that a trained model keeps what it knows")
     steps = given.get("max_steps") or 0
     if not steps:
         steps = steps_per_epoch * choose("epochs", max(1, round(STEPS / steps_per_epoch)), f"{STEPS} steps")
@@ -90,9 +81,5 @@ def choose_settings(given: Mapping) -> dict[str, Choice]:
     choose("eval_steps", max(1, steps // 5), "5 times in the run")
     choose("log_steps", max(1, steps // 100), "100 times in the run")
     workers = min(training // 250, 4, spare_processors())
-    choose(
-        "num_workers",
-        workers,
-        "one for every 250 pairs, at most 4, and no more than the processors that the model leaves",
-    )
+    choose("num_workers", workers, "one for every 250 pairs, at most 4 and the processors that the model leaves")
     return chosen

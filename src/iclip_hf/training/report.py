@@ -22,12 +22,8 @@ _FEWEST = 10  # held-out pairs; on fewer, the interval is too narrow
 
 def report(settings: Settings, state: RunState, held_out: PairDataset | None) -> str:
     """
-    Returns the end of a run as text: the scores before and after, whether the model got better, its folder, and what to do with it.
-
-    Args:
-        settings: settings of the run.
-        state: its last state.
-        held_out: validation pairs; texts and an image of the proposed commands come from them.
+    Returns the end of a run as text: the scores before and after, whether the model got better, its folder, and commands to use it, with
+    texts and an image of the validation pairs `held_out`.
     """
     lines = [""]
     if state.metrics:
@@ -44,9 +40,7 @@ def report(settings: Settings, state: RunState, held_out: PairDataset | None) ->
     if state.before:
         lines.append(_verdict(settings, state, held_out))
     elif not state.metrics:
-        lines.append(
-            "Nothing was measured: name pairs by --validation_data, or hold out a part by --validation_share."
-        )
+        lines.append("Nothing was measured: name --validation_data, or hold out a part by --validation_share.")
     if holds_start(settings, state):
         lines.append(
             f"No evaluation was better than the start, so {settings.output_dir} holds the model that you started from "
@@ -89,7 +83,7 @@ def _labels(pairs: PairDataset) -> dict[int, list[str]]:
     start, end = CLASS_CAPTION.split("{}")
     every = [caption for several in captions.values() for caption in several]
     if all(caption.startswith(start) for caption in every) and len(set(every)) < len(every):
-        return {row: [one.removeprefix(start).removesuffix(end) for one in captions[row]] for row in captions}
+        return {row: [caption.removeprefix(start).removesuffix(end) for caption in captions[row]] for row in captions}
     nouns = NounPrompts.from_file(SHIPPED / "iclip-dinov2-s14-minilm" / "nouns.txt")
     counts = {row: Counter(itertools.chain(*map(sorted, map(nouns.find, captions[row])))) for row in captions}
     return {row: [nouns.nouns[number] for number, _ in counts[row].most_common()] for row in captions}

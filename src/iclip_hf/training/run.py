@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
+import time
 from dataclasses import asdict
 from pathlib import Path
 
@@ -30,7 +30,6 @@ from ..models.identity import identity
 from ..models.loading import load_iclip, warn_of_slow_bfloat16
 from ..processing_iclip import ICLIPProcessor
 from ..utils.distributed import partner_errors, shared_folder_lock
-from ..utils.files import atomic_write
 from .checkpoints import (
     advice_to_resume,
     check_content,
@@ -40,15 +39,14 @@ from .checkpoints import (
     known_by_content,
     save_checkpoint,
     state_to_resume,
-    update_checkpoint,
     whole_model,
+    write_state,
 )
 from .checks import checkpoints
 from .data import BatchLoader, derive_seed
 from .datasets import load_datasets, open_pairs
 from .interrupts import Interrupts
 from .low_rank import add_low_rank
-from .meter import Meter
 from .nouns import NounPrompts
 from .pair_model import PairModel
 from .report import own_labels, report
@@ -62,7 +60,7 @@ from .validation import change_interval, draw_examples, validate
 
 def build_model(settings: Settings) -> tuple[ICLIPModel, ICLIPProcessor]:
     """The model to train and its processor: a trained one, or fresh projections on two towers."""
-    options = dict(one.split("=", 1) for one in settings.model_options)
+    options = dict(option.split("=", 1) for option in settings.model_options)
     if unknown := [name for name in options if name not in ICLIPConfig.__annotations__]:
         raise ValueError(f"Expected model_options to name options of ICLIPConfig, got {unknown[0]!r}: correct it.")
     options = {name: yaml.safe_load(value) for name, value in options.items()}
@@ -143,16 +141,8 @@ class TrainingRun:
     ):
         self.settings, self.processor, self.accelerator, self.interrupts = settings, processor, accelerator, interrupts
         self.output_dir = Path(settings.output_dir)
-        pair_model = PairModel(
-            model,
-            settings.chunk_size,
-            settings.lock_text,
-            settings.map_tokens,
-            settings.noun_weight,
-            settings.noun_branches,
-            settings.noun_competition,
-            settings.unlocked_vision_blocks,
-        )
+        options = "chunk_size lock_text map_tokens noun_weight noun_branches noun_competition unlocked_vision_blocks"
+        pair_model = PairModel(model, **{name: getattr(settings, name) for name in options.split()})
         fixed = ["chunk_size"] if pair_model.has_dropout else []
         last_checkpoint, self.state = state_to_resume(settings, fixed)
         if last_checkpoint and self.state.sharded != accelerator.is_fsdp2:
@@ -194,7 +184,7 @@ class TrainingRun:
         if last_checkpoint:
             accelerator.load_state(str(last_checkpoint))
         accelerator.init_trackers("iclip-hf", {name: str(value) for name, value in self.state.settings.items()})
-        self.meter = Meter(settings.batch_size)
+        self.times: list[tuple[float, float]] = []  # seconds of loading and of computing a step, since the last log
         self.bar = tqdm(total=self.total_steps, initial=self.state.step, disable=not accelerator.is_main_process)
         self.shown: dict[str, str] = {}  # beside the bar
 
@@ -210,11 +200,9 @@ class TrainingRun:
             self.train_epoch(*divmod(self.state.step, self.loader.steps_per_epoch))
         self.bar.close()
 
+        write_state(self.accelerator, self.output_dir, self.state, "results.json")
         if self.accelerator.is_main_process:
-            with atomic_write(self.output_dir / "results.json") as partial:
-                partial.write_text(json.dumps(asdict(self.state), indent=2))
             print(report(self.settings, self.state, self.held_out))
-        self.accelerator.wait_for_everyone()
         self.accelerator.end_training()
         return self.state.before if holds_start(self.settings, self.state) else self.state.metrics
 
@@ -223,10 +211,11 @@ class TrainingRun:
     def train_epoch(self, epoch: int, first: int) -> None:
         """Takes the steps of an epoch from its batch `first` on, up to the last of the run, and logs, saves and evaluates."""
         settings, state = self.settings, self.state
+        began = time.perf_counter()
         for batch in self.loader.epoch(epoch, first):
-            self.meter.loaded()
+            loaded = time.perf_counter()
             row, interrupted = self.train_step(batch)
-            self.meter.stepped()
+            self.times.append((loaded - began, time.perf_counter() - loaded))
             self.bar.update()
 
             last = state.step == self.total_steps
@@ -243,13 +232,10 @@ class TrainingRun:
                 self.measure_checkpoint() if saved else self.measure()
             if last:
                 return
-            self.meter.pause()
+            began = time.perf_counter()  # logs, checkpoints and evaluations do not count
 
     def train_step(self, batch: dict) -> tuple[dict[str, float], bool]:
-        """
-        Takes a step of the optimizer, unless loss or gradient are not finite, and counts it. Returns its row of the log, and whether a
-        process got a signal.
-        """
+        """Takes a step, unless loss or gradient are not finite. Returns its row of the log, and whether a process got a signal."""
         settings, state, accelerator = self.settings, self.state, self.accelerator
         # Dropout draws by the step, not by what was drawn before, so that a resumed step is the same.
         torch.manual_seed(derive_seed(settings.seed, state.step, accelerator.process_index))
@@ -294,7 +280,11 @@ class TrainingRun:
 
     def log_row(self, row: dict[str, float]) -> None:
         """Logs what a step returned, with the speed and the counts of the run, and shows its loss beside the bar."""
-        row |= {**self.meter.read(), "bad_steps": self.state.bad_steps, "skipped_pairs": self.state.skipped_pairs}
+        loading, computing = map(sum, zip(*self.times))
+        row["pairs_per_second"] = len(self.times) * self.settings.batch_size / (loading + computing)
+        row["share_of_time_loading"] = loading / (loading + computing)
+        row |= {"bad_steps": self.state.bad_steps, "skipped_pairs": self.state.skipped_pairs}
+        self.times.clear()
         self.accelerator.log(row, self.state.step)
         self.shown |= {"loss": f"{row['loss']:.3f}", "pairs_per_s": f"{row['pairs_per_second']:.0f}"}
         self.bar.set_postfix(self.shown)
@@ -305,27 +295,19 @@ class TrainingRun:
         """Returns the metrics of the model, `best_metric` for each held-out pair, and the evaluation on maps."""
         settings, pair_model, is_main = self.settings, self.pair_model, self.accelerator.is_main_process
         metrics, by_pair, evaluation = {}, [], None
-        stages = [f"on {len(self.validation)} held-out pairs"] if self.validation is not None else []
-        stages += [f"maps on {settings.eval_dataset}"] if self.segmentation is not None else []
-        stages += ["pictures"] if self.held_out is not None and settings.pictures else []
-
-        def say_next() -> None:
-            self.bar.set_description(f"Evaluating {', then '.join(stages)}")
-            del stages[0]
-
         if self.validation is not None:
-            say_next()
+            self.bar.set_description(f"Evaluating on {len(self.validation)} held-out pairs")
             scores = validate(self.accelerator, pair_model, self.validation, settings.chunk_size, self.workers)
-            metrics |= {name: one.mean().item() for name, one in scores.items()}
+            metrics |= {name: values.mean().item() for name, values in scores.items()}
             by_pair = scores[settings.best_metric].tolist() if settings.best_metric in scores else []
         whole = whole_model(self.accelerator, pair_model).eval()
         if self.segmentation is not None:
-            say_next()
+            self.bar.set_description(f"Evaluating maps on {settings.eval_dataset}")
             result = evaluate((whole, self.processor), self.segmentation)
             evaluation = {"protocol": {**result.protocol, "model": settings.name}, "results": result.results}
             metrics |= {metric: result.results["itsm"][metric] for metric in MAP_METRICS}
         if self.held_out is not None and settings.pictures and is_main:
-            say_next()
+            self.bar.set_description("Drawing pictures")
             pictures = self.output_dir / "pictures"
             draw_examples(whole, self.processor, self.held_out, settings.pictures, pictures, self.state.step)
         pair_model.train()
@@ -363,7 +345,7 @@ class TrainingRun:
         try:
             with self.interrupts.at_once():  # all is saved
                 self.measure()
-                update_checkpoint(self.accelerator, self.output_dir, self.state)
+                write_state(self.accelerator, checkpoints(self.output_dir)[-1], self.state)
         except KeyboardInterrupt:
             self.bar.close()
             raise KeyboardInterrupt(f"interrupted after step {self.state.step}") from None

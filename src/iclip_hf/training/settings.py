@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields
 from functools import cache, partial
 from pathlib import Path
 from typing import Literal, get_args, get_origin, get_type_hints
@@ -25,18 +25,27 @@ _EVAL_DATASETS = ("none", *DATASETS)
 _BEST_METRICS = ("auto", *RETRIEVAL_METRICS, *MAP_METRICS)
 
 
-def setting(default, help: str, same: Callable | None = lambda value: value):
+# What a number may be.
+ANY = ("a number", lambda value: True)
+FROM_0 = ("at least 0", lambda value: value >= 0)
+FROM_1 = ("at least 1", lambda value: value >= 1)
+POSITIVE = ("positive", lambda value: value > 0)
+SHARE = ("from 0 to 1", lambda value: 0 <= value <= 1)
+
+
+def setting(default, help: str, allowed: tuple[str, Callable] = ANY, same: Callable | None = lambda value: value):
     """
     A field of [`Settings`].
 
     Args:
         default: default value.
         help: description for the command line.
+        allowed: what its values may be.
         same: function of the value. Its result must be the same when a run resumes. None if the setting changes no result; `bool` if it
             is a place, whose content is compared, see [`~checkpoints.known_by_content`].
     """
     make = {"default_factory": default.copy} if isinstance(default, list) else {"default": default}
-    return field(**make, metadata={"help": help, "same": same})
+    return field(**make, metadata={"help": help, "allowed": allowed, "same": same})
 
 
 @dataclass
@@ -71,13 +80,14 @@ class Settings:
     model_options: list[str] = setting([], "options that override those of config.json, as name=value")
     lock_text: bool = setting(False, "freeze the text tower")
     text_lora_rank: int = setting(
-        0, "rank of low-rank updates of the text tower, which learn instead of its weights; 0 for none"
+        0, "rank of low-rank updates of the text tower, which learn instead of its weights; 0 for none", FROM_0
     )
     unlocked_vision_blocks: int = setting(
         0,
         "number of the image tower's last blocks that learn while its others are locked; 0 leaves all to lock_vision",
+        FROM_0,
     )
-    image_size: int = setting(224, "height and width of images in pixels; with model, those of its processor")
+    image_size: int = setting(224, "height and width of images in pixels; with model, those of its processor", FROM_1)
 
     # data
     data: list[str] = setting(
@@ -89,65 +99,70 @@ class Settings:
     image_column: str = setting("", "column of the images, if it has no usual name")
     caption_column: str = setting("", "column of the captions, if it has no usual name")
     validation_data: list[str] = setting([], "validation pairs, local", same=bool)
-    validation_share: float = setting(0.0, "share of the pairs to validate on instead, which are not trained on")
+    validation_share: float = setting(
+        0.0, "share of the pairs to validate on instead, which are not trained on", SHARE
+    )
     split: str = setting("train", "split of a Hub dataset")
     pairs_per_epoch: int = setting(
-        0, "pairs in an epoch of a Hub dataset, which then is streamed instead of downloaded"
+        0, "pairs in an epoch of a Hub dataset, which then is streamed instead of downloaded", FROM_0
     )
-    max_bad_share: float = setting(0.05, "largest share of broken pairs; the run stops above it")
-    crop_scale: float = setting(0.08, "smallest area of a random crop, as a share of the image")
+    max_bad_share: float = setting(0.05, "largest share of broken pairs; the run stops above it", SHARE)
+    crop_scale: float = setting(0.08, "smallest area of a random crop, as a share of the image", SHARE)
     auto_augment: str = setting("rand-m9-mstd0.5-inc1", "name of an augmentation policy of timm; empty for none")
-    random_erasing: float = setting(0.25, "probability of erasing a rectangle")
+    random_erasing: float = setting(0.25, "probability of erasing a rectangle", SHARE)
     nouns: str = setting(
         "",
         "text file with one noun in each line, those of the background marked 'sky (background)'; nouns that occur in captions "
         "become prompts, as in GroupViT",
         same=bool,
     )
-    noun_prompts: int = setting(3, "number of noun prompts for each pair; a noun counts once in a batch")
-    noun_weight: float = setting(0.5, "share of noun prompts in the loss of noun_branches")
-    noun_branches: list[str] = setting(
-        ["recognition"], "branches that learn noun prompts: recognition, interpretability"
+    noun_prompts: int = setting(3, "number of noun prompts for each pair; a noun counts once in a batch", FROM_1)
+    noun_weight: float = setting(0.5, "share of noun prompts in the loss of noun_branches", SHARE)
+    noun_branches: list[Literal["recognition", "interpretability"]] = setting(
+        ["recognition"], "branches that learn noun prompts"
     )
     noun_competition: float = setting(
-        0.0, "share of the nouns' competition for patches in their loss, with max_over=similarity"
+        0.0, "share of the nouns' competition for patches in their loss, with max_over=similarity", SHARE
     )
-    map_tokens: int = setting(16, "number of patches that represent an image with max_over=similarity")
-    num_workers: int = setting(4, "number of loading processes for each training process", same=None)
+    map_tokens: int = setting(16, "number of patches that represent an image with max_over=similarity", FROM_1)
+    num_workers: int = setting(4, "number of loading processes for each training process", FROM_0, same=None)
     cache_features: str = setting("", "folder for features of frozen towers, which are computed once", same=bool)
-    views: int = setting(1, "number of views of each image in cache_features: the whole image and augmented ones")
 
     # optimisation
-    epochs: int = setting(30, "number of passes over the pairs")
-    max_steps: int = setting(0, "number of steps of the run and its schedule; 0 for all epochs")
-    batch_size: int = setting(1024, "number of pairs in a batch, over all processes")
+    epochs: int = setting(30, "number of passes over the pairs", FROM_1)
+    max_steps: int = setting(0, "number of steps of the run and its schedule; 0 for all epochs", FROM_0)
+    batch_size: int = setting(1024, "number of pairs in a batch, over all processes", FROM_1)
     chunk_size: int = setting(
         256,
         "number of pairs in one forward pass of a tower; limits the memory, and changes results only if a trained tower has dropout",
+        FROM_1,
         same=None,
     )
     learning_rate: float = setting(
-        1.25e-4, "peak learning rate for a batch of 1024; all three rates are scaled with the batch size"
+        1.25e-4, "peak learning rate for a batch of 1024; all three rates are scaled with the batch size", POSITIVE
     )
-    warmup_learning_rate: float = setting(1e-6, "first learning rate of the warm-up")
-    min_learning_rate: float = setting(1e-5, "last learning rate")
-    warmup_epochs: float = setting(2.0, "number of epochs of linear warm-up, before the cosine decay")
-    weight_decay: float = setting(0.05, "weight decay of matrices; biases, norms and logit scales have none")
-    clip_grad_norm: float = setting(5.0, "largest norm of the gradient")
+    warmup_learning_rate: float = setting(1e-6, "first learning rate of the warm-up", FROM_0)
+    min_learning_rate: float = setting(1e-5, "last learning rate", FROM_0)
+    warmup_epochs: float = setting(2.0, "number of epochs of linear warm-up, before the cosine decay", FROM_0)
+    weight_decay: float = setting(0.05, "weight decay of matrices; biases, norms and logit scales have none", FROM_0)
+    clip_grad_norm: float = setting(5.0, "largest norm of the gradient", POSITIVE)
     mixed_precision: Literal["auto", "no", "fp16", "bf16"] = setting(
         "auto",
         "auto: the choice of `accelerate launch`; without one, bf16 or fp16 on a GPU and no on a CPU",
     )
     max_bad_steps: int = setting(
-        30, "number of consecutive steps without a finite loss and gradient after which the run stops", same=None
+        30,
+        "number of consecutive steps without a finite loss and gradient after which the run stops",
+        FROM_1,
+        same=None,
     )
     seed: int = setting(0, "random seed")
 
     # monitoring
     report_to: str = setting("tensorboard", "name of a tracker of Accelerate, or none", same=None)
-    log_steps: int = setting(10, "number of steps between logs", same=None)
+    log_steps: int = setting(10, "number of steps between logs", FROM_1, same=None)
     eval_steps: int = setting(
-        1000, "number of steps between evaluations; the last step is always evaluated", same=None
+        1000, "number of steps between evaluations; the last step is always evaluated", FROM_1, same=None
     )
     eval_dataset: Literal[_EVAL_DATASETS] = setting("none", "segmentation data set for the evaluation of maps")
     eval_root: str = setting("", "folder of eval_dataset", same=bool)
@@ -155,50 +170,26 @@ class Settings:
     best_metric: Literal[_BEST_METRICS] = setting(
         "auto", "metric that selects the best model; auto: text_to_image, or mMIoU without validation_data"
     )
-    pictures: int = setting(4, "number of validation images whose maps are drawn at each evaluation", same=None)
-    checkpoint_steps: int = setting(1000, "number of steps between checkpoints", same=None)
-    keep_checkpoints: int = setting(2, "number of checkpoints to keep", same=None)
+    pictures: int = setting(
+        4, "number of validation images whose maps are drawn at each evaluation", FROM_0, same=None
+    )
+    checkpoint_steps: int = setting(1000, "number of steps between checkpoints", FROM_1, same=None)
+    keep_checkpoints: int = setting(2, "number of checkpoints to keep", FROM_1, same=None)
 
     def __post_init__(self):
         if not self.output_dir and self.config:
             self.output_dir = f"{RUNS}/{Path(self.config).resolve().parent.name}"
         if not self.output_dir:
             raise ValueError("Expected output_dir to be the folder of the run, got none: name one.")
-        limits = dict.fromkeys(("image_size", "views", "epochs", "batch_size", "chunk_size", "max_bad_steps"), 1)
-        limits |= dict.fromkeys(("log_steps", "eval_steps", "checkpoint_steps", "keep_checkpoints"), 1)
-        limits |= dict.fromkeys(("noun_prompts", "map_tokens"), 1)
-        limits |= dict.fromkeys(("num_workers", "max_steps", "pairs_per_epoch", "pictures"), 0)
-        limits |= dict.fromkeys(("text_lora_rank", "unlocked_vision_blocks"), 0)
-        limits |= dict.fromkeys(("warmup_epochs", "weight_decay", "warmup_learning_rate", "min_learning_rate"), 0)
-        for name, least in limits.items():
-            if not getattr(self, name) >= least:
-                raise ValueError(f"Expected {name} to be at least {least}, got {getattr(self, name)}: change it.")
-        for name in ("learning_rate", "clip_grad_norm"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"Expected {name} to be positive, got {getattr(self, name)}: change it.")
-        for name in (
-            "crop_scale",
-            "random_erasing",
-            "max_bad_share",
-            "noun_weight",
-            "noun_competition",
-            "validation_share",
-        ):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"Expected {name} to be from 0 to 1, got {getattr(self, name)}: change it.")
+        for entry in fields(self):
+            allowed, is_allowed = entry.metadata["allowed"]
+            if not is_allowed(value := getattr(self, entry.name)):
+                raise ValueError(f"Expected {entry.name} to be {allowed}, got {value}: change it.")
         if self.lock_text and self.text_lora_rank:
             raise ValueError("Expected lock_text or text_lora_rank, got both: leave one out.")
-        for one in self.model_options:
-            if "=" not in one:
-                raise ValueError(f"Expected model_options to be name=value, got {one!r}: correct it.")
-        branches = ("recognition", "interpretability")
-        if unknown := [name for name in self.noun_branches if name not in branches]:
-            raise ValueError(f"Expected noun_branches to be of {', '.join(branches)}, got {unknown[0]!r}: correct it.")
-        if self.views > 1 and not self.cache_features:
-            raise ValueError(
-                f"Expected cache_features for {self.views} views, which are views of cached images, got none: name a folder, or "
-                "leave views out."
-            )
+        for option in self.model_options:
+            if "=" not in option:
+                raise ValueError(f"Expected model_options to be name=value, got {option!r}: correct it.")
         if self.validation_data and self.validation_share:
             raise ValueError("Expected validation_data or validation_share, got both: leave one out.")
         validated = bool(self.validation_data or self.validation_share)
@@ -243,42 +234,29 @@ def add_settings(parser: argparse.ArgumentParser) -> None:
     Adds every setting as an option, with underscores or dashes, and `data` also as positional arguments. Settings that are not given
     are absent from the result.
     """
-    for one in fields(Settings):
-        kind, several, choices = _kind(one.name)
+    for entry in fields(Settings):
+        kind, several, choices = _kind(entry.name)
         options = {"nargs": "+"} if several else {"nargs": "?", "const": True} if kind is bool else {}
-        default = "" if one.default in ("", False) or several else f" (default: {one.default})"
+        default = "" if entry.default in ("", False) or several else f" (default: {entry.default})"
         parser.add_argument(
-            *dict.fromkeys([f"--{one.name}", f"--{one.name.replace('_', '-')}"]),
-            type=partial(_parse, one.name),
+            *dict.fromkeys([f"--{entry.name}", f"--{entry.name.replace('_', '-')}"]),
+            type=partial(_parse, entry.name),
             default=argparse.SUPPRESS,
-            metavar="|".join(choices) or one.name.upper(),
-            help=f"{one.metadata['help']}{default}",
+            metavar="|".join(choices) or entry.name.upper(),
+            help=f"{entry.metadata['help']}{default}",
             **options,
         )
     parser.add_argument("data", nargs="*", default=argparse.SUPPRESS, metavar="DATA", help="the same as --data")
 
 
-def has_configuration(given: Mapping) -> bool:
-    """Whether a configuration gives the other settings. Otherwise there are data, which they can be chosen by."""
-    return bool(given.get("config") or not given.get("data"))
-
-
-def read_settings(given: Mapping, chosen: Mapping | None = None) -> Settings:
+def read_settings(given: Mapping) -> Settings:
     """
-    Merges the settings of a run. `given` has precedence over the `train.yaml` that `config` names, and this over the defaults.
-
-    Args:
-        given (`Mapping`): settings by name, with values of their types, such as the result of the parser of [`add_settings`].
-        chosen (`Mapping`, *optional*): settings in place of those of a configuration, see [`has_configuration`].
-
-    Returns:
-        [`Settings`].
+    Merges the settings of a run. `given`, such as the result of the parser of [`add_settings`], has precedence over the `train.yaml` that
+    `config` names, and this over the defaults.
 
     Raises:
         `ValueError`: a setting is invalid. `FileNotFoundError`: there is no such configuration.
     """
-    if chosen is not None:
-        return Settings(**{**chosen, **given})
     file = _config_file(given.get("config") or "iclip-vit-b16")
     named = read_file(file)
     if given.get("model"):  # instead of the towers that the file names
@@ -325,12 +303,12 @@ def read_file(file: Path) -> dict:
         if value is None:
             continue
         several = _kind(name)[1]
-        values = value if isinstance(value, list) else [value]
-        if any(isinstance(one, (list, dict)) for one in values) or (isinstance(value, list) and not several):
+        values = value if several and isinstance(value, list) else [value]
+        if any(isinstance(item, (list, dict)) for item in values):
             what = "a value or a list of values" if several else "one value"
             raise ValueError(f"{file}: expected {name} to be {what}, but got {type(value).__name__}; correct it.")
         try:
-            parsed = [_parse(name, str(one)) for one in values]
+            parsed = [_parse(name, str(item)) for item in values]
         except argparse.ArgumentTypeError as error:
             raise ValueError(f"{file}: {error}; correct {name}.") from error
         settings[name] = parsed if several else parsed[0]
@@ -343,38 +321,31 @@ def read_file(file: Path) -> dict:
 def _kind(name: str) -> tuple[type, bool, tuple[str, ...]]:
     """Returns the type of a setting or of its items, whether it is a list, and its choices, if any."""
     hint = get_type_hints(Settings)[name]
-    if get_origin(hint) is Literal:
-        return str, False, get_args(hint)
-    return (get_args(hint)[0], True, ()) if get_origin(hint) is list else (hint, False, ())
+    several = get_origin(hint) is list
+    hint = get_args(hint)[0] if several else hint
+    return (str, several, get_args(hint)) if get_origin(hint) is Literal else (hint, several, ())
 
 
 def _parse(name: str, text: str):
     """Converts the text of a setting to its type. Raises `argparse.ArgumentTypeError` for other text."""
     kind, _, choices = _kind(name)
-    expected = {int: "a whole number", float: "a number", bool: "true or false"}.get(
-        kind
-    ) or f"one of {', '.join(choices)}"
+    expected = {int: "a whole number", float: "a number", bool: "true or false", str: f"one of {', '.join(choices)}"}
     try:
         value = {"true": True, "false": False}[text.lower()] if kind is bool else kind(text)
         if choices and value not in choices:
             raise ValueError
     except (KeyError, ValueError):
-        raise argparse.ArgumentTypeError(f"expected {name} to be {expected}, got {text!r:.100}") from None
+        raise argparse.ArgumentTypeError(f"expected {name} to be {expected[kind]}, got {text!r:.100}") from None
     return value
 
 
 def changed_settings(settings: Settings, before: Mapping, fixed: Collection[str] = ()) -> list[str]:
-    """
-    Returns the names of settings that must not change on resume, but differ.
-
-    Args:
-        settings: settings of this run.
-        before: settings of the run to resume, by name.
-        fixed: names of settings that must not change, besides those whose field says so.
-    """
+    """Returns the names of settings that must not change on resume (those of `fixed` too), but differ from `before`."""
     changed = []
-    for one in fields(settings):
-        same = one.metadata["same"] or (repr if one.name in fixed else None)
-        if same is not None and same(getattr(settings, one.name)) != same(before.get(one.name)):
-            changed.append(one.name)
+    for entry in fields(settings):
+        same = entry.metadata["same"] or (repr if entry.name in fixed else None)
+        # of a setting that the run began without
+        usual = entry.default_factory() if entry.default is MISSING else entry.default
+        if same and same(getattr(settings, entry.name)) != same(before.get(entry.name, usual)):
+            changed.append(entry.name)
     return changed

@@ -49,9 +49,8 @@ def validate(
     rows = [(accelerator.process_index * part + i) % len(dataset) for i in range(part)]
     pair_model.eval()
     images, texts = [], []
-    options = {"sampler": rows, "collate_fn": dataset.collate, "num_workers": num_workers}
-    options["worker_init_fn"] = ignore_signals
-    batches = DataLoader(dataset, min(batch_size, part), **options)
+    options = {"collate_fn": dataset.collate, "num_workers": num_workers, "worker_init_fn": ignore_signals}
+    batches = DataLoader(dataset, min(batch_size, part), sampler=rows, **options)
     for batch in tqdm(batches, desc="Held-out pairs", leave=False, disable=not accelerator.is_main_process):
         batch.pop("skipped")
         outputs = pair_model(**send_to_device(batch, accelerator.device))
@@ -59,14 +58,16 @@ def validate(
         texts.append(outputs["text_embeds"])
         scale = outputs["logit_scales"][0]
     pair_model.train()
-    images, texts = (accelerator.gather(torch.cat(one))[: len(dataset)] for one in (images, texts))
+    images, texts = (accelerator.gather(torch.cat(parts))[: len(dataset)] for parts in (images, texts))
     logits = scale * images @ texts.T
     own = torch.arange(len(logits), device=logits.device)
-    numbers = {}  # pairs with the same caption cannot be told apart
-    same = [numbers.setdefault(caption, len(numbers)) for caption in dataset.drawn_captions()]
-    same = torch.tensor(same, device=images.device)
+    captions = dataset.drawn_captions()
+    numbers = {
+        caption: number for number, caption in enumerate(captions)
+    }  # pairs with one caption cannot be told apart
+    same = torch.tensor([numbers[caption] for caption in captions], device=logits.device)
     return {
-        "val_loss": sum(F.cross_entropy(one, own, reduction="none") for one in (logits, logits.T)) / 2,
+        "val_loss": sum(F.cross_entropy(rows, own, reduction="none") for rows in (logits, logits.T)) / 2,
         "image_to_text": 100 * (same[logits.argmax(1)] == same).float(),
         "text_to_image": 100 * (same[logits.argmax(0)] == same).float(),
     }
@@ -98,13 +99,13 @@ def draw_examples(
         folder.mkdir(exist_ok=True)
     if step == 0:
         with atomic_write(kept) as partial, open(partial, "wb") as opened:  # numpy would add a suffix to a file name
-            np.savez_compressed(opened, *(one.astype(np.float16) for one in columns["step 0"]))
+            np.savez_compressed(opened, *(map_.astype(np.float16) for map_ in columns["step 0"]))
     elif kept.is_file():
         with np.load(kept) as before:
             columns = {"before": [before[name].astype(np.float32) for name in before.files], **columns}
     pictures = []
     for image, *maps in zip(images, *columns.values()):
-        pictures += [image, *(overlay(image, one) for one in maps)]
+        pictures += [image, *(overlay(image, map_) for map_ in maps)]
     titles = ["", *columns] + [""] * (len(pictures) - len(columns) - 1)
     sheet = picture_grid(pictures, titles, 1 + len(columns), captions)
     with atomic_write(folder / f"{step:07d}.png") as partial:

@@ -24,19 +24,11 @@ _SETTLED = 2 * 10**9
 
 def content_digest(files: Sequence[str | os.PathLike]) -> str:
     """
-    Computes a digest over the content of files, in the given order. Names do not count. A file that cannot be read counts as
-    absent. The digest is cached on disk; a later call reads the files again only if a size or a time changed.
-
-    Returns:
-        `str`: 32 hex digits.
+    Computes a digest, 32 hex digits, over the content of files, in the given order. Names do not count. A file that cannot be read counts
+    as absent. The digest is cached on disk; a later call reads the files again only if a size or a time changed.
     """
-    states = hashlib.sha256()
-    newest = 0
-    for file in files:
-        state, changed = file_state(file)
-        states.update(state)
-        newest = max(newest, changed)
-    kept = cache_folder() / "digests" / states.hexdigest()[:32]
+    states, changed = zip(*map(file_state, files)) if files else ((), (0,))
+    kept = cache_folder() / "digests" / hashlib.sha256(b"".join(states)).hexdigest()[:32]
     try:
         digest = kept.read_text()
         if len(digest) == 32:
@@ -48,7 +40,7 @@ def content_digest(files: Sequence[str | os.PathLike]) -> str:
         for of_file in prefetch_map(pool, _file_digest, files, 64):
             content.update(of_file)
     digest = content.hexdigest()[:32]
-    if newest < began - _SETTLED:
+    if max(changed) < began - _SETTLED:
         keep_in_cache(kept, lambda partial: partial.write_text(digest))
     return digest
 
@@ -80,14 +72,8 @@ def _file_digest(file: str | os.PathLike) -> bytes:
 
 def weights_digest(model: nn.Module, dtype: torch.dtype | None = None) -> str:
     """
-    Computes a digest over names, shapes and values of a model's weights.
-
-    Args:
-        model: on any device.
-        dtype (`torch.dtype`, *optional*): floating-point weights are rounded to it first, as if the model were loaded in it.
-
-    Returns:
-        `str`: 32 hex digits.
+    Computes a digest, 32 hex digits, over names, shapes and values of a model's weights. Floating-point weights are first rounded to
+    `dtype`, as if the model were loaded in it.
     """
     import torch
 

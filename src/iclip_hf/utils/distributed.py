@@ -30,13 +30,8 @@ _PARTNER_LOST = re.compile(
 
 def this_process(needed_by: str) -> PartialState:
     """
-    Returns the state of this process. The first call also selects its device, so call it before loading a model.
-
-    Args:
-        needed_by: the extra that installs Accelerate.
-
-    Raises:
-        `ImportError`: Accelerate is missing.
+    Returns the state of this process. The first call also selects its device, so call it before loading a model. Raises `ImportError`
+    without Accelerate, which the extra `needed_by` installs.
     """
     with require_extra(needed_by):
         from accelerate import PartialState
@@ -54,10 +49,8 @@ def agreed(value: Value) -> Value:
 @contextmanager
 def shared_folder_lock(folder: Path, state: Accelerator | PartialState, own: bool = False) -> Iterator[None]:
     """
-    [`iclip_hf.utils.files.folder_lock`] for a run of several processes. The first process locks the folder for all.
-
-    Raises:
-        `OSError`: on every process, the error that `folder_lock` raises on the first.
+    [`iclip_hf.utils.files.folder_lock`] for a run of several processes. The first process locks the folder for all; its `OSError` is
+    raised on every process.
     """
     with ExitStack() as claim:
         refusal = None
@@ -73,13 +66,7 @@ def shared_folder_lock(folder: Path, state: Accelerator | PartialState, own: boo
 
 @contextmanager
 def partner_errors(advice: str) -> Iterator[None]:
-    """
-    Converts the `RuntimeError` that a backend raises when another process died into an `OSError` with one message. All
-    other errors pass unchanged.
-
-    Args:
-        advice: what the user should do then.
-    """
+    """Converts the `RuntimeError` that a backend raises when another process died into an `OSError` that ends with `advice`."""
     try:
         yield
     except RuntimeError as error:

@@ -20,12 +20,7 @@ def not_installed(package: str, extra: str) -> ImportError:
 
 @contextmanager
 def require_extra(name: str) -> Iterator[None]:
-    """
-    Wraps imports of optional packages. The error for a missing package names the extra that installs it.
-
-    Raises:
-        `ImportError`: a package is missing.
-    """
+    """Wraps imports of optional packages. The `ImportError` for a missing package names the extra that installs it."""
     try:
         yield
     except ModuleNotFoundError as error:

@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 logger = logging.getLogger(__name__)
 
 # Stands in every file that a command writes to a path of the user's, so that the next run knows it: as the software of pictures,
-# the creator of vector graphics, in JSON, and in the comment of .npz files.
+# the creator of vector graphics, in JSON, in the front matter of cards, and in the comment of .npz files.
 SOFTWARE = "iclip-hf, ICLIP for Hugging Face"
 _SEARCHED = 2**20  # bytes at each end of a file
 # All files of this program's own in folders that others use too begin or end with `.iclip-hf`.
@@ -83,15 +83,16 @@ def check_outputs(
 
 def is_own(path: Path) -> bool:
     """
-    Whether this program wrote a file: its first or last megabyte names `SOFTWARE`. In JSON this is the first value, and in a PDF the
-    creator, because files of others may contain results and pictures of this program.
+    Whether this program wrote a file: its first or last megabyte names `SOFTWARE`. In JSON and in the front matter of a card this is
+    the first value, and in a PDF the creator, because files of others may contain results and pictures of this program.
     """
     with open(path, "rb") as file:
         head = file.read(_SEARCHED)
         file.seek(max(len(head), path.stat().st_size - _SEARCHED))
         content = head + file.read()
-    if head[:1] == b"{":
-        return re.match(rb'{\s*"software":\s*"%s"' % SOFTWARE.encode(), head) is not None
+    for start, field in ((b"{", rb'{\s*"software":\s*"%s"'), (b"---", rb"---\s*software: %s")):
+        if head.startswith(start):
+            return re.match(field % SOFTWARE.encode(), head) is not None
     return (b"/Creator (%s)" if head[:4] == b"%PDF" else b"%s") % SOFTWARE.encode() in content
 
 
@@ -100,15 +101,17 @@ def new_file(
     path: str | os.PathLike, overwrite: bool = False, own: Callable[[Path], bool] | None = None
 ) -> Iterator[Path]:
     """
-    [`atomic_write`] for a path that the user named, after [`check_outputs`]. Creates its folder; a symbolic link stays one, and its
-    target is written.
+    Yields a temporary path for a file that the user named; renamed to `path` on success, deleted on error. Checks by
+    [`check_outputs`] before and after. Creates the file's folder; a symbolic link stays one, and its target is written.
     """
     check_outputs([path], overwrite=overwrite, own=own)
     path = Path(os.path.realpath(path))
-    with writing_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_write(path) as partial:
-        yield partial
+    with _workplace(path.parent, path.name) as work:
+        with writing_errors(path):
+            yield work / path.name
+        check_outputs([path], overwrite=overwrite, own=own)  # another program may have been faster
+        with writing_errors(path):
+            os.replace(work / path.name, path)
 
 
 def write_beside_others(folder: Path, contents: dict[str, bytes], overwrite: bool = False) -> None:
@@ -146,7 +149,7 @@ def atomic_write(path: Path) -> Iterator[Path]:
     Yields a temporary path; renamed to `path` on success, deleted on error. Its name contains the process id, so that
     several processes can write the same file. For paths in this program's own folders; see [`new_file`] for others.
     """
-    partial = path.with_name(f".{_short(path.name)}.{os.getpid()}{_PARTIAL}")
+    partial = path.with_name(f".{short_name(path.name)}.{os.getpid()}{_PARTIAL}")
     try:
         with writing_errors(path):
             yield partial
@@ -155,9 +158,10 @@ def atomic_write(path: Path) -> Iterator[Path]:
         partial.unlink(missing_ok=True)
 
 
-def _short(name: str) -> str:
-    """Returns a name that leaves room for a prefix and suffix within the 255 bytes that file systems allow."""
-    return os.fsdecode(os.fsencode(name)[:200])
+def short_name(name: str, size: int = 200) -> str:
+    """Returns the beginning of a name of at most `size` bytes. File systems allow 255, with all prefixes and suffixes."""
+    encoded = os.fsencode(name)
+    return name if len(encoded) <= size else encoded[:size].decode(errors="ignore")
 
 
 def keep_in_cache(path: Path, write: Callable[[Path], object]) -> None:
@@ -204,6 +208,13 @@ def loading_errors(name: str | Path) -> Iterator[None]:
 # -------------------------------------------------------------------------------------------------------------- folders
 
 
+def check_utf8(folder: Path) -> None:
+    """Raises `ValueError` unless the path of a folder is UTF-8, as the libraries expect that write models and Parquet files."""
+    path = os.fspath(folder.absolute())
+    if path != path.encode(errors="ignore").decode():
+        raise ValueError(f"{folder}: expected a folder whose path is UTF-8, but got other bytes in it; name another.")
+
+
 def check_own_folder(folder: Path, marker: str = _MARKER) -> None:
     """
     Checks that a folder holds nothing that this program did not write.
@@ -213,8 +224,9 @@ def check_own_folder(folder: Path, marker: str = _MARKER) -> None:
         marker: name of a file that such a folder contains.
 
     Raises:
-        `FileExistsError`: it holds other files. `OSError`: it is no folder.
+        `FileExistsError`: it holds other files. `OSError`: it is no folder. `ValueError`: its path is not UTF-8.
     """
+    check_utf8(folder)
     names = {path.name for path in folder.iterdir()} if folder.exists() else set()
     others = [name for name in names if not name.startswith(_MARKER) and not name.endswith(_PARTIAL)]
     if others and marker not in names:
@@ -267,36 +279,70 @@ def atomic_folder(folder: str | Path) -> Iterator[Path]:
     """
     Yields a temporary folder; renamed to `folder` on success, deleted on error. First deletes those of killed runs.
 
+    An existing empty folder stays the same folder, because it may be a mount point or the working directory of a shell. The
+    temporary folder is then in it, and its content is renamed.
+
     Raises:
-        `FileExistsError`: the folder exists and is not empty; it stays as it is. `OSError`: it cannot be written.
+        `FileExistsError`: the folder exists and is not empty; it stays as it is. `OSError`: it cannot be written. `ValueError`: its
+        path is not UTF-8.
     """
     folder = Path(folder).resolve()
-    prefix = f".{_short(folder.name)}."
-    for left_over in folder.parent.glob(f"{glob.escape(prefix)}*{_PARTIAL}"):
-        if (left_over / _WORK).is_dir():  # created under the lock
-            with suppress(OSError), folder_lock(left_over):  # held by a live run
-                shutil.rmtree(left_over)
+    check_utf8(folder)
+    for place in (folder, folder.parent):
+        _delete_left_overs(place, folder.name)
     _check_empty(folder)
-    with writing_errors(folder):
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        scratch = tempfile.mkdtemp(dir=folder.parent, prefix=prefix, suffix=_PARTIAL)
+    place = folder if folder.exists() else folder.parent
     try:
-        with folder_lock(Path(scratch)):
-            built = Path(scratch, _WORK, folder.name)
-            built.mkdir(parents=True)
+        with _workplace(place, folder.name) as work:
+            built = work / folder.name
+            built.mkdir()
             yield built
             _check_empty(folder)  # another run may have been faster
-            os.replace(built, folder)
+            if place == folder:
+                for path in built.iterdir():
+                    os.replace(path, folder / path.name)
+            else:
+                os.replace(built, folder)
     except (OSError, SafetensorError) as error:
         if isinstance(error, OSError) and error.errno not in _DISK_FULL:
             raise  # errors of reading have their own messages
         raise OSError(f"{folder}: writing failed ({error}); check free space, then run again.") from error
+
+
+@contextmanager
+def _workplace(place: Path, name: str) -> Iterator[Path]:
+    """
+    Yields a temporary folder in `place`, which is created if necessary, for the file or folder `name` that will be there. Deletes it
+    at the end, and at the beginning those of killed runs.
+    """
+    _delete_left_overs(place, name)
+    with writing_errors(place):
+        place.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(dir=place, prefix=_prefix(name), suffix=_PARTIAL))
+    try:
+        with folder_lock(temporary):
+            work = temporary / _WORK
+            work.mkdir()
+            yield work
     finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _delete_left_overs(place: Path, name: str) -> None:
+    """Deletes the temporary folders for `name` that killed runs left in a folder."""
+    for left_over in place.glob(f"{glob.escape(_prefix(name))}*{_PARTIAL}"):
+        if (left_over / _WORK).is_dir():  # created under the lock
+            with suppress(OSError), folder_lock(left_over):  # held by a live run
+                shutil.rmtree(left_over)
+
+
+def _prefix(name: str) -> str:
+    return f".{short_name(name)}."
 
 
 def _check_empty(folder: Path) -> None:
-    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+    """Raises `FileExistsError` unless a folder is new, or holds nothing but temporary folders of runs."""
+    if folder.exists() and not (folder.is_dir() and all(path.name.endswith(_PARTIAL) for path in folder.iterdir())):
         raise FileExistsError(
             f"{folder}: expected a new or empty folder, but got a full one; delete what is there or name another."
         )

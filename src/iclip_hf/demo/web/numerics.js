@@ -223,14 +223,10 @@ function bicubic(source, target) {
   });
 }
 
-/**
- * Enlarges a map of `rows` x `columns` and stretches it to the levels 0..255: bicubic, then min-max (Eq. 4).
- *
- * @returns the levels, and the raw values `low` and `high` of 0 and 255.
- */
-export function enlarge(map, [rows, columns], width, height) {
+/** A map of `rows` x `columns` minus its minimum, so that a constant map stays exactly constant, resized: bicubic. */
+function resized(map, [rows, columns], width, height) {
   const across = bicubic(columns, width), wide = new Float32Array(rows * width);
-  const [lowest] = range(map); // subtracted, so that a constant map stays exactly constant
+  const [lowest] = range(map);
   for (let y = 0; y < rows; y++)
     across.forEach((taps, x) => {
       for (const [i, weight] of taps) wide[y * width + x] += weight * (map[y * columns + i] - lowest);
@@ -240,7 +236,71 @@ export function enlarge(map, [rows, columns], width, height) {
     for (const [i, weight] of taps)
       for (let x = 0; x < width; x++) large[y * width + x] += weight * wide[i * width + x];
   });
+  return { large, lowest };
+}
+
+/**
+ * Enlarges a map of `rows` x `columns` and stretches it to the levels 0..255: bicubic, then min-max (Eq. 4).
+ *
+ * @returns the levels, and the raw values `low` and `high` of 0 and 255.
+ */
+export function enlarge(map, grid, width, height) {
+  const { large, lowest } = resized(map, grid, width, height);
   const [low, span] = range(large);
   const levels = Uint8Array.from(large, (value) => Math.round(255 * (value - low) / span));
   return { levels, low: low + lowest, high: low + lowest + span };
+}
+
+// Of the refinement, as in refinement.py: cells of 2 x 2 pixels.
+const CELL = 2, DILATIONS = [1, 2, 4], STEPS = 10, SPREAD = 0.3;
+
+/**
+ * The neighbours of the cells of an image and their weights, from its colours, for `refine`.
+ *
+ * @param rgb pixels of three bytes, row-major, as the model sees them.
+ * @returns the `grid` of cells, and `near`: for each of 24 directions the `cells` and their `weights`.
+ */
+export function neighbours(rgb, width, height) {
+  const rows = Math.floor(height / CELL), columns = Math.floor(width / CELL), count = rows * columns;
+  const colors = new Float64Array(3 * count); // channel by channel
+  for (let y = 0; y < rows * CELL; y++)
+    for (let x = 0; x < columns * CELL; x++)
+      for (let channel = 0; channel < 3; channel++)
+        colors[channel * count + (y >> 1) * columns + (x >> 1)] += rgb[3 * (y * width + x) + channel];
+  const clamp = (i, length) => Math.min(Math.max(i, 0), length - 1); // cells beyond the edge repeat the nearest one
+  const near = [];
+  for (const step of DILATIONS)
+    for (const down of [-step, 0, step])
+      for (const across of [-step, 0, step])
+        if (down || across)
+          near.push({
+            cells: Int32Array.from({ length: count }, (_, cell) =>
+              clamp(Math.floor(cell / columns) + down, rows) * columns + clamp(cell % columns + across, columns)),
+            weights: new Float32Array(count),
+          });
+  for (let cell = 0; cell < count; cell++) {
+    for (let at = 0; at < 3 * count; at += count) {
+      const own = colors[at + cell], others = near.map(({ cells }) => colors[at + cells[cell]]);
+      const mean = others.reduce((one, other) => one + other, own) / (others.length + 1);
+      const squares = others.reduce((sum, value) => sum + (value - mean) ** 2, (own - mean) ** 2);
+      const spread = SPREAD * Math.sqrt(squares / others.length) || 1;
+      others.forEach((value, i) => (near[i].weights[cell] -= Math.abs(value - own) / spread / 3));
+    }
+    const powers = near.map(({ weights }) => Math.exp(weights[cell]));
+    const sum = powers.reduce((one, other) => one + other, 0);
+    near.forEach(({ weights }, i) => (weights[cell] = powers[i] / sum));
+  }
+  return { grid: [rows, columns], near };
+}
+
+/** A map on the grid of `neighbours`, refined by the colours of the image, as `refine_maps` in refinement.py. */
+export function refine(map, from, { grid, near }) {
+  let { large, lowest } = resized(map, from, grid[1], grid[0]);
+  for (let step = 0; step < STEPS; step++) {
+    const refined = new Float32Array(large.length);
+    for (const { cells, weights } of near)
+      for (let cell = 0; cell < refined.length; cell++) refined[cell] += weights[cell] * large[cells[cell]];
+    large = refined;
+  }
+  return large.map((value) => value + lowest);
 }

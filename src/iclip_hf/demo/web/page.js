@@ -47,7 +47,8 @@ function explain() {
   if (!photo) return fail("There is no image yet: choose one, drop it here or paste it.");
   pending = texts;
   busy(true);
-  worker.postMessage({ job: ++job, settings, photo: photo.blob, photoId: photo.id, texts });
+  const refine = find("refine").checked;
+  worker.postMessage({ job: ++job, settings, photo: photo.blob, photoId: photo.id, texts, refine });
 }
 
 function setPhoto(blob) {
@@ -167,6 +168,7 @@ find("texts").addEventListener("keydown", (event) => {
   event.preventDefault();
   explain();
 });
+find("refine").addEventListener("change", () => picture && explain()); // not before the first question
 find("save").addEventListener("click", viewer.savePicture);
 find("copy").addEventListener("click", async () => {
   const copied = await navigator.clipboard?.writeText(location.href).then(() => true, () => false);

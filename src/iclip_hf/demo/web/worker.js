@@ -42,7 +42,7 @@ async function answerAll() {
   answering = false;
 }
 
-async function answer({ photo, photoId, texts }, tell) {
+async function answer({ photo, photoId, texts, refine }, tell) {
   if (image?.id !== photoId) image = null;
   const decoded = image ? null : await decode(photo); // before the download: a bad image is told at once
   const model = await (loading ??= load().catch((error) => { loading = null; throw error; }));
@@ -59,8 +59,13 @@ async function answer({ photo, photoId, texts }, tell) {
     const encodedText = await encodeText(model, text);
     const { cosine, cosines, match } = compare(image, encodedText);
     const weight = image.direction && numerics.attentionWeight(image.direction, encodedText.mapEmbeds, settings.model);
-    const raw = numerics.rawMap(cosines, image.attention, settings.model, weight);
-    const map = numerics.enlarge(raw, image.grid, ...image.size);
+    let raw = numerics.rawMap(cosines, image.attention, settings.model, weight), grid = image.grid;
+    if (refine) {
+      image.neighbours ??= numerics.neighbours(image.rgb, image.shape[1], image.shape[0]);
+      raw = numerics.refine(raw, grid, image.neighbours);
+      grid = image.neighbours.grid;
+    }
+    const map = numerics.enlarge(raw, grid, ...image.size);
     const scores = { cosine, presence: numerics.presence(match, image.chance) };
     tell({ kind: "map", index, ...scores, ...map }, [map.levels.buffer]);
   }
@@ -92,7 +97,7 @@ async function decode(blob) {
   const rgba = reduced.getImageData(0, 0, width, height).data;
   const rgb = numerics.resize(rgba, width, height, newWidth, newHeight, settings.image.kernel);
   return {
-    pixels: numerics.normalize(rgb, settings.image),
+    rgb,
     shape: [newHeight, newWidth],
     size: [viewed.canvas.width, viewed.canvas.height],
     view: viewed.canvas.transferToImageBitmap(),
@@ -115,11 +120,13 @@ function draw(bitmap, orientation, scale) {
   return context;
 }
 
-async function encodeImage({ ort, vision, background }, { pixels, shape, size }) {
+async function encodeImage({ ort, vision, background }, { rgb, shape, size }) {
+  const pixels = numerics.normalize(rgb, settings.image);
   const outputs = await vision.run({ pixel_values: new ort.Tensor("float32", pixels, [1, 3, ...shape]) });
   const [embeds, patches, attention] = ["image_embeds", "patch_embeds", "map_attention"].map((name) => outputs[name].data);
   const direction = outputs.attention_direction?.data; // of a model with signed attention
-  const features = { embeds, patches, attention, direction, size, grid: outputs.patch_embeds.dims.slice(1, 3) };
+  const grid = outputs.patch_embeds.dims.slice(1, 3);
+  const features = { embeds, patches, attention, direction, rgb, shape, size, grid };
   return { ...features, chance: numerics.chance(background.map((text) => compare(features, text).match)) };
 }
 

@@ -7,13 +7,9 @@ from .measure import EvaluatedImage, Measure
 
 
 def make_measure(name: str, **options) -> Measure:
-    """
-    Creates a measure.
-
-    Args:
-        name (`str`): a name of `MEASURES`.
-        options: of the measure, see its class.
-    """
+    """Creates a measure by its name in `MEASURES`, with the options of its class. Raises `ValueError` if it is unknown."""
+    if name not in MEASURES:
+        raise ValueError(f"Expected measures of {list(MEASURES)}, got {name!r}: choose one of them.")
     module, _, kind = MEASURES[name].partition(":")
     return getattr(import_module(f"{__name__}.{module}"), kind)(**options)
 

@@ -30,15 +30,8 @@ STEPS = 10  # of deletion and of insertion
 
 def scorer(model: ExplainableModel, texts: ICLIPTextFeatures) -> Callable[[torch.Tensor], torch.Tensor]:
     """
-    Creates the score function for deletion and insertion.
-
-    Args:
-        model: the model, in PyTorch.
-        texts ([`ICLIPTextFeatures`]): T encoded texts.
-
-    Returns:
-        A function from images `(N, 3, H, W)` to `(N, T, 2)`: the cosine with each text, and the probability of each text among all
-        of them, the softmax of the model's logits.
+    Creates the score function for deletion and insertion by a PyTorch model, from images `(N, 3, H, W)` to `(N, T, 2)`: the cosine with
+    each text, and the probability of each text among all of them, the softmax of the model's logits.
     """
 
     model = recordable(model, "deletion and insertion")
@@ -74,9 +67,8 @@ def deletion_insertion(
         score: function from images `(N, C, H, W)` to figures `(N, ...)`.
         pixel_values (`torch.Tensor` of shape `(C, H, W)`): a prepared image.
         maps (`torch.Tensor` of shape `(M, h, w)`): of any size; they are enlarged to the size of the image (bicubic).
-        steps (`int`): number of steps, at least 1.
+        steps (`int`), batch_size (`int`): number of steps, and largest number of images in one call of `score`, of 2 + 2 * M * steps.
         seed (`int`): seed of the values and of the order of equal pixels. They are the same for all maps.
-        batch_size (`int`): largest number of images in one call of `score`. There are 2 + 2 * M * steps images.
 
     Returns:
         `tuple`: deletion and insertion, each `(M, steps + 1, ...)`, from the start without a change to the last step.
@@ -132,12 +124,9 @@ class DeletionInsertion(MeansMeasure):
 
     name = "deletion_insertion"
     figures = {
-        "insertion_probability": ("insertion", 4),
-        "deletion_probability": ("deletion", 4),
-        "difference_probability": ("difference", 4),
-        "insertion_cosine": ("insertion, cosine", 4),
-        "deletion_cosine": ("deletion, cosine", 4),
-        "difference_cosine": ("difference, cosine", 4),
+        f"{name}_{kind}": (name + heading, 4)
+        for kind, heading in (("probability", ""), ("cosine", ", cosine"))
+        for name in ("insertion", "deletion", "difference")
     }
     columns = ("deletion_cosine", "deletion_probability", "insertion_cosine", "insertion_probability")
 

@@ -31,14 +31,10 @@ def max_sensitivity(
         explain: function from images `(N, C, H, W)` to raw maps `(N, M, h, w)`; called twice.
         pixel_values (`torch.Tensor` of shape `(C, H, W)`): a prepared image.
         radius (`float`): in the units of prepared images, whose standard deviation is about 1.
-        samples (`int`): number of noisy images, at least 1.
-        seed (`int`): seed of the noise.
+        samples (`int`), seed (`int`): number of noisy images, at least 1, and seed of the noise.
 
     Returns:
         `torch.Tensor` of shape `(M,)`; NaN for a constant map.
-
-    Raises:
-        `ValueError`: `pixel_values` has another shape, or `samples` is below 1.
     """
     check_positive(samples=samples)
     check_image(pixel_values)
@@ -50,12 +46,7 @@ def max_sensitivity(
 
 
 class MaxSensitivity(MeansMeasure):
-    """
-    The largest relative change of a map under small noise, see [`max_sensitivity`].
-
-    Args:
-        seed (`int`): seed of the noise.
-    """
+    """The largest relative change of a map under small noise, see [`max_sensitivity`]. `seed` is that of the noise."""
 
     name = "max_sensitivity"
     figures = {"max_sensitivity": ("max-sensitivity", 3)}

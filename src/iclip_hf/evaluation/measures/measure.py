@@ -18,26 +18,15 @@ from ..results import measured, rounded
 
 @dataclass
 class EvaluatedImage:
-    """
-    One image of a data set on its way through an evaluation. T is the number of classes that it shows, K that of the data set.
+    """One image of a data set on its way through an evaluation. T is the number of classes that it shows, K that of the data set."""
 
-    Attributes:
-        index (`int`): position in the data set.
-        sample ([`SegmentationSample`]): image and masks.
-        pixel_values (`torch.Tensor` of shape `(1, 3, H, W)`): the prepared image.
-        scores, presence (`torch.Tensor` of shape `(K,)`): cosines with all classes, and their presence; None unless a measure needs
-            scores.
-        raw_maps (`dict`): for each method, the raw maps `(T, h, w)`; empty unless a measure needs maps.
-        seen (`dict`): what [`Measure.see`] returned, by the name of the measure.
-    """
-
-    index: int
+    index: int  # position in the data set
     sample: SegmentationSample
-    pixel_values: torch.Tensor
-    scores: torch.Tensor | None = None
-    presence: torch.Tensor | None = None
-    raw_maps: dict[str, torch.Tensor] = field(default_factory=dict)
-    seen: dict[str, Any] = field(default_factory=dict)
+    pixel_values: torch.Tensor  # (1, 3, H, W), prepared
+    scores: torch.Tensor | None = None  # (K,), cosines with all classes, if a measure needs scores
+    presence: torch.Tensor | None = None  # (K,), likewise
+    raw_maps: dict[str, torch.Tensor] = field(default_factory=dict)  # by method, (T, h, w), if a measure needs maps
+    seen: dict[str, Any] = field(default_factory=dict)  # what `Measure.see` returned, by the name of the measure
 
     @cached_property
     def masks(self) -> np.ndarray:

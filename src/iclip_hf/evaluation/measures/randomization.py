@@ -19,13 +19,11 @@ class LayerRandomization:
 
     The layers are those of `RecordableModel.blocks`, the last first. Each weight tensor of a layer is replaced by values from a
     normal distribution with its mean and standard deviation. The weights are restored after every call, also after an exception.
+    Raises `ValueError` for an ONNX model, whose weights cannot be replaced.
 
     Args:
         model: the model that the explainers work on.
         seed (`int`): seed of the random weights.
-
-    Raises:
-        `ValueError`: the weights of the model cannot be replaced, because it is an ONNX model.
     """
 
     def __init__(self, model: ExplainableModel, seed: int = 0):
@@ -50,14 +48,8 @@ class LayerRandomization:
         self, explain: Callable[[torch.Tensor], torch.Tensor], pixel_values: torch.Tensor
     ) -> torch.Tensor:
         """
-        Computes the rank correlation of maps with those after the last 1, 2, ... layers are randomised.
-
-        Args:
-            explain: function from images `(N, C, H, W)` to raw maps `(N, M, h, w)` of this model.
-            pixel_values (`torch.Tensor` of shape `(N, C, H, W)`): prepared images.
-
-        Returns:
-            `torch.Tensor` of shape `(L, N, M)`: the [`rank_correlation`] for 1, ..., L randomised layers.
+        Computes the [`rank_correlation`] `(L, N, M)` of maps with those after the last 1, ..., L layers are randomised. `explain` is a
+        function from images `(N, C, H, W)` to raw maps `(N, M, h, w)` of this model.
         """
         own, found, kept = explain(pixel_values), [], []
         try:
@@ -79,17 +71,14 @@ def rank_correlation(maps: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
         ordered = values.sort(-1).values
         below, up_to = (torch.searchsorted(ordered, values, right=right) for right in (False, True))
         ranks.append((below + up_to).double())
-    one, other = (rank - rank.mean(-1, keepdim=True) for rank in ranks)
-    return (one * other).sum(-1) / (one.norm(dim=-1) * other.norm(dim=-1))
+    own, other = (rank - rank.mean(-1, keepdim=True) for rank in ranks)
+    return (own * other).sum(-1) / (own.norm(dim=-1) * other.norm(dim=-1))
 
 
 class Randomization(MeansMeasure):
     """
     `randomization`: rank correlations of the maps with those after the last 1, 2, ... layers of the image tower are randomised. Rows:
-    the correlation with all layers randomised.
-
-    Args:
-        seed (`int`): seed of the random weights.
+    the correlation with all layers randomised. `seed` is that of the random weights.
     """
 
     name = "randomization"
@@ -116,7 +105,7 @@ class Randomization(MeansMeasure):
 
     def cells(self, figures: dict) -> list[str]:
         ends = figures[self.name]
-        return [rounded(one, 2) for one in (ends[0], ends[-1])]
+        return [rounded(ends[place], 2) for place in (0, -1)]
 
     def protocol(self) -> dict:
         return {

@@ -7,11 +7,11 @@ from collections.abc import Sequence
 
 import torch
 
-from ...explainers.refinement import refine_maps
 from ...explainers.windows import check_window, windowed_maps
 from ...label_maps import BACKGROUND_LABEL, label_map
 from ...localization.localizer import Localizer
 from ...processing_iclip import check_threshold
+from ...refinement import refine_maps
 from ..metrics import THRESHOLDS, MeanIoU
 from ..results import measured
 from .measure import EvaluatedImage, Measure
@@ -22,7 +22,7 @@ SHORT_SIDE = 336
 
 
 class _Folds:
-    """The sums of the images at even and at odd positions. Each fold takes the best background threshold of the other."""
+    """The sums of the images at even and at odd positions."""
 
     def __init__(self, num_classes: int, background: bool, void: int):
         self.folds = [MeanIoU(num_classes, background, void) for _ in range(2)]
@@ -30,10 +30,6 @@ class _Folds:
     def merge(self, other: _Folds) -> None:
         for own, more in zip(self.folds, other.folds):
             own.merge(more)
-
-    def best_thresholds(self) -> list[int]:
-        """Returns the index of the threshold of each fold."""
-        return [int(fold.curve().argmax()) for fold in reversed(self.folds)]
 
 
 class Segmentation(Measure):
@@ -121,7 +117,7 @@ class Segmentation(Measure):
         present = [None] * len(images)
         if self.gate is not None:
             present = self.gate.explain_batch(pixel_values, self.encoded)[2] >= self.min_presence
-        return [(dict(zip(drawn, maps)), one) for *maps, one in zip(*drawn.values(), present)]
+        return [(dict(zip(drawn, maps)), shown) for *maps, shown in zip(*drawn.values(), present)]
 
     def count(self, image: EvaluatedImage, method: str, heatmaps: None):
         drawn, present = image.seen[self.name]
@@ -136,17 +132,15 @@ class Segmentation(Measure):
         self.totals[method].folds[fold].add_counts(areas)
 
     def report(self, method: str) -> tuple[dict, dict[int, dict]]:
-        totals, thresholds = self.totals[method], None
-        folds = totals.folds
-        if self.sweeps:
-            best = totals.best_thresholds()
+        folds, thresholds, best = self.totals[method].folds, None, [0, 0]
+        if self.sweeps:  # each fold takes the best threshold of the other
+            best = [int(fold.curve().argmax()) for fold in reversed(folds)]
             thresholds = [float(THRESHOLDS[index]) for index in best]
-            folds = [fold.at(index) for fold, index in zip(folds, best)]
         elif self.threshold is not None:
             thresholds = [self.threshold] * 2
         whole = MeanIoU(folds[0].num_classes, folds[0].background, folds[0].ignore_index)
-        for fold in folds:
-            whole.merge(fold)
+        for fold, index in zip(folds, best):
+            whole.add_counts(fold.areas[..., [index]])
         scores = whole.compute()
         figures = {
             "mIoU": measured(scores["miou"]),
@@ -188,4 +182,5 @@ class Segmentation(Measure):
         if self.sweeps:
             return f"{value}, is not above the best threshold of the images at the other (even or odd) positions"
         parts = [] if self.threshold is None else [f"{value}, is not above {self.threshold}"]
-        return " or ".join([*parts, *(["a background text is best"] if self.texts_of_background else [])]) or "never"
+        parts += ["a background text is best"] * bool(self.texts_of_background)
+        return " or ".join(parts) or "never"

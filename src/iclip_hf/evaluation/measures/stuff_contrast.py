@@ -34,12 +34,11 @@ class StuffContrast(RegionMeasure):
         scores, stuff = self.totals[method].compute(), self.run.dataset.stuff
 
         def mean(is_stuff: bool) -> float | None:
-            values = [one for label, one in scores["per_class"].items() if (label in stuff) == is_stuff]
+            values = [score for label, score in scores["per_class"].items() if (label in stuff) == is_stuff]
             return fmean(values) if values else None
 
-        figures = {"stuff_contrast": mean(True), "thing_contrast": mean(False)}
-        figures["left_out"] = scores["left_out"]
-        return figures, {label: {"ranking": one} for label, one in scores["per_class"].items()}
+        figures = {"stuff_contrast": mean(True), "thing_contrast": mean(False), "left_out": scores["left_out"]}
+        return figures, {label: {"ranking": score} for label, score in scores["per_class"].items()}
 
     def protocol(self) -> dict:
         return {

@@ -1,13 +1,11 @@
 """Pixel-adaptive mask refinement (PAMR, Araslanov & Roth 2020): maps that follow the edges of the image."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 
 import torch
 from torch.nn import functional as F
 
-from ..similarity import resize_maps
+from .similarity import resize_maps
 
 
 CELL = 2  # pixels of the prepared image along a side of a cell of the refined maps

@@ -1,0 +1,102 @@
+"""Methods that replace the self-attention of the last block: MaskCLIP, SCLIP, ClearCLIP and NACLIP."""
+
+from __future__ import annotations
+
+import torch
+from torch.nn import functional as F
+
+from ..modeling_iclip import ICLIPImageFeatures
+from ..models.recording import AttentionRecord
+from .replaced_attention import ReplacedAttention
+
+
+class LastBlock(ReplacedAttention):
+    """
+    Replaces the attention of the last block only.
+
+    Args:
+        model: see [`Explainer`].
+        residual (`bool`): whether to keep the block's residual connection and MLP.
+    """
+
+    def __init__(self, model, residual: bool = False):
+        super().__init__(model, depth=1, residual=residual, mlp=residual)
+
+
+class MaskCLIP(LastBlock):
+    """
+    MaskCLIP (Zhou et al. 2022): each token keeps its own value, without attention. With `residual=True`, this is the value trick of
+    TIPSv2.
+
+    Args:
+        model, residual: see [`LastBlock`].
+    """
+
+    def mix(self, layer: AttentionRecord, image: ICLIPImageFeatures, pixel_values: torch.Tensor) -> torch.Tensor:
+        return layer.value
+
+
+class SCLIP(LastBlock):
+    """
+    SCLIP (Wang et al. 2024): queries attend to queries and keys to keys; the sum of both attentions mixes the values.
+
+    Args:
+        model, residual: see [`LastBlock`].
+    """
+
+    def __init__(self, model, residual: bool = True):
+        super().__init__(model, residual)
+
+    def mix(self, layer: AttentionRecord, image: ICLIPImageFeatures, pixel_values: torch.Tensor) -> torch.Tensor:
+        return sum(F.scaled_dot_product_attention(tokens, tokens, layer.value) for tokens in (layer.query, layer.key))
+
+
+class ClearCLIP(LastBlock):
+    """
+    ClearCLIP (Lan et al. 2024): queries attend to queries, without residual connection and MLP.
+
+    Args:
+        model, residual: see [`LastBlock`].
+        tokens (`str`): which tokens attend to themselves, `"query"`, `"key"` or `"value"`.
+    """
+
+    def __init__(self, model, tokens: str = "query", residual: bool = False):
+        super().__init__(model, residual)
+        if tokens not in ("query", "key", "value"):
+            raise ValueError(f'Expected tokens to be "query", "key" or "value", got {tokens!r}: choose one of them.')
+        self.tokens = tokens
+
+    def mix(self, layer: AttentionRecord, image: ICLIPImageFeatures, pixel_values: torch.Tensor) -> torch.Tensor:
+        tokens = getattr(layer, self.tokens)
+        return F.scaled_dot_product_attention(tokens, tokens, layer.value)
+
+
+class NACLIP(LastBlock):
+    """
+    NACLIP (Hajimiri et al. 2025): keys attend to keys. The logit of two patches is increased by exp(-d^2 / (2 sigma^2)), where d is their
+    distance on the grid. Logits of the class token and of registers are not changed.
+
+    Args:
+        model, residual: see [`LastBlock`].
+        sigma (`float` or None): width of the window in patches, greater than 0; None for no window.
+    """
+
+    def __init__(self, model, sigma: float | None = 5.0, residual: bool = False):
+        super().__init__(model, residual)
+        if sigma is not None and not sigma > 0:
+            raise ValueError(f"Expected sigma to be greater than 0, or None for no window, got {sigma}: correct it.")
+        self.sigma = sigma
+
+    def mix(self, layer: AttentionRecord, image: ICLIPImageFeatures, pixel_values: torch.Tensor) -> torch.Tensor:
+        key, window = layer.key, None
+        if self.sigma is not None:
+            window = gaussian_window(image.grid, self.sigma, key.shape[2]).to(key)
+        return F.scaled_dot_product_attention(key, key, layer.value, attn_mask=window)
+
+
+def gaussian_window(grid: tuple[int, int], sigma: float, length: int) -> torch.Tensor:
+    """Computes exp(-d^2 / (2 sigma^2)) of all pairs of the patches, which are the last of `length` tokens; 0 for the others."""
+    rows, columns = torch.meshgrid(*(torch.arange(side) for side in grid), indexing="ij")
+    places = torch.stack([rows.flatten(), columns.flatten()], 1).float()
+    others = length - len(places)
+    return F.pad((-torch.cdist(places, places).square() / (2 * sigma**2)).exp(), (others, 0, others, 0))

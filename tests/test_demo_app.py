@@ -432,6 +432,8 @@ def test_a_visitor_on_a_phone(page, server, folder, monkeypatch):
     assert first == app.split_texts(next(iter(content.EXAMPLES.values())).texts)
     assert all(url.startswith((server, "data:", "blob:")) for url in page.requested)
     assert page.evaluate("document.documentElement.scrollWidth") == 390
+    boxes = page.locator(".controls .check input")  # Gradio's style would hide which one is chosen
+    assert set(boxes.evaluate_all("all => all.map((box) => getComputedStyle(box).appearance)")) == {"auto"}
 
     # Upload and type: the maps are those of the new image and texts.
     page.locator("input[type=file]").first.set_input_files(folder / "small.png")

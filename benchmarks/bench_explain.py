@@ -5,7 +5,6 @@
 The embedded model, images seen at 224 pixels, maps in [0, 1] of 480x640. Prints Markdown tables.
 """
 
-import argparse
 import json
 import os
 import subprocess
@@ -16,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from measuring import alone, cost, machine, ratio, table, take_turns
+from measuring import alone, command_line, cost, machine, medians, ratio, table, take_turns
 from PIL import Image
 from transformers import AutoModel, pipeline
 
@@ -40,6 +39,12 @@ def loaded() -> ICLIPModel:
     return load_iclip("embedded")[0]
 
 
+def photograph(seed: int) -> Image.Image:
+    """Smooth noise."""
+    pixels = np.random.default_rng(seed).integers(0, 255, (15, 20, 3), np.uint8)
+    return Image.fromarray(pixels).resize(SIZE[::-1], Image.Resampling.BICUBIC)
+
+
 def without_gradients(function: Callable[[], object]) -> Callable[[], object]:
     return torch.inference_mode()(function)
 
@@ -60,8 +65,8 @@ def contenders(images: int, texts: int) -> dict[str, Callable[[], object]]:
     def map_by_map():
         outputs = model(input_ids, pixel_values, mask, output_similarity_maps=True)
         for maps in outputs.similarity_maps:
-            for one in maps.split(1):  # as `iclip explain` and `Explanation.map` take them
-                ICLIPProcessor.post_process_similarity_maps(None, one[None], [SIZE])
+            for of_text in maps.split(1):  # as `iclip explain` and `Explanation.map` take them
+                ICLIPProcessor.post_process_similarity_maps(None, of_text[None], [SIZE])
 
     def bare():
         model.vision_model(pixel_values)
@@ -72,15 +77,8 @@ def contenders(images: int, texts: int) -> dict[str, Callable[[], object]]:
         vision(pixel_values, output_attentions=True)
         text(input_ids, mask)
 
-    return {
-        name: without_gradients(function)
-        for name, function in (
-            ("explain", explain),
-            ("map by map", map_by_map),
-            ("bare", bare),
-            ("with attentions", with_attentions),
-        )
-    }
+    functions = (explain, map_by_map, bare, with_attentions)
+    return {function.__name__.replace("_", " "): without_gradients(function) for function in functions}
 
 
 def contender(name: str, images: int, texts: int) -> Callable[[], object]:
@@ -104,10 +102,14 @@ def explaining(rounds: int, images: int) -> str:
         rows.append(
             [
                 f"{number}, {texts}",
-                1e3 * float(np.median(taken["explain"])),
-                *(f"{ratio(one, name, 'bare'):.3f}" for one in (taken, kept) for name in ("explain", "map by map")),
+                1e3 * medians(taken)["explain"],
+                *(
+                    f"{ratio(times, name, 'bare'):.3f}"
+                    for times in (taken, kept)
+                    for name in ("explain", "map by map")
+                ),
                 f"{ratio(taken, 'explain', 'with attentions'):.3f}",
-                *(f"{one:.0f}" for one in memory.values()),
+                *(f"{mebibytes:.0f}" for mebibytes in memory.values()),
             ]
         )
     headings = [
@@ -117,11 +119,8 @@ def explaining(rounds: int, images: int) -> str:
         "map by map",
         "memory kept",
         "memory kept, map by map",
-        "against eager attentions",
-        "MiB",
-        "map by map, MiB",
-        "bare towers' MiB",
     ]
+    headings += ["against eager attentions", "MiB", "map by map, MiB", "bare towers' MiB"]
     return table(headings, rows)
 
 
@@ -140,7 +139,7 @@ def variants(rounds: int) -> str:
         return without_gradients(lambda: model(input_ids, pixels, output_similarity_maps=True))
 
     taken = take_turns({name: forward(model) for name, model in models.items()}, rounds)
-    rows = [[name, float(np.median(times)), f"{ratio(taken, 'float32', name):.2f}"] for name, times in taken.items()]
+    rows = [[name, time, f"{ratio(taken, 'float32', name):.2f}"] for name, time in medians(taken).items()]
     return table(["8 images, 20 texts, raw maps", "seconds", "times faster than float32"], rows)
 
 
@@ -148,8 +147,7 @@ def pipelines(rounds: int) -> str:
     """`pipeline` over 100 images against the model's forward alone, both in batches of 8."""
     model, processor = load_iclip("embedded")
     pipe = pipeline("image-text-similarity-map", model=model, processor=processor)
-    noise = np.random.default_rng(0).integers(0, 255, (100, 15, 20, 3), np.uint8)
-    images = [Image.fromarray(one).resize(SIZE[::-1], Image.Resampling.BICUBIC) for one in noise]
+    images = [photograph(seed) for seed in range(100)]
     texts = ["dog", "ball", "grass"]
     features = model.get_text_features(**processor(labels=texts))
     pixel_values = processor(images=images)["pixel_values"]
@@ -160,9 +158,8 @@ def pipelines(rounds: int) -> str:
 
     contenders = {"pipeline": lambda: pipe(images, texts, batch_size=8), "forward": without_gradients(forwards)}
     taken = take_turns(contenders, rounds)
-    seconds = [float(np.median(times)) for times in taken.values()]
     headings = ["`pipeline` over 100 images of 480x640, 3 texts, batches of 8", "forward alone", "ratio"]
-    return table(headings, [[*seconds, f"{ratio(taken, 'pipeline', 'forward'):.3f}"]])
+    return table(headings, [[*medians(taken).values(), f"{ratio(taken, 'pipeline', 'forward'):.3f}"]])
 
 
 def asking_again(rounds: int) -> str:
@@ -172,8 +169,7 @@ def asking_again(rounds: int) -> str:
     from iclip_hf.demo.content import EXAMPLES
 
     localizer = Localizer("embedded", ["dog"])
-    photo = np.random.default_rng(0).integers(0, 255, (15, 20, 3), np.uint8)
-    image = Image.fromarray(photo).resize(SIZE[::-1], Image.Resampling.BICUBIC)
+    image = photograph(0)
     texts = next(iter(EXAMPLES.values())).texts.split(", ")
     kept = look_at(localizer, image)
 
@@ -184,9 +180,9 @@ def asking_again(rounds: int) -> str:
 
     contenders = {"first": answer, "again": lambda: answer(kept), "texts": lambda: localizer.about(texts)}
     taken = take_turns(contenders, rounds)
-    seconds = [float(np.median(times)) for times in taken.values()]
+    first, again, encoding = medians(taken).values()
     headings = ["demo, first texts on an image", "other texts on it", "ratio", "of which encoding 3 texts"]
-    return table(headings, [[*seconds[:2], f"{ratio(taken, 'again', 'first'):.3f}", seconds[2]]])
+    return table(headings, [[first, again, f"{ratio(taken, 'again', 'first'):.3f}", encoding]])
 
 
 def end_to_end(files: int) -> str:
@@ -194,9 +190,8 @@ def end_to_end(files: int) -> str:
     model, processor = load_iclip("embedded")
     with tempfile.TemporaryDirectory() as folder:
         paths = [Path(folder, f"{number}.jpg") for number in range(files)]
-        for number, path in enumerate(paths):
-            noise = np.random.default_rng(number).integers(0, 255, (15, 20, 3), np.uint8)
-            Image.fromarray(noise).resize(SIZE[::-1], Image.Resampling.BICUBIC).save(path, quality=90)
+        for seed, path in enumerate(paths):
+            photograph(seed).save(path, quality=90)
         texts = ["dog", "ball", "grass"]
         command = [sys.executable, "-m", "iclip_hf.cli", "explain", *paths, "--output", Path(folder, "out"), "--json"]
         command += [word for text in texts for word in ("--text", text)]
@@ -217,7 +212,7 @@ def end_to_end(files: int) -> str:
             },
             3,
         )
-    seconds = {name: float(np.median(times)) for name, times in taken.items()}
+    seconds = medians(taken)
     an_image = (seconds["command"] - seconds["of two"]) / (files - 2)
     bound = (seconds["decode"] + seconds["forward"]) / files
     headings = [f"`iclip explain` of {files} files", "of 2 (start-up)", "decoding alone", "forward alone"]
@@ -238,7 +233,7 @@ def presences(rounds: int) -> str:
         "forward": lambda: model.encode_images(pixel_values),
     }
     taken = take_turns({name: without_gradients(function) for name, function in contenders.items()}, rounds)
-    seconds = {name: float(np.median(times)) for name, times in taken.items()}
+    seconds = medians(taken)
     headings = [f"encoding {len(BACKGROUND)} nouns, first use, seconds", "from the cache, seconds"]
     headings += ["presence of an image, ms", "forward, ms", "ratio"]
     figures = [seconds["first"], seconds["read"], 1e3 * seconds["image"], 1e3 * seconds["forward"]]
@@ -254,14 +249,13 @@ def shifting(data: Path, images: int) -> str:
     pixel_values = processor(images=[sample.image for sample in samples])["pixel_values"]
 
     def forwards():
-        for one in pixel_values.split(1):
-            model.get_image_features(one)
+        for pixels in pixel_values.split(1):
+            model.get_image_features(pixels)
 
     contenders = {"shift": lambda: semantic_shift((model, processor), samples), "forward": without_gradients(forwards)}
     taken = take_turns(contenders, 3)
-    seconds = [float(np.median(times)) for times in taken.values()]
     headings = [f"semantic shift of {len(samples)} images, seconds", "forwards alone", "ratio"]
-    return table(headings, [[*seconds, f"{ratio(taken, 'shift', 'forward'):.3f}"]])
+    return table(headings, [[*medians(taken).values(), f"{ratio(taken, 'shift', 'forward'):.3f}"]])
 
 
 def evaluating(data: Path) -> str:
@@ -326,13 +320,13 @@ with torch.no_grad():
             rounds,
         )
     first, *_, towers, first_map = taken
-    rows = [[name, float(np.median(times)), f"{ratio(taken, name, first):.3f}"] for name, times in taken.items()]
+    rows = [[name, time, f"{ratio(taken, name, first):.3f}"] for name, time in medians(taken).items()]
     shown = table(["a fresh process", "seconds", "ratio"], rows)
     return f"{shown}\n\nThe first map takes {ratio(taken, first_map, towers):.2f} times as long as the towers by Transformers."
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line(__doc__)
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--images", type=int, default=8, help="images of a batch")
     parser.add_argument("--data", type=Path, default=Path(os.environ.get("ICLIP_DATA", "data")))

@@ -9,14 +9,13 @@ maps of 21 texts at 480x640 pixels: maps in [0, 1], the label map, and both of r
 """
 
 import argparse
-import statistics
 import tempfile
 from collections.abc import Callable
 
 import numpy as np
 import torch
 from captum.attr import LayerGradCam
-from measuring import cost, machine, ratio, table, take_turns
+from measuring import command_line, cost, machine, medians, ratio, table, take_turns
 from pytorch_grad_cam import GradCAM
 from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
 from torch.nn import functional as F
@@ -145,7 +144,7 @@ def compare(all_contenders: dict[str, Callable[[], object]]) -> None:
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line(__doc__)
     parser.add_argument("--texts", type=int, default=20)
     parser.add_argument("--rounds", type=int, default=3)
     options = parser.parse_args()
@@ -154,18 +153,16 @@ def main():
     compare(all_contenders)
     taken = take_turns(all_contenders, options.rounds)
     forward, rows = next(iter(taken)), []
-    for name, times in taken.items():
+    for name, time in medians(taken).items():
         ours = {"Grad-CAM": "`grad_cam`", "relevance": "`bi_modal`"}.get(name.split()[0])
         against = f"{ratio(taken, name, ours):.1f} times {ours}" if ours else ""
         memory = cost(contender, name, options.texts)[1]
-        rows.append([name, statistics.median(times), f"{ratio(taken, name, forward):.2f}", against, f"{memory:.0f}"])
+        rows.append([name, time, f"{ratio(taken, name, forward):.2f}", against, f"{memory:.0f}"])
     print(f"{machine('captum', 'grad-cam')}; one image, {options.texts} texts, medians of {options.rounds} rounds\n")
     print(table(["what", "seconds", "forwards", "against ours", "MiB"], rows))
 
     taken = take_turns(uses_of_maps(), options.rounds)
-    rows = [
-        [name, statistics.median(times), f"{ratio(taken, name, 'explaining'):.2f}"] for name, times in taken.items()
-    ]
+    rows = [[name, time, f"{ratio(taken, name, 'explaining'):.2f}"] for name, time in medians(taken).items()]
     print(f"\nOne photograph of {SIZE[1]}x{SIZE[0]} pixels, {CLASSES} texts\n")
     print(table(["what", "seconds", "times explaining"], rows))
 

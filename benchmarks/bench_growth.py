@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from bench_explain import SIZE, loaded, without_gradients
 from matplotlib.figure import Figure
-from measuring import cost, machine, ratio, table, take_turns
+from measuring import cost, machine, medians, ratio, table, take_turns
 
 from iclip_hf import ICLIPProcessor
 from iclip_hf.models.explainable import TEXT_BATCH, join_texts
@@ -38,8 +38,8 @@ def grown(images: int, texts: int, pixels: int) -> Callable[[], object]:
         features = join_texts([model.get_text_features(part) for part in input_ids.split(TEXT_BATCH)])
         for start in range(0, images, 8):
             maps = model.similarity_maps(torch.randn(min(8, images - start), 3, pixels, pixels), features)
-            for one in maps:
-                for text in one.split(8):
+            for of_image in maps:
+                for text in of_image.split(8):
                     ICLIPProcessor.post_process_similarity_maps(None, text[None], [SIZE])
 
     return without_gradients(explain)
@@ -85,8 +85,8 @@ def large_images() -> str:
         contenders = {"explain": grown(1, 1, pixels), "tower": bare_tower(pixels)}
         taken = take_turns(contenders, 10 if pixels == 224 else 3)
         memory = [cost(grown, 1, 1, pixels)[1], cost(bare_tower, pixels)[1]]
-        seconds = [float(np.median(times)) for times in taken.values()]
-        rows.append([pixels, *seconds, f"{ratio(taken, 'explain', 'tower'):.3f}", *(f"{one:.0f}" for one in memory)])
+        slower = f"{ratio(taken, 'explain', 'tower'):.3f}"
+        rows.append([pixels, *medians(taken).values(), slower, *(f"{mebibytes:.0f}" for mebibytes in memory)])
     return table(["pixels a side", "seconds", "tower alone", "ratio", "MiB", "tower's MiB"], rows)
 
 

@@ -5,7 +5,6 @@
 Prints four Markdown tables. The contenders take the same inputs in turn, on one thread, and must agree on every value.
 """
 
-import argparse
 import itertools
 import statistics
 import time
@@ -15,7 +14,7 @@ import datasets
 import evaluate
 import numpy as np
 import torch
-from measuring import cost, machine, table
+from measuring import command_line, cost, machine, table
 from scipy.stats import mannwhitneyu
 from sklearn.metrics import roc_auc_score
 from torch.nn import functional as F
@@ -239,7 +238,7 @@ def bench_memory(images: int) -> None:
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line(__doc__)
     parser.add_argument("--pairs", type=int, default=200)
     parser.add_argument("--images", type=int, default=10_000)
     options = parser.parse_args()

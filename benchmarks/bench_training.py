@@ -19,7 +19,7 @@ import numpy as np
 import open_clip
 import torch
 from accelerate import Accelerator
-from measuring import cost, machine, ratio, table, take_turns, together
+from measuring import command_line, cost, machine, ratio, table, take_turns, together
 from open_clip.loss import ClipLoss
 from torch.utils.data import DataLoader, Dataset
 
@@ -246,7 +246,7 @@ def on_paper(folder: Path, step: float, encoded: float) -> str:
 
 def main() -> None:
     data = Path(os.environ.get("ICLIP_DATA", "data"), "flickr8k/dev-00000.tar")
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line(__doc__)
     parser.add_argument("--data", type=Path, default=data)
     parser.add_argument("--pairs", type=int, default=128)
     parser.add_argument("--batch-size", type=int, default=64)

@@ -6,11 +6,9 @@ The embedded model, the data set's prompts and the presence gate. Prints a Markd
 and at odd positions, and how many present classes that pass the gate have no pixel.
 """
 
-import argparse
-
 import numpy as np
 import torch
-from measuring import table
+from measuring import command_line, table
 
 from iclip_hf import load
 from iclip_hf.data.segmentation import load_segmentation
@@ -68,7 +66,7 @@ def measure(dataset, refine: bool, background: list[str]) -> list[list]:
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line(__doc__)
     parser.add_argument("data", nargs="+", metavar="NAME:FOLDER[:SPLIT]", help="data sets of load_segmentation")
     rows = []
     for data in parser.parse_args().data:

@@ -100,7 +100,11 @@ def of_demo(address: str, client: int) -> list:
     with httpx.Client(base_url=f"{address}gradio_api/", timeout=120) as http:
         (path,) = http.post("upload", files={"files": ("image.png", file.getvalue())}).raise_for_status().json()
         photo = {"path": path, "orig_name": "image.png", "meta": {"_type": "gradio.FileData"}}
-        event = http.post("call/explain", json={"data": [photo, ", ".join(texts), "itsm", False]}).raise_for_status().json()
+        event = (
+            http.post("call/explain", json={"data": [photo, ", ".join(texts), "itsm", False]})
+            .raise_for_status()
+            .json()
+        )
         lines = http.get(f"call/explain/{event['event_id']}").text.splitlines()
     if "event: complete" not in lines:
         raise ValueError(" ".join(lines)[:200])

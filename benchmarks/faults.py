@@ -242,10 +242,10 @@ class Faults:
             seen = "; ".join(problems) or "resumed, the result is the uninterrupted one"
             self.tell("kill -9 at a random moment", name, times, seen, not problems)
 
-    def told(self, fault: str, name: str, output: Path, run: Run, mend: Callable[[], object] = lambda: None) -> None:
-        """Checks that the run ends with an error message and exit code 2, and resumes once the fault is mended."""
+    def told(self, fault: str, name: str, output: Path, run: Run, repair: Callable[[], object] = lambda: None) -> None:
+        """Checks that the run ends with an error message and exit code 2, and resumes once the fault is removed."""
         code, said = run.wait(), run.said()
-        mend()
+        repair()
         problem = self.resumed(name, output)
         seen = f"{'' if code == 2 else f'exit {code}: '}{said}; then {problem or 'the uninterrupted result'}"
         self.tell(fault, name, 1, seen, code == 2 and not problem)

@@ -24,7 +24,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from accelerate import Accelerator
-from measuring import mean_and_spread, remembered
+from measuring import command_line, mean_and_spread, remembered
 from measuring import table as markdown
 from torch import nn
 from torch.nn import functional as F
@@ -56,9 +56,7 @@ COLUMNS = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = command_line(__doc__)
     parser.add_argument("--data-root", type=Path, required=True)
     parser.add_argument("--output", type=Path, default=Path("runs/few_pairs"))
     parser.add_argument("--pairs", type=int, nargs="+", default=[50, 500])

@@ -6,6 +6,7 @@ contenders is the median of their ratios over the rounds. Memory is measured in 
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import multiprocessing
 import os
@@ -47,6 +48,11 @@ def take_turns(contenders: Mapping[str, Callable[[], object]], rounds: int) -> d
         for name, function in contenders.items():
             taken[name].append(seconds(function))
     return taken
+
+
+def medians(taken: Mapping[str, list[float]]) -> dict[str, float]:
+    """Returns the median seconds of each contender."""
+    return {name: statistics.median(times) for name, times in taken.items()}
 
 
 def ratio(taken: Mapping[str, list[float]], name: str, to: str) -> float:
@@ -126,13 +132,19 @@ def remembered(encode: Callable, results: dict) -> Callable:
     """Returns `encode` with its results kept in `results`, by the content of its tensors. The tower must be locked."""
 
     def recall(*args, **kwargs):
-        tensors = [one for one in (*args, *kwargs.values()) if isinstance(one, torch.Tensor)]
-        key = tuple(hashlib.sha256(one.cpu().numpy().tobytes()).digest() for one in tensors)
+        tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor)]
+        key = tuple(hashlib.sha256(tensor.cpu().numpy().tobytes()).digest() for tensor in tensors)
         if key not in results:
             results[key] = encode(*args, **kwargs)
         return results[key]
 
     return recall
+
+
+def command_line(description: str) -> argparse.ArgumentParser:
+    """Returns a parser whose help shows the text at the head of a script as it is written."""
+    formatter = argparse.RawDescriptionHelpFormatter
+    return argparse.ArgumentParser(description=description, formatter_class=formatter, allow_abbrev=False)
 
 
 def mean_and_spread(values: list[float], digits: str) -> str:

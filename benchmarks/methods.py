@@ -6,11 +6,10 @@ A cell has a value for each data set. The columns that cost most (label maps of 
 on the first --few images. Methods that the model does not support are named below the table. Prints and writes the table.
 """
 
-import argparse
 import statistics
 from pathlib import Path
 
-from measuring import machine, ratio, table, take_turns
+from measuring import command_line, machine, ratio, table, take_turns
 
 from iclip_hf.data.segmentation import load_segmentation
 from iclip_hf.evaluation.evaluate import evaluate
@@ -33,7 +32,7 @@ COLUMNS = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line(__doc__)
     parser.add_argument("data", nargs="+", metavar="NAME:FOLDER[:SPLIT]", help="data sets of load_segmentation")
     parser.add_argument("--model", help="folder or Hub id (default: the embedded model)")
     parser.add_argument("--dtype", help="number format of the model, for example bfloat16 (default: as saved)")

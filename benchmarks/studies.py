@@ -7,13 +7,12 @@ A sentence below the table gives what explains it: how similar the image tower's
 patch dominates the attention.
 """
 
-import argparse
 import json
 from pathlib import Path
 
 import torch
 import yaml
-from measuring import mean_and_spread, remembered
+from measuring import command_line, mean_and_spread, remembered
 from measuring import table as markdown
 
 from iclip_hf.data.class_names import DATASETS
@@ -35,9 +34,7 @@ METRICS = {"mAP": ".1f", "mMIoU": ".1f", "mFMB": ".3f", "text_contrast": ".1f"}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = command_line(__doc__)
     parser.add_argument("--config", type=Path, default=Path("hub_configs/iclip-dinov2-s14-minilm"))
     parser.add_argument("--output", type=Path, default=Path("runs/studies"))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])

@@ -58,28 +58,7 @@ TRANSFORMER = {
     "intermediate_size": 48,
     "max_position_embeddings": 77,
 }
-WORDS = [
-    "a",
-    "photo",
-    "of",
-    "the",
-    "dog",
-    "cat",
-    "ball",
-    "red",
-    "blue",
-    "car",
-    "sky",
-    "grass",
-    "person",
-    ".",
-    ",",
-    "[PAD]",
-    "[UNK]",
-    "[CLS]",
-    "[SEP]",
-    "[MASK]",
-]
+WORDS = "a photo of the dog cat ball red blue car sky grass person . , [PAD] [UNK] [CLS] [SEP] [MASK]".split()
 CLIP_TOKENS = {"vocab_size": 64, "bos_token_id": 62, "eos_token_id": 63, "pad_token_id": 1}
 TEXT = {
     "clip_text_model": {"model_type": "clip_text_model", **TRANSFORMER, **CLIP_TOKENS},
@@ -121,9 +100,9 @@ def tiny_inputs(batch: int = 2, texts: int = 3, size: tuple[int, int] = (32, 32)
 
 
 @contextmanager
-def served(handler: Callable) -> Iterator[ThreadingHTTPServer]:
+def served(handler: Callable, port: int = 0) -> Iterator[ThreadingHTTPServer]:
     """Runs an HTTP server in a thread. It ends also after a failure, because a closed server that runs would spin."""
-    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+    with ThreadingHTTPServer(("127.0.0.1", port), handler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         try:
             yield server

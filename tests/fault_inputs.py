@@ -43,6 +43,19 @@ def png(width: int, height: int, *chunks: tuple[bytes, bytes]) -> bytes:
     return b"".join(parts)
 
 
+def webp_bomb() -> bytes:
+    """A lossless WebP of one colour that decodes to its largest size, 16,383 x 16,383."""
+    data = bytearray(encoded(Image.new("RGB", (8, 8)), "WEBP", lossless=True))
+    data[21:25] = struct.pack("<I", 16_382 << 14 | 16_382)
+    return bytes(data)
+
+
+def jpeg_2000_bomb() -> bytes:
+    """A JPEG 2000 file that states 60,000 x 60,000 pixels, in the header of the file and in that of its codestream."""
+    size, stated = struct.pack(">II", 8, 8), struct.pack(">II", 60_000, 60_000)
+    return encoded(Image.new("RGB", (8, 8)), "JPEG2000").replace(size, stated)
+
+
 def damaged(data: bytes, seed: int) -> bytes:
     """Ten bytes after the signature replaced."""
     draws, changed = random.Random(seed), bytearray(data)
@@ -103,6 +116,8 @@ UNREADABLE_IMAGES = {
     "32-bit integers": encoded(Image.fromarray(np.full((5, 5), 70_000, np.int32)), "TIFF"),
     "bomb": png(60_000, 60_000),
     "bomb that decodes": encoded(Image.new("1", (20_000, 20_000)), "PNG"),
+    "bomb of WebP": webp_bomb(),
+    "bomb of JPEG 2000": jpeg_2000_bomb(),
     "bomb of text": png(8, 8, (b"zTXt", b"a\0\0" + zlib.compress(bytes(99_000_000)))),
     "no pixels": png(0, 8),
     "negative height": struct.pack("<2sIIIIiiHHIIiiII", b"BM", 54, 0, 54, 40, 8, -(2**31), 1, 24, 0, 0, 0, 0, 0, 0),

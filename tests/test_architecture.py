@@ -81,6 +81,7 @@ def test_every_folder_is_a_room():
 
 
 def test_imports_point_downwards():
+    assert "iclip_hf.regions" in ARROWS["iclip_hf.cli.pictures"]  # imported by `from ..` in a function
     climbing = [
         f"{module} imports {target}"
         for module, targets in ARROWS.items()
@@ -98,25 +99,6 @@ def test_what_travels_with_a_model_and_what_all_use_know_nothing_else():
     for module, targets in ARROWS.items():
         if room(module) in (FLAT, "utils"):
             assert {room(target) for target in targets} <= {room(module)}, module
-
-
-@pytest.mark.parametrize(
-    ("module", "source", "found"),
-    [
-        (
-            "iclip_hf.figures.sheets",
-            "def draw():\n    from ..evaluation.analysis import relation",
-            "evaluation.analysis",
-        ),
-        ("iclip_hf.explainers", "from .gem import GEM", "explainers.gem"),
-        ("iclip_hf.cli.explain", "from ..localization import collection", "localization.collection"),
-        ("iclip_hf.presence", "from . import images", "images"),
-        ("iclip_hf.evaluate_metrics.mmiou.mmiou", "import iclip_hf.evaluation.metrics", "evaluation.metrics"),
-        ("iclip_hf.cli", "import json\nfrom .. import __version__", None),
-    ],
-)
-def test_every_form_of_an_import_is_seen(module, source, found):
-    assert list(imports(module, source)) == ([] if found is None else [f"iclip_hf.{found}"])
 
 
 SOURCES = [

@@ -10,6 +10,7 @@ import pytest
 import torch
 from conftest import noise, tiny_model
 from PIL import Image
+from tqdm import tqdm
 
 from iclip_hf import cli, explain
 from iclip_hf.cli.pictures import presence_column
@@ -60,15 +61,27 @@ def test_a_printed_presence_agrees_with_its_word():
     assert presence_column(0.29, 0.7) == "absent   presence 0.29" and presence_column(1.0, 0.7).endswith("1.00")
 
 
-def test_many_photographs_and_one_that_is_broken(folder, tmp_path, capsys):
+class AtOnce(tqdm):
+    """A progress bar that does not wait for two seconds."""
+
+    def __init__(self, *arguments, **options):
+        super().__init__(*arguments, **{**options, "delay": 0})
+
+
+@pytest.mark.parametrize("command", ["explain", "segment"])
+def test_many_photographs_and_one_that_is_broken(folder, tmp_path, capsys, monkeypatch, command):
+    monkeypatch.setattr("tqdm.tqdm", AtOnce)
     images = [folder / "0" / "a.jpg", folder / "broken.jpg", folder / "1" / "a.jpg"]
-    assert run(folder, *images, "--text", "dog", "--output", tmp_path / "maps", "--json") == 2
+    arguments = [command, *images, "--text", "dog", "--output", tmp_path / "maps", "--model", folder / "model"]
+    assert cli.main([*map(str, arguments)]) == 2
     out, err = capsys.readouterr()
-    report = [json.loads(line) for line in out.splitlines()]
-    assert [entry["image"] for entry in report] == [str(images[0]), str(images[2])]
-    assert sorted(path.name for path in (tmp_path / "maps").iterdir()) == ["a-2.png", "a.png"]
-    assert -1 <= report[0]["texts"][0]["score"] <= 1
-    assert "broken.jpg" in err and "undamaged copy" in err
+    assert sum("->" in line for line in out.splitlines()) == 2 and "-> " in out.splitlines()[0]
+    for place in (tmp_path / "maps", *([tmp_path / "maps" / "labels"] if command == "segment" else [])):
+        assert sorted(path.name for path in place.glob("*.png")) == ["a-2.png", "a.png"]
+    assert "image/s" in err  # the bar is there
+    shown = [line.rpartition("\r")[2] for line in err.split("\n")]
+    assert [line.startswith(f"iclip {command}: ") for line in shown if "broken.jpg" in line] == [True]
+    assert "undamaged copy" in err
 
 
 @pytest.mark.parametrize("command", ["explain", "segment"])
@@ -84,15 +97,6 @@ def test_json_alone_writes_no_files(folder, tmp_path, capsys, monkeypatch, comma
         size = [entry["height"], entry["width"]]
         assert size == list(Image.open(image).size[::-1]) == text["mask"]["size"] and "picture" not in entry
     assert not list(tmp_path.iterdir())
-
-
-def test_the_sentence_of_a_broken_image_has_a_line_of_its_own(folder, tmp_path, capsys):
-    images = [folder / "0" / "a.jpg", folder / "broken.jpg", folder / "1" / "a.jpg"]
-    assert run(folder, *images, "--text", "dog", "--output", tmp_path / "maps") == 2
-    err = capsys.readouterr().err
-    assert "image/s" in err  # the bar is there
-    shown = [line.rpartition("\r")[2] for line in err.split("\n")]
-    assert [line.startswith("iclip explain: ") for line in shown if "broken.jpg" in line] == [True]
 
 
 ACTING = "dog\x1b[31m \x9b2J\u202egod\x07\r\n\x7f"
@@ -172,22 +176,16 @@ def test_json_and_arrays_say_what_the_masks_are(folder, tmp_path, capsys):
     assert [text["score"] for text in entry["texts"]] == pytest.approx(arrays["scores"].tolist(), abs=1e-4)
 
 
-def test_a_mask_is_above_its_threshold_not_at_it(folder, tmp_path, capsys):
-    arguments = [folder / "0" / "a.jpg", "--text", "dog", "--output", tmp_path / "a.png", "--json", "--threshold", "1"]
-    assert run(folder, *arguments, "--min-presence", "0") == 0
-    counts = json.loads(capsys.readouterr().out)["texts"][0]["mask"]["counts"]
-    assert counts == [40 * 60]  # though the map reaches 1
-
-
-def test_the_gate_empties_the_masks_of_absent_texts(folder, tmp_path, capsys):
-    arguments = [folder / "0" / "a.jpg", "--text", "dog", "--output", tmp_path / "a.png", "--json", "--min-presence"]
-    regions = []
-    for least in ("0", "1"):
-        assert run(folder, *arguments, least) == 0
-        (text,) = json.loads(capsys.readouterr().out)["texts"]
-        regions.append(len(text["regions"]))
-        assert 0 < text["presence"] < 1
-    assert regions[0] > 0 and regions[1] == 0 and text["mask"]["counts"] == [40 * 60]
+@pytest.mark.parametrize(
+    ("least", "threshold", "empty"), [("0", "0.5", False), ("1", "0.5", True), ("0", "1", True)], ids=str
+)
+def test_masks_are_above_their_threshold_and_empty_for_absent_texts(folder, tmp_path, capsys, least, threshold, empty):
+    """Above, not at it: every map reaches 1."""
+    options = ["--min-presence", least, "--threshold", threshold, "--output", tmp_path / "a.png", "--json"]
+    assert run(folder, folder / "0" / "a.jpg", "--text", "dog", *options) == 0
+    (text,) = json.loads(capsys.readouterr().out)["texts"]
+    assert 0 < text["presence"] < 1
+    assert (text["mask"]["counts"] == [40 * 60]) == empty == (not text["regions"])
 
 
 def test_a_folder_becomes_parquet_files(folder, tmp_path, capsys):
@@ -220,10 +218,10 @@ def test_help_says_what_every_option_is():
 
 
 def test_arguments_and_files_are_checked_before_torch_is_imported(folder, tmp_path):
+    """And a command loads its own options alone."""
     photo = str(folder / "0" / "a.jpg")
     commands = [
         ["--help"],
-        ["explain", "none.jpg", "--text", "dog"],
         ["explain", photo, "--text", " "],
         ["explain", photo, "--text", "dog", "--output", "a.txt"],
         ["explain", photo, "--text", "dog", "--template", "photo"],
@@ -243,6 +241,9 @@ def test_arguments_and_files_are_checked_before_torch_is_imported(folder, tmp_pa
     code = f"""
 import sys
 from iclip_hf import cli
+assert cli.main(["explain", "none.jpg", "--text", "dog"]) == 2
+assert [name for name in cli.COMMANDS if "iclip_hf.cli." + name.replace("-", "_") in sys.modules] == ["explain"]
+assert "numpy" not in sys.modules
 for command in {commands}:
     try: code = cli.main(command)
     except SystemExit as stop: code = stop.code
@@ -251,19 +252,7 @@ for command in {commands}:
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert len(done.stderr.splitlines()) == len(commands) - 1  # one sentence each
-
-
-def test_a_command_loads_only_its_own_options():
-    code = """
-import sys
-from iclip_hf import cli
-assert cli.main(["explain", "none.jpg", "--text", "dog"]) == 2
-assert [name for name in cli.COMMANDS if f"iclip_hf.cli.{name.replace('-', '_')}" in sys.modules] == ["explain"]
-assert "numpy" not in sys.modules
-"""
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    assert len(done.stderr.splitlines()) == len(commands)  # one sentence each, of the help none
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="needs the GNU C library")
@@ -290,7 +279,6 @@ assert max(faults() for _ in range(3)) < 16
     [
         "import iclip_hf; from transformers import CLIPModel",  # which imports the Auto classes half-way
         "import transformers; import iclip_hf",
-        "from iclip_hf import ICLIPConfig",
         "from iclip_hf.pipeline_iclip import ImageTextSimilarityMapPipeline",
     ],
 )

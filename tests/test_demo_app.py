@@ -6,6 +6,7 @@ import sys
 import threading
 import time
 from dataclasses import replace
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 
 import gradio_client
@@ -13,7 +14,7 @@ import httpx
 import numpy as np
 import pytest
 import torch
-from conftest import noise, tiny_model
+from conftest import noise, served, tiny_model
 from gradio_client.exceptions import AppError
 from huggingface_hub import RepoCard
 from PIL import Image
@@ -28,6 +29,7 @@ from iclip_hf.utils.extras import PACKAGE
 
 
 TEXTS = ["dog", "red ball", "sky"]
+PATIENT = {"timeout": 60}  # on busy machines
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +67,8 @@ def server(folder):
 
 @pytest.fixture(scope="module")
 def client(server, tmp_path_factory):
-    return gradio_client.Client(server, verbose=False, download_files=tmp_path_factory.mktemp("downloads"))
+    folder = tmp_path_factory.mktemp("downloads")
+    return gradio_client.Client(server, verbose=False, download_files=folder, httpx_kwargs=PATIENT)
 
 
 @pytest.mark.parametrize(
@@ -81,16 +84,19 @@ def test_texts_are_typed_between_commas_or_one_a_line(typed, texts):
     assert app.split_texts(typed) == texts
 
 
-@pytest.mark.parametrize(("typed", "number"), [(" , ", 0), (",".join(map(str, range(13))), 13)])
-def test_too_few_and_too_many_texts(typed, number):
-    with pytest.raises(ValueError, match=f"1 to 12 texts.*got {number}"):
-        app.split_texts(typed)
-
-
-def test_a_text_of_megabytes_is_refused():
+@pytest.mark.parametrize(
+    ("typed", "message"),
+    [
+        (" , ", "1 to 12 texts.*got 0"),
+        (",".join(map(str, range(13))), "1 to 12 texts.*got 13"),
+        ("dog\n" + "a" * 2_000_000, "at most 1000 characters, got one of 2000000"),
+    ],
+    ids=["none", "many", "megabytes"],
+)
+def test_too_few_too_many_and_too_long_texts(typed, message):
     assert app.split_texts("a" * 1000) == ["a" * 1000]
-    with pytest.raises(ValueError, match="at most 1000 characters, got one of 2000000"):
-        app.split_texts("dog\n" + "a" * 2_000_000)
+    with pytest.raises(ValueError, match=message):
+        app.split_texts(typed)
 
 
 def test_the_maps_are_the_explainers_at_the_size_of_the_view(tiny_processor, explained):
@@ -164,19 +170,17 @@ def test_bad_input_is_answered_with_a_sentence(client, folder, name, texts, meth
     assert str(folder) not in str(error.value) and len(str(error.value).splitlines()) == 1
 
 
-def call(server, photo, texts="dog", method="itsm"):
-    """A question to the server, and how to get the first line and the answer to it."""
-    photo = {"path": str(photo), "orig_name": "photo.png", "meta": {"_type": "gradio.FileData"}}
-    asked = httpx.post(f"{server}gradio_api/call/explain", json={"data": [photo, texts, method, False]}, timeout=60)
-    return asked, lambda: httpx.get(f"{asked.url}/{asked.json()['event_id']}", timeout=60).text.splitlines()[0]
-
-
 META = {"meta": {"_type": "gradio.FileData"}}
 
 
-def answer_to(server, *data, api="explain"):
-    """The two lines that the server answers to a payload, whatever its form."""
-    asked = httpx.post(f"{server}gradio_api/call/{api}", json={"data": data}, timeout=60)
+def ask(server, photo, texts="dog", method="itsm", refine=False):
+    """Asks the server; a photo is a path or a payload of any form."""
+    photo = {"path": photo, "orig_name": "photo.png", **META} if isinstance(photo, str) else photo
+    return httpx.post(f"{server}gradio_api/call/explain", json={"data": [photo, texts, method, refine]}, timeout=60)
+
+
+def answer(asked):
+    """The two lines that the server answers."""
     assert asked.status_code == 200
     return httpx.get(f"{asked.url}/{asked.json()['event_id']}", timeout=60).text.splitlines()[:2]
 
@@ -187,51 +191,81 @@ def upload(server, content):
 
 def test_only_uploaded_files_are_read_and_heavy_ones_refused(server, folder):
     own = folder / "small.png"
-    assert call(server, own)[1]() == "event: error"
-    assert call(server, upload(server, own.read_bytes()).json()[0])[1]() == "event: complete"
+    assert answer(ask(server, str(own)))[0] == "event: error"
+    assert answer(ask(server, upload(server, own.read_bytes()).json()[0]))[0] == "event: complete"
     refused = upload(server, bytes(21_000_000))
     assert refused.status_code == 413 and refused.text.startswith("File size exceeded maximum allowed size")
 
 
+class Neighbour(BaseHTTPRequestHandler):
+    """A server that the app could be told to ask."""
+
+    def do_GET(self):
+        self.server.asked = self.path
+
+    def log_message(self, *arguments):
+        pass
+
+
 @pytest.mark.parametrize("extra", [{}, META, {"meta": {}}, {"meta": None}], ids=["bare", "meta", "empty", "null"])
 def test_one_answer_for_every_file_that_was_not_uploaded(server, folder, monkeypatch, extra):
+    """And nothing is opened or fetched."""
     opened = []
     monkeypatch.setattr(app, "load_image", lambda path, name: opened.append(path))
     own = upload(server, (folder / "small.png").read_bytes()).json()[0]
     link = Path(own).with_name("link.png")
     link.symlink_to(folder / "small.png")
-    paths = [
-        *(str(folder / "small.png"), str(folder / "missing.png"), str(folder), "/dev/zero", "", "small.png"),
-        *(str(link), f"{Path(own).parent}/../{Path(own).parent.name}/photo.png", own + "\0", Path(own).as_uri()),
-        *(f"{server}gradio_api/file={own}", f"/gradio_api/file={own}", "http://example.org/a.png"),
-        "data:image/png;base64," + base64.b64encode((folder / "small.png").read_bytes()).decode(),
-    ]
-    photos = [{"path": path, "orig_name": "photo.png", **extra} for path in paths]
-    hidden = {"path": paths[0], **META}
-    photos += [
-        *([photos[0]], [[photos[0]]], {"value": photos[0]}, {"photo": photos[0], **extra}, [own], {}, 1.5),
-        *({"path": None, "url": paths[0], **extra}, {"path": [own], **extra}, {"path": photos[0], **extra}),
-        *({"url": f"{server}gradio_api/file={own}", **extra}, {"path": paths[1], "inner": hidden, **extra}),
-    ]
-    refused = {tuple(answer_to(server, photo, "dog", "itsm", False)) for photo in photos}
-    refused |= {
-        tuple(answer_to(server, {"path": own, **META}, *rest))
-        for rest in ([hidden, "itsm", False], ["dog", [hidden], False], ["dog", "itsm", hidden])
-    }
+    with served(Neighbour) as neighbour:
+        address = f"http://127.0.0.1:{neighbour.server_port}/a.png"
+        paths = [
+            *(str(folder / "small.png"), str(folder / "missing.png"), str(folder), "/dev/zero", "", "small.png"),
+            *(str(link), f"{Path(own).parent}/../{Path(own).parent.name}/photo.png", own + "\0", Path(own).as_uri()),
+            *(f"{server}gradio_api/file={own}", f"/gradio_api/file={own}", address),
+            "data:image/png;base64," + base64.b64encode((folder / "small.png").read_bytes()).decode(),
+        ]
+        photos = [{"path": path, "orig_name": "photo.png", **extra} for path in paths]
+        hidden = {"path": paths[0], **META}
+        photos += [
+            *([photos[0]], [[photos[0]]], {"value": photos[0]}, {"photo": photos[0], **extra}, [own], {}, 1.5),
+            *({"path": None, "url": paths[0], **extra}, {"path": [own], **extra}, {"path": photos[0], **extra}),
+            *({"url": f"{server}gradio_api/file={own}", **extra}, {"path": paths[1], "inner": hidden, **extra}),
+            *({"path": None, "url": address, **extra}, {"path": "small.png", "url": address, **extra}),
+        ]
+        questions = [(photo,) for photo in photos]
+        questions += [(own, *rest) for rest in ([hidden], ["dog", [hidden]], ["dog", "itsm", hidden])]
+        refused = {tuple(answer(ask(server, *question))) for question in questions}
     link.unlink()
     ((event, sentence),) = refused
     assert event == "event: error" and "Expected a file that was uploaded here" in sentence
-    assert opened == []
+    assert opened == [] and not hasattr(neighbour, "asked")
 
 
 def test_all_else_that_an_upload_is_said_to_be_is_ignored(server, folder):
     own = upload(server, (folder / "small.png").read_bytes()).json()[0]
     said = {"url": "http://example.org/a.png", "inner": {"path": "http://example.org/a.png", **META}, "orig_name": [1]}
-    assert answer_to(server, {"path": own, **said}, "dog", "itsm", False)[0] == "event: complete"
-    assert answer_to(server, {"path": str(content.example_files()[0])}, "dog", "itsm", False)[0] == "event: complete"
+    for photo in ({"path": own, **said}, {"path": str(content.example_files()[0])}):
+        assert answer(ask(server, photo))[0] == "event: complete"
 
 
-def test_routes_of_gradio_that_fetch_or_keep_are_not_there(server, folder):
+def test_the_app_serves_only_its_own_files(server, folder):
+    config = folder / "model" / "config.json"
+    for path in (
+        "/etc/passwd",
+        folder / "small.png",
+        folder / "missing",
+        config,
+        "../../etc/passwd",
+        Path(app.__file__),
+    ):
+        for address in (f"gradio_api/file={path}", f"file={path}", f"static/{path}", f"gradio_api/stream/{path}"):
+            answer = httpx.get(server + address)
+            assert answer.status_code in (400, 403, 404, 405) and "root:" not in answer.text, address
+    files = {"files": ("../../escaped.png", (folder / "small.png").read_bytes())}
+    traversal = httpx.post(f"{server}gradio_api/upload", files=files)
+    assert traversal.status_code != 200 or ".." not in traversal.json()[0]
+
+
+def test_routes_of_gradio_that_fetch_or_keep_are_not_there(server):
     for route in (
         "file=http://example.org/a.png",
         "file=https://example.org",
@@ -242,8 +276,6 @@ def test_routes_of_gradio_that_fetch_or_keep_are_not_there(server, folder):
     assert httpx.get(f"{server}monitoring/summary").status_code == 403
     for route in ("process_recording", "component_server"):
         assert httpx.post(f"{server}gradio_api/{route}", files={"video": b"0"}).status_code == 404
-    outside = {httpx.get(f"{server}gradio_api/file={folder}/{name}").status_code for name in ("small.png", "missing")}
-    assert outside == {403}
 
 
 def broken_upload():
@@ -254,7 +286,7 @@ def broken_upload():
 
 def test_no_answer_prepares_the_model_or_the_background_anew(server, folder, monkeypatch):
     photo = upload(server, (folder / "small.png").read_bytes()).json()[0]
-    assert call(server, photo, "dog", "gem")[1]() == "event: complete"
+    assert answer(ask(server, photo, "dog", "gem"))[0] == "event: complete"
     encoded, encode, copied, copy = [], ICLIPModel.encode_text, [], explainable.private_copy
 
     def counted(model, input_ids, **options):
@@ -263,12 +295,14 @@ def test_no_answer_prepares_the_model_or_the_background_anew(server, folder, mon
 
     monkeypatch.setattr(ICLIPModel, "encode_text", counted)
     monkeypatch.setattr(explainable, "private_copy", lambda model: copied.append(model) or copy(model))
-    assert call(server, photo, "sky, red ball", "gem")[1]() == "event: complete"
+    assert answer(ask(server, photo, "sky, red ball", "gem"))[0] == "event: complete"
     assert encoded == [2] and copied == []
 
 
 def test_the_image_of_another_question_is_not_encoded_again(server, folder, tmp_path, monkeypatch):
-    client, other = (gradio_client.Client(server, verbose=False, download_files=tmp_path) for _ in range(2))
+    client, other = (
+        gradio_client.Client(server, verbose=False, download_files=tmp_path, httpx_kwargs=PATIENT) for _ in range(2)
+    )
     encoded, encode = [], ICLIPModel.encode_image
     monkeypatch.setattr(
         ICLIPModel, "encode_image", lambda *args, **options: encoded.append(1) or encode(*args, **options)
@@ -293,16 +327,16 @@ def test_a_full_queue_is_told_in_a_sentence_and_all_in_it_are_answered(server, f
     photo = upload(server, (folder / "small.png").read_bytes()).json()[0]
     going, explain = threading.Event(), app.explain_image
     monkeypatch.setattr(app, "explain_image", lambda *question: going.wait(60) and explain(*question))
-    answers = []
+    queued = []
     for _ in range(100):
-        asked, answer = call(server, photo)
+        asked = ask(server, photo)
         if asked.status_code != 200:
             break
-        answers.append(answer)
+        queued.append(asked)
     going.set()
     assert asked.status_code == 503 and asked.json()["detail"].startswith("Queue is full. Max size is 32")
-    assert len(answers) in (32, 33)  # the one that is being answered is out of the queue
-    assert {answer() for answer in answers} == {"event: complete"}
+    assert len(queued) in (32, 33)  # the one that is being answered is out of the queue
+    assert {answer(asked)[0] for asked in queued} == {"event: complete"}
 
 
 def test_what_visitors_leave_is_bounded_in_memory_and_on_disk(folder, tmp_path, monkeypatch):
@@ -328,7 +362,7 @@ def test_what_visitors_leave_is_bounded_in_memory_and_on_disk(folder, tmp_path, 
         own, content = set(held()), (folder / "small.png").read_bytes()
         for number in range(5):
             photo = upload(running.local_url, content + bytes([number]) * 60_000).json()[0]
-            assert call(running.local_url, photo)[1]() == "event: complete"
+            assert answer(ask(running.local_url, photo))[0] == "event: complete"
         assert len(running.state_holder.session_data) == 2
         sizes = held(until=lambda sizes: sum(sizes.values()) <= 150_000)
         assert 60_000 < sum(sizes.values()) <= 150_000 and Path(photo) in sizes
@@ -349,9 +383,11 @@ def test_what_visitors_leave_is_bounded_in_memory_and_on_disk(folder, tmp_path, 
 
 
 @pytest.mark.parametrize("model", [None, "org/iclip-vit-b16"])
-def test_a_space_runs_the_same_app(tmp_path, monkeypatch, model):
+def test_a_space_runs_the_same_app(tmp_path, monkeypatch, capsys, model):
     arguments = ["demo", "--export-space", str(tmp_path / "space"), *(["--model", model] if model else [])]
     assert cli.main(arguments) == 0
+    _, upload = capsys.readouterr().out.splitlines()
+    assert upload == f"  hf upload your-name/space {tmp_path / 'space'} . --repo-type space"
     assert sorted(path.name for path in (tmp_path / "space").iterdir()) == ["README.md", "app.py", "requirements.txt"]
     card = RepoCard.load(tmp_path / "space" / "README.md")
     assert card.data.sdk == "gradio" and card.data.app_file == "app.py"

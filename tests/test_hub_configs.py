@@ -31,11 +31,6 @@ def parameters(module: torch.nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
 
 
-def transformer(width: int, layers: int, hidden: int) -> int:
-    """Weights and biases of attention, MLP and two norms a layer, and the final norm."""
-    return layers * (4 * width * (width + 1) + 2 * width * hidden + hidden + width + 4 * width) + 2 * width
-
-
 def test_all_of_them_are_there_and_in_the_table():
     assert {folder.name for folder in CONFIGS} == set(SIZES)
     table = (FOLDER / "README.md").read_text()
@@ -49,19 +44,11 @@ def test_size(folder):
     config = AutoConfig.from_pretrained(folder)
     with torch.device("meta"):
         model = ICLIPModel(config)
-    vision, text = config.vision_config, config.text_config
+    vision = config.vision_config
     image, language = parameters(model.vision_model), parameters(model.text_model)
     sizes = image, language, parameters(model) - image - language
     assert tuple(round(size / 1e6, 1) for size in sizes) == SIZES[folder.name]
-    if text.model_type == "clip_text_model":
-        embeddings = (49408 + 77) * 512
-        assert parameters(model.text_model) == embeddings + transformer(512, 12, 2048) == 63_165_952
-    if vision.model_type == "vit":
-        grid = (224 // vision.patch_size) ** 2
-        embeddings = (grid + 2) * vision.hidden_size + (3 * vision.patch_size**2 + 1) * vision.hidden_size
-        expected = embeddings + transformer(vision.hidden_size, 12, 4 * vision.hidden_size)
-        assert parameters(model.vision_model) == expected
-        assert vision.layer_norm_eps == 1e-6
+    assert vision.model_type != "vit" or vision.layer_norm_eps == 1e-6
 
 
 @pytest.mark.parametrize("folder", CONFIGS, ids=lambda folder: folder.name)

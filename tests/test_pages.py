@@ -53,15 +53,7 @@ def test_iclip_commands_parse(page, arguments, tmp_path, monkeypatch):
 
 
 def test_commands_are_found():
-    assert {arguments[0] for _, arguments in ICLIP} >= {
-        "explain",
-        "compare",
-        "demo",
-        "evaluate",
-        "init",
-        "export",
-        "push",
-    }
+    assert {arguments[0] for _, arguments in ICLIP} >= set("explain compare demo evaluate init export push".split())
 
 
 def test_make_targets_and_scripts_exist():

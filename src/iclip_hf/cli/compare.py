@@ -71,18 +71,14 @@ def run(options: argparse.Namespace) -> None:
         columns[title] = explanation.maps.numpy()
         words[title] = [presence_word(value) for value in explanation.presence.tolist()]
         of_model[model] = explanation
-    rows = [
-        {
-            "text": text,
-            "scores": {model: round(one.scores[index].item(), 4) for model, one in of_model.items()},
-            "presence": {model: round(one.presence[index].item(), 4) for model, one in of_model.items()},
-        }
-        for index, text in enumerate(texts)
-    ]
-
-    titles = []
+    rows, titles = [], []
     for index, text in enumerate(texts):
-        notes = [f"{presence_word(one.presence[index])} · score {one.scores[index]:.2f}" for one in of_model.values()]
+        figures = {
+            model: (found.scores[index].item(), found.presence[index].item()) for model, found in of_model.items()
+        }
+        scores, presence = ({model: round(pair[k], 4) for model, pair in figures.items()} for k in range(2))
+        rows.append({"text": text, "scores": scores, "presence": presence})
+        notes = [f"{presence_word(present)} · score {score:.2f}" for score, present in figures.values()]
         titles.append(f"{text}\n{', '.join(notes)}")
     sheet = comparison_sheet(drawn, columns, titles, words, colormap=options.colormap, dpi=options.dpi)
     save_figure(sheet, options.output, options.dpi, options.overwrite)
@@ -101,10 +97,7 @@ def run(options: argparse.Namespace) -> None:
 
 
 def _open(options: argparse.Namespace):
-    """
-    Returns the image, the mask of each text that is a class of the data set, and the templates. Without a data set there are no
-    masks.
-    """
+    """Returns the image, the mask of each text that is a class of the data set, if there is one, and the templates."""
     from ..data.segmentation import load_segmentation
     from ..images import load_image
 
@@ -140,9 +133,8 @@ def _explain(options: argparse.Namespace, image, texts: list[str], templates, ta
         "refine": options.refine,
     }
     models, methods = options.models or ["embedded"], list(dict.fromkeys(options.methods))
-    with tqdm(
-        total=len(models) * len(methods), unit="method", delay=2, disable=len(models) * len(methods) == 1
-    ) as bar:
+    count = len(models) * len(methods)
+    with tqdm(total=count, unit="method", delay=2, disable=count == 1) as bar:
         for name in models:
             model = load_silently(name, options)
             for method in methods:

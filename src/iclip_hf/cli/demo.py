@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 from ..utils.extras import require_extra
-from .common import MODEL, add_shared, check_folder, echo, keep_memory, silence_transformers
+from .common import MODEL, add_shared, check_folder, echo, echo_space, keep_memory, silence_transformers
 
 
 def add_options(command: argparse.ArgumentParser) -> None:
@@ -37,7 +37,8 @@ def run(options: argparse.Namespace) -> None:
     if options.web:
         if options.model or options.dtype or options.device or options.export_space:
             raise ValueError(
-                "--web serves a page that has its model: leave out --model, --dtype, --device and --export-space."
+                "Expected --web, whose page has a model, without --model, --dtype, --device and --export-space, but got one of them: "
+                "leave it out."
             )
         from ..demo.web_server import web_server
 
@@ -54,7 +55,7 @@ def run(options: argparse.Namespace) -> None:
 
     if options.export_space:
         export_space(options.export_space, options.model or "embedded", options.overwrite)
-        echo(options.export_space)
+        echo_space(options.export_space)
     else:
         silence_transformers()
         keep_memory()

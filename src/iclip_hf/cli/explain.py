@@ -146,5 +146,5 @@ def _save_arrays(explanation, path: Path, overwrite: bool) -> None:
 
 def _describe(row: dict) -> str:
     regions = f"{len(row['regions'])} region{'' if len(row['regions']) == 1 else 's'}"
-    words = "  ".join(f"{printable(one['word'])} {one['score']:.2f}" for one in row.get("words", ()))
+    words = "  ".join(f"{printable(word['word'])} {word['score']:.2f}" for word in row.get("words", ()))
     return f"{regions}\n    {words}" if "words" in row else regions

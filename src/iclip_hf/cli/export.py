@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 from ..utils.names import check_model_name
@@ -73,11 +70,11 @@ def run(options: argparse.Namespace) -> None:
         echo_folder(folder, "iclip", "explain", "photo.jpg", "--text", "dog", "--model", str(folder))
     else:
         from ..demo.web import export_web
+        from ..hub.folders import known_card
 
-        with shown_steps(), _with_card(options.model) as source:
-            folder = export_web(
-                model, processor, options.directory, weights or "int8", vendor=options.vendor, source=source
-            )
+        with shown_steps():
+            card = known_card(options.model)
+            folder = export_web(model, processor, options.directory, weights or "int8", options.vendor, **card)
         echo_folder(folder, "iclip", "demo", "--web", str(folder))
 
 
@@ -96,7 +93,7 @@ def export(options: argparse.Namespace, directory: Path, name: str | None = None
                 f"--results {options.results}: expected the JSON that `iclip evaluate --output` writes, but got other "
                 "content; evaluate again."
             )
-    from ..hub.folders import export_model
+    from ..hub.folders import export_model, known_card
     from ..models.identity import changed_model
     from ..models.loading import load_iclip
 
@@ -107,17 +104,5 @@ def export(options: argparse.Namespace, directory: Path, name: str | None = None
             f"--results {options.results}: expected figures of this model, got those of other {', '.join(differing)}, or of a model that "
             "it does not describe; measure this model by `iclip evaluate --output`."
         )
-    with _with_card(options.model) as source:
-        return export_model(model, processor, directory, name=name, source=source, metrics=metrics)
-
-
-@contextmanager
-def _with_card(model: str) -> Iterator[str | Path]:
-    """Yields the folder or Hub id whose model card the next one is written from; the embedded model gets one."""
-    from ..hub.folders import init_model
-
-    if model != "embedded":
-        yield model
-        return
-    with tempfile.TemporaryDirectory() as scratch:
-        yield init_model("iclip-dinov2-s14-minilm", Path(scratch, "model"))
+    card = known_card(options.model) | ({} if metrics is None else {"metrics": metrics})
+    return export_model(model, processor, directory, name=name, **card)

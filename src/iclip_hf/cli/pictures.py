@@ -87,7 +87,7 @@ def explain_files(
         return 2
     localizer = make_localizer(options, texts)
     entries = [entry for entry in _written(options.command, localizer, images, write, batch_size) if entry is not None]
-    width = max(len(printable(text)) for text in texts)
+    width = max(len(printable(text)) for text in options.texts)
     for entry in entries:
         if options.json:
             echo(json.dumps(entry, ensure_ascii=False))

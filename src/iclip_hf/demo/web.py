@@ -65,7 +65,7 @@ def export_web(
     folder: str | Path,
     weights: str = "int8",
     vendor: bool = False,
-    source: str | Path | None = None,
+    **card,
 ) -> Path:
     """
     Writes a page that runs a model in the browser: static files for any server, which are also a static Space.
@@ -78,7 +78,7 @@ def export_web(
         folder: new or empty.
         weights (`str`): `"int8"`, `"bfloat16"` or `"float32"`, as for [`export_onnx`].
         vendor (`bool`): whether to put the npm packages into the folder, by `npm`, instead of naming their addresses on a CDN.
-        source: folder or Hub id of the weights, for the model card.
+        card: options of [`write_model_card`].
 
     Returns:
         The folder.
@@ -155,9 +155,9 @@ def export_web(
         offline = string.Template(beside("web/offline.js"))
         offline = offline.substitute(files=json.dumps({"./": digests["index.html"], **digests}))
         (built / "offline.js").write_text(offline, encoding="utf-8")
-        card = write_model_card(model, processor, scratch, name=folder.resolve().name, source=source)
-        shutil.copyfile(card, built / "model_card.md")
-        (built / "README.md").write_text(_readme(card, folder.resolve().name, _packages(needed)), encoding="utf-8")
+        written = write_model_card(model, processor, scratch, name=folder.resolve().name, **card)
+        shutil.copyfile(written, built / "model_card.md")
+        (built / "README.md").write_text(_readme(written, folder.resolve().name, _packages(needed)), encoding="utf-8")
     return folder
 
 

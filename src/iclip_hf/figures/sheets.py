@@ -108,9 +108,8 @@ def label_sheet(
         opacity (`float`): of the colours, in [0, 1].
         dpi (`int`): resolution.
     """
-    areas = (
-        np.bincount(labels.ravel() + 1, minlength=len(texts) + 1)[1:] / labels.size
-    )  # of the whole image, as in tables
+    # Of the whole image, as in tables.
+    areas = np.bincount(labels.ravel() + 1, minlength=len(texts) + 1)[1:] / labels.size
     image = at_picture_size(image, dpi)
     labels = np.asarray(Image.fromarray(labels.astype(np.int32)).resize(image.size, Image.Resampling.NEAREST))
     inks = [SEGMENTS[index % len(SEGMENTS)] for index in range(len(texts))]
@@ -175,7 +174,7 @@ def picture_grid(
     Args:
         pictures: RGB images; None leaves a place empty.
         titles: one for each picture. Its first line is the title, further lines are notes in smaller letters.
-        columns (`int`): largest number of pictures in a row.
+        columns (`int`): largest number of pictures in a row. Rows are filled evenly.
         row_titles: one for each row, above it; none by default.
         words: for each picture the first words of its title, with scores of at least 0; the darker a word, the higher its score.
         legend (`str`, *optional*): colour map to explain below the pictures.
@@ -183,18 +182,17 @@ def picture_grid(
     """
     scale = dpi / DPI
     margin, gap, side = (round(length * scale) for length in (_MARGIN, _GAP, _PICTURE))
-    columns = min(columns, len(pictures))
+    columns = -(-len(pictures) // -(-len(pictures) // columns))  # as few as that number of rows needs
     width, height = columns * (side + gap) - gap, round(side * _aspect(pictures))
-    placed, top = [], margin  # (what, x, y): a picture, or the colour and the mask of letters
+    placed, top = [], margin  # pictures and titles, each with its place
 
     def place_titles(texts: Sequence[str], shaded: Sequence, wide: int) -> None:
         """Writes titles side by side, so that all end at the same height."""
         nonlocal top
         blocks = [_lettered(text, words, wide, scale) for text, words in zip(texts, shaded)]
-        highest = max((one[-1][0].height + one[-1][3] for one in blocks if one), default=0)
+        highest = max((block.height for block in blocks), default=0)
         for column, block in enumerate(blocks):
-            low = highest - (block[-1][0].height + block[-1][3] if block else 0)
-            placed.extend((mask, ink, margin + column * (side + gap) + x, top + low + y) for mask, ink, x, y in block)
+            placed.append((block, margin + column * (side + gap), top + highest - block.height))
         top += highest + round(_SPACE * scale) * bool(highest)
 
     shaded = words or [()] * len(pictures)
@@ -207,15 +205,14 @@ def picture_grid(
             if picture is not None:
                 shown = _within(picture, side, height)
                 x = margin + column * (side + gap) + (side - shown.width) // 2
-                placed.append((shown, None, x, top + (height - shown.height) // 2))
+                placed.append((shown, x, top + (height - shown.height) // 2))
         top += height
     if legend is not None:
-        top += gap
-        placed.extend((what, ink, margin + x, top + y) for what, ink, x, y in _color_bar(legend, scale))
-        top += round(_NOTE * scale)
+        placed.append((_color_bar(legend, scale), margin, top + gap))
+        top += gap + round(_NOTE * scale)
     canvas = Image.new("RGB", (width + 2 * margin, top + margin), "white")
-    for what, ink, x, y in placed:
-        canvas.paste(*((what, (x, y)) if ink is None else (ink, (x, y), what)))
+    for picture, x, y in placed:
+        canvas.paste(picture, (x, y))
     return canvas
 
 
@@ -249,46 +246,37 @@ def _within(picture: Image.Image, width: int, height: int) -> Image.Image:
     return picture.resize([max(1, round(side * scale)) for side in picture.size], Image.Resampling.LANCZOS)
 
 
-def _lettered(text: str, words: Sequence[tuple[str, float]], width: int, scale: float) -> list[tuple]:
-    """Returns a title and its notes as a list of (mask, ink, x, y), with the colours behind its words before them."""
+def _lettered(text: str, words: Sequence[tuple[str, float]], width: int, scale: float) -> Image.Image:
+    """Draws a title and its notes. The darker the colour behind a word, the higher its score."""
     title, _, notes = text.partition("\n")
-    placed, top = [], 0
-    if title:
-        title = fitted(title, _TITLE * scale, width, 3, bold=True)
-        placed += _shades(title, words, scale)
-        mask = text_mask(title, _TITLE * scale, bold=True)
-        placed.append((mask, _INK, 0, 0))
-        top = mask.height
-    if notes:
-        placed.append((text_mask(fitted(notes, _NOTE * scale, width, 2), _NOTE * scale), _PALE, 0, top))
-    return placed
-
-
-def _shades(title: str, words: Sequence[tuple[str, float]], scale: float) -> list[tuple]:
-    """Returns the colours behind the words of a title, as [`_lettered`]."""
-    highest = max((score for _, score in words), default=0) or 1
-    remaining, placed = list(words), []
-    for written, (x0, y0, x1, y1) in word_boxes(title, _TITLE * scale, bold=True):
+    title, notes = fitted(title, _TITLE * scale, width, 3, bold=True), fitted(notes, _NOTE * scale, width, 2)
+    masks = [(text_mask(title, _TITLE * scale, bold=True), _INK)] if title else []
+    masks += [(text_mask(notes, _NOTE * scale), _PALE)] if notes else []
+    block = Image.new("RGB", (width, sum(mask.height for mask, _ in masks)), "white")
+    highest, remaining = max((score for _, score in words), default=0) or 1, list(words)
+    for written, box in word_boxes(title, _TITLE * scale, bold=True):
         if remaining and written == remaining[0][0]:  # a long title is shortened
             share = remaining.pop(0)[1] / highest
             color = tuple(round(pale + share * (dark - pale)) for pale, dark in zip(_PALE_WORD, _DARK_WORD))
-            box = [round(side) for side in (x0, y0, x1, y1)]
-            placed.append((Image.new("L", (box[2] - box[0], box[3] - box[1]), 255), color, box[0], box[1]))
-    return placed
+            block.paste(color, tuple(round(side) for side in box))
+    top = 0
+    for mask, ink in masks:
+        block.paste(ink, (0, top), mask)
+        top += mask.height
+    return block
 
 
-def _color_bar(colormap: str, scale: float) -> list[tuple]:
-    """Returns a legend of a colour map, as [`_lettered`]."""
+def _color_bar(colormap: str, scale: float) -> Image.Image:
+    """Draws a legend of a colour map."""
     size, gap = _NOTE * scale, round(8 * scale)
     levels = np.linspace(0, 1, round(140 * scale))[None].repeat(round(10 * scale), 0)
     bar = overlay(Image.new("RGB", levels.shape[::-1], "#c9cdd4"), levels, colormap=colormap)
     low, high = text_mask("low", size), text_mask("high, each map on its own scale", size)
-    middle = low.width + gap
-    return [
-        (low, _PALE, 0, 0),
-        (bar, None, middle, (low.height - bar.height) // 2),
-        (high, _PALE, middle + bar.width + gap, 0),
-    ]
+    legend = Image.new("RGB", (low.width + bar.width + high.width + 2 * gap, low.height), "white")
+    legend.paste(_PALE, (0, 0), low)
+    legend.paste(bar, (low.width + gap, (low.height - bar.height) // 2))
+    legend.paste(_PALE, (low.width + bar.width + 2 * gap, 0), high)
+    return legend
 
 
 def _legend(entries: Sequence[tuple[str | tuple[int, ...], str, str]], aspect: float, dpi: int) -> Image.Image:

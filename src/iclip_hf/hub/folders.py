@@ -71,17 +71,23 @@ def init_model(config: str | Path, output: str | Path, vision: str | None = None
     vision, text = vision or named.get("vision"), text or named.get("text")
     if not (vision and text):
         raise ValueError(f"Expected an image and a text tower, but got none in {source}: give vision and text.")
-    known = {}
     with atomic_folder(output) as folder:
-        if trained:
-            model, processor = load_iclip("embedded")
-            known = {"training": named, "metrics": json.loads((source / "results.json").read_text())}
-        else:
-            model, processor = join_towers(source, vision, text)
+        model, processor = load_iclip("embedded") if trained else join_towers(source, vision, text)
         model.save_pretrained(folder)
         processor.save_pretrained(folder)
-        write_model_card(model, processor, folder, **known)
+        write_model_card(model, processor, folder, **(known_card("embedded") if trained else {}))
     return Path(output)
+
+
+def known_card(model: str | Path) -> dict:
+    """Returns options of [`write_model_card`]: training and results of `"embedded"`, or for another model its folder or Hub id."""
+    if str(model) != "embedded":
+        return {"source": model}
+    training, metrics = (_EMBEDDED / name for name in ("train.yaml", "results.json"))
+    return {
+        "training": yaml.safe_load(training.read_text(encoding="utf-8")),
+        "metrics": json.loads(metrics.read_text()),
+    }
 
 
 def join_towers(
@@ -145,10 +151,7 @@ def export_model(
     model: ICLIPModel,
     processor: ICLIPProcessor,
     folder: str | Path,
-    *,
-    name: str | None = None,
-    source: str | Path | None = None,
-    metrics=None,
+    **card,
 ) -> Path:
     """
     Exports a model: weights (safetensors), configuration, processor, code and model card. Without this package installed, the Auto
@@ -157,7 +160,7 @@ def export_model(
     Args:
         model, processor: model to export and its processor; they are not changed.
         folder: new or empty. Raises `FileExistsError` for another.
-        name, source, metrics: for the model card, see [`write_model_card`].
+        card: options of [`write_model_card`].
 
     Returns:
         `Path`: the folder.
@@ -176,7 +179,7 @@ def export_model(
         _write_json(built / "processor_config.json", {**options, "auto_map": auto_map})
         for file in code_files():
             shutil.copyfile(file, built / file.name)
-        write_model_card(model, processor, built, name=name, source=source, metrics=metrics)
+        write_model_card(model, processor, built, **card)
     return Path(folder)
 
 

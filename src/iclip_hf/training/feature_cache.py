@@ -288,7 +288,9 @@ class CachedPairs(Dataset):
     def __getitems__(self, indices: Sequence[int]) -> dict:
         """Returns a batch: `image_features` of the branches, and for each pair the drawn caption and all captions."""
         return {
-            "image_features": branch_features(torch.from_numpy(self.features[self.rows[indices]]).float(), self.config),
+            "image_features": branch_features(
+                torch.from_numpy(self.features[self.rows[indices]]).float(), self.config
+            ),
             "caption": self.drawn_captions(indices),
             "captions": [self.captions[i] for i in indices],
         }

@@ -193,7 +193,7 @@ def steps(rounds: int) -> dict[str, list[float]]:
 
 def captions_held(folder: Path, pairs: int):
     """Opening a cache of so many pairs: what stays in memory is the captions, because features are memory-mapped."""
-    shards = FeatureShards(folder, {}, pairs)
+    shards = FeatureShards(folder, pairs)
     for shard in shards.missing():
         rows = shards.rows_of(shard)
         captions = [[f"a photo of {row:9d} things, as long as a caption is"] for row in rows]

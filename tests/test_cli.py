@@ -309,10 +309,12 @@ def test_data_sets_of_the_command_are_those_of_the_package():
     from typing import get_args, get_type_hints
 
     from iclip_hf.data.class_names import DATASETS
-    from iclip_hf.data.segmentation import _LOADERS
+    from iclip_hf.data.segmentation import _LAYOUTS
     from iclip_hf.training.settings import Settings
 
-    assert set(DATASETS) == set(_LOADERS) == set(get_args(get_type_hints(Settings)["eval_dataset"])) - {"none"}
+    assert (
+        set(DATASETS) == {"coco2017", *_LAYOUTS} == set(get_args(get_type_hints(Settings)["eval_dataset"])) - {"none"}
+    )
 
 
 def test_options_of_the_command_are_those_of_the_package():

@@ -172,6 +172,15 @@ def command(folder, output):
     ]
 
 
+def test_hidden_images_are_no_part_of_a_folder(tmp_path):
+    """Such as copies of notebooks, what macOS adds, and what a killed run was writing."""
+    for name in ("a.png", ".b.png", "c/d.png", "c/.ipynb_checkpoints/d.png", "__MACOSX/a.png"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        Image.new("RGB", (8, 8)).save(tmp_path / name)
+    images = open_images([tmp_path])
+    assert [images.image(index)[0] for index in range(len(images))] == ["a.png", "c/d.png"]
+
+
 @pytest.mark.slow
 def test_two_processes_go_on_after_a_kill_in_the_midst_of_writing(folder, tiny_processor, tmp_path):
     """Killed while the second file is half-written, then finished by two processes: as one uninterrupted run."""

@@ -29,6 +29,7 @@ from iclip_hf.utils.extras import PACKAGE
 
 
 TEXTS = ["dog", "red ball", "sky"]
+PATIENT = {"timeout": 60}  # on busy machines
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +67,8 @@ def server(folder):
 
 @pytest.fixture(scope="module")
 def client(server, tmp_path_factory):
-    return gradio_client.Client(server, verbose=False, download_files=tmp_path_factory.mktemp("downloads"))
+    folder = tmp_path_factory.mktemp("downloads")
+    return gradio_client.Client(server, verbose=False, download_files=folder, httpx_kwargs=PATIENT)
 
 
 @pytest.mark.parametrize(
@@ -298,7 +300,9 @@ def test_no_answer_prepares_the_model_or_the_background_anew(server, folder, mon
 
 
 def test_the_image_of_another_question_is_not_encoded_again(server, folder, tmp_path, monkeypatch):
-    client, other = (gradio_client.Client(server, verbose=False, download_files=tmp_path) for _ in range(2))
+    client, other = (
+        gradio_client.Client(server, verbose=False, download_files=tmp_path, httpx_kwargs=PATIENT) for _ in range(2)
+    )
     encoded, encode = [], ICLIPModel.encode_image
     monkeypatch.setattr(
         ICLIPModel, "encode_image", lambda *args, **options: encoded.append(1) or encode(*args, **options)
@@ -379,9 +383,11 @@ def test_what_visitors_leave_is_bounded_in_memory_and_on_disk(folder, tmp_path, 
 
 
 @pytest.mark.parametrize("model", [None, "org/iclip-vit-b16"])
-def test_a_space_runs_the_same_app(tmp_path, monkeypatch, model):
+def test_a_space_runs_the_same_app(tmp_path, monkeypatch, capsys, model):
     arguments = ["demo", "--export-space", str(tmp_path / "space"), *(["--model", model] if model else [])]
     assert cli.main(arguments) == 0
+    _, upload = capsys.readouterr().out.splitlines()
+    assert upload == f"  hf upload your-name/space {tmp_path / 'space'} . --repo-type space"
     assert sorted(path.name for path in (tmp_path / "space").iterdir()) == ["README.md", "app.py", "requirements.txt"]
     card = RepoCard.load(tmp_path / "space" / "README.md")
     assert card.data.sdk == "gradio" and card.data.app_file == "app.py"

@@ -100,7 +100,10 @@ def test_the_model_stays_as_it_was(made, family, method):
     torch.testing.assert_close(again, fresh.raw_maps(fresh.model.processor(images=images())["pixel_values"], texts)[0])
 
 
-@pytest.mark.parametrize(("family", "method"), PAIRS)
+# One method that encodes the image, one that records its layers, and one that differentiates.
+@pytest.mark.parametrize(
+    ("family", "method"), [pair for pair in PAIRS if pair[1] in ("itsm", "attention", "bi_modal")]
+)
 def test_scores_are_the_models_own(made, family, method):
     model, processor, size = made(family)
     explainer = make_explainer((model, processor), method)
@@ -458,21 +461,6 @@ def test_recorded_layers_rebuild_the_towers_own_output(vision, tiny_processor):
 
 
 # explain: the short form
-
-
-def test_explanations_have_the_images_size_and_each_its_own_texts(made):
-    model, processor, _ = made("iclip")
-    texts = [["dog"], ["ball", "dog", "cat"], ["cat", "sky"]]
-    for method in METHODS:
-        for one, image, labels in zip(
-            explain((model, processor), images(), texts, method, batch_size=2), images(), texts
-        ):
-            assert one.labels == labels and one.size == (image.height, image.width)
-            assert one.maps.shape == (len(labels), image.height, image.width) and one.maps.dtype == torch.float32
-            assert one.maps.min() == 0 and one.maps.max() == 1
-            (alone,) = explain((model, processor), [image], labels, method)
-            torch.testing.assert_close(one.raw_maps, alone.raw_maps, atol=1e-5, rtol=1e-3)
-            torch.testing.assert_close(one.scores, alone.scores, atol=1e-5, rtol=1e-3)
 
 
 def test_templates_are_averaged_as_unit_vectors(made, monkeypatch):

@@ -379,21 +379,16 @@ def nouns(world, folder, content):
     return NounPrompts.from_file(written(folder, content, "nouns.txt"))
 
 
-def cache_of(world, folder, content):
-    return FeatureShards(written(folder, content, "fingerprint.json").parent, {"tower": 1}, 3)
-
-
 CASES.add("nouns", {"empty": "", "blank": "\n \n"}, nouns)
 CASES.add("nouns", {"UTF-16": "dog".encode("utf-16")}, nouns, file="nouns.txt")
 CASES.add("nouns", {"no file": "absent.txt"}, lambda w, f, name: NounPrompts.from_file(name), file="absent.txt")
-CASES.add("feature cache", inputs.BAD_JSON, cache_of, file="case")
 
 
 def cached_rows(world, folder, content):
-    shards = FeatureShards(folder, {"tower": 1}, 3)
+    shards = FeatureShards(folder, 3)
     shards.write(0, np.ones((3, 2), np.float16))
     (folder / "00000.npy").write_bytes(content)
-    return FeatureShards(folder, {"tower": 1}, 3)[np.arange(3)]
+    return FeatureShards(folder, 3)[np.arange(3)]
 
 
 buffer = io.BytesIO()
@@ -434,10 +429,6 @@ test_random_damage_is_borne_or_refused = test_of_random_damage(
         "captions": (
             lambda w, f, content: pairs("a.tar")(w, f, tar_of(content)),
             {"captions": ["a dog"], "caption": "a cat"},
-        ),
-        "feature cache": (
-            cache_of,
-            {"tower": 1, "rows": 3, "version": 1},
         ),
     }
 )

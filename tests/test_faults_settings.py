@@ -84,7 +84,7 @@ BAD_SETTINGS = (
         ("noun_branches", "[map]", "'map'"),
         ("best_metric", "mAP", "best_metric mAP"),
     ),
-    *(("text_lora_rank", "8\nlock_text: true", "got both")),
+    ("text_lora_rank", "8\nlock_text: true", "got both"),
 )
 for name, value, shows in BAD_SETTINGS:
     content = "\n".join(f"{other}: {its}" for other, its in {**SETTINGS, name: value}.items())

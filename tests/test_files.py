@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from iclip_hf.utils.files import atomic_folder, atomic_write, build_once, folder_lock
+from iclip_hf.utils.files import atomic_folder, atomic_write, build_once, folder_lock, new_file
 
 
 def killed(script: str, *arguments) -> None:
@@ -113,6 +113,29 @@ def test_what_a_run_leaves_that_is_killed_when_all_is_built_goes_too(tmp_path):
     assert names(tmp_path) == ["model"]
 
 
+def test_a_file_that_a_killed_run_was_writing_goes_with_the_next(tmp_path):
+    file = tmp_path / "a.json"
+    killed(
+        "with new_file(sys.argv[1]) as partial:\n    partial.touch()\n    os.kill(os.getpid(), signal.SIGKILL)", file
+    )
+    assert len(names(tmp_path)) == 1 and not file.exists()
+    with new_file(tmp_path / "b.json") as other, new_file(file) as partial:
+        assert len(names(tmp_path)) == 2  # of the living runs
+        for path in (other, partial):
+            path.write_text("whole")
+    assert names(tmp_path) == ["a.json", "b.json"] and file.read_text() == "whole"
+
+
+def test_a_file_that_appears_meanwhile_stays(tmp_path):
+    with (
+        pytest.raises(FileExistsError, match=r"^\S+a.json: expected a new file"),
+        new_file(tmp_path / "a.json") as partial,
+    ):
+        partial.write_text("of the run")
+        (tmp_path / "a.json").write_text("mine")
+    assert names(tmp_path) == ["a.json"] and (tmp_path / "a.json").read_text() == "mine"
+
+
 def test_an_empty_folder_stays_the_same_folder(tmp_path):
     """It may be a mount point, or the one that a shell is in."""
     folder = tmp_path / "model"
@@ -162,5 +185,5 @@ def test_a_name_as_long_as_file_systems_allow(tmp_path):
     path = tmp_path / ("é" * 125 + ".json")  # 255 bytes
     with atomic_write(path) as partial:
         partial.write_text("whole")
-        assert names(tmp_path) == [partial.name]
+        assert len(names(tmp_path)) == 1
     assert names(tmp_path) == [path.name] and path.read_text() == "whole"

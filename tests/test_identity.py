@@ -140,14 +140,10 @@ def test_every_option_of_the_model_counts_for_a_configuration():
     seen = {module.configuration_digest(usual)}
     for name in {*ICLIPConfig.__annotations__} - {"vision_config", "text_config"}:
         value = getattr(usual, name)
-        other = (
-            others[name]
-            if isinstance(value, str)
-            else not value
-            if isinstance(value, bool)
-            else type(value)(value / 2) or 0.5
-        )
-        seen.add(module.configuration_digest(ICLIPConfig(**{name: other})))
+        other = others[name] if isinstance(value, str) else not value if isinstance(value, bool) else value / 2 or 0.5
+        config = ICLIPConfig()
+        setattr(config, name, type(value)(other))  # also where two options are checked against each other
+        seen.add(module.configuration_digest(config))
     assert len(seen) == len(ICLIPConfig.__annotations__) - 1
 
 

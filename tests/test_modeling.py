@@ -297,17 +297,6 @@ def test_texts_encoded_once_are_reused():
     torch.testing.assert_close(outputs.logits_per_image, direct.logits_per_image)
 
 
-def test_prompt_ensemble_averages_unit_vectors():
-    model, inputs = tiny_model(), tiny_inputs(texts=6)
-    ids = {"input_ids": inputs["input_ids"], "attention_mask": inputs["attention_mask"]}
-    with torch.no_grad():
-        each = model.get_text_features(**ids).text_embeds
-        ensemble = model.get_text_features(**ids, num_templates=2)
-    mean = (each[0::2] + each[1::2]) / 2
-    torch.testing.assert_close(ensemble.text_embeds, mean / mean.norm(dim=-1, keepdim=True))
-    assert ensemble.map_text_embeds.shape == (3, 16)
-
-
 def test_features_follow_the_getters_of_transformers():
     model, inputs = tiny_model(), tiny_inputs()
     with torch.no_grad():

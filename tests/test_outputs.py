@@ -2,6 +2,7 @@
 
 import json
 import os
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -227,3 +228,23 @@ def test_a_result_and_its_table_are_replaced_together(tmp_path, monkeypatch):
     assert contents(tmp_path) == before
     second.save(tmp_path / "a.txt")
     assert {*before} == {*contents(tmp_path)} and contents(tmp_path) != before
+
+
+@pytest.mark.parametrize("renames", [0, 1, 2])
+@pytest.mark.parametrize("earlier", [False, True])
+def test_a_result_is_saved_again_after_a_run_that_stopped_between_its_files(tmp_path, monkeypatch, earlier, renames):
+    first, second = (EvaluationResult({}, {}, {}, {"itsm": [{"id": id_}]}, {}, {}) for id_ in (1, 2))
+    if earlier:
+        first.save(tmp_path / "a.json")
+    allowed = [os.replace] * renames
+
+    def stop(*paths):
+        if not allowed:
+            raise KeyboardInterrupt
+        allowed.pop()(*paths)
+
+    with monkeypatch.context() as patch, suppress(KeyboardInterrupt):
+        patch.setattr(os, "replace", stop)
+        second.save(tmp_path / "a.json")
+    first.save(tmp_path / "a.json")
+    assert sorted(contents(tmp_path)) == ["a.csv", "a.json"] and "1" in (tmp_path / "a.csv").read_text()

@@ -21,7 +21,7 @@ from iclip_hf.training.checkpoints import RunState
 from iclip_hf.training.checks import check_pairs
 from iclip_hf.training.plan import STEPS, choose_settings
 from iclip_hf.training.report import example, own_labels, report
-from iclip_hf.training.settings import Settings, read_settings
+from iclip_hf.training.settings import Settings
 from iclip_hf.training.validation import change_interval
 from iclip_hf.utils.extras import PACKAGE
 
@@ -58,7 +58,7 @@ def here(tmp_path, monkeypatch):
 def test_what_is_chosen_makes_a_run(tmp_path, count):
     data = [str(write_table(tmp_path, count))]
     chosen = choose_settings({"data": data})
-    settings = read_settings({"data": data}, {name: choice.value for name, choice in chosen.items()})
+    settings = Settings(data=data, **{name: choice.value for name, choice in chosen.items()})
     held_out = -(-count // 10) if count >= 20 else 0  # rounded up
     rate = settings.learning_rate * settings.batch_size / 1024
     assert rate == pytest.approx(1e-5, rel=1e-3)

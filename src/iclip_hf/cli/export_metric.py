@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from .common import add_shared, echo
+from .common import add_shared, echo_space
 
 
 def add_options(command: argparse.ArgumentParser) -> None:
@@ -18,4 +18,4 @@ def add_options(command: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> None:
     from ..hub.metrics import export_space
 
-    echo(export_space(options.metric, options.directory, options.overwrite))
+    echo_space(export_space(options.metric, options.directory, options.overwrite))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 
-from ..training.settings import add_settings, has_configuration, read_settings
+from ..training.settings import Settings, add_settings, read_settings
 from .common import echo
 
 
@@ -25,8 +25,9 @@ def run(options: argparse.Namespace) -> None:
             f"Expected pairs to train {given['model']} on, got none: give a table of images and captions or a folder, as in `iclip "
             f"train pairs.csv --model {given['model']}`, or a recipe by --config."
         )
-    chosen = None if has_configuration(given) else choose_settings(given)
-    settings = read_settings(given, chosen and {name: choice.value for name, choice in chosen.items()})
+    chosen = {} if given.get("config") or not given.get("data") else choose_settings(given)
+    choices = {name: choice.value for name, choice in chosen.items()}
+    settings = Settings(**{**choices, **given}) if chosen else read_settings(given)
     check_run(settings)  # all of this before torch is loaded
     if chosen and os.environ.get("RANK", "0") == "0":
         echo("Chosen for these pairs; what you give takes precedence, and --config takes a recipe:")

@@ -14,11 +14,12 @@ import json
 import os
 import reprlib
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
 from types import ModuleType
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -27,7 +28,7 @@ from ..images import IMAGE_SUFFIXES, load_image, open_image
 from ..prompts import IMAGENET_TEMPLATES
 from ..utils.digests import content_digest
 from ..utils.extras import require_extra
-from .class_names import ADE20K, CAMVID, CITYSCAPES, COCO_STUFF, COCO_THINGS, CONTEXT, STUFF, VOC
+from .class_names import ADE20K, CAMVID, CITYSCAPES, COCO_STUFF, COCO_THINGS, CONTEXT, DATASETS, STUFF, VOC
 
 
 _VOID = 255  # in files of index masks
@@ -340,9 +341,14 @@ def load_segmentation(
         `FileNotFoundError`: a folder, list, image or mask is missing. `ValueError`: the data is not as described. The content of
         images and masks is checked when they are decoded.
     """
-    if name not in _LOADERS:
-        raise ValueError(f"Expected one of the data sets {list(_LOADERS)}, but got {name!r}: choose one of them.")
-    dataset = _LOADERS[name](Path(root), split)
+    root, layout = Path(root), _LAYOUTS.get(name)
+    if name not in DATASETS:
+        raise ValueError(f"Expected one of the data sets {list(DATASETS)}, but got {name!r}: choose one of them.")
+    split = split or ("val2017" if layout is None else layout.split)
+    if layout is None or (name == "coco_object" and _stuffthingmaps(root, split) is None):
+        dataset = _load_instances(name, root, split)
+    else:
+        dataset = _load_masks(name, root, split)
     if not len(dataset):
         raise ValueError(
             f"{root}: expected at least one image for {name!r}, but got none in split {dataset.split!r}; complete the data."
@@ -352,53 +358,41 @@ def load_segmentation(
     return dataset
 
 
-def _indexed(
-    name: str,
-    split: str | None,
-    class_names: Sequence[str],
-    images: Sequence[Path],
-    masks: Sequence[Path],
-    ids: Mapping[int, int],
-    background: bool = True,
-    lists: Sequence[Path] = (),
-) -> SegmentationDataset:
-    """Creates a data set of index masks. `ids` maps their values to class ids. 255 is void if not named, others are errors."""
+def _load_masks(name: str, root: Path, split: str | None) -> SegmentationDataset:
+    layout = _LAYOUTS[name]
+    images, masks = layout.files(root, split)
+    class_names, lists = layout.class_names, []
+    if name == "folder":
+        lists = [root / "classes.txt"]
+        class_names = _read_class_names(*lists)
     table = np.full(256, _UNKNOWN, np.int16)
     table[_VOID] = _VOID
-    table[list(ids)] = list(ids.values())
+    table[list(layout.others)] = 0 if layout.background else _VOID
+    table[list(layout.values or range(1, len(class_names) + 1))] = range(1, len(class_names) + 1)
     samples = [_IndexSample(image.stem, image, len(class_names), mask, table) for image, mask in zip(images, masks)]
-    return SegmentationDataset(name, split, class_names, samples, [*lists, *masks], background)
+    return SegmentationDataset(name, split, class_names, samples, [*lists, *masks], layout.background)
 
 
-def _ids(class_names: Sequence[str], background: bool = True) -> dict[int, int]:
-    """Maps 1..K to themselves, and 0 to the background or to void."""
-    return {0: 0 if background else _VOID, **{label: label for label in range(1, len(class_names) + 1)}}
+# ------------------------------------------------------------------------- files: images of a split, and a mask for each
 
 
-def _load_voc(
-    name: str, layout: tuple[str, str, str, Sequence[str]], background: bool, root: Path, split: str | None
-) -> SegmentationDataset:
-    year, masks, lists, class_names = layout
-    split = split or "val"
+def _voc_files(year: str, masks: str, lists: str, root: Path, split: str) -> tuple[list[Path], list[Path]]:
     nested = root / "VOCdevkit" / year
     devkit = next((path for path in (nested, root / year, root) if (path / "ImageSets").is_dir()), nested)
     split_path = _split_file(devkit / "ImageSets" / lists, "{}.txt", split)
     stems = [line.strip() for line in _read_text(split_path).splitlines() if line.strip()]
     images = _find(devkit / "JPEGImages", [f"{stem}.jpg" for stem in stems], split_path)
-    masks = _find(devkit / masks, [f"{stem}.png" for stem in stems], split_path)
-    return _indexed(name, split, class_names, images, masks, _ids(class_names, background), background)
+    return images, _find(devkit / masks, [f"{stem}.png" for stem in stems], split_path)
 
 
-def _with_masks(images: Path, image_end: str, masks: Path, mask_end: str) -> tuple[list[Path], list[Path]]:
+def _with_masks(
+    images: Path, masks: Path, image_end: str = ".jpg", mask_end: str = ".png"
+) -> tuple[list[Path], list[Path]]:
     """Returns the images of all masks in a folder, and these masks. Files of a pair have one stem before their ends."""
     # Other programs write converted files beside them.
     files = [file for file in _list(masks) if file.endswith(mask_end) and not file.endswith("TrainIds.png")]
     stems = sorted(file.removesuffix(mask_end) for file in files)
     return _find(images, [stem + image_end for stem in stems], masks), [masks / (stem + mask_end) for stem in stems]
-
-
-_VOC = ("VOC2012", "SegmentationClass", "Segmentation", VOC)
-_CONTEXT = ("VOC2010", "SegmentationClassContext", "SegmentationContext", CONTEXT)
 
 
 def _stuffthingmaps(root: Path, split: str) -> Path | None:
@@ -407,53 +401,85 @@ def _stuffthingmaps(root: Path, split: str) -> Path | None:
     return next((folder for folder in folders if folder.is_dir()), None)
 
 
-def _load_coco_object(root: Path, split: str | None) -> SegmentationDataset:
-    if _stuffthingmaps(root, split or "val2017") is not None:
-        return _load_stuffthingmaps("coco_object", root, split)
-    return _load_coco2017(root, split, "coco_object")
-
-
-def _load_stuffthingmaps(name: str, root: Path, split: str | None) -> SegmentationDataset:
-    split = split or "val2017"
-    masks = _stuffthingmaps(root, split) or root / "stuffthingmaps" / split
+def _stuff_files(root: Path, split: str) -> tuple[list[Path], list[Path]]:
     images = next((path for path in (root / "images" / split, root / split) if path.is_dir()), root / split)
-    background = name == "coco_object"
-    class_names = COCO_THINGS if background else COCO_STUFF
-    ids = {value: label for label, value in enumerate(_STUFF_VALUES[: len(class_names)], 1)}
-    if background:  # all that is no thing, also unlabelled pixels, as in GroupViT's conversion
-        ids = {**dict.fromkeys((*_STUFF_VALUES, _VOID), 0), **ids}
-    return _indexed(name, split, class_names, *_with_masks(images, ".jpg", masks, ".png"), ids, background)
+    return _with_masks(images, _stuffthingmaps(root, split) or root / "stuffthingmaps" / split)
 
 
-# Values of COCO's things, then of its stuff, in the stuffthingmaps: one less than the category ids, of which 11 are not used.
-_STUFF_VALUES = [value for value in range(182) if value not in (11, 25, 28, 29, 44, 65, 67, 68, 70, 82, 90)]
-
-
-def _load_ade20k(root: Path, split: str | None) -> SegmentationDataset:
-    split = split or "validation"
+def _ade20k_files(root: Path, split: str) -> tuple[list[Path], list[Path]]:
     folder = root / "ADEChallengeData2016" if (root / "ADEChallengeData2016").is_dir() else root
-    images, masks = _with_masks(folder / "images" / split, ".jpg", folder / "annotations" / split, ".png")
-    return _indexed("ade20k", split, ADE20K, images, masks, _ids(ADE20K, background=False), background=False)
+    return _with_masks(folder / "images" / split, folder / "annotations" / split)
 
 
-# Label ids of Cityscapes' 19 classes.
-_CITYSCAPES_IDS = (7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33)
-
-
-def _load_cityscapes(root: Path, split: str | None) -> SegmentationDataset:
-    split = split or "val"
+def _cityscapes_files(root: Path, split: str) -> tuple[list[Path], list[Path]]:
     images, masks = [], []
     for city in sorted(_list(root / "gtFine" / split)):
-        shown, annotated = (root / kind / split / city for kind in ("leftImg8bit", "gtFine"))
-        pairs = _with_masks(shown, "_leftImg8bit.png", annotated, "_gtFine_labelIds.png")
+        folders = (root / kind / split / city for kind in ("leftImg8bit", "gtFine"))
+        pairs = _with_masks(*folders, "_leftImg8bit.png", "_gtFine_labelIds.png")
         images, masks = images + pairs[0], masks + pairs[1]
-    ids = {**dict.fromkeys(range(35), _VOID), **{value: label for label, value in enumerate(_CITYSCAPES_IDS, 1)}}
-    return _indexed("cityscapes", split, CITYSCAPES, images, masks, ids, background=False)
+    return images, masks
 
 
-def _load_coco2017(root: Path, split: str | None, name: str = "coco2017") -> SegmentationDataset:
+def _images_and_masks(root: Path, split: str | None) -> tuple[list[Path], list[Path]]:
+    """Returns the files of `images/` and, for each, the PNG file with the same stem in `masks/`."""
+    if split is not None:
+        raise ValueError(
+            f"Expected no split for a folder of masks, but got {split!r}; name that split's folder as root."
+        )
+    image_names = sorted(
+        name for name in _list(root / "images") if name.lower().endswith(IMAGE_SUFFIXES) and not name.startswith(".")
+    )
+    images = _find(root / "images", image_names, root)
+    stems = [image.stem for image in images]
+    if len(set(stems)) < len(stems):
+        twice = next(stem for stem in stems if stems.count(stem) > 1)
+        raise ValueError(
+            f"{root / 'images'}: expected one image for each mask, but got several {twice!r}; remove all but one."
+        )
+    return images, _find(root / "masks", [f"{stem}.png" for stem in stems], root / "images")
+
+
+class _Layout(NamedTuple):
+    """
+    A data set of index masks. Its images and masks are `files(root, split)`, and `split` is the default. The values of the classes in the
+    masks are `values`, by default 1..K; `others` are those of the background, which is void in some data sets. 255 is void if not
+    named; further values are errors.
+    """
+
+    files: Callable[[Path, str | None], tuple[list[Path], list[Path]]]
+    class_names: Sequence[str]
+    split: str | None
+    background: bool
+    values: Sequence[int] | None = None
+    others: Sequence[int] = (0,)
+
+
+_VOC_FILES = partial(_voc_files, "VOC2012", "SegmentationClass", "Segmentation")
+_CONTEXT_FILES = partial(_voc_files, "VOC2010", "SegmentationClassContext", "SegmentationContext")
+# Values of COCO's things, then of its stuff, in the stuffthingmaps: one less than the category ids, of which 11 are not used.
+_STUFF_VALUES = [value for value in range(182) if value not in (11, 25, 28, 29, 44, 65, 67, 68, 70, 82, 90)]
+# Label ids of Cityscapes' 19 classes.
+_CITYSCAPES_VALUES = (7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33)
+_LAYOUTS = {
+    "voc2012": _Layout(_VOC_FILES, VOC, "val", True),
+    "voc21": _Layout(_VOC_FILES, VOC, "val", True),
+    "voc20": _Layout(_VOC_FILES, VOC, "val", False),
+    "context60": _Layout(_CONTEXT_FILES, CONTEXT, "val", True),
+    "context59": _Layout(_CONTEXT_FILES, CONTEXT, "val", False),
+    # The background is all that is no thing, also unlabelled pixels, as in GroupViT's conversion.
+    "coco_object": _Layout(
+        _stuff_files, COCO_THINGS, "val2017", True, _STUFF_VALUES[:80], (*_STUFF_VALUES[80:], _VOID)
+    ),
+    "coco_stuff": _Layout(_stuff_files, COCO_STUFF, "val2017", False, _STUFF_VALUES, ()),
+    "ade20k": _Layout(_ade20k_files, ADE20K, "validation", False),
+    "cityscapes": _Layout(_cityscapes_files, CITYSCAPES, "val", False, _CITYSCAPES_VALUES, range(35)),
+    "camvid": _Layout(_images_and_masks, CAMVID, None, False, range(len(CAMVID)), (len(CAMVID),)),
+    "folder": _Layout(_images_and_masks, (), None, True),
+}
+
+
+def _load_instances(name: str, root: Path, split: str) -> SegmentationDataset:
     _pycocotools_mask()  # raises now if the package is missing
-    split = split or "val2017"
     path = _split_file(root / "annotations", "instances_{}.json", split)
     try:
         content = json.loads(_read_text(path))
@@ -492,16 +518,9 @@ def _load_coco2017(root: Path, split: str | None, name: str = "coco2017") -> Seg
     return SegmentationDataset(name, split, class_names, samples, [path])
 
 
-def _load_camvid(root: Path, split: str | None) -> SegmentationDataset:
-    images, masks = _images_and_masks(root, split)
-    ids = {**{label - 1: label for label in range(1, len(CAMVID) + 1)}, len(CAMVID): _VOID}
-    return _indexed("camvid", None, CAMVID, images, masks, ids, background=False)
-
-
-def _load_folder(root: Path, split: str | None) -> SegmentationDataset:
-    images, masks = _images_and_masks(root, split)
-    classes_path = root / "classes.txt"
-    class_names = [line.strip() for line in _read_text(classes_path).rstrip().splitlines()]
+def _read_class_names(path: Path) -> list[str]:
+    """Reads the names of the classes of a folder of masks."""
+    class_names = [line.strip() for line in _read_text(path).rstrip().splitlines()]
     blank = next((number for number, name in enumerate(class_names, 1) if not name), 0)
     problems = {
         f"{len(class_names)} of them": not 1 <= len(class_names) < _VOID,
@@ -511,45 +530,10 @@ def _load_folder(root: Path, split: str | None) -> SegmentationDataset:
     }
     if problem := next((problem for problem, occurs in problems.items() if occurs), None):
         raise ValueError(
-            f"{classes_path}: expected 1 to {_VOID - 1} different class names, one in each line (line 1 names class id 1), "
+            f"{path}: expected 1 to {_VOID - 1} different class names, one in each line (line 1 names class id 1), "
             f"but got {problem}; correct the list."
         )
-    return _indexed("folder", None, class_names, images, masks, _ids(class_names), lists=[classes_path])
-
-
-def _images_and_masks(root: Path, split: str | None) -> tuple[list[Path], list[Path]]:
-    """Returns the files of `images/` and, for each, the PNG file with the same stem in `masks/`."""
-    if split is not None:
-        raise ValueError(
-            f"Expected no split for a folder of masks, but got {split!r}; name that split's folder as root."
-        )
-    image_names = sorted(
-        name for name in _list(root / "images") if name.lower().endswith(IMAGE_SUFFIXES) and not name.startswith(".")
-    )
-    images = _find(root / "images", image_names, root)
-    stems = [image.stem for image in images]
-    if len(set(stems)) < len(stems):
-        twice = next(stem for stem in stems if stems.count(stem) > 1)
-        raise ValueError(
-            f"{root / 'images'}: expected one image for each mask, but got several {twice!r}; remove all but one."
-        )
-    return images, _find(root / "masks", [f"{stem}.png" for stem in stems], root / "images")
-
-
-_LOADERS = {
-    "voc2012": partial(_load_voc, "voc2012", _VOC, True),
-    "coco2017": _load_coco2017,
-    "folder": _load_folder,
-    "voc21": partial(_load_voc, "voc21", _VOC, True),
-    "voc20": partial(_load_voc, "voc20", _VOC, False),
-    "context60": partial(_load_voc, "context60", _CONTEXT, True),
-    "context59": partial(_load_voc, "context59", _CONTEXT, False),
-    "coco_object": _load_coco_object,
-    "coco_stuff": partial(_load_stuffthingmaps, "coco_stuff"),
-    "ade20k": _load_ade20k,
-    "cityscapes": _load_cityscapes,
-    "camvid": _load_camvid,
-}
+    return class_names
 
 
 def _override(dataset: SegmentationDataset, overrides: str | os.PathLike | Mapping) -> None:

@@ -369,9 +369,9 @@ class ClassFolders(Source):
     def __init__(self, path: Path):
         super().__init__(path)
         self._images, elsewhere = [], _images_in(path, os.listdir(path))
-        for label in sorted(entry for entry in path.iterdir() if entry.is_dir() and not _is_hidden(entry.name)):
+        for label in sorted(entry for entry in path.iterdir() if entry.is_dir() and not is_hidden(entry.name)):
             for folder, folders, files in os.walk(label):
-                folders[:] = [name for name in folders if not _is_hidden(name)]
+                folders[:] = [name for name in folders if not is_hidden(name)]
                 (self._images if Path(folder) == label else elsewhere).extend(_images_in(Path(folder), files))
         self._images.sort()
         self.length = len(self._images)
@@ -548,7 +548,7 @@ def _local_files(source: str) -> list[Path]:
     if folder.is_dir():
         if (folder / "metadata.jsonl").is_file():
             return [folder / "metadata.jsonl"]
-        visible = sorted(file for file in folder.iterdir() if not _is_hidden(file.name))
+        visible = sorted(file for file in folder.iterdir() if not is_hidden(file.name))
         return [file for file in visible if file.suffix.lower() in (".tar", ".parquet")] or [folder]
     if os.path.isfile(source):
         return [folder]
@@ -563,10 +563,10 @@ def _local_files(source: str) -> list[Path]:
 
 
 def _images_in(folder: Path, names: Sequence[str]) -> list[Path]:
-    return [folder / name for name in names if name.lower().endswith(IMAGE_SUFFIXES) and not _is_hidden(name)]
+    return [folder / name for name in names if name.lower().endswith(IMAGE_SUFFIXES) and not is_hidden(name)]
 
 
-def _is_hidden(name: str) -> bool:
+def is_hidden(name: str) -> bool:
     """Whether a program added this file or folder, such as `.ipynb_checkpoints` or what macOS writes into zip files."""
     return name.startswith(".") or name == "__MACOSX"
 

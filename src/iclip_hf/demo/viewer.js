@@ -116,7 +116,7 @@ export function createViewer(element, look) {
   }
 
   // Of the texts that are not absent and whose outline holds the pixel, the one with the highest raw value, as
-  // `Explanation.label_map` finds it.
+  // `Explanation.label_map` finds it. Without an outline, the threshold is that of `iclip segment`.
   function paintSegments() {
     if (!segments.checked || !overview) return;
     const present = ready().filter(({ word }) => word !== "absent");
@@ -124,7 +124,7 @@ export function createViewer(element, look) {
     const inks = present.map((panel) => packed(channels(color(panel))));
     const { width, height } = overview.heat;
     const highest = new Float32Array(width * height).fill(-Infinity);
-    const limit = threshold.value === "1" ? -Infinity : threshold.value * 255;
+    const limit = (threshold.value === "1" ? 0.5 : threshold.value) * 255;
     paint(overview.heat, (pixels) => present.forEach(({ levels, low, high }, index) => levels.forEach((level, pixel) => {
       const value = low + (high - low) * level / 255;
       if (level > limit && value > highest[pixel]) [pixels[pixel], highest[pixel]] = [inks[index], value];

@@ -65,10 +65,11 @@ class EvaluationResult:
         """
         path, table = Path(path), Path(path).with_suffix(".csv")
         check_files(path, overwrite=overwrite)
-        # Both are whole before one is replaced, because a table without its result is not known again.
-        with new_file(path, overwrite) as result, new_file(table, overwrite, partial(_is_own, result=path)) as rows:
+        # A table is known by its result. So both are whole before one is replaced, and a killed run leaves no table of another result.
+        with new_file(table, overwrite, partial(_is_own, result=path)) as rows, new_file(path, overwrite) as result:
             result.write_text(self.to_json(), encoding="utf-8")
             rows.write_text(self.per_class_csv(), encoding="utf-8")
+            Path(os.path.realpath(table)).unlink(missing_ok=True)
         return path, table
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from itertools import chain
 from typing import NamedTuple
 
 import torch
@@ -56,11 +57,7 @@ class WordExplainer:
     """
 
     def __init__(
-        self,
-        model,
-        texts: Sequence[str],
-        templates: Sequence[str] | None = None,
-        method: str = "grad_eclip",
+        self, model, texts: Sequence[str], templates: Sequence[str] | None = None, method: str = "grad_eclip"
     ):
         if method not in WORD_METHODS:
             raise ValueError(
@@ -100,13 +97,11 @@ class WordExplainer:
         # A clone, because a tensor that was created in inference mode cannot be part of a graph.
         with torch.inference_mode(False):
             embeds = image_embeds.clone()
-        return [list(self._scores(embed)) for embed in embeds.split(1)]
+        return [self._scores(embed) for embed in embeds.split(1)]
 
-    def _scores(self, image_embed: torch.Tensor) -> Iterator[list[WordScore]]:
-        texts = iter(self.texts)
-        for part in self._parts:
-            for shares in self._shares(image_embed, part).tolist():
-                yield [WordScore(word, share) for word, share in zip(next(texts).split(), shares)]
+    def _scores(self, image_embed: torch.Tensor) -> list[list[WordScore]]:
+        shares = chain.from_iterable(self._shares(image_embed, part).tolist() for part in self._parts)
+        return [list(map(WordScore, text.split(), of_text)) for text, of_text in zip(self.texts, shares)]
 
     def _shares(self, image_embed: torch.Tensor, part: _Part) -> torch.Tensor:
         """Computes the share of each word in its text, `(T, W)`."""

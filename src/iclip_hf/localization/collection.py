@@ -14,6 +14,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from ..data.pairs import PairDataset, load_pairs
+from ..data.sources import is_hidden
 from ..images import IMAGE_SUFFIXES, load_image
 from ..models.identity import changed
 from ..utils.digests import content_digest
@@ -60,11 +61,12 @@ _FEATURES = Features(
 
 
 class ImageFolder:
-    """The image files of a folder and its subfolders, ordered by name."""
+    """The image files of a folder and its subfolders, ordered by name, without hidden ones."""
 
     def __init__(self, folder: Path):
         self.folder = folder
-        self._paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
+        images = (path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
+        self._paths = sorted(path for path in images if not any(map(is_hidden, path.relative_to(folder).parts)))
         if not self._paths:
             raise FileNotFoundError(
                 f"{folder}: expected images or .tar shards in this folder, but got none; name another folder."

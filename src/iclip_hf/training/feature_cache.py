@@ -23,7 +23,7 @@ from ..models.identity import digest, software, tokenizer_digest, tower_digest
 from ..pooling import normalize_attention, pool
 from ..processing_iclip import ICLIPProcessor
 from ..utils.distributed import agreed, partner_errors, shared_folder_lock
-from ..utils.files import atomic_write, check_own_folder, writing_errors
+from ..utils.files import atomic_write, writing_errors
 from .data import WholeImage
 from .interrupts import ignore_signals
 from .nouns import NounPrompts
@@ -48,15 +48,15 @@ def image_rows(model: ICLIPModel, pixel_values: torch.Tensor, map_tokens: int) -
     """
     image = model.encode_image(pixel_values)
 
-    def one(way: str) -> torch.Tensor:
+    def pooled(way: str) -> torch.Tensor:
         mode, _, norm = way.partition("/")
         attention = normalize_attention(image.attention, norm or "minmax", model.config.attention_quantile)
         return pool(image.patch_tokens, image.class_token, attention, mode)
 
     if model.config.max_over == "channels":
-        return torch.stack([one(way) for way in POOLINGS], 1)
+        return torch.stack([pooled(way) for way in POOLINGS], 1)
     tokens, attention = map_features(model, image, map_tokens)
-    rows = torch.cat([torch.stack([one(way) for way in POOLINGS[:2]], 1), tokens], 1)
+    rows = torch.cat([torch.stack([pooled(way) for way in POOLINGS[:2]], 1), tokens], 1)
     return torch.cat([rows, F.pad(attention, (2, 0)).unsqueeze(-1)], -1)
 
 
@@ -72,62 +72,34 @@ def branch_features(rows: torch.Tensor, config: ICLIPConfig) -> tuple[torch.Tens
 
 # Options of a model that [`image_rows`] does not depend on: of the towers, which have digests, of the projections and what they
 # compute, and of the choice among the rows, which hold all. Other options count, also those that a later version adds.
-_AFTER_THE_ROWS = {
-    "vision_config",
-    "text_config",
-    "lock_vision",
-    "text_pooling",
-    "projection_dim",
-    "dual_projection",
-    "projection_bias",
-    "logit_scale_init_value",
-    "max_sharpness",
-    "map_attention",
-    "pooling",
-    "recognition_pooling",
-}
+_AFTER_THE_ROWS = """
+    vision_config text_config lock_vision text_pooling projection_dim dual_projection projection_bias logit_scale_init_value
+    max_sharpness map_attention pooling recognition_pooling
+""".split()
 # With `max_over="channels"` the rows hold both norms, and the patch tokens as they are.
-_AFTER_POOLED_ROWS = {"attention_norm", "center_tokens", "map_affinity"}
+_AFTER_POOLED_ROWS = ("attention_norm", "center_tokens", "map_affinity")
 
 
 def image_settings(config: ICLIPConfig, map_tokens: int) -> dict:
     """Returns the options of a model that [`image_rows`] depends on, besides its image tower."""
-    names = {*type(config).__annotations__} - _AFTER_THE_ROWS
-    if config.max_over == "channels":
-        return {name: getattr(config, name) for name in sorted(names - _AFTER_POOLED_ROWS)}
-    return {"map_tokens": map_tokens, **{name: getattr(config, name) for name in sorted(names)}}
+    channels = config.max_over == "channels"
+    names = {*type(config).__annotations__}.difference(_AFTER_THE_ROWS, _AFTER_POOLED_ROWS if channels else ())
+    return {name: getattr(config, name) for name in names} | ({} if channels else {"map_tokens": map_tokens})
 
 
 class FeatureShards:
     """
     Rows of features in a folder, memory-mapped. Shards are written atomically, so that an interrupted run can continue and
-    several processes can share the folder. `fingerprint` is everything that the features depend on, as JSON values.
-
-    Raises:
-        `ValueError`: the folder contains features with another fingerprint.
+    several processes can share the folder, whose name stands for all that the features depend on.
     """
 
-    def __init__(self, folder: Path, fingerprint: dict, rows: int):
+    def __init__(self, folder: Path, rows: int):
         self.folder, self.rows = folder, rows
         self.shard_rows = max(256, math.ceil(rows / 256))
         self.num_shards = math.ceil(rows / self.shard_rows)
         self._arrays: list[np.ndarray] = []
-        now = json.loads(json.dumps({**fingerprint, "rows": rows, "version": 2}))
-        file = folder / "fingerprint.json"
-        if not file.exists():
-            check_own_folder(folder, file.name)
-            with writing_errors(folder):
-                folder.mkdir(parents=True, exist_ok=True)
-            with atomic_write(file) as partial:
-                partial.write_text(json.dumps(now, indent=2))
-        then = self._read(file, _json)
-        then = then if isinstance(then, dict) else {}
-        if changed := [name for name in {**then, **now} if then.get(name) != now.get(name)]:
-            differences = "; ".join(f"{name} was {then.get(name)}, is {now.get(name)}" for name in changed)
-            raise ValueError(
-                f"{folder}: expected features made as this run would, but {differences:.800}. Name another folder for the "
-                "cache, or delete this one."
-            )
+        with writing_errors(folder):
+            folder.mkdir(parents=True, exist_ok=True)
 
     def missing(self) -> list[int]:
         """Returns the indices of shards that do not exist yet."""
@@ -160,7 +132,7 @@ class FeatureShards:
     def captions(self) -> list[list[str]]:
         """Returns the captions of all rows."""
         files = [self._file(shard, ".json") for shard in range(self.num_shards)]
-        return [captions for file in files for captions in self._read(file, _json)]
+        return [captions for file in files for captions in self._read(file, lambda file: json.loads(file.read_text()))]
 
     def _array(self, shard: int) -> np.ndarray:
         file, rows = self._file(shard), len(self.rows_of(shard))
@@ -196,8 +168,8 @@ def cache_images(
     title: str = "Training",
 ) -> FeatureShards:
     """
-    Computes [`image_rows`] and captions of each pair, unless they are cached already. Pairs with a broken image or no caption have no
-    captions in the cache.
+    Computes [`image_rows`] and captions of each pair, unless the folder holds them already. Pairs with a broken image or no caption have
+    no captions in the cache.
 
     Args:
         map_tokens: see [`PairModel`].
@@ -206,8 +178,8 @@ def cache_images(
         num_workers: number of loading processes for each process of the accelerator.
 
     Raises:
-        `ValueError`: the folder contains features with another fingerprint, or too many pairs are bad. `OSError`: the folder
-        cannot be written, another run is filling it, or another process of this run died.
+        `ValueError`: too many pairs are bad. `OSError`: the folder cannot be written, another run is filling it, or another process of
+        this run died.
     """
     with accelerator.main_process_first():  # the first process caches the digests of the files for the others
         data = pairs.fingerprint()
@@ -216,19 +188,16 @@ def cache_images(
         images, captions = zip(*items)
         return image_rows(model, torch.stack(images).to(accelerator.device), map_tokens), captions
 
-    settings = image_settings(model.config, map_tokens)
-    # Models with other options for tokens have folders of their own.
-    kind = "images" if model.config.max_over == "channels" else f"tokens-{digest(settings)}"
     fingerprint = {
         "tower": tower_digest(model.vision_model),
-        **settings,
+        "options": image_settings(model.config, map_tokens),
         "mixed_precision": accelerator.mixed_precision,
-        "token_mean": earlier_mean and digest(earlier_mean),
+        "token_mean": earlier_mean,
         "software": software(),
         "data": data,
         "image_processor": json.loads(processor.image_processor.to_json_string()),
     }
-    shards = FeatureShards(folder / kind, fingerprint, len(pairs))
+    shards = FeatureShards(folder / "images" / digest(fingerprint), len(pairs))
     reader = _PairReader(pairs, WholeImage(processor))
     _fill(shards, reader, encode, accelerator, batch_size, num_workers, f"{title} images")
     bad = sum(not captions for captions in shards.captions())
@@ -267,11 +236,11 @@ def cache_texts(
         "tower": tower_digest(model.text_model),
         "text_pooling": model.config.text_pooling,
         "mixed_precision": accelerator.mixed_precision,
-        "tokenizer": digest([tokenizer_digest(processor.tokenizer), probe]),
+        "tokenizer": [tokenizer_digest(processor.tokenizer), probe],
         "software": software(),
-        "texts": digest(texts),
+        "texts": texts,
     }
-    shards = FeatureShards(folder, fingerprint, len(texts))
+    shards = FeatureShards(folder / digest(fingerprint), len(texts))
 
     def encode(batch: list[str]) -> tuple[torch.Tensor, None]:
         return model.encode_text(**processor(text=batch).to(accelerator.device))[0], None
@@ -282,12 +251,13 @@ def cache_texts(
 
 class CachedPairs(Dataset):
     """
-    Pairs as cached features, from [`cache_images`]. The captions of an epoch depend only on (seed, epoch). With a locked text tower, `texts` and `prompts` are the features of captions and of noun prompts.
+    Pairs as cached features, from [`cache_images`]. The captions of an epoch depend only on (seed, epoch). With a locked text tower, `texts`
+    and `prompts` are the features of captions and of noun prompts.
     """
 
     def __init__(
         self,
-        images: FeatureShards,
+        features: FeatureShards,
         config: ICLIPConfig,
         processor: ICLIPProcessor,
         seed: int = 0,
@@ -295,9 +265,9 @@ class CachedPairs(Dataset):
         texts: CachedTexts | None = None,
         prompts: CachedTexts | None = None,
     ):
-        self.images, self.config, self.processor, self.seed = images, config, processor, seed
+        self.features, self.config, self.processor, self.seed = features, config, processor, seed
         self.nouns, self.texts, self.prompts = nouns, texts, prompts
-        captions = images.captions()
+        captions = features.captions()
         self.rows = np.array([row for row, several in enumerate(captions) if several])  # bad pairs have no captions
         self.captions = [captions[row] for row in self.rows]
         self.set_epoch(0)
@@ -318,7 +288,9 @@ class CachedPairs(Dataset):
     def __getitems__(self, indices: Sequence[int]) -> dict:
         """Returns a batch: `image_features` of the branches, and for each pair the drawn caption and all captions."""
         return {
-            "image_features": branch_features(torch.from_numpy(self.images[self.rows[indices]]).float(), self.config),
+            "image_features": branch_features(
+                torch.from_numpy(self.features[self.rows[indices]]).float(), self.config
+            ),
             "caption": self.drawn_captions(indices),
             "captions": [self.captions[i] for i in indices],
         }
@@ -333,10 +305,6 @@ class CachedPairs(Dataset):
             features = [self.texts[captions], *([self.prompts[prompts]] if prompts else [])]
             texts = {"text_features": torch.cat(features)}
         return {"image_features": batch["image_features"], **texts, **nouns, "skipped": 0}
-
-
-def _json(file: Path):
-    return json.loads(file.read_text())
 
 
 class _PairReader(Dataset):

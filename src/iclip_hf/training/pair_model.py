@@ -215,7 +215,7 @@ class PairModel(nn.Module):
             self.model.vision_model.eval()
             for block in self.unlocked_vision_blocks:
                 block.train(mode)
-            learning = {id(one) for block in self.unlocked_vision_blocks for one in block.parameters()}
+            learning = {id(weight) for block in self.unlocked_vision_blocks for weight in block.parameters()}
             for parameter in self.model.vision_model.parameters():
                 parameter.requires_grad_(id(parameter) in learning)
         return self
@@ -328,7 +328,7 @@ class PairModel(nn.Module):
     def _in_chunks(self, encode: Callable, *inputs: torch.Tensor) -> torch.Tensor:
         if len(inputs[0]) <= self.chunk_size:
             return encode(*inputs)
-        chunks = zip(*(one.split(self.chunk_size) for one in inputs))
+        chunks = zip(*(tensor.split(self.chunk_size) for tensor in inputs))
         encoded = [checkpoint(encode, *chunk, use_reentrant=False) for chunk in chunks]
         return torch.cat(encoded) if isinstance(encoded[0], torch.Tensor) else tuple(map(torch.cat, zip(*encoded)))
 

@@ -83,7 +83,7 @@ def _labels(pairs: PairDataset) -> dict[int, list[str]]:
     start, end = CLASS_CAPTION.split("{}")
     every = [caption for several in captions.values() for caption in several]
     if all(caption.startswith(start) for caption in every) and len(set(every)) < len(every):
-        return {row: [one.removeprefix(start).removesuffix(end) for one in captions[row]] for row in captions}
+        return {row: [caption.removeprefix(start).removesuffix(end) for caption in captions[row]] for row in captions}
     nouns = NounPrompts.from_file(SHIPPED / "iclip-dinov2-s14-minilm" / "nouns.txt")
     counts = {row: Counter(itertools.chain(*map(sorted, map(nouns.find, captions[row])))) for row in captions}
     return {row: [nouns.nouns[number] for number, _ in counts[row].most_common()] for row in captions}

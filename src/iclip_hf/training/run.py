@@ -60,7 +60,7 @@ from .validation import change_interval, draw_examples, validate
 
 def build_model(settings: Settings) -> tuple[ICLIPModel, ICLIPProcessor]:
     """The model to train and its processor: a trained one, or fresh projections on two towers."""
-    options = dict(one.split("=", 1) for one in settings.model_options)
+    options = dict(option.split("=", 1) for option in settings.model_options)
     if unknown := [name for name in options if name not in ICLIPConfig.__annotations__]:
         raise ValueError(f"Expected model_options to name options of ICLIPConfig, got {unknown[0]!r}: correct it.")
     options = {name: yaml.safe_load(value) for name, value in options.items()}
@@ -141,16 +141,8 @@ class TrainingRun:
     ):
         self.settings, self.processor, self.accelerator, self.interrupts = settings, processor, accelerator, interrupts
         self.output_dir = Path(settings.output_dir)
-        pair_model = PairModel(
-            model,
-            settings.chunk_size,
-            settings.lock_text,
-            settings.map_tokens,
-            settings.noun_weight,
-            settings.noun_branches,
-            settings.noun_competition,
-            settings.unlocked_vision_blocks,
-        )
+        options = "chunk_size lock_text map_tokens noun_weight noun_branches noun_competition unlocked_vision_blocks"
+        pair_model = PairModel(model, **{name: getattr(settings, name) for name in options.split()})
         fixed = ["chunk_size"] if pair_model.has_dropout else []
         last_checkpoint, self.state = state_to_resume(settings, fixed)
         if last_checkpoint and self.state.sharded != accelerator.is_fsdp2:
@@ -306,7 +298,7 @@ class TrainingRun:
         if self.validation is not None:
             self.bar.set_description(f"Evaluating on {len(self.validation)} held-out pairs")
             scores = validate(self.accelerator, pair_model, self.validation, settings.chunk_size, self.workers)
-            metrics |= {name: one.mean().item() for name, one in scores.items()}
+            metrics |= {name: values.mean().item() for name, values in scores.items()}
             by_pair = scores[settings.best_metric].tolist() if settings.best_metric in scores else []
         whole = whole_model(self.accelerator, pair_model).eval()
         if self.segmentation is not None:

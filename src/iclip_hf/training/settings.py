@@ -181,15 +181,15 @@ class Settings:
             self.output_dir = f"{RUNS}/{Path(self.config).resolve().parent.name}"
         if not self.output_dir:
             raise ValueError("Expected output_dir to be the folder of the run, got none: name one.")
-        for one in fields(self):
-            allowed, is_allowed = one.metadata["allowed"]
-            if not is_allowed(value := getattr(self, one.name)):
-                raise ValueError(f"Expected {one.name} to be {allowed}, got {value}: change it.")
+        for entry in fields(self):
+            allowed, is_allowed = entry.metadata["allowed"]
+            if not is_allowed(value := getattr(self, entry.name)):
+                raise ValueError(f"Expected {entry.name} to be {allowed}, got {value}: change it.")
         if self.lock_text and self.text_lora_rank:
             raise ValueError("Expected lock_text or text_lora_rank, got both: leave one out.")
-        for one in self.model_options:
-            if "=" not in one:
-                raise ValueError(f"Expected model_options to be name=value, got {one!r}: correct it.")
+        for option in self.model_options:
+            if "=" not in option:
+                raise ValueError(f"Expected model_options to be name=value, got {option!r}: correct it.")
         if self.validation_data and self.validation_share:
             raise ValueError("Expected validation_data or validation_share, got both: leave one out.")
         validated = bool(self.validation_data or self.validation_share)
@@ -234,42 +234,29 @@ def add_settings(parser: argparse.ArgumentParser) -> None:
     Adds every setting as an option, with underscores or dashes, and `data` also as positional arguments. Settings that are not given
     are absent from the result.
     """
-    for one in fields(Settings):
-        kind, several, choices = _kind(one.name)
+    for entry in fields(Settings):
+        kind, several, choices = _kind(entry.name)
         options = {"nargs": "+"} if several else {"nargs": "?", "const": True} if kind is bool else {}
-        default = "" if one.default in ("", False) or several else f" (default: {one.default})"
+        default = "" if entry.default in ("", False) or several else f" (default: {entry.default})"
         parser.add_argument(
-            *dict.fromkeys([f"--{one.name}", f"--{one.name.replace('_', '-')}"]),
-            type=partial(_parse, one.name),
+            *dict.fromkeys([f"--{entry.name}", f"--{entry.name.replace('_', '-')}"]),
+            type=partial(_parse, entry.name),
             default=argparse.SUPPRESS,
-            metavar="|".join(choices) or one.name.upper(),
-            help=f"{one.metadata['help']}{default}",
+            metavar="|".join(choices) or entry.name.upper(),
+            help=f"{entry.metadata['help']}{default}",
             **options,
         )
     parser.add_argument("data", nargs="*", default=argparse.SUPPRESS, metavar="DATA", help="the same as --data")
 
 
-def has_configuration(given: Mapping) -> bool:
-    """Whether a configuration gives the other settings. Otherwise there are data, which they can be chosen by."""
-    return bool(given.get("config") or not given.get("data"))
-
-
-def read_settings(given: Mapping, chosen: Mapping | None = None) -> Settings:
+def read_settings(given: Mapping) -> Settings:
     """
-    Merges the settings of a run. `given` has precedence over the `train.yaml` that `config` names, and this over the defaults.
-
-    Args:
-        given (`Mapping`): settings by name, with values of their types, such as the result of the parser of [`add_settings`].
-        chosen (`Mapping`, *optional*): settings in place of those of a configuration, see [`has_configuration`].
-
-    Returns:
-        [`Settings`].
+    Merges the settings of a run. `given`, such as the result of the parser of [`add_settings`], has precedence over the `train.yaml` that
+    `config` names, and this over the defaults.
 
     Raises:
         `ValueError`: a setting is invalid. `FileNotFoundError`: there is no such configuration.
     """
-    if chosen is not None:
-        return Settings(**{**chosen, **given})
     file = _config_file(given.get("config") or "iclip-vit-b16")
     named = read_file(file)
     if given.get("model"):  # instead of the towers that the file names
@@ -317,11 +304,11 @@ def read_file(file: Path) -> dict:
             continue
         several = _kind(name)[1]
         values = value if several and isinstance(value, list) else [value]
-        if any(isinstance(one, (list, dict)) for one in values):
+        if any(isinstance(item, (list, dict)) for item in values):
             what = "a value or a list of values" if several else "one value"
             raise ValueError(f"{file}: expected {name} to be {what}, but got {type(value).__name__}; correct it.")
         try:
-            parsed = [_parse(name, str(one)) for one in values]
+            parsed = [_parse(name, str(item)) for item in values]
         except argparse.ArgumentTypeError as error:
             raise ValueError(f"{file}: {error}; correct {name}.") from error
         settings[name] = parsed if several else parsed[0]
@@ -355,10 +342,10 @@ def _parse(name: str, text: str):
 def changed_settings(settings: Settings, before: Mapping, fixed: Collection[str] = ()) -> list[str]:
     """Returns the names of settings that must not change on resume (those of `fixed` too), but differ from `before`."""
     changed = []
-    for setting in fields(settings):
-        same = setting.metadata["same"] or (repr if setting.name in fixed else None)
+    for entry in fields(settings):
+        same = entry.metadata["same"] or (repr if entry.name in fixed else None)
         # of a setting that the run began without
-        usual = setting.default_factory() if setting.default is MISSING else setting.default
-        if same and same(getattr(settings, setting.name)) != same(before.get(setting.name, usual)):
-            changed.append(setting.name)
+        usual = entry.default_factory() if entry.default is MISSING else entry.default
+        if same and same(getattr(settings, entry.name)) != same(before.get(entry.name, usual)):
+            changed.append(entry.name)
     return changed

@@ -58,7 +58,7 @@ def validate(
         texts.append(outputs["text_embeds"])
         scale = outputs["logit_scales"][0]
     pair_model.train()
-    images, texts = (accelerator.gather(torch.cat(one))[: len(dataset)] for one in (images, texts))
+    images, texts = (accelerator.gather(torch.cat(parts))[: len(dataset)] for parts in (images, texts))
     logits = scale * images @ texts.T
     own = torch.arange(len(logits), device=logits.device)
     captions = dataset.drawn_captions()
@@ -67,7 +67,7 @@ def validate(
     }  # pairs with one caption cannot be told apart
     same = torch.tensor([numbers[caption] for caption in captions], device=logits.device)
     return {
-        "val_loss": sum(F.cross_entropy(one, own, reduction="none") for one in (logits, logits.T)) / 2,
+        "val_loss": sum(F.cross_entropy(rows, own, reduction="none") for rows in (logits, logits.T)) / 2,
         "image_to_text": 100 * (same[logits.argmax(1)] == same).float(),
         "text_to_image": 100 * (same[logits.argmax(0)] == same).float(),
     }
@@ -99,13 +99,13 @@ def draw_examples(
         folder.mkdir(exist_ok=True)
     if step == 0:
         with atomic_write(kept) as partial, open(partial, "wb") as opened:  # numpy would add a suffix to a file name
-            np.savez_compressed(opened, *(one.astype(np.float16) for one in columns["step 0"]))
+            np.savez_compressed(opened, *(map_.astype(np.float16) for map_ in columns["step 0"]))
     elif kept.is_file():
         with np.load(kept) as before:
             columns = {"before": [before[name].astype(np.float32) for name in before.files], **columns}
     pictures = []
     for image, *maps in zip(images, *columns.values()):
-        pictures += [image, *(overlay(image, one) for one in maps)]
+        pictures += [image, *(overlay(image, map_) for map_ in maps)]
     titles = ["", *columns] + [""] * (len(pictures) - len(columns) - 1)
     sheet = picture_grid(pictures, titles, 1 + len(columns), captions)
     with atomic_write(folder / f"{step:07d}.png") as partial:

@@ -146,16 +146,12 @@ def _identity(path: str | os.PathLike) -> object:
 @contextmanager
 def atomic_write(path: Path) -> Iterator[Path]:
     """
-    Yields a temporary path; renamed to `path` on success, deleted on error. Its name contains the process id, so that
-    several processes can write the same file. For paths in this program's own folders; see [`new_file`] for others.
+    Yields a temporary path; renamed to `path` on success, deleted on error. Several processes can write the same file. For paths in
+    this program's own folders; see [`new_file`] for others.
     """
-    partial = path.with_name(f".{short_name(path.name)}.{os.getpid()}{_PARTIAL}")
-    try:
-        with writing_errors(path):
-            yield partial
-            os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    with _workplace(path.parent, path.name) as work, writing_errors(path):
+        yield work / path.name
+        os.replace(work / path.name, path)
 
 
 def short_name(name: str, size: int = 200) -> str:
@@ -239,9 +235,8 @@ def check_own_folder(folder: Path, marker: str = _MARKER) -> None:
 @contextmanager
 def folder_lock(folder: Path, own: bool = False) -> Iterator[None]:
     """
-    Locks a folder against other runs. Creates the folder if it does not exist, and deletes temporary files of killed runs.
-    The operating system releases the lock when the process ends. For a run of several processes see
-    [`iclip_hf.utils.distributed.shared_folder_lock`].
+    Locks a folder against other runs. Creates the folder if it does not exist. The operating system releases the lock when the
+    process ends. For a run of several processes see [`iclip_hf.utils.distributed.shared_folder_lock`].
 
     Args:
         folder: folder to write into.
@@ -266,9 +261,6 @@ def folder_lock(folder: Path, own: bool = False) -> Iterator[None]:
         if own:
             with writing_errors(folder):
                 (folder / _MARKER).write_text("This folder belongs to iclip, which replaces its files.\n")
-        for left_over in folder.glob(f".*{_PARTIAL}"):
-            if left_over.is_file():
-                left_over.unlink()
         yield
     finally:
         lock.release()
@@ -286,10 +278,9 @@ def atomic_folder(folder: str | Path) -> Iterator[Path]:
         `FileExistsError`: the folder exists and is not empty; it stays as it is. `OSError`: it cannot be written. `ValueError`: its
         path is not UTF-8.
     """
-    folder = Path(folder).resolve()
+    folder = Path(os.path.realpath(folder))  # of a link that leads to itself, the link
     check_utf8(folder)
-    for place in (folder, folder.parent):
-        _delete_left_overs(place, folder.name)
+    _delete_left_overs(folder.parent, folder.name)
     _check_empty(folder)
     place = folder if folder.exists() else folder.parent
     try:

@@ -129,6 +129,12 @@ def test_a_drawing_takes_paths_and_is_as_large_as_asked(tmp_path):
     assert large.mode == "RGB" and np.asarray(large)[:, 0].min() == 255
 
 
+@pytest.mark.parametrize("number, columns, rows", [(3, 3, 1), (5, 5, 1), (6, 3, 2), (7, 4, 2), (9, 5, 2), (11, 4, 3)])
+def test_rows_are_filled_evenly(number, columns, rows):
+    sheet = picture_grid([Image.new("RGB", (60, 60))] * number, [""] * number, 5)
+    assert sheet.size == (2 * 18 + columns * 350 - 14, 2 * 18 + rows * 364 - 28)
+
+
 def test_the_darkest_word_has_the_highest_score():
     words = [[WordScore("red", 0.1), WordScore("ball", 0.6), WordScore("ball", 0.3)]]
     white = Image.new("RGB", (60, 40), "white")

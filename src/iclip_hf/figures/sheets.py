@@ -174,7 +174,7 @@ def picture_grid(
     Args:
         pictures: RGB images; None leaves a place empty.
         titles: one for each picture. Its first line is the title, further lines are notes in smaller letters.
-        columns (`int`): largest number of pictures in a row.
+        columns (`int`): largest number of pictures in a row. Rows are filled evenly.
         row_titles: one for each row, above it; none by default.
         words: for each picture the first words of its title, with scores of at least 0; the darker a word, the higher its score.
         legend (`str`, *optional*): colour map to explain below the pictures.
@@ -182,7 +182,7 @@ def picture_grid(
     """
     scale = dpi / DPI
     margin, gap, side = (round(length * scale) for length in (_MARGIN, _GAP, _PICTURE))
-    columns = min(columns, len(pictures))
+    columns = -(-len(pictures) // -(-len(pictures) // columns))  # as few as that number of rows needs
     width, height = columns * (side + gap) - gap, round(side * _aspect(pictures))
     placed, top = [], margin  # pictures and titles, each with its place
 

@@ -98,7 +98,10 @@ def contenders(count: int) -> dict[str, Callable[[], object]]:
     explainers = {method: make_explainer((model, processor), method) for method in methods}
     return {
         "the image tower's forward": torch.no_grad()(lambda: model.vision_model(pixel_values)),
-        **{f"`{name}`": lambda one=one: one.raw_maps(pixel_values, texts) for name, one in explainers.items()},
+        **{
+            f"`{name}`": lambda explainer=explainer: explainer.raw_maps(pixel_values, texts)
+            for name, explainer in explainers.items()
+        },
         "Grad-CAM with transformers": lambda: with_transformers(model, pixel_values, embeds, "grad_cam"),
         "Grad-CAM of pytorch-grad-cam": pytorch_grad_cam,
         "Grad-CAM of captum": captum,

@@ -260,7 +260,7 @@ def main() -> None:
         native = has_bfloat16()  # emulated, an epoch would take minutes
         names = [name for name in CONTENDERS if native or "bf16" not in name]
         contenders = {name: make(name, folder, options) for name in names}
-        taken = take_turns({name: one.train for name, one in contenders.items()}, options.rounds)
+        taken = take_turns({name: contender.train for name, contender in contenders.items()}, options.rounds)
         memory = {name: cost(epoch, name, folder, options)[1] for name in names}
         taken_by_steps = steps(10)
         paper = on_paper(

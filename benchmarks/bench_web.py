@@ -146,8 +146,8 @@ def report(processor: ICLIPProcessor, page: Path, rounds: int, picture: Path | N
                 write_picture(browser, page, picture)
     rows = []
     for number, name in enumerate(("first map after the download", "a further text")):
-        pairs = [(one[number], other[number]) for one, other in zip(web, python)]
-        ratio = median(one / other for one, other in pairs)
+        pairs = [(browser[number], native[number]) for browser, native in zip(web, python)]
+        ratio = median(browser / native for browser, native in pairs)
         rows.append([name, *(median(side) for side in zip(*pairs)), ratio])
     print(table(["seconds, median", "browser", "Python", "ratio"], rows))
     print(f"\nPeak memory of the page's process: {max(peak for _, _, peak in web):.0f} MiB.")

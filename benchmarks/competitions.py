@@ -62,7 +62,7 @@ def measure(dataset, refine: bool, background: list[str]) -> list[list]:
             folds[rule][position % 2].update(predicted, sample.label_map)
             hidden[rule] += len(shown - set(np.unique(predicted).tolist()))
     scores = {rule: [fold.compute()["miou"] for fold in pair] for rule, pair in folds.items()}
-    return [[rule, *(f"{one:.2f}" for one in scores[rule]), f"{hidden[rule]} of {asked}"] for rule in RULES]
+    return [[rule, *(f"{score:.2f}" for score in scores[rule]), f"{hidden[rule]} of {asked}"] for rule in RULES]
 
 
 def main():

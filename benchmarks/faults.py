@@ -292,7 +292,7 @@ class Faults:
             second.wait()
             os.kill(first.pid, signal.SIGCONT)
             codes, said = [first.wait(), second.wait()], (first.said(), second.said())
-            refused = next((one for code, one in zip(codes, said) if code == 2), "")
+            refused = next((words for code, words in zip(codes, said) if code == 2), "")
             good = (
                 sorted(codes) == [0, 2] if claims else 0 in codes and (codes == [0, 0] or "expected a new" in refused)
             )

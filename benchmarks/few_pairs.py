@@ -130,7 +130,7 @@ class Study:
         pair_model = PairModel(model, lock_text=not self.rank, unlocked_vision_blocks=self.blocks)
         defaults = Settings(model="embedded", data=[""], output_dir=".")
         optimizer = torch.optim.AdamW(parameter_groups(pair_model, defaults.weight_decay), lr=rate)
-        ends = [one * batch_size / 1024 for one in (defaults.warmup_learning_rate, defaults.min_learning_rate)]
+        ends = [rate * batch_size / 1024 for rate in (defaults.warmup_learning_rate, defaults.min_learning_rate)]
         draws = torch.Generator().manual_seed(seed)
         step = 0
         for epoch in itertools.count():
@@ -181,7 +181,7 @@ def mixed(batch: dict, draws: torch.Generator) -> dict:
     def mix(features: torch.Tensor) -> torch.Tensor:
         return torch.lerp(features[order], features, share.view(-1, *[1] * (features.ndim - 1)))
 
-    images = tuple(mix(one) for one in batch["image_features"])
+    images = tuple(mix(features) for features in batch["image_features"])
     return {**batch, "image_features": images, "text_features": mix(batch["text_features"])}
 
 
@@ -200,7 +200,7 @@ def structure_change(model: ICLIPModel, batch: dict) -> torch.Tensor:
 
     def divergence(p: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
         middle = torch.logaddexp(p, q) - math.log(2)
-        return sum(F.kl_div(middle, one, reduction="batchmean", log_target=True) for one in (p, q)) / 2
+        return sum(F.kl_div(middle, side, reduction="batchmean", log_target=True) for side in (p, q)) / 2
 
     return sum(divergence(similar(before), similar(after)) for before, after in projected) / len(projected)
 

@@ -73,9 +73,9 @@ def measure(model, dataset, methods: list[str], limit: int | None, few: int) -> 
         model, dataset, methods, ["segmentation", "deletion_insertion", "pointing_game"], limit=few
     ).results
     scores = {method: {**costly[method], **cheap[method], "floor": costly[method]["floor"]} for method in methods}
-    for one in scores.values():
-        if one["difference_probability"] is not None:
-            one["difference_probability"] *= 100
+    for row in scores.values():
+        if row["difference_probability"] is not None:
+            row["difference_probability"] *= 100
     first = scores[methods[0]]
     scores[CONSTANT] = {
         "mAP": first["mAP"],
@@ -93,7 +93,13 @@ def seconds(model, dataset, methods: list[str]) -> dict[str, list[float]]:
     explainers = {method: make_explainer(model, method) for method in dict.fromkeys(["itsm", *methods])}
     texts = model.encode_texts(dataset.class_names[:TEXTS])
     pixel_values = model.processor(images=[dataset[0].image])["pixel_values"]
-    return take_turns({name: lambda one=one: one.raw_maps(pixel_values, texts) for name, one in explainers.items()}, 3)
+    return take_turns(
+        {
+            name: lambda explainer=explainer: explainer.raw_maps(pixel_values, texts)
+            for name, explainer in explainers.items()
+        },
+        3,
+    )
 
 
 def written(datasets, scores: list[dict], taken: dict[str, list[float]], options, refused: dict[str, str]) -> str:
@@ -101,7 +107,7 @@ def written(datasets, scores: list[dict], taken: dict[str, list[float]], options
     rows = []
     for method in scores[0]:
         cells = [
-            " / ".join(rounded(one[method].get(name), digits) for one in scores)
+            " / ".join(rounded(of_data[method].get(name), digits) for of_data in scores)
             for name, (_, digits) in COLUMNS.items()
         ]
         cost = ["-", "-"]
@@ -114,7 +120,7 @@ def written(datasets, scores: list[dict], taken: dict[str, list[float]], options
     lines = [
         f"Each cell: {' / '.join(f'{dataset.name}, {count} images' for dataset, count in zip(datasets, counts))}. mIoU, pointing game and "
         f"insertion minus deletion: the first {' / '.join(map(str, few))} images. mAP of the model, whatever the method: "
-        f"{' / '.join(rounded(one[CONSTANT]['mAP'], 1) for one in scores)} %. Seconds: raw maps of one image with "
+        f"{' / '.join(rounded(of_data[CONSTANT]['mAP'], 1) for of_data in scores)} %. Seconds: raw maps of one image with "
         f"{min(TEXTS, len(datasets[0].class_names))} texts, medians of 3 rounds; {machine()}; {options.dtype or 'number format as saved'}.",
         "",
         table(headings, rows),
@@ -129,8 +135,10 @@ def leaders(scores: list[dict]) -> tuple[list[str], list[list[str]]]:
     rows = []
     for name, (heading, digits) in COLUMNS.items():
         best, rank, text_free = [], [], []
-        for one in scores:
-            known = {method: one[method][name] for method in METHODS if one.get(method, {}).get(name) is not None}
+        for of_data in scores:
+            known = {
+                method: of_data[method][name] for method in METHODS if of_data.get(method, {}).get(name) is not None
+            }
             order = sorted(known, key=known.get, reverse=True)
             without_text = [method for method in order if not explainer_class(method).sees_text]
             best.append(f"`{order[0]}`" if order else "-")

@@ -118,7 +118,7 @@ def table(rows: dict[str, list[dict]]) -> str:
     """Returns mean and standard deviation over the seeds as Markdown."""
 
     def cells(seeds: list[dict], way: str, metrics: list[str]) -> str:
-        return " / ".join(mean_and_spread([scores[way][one] for scores in seeds], METRICS[one]) for one in metrics)
+        return " / ".join(mean_and_spread([scores[way][name] for scores in seeds], METRICS[name]) for name in metrics)
 
     recognition, *maps = METRICS
     headings = ["run", "mAP %", *(f"{name}: mMIoU % / mFMB / text contrast %" for name in MAP_ATTENTION.values())]

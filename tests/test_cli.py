@@ -137,10 +137,10 @@ def test_words_are_listed_and_coloured(method, folder, tmp_path, capsys):
     printed = capsys.readouterr().out.splitlines()[-1].split()
     assert run(folder, *arguments, "--output", output, "--words", "--json") == 0
     words = json.loads(capsys.readouterr().out)["texts"][0]["words"]
-    assert printed == [part for one in words for part in (one["word"], f"{one['score']:.2f}")]
+    assert printed == [part for row in words for part in (row["word"], f"{row['score']:.2f}")]
     side = "bi_modal" if method == "bi_modal" else "grad_eclip"
     expected = explain(load(str(folder / "model")), [image], ["red ball"], words=side)[0].words[0]
-    assert [(one["word"], one["score"]) for one in words] == [(word, round(score, 4)) for word, score in expected]
+    assert [(row["word"], row["score"]) for row in words] == [(word, round(score, 4)) for word, score in expected]
     with Image.open(plain) as before, Image.open(output) as after:
         assert before.size == after.size and before.tobytes() != after.tobytes()
 
@@ -172,7 +172,9 @@ def test_json_and_arrays_say_what_the_masks_are(folder, tmp_path, capsys):
         heatmap = resize_and_normalize(torch.from_numpy(raw)[None], (40, 60))[0].numpy()
         assert np.array_equal(mask, heatmap > threshold)
         assert text["mask"] == run_lengths(mask)
-        assert [region["box"] for region in text["regions"]] == [list(one.box) for one in find_regions(heatmap, mask)]
+        assert [region["box"] for region in text["regions"]] == [
+            list(found.box) for found in find_regions(heatmap, mask)
+        ]
     assert [text["score"] for text in entry["texts"]] == pytest.approx(arrays["scores"].tolist(), abs=1e-4)
 
 

@@ -54,7 +54,7 @@ def explained(tiny_processor):
 
 def drawn_maps(value: dict) -> np.ndarray:
     """The maps `(T, H, W)` in [0, 1] that the browser draws: numerics.js computes the same as Python, as tests/test_web.py shows."""
-    raw_maps = torch.tensor([one["map"] for one in value["texts"]]).unflatten(-1, value["grid"])
+    raw_maps = torch.tensor([row["map"] for row in value["texts"]]).unflatten(-1, value["grid"])
     return resize_and_normalize(raw_maps, value["size"][::-1]).numpy()
 
 
@@ -121,8 +121,8 @@ def test_the_browser_gets_the_photograph_and_raw_maps(tiny_processor, explained)
     assert value["size"] == (640, 320) and value["original_size"] == (1300, 650)
     photo = Image.open(io.BytesIO(base64.b64decode(value["image"].partition(",")[2])))
     assert photo.size == (640, 320)
-    assert [one["text"] for one in value["texts"]] == TEXTS
-    assert [one["word"] for one in value["texts"]] == [presence_word(one) for one in explanation.presence.tolist()]
+    assert [row["text"] for row in value["texts"]] == TEXTS
+    assert [row["word"] for row in value["texts"]] == list(map(presence_word, explanation.presence.tolist()))
     np.testing.assert_array_equal(drawn_maps(value), explanation.maps)
     reversed_one = replace(explanation, reversed=True)
     np.testing.assert_allclose(drawn_maps(app.viewer_value(seen, reversed_one)), reversed_one.maps, atol=1e-5)
@@ -141,9 +141,9 @@ def test_the_archive_holds_scores_and_maps(explained):
 def test_an_upload_is_answered_with_scores_maps_and_an_archive(client, folder):
     photo = gradio_client.handle_file(folder / "small.png")
     value, npz = client.predict(photo, "dog, red ball", "itsm", api_name="/explain")
-    assert [one["text"] for one in value["texts"]] == ["dog", "red ball"] and value["size"] == [60, 40]
+    assert [row["text"] for row in value["texts"]] == ["dog", "red ball"] and value["size"] == [60, 40]
     assert Path(npz).name == "explanation.npz"
-    np.testing.assert_allclose(np.load(npz)["scores"], [one["cosine"] for one in value["texts"]], atol=1e-4)
+    np.testing.assert_allclose(np.load(npz)["scores"], [row["cosine"] for row in value["texts"]], atol=1e-4)
 
 
 def test_maps_are_refined_on_request(client, folder, tiny_processor):
@@ -316,7 +316,7 @@ def test_the_image_of_another_question_is_not_encoded_again(server, folder, tmp_
         (client, "large.png", "sky"),
     ):
         value, _ = asking.predict(gradio_client.handle_file(folder / name), texts, "itsm", api_name="/explain")
-        answers.append(dict(zip([one["text"] for one in value["texts"]], drawn_maps(value))))
+        answers.append(dict(zip([row["text"] for row in value["texts"]], drawn_maps(value))))
         counts.append(len(encoded))
     assert counts == [1, 1, 2, 2, 3]
     first, *others = [answer["sky"] for answer in answers[:4]]
@@ -432,6 +432,8 @@ def test_a_visitor_on_a_phone(page, server, folder, monkeypatch):
     assert first == app.split_texts(next(iter(content.EXAMPLES.values())).texts)
     assert all(url.startswith((server, "data:", "blob:")) for url in page.requested)
     assert page.evaluate("document.documentElement.scrollWidth") == 390
+    boxes = page.locator(".controls .check input")  # Gradio's style would hide which one is chosen
+    assert set(boxes.evaluate_all("all => all.map((box) => getComputedStyle(box).appearance)")) == {"auto"}
 
     # Upload and type: the maps are those of the new image and texts.
     page.locator("input[type=file]").first.set_input_files(folder / "small.png")

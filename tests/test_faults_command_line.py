@@ -128,12 +128,14 @@ ARGUMENTS = {
     "compare {photo} --model {model}": {
         "": "neither",
         "--text dog --output a.txt": "a.txt",
+        "--text dog --dpi 0": "got 0",
         "--text dog --dataset folder": "got folder alone",
         "--dataset folder --data-root {folder}": "/empty",
     },
     "evaluate --model {model} --dataset folder --data-root {masks}": {
         "--task faithfulness --seed often": "invalid int value: 'often'",
         "--steps 3": "--steps",
+        "--limit 0": "got 0",
         "--window 16": "--window",
         "--image-size 12": "12",
         "--overrides absent.json": "absent.json",

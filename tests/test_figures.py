@@ -190,7 +190,8 @@ def test_a_comparison_fades_the_maps_of_absent_texts():
     for row, column in places:
         place = sheet[row * height : (row + 1) * height, column * width : (column + 1) * width]
         shown[row, column] = [
-            (np.abs(place - one).max(-1) < 3).mean() > 0.3 for one in (0.65 * 255 + 0.35 * color, color)
+            (np.abs(place - color_there).max(-1) < 3).mean() > 0.3
+            for color_there in (0.65 * 255 + 0.35 * color, color)
         ]
     absent = {(0, 2), (1, 3)}
     assert shown == {place: [place in absent, place not in absent] for place in places}
@@ -224,14 +225,14 @@ def test_lines_are_filled_and_end_with_an_ellipsis():
 
 
 def test_letters_stand_in_lines():
-    one, two = text_mask("Ill", 20), text_mask("Ill\nIllIll", 20)
-    assert one.mode == "L" and (one.height, two.height) == (25, 50)
-    assert two.width == pytest.approx(2 * one.width, abs=2)
+    single, two = text_mask("Ill", 20), text_mask("Ill\nIllIll", 20)
+    assert single.mode == "L" and (single.height, two.height) == (25, 50)
+    assert two.width == pytest.approx(2 * single.width, abs=2)
     first, second = np.asarray(two)[:25] > 128, np.asarray(two)[25:] > 128
     assert first.any(1).sum() == pytest.approx(0.73 * 20, abs=2)  # the height of a capital letter
     assert np.flatnonzero(first.any(0))[-1] < 0.6 * two.width  # from the left
     assert second.any(0).sum() > 1.5 * first.any(0).sum()
-    assert np.asarray(text_mask("Ill", 20, bold=True)).sum() > 1.2 * np.asarray(one).sum()
+    assert np.asarray(text_mask("Ill", 20, bold=True)).sum() > 1.2 * np.asarray(single).sum()
 
 
 def test_words_are_where_they_are_drawn():

@@ -163,7 +163,7 @@ def beyond(*names: str) -> set[str]:
         if name not in found:
             with contextlib.suppress(metadata.PackageNotFoundError):  # of another platform
                 all_of = map(Requirement, metadata.requires(name) or [])
-                needed += [one for one in all_of if one.marker is None or one.marker.evaluate({"extra": ""})]
+                needed += [part for part in all_of if part.marker is None or part.marker.evaluate({"extra": ""})]
                 found.add(name)
     modules = metadata.packages_distributions().items()
     return {module for module, owners in modules if not found & {canonicalize_name(owner) for owner in owners}}
@@ -187,8 +187,12 @@ def test_a_fresh_process_without_the_package_gives_the_same_numbers(exported, so
     assert np.allclose(found["logits"], outputs.logits_per_image, atol=1e-4)
     assert np.allclose(found["maps"], outputs.similarity_maps, atol=1e-5)
     classify = pipeline("zero-shot-image-classification", model=str(source / "model"))
-    for one, other in zip(found["classes"], classify(photograph, candidate_labels=["dog", "sky"]), strict=True):
-        assert one["label"] == other["label"] and one["score"] == pytest.approx(other["score"], abs=1e-4)
+    for found_class, other in zip(
+        found["classes"], classify(photograph, candidate_labels=["dog", "sky"]), strict=True
+    ):
+        assert found_class["label"] == other["label"] and found_class["score"] == pytest.approx(
+            other["score"], abs=1e-4
+        )
     explain = pipeline("image-text-similarity-map", model=str(source / "model"))
     answers = explain(photograph, candidate_labels=["dog", "sky"], min_presence=0)
     for (label, score, presence, total, boxes), other in zip(found["answers"], answers, strict=True):
@@ -417,7 +421,7 @@ def test_figures_of_the_embedded_model_are_those_of_the_readme():
 def test_the_card_tells_the_figures_in_the_hubs_form(source):
     card = ModelCard.load(source / "model" / "README.md")
     assert card.data.model_name == "model" and len(card.data.eval_results) == 6
-    result = next(one for one in card.data.eval_results if (one.metric_name, one.metric_config) == ("mMIoU", "itsm"))
+    result = next(row for row in card.data.eval_results if (row.metric_name, row.metric_config) == ("mMIoU", "itsm"))
     assert isinstance(result, EvalResult)
     assert (result.dataset_type, result.dataset_split, result.metric_value) == ("voc2012", "val", 50.31)
     assert result.dataset_args["fingerprint"] == "0123456789abcdef" and result.metric_args == {"floor": 21.5}
@@ -439,7 +443,7 @@ def test_the_card_leaves_out_what_could_not_be_measured(tmp_path, tiny_processor
     scores = {**METRICS["results"]["itsm"], "mAP": None}
     measured = {**METRICS, "results": {"itsm": scores}}
     card = ModelCard.load(write_model_card(tiny_model(), tiny_processor, tmp_path, metrics=measured))
-    assert [one.metric_name for one in card.data.eval_results] == ["mMIoU", "mFMB"] and "None" not in card.text
+    assert [result.metric_name for result in card.data.eval_results] == ["mMIoU", "mFMB"] and "None" not in card.text
 
 
 def test_the_card_tells_that_maps_were_refined(source, tmp_path, tiny_processor):
@@ -466,7 +470,7 @@ def test_the_card_tells_configuration_training_and_terms(source):
 
 
 def test_the_card_tells_the_settings_that_a_model_depends_on():
-    fixed = {one.name for one in fields(Settings) if one.metadata["same"]}
+    fixed = {field.name for field in fields(Settings) if field.metadata["same"]}
     elsewhere = {"image_column", "caption_column", "split", "max_bad_share"}  # how pairs are read
     elsewhere |= {"validation_data", "eval_dataset", "eval_root", "eval_split"}  # the results tell
     assert fixed - elsewhere == set(_TRAINING_SETTINGS)
@@ -554,7 +558,7 @@ def test_figures_of_another_form(source, tmp_path, tiny_processor):
     card.save(tmp_path / "README.md")
     write_model_card(tiny_model(), tiny_processor, tmp_path, source=tmp_path, overwrite=True)
     card = ModelCard.load(tmp_path / "README.md")
-    assert [one.metric_value for one in card.data.eval_results if one.metric_type == "accuracy"] == ["61 ± 1"]
+    assert [result.metric_value for result in card.data.eval_results if result.metric_type == "accuracy"] == ["61 ± 1"]
     assert card.text.count("PASCAL VOC 2012 val |") == 2 and "No training is recorded" in card.text
 
 

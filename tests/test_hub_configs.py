@@ -113,6 +113,6 @@ def test_the_embedded_model_is_what_its_configuration_says():
     for name in ICLIPConfig.__annotations__:
         if name.endswith("_config"):
             names = (set(trained[name]) | set(written[name])) - from_tower_files
-            assert [one for one in names if trained[name].get(one) != written[name].get(one)] == []
+            assert [option for option in names if trained[name].get(option) != written[name].get(option)] == []
         else:
             assert trained[name] == written[name]

@@ -173,13 +173,13 @@ def test_a_folder_is_a_static_space(exported):
 def test_a_visitor_from_the_first_paint_to_offline(browser, exported, url, photos):
     with opened(browser, url) as page:
         # Before a question nothing of the model is asked for, and the size of the download is told.
-        assert not [one for one in page.requested if ".gz" in one]
+        assert not [address for address in page.requested if ".gz" in address]
         megabytes = json.loads((exported[0] / "settings.json").read_text())["bytes"] / 1e6
         assert f"({megabytes:.1f} MB)" in page.inner_text("header")
         assert page.evaluate("crossOriginIsolated")
 
         ask(page, photos / "noise.png", "dog, red ball")
-        assert all(one.startswith((url, f"blob:{url}", "data:")) for one in page.requested)
+        assert all(address.startswith((url, f"blob:{url}", "data:")) for address in page.requested)
         image = Image.open(photos / "noise.png")
         check(page, explain_by(exported, image, ["dog", "red ball"]))
 
@@ -195,7 +195,7 @@ def test_a_visitor_from_the_first_paint_to_offline(browser, exported, url, photo
         check(page, explain_by(exported, large, ["sky", long], target_sizes=size))
         ask(page, photos / "huge.jpg")  # is reduced before
         assert canvas(page, 0).shape == (320, 640, 4)
-        assert [one for one in page.requested[asked:] if not one.startswith("blob:")] == []
+        assert [address for address in page.requested[asked:] if not address.startswith("blob:")] == []
         page.context.set_offline(False)
 
         # The next visit explains without a question, from the browser's cache; the link holds the texts.
@@ -203,7 +203,7 @@ def test_a_visitor_from_the_first_paint_to_offline(browser, exported, url, photo
         page.goto(page.url)
         page.reload()
         page.locator("figcaption", has_text="sky").wait_for()
-        assert not [one for one in page.requested if ".gz" in one]
+        assert not [address for address in page.requested if ".gz" in address]
 
 
 def check(page, expected):
@@ -211,7 +211,7 @@ def check(page, expected):
     assert list(found) == expected.labels
     words = [presence_word(presence) for presence in expected.presence.tolist()]
     assert page.locator("tbody td:nth-child(4)").all_inner_texts() == words
-    assert page.locator("figcaption").evaluate_all("all => all.map((one) => one.dataset.word)") == words
+    assert page.locator("figcaption").evaluate_all("all => all.map((caption) => caption.dataset.word)") == words
     for index, text in enumerate(expected.labels):
         assert found[text][0] == pytest.approx(expected.scores[index].item(), abs=0.001)  # of three decimals
         # In percent, cut and not rounded, so that it agrees with its word.
@@ -285,7 +285,7 @@ def test_bad_input_is_a_sentence_and_the_page_stays_usable(page, photos):
         ask(page, photo and photos / photo, texts)
         assert sentence in page.inner_text("#error")
     page.locator("#preview").wait_for(state="hidden")  # not a broken picture
-    assert not [one for one in page.requested if ".gz" in one]  # told before the download
+    assert not [address for address in page.requested if ".gz" in address]  # told before the download
     ask(page, photos / "noise.png", "dog")
     assert page.locator("#error").is_hidden() and list(scores(page)) == ["dog"]
     assert page.locator("#preview").is_visible()
@@ -299,7 +299,7 @@ def test_a_download_that_breaks_off_can_be_tried_again(page, photos):
     page.requested.clear()
     ask(page)
     assert list(scores(page)) == ["dog"]
-    asked = [one for one in page.requested if ".gz" in one]
+    asked = [address for address in page.requested if ".gz" in address]
     assert len(asked) == 1 and "text_model" in asked[0]  # what had arrived was kept
 
 
@@ -370,7 +370,7 @@ def test_a_wrong_file_of_the_page_is_not_kept_for_later(browser, exported, wrong
     server.wrong["page.css"] = b"<!doctype html>"
     with opened(browser, url) as page:
         page.wait_for_function(
-            "navigator.serviceWorker.getRegistration().then((one) => !one)"
+            "navigator.serviceWorker.getRegistration().then((found) => !found)"
         )  # could not be installed
         assert f"{url}page.css" not in dict(page.evaluate(kept))
         server.wrong.clear()
@@ -432,7 +432,7 @@ def test_texts_of_a_link_are_texts(browser, url, photos):
             })""",
         ):
             assert page.evaluate(f"{connect}.then(() => 'sent', () => 'refused')") == "refused"
-        assert not [one for one in page.requested if "localhost" in one]
+        assert not [address for address in page.requested if "localhost" in address]
 
 
 def test_on_a_phone_with_the_keyboard(browser, url, photos):
@@ -459,7 +459,7 @@ def test_on_a_phone_with_the_keyboard(browser, url, photos):
         assert (canvas(page, 0) == heat).all()
 
         # Every control has a name, and the arrow keys read all maps at one place.
-        names = page.evaluate("[...document.querySelectorAll('input, textarea')].map(one => one.labels.length)")
+        names = page.evaluate("[...document.querySelectorAll('input, textarea')].map(field => field.labels.length)")
         assert names and all(names)
         page.locator(".stack").nth(0).focus()
         for _ in range(4):
@@ -490,8 +490,8 @@ def compute(page, function, *arguments):
     """Calls a function of numerics.js. Arrays travel as lists."""
     return page.evaluate(
         """async ([name, args]) => {
-            const result = (await import("./numerics.js"))[name](...args.map((one) =>
-                one?.floats ? Float32Array.from(one.floats) : one?.bytes ? Uint8Array.from(one.bytes) : one));
+            const result = (await import("./numerics.js"))[name](...args.map((value) =>
+                value?.floats ? Float32Array.from(value.floats) : value?.bytes ? Uint8Array.from(value.bytes) : value));
             if (result.levels) result.levels = [...result.levels];
             return ArrayBuffer.isView(result) ? [...result] : result;
         }""",
@@ -629,7 +629,7 @@ def test_segments_are_the_label_map(functions, outline):
             const element = document.body.appendChild(document.createElement("div")), size = [width, height];
             const viewer = createViewer(element, look);
             viewer.show({ photo: new OffscreenCanvas(width, height), size, originalSize: size, texts });
-            results.forEach((one, index) => viewer.add(index, { ...one, levels: Uint8Array.from(one.levels) }));
+            results.forEach((result, index) => viewer.add(index, { ...result, levels: Uint8Array.from(result.levels) }));
             const [, threshold, segments] = element.querySelectorAll("input");
             segments.click();
             threshold.value = outline;

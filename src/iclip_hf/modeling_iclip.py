@@ -164,11 +164,14 @@ class ICLIPOutput(ModelOutput):
         loss (`torch.Tensor` scalar, with `return_loss=True`): contrastive loss, averaged over the branches (Eq. 13).
         logits_per_image (`torch.Tensor` of shape `(B, T)`): scaled cosines of the recognition branch, float32.
         logits_per_text (`torch.Tensor` of shape `(T, B)`): their transpose.
-        image_embeds, text_embeds, map_image_embeds, map_text_embeds, patch_embeds, attention: those of `vision_model_output` and
-            `text_model_output`.
+        image_embeds, text_embeds (`torch.Tensor` of shape `(B, P)`, `(T, P)`): unit vectors of the recognition branch.
+        map_image_embeds, map_text_embeds (`torch.Tensor` of shape `(B, P)`, `(T, P)`): unit vectors of the map branch.
+        patch_embeds (`torch.Tensor` of shape `(B, h, w, P)`): unit vectors of the patches.
+        attention (`torch.Tensor` of shape `(B, N)`): normalised class-token attention, in [0, 1], row-major, N = h * w.
         similarity_maps (`torch.Tensor` of shape `(B, T, h, w)`, with `output_similarity_maps=True`): raw maps, see
             [`ICLIPModel.similarity_maps`].
-        vision_model_output ([`ICLIPImageFeatures`]), text_model_output ([`ICLIPTextFeatures`]): the features.
+        vision_model_output ([`ICLIPImageFeatures`]), text_model_output ([`ICLIPTextFeatures`]): all features of the images and of
+            the texts.
     """
 
     loss: torch.FloatTensor | None = None
@@ -678,8 +681,15 @@ class ICLIPModel(PreTrainedModel):
 
     def match(self, image: ICLIPImageFeatures, text: ICLIPTextFeatures) -> torch.FloatTensor:
         """
-        Scores how well images match texts, `(B, T)` float32 in [-1, 1]. With `max_over="similarity"`, the score is the mean of the
-        recognition branch's cosine and the map branch's pooled similarity; otherwise it is the cosine of the recognition branch.
+        Scores how well images match texts. With `max_over="similarity"`, the score is the mean of the recognition branch's cosine and
+        the map branch's pooled similarity; otherwise it is the cosine of the recognition branch.
+
+        Args:
+            image ([`ICLIPImageFeatures`]): from `get_image_features`.
+            text ([`ICLIPTextFeatures`]): from `get_text_features`.
+
+        Returns:
+            `torch.Tensor` of shape `(B, T)`, float32, in [-1, 1].
         """
         recognised = cosines(image.image_embeds, text.text_embeds)
         if self.config.max_over == "channels":
@@ -704,9 +714,11 @@ class ICLIPModel(PreTrainedModel):
         Compares images with texts.
 
         Args:
-            pixel_values: as for `get_image_features`.
-            input_ids, attention_mask, token_type_ids, num_templates: as for `get_text_features`.
+            input_ids (`torch.Tensor` of shape `(M, L)`, or `(B, M, L)` with a list of texts for each image): token ids.
+            pixel_values (`torch.Tensor` of shape `(B, 3, H, W)`): from [`ICLIPProcessor`].
+            attention_mask, token_type_ids (`torch.Tensor` of the shape of `input_ids`, *optional*): of the tokens.
             text_features ([`ICLIPTextFeatures`], *optional*): encoded texts, instead of `input_ids`.
+            num_templates (`int`, defaults to 1): number of consecutive texts that are prompts of one label, see `get_text_features`.
             return_loss (`bool`, *optional*): whether to return the loss of B images with their B texts.
             output_similarity_maps (`bool`, defaults to `False`): whether to return raw maps.
 

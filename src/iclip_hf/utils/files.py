@@ -56,7 +56,7 @@ def check_outputs(
     Raises:
         `FileExistsError`: an output may not be written. `OSError`: it cannot be.
     """
-    taken = {_identity(one): one for one in inputs if one}
+    taken = {_identity(read): read for read in inputs if read}
     for path in map(Path, outputs):
         identity = _identity(path)
         if identity in taken:
@@ -65,7 +65,7 @@ def check_outputs(
                 "name another output."
             )
         taken[identity] = path
-        place = next(one for one in path.absolute().parents if one.exists())
+        place = next(parent for parent in path.absolute().parents if parent.exists())
         if not place.is_dir():
             raise NotADirectoryError(
                 f"{path}: expected a file in a folder, but {place} is not a folder; name another output."
@@ -122,7 +122,7 @@ def write_beside_others(folder: Path, contents: dict[str, bytes], overwrite: boo
         `FileExistsError`: a file has another content, and not `overwrite`; then none is written.
     """
     files = {folder / name: content for name, content in contents.items()}
-    changed = {path: one for path, one in files.items() if not path.is_file() or path.read_bytes() != one}
+    changed = {path: new for path, new in files.items() if not path.is_file() or path.read_bytes() != new}
     check_outputs(changed, overwrite=overwrite)
     for path, content in changed.items():
         with new_file(path, overwrite) as partial:

@@ -575,8 +575,8 @@ def test_presence_and_its_word_are_those_of_python(functions):
     for value in (-0.1, 0.05, 0.1, 0.17, 0.4):
         expected = presence(torch.tensor([[value]]), matches[None]).item()
         assert compute(functions, "presence", value, chance) == pytest.approx(expected, abs=1e-6)
-    for value in (0.0, 0.699, 0.7, 0.899, 0.9, 1.0):
-        assert compute(functions, "presenceWord", value, {"min_presence": 0.7, "present": 0.9}) == presence_word(value)
+    for value in (0.0, 0.799, 0.8, 0.899, 0.9, 1.0):
+        assert compute(functions, "presenceWord", value, {"min_presence": 0.8, "present": 0.9}) == presence_word(value)
 
 
 @pytest.mark.parametrize(("grid", "size"), [((4, 5), (40, 61)), ((2, 7), (30, 30)), ((5, 5), (3, 4))])

@@ -64,7 +64,7 @@ class ImageTextSimilarityMapPipeline(Pipeline):
             template (`str` or a list, *optional*): prompts with one `{}` for the labels; several prompts are averaged. Those of the
                 processor if not given; `"{}"` takes the labels as they are.
             threshold (`float` in [0, 1] or T of them, defaults to 0.5): a mask holds the pixels whose map is greater.
-            min_presence (`float` in [0, 1], defaults to 0.7): a label with a lower presence gets an empty mask.
+            min_presence (`float` in [0, 1], defaults to 0.8): a label with a lower presence gets an empty mask.
             refine (`bool`, defaults to `False`): whether to refine the maps by the colours of the image, see [`refine_maps`].
             return_json (`bool`, defaults to `False`): whether to return plain values only, for JSON: no `map`, and `mask` as COCO's
                 uncompressed run lengths, see [`run_lengths`].
@@ -223,7 +223,7 @@ class ZeroShotImageSegmentationPipeline(ImageTextSimilarityMapPipeline):
                 and their pixels are background.
             threshold (`float` in [0, 1], *optional*, defaults to 0.5): a label competes for the pixels whose map is greater; None lets
                 it compete for all.
-            min_presence (`float` in [0, 1], defaults to 0.7): a label with a lower presence gets no pixel.
+            min_presence (`float` in [0, 1], defaults to 0.8): a label with a lower presence gets no pixel.
             refine (`bool`, defaults to `True`): whether to refine the maps by the colours of the image, see [`refine_maps`].
             return_json, size, timeout, batch_size: as for [`ImageTextSimilarityMapPipeline`].
 

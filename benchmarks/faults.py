@@ -135,7 +135,7 @@ def result(name: str, output: Path) -> dict:
         }
     if name == "collection":
         return {path.name: pq.read_table(path).to_pylist() for path in output.glob("*.parquet")}
-    pattern = "model/*" if name == "export" else "*/*.npy"
+    pattern = "model/*" if name == "export" else "images/*/*.npy"
     return {path.name: path.read_bytes() for path in output.glob(pattern)}
 
 
@@ -312,7 +312,7 @@ class Faults:
 
     def a_process_dies(self) -> None:
         """Kills one of two processes. The other must end with an error message, and two new processes must resume."""
-        signs = {"training": "checkpoint-*", "cache": "*/*.npy", "collection": "*.parquet"}
+        signs = {"training": "checkpoint-*", "cache": "images/*/*.npy", "collection": "*.parquet"}
         for name in ("training", "cache", "collection", "evaluation"):
             undisturbed, output = self.output(name, "two processes"), self.output(name, "process")
             began = time.perf_counter()

@@ -49,6 +49,10 @@ def run(options: argparse.Namespace) -> None:
         return
     if options.export_space:
         check_folder("--export-space", options.export_space)
+        if options.model not in (None, "embedded") and Path(options.model).exists():
+            raise ValueError(
+                f"Expected the Hub id of a model for a Space, got the folder {options.model}: push it first."
+            )
     with require_extra("demo"):  # before torch is loaded
         import gradio  # noqa: F401
     from ..demo.app import export_space, launch

@@ -345,8 +345,6 @@ def delete_files(app: gr.Blocks) -> None:
 
 def export_space(folder: Path, model: str = "embedded", overwrite: bool = False) -> None:
     """Writes the files of a Space that runs this demo, beside others that the folder holds."""
-    if model != "embedded" and Path(model).exists():
-        raise ValueError(f"Expected the Hub id of a model for a Space, got the folder {model}: push it first.")
     files = {
         "README.md": front_matter({**_SPACE_CARD, "license": "apache-2.0"}) + _SPACE_README,
         "app.py": _SPACE_APP.format(model=model),

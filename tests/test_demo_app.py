@@ -415,6 +415,7 @@ def test_without_gradio_a_sentence_names_the_extra(monkeypatch, capsys):
 def page(browser, server):
     context = browser.new_context(viewport={"width": 390, "height": 844}, has_touch=True, is_mobile=True)
     page = context.new_page()
+    page.set_default_timeout(120_000)  # for busy machines
     page.requested, page.failures = [], []
     page.on("request", lambda request: page.requested.append(request.url))
     page.on("pageerror", lambda error: page.failures.append(error))

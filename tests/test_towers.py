@@ -145,6 +145,7 @@ def real_towers():
         pytest.skip(f"the embedded towers cannot be had here: {error}")
 
 
+@needs_pip
 @pytest.mark.slow
 def test_image_tower_equals_the_onnx_backbone(real_towers, tmp_path):
     """Patch tokens and class token after the final LayerNorm, against onnxruntime on the wheel's own graph."""
@@ -200,6 +201,7 @@ def _build(cache):
     return [str(folder) for folder in towers.embedded_towers()]
 
 
+@needs_pip
 @pytest.mark.slow
 def test_two_processes_at_once(real_towers, tmp_path):
     with multiprocessing.get_context("spawn").Pool(2) as pool:

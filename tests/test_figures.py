@@ -106,7 +106,7 @@ def written(monkeypatch):
 
 def test_an_explanation_is_drawn_in_the_order_of_its_texts_with_words_for_presence(written):
     image = Image.new("RGB", (60, 40), "gray")
-    sheet = iclip_hf.draw(explained([0.75, 0.99, 0.2]), image)
+    sheet = iclip_hf.draw(explained([0.85, 0.99, 0.2]), image)
     assert written[:8] == ["image", "60 x 40 pixels", "text 0", "unsure · score 0.30", "text 1", "present · score 0.30", "text 2",
                            "absent · score 0.30"]  # fmt: skip
     pixels = np.asarray(sheet).astype(int)

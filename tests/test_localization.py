@@ -308,7 +308,7 @@ def test_presence_tells_present_classes_better_than_the_cosine(iclip_data):
     by_cosine, by_presence = (roc_auc_score(truth.ravel(), one.flatten()) for one in (scores, presences))
     assert by_presence > by_cosine and by_presence > 0.8
     # Of absent texts about one in five reaches 0.8.
-    assert float((presences[torch.from_numpy(~truth)] >= 0.8).float().mean()) == pytest.approx(0.195, abs=0.05)
+    assert float((presences[torch.from_numpy(~truth)] >= 0.8).float().mean()) == pytest.approx(0.19, abs=0.05)
 
 
 def test_a_map_is_taken_by_its_index_as_from_a_list(tiny_processor):

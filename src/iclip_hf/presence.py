@@ -25,7 +25,7 @@ BACKGROUND = tuple(
     basket, barrel, umbrella
     """.split(",")
 )
-# Here the share of present texts minus the share of absent texts above it is largest, for the nouns of
+# Here the share of present texts minus the share of absent texts above it is within half a point of its maximum, for the nouns of
 # Flickr8k's dev captions and the embedded model.
 MIN_PRESENCE = 0.8
 # From here on, where about one in ten absent texts ranks, a text counts as present; between the two it is unsure.

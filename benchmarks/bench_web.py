@@ -77,11 +77,11 @@ def browser_seconds(browser: Browser, folder: Path) -> tuple[float, float, float
 
 
 def write_picture(browser: Browser, folder: Path, path: Path) -> None:
-    """Writes the first question and answer of the page, without its introduction, in 256 colours."""
+    """Writes the first question and answer of the page, without its introduction."""
     with opened(browser, folder) as page:
         page.click("#go")
         page.locator("#after").wait_for(timeout=600_000)
-        Image.open(io.BytesIO(page.locator("main").screenshot())).convert("RGB").quantize().save(path, optimize=True)
+        Image.open(io.BytesIO(page.locator("main").screenshot())).convert("RGB").save(path, quality=90)
 
 
 def _peak(process: int) -> float:
@@ -118,7 +118,7 @@ def main() -> None:
         "--page", type=Path, help="page of the embedded model, exported with --vendor; made if not given"
     )
     parser.add_argument("--rounds", type=int, default=5, help="default: 5")
-    parser.add_argument("--picture", type=Path, help="also write a picture of the page there, as docs/web.png is")
+    parser.add_argument("--picture", type=Path, help="also write a picture of the page there, as docs/web.jpg is")
     options = parser.parse_args()
 
     with tempfile.TemporaryDirectory() as scratch:

@@ -77,11 +77,11 @@ def browser_seconds(browser: Browser, folder: Path) -> tuple[float, float, float
 
 
 def write_picture(browser: Browser, folder: Path, path: Path) -> None:
-    """Writes the page with its first answer, in 256 colours."""
+    """Writes the first question and answer of the page, without its introduction, in 256 colours."""
     with opened(browser, folder) as page:
         page.click("#go")
         page.locator("#after").wait_for(timeout=600_000)
-        Image.open(io.BytesIO(page.screenshot(full_page=True))).convert("RGB").quantize().save(path, optimize=True)
+        Image.open(io.BytesIO(page.locator("main").screenshot())).convert("RGB").quantize().save(path, optimize=True)
 
 
 def _peak(process: int) -> float:

@@ -21,7 +21,7 @@ from iclip_hf.evaluation.metrics import MeanForegroundMinusBackground as MFMB
 from iclip_hf.evaluation.metrics import MeanMaxIoU, MultiLabelAveragePrecision
 from iclip_hf.explainers import METHODS, make_explainer
 from iclip_hf.models.loading import load
-from iclip_hf.presence import BACKGROUND, presence
+from iclip_hf.presence import BACKGROUND, MIN_PRESENCE, presence
 from iclip_hf.similarity import resize_and_normalize, reverse
 
 
@@ -216,7 +216,7 @@ def test_the_gate_of_presence_by_hand(root, tiny_processor):
             present = presence(*(explainer.raw_maps(pixels, some)[1] for some in (texts, background)))
             for label, value in zip((1, 2, 3), present[0].tolist()):
                 counts[label in sample.labels][0] += 1
-                counts[label in sample.labels][1] += value >= 0.7
+                counts[label in sample.labels][1] += value >= MIN_PRESENCE
         return {name: 100 * counts[shown][1] / counts[shown][0] for name, shown in (("kept", True), ("passed", False))}
 
     expected = shares(explainer.model.encode_texts(BACKGROUND, templates))

@@ -59,6 +59,8 @@ TRANSFORMER = {
     "max_position_embeddings": 77,
 }
 WORDS = "a photo of the dog cat ball red blue car sky grass person . , [PAD] [UNK] [CLS] [SEP] [MASK]".split()
+# Classes of the labelled folder.
+NAMES = ["dog", "red ball", "car"]
 CLIP_TOKENS = {"vocab_size": 64, "bos_token_id": 62, "eos_token_id": 63, "pad_token_id": 1}
 TEXT = {
     "clip_text_model": {"model_type": "clip_text_model", **TRANSFORMER, **CLIP_TOKENS},
@@ -164,6 +166,26 @@ def sandbox(monkeypatch):
         yield Path(name)
 
 
+@pytest.fixture(scope="module")
+def workspace(tmp_path_factory, tiny_processor) -> Path:
+    """A tiny model, three photographs of different shapes and a damaged one."""
+    folder = tmp_path_factory.mktemp("cli")
+    tiny_model().save_pretrained(folder / "model")
+    tiny_processor.save_pretrained(folder / "model")
+    for number, size in enumerate([(60, 40), (30, 90), (64, 64)]):
+        (folder / str(number)).mkdir()
+        noise(size).save(folder / str(number) / "a.jpg")
+    (folder / "broken.jpg").write_bytes((folder / "0" / "a.jpg").read_bytes()[:200])
+    return folder
+
+
+@pytest.fixture(scope="module")
+def labelled_folder(tmp_path_factory) -> Path:
+    """Seven images with masks: some classes absent, void pixels, one image without a class."""
+    values = [[0, 0, 255, 1 + number % 3, 1 + number % 2] for number in range(7)]
+    return write_folder(tmp_path_factory.mktemp("folder"), [*values[:4], [0, 0, 255], *values[5:]], 60)
+
+
 @pytest.fixture(scope="session")
 def iclip_data() -> Path:
     """The folder of real pairs and masks: ICLIP_DATA, or shared/data beside the repository."""
@@ -190,6 +212,21 @@ def made(tiny_processor, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("iclip_hf.explainers.proxyclip.embedded_towers", lambda: (proxy, None))
         yield get
+
+
+def write_folder(root: Path, values: list[list[int]], largest: int) -> Path:
+    """Images of different shapes with index masks of these values in squares of 5 pixels, as `load_segmentation("folder")` takes them."""
+    rng = np.random.default_rng(0)
+    (root / "images").mkdir()
+    (root / "masks").mkdir()
+    (root / "classes.txt").write_text("\n".join(NAMES))
+    for number, of_image in enumerate(values):
+        height, width = rng.integers(20, largest, 2)
+        pixels = rng.integers(0, 256, (height, width, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(root / "images" / f"{number}.png")
+        mask = rng.choice(of_image, (height // 5 + 1, width // 5 + 1)).astype(np.uint8)
+        Image.fromarray(mask.repeat(5, 0).repeat(5, 1)[:height, :width]).save(root / "masks" / f"{number}.png")
+    return root
 
 
 def write_pairs(path: Path, count: int, broken: tuple[int, ...] = (), seed: int = 0) -> None:

@@ -8,7 +8,6 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import noise, tiny_model
 from PIL import Image
 from tqdm import tqdm
 
@@ -19,29 +18,16 @@ from iclip_hf.regions import find_regions, run_lengths
 from iclip_hf.similarity import resize_and_normalize
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory, tiny_processor):
-    """A tiny model, three photographs of different shapes and a damaged one."""
-    folder = tmp_path_factory.mktemp("cli")
-    tiny_model().save_pretrained(folder / "model")
-    tiny_processor.save_pretrained(folder / "model")
-    for number, size in enumerate([(60, 40), (30, 90), (64, 64)]):
-        (folder / str(number)).mkdir()
-        noise(size).save(folder / str(number) / "a.jpg")
-    (folder / "broken.jpg").write_bytes((folder / "0" / "a.jpg").read_bytes()[:200])
-    return folder
-
-
-def run(folder, *arguments):
+def run(workspace, *arguments):
     try:
-        return cli.main(["explain", *map(str, arguments), "--model", str(folder / "model")])
+        return cli.main(["explain", *map(str, arguments), "--model", str(workspace / "model")])
     except SystemExit as stop:  # of a wrong option
         return stop.code
 
 
-def test_one_photograph_becomes_one_picture(folder, tmp_path, capsys):
+def test_one_photograph_becomes_one_picture(workspace, tmp_path, capsys):
     output = tmp_path / "sub" / "out.png"
-    assert run(folder, folder / "0" / "a.jpg", "--text", "dog", "--text", "red ball", "--output", output) == 0
+    assert run(workspace, workspace / "0" / "a.jpg", "--text", "dog", "--text", "red ball", "--output", output) == 0
     printed = capsys.readouterr().out.splitlines()
     assert printed[0].endswith(f"a.jpg -> {output}") and {line.split()[0] for line in printed[1:]} == {"dog", "red"}
     with Image.open(output) as picture:
@@ -69,10 +55,10 @@ class AtOnce(tqdm):
 
 
 @pytest.mark.parametrize("command", ["explain", "segment"])
-def test_many_photographs_and_one_that_is_broken(folder, tmp_path, capsys, monkeypatch, command):
+def test_many_photographs_and_one_that_is_broken(workspace, tmp_path, capsys, monkeypatch, command):
     monkeypatch.setattr("tqdm.tqdm", AtOnce)
-    images = [folder / "0" / "a.jpg", folder / "broken.jpg", folder / "1" / "a.jpg"]
-    arguments = [command, *images, "--text", "dog", "--output", tmp_path / "maps", "--model", folder / "model"]
+    images = [workspace / "0" / "a.jpg", workspace / "broken.jpg", workspace / "1" / "a.jpg"]
+    arguments = [command, *images, "--text", "dog", "--output", tmp_path / "maps", "--model", workspace / "model"]
     assert cli.main([*map(str, arguments)]) == 2
     out, err = capsys.readouterr()
     assert sum("->" in line for line in out.splitlines()) == 2 and "-> " in out.splitlines()[0]
@@ -85,10 +71,19 @@ def test_many_photographs_and_one_that_is_broken(folder, tmp_path, capsys, monke
 
 
 @pytest.mark.parametrize("command", ["explain", "segment"])
-def test_json_alone_writes_no_files(folder, tmp_path, capsys, monkeypatch, command):
+def test_json_alone_writes_no_files(workspace, tmp_path, capsys, monkeypatch, command):
     monkeypatch.chdir(tmp_path)
-    images = [folder / "0" / "a.jpg", folder / "1" / "a.jpg"]
-    arguments = [command, *map(str, images), "--text", "dog", "--min-presence", "0", "--model", str(folder / "model")]
+    images = [workspace / "0" / "a.jpg", workspace / "1" / "a.jpg"]
+    arguments = [
+        command,
+        *map(str, images),
+        "--text",
+        "dog",
+        "--min-presence",
+        "0",
+        "--model",
+        str(workspace / "model"),
+    ]
     assert cli.main([*arguments, "--json"]) == 0
     report = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [entry["image"] for entry in report] == [str(image) for image in images]
@@ -105,10 +100,10 @@ ESCAPED = r"dog\u001b[31m \u009b2J\u202egod\u0007\u000d\u000a\u007f"
 
 @pytest.mark.parametrize("form", [[], ["--json"]])
 @pytest.mark.parametrize("command", ["explain", "compare"])
-def test_escape_sequences_in_names_and_texts_are_printed_as_letters(folder, tmp_path, capsys, command, form):
+def test_escape_sequences_in_names_and_texts_are_printed_as_letters(workspace, tmp_path, capsys, command, form):
     image = tmp_path / f"{ACTING}é 犬 👩‍🌾.jpg"
-    shutil.copy(folder / "0" / "a.jpg", image)
-    arguments = [command, str(image), "--text", ACTING, "--model", str(folder / "model"), *form]
+    shutil.copy(workspace / "0" / "a.jpg", image)
+    arguments = [command, str(image), "--text", ACTING, "--model", str(workspace / "model"), *form]
     assert cli.main([*arguments, "--output", str(tmp_path / "out.png")]) == 0
     out, err = capsys.readouterr()
     assert not set(ACTING[:-1] + "\x7f") - set("dog [31m2J") & set((out + err).replace("\n", ""))
@@ -129,17 +124,17 @@ def test_escape_sequences_in_errors_are_printed_as_letters(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("method", ["itsm", "bi_modal"])
-def test_words_are_listed_and_coloured(method, folder, tmp_path, capsys):
-    image, plain, output = folder / "0" / "a.jpg", tmp_path / "plain.png", tmp_path / "words.png"
+def test_words_are_listed_and_coloured(method, workspace, tmp_path, capsys):
+    image, plain, output = workspace / "0" / "a.jpg", tmp_path / "plain.png", tmp_path / "words.png"
     arguments = [image, "--text", "red ball", "--method", method]
-    assert run(folder, *arguments, "--output", plain) == 0
-    assert run(folder, *arguments, "--output", output, "--words") == 0
+    assert run(workspace, *arguments, "--output", plain) == 0
+    assert run(workspace, *arguments, "--output", output, "--words") == 0
     printed = capsys.readouterr().out.splitlines()[-1].split()
-    assert run(folder, *arguments, "--output", output, "--words", "--json") == 0
+    assert run(workspace, *arguments, "--output", output, "--words", "--json") == 0
     words = json.loads(capsys.readouterr().out)["texts"][0]["words"]
     assert printed == [part for row in words for part in (row["word"], f"{row['score']:.2f}")]
     side = "bi_modal" if method == "bi_modal" else "grad_eclip"
-    expected = explain(load(str(folder / "model")), [image], ["red ball"], words=side)[0].words[0]
+    expected = explain(load(str(workspace / "model")), [image], ["red ball"], words=side)[0].words[0]
     assert [(row["word"], row["score"]) for row in words] == [(word, round(score, 4)) for word, score in expected]
     with Image.open(plain) as before, Image.open(output) as after:
         assert before.size == after.size and before.tobytes() != after.tobytes()
@@ -147,22 +142,24 @@ def test_words_are_listed_and_coloured(method, folder, tmp_path, capsys):
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 @pytest.mark.parametrize("has_instructions", [True, False])
-def test_bfloat16_on_a_processor_that_emulates_it_is_warned_of(dtype, has_instructions, folder, monkeypatch, caplog):
+def test_bfloat16_on_a_processor_that_emulates_it_is_warned_of(
+    dtype, has_instructions, workspace, monkeypatch, caplog
+):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: True)
     monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: has_instructions, raising=False)
-    load(str(folder / "model"), dtype=dtype)
+    load(str(workspace / "model"), dtype=dtype)
     warned = "no instructions for bfloat16" in caplog.text
     assert warned == (dtype == "bfloat16" and not has_instructions)
 
 
-def test_json_and_arrays_say_what_the_masks_are(folder, tmp_path, capsys):
+def test_json_and_arrays_say_what_the_masks_are(workspace, tmp_path, capsys):
     results = tmp_path / "results.json"
     rows = [{"name": "dog", "threshold": 0.3}, {"name": "red ball", "threshold": 0.8}]
     results.write_text(json.dumps({"per_class": {"itsm": rows}}))
-    image, output = folder / "0" / "a.jpg", tmp_path / "out.png"
+    image, output = workspace / "0" / "a.jpg", tmp_path / "out.png"
     arguments = [image, "--text", "red ball", "--text", "dog", "--threshold", results, "--min-presence", "0"]
-    assert run(folder, *arguments, "--output", output, "--npz", "--json") == 0
+    assert run(workspace, *arguments, "--output", output, "--npz", "--json") == 0
     entry = json.loads(capsys.readouterr().out)
     arrays = np.load(tmp_path / "out.npz")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out.npz", "out.png", "results.json"]
@@ -181,23 +178,25 @@ def test_json_and_arrays_say_what_the_masks_are(folder, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("least", "threshold", "empty"), [("0", "0.5", False), ("1", "0.5", True), ("0", "1", True)], ids=str
 )
-def test_masks_are_above_their_threshold_and_empty_for_absent_texts(folder, tmp_path, capsys, least, threshold, empty):
+def test_masks_are_above_their_threshold_and_empty_for_absent_texts(
+    workspace, tmp_path, capsys, least, threshold, empty
+):
     """Above, not at it: every map reaches 1."""
     options = ["--min-presence", least, "--threshold", threshold, "--output", tmp_path / "a.png", "--json"]
-    assert run(folder, folder / "0" / "a.jpg", "--text", "dog", *options) == 0
+    assert run(workspace, workspace / "0" / "a.jpg", "--text", "dog", *options) == 0
     (text,) = json.loads(capsys.readouterr().out)["texts"]
     assert 0 < text["presence"] < 1
     assert (text["mask"]["counts"] == [40 * 60]) == empty == (not text["regions"])
 
 
-def test_a_folder_becomes_parquet_files(folder, tmp_path, capsys):
+def test_a_folder_becomes_parquet_files(workspace, tmp_path, capsys):
     images = tmp_path / "images"
-    shutil.copytree(folder / "1", images / "sub")
+    shutil.copytree(workspace / "1", images / "sub")
     arguments = [images, "--text", "dog", "--output", tmp_path / "maps", "--images-per-file", "1"]
-    assert run(folder, *arguments) == 0
+    assert run(workspace, *arguments) == 0
     assert capsys.readouterr().out == f"1 images -> 1 files in {tmp_path / 'maps'}, 0 broken images\n"
-    shutil.copy(folder / "broken.jpg", images)
-    assert run(folder, *arguments[:-3], tmp_path / "others", "--json") == 2
+    shutil.copy(workspace / "broken.jpg", images)
+    assert run(workspace, *arguments[:-3], tmp_path / "others", "--json") == 2
     out, err = capsys.readouterr()
     report = json.loads(out)
     assert (report["files"], report["images"], len(report["broken"])) == (1, 1, 1)
@@ -219,9 +218,9 @@ def test_help_says_what_every_option_is():
     assert parser.parse_args(arguments) == parser.parse_args(arguments)
 
 
-def test_arguments_and_files_are_checked_before_torch_is_imported(folder, tmp_path):
+def test_arguments_and_files_are_checked_before_torch_is_imported(workspace, tmp_path):
     """And a command loads its own options alone."""
-    photo = str(folder / "0" / "a.jpg")
+    photo = str(workspace / "0" / "a.jpg")
     commands = [
         ["--help"],
         ["explain", photo, "--text", " "],
@@ -284,13 +283,13 @@ assert max(faults() for _ in range(3)) < 16
         "from iclip_hf.pipeline_iclip import ImageTextSimilarityMapPipeline",
     ],
 )
-def test_transformers_knows_the_package_whatever_is_imported_first(imports, folder):
+def test_transformers_knows_the_package_whatever_is_imported_first(imports, workspace):
     code = f"""
 {imports}
 from transformers import AutoModel, AutoProcessor, pipeline
-print(type(AutoModel.from_pretrained({str(folder / "model")!r})).__name__)
-print(type(AutoProcessor.from_pretrained({str(folder / "model")!r})).__name__)
-print(type(pipeline("image-text-similarity-map", model={str(folder / "model")!r})).__name__)
+print(type(AutoModel.from_pretrained({str(workspace / "model")!r})).__name__)
+print(type(AutoProcessor.from_pretrained({str(workspace / "model")!r})).__name__)
+print(type(pipeline("image-text-similarity-map", model={str(workspace / "model")!r})).__name__)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.stdout.split() == ["ICLIPModel", "ICLIPProcessor", "ImageTextSimilarityMapPipeline"], done.stderr

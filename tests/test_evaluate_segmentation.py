@@ -3,8 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from conftest import tiny_model
-from test_evaluation import NAMES, root  # noqa: F401
+from conftest import NAMES, tiny_model
 from torch.nn import functional as F
 
 from iclip_hf.data import load_segmentation
@@ -39,8 +38,8 @@ def miou(pairs):
     return np.mean(list(iou.values())), iou
 
 
-def test_figures_equal_the_protocol_in_plain_steps(root, tiny_processor):  # noqa: F811
-    model, dataset = tiny_model(), load_segmentation("folder", root)
+def test_figures_equal_the_protocol_in_plain_steps(labelled_folder, tiny_processor):
+    model, dataset = tiny_model(), load_segmentation("folder", labelled_folder)
     result = evaluate((model, tiny_processor), dataset, measures=["segmentation"], batch_size=3, progress=False)
     found = []
     for sample in dataset:
@@ -65,10 +64,10 @@ def test_figures_equal_the_protocol_in_plain_steps(root, tiny_processor):  # noq
     assert figures["floor_class"] == "background" and "| background |" in result.table()
 
 
-def test_synonyms_background_texts_and_presence(root, tiny_processor):  # noqa: F811
+def test_synonyms_background_texts_and_presence(labelled_folder, tiny_processor):
     model = tiny_model()
     overrides = {"names": {"car": ["car", "red car"]}, "background": ["sky", "grass"]}
-    dataset = load_segmentation("folder", root, overrides=overrides)
+    dataset = load_segmentation("folder", labelled_folder, overrides=overrides)
     texts = ["dog", "red ball", "car", "red car", "sky", "grass"]
     classes = np.array([1, 2, 3, 3, 0, 0])
     for gate in (0.0, 0.5):
@@ -85,8 +84,8 @@ def test_synonyms_background_texts_and_presence(root, tiny_processor):  # noqa: 
         assert len({*iou}) == 4
 
 
-def test_a_given_threshold_and_every_kind_of_method(root, tiny_processor):  # noqa: F811
-    model, dataset = tiny_model(), load_segmentation("folder", root)
+def test_a_given_threshold_and_every_kind_of_method(labelled_folder, tiny_processor):
+    model, dataset = tiny_model(), load_segmentation("folder", labelled_folder)
     methods = ["itsm", "reversed_itsm", "attention", "grad_cam", "gem"]
     result = segment((model, tiny_processor), dataset, methods, threshold=0.25)
     pairs, turned = [], []
@@ -103,8 +102,8 @@ def test_a_given_threshold_and_every_kind_of_method(root, tiny_processor):  # no
     assert result.results["itsm"]["thresholds"] == [0.25, 0.25]
 
 
-def test_probabilities_as_confidence(root, tiny_processor):  # noqa: F811
-    model, dataset = tiny_model(), load_segmentation("folder", root)
+def test_probabilities_as_confidence(labelled_folder, tiny_processor):
+    model, dataset = tiny_model(), load_segmentation("folder", labelled_folder)
     result = segment((model, tiny_processor), dataset, threshold=0.5, logit_scale=5.0)
     pairs = []
     for sample in dataset:
@@ -137,8 +136,8 @@ def test_windows_are_cut_run_and_averaged(tiny_processor):
     assert torch.equal(windowed_maps(explainer, pixels, texts, window=64, stride=8), whole)
 
 
-def test_images_keep_their_proportions_under_windows(root, tiny_processor):  # noqa: F811
-    dataset = load_segmentation("folder", root)
+def test_images_keep_their_proportions_under_windows(labelled_folder, tiny_processor):
+    dataset = load_segmentation("folder", labelled_folder)
     measure = Segmentation(window=32, threshold=0.5)
     options = {"measures": [measure], "image_size": {"shortest_edge": 48}, "progress": False}
     result = evaluate((tiny_model(), tiny_processor), dataset, batch_size=4, **options)
@@ -162,14 +161,14 @@ def test_images_keep_their_proportions_under_windows(root, tiny_processor):  # n
         ({"min_presence": 2}, r"min_presence in \[0, 1\], got 2"),
     ],
 )
-def test_bad_options_are_named(root, tiny_processor, options, problem):  # noqa: F811
+def test_bad_options_are_named(labelled_folder, tiny_processor, options, problem):
     with pytest.raises(ValueError, match=problem):
-        segment((tiny_model(), tiny_processor), load_segmentation("folder", root), **options)
+        segment((tiny_model(), tiny_processor), load_segmentation("folder", labelled_folder), **options)
 
 
 @pytest.mark.parametrize("options", [{"threshold": 0.5}, {"background": ["sky"]}])
-def test_a_void_background_is_not_predicted(root, tiny_processor, options):  # noqa: F811
-    dataset = load_segmentation("folder", root)
+def test_a_void_background_is_not_predicted(labelled_folder, tiny_processor, options):
+    dataset = load_segmentation("folder", labelled_folder)
     dataset.background = False
     with pytest.raises(ValueError, match="background of 'folder', which is void"):
         segment((tiny_model(), tiny_processor), dataset, **options)

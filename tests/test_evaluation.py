@@ -10,7 +10,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import tiny_model
+from conftest import NAMES, tiny_model
 from PIL import Image
 from torch.nn import functional as F
 
@@ -23,31 +23,6 @@ from iclip_hf.explainers import METHODS, make_explainer
 from iclip_hf.models.loading import load
 from iclip_hf.presence import BACKGROUND, MIN_PRESENCE, presence
 from iclip_hf.similarity import resize_and_normalize, reverse
-
-
-NAMES = ["dog", "red ball", "car"]
-
-
-def write_folder(root, values, largest):
-    """Images of different shapes with index masks of these values in squares of 5 pixels, as `load_segmentation("folder")` takes them."""
-    rng = np.random.default_rng(0)
-    (root / "images").mkdir()
-    (root / "masks").mkdir()
-    (root / "classes.txt").write_text("\n".join(NAMES))
-    for number, of_image in enumerate(values):
-        height, width = rng.integers(20, largest, 2)
-        pixels = rng.integers(0, 256, (height, width, 3), dtype=np.uint8)
-        Image.fromarray(pixels).save(root / "images" / f"{number}.png")
-        mask = rng.choice(of_image, (height // 5 + 1, width // 5 + 1)).astype(np.uint8)
-        Image.fromarray(mask.repeat(5, 0).repeat(5, 1)[:height, :width]).save(root / "masks" / f"{number}.png")
-    return root
-
-
-@pytest.fixture(scope="module")
-def root(tmp_path_factory):
-    """Seven images: some classes absent, void pixels, one image without a class."""
-    values = [[0, 0, 255, 1 + number % 3, 1 + number % 2] for number in range(7)]
-    return write_folder(tmp_path_factory.mktemp("folder"), [*values[:4], [0, 0, 255], *values[5:]], 60)
 
 
 def slowly(model, processor, dataset):
@@ -92,8 +67,8 @@ def slowly(model, processor, dataset):
     }
 
 
-def test_figures_equal_the_protocol_in_plain_steps(root, tiny_processor):
-    model, dataset = tiny_model(), load_segmentation("folder", root)
+def test_figures_equal_the_protocol_in_plain_steps(labelled_folder, tiny_processor):
+    model, dataset = tiny_model(), load_segmentation("folder", labelled_folder)
     result = evaluate((model, tiny_processor), dataset, ["itsm", "reversed_itsm"], batch_size=3, progress=False)
     expected = slowly(model, tiny_processor, dataset)
     found = {name: result.results["itsm"][name] for name in expected}
@@ -112,9 +87,9 @@ def test_figures_equal_the_protocol_in_plain_steps(root, tiny_processor):
     assert "text_contrast" in result.per_class_csv().splitlines()[0].split(",")
 
 
-def test_stuff_contrast_by_hand_and_with_a_map_of_saliency(root, tiny_processor):
+def test_stuff_contrast_by_hand_and_with_a_map_of_saliency(labelled_folder, tiny_processor):
     """In plain loops over pixels; the map of the first class alone is that of all classes for a method without text."""
-    model, dataset = load((tiny_model(), tiny_processor)), load_segmentation("folder", root)
+    model, dataset = load((tiny_model(), tiny_processor)), load_segmentation("folder", labelled_folder)
     dataset.stuff = (2,)
     result = evaluate(model, dataset, ["itsm", "attention"], progress=False)
     for method, figures in result.results.items():
@@ -144,13 +119,15 @@ def test_stuff_contrast_by_hand_and_with_a_map_of_saliency(root, tiny_processor)
         ({"batch_size": 0}, "batch_size to be at least 1, got 0"),
     ],
 )
-def test_what_cannot_be_measured_is_refused(root, tiny_processor, options, problem):
+def test_what_cannot_be_measured_is_refused(labelled_folder, tiny_processor, options, problem):
     with pytest.raises(ValueError, match=problem):
-        evaluate((tiny_model(), tiny_processor), load_segmentation("folder", root), progress=False, **options)
+        evaluate(
+            (tiny_model(), tiny_processor), load_segmentation("folder", labelled_folder), progress=False, **options
+        )
 
 
-def test_measures_of_all_tasks_run_together_and_alone_give_the_same(root, tiny_processor):
-    model, dataset = load((tiny_model(), tiny_processor)), load_segmentation("folder", root)
+def test_measures_of_all_tasks_run_together_and_alone_give_the_same(labelled_folder, tiny_processor):
+    model, dataset = load((tiny_model(), tiny_processor)), load_segmentation("folder", labelled_folder)
     names = ["mFMB", "segmentation", "pointing_game"]
     together = evaluate(model, dataset, ["itsm", "gem"], names, progress=False)
     for method, figures in together.results.items():
@@ -161,9 +138,9 @@ def test_measures_of_all_tasks_run_together_and_alone_give_the_same(root, tiny_p
     assert together.per_class["gem"][0]["FMB"] is None  # a row for label maps only
 
 
-def test_every_method_scores_its_maps_of_all_classes(root, tiny_processor):
+def test_every_method_scores_its_maps_of_all_classes(labelled_folder, tiny_processor):
     """Drawn for the shown classes alone where that saves time, they are those that a method gives when asked for all."""
-    model, dataset = tiny_model(), load_segmentation("folder", root)
+    model, dataset = tiny_model(), load_segmentation("folder", labelled_folder)
     result = evaluate((model, tiny_processor), dataset, list(METHODS), batch_size=3, progress=False)
     assert list(result.results) == list(METHODS)
     for method in METHODS:
@@ -183,8 +160,8 @@ def test_every_method_scores_its_maps_of_all_classes(root, tiny_processor):
         assert scores["mFMB"] == pytest.approx(mfmb.compute()["mfmb"], abs=1e-5)
 
 
-def test_images_are_encoded_once_for_maps_reversal_and_scores(root, tiny_processor, monkeypatch):
-    model, dataset = tiny_model(), load_segmentation("folder", root)
+def test_images_are_encoded_once_for_maps_reversal_and_scores(labelled_folder, tiny_processor, monkeypatch):
+    model, dataset = tiny_model(), load_segmentation("folder", labelled_folder)
     passes, backwards = [], []
     encode, grad = type(model).get_image_features, torch.autograd.grad
     monkeypatch.setattr(
@@ -202,9 +179,9 @@ def test_images_are_encoded_once_for_maps_reversal_and_scores(root, tiny_process
     assert len(backwards) == 2 * (max(shown[:4]) + max(shown[4:]))  # of two blocks
 
 
-def test_the_gate_of_presence_by_hand(root, tiny_processor):
+def test_the_gate_of_presence_by_hand(labelled_folder, tiny_processor):
     """In prompts of the caller's, which the unrelated texts take too."""
-    model, dataset = tiny_model(), load_segmentation("folder", root)
+    model, dataset = tiny_model(), load_segmentation("folder", labelled_folder)
     templates = ["the dog {}"]
     explainer = make_explainer((model, tiny_processor))
     texts = explainer.model.encode_texts(NAMES, templates)
@@ -225,22 +202,22 @@ def test_the_gate_of_presence_by_hand(root, tiny_processor):
     assert {name: gate[name] for name in expected} == pytest.approx(expected)
 
 
-def test_a_limit_takes_the_first_images(root, tiny_processor):
-    model, dataset = (tiny_model(), tiny_processor), load_segmentation("folder", root)
+def test_a_limit_takes_the_first_images(labelled_folder, tiny_processor):
+    model, dataset = (tiny_model(), tiny_processor), load_segmentation("folder", labelled_folder)
     limited, alone = evaluate(model, dataset, limit=2, progress=False), evaluate(model, dataset[:2], progress=False)
     assert limited.results == alone.results and limited.per_class == alone.per_class
 
 
-def test_images_without_any_class_are_only_ranked(root, tiny_processor):
-    dataset = load_segmentation("folder", root)[4:5]
+def test_images_without_any_class_are_only_ranked(labelled_folder, tiny_processor):
+    dataset = load_segmentation("folder", labelled_folder)[4:5]
     scores = evaluate((tiny_model(), tiny_processor), dataset, ["grad_cam"], progress=False).results["grad_cam"]
     figures = ("mAP", "mMIoU", "mFMB", "text_contrast", "floor")
     assert scores["pairs"] == 0 and [scores[name] for name in figures] == [None] * 5
 
 
-def test_a_folder_of_one_class_is_valid_json_and_a_table_without_nan(root, world, tmp_path, capsys):
+def test_a_folder_of_one_class_is_valid_json_and_a_table_without_nan(labelled_folder, world, tmp_path, capsys):
     """No image lacks the class, so that there is nothing that presence could pass, and none shows two."""
-    shutil.copytree(root, tmp_path / "data")
+    shutil.copytree(labelled_folder, tmp_path / "data")
     (tmp_path / "data" / "classes.txt").write_text("dog")
     for path in (tmp_path / "data" / "masks").iterdir():
         with Image.open(path) as image:
@@ -258,16 +235,16 @@ def test_a_folder_of_one_class_is_valid_json_and_a_table_without_nan(root, world
     assert scores["mMIoU"] > 0
 
 
-def test_batches_workers_and_order_change_nothing(root, tiny_processor):
-    model, dataset = tiny_model(), load_segmentation("folder", root)
+def test_batches_workers_and_order_change_nothing(labelled_folder, tiny_processor):
+    model, dataset = tiny_model(), load_segmentation("folder", labelled_folder)
     one = evaluate((model, tiny_processor), dataset, batch_size=1, num_workers=1, progress=False)
     many = evaluate((model, tiny_processor), dataset, batch_size=4, num_workers=3, progress=False)
     for name in ("mAP", "mMIoU", "mFMB", "floor"):
         assert one.results["itsm"][name] == pytest.approx(many.results["itsm"][name], abs=1e-4)
 
 
-def test_protocol_says_what_was_done(root, tiny_processor):
-    dataset = load_segmentation("folder", root)
+def test_protocol_says_what_was_done(labelled_folder, tiny_processor):
+    dataset = load_segmentation("folder", labelled_folder)
     result = evaluate(
         (tiny_model(), tiny_processor), dataset, image_size=40, limit=2, templates=["a {}"], progress=False
     )
@@ -277,21 +254,30 @@ def test_protocol_says_what_was_done(root, tiny_processor):
     assert protocol["dtype"] == "float32"
 
 
-def arguments(root, world, *more):
-    return ["evaluate", "--model", str(world.folder / "model"), "--dataset", "folder", "--data-root", str(root), *more]
+def arguments(labelled_folder, world, *more):
+    return [
+        "evaluate",
+        "--model",
+        str(world.folder / "model"),
+        "--dataset",
+        "folder",
+        "--data-root",
+        str(labelled_folder),
+        *more,
+    ]
 
 
-def test_command_writes_json_and_csv_alike_with_two_processes(root, world, tmp_path, capsys):
+def test_command_writes_json_and_csv_alike_with_two_processes(labelled_folder, world, tmp_path, capsys):
     output = tmp_path / "results.json"
-    assert cli.main(arguments(root, world, "--output", str(output), "--json")) == 0
+    assert cli.main(arguments(labelled_folder, world, "--output", str(output), "--json")) == 0
     written = json.loads(output.read_text())
     assert json.loads(capsys.readouterr().out) == written
     with (tmp_path / "results.csv").open() as file:
         assert [row["name"] for row in csv.DictReader(file)] == NAMES
 
     two = tmp_path / "two.json"
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29651"]
-    command = [*launch, "-m", "iclip_hf.cli", *arguments(root, world, "--output", str(two))]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command = [*launch, "-m", "iclip_hf.cli", *arguments(labelled_folder, world, "--output", str(two))]
     environment = {**os.environ, "ACCELERATE_USE_CPU": "1", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]

@@ -8,8 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import tiny_model
-from test_evaluation import NAMES, write_folder
+from conftest import NAMES, tiny_model, write_folder
 from torch import nn
 from torch.nn import functional as F
 from torchmetrics.functional import spearman_corrcoef

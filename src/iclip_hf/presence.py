@@ -37,7 +37,8 @@ ABSENT, UNSURE, SURE = "absent", "unsure", "present"
 def presence(scores: torch.Tensor, background_scores: torch.Tensor) -> torch.Tensor:
     """
     Estimates the share of unrelated texts that would match the image less, with a normal distribution fitted to the matches of
-    [`BACKGROUND`]. It is a rank, not a probability: some absent texts rank high by chance, see docs/results.md.
+    [`BACKGROUND`]. It is a rank, not a probability: some absent texts rank high by chance, see docs/results.md. The page in the
+    browser computes the same in `numerics.js`.
 
     Args:
         scores (`torch.Tensor` of shape `(B, T)`): from [`ICLIPModel.match`], or logits. Scale and offset do not matter.

@@ -113,7 +113,7 @@ def _explain_collection(options: argparse.Namespace) -> int:
             echo(json.dumps({**summary, "broken": report.broken}, indent=2, ensure_ascii=False))
         else:
             echo(
-                f"{report.images} images -> {len(report.files)} files in {output}, {len(report.broken)} broken images"
+                f"{report.images} images -> {len(report.files)} Parquet files in {output}, {len(report.broken)} broken images"
             )
     state.destroy_process_group()
     return 2 if report.broken else 0

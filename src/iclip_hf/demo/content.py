@@ -21,7 +21,10 @@ VIEW_SIDE = 640
 
 
 # What presence is not, with the share of the embedded model that docs/results.md measures.
-RANK = f"This is a rank, not a probability: about one in five texts that are not in an image reach {MIN_PRESENCE:.0%} too."
+RANK = (
+    f"This is a rank, not a probability: about one in five texts that are not in an image reach {MIN_PRESENCE:.0%} too, "
+    "and most of those that resemble what it shows."
+)
 # The front matter of a Space's README that both have.
 SPACE = {
     "emoji": "🔍",

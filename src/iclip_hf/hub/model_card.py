@@ -292,7 +292,8 @@ def public_settings(settings: Mapping) -> dict:
 def _is_hub_id(name: str) -> bool:
     """Returns whether a name can be a Hub id, such as `org/model`, and is not a path of this machine."""
     is_file_name = name.endswith((".tar", ".csv", ".tsv", ".txt", ".pth"))
-    return bool(re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name)) and not is_file_name and not Path(name).exists()
+    of_machine = is_file_name or name.startswith("data/") or Path(name).exists()
+    return bool(re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name)) and not of_machine
 
 
 def _without_folders(name: str) -> str:

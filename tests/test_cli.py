@@ -313,9 +313,7 @@ def test_data_sets_of_the_command_are_those_of_the_package():
     from iclip_hf.data.segmentation import _LAYOUTS
     from iclip_hf.training.settings import Settings
 
-    assert (
-        set(DATASETS) == {"coco2017", *_LAYOUTS} == set(get_args(get_type_hints(Settings)["eval_dataset"])) - {"none"}
-    )
+    assert set(DATASETS) == {*_LAYOUTS} == set(get_args(get_type_hints(Settings)["eval_dataset"])) - {"none"}
 
 
 def test_options_of_the_command_are_those_of_the_package():

@@ -209,7 +209,6 @@ CASES.add(
         "blank name": {"names": {"dog": " "}},
         "no templates": {"templates": []},
         "template without a place": {"templates": ["a photo"]},
-        "template with a field": {"templates": ["{} {0.__class__}"]},
     },
     lambda w, f, overrides: load_segmentation("folder", masks_folder(f), overrides=overrides),
 )

@@ -14,8 +14,8 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from iclip_hf.data import SegmentationDataset, load_segmentation
-from iclip_hf.data.class_names import ADE20K, CAMVID, CITYSCAPES, COCO_STUFF, CONTEXT, DATASETS, STUFF, VOC
-from iclip_hf.data.segmentation import _COCOSample
+from iclip_hf.data.class_names import ADE20K, CAMVID, CITYSCAPES, COCO_STUFF, CONTEXT, DATASETS, VOC
+from iclip_hf.data.segmentation import _LAYOUTS, _COCOSample
 from iclip_hf.evaluation.measures.measure import EvaluatedImage
 from iclip_hf.evaluation.metrics import MeanIoU, MeanMaxIoU
 from iclip_hf.prompts import IMAGENET_TEMPLATES
@@ -269,9 +269,6 @@ def test_samples_are_fresh_lazy_and_picklable(name, request):
     assert part.fingerprint() != dataset.fingerprint()
     with pytest.raises(IndexError):
         dataset[len(dataset)]
-    for label in (0, len(dataset.labels) + 1, 255):
-        with pytest.raises(ValueError, match=rf"from 1 to {len(dataset.labels)}, but got {label}"):
-            sample.mask(label)
 
 
 def test_fingerprint_is_of_the_content_of_images_and_masks(voc):
@@ -377,20 +374,19 @@ def test_which_classes_are_stuff(tmp_path, voc):
     for name, count in counts.items():
         dataset = SegmentationDataset(name, None, names[name], [], [])
         stuff = {names[name][label - 1] for label in dataset.stuff}
-        assert len(stuff) == count and stuff == set(STUFF[name]), name
+        assert len(stuff) == count and stuff == set(_LAYOUTS[name].stuff), name
         assert stuff & {"sky", "sky-other"} and not stuff & {"person", "pedestrian", "car", "bicycle"}
     dataset = load_segmentation("voc21", voc, overrides={"names": {"sofa": "sky"}})  # the kind is not the name's
     assert dataset.stuff == () and load_segmentation("voc2012", voc).stuff == ()
     assert SegmentationDataset("folder", None, ["sky"], [], []).stuff is None
-    assert set(STUFF) == set(DATASETS) - {"folder", "context59", "context60"}
+    unknown = {name for name, layout in _LAYOUTS.items() if layout.stuff is None}
+    assert unknown == {"folder", "context59", "context60"} and set(_LAYOUTS) == set(DATASETS)
 
 
 def test_a_mask_with_values_of_another_data_set_is_named(tmp_path):
     write_layout(tmp_path, "coco_stuff")
     write_index_mask(tmp_path / "stuffthingmaps" / "val2017" / "a_2.png", [[0, 11, 200, 3, 4, 5]])
-    with pytest.raises(
-        ValueError, match=r"a_2\.png: expected class ids out of 0-10, 12-24, .*255, but got \[11, 200\]"
-    ):
+    with pytest.raises(ValueError, match=r"a_2\.png: expected the ids of the data set's classes, but got \[11, 200\]"):
         load_segmentation("coco_stuff", tmp_path)[0].label_map  # noqa: B018
 
 
@@ -440,7 +436,7 @@ def test_synonyms_of_a_file_of_lines_or_a_mapping(voc):
         ("voc20", ["sky", *VOC], "expected 20 lines, one for each class of 'voc20', but got 21"),
         ("voc21", [*VOC[:19], ""], "got 19"),
         ("voc21", ["aeroplane, plane", *VOC[1:19], "screen, plane"], "distinct, but got 'plane'"),
-        ("voc21", ["plane, ", *VOC[1:]], "new name of 'aeroplane' to be text .*but got ''"),
+        ("voc21", ["plane, ", *VOC[1:]], "new name of 'aeroplane' to be text .*but got .*''"),
     ],
 )
 def test_a_file_of_lines_with_other_classes_is_named(voc, name, lines, problem):

@@ -74,17 +74,12 @@ CITYSCAPES = _names("""
 
 CAMVID = _names("sky, building, pole, road, pavement, tree, sign, fence, car, pedestrian, bicyclist")
 
-# Classes without instances, by data set; all others are things. COCO-Stuff, ADE20K (panoptic) and Cityscapes define them; those of
-# CamVid are chosen by COCO's panoptic convention. A data set that is not listed has no such division.
-STUFF = {
-    **dict.fromkeys(("voc2012", "voc21", "voc20", "coco2017", "coco_object"), ()),
-    "coco_stuff": COCO_STUFF[len(COCO_THINGS) :],
-    "ade20k": _names("""
-        wall, building, sky, floor, tree, ceiling, road, grass, sidewalk, earth, mountain, plant, water, house, sea, rug, field, rock,
-        base, sand, skyscraper, grandstand, path, runway, stairway, river, bridge, blind, hill, bar, hovel, tower, dirt track, land,
-        escalator, buffet, poster, stage, conveyor belt, canopy, swimming pool, waterfall, tent, cradle, tank, lake, blanket, pier,
-        crt screen, shower
-    """),
-    "cityscapes": CITYSCAPES[: CITYSCAPES.index("person")],
-    "camvid": _names("sky, building, road, pavement, tree, fence"),
-}
+# Classes without instances, as ADE20K (panoptic) defines them; those of CamVid are chosen by COCO's panoptic convention.
+ADE20K_STUFF = _names("""
+    wall, building, sky, floor, tree, ceiling, road, grass, sidewalk, earth, mountain, plant, water, house, sea, rug, field, rock,
+    base, sand, skyscraper, grandstand, path, runway, stairway, river, bridge, blind, hill, bar, hovel, tower, dirt track, land,
+    escalator, buffet, poster, stage, conveyor belt, canopy, swimming pool, waterfall, tent, cradle, tank, lake, blanket, pier,
+    crt screen, shower
+""")
+
+CAMVID_STUFF = _names("sky, building, road, pavement, tree, fence")

@@ -17,6 +17,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
+from operator import itemgetter
 from pathlib import Path
 from types import ModuleType
 from typing import NamedTuple
@@ -28,13 +29,21 @@ from ..images import IMAGE_SUFFIXES, load_image, open_image
 from ..prompts import IMAGENET_TEMPLATES
 from ..utils.digests import content_digest
 from ..utils.extras import require_extra
-from .class_names import ADE20K, CAMVID, CITYSCAPES, COCO_STUFF, COCO_THINGS, CONTEXT, DATASETS, STUFF, VOC
+from .class_names import (
+    ADE20K,
+    ADE20K_STUFF,
+    CAMVID,
+    CAMVID_STUFF,
+    CITYSCAPES,
+    COCO_STUFF,
+    COCO_THINGS,
+    CONTEXT,
+    DATASETS,
+    VOC,
+)
 
 
 _VOID = 255  # in files of index masks
-# Prompts of the data sets of ICLIP's paper, and of folders. Other data sets use CLIP's templates, as papers on segmentation do.
-_TEMPLATES = dict.fromkeys(("voc2012", "coco2017", "folder"), ("a photo of the {}",))
-
 # Value of an id that a data set does not have, in the tables from the values of mask files to class ids.
 _UNKNOWN = -1
 
@@ -81,20 +90,10 @@ class SegmentationSample:
 
     def mask(self, label: int) -> np.ndarray:
         """
-        Returns the mask of one class, an id in 1..K, which the image need not contain.
-
-        Returns:
-            `np.ndarray` of shape `(H, W)`, of the type of `label_map`: `label` on the pixels of the class, `void` on ignored pixels,
-            0 on all others.
-
-        Raises:
-            `ValueError`: `label` is not a class id, or the mask file is not as described.
+        Returns the mask of one class, an id in 1..K, which the image need not contain: `(H, W)` of the type of `label_map`, `label` on
+        the pixels of the class, `void` on ignored pixels, 0 on all others. Raises `ValueError` if the file is not as described.
         """
-        if not 1 <= label <= self.num_classes:
-            raise ValueError(
-                f"Expected a class id from 1 to {self.num_classes}, but got {label}: choose one of `labels`."
-            )
-        return self._mask(label)
+        raise NotImplementedError
 
 
 @dataclass(frozen=True)
@@ -113,7 +112,7 @@ class _IndexSample(SegmentationSample):
         present = np.flatnonzero(np.bincount(self.label_map.ravel()))
         return tuple(id_ for id_ in present.tolist() if id_ not in (0, _VOID))
 
-    def _mask(self, label: int) -> np.ndarray:
+    def mask(self, label: int) -> np.ndarray:
         return self.label_map * ((self.label_map == label) | (self.label_map == _VOID))
 
     @cached_property
@@ -128,19 +127,11 @@ class _IndexSample(SegmentationSample):
         present = np.flatnonzero(np.bincount(values.ravel(), minlength=256))
         unknown = present[self.table[present] == _UNKNOWN].tolist()
         if unknown:
-            known = np.flatnonzero(self.table != _UNKNOWN)
             raise ValueError(
-                f"{self.mask_path}: expected class ids out of {_ranges(known.tolist())}, but got {unknown}; "
-                "correct the mask or the list of classes."
+                f"{self.mask_path}: expected the ids of the data set's classes, but got {unknown}; correct the mask or the "
+                "list of classes."
             )
         return self.table.astype(np.uint8)[values]
-
-
-def _ranges(ids: list[int]) -> str:
-    """Writes ascending ids as ranges: 0-20, 255."""
-    starts = [id_ for id_ in ids if id_ - 1 not in ids]
-    ends = [id_ for id_ in ids if id_ + 1 not in ids]
-    return ", ".join(str(start) if start == end else f"{start}-{end}" for start, end in zip(starts, ends))
 
 
 @dataclass(frozen=True)
@@ -166,7 +157,7 @@ class _COCOSample(SegmentationSample):
         # The smaller of two overlapping instances lies in front.
         return self._painted(sorted(instances, key=lambda instance: -instance[1].sum()))
 
-    def _mask(self, label: int) -> np.ndarray:
+    def mask(self, label: int) -> np.ndarray:
         return self._painted([(label, self._union([a for a in self.annotations if a["label"] == label]))])
 
     def _painted(self, masks: Sequence[tuple[int, np.ndarray]]) -> np.ndarray:
@@ -177,44 +168,35 @@ class _COCOSample(SegmentationSample):
         return painted
 
     def _union(self, annotations: list[dict]) -> np.ndarray:
-        """Returns the pixels of all annotations, `(H, W)` boolean. Merges run lengths, then decodes once."""
-        runs = [run for annotation in annotations for run in self._runs(annotation)]
-        if not runs:
-            return np.zeros(self.size, bool)
-        coco_mask = _pycocotools_mask()
-        return coco_mask.decode(coco_mask.merge(runs)).view(bool)
+        """Returns the pixels of all annotations, `(H, W)` boolean."""
+        union = np.zeros(self.size, bool)
+        for annotation in annotations:
+            try:
+                union |= self._pixels(annotation["segmentation"])
+            except Exception as error:  # pycocotools also raises plain `Exception`
+                raise ValueError(
+                    f"{self.annotation_path}: annotation {annotation['id']} of {self.image_path.name}: expected polygons "
+                    f"or run lengths within {self.size[0]}x{self.size[1]} pixels (height x width), but got {error}; "
+                    "correct the annotation, or the size that the file states for the image."
+                ) from error
+        return union
 
-    def _runs(self, annotation: dict) -> list[dict]:
-        """Returns compressed run lengths of one annotation, which holds polygons, or plain or compressed run lengths."""
-        coco_mask = _pycocotools_mask()
-        segmentation = annotation["segmentation"]
-        try:
-            if isinstance(segmentation, list):  # polygons [x1, y1, x2, y2, ...]
-                if not segmentation:
-                    return []
-                far = 2 * max(self.size)  # the memory of pycocotools grows with the distance
-                if not all(
-                    len(p) >= 6 and len(p) % 2 == 0 and -far <= np.min(p) and np.max(p) <= far for p in segmentation
-                ):
-                    raise ValueError(
-                        "a polygon with fewer than 3 points, half a point or points far outside the image"
-                    )
-                return coco_mask.frPyObjects(segmentation, *self.size)
-            if tuple(segmentation["size"]) != self.size:
-                raise ValueError(f"run lengths for a size of {segmentation['size']}")
-            if isinstance(segmentation["counts"], list):
-                segmentation = coco_mask.frPyObjects(segmentation, *self.size)
-            counts = _run_lengths(segmentation["counts"])
-            # pycocotools does not check run lengths. It would read out of bounds or never return.
-            if counts.min() < 0 or counts.sum() != self.size[0] * self.size[1]:
-                raise ValueError("run lengths that do not add up to the image's pixels")
-            return [segmentation]
-        except Exception as error:  # pycocotools also raises plain `Exception`
-            raise ValueError(
-                f"{self.annotation_path}: annotation {annotation['id']} of {self.image_path.name}: expected polygons "
-                f"or run lengths within {self.size[0]}x{self.size[1]} pixels (height x width), but got {error}; "
-                "correct the annotation, or the size that the file states for the image."
-            ) from error
+    def _pixels(self, segmentation: list | dict) -> np.ndarray:
+        """Decodes polygons, or plain or compressed run lengths, to `(H, W)` boolean."""
+        height, width = self.size
+        if isinstance(segmentation, dict):
+            counts = segmentation["counts"]
+            counts = np.array(counts, np.int64) if isinstance(counts, list) else _run_lengths(counts)
+            if tuple(segmentation["size"]) != self.size or counts.min() < 0 or counts.sum() != height * width:
+                raise ValueError(f"run lengths of {counts.sum()} pixels for a size of {segmentation['size']}")
+            return np.repeat(np.arange(len(counts)) % 2 == 1, counts).reshape(width, height).T
+        if not segmentation:
+            return np.zeros(self.size, bool)
+        far = 2 * max(self.size)  # the memory of pycocotools grows with the distance
+        if not all(len(p) >= 6 and len(p) % 2 == 0 and -far <= np.min(p) and np.max(p) <= far for p in segmentation):
+            raise ValueError("a polygon with fewer than 3 points, half a point or points far outside the image")
+        coco_mask = _pycocotools_mask()  # polygons [x1, y1, x2, y2, ...]
+        return coco_mask.decode(coco_mask.merge(coco_mask.frPyObjects(segmentation, height, width))).view(bool)
 
 
 def _pycocotools_mask() -> ModuleType:
@@ -270,16 +252,15 @@ class SegmentationDataset(Sequence):
         class_names: Sequence[str],
         samples: Sequence[SegmentationSample],
         annotation_paths: Sequence[Path],
-        background: bool = True,
     ):
-        self.name, self.split, self.background = name, split, background
+        layout = _LAYOUTS[name]
+        self.name, self.split, self.background, self.templates = name, split, layout.background, layout.templates
         self.annotation_paths, self._samples = annotation_paths, samples
         self.synonyms = tuple((name,) for name in class_names)
-        stuff = STUFF.get(name)
+        stuff = layout.stuff
         self.stuff = None if stuff is None else tuple(id_ for id_ in self.labels if class_names[id_ - 1] in stuff)
         self.void = int(np.iinfo(_mask_type(len(class_names))).max)
         self.background_texts: tuple[str, ...] = ()
-        self.templates = _TEMPLATES.get(name, IMAGENET_TEMPLATES)
 
     @property
     def class_names(self) -> tuple[str, ...]:
@@ -341,36 +322,17 @@ def load_segmentation(
         `FileNotFoundError`: a folder, list, image or mask is missing. `ValueError`: the data is not as described. The content of
         images and masks is checked when they are decoded.
     """
-    root, layout = Path(root), _LAYOUTS.get(name)
-    if name not in DATASETS:
+    if name not in _LAYOUTS:
         raise ValueError(f"Expected one of the data sets {list(DATASETS)}, but got {name!r}: choose one of them.")
-    split = split or ("val2017" if layout is None else layout.split)
-    if layout is None or (name == "coco_object" and _stuffthingmaps(root, split) is None):
-        dataset = _load_instances(name, root, split)
-    else:
-        dataset = _load_masks(name, root, split)
+    split = split or _LAYOUTS[name].split
+    dataset = SegmentationDataset(name, split, *_LAYOUTS[name].read(Path(root), split))
     if not len(dataset):
         raise ValueError(
-            f"{root}: expected at least one image for {name!r}, but got none in split {dataset.split!r}; complete the data."
+            f"{root}: expected at least one image for {name!r}, but got none in split {split!r}; complete the data."
         )
     if overrides is not None:
         _override(dataset, overrides)
     return dataset
-
-
-def _load_masks(name: str, root: Path, split: str | None) -> SegmentationDataset:
-    layout = _LAYOUTS[name]
-    images, masks = layout.files(root, split)
-    class_names, lists = layout.class_names, []
-    if name == "folder":
-        lists = [root / "classes.txt"]
-        class_names = _read_class_names(*lists)
-    table = np.full(256, _UNKNOWN, np.int16)
-    table[_VOID] = _VOID
-    table[list(layout.others)] = 0 if layout.background else _VOID
-    table[list(layout.values or range(1, len(class_names) + 1))] = range(1, len(class_names) + 1)
-    samples = [_IndexSample(image.stem, image, len(class_names), mask, table) for image, mask in zip(images, masks)]
-    return SegmentationDataset(name, split, class_names, samples, [*lists, *masks], layout.background)
 
 
 # ------------------------------------------------------------------------- files: images of a split, and a mask for each
@@ -431,107 +393,135 @@ def _images_and_masks(root: Path, split: str | None) -> tuple[list[Path], list[P
     )
     images = _find(root / "images", image_names, root)
     stems = [image.stem for image in images]
-    if len(set(stems)) < len(stems):
-        twice = next(stem for stem in stems if stems.count(stem) > 1)
+    if twice := [stem for stem, times in Counter(stems).items() if times > 1]:
         raise ValueError(
-            f"{root / 'images'}: expected one image for each mask, but got several {twice!r}; remove all but one."
+            f"{root / 'images'}: expected one image for each mask, but got several {twice[0]!r}; remove all but one."
         )
     return images, _find(root / "masks", [f"{stem}.png" for stem in stems], root / "images")
 
 
-class _Layout(NamedTuple):
+# -------------------------------------------------------------------------- class names, samples and annotations of a split
+
+_Content = tuple[Sequence[str], list[SegmentationSample], list[Path]]
+
+
+def _index_masks(
+    files: Callable[[Path, str | None], tuple[list[Path], list[Path]]],
+    class_names: Sequence[str],
+    root: Path,
+    split: str | None,
+    values: Sequence[int] | None = None,
+    background: Sequence[int] = (0,),
+    void: Sequence[int] = (),
+) -> _Content:
     """
-    A data set of index masks. Its images and masks are `files(root, split)`, and `split` is the default. The values of the classes in the
-    masks are `values`, by default 1..K; `others` are those of the background, which is void in some data sets. 255 is void if not
-    named; further values are errors.
+    Reads index masks: images and masks are `files(root, split)`. In the masks, `values` are the classes, by default 1..K, and
+    `background` and `void` are these, like 255 if it is not named. Further values are errors.
     """
-
-    files: Callable[[Path, str | None], tuple[list[Path], list[Path]]]
-    class_names: Sequence[str]
-    split: str | None
-    background: bool
-    values: Sequence[int] | None = None
-    others: Sequence[int] = (0,)
-
-
-_VOC_FILES = partial(_voc_files, "VOC2012", "SegmentationClass", "Segmentation")
-_CONTEXT_FILES = partial(_voc_files, "VOC2010", "SegmentationClassContext", "SegmentationContext")
-# Values of COCO's things, then of its stuff, in the stuffthingmaps: one less than the category ids, of which 11 are not used.
-_STUFF_VALUES = [value for value in range(182) if value not in (11, 25, 28, 29, 44, 65, 67, 68, 70, 82, 90)]
-# Label ids of Cityscapes' 19 classes.
-_CITYSCAPES_VALUES = (7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33)
-_LAYOUTS = {
-    "voc2012": _Layout(_VOC_FILES, VOC, "val", True),
-    "voc21": _Layout(_VOC_FILES, VOC, "val", True),
-    "voc20": _Layout(_VOC_FILES, VOC, "val", False),
-    "context60": _Layout(_CONTEXT_FILES, CONTEXT, "val", True),
-    "context59": _Layout(_CONTEXT_FILES, CONTEXT, "val", False),
-    # The background is all that is no thing, also unlabelled pixels, as in GroupViT's conversion.
-    "coco_object": _Layout(
-        _stuff_files, COCO_THINGS, "val2017", True, _STUFF_VALUES[:80], (*_STUFF_VALUES[80:], _VOID)
-    ),
-    "coco_stuff": _Layout(_stuff_files, COCO_STUFF, "val2017", False, _STUFF_VALUES, ()),
-    "ade20k": _Layout(_ade20k_files, ADE20K, "validation", False),
-    "cityscapes": _Layout(_cityscapes_files, CITYSCAPES, "val", False, _CITYSCAPES_VALUES, range(35)),
-    "camvid": _Layout(_images_and_masks, CAMVID, None, False, range(len(CAMVID)), (len(CAMVID),)),
-    "folder": _Layout(_images_and_masks, (), None, True),
-}
+    images, masks = files(root, split)
+    table = np.full(256, _UNKNOWN, np.int16)
+    table[[_VOID, *void]] = _VOID
+    table[list(background)] = 0
+    table[list(values or range(1, len(class_names) + 1))] = range(1, len(class_names) + 1)
+    samples = [_IndexSample(image.stem, image, len(class_names), mask, table) for image, mask in zip(images, masks)]
+    return class_names, samples, masks
 
 
-def _load_instances(name: str, root: Path, split: str) -> SegmentationDataset:
+def _folder(root: Path, split: str | None) -> _Content:
+    classes = root / "classes.txt"
+    class_names, samples, masks = _index_masks(_images_and_masks, _read_class_names(classes), root, split)
+    return class_names, samples, [classes, *masks]
+
+
+def _coco_object(root: Path, split: str) -> _Content:
+    """Reads stuffthingmaps, or else instances. The background is all that is no thing, also unlabelled, as in GroupViT's conversion."""
+    if _stuffthingmaps(root, split) is None:
+        return _instances(root, split)
+    background = (*_STUFF_VALUES[80:], _VOID)
+    return _index_masks(_stuff_files, COCO_THINGS, root, split, _STUFF_VALUES[:80], background)
+
+
+def _instances(root: Path, split: str) -> _Content:
     _pycocotools_mask()  # raises now if the package is missing
     path = _split_file(root / "annotations", "instances_{}.json", split)
     try:
         content = json.loads(_read_text(path))
-        categories = sorted(content["categories"], key=lambda category: category["id"])
-        class_names = [category["name"] for category in categories]
-        category_ids = [category["id"] for category in categories]
-        labels = {id_: label for label, id_ in enumerate(category_ids, start=1)}
-        images = sorted(content["images"], key=lambda image: image["id"])
-        image_ids = [image["id"] for image in images]
-        for what, values in (("image id", image_ids), ("category id", category_ids), ("category name", class_names)):
-            repeated = [value for value, times in Counter(values).items() if times > 1]
-            if repeated:
-                raise ValueError(f"the {what} {repeated[0]!r} more than once")
-        names = [image["file_name"] for image in images]
+        categories, images = (sorted(content[kind], key=itemgetter("id")) for kind in ("categories", "images"))
+        class_names, names = [item["name"] for item in categories], [item["file_name"] for item in images]
         sizes = [(image["height"], image["width"]) for image in images]
-        annotations = {id_: [] for id_ in image_ids}
-        for item in content["annotations"]:
-            if item["category_id"] not in labels or item["image_id"] not in annotations:
-                raise ValueError(
-                    f"annotation {item['id']} has the unlisted category {item['category_id']} or image {item['image_id']}"
-                )
-            kept = {"id": item["id"], "label": labels[item["category_id"]], "iscrowd": bool(item["iscrowd"])}
-            annotations[item["image_id"]].append(kept | {"segmentation": item["segmentation"]})
+        labels = {category["id"]: label for label, category in enumerate(categories, start=1)}
+        annotations = {image["id"]: [] for image in images}
+        if len({*labels.values(), *class_names}) < 2 * len(class_names) or len(annotations) < len(images):
+            raise ValueError("categories or images with the same id or name")
         if not all(isinstance(name, str) for name in class_names + names):
             raise ValueError("categories or images without a name")
+        for item in content["annotations"]:
+            kept = {"id": item["id"], "label": labels[item["category_id"]], "iscrowd": bool(item["iscrowd"])}
+            annotations[item["image_id"]].append(kept | {"segmentation": item["segmentation"]})
     except (KeyError, TypeError, ValueError, RecursionError) as error:
         raise ValueError(
             f"{path}: expected COCO instance annotations (categories, images, annotations), but got "
             f"{type(error).__name__}: {error}; download it again, or correct it."
         ) from error
-    image_paths = _find(root / split, names, path)
     samples = [
-        _COCOSample(image_path.stem, image_path, len(class_names), size, path, annotations[image["id"]])
-        for image_path, size, image in zip(image_paths, sizes, images)
+        _COCOSample(image.stem, image, len(class_names), size, path, annotations[id_])
+        for image, size, id_ in zip(_find(root / split, names, path), sizes, annotations)
     ]
-    return SegmentationDataset(name, split, class_names, samples, [path])
+    return class_names, samples, [path]
+
+
+class _Layout(NamedTuple):
+    """
+    A data set. Its content is `read(root, split)`, with the default `split`. The classes of `stuff` have no instances; None if the data
+    set does not tell. The data sets of ICLIP's paper, and folders, have its prompt; others have CLIP's, as papers on segmentation do.
+    """
+
+    read: Callable[[Path, str | None], _Content]
+    split: str | None
+    stuff: Sequence[str] | None = ()
+    background: bool = True
+    templates: tuple[str, ...] = IMAGENET_TEMPLATES
+
+
+_PHOTO = ("a photo of the {}",)
+_VOC = partial(_index_masks, partial(_voc_files, "VOC2012", "SegmentationClass", "Segmentation"), VOC)
+_CONTEXT = partial(
+    _index_masks, partial(_voc_files, "VOC2010", "SegmentationClassContext", "SegmentationContext"), CONTEXT
+)
+# Values of COCO's things, then of its stuff, in the stuffthingmaps: one less than the category ids, of which 11 are not used.
+_STUFF_VALUES = [value for value in range(182) if value not in (11, 25, 28, 29, 44, 65, 67, 68, 70, 82, 90)]
+_COCO_STUFF = partial(_index_masks, _stuff_files, COCO_STUFF, values=_STUFF_VALUES, background=())
+_ADE20K = partial(_index_masks, _ade20k_files, ADE20K, background=(), void=(0,))
+# Label ids of Cityscapes' 19 classes.
+_CITYSCAPES_VALUES = (7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33)
+_CITYSCAPES = partial(
+    _index_masks, _cityscapes_files, CITYSCAPES, values=_CITYSCAPES_VALUES, background=(), void=range(35)
+)
+_CAMVID = partial(_index_masks, _images_and_masks, CAMVID, values=range(11), background=(), void=(11,))
+_LAYOUTS = {
+    "voc2012": _Layout(_VOC, "val", templates=_PHOTO),
+    "coco2017": _Layout(_instances, "val2017", templates=_PHOTO),
+    "folder": _Layout(_folder, None, None, templates=_PHOTO),
+    "voc21": _Layout(_VOC, "val"),
+    "voc20": _Layout(partial(_VOC, background=(), void=(0,)), "val", background=False),
+    "context60": _Layout(_CONTEXT, "val", None),
+    "context59": _Layout(partial(_CONTEXT, background=(), void=(0,)), "val", None, background=False),
+    "coco_object": _Layout(_coco_object, "val2017"),
+    "coco_stuff": _Layout(_COCO_STUFF, "val2017", COCO_STUFF[len(COCO_THINGS) :], background=False),
+    "ade20k": _Layout(_ADE20K, "validation", ADE20K_STUFF, background=False),
+    "cityscapes": _Layout(_CITYSCAPES, "val", CITYSCAPES[: CITYSCAPES.index("person")], background=False),
+    "camvid": _Layout(_CAMVID, None, CAMVID_STUFF, background=False),
+}
 
 
 def _read_class_names(path: Path) -> list[str]:
     """Reads the names of the classes of a folder of masks."""
     class_names = [line.strip() for line in _read_text(path).rstrip().splitlines()]
-    blank = next((number for number, name in enumerate(class_names, 1) if not name), 0)
-    problems = {
-        f"{len(class_names)} of them": not 1 <= len(class_names) < _VOID,
-        f"no name in line {blank}": blank,
-        "a name twice": len(set(class_names)) < len(class_names),
-        "background, which is always id 0 and not listed": class_names[:1] == ["background"],
-    }
-    if problem := next((problem for problem, occurs in problems.items() if occurs), None):
+    valid = 1 <= len(set(class_names)) == len(class_names) < _VOID and all(class_names)
+    if not valid or class_names[0] == "background":
         raise ValueError(
-            f"{path}: expected 1 to {_VOID - 1} different class names, one in each line (line 1 names class id 1), "
-            f"but got {problem}; correct the list."
+            f"{path}: expected 1 to {_VOID - 1} different class names without the background, one in each line (line 1 names class "
+            f"id 1), but got {len(class_names)}: {reprlib.repr(class_names)}; correct the list."
         )
     return class_names
 
@@ -549,13 +539,8 @@ def _override(dataset: SegmentationDataset, overrides: str | os.PathLike | Mappi
 
     def texts(entry: str, given: object) -> tuple[str, ...]:
         several = (given,) if isinstance(given, str) else given
-        check(
-            isinstance(several, Sequence) and several,
-            f"{entry} to be text (quoted, in YAML) or a list of texts",
-            given,
-        )
-        for text in several:
-            check(isinstance(text, str) and text.strip(), f"{entry} to be text (quoted, in YAML)", text)
+        whole = isinstance(several, Sequence) and several and all(isinstance(t, str) and t.strip() for t in several)
+        check(whole, f"{entry} to be text (quoted, in YAML) or a list of texts", given)
         return tuple(several)
 
     for key in overrides:
@@ -572,13 +557,9 @@ def _override(dataset: SegmentationDataset, overrides: str | os.PathLike | Mappi
         check(times == 1, "'names' to keep the classes distinct", name)
 
     templates = overrides.get("templates", dataset.templates)
-    a_list = isinstance(templates, Sequence) and not isinstance(templates, str) and templates
-    check(a_list, "'templates' to be a list of at least one template", templates)
-    for template in templates:
-        whole = (
-            isinstance(template, str) and template.count("{}") == 1 and not set("{}") & set(template.replace("{}", ""))
-        )
-        check(whole, "each template to be text with one '{}' in the class name's place", template)
+    whole = isinstance(templates, Sequence) and templates
+    whole = whole and all(isinstance(template, str) and template.count("{}") == 1 for template in templates)
+    check(whole, "'templates' to be a list of texts, each with one '{}' in the class name's place", templates)
     dataset.synonyms, dataset.background_texts = tuple(synonyms), background
     dataset.templates = tuple(templates)
 

@@ -172,9 +172,8 @@ def test_spaces_after_the_separators(tmp_path):
         ('1.jpg,"a dog"\n2.jpg,"open', "4"),
     ],
 )
-@pytest.mark.parametrize("later", ["", '8.jpg,6"\n', '8.jpg,"9"\n'])
-def test_a_stray_quote_costs_one_row(tmp_path, caplog, stray, lines, later):
-    rows = f'image,caption\n0.jpg,"two\nlines"\n{stray}\n5.jpg,a cat\n6.jpg,"a ""red"" ball"\n{later}'
+def test_a_stray_quote_costs_one_row(tmp_path, caplog, stray, lines):
+    rows = f'image,caption\n0.jpg,"two\nlines"\n{stray}\n5.jpg,a cat\n6.jpg,"a ""red"" ball"\n'
     lines = str(int(lines) + 1)  # the header, and a row of two lines
     (tmp_path / "p.csv").write_text(rows)
     with caplog.at_level(logging.WARNING):
@@ -189,16 +188,7 @@ def test_a_stray_quote_costs_one_row(tmp_path, caplog, stray, lines, later):
     expected = {"0.jpg": ["two\nlines"], "5.jpg": ["a cat"], "6.jpg": ['a "red" ball'], None: 1}
     if "\n" in stray:
         expected["1.jpg"] = ["a dog"]
-    if later:
-        expected["8.jpg"] = [later.strip()[6:].strip('"') if later[6] == '"' else '6"']
     assert captions == expected
-
-
-def test_a_quote_that_is_closed_rows_later_costs_one_row(tmp_path, caplog):
-    (tmp_path / "p.csv").write_text('image,caption\n0.jpg,"open\nno row\n1.jpg,a cat\n2.jpg,6"\n3.jpg,a dog\n')
-    dataset = load_pairs(tmp_path / "p.csv")
-    assert "1 in all, of line 2\n" in caplog.text
-    assert [dataset.captions(row) for row in (2, 3, 4)] == [["a cat"], ['6"'], ["a dog"]]
 
 
 def test_a_caption_of_several_lines_is_no_stray_quote(tmp_path, caplog):

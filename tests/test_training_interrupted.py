@@ -164,7 +164,7 @@ def test_a_stream_interrupted_twice_in_a_row_goes_on_with_other_pairs(hub, tmp_p
     """Six steps: two, then one, then three. Each part is the beginning of the pass that its first step names."""
     source = {"train": str(hub / "pairs.tar")}
     opened = datasets.load_dataset("webdataset", data_files=source, split="train", streaming=True)
-    monkeypatch.setattr("iclip_hf.data.pairs._open_hub_dataset", lambda name, split: opened)
+    monkeypatch.setattr("iclip_hf.data.pairs.open_hub_dataset", lambda *name, **options: opened)
     prepare, forward, seen = TrainingStream.prepare, PairModel.forward, []
     steps = 0
 

@@ -23,8 +23,17 @@ from torch.utils.data import Dataset, IterableDataset
 from tqdm import tqdm
 
 from ..images import MAX_DOWNLOAD, load_image
-from ..utils.extras import require_extra
-from .sources import BAD_PAIR, USUAL_COLUMNS, Columns, RawPair, Source, held_out_rows, is_hub_id, open_sources
+from .sources import (
+    BAD_PAIR,
+    USUAL_COLUMNS,
+    Columns,
+    RawPair,
+    Source,
+    held_out_rows,
+    is_hub_id,
+    open_hub_dataset,
+    open_sources,
+)
 
 
 if TYPE_CHECKING:
@@ -317,7 +326,7 @@ def load_pairs(
     columns = Columns.named(image_column, caption_column)
     if isinstance(source, (str, os.PathLike)):
         if streaming and is_hub_id(os.fspath(source)):
-            rows = _open_hub_dataset(source, split)
+            rows = open_hub_dataset(source, split, streaming=True)
             return PairStream(rows, seed, max_bad_share, rank, world_size, columns, hub_id=os.fspath(source))
         source = [source]
     if not isinstance(source, Sequence):
@@ -406,15 +415,3 @@ def _image_bytes(stored: Mapping, hub_id: str | None) -> bytes:
     if len(content) > MAX_DOWNLOAD:  # a zip file of kilobytes may hold gigabytes
         raise ValueError(f"expected an image of at most {MAX_DOWNLOAD // 2**20} MiB, but got more in {path!r:.200}")
     return content
-
-
-def _open_hub_dataset(name: str, split: str) -> datasets.IterableDataset:
-    with require_extra("train"):
-        from datasets import load_dataset
-    try:
-        return load_dataset(name, split=split, streaming=True)
-    except Exception as error:  # of many types, from an unknown id to a missing network
-        raise FileNotFoundError(
-            f"{name}: expected a local path, or a Hub dataset with split {split!r}, but the first is not there and the "
-            f"second cannot be opened ({error}); check name, split and network."
-        ) from error

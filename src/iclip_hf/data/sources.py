@@ -22,7 +22,7 @@ from collections.abc import Hashable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
@@ -32,6 +32,9 @@ from ..utils.extras import require_extra
 from ..utils.files import cache_folder, keep_in_cache
 from ..utils.names import may_be_hub_id
 
+
+if TYPE_CHECKING:
+    import datasets
 
 logger = logging.getLogger(__name__)
 
@@ -256,23 +259,23 @@ class Table(_ByteRanges):
         self._kind, self._header = path.suffix.lower(), None
         with open(path, "rb") as file:
             delimiter = max(",;\t", key=file.readline().decode(errors="replace").count)
-        self._csv = partial(csv.reader, delimiter=delimiter, skipinitialspace=True, strict=True)
+        form = {"delimiter": delimiter, "skipinitialspace": True, "strict": True}
+        self._csv = partial(
+            csv.reader, **({"delimiter": "\t", "quoting": csv.QUOTE_NONE} if self._kind == ".tsv" else form)
+        )
         try:
             start, end = next(self._rows(), (0, 0))
             with open(path, "rb") as file:
                 first = self._values(file.read(end)[start:])
         except (ValueError, RecursionError, csv.Error) as error:
             raise ValueError(f"{path}: expected {self._kind} rows in UTF-8, but got: {error}; correct it.") from error
-        if self._kind != ".jsonl":
-            self._header = [name.strip() for name in first]
         if not end:
             raise ValueError(
                 f"{path}: expected a header line and a pair in each further line, but got an empty file; add pairs."
             )
+        if self._kind != ".jsonl":
+            self._header = [name.strip() for name in first]
         columns.check(path, sorted(self._header or first))
-        for name in columns.image + columns.caption:
-            if self._header is not None and self._header.count(name) > 1:
-                raise ValueError(f"{path}: expected different columns, but got {name!r} more than once; rename one.")
 
     def ranges(self) -> np.ndarray:
         ranges = array("q", (position for row in self._rows() for position in row))
@@ -295,27 +298,24 @@ class Table(_ByteRanges):
 
     def _rows(self) -> Iterator[tuple[int, int]]:
         """Yields the byte range (start, end) of each row that is not blank, including the header."""
-        start = number = 0  # `number`: of lines before the row
-        malformed = []
+        number, malformed = 0, []  # `number`: of lines before the row
         with open(self.path, "rb") as file:
             while True:
-                lines: list[bytes] = []  # of the row
-                text = _kept_lines(file, lines)
+                start = file.tell()
+                texts = (line.decode(errors="surrogateescape").rstrip("\r\n") for line in iter(file.readline, b""))
+                rows = self._csv(text + "\n" for text in texts)
                 try:
-                    row = next(self._csv(text) if self._kind == ".csv" else text, None)
-                    if len(lines) > 1 and self._swallows(row, lines):
-                        raise csv.Error("a stray quote")
+                    row = next(texts if self._kind == ".jsonl" else rows, None)
+                    number += max(rows.line_num, 1)
                 except csv.Error:
-                    malformed.append(number + 1)
-                    row = lines[:1]
-                    del lines[1:]
-                    file.seek(start + len(lines[0]))
+                    number += 1
+                    malformed.append(number)
+                    file.seek(start)
+                    row = file.readline()
                 if row is None:
                     break
-                end = start + sum(map(len, lines))
-                if row and row != "\n":
-                    yield start, end
-                start, number = end, number + len(lines)
+                if row:
+                    yield start, file.tell()
         if malformed:
             logger.warning(
                 "%s: a missing or stray quote makes bad pairs, %d in all, of line %s",
@@ -324,38 +324,14 @@ class Table(_ByteRanges):
                 ", ".join(map(str, malformed[:10])) + (", ..." if len(malformed) > 10 else ""),
             )
 
-    def _swallows(self, row: list[str], lines: list[bytes]) -> bool:
-        """Whether one of the lines that quotes join to a row is a row itself, with another image."""
-        if self._header is None:
-            return False
-        column = next(place for place, name in enumerate(self._header) if name in self.columns.image)
-        for line in lines[1:]:
-            try:
-                fields = self._values(line)
-            except (ValueError, csv.Error):
-                continue
-            whole = len(fields) == len(self._header)
-            if whole and fields[column].lower().endswith(IMAGE_SUFFIXES) and fields[column] not in row:
-                return True
-        return False
-
     def _values(self, block: bytes) -> list[str] | dict:
         text = block.decode("utf-8-sig")
-        if self._kind == ".jsonl":
-            row = json.loads(text) if text else {}
-            if not isinstance(row, dict):
-                raise ValueError(f"expected a JSON object, but got {type(row).__name__}")
-            return row
-        if self._kind == ".tsv":
-            return text.rstrip("\r\n").split("\t")
-        return next(self._csv(io.StringIO(text, newline="")), [])
-
-
-def _kept_lines(file: BinaryIO, lines: list[bytes]) -> Iterator[str]:
-    """Yields the lines of a file as text, and adds them to a list."""
-    for line in iter(file.readline, b""):
-        lines.append(line)
-        yield line.decode(errors="surrogateescape").rstrip("\r\n") + "\n"
+        if self._kind != ".jsonl":
+            return next(self._csv(io.StringIO(text, newline="")), [])
+        row = json.loads(text) if text else {}
+        if not isinstance(row, dict):
+            raise ValueError(f"expected a JSON object, but got {type(row).__name__}")
+        return row
 
 
 class ClassFolders(Source):
@@ -406,16 +382,18 @@ class ArrowRows(Source):
         super().__init__(path, columns)
         try:
             if hub:
-                rows = datasets.load_dataset(os.fspath(path), split=split)
+                rows = open_hub_dataset(os.fspath(path), split)
             elif path.is_dir():
                 rows = datasets.load_from_disk(path)
                 rows = rows[split] if isinstance(rows, datasets.DatasetDict) else rows
             else:
                 rows = datasets.Dataset.from_parquet(os.fspath(path))
-        except Exception as error:  # of many types, from an unknown id or split to damaged files
-            raise (FileNotFoundError if hub else ValueError)(
-                f"{path}: expected a {'local path or a Hub dataset' if hub else 'dataset'} with split {split!r}, but it cannot be opened "
-                f"({' '.join(str(error).split()):.300}); check name and split, or download it again."
+        except Exception as error:  # of many types, from an unknown split to damaged files
+            if hub:
+                raise
+            raise ValueError(
+                f"{path}: expected a dataset with split {split!r}, but it cannot be opened ({' '.join(str(error).split()):.300}); check "
+                "the split, or download it again."
             ) from error
         images = [name for name, feature in rows.features.items() if isinstance(feature, datasets.Image)]
         if columns.image == IMAGE_COLUMNS and images:
@@ -478,6 +456,19 @@ class ArrowRows(Source):
 def is_hub_id(source: str) -> bool:
     """Whether this names a Hub dataset, as `org/name`, see [`~iclip_hf.utils.names.may_be_hub_id`]."""
     return "/" in source and may_be_hub_id(source) and Path(source).suffix.lower() not in _KINDS
+
+
+def open_hub_dataset(name: str, split: str, **options) -> datasets.Dataset | datasets.IterableDataset:
+    """`datasets.load_dataset`, of which every error is a `FileNotFoundError`."""
+    with require_extra("train"):
+        from datasets import load_dataset
+    try:
+        return load_dataset(name, split=split, **options)
+    except Exception as error:  # of many types, from an unknown id to a missing network
+        raise FileNotFoundError(
+            f"{name}: expected a local path, or a Hub dataset with split {split!r}, but the first is not there and the "
+            f"second cannot be opened ({error}); check name, split and network."
+        ) from error
 
 
 def open_sources(

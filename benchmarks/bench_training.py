@@ -13,6 +13,7 @@ import statistics
 import tarfile
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -27,8 +28,9 @@ from iclip_hf import ICLIPConfig, ICLIPModel, ICLIPProcessor
 from iclip_hf.data.pairs import load_pairs
 from iclip_hf.models.loading import has_bfloat16
 from iclip_hf.models.towers import embedded_towers
-from iclip_hf.training.data import BatchLoader, TrainingPairs, WholeImage
-from iclip_hf.training.feature_cache import CachedPairs, CachedTexts, FeatureShards, cache_images, cache_texts
+from iclip_hf.training.data import BatchLoader
+from iclip_hf.training.datasets import TrainingPairs, whole_image
+from iclip_hf.training.feature_cache import CachedPairs, CachedTexts, FeatureShards, cache_pairs
 from iclip_hf.training.pair_model import PairModel
 from iclip_hf.training.schedule import parameter_groups
 
@@ -90,7 +92,7 @@ class OpenClipPairs(Dataset):
     """Pairs as open_clip's model takes them."""
 
     def __init__(self, folder: Path):
-        self.pairs, self.prepare = load_pairs(folder / "pairs.tar"), WholeImage(processor())
+        self.pairs, self.prepare = load_pairs(folder / "pairs.tar"), partial(whole_image, processor())
         self.tokenizer = open_clip.SimpleTokenizer()
 
     def __len__(self):
@@ -128,18 +130,13 @@ def processor() -> ICLIPProcessor:
 
 
 def plain_pairs(folder: Path) -> TrainingPairs:
-    return TrainingPairs(load_pairs(folder / "pairs.tar"), WholeImage(processor()), processor())
+    return TrainingPairs(load_pairs(folder / "pairs.tar"), partial(whole_image, processor()), processor())
 
 
 def cached_pairs(folder: Path, model: ICLIPModel, accelerator: Accelerator, lock_text: bool) -> CachedPairs:
     """From what is in the folder, or is put there now."""
     pairs = load_pairs(folder / "pairs.tar")
-    images = cache_images(folder, pairs, model.eval(), processor(), accelerator)
-    texts = {}
-    if lock_text:
-        captions = [caption for several in images.captions() for caption in several]
-        texts["texts"] = cache_texts(folder / "texts", captions, model, processor(), accelerator)
-    return CachedPairs(images, model.config, processor(), **texts)
+    return cache_pairs(folder, pairs, model.eval(), processor(), accelerator, lock_text=lock_text)
 
 
 # name, class, and what it is made with

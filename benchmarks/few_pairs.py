@@ -34,8 +34,9 @@ from iclip_hf.data.segmentation import load_segmentation
 from iclip_hf.evaluation.evaluate import evaluate
 from iclip_hf.modeling_iclip import ICLIPModel
 from iclip_hf.models.loading import load_iclip
-from iclip_hf.training.data import BatchLoader, WholeImage
-from iclip_hf.training.feature_cache import CachedPairs, cache_images, cache_texts
+from iclip_hf.training.data import BatchLoader
+from iclip_hf.training.datasets import whole_image
+from iclip_hf.training.feature_cache import CachedPairs, cache_pairs
 from iclip_hf.training.low_rank import add_low_rank, merge_low_rank
 from iclip_hf.training.pair_model import PairModel, image_features
 from iclip_hf.training.plan import RATE, STEPS
@@ -88,14 +89,13 @@ class Study:
         self.rank, self.blocks = options.text_lora_rank, options.unlocked_vision_blocks
         self.accelerator = Accelerator(cpu=True)
         self.start, self.processor = load_iclip("embedded")
-        pairs, transform = load_pairs(options.data_root / "flickr8k" / "dev-00000.tar"), WholeImage(self.processor)
-        features = cache_images(options.output, pairs, self.start, self.processor, self.accelerator)
-        captions = [caption for several in features.captions() for caption in several]
-        texts = cache_texts(options.output / "texts", captions, self.start, self.processor, self.accelerator)
-        self.pairs = CachedPairs(features, self.start.config, self.processor, texts=texts)
+        pairs = load_pairs(options.data_root / "flickr8k" / "dev-00000.tar")
+        models = (self.start, self.processor, self.accelerator)
+        self.pairs = cached = cache_pairs(options.output, pairs, *models, lock_text=True)
         if self.blocks:
-            images = {row: transform(pairs.read(row)["image"]) for row in self.pairs.rows}
-            self.pairs = PairsWithImages(images, features, self.start.config, self.processor, texts=texts)
+            images = {row: whole_image(self.processor, pairs.read(row)["image"]) for row in cached.rows}
+            parts = (cached.features, self.start.config, self.processor)
+            self.pairs = PairsWithImages(images, *parts, texts=cached.texts)
         self.maps = load_segmentation("coco2017", options.data_root / "coco100", "train2017")
         self.locked_blocks = remembered_blocks(copy.deepcopy(self.start.vision_model), self.blocks)
         self.start.encode_image = remembered(self.start.encode_image, {})

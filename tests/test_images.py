@@ -154,12 +154,6 @@ def test_animation_gives_its_first_frame(tmp_path, format):
     np.testing.assert_allclose(load_image(path).getpixel((5, 5)), (255, 0, 0), atol=3)
 
 
-@pytest.mark.parametrize("size", [(1, 1), (1, 2000), (2000, 1), (8000, 8000)])
-def test_extreme_sizes(size):
-    assert load_image(encoded(Image.new("L", size, 7))).getpixel((0, 0)) == (7, 7, 7)
-    assert load_image(encoded(Image.new("L", size))).size == size
-
-
 def test_given_image_is_not_changed():
     image = Image.fromarray(noise(3, 5, 4))
     exif = image.getexif()
@@ -208,23 +202,9 @@ def test_bands_meet_without_a_seam():
     )
 
 
-@pytest.mark.parametrize(
-    ("content", "problem"),
-    [
-        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "content is none of JPEG, PNG"),
-        (encoded(Image.fromarray(noise(60, 60)), "JPEG")[:2000], "truncated"),
-        (encoded(Image.new("F", (3, 3)), "TIFF"), "mode 'F'"),
-        (encoded(Image.new("I", (3, 3), 65536), "TIFF"), "values from 65536 to 65536"),
-    ],
-)
-def test_unreadable_files_are_named(tmp_path, content, problem):
-    path = tmp_path / "broken.jpg"
-    path.write_bytes(content)
-    with pytest.raises(ValueError, match=problem) as error:
-        load_image(path)
-    assert str(path) in str(error.value)
-    with pytest.raises(ValueError, match=r"^shard\.tar: key\.jpg: expected"):
-        load_image(content, name="shard.tar: key.jpg")
+def test_an_unreadable_image_has_the_name_that_is_given():
+    with pytest.raises(ValueError, match=r"^shard\.tar: key\.jpg: expected .* content is none of JPEG, PNG"):
+        load_image(b"text", name="shard.tar: key.jpg")
 
 
 def test_the_death_of_a_worker_is_no_damaged_image(photo, monkeypatch):

@@ -167,7 +167,7 @@ def test_modules_without_their_extra_say_its_name(files):
 def test_what_is_loaded_late_says_its_extra_too():
     doors = {
         ("accelerate", "train"): "import iclip_hf.training.run",
-        ("timm", "train"): "from iclip_hf.training.data import AugmentedImage as A; A(None)",
+        ("timm", "train"): "from iclip_hf.training.datasets import augmentation; augmentation(None)",
         ("peft", "lora"): "from iclip_hf.training.low_rank import add_low_rank as add; add(None, 8)",
         ("datasets", "train"): "from iclip_hf.data import load_pairs; load_pairs('org/name')",
         ("pycocotools", "eval"): "from iclip_hf.data import load_segmentation; load_segmentation('coco2017', '.')",

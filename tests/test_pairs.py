@@ -22,7 +22,7 @@ import pytest
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from iclip_hf.data import BadPairError, PairDataset, PairStream, load_pairs, load_segmentation, sources
+from iclip_hf.data import BadPairError, PairDataset, PairStream, load_pairs, sources
 from iclip_hf.data.pairs import DroppedConnectionError, _image_bytes
 
 
@@ -241,9 +241,9 @@ def test_images_outside_of_class_folders_are_counted_and_named(tmp_path, caplog)
     write_images(tmp_path, ["dog/1.jpg", "dog/puppies/2.jpg", "dog/puppies/old/3.jpg", "root.png", *added])
     (tmp_path / "cat").symlink_to(tmp_path / "dog", target_is_directory=True)  # as subsets of ImageNet are made
     assert keys(load_pairs(tmp_path)) == ["cat/1.jpg", "dog/1.jpg"]
-    assert "not 5 images elsewhere, such as" in caplog.text and "cat/puppies/2.jpg" in caplog.text
+    assert "not 3 images elsewhere, such as" in caplog.text and "dog/puppies/2.jpg" in caplog.text
     (tmp_path / "dog" / "1.jpg").unlink()
-    with pytest.raises(FileNotFoundError, match=r"a folder of images for each class, but got 5 images elsewhere"):
+    with pytest.raises(FileNotFoundError, match=r"a folder of images for each class, but got 3 images elsewhere"):
         load_pairs(tmp_path)
 
 
@@ -585,12 +585,9 @@ def test_shard_that_disappears_stops_the_run(tmp_path):
 
 
 def stream(folder, **options):
-    from datasets import load_dataset
-
     files = sorted(str(path) for path in folder.glob("*.tar"))
-    return PairStream(
-        load_dataset("webdataset", data_files={"train": files}, split="train", streaming=True), **options
-    )
+    rows = datasets.load_dataset("webdataset", data_files={"train": files}, split="train", streaming=True)
+    return PairStream(rows, **options)
 
 
 @pytest.mark.parametrize("shards", [1, 6])
@@ -719,7 +716,10 @@ def test_rows_of_the_hub_that_name_local_files_are_bad_pairs(tmp_path, monkeypat
         assert pairs.read(0)["captions"] == ["a"]
         with pytest.raises(BadPairError, match="expected an image of the data set itself, but got the path"):
             pairs.read(1)
-        assert pairs._sources[0].image_files(pairs._ranges) == [None, None]  # nor is it read for the fingerprint
+        assert pairs._pairs.sources[0].image_files(pairs._pairs.ranges) == [
+            None,
+            None,
+        ]  # nor is it read for the fingerprint
         monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
         own = tmp_path / "datasets--org--name" / "snapshots" / "1a2b" / "0.jpg"  # as `datasets` downloads it
         own.parent.mkdir(parents=True)
@@ -742,15 +742,7 @@ def test_stream_bears_json_whose_types_change(tmp_path, with_text):
     assert sorted(item["caption"] for item in stream(tmp_path)) == sorted(f"{kind} {i}" for i in range(20))
 
 
-def test_stream_stops_at_too_many_bad_pairs(tmp_path):
-    write_members(tmp_path / "0.tar", range(150), jpg=jpeg, txt=lambda i: "" if i % 5 else "a")
-    with pytest.raises(ValueError, match=r"at most 50\.00% bad pairs"):
-        list(stream(tmp_path, max_bad_share=0.5))
-
-
 def test_hub_ids_are_streamed(tmp_path, monkeypatch):
-    import datasets
-
     write_shards(tmp_path / "data", 3, shards=1)
     calls = []
 
@@ -782,10 +774,8 @@ def test_hub_ids_are_streamed(tmp_path, monkeypatch):
 
 
 def test_stream_needs_images(tmp_path):
-    from datasets import load_dataset
-
     (tmp_path / "a.csv").write_text("caption\na\n")
-    rows = load_dataset("csv", data_files=str(tmp_path / "a.csv"), split="train", streaming=True)
+    rows = datasets.load_dataset("csv", data_files=str(tmp_path / "a.csv"), split="train", streaming=True)
     with pytest.raises(ValueError, match="an image column, but got columns"):
         PairStream(rows)
 
@@ -797,15 +787,6 @@ def test_optional_packages_are_loaded_late():
     # Transformers itself imports accelerate where it is installed.
     code = "import sys, iclip_hf.data; print({'datasets', 'pycocotools', 'webdataset'} & set(sys.modules))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "set()"
-
-
-def test_missing_packages_are_named(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "datasets", None)
-    monkeypatch.setitem(sys.modules, "pycocotools", None)
-    with pytest.raises(ImportError, match=r"\[train\]'"):
-        load_pairs("org/name")
-    with pytest.raises(ImportError, match=r"\[eval\]'"):
-        load_segmentation("coco2017", tmp_path)
 
 
 # ---- real data ----

@@ -1,33 +1,19 @@
 """A run goes on with what it began with, wherever that lies, and with nothing else."""
 
-import csv
 import json
 import os
 import shutil
 from pathlib import Path
 
-import numpy as np
 import pytest
 from accelerate.state import AcceleratorState
-from conftest import WORDS, tiny_model
-from PIL import Image
+from conftest import tiny_model
 from test_identity import CONFIG, PROCESSOR, edit_json, edit_weights, swapped
+from training_runs import write_table
 
 from iclip_hf.training.checkpoints import checkpoints
 from iclip_hf.training.run import train
 from iclip_hf.training.settings import parse_settings
-
-
-def write_table(folder: Path, count: int, seed: int) -> None:
-    draws = np.random.default_rng(seed)
-    folder.mkdir()
-    with open(folder / "pairs.csv", "w", newline="") as file:
-        table = csv.writer(file)
-        table.writerow(["image", "caption"])
-        for number in range(count):
-            pixels = draws.integers(0, 256, (8, 8, 3), dtype=np.uint8)
-            Image.fromarray(pixels).save(folder / f"{number}.bmp")
-            table.writerow([f"{number}.bmp", f"{WORDS[4 + number % 9]} {WORDS[number % 4]}"])
 
 
 @pytest.fixture(scope="module")
@@ -43,8 +29,8 @@ def began(tmp_path_factory, tiny_processor) -> Path:
     model.config.save_pretrained(folder / "settings")
     tiny_processor.save_pretrained(folder / "settings")
     (folder / "settings" / "train.yaml").write_text("{image_size: 32, batch_size: 4, max_steps: 1, warmup_epochs: 0}")
-    write_table(folder / "pairs", 12, seed=0)
-    write_table(folder / "held_out", 4, seed=1)
+    write_table(folder / "pairs", 12, suffix="bmp")
+    write_table(folder / "held_out", 4, suffix="bmp", seed=1)
     (folder / "nouns.txt").write_text("dog\ncat\n")
     for start in ("towers", "model"):
         run(folder, start)

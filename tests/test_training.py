@@ -18,9 +18,7 @@ from iclip_hf import ICLIPModel, ICLIPProcessor
 from iclip_hf.data.pairs import load_pairs
 from iclip_hf.losses import contrastive_loss
 from iclip_hf.training import run as program
-from iclip_hf.training.data import (
-    GlobalBatches,
-)
+from iclip_hf.training.data import GlobalBatches
 from iclip_hf.training.pair_model import PairModel
 from iclip_hf.training.run import train
 from iclip_hf.training.settings import parse_settings, read_settings

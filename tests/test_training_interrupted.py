@@ -21,9 +21,7 @@ from training_runs import ROOT, assert_same_weights, gradients, run, tiny_nouns,
 from iclip_hf import ICLIPModel
 from iclip_hf.data.pairs import load_pairs
 from iclip_hf.training import run as program
-from iclip_hf.training.data import (
-    TrainingStream,
-)
+from iclip_hf.training.datasets import TrainingStream
 from iclip_hf.training.interrupts import Interrupts
 from iclip_hf.training.pair_model import PairModel
 from iclip_hf.utils.files import folder_lock

@@ -15,13 +15,8 @@ from torch.utils.data import IterableDataset
 from training_runs import accelerator
 
 from iclip_hf.data.pairs import DroppedConnectionError, load_pairs
-from iclip_hf.training.data import (
-    AugmentedImage,
-    BatchLoader,
-    GlobalBatches,
-    TrainingPairs,
-    seeded,
-)
+from iclip_hf.training.data import BatchLoader, GlobalBatches, seeded
+from iclip_hf.training.datasets import TrainingPairs, augmentation
 from iclip_hf.training.pair_model import PairModel
 from iclip_hf.training.schedule import cosine_schedule, parameter_groups
 
@@ -183,7 +178,7 @@ def test_seeded_leaves_the_other_random_numbers_alone():
 
 def test_augmentation_depends_on_seed_epoch_and_pair_alone(hub, tiny_processor):
     pairs = load_pairs(str(hub / "pairs.tar"))
-    dataset = TrainingPairs(pairs, AugmentedImage(tiny_processor), tiny_processor, seed=1)
+    dataset = TrainingPairs(pairs, augmentation(tiny_processor), tiny_processor, seed=1)
     first, other = dataset[3]["image"], dataset[4]["image"]
     assert first.shape == other.shape == (3, 32, 32) and not torch.equal(first, other)
     assert torch.equal(dataset[3]["image"], first)

@@ -1,10 +1,14 @@
 """What the tests of training share: runs on the towers and pairs of the fixture `hub`, and what they leave."""
 
+import csv
 from pathlib import Path
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from conftest import WORDS
+from PIL import Image
 from safetensors.torch import load_file
 
 from iclip_hf.training.pair_model import PairModel
@@ -19,6 +23,20 @@ def run(hub: Path, output_dir: Path, *arguments) -> dict:
     AcceleratorState._reset_state(reset_partial_state=True)
     command = ["--config", hub / "train.yaml", "--output_dir", output_dir, *arguments]
     return train(parse_settings([str(argument) for argument in command]))
+
+
+def write_table(folder: Path, count: int, captions=None, suffix: str = "png", seed: int = 0) -> Path:
+    """A table of pairs of noise images with random captions, if none are given."""
+    draws = np.random.default_rng(seed)
+    folder.mkdir(exist_ok=True)
+    with open(folder / "pairs.csv", "w", newline="") as file:
+        table = csv.writer(file)
+        table.writerow(["image", "caption"])
+        for number in range(count):
+            Image.fromarray(draws.integers(0, 256, (40, 36, 3), np.uint8)).save(folder / f"{number}.{suffix}")
+            caption = captions[number] if captions else " ".join(WORDS[word] for word in draws.integers(0, 12, 5))
+            table.writerow([f"{number}.{suffix}", caption])
+    return folder / "pairs.csv"
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:

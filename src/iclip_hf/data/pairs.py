@@ -8,7 +8,6 @@ ranges, and one array holds them, so any sampler can shuffle, split and resume e
 from __future__ import annotations
 
 import copy
-import hashlib
 import logging
 import os
 import random
@@ -17,19 +16,17 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
 from torch.utils.data import Dataset, IterableDataset
-from tqdm import tqdm
 
 from ..images import MAX_DOWNLOAD, load_image
 from .sources import (
     BAD_PAIR,
     USUAL_COLUMNS,
     Columns,
+    Pairs,
     RawPair,
     Source,
-    held_out_rows,
     is_hub_id,
     open_hub_dataset,
     open_sources,
@@ -79,22 +76,20 @@ class PairDataset(Dataset):
     """
 
     def __init__(self, sources: Sequence[Source], seed: int = 0, max_bad_share: float = 0.05):
-        ranges = [source.ranges() for source in tqdm(sources, desc="Indexing", unit="file", delay=2, leave=False)]
         self.seed, self.max_bad_share = seed, max_bad_share
-        self._sources = sources
-        self._select(np.concatenate([np.empty((0, 2), np.int64), *ranges]), np.cumsum([len(part) for part in ranges]))
+        self._select(Pairs(sources))
         if not len(self):
             raise ValueError(
                 f"Expected at least one pair, got none in {[str(source.path) for source in sources]}: name others."
             )
 
-    def _select(self, ranges: np.ndarray, ends: np.ndarray) -> None:
-        self._ranges, self._ends = ranges, ends  # `ends`: of each source's pairs
-        self._tally = _Tally(self.max_bad_share, len(ranges))
+    def _select(self, pairs: Pairs) -> PairDataset:
+        self._pairs, self._tally = pairs, _Tally(self.max_bad_share, len(pairs))
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # shared with persistent workers
+        return self
 
     def __len__(self) -> int:
-        return len(self._ranges)
+        return len(self._pairs)
 
     def __getitem__(self, index: int) -> dict:
         index, epoch, skipped = range(len(self))[index], int(self._epoch), 0
@@ -108,7 +103,7 @@ class PairDataset(Dataset):
         return {**pair, "caption": _draw(pair["captions"], self.seed, epoch, index), "skipped": skipped}
 
     def __repr__(self) -> str:
-        return f"PairDataset(pairs={len(self)}, sources={len(self._sources)})"
+        return f"PairDataset(pairs={len(self)}, sources={len(self._pairs.sources)})"
 
     def read(self, index: int) -> dict:
         """
@@ -146,16 +141,12 @@ class PairDataset(Dataset):
 
     def split(self, share: float) -> tuple[PairDataset, PairDataset]:
         """
-        Splits off a part of the pairs, which is always the same, see [`~iclip_hf.data.sources.held_out_rows`].
+        Splits off a part of the pairs, which is always the same, see [`~iclip_hf.data.sources.Pairs.split`].
 
         Returns:
             `tuple`: the other pairs, and the part.
         """
-        inside = held_out_rows(self._sources, self._ranges_of_sources(), share)
-        parts = copy.copy(self), copy.copy(self)
-        for part, rows in zip(parts, (np.flatnonzero(~inside), np.flatnonzero(inside))):
-            part._select(self._ranges[rows], np.searchsorted(rows, self._ends))
-        return parts
+        return tuple(copy.copy(self)._select(part) for part in self._pairs.split(share))
 
     def set_epoch(self, epoch: int) -> None:
         """Sets the epoch, on which the draws depend."""
@@ -166,13 +157,7 @@ class PairDataset(Dataset):
         Computes a digest, 16 hex digits, over the positions of the pairs, the content of shards, tables and the images that tables name,
         and the names of the columns. The first call reads all files; later calls, also in other processes, only after a change.
         """
-        digest = hashlib.sha256(self._ranges.tobytes())
-        for source, ranges in zip(self._sources, self._ranges_of_sources()):
-            digest.update(f"{source.fingerprint(ranges)}{[*source.columns]}".encode())
-        return digest.hexdigest()[:16]
-
-    def _ranges_of_sources(self) -> list[np.ndarray]:
-        return np.split(self._ranges, self._ends[:-1])
+        return self._pairs.fingerprint()
 
     def _replacement(self, draws: random.Random) -> tuple[int, dict]:
         """Draws a good pair from all pairs. Taking the next good pair would repeat the one after a damaged shard."""
@@ -186,12 +171,12 @@ class PairDataset(Dataset):
 
     def _parse(self, index: int, need_captions: bool = True) -> tuple[RawPair, list[str]]:
         index = range(len(self))[index]
-        source = self._sources[np.searchsorted(self._ends, index, side="right")]
-        start, end = self._ranges[index].tolist()
+        source, _ = self._pairs.place(index)
         try:
-            pair = source.read(start, end)
+            pair = self._pairs.read(index)
             return pair, source.columns.captions(pair.row) if need_captions else []
         except BAD_PAIR as error:
+            start, end = self._pairs.ranges[index]
             raise BadPairError(
                 f"{source.path}, {source.unit} {start} to {end}: expected an image and a caption, but got: {error}; correct it."
             ) from error

@@ -20,11 +20,13 @@ import tarfile
 from array import array
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from contextlib import suppress
+from copy import copy
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
+from tqdm import tqdm
 
 from ..images import IMAGE_SUFFIXES
 from ..utils.digests import content_digest, file_state
@@ -344,12 +346,11 @@ class ClassFolders(Source):
 
     def __init__(self, path: Path):
         super().__init__(path)
-        self._images, elsewhere = [], _images_in(path, os.listdir(path))
-        for label in sorted(entry for entry in path.iterdir() if entry.is_dir() and not is_hidden(entry.name)):
-            for folder, folders, files in os.walk(label):
-                folders[:] = [name for name in folders if not is_hidden(name)]
-                (self._images if Path(folder) == label else elsewhere).extend(_images_in(Path(folder), files))
-        self._images.sort()
+        images = {
+            file for pattern in ("*/*", "**/*") for file in path.glob(pattern) if _is_image(file.relative_to(path))
+        }
+        self._images = sorted(file for file in images if file.parent.parent == path)
+        elsewhere = images.difference(self._images)
         self.length = len(self._images)
         left_out = f"{len(elsewhere)} images elsewhere, such as {min(elsewhere)}" if elsewhere else "none"
         if not self._images:
@@ -486,31 +487,69 @@ def open_sources(
     return opened
 
 
-def held_out_rows(sources: Sequence[Source], ranges: Sequence[np.ndarray], share: float) -> np.ndarray:
-    """
-    Draws a part of the pairs of sources, which is always the same. Pairs of one image stay together. `share`, in (0, 1), is that of the
-    images, rounded up.
+class Pairs:
+    """All pairs of some sources, by number. `ranges` (N, 2) are those of the pairs in their source."""
 
-    Returns:
-        `np.ndarray` of shape `(N,)`: whether each pair is in the part.
+    def __init__(self, sources: Sequence[Source]):
+        self.sources = sources
+        parts = [source.ranges() for source in tqdm(sources, desc="Indexing", unit="file", delay=2, leave=False)]
+        self._select(np.concatenate([np.empty((0, 2), np.int64), *parts]), np.cumsum([len(part) for part in parts]))
 
-    Raises:
-        `ValueError`: the part or the rest would be empty.
-    """
-    groups = [
-        (number, start) if file is None else _same_file(file)
-        for number, (source, part) in enumerate(zip(sources, ranges))
-        for start, file in zip(part[:, 0].tolist(), source.image_files(part))
-    ]
-    distinct = list(dict.fromkeys(groups))  # in the order of the pairs, so that the place of the files does not count
-    count = math.ceil(share * len(distinct))
-    if not 0 < count < len(distinct):
-        raise ValueError(
-            f"Expected a share that splits {len(distinct)} images in two, got {share}: change it, or add pairs."
-        )
-    order = np.random.default_rng(0).permutation(len(distinct))
-    drawn = {distinct[place] for place in order[:count]}
-    return np.array([group in drawn for group in groups])
+    def _select(self, ranges: np.ndarray, ends: np.ndarray) -> Pairs:
+        self.ranges, self._ends = ranges, ends  # `ends`: of each source's pairs
+        return self
+
+    def __len__(self) -> int:
+        return len(self.ranges)
+
+    def place(self, index: int) -> tuple[Source, int]:
+        """Returns the source of a pair, and its number there."""
+        which = int(np.searchsorted(self._ends, index, side="right"))
+        return self.sources[which], index - int(self._ends[which - 1] if which else 0)
+
+    def read(self, index: int) -> RawPair:
+        """Returns a pair. Raises like [`Source.read`]."""
+        return self.place(index)[0].read(*self.ranges[index].tolist())
+
+    def _by_source(self) -> list[tuple[Source, np.ndarray]]:
+        return list(zip(self.sources, np.split(self.ranges, self._ends[:-1])))
+
+    def split(self, share: float) -> tuple[Pairs, Pairs]:
+        """
+        Splits off a part of the pairs, which is always the same. Pairs of one image stay together. `share`, in (0, 1), is that of the
+        images, rounded up.
+
+        Returns:
+            `tuple`: the other pairs, and the part.
+
+        Raises:
+            `ValueError`: one of them would be empty.
+        """
+        groups = [
+            (number, start) if file is None else _same_file(file)
+            for number, (source, part) in enumerate(self._by_source())
+            for start, file in zip(part[:, 0].tolist(), source.image_files(part))
+        ]
+        distinct = list(
+            dict.fromkeys(groups)
+        )  # in the order of the pairs, so that the place of the files does not count
+        count = math.ceil(share * len(distinct))
+        if not 0 < count < len(distinct):
+            raise ValueError(
+                f"Expected a share that splits {len(distinct)} images in two, got {share}: change it, or add pairs."
+            )
+        order = np.random.default_rng(0).permutation(len(distinct))
+        drawn = {distinct[place] for place in order[:count]}
+        inside = np.array([group in drawn for group in groups])
+        rows = np.flatnonzero(~inside), np.flatnonzero(inside)
+        return tuple(copy(self)._select(self.ranges[part], np.searchsorted(part, self._ends)) for part in rows)
+
+    def fingerprint(self) -> str:
+        """See [`~iclip_hf.data.pairs.PairDataset.fingerprint`]."""
+        digest = hashlib.sha256(self.ranges.tobytes())
+        for source, ranges in self._by_source():
+            digest.update(f"{source.fingerprint(ranges)}{[*source.columns]}".encode())
+        return digest.hexdigest()[:16]
 
 
 def _same_file(file: Path) -> Hashable:
@@ -553,8 +592,8 @@ def _local_files(source: str) -> list[Path]:
     return [Path(file) for file in files]
 
 
-def _images_in(folder: Path, names: Sequence[str]) -> list[Path]:
-    return [folder / name for name in names if name.lower().endswith(IMAGE_SUFFIXES) and not is_hidden(name)]
+def _is_image(path: Path) -> bool:
+    return path.suffix.lower() in IMAGE_SUFFIXES and not any(map(is_hidden, path.parts))
 
 
 def is_hidden(name: str) -> bool:

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import os
-from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
 
-from ..data.sources import BAD_PAIR, Columns, Source, TarShard, is_hub_id, open_sources
+from ..data.sources import BAD_PAIR, Columns, Pairs, Source, TarShard, is_hub_id, open_sources
 from ..utils.extras import not_installed
 from ..utils.files import check_own_folder
 from ..utils.names import check_model_name
@@ -36,7 +34,8 @@ def check_run(settings: Settings) -> None:
         )
     check_output_dir(folder, settings.resume)
     if settings.model:
-        check_model(settings.model)
+        if settings.model != "embedded":
+            check_model_name(settings.model)
     elif not Path(settings.config).with_name("config.json").is_file():
         raise FileNotFoundError(
             f"{settings.config}: expected the model's config.json and processor_config.json beside it, but got none; copy its "
@@ -51,7 +50,7 @@ def check_run(settings: Settings) -> None:
     sources = _open_local(settings, "data")
     # A Hub dataset is opened with its download, and the index of a shard may take minutes.
     if not any(map(is_hub_id, settings.data)) and not any(isinstance(source, TarShard) for source in sources):
-        check_pairs(sources, settings.max_bad_share)
+        check_pairs(Pairs(sources), settings.max_bad_share)
     _open_local(settings, "validation_data")
 
 
@@ -111,51 +110,30 @@ def check_packages(settings: Settings) -> None:
         )
 
 
-def check_model(model: str) -> None:
-    """Raises an error if a local folder is no ICLIP model. A Hub id is checked when it is loaded."""
-    if model == "embedded" or not Path(check_model_name(model)).exists():
-        return
-    try:
-        kind = json.loads(Path(model, "config.json").read_text(encoding="utf-8")).get("model_type")
-    except FileNotFoundError:
-        raise FileNotFoundError(
-            f"{model}: expected the folder of a model, but it has no config.json; name another."
-        ) from None
-    except (OSError, ValueError, AttributeError, RecursionError) as error:
-        raise ValueError(f"{model}: expected a model's config.json, but got: {error}; download it again.") from error
-    if kind != "iclip":
-        raise ValueError(
-            f"{model}: expected an ICLIP model, but got one of type {kind}; name another, or join its towers by `iclip init` first."
-        )
-
-
-def check_pairs(sources: Sequence[Source], max_bad_share: float) -> int:
+def check_pairs(pairs: Pairs, max_bad_share: float) -> None:
     """
-    Reads some of the pairs, and returns the number of all.
+    Reads some of the pairs.
 
     Raises:
         `ValueError`: there are fewer than two pairs, their captions do not differ, or too many of them cannot be used.
     """
-    ranges = [source.ranges() for source in sources]
-    ends = np.cumsum([len(part) for part in ranges])
-    count, where = int(ends[-1]), sources[0].path
+    count, where = len(pairs), pairs.sources[0].path
     if count < 2:
         raise ValueError(
             f"{where}: expected at least 2 pairs, because training contrasts them, but got {count}; add more."
         )
-    looked_at = np.unique(np.linspace(0, count - 1, min(count, _LOOKED_AT)).astype(int))
+    looked_at = np.unique(np.linspace(0, count - 1, min(count, _LOOKED_AT)).astype(int)).tolist()
     texts, bad = set(), []
     for index in looked_at:
-        which = int(np.searchsorted(ends, index, side="right"))
-        source, row = sources[which], index - ends[which] + len(ranges[which])
+        source, number = pairs.place(index)
         try:
-            pair = source.read(*ranges[which][row].tolist())
+            pair = pairs.read(index)
             if isinstance(pair.image, Path) and not pair.image.is_file():
                 beside = "" if os.path.isabs(pair.key) else " (paths are relative to the folder of the table)"
                 raise ValueError(f"there is no image {pair.image.absolute()}{beside}")
             texts.update(source.columns.captions(pair.row))
         except BAD_PAIR as error:
-            bad.append(f"pair {row + 1} of {source.path.name}: {error}")
+            bad.append(f"pair {number + 1} of {source.path.name}: {error}")
     if len(bad) > max_bad_share * len(looked_at):
         raise ValueError(
             f"{where}: expected an image and a caption in each pair, but {len(bad)} of the {len(looked_at)} looked at cannot be "
@@ -165,4 +143,3 @@ def check_pairs(sources: Sequence[Source], max_bad_share: float) -> int:
         raise ValueError(
             f"{where}: expected captions that differ, but all are {texts.pop()!r:.100}; describe what each image shows."
         )
-    return count

@@ -1,4 +1,4 @@
-"""Training data: augmentation, batches, and random numbers that depend only on a key."""
+"""Training data: batches and their order, and random numbers that depend only on a key."""
 
 from __future__ import annotations
 
@@ -8,18 +8,16 @@ import logging
 import random
 import signal
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
 
-from ..data.pairs import DroppedConnectionError, PairDataset, PairStream
-from ..processing_iclip import ICLIPProcessor
+from ..data.pairs import DroppedConnectionError
 from ..utils.extras import require_extra
 from .interrupts import ignore_signals
-from .nouns import NounPrompts
 
 
 with require_extra("train"):
@@ -51,110 +49,6 @@ def seeded(*key) -> Iterator[None]:
         random.setstate(states[0])
         np.random.set_state(states[1])
         torch.set_rng_state(states[2])
-
-
-class WholeImage:
-    """Converts a PIL image to `pixel_values` (3, H, W) with the processor, as for evaluation."""
-
-    def __init__(self, processor: ICLIPProcessor):
-        self.processor = processor
-
-    def __call__(self, image) -> torch.Tensor:
-        return self.processor(images=image)["pixel_values"][0]
-
-
-class AugmentedImage:
-    """
-    Converts a PIL image to `pixel_values` (3, H, W) of the processor's size, cropped and augmented by timm's transforms. The options are
-    those of [`~settings.Settings`]; their defaults are DeiT's recipe.
-    """
-
-    def __init__(
-        self,
-        processor: ICLIPProcessor,
-        crop_scale: float = 0.08,
-        auto_augment: str = "rand-m9-mstd0.5-inc1",
-        random_erasing: float = 0.25,
-    ):
-        with require_extra("train"):
-            from timm.data import create_transform
-
-        image_processor = processor.image_processor
-        self.transform = create_transform(
-            is_training=True,
-            input_size=(3, image_processor.size["height"], image_processor.size["width"]),
-            scale=(crop_scale, 1.0),
-            auto_augment=auto_augment or None,
-            color_jitter=None,  # DeiT's is off where its RandAugment is on
-            interpolation="bicubic",
-            re_prob=random_erasing,
-            re_mode="pixel",
-            mean=tuple(image_processor.image_mean),
-            std=tuple(image_processor.image_std),
-        )
-
-    def __call__(self, image) -> torch.Tensor:
-        return self.transform(image)
-
-
-class _Preparation:
-    """Converts pairs to tensors. Random numbers depend only on (seed, epoch, pair), so a resumed run draws the same."""
-
-    def __init__(
-        self,
-        pairs: PairDataset | PairStream,
-        transform: Callable,
-        processor: ICLIPProcessor,
-        seed: int = 0,
-        nouns: NounPrompts | None = None,
-    ):
-        self.pairs, self.transform, self.processor, self.seed, self.nouns = pairs, transform, processor, seed, nouns
-        self.epoch = 0
-
-    def set_epoch(self, epoch: int) -> None:
-        self.epoch = epoch
-        self.pairs.set_epoch(epoch)
-
-    def prepare(self, pair: dict, key: int | str) -> dict:
-        with seeded(self.seed, self.epoch, key):
-            return {**pair, "image": self.transform(pair["image"])}
-
-    def collate(self, items: Sequence[dict]) -> dict:
-        """
-        Collates B items to `pixel_values` (B, 3, H, W), the tokenizer's tensors (B, L), and the number of skipped pairs. Noun
-        prompts follow the captions in the tokenizer's tensors.
-        """
-        captions = [item["caption"] for item in items]
-        prompts, nouns = [], {}
-        if self.nouns:
-            prompts, nouns = self.nouns.draw([item["captions"] for item in items], self.epoch)
-        return {
-            "pixel_values": torch.stack([item["image"] for item in items]),
-            **self.processor(text=captions + prompts),
-            **nouns,
-            "skipped": sum(item["skipped"] for item in items),
-        }
-
-
-class TrainingPairs(_Preparation, Dataset):
-    """Pairs of a [`PairDataset`] as tensors."""
-
-    def __len__(self) -> int:
-        return len(self.pairs)
-
-    def __getitem__(self, index: int) -> dict:
-        return self.prepare(self.pairs[index], index)
-
-    def drawn_captions(self) -> list[str]:
-        """Returns the caption of each pair in this epoch."""
-        return [self.pairs.caption(index) for index in range(len(self))]
-
-
-class TrainingStream(_Preparation, IterableDataset):
-    """Pairs of a [`PairStream`] as tensors."""
-
-    def __iter__(self) -> Iterator[dict]:
-        return (self.prepare(pair, pair["key"]) for pair in self.pairs)
 
 
 class GlobalBatches(Sampler):

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from torch.utils.data import Dataset
+import torch
+from PIL import Image
+from torch.utils.data import Dataset, IterableDataset
 
 from ..data.pairs import PairDataset, PairStream, load_pairs
 from ..modeling_iclip import ICLIPModel
 from ..processing_iclip import ICLIPProcessor
-from .data import AugmentedImage, TrainingPairs, TrainingStream, WholeImage
-from .feature_cache import CachedPairs, cache_images, cache_texts
+from ..utils.extras import require_extra
+from .data import seeded
+from .feature_cache import cache_pairs
 from .nouns import NounPrompts
 from .pair_model import set_token_mean
 from .settings import Settings
@@ -20,6 +25,97 @@ from .settings import Settings
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
+
+
+def whole_image(processor: ICLIPProcessor, image: Image.Image) -> torch.Tensor:
+    """Converts an image to `pixel_values` (3, H, W) with the processor, as for evaluation."""
+    return processor(images=image)["pixel_values"][0]
+
+
+def augmentation(
+    processor: ICLIPProcessor,
+    crop_scale: float = 0.08,
+    auto_augment: str = "rand-m9-mstd0.5-inc1",
+    random_erasing: float = 0.25,
+) -> Callable[[Image.Image], torch.Tensor]:
+    """
+    Returns the conversion of an image to `pixel_values` (3, H, W) of the processor's size, cropped and augmented by timm's transforms.
+    The options are those of [`~settings.Settings`]; their defaults are DeiT's recipe.
+    """
+    with require_extra("train"):
+        from timm.data import create_transform
+
+    image_processor = processor.image_processor
+    return create_transform(
+        is_training=True,
+        input_size=(3, image_processor.size["height"], image_processor.size["width"]),
+        scale=(crop_scale, 1.0),
+        auto_augment=auto_augment or None,
+        color_jitter=None,  # DeiT's is off where its RandAugment is on
+        interpolation="bicubic",
+        re_prob=random_erasing,
+        re_mode="pixel",
+        mean=tuple(image_processor.image_mean),
+        std=tuple(image_processor.image_std),
+    )
+
+
+class TrainingPairs(Dataset):
+    """
+    Pairs of a [`PairDataset`] as tensors; the images by `transform`. Random numbers depend only on (seed, epoch, pair), so a resumed
+    run draws the same.
+    """
+
+    def __init__(
+        self,
+        pairs: PairDataset | PairStream,
+        transform: Callable,
+        processor: ICLIPProcessor,
+        seed: int = 0,
+        nouns: NounPrompts | None = None,
+    ):
+        self.pairs, self.transform, self.processor, self.seed, self.nouns = pairs, transform, processor, seed, nouns
+        self.epoch = 0
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def __getitem__(self, index: int) -> dict:
+        return self.prepare(self.pairs[index], index)
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+        self.pairs.set_epoch(epoch)
+
+    def drawn_captions(self) -> list[str]:
+        """Returns the caption of each pair in this epoch."""
+        return [self.pairs.caption(index) for index in range(len(self))]
+
+    def prepare(self, pair: dict, key: int | str) -> dict:
+        with seeded(self.seed, self.epoch, key):
+            return {**pair, "image": self.transform(pair["image"])}
+
+    def collate(self, items: Sequence[dict]) -> dict:
+        """
+        Collates B items to `pixel_values` (B, 3, H, W), the tokenizer's tensors (B, L), and the number of skipped pairs. Noun
+        prompts follow the captions in the tokenizer's tensors.
+        """
+        prompts, nouns = [], {}
+        if self.nouns:
+            prompts, nouns = self.nouns.draw([item["captions"] for item in items], self.epoch)
+        return {
+            "pixel_values": torch.stack([item["image"] for item in items]),
+            **self.processor(text=[item["caption"] for item in items] + prompts),
+            **nouns,
+            "skipped": sum(item["skipped"] for item in items),
+        }
+
+
+class TrainingStream(TrainingPairs, IterableDataset):
+    """Pairs of a [`PairStream`] as tensors."""
+
+    def __iter__(self) -> Iterator[dict]:
+        return (self.prepare(pair, pair["key"]) for pair in self.pairs)
 
 
 def open_pairs(settings: Settings, accelerator: Accelerator) -> tuple[PairDataset | PairStream, PairDataset | None]:
@@ -60,40 +156,35 @@ def load_datasets(
     Raises:
         `ValueError`: `cache_features` with an image tower that learns or with a stream, or too many pairs are bad.
     """
-    whole = WholeImage(processor)
-
-    def cached(pairs, part: str, nouns: NounPrompts | None = None) -> CachedPairs:
-        if not model.config.lock_vision or isinstance(pairs, PairStream):
-            given = "a stream" if model.config.lock_vision else "an image tower that learns"
-            raise ValueError(
-                f"Expected a locked image tower and local pairs for cache_features, got {given}: leave it out."
-            )
-        folder = Path(settings.cache_features, part)
-        options = {"num_workers": settings.num_workers, "max_bad_share": settings.max_bad_share}
-        options |= {"map_tokens": settings.map_tokens, "title": part.capitalize(), "earlier_mean": earlier_mean}
-        images = cache_images(folder, pairs, model, processor, accelerator, **options)
-        texts = {}
-        if settings.lock_text:
-            texts["texts"] = itertools.chain.from_iterable(images.captions())
-            if nouns is not None:
-                texts["prompts"] = nouns.all_prompts()
-        texts = {
-            name: cache_texts(folder / name, given, model, processor, accelerator, f"{part.capitalize()} {name}")
-            for name, given in texts.items()
-        }
-        return CachedPairs(images, model.config, processor, settings.seed, nouns, **texts)
-
+    streamed = isinstance(pairs, PairStream)
+    if settings.cache_features and (streamed or not model.config.lock_vision):
+        given = "a stream" if model.config.lock_vision else "an image tower that learns"
+        raise ValueError(
+            f"Expected a locked image tower and local pairs for cache_features, got {given}: leave it out."
+        )
     model.to(accelerator.device).eval()
-    if isinstance(pairs, PairStream):
-        some = (pair["image"] for pair in itertools.islice(pairs, 256))
-    else:
-        some = (pairs[index]["image"] for index in range(0, len(pairs), max(1, len(pairs) // 256)))
+    some = (
+        itertools.islice(pairs, 256)
+        if streamed
+        else map(pairs.__getitem__, range(0, len(pairs), max(1, len(pairs) // 256)))
+    )
     # Of an earlier training; otherwise it depends on the tower and the images, as the features do, and is rounded anew by each run.
     earlier_mean = model.token_mean.tolist() if model.config.center_tokens and model.token_mean.any() else None
-    set_token_mean(model, map(whole, some))
+    set_token_mean(model, (whole_image(processor, pair["image"]) for pair in some))
     if settings.cache_features:
-        return cached(pairs, "training", nouns), held_out and cached(held_out, "validation")
-    prepared = TrainingStream if isinstance(pairs, PairStream) else TrainingPairs
-    augmented = AugmentedImage(processor, settings.crop_scale, settings.auto_augment, settings.random_erasing)
+        options = {"lock_text": settings.lock_text, "seed": settings.seed, "num_workers": settings.num_workers}
+        options |= {"max_bad_share": settings.max_bad_share, "map_tokens": settings.map_tokens}
+        cached = partial(
+            cache_pairs,
+            model=model,
+            processor=processor,
+            accelerator=accelerator,
+            earlier_mean=earlier_mean,
+            **options,
+        )
+        training = cached(Path(settings.cache_features, "training"), pairs, nouns=nouns)
+        return training, held_out and cached(Path(settings.cache_features, "validation"), held_out)
+    prepared = TrainingStream if streamed else TrainingPairs
+    augmented = augmentation(processor, settings.crop_scale, settings.auto_augment, settings.random_erasing)
     training = prepared(pairs, augmented, processor, settings.seed, nouns)
-    return training, held_out and TrainingPairs(held_out, whole, processor, settings.seed)
+    return training, held_out and TrainingPairs(held_out, partial(whole_image, processor), processor, settings.seed)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 import math
@@ -24,7 +25,6 @@ from ..pooling import normalize_attention, pool
 from ..processing_iclip import ICLIPProcessor
 from ..utils.distributed import agreed, partner_errors, shared_folder_lock
 from ..utils.files import atomic_write, writing_errors
-from .data import WholeImage
 from .interrupts import ignore_signals
 from .nouns import NounPrompts
 from .pair_model import map_features
@@ -165,7 +165,6 @@ def cache_images(
     batch_size: int = 64,
     num_workers: int = 0,
     max_bad_share: float = 0.05,
-    title: str = "Training",
 ) -> FeatureShards:
     """
     Computes [`image_rows`] and captions of each pair, unless the folder holds them already. Pairs with a broken image or no caption have
@@ -198,8 +197,7 @@ def cache_images(
         "image_processor": json.loads(processor.image_processor.to_json_string()),
     }
     shards = FeatureShards(folder / "images" / digest(fingerprint), len(pairs))
-    reader = _PairReader(pairs, WholeImage(processor))
-    _fill(shards, reader, encode, accelerator, batch_size, num_workers, f"{title} images")
+    _fill(shards, _PairReader(pairs, processor), encode, accelerator, batch_size, num_workers)
     bad = sum(not captions for captions in shards.captions())
     if bad > max_bad_share * len(pairs):
         raise ValueError(
@@ -226,7 +224,6 @@ def cache_texts(
     model: ICLIPModel,
     processor: ICLIPProcessor,
     accelerator: Accelerator,
-    title: str = "Texts",
 ) -> CachedTexts:
     """Computes the text tower's feature of each distinct text, unless they are cached already."""
     texts = sorted(set(texts), key=lambda text: (len(text), text))  # batches of similar length need little padding
@@ -245,7 +242,7 @@ def cache_texts(
     def encode(batch: list[str]) -> tuple[torch.Tensor, None]:
         return model.encode_text(**processor(text=batch).to(accelerator.device))[0], None
 
-    _fill(shards, texts, encode, accelerator, batch_size=256, num_workers=0, title=title)
+    _fill(shards, texts, encode, accelerator, batch_size=256, num_workers=0)
     return CachedTexts(texts, shards)
 
 
@@ -307,11 +304,36 @@ class CachedPairs(Dataset):
         return {"image_features": batch["image_features"], **texts, **nouns, "skipped": 0}
 
 
+def cache_pairs(
+    folder: Path,
+    pairs: PairDataset,
+    model: ICLIPModel,
+    processor: ICLIPProcessor,
+    accelerator: Accelerator,
+    *,
+    lock_text: bool = False,
+    nouns: NounPrompts | None = None,
+    seed: int = 0,
+    **options,
+) -> CachedPairs:
+    """Computes the features of pairs, with `lock_text` also of their texts. `options` and errors are those of [`cache_images`]."""
+    images = cache_images(folder, pairs, model, processor, accelerator, **options)
+    texts = {}
+    if lock_text:
+        texts["texts"] = itertools.chain.from_iterable(images.captions())
+        if nouns is not None:
+            texts["prompts"] = nouns.all_prompts()
+    features = {
+        name: cache_texts(folder / name, given, model, processor, accelerator) for name, given in texts.items()
+    }
+    return CachedPairs(images, model.config, processor, seed, nouns, **features)
+
+
 class _PairReader(Dataset):
     """Images as tensors, with all captions. A bad pair becomes a black image without captions."""
 
-    def __init__(self, pairs: PairDataset, transform: WholeImage):
-        self.pairs, self.transform = pairs, transform
+    def __init__(self, pairs: PairDataset, processor: ICLIPProcessor):
+        self.pairs, self.processor = pairs, processor
 
     def __getitem__(self, index: int) -> tuple[torch.Tensor, list[str]]:
         try:
@@ -319,7 +341,7 @@ class _PairReader(Dataset):
         except BadPairError as error:
             logger.warning("Left out: %s", error)
             pair = {"image": Image.new("RGB", (64, 64)), "captions": []}
-        return self.transform(pair["image"]), pair["captions"]
+        return self.processor(images=pair["image"])["pixel_values"][0], pair["captions"]
 
 
 @partner_errors("rerun to resume")
@@ -330,7 +352,6 @@ def _fill(
     accelerator: Accelerator,
     batch_size: int,
     num_workers: int,
-    title: str,
 ) -> None:
     """Encodes the rows of missing shards, shared by the processes. A complete cache is not locked: several runs can read it."""
     if not agreed(shards.missing()):
@@ -347,7 +368,11 @@ def _fill(
         options = {"num_workers": num_workers, "collate_fn": list, "worker_init_fn": ignore_signals}
         loader = DataLoader(dataset, batch_sampler=batches, **options)
         features, captions = [], []
-        with tqdm(total=sum(map(len, batches)), desc=title, disable=not accelerator.is_main_process) as bar:
+        with tqdm(
+            total=sum(map(len, batches)),
+            desc=f"Features of {shards.folder.parent.name}",
+            disable=not accelerator.is_main_process,
+        ) as bar:
             for items in loader:
                 with torch.inference_mode(), accelerator.autocast():
                     encoded, texts = encode(items)

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-from ..data.sources import Columns, held_out_rows, is_hub_id, open_sources
+from ..data.sources import Columns, Pairs, is_hub_id, open_sources
 from ..utils.names import RUNS
 from ..utils.prefetch import spare_processors
 from .checks import check_pairs
@@ -40,9 +40,9 @@ def choose_settings(given: Mapping) -> dict[str, Choice]:
             "leave pairs_per_epoch out to download the data."
         )
     columns = Columns.named(given.get("image_column"), given.get("caption_column"))
-    sources = open_sources(given["data"], columns, given.get("split", Settings.split))
+    pairs = Pairs(open_sources(given["data"], columns, given.get("split", Settings.split)))
     max_bad_share = given.get("max_bad_share", Settings.max_bad_share)
-    pairs = check_pairs(sources, max_bad_share)
+    check_pairs(pairs, max_bad_share)
     chosen: dict[str, Choice] = {}
 
     def choose(name: str, value, why: str):
@@ -58,9 +58,11 @@ def choose_settings(given: Mapping) -> dict[str, Choice]:
         choose("model", "embedded", "a trained model, which needs no model hub")
     share = 0.0
     if not given.get("validation_data"):
-        share = choose("validation_share", *((0.1, "to measure on") if pairs >= 20 else (0.0, "fewer than 20 pairs")))
-    held_out = int(held_out_rows(sources, [source.ranges() for source in sources], share).sum()) if share else 0
-    training = pairs - held_out
+        share = choose(
+            "validation_share", *((0.1, "to measure on") if len(pairs) >= 20 else (0.0, "fewer than 20 pairs"))
+        )
+    held_out = len(pairs.split(share)[1]) if share else 0
+    training = len(pairs) - held_out
     if 0 < held_out < 100:
         choose("best_metric", "val_loss", "a share of right answers is too coarse on so few pairs")
     if not given.get("text_lora_rank"):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import time
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -127,19 +127,19 @@ def train(settings: Settings) -> dict[str, float]:
             return TrainingRun(settings, model, processor, started_from, accelerator, interrupts).run()
 
 
+@dataclass
 class TrainingRun:
     """A run from its data to its report. Parameters: see [`train`]."""
 
-    def __init__(
-        self,
-        settings: Settings,
-        model: ICLIPModel,
-        processor: ICLIPProcessor,
-        started_from: dict[str, str],
-        accelerator: Accelerator,
-        interrupts: Interrupts,
-    ):
-        self.settings, self.processor, self.accelerator, self.interrupts = settings, processor, accelerator, interrupts
+    settings: Settings
+    model: ICLIPModel
+    processor: ICLIPProcessor
+    started_from: dict[str, str]
+    accelerator: Accelerator
+    interrupts: Interrupts
+
+    def __post_init__(self):
+        settings, model, accelerator = self.settings, self.model, self.accelerator
         self.output_dir = Path(settings.output_dir)
         options = "chunk_size lock_text map_tokens noun_weight noun_branches noun_competition unlocked_vision_blocks"
         pair_model = PairModel(model, **{name: getattr(settings, name) for name in options.split()})
@@ -160,11 +160,13 @@ class TrainingRun:
         nouns = NounPrompts.from_file(settings.nouns, settings.noun_prompts, settings.seed) if settings.nouns else None
         with accelerator.main_process_first():  # the first process caches the digests of the files for the others
             named = known_by_content(settings, pairs, self.held_out, nouns, self.segmentation)
-        content = {**started_from, **named}
+        content = {**self.started_from, **named}
         if last_checkpoint:
             check_content(last_checkpoint, self.state, content)
         self.state.content = content
-        training, self.validation = load_datasets(settings, pairs, self.held_out, nouns, model, processor, accelerator)
+        training, self.validation = load_datasets(
+            settings, pairs, self.held_out, nouns, model, self.processor, accelerator
+        )
         self.workers = 0 if settings.cache_features else settings.num_workers
         self.loader = BatchLoader(
             training, accelerator, settings.batch_size, settings.seed, self.workers, settings.pairs_per_epoch

@@ -274,6 +274,7 @@ def test_killed_at_any_moment_and_resumed_is_the_uninterrupted_run(hub, tmp_path
     assert len(list((tmp_path / "killed").glob("checkpoint-*"))) == 2
 
 
+TWO = "-m torch.distributed.run --standalone --nproc_per_node 2".split()
 TWO_PROCESSES = """
 import json, sys
 sys.path.insert(0, {tests!r})
@@ -321,16 +322,7 @@ def test_two_processes_are_one_with_the_whole_batch(hub, tmp_path):
     arguments += ["--cache_features", tmp_path / "cache", "--nouns", tmp_path / "nouns.txt"]
     script = tmp_path / "two.py"
     script.write_text(TWO_PROCESSES.format(tests=str(ROOT / "tests")))
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc_per_node",
-        "2",
-        script,
-        tmp_path,
-    ]
+    command = [sys.executable, *TWO, script, tmp_path]
     environment = {**os.environ, "ACCELERATE_USE_CPU": "1", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         [*map(str, command), *map(str, arguments)], env=environment, capture_output=True, text=True, timeout=240
@@ -364,7 +356,7 @@ def test_two_sharded_processes_are_one_also_when_interrupted(hub, tmp_path):
         "state = PartialState(cpu=True)\n"
         # Accelerate itself shards on GPUs only
         "PartialState._shared_state['distributed_type'] = DistributedType.MULTI_GPU",
-        "launcher": ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2],
+        "launcher": TWO,
         "env": {**os.environ, **environment},
     }
     stop = "if calls == 3 and state.process_index == 1: os.kill(os.getpid(), signal.SIGTERM)"

@@ -7,6 +7,7 @@ import json
 import logging
 import math
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -121,7 +122,8 @@ class FeatureShards:
     def __getitem__(self, rows: np.ndarray) -> np.ndarray:
         """Returns the features of these rows, (len(rows), ...), float16."""
         if not self._arrays:
-            self._arrays = [self._array(shard) for shard in range(self.num_shards)]
+            read = partial(np.lib.format.open_memmap, mode="r")
+            self._arrays = [self._read(self._file(shard), read) for shard in range(self.num_shards)]
         features = np.empty((len(rows), *self._arrays[0].shape[1:]), self._arrays[0].dtype)
         shards = rows // self.shard_rows
         for shard in np.unique(shards):
@@ -133,13 +135,6 @@ class FeatureShards:
         """Returns the captions of all rows."""
         files = [self._file(shard, ".json") for shard in range(self.num_shards)]
         return [captions for file in files for captions in self._read(file, lambda file: json.loads(file.read_text()))]
-
-    def _array(self, shard: int) -> np.ndarray:
-        file, rows = self._file(shard), len(self.rows_of(shard))
-        features = self._read(file, lambda file: np.lib.format.open_memmap(file, mode="r"))
-        if len(features) != rows:
-            raise ValueError(f"{file}: expected {rows} rows, got {len(features)}; delete this folder and run again.")
-        return features
 
     def _read(self, file: Path, read: Callable):
         try:

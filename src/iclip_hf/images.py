@@ -108,10 +108,7 @@ def read_image(image: str | os.PathLike | bytes | Image.Image, timeout: float = 
 
 
 def _download(url: str, timeout: float) -> bytes:
-    """
-    Downloads a URL with a limit of time and size. Runs in a thread, which is abandoned after the time limit, because the timeout of a
-    socket restarts with every byte, also of the headers.
-    """
+    """Downloads a URL with a limit of time and size."""
     url = urllib.parse.quote(url, safe="%/:?#[]@!$&'()*+,;=~")  # quotes spaces and non-ASCII letters
     request = urllib.request.Request(url, headers={"User-Agent": "iclip-hf"})  # some sites refuse Python's default
     answer, late = futures.Future(), TimeoutError(f"it did not end within {timeout:g} seconds")
@@ -131,6 +128,7 @@ def _download(url: str, timeout: float) -> bytes:
         except Exception as error:
             answer.set_exception(error)
 
+    # A thread, because the timeout of a socket restarts with every byte, also of the headers.
     threading.Thread(target=fetch, daemon=True).start()
     try:
         return answer.result(timeout)

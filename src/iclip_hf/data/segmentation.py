@@ -206,10 +206,7 @@ def _pycocotools_mask() -> ModuleType:
 
 
 def _run_lengths(counts: str | bytes) -> np.ndarray:
-    """
-    Decodes COCO's compressed string of run lengths: base-32 digits, lowest first. From the fourth number on, a number is stored as
-    the difference from the number two places before.
-    """
+    """Decodes COCO's string of run lengths: base-32 digits, lowest first; from the fourth on, differences to the last but one."""
     digits = np.frombuffer(counts.encode() if isinstance(counts, str) else counts, np.uint8).astype(np.int64) - 48
     last = np.flatnonzero((digits & 32) == 0)  # bit 5 marks that a digit follows; bit 4 of the last digit is the sign
     first = np.concatenate([[0], last[:-1] + 1])

@@ -439,10 +439,7 @@ class ArrowRows(Source):
         return [self._file(name) if name else None for name in column.take(ranges[:, 0]).to_pylist()]
 
     def _file(self, name: str) -> Path | None:
-        """
-        Returns the path of an image. A table of the user's own may name any file; rows of the Hub, which others wrote, only files that
-        were downloaded with them, and None is returned for others.
-        """
+        """Returns the path of an image; None if rows of the Hub, which others wrote, name a file that was not downloaded with them."""
         file = self.path.parent / name
         try:
             own = self._folders is None or any(file.resolve().is_relative_to(folder) for folder in self._folders)

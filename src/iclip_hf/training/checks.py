@@ -111,12 +111,7 @@ def check_packages(settings: Settings) -> None:
 
 
 def check_pairs(pairs: Pairs, max_bad_share: float) -> None:
-    """
-    Reads some of the pairs.
-
-    Raises:
-        `ValueError`: there are fewer than two pairs, their captions do not differ, or too many of them cannot be used.
-    """
+    """Reads some pairs. `ValueError` for fewer than two, captions that do not differ, or too many that cannot be used."""
     count, where = len(pairs), pairs.sources[0].path
     if count < 2:
         raise ValueError(

@@ -79,15 +79,13 @@ class BatchLoader:
 
     Args:
         dataset: `TrainingPairs`, `TrainingStream` or `CachedPairs`.
-        accelerator: its processes share each batch.
-        batch_size: number of pairs in a batch of all processes together.
-        seed: seed of the order.
+        batch_size: number of pairs in a batch of all processes together, which share it.
         num_workers: number of loading processes for each training process.
         pairs_per_epoch: number of pairs in an epoch of a stream, whose length is unknown.
 
     Raises:
-        `ValueError`: the processes cannot share a batch equally, or an epoch has no batch. During iteration, `OSError`: a
-        loading process died, or a stream cannot reconnect.
+        `ValueError`: the processes cannot share a batch, or an epoch has none. During iteration, `OSError`: a loading process died, or a
+        stream cannot reconnect.
     """
 
     def __init__(
@@ -148,11 +146,8 @@ class BatchLoader:
         return self.loader
 
     def _stream(self, epoch: int, first: int) -> Iterator[dict]:
-        """
-        Yields the batches of one epoch in several passes if necessary: the parts of the processes differ in length, and a lost
-        connection ends a pass. The order of a pass depends on its first step. With a fixed order, a resumed run would see the
-        beginning of its epoch again, but never the end.
-        """
+        """Yields the batches of one epoch, from several passes if the process's part is short or the connection is lost."""
+        # The order of a pass depends on its first step: a resumed run would see the beginning of its epoch again, but never the end.
         step, failures = first, 0
         while step < self.steps_per_epoch:
             began = step

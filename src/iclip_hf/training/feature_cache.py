@@ -163,17 +163,10 @@ def cache_images(
 ) -> FeatureShards:
     """
     Computes [`image_rows`] and captions of each pair, unless the folder holds them already. Pairs with a broken image or no caption have
-    no captions in the cache.
-
-    Args:
-        map_tokens: see [`PairModel`].
-        earlier_mean: the model's `token_mean` if it is not that of these pairs.
-        batch_size: number of images in one forward pass.
-        num_workers: number of loading processes for each process of the accelerator.
+    no captions in the cache. `earlier_mean` is the model's `token_mean` if it is not that of these pairs. `num_workers` is for each process.
 
     Raises:
-        `ValueError`: too many pairs are bad. `OSError`: the folder cannot be written, another run is filling it, or another process of
-        this run died.
+        `ValueError`: too many pairs are bad. `OSError`: the folder cannot be written, another run fills it, or another process died.
     """
     with accelerator.main_process_first():  # the first process caches the digests of the files for the others
         data = pairs.fingerprint()

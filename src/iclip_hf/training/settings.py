@@ -35,14 +35,8 @@ SHARE = ("from 0 to 1", lambda value: 0 <= value <= 1)
 
 def setting(default, help: str, allowed: tuple[str, Callable] = ANY, same: Callable | None = lambda value: value):
     """
-    A field of [`Settings`].
-
-    Args:
-        default: default value.
-        help: description for the command line.
-        allowed: what its values may be.
-        same: function of the value. Its result must be the same when a run resumes. None if the setting changes no result; `bool` if it
-            is a place, whose content is compared, see [`~checkpoints.known_by_content`].
+    A field of [`Settings`]. The result of `same` must be the same when a run resumes. It is None if the setting changes no result, and
+    `bool` if the setting is a place, whose content is compared, see [`~checkpoints.known_by_content`].
     """
     make = {"default_factory": default.copy} if isinstance(default, list) else {"default": default}
     return field(**make, metadata={"help": help, "allowed": allowed, "same": same})

@@ -28,10 +28,7 @@ def test_a_run_ends_with_a_model_that_loads(hub, tmp_path):
     metrics = run(
         hub, tmp_path, "--validation_data", hub / "held_out.tar", "--report_to", "tensorboard", "--pictures", 2
     )
-    model, processor = (
-        ICLIPModel.from_pretrained(tmp_path),
-        ICLIPProcessor.from_pretrained(tmp_path),
-    )
+    model, processor = ICLIPModel.from_pretrained(tmp_path), ICLIPProcessor.from_pretrained(tmp_path)
     pairs = load_pairs(str(hub / "held_out.tar"))
     with torch.no_grad():
         images = processor(images=[pairs[i]["image"] for i in range(17)])
@@ -51,10 +48,7 @@ def test_a_run_ends_with_a_model_that_loads(hub, tmp_path):
     assert not torch.equal(
         after["text_model.embeddings.word_embeddings.weight"], text["embeddings.word_embeddings.weight"]
     )
-    assert [path.name for path in sorted(tmp_path.glob("checkpoint-*"))] == [
-        "checkpoint-0000010",
-        "checkpoint-0000012",
-    ]
+    assert [path.name[-7:] for path in sorted(tmp_path.glob("checkpoint-*"))] == ["0000010", "0000012"]
     assert len(list((tmp_path / "pictures").glob("*.png"))) == 3 and list(tmp_path.rglob("events.out*"))
     assert json.loads((tmp_path / "results.json").read_text())["metrics"] == metrics
     assert json.loads((tmp_path / "results.json").read_text())["best"] == metrics["text_to_image"]
@@ -69,12 +63,7 @@ def test_training_learns_its_pairs(hub, tmp_path):
         pairs,
         "--validation_data",
         pairs,
-        "--batch_size",
-        17,
-        "--epochs",
-        100,
-        "--learning_rate",
-        2,
+        *"--batch_size 17 --epochs 100 --learning_rate 2".split(),
     ]
     cached = ["--cache_features", tmp_path / "cache", "--lock_text", "--eval_steps", 100]
     metrics = run(hub, tmp_path / "run", *arguments, *cached)
@@ -83,11 +72,8 @@ def test_training_learns_its_pairs(hub, tmp_path):
 
 def test_every_way_to_name_a_configuration(hub, monkeypatch):
     shipped = parse_settings(["--config", "iclip-dinov2-s14-minilm", "pairs.csv"])
-    assert (shipped.vision, shipped.data, shipped.output_dir) == (
-        "embedded",
-        ["pairs.csv"],
-        "runs/iclip-dinov2-s14-minilm",
-    )
+    assert (shipped.vision, shipped.data) == ("embedded", ["pairs.csv"])
+    assert shipped.output_dir == "runs/iclip-dinov2-s14-minilm"
     held_out = parse_settings(["--config", "iclip-dinov2-s14-minilm", "pairs.csv", "--validation_share", "0.1"])
     assert shipped.validation_data and not held_out.validation_data
     assert Path(shipped.nouns).name == "nouns.txt" and Path(shipped.nouns).is_file()

@@ -36,9 +36,6 @@ def test_schedule_is_that_of_groupvit(total, warmup):
     )
     rates = [cosine_schedule(step, total, warmup, peak=1.0, start=0.2, end=0.1) for step in range(total)]
     assert rates == pytest.approx([theirs._get_lr(step)[0] for step in range(total)])
-    slowly = [0.2 + 0.8 * step / warmup for step in range(warmup)]
-    slowly += [0.1 + 0.9 * np.cos(np.pi * step / total / 2) ** 2 for step in range(warmup, total)]
-    assert rates == pytest.approx(slowly)
 
 
 def test_what_decays():

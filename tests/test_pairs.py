@@ -164,22 +164,12 @@ def test_spaces_after_the_separators(tmp_path):
     assert [dataset.captions(0), dataset.captions(1)] == [["a dog, a\ncat"], ["a bird"]]
 
 
-@pytest.mark.parametrize(
-    "stray, lines",
-    [
-        ('1.jpg,"a 5 inch screen', "3"),  # with another open quote in a later row: the rows between were lost
-        ('1.jpg,"a" dog', "3"),
-        ('1.jpg,"a dog"\n2.jpg,"open', "4"),
-    ],
-)
-def test_a_stray_quote_costs_one_row(tmp_path, caplog, stray, lines):
+@pytest.mark.parametrize("stray", ['1.jpg,"a 5 inch screen', '1.jpg,"a" dog', '1.jpg,"a dog"\n2.jpg,"open'])
+def test_a_stray_quote_costs_one_row(tmp_path, stray):
+    """With another open quote in a later row, the rows between were lost."""
     rows = f'image,caption\n0.jpg,"two\nlines"\n{stray}\n5.jpg,a cat\n6.jpg,"a ""red"" ball"\n'
-    lines = str(int(lines) + 1)  # the header, and a row of two lines
     (tmp_path / "p.csv").write_text(rows)
-    with caplog.at_level(logging.WARNING):
-        dataset = load_pairs(tmp_path / "p.csv")
-    assert f"p.csv: a missing or stray quote makes bad pairs, 1 in all, of line {lines}\n" in caplog.text
-    captions = {}
+    dataset, captions = load_pairs(tmp_path / "p.csv"), {}
     for index in range(len(dataset)):
         try:
             captions[dataset._parse(index)[0].key] = dataset.captions(index)
@@ -191,12 +181,12 @@ def test_a_stray_quote_costs_one_row(tmp_path, caplog, stray, lines):
     assert captions == expected
 
 
-def test_a_caption_of_several_lines_is_no_stray_quote(tmp_path, caplog):
+def test_a_caption_of_several_lines_is_no_stray_quote(tmp_path):
     rows = [("a list:\n1,2,3\nend", "0.jpg"), ("x,y.jpg\nz", "1.jpg"), ("text\nlast", "2.jpg")]
     with open(tmp_path / "p.csv", "w", newline="") as file:
         csv.writer(file).writerows([("caption", "image"), *rows])
     dataset = load_pairs(tmp_path / "p.csv")
-    assert [dataset.captions(index) for index in range(3)] == [[caption] for caption, _ in rows] and not caplog.text
+    assert [dataset.captions(index) for index in range(3)] == [[caption] for caption, _ in rows]
 
 
 def test_caption_lists(tmp_path):

@@ -1,5 +1,6 @@
 """Parts of training against slow or direct computation: schedule, batches, streams, augmentation."""
 
+import multiprocessing
 import os
 import random
 import signal
@@ -17,6 +18,7 @@ from training_runs import accelerator
 from iclip_hf.data.pairs import DroppedConnectionError, load_pairs
 from iclip_hf.training.data import BatchLoader, GlobalBatches, seeded
 from iclip_hf.training.datasets import TrainingPairs, augmentation
+from iclip_hf.training.interrupts import ended_workers
 from iclip_hf.training.pair_model import PairModel
 from iclip_hf.training.schedule import cosine_schedule, parameter_groups
 
@@ -135,6 +137,20 @@ def test_a_stream_goes_on_after_a_lost_connection(monkeypatch):
         loader = BatchLoader(Dropping(), accelerator(), 4, pairs_per_epoch=16, num_workers=1)
         loader.dataset.drops = 1  # each worker starts with it
         list(loader.epoch(0))
+    assert not multiprocessing.active_children()
+
+
+class Broken(Stream):
+    def __iter__(self):
+        raise ValueError("too many bad pairs")
+
+
+def test_an_error_of_a_worker_ends_the_workers():
+    """They ignore signals: the program would wait for them at its end."""
+    loader = BatchLoader(Broken(), accelerator(), 4, pairs_per_epoch=16, num_workers=2)
+    with pytest.raises(ValueError, match="too many bad pairs"), ended_workers():
+        list(loader.epoch(0))
+    assert not multiprocessing.active_children()
 
 
 class Deadly(torch.utils.data.Dataset):

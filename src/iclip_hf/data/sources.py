@@ -253,7 +253,7 @@ class Table(_ByteRanges):
     A text file with one pair in each row: .csv or .tsv (without quoting) with a header line, or .jsonl. Fields of a .csv are
     separated by the character of ",", ";" and tab that its first line has most of.
 
-    A line of a .csv with a missing or stray quote is a row of its own, which cannot be used. Such lines are logged by their number.
+    A line of a .csv with a missing or stray quote is a row of its own, which cannot be used.
     """
 
     def __init__(self, path: Path, columns: Columns = USUAL_COLUMNS):
@@ -300,31 +300,19 @@ class Table(_ByteRanges):
 
     def _rows(self) -> Iterator[tuple[int, int]]:
         """Yields the byte range (start, end) of each row that is not blank, including the header."""
-        number, malformed = 0, []  # `number`: of lines before the row
         with open(self.path, "rb") as file:
             while True:
                 start = file.tell()
                 texts = (line.decode(errors="surrogateescape").rstrip("\r\n") for line in iter(file.readline, b""))
-                rows = self._csv(text + "\n" for text in texts)
                 try:
-                    row = next(texts if self._kind == ".jsonl" else rows, None)
-                    number += max(rows.line_num, 1)
+                    row = next(texts if self._kind == ".jsonl" else self._csv(text + "\n" for text in texts), None)
                 except csv.Error:
-                    number += 1
-                    malformed.append(number)
                     file.seek(start)
                     row = file.readline()
                 if row is None:
-                    break
+                    return
                 if row:
                     yield start, file.tell()
-        if malformed:
-            logger.warning(
-                "%s: a missing or stray quote makes bad pairs, %d in all, of line %s",
-                self.path,
-                len(malformed),
-                ", ".join(map(str, malformed[:10])) + (", ..." if len(malformed) > 10 else ""),
-            )
 
     def _values(self, block: bytes) -> list[str] | dict:
         text = block.decode("utf-8-sig")

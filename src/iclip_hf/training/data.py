@@ -8,6 +8,7 @@ import logging
 import random
 import signal
 import time
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -158,6 +159,7 @@ class BatchLoader:
                     step += 1
                     failures = 0
             except DroppedConnectionError as error:
+                traceback.clear_frames(error.__traceback__)  # it keeps the workers of this pass
                 failures += 1
                 problem = str(error).strip().splitlines()[-1].rpartition("Error: ")[2]  # without a worker's traceback
                 if failures > _RETRIES:

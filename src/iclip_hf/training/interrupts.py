@@ -6,6 +6,7 @@ import os
 import signal
 import threading
 import time
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -14,6 +15,19 @@ def ignore_signals(worker: int) -> None:
     """Ignores signals to every process of a terminal or job, in a worker of a `DataLoader`, which the training process ends."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
+
+
+@contextmanager
+def ended_workers() -> Iterator[None]:
+    """Ends the workers that the traceback of an error keeps. As they ignore signals, the program would wait for them forever."""
+    try:
+        yield
+    except BaseException as error:
+        cause: BaseException | None = error
+        while cause is not None:
+            traceback.clear_frames(cause.__traceback__)
+            cause = cause.__context__
+        raise
 
 
 class Interrupts:

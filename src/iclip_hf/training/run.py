@@ -45,7 +45,7 @@ from .checkpoints import (
 from .checks import checkpoints
 from .data import BatchLoader, derive_seed
 from .datasets import load_datasets, open_pairs
-from .interrupts import Interrupts
+from .interrupts import Interrupts, ended_workers
 from .low_rank import add_low_rank
 from .nouns import NounPrompts
 from .pair_model import PairModel
@@ -116,7 +116,7 @@ def train(settings: Settings) -> dict[str, float]:
     transformers_logging.disable_progress_bar()
     set_seed(settings.seed)
     output_dir = Path(settings.output_dir)
-    with advice_to_resume(output_dir), Interrupts() as interrupts:
+    with advice_to_resume(output_dir), Interrupts() as interrupts, ended_workers():
         model, processor = build_model(settings)
         started_from = identity(model, processor)
         if settings.text_lora_rank:

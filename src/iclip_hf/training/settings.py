@@ -33,13 +33,18 @@ POSITIVE = ("positive", lambda value: value > 0)
 SHARE = ("from 0 to 1", lambda value: 0 <= value <= 1)
 
 
-def setting(default, help: str, allowed: tuple[str, Callable] = ANY, same: Callable | None = lambda value: value):
-    """
-    A field of [`Settings`]. The result of `same` must be the same when a run resumes. It is None if the setting changes no result, and
-    `bool` if the setting is a place, whose content is compared, see [`~checkpoints.known_by_content`].
-    """
+# Settings that change no result, so that a run may resume with others.
+FREE = """
+    config output_dir resume num_workers chunk_size max_bad_steps report_to log_steps eval_steps pictures checkpoint_steps keep_checkpoints
+""".split()
+# Places, which may change too: their content is compared, see [`~checkpoints.known_by_content`].
+PLACES = "model vision text data validation_data nouns cache_features eval_root".split()
+
+
+def setting(default, help: str, allowed: tuple[str, Callable] = ANY):
+    """A field of [`Settings`], with its description for the command line and what its values may be."""
     make = {"default_factory": default.copy} if isinstance(default, list) else {"default": default}
-    return field(**make, metadata={"help": help, "allowed": allowed, "same": same})
+    return field(**make, metadata={"help": help, "allowed": allowed})
 
 
 @dataclass
@@ -50,27 +55,18 @@ class Settings:
         "",
         "name of a shipped configuration, or a train.yaml in the folder of the model's configuration; without one, settings are "
         "chosen by the number of pairs, and without data it is iclip-vit-b16",
-        same=None,
     )
     output_dir: str = setting(
-        "",
-        "folder of the run and of the trained model; runs/<name of the configuration or the data> if not given",
-        same=None,
+        "", "folder of the run and of the trained model; runs/<name of the configuration or the data> if not given"
     )
-    resume: bool = setting(False, "resume from the last checkpoint in output_dir, if there is one", same=None)
+    resume: bool = setting(False, "resume from the last checkpoint in output_dir, if there is one")
 
     # model
     model: str = setting(
-        "",
-        'ICLIP model to continue to train (folder or Hub id), or "embedded", instead of two towers',
-        same=bool,
+        "", 'ICLIP model to continue to train (folder or Hub id), or "embedded", instead of two towers'
     )
-    vision: str = setting(
-        "",
-        'image tower: a folder, a Hub id, or "embedded" for that of the embedded model',
-        same=bool,
-    )
-    text: str = setting("", 'text tower: a folder, a Hub id, or "embedded" for that of the embedded model', same=bool)
+    vision: str = setting("", 'image tower: a folder, a Hub id, or "embedded" for that of the embedded model')
+    text: str = setting("", 'text tower: a folder, a Hub id, or "embedded" for that of the embedded model')
     model_options: list[str] = setting([], "options that override those of config.json, as name=value")
     lock_text: bool = setting(False, "freeze the text tower")
     text_lora_rank: int = setting(
@@ -88,11 +84,10 @@ class Settings:
         [],
         "training pairs: a .csv or .tsv table, a folder of images with metadata.jsonl or with a subfolder for each class, tar "
         "shards, Parquet, a saved dataset, or a Hub dataset",
-        same=bool,
     )
     image_column: str = setting("", "column of the images, if it has no usual name")
     caption_column: str = setting("", "column of the captions, if it has no usual name")
-    validation_data: list[str] = setting([], "validation pairs, local", same=bool)
+    validation_data: list[str] = setting([], "validation pairs, local")
     validation_share: float = setting(
         0.0, "share of the pairs to validate on instead, which are not trained on", SHARE
     )
@@ -108,7 +103,6 @@ class Settings:
         "",
         "text file with one noun in each line, those of the background marked 'sky (background)'; nouns that occur in captions "
         "become prompts, as in GroupViT",
-        same=bool,
     )
     noun_prompts: int = setting(3, "number of noun prompts for each pair; a noun counts once in a batch", FROM_1)
     noun_weight: float = setting(0.5, "share of noun prompts in the loss of noun_branches", SHARE)
@@ -119,8 +113,8 @@ class Settings:
         0.0, "share of the nouns' competition for patches in their loss, with max_over=similarity", SHARE
     )
     map_tokens: int = setting(16, "number of patches that represent an image with max_over=similarity", FROM_1)
-    num_workers: int = setting(4, "number of loading processes for each training process", FROM_0, same=None)
-    cache_features: str = setting("", "folder for features of frozen towers, which are computed once", same=bool)
+    num_workers: int = setting(4, "number of loading processes for each training process", FROM_0)
+    cache_features: str = setting("", "folder for features of frozen towers, which are computed once")
 
     # optimisation
     epochs: int = setting(30, "number of passes over the pairs", FROM_1)
@@ -130,7 +124,6 @@ class Settings:
         256,
         "number of pairs in one forward pass of a tower; limits the memory, and changes results only if a trained tower has dropout",
         FROM_1,
-        same=None,
     )
     learning_rate: float = setting(
         1.25e-4, "peak learning rate for a batch of 1024; all three rates are scaled with the batch size", POSITIVE
@@ -145,30 +138,23 @@ class Settings:
         "auto: the choice of `accelerate launch`; without one, bf16 or fp16 on a GPU and no on a CPU",
     )
     max_bad_steps: int = setting(
-        30,
-        "number of consecutive steps without a finite loss and gradient after which the run stops",
-        FROM_1,
-        same=None,
+        30, "number of consecutive steps without a finite loss and gradient after which the run stops", FROM_1
     )
     seed: int = setting(0, "random seed")
 
     # monitoring
-    report_to: str = setting("tensorboard", "name of a tracker of Accelerate, or none", same=None)
-    log_steps: int = setting(10, "number of steps between logs", FROM_1, same=None)
-    eval_steps: int = setting(
-        1000, "number of steps between evaluations; the last step is always evaluated", FROM_1, same=None
-    )
+    report_to: str = setting("tensorboard", "name of a tracker of Accelerate, or none")
+    log_steps: int = setting(10, "number of steps between logs", FROM_1)
+    eval_steps: int = setting(1000, "number of steps between evaluations; the last step is always evaluated", FROM_1)
     eval_dataset: Literal[_EVAL_DATASETS] = setting("none", "segmentation data set for the evaluation of maps")
-    eval_root: str = setting("", "folder of eval_dataset", same=bool)
+    eval_root: str = setting("", "folder of eval_dataset")
     eval_split: str = setting("", "split of eval_dataset; the validation split if not given")
     best_metric: Literal[_BEST_METRICS] = setting(
         "auto", "metric that selects the best model; auto: text_to_image, or mMIoU without validation_data"
     )
-    pictures: int = setting(
-        4, "number of validation images whose maps are drawn at each evaluation", FROM_0, same=None
-    )
-    checkpoint_steps: int = setting(1000, "number of steps between checkpoints", FROM_1, same=None)
-    keep_checkpoints: int = setting(2, "number of checkpoints to keep", FROM_1, same=None)
+    pictures: int = setting(4, "number of validation images whose maps are drawn at each evaluation", FROM_0)
+    checkpoint_steps: int = setting(1000, "number of steps between checkpoints", FROM_1)
+    keep_checkpoints: int = setting(2, "number of checkpoints to keep", FROM_1)
 
     def __post_init__(self):
         if not self.output_dir and self.config:
@@ -337,9 +323,10 @@ def changed_settings(settings: Settings, before: Mapping, fixed: Collection[str]
     """Returns the names of settings that must not change on resume (those of `fixed` too), but differ from `before`."""
     changed = []
     for entry in fields(settings):
-        same = entry.metadata["same"] or (repr if entry.name in fixed else None)
         # of a setting that the run began without
         usual = entry.default_factory() if entry.default is MISSING else entry.default
-        if same and same(getattr(settings, entry.name)) != same(before.get(entry.name, usual)):
+        now, then = getattr(settings, entry.name), before.get(entry.name, usual)
+        differs = bool(now) != bool(then) if entry.name in PLACES else now != then
+        if differs and (entry.name not in FREE or entry.name in fixed):
             changed.append(entry.name)
     return changed

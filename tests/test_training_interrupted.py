@@ -14,9 +14,8 @@ from types import SimpleNamespace
 import datasets
 import pytest
 import torch
-from conftest import tiny_inputs, tiny_model
 from huggingface_hub import ModelCard
-from training_runs import ROOT, assert_same_weights, gradients, run, tiny_nouns, weights
+from training_runs import ROOT, assert_same_weights, eight_pairs, gradients, run, weights
 
 from iclip_hf import ICLIPModel
 from iclip_hf.data.pairs import load_pairs
@@ -280,9 +279,7 @@ import json, sys
 sys.path.insert(0, {tests!r})
 import torch
 from accelerate import PartialState
-from conftest import tiny_inputs, tiny_model
-from training_runs import tiny_nouns
-from iclip_hf.training.pair_model import PairModel
+from training_runs import eight_pairs
 from iclip_hf.training.run import train
 from iclip_hf.training.settings import parse_settings
 
@@ -292,17 +289,9 @@ state = PartialState(cpu=True)
 assert state.num_processes == 2 and torch.distributed.get_backend() == "gloo"
 
 # Loss and gradients of eight pairs, four a process in two chunks, with both towers learning
-model = tiny_model(lock_vision=False, max_over="similarity", map_affinity=2.0)
-pair_model = PairModel(model, chunk_size=2, noun_branches=["recognition", "interpretability"]).eval()
+pair_model, batch = eight_pairs(slice(4 * state.process_index, 4 * state.process_index + 4), chunk_size=2)
 pair_model = torch.nn.parallel.DistributedDataParallel(pair_model)
-part = slice(4 * state.process_index, 4 * state.process_index + 4)
-nouns = slice(8 + 8 * state.process_index, 16 + 8 * state.process_index)
-inputs = tiny_inputs(8, 24)  # eight captions, two noun prompts each
-batch = {{"pixel_values": inputs.pop("pixel_values")[part]}}
-batch |= {{name: torch.cat([value[part], value[nouns]]) for name, value in inputs.items()}}
-noun_ids, has_noun = tiny_nouns()
-local = slice(nouns.start - 8, nouns.stop - 8)
-outputs = pair_model(**batch, noun_ids=noun_ids[local], has_noun=has_noun[part])
+outputs = pair_model(**batch)
 outputs["loss"].backward()
 loss = outputs["loss"].detach()
 torch.distributed.all_reduce(loss)
@@ -329,10 +318,7 @@ def test_two_processes_are_one_with_the_whole_batch(hub, tmp_path):
     )
     assert done.returncode == 0, done.stderr[-3000:]
 
-    model = tiny_model(lock_vision=False, max_over="similarity", map_affinity=2.0)
-    pair_model = PairModel(model, noun_branches=["recognition", "interpretability"]).eval()
-    noun_ids, has_noun = tiny_nouns()
-    loss, grads = gradients(pair_model, {**tiny_inputs(8, 24), "noun_ids": noun_ids, "has_noun": has_noun})
+    loss, grads = gradients(*eight_pairs(slice(0, 8)))
     two = torch.load(tmp_path / "gradients.pt", weights_only=True)
     assert abs(two["loss"] - loss) < 1e-5 and two["grads"].keys() == grads.keys()
     for name in grads:

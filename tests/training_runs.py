@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from conftest import WORDS
+from conftest import WORDS, tiny_inputs, tiny_model
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -63,7 +63,13 @@ def gradients(pair_model: PairModel, batch: dict) -> tuple[torch.Tensor, dict[st
     return loss.detach(), {n: p.grad.clone() for n, p in pair_model.named_parameters() if p.grad is not None}
 
 
-def tiny_nouns() -> tuple[torch.Tensor, torch.Tensor]:
-    """Two prompts for each of eight pairs, out of five nouns, and which pair has which."""
-    generator = torch.Generator().manual_seed(0)
-    return torch.randint(5, (16,), generator=generator), torch.randint(2, (8, 5), generator=generator).byte()
+def eight_pairs(part: slice, chunk_size: int = 256) -> tuple[PairModel, dict]:
+    """A model of which both towers learn, and a part of eight pairs with two noun prompts each, out of five nouns."""
+    model = tiny_model(lock_vision=False, max_over="similarity", map_affinity=2.0)
+    pair_model = PairModel(model, chunk_size, noun_branches=["recognition", "interpretability"]).eval()
+    generator, inputs = torch.Generator().manual_seed(0), tiny_inputs(8, 24)
+    noun_ids, has_noun = torch.randint(5, (16,), generator=generator), torch.randint(2, (8, 5), generator=generator)
+    prompts = slice(2 * part.start, 2 * part.stop)
+    batch = {"pixel_values": inputs.pop("pixel_values")[part]}
+    batch |= {name: torch.cat([value[:8][part], value[8:][prompts]]) for name, value in inputs.items()}
+    return pair_model, {**batch, "noun_ids": noun_ids[prompts], "has_noun": has_noun[part].byte()}

@@ -30,7 +30,7 @@ from iclip_hf.models.loading import has_bfloat16
 from iclip_hf.models.towers import embedded_towers
 from iclip_hf.training.data import BatchLoader
 from iclip_hf.training.datasets import TrainingPairs, whole_image
-from iclip_hf.training.feature_cache import CachedPairs, CachedTexts, FeatureShards, cache_pairs
+from iclip_hf.training.feature_cache import CachedPairs, CachedTexts, FeatureCache, FeatureShards
 from iclip_hf.training.pair_model import PairModel
 from iclip_hf.training.schedule import parameter_groups
 
@@ -136,7 +136,7 @@ def plain_pairs(folder: Path) -> TrainingPairs:
 def cached_pairs(folder: Path, model: ICLIPModel, accelerator: Accelerator, lock_text: bool) -> CachedPairs:
     """From what is in the folder, or is put there now."""
     pairs = load_pairs(folder / "pairs.tar")
-    return cache_pairs(folder, pairs, model.eval(), processor(), accelerator, lock_text=lock_text)
+    return FeatureCache(folder, model.eval(), processor(), accelerator).pairs(pairs, lock_text=lock_text)
 
 
 # name, class, and what it is made with

@@ -42,7 +42,7 @@ from iclip_hf.data.pairs import load_pairs
 from iclip_hf.localization.collection import explain_collection, open_images
 from iclip_hf.localization.localizer import Localizer
 from iclip_hf.models.loading import load_iclip
-from iclip_hf.training.feature_cache import cache_images
+from iclip_hf.training.feature_cache import FeatureCache
 
 
 KILLS = {"training": 20, "cache": 10, "collection": 10, "evaluation": 10, "export": 10}
@@ -96,7 +96,9 @@ def training(inputs: Path, output: Path, *more) -> None:
 
 def cache(inputs: Path, output: Path) -> None:
     model, processor = load_iclip(inputs / "model")
-    cache_images(output, load_pairs(inputs / "pairs.tar"), model, processor, Accelerator(cpu=True), batch_size=16)
+    FeatureCache(output, model, processor, Accelerator(cpu=True)).images(
+        load_pairs(inputs / "pairs.tar"), batch_size=16
+    )
 
 
 def collection(inputs: Path, output: Path) -> None:

@@ -36,7 +36,7 @@ from iclip_hf.modeling_iclip import ICLIPModel
 from iclip_hf.models.loading import load_iclip
 from iclip_hf.training.data import BatchLoader
 from iclip_hf.training.datasets import whole_image
-from iclip_hf.training.feature_cache import CachedPairs, cache_pairs
+from iclip_hf.training.feature_cache import CachedPairs, FeatureCache
 from iclip_hf.training.low_rank import add_low_rank, merge_low_rank
 from iclip_hf.training.pair_model import PairModel, image_features
 from iclip_hf.training.plan import RATE, STEPS
@@ -90,8 +90,8 @@ class Study:
         self.accelerator = Accelerator(cpu=True)
         self.start, self.processor = load_iclip("embedded")
         pairs = load_pairs(options.data_root / "flickr8k" / "dev-00000.tar")
-        models = (self.start, self.processor, self.accelerator)
-        self.pairs = cached = cache_pairs(options.output, pairs, *models, lock_text=True)
+        cache = FeatureCache(options.output, self.start, self.processor, self.accelerator)
+        self.pairs = cached = cache.pairs(pairs, lock_text=True)
         if self.blocks:
             images = {row: whole_image(self.processor, pairs.read(row)["image"]) for row in cached.rows}
             parts = (cached.features, self.start.config, self.processor)

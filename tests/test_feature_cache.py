@@ -10,7 +10,7 @@ from training_runs import accelerator
 
 from iclip_hf import ICLIPConfig, ICLIPProcessor
 from iclip_hf.data.pairs import load_pairs
-from iclip_hf.training.feature_cache import CachedPairs, FeatureShards, cache_images, cache_texts
+from iclip_hf.training.feature_cache import CachedPairs, FeatureCache, FeatureShards
 from iclip_hf.training.pair_model import PairModel
 
 
@@ -36,8 +36,8 @@ def test_any_pooling_comes_from_one_cache(hub, tmp_path_factory, tiny_processor,
     folder = tmp_path_factory.getbasetemp() / "one-cache"
     model, pairs = tiny_model(**options), load_pairs(str(hub / "pairs.tar"))
     model.vision_model.load_state_dict(tiny_model().vision_model.state_dict())
-    first = cache_images(folder, pairs, tiny_model(), tiny_processor, accelerator())
-    images = cache_images(folder, pairs, model, tiny_processor, accelerator())
+    first = FeatureCache(folder, tiny_model(), tiny_processor, accelerator()).images(pairs)
+    images = FeatureCache(folder, model, tiny_processor, accelerator()).images(pairs)
     assert (images.folder == first.folder) == ("max_over" not in options)
     dataset = CachedPairs(images, model.config, tiny_processor)
     cached = dataset.__getitems__([5, 60])["image_features"]
@@ -53,7 +53,7 @@ def test_any_pooling_comes_from_one_cache(hub, tmp_path_factory, tiny_processor,
 def test_filling_a_cache_goes_on_where_it_stopped(hub, tmp_path, tiny_processor, monkeypatch):
     write_pairs(tmp_path / "many.tar", 600)
     pairs, model = load_pairs(str(tmp_path / "many.tar")), tiny_model()
-    whole = cache_images(tmp_path / "whole", pairs, model, tiny_processor, accelerator())
+    whole = FeatureCache(tmp_path / "whole", model, tiny_processor, accelerator()).images(pairs)
     assert whole.num_shards == 3
 
     calls, encode_image = [], model.encode_image
@@ -66,8 +66,8 @@ def test_filling_a_cache_goes_on_where_it_stopped(hub, tmp_path, tiny_processor,
 
     monkeypatch.setattr(model, "encode_image", stops_after_six)
     with pytest.raises(KeyboardInterrupt):
-        cache_images(tmp_path / "stopped", pairs, model, tiny_processor, accelerator())
-    resumed = cache_images(tmp_path / "stopped", pairs, model, tiny_processor, accelerator())
+        FeatureCache(tmp_path / "stopped", model, tiny_processor, accelerator()).images(pairs)
+    resumed = FeatureCache(tmp_path / "stopped", model, tiny_processor, accelerator()).images(pairs)
     assert sum(calls) == 600 + (6 + 1) * 64 - 256  # the first shard was kept
     rows = np.random.default_rng(0).integers(0, 600, 50)
     assert np.array_equal(resumed[rows], whole[rows]) and resumed.captions() == whole.captions()
@@ -78,7 +78,7 @@ def test_other_features_have_a_folder_of_their_own(hub, tmp_path, tiny_processor
     def fill(model=None, name="pairs.tar", processor=tiny_processor, precision="no", **options):
         model, place = model or tiny_model(), accelerator()
         place.state._mixed_precision = precision
-        return cache_images(tmp_path, load_pairs(str(hub / name)), model, processor, place, **options).folder
+        return FeatureCache(tmp_path, model, processor, place).images(load_pairs(str(hub / name)), **options).folder
 
     other_mean = copy.deepcopy(tiny_processor)
     other_mean.image_processor.image_mean = [0.1, 0.2, 0.3]
@@ -95,12 +95,8 @@ def test_other_features_have_a_folder_of_their_own(hub, tmp_path, tiny_processor
 def test_cached_texts_know_tokenizer_and_tower_but_not_their_use(tmp_path, tiny_processor):
     texts, model = ["a dog", "the red car"], tiny_model()
 
-    def fill(**changes):
-        return cache_texts(
-            tmp_path,
-            **{"texts": texts, "model": model, "processor": tiny_processor, **changes},
-            accelerator=accelerator(),
-        )
+    def fill(texts=texts, model=model, processor=tiny_processor):
+        return FeatureCache(tmp_path, model, processor, accelerator()).texts(texts)
 
     kept = fill()
     (file,) = tmp_path.rglob("00000.npy")
@@ -118,15 +114,12 @@ def test_cached_texts_know_tokenizer_and_tower_but_not_their_use(tmp_path, tiny_
 def test_bad_pairs_are_left_out_of_the_cache(tmp_path, tiny_processor):
     write_pairs(tmp_path / "pairs.tar", 40, broken=(0, 7))
     pairs, model = load_pairs(str(tmp_path / "pairs.tar")), tiny_model()
-
-    def fill(**options):
-        return cache_images(tmp_path, pairs, model, tiny_processor, accelerator(), **options)
-
+    cache = FeatureCache(tmp_path, model, tiny_processor, accelerator())
     with pytest.raises(ValueError, match="1.00% bad pairs, but 2 of 40"):
-        fill(max_bad_share=0.01)
-    images = fill()
+        cache.images(pairs, max_bad_share=0.01)
+    images = cache.images(pairs)
     captions = [caption for several in images.captions() for caption in several]
-    texts = cache_texts(tmp_path / "texts", captions, model, tiny_processor, accelerator())
+    texts = cache.texts(captions)
     dataset = CachedPairs(images, ICLIPConfig(pooling="max", dual_projection=False), tiny_processor, texts=texts)
     assert len(dataset) == 38
     for index, row in ((0, 1), (6, 8), (37, 39)):  # rows of the data without the bad ones

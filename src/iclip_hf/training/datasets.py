@@ -17,7 +17,7 @@ from ..modeling_iclip import ICLIPModel
 from ..processing_iclip import ICLIPProcessor
 from ..utils.extras import require_extra
 from .data import seeded
-from .feature_cache import cache_pairs
+from .feature_cache import CachedPairs, FeatureCache
 from .nouns import NounPrompts
 from .pair_model import set_token_mean
 from .settings import Settings
@@ -172,18 +172,16 @@ def load_datasets(
     earlier_mean = model.token_mean.tolist() if model.config.center_tokens and model.token_mean.any() else None
     set_token_mean(model, (whole_image(processor, pair["image"]) for pair in some))
     if settings.cache_features:
-        options = {"lock_text": settings.lock_text, "seed": settings.seed, "num_workers": settings.num_workers}
-        options |= {"max_bad_share": settings.max_bad_share, "map_tokens": settings.map_tokens}
-        cached = partial(
-            cache_pairs,
-            model=model,
-            processor=processor,
-            accelerator=accelerator,
-            earlier_mean=earlier_mean,
-            **options,
-        )
-        training = cached(Path(settings.cache_features, "training"), pairs, nouns=nouns)
-        return training, held_out and cached(Path(settings.cache_features, "validation"), held_out)
+        shared = {
+            name: getattr(settings, name)
+            for name in ("lock_text", "seed", "num_workers", "max_bad_share", "map_tokens")
+        }
+
+        def cached(part: str, pairs: PairDataset, nouns: NounPrompts | None = None) -> CachedPairs:
+            cache = FeatureCache(Path(settings.cache_features, part), model, processor, accelerator)
+            return cache.pairs(pairs, nouns=nouns, earlier_mean=earlier_mean, **shared)
+
+        return cached("training", pairs, nouns), held_out and cached("validation", held_out)
     prepared = TrainingStream if streamed else TrainingPairs
     augmented = augmentation(processor, settings.crop_scale, settings.auto_augment, settings.random_erasing)
     training = prepared(pairs, augmented, processor, settings.seed, nouns)

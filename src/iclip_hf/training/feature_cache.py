@@ -7,6 +7,7 @@ import json
 import logging
 import math
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -148,53 +149,6 @@ class FeatureShards:
         return self.folder / f"{shard:05d}{suffix}"
 
 
-def cache_images(
-    folder: Path,
-    pairs: PairDataset,
-    model: ICLIPModel,
-    processor: ICLIPProcessor,
-    accelerator: Accelerator,
-    *,
-    map_tokens: int = 16,
-    earlier_mean: list[float] | None = None,
-    batch_size: int = 64,
-    num_workers: int = 0,
-    max_bad_share: float = 0.05,
-) -> FeatureShards:
-    """
-    Computes [`image_rows`] and captions of each pair, unless the folder holds them already. Pairs with a broken image or no caption have
-    no captions in the cache. `earlier_mean` is the model's `token_mean` if it is not that of these pairs. `num_workers` is for each process.
-
-    Raises:
-        `ValueError`: too many pairs are bad. `OSError`: the folder cannot be written, another run fills it, or another process died.
-    """
-    with accelerator.main_process_first():  # the first process caches the digests of the files for the others
-        data = pairs.fingerprint()
-
-    def encode(items: list[tuple[torch.Tensor, list[str]]]) -> tuple[torch.Tensor, Sequence[list[str]]]:
-        images, captions = zip(*items)
-        return image_rows(model, torch.stack(images).to(accelerator.device), map_tokens), captions
-
-    fingerprint = {
-        "tower": tower_digest(model.vision_model),
-        "options": image_settings(model.config, map_tokens),
-        "mixed_precision": accelerator.mixed_precision,
-        "token_mean": earlier_mean,
-        "software": software(),
-        "data": data,
-        "image_processor": json.loads(processor.image_processor.to_json_string()),
-    }
-    shards = FeatureShards(folder / "images" / digest(fingerprint), len(pairs))
-    _fill(shards, _PairReader(pairs, processor), encode, accelerator, batch_size, num_workers)
-    bad = sum(not captions for captions in shards.captions())
-    if bad > max_bad_share * len(pairs):
-        raise ValueError(
-            f"Expected at most {max_bad_share:.2%} bad pairs, but {bad} of {len(pairs)} are, as the log says; fix the data "
-            "or raise max_bad_share."
-        )
-    return shards
-
-
 class CachedTexts:
     """Features (D,) of texts, by text."""
 
@@ -206,37 +160,9 @@ class CachedTexts:
         return torch.from_numpy(self._shards[np.array([self._rows[text] for text in texts])]).float()
 
 
-def cache_texts(
-    folder: Path,
-    texts: Iterable[str],
-    model: ICLIPModel,
-    processor: ICLIPProcessor,
-    accelerator: Accelerator,
-) -> CachedTexts:
-    """Computes the text tower's feature of each distinct text, unless they are cached already."""
-    texts = sorted(set(texts), key=lambda text: (len(text), text))  # batches of similar length need little padding
-    # The probe shows what the processor adds: length and padding.
-    probe = processor(text=["A photo of Two Dogs, naïve.", "long " * 1000])["input_ids"].tolist()
-    fingerprint = {
-        "tower": tower_digest(model.text_model),
-        "text_pooling": model.config.text_pooling,
-        "mixed_precision": accelerator.mixed_precision,
-        "tokenizer": [tokenizer_digest(processor.tokenizer), probe],
-        "software": software(),
-        "texts": texts,
-    }
-    shards = FeatureShards(folder / digest(fingerprint), len(texts))
-
-    def encode(batch: list[str]) -> tuple[torch.Tensor, None]:
-        return model.encode_text(**processor(text=batch).to(accelerator.device))[0], None
-
-    _fill(shards, texts, encode, accelerator, batch_size=256, num_workers=0)
-    return CachedTexts(texts, shards)
-
-
 class CachedPairs(Dataset):
     """
-    Pairs as cached features, from [`cache_images`]. The captions of an epoch depend only on (seed, epoch). With a locked text tower, `texts`
+    Pairs as cached features, from [`FeatureCache`]. The captions of an epoch depend only on (seed, epoch). With a locked text tower, `texts`
     and `prompts` are the features of captions and of noun prompts.
     """
 
@@ -292,31 +218,6 @@ class CachedPairs(Dataset):
         return {"image_features": batch["image_features"], **texts, **nouns, "skipped": 0}
 
 
-def cache_pairs(
-    folder: Path,
-    pairs: PairDataset,
-    model: ICLIPModel,
-    processor: ICLIPProcessor,
-    accelerator: Accelerator,
-    *,
-    lock_text: bool = False,
-    nouns: NounPrompts | None = None,
-    seed: int = 0,
-    **options,
-) -> CachedPairs:
-    """Computes the features of pairs, with `lock_text` also of their texts. `options` and errors are those of [`cache_images`]."""
-    images = cache_images(folder, pairs, model, processor, accelerator, **options)
-    texts = {}
-    if lock_text:
-        texts["texts"] = itertools.chain.from_iterable(images.captions())
-        if nouns is not None:
-            texts["prompts"] = nouns.all_prompts()
-    features = {
-        name: cache_texts(folder / name, given, model, processor, accelerator) for name, given in texts.items()
-    }
-    return CachedPairs(images, model.config, processor, seed, nouns, **features)
-
-
 class _PairReader(Dataset):
     """Images as tensors, with all captions. A bad pair becomes a black image without captions."""
 
@@ -332,35 +233,118 @@ class _PairReader(Dataset):
         return self.processor(images=pair["image"])["pixel_values"][0], pair["captions"]
 
 
-@partner_errors("rerun to resume")
-def _fill(
-    shards: FeatureShards,
-    dataset: Dataset | Sequence,
-    encode: Callable,
-    accelerator: Accelerator,
-    batch_size: int,
-    num_workers: int,
-) -> None:
-    """Encodes the rows of missing shards, shared by the processes. A complete cache is not locked: several runs can read it."""
-    if not agreed(shards.missing()):
-        return
-    with shared_folder_lock(shards.folder, accelerator):
-        missing = shards.missing()
-        accelerator.wait_for_everyone()  # before any process writes a shard
-        todo = missing[accelerator.process_index :: accelerator.num_processes]
-        batches = [
-            list(rows[start : start + batch_size])
-            for rows in map(shards.rows_of, todo)
-            for start in range(0, len(rows), batch_size)
-        ]
-        options = {"num_workers": num_workers, "collate_fn": list, "worker_init_fn": ignore_signals}
-        loader = DataLoader(dataset, batch_sampler=batches, **options)
-        features, captions = [], []
-        with tqdm(
-            total=sum(map(len, batches)),
-            desc=f"Features of {shards.folder.parent.name}",
-            disable=not accelerator.is_main_process,
-        ) as bar:
+@dataclass
+class FeatureCache:
+    """The features of locked towers in a folder, computed unless they are there already. Parts of it belong to other models or data."""
+
+    folder: Path
+    model: ICLIPModel
+    processor: ICLIPProcessor
+    accelerator: Accelerator
+
+    def pairs(
+        self,
+        pairs: PairDataset,
+        *,
+        lock_text: bool = False,
+        nouns: NounPrompts | None = None,
+        seed: int = 0,
+        **options,
+    ) -> CachedPairs:
+        """Returns pairs as features, with `lock_text` also of their texts. `options` and errors are those of [`FeatureCache.images`]."""
+        images, texts = self.images(pairs, **options), {}
+        if lock_text:
+            texts["texts"] = self.texts(itertools.chain.from_iterable(images.captions()))
+            if nouns is not None:
+                texts["prompts"] = self.texts(nouns.all_prompts(), "prompts")
+        return CachedPairs(images, self.model.config, self.processor, seed, nouns, **texts)
+
+    def images(
+        self,
+        pairs: PairDataset,
+        *,
+        map_tokens: int = 16,
+        earlier_mean: list[float] | None = None,
+        batch_size: int = 64,
+        num_workers: int = 0,
+        max_bad_share: float = 0.05,
+    ) -> FeatureShards:
+        """
+        Computes [`image_rows`] and captions of each pair. Pairs with a broken image or no caption have no captions in the cache.
+        `earlier_mean` is the model's `token_mean` if it is not that of these pairs. `num_workers` is for each process.
+
+        Raises:
+            `ValueError`: too many pairs are bad. `OSError`: the folder cannot be written, another run fills it, or another process died.
+        """
+        with self.accelerator.main_process_first():  # the first process caches the digests of the files for the others
+            data = pairs.fingerprint()
+
+        def encode(items: list[tuple[torch.Tensor, list[str]]]) -> tuple[torch.Tensor, Sequence[list[str]]]:
+            images, captions = zip(*items)
+            return image_rows(self.model, torch.stack(images).to(self.accelerator.device), map_tokens), captions
+
+        fingerprint = {
+            "tower": tower_digest(self.model.vision_model),
+            "options": image_settings(self.model.config, map_tokens),
+            "mixed_precision": self.accelerator.mixed_precision,
+            "token_mean": earlier_mean,
+            "software": software(),
+            "data": data,
+            "image_processor": json.loads(self.processor.image_processor.to_json_string()),
+        }
+        shards = FeatureShards(self.folder / "images" / digest(fingerprint), len(pairs))
+        self._fill(shards, _PairReader(pairs, self.processor), encode, batch_size, num_workers)
+        bad = sum(not captions for captions in shards.captions())
+        if bad > max_bad_share * len(pairs):
+            raise ValueError(
+                f"Expected at most {max_bad_share:.2%} bad pairs, but {bad} of {len(pairs)} are, as the log says; fix the data "
+                "or raise max_bad_share."
+            )
+        return shards
+
+    def texts(self, texts: Iterable[str], name: str = "texts") -> CachedTexts:
+        """Computes the text tower's feature of each distinct text, in the folder `name` of the cache."""
+        texts = sorted(set(texts), key=lambda text: (len(text), text))  # batches of similar length need little padding
+        # The probe shows what the processor adds: length and padding.
+        probe = self.processor(text=["A photo of Two Dogs, naïve.", "long " * 1000])["input_ids"].tolist()
+        fingerprint = {
+            "tower": tower_digest(self.model.text_model),
+            "text_pooling": self.model.config.text_pooling,
+            "mixed_precision": self.accelerator.mixed_precision,
+            "tokenizer": [tokenizer_digest(self.processor.tokenizer), probe],
+            "software": software(),
+            "texts": texts,
+        }
+        shards = FeatureShards(self.folder / name / digest(fingerprint), len(texts))
+
+        def encode(batch: list[str]) -> tuple[torch.Tensor, None]:
+            return self.model.encode_text(**self.processor(text=batch).to(self.accelerator.device))[0], None
+
+        self._fill(shards, texts, encode, batch_size=256, num_workers=0)
+        return CachedTexts(texts, shards)
+
+    @partner_errors("rerun to resume")
+    def _fill(
+        self, shards: FeatureShards, dataset: Dataset | Sequence, encode: Callable, batch_size: int, num_workers: int
+    ) -> None:
+        """Encodes the rows of missing shards, shared by the processes. A complete cache is not locked: several runs can read it."""
+        accelerator = self.accelerator
+        if not agreed(shards.missing()):
+            return
+        with shared_folder_lock(shards.folder, accelerator):
+            missing = shards.missing()
+            accelerator.wait_for_everyone()  # before any process writes a shard
+            todo = missing[accelerator.process_index :: accelerator.num_processes]
+            batches = [
+                list(rows[start : start + batch_size])
+                for rows in map(shards.rows_of, todo)
+                for start in range(0, len(rows), batch_size)
+            ]
+            options = {"num_workers": num_workers, "collate_fn": list, "worker_init_fn": ignore_signals}
+            loader = DataLoader(dataset, batch_sampler=batches, **options)
+            features, captions = [], []
+            title = f"Features of {self.folder.name} {shards.folder.parent.name}"
+            bar = tqdm(total=sum(map(len, batches)), desc=title, disable=not accelerator.is_main_process)
             for items in loader:
                 with torch.inference_mode(), accelerator.autocast():
                     encoded, texts = encode(items)
@@ -370,4 +354,5 @@ def _fill(
                 if sum(map(len, features)) == len(shards.rows_of(todo[0])):
                     shards.write(todo.pop(0), np.concatenate(features), captions or None)
                     features, captions = [], []
-        accelerator.wait_for_everyone()
+            bar.close()
+            accelerator.wait_for_everyone()

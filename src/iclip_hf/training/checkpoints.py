@@ -16,17 +16,14 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
-from ..data.pairs import PairDataset, PairStream
-from ..data.segmentation import SegmentationDataset
 from ..hub.model_card import write_model_card
 from ..modeling_iclip import ICLIPModel
-from ..models.identity import changed, digest
+from ..models.identity import changed
 from ..processing_iclip import ICLIPProcessor
 from ..utils.extras import require_extra
 from ..utils.files import atomic_write, writing_errors
 from .checks import check_output_dir, checkpoints
 from .low_rank import add_low_rank, low_rank_of, merge_low_rank
-from .nouns import NounPrompts
 from .settings import Settings, changed_settings
 
 
@@ -50,7 +47,7 @@ class RunState:
         change: 95 % interval of the difference between the two in `best_metric`, see [`~validation.change_interval`].
         evaluation: its results on maps, as `iclip evaluate` returns them.
         settings: settings of the run.
-        content: identity of the model that the run started from, and digests of what settings name, see [`known_by_content`].
+        content: identity of the model that the run started from, and digests of what settings name, by the name of the setting.
         sharded: whether the run shards its weights with FSDP.
         measured: whether the model of this step has been evaluated, if it is to be.
     """
@@ -129,25 +126,6 @@ def state_to_resume(settings: Settings, fixed: Collection[str] = ()) -> tuple[Pa
             "the same pairs, with --resume, or name another output_dir."
         )
     return last, state
-
-
-def known_by_content(
-    settings: Settings,
-    pairs: PairDataset | PairStream,
-    held_out: PairDataset | None,
-    nouns: NounPrompts | None,
-    segmentation: SegmentationDataset | None,
-) -> dict[str, str | list[str] | None]:
-    """
-    Returns digests of what settings name besides the model, by the name of the setting. Files are read once, and again only after a
-    change. A stream is known by its name.
-    """
-    return {
-        "data": settings.data if isinstance(pairs, PairStream) else pairs.fingerprint(),
-        "validation_data": held_out and held_out.fingerprint(),
-        "nouns": nouns and digest([nouns.nouns, nouns.is_background.tolist()]),
-        "eval_root": segmentation and segmentation.fingerprint(),
-    }
 
 
 def check_content(checkpoint: Path, state: RunState, content: Mapping) -> None:

@@ -21,12 +21,13 @@ with require_extra("train"):
     from accelerate.utils import ProjectConfiguration, parse_flag_from_env, set_seed
 
 from ..configuration_iclip import ICLIPConfig
+from ..data.pairs import PairStream
 from ..data.segmentation import load_segmentation
 from ..evaluation.evaluate import evaluate
 from ..hub.folders import join_towers
 from ..modeling_iclip import ICLIPModel
 from ..models.embedded import embedded_model
-from ..models.identity import identity
+from ..models.identity import digest, identity
 from ..models.loading import load_iclip, warn_of_slow_bfloat16
 from ..processing_iclip import ICLIPProcessor
 from ..utils.distributed import partner_errors, shared_folder_lock
@@ -36,7 +37,6 @@ from .checkpoints import (
     export,
     holds_start,
     keep_learning_weights_only,
-    known_by_content,
     save_checkpoint,
     state_to_resume,
     whole_model,
@@ -159,8 +159,14 @@ class TrainingRun:
         pairs, self.held_out = open_pairs(settings, accelerator)
         nouns = NounPrompts.from_file(settings.nouns, settings.noun_prompts, settings.seed) if settings.nouns else None
         with accelerator.main_process_first():  # the first process caches the digests of the files for the others
-            named = known_by_content(settings, pairs, self.held_out, nouns, self.segmentation)
-        content = {**self.started_from, **named}
+            content = self.started_from | {
+                "data": settings.data
+                if isinstance(pairs, PairStream)
+                else pairs.fingerprint(),  # a stream has a name only
+                "validation_data": self.held_out and self.held_out.fingerprint(),
+                "nouns": nouns and digest([nouns.nouns, nouns.is_background.tolist()]),
+                "eval_root": self.segmentation and self.segmentation.fingerprint(),
+            }
         if last_checkpoint:
             check_content(last_checkpoint, self.state, content)
         self.state.content = content

@@ -37,7 +37,7 @@ SHARE = ("from 0 to 1", lambda value: 0 <= value <= 1)
 FREE = """
     config output_dir resume num_workers chunk_size max_bad_steps report_to log_steps eval_steps pictures checkpoint_steps keep_checkpoints
 """.split()
-# Places, which may change too: their content is compared, see [`~checkpoints.known_by_content`].
+# Places, which may change too: their content is compared.
 PLACES = "model vision text data validation_data nouns cache_features eval_root".split()
 
 

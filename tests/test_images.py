@@ -7,25 +7,16 @@ import sys
 
 import numpy as np
 import pytest
+from fault_inputs import encoded, noise
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from iclip_hf.images import load_image
 
 
-def encoded(image: Image.Image, format: str = "PNG", **options) -> bytes:
-    file = io.BytesIO()
-    image.save(file, format=format, **options)
-    return file.getvalue()
-
-
-def noise(height: int, width: int, channels: int = 3, seed: int = 0) -> np.ndarray:
-    return np.random.default_rng(seed).integers(0, 256, (height, width, channels), dtype=np.uint8)
-
-
 @pytest.fixture
 def photo() -> Image.Image:
-    return Image.fromarray(noise(6, 9))
+    return Image.fromarray(noise(6, 9, 3))
 
 
 @pytest.mark.parametrize("as_what", ["path", "str", "bytes", "pil"])
@@ -48,7 +39,7 @@ def test_every_format(format):
 
 
 def test_grayscale_bilevel_and_palette():
-    gray = noise(4, 5, 1)[..., 0]
+    gray = noise(4, 5)
     np.testing.assert_array_equal(load_image(encoded(Image.fromarray(gray))), np.repeat(gray[..., None], 3, axis=2))
     bilevel = gray > 127
     np.testing.assert_array_equal(
@@ -105,7 +96,7 @@ STORED = {
 
 @pytest.mark.parametrize("orientation", STORED)
 def test_exif_orientation(orientation):
-    upright = noise(3, 5)
+    upright = noise(3, 5, 3)
     exif = Image.Exif()
     exif[0x0112] = orientation
     data = encoded(Image.fromarray(np.ascontiguousarray(STORED[orientation](upright))), exif=exif)

@@ -19,6 +19,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from fault_inputs import encoded
 from PIL import Image
 from torch.utils.data import DataLoader
 
@@ -48,9 +49,7 @@ def cache(tmp_path_factory, monkeypatch):
 
 def jpeg(number: int) -> bytes:
     """An image that tells its number: its brightness."""
-    file = io.BytesIO()
-    Image.new("RGB", (12, 8), (number % 256,) * 3).save(file, "JPEG")
-    return file.getvalue()
+    return encoded(Image.new("RGB", (12, 8), (number % 256,) * 3), "JPEG")
 
 
 def write_tar(path, members, format=tarfile.PAX_FORMAT):

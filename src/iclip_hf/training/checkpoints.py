@@ -105,8 +105,7 @@ def keep_learning_weights_only(accelerator: Accelerator) -> None:
 
 def state_to_resume(settings: Settings, fixed: Collection[str] = ()) -> tuple[Path | None, RunState]:
     """
-    Returns the last checkpoint of a run and its state; None and a new state without one. `fixed` names settings that must not change,
-    besides those whose field says so.
+    Returns the last checkpoint of a run and its state; None and a new state without one. `fixed`: see [`~settings.changed_settings`].
 
     Raises:
         `ValueError`: there is a checkpoint, but `resume` is not set, or a setting has changed that must not change.

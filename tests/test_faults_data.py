@@ -1,6 +1,5 @@
 """Faults at the door of data: segmentation, pairs, nouns, feature cache. See faults.py."""
 
-import contextlib
 import io
 import json
 import shutil
@@ -8,37 +7,15 @@ from collections.abc import Callable
 
 import fault_inputs as inputs
 import numpy as np
-from faults import WORKS, Cases, index_mask, masks_folder, test_of_cases, test_of_random_damage, written
-from PIL import Image
+from faults import WORKS, Cases, few, index_mask, masks_folder, test_of_cases, test_of_random_damage, written
 
 from iclip_hf.data.pairs import load_pairs
 from iclip_hf.data.segmentation import load_segmentation
-from iclip_hf.images import load_image
 from iclip_hf.training.feature_cache import FeatureShards
 from iclip_hf.training.nouns import NounPrompts
 
 
 CASES = Cases()
-
-
-def segmented_image(world, folder, content):
-    index = inputs.encoded(Image.new("L", load_size(content), 1), "PNG")
-    return load_segmentation("folder", masks_folder(folder, content, index))[0].image
-
-
-def load_size(content: bytes) -> tuple[int, int]:
-    with contextlib.suppress(ValueError):
-        return load_image(content).size
-    return 30, 24
-
-
-def in_shard(world, folder, content):
-    (folder / "a.tar").write_bytes(inputs.tar(("image.png", content), ("image.txt", "a dog")))
-    return load_pairs(folder / "a.tar").read(0)
-
-
-CASES.add_images("image of a shard", in_shard)
-CASES.add_images("image of a data set", segmented_image)
 
 
 def mask(world, folder, content):
@@ -49,7 +26,7 @@ def mask(world, folder, content):
 CASES.add(
     "mask of a data set",
     {
-        **inputs.UNREADABLE_IMAGES,
+        **few(inputs.UNREADABLE_IMAGES, inputs.FEW_IMAGES),
         "a class that is not listed": index_mask(np.full((24, 30), 7, np.uint8)),
         "colours": inputs.BY_FORMAT["PNG"],
         "16 bits": index_mask(np.full((24, 30), 1, np.uint16)),

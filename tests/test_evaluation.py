@@ -19,6 +19,7 @@ from iclip_hf.data import load_segmentation
 from iclip_hf.evaluation.evaluate import evaluate
 from iclip_hf.evaluation.metrics import MeanForegroundMinusBackground as MFMB
 from iclip_hf.evaluation.metrics import MeanMaxIoU, MultiLabelAveragePrecision
+from iclip_hf.evaluation.results import class_thresholds
 from iclip_hf.explainers import METHODS, make_explainer
 from iclip_hf.models.loading import load
 from iclip_hf.presence import BACKGROUND, MIN_PRESENCE, presence
@@ -287,3 +288,16 @@ def test_command_writes_json_and_csv_alike_with_two_processes(labelled_folder, w
     # Maps of other batches differ by rounding, so a few pixels may cross a threshold.
     for name, apart in (("mAP", 1e-3), ("mMIoU", 0.1), ("mFMB", 1e-4), ("floor", 1e-6)):
         assert together["results"]["itsm"][name] == pytest.approx(written["results"]["itsm"][name], abs=apart)
+
+
+def test_thresholds_of_classes(tmp_path):
+    path = tmp_path / "results.json"
+    rows = [{"name": "dog", "threshold": 0.31}, {"name": "red ball", "threshold": 0.55}]
+    rows.append({"name": "cat", "threshold": None})
+    path.write_text(json.dumps({"per_class": {"itsm": rows, "gem": rows[:1]}}))
+    assert class_thresholds(path, ["red ball", "dog", "dog"]) == [0.55, 0.31, 0.31]
+    assert class_thresholds(path, ["dog"], "gem") == [0.31]
+    with pytest.raises(ValueError, match=r"thresholds of \['cat'\], but got those of \['dog', 'red ball'\]"):
+        class_thresholds(path, ["dog", "cat"])
+    with pytest.raises(ValueError, match=r"one of \['itsm', 'gem'\], got 'attention'"):
+        class_thresholds(path, ["dog"], "attention")

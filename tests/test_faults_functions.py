@@ -21,12 +21,12 @@ from PIL import Image
 
 from iclip_hf import ICLIPConfig
 from iclip_hf.evaluation.measures.deletion_insertion import deletion_insertion
+from iclip_hf.evaluation.results import class_thresholds
 from iclip_hf.explainers import make_explainer
 from iclip_hf.images import load_image
 from iclip_hf.localization.collection import explain_collection, open_images
 from iclip_hf.localization.localizer import Localizer, explain
 from iclip_hf.models.loading import load_pretrained
-from iclip_hf.regions import class_thresholds
 
 
 CASES = Cases()

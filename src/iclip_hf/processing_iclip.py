@@ -250,7 +250,7 @@ class ICLIPProcessor(ProcessorMixin):
         Args:
             maps (list of `torch.Tensor` of shape `(T, H, W)`): from `post_process_similarity_maps`.
             threshold (`float` in [0, 1], or T of them): such as the best threshold of each class, from
-                `regions.class_thresholds`.
+                `evaluation.results.class_thresholds`.
             presence (`torch.Tensor` of shape `(B, T)`, *optional*): from `presence.presence`. Any score in which higher means present
                 will do.
             min_presence (`float`, *optional*): a text with a lower presence counts as absent and gets an empty mask.

@@ -149,23 +149,6 @@ def test_images_keep_their_proportions_under_windows(labelled_folder, tiny_proce
     assert square.results["itsm"]["mIoU"] != result.results["itsm"]["mIoU"]
 
 
-@pytest.mark.parametrize(
-    ("options", "problem"),
-    [
-        ({"window": 4}, "window in multiples of the patch size, 8 pixels, got 4"),
-        ({"window": 20}, "got 20"),
-        ({"window": 32, "stride": 12}, "stride in multiples of the patch size, 8 pixels, got 12"),
-        ({"window": 32, "stride": 40}, "at most the window's 32 pixels, got 40"),
-        ({"stride": 16}, "stride with a window"),
-        ({"threshold": 1.5}, r"in \[0, 1\]"),
-        ({"min_presence": 2}, r"min_presence in \[0, 1\], got 2"),
-    ],
-)
-def test_bad_options_are_named(labelled_folder, tiny_processor, options, problem):
-    with pytest.raises(ValueError, match=problem):
-        segment((tiny_model(), tiny_processor), load_segmentation("folder", labelled_folder), **options)
-
-
 @pytest.mark.parametrize("options", [{"threshold": 0.5}, {"background": ["sky"]}])
 def test_a_void_background_is_not_predicted(labelled_folder, tiny_processor, options):
     dataset = load_segmentation("folder", labelled_folder)

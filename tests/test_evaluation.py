@@ -110,23 +110,6 @@ def test_stuff_contrast_by_hand_and_with_a_map_of_saliency(labelled_folder, tiny
     assert result.protocol["stuff_contrast"] and "stuff contrast %" in result.table()
 
 
-@pytest.mark.parametrize(
-    ("options", "problem"),
-    [
-        ({"measures": ["luck"]}, "luck"),
-        ({"measures": ["stuff_contrast"]}, "names the background"),
-        ({"measures": ["segmentation"], "limit": 1}, "two images or more"),
-        ({"limit": 0}, "limit to be at least 1, got 0"),
-        ({"batch_size": 0}, "batch_size to be at least 1, got 0"),
-    ],
-)
-def test_what_cannot_be_measured_is_refused(labelled_folder, tiny_processor, options, problem):
-    with pytest.raises(ValueError, match=problem):
-        evaluate(
-            (tiny_model(), tiny_processor), load_segmentation("folder", labelled_folder), progress=False, **options
-        )
-
-
 def test_measures_of_all_tasks_run_together_and_alone_give_the_same(labelled_folder, tiny_processor):
     model, dataset = load((tiny_model(), tiny_processor)), load_segmentation("folder", labelled_folder)
     names = ["mFMB", "segmentation", "pointing_game"]

@@ -539,38 +539,6 @@ def test_the_copy_shares_the_weights(tiny_processor):
 # What is refused
 
 
-@pytest.mark.parametrize(
-    ("method", "options", "match"),
-    [
-        ("gradcam", {}, r"one of \['attention', .*'bi_modal'.*got 'gradcam'"),
-        ("grad_cam", {"layers": 3}, r"'grad_cam', which are \['layer', 'activations'\], got \['layers'\]"),
-        ("grad_cam", {"layer": 2}, "2 attention layers, got 2"),
-        ("grad_cam", {"activations": "mlp"}, "got 'mlp'"),
-        ("gem", {"depth": 0}, "depth of at least one"),
-        ("gem", {"iterations": -1}, "iterations"),
-        ("clearclip", {"tokens": "keys"}, "got 'keys'"),
-        ("naclip", {"sigma": 0}, "sigma to be greater than 0, or None for no window, got 0"),
-        ("attention_affinity", {}, "Expected an ICLIP model.*got CLIPModel: use attention"),
-    ],
-)
-def test_options_are_checked(made, method, options, match):
-    with pytest.raises(ValueError, match=match):
-        make_explainer(made("clip")[:2], method, **options)
-
-
-def test_other_models_are_refused(made):
-    model, processor, _ = made("clip")
-    for other in (model.vision_model, nn.Linear(1, 1)):
-        with pytest.raises(TypeError, match="Expected an ICLIPModel, an ONNXModel, a CLIPModel"):
-            make_explainer((other, processor))
-
-
-@pytest.mark.parametrize("labels", ["dog", []])
-def test_labels_are_a_list(made, labels):
-    with pytest.raises(ValueError, match="list of at least one label"):
-        make_explainer(made("clip")[:2]).model.encode_texts(labels)
-
-
 @pytest.mark.parametrize("method", NEED_BLOCKS)
 def test_blocks_are_needed(made, method):
     model, tokenizer, _ = made("open_clip_resnet")

@@ -22,11 +22,13 @@ from PIL import Image
 from iclip_hf import ICLIPConfig
 from iclip_hf.evaluation.measures.deletion_insertion import deletion_insertion
 from iclip_hf.evaluation.results import class_thresholds
-from iclip_hf.explainers import make_explainer
+from iclip_hf.explainers import WordExplainer, make_explainer
 from iclip_hf.images import load_image
+from iclip_hf.label_maps import label_map
 from iclip_hf.localization.collection import explain_collection, open_images
 from iclip_hf.localization.localizer import Localizer, explain
-from iclip_hf.models.loading import load_pretrained
+from iclip_hf.models.loading import load, load_pretrained
+from iclip_hf.processing_iclip import check_thresholds
 
 
 CASES = Cases()
@@ -134,8 +136,51 @@ CASES.add(
     lambda world, folder, ids: world.model(pixel_values=torch.zeros(1, 3, 32, 32), input_ids=ids, return_loss=True),
     shows="(2,)",
 )
+CASES.add(
+    "model",
+    {"a list of texts for no image": IDS.expand(3, 2, 3)},
+    lambda world, folder, ids: world.model(pixel_values=torch.zeros(2, 3, 32, 32), input_ids=ids),
+    shows="got 3 lists for 2 images",
+)
 
 
+CASES.add(
+    "arguments of processor",
+    {
+        "nothing": {},
+        "no texts": {"text": []},
+        "an empty list": {"text": [["dog"], []]},
+        "texts and labels": {"text": "dog", "labels": "dog"},
+        "no templates": {"labels": "dog", "templates": []},
+        "templates of texts": {"text": "dog", "templates": ["a {}"]},
+        "images of two shapes": {
+            "images": [inputs.PHOTO, inputs.PHOTO.resize((99, 32))],
+            "size": {"shortest_edge": 32},
+        },
+        "a list too many": {"images": [inputs.PHOTO], "text": [["dog"], ["cat"]]},
+    },
+    lambda world, folder, arguments: world.processor(**arguments),
+    shows="Expected",
+)
+CASES.add(
+    "size of processor",
+    {
+        "half a patch": {"height": 30, "width": 32},
+        "no width": {"height": 64},
+        "a width of text": {"height": 64, "width": "64"},
+        "a pair": (64, 64),
+        "a word": "large",
+        "negative": -8,
+        "a fraction": 0.5,
+        "too large": 8192,
+    },
+    lambda world, folder, size: world.processor(images=inputs.PHOTO, size=size),
+)
+CASES.add(
+    "size of processor",
+    {"of one row": {"shortest_edge": 224}},
+    lambda world, folder, size: world.processor(images=Image.new("RGB", (3000, 1)), size=size),
+)
 CASES.add_texts("text of processor", lambda world, folder, text: world.processor(text=[text]), every=True)
 CASES.add_texts(
     "text of Localizer", lambda world, folder, text: Localizer((world.model, world.processor), ["cat", text])
@@ -173,6 +218,51 @@ CASES.add(
     "make_explainer",
     {"no model": None, "a number": 3, "a module": torch.nn.Linear(2, 2)},
     lambda world, folder, model: make_explainer(model),
+)
+CASES.add(
+    "options of make_explainer",
+    {
+        "an unknown method": {"method": "gradcam"},
+        "an unknown option": {"method": "grad_cam", "layers": 3},
+        "a layer too deep": {"method": "grad_cam", "layer": 2},
+        "unknown activations": {"method": "grad_cam", "activations": "mlp"},
+        "no depth": {"method": "gem", "depth": 0},
+        "negative iterations": {"method": "gem", "iterations": -1},
+        "unknown tokens": {"method": "clearclip", "tokens": "keys"},
+        "no width": {"method": "naclip", "sigma": 0},
+    },
+    lambda world, folder, options: make_explainer((world.model, world.processor), **options),
+)
+for name, call, shows in (
+    ("labels as one text", lambda w, f: load((w.model, w.processor)).encode_texts("dog"), "'dog'"),
+    ("no labels", lambda w, f: load((w.model, w.processor)).encode_texts([]), "[]"),
+    ("words of another method", lambda w, f: WordExplainer((w.model, w.processor), ["dog"], method="gem"), "'gem'"),
+    ("a model without a processor", lambda w, f: load(w.model), "got ICLIPModel"),
+    ("model and processor apart", lambda w, f: explain(w.model, w.processor, [inputs.PHOTO], ["dog"]), "pair"),
+    ("the device of a pair", lambda w, f: load((w.model, w.processor), device="cpu"), "got cpu with tuple"),
+    ("the dtype of a loaded model", lambda w, f: load(load((w.model, w.processor)), dtype="bfloat16"), "bfloat16"),
+    ("an unknown device", lambda w, f: load(w.folder / "model", device="tpu"), "got tpu"),
+    ("a folder without images", lambda w, f: open_images([f]), "images or .tar shards"),
+    ("an absent shard", lambda w, f: open_images([f / "none.tar"]), "none.tar"),
+    ("two folders", lambda w, f: open_images([w.folder, f]), "one folder of images"),
+    ("label maps of one map", lambda w, f: label_map(torch.zeros(2, 3)), "(2, 3)"),
+    ("a class too many", lambda w, f: label_map(torch.zeros(2, 3, 3), classes=[0, 1, 2]), "got 3"),
+    ("a scale of nothing", lambda w, f: label_map(torch.zeros(2, 3, 3), logit_scale=0.0), "got 0.0"),
+    ("a scale that is no number", lambda w, f: label_map(torch.zeros(2, 3, 3), logit_scale=float("nan")), "got nan"),
+):
+    CASES.add("functions", {name: call}, lambda world, folder, call: call(world, folder), shows=shows)
+CASES.add(
+    "check_thresholds",
+    {
+        "none": None,
+        "text": "a",
+        "two dimensions": [[0.5]],
+        "a list": [],
+        "one is none": [0.5, None],
+        "above 1": 1.5,
+        "no number": np.float64("nan"),
+    },
+    lambda world, folder, threshold: check_thresholds(threshold),
 )
 CASES.add(
     "make_explainer",

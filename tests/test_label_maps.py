@@ -94,20 +94,6 @@ def test_more_texts_than_16_bits_count():
     assert label_map(raw)[0].item() == 2**15 + 1
 
 
-@pytest.mark.parametrize(
-    ("raw", "options", "problem"),
-    [
-        (torch.zeros(2, 3), {}, r"\(T, h, w\), got shape \(2, 3\)"),
-        (torch.zeros(2, 3, 3), {"classes": [0, 1, 2]}, "each of 2 texts, got 3"),
-        (torch.zeros(2, 3, 3), {"logit_scale": float("nan")}, "logit_scale to be positive, got nan"),
-        (torch.zeros(2, 3, 3), {"logit_scale": 0.0}, "logit_scale to be positive, got 0.0"),
-    ],
-)
-def test_bad_input_is_named(raw, options, problem):
-    with pytest.raises(ValueError, match=problem):
-        label_map(raw, **options)
-
-
 # ---- segments ----
 
 

@@ -38,22 +38,6 @@ def test_every_source_gives_the_same_model(world):
     assert load(world.folder / "model", dtype="bfloat16").identity["dtype"] == "bfloat16"
 
 
-@pytest.mark.parametrize(
-    ("source", "options", "error", "match"),
-    [
-        (lambda world: world.model, {}, TypeError, r"a pair \(model, processor\).*got ICLIPModel"),
-        (lambda world: (world.model, world.processor), {"device": "cpu"}, ValueError, "got cpu with tuple"),
-        (lambda world: load((world.model, world.processor)), {"dtype": "bfloat16"}, ValueError, "leave it out"),
-        (lambda world: world.folder / "model", {"device": "tpu"}, ValueError, "such as cpu, cuda or mps, got tpu"),
-    ],
-)
-def test_what_load_refuses(world, source, options, error, match):
-    with pytest.raises(error, match=match):
-        load(source(world), **options)
-    with pytest.raises(TypeError, match=r"a pair \(model, processor\)"):
-        explain(world.model, world.processor, [PHOTO], ["dog"])
-
-
 def test_an_image_comes_in_any_form(world, tmp_path):
     model, array = load((world.model, world.processor)), np.asarray(PHOTO)
     expected = explain(model, PHOTO, ["dog"])

@@ -499,17 +499,6 @@ def test_what_is_loaded_is_told_as_by_the_base_class(tmp_path):
     assert all(weight.isfinite().all() for weight in fresh.parameters())
 
 
-@pytest.mark.parametrize(("images", "lists"), [(1, 3), (2, 3), (3, 1)])
-def test_every_image_needs_its_own_list_of_texts(images, lists):
-    model, ids = tiny_model(), torch.randint(2, 60, (lists, 2, 5))
-    pixel_values = torch.zeros(images, 3, 32, 32)
-    sentence = f"one list of texts for each image, got {lists} lists for {images} images"
-    with pytest.raises(ValueError, match=sentence):
-        model(pixel_values=pixel_values, input_ids=ids)
-    with pytest.raises(ValueError, match=sentence):
-        model.similarity_maps(pixel_values, model.get_text_features(ids))
-
-
 @pytest.mark.parametrize("masked", [True, False])
 @pytest.mark.parametrize("pooling", ["eos", "mean"])
 def test_a_siglip_text_is_the_same_however_far_it_is_padded(masked, pooling):

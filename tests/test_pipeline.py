@@ -305,21 +305,6 @@ def test_absent_labels_have_no_segment(segment, photographs):
     assert segment(str(photographs[0]), LABELS, min_presence=1.1) == []
 
 
-@pytest.mark.parametrize(
-    ("options", "error", "says"),
-    [
-        ({"candidate_labels": []}, ValueError, "at least one label"),
-        ({"background_labels": [3]}, TypeError, "background_labels to be a list of strings"),
-        ({"background_labels": None}, TypeError, "background_labels to be a list of strings"),
-        ({"threshold": [0.5, 0.5]}, ValueError, "one threshold"),
-        ({"treshold": 0.3}, TypeError, "'treshold'"),
-    ],
-)
-def test_mistakes_of_segmentation_are_named(segment, photographs, options, error, says):
-    with pytest.raises(error, match=says):
-        segment(str(photographs[0]), **{"candidate_labels": LABELS, **options})
-
-
 def test_segmentation_is_a_task_of_transformers(tiny_processor, photographs, tmp_path):
     tiny_model().save_pretrained(tmp_path)
     tiny_processor.save_pretrained(tmp_path)

@@ -463,7 +463,7 @@ class ClassMeans(_ClassSums):
 
     _reasons = ()
 
-    def update(self, figures, label: int) -> None:
+    def add_counts(self, figures, label: int) -> None:
         """Adds the figures of one pair, F floats."""
         figures = np.asarray(figures, dtype=np.float64)
         counts = ~np.isnan(figures)
@@ -665,6 +665,8 @@ class MultiLabelAveragePrecision:
             )
         self._scores.append(scores.astype(np.float64))
         self._presence.append(presence.astype(bool))
+
+    add_counts = update  # scores are their own counts
 
     def merge(self, other: MultiLabelAveragePrecision) -> None:
         """Adds all images of another metric. Raises `ValueError` if its number of classes differs."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 
 from ...explainers.windows import check_window, windowed_maps
@@ -26,6 +27,9 @@ class _Folds:
 
     def __init__(self, num_classes: int, background: bool, void: int):
         self.folds = [MeanIoU(num_classes, background, void) for _ in range(2)]
+
+    def add_counts(self, fold: int, areas: np.ndarray) -> None:
+        self.folds[fold].add_counts(areas)
 
     def merge(self, other: _Folds) -> None:
         for own, more in zip(self.folds, other.folds):
@@ -119,17 +123,13 @@ class Segmentation(Measure):
             present = self.gate.explain_batch(pixel_values, self.encoded)[2] >= self.min_presence
         return [(dict(zip(drawn, maps)), shown) for *maps, shown in zip(*drawn.values(), present)]
 
-    def count(self, image: EvaluatedImage, method: str, heatmaps: None):
+    def count(self, image: EvaluatedImage, method: str, heatmaps: None) -> list[tuple]:
         drawn, present = image.seen[self.name]
         options = {"threshold": self.threshold, "logit_scale": self.logit_scale, "present": present}
         labels, confidence = label_map(drawn[method], image.sample.size, classes=self.classes, **options)
         metric = self.totals[method].folds[0]
         areas = metric.count(labels + 1, image.sample.label_map, confidence if self.sweeps else None)
-        return image.index % 2, areas
-
-    def add(self, method: str, counts: tuple) -> None:
-        fold, areas = counts
-        self.totals[method].folds[fold].add_counts(areas)
+        return [(image.index % 2, areas)]
 
     def report(self, method: str) -> tuple[dict, dict[int, dict]]:
         folds, thresholds, best = self.totals[method].folds, None, [0, 0]

@@ -151,12 +151,6 @@ def test_the_death_of_a_partner_says_how_to_go_on(folder, localizer, tmp_path, m
         run(localizer, open_images([folder / "images"]), tmp_path)
 
 
-def test_nothing_is_explained_twice(folder, localizer, whole, monkeypatch):
-    monkeypatch.setattr(localizer, "explain_batch", None)
-    report = run(localizer, open_images([folder / "images"]), whole[1])
-    assert (report.images, report.broken) == (13, whole[0].broken)
-
-
 def command(folder, output):
     options = ["--batch-size", "3", "--images-per-file", "4", "--threshold", "0.4", "--min-presence", "0.2"]
     texts = [part for text in TEXTS for part in ("--text", text)]

@@ -111,7 +111,7 @@ def test_probabilities_as_confidence(labelled_folder, tiny_processor):
         probabilities = np.exp(5 * maps) / np.exp(5 * maps).sum(0)
         pairs.append((np.where(probabilities.max(0) > 0.5, maps.argmax(0) + 1, 0), sample.label_map))
     assert result.results["itsm"]["mIoU"] == pytest.approx(miou(pairs)[0], abs=0.2)
-    assert "probability" in result.protocol["background"]
+    assert (result.protocol["background_threshold"], result.protocol["logit_scale"]) == (0.5, 5.0)
 
 
 # ---- windows ----
@@ -157,6 +157,3 @@ def test_a_void_background_is_not_predicted(labelled_folder, tiny_processor, opt
         segment((tiny_model(), tiny_processor), dataset, **options)
     result = segment((tiny_model(), tiny_processor), dataset)
     assert [row["id"] for row in result.per_class["itsm"]] == [1, 2, 3]
-
-
-# ---- command line ----

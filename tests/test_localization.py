@@ -160,12 +160,6 @@ def test_the_reversed_map_is_one_minus_the_map_to_the_last_bit(tiny_processor):
     assert torch.equal(turned.mask(1, 0.6), 1 - straight.map(1) > 0.6)
 
 
-def test_the_image_size_is_the_models(tiny_processor):
-    localizer = Localizer((tiny_model(), tiny_processor), TEXTS, image_size=48)
-    assert localizer.prepare(IMAGES[0]).pixel_values.shape == (1, 3, 48, 48)
-    assert [one.raw_maps.shape for one in explained(localizer)] == [(3, 6, 6)] * 2
-
-
 @pytest.mark.parametrize("method", ["itsm", "grad_cam"])
 def test_scores_and_presence_come_from_the_models_own_size(tiny_processor, method, monkeypatch):
     """Whatever the size of the maps; in one more forward only if that size is another."""

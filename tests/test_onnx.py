@@ -152,7 +152,7 @@ def test_nothing_half_written_stays_and_nothing_is_overwritten(model, tiny_proce
         raise RuntimeError("no text side")
 
     monkeypatch.setattr(onnx_export, "_vision_program", lambda model: None)
-    monkeypatch.setitem(onnx_export._WRITERS, "float32", lambda program, path: path.write_text("half"))
+    monkeypatch.setattr(onnx_export, "_write", lambda program, path, weights: path.write_text("half"))
     monkeypatch.setattr(onnx_export, "_text_program", fail)
     with pytest.raises(RuntimeError, match="no text side"):
         export_onnx(model, tiny_processor, tmp_path / "exported")

@@ -170,17 +170,7 @@ class Segmentation(Measure):
             "logit_scale": self.logit_scale,
             "min_presence": self.min_presence,
             "label_maps": "raw maps of all classes, bicubic to the image's size; the highest one counts",
-            "background": self._background_rule(),
+            "background_threshold": "the best of the images at the other (even or odd) positions"
+            if self.sweeps
+            else self.threshold,
         }
-
-    def _background_rule(self) -> str:
-        value = "the map of the best class, stretched to [0, 1]"
-        if self.logit_scale is not None:
-            value = "the probability of the best class"
-        if not self.run.dataset.background:
-            return "void"
-        if self.sweeps:
-            return f"{value}, is not above the best threshold of the images at the other (even or odd) positions"
-        parts = [] if self.threshold is None else [f"{value}, is not above {self.threshold}"]
-        parts += ["a background text is best"] * bool(self.texts_of_background)
-        return " or ".join(parts) or "never"

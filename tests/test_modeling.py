@@ -286,17 +286,6 @@ def test_texts_of_each_image_equal_shared_texts_run_alone():
         torch.testing.assert_close(alone.logits_per_image[0], together.logits_per_image[i], atol=1e-5, rtol=0)
 
 
-def test_texts_encoded_once_are_reused():
-    model, inputs = tiny_model(), tiny_inputs(size=(32, 48))
-    with torch.no_grad():
-        texts = model.get_text_features(inputs["input_ids"], inputs["attention_mask"])
-        maps = model.similarity_maps(inputs["pixel_values"], texts)
-        outputs = model(pixel_values=inputs["pixel_values"], text_features=texts)
-    direct = run(model)
-    torch.testing.assert_close(maps, direct.similarity_maps)
-    torch.testing.assert_close(outputs.logits_per_image, direct.logits_per_image)
-
-
 def test_features_follow_the_getters_of_transformers():
     model, inputs = tiny_model(), tiny_inputs()
     with torch.no_grad():

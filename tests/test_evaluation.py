@@ -23,7 +23,7 @@ from iclip_hf.evaluation.results import class_thresholds
 from iclip_hf.explainers import METHODS, make_explainer
 from iclip_hf.models.loading import load
 from iclip_hf.presence import BACKGROUND, MIN_PRESENCE, presence
-from iclip_hf.similarity import resize_and_normalize, reverse
+from iclip_hf.similarity import resize_and_normalize
 
 
 def slowly(model, processor, dataset):
@@ -135,7 +135,7 @@ def test_every_method_scores_its_maps_of_all_classes(labelled_folder, tiny_proce
             ap.update(scores, np.isin([1, 2, 3], sample.labels)[None])
             for label in sample.labels:
                 heatmap = resize_and_normalize(maps[0, label - 1 : label], sample.size)[0]
-                heatmap = reverse(heatmap) if explainer.reversed else heatmap
+                heatmap = 1 - heatmap if explainer.reversed else heatmap
                 miou.update(heatmap, sample.mask(label), label)
                 mfmb.update(heatmap, sample.mask(label), label)
         scores = result.results[method]

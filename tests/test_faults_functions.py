@@ -27,6 +27,7 @@ from iclip_hf.images import load_image
 from iclip_hf.label_maps import label_map
 from iclip_hf.localization.collection import explain_collection, open_images
 from iclip_hf.localization.localizer import Localizer, explain
+from iclip_hf.modeling_iclip import ICLIPOutput
 from iclip_hf.models.loading import load, load_pretrained
 from iclip_hf.processing_iclip import check_thresholds
 
@@ -285,6 +286,12 @@ CASES.add(
 
 
 MAPS, MASKS = torch.rand(1, 2, 4, 4), [torch.ones(2, 8, 8, dtype=torch.bool)]
+
+
+def segmented(**options):
+    return lambda p: p.post_process_semantic_segmentation(ICLIPOutput(similarity_maps=MAPS), **options)
+
+
 for name, call, shows in (
     ("maps without a batch", lambda p: p.post_process_similarity_maps(MAPS[0], [(8, 8)]), "(2, 4, 4)"),
     ("one size too many", lambda p: p.post_process_similarity_maps(MAPS, [(8, 8)] * 2), "and 2"),
@@ -300,6 +307,12 @@ for name, call, shows in (
     ),
     ("masks of another size", lambda p: p.post_process_boxes(list(MAPS), MASKS), "(8, 8)"),
     ("more maps than masks", lambda p: p.post_process_boxes([*MAPS, *MAPS], MASKS), "(8, 8)"),
+    ("outputs without maps", lambda p: p.post_process_semantic_segmentation(ICLIPOutput()), "output_similarity_maps"),
+    ("label maps of two sizes", segmented(target_sizes=[(8, 8)] * 2), "1 images, got 2"),
+    ("presence without a least one", segmented(presence=torch.ones(1, 2)), "got one of them"),
+    ("an absent background", segmented(background=[-1]), "got [-1]"),
+    ("a background that is none", segmented(background=[2]), "got [2]"),
+    ("a threshold above 1", segmented(threshold=1.5), "got 1.5"),
     ("an area above 1", lambda p: p.post_process_boxes(list(MAPS), [MAPS[0] > 0.5], min_area=2), "got 2"),
     (
         "an area that is no number",

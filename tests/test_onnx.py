@@ -190,12 +190,6 @@ def test_reduced_weights(model, folder, tiny_processor, tmp_path, capsys, weight
         assert (tmp_path / "exported" / file).stat().st_size < (folder / file).stat().st_size
 
 
-def test_results_do_not_go_with_onnx(tmp_path, capsys):
-    arguments = ["export", "model", str(tmp_path / "exported"), "--format", "onnx", "--results", "r.json"]
-    assert cli.main(arguments) == 2
-    assert "model card" in capsys.readouterr().err
-
-
 def test_measures_that_look_inside_the_tower_are_refused(folder, tiny_processor):
     loaded = load((ONNXModel(folder), tiny_processor))
     with pytest.raises(ValueError, match="Expected a PyTorch model for deletion"):

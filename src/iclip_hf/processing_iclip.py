@@ -18,7 +18,6 @@ from .label_maps import segments
 from .prompts import check_templates, check_text
 from .regions import MIN_AREA, Region, find_regions, negative_points, positive_points
 from .similarity import resize_and_normalize
-from .similarity import reverse as reverse_maps
 
 
 # Largest number of pixels of a prepared image, 200 MB in float32. `shortest_edge` makes a narrow image very large.
@@ -231,8 +230,7 @@ class ICLIPProcessor(ProcessorMixin):
                 f"Expected maps of shape (B, T, h, w) and B target sizes, got {tuple(maps.shape)} and {len(target_sizes)}: "
                 "pass the maps of a batch and a size for each image."
             )
-        processed = [resize_and_normalize(map_, size) for map_, size in zip(maps.float(), target_sizes)]
-        return [reverse_maps(map_) for map_ in processed] if reverse else processed
+        return [resize_and_normalize(map_, size, reverse) for map_, size in zip(maps, target_sizes)]
 
     @_renamed("scores", "0.3", "presence")
     @_renamed("min_score", "0.3", "min_presence")

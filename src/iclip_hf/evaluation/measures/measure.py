@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from ...data.segmentation import SegmentationSample
-from ...similarity import resize_and_normalize, reverse
+from ...similarity import resize_and_normalize
 from ..metrics import ClassMeans
 from ..results import measured, rounded
 
@@ -36,8 +36,7 @@ class EvaluatedImage:
 
     def heatmaps(self, method: str, is_reversed: bool) -> torch.Tensor:
         """Returns the maps of a method at the size of the image, stretched to [0, 1], `(T, height, width)`."""
-        heatmaps = resize_and_normalize(self.raw_maps[method], self.sample.size)
-        return reverse(heatmaps) if is_reversed else heatmaps  # stretching the negative would round differently
+        return resize_and_normalize(self.raw_maps[method], self.sample.size, is_reversed)
 
 
 class Measure(ABC):

@@ -151,7 +151,6 @@ ARGUMENTS = {
         "--task segmentation --threshold 0.5 --window 16 --stride 12": "got 12",
         "--task segmentation --threshold 0.5 --stride 16": "a stride of 16 alone",
         "--task segmentation --threshold 1.5": "got 1.5",
-        "--task segmentation --min-presence 2": "got 2",
         "--task segmentation": "two images or more",
         "--measures luck": "'luck'",
         "--measures stuff_contrast": "names the background",

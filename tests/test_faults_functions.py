@@ -247,6 +247,7 @@ for name, call, shows in (
     ("an absent shard", lambda w, f: open_images([f / "none.tar"]), "none.tar"),
     ("two folders", lambda w, f: open_images([w.folder, f]), "one folder of images"),
     ("label maps of one map", lambda w, f: label_map(torch.zeros(2, 3)), "(2, 3)"),
+    ("label maps of no map", lambda w, f: label_map(torch.zeros(0, 3, 3)), "(0, 3, 3)"),
     ("a class too many", lambda w, f: label_map(torch.zeros(2, 3, 3), classes=[0, 1, 2]), "got 3"),
     ("a scale of nothing", lambda w, f: label_map(torch.zeros(2, 3, 3), logit_scale=0.0), "got 0.0"),
     ("a scale that is no number", lambda w, f: label_map(torch.zeros(2, 3, 3), logit_scale=float("nan")), "got nan"),

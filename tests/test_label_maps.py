@@ -15,16 +15,15 @@ from iclip_hf.similarity import resize_and_normalize
 SIZE = (13, 22)
 
 
-def slowly(raw, size, classes, present, threshold, logit_scale):
+def slowly(raw, size, classes, threshold, logit_scale):
     """Pixel by pixel: all enlarged maps are held, and every rule is a comparison of numbers."""
     big = F.interpolate(raw[None].double(), size=size, mode="bicubic", align_corners=False)[0]
-    rows = [t for t in range(len(raw)) if present[t] or classes[t] == -1]
-    best = [[max(rows, key=lambda t: big[t, y, x].item()) for x in range(size[1])] for y in range(size[0])]
+    best = [[max(range(len(raw)), key=lambda t: big[t, y, x].item()) for x in range(size[1])] for y in range(size[0])]
     values = torch.tensor([[big[t, y, x].item() for x, t in enumerate(row)] for y, row in enumerate(best)])
     if logit_scale is None:
         confidence = (values - values.min()) / (values.max() - values.min())
     else:
-        confidence = (logit_scale * big[rows]).softmax(0).amax(0).float()
+        confidence = (logit_scale * big).softmax(0).amax(0).float()
     labels = [
         [classes[t] if threshold is None or confidence[y, x] > threshold else -1 for x, t in enumerate(row)]
         for y, row in enumerate(best)
@@ -34,15 +33,12 @@ def slowly(raw, size, classes, present, threshold, logit_scale):
 
 @pytest.mark.parametrize("logit_scale", [None, 40.0])
 @pytest.mark.parametrize("threshold", [None, 0.4])
-@pytest.mark.parametrize(
-    ("classes", "present"),
-    [([0, 1, 2, 3], [1, 1, 1, 1]), ([0, 0, 1, -1], [1, 1, 1, 1]), ([0, 1, 2, -1], [0, 1, 1, 0])],
-)
-def test_label_map_equals_a_loop_over_pixels(classes, present, threshold, logit_scale):
+@pytest.mark.parametrize("classes", [[0, 1, 2, 3], [0, 0, 1, -1]])
+def test_label_map_equals_a_loop_over_pixels(classes, threshold, logit_scale):
     raw = torch.rand(4, 3, 5, generator=torch.Generator().manual_seed(0)) * 0.2 + 0.1
     options = {"threshold": threshold, "logit_scale": logit_scale}
-    labels, confidence = label_map(raw, SIZE, classes=classes, present=torch.tensor(present, dtype=bool), **options)
-    expected, expected_confidence = slowly(raw, SIZE, classes, present, **options)
+    labels, confidence = label_map(raw, SIZE, classes=classes, **options)
+    expected, expected_confidence = slowly(raw, SIZE, classes, **options)
     assert labels.dtype == torch.int64 and torch.equal(labels, expected)
     assert torch.allclose(confidence, expected_confidence.float(), atol=1e-5)
     assert len(labels.unique()) > 1 and labels.min() >= -1 and labels.max() <= 3
@@ -67,16 +63,12 @@ def test_permuted_texts_have_permuted_labels_and_a_scale_changes_no_winner():
     assert torch.equal(scaled, labels) and torch.allclose(same, confidence, atol=1e-5)
 
 
-def test_constant_equal_and_no_maps():
+def test_constant_and_equal_maps():
     constant = torch.full((3, 4, 4), 0.3)
     constant[1] = 0.7
     labels, confidence = label_map(constant, SIZE)
     assert (labels == 1).all() and (confidence == 0).all()  # of a constant map, not the rounding of its enlargement
     assert (label_map(constant[[0, 0]], SIZE)[0] == 0).all()  # of equal texts, the first
-    nothing = torch.zeros(3, dtype=torch.bool)
-    for raw, present in ((constant, nothing), (constant[:0], None)):
-        labels, confidence = label_map(raw, SIZE, present=present)
-        assert labels.shape == SIZE and (labels == BACKGROUND_LABEL).all() and (confidence == 0).all()
     assert label_map(constant)[0].shape == (4, 4)
 
 

@@ -90,7 +90,7 @@ def test_a_method_of_another_package(world, dataset, tmp_path, monkeypatch):
 
 def test_evaluations_and_windows_take_a_model_of_open_clip(made, dataset):
     model = load(made("open_clip")[:2])
-    measures = ["mAP", "mFMB", "pointing_game", "randomization", Segmentation(threshold=0.5, min_presence=0.1)]
+    measures = ["mAP", "mFMB", "pointing_game", "randomization", Segmentation(threshold=0.5)]
     found = evaluate(model, dataset, ["itsm", "gem"], measures, progress=False).results["gem"]
     assert len(found["randomization"]) == 2 and None not in (found["mAP"], found["mFMB"], found["mIoU"])
     windows = Segmentation(window=32, stride=16, threshold=0.5)

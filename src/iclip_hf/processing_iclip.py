@@ -296,8 +296,8 @@ class ICLIPProcessor(ProcessorMixin):
         maps = getattr(outputs, "similarity_maps", None)
         if maps is None:
             raise ValueError(
-                f"Expected outputs with similarity_maps, got {type(outputs).__name__} without: call the model with "
-                "output_similarity_maps=True."
+                f"Expected outputs with similarity_maps, got {type(outputs).__name__} without: pass those of the model "
+                "with output_similarity_maps=True."
             )
         sizes = [maps.shape[2:]] * len(maps) if target_sizes is None else target_sizes
         if len(sizes) != len(maps):

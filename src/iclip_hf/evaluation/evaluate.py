@@ -215,10 +215,8 @@ class EvaluationRun:
             yield from batch
 
     def _draw(self, images: list[EvaluatedImage], needs: frozenset[str]) -> None:
-        """
-        Adds scores, presence and raw maps to images of one shape. One forward pass gives the similarity map, its reversal, and the
-        scores of all classes. Every other method needs a pass of its own.
-        """
+        """Adds scores, presence and raw maps to images of one shape."""
+        # One forward pass gives the similarity map, its reversal, and the scores of all classes. Every other method needs its own.
         pixel_values = torch.cat([image.pixel_values for image in images])
         rows = [torch.tensor(image.sample.labels or (1,)) - 1 for image in images]
         rows = pad_sequence(rows, batch_first=True)  # (B, T): padded with any class

@@ -7,7 +7,6 @@ from statistics import fmean
 import torch
 
 from .. import metrics
-from ..results import measured
 from .measure import EvaluatedImage, Measure
 
 
@@ -27,11 +26,7 @@ class TextContrast(RegionMeasure):
     name = "text_contrast"
     figures = {"text_contrast": ("text contrast %", 2)}
     metric = metrics.TextContrast
-
-    def report(self, method: str) -> tuple[dict, dict[int, dict]]:
-        scores = self.totals[method].compute()
-        figures = {"text_contrast": measured(scores["text_contrast"]), "left_out": scores["left_out"]}
-        return figures, {label: {"text_contrast": score} for label, score in scores["per_class"].items()}
+    row = "text_contrast"
 
     def protocol(self) -> dict:
         return {

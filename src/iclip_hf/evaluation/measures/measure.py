@@ -54,6 +54,7 @@ class Measure(ABC):
         by_method (`bool`): whether methods differ in it. Otherwise `count` is called once for each image, with the method None.
         image_size (`dict`, *optional*): a `size` of the processor that the measure prefers.
         metric (`type`): class of the sums, with `add_counts` and `merge`.
+        row (`str`): name of the score of a class in its row, if `report` is the default.
         totals (`dict`): for each method, the sums.
     """
 
@@ -63,6 +64,7 @@ class Measure(ABC):
     by_method = True
     image_size: dict[str, int] | None = None
     metric: type
+    row: str
 
     def prepare(self, run) -> None:
         """Prepares for the data set and methods of an [`~evaluate.EvaluationRun`]. Raises `ValueError` if these cannot be measured."""
@@ -84,12 +86,14 @@ class Measure(ABC):
         calls of `add_counts` of the sums.
         """
 
-    @abstractmethod
     def report(self, method: str | None) -> tuple[dict, dict[int, dict]]:
         """
         Returns the figures of a method, and for each class id a row of figures. A figure without data is None; `left_out` is the
-        number of items without a figure, by reason.
+        number of items without a figure, by reason. By default the score of `metric` with the measure's name, and its classes as `row`.
         """
+        scores = self.totals[method].compute()
+        figures = {self.name: measured(scores[self.name.lower()]), "left_out": scores["left_out"]}
+        return figures, {label: {self.row: score} for label, score in scores["per_class"].items()}
 
     def protocol(self) -> dict:
         """Returns what is needed to repeat the measurement."""

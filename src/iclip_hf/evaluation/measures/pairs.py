@@ -55,8 +55,4 @@ class MFMB(PairMeasure):
     name = "mFMB"
     figures = {"mFMB": ("mFMB", 4)}
     metric = MeanForegroundMinusBackground
-
-    def report(self, method: str) -> tuple[dict, dict[int, dict]]:
-        scores = self.totals[method].compute()
-        figures = {"mFMB": measured(scores["mfmb"]), "left_out": scores["left_out"]}
-        return figures, {label: {"FMB": fmb} for label, fmb in scores["per_class"].items()}
+    row = "FMB"

@@ -17,14 +17,10 @@ class AveragePrecision(Measure):
     figures = {"mAP": ("mAP %", 2)}
     by_method = False
     metric = MultiLabelAveragePrecision
+    row = "AP"
 
     def count(self, image: EvaluatedImage, method: None, heatmaps: None) -> list[tuple]:
         return [(image.scores[None], np.isin(self.run.dataset.labels, image.sample.labels)[None])]
-
-    def report(self, method: None) -> tuple[dict, dict[int, dict]]:
-        scores = self.totals[method].compute()
-        figures = {"mAP": measured(scores["map"]), "left_out": scores["left_out"]}
-        return figures, {label: {"AP": ap} for label, ap in scores["per_class"].items()}
 
 
 class _PresenceSums:

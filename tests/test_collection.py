@@ -151,12 +151,6 @@ def test_the_death_of_a_partner_says_how_to_go_on(folder, localizer, tmp_path, m
         run(localizer, open_images([folder / "images"]), tmp_path)
 
 
-def test_nothing_is_explained_twice(folder, localizer, whole, monkeypatch):
-    monkeypatch.setattr(localizer, "explain_batch", None)
-    report = run(localizer, open_images([folder / "images"]), whole[1])
-    assert (report.images, report.broken) == (13, whole[0].broken)
-
-
 def command(folder, output):
     options = ["--batch-size", "3", "--images-per-file", "4", "--threshold", "0.4", "--min-presence", "0.2"]
     texts = [part for text in TEXTS for part in ("--text", text)]
@@ -323,17 +317,6 @@ def test_a_truncated_file_is_to_be_deleted(folder, localizer, tmp_path):
         run(localizer, open_images([folder / "images"]), tmp_path)
     file.unlink()
     assert run(localizer, open_images([folder / "images"]), tmp_path).images == report.images
-
-
-def test_bad_numbers_and_sources(folder, localizer, tmp_path):
-    with pytest.raises(ValueError, match="from 1, got 0 and 4"):
-        run(localizer, open_images([folder / "images"]), tmp_path / "output", batch_size=0)
-    with pytest.raises(FileNotFoundError, match="expected images or .tar shards"):
-        open_images([tmp_path])
-    with pytest.raises(FileNotFoundError, match="none.tar"):
-        open_images([tmp_path / "none.tar"])
-    with pytest.raises(ValueError, match="one folder of images"):
-        open_images([folder / "images" / "a", folder / "images" / "b"])
 
 
 def test_a_method_is_known_by_the_content_of_what_it_names(folder, tiny_processor, tmp_path):

@@ -110,11 +110,6 @@ def test_importing_the_package_writes_nothing_and_leaves_a_users_evaluate_alone(
     assert not home.exists() and [path.name for path in work.iterdir()] == ["evaluate.py"]
 
 
-def test_there_is_a_folder_for_each_metric():
-    assert [path.name for path in FOLDERS] == sorted(ACCUMULATORS)
-    assert [*metrics.metric_folders()] == sorted(ACCUMULATORS)
-
-
 def test_every_folder_loads_and_computes(folder):
     metric = evaluate.load(str(folder))
     assert metric.name == folder.name

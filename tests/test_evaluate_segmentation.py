@@ -11,16 +11,13 @@ from iclip_hf.evaluation.evaluate import evaluate
 from iclip_hf.evaluation.measures.segmentation import Segmentation
 from iclip_hf.explainers import make_explainer
 from iclip_hf.explainers.windows import windowed_maps
-from iclip_hf.presence import BACKGROUND, presence
 
 
 def enlarged(model, processor, sample, texts):
-    """Maps of all texts at the image's size, and whether they are present by 0.5."""
+    """Maps of all texts at the image's size."""
     with torch.no_grad():
         outputs = model(**processor(sample.image, labels=texts), output_similarity_maps=True)
-        others = model(**processor(sample.image, labels=BACKGROUND))
-    maps = F.interpolate(outputs.similarity_maps, sample.size, mode="bicubic", align_corners=False)[0]
-    return maps.numpy(), (presence(outputs.logits_per_image, others.logits_per_image)[0] >= 0.5).numpy()
+    return F.interpolate(outputs.similarity_maps, sample.size, mode="bicubic", align_corners=False)[0].numpy()
 
 
 def segment(model, dataset, methods=("itsm",), **options):
@@ -43,7 +40,7 @@ def test_figures_equal_the_protocol_in_plain_steps(labelled_folder, tiny_process
     result = evaluate((model, tiny_processor), dataset, measures=["segmentation"], batch_size=3, progress=False)
     found = []
     for sample in dataset:
-        maps, _ = enlarged(model, tiny_processor, sample, NAMES)
+        maps = enlarged(model, tiny_processor, sample, NAMES)
         best = maps.max(0)
         found.append((maps.argmax(0) + 1, (best - best.min()) / (best.max() - best.min()), sample.label_map))
     grid = np.arange(101, dtype=np.float32) / np.float32(100)
@@ -64,24 +61,17 @@ def test_figures_equal_the_protocol_in_plain_steps(labelled_folder, tiny_process
     assert figures["floor_class"] == "background" and "| background |" in result.table()
 
 
-def test_synonyms_background_texts_and_presence(labelled_folder, tiny_processor):
+def test_synonyms_and_background_texts(labelled_folder, tiny_processor):
     model = tiny_model()
     overrides = {"names": {"car": ["car", "red car"]}, "background": ["sky", "grass"]}
     dataset = load_segmentation("folder", labelled_folder, overrides=overrides)
     texts = ["dog", "red ball", "car", "red car", "sky", "grass"]
     classes = np.array([1, 2, 3, 3, 0, 0])
-    for gate in (0.0, 0.5):
-        pairs = []
-        for sample in dataset:
-            maps, present = enlarged(model, tiny_processor, sample, texts)
-            if gate:
-                maps[:4][~present[:4]] = -np.inf  # texts of the background stay
-            pairs.append((classes[maps.argmax(0)], sample.label_map))
-        result = segment((model, tiny_processor), dataset, min_presence=gate)
-        expected, iou = miou(pairs)
-        assert result.results["itsm"]["mIoU"] == pytest.approx(expected, abs=0.2)
-        assert result.results["itsm"]["thresholds"] is None
-        assert len({*iou}) == 4
+    maps = [enlarged(model, tiny_processor, sample, texts) for sample in dataset]
+    expected, iou = miou([(classes[of_image.argmax(0)], sample.label_map) for of_image, sample in zip(maps, dataset)])
+    figures = segment((model, tiny_processor), dataset).results["itsm"]
+    assert figures["mIoU"] == pytest.approx(expected, abs=0.2)
+    assert figures["thresholds"] is None and len(iou) == 4
 
 
 def test_a_given_threshold_and_every_kind_of_method(labelled_folder, tiny_processor):
@@ -90,7 +80,7 @@ def test_a_given_threshold_and_every_kind_of_method(labelled_folder, tiny_proces
     result = segment((model, tiny_processor), dataset, methods, threshold=0.25)
     pairs, turned = [], []
     for sample in dataset:
-        maps, _ = enlarged(model, tiny_processor, sample, NAMES)
+        maps = enlarged(model, tiny_processor, sample, NAMES)
         for sign, into in ((1, pairs), (-1, turned)):
             best = (sign * maps).max(0)
             confidence = (best - best.min()) / (best.max() - best.min())
@@ -107,11 +97,11 @@ def test_probabilities_as_confidence(labelled_folder, tiny_processor):
     result = segment((model, tiny_processor), dataset, threshold=0.5, logit_scale=5.0)
     pairs = []
     for sample in dataset:
-        maps, _ = enlarged(model, tiny_processor, sample, NAMES)
+        maps = enlarged(model, tiny_processor, sample, NAMES)
         probabilities = np.exp(5 * maps) / np.exp(5 * maps).sum(0)
         pairs.append((np.where(probabilities.max(0) > 0.5, maps.argmax(0) + 1, 0), sample.label_map))
     assert result.results["itsm"]["mIoU"] == pytest.approx(miou(pairs)[0], abs=0.2)
-    assert "probability" in result.protocol["background"]
+    assert (result.protocol["background_threshold"], result.protocol["logit_scale"]) == (0.5, 5.0)
 
 
 # ---- windows ----
@@ -149,23 +139,6 @@ def test_images_keep_their_proportions_under_windows(labelled_folder, tiny_proce
     assert square.results["itsm"]["mIoU"] != result.results["itsm"]["mIoU"]
 
 
-@pytest.mark.parametrize(
-    ("options", "problem"),
-    [
-        ({"window": 4}, "window in multiples of the patch size, 8 pixels, got 4"),
-        ({"window": 20}, "got 20"),
-        ({"window": 32, "stride": 12}, "stride in multiples of the patch size, 8 pixels, got 12"),
-        ({"window": 32, "stride": 40}, "at most the window's 32 pixels, got 40"),
-        ({"stride": 16}, "stride with a window"),
-        ({"threshold": 1.5}, r"in \[0, 1\]"),
-        ({"min_presence": 2}, r"min_presence in \[0, 1\], got 2"),
-    ],
-)
-def test_bad_options_are_named(labelled_folder, tiny_processor, options, problem):
-    with pytest.raises(ValueError, match=problem):
-        segment((tiny_model(), tiny_processor), load_segmentation("folder", labelled_folder), **options)
-
-
 @pytest.mark.parametrize("options", [{"threshold": 0.5}, {"background": ["sky"]}])
 def test_a_void_background_is_not_predicted(labelled_folder, tiny_processor, options):
     dataset = load_segmentation("folder", labelled_folder)
@@ -174,6 +147,3 @@ def test_a_void_background_is_not_predicted(labelled_folder, tiny_processor, opt
         segment((tiny_model(), tiny_processor), dataset, **options)
     result = segment((tiny_model(), tiny_processor), dataset)
     assert [row["id"] for row in result.per_class["itsm"]] == [1, 2, 3]
-
-
-# ---- command line ----

@@ -19,10 +19,11 @@ from iclip_hf.data import load_segmentation
 from iclip_hf.evaluation.evaluate import evaluate
 from iclip_hf.evaluation.metrics import MeanForegroundMinusBackground as MFMB
 from iclip_hf.evaluation.metrics import MeanMaxIoU, MultiLabelAveragePrecision
+from iclip_hf.evaluation.results import class_thresholds
 from iclip_hf.explainers import METHODS, make_explainer
 from iclip_hf.models.loading import load
 from iclip_hf.presence import BACKGROUND, MIN_PRESENCE, presence
-from iclip_hf.similarity import resize_and_normalize, reverse
+from iclip_hf.similarity import resize_and_normalize
 
 
 def slowly(model, processor, dataset):
@@ -109,23 +110,6 @@ def test_stuff_contrast_by_hand_and_with_a_map_of_saliency(labelled_folder, tiny
     assert result.protocol["stuff_contrast"] and "stuff contrast %" in result.table()
 
 
-@pytest.mark.parametrize(
-    ("options", "problem"),
-    [
-        ({"measures": ["luck"]}, "luck"),
-        ({"measures": ["stuff_contrast"]}, "names the background"),
-        ({"measures": ["segmentation"], "limit": 1}, "two images or more"),
-        ({"limit": 0}, "limit to be at least 1, got 0"),
-        ({"batch_size": 0}, "batch_size to be at least 1, got 0"),
-    ],
-)
-def test_what_cannot_be_measured_is_refused(labelled_folder, tiny_processor, options, problem):
-    with pytest.raises(ValueError, match=problem):
-        evaluate(
-            (tiny_model(), tiny_processor), load_segmentation("folder", labelled_folder), progress=False, **options
-        )
-
-
 def test_measures_of_all_tasks_run_together_and_alone_give_the_same(labelled_folder, tiny_processor):
     model, dataset = load((tiny_model(), tiny_processor)), load_segmentation("folder", labelled_folder)
     names = ["mFMB", "segmentation", "pointing_game"]
@@ -151,7 +135,7 @@ def test_every_method_scores_its_maps_of_all_classes(labelled_folder, tiny_proce
             ap.update(scores, np.isin([1, 2, 3], sample.labels)[None])
             for label in sample.labels:
                 heatmap = resize_and_normalize(maps[0, label - 1 : label], sample.size)[0]
-                heatmap = reverse(heatmap) if explainer.reversed else heatmap
+                heatmap = 1 - heatmap if explainer.reversed else heatmap
                 miou.update(heatmap, sample.mask(label), label)
                 mfmb.update(heatmap, sample.mask(label), label)
         scores = result.results[method]
@@ -287,3 +271,16 @@ def test_command_writes_json_and_csv_alike_with_two_processes(labelled_folder, w
     # Maps of other batches differ by rounding, so a few pixels may cross a threshold.
     for name, apart in (("mAP", 1e-3), ("mMIoU", 0.1), ("mFMB", 1e-4), ("floor", 1e-6)):
         assert together["results"]["itsm"][name] == pytest.approx(written["results"]["itsm"][name], abs=apart)
+
+
+def test_thresholds_of_classes(tmp_path):
+    path = tmp_path / "results.json"
+    rows = [{"name": "dog", "threshold": 0.31}, {"name": "red ball", "threshold": 0.55}]
+    rows.append({"name": "cat", "threshold": None})
+    path.write_text(json.dumps({"per_class": {"itsm": rows, "gem": rows[:1]}}))
+    assert class_thresholds(path, ["red ball", "dog", "dog"]) == [0.55, 0.31, 0.31]
+    assert class_thresholds(path, ["dog"], "gem") == [0.31]
+    with pytest.raises(ValueError, match=r"thresholds of \['cat'\], but got those of \['dog', 'red ball'\]"):
+        class_thresholds(path, ["dog", "cat"])
+    with pytest.raises(ValueError, match=r"one of \['itsm', 'gem'\], got 'attention'"):
+        class_thresholds(path, ["dog"], "attention")

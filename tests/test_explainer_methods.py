@@ -73,6 +73,10 @@ def clearclip(q, k, v, i):
     return self_self(q, i)
 
 
+def keys(q, k, v, i):
+    return self_self(k, i)
+
+
 def naclip(q, k, v, i):
     return self_self(k, i, lambda i, j: near(i, j, 1.5))
 
@@ -85,7 +89,9 @@ def naclip(q, k, v, i):
         ("sclip", sclip, {}, True),
         ("sclip", sclip, {"residual": False}, False),
         ("clearclip", clearclip, {}, False),
+        ("clearclip", keys, {"tokens": "key"}, False),
         ("naclip", naclip, {"sigma": 1.5}, False),
+        ("naclip", keys, {"sigma": None}, False),
     ],
 )
 def test_the_last_block_token_by_token(made, method, weights, options, kept):
@@ -110,21 +116,6 @@ def test_the_window_by_hand():
         [0, far, near, near, 1],
     ]
     torch.testing.assert_close(window, torch.tensor(expected))
-
-
-@pytest.mark.parametrize("family", ["iclip", "metaclip_2", "tipsv2", "siglip"])
-def test_what_the_methods_have_in_common(made, family):
-    model, processor, _ = made(family)
-    keys = maps_of(model, processor, "clearclip", tokens="key")
-    torch.testing.assert_close(maps_of(model, processor, "naclip", sigma=None), keys, atol=1e-5, rtol=1e-4)
-    # SCLIP is the sum of the attention of queries and of keys
-    both = make_explainer((model, processor), "sclip", residual=False)
-    image, layers = both.model.trace(pixels(), both.blocks[0])
-    halves = [
-        make_explainer((model, processor), "clearclip", tokens=tokens).mix(layers[0], image, pixels())
-        for tokens in ("query", "key")
-    ]
-    torch.testing.assert_close(both.mix(layers[0], image, pixels()), sum(halves), atol=1e-5, rtol=1e-4)
 
 
 # ProxyCLIP

@@ -212,8 +212,8 @@ def test_means_over_images_then_classes_merge():
     values = [([1.0, math.nan], 7), ([0.0, 4.0], 7), ([1.0, math.nan], 8)]
     whole, parts = ClassMeans(), [ClassMeans(), ClassMeans()]
     for number, (figures, label) in enumerate(values):
-        whole.update(figures, label)
-        parts[number % 2].update(figures, label)
+        whole.add_counts(figures, label)
+        parts[number % 2].add_counts(figures, label)
     parts[0].merge(parts[1])
     for one in (whole.compute(), parts[0].compute()):
         assert one["means"].tolist() == [0.75, 4.0] and one["left_out"].tolist() == [0, 2] and one["pairs"] == 3

@@ -21,12 +21,15 @@ from PIL import Image
 
 from iclip_hf import ICLIPConfig
 from iclip_hf.evaluation.measures.deletion_insertion import deletion_insertion
-from iclip_hf.explainers import make_explainer
+from iclip_hf.evaluation.results import class_thresholds
+from iclip_hf.explainers import WordExplainer, make_explainer
 from iclip_hf.images import load_image
+from iclip_hf.label_maps import label_map
 from iclip_hf.localization.collection import explain_collection, open_images
 from iclip_hf.localization.localizer import Localizer, explain
-from iclip_hf.models.loading import load_pretrained
-from iclip_hf.regions import class_thresholds
+from iclip_hf.modeling_iclip import ICLIPOutput
+from iclip_hf.models.loading import load, load_pretrained
+from iclip_hf.processing_iclip import check_thresholds
 
 
 CASES = Cases()
@@ -134,8 +137,51 @@ CASES.add(
     lambda world, folder, ids: world.model(pixel_values=torch.zeros(1, 3, 32, 32), input_ids=ids, return_loss=True),
     shows="(2,)",
 )
+CASES.add(
+    "model",
+    {"a list of texts for no image": IDS.expand(3, 2, 3)},
+    lambda world, folder, ids: world.model(pixel_values=torch.zeros(2, 3, 32, 32), input_ids=ids),
+    shows="got 3 lists for 2 images",
+)
 
 
+CASES.add(
+    "arguments of processor",
+    {
+        "nothing": {},
+        "no texts": {"text": []},
+        "an empty list": {"text": [["dog"], []]},
+        "texts and labels": {"text": "dog", "labels": "dog"},
+        "no templates": {"labels": "dog", "templates": []},
+        "templates of texts": {"text": "dog", "templates": ["a {}"]},
+        "images of two shapes": {
+            "images": [inputs.PHOTO, inputs.PHOTO.resize((99, 32))],
+            "size": {"shortest_edge": 32},
+        },
+        "a list too many": {"images": [inputs.PHOTO], "text": [["dog"], ["cat"]]},
+    },
+    lambda world, folder, arguments: world.processor(**arguments),
+    shows="Expected",
+)
+CASES.add(
+    "size of processor",
+    {
+        "half a patch": {"height": 30, "width": 32},
+        "no width": {"height": 64},
+        "a width of text": {"height": 64, "width": "64"},
+        "a pair": (64, 64),
+        "a word": "large",
+        "negative": -8,
+        "a fraction": 0.5,
+        "too large": 8192,
+    },
+    lambda world, folder, size: world.processor(images=inputs.PHOTO, size=size),
+)
+CASES.add(
+    "size of processor",
+    {"of one row": {"shortest_edge": 224}},
+    lambda world, folder, size: world.processor(images=Image.new("RGB", (3000, 1)), size=size),
+)
 CASES.add_texts("text of processor", lambda world, folder, text: world.processor(text=[text]), every=True)
 CASES.add_texts(
     "text of Localizer", lambda world, folder, text: Localizer((world.model, world.processor), ["cat", text])
@@ -175,6 +221,52 @@ CASES.add(
     lambda world, folder, model: make_explainer(model),
 )
 CASES.add(
+    "options of make_explainer",
+    {
+        "an unknown method": {"method": "gradcam"},
+        "an unknown option": {"method": "grad_cam", "layers": 3},
+        "a layer too deep": {"method": "grad_cam", "layer": 2},
+        "unknown activations": {"method": "grad_cam", "activations": "mlp"},
+        "no depth": {"method": "gem", "depth": 0},
+        "negative iterations": {"method": "gem", "iterations": -1},
+        "unknown tokens": {"method": "clearclip", "tokens": "keys"},
+        "no width": {"method": "naclip", "sigma": 0},
+    },
+    lambda world, folder, options: make_explainer((world.model, world.processor), **options),
+)
+for name, call, shows in (
+    ("labels as one text", lambda w, f: load((w.model, w.processor)).encode_texts("dog"), "'dog'"),
+    ("no labels", lambda w, f: load((w.model, w.processor)).encode_texts([]), "[]"),
+    ("words of another method", lambda w, f: WordExplainer((w.model, w.processor), ["dog"], method="gem"), "'gem'"),
+    ("a model without a processor", lambda w, f: load(w.model), "got ICLIPModel"),
+    ("model and processor apart", lambda w, f: explain(w.model, w.processor, [inputs.PHOTO], ["dog"]), "pair"),
+    ("the device of a pair", lambda w, f: load((w.model, w.processor), device="cpu"), "got cpu with tuple"),
+    ("the dtype of a loaded model", lambda w, f: load(load((w.model, w.processor)), dtype="bfloat16"), "bfloat16"),
+    ("an unknown device", lambda w, f: load(w.folder / "model", device="tpu"), "got tpu"),
+    ("a folder without images", lambda w, f: open_images([f]), "images or .tar shards"),
+    ("an absent shard", lambda w, f: open_images([f / "none.tar"]), "none.tar"),
+    ("two folders", lambda w, f: open_images([w.folder, f]), "one folder of images"),
+    ("label maps of one map", lambda w, f: label_map(torch.zeros(2, 3)), "(2, 3)"),
+    ("label maps of no map", lambda w, f: label_map(torch.zeros(0, 3, 3)), "(0, 3, 3)"),
+    ("a class too many", lambda w, f: label_map(torch.zeros(2, 3, 3), classes=[0, 1, 2]), "got 3"),
+    ("a scale of nothing", lambda w, f: label_map(torch.zeros(2, 3, 3), logit_scale=0.0), "got 0.0"),
+    ("a scale that is no number", lambda w, f: label_map(torch.zeros(2, 3, 3), logit_scale=float("nan")), "got nan"),
+):
+    CASES.add("functions", {name: call}, lambda world, folder, call: call(world, folder), shows=shows)
+CASES.add(
+    "check_thresholds",
+    {
+        "none": None,
+        "text": "a",
+        "two dimensions": [[0.5]],
+        "a list": [],
+        "one is none": [0.5, None],
+        "above 1": 1.5,
+        "no number": np.float64("nan"),
+    },
+    lambda world, folder, threshold: check_thresholds(threshold),
+)
+CASES.add(
     "make_explainer",
     {"a tower": "vision_model"},
     lambda world, folder, name: make_explainer((getattr(world.model, name), world.processor)),
@@ -195,6 +287,12 @@ CASES.add(
 
 
 MAPS, MASKS = torch.rand(1, 2, 4, 4), [torch.ones(2, 8, 8, dtype=torch.bool)]
+
+
+def segmented(**options):
+    return lambda p: p.post_process_semantic_segmentation(ICLIPOutput(similarity_maps=MAPS), **options)
+
+
 for name, call, shows in (
     ("maps without a batch", lambda p: p.post_process_similarity_maps(MAPS[0], [(8, 8)]), "(2, 4, 4)"),
     ("one size too many", lambda p: p.post_process_similarity_maps(MAPS, [(8, 8)] * 2), "and 2"),
@@ -210,6 +308,12 @@ for name, call, shows in (
     ),
     ("masks of another size", lambda p: p.post_process_boxes(list(MAPS), MASKS), "(8, 8)"),
     ("more maps than masks", lambda p: p.post_process_boxes([*MAPS, *MAPS], MASKS), "(8, 8)"),
+    ("outputs without maps", lambda p: p.post_process_semantic_segmentation(ICLIPOutput()), "output_similarity_maps"),
+    ("label maps of two sizes", segmented(target_sizes=[(8, 8)] * 2), "1 images, got 2"),
+    ("presence without a least one", segmented(presence=torch.ones(1, 2)), "got one of them"),
+    ("an absent background", segmented(background=[-1]), "got [-1]"),
+    ("a background that is none", segmented(background=[2]), "got [2]"),
+    ("a threshold above 1", segmented(threshold=1.5), "got 1.5"),
     ("an area above 1", lambda p: p.post_process_boxes(list(MAPS), [MAPS[0] > 0.5], min_area=2), "got 2"),
     (
         "an area that is no number",

@@ -3,6 +3,8 @@
 import fault_inputs as inputs
 from faults import Cases, as_file, at_place, test_of_cases
 
+from iclip_hf import ZeroShotImageSegmentationPipeline
+
 
 CASES = Cases()
 
@@ -31,6 +33,24 @@ CASES.add(
         "data URL of no image": {"images": "data:image/png;base64,bm8gaW1hZ2U="},
     },
     lambda world, folder, options: world.pipe(**{"images": str(world.photo), "candidate_labels": ["dog"], **options}),
+)
+
+
+def segment(world, folder, options):
+    pipe = ZeroShotImageSegmentationPipeline(model=world.model, processor=world.processor, device="cpu")
+    return pipe(**{"images": str(world.photo), "candidate_labels": ["dog"], **options})
+
+
+CASES.add(
+    "options of segmentation",
+    {
+        "no labels": {"candidate_labels": []},
+        "numbers as background": {"background_labels": [3]},
+        "no background": {"background_labels": None},
+        "thresholds of others": {"threshold": [0.5, 0.5]},
+        "an unknown option": {"treshold": 0.3},
+    },
+    segment,
 )
 
 

@@ -38,22 +38,6 @@ def test_every_source_gives_the_same_model(world):
     assert load(world.folder / "model", dtype="bfloat16").identity["dtype"] == "bfloat16"
 
 
-@pytest.mark.parametrize(
-    ("source", "options", "error", "match"),
-    [
-        (lambda world: world.model, {}, TypeError, r"a pair \(model, processor\).*got ICLIPModel"),
-        (lambda world: (world.model, world.processor), {"device": "cpu"}, ValueError, "got cpu with tuple"),
-        (lambda world: load((world.model, world.processor)), {"dtype": "bfloat16"}, ValueError, "leave it out"),
-        (lambda world: world.folder / "model", {"device": "tpu"}, ValueError, "such as cpu, cuda or mps, got tpu"),
-    ],
-)
-def test_what_load_refuses(world, source, options, error, match):
-    with pytest.raises(error, match=match):
-        load(source(world), **options)
-    with pytest.raises(TypeError, match=r"a pair \(model, processor\)"):
-        explain(world.model, world.processor, [PHOTO], ["dog"])
-
-
 def test_an_image_comes_in_any_form(world, tmp_path):
     model, array = load((world.model, world.processor)), np.asarray(PHOTO)
     expected = explain(model, PHOTO, ["dog"])
@@ -106,7 +90,7 @@ def test_a_method_of_another_package(world, dataset, tmp_path, monkeypatch):
 
 def test_evaluations_and_windows_take_a_model_of_open_clip(made, dataset):
     model = load(made("open_clip")[:2])
-    measures = ["mAP", "mFMB", "pointing_game", "randomization", Segmentation(threshold=0.5, min_presence=0.1)]
+    measures = ["mAP", "mFMB", "pointing_game", "randomization", Segmentation(threshold=0.5)]
     found = evaluate(model, dataset, ["itsm", "gem"], measures, progress=False).results["gem"]
     assert len(found["randomization"]) == 2 and None not in (found["mAP"], found["mFMB"], found["mIoU"])
     windows = Segmentation(window=32, stride=16, threshold=0.5)

@@ -14,7 +14,6 @@ from iclip_hf.explainers import make_explainer
 from iclip_hf.localization.localizer import Localizer
 from iclip_hf.models.explainable import ExplainableModel
 from iclip_hf.presence import BACKGROUND, MIN_PRESENCE, presence
-from iclip_hf.processing_iclip import check_thresholds
 from iclip_hf.regions import find_regions, run_lengths
 from iclip_hf.similarity import resize_and_normalize
 
@@ -38,12 +37,6 @@ def test_thresholds_of_numpy_and_torch(tiny_processor, threshold):
     assert localizer.thresholds == [0.25, 0.25] and json.dumps(localizer.settings)
     maps = [torch.rand(2, 5, 6, generator=torch.Generator().manual_seed(0))]
     assert tiny_processor.post_process_masks(maps, threshold)[0].equal(maps[0] > 0.25)
-
-
-@pytest.mark.parametrize("wrong", [None, "a", [[0.5]], [], np.float64("nan"), [0.5, None], 1.5])
-def test_other_thresholds_are_refused(wrong):
-    with pytest.raises(ValueError, match=r"Expected a threshold in \[0, 1\], or one for each text, got"):
-        check_thresholds(wrong)
 
 
 def test_presence_by_hand():
@@ -165,12 +158,6 @@ def test_the_reversed_map_is_one_minus_the_map_to_the_last_bit(tiny_processor):
     for maps in (turned.maps, torch.stack([turned.map(index) for index in range(3)])):
         assert torch.equal(maps, 1 - straight.maps) and torch.equal(maps, processed)
     assert torch.equal(turned.mask(1, 0.6), 1 - straight.map(1) > 0.6)
-
-
-def test_the_image_size_is_the_models(tiny_processor):
-    localizer = Localizer((tiny_model(), tiny_processor), TEXTS, image_size=48)
-    assert localizer.prepare(IMAGES[0]).pixel_values.shape == (1, 3, 48, 48)
-    assert [one.raw_maps.shape for one in explained(localizer)] == [(3, 6, 6)] * 2
 
 
 @pytest.mark.parametrize("method", ["itsm", "grad_cam"])

@@ -107,18 +107,6 @@ def filled(metric, pairs):
 # --- mMIoU -----------------------------------------------------------------------------------------------------------
 
 
-@settings(deadline=None)
-@given(random_pairs())
-def test_counts_equal_the_naive_grid(pairs):
-    for heatmap, mask, label in pairs:
-        before = heatmap.copy(), mask.copy()
-        counts = threshold_counts(heatmap, mask, label)
-        assert counts.dtype == np.int64
-        np.testing.assert_array_equal(counts, naive_counts(heatmap, mask, label))
-        np.testing.assert_array_equal(heatmap, before[0])
-        np.testing.assert_array_equal(mask, before[1])
-
-
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_every_value_on_and_beside_the_grid(dtype):
     grid = THRESHOLDS.astype(dtype)
@@ -136,6 +124,7 @@ def test_counts_of_a_map_longer_than_a_block():
     heatmap = random.random(shape, dtype=np.float32)
     mask = random.choice([0, 1, 255], size=shape).astype(np.uint8)
     assert heatmap.size > 3 * metrics._BLOCK
+    heatmap.flags.writeable = mask.flags.writeable = False
     np.testing.assert_array_equal(threshold_counts(heatmap, mask, 1), naive_counts(heatmap, mask, 1))
     (background, low), (foreground, high) = region_means(heatmap, mask, 1).tolist()
     assert (background, foreground) == (np.sum(mask == 0), np.sum(mask == 1))
@@ -265,16 +254,6 @@ def test_any_order_and_any_merge_give_the_same(pairs, random, aggregate):
         assert list(left.compute()["per_class"]) == sorted(expected["per_class"])
         left.merge(left)  # the other's sums are not shared
         np.testing.assert_equal(right.compute(), before)
-
-
-@pytest.mark.parametrize("metric", PAIR_METRICS)
-def test_counts_taken_elsewhere_give_the_same_result(metric):
-    random = np.random.default_rng(2)
-    pairs = [(random.random((4, 5)), random.integers(0, 3, (4, 5)), label) for label in (1, 2, 1)]
-    direct, stored = filled(metric(), pairs), metric()
-    for heatmap, mask, label in pairs:
-        stored.add_counts(np.array(metric.count(heatmap, mask, label).tolist()), label)
-    assert stored.compute() == direct.compute()
 
 
 @pytest.mark.parametrize("metric", PAIR_METRICS)

@@ -286,17 +286,6 @@ def test_texts_of_each_image_equal_shared_texts_run_alone():
         torch.testing.assert_close(alone.logits_per_image[0], together.logits_per_image[i], atol=1e-5, rtol=0)
 
 
-def test_texts_encoded_once_are_reused():
-    model, inputs = tiny_model(), tiny_inputs(size=(32, 48))
-    with torch.no_grad():
-        texts = model.get_text_features(inputs["input_ids"], inputs["attention_mask"])
-        maps = model.similarity_maps(inputs["pixel_values"], texts)
-        outputs = model(pixel_values=inputs["pixel_values"], text_features=texts)
-    direct = run(model)
-    torch.testing.assert_close(maps, direct.similarity_maps)
-    torch.testing.assert_close(outputs.logits_per_image, direct.logits_per_image)
-
-
 def test_features_follow_the_getters_of_transformers():
     model, inputs = tiny_model(), tiny_inputs()
     with torch.no_grad():
@@ -497,17 +486,6 @@ def test_what_is_loaded_is_told_as_by_the_base_class(tmp_path):
     assert not loading["missing_keys"] and loaded.state_dict().keys() == model.state_dict().keys()
     fresh = ICLIPModel.from_pretrained(None, config=model.config, state_dict={})
     assert all(weight.isfinite().all() for weight in fresh.parameters())
-
-
-@pytest.mark.parametrize(("images", "lists"), [(1, 3), (2, 3), (3, 1)])
-def test_every_image_needs_its_own_list_of_texts(images, lists):
-    model, ids = tiny_model(), torch.randint(2, 60, (lists, 2, 5))
-    pixel_values = torch.zeros(images, 3, 32, 32)
-    sentence = f"one list of texts for each image, got {lists} lists for {images} images"
-    with pytest.raises(ValueError, match=sentence):
-        model(pixel_values=pixel_values, input_ids=ids)
-    with pytest.raises(ValueError, match=sentence):
-        model.similarity_maps(pixel_values, model.get_text_features(ids))
 
 
 @pytest.mark.parametrize("masked", [True, False])

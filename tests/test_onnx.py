@@ -152,7 +152,7 @@ def test_nothing_half_written_stays_and_nothing_is_overwritten(model, tiny_proce
         raise RuntimeError("no text side")
 
     monkeypatch.setattr(onnx_export, "_vision_program", lambda model: None)
-    monkeypatch.setitem(onnx_export._WRITERS, "float32", lambda program, path: path.write_text("half"))
+    monkeypatch.setattr(onnx_export, "_write", lambda program, path, weights: path.write_text("half"))
     monkeypatch.setattr(onnx_export, "_text_program", fail)
     with pytest.raises(RuntimeError, match="no text side"):
         export_onnx(model, tiny_processor, tmp_path / "exported")
@@ -188,12 +188,6 @@ def test_reduced_weights(model, folder, tiny_processor, tmp_path, capsys, weight
         distance = 1 - F.cosine_similarity(reduced, exact, dim=-1)
         assert 1e-7 < distance.max() < error
         assert (tmp_path / "exported" / file).stat().st_size < (folder / file).stat().st_size
-
-
-def test_results_do_not_go_with_onnx(tmp_path, capsys):
-    arguments = ["export", "model", str(tmp_path / "exported"), "--format", "onnx", "--results", "r.json"]
-    assert cli.main(arguments) == 2
-    assert "model card" in capsys.readouterr().err
 
 
 def test_measures_that_look_inside_the_tower_are_refused(folder, tiny_processor):

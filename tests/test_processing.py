@@ -86,25 +86,6 @@ def test_long_texts_are_truncated(tiny_processor):
     assert tiny_processor(text=" ".join(["dog"] * 500))["input_ids"].shape == (1, 77)
 
 
-@pytest.mark.parametrize(
-    ("arguments", "error", "message"),
-    [
-        ({}, ValueError, "images, text or labels"),
-        ({"text": []}, ValueError, "at least one text"),
-        ({"text": [["dog"], []]}, ValueError, "at least one text"),
-        ({"text": "dog", "labels": "dog"}, ValueError, "got both"),
-        ({"labels": "dog", "templates": []}, ValueError, r"one \{\} each"),
-        ({"text": "dog", "templates": ["a {}"]}, ValueError, "labels instead of text"),
-        ({"images": photo(), "size": {"height": 30, "width": 32}}, ValueError, "multiples of the patch size 8"),
-        ({"images": [photo(), photo(99)], "size": {"shortest_edge": 32}}, ValueError, "one by one"),
-        ({"images": [photo()], "text": [["dog"], ["cat"]]}, ValueError, "2 lists for 1 images"),
-    ],
-)
-def test_bad_input_is_named(tiny_processor, arguments, error, message):
-    with pytest.raises(error, match=message):
-        tiny_processor(**arguments)
-
-
 def test_saving_keeps_every_option(tiny_processor, tmp_path):
     processor = ICLIPProcessor(
         tiny_processor.image_processor,
@@ -254,15 +235,6 @@ def test_texts_of_each_image_in_other_forms_than_tensors(tiny_processor, return_
     for name in ("input_ids", "attention_mask"):
         assert isinstance(found[name], np.ndarray if return_tensors else list)
         assert torch.tensor(np.array(found[name])).equal(expected[name])
-
-
-@pytest.mark.parametrize("size", [{"height": 64}, {"height": 64, "width": "64"}, (64, 64), "large", -8, 0.5])
-def test_other_forms_of_a_size_are_refused(tiny_processor, size):
-    with pytest.raises(ValueError, match="Expected size as a number of pixels"):
-        tiny_processor(images=photo(), size=size)
-    for large in ({"shortest_edge": 224}, 8192):  # of an image of one row
-        with pytest.raises(ValueError, match="at most 16,777,216 pixels .* smaller"):
-            tiny_processor(images=Image.new("RGB", (3000, 1)), size=large)
 
 
 ARRAYS = {

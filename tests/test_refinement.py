@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from iclip_hf import ImageTextSimilarityMapPipeline, ZeroShotImageSegmentationPipeline, cli, explain
 from iclip_hf.data import load_segmentation
 from iclip_hf.evaluation.evaluate import evaluate
-from iclip_hf.evaluation.measures.mfmb import MFMB
+from iclip_hf.evaluation.measures.pairs import MFMB
 from iclip_hf.evaluation.measures.segmentation import Segmentation
 from iclip_hf.explainers import make_explainer
 from iclip_hf.explainers.windows import windowed_maps

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from pycocotools import mask as coco
 from scipy import ndimage
 
-from iclip_hf.regions import class_thresholds, find_regions, negative_points, positive_points, run_lengths
+from iclip_hf.regions import find_regions, negative_points, positive_points, run_lengths
 from iclip_hf.similarity import resize_and_normalize
 
 
@@ -148,34 +148,6 @@ def test_a_region_and_an_image_too_small_repeat_their_points():
 def test_run_lengths_are_read_by_pycocotools(mask):
     lengths = json.loads(json.dumps(run_lengths(mask)))
     assert np.array_equal(coco.decode(coco.frPyObjects(lengths, *mask.shape)), mask)
-
-
-def evaluation_file(path):
-    rows = [
-        {"name": "dog", "threshold": 0.31},
-        {"name": "red ball", "threshold": 0.55},
-        {"name": "cat", "threshold": None},
-    ]
-    path.write_text(json.dumps({"per_class": {"itsm": rows, "gem": rows[:1]}}))
-    return path
-
-
-def test_thresholds_of_classes(tmp_path):
-    path = evaluation_file(tmp_path / "results.json")
-    assert class_thresholds(path, ["red ball", "dog", "dog"]) == [0.55, 0.31, 0.31]
-    assert class_thresholds(path, ["dog"], "gem") == [0.31]
-
-
-@pytest.mark.parametrize(
-    ("labels", "method", "message"),
-    [
-        (["dog", "cat"], "itsm", r"thresholds of \['cat'\], but got those of \['dog', 'red ball'\]"),
-        (["dog"], "attention", r"thresholds of \['attention'\], but got those of \['gem', 'itsm'\]"),
-    ],
-)
-def test_missing_thresholds_are_named(tmp_path, labels, method, message):
-    with pytest.raises(ValueError, match=message):
-        class_thresholds(evaluation_file(tmp_path / "results.json"), labels, method)
 
 
 @given(data=st.data(), height=st.integers(1, 9), width=st.integers(1, 9))

@@ -177,9 +177,6 @@ def test_explanations_carry_the_words_of_their_texts(made):
 
 
 def test_what_is_refused(made):
-    model, processor, _ = made("clip")
-    with pytest.raises(ValueError, match=r"one of \['grad_eclip', 'bi_modal'\], got 'gem'"):
-        WordExplainer((model, processor), LABELS, method="gem")
     model, tokenizer, _ = made("open_clip")
     with pytest.raises(ValueError, match="Expected a model of transformers for word scores.*leave words out"):
         WordExplainer((model, tokenizer), LABELS)

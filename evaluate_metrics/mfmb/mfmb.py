@@ -1,6 +1,6 @@
 """mFMB as an `evaluate` module. The arithmetic is `iclip_hf.evaluation.metrics.MeanForegroundMinusBackground`."""
 
-from iclip_hf.evaluation.evaluate_modules import PairMetric
+from iclip_hf.evaluation.evaluate_modules import StreamingMetric
 from iclip_hf.evaluation.metrics import MeanForegroundMinusBackground
 
 
@@ -24,7 +24,7 @@ Example:
 """
 
 
-class Mfmb(PairMetric):
+class Mfmb(StreamingMetric):
     """See `_DESCRIPTION`."""
 
     accumulator = MeanForegroundMinusBackground

@@ -1,6 +1,6 @@
 """mMIoU as an `evaluate` module. The arithmetic is `iclip_hf.evaluation.metrics.MeanMaxIoU`."""
 
-from iclip_hf.evaluation.evaluate_modules import PairMetric
+from iclip_hf.evaluation.evaluate_modules import StreamingMetric
 from iclip_hf.evaluation.metrics import MeanMaxIoU
 
 
@@ -26,7 +26,7 @@ Example:
 """
 
 
-class Mmiou(PairMetric):
+class Mmiou(StreamingMetric):
     """See `_DESCRIPTION`."""
 
     accumulator = MeanMaxIoU

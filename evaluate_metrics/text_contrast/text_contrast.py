@@ -1,6 +1,6 @@
 """Text contrast as an `evaluate` module. The arithmetic is `iclip_hf.evaluation.metrics.TextContrast`."""
 
-from iclip_hf.evaluation.evaluate_modules import ImageMetric
+from iclip_hf.evaluation.evaluate_modules import StreamingMetric
 from iclip_hf.evaluation.metrics import TextContrast as Accumulator
 
 
@@ -26,10 +26,10 @@ Example:
 """
 
 
-class TextContrast(ImageMetric):
+class TextContrast(StreamingMetric):
     """See `_DESCRIPTION`."""
 
-    accumulator = Accumulator
+    accumulator, per_image = Accumulator, True
 
     def _info(self):
         return self._metric_info(_DESCRIPTION, _OUTPUTS)

@@ -62,7 +62,6 @@ def label_map(
     size: tuple[int, int] | None = None,
     *,
     classes: Sequence[int] | None = None,
-    present: torch.Tensor | None = None,
     threshold: float | None = None,
     logit_scale: float | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -80,19 +79,17 @@ def label_map(
         size (`tuple[int, int]`, *optional*): height and width of the label map in pixels; (h, w) if not given.
         classes (T integers, *optional*): class of each text; 0, ..., T - 1 if not given. Texts of one class are synonyms, the best
             of which counts. [`BACKGROUND_LABEL`] marks texts that describe the background.
-        present (`torch.Tensor` of shape `(T,)`, *optional*): whether the image shows the text. An absent text gets no pixel. Texts of
-            the background are never absent.
         threshold (`float`, *optional*): a pixel whose confidence is not greater belongs to the background.
         logit_scale (`float`, *optional*): factor of the values in the softmax, positive.
 
     Returns:
         `tuple`: class of each pixel `(H, W)`, int64, and the confidence `(H, W)`, float32, in [0, 1]. Of equal values, the first text
-        counts. The confidence is 0 everywhere if the map of best texts is constant, or no text is present.
+        counts. The confidence is 0 everywhere if the map of best texts is constant.
 
     Raises:
         `ValueError`: the maps have another shape, the number of classes is not T, or `logit_scale` is not positive and finite.
     """
-    if raw_maps.ndim != 3:
+    if raw_maps.ndim != 3 or not len(raw_maps):
         raise ValueError(
             f"Expected raw maps of one image, (T, h, w), got shape {tuple(raw_maps.shape)}: pass those of one image."
         )
@@ -104,13 +101,6 @@ def label_map(
     if logit_scale is not None and not 0 < logit_scale < float("inf"):
         raise ValueError(f"Expected logit_scale to be positive, got {logit_scale}: pass a number such as 40.")
     size = tuple(raw_maps.shape[1:] if size is None else size)
-    if present is not None:
-        kept = present.cpu() | (classes == BACKGROUND_LABEL)
-        raw_maps, classes = raw_maps[kept.to(raw_maps.device)], classes[kept]
-    if not len(raw_maps):
-        nowhere = torch.zeros(size, device=raw_maps.device)
-        return torch.full_like(nowhere, BACKGROUND_LABEL, dtype=torch.long), nowhere
-
     rows, columns = resize_weights(raw_maps, size)
     raw_maps = raw_maps.float()
 

@@ -18,7 +18,6 @@ from .label_maps import segments
 from .prompts import check_templates, check_text
 from .regions import MIN_AREA, Region, find_regions, negative_points, positive_points
 from .similarity import resize_and_normalize
-from .similarity import reverse as reverse_maps
 
 
 # Largest number of pixels of a prepared image, 200 MB in float32. `shortest_edge` makes a narrow image very large.
@@ -231,8 +230,7 @@ class ICLIPProcessor(ProcessorMixin):
                 f"Expected maps of shape (B, T, h, w) and B target sizes, got {tuple(maps.shape)} and {len(target_sizes)}: "
                 "pass the maps of a batch and a size for each image."
             )
-        processed = [resize_and_normalize(map_, size) for map_, size in zip(maps.float(), target_sizes)]
-        return [reverse_maps(map_) for map_ in processed] if reverse else processed
+        return [resize_and_normalize(map_, size, reverse) for map_, size in zip(maps, target_sizes)]
 
     @_renamed("scores", "0.3", "presence")
     @_renamed("min_score", "0.3", "min_presence")
@@ -250,7 +248,7 @@ class ICLIPProcessor(ProcessorMixin):
         Args:
             maps (list of `torch.Tensor` of shape `(T, H, W)`): from `post_process_similarity_maps`.
             threshold (`float` in [0, 1], or T of them): such as the best threshold of each class, from
-                `regions.class_thresholds`.
+                `evaluation.results.class_thresholds`.
             presence (`torch.Tensor` of shape `(B, T)`, *optional*): from `presence.presence`. Any score in which higher means present
                 will do.
             min_presence (`float`, *optional*): a text with a lower presence counts as absent and gets an empty mask.
@@ -298,8 +296,8 @@ class ICLIPProcessor(ProcessorMixin):
         maps = getattr(outputs, "similarity_maps", None)
         if maps is None:
             raise ValueError(
-                f"Expected outputs with similarity_maps, got {type(outputs).__name__} without: call the model with "
-                "output_similarity_maps=True."
+                f"Expected outputs with similarity_maps, got {type(outputs).__name__} without: pass those of the model "
+                "with output_similarity_maps=True."
             )
         sizes = [maps.shape[2:]] * len(maps) if target_sizes is None else target_sizes
         if len(sizes) != len(maps):

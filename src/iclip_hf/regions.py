@@ -1,11 +1,8 @@
-"""Conversion of masks to boxes, point prompts and run lengths, and thresholds of classes from an evaluation."""
+"""Conversion of masks to boxes, point prompts and run lengths."""
 
-import json
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from pathlib import Path
 
 import numpy as np
 
@@ -172,27 +169,3 @@ def run_lengths(mask: np.ndarray) -> dict[str, list[int]]:
     flat = np.asarray(mask, dtype=bool).ravel(order="F")
     changes = np.flatnonzero(np.diff(flat, prepend=False))
     return {"size": list(mask.shape), "counts": np.diff(changes, prepend=0, append=flat.size).tolist()}
-
-
-def class_thresholds(path: str | Path, labels: Sequence[str], method: str = "itsm") -> list[float]:
-    """
-    Reads the best threshold of each class, by mMIoU, from the JSON file of `iclip evaluate --output`. Raises `FileNotFoundError` if there
-    is none, and `ValueError` if it has another form, or lacks the method or a class.
-    """
-    try:
-        rows = json.loads(Path(path).read_text(encoding="utf-8"))["per_class"]
-        thresholds = {name: {row["name"]: row["threshold"] for row in part} for name, part in rows.items()}
-        if not all(value is None or 0 <= value <= 1 for part in thresholds.values() for value in part.values()):
-            raise ValueError("thresholds outside [0, 1]")
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise ValueError(
-            f"{path}: expected the JSON file that `iclip evaluate --output` writes, but got other content; "
-            "evaluate again."
-        ) from error
-    for wanted, known in (([method], thresholds), (labels, thresholds.get(method, {}))):
-        known = [name for name, value in known.items() if value is not None]
-        if missing := [name for name in wanted if name not in known]:
-            raise ValueError(
-                f"{path}: expected thresholds of {missing}, but got those of {sorted(known)}; evaluate with these."
-            )
-    return [thresholds[method][label] for label in labels]

@@ -1,4 +1,4 @@
-"""Image-text similarity maps (ITSM, Eq. 1-5) as pure functions: cosine map, reverse, min-max and resize."""
+"""Image-text similarity maps (ITSM, Eq. 1-5) as pure functions: cosine map, min-max, resize and reversal."""
 
 from functools import lru_cache
 
@@ -38,11 +38,6 @@ def check_finite(*results: torch.Tensor) -> None:
         )
 
 
-def reverse(maps: torch.Tensor) -> torch.Tensor:
-    """The reversed map of Eq. 5: 1 - M for maps M in [0, 1]."""
-    return 1 - maps
-
-
 def min_max_normalize(maps: torch.Tensor) -> torch.Tensor:
     """Stretches each map `(..., H, W)` to [0, 1] (Eq. 4). A constant map becomes zeros."""
     low, high = torch.aminmax(maps.flatten(-2), dim=-1, keepdim=True)
@@ -67,10 +62,10 @@ def resize_maps(maps: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
 
 
 @torch.no_grad()
-def resize_and_normalize(maps: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+def resize_and_normalize(maps: torch.Tensor, size: tuple[int, int], reverse: bool = False) -> torch.Tensor:
     """
-    Computes `min_max_normalize(resize_maps(maps, size))` (Eq. 4) for `(T, h, w)` maps, one map at a time. One full-size map
-    fits the cache of a processor, many do not. So a map does not depend on the others, to the last bit.
+    Computes M = `min_max_normalize(resize_maps(maps, size))` (Eq. 4), or 1 - M (Eq. 5), for `(T, h, w)` maps, one map at a time. One
+    full-size map fits the cache of a processor, many do not. So a map does not depend on the others, to the last bit.
     """
     rows, columns = resize_weights(maps, size)
     maps = maps.float()
@@ -80,7 +75,7 @@ def resize_and_normalize(maps: torch.Tensor, size: tuple[int, int]) -> torch.Ten
         low, high = torch.aminmax(large)
         span = high - low
         torch.div(large.sub_(low), span.masked_fill(span == 0, 1.0), out=target)
-    return enlarged
+    return 1 - enlarged if reverse else enlarged  # stretching the negative would round differently
 
 
 def resize_weights(maps: torch.Tensor, size: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:

@@ -111,13 +111,13 @@ def _channels(options: argparse.Namespace) -> None:
 
 def _relation(options: argparse.Namespace) -> None:
     check_output(options, CHARTS, [options.evaluation])
-    method, rows = _read_classes(options.evaluation, options.method)
+    from ..evaluation.results import class_figures
+
+    method, recognition = class_figures(options.evaluation, "AP", options.method)
+    _, interpretability = class_figures(options.evaluation, options.score, method)
     from ..evaluation.analysis import relation
     from ..evaluation.analysis_plots import relation_plot
 
-    recognition, interpretability = (
-        {row["name"]: row[score] for row in rows if row[score] is not None} for score in ("AP", options.score)
-    )
     found = relation(recognition, interpretability)
     if not found.names:
         raise ValueError(
@@ -131,27 +131,3 @@ def _relation(options: argparse.Namespace) -> None:
     shown = "-" if correlation is None else f"{correlation:.2f}"
     said = f"{method}: {len(found.names)} classes, correlation {shown} -> {options.output}"
     echo(json.dumps(report) if options.json else said)
-
-
-def _read_classes(path: Path, method: str | None) -> tuple[str, list[dict]]:
-    """Returns a method of an evaluation and its rows for the classes."""
-    try:
-        per_class = json.loads(path.read_text(encoding="utf-8"))["per_class"]
-        method = method or next(iter(per_class))
-        rows = per_class.get(method, [])
-        complete = all(
-            isinstance(row["name"], str)
-            and all(isinstance(row[score], float | int | None) for score in ("AP", *SCORES))
-            for row in rows
-        )
-    except (ValueError, TypeError, KeyError, AttributeError, StopIteration, RecursionError):
-        complete = False
-    if not complete:
-        raise ValueError(
-            f"{path}: expected the JSON that `iclip evaluate --output` writes, but got other content; evaluate again."
-        )
-    if not rows:
-        raise ValueError(
-            f"{path}: expected --method to be one of {list(per_class)}, got {method!r}; choose one of them."
-        )
-    return method, rows

@@ -33,7 +33,6 @@ OPTIONS = {
     "background": ("segmentation",),
     "threshold": ("segmentation",),
     "logit_scale": ("segmentation",),
-    "min_presence": ("segmentation",),
     "steps": ("deletion_insertion",),
     "seed": ("deletion_insertion", "max_sensitivity", "randomization"),
 }
@@ -119,12 +118,6 @@ def _add_segmentation_options(command: argparse.ArgumentParser) -> None:
         metavar="NUMBER",
         help="segmentation: take as confidence the softmax of similarities times this number, for example 40 (default: the "
         "map of the best class, stretched to [0, 1])",
-    )
-    command.add_argument(
-        "--min-presence",
-        type=share,
-        metavar="NUMBER",
-        help="segmentation: a class with a lower presence gets no pixel; 0 to 1 (default: 0)",
     )
 
 

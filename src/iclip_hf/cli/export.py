@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 
 from ..utils.names import check_model_name
@@ -82,17 +81,9 @@ def export(options: argparse.Namespace, directory: Path, name: str | None = None
     """Exports the model that the options name, with results on its card."""
     metrics = None
     if options.results is not None:
-        try:
-            metrics = json.loads(options.results.read_text(encoding="utf-8"))
-        except (ValueError, RecursionError):
-            metrics = None
-        if not (
-            isinstance(metrics, dict) and all(isinstance(metrics.get(part), dict) for part in ("protocol", "results"))
-        ):
-            raise ValueError(
-                f"--results {options.results}: expected the JSON that `iclip evaluate --output` writes, but got other "
-                "content; evaluate again."
-            )
+        from ..evaluation.results import read_results
+
+        metrics = read_results(options.results, "protocol", "results")
     from ..hub.folders import export_model, known_card
     from ..models.identity import changed_model
     from ..models.loading import load_iclip

@@ -148,7 +148,7 @@ def _file_names(images: Sequence[str]) -> list[str]:
 
 def make_localizer(options: argparse.Namespace, texts: Sequence[str]):
     """Loads the model and returns the [`Localizer`] of the options for these texts."""
-    from ..regions import class_thresholds
+    from ..evaluation.results import class_thresholds
 
     if isinstance(options.threshold, Path):  # read before the model is loaded
         options.threshold = class_thresholds(options.threshold, texts, options.method)

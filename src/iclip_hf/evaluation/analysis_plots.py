@@ -37,7 +37,7 @@ def channel_scatter(images: Sequence[Image.Image], matches: Sequence[Mapping[str
     for axis, pooling in zip(axes[0], poolings):
         axis.set_title(pooling.replace("_", " "), fontsize=11)
     figure.supxlabel("each point is a channel; its area is the magnitude of the pooled value", fontsize=9)
-    panels = [(image, one[pooling]) for image, one in zip(images, matches) for pooling in poolings]
+    panels = [(image, found[pooling]) for image, found in zip(images, matches) for pooling in poolings]
     for axis, (image, match) in zip(axes.flat, panels):
         axis.axis("off")
         axis.imshow(image.convert("L").point(lambda gray: (gray + 255) // 2).convert("RGB"))

@@ -7,7 +7,7 @@ import platform
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import cached_property
+from functools import cached_property, partial
 from importlib.metadata import version
 
 import torch
@@ -186,7 +186,8 @@ class EvaluationRun:
             seen = self._see(prefetch_map(pool, self._prepared, self.indices, 2 * self.batch_size), measures, needs)
             for counts in prefetch_map(pool, count, seen, 2 * self.batch_size):
                 for measure, method, of_image in counts:
-                    measure.add(method, of_image)
+                    for part in of_image:
+                        measure.totals[method].add_counts(*part)
                 bar.update()
 
     def _prepared(self, index: int) -> EvaluatedImage:
@@ -214,10 +215,8 @@ class EvaluationRun:
             yield from batch
 
     def _draw(self, images: list[EvaluatedImage], needs: frozenset[str]) -> None:
-        """
-        Adds scores, presence and raw maps to images of one shape. One forward pass gives the similarity map, its reversal, and the
-        scores of all classes. Every other method needs a pass of its own.
-        """
+        """Adds scores, presence and raw maps to images of one shape."""
+        # One forward pass gives the similarity map, its reversal, and the scores of all classes. Every other method needs its own.
         pixel_values = torch.cat([image.pixel_values for image in images])
         rows = [torch.tensor(image.sample.labels or (1,)) - 1 for image in images]
         rows = pad_sequence(rows, batch_first=True)  # (B, T): padded with any class
@@ -237,23 +236,17 @@ class EvaluationRun:
                 for image, of_image in zip(images, maps):
                     image.raw_maps[method] = of_image[: len(image.sample.labels)]
 
-    def drawer(self, image: EvaluatedImage) -> Callable[[torch.Tensor], torch.Tensor]:
+    def drawers(self, image: EvaluatedImage) -> dict[str, Callable[[torch.Tensor], torch.Tensor]]:
         """
-        Returns a function from prepared images `(N, 3, H, W)` to their raw maps of all methods for the classes that `image` shows,
-        `(N, methods * T, h, w)`.
+        Returns for each method a function from prepared images `(N, 3, H, W)` to raw maps for the classes that `image` shows,
+        `(N, T, h, w)`.
         """
         rows = torch.tensor(image.sample.labels) - 1
 
-        def draw(pixel_values: torch.Tensor) -> torch.Tensor:
-            of_images = rows.expand(len(pixel_values), -1)
-            drawn = [maps_of(explainer, pixel_values, self.texts, of_images) for explainer in self.explainers.values()]
-            return torch.cat(drawn, 1)
+        def draw(explainer: Explainer, pixel_values: torch.Tensor) -> torch.Tensor:
+            return maps_of(explainer, pixel_values, self.texts, rows.expand(len(pixel_values), -1))
 
-        return draw
-
-    def by_method(self, values: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Splits values `(methods * T, ...)` of the maps of [`EvaluationRun.drawer`]."""
-        return dict(zip(self.methods, values.chunk(len(self.methods))))
+        return {method: partial(draw, explainer) for method, explainer in self.explainers.items()}
 
     def protocol(self) -> dict:
         """Returns what is needed to repeat an evaluation of these images."""

@@ -57,37 +57,45 @@ class StreamingMetric(evaluate.Metric, ABC):
     """
     A metric of `evaluate` over maps and masks. It stores the counts of each item instead of its pixels.
 
-    A subclass sets `accumulator` to a metric of `iclip_hf.evaluation.metrics`, and `inputs` and `labels` to the description of the
-    inputs and the feature of a class or classes. It returns `self._metric_info(...)` from `_info`.
+    A subclass sets `accumulator` to a metric of `iclip_hf.evaluation.metrics`, and `per_image` if an item is an image with all of its
+    classes instead of one class. It returns `self._metric_info(...)` from `_info`.
     This class is abstract, because `evaluate.load` instantiates the first metric class of a script that is not abstract.
     """
 
     accumulator: type
-    inputs: str
-    labels: Value | Sequence
+    per_image = False
 
-    def __init__(self, *args, ignore_index: int = 255, **kwargs):
+    def __init__(self, *args, ignore_index: int = 255, aggregate: str | None = None, **kwargs):
         super().__init__(*args, **kwargs)
-        self.ignore_index = ignore_index
+        self.ignore_index, self.aggregate = ignore_index, aggregate
+        self._accumulator(None)  # checks `aggregate`
         self._ignored = set()  # values of ignore_index with which items were counted
 
     @abstractmethod
     def _info(self) -> evaluate.MetricInfo: ...
 
     @classmethod
-    @abstractmethod
     def of_one_image(cls, maps: list[np.ndarray], mask: np.ndarray, labels: list[int]) -> dict:
         """Returns the inputs for K maps (H, W) of one image, its label mask (H, W) and K class ids."""
+        if cls.per_image:
+            return {"predictions": [np.stack(maps)], "references": [mask], "labels": [labels]}
+        return {"predictions": maps, "references": [mask] * len(maps), "labels": labels}
+
+    def _accumulator(self, aggregate: str | None):
+        aggregate = self.aggregate if aggregate is None else aggregate
+        return self.accumulator(**({} if aggregate is None else {"aggregate": aggregate}))
 
     def _metric_info(self, description: str, outputs: str) -> evaluate.MetricInfo:
         # An item is stored as its two rows of counts and its class or classes. The columns keep the names of the inputs, because
         # `evaluate.combine` passes no others.
-        row = Sequence(Value("float64"))
+        row, label = Sequence(Value("float64")), Value("int64")
         return evaluate.MetricInfo(
             description=description,
             citation=_CITATION,
-            inputs_description=self.inputs + outputs,
-            features=Features({"predictions": row, "references": row, "labels": self.labels}),
+            inputs_description=(_IMAGE_INPUTS if self.per_image else _PAIR_INPUTS) + outputs,
+            features=Features(
+                {"predictions": row, "references": row, "labels": Sequence(label) if self.per_image else label}
+            ),
             reference_urls=["https://arxiv.org/abs/2209.07046"],
         )
 
@@ -112,7 +120,10 @@ class StreamingMetric(evaluate.Metric, ABC):
             labels=[np.asarray(label).tolist() for label in labels],
         )
 
-    def _compute_with(self, accumulator, ignore_index: int | None, items: dict) -> dict | None:
+    def compute(self, *, aggregate: str | None = None, ignore_index: int | None = None, **items) -> dict | None:
+        """Returns the scores of all items that were added or are given here, on process 0; None on other processes."""
+        # Both options are checked first, so that an error does not lose the added items.
+        accumulator = self._accumulator(aggregate)
         if ignore_index is not None and not self._ignored <= {ignore_index}:
             raise ValueError(
                 f"Expected the ignore_index of the added items, {sorted(self._ignored)}, got {ignore_index}: "
@@ -131,40 +142,6 @@ class StreamingMetric(evaluate.Metric, ABC):
         for first, second, label in zip(references, predictions, labels):
             accumulator.add_counts(np.array([first, second]), label)
         return accumulator.compute()
-
-
-class PairMetric(StreamingMetric):
-    """A metric over pairs of a map and a class."""
-
-    inputs, labels = _PAIR_INPUTS, Value("int64")
-
-    def __init__(self, *args, aggregate: str = "image", **kwargs):
-        super().__init__(*args, **kwargs)
-        self.aggregate = self.accumulator(aggregate).aggregate
-
-    @classmethod
-    def of_one_image(cls, maps: list[np.ndarray], mask: np.ndarray, labels: list[int]) -> dict:
-        return {"predictions": maps, "references": [mask] * len(maps), "labels": labels}
-
-    def compute(self, *, aggregate: str | None = None, ignore_index: int | None = None, **pairs) -> dict | None:
-        """Returns the scores of all pairs that were added or are given here, on process 0; None on other processes."""
-        # Both options are checked first, so that an error does not lose the added pairs.
-        accumulator = self.accumulator(self.aggregate if aggregate is None else aggregate)
-        return self._compute_with(accumulator, ignore_index, pairs)
-
-
-class ImageMetric(StreamingMetric):
-    """A metric over images with the maps of all their classes."""
-
-    inputs, labels = _IMAGE_INPUTS, Sequence(Value("int64"))
-
-    @classmethod
-    def of_one_image(cls, maps: list[np.ndarray], mask: np.ndarray, labels: list[int]) -> dict:
-        return {"predictions": [np.stack(maps)], "references": [mask], "labels": [labels]}
-
-    def compute(self, *, ignore_index: int | None = None, **images) -> dict | None:
-        """Returns the scores of all images that were added or are given here, on process 0; None on other processes."""
-        return self._compute_with(self.accumulator(), ignore_index, images)
 
 
 def metric_demo(script: str | Path):

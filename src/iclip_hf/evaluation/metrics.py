@@ -241,12 +241,7 @@ def _mean(values) -> float:
 
 
 class _ClassSums:
-    """
-    Sums for each class, which can be merged. Subclasses add to the sums and compute scores from them.
-
-    Args:
-        ignore_index (`int`, defaults to 255): mask value of the pixels that are ignored.
-    """
+    """Sums for each class, which can be merged. Pixels of the mask whose value is `ignore_index` are ignored."""
 
     _reasons: tuple[str, ...]  # why items are left out, in the order of the checks
 
@@ -284,7 +279,6 @@ class _PairMetric(_ClassSums):
     Args:
         aggregate (`str`, defaults to `"image"`): `"image"` averages the ratios of the images of a class. `"pixel"` pools the pixels
             of a class over its images. Both average over the classes.
-        ignore_index (`int`, defaults to 255): mask value of the pixels that are ignored.
     """
 
     def __init__(self, aggregate: str = "image", ignore_index: int = 255):
@@ -463,7 +457,7 @@ class ClassMeans(_ClassSums):
 
     _reasons = ()
 
-    def update(self, figures, label: int) -> None:
+    def add_counts(self, figures, label: int) -> None:
         """Adds the figures of one pair, F floats."""
         figures = np.asarray(figures, dtype=np.float64)
         counts = ~np.isnan(figures)
@@ -665,6 +659,8 @@ class MultiLabelAveragePrecision:
             )
         self._scores.append(scores.astype(np.float64))
         self._presence.append(presence.astype(bool))
+
+    add_counts = update  # scores are their own counts
 
     def merge(self, other: MultiLabelAveragePrecision) -> None:
         """Adds all images of another metric. Raises `ValueError` if its number of classes differs."""

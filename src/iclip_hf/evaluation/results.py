@@ -7,7 +7,7 @@ import io
 import json
 import math
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -84,9 +84,59 @@ def _is_own(path: Path, result: Path) -> bool:
     if path == result:
         return is_own(path)
     try:
-        return path.read_bytes() == _csv(json.loads(result.read_text(encoding="utf-8"))["per_class"]).encode()
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, IndexError, RecursionError):
+        return path.read_bytes() == _csv(read_results(result, "per_class")["per_class"]).encode()
+    except (OSError, ValueError, TypeError, AttributeError):
         return False
+
+
+def read_results(path: str | Path, *parts: str) -> dict:
+    """
+    Reads the JSON file of [`EvaluationResult.save`]. Raises `FileNotFoundError` if there is none, and `ValueError` unless each of `parts`
+    is a mapping.
+    """
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (ValueError, RecursionError):
+        content = None
+    if not isinstance(content, dict) or not all(isinstance(content.get(part), dict) for part in parts):
+        raise ValueError(
+            f"{path}: expected the JSON file that `iclip evaluate --output` writes, but got other content; evaluate again."
+        )
+    return content
+
+
+def class_figures(path: str | Path, column: str, method: str | None = None) -> tuple[str, dict[str, float]]:
+    """
+    Reads a column of the rows of classes, such as `"AP"`, from the file of [`read_results`]. Returns the method, by default the first,
+    and the figures by class name, without those that were not measured. Raises also `ValueError` if there is no such method.
+    """
+    per_class = read_results(path, "per_class")["per_class"]
+    method = method or next(iter(per_class), None)
+    if method not in per_class:
+        raise ValueError(
+            f"{path}: expected the method to be one of {list(per_class)}, got {method!r}; choose one of them."
+        )
+    try:
+        figures = {row["name"]: row[column] for row in per_class[method]}
+        return method, {name: float(figure) for name, figure in figures.items() if figure is not None}
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{path}: expected classes with a name and a number as {column}, but got others; evaluate again."
+        ) from error
+
+
+def class_thresholds(path: str | Path, labels: Sequence[str], method: str = "itsm") -> list[float]:
+    """
+    Reads the best threshold of each class, by mMIoU, from the file of [`read_results`]. Raises what [`class_figures`] raises, and
+    `ValueError` if a class has no threshold, or none in [0, 1].
+    """
+    _, thresholds = class_figures(path, "threshold", method)
+    known = [name for name, threshold in thresholds.items() if 0 <= threshold <= 1]
+    if missing := [label for label in labels if label not in known]:
+        raise ValueError(
+            f"{path}: expected thresholds of {missing}, but got those of {sorted(known)}; evaluate with these."
+        )
+    return [thresholds[label] for label in labels]
 
 
 def _csv(per_class: Mapping[str, list[dict]]) -> str:

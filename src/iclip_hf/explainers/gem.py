@@ -17,7 +17,6 @@ class GEM(ReplacedAttention):
     the mean norm of the tokens that enter the attention.
 
     Args:
-        model: see [`Explainer`].
         depth (`int`): number of last blocks. The authors' `depth=7` means six blocks.
         iterations (`int`): number of iterations, at least 0.
     """

@@ -15,7 +15,6 @@ class GradCAM(GradientExplainer):
     pooling head (SigLIP, ResNets), they are its input, the last feature map.
 
     Args:
-        model, layer: see [`GradientExplainer`].
         activations (`str`): `"norm"`, after the first norm of the block, or `"block"`, the input of the block.
     """
 

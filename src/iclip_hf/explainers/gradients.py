@@ -18,7 +18,6 @@ class GradientExplainer(Explainer):
     all images at once.
 
     Args:
-        model: see [`Explainer`].
         layer (`int`): index of an attention layer of the image tower; -1 is the last.
     """
 

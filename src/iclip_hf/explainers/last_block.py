@@ -15,7 +15,6 @@ class LastBlock(ReplacedAttention):
     Replaces the attention of the last block only.
 
     Args:
-        model: see [`Explainer`].
         residual (`bool`): whether to keep the block's residual connection and MLP.
     """
 
@@ -27,9 +26,6 @@ class MaskCLIP(LastBlock):
     """
     MaskCLIP (Zhou et al. 2022): each token keeps its own value, without attention. With `residual=True`, this is the value trick of
     TIPSv2.
-
-    Args:
-        model, residual: see [`LastBlock`].
     """
 
     def mix(self, layer: AttentionRecord, image: ICLIPImageFeatures, pixel_values: torch.Tensor) -> torch.Tensor:
@@ -39,9 +35,6 @@ class MaskCLIP(LastBlock):
 class SCLIP(LastBlock):
     """
     SCLIP (Wang et al. 2024): queries attend to queries and keys to keys; the sum of both attentions mixes the values.
-
-    Args:
-        model, residual: see [`LastBlock`].
     """
 
     def __init__(self, model, residual: bool = True):
@@ -56,7 +49,6 @@ class ClearCLIP(LastBlock):
     ClearCLIP (Lan et al. 2024): queries attend to queries, without residual connection and MLP.
 
     Args:
-        model, residual: see [`LastBlock`].
         tokens (`str`): which tokens attend to themselves, `"query"`, `"key"` or `"value"`.
     """
 
@@ -77,7 +69,6 @@ class NACLIP(LastBlock):
     distance on the grid. Logits of the class token and of registers are not changed.
 
     Args:
-        model, residual: see [`LastBlock`].
         sigma (`float` or None): width of the window in patches, greater than 0; None for no window.
     """
 

@@ -22,7 +22,6 @@ class LeGrad(Explainer):
     summed over the blocks.
 
     Args:
-        model: see [`Explainer`].
         depth (`int`): number of last blocks; all if the tower has fewer.
     """
 

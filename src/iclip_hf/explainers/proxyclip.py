@@ -28,7 +28,6 @@ class ProxyCLIP(ReplacedAttention):
     resized for the proxy, so that both towers have the same grid.
 
     Args:
-        model: see [`Explainer`].
         proxy (`str`, *optional*): folder or Hub id of an image tower such as DINO, DINOv2 or DINOv3. If not given, an ICLIP
             model is its own proxy, and other models use the DINOv2 tower of the embedded model.
         beta (`float`): threshold, as a multiple of the mean similarity.

@@ -21,7 +21,6 @@ class ReplacedAttention(Explainer):
     and projected patch tokens of the second stream.
 
     Args:
-        model: see [`Explainer`].
         depth (`int`): number of last blocks; all if the tower has fewer.
         residual (`bool`): whether the output of the attention is added to the stream; otherwise it replaces the stream.
         mlp (`bool`): whether the MLPs of the blocks are applied.

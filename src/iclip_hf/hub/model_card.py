@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
-import itertools
+import json
 import logging
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, is_dataclass, replace
-from datetime import date
+from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import yaml
-from huggingface_hub import EvalResult, EvalResultEntry, ModelCard, ModelCardData, eval_result_entries_to_yaml
+from huggingface_hub import (
+    EvalResult,
+    EvalResultEntry,
+    ModelCard,
+    ModelCardData,
+    eval_result_entries_to_yaml,
+    hf_hub_download,
+)
 from huggingface_hub.errors import EntryNotFoundError
 
 from ..data.class_names import DATASETS
@@ -65,6 +71,11 @@ _WIDGET = {
     "example_title": "Cat and dog",
 }
 _METRIC_DIGITS = {"mAP": 2, "mMIoU": 2, "mFMB": 4, "text_contrast": 2}
+# Parts of the protocol of an evaluation that the card shows.
+_CONDITIONS = ("image_size", "templates", "aggregate", "refine", "versions", "note")
+# The file beside the card that holds what the card was written from, and the form of its parts.
+_PARTS = "model_card.json"
+_FORMS = {"license": str, "datasets": list, "training": dict, "evaluation": dict, "identity": dict, "labels": list}
 # Descriptions of the value `embedded` in training settings.
 _EMBEDDED = {
     "model": "the embedded model of iclip-hf",
@@ -80,7 +91,7 @@ _TRAINING_SETTINGS = """
 """.split()
 # Those of them that are off at 0, and then not shown.
 _OFF_AT_0 = "noun_competition text_lora_rank unlocked_vision_blocks pairs_per_epoch validation_share max_steps".split()
-# Characters of a text that is taken from another card.
+# Characters of a text that is taken over from another model.
 _LONGEST = 500
 
 
@@ -97,15 +108,15 @@ def write_model_card(
     overwrite: bool = False,
 ) -> Path:
     """
-    Writes the model card, `README.md`, into a model's folder. Results of data sets on the Hub are also written to
-    `.eval_results/iclip.yaml`, which the Hub reads.
+    Writes the model card, `README.md`, into a model's folder, and `model_card.json`, which holds what the card was written from. Results
+    of data sets on the Hub are also written to `.eval_results/iclip.yaml`, which the Hub reads.
 
     Args:
         model, processor: model and processor that the card describes.
         folder: folder of the model.
         name (`str`, *optional*): name of the model, such as its Hub id; the folder's name if not given.
         source (`str` or `Path`, *optional*): folder or Hub id of the same weights. What is not given of `training`, `metrics` and
-            `labels` is read from the front matter of the card there.
+            `labels` is read from the `model_card.json` there.
         metrics ([`EvaluationResult`] or `dict`, *optional*): an evaluation, or the content of its JSON file: `protocol`, and
             `results` with `mAP`, `mMIoU`, `text_contrast` and `floor` in percent, and `mFMB`, for each method.
         training (`dict`, *optional*): settings of `iclip train` by name. The card shows those that are needed to repeat the training.
@@ -119,36 +130,36 @@ def write_model_card(
         `ValueError`: `metrics` has another form. `FileExistsError`: the folder holds a card of others, and not `overwrite`.
     """
     name = name or Path(folder).resolve().name
-    earlier = _card_data(source)
-    if training is None:
-        datasets, training = earlier.get("datasets"), earlier.get("training")
-    else:
-        datasets, training = [data for data in training.get("data", []) if _is_hub_id(data)], public_settings(training)
-    results = _eval_results(metrics) if metrics is not None else _results_so_far(earlier, model, processor)
+    parts = _earlier(source, model, processor) | {"identity": identity(model, processor)}
+    del parts["identity"]["model"]  # a local path
+    if training is not None:
+        parts["datasets"] = [data for data in training.get("data", []) if _is_hub_id(data)]
+        parts["training"] = public_settings(training)
+    if metrics is not None:
+        parts["evaluation"] = _measured(metrics)
+    if labels is not None:
+        parts["labels"] = list(labels)
     towers = [describe_tower(side) for side in (model.config.vision_config, model.config.text_config)]
-    base_model = [tower["id"] for tower in towers if tower["id"]] or earlier.get("base_model") or None
-    described = identity(model, processor)
+    licence = _license([tower["licence"] for tower in towers], parts.get("license"))
+    parts["license"] = licence["license"]
+    training, evaluation = parts.get("training"), parts.get("evaluation")
+    results, rows, entries = _tables(evaluation) if evaluation else ([], [], [])
     card_data = ModelCardData(
-        **_license([tower["licence"] for tower in towers], earlier),
+        **licence,
         language="en",
         library_name="transformers",
         pipeline_tag="zero-shot-image-classification",
         tags=["iclip", "explainability", "image-text-similarity-map"],
-        base_model=base_model,
-        datasets=datasets or None,
+        base_model=[tower["id"] for tower in towers if tower["id"]] or None,
+        datasets=parts.get("datasets") or None,
         metrics=["mmiou", "mfmb", "text_contrast"] if results else None,
         model_name=name if results else None,
-        eval_results=results,
-        training=training,
-        identity={part: value for part, value in described.items() if part != "model"},  # a local path
-        widget=[
-            {**_WIDGET, "candidate_labels": ", ".join(labels or earlier.get("labels") or ["cat", "dog", "guitar"])}
-        ],
+        eval_results=results or None,
+        widget=[{**_WIDGET, "candidate_labels": ", ".join(parts.get("labels") or ["cat", "dog", "guitar"])}],
     )
     options = {option: getattr(model.config, option) for option in sorted(type(model.config).__annotations__)}
     tower_configs = {side: options.pop(side) for side in ("vision_config", "text_config")}
     options["templates"] = processor.templates
-    tables, entries = _tables(results or [])
     card = ModelCard.from_template(
         card_data,
         template_path=str(SHIPPED.with_name("model_card.md")),
@@ -164,15 +175,19 @@ def write_model_card(
             for part, terms in _DATA_TERMS.items()
             if part in data.lower()
         },
-        **tables,
+        results=rows,
+        protocol=evaluation and evaluation["protocol"],
     )
-    contents = {Path(folder, "README.md"): f"{card}\n".replace("---\n", f"---\nsoftware: {SOFTWARE}\n", 1)}
+    contents = {
+        "README.md": f"{card}\n".replace("---\n", f"---\nsoftware: {SOFTWARE}\n", 1),
+        _PARTS: json.dumps({"software": SOFTWARE, **parts}, indent=2) + "\n",
+    }
     if entries:
         listed = yaml.safe_dump(eval_result_entries_to_yaml(entries), sort_keys=False)
-        contents[Path(folder, ".eval_results", "iclip.yaml")] = f"# {SOFTWARE}\n{listed}"
-    check_outputs(contents, overwrite=overwrite)
-    for path, content in contents.items():
-        with new_file(path, overwrite) as partial:
+        contents[".eval_results/iclip.yaml"] = f"# {SOFTWARE}\n{listed}"
+    check_outputs([Path(folder, file) for file in contents], overwrite=overwrite)
+    for file, content in contents.items():
+        with new_file(Path(folder, file), overwrite) as partial:
             partial.write_text(content, encoding="utf-8")
     return Path(folder, "README.md")
 
@@ -182,88 +197,41 @@ def front_matter(data: Mapping) -> str:
     return f"---\n{yaml.safe_dump(dict(data), sort_keys=False, allow_unicode=True)}---\n"
 
 
-def _card_data(source: str | Path | None) -> dict:
-    """Returns the front matter of another's card, made harmless; empty if there is none."""
+def _earlier(source: str | Path | None, model: ICLIPModel, processor: ICLIPProcessor) -> dict:
+    """Returns what another's card was written from, made harmless, without results of another model; empty if there is none."""
     if source is None:
         return {}
-    local = Path(source, "README.md")
-    if Path(source).is_dir() and not local.is_file():
-        return {}
     try:
-        card = ModelCard.load(local if local.is_file() else str(source), ignore_metadata_errors=True)
-    except EntryNotFoundError:
+        file = Path(source, _PARTS) if Path(source).is_dir() else hf_hub_download(str(source), _PARTS)
+        parts = _harmless(json.loads(Path(file).read_text(encoding="utf-8")))
+        parts = {name: parts[name] for name in _FORMS if parts.get(name)}
+        if not all(isinstance(part, _FORMS[name]) for name, part in parts.items()):
+            raise TypeError
+        parts["training"] = public_settings(parts.get("training", {}))
+        parts["labels"] = list(map(str, parts.get("labels", [])))
+        parts["datasets"] = [hub_id for hub_id in parts.get("datasets", []) if _is_hub_id(str(hub_id))]
+        if evaluation := parts.pop("evaluation", None):
+            parts["evaluation"] = _measured(evaluation)
+    except (FileNotFoundError, EntryNotFoundError):
         return {}
-    except (ValueError, TypeError, RecursionError, yaml.YAMLError):
-        card = None
-    if card is None or not _is_small(vars(card.data)):
-        logger.warning("%s: expected a model card, got another README.md, of which nothing is taken over.", source)
+    except (ValueError, TypeError, AttributeError, RecursionError):
+        logger.warning("%s: expected a %s of iclip, got another file, of which nothing is taken over.", source, _PARTS)
         return {}
-    found = {name: _harmless(getattr(card.data, name, None)) for name in ("license", "training", "identity")}
-    for name in ("datasets", "base_model"):
-        ids = getattr(card.data, name, None)
-        found[name] = [hub_id for hub_id in (ids if isinstance(ids, list) else [ids]) if _is_hub_id(str(hub_id))]
-    if not re.fullmatch(r"[\w.+-]+", str(found["license"])):
-        found["license"] = None
-    found["training"] = public_settings(found["training"]) if isinstance(found["training"], dict) else None
-    widget = card.data.widget if isinstance(card.data.get("widget"), list) else []
-    texts = [_harmless(entry.get("candidate_labels")) for entry in widget if isinstance(entry, dict)]
-    found["labels"] = texts[0].split(", ") if texts and isinstance(texts[0], str) else None
-    results = card.data.eval_results or []
-    results = [replace(result, **_harmless(vars(result))) for result in results if _is_result(result)]
-    return {**found, "eval_results": results or None}
-
-
-def _is_small(value) -> bool:
-    """Whether a value of YAML has at most some thousand parts. Aliases make a few lines endless."""
-    rest, left = [value], 10_000
-    while rest and left:
-        part, left = rest.pop(), left - 1
-        if isinstance(part, EvalResult):
-            part = vars(part)
-        if isinstance(part, Mapping | list | tuple):
-            rest.extend(itertools.islice(part.values() if isinstance(part, Mapping) else part, left))
-    return not rest
-
-
-def _is_result(result: EvalResult) -> bool:
-    """Whether a result of a card is that of another program, or has the form that [`_tables`] and the card's template need."""
-    names = (result.dataset_split or "", result.metric_config or "", result.metric_name or "")
-    texts = (result.dataset_type, result.dataset_name, *names)
-    args, floor = result.dataset_args or {}, result.metric_args or {"floor": 0}
-    if not (all(isinstance(text, str) for text in texts) and isinstance(args, Mapping) and isinstance(floor, Mapping)):
-        return False
-    if result.metric_name not in _METRIC_DIGITS:
-        return True
-    forms = {"image_size": Mapping, "versions": Mapping, "templates": list} if "fingerprint" in args else {}
-    numbers = (result.metric_value, floor.get("floor"))
-    return all(isinstance(number, int | float) and math.isfinite(number) for number in numbers) and all(
-        isinstance(args.get(name), form) for name, form in forms.items()
-    )
+    differing = changed_model(parts.pop("identity", {}), model, processor)
+    if differing and parts.pop("evaluation", None):
+        logger.warning("The results of the card are left out, because it describes other %s.", ", ".join(differing))
+    return parts
 
 
 def _harmless(value):
-    """Returns a value of a card on short lines, without what Markdown, HTML or a table would act on, and the folders of paths."""
+    """Returns a value of JSON on short lines, without what Markdown, HTML or a table would act on, and the folders of paths."""
     if isinstance(value, str):
         line = re.sub(r"[<>`|\[\]\x00-\x1f\x7f]+", " ", value)
         line = re.sub(r"(?<![^\s'\"=,(])(?:~|[A-Za-z]:)?[/\\](?:[^\s/\\]+[/\\])+", "", line)
         return " ".join(line.split())[:_LONGEST]
-    if isinstance(value, Mapping):
-        return {_harmless(name): _harmless(part) for name, part in value.items() if isinstance(name, str)}
-    if isinstance(value, list | tuple):
-        return [_harmless(part) for part in value]
-    return value if isinstance(value, bool | int | float | date) else None
-
-
-def _results_so_far(earlier: Mapping, model: ICLIPModel, processor: ICLIPProcessor) -> list[EvalResult] | None:
-    """Returns the results of an earlier card, unless it describes another model. A card may also describe none."""
-    described = earlier.get("identity")
-    if isinstance(described, Mapping) and (differing := changed_model(described, model, processor)):
-        if earlier.get("eval_results"):
-            logger.warning(
-                "The results of the card are left out, because it describes other %s.", ", ".join(differing)
-            )
-        return None
-    return earlier.get("eval_results")
+    if isinstance(value, dict):
+        return {_harmless(name): _harmless(part) for name, part in value.items()}
+    return [_harmless(part) for part in value] if isinstance(value, list) else value
 
 
 def public_settings(settings: Mapping) -> dict:
@@ -315,7 +283,7 @@ def describe_tower(config: PreTrainedConfig) -> dict[str, str | None]:
     return {"name": name, "id": tower_id, "licence": licence}
 
 
-def _license(licences: list[str | None], earlier: Mapping) -> dict[str, str]:
+def _license(licences: list[str | None], earlier: str | None) -> dict[str, str]:
     """Returns the licence fields of the card: this project's licence if the towers' licences allow it."""
     if "DINOv3 License" in licences:
         return {
@@ -323,69 +291,71 @@ def _license(licences: list[str | None], earlier: Mapping) -> dict[str, str]:
             "license_name": "dinov3-license",
             "license_link": "https://ai.meta.com/resources/models-and-libraries/dinov3-license/",
         }
-    return {"license": "apache-2.0" if None not in licences else earlier.get("license") or "unknown"}
+    return {"license": "apache-2.0" if None not in licences else earlier or "unknown"}
 
 
-def _eval_results(metrics: EvaluationResult | Mapping) -> list[EvalResult]:
+def _measured(metrics: EvaluationResult | Mapping) -> dict:
+    """Returns what the card shows of an evaluation. Raises `ValueError` if it has another form."""
     metrics = asdict(metrics) if is_dataclass(metrics) else metrics
     try:
+        protocol, dataset = metrics["protocol"], metrics["protocol"]["dataset"]
         if not any(metric in scores for scores in metrics["results"].values() for metric in _METRIC_DIGITS):
             raise ValueError(
                 f"Expected metrics with one of {list(_METRIC_DIGITS)}, got {metrics['results']!r:.100}: evaluate interpretability."
             )
-        results = _listed_results(metrics["protocol"], metrics["results"])
-        well_formed = all(map(_is_result, results))
+        shown = {name: protocol[name] for name in _CONDITIONS if protocol.get(name)}
+        shown["dataset"] = {name: dataset[name] for name in ("name", "split", "images", "fingerprint")}
+        known = (*_METRIC_DIGITS, "floor")  # None: not measurable on these data
+        results = {
+            method: {metric: scores[metric] for metric in known if scores.get(metric) is not None}
+            for method, scores in metrics["results"].items()
+        }
+        forms = {"image_size": Mapping, "versions": Mapping, "templates": list}
+        well_formed = (
+            all(isinstance(shown[name], form) for name, form in forms.items())
+            and all(isinstance(dataset[name], str | None) for name in ("name", "split"))
+            and all(map(math.isfinite, (score for scores in results.values() for score in scores.values())))
+            and all("floor" in scores for scores in results.values() if "mMIoU" in scores)
+        )
     except (KeyError, TypeError, AttributeError):
         well_formed = False
     if not well_formed:
         raise ValueError(f"Expected metrics as `iclip evaluate` writes them, got {metrics!r:.100}: evaluate again.")
-    return results
+    return {"protocol": shown, "results": results}
 
 
-def _listed_results(protocol: Mapping, results: Mapping) -> list[EvalResult]:
-    dataset = protocol["dataset"]
-    conditions = ("image_size", "templates", "aggregate", "refine", "versions", "note")
-    conditions = {name: protocol[name] for name in conditions if protocol.get(name)}
-    return [
-        EvalResult(
-            task_type="zero-shot-image-classification",
-            task_name="Image-text similarity maps",
-            dataset_type=dataset["name"],
-            dataset_name=DATASETS.get(dataset["name"], dataset["name"]),
-            dataset_split=dataset["split"],
-            dataset_args={"images": dataset["images"], "fingerprint": dataset["fingerprint"], **conditions},
-            metric_type=metric.lower(),
-            metric_name=metric,
-            metric_config=method,
-            metric_value=round(scores[metric], digits),
-            metric_args={"floor": round(scores["floor"], digits)} if metric == "mMIoU" else None,
-        )
-        for method, scores in results.items()
-        for metric, digits in _METRIC_DIGITS.items()
-        if scores.get(metric) is not None  # None: not measurable on these data
-    ]
-
-
-def _tables(results: list[EvalResult]) -> tuple[dict, list[EvalResultEntry]]:
-    """
-    Returns `results`, a table row for each data set and method, with `protocols`, the conditions for each data set; and the results on data
-    sets of the Hub in its newer format.
-    """
-    rows: dict[tuple, dict] = {}
-    protocols, entries = {}, []
-    for result in results:
-        conditions = result.dataset_args or {}
-        if result.metric_name not in _METRIC_DIGITS or "fingerprint" not in conditions:
-            continue  # results from elsewhere are in the front matter only
-        dataset = f"{result.dataset_name} {result.dataset_split}"
-        protocols[dataset] = conditions
-        row = rows.setdefault((dataset, result.metric_config), {"dataset": dataset, "method": result.metric_config})
-        row[result.metric_name] = f"{result.metric_value:.{_METRIC_DIGITS[result.metric_name]}f}"
-        if result.metric_args:
-            row["floor"] = f"{result.metric_args['floor']:.2f}"
-        if result.dataset_type in _DATASET_IDS:
-            task = f"{result.metric_config}_{result.metric_type}"
-            notes = f"{conditions.get('images')} images of {result.dataset_split}"
-            notes += ", refined maps" if conditions.get("refine") else ""
-            entries.append(EvalResultEntry(_DATASET_IDS[result.dataset_type], task, result.metric_value, notes=notes))
-    return {"results": list(rows.values()), "protocols": protocols}, entries
+def _tables(evaluation: Mapping) -> tuple[list[EvalResult], list[dict], list[EvalResultEntry]]:
+    """Returns an evaluation as results of the front matter, table rows by method, and for a data set of the Hub in its newer format."""
+    results, rows, entries = [], [], []
+    protocol, dataset = evaluation["protocol"], evaluation["protocol"]["dataset"]
+    title = DATASETS.get(dataset["name"], dataset["name"])
+    notes = f"{dataset['images']} images of {dataset['split']}{', refined maps' if protocol.get('refine') else ''}"
+    conditions = {name: value for name, value in protocol.items() if name != "dataset"}
+    for method, scores in evaluation["results"].items():
+        rows.append({"dataset": f"{title} {dataset['split']}", "method": method})
+        if "mMIoU" in scores:
+            rows[-1]["floor"] = f"{scores['floor']:.2f}"
+        for metric, digits in _METRIC_DIGITS.items():
+            if metric not in scores:
+                continue
+            value = round(scores[metric], digits)
+            rows[-1][metric] = f"{value:.{digits}f}"
+            results.append(
+                EvalResult(
+                    task_type="zero-shot-image-classification",
+                    task_name="Image-text similarity maps",
+                    dataset_type=dataset["name"],
+                    dataset_name=title,
+                    dataset_split=dataset["split"],
+                    dataset_args={"images": dataset["images"], "fingerprint": dataset["fingerprint"], **conditions},
+                    metric_type=metric.lower(),
+                    metric_name=metric,
+                    metric_config=method,
+                    metric_value=value,
+                    metric_args={"floor": round(scores["floor"], digits)} if metric == "mMIoU" else None,
+                )
+            )
+            if dataset["name"] in _DATASET_IDS:
+                task = f"{method}_{metric.lower()}"
+                entries.append(EvalResultEntry(_DATASET_IDS[dataset["name"]], task, value, notes=notes))
+    return results, rows, entries

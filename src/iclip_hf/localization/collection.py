@@ -5,9 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from PIL import Image
@@ -172,13 +173,16 @@ def explain_collection(
         )
         with ThreadPoolExecutor(num_workers or spare_processors()) as pool, bar:
             for part, file in mine:
-                broken: list[str] = []
-                rows = list(_rows(localizer, images, part, batch_size, pool, bar, broken))
+                rows, broken = [], []
+                explained = localizer.explain_all(partial(_load, images), part, pool, batch_size)
+                for row in prefetch_map(pool, _row, explained, 2 * batch_size):
+                    (broken if isinstance(row, str) else rows).append(row)
+                    bar.update()
                 metadata = {b"iclip": json.dumps({"settings": settings, "broken": broken}).encode()}
                 schema = _FEATURES.arrow_schema
                 table = pa.Table.from_pylist(rows, schema.with_metadata({**schema.metadata, **metadata}))
-                with atomic_write(file) as partial:
-                    pq.write_table(table, partial)
+                with atomic_write(file) as unfinished:
+                    pq.write_table(table, unfinished)
         state.wait_for_everyone()
     return CollectionReport(
         files,
@@ -187,34 +191,25 @@ def explain_collection(
     )
 
 
-def _rows(localizer, images, part, batch_size, pool, bar, broken) -> Iterator[dict]:
-    """Yields the rows of some images in order. Threads decode and describe; this thread runs the model."""
+def _load(images: ImageFolder | PairDataset, index: int) -> tuple[str, Image.Image]:
+    name, image = images.image(index)
+    if name != _printable(name):
+        raise ValueError(
+            f"{name}: expected a name in UTF-8, which Parquet files hold, got other bytes; rename the image"
+        )
+    return name, image
 
-    def load(index: int) -> tuple[str, Image.Image]:
-        name, image = images.image(index)
-        if name != _printable(name):
-            raise ValueError(
-                f"{name}: expected a name in UTF-8, which Parquet files hold, got other bytes; rename the image"
-            )
-        return name, image
 
-    def explained() -> Iterator[ExplainedImage]:
-        for found in localizer.explain_all(load, part, pool, batch_size):
-            bar.update()
-            if found.image is None:
-                broken.append(_printable(found.name))
-            else:
-                yield found
-
-    def describe(found: ExplainedImage) -> dict:
-        encoder, explanation = ImageFeature(), found.explanation
-        texts = [
-            {**text, "raw_map": list(raw), "mask": encoder.encode_example(Image.fromarray(mask))}
-            for (text, mask), raw in zip(explanation.records_and_masks(), explanation.raw_maps.numpy())
-        ]
-        return {"image": found.name, "height": found.image.height, "width": found.image.width, "texts": texts}
-
-    return prefetch_map(pool, describe, explained(), 2 * batch_size)
+def _row(found: ExplainedImage) -> dict | str:
+    """Returns the row of an image, or why it could not be read."""
+    if found.image is None:
+        return _printable(found.name)
+    encoder, explanation = ImageFeature(), found.explanation
+    texts = [
+        {**text, "raw_map": list(raw), "mask": encoder.encode_example(Image.fromarray(mask))}
+        for (text, mask), raw in zip(explanation.records_and_masks(), explanation.raw_maps.numpy())
+    ]
+    return {"image": found.name, "height": found.image.height, "width": found.image.width, "texts": texts}
 
 
 def _printable(name: str) -> str:

@@ -13,7 +13,7 @@ from ..label_maps import segments
 from ..presence import MIN_PRESENCE
 from ..processing_iclip import check_threshold
 from ..regions import Region, find_regions, negative_points, positive_points, run_lengths
-from ..similarity import resize_and_normalize, reverse
+from ..similarity import resize_and_normalize
 
 
 @dataclass(frozen=True, repr=False, eq=False)
@@ -56,7 +56,7 @@ class Explanation:
     @property
     def maps(self) -> torch.Tensor:
         """All maps, `(T, H, W)`, computed at each access. `map` needs less memory for many texts."""
-        return self._stretched(self.raw_maps)
+        return resize_and_normalize(self.raw_maps, self.size, self.reversed)
 
     def map(self, index: int) -> torch.Tensor:
         """Returns the map of one text, `(H, W)` float32 in [0, 1]: bicubic resize, then min-max (Eq. 4)."""
@@ -64,7 +64,7 @@ class Explanation:
             raise IndexError(
                 f"Expected the index of one of {len(self.raw_maps)} texts, got {index}: pass a lower one."
             )
-        return self._stretched(self.raw_maps[index, None])[0]
+        return resize_and_normalize(self.raw_maps[index, None], self.size, self.reversed)[0]
 
     def mask(self, index: int, threshold: float | None = None) -> torch.Tensor:
         """Returns the mask of one text, `(H, W)` boolean. The default is the threshold of the explanation."""
@@ -130,10 +130,6 @@ class Explanation:
                 for region in regions
             ]
             yield record, mask
-
-    def _stretched(self, raw_maps: torch.Tensor) -> torch.Tensor:
-        maps = resize_and_normalize(raw_maps, self.size)
-        return reverse(maps) if self.reversed else maps
 
     def _map_and_mask(self, index: int, threshold: float | None = None) -> tuple[torch.Tensor, torch.Tensor]:
         if threshold is None:

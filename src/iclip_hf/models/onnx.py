@@ -6,8 +6,7 @@ import importlib
 import logging
 import sys
 import warnings
-from collections.abc import Callable, Mapping
-from functools import partial
+from collections.abc import Mapping
 from pathlib import Path
 from unittest import mock
 
@@ -50,16 +49,16 @@ def export_onnx(model: ICLIPModel, processor: ICLIPProcessor, folder: str | Path
         `ValueError`: for another value of `weights`. `FileExistsError`: the folder is not empty. `ImportError`: a package of the
             extra `onnx` is missing.
     """
-    if weights not in _WRITERS:
-        raise ValueError(f"Expected weights to be one of {', '.join(_WRITERS)}, got {weights!r}: choose one of them.")
+    if weights not in ("float32", *_SMALLER):
+        known = ", ".join(["float32", *_SMALLER])
+        raise ValueError(f"Expected weights to be one of {known}, got {weights!r}: choose one of them.")
     with require_extra("onnx"):  # before the export, which takes a minute
         importlib.import_module("onnxscript")
-    write = _WRITERS[weights]
     with atomic_folder(folder) as built:
         logger.info("Exporting the image tower (1 of 2)")
-        write(_vision_program(model), built / VISION_FILE)
+        _write(_vision_program(model), built / VISION_FILE, weights)
         logger.info("Exporting the text tower (2 of 2)")
-        write(_text_program(model, processor(labels=["dog", "red ball"])), built / TEXT_FILE)
+        _write(_text_program(model, processor(labels=["dog", "red ball"])), built / TEXT_FILE, weights)
         model.config.save_pretrained(built)
         processor.save_pretrained(built)
     return Path(folder)
@@ -175,10 +174,6 @@ def _round(number, ndigits=None):
 # ------------------------------------------------------------------------------------------------------ the weights
 
 
-def _write_float32(program, path: Path) -> None:
-    program.save(path)
-
-
 def _bfloat16(name: str, values: torch.Tensor) -> tuple[list, list]:
     """Stores a matrix in bfloat16."""
     from onnx import TensorProto, helper
@@ -201,18 +196,18 @@ def _int8(name: str, values: torch.Tensor) -> tuple[list, list]:
     ]
 
 
-def _write_smaller(shrink: Callable, program, path: Path) -> None:
-    """
-    Writes a graph with smaller tensors for each matrix, and nodes that compute the matrix from them: `shrink(name, values)` returns
-    both. ONNX Runtime executes the nodes once, on loading.
-    """
+def _write(program, path: Path, weights: str) -> None:
+    """Writes a graph. Smaller weights are restored by nodes of the graph, which ONNX Runtime executes once, on loading."""
+    if weights == "float32":
+        program.save(path)
+        return
     import onnx
 
     model = program.model_proto
     tensors, restoring = [], []
     for tensor in model.graph.initializer:
         if tensor.data_type == onnx.TensorProto.FLOAT and len(tensor.dims) > 1:
-            stored, nodes = shrink(tensor.name, torch.from_numpy(onnx.numpy_helper.to_array(tensor).copy()))
+            stored, nodes = _SMALLER[weights](tensor.name, torch.from_numpy(onnx.numpy_helper.to_array(tensor).copy()))
             tensors += stored
             restoring += nodes
         else:
@@ -223,8 +218,5 @@ def _write_smaller(shrink: Callable, program, path: Path) -> None:
     onnx.save(model, path)
 
 
-_WRITERS = {
-    "float32": _write_float32,
-    "bfloat16": partial(_write_smaller, _bfloat16),
-    "int8": partial(_write_smaller, _int8),
-}
+# Type of the weights, and the function from the name and values of a matrix to its smaller tensors and the nodes that restore it.
+_SMALLER = {"bfloat16": _bfloat16, "int8": _int8}

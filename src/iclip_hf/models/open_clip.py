@@ -5,6 +5,7 @@ from __future__ import annotations
 from functools import partial
 
 import torch
+from PIL.Image import Resampling
 from torch import nn
 
 from ..modeling_iclip import ICLIPImageFeatures, ICLIPTextFeatures
@@ -12,9 +13,6 @@ from ..processing_iclip import ICLIPProcessor
 from .explainable import Pooling, RecordableModel, block_mlp, head_output, text_features, unit
 from .families import whole_image_processor
 from .recording import attend, merge_heads
-
-
-_RESAMPLE = {"bicubic": 3, "bilinear": 2}  # Pillow's numbers
 
 
 class _ImagesOnly(ICLIPProcessor):
@@ -41,7 +39,7 @@ class ExplainableOpenCLIP(RecordableModel):
         self.tokenizer = tokenizer
         options, size = model.visual.preprocess_cfg, model.visual.image_size
         self.side = size[0] if isinstance(size, tuple) else size
-        resample = _RESAMPLE[options["interpolation"]]
+        resample = Resampling[options["interpolation"].upper()]
         image_processor = whole_image_processor(self.side, options["mean"], options["std"], resample)
         patch_size, *_ = getattr(model.visual, "patch_size", [32])  # a ResNet has a position for every 32 pixels
         super().__init__(model, _ImagesOnly(image_processor, patch_size=patch_size))

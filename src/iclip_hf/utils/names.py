@@ -28,12 +28,12 @@ METHOD_GROUP = "iclip_hf.explainers"
 # Measures of an evaluation: for each its module and class in `iclip_hf.evaluation.measures`; by the tasks of `iclip evaluate`.
 TASKS = {
     "interpretability": {
-        "mAP": "average_precision:AveragePrecision",
-        "mMIoU": "mmiou:MMIoU",
-        "mFMB": "mfmb:MFMB",
-        "text_contrast": "text_contrast:TextContrast",
-        "stuff_contrast": "stuff_contrast:StuffContrast",
-        "presence": "presence:Presence",
+        "mAP": "recognition:AveragePrecision",
+        "mMIoU": "pairs:MMIoU",
+        "mFMB": "pairs:MFMB",
+        "text_contrast": "contrast:TextContrast",
+        "stuff_contrast": "contrast:StuffContrast",
+        "presence": "recognition:Presence",
     },
     "segmentation": {"segmentation": "segmentation:Segmentation"},
     "faithfulness": {

@@ -1,15 +1,6 @@
 """
 Deletion and insertion: whether the score of a text falls when the pixels that its map marks are deleted, and rises when they are
-inserted. The functions work with any model and any maps. [`scorer`] creates the score function of a loaded model:
-
-```python
->>> explainer = make_explainer(model, "gem")
->>> texts = model.encode_texts(["dog", "ball"])
->>> pixel_values = model.processor(images=[image])["pixel_values"]
->>> maps, _ = explainer.raw_maps(pixel_values, texts)
->>> deletion, insertion = deletion_insertion(scorer(model, texts), pixel_values[0], maps[0])
->>> area_under(insertion) - area_under(deletion)  # (maps, texts, 2): of the cosine and of the probability
-```
+inserted. The functions work with any model and any maps.
 """
 
 from __future__ import annotations

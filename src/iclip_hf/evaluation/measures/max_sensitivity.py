@@ -50,15 +50,14 @@ class MaxSensitivity(MeansMeasure):
 
     name = "max_sensitivity"
     figures = {"max_sensitivity": ("max-sensitivity", 3)}
-    columns = ("max_sensitivity",)
 
     def __init__(self, seed: int = 0):
         self.seed = seed
 
     def measure(self, image: EvaluatedImage) -> dict[str, torch.Tensor]:
-        draw, pixel_values = self.run.drawer(image), image.pixel_values[0].to(self.run.device)
-        changes = max_sensitivity(draw, pixel_values, seed=self.seed + image.index)
-        return self.run.by_method(changes.unsqueeze(-1))
+        pixel_values, seed = image.pixel_values[0].to(self.run.device), self.seed + image.index
+        drawers = self.run.drawers(image)
+        return {method: max_sensitivity(draw, pixel_values, seed=seed)[:, None] for method, draw in drawers.items()}
 
     def protocol(self) -> dict:
         maps = "stretched to [0, 1] on the patch grid"

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from ...data.segmentation import SegmentationSample
-from ...similarity import resize_and_normalize, reverse
+from ...similarity import resize_and_normalize
 from ..metrics import ClassMeans
 from ..results import measured, rounded
 
@@ -36,8 +36,7 @@ class EvaluatedImage:
 
     def heatmaps(self, method: str, is_reversed: bool) -> torch.Tensor:
         """Returns the maps of a method at the size of the image, stretched to [0, 1], `(T, height, width)`."""
-        heatmaps = resize_and_normalize(self.raw_maps[method], self.sample.size)
-        return reverse(heatmaps) if is_reversed else heatmaps  # stretching the negative would round differently
+        return resize_and_normalize(self.raw_maps[method], self.sample.size, is_reversed)
 
 
 class Measure(ABC):
@@ -45,7 +44,8 @@ class Measure(ABC):
     A measure of maps or scores over a data set. The parameters of a subclass are its options.
 
     [`evaluate`] calls `prepare` once, then for each batch of images of one shape `see` in the thread of the model, for each image and
-    method `count` in any thread, `add` with the result in the order of images, and at the end `report` with the sums of all processes.
+    method `count` in any thread, then in the order of images `add_counts` of the sums, and at the end `report` with the sums of all
+    processes.
 
     Attributes:
         name (`str`): its name in `measures=` and `--measures`.
@@ -53,7 +53,9 @@ class Measure(ABC):
         figures (`dict`): for each figure of `report` that tables show, its heading and number of digits.
         by_method (`bool`): whether methods differ in it. Otherwise `count` is called once for each image, with the method None.
         image_size (`dict`, *optional*): a `size` of the processor that the measure prefers.
-        totals (`dict`): for each method, sums with a function `merge`.
+        metric (`type`): class of the sums, with `add_counts` and `merge`.
+        row (`str`): name of the score of a class in its row, if `report` is the default.
+        totals (`dict`): for each method, the sums.
     """
 
     name: str
@@ -61,34 +63,37 @@ class Measure(ABC):
     figures: dict[str, tuple[str, int]]
     by_method = True
     image_size: dict[str, int] | None = None
+    metric: type
+    row: str
 
     def prepare(self, run) -> None:
         """Prepares for the data set and methods of an [`~evaluate.EvaluationRun`]. Raises `ValueError` if these cannot be measured."""
         self.run = run
         self.totals = {method: self.new_totals() for method in (run.methods if self.by_method else [None])}
 
-    @abstractmethod
     def new_totals(self):
-        """Returns empty sums."""
+        """Returns empty sums; a `metric` by default."""
+        return self.metric()
 
     def see(self, images: list[EvaluatedImage]) -> list[Any]:
         """Runs the model on images of one shape, if the measure needs more than `needs` offers. Returns one result for each."""
         return [None] * len(images)
 
     @abstractmethod
-    def count(self, image: EvaluatedImage, method: str | None, heatmaps: torch.Tensor | None) -> Any:
-        """Counts one image. `heatmaps` are those of [`EvaluatedImage.heatmaps`], if the measure needs maps."""
+    def count(self, image: EvaluatedImage, method: str | None, heatmaps: torch.Tensor | None) -> list[tuple]:
+        """
+        Counts one image. `heatmaps` are those of [`EvaluatedImage.heatmaps`], if the measure needs maps. Returns the arguments of some
+        calls of `add_counts` of the sums.
+        """
 
-    @abstractmethod
-    def add(self, method: str | None, counts: Any) -> None:
-        """Adds the result of `count` to the totals."""
-
-    @abstractmethod
     def report(self, method: str | None) -> tuple[dict, dict[int, dict]]:
         """
         Returns the figures of a method, and for each class id a row of figures. A figure without data is None; `left_out` is the
-        number of items without a figure, by reason.
+        number of items without a figure, by reason. By default the score of `metric` with the measure's name, and its classes as `row`.
         """
+        scores = self.totals[method].compute()
+        figures = {self.name: measured(scores[self.name.lower()]), "left_out": scores["left_out"]}
+        return figures, {label: {self.row: score} for label, score in scores["per_class"].items()}
 
     def protocol(self) -> dict:
         """Returns what is needed to repeat the measurement."""
@@ -99,86 +104,33 @@ class Measure(ABC):
         return [rounded(figures[name], digits) for name, (_, digits) in self.figures.items()]
 
 
-class PairMeasure(Measure):
-    """
-    A measure of pairs of a map and the mask of its class.
-
-    Args:
-        aggregate (`str`): `"image"` or `"pixel"`, see [`MeanMaxIoU`].
-    """
-
-    needs = frozenset({"maps"})
-    metric: type  # of `evaluation.metrics`
-
-    def __init__(self, aggregate: str = "image"):
-        self.aggregate = aggregate
-
-    def new_totals(self):
-        return self.metric(self.aggregate)
-
-    def count(self, image: EvaluatedImage, method: str, heatmaps: torch.Tensor) -> list[tuple]:
-        pairs = zip(heatmaps, image.masks, image.sample.labels)
-        return [(self.metric.count(*pair, image.sample.void), pair[-1]) for pair in pairs]
-
-    def add(self, method: str, counts: list[tuple]) -> None:
-        for of_pair in counts:
-            self.totals[method].add_counts(*of_pair)
-
-    def protocol(self) -> dict:
-        return {
-            "aggregate": self.aggregate,
-            "maps": "bicubic to the image's size, then min-max; foreground is M > t for t in 0, 0.01, ..., 1",
-        }
-
-
-class RegionMeasure(Measure):
-    """A measure that compares the maps of an image on the regions of its classes."""
-
-    needs = frozenset({"maps"})
-    metric: type
-
-    def new_totals(self):
-        return self.metric()
-
-    def count(self, image: EvaluatedImage, method: str, heatmaps: torch.Tensor) -> tuple:
-        sample = image.sample
-        return self.metric.count(heatmaps, image.masks, sample.labels, sample.void), sample.labels
-
-    def add(self, method: str, counts: tuple) -> None:
-        self.totals[method].add_counts(*counts)
-
-
 class MeansMeasure(Measure):
     """
-    A measure whose figures are means over the images of a class, then over the classes. A figure that is NaN is left out.
+    A measure whose figures are means over the images of a class, then over the classes. A figure that is NaN is left out. A subclass
+    implements `measure` if it runs the model itself, and otherwise `count`, which returns `(figures, label)` of each shown class.
 
     Attributes:
-        columns (`tuple`): the names of the F figures of a pair of an image and a class.
+        columns (`tuple`): the names of the F figures of a pair of an image and a class; those of `figures` if not given.
     """
 
     needs = frozenset({"maps"})
-    new_totals = ClassMeans
-    columns: tuple
+    metric = ClassMeans
+    columns: tuple = ()
 
-    def see(self, images: list[EvaluatedImage]) -> list[dict[str, np.ndarray] | None]:
-        return [
-            {method: figures.double().cpu().numpy() for method, figures in self.measure(image).items()}
-            if image.sample.labels
-            else None
-            for image in images
-        ]
+    def prepare(self, run) -> None:
+        super().prepare(run)
+        self.columns = self.columns or tuple(self.figures)
 
     def measure(self, image: EvaluatedImage) -> dict[str, torch.Tensor]:
         """Returns the figures `(T, F)` of each method for an image that shows a class."""
-        raise NotImplementedError
+        return {}
 
-    def count(self, image: EvaluatedImage, method: str, heatmaps: torch.Tensor) -> tuple[tuple, np.ndarray]:
-        seen = image.seen[self.name]
-        return image.sample.labels, [] if seen is None else seen[method]
+    def see(self, images: list[EvaluatedImage]) -> list[dict[str, np.ndarray]]:
+        figures = [self.measure(image) if image.sample.labels else {} for image in images]
+        return [{method: part.double().cpu().numpy() for method, part in found.items()} for found in figures]
 
-    def add(self, method: str, counts: tuple) -> None:
-        for label, figures in zip(*counts):
-            self.totals[method].update(figures, label)
+    def count(self, image: EvaluatedImage, method: str, heatmaps: torch.Tensor) -> list[tuple]:
+        return list(zip(image.seen[self.name].get(method, ()), image.sample.labels))
 
     def named(self, values: np.ndarray | None) -> dict:
         """Names F figures; None for those without data."""

@@ -1,6 +1,5 @@
 """The pointing game: whether the highest pixel of a map lies on the object."""
 
-import numpy as np
 import torch
 
 from ..metrics import pointing_shares
@@ -19,13 +18,7 @@ class PointingGame(MeansMeasure):
         "energy_pointing_game": ("energy-based %", 1),
         "foreground": ("a constant map %", 1),
     }
-    columns = ("pointing_game", "energy_pointing_game", "foreground")
 
-    def see(self, images: list[EvaluatedImage]) -> list[None]:
-        return [None] * len(images)
-
-    def count(self, image: EvaluatedImage, method: str, heatmaps: torch.Tensor) -> tuple[tuple, np.ndarray]:
-        shares = [
-            pointing_shares(*pair, image.sample.void) for pair in zip(heatmaps, image.masks, image.sample.labels)
-        ]
-        return image.sample.labels, 100 * np.array(shares)
+    def count(self, image: EvaluatedImage, method: str, heatmaps: torch.Tensor) -> list[tuple]:
+        pairs = zip(heatmaps, image.masks, image.sample.labels)
+        return [(100 * pointing_shares(*pair, image.sample.void), pair[-1]) for pair in pairs]

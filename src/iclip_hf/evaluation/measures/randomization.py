@@ -93,8 +93,8 @@ class Randomization(MeansMeasure):
         self.columns = tuple(range(len(self.layers)))
 
     def measure(self, image: EvaluatedImage) -> dict[str, torch.Tensor]:
-        correlations = self.layers.correlations(self.run.drawer(image), image.pixel_values.to(self.run.device))
-        return self.run.by_method(correlations[:, 0].T)
+        pixel_values, drawers = image.pixel_values.to(self.run.device), self.run.drawers(image)
+        return {method: self.layers.correlations(draw, pixel_values)[:, 0].T for method, draw in drawers.items()}
 
     def named(self, values) -> dict:
         return {self.name: list(super().named(values).values())}

@@ -5,11 +5,11 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 
 from ...explainers.windows import check_window, windowed_maps
 from ...label_maps import BACKGROUND_LABEL, label_map
-from ...localization.localizer import Localizer
 from ...processing_iclip import check_threshold
 from ...refinement import refine_maps
 from ..metrics import THRESHOLDS, MeanIoU
@@ -26,6 +26,9 @@ class _Folds:
 
     def __init__(self, num_classes: int, background: bool, void: int):
         self.folds = [MeanIoU(num_classes, background, void) for _ in range(2)]
+
+    def add_counts(self, fold: int, areas: np.ndarray) -> None:
+        self.folds[fold].add_counts(areas)
 
     def merge(self, other: _Folds) -> None:
         for own, more in zip(self.folds, other.folds):
@@ -49,7 +52,6 @@ class Segmentation(Measure):
         background: texts that describe the background; those of the data set's overrides if not given.
         threshold (`float` in [0, 1], *optional*): background threshold.
         logit_scale (`float`, *optional*): makes the confidence a probability, see [`label_map`].
-        min_presence (`float` in [0, 1]): a class with a lower presence gets no pixel of the image. The papers have no such gate.
     """
 
     name = "segmentation"
@@ -63,12 +65,11 @@ class Segmentation(Measure):
         background: Sequence[str] | None = None,
         threshold: float | None = None,
         logit_scale: float | None = None,
-        min_presence: float = 0.0,
     ):
         if stride is not None and window is None:
             raise ValueError(f"Expected stride with a window, got a stride of {stride} alone: add the window.")
         self.window, self.stride = window, None if window is None else stride or window // 2
-        self.background, self.min_presence = background, min_presence
+        self.background = background
         self.threshold = None if threshold is None else check_threshold(threshold)
         self.logit_scale = logit_scale
         if window is not None:
@@ -93,17 +94,15 @@ class Segmentation(Measure):
         self.classes = [label for label, texts in enumerate(dataset.synonyms) for _ in texts]
         self.classes += [BACKGROUND_LABEL] * len(self.texts_of_background)
         texts = [*itertools.chain(*dataset.synonyms), *self.texts_of_background]
-        self.encoded, self.gate = run.encode(texts), None
-        if self.min_presence:
-            self.gate = Localizer(run.model, texts, templates=run.templates, min_presence=self.min_presence)
+        self.encoded = run.encode(texts)
         super().prepare(run)
 
     def new_totals(self) -> _Folds:
         dataset = self.run.dataset
         return _Folds(len(dataset.labels) + 1, dataset.background, dataset.void)
 
-    def see(self, images: list[EvaluatedImage]) -> list[tuple[dict[str, torch.Tensor], torch.Tensor | None]]:
-        """Returns raw maps of all texts `(T, h, w)` by method, and whether each text is present, for each image."""
+    def see(self, images: list[EvaluatedImage]) -> list[dict[str, torch.Tensor]]:
+        """Returns raw maps of all texts `(T, h, w)` by method for each image."""
         pixel_values = torch.cat([image.pixel_values for image in images])
         drawn = {}
         for method, explainer in self.run.explainers.items():
@@ -114,22 +113,14 @@ class Segmentation(Measure):
             if self.run.refine:
                 maps = refine_maps(maps, pixel_values.to(maps.device))
             drawn[method] = (-maps if explainer.reversed else maps).cpu()
-        present = [None] * len(images)
-        if self.gate is not None:
-            present = self.gate.explain_batch(pixel_values, self.encoded)[2] >= self.min_presence
-        return [(dict(zip(drawn, maps)), shown) for *maps, shown in zip(*drawn.values(), present)]
+        return [dict(zip(drawn, maps)) for maps in zip(*drawn.values())]
 
-    def count(self, image: EvaluatedImage, method: str, heatmaps: None):
-        drawn, present = image.seen[self.name]
-        options = {"threshold": self.threshold, "logit_scale": self.logit_scale, "present": present}
-        labels, confidence = label_map(drawn[method], image.sample.size, classes=self.classes, **options)
+    def count(self, image: EvaluatedImage, method: str, heatmaps: None) -> list[tuple]:
+        options = {"threshold": self.threshold, "logit_scale": self.logit_scale, "classes": self.classes}
+        labels, confidence = label_map(image.seen[self.name][method], image.sample.size, **options)
         metric = self.totals[method].folds[0]
         areas = metric.count(labels + 1, image.sample.label_map, confidence if self.sweeps else None)
-        return image.index % 2, areas
-
-    def add(self, method: str, counts: tuple) -> None:
-        fold, areas = counts
-        self.totals[method].folds[fold].add_counts(areas)
+        return [(image.index % 2, areas)]
 
     def report(self, method: str) -> tuple[dict, dict[int, dict]]:
         folds, thresholds, best = self.totals[method].folds, None, [0, 0]
@@ -168,19 +159,8 @@ class Segmentation(Measure):
             "synonyms": [list(texts) for texts in self.run.dataset.synonyms],
             "background_texts": self.texts_of_background,
             "logit_scale": self.logit_scale,
-            "min_presence": self.min_presence,
             "label_maps": "raw maps of all classes, bicubic to the image's size; the highest one counts",
-            "background": self._background_rule(),
+            "background_threshold": "the best of the images at the other (even or odd) positions"
+            if self.sweeps
+            else self.threshold,
         }
-
-    def _background_rule(self) -> str:
-        value = "the map of the best class, stretched to [0, 1]"
-        if self.logit_scale is not None:
-            value = "the probability of the best class"
-        if not self.run.dataset.background:
-            return "void"
-        if self.sweeps:
-            return f"{value}, is not above the best threshold of the images at the other (even or odd) positions"
-        parts = [] if self.threshold is None else [f"{value}, is not above {self.threshold}"]
-        parts += ["a background text is best"] * bool(self.texts_of_background)
-        return " or ".join(parts) or "never"

@@ -1,6 +1,7 @@
-"""Presence: how well it tells the classes that an image shows from the others."""
+"""mAP, recognition by the scores of all classes, and presence, how well it tells the classes that an image shows from the others."""
 
 import numpy as np
+import torch
 
 from ...presence import MIN_PRESENCE
 from ..metrics import MultiLabelAveragePrecision
@@ -8,11 +9,30 @@ from ..results import measured
 from .measure import EvaluatedImage, Measure
 
 
+class AveragePrecision(Measure):
+    """Zero-shot multi-label mAP of the cosines, see [`MultiLabelAveragePrecision`]. It is the same for all methods."""
+
+    name = "mAP"
+    needs = frozenset({"scores"})
+    figures = {"mAP": ("mAP %", 2)}
+    by_method = False
+    metric = MultiLabelAveragePrecision
+    row = "AP"
+
+    def count(self, image: EvaluatedImage, method: None, heatmaps: None) -> list[tuple]:
+        return [(image.scores[None], np.isin(self.run.dataset.labels, image.sample.labels)[None])]
+
+
 class _PresenceSums:
     def __init__(self):
         # For absent and for shown classes: the number of all, and of those with a presence of at least MIN_PRESENCE.
         self.gate = np.zeros((2, 2), np.int64)
         self.ranked = MultiLabelAveragePrecision()
+
+    def add_counts(self, presence: torch.Tensor, shown: np.ndarray) -> None:
+        enough = presence.numpy() >= MIN_PRESENCE
+        self.gate += [[(shown == which).sum(), (enough & (shown == which)).sum()] for which in (False, True)]
+        self.ranked.add_counts(presence, shown)
 
     def merge(self, other) -> None:
         self.gate += other.gate
@@ -29,17 +49,10 @@ class Presence(Measure):
     needs = frozenset({"scores"})
     figures = {}  # a line below the table, see `EvaluationResult.table`
     by_method = False
-    new_totals = _PresenceSums
+    metric = _PresenceSums
 
-    def count(self, image: EvaluatedImage, method: None, heatmaps: None) -> tuple:
-        return image.presence[None], np.isin(self.run.dataset.labels, image.sample.labels)[None]
-
-    def add(self, method: None, counts: tuple) -> None:
-        presence, shown = counts
-        enough = presence.numpy() >= MIN_PRESENCE
-        totals = self.totals[method]
-        totals.gate += [[(shown == which).sum(), (enough & (shown == which)).sum()] for which in (False, True)]
-        totals.ranked.update(presence, shown)
+    def count(self, image: EvaluatedImage, method: None, heatmaps: None) -> list[tuple]:
+        return [(image.presence[None], np.isin(self.run.dataset.labels, image.sample.labels)[None])]
 
     def report(self, method: None) -> tuple[dict, dict[int, dict]]:
         totals = self.totals[method]

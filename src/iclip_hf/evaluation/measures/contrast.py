@@ -1,17 +1,44 @@
-"""Stuff contrast: whether the map of a text of the background, such as "sky", marks the background."""
+"""Text contrast, whether the maps of different texts differ, and stuff contrast, whether a map of "sky" marks the background."""
 
 from __future__ import annotations
 
 from statistics import fmean
 
-from ..metrics import RegionRanking
-from .measure import RegionMeasure
+import torch
+
+from .. import metrics
+from .measure import EvaluatedImage, Measure
+
+
+class RegionMeasure(Measure):
+    """A measure that compares the maps of an image on the regions of its classes."""
+
+    needs = frozenset({"maps"})
+
+    def count(self, image: EvaluatedImage, method: str, heatmaps: torch.Tensor) -> list[tuple]:
+        sample = image.sample
+        return [(self.metric.count(heatmaps, image.masks, sample.labels, sample.void), sample.labels)]
+
+
+class TextContrast(RegionMeasure):
+    """Text contrast in percent; 50 for maps that do not depend on the text. Rows: `text_contrast`."""
+
+    name = "text_contrast"
+    figures = {"text_contrast": ("text contrast %", 2)}
+    metric = metrics.TextContrast
+    row = "text_contrast"
+
+    def protocol(self) -> dict:
+        return {
+            "text_contrast": "c_ij = (P(M_i at i > M_i at j) + P(M_j at j > M_j at i)) / 2 for classes i, j of an image, ties half, "
+            "without pixels of both; mean over a class's images and partners, then over classes"
+        }
 
 
 class StuffContrast(RegionMeasure):
     """
     The share of a class's own pixels that its map ranks above the pixels of the other classes in the image, in percent, see
-    [`RegionRanking`]: the mean over the classes of the background (`stuff_contrast`) and of objects (`thing_contrast`).
+    [`~metrics.RegionRanking`]: the mean over the classes of the background (`stuff_contrast`) and of objects (`thing_contrast`).
 
     50 is chance. Unlike text contrast, it takes one map at a time. So a map of saliency, which does not depend on the text, is above
     50 for things and equally far below for stuff; only both figures together tell a good map. Rows: `ranking`. For data sets that
@@ -20,7 +47,7 @@ class StuffContrast(RegionMeasure):
 
     name = "stuff_contrast"
     figures = {"stuff_contrast": ("stuff contrast %", 2), "thing_contrast": ("thing contrast %", 2)}
-    metric = RegionRanking
+    metric = metrics.RegionRanking
 
     def prepare(self, run) -> None:
         if not run.dataset.stuff:

@@ -233,7 +233,10 @@ def test_arguments_and_files_are_checked_before_torch_is_imported(workspace, tmp
         ["analyze", "shift", "--dataset", "voc2012", "--data-root", str(tmp_path)],
         ["analyze", "channels", "none.jpg"],
         ["analyze", "relation", "none.json"],
+        ["explain", "pairs.csv", "--text", "dog"],
         ["export", photo, "out", "--results", "none.json"],
+        ["export", photo, "."],
+        ["export", photo, "out", "--format", "onnx"],
         ["train", "none.csv"],
         ["train", "pairs.csv"],
         ["train", "--config", "none"],
@@ -245,6 +248,7 @@ from iclip_hf import cli
 assert cli.main(["explain", "none.jpg", "--text", "dog"]) == 2
 assert [name for name in cli.COMMANDS if "iclip_hf.cli." + name.replace("-", "_") in sys.modules] == ["explain"]
 assert "numpy" not in sys.modules
+sys.modules["onnxscript"] = None
 for command in {commands}:
     try: code = cli.main(command)
     except SystemExit as stop: code = stop.code

@@ -52,7 +52,8 @@ def check_method(name: str) -> str:
     """Returns the name of a method. Raises `ValueError` unless this package or another one has it."""
     if name in METHODS or name in (added := entry_points(group=METHOD_GROUP)).names:
         return name
-    raise ValueError(f"Expected a method, one of {', '.join([*METHODS, *sorted(added.names)])}, got {name!r}.")
+    hint = ": put spaces between several" if "," in name else ""
+    raise ValueError(f"Expected a method, one of {', '.join([*METHODS, *sorted(added.names)])}, got {name!r}{hint}.")
 
 
 def check_prompt(prompt: str) -> str:

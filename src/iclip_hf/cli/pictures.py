@@ -103,14 +103,14 @@ def explain_files(
 def _pictures_to_write(
     options: argparse.Namespace, name: str, beside: Callable[[Path], Path] | None
 ) -> list[tuple[str, Path | None]]:
-    """Returns the images that are files, each with its picture. Checks all outputs and names the other images on stderr."""
-    from ..images import require_file
+    """Returns the files that begin as images, each with its picture. Checks all outputs and names the other images on stderr."""
+    from ..images import open_image
     from ..utils.files import check_outputs
 
     found = []  # before the output is checked, which may only look wrong because an image does not exist
     for image in options.images:
         try:
-            require_file(image)
+            open_image(image, decode=False)
             found.append(image)
         except (ValueError, FileNotFoundError) as error:
             print(f"iclip {options.command}: {one_line(error)}", file=sys.stderr)

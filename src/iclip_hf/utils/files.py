@@ -280,14 +280,14 @@ def atomic_folder(folder: str | Path) -> Iterator[Path]:
     folder = Path(os.path.realpath(folder))  # of a link that leads to itself, the link
     check_utf8(folder)
     _delete_left_overs(folder.parent)
-    _check_empty(folder)
+    check_empty(folder)
     place = folder if folder.exists() else folder.parent
     try:
         with _workplace(place, folder.name) as work:
             built = work / folder.name
             built.mkdir()
             yield built
-            _check_empty(folder)  # another run may have been faster
+            check_empty(folder)  # another run may have been faster
             _readable(work)
             if place == folder:
                 for path in built.iterdir():
@@ -335,7 +335,7 @@ def _readable(work: Path) -> None:
             path.chmod(mode)
 
 
-def _check_empty(folder: Path) -> None:
+def check_empty(folder: Path) -> None:
     """Raises `FileExistsError` unless a folder is new, or holds nothing but temporary folders of runs."""
     if folder.exists() and not (folder.is_dir() and all(path.name.endswith(_PARTIAL) for path in folder.iterdir())):
         raise FileExistsError(

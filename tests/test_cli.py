@@ -329,7 +329,7 @@ def test_options_of_the_command_are_those_of_the_package():
     from iclip_hf.evaluation.measures import MEASURES, make_measure
 
     for measure in MEASURES:
-        own = {option for option, measures in OPTIONS.items() if measure in measures}
+        own = {option for option, (measures, *_) in OPTIONS.items() if measure in measures}
         assert own == signature(type(make_measure(measure))).parameters.keys(), measure
 
 

@@ -25,7 +25,6 @@ from .pictures import presence_column
 
 
 def add_options(command: argparse.ArgumentParser) -> None:
-    command.set_defaults(run=run)
     command.add_argument(
         "image", metavar="IMAGE", help="image file, or with --dataset the name or path of one of its images"
     )

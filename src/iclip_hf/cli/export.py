@@ -13,7 +13,6 @@ from .common import checked, echo_folder, shown_steps, silence_transformers
 
 
 def add_options(command: argparse.ArgumentParser) -> None:
-    command.set_defaults(run=run)
     add_source_options(command)
     command.add_argument("directory", type=Path, metavar="DIR", help="new folder to write")
     command.add_argument(

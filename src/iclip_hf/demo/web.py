@@ -26,9 +26,9 @@ from ..processing_iclip import MAX_PIXELS, ICLIPProcessor
 from ..utils.files import atomic_folder
 from .content import (
     EXAMPLES,
+    INTRODUCTION,
     MAX_CHARACTERS,
     MAX_TEXTS,
-    RANK,
     SPACE,
     VIEW_SIDE,
     beside,
@@ -141,9 +141,7 @@ def export_web(
 
         values = {
             "elsewhere": "" if vendor else " ".join(f"{_CDN}/{package}/" for package in _packages(needed)),
-            "min_presence": f"{MIN_PRESENCE:.0%}",
-            "present": f"{PRESENT:.0%}",
-            "rank": RANK,
+            "introduction": INTRODUCTION,
         }
         for name in (*_PAGE, *_SHARED):
             text = beside(name if name in _SHARED else f"web/{name}")

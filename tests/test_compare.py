@@ -127,15 +127,6 @@ def test_a_large_photograph_is_drawn_at_the_size_of_its_cell(folder, tmp_path, s
     assert 100 < width < 200 and sheet["heatmaps"]["itsm"].shape == (1, height, width)
 
 
-@pytest.mark.parametrize(("image", "message"), [("c", "such as a, got c"), ("b", "shows a class")])
-def test_images_without_a_class_are_one_line_and_exit_code_2(folder, tmp_path, capsys, monkeypatch, image, message):
-    monkeypatch.chdir(tmp_path)
-    assert run(folder, image, "--dataset", "folder", "--data-root", folder) == 2
-    err = capsys.readouterr().err.strip()
-    assert len(err.splitlines()) == 1 and err.startswith("iclip compare: ") and message in err
-    assert list(tmp_path.iterdir()) == []
-
-
 def test_prompts_are_those_of_the_data_set(folder, tmp_path, capsys):
     """As in its evaluation: renamed classes in its own templates, unless others are given."""
     overrides = tmp_path / "overrides.json"

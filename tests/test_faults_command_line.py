@@ -12,6 +12,7 @@ from faults import (
     at_place,
     command,
     damaged_model,
+    evaluation,
     few,
     index_mask,
     masks_folder,
@@ -131,6 +132,7 @@ ARGUMENTS = {
         "--text dog --dpi 0": "got 0",
         "--text dog --dataset folder": "got folder alone",
         "--dataset folder --data-root {folder}": "/empty",
+        "--dataset folder --data-root {masks}": "such as image, got",
     },
     "evaluate --model {model} --dataset folder --data-root {masks}": {
         "--task faithfulness --seed often": "invalid int value: 'often'",
@@ -148,7 +150,11 @@ ARGUMENTS = {
         "--task segmentation --threshold 0.5 --window 16 --stride 32": "got 32",
         "--task segmentation --overrides {names}": "got 4",
     },
-    "analyze": {"relation absent.json": "absent.json", "relation {folder}": "/empty"},
+    "analyze": {
+        "relation absent.json": "absent.json",
+        "relation {folder}": "/empty",
+        "relation {results} --method gem": "got 'gem'",
+    },
     "init --output new": {
         "--config no-such": "no-such",
         "--config iclip-vit-b16 --output {world}": "world",
@@ -190,6 +196,7 @@ def by_command_line(world, folder, arguments):
         "masks": folder / "masks",
         "long": "x" * 300,
         "names": written(folder, "dog\ncat\nball\nsky", "names.txt"),
+        "results": written(folder, evaluation()),
     }
     iclip(*(argument.format(**places) for argument in arguments.split()))
 

@@ -25,16 +25,6 @@ def run(workspace, *arguments):
         return stop.code
 
 
-def test_one_photograph_becomes_one_picture(workspace, tmp_path, capsys):
-    output = tmp_path / "sub" / "out.png"
-    assert run(workspace, workspace / "0" / "a.jpg", "--text", "dog", "--text", "red ball", "--output", output) == 0
-    printed = capsys.readouterr().out.splitlines()
-    assert printed[0].endswith(f"a.jpg -> {output}") and {line.split()[0] for line in printed[1:]} == {"dog", "red"}
-    with Image.open(output) as picture:
-        assert picture.width > 3 * picture.height / 2  # original and two maps side by side
-    assert [path.name for path in output.parent.iterdir()] == ["out.png"]
-
-
 def test_an_input_that_is_missing_is_named_before_the_output(tmp_path, capsys):
     assert cli.main(["explain", f"{tmp_path}/none/", "--text", "dog", "--output", "maps"]) == 2
     (line,) = capsys.readouterr().err.splitlines()

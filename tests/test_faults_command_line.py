@@ -129,6 +129,7 @@ ARGUMENTS = {
     "compare {photo} --model {model}": {
         "": "neither",
         "--text dog --output a.txt": "a.txt",
+        "--text dog --methods itsm,gem": "put spaces between",
         "--text dog --dpi 0": "got 0",
         "--text dog --dataset folder": "got folder alone",
         "--dataset folder --data-root {folder}": "/empty",

@@ -159,14 +159,6 @@ def test_overwrite_replaces_a_file_of_another_program_and_a_link_stays_one(world
     assert iclip(world, "explain photo.jpg SEE --output link.png") == 0
 
 
-def test_its_own_picture_is_not_replaced_while_it_is_explained(world, mine):
-    assert iclip(world, "explain photo.jpg SEE --output q/photo.png") == 0
-    (mine / "q" / "b.jpg").write_bytes((mine / "photo.jpg").read_bytes())
-    before = contents(mine)
-    for line in ("explain q/photo.png SEE --output q/photo.png", "explain q/b.jpg q/photo.png SEE --output q"):
-        assert iclip(world, line) == 2 and contents(mine) == before
-
-
 def test_a_table_that_was_edited_is_the_users(world, mine):
     assert iclip(world, "evaluate DATA --output a.json") == 0
     (mine / "a.csv").write_text((mine / "a.csv").read_text() + "my notes\n")

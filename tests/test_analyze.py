@@ -1,11 +1,11 @@
 import json
+from functools import partial
 
 import numpy as np
 import pytest
-from conftest import noise, tiny_model
+from conftest import iclip, noise, tiny_model
 from PIL import Image
 
-from iclip_hf import cli
 from iclip_hf.data import load_segmentation
 from iclip_hf.evaluation.analysis import semantic_shift
 
@@ -27,8 +27,7 @@ def folder(tmp_path_factory, tiny_processor):
     return folder
 
 
-def run(*arguments):
-    return cli.main(["analyze", *map(str, arguments)])
+run = partial(iclip, "analyze")
 
 
 def test_shift_prints_and_writes_what_the_function_counts(folder, tmp_path, capsys, tiny_processor):

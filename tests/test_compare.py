@@ -3,10 +3,10 @@ import re
 
 import numpy as np
 import pytest
-from conftest import noise, tiny_model
+from conftest import iclip, noise, tiny_model
 from PIL import Image
 
-from iclip_hf import cli, explain
+from iclip_hf import explain
 from iclip_hf.figures import sheets
 from iclip_hf.presence import presence_word
 
@@ -48,10 +48,7 @@ def sheet(monkeypatch):
 
 def run(folder, image, *arguments, models=(0,)):
     models = [argument for seed in models for argument in ("--model", folder / f"model{seed}")]
-    try:
-        return cli.main(list(map(str, ["compare", image, *models, *arguments])))
-    except SystemExit as stop:  # of a wrong option
-        return stop.code
+    return iclip("compare", image, *models, *arguments)
 
 
 def test_a_row_a_text_and_a_column_a_method(folder, tmp_path, sheet, capsys, tiny_processor):

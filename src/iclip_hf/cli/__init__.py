@@ -58,7 +58,10 @@ class _Command(_Parser):
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line and returns the exit code."""
     parser = _parser()
-    options = parser.parse_args(arguments)
+    try:
+        options = parser.parse_args(arguments)
+    except SystemExit as stop:  # of a wrong option, or after a help text
+        return stop.code
     if options.command is None:
         parser.print_help()
         return 0

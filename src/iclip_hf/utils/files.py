@@ -278,7 +278,6 @@ def atomic_folder(folder: str | Path) -> Iterator[Path]:
         path is not UTF-8.
     """
     folder = Path(os.path.realpath(folder))  # of a link that leads to itself, the link
-    check_utf8(folder)
     _delete_left_overs(folder.parent)
     check_empty(folder)
     place = folder if folder.exists() else folder.parent
@@ -336,7 +335,8 @@ def _readable(work: Path) -> None:
 
 
 def check_empty(folder: Path) -> None:
-    """Raises `FileExistsError` unless a folder is new, or holds nothing but temporary folders of runs."""
+    """Raises `FileExistsError` unless a folder is new, or holds nothing but temporary folders of runs; `ValueError` as [`check_utf8`]."""
+    check_utf8(folder)
     if folder.exists() and not (folder.is_dir() and all(path.name.endswith(_PARTIAL) for path in folder.iterdir())):
         raise FileExistsError(
             f"{folder}: expected a new or empty folder, but got a full one; delete what is there or name another."

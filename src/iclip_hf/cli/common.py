@@ -115,7 +115,13 @@ SHARED = {
         "help": "other class names, synonyms and prompt templates: a JSON or YAML file, or a text file with a line for each class",
     },
     "--limit": {"type": at_least_1, "metavar": "N", "help": "use only the first N images (default: all)"},
-    "--text": {"action": "append", "dest": "texts", "type": checked(check_text), "metavar": "TEXT"},
+    "--text": {
+        "action": "append",
+        "dest": "texts",
+        "type": checked(check_text),
+        "metavar": "TEXT",
+        "help": "what to look for, inserted into the prompts; repeat the option for several texts (commas belong to the text)",
+    },
     "--methods": {
         "nargs": "+",
         "type": checked(check_method),

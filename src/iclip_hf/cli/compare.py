@@ -31,8 +31,8 @@ def add_options(command: argparse.ArgumentParser) -> None:
     add_shared(
         command,
         "--text",
-        help="what to look for, one row of the figure; repeat the option for several texts (default: the classes that the data "
-        "set's image shows)",
+        help="what to look for, one row of the figure; repeat the option for several texts (commas belong to the text; default: the "
+        "classes that the data set's image shows)",
     )
     add_shared(
         command,

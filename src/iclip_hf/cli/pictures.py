@@ -39,8 +39,7 @@ def add_image_options(
     """Adds the shared options. `images` and `output` are their help; `absent` is what an absent text gets."""
     command.set_defaults(npz=False, words=False)
     command.add_argument("images", nargs="+", metavar="IMAGE", help=images)
-    what = "what to look for; it is inserted into the prompts; repeat the option for several texts"
-    add_shared(command, "--text", required=True, help=what)
+    add_shared(command, "--text", required=True)
     add_shared(command, *MODEL, *PROMPTS)
     command.add_argument(
         "--method",

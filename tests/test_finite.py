@@ -37,7 +37,7 @@ FACTORS = {
     "attention_norm": ["minmax", "quantile"],
     "value_share": [0, 0.5],
     "projection_bias": [False, True],
-    "map_tokens": [3, 16],
+    "map_tokens": [5, 20],
     "chunk_size": [2, 256],
     "autocast": [False, True],
     "nouns": [(), ("recognition", "interpretability")],

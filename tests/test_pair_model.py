@@ -13,7 +13,7 @@ from iclip_hf.losses import multi_positive_loss
 from iclip_hf.training import pair_model as module
 from iclip_hf.training.low_rank import add_low_rank, merge_low_rank
 from iclip_hf.training.nouns import NounPrompts
-from iclip_hf.training.pair_model import PairModel, salient_tokens, set_token_mean
+from iclip_hf.training.pair_model import PairModel, representative_tokens, set_token_mean
 
 
 OF_ITS_OWN = [
@@ -35,22 +35,34 @@ def test_loss_is_the_models_own(options):
     assert outputs["losses"].shape == (2 if model.config.dual_projection else 1,)
 
 
-def test_salient_tokens_by_hand():
-    """Most attention first, then what is attended and unlike what was taken, and each with the patches like it."""
-    tokens = torch.tensor([[[1.0, 0.0], [2.0, 0.1], [0.0, 1.0], [0.0, 3.0], [-1.0, 0.0]]])
-    attention = torch.tensor([[0.9, 1.0, 0.5, 0.2, 0.3]])
-    taken, weights = salient_tokens(tokens, attention, 3, affinity=0)
-    # 1 has most; then 0.35 * 2 of its opposite and 0.55 * 0.95 of the upright one; then that one
-    assert taken[0].tolist() == [tokens[0, place].tolist() for place in (1, 4, 2)]
-    torch.testing.assert_close(weights, torch.tensor([[1.0, 0.3, 0.5]]))
-    shared, weights = salient_tokens(tokens, attention, 3, affinity=50.0)  # no other patch but those that point alike
-    upright = [math.exp(50 * cosine) for cosine in (0, 0.1 / math.hypot(2, 0.1), 1, 1, 0)]
+def test_representative_tokens_by_hand():
+    """Most attention first, then what is attended and unlike what was taken, the quarters, and each with the patches like it."""
+    tokens = torch.tensor([[1.0, 0.0], [2.0, 0.1], [0.0, 1.0], [0.0, 3.0], [-1.0, 0.0], *[[-1.0, -1.0]] * 7])[None]
+    attention = torch.tensor([[0.9, 1.0, 0.5, 0.2, 0.3, *[0.0] * 7]])
+    taken, weights = representative_tokens(tokens, attention, (3, 4), 7, affinity=0)
+    # 1 has most; then 0.55 * sqrt(0.95) of the upright one before 0.35 * sqrt(2) of the opposite one; then that one
+    assert taken[0].tolist() == [tokens[0, place].tolist() for place in (1, 2, 4, 1, 2, 9, 10)]
+    torch.testing.assert_close(weights, torch.tensor([[1.0, 0.5, 0.3, 1.0, 0.5, 0.0, 0.0]]))
+    shared, weights = representative_tokens(tokens, attention, (3, 4), 7, affinity=50.0)  # only those that point alike
+    upright = [math.exp(50 * cosine) for cosine in (0, 0.1 / math.hypot(2, 0.1), 1, 1, 0, *[-(0.5**0.5)] * 7)]
     columns = [*tokens[0].T.tolist(), attention[0].tolist()]
     mean = [sum(w * x for w, x in zip(upright, column)) / sum(upright) for column in columns]
-    torch.testing.assert_close(shared[0, 2], torch.tensor(mean[:2]), atol=1e-5, rtol=0)
-    assert weights[0, 2].item() == pytest.approx(mean[2], abs=1e-5)
-    everything = salient_tokens(tokens, attention, 5, affinity=0)
+    torch.testing.assert_close(shared[0, 1], torch.tensor(mean[:2]), atol=1e-5, rtol=0)
+    assert weights[0, 1].item() == pytest.approx(mean[2], abs=1e-5)
+    everything = representative_tokens(tokens, attention, (3, 4), 12, affinity=0)
     assert torch.equal(everything[0], tokens) and torch.equal(everything[1], attention)
+
+
+def test_a_large_object_has_many_of_the_representative_tokens():
+    """Whose patches are alike, in the middle of unlike ones with little attention."""
+    inside = torch.zeros(8, 8, dtype=torch.bool)
+    inside[1:7, 1:7] = True
+    draws = torch.Generator().manual_seed(0)
+    alike = torch.eye(32)[0] + 0.1 * torch.randn(64, 32, generator=draws)
+    tokens = torch.where(inside.view(64, 1), alike, torch.randn(64, 32, generator=draws))[None]
+    attention = torch.where(inside, 0.9, 0.3).view(1, 64)
+    taken, weights = representative_tokens(tokens, attention, (8, 8), 20, affinity=0)
+    assert (weights == 0.9).sum() >= 16
 
 
 def test_nouns_reach_the_branches_that_are_named():

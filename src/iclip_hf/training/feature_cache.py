@@ -43,7 +43,7 @@ POOLINGS = ("class_token", "average", "max", "masked_max/minmax", "masked_max/qu
 def image_rows(model: ICLIPModel, pixel_values: torch.Tensor, map_tokens: int) -> torch.Tensor:
     """
     Computes the cached features of images (B, 3, H, W): all `POOLINGS` (B, 5, D), which are the same for all models with this
-    tower; with `max_over="similarity"` the first two of them and the model's [`salient_tokens`], (B, 2 + K, D + 1), with the
+    tower; with `max_over="similarity"` the first two of them and the model's [`representative_tokens`], (B, 2 + K, D + 1), with the
     attention as the last column.
     """
     image = model.encode_image(pixel_values)
@@ -160,7 +160,7 @@ def cache_images(
     processor: ICLIPProcessor,
     accelerator: Accelerator,
     *,
-    map_tokens: int = 16,
+    map_tokens: int = 20,
     earlier_mean: list[float] | None = None,
     batch_size: int = 64,
     num_workers: int = 0,

@@ -18,17 +18,20 @@ from ..modeling_iclip import ICLIPModel, ImageTokens, attention_weights, normali
 from ..pooling import share_among_like
 
 
-def salient_tokens(
-    tokens: torch.Tensor, attention: torch.Tensor, count: int, affinity: float
+def representative_tokens(
+    tokens: torch.Tensor, attention: torch.Tensor, grid: tuple[int, int], count: int, affinity: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """
-    Selects few patches that represent an image. The first has the largest attention. Each further one has the largest product of
-    attention and distance to the selected patches. The result for a patch is the mean over the patches with similar tokens.
+    Selects few patches that represent an image. All but four are salient: the first has the largest attention, and each further one the
+    largest product of attention and square root of the distance to the selected patches. The last four are in the middle of the image's
+    quarters, so that an object or a ground counts by its area as well. The result for a patch is the mean over the patches with similar
+    tokens.
 
     Args:
-        tokens (`torch.Tensor` of shape `(B, N, D)`): tokens of the map branch, before sharing among similar patches.
+        tokens (`torch.Tensor` of shape `(B, N, D)`): tokens of the map branch, before sharing among similar patches, row-major.
         attention (`torch.Tensor` of shape `(B, N)`): in [0, 1].
-        count (`int`): number of patches to select.
+        grid (`tuple[int, int]`): height and width in patches, N = h * w.
+        count (`int`): number of patches to select, at least 5.
         affinity (`float`): see [`~pooling.share_among_like`]; 0 leaves tokens unchanged.
 
     Returns:
@@ -38,12 +41,16 @@ def salient_tokens(
     if count < tokens.shape[1]:
         units = normalize(tokens.float())
         wanted, distance = attention, torch.full_like(attention, 2.0)
-        taken = []
-        for _ in range(count):
-            taken.append(wanted.argmax(1))
-            distance = torch.minimum(distance, 1 - (units @ units[batch, taken[-1]].unsqueeze(-1)).squeeze(-1))
-            wanted = (attention + 0.05) * distance.clamp(min=0)  # patches without attention can be selected too
-        taken = torch.stack(taken, 1)
+        salient = []
+        for _ in range(count - 4):
+            salient.append(wanted.argmax(1))
+            distance = torch.minimum(distance, 1 - (units @ units[batch, salient[-1]].unsqueeze(-1)).squeeze(-1))
+            # Patches without attention can be selected too. The distance alone would leave a large object, whose patches are alike,
+            # with fewer patches than what is around it.
+            wanted = (attention + 0.05) * distance.clamp(min=0).sqrt()
+        rows, columns = ((side // 4, side - 1 - side // 4) for side in grid)
+        middles = torch.tensor([row * grid[1] + column for row in rows for column in columns], device=tokens.device)
+        taken = torch.cat([torch.stack(salient, 1), middles.expand(len(tokens), -1)], 1)
     else:
         taken = torch.arange(tokens.shape[1], device=tokens.device).expand(len(tokens), -1)
     queries = tokens[batch[:, None], taken]
@@ -57,7 +64,7 @@ def salient_tokens(
 def image_features(model: ICLIPModel, pixel_values: torch.Tensor, map_tokens: int) -> tuple[torch.Tensor, ...]:
     """
     Computes the inputs of the projections for images (B, 3, H, W): the pooled vector of each branch, see
-    [`ICLIPModel.pool_image`], or with `max_over="similarity"` the vector of the recognition branch, [`salient_tokens`] (B, K, D)
+    [`ICLIPModel.pool_image`], or with `max_over="similarity"` the vector of the recognition branch, [`representative_tokens`] (B, K, D)
     and their attention (B, K).
     """
     image = model.encode_image(pixel_values)
@@ -68,9 +75,9 @@ def image_features(model: ICLIPModel, pixel_values: torch.Tensor, map_tokens: in
 
 
 def map_features(model: ICLIPModel, image: ImageTokens, map_tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Computes the [`salient_tokens`] of images for the map branch: tokens (B, K, D) and their attention (B, K)."""
+    """Computes the [`representative_tokens`] of images for the map branch: tokens (B, K, D) and their attention (B, K)."""
     tokens, attention = model.centered_tokens(image.patch_tokens), model.normalized_attention(image)
-    return salient_tokens(tokens, attention, map_tokens, model.config.map_affinity)
+    return representative_tokens(tokens, attention, image.grid, map_tokens, model.config.map_affinity)
 
 
 @torch.no_grad()
@@ -150,7 +157,7 @@ class PairModel(nn.Module):
         chunk_size: number of images or texts in one forward pass of a tower that learns.
         lock_text: whether the text tower has no gradients and stays in eval mode, as a locked image tower does.
         map_tokens: number of patches of an image that are compared with the texts with `max_over="similarity"`, see
-            [`salient_tokens`].
+            [`representative_tokens`].
         noun_weight: share of the noun prompts in the loss of the branches that learn them; the rest is the captions' share.
         noun_branches: the branches that learn nouns, `"recognition"` and `"interpretability"`. Nouns improve a map that is pooled
             by similarity. With other poolings, the map loses what distinguishes all objects from the background.
@@ -168,7 +175,7 @@ class PairModel(nn.Module):
         model: ICLIPModel,
         chunk_size: int = 256,
         lock_text: bool = False,
-        map_tokens: int = 16,
+        map_tokens: int = 20,
         noun_weight: float = 0.5,
         noun_branches: Sequence[str] = ("recognition",),
         noun_competition: float = 0.0,

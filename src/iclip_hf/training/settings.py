@@ -29,6 +29,7 @@ _BEST_METRICS = ("auto", *RETRIEVAL_METRICS, *MAP_METRICS)
 ANY = ("a number", lambda value: True)
 FROM_0 = ("at least 0", lambda value: value >= 0)
 FROM_1 = ("at least 1", lambda value: value >= 1)
+FROM_5 = ("at least 5", lambda value: value >= 5)
 POSITIVE = ("positive", lambda value: value > 0)
 SHARE = ("from 0 to 1", lambda value: 0 <= value <= 1)
 
@@ -124,7 +125,7 @@ class Settings:
     noun_competition: float = setting(
         0.0, "share of the nouns' competition for patches in their loss, with max_over=similarity", SHARE
     )
-    map_tokens: int = setting(16, "number of patches that represent an image with max_over=similarity", FROM_1)
+    map_tokens: int = setting(20, "number of patches that represent an image with max_over=similarity", FROM_5)
     num_workers: int = setting(4, "number of loading processes for each training process", FROM_0, same=None)
     cache_features: str = setting("", "folder for features of frozen towers, which are computed once", same=bool)
 

@@ -27,13 +27,18 @@ from fault_inputs import PHOTO
 from PIL import Image
 from transformers import BertTokenizer, CLIPImageProcessor
 
-from iclip_hf import ICLIPConfig, ICLIPModel, ICLIPProcessor, ImageTextSimilarityMapPipeline
+from iclip_hf import ICLIPConfig, ICLIPModel, ICLIPProcessor, ImageTextSimilarityMapPipeline, cli
 
 
 def noise(size: tuple[int, int], spread: int = 80, seed: int = 0) -> Image.Image:
     """A grey photograph of noise, (width, height) pixels, as `Image.effect_noise` draws it, but the same on every run."""
     grey = np.random.default_rng(seed).normal(128, spread, size[::-1]).clip(0, 255).astype(np.uint8)
     return Image.fromarray(grey).convert("RGB")
+
+
+def iclip(*arguments) -> int:
+    """Runs a command line in this process and returns its exit code."""
+    return cli.main([*map(str, arguments)])
 
 
 VIT = {
@@ -149,6 +154,22 @@ def browser():
         browser = driver.chromium.launch(executable_path=system, args=["--no-sandbox"])
         yield browser
         browser.close()
+
+
+@contextmanager
+def opened(browser, address: str, ready: str, **options) -> Iterator:
+    """A page of the browser, once a selector is there, which remembers what it asks for; it must end without an error in its scripts."""
+    context = browser.new_context(**options)
+    page = context.new_page()
+    page.set_default_timeout(120_000)  # for busy machines
+    page.requested, page.failures = [], []
+    page.on("request", lambda request: page.requested.append(request.url))
+    page.on("pageerror", lambda error: page.failures.append(error))
+    page.goto(address)
+    page.wait_for_selector(ready)
+    yield page
+    assert page.failures == []
+    context.close()
 
 
 @pytest.fixture

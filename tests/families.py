@@ -91,10 +91,8 @@ def build(family: str, processor):
         model = Siglip2Model(Siglip2Config(vision_config=vision, text_config={**text, "projection_size": 32}))
         image_processor = Siglip2ImageProcessor(patch_size=8, max_num_patches=24)
     if family == "open_clip":
-        return *tiny_open_clip(processor.tokenizer, image_size=32, patch_size=8, width=32, layers=2, head_width=8), (
-            32,
-            32,
-        )
+        vision = {"image_size": 32, "patch_size": 8, "width": 32, "layers": 2, "head_width": 8}
+        return *tiny_open_clip(processor.tokenizer, **vision), (32, 32)
     if family == "open_clip_resnet":
         return *tiny_open_clip(processor.tokenizer, image_size=96, layers=[1] * 4, width=4, head_width=32), (96, 96)
     return liven(model), SimpleNamespace(image_processor=image_processor, tokenizer=processor.tokenizer), (32, 48)

@@ -3,10 +3,10 @@ import re
 
 import numpy as np
 import pytest
-from conftest import noise, tiny_model
+from conftest import iclip, noise, tiny_model
 from PIL import Image
 
-from iclip_hf import cli, explain
+from iclip_hf import explain
 from iclip_hf.figures import sheets
 from iclip_hf.presence import presence_word
 
@@ -48,10 +48,7 @@ def sheet(monkeypatch):
 
 def run(folder, image, *arguments, models=(0,)):
     models = [argument for seed in models for argument in ("--model", folder / f"model{seed}")]
-    try:
-        return cli.main(list(map(str, ["compare", image, *models, *arguments])))
-    except SystemExit as stop:  # of a wrong option
-        return stop.code
+    return iclip("compare", image, *models, *arguments)
 
 
 def test_a_row_a_text_and_a_column_a_method(folder, tmp_path, sheet, capsys, tiny_processor):
@@ -125,15 +122,6 @@ def test_a_large_photograph_is_drawn_at_the_size_of_its_cell(folder, tmp_path, s
     assert run(folder, tmp_path / "large.jpg", "--text", "dog", "--dpi", "50", "--output", tmp_path / "out.png") == 0
     width, height = sheet["image"].size
     assert 100 < width < 200 and sheet["heatmaps"]["itsm"].shape == (1, height, width)
-
-
-@pytest.mark.parametrize(("image", "message"), [("c", "such as a, got c"), ("b", "shows a class")])
-def test_images_without_a_class_are_one_line_and_exit_code_2(folder, tmp_path, capsys, monkeypatch, image, message):
-    monkeypatch.chdir(tmp_path)
-    assert run(folder, image, "--dataset", "folder", "--data-root", folder) == 2
-    err = capsys.readouterr().err.strip()
-    assert len(err.splitlines()) == 1 and err.startswith("iclip compare: ") and message in err
-    assert list(tmp_path.iterdir()) == []
 
 
 def test_prompts_are_those_of_the_data_set(folder, tmp_path, capsys):

@@ -14,12 +14,12 @@ import httpx
 import numpy as np
 import pytest
 import torch
-from conftest import noise, served, tiny_model
+from conftest import iclip, noise, opened, served, tiny_model
 from gradio_client.exceptions import AppError
 from huggingface_hub import RepoCard
 from PIL import Image
 
-from iclip_hf import ICLIPModel, cli, explain
+from iclip_hf import ICLIPModel, explain
 from iclip_hf.demo import app, content
 from iclip_hf.localization.localizer import Localizer
 from iclip_hf.models import explainable
@@ -138,22 +138,17 @@ def test_the_archive_holds_scores_and_maps(explained):
     np.testing.assert_allclose(archive["maps"], explanation.maps, atol=5e-4)
 
 
-def test_an_upload_is_answered_with_scores_maps_and_an_archive(client, folder):
-    photo = gradio_client.handle_file(folder / "small.png")
-    value, npz = client.predict(photo, "dog, red ball", "itsm", api_name="/explain")
-    assert [row["text"] for row in value["texts"]] == ["dog", "red ball"] and value["size"] == [60, 40]
-    assert Path(npz).name == "explanation.npz"
-    np.testing.assert_allclose(np.load(npz)["scores"], [row["cosine"] for row in value["texts"]], atol=1e-4)
-
-
 def test_maps_are_refined_on_request(client, folder, tiny_processor):
     photo = gradio_client.handle_file(folder / "small.png")
     for refine in (True, False):  # also of a photograph that was seen before
-        value, _ = client.predict(photo, "dog, red ball", "itsm", refine, api_name="/explain")
+        value, npz = client.predict(photo, "dog, red ball", "itsm", refine, api_name="/explain")
         image = Image.open(folder / "small.png")
         expected = explain((tiny_model(), tiny_processor), image, ["dog", "red ball"], refine=refine)
         assert value["grid"] == list(expected.raw_maps.shape[1:])
         np.testing.assert_allclose(drawn_maps(value), expected.maps, atol=1e-3)
+        assert [row["text"] for row in value["texts"]] == ["dog", "red ball"] and value["size"] == [60, 40]
+        assert Path(npz).name == "explanation.npz"
+        np.testing.assert_allclose(np.load(npz)["maps"], expected.maps, atol=1e-3)
 
 
 @pytest.mark.parametrize(
@@ -384,8 +379,7 @@ def test_what_visitors_leave_is_bounded_in_memory_and_on_disk(folder, tmp_path, 
 
 @pytest.mark.parametrize("model", [None, "org/iclip-vit-b16"])
 def test_a_space_runs_the_same_app(tmp_path, monkeypatch, capsys, model):
-    arguments = ["demo", "--export-space", str(tmp_path / "space"), *(["--model", model] if model else [])]
-    assert cli.main(arguments) == 0
+    assert iclip("demo", "--export-space", tmp_path / "space", *(["--model", model] if model else [])) == 0
     _, upload = capsys.readouterr().out.splitlines()
     assert upload == f"  hf upload your-name/space {tmp_path / 'space'} . --repo-type space"
     assert sorted(path.name for path in (tmp_path / "space").iterdir()) == ["README.md", "app.py", "requirements.txt"]
@@ -398,14 +392,14 @@ def test_a_space_runs_the_same_app(tmp_path, monkeypatch, capsys, model):
 
 
 def test_a_space_of_a_local_model_is_refused(folder, tmp_path, capsys):
-    assert cli.main(["demo", "--export-space", str(tmp_path / "space"), "--model", str(folder / "model")]) == 2
+    assert iclip("demo", "--export-space", tmp_path / "space", "--model", folder / "model") == 2
     assert "Hub id" in capsys.readouterr().err and not (tmp_path / "space").exists()
 
 
 def test_without_gradio_a_sentence_names_the_extra(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "gradio", None)
     monkeypatch.delitem(sys.modules, app.__name__)
-    assert cli.main(["demo"]) == 2
+    assert iclip("demo") == 2
     said = capsys.readouterr().err
     assert said.startswith(f"iclip demo: gradio is not installed: install it with `pip install '{PACKAGE}[demo]'`")
     assert said.count("\n") == 1
@@ -413,17 +407,9 @@ def test_without_gradio_a_sentence_names_the_extra(monkeypatch, capsys):
 
 @pytest.fixture
 def page(browser, server):
-    context = browser.new_context(viewport={"width": 390, "height": 844}, has_touch=True, is_mobile=True)
-    page = context.new_page()
-    page.set_default_timeout(120_000)  # for busy machines
-    page.requested, page.failures = [], []
-    page.on("request", lambda request: page.requested.append(request.url))
-    page.on("pageerror", lambda error: page.failures.append(error))
-    page.goto(server)
-    page.wait_for_selector("figure")
-    yield page
-    assert page.failures == []
-    context.close()
+    phone = {"viewport": {"width": 390, "height": 844}, "has_touch": True, "is_mobile": True}
+    with opened(browser, server, "figure", **phone) as page:
+        yield page
 
 
 def test_a_visitor_on_a_phone(page, server, folder, monkeypatch):

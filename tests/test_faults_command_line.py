@@ -12,6 +12,7 @@ from faults import (
     at_place,
     command,
     damaged_model,
+    evaluation,
     few,
     index_mask,
     masks_folder,
@@ -128,9 +129,11 @@ ARGUMENTS = {
     "compare {photo} --model {model}": {
         "": "neither",
         "--text dog --output a.txt": "a.txt",
+        "--text dog --methods itsm,gem": "put spaces between",
         "--text dog --dpi 0": "got 0",
         "--text dog --dataset folder": "got folder alone",
         "--dataset folder --data-root {folder}": "/empty",
+        "--dataset folder --data-root {masks}": "such as image, got",
     },
     "evaluate --model {model} --dataset folder --data-root {masks}": {
         "--task faithfulness --seed often": "invalid int value: 'often'",
@@ -156,7 +159,11 @@ ARGUMENTS = {
         "--measures stuff_contrast": "names the background",
         "--batch-size 0": "got 0",
     },
-    "analyze": {"relation absent.json": "absent.json", "relation {folder}": "/empty"},
+    "analyze": {
+        "relation absent.json": "absent.json",
+        "relation {folder}": "/empty",
+        "relation {results} --method gem": "got 'gem'",
+    },
     "init --output new": {
         "--config no-such": "no-such",
         "--config iclip-vit-b16 --output {world}": "world",
@@ -198,6 +205,7 @@ def by_command_line(world, folder, arguments):
         "masks": folder / "masks",
         "long": "x" * 300,
         "names": written(folder, "dog\ncat\nball\nsky", "names.txt"),
+        "results": written(folder, evaluation()),
     }
     iclip(*(argument.format(**places) for argument in arguments.split()))
 

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -76,9 +77,11 @@ def test_a_folder_that_cannot_be_claimed_is_an_error_of_writing(tmp_path):
         pass
 
 
-@pytest.mark.parametrize("build", ["atomic_folder(target)", "build_once(target, die)"])
-def test_what_a_killed_run_was_building_goes_with_the_next(build, tmp_path):
-    target, other, own = tmp_path / "mo[d]el", tmp_path / "other", tmp_path / ".mo[d]el-notes" / "partial"
+@pytest.mark.parametrize(
+    ("build", "after"), [("atomic_folder(target)", "model"), ("build_once(target, die)", "another")]
+)
+def test_what_a_killed_run_was_building_goes_with_the_next(build, after, tmp_path):
+    target, own = tmp_path / "model", tmp_path / ".model-notes" / "partial"
     own.mkdir(parents=True)
     script = (
         "target = Path(sys.argv[1])\n"
@@ -90,13 +93,22 @@ def test_what_a_killed_run_was_building_goes_with_the_next(build, tmp_path):
     script += "build_once(target, die)" if "once" in build else "with atomic_folder(target) as folder: die(folder)"
     killed(script, target)
     assert len(names(tmp_path)) == 2
-    with atomic_folder(other):
-        pass
-    assert len(names(tmp_path)) == 3  # another's
-    with atomic_folder(target) as folder:
+    with atomic_folder(tmp_path / after) as folder:
         (folder / "weights").touch()
-    assert names(tmp_path) == sorted([".mo[d]el-notes", "mo[d]el", "other"]) and own.is_dir()
-    assert names(target) == ["weights"]
+    assert names(tmp_path) == [".model-notes", after] and own.is_dir()
+    assert names(tmp_path / after) == ["weights"]
+
+
+def test_a_folder_is_searched_for_left_overs_once(tmp_path, monkeypatch):
+    """Else the time of many files would grow with the square of their number."""
+    searched, glob = [], Path.glob
+    monkeypatch.setattr(Path, "glob", lambda path, pattern: searched.append(path) or glob(path, pattern))
+    for number in range(3):
+        with atomic_write(tmp_path / str(number)) as partial:
+            partial.touch()
+        with atomic_folder(tmp_path / f"folder{number}"):
+            pass
+    assert searched == [tmp_path]
 
 
 def test_what_a_run_leaves_that_is_killed_when_all_is_built_goes_too(tmp_path):

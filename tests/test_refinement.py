@@ -6,11 +6,11 @@ import math
 import numpy as np
 import pytest
 import torch
-from conftest import tiny_model
+from conftest import iclip, tiny_model
 from test_localization import IMAGES, TEXTS, explained
 from torch.nn import functional as F
 
-from iclip_hf import ImageTextSimilarityMapPipeline, ZeroShotImageSegmentationPipeline, cli, explain
+from iclip_hf import ImageTextSimilarityMapPipeline, ZeroShotImageSegmentationPipeline, explain
 from iclip_hf.data import load_segmentation
 from iclip_hf.evaluation.evaluate import evaluate
 from iclip_hf.evaluation.measures.pairs import MFMB
@@ -134,23 +134,23 @@ def test_label_maps_are_those_of_refined_maps_of_the_whole_image(labelled_folder
 
 
 def test_commands_refine(labelled_folder, world, tmp_path, capsys):
-    model = ["--model", str(world.folder / "model")]
-    data = ["evaluate", "--dataset", "folder", "--data-root", str(labelled_folder), "--json", *model]
-    photo = str(next((labelled_folder / "images").iterdir()))
+    model = ["--model", world.folder / "model"]
+    data = ["evaluate", "--dataset", "folder", "--data-root", labelled_folder, "--json", *model]
+    photo = next((labelled_folder / "images").iterdir())
     asked = [photo, "--text", "dog", "--min-presence", "0", "--json", *model]
     answers = {}
     for refine in ("--no-refine", "--refine"):
         for command in (
             [*data, "--task", "interpretability"],
             [*data, "--task", "segmentation", "--threshold", "0.5"],
-            ["segment", *asked, "--output", str(tmp_path / "a.png")],
-            ["explain", *asked, "--output", str(tmp_path / "b.png")],
+            ["segment", *asked, "--output", tmp_path / "a.png"],
+            ["explain", *asked, "--output", tmp_path / "b.png"],
         ):
-            assert cli.main([*command, refine]) == 0
+            assert iclip(*command, refine) == 0
             answers.setdefault(tuple(command), []).append(capsys.readouterr().out)
     assert all(plain != refined for plain, refined in answers.values())
     for command, refined in (("segment", True), ("explain", False)):  # by default
-        assert cli.main([command, *asked]) == 0
+        assert iclip(command, *asked) == 0
         found = json.loads(capsys.readouterr().out)
         (expected,) = (json.loads(answers[one][refined]) for one in answers if one[0] == command)
         name = "segments" if command == "segment" else "texts"
@@ -158,7 +158,7 @@ def test_commands_refine(labelled_folder, world, tmp_path, capsys):
     pictures = {}
     for refine in ([], ["--no-refine"], ["--refine"]):
         output = tmp_path / f"{len(pictures)}.png"
-        assert cli.main(["compare", photo, "--text", "dog", "--output", str(output), *model, *refine]) == 0
+        assert iclip("compare", photo, "--text", "dog", "--output", output, *model, *refine) == 0
         pictures[(*refine,)] = output.read_bytes()
     assert pictures[()] == pictures["--no-refine",] != pictures["--refine",]
 

@@ -4,9 +4,9 @@ import json
 
 import numpy as np
 import pytest
+from conftest import iclip
 from PIL import Image, ImageColor
 
-from iclip_hf import cli
 from iclip_hf.cli.segment import _save_labels
 from iclip_hf.figures import sheets
 from iclip_hf.figures.colors import SEGMENTS, label_colors
@@ -17,7 +17,7 @@ from iclip_hf.regions import run_lengths
 
 
 def run(workspace, *arguments):
-    return cli.main(["segment", *map(str, arguments), "--model", str(workspace / "model")])
+    return iclip("segment", *arguments, "--model", workspace / "model")
 
 
 def test_one_photograph_becomes_a_picture_a_label_map_and_json(workspace, tmp_path, capsys):

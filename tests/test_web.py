@@ -20,11 +20,11 @@ from typing import ClassVar
 import numpy as np
 import pytest
 import torch
-from conftest import noise, served, tiny_model
+from conftest import iclip, noise, opened, served, tiny_model
 from huggingface_hub import ModelCard, ModelCardData, RepoCard
 from PIL import Image, ImageOps
 
-from iclip_hf import cli, explain
+from iclip_hf import explain
 from iclip_hf.demo import content, web
 from iclip_hf.demo.web_server import _Handler
 from iclip_hf.figures.colors import color_table
@@ -38,6 +38,7 @@ from iclip_hf.similarity import resize_and_normalize, resize_maps
 
 
 NO_NPM = "needs npm, which downloads ONNX Runtime for the page"
+READY = "#go:not([disabled])"
 NEEDS_NPM = pytest.mark.skipif(shutil.which("npm") is None, reason=NO_NPM)
 
 
@@ -66,24 +67,9 @@ def url(exported):
         yield address
 
 
-@contextmanager
-def opened(browser, address, **options):
-    context = browser.new_context(**options)
-    page = context.new_page()
-    page.set_default_timeout(120_000)  # for busy machines
-    page.requested, page.failures = [], []
-    page.on("request", lambda request: page.requested.append(request.url))
-    page.on("pageerror", lambda error: page.failures.append(error))
-    page.goto(address)
-    page.wait_for_selector("#go:not([disabled])")
-    yield page
-    assert page.failures == []
-    context.close()
-
-
 @pytest.fixture
 def page(browser, url):
-    with opened(browser, url) as page:
+    with opened(browser, url, READY) as page:
         yield page
 
 
@@ -171,7 +157,7 @@ def test_a_folder_is_a_static_space(exported):
 
 
 def test_a_visitor_from_the_first_paint_to_offline(browser, exported, url, photos):
-    with opened(browser, url) as page:
+    with opened(browser, url, READY) as page:
         # Before a question nothing of the model is asked for, and the size of the download is told.
         assert not [address for address in page.requested if ".gz" in address]
         megabytes = json.loads((exported[0] / "settings.json").read_text())["bytes"] / 1e6
@@ -250,11 +236,11 @@ def test_a_reload_needs_no_server_and_sees_a_newer_page(browser, exported, photo
 
     def reload(page):
         page.reload()
-        page.wait_for_selector("#go:not([disabled])")
+        page.wait_for_selector(READY)
 
     with ExitStack() as stack:
         with page_served(tmp_path, Files) as url:
-            page = stack.enter_context(opened(browser, f"{url}some/folder/?query"))
+            page = stack.enter_context(opened(browser, f"{url}some/folder/?query", READY))
             assert not page.evaluate("crossOriginIsolated")  # without the headers for threads
             ask(page, photos / "noise.png", "dog")
             found = scores(page)
@@ -331,7 +317,7 @@ def test_a_wrong_download_is_neither_used_nor_kept(browser, exported, wrong_serv
     url, server = wrong_server
     nouns = (exported[0] / "nouns.bin.gz").read_bytes()
     other = gzip.compress(bytes(len(gzip.decompress(nouns))))  # as long, which the digest alone tells
-    with opened(browser, url) as page:
+    with opened(browser, url, READY) as page:
         for body in (b"<!doctype html><title>Sign in</title>", b"", nouns[:-9], b"\x1f\x8bno gzip file", other):
             server.wrong["nouns.bin.gz"] = body
             ask(page, photos / "noise.png", "dog")
@@ -355,7 +341,7 @@ def test_a_wrong_download_is_neither_used_nor_kept(browser, exported, wrong_serv
         page.evaluate(damage, "<!doctype html>")
         server.asked.clear()
         page.reload()
-        page.wait_for_selector("#go:not([disabled])")
+        page.wait_for_selector(READY)
         ask(page, photos / "noise.png", "dog")
         check(page, expected)
         assert [name for name in server.asked if name.endswith(".gz")] == ["nouns.bin.gz"]
@@ -368,7 +354,7 @@ def test_a_wrong_file_of_the_page_is_not_kept_for_later(browser, exported, wrong
         return Promise.all((await cache.keys()).map(async ({ url }) => [url, await (await cache.match(url)).text()]));
     }"""
     server.wrong["page.css"] = b"<!doctype html>"
-    with opened(browser, url) as page:
+    with opened(browser, url, READY) as page:
         page.wait_for_function(
             "navigator.serviceWorker.getRegistration().then((found) => !found)"
         )  # could not be installed
@@ -378,7 +364,7 @@ def test_a_wrong_file_of_the_page_is_not_kept_for_later(browser, exported, wrong
         page.evaluate("navigator.serviceWorker.ready.then(() => null)")
         server.wrong["page.css"] = b""
         page.reload()
-        page.wait_for_selector("#go:not([disabled])")
+        page.wait_for_selector(READY)
         assert dict(page.evaluate(kept))[f"{url}page.css"] == (exported[0] / "page.css").read_text()
 
 
@@ -390,7 +376,7 @@ def test_photographs_stand_upright_as_in_python(browser, exported, url, photos, 
         b'<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:RDF xmlns:rdf="http://www.w3.org/1999/02/22-rdf-syntax-ns#"><rdf:Description '
         b'xmlns:tiff="http://ns.adobe.com/tiff/1.0/" tiff:Orientation="6"/></rdf:RDF></x:xmpmeta>'
     )
-    with opened(browser, url) as page:
+    with opened(browser, url, READY) as page:
         for form, options in {"jpeg": {"quality": 95}, "png": {}, "webp": {"lossless": True}}.items():
             for orientation in (6,) if form == "jpeg" else range(1, 9):
                 exif = Image.Exif()
@@ -417,7 +403,7 @@ def test_without_webassembly_a_sentence_says_so(browser, url):
 
 def test_texts_of_a_link_are_texts(browser, url, photos):
     attack = "<img src=x onerror=alert(1)>, $& {} </script>"
-    with opened(browser, f"{url}#texts=" + urllib.request.quote(attack + "\nsky")) as page:
+    with opened(browser, f"{url}#texts=" + urllib.request.quote(attack + "\nsky"), READY) as page:
         dialogs = []
         page.on("dialog", lambda dialog: dialogs.append(dialog))
         ask(page, photos / "noise.png")
@@ -437,7 +423,7 @@ def test_texts_of_a_link_are_texts(browser, url, photos):
 
 def test_on_a_phone_with_the_keyboard(browser, url, photos):
     phone = {"viewport": {"width": 390, "height": 844}, "has_touch": True, "is_mobile": True}
-    with opened(browser, url, **phone, color_scheme="dark") as page:
+    with opened(browser, url, READY, **phone, color_scheme="dark") as page:
         page.evaluate("document.getElementById('status').textContent = 'asking'")
         page.set_input_files("#camera", photos / "noise.png")
         page.locator("#status", has_text=re.compile("^$")).wait_for(state="attached")
@@ -482,7 +468,7 @@ def test_on_a_phone_with_the_keyboard(browser, url, photos):
 
 @pytest.fixture(scope="module")
 def functions(browser, url):
-    with opened(browser, url) as page:
+    with opened(browser, url, READY) as page:
         yield page
 
 
@@ -719,9 +705,7 @@ def test_the_digests_are_those_of_the_npm_packages():
 
 def test_without_npm_vendoring_is_refused_before_the_export(world, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(shutil, "which", lambda name: None)
-    assert (
-        cli.main(["export", str(world.folder / "model"), str(tmp_path / "page"), "--format", "web", "--vendor"]) == 2
-    )
+    assert iclip("export", world.folder / "model", tmp_path / "page", "--format", "web", "--vendor") == 2
     error = capsys.readouterr().err
     assert "got none: install Node.js" in error and error.count("\n") == 1 and not list(tmp_path.iterdir())
 
@@ -770,7 +754,7 @@ def test_the_embedded_model_on_20_photographs(browser, iclip_data, tmp_path):
     exported = folder, unpacked(folder, model, processor, tmp_path / "onnx"), processor
     texts = ["person", "wooden table", "Café in 東京 🍰"]
     photos = sorted(Path(iclip_data, "coco100", "train2017").glob("*.jpg"))[:20]
-    with page_served(folder) as address, opened(browser, address) as page:
+    with page_served(folder) as address, opened(browser, address, READY) as page:
         for photo in photos:
             ask(page, photo, ", ".join(texts))
             image = Image.open(photo).convert("RGB")

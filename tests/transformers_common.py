@@ -29,18 +29,9 @@ def common_tests() -> Path:
     name = f"transformers-{transformers.__version__}"
     folder = RUNS / name / "tests"
     if not folder.is_dir():
-        pip = [
-            sys.executable,
-            "-m",
-            "pip",
-            "download",
-            "--quiet",
-            "--no-deps",
-            "--no-build-isolation",
-            "--no-binary",
-            ":all:",
-        ]
-        subprocess.run([*pip, "--dest", RUNS, name.replace("-", "==")], check=True)
+        options = "--quiet --no-deps --no-build-isolation --no-binary :all: --dest".split()
+        pip = [sys.executable, "-m", "pip", "download", *options, RUNS, name.replace("-", "==")]
+        subprocess.run(pip, check=True)
         with tarfile.open(RUNS / f"{name}.tar.gz") as archive:
             members = [member for member in archive if member.name.startswith(f"{name}/tests/")]
             archive.extractall(RUNS, members, filter="data")

@@ -29,13 +29,16 @@ _BAND = 256  # rows that are converted at once
 _FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000", "PPM")
 
 
-def open_image(source: str | os.PathLike | bytes | Image.Image, name: str | None = None) -> Image.Image:
+def open_image(
+    source: str | os.PathLike | bytes | Image.Image, name: str | None = None, decode: bool = True
+) -> Image.Image:
     """
     Decodes the first frame of an image, with its stored mode and orientation.
 
     Args:
         source: path of an image file, its bytes, or a PIL image, which is returned unchanged.
         name (`str`, *optional*): name of the image in errors; its path if not given.
+        decode (`bool`): whether to read the pixels too, or the header alone.
 
     Raises:
         `FileNotFoundError`: the path does not exist. `ValueError`: the image is not readable, or has more than
@@ -43,13 +46,13 @@ def open_image(source: str | os.PathLike | bytes | Image.Image, name: str | None
     """
     name = name or _name(source)
     if isinstance(source, (str, os.PathLike)):
-        require_file(source, name)
+        _require_file(source, name)
     try:
         if isinstance(source, Image.Image):
             image = source
             image.load()
         else:
-            image = _decode(io.BytesIO(source) if isinstance(source, bytes) else source)
+            image = _read(io.BytesIO(source) if isinstance(source, bytes) else source, decode)
     except UnidentifiedImageError:
         problem = f"the content is none of {', '.join(_FORMATS)}; convert it to one of them"
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
@@ -199,9 +202,8 @@ def _name(source: str | os.PathLike | bytes | Image.Image) -> str:
     )
 
 
-def require_file(path: str | os.PathLike, name: str | None = None) -> None:
+def _require_file(path: str | os.PathLike, name: str) -> None:
     """Raises an error of `open_image` unless the path is a regular file, because reading a pipe or a device may never end."""
-    name = name or _name(path)
     if str(path).startswith(("http://", "https://")):
         raise ValueError(f"{name}: expected the path of an image file, but got a URL; download it first.")
     if not os.path.exists(path):
@@ -210,15 +212,16 @@ def require_file(path: str | os.PathLike, name: str | None = None) -> None:
         raise ValueError(f"{name}: expected an image file, but this is a folder or a device; name a file.")
 
 
-def _decode(file: str | os.PathLike | io.BytesIO) -> Image.Image:
+def _read(file: str | os.PathLike | io.BytesIO, decode: bool) -> Image.Image:
     Image.init()  # registers the optional formats, so that the absent ones are known
     formats = [format for format in _FORMATS if format in Image.OPEN]
     with Image.open(file, formats=formats) as image:
         # Pillow itself only warns between one and two times its limit.
         if Image.MAX_IMAGE_PIXELS and image.width * image.height > Image.MAX_IMAGE_PIXELS:
             raise Image.DecompressionBombError
-        image.load()
-    return image  # the file is closed, the pixels are decoded
+        if decode:
+            image.load()
+    return image  # the file is closed
 
 
 def _upright(image: Image.Image) -> Image.Image:

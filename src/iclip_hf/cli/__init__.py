@@ -47,16 +47,21 @@ class _Command(_Parser):
         return namespace, unknown
 
     def complete(self) -> None:
-        """Adds the options, once."""
-        module, self.module = self.module, None
-        if module is not None:
-            importlib.import_module(f".{module}", __package__).add_options(self)
+        """Adds the options, once, and the function that runs the command; of `analyze`, each analysis has its own."""
+        name, self.module = self.module, None
+        if name is not None:
+            module = importlib.import_module(f".{name}", __package__)
+            self.set_defaults(run=getattr(module, "run", None))
+            module.add_options(self)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line and returns the exit code."""
     parser = _parser()
-    options = parser.parse_args(arguments)
+    try:
+        options = parser.parse_args(arguments)
+    except SystemExit as stop:  # of a wrong option, or after a help text
+        return stop.code
     if options.command is None:
         parser.print_help()
         return 0

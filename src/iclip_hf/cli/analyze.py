@@ -25,9 +25,6 @@ from .common import (
 )
 
 
-SCORES = {"MIoU": "IoU at the best threshold, %", "FMB": "foreground minus background"}
-
-
 def add_options(command: argparse.ArgumentParser) -> None:
     analyses = command.add_subparsers(required=True, metavar="ANALYSIS")
 
@@ -55,7 +52,6 @@ def add_options(command: argparse.ArgumentParser) -> None:
         "evaluation", type=Path, metavar="JSON", help="JSON file written by `iclip evaluate --output`"
     )
     relation.add_argument("--method", help="method whose scores are used (default: the first method in the file)")
-    relation.add_argument("--score", choices=SCORES, default="MIoU", help="score of interpretability (default: MIoU)")
     add_picture(relation, "relation.png")
     add_shared(relation, "--json")
 
@@ -114,20 +110,24 @@ def _relation(options: argparse.Namespace) -> None:
     from ..evaluation.results import class_figures
 
     method, recognition = class_figures(options.evaluation, "AP", options.method)
-    _, interpretability = class_figures(options.evaluation, options.score, method)
+    _, interpretability = class_figures(options.evaluation, "MIoU", method)
     from ..evaluation.analysis import relation
     from ..evaluation.analysis_plots import relation_plot
 
     found = relation(recognition, interpretability)
     if not found.names:
         raise ValueError(
-            f"{options.evaluation}: expected a class with both AP and {options.score}, but got none; evaluate others."
+            f"{options.evaluation}: expected a class with both AP and MIoU, but got none; evaluate others."
         )
-    labels = ("average precision, %", f"{SCORES[options.score]} ({method})")
+    labels = ("average precision, %", f"IoU at the best threshold, % ({method})")
     save_figure(relation_plot(found, *labels), options.output, options.dpi, options.overwrite)
     correlation = None if math.isnan(found.correlation) else found.correlation
-    report = {"method": method, "score": options.score, "classes": len(found.names), "correlation": correlation}
-    report["picture"] = str(options.output)
+    report = {
+        "method": method,
+        "classes": len(found.names),
+        "correlation": correlation,
+        "picture": str(options.output),
+    }
     shown = "-" if correlation is None else f"{correlation:.2f}"
     said = f"{method}: {len(found.names)} classes, correlation {shown} -> {options.output}"
     echo(json.dumps(report) if options.json else said)

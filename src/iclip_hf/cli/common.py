@@ -17,14 +17,11 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from importlib.metadata import entry_points
 from pathlib import Path
-from typing import TypeVar
 
 from ..data.class_names import DATASETS
 from ..prompts import check_templates, check_text
 from ..utils.names import COLORMAPS, DTYPES, METHOD_GROUP, METHODS, check_model_name
 
-
-Value = TypeVar("Value")
 
 # Characters that control a terminal or cannot be printed: controls, line separators, marks of writing direction, surrogates.
 _ACTING = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
@@ -35,30 +32,25 @@ PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".pdf")
 CHARTS = (*PICTURES, ".svg")
 
 
-def checked(check: Callable[[str], Value]) -> Callable[[str], Value]:
-    """Makes a type for argparse of a function that raises `ValueError` or `OSError`, whose sentence is then printed."""
+def checked(check: Callable[[str], object]) -> Callable[[str], str]:
+    """Makes a type for argparse of a function that raises `ValueError` or `OSError` for a wrong text; its sentence is then printed."""
 
-    def parse(text: str) -> Value:
+    def parse(text: str) -> str:
         try:
-            return check(text)
+            check(text)
         except (ValueError, OSError) as error:
             sentence = str(error).replace("Expected", "expected", 1).rstrip(".")
             raise argparse.ArgumentTypeError(sentence) from error
+        return text
 
     return parse
 
 
-def check_method(name: str) -> str:
-    """Returns the name of a method. Raises `ValueError` unless this package or another one has it."""
-    if name in METHODS or name in (added := entry_points(group=METHOD_GROUP)).names:
-        return name
-    raise ValueError(f"Expected a method, one of {', '.join([*METHODS, *sorted(added.names)])}, got {name!r}.")
-
-
-def check_prompt(prompt: str) -> str:
-    """Returns a prompt, or a name of prompts. Raises `ValueError` for another text."""
-    check_templates(prompt)
-    return prompt
+def check_method(name: str) -> None:
+    """Raises `ValueError` unless this package or another one has this method."""
+    if name not in METHODS and name not in (added := entry_points(group=METHOD_GROUP).names):
+        names, hint = ", ".join([*METHODS, *sorted(added)]), ": put spaces between several" if "," in name else ""
+        raise ValueError(f"Expected a method, one of {names}, got {name!r}{hint}.")
 
 
 def share(text: str) -> float:
@@ -100,7 +92,7 @@ SHARED = {
     "--template": {
         "action": "append",
         "dest": "templates",
-        "type": checked(check_prompt),
+        "type": checked(check_templates),
         "metavar": "PROMPT",
         "help": 'prompt with one {}; repeat the option to average several prompts; "{}" uses the texts unchanged, "imagenet" '
         "averages CLIP's 80 templates of ImageNet (default: the prompts of the model or the data set)",
@@ -123,7 +115,13 @@ SHARED = {
         "help": "other class names, synonyms and prompt templates: a JSON or YAML file, or a text file with a line for each class",
     },
     "--limit": {"type": at_least_1, "metavar": "N", "help": "use only the first N images (default: all)"},
-    "--text": {"action": "append", "dest": "texts", "type": checked(check_text), "metavar": "TEXT"},
+    "--text": {
+        "action": "append",
+        "dest": "texts",
+        "type": checked(check_text),
+        "metavar": "TEXT",
+        "help": "what to look for, inserted into the prompts; repeat the option for several texts (commas belong to the text)",
+    },
     "--methods": {
         "nargs": "+",
         "type": checked(check_method),

@@ -25,15 +25,14 @@ from .pictures import presence_column
 
 
 def add_options(command: argparse.ArgumentParser) -> None:
-    command.set_defaults(run=run)
     command.add_argument(
         "image", metavar="IMAGE", help="image file, or with --dataset the name or path of one of its images"
     )
     add_shared(
         command,
         "--text",
-        help="what to look for, one row of the figure; repeat the option for several texts (default: the classes that the data "
-        "set's image shows)",
+        help="what to look for, one row of the figure; repeat the option for several texts (commas belong to the text; default: the "
+        "classes that the data set's image shows)",
     )
     add_shared(
         command,

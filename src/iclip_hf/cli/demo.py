@@ -11,7 +11,6 @@ from .common import MODEL, add_shared, check_folder, echo, echo_space, keep_memo
 
 
 def add_options(command: argparse.ArgumentParser) -> None:
-    command.set_defaults(run=run)
     add_shared(command, *MODEL, default=None)
     command.add_argument(
         "--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1, this machine only)"

@@ -25,21 +25,47 @@ from .common import (
 )
 
 
-# The measures that have an option. `--short-side` and `--measures` are for all of them.
+_PIXELS, _NUMBER = {"type": at_least_1, "metavar": "PIXELS"}, {"type": share, "metavar": "NUMBER"}
+# Options of measures: which have it, and its form and help. `--short-side` and `--measures` are for all of them.
 OPTIONS = {
-    "aggregate": ("mMIoU", "mFMB"),
-    "window": ("segmentation",),
-    "stride": ("segmentation",),
-    "background": ("segmentation",),
-    "threshold": ("segmentation",),
-    "logit_scale": ("segmentation",),
-    "steps": ("deletion_insertion",),
-    "seed": ("deletion_insertion", "max_sensitivity", "randomization"),
+    "aggregate": (
+        ("mMIoU", "mFMB"),
+        {"choices": ("image", "pixel")},
+        "image is the mean over the images of a class, pixel pools the pixels of all its images (default: image)",
+    ),
+    "window": (
+        ("segmentation",),
+        _PIXELS,
+        "side of windows that slide over the image, for example 224 (default: the whole image)",
+    ),
+    "stride": (("segmentation",), _PIXELS, "distance of the windows (default: half of the window)"),
+    "background": (
+        ("segmentation",),
+        {"action": "append", "type": checked(check_text), "metavar": "TEXT"},
+        "text that describes the background, such as sky; repeat the option for several texts",
+    ),
+    "threshold": (
+        ("segmentation",),
+        _NUMBER,
+        "confidence up to which a pixel is background, in [0, 1] (default: the best one for the images at even positions is used for "
+        "those at odd positions, and the reverse; none with texts for the background)",
+    ),
+    "logit_scale": (
+        ("segmentation",),
+        {"type": float, "metavar": "NUMBER"},
+        "take as confidence the softmax of similarities times this number, for example 40 (default: the map of the best class, "
+        "stretched to [0, 1])",
+    ),
+    "steps": (("deletion_insertion",), {"type": at_least_1, "metavar": "N"}, "number of steps (default: 10)"),
+    "seed": (
+        ("deletion_insertion", "max_sensitivity", "randomization"),
+        {"type": int, "metavar": "N"},
+        "seed of all random values (default: 0)",
+    ),
 }
 
 
 def add_options(command: argparse.ArgumentParser) -> None:
-    command.set_defaults(run=run)
     command.add_argument(
         "--task",
         choices=tuple(TASKS),
@@ -52,12 +78,11 @@ def add_options(command: argparse.ArgumentParser) -> None:
     add_shared(command, *DATASET[2:], "--limit", *MODEL, *PROMPTS, "--methods")
     add_refine(command)
     command.add_argument(
-        "--aggregate",
-        choices=("image", "pixel"),
-        help="interpretability: image is the mean over the images of a class, pixel pools the pixels of all its images "
-        "(default: image)",
+        "--short-side",
+        type=at_least_1,
+        metavar="PIXELS",
+        help="short side of images that keep their proportions (default: a square; with --window 336)",
     )
-    _add_segmentation_options(command)
     command.add_argument(
         "--measures",
         nargs="+",
@@ -65,10 +90,8 @@ def add_options(command: argparse.ArgumentParser) -> None:
         metavar="MEASURE",
         help=f"one or more of {', '.join(MEASURES)} instead of those of a task",
     )
-    command.add_argument(
-        "--steps", type=at_least_1, metavar="N", help="deletion_insertion: number of steps (default: 10)"
-    )
-    command.add_argument("--seed", type=int, metavar="N", help="faithfulness: seed of all random values (default: 0)")
+    for name, (measures, form, text) in OPTIONS.items():
+        command.add_argument(f"--{name.replace('_', '-')}", **form, help=f"{', '.join(measures)}: {text}")
     add_shared(command, "--batch-size", default=8, help="images in one forward pass (default: 8)")
     command.add_argument(
         "--output",
@@ -79,57 +102,15 @@ def add_options(command: argparse.ArgumentParser) -> None:
     add_shared(command, "--overwrite", "--json")
 
 
-def _add_segmentation_options(command: argparse.ArgumentParser) -> None:
-    command.add_argument(
-        "--short-side",
-        type=at_least_1,
-        metavar="PIXELS",
-        help="segmentation: short side of images that keep their proportions (default: a square; with --window 336)",
-    )
-    command.add_argument(
-        "--window",
-        type=at_least_1,
-        metavar="PIXELS",
-        help="segmentation: side of windows that slide over the image, for example 224 (default: the whole image)",
-    )
-    command.add_argument(
-        "--stride",
-        type=at_least_1,
-        metavar="PIXELS",
-        help="segmentation: distance of the windows (default: half of the window)",
-    )
-    command.add_argument(
-        "--background",
-        action="append",
-        type=checked(check_text),
-        metavar="TEXT",
-        help="segmentation: text that describes the background, such as sky; repeat the option for several texts",
-    )
-    command.add_argument(
-        "--threshold",
-        type=share,
-        metavar="NUMBER",
-        help="segmentation: confidence up to which a pixel is background, in [0, 1] (default: the best one for the images at "
-        "even positions is used for those at odd positions, and the reverse; none with texts for the background)",
-    )
-    command.add_argument(
-        "--logit-scale",
-        type=float,
-        metavar="NUMBER",
-        help="segmentation: take as confidence the softmax of similarities times this number, for example 40 (default: the "
-        "map of the best class, stretched to [0, 1])",
-    )
-
-
 def run(options: argparse.Namespace) -> None:
     from ..data.segmentation import load_segmentation
 
     measures = options.measures or [*TASKS[options.task]]
     given = {name: value for name in OPTIONS if (value := getattr(options, name)) is not None}
     for name in given:
-        if not set(OPTIONS[name]) & set(measures):
+        if not set(OPTIONS[name][0]) & set(measures):
             raise ValueError(
-                f"Expected --{name.replace('_', '-')} with one of the measures {', '.join(OPTIONS[name])}, got it with "
+                f"Expected --{name.replace('_', '-')} with one of the measures {', '.join(OPTIONS[name][0])}, got it with "
                 f"{', '.join(measures)}: leave it out, or choose the --task or the --measures."
             )
     if options.image_size and options.short_side:
@@ -148,7 +129,7 @@ def run(options: argparse.Namespace) -> None:
     if not options.measures and not dataset.stuff:
         measures = [name for name in measures if name != "stuff_contrast"]
     measures = [
-        make_measure(name, **{option: value for option, value in given.items() if name in OPTIONS[option]})
+        make_measure(name, **{option: value for option, value in given.items() if name in OPTIONS[option][0]})
         for name in measures
     ]
     size = {"shortest_edge": options.short_side} if options.short_side else options.image_size
@@ -172,4 +153,6 @@ def run(options: argparse.Namespace) -> None:
                 print(f"iclip evaluate: wrote {printable(written)}", file=sys.stderr)
         finally:  # also if a file of another program has come there meanwhile
             echo(result.to_json() if options.json else result.table())
+            if not options.json and (seen := result.protocol["dataset"]["images"]) < len(dataset):
+                echo(f"\nOf the first {seen} of {len(dataset)} images (--limit), not of the data set.")
     state.destroy_process_group()

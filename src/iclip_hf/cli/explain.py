@@ -12,7 +12,6 @@ from .pictures import add_image_options, explain_files, make_localizer
 
 
 def add_options(command: argparse.ArgumentParser) -> None:
-    command.set_defaults(run=run)
     add_image_options(
         command,
         images="image files, or a collection: a folder of images, webdataset shards (.tar) or a folder of shards",

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 from pathlib import Path
 
+from ..utils.extras import require_extra
 from ..utils.names import check_model_name
 from .common import checked, echo_folder, shown_steps, silence_transformers
 
 
 def add_options(command: argparse.ArgumentParser) -> None:
-    command.set_defaults(run=run)
     add_source_options(command)
     command.add_argument("directory", type=Path, metavar="DIR", help="new folder to write")
     command.add_argument(
@@ -45,6 +46,9 @@ def add_source_options(command: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
+    from ..utils.files import check_empty
+
+    check_empty(options.directory)
     kind, _, weights = options.format.partition("-")
     if options.vendor and kind != "web":
         raise ValueError(f"--vendor applies to --format web, but got {options.format}: leave it out.")
@@ -57,6 +61,8 @@ def run(options: argparse.Namespace) -> None:
             f"--results applies to --format transformers, whose model card shows them, but got {options.results} with "
             f"{options.format}: leave it out."
         )
+    with require_extra("onnx"):  # before the model is loaded
+        importlib.import_module("onnxscript")
     from ..models.loading import load_iclip
 
     silence_transformers()

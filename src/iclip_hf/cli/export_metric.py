@@ -9,7 +9,6 @@ from .common import add_shared, echo_space
 
 
 def add_options(command: argparse.ArgumentParser) -> None:
-    command.set_defaults(run=run)
     command.add_argument("metric", choices=("mfmb", "mmiou", "text_contrast"), help="name of the metric")
     command.add_argument("directory", type=Path, metavar="DIR", help="folder to write into")
     add_shared(command, "--overwrite")

@@ -9,7 +9,6 @@ from .common import echo_folder, silence_transformers
 
 
 def add_options(command: argparse.ArgumentParser) -> None:
-    command.set_defaults(run=run)
     command.add_argument(
         "--config",
         required=True,

@@ -8,7 +8,7 @@ from .common import echo
 
 
 def add_options(command: argparse.ArgumentParser) -> None:
-    command.set_defaults(run=run)
+    pass
 
 
 def run(options: argparse.Namespace) -> None:

@@ -39,8 +39,7 @@ def add_image_options(
     """Adds the shared options. `images` and `output` are their help; `absent` is what an absent text gets."""
     command.set_defaults(npz=False, words=False)
     command.add_argument("images", nargs="+", metavar="IMAGE", help=images)
-    what = "what to look for; it is inserted into the prompts; repeat the option for several texts"
-    add_shared(command, "--text", required=True, help=what)
+    add_shared(command, "--text", required=True)
     add_shared(command, *MODEL, *PROMPTS)
     command.add_argument(
         "--method",
@@ -103,14 +102,14 @@ def explain_files(
 def _pictures_to_write(
     options: argparse.Namespace, name: str, beside: Callable[[Path], Path] | None
 ) -> list[tuple[str, Path | None]]:
-    """Returns the images that are files, each with its picture. Checks all outputs and names the other images on stderr."""
-    from ..images import require_file
+    """Returns the files that begin as images, each with its picture. Checks all outputs and names the other images on stderr."""
+    from ..images import open_image
     from ..utils.files import check_outputs
 
     found = []  # before the output is checked, which may only look wrong because an image does not exist
     for image in options.images:
         try:
-            require_file(image)
+            open_image(image, decode=False)
             found.append(image)
         except (ValueError, FileNotFoundError) as error:
             print(f"iclip {options.command}: {one_line(error)}", file=sys.stderr)

@@ -12,7 +12,6 @@ from .export import add_source_options, export
 
 
 def add_options(command: argparse.ArgumentParser) -> None:
-    command.set_defaults(run=run)
     add_source_options(command)
     command.add_argument(
         "repo_id",

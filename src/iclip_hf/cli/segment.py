@@ -13,7 +13,6 @@ from .pictures import add_image_options, explain_files
 
 
 def add_options(command: argparse.ArgumentParser) -> None:
-    command.set_defaults(run=run)
     add_image_options(
         command,
         images="image files",

@@ -10,7 +10,6 @@ from .common import echo
 
 
 def add_options(command: argparse.ArgumentParser) -> None:
-    command.set_defaults(run=run)
     command.allow_abbrev = False
     add_settings(command)
 

@@ -23,11 +23,11 @@ from ..images import load_image
 from ..localization.explanation import Explanation
 from ..localization.localizer import Localizer, PreparedImage
 from ..models.loading import load
-from ..presence import BACKGROUND, MIN_PRESENCE, PRESENT, presence_word
+from ..presence import BACKGROUND, presence_word
 from ..utils.extras import require_extra
 from ..utils.files import write_beside_others
 from ..utils.names import METHODS
-from .content import EXAMPLES, MAX_CHARACTERS, MAX_TEXTS, RANK, SPACE, beside, example_files, look, view_size
+from .content import EXAMPLES, INTRODUCTION, MAX_CHARACTERS, MAX_TEXTS, SPACE, beside, example_files, look, view_size
 
 
 with require_extra("demo"):
@@ -46,10 +46,6 @@ MAX_CACHE_SIZE = 2 * 2**30  # bytes
 _CACHE_CHECK = 10  # seconds between two checks
 # Routes of Gradio that this app does not need. They fetch addresses or store files that are never deleted.
 _UNUSED_ROUTES = ("file=http", "proxy=", "process_recording", "component_server", "deep_link", "run-history")
-INTRODUCTION = f"""# Which pixels match the text?
-Bright pixels match most, dark ones least. Each map has its own scale, so a text that is not in the image lights up as well.
-**Presence** is the share of unrelated texts that would match the image less. A text is *present* from {PRESENT:.0%} on, *absent* below
-{MIN_PRESENCE:.0%}, and *unsure* in between. {RANK}"""
 _SPACE_CARD = {"title": "ICLIP", **SPACE, "sdk": "gradio", "sdk_version": gr.__version__, "app_file": "app.py"}
 _SPACE_README = """
 The live demo of [ICLIP](https://arxiv.org/abs/2209.07046) in `iclip_hf`: drop an image, type texts, see one map a text.
@@ -225,7 +221,7 @@ def build_app(model) -> gr.Blocks:
     cache = (600, 2 * MAX_CACHE_AGE)
     with _App(title="ICLIP", analytics_enabled=False, fill_width=True, delete_cache=cache) as app:
         app.examples = frozenset(path for path, _ in examples)
-        gr.Markdown(INTRODUCTION)
+        gr.Markdown(f"# Which pixels match the text?\n{INTRODUCTION}")
         with gr.Row():
             with gr.Column(scale=2, min_width=300):
                 photo = gr.Image(

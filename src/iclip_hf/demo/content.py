@@ -9,7 +9,7 @@ from typing import NamedTuple
 from PIL import Image
 
 from ..figures.colors import OPACITY, SEGMENTS, color_table
-from ..presence import MIN_PRESENCE
+from ..presence import MIN_PRESENCE, PRESENT
 from ..utils.names import COLORMAPS
 
 
@@ -20,11 +20,11 @@ MAX_CHARACTERS = 1000
 VIEW_SIDE = 640
 
 
-# What presence is not, with the share of the embedded model that docs/results.md measures.
-RANK = (
-    f"This is a rank, not a probability: about one in five texts that are not in an image reach {MIN_PRESENCE:.0%} too, "
-    "and most of those that resemble what it shows."
-)
+# Above the maps, as HTML. The share of texts that are not in an image is the embedded model's, which docs/results.md measures.
+INTRODUCTION = f"""Bright pixels match most, dark ones least. Each map has its own scale, so a text that is not in the image lights up as well.
+<b>Presence</b> is the share of unrelated texts that would match the image less. A text is <i>present</i> from {PRESENT:.0%} on, <i>absent</i>
+below {MIN_PRESENCE:.0%}, and <i>unsure</i> in between. This is a rank, not a probability: about one in five texts that are not in an image reach
+{MIN_PRESENCE:.0%} too, and most of those that resemble what it shows."""
 # The front matter of a Space's README that both have.
 SPACE = {
     "emoji": "🔍",

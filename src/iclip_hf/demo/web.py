@@ -26,9 +26,9 @@ from ..processing_iclip import MAX_PIXELS, ICLIPProcessor
 from ..utils.files import atomic_folder
 from .content import (
     EXAMPLES,
+    INTRODUCTION,
     MAX_CHARACTERS,
     MAX_TEXTS,
-    RANK,
     SPACE,
     VIEW_SIDE,
     beside,
@@ -127,23 +127,19 @@ def export_web(
         if not (graphs / "tokenizer.json").is_file():
             raise ValueError("Expected a tokenizer that has a tokenizer.json, got one of Python alone: convert it.")
         logger.info("Compressing the graphs")
-        contents = {
-            "vision": (VISION_FILE, (graphs / VISION_FILE).read_bytes()),
-            "text": (TEXT_FILE, (graphs / TEXT_FILE).read_bytes()),
-            "tokenizer": ("tokenizer.json", (graphs / "tokenizer.json").read_bytes()),
-            "tokenizer_config": ("tokenizer_config.json", (graphs / "tokenizer_config.json").read_bytes()),
-            "background": ("nouns.bin", _background(ONNXModel(graphs), processor)),
-        }
-        settings["files"] |= {part: _compressed(built, *named) for part, named in contents.items()}
+        names = {"vision": VISION_FILE, "text": TEXT_FILE}
+        names |= {part: f"{part}.json" for part in ("tokenizer", "tokenizer_config")}
+        for part, name in names.items():
+            settings["files"][part] = _compressed(built, name, (graphs / name).read_bytes())
+        nouns = _background(ONNXModel(graphs), processor)
+        settings["files"]["background"] = _compressed(built, "nouns.bin", nouns)
         first = [*settings["runtime"]["wasm"].values(), *settings["files"].values()]
         settings["bytes"] = sum(file["bytes"] for file in first)
         settings["examples"] = [_example(path, built) for path in example_files()]
 
         values = {
             "elsewhere": "" if vendor else " ".join(f"{_CDN}/{package}/" for package in _packages(needed)),
-            "min_presence": f"{MIN_PRESENCE:.0%}",
-            "present": f"{PRESENT:.0%}",
-            "rank": RANK,
+            "introduction": INTRODUCTION,
         }
         for name in (*_PAGE, *_SHARED):
             text = beside(name if name in _SHARED else f"web/{name}")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import glob
 import logging
 import os
 import re
@@ -11,6 +10,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
+from functools import cache, partial
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -24,8 +24,7 @@ logger = logging.getLogger(__name__)
 SOFTWARE = "iclip-hf, ICLIP for Hugging Face"
 _SEARCHED = 2**20  # bytes at each end of a file
 # All files of this program's own in folders that others use too begin or end with `.iclip-hf`.
-_MARKER, _LOCK, _PARTIAL = ".iclip-hf", ".iclip-hf.lock", ".iclip-hf.partial"
-_WORK = "work"
+_MARKER, _LOCK, _HELD, _PARTIAL = ".iclip-hf", ".iclip-hf.lock", ".iclip-hf.held", ".iclip-hf.partial"
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -104,15 +103,10 @@ def new_file(
     Yields a temporary path for a file that the user named; renamed to `path` on success, deleted on error. Checks by
     [`check_outputs`] before and after. Creates the file's folder; a symbolic link stays one, and its target is written.
     """
-    check_outputs([path], overwrite=overwrite, own=own)
-    path = Path(os.path.realpath(path))
-    with _workplace(path.parent, path.name) as work:
-        with writing_errors(path):
-            yield work / path.name
-        check_outputs([path], overwrite=overwrite, own=own)  # another program may have been faster
-        with writing_errors(path):
-            _readable(work)
-            os.replace(work / path.name, path)
+    check = partial(check_outputs, [path], overwrite=overwrite, own=own)
+    check()
+    with atomic_write(Path(os.path.realpath(path)), check) as temporary:  # another program may be faster
+        yield temporary
 
 
 def write_beside_others(folder: Path, contents: dict[str, bytes], overwrite: bool = False) -> None:
@@ -145,15 +139,18 @@ def _identity(path: str | os.PathLike) -> object:
 
 
 @contextmanager
-def atomic_write(path: Path) -> Iterator[Path]:
+def atomic_write(path: Path, check: Callable[[], object] = lambda: None) -> Iterator[Path]:
     """
     Yields a temporary path; renamed to `path` on success, deleted on error. Several processes can write the same file. For paths in
-    this program's own folders; see [`new_file`] for others.
+    this program's own folders; see [`new_file`] for others. `check` is called before the renaming, and may raise.
     """
-    with _workplace(path.parent, path.name) as work, writing_errors(path):
-        yield work / path.name
-        _readable(work)
-        os.replace(work / path.name, path)
+    with _workplace(path.parent, path.name) as work:
+        with writing_errors(path):
+            yield work / path.name
+        check()
+        with writing_errors(path):
+            _readable(work)
+            os.replace(work / path.name, path)
 
 
 def short_name(name: str, size: int = 200) -> str:
@@ -281,16 +278,15 @@ def atomic_folder(folder: str | Path) -> Iterator[Path]:
         path is not UTF-8.
     """
     folder = Path(os.path.realpath(folder))  # of a link that leads to itself, the link
-    check_utf8(folder)
-    _delete_left_overs(folder.parent, folder.name)
-    _check_empty(folder)
+    _delete_left_overs(folder.parent)
+    check_empty(folder)
     place = folder if folder.exists() else folder.parent
     try:
         with _workplace(place, folder.name) as work:
             built = work / folder.name
             built.mkdir()
             yield built
-            _check_empty(folder)  # another run may have been faster
+            check_empty(folder)  # another run may have been faster
             _readable(work)
             if place == folder:
                 for path in built.iterdir():
@@ -305,45 +301,42 @@ def atomic_folder(folder: str | Path) -> Iterator[Path]:
 
 @contextmanager
 def _workplace(place: Path, name: str) -> Iterator[Path]:
-    """
-    Yields a temporary folder in `place`, which is created if necessary, for the file or folder `name` that will be there. Deletes it
-    at the end, and at the beginning those of killed runs.
-    """
-    _delete_left_overs(place, name)
+    """Yields a temporary folder in `place` for the file or folder `name` that will be there. `place` is created if necessary."""
     with writing_errors(place):
         place.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(dir=place, prefix=_prefix(name), suffix=_PARTIAL))
+        _delete_left_overs(place.absolute())
+        temporary = Path(tempfile.mkdtemp(dir=place, prefix=f".{short_name(name)}.", suffix=_PARTIAL))
     try:
         with folder_lock(temporary):
-            work = temporary / _WORK
-            work.mkdir()
-            yield work
+            (temporary / _HELD).touch()
+            yield temporary
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+@cache
+def _delete_left_overs(place: Path) -> None:
+    """
+    Deletes the temporary folders of killed runs, at the first writing into a folder: a scan before each of many files would take a
+    time that grows with the square of their number.
+    """
+    for left_over in place.glob(f".*{_PARTIAL}"):
+        if (left_over / _HELD).is_file():  # created under the lock, so its run has had it
+            with suppress(OSError), folder_lock(left_over):  # held by a live run
+                shutil.rmtree(left_over)
+
+
 def _readable(work: Path) -> None:
     """Gives files the mode of any new file. Only their owner can read what safetensors writes."""
-    mode = work.stat().st_mode & 0o666
+    mode = (work / _HELD).stat().st_mode & 0o666
     for path in work.rglob("*"):
         if path.is_file() and not path.is_symlink():
             path.chmod(mode)
 
 
-def _delete_left_overs(place: Path, name: str) -> None:
-    """Deletes the temporary folders for `name` that killed runs left in a folder."""
-    for left_over in place.glob(f"{glob.escape(_prefix(name))}*{_PARTIAL}"):
-        if (left_over / _WORK).is_dir():  # created under the lock
-            with suppress(OSError), folder_lock(left_over):  # held by a live run
-                shutil.rmtree(left_over)
-
-
-def _prefix(name: str) -> str:
-    return f".{short_name(name)}."
-
-
-def _check_empty(folder: Path) -> None:
-    """Raises `FileExistsError` unless a folder is new, or holds nothing but temporary folders of runs."""
+def check_empty(folder: Path) -> None:
+    """Raises `FileExistsError` unless a folder is new, or holds nothing but temporary folders of runs; `ValueError` as [`check_utf8`]."""
+    check_utf8(folder)
     if folder.exists() and not (folder.is_dir() and all(path.name.endswith(_PARTIAL) for path in folder.iterdir())):
         raise FileExistsError(
             f"{folder}: expected a new or empty folder, but got a full one; delete what is there or name another."

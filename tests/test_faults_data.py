@@ -258,6 +258,7 @@ CASES.add(
         "header alone": HEADER,
         "no header": ROW,
         "other columns": b"a,b\n" + ROW,
+        "a column twice": b"file_name,caption,caption\n" + ROW.replace(b"\n", b",a cat\n"),
         "a field too many": HEADER + b"photo.png,a dog,x\n",
         "a field too few": HEADER + b"photo.png\n",
         "no caption": HEADER + b"photo.png,\n",

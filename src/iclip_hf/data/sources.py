@@ -23,7 +23,7 @@ from contextlib import suppress
 from copy import copy
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, BinaryIO, NamedTuple
 
 import numpy as np
 from tqdm import tqdm
@@ -253,7 +253,7 @@ class Table(_ByteRanges):
     A text file with one pair in each row: .csv or .tsv (without quoting) with a header line, or .jsonl. Fields of a .csv are
     separated by the character of ",", ";" and tab that its first line has most of.
 
-    A line of a .csv with a missing or stray quote is a row of its own, which cannot be used.
+    A line of a .csv with a missing or stray quote is a row of its own, which cannot be used. Such lines are logged by their number.
     """
 
     def __init__(self, path: Path, columns: Columns = USUAL_COLUMNS):
@@ -261,23 +261,23 @@ class Table(_ByteRanges):
         self._kind, self._header = path.suffix.lower(), None
         with open(path, "rb") as file:
             delimiter = max(",;\t", key=file.readline().decode(errors="replace").count)
-        form = {"delimiter": delimiter, "skipinitialspace": True, "strict": True}
-        self._csv = partial(
-            csv.reader, **({"delimiter": "\t", "quoting": csv.QUOTE_NONE} if self._kind == ".tsv" else form)
-        )
+        self._csv = partial(csv.reader, delimiter=delimiter, skipinitialspace=True, strict=True)
         try:
             start, end = next(self._rows(), (0, 0))
             with open(path, "rb") as file:
                 first = self._values(file.read(end)[start:])
         except (ValueError, RecursionError, csv.Error) as error:
             raise ValueError(f"{path}: expected {self._kind} rows in UTF-8, but got: {error}; correct it.") from error
+        if self._kind != ".jsonl":
+            self._header = [name.strip() for name in first]
         if not end:
             raise ValueError(
                 f"{path}: expected a header line and a pair in each further line, but got an empty file; add pairs."
             )
-        if self._kind != ".jsonl":
-            self._header = [name.strip() for name in first]
         columns.check(path, sorted(self._header or first))
+        for name in columns.image + columns.caption:
+            if self._header is not None and self._header.count(name) > 1:
+                raise ValueError(f"{path}: expected different columns, but got {name!r} more than once; rename one.")
 
     def ranges(self) -> np.ndarray:
         ranges = array("q", (position for row in self._rows() for position in row))
@@ -300,28 +300,67 @@ class Table(_ByteRanges):
 
     def _rows(self) -> Iterator[tuple[int, int]]:
         """Yields the byte range (start, end) of each row that is not blank, including the header."""
+        start = number = 0  # `number`: of lines before the row
+        malformed = []
         with open(self.path, "rb") as file:
             while True:
-                start = file.tell()
-                texts = (line.decode(errors="surrogateescape").rstrip("\r\n") for line in iter(file.readline, b""))
+                lines: list[bytes] = []  # of the row
+                text = _kept_lines(file, lines)
                 try:
-                    row = next(texts if self._kind == ".jsonl" else self._csv(text + "\n" for text in texts), None)
+                    row = next(self._csv(text) if self._kind == ".csv" else text, None)
+                    if len(lines) > 1 and self._swallows(row, lines):
+                        raise csv.Error("a stray quote")
                 except csv.Error:
-                    file.seek(start)
-                    row = file.readline()
+                    malformed.append(number + 1)
+                    row = lines[:1]
+                    del lines[1:]
+                    file.seek(start + len(lines[0]))
                 if row is None:
-                    return
-                if row:
-                    yield start, file.tell()
+                    break
+                end = start + sum(map(len, lines))
+                if row and row != "\n":
+                    yield start, end
+                start, number = end, number + len(lines)
+        if malformed:
+            logger.warning(
+                "%s: a missing or stray quote makes bad pairs, %d in all, of line %s",
+                self.path,
+                len(malformed),
+                ", ".join(map(str, malformed[:10])) + (", ..." if len(malformed) > 10 else ""),
+            )
+
+    def _swallows(self, row: list[str], lines: list[bytes]) -> bool:
+        """Whether one of the lines that quotes join to a row is a row itself, with another image."""
+        if self._header is None:
+            return False
+        column = next(place for place, name in enumerate(self._header) if name in self.columns.image)
+        for line in lines[1:]:
+            try:
+                fields = self._values(line)
+            except (ValueError, csv.Error):
+                continue
+            whole = len(fields) == len(self._header)
+            if whole and fields[column].lower().endswith(IMAGE_SUFFIXES) and fields[column] not in row:
+                return True
+        return False
 
     def _values(self, block: bytes) -> list[str] | dict:
         text = block.decode("utf-8-sig")
-        if self._kind != ".jsonl":
-            return next(self._csv(io.StringIO(text, newline="")), [])
-        row = json.loads(text) if text else {}
-        if not isinstance(row, dict):
-            raise ValueError(f"expected a JSON object, but got {type(row).__name__}")
-        return row
+        if self._kind == ".jsonl":
+            row = json.loads(text) if text else {}
+            if not isinstance(row, dict):
+                raise ValueError(f"expected a JSON object, but got {type(row).__name__}")
+            return row
+        if self._kind == ".tsv":
+            return text.rstrip("\r\n").split("\t")
+        return next(self._csv(io.StringIO(text, newline="")), [])
+
+
+def _kept_lines(file: BinaryIO, lines: list[bytes]) -> Iterator[str]:
+    """Yields the lines of a file as text, and adds them to a list."""
+    for line in iter(file.readline, b""):
+        lines.append(line)
+        yield line.decode(errors="surrogateescape").rstrip("\r\n") + "\n"
 
 
 class ClassFolders(Source):

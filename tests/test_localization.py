@@ -277,7 +277,8 @@ def test_settings_hold_everything_that_results_depend_on(tiny_processor):
 
 
 @pytest.mark.slow
-def test_presence_tells_present_classes_better_than_the_cosine(iclip_data):
+def test_presence_separates_classes_nearly_as_well_as_the_cosine(iclip_data):
+    """Which has no threshold that holds for another model."""
     from sklearn.metrics import roc_auc_score
 
     from iclip_hf import ICLIPModel, ICLIPProcessor
@@ -293,7 +294,7 @@ def test_presence_tells_present_classes_better_than_the_cosine(iclip_data):
     scores, presences = (torch.stack([getattr(one, name) for one in found]) for name in ("scores", "presence"))
     truth = np.stack([np.isin(dataset.labels, sample.labels) for sample in samples])
     by_cosine, by_presence = (roc_auc_score(truth.ravel(), one.flatten()) for one in (scores, presences))
-    assert by_presence > by_cosine and by_presence > 0.8
+    assert by_presence > 0.85 and by_presence == pytest.approx(by_cosine, abs=0.02)
     # Of absent texts about one in five reaches 0.8.
     assert float((presences[torch.from_numpy(~truth)] >= 0.8).float().mean()) == pytest.approx(0.19, abs=0.05)
 

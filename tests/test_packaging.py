@@ -145,10 +145,7 @@ NEEDS = {  # names of modules by the extra that they need
     "collections": ["localization.collection"],
     "demo": ["demo.app"],
     "eval": ["evaluation.evaluate_modules", "evaluation.evaluate", "hub.metrics"],
-    "train": [
-        f"training.{name}"
-        for name in ("feature_cache", "checkpoints", "data", "datasets", "report", "run", "validation")
-    ],
+    "train": [f"training.{name}" for name in ("checkpoints", "data", "datasets", "report", "run", "validation")],
 }
 
 

@@ -21,7 +21,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import iclip, noise, opened, served, tiny_model
-from huggingface_hub import ModelCard, ModelCardData, RepoCard
+from huggingface_hub import ModelCard, RepoCard
 from PIL import Image, ImageOps
 
 from iclip_hf import explain
@@ -680,10 +680,9 @@ def test_what_a_foreign_card_tells_stays_text(tiny_processor, tmp_path, without_
         "best_metric": "<script>alert(1)</script> | [x](http://e.org)",
         "secret": "/home/alice",
     }
-    data = ModelCardData(
-        license="mit\nsdk: docker\nhf_oauth: true", training=training, datasets=["org/pairs", "/home/alice/x"]
-    )
-    (tmp_path / "README.md").write_text(f"---\n{data.to_yaml()}\n---\n# Card\n")
+    licence, datasets = "mit\nsdk: docker\nhf_oauth: true", ["org/pairs", "/home/alice/x"]
+    parts = {"license": licence, "training": training, "datasets": datasets}
+    (tmp_path / "model_card.json").write_text(json.dumps(parts))
     page = web.export_web(tiny_model(), tiny_processor, tmp_path / 'a: "b" #1', source=tmp_path)
     card = RepoCard.load(page / "README.md").data
     assert (card.sdk, card.license, card.title) == ("static", "unknown", 'a: "b" #1')

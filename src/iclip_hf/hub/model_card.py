@@ -209,6 +209,8 @@ def _earlier(source: str | Path | None, model: ICLIPModel, processor: ICLIPProce
             raise TypeError
         parts["training"] = public_settings(parts.get("training", {}))
         parts["labels"] = list(map(str, parts.get("labels", [])))
+        if not re.fullmatch(r"[\w.+-]+", parts.get("license", "")):  # the Hub refuses other identifiers
+            parts.pop("license", None)
         parts["datasets"] = [hub_id for hub_id in parts.get("datasets", []) if _is_hub_id(str(hub_id))]
         if evaluation := parts.pop("evaluation", None):
             parts["evaluation"] = _measured(evaluation)

@@ -671,7 +671,7 @@ def test_a_card_of_an_earlier_version_is_not_taken_over_with_a_warning(
     old = old if place == "folder" else "org/old"
     card = ModelCard.load(write_model_card(tiny_model(), tiny_processor, tmp_path / "new", source=old))
     assert card.data.eval_results is None and "`epochs`" not in card.text
-    warning = "old: the card has no model_card.json, so nothing is taken over; `iclip export --results` adds figures."
+    warning = "old: the card has no model_card.json, so nothing is taken over; add figures by --results."
     assert (warning in caplog.text) == bool(caplog.records) == (writer == "iclip")
 
 

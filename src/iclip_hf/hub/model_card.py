@@ -218,9 +218,7 @@ def _earlier(source: str | Path | None, model: ICLIPModel, processor: ICLIPProce
         with suppress(OSError, ValueError):
             if is_own(_file_of(source, "README.md")):
                 logger.warning(
-                    "%s: the card has no %s, so nothing is taken over; `iclip export --results` adds figures.",
-                    source,
-                    _PARTS,
+                    "%s: the card has no %s, so nothing is taken over; add figures by --results.", source, _PARTS
                 )
         return {}
     except (OSError, ValueError, TypeError, AttributeError, RecursionError):

@@ -191,6 +191,18 @@ def test_aggregate_when_loading_and_when_computing(pair_folder):
         metric.compute(aggregate="class")
     with pytest.raises(ValueError, match="'image', 'pixel'"):
         evaluate.load(str(pair_folder), aggregate="class")
+    assert evaluate.load(str(pair_folder)).aggregate == "image"
+
+
+def test_a_metric_of_whole_images_has_no_aggregate():
+    folder = str(REPOSITORY / "evaluate_metrics" / "text_contrast")
+    metric = evaluate.load(folder)
+    metric.add_batch(**images())
+    with pytest.raises(ValueError, match="Expected no `aggregate` for text_contrast, got 'pixel': leave it out"):
+        metric.compute(aggregate="pixel")
+    assert metric.compute() == expected("text_contrast")
+    with pytest.raises(ValueError, match="Expected no `aggregate` for text_contrast, got 'image'"):
+        evaluate.load(folder, aggregate="image")
 
 
 def test_mistakes_are_refused_and_cost_no_items(folder):

@@ -20,6 +20,7 @@ import torch
 import yaml
 from conftest import served, tiny_model
 from huggingface_hub import EvalResult, ModelCard, parse_eval_result_entries
+from huggingface_hub.errors import EntryNotFoundError
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from PIL import Image
@@ -638,14 +639,55 @@ PARTS = {"evaluation": METRICS, "training": {"epochs": 7}, "license": "mit", "la
         json.dumps({**PARTS, "training": [5]}),
         json.dumps({**PARTS, "evaluation": {"protocol": 5}}),
         json.dumps(PARTS).replace("50.3149", "NaN"),
+        json.dumps(PARTS).replace("50.3149", "1" + "0" * 400),
+        None,  # a folder
     ],
-    ids=range(6),
+    ids=range(8),
 )
-def test_parts_of_another_form_are_not_taken_over(tmp_path, tiny_processor, content):
-    (tmp_path / "model_card.json").write_text(content)
-    card = write_model_card(tiny_model(), tiny_processor, tmp_path, source=tmp_path, overwrite=True)
-    card = ModelCard.load(card)
+def test_parts_of_another_form_are_not_taken_over(tmp_path, tiny_processor, caplog, content):
+    parts = tmp_path / "source" / "model_card.json"
+    parts.parent.mkdir()
+    parts.mkdir() if content is None else parts.write_text(content)
+    card = ModelCard.load(write_model_card(tiny_model(), tiny_processor, tmp_path / "new", source=parts.parent))
     assert card.data.eval_results is None and card.data.license == "unknown" and "`epochs`" not in card.text
+    assert "source: its model_card.json is unreadable or not of iclip, so nothing is taken over." in caplog.text
+
+
+@pytest.mark.parametrize("place", ["folder", "hub"])
+@pytest.mark.parametrize("writer", ["iclip", "others"])
+def test_a_card_of_an_earlier_version_is_not_taken_over_with_a_warning(
+    source, tmp_path, tiny_processor, caplog, monkeypatch, writer, place
+):
+    def download(hub_id, file):
+        if file != "README.md":
+            raise EntryNotFoundError(file)
+        return str(tmp_path / "old" / file)
+
+    monkeypatch.setattr("iclip_hf.hub.model_card.hf_hub_download", download)
+    old = tmp_path / "old"
+    old.mkdir()
+    text = (source / "model" / "README.md").read_text()
+    (old / "README.md").write_text(text if writer == "iclip" else text.replace("software: iclip-hf", "software: x"))
+    old = old if place == "folder" else "org/old"
+    card = ModelCard.load(write_model_card(tiny_model(), tiny_processor, tmp_path / "new", source=old))
+    assert card.data.eval_results is None and "`epochs`" not in card.text
+    warning = "old: the card has no model_card.json, so nothing is taken over; add figures by --results."
+    assert (warning in caplog.text) == bool(caplog.records) == (writer == "iclip")
+
+
+def test_results_of_a_card_that_names_no_model_are_left_out(tmp_path, tiny_processor, caplog):
+    (tmp_path / "model_card.json").write_text(json.dumps(PARTS))
+    card = ModelCard.load(write_model_card(tiny_model(), tiny_processor, tmp_path / "new", source=tmp_path))
+    assert card.data.eval_results is None and card.data.license == "mit" and "`epochs`" in card.text
+    assert "left out, because it does not say which model it describes." in caplog.text
+
+
+def test_a_card_without_results_is_compared_with_no_weights(tmp_path, tiny_processor, monkeypatch):
+    parts = {"identity": identity(tiny_model(), tiny_processor), "license": "mit"}
+    (tmp_path / "model_card.json").write_text(json.dumps(parts))
+    monkeypatch.setattr("iclip_hf.hub.model_card.changed_model", None)
+    card = write_model_card(tiny_model(), tiny_processor, tmp_path / "new", source=tmp_path)
+    assert ModelCard.load(card).data.license == "mit"
 
 
 def test_parts_of_another_model_are_plain_text(tmp_path, tiny_processor):

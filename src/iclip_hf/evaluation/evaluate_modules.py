@@ -67,7 +67,8 @@ class StreamingMetric(evaluate.Metric, ABC):
 
     def __init__(self, *args, ignore_index: int = 255, aggregate: str | None = None, **kwargs):
         super().__init__(*args, **kwargs)
-        self.ignore_index, self.aggregate = ignore_index, aggregate
+        default = None if self.per_image else "image"
+        self.ignore_index, self.aggregate = ignore_index, default if aggregate is None else aggregate
         self._accumulator(None)  # checks `aggregate`
         self._ignored = set()  # values of ignore_index with which items were counted
 
@@ -83,7 +84,11 @@ class StreamingMetric(evaluate.Metric, ABC):
 
     def _accumulator(self, aggregate: str | None):
         aggregate = self.aggregate if aggregate is None else aggregate
-        return self.accumulator(**({} if aggregate is None else {"aggregate": aggregate}))
+        if not self.per_image:
+            return self.accumulator(aggregate)
+        if aggregate is not None:
+            raise ValueError(f"Expected no `aggregate` for {self.name}, got {aggregate!r}: leave it out.")
+        return self.accumulator()
 
     def _metric_info(self, description: str, outputs: str) -> evaluate.MetricInfo:
         # An item is stored as its two rows of counts and its class or classes. The columns keep the names of the inputs, because

@@ -128,14 +128,15 @@ def class_figures(path: str | Path, column: str, method: str | None = None) -> t
 def class_thresholds(path: str | Path, labels: Sequence[str], method: str = "itsm") -> list[float]:
     """
     Reads the best threshold of each class, by mMIoU, from the file of [`read_results`]. Raises what [`class_figures`] raises, and
-    `ValueError` if a class has no threshold, or none in [0, 1].
+    `ValueError` if a class has no threshold or one outside [0, 1].
     """
     _, thresholds = class_figures(path, "threshold", method)
-    known = [name for name, threshold in thresholds.items() if 0 <= threshold <= 1]
-    if missing := [label for label in labels if label not in known]:
+    if missing := [label for label in labels if label not in thresholds]:
         raise ValueError(
-            f"{path}: expected thresholds of {missing}, but got those of {sorted(known)}; evaluate with these."
+            f"{path}: expected thresholds of {missing}, but got those of {sorted(thresholds)}; evaluate with these."
         )
+    if outside := {label: found for label in labels if not 0 <= (found := thresholds[label]) <= 1}:
+        raise ValueError(f"{path}: expected thresholds in [0, 1], but got {outside}; evaluate again.")
     return [thresholds[label] for label in labels]
 
 

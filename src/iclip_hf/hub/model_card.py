@@ -7,6 +7,7 @@ import logging
 import math
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -24,7 +25,7 @@ from huggingface_hub.errors import EntryNotFoundError
 
 from ..data.class_names import DATASETS
 from ..models.identity import changed_model, identity
-from ..utils.files import SOFTWARE, cache_folder, check_outputs, new_file
+from ..utils.files import SOFTWARE, cache_folder, check_outputs, is_own, new_file
 from .configs import SHIPPED
 
 
@@ -202,8 +203,7 @@ def _earlier(source: str | Path | None, model: ICLIPModel, processor: ICLIPProce
     if source is None:
         return {}
     try:
-        file = Path(source, _PARTS) if Path(source).is_dir() else hf_hub_download(str(source), _PARTS)
-        parts = _harmless(json.loads(Path(file).read_text(encoding="utf-8")))
+        parts = _harmless(json.loads(_file_of(source, _PARTS).read_text(encoding="utf-8")))
         parts = {name: parts[name] for name in _FORMS if parts.get(name)}
         if not all(isinstance(part, _FORMS[name]) for name, part in parts.items()):
             raise TypeError
@@ -215,14 +215,31 @@ def _earlier(source: str | Path | None, model: ICLIPModel, processor: ICLIPProce
         if evaluation := parts.pop("evaluation", None):
             parts["evaluation"] = _measured(evaluation)
     except (FileNotFoundError, EntryNotFoundError):
+        with suppress(OSError, ValueError):
+            if is_own(_file_of(source, "README.md")):
+                logger.warning(
+                    "%s: the card has no %s, so nothing is taken over; add figures by --results.", source, _PARTS
+                )
         return {}
-    except (ValueError, TypeError, AttributeError, RecursionError):
-        logger.warning("%s: expected a %s of iclip, got another file, of which nothing is taken over.", source, _PARTS)
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError):
+        logger.warning("%s: its %s is unreadable or not of iclip, so nothing is taken over.", source, _PARTS)
         return {}
-    differing = changed_model(parts.pop("identity", {}), model, processor)
-    if differing and parts.pop("evaluation", None):
-        logger.warning("The results of the card are left out, because it describes other %s.", ", ".join(differing))
+    described = parts.pop("identity", None)
+    if "evaluation" in parts:
+        if not described:
+            reason = "it does not say which model it describes"
+        elif differing := changed_model(described, model, processor):
+            reason = f"it describes other {', '.join(differing)}"
+        else:
+            return parts
+        del parts["evaluation"]
+        logger.warning("The results of the card are left out, because %s.", reason)
     return parts
+
+
+def _file_of(source: str | Path, name: str) -> Path:
+    """Returns the path of a file in a folder or, downloaded, in a repository of the Hub."""
+    return Path(source, name) if Path(source).is_dir() else Path(hf_hub_download(str(source), name))
 
 
 def _harmless(value):
@@ -319,7 +336,7 @@ def _measured(metrics: EvaluationResult | Mapping) -> dict:
             and all(map(math.isfinite, (score for scores in results.values() for score in scores.values())))
             and all("floor" in scores for scores in results.values() if "mMIoU" in scores)
         )
-    except (KeyError, TypeError, AttributeError):
+    except (KeyError, TypeError, AttributeError, OverflowError):  # a whole number can be too large for a float
         well_formed = False
     if not well_formed:
         raise ValueError(f"Expected metrics as `iclip evaluate` writes them, got {metrics!r:.100}: evaluate again.")

@@ -67,7 +67,16 @@ class Measure(ABC):
     row: str
 
     def prepare(self, run) -> None:
-        """Prepares for the data set and methods of an [`~evaluate.EvaluationRun`]. Raises `ValueError` if these cannot be measured."""
+        """
+        Prepares for the data set and methods of an [`~evaluate.EvaluationRun`]. Raises `ValueError` if these cannot be measured, and
+        `NotImplementedError` if the class lacks an attribute or a method.
+        """
+        needed = {"metric": "new_totals", "row": "report"}  # an attribute that the default of a method needs
+        needed = [name for name, method in needed.items() if getattr(type(self), method) is getattr(Measure, method)]
+        if missing := [name for name in ("name", "figures", *needed) if not hasattr(self, name)]:
+            raise NotImplementedError(
+                f"Expected {type(self).__name__} to define {', '.join(missing)}, got none: see the attributes of Measure."
+            )
         self.run = run
         self.totals = {method: self.new_totals() for method in (run.methods if self.by_method else [None])}
 
@@ -118,6 +127,9 @@ class MeansMeasure(Measure):
     columns: tuple = ()
 
     def prepare(self, run) -> None:
+        own = type(self)
+        if own.measure is MeansMeasure.measure and own.count is MeansMeasure.count:
+            raise NotImplementedError(f"Expected {own.__name__} to define measure or count, got neither: define one.")
         super().prepare(run)
         self.columns = self.columns or tuple(self.figures)
 

@@ -91,9 +91,14 @@ class SegmentationSample:
     def mask(self, label: int) -> np.ndarray:
         """
         Returns the mask of one class, an id in 1..K, which the image need not contain: `(H, W)` of the type of `label_map`, `label` on
-        the pixels of the class, `void` on ignored pixels, 0 on all others. Raises `ValueError` if the file is not as described.
+        the pixels of the class, `void` on ignored pixels, 0 on all others. Raises `ValueError` if `label` is no class id, or the file is
+        not as described.
         """
-        raise NotImplementedError
+        if not 1 <= label <= self.num_classes:
+            raise ValueError(
+                f"Expected a class id from 1 to {self.num_classes}, but got {label}; choose one of the data set's `labels`."
+            )
+        return self._mask(label)
 
 
 @dataclass(frozen=True)
@@ -112,7 +117,7 @@ class _IndexSample(SegmentationSample):
         present = np.flatnonzero(np.bincount(self.label_map.ravel()))
         return tuple(id_ for id_ in present.tolist() if id_ not in (0, _VOID))
 
-    def mask(self, label: int) -> np.ndarray:
+    def _mask(self, label: int) -> np.ndarray:
         return self.label_map * ((self.label_map == label) | (self.label_map == _VOID))
 
     @cached_property
@@ -157,7 +162,7 @@ class _COCOSample(SegmentationSample):
         # The smaller of two overlapping instances lies in front.
         return self._painted(sorted(instances, key=lambda instance: -instance[1].sum()))
 
-    def mask(self, label: int) -> np.ndarray:
+    def _mask(self, label: int) -> np.ndarray:
         return self._painted([(label, self._union([a for a in self.annotations if a["label"] == label]))])
 
     def _painted(self, masks: Sequence[tuple[int, np.ndarray]]) -> np.ndarray:

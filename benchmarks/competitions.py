@@ -25,7 +25,11 @@ def stretched_maximum(raw_maps, size, present, threshold, background):
     """The highest raw value, with a threshold on the stretched maximum of all maps."""
     classes = torch.arange(len(raw_maps))
     classes[list(background)] = -1
-    return label_map(raw_maps, size, classes=classes, present=present, threshold=None if background else threshold)[0]
+    kept = present | (classes == -1)
+    if not kept.any():
+        return torch.full(size, -1)
+    threshold = None if background else threshold
+    return label_map(raw_maps[kept], size, classes=classes[kept], threshold=threshold)[0]
 
 
 def each_stretched(raw_maps, size, present, threshold, background):

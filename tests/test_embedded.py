@@ -10,13 +10,15 @@ from safetensors.torch import load_file
 from iclip_hf import ICLIPConfig, ICLIPModel, ICLIPProcessor
 from iclip_hf.data import load_segmentation
 from iclip_hf.evaluation.evaluate import evaluate
+from iclip_hf.hub.configs import SHIPPED
 from iclip_hf.models.embedded import PROJECTIONS, embedded_model, save_projections
+from iclip_hf.models.identity import changed_model
 from iclip_hf.models.loading import load, load_iclip, load_pretrained
 from iclip_hf.models.onnx import VISION_FILE
 
 
 # Of `iclip evaluate --dataset coco2017 --split train2017` on these images, 224 pixels, 80 classes.
-GOLDEN = {"mAP": 45.45, "mMIoU": 27.11, "mFMB": 0.2671, "text_contrast": 64.80, "floor": 10.70}
+GOLDEN = {"mAP": 45.45, "mMIoU": 27.11, "mFMB": 0.2671, "text_contrast": 64.8, "floor": 10.70}
 
 
 @pytest.fixture(scope="module")
@@ -69,6 +71,14 @@ def test_its_name_stands_for_its_folder(folder, tmp_path, monkeypatch):
     ):
         assert torch.equal(model.state_dict()["recognition.visual_projection.weight"].cpu(), expected)
         assert isinstance(processor, ICLIPProcessor)
+
+
+@pytest.mark.slow
+def test_its_card_shows_figures_of_the_shipped_weights(folder):
+    measured = json.loads((SHIPPED / "iclip-dinov2-s14-minilm" / "results.json").read_text())
+    assert changed_model(measured["protocol"], *load_iclip(folder)) == []
+    scores = measured["results"]["itsm"]
+    assert {name: round(score, len(str(GOLDEN[name]).split(".")[1])) for name, score in scores.items()} == GOLDEN
 
 
 @pytest.mark.slow

@@ -2,9 +2,11 @@
 
 import errno
 import os
+import platform
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -109,6 +111,29 @@ def test_a_folder_is_searched_for_left_overs_once(tmp_path, monkeypatch):
         with atomic_folder(tmp_path / f"folder{number}"):
             pass
     assert searched == [tmp_path]
+
+
+@pytest.mark.parametrize(("machine", "hours", "goes"), [("another", 1, False), ("another", 30, True), (None, 1, True)])
+def test_what_another_machine_is_building_stays_for_a_day(machine, hours, goes, tmp_path):
+    """Locks may not reach it."""
+    held = tmp_path / ".a.iclip-hf.partial" / ".iclip-hf.held"
+    held.parent.mkdir()
+    held.write_text(machine or platform.node())
+    os.utime(held, (time.time() - 3600 * hours,) * 2)
+    with atomic_write(tmp_path / "b") as partial:
+        partial.touch()
+    assert held.exists() != goes
+
+
+def test_what_another_user_is_building_stops_nobody(tmp_path, monkeypatch):
+    def refuse(path, *arguments, **options):
+        raise PermissionError(13, "Permission denied")
+
+    (tmp_path / ".a.iclip-hf.partial").mkdir()
+    monkeypatch.setattr(Path, "read_text", refuse)
+    with atomic_write(tmp_path / "b") as partial:
+        partial.touch()
+    assert names(tmp_path) == [".a.iclip-hf.partial", "b"]
 
 
 def test_what_a_run_leaves_that_is_killed_when_all_is_built_goes_too(tmp_path):

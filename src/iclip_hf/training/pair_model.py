@@ -167,7 +167,7 @@ class PairModel(nn.Module):
             norm are locked. The model's `lock_vision` becomes False. With 0, `lock_vision` decides about the whole tower.
 
     Raises:
-        `ValueError`: the image tower has fewer blocks than `unlocked_vision_blocks`.
+        `ValueError`: the image tower has fewer blocks than `unlocked_vision_blocks`, or `map_tokens` is less than 5.
     """
 
     def __init__(
@@ -182,6 +182,10 @@ class PairModel(nn.Module):
         unlocked_vision_blocks: int = 0,
     ):
         super().__init__()
+        if map_tokens < 5:
+            raise ValueError(
+                f"Expected map_tokens to be at least 5, got {map_tokens}: four are the middles of quarters."
+            )
         blocks = [module for module in model.vision_model.modules() if isinstance(module, GradientCheckpointingLayer)]
         if unlocked_vision_blocks > len(blocks):
             raise ValueError(

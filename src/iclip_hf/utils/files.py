@@ -5,9 +5,11 @@ from __future__ import annotations
 import errno
 import logging
 import os
+import platform
 import re
 import shutil
 import tempfile
+import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from functools import cache, partial
@@ -25,6 +27,7 @@ SOFTWARE = "iclip-hf, ICLIP for Hugging Face"
 _SEARCHED = 2**20  # bytes at each end of a file
 # All files of this program's own in folders that others use too begin or end with `.iclip-hf`.
 _MARKER, _LOCK, _HELD, _PARTIAL = ".iclip-hf", ".iclip-hf.lock", ".iclip-hf.held", ".iclip-hf.partial"
+_DAY = 24 * 3600  # seconds
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -308,7 +311,7 @@ def _workplace(place: Path, name: str) -> Iterator[Path]:
         temporary = Path(tempfile.mkdtemp(dir=place, prefix=f".{short_name(name)}.", suffix=_PARTIAL))
     try:
         with folder_lock(temporary):
-            (temporary / _HELD).touch()
+            (temporary / _HELD).write_text(platform.node())
             yield temporary
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -321,9 +324,12 @@ def _delete_left_overs(place: Path) -> None:
     time that grows with the square of their number.
     """
     for left_over in place.glob(f".*{_PARTIAL}"):
-        if (left_over / _HELD).is_file():  # created under the lock, so its run has had it
-            with suppress(OSError), folder_lock(left_over):  # held by a live run
-                shutil.rmtree(left_over)
+        held = left_over / _HELD  # created under the lock, so its run has had it
+        with suppress(OSError):  # of another user's folder, or because a live run holds the lock
+            # Locks may not reach other machines, so what another machine made is left alone for a day.
+            if held.read_text() == platform.node() or held.stat().st_mtime < time.time() - _DAY:
+                with folder_lock(left_over):
+                    shutil.rmtree(left_over)
 
 
 def _readable(work: Path) -> None:

@@ -55,16 +55,19 @@ CASES.add(
     {
         "empty": "",
         "blank": "\n \n",
-        "a blank line": "dog\n\ncat",
-        "a name twice": "dog\ndog",
-        "background": "background\ndog",
-        "too many": "\n".join(map(str, range(300))),
         "UTF-16": "dog".encode("utf-16"),
         "no text": bytes(range(128, 200)),
     },
     classes,
     file="classes.txt",
 )
+for shows, content in {
+    "got '' in line 2;": "dog\n\ncat",
+    "got 'dog' in line 3;": "dog\ncat\ndog",
+    "got 'background' in line 1;": "background\ndog",
+    "got 300 of them;": "\n".join(map(str, range(300))),
+}.items():
+    CASES.add("classes.txt", {shows: content}, classes, shows=shows)
 CASES.add("classes.txt", {"byte order mark, Windows lines": "\ufeffdog\r\ncat\r\n"}, classes, WORKS)
 
 
@@ -126,14 +129,12 @@ CASES.add(
     {
         "no images": {"images": []},
         "category whose name is a number": {"categories": [{"id": 3, "name": 3}]},
-        "category twice": {"categories": [CATEGORY, {"id": 3, "name": "cat"}]},
-        "name of a category twice": {"categories": [CATEGORY, {"id": 4, "name": "dog"}]},
-        "image twice": {"images": [PICTURE, PICTURE | {"file_name": "other.png"}]},
         "image of another size": {"images": [PICTURE | {"height": 23}]},
         "image by a number": {"images": [PICTURE | {"file_name": 3}]},
         "image out of the folder": {"images": [PICTURE | {"file_name": "../annotations/instances_val2017.json"}]},
         "absent image": {"images": [PICTURE | {"file_name": "absent.png"}]},
-        "unlisted category": annotation(category_id=4),
+        "no segmentation": annotation(segmentation=None),
+        "segmentation without text": annotation(segmentation=""),
         "polygon of two points": annotation(segmentation=[[1, 1, 2, 2]]),
         "polygon far outside": annotation(segmentation=[[0, 0, 10**9, 0, 0, 10**9]]),
         "polygon with NaN": annotation(segmentation=[[0, 0, float("nan"), 0, 0, 9]]),
@@ -147,10 +148,19 @@ CASES.add(
     },
     coco,
 )
+for shows, content in {
+    "the category id 3 more than once": {"categories": [CATEGORY, {"id": 3, "name": "cat"}]},
+    "the category name 'dog' more than once": {"categories": [CATEGORY, {"id": 4, "name": "dog"}]},
+    "the image id 5 more than once": {"images": [PICTURE, PICTURE | {"file_name": "other.png"}]},
+    "annotation 7 has the unlisted category 4": annotation(category_id=4),
+    "annotation 7 has the unlisted category 3 or image 6": annotation(image_id=6),
+}.items():
+    CASES.add("JSON of COCO", {shows: content}, coco, shows=shows)
 CASES.add(
     "JSON of COCO",
     {
         "as it should be": {},
+        "no polygons": annotation(segmentation=[]),
         "no annotations": {"annotations": []},
         "duplicate keys": f'{{"images": 3, "categories": {json.dumps([CATEGORY])}, "annotations": [], '
         f'"images": {json.dumps([PICTURE])}}}',

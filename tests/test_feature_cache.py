@@ -6,10 +6,12 @@ import numpy as np
 import pytest
 import torch
 from conftest import tiny_model, write_pairs
+from tqdm import tqdm
 from training_runs import accelerator
 
 from iclip_hf import ICLIPConfig, ICLIPProcessor
 from iclip_hf.data.pairs import load_pairs
+from iclip_hf.training import feature_cache
 from iclip_hf.training.feature_cache import CachedPairs, FeatureCache, FeatureShards
 from iclip_hf.training.pair_model import PairModel
 
@@ -64,9 +66,12 @@ def test_filling_a_cache_goes_on_where_it_stopped(hub, tmp_path, tiny_processor,
             raise KeyboardInterrupt
         return encode_image(pixel_values)
 
+    bars = []
+    monkeypatch.setattr(feature_cache, "tqdm", lambda **options: bars.append(tqdm(**options)) or bars[-1])
     monkeypatch.setattr(model, "encode_image", stops_after_six)
     with pytest.raises(KeyboardInterrupt):
         FeatureCache(tmp_path / "stopped", model, tiny_processor, accelerator()).images(pairs)
+    assert [bar.disable for bar in bars] == [True]  # closed, so that what is printed next begins a line
     resumed = FeatureCache(tmp_path / "stopped", model, tiny_processor, accelerator()).images(pairs)
     assert sum(calls) == 600 + (6 + 1) * 64 - 256  # the first shard was kept
     rows = np.random.default_rng(0).integers(0, 600, 50)

@@ -135,6 +135,10 @@ def test_bad_settings_are_one_sentence(tmp_path, capsys, monkeypatch):
     (tmp_path / "alone.yaml").write_text(f"vision: embedded\ntext: embedded\ndata: [{table}]")
     (tmp_path / "runs" / "pairs" / "checkpoint-0000003").mkdir(parents=True)
     (tmp_path / "runs" / "pairs" / "checkpoint-0000003" / "state.json").touch()
+    for folder, config in (("clip", '{"model_type": "clip"}'), ("broken", "{"), ("empty", None)):
+        (tmp_path / folder).mkdir()
+        if config:
+            (tmp_path / folder / "config.json").write_text(config)
     monkeypatch.setitem(sys.modules, "peft", None)
     recipe = "The configuration iclip-dinov2-s14-minilm names it as"
     for arguments, sentence in {
@@ -143,6 +147,10 @@ def test_bad_settings_are_one_sentence(tmp_path, capsys, monkeypatch):
         "pairs.csv --caption_column label": "column of the caption to be 'label', but got 'caption', 'image'",
         "pairs.csv --model ./absent": "./absent: expected a folder or a Hub id of a model",
         "pairs.csv --model runs/absent": "runs/absent: expected a folder or a Hub id of a model",
+        "pairs.csv --model clip": "clip: expected an ICLIP model, but got one of type clip; name another, or join its towers by",
+        "pairs.csv --model broken": "broken: expected a whole folder or a Hub id, but loading failed (Expecting property name",
+        "pairs.csv --model empty": "empty: expected a whole folder or a Hub id, but loading failed ([Errno 2]",
+        "pairs.csv --model pairs.csv": "pairs.csv: expected a whole folder or a Hub id, but loading failed ([Errno 20]",
         "--config iclip-dinov2-s14-minilm --validation_data pairs.csv": f"{recipe} data: name your own pairs by --data",
         "--config iclip-dinov2-s14-minilm --data pairs.csv": f"{recipe} validation_data: name your own pairs by",
         "pairs.csv --report_to no_tracker": "no_tracker is not installed: install it with `pip install no_tracker`",

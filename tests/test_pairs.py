@@ -240,19 +240,24 @@ def write_images(folder, names):
         (folder / name).write_bytes(jpeg(number))
 
 
-def test_images_outside_of_class_folders_are_counted_and_named(tmp_path, caplog):
+def test_images_outside_of_class_folders_are_counted_and_named(tmp_path, caplog, monkeypatch):
     added = [
         ".ipynb_checkpoints/1-checkpoint.jpg",
         "__MACOSX/dog/1.jpg",
         "__MACOSX/1.jpg",
         "dog/.ipynb_checkpoints/1.jpg",
     ]
-    write_images(tmp_path, ["dog/1.jpg", "dog/puppies/2.jpg", "dog/puppies/old/3.jpg", "root.png", *added])
+    write_images(
+        tmp_path,
+        ["dog/1.jpg", "dog/puppies/2.jpg", "dog/puppies/old/3.jpg", "dog/named.jpg/4.jpg", "root.png", *added],
+    )
+    (tmp_path / "dog" / "round").symlink_to(tmp_path, target_is_directory=True)
     (tmp_path / "cat").symlink_to(tmp_path / "dog", target_is_directory=True)  # as subsets of ImageNet are made
-    assert keys(load_pairs(tmp_path)) == ["cat/1.jpg", "dog/1.jpg"]
-    assert "not 3 images elsewhere, such as" in caplog.text and "dog/puppies/2.jpg" in caplog.text
+    monkeypatch.chdir(tmp_path)
+    assert keys(load_pairs(tmp_path)) == keys(load_pairs(".")) == ["cat/1.jpg", "dog/1.jpg"]
+    assert caplog.text.count("not 7 images elsewhere, such as") == 2 and "cat/named.jpg/4.jpg" in caplog.text
     (tmp_path / "dog" / "1.jpg").unlink()
-    with pytest.raises(FileNotFoundError, match=r"a folder of images for each class, but got 3 images elsewhere"):
+    with pytest.raises(FileNotFoundError, match=r"a folder of images for each class, but got 7 images elsewhere"):
         load_pairs(tmp_path)
 
 

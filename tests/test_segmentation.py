@@ -264,6 +264,9 @@ def test_samples_are_fresh_lazy_and_picklable(name, request):
         assert one.image.size == one.size[::-1]
         for label in one.labels:
             np.testing.assert_array_equal(one.mask(label), other.mask(label))
+    for no_class in (0, dataset.void, -1, len(dataset.labels) + 1):
+        with pytest.raises(ValueError, match=f"from 1 to {len(dataset.labels)}, but got {no_class};"):
+            sample.mask(no_class)
     part = dataset[1:]
     assert [one.name for one in part] == [one.name for one in dataset][1:] and part.labels == dataset.labels
     assert part.fingerprint() != dataset.fingerprint()

@@ -91,9 +91,14 @@ class SegmentationSample:
     def mask(self, label: int) -> np.ndarray:
         """
         Returns the mask of one class, an id in 1..K, which the image need not contain: `(H, W)` of the type of `label_map`, `label` on
-        the pixels of the class, `void` on ignored pixels, 0 on all others. Raises `ValueError` if the file is not as described.
+        the pixels of the class, `void` on ignored pixels, 0 on all others. Raises `ValueError` if `label` is no class id, or the file is
+        not as described.
         """
-        raise NotImplementedError
+        if not 1 <= label <= self.num_classes:
+            raise ValueError(
+                f"Expected a class id from 1 to {self.num_classes}, but got {label}; choose one of the data set's `labels`."
+            )
+        return self._mask(label)
 
 
 @dataclass(frozen=True)
@@ -112,7 +117,7 @@ class _IndexSample(SegmentationSample):
         present = np.flatnonzero(np.bincount(self.label_map.ravel()))
         return tuple(id_ for id_ in present.tolist() if id_ not in (0, _VOID))
 
-    def mask(self, label: int) -> np.ndarray:
+    def _mask(self, label: int) -> np.ndarray:
         return self.label_map * ((self.label_map == label) | (self.label_map == _VOID))
 
     @cached_property
@@ -157,7 +162,7 @@ class _COCOSample(SegmentationSample):
         # The smaller of two overlapping instances lies in front.
         return self._painted(sorted(instances, key=lambda instance: -instance[1].sum()))
 
-    def mask(self, label: int) -> np.ndarray:
+    def _mask(self, label: int) -> np.ndarray:
         return self._painted([(label, self._union([a for a in self.annotations if a["label"] == label]))])
 
     def _painted(self, masks: Sequence[tuple[int, np.ndarray]]) -> np.ndarray:
@@ -190,7 +195,7 @@ class _COCOSample(SegmentationSample):
             if tuple(segmentation["size"]) != self.size or counts.min() < 0 or counts.sum() != height * width:
                 raise ValueError(f"run lengths of {counts.sum()} pixels for a size of {segmentation['size']}")
             return np.repeat(np.arange(len(counts)) % 2 == 1, counts).reshape(width, height).T
-        if not segmentation:
+        if segmentation == []:
             return np.zeros(self.size, bool)
         far = 2 * max(self.size)  # the memory of pycocotools grows with the distance
         if not all(len(p) >= 6 and len(p) % 2 == 0 and -far <= np.min(p) and np.max(p) <= far for p in segmentation):
@@ -448,11 +453,17 @@ def _instances(root: Path, split: str) -> _Content:
         sizes = [(image["height"], image["width"]) for image in images]
         labels = {category["id"]: label for label, category in enumerate(categories, start=1)}
         annotations = {image["id"]: [] for image in images}
-        if len({*labels.values(), *class_names}) < 2 * len(class_names) or len(annotations) < len(images):
-            raise ValueError("categories or images with the same id or name")
+        keys = [("image id", image["id"]) for image in images]
+        keys += [(f"category {key}", item[key]) for item in categories for key in ("id", "name")]
+        if twice := next((key for key, times in Counter(keys).items() if times > 1), None):
+            raise ValueError("the {} {!r:.100} more than once".format(*twice))
         if not all(isinstance(name, str) for name in class_names + names):
             raise ValueError("categories or images without a name")
         for item in content["annotations"]:
+            if item["category_id"] not in labels or item["image_id"] not in annotations:
+                raise ValueError(
+                    f"annotation {item['id']} has the unlisted category {item['category_id']} or image {item['image_id']}"
+                )
             kept = {"id": item["id"], "label": labels[item["category_id"]], "iscrowd": bool(item["iscrowd"])}
             annotations[item["image_id"]].append(kept | {"segmentation": item["segmentation"]})
     except (KeyError, TypeError, ValueError, RecursionError) as error:
@@ -514,11 +525,15 @@ _LAYOUTS = {
 def _read_class_names(path: Path) -> list[str]:
     """Reads the names of the classes of a folder of masks."""
     class_names = [line.strip() for line in _read_text(path).rstrip().splitlines()]
-    valid = 1 <= len(set(class_names)) == len(class_names) < _VOID and all(class_names)
-    if not valid or class_names[0] == "background":
+    wrong = (
+        f"{name!r:.100} in line {line}"
+        for line, name in enumerate(class_names, 1)
+        if name in ("", *class_names[: line - 1]) or (line, name) == (1, "background")
+    )
+    if problem := next(wrong, None) if 1 <= len(class_names) < _VOID else f"{len(class_names)} of them":
         raise ValueError(
             f"{path}: expected 1 to {_VOID - 1} different class names without the background, one in each line (line 1 names class "
-            f"id 1), but got {len(class_names)}: {reprlib.repr(class_names)}; correct the list."
+            f"id 1), but got {problem}; correct the list."
         )
     return class_names
 

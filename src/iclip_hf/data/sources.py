@@ -373,11 +373,16 @@ class ClassFolders(Source):
 
     def __init__(self, path: Path):
         super().__init__(path)
-        images = {
-            file for pattern in ("*/*", "**/*") for file in path.glob(pattern) if _is_image(file.relative_to(path))
-        }
-        self._images = sorted(file for file in images if file.parent.parent == path)
-        elsewhere = images.difference(self._images)
+        self._images, elsewhere = [], []
+        for root, folders, files in os.walk(path, followlinks=True):
+            here = Path(root)
+            # Folders of classes may be links, as in subsets of ImageNet. Links within them may lead in circles.
+            folders[:] = (
+                name for name in folders if not is_hidden(name) and (here == path or not (here / name).is_symlink())
+            )
+            images = [here / name for name in files if name.lower().endswith(IMAGE_SUFFIXES) and not is_hidden(name)]
+            (self._images if here != path and here.parent == path else elsewhere).extend(images)
+        self._images.sort()
         self.length = len(self._images)
         left_out = f"{len(elsewhere)} images elsewhere, such as {min(elsewhere)}" if elsewhere else "none"
         if not self._images:
@@ -614,10 +619,6 @@ def _local_files(source: str) -> list[Path]:
             "missing); check the path."
         )
     return [Path(file) for file in files]
-
-
-def _is_image(path: Path) -> bool:
-    return path.suffix.lower() in IMAGE_SUFFIXES and not any(map(is_hidden, path.parts))
 
 
 def is_hidden(name: str) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from importlib.util import find_spec
 from pathlib import Path
@@ -10,7 +11,7 @@ import numpy as np
 
 from ..data.sources import BAD_PAIR, Columns, Pairs, Source, TarShard, is_hub_id, open_sources
 from ..utils.extras import not_installed
-from ..utils.files import check_own_folder
+from ..utils.files import check_own_folder, loading_errors
 from ..utils.names import check_model_name
 from .settings import Settings, read_file
 
@@ -34,8 +35,7 @@ def check_run(settings: Settings) -> None:
         )
     check_output_dir(folder, settings.resume)
     if settings.model:
-        if settings.model != "embedded":
-            check_model_name(settings.model)
+        check_model(settings.model)
     elif not Path(settings.config).with_name("config.json").is_file():
         raise FileNotFoundError(
             f"{settings.config}: expected the model's config.json and processor_config.json beside it, but got none; copy its "
@@ -107,6 +107,18 @@ def check_packages(settings: Settings) -> None:
     if tracker not in ("none", "tensorboard") and find_spec(tracker) is None:
         raise ImportError(
             f"{tracker} is not installed: install it with `pip install {tracker}`, or set report_to.", name=tracker
+        )
+
+
+def check_model(model: str) -> None:
+    """Raises an error if a local folder holds no ICLIP model. A Hub id is checked when it is loaded."""
+    if model == "embedded" or not os.path.exists(check_model_name(model)):
+        return
+    with loading_errors(model):
+        kind = json.loads(Path(model, "config.json").read_text(encoding="utf-8"))["model_type"]
+    if kind != "iclip":
+        raise ValueError(
+            f"{model}: expected an ICLIP model, but got one of type {kind}; name another, or join its towers by `iclip init` first."
         )
 
 

@@ -233,7 +233,7 @@ class _PairReader(Dataset):
         return self.processor(images=pair["image"])["pixel_values"][0], pair["captions"]
 
 
-@dataclass
+@dataclass(eq=False, repr=False)
 class FeatureCache:
     """The features of locked towers in a folder, computed unless they are there already. Parts of it belong to other models or data."""
 
@@ -344,15 +344,15 @@ class FeatureCache:
             loader = DataLoader(dataset, batch_sampler=batches, **options)
             features, captions = [], []
             title = f"Features of {self.folder.name} {shards.folder.parent.name}"
-            bar = tqdm(total=sum(map(len, batches)), desc=title, disable=not accelerator.is_main_process)
-            for items in loader:
-                with torch.inference_mode(), accelerator.autocast():
-                    encoded, texts = encode(items)
-                features.append(encoded.half().cpu().numpy())
-                captions += texts or []
-                bar.update(len(items))
-                if sum(map(len, features)) == len(shards.rows_of(todo[0])):
-                    shards.write(todo.pop(0), np.concatenate(features), captions or None)
-                    features, captions = [], []
-            bar.close()
+            rows = sum(map(len, batches))
+            with tqdm(total=rows, desc=title, disable=not accelerator.is_main_process) as bar:
+                for items in loader:
+                    with torch.inference_mode(), accelerator.autocast():
+                        encoded, texts = encode(items)
+                    features.append(encoded.half().cpu().numpy())
+                    captions += texts or []
+                    bar.update(len(items))
+                    if sum(map(len, features)) == len(shards.rows_of(todo[0])):
+                        shards.write(todo.pop(0), np.concatenate(features), captions or None)
+                        features, captions = [], []
             accelerator.wait_for_everyone()

@@ -127,7 +127,7 @@ def train(settings: Settings) -> dict[str, float]:
             return TrainingRun(settings, model, processor, started_from, accelerator, interrupts).run()
 
 
-@dataclass
+@dataclass(eq=False, repr=False)
 class TrainingRun:
     """A run from its data to its report. Parameters: see [`train`]."""
 

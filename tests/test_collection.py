@@ -171,6 +171,7 @@ def test_hidden_images_are_no_part_of_a_folder(tmp_path):
     for name in ("a.png", ".b.png", "c/d.png", "c/.ipynb_checkpoints/d.png", "__MACOSX/a.png"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         Image.new("RGB", (8, 8)).save(tmp_path / name)
+    (tmp_path / "folder.png").mkdir()
     images = open_images([tmp_path])
     assert [images.image(index)[0] for index in range(len(images))] == ["a.png", "c/d.png"]
 

@@ -374,14 +374,9 @@ class ClassFolders(Source):
     def __init__(self, path: Path):
         super().__init__(path)
         self._images, elsewhere = [], []
-        for root, folders, files in os.walk(path, followlinks=True):
-            here = Path(root)
-            # Folders of classes may be links, as in subsets of ImageNet. Links within them may lead in circles.
-            folders[:] = (
-                name for name in folders if not is_hidden(name) and (here == path or not (here / name).is_symlink())
-            )
-            images = [here / name for name in files if name.lower().endswith(IMAGE_SUFFIXES) and not is_hidden(name)]
-            (self._images if here != path and here.parent == path else elsewhere).extend(images)
+        for image in image_files(path):
+            of_class = image.parent != path and image.parent.parent == path
+            (self._images if of_class else elsewhere).append(image)
         self._images.sort()
         self.length = len(self._images)
         left_out = f"{len(elsewhere)} images elsewhere, such as {min(elsewhere)}" if elsewhere else "none"
@@ -619,6 +614,17 @@ def _local_files(source: str) -> list[Path]:
             "missing); check the path."
         )
     return [Path(file) for file in files]
+
+
+def image_files(folder: Path) -> Iterator[Path]:
+    """Yields the images of a folder and its subfolders, without hidden ones."""
+    for root, folders, files in os.walk(folder, followlinks=True):
+        here = Path(root)
+        # Subfolders may be links, as in subsets of ImageNet. Links within them may lead in circles.
+        folders[:] = (
+            name for name in folders if not is_hidden(name) and (here == folder or not (here / name).is_symlink())
+        )
+        yield from (here / name for name in files if name.lower().endswith(IMAGE_SUFFIXES) and not is_hidden(name))
 
 
 def is_hidden(name: str) -> bool:

@@ -15,8 +15,8 @@ from PIL import Image
 from tqdm import tqdm
 
 from ..data.pairs import PairDataset, load_pairs
-from ..data.sources import is_hidden
-from ..images import IMAGE_SUFFIXES, load_image
+from ..data.sources import image_files
+from ..images import load_image
 from ..models.identity import changed
 from ..utils.digests import content_digest
 from ..utils.distributed import partner_errors, shared_folder_lock, this_process
@@ -66,8 +66,7 @@ class ImageFolder:
 
     def __init__(self, folder: Path):
         self.folder = folder
-        images = (path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
-        self._paths = sorted(path for path in images if not any(map(is_hidden, path.relative_to(folder).parts)))
+        self._paths = sorted(image_files(folder))
         if not self._paths:
             raise FileNotFoundError(
                 f"{folder}: expected images or .tar shards in this folder, but got none; name another folder."

@@ -9,10 +9,11 @@ from conftest import TEXT, VISION, tiny_inputs, tiny_model
 from training_runs import gradients
 
 from iclip_hf import ICLIPModel
+from iclip_hf.hub.configs import SHIPPED
 from iclip_hf.losses import multi_positive_loss
 from iclip_hf.training import pair_model as module
 from iclip_hf.training.low_rank import add_low_rank, merge_low_rank
-from iclip_hf.training.nouns import NounPrompts
+from iclip_hf.training.nouns import TEMPLATES, NounPrompts
 from iclip_hf.training.pair_model import PairModel, representative_tokens, set_token_mean
 
 
@@ -51,6 +52,17 @@ def test_representative_tokens_by_hand():
     assert weights[0, 1].item() == pytest.approx(mean[2], abs=1e-5)
     everything = representative_tokens(tokens, attention, (3, 4), 12, affinity=0)
     assert torch.equal(everything[0], tokens) and torch.equal(everything[1], attention)
+
+
+def test_an_image_needs_a_salient_token_beside_the_quarters():
+    with pytest.raises(ValueError, match="map_tokens to be at least 5, got 4"):
+        PairModel(tiny_model(max_over="similarity"), map_tokens=4)
+
+
+def test_no_word_of_a_prompt_is_a_noun_of_the_embedded_model():
+    """It would be a noun of every image whose caption has the form of a prompt, and have to get patches there."""
+    nouns = NounPrompts.from_file(SHIPPED / "iclip-dinov2-s14-minilm" / "nouns.txt")
+    assert not set().union(*(nouns.find(template) for template in TEMPLATES))
 
 
 def test_a_large_object_has_many_of_the_representative_tokens():

@@ -554,9 +554,8 @@ class Pairs:
             for number, (source, part) in enumerate(self._by_source())
             for start, file in zip(part[:, 0].tolist(), source.image_files(part))
         ]
-        distinct = list(
-            dict.fromkeys(groups)
-        )  # in the order of the pairs, so that the place of the files does not count
+        # In the order of the pairs, so that the place of the files does not count.
+        distinct = list(dict.fromkeys(groups))
         count = math.ceil(share * len(distinct))
         if not 0 < count < len(distinct):
             raise ValueError(

@@ -200,7 +200,7 @@ def _load(images: ImageFolder | PairDataset, index: int) -> tuple[str, Image.Ima
 
 
 def _row(found: ExplainedImage) -> dict | str:
-    """Returns the row of an image, or why it could not be read."""
+    """Returns the row of an image, or the name of one that could not be read."""
     if found.image is None:
         return _printable(found.name)
     encoder, explanation = ImageFeature(), found.explanation

@@ -159,10 +159,9 @@ class TrainingRun:
         pairs, self.held_out = open_pairs(settings, accelerator)
         nouns = NounPrompts.from_file(settings.nouns, settings.noun_prompts, settings.seed) if settings.nouns else None
         with accelerator.main_process_first():  # the first process caches the digests of the files for the others
+            streamed = isinstance(pairs, PairStream)  # which has a name only
             content = self.started_from | {
-                "data": settings.data
-                if isinstance(pairs, PairStream)
-                else pairs.fingerprint(),  # a stream has a name only
+                "data": settings.data if streamed else pairs.fingerprint(),
                 "validation_data": self.held_out and self.held_out.fingerprint(),
                 "nouns": nouns and digest([nouns.nouns, nouns.is_background.tolist()]),
                 "eval_root": self.segmentation and self.segmentation.fingerprint(),

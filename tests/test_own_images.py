@@ -168,7 +168,7 @@ def test_bad_settings_are_one_sentence(tmp_path, capsys, monkeypatch):
 
 def test_the_pairs_are_looked_at_once_before_a_run(tmp_path, capsys, caplog):
     table = write_table(tmp_path, 40)
-    table.write_text(table.read_text() + '0.png,a "stray quote\n')
+    table.write_text(table.read_text() + '0.png,"a missing quote\n')
     with patch("iclip_hf.training.run.train") as train:
         assert cli.main(["train", str(table)]) == 0
         train.assert_called_once()

@@ -21,7 +21,7 @@ from transformers.pipelines import PIPELINE_REGISTRY, pipeline
 from transformers.pipelines.pt_utils import KeyDataset
 
 from iclip_hf import ImageTextSimilarityMapPipeline, ZeroShotImageSegmentationPipeline, pipeline_iclip
-from iclip_hf.models import pipeline_default
+from iclip_hf.models import embedded
 from iclip_hf.pipeline_iclip import __file__ as pipeline_file
 from iclip_hf.presence import BACKGROUND
 from iclip_hf.regions import find_regions, run_lengths
@@ -241,7 +241,7 @@ assert type(pipe) is iclip_hf.ImageTextSimilarityMapPipeline and type(pipe.proce
 
 
 def test_without_a_model_a_pipeline_takes_the_embedded_one(world, tmp_path, monkeypatch):
-    monkeypatch.setattr(pipeline_default, "embedded_model", lambda: world.folder / "model")
+    monkeypatch.setattr(embedded, "embedded_model", lambda: world.folder / "model")
     for task, implementation in pipeline_iclip.PIPELINES.items():
         pipe = pipeline(task)
         assert type(pipe) is implementation and pipe.model.name_or_path == str(world.folder / "model")

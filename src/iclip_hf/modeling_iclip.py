@@ -755,6 +755,8 @@ class ICLIPModel(PreTrainedModel):
                     self.branch_logits(map_scale, images[0], text.map_text_embeds, *images[1:])
                 )
                 loss = (loss + map_loss.to(loss.device)) / 2
+            if image.attention_direction is not None:  # learned from noun prompts only, but DDP waits for its gradient
+                loss = loss + 0 * image.attention_direction.sum().to(loss)
 
         return ICLIPOutput(
             loss=loss,

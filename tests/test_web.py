@@ -8,6 +8,7 @@ import json
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import urllib.request
@@ -25,8 +26,7 @@ from huggingface_hub import ModelCard, RepoCard
 from PIL import Image, ImageOps
 
 from iclip_hf import explain
-from iclip_hf.demo import content, web
-from iclip_hf.demo.web_server import _Handler
+from iclip_hf.demo import content, web, web_server
 from iclip_hf.figures.colors import color_table
 from iclip_hf.label_maps import segments
 from iclip_hf.models.loading import load_iclip
@@ -43,7 +43,7 @@ NEEDS_NPM = pytest.mark.skipif(shutil.which("npm") is None, reason=NO_NPM)
 
 
 @contextmanager
-def page_served(folder, handler=_Handler, port=0):
+def page_served(folder, handler=web_server._Handler, port=0):
     """Serves a folder as `iclip demo --web` does, or by another handler."""
     with served(partial(handler, directory=folder), port) as server:
         yield f"http://127.0.0.1:{server.server_port}/"
@@ -401,6 +401,19 @@ def test_without_webassembly_a_sentence_says_so(browser, url):
     context.close()
 
 
+def test_without_https_the_page_starts_without_an_error(browser, url):
+    """There, browsers have no caches."""
+    context = browser.new_context()
+    page, errors = context.new_page(), []
+    page.on("pageerror", errors.append)
+    page.add_init_script("delete globalThis.caches")
+    page.goto(url)
+    page.locator("#go:enabled").wait_for()
+    page.wait_for_timeout(500)
+    assert page.evaluate("!globalThis.caches") and errors == []
+    context.close()
+
+
 def test_texts_of_a_link_are_texts(browser, url, photos):
     attack = "<img src=x onerror=alert(1)>, $& {} </script>"
     with opened(browser, f"{url}#texts=" + urllib.request.quote(attack + "\nsky"), READY) as page:
@@ -743,6 +756,21 @@ def test_the_command_serves_files_of_the_folder_only(tmp_path):
             assert refused.value.code == 404
         process.send_signal(signal.SIGINT)
         assert process.wait(60) == 130 and process.stderr.read() == "iclip demo: interrupted\n"
+
+
+def test_an_unknown_host_is_looked_up_once(tmp_path, monkeypatch):
+    for name in ("index.html", "settings.json"):
+        (tmp_path / name).write_text("x")
+    asked = []
+
+    def refuse(address, handler):
+        asked.append(address)
+        raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+
+    monkeypatch.setattr(web_server, "ThreadingHTTPServer", refuse)
+    with pytest.raises(OSError, match="nosuch:7860: expected an address .* Name or service not known"):
+        web_server.web_server(tmp_path, "nosuch")
+    assert asked == [("nosuch", 7860)]
 
 
 @pytest.mark.slow

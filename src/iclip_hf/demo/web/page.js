@@ -190,4 +190,4 @@ for (const [index, example] of settings.examples.entries()) {
 find("photographs").hidden = !settings.examples.length;
 find("go").disabled = false;
 // A visitor who has the model already need not ask for it.
-if (photo && await caches?.has(settings.cache).catch(() => false)) explain();
+if (photo && await globalThis.caches?.has(settings.cache).catch(() => false)) explain();

@@ -70,7 +70,7 @@ def explain_files(
     batch_size: int = 4,
 ) -> int:
     """
-    Writes a picture of each image file, prints a report, and returns the exit code.
+    Writes a picture of each image file, prints its report as soon as it is there, and returns the exit code.
 
     Args:
         name: stem of the default output.
@@ -85,18 +85,21 @@ def explain_files(
     if not images:
         return 2
     localizer = make_localizer(options, texts)
-    entries = [entry for entry in _written(options.command, localizer, images, write, batch_size) if entry is not None]
-    width = max(len(printable(text)) for text in options.texts)
-    for entry in entries:
-        if options.json:
-            echo(json.dumps(entry, ensure_ascii=False))
-            continue
-        files = [printable(entry[kind]) for kind in ("picture", "labels") if kind in entry]
-        echo(f"{printable(entry['image'])} -> {', '.join(files)}")
-        for row in entry.get("segments") or entry["texts"]:
-            presence = presence_column(row["presence"], options.min_presence)
-            echo(f"  {printable(row['text']):<{width}}  {row['score']:+.4f}  {presence}  {describe(row)}")
-    return 0 if len(entries) == len(options.images) else 2
+    from tqdm import tqdm
+
+    whole, width = 0, max(len(printable(text)) for text in options.texts)
+    for entry in _written(options.command, localizer, images, write, batch_size):
+        whole += 1
+        lines = [json.dumps(entry, ensure_ascii=False)]
+        if not options.json:
+            files = [printable(entry[kind]) for kind in ("picture", "labels") if kind in entry]
+            lines = [f"{printable(entry['image'])} -> {', '.join(files)}"]
+            for row in entry.get("segments") or entry["texts"]:
+                presence = presence_column(row["presence"], options.min_presence)
+                lines.append(f"  {printable(row['text']):<{width}}  {row['score']:+.4f}  {presence}  {describe(row)}")
+        with tqdm.external_write_mode():  # above the progress bar
+            echo("\n".join(lines))
+    return 0 if whole == len(options.images) else 2
 
 
 def _pictures_to_write(
@@ -167,8 +170,8 @@ def make_localizer(options: argparse.Namespace, texts: Sequence[str]):
     )
 
 
-def _written(command: str, localizer, images, write: Callable, batch_size: int) -> Iterator[dict | None]:
-    """Yields the entry of each image, None if it is broken. A thread loads images and writes pictures while the model runs."""
+def _written(command: str, localizer, images, write: Callable, batch_size: int) -> Iterator[dict]:
+    """Yields the entry of each image that is not broken. A thread loads images and writes pictures while the model runs."""
     from tqdm import tqdm
 
     from ..images import load_image
@@ -188,7 +191,8 @@ def _written(command: str, localizer, images, write: Callable, batch_size: int) 
     with ThreadPoolExecutor(1) as beside:
         explained = localizer.explain_all(lambda path: (path, load_image(path)), names, beside, batch_size)
         entries = prefetch_map(beside, written, zip(explained, pictures), 4)
-        yield from tqdm(entries, total=len(images), unit="image", delay=2, disable=len(images) == 1)
+        bar = tqdm(entries, total=len(images), unit="image", delay=2, disable=len(images) == 1)
+        yield from filter(None, bar)
 
 
 def presence_column(value: float, min_presence: float) -> str:

@@ -67,10 +67,14 @@ def check_outputs(
                 "name another output."
             )
         taken[identity] = path
-        place = next(parent for parent in path.absolute().parents if parent.exists())
+        place = next(parent for parent in Path(os.path.realpath(path)).parents if parent.exists())
         if not place.is_dir():
             raise NotADirectoryError(
                 f"{path}: expected a file in a folder, but {place} is not a folder; name another output."
+            )
+        if not os.access(place, os.W_OK):
+            raise PermissionError(
+                f"{path}: expected a folder that can be written, but {place} cannot; name another output."
             )
         if path.exists() and not path.is_file():
             raise FileExistsError(

@@ -277,6 +277,48 @@ def test_bad_input_is_a_sentence_and_the_page_stays_usable(page, photos):
     assert page.locator("#preview").is_visible()
 
 
+def test_an_image_is_drawn_under_its_own_maps_though_the_texts_change_meanwhile(browser, url, photos):
+    late = """globalThis.Worker = class extends Worker {
+        set onmessage(handler) { super.onmessage = (event) => setTimeout(handler, 1000, event); }
+    }"""
+    context = browser.new_context()
+    page = context.new_page()
+    page.add_init_script(late)
+    page.set_default_timeout(120_000)
+    page.goto(url)
+    page.locator(READY).wait_for()
+    ask(page, photos / "noise.png", "dog")
+    page.set_input_files("#file", photos / "large.jpg")
+    page.wait_for_timeout(300)  # the worker has seen the image
+    ask(page, texts="cat")
+    assert page.locator("figcaption").all_inner_texts() == ["cat"]
+    assert canvas(page, 0).shape == (320, 640, 4)
+    context.close()
+
+
+def test_an_example_that_cannot_be_fetched_or_comes_late_replaces_no_image(browser, url, photos):
+    context = browser.new_context(service_workers="block")
+    page, held = context.new_page(), []
+    page.route("**/astronaut.jpg", lambda route: held.append(route))  # the first, which the page chooses itself
+    page.set_default_timeout(120_000)
+    page.goto(url)
+    page.locator("#examples button").first.wait_for(state="attached")
+    page.set_input_files("#file", photos / "noise.png")
+    chosen = page.get_attribute("#preview", "src")
+    for route in held:
+        route.continue_()
+    page.locator(READY).wait_for()
+    assert page.get_attribute("#preview", "src") == chosen and page.input_value("#texts") == ""
+
+    page.unroute("**/astronaut.jpg")
+    page.route("**/coffee.jpg", lambda route: route.abort())
+    page.fill("#texts", "dog")
+    page.locator("#examples button").nth(1).click()
+    page.locator("#error", has_text="The example coffee.jpg could not be fetched").wait_for()
+    assert page.get_attribute("#preview", "src") == chosen and page.input_value("#texts") == "dog"
+    context.close()
+
+
 def test_a_download_that_breaks_off_can_be_tried_again(page, photos):
     page.route("**/text_model*", lambda route: route.abort())
     ask(page, photos / "noise.png", "dog")
@@ -405,8 +447,9 @@ def test_without_https_the_page_starts_without_an_error(browser, url):
     """There, browsers have no caches."""
     context = browser.new_context()
     page, errors = context.new_page(), []
-    page.on("pageerror", errors.append)
+    page.on("pageerror", lambda error: errors.append(error))
     page.add_init_script("delete globalThis.caches")
+    page.set_default_timeout(120_000)
     page.goto(url)
     page.locator("#go:enabled").wait_for()
     page.wait_for_timeout(500)

@@ -31,6 +31,7 @@ from .common import (
 
 # Bytes of a picture's name without its suffix, of the 255 that file systems allow.
 _LONGEST = 251
+_BAR_DELAY = 2  # seconds after which the progress bar appears
 
 
 def add_image_options(
@@ -85,20 +86,17 @@ def explain_files(
     if not images:
         return 2
     localizer = make_localizer(options, texts)
-    from tqdm import tqdm
-
     whole, width = 0, max(len(printable(text)) for text in options.texts)
     for entry in _written(options.command, localizer, images, write, batch_size):
         whole += 1
-        lines = [json.dumps(entry, ensure_ascii=False)]
-        if not options.json:
-            files = [printable(entry[kind]) for kind in ("picture", "labels") if kind in entry]
-            lines = [f"{printable(entry['image'])} -> {', '.join(files)}"]
-            for row in entry.get("segments") or entry["texts"]:
-                presence = presence_column(row["presence"], options.min_presence)
-                lines.append(f"  {printable(row['text']):<{width}}  {row['score']:+.4f}  {presence}  {describe(row)}")
-        with tqdm.external_write_mode():  # above the progress bar
-            echo("\n".join(lines))
+        if options.json:
+            echo(json.dumps(entry, ensure_ascii=False))
+            continue
+        files = [printable(entry[kind]) for kind in ("picture", "labels") if kind in entry]
+        echo(f"{printable(entry['image'])} -> {', '.join(files)}")
+        for row in entry.get("segments") or entry["texts"]:
+            presence = presence_column(row["presence"], options.min_presence)
+            echo(f"  {printable(row['text']):<{width}}  {row['score']:+.4f}  {presence}  {describe(row)}")
     return 0 if whole == len(options.images) else 2
 
 
@@ -191,8 +189,12 @@ def _written(command: str, localizer, images, write: Callable, batch_size: int) 
     with ThreadPoolExecutor(1) as beside:
         explained = localizer.explain_all(lambda path: (path, load_image(path)), names, beside, batch_size)
         entries = prefetch_map(beside, written, zip(explained, pictures), 4)
-        bar = tqdm(entries, total=len(images), unit="image", delay=2, disable=len(images) == 1)
-        yield from filter(None, bar)
+        bar = tqdm(entries, total=len(images), unit="image", delay=_BAR_DELAY, disable=len(images) == 1)
+        for entry in bar:
+            if bar.format_dict["elapsed"] > _BAR_DELAY:
+                bar.clear()  # the report takes its line
+            if entry is not None:
+                yield entry
 
 
 def presence_column(value: float, min_presence: float) -> str:

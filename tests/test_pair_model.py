@@ -169,7 +169,7 @@ def test_noun_prompts_teach_the_recognition_branch():
 
 
 def test_nouns_of_the_background_compete_for_patches_without_attention():
-    """Against plain sums over patches: priors, the competition of a share of the loss, frequencies, and the attention's direction."""
+    """Against plain sums over patches: priors, the competition of a share of the loss, and the attention's direction."""
     options = {"max_over": "similarity", "map_attention": "signed"}
     model, batch = tiny_model(**options), tiny_inputs(3, 7)
     has_noun = torch.tensor([[1, 1, 0], [0, 1, 0], [0, 1, 1]], dtype=torch.uint8)
@@ -192,7 +192,7 @@ def test_nouns_of_the_background_compete_for_patches_without_attention():
     contrast = (
         multi_positive_loss(scale * pooled, positives) + multi_positive_loss(scale * pooled.T, positives.T)
     ) / 2
-    shares = (20 * cosines).exp() * torch.tensor([1, 3, 1])  # one, all and one of the images have them
+    shares = (20 * cosines).exp()
     shares = (prior * shares / shares.sum(-1, keepdim=True)).sum(1)
     competition = -sum((shares[i].log() * has_noun[i]).sum() / has_noun[i].sum() for i in range(3)) / 3
     for share, found in outputs.items():

@@ -315,9 +315,7 @@ class PairModel(nn.Module):
         loss = (multi_positive_loss(per_image, nouns.own) + multi_positive_loss(per_prompt, nouns.all.mT)) / 2
         if inputs.attention is None or not self.noun_competition:
             return loss
-        # Nouns of many images would otherwise take the patches that no other noun explains.
-        frequency = nouns.all.sum(0).clamp(min=1).log()
-        competition = competition_loss(2 * sharpness * similarities + frequency, prior, nouns.own)
+        competition = competition_loss(2 * sharpness * similarities, prior, nouns.own)
         return torch.lerp(loss, competition, self.noun_competition)
 
     def _branch_inputs(

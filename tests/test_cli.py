@@ -217,7 +217,7 @@ def test_help_says_what_every_option_is():
 
 def test_arguments_and_files_are_checked_before_torch_is_imported(workspace, tmp_path):
     """And a command loads its own options alone."""
-    photo = str(workspace / "0" / "a.jpg")
+    photo, model = str(workspace / "0" / "a.jpg"), str(workspace / "model")
     commands = [
         ["--help"],
         ["explain", photo, "--text", " "],
@@ -225,17 +225,19 @@ def test_arguments_and_files_are_checked_before_torch_is_imported(workspace, tmp
         ["explain", photo, "--text", "dog", "--template", "photo"],
         ["explain", photo, "--text", "dog", "--threshold", "none.json"],
         ["explain", photo, "--text", "dog", "--model", "none/none/none"],
+        ["explain", photo, "--text", "dog", "--model", "bert"],
         ["compare", "none.jpg", "--text", "dog"],
         ["evaluate", "--dataset", "folder", "--data-root", str(tmp_path)],
         ["analyze", "shift", "--dataset", "voc2012", "--data-root", str(tmp_path)],
         ["analyze", "channels", "none.jpg"],
         ["analyze", "relation", "none.json"],
         ["explain", "pairs.csv", "--text", "dog"],
-        ["export", photo, "out", "--results", "none.json"],
-        ["export", photo, "."],
-        ["export", photo, "out", "--format", "onnx"],
+        ["export", "bert", "out"],
+        ["export", model, "out", "--results", "none.json"],
+        ["export", model, "."],
+        ["export", model, "out", "--format", "onnx"],
         ["export-metric", "mmiou", photo],
-        ["push", photo, "a b"],
+        ["push", model, "a b"],
         ["init", "--config", "none", "--output", "out"],
         ["init", "--config", "iclip-vit-b16", "--output", "."],
         ["demo", "--export-space", "out", "--dtype", "bfloat16"],
@@ -244,6 +246,8 @@ def test_arguments_and_files_are_checked_before_torch_is_imported(workspace, tmp
         ["train", "--config", "none"],
     ]
     (tmp_path / "pairs.csv").write_text("image,label\n")
+    (tmp_path / "bert").mkdir()
+    (tmp_path / "bert" / "config.json").write_text('{"model_type": "bert"}')
     code = f"""
 import sys
 from iclip_hf import cli

@@ -263,7 +263,8 @@ def test_protocol_says_what_was_done(labelled_folder, tiny_processor):
         (tiny_model(), tiny_processor), dataset, image_size=40, limit=2, templates=["a {}"], progress=False
     )
     protocol = result.protocol
-    assert protocol["dataset"]["images"] == 2 and protocol["dataset"]["fingerprint"] == dataset.fingerprint()
+    assert protocol["dataset"]["images"] == 2 and protocol["dataset"]["images_in_split"] == len(dataset)
+    assert protocol["dataset"]["fingerprint"] == dataset.fingerprint()
     assert protocol["image_size"] == {"height": 40, "width": 40} and protocol["templates"] == ["a {}"]
     assert protocol["dtype"] == "float32"
 

@@ -97,6 +97,14 @@ def test_other_features_have_a_folder_of_their_own(hub, tmp_path, tiny_processor
     assert len(set(folders)) == len(folders) and fill(tiny_model(pooling="max", map_affinity=2.0)) == folders[0]
 
 
+def test_a_new_version_of_the_code_computes_features_again(hub, tmp_path, tiny_processor, monkeypatch):
+    cache = FeatureCache(tmp_path, tiny_model(), tiny_processor, accelerator())
+    for _ in range(2):
+        cache.pairs(load_pairs(str(hub / "pairs.tar")), lock_text=True)
+        monkeypatch.setattr(feature_cache, "_VERSION", feature_cache._VERSION + 1)
+    assert [len([*(tmp_path / kind).iterdir()]) for kind in ("images", "texts")] == [2, 2]
+
+
 def test_cached_texts_know_tokenizer_and_tower_but_not_their_use(tmp_path, tiny_processor):
     texts, model = ["a dog", "the red car"], tiny_model()
 

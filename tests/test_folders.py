@@ -6,6 +6,7 @@ import contextlib
 import copy
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -259,7 +260,7 @@ def test_export_takes_a_new_folder_only_and_leaves_nothing_half_written(source, 
     assert "nowhere: expected a folder or a Hub id" in capsys.readouterr().err
     tiny_model().vision_model.save_pretrained(tmp_path / "vit")
     assert cli.main(["export", str(tmp_path / "vit"), str(tmp_path / "a")]) == 2
-    assert "expected an ICLIP model, but got one of type vit" in capsys.readouterr().err
+    assert "expected a model of type iclip, but got one of type vit; name another, or join" in capsys.readouterr().err
     monkeypatch.setattr("iclip_hf.hub.folders.write_model_card", lambda *args, **options: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         export_model(tiny_model(), ICLIPProcessor.from_pretrained(source / "model"), tmp_path / "a")
@@ -348,6 +349,14 @@ def test_push_deletes_the_results_of_an_earlier_model(tmp_path, tiny_processor, 
     (body,) = (body for path, _, body in server.requests if path.endswith("/commit/main"))
     lines = map(json.loads, body.splitlines())
     assert [line["value"]["path"] for line in lines if line["key"] == "deletedFile"] == [".eval_results/iclip.yaml"]
+
+
+def test_push_needs_the_owner_whom_the_card_names(source, capsys):
+    assert cli.main(["push", str(source / "model"), "tiny", "--dry-run"]) == 2
+    assert (
+        "Expected REPO_ID to be the name of a repository, such as org/iclip-vit-b16, got 'tiny'"
+        in capsys.readouterr().err
+    )
 
 
 def test_push_without_a_connection_is_one_line_and_exit_code_2(source, capsys, monkeypatch):
@@ -453,6 +462,28 @@ def test_the_card_tells_the_figures_in_the_hubs_form(source):
     assert set(card.data.widget[0]) == {"src", "candidate_labels", "example_title"}
     assert "| PASCAL VOC 2012 val | `reversed_itsm` | 78.06 | 18.00 | -0.3055 | - | 21.50 |" in card.text
     assert "77 images at 224x160 pixels" in card.text
+
+
+def test_the_first_lines_of_the_card_name_the_model(source, exported, tmp_path):
+    model, processor = tiny_model(), ICLIPProcessor.from_pretrained(source / "model")
+    named = write_model_card(model, processor, tmp_path, name="org/tiny").read_text()
+    assert 'model="org/tiny"' in named and "this model's folder" not in named
+    place = re.search(
+        '# "(.*)" is the path of this model\'s folder, .*\npipe = pipeline\\(.*, model="\\1"',
+        (exported / "README.md").read_text(),
+    )[1]
+    assert (exported.parent / place).samefile(exported)
+
+
+def test_a_card_shows_figures_of_some_images_as_such(tmp_path, tiny_processor):
+    metrics = copy.deepcopy(METRICS)
+    metrics["protocol"]["dataset"] |= {"name": "coco2017", "images_in_split": 5000}
+    card = ModelCard.load(write_model_card(tiny_model(), tiny_processor, tmp_path, metrics=metrics))
+    assert "| COCO 2017 val, first 77 of 5000 images | `itsm` |" in card.text
+    # Neither the Hub's page of the model nor that of the data set can say so.
+    assert card.data.eval_results is None and not (tmp_path / ".eval_results").exists()
+    write_model_card(tiny_model(), tiny_processor, tmp_path / "again", source=tmp_path)
+    assert "first 77 of 5000 images" in (tmp_path / "again" / "README.md").read_text()
 
 
 def test_the_widget_has_the_nouns_of_the_training_also_after_an_export(source, tmp_path):

@@ -2,20 +2,26 @@
 
 import base64
 import io
+import itertools
+import time
 from importlib.metadata import EntryPoint, EntryPoints
 
+import huggingface_hub
 import numpy as np
 import pytest
 import torch
 from conftest import tiny_model
 from PIL import Image
+from transformers import BertConfig
 
 from iclip_hf import cli, evaluate, explain, load
 from iclip_hf.data.segmentation import load_segmentation
 from iclip_hf.evaluation.measures.segmentation import Segmentation
 from iclip_hf.explainers import Explainer, make_explainer, register_explainer
 from iclip_hf.explainers import explainer as registry
+from iclip_hf.models import loading
 from iclip_hf.models.explainable import RecordableModel
+from iclip_hf.models.loading import load_iclip
 
 
 PHOTO = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 60, 3), dtype=np.uint8))
@@ -36,6 +42,40 @@ def test_every_source_gives_the_same_model(world):
         torch.testing.assert_close(found.raw_maps.cpu(), expected.raw_maps, atol=1e-4, rtol=0)
     assert by_name.identity["weights"] == loaded.identity["weights"]
     assert load(world.folder / "model", dtype="bfloat16").identity["dtype"] == "bfloat16"
+
+
+@pytest.fixture
+def offline(tmp_path, monkeypatch):
+    """Without the Hub, with an empty cache."""
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def test_models_of_other_types_are_refused_by_their_config(offline, tmp_path):
+    config = BertConfig(num_hidden_layers=1)
+    config.save_pretrained(tmp_path / "bert")
+    snapshot = offline / "models--org--bert" / "snapshots" / ("0" * 40)
+    config.save_pretrained(snapshot)
+    (offline / "models--org--bert" / "refs").mkdir()
+    (offline / "models--org--bert" / "refs" / "main").write_text("0" * 40)
+    for name, loader in itertools.product((tmp_path / "bert", "org/bert"), (load, load_iclip)):
+        types = "iclip, clip, metaclip_2, siglip, siglip2, tipsv2" if loader is load else "iclip"
+        with pytest.raises(
+            ValueError, match=f"{name}: expected a model of type {types}, but got one of type bert; name"
+        ):
+            loader(name)
+
+
+def test_without_the_hub_a_model_is_refused_at_once(offline, monkeypatch):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")  # a port that nothing listens on
+    monkeypatch.setattr(loading, "resolve_revision", huggingface_hub.HfApi().resolve_revision)
+    monkeypatch.setattr(time, "sleep", lambda seconds: pytest.fail("a request was tried again"))
+    with pytest.raises(
+        ConnectionError, match="org/clip: expected a folder or a Hub id, but .*the Hub cannot be reached"
+    ):
+        load("org/clip")
 
 
 def test_an_image_comes_in_any_form(world, tmp_path):

@@ -7,6 +7,7 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -147,7 +148,7 @@ def test_bad_settings_are_one_sentence(tmp_path, capsys, monkeypatch):
         "pairs.csv --caption_column label": "column of the caption to be 'label', but got 'caption', 'image'",
         "pairs.csv --model ./absent": "./absent: expected a folder or a Hub id of a model",
         "pairs.csv --model runs/absent": "runs/absent: expected a folder or a Hub id of a model",
-        "pairs.csv --model clip": "clip: expected an ICLIP model, but got one of type clip; name another, or join its towers by",
+        "pairs.csv --model clip": "clip: expected a model of type iclip, but got one of type clip; name another, or join its towers by",
         "pairs.csv --model broken": "broken: expected a whole folder or a Hub id, but loading failed (Expecting property name",
         "pairs.csv --model empty": "empty: expected a whole folder or a Hub id, but loading failed ([Errno 2]",
         "pairs.csv --model pairs.csv": "pairs.csv: expected a whole folder or a Hub id, but loading failed ([Errno 20]",
@@ -163,6 +164,15 @@ def test_bad_settings_are_one_sentence(tmp_path, capsys, monkeypatch):
     }.items():
         assert sentence in said(["--output_dir", "new", *arguments.split()], capsys)
     assert not (tmp_path / "new").exists()
+
+
+def test_the_pairs_are_looked_at_once_before_a_run(tmp_path, capsys, caplog):
+    table = write_table(tmp_path, 40)
+    table.write_text(table.read_text() + '0.png,"a missing quote\n')
+    with patch("iclip_hf.training.run.train") as train:
+        assert cli.main(["train", str(table)]) == 0
+        train.assert_called_once()
+    assert caplog.text.count("a missing or stray quote makes bad pairs, 1 in all, of line 42") == 1
 
 
 # ----------------------------------------------------------------------------------------------------------------- run

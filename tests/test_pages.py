@@ -47,6 +47,7 @@ ICLIP = [(page, arguments) for page, words in COMMANDS if (arguments := iclip_ar
 def test_iclip_commands_parse(page, arguments, tmp_path, monkeypatch):
     for run in ("pairs", "iclip-vit-b16", "iclip-dinov2-s14-minilm"):  # as the pages' trainings leave them
         (tmp_path / "runs" / run).mkdir(parents=True)
+        (tmp_path / "runs" / run / "config.json").write_text('{"model_type": "iclip"}')
     monkeypatch.chdir(tmp_path)
     spelled = [word for argument in arguments for word in ABBREVIATIONS.get(argument, [argument])]
     assert cli._parser().parse_args(spelled).run

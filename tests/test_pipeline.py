@@ -21,6 +21,7 @@ from transformers.pipelines import PIPELINE_REGISTRY, pipeline
 from transformers.pipelines.pt_utils import KeyDataset
 
 from iclip_hf import ImageTextSimilarityMapPipeline, ZeroShotImageSegmentationPipeline, pipeline_iclip
+from iclip_hf.models import embedded
 from iclip_hf.pipeline_iclip import __file__ as pipeline_file
 from iclip_hf.presence import BACKGROUND
 from iclip_hf.regions import find_regions, run_lengths
@@ -194,6 +195,8 @@ def test_labels_are_encoded_once_for_all_images(pipe, photographs, monkeypatch):
 def test_one_label_thresholds_and_presence(pipe, photographs):
     image = str(photographs[0])
     assert [answer["label"] for answer in pipe(image, "dog")] == ["dog"]
+    assert {answer["label"] for answer in pipe(image, "dog, red ball,")} == {"dog", "red ball"}
+    assert [answer["label"] for answer in pipe(image, ["dog, asleep"])] == ["dog, asleep"]
     by_label = {a["label"]: a for a in pipe(image, LABELS, threshold=[0.2, 0.5, 0.9], min_presence=0)}
     maps = {answer["label"]: answer["map"] for answer in pipe(image, LABELS)}
     for label, threshold in zip(LABELS, (0.2, 0.5, 0.9)):
@@ -235,6 +238,16 @@ pipe = pipeline({TASK!r}, model={str(world.folder / "model")!r})
 assert type(pipe) is iclip_hf.ImageTextSimilarityMapPipeline and type(pipe.processor) is iclip_hf.ICLIPProcessor
 """
     subprocess.run([sys.executable, "-c", script], check=True)
+
+
+def test_without_a_model_a_pipeline_takes_the_embedded_one(world, tmp_path, monkeypatch):
+    monkeypatch.setattr(embedded, "embedded_model", lambda: world.folder / "model")
+    for task, implementation in pipeline_iclip.PIPELINES.items():
+        pipe = pipeline(task)
+        assert type(pipe) is implementation and pipe.model.name_or_path == str(world.folder / "model")
+    pipe.save_pretrained(tmp_path)
+    (saved,) = json.loads((tmp_path / "config.json").read_text())["custom_pipelines"].values()
+    assert "default" not in saved  # which names a folder of this machine
 
 
 def test_code_of_a_model_folder_does_not_take_the_task_over():

@@ -57,6 +57,7 @@ def exported(tmp_path_factory, tiny_processor):
     folder = tmp_path_factory.mktemp("web")
     options = {"max_over": "similarity", "center_tokens": True, "map_attention": "additive", "map_affinity": 10.0}
     model = tiny_model("dinov2", attention_norm="quantile", **options)
+    model.name_or_path = "org/tiny"
     page = web.export_web(model, tiny_processor, folder / "page", vendor=True)
     return page, unpacked(page, model, tiny_processor, folder / "onnx"), tiny_processor
 
@@ -144,7 +145,7 @@ def test_a_folder_is_a_static_space(exported):
     card = ModelCard.load(folder / "README.md").data
     assert card.sdk == "static" and card["custom_headers"]["cross-origin-opener-policy"] == "same-origin"
     assert card.title == "page" and "Rachel Michetti, CC0" in (folder / "README.md").read_text()
-    assert "ICLIP" in (folder / "model_card.md").read_text()
+    assert 'model="org/tiny"' in (folder / "model_card.md").read_text()  # not the page, which pipelines cannot load
     settings = json.loads((folder / "settings.json").read_text())
     files = [*settings["runtime"]["wasm"].values(), *settings["files"].values()]
     assert settings["bytes"] == sum(file["bytes"] for file in files)
@@ -329,6 +330,17 @@ def test_a_download_that_breaks_off_can_be_tried_again(page, photos):
     assert list(scores(page)) == ["dog"]
     asked = [address for address in page.requested if ".gz" in address]
     assert len(asked) == 1 and "text_model" in asked[0]  # what had arrived was kept
+
+
+def test_an_address_elsewhere_that_cannot_be_reached_is_named(browser, exported, photos, tmp_path):
+    folder, elsewhere = shutil.copytree(exported[0], tmp_path / "page"), "http://127.0.0.1:9/npm/tokenizers.min.mjs"
+    settings = json.loads((folder / "settings.json").read_text())
+    settings["files"]["tokenizers"]["url"] = elsewhere
+    (folder / "settings.json").write_text(json.dumps(settings))
+    with page_served(folder) as url, opened(browser, url, READY) as page:
+        ask(page, photos / "noise.png", "dog")
+        said = page.inner_text("#error")
+        assert said.startswith(f"{elsewhere} could not be fetched: check the connection") and "--vendor" in said
 
 
 class Wrong(Files):

@@ -65,3 +65,6 @@ def _register(imported) -> None:
 for _name in ("transformers", *_REGISTERING):  # called at once if it is imported already
     register_post_import_hook(_register, _name)
 register_post_import_hook(lambda _: importlib.import_module(".pipeline_iclip", __name__), "transformers.pipelines")
+register_post_import_hook(
+    lambda _: importlib.import_module(".models.embedded", __name__).set_as_default(), f"{__name__}.pipeline_iclip"
+)

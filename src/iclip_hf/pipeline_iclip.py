@@ -60,7 +60,8 @@ class ImageTextSimilarityMapPipeline(Pipeline):
 
         Args:
             images: an image as a path, a URL, base64 text or a PIL image; or a list, a `Dataset` or a generator of them.
-            candidate_labels (`str` or T of them): class names or phrases.
+            candidate_labels (`str` or T of them): class names or phrases. Commas separate the labels of one string, as in
+                transformers; in a list they belong to the label.
             template (`str` or a list, *optional*): prompts with one `{}` for the labels; several prompts are averaged. Those of the
                 processor if not given; `"{}"` takes the labels as they are.
             threshold (`float` in [0, 1] or T of them, defaults to 0.5): a mask holds the pixels whose map is greater.
@@ -218,8 +219,8 @@ class ZeroShotImageSegmentationPipeline(ImageTextSimilarityMapPipeline):
 
         Args:
             images, template: as for [`ImageTextSimilarityMapPipeline`].
-            candidate_labels (`str` or T of them): class names or phrases.
-            background_labels (`str` or a list): texts for the rest of the image, such as "sky" and "wall". They compete like the others,
+            candidate_labels (`str` or T of them): as for [`ImageTextSimilarityMapPipeline`].
+            background_labels (`str` or a list): likewise, texts for the rest of the image, such as "sky" and "wall". They compete like the others,
                 and their pixels are background.
             threshold (`float` in [0, 1], *optional*, defaults to 0.5): a label competes for the pixels whose map is greater; None lets
                 it compete for all.
@@ -278,7 +279,8 @@ def _mask(mask: torch.Tensor, return_json: bool) -> Image.Image | dict:
 
 
 def _strings(name: str, labels: str | Sequence[str]) -> list[str]:
-    labels = [labels] if isinstance(labels, str) else labels
+    if isinstance(labels, str):
+        labels = [label.strip() for label in labels.split(",") if label.strip()]
     if not isinstance(labels, Sequence) or not all(isinstance(label, str) for label in labels):
         raise TypeError(
             f"Expected {name} to be a list of strings, shared by all images, got {labels!r}: pass such a list."

@@ -153,6 +153,4 @@ def run(options: argparse.Namespace) -> None:
                 print(f"iclip evaluate: wrote {printable(written)}", file=sys.stderr)
         finally:  # also if a file of another program has come there meanwhile
             echo(result.to_json() if options.json else result.table())
-            if not options.json and (seen := result.protocol["dataset"]["images"]) < len(dataset):
-                echo(f"\nOf the first {seen} of {len(dataset)} images (--limit), not of the data set.")
     state.destroy_process_group()

@@ -14,10 +14,11 @@ from .pictures import add_image_options, explain_files, make_localizer
 def add_options(command: argparse.ArgumentParser) -> None:
     add_image_options(
         command,
-        images="image files, or a collection: a folder of images, webdataset shards (.tar) or a folder of shards",
+        images="image files, each of which gets a picture (FOLDER/*.jpg names those of a folder); or a collection, which gets Parquet files "
+        "instead of pictures: a folder of images, webdataset shards (.tar) or a folder of shards",
         absent="an empty mask",
-        output="picture to write (default: explanation.png); for several images or a collection, the folder to write pictures or "
-        "Parquet files to (default: explanations)",
+        output="picture of one image (default: explanation.png); folder for the pictures of several images, or for the Parquet files of "
+        "a collection (default: explanations)",
     )
     command.add_argument(
         "--threshold",

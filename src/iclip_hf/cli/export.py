@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+from functools import partial
 from pathlib import Path
 
 from ..utils.extras import require_extra
@@ -33,7 +34,7 @@ def add_options(command: argparse.ArgumentParser) -> None:
 def add_source_options(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "model",
-        type=checked(check_model_name),
+        type=checked(partial(check_model_name, types=("iclip",))),
         metavar="MODEL",
         help='folder or Hub id of an ICLIP model, or "embedded"',
     )

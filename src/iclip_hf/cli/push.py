@@ -28,6 +28,8 @@ def run(options: argparse.Namespace) -> None:
 
     try:
         validate_repo_id(options.repo_id)
+        if "/" not in options.repo_id:
+            raise ValueError("its owner is missing, whom the model card names")
     except ValueError as error:
         raise ValueError(
             f"Expected REPO_ID to be the name of a repository, such as org/iclip-vit-b16, got {options.repo_id!r}: correct it ({error})"

@@ -18,7 +18,7 @@ import torch
 from huggingface_hub import ModelCard
 from PIL import Image
 
-from ..hub.model_card import front_matter, write_model_card
+from ..hub.model_card import front_matter, without_folders, write_model_card
 from ..modeling_iclip import ICLIPModel
 from ..models.onnx import TEXT_FILE, VISION_FILE, ONNXModel, export_onnx
 from ..presence import BACKGROUND, MIN_PRESENCE, PRESENT
@@ -151,7 +151,10 @@ def export_web(
         offline = string.Template(beside("web/offline.js"))
         offline = offline.substitute(files=json.dumps({"./": digests["index.html"], **digests}))
         (built / "offline.js").write_text(offline, encoding="utf-8")
-        written = write_model_card(model, processor, scratch, name=folder.resolve().name, **card)
+        name = (
+            without_folders(model.name_or_path) or folder.resolve().name
+        )  # of the model, which is not in this folder
+        written = write_model_card(model, processor, scratch, name=name, **card)
         shutil.copyfile(written, built / "model_card.md")
         (built / "README.md").write_text(_readme(written, folder.resolve().name, _packages(needed)), encoding="utf-8")
     return folder

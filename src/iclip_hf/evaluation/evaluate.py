@@ -257,6 +257,7 @@ class EvaluationRun:
                 "name": dataset.name,
                 "split": dataset.split,
                 "images": self.count,
+                "images_in_split": len(dataset),
                 "fingerprint": dataset.fingerprint(),
             },
             "image_size": self.size.get("size") or dict(self.model.processor.image_processor.size),

@@ -38,9 +38,11 @@ class EvaluationResult:
     columns: dict[str, dict[str, str]]
 
     def table(self) -> str:
-        """Returns the scores as a Markdown table, and a line on presence."""
+        """Returns the scores as a Markdown table, which says if they are of the first images only, and a line on presence."""
         headings = list(next(iter(self.columns.values())))
-        lines = [markdown(["method", *headings], [[method, *row.values()] for method, row in self.columns.items()])]
+        seen, whole = (self.protocol["dataset"][name] for name in ("images", "images_in_split"))
+        first = "method" if seen == whole else f"method, on the first {seen} of {whole} images"
+        lines = [markdown([first, *headings], [[method, *row.values()] for method, row in self.columns.items()])]
         if self.presence:
             kept, passed, ap = (rounded(self.presence[name], 1) for name in ("kept", "passed", "mAP"))
             gate = f"presence of at least {self.presence['min_presence']}"

@@ -275,10 +275,10 @@ def public_settings(settings: Mapping) -> dict:
     shown = {name: value for name, value in shown.items() if name not in idle}
     for name in ("model", "vision", "text", "nouns"):
         if name in shown:
-            shown[name] = _EMBEDDED[name] if shown[name] == "embedded" else _without_folders(str(shown[name]))
+            shown[name] = _EMBEDDED[name] if shown[name] == "embedded" else without_folders(str(shown[name]))
     if "data" in shown:
         data = shown["data"] if isinstance(shown["data"], list | tuple) else [shown["data"]]
-        shown["data"] = [_without_folders(str(name)) for name in data]
+        shown["data"] = [without_folders(str(name)) for name in data]
     return shown
 
 
@@ -289,7 +289,8 @@ def _is_hub_id(name: str) -> bool:
     return bool(re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name)) and not of_machine
 
 
-def _without_folders(name: str) -> str:
+def without_folders(name: str) -> str:
+    """Returns a Hub id as it is, and of a path the end that says nothing of this machine."""
     return name if _is_hub_id(name) else "/".join(Path(name).parts[-2 if Path(name).suffix else -1 :])
 
 
@@ -330,6 +331,8 @@ def _measured(metrics: EvaluationResult | Mapping) -> dict:
             )
         shown = {name: protocol[name] for name in _CONDITIONS if protocol.get(name)}
         shown["dataset"] = {name: dataset[name] for name in ("name", "split", "images", "fingerprint")}
+        if (whole := dataset.get("images_in_split", dataset["images"])) != dataset["images"]:
+            shown["dataset"]["images_in_split"] = whole
         known = (*_METRIC_DIGITS, "floor")  # None: not measurable on these data
         results = {
             method: {metric: scores[metric] for metric in known if scores.get(metric) is not None}
@@ -350,14 +353,19 @@ def _measured(metrics: EvaluationResult | Mapping) -> dict:
 
 
 def _tables(evaluation: Mapping) -> tuple[list[EvalResult], list[dict], list[EvalResultEntry]]:
-    """Returns an evaluation as results of the front matter, table rows by method, and for a data set of the Hub in its newer format."""
+    """
+    Returns an evaluation as results of the front matter, table rows by method, and for a data set of the Hub in its newer format. Only the
+    rows, which say so, are of an evaluation that was limited to the first images.
+    """
     results, rows, entries = [], [], []
     protocol, dataset = evaluation["protocol"], evaluation["protocol"]["dataset"]
     title = DATASETS.get(dataset["name"], dataset["name"])
+    whole = dataset.get("images_in_split")
+    part = f", first {dataset['images']} of {whole} images" if whole else ""
     notes = f"{dataset['images']} images of {dataset['split']}{', refined maps' if protocol.get('refine') else ''}"
     conditions = {name: value for name, value in protocol.items() if name != "dataset"}
     for method, scores in evaluation["results"].items():
-        rows.append({"dataset": f"{title} {dataset['split']}", "method": method})
+        rows.append({"dataset": f"{title} {dataset['split']}{part}", "method": method})
         if "mMIoU" in scores:
             rows[-1]["floor"] = f"{scores['floor']:.2f}"
         for metric, digits in _METRIC_DIGITS.items():
@@ -365,6 +373,8 @@ def _tables(evaluation: Mapping) -> tuple[list[EvalResult], list[dict], list[Eva
                 continue
             value = round(scores[metric], digits)
             rows[-1][metric] = f"{value:.{digits}f}"
+            if part:
+                continue
             results.append(
                 EvalResult(
                     task_type="zero-shot-image-classification",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 from safetensors import safe_open
@@ -28,6 +29,24 @@ def embedded_model() -> Path:
     # The name of the folder contains the version of the projections, so other projections get another folder.
     version = hashlib.sha256(PROJECTIONS.read_bytes()).hexdigest()[:12]
     return build_once(cache_folder() / f"iclip-dinov2-s14-minilm-{version}", _join)
+
+
+class _Default:
+    """A model and its revision, as transformers unpacks them. Only then is the model downloaded."""
+
+    def __iter__(self) -> Iterator[str | None]:
+        return iter((str(embedded_model()), None))
+
+
+def set_as_default() -> None:
+    """Makes the embedded model the one that the pipelines take if none is named."""
+    from transformers.pipelines import PIPELINE_REGISTRY
+
+    from ..pipeline_iclip import PIPELINES
+
+    tasks = PIPELINE_REGISTRY.supported_tasks
+    for task in PIPELINES:
+        tasks[task] = {**tasks[task], "default": {"model": _Default()}}  # a copy: a saved pipeline holds the original
 
 
 def _join(folder: Path) -> None:

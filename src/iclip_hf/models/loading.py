@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Collection
 from pathlib import Path
 
 import torch
+from huggingface_hub import resolve_revision
+from huggingface_hub.errors import RevisionResolutionError
 from transformers import AutoConfig, AutoModel, AutoProcessor, ProcessorMixin
 
 from ..modeling_iclip import ICLIPModel, check_weights
 from ..processing_iclip import ICLIPProcessor
 from ..utils.files import loading_errors
-from ..utils.names import check_model_name
+from ..utils.names import MODEL_TYPES, check_model_name, check_model_type
 from .embedded import embedded_model
 from .explainable import ExplainableModel
 from .families import (
@@ -73,8 +76,8 @@ def load(
         [`ExplainableModel`]. It works on a private copy that shares the model's weights, so a given model is not changed.
 
     Raises:
-        `OSError`: the model or one of its files does not exist. `TypeError`: the model is of another kind. `ValueError`: a file is
-            damaged, lacks weights or contains NaN; or dtype or device are given for a model that has its own.
+        `OSError`: the model or one of its files does not exist. `TypeError`: the given model is of another kind. `ValueError`: that of a
+            folder or Hub id is; a file is damaged, lacks weights or contains NaN; or dtype or device are given for a model that has its own.
     """
     is_name = isinstance(source, (str, os.PathLike))
     if is_name:
@@ -129,9 +132,20 @@ def _explainable(model, processor) -> ExplainableModel:
     return _FAMILIES[kind](model, processor)
 
 
-def _located(name: str | Path) -> str | Path:
+def _located(name: str | Path, types: Collection[str] = MODEL_TYPES) -> str | Path:
     """Returns the folder of the embedded model for its name, also beside another folder `embedded`; checked other names."""
-    return embedded_model() if name == "embedded" else check_model_name(os.fspath(name))
+    return embedded_model() if name == "embedded" else check_model_name(os.fspath(name), types)
+
+
+def _revision(name: str) -> str:
+    """Returns the commit of a Hub id. Without a network and a copy in the cache this fails at once, where a download would be retried."""
+    try:
+        return resolve_revision(name)
+    except RevisionResolutionError as error:
+        raise ConnectionError(
+            f"{name}: expected a folder or a Hub id, but there is no such folder, no copy in the cache, and the Hub cannot be reached; "
+            "check the path or the network."
+        ) from error
 
 
 def has_bfloat16() -> bool:
@@ -145,19 +159,25 @@ def warn_of_slow_bfloat16() -> None:
         logger.warning("This processor has no instructions for bfloat16: float32 is several times faster on it.")
 
 
-def load_pretrained(name: str | Path, **options):
+def load_pretrained(name: str | Path, types: Collection[str] = MODEL_TYPES, **options):
     """
     Loads model, in eval mode, and processor of a folder or Hub id of the Auto classes, or `"embedded"`, from safetensors. Code in the
-    folder is not run. `options` override the model's configuration. Raises the errors of [`load`].
+    folder is not run. `types` are the model types that are loaded; `options` override the model's configuration. Raises the errors of
+    [`load`].
     """
-    name = _located(name)
+    name, revision = _located(name, types), None
     with loading_errors(name):
+        if not os.path.exists(name):
+            revision = _revision(name)
+            config = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=False)
+            check_model_type(name, config.model_type, types)
+        shared = {"revision": revision, "trust_remote_code": False}
         model, loading = AutoModel.from_pretrained(
-            name, output_loading_info=True, use_safetensors=True, trust_remote_code=False, **options
+            name, output_loading_info=True, use_safetensors=True, **shared, **options
         )
         if not isinstance(model, ICLIPModel):  # which checks its weights itself
             check_weights(name, model, loading["missing_keys"])
-        processor = AutoProcessor.from_pretrained(name, trust_remote_code=False)
+        processor = AutoProcessor.from_pretrained(name, **shared)
     if not isinstance(processor, ProcessorMixin):
         raise ValueError(
             f"{name}: expected a processor of images and texts, got {type(processor).__name__}; download it again."
@@ -166,10 +186,5 @@ def load_pretrained(name: str | Path, **options):
 
 
 def load_iclip(name: str | Path, **options) -> tuple[ICLIPModel, ICLIPProcessor]:
-    """As [`load_pretrained`]. Raises `ValueError` if it is no ICLIP model."""
-    name = _located(name)
-    with loading_errors(name):
-        model_type = AutoConfig.from_pretrained(name, trust_remote_code=False).model_type
-    if model_type != "iclip":
-        raise ValueError(f"{name}: expected an ICLIP model, but got one of type {model_type}; name another.")
-    return load_pretrained(name, **options)
+    """As [`load_pretrained`], of an ICLIP model only."""
+    return load_pretrained(name, ("iclip",), **options)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from importlib.util import find_spec
 from pathlib import Path
@@ -11,7 +10,7 @@ import numpy as np
 
 from ..data.sources import BAD_PAIR, Columns, Pairs, Source, TarShard, is_hub_id, open_sources
 from ..utils.extras import not_installed
-from ..utils.files import check_own_folder, loading_errors
+from ..utils.files import check_own_folder
 from ..utils.names import check_model_name
 from .settings import Settings, read_file
 
@@ -35,7 +34,7 @@ def check_run(settings: Settings) -> None:
         )
     check_output_dir(folder, settings.resume)
     if settings.model:
-        check_model(settings.model)
+        check_model_name(settings.model, ("iclip",))
     elif not Path(settings.config).with_name("config.json").is_file():
         raise FileNotFoundError(
             f"{settings.config}: expected the model's config.json and processor_config.json beside it, but got none; copy its "
@@ -47,10 +46,11 @@ def check_run(settings: Settings) -> None:
         raise FileNotFoundError(
             f"Expected eval_root to be the folder of the {settings.eval_dataset} data, got {settings.eval_root!r}: name it."
         )
-    sources = _open_local(settings, "data")
-    # A Hub dataset is opened with its download, and the index of a shard may take minutes.
-    if not any(map(is_hub_id, settings.data)) and not any(isinstance(source, TarShard) for source in sources):
-        check_pairs(Pairs(sources), settings.max_bad_share)
+    if settings.config:  # without one, the settings were chosen by pairs that are checked
+        sources = _open_local(settings, "data")
+        # A Hub dataset is opened with its download, and the index of a shard may take minutes.
+        if not any(map(is_hub_id, settings.data)) and not any(isinstance(source, TarShard) for source in sources):
+            check_pairs(Pairs(sources), settings.max_bad_share)
     _open_local(settings, "validation_data")
 
 
@@ -107,18 +107,6 @@ def check_packages(settings: Settings) -> None:
     if tracker not in ("none", "tensorboard") and find_spec(tracker) is None:
         raise ImportError(
             f"{tracker} is not installed: install it with `pip install {tracker}`, or set report_to.", name=tracker
-        )
-
-
-def check_model(model: str) -> None:
-    """Raises an error if a local folder holds no ICLIP model. A Hub id is checked when it is loaded."""
-    if model == "embedded" or not os.path.exists(check_model_name(model)):
-        return
-    with loading_errors(model):
-        kind = json.loads(Path(model, "config.json").read_text(encoding="utf-8"))["model_type"]
-    if kind != "iclip":
-        raise ValueError(
-            f"{model}: expected an ICLIP model, but got one of type {kind}; name another, or join its towers by `iclip init` first."
         )
 
 

@@ -42,6 +42,10 @@ logger = logging.getLogger(__name__)
 POOLINGS = ("class_token", "average", "max", "masked_max/minmax", "masked_max/quantile")
 
 
+# Raise it with a change of the code between releases that gives other features, such as of `representative_tokens`.
+_VERSION = 1
+
+
 def image_rows(model: ICLIPModel, pixel_values: torch.Tensor, map_tokens: int) -> torch.Tensor:
     """
     Computes the cached features of images (B, 3, H, W): all `POOLINGS` (B, 5, D), which are the same for all models with this
@@ -283,16 +287,15 @@ class FeatureCache:
             images, captions = zip(*items)
             return image_rows(self.model, torch.stack(images).to(self.accelerator.device), map_tokens), captions
 
-        fingerprint = {
-            "tower": tower_digest(self.model.vision_model),
-            "options": image_settings(self.model.config, map_tokens),
-            "mixed_precision": self.accelerator.mixed_precision,
-            "token_mean": earlier_mean,
-            "software": software(),
-            "data": data,
-            "image_processor": json.loads(self.processor.image_processor.to_json_string()),
-        }
-        shards = FeatureShards(self.folder / "images" / digest(fingerprint), len(pairs))
+        shards = self._shards(
+            "images",
+            len(pairs),
+            tower=tower_digest(self.model.vision_model),
+            options=image_settings(self.model.config, map_tokens),
+            token_mean=earlier_mean,
+            data=data,
+            image_processor=json.loads(self.processor.image_processor.to_json_string()),
+        )
         self._fill(shards, _PairReader(pairs, self.processor), encode, batch_size, num_workers)
         bad = sum(not captions for captions in shards.captions())
         if bad > max_bad_share * len(pairs):
@@ -307,21 +310,29 @@ class FeatureCache:
         texts = sorted(set(texts), key=lambda text: (len(text), text))  # batches of similar length need little padding
         # The probe shows what the processor adds: length and padding.
         probe = self.processor(text=["A photo of Two Dogs, naïve.", "long " * 1000])["input_ids"].tolist()
-        fingerprint = {
-            "tower": tower_digest(self.model.text_model),
-            "text_pooling": self.model.config.text_pooling,
-            "mixed_precision": self.accelerator.mixed_precision,
-            "tokenizer": [tokenizer_digest(self.processor.tokenizer), probe],
-            "software": software(),
-            "texts": texts,
-        }
-        shards = FeatureShards(self.folder / name / digest(fingerprint), len(texts))
+        shards = self._shards(
+            name,
+            len(texts),
+            tower=tower_digest(self.model.text_model),
+            text_pooling=self.model.config.text_pooling,
+            tokenizer=[tokenizer_digest(self.processor.tokenizer), probe],
+            texts=texts,
+        )
 
         def encode(batch: list[str]) -> tuple[torch.Tensor, None]:
             return self.model.encode_text(**self.processor(text=batch).to(self.accelerator.device))[0], None
 
         self._fill(shards, texts, encode, batch_size=256, num_workers=0)
         return CachedTexts(texts, shards)
+
+    def _shards(self, name: str, rows: int, **depends_on) -> FeatureShards:
+        """Returns the shards of a kind of features, in a folder that is named by all that they depend on."""
+        depends_on |= {
+            "mixed_precision": self.accelerator.mixed_precision,
+            "software": software(),
+            "version": _VERSION,
+        }
+        return FeatureShards(self.folder / name / digest(depends_on), rows)
 
     @partner_errors("rerun to resume")
     def _fill(

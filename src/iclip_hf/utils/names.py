@@ -1,7 +1,10 @@
 """Names and defaults that options take. Imports only Python's library, so that the help of a command does not load torch."""
 
+import json
 import os
 import re
+from collections.abc import Collection
+from pathlib import Path
 
 
 # Explanation methods: for each its label in the demo, and the module and class in `iclip_hf.explainers`.
@@ -46,6 +49,8 @@ TASKS = {
 MEASURES = {name: place for measures in TASKS.values() for name, place in measures.items()}
 # Poolings whose channels are compared.
 POOLINGS = ("class_token", "average", "max", "own")
+# The types of models of transformers that explain, as their config.json names them.
+MODEL_TYPES = ("iclip", "clip", "metaclip_2", "siglip", "siglip2", "tipsv2")
 DTYPES = ("float32", "bfloat16", "float16")
 # Colours of maps, see `iclip_hf.figures.colors`; the first is the default.
 COLORMAPS = ("heat", "cividis", "jet")
@@ -59,10 +64,32 @@ def may_be_hub_id(name: str) -> bool:
     return re.fullmatch(r"(\w[\w.-]*/)?\w[\w.-]*", name) is not None and owner != RUNS and not os.path.exists(owner)
 
 
-def check_model_name(name: str) -> str:
-    """Returns the name of a model. Raises `FileNotFoundError` unless it is a path that exists, or may be a Hub id."""
-    if not os.path.exists(name) and not may_be_hub_id(name):
+def check_model_name(name: str, types: Collection[str] = MODEL_TYPES) -> str:
+    """
+    Returns the name of a model: `"embedded"`, a folder, or a Hub id, which is checked when it is loaded.
+
+    Raises:
+        `FileNotFoundError`: it is no path that exists, and cannot be a Hub id. `OSError`, `ValueError`: the folder has no readable
+            config.json, or holds a model of none of these types.
+    """
+    if name == "embedded" or (not os.path.exists(name) and may_be_hub_id(name)):
+        return name
+    if not os.path.exists(name):
         raise FileNotFoundError(
             f"{name}: expected a folder or a Hub id of a model, but there is none; check the path."
         )
+    from .files import loading_errors  # which imports slower packages
+
+    with loading_errors(name):
+        kind = json.loads(Path(name, "config.json").read_text(encoding="utf-8")).get("model_type")
+        check_model_type(name, kind, types)
     return name
+
+
+def check_model_type(name: str | Path, kind: str | None, types: Collection[str]) -> None:
+    """Raises `ValueError` unless the type of a model is one of these."""
+    if kind not in types:
+        raise ValueError(
+            f"{name}: expected a model of type {', '.join(types)}, but got one of type {kind}; name another, or join its towers by "
+            "`iclip init` first."
+        )

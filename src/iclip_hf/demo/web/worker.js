@@ -252,9 +252,9 @@ async function checked(file, bytes) {
 }
 
 async function fetchBytes(file, progress, mode) {
+  // The browser itself checks files from elsewhere, which come as they are, also without HTTPS.
+  const elsewhere = new URL(address(file)).origin !== BASE.origin;
   try {
-    // The browser itself checks files from elsewhere, which come as they are, also without HTTPS.
-    const elsewhere = new URL(address(file)).origin !== BASE.origin;
     const options = elsewhere ? { integrity: file.integrity, credentials: "omit" } : {};
     const response = await fetch(address(file), { cache: mode, ...options });
     if (!response.ok) throw new Error(response.status);
@@ -263,6 +263,8 @@ async function fetchBytes(file, progress, mode) {
       parts.push(part.value);
     return new Uint8Array(await new Blob(parts).arrayBuffer());
   } catch {
+    if (elsewhere)
+      throw new Sentence(`${address(file)} could not be fetched: check the connection and try again, or export the page with --vendor, which needs no other server.`);
     throw new Sentence(`The download ended early at ${name(file)}. Check the connection and try again; what has arrived is kept.`);
   }
 }

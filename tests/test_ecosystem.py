@@ -101,11 +101,15 @@ def test_scalar_scales_of_older_checkpoints_load(tmp_path):
     assert torch.equal(ICLIPModel.from_pretrained(tmp_path).recognition.logit_scale, model.recognition.logit_scale)
 
 
+SIMILARITY = {"max_over": "similarity", "map_attention": "signed", "map_affinity": 5.0}
+
+
+@pytest.mark.parametrize("options", [{}, SIMILARITY], ids=["paper", "similarity"])
 @pytest.mark.parametrize("text", TEXT)
 @pytest.mark.parametrize("vision", VISION)
-def test_every_trained_parameter_gets_a_gradient_under_checkpointing(vision, text):
+def test_every_trained_parameter_gets_a_gradient_under_checkpointing(vision, text, options):
     """DDP waits for those of all."""
-    model = tiny_model(vision, text, lock_vision=False).train()
+    model = tiny_model(vision, text, lock_vision=False, **options).train()
     model.gradient_checkpointing_enable()
     model(**tiny_inputs(batch=3, texts=3), return_loss=True).loss.backward()
     assert [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None] == []

@@ -113,6 +113,10 @@ def test_max_sensitivity_is_the_largest_change_in_a_plain_loop():
         changes.append([((other[m] - own[m]) ** 2).sum().sqrt() / (own[m] ** 2).sum().sqrt() for m in (0, 1)])
     torch.testing.assert_close(found[:2], torch.tensor(changes).amax(0))
     assert found[2].isnan()  # a constant map
+    flat, peak = torch.zeros(1, 1, 3, 3), torch.eye(3).expand(10, 1, 3, 3)
+    assert max_sensitivity(
+        lambda images: flat if len(images) == 1 else peak, image
+    ).isnan()  # that is not so under noise
     assert max_sensitivity(lambda images: torch.eye(3).expand(len(images), 1, 3, 3), image).item() == 0
 
 

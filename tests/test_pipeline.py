@@ -192,6 +192,20 @@ def test_labels_are_encoded_once_for_all_images(pipe, photographs, monkeypatch):
     assert len(calls) == 1
 
 
+def test_calls_with_other_templates_at_the_same_time_keep_their_presence(pipe, photographs, monkeypatch):
+    expected = pipe(str(photographs[0]), LABELS, template="a {}")
+    encode = pipe._encode
+
+    def interrupted(labels, template):
+        if labels == LABELS and template == "a {}":
+            pipe(str(photographs[1]), ["dog"], template="a red {}")  # as from another thread
+        return encode(labels, template)
+
+    monkeypatch.setattr(pipe, "_encode", interrupted)
+    found = pipe(str(photographs[0]), LABELS, template="a {}")
+    assert [answer["presence"] for answer in found] == pytest.approx([answer["presence"] for answer in expected])
+
+
 def test_one_label_thresholds_and_presence(pipe, photographs):
     image = str(photographs[0])
     assert [answer["label"] for answer in pipe(image, "dog")] == ["dog"]

@@ -69,6 +69,18 @@ def test_pooled_similarities_lie_between_mean_and_maximum_of_the_attended():
     torch.testing.assert_close(ten[0, 0], torch.tensor(0.25 * 2.718282 + 0.75 * 148.413159).log() / 10)
 
 
+@pytest.mark.parametrize("learning", ["nothing", "patches", "attention"])  # each takes another road
+def test_pooled_similarities_stay_precise_under_autocast(learning):
+    draws = torch.Generator().manual_seed(0)
+    patches, texts = (F.normalize(torch.randn(*shape, 32, generator=draws), dim=-1) for shape in ((2, 9), (3,)))
+    inputs = {"patches": patches, "texts": texts, "attention": torch.rand(2, 9, generator=draws)}
+    expected = pool_similarities(*inputs.values())
+    if learning in inputs:
+        inputs[learning].requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(pool_similarities(*inputs.values()), expected, atol=1e-6, rtol=0)
+
+
 def test_an_image_without_attention_pools_all_patches_alike():
     alike = pooled([[0.1, 0.5]], [1.0, 1.0])
     assert torch.equal(pooled([[0.1, 0.5]], [0.0, 0.0]), alike) and alike.isfinite().all()

@@ -4,6 +4,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
+from iclip_hf.label_maps import label_map
 from iclip_hf.similarity import cosine_similarity_map, min_max_normalize, resize_and_normalize, resize_maps
 
 
@@ -23,6 +24,16 @@ def test_the_fused_steps_equal_the_single_ones():
     assert torch.equal(maps, before)
     torch.testing.assert_close(fused, min_max_normalize(resize_maps(maps, (33, 50))), atol=1e-5, rtol=0)
     assert fused[2].eq(0).all()
+
+
+def test_maps_stay_precise_under_autocast():
+    maps = torch.randn(2, 5, 7, generator=torch.Generator().manual_seed(0))
+    with torch.autocast("cpu", torch.bfloat16):
+        found = [resize(maps, (33, 50)) for resize in (resize_maps, resize_and_normalize)]
+        confidence = label_map(maps, (33, 50))[1]
+    expected = [resize(maps, (33, 50)) for resize in (resize_maps, resize_and_normalize)]
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
+    torch.testing.assert_close(confidence, label_map(maps, (33, 50))[1], atol=1e-5, rtol=0)
 
 
 def test_weights_kept_from_inference_serve_a_gradient():

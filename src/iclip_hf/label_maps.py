@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import torch
 
-from .similarity import min_max_normalize, resize_maps, resize_weights
+from .similarity import min_max_normalize, resize_maps
 
 
 BACKGROUND_LABEL = -1  # label of a pixel that shows none of the texts
@@ -101,19 +101,11 @@ def label_map(
     if logit_scale is not None and not 0 < logit_scale < float("inf"):
         raise ValueError(f"Expected logit_scale to be positive, got {logit_scale}: pass a number such as 40.")
     size = tuple(raw_maps.shape[1:] if size is None else size)
-    rows, columns = resize_weights(raw_maps, size)
-    raw_maps = raw_maps.float()
-
-    def enlarge(raw: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
-        """One map alone, so that equal maps stay equal. The minimum is subtracted, so that a constant map stays constant."""
-        low = raw.amin()
-        return torch.addmm(low, rows, (raw - low) @ columns.mT, out=out)
-
-    best = enlarge(raw_maps[0], raw_maps.new_empty(size))
+    best = resize_maps(raw_maps[0], size)  # one map at a time, so that equal maps stay equal
     winner = torch.zeros(size, dtype=torch.int32, device=best.device)
     values, total = torch.empty_like(best), torch.zeros_like(best)  # total: sum of exp(logit - highest logit so far)
     for index, raw in enumerate(raw_maps):
-        enlarge(raw, values)
+        resize_maps(raw, size, out=values)
         higher = values > best
         winner.masked_fill_(higher, index)
         if logit_scale is not None:

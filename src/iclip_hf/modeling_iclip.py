@@ -36,10 +36,10 @@ from .similarity import check_lists, cosine_similarity_map, min_max_normalize
 class VisionTower(NamedTuple):
     """What the model needs to know of a kind of image tower."""
 
-    attention: str  # class of its attention layers, the last of which computes the class token's attention
-    interpolates: bool = (
-        False  # whether its position embeddings follow the size of images only with `interpolate_pos_encoding`
-    )
+    # Class of its attention layers, the last of which computes the class token's attention.
+    attention: str
+    # Whether its position embeddings follow the size of images only with `interpolate_pos_encoding`.
+    interpolates: bool = False
 
 
 # Supported image towers, which have a class token, by model type.
@@ -99,9 +99,7 @@ class ImageTokens(NamedTuple):
 
     class_token: torch.Tensor  # (B, D)
     patch_tokens: torch.Tensor  # (B, N, D), row-major
-    attention: (
-        torch.Tensor
-    )  # (B, N), of the class token in the last layer, mean over the heads, not normalised, float32
+    attention: torch.Tensor  # (B, N), class token's in the last layer, mean over the heads, not normalised, float32
     grid: tuple[int, int]  # height and width in patches
     tower_output: BaseModelOutputWithPooling
 
@@ -757,6 +755,8 @@ class ICLIPModel(PreTrainedModel):
                     self.branch_logits(map_scale, images[0], text.map_text_embeds, *images[1:])
                 )
                 loss = (loss + map_loss.to(loss.device)) / 2
+            if image.attention_direction is not None:  # learned from noun prompts only, but DDP waits for its gradient
+                loss = loss + 0 * image.attention_direction.sum().to(loss)
 
         return ICLIPOutput(
             loss=loss,

@@ -95,9 +95,11 @@ class ImageTextSimilarityMapPipeline(Pipeline):
         labels = _strings("candidate_labels", candidate_labels)
         if not labels:
             raise ValueError("Expected at least one label in candidate_labels, got none: name what to look for.")
-        if self._background[0] != repr(template):
-            self._background = repr(template), self._encode(BACKGROUND, template)
-        features = self._encode(labels, template), self._background[1]
+        known, background = self._background  # read once, because another thread may change it
+        if known != repr(template):
+            background = self._encode(BACKGROUND, template)
+            self._background = repr(template), background
+        features = self._encode(labels, template), background
         return super().__call__(images, candidate_labels=labels, text_features=features, **kwargs)
 
     @torch.no_grad()

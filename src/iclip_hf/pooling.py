@@ -76,7 +76,8 @@ def pool_similarities(
     learning = torch.is_grad_enabled() and (patch_embeds.requires_grad or text_embeds.requires_grad)
     if learning and text_embeds.ndim == 2 and not prior.requires_grad:
         return _SmoothMaximum.apply(patch_embeds, text_embeds, prior, sharpness)
-    similarities = (text_embeds @ patch_embeds.mT).float()
+    with torch.autocast(patch_embeds.device.type, enabled=False):
+        similarities = text_embeds.float() @ patch_embeds.mT.float()
     # The gradient of log 0 is infinite, and times the share of 0 in the maximum, NaN. A patch without attention takes no part.
     absent = prior == 0
     logarithms = prior.masked_fill(absent, 1.0).log().masked_fill(absent, -torch.inf)

@@ -46,19 +46,16 @@ def min_max_normalize(maps: torch.Tensor) -> torch.Tensor:
     return ((maps.flatten(-2) - low) / span.masked_fill(span == 0, 1.0)).unflatten(-1, maps.shape[-2:])
 
 
-def resize_maps(maps: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+def resize_maps(maps: torch.Tensor, size: tuple[int, int], out: torch.Tensor | None = None) -> torch.Tensor:
     """
     Bicubic resize (align_corners=False, no antialiasing) of maps `(..., h, w)` to an image's size (height, width) in pixels (Eq. 4),
-    float32.
+    float32, into `out` if given.
 
     Equal to `torch.nn.functional.interpolate` up to rounding, but computed as one matrix product for each side: the interpolation
     is linear and separable. For a 16x16 grid and the size of a photograph, these products are faster than the general kernel.
     """
-    rows, columns = resize_weights(maps, size)
-    # Subtracting the minimum keeps a constant map exactly constant. Min-max would stretch its rounding errors.
-    maps = maps.float()
-    low = maps.amin((-2, -1), keepdim=True)
-    return rows @ ((maps - low) @ columns.mT) + low
+    enlarged, low = _resize_above_lowest(maps, size, out)
+    return enlarged.add_(low)
 
 
 @torch.no_grad()
@@ -67,20 +64,27 @@ def resize_and_normalize(maps: torch.Tensor, size: tuple[int, int], reverse: boo
     Computes M = `min_max_normalize(resize_maps(maps, size))` (Eq. 4), or 1 - M (Eq. 5), for `(T, h, w)` maps, one map at a time. One
     full-size map fits the cache of a processor, many do not. So a map does not depend on the others, to the last bit.
     """
-    rows, columns = resize_weights(maps, size)
-    maps = maps.float()
-    enlarged, large = _empty((len(maps), *size), maps.device), maps.new_empty(size)
+    enlarged, large = _empty((len(maps), *size), maps.device), torch.empty(size, device=maps.device)
     for raw_map, target in zip(maps, enlarged):
-        torch.matmul(rows, (raw_map - raw_map.amin()) @ columns.mT, out=large)
+        _resize_above_lowest(raw_map, size, large)
         low, high = torch.aminmax(large)
         span = high - low
         torch.div(large.sub_(low), span.masked_fill(span == 0, 1.0), out=target)
     return 1 - enlarged if reverse else enlarged  # stretching the negative would round differently
 
 
-def resize_weights(maps: torch.Tensor, size: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Returns the matrices that resize `(..., h, w)` maps along height and width."""
-    return tuple(_bicubic_weights(source, target, maps.device) for source, target in zip(maps.shape[-2:], size))
+def _resize_above_lowest(
+    maps: torch.Tensor, size: tuple[int, int], out: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    Resizes maps less their lowest values, which it returns too. This keeps a constant map exactly constant. Min-max would stretch its
+    rounding errors.
+    """
+    rows, columns = (_bicubic_weights(source, target, maps.device) for source, target in zip(maps.shape[-2:], size))
+    maps = maps.float()
+    low = maps.amin((-2, -1), keepdim=True)
+    with torch.autocast(maps.device.type, enabled=False):  # whose products are rounded to half precision
+        return torch.matmul(rows, (maps - low) @ columns.mT, out=out), low
 
 
 def _empty(shape: tuple[int, ...], device: torch.device) -> torch.Tensor:

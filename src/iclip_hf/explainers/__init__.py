@@ -11,15 +11,7 @@ Explainers: methods that compute which pixels of an image match a text, for ICLI
 >>> maps, scores = explainer.raw_maps(pixel_values, texts)  # (B, T, h, w), (B, T)
 ```
 
-Some models have no class token, or a score that does not depend on it alone:
-
-- SigLIP and SigLIP2 have a pooling head, whose query is a learned probe. A ResNet ends with attention pooling, whose query is the
-  mean of its feature map. `attention`, `bi_modal` and `grad_eclip` use this query instead of the class token. The pooling is the
-  last attention layer of the tower.
-- `itsm` projects a patch into the space of the texts as this pooling does with all attention on the patch.
-- `clip_surgery`, `gem`, `maskclip`, `sclip`, `clearclip`, `naclip`, `proxyclip` and `legrad` use the self-attention of transformer
-  blocks. They raise an error for a ResNet, which has none.
-- If the score of an ICLIP model pools patch tokens, `bi_modal` and `grad_eclip` sum over all queries of the last layer.
+docs/methods.md lists the methods, and what they do with models that have no class token.
 """
 
 from __future__ import annotations

@@ -61,10 +61,9 @@ def validate(
     images, texts = (accelerator.gather(torch.cat(parts))[: len(dataset)] for parts in (images, texts))
     logits = scale * images @ texts.T
     own = torch.arange(len(logits), device=logits.device)
+    # Pairs with one caption have one number, because they cannot be told apart.
     captions = dataset.drawn_captions()
-    numbers = {
-        caption: number for number, caption in enumerate(captions)
-    }  # pairs with one caption cannot be told apart
+    numbers = {caption: number for number, caption in enumerate(captions)}
     same = torch.tensor([numbers[caption] for caption in captions], device=logits.device)
     return {
         "val_loss": sum(F.cross_entropy(rows, own, reduction="none") for rows in (logits, logits.T)) / 2,

@@ -42,7 +42,8 @@ def max_sensitivity(
     noisy = pixel_values + ((2 * noise - 1) * radius).to(pixel_values)
     own = min_max_normalize(explain(pixel_values[None])).flatten(2)
     changes = min_max_normalize(explain(noisy)).flatten(2) - own
-    return (changes.norm(dim=2) / own.norm(dim=2)).amax(0)
+    length = own.norm(dim=2)
+    return (changes.norm(dim=2) / length.where(length > 0, torch.nan)).amax(0)
 
 
 class MaxSensitivity(MeansMeasure):

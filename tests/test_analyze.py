@@ -8,6 +8,7 @@ from PIL import Image
 
 from iclip_hf.data import load_segmentation
 from iclip_hf.evaluation.analysis import semantic_shift
+from iclip_hf.utils.digests import weights_digest
 
 
 @pytest.fixture(scope="module")
@@ -39,12 +40,25 @@ def test_shift_prints_and_writes_what_the_function_counts(folder, tmp_path, caps
     written = json.loads((tmp_path / "shift.json").read_text())
     assert [row["images"] for row in written["rows"]] == [1, 1, 1, 3] and written["left_out"] == 1
     assert written["foreground_channels"] == expected.foreground_channels
-    assert written["protocol"]["dataset"]["fingerprint"] == dataset.fingerprint()
+    protocol = written["protocol"]
+    assert protocol["dataset"]["fingerprint"] == dataset.fingerprint() and protocol["dataset"]["images"] == 4
+    assert protocol["weights"] == weights_digest(tiny_model())
 
     assert run(*data, "--limit", "1", "--before", "own", "--after", "max", "--json") == 0
     one = json.loads(capsys.readouterr().out)
     back = semantic_shift((tiny_model(), tiny_processor), [dataset[0]], "own", "max").rows
     assert [row["b2f"] for row in one["rows"]] == [back[0].b2f, None, None, back[0].b2f]
+
+
+def test_shift_is_printed_though_it_cannot_be_written(folder, tmp_path, capsys, monkeypatch):
+    def full_disk(*arguments):
+        raise OSError("writing failed")
+
+    monkeypatch.setattr("iclip_hf.utils.files.new_file", full_disk)
+    data = ["--dataset", "folder", "--data-root", folder, "--model", folder / "model"]
+    assert run("shift", *data, "--output", tmp_path / "shift.json", "--json") == 2
+    out, err = capsys.readouterr()
+    assert len(json.loads(out)["rows"]) == 4 and "writing failed" in err
 
 
 def test_channels_of_several_images(folder, tmp_path):

@@ -13,6 +13,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from iclip_hf import cli, explain
+from iclip_hf.cli import explain as explain_command
 from iclip_hf.cli.pictures import presence_column
 from iclip_hf.models.loading import load
 from iclip_hf.regions import find_regions, run_lengths
@@ -56,6 +57,24 @@ def test_many_photographs_and_one_that_is_broken(workspace, tmp_path, capsys, mo
     shown = [line.rpartition("\r")[2] for line in err.split("\n")]
     assert [line.startswith(f"iclip {command}: ") for line in shown if "broken.jpg" in line] == [True]
     assert "undamaged copy" in err
+
+
+@pytest.mark.parametrize("form", [[], ["--json"]])
+def test_an_error_leaves_the_reports_before_it(workspace, tmp_path, capsys, monkeypatch, form):
+    """So does an interruption: what took an hour is not lost."""
+    images = [workspace / str(number % 3) / "a.jpg" for number in range(12)]
+    save, seen = explain_command.save_figure, []
+
+    def full_disk(sheet, picture, *options):
+        seen.append(picture)
+        if len(seen) == len(images):
+            raise OSError("writing failed")
+        save(sheet, picture, *options)
+
+    monkeypatch.setattr(explain_command, "save_figure", full_disk)
+    assert run(workspace, *images, "--text", "dog", "--output", tmp_path / "maps", *form) == 2
+    out, err = capsys.readouterr()
+    assert sum("a.jpg" in line for line in out.splitlines()) == len(images) - 1 and "writing failed" in err
 
 
 @pytest.mark.parametrize("command", ["explain", "segment"])
@@ -217,6 +236,11 @@ def test_arguments_and_files_are_checked_before_torch_is_imported(workspace, tmp
         ["export", model, "out", "--results", "none.json"],
         ["export", model, "."],
         ["export", model, "out", "--format", "onnx"],
+        ["export-metric", "mmiou", photo],
+        ["push", model, "a b"],
+        ["init", "--config", "none", "--output", "out"],
+        ["init", "--config", "iclip-vit-b16", "--output", "."],
+        ["demo", "--export-space", "out", "--dtype", "bfloat16"],
         ["train", "none.csv"],
         ["train", "pairs.csv"],
         ["train", "--config", "none"],

@@ -85,6 +85,23 @@ def test_the_data_set_gives_texts_and_their_pixels(folder, tmp_path, sheet, caps
     assert absent.max() == 0 and unknown is None
 
 
+def test_nothing_of_the_data_set_is_replaced(folder, capsys):
+    """The name of an image tells its file and its mask."""
+    for kind in ("images", "masks"):
+        file = folder / kind / "a.png"
+        before = file.read_bytes()
+        data = ["--dataset", "folder", "--data-root", folder, "--output", file, "--overwrite"]
+        assert run(folder, "a", *data) == 2 and file.read_bytes() == before
+        assert "the same file as" in capsys.readouterr().err
+
+
+def test_another_file_with_the_name_of_an_image_is_refused(folder, tmp_path, capsys):
+    noise((60, 40), seed=5).save(tmp_path / "a.png")
+    data = ["--dataset", "folder", "--data-root", folder, "--output", tmp_path / "out.png"]
+    assert run(folder, tmp_path / "a.png", *data) == 2
+    assert "Expected IMAGE to be one of" in capsys.readouterr().err
+
+
 def test_models_side_by_side(folder, tmp_path, sheet):
     image = folder / "images" / "b.png"
     arguments = ["--text", "dog", "--methods", "itsm", "attention", "--output", tmp_path / "out.pdf"]

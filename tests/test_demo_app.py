@@ -396,6 +396,12 @@ def test_a_space_of_a_local_model_is_refused(folder, tmp_path, capsys):
     assert "Hub id" in capsys.readouterr().err and not (tmp_path / "space").exists()
 
 
+@pytest.mark.parametrize("options", [["--dtype", "bfloat16"], ["--device", "cpu"]])
+def test_options_that_a_space_cannot_have_are_refused(tmp_path, capsys, options):
+    assert iclip("demo", "--export-space", tmp_path / "space", *options) == 2
+    assert "leave it out" in capsys.readouterr().err and not (tmp_path / "space").exists()
+
+
 def test_without_gradio_a_sentence_names_the_extra(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "gradio", None)
     monkeypatch.delitem(sys.modules, app.__name__)

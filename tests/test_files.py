@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from iclip_hf.utils.files import atomic_folder, atomic_write, build_once, folder_lock, new_file
+from iclip_hf.utils.files import atomic_folder, atomic_write, build_once, check_outputs, folder_lock, new_file
 
 
 def killed(script: str, *arguments) -> None:
@@ -216,6 +216,14 @@ def test_a_full_disk_is_told_and_what_is_no_matter_of_writing_stays_as_it_is(tmp
         with pytest.raises(OSError, match=told), atomic_folder(tmp_path / "model"):
             raise raised
     assert names(tmp_path) == []
+
+
+def test_a_folder_that_cannot_be_written_is_told_before_the_work(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "access", lambda place, mode: Path(place) != tmp_path)  # root may write everywhere
+    (tmp_path / "link.json").symlink_to(tmp_path / "new" / "a.json")
+    for output in (tmp_path / "a.json", tmp_path / "new" / "a.json", tmp_path / "link.json"):
+        with pytest.raises(PermissionError, match="expected a folder that can be written"):
+            check_outputs([output])
 
 
 def test_a_name_as_long_as_file_systems_allow(tmp_path):

@@ -25,15 +25,18 @@ from huggingface_hub.errors import EntryNotFoundError
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from PIL import Image
+from training_runs import accelerator
 from transformers import AutoModel, AutoProcessor, pipeline
 
 from iclip_hf import ICLIPModel, ICLIPProcessor, cli
 from iclip_hf.evaluation.evaluate import EvaluationResult
 from iclip_hf.hub.configs import config_folder
-from iclip_hf.hub.folders import code_files, export_model, init_model
+from iclip_hf.hub.folders import code_files, export_model, init_model, push_model
 from iclip_hf.hub.model_card import _TRAINING_SETTINGS, describe_tower, public_settings, write_model_card
 from iclip_hf.models.identity import identity
 from iclip_hf.models.loading import load_pretrained
+from iclip_hf.training import checkpoints
+from iclip_hf.training.pair_model import PairModel
 from iclip_hf.training.settings import FREE, Settings
 
 
@@ -286,6 +289,10 @@ class HubStandIn(BaseHTTPRequestHandler):
         self.reply(200, answer)
 
     def do_GET(self):
+        if "/tree/main" in self.path:
+            names = ("README.md", "notes.md", ".eval_results/iclip.yaml")
+            entries = [{"type": "file", "path": name, "size": 1, "oid": "0" * 40} for name in names]
+            return self.reply(200, entries)
         self.reply(404, {})
 
     def reply(self, status: int, answer: dict):
@@ -327,6 +334,21 @@ def test_push_uploads_what_the_dry_run_lists(exported, source, tmp_path, capsys)
     assert {name: len(content) for name, content in files.items()} == listed["files"]
     assert files["modeling_iclip.py"] == (exported / "modeling_iclip.py").read_bytes()
     assert b'model="org/tiny"' in files["README.md"]
+    deleted = [line["value"]["path"] for line in lines if line["key"] == "deletedFile"]
+    assert deleted == [] and ".eval_results/iclip.yaml" in files
+
+
+def test_push_deletes_the_results_of_an_earlier_model(tmp_path, tiny_processor, monkeypatch):
+    """A page of the Hub would show them for the new weights. Other files of the repository stay."""
+    folder = export_model(tiny_model(seed=1), tiny_processor, tmp_path / "new")
+    with served(HubStandIn) as server:
+        server.requests = []
+        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", f"http://127.0.0.1:{server.server_port}")
+        monkeypatch.setenv("HF_TOKEN", "hf_token")
+        push_model(folder, "org/tiny")
+    (body,) = (body for path, _, body in server.requests if path.endswith("/commit/main"))
+    lines = map(json.loads, body.splitlines())
+    assert [line["value"]["path"] for line in lines if line["key"] == "deletedFile"] == [".eval_results/iclip.yaml"]
 
 
 def test_push_needs_the_owner_whom_the_card_names(source, capsys):
@@ -626,6 +648,23 @@ def test_a_card_of_others_stays(tmp_path, tiny_processor):
     card.write_text(mine)
     write_model_card(model, tiny_processor, tmp_path, overwrite=True)
     assert card.read_text() != mine
+
+
+def test_results_of_an_earlier_card_go_with_it(tmp_path, tiny_processor):
+    model, listed = tiny_model(), tmp_path / ".eval_results" / "iclip.yaml"
+    for options in ({"metrics": METRICS}, {}):
+        write_model_card(model, tiny_processor, tmp_path, **options)
+        assert listed.exists() == bool(options)
+    listed.write_text("- dataset: mine\n")
+    write_model_card(model, tiny_processor, tmp_path)
+    assert listed.read_text() == "- dataset: mine\n"
+
+
+def test_a_run_keeps_no_results_of_the_model_before(tmp_path, tiny_processor):
+    pair_model, listed = PairModel(tiny_model()), tmp_path / ".eval_results" / "iclip.yaml"
+    for card in ({"metrics": METRICS}, {}):
+        checkpoints.export(accelerator(), pair_model, tiny_processor, tmp_path, **card)
+        assert listed.exists() == bool(card)
 
 
 def test_known_towers_bring_their_terms(tmp_path, tiny_processor):

@@ -147,6 +147,17 @@ def test_a_command_may_be_repeated_and_writes_what_it_says(world, mine, capsys, 
     assert all(name in said or (Path(name).parent.name or name) in said for name in shown)
 
 
+@pytest.mark.parametrize("line", ["export-metric mmiou clone", "demo --export-space clone"])
+def test_a_readme_that_names_the_program_is_the_users(world, mine, line):
+    """No file of a Space says who wrote it, so none is known as this program's."""
+    (mine / "clone").mkdir()
+    (mine / "clone" / "README.md").write_text("I use iclip-hf, ICLIP for Hugging Face, for my work.")
+    before = contents(mine)
+    assert typed(world, line) == 2 and contents(mine) == before
+    assert typed(world, f"{line} --overwrite") == 0
+    assert "I use" not in (mine / "clone" / "README.md").read_text()
+
+
 def test_overwrite_replaces_a_file_of_another_program_and_a_link_stays_one(world, mine):
     picture = (mine / "photos" / "dog.png").read_bytes()
     assert typed(world, "explain photo.jpg SEE --output link.png --overwrite") == 0

@@ -234,6 +234,13 @@ def test_image_folder(tmp_path):
         assert keys(dataset)[:2] == ["0.jpg", "sub/1.jpg"]
 
 
+def test_the_metadata_of_a_folder_of_classes_is_not_ignored(tmp_path):
+    write_images(tmp_path, ["dog/1.jpg", "cat/1.jpg"])
+    (tmp_path / "metadata.csv").write_text("file_name,text\ndog/1.jpg,a brown dog\ncat/1.jpg,a cat asleep\n")
+    dataset = load_pairs(tmp_path)
+    assert [dataset.captions(i) for i in range(2)] == [["a brown dog"], ["a cat asleep"]]
+
+
 def write_images(folder, names):
     for number, name in enumerate(names):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)

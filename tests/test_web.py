@@ -8,6 +8,7 @@ import json
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import urllib.request
@@ -25,8 +26,7 @@ from huggingface_hub import ModelCard, RepoCard
 from PIL import Image, ImageOps
 
 from iclip_hf import explain
-from iclip_hf.demo import content, web
-from iclip_hf.demo.web_server import _Handler
+from iclip_hf.demo import content, web, web_server
 from iclip_hf.figures.colors import color_table
 from iclip_hf.label_maps import segments
 from iclip_hf.models.loading import load_iclip
@@ -43,7 +43,7 @@ NEEDS_NPM = pytest.mark.skipif(shutil.which("npm") is None, reason=NO_NPM)
 
 
 @contextmanager
-def page_served(folder, handler=_Handler, port=0):
+def page_served(folder, handler=web_server._Handler, port=0):
     """Serves a folder as `iclip demo --web` does, or by another handler."""
     with served(partial(handler, directory=folder), port) as server:
         yield f"http://127.0.0.1:{server.server_port}/"
@@ -278,6 +278,48 @@ def test_bad_input_is_a_sentence_and_the_page_stays_usable(page, photos):
     assert page.locator("#preview").is_visible()
 
 
+def test_an_image_is_drawn_under_its_own_maps_though_the_texts_change_meanwhile(browser, url, photos):
+    late = """globalThis.Worker = class extends Worker {
+        set onmessage(handler) { super.onmessage = (event) => setTimeout(handler, 1000, event); }
+    }"""
+    context = browser.new_context()
+    page = context.new_page()
+    page.add_init_script(late)
+    page.set_default_timeout(120_000)
+    page.goto(url)
+    page.locator(READY).wait_for()
+    ask(page, photos / "noise.png", "dog")
+    page.set_input_files("#file", photos / "large.jpg")
+    page.wait_for_timeout(300)  # the worker has seen the image
+    ask(page, texts="cat")
+    assert page.locator("figcaption").all_inner_texts() == ["cat"]
+    assert canvas(page, 0).shape == (320, 640, 4)
+    context.close()
+
+
+def test_an_example_that_cannot_be_fetched_or_comes_late_replaces_no_image(browser, url, photos):
+    context = browser.new_context(service_workers="block")
+    page, held = context.new_page(), []
+    page.route("**/astronaut.jpg", lambda route: held.append(route))  # the first, which the page chooses itself
+    page.set_default_timeout(120_000)
+    page.goto(url)
+    page.locator("#examples button").first.wait_for(state="attached")
+    page.set_input_files("#file", photos / "noise.png")
+    chosen = page.get_attribute("#preview", "src")
+    for route in held:
+        route.continue_()
+    page.locator(READY).wait_for()
+    assert page.get_attribute("#preview", "src") == chosen and page.input_value("#texts") == ""
+
+    page.unroute("**/astronaut.jpg")
+    page.route("**/coffee.jpg", lambda route: route.abort())
+    page.fill("#texts", "dog")
+    page.locator("#examples button").nth(1).click()
+    page.locator("#error", has_text="The example coffee.jpg could not be fetched").wait_for()
+    assert page.get_attribute("#preview", "src") == chosen and page.input_value("#texts") == "dog"
+    context.close()
+
+
 def test_a_download_that_breaks_off_can_be_tried_again(page, photos):
     page.route("**/text_model*", lambda route: route.abort())
     ask(page, photos / "noise.png", "dog")
@@ -410,6 +452,20 @@ def test_without_webassembly_a_sentence_says_so(browser, url):
     page.add_init_script("delete globalThis.WebAssembly")
     page.goto(url)
     page.locator("#error", has_text="it has no WebAssembly").wait_for()
+    context.close()
+
+
+def test_without_https_the_page_starts_without_an_error(browser, url):
+    """There, browsers have no caches."""
+    context = browser.new_context()
+    page, errors = context.new_page(), []
+    page.on("pageerror", lambda error: errors.append(error))
+    page.add_init_script("delete globalThis.caches")
+    page.set_default_timeout(120_000)
+    page.goto(url)
+    page.locator("#go:enabled").wait_for()
+    page.wait_for_timeout(500)
+    assert page.evaluate("!globalThis.caches") and errors == []
     context.close()
 
 
@@ -755,6 +811,21 @@ def test_the_command_serves_files_of_the_folder_only(tmp_path):
             assert refused.value.code == 404
         process.send_signal(signal.SIGINT)
         assert process.wait(60) == 130 and process.stderr.read() == "iclip demo: interrupted\n"
+
+
+def test_an_unknown_host_is_looked_up_once(tmp_path, monkeypatch):
+    for name in ("index.html", "settings.json"):
+        (tmp_path / name).write_text("x")
+    asked = []
+
+    def refuse(address, handler):
+        asked.append(address)
+        raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+
+    monkeypatch.setattr(web_server, "ThreadingHTTPServer", refuse)
+    with pytest.raises(OSError, match="nosuch:7860: expected an address .* Name or service not known"):
+        web_server.web_server(tmp_path, "nosuch")
+    assert asked == [("nosuch", 7860)]
 
 
 @pytest.mark.slow

@@ -77,18 +77,15 @@ def _shift(options: argparse.Namespace) -> None:
 
     count = min(len(dataset), options.limit or len(dataset))
     samples = tqdm(itertools.islice(dataset, count), total=count, unit="image")
-    shift = semantic_shift(load_silently(options.model, options), samples, options.before, options.after)
-    protocol = {
-        "model": options.model,
-        "dataset": {"name": dataset.name, "split": dataset.split, "fingerprint": dataset.fingerprint()},
-        "before": options.before,
-        "after": options.after,
-    }
+    model = load_silently(options.model, options)
+    shift = semantic_shift(model, samples, options.before, options.after)
+    data = {"name": dataset.name, "split": dataset.split, "images": count, "fingerprint": dataset.fingerprint()}
+    protocol = {**model.identity, "dataset": data, "before": options.before, "after": options.after}
     report = json.dumps({"software": SOFTWARE, "protocol": protocol, **asdict(shift)}, indent=2)
+    echo(report if options.json else shift.table())  # first, because writing may fail
     if options.output:
         with new_file(options.output, options.overwrite) as partial:
             partial.write_text(report + "\n", encoding="utf-8")
-    echo(report if options.json else shift.table())
 
 
 def _channels(options: argparse.Namespace) -> None:

@@ -319,5 +319,5 @@ def echo_space(folder: Path) -> None:
 
 
 def echo(report) -> None:
-    """Prints lines with [`printable`] characters. The value of JSON text does not change."""
-    print("\n".join(map(printable, str(report).split("\n"))))
+    """Prints lines with [`printable`] characters, also into a pipe at once. The value of JSON text does not change."""
+    print("\n".join(map(printable, str(report).split("\n"))), flush=True)

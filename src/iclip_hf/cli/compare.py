@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 from pathlib import Path
 
 from ..presence import MIN_PRESENCE, presence_word
@@ -109,10 +110,11 @@ def _open(options: argparse.Namespace):
     dataset = load_segmentation(options.dataset, options.data_root, options.split, options.overrides)
     names = (options.image, Path(options.image).stem)
     sample = next((sample for sample in dataset if sample.name in names), None)
-    if sample is None:
+    if sample is None or (os.path.isfile(options.image) and not sample.image_path.samefile(options.image)):
         raise ValueError(
             f"Expected IMAGE to be one of {options.data_root}, such as {dataset[0].name}, got {options.image}: name one of them."
         )
+    check_output(options, PICTURES, [sample.image_path, *dataset.annotation_paths])
     ids = dict(zip(dataset.class_names, dataset.labels))
     texts = options.texts or [dataset.class_names[label - 1] for label in sample.labels]
     truths = {text: sample.mask(ids[text]) == ids[text] for text in texts if text in ids}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 
 from ..utils.extras import require_extra
@@ -43,11 +42,15 @@ def run(options: argparse.Namespace) -> None:
 
         with web_server(options.web, options.host, options.port) as server:
             echo(f"http://{options.host}:{server.server_port}/")
-            sys.stdout.flush()  # also into a pipe, because the server does not end
             server.serve_forever()
         return
     if options.export_space:
         check_folder("--export-space", options.export_space)
+        if options.dtype or options.device:
+            raise ValueError(
+                f"--dtype and --device apply to the demo on this machine, but got {options.dtype or options.device} with "
+                "--export-space: leave it out."
+            )
         if options.model not in (None, "embedded") and Path(options.model).exists():
             raise ValueError(
                 f"Expected the Hub id of a model for a Space, got the folder {options.model}: push it first."

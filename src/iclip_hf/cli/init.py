@@ -22,6 +22,11 @@ def add_options(command: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
+    from ..hub.configs import config_folder
+    from ..utils.files import check_empty
+
+    config_folder(options.config)  # both before torch is loaded
+    check_empty(options.output)
     from ..hub.folders import init_model
 
     silence_transformers()

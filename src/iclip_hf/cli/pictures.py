@@ -31,6 +31,7 @@ from .common import (
 
 # Bytes of a picture's name without its suffix, of the 255 that file systems allow.
 _LONGEST = 251
+_BAR_DELAY = 2  # seconds after which the progress bar appears
 
 
 def add_image_options(
@@ -70,7 +71,7 @@ def explain_files(
     batch_size: int = 4,
 ) -> int:
     """
-    Writes a picture of each image file, prints a report, and returns the exit code.
+    Writes a picture of each image file, prints its report as soon as it is there, and returns the exit code.
 
     Args:
         name: stem of the default output.
@@ -85,9 +86,9 @@ def explain_files(
     if not images:
         return 2
     localizer = make_localizer(options, texts)
-    entries = [entry for entry in _written(options.command, localizer, images, write, batch_size) if entry is not None]
-    width = max(len(printable(text)) for text in options.texts)
-    for entry in entries:
+    whole, width = 0, max(len(printable(text)) for text in options.texts)
+    for entry in _written(options.command, localizer, images, write, batch_size):
+        whole += 1
         if options.json:
             echo(json.dumps(entry, ensure_ascii=False))
             continue
@@ -96,7 +97,7 @@ def explain_files(
         for row in entry.get("segments") or entry["texts"]:
             presence = presence_column(row["presence"], options.min_presence)
             echo(f"  {printable(row['text']):<{width}}  {row['score']:+.4f}  {presence}  {describe(row)}")
-    return 0 if len(entries) == len(options.images) else 2
+    return 0 if whole == len(options.images) else 2
 
 
 def _pictures_to_write(
@@ -167,8 +168,8 @@ def make_localizer(options: argparse.Namespace, texts: Sequence[str]):
     )
 
 
-def _written(command: str, localizer, images, write: Callable, batch_size: int) -> Iterator[dict | None]:
-    """Yields the entry of each image, None if it is broken. A thread loads images and writes pictures while the model runs."""
+def _written(command: str, localizer, images, write: Callable, batch_size: int) -> Iterator[dict]:
+    """Yields the entry of each image that is not broken. A thread loads images and writes pictures while the model runs."""
     from tqdm import tqdm
 
     from ..images import load_image
@@ -188,7 +189,12 @@ def _written(command: str, localizer, images, write: Callable, batch_size: int) 
     with ThreadPoolExecutor(1) as beside:
         explained = localizer.explain_all(lambda path: (path, load_image(path)), names, beside, batch_size)
         entries = prefetch_map(beside, written, zip(explained, pictures), 4)
-        yield from tqdm(entries, total=len(images), unit="image", delay=2, disable=len(images) == 1)
+        bar = tqdm(entries, total=len(images), unit="image", delay=_BAR_DELAY, disable=len(images) == 1)
+        for entry in bar:
+            if bar.format_dict["elapsed"] > _BAR_DELAY:
+                bar.clear()  # the report takes its line
+            if entry is not None:
+                yield entry
 
 
 def presence_column(value: float, min_presence: float) -> str:

@@ -26,8 +26,6 @@ def add_options(command: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> None:
     from huggingface_hub.utils import validate_repo_id
 
-    from ..hub.folders import push_model
-
     try:
         validate_repo_id(options.repo_id)
         if "/" not in options.repo_id:
@@ -42,6 +40,8 @@ def run(options: argparse.Namespace) -> None:
         sizes = {path.relative_to(folder).as_posix(): path.stat().st_size for path in files}
         report = {"repo_id": options.repo_id, "files": sizes}
         if not options.dry_run:
+            from ..hub.folders import push_model
+
             report["commit"] = push_model(folder, options.repo_id, options.private)
     if options.json:
         echo(json.dumps(report, indent=2))

@@ -285,8 +285,8 @@ def load_pairs(
     - Tar shards of webdataset or img2dataset (`key.jpg` with `key.txt`, `key.json` or both): a file, a folder of shards, or a
       pattern such as "cc3m/{00000..00331}.tar" or "cc3m/*.tar". The captions are the list `captions` in the JSON, else the text,
       else `caption` in the JSON.
-    - An image folder with `metadata.jsonl`, or such a file. Each line has one of `sources.IMAGE_COLUMNS`, a path relative to the
-      file, and one of `sources.CAPTION_COLUMNS`.
+    - An image folder with `metadata.jsonl` or `metadata.csv`, or such a file. Each line has one of `sources.IMAGE_COLUMNS`, a
+      path relative to the file, and one of `sources.CAPTION_COLUMNS`.
     - A `.csv` or `.tsv` table with a header line and the same columns; `captions` is a JSON list. Values are literal, also "null".
       Commas, semicolons or tabs separate the fields of a .csv. In a .tsv, quotes have no special meaning.
     - A folder with a subfolder of images for each class. The caption of `dog/1.jpg` is "a photo of a dog".

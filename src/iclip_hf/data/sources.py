@@ -382,7 +382,7 @@ class ClassFolders(Source):
         left_out = f"{len(elsewhere)} images elsewhere, such as {min(elsewhere)}" if elsewhere else "none"
         if not self._images:
             raise FileNotFoundError(
-                f"{str(path)!r}: expected metadata.jsonl, .tar or .parquet files, or a folder of images for each class, but got "
+                f"{str(path)!r}: expected metadata.jsonl, metadata.csv, .tar or .parquet files, or a folder of images for each class, but got "
                 f"{left_out}; name another folder, or the table itself."
             )
         if elsewhere:
@@ -599,8 +599,9 @@ def _open(path: Path, columns: Columns) -> Source:
 def _local_files(source: str) -> list[Path]:
     folder = Path(source)
     if folder.is_dir():
-        if (folder / "metadata.jsonl").is_file():
-            return [folder / "metadata.jsonl"]
+        tables = [folder / f"metadata.{kind}" for kind in ("jsonl", "csv")]  # as in an `imagefolder` of `datasets`
+        if table := next(filter(Path.is_file, tables), None):
+            return [table]
         visible = sorted(file for file in folder.iterdir() if not is_hidden(file.name))
         return [file for file in visible if file.suffix.lower() in (".tar", ".parquet")] or [folder]
     if os.path.isfile(source):

@@ -169,16 +169,14 @@ class _App(gr.Blocks):
         return {"path": path, "orig_name": name, "meta": {"_type": "gradio.FileData"}}
 
 
-class _RefuseUnusedRoutes:
+def _refuse_unused_routes(app):
     """ASGI middleware that answers 404 to Gradio's routes that the page does not need."""
 
-    def __init__(self, app):
-        self.app = app
-
-    async def __call__(self, scope, receive, send):
+    async def answer(scope, receive, send):
         route = scope.get("path", "").partition("/gradio_api/")[2]
-        app = PlainTextResponse("Not Found", 404) if route.startswith(_UNUSED_ROUTES) else self.app
-        await app(scope, receive, send)
+        await (PlainTextResponse("Not Found", 404) if route.startswith(_UNUSED_ROUTES) else app)(scope, receive, send)
+
+    return answer
 
 
 def build_app(model) -> gr.Blocks:
@@ -306,7 +304,7 @@ def launch(
         state_session_capacity=MAX_SESSIONS,
         app_kwargs={
             "lifespan": lambda server: _deleting_files(app),
-            "middleware": [Middleware(_RefuseUnusedRoutes)],
+            "middleware": [Middleware(_refuse_unused_routes)],
         },
         theme=gr.themes.Soft(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]),
         css=_CSS,

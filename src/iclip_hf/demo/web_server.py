@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -40,7 +41,7 @@ def web_server(folder: Path, host: str = "127.0.0.1", port: int | None = None) -
         host, port: address and port to listen on; the first free port from 7860 if not given.
 
     Raises:
-        `ValueError`: the folder holds no page. `OSError`: the port is not free.
+        `ValueError`: the folder holds no page. `OSError`: the address is not of this machine, or the port is not free.
     """
     if not (folder / "settings.json").is_file() or not (folder / "index.html").is_file():
         raise ValueError(f"{folder}: expected a folder of `iclip export --format web`, but it has no page; name one.")
@@ -50,4 +51,8 @@ def web_server(folder: Path, host: str = "127.0.0.1", port: int | None = None) -
             return ThreadingHTTPServer((host, candidate), handler)
         except OSError as error:
             problem = error.strerror or error
-    raise OSError(f"{host}:{candidate}: expected a free port of this machine, but: {problem}; give another.")
+            if error.errno != errno.EADDRINUSE:  # such as an unknown host, which other ports do not help
+                break
+    raise OSError(
+        f"{host}:{candidate}: expected an address and a free port of this machine, but: {problem}; give others."
+    )

@@ -20,7 +20,7 @@ from ..pipeline_iclip import PIPELINES
 from ..processing_iclip import ICLIPProcessor
 from ..utils.files import atomic_folder, loading_errors
 from .configs import SHIPPED, config_folder
-from .model_card import describe_tower, write_model_card
+from .model_card import HUB_RESULTS, describe_tower, write_model_card
 
 
 _EMBEDDED = SHIPPED / "iclip-dinov2-s14-minilm"
@@ -189,7 +189,8 @@ def _write_json(path: Path, content: Mapping) -> None:
 
 def push_model(folder: str | Path, repo_id: str, private: bool | None = None) -> str:
     """
-    Uploads an exported folder to a Hub repository in one commit. Creates the repository if it does not exist.
+    Uploads an exported folder to a Hub repository in one commit. Creates the repository if it does not exist. Deletes the results of
+    an earlier model there.
 
     Args:
         folder: from [`export_model`].
@@ -206,7 +207,9 @@ def push_model(folder: str | Path, repo_id: str, private: bool | None = None) ->
     api = HfApi()
     try:
         repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-        return api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message="Upload model").commit_url
+        # Results of an earlier model, unless they are replaced. Other files of the repository stay.
+        options = {"commit_message": "Upload model", "delete_patterns": HUB_RESULTS}
+        return api.upload_folder(repo_id=repo_id, folder_path=folder, **options).commit_url
     except (OSError, ValueError):
         raise
     except Exception as error:  # of the HTTP library, which differs between versions of huggingface_hub

@@ -7,11 +7,6 @@ from ..utils.extras import require_extra
 from ..utils.files import write_beside_others
 
 
-with require_extra("eval"):
-    from datasets import DownloadMode
-    from evaluate.loading import LocalEvaluationModuleFactory, init_dynamic_modules
-
-
 def metric_folders() -> dict[str, Path]:
     """Returns the folders of the metric modules by name."""
     return {
@@ -27,6 +22,9 @@ def install_metrics() -> dict[str, Path]:
     Returns:
         `dict[str, Path]`: the folder of each script by the name of its metric, `"mfmb"`, `"mmiou"` and `"text_contrast"`.
     """
+    with require_extra("eval"):
+        from datasets import DownloadMode
+        from evaluate.loading import LocalEvaluationModuleFactory, init_dynamic_modules
     modules, installed = init_dynamic_modules(), {}
     for name, folder in metric_folders().items():
         factory = LocalEvaluationModuleFactory(str(folder / f"{name}.py"), download_mode=DownloadMode.FORCE_REDOWNLOAD)

@@ -76,6 +76,8 @@ _METRIC_DIGITS = {"mAP": 2, "mMIoU": 2, "mFMB": 4, "text_contrast": 2}
 _CONDITIONS = ("image_size", "templates", "aggregate", "refine", "versions", "note")
 # The file beside the card that holds what the card was written from, and the form of its parts.
 _PARTS = "model_card.json"
+# The file with the results of data sets on the Hub, from which it makes its tables.
+HUB_RESULTS = ".eval_results/iclip.yaml"
 _FORMS = {"license": str, "datasets": list, "training": dict, "evaluation": dict, "identity": dict, "labels": list}
 # Descriptions of the value `embedded` in training settings.
 _EMBEDDED = {
@@ -110,7 +112,8 @@ def write_model_card(
 ) -> Path:
     """
     Writes the model card, `README.md`, into a model's folder, and `model_card.json`, which holds what the card was written from. Results
-    of data sets on the Hub are also written to `.eval_results/iclip.yaml`, which the Hub reads.
+    of data sets on the Hub are also written to `.eval_results/iclip.yaml`, which the Hub reads; without any, an earlier such file is
+    deleted.
 
     Args:
         model, processor: model and processor that the card describes.
@@ -185,8 +188,11 @@ def write_model_card(
     }
     if entries:
         listed = yaml.safe_dump(eval_result_entries_to_yaml(entries), sort_keys=False)
-        contents[".eval_results/iclip.yaml"] = f"# {SOFTWARE}\n{listed}"
+        contents[HUB_RESULTS] = f"# {SOFTWARE}\n{listed}"
     check_outputs([Path(folder, file) for file in contents], overwrite=overwrite)
+    earlier = Path(folder, HUB_RESULTS)
+    if not entries and earlier.is_file() and is_own(earlier):
+        earlier.unlink()
     for file, content in contents.items():
         with new_file(Path(folder, file), overwrite) as partial:
             partial.write_text(content, encoding="utf-8")

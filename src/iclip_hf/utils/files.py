@@ -67,10 +67,14 @@ def check_outputs(
                 "name another output."
             )
         taken[identity] = path
-        place = next(parent for parent in path.absolute().parents if parent.exists())
+        place = next(parent for parent in Path(os.path.realpath(path)).parents if parent.exists())
         if not place.is_dir():
             raise NotADirectoryError(
                 f"{path}: expected a file in a folder, but {place} is not a folder; name another output."
+            )
+        if not os.access(place, os.W_OK):
+            raise PermissionError(
+                f"{path}: expected a folder that can be written, but {place} cannot; name another output."
             )
         if path.exists() and not path.is_file():
             raise FileExistsError(
@@ -121,9 +125,10 @@ def write_beside_others(folder: Path, contents: dict[str, bytes], overwrite: boo
     """
     files = {folder / name: content for name, content in contents.items()}
     changed = {path: new for path, new in files.items() if not path.is_file() or path.read_bytes() != new}
-    check_outputs(changed, overwrite=overwrite)
+    foreign = {"overwrite": overwrite, "own": lambda path: False}  # a readme of the user's may name this program
+    check_outputs(changed, **foreign)
     for path, content in changed.items():
-        with new_file(path, overwrite) as partial:
+        with new_file(path, **foreign) as partial:
             partial.write_bytes(content)
 
 
@@ -213,13 +218,9 @@ def check_utf8(folder: Path) -> None:
         raise ValueError(f"{folder}: expected a folder whose path is UTF-8, but got other bytes in it; name another.")
 
 
-def check_own_folder(folder: Path, marker: str = _MARKER) -> None:
+def check_own_folder(folder: Path) -> None:
     """
-    Checks that a folder holds nothing that this program did not write.
-
-    Args:
-        folder: it need not exist.
-        marker: name of a file that such a folder contains.
+    Checks that a folder, which need not exist, holds nothing that this program did not write.
 
     Raises:
         `FileExistsError`: it holds other files. `OSError`: it is no folder. `ValueError`: its path is not UTF-8.
@@ -227,7 +228,7 @@ def check_own_folder(folder: Path, marker: str = _MARKER) -> None:
     check_utf8(folder)
     names = {path.name for path in folder.iterdir()} if folder.exists() else set()
     others = [name for name in names if not name.startswith(_MARKER) and not name.endswith(_PARTIAL)]
-    if others and marker not in names:
+    if others and _MARKER not in names:
         raise FileExistsError(
             f"{folder}: expected a new or empty folder, or that of an earlier run, but got one with other files, such as "
             f"{min(others)}; name another."

@@ -22,6 +22,7 @@ const start = `import ${JSON.stringify(new URL("worker.js", location).href)};`;
 const worker = new Worker(URL.createObjectURL(new Blob([start], { type: "text/javascript" })), { type: "module" });
 let photo = null; // {blob, id}
 let job = 0, pending = null; // the texts of the question that is being answered
+let choice = 0; // number of the newest choice of an image
 
 find("size").textContent = ` It downloads the model once (${megabytes(settings.bytes)} MB) and keeps it.`;
 
@@ -62,16 +63,24 @@ function setPhoto(blob) {
 
 function choose(file) {
   if (!file) return;
+  choice++;
   setPhoto(file);
   explain();
 }
 
+/** Chooses an example, unless it cannot be fetched or another image is chosen meanwhile; returns whether it was chosen. */
 async function chooseExample(button, { file, texts }) {
-  const response = await fetch(file).catch(() => null);
-  if (!response?.ok) return fail(`The example ${file} could not be fetched: check the connection.`);
-  setPhoto(await response.blob());
+  const mine = ++choice;
+  const blob = await fetch(file).then((response) => response.ok && response.blob()).catch(() => null);
+  if (mine !== choice) return false;
+  if (!blob) {
+    fail(`The example ${file} could not be fetched: check the connection.`);
+    return false;
+  }
+  setPhoto(blob);
   button.setAttribute("aria-current", "true");
   if (texts) find("texts").value = texts;
+  return true;
 }
 
 // ---------------------------------------------------------------------------------------------- answering
@@ -181,13 +190,10 @@ for (const [index, example] of settings.examples.entries()) {
   const button = find("examples").appendChild(document.createElement("button"));
   button.type = "button";
   Object.assign(button.appendChild(new Image()), { src: example.file, alt: example.title });
-  button.addEventListener("click", async () => {
-    await chooseExample(button, example);
-    explain();
-  });
+  button.addEventListener("click", async () => await chooseExample(button, example) && explain());
   if (index === 0) await chooseExample(button, linked ? { file: example.file } : example);
 }
 find("photographs").hidden = !settings.examples.length;
 find("go").disabled = false;
 // A visitor who has the model already need not ask for it.
-if (photo && await caches?.has(settings.cache).catch(() => false)) explain();
+if (photo && await globalThis.caches?.has(settings.cache).catch(() => false)) explain();

@@ -51,7 +51,7 @@ async function answer({ photo, photoId, texts, refine }, tell) {
     tell({ kind: "status", sentence: "Looking at the image …" });
     image = { ...await encodeImage(model, decoded), id: photoId };
     const { view, size, originalSize } = decoded;
-    tell({ kind: "photo", view, size, originalSize }, [view]);
+    postMessage({ kind: "photo", view, size, originalSize }, [view]); // also of an older question, because it is sent once
   }
   for (const [index, text] of texts.entries()) {
     await new Promise((turn) => setTimeout(turn)); // lets a newer question in

@@ -54,7 +54,7 @@ def resize_maps(maps: torch.Tensor, size: tuple[int, int], out: torch.Tensor | N
     Equal to `torch.nn.functional.interpolate` up to rounding, but computed as one matrix product for each side: the interpolation
     is linear and separable. For a 16x16 grid and the size of a photograph, these products are faster than the general kernel.
     """
-    enlarged, low = _resize_above_lowest(maps, size, out)
+    enlarged, low = _resize_above_lowest(maps, _resize_weights(maps, size), out)
     return enlarged.add_(low)
 
 
@@ -64,23 +64,29 @@ def resize_and_normalize(maps: torch.Tensor, size: tuple[int, int], reverse: boo
     Computes M = `min_max_normalize(resize_maps(maps, size))` (Eq. 4), or 1 - M (Eq. 5), for `(T, h, w)` maps, one map at a time. One
     full-size map fits the cache of a processor, many do not. So a map does not depend on the others, to the last bit.
     """
+    weights = _resize_weights(maps, size)
     enlarged, large = _empty((len(maps), *size), maps.device), torch.empty(size, device=maps.device)
     for raw_map, target in zip(maps, enlarged):
-        _resize_above_lowest(raw_map, size, large)
+        _resize_above_lowest(raw_map, weights, large)
         low, high = torch.aminmax(large)
         span = high - low
         torch.div(large.sub_(low), span.masked_fill(span == 0, 1.0), out=target)
     return 1 - enlarged if reverse else enlarged  # stretching the negative would round differently
 
 
+def _resize_weights(maps: torch.Tensor, size: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns the matrices that resize `(..., h, w)` maps along height and width."""
+    return tuple(_bicubic_weights(source, target, maps.device) for source, target in zip(maps.shape[-2:], size))
+
+
 def _resize_above_lowest(
-    maps: torch.Tensor, size: tuple[int, int], out: torch.Tensor | None
+    maps: torch.Tensor, weights: tuple[torch.Tensor, torch.Tensor], out: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """
     Resizes maps less their lowest values, which it returns too. This keeps a constant map exactly constant. Min-max would stretch its
     rounding errors.
     """
-    rows, columns = (_bicubic_weights(source, target, maps.device) for source, target in zip(maps.shape[-2:], size))
+    rows, columns = weights
     maps = maps.float()
     low = maps.amin((-2, -1), keepdim=True)
     with torch.autocast(maps.device.type, enabled=False):  # whose products are rounded to half precision

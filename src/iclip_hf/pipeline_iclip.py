@@ -222,8 +222,8 @@ class ZeroShotImageSegmentationPipeline(ImageTextSimilarityMapPipeline):
         Args:
             images, template: as for [`ImageTextSimilarityMapPipeline`].
             candidate_labels (`str` or T of them): as for [`ImageTextSimilarityMapPipeline`].
-            background_labels (`str` or a list): likewise, texts for the rest of the image, such as "sky" and "wall". They compete like the others,
-                and their pixels are background.
+            background_labels (`str` or a list): texts for the rest of the image, such as "sky" and "wall", given like the labels. They
+                compete like the others, and their pixels are background.
             threshold (`float` in [0, 1], *optional*, defaults to 0.5): a label competes for the pixels whose map is greater; None lets
                 it compete for all.
             min_presence (`float` in [0, 1], defaults to 0.8): a label with a lower presence gets no pixel.

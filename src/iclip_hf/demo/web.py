@@ -151,9 +151,8 @@ def export_web(
         offline = string.Template(beside("web/offline.js"))
         offline = offline.substitute(files=json.dumps({"./": digests["index.html"], **digests}))
         (built / "offline.js").write_text(offline, encoding="utf-8")
-        name = (
-            without_folders(model.name_or_path) or folder.resolve().name
-        )  # of the model, which is not in this folder
+        # The card names the model, which is not in this folder.
+        name = without_folders(model.name_or_path) or folder.resolve().name
         written = write_model_card(model, processor, scratch, name=name, **card)
         shutil.copyfile(written, built / "model_card.md")
         (built / "README.md").write_text(_readme(written, folder.resolve().name, _packages(needed)), encoding="utf-8")

@@ -16,16 +16,9 @@ from ..modeling_iclip import ICLIPModel, check_weights
 from ..processing_iclip import ICLIPProcessor
 from ..utils.files import loading_errors
 from ..utils.names import MODEL_TYPES, check_model_name, check_model_type
+from . import families
 from .embedded import embedded_model
 from .explainable import ExplainableModel
-from .families import (
-    ExplainableCLIP,
-    ExplainableICLIP,
-    ExplainableONNX,
-    ExplainableSiglip,
-    ExplainableSiglip2,
-    ExplainableTipsv2,
-)
 from .onnx import VISION_FILE, ONNXModel
 from .open_clip import ExplainableOpenCLIP, ExplainableOpenCLIPResNet
 
@@ -35,12 +28,7 @@ logger = logging.getLogger(__name__)
 
 # By the model type of a config, or by the image tower's class in open_clip.
 _FAMILIES: dict[str, type[ExplainableModel]] = {
-    "iclip": ExplainableICLIP,
-    "clip": ExplainableCLIP,
-    "metaclip_2": ExplainableCLIP,
-    "siglip": ExplainableSiglip,
-    "siglip2": ExplainableSiglip2,
-    "tipsv2": ExplainableTipsv2,
+    **{kind: getattr(families, name) for kind, name in MODEL_TYPES.items()},
     "VisionTransformer": ExplainableOpenCLIP,
     "ModifiedResNet": ExplainableOpenCLIPResNet,
 }
@@ -117,7 +105,7 @@ def _usable(device: str | torch.device) -> torch.device:
 
 def _explainable(model, processor) -> ExplainableModel:
     if isinstance(model, ONNXModel):
-        return ExplainableONNX(model, processor)
+        return families.ExplainableONNX(model, processor)
     if hasattr(model, "visual"):
         kind = type(model.visual).__name__
         fits = getattr(model.visual, "attn_pool", None) is None  # CoCa pools by queries of its own

@@ -49,8 +49,15 @@ TASKS = {
 MEASURES = {name: place for measures in TASKS.values() for name, place in measures.items()}
 # Poolings whose channels are compared.
 POOLINGS = ("class_token", "average", "max", "own")
-# The types of models of transformers that explain, as their config.json names them.
-MODEL_TYPES = ("iclip", "clip", "metaclip_2", "siglip", "siglip2", "tipsv2")
+# Models of transformers that explain: for each type, as config.json names it, the class in `iclip_hf.models.families`.
+MODEL_TYPES = {
+    "iclip": "ExplainableICLIP",
+    "clip": "ExplainableCLIP",
+    "metaclip_2": "ExplainableCLIP",
+    "siglip": "ExplainableSiglip",
+    "siglip2": "ExplainableSiglip2",
+    "tipsv2": "ExplainableTipsv2",
+}
 DTYPES = ("float32", "bfloat16", "float16")
 # Colours of maps, see `iclip_hf.figures.colors`; the first is the default.
 COLORMAPS = ("heat", "cividis", "jet")

@@ -15,8 +15,6 @@ extras = {
         "tensorboard>=2.15",
         "timm>=1.0.15",
     ],
-    # `iclip train --text_lora_rank`
-    "lora": ["peft>=0.18"],
     # `iclip evaluate` and the metric modules
     "eval": ["accelerate>=1.10", "evaluate>=0.4.6", "pycocotools>=2.0.8"],
     # `iclip explain` of whole collections: processes, Parquet

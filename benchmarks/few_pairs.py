@@ -1,19 +1,15 @@
 """Fine-tunes the embedded model on few pairs that it never saw, and writes the table of what this changes.
 
     python benchmarks/few_pairs.py --data-root DATA
-    python benchmarks/few_pairs.py --data-root DATA --pairs 500 --steps 50 --text-lora-rank 8
-    python benchmarks/few_pairs.py --data-root DATA --pairs 500 --steps 50 --unlocked-vision-blocks 1
 
 For each seed, one half of the images of Flickr8k's dev split are the pairs, with one caption each, and retrieval is measured on
 the other half, with five. Maps are measured on coco100. Settings are those that `iclip train pairs.csv` chooses, except for the
-learning rate. Features of locked towers are the same in all runs: they are computed once and kept in the folder `--output`.
+learning rate. Features of the locked towers are the same in all runs: they are computed once and kept in the folder `--output`.
 """
 
 import argparse
 import copy
-import hashlib
 import itertools
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +17,6 @@ import torch
 from accelerate import Accelerator
 from measuring import command_line, mean_and_spread, remembered
 from measuring import table as markdown
-from torch import nn
 from torch.nn import functional as F
 
 from iclip_hf.data.pairs import load_pairs
@@ -30,10 +25,8 @@ from iclip_hf.evaluation.evaluate import evaluate
 from iclip_hf.modeling_iclip import ICLIPModel
 from iclip_hf.models.loading import load_iclip
 from iclip_hf.training.data import BatchLoader
-from iclip_hf.training.datasets import whole_image
-from iclip_hf.training.feature_cache import CachedPairs, FeatureCache
-from iclip_hf.training.low_rank import add_low_rank, merge_low_rank
-from iclip_hf.training.pair_model import PairModel, image_features
+from iclip_hf.training.feature_cache import FeatureCache
+from iclip_hf.training.pair_model import PairModel
 from iclip_hf.training.plan import RATE, STEPS
 from iclip_hf.training.schedule import cosine_schedule, parameter_groups
 from iclip_hf.training.settings import Settings
@@ -59,8 +52,6 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--rates", type=float, nargs="+", default=[1e-5, 1e-4], help="peaks, for the batch")
     parser.add_argument("--steps", type=int, default=STEPS)
-    parser.add_argument("--text-lora-rank", type=int, default=0, help="as in iclip train")
-    parser.add_argument("--unlocked-vision-blocks", type=int, default=0, help="as in iclip train")
     options = parser.parse_args()
 
     study = Study(options)
@@ -76,48 +67,31 @@ class Study:
 
     def __init__(self, options: argparse.Namespace):
         self.steps = options.steps
-        self.rank, self.blocks = options.text_lora_rank, options.unlocked_vision_blocks
         self.accelerator = Accelerator(cpu=True)
         self.start, self.processor = load_iclip("embedded")
         pairs = load_pairs(options.data_root / "flickr8k" / "dev-00000.tar")
         cache = FeatureCache(options.output, self.start, self.processor, self.accelerator)
-        self.pairs = cached = cache.pairs(pairs, lock_text=True)
-        if self.blocks:
-            images = {row: whole_image(self.processor, pairs.read(row)["image"]) for row in cached.rows}
-            parts = (cached.features, self.start.config, self.processor)
-            self.pairs = PairsWithImages(images, *parts, texts=cached.texts)
+        self.pairs = cache.pairs(pairs, lock_text=True)
         self.maps = load_segmentation("coco2017", options.data_root / "coco100", "train2017")
-        self.locked_blocks = remembered_blocks(copy.deepcopy(self.start.vision_model), self.blocks)
         self.start.encode_image = remembered(self.start.encode_image, {})
         self.start.encode_text = remembered(self.start.encode_text, {})
 
     def run(self, seed: int, count: int = 0, rate: float = RATE) -> dict[str, float]:
         """Returns the scores after fine-tuning on `count` pairs; with 0 pairs those of the embedded model itself."""
         model = copy.deepcopy(self.start)
-        torch.manual_seed(seed)  # of low-rank updates and dropout
-        if self.rank:
-            del model.encode_text  # the class has the one that does not remember
-            add_low_rank(model, self.rank)
-        if self.blocks:
-            del model.encode_image
-            layers = model.vision_model.encoder.layer
-            model.vision_model.encoder.layer = layers[len(layers) - self.blocks :]
-            model.vision_model.embeddings.forward = self.locked_blocks
         own, unseen = np.split(np.random.default_rng(seed).permutation(len(self.pairs)), 2)
         if count:
             self.fine_tune(model, own[:count], seed, rate)
-        model = merge_low_rank(model).eval()
-        result = evaluate((model, self.processor), self.maps, progress=False).results["itsm"]
+        result = evaluate((model.eval(), self.processor), self.maps, progress=False).results["itsm"]
         return {**self.retrieval(model, unseen), **result}
 
     def fine_tune(self, model: ICLIPModel, rows: np.ndarray, seed: int, rate: float) -> None:
         training = copy.copy(self.pairs)
-        training.texts = None if self.rank else self.pairs.texts
         training.rows = self.pairs.rows[rows]
         training.captions = [self.pairs.captions[row][:1] for row in rows]
         batch_size = min(len(rows), 256)
         loader = BatchLoader(training, self.accelerator, batch_size, seed)
-        pair_model = PairModel(model, lock_text=not self.rank, unlocked_vision_blocks=self.blocks)
+        pair_model = PairModel(model, lock_text=True)
         defaults = Settings(model="embedded", data=[""], output_dir=".")
         optimizer = torch.optim.AdamW(parameter_groups(pair_model, defaults.weight_decay), lr=rate)
         ends = [rate * batch_size / 1024 for rate in (defaults.warmup_learning_rate, defaults.min_learning_rate)]
@@ -140,54 +114,19 @@ class Study:
     def retrieval(self, model: ICLIPModel, rows: np.ndarray) -> dict[str, float]:
         """Returns the recall at 1 and at 5 among these images and all their captions, in percent."""
         branch, pairs = model.recognition, self.pairs.__getitems__(rows)
-        images = image_features(model, pairs["pixel_values"], 5)[0] if self.blocks else pairs["image_features"][0]
         captions = [self.pairs.captions[row] for row in rows]
         texts = list(itertools.chain.from_iterable(captions))
-        texts = model.encode_text(**self.processor(text=texts))[0] if self.rank else self.pairs.texts[texts]
         own = torch.arange(len(rows)).repeat_interleave(torch.tensor([len(several) for several in captions]))
         own = torch.arange(len(rows))[:, None] == own
         cosines = (
-            F.normalize(branch.visual_projection(images), dim=-1)
-            @ F.normalize(branch.text_projection(texts), dim=-1).T
+            F.normalize(branch.visual_projection(pairs["image_features"][0]), dim=-1)
+            @ F.normalize(branch.text_projection(self.pairs.texts[texts]), dim=-1).T
         )
         return {
             f"{name} R@{k}": 100 * hits.gather(1, values.topk(k, 1).indices).any(1).float().mean().item()
             for name, values, hits in (("image to text", cosines, own), ("text to image", cosines.T, own.T))
             for k in (1, 5)
         }
-
-
-class PairsWithImages(CachedPairs):
-    """Pairs with their images, for an image tower that learns."""
-
-    def __init__(self, images: dict[int, torch.Tensor], *args, **kwargs):
-        super().__init__(*args, **kwargs)
-        self.images = images
-
-    def __getitems__(self, indices: np.ndarray) -> dict:
-        return super().__getitems__(indices) | {
-            "pixel_values": torch.stack([self.images[row] for row in self.rows[indices]])
-        }
-
-    def collate(self, batch: dict) -> dict:
-        collated = super().collate(batch) | {"pixel_values": batch["pixel_values"]}
-        del collated["image_features"]
-        return collated
-
-
-def remembered_blocks(tower: nn.Module, last: int) -> Callable:
-    """Returns a function that computes the input of the `last` blocks of an image tower, and keeps it for each image."""
-    kept = {}
-
-    @torch.no_grad()
-    def recall(pixel_values: torch.Tensor, **kwargs) -> torch.Tensor:
-        keys = [hashlib.sha256(image.numpy().tobytes()).digest() for image in pixel_values]
-        for key, image in zip(keys, pixel_values):
-            if key not in kept:
-                kept[key] = tower(image[None], output_hidden_states=True).hidden_states[-1 - last][0]
-        return torch.stack([kept[key] for key in keys])
-
-    return recall
 
 
 def table(rows: dict[str, list[dict]]) -> str:

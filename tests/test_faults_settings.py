@@ -66,14 +66,13 @@ BAD_SETTINGS = [
     *(("vision", "''", "vision=''"), ("text", "''", "text=''"), ("lock_text", "maybe", "maybe")),
     *(("model_options", "[pooling]", "'pooling'"), ("image_column", "[a, b]", "got list")),
     *(("noun_branches", "[map]", "'map'"), ("best_metric", "mAP", "best_metric mAP")),
-    ("text_lora_rank", "8\nlock_text: true", "got both"),
 ]
 # Numbers out of range
 OUT_OF_RANGE = {
     0: "epochs learning_rate keep_checkpoints noun_prompts image_size chunk_size map_tokens clip_grad_norm max_bad_steps log_steps "
     "eval_steps checkpoint_steps",
     -1: "batch_size crop_scale num_workers max_steps pairs_per_epoch pictures warmup_epochs weight_decay warmup_learning_rate "
-    "min_learning_rate text_lora_rank unlocked_vision_blocks",
+    "min_learning_rate",
     1.1: "noun_weight noun_competition random_erasing max_bad_share validation_share",
 }
 BAD_SETTINGS += [(name, value, f"got {value}") for value, names in OUT_OF_RANGE.items() for name in names.split()]

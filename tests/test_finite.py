@@ -24,7 +24,6 @@ POOLED = [
 LEARNS = {
     "projections": {"lock_text": True},
     "text": {},
-    "last block": {"unlocked_vision_blocks": 1},
     "everything": {},
 }
 FACTORS = {

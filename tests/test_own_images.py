@@ -25,7 +25,6 @@ from iclip_hf.training.plan import STEPS, choose_settings
 from iclip_hf.training.report import example, own_labels, report
 from iclip_hf.training.settings import Settings
 from iclip_hf.training.validation import change_interval
-from iclip_hf.utils.extras import PACKAGE
 
 
 @pytest.fixture
@@ -78,9 +77,6 @@ def test_what_is_given_takes_precedence_and_the_rest_follows(tmp_path, monkeypat
     free = {name: value for name, value in given.items() if name != "epochs"}
     assert choose_settings(free)["epochs"].value == round(STEPS / (36 // 8))  # 36 pairs are not held out
     assert "validation_share" not in choose_settings({**given, "validation_data": ["x.tar"]})
-    low_rank, unlocked = {"text_lora_rank": 8}, {"unlocked_vision_blocks": 1}
-    assert chosen.keys() - choose_settings({**given, **low_rank}).keys() == {"lock_text"}
-    assert chosen.keys() - choose_settings({**given, **unlocked}).keys() == {"cache_features"}
     monkeypatch.setenv("WORLD_SIZE", "8")
     del given["batch_size"]
     assert choose_settings(given)["batch_size"].value == 32  # a multiple of the processes
@@ -131,7 +127,7 @@ def test_bad_data_is_one_sentence(tmp_path, capsys):
     check_pairs(Pairs(open_sources([table])), max_bad_share=0.05)  # as many are bad as may be
 
 
-def test_bad_settings_are_one_sentence(tmp_path, capsys, monkeypatch):
+def test_bad_settings_are_one_sentence(tmp_path, capsys):
     table = write_table(tmp_path, 30)
     (tmp_path / "alone.yaml").write_text(f"vision: embedded\ntext: embedded\ndata: [{table}]")
     (tmp_path / "runs" / "pairs" / "checkpoint-0000003").mkdir(parents=True)
@@ -140,10 +136,8 @@ def test_bad_settings_are_one_sentence(tmp_path, capsys, monkeypatch):
         (tmp_path / folder).mkdir()
         if config:
             (tmp_path / folder / "config.json").write_text(config)
-    monkeypatch.setitem(sys.modules, "peft", None)
     recipe = "The configuration iclip-dinov2-s14-minilm names it as"
     for arguments, sentence in {
-        "pairs.csv --text_lora_rank 8": f"peft is not installed: install it with `pip install '{PACKAGE}[lora]'`",
         "pairs.csv --output_dir runs/pairs": "runs/pairs: expected a new folder, but it holds a run already; add --resume",
         "pairs.csv --caption_column label": "column of the caption to be 'label', but got 'caption', 'image'",
         "pairs.csv --model ./absent": "./absent: expected a folder or a Hub id of a model",

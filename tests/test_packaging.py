@@ -139,7 +139,7 @@ def open_doors(doors: list[tuple[list[str], str]]) -> list[str | None]:
     return json.loads(opened.stdout.splitlines()[-1])
 
 
-OPTIONAL = "accelerate datasets evaluate gradio onnx onnxruntime onnxscript open_clip peft pycocotools".split()
+OPTIONAL = "accelerate datasets evaluate gradio onnx onnxruntime onnxscript open_clip pycocotools".split()
 OPTIONAL += ["skimage", "tensorboard", "timm"]
 NEEDS = {  # names of modules by the extra that they need
     "collections": ["localization.collection"],
@@ -165,7 +165,6 @@ def test_what_is_loaded_late_says_its_extra_too():
     doors = {
         ("accelerate", "train"): "import iclip_hf.training.run",
         ("timm", "train"): "from iclip_hf.training.datasets import augmentation; augmentation(None)",
-        ("peft", "lora"): "from iclip_hf.training.low_rank import add_low_rank as add; add(None, 8)",
         ("datasets", "train"): "from iclip_hf.data import load_pairs; load_pairs('org/name')",
         ("pycocotools", "eval"): "from iclip_hf.data import load_segmentation; load_segmentation('coco2017', '.')",
         ("evaluate", "eval"): "from iclip_hf.hub.metrics import install_metrics; install_metrics()",

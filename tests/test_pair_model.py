@@ -5,14 +5,12 @@ import math
 import numpy as np
 import pytest
 import torch
-from conftest import TEXT, VISION, tiny_inputs, tiny_model
+from conftest import tiny_inputs, tiny_model
 from training_runs import gradients
 
-from iclip_hf import ICLIPModel
 from iclip_hf.hub.configs import SHIPPED
 from iclip_hf.losses import multi_positive_loss
 from iclip_hf.training import pair_model as module
-from iclip_hf.training.low_rank import add_low_rank, merge_low_rank
 from iclip_hf.training.nouns import TEMPLATES, NounPrompts
 from iclip_hf.training.pair_model import PairModel, representative_tokens, set_token_mean
 
@@ -52,11 +50,6 @@ def test_representative_tokens_by_hand():
     assert weights[0, 1].item() == pytest.approx(mean[2], abs=1e-5)
     everything = representative_tokens(tokens, attention, (3, 4), 12, affinity=0)
     assert torch.equal(everything[0], tokens) and torch.equal(everything[1], attention)
-
-
-def test_an_image_needs_a_salient_token_beside_the_quarters():
-    with pytest.raises(ValueError, match="map_tokens to be at least 5, got 4"):
-        PairModel(tiny_model(max_over="similarity"), map_tokens=4)
 
 
 def test_no_word_of_a_prompt_is_a_noun_of_the_embedded_model():
@@ -214,69 +207,6 @@ def test_locked_towers_stay_locked():
     assert not pair_model.model.vision_model.training and not pair_model.model.text_model.training
     _, grads = gradients(pair_model, tiny_inputs(4, 4))
     assert all(".recognition." in name or ".interpretability." in name for name in grads) and len(grads) == 6
-
-
-def low_rank_model(text: str) -> ICLIPModel:
-    """A tiny model with updates of rank 3 that are not zero, as they are at first."""
-    pytest.importorskip("peft", reason="needs peft")
-    model = tiny_model(text=text)
-    add_low_rank(model, 3)
-    for name, parameter in model.text_model.named_parameters():
-        if "lora_B" in name:
-            torch.nn.init.normal_(parameter, std=0.3)
-    return model
-
-
-@pytest.mark.filterwarnings("error::FutureWarning")  # which a user would see
-@pytest.mark.parametrize("text", TEXT)
-@torch.no_grad()
-def test_low_rank_updates_are_merged_into_a_plain_model(text, tmp_path):
-    model, inputs = low_rank_model(text), tiny_inputs(4, 4)
-    adapted, plain = model(**inputs).logits_per_image, tiny_model(text=text)
-    merge_low_rank(model).save_pretrained(tmp_path)
-    merged = ICLIPModel.from_pretrained(tmp_path)
-    assert merged.state_dict().keys() == plain.state_dict().keys()
-    torch.testing.assert_close(merged(**inputs).logits_per_image, adapted, atol=1e-5, rtol=1e-5)
-    assert (plain(**inputs).logits_per_image - adapted).abs().max() > 0.01
-    assert torch.equal(model(**inputs).logits_per_image, adapted)  # the model itself goes on to learn
-    updated = 0
-    for name, layer in model.text_model.model.named_modules():
-        if hasattr(layer, "lora_A"):  # peft's scale is 8 / rank
-            update = 8 / 3 * layer.lora_B.default.weight @ layer.lora_A.default.weight
-            weight = plain.text_model.get_submodule(name).weight + update
-            torch.testing.assert_close(merged.text_model.get_submodule(name).weight, weight)
-            updated += 1
-    assert updated == sum(isinstance(layer, torch.nn.Linear) for layer in plain.text_model.modules())
-
-
-@pytest.mark.parametrize("text", TEXT)
-def test_only_low_rank_updates_and_projections_learn(text):
-    pair_model = PairModel(low_rank_model(text)).train()
-    _, grads = gradients(pair_model, tiny_inputs(4, 4))
-    assert pair_model.has_dropout == (text == "bert")
-    assert all("lora_" in name or ".recognition." in name or ".interpretability." in name for name in grads)
-    # Processes wait for the gradient of all that learn
-    assert grads.keys() == {name for name, one in pair_model.named_parameters() if one.requires_grad}
-    assert sum("lora_" in name for name in grads) >= 2 * 6 * 2  # two matrices for six linear layers of two blocks
-
-
-@pytest.mark.parametrize("vision", VISION)
-def test_the_last_blocks_of_the_image_tower_learn_alone(vision):
-    """As they do when the whole tower learns."""
-    batch, free = tiny_inputs(4, 4), tiny_model(vision, lock_vision=False)
-    _, whole = gradients(PairModel(free, lock_text=True).eval(), batch)
-    pair_model = PairModel(tiny_model(vision), lock_text=True, unlocked_vision_blocks=1).eval()
-    _, grads = gradients(pair_model, batch)
-    of_tower = {name for name in grads if "vision_model" in name}
-    assert of_tower == {name for name in whole if ".layer.1." in name or ".layers.1." in name} != set()
-    for name in grads:
-        torch.testing.assert_close(grads[name], whole[name], atol=1e-5, rtol=1e-4)
-    # Processes wait for the gradient of all that learn
-    assert grads.keys() == {name for name, one in pair_model.named_parameters() if one.requires_grad}
-    in_training = {name for name, one in pair_model.train().model.vision_model.named_modules() if one.training}
-    assert in_training and all("layer.1" in name or "layers.1" in name for name in in_training)
-    with pytest.raises(ValueError, match="at most 2, the blocks of the image tower, got 3: lower it"):
-        PairModel(tiny_model(vision), unlocked_vision_blocks=3)
 
 
 def test_clamped_scale_can_come_back():

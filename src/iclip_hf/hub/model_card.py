@@ -87,13 +87,13 @@ _EMBEDDED = {
 }
 # Settings of a training run that the card shows: those that the model depends on.
 _TRAINING_SETTINGS = """
-    model vision text model_options data pairs_per_epoch validation_share image_size lock_text text_lora_rank unlocked_vision_blocks
+    model vision text model_options data pairs_per_epoch validation_share image_size lock_text
     crop_scale auto_augment random_erasing cache_features nouns noun_prompts noun_weight noun_branches noun_competition map_tokens
     epochs max_steps batch_size learning_rate warmup_learning_rate min_learning_rate warmup_epochs weight_decay clip_grad_norm
     mixed_precision seed best_metric
 """.split()
 # Those of them that are off at 0, and then not shown.
-_OFF_AT_0 = "noun_competition text_lora_rank unlocked_vision_blocks pairs_per_epoch validation_share max_steps".split()
+_OFF_AT_0 = "noun_competition pairs_per_epoch validation_share max_steps".split()
 # Characters of a text that is taken over from another model.
 _LONGEST = 500
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import os
 import shutil
@@ -14,16 +13,13 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
 from ..hub.model_card import HUB_RESULTS, write_model_card
-from ..modeling_iclip import ICLIPModel
 from ..models.identity import changed
 from ..processing_iclip import ICLIPProcessor
 from ..utils.extras import require_extra
 from ..utils.files import atomic_write, writing_errors
 from .checks import check_output_dir, checkpoints
-from .low_rank import add_low_rank, low_rank_of, merge_low_rank
 from .settings import Settings, changed_settings
 
 
@@ -48,7 +44,6 @@ class RunState:
         evaluation: its results on maps, as `iclip evaluate` returns them.
         settings: settings of the run.
         content: identity of the model that the run started from, and digests of what settings name, by the name of the setting.
-        sharded: whether the run shards its weights with FSDP.
         measured: whether the model of this step has been evaluated, if it is to be.
     """
 
@@ -64,7 +59,6 @@ class RunState:
     evaluation: dict | None = None
     settings: dict = field(default_factory=dict)
     content: dict = field(default_factory=dict)
-    sharded: bool = False
     measured: bool = True
 
 
@@ -181,23 +175,6 @@ def write_state(accelerator: Accelerator, folder: Path, state: RunState, name: s
     accelerator.wait_for_everyone()
 
 
-def whole_model(accelerator: Accelerator, pair_model: nn.Module) -> ICLIPModel:
-    """
-    Returns the model with all its weights and without low-rank updates: itself, or a copy if FSDP shards it or updates are merged.
-    Every process must call this.
-    """
-    model = accelerator.unwrap_model(pair_model).model
-    if not accelerator.is_fsdp2:
-        return merge_low_rank(model)
-    weights = get_model_state_dict(pair_model, options=StateDictOptions(full_state_dict=True))
-    whole = ICLIPModel(copy.deepcopy(model.config))
-    if rank := low_rank_of(model):
-        add_low_rank(whole, rank)
-    whole.to(accelerator.device)
-    whole.load_state_dict({name.removeprefix("model."): weight for name, weight in weights.items()})
-    return merge_low_rank(whole)
-
-
 def export(
     accelerator: Accelerator, pair_model: nn.Module, processor: ICLIPProcessor, folder: Path, **card: object
 ) -> None:
@@ -205,7 +182,7 @@ def export(
     Writes the model, its processor and its card (see [`write_model_card`]) into a folder, for `from_pretrained`. Replaces the files
     of an earlier model one by one, each atomically, and leaves others, such as checkpoints.
     """
-    model = whole_model(accelerator, pair_model)
+    model = accelerator.unwrap_model(pair_model).model
     if accelerator.is_main_process:
         partial = folder / "model.partial"
         shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed during the export

@@ -102,8 +102,6 @@ def check_packages(settings: Settings) -> None:
     for package in ("accelerate", "timm", *(["tensorboard"] if tracker == "tensorboard" else [])):
         if find_spec(package) is None:
             raise not_installed(package, "train")
-    if settings.text_lora_rank and find_spec("peft") is None:
-        raise not_installed("peft", "lora")
     if tracker not in ("none", "tensorboard") and find_spec(tracker) is None:
         raise ImportError(
             f"{tracker} is not installed: install it with `pip install {tracker}`, or set report_to.", name=tracker

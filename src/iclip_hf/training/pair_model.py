@@ -11,7 +11,6 @@ import numpy as np
 import torch
 from torch import distributed, nn
 from torch.utils.checkpoint import checkpoint
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ..losses import competition_loss, contrastive_loss, multi_positive_loss
 from ..modeling_iclip import ICLIPModel, ImageTokens, attention_weights, normalize
@@ -156,18 +155,13 @@ class PairModel(nn.Module):
     Args:
         chunk_size: number of images or texts in one forward pass of a tower that learns.
         lock_text: whether the text tower has no gradients and stays in eval mode, as a locked image tower does.
-        map_tokens: number of patches of an image that are compared with the texts with `max_over="similarity"`, see
+        map_tokens: number of patches of an image that are compared with the texts with `max_over="similarity"`, at least 5, see
             [`representative_tokens`].
         noun_weight: share of the noun prompts in the loss of the branches that learn them; the rest is the captions' share.
         noun_branches: the branches that learn nouns, `"recognition"` and `"interpretability"`. Nouns improve a map that is pooled
             by similarity. With other poolings, the map loses what distinguishes all objects from the background.
         noun_competition: share of [`~losses.competition_loss`] in the noun loss of a map that is pooled by similarity; the rest is
             contrastive.
-        unlocked_vision_blocks: number of the image tower's last blocks that learn, while its others, the embeddings and the final
-            norm are locked. The model's `lock_vision` becomes False. With 0, `lock_vision` decides about the whole tower.
-
-    Raises:
-        `ValueError`: the image tower has fewer blocks than `unlocked_vision_blocks`, or `map_tokens` is less than 5.
     """
 
     def __init__(
@@ -179,22 +173,8 @@ class PairModel(nn.Module):
         noun_weight: float = 0.5,
         noun_branches: Sequence[str] = ("recognition",),
         noun_competition: float = 0.0,
-        unlocked_vision_blocks: int = 0,
     ):
         super().__init__()
-        if map_tokens < 5:
-            raise ValueError(
-                f"Expected map_tokens to be at least 5, got {map_tokens}: four are the middles of quarters."
-            )
-        blocks = [module for module in model.vision_model.modules() if isinstance(module, GradientCheckpointingLayer)]
-        if unlocked_vision_blocks > len(blocks):
-            raise ValueError(
-                f"Expected unlocked_vision_blocks to be at most {len(blocks)}, the blocks of the image tower, got "
-                f"{unlocked_vision_blocks}: lower it."
-            )
-        self.unlocked_vision_blocks = blocks[len(blocks) - unlocked_vision_blocks :]
-        if unlocked_vision_blocks:
-            model.config.lock_vision = False
         self.model, self.chunk_size, self.lock_text, self.map_tokens = model, chunk_size, lock_text, map_tokens
         self.noun_weight, self.noun_branches, self.noun_competition = noun_weight, noun_branches, noun_competition
         self.train()
@@ -204,11 +184,6 @@ class PairModel(nn.Module):
         """The branches of the model by name, recognition first."""
         named = {name: getattr(self.model, name) for name in ("recognition", "interpretability")}
         return {name: branch for name, branch in named.items() if branch is not None}
-
-    @property
-    def _no_split_modules(self) -> list[str]:
-        """The classes of the towers' layers, which FSDP shards one by one."""
-        return sorted(self.model._no_split_modules)
 
     @property
     def has_dropout(self) -> bool:
@@ -222,13 +197,6 @@ class PairModel(nn.Module):
         super().train(mode)
         if self.lock_text:
             self.model.text_model.eval().requires_grad_(False)
-        if self.unlocked_vision_blocks:
-            self.model.vision_model.eval()
-            for block in self.unlocked_vision_blocks:
-                block.train(mode)
-            learning = {id(weight) for block in self.unlocked_vision_blocks for weight in block.parameters()}
-            for parameter in self.model.vision_model.parameters():
-                parameter.requires_grad_(id(parameter) in learning)
         return self
 
     def forward(

@@ -65,10 +65,8 @@ def choose_settings(given: Mapping) -> dict[str, Choice]:
     training = len(pairs) - held_out
     if 0 < held_out < 100:
         choose("best_metric", "val_loss", "a share of right answers is too coarse on so few pairs")
-    if not given.get("text_lora_rank"):
-        choose("lock_text", True, "the tower stays as it is, the projections learn")
-    if not given.get("unlocked_vision_blocks"):
-        choose("cache_features", f"{folder}/cache", "the image tower is locked, so its features are computed once")
+    choose("lock_text", True, "the tower stays as it is, the projections learn")
+    choose("cache_features", f"{folder}/cache", "the image tower is locked, so its features are computed once")
     world = int(os.environ.get("WORLD_SIZE", 1))
     good = training - int(max_bad_share * training)  # at least so many; the feature cache leaves bad pairs out
     size = max(min(good, 256) // world * world, world)

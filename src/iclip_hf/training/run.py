@@ -39,14 +39,12 @@ from .checkpoints import (
     keep_learning_weights_only,
     save_checkpoint,
     state_to_resume,
-    whole_model,
     write_state,
 )
 from .checks import checkpoints
 from .data import BatchLoader, derive_seed
 from .datasets import load_datasets, open_pairs
 from .interrupts import Interrupts, ended_workers
-from .low_rank import add_low_rank
 from .nouns import NounPrompts
 from .pair_model import PairModel
 from .report import own_labels, report
@@ -78,21 +76,20 @@ def start_accelerator(settings: Settings, model: ICLIPModel) -> Accelerator:
     on_gpu = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU")).device.type == "cuda"
     if settings.mixed_precision == "auto" and precision == "no" and on_gpu:
         precision = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
-    whole_tower_learns = not (model.config.lock_vision or settings.unlocked_vision_blocks)
     accelerator = Accelerator(
         mixed_precision=precision,
         log_with=None if settings.report_to == "none" else settings.report_to,
         project_config=ProjectConfiguration(settings.output_dir, logging_dir=str(Path(settings.output_dir, "logs"))),
-        # An image tower that learns as a whole may have parameters that no forward uses, such as a mask token.
-        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=whole_tower_learns)],
+        # An image tower that learns may have parameters that no forward uses, such as a mask token.
+        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=not model.config.lock_vision)],
     )
     if accelerator.mixed_precision == "bf16" and accelerator.device.type == "cpu":
         warn_of_slow_bfloat16()
     kind = accelerator.distributed_type.value
-    if kind in ("DEEPSPEED", "MEGATRON_LM") or (kind == "FSDP" and not accelerator.is_fsdp2):
+    if kind in ("DEEPSPEED", "FSDP", "MEGATRON_LM"):
         raise ValueError(
-            f"Expected processes that each hold the whole model, or FSDP of version 2, got {kind}: use a configuration of "
-            "Accelerate such as those in hub_configs/accelerate."
+            f"Each process holds the whole model, so {kind} is not supported: use a configuration of Accelerate such as those in "
+            "hub_configs/accelerate."
         )
     return accelerator
 
@@ -119,8 +116,6 @@ def train(settings: Settings) -> dict[str, float]:
     with advice_to_resume(output_dir), Interrupts() as interrupts, ended_workers():
         model, processor = build_model(settings)
         started_from = identity(model, processor)
-        if settings.text_lora_rank:
-            add_low_rank(model, settings.text_lora_rank)
         accelerator = start_accelerator(settings, model)
         new = not checkpoints(output_dir)
         with partner_errors("start it again"), shared_folder_lock(output_dir, accelerator, own=new):
@@ -141,14 +136,11 @@ class TrainingRun:
     def __post_init__(self):
         settings, model, accelerator = self.settings, self.model, self.accelerator
         self.output_dir = Path(settings.output_dir)
-        options = "chunk_size lock_text map_tokens noun_weight noun_branches noun_competition unlocked_vision_blocks"
+        options = "chunk_size lock_text map_tokens noun_weight noun_branches noun_competition"
         pair_model = PairModel(model, **{name: getattr(settings, name) for name in options.split()})
         fixed = ["chunk_size"] if pair_model.has_dropout else []
         last_checkpoint, self.state = state_to_resume(settings, fixed)
-        if last_checkpoint and self.state.sharded != accelerator.is_fsdp2:
-            was = "with FSDP" if self.state.sharded else "without FSDP"
-            raise ValueError(f"{last_checkpoint}: expected a run {was}, as it began, got another; resume it {was}.")
-        self.state.settings, self.state.sharded = asdict(settings), accelerator.is_fsdp2
+        self.state.settings = asdict(settings)
 
         # Data; first what is quickly found to be missing
         self.segmentation = None
@@ -260,7 +252,7 @@ class TrainingRun:
         if all(map(math.isfinite, losses)):
             accelerator.backward(outputs["loss"])
             norm = accelerator.clip_grad_norm_(self.pair_model.parameters(), settings.clip_grad_norm)
-            norm = (norm.full_tensor() if accelerator.is_fsdp2 else norm).item()
+            norm = norm.item()
             if math.isfinite(norm) or accelerator.scaler is not None:  # which skips by itself, and lowers its scale
                 self.optimizer.step()
                 accelerator.unwrap_model(self.pair_model).clamp_logit_scales()
@@ -307,16 +299,16 @@ class TrainingRun:
             scores = validate(self.accelerator, pair_model, self.validation, settings.chunk_size, self.workers)
             metrics |= {name: values.mean().item() for name, values in scores.items()}
             by_pair = scores[settings.best_metric].tolist() if settings.best_metric in scores else []
-        whole = whole_model(self.accelerator, pair_model).eval()
+        model = self.accelerator.unwrap_model(pair_model).model.eval()
         if self.segmentation is not None:
             self.bar.set_description(f"Evaluating maps on {settings.eval_dataset}")
-            result = evaluate((whole, self.processor), self.segmentation)
+            result = evaluate((model, self.processor), self.segmentation)
             evaluation = {"protocol": {**result.protocol, "model": settings.name}, "results": result.results}
             metrics |= {metric: result.results["itsm"][metric] for metric in MAP_METRICS}
         if self.held_out is not None and settings.pictures and is_main:
             self.bar.set_description("Drawing pictures")
             pictures = self.output_dir / "pictures"
-            draw_examples(whole, self.processor, self.held_out, settings.pictures, pictures, self.state.step)
+            draw_examples(model, self.processor, self.held_out, settings.pictures, pictures, self.state.step)
         pair_model.train()
         self.accelerator.log(metrics, self.state.step)
         return metrics, by_pair, evaluation

@@ -70,14 +70,6 @@ class Settings:
     text: str = setting("", 'text tower: a folder, a Hub id, or "embedded" for that of the embedded model')
     model_options: list[str] = setting([], "options that override those of config.json, as name=value")
     lock_text: bool = setting(False, "freeze the text tower")
-    text_lora_rank: int = setting(
-        0, "rank of low-rank updates of the text tower, which learn instead of its weights; 0 for none", FROM_0
-    )
-    unlocked_vision_blocks: int = setting(
-        0,
-        "number of the image tower's last blocks that learn while its others are locked; 0 leaves all to lock_vision",
-        FROM_0,
-    )
     image_size: int = setting(224, "height and width of images in pixels; with model, those of its processor", FROM_1)
 
     # data
@@ -166,8 +158,6 @@ class Settings:
             allowed, is_allowed = entry.metadata["allowed"]
             if not is_allowed(value := getattr(self, entry.name)):
                 raise ValueError(f"Expected {entry.name} to be {allowed}, got {value}: change it.")
-        if self.lock_text and self.text_lora_rank:
-            raise ValueError("Expected lock_text or text_lora_rank, got both: leave one out.")
         for option in self.model_options:
             if "=" not in option:
                 raise ValueError(f"Expected model_options to be name=value, got {option!r}: correct it.")

@@ -24,7 +24,7 @@ from iclip_hf.data.segmentation import load_segmentation
 from iclip_hf.evaluation.evaluate import evaluate
 from iclip_hf.modeling_iclip import ICLIPModel
 from iclip_hf.models.loading import load_iclip
-from iclip_hf.training.data import BatchLoader
+from iclip_hf.training.batches import BatchLoader
 from iclip_hf.training.feature_cache import FeatureCache
 from iclip_hf.training.pair_model import PairModel
 from iclip_hf.training.plan import RATE, STEPS

@@ -17,8 +17,8 @@ from training_runs import run, weights
 from iclip_hf import ICLIPModel, ICLIPProcessor
 from iclip_hf.data.pairs import load_pairs
 from iclip_hf.losses import contrastive_loss
-from iclip_hf.training import run as program
-from iclip_hf.training.data import GlobalBatches
+from iclip_hf.training import selection
+from iclip_hf.training.batches import GlobalBatches
 from iclip_hf.training.pair_model import PairModel
 from iclip_hf.training.run import train
 from iclip_hf.training.settings import parse_settings, read_settings
@@ -81,7 +81,7 @@ def test_every_way_to_name_a_configuration(hub, monkeypatch):
     assert parse_settings(["--config", str(hub)]) == parse_settings(["--config", str(hub / "train.yaml")])
     monkeypatch.chdir(hub)  # a folder's own file before a shipped one
     assert parse_settings(["--config", "train.yaml"]).vision == f"{hub}/vision"
-    with pytest.raises(FileNotFoundError, match="absent: expected a train.yaml, .*iclip-vit-b16.*; name one"):
+    with pytest.raises(FileNotFoundError, match="absent: .*iclip-vit-b16"):
         parse_settings(["--config", "absent"])
 
 
@@ -113,7 +113,7 @@ def test_model_options_reach_the_model(hub, tmp_path):
     run(hub, tmp_path, "--max_steps", 1, "--model_options", *options)
     config = ICLIPModel.from_pretrained(tmp_path).config
     assert (config.pooling, config.dual_projection, config.logit_scale_init_value) == ("average", False, 2)
-    with pytest.raises(ValueError, match="Expected model_options to name options of ICLIPConfig, got 'sharpness'"):
+    with pytest.raises(ValueError, match="model_options: 'sharpness'"):
         run(hub, tmp_path, "--model_options", "sharpness=3")
 
 
@@ -172,9 +172,9 @@ def test_the_optimizer_does_what_the_settings_say(hub, tmp_path, monkeypatch):
 
 def test_best_is_the_best_and_not_the_latest(hub, tmp_path, monkeypatch):
     scores, seen = iter([1.0, 3.0, 2.0]), []
-    monkeypatch.setattr(program, "validate", lambda *arguments: {"text_to_image": torch.tensor([next(scores)])})
-    exported = program.export
-    monkeypatch.setattr(program, "export", lambda *a, **card: seen.append(a[3]) or exported(*a, **card))
+    monkeypatch.setattr(selection, "validate", lambda *arguments: {"text_to_image": torch.tensor([next(scores)])})
+    exported = selection.export
+    monkeypatch.setattr(selection, "export", lambda *a, **card: seen.append(a[3]) or exported(*a, **card))
     run(hub, tmp_path, "--validation_data", hub / "held_out.tar", "--eval_steps", 4, "--pictures", 0)
     state = json.loads((tmp_path / "results.json").read_text())
     assert seen == [tmp_path, tmp_path] and state["best"] == 3.0 and state["metrics"] == {"text_to_image": 3.0}
@@ -187,7 +187,7 @@ def test_the_folder_holds_the_start_until_a_model_is_better(hub, tmp_path, monke
     start = tmp_path / "start"
     run(hub, start, "--max_steps", 1)
     seen = iter(scores)
-    monkeypatch.setattr(program, "validate", lambda *arguments: {"text_to_image": torch.tensor([next(seen)] * 17)})
+    monkeypatch.setattr(selection, "validate", lambda *arguments: {"text_to_image": torch.tensor([next(seen)] * 17)})
     arguments = ["--model", start, "--validation_data", hub / "held_out.tar", "--eval_steps", 4, "--pictures", 0]
     assert run(hub, tmp_path / "run", *arguments) == {"text_to_image": kept}
     before, after = weights(start), weights(tmp_path / "run")

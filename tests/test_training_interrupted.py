@@ -18,7 +18,7 @@ from training_runs import ROOT, assert_same_weights, eight_pairs, gradients, run
 
 from iclip_hf.data.pairs import load_pairs
 from iclip_hf.training import run as program
-from iclip_hf.training.datasets import TrainingStream
+from iclip_hf.training.inputs import TrainingStream
 from iclip_hf.training.interrupts import Interrupts
 from iclip_hf.training.pair_model import PairModel
 from iclip_hf.utils.files import folder_lock
@@ -26,9 +26,9 @@ from iclip_hf.utils.files import folder_lock
 
 def test_a_folder_holds_one_run(hub, tmp_path):
     run(hub, tmp_path, "--max_steps", 2)
-    with pytest.raises(ValueError, match="but it holds a run already; add --resume"):
+    with pytest.raises(ValueError, match="holds a run already; add --resume"):
         run(hub, tmp_path, "--max_steps", 2)
-    with pytest.raises(ValueError, match="weight_decay from 0.05 to 0.1; repeat the command that began it"):
+    with pytest.raises(ValueError, match="weight_decay from 0.05 to 0.1"):
         run(hub, tmp_path, "--max_steps", 2, "--resume", "--weight_decay", 0.1)
     with folder_lock(tmp_path), pytest.raises(BlockingIOError, match="expected no other run here"):
         run(hub, tmp_path, "--max_steps", 2, "--resume")
@@ -88,9 +88,7 @@ def test_an_interrupted_run_saves_a_checkpoint_and_says_where(hub, tmp_path, nam
         assert said == "iclip train: interrupted before the first checkpoint; run it again"
         return
     checkpoint = tmp_path / "run" / "checkpoint-0000003"
-    assert (
-        said == f"iclip train: interrupted after step 3; --resume continues from {checkpoint}" and checkpoint.is_dir()
-    )
+    assert said == f"iclip train: interrupted; --resume continues from {checkpoint}" and checkpoint.is_dir()
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # as the interrupted process: several round otherwise
     run(hub, tmp_path / "run", "--max_steps", 5, "--resume")
@@ -110,7 +108,7 @@ def test_a_job_that_is_ended_while_it_measures_loses_nothing(hub, tmp_path, eval
     done = hooked_run(hub, tmp_path, "run", [*arguments, "--num_workers", 2], hook, start_new_session=True)
     assert done.returncode == 130, done.stderr
     checkpoint = tmp_path / "run" / "checkpoint-0000003"
-    said = f"iclip train: interrupted after step 3; --resume continues from {checkpoint}"
+    said = f"iclip train: interrupted; --resume continues from {checkpoint}"
     assert done.stderr.splitlines()[-1] == said
     metrics = run(hub, tmp_path / "run", *arguments, "--resume")
     assert metrics == run(hub, tmp_path / "whole", *arguments) and "text_to_image" in metrics
@@ -152,7 +150,7 @@ def test_a_stream_interrupted_twice_in_a_row_goes_on_with_other_pairs(hub, tmp_p
     monkeypatch.setattr(PairModel, "forward", interrupted)
     arguments = ["--data", "org/pairs", "--pairs_per_epoch", 96, "--epochs", 1, "--resume"]
     for step in (2, 3):
-        with pytest.raises(KeyboardInterrupt, match=f"interrupted after step {step}; --resume continues from"):
+        with pytest.raises(KeyboardInterrupt, match=f"interrupted; --resume continues from .*{step}$"):
             run(hub, tmp_path, *arguments)
     run(hub, tmp_path, *arguments)
 
@@ -170,7 +168,7 @@ def test_the_death_of_a_partner_says_how_to_go_on(hub, tmp_path, monkeypatch):
             "[/gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:1. This is typical."
         )
 
-    monkeypatch.setattr(program, "TrainingRun", lose_partner)
+    monkeypatch.setattr(program, "run", lose_partner)
     said = r"ended or no longer answers \(Connection closed by peer \[127.0.0.1\]:1\); see its output, then start it again"
     with pytest.raises(OSError, match=f"{said}\\.$"):
         run(hub, tmp_path)
@@ -309,7 +307,7 @@ def test_a_signal_to_one_of_two_processes_stops_both(hub, tmp_path):
     arguments = ["--max_steps", 5, "--lock_text"]
     stopped = hooked_run(hub, tmp_path, "two", arguments, stop, setup, launcher=TWO)
     checkpoint = tmp_path / "two" / "checkpoint-0000003"
-    said = f"iclip train: interrupted after step 3; --resume continues from {checkpoint}"
+    said = f"iclip train: interrupted; --resume continues from {checkpoint}"
     assert stopped.returncode == 1 and said in stopped.stderr.partition("Root Cause")[2], stopped.stderr[-3000:]
     run(hub, tmp_path / "two", *arguments, "--resume")  # in one process
     run(hub, tmp_path / "one", *arguments)

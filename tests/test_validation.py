@@ -2,20 +2,20 @@ import pytest
 import torch
 from conftest import noise, tiny_model
 
-from iclip_hf.training import validation
+from iclip_hf.training import pictures
 
 
 def test_pictures_show_the_maps_of_the_images_own_captions(tiny_processor, tmp_path, monkeypatch):
     model, drawn, sheets = tiny_model(), [], []
-    overlay, grid = validation.overlay, validation.picture_grid
-    monkeypatch.setattr(validation, "overlay", lambda *args: drawn.append(args) or overlay(*args))
-    monkeypatch.setattr(validation, "picture_grid", lambda *args: sheets.append(args[1:]) or grid(*args))
+    overlay, grid = pictures.overlay, pictures.picture_grid
+    monkeypatch.setattr(pictures, "overlay", lambda *args: drawn.append(args) or overlay(*args))
+    monkeypatch.setattr(pictures, "picture_grid", lambda *args: sheets.append(args[1:]) or grid(*args))
     pairs = [
         {"image": noise(size), "caption": caption}
         for size, caption in (((60, 40), "a red ball"), ((30, 50), "the sky"), ((20, 20), "a dog"))
     ]
     captions = ["a red ball", "the sky"]
-    validation.draw_examples(model.train(), tiny_processor, pairs, 2, tmp_path / "pictures", 0)
+    pictures.draw_examples(model.train(), tiny_processor, pairs, 2, tmp_path / "pictures", 0)
     assert sheets.pop() == (["", "step 0", "", ""], 2, captions) and model.training
     before, drawn[:] = list(drawn), []
     for (image, heatmap), pair in zip(before, pairs):
@@ -27,7 +27,7 @@ def test_pictures_show_the_maps_of_the_images_own_captions(tiny_processor, tmp_p
     assert len(before) == 2
 
     trained = tiny_model(seed=1)
-    validation.draw_examples(trained, tiny_processor, pairs, 2, tmp_path / "pictures", 7)
+    pictures.draw_examples(trained, tiny_processor, pairs, 2, tmp_path / "pictures", 7)
     assert sheets.pop() == (["", "before", "step 7", "", "", ""], 3, captions)
     for (image, heatmap), (first, now) in zip(before, (drawn[:2], drawn[2:])):
         assert first[0] is now[0] is image and first[1] == pytest.approx(heatmap, abs=1e-3)  # kept as float16

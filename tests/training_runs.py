@@ -11,6 +11,7 @@ from conftest import WORDS, tiny_inputs, tiny_model
 from PIL import Image
 from safetensors.torch import load_file
 
+from iclip_hf.training.checks import check_run
 from iclip_hf.training.pair_model import PairModel
 from iclip_hf.training.run import train
 from iclip_hf.training.settings import parse_settings
@@ -22,7 +23,9 @@ ROOT = Path(__file__).parents[1]
 def run(hub: Path, output_dir: Path, *arguments) -> dict:
     AcceleratorState._reset_state(reset_partial_state=True)
     command = ["--config", hub / "train.yaml", "--output_dir", output_dir, *arguments]
-    return train(parse_settings([str(argument) for argument in command]))
+    settings = parse_settings([str(argument) for argument in command])
+    check_run(settings)
+    return train(settings)
 
 
 def write_table(folder: Path, count: int, captions=None, suffix: str = "png", seed: int = 0) -> Path:

@@ -262,6 +262,10 @@ class PairStream(IterableDataset):
             yield {"image": image, "captions": captions, "key": key, "caption": caption, "skipped": skipped}
             skipped = 0
 
+    def fingerprint(self) -> str:
+        """Returns the id of the Hub dataset, all that is known of a stream."""
+        return str(self._hub_id)
+
     def set_epoch(self, epoch: int) -> None:
         """Sets the epoch, on which the order of the next pass and the drawn captions depend."""
         self._rows.set_epoch(epoch)

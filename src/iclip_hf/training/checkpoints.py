@@ -19,12 +19,15 @@ from ..models.identity import changed
 from ..processing_iclip import ICLIPProcessor
 from ..utils.extras import require_extra
 from ..utils.files import atomic_write, writing_errors
-from .checks import check_output_dir, checkpoints
+from .checks import checkpoints
 from .settings import Settings, changed_settings
 
 
 with require_extra("train"):
     from accelerate import Accelerator
+
+
+_KEPT = 2  # checkpoints
 
 
 @dataclass
@@ -37,10 +40,11 @@ class RunState:
         bad_steps, bad_in_a_row: number of steps without a finite loss and gradient, in total and since the last good step.
         skipped_pairs: number of broken pairs that were replaced.
         before: results of the model that the run started from, if it was trained already.
-        before_by_pair: its `best_metric` for each held-out pair.
-        best: value of `best_metric` for the best model of the training so far.
+        before_by_pair: its results for each held-out pair.
+        best: value of `best_metric` for the best model of the training so far. A model that lost in no metric goes before one that did.
         metrics: results of this model, or of the last one without validation.
-        change: 95 % interval of the difference between the two in `best_metric`, see [`~validation.change_interval`].
+        change: 95 % interval of the difference between the two in each metric of the held-out pairs, see [`~validation.change_interval`].
+        lost: metrics in which this model is worse than the start, see [`~validation.lost_metrics`].
         evaluation: its results on maps, as `iclip evaluate` returns them.
         settings: settings of the run.
         content: identity of the model that the run started from, and digests of what settings name, by the name of the setting.
@@ -52,10 +56,11 @@ class RunState:
     bad_in_a_row: int = 0
     skipped_pairs: int = 0
     before: dict = field(default_factory=dict)
-    before_by_pair: list[float] = field(default_factory=list)
+    before_by_pair: dict = field(default_factory=dict)
     best: float | None = None
     metrics: dict = field(default_factory=dict)
-    change: list[float] = field(default_factory=list)
+    change: dict = field(default_factory=dict)
+    lost: list[str] = field(default_factory=list)
     evaluation: dict | None = None
     settings: dict = field(default_factory=dict)
     content: dict = field(default_factory=dict)
@@ -63,9 +68,12 @@ class RunState:
 
 
 def holds_start(settings: Settings, state: RunState) -> bool:
-    """Whether the run's folder holds the model that the run started from, because no evaluation was better."""
+    """
+    Whether the run's folder holds the model that the run started from, because no evaluation was better: in `best_metric`, without a
+    loss in another metric of the held-out pairs.
+    """
     start = state.before.get(settings.best_metric)
-    return start is not None and (state.best is None or not settings.is_better(state.best, start))
+    return start is not None and (state.best is None or bool(state.lost) or not settings.is_better(state.best, start))
 
 
 def keep_learning_weights_only(accelerator: Accelerator) -> None:
@@ -102,10 +110,9 @@ def state_to_resume(settings: Settings, fixed: Collection[str] = ()) -> tuple[Pa
     Returns the last checkpoint of a run and its state; None and a new state without one. `fixed`: see [`~settings.changed_settings`].
 
     Raises:
-        `ValueError`: there is a checkpoint, but `resume` is not set, or a setting has changed that must not change.
+        `ValueError`: a setting has changed that must not change.
     """
     folder = Path(settings.output_dir)
-    check_output_dir(folder, settings.resume)
     *_, last = [None, *checkpoints(folder)]
     if last is None:
         return None, RunState()
@@ -115,8 +122,8 @@ def state_to_resume(settings: Settings, fixed: Collection[str] = ()) -> tuple[Pa
             f"{name} from {state.settings.get(name)} to {getattr(settings, name)}" for name in others
         )
         raise ValueError(
-            f"{folder}: expected the settings of the run to resume, but got others: {differences}; repeat the command that began it, on "
-            "the same pairs, with --resume, or name another output_dir."
+            f"{folder}: the run to resume has other settings, which change {differences}; repeat the command that began it, on the same "
+            "pairs, with --resume, or name another output_dir."
         )
     return last, state
 
@@ -128,8 +135,7 @@ def check_content(checkpoint: Path, state: RunState, content: Mapping) -> None:
     """
     if differing := changed(state.content, content, may_differ=["software"]):
         raise ValueError(
-            f"{checkpoint}: expected the content that the run began with, but got other {', '.join(differing)}; "
-            "restore what has changed, or name another output_dir."
+            f"{checkpoint}: the run began with other {', '.join(differing)}; restore what has changed, or name another output_dir."
         )
 
 
@@ -150,8 +156,16 @@ def advice_to_resume(output_dir: Path) -> Iterator[None]:
         raise kind(f"{said}{advice}") from error
 
 
-def save_checkpoint(accelerator: Accelerator, output_dir: Path, state: RunState, keep: int) -> None:
-    """Saves `checkpoint-<state.step>` atomically, and deletes all but the last `keep` checkpoints."""
+def check_finite(model: nn.Module) -> None:
+    """Raises `FloatingPointError` for a weight that is not finite."""
+    for name, weight in model.state_dict().items():
+        if not weight.isfinite().all():
+            raise FloatingPointError(f"The weights {name} are not finite any more: lower learning_rate")
+
+
+def save_checkpoint(accelerator: Accelerator, pair_model: nn.Module, output_dir: Path, state: RunState) -> None:
+    """Saves `checkpoint-<state.step>` atomically, and deletes all but the last `_KEPT`. Raises like [`check_finite`]."""
+    check_finite(pair_model)
     target = output_dir / f"checkpoint-{state.step:07d}"
     partial = Path(f"{target}.partial")
     if accelerator.is_main_process:
@@ -162,7 +176,7 @@ def save_checkpoint(accelerator: Accelerator, output_dir: Path, state: RunState,
     write_state(accelerator, partial, state)
     if accelerator.is_main_process:
         os.replace(partial, target)
-        for old in checkpoints(output_dir)[:-keep]:
+        for old in checkpoints(output_dir)[:-_KEPT]:
             shutil.rmtree(old)
     accelerator.wait_for_everyone()  # a launcher ends all processes as soon as one has ended
 
@@ -180,8 +194,9 @@ def export(
 ) -> None:
     """
     Writes the model, its processor and its card (see [`write_model_card`]) into a folder, for `from_pretrained`. Replaces the files
-    of an earlier model one by one, each atomically, and leaves others, such as checkpoints.
+    of an earlier model one by one, each atomically, and leaves others, such as checkpoints. Raises like [`check_finite`].
     """
+    check_finite(pair_model)
     model = accelerator.unwrap_model(pair_model).model
     if accelerator.is_main_process:
         partial = folder / "model.partial"

@@ -27,25 +27,26 @@ def check_run(settings: Settings) -> None:
         described.
     """
     check_packages(settings)
+    if os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1") != "1":  # Accelerate would divide the gradients
+        raise ValueError(
+            "ACCELERATE_GRADIENT_ACCUMULATION_STEPS: all pairs of a batch contrast, so gradients are not accumulated; leave it out, and "
+            "limit the memory by chunk_size."
+        )
     folder = Path(settings.output_dir)
     if settings.model and os.path.realpath(settings.model) == os.path.realpath(folder):
-        raise ValueError(
-            f"{folder}: expected another output_dir than the folder of model, got the same; name a new one."
-        )
+        raise ValueError(f"{folder}: output_dir is the folder of model; name a new one.")
     check_output_dir(folder, settings.resume)
     if settings.model:
         check_model_name(settings.model, ("iclip",))
     elif not Path(settings.config).with_name("config.json").is_file():
         raise FileNotFoundError(
-            f"{settings.config}: expected the model's config.json and processor_config.json beside it, but got none; copy its "
-            "whole folder, or name a model."
+            f"{settings.config}: the model's config.json and processor_config.json are not beside it; copy its whole folder, or name a "
+            "model."
         )
     if settings.nouns and not Path(settings.nouns).is_file():
-        raise FileNotFoundError(f"{settings.nouns}: expected a text file of nouns, but there is none; check the path.")
+        raise FileNotFoundError(f"{settings.nouns}: there is no such file of nouns.")
     if settings.eval_dataset != "none" and not (settings.eval_root and Path(settings.eval_root).is_dir()):
-        raise FileNotFoundError(
-            f"Expected eval_root to be the folder of the {settings.eval_dataset} data, got {settings.eval_root!r}: name it."
-        )
+        raise FileNotFoundError(f"eval_root: {settings.eval_root!r} is not the folder of {settings.eval_dataset}.")
     if settings.config:  # without one, the settings were chosen by pairs that are checked
         sources = _open_local(settings, "data")
         # A Hub dataset is opened with its download, and the index of a shard may take minutes.
@@ -81,14 +82,10 @@ def check_output_dir(folder: Path, resume: bool) -> None:
         check_own_folder(folder)
     if not resume and (kept or (folder / "model.safetensors").is_file()):
         raise ValueError(
-            f"{folder}: expected a new folder, but it holds a run already; add --resume to continue it, or name another "
-            "output_dir."
+            f"{folder}: this folder holds a run already; add --resume to continue it, or name another output_dir."
         )
     if not kept and (folder / "results.json").is_file():
-        raise ValueError(
-            f"{folder}: expected a checkpoint to resume from, but the run has ended and its checkpoints are gone; name another "
-            "output_dir."
-        )
+        raise ValueError(f"{folder}: the run has ended and its checkpoints are gone; name another output_dir.")
 
 
 def checkpoints(output_dir: Path) -> list[Path]:
@@ -112,9 +109,7 @@ def check_pairs(pairs: Pairs, max_bad_share: float) -> None:
     """Reads some pairs. `ValueError` for fewer than two, captions that do not differ, or too many that cannot be used."""
     count, where = len(pairs), pairs.sources[0].path
     if count < 2:
-        raise ValueError(
-            f"{where}: expected at least 2 pairs, because training contrasts them, but got {count}; add more."
-        )
+        raise ValueError(f"{where}: training contrasts pairs, and this has {count}; add more.")
     looked_at = np.unique(np.linspace(0, count - 1, min(count, _LOOKED_AT)).astype(int)).tolist()
     texts, bad = set(), []
     for index in looked_at:
@@ -129,10 +124,7 @@ def check_pairs(pairs: Pairs, max_bad_share: float) -> None:
             bad.append(f"pair {number + 1} of {source.path.name}: {error}")
     if len(bad) > max_bad_share * len(looked_at):
         raise ValueError(
-            f"{where}: expected an image and a caption in each pair, but {len(bad)} of the {len(looked_at)} looked at cannot be "
-            f"used; correct them. The first is {bad[0]}."
+            f"{where}: {len(bad)} of the {len(looked_at)} pairs looked at have no image or no caption. The first is {bad[0]}."
         )
     if len(texts) == 1:
-        raise ValueError(
-            f"{where}: expected captions that differ, but all are {texts.pop()!r:.100}; describe what each image shows."
-        )
+        raise ValueError(f"{where}: all captions are {texts.pop()!r:.100}; describe what each image shows.")

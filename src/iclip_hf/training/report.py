@@ -12,7 +12,7 @@ from ..data.sources import CLASS_CAPTION
 from ..hub.configs import SHIPPED
 from .checkpoints import RunState, holds_start
 from .nouns import NounPrompts
-from .settings import Settings
+from .settings import MAP_METRICS, Settings
 
 
 _LABELS = 2
@@ -37,6 +37,8 @@ def report(settings: Settings, state: RunState, held_out: PairDataset | None) ->
             for name in state.metrics
         ]
         lines.append("")
+    if state.bad_steps:
+        lines.append(f"{state.bad_steps} of {state.step} steps had no finite loss and gradient, and changed nothing.")
     if state.before:
         lines.append(_verdict(settings, state, held_out))
     elif not state.metrics:
@@ -99,23 +101,52 @@ def _captions(pairs: PairDataset, row: int) -> list[str]:
 
 
 def _verdict(settings: Settings, state: RunState, held_out: PairDataset | None) -> str:
-    """Returns whether the model got better, as far as the held-out pairs can tell."""
-    name = settings.best_metric
-    before, after = state.before[name], state.metrics[name]
-    moved = "rose" if after > before else "fell"
-    change = f"{name} {moved} from {_number(before)} to {_number(after)}" if after != before else f"{name} stayed"
-    if not state.change:  # of a data set
-        return f"On {settings.eval_dataset}, {change}."
-    if len(held_out) < _FEWEST:
-        return (
-            f"No measurable change: {change}, but {len(held_out)} held-out pairs are too few to tell. Hold out more by "
-            "--validation_share, or name some by --validation_data."
+    """Returns whether the model got better, as far as the held-out pairs can tell: in each metric, with its interval."""
+
+    def change(name: str) -> str:
+        before, after = state.before[name], state.metrics[name]
+        moved = "rose" if after > before else "fell"
+        said = f"{name} {moved} from {_number(before)} to {_number(after)}" if after != before else f"{name} stayed"
+        interval = state.change.get(name)
+        return said + (
+            f" (95 % interval of the change: {_number(interval[0])} to {_number(interval[1])})" if interval else ""
         )
-    low, high = state.change
-    interval = f"95 % interval of the change: {_number(low)} to {_number(high)}"
-    if low <= 0 <= high:
-        return f"No measurable change: {change} ({interval})."
-    return f"The model got {'better' if settings.is_better(after, before) else 'worse'}: {change} ({interval})."
+
+    lines = []
+    if state.change and len(held_out) < _FEWEST:
+        lines.append(
+            f"No measurable change: {len(held_out)} held-out pairs are too few to tell. Hold out more by --validation_share, or name "
+            "some by --validation_data."
+        )
+    elif state.change:
+        better = [name for name, (low, high) in state.change.items() if (high < 0 if name == "val_loss" else low > 0)]
+        for kind, names in (("better", better), ("worse", state.lost)):
+            if names:
+                lines.append(f"The model got {kind}: {', '.join(map(change, names))}.")
+        if not lines:
+            lines.append(f"No measurable change: {change(settings.best_metric)}.")
+    if maps := [name for name in MAP_METRICS if name in state.before]:
+        lines.append(f"On {settings.eval_dataset}, {', '.join(map(change, maps))}.")
+    return "\n".join(lines)
+
+
+def expected_time(
+    settings: Settings, step: int, total: int, step_seconds: float, evaluation_seconds: float | None
+) -> str:
+    """Returns how long the steps after `step` and their evaluations will take, as a sentence; without evaluations if none was timed."""
+    evaluations = total // settings.eval_steps - step // settings.eval_steps + (total % settings.eval_steps > 0)
+    minutes = ((total - step) * step_seconds + evaluations * (evaluation_seconds or 0)) / 60
+    work = f"{total - step} steps" + (
+        f" and {evaluations} evaluations" if evaluation_seconds else ", without evaluations"
+    )
+    took = (
+        "less than a minute"
+        if minutes < 1
+        else f"about {minutes:.0f} min"
+        if minutes < 90
+        else f"about {minutes / 60:.0f} h"
+    )
+    return f"Expected time: {took} for {work}."
 
 
 def _number(value: float | None) -> str:

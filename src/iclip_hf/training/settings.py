@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields
 from functools import cache, partial
@@ -27,16 +28,16 @@ _BEST_METRICS = ("auto", *RETRIEVAL_METRICS, *MAP_METRICS)
 
 # What a number may be.
 ANY = ("a number", lambda value: True)
-FROM_0 = ("at least 0", lambda value: value >= 0)
-FROM_1 = ("at least 1", lambda value: value >= 1)
-FROM_5 = ("at least 5", lambda value: value >= 5)
-POSITIVE = ("positive", lambda value: value > 0)
-SHARE = ("from 0 to 1", lambda value: 0 <= value <= 1)
+FROM_0 = ("a number from 0", lambda value: value >= 0)
+FROM_1 = ("a number from 1", lambda value: value >= 1)
+FROM_5 = ("a number from 5", lambda value: value >= 5)
+POSITIVE = ("a positive number", lambda value: value > 0)
+SHARE = ("a number from 0 to 1", lambda value: 0 <= value <= 1)
 
 
 # Settings that change no result, so that a run may resume with others.
 FREE = """
-    config output_dir resume num_workers chunk_size max_bad_steps report_to log_steps eval_steps pictures checkpoint_steps keep_checkpoints
+    config output_dir resume num_workers chunk_size report_to log_steps eval_steps pictures checkpoint_steps
 """.split()
 # Places, which may change too: their content is compared.
 PLACES = "model vision text data validation_data nouns cache_features eval_root".split()
@@ -130,9 +131,6 @@ class Settings:
         "auto",
         "auto: the choice of `accelerate launch`; without one, bf16 or fp16 on a GPU and no on a CPU",
     )
-    max_bad_steps: int = setting(
-        30, "number of consecutive steps without a finite loss and gradient after which the run stops", FROM_1
-    )
     seed: int = setting(0, "random seed")
 
     # monitoring
@@ -147,22 +145,20 @@ class Settings:
     )
     pictures: int = setting(4, "number of validation images whose maps are drawn at each evaluation", FROM_0)
     checkpoint_steps: int = setting(1000, "number of steps between checkpoints", FROM_1)
-    keep_checkpoints: int = setting(2, "number of checkpoints to keep", FROM_1)
 
     def __post_init__(self):
         if not self.output_dir and self.config:
             self.output_dir = f"{RUNS}/{Path(self.config).resolve().parent.name}"
         if not self.output_dir:
-            raise ValueError("Expected output_dir to be the folder of the run, got none: name one.")
+            raise ValueError("output_dir: name a folder for the run.")
         for entry in fields(self):
             allowed, is_allowed = entry.metadata["allowed"]
-            if not is_allowed(value := getattr(self, entry.name)):
-                raise ValueError(f"Expected {entry.name} to be {allowed}, got {value}: change it.")
-        for option in self.model_options:
-            if "=" not in option:
-                raise ValueError(f"Expected model_options to be name=value, got {option!r}: correct it.")
+            value = getattr(self, entry.name)
+            if not is_allowed(value) or (isinstance(value, float) and not math.isfinite(value)):
+                raise ValueError(f"{entry.name}: {value} is not {allowed}.")
+        self.parsed_options()
         if self.validation_data and self.validation_share:
-            raise ValueError("Expected validation_data or validation_share, got both: leave one out.")
+            raise ValueError("validation_data, validation_share: give one of them.")
         validated = bool(self.validation_data or self.validation_share)
         given = {"validation_data": validated, "eval_dataset": self.eval_dataset != "none"}
         needed = "validation_data" if self.best_metric in RETRIEVAL_METRICS else "eval_dataset"
@@ -170,20 +166,28 @@ class Settings:
             maps_alone = given["eval_dataset"] and not validated
             self.best_metric = "mMIoU" if maps_alone else "text_to_image"
         elif not given[needed]:
-            raise ValueError(f"Expected {needed} for best_metric {self.best_metric}, got none: set it.")
+            raise ValueError(f"best_metric: {self.best_metric} needs {needed}.")
         if not self.data:
-            raise ValueError(
-                "Expected data to be training pairs, got none: name some, such as a folder of webdataset shards."
-            )
+            raise ValueError("data: name training pairs, such as a folder of webdataset shards.")
         if bool(self.model) == bool(self.vision and self.text):
             raise ValueError(
-                f"Expected either model, or vision and text, got model={self.model!r}, vision={self.vision!r} and "
-                f"text={self.text!r}: set one or the other."
+                f"model={self.model!r}, vision={self.vision!r}, text={self.text!r}: set either model, or vision and text."
             )
         if not self.model and not self.config:
-            raise ValueError(
-                f"Expected config to name the configuration of a model with vision={self.vision!r}, got none: name one."
-            )
+            raise ValueError(f"config: name the configuration of the model to join with vision={self.vision!r}.")
+
+    def parsed_options(self) -> dict[str, object]:
+        """Returns `model_options` by name. Raises `ValueError` for another form, or a value that is not YAML."""
+        parsed = {}
+        for option in self.model_options:
+            name, equals, value = option.partition("=")
+            try:
+                parsed[name] = yaml.safe_load(value)
+            except yaml.YAMLError:
+                equals = ""
+            if not equals:
+                raise ValueError(f"model_options: {option!r} is not name=value.")
+        return parsed
 
     def is_better(self, score: float, than: float | None) -> bool:
         """Whether a score in `best_metric` is better than another, if there is one."""
@@ -253,7 +257,7 @@ def _config_file(config: str) -> Path:
             return file
     names = sorted(path.parent.name for path in SHIPPED.glob("*/train.yaml"))
     raise FileNotFoundError(
-        f"{config}: expected a train.yaml, a folder with one, or one of {', '.join(names)}, but got none of them; name one."
+        f"{config}: this is no train.yaml, no folder with one, and none of the shipped {', '.join(names)}."
     )
 
 
@@ -262,26 +266,24 @@ def read_file(file: Path) -> dict:
     try:
         content = yaml.safe_load(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
-        raise ValueError(
-            f"{file}: expected settings in YAML, but got: {' '.join(str(error).split())}; correct it."
-        ) from error
+        raise ValueError(f"{file}: settings are written in YAML, but: {' '.join(str(error).split())}") from error
     if not isinstance(content, dict):
-        raise ValueError(f"{file}: expected settings as `name: value`, but got {type(content).__name__}; correct it.")
+        raise ValueError(f"{file}: settings are written as `name: value`, but this is a {type(content).__name__}.")
     settings = {}
     for name, value in content.items():
         if name not in Settings.__dataclass_fields__ or name == "config":
-            raise ValueError(f"{file}: expected settings, but got {name!r:.100}, which is not one; remove it.")
+            raise ValueError(f"{file}: {name!r:.100} is no setting.")
         if value is None:
             continue
         several = _kind(name)[1]
         values = value if several and isinstance(value, list) else [value]
         if any(isinstance(item, (list, dict)) for item in values):
             what = "a value or a list of values" if several else "one value"
-            raise ValueError(f"{file}: expected {name} to be {what}, but got {type(value).__name__}; correct it.")
+            raise ValueError(f"{file}: {name} takes {what}, not a {type(value).__name__}.")
         try:
             parsed = [_parse(name, str(item)) for item in values]
         except argparse.ArgumentTypeError as error:
-            raise ValueError(f"{file}: {error}; correct {name}.") from error
+            raise ValueError(f"{file}: {error}") from error
         settings[name] = parsed if several else parsed[0]
     if (beside := file.parent / settings.get("nouns", "")).is_file():
         settings["nouns"] = str(beside)
@@ -306,7 +308,7 @@ def _parse(name: str, text: str):
         if choices and value not in choices:
             raise ValueError
     except (KeyError, ValueError):
-        raise argparse.ArgumentTypeError(f"expected {name} to be {expected[kind]}, got {text!r:.100}") from None
+        raise argparse.ArgumentTypeError(f"{name}: {text!r:.100} is not {expected[kind]}") from None
     return value
 
 

@@ -1,10 +1,9 @@
-"""Retrieval metrics on validation pairs, and pictures of their maps."""
+"""Retrieval metrics on validation pairs, and their change."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
@@ -13,14 +12,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from ..data.pairs import PairDataset
-from ..figures.colors import overlay
-from ..figures.sheets import picture_grid
-from ..localization.localizer import explain
-from ..modeling_iclip import ICLIPModel
-from ..processing_iclip import ICLIPProcessor
 from ..utils.extras import require_extra
-from ..utils.files import atomic_write, writing_errors
 from .interrupts import ignore_signals
 
 
@@ -82,30 +74,7 @@ def change_interval(before: Sequence[float], after: Sequence[float]) -> list[flo
     return np.quantile(means, [0.025, 0.975]).tolist()
 
 
-def draw_examples(
-    model: ICLIPModel, processor: ICLIPProcessor, pairs: PairDataset, count: int, folder: Path, step: int
-) -> None:
-    """
-    Draws the first pairs of a data set as `<step>.png`: each image beside the map of its caption, after the map that the model of
-    step 0 had. Its maps are kept in the folder.
-    """
-    shown = [pairs[index] for index in range(min(count, len(pairs)))]
-    images, captions = ([pair[name] for pair in shown] for name in ("image", "caption"))
-    explanations = explain((model, processor), images, [[caption] for caption in captions], templates=["{}"])
-    columns = {f"step {step}": [explanation.map(0).numpy() for explanation in explanations]}
-    kept = folder / "before.npz"
-    with writing_errors(folder):
-        folder.mkdir(exist_ok=True)
-    if step == 0:
-        with atomic_write(kept) as partial, open(partial, "wb") as opened:  # numpy would add a suffix to a file name
-            np.savez_compressed(opened, *(map_.astype(np.float16) for map_ in columns["step 0"]))
-    elif kept.is_file():
-        with np.load(kept) as before:
-            columns = {"before": [before[name].astype(np.float32) for name in before.files], **columns}
-    pictures = []
-    for image, *maps in zip(images, *columns.values()):
-        pictures += [image, *(overlay(image, map_) for map_ in maps)]
-    titles = ["", *columns] + [""] * (len(pictures) - len(columns) - 1)
-    sheet = picture_grid(pictures, titles, 1 + len(columns), captions)
-    with atomic_write(folder / f"{step:07d}.png") as partial:
-        sheet.save(partial, format="png")
+def lost_metrics(change: Mapping[str, Sequence[float]]) -> list[str]:
+    """Returns the metrics, by their intervals of [`change_interval`], that got worse: the interval holds a loss and no gain."""
+    gains = {name: [-high, -low] if name == "val_loss" else [low, high] for name, (low, high) in change.items()}
+    return [name for name, (low, high) in gains.items() if low < 0 and high <= 0]

@@ -35,8 +35,9 @@ def this_process(needed_by: str) -> PartialState:
     """
     with require_extra(needed_by):
         from accelerate import PartialState
+        from accelerate.utils import parse_flag_from_env
     # Without `cpu`, two processes on CPU would not form a group.
-    return PartialState(cpu=not torch.cuda.is_available())
+    return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available())
 
 
 def agreed(value: Value) -> Value:

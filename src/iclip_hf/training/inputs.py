@@ -1,4 +1,4 @@
-"""Training and validation data of a run: pairs with images, or cached features of locked towers."""
+"""What a run reads: pairs, nouns and masks, and from them the data sets of training and validation."""
 
 from __future__ import annotations
 
@@ -6,17 +6,19 @@ import itertools
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from PIL import Image
 from torch.utils.data import Dataset, IterableDataset
 
 from ..data.pairs import PairDataset, PairStream, load_pairs
+from ..data.segmentation import SegmentationDataset, load_segmentation
 from ..modeling_iclip import ICLIPModel
+from ..models.identity import digest
 from ..processing_iclip import ICLIPProcessor
 from ..utils.extras import require_extra
-from .data import seeded
+from .batches import seeded
 from .feature_cache import CachedPairs, FeatureCache
 from .nouns import NounPrompts
 from .pair_model import set_token_mean
@@ -40,24 +42,27 @@ def augmentation(
 ) -> Callable[[Image.Image], torch.Tensor]:
     """
     Returns the conversion of an image to `pixel_values` (3, H, W) of the processor's size, cropped and augmented by timm's transforms.
-    The options are those of [`~settings.Settings`]; their defaults are DeiT's recipe.
+    The options are those of [`~settings.Settings`]; their defaults are DeiT's recipe. Raises `ValueError` for an unknown policy.
     """
     with require_extra("train"):
         from timm.data import create_transform
 
     image_processor = processor.image_processor
-    return create_transform(
-        is_training=True,
-        input_size=(3, image_processor.size["height"], image_processor.size["width"]),
-        scale=(crop_scale, 1.0),
-        auto_augment=auto_augment or None,
-        color_jitter=None,  # DeiT's is off where its RandAugment is on
-        interpolation="bicubic",
-        re_prob=random_erasing,
-        re_mode="pixel",
-        mean=tuple(image_processor.image_mean),
-        std=tuple(image_processor.image_std),
-    )
+    try:
+        return create_transform(
+            is_training=True,
+            input_size=(3, image_processor.size["height"], image_processor.size["width"]),
+            scale=(crop_scale, 1.0),
+            auto_augment=auto_augment or None,
+            color_jitter=None,  # DeiT's is off where its RandAugment is on
+            interpolation="bicubic",
+            re_prob=random_erasing,
+            re_mode="pixel",
+            mean=tuple(image_processor.image_mean),
+            std=tuple(image_processor.image_std),
+        )
+    except (AssertionError, ValueError) as error:  # of timm's parser, which asserts
+        raise ValueError(f"auto_augment: {auto_augment!r} is no policy of timm ({error}).") from error
 
 
 class TrainingPairs(Dataset):
@@ -118,13 +123,42 @@ class TrainingStream(TrainingPairs, IterableDataset):
         return (self.prepare(pair, pair["key"]) for pair in self.pairs)
 
 
-def open_pairs(settings: Settings, accelerator: Accelerator) -> tuple[PairDataset | PairStream, PairDataset | None]:
+class Inputs(NamedTuple):
     """
-    Opens the training pairs of a run, and those of its validation.
+    What a run reads, opened but not read.
+
+    Attributes:
+        pairs, held_out: pairs of training and of validation.
+        nouns: vocabulary of noun prompts.
+        segmentation: data set for the evaluation of maps.
+    """
+
+    pairs: PairDataset | PairStream
+    held_out: PairDataset | None
+    nouns: NounPrompts | None
+    segmentation: SegmentationDataset | None
+
+    def content(self, accelerator: Accelerator) -> dict[str, object]:
+        """Returns digests of the content, by the name of the setting."""
+        with accelerator.main_process_first():  # the first process caches the digests of the files for the others
+            return {
+                "data": self.pairs.fingerprint(),
+                "validation_data": self.held_out and self.held_out.fingerprint(),
+                "nouns": self.nouns and digest([self.nouns.nouns, self.nouns.is_background.tolist()]),
+                "eval_root": self.segmentation and self.segmentation.fingerprint(),
+            }
+
+
+def open_inputs(settings: Settings, accelerator: Accelerator) -> Inputs:
+    """
+    Opens what the settings name.
 
     Raises:
         `ValueError`: the data is not as described, or a share of a stream is to be held out. `FileNotFoundError`: data is missing.
     """
+    segmentation = None  # first, because it is quickly found to be missing
+    if settings.eval_dataset != "none":
+        segmentation = load_segmentation(settings.eval_dataset, settings.eval_root, settings.eval_split or None)
     shared = {"seed": settings.seed, "max_bad_share": settings.max_bad_share}
     shared |= {"image_column": settings.image_column or None, "caption_column": settings.caption_column or None}
     source = settings.data[0] if len(settings.data) == 1 else settings.data
@@ -135,33 +169,32 @@ def open_pairs(settings: Settings, accelerator: Accelerator) -> tuple[PairDatase
         held_out = load_pairs(settings.validation_data, **shared) if settings.validation_data else None
     if settings.validation_share:
         if isinstance(pairs, PairStream):
-            raise ValueError("Expected validation_data for a stream, got validation_share: name local pairs.")
+            raise ValueError(
+                "validation_share: no part of a stream can be held out; name local pairs by validation_data."
+            )
         pairs, held_out = pairs.split(settings.validation_share)
-    return pairs, held_out
+    nouns = NounPrompts.from_file(settings.nouns, settings.noun_prompts, settings.seed) if settings.nouns else None
+    return Inputs(pairs, held_out, nouns, segmentation)
 
 
 def load_datasets(
-    settings: Settings,
-    pairs: PairDataset | PairStream,
-    held_out: PairDataset | None,
-    nouns: NounPrompts | None,
-    model: ICLIPModel,
-    processor: ICLIPProcessor,
-    accelerator: Accelerator,
+    settings: Settings, inputs: Inputs, model: ICLIPModel, processor: ICLIPProcessor, accelerator: Accelerator
 ) -> tuple[Dataset, Dataset | None]:
     """
-    Prepares the pairs of [`open_pairs`] for training and validation, and computes the feature cache if the settings have one. The model is
-    moved to the device; its `token_mean` is set if it centers tokens.
+    Prepares the pairs for training and validation, and computes the feature cache if the settings have one. The model is moved to the
+    device; its `token_mean` is set if it centers tokens.
 
     Raises:
         `ValueError`: `cache_features` with an image tower that learns or with a stream, or too many pairs are bad.
     """
+    pairs, held_out, nouns, _ = inputs
     streamed = isinstance(pairs, PairStream)
     if settings.cache_features and (streamed or not model.config.lock_vision):
         given = "a stream" if model.config.lock_vision else "an image tower that learns"
-        raise ValueError(
-            f"Expected a locked image tower and local pairs for cache_features, got {given}: leave it out."
-        )
+        raise ValueError(f"cache_features: it needs a locked image tower and local pairs, not {given}; leave it out.")
+    transform = None
+    if not settings.cache_features:  # first, because its name is quickly found to be wrong
+        transform = augmentation(processor, settings.crop_scale, settings.auto_augment, settings.random_erasing)
     model.to(accelerator.device).eval()
     some = (
         itertools.islice(pairs, 256)
@@ -183,6 +216,5 @@ def load_datasets(
 
         return cached("training", pairs, nouns), held_out and cached("validation", held_out)
     prepared = TrainingStream if streamed else TrainingPairs
-    augmented = augmentation(processor, settings.crop_scale, settings.auto_augment, settings.random_erasing)
-    training = prepared(pairs, augmented, processor, settings.seed, nouns)
+    training = prepared(pairs, transform, processor, settings.seed, nouns)
     return training, held_out and TrainingPairs(held_out, partial(whole_image, processor), processor, settings.seed)

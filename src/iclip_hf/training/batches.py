@@ -1,14 +1,11 @@
-"""Training data: batches and their order, and random numbers that depend only on a key."""
+"""Batches of training and their order, and random numbers that depend only on a key."""
 
 from __future__ import annotations
 
 import hashlib
 import itertools
-import logging
 import random
 import signal
-import time
-import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -24,11 +21,6 @@ from .interrupts import ignore_signals
 with require_extra("train"):
     from accelerate import Accelerator
     from accelerate.utils import send_to_device
-
-
-logger = logging.getLogger(__name__)
-
-_RETRIES = 5  # of a stream's connection, in a row without a batch in between
 
 
 def derive_seed(*key) -> int:
@@ -86,7 +78,7 @@ class BatchLoader:
 
     Raises:
         `ValueError`: the processes cannot share a batch, or an epoch has none. During iteration, `OSError`: a loading process died, or a
-        stream cannot reconnect.
+        stream lost its connection.
     """
 
     def __init__(
@@ -105,11 +97,11 @@ class BatchLoader:
         self.steps_per_epoch = rows // batch_size
         if batch_size % world_size:
             raise ValueError(
-                f"Expected batch_size to be a multiple of the {world_size} processes, got {batch_size}: change it."
+                f"batch_size: {batch_size} pairs cannot be shared by {world_size} processes; set a multiple of these."
             )
         if not self.steps_per_epoch:
             way_out = "set pairs_per_epoch to the size of the stream" if self.streamed else "lower batch_size"
-            raise ValueError(f"Expected at least {batch_size} pairs in an epoch, a batch, got {rows}: {way_out}.")
+            raise ValueError(f"batch_size: an epoch has {rows} pairs, fewer than a batch of {batch_size}; {way_out}.")
         self.sampler = GlobalBatches(rows, batch_size, seed, rank, world_size)
         in_order = {"batch_size": batch_size // world_size, "drop_last": True}
         self.loader = DataLoader(
@@ -120,6 +112,14 @@ class BatchLoader:
             pin_memory=self.device.type == "cuda",
             worker_init_fn=ignore_signals,
         )
+
+    def steps(self, first: int, end: int) -> Iterator[dict]:
+        """Yields the batches of the steps from `first` to before `end`, counted from the beginning of the first epoch."""
+        while first < end:
+            epoch, skipped = divmod(first, self.steps_per_epoch)
+            for batch in itertools.islice(self.epoch(epoch, skipped), end - first):
+                first += 1
+                yield batch
 
     def epoch(self, epoch: int, first: int = 0) -> Iterator[dict]:
         """Yields the batches of one epoch, starting with batch `first`. A stream does not skip; it begins another pass."""
@@ -147,29 +147,14 @@ class BatchLoader:
         return self.loader
 
     def _stream(self, epoch: int, first: int) -> Iterator[dict]:
-        """Yields the batches of one epoch, from several passes if the process's part is short or the connection is lost."""
+        """Yields the batches of one epoch, from several passes if the process's part of the stream is short."""
         # The order of a pass depends on its first step: a resumed run would see the beginning of its epoch again, but never the end.
-        step, failures = first, 0
+        step = first
         while step < self.steps_per_epoch:
             began = step
             self.dataset.set_epoch(epoch * self.steps_per_epoch + step)
-            try:
-                for batch in itertools.islice(self.loader, self.steps_per_epoch - step):
-                    yield batch
-                    step += 1
-                    failures = 0
-            except DroppedConnectionError as error:
-                traceback.clear_frames(error.__traceback__)  # it keeps the workers of this pass
-                failures += 1
-                problem = str(error).strip().splitlines()[-1].rpartition("Error: ")[2]  # without a worker's traceback
-                if failures > _RETRIES:
-                    raise DroppedConnectionError(
-                        f"The connection of the stream is lost, also after {_RETRIES} retries ({problem}): check the network"
-                    ) from error
-                logger.warning("The connection of the stream is lost, retry %d: %s", failures, problem)
-                time.sleep(2**failures)
-                continue
+            for batch in itertools.islice(self.loader, self.steps_per_epoch - step):
+                yield batch
+                step += 1
             if step == began:
-                raise ValueError(
-                    "Expected a whole batch in this process's part of the stream, got less: lower batch_size."
-                )
+                raise ValueError("batch_size: this process's part of the stream has no whole batch; lower batch_size.")

@@ -69,6 +69,15 @@ def test_texts_compete_for_patches_by_hand():
     assert competition_loss(logits, prior, positives).item() == pytest.approx(total / 3, abs=1e-5)
 
 
+def test_a_text_without_a_share_has_a_finite_loss():
+    """Where another text wins a patch by so much that the share is 0 in float32."""
+    logits = torch.tensor([[[0.0, 200.0]]], requires_grad=True)
+    loss = competition_loss(logits, torch.ones(1, 1, 2), torch.tensor([[True, False]]))
+    assert loss.item() == pytest.approx(126 * math.log(2))  # the smallest normal number is 2 ** -126
+    loss.backward()
+    assert torch.isfinite(logits.grad).all()
+
+
 def test_positives_are_not_one_anothers_negatives():
     logits = torch.tensor([[2.0, 1.0, 0.0], [5.0, -5.0, 0.0], [1.0, 2.0, 3.0]], requires_grad=True)
     positives = torch.tensor([[True, True, False], [False, False, False], [True, True, True]])

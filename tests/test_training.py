@@ -134,8 +134,32 @@ def test_bad_steps_are_skipped_counted_and_stop_the_run(hub, tmp_path, monkeypat
     assert all(torch.isfinite(weight).all() for weight in weights(tmp_path / "skips").values())
     calls.clear()
     broken.update(range(7, 20))
-    with pytest.raises(FloatingPointError, match="last 4 steps, up to step 10: lower"):
-        run(hub, tmp_path / "stops", "--max_bad_steps", 4)
+    with monkeypatch.context() as patch, pytest.raises(FloatingPointError, match="last 4 steps, up to step 10: lower"):
+        patch.setattr(program, "_MAX_BAD_STEPS", 4)
+        run(hub, tmp_path / "stops")
+    broken.update(range(20))
+    calls.clear()
+    with pytest.raises(FloatingPointError, match="last 3 steps, up to step 3"):  # all of a short run
+        run(hub, tmp_path / "short", "--max_steps", 3)
+
+
+def test_weights_that_are_not_finite_are_neither_kept_nor_exported(hub, tmp_path, monkeypatch):
+    def spoil(self):
+        self.model.recognition.logit_scale.data.fill_(float("nan"))
+
+    monkeypatch.setattr(PairModel, "clamp_logit_scales", spoil)
+    with pytest.raises(FloatingPointError, match="recognition.logit_scale are not finite"):
+        run(hub, tmp_path, "--max_steps", 2)
+    assert not list(tmp_path.rglob("*.safetensors"))
+
+
+def test_a_run_is_resumed_in_its_precision(hub, tmp_path, monkeypatch):
+    """Also in that of `accelerate launch --mixed_precision`, which is no setting."""
+    with monkeypatch.context() as launched:
+        launched.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+        run(hub, tmp_path, "--max_steps", 1)
+    with pytest.raises(ValueError, match="mixed_precision from bf16 to no"):
+        run(hub, tmp_path, "--max_steps", 1, "--resume")
 
 
 class Spy(torch.optim.AdamW):
@@ -182,16 +206,27 @@ def test_best_is_the_best_and_not_the_latest(hub, tmp_path, monkeypatch):
     assert any(not torch.equal(best[name.removeprefix("model.")], weight) for name, weight in last.items())
 
 
-@pytest.mark.parametrize(("scores", "kept"), [((2.0, 1.0, 3.0, 2.0), 3.0), ((2.0, 1.0, 2.0, 0.0), 2.0)])
+# Text to image, which selects, and image to text: of the start, then of the evaluations
+SCORES = [
+    ([(2.0, 9.0), (1.0, 9.0), (3.0, 9.0), (2.0, 9.0)], 3.0),
+    ([(2.0, 9.0), (1.0, 9.0), (2.0, 9.0), (0.0, 9.0)], 2.0),
+    ([(2.0, 9.0), (5.0, 8.0), (3.0, 9.0), (4.0, 7.0)], 3.0),  # the others lose in the other metric
+]
+
+
+@pytest.mark.parametrize(("scores", "kept"), SCORES)
 def test_the_folder_holds_the_start_until_a_model_is_better(hub, tmp_path, monkeypatch, capsys, scores, kept):
     start = tmp_path / "start"
     run(hub, start, "--max_steps", 1)
     seen = iter(scores)
-    monkeypatch.setattr(selection, "validate", lambda *arguments: {"text_to_image": torch.tensor([next(seen)] * 17)})
+    names = ("text_to_image", "image_to_text")
+    monkeypatch.setattr(
+        selection, "validate", lambda *_: {name: torch.full((17,), score) for name, score in zip(names, next(seen))}
+    )
     arguments = ["--model", start, "--validation_data", hub / "held_out.tar", "--eval_steps", 4, "--pictures", 0]
-    assert run(hub, tmp_path / "run", *arguments) == {"text_to_image": kept}
+    assert run(hub, tmp_path / "run", *arguments) == {"text_to_image": kept, "image_to_text": 9.0}
     before, after = weights(start), weights(tmp_path / "run")
-    started = kept == scores[0]
+    started = kept == scores[0][0]
     assert started == all(torch.equal(before[name], weight) for name, weight in after.items())
     assert started == ("holds the model that you started from" in capsys.readouterr().out)
     card = json.loads((tmp_path / "run" / "model_card.json").read_text())["training"]

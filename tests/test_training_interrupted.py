@@ -303,9 +303,8 @@ def test_two_processes_are_one_with_the_whole_batch(hub, tmp_path):
 
 def test_a_signal_to_one_of_two_processes_stops_both(hub, tmp_path):
     stop = "if calls == 3 and torch.distributed.get_rank() == 1: os.kill(os.getpid(), signal.SIGTERM)"
-    setup = "PartialState(cpu=True)"
     arguments = ["--max_steps", 5, "--lock_text"]
-    stopped = hooked_run(hub, tmp_path, "two", arguments, stop, setup, launcher=TWO)
+    stopped = hooked_run(hub, tmp_path, "two", arguments, stop, launcher=TWO)  # plain torchrun
     checkpoint = tmp_path / "two" / "checkpoint-0000003"
     said = f"iclip train: interrupted; --resume continues from {checkpoint}"
     assert stopped.returncode == 1 and said in stopped.stderr.partition("Root Cause")[2], stopped.stderr[-3000:]

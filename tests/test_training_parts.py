@@ -164,3 +164,6 @@ def test_augmentation_depends_on_seed_epoch_and_pair_alone(hub, tiny_processor):
     assert torch.equal(dataset[3]["image"], first)
     dataset.set_epoch(1)
     assert not torch.equal(dataset[3]["image"], first)
+    for policy in ("foo", "rand-m9-xyz3"):
+        with pytest.raises(ValueError, match=f"auto_augment: '{policy}'"):
+            augmentation(tiny_processor, auto_augment=policy)

@@ -18,10 +18,9 @@ import os
 import re
 import tarfile
 from array import array
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from copy import copy
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO, NamedTuple
 
@@ -250,46 +249,39 @@ class TarShard(_ByteRanges):
 
 class Table(_ByteRanges):
     """
-    A text file with one pair in each row: .csv or .tsv (without quoting) with a header line, or .jsonl. Fields of a .csv are
+    A text file in UTF-8 with one pair in each row: .csv or .tsv (without quoting) with a header line, or .jsonl. Fields of a .csv are
     separated by the character of ",", ";" and tab that its first line has most of.
 
-    A line of a .csv with a missing or stray quote is a row of its own, which cannot be used. Such lines are logged by their number.
+    A line that is no row raises `ValueError` with its number: by the first pass over the file, so that a stray quote joins no rows.
     """
 
     def __init__(self, path: Path, columns: Columns = USUAL_COLUMNS):
         super().__init__(path, columns)
         self._kind, self._header = path.suffix.lower(), None
-        with open(path, "rb") as file:
-            delimiter = max(",;\t", key=file.readline().decode(errors="replace").count)
-        self._csv = partial(csv.reader, delimiter=delimiter, skipinitialspace=True, strict=True)
-        try:
-            start, end = next(self._rows(), (0, 0))
+        self._form = {"delimiter": "\t", "quoting": csv.QUOTE_NONE}
+        if self._kind == ".csv":
             with open(path, "rb") as file:
-                first = self._values(file.read(end)[start:])
-        except (ValueError, RecursionError, csv.Error) as error:
-            raise ValueError(f"{path}: expected {self._kind} rows in UTF-8, but got: {error}; correct it.") from error
-        if self._kind != ".jsonl":
-            self._header = [name.strip() for name in first]
-        if not end:
+                delimiter = max(",;\t", key=file.readline().decode(errors="replace").count)
+            self._form = {"delimiter": delimiter, "skipinitialspace": True, "strict": True}
+        first = next((row for *_, row in self._rows()), None)
+        if first is None:
             raise ValueError(
                 f"{path}: expected a header line and a pair in each further line, but got an empty file; add pairs."
             )
+        if self._kind != ".jsonl":
+            self._header = [name.strip() for name in first]
         columns.check(path, sorted(self._header or first))
         for name in columns.image + columns.caption:
             if self._header is not None and self._header.count(name) > 1:
                 raise ValueError(f"{path}: expected different columns, but got {name!r} more than once; rename one.")
 
     def ranges(self) -> np.ndarray:
-        ranges = array("q", (position for row in self._rows() for position in row))
+        ranges = array("q", (position for start, end, _ in self._rows() for position in (start, end)))
         return np.array(ranges, np.int64).reshape(-1, 2)[self._header is not None :]
 
     def parse(self, block: bytes) -> RawPair:
-        row = self._values(block)
+        row = next(self._parsed(io.StringIO(block.decode("utf-8-sig"), newline="")))
         if self._header is not None:
-            if len(row) != len(self._header):
-                unquoted = self._kind == ".csv" and len(row) > len(self._header)
-                hint = " (text with a separator needs double quotes)" if unquoted else ""
-                raise ValueError(f"{len(row)} fields instead of {len(self._header)}{hint}")
             row = dict(zip(self._header, row))
         key = next((row[column] for column in self.columns.image if row.get(column)), None)
         if not isinstance(key, str):
@@ -298,69 +290,44 @@ class Table(_ByteRanges):
             raise ValueError(f"expected an image path, but got the URL {key}; download the images first (img2dataset)")
         return RawPair(self.path.parent / key, None, row, key)
 
-    def _rows(self) -> Iterator[tuple[int, int]]:
-        """Yields the byte range (start, end) of each row that is not blank, including the header."""
-        start = number = 0  # `number`: of lines before the row
-        malformed = []
+    def _rows(self) -> Iterator[tuple[int, int, list[str] | dict]]:
+        """Yields the byte range (start, end) and the fields of each row that is not blank, including the header."""
+        number = 0
+
+        def lines(file: BinaryIO) -> Iterator[str]:
+            nonlocal number
+            for line in iter(file.readline, b""):
+                number += 1
+                yield line.decode("utf-8-sig" if number == 1 else "utf-8")
+
+        start, first = 0, 1  # `first`: line of the row
         with open(self.path, "rb") as file:
-            while True:
-                lines: list[bytes] = []  # of the row
-                text = _kept_lines(file, lines)
-                try:
-                    row = next(self._csv(text) if self._kind == ".csv" else text, None)
-                    if len(lines) > 1 and self._swallows(row, lines):
-                        raise csv.Error("a stray quote")
-                except csv.Error:
-                    malformed.append(number + 1)
-                    row = lines[:1]
-                    del lines[1:]
-                    file.seek(start + len(lines[0]))
-                if row is None:
-                    break
-                end = start + sum(map(len, lines))
-                if row and row != "\n":
-                    yield start, end
-                start, number = end, number + len(lines)
-        if malformed:
-            logger.warning(
-                "%s: a missing or stray quote makes bad pairs, %d in all, of line %s",
-                self.path,
-                len(malformed),
-                ", ".join(map(str, malformed[:10])) + (", ..." if len(malformed) > 10 else ""),
-            )
-
-    def _swallows(self, row: list[str], lines: list[bytes]) -> bool:
-        """Whether one of the lines that quotes join to a row is a row itself, with another image."""
-        if self._header is None:
-            return False
-        column = next(place for place, name in enumerate(self._header) if name in self.columns.image)
-        for line in lines[1:]:
             try:
-                fields = self._values(line)
-            except (ValueError, csv.Error):
-                continue
-            whole = len(fields) == len(self._header)
-            if whole and fields[column].lower().endswith(IMAGE_SUFFIXES) and fields[column] not in row:
-                return True
-        return False
+                for row in self._parsed(lines(file)):
+                    end = file.tell()
+                    if self._header and row and len(row) != len(self._header):
+                        hint = " (text with a separator needs double quotes)" if self._kind == ".csv" else ""
+                        raise ValueError(f"{len(row)} fields instead of {len(self._header)}{hint}")
+                    if row not in (None, []):
+                        yield start, end, row
+                    start, first = end, number + 1
+            except (ValueError, RecursionError, csv.Error) as error:
+                raise ValueError(
+                    f"{self.path}, line {first}: expected a row of a {self._kind} table in UTF-8, but got: {error}; correct it."
+                ) from error
 
-    def _values(self, block: bytes) -> list[str] | dict:
-        text = block.decode("utf-8-sig")
-        if self._kind == ".jsonl":
-            row = json.loads(text) if text else {}
-            if not isinstance(row, dict):
-                raise ValueError(f"expected a JSON object, but got {type(row).__name__}")
-            return row
-        if self._kind == ".tsv":
-            return text.rstrip("\r\n").split("\t")
-        return next(self._csv(io.StringIO(text, newline="")), [])
+    def _parsed(self, lines: Iterable[str]) -> Iterator[list[str] | dict | None]:
+        """Parses lines to rows; those of blank lines are `[]` or None."""
+        return map(_json_object, lines) if self._kind == ".jsonl" else csv.reader(lines, **self._form)
 
 
-def _kept_lines(file: BinaryIO, lines: list[bytes]) -> Iterator[str]:
-    """Yields the lines of a file as text, and adds them to a list."""
-    for line in iter(file.readline, b""):
-        lines.append(line)
-        yield line.decode(errors="surrogateescape").rstrip("\r\n") + "\n"
+def _json_object(line: str) -> dict | None:
+    if not line.strip():
+        return None
+    row = json.loads(line)
+    if not isinstance(row, dict):
+        raise ValueError(f"expected a JSON object, but got {type(row).__name__}")
+    return row
 
 
 class ClassFolders(Source):

@@ -11,8 +11,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.optim import Optimizer
 
 from ..hub.model_card import HUB_RESULTS, write_model_card
 from ..models.identity import changed
@@ -28,6 +28,7 @@ with require_extra("train"):
 
 
 _KEPT = 2  # checkpoints
+_TRAINING = "training.pt"  # weights and optimizer in a checkpoint
 
 
 @dataclass
@@ -74,35 +75,6 @@ def holds_start(settings: Settings, state: RunState) -> bool:
     """
     start = state.before.get(settings.best_metric)
     return start is not None and (state.best is None or bool(state.lost) or not settings.is_better(state.best, start))
-
-
-def keep_learning_weights_only(accelerator: Accelerator) -> None:
-    """
-    Restricts Accelerate's checkpoints to trained weights, and removes the prefix of its wrapper from their names, so that a run
-    can resume with another number of processes.
-    """
-
-    def learning(models: list[nn.Module]) -> dict[str, torch.Tensor]:
-        named = accelerator.unwrap_model(models[0]).named_parameters()
-        return {name: parameter.detach() for name, parameter in named if parameter.requires_grad}
-
-    def save(models: list[nn.Module], weights: list[dict], folder: str) -> None:
-        if weights:
-            weights.clear()
-            if accelerator.is_main_process:
-                contiguous = {name: weight.contiguous() for name, weight in learning(models).items()}
-                save_file(contiguous, Path(folder, "learning.safetensors"))
-
-    def load(models: list[nn.Module], folder: str) -> None:
-        file = Path(folder, "learning.safetensors")
-        if file.exists():
-            kept = load_file(file)
-            for name, weight in learning(models).items():
-                weight.copy_(kept[name])
-            models.clear()
-
-    accelerator.register_save_state_pre_hook(save)
-    accelerator.register_load_state_pre_hook(load)
 
 
 def state_to_resume(settings: Settings, fixed: Collection[str] = ()) -> tuple[Path | None, RunState]:
@@ -163,22 +135,43 @@ def check_finite(model: nn.Module) -> None:
             raise FloatingPointError(f"The weights {name} are not finite any more: lower learning_rate")
 
 
-def save_checkpoint(accelerator: Accelerator, pair_model: nn.Module, output_dir: Path, state: RunState) -> None:
-    """Saves `checkpoint-<state.step>` atomically, and deletes all but the last `_KEPT`. Raises like [`check_finite`]."""
-    check_finite(pair_model)
-    target = output_dir / f"checkpoint-{state.step:07d}"
-    partial = Path(f"{target}.partial")
+def save_checkpoint(
+    accelerator: Accelerator, pair_model: nn.Module, optimizer: Optimizer, output_dir: Path, state: RunState
+) -> None:
+    """
+    Saves `checkpoint-<state.step>` atomically, and deletes all but the last `_KEPT`. It holds the weights that learn and the optimizer,
+    which are the same on all processes. Raises like [`check_finite`].
+    """
+    model = accelerator.unwrap_model(pair_model)
+    check_finite(model)
     if accelerator.is_main_process:
+        target = output_dir / f"checkpoint-{state.step:07d}"
+        partial = Path(f"{target}.partial")
         shutil.rmtree(partial, ignore_errors=True)
-    accelerator.wait_for_everyone()
-    with writing_errors(target):
-        accelerator.save_state(str(partial))
-    write_state(accelerator, partial, state)
-    if accelerator.is_main_process:
-        os.replace(partial, target)
+        with writing_errors(target):
+            partial.mkdir(parents=True)
+            saved = {"weights": _learning_weights(model), "optimizer": optimizer.state_dict()}
+            scaler = accelerator.scaler.state_dict() if accelerator.scaler else {}
+            torch.save({**saved, "scaler": scaler}, partial / _TRAINING)
+            (partial / "state.json").write_text(json.dumps(asdict(state), indent=2))
+            os.replace(partial, target)
         for old in checkpoints(output_dir)[:-_KEPT]:
             shutil.rmtree(old)
     accelerator.wait_for_everyone()  # a launcher ends all processes as soon as one has ended
+
+
+def load_checkpoint(accelerator: Accelerator, pair_model: nn.Module, optimizer: Optimizer, checkpoint: Path) -> None:
+    """Loads what [`save_checkpoint`] saved, apart from the state."""
+    saved = torch.load(checkpoint / _TRAINING, map_location="cpu", weights_only=True)
+    for name, weight in _learning_weights(accelerator.unwrap_model(pair_model)).items():
+        weight.copy_(saved["weights"][name])
+    optimizer.load_state_dict(saved["optimizer"])
+    if accelerator.scaler:
+        accelerator.scaler.load_state_dict(saved["scaler"])
+
+
+def _learning_weights(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: weight.detach() for name, weight in model.named_parameters() if weight.requires_grad}
 
 
 def write_state(accelerator: Accelerator, folder: Path, state: RunState, name: str = "state.json") -> None:
@@ -196,8 +189,8 @@ def export(
     Writes the model, its processor and its card (see [`write_model_card`]) into a folder, for `from_pretrained`. Replaces the files
     of an earlier model one by one, each atomically, and leaves others, such as checkpoints. Raises like [`check_finite`].
     """
-    check_finite(pair_model)
     model = accelerator.unwrap_model(pair_model).model
+    check_finite(model)
     if accelerator.is_main_process:
         partial = folder / "model.partial"
         shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed during the export

@@ -32,7 +32,7 @@ from .checkpoints import (
     advice_to_resume,
     check_content,
     holds_start,
-    keep_learning_weights_only,
+    load_checkpoint,
     save_checkpoint,
     state_to_resume,
     write_state,
@@ -145,9 +145,8 @@ def run(
     warmup_steps = min(round(settings.warmup_epochs * loader.steps_per_epoch), total_steps - 1)
     rates = (settings.learning_rate, settings.warmup_learning_rate, settings.min_learning_rate)
     rates = [rate * settings.batch_size / 1024 for rate in rates]
-    keep_learning_weights_only(accelerator)
     if checkpoint:
-        accelerator.load_state(str(checkpoint))
+        load_checkpoint(accelerator, pair_model, optimizer, checkpoint)
     accelerator.init_trackers("iclip-hf", {name: str(value) for name, value in state.settings.items()})
 
     with tqdm(total=total_steps, initial=state.step, disable=not accelerator.is_main_process) as bar:
@@ -232,7 +231,7 @@ def run(
             state.measured = not (last or state.step % settings.eval_steps == 0)
             saved = last or interrupted or state.step % settings.checkpoint_steps == 0
             if saved:
-                save_checkpoint(accelerator, pair_model, output_dir, state)
+                save_checkpoint(accelerator, pair_model, optimizer, output_dir, state)
             if interrupted:
                 raise KeyboardInterrupt
             if not state.measured:

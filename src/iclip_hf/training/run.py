@@ -181,14 +181,12 @@ def run(
             shared = accelerator.reduce(torch.cat([outputs["losses"], mine.float()]), "mean")
             *losses, skipped, interrupted = shared.tolist()
 
-            # 6. Step, unless loss or gradient are not finite
+            # 6. Step, unless loss or gradient are not finite. The scaler of float16 skips by itself, and lowers its scale.
             norm = math.nan
             if all(map(math.isfinite, losses)):
                 accelerator.backward(outputs["loss"])
                 norm = accelerator.clip_grad_norm_(pair_model.parameters(), settings.clip_grad_norm).item()
-                if (
-                    math.isfinite(norm) or accelerator.scaler is not None
-                ):  # which skips by itself, and lowers its scale
+                if math.isfinite(norm) or accelerator.scaler is not None:
                     optimizer.step()
                     accelerator.unwrap_model(pair_model).clamp_logit_scales()
             optimizer.zero_grad()
@@ -227,7 +225,8 @@ def run(
                 bar.set_postfix(loss=f"{row['loss']:.3f}", pairs_per_s=f"{speed:.0f}")
                 times.clear()
 
-            # 8. Checkpoint and evaluation. The checkpoint is first, because an evaluation may take long or fail; after it, a signal acts at once.
+            # 8. Checkpoint and evaluation. The checkpoint is first, because an evaluation may take long or fail; after it, a signal
+            # acts at once.
             state.measured = not (last or state.step % settings.eval_steps == 0)
             saved = last or interrupted or state.step % settings.checkpoint_steps == 0
             if saved:

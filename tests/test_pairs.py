@@ -438,20 +438,6 @@ def test_drawn_captions(tmp_path):
     assert all(len({epoch[i] for epoch in epochs}) == 5 for i in range(40))  # each pair shows all of its captions
 
 
-def test_epoch_reaches_persistent_workers(tmp_path):
-    captions = json.dumps({"captions": [f"c{j}" for j in range(9)]})
-    dataset = load_pairs(write_members(tmp_path / "a.tar", range(24), jpg=jpeg, json=lambda i: captions))
-    loader = DataLoader(
-        dataset, batch_size=5, num_workers=2, persistent_workers=True, collate_fn=lambda items: [i["caption"] for i in items]
-    )  # fmt: skip
-    for epoch in (0, 1, 0):
-        dataset.set_epoch(epoch)
-        assert flat(loader) == [item["caption"] for item in dataset]
-    first = flat(loader)
-    dataset.set_epoch(1)
-    assert flat(loader) != first
-
-
 def test_fingerprint_is_of_content(tmp_path):
     """Whatever keeps its name, size and time: a shard with another caption in its padding, an image that a table or rows name."""
     (shard,) = write_shards(tmp_path / "a", 4, shards=1).iterdir()

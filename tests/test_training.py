@@ -114,7 +114,7 @@ def test_model_options_reach_the_model(hub, tmp_path):
     config = ICLIPModel.from_pretrained(tmp_path).config
     assert (config.pooling, config.dual_projection, config.logit_scale_init_value) == ("average", False, 2)
     with pytest.raises(ValueError, match="model_options: 'sharpness'"):
-        run(hub, tmp_path, "--model_options", "sharpness=3")
+        run(hub, tmp_path / "other", "--model_options", "sharpness=3")
 
 
 def test_bad_steps_are_skipped_counted_and_stop_the_run(hub, tmp_path, monkeypatch):

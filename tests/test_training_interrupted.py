@@ -175,7 +175,7 @@ def test_the_death_of_a_partner_says_how_to_go_on(hub, tmp_path, monkeypatch):
     (tmp_path / "checkpoint-0000005").mkdir()
     (tmp_path / "checkpoint-0000005" / "state.json").touch()
     with pytest.raises(OSError, match=f"{said}; --resume continues from {tmp_path}/checkpoint-0000005"):
-        run(hub, tmp_path)
+        run(hub, tmp_path, "--resume")
 
 
 KILLED = """

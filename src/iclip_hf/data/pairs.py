@@ -16,7 +16,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import torch
 from torch.utils.data import Dataset, IterableDataset
 
 from ..images import MAX_DOWNLOAD, load_image
@@ -63,8 +62,7 @@ class PairDataset(Dataset):
     - `skipped` (`int`): number of bad pairs that the item replaces, 0 or 1.
 
     A bad pair is logged and replaced by a random good pair, so that batches have equal sizes on all processes. The draw depends only
-    on seed, epoch and index. `read` returns pairs without replacement. The data set can be pickled. `set_epoch` also reaches
-    running workers.
+    on seed, epoch and index. `read` returns pairs without replacement. The data set can be pickled.
 
     Args:
         sources: of the pairs, see [`~iclip_hf.data.sources.open_sources`].
@@ -85,14 +83,14 @@ class PairDataset(Dataset):
 
     def _select(self, pairs: Pairs) -> PairDataset:
         self._pairs, self._tally = pairs, _Tally(self.max_bad_share, len(pairs))
-        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # shared with persistent workers
+        self._epoch = 0
         return self
 
     def __len__(self) -> int:
         return len(self._pairs)
 
     def __getitem__(self, index: int) -> dict:
-        index, epoch, skipped = range(len(self))[index], int(self._epoch), 0
+        index, epoch, skipped = range(len(self))[index], self._epoch, 0
         try:
             pair = self.read(index)
             self._tally.add(index)
@@ -130,7 +128,7 @@ class PairDataset(Dataset):
     def caption(self, index: int) -> str:
         """Returns the caption of this pair in this epoch; empty for a bad pair. Raises `OSError` like `read`."""
         try:
-            return _draw(self.captions(index), self.seed, int(self._epoch), range(len(self))[index])
+            return _draw(self.captions(index), self.seed, self._epoch, range(len(self))[index])
         except BadPairError:
             return ""
 
@@ -150,7 +148,7 @@ class PairDataset(Dataset):
 
     def set_epoch(self, epoch: int) -> None:
         """Sets the epoch, on which the draws depend."""
-        self._epoch.fill_(epoch)
+        self._epoch = epoch
 
     def fingerprint(self) -> str:
         """

@@ -185,7 +185,7 @@ class Settings:
                 parsed[name] = yaml.safe_load(value)
             except yaml.YAMLError:
                 equals = ""
-            if not equals:
+            if not (name and equals):
                 raise ValueError(f"model_options: {option!r} is not name=value.")
         return parsed
 

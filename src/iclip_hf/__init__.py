@@ -16,6 +16,7 @@ from .utils.lazy import lazy_names
 
 if TYPE_CHECKING:
     from .configuration_iclip import ICLIPConfig
+    from .data.example import example_image
     from .evaluation.evaluate import evaluate
     from .figures.sheets import draw
     from .localization.explanation import Explanation
@@ -33,6 +34,7 @@ _MODULES = {
     "draw": ".figures.sheets",
     "embedded_model": ".models.embedded",
     "evaluate": ".evaluation.evaluate",
+    "example_image": ".data.example",
     "explain": ".localization.localizer",
     "Explanation": ".localization.explanation",
     "ICLIPConfig": ".configuration_iclip",

@@ -3,11 +3,12 @@
 import json
 import re
 import shlex
+import shutil
 from pathlib import Path
 
 import pytest
 
-from iclip_hf import cli
+from iclip_hf import cli, example_image
 
 
 ROOT = Path(__file__).parents[1]
@@ -178,24 +179,50 @@ def test_the_recipe_for_coco100_keeps_its_images_alone(tmp_path, monkeypatch):
     assert subset["categories"] == official["categories"] and (tmp_path / "DATA" / "coco100" / "train2017").is_dir()
 
 
+@pytest.fixture
+def embedded():
+    from iclip_hf.models.embedded import embedded_model
+
+    try:
+        embedded_model()
+    except OSError as error:
+        pytest.skip(f"the embedded towers cannot be had here: {error}")
+
+
+@pytest.mark.slow
+def test_a_region_prompts_sam(embedded, monkeypatch):
+    """The example of the guide, with a small SAM of random weights."""
+    from transformers import SamConfig, SamImageProcessor, SamModel, SamProcessor
+
+    layers = {"num_hidden_layers": 1, "hidden_size": 32, "mlp_dim": 32, "num_attention_heads": 2}
+    config = SamConfig(
+        vision_config={**layers, "global_attn_indexes": [0]}, mask_decoder_config={"num_hidden_layers": 1}
+    )
+    monkeypatch.setattr(SamModel, "from_pretrained", lambda name: SamModel(config).eval())
+    monkeypatch.setattr(SamProcessor, "from_pretrained", lambda name: SamProcessor(SamImageProcessor()))
+    (example,) = [block for block in code_blocks(DOCS / "guide" / "explain.md", "py") if "SamModel" in block]
+    names = {}
+    exec(example, names)
+    assert names["mask"].shape == (512, 512) and names["inputs"]["input_points"].shape == (
+        1,
+        1,
+        len(names["labels"]),
+        2,
+    )
+    xmin, ymin, xmax, ymax = names["region"]["box"]
+    x, y = names["points"][0]
+    assert xmin <= x < xmax and ymin <= y < ymax
+
+
 PYTHON = [page for page in PAGES if code_blocks(page, "python")]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("page", PYTHON, ids=lambda page: page.name)
-def test_python_examples_run(page, tmp_path, monkeypatch):
+def test_python_examples_run(page, embedded, tmp_path, monkeypatch):
     """The blocks of a page run one after the other, as a reader would run them."""
-    from iclip_hf.models.embedded import embedded_model
-
-    data = pytest.importorskip("skimage.data", reason="needs the extra [demo]")
-    try:
-        embedded_model()
-    except OSError as error:
-        pytest.skip(f"the embedded towers cannot be had here: {error}")
-    from PIL import Image
-
     monkeypatch.chdir(tmp_path)
-    Image.fromarray(data.chelsea()).save("dog.jpg")
+    shutil.copy(example_image(), "dog.jpg")  # the photograph that other pages take
     if "`iclip install-metrics`" in page.read_text(encoding="utf-8"):
         evaluate = pytest.importorskip("evaluate", reason="needs the extra [eval]")
         monkeypatch.setattr(evaluate.config, "HF_EVALUATE_OFFLINE", True)

@@ -189,31 +189,6 @@ def embedded():
         pytest.skip(f"the embedded towers cannot be had here: {error}")
 
 
-@pytest.mark.slow
-def test_a_region_prompts_sam(embedded, monkeypatch):
-    """The example of the guide, with a small SAM of random weights."""
-    from transformers import SamConfig, SamImageProcessor, SamModel, SamProcessor
-
-    layers = {"num_hidden_layers": 1, "hidden_size": 32, "mlp_dim": 32, "num_attention_heads": 2}
-    config = SamConfig(
-        vision_config={**layers, "global_attn_indexes": [0]}, mask_decoder_config={"num_hidden_layers": 1}
-    )
-    monkeypatch.setattr(SamModel, "from_pretrained", lambda name: SamModel(config).eval())
-    monkeypatch.setattr(SamProcessor, "from_pretrained", lambda name: SamProcessor(SamImageProcessor()))
-    (example,) = [block for block in code_blocks(DOCS / "guide" / "explain.md", "py") if "SamModel" in block]
-    names = {}
-    exec(example, names)
-    assert names["mask"].shape == (512, 512) and names["inputs"]["input_points"].shape == (
-        1,
-        1,
-        len(names["labels"]),
-        2,
-    )
-    xmin, ymin, xmax, ymax = names["region"]["box"]
-    x, y = names["points"][0]
-    assert xmin <= x < xmax and ymin <= y < ymax
-
-
 PYTHON = [page for page in PAGES if code_blocks(page, "python")]
 
 

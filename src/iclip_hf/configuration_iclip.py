@@ -60,7 +60,7 @@ class ICLIPConfig(PreTrainedConfig):
         attention_quantile (`float` in (0, 1], defaults to 0.9): used with `attention_norm="quantile"`.
         logit_scale_init_value (`float` in [0, ln 100], defaults to 2.6592): initial value of the logarithm of the logit scale,
             ln(1 / 0.07).
-        lock_vision (`bool`, defaults to `True`): whether the image tower is frozen. A frozen tower has no gradients and stays in
+        lock_vision (`bool`, defaults to `True`): whether the image tower is locked. A locked tower has no gradients and stays in
             eval mode.
         text_pooling (`str`, defaults to `"eos"`): the feature of a text. `"eos"` is the pooled output of a CLIP or SigLIP tower,
             `"mean"` the mean over the attended tokens, `"class_token"` the first token.

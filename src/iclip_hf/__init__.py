@@ -33,8 +33,8 @@ __version__ = "0.2.0.dev0"
 _MODULES = {
     "draw": ".figures.sheets",
     "embedded_model": ".models.embedded",
-    "evaluate": ".evaluation.evaluate",
     "example_image": ".data.example",
+    "evaluate": ".evaluation.evaluate",
     "explain": ".localization.localizer",
     "Explanation": ".localization.explanation",
     "ICLIPConfig": ".configuration_iclip",

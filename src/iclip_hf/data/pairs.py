@@ -149,7 +149,7 @@ class PairDataset(Dataset):
         return tuple(copy.copy(self)._select(part) for part in self._pairs.split(share))
 
     def set_epoch(self, epoch: int) -> None:
-        """Sets the epoch, on which the sampling depends."""
+        """Sets the epoch, on which the draws depend."""
         self._epoch.fill_(epoch)
 
     def fingerprint(self) -> str:
@@ -160,7 +160,7 @@ class PairDataset(Dataset):
         return self._pairs.fingerprint()
 
     def _replacement(self, draws: random.Random) -> tuple[int, dict]:
-        """Samples a good pair from all pairs. Taking the next good pair would repeat the one after a damaged shard."""
+        """Draws a good pair from all pairs. Taking the next good pair would repeat the one after a damaged shard."""
         for _ in range(1000):
             index = draws.randrange(len(self))
             try:
@@ -263,7 +263,7 @@ class PairStream(IterableDataset):
             skipped = 0
 
     def set_epoch(self, epoch: int) -> None:
-        """Sets the epoch, on which the order of the next pass and the sampled captions depend."""
+        """Sets the epoch, on which the order of the next pass and the drawn captions depend."""
         self._rows.set_epoch(epoch)
 
 

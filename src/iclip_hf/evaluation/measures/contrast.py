@@ -37,11 +37,11 @@ class TextContrast(RegionMeasure):
 
 class StuffContrast(RegionMeasure):
     """
-    The share of a class's pixels that its map ranks above the pixels of the other classes in the image, in percent, see
+    The share of a class's own pixels that its map ranks above the pixels of the other classes in the image, in percent, see
     [`~metrics.RegionRanking`]: the mean over the classes of the background (`stuff_contrast`) and of objects (`thing_contrast`).
 
     50 is chance. Unlike text contrast, it takes one map at a time. So a map of saliency, which does not depend on the text, is above
-    50 for things and equally far below for stuff; only both numbers together tell a good map. Rows: `ranking`. For data sets that
+    50 for things and equally far below for stuff; only both figures together tell a good map. Rows: `ranking`. For data sets that
     name the background.
     """
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import os
 import time
 from contextlib import nullcontext
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -107,8 +108,8 @@ def train(settings: Settings) -> dict[str, float]:
     with advice_to_resume(output_dir), Interrupts() as interrupts, ended_workers():
         model, processor = build_model(settings)
         accelerator = start_accelerator(settings, model)
-        # As it is, so that a run is resumed in the same
-        settings = replace(settings, mixed_precision=accelerator.mixed_precision)
+        settings = copy.copy(settings)
+        settings.mixed_precision = accelerator.mixed_precision  # as it is, so that a run is resumed in the same
         new = not checkpoints(output_dir)
         with partner_errors("start it again"), shared_folder_lock(output_dir, accelerator, own=new):
             return run(settings, model, processor, accelerator, interrupts)

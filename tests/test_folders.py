@@ -32,7 +32,8 @@ from iclip_hf import ICLIPModel, ICLIPProcessor, cli
 from iclip_hf.evaluation.evaluate import EvaluationResult
 from iclip_hf.hub.configs import config_folder
 from iclip_hf.hub.folders import code_files, export_model, init_model, push_model
-from iclip_hf.hub.model_card import _TRAINING_SETTINGS, describe_tower, public_settings, write_model_card
+from iclip_hf.hub.model_card import describe_tower, write_model_card
+from iclip_hf.hub.record import TRAINING_SETTINGS, public_settings
 from iclip_hf.models.identity import identity
 from iclip_hf.models.loading import load_pretrained
 from iclip_hf.training import checkpoints
@@ -534,7 +535,7 @@ def test_the_card_tells_the_settings_that_a_model_depends_on():
     fixed = {field.name for field in fields(Settings)}.difference(FREE)
     elsewhere = {"image_column", "caption_column", "split", "max_bad_share"}  # how pairs are read
     elsewhere |= {"validation_data", "eval_dataset", "eval_root", "eval_split"}  # the results tell
-    assert fixed - elsewhere == set(_TRAINING_SETTINGS)
+    assert fixed - elsewhere == set(TRAINING_SETTINGS)
 
 
 AUGMENTATION = {"crop_scale": 0.08, "auto_augment": "none", "random_erasing": 0.25}

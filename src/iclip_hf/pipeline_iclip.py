@@ -14,7 +14,7 @@ from .images import map_groups, read_image
 from .label_maps import segments
 from .modeling_iclip import cosines
 from .presence import BACKGROUND, MIN_PRESENCE, presence
-from .processing_iclip import check_threshold
+from .processing_iclip import check_threshold, check_tokenizer
 from .refinement import refine_maps
 from .regions import run_lengths
 from .similarity import check_finite
@@ -51,6 +51,10 @@ class ImageTextSimilarityMapPipeline(Pipeline):
     _postprocess_options = ("threshold", "min_presence", "return_json")
     _refine = False  # by default
     _background = None, None  # the last template, and the features of the nouns of `BACKGROUND` in it
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        check_tokenizer(self.model.name_or_path, self.processor.tokenizer, self.model.config)
 
     def __call__(
         self, images, candidate_labels: str | Sequence[str], template: str | Sequence[str] | None = None, **kwargs

@@ -25,9 +25,34 @@ MAX_PIXELS = 2**24
 # Value of white in arrays of integers (1 in floats). Wider integers are not supported, because they mostly hold 0..255.
 _BRIGHTEST = {torch.bool: 1, torch.int8: 127, torch.uint16: 65535}
 
+# A text that any tokenizer knows words of.
+_PROBE = "a photo of a dog"
 
 # Old names of arguments, which warn until the version of this package in which they end.
 _renamed = partial(deprecate_kwarg, warn_if_greater_or_equal_version=True)
+
+
+def check_tokenizer(name, tokenizer, config=None) -> None:
+    """
+    Raises `ValueError` unless a tokenizer knows words, and fits the text tower of the configuration of a model. Without its files,
+    transformers makes a tokenizer that knows none; one of another model gives wrong numbers.
+    """
+    tokens, problem = tokenizer(_PROBE)["input_ids"], None
+    if set(tokens) <= {tokenizer.unk_token_id, *tokenizer.all_special_ids}:
+        problem = f'does not know a word of "{_PROBE}"'
+    elif config is not None:
+        text, size = config.text_config, len(tokenizer)
+        # Embeddings are padded, and tokens added, by less than that.
+        if abs(size - text.vocab_size) > 0.02 * text.vocab_size or max(tokens) >= text.vocab_size:
+            problem = f"has {size} tokens where the model has {text.vocab_size}"
+        # CLIP reads a text at its end token, and older ones, whose configurations say 2, at the largest token.
+        ends = text.model_type in ("clip_text_model", "metaclip_2_text_model") and text.eos_token_id != 2
+        if ends and getattr(config, "text_pooling", "eos") == "eos" and text.eos_token_id not in tokens:
+            problem = f"does not end a text with the token {text.eos_token_id}, which the model reads"
+    if problem:
+        raise ValueError(
+            f"{name}: expected the tokenizer of the model, but it {problem}; add its files, such as tokenizer.json."
+        )
 
 
 class ICLIPProcessor(ProcessorMixin):
@@ -67,7 +92,9 @@ class ICLIPProcessor(ProcessorMixin):
         only with `trust_remote_code=True`.
         """
         kwargs["trust_remote_code"] = kwargs.get("trust_remote_code") or False
-        return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+        processor = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+        check_tokenizer(pretrained_model_name_or_path, processor.tokenizer)
+        return processor
 
     @classmethod
     def from_vision_text_pretrained(cls, vision: str, text: str, image_size: int = 224, **options) -> "ICLIPProcessor":

@@ -18,7 +18,8 @@ import torch
 from huggingface_hub import ModelCard
 from PIL import Image
 
-from ..hub.model_card import front_matter, without_folders, write_model_card
+from ..hub.model_card import front_matter, write_model_card
+from ..hub.record import without_folders
 from ..modeling_iclip import ICLIPModel
 from ..models.onnx import TEXT_FILE, VISION_FILE, ONNXModel, export_onnx
 from ..presence import BACKGROUND, MIN_PRESENCE, PRESENT

@@ -13,11 +13,11 @@ from transformers.image_utils import IMAGENET_DEFAULT_STD as IMAGENET_STD
 
 from ..configuration_iclip import patch_side
 from ..modeling_iclip import VISION_TOWERS, ICLIPImageFeatures, load_tower
+from ..models.embedded import embedded_towers
 from ..models.explainable import unit
 from ..models.families import ExplainableICLIP
 from ..models.identity import tower_digest
 from ..models.recording import AttentionRecord
-from ..models.towers import embedded_towers
 from .replaced_attention import ReplacedAttention
 
 

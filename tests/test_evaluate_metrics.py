@@ -234,6 +234,12 @@ def test_bare_names_load_offline_in_a_fresh_process(installed, tmp_path):
     assert output_of(fresh_process(["-c", command], tmp_path, installed)) == ["[100.0, 0.875]"] * 2
 
 
+def test_the_installed_metric_is_the_right_one_and_none_to_warn_of(installed, tmp_path):
+    for imports, warns in (("evaluate", True), ("evaluate, iclip_hf", False)):
+        process = fresh_process(["-c", f"import {imports}; evaluate.load('mmiou')"], tmp_path, installed)
+        assert ("latest cached version" in process.communicate(timeout=120)[1]) == warns
+
+
 def test_two_processes_even_if_one_has_no_pairs(installed, tmp_path):
     script = tmp_path / "rank.py"
     script.write_text(

@@ -159,7 +159,7 @@ def test_a_folder_names_no_files_outside_of_it(world, tmp_path, monkeypatch, ste
             _checked_tower(world.model.config.text_config, str(folder), "text_config")
 
 
-def test_links_out_of_a_folder_lead_to_weights_and_blobs_alone(world, tmp_path):
+def test_links_out_of_a_folder_lead_to_weights_and_blobs_alone(world, offline, tmp_path):
     def linked(file, target):
         target.parent.mkdir(parents=True, exist_ok=True)
         os.replace(file, target)
@@ -171,11 +171,14 @@ def test_links_out_of_a_folder_lead_to_weights_and_blobs_alone(world, tmp_path):
     linked(folder / "tokenizer.json", tmp_path / "elsewhere" / "tokenizer.json")
     with pytest.raises(ValueError, match="tokenizer.json is a link to .*elsewhere"):
         load(folder)
-    snapshot = copied(world, tmp_path / "models--org--tiny" / "snapshots" / ("0" * 40))
+    repository = offline / "models--org--tiny"
+    snapshot = copied(world, repository / "snapshots" / ("0" * 40))
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("0" * 40)
     for number, file in enumerate(sorted(snapshot.iterdir())):
-        linked(file, tmp_path / "models--org--tiny" / "blobs" / str(number))
+        linked(file, repository / "blobs" / str(number))
     (tmp_path / "link").symlink_to(snapshot)
-    assert load(snapshot).identity["weights"] == load(tmp_path / "link").identity["weights"]
+    assert len({load(name).identity["weights"] for name in ("org/tiny", snapshot, tmp_path / "link")}) == 1
 
 
 def test_buffers_are_checked_as_weights_are(tmp_path, tiny_processor):
@@ -258,3 +261,14 @@ def test_scores_of_words_leave_the_text_tower_as_it_was(tiny_processor):
     own = model.network.text_model.config._attn_implementation
     explain(model, PHOTO, ["red ball"], words="grad_eclip")
     assert model.network.text_model.config._attn_implementation == own != "iclip_recorded"
+
+
+def test_thresholds_are_those_of_the_model(world, dataset, tmp_path, capsys):
+    results = evaluate(world.folder / "model", dataset, measures=["mMIoU"], progress=False)
+    results.save(tmp_path / "m.json")
+    copied(world, tmp_path / "other", config={"max_sharpness": 5.0})
+    PHOTO.save(tmp_path / "a.png")
+    command = ["explain", str(tmp_path / "a.png"), "--text", "dog", "--json", "--threshold", str(tmp_path / "m.json")]
+    assert cli.main([*command, "--model", str(world.folder / "model")]) == 0
+    assert cli.main([*command, "--model", str(tmp_path / "other")]) == 2
+    assert f"--threshold {tmp_path / 'm.json'}" in capsys.readouterr().err

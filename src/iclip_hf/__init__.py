@@ -6,6 +6,8 @@ imported on first access, and the classes are registered as soon as Transformers
 """
 
 import importlib
+import logging
+import re
 import sys
 from typing import TYPE_CHECKING
 
@@ -68,3 +70,7 @@ register_post_import_hook(lambda _: importlib.import_module(".pipeline_iclip", _
 register_post_import_hook(
     lambda _: importlib.import_module(".models.embedded", __name__).set_as_default(), f"{__name__}.pipeline_iclip"
 )
+
+# `evaluate.load` warns that it takes the installed metrics, because the Hub has none of these names. That is what they are installed for.
+_INSTALLED = re.compile("latest cached version .*evaluate-metric--(mfmb|mmiou|text_contrast)")
+logging.getLogger("evaluate.loading").addFilter(lambda record: not _INSTALLED.search(record.getMessage()))

@@ -148,15 +148,23 @@ def _file_names(images: Sequence[str]) -> list[str]:
 
 def make_localizer(options: argparse.Namespace, texts: Sequence[str]):
     """Loads the model and returns the [`Localizer`] of the options for these texts."""
-    from ..evaluation.results import class_thresholds
+    from ..evaluation.results import class_thresholds, read_results
 
+    results = None
     if isinstance(options.threshold, Path):  # read before the model is loaded
-        options.threshold = class_thresholds(options.threshold, texts, options.method)
+        results = options.threshold
+        options.threshold = class_thresholds(results, texts, options.method)
     from ..localization.localizer import Localizer
 
     words = "bi_modal" if options.method == "bi_modal" else "grad_eclip"
+    model = load_silently(options.model, options)
+    if results and (differing := model.changed_since(read_results(results, "protocol")["protocol"])):
+        raise ValueError(
+            f"--threshold {results}: expected thresholds of this model, got those of other {', '.join(differing)}; measure it by "
+            "`iclip evaluate --output`."
+        )
     return Localizer(
-        load_silently(options.model, options),
+        model,
         texts,
         method=options.method,
         templates=options.templates,

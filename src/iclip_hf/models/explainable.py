@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from enum import Enum
 
 import torch
@@ -13,7 +13,7 @@ from torch import nn
 from ..modeling_iclip import ICLIPImageFeatures, ICLIPTextFeatures, average_templates, cosines, normalize
 from ..prompts import check_templates
 from ..similarity import cosine_similarity_map
-from .identity import identity
+from .identity import changed_model, identity
 from .recording import AttentionLayer, AttentionRecord, merge_heads, prepare, private_copy, record
 
 
@@ -56,6 +56,10 @@ class ExplainableModel(ABC):
     def identity(self) -> dict[str, str]:
         """Description of the model by digests of all that its numbers depend on, see [`~identity.identity`]. Reads all weights."""
         return identity(*self._given)
+
+    def changed_since(self, described: Mapping) -> list[str]:
+        """Returns the parts in which the model differs from one that results describe, see [`~identity.changed_model`]."""
+        return changed_model(described, *self._given)
 
     def encode_texts(self, labels: Sequence[str], templates: Sequence[str] | None = None) -> ICLIPTextFeatures:
         """

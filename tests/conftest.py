@@ -120,8 +120,10 @@ def served(handler: Callable, port: int = 0) -> Iterator[ThreadingHTTPServer]:
 @pytest.fixture(scope="session")
 def tiny_processor(tmp_path_factory) -> ICLIPProcessor:
     vocabulary = tmp_path_factory.mktemp("tokenizer") / "vocab.txt"
-    unused = [f"[unused{number}]" for number in range(64 - len(WORDS))]  # as many as the text towers have embeddings
-    vocabulary.write_text("\n".join([*WORDS, *unused]))
+    # As many tokens as the text towers have embeddings; a text ends with the last one, as in CLIP.
+    tokens = ["[unused]" if word == "[SEP]" else word for word in WORDS]
+    tokens += [f"[unused{number}]" for number in range(len(tokens), 63)]
+    vocabulary.write_text("\n".join([*tokens, "[SEP]"]))
     tokenizer = BertTokenizer(vocab=str(vocabulary))
     size = {"height": 32, "width": 32}
     return ICLIPProcessor(CLIPImageProcessor(size=size, do_center_crop=False), tokenizer, patch_size=8)

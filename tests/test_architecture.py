@@ -128,4 +128,4 @@ def test_nothing_in_a_file_is_executed(path):
             )
             assert called != "torch.load" or options.get("weights_only") == "True"
             # pip and npm, without a shell
-            assert not called.startswith("subprocess.") or path.name in ("towers.py", "web.py")
+            assert not called.startswith("subprocess.") or path.name in ("embedded.py", "web.py")

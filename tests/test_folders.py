@@ -766,6 +766,7 @@ def test_a_run_that_starts_from_the_embedded_model_has_its_terms(tmp_path, tiny_
     training = {"model": "embedded", "data": ["pairs.csv"], "epochs": 2}
     card = ModelCard.load(write_model_card(tiny_model(), tiny_processor, tmp_path, training=training))
     assert "| training data imagenet1k_sample | non-commercial research" in card.text
+    assert "| training data imagenet_nips17 | CC BY 2.0 |" in card.text
     assert "| training data pairs.csv | not known here |" in card.text and "Not measured" in card.text
     assert [bool(step.get("nouns")) for step in runs_of(tmp_path)] == [True, False]
     assert read_record(embedded_folder()) == read_record("embedded")

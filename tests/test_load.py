@@ -119,10 +119,10 @@ def test_a_tokenizer_fits_its_text_tower(world, tmp_path, count):
 
 def test_clips_text_tower_needs_its_end_token(tiny_processor):
     model = tiny_model(text="clip_text_model")
-    with pytest.raises(ValueError, match="does not end a text with the token 63"):
-        load((model, tiny_processor))
-    model.config.text_config.eos_token_id = tiny_processor.tokenizer.sep_token_id
     load((model, tiny_processor))
+    model.config.text_config.eos_token_id = 62
+    with pytest.raises(ValueError, match="does not end a text with the token 62"):
+        load((model, tiny_processor))
 
 
 @pytest.mark.parametrize(

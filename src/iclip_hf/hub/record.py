@@ -30,7 +30,7 @@ logger = logging.getLogger(__name__)
 # The file beside the card that holds the record.
 RECORD = "model_card.json"
 DIGITS = {"mAP": 2, "mMIoU": 2, "mFMB": 4, "text_contrast": 2}
-# Terms of known training data, by a part of its name.
+# Terms of known training data, by a part of its name; the last that fits.
 _DATA_TERMS = {
     "cc3m": "Conceptual Captions: free for any purpose; the images are their owners'",
     "flickr8k": "research and education; the images are their photographers'",
@@ -110,8 +110,10 @@ def data_terms(record: Mapping) -> dict[str, str]:
     known = {}
     for run in record["training"]:
         for data in run.get("data", []) if run else [_NOT_RECORDED]:
-            found = (terms for part, terms in _DATA_TERMS.items() if part in data.lower())
-            known[data] = next(found, "not known here")
+            known[data] = "not known here"
+            for part, terms in _DATA_TERMS.items():
+                if part in data.lower():
+                    known[data] = terms
     return known
 
 

@@ -26,8 +26,8 @@ from iclip_hf.evaluation.analysis import semantic_shift
 from iclip_hf.images import load_image
 from iclip_hf.localization.background import encode_background
 from iclip_hf.localization.localizer import Localizer
-from iclip_hf.models.loading import load, load_iclip
 from iclip_hf.models.embedded import embedded_towers
+from iclip_hf.models.loading import load, load_iclip
 from iclip_hf.presence import BACKGROUND, presence
 from iclip_hf.processing_iclip import ICLIPProcessor
 

@@ -742,14 +742,14 @@ def test_without_vendor_the_packages_come_from_a_cdn_with_their_digests(tiny_pro
 
 def test_what_a_foreign_card_tells_stays_text(tiny_processor, tmp_path, without_graphs):
     training = {
-        "data": ["/home/alice/secret/pairs.tar", "C:\\Users\\alice\\b.csv", "org/pairs"],
+        "data": ["/home/alice/photos/pairs.tar", "org/pairs"],
         "model": "/home/alice/runs/best",
-        "nouns": "~/alice/nouns.txt",
+        "nouns": "/home/alice/words/nouns.txt",
         "best_metric": "<script>alert(1)</script> | [x](http://e.org)",
         "secret": "/home/alice",
     }
-    licence, datasets = "mit\nsdk: docker\nhf_oauth: true", ["org/pairs", "/home/alice/x"]
-    parts = {"license": licence, "training": training, "datasets": datasets}
+    licence = "mit\nsdk: docker\nhf_oauth: true"
+    parts = {"license": licence, "training": [training], "labels": [licence], "identity": {}}
     (tmp_path / "model_card.json").write_text(json.dumps(parts))
     page = web.export_web(tiny_model(), tiny_processor, tmp_path / 'a: "b" #1', source=tmp_path)
     card = RepoCard.load(page / "README.md").data

@@ -21,6 +21,7 @@ import torch
 import yaml
 from conftest import served, tiny_model
 from huggingface_hub import EvalResult, ModelCard, parse_eval_result_entries
+from huggingface_hub.errors import EntryNotFoundError
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from PIL import Image
@@ -770,6 +771,14 @@ def test_a_run_that_starts_from_the_embedded_model_has_its_terms(tmp_path, tiny_
     assert "| training data pairs.csv | not known here |" in card.text and "Not measured" in card.text
     assert [bool(step.get("nouns")) for step in runs_of(tmp_path)] == [True, False]
     assert read_record(embedded_folder()) == read_record("embedded")
+
+
+def test_a_model_of_the_hub_without_a_record(monkeypatch, caplog):
+    def download(hub_id, file):
+        raise EntryNotFoundError(file)
+
+    monkeypatch.setattr("iclip_hf.hub.record.hf_hub_download", download)
+    assert read_record("org/old") == {"training": [{}]} and not caplog.records
 
 
 def test_what_is_not_recorded_is_said(tmp_path, tiny_processor):

@@ -167,6 +167,7 @@ def test_links_out_of_a_folder_lead_to_weights_and_blobs_alone(world, offline, t
 
     folder = copied(world, tmp_path / "model")
     linked(folder / "model.safetensors", tmp_path / "weights" / "model.safetensors")
+    (folder / "cache").symlink_to(tmp_path / "weights")
     load(folder)
     linked(folder / "tokenizer.json", tmp_path / "elsewhere" / "tokenizer.json")
     with pytest.raises(ValueError, match="tokenizer.json is a link to .*elsewhere"):

@@ -158,7 +158,7 @@ def make_localizer(options: argparse.Namespace, texts: Sequence[str]):
 
     words = "bi_modal" if options.method == "bi_modal" else "grad_eclip"
     model = load_silently(options.model, options)
-    if results and (differing := model.changed_since(read_results(results, "protocol")["protocol"])):
+    if results and (differing := model.differs_from(read_results(results, "protocol")["protocol"])):
         raise ValueError(
             f"--threshold {results}: expected thresholds of this model, got those of other {', '.join(differing)}; measure it by "
             "`iclip evaluate --output`."

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 import yaml
 from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError
 
 from ..models.embedded import embedded_folder
 from ..models.identity import changed_model
@@ -85,7 +86,7 @@ def read_record(source: str | Path) -> dict:
         if content.get("evaluation"):
             record["evaluation"] = measured(content["evaluation"])
         return record | {"identity": dict(content["identity"])}
-    except FileNotFoundError:  # also of the Hub
+    except (FileNotFoundError, EntryNotFoundError):
         return unknown
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         logger.warning("%s: its %s is unreadable or not of iclip, so nothing is taken over.", source, RECORD)

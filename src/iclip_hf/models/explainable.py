@@ -57,7 +57,7 @@ class ExplainableModel(ABC):
         """Description of the model by digests of all that its numbers depend on, see [`~identity.identity`]. Reads all weights."""
         return identity(*self._given)
 
-    def changed_since(self, described: Mapping) -> list[str]:
+    def differs_from(self, described: Mapping) -> list[str]:
         """Returns the parts in which the model differs from one that results describe, see [`~identity.changed_model`]."""
         return changed_model(described, *self._given)
 

@@ -156,7 +156,7 @@ def check_files(name: str | Path, revision: str | None = None) -> None:
             inside = (place, place.parents[1] / "blobs") if place.parent.name == "snapshots" else (place,)
             for path in (*place.iterdir(), *place.glob("additional_chat_templates/*")):
                 target = path.resolve()
-                if path.suffix not in _WEIGHTS and not any(map(target.is_relative_to, inside)):
+                if path.is_file() and path.suffix not in _WEIGHTS and not any(map(target.is_relative_to, inside)):
                     raise ValueError(
                         f"{name}: expected files in it, but {path.name} is a link to {target}; copy that."
                     )

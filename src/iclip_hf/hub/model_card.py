@@ -168,8 +168,8 @@ def _plain(value):
 
 def _for_the_hub(evaluation: Mapping) -> tuple[list[EvalResult], list[EvalResultEntry]]:
     """
-    Returns an evaluation as results of the front matter, and for a data set of the Hub in its newer format. None if it was limited to the
-    first images, which the pages of the Hub could not say.
+    Returns an evaluation as results of the front matter, and for a data set of the Hub in its newer format. Both are empty for an
+    evaluation of the first images only, which the pages of the Hub could not say.
     """
     protocol, dataset = evaluation["protocol"], evaluation["protocol"]["dataset"]
     if dataset["images"] != dataset["images_in_split"]:

@@ -41,7 +41,7 @@ _DATA_TERMS = {
     "places": "non-commercial research and education",
     "intel_scenes": "none stated",
 }
-_NOT_RECORDED = "data of a training that is not recorded"
+_NOT_RECORDED = "(not recorded)"
 # Descriptions of the value `embedded` in training settings.
 _EMBEDDED = {
     "model": "the embedded model of iclip-hf",

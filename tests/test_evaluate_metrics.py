@@ -18,7 +18,7 @@ from PIL import Image
 evaluate = pytest.importorskip("evaluate", reason="needs the extra [eval]")
 
 from iclip_hf.evaluation.metrics import MeanForegroundMinusBackground, MeanMaxIoU, TextContrast  # noqa: E402
-from iclip_hf.hub import metrics  # noqa: E402
+from iclip_hf.hub import metric_modules  # noqa: E402
 
 
 REPOSITORY = Path(__file__).parents[1]
@@ -284,12 +284,12 @@ def test_exported_space_works_in_a_folder_of_any_name(folder, tmp_path):
     space = tmp_path / "app"
     space.mkdir()
     (space / ".gitattributes").write_text("of the clone")
-    assert metrics.export_space(folder.name, space) == space
+    assert metric_modules.export_space(folder.name, space) == space
     written = {".gitattributes", "README.md", "app.py", "requirements.txt", f"{folder.name}.py"}
     assert {path.name for path in space.iterdir()} == written
     assert evaluate.load(str(space / f"{folder.name}.py")).compute(**items(folder.name)) == expected(folder.name)
     with pytest.raises(ValueError, match=r"'mfmb', 'mmiou', 'text_contrast'.*'miou'"):
-        metrics.export_space("miou", tmp_path / "other")
+        metric_modules.export_space("miou", tmp_path / "other")
     assert not (tmp_path / "other").exists()
 
 

@@ -25,10 +25,10 @@ from iclip_hf.data.segmentation import load_segmentation
 from iclip_hf.evaluation.analysis import semantic_shift
 from iclip_hf.images import load_image
 from iclip_hf.localization.background import encode_background
-from iclip_hf.localization.localizer import Localizer
+from iclip_hf.explainers.localizer import Localizer
 from iclip_hf.models.loading import load, load_iclip
 from iclip_hf.models.towers import embedded_towers
-from iclip_hf.presence import BACKGROUND, presence
+from iclip_hf.presence import REFERENCE_NOUNS, presence
 from iclip_hf.processing_iclip import ICLIPProcessor
 
 
@@ -225,16 +225,16 @@ def presences(rounds: int) -> str:
     model = load("embedded")
     pixel_values = model.processor(images=[Image.new("RGB", SIZE[::-1])])["pixel_values"]
     background, texts = encode_background(model, model.templates), model.encode_texts(["dog", "ball", "grass"])
-    image = model.encode_images(pixel_values)
+    image = model.get_image_features(pixel_values)
     contenders = {
-        "first": lambda: model.encode_texts(BACKGROUND),
+        "first": lambda: model.encode_texts(REFERENCE_NOUNS),
         "read": lambda: encode_background(model, model.templates),
         "image": lambda: presence(model.match(image, texts), model.match(image, background)),
-        "forward": lambda: model.encode_images(pixel_values),
+        "forward": lambda: model.get_image_features(pixel_values),
     }
     taken = take_turns({name: without_gradients(function) for name, function in contenders.items()}, rounds)
     seconds = medians(taken)
-    headings = [f"encoding {len(BACKGROUND)} nouns, first use, seconds", "from the cache, seconds"]
+    headings = [f"encoding {len(REFERENCE_NOUNS)} nouns, first use, seconds", "from the cache, seconds"]
     headings += ["presence of an image, ms", "forward, ms", "ratio"]
     figures = [seconds["first"], seconds["read"], 1e3 * seconds["image"], 1e3 * seconds["forward"]]
     return table(headings, [[*figures, f"{ratio(taken, 'image', 'forward'):.4f}"]])

@@ -21,7 +21,7 @@ from PIL import Image
 
 from iclip_hf import ICLIPModel, explain
 from iclip_hf.demo import app, content
-from iclip_hf.localization.localizer import Localizer
+from iclip_hf.explainers.localizer import Localizer
 from iclip_hf.models import explainable
 from iclip_hf.presence import presence_word
 from iclip_hf.similarity import resize_and_normalize

@@ -14,11 +14,11 @@ import iclip_hf
 from iclip_hf.evaluation.analysis import ChannelMatch, relation
 from iclip_hf.evaluation.analysis_plots import channel_scatter, relation_plot
 from iclip_hf.explainers import WordScore
+from iclip_hf.explanation import Explanation
 from iclip_hf.figures import sheets
 from iclip_hf.figures.colors import color_table, overlay
 from iclip_hf.figures.lettering import fitted, text_mask, text_width, word_boxes
 from iclip_hf.figures.sheets import at_picture_size, comparison_sheet, draw, picture_grid
-from iclip_hf.localization.explanation import Explanation
 from iclip_hf.presence import presence_word
 from iclip_hf.utils.names import COLORMAPS
 
@@ -252,7 +252,7 @@ import sys
 import torch
 from PIL import Image
 from iclip_hf import draw
-from iclip_hf.localization.explanation import Explanation
+from iclip_hf.explanation import Explanation
 one = torch.ones(1)
 draw(Explanation(["Café “x” …"], one, one, torch.rand(1, 4, 4), (9, 9)), Image.new("RGB", (9, 9)))
 assert not any(name.startswith("matplotlib") for name in sys.modules)

@@ -5,8 +5,8 @@ import torch
 from torch.nn import functional as F
 
 from iclip_hf import ICLIPProcessor
+from iclip_hf.explanation import Explanation
 from iclip_hf.label_maps import BACKGROUND_LABEL, label_map, segments
-from iclip_hf.localization.explanation import Explanation
 from iclip_hf.modeling_iclip import ICLIPOutput
 from iclip_hf.prompts import IMAGENET_TEMPLATES, check_templates
 from iclip_hf.similarity import resize_and_normalize

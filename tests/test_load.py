@@ -101,7 +101,7 @@ class Corner(Explainer):
     needs_layers = False
 
     def forward(self, pixel_values, texts):
-        image = self.model.encode_images(pixel_values)
+        image = self.model.get_image_features(pixel_values)
         maps = torch.zeros(len(pixel_values), texts.text_embeds.shape[-2], *image.grid)
         maps[..., 0, 0] = 1
         return maps, image

@@ -23,7 +23,7 @@ from transformers.pipelines.pt_utils import KeyDataset
 from iclip_hf import ImageTextSimilarityMapPipeline, ZeroShotImageSegmentationPipeline, pipeline_iclip
 from iclip_hf.models import embedded
 from iclip_hf.pipeline_iclip import __file__ as pipeline_file
-from iclip_hf.presence import BACKGROUND
+from iclip_hf.presence import REFERENCE_NOUNS
 from iclip_hf.regions import find_regions, run_lengths
 
 
@@ -69,7 +69,7 @@ def test_answers_are_those_of_model_and_processor(pipe, photographs):
     with torch.no_grad():
         inputs = pipe.processor(images=[image], labels=LABELS, templates=["{}", "a photo of the {}"])
         outputs = pipe.model(**inputs, output_similarity_maps=True)
-        background = pipe.processor(labels=BACKGROUND, templates=["{}", "a photo of the {}"])
+        background = pipe.processor(labels=REFERENCE_NOUNS, templates=["{}", "a photo of the {}"])
         background = pipe.model.get_text_features(**background).text_embeds
     maps = pipe.processor.post_process_similarity_maps(outputs.similarity_maps, [(40, 60)])[0]
     cosines = (outputs.image_embeds @ outputs.text_embeds.T)[0]

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import iclip, tiny_model
-from test_localization import IMAGES, TEXTS, explained
+from test_localizer import IMAGES, TEXTS, explained
 from torch.nn import functional as F
 
 from iclip_hf import ImageTextSimilarityMapPipeline, ZeroShotImageSegmentationPipeline, explain
@@ -16,9 +16,9 @@ from iclip_hf.evaluation.evaluate import evaluate
 from iclip_hf.evaluation.measures.pairs import MFMB
 from iclip_hf.evaluation.measures.segmentation import Segmentation
 from iclip_hf.explainers import make_explainer
+from iclip_hf.explainers.localizer import Localizer
 from iclip_hf.explainers.windows import windowed_maps
 from iclip_hf.label_maps import label_map, segments
-from iclip_hf.localization.localizer import Localizer
 from iclip_hf.refinement import refine_maps
 
 

@@ -17,9 +17,9 @@ from .utils.lazy import lazy_names
 if TYPE_CHECKING:
     from .configuration_iclip import ICLIPConfig
     from .evaluation.evaluate import evaluate
+    from .explainers.localizer import explain
+    from .explanation import Explanation
     from .figures.sheets import draw
-    from .localization.explanation import Explanation
-    from .localization.localizer import explain
     from .modeling_iclip import ICLIPImageFeatures, ICLIPModel, ICLIPOutput, ICLIPTextFeatures
     from .models.embedded import embedded_model
     from .models.loading import load
@@ -33,8 +33,8 @@ _MODULES = {
     "draw": ".figures.sheets",
     "embedded_model": ".models.embedded",
     "evaluate": ".evaluation.evaluate",
-    "explain": ".localization.localizer",
-    "Explanation": ".localization.explanation",
+    "explain": ".explainers.localizer",
+    "Explanation": ".explanation",
     "ICLIPConfig": ".configuration_iclip",
     "ICLIPImageFeatures": ".modeling_iclip",
     "ICLIPModel": ".modeling_iclip",

@@ -4,6 +4,7 @@ import inspect
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from typing import NamedTuple
 
 import torch
@@ -268,7 +269,7 @@ def check_weights(checkpoint, model: PreTrainedModel, missing: Iterable[str]) ->
     expected = f"{checkpoint}: expected all weights of {type(model).__name__}"
     if missing := sorted(missing):
         raise ValueError(f"{expected}, but {len(missing)} are missing, such as {missing[0]}; download it again.")
-    for name, weight in model.named_parameters():  # a sum reads each weight once
+    for name, weight in chain(model.named_parameters(), model.named_buffers()):  # a sum reads each weight once
         known = weight.is_floating_point() and not weight.is_meta
         if known and not weight.detach().sum(dtype=torch.float32).isfinite():
             raise ValueError(f"{expected} as finite numbers, but {name} holds NaN or infinity; download it again.")

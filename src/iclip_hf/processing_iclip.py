@@ -13,9 +13,9 @@ from transformers.processing_utils import ProcessorMixin
 from transformers.utils.deprecation import deprecate_kwarg
 
 from .configuration_iclip import ICLIPConfig, patch_side
-from .images import to_rgb
+from .images import read_image, to_rgb
 from .label_maps import segments
-from .prompts import check_templates, check_text
+from .prompts import check_templates, check_text, split_texts
 from .regions import MIN_AREA, Region, find_regions, negative_points, positive_points
 from .similarity import resize_and_normalize
 
@@ -106,11 +106,13 @@ class ICLIPProcessor(ProcessorMixin):
         Prepares images and texts for [`ICLIPModel`].
 
         Args:
-            images: one image or a list: PIL images of any mode, numpy arrays or tensors. White is 255 in an array of uint8,
-                65535 of uint16, 127 of int8, and 1 of floats and booleans.
+            images: one image or a list: PIL images of any mode, numpy arrays or tensors, with channels first or last. Where both
+                ends of the shape could be channels, they are the last of a numpy array and the first of a tensor. White is 255 in an
+                array of uint8, 65535 of uint16, 127 of int8, and 1 of floats and booleans.
             text: texts without templates: one text, a list of T texts for all images, or one list for each image (shorter lists are
                 padded with their last text).
-            labels: class names or phrases in the same forms, inserted into each of the `templates`.
+            labels: class names or phrases, inserted into each of the `templates`: a list for all images, one list for each image, or
+                a string, which [`split_texts`] splits at commas.
             templates: prompts for the labels, each with one `{}`; those of the processor if not given.
             kwargs: options of the image processor and the tokenizer, also as `images_kwargs` and `text_kwargs`. `size=s` or
                 `size={"height": h, "width": w}` sets another size. `size={"shortest_edge": s}` keeps the proportions of the image.
@@ -138,7 +140,7 @@ class ICLIPProcessor(ProcessorMixin):
         prompts = ["{}"]
         if labels is not None:
             prompts = self.templates if templates is None else check_templates(templates)
-        texts = text if labels is None else labels
+        texts = text if labels is None else split_texts(labels)
         if texts is not None:
             text = _nested(texts, prompts)
         per_image = text is not None and isinstance(text[0], list)
@@ -279,7 +281,7 @@ class ICLIPProcessor(ProcessorMixin):
     ) -> list[torch.Tensor]:
         """
         Converts outputs to label maps: the text of each pixel, or -1 for the background, see [`segments`]. Raises `ValueError` if outputs
-        have no maps, and as `post_process_masks` and [`segments`].
+        have no maps or no text of an index in `background`, and as `post_process_masks`.
 
         Args:
             outputs ([`ICLIPOutput`]): outputs of [`ICLIPModel`] with `output_similarity_maps=True`.
@@ -299,6 +301,8 @@ class ICLIPProcessor(ProcessorMixin):
                 f"Expected outputs with similarity_maps, got {type(outputs).__name__} without: pass those of the model "
                 "with output_similarity_maps=True."
             )
+        if not all(0 <= index < maps.shape[1] for index in background):
+            raise ValueError(f"background holds indices of {maps.shape[1]} texts, not {list(background)}.")
         sizes = [maps.shape[2:]] * len(maps) if target_sizes is None else target_sizes
         if len(sizes) != len(maps):
             raise ValueError(f"Expected one target size for each of {len(maps)} images, got {len(sizes)}: pass these.")
@@ -424,11 +428,9 @@ def _flattened(kwargs: dict) -> dict:
     flat, merged = dict(kwargs), {}
     nested = [flat.pop(name, None) or {} for name in ("text_kwargs", "images_kwargs", "common_kwargs")]
     for name, value in (item for part in nested for item in part.items()):
-        # As in other processors, a keyword of its own must not be repeated, but both sides may have the same.
-        if name in flat or merged.setdefault(name, value) != value:
-            raise ValueError(
-                f"Expected {name} once, got {flat.get(name, merged.get(name))!r} and {value!r}: pass it in one place."
-            )
+        other = flat.get(name, merged.setdefault(name, value))
+        if other != value:
+            raise ValueError(f"{name} has two values, {other!r} and {value!r}: pass one of them.")
     return flat | merged
 
 
@@ -462,8 +464,10 @@ def _checked_image(image, rescaled: bool = False):
         raise ValueError(
             f"Expected an image of shape (3, H, W) or (H, W, 3), or with 1 for 3, got {tuple(image.shape)}: convert it."
         )
-    if isinstance(image, np.ndarray):  # torch warns of arrays that cannot be written to, such as those of PIL images
-        image = np.require(image, requirements="W")
+    if isinstance(image, np.ndarray):
+        if image.shape[0] in (1, 3) and image.shape[-1] in (1, 3):
+            image = np.moveaxis(image, -1, 0)  # the image processor would take the first for the channels
+        image = np.require(image, requirements="W")  # torch warns of others, such as those of PIL images
     try:
         pixels = torch.as_tensor(image)
     except TypeError as error:
@@ -473,8 +477,12 @@ def _checked_image(image, rescaled: bool = False):
     return image if rescaled else _to_8_bit(pixels)
 
 
-def array_to_image(image) -> Image.Image:
-    """Converts an array or tensor, `(3, H, W)` or `(H, W, 3)` as for [`ICLIPProcessor`], to a PIL image in RGB."""
+def to_image(image, timeout: float = 60) -> Image.Image:
+    """
+    Converts an image in any form to a PIL image in RGB: an array or tensor as for [`ICLIPProcessor`], or what [`read_image`] takes.
+    """
+    if not hasattr(image, "shape"):
+        return read_image(image, timeout)
     pixels = torch.as_tensor(_checked_image(image))
     pixels = pixels.movedim(0, -1) if pixels.shape[0] in (1, 3) else pixels
     return to_rgb(Image.fromarray(pixels.squeeze(-1).numpy(force=True)))

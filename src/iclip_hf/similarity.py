@@ -16,10 +16,13 @@ def cosine_similarity_map(patch_embeds: torch.Tensor, text_embeds: torch.Tensor)
         text_embeds (`torch.Tensor` of shape `(T, P)`, or `(B, T, P)` with T texts for each image): unit vectors.
 
     Returns:
-        `torch.Tensor` of shape `(B, T, h, w)`, in [-1, 1].
+        `torch.Tensor` of shape `(B, T, h, w)`, float32, in [-1, 1].
     """
     check_lists(len(patch_embeds), text_embeds)
-    return (text_embeds @ patch_embeds.flatten(1, 2).mT).unflatten(-1, patch_embeds.shape[1:3])
+    # In half precision, as under autocast, several patches would have the same value.
+    with torch.autocast(patch_embeds.device.type, enabled=False):
+        maps = text_embeds.float() @ patch_embeds.flatten(1, 2).mT.float()
+    return maps.unflatten(-1, patch_embeds.shape[1:3])
 
 
 def check_lists(num_images: int, text_embeds: torch.Tensor) -> None:

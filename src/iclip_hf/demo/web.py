@@ -21,7 +21,7 @@ from PIL import Image
 from ..hub.model_card import front_matter, without_folders, write_model_card
 from ..modeling_iclip import ICLIPModel
 from ..models.onnx import TEXT_FILE, VISION_FILE, ONNXModel, export_onnx
-from ..presence import BACKGROUND, MIN_PRESENCE, PRESENT
+from ..presence import MIN_PRESENCE, PRESENT, REFERENCE_NOUNS
 from ..processing_iclip import MAX_PIXELS, ICLIPProcessor
 from ..utils.files import atomic_folder
 from .content import (
@@ -187,7 +187,7 @@ def _image_settings(processor: ICLIPProcessor) -> dict:
 
 def _background(model: ONNXModel, processor: ICLIPProcessor) -> bytes:
     """Returns the vectors of the general nouns `(K, 2, P)`, recognition and map, float32, little-endian, for presence."""
-    features = model.get_text_features(**processor(labels=BACKGROUND))
+    features = model.get_text_features(**processor(labels=REFERENCE_NOUNS))
     vectors = torch.stack([features.text_embeds, features.map_text_embeds], dim=1)
     return vectors.numpy().astype("<f4").tobytes()
 

@@ -9,8 +9,9 @@ from typing import NamedTuple
 
 import torch
 
+from ..explanation import WordScore
+from ..explanation_core import TEXT_BATCH
 from ..modeling_iclip import ICLIPTextFeatures, cosines
-from ..models.explainable import TEXT_BATCH
 from ..models.families import TransformersModel
 from ..models.loading import load
 from ..models.recording import AttentionRecord
@@ -20,13 +21,6 @@ from .grad_eclip import all_queries_relevance, one_query_relevance
 
 
 WORD_METHODS = ("grad_eclip", "bi_modal")
-
-
-class WordScore(NamedTuple):
-    """A word of a text, and its share of the relevance of all words of this text, in [0, 1]."""
-
-    word: str
-    score: float
 
 
 class _Part(NamedTuple):

@@ -32,10 +32,10 @@ def embedded_model() -> Path:
 
 
 class _Default:
-    """A model and its revision, as transformers unpacks them. Only then is the model downloaded."""
+    """A model and its revision, as transformers unpacks and logs them. Only then is the model downloaded."""
 
-    def __iter__(self) -> Iterator[str | None]:
-        return iter((str(embedded_model()), None))
+    def __iter__(self) -> Iterator[str]:
+        return iter((str(embedded_model()), "main"))
 
 
 def set_as_default() -> None:

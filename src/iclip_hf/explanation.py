@@ -2,25 +2,35 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import numpy as np
 import torch
+from PIL import Image
 
-from ..explainers import WordScore
-from ..label_maps import segments
-from ..presence import MIN_PRESENCE
-from ..processing_iclip import check_threshold
-from ..regions import Region, find_regions, negative_points, positive_points, run_lengths
-from ..similarity import resize_and_normalize
+from .label_maps import segments
+from .presence import MIN_PRESENCE
+from .processing_iclip import check_threshold
+from .regions import Region, find_regions, negative_points, positive_points, run_lengths
+from .similarity import resize_and_normalize
+
+
+class WordScore(NamedTuple):
+    """A word of a text, and its share of the relevance of all words of this text, in [0, 1]."""
+
+    word: str
+    score: float
 
 
 @dataclass(frozen=True, repr=False, eq=False)
 class Explanation:
     """
     The explanation of one image. Maps, masks and regions are computed on request, one text at a time, so the memory does not
-    grow with the number of texts.
+    grow with the number of texts. A text is named by its index or by itself: `explanation.map(0)` or `explanation.map("dog")`, and
+    `explanation["dog"]` is the explanation of this text alone. In a notebook, an explanation is shown as the picture of [`draw`].
 
     Attributes:
         labels (`list[str]`): the T texts.
@@ -36,6 +46,7 @@ class Explanation:
         reversed (`bool`): whether the maps are 1 - M (Eq. 5), where M is computed from the raw maps.
         words (list of T lists of [`WordScore`], *optional*): the words of each text and what they contribute to its score, if
             they were asked for.
+        image (`PIL.Image.Image`, *optional*): the image.
     """
 
     labels: list[str]
@@ -47,45 +58,96 @@ class Explanation:
     min_presence: float = MIN_PRESENCE
     reversed: bool = False
     words: list[list[WordScore]] | None = None
+    image: Image.Image | None = None
 
     def __repr__(self) -> str:
         texts = ", ".join(f"{label!r}: {score:.2f}" for label, score in zip(self.labels, self.scores.tolist()))
         height, width = self.size
         return f"Explanation({texts}; {height}x{width})"
 
+    def _repr_png_(self) -> bytes | None:
+        try:
+            from iclip_hf import draw
+        except ImportError:  # of an exported model without the package
+            return None
+        if self.image is None:
+            return None
+        picture = io.BytesIO()
+        draw(self, self.image).save(picture, "PNG")
+        return picture.getvalue()
+
+    def __len__(self) -> int:
+        """Number of texts."""
+        return len(self.labels)
+
+    def __getitem__(self, text: int | str) -> Explanation:
+        """Returns the explanation of one text. Raises `IndexError` or `KeyError` if there is no such text."""
+        index = self.index(text)
+        return replace(
+            self,
+            labels=[self.labels[index]],
+            scores=self.scores[[index]],
+            presence=self.presence[[index]],
+            raw_maps=self.raw_maps[[index]],
+            threshold=self._threshold(index),
+            words=None if self.words is None else [self.words[index]],
+        )
+
+    def index(self, text: int | str) -> int:
+        """Returns the index of a text, from 0. Raises `IndexError` or `KeyError` if there is no such text."""
+        if isinstance(text, str):
+            if text not in self.labels:
+                raise KeyError(f"{text!r} is none of the texts {self.labels}")
+            return self.labels.index(text)
+        if not -len(self) <= text < len(self):
+            raise IndexError(f"There is no text {text}: the explanation has {len(self)}, from 0 to {len(self) - 1}.")
+        return text % len(self)
+
     @property
     def maps(self) -> torch.Tensor:
         """All maps, `(T, H, W)`, computed at each access. `map` needs less memory for many texts."""
         return resize_and_normalize(self.raw_maps, self.size, self.reversed)
 
-    def map(self, index: int) -> torch.Tensor:
+    @property
+    def present(self) -> list[bool]:
+        """Whether each text is present: its presence is at least `min_presence`. Both are compared as Python's floats."""
+        return [value >= self.min_presence for value in self.presence.tolist()]
+
+    def map(self, text: int | str = 0) -> torch.Tensor:
         """Returns the map of one text, `(H, W)` float32 in [0, 1]: bicubic resize, then min-max (Eq. 4)."""
-        if not -len(self.raw_maps) <= index < len(self.raw_maps):
-            raise IndexError(
-                f"Expected the index of one of {len(self.raw_maps)} texts, got {index}: pass a lower one."
-            )
-        return resize_and_normalize(self.raw_maps[index, None], self.size, self.reversed)[0]
+        return resize_and_normalize(self.raw_maps[[self.index(text)]], self.size, self.reversed)[0]
 
-    def mask(self, index: int, threshold: float | None = None) -> torch.Tensor:
-        """Returns the mask of one text, `(H, W)` boolean. The default is the threshold of the explanation."""
-        return self._map_and_mask(index, threshold)[1]
+    def mask(self, text: int | str = 0, threshold: float | None = None) -> torch.Tensor:
+        """
+        Returns the mask of one text, `(H, W)` boolean. The default is the threshold of the explanation. Raises `ValueError` if
+        `threshold` is outside [0, 1].
+        """
+        return self.map_and_mask(text, threshold)[1]
 
-    def regions(self, index: int, threshold: float | None = None) -> list[Region]:
-        """Returns the connected parts of the mask of one text, best first."""
-        return find_regions(*(part.numpy() for part in self._map_and_mask(index, threshold)))
+    def map_and_mask(self, text: int | str = 0, threshold: float | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+        """Returns the map and the mask of one text, for which the map is computed once. Raises as `mask`."""
+        index = self.index(text)
+        least = self._threshold(index) if threshold is None else check_threshold(threshold)
+        heatmap = self.map(index)
+        return heatmap, (heatmap > least) & self.present[index]
 
-    def label_map(self, threshold: float | None = None, background: Sequence[int] = ()) -> torch.Tensor:
+    def regions(self, text: int | str = 0, threshold: float | None = None) -> list[Region]:
+        """Returns the connected parts of the mask of one text, best first. Raises as `mask`."""
+        heatmap, mask = self.map_and_mask(text, threshold)
+        return find_regions(heatmap.numpy(), mask.numpy())
+
+    def label_map(self, threshold: float | None = None, background: Sequence[int | str] = ()) -> torch.Tensor:
         """
         Returns the index of the text of each pixel, or -1 for the background, `(H, W)` int64, see [`segments`]: the texts that are present
-        compete where their masks overlap. `background` are indices of texts that describe the background. The default is the
-        threshold of the explanation. Raises `ValueError` if `threshold` is outside [0, 1], or there is no such text.
+        compete where their masks overlap. `background` are texts that describe the background. The default is the threshold of the
+        explanation. Raises `ValueError` if `threshold` is outside [0, 1].
         """
         return segments(
             -self.raw_maps if self.reversed else self.raw_maps,
             self.size,
-            present=self.presence >= self.min_presence,
+            present=self.present,
             threshold=self.threshold if threshold is None else check_threshold(threshold),
-            background=background,
+            background=[self.index(text) for text in background],
         )
 
     def to_dict(self) -> dict:
@@ -101,7 +163,7 @@ class Explanation:
               [xmin, ymin, xmax, ymax] in pixels, the last two exclusive; `positive_points` and `negative_points`, [x, y] in pixels
             - **mask** (`dict`): COCO's uncompressed run lengths, see [`run_lengths`]
 
-            Numbers that are not integers are rounded to 4 decimals.
+            Numbers that are not integers are rounded to 4 decimals, but for the presence, which decides whether the mask is empty.
         """
         height, width = self.size
         texts = [{**record, "mask": run_lengths(mask)} for record, mask in self.records_and_masks()]
@@ -110,13 +172,13 @@ class Explanation:
     def records_and_masks(self) -> Iterator[tuple[dict, np.ndarray]]:
         """Yields `to_dict`'s `dict` of each text without the mask, and the mask. Computes each map once."""
         for index in range(len(self.labels)):
-            heatmap, mask = (part.numpy() for part in self._map_and_mask(index))
+            heatmap, mask = (part.numpy() for part in self.map_and_mask(index))
             regions = find_regions(heatmap, mask)
             negative = negative_points(heatmap, mask).tolist() if regions else []
             record = {
                 "text": self.labels[index],
                 "score": round(self.scores[index].item(), 4),
-                "presence": round(self.presence[index].item(), 4),
+                "presence": self.presence[index].item(),
             }
             if self.words is not None:
                 record["words"] = [{"word": word, "score": round(score, 4)} for word, score in self.words[index]]
@@ -131,8 +193,5 @@ class Explanation:
             ]
             yield record, mask
 
-    def _map_and_mask(self, index: int, threshold: float | None = None) -> tuple[torch.Tensor, torch.Tensor]:
-        if threshold is None:
-            threshold = self.threshold if isinstance(self.threshold, (int, float)) else self.threshold[index]
-        heatmap = self.map(index)
-        return heatmap, (heatmap > threshold) & (self.presence[index] >= self.min_presence)
+    def _threshold(self, index: int) -> float:
+        return self.threshold if isinstance(self.threshold, (int, float)) else self.threshold[index]

@@ -5,15 +5,16 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from conftest import noise, tiny_model
+from conftest import noise, presence_among, tiny_model
 from PIL import Image
 from transformers import CLIPImageProcessor
 
 from iclip_hf import ICLIPProcessor, explain
 from iclip_hf.explainers import make_explainer
-from iclip_hf.localization.localizer import Localizer
+from iclip_hf.explainers.localizer import Localizer
 from iclip_hf.models.explainable import ExplainableModel
-from iclip_hf.presence import BACKGROUND, MIN_PRESENCE, presence
+from iclip_hf.models.loading import load
+from iclip_hf.presence import MIN_PRESENCE, REFERENCE_NOUNS
 from iclip_hf.regions import find_regions, run_lengths
 from iclip_hf.similarity import resize_and_normalize
 
@@ -43,7 +44,7 @@ def test_presence_by_hand():
     background = torch.tensor([[-1.0, 0.0, 1.0], [1.0, 2.0, 3.0]])  # mean 0 and 2, deviation 1
     scores = torch.tensor([[0.0, 1.0], [2.0, 0.0]])
     expected = torch.tensor([[0.5, 0.8413], [0.5, 0.0228]])
-    torch.testing.assert_close(presence(scores, background), expected, atol=1e-4, rtol=0)
+    torch.testing.assert_close(presence_among(scores, background), expected, atol=1e-4, rtol=0)
 
 
 def test_presence_is_the_share_of_texts_that_match_less_at_any_scale():
@@ -51,8 +52,10 @@ def test_presence_is_the_share_of_texts_that_match_less_at_any_scale():
     background = 0.1 * torch.randn(1, 5000, generator=generator) + 0.2
     scores = torch.tensor([[0.1, 0.2, 0.35]])
     shares = (background[0] < scores[0][:, None]).float().mean(1)
-    torch.testing.assert_close(presence(scores, background)[0], shares, atol=0.02, rtol=0)
-    torch.testing.assert_close(presence(100 * scores - 7, 100 * background - 7), presence(scores, background))
+    torch.testing.assert_close(presence_among(scores, background)[0], shares, atol=0.02, rtol=0)
+    torch.testing.assert_close(
+        presence_among(100 * scores - 7, 100 * background - 7), presence_among(scores, background)
+    )
 
 
 @pytest.mark.parametrize("method", ["itsm", "reversed_itsm", "attention", "gem", "grad_cam", "clip_surgery"])
@@ -62,8 +65,8 @@ def test_presence_beside_the_maps_of_every_method(tiny_processor, method):
     explainer = make_explainer((model, tiny_processor), method)
     maps, scores = explainer.raw_maps(tiny_processor(IMAGES)["pixel_values"], explainer.model.encode_texts(TEXTS))
     with torch.no_grad():
-        logits = model(**tiny_processor(IMAGES, labels=[*TEXTS, *BACKGROUND])).logits_per_image
-    presences = presence(logits[:, :3], logits[:, 3:])
+        logits = model(**tiny_processor(IMAGES, labels=[*TEXTS, *REFERENCE_NOUNS])).logits_per_image
+    presences = presence_among(logits[:, :3], logits[:, 3:])
     for index, found in enumerate(explained(Localizer((model, tiny_processor), TEXTS, method=method))):
         torch.testing.assert_close(found.raw_maps, maps[index], atol=1e-5, rtol=1e-4)
         torch.testing.assert_close(found.scores, scores[index], atol=1e-5, rtol=0)
@@ -193,10 +196,10 @@ def test_presence_uses_both_branches_and_the_templates(tiny_processor):
         image = model.get_image_features(**tiny_processor(IMAGES[:1]))
         texts, background = (
             model.match(image, model.get_text_features(**tiny_processor(labels=list(labels), templates=templates)))
-            for labels in (TEXTS, BACKGROUND)
+            for labels in (TEXTS, REFERENCE_NOUNS)
         )
     (found,) = explain((model, tiny_processor), IMAGES[:1], TEXTS, templates=templates)
-    torch.testing.assert_close(found.presence, presence(texts, background)[0], atol=1e-4, rtol=0)
+    torch.testing.assert_close(found.presence, presence_among(texts, background)[0], atol=1e-4, rtol=0)
 
 
 def test_nouns_are_encoded_again_only_when_the_result_changes(tiny_processor, tmp_path, monkeypatch):
@@ -212,10 +215,10 @@ def test_nouns_are_encoded_again_only_when_the_result_changes(tiny_processor, tm
 
     def check(model, times, templates=None):
         """The nouns' features are right, and were encoded so many times."""
-        found = Localizer((model, tiny_processor), TEXTS, templates=templates)._background
-        assert encoded.count(len(BACKGROUND)) == times
+        found = load((model, tiny_processor)).references(templates or tiny_processor.templates)
+        assert encoded.count(len(REFERENCE_NOUNS)) == times
         with torch.no_grad():
-            expected = model.get_text_features(**tiny_processor(labels=BACKGROUND, templates=templates))
+            expected = model.get_text_features(**tiny_processor(labels=REFERENCE_NOUNS, templates=templates))
         torch.testing.assert_close(found.text_embeds, expected.text_embeds)
         torch.testing.assert_close(found.map_text_embeds, expected.map_text_embeds)
 
@@ -239,7 +242,7 @@ def test_nouns_are_encoded_again_only_when_the_result_changes(tiny_processor, tm
 
 
 def test_the_least_presence_was_chosen_with_these_nouns():
-    assert MIN_PRESENCE == 0.8 and len(set(BACKGROUND)) == len(BACKGROUND) == 140
+    assert MIN_PRESENCE == 0.8 and len(set(REFERENCE_NOUNS)) == len(REFERENCE_NOUNS) == 140
 
 
 def test_thresholds_follow_their_texts(tiny_processor):

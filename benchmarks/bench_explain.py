@@ -23,9 +23,9 @@ from iclip_hf import ICLIPModel
 from iclip_hf.cli.common import keep_memory
 from iclip_hf.data.segmentation import load_segmentation
 from iclip_hf.evaluation.analysis import semantic_shift
+from iclip_hf.explainers.localizer import Localizer
 from iclip_hf.images import load_image
 from iclip_hf.localization.background import encode_background
-from iclip_hf.explainers.localizer import Localizer
 from iclip_hf.models.loading import load, load_iclip
 from iclip_hf.models.towers import embedded_towers
 from iclip_hf.presence import REFERENCE_NOUNS, presence

@@ -129,6 +129,13 @@ def test_a_drawing_takes_paths_and_is_as_large_as_asked(tmp_path):
     assert large.mode == "RGB" and np.asarray(large)[:, 0].min() == 255
 
 
+def test_a_drawing_takes_arrays_as_explain_does():
+    image = np.random.default_rng(0).integers(0, 256, (3, 40, 60), dtype=np.uint8)
+    expected = draw(explained([0.9]), Image.fromarray(image.transpose(1, 2, 0)))
+    for array in (image, torch.from_numpy(image), image.transpose(1, 2, 0)):
+        assert draw(explained([0.9]), array) == expected
+
+
 @pytest.mark.parametrize("number, columns, rows", [(3, 3, 1), (5, 5, 1), (6, 3, 2), (7, 4, 2), (9, 5, 2), (11, 4, 3)])
 def test_rows_are_filled_evenly(number, columns, rows):
     sheet = picture_grid([Image.new("RGB", (60, 60))] * number, [""] * number, 5)

@@ -1,3 +1,4 @@
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -21,6 +22,15 @@ def test_quantile_saturates_what_lies_above():
     for nearest in (0.75, 0.7, 0.8):  # the fourth of five values
         torch.testing.assert_close(normalize_attention(ATTENTION, "quantile", nearest), expected)
     torch.testing.assert_close(normalize_attention(ATTENTION, "quantile", 1.0), normalize_attention(ATTENTION))
+
+
+@pytest.mark.parametrize("count", [3, 8, 9, 16, 50])
+def test_the_quantile_is_that_of_numpy(count):
+    attention = torch.randn(1, count, generator=torch.Generator().manual_seed(count)).double().softmax(-1)
+    for quantile in (0.26, 0.33, 0.51, 0.77, 0.9, 0.97, 1):
+        high, low = np.quantile(attention, quantile, method="nearest"), attention.min()
+        expected = ((attention - low) / (high - low)).clamp(max=1).float()
+        torch.testing.assert_close(normalize_attention(attention, "quantile", quantile), expected, atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("norm", ["minmax", "quantile"])

@@ -90,7 +90,7 @@ def test_explanations_are_refined_in_batches_and_from_features(tiny_processor):
     model = tiny_model()
     plain, refined = (Localizer((model, tiny_processor), TEXTS, refine=refine) for refine in (False, True))
     for image, one, two in zip(IMAGES, explained(plain), explained(refined)):
-        expected = refine_maps(one.raw_maps[None], refined.prepare(image).pixel_values)[0]
+        expected = refine_maps(one.raw_maps[None], refined.prepare(image).pixels.pixel_values)[0]
         torch.testing.assert_close(two.raw_maps, expected, atol=1e-5, rtol=0)
         (again,) = refined.explain([refined.encode(refined.prepare(image))])
         torch.testing.assert_close(again.raw_maps, expected, atol=1e-5, rtol=0)

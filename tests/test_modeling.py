@@ -458,13 +458,14 @@ def holding(part, value):
         (lacking("_projection"), "but 4 are missing, such as interpretability.text_projection.weight"),
         (lacking("vision_model"), "are missing, such as vision_model."),
         (holding("recognition.text_projection", torch.nan), "recognition.text_projection.weight holds NaN"),
+        (holding("token_mean", torch.nan), "token_mean holds NaN"),
         (holding("text_model.encoder.layer.1", -torch.inf), r"text_model.encoder.layer.1.* holds NaN or infinity"),
     ],
-    ids=["no projections", "no tower", "NaN", "infinity"],
+    ids=["no projections", "no tower", "NaN", "NaN in a buffer", "infinity"],
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_missing_weights_and_nan_are_refused_by_every_door(tmp_path, tiny_processor, damage, says, dtype):
-    model = tiny_model().to(dtype)
+    model = tiny_model(center_tokens=True).to(dtype)
     model.save_pretrained(tmp_path, state_dict=damage(model.state_dict()))
     tiny_processor.save_pretrained(tmp_path)
     loaders = [ICLIPModel.from_pretrained, AutoModel.from_pretrained, load_pretrained]

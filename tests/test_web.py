@@ -724,7 +724,7 @@ def without_graphs(monkeypatch):
         return folder
 
     monkeypatch.setattr(web, "export_onnx", fake_graphs)
-    monkeypatch.setattr(web, "_background", lambda model, processor: b"")
+    monkeypatch.setattr(web, "_nouns", lambda model, processor: b"")
     monkeypatch.setattr(web, "ONNXModel", lambda folder: None)
 
 

@@ -254,17 +254,17 @@ def test_other_settings_do_not_mix(folder, localizer, whole, tiny_processor):
     before = contents(output)
     other = Localizer((tiny_model(), tiny_processor), ["cat", "car"], threshold=[0.4, 0.6], min_presence=0.2)
     for change, options, name in ((other, {}, "texts"), (localizer, {"images_per_file": 5}, "images_per_file")):
-        with pytest.raises(ValueError, match=f"got one of other {name}; choose another"):
+        with pytest.raises(ValueError, match=f"other {name};"):
             run(change, images, output, **options)
-    with pytest.raises(ValueError, match="one of other images; choose another"):
+    with pytest.raises(ValueError, match="other images;"):
         run(localizer, open_images([folder / "images" / "a"]), output)
     retrained = Localizer((tiny_model(seed=1), tiny_processor), TEXTS, threshold=[0.4, 0.6], min_presence=0.2)
-    with pytest.raises(ValueError, match="one of other weights; choose another"):
+    with pytest.raises(ValueError, match="other weights;"):
         run(retrained, images, output)
     brighter = copy.deepcopy(tiny_processor)
     brighter.image_processor.image_mean = [0.1] * 3
     brighter = Localizer((tiny_model(), brighter), TEXTS, threshold=[0.4, 0.6], min_presence=0.2)
-    with pytest.raises(ValueError, match="one of other processor; choose another"):
+    with pytest.raises(ValueError, match="other processor;"):
         run(brighter, images, output)
     assert contents(output) == before
 
@@ -314,7 +314,7 @@ def test_a_truncated_file_is_to_be_deleted(folder, localizer, tmp_path):
     report = run(localizer, open_images([folder / "images"]), tmp_path)
     file = report.files[0]
     os.truncate(file, file.stat().st_size - 20)
-    with pytest.raises(ValueError, match=rf"{file.name}: expected a whole Parquet file, .*; delete it, then rerun"):
+    with pytest.raises(ValueError, match=rf"{file.name}: damaged"):
         run(localizer, open_images([folder / "images"]), tmp_path)
     file.unlink()
     assert run(localizer, open_images([folder / "images"]), tmp_path).images == report.images
@@ -329,7 +329,7 @@ def test_a_method_is_known_by_the_content_of_what_it_names(folder, tiny_processo
         return run(one, open_images([folder / "images"]), tmp_path / "output").images
 
     assert explained(0, "proxy") == explained(0, "moved")
-    with pytest.raises(ValueError, match="one of other proxy; choose another"):
+    with pytest.raises(ValueError, match="other proxy;"):
         explained(1, "proxy")
 
 
@@ -337,5 +337,5 @@ def test_a_method_is_known_by_the_content_of_what_it_names(folder, tiny_processo
 def test_a_foreign_file_is_left_alone(folder, localizer, tmp_path, metadata):
     table = pa.table({"a": [1]}, metadata=metadata and {"iclip": metadata})
     pq.write_table(table, tmp_path / "explanations-0.parquet")
-    with pytest.raises(ValueError, match="explanations-0.parquet: expected a file that this command wrote"):
+    with pytest.raises(ValueError, match="explanations-0.parquet"):
         run(localizer, open_images([folder / "images"]), tmp_path)

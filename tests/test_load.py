@@ -110,7 +110,7 @@ class Corner(Explainer):
 def test_a_method_of_another_package(world, dataset, tmp_path, monkeypatch):
     monkeypatch.setattr(registry, "_registered", {})
     model = (world.model, world.processor)
-    with pytest.raises(ValueError, match="'random'.*got 'corner'"):
+    with pytest.raises(ValueError, match="corner.*random"):
         make_explainer(model, "corner")
     register_explainer("corner")(Corner)
     assert explain(model, PHOTO, ["dog"], "corner").raw_maps.flatten().tolist() == [1, *[0] * 15]

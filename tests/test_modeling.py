@@ -86,7 +86,7 @@ def test_value_share_mixes_what_the_last_attention_gives_a_patch_with_its_own_va
 
 def test_eager_attention_is_refused_where_it_would_ignore_value_share():
     model = tiny_model(value_share=0.5)
-    with pytest.raises(ValueError, match='attn_implementation="sdpa" with value_share=0.5, got "eager"'):
+    with pytest.raises(ValueError, match="value_share=0.5"):
         model.set_attn_implementation("eager")
 
 

@@ -92,10 +92,10 @@ class ImageTextSimilarityMapPipeline(Pipeline):
             thresholds.
         """
         if isinstance(images, (list, tuple)) and not images:
-            raise ValueError("Expected at least one image, got none: pass one or a list.")
+            raise ValueError("There is no image.")
         labels = _strings("candidate_labels", candidate_labels)
         if not labels:
-            raise ValueError("Expected at least one label in candidate_labels, got none: name what to look for.")
+            raise ValueError("There is no label in candidate_labels.")
         features = self._encode(labels, template), self._references(template)
         return super().__call__(images, candidate_labels=labels, text_features=features, **kwargs)
 
@@ -116,9 +116,7 @@ class ImageTextSimilarityMapPipeline(Pipeline):
         steps = {"size": 0, "timeout": 0, "text_features": 1, "refine": 1, "candidate_labels": 2}
         steps |= dict.fromkeys(self._postprocess_options, 2)
         if unknown := sorted(kwargs.keys() - steps):
-            raise TypeError(
-                f"Expected some of {sorted(steps)}, template and batch_size, got {unknown}: correct or remove the others."
-            )
+            raise TypeError(f"There is no option {unknown}, only {sorted(steps)}, template and batch_size.")
         return tuple({name: value for name, value in kwargs.items() if steps[name] == step} for step in range(3))
 
     def preprocess(self, image, size: dict | None = None, timeout: float = 60) -> dict:

@@ -38,9 +38,7 @@ class AttentionAffinity(Attention):
         super().__init__(model)
         network = self.model.network
         if not hasattr(getattr(network, "config", None), "map_affinity"):
-            raise ValueError(
-                f"Expected an ICLIP model, whose attention is shared by affinity, got {type(network).__name__}: use attention."
-            )
+            raise ValueError(f"{type(network).__name__} has no affinity, only ICLIP: use attention.")
 
     def _attention(self, pixel_values: torch.Tensor) -> tuple[ICLIPImageFeatures, torch.Tensor]:
         image = self.model.get_image_features(pixel_values)

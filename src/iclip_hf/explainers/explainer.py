@@ -113,6 +113,6 @@ def explainer_class(method: str) -> type[Explainer]:
             added = entry_points(group=METHOD_GROUP)
             if method not in added.names:
                 known = sorted({*METHODS, *_registered, *added.names})
-                raise ValueError(f"Expected method to be one of {known}, got {method!r}: choose one of them.")
+                raise ValueError(f"There is no method {method!r}, only {known}.")
             _registered[method] = added[method].load()
     return _registered[method]

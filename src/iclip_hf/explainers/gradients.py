@@ -29,9 +29,7 @@ class GradientExplainer(Explainer):
         self.layer = layer
         depth = len(self.model.layers)
         if not -depth <= layer < depth:
-            raise ValueError(
-                f"Expected layer to be one of the {depth} attention layers, got {layer}: choose one of them."
-            )
+            raise ValueError(f"There is no attention layer {layer}, only {depth}.")
 
     def forward(self, pixel_values: torch.Tensor, texts: ICLIPTextFeatures) -> tuple[torch.Tensor, ICLIPImageFeatures]:
         image, layers = self.model.trace(pixel_values, self.layer, grad=True, weights=self.needs_weights)

@@ -83,9 +83,7 @@ class Localizer:
         **method_options,
     ):
         if not 0 <= min_presence <= 1:
-            raise ValueError(
-                f"Expected min_presence in [0, 1], got {min_presence}: pass a share such as {MIN_PRESENCE}."
-            )
+            raise ValueError(f"min_presence is in [0, 1], not {min_presence}.")
         self.explainer = make_explainer(model, method, **method_options)
         self.model = self.explainer.model
         self.templates = check_templates(self.model.templates if templates is None else templates)

@@ -164,12 +164,11 @@ class RecordableModel(ExplainableModel):
         `ValueError` if there are none, or `depth` is below 1.
         """
         if depth < 1:
-            raise ValueError(f"Expected a depth of at least one layer, got {depth}: correct it.")
+            raise ValueError(f"depth is at least 1, not {depth}.")
         blocks = [index for index, layer in enumerate(self.layers) if layer.residual]
         if not blocks:
             raise ValueError(
-                f"Expected an image tower of transformer blocks for {method}, got one without self-attention: use itsm, "
-                "grad_cam, grad_eclip, bi_modal or attention."
+                f"{method} needs an image tower of transformer blocks: use itsm, grad_cam, grad_eclip, bi_modal or attention."
             )
         return blocks[-depth:]
 
@@ -184,8 +183,7 @@ def recordable(model: ExplainableModel, purpose: str) -> RecordableModel:
     """Returns the model if its layers can be recorded. Raises `ValueError` for an ONNX model."""
     if not isinstance(model, RecordableModel):
         raise ValueError(
-            f"Expected a PyTorch model for {purpose}, which needs the layers of the image tower, got an ONNX model: use itsm, "
-            "reversed_itsm or attention, or the model that was exported."
+            f"{purpose} needs the layers of a PyTorch model: an ONNX model has itsm, reversed_itsm and attention."
         )
     return model
 

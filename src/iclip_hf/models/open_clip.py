@@ -45,8 +45,7 @@ class ExplainableOpenCLIP(RecordableModel):
             tokens = None
         if not isinstance(tokens, torch.Tensor):
             raise TypeError(
-                "Expected the tokenizer of this open_clip model, which `open_clip.get_tokenizer` gives, got "
-                f"{type(tokenizer).__name__}: pass the tokenizer; images are not prepared by open_clip."
+                f"An open_clip model comes with the result of open_clip.get_tokenizer, not a {type(tokenizer).__name__}."
             )
         options, size = model.visual.preprocess_cfg, model.visual.image_size
         self.side = size[0] if isinstance(size, tuple) else size
@@ -69,8 +68,7 @@ class ExplainableOpenCLIP(RecordableModel):
     def _encode_images(self, pixel_values: torch.Tensor) -> ICLIPImageFeatures:
         if pixel_values.shape[2:] != (self.side, self.side):
             raise ValueError(
-                f"Expected images of {self.side}x{self.side} pixels for this open_clip model, got "
-                f"{tuple(pixel_values.shape)}: resize them."
+                f"This model takes images of {self.side}x{self.side} pixels, not {tuple(pixel_values.shape)}."
             )
         output = self.network.visual.forward_intermediates(pixel_values, indices=1)
         (stream,) = output["image_intermediates"]  # (B, D, h, w)

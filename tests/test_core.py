@@ -195,11 +195,13 @@ def test_the_example_with_sam_runs_as_the_guide_shows_it(tiny_processor, tmp_pat
     exec(code.replace("dog.jpg", "dog.png").replace('"embedded"', "model"), names)
     regions = names["regions"]
     assert regions and names["best"].shape == (len(regions), 60, 90) and names["best"].dtype == torch.bool
-    boxes = names["inputs"]["input_boxes"][0] * 90 / 64  # the longest edge has 64 pixels for SAM
-    assert torch.allclose(boxes, torch.tensor([region["box"] for region in regions]).to(boxes), atol=1e-3)
+    boxes = (
+        names["inputs"]["input_boxes"][0] * 90 / 64
+    )  # the longest edge has 64 pixels for SAM, the other a rounded number
+    assert torch.allclose(boxes, torch.tensor([region["box"] for region in regions]).to(boxes), atol=1)
     points = names["inputs"]["input_points"][0] * 90 / 64
     peaks = torch.tensor([region["positive_points"][0] for region in regions]).to(points)
-    assert torch.allclose(points[:, 0], peaks, atol=1e-3)
+    assert torch.allclose(points[:, 0], peaks, atol=1)
     assert names["inputs"]["input_labels"].tolist() == [[[1, 0, 0, 0]] * len(regions)]
 
 

@@ -206,8 +206,7 @@ class ICLIPProcessor(ProcessorMixin):
         reverse: bool = False,
     ) -> list[torch.Tensor]:
         """
-        Converts raw maps to maps in [0, 1] at the size of the images (Eq. 4; reversed: Eq. 5). Raises `ValueError` unless there is a size
-        for each image.
+        Converts raw maps to maps in [0, 1] at the size of the images (Eq. 4; reversed: Eq. 5).
 
         Args:
             maps (`torch.Tensor` of shape `(B, T, h, w)`): raw similarity maps of [`ICLIPModel`].
@@ -217,9 +216,7 @@ class ICLIPProcessor(ProcessorMixin):
         Returns:
             list of B `torch.Tensor` of shape `(T, height, width)`, float32, in [0, 1]; a constant map is zeros.
         """
-        if maps.ndim != 4 or len(target_sizes) != len(maps):
-            raise ValueError(f"There are {len(target_sizes)} target sizes for maps of shape {tuple(maps.shape)}.")
-        return [resize_and_normalize(map_, size, reverse) for map_, size in zip(maps, target_sizes)]
+        return [resize_and_normalize(map_, size, reverse) for map_, size in zip(maps, target_sizes, strict=True)]
 
     @_renamed("scores", "0.3", "presence")
     @_renamed("min_score", "0.3", "min_presence")
@@ -231,8 +228,8 @@ class ICLIPProcessor(ProcessorMixin):
         min_presence: float | None = None,
     ) -> list[torch.Tensor]:
         """
-        Converts maps to masks. A pixel is foreground where M > threshold. Raises `ValueError` if thresholds are outside [0, 1] or not T, or
-        only one of `presence` and `min_presence` is given.
+        Converts maps to masks. A pixel is foreground where M > threshold. Raises `ValueError` if thresholds are outside [0, 1], or only
+        one of `presence` and `min_presence` is given.
 
         Args:
             maps (list of `torch.Tensor` of shape `(T, H, W)`): from `post_process_similarity_maps`.
@@ -247,12 +244,7 @@ class ICLIPProcessor(ProcessorMixin):
         """
         present = _present(presence, min_presence)
         thresholds = check_thresholds(threshold).float()
-        if thresholds.ndim and any(len(map_) != len(thresholds) for map_ in maps):
-            raise ValueError(
-                f"Expected one threshold for each text, got {len(thresholds)} for {[len(map_) for map_ in maps]} texts: pass "
-                "one number, or one for each text."
-            )
-        masks = [map_ > thresholds.view(-1, 1, 1).to(map_.device) for map_ in maps]
+        masks = [map_ > thresholds.expand(len(map_)).view(-1, 1, 1).to(map_.device) for map_ in maps]
         if present is not None:
             masks = [mask & shown.view(-1, 1, 1) for mask, shown in zip(masks, present, strict=True)]
         return masks
@@ -288,8 +280,6 @@ class ICLIPProcessor(ProcessorMixin):
         if not all(0 <= index < maps.shape[1] for index in background):
             raise ValueError(f"background holds indices of {maps.shape[1]} texts, not {list(background)}.")
         sizes = [maps.shape[2:]] * len(maps) if target_sizes is None else target_sizes
-        if len(sizes) != len(maps):
-            raise ValueError(f"There are {len(sizes)} target sizes for {len(maps)} images.")
         present = _present(presence, min_presence)
         if present is None:
             present = torch.ones(maps.shape[:2], dtype=torch.bool)

@@ -83,7 +83,7 @@ def asked_texts(typed: str) -> list[str]:
 class SeenImage(NamedTuple):
     """A visitor's image, kept for further texts."""
 
-    prepared: PreparedImage  # with its features, if the method can use them for other texts
+    prepared: PreparedImage  # without the image, with its features if the method can use them for other texts
     view: dict  # `image`, a data URL; its `size` and the `original_size`, (width, height)
 
 
@@ -93,7 +93,7 @@ def look_at(localizer: Localizer, image: Image.Image) -> SeenImage:
     image.resize(size).save(photo, "JPEG", quality=85)
     url = "data:image/jpeg;base64," + base64.b64encode(photo.getvalue()).decode()
     prepared = localizer.encode(localizer.prepare(image, size=size[::-1]))
-    return SeenImage(prepared, {"image": url, "size": size, "original_size": image.size})
+    return SeenImage(prepared._replace(image=None), {"image": url, "size": size, "original_size": image.size})
 
 
 def explain_image(localizer: Localizer, seen: SeenImage, texts: list[str]) -> Explanation:

@@ -139,13 +139,9 @@ def explain_collection(
         progress (`bool`): whether the first process shows a progress bar.
 
     Raises:
-        `ValueError`: the folder contains files of other images or texts, another model or other options; its path is not UTF-8; or a
-        number is below 1. `OSError`: the folder cannot be written, another run is writing there, or another process of this run died.
+        `ValueError`: the folder contains files of other images or texts, another model or other options; or its path is not UTF-8.
+        `OSError`: the folder cannot be written, another run is writing there, or another process of this run died.
     """
-    if min(batch_size, images_per_file) < 1:
-        raise ValueError(
-            f"Expected batch_size and images_per_file from 1, got {batch_size} and {images_per_file}: correct them."
-        )
     check_utf8(output)
     state = this_process("collections")
     parts = [range(len(images))[start : start + images_per_file] for start in range(0, len(images), images_per_file)]

@@ -28,7 +28,7 @@ class PreparedImage(NamedTuple):
     """An image prepared for the model, with its texts, from [`Localizer.prepare`]."""
 
     pixels: Pixels
-    image: Image.Image
+    image: Image.Image | None  # for the explanation
     size: tuple[int, int]  # height and width of its maps in pixels
     rows: list[int]  # indices of its texts among those of the localizer
 
@@ -143,6 +143,8 @@ class Localizer:
         Yields explanations in the order of the images, which are results of `prepare`; None stays None. At most `batch_size` images,
         of one shape and with equally many texts, share a forward pass.
         """
+        if batch_size < 1:
+            raise ValueError(f"batch_size is at least 1, not {batch_size}.")
         images = iter(images)
         while batch := list(itertools.islice(images, batch_size)):
             readable = [image for image in batch if image is not None]

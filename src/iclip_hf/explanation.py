@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import io
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -67,8 +68,8 @@ class Explanation:
 
     def _repr_png_(self) -> bytes | None:
         try:
-            from iclip_hf import draw
-        except ImportError:  # of an exported model without the package
+            draw = importlib.import_module("iclip_hf").draw
+        except ImportError:  # in the code of an exported model, without the package
             return None
         if self.image is None:
             return None

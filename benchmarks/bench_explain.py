@@ -23,12 +23,12 @@ from iclip_hf import ICLIPModel
 from iclip_hf.cli.common import keep_memory
 from iclip_hf.data.segmentation import load_segmentation
 from iclip_hf.evaluation.analysis import semantic_shift
+from iclip_hf.explainers.localizer import Localizer
 from iclip_hf.images import load_image
-from iclip_hf.localization.background import encode_background
-from iclip_hf.localization.localizer import Localizer
 from iclip_hf.models.embedded import embedded_towers
 from iclip_hf.models.loading import load, load_iclip
-from iclip_hf.presence import BACKGROUND, presence
+from iclip_hf.models.references import kept_on_disk
+from iclip_hf.presence import REFERENCE_NOUNS, presence
 from iclip_hf.processing_iclip import ICLIPProcessor
 
 
@@ -221,22 +221,23 @@ def end_to_end(files: int) -> str:
 
 
 def presences(rounds: int) -> str:
-    """Presence: encoding the nouns and reading them again in another process, and what an image costs then."""
+    """Presence: encoding the reference nouns, reading them in another process and again in this one, and what an image costs then."""
     model = load("embedded")
     pixel_values = model.processor(images=[Image.new("RGB", SIZE[::-1])])["pixel_values"]
-    background, texts = encode_background(model, model.templates), model.encode_texts(["dog", "ball", "grass"])
-    image = model.encode_images(pixel_values)
+    nouns, texts = model.references(model.templates), model.encode_texts(["dog", "ball", "grass"])
+    image = model.get_image_features(pixel_values)
     contenders = {
-        "first": lambda: model.encode_texts(BACKGROUND),
-        "read": lambda: encode_background(model, model.templates),
-        "image": lambda: presence(model.match(image, texts), model.match(image, background)),
-        "forward": lambda: model.encode_images(pixel_values),
+        "first": lambda: model.encode_texts(REFERENCE_NOUNS),
+        "read": lambda: kept_on_disk(model.network, model.processor, REFERENCE_NOUNS, model.templates, lambda: nouns),
+        "again": lambda: model.references(model.templates),
+        "image": lambda: presence(model, image, texts, nouns),
+        "forward": lambda: model.get_image_features(pixel_values),
     }
     taken = take_turns({name: without_gradients(function) for name, function in contenders.items()}, rounds)
     seconds = medians(taken)
-    headings = [f"encoding {len(BACKGROUND)} nouns, first use, seconds", "from the cache, seconds"]
+    headings = [f"encoding {len(REFERENCE_NOUNS)} nouns, first use, seconds", "from the cache, seconds", "again, ms"]
     headings += ["presence of an image, ms", "forward, ms", "ratio"]
-    figures = [seconds["first"], seconds["read"], 1e3 * seconds["image"], 1e3 * seconds["forward"]]
+    figures = [seconds["first"], seconds["read"], *(1e3 * seconds[name] for name in ("again", "image", "forward"))]
     return table(headings, [[*figures, f"{ratio(taken, 'image', 'forward'):.4f}"]])
 
 

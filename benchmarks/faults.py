@@ -39,8 +39,8 @@ from conftest import WORDS, tiny_model, write_pairs
 
 from iclip_hf import ICLIPProcessor, cli
 from iclip_hf.data.pairs import load_pairs
-from iclip_hf.localization.collection import explain_collection, open_images
-from iclip_hf.localization.localizer import Localizer
+from iclip_hf.explainers.collection import explain_collection, open_images
+from iclip_hf.explainers.localizer import Localizer
 from iclip_hf.models.loading import load_iclip
 from iclip_hf.training.feature_cache import FeatureCache
 

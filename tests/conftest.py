@@ -28,6 +28,7 @@ from PIL import Image
 from transformers import BertTokenizer, CLIPImageProcessor
 
 from iclip_hf import ICLIPConfig, ICLIPModel, ICLIPProcessor, ImageTextSimilarityMapPipeline, cli
+from iclip_hf.presence import presence
 
 
 def noise(size: tuple[int, int], spread: int = 80, seed: int = 0) -> Image.Image:
@@ -90,6 +91,11 @@ def tiny_model(vision: str = "vit", text: str = "bert", seed: int = 0, **options
             elif name.endswith("bias"):
                 parameter.normal_(std=0.1)
     return model
+
+
+def presence_among(scores: torch.Tensor, references: torch.Tensor) -> torch.Tensor:
+    """The presence of texts with these matches `(B, T)` among reference nouns with those, `(B, K)`."""
+    return presence(SimpleNamespace(match=lambda image, texts: texts), None, scores, references)
 
 
 def tiny_inputs(batch: int = 2, texts: int = 3, size: tuple[int, int] = (32, 32), seed: int = 0) -> dict:

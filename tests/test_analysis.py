@@ -35,7 +35,7 @@ def by_hand(monkeypatch):
     """Models are given by what they say of each image: patches and class token, on a grid of 1x3 patches."""
 
     def load(model):
-        def encode_images(image):
+        def get_image_features(image):
             patches, class_token = image
             return ICLIPImageFeatures(image_embeds=torch.tensor([class_token]), patch_embeds=torch.tensor([[patches]]))
 
@@ -43,7 +43,7 @@ def by_hand(monkeypatch):
             return model
         return SimpleNamespace(
             processor=lambda images: {"pixel_values": images[0]},
-            encode_images=encode_images,
+            get_image_features=get_image_features,
             map_pooling=Pooling.PATCHES if model == "max" else Pooling.ONE_QUERY,
         )
 

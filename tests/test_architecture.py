@@ -22,7 +22,6 @@ ROOMS = [
     "evaluate_metrics",
     "evaluation",
     "figures",
-    "localization",
     "explainers",
     "models",
     "data",

@@ -10,7 +10,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import NAMES, tiny_model
+from conftest import NAMES, presence_among, tiny_model
 from PIL import Image
 from torch.nn import functional as F
 
@@ -23,7 +23,7 @@ from iclip_hf.evaluation.metrics import MeanMaxIoU, MultiLabelAveragePrecision
 from iclip_hf.evaluation.results import class_thresholds
 from iclip_hf.explainers import METHODS, make_explainer
 from iclip_hf.models.loading import load
-from iclip_hf.presence import BACKGROUND, MIN_PRESENCE, presence
+from iclip_hf.presence import MIN_PRESENCE, REFERENCE_NOUNS
 from iclip_hf.similarity import resize_and_normalize
 
 
@@ -175,14 +175,14 @@ def test_the_gate_of_presence_by_hand(labelled_folder, tiny_processor):
         counts = {True: [0, 0], False: [0, 0]}
         for sample in dataset:
             pixels = tiny_processor(images=[sample.image])["pixel_values"]
-            present = presence(*(explainer.raw_maps(pixels, some)[1] for some in (texts, background)))
+            present = presence_among(*(explainer.raw_maps(pixels, some)[1] for some in (texts, background)))
             for label, value in zip((1, 2, 3), present[0].tolist()):
                 counts[label in sample.labels][0] += 1
                 counts[label in sample.labels][1] += value >= MIN_PRESENCE
         return {name: 100 * counts[shown][1] / counts[shown][0] for name, shown in (("kept", True), ("passed", False))}
 
-    expected = shares(explainer.model.encode_texts(BACKGROUND, templates))
-    assert expected["kept"] != expected["passed"] and expected != shares(explainer.model.encode_texts(BACKGROUND))
+    expected = shares(explainer.model.encode_texts(REFERENCE_NOUNS, templates))
+    assert expected["kept"] != expected["passed"] and expected != shares(explainer.model.encode_texts(REFERENCE_NOUNS))
     gate = evaluate((model, tiny_processor), dataset, templates=templates, progress=False).presence
     assert {name: gate[name] for name in expected} == pytest.approx(expected)
 

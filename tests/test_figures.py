@@ -14,11 +14,11 @@ import iclip_hf
 from iclip_hf.evaluation.analysis import ChannelMatch, relation
 from iclip_hf.evaluation.analysis_plots import channel_scatter, relation_plot
 from iclip_hf.explainers import WordScore
+from iclip_hf.explanation import Explanation
 from iclip_hf.figures import sheets
 from iclip_hf.figures.colors import color_table, overlay
 from iclip_hf.figures.lettering import fitted, text_mask, text_width, word_boxes
 from iclip_hf.figures.sheets import at_picture_size, comparison_sheet, draw, picture_grid
-from iclip_hf.localization.explanation import Explanation
 from iclip_hf.presence import presence_word
 from iclip_hf.utils.names import COLORMAPS
 
@@ -127,6 +127,13 @@ def test_a_drawing_takes_paths_and_is_as_large_as_asked(tmp_path):
     assert abs(large.width - 2 * small.width) < 9 and abs(large.height - 2 * small.height) < 9
     assert large.height > 2 * 224  # two rows
     assert large.mode == "RGB" and np.asarray(large)[:, 0].min() == 255
+
+
+def test_a_drawing_takes_arrays_as_explain_does():
+    image = np.random.default_rng(0).integers(0, 256, (3, 40, 60), dtype=np.uint8)
+    expected = draw(explained([0.9]), Image.fromarray(image.transpose(1, 2, 0)))
+    for array in (image, torch.from_numpy(image), image.transpose(1, 2, 0)):
+        assert draw(explained([0.9]), array) == expected
 
 
 @pytest.mark.parametrize("number, columns, rows", [(3, 3, 1), (5, 5, 1), (6, 3, 2), (7, 4, 2), (9, 5, 2), (11, 4, 3)])
@@ -252,7 +259,7 @@ import sys
 import torch
 from PIL import Image
 from iclip_hf import draw
-from iclip_hf.localization.explanation import Explanation
+from iclip_hf.explanation import Explanation
 one = torch.ones(1)
 draw(Explanation(["Café “x” …"], one, one, torch.rand(1, 4, 4), (9, 9)), Image.new("RGB", (9, 9)))
 assert not any(name.startswith("matplotlib") for name in sys.modules)

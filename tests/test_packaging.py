@@ -142,7 +142,7 @@ def open_doors(doors: list[tuple[list[str], str]]) -> list[str | None]:
 OPTIONAL = "accelerate datasets evaluate gradio onnx onnxruntime onnxscript open_clip peft pycocotools".split()
 OPTIONAL += ["skimage", "tensorboard", "timm"]
 NEEDS = {  # names of modules by the extra that they need
-    "collections": ["localization.collection"],
+    "collections": ["explainers.collection"],
     "demo": ["demo.app"],
     "eval": ["evaluation.evaluate_modules", "evaluation.evaluate"],
     "train": [f"training.{name}" for name in ("checkpoints", "data", "datasets", "report", "run", "validation")],

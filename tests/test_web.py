@@ -21,7 +21,7 @@ from typing import ClassVar
 import numpy as np
 import pytest
 import torch
-from conftest import iclip, noise, opened, served, tiny_model
+from conftest import iclip, noise, opened, presence_among, served, tiny_model
 from huggingface_hub import ModelCard, RepoCard
 from PIL import Image, ImageOps
 
@@ -32,7 +32,7 @@ from iclip_hf.label_maps import segments
 from iclip_hf.models.loading import load_iclip
 from iclip_hf.models.onnx import ONNXModel
 from iclip_hf.pooling import pool_similarities
-from iclip_hf.presence import presence, presence_word
+from iclip_hf.presence import presence_word
 from iclip_hf.refinement import refine_maps
 from iclip_hf.similarity import resize_and_normalize, resize_maps
 
@@ -627,7 +627,7 @@ def test_presence_and_its_word_are_those_of_python(functions):
     matches = torch.randn(40, generator=torch.Generator().manual_seed(1)) * 0.05 + 0.1
     chance = compute(functions, "chance", matches.tolist())
     for value in (-0.1, 0.05, 0.1, 0.17, 0.4):
-        expected = presence(torch.tensor([[value]]), matches[None]).item()
+        expected = presence_among(torch.tensor([[value]]), matches[None]).item()
         assert compute(functions, "presence", value, chance) == pytest.approx(expected, abs=1e-6)
     for value in (0.0, 0.799, 0.8, 0.899, 0.9, 1.0):
         assert compute(functions, "presenceWord", value, {"min_presence": 0.8, "present": 0.9}) == presence_word(value)
@@ -724,7 +724,7 @@ def without_graphs(monkeypatch):
         return folder
 
     monkeypatch.setattr(web, "export_onnx", fake_graphs)
-    monkeypatch.setattr(web, "_background", lambda model, processor: b"")
+    monkeypatch.setattr(web, "_nouns", lambda model, processor: b"")
     monkeypatch.setattr(web, "ONNXModel", lambda folder: None)
 
 

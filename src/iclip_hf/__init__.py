@@ -20,9 +20,9 @@ if TYPE_CHECKING:
     from .configuration_iclip import ICLIPConfig
     from .data.example import example_image
     from .evaluation.evaluate import evaluate
+    from .explainers.localizer import explain
+    from .explanation import Explanation
     from .figures.sheets import draw
-    from .localization.explanation import Explanation
-    from .localization.localizer import explain
     from .modeling_iclip import ICLIPImageFeatures, ICLIPModel, ICLIPOutput, ICLIPTextFeatures
     from .models.embedded import embedded_model
     from .models.loading import load
@@ -37,8 +37,8 @@ _MODULES = {
     "embedded_model": ".models.embedded",
     "example_image": ".data.example",
     "evaluate": ".evaluation.evaluate",
-    "explain": ".localization.localizer",
-    "Explanation": ".localization.explanation",
+    "explain": ".explainers.localizer",
+    "Explanation": ".explanation",
     "ICLIPConfig": ".configuration_iclip",
     "ICLIPImageFeatures": ".modeling_iclip",
     "ICLIPModel": ".modeling_iclip",

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 
 
 # Nouns of what photographs show. Their matches with an image estimate the distribution of chance matches.
-BACKGROUND = tuple(
+REFERENCE_NOUNS = tuple(
     noun.strip()
     for noun in """
     person, child, crowd, face, hand, hair, dog, cat, horse, cow, sheep, bird, duck, fish, shark, snake, frog,
@@ -34,23 +34,24 @@ PRESENT = 0.9
 ABSENT, UNSURE, SURE = "absent", "unsure", "present"
 
 
-def presence(scores: torch.Tensor, background_scores: torch.Tensor) -> torch.Tensor:
+def presence(model, image, texts, references) -> torch.Tensor:
     """
     Estimates the share of unrelated texts that would match the image less, with a normal distribution fitted to the matches of
-    [`BACKGROUND`]. It is a rank, not a probability: some absent texts rank high by chance, see docs/results.md. The page in the
+    [`REFERENCE_NOUNS`]. It is a rank, not a probability: some absent texts rank high by chance, see docs/results.md. The page in the
     browser computes the same in `numerics.js`.
 
     Args:
-        scores (`torch.Tensor` of shape `(B, T)`): from [`ICLIPModel.match`], or logits. Scale and offset do not matter.
-        background_scores (`torch.Tensor` of shape `(B, K)`): of the same images with [`BACKGROUND`], in the same templates.
+        model ([`ICLIPModel`] or [`ExplainableModel`]): its `match` scores images and texts. Scale and offset do not matter.
+        image ([`ICLIPImageFeatures`]), texts ([`ICLIPTextFeatures`]): of B images, and of T texts `(T, P)` or `(B, T, P)`.
+        references ([`ICLIPTextFeatures`]): of [`REFERENCE_NOUNS`] in the templates of the texts, `(K, P)`.
 
     Returns:
-        `torch.Tensor` of shape `(B, T)`, in [0, 1].
+        `torch.Tensor` of shape `(B, T)`, float32, in [0, 1].
     """
     import torch  # not above, because commands take `MIN_PRESENCE` before they load it
 
-    std, mean = torch.std_mean(background_scores, dim=-1, keepdim=True)
-    return torch.special.ndtr((scores - mean) / std)
+    std, mean = torch.std_mean(model.match(image, references), dim=-1, keepdim=True)
+    return torch.special.ndtr((model.match(image, texts) - mean) / std)
 
 
 def presence_word(value: float, min_presence: float = MIN_PRESENCE) -> str:

@@ -19,7 +19,7 @@ from importlib.metadata import entry_points
 from pathlib import Path
 
 from ..data.class_names import DATASETS
-from ..prompts import check_templates, check_text
+from ..prompts import check_templates, check_text, split_texts
 from ..utils.names import COLORMAPS, DTYPES, METHOD_GROUP, METHODS, check_model_name
 
 
@@ -44,6 +44,14 @@ def checked(check: Callable[[str], object]) -> Callable[[str], str]:
         return text
 
     return parse
+
+
+def texts(typed: str) -> list[str]:
+    """Parses the texts of one option, see [`split_texts`], as a type for argparse."""
+    found = split_texts(typed)
+    for text in found or [typed]:
+        checked(check_text)(text)
+    return found
 
 
 def check_method(name: str) -> None:
@@ -116,11 +124,12 @@ SHARED = {
     },
     "--limit": {"type": at_least_1, "metavar": "N", "help": "use only the first N images (default: all)"},
     "--text": {
-        "action": "append",
+        "action": "extend",
         "dest": "texts",
-        "type": checked(check_text),
+        "type": texts,
         "metavar": "TEXT",
-        "help": "what to look for, inserted into the prompts; repeat the option for several texts (commas belong to the text)",
+        "help": "what to look for, inserted into the prompts; several texts between commas, or by repeating the option; \\, is a comma "
+        "within a text",
     },
     "--methods": {
         "nargs": "+",

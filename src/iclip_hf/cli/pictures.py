@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -154,7 +155,7 @@ def make_localizer(options: argparse.Namespace, texts: Sequence[str]):
     if isinstance(options.threshold, Path):  # read before the model is loaded
         results = options.threshold
         options.threshold = class_thresholds(results, texts, options.method)
-    from ..localization.localizer import Localizer
+    from ..explainers.localizer import Localizer
 
     words = "bi_modal" if options.method == "bi_modal" else "grad_eclip"
     model = load_silently(options.model, options)
@@ -210,4 +211,4 @@ def presence_column(value: float, min_presence: float) -> str:
     Returns a presence as a word and a number. The number is cut, not rounded: an unsure 0.898 must not look like the 0.90 from which a
     text is present.
     """
-    return f"{presence_word(value, min_presence):<7}  presence {f'{value:.4f}'[:4]}"
+    return f"{presence_word(value, min_presence):<7}  presence {math.floor(100 * value) / 100:.2f}"

@@ -18,11 +18,12 @@ import torch
 from huggingface_hub import ModelCard
 from PIL import Image
 
+from ..explanation_core import encode_texts
 from ..hub.model_card import front_matter, write_model_card
 from ..hub.record import without_folders
 from ..modeling_iclip import ICLIPModel
 from ..models.onnx import TEXT_FILE, VISION_FILE, ONNXModel, export_onnx
-from ..presence import BACKGROUND, MIN_PRESENCE, PRESENT
+from ..presence import MIN_PRESENCE, PRESENT, REFERENCE_NOUNS
 from ..processing_iclip import MAX_PIXELS, ICLIPProcessor
 from ..utils.files import atomic_folder
 from .content import (
@@ -132,7 +133,7 @@ def export_web(
         names |= {part: f"{part}.json" for part in ("tokenizer", "tokenizer_config")}
         for part, name in names.items():
             settings["files"][part] = _compressed(built, name, (graphs / name).read_bytes())
-        nouns = _background(ONNXModel(graphs), processor)
+        nouns = _nouns(ONNXModel(graphs), processor)
         settings["files"]["background"] = _compressed(built, "nouns.bin", nouns)
         first = [*settings["runtime"]["wasm"].values(), *settings["files"].values()]
         settings["bytes"] = sum(file["bytes"] for file in first)
@@ -186,9 +187,9 @@ def _image_settings(processor: ICLIPProcessor) -> dict:
     }
 
 
-def _background(model: ONNXModel, processor: ICLIPProcessor) -> bytes:
-    """Returns the vectors of the general nouns `(K, 2, P)`, recognition and map, float32, little-endian, for presence."""
-    features = model.get_text_features(**processor(labels=BACKGROUND))
+def _nouns(model: ONNXModel, processor: ICLIPProcessor) -> bytes:
+    """Returns the vectors of the reference nouns `(K, 2, P)`, recognition and map, float32, little-endian, for presence."""
+    features = encode_texts(model, processor, REFERENCE_NOUNS, None, model.device)
     vectors = torch.stack([features.text_embeds, features.map_text_embeds], dim=1)
     return vectors.numpy().astype("<f4").tobytes()
 

@@ -117,7 +117,7 @@ def channel_matches(model, image: Image.Image) -> dict[str, ChannelMatch]:
           patch tokens, because the class token of another branch is in another space.
     """
     model = load(model)
-    features = model.encode_images(model.processor(images=[image])["pixel_values"])
+    features = model.get_image_features(model.processor(images=[image])["pixel_values"])
     patches = features.patch_embeds[0].flatten(0, 1)
     return {
         name: ChannelMatch(match_channels(vector, patches).numpy(force=True), vector.numpy(force=True), features.grid)

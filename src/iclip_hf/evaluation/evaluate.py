@@ -16,8 +16,8 @@ from tqdm import tqdm
 
 from ..data.segmentation import SegmentationDataset
 from ..explainers import Explainer, make_explainer, select_texts
+from ..explanation_core import Pixels, for_images, forward
 from ..images import map_groups
-from ..localization.localizer import Localizer
 from ..modeling_iclip import ICLIPTextFeatures
 from ..models.loading import load
 from ..prompts import check_templates
@@ -166,8 +166,8 @@ class EvaluationRun:
         return self.texts.text_embeds.device
 
     @cached_property
-    def _localizer(self) -> Localizer:
-        return Localizer(self.model, self.dataset.class_names, templates=self.templates)
+    def _references(self) -> ICLIPTextFeatures:
+        return self.model.references(self.templates)
 
     def measure(self, measures: Sequence[Measure], progress: bool) -> None:
         """Adds all images of this process to the totals. Threads decode and count; this thread runs the model."""
@@ -222,10 +222,11 @@ class EvaluationRun:
         rows = pad_sequence(rows, batch_first=True)  # (B, T): padded with any class
         drawn, others = {}, self.explainers
         if "scores" in needs:
-            maps, scores, presence, _ = self._localizer.explain_batch(pixel_values, self._localizer.encoded)
-            for image, *of_image in zip(images, scores, presence):
+            texts = for_images(self.texts, len(images))
+            result = forward(self.model, Pixels(pixel_values), texts, self._references)
+            for image, *of_image in zip(images, result.scores, result.presence):
                 image.scores, image.presence = of_image
-            shown = maps[torch.arange(len(rows))[:, None], rows]
+            shown = result.raw_maps[torch.arange(len(rows))[:, None], rows]
             drawn = dict.fromkeys(("itsm", "reversed_itsm"), shown)  # reversed once they are stretched to [0, 1]
             others = {name: explainer for name, explainer in self.explainers.items() if name not in drawn}
         if "maps" in needs:

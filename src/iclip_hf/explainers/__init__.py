@@ -43,9 +43,7 @@ def make_explainer(model, method: str = "itsm", **method_options) -> Explainer:
     allowed = list(inspect.signature(explainer).parameters)[1:]
     unknown = sorted(set(method_options) - set(allowed))
     if unknown:
-        raise ValueError(
-            f"Expected options of method {method!r}, which are {allowed}, got {unknown}: remove the others."
-        )
+        raise ValueError(f"{method} has the options {allowed}, not {unknown}.")
     return explainer(model, **method_options)
 
 

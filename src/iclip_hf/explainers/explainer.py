@@ -9,6 +9,7 @@ from importlib.metadata import entry_points
 
 import torch
 
+from ..explanation_core import for_images, raw_maps
 from ..modeling_iclip import ICLIPImageFeatures, ICLIPTextFeatures, cosines
 from ..models.explainable import recordable
 from ..models.loading import load
@@ -59,15 +60,19 @@ class Explainer(ABC):
 
         Args:
             pixel_values (`torch.Tensor` of shape `(B, 3, H, W)`): prepared by `processor`.
-            texts ([`ICLIPTextFeatures`]): of `encode_texts`, shared by all images, or with embeddings of shape `(B, T, P)`.
+            texts ([`ICLIPTextFeatures`]): T texts for each image, with embeddings of shape `(B, T, P)`.
 
         Returns:
-            `tuple`: raw maps `(B, T, h, w)`, float32, and the features of the images, without a graph.
+            `tuple`: raw maps `(B, T, h, w)`, and the features of the images, without a graph.
         """
 
     def raw_maps(self, pixel_values: torch.Tensor, texts: ICLIPTextFeatures) -> tuple[torch.Tensor, torch.Tensor]:
-        """Computes raw maps `(B, T, h, w)` and scores `(B, T)`, the cosine of image and text, both float32, see `forward`."""
-        maps, image = self.forward(pixel_values, texts)
+        """
+        Computes raw maps `(B, T, h, w)` and scores `(B, T)`, the cosines of images and texts, both float32, for texts of `encode_texts`,
+        `(T, P)`, or other texts for each image, `(B, T, P)`. Raises `ValueError` if `forward` returns another number of maps.
+        """
+        texts = for_images(texts, len(pixel_values))
+        maps, image = raw_maps(self, pixel_values, texts)
         return maps, cosines(image.image_embeds, texts.text_embeds)
 
 
@@ -87,7 +92,7 @@ def register_explainer(name: str) -> Callable[[type[Explainer]], type[Explainer]
     ...     def forward(self, pixel_values, texts):
     ...         image, (layer,) = self.model.trace(pixel_values)
     ...         maps = layer.stream[:, -math.prod(image.grid) :].norm(dim=-1).unflatten(1, image.grid)
-    ...         return maps[:, None].expand(-1, len(texts.text_embeds), -1, -1), image
+    ...         return maps[:, None].expand(-1, texts.text_embeds.shape[1], -1, -1), image
     ```
     """
 
@@ -108,6 +113,6 @@ def explainer_class(method: str) -> type[Explainer]:
             added = entry_points(group=METHOD_GROUP)
             if method not in added.names:
                 known = sorted({*METHODS, *_registered, *added.names})
-                raise ValueError(f"Expected method to be one of {known}, got {method!r}: choose one of them.")
+                raise ValueError(f"There is no method {method!r}, only {known}.")
             _registered[method] = added[method].load()
     return _registered[method]

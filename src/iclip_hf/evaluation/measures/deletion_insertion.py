@@ -29,7 +29,7 @@ def scorer(model: ExplainableModel, texts: ICLIPTextFeatures) -> Callable[[torch
 
     @torch.no_grad()
     def score(pixel_values: torch.Tensor) -> torch.Tensor:
-        cosine = cosines(model.encode_images(pixel_values).image_embeds, texts.text_embeds)
+        cosine = cosines(model.get_image_features(pixel_values).image_embeds, texts.text_embeds)
         logits = cosine * model.logit_scale().to(cosine)
         return torch.stack([cosine, logits.softmax(-1)], -1)
 

@@ -68,6 +68,8 @@ class Segmentation(Measure):
     ):
         if stride is not None and window is None:
             raise ValueError(f"Expected stride with a window, got a stride of {stride} alone: add the window.")
+        if logit_scale is not None and not 0 < logit_scale < float("inf"):
+            raise ValueError(f"logit_scale is a positive number such as 40, not {logit_scale}.")
         self.window, self.stride = window, None if window is None else stride or window // 2
         self.background = background
         self.threshold = None if threshold is None else check_threshold(threshold)

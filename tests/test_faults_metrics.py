@@ -9,7 +9,6 @@ from faults import WORKS, Cases, test_of_cases
 from iclip_hf.evaluation.metrics import (
     MeanForegroundMinusBackground,
     MeanMaxIoU,
-    MultiLabelAveragePrecision,
     TextContrast,
 )
 
@@ -80,30 +79,6 @@ for door, run in {
 }.items():
     CASES.add(door, BAD_PAIRS, run)
     CASES.add(door, BORNE_PAIRS, run, WORKS)
-SCORES, SHOWN = np.array([[0.9, 0.1], [0.8, 0.3]]), np.array([[1, 0], [0, 1]])
-CASES.add(
-    "MultiLabelAveragePrecision",
-    {
-        "NaN": (SCORES * np.nan, SHOWN),
-        "scores of one image": (SCORES[0], SHOWN[0]),
-        "other sizes": (SCORES, SHOWN[:1]),
-        "presence of 2": (SCORES, SHOWN * 2),
-        "presence of strings": (SCORES, SHOWN.astype(str)),
-        "scores of strings": (np.full((2, 2), "a"), SHOWN),
-        "none": (None, None),
-    },
-    measured(MultiLabelAveragePrecision),
-)
-CASES.add(
-    "MultiLabelAveragePrecision",
-    {
-        "no positive": (SCORES, SHOWN * 0),
-        "infinite scores": (SCORES * np.inf, SHOWN),
-        "no images": (SCORES[:0], SHOWN[:0]),
-    },
-    measured(MultiLabelAveragePrecision),
-    WORKS,
-)
 
 
 test_a_fault_is_borne_or_refused_in_one_clear_sentence = test_of_cases(CASES)

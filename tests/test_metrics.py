@@ -21,6 +21,8 @@ from iclip_hf.evaluation.metrics import (
     TextContrast,
     contrast_counts,
     region_means,
+    reliability,
+    roc_auc,
     threshold_counts,
 )
 from iclip_hf.similarity import resize_and_normalize
@@ -462,15 +464,21 @@ def test_average_precision_in_batches_any_order_and_merged_is_the_same_to_the_bi
     assert merged.compute() == whole.compute()
 
 
-def test_average_precision_keeps_its_own_scores_and_number_of_classes():
-    scores, metric, other = np.array([[0.9], [0.1]]), MultiLabelAveragePrecision(), MultiLabelAveragePrecision()
-    metric.update(scores, np.array([[1], [0]]))
-    scores[:] = 0
-    other.update([[0.1, 0.2]], [[1, 0]])
-    for add in (lambda: metric.merge(other), lambda: metric.update([[0.1, 0.2]], [[1, 0]])):
-        with pytest.raises(ValueError, match="1 classes as before, got 2"):
-            add()
-    assert metric.compute()["map"] == 100.0
+@settings(deadline=None)
+@given(st.integers(0, 2**32 - 1), st.integers(2, 30), st.integers(1, 12))
+def test_roc_auc_equals_sklearn_with_ties(seed, items, levels):
+    random = np.random.default_rng(seed)
+    scores, shown = random.integers(0, levels, items) / levels, random.integers(0, 2, items).astype(bool)
+    shown[:2] = True, False
+    assert roc_auc(scores[shown], scores[~shown]) == pytest.approx(roc_auc_score(shown, scores), abs=1e-12)
+    assert math.isnan(roc_auc(scores[shown], scores[:0]))
+
+
+def test_reliability_by_hand():
+    bins = reliability(np.array([0, 0.2, 0.25, 0.25, 1.0, 0.9]), np.array([0, 0, 1, 0, 1, 0], bool), 4)
+    np.testing.assert_allclose(bins["mean"], [0.1, 0.25, np.nan, 0.95])
+    np.testing.assert_allclose(bins["shown"], [0, 0.5, np.nan, 0.5])
+    assert bins["items"].tolist() == [2, 2, 0, 2]
 
 
 def test_average_precision_of_nothing():

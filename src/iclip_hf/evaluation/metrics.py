@@ -221,17 +221,40 @@ def _histogram(values: np.ndarray) -> np.ndarray:
     return np.bincount(levels, minlength=_LEVELS_OF_CONTRAST + 1)
 
 
-def average_precision(scores: np.ndarray, presence: np.ndarray) -> float:
+def average_precision(scores: np.ndarray, shown: np.ndarray) -> float:
     """
     Computes the area under the precision-recall step function, in [0, 1], with ties grouped, as in scikit-learn, from scores `(B,)`
-    and presence `(B,)`, zeros and at least one 1.
+    and whether each item is shown `(B,)`, zeros and at least one 1.
     """
     order = np.argsort(-scores)
     scores = scores[order]
     cuts = np.flatnonzero(np.append(scores[1:] != scores[:-1], True))  # last item of each group of ties
-    true_positives = presence[order].cumsum()[cuts]
+    true_positives = shown[order].cumsum()[cuts]
     precision = true_positives / (cuts + 1)
     return float((np.diff(true_positives, prepend=0) * precision).sum() / true_positives[-1])
+
+
+def roc_auc(positives: np.ndarray, negatives: np.ndarray) -> float:
+    """
+    Computes the area under the ROC curve from the scores of positive and negative items: the share of pairs of them where the positive
+    one is higher, ties half, in [0, 1]. NaN without either.
+    """
+    ordered = np.sort(negatives)
+    below, up_to = (np.searchsorted(ordered, positives, side) for side in ("left", "right"))
+    pairs = 2 * len(positives) * len(negatives)
+    return int((below + up_to).sum()) / pairs if pairs else math.nan
+
+
+def reliability(probabilities: np.ndarray, shown: np.ndarray, bins: int = 10) -> dict[str, np.ndarray]:
+    """
+    Groups probabilities `(N,)` into bins of equal width, of which the last includes 1 (Guo et al. 2017). Returns the mean probability
+    (NaN in an empty bin), the share of `shown` (likewise) and the number of items of each bin, as `mean`, `shown` and `items`.
+    """
+    index = np.minimum((probabilities * bins).astype(np.intp), bins - 1)
+    items = np.bincount(index, minlength=bins)
+    number = np.where(items, items, np.nan)
+    mean, share = (np.bincount(index, weights, bins) / number for weights in (probabilities, shown))
+    return {"mean": mean, "shown": share, "items": items}
 
 
 def _mean(values) -> float:
@@ -629,51 +652,23 @@ class MultiLabelAveragePrecision:
 
     def __init__(self):
         self._scores: list[np.ndarray] = []
-        self._presence: list[np.ndarray] = []
+        self._shown: list[np.ndarray] = []
 
-    def update(self, scores, presence) -> None:
-        """
-        Adds images: scores and presence, zeros and ones, arrays or tensors of shape `(B, K)`.
-
-        Raises:
-            `TypeError`: scores or presence are not numbers. `ValueError`: shapes differ or are not (B, K), K differs from earlier
-            images, scores are NaN, or presence is not 0 or 1.
-        """
-        scores, presence = to_numpy(scores), to_numpy(presence)
-        if not {scores.dtype.kind, presence.dtype.kind} <= set("biuf"):
-            raise TypeError(
-                f"Expected scores and presence of numbers, got {scores.dtype} and {presence.dtype}: convert them."
-            )
-        if scores.ndim != 2 or scores.shape != presence.shape:
-            raise ValueError(
-                f"Expected scores and presence of one shape (B, K), got {scores.shape} and {presence.shape}: "
-                "pass a row for each image and a column for each class."
-            )
-        self._check_classes(scores.shape[1])
-        if np.isnan(scores).any():
-            raise ValueError("Expected scores that can be ranked, got NaN: replace these scores.")
-        if not np.isin(presence, (0, 1)).all():
-            raise ValueError(
-                f"Expected presence of 0 or 1, got values from {presence.min()} to {presence.max()}: "
-                "mark the classes that an image shows by 1."
-            )
-        self._scores.append(scores.astype(np.float64))
-        self._presence.append(presence.astype(bool))
+    def update(self, scores, shown) -> None:
+        """Adds images: scores, and whether the class is shown (zeros and ones), arrays or tensors of shape `(B, K)`."""
+        self._scores.append(to_numpy(scores).astype(np.float64))
+        self._shown.append(to_numpy(shown).astype(bool))
 
     add_counts = update  # scores are their own counts
 
     def merge(self, other: MultiLabelAveragePrecision) -> None:
-        """Adds all images of another metric. Raises `ValueError` if its number of classes differs."""
-        if other._scores:
-            self._check_classes(other._scores[0].shape[1])
+        """Adds all images of another metric."""
         self._scores.extend(other._scores)
-        self._presence.extend(other._presence)
+        self._shown.extend(other._shown)
 
-    def _check_classes(self, number: int) -> None:
-        if self._scores and number != self._scores[0].shape[1]:
-            raise ValueError(
-                f"Expected {self._scores[0].shape[1]} classes as before, got {number}: use another metric for these."
-            )
+    def images(self) -> tuple[np.ndarray, np.ndarray]:
+        """Returns the scores of all images so far, and whether the classes are shown, `(B, K)` each."""
+        return np.concatenate(self._scores), np.concatenate(self._shown)
 
     def compute(self) -> dict:
         """
@@ -685,12 +680,12 @@ class MultiLabelAveragePrecision:
         """
         if not self._scores:
             return {"map": math.nan, "per_class": {}, "images": 0, "left_out": {"no_positive": 0}}
-        scores, presence = np.concatenate(self._scores), np.concatenate(self._presence)
-        shown = np.flatnonzero(presence.any(axis=0))
-        per_class = {int(k) + 1: 100 * average_precision(scores[:, k], presence[:, k]) for k in shown}
+        scores, shown = self.images()
+        classes = np.flatnonzero(shown.any(axis=0))
+        per_class = {int(k) + 1: 100 * average_precision(scores[:, k], shown[:, k]) for k in classes}
         return {
             "map": _mean(per_class.values()),
             "per_class": per_class,
             "images": len(scores),
-            "left_out": {"no_positive": scores.shape[1] - len(shown)},
+            "left_out": {"no_positive": scores.shape[1] - len(classes)},
         }

@@ -15,6 +15,20 @@ from pathlib import Path
 from ..utils.files import SOFTWARE, check_outputs, is_own, new_file
 
 
+# The figures of the measure `presence` in its table: for each its heading and number of digits.
+PRESENCE = {
+    "auc": ("AUC of presence", 3),
+    "auc_hard": ("against like classes", 3),
+    "kept": ("kept at {min_presence} %", 1),
+    "kept_things": ("things %", 1),
+    "kept_stuff": ("stuff %", 1),
+    "passed": ("passed %", 1),
+    "passed_hard": ("like classes passed %", 1),
+    "mAP": ("mAP by presence %", 1),
+    "calibration_error": ("calibration error", 3),
+}
+
+
 @dataclass
 class EvaluationResult:
     """
@@ -38,16 +52,22 @@ class EvaluationResult:
     columns: dict[str, dict[str, str]]
 
     def table(self) -> str:
-        """Returns the scores as a Markdown table, which says if they are of the first images only, and a line on presence."""
+        """Returns the scores as a Markdown table, which says if they are of the first images only, and two tables on presence."""
         headings = list(next(iter(self.columns.values())))
         seen, whole = (self.protocol["dataset"][name] for name in ("images", "images_in_split"))
         first = "method" if seen == whole else f"method, on the first {seen} of {whole} images"
         lines = [markdown([first, *headings], [[method, *row.values()] for method, row in self.columns.items()])]
         if self.presence:
-            kept, passed, ap = (rounded(self.presence[name], 1) for name in ("kept", "passed", "mAP"))
-            gate = f"presence of at least {self.presence['min_presence']}"
-            shares = f"{kept} % of the classes that an image shows, {passed} % of the others"
-            lines += ["", f"{gate}: {shares}; mAP by presence {ap} %"]
+            columns = {name: heading.format(**self.presence) for name, (heading, _) in PRESENCE.items()}
+            shown = {name: rounded(self.presence[name], digits) for name, (_, digits) in PRESENCE.items()}
+            bins = self.presence["reliability"]
+            edges = [f"{index / len(bins):.1f} to {(index + 1) / len(bins):.1f}" for index in range(len(bins))]
+            rows = [
+                ["mean", *(rounded(row["mean"], 2) for row in bins)],
+                ["share that is shown", *(rounded(row["shown"], 2) for row in bins)],
+                ["pairs", *(str(row["pairs"]) for row in bins)],
+            ]
+            lines += ["", markdown([*columns.values()], [[*shown.values()]]), "", markdown(["presence", *edges], rows)]
         return "\n".join(lines)
 
     def to_json(self) -> str:

@@ -24,9 +24,8 @@ from ..prompts import check_templates
 from ..refinement import refine_maps
 from ..utils.distributed import this_process
 from ..utils.extras import require_extra
-from ..utils.names import TASKS
 from ..utils.prefetch import prefetch_map, spare_processors
-from .measures import EvaluatedImage, Measure, make_measure
+from .measures import TASKS, EvaluatedImage, Measure, make_measure
 from .measures.measure import check_positive
 from .results import EvaluationResult
 

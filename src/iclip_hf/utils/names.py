@@ -28,25 +28,6 @@ METHODS = {
 }
 # The group of entry points by which other packages add methods: a name, and module and class.
 METHOD_GROUP = "iclip_hf.explainers"
-# Measures of an evaluation: for each its module and class in `iclip_hf.evaluation.measures`; by the tasks of `iclip evaluate`.
-TASKS = {
-    "interpretability": {
-        "mAP": "recognition:AveragePrecision",
-        "mMIoU": "pairs:MMIoU",
-        "mFMB": "pairs:MFMB",
-        "text_contrast": "contrast:TextContrast",
-        "stuff_contrast": "contrast:StuffContrast",
-        "presence": "recognition:Presence",
-    },
-    "segmentation": {"segmentation": "segmentation:Segmentation"},
-    "faithfulness": {
-        "deletion_insertion": "deletion_insertion:DeletionInsertion",
-        "max_sensitivity": "max_sensitivity:MaxSensitivity",
-        "randomization": "randomization:Randomization",
-        "pointing_game": "pointing_game:PointingGame",
-    },
-}
-MEASURES = {name: place for measures in TASKS.values() for name, place in measures.items()}
 # Poolings whose channels are compared.
 POOLINGS = ("class_token", "average", "max", "own")
 # Models of transformers that explain: for each type, as config.json names it, the class in `iclip_hf.models.families`.

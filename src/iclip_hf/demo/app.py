@@ -18,6 +18,7 @@ import numpy as np
 from PIL import Image
 
 from .. import __version__
+from ..explainers.methods import METHODS
 from ..hub.model_card import front_matter
 from ..images import load_image
 from ..localization.explanation import Explanation
@@ -26,7 +27,6 @@ from ..models.loading import load
 from ..presence import BACKGROUND, presence_word
 from ..utils.extras import require_extra
 from ..utils.files import write_beside_others
-from ..utils.names import METHODS
 from .content import EXAMPLES, INTRODUCTION, MAX_CHARACTERS, MAX_TEXTS, SPACE, beside, example_files, look, view_size
 
 

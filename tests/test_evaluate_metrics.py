@@ -120,6 +120,15 @@ def test_every_folder_loads_and_computes(folder):
     assert "sdk: gradio" in (folder / "README.md").read_text(encoding="utf-8")
 
 
+def test_a_call_without_labels_is_told_how_to_call(folder):
+    metric, inputs = evaluate.load(str(folder)), items(folder.name)
+    labels = inputs.pop("labels")
+    for call in (metric.compute, metric.add_batch):
+        with pytest.raises(ValueError, match=r"compute\(predictions=maps, references=label_masks, labels=\["):
+            call(**inputs)
+    assert metric.compute(**inputs, labels=labels) == expected(folder.name)
+
+
 @pytest.mark.parametrize("keep_in_memory", [False, True])
 def test_every_way_of_adding_gives_the_same(folder, keep_in_memory):
     metric, inputs = evaluate.load(str(folder), keep_in_memory=keep_in_memory), items(folder.name)

@@ -1,4 +1,4 @@
-"""evaluation/segmentation.py and explainers/windows.py against the same protocol in plain steps."""
+"""Segmentation, windows and typed segments against the same protocol in plain steps."""
 
 from types import SimpleNamespace
 
@@ -11,10 +11,9 @@ from torch.nn import functional as F
 from iclip_hf.data import load_segmentation
 from iclip_hf.evaluation.evaluate import evaluate
 from iclip_hf.evaluation.measures.recognition import like_classes
-from iclip_hf.evaluation.measures.segmentation import Segmentation
+from iclip_hf.evaluation.measures.segmentation import Segmentation, windowed_maps
 from iclip_hf.evaluation.measures.typed_segments import TypedSegments
 from iclip_hf.explainers import make_explainer
-from iclip_hf.explainers.windows import windowed_maps
 from iclip_hf.models.loading import load
 from iclip_hf.presence import BACKGROUND, MIN_PRESENCE
 from iclip_hf.refinement import refine_maps

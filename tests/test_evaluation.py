@@ -1,11 +1,14 @@
 import csv
 import itertools
 import json
+import math
 import os
 import re
 import shutil
 import subprocess
 import sys
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -278,6 +281,15 @@ def test_an_unfinished_measure_is_refused_before_the_images(labelled_folder, tin
     dataset = load_segmentation("folder", labelled_folder)
     with pytest.raises(NotImplementedError, match=f"Expected {measure.__name__} to define {lacks}, got n"):
         evaluate((tiny_model(), tiny_processor), dataset, measures=[measure()], progress=False)
+
+
+def test_the_measure_of_the_guide_leaves_out_a_class_that_is_a_crowd_only():
+    guide = (Path(__file__).parents[1] / "docs" / "guide" / "evaluate.md").read_text(encoding="utf-8")
+    names = {}
+    exec(re.search(r"```py\n(import math.*?)\nprint", guide, re.DOTALL)[1], names)
+    image = SimpleNamespace(masks=np.array([[[1, 1]], [[0, 255]]]), sample=SimpleNamespace(labels=(1, 2)))
+    (one, label), ((nothing,), _) = names["AreaRatio"]().count(image, "itsm", torch.tensor([[[0.9, 0.1]]] * 2))
+    assert (one, label) == ([0.5], 1) and math.isnan(nothing)
 
 
 def test_protocol_says_what_was_done(labelled_folder, tiny_processor):

@@ -206,6 +206,18 @@ def test_absent_class_and_void_image_change_nothing(metric):
     assert result == alone
 
 
+def test_the_lowest_of_thresholds_that_differ_by_rounding_alone():
+    """IoUs of three images: 0.3, 0.2 and 0.1 up to a threshold of 0.5, then 0.1, 0.2 and 0.3, whose sum is rounded up."""
+    assert 0.1 + 0.2 + 0.3 > 0.3 + 0.2 + 0.1
+    metric, low = MeanMaxIoU(), np.arange(102) <= 51
+    for background, foreground in ((0, np.where(low, 3, 1)), (0, 2), (np.where(low, 20, 0), 3)):
+        counts = np.zeros((2, 102), int)
+        counts[0], counts[1] = background, foreground
+        counts[1, 0] = 10
+        metric.add_counts(counts, 1)
+    assert metric.compute()["thresholds"] == {1: 0.0}
+
+
 # --- mFMB ------------------------------------------------------------------------------------------------------------
 
 

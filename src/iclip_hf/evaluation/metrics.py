@@ -27,55 +27,21 @@ _BLOCK = 2**16  # pixels in one block, whose temporary arrays fit into the proce
 _LEVELS_OF_CONTRAST = 2**12  # a power of two, so that scaling a float32 map has no rounding error
 
 
-def _class_id(value, name: str) -> int:
-    try:
-        return operator.index(value)
-    except TypeError:
-        raise TypeError(
-            f"Expected `{name}` to be an integer class id, got {value!r}: pass an id of the mask."
-        ) from None
-
-
 def _check_map(heatmap) -> np.ndarray:
-    """Returns a map as an array of floats. Raises an error unless its values are in [0, 1]."""
+    """Returns a map as an array of floats. Raises `ValueError` unless its values are in [0, 1], because others are counted wrongly."""
     heatmap = to_numpy(heatmap)
-    if heatmap.dtype.kind in "biu":
-        heatmap = heatmap.astype(np.float32)  # a map of zeros and ones; other integers are refused below
-    if heatmap.dtype not in (np.float16, np.float32, np.float64):
-        raise TypeError(f"Expected a map of float16, float32 or float64, got {heatmap.dtype}: convert it.")
-    if heatmap.size:
-        low, high = heatmap.min(), heatmap.max()
-        if not (low >= 0 and high <= 1):  # NaN fails too
-            raise ValueError(f"Expected map values in [0, 1], got {low} to {high}: normalise or clip the map.")
+    if heatmap.dtype.kind != "f":
+        heatmap = heatmap.astype(np.float32)  # a map of zeros and ones
+    if heatmap.size and not (heatmap.min() >= 0 and heatmap.max() <= 1):  # NaN fails too
+        raise ValueError(f"Map values must be in [0, 1], not {heatmap.min()} to {heatmap.max()}: normalise the map.")
     return heatmap
 
 
-def _check_mask(mask) -> np.ndarray:
-    mask = to_numpy(mask)
-    if mask.dtype.kind not in "biu":
-        raise TypeError(f"Expected a label mask of integers, got {mask.dtype}: convert it.")
-    return mask
-
-
-def _checked(maps, mask, labels, ignore_index) -> tuple[np.ndarray, np.ndarray, list[int], int]:
-    """Checks types and values; shapes are checked by the caller."""
-    ignore_index = _class_id(ignore_index, "ignore_index")
-    labels = [_class_id(label, "label") for label in labels]
-    if ignore_index in labels:
-        raise ValueError(
-            f"Expected `label` to be a class, got {ignore_index}, the `ignore_index`: change one of them."
-        )
-    return _check_map(maps), _check_mask(mask), labels, ignore_index
-
-
 def _pair_blocks(heatmap, mask, label, ignore_index):
-    """Checks one pair, and yields its map values, foreground and void in flat blocks."""
-    heatmap, mask, (label,), ignore_index = _checked(heatmap, mask, [label], ignore_index)
-    if heatmap.ndim != 2 or heatmap.shape != mask.shape or not heatmap.size:
-        raise ValueError(
-            f"Expected a map and a label mask of one shape (H, W), got {heatmap.shape} and {mask.shape}: "
-            "resize the map to the mask."
-        )
+    """Yields map values, foreground and void of one pair in flat blocks."""
+    heatmap, mask = _check_map(heatmap), to_numpy(mask)
+    if heatmap.shape != mask.shape:
+        raise ValueError(f"Map and label mask must have one shape, not {heatmap.shape} and {mask.shape}.")
     heatmap, mask = heatmap.ravel(), mask.ravel()
     for start in range(0, heatmap.size, _BLOCK):
         block = mask[start : start + _BLOCK]
@@ -96,8 +62,7 @@ def threshold_counts(heatmap, mask, label: int, ignore_index: int = 255) -> np.n
         M > 0.01, ..., M > 1.
 
     Raises:
-        `TypeError`: the map has another dtype, or the mask, `label` or `ignore_index` is not of integers.
-        `ValueError`: shapes differ or are not (H, W), map values are NaN or outside [0, 1], or `label` is `ignore_index`.
+        `ValueError`: shapes differ, or map values are NaN or outside [0, 1].
     """
     histogram = np.zeros(256, dtype=np.int64)
     for values, foreground, void in _pair_blocks(heatmap, mask, label, ignore_index):
@@ -160,20 +125,12 @@ def contrast_counts(maps, mask, labels, ignore_index: int = 255, both_maps: bool
         classes of the image are partners if each has a pixel that does not belong to the other.
 
     Raises:
-        `TypeError`: as [`threshold_counts`].
-        `ValueError`: as [`threshold_counts`]; or labels are repeated, or their number is not K.
+        `ValueError`: as [`threshold_counts`]; or the number of labels is not K.
     """
-    maps, mask, labels, ignore_index = _checked(maps, mask, labels, ignore_index)
-    if maps.ndim != 3 or mask.shape not in (maps.shape, maps.shape[1:]) or 0 in maps.shape[1:]:
-        raise ValueError(
-            "Expected maps (K, H, W) and a label mask (H, W) or (K, H, W) of their size, "
-            f"got {maps.shape} and {mask.shape}: resize the maps to the mask."
-        )
-    if len(set(labels)) != len(maps) or len(labels) != len(maps):
-        raise ValueError(f"Expected {len(maps)} different labels, one for each map, got {labels}: pass these.")
+    maps, mask = _check_map(maps), to_numpy(mask)
     masks, number = np.broadcast_to(mask, maps.shape), len(maps)
     void = (masks == ignore_index).any(0)
-    regions = [(own_mask == label) & ~void for own_mask, label in zip(masks, labels)]
+    regions = [(own_mask == label) & ~void for own_mask, label in zip(masks, labels, strict=True)]
     pixels = [np.flatnonzero(region) for region in regions]
     shared = {(i, j): np.flatnonzero(regions[i] & regions[j]) for i in range(number) for j in range(i)}
 
@@ -269,26 +226,20 @@ class _ClassSums:
     _reasons: tuple[str, ...]  # why items are left out, in the order of the checks
 
     def __init__(self, ignore_index: int = 255):
-        self.ignore_index = _class_id(ignore_index, "ignore_index")
+        self.ignore_index = ignore_index
         self._sums: dict[int, np.ndarray] = {}
         self._counted = 0
         self._left_out = Counter()
 
     def merge(self, other: _ClassSums) -> None:
-        """Adds the counts of another metric. Raises `ValueError` if its type or settings differ."""
-        if self._settings() != other._settings():
-            raise ValueError(
-                f"Expected a metric like this one, {self._settings()}, got {other._settings()}: create both alike."
-            )
+        """Adds the counts of another metric of the same type and settings."""
         self._counted += other._counted
         self._left_out.update(other._left_out)
         for label, sums in other._sums.items():
             self._add(label, sums)
 
-    def _settings(self) -> tuple:
-        return type(self), self.ignore_index
-
     def _add(self, label: int, sums: np.ndarray) -> None:
+        label = operator.index(label)
         self._sums[label] = self._sums.get(label, 0) + sums
 
     def _numbers(self, counted: str) -> dict:
@@ -306,9 +257,7 @@ class _PairMetric(_ClassSums):
 
     def __init__(self, aggregate: str = "image", ignore_index: int = 255):
         if aggregate not in ("image", "pixel"):
-            raise ValueError(
-                f"Expected `aggregate` to be one of ('image', 'pixel'), got {aggregate!r}: choose one of them."
-            )
+            raise ValueError(f"aggregate is 'image' or 'pixel', not {aggregate!r}.")
         super().__init__(ignore_index)
         self.aggregate = aggregate
 
@@ -329,10 +278,7 @@ class _PairMetric(_ClassSums):
             self._left_out[reason] += 1
         else:
             self._counted += 1
-            self._add(_class_id(label, "label"), self._summands(counts))
-
-    def _settings(self) -> tuple:
-        return *super()._settings(), self.aggregate
+            self._add(label, self._summands(counts))
 
 
 class MeanMaxIoU(_PairMetric):
@@ -425,7 +371,7 @@ class _RegionMetric(_ClassSums):
 
     def add_counts(self, counts: np.ndarray, labels) -> None:
         """Adds one image by its counts from `count`, which may come from another process."""
-        paired = [(_class_id(label, "label"), sums) for label, sums in zip(labels, counts.T) if sums[0]]
+        paired = [(label, sums) for label, sums in zip(labels, counts.T) if sums[0]]
         if paired:
             self._counted += 1
         else:
@@ -485,7 +431,7 @@ class ClassMeans(_ClassSums):
         figures = np.asarray(figures, dtype=np.float64)
         counts = ~np.isnan(figures)
         self._counted += 1
-        self._add(_class_id(label, "label"), np.array([counts, np.where(counts, figures, 0)]))
+        self._add(label, np.array([counts, np.where(counts, figures, 0)]))
 
     def compute(self) -> dict:
         """
@@ -523,8 +469,7 @@ class MeanIoU:
     """
 
     def __init__(self, num_classes: int, background: bool = True, ignore_index: int = 255):
-        self.num_classes, self.background = _class_id(num_classes, "num_classes"), background
-        self.ignore_index = _class_id(ignore_index, "ignore_index")
+        self.num_classes, self.background, self.ignore_index = num_classes, background, ignore_index
         self.areas = np.zeros((3, self.num_classes, 1), np.int64)
 
     def count(self, prediction, reference, confidence=None) -> np.ndarray:
@@ -540,26 +485,11 @@ class MeanIoU:
         Returns:
             `np.ndarray` of shape `(3, K, L)`, int64: pixels of each class in both maps, in the prediction and in the reference, at
             L thresholds: 101, or 1 without confidence.
-
-        Raises:
-            `TypeError`: a label map is not of integers.
-            `ValueError`: shapes differ or are not (H, W), class ids are outside 0..K-1, or confidences outside [0, 1].
         """
-        prediction, reference = _check_mask(prediction), _check_mask(reference)
-        confidence = None if confidence is None else _check_map(confidence)
-        shapes = {array.shape for array in (prediction, reference, confidence) if array is not None}
-        if len(shapes) > 1 or prediction.ndim != 2:
-            raise ValueError(
-                f"Expected label maps and confidence of one shape (H, W), got {sorted(shapes)}: resize them."
-            )
+        prediction, reference = to_numpy(prediction), to_numpy(reference)
+        confidence = None if confidence is None else to_numpy(confidence)
         counted = reference != self.ignore_index
         prediction, reference = prediction[counted].astype(np.intp), reference[counted].astype(np.intp)
-        for name, ids in (("prediction", prediction), ("reference", reference)):
-            if ids.size and not (ids.min() >= 0 and ids.max() < self.num_classes):
-                raise ValueError(
-                    f"Expected class ids from 0 to {self.num_classes - 1} in the {name}, got {ids.min()} to {ids.max()}: "
-                    "correct them."
-                )
         levels = 1 if confidence is None else _LEVELS
         codes = prediction * levels
         if confidence is not None:
@@ -583,17 +513,10 @@ class MeanIoU:
 
     def add_counts(self, areas: np.ndarray) -> None:
         """Adds one image by its counts from `count`, which may come from another process. All images have confidences, or none."""
-        if self.areas.any() and self.areas.shape != areas.shape:
-            raise ValueError(
-                f"Expected counts of shape {self.areas.shape} as before, got {areas.shape}: use another metric for these."
-            )
         self.areas = self.areas + areas
 
     def merge(self, other: MeanIoU) -> None:
-        """Adds the counts of another metric. Raises `ValueError` if its settings differ."""
-        own, others = ((metric.num_classes, metric.background, metric.ignore_index) for metric in (self, other))
-        if own != others:
-            raise ValueError(f"Expected a metric like this one, {own}, got {others}: create both alike.")
+        """Adds the counts of another metric of the same settings."""
         if other.areas.any():
             self.add_counts(other.areas)
 

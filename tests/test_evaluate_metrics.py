@@ -223,9 +223,16 @@ def test_mistakes_are_refused_and_cost_no_items(folder):
         metric.compute(**inputs, ignore_index=0)
     with pytest.raises(ValueError, match="one length, got 6, 6 and 1"):
         metric.add_batch(**{**inputs, "labels": [1]})
-    for spoil in (lambda maps: 2 * maps, lambda maps: maps - 1, lambda maps: maps * np.nan, lambda maps: maps[..., 1:]):
+    for spoil in (
+        lambda maps: 2 * maps,
+        lambda maps: maps - 1,
+        lambda maps: maps * np.nan,
+        lambda maps: maps[..., 1:],
+    ):
         with pytest.raises(ValueError):
-            metric.add_batch(**{**inputs, "predictions": [*inputs["predictions"][:-1], spoil(inputs["predictions"][-1])]})
+            metric.add_batch(
+                **{**inputs, "predictions": [*inputs["predictions"][:-1], spoil(inputs["predictions"][-1])]}
+            )
     assert metric.compute(ignore_index=255) == expected(folder.name)
 
 

@@ -21,7 +21,6 @@ from torch.nn import functional as F
 from iclip_hf import cli
 from iclip_hf.data import load_segmentation
 from iclip_hf.evaluation.evaluate import evaluate
-from iclip_hf.evaluation.measures.measure import MeansMeasure, Measure
 from iclip_hf.evaluation.metrics import MeanForegroundMinusBackground as MFMB
 from iclip_hf.evaluation.metrics import MeanMaxIoU, MultiLabelAveragePrecision
 from iclip_hf.evaluation.results import class_thresholds
@@ -252,35 +251,6 @@ def test_batches_workers_and_order_change_nothing(labelled_folder, tiny_processo
     many = evaluate((model, tiny_processor), dataset, batch_size=4, num_workers=3, progress=False)
     for name in ("mAP", "mMIoU", "mFMB", "floor"):
         assert one.results["itsm"][name] == pytest.approx(many.results["itsm"][name], abs=1e-4)
-
-
-class NoRow(Measure):
-    name, figures, metric = "no_row", {}, MFMB
-
-    def count(self, image, method, heatmaps):
-        return []
-
-
-class NoFigures(NoRow):
-    figures, row = property(), "FMB"  # a property without a getter: hasattr is False
-
-
-class NoMetric(NoRow):
-    metric, row = property(), "FMB"
-
-
-class NoMeasure(MeansMeasure):
-    name, figures = "no_measure", {}
-
-
-@pytest.mark.parametrize(
-    ("measure", "lacks"),
-    [(NoRow, "row"), (NoFigures, "figures"), (NoMetric, "metric"), (NoMeasure, "measure or count")],
-)
-def test_an_unfinished_measure_is_refused_before_the_images(labelled_folder, tiny_processor, measure, lacks):
-    dataset = load_segmentation("folder", labelled_folder)
-    with pytest.raises(NotImplementedError, match=f"Expected {measure.__name__} to define {lacks}, got n"):
-        evaluate((tiny_model(), tiny_processor), dataset, measures=[measure()], progress=False)
 
 
 def test_the_measure_of_the_guide_leaves_out_a_class_that_is_a_crowd_only():

@@ -422,16 +422,16 @@ class RegionRanking(_RegionMetric):
 
 
 class ClassMeans(_ClassSums):
-    """Means of any figures of pairs: over the images of a class, then over the classes. A figure that is NaN is left out."""
+    """Means of any scores of pairs: over the images of a class, then over the classes. A score that is NaN is left out."""
 
     _reasons = ()
 
-    def add_counts(self, figures, label: int) -> None:
-        """Adds the figures of one pair, F floats."""
-        figures = np.asarray(figures, dtype=np.float64)
-        counts = ~np.isnan(figures)
+    def add_counts(self, scores, label: int) -> None:
+        """Adds the scores of one pair, F floats."""
+        scores = np.asarray(scores, dtype=np.float64)
+        counts = ~np.isnan(scores)
         self._counted += 1
-        self._add(label, np.array([counts, np.where(counts, figures, 0)]))
+        self._add(label, np.array([counts, np.where(counts, scores, 0)]))
 
     def compute(self) -> dict:
         """

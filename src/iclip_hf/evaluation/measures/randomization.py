@@ -82,7 +82,7 @@ class Randomization(MeansMeasure):
     """
 
     name = "randomization"
-    figures = {"first": ("rank correlation, last layer random", 2), "all": ("all layers random", 2)}
+    scores = {"first": ("rank correlation, last layer random", 2), "all": ("all layers random", 2)}
 
     def __init__(self, seed: int = 0):
         self.seed = seed
@@ -100,11 +100,11 @@ class Randomization(MeansMeasure):
         return {self.name: list(super().named(values).values())}
 
     def report(self, method: str) -> tuple[dict, dict[int, dict]]:
-        figures, rows = super().report(method)
-        return figures, {label: {self.name: row[self.name][-1]} for label, row in rows.items()}
+        reported, rows = super().report(method)
+        return reported, {label: {self.name: row[self.name][-1]} for label, row in rows.items()}
 
-    def cells(self, figures: dict) -> list[str]:
-        ends = figures[self.name]
+    def cells(self, reported: dict) -> list[str]:
+        ends = reported[self.name]
         return [rounded(ends[place], 2) for place in (0, -1)]
 
     def protocol(self) -> dict:

@@ -16,7 +16,7 @@ class AveragePrecision(Measure):
 
     name = "mAP"
     needs = frozenset({"scores"})
-    figures = {"mAP": ("mAP %", 2)}
+    scores = {"mAP": ("mAP %", 2)}
     by_method = False
     metric = MultiLabelAveragePrecision
     row = "AP"
@@ -43,7 +43,7 @@ class Presence(Measure):
 
     name = "presence"
     needs = frozenset({"scores"})
-    figures = {}  # tables of their own, see `EvaluationResult.table`
+    scores = {}  # tables of their own, see `EvaluationResult.table`
     by_method = False
     metric = MultiLabelAveragePrecision
 

@@ -94,8 +94,8 @@ class Segmentation(Measure):
     """
 
     name = "segmentation"
-    figures = {"mIoU": ("mIoU %", 2), "pixel_accuracy": ("pixel accuracy %", 2), "floor": ("floor %", 2)}
-    figures |= {"floor_class": ("floor's class", 0), "thresholds": ("background threshold", 0)}
+    scores = {"mIoU": ("mIoU %", 2), "pixel_accuracy": ("pixel accuracy %", 2), "floor": ("floor %", 2)}
+    scores |= {"floor_class": ("floor's class", 0), "thresholds": ("background threshold", 0)}
 
     def __init__(
         self,
@@ -140,7 +140,7 @@ class Segmentation(Measure):
         dataset = self.run.dataset
         return _Folds(len(dataset.labels) + 1, dataset.background, dataset.void)
 
-    def see(self, images: list[EvaluatedImage]) -> list[dict[str, torch.Tensor]]:
+    def forward(self, images: list[EvaluatedImage]) -> list[dict[str, torch.Tensor]]:
         """Returns raw maps of all texts `(T, h, w)` by method for each image."""
         pixel_values = torch.cat([image.pixel_values for image in images])
         drawn = {}
@@ -156,7 +156,7 @@ class Segmentation(Measure):
 
     def count(self, image: EvaluatedImage, method: str, heatmaps: None) -> list[tuple]:
         options = {"threshold": self.threshold, "logit_scale": self.logit_scale, "classes": self.classes}
-        labels, confidence = label_map(image.seen[self.name][method], image.sample.size, **options)
+        labels, confidence = label_map(image.outputs[self.name][method], image.sample.size, **options)
         metric = self.totals[method].folds[0]
         areas = metric.count(labels + 1, image.sample.label_map, confidence if self.sweeps else None)
         return [(image.index % 2, areas)]
@@ -172,7 +172,7 @@ class Segmentation(Measure):
         for fold, index in zip(folds, best):
             whole.add_counts(fold.areas[..., [index]])
         scores = whole.compute()
-        figures = {
+        reported = {
             "mIoU": measured(scores["miou"]),
             "pixel_accuracy": measured(scores["pixel_accuracy"]),
             "floor": measured(scores["floor"]),
@@ -184,12 +184,12 @@ class Segmentation(Measure):
         accuracy = scores["per_class_accuracy"]
         ids = range(0 if self.run.dataset.background else 1, whole.num_classes)
         rows = {k: {"IoU": scores["per_class"].get(k), "accuracy": accuracy.get(k)} for k in ids}
-        return figures, rows
+        return reported, rows
 
-    def cells(self, figures: dict) -> list[str]:
-        thresholds = dict.fromkeys(figures["thresholds"] or ["-"])  # once if they are equal
-        shown = figures | {"floor_class": None, "thresholds": None}
-        return [*super().cells(shown)[:3], str(figures["floor_class"]), " / ".join(map(str, thresholds))]
+    def cells(self, reported: dict) -> list[str]:
+        thresholds = dict.fromkeys(reported["thresholds"] or ["-"])  # once if they are equal
+        shown = reported | {"floor_class": None, "thresholds": None}
+        return [*super().cells(shown)[:3], str(reported["floor_class"]), " / ".join(map(str, thresholds))]
 
     def protocol(self) -> dict:
         return {

@@ -35,7 +35,7 @@ class TypedSegments(Measure):
     """
 
     name = "typed_segments"
-    figures = {
+    scores = {
         "typed_iou": ("IoU of typed texts %", 2),
         "without_pixel": ("without a pixel %", 1),
         "absent_area": ("area of absent texts %", 2),
@@ -66,7 +66,7 @@ class TypedSegments(Measure):
                 left[typed[-1]] = False
         return typed
 
-    def see(self, images: list[EvaluatedImage]) -> list[dict[str, Explanation]]:
+    def forward(self, images: list[EvaluatedImage]) -> list[dict[str, Explanation]]:
         prepared = [PreparedImage(image.pixel_values, image.sample.size, self.typed(image)) for image in images]
         explained = [localizer.explain(prepared, len(images)) for localizer in self.localizers.values()]
         return [dict(zip(self.localizers, explanations)) for explanations in zip(*explained)]
@@ -74,7 +74,7 @@ class TypedSegments(Measure):
     def count(self, image: EvaluatedImage, method: str, heatmaps: None) -> list[tuple]:
         if not image.sample.labels:
             return []
-        found = image.seen[self.name][method].label_map().numpy()
+        found = image.outputs[self.name][method].label_map().numpy()
         counted = (image.masks != image.sample.void).all(0)
         texts = np.zeros(3)
         for index, (label, mask) in enumerate(zip(image.sample.labels, image.masks)):
@@ -90,7 +90,7 @@ class TypedSegments(Measure):
 
         (texts, iou, without), (images, absent) = self.totals[method].texts, self.totals[method].images
         values = (percent(iou, texts), percent(without, texts), percent(absent, images))
-        return {**dict(zip(self.figures, values)), "texts": int(texts), "images": int(images)}, {}
+        return {**dict(zip(self.scores, values)), "texts": int(texts), "images": int(images)}, {}
 
     def protocol(self) -> dict:
         return {

@@ -229,17 +229,17 @@ class EvaluationRun:
                 for image, of_image in zip(images, maps):
                     image.raw_maps[method] = of_image[: len(image.sample.labels)]
 
-    def drawers(self, image: EvaluatedImage) -> dict[str, Callable[[torch.Tensor], torch.Tensor]]:
+    def map_functions(self, image: EvaluatedImage) -> dict[str, Callable[[torch.Tensor], torch.Tensor]]:
         """
         Returns for each method a function from prepared images `(N, 3, H, W)` to raw maps for the classes that `image` shows,
         `(N, T, h, w)`.
         """
         rows = torch.tensor(image.sample.labels) - 1
 
-        def draw(explainer: Explainer, pixel_values: torch.Tensor) -> torch.Tensor:
+        def explain(explainer: Explainer, pixel_values: torch.Tensor) -> torch.Tensor:
             return maps_of(explainer, pixel_values, self.texts, rows.expand(len(pixel_values), -1))
 
-        return {method: partial(draw, explainer) for method, explainer in self.explainers.items()}
+        return {method: partial(explain, explainer) for method, explainer in self.explainers.items()}
 
     def protocol(self) -> dict:
         """Returns what is needed to repeat an evaluation of these images."""

@@ -55,8 +55,11 @@ class MaxSensitivity(MeansMeasure):
 
     def measure(self, image: EvaluatedImage) -> dict[str, torch.Tensor]:
         pixel_values, seed = image.pixel_values[0].to(self.run.device), self.seed + image.index
-        drawers = self.run.drawers(image)
-        return {method: max_sensitivity(draw, pixel_values, seed=seed)[:, None] for method, draw in drawers.items()}
+        explainers = self.run.map_functions(image)
+        return {
+            method: max_sensitivity(explain, pixel_values, seed=seed)[:, None]
+            for method, explain in explainers.items()
+        }
 
     def protocol(self) -> dict:
         maps = "stretched to [0, 1] on the patch grid"

@@ -143,7 +143,7 @@ class Segmentation(Measure):
     def forward(self, images: list[EvaluatedImage]) -> list[dict[str, torch.Tensor]]:
         """Returns raw maps of all texts `(T, h, w)` by method for each image."""
         pixel_values = torch.cat([image.pixel_values for image in images])
-        drawn = {}
+        by_method = {}
         for method, explainer in self.run.explainers.items():
             if self.window is None:
                 maps, _ = explainer.raw_maps(pixel_values, self.encoded)
@@ -151,8 +151,8 @@ class Segmentation(Measure):
                 maps = windowed_maps(explainer, pixel_values, self.encoded, self.window, self.stride)
             if self.run.refine:
                 maps = refine_maps(maps, pixel_values.to(maps.device))
-            drawn[method] = (-maps if explainer.reversed else maps).cpu()
-        return [dict(zip(drawn, maps)) for maps in zip(*drawn.values())]
+            by_method[method] = (-maps if explainer.reversed else maps).cpu()
+        return [dict(zip(by_method, maps)) for maps in zip(*by_method.values())]
 
     def count(self, image: EvaluatedImage, method: str, heatmaps: None) -> list[tuple]:
         options = {"threshold": self.threshold, "logit_scale": self.logit_scale, "classes": self.classes}

@@ -26,8 +26,8 @@ class _Sums:
 class TypedSegments(Measure):
     """
     Label maps as `iclip segment` computes them, with refined maps, its default thresholds and all texts competing: the classes that
-    an image shows, and two absent ones. One of these is like a shown class, see [`like_classes`], the other is any. Both are drawn
-    at random, by `seed` and the position of the image.
+    an image shows, and two absent ones. One of these is like a shown class, see [`like_classes`], the other is any. Both are sampled
+    by `seed` and the position of the image.
 
     `typed_iou` is the mean IoU of a shown class with its mask, `without_pixel` the share of the shown classes that get no pixel,
     both over all pairs of an image and a shown class, and `absent_area` the mean share of an image that the absent classes take.

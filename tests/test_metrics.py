@@ -560,22 +560,9 @@ def test_miou_of_merged_and_ordered_parts_is_that_of_all():
     np.testing.assert_array_equal(merged.areas, whole.areas)
 
 
-def test_miou_without_pixels_is_nan_and_bad_label_maps_are_named():
+def test_miou_without_pixels_is_nan():
     metric = MeanIoU(3)
     found = metric.compute()
     assert math.isnan(found["miou"]) and math.isnan(found["floor"]) and found["left_out"] == {"no_pixels": 3}
     metric.update(np.zeros((2, 2), int), np.full((2, 2), 255))
     assert math.isnan(metric.compute()["miou"])
-    zeros = np.zeros((2, 3), int)
-    for arguments, error, problem in (
-        ((zeros, zeros.T), ValueError, "one shape"),
-        ((zeros, zeros, np.zeros((3, 3))), ValueError, "one shape"),
-        ((zeros[0], zeros[0]), ValueError, "one shape"),
-        ((zeros + 3, zeros), ValueError, "from 0 to 2 in the prediction, got 3 to 3"),
-        ((zeros - 1, zeros), ValueError, "from 0 to 2 in the prediction, got -1"),
-        ((zeros, zeros + 3), ValueError, "from 0 to 2 in the reference"),
-        ((zeros / 2, zeros), TypeError, "integers"),
-        ((zeros, zeros, zeros + 1.5), ValueError, r"in \[0, 1\]"),
-    ):
-        with pytest.raises(error, match=problem):
-            metric.update(*arguments)

@@ -39,7 +39,7 @@ def _check_map(heatmap) -> np.ndarray:
 
 def _pair_blocks(heatmap, mask, label, ignore_index):
     """Yields map values, foreground and void of one pair in flat blocks."""
-    heatmap, mask = _check_map(heatmap), to_numpy(mask)
+    heatmap, mask, label = _check_map(heatmap), to_numpy(mask), operator.index(label)
     if heatmap.shape != mask.shape:
         raise ValueError(f"Map and label mask must have one shape, not {heatmap.shape} and {mask.shape}.")
     heatmap, mask = heatmap.ravel(), mask.ravel()
@@ -127,7 +127,7 @@ def contrast_counts(maps, mask, labels, ignore_index: int = 255, both_maps: bool
     Raises:
         `ValueError`: as [`threshold_counts`]; or the number of labels is not K.
     """
-    maps, mask = _check_map(maps), to_numpy(mask)
+    maps, mask, labels = _check_map(maps), to_numpy(mask), [operator.index(label) for label in labels]
     masks, number = np.broadcast_to(mask, maps.shape), len(maps)
     void = (masks == ignore_index).any(0)
     regions = [(own_mask == label) & ~void for own_mask, label in zip(masks, labels, strict=True)]

@@ -21,8 +21,6 @@ from transformers import AutoModel, pipeline
 
 from iclip_hf import ICLIPModel
 from iclip_hf.cli.common import keep_memory
-from iclip_hf.data.segmentation import load_segmentation
-from iclip_hf.evaluation.analysis import semantic_shift
 from iclip_hf.explainers.localizer import Localizer
 from iclip_hf.images import load_image
 from iclip_hf.models.embedded import embedded_towers
@@ -241,24 +239,6 @@ def presences(rounds: int) -> str:
     return table(headings, [[*figures, f"{ratio(taken, 'image', 'forward'):.4f}"]])
 
 
-def shifting(data: Path, images: int) -> str:
-    """`iclip analyze shift` of real images and masks against the forwards of these images."""
-    model, processor = load_iclip("embedded")
-    samples = [
-        sample for _, sample in zip(range(images), load_segmentation("coco2017", data / "coco100", "train2017"))
-    ]
-    pixel_values = processor(images=[sample.image for sample in samples])["pixel_values"]
-
-    def forwards():
-        for pixels in pixel_values.split(1):
-            model.get_image_features(pixels)
-
-    contenders = {"shift": lambda: semantic_shift((model, processor), samples), "forward": without_gradients(forwards)}
-    taken = take_turns(contenders, 3)
-    headings = [f"semantic shift of {len(samples)} images, seconds", "forwards alone", "ratio"]
-    return table(headings, [[*medians(taken).values(), f"{ratio(taken, 'shift', 'forward'):.3f}"]])
-
-
 def evaluating(data: Path) -> str:
     """`iclip evaluate` on real images and masks, with all its metrics: how much of the time is not the model's."""
     command = ["-m", "iclip_hf.cli", "evaluate", "--dataset", "coco2017", "--data-root", data / "coco100"]
@@ -332,7 +312,7 @@ def main():
     parser.add_argument("--images", type=int, default=8, help="images of a batch")
     parser.add_argument("--data", type=Path, default=Path(os.environ.get("ICLIP_DATA", "data")))
     options = parser.parse_args()
-    print(f"{machine()}; medians of {options.rounds} rounds, of 3 for 77 and 100 images\n", flush=True)
+    print(f"{machine()}; medians of {options.rounds} rounds, of 3 for 100 images\n", flush=True)
     for part in (
         lambda: explaining(options.rounds, options.images),
         lambda: variants(options.rounds),
@@ -341,7 +321,6 @@ def main():
         lambda: presences(options.rounds),
         lambda: end_to_end(100),
         lambda: evaluating(options.data),
-        lambda: shifting(options.data, 77),
         lambda: starting(max(3, options.rounds // 2)),
     ):
         print(part(), end="\n\n", flush=True)

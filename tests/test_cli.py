@@ -226,7 +226,7 @@ def test_help_says_what_every_option_is():
             parsers += commands
             assert commands or action.help, f"{parser.prog} {action.dest}"
         assert parser.description and parser.format_help()
-    assert len(parsers) == 16  # iclip, its 12 commands and 3 analyses
+    assert len(parsers) == 12  # iclip and its 11 commands
     parser, arguments = cli._parser(), ["explain", "a.jpg", "--text", "dog"]
     assert parser.parse_args(arguments) == parser.parse_args(arguments)
 
@@ -244,9 +244,6 @@ def test_arguments_and_files_are_checked_before_torch_is_imported(workspace, tmp
         ["explain", photo, "--text", "dog", "--model", "bert"],
         ["compare", "none.jpg", "--text", "dog"],
         ["evaluate", "--dataset", "folder", "--data-root", str(tmp_path)],
-        ["analyze", "shift", "--dataset", "voc2012", "--data-root", str(tmp_path)],
-        ["analyze", "channels", "none.jpg"],
-        ["analyze", "relation", "none.json"],
         ["explain", "pairs.csv", "--text", "dog"],
         ["export", "bert", "out"],
         ["export", model, "out", "--results", "none.json"],

@@ -14,10 +14,9 @@ from iclip_hf import ImageTextSimilarityMapPipeline, ZeroShotImageSegmentationPi
 from iclip_hf.data import load_segmentation
 from iclip_hf.evaluation.evaluate import evaluate
 from iclip_hf.evaluation.measures.pairs import MFMB
-from iclip_hf.evaluation.measures.segmentation import Segmentation
+from iclip_hf.evaluation.measures.segmentation import Segmentation, windowed_maps
 from iclip_hf.explainers import make_explainer
 from iclip_hf.explainers.localizer import Localizer
-from iclip_hf.explainers.windows import windowed_maps
 from iclip_hf.label_maps import label_map, segments
 from iclip_hf.refinement import refine_maps
 

@@ -19,17 +19,18 @@ from importlib.metadata import entry_points
 from pathlib import Path
 
 from ..data.class_names import DATASETS
+from ..explainers.methods import METHOD_GROUP, METHODS
+from ..figures import COLORMAPS
+from ..models import DTYPES, check_model_name
 from ..prompts import check_templates, check_text, split_texts
-from ..utils.names import COLORMAPS, DTYPES, METHOD_GROUP, METHODS, check_model_name
 
 
 # Characters that control a terminal or cannot be printed: controls, line separators, marks of writing direction, surrogates.
 _ACTING = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 # Numbers of options in malloc.h.
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
-# Files of pictures, and of charts.
+# Files of pictures.
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".pdf")
-CHARTS = (*PICTURES, ".svg")
 
 
 def checked(check: Callable[[str], object]) -> Callable[[str], str]:

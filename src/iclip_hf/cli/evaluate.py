@@ -6,7 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from ..utils.names import MEASURES, TASKS
+from ..evaluation.measures import MEASURES, TASKS
 from .common import (
     DATASET,
     MODEL,
@@ -57,7 +57,7 @@ OPTIONS = {
     ),
     "steps": (("deletion_insertion",), {"type": at_least_1, "metavar": "N"}, "number of steps (default: 10)"),
     "seed": (
-        ("deletion_insertion", "max_sensitivity", "randomization"),
+        ("typed_segments", "deletion_insertion", "max_sensitivity", "randomization"),
         {"type": int, "metavar": "N"},
         "seed of all random values (default: 0)",
     ),

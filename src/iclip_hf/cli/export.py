@@ -7,8 +7,8 @@ import importlib
 from functools import partial
 from pathlib import Path
 
+from ..models import check_model_name
 from ..utils.extras import require_extra
-from ..utils.names import check_model_name
 from .common import checked, echo, echo_folder, shown_steps, silence_transformers
 
 

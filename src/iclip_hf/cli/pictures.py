@@ -10,8 +10,8 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from ..explainers.methods import METHODS
 from ..presence import MIN_PRESENCE, presence_word
-from ..utils.names import METHODS
 from .common import (
     MODEL,
     PICTURES,

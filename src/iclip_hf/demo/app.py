@@ -19,6 +19,7 @@ from PIL import Image
 
 from .. import __version__
 from ..explainers.localizer import Localizer, PreparedImage
+from ..explainers.methods import METHODS
 from ..explanation import Explanation
 from ..hub.model_card import front_matter
 from ..images import load_image
@@ -27,7 +28,6 @@ from ..presence import presence_word
 from ..prompts import split_texts
 from ..utils.extras import require_extra
 from ..utils.files import write_beside_others
-from ..utils.names import METHODS
 from .content import EXAMPLES, INTRODUCTION, MAX_CHARACTERS, MAX_TEXTS, SPACE, beside, example_files, look, view_size
 
 

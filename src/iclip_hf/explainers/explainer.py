@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from importlib.metadata import entry_points
@@ -13,7 +14,7 @@ from ..explanation_core import for_images, raw_maps
 from ..modeling_iclip import ICLIPImageFeatures, ICLIPTextFeatures, cosines
 from ..models.explainable import recordable
 from ..models.loading import load
-from ..utils.names import METHOD_GROUP, METHODS
+from .methods import METHOD_GROUP, METHODS
 
 
 class Explainer(ABC):
@@ -116,3 +117,29 @@ def explainer_class(method: str) -> type[Explainer]:
                 raise ValueError(f"There is no method {method!r}, only {known}.")
             _registered[method] = added[method].load()
     return _registered[method]
+
+
+def make_explainer(model, method: str = "itsm", **method_options) -> Explainer:
+    """
+    Prepares a method for a model.
+
+    Args:
+        model ([`ExplainableModel`]): or anything that [`load`] takes.
+        method (`str`): a name of `METHODS`, or of a registered method, see [`register_explainer`].
+        method_options: of the method, see its class.
+
+    Raises:
+        `ValueError`: the method or an option is unknown, or the model does not support the method.
+        `TypeError`: the model is of another kind.
+    """
+    explainer = explainer_class(method)
+    allowed = list(inspect.signature(explainer).parameters)[1:]
+    unknown = sorted(set(method_options) - set(allowed))
+    if unknown:
+        raise ValueError(f"{method} has the options {allowed}, not {unknown}.")
+    return explainer(model, **method_options)
+
+
+def select_texts(texts: ICLIPTextFeatures, rows: torch.Tensor) -> ICLIPTextFeatures:
+    """Selects rows of encoded texts `(T, P)`. Rows of shape `(B, S)` give S texts for each of B images, `(B, S, P)`."""
+    return ICLIPTextFeatures(text_embeds=texts.text_embeds[rows], map_text_embeds=texts.map_text_embeds[rows])

@@ -11,7 +11,7 @@ from PIL import Image, ImageColor
 
 from ..presence import ABSENT, presence_word
 from ..processing_iclip import to_image
-from ..utils.names import COLORMAPS
+from . import COLORMAPS
 from .colors import OPACITY, SEGMENTS, overlay
 from .lettering import fitted, text_mask, word_boxes
 

@@ -17,8 +17,7 @@ from transformers.utils import cached_file
 from ..modeling_iclip import ICLIPModel, check_weights
 from ..processing_iclip import ICLIPProcessor, check_tokenizer
 from ..utils.files import loading_errors
-from ..utils.names import MODEL_TYPES, check_model_name, check_model_type
-from . import families
+from . import MODEL_TYPES, check_model_name, check_model_type, families
 from .embedded import embedded_model
 from .explainable import ExplainableModel
 from .onnx import VISION_FILE, ONNXModel

@@ -22,8 +22,9 @@ from ..explanation_core import encode_texts
 from ..hub.model_card import front_matter, without_folders, write_model_card
 from ..modeling_iclip import ICLIPModel
 from ..models.onnx import TEXT_FILE, VISION_FILE, ONNXModel, export_onnx
-from ..presence import MIN_PRESENCE, PRESENT, REFERENCE_NOUNS
+from ..presence import BEST, LIKE, MIN_PRESENCE, PRESENT, RANK_ALONE, RANK_AND_PATCHES, SHARPNESS
 from ..processing_iclip import MAX_PIXELS, ICLIPProcessor
+from ..reference_nouns import REFERENCE_NOUNS
 from ..utils.files import atomic_folder
 from .content import (
     EXAMPLES,
@@ -92,7 +93,7 @@ def export_web(
     settings = {
         "model": {
             name: getattr(model.config, name)
-            for name in ("map_attention", "max_over", "pooling", "max_sharpness", "projection_dim")
+            for name in ("map_attention", "max_sharpness", "projection_dim")
         },
         "image": _image_settings(processor),
         "text": {
@@ -100,6 +101,14 @@ def export_web(
             "max_length": processor.max_text_length,
             "pad_to_max": processor.text_padding == "max_length",
             "pad_id": processor.tokenizer.pad_token_id or 0,
+        },
+        "presence": {
+            "matches_patches": model.matches_patches,
+            "rank_and_patches": RANK_AND_PATCHES,
+            "rank_alone": RANK_ALONE,
+            "sharpness": SHARPNESS,
+            "like": LIKE,
+            "best": BEST,
         },
         "min_presence": MIN_PRESENCE,
         "present": PRESENT,
@@ -133,7 +142,7 @@ def export_web(
         for part, name in names.items():
             settings["files"][part] = _compressed(built, name, (graphs / name).read_bytes())
         nouns = _nouns(ONNXModel(graphs), processor)
-        settings["files"]["background"] = _compressed(built, "nouns.bin", nouns)
+        settings["files"]["nouns"] = _compressed(built, "nouns.bin", nouns)
         first = [*settings["runtime"]["wasm"].values(), *settings["files"].values()]
         settings["bytes"] = sum(file["bytes"] for file in first)
         settings["examples"] = [_example(path, built) for path in example_files()]

@@ -23,7 +23,8 @@ from iclip_hf.evaluation.metrics import MeanMaxIoU, MultiLabelAveragePrecision
 from iclip_hf.evaluation.results import class_thresholds
 from iclip_hf.explainers import METHODS, make_explainer
 from iclip_hf.models.loading import load
-from iclip_hf.presence import MIN_PRESENCE, REFERENCE_NOUNS
+from iclip_hf.presence import MIN_PRESENCE
+from iclip_hf.reference_nouns import REFERENCE_NOUNS
 from iclip_hf.similarity import resize_and_normalize
 
 

@@ -91,10 +91,7 @@ def export_web(
     """
     folder = Path(folder)
     settings = {
-        "model": {
-            name: getattr(model.config, name)
-            for name in ("map_attention", "max_sharpness", "projection_dim")
-        },
+        "model": {name: getattr(model.config, name) for name in ("map_attention", "max_sharpness", "projection_dim")},
         "image": _image_settings(processor),
         "text": {
             "templates": list(processor.templates),
@@ -102,14 +99,7 @@ def export_web(
             "pad_to_max": processor.text_padding == "max_length",
             "pad_id": processor.tokenizer.pad_token_id or 0,
         },
-        "presence": {
-            "matches_patches": model.matches_patches,
-            "rank_and_patches": RANK_AND_PATCHES,
-            "rank_alone": RANK_ALONE,
-            "sharpness": SHARPNESS,
-            "like": LIKE,
-            "best": BEST,
-        },
+        "presence": presence_settings(model),
         "min_presence": MIN_PRESENCE,
         "present": PRESENT,
         "max_texts": MAX_TEXTS,
@@ -192,6 +182,18 @@ def _image_settings(processor: ICLIPProcessor) -> dict:
         "mean": list(images.image_mean) if images.do_normalize else [0, 0, 0],
         "std": list(images.image_std) if images.do_normalize else [1, 1, 1],
         "max_pixels": MAX_PIXELS,
+    }
+
+
+def presence_settings(model: ICLIPModel) -> dict:
+    """Returns what the page computes presence with."""
+    return {
+        "matches_patches": model.matches_patches,
+        "rank_and_patches": RANK_AND_PATCHES,
+        "rank_alone": RANK_ALONE,
+        "sharpness": SHARPNESS,
+        "like": LIKE,
+        "best": BEST,
     }
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from ..explanation_core import encode_texts, reference_features
-from ..modeling_iclip import ICLIPImageFeatures, ICLIPModel, ICLIPTextFeatures, average_templates, cosines, normalize
+from ..modeling_iclip import ICLIPImageFeatures, ICLIPModel, ICLIPTextFeatures, average_templates, normalize
 from ..similarity import cosine_similarity_map
 from .identity import identity
 from .recording import AttentionLayer, AttentionRecord, prepare, private_copy, record

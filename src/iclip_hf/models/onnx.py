@@ -76,7 +76,6 @@ class ONNXModel:
     """
 
     similarity_maps = ICLIPModel.similarity_maps
-    pool_similarities = ICLIPModel.pool_similarities
     matches_patches = ICLIPModel.matches_patches
     device, dtype = torch.device("cpu"), torch.float32
 

@@ -19,6 +19,7 @@ from iclip_hf.models.explainable import ExplainableModel
 from iclip_hf.models.loading import load
 from iclip_hf.presence import presence
 from iclip_hf.prompts import split_texts
+from iclip_hf.reference_nouns import REFERENCE_NOUNS
 from iclip_hf.regions import find_regions, run_lengths
 from iclip_hf.similarity import resize_and_normalize
 

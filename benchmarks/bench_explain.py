@@ -26,8 +26,9 @@ from iclip_hf.images import load_image
 from iclip_hf.models.embedded import embedded_towers
 from iclip_hf.models.loading import load, load_iclip
 from iclip_hf.models.references import kept_on_disk
-from iclip_hf.presence import REFERENCE_NOUNS, presence
+from iclip_hf.presence import presence
 from iclip_hf.processing_iclip import ICLIPProcessor
+from iclip_hf.reference_nouns import REFERENCE_NOUNS
 
 
 SIZE = (480, 640)

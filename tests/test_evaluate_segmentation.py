@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import NAMES, tiny_model
+from conftest import NAMES, presence_among, tiny_model
 from torch.nn import functional as F
 
 from iclip_hf.data import load_segmentation
@@ -14,8 +14,10 @@ from iclip_hf.evaluation.measures.recognition import like_classes
 from iclip_hf.evaluation.measures.segmentation import Segmentation, windowed_maps
 from iclip_hf.evaluation.measures.typed_segments import TypedSegments
 from iclip_hf.explainers import make_explainer
+from iclip_hf.modeling_iclip import cosines
 from iclip_hf.models.loading import load
-from iclip_hf.presence import MIN_PRESENCE, REFERENCE_NOUNS
+from iclip_hf.presence import MIN_PRESENCE
+from iclip_hf.reference_nouns import REFERENCE_NOUNS
 from iclip_hf.refinement import refine_maps
 
 
@@ -128,11 +130,11 @@ def test_typed_segments_in_plain_steps(labelled_folder, tiny_processor):
         with torch.no_grad():
             outputs = model(**pixels, output_similarity_maps=True)
         matches = model_scores(model, tiny_processor, [sample], [NAMES[label - 1] for label in labels])[0]
-        values = (matches - nouns[index].mean()) / nouns[index].std()
+        values = presence_among(matches[None], nouns[index][None])[0]
         maps = refine_maps(outputs.similarity_maps, pixels["pixel_values"])
         maps = F.interpolate(maps, sample.size, mode="bicubic", align_corners=False)[0].numpy()
         stretched = [(heatmap - heatmap.min()) / (heatmap.max() - heatmap.min()) for heatmap in maps]
-        present = (torch.special.ndtr(values) >= MIN_PRESENCE).tolist()
+        present = (values >= MIN_PRESENCE).tolist()
         found = np.zeros(sample.size, int)
         for row, column in np.ndindex(sample.size):
             best = -np.inf
@@ -152,11 +154,11 @@ def test_typed_segments_in_plain_steps(labelled_folder, tiny_processor):
 
 
 def model_scores(model, processor, samples, texts):
-    """Matches of images with texts, `(T,)` each."""
+    """Cosines of images and texts, `(T,)` each."""
     loaded = load((model, processor))
     encoded = loaded.encode_texts(texts)
     images = [loaded.get_image_features(processor(images=[sample.image])["pixel_values"]) for sample in samples]
-    return [loaded.match(image, encoded)[0] for image in images]
+    return [cosines(image.image_embeds, encoded.text_embeds)[0] for image in images]
 
 
 def test_the_absent_texts_are_one_of_a_like_kind_and_one_at_random():

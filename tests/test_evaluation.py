@@ -26,18 +26,19 @@ from iclip_hf.evaluation.metrics import MeanMaxIoU, MultiLabelAveragePrecision
 from iclip_hf.evaluation.results import class_thresholds
 from iclip_hf.explainers import METHODS, make_explainer
 from iclip_hf.models.loading import load
-from iclip_hf.presence import MIN_PRESENCE, REFERENCE_NOUNS
+from iclip_hf.presence import MIN_PRESENCE, presence
+from iclip_hf.reference_nouns import REFERENCE_NOUNS
 from iclip_hf.similarity import resize_and_normalize
 
 
 def slowly(model, processor, dataset):
     """The same protocol in plain steps: one image and class at a time, 101 comparisons, no counts."""
-    iou, fmb, contrast, scores, presence = {}, {}, {}, [], []
+    iou, fmb, contrast, scores, presences = {}, {}, {}, [], []
     for sample in dataset:
         with torch.no_grad():
             outputs = model(**processor(sample.image, labels=NAMES), output_similarity_maps=True)
         scores.append((outputs.logits_per_image[0] / model.logit_scales()[0]).tolist())
-        presence.append([label in sample.labels for label in (1, 2, 3)])
+        presences.append([label in sample.labels for label in (1, 2, 3)])
         heatmaps = {}
         for label in sample.labels:
             raw = outputs.similarity_maps[:, label - 1 : label]
@@ -62,7 +63,7 @@ def slowly(model, processor, dataset):
     precisions = []
     for label in range(3):
         order = sorted(range(len(scores)), key=lambda i: -scores[i][label])
-        hits = [presence[i][label] for i in order]
+        hits = [presences[i][label] for i in order]
         precisions.append(np.mean([np.mean(hits[: k + 1]) for k, hit in enumerate(hits) if hit]))
     return {
         "mAP": 100 * np.mean(precisions),

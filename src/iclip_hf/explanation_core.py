@@ -1,8 +1,8 @@
 """
 The one road from a model, images and texts to raw maps, scores and presence.
 
-A model here is an [`ICLIPModel`], or any object with its methods `get_image_features`, `get_text_features`, `similarity_maps` and
-`match`, such as an [`ExplainableModel`]. A method is any object with `forward(pixel_values, texts)`, such as an [`Explainer`].
+A model here is an [`ICLIPModel`], or any object with its methods `get_image_features`, `get_text_features`, `similarity_maps` and its
+`matches_patches`, such as an [`ExplainableModel`]. A method is any object with `forward(pixel_values, texts)`, such as an [`Explainer`].
 """
 
 from __future__ import annotations
@@ -15,8 +15,9 @@ import torch
 from PIL import Image
 
 from .modeling_iclip import ICLIPImageFeatures, ICLIPTextFeatures, cosines
-from .presence import REFERENCE_NOUNS, presence
+from .presence import presence
 from .prompts import check_templates
+from .reference_nouns import REFERENCE_NOUNS
 from .refinement import refine_maps
 from .similarity import check_finite
 

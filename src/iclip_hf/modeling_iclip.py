@@ -668,23 +668,10 @@ class ICLIPModel(PreTrainedModel):
             maps = maps + attention
         return maps
 
-    def match(self, image: ICLIPImageFeatures, text: ICLIPTextFeatures) -> torch.FloatTensor:
-        """
-        Scores how well images match texts. With `max_over="similarity"`, the score is the mean of the recognition branch's cosine and
-        the map branch's pooled similarity; otherwise it is the cosine of the recognition branch.
-
-        Args:
-            image ([`ICLIPImageFeatures`]): from `get_image_features`.
-            text ([`ICLIPTextFeatures`]): from `get_text_features`.
-
-        Returns:
-            `torch.Tensor` of shape `(B, T)`, float32, in [-1, 1].
-        """
-        recognised = cosines(image.image_embeds, text.text_embeds)
-        if self.config.max_over == "channels":
-            return recognised
-        pooled = self.pool_similarities(image.patch_embeds, text.map_text_embeds, image.map_attention)
-        return (recognised + pooled.to(recognised.device)) / 2
+    @property
+    def matches_patches(self) -> bool:
+        """Whether the loss compares patches with texts, so that patches tell of the presence of a text as well."""
+        return self.config.max_over == "similarity"
 
     @can_return_tuple
     def forward(

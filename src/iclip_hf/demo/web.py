@@ -23,8 +23,9 @@ from ..hub.model_card import front_matter, write_model_card
 from ..hub.record import without_folders
 from ..modeling_iclip import ICLIPModel
 from ..models.onnx import TEXT_FILE, VISION_FILE, ONNXModel, export_onnx
-from ..presence import MIN_PRESENCE, PRESENT, REFERENCE_NOUNS
+from ..presence import BEST, LIKE, MIN_PRESENCE, PRESENT, RANK_ALONE, RANK_AND_PATCHES, SHARPNESS
 from ..processing_iclip import MAX_PIXELS, ICLIPProcessor
+from ..reference_nouns import REFERENCE_NOUNS
 from ..utils.files import atomic_folder
 from .content import (
     EXAMPLES,
@@ -91,10 +92,7 @@ def export_web(
     """
     folder = Path(folder)
     settings = {
-        "model": {
-            name: getattr(model.config, name)
-            for name in ("map_attention", "max_over", "pooling", "max_sharpness", "projection_dim")
-        },
+        "model": {name: getattr(model.config, name) for name in ("map_attention", "max_sharpness", "projection_dim")},
         "image": _image_settings(processor),
         "text": {
             "templates": list(processor.templates),
@@ -102,6 +100,7 @@ def export_web(
             "pad_to_max": processor.text_padding == "max_length",
             "pad_id": processor.tokenizer.pad_token_id or 0,
         },
+        "presence": presence_settings(model),
         "min_presence": MIN_PRESENCE,
         "present": PRESENT,
         "max_texts": MAX_TEXTS,
@@ -134,7 +133,7 @@ def export_web(
         for part, name in names.items():
             settings["files"][part] = _compressed(built, name, (graphs / name).read_bytes())
         nouns = _nouns(ONNXModel(graphs), processor)
-        settings["files"]["background"] = _compressed(built, "nouns.bin", nouns)
+        settings["files"]["nouns"] = _compressed(built, "nouns.bin", nouns)
         first = [*settings["runtime"]["wasm"].values(), *settings["files"].values()]
         settings["bytes"] = sum(file["bytes"] for file in first)
         settings["examples"] = [_example(path, built) for path in example_files()]
@@ -184,6 +183,18 @@ def _image_settings(processor: ICLIPProcessor) -> dict:
         "mean": list(images.image_mean) if images.do_normalize else [0, 0, 0],
         "std": list(images.image_std) if images.do_normalize else [1, 1, 1],
         "max_pixels": MAX_PIXELS,
+    }
+
+
+def presence_settings(model: ICLIPModel) -> dict:
+    """Returns what the page computes presence with."""
+    return {
+        "matches_patches": model.matches_patches,
+        "rank_and_patches": RANK_AND_PATCHES,
+        "rank_alone": RANK_ALONE,
+        "sharpness": SHARPNESS,
+        "like": LIKE,
+        "best": BEST,
     }
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from ..explanation_core import encode_texts, reference_features
-from ..modeling_iclip import ICLIPImageFeatures, ICLIPModel, ICLIPTextFeatures, average_templates, cosines, normalize
+from ..modeling_iclip import ICLIPImageFeatures, ICLIPModel, ICLIPTextFeatures, average_templates, normalize
 from ..similarity import cosine_similarity_map
 from .identity import changed_model, identity
 from .recording import AttentionLayer, AttentionRecord, prepare, private_copy, record
@@ -40,9 +40,11 @@ class ExplainableModel(ABC):
         templates (`list[str]`): default prompts for labels.
         pooling ([`Pooling`]): of the score, by the recognition branch.
         map_pooling ([`Pooling`]): of the branch that computes the maps.
+        matches_patches (`bool`): whether the patches were trained to match texts, see [`ICLIPModel.matches_patches`].
     """
 
     pooling = map_pooling = Pooling.ONE_QUERY
+    matches_patches = False
 
     def __init__(self, model, processor):
         self._given = model, processor
@@ -101,10 +103,6 @@ class ExplainableModel(ABC):
     def similarity_maps(self, image: ICLIPImageFeatures, texts: ICLIPTextFeatures) -> torch.Tensor:
         """Computes raw maps `(B, T, h, w)`: the cosine of every patch with every text (Eq. 1-3)."""
         return cosine_similarity_map(image.patch_embeds, texts.map_text_embeds)
-
-    def match(self, image: ICLIPImageFeatures, texts: ICLIPTextFeatures) -> torch.Tensor:
-        """Scores how well images match texts, `(B, T)`, float32: their cosines, or [`ICLIPModel.match`] for ICLIP."""
-        return cosines(image.image_embeds, texts.text_embeds)
 
 
 class RecordableModel(ExplainableModel):

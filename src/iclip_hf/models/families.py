@@ -69,6 +69,7 @@ class _ICLIP(ExplainableModel):
     def __init__(self, model: ICLIPModel | ONNXModel, processor: ICLIPProcessor):
         super().__init__(model, processor)
         config = model.config
+        self.matches_patches = model.matches_patches
         self.map_pooling = Pooling.ONE_QUERY if config.pooling == "class_token" else Pooling.PATCHES
         if config.max_over == "similarity":
             self.map_pooling = Pooling.SIMILARITIES
@@ -85,9 +86,6 @@ class _ICLIP(ExplainableModel):
 
     def similarity_maps(self, image: ICLIPImageFeatures, texts: ICLIPTextFeatures) -> torch.Tensor:
         return self.network.similarity_maps(image, texts)
-
-    def match(self, image: ICLIPImageFeatures, texts: ICLIPTextFeatures) -> torch.Tensor:
-        return self.network.match(image, texts)
 
 
 class ExplainableICLIP(_ICLIP, TransformersModel):

@@ -73,8 +73,7 @@ class ONNXModel:
     """
 
     similarity_maps = ICLIPModel.similarity_maps
-    pool_similarities = ICLIPModel.pool_similarities
-    match = ICLIPModel.match
+    matches_patches = ICLIPModel.matches_patches
     device, dtype = torch.device("cpu"), torch.float32
 
     def __init__(self, folder: str | Path):

@@ -36,6 +36,8 @@ _DATA_TERMS = {
     "cc3m": "Conceptual Captions: free for any purpose; the images are their owners'",
     "flickr8k": "research and education; the images are their photographers'",
     "coco2014": "annotations: CC BY 4.0; the images have Creative Commons licences of their photographers",
+    "coco_captions": "annotations: CC BY 4.0; the images have Creative Commons licences of their photographers; the repository they were "
+    "taken from states none",
     "imagenet": "non-commercial research; the images are their owners'",
     "nips17": "CC BY 2.0",
     "places": "non-commercial research and education",

@@ -34,7 +34,7 @@ def explained(world, folder, image, *more):
 CASES.add_images("iclip explain", as_file(explained))
 places = {name: place for name, place in inputs.PLACES.items() if name != "folder"}  # which is a collection
 CASES.add("iclip explain", places, at_place(explained))
-for door in ("compare --text dog", "analyze channels"):
+for door in ("compare --text dog",):
 
     def read(world, folder, place, door=door):
         return iclip(*door.split(), place, "--model", world.folder / "model")
@@ -79,7 +79,6 @@ for damage in ("missing", "config is truncated", "symlinked code", "weights are 
 
 for door, run in {
     "export --results": lambda w, f, text: iclip("export", w.folder / "model", "new", "--results", written(f, text)),
-    "analyze relation": lambda w, f, text: iclip("analyze", "relation", written(f, text)),
 }.items():
     CASES.add(door, BAD_EVALUATIONS, run, file="written.json")
 CASES.add(  # `class_thresholds` has all of them
@@ -158,11 +157,6 @@ ARGUMENTS = {
         "--measures luck": "'luck'",
         "--measures stuff_contrast": "names the background",
         "--batch-size 0": "got 0",
-    },
-    "analyze": {
-        "relation absent.json": "absent.json",
-        "relation {folder}": "/empty",
-        "relation {results} --method gem": "got 'gem'",
     },
     "init --output new": {
         "--config no-such": "no-such",

@@ -23,10 +23,10 @@ from iclip_hf import ICLIPConfig
 from iclip_hf.evaluation.measures.deletion_insertion import deletion_insertion
 from iclip_hf.evaluation.results import class_thresholds
 from iclip_hf.explainers import WordExplainer, make_explainer
+from iclip_hf.explainers.collection import explain_collection, open_images
+from iclip_hf.explainers.localizer import Localizer, explain
 from iclip_hf.images import load_image
 from iclip_hf.label_maps import label_map
-from iclip_hf.localization.collection import explain_collection, open_images
-from iclip_hf.localization.localizer import Localizer, explain
 from iclip_hf.modeling_iclip import ICLIPOutput
 from iclip_hf.models.loading import load, load_pretrained
 from iclip_hf.processing_iclip import check_thresholds

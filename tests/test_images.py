@@ -11,7 +11,7 @@ from fault_inputs import encoded, noise
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from iclip_hf.images import load_image
+from iclip_hf.images import load_image, read_image
 
 
 @pytest.fixture
@@ -191,6 +191,12 @@ def test_bands_meet_without_a_seam():
     np.testing.assert_allclose(
         load_image(Image.fromarray(alpha)), alpha[..., :3] * share + 255 * (1 - share), atol=1.01
     )
+
+
+@pytest.mark.parametrize("path", ["data/dog", "dogs", "photos/dog/0001"])
+def test_a_path_that_is_not_there_is_not_taken_for_base64(path):
+    with pytest.raises(FileNotFoundError, match=path):
+        read_image(path)
 
 
 def test_an_unreadable_image_has_the_name_that_is_given():

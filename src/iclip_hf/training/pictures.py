@@ -7,9 +7,9 @@ from pathlib import Path
 import numpy as np
 
 from ..data.pairs import PairDataset
+from ..explainers.localizer import explain
 from ..figures.colors import overlay
 from ..figures.sheets import picture_grid
-from ..localization.localizer import explain
 from ..modeling_iclip import ICLIPModel
 from ..processing_iclip import ICLIPProcessor
 from ..utils.files import atomic_write, writing_errors

@@ -11,7 +11,6 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from ..evaluation.evaluate import evaluate
-from ..models.embedded import embedded_model
 from ..processing_iclip import ICLIPProcessor
 from ..utils.extras import require_extra
 from .checkpoints import RunState, export, holds_start
@@ -55,8 +54,7 @@ class Selection:
         """Evaluates the model that the run starts from. Its folder holds it until an evaluation is better."""
         self.state.before, self.state.before_by_pair, evaluation = self._evaluate()
         if self.state.before:
-            start = embedded_model() if self.settings.model == "embedded" else self.settings.model
-            self._export(metrics=evaluation, source=start)
+            self._export(metrics=evaluation, source=self.settings.model)
 
     def measure(self, last: bool) -> None:
         """Evaluates the model, and exports it if it is the best so far; without validation the `last`."""

@@ -68,11 +68,11 @@ def _shift(options: argparse.Namespace) -> None:
     from tqdm import tqdm
 
     from ..data.segmentation import load_segmentation
-    from ..utils.files import SOFTWARE, new_file
+    from ..utils.files import atomic_write
 
     dataset = load_segmentation(options.dataset, options.data_root, options.split, options.overrides)
     if options.output:
-        check_output(options, (".json",), data_inputs(options, dataset))
+        check_output(options, "", (".json",), data_inputs(options, dataset))
     from ..evaluation.analysis import semantic_shift
 
     count = min(len(dataset), options.limit or len(dataset))
@@ -81,29 +81,29 @@ def _shift(options: argparse.Namespace) -> None:
     shift = semantic_shift(model, samples, options.before, options.after)
     data = {"name": dataset.name, "split": dataset.split, "images": count, "fingerprint": dataset.fingerprint()}
     protocol = {**model.identity, "dataset": data, "before": options.before, "after": options.after}
-    report = json.dumps({"software": SOFTWARE, "protocol": protocol, **asdict(shift)}, indent=2)
+    report = json.dumps({"protocol": protocol, **asdict(shift)}, indent=2)
     echo(report if options.json else shift.table())  # first, because writing may fail
     if options.output:
-        with new_file(options.output, options.overwrite) as partial:
-            partial.write_text(report + "\n", encoding="utf-8")
+        with atomic_write(options.output) as temporary:
+            temporary.write_text(report + "\n", encoding="utf-8")
 
 
 def _channels(options: argparse.Namespace) -> None:
     from ..images import load_image
 
-    check_output(options, CHARTS, options.images)
+    check_output(options, "channels.png", CHARTS, options.images)
     images = [load_image(path) for path in options.images]
     from ..evaluation.analysis import channel_matches
     from ..evaluation.analysis_plots import channel_scatter
 
     model = load_silently(options.model, options)
     matches = [channel_matches(model, image) for image in images]
-    save_figure(channel_scatter(images, matches), options.output, options.dpi, options.overwrite)
+    save_figure(channel_scatter(images, matches), options.output, options.dpi)
     echo(options.output)
 
 
 def _relation(options: argparse.Namespace) -> None:
-    check_output(options, CHARTS, [options.evaluation])
+    check_output(options, "relation.png", CHARTS, [options.evaluation])
     from ..evaluation.results import class_figures
 
     method, recognition = class_figures(options.evaluation, "AP", options.method)
@@ -117,7 +117,7 @@ def _relation(options: argparse.Namespace) -> None:
             f"{options.evaluation}: expected a class with both AP and MIoU, but got none; evaluate others."
         )
     labels = ("average precision, %", f"IoU at the best threshold, % ({method})")
-    save_figure(relation_plot(found, *labels), options.output, options.dpi, options.overwrite)
+    save_figure(relation_plot(found, *labels), options.output, options.dpi)
     correlation = None if math.isnan(found.correlation) else found.correlation
     report = {
         "method": method,

@@ -116,7 +116,8 @@ def _pictures_to_write(
             print(f"iclip {options.command}: {one_line(error)}", file=sys.stderr)
     if not found:
         return []
-    if len(options.images) == 1:
+    one = len(options.images) == 1
+    if one:
         pictures = [options.output or Path(f"{name}.png")]
         check_file(pictures[0], PICTURES)
     else:
@@ -124,11 +125,12 @@ def _pictures_to_write(
         check_folder("--output", output)
         pictures = [output / file for file in _file_names(options.images)]
     if options.json and options.output is None and not options.npz:
-        written, pictures = [], [None] * len(pictures)
+        pictures = [None] * len(pictures)
     else:
-        written = [*pictures, *map(beside, pictures)] if beside else pictures
-    thresholds = [options.threshold] if isinstance(options.threshold, Path) else []
-    check_outputs(written, [*options.images, *thresholds], options.overwrite)
+        named = pictures if one and options.output else []
+        chosen = [*([] if named else pictures), *(map(beside, pictures) if beside else ())]
+        thresholds = [options.threshold] if isinstance(options.threshold, Path) else []
+        check_outputs(named, [*options.images, *thresholds], options.overwrite, chosen)
     return [(image, picture) for image, picture in zip(options.images, pictures) if image in found]
 
 

@@ -25,7 +25,7 @@ from ..localization.localizer import Localizer, PreparedImage
 from ..models.loading import load
 from ..presence import BACKGROUND, presence_word
 from ..utils.extras import require_extra
-from ..utils.files import write_beside_others
+from ..utils.files import write_files
 from ..utils.names import METHODS
 from .content import EXAMPLES, INTRODUCTION, MAX_CHARACTERS, MAX_TEXTS, SPACE, beside, example_files, look, view_size
 
@@ -344,7 +344,7 @@ def export_space(folder: Path, model: str = "embedded", overwrite: bool = False)
         "app.py": _SPACE_APP.format(model=model),
         "requirements.txt": f"iclip-hf[demo]=={__version__}\n",
     }
-    write_beside_others(folder, {name: text.encode() for name, text in files.items()}, overwrite)
+    write_files(folder, {name: text.encode() for name, text in files.items()}, overwrite)
 
 
 @contextlib.asynccontextmanager

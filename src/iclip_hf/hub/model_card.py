@@ -7,7 +7,6 @@ import logging
 import math
 import re
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -25,7 +24,7 @@ from huggingface_hub.errors import EntryNotFoundError
 
 from ..data.class_names import DATASETS
 from ..models.identity import changed_model, identity
-from ..utils.files import SOFTWARE, cache_folder, check_outputs, is_own, new_file
+from ..utils.files import cache_folder, write_files
 from .configs import SHIPPED
 
 
@@ -112,8 +111,7 @@ def write_model_card(
 ) -> Path:
     """
     Writes the model card, `README.md`, into a model's folder, and `model_card.json`, which holds what the card was written from. Results
-    of data sets on the Hub are also written to `.eval_results/iclip.yaml`, which the Hub reads; without any, an earlier such file is
-    deleted.
+    of data sets on the Hub are also written to `.eval_results/iclip.yaml`, which the Hub reads; without any, `overwrite` deletes this file.
 
     Args:
         model, processor: model and processor that the card describes.
@@ -125,13 +123,13 @@ def write_model_card(
             `results` with `mAP`, `mMIoU`, `text_contrast` and `floor` in percent, and `mFMB`, for each method.
         training (`dict`, *optional*): settings of `iclip train` by name. The card shows those that are needed to repeat the training.
         labels (*optional*): nouns that the model was trained on, which the widget of the card offers.
-        overwrite (`bool`): whether files may be replaced that this function did not write.
+        overwrite (`bool`): whether these files may be replaced.
 
     Returns:
         `Path`: path of the card. Its front matter contains the results in the Hub's model-index format.
 
     Raises:
-        `ValueError`: `metrics` has another form. `FileExistsError`: the folder holds a card of others, and not `overwrite`.
+        `ValueError`: `metrics` has another form. `FileExistsError`: the folder holds a card, and not `overwrite`.
     """
     name = name or Path(folder).resolve().name
     parts = _earlier(source, model, processor) | {"identity": identity(model, processor)}
@@ -183,19 +181,14 @@ def write_model_card(
         protocol=evaluation and evaluation["protocol"],
     )
     contents = {
-        "README.md": f"{card}\n".replace("---\n", f"---\nsoftware: {SOFTWARE}\n", 1),
-        _PARTS: json.dumps({"software": SOFTWARE, **parts}, indent=2) + "\n",
+        "README.md": f"{card}\n",
+        _PARTS: json.dumps(parts, indent=2) + "\n",
     }
     if entries:
-        listed = yaml.safe_dump(eval_result_entries_to_yaml(entries), sort_keys=False)
-        contents[HUB_RESULTS] = f"# {SOFTWARE}\n{listed}"
-    check_outputs([Path(folder, file) for file in contents], overwrite=overwrite)
-    earlier = Path(folder, HUB_RESULTS)
-    if not entries and earlier.is_file() and is_own(earlier):
-        earlier.unlink()
-    for file, content in contents.items():
-        with new_file(Path(folder, file), overwrite) as partial:
-            partial.write_text(content, encoding="utf-8")
+        contents[HUB_RESULTS] = yaml.safe_dump(eval_result_entries_to_yaml(entries), sort_keys=False)
+    write_files(Path(folder), {name: content.encode() for name, content in contents.items()}, overwrite)
+    if not entries and overwrite:
+        Path(folder, HUB_RESULTS).unlink(missing_ok=True)
     return Path(folder, "README.md")
 
 
@@ -221,11 +214,6 @@ def _earlier(source: str | Path | None, model: ICLIPModel, processor: ICLIPProce
         if evaluation := parts.pop("evaluation", None):
             parts["evaluation"] = _measured(evaluation)
     except (FileNotFoundError, EntryNotFoundError):
-        with suppress(OSError, ValueError):
-            if is_own(_file_of(source, "README.md")):
-                logger.warning(
-                    "%s: the card has no %s, so nothing is taken over; add figures by --results.", source, _PARTS
-                )
         return {}
     except (OSError, ValueError, TypeError, AttributeError, RecursionError):
         logger.warning("%s: its %s is unreadable or not of iclip, so nothing is taken over.", source, _PARTS)

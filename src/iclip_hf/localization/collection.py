@@ -21,7 +21,7 @@ from ..models.identity import changed
 from ..utils.digests import content_digest
 from ..utils.distributed import partner_errors, shared_folder_lock, this_process
 from ..utils.extras import require_extra
-from ..utils.files import atomic_write, check_utf8
+from ..utils.files import atomic_write, check_new_folder
 from ..utils.prefetch import prefetch_map, spare_processors
 from .localizer import ExplainedImage, Localizer
 
@@ -59,6 +59,10 @@ _FEATURES = Features(
         ),
     }
 )
+
+
+# Settings of the explanations in a folder. Hidden, because `datasets` reads all visible files of a folder.
+STATE_FILE = ".iclip-explain.json"
 
 
 class ImageFolder:
@@ -150,20 +154,21 @@ def explain_collection(
         raise ValueError(
             f"Expected batch_size and images_per_file from 1, got {batch_size} and {images_per_file}: correct them."
         )
-    check_utf8(output)
+    check_new_folder(output, STATE_FILE)
     state = this_process("collections")
     parts = [range(len(images))[start : start + images_per_file] for start in range(0, len(images), images_per_file)]
     files = [output / f"explanations-{number:05d}-of-{len(parts):05d}.parquet" for number in range(len(parts))]
     with state.main_process_first():  # the first process caches the digests of the files for the others
         fingerprint = images.fingerprint()
     settings = {**localizer.settings, "images": fingerprint, "images_per_file": images_per_file}
+    described = output / STATE_FILE
     with shared_folder_lock(output, state):
-        for file in output.glob("explanations-*.parquet"):
-            if differing := changed(_metadata(file)["settings"], settings):
-                raise ValueError(
-                    f"{file}: expected a file of this run, got one of other {', '.join(differing)}; choose another output folder."
-                )
-
+        if described.exists() and (differing := changed(json.loads(described.read_text()), settings)):
+            raise ValueError(
+                f"{output}: this folder holds explanations of other {', '.join(differing)}; choose another output folder."
+            )
+        with atomic_write(described) as temporary:
+            temporary.write_text(json.dumps(settings))
         missing = [(part, file) for part, file in zip(parts, files) if not file.exists()]
         state.wait_for_everyone()  # before any process adds a file: all must share the same list
         mine = missing[state.process_index :: state.num_processes]
@@ -219,15 +224,6 @@ def _printable(name: str) -> str:
 def _metadata(file: Path) -> dict:
     """Returns the metadata of a file from `explain_collection`: settings and broken images."""
     try:
-        metadata = pq.read_schema(file).metadata or {}
+        return json.loads(pq.read_schema(file).metadata[b"iclip"])
     except pa.ArrowInvalid as error:
-        raise ValueError(
-            f"{file}: expected a whole Parquet file, but got a damaged one ({error}); delete it, then rerun to resume."
-        ) from error
-    try:
-        found = json.loads(metadata[b"iclip"])
-        return {"settings": dict(found["settings"]), "broken": list(found["broken"])}
-    except (ValueError, TypeError, KeyError, RecursionError):
-        raise ValueError(
-            f"{file}: expected a file that this command wrote, but got another; choose another output folder."
-        ) from None
+        raise ValueError(f"{file}: this file is damaged ({error}); delete it, then rerun to resume.") from error

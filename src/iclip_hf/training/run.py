@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import time
@@ -31,6 +32,7 @@ from ..models.identity import digest, identity
 from ..models.loading import load_iclip, warn_of_slow_bfloat16
 from ..processing_iclip import ICLIPProcessor
 from ..utils.distributed import partner_errors, shared_folder_lock
+from ..utils.files import atomic_write
 from .checkpoints import (
     advice_to_resume,
     check_content,
@@ -42,7 +44,7 @@ from .checkpoints import (
     whole_model,
     write_state,
 )
-from .checks import checkpoints
+from .checks import STATE_FILE, checkpoints
 from .data import BatchLoader, derive_seed
 from .datasets import load_datasets, open_pairs
 from .interrupts import Interrupts, ended_workers
@@ -122,8 +124,10 @@ def train(settings: Settings) -> dict[str, float]:
         if settings.text_lora_rank:
             add_low_rank(model, settings.text_lora_rank)
         accelerator = start_accelerator(settings, model)
-        new = not checkpoints(output_dir)
-        with partner_errors("start it again"), shared_folder_lock(output_dir, accelerator, own=new):
+        with partner_errors("start it again"), shared_folder_lock(output_dir, accelerator):
+            if accelerator.is_main_process:
+                with atomic_write(output_dir / STATE_FILE) as temporary:
+                    temporary.write_text(json.dumps(asdict(settings), indent=2))
             return TrainingRun(settings, model, processor, started_from, accelerator, interrupts).run()
 
 

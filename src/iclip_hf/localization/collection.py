@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections.abc import Sequence
@@ -88,8 +87,7 @@ class ImageFolder:
 
     def fingerprint(self) -> str:
         """Returns 16 hex digits over the names and the content of the files, which the first call reads."""
-        names = "".join(f"{self._name(path)}\0" for path in self._paths)
-        return hashlib.sha256(os.fsencode(content_digest(self._paths) + names)).hexdigest()[:16]
+        return content_digest(self._paths, self.folder)
 
 
 def open_images(sources: Sequence[str | os.PathLike]) -> ImageFolder | PairDataset:

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import PHOTO, iclip
-from faults import index_mask, masks_folder
+from fault_inputs import index_mask, masks_folder
 
 from iclip_hf.evaluation.results import EvaluationResult
 

@@ -46,18 +46,21 @@ def augmentation(
         from timm.data import create_transform
 
     image_processor = processor.image_processor
-    return create_transform(
-        is_training=True,
-        input_size=(3, image_processor.size["height"], image_processor.size["width"]),
-        scale=(crop_scale, 1.0),
-        auto_augment=auto_augment or None,
-        color_jitter=None,  # DeiT's is off where its RandAugment is on
-        interpolation="bicubic",
-        re_prob=random_erasing,
-        re_mode="pixel",
-        mean=tuple(image_processor.image_mean),
-        std=tuple(image_processor.image_std),
-    )
+    try:
+        return create_transform(
+            is_training=True,
+            input_size=(3, image_processor.size["height"], image_processor.size["width"]),
+            scale=(crop_scale, 1.0),
+            auto_augment=auto_augment or None,
+            color_jitter=None,  # DeiT's is off where its RandAugment is on
+            interpolation="bicubic",
+            re_prob=random_erasing,
+            re_mode="pixel",
+            mean=tuple(image_processor.image_mean),
+            std=tuple(image_processor.image_std),
+        )
+    except AssertionError as error:
+        raise ValueError(f"auto_augment {auto_augment!r}: timm has no such policy ({error}).") from error
 
 
 class TrainingPairs(Dataset):

@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields
 from functools import cache, partial
@@ -164,13 +165,19 @@ class Settings:
             raise ValueError("Expected output_dir to be the folder of the run, got none: name one.")
         for entry in fields(self):
             allowed, is_allowed = entry.metadata["allowed"]
-            if not is_allowed(value := getattr(self, entry.name)):
+            value = getattr(self, entry.name)
+            if not is_allowed(value) or value in (math.inf, -math.inf):
                 raise ValueError(f"Expected {entry.name} to be {allowed}, got {value}: change it.")
         if self.lock_text and self.text_lora_rank:
             raise ValueError("Expected lock_text or text_lora_rank, got both: leave one out.")
         for option in self.model_options:
-            if "=" not in option:
-                raise ValueError(f"Expected model_options to be name=value, got {option!r}: correct it.")
+            name, equals, value = option.partition("=")
+            try:
+                yaml.safe_load(value)
+            except yaml.YAMLError:
+                equals = ""
+            if not (name and equals):
+                raise ValueError(f"Expected model_options to be name=value in YAML, got {option!r}: correct it.")
         if self.validation_data and self.validation_share:
             raise ValueError("Expected validation_data or validation_share, got both: leave one out.")
         validated = bool(self.validation_data or self.validation_share)

@@ -54,7 +54,7 @@ def test_shift_is_printed_though_it_cannot_be_written(folder, tmp_path, capsys, 
     def full_disk(*arguments):
         raise OSError("writing failed")
 
-    monkeypatch.setattr("iclip_hf.utils.files.new_file", full_disk)
+    monkeypatch.setattr("iclip_hf.utils.files.atomic_write", full_disk)
     data = ["--dataset", "folder", "--data-root", folder, "--model", folder / "model"]
     assert run("shift", *data, "--output", tmp_path / "shift.json", "--json") == 2
     out, err = capsys.readouterr()

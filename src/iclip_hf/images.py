@@ -107,7 +107,13 @@ def read_image(image: str | os.PathLike | bytes | Image.Image, timeout: float = 
         content = base64.b64decode("".join(image.rpartition(",")[2].split()), validate=True)
     except ValueError:  # not base64, so a path
         return load_image(image)
-    return load_image(content, name)
+    try:
+        return load_image(content, name)
+    except ValueError as error:
+        if image.startswith("data:"):
+            raise
+        # Base64 has the characters of many paths, such as "data/dog".
+        raise FileNotFoundError(f"{name}: there is no such file, and this text is no image in base64.") from error
 
 
 def _download(url: str, timeout: float) -> bytes:

@@ -11,6 +11,7 @@ from PIL import Image, ImageColor
 
 from ..images import read_image
 from ..presence import ABSENT, presence_word
+from ..processing_iclip import array_to_image
 from ..utils.names import COLORMAPS
 from .colors import OPACITY, SEGMENTS, overlay
 from .lettering import fitted, text_mask, word_boxes
@@ -61,7 +62,8 @@ def draw(
 
     Args:
         explanation ([`Explanation`]): of the image. Word scores, if it has some, colour the words of the titles.
-        image (`str`, `os.PathLike`, `bytes` or `PIL.Image.Image`): the image, in any form that [`explain`] takes.
+        image (`str`, `os.PathLike`, `bytes`, `PIL.Image.Image`, `np.ndarray` or `torch.Tensor`): the image, in any form that [`explain`]
+            takes.
         colormap (`str`): `"heat"`, `"cividis"`, which is safe for colour-blind readers, or `"jet"`, the colours of the paper.
         opacity (`float`): of a map where it is 1, in [0, 1].
         columns (`int`): largest number of pictures in a row.
@@ -71,9 +73,9 @@ def draw(
         `PIL.Image.Image` of mode "RGB".
 
     Raises:
-        `ValueError`: the image cannot be read, or there is no such colour map.
+        `ValueError`, `OSError`: the image cannot be read.
     """
-    image = read_image(image)
+    image = array_to_image(image) if hasattr(image, "shape") else read_image(image)
     titles = [f"image\n{image.width} x {image.height} pixels"]
     image = at_picture_size(image, dpi)
     pictures = [image]

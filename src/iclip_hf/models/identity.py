@@ -19,6 +19,8 @@ from ..utils.digests import content_digest, weights_digest
 # have a dtype of their own, which counts).
 _WITHOUT_EFFECT = {"_name_or_path", "architectures", "auto_map", "custom_pipelines", "processor_class"}
 _WITHOUT_EFFECT |= {"transformers_version", "dtype", "torch_dtype"}
+# The classes of configurations and image processors, which count although they are the defaults of themselves.
+_KINDS = ("model_type", "image_processor_type")
 # What transformers adds to a tokenizer of the tokenizers library.
 _TOKENIZER_OPTIONS = ("model_input_names", "padding_side", "special_tokens_map", "truncation_side")
 # Of other tokenizers: what they have met, and the place of their files.
@@ -42,6 +44,7 @@ def identity(model, processor, dtype: torch.dtype | None = None) -> dict[str, st
     """
     is_module = isinstance(model, torch.nn.Module)
     used = (dtype or next(model.parameters()).dtype) if is_module else model.dtype
+    weights = weights_digest(model, dtype) if is_module else content_digest(_weight_files(model.folder), model.folder)
     config = getattr(model, "config", None)
     if config is None:  # of open_clip
         configuration = digest([str(model), model.visual.preprocess_cfg, model.visual.image_size])
@@ -53,7 +56,7 @@ def identity(model, processor, dtype: torch.dtype | None = None) -> dict[str, st
     return {
         "model": getattr(config, "_name_or_path", "") or type(model).__name__,
         "configuration": configuration,
-        "weights": weights_digest(model, dtype) if is_module else content_digest(_weight_files(model.folder), model.folder),
+        "weights": weights,
         "dtype": str(used).removeprefix("torch."),
         "processor": digest({name: value for name, value in options.items() if name not in _WITHOUT_EFFECT}),
         "tokenizer": tokenizer_digest(tokenizer),
@@ -123,7 +126,7 @@ def _options(part) -> dict:
         within = getattr(part, name, None)
         if isinstance(within, PreTrainedConfig):
             options[name] = _options(within)
-        elif name in ("model_type", "image_processor_type") or (name not in _WITHOUT_EFFECT and value != usual.get(name)):
+        elif name in _KINDS or (value != usual.get(name) and name not in _WITHOUT_EFFECT):
             options[name] = value
     return options
 

@@ -32,7 +32,8 @@ def content_digest(files: Sequence[str | os.PathLike], folder: str | os.PathLike
         return ""
     paths = [os.path.abspath(file) for file in files]
     folder = os.path.abspath(folder or os.path.commonpath({os.path.dirname(path) for path in paths}))
-    names = [os.path.relpath(path, folder).encode(errors="surrogatepass") + b"\0" for path in paths]
+    before_names = os.path.join(folder, "")
+    names = [path.removeprefix(before_names).encode(errors="surrogatepass") + b"\0" for path in paths]
     states, changed = zip(*map(file_state, paths))
     kept = cache_folder() / "digests" / hashlib.sha256(b"".join([*names, *states])).hexdigest()[:32]
     try:

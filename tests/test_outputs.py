@@ -167,15 +167,11 @@ def test_a_named_file_is_replaced_whoever_wrote_it_and_a_link_stays_one(world, m
 
 
 def test_names_that_are_as_long_as_file_systems_allow(world, mine):
-    for folder in ("a", "b"):
-        (mine / folder).mkdir()
-        for name in ("n" * 251, "é" * 125):
-            PHOTO.save(mine / folder / f"{name}.png")
-    images = " ".join(f"{folder}/{name}.png" for folder in "ab" for name in ("n" * 251, "é" * 125))
+    for name in ("n" * 251, "é" * 125):
+        PHOTO.save(mine / f"{name}.png")
+    images = f"{'n' * 251}.png {'é' * 125}.png"
     assert typed(world, f"explain {images} SEE --output out --npz") == 0
-    written = sorted(path.stem for path in (mine / "out").glob("*.png"))
-    assert written == ["n" * 249 + "-2", "n" * 251, "é" * 124 + "-2", "é" * 125]
-    assert sorted(path.stem for path in (mine / "out").glob("*.npz")) == written
+    assert sorted(path.stem for path in (mine / "out").glob("*.npz")) == ["n" * 251, "é" * 125]
 
 
 @pytest.mark.skipif(os.name != "posix" or os.fsencode("\udce9") != b"\xe9", reason="names are text here")

@@ -29,8 +29,6 @@ from .common import (
 )
 
 
-# Bytes of a picture's name without its suffix, of the 255 that file systems allow.
-_LONGEST = 251
 _BAR_DELAY = 2  # seconds after which the progress bar appears
 
 
@@ -136,14 +134,11 @@ def _pictures_to_write(
 
 def _file_names(images: Sequence[str]) -> list[str]:
     """Returns a unique name for each picture, because a/dog.jpg and b/dog.jpg must not write the same file."""
-    from ..utils.files import short_name
-
     taken = {}
     for stem in (Path(image).stem for image in images):
-        name, number = short_name(stem, _LONGEST), 2
+        name, number = stem, 2
         while name.casefold() in taken:  # file systems may not tell upper from lower case
-            mark = f"-{number}"
-            name, number = short_name(stem, _LONGEST - len(mark)) + mark, number + 1
+            name, number = f"{stem}-{number}", number + 1
         taken[name.casefold()] = f"{name}.png"
     return list(taken.values())
 

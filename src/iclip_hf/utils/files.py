@@ -106,15 +106,10 @@ def write_files(folder: Path, contents: Mapping[str, bytes], overwrite: bool = F
             temporary.write_bytes(content)
 
 
-def short_name(name: str, size: int = 200) -> str:
-    """Returns the beginning of a name of at most `size` bytes. File systems allow 255, with all prefixes and suffixes."""
-    encoded = os.fsencode(name)
-    return name if len(encoded) <= size else encoded[:size].decode(errors="ignore")
-
-
 def _temporary(path: Path) -> Path:
-    """Returns a new hidden name beside a file or folder."""
-    return path.with_name(f".{short_name(path.name)}.{secrets.token_hex(4)}.partial")
+    """Returns a new hidden name beside a file or folder, cut to less than the 255 bytes that file systems allow."""
+    name = os.fsencode(path.name)[:200].decode(errors="ignore")
+    return path.with_name(f".{name}.{secrets.token_hex(4)}.partial")
 
 
 def keep_in_cache(path: Path, write: Callable[[Path], object]) -> None:

@@ -10,10 +10,10 @@ BIN := .venv/bin
 	$(BIN)/python -m pip install --quiet --editable '.[dev]'
 	touch $@
 
-# Explains a photograph that scikit-image ships (NASA, public domain) with the embedded checkpoint.
+# Explains the photograph of the package with the embedded checkpoint.
 demo: .venv/.installed
-	$(BIN)/iclip explain "$$($(BIN)/python -c 'import skimage; print(skimage.__path__[0])')/data/astronaut.png" \
-		--text "orange jacket" --text helmet --text "space shuttle" --text dog --output demo.png
+	$(BIN)/iclip explain "$$($(BIN)/python -c 'import iclip_hf; print(iclip_hf.example_image())')" \
+		--text woman --text "orange jacket" --text helmet --text dog --output demo.png
 
 # A test process for each core; a file's tests stay together, because they share models and browsers.
 PYTEST := -m pytest -n auto --dist loadfile -p no:randomly

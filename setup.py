@@ -21,7 +21,7 @@ extras = {
     "eval": ["accelerate>=1.10", "evaluate>=0.4.6", "pycocotools>=2.0.8"],
     # `iclip explain` of whole collections: processes, Parquet
     "collections": ["accelerate>=1.10", "datasets>=5.2"],
-    # Gradio apps, and the photograph that `make demo` explains
+    # Gradio apps, and their example photographs
     "demo": ["gradio>=6.10", "scikit-image>=0.25"],
     # `iclip export --format onnx`, and models so exported
     "onnx": ["onnx>=1.17", "onnxruntime>=1.20", "onnxscript>=0.5"],
@@ -65,7 +65,7 @@ setup(
     },
     packages=[*find_packages("src"), "iclip_hf.evaluate_metrics", "iclip_hf.hub_configs"],
     package_data={
-        "iclip_hf": ["py.typed", "demo/*.css", "demo/*.js", "demo/web/*", "models/*.safetensors"],
+        "iclip_hf": ["py.typed", "data/astronaut.*", "demo/*.css", "demo/*.js", "demo/web/*", "models/*.safetensors"],
         "iclip_hf.evaluate_metrics": ["*/*.py", "*/*.md", "*/*.txt"],
         "iclip_hf.hub_configs": ["*/*.json", "*/*.yaml", "*/*.txt", "../model_card.md"],
     },

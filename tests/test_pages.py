@@ -1,12 +1,14 @@
 """README and pages: their commands parse, their Python runs, their links and paths exist, and the API reference is complete."""
 
+import json
 import re
 import shlex
+import shutil
 from pathlib import Path
 
 import pytest
 
-from iclip_hf import cli
+from iclip_hf import cli, example_image
 
 
 ROOT = Path(__file__).parents[1]
@@ -151,8 +153,40 @@ def test_docstrings_are_rendered_as_lists_and_links(tmp_path):
     assert rendered.strip() == RENDERED.strip()
 
 
-def test_the_readme_stays_short():
-    assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 150
+@pytest.mark.parametrize(("page", "lines"), [("README.md", 160), ("docs/results.md", 120)])
+def test_main_pages_stay_short(page, lines):
+    assert len((ROOT / page).read_text(encoding="utf-8").splitlines()) <= lines
+
+
+def test_the_recipe_for_coco100_keeps_its_images_alone(tmp_path, monkeypatch):
+    ids = [int(line) for line in (DOCS / "coco100.txt").read_text().split()]
+    assert len(set(ids)) == 100
+    (recipe,) = [block for block in code_blocks(DOCS / "results.md", "py") if "coco100.txt" in block]
+    official = {
+        "images": [{"id": id_} for id_ in (1, *ids, 10**6)],
+        "annotations": [{"id": 7, "image_id": 1}, {"id": 8, "image_id": ids[0]}, {"id": 9, "image_id": ids[-1]}],
+        "categories": [{"id": 1, "name": "person"}],
+    }
+    for folder in ("COCO/annotations", "COCO/train2017", "docs"):
+        (tmp_path / folder).mkdir(parents=True)
+    (tmp_path / "COCO" / "annotations" / "instances_train2017.json").write_text(json.dumps(official))
+    (tmp_path / "docs" / "coco100.txt").write_text((DOCS / "coco100.txt").read_text())
+    monkeypatch.chdir(tmp_path)
+    exec(recipe, {})
+    subset = json.loads((tmp_path / "DATA" / "coco100" / "annotations" / "instances_train2017.json").read_text())
+    assert [image["id"] for image in subset["images"]] == ids
+    assert [annotation["id"] for annotation in subset["annotations"]] == [8, 9]
+    assert subset["categories"] == official["categories"] and (tmp_path / "DATA" / "coco100" / "train2017").is_dir()
+
+
+@pytest.fixture
+def embedded():
+    from iclip_hf.models.embedded import embedded_model
+
+    try:
+        embedded_model()
+    except OSError as error:
+        pytest.skip(f"the embedded towers cannot be had here: {error}")
 
 
 PYTHON = [page for page in PAGES if code_blocks(page, "python")]
@@ -160,19 +194,10 @@ PYTHON = [page for page in PAGES if code_blocks(page, "python")]
 
 @pytest.mark.slow
 @pytest.mark.parametrize("page", PYTHON, ids=lambda page: page.name)
-def test_python_examples_run(page, tmp_path, monkeypatch):
+def test_python_examples_run(page, embedded, tmp_path, monkeypatch):
     """The blocks of a page run one after the other, as a reader would run them."""
-    from iclip_hf.models.embedded import embedded_model
-
-    data = pytest.importorskip("skimage.data", reason="needs the extra [demo]")
-    try:
-        embedded_model()
-    except OSError as error:
-        pytest.skip(f"the embedded towers cannot be had here: {error}")
-    from PIL import Image
-
     monkeypatch.chdir(tmp_path)
-    Image.fromarray(data.chelsea()).save("dog.jpg")
+    shutil.copy(example_image(), "dog.jpg")  # the photograph that other pages take
     if "`iclip install-metrics`" in page.read_text(encoding="utf-8"):
         evaluate = pytest.importorskip("evaluate", reason="needs the extra [eval]")
         monkeypatch.setattr(evaluate.config, "HF_EVALUATE_OFFLINE", True)

@@ -16,6 +16,7 @@ from .utils.lazy import lazy_names
 
 if TYPE_CHECKING:
     from .configuration_iclip import ICLIPConfig
+    from .data.example import example_image
     from .evaluation.evaluate import evaluate
     from .figures.sheets import draw
     from .localization.explanation import Explanation
@@ -32,6 +33,7 @@ __version__ = "0.2.0.dev0"
 _MODULES = {
     "draw": ".figures.sheets",
     "embedded_model": ".models.embedded",
+    "example_image": ".data.example",
     "evaluate": ".evaluation.evaluate",
     "explain": ".localization.localizer",
     "Explanation": ".localization.explanation",

@@ -36,7 +36,7 @@ class ICLIPConfig(PreTrainedConfig):
             nearer to the maximum. Must be positive.
         center_tokens (`bool`, defaults to `False`): whether the map branch subtracts the mean of the training images' patch tokens
             from its patch tokens. The model stores this mean as `token_mean`. Not in the paper. Requires `max_over="similarity"`.
-        value_share (`float` in [0, 1], defaults to 0): share of a patch's own value in the output of the image tower's last
+        value_share (`float` in [0, 1], defaults to 0): share of the patch's value in the output of the image tower's last
             attention. 0 is the attention of the tower. 1 is that of MaskCLIP, where each patch attends to itself only, so that its
             token describes its own place. The class token is not changed. Not in the paper. Requires SDPA attention.
         dual_projection (`bool`, defaults to `True`): whether there are two pairs of projections (Eq. 12): the recognition branch,
@@ -60,7 +60,7 @@ class ICLIPConfig(PreTrainedConfig):
         attention_quantile (`float` in (0, 1], defaults to 0.9): used with `attention_norm="quantile"`.
         logit_scale_init_value (`float` in [0, ln 100], defaults to 2.6592): initial value of the logarithm of the logit scale,
             ln(1 / 0.07).
-        lock_vision (`bool`, defaults to `True`): whether the image tower is frozen. A frozen tower has no gradients and stays in
+        lock_vision (`bool`, defaults to `True`): whether the image tower is locked. A locked tower has no gradients and stays in
             eval mode.
         text_pooling (`str`, defaults to `"eos"`): the feature of a text. `"eos"` is the pooled output of a CLIP or SigLIP tower,
             `"mean"` the mean over the attended tokens, `"class_token"` the first token.

@@ -379,7 +379,7 @@ class ICLIPModel(PreTrainedModel):
     def train(self, mode: bool = True):
         """Sets the training mode. A locked image tower stays in eval mode and without gradients."""
         super().train(mode)
-        # `from_pretrained` replaces the parameters and then calls `eval()`, so they are frozen here.
+        # `from_pretrained` replaces the parameters and then calls `eval()`, so they are locked here.
         if hasattr(self, "vision_model"):
             if self.config.lock_vision:
                 self.vision_model.eval()

@@ -57,7 +57,7 @@ def pool_similarities(
     Masked max pooling over similarities instead of channels: the smooth maximum over the patches of their similarities s with each
     text, with the attention as prior, (1 / b) log sum_i (A_i / sum A) exp(b s_i).
 
-    The trained score is then the peak of the drawn map. Eq. 10 takes the maximum of each channel instead. For a tower trained
+    The trained score is then the peak of the map. Eq. 10 takes the maximum of each channel instead. For a tower trained
     with a patch objective, this maximum is similar for all images.
 
     Args:

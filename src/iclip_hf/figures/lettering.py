@@ -1,4 +1,4 @@
-"""Text drawn with Pillow, in the fonts that come with matplotlib. matplotlib itself is imported only for scripts other than Latin."""
+"""Text rendered with Pillow, in the fonts that come with matplotlib. matplotlib itself is imported only for scripts other than Latin."""
 
 from __future__ import annotations
 

@@ -191,7 +191,7 @@ class CachedPairs(Dataset):
         return len(self.rows)
 
     def set_epoch(self, epoch: int) -> None:
-        """Draws the caption of each pair."""
+        """Samples the caption of each pair."""
         self.epoch = epoch
         self.drawn_caption = np.random.default_rng([self.seed, epoch]).random(len(self))
 
@@ -201,7 +201,7 @@ class CachedPairs(Dataset):
         return [self.captions[i][int(self.drawn_caption[i] * len(self.captions[i]))] for i in indices]
 
     def __getitems__(self, indices: Sequence[int]) -> dict:
-        """Returns a batch: `image_features` of the branches, and for each pair the drawn caption and all captions."""
+        """Returns a batch: `image_features` of the branches, and for each pair the sampled caption and all captions."""
         return {
             "image_features": branch_features(
                 torch.from_numpy(self.features[self.rows[indices]]).float(), self.config

@@ -25,7 +25,7 @@ _BACKGROUND = "(background)"
 
 class NounPrompts:
     """
-    Draws noun prompts for images. The prompts depend only on (seed, epoch, captions).
+    Samples noun prompts for images. The prompts depend only on (seed, epoch, captions).
 
     Args:
         nouns: the vocabulary: nouns of one or several words, in the singular. Those of the background, which is behind or below
@@ -79,7 +79,7 @@ class NounPrompts:
 
     def draw(self, captions: Sequence[Sequence[str]], epoch: int) -> tuple[list[str], dict[str, torch.Tensor]]:
         """
-        Draws prompts for B images with all their captions.
+        Samples prompts for B images with all their captions.
 
         Returns:
             `tuple`: B * count prompts, grouped by image, and a `dict` of `noun_ids` (B * count,), the indices of their nouns,

@@ -116,7 +116,7 @@ class Settings:
     )
     map_tokens: int = setting(20, "number of patches that represent an image with max_over=similarity", FROM_5)
     num_workers: int = setting(4, "number of loading processes for each training process", FROM_0)
-    cache_features: str = setting("", "folder for features of frozen towers, which are computed once")
+    cache_features: str = setting("", "folder for features of locked towers, which are computed once")
 
     # optimisation
     epochs: int = setting(30, "number of passes over the pairs", FROM_1)

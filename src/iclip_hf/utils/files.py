@@ -200,7 +200,7 @@ def folder_lock(folder: Path) -> Iterator[None]:
 @contextmanager
 def atomic_folder(folder: str | Path) -> Iterator[Path]:
     """
-    Yields a temporary folder; renamed to `folder` on success, deleted on error.
+    Yields a temporary folder of the same name, whose parent is temporary too; renamed to `folder` on success, deleted on error.
 
     An existing empty folder stays the same folder, because it may be a mount point or the working directory of a shell. The
     temporary folder is then in it, and its content is renamed.
@@ -212,7 +212,8 @@ def atomic_folder(folder: str | Path) -> Iterator[Path]:
     folder = Path(os.path.realpath(folder))  # of a link that leads to itself, the link
     check_new_folder(folder)
     exists = folder.exists()
-    built = _temporary(folder / "content" if exists else folder)
+    work = _temporary(folder / folder.name if exists else folder)
+    built = work / folder.name  # cards take the name
     with writing_errors(folder):
         built.mkdir(parents=True)
     try:
@@ -230,7 +231,7 @@ def atomic_folder(folder: str | Path) -> Iterator[Path]:
             raise  # errors of reading have their own messages
         raise OSError(f"{folder}: writing failed ({error}); check free space, then run again.") from error
     finally:
-        shutil.rmtree(built, ignore_errors=True)
+        shutil.rmtree(work, ignore_errors=True)
 
 
 def build_once(folder: Path, build: Callable[[Path], None]) -> Path:

@@ -21,15 +21,14 @@ from transformers import AutoModel, pipeline
 
 from iclip_hf import ICLIPModel
 from iclip_hf.cli.common import keep_memory
-from iclip_hf.data.segmentation import load_segmentation
-from iclip_hf.evaluation.analysis import semantic_shift
+from iclip_hf.explainers.localizer import Localizer
 from iclip_hf.images import load_image
-from iclip_hf.localization.background import encode_background
-from iclip_hf.localization.localizer import Localizer
+from iclip_hf.models.embedded import embedded_towers
 from iclip_hf.models.loading import load, load_iclip
-from iclip_hf.models.towers import embedded_towers
-from iclip_hf.presence import BACKGROUND, presence
+from iclip_hf.models.references import kept_on_disk
+from iclip_hf.presence import presence
 from iclip_hf.processing_iclip import ICLIPProcessor
+from iclip_hf.reference_nouns import REFERENCE_NOUNS
 
 
 SIZE = (480, 640)
@@ -221,41 +220,24 @@ def end_to_end(files: int) -> str:
 
 
 def presences(rounds: int) -> str:
-    """Presence: encoding the nouns and reading them again in another process, and what an image costs then."""
+    """Presence: encoding the reference nouns, reading them in another process and again in this one, and what an image costs then."""
     model = load("embedded")
     pixel_values = model.processor(images=[Image.new("RGB", SIZE[::-1])])["pixel_values"]
-    background, texts = encode_background(model, model.templates), model.encode_texts(["dog", "ball", "grass"])
-    image = model.encode_images(pixel_values)
+    nouns, texts = model.references(model.templates), model.encode_texts(["dog", "ball", "grass"])
+    image = model.get_image_features(pixel_values)
     contenders = {
-        "first": lambda: model.encode_texts(BACKGROUND),
-        "read": lambda: encode_background(model, model.templates),
-        "image": lambda: presence(model.match(image, texts), model.match(image, background)),
-        "forward": lambda: model.encode_images(pixel_values),
+        "first": lambda: model.encode_texts(REFERENCE_NOUNS),
+        "read": lambda: kept_on_disk(model.network, model.processor, REFERENCE_NOUNS, model.templates, lambda: nouns),
+        "again": lambda: model.references(model.templates),
+        "image": lambda: presence(model, image, texts, nouns),
+        "forward": lambda: model.get_image_features(pixel_values),
     }
     taken = take_turns({name: without_gradients(function) for name, function in contenders.items()}, rounds)
     seconds = medians(taken)
-    headings = [f"encoding {len(BACKGROUND)} nouns, first use, seconds", "from the cache, seconds"]
+    headings = [f"encoding {len(REFERENCE_NOUNS)} nouns, first use, seconds", "from the cache, seconds", "again, ms"]
     headings += ["presence of an image, ms", "forward, ms", "ratio"]
-    figures = [seconds["first"], seconds["read"], 1e3 * seconds["image"], 1e3 * seconds["forward"]]
+    figures = [seconds["first"], seconds["read"], *(1e3 * seconds[name] for name in ("again", "image", "forward"))]
     return table(headings, [[*figures, f"{ratio(taken, 'image', 'forward'):.4f}"]])
-
-
-def shifting(data: Path, images: int) -> str:
-    """`iclip analyze shift` of real images and masks against the forwards of these images."""
-    model, processor = load_iclip("embedded")
-    samples = [
-        sample for _, sample in zip(range(images), load_segmentation("coco2017", data / "coco100", "train2017"))
-    ]
-    pixel_values = processor(images=[sample.image for sample in samples])["pixel_values"]
-
-    def forwards():
-        for pixels in pixel_values.split(1):
-            model.get_image_features(pixels)
-
-    contenders = {"shift": lambda: semantic_shift((model, processor), samples), "forward": without_gradients(forwards)}
-    taken = take_turns(contenders, 3)
-    headings = [f"semantic shift of {len(samples)} images, seconds", "forwards alone", "ratio"]
-    return table(headings, [[*medians(taken).values(), f"{ratio(taken, 'shift', 'forward'):.3f}"]])
 
 
 def evaluating(data: Path) -> str:
@@ -331,7 +313,7 @@ def main():
     parser.add_argument("--images", type=int, default=8, help="images of a batch")
     parser.add_argument("--data", type=Path, default=Path(os.environ.get("ICLIP_DATA", "data")))
     options = parser.parse_args()
-    print(f"{machine()}; medians of {options.rounds} rounds, of 3 for 77 and 100 images\n", flush=True)
+    print(f"{machine()}; medians of {options.rounds} rounds, of 3 for 100 images\n", flush=True)
     for part in (
         lambda: explaining(options.rounds, options.images),
         lambda: variants(options.rounds),
@@ -340,7 +322,6 @@ def main():
         lambda: presences(options.rounds),
         lambda: end_to_end(100),
         lambda: evaluating(options.data),
-        lambda: shifting(options.data, 77),
         lambda: starting(max(3, options.rounds // 2)),
     ):
         print(part(), end="\n\n", flush=True)

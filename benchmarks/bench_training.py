@@ -26,8 +26,8 @@ from torch.utils.data import DataLoader, Dataset
 
 from iclip_hf import ICLIPConfig, ICLIPModel, ICLIPProcessor
 from iclip_hf.data.pairs import load_pairs
+from iclip_hf.models.embedded import embedded_towers
 from iclip_hf.models.loading import has_bfloat16
-from iclip_hf.models.towers import embedded_towers
 from iclip_hf.training.data import BatchLoader
 from iclip_hf.training.datasets import TrainingPairs, whole_image
 from iclip_hf.training.feature_cache import CachedPairs, CachedTexts, FeatureCache, FeatureShards

@@ -28,6 +28,7 @@ from PIL import Image
 from transformers import BertTokenizer, CLIPImageProcessor
 
 from iclip_hf import ICLIPConfig, ICLIPModel, ICLIPProcessor, ImageTextSimilarityMapPipeline, cli
+from iclip_hf.presence import RANK_ALONE
 
 
 def noise(size: tuple[int, int], spread: int = 80, seed: int = 0) -> Image.Image:
@@ -92,6 +93,15 @@ def tiny_model(vision: str = "vit", text: str = "bert", seed: int = 0, **options
     return model
 
 
+def presence_among(scores: torch.Tensor, references: torch.Tensor) -> torch.Tensor:
+    """
+    The presence of texts with these cosines `(B, T)` among reference nouns with those, `(B, K)`, in a model whose patches tell nothing
+    of it. Scale and offset of the cosines do not matter.
+    """
+    std, mean = torch.std_mean(references, dim=-1, keepdim=True)
+    return (RANK_ALONE[0] * (scores - mean) / std + RANK_ALONE[1]).sigmoid()
+
+
 def tiny_inputs(batch: int = 2, texts: int = 3, size: tuple[int, int] = (32, 32), seed: int = 0) -> dict:
     """Pixels and token ids; the last id of each text is the end of sequence, followed by padding."""
     generator = torch.Generator().manual_seed(seed)
@@ -120,7 +130,10 @@ def served(handler: Callable, port: int = 0) -> Iterator[ThreadingHTTPServer]:
 @pytest.fixture(scope="session")
 def tiny_processor(tmp_path_factory) -> ICLIPProcessor:
     vocabulary = tmp_path_factory.mktemp("tokenizer") / "vocab.txt"
-    vocabulary.write_text("\n".join(WORDS))
+    # As many tokens as the text towers have embeddings; a text ends with the last one, as in CLIP.
+    tokens = ["[unused]" if word == "[SEP]" else word for word in WORDS]
+    tokens += [f"[unused{number}]" for number in range(len(tokens), 63)]
+    vocabulary.write_text("\n".join([*tokens, "[SEP]"]))
     tokenizer = BertTokenizer(vocab=str(vocabulary))
     size = {"height": 32, "width": 32}
     return ICLIPProcessor(CLIPImageProcessor(size=size, do_center_crop=False), tokenizer, patch_size=8)

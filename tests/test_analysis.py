@@ -1,4 +1,6 @@
-import math
+import json
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -9,10 +11,22 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from iclip_hf.evaluation import analysis
-from iclip_hf.evaluation.analysis import channel_matches, foreground_tokens, match_channels, relation, semantic_shift
+from iclip_hf import load
 from iclip_hf.modeling_iclip import ICLIPImageFeatures
 from iclip_hf.models.explainable import Pooling
+
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+
+from analyses import (
+    ChannelMatch,
+    channel_matches,
+    channel_scatter,
+    foreground_tokens,
+    main,
+    match_channels,
+    semantic_shift,
+)
 
 
 class Sample:
@@ -30,24 +44,18 @@ class Sample:
         return np.where(self.index == label, label, np.where(self.index == 255, 255, 0)).astype(np.uint8)
 
 
-@pytest.fixture
-def by_hand(monkeypatch):
-    """Models are given by what they say of each image: patches and class token, on a grid of 1x3 patches."""
+def by_hand(pooling=Pooling.ONE_QUERY):
+    """A model that says of each image what it is given: patches and class token, on a grid of 1x3 patches."""
 
-    def load(model):
-        def encode_images(image):
-            patches, class_token = image
-            return ICLIPImageFeatures(image_embeds=torch.tensor([class_token]), patch_embeds=torch.tensor([[patches]]))
+    def get_image_features(image):
+        patches, class_token = image
+        return ICLIPImageFeatures(image_embeds=torch.tensor([class_token]), patch_embeds=torch.tensor([[patches]]))
 
-        if not isinstance(model, str):  # loaded already
-            return model
-        return SimpleNamespace(
-            processor=lambda images: {"pixel_values": images[0]},
-            encode_images=encode_images,
-            map_pooling=Pooling.PATCHES if model == "max" else Pooling.ONE_QUERY,
-        )
-
-    monkeypatch.setattr(analysis, "load", load)
+    return SimpleNamespace(
+        processor=lambda images: {"pixel_values": images[0]},
+        get_image_features=get_image_features,
+        map_pooling=pooling,
+    )
 
 
 # Three patches of four channels. Per channel the greatest is of patch 0, 0, 1, 2.
@@ -56,17 +64,17 @@ PATCHES = [[9.0, 8.0, 1.0, 0.0], [5.0, 2.0, 7.0, 1.0], [1.0, 0.0, 2.0, 6.0]]
 CLASS_TOKEN = [4.0, 9.0, 2.5, 5.0]
 
 
-def test_channels_by_hand(by_hand):
-    matches = channel_matches("model", (PATCHES, CLASS_TOKEN))
+def test_channels_by_hand():
+    matches = channel_matches(by_hand(), (PATCHES, CLASS_TOKEN))
     assert matches["max"].tokens.tolist() == [0, 0, 1, 2] and matches["max"].values.tolist() == [9, 8, 7, 6]
     assert matches["class_token"].tokens.tolist() == [1, 0, 2, 2]
     # The mean is (5, 3.33, 3.33, 2.33): nearest are 5, 2, 2, 1.
     assert matches["average"].tokens.tolist() == [1, 1, 2, 1]
     assert matches["own"].values.tolist() == CLASS_TOKEN and matches["max"].grid == (1, 3)
-    assert "class_token" not in channel_matches("max", (PATCHES, CLASS_TOKEN))
+    assert "class_token" not in channel_matches(by_hand(Pooling.PATCHES), (PATCHES, CLASS_TOKEN))
 
 
-def test_semantic_shift_by_hand(by_hand):
+def test_semantic_shift_by_hand():
     image = (PATCHES, CLASS_TOKEN)
     samples = [
         # Foreground is patch 0, a third of the image: channel 0 leaves it, channel 1 stays on it, the others off it.
@@ -80,37 +88,12 @@ def test_semantic_shift_by_hand(by_hand):
         Sample([[255, 255, 0]], image),
         Sample([[4, 4, 4]], image),
     ]
-    shift = semantic_shift("model", iter(samples), after="class_token")
-    few, half, most, all_ = shift.rows
-    assert (few.low, few.high, all_.low, all_.high) == (0, 0.25, 0, 1)
-    assert (few.images, few.b2f, few.f2b, few.same) == (1, 1, 0, 3)
-    assert (half.images, half.b2f, half.f2b, half.same) == (2, 0.5, 1, 2.5)
-    assert (most.images, most.b2f, most.f2b, most.same) == (1, 0, 0, 4)
-    assert (all_.images, all_.b2f, all_.f2b, all_.same) == (4, 0.5, 0.5, 3)
-    assert (shift.images, shift.left_out) == (4, 2)
+    rows, on_foreground = semantic_shift(by_hand(), iter(samples), after="class_token")
+    assert rows == [(1, 1, 0, 3), (2, 0.5, 1, 2.5), (1, 0, 0, 4), (4, 0.5, 0.5, 3)]  # images, B2F, F2B, same
     # On the foreground of the four images: by maximum 2, 1, 1, 4 channels, by class token 1, 1, 2, 4, by mean 0, 3, 1, 4.
-    assert shift.foreground_channels == {"class_token": 2, "average": 2, "max": 2, "own": 2}
-
-    assert shift.table().splitlines()[2:] == [
-        "| (0, 0.25] | 1 | 1.0 | 0.0 | 3.0 |",
-        "| (0.25, 0.75] | 2 | 0.5 | 1.0 | 2.5 |",
-        "| (0.75, 1] | 1 | 0.0 | 0.0 | 4.0 |",
-        "| (0, 1] | 4 | 0.5 | 0.5 | 3.0 |",
-        "",
-        "| pooling | channels on the foreground |",
-        "|---|---|",
-        *(f"| {pooling} | 2.0 |" for pooling in ("class_token", "average", "max", "own")),
-    ]
-
-    back = semantic_shift("model", samples, before="class_token", after="max").rows
-    assert [(row.b2f, row.f2b) for row in back] == [(row.f2b, row.b2f) for row in shift.rows]
-
-
-def test_what_cannot_be_counted(by_hand):
-    shift = semantic_shift("model", [])
-    assert shift.images == 0 and shift.foreground_channels == {} and all(row.same is None for row in shift.rows)
-    with pytest.raises(ValueError, match=r"one of \['average', 'max', 'own'\], got 'class_token'"):
-        semantic_shift("max", [Sample([[1, 0, 0]], (PATCHES, CLASS_TOKEN))], after="class_token")
+    assert on_foreground == {"class_token": 2, "average": 2, "max": 2, "own": 2}
+    back, _ = semantic_shift(by_hand(), samples, before="class_token", after="max")
+    assert [(b2f, f2b) for _, b2f, f2b, _ in back] == [(f2b, b2f) for _, b2f, f2b, _ in rows]
 
 
 @settings(max_examples=50, deadline=None)
@@ -144,7 +127,7 @@ def test_a_models_own_vectors_are_matched(dual, pooling, tiny_processor):
     """
     model = tiny_model("dinov2", dual_projection=dual, pooling=pooling)
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (30, 50, 3), dtype=np.uint8))
-    matches = channel_matches((model, tiny_processor), image)
+    matches = channel_matches(load((model, tiny_processor)), image)
     with torch.no_grad():
         features = model.get_image_features(tiny_processor(images=[image])["pixel_values"])
     patches = features.patch_embeds[0].flatten(0, 1)
@@ -160,27 +143,41 @@ def test_a_models_own_vectors_are_matched(dual, pooling, tiny_processor):
         chosen = patches[matches[name].tokens, np.arange(16)]
         torch.testing.assert_close((chosen - vector).abs(), nearest, atol=1e-5, rtol=0)
     samples = [Sample([[0, 0, 1, 1]] * 2, image), Sample([[1, 1, 1, 0]] * 2, image)]
-    shift = semantic_shift((model, tiny_processor), samples, after="own")
+    rows, _ = semantic_shift(load((model, tiny_processor)), samples, after="own")
     expected = []
     for left, right in ((2, 4), (0, 3)):  # the columns of patches that are foreground
         before, after = (np.isin(matches[name].tokens % 4, range(left, right)) for name in ("max", "own"))
         expected.append([np.sum(~before & after), np.sum(before & ~after)])
-    assert [shift.rows[-1].b2f, shift.rows[-1].f2b] == np.mean(expected, 0).tolist()
+    assert list(rows[-1][1:3]) == np.mean(expected, 0).tolist()
 
 
-def test_relation_by_hand():
-    found = relation(
-        {"dog": 0.9, "cat": 0.5, "car": 0.1, "bus": math.nan, "sky": 1.0}, {"cat": 2, "dog": 1, "car": 3, "bus": 1}
-    )
-    assert found.names == ["dog", "cat", "car"]
-    assert found.recognition.tolist() == [0.9, 0.5, 0.1] and found.interpretability.tolist() == [1, 2, 3]
-    assert found.correlation == pytest.approx(-1)
-    x, y = [1.0, 2.0, 4.0, 4.0], [1.0, 0.0, 3.0, 2.0]
-    # deviations -1.75 -.75 1.25 1.25 and -.5 -1.5 1.5 .5: 4.5 / sqrt(6.75 * 5)
-    some = relation(dict(enumerate(x)), dict(enumerate(y)))
-    assert some.correlation == pytest.approx(4.5 / math.sqrt(6.75 * 5))
+def test_channels_are_points_in_their_patches():
+    """Patches of 30x20 pixels; three channels, two of them in the last patch, of a value three times as large."""
+    image = Image.new("RGB", (90, 40), "white")
+    match = ChannelMatch(np.array([5, 1, 5]), np.array([3.0, -1.0, 3.0]), (2, 3))
+    for axis in channel_scatter([image, image], [{"class_token": match, "max": match}] * 2).axes:
+        (points,) = axis.collections
+        assert ((points.get_offsets() + 0.5) // [30, 20]).tolist() == [[2, 1], [1, 0], [2, 1]]
+        large, small, also_large = points.get_sizes()
+        assert large == also_large == pytest.approx(3 * small) and axis.get_xlim() == (-0.5, 89.5)
 
 
-@pytest.mark.parametrize("scores", [{}, {"dog": 1.0}, {"dog": 1.0, "cat": 1.0}])
-def test_a_relation_needs_two_different_scores(scores):
-    assert math.isnan(relation(scores, {"dog": 0.2, "cat": 0.3}).correlation)
+def test_the_script_writes_the_tables_and_figures(labelled_folder, tiny_processor, tmp_path, monkeypatch, capsys):
+    tiny_model().save_pretrained(tmp_path / "model")
+    tiny_processor.save_pretrained(tmp_path / "model")
+    rows = [
+        {"name": name, "AP": ap, "MIoU": iou} for name, ap, iou in (("dog", 90, 10), ("cat", 50, 20), ("sky", 1, None))
+    ]
+    (tmp_path / "results.json").write_text(json.dumps({"per_class": {"itsm": rows}}))
+    image = next((labelled_folder / "images").iterdir())
+    for line in (
+        f"shift --dataset folder --data-root {labelled_folder} --model {tmp_path}/model",
+        f"channels {image} --model {tmp_path}/model --output {tmp_path}/channels.png",
+        f"relation {tmp_path}/results.json --output {tmp_path}/relation.svg",
+    ):
+        monkeypatch.setattr(sys, "argv", ["analyses.py", *line.split()])
+        main()
+    assert "| (0, 1] | 6 |" in capsys.readouterr().out
+    assert (tmp_path / "channels.png").stat().st_size and "correlation -1.00" in (
+        tmp_path / "relation.svg"
+    ).read_text()

@@ -22,7 +22,6 @@ ROOMS = [
     "evaluate_metrics",
     "evaluation",
     "figures",
-    "localization",
     "explainers",
     "models",
     "data",
@@ -128,4 +127,4 @@ def test_nothing_in_a_file_is_executed(path):
             )
             assert called != "torch.load" or options.get("weights_only") == "True"
             # pip and npm, without a shell
-            assert not called.startswith("subprocess.") or path.name in ("towers.py", "web.py")
+            assert not called.startswith("subprocess.") or path.name in ("embedded.py", "web.py")

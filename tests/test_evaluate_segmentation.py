@@ -1,16 +1,24 @@
-"""evaluation/segmentation.py and explainers/windows.py against the same protocol in plain steps."""
+"""Segmentation, windows and typed segments against the same protocol in plain steps."""
+
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from conftest import NAMES, tiny_model
+from conftest import NAMES, presence_among, tiny_model
 from torch.nn import functional as F
 
 from iclip_hf.data import load_segmentation
 from iclip_hf.evaluation.evaluate import evaluate
-from iclip_hf.evaluation.measures.segmentation import Segmentation
+from iclip_hf.evaluation.measures.recognition import like_classes
+from iclip_hf.evaluation.measures.segmentation import Segmentation, windowed_maps
+from iclip_hf.evaluation.measures.typed_segments import TypedSegments
 from iclip_hf.explainers import make_explainer
-from iclip_hf.explainers.windows import windowed_maps
+from iclip_hf.modeling_iclip import cosines
+from iclip_hf.models.loading import load
+from iclip_hf.presence import MIN_PRESENCE
+from iclip_hf.reference_nouns import REFERENCE_NOUNS
+from iclip_hf.refinement import refine_maps
 
 
 def enlarged(model, processor, sample, texts):
@@ -102,6 +110,72 @@ def test_probabilities_as_confidence(labelled_folder, tiny_processor):
         pairs.append((np.where(probabilities.max(0) > 0.5, maps.argmax(0) + 1, 0), sample.label_map))
     assert result.results["itsm"]["mIoU"] == pytest.approx(miou(pairs)[0], abs=0.2)
     assert (result.protocol["background_threshold"], result.protocol["logit_scale"]) == (0.5, 5.0)
+
+
+# ---- typed segments ----
+
+
+def test_typed_segments_in_plain_steps(labelled_folder, tiny_processor):
+    """Each shown text and two absent ones compete by hand; IoU, areas and hidden texts are counted pixel by pixel."""
+    model, dataset = tiny_model(), load_segmentation("folder", labelled_folder)
+    measure = TypedSegments(seed=3)
+    result = evaluate((model, tiny_processor), dataset, measures=[measure], progress=False).results["itsm"]
+    nouns, ious, hidden, areas = model_scores(model, tiny_processor, dataset, REFERENCE_NOUNS), [], [], []
+    for index, sample in enumerate(dataset):
+        absent = [label for label in (1, 2, 3) if label not in sample.labels]
+        if not sample.labels:
+            continue
+        labels = [*sample.labels, *absent]  # of three classes, at most two are absent
+        pixels = tiny_processor(sample.image, labels=[NAMES[label - 1] for label in labels])
+        with torch.no_grad():
+            outputs = model(**pixels, output_similarity_maps=True)
+        matches = model_scores(model, tiny_processor, [sample], [NAMES[label - 1] for label in labels])[0]
+        values = presence_among(matches[None], nouns[index][None])[0]
+        maps = refine_maps(outputs.similarity_maps, pixels["pixel_values"])
+        maps = F.interpolate(maps, sample.size, mode="bicubic", align_corners=False)[0].numpy()
+        stretched = [(heatmap - heatmap.min()) / (heatmap.max() - heatmap.min()) for heatmap in maps]
+        present = (values >= MIN_PRESENCE).tolist()
+        found = np.zeros(sample.size, int)
+        for row, column in np.ndindex(sample.size):
+            best = -np.inf
+            for label, heatmap, unit, shown in zip(labels, maps, stretched, present):
+                if shown and unit[row, column] > 0.5 and heatmap[row, column] > best:
+                    found[row, column], best = label, heatmap[row, column]
+        known = sample.label_map != 255
+        for label in sample.labels:
+            own, segment = (sample.label_map == label) & known, (found == label) & known
+            ious.append((own & segment).sum() / (own | segment).sum())
+            hidden.append(not segment.any())
+        areas.append(np.isin(found, absent)[known].mean())
+    assert (result["texts"], result["images"]) == (len(ious), len(areas)) and 0 < np.mean(hidden) < 1
+    assert result["typed_iou"] == pytest.approx(100 * np.mean(ious), abs=0.3)
+    assert result["without_pixel"] == pytest.approx(100 * np.mean(hidden))
+    assert result["absent_area"] == pytest.approx(100 * np.mean(areas), abs=0.3) and result["absent_area"] > 0
+
+
+def model_scores(model, processor, samples, texts):
+    """Cosines of images and texts, `(T,)` each."""
+    loaded = load((model, processor))
+    encoded = loaded.encode_texts(texts)
+    images = [loaded.get_image_features(processor(images=[sample.image])["pixel_values"]) for sample in samples]
+    return [cosines(image.image_embeds, encoded.text_embeds)[0] for image in images]
+
+
+def test_the_absent_texts_are_one_of_a_like_kind_and_one_at_random():
+    labels = tuple(range(1, 9))
+    measure = TypedSegments(seed=1)
+    measure.run = SimpleNamespace(dataset=SimpleNamespace(labels=labels))
+    measure.like = like_classes(["animal"] * 3 + ["food"] * 5, torch.eye(8))
+
+    def typed(index, *shown):
+        return measure.typed(SimpleNamespace(index=index, sample=SimpleNamespace(labels=shown)))
+
+    drawn = [typed(index, 2) for index in range(60)]
+    assert drawn == [typed(index, 2) for index in range(60)]  # by the seed and the position alone
+    assert {row[0] for row in drawn} == {1} and {row[1] for row in drawn} == {0, 2}  # the other animals
+    assert all(len(set(row)) == 3 for row in drawn) and {row[2] for row in drawn} == {0, 2, 3, 4, 5, 6, 7}
+    assert {row[3] for row in (typed(index, 1, 2, 3) for index in range(60))} == {3, 4, 5, 6, 7}  # no other animal
+    assert typed(0, *labels[1:]) == [1, 2, 3, 4, 5, 6, 7, 0] and typed(0, *labels) == list(range(8))
 
 
 # ---- windows ----

@@ -1,40 +1,44 @@
 import csv
 import itertools
 import json
+import math
 import os
 import re
 import shutil
 import subprocess
 import sys
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from conftest import NAMES, tiny_model
 from PIL import Image
+from sklearn.metrics import roc_auc_score
 from torch.nn import functional as F
 
 from iclip_hf import cli
 from iclip_hf.data import load_segmentation
 from iclip_hf.evaluation.evaluate import evaluate
-from iclip_hf.evaluation.measures.measure import MeansMeasure, Measure
 from iclip_hf.evaluation.metrics import MeanForegroundMinusBackground as MFMB
 from iclip_hf.evaluation.metrics import MeanMaxIoU, MultiLabelAveragePrecision
 from iclip_hf.evaluation.results import class_thresholds
 from iclip_hf.explainers import METHODS, make_explainer
 from iclip_hf.models.loading import load
-from iclip_hf.presence import BACKGROUND, MIN_PRESENCE, presence
+from iclip_hf.presence import MIN_PRESENCE, presence
+from iclip_hf.reference_nouns import REFERENCE_NOUNS
 from iclip_hf.similarity import resize_and_normalize
 
 
 def slowly(model, processor, dataset):
     """The same protocol in plain steps: one image and class at a time, 101 comparisons, no counts."""
-    iou, fmb, contrast, scores, presence = {}, {}, {}, [], []
+    iou, fmb, contrast, scores, presences = {}, {}, {}, [], []
     for sample in dataset:
         with torch.no_grad():
             outputs = model(**processor(sample.image, labels=NAMES), output_similarity_maps=True)
         scores.append((outputs.logits_per_image[0] / model.logit_scales()[0]).tolist())
-        presence.append([label in sample.labels for label in (1, 2, 3)])
+        presences.append([label in sample.labels for label in (1, 2, 3)])
         heatmaps = {}
         for label in sample.labels:
             raw = outputs.similarity_maps[:, label - 1 : label]
@@ -59,7 +63,7 @@ def slowly(model, processor, dataset):
     precisions = []
     for label in range(3):
         order = sorted(range(len(scores)), key=lambda i: -scores[i][label])
-        hits = [presence[i][label] for i in order]
+        hits = [presences[i][label] for i in order]
         precisions.append(np.mean([np.mean(hits[: k + 1]) for k, hit in enumerate(hits) if hit]))
     return {
         "mAP": 100 * np.mean(precisions),
@@ -164,27 +168,50 @@ def test_images_are_encoded_once_for_maps_reversal_and_scores(labelled_folder, t
     assert len(backwards) == 2 * (max(shown[:4]) + max(shown[4:]))  # of two blocks
 
 
-def test_the_gate_of_presence_by_hand(labelled_folder, tiny_processor):
-    """In prompts of the caller's, which the unrelated texts take too."""
-    model, dataset = tiny_model(), load_segmentation("folder", labelled_folder)
-    templates = ["the dog {}"]
-    explainer = make_explainer((model, tiny_processor))
-    texts = explainer.model.encode_texts(NAMES, templates)
+@pytest.mark.parametrize("supercategories", [("animal", "toy", "animal"), None])
+def test_presence_in_loops_over_pairs_and_with_scikit_learn(labelled_folder, tiny_processor, supercategories):
+    """In prompts of the caller's, which the reference nouns take too. Of three classes, the nearest tenth is one."""
+    model, dataset = load((tiny_model(), tiny_processor)), load_segmentation("folder", labelled_folder)
+    dataset.supercategories, dataset.stuff, templates = supercategories, (2,), ["the dog {}"]
+    texts, nouns = (model.encode_texts(some, templates) for some in (NAMES, REFERENCE_NOUNS))
+    cosines = (texts.text_embeds @ texts.text_embeds.T).tolist()
+    pairs = []  # presence, whether the image shows the class, whether the class is like one that it shows, class
+    for sample in dataset:
+        image = model.get_image_features(tiny_processor(images=[sample.image])["pixel_values"])
+        for label, value in enumerate(presence(model, image, texts, nouns)[0].tolist(), 1):
+            like = False
+            for other in set(sample.labels) - {label}:
+                if supercategories is None:  # the nearest of the two others
+                    near = max({1, 2, 3} - {other}, key=lambda k: cosines[other - 1][k - 1])
+                    like |= near == label
+                else:
+                    like |= supercategories[other - 1] == supercategories[label - 1]
+            pairs.append((value, label in sample.labels, like, label))
+    measured = evaluate(model, dataset, measures=["presence"], templates=templates, progress=False).presence
 
-    def shares(background):
-        counts = {True: [0, 0], False: [0, 0]}
-        for sample in dataset:
-            pixels = tiny_processor(images=[sample.image])["pixel_values"]
-            present = presence(*(explainer.raw_maps(pixels, some)[1] for some in (texts, background)))
-            for label, value in zip((1, 2, 3), present[0].tolist()):
-                counts[label in sample.labels][0] += 1
-                counts[label in sample.labels][1] += value >= MIN_PRESENCE
-        return {name: 100 * counts[shown][1] / counts[shown][0] for name, shown in (("kept", True), ("passed", False))}
+    shown, absent = ([pair for pair in pairs if pair[1] == which] for which in (True, False))
+    hard = [pair for pair in absent if pair[2]]
+    for name, negatives in (("auc", absent), ("auc_hard", hard)):
+        values, truth, *_ = zip(*shown, *negatives)
+        assert measured[name] == pytest.approx(roc_auc_score(truth, values))
+    groups = {"kept": shown, "passed": absent, "passed_hard": hard}
+    groups |= {"kept_stuff": [pair for pair in shown if pair[3] == 2], "kept_things": [p for p in shown if p[3] != 2]}
+    for name, group in groups.items():
+        assert 0 < len(group) < len(pairs)
+        assert measured[name] == pytest.approx(100 * np.mean([value >= MIN_PRESENCE for value, *_ in group]))
+    assert 0 < len(hard) < len(absent) and measured["kept"] != measured["passed"]
 
-    expected = shares(explainer.model.encode_texts(BACKGROUND, templates))
-    assert expected["kept"] != expected["passed"] and expected != shares(explainer.model.encode_texts(BACKGROUND))
-    gate = evaluate((model, tiny_processor), dataset, templates=templates, progress=False).presence
-    assert {name: gate[name] for name in expected} == pytest.approx(expected)
+    error = 0
+    for lower, row in zip(np.arange(10) / 10, measured["reliability"], strict=True):
+        inside = [pair for pair in pairs if lower <= pair[0] < lower + 0.1]
+        assert row["pairs"] == len(inside)
+        if inside:
+            assert row["mean"] == pytest.approx(np.mean([value for value, *_ in inside]), abs=1e-4)
+            assert row["shown"] == pytest.approx(np.mean([shown for _, shown, *_ in inside]))
+            error += len(inside) / len(pairs) * abs(row["mean"] - row["shown"])
+        else:
+            assert row["mean"] is row["shown"] is None
+    assert measured["calibration_error"] == pytest.approx(error, abs=1e-4)
 
 
 def test_a_limit_takes_the_first_images(labelled_folder, tiny_processor):
@@ -211,8 +238,7 @@ def test_a_folder_of_one_class_is_valid_json_and_a_table_without_nan(labelled_fo
     output = tmp_path / "results.json"
     assert cli.main(arguments(tmp_path / "data", world, "--output", str(output))) == 0
     table = capsys.readouterr().out
-    gate = table.rstrip().splitlines()[-1]
-    assert "- % of the others" in gate and re.search(r"\bnan\b", table.lower()) is None
+    assert "AUC of presence" in table and re.search(r"\bnan\b", table.lower()) is None
     written = json.loads(output.read_text(), parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
     assert written["presence"]["passed"] is None and written["presence"]["kept"] is not None
     scores = written["results"]["itsm"]
@@ -228,33 +254,13 @@ def test_batches_workers_and_order_change_nothing(labelled_folder, tiny_processo
         assert one.results["itsm"][name] == pytest.approx(many.results["itsm"][name], abs=1e-4)
 
 
-class NoRow(Measure):
-    name, figures, metric = "no_row", {}, MFMB
-
-    def count(self, image, method, heatmaps):
-        return []
-
-
-class NoFigures(NoRow):
-    figures, row = property(), "FMB"  # a property without a getter: hasattr is False
-
-
-class NoMetric(NoRow):
-    metric, row = property(), "FMB"
-
-
-class NoMeasure(MeansMeasure):
-    name, figures = "no_measure", {}
-
-
-@pytest.mark.parametrize(
-    ("measure", "lacks"),
-    [(NoRow, "row"), (NoFigures, "figures"), (NoMetric, "metric"), (NoMeasure, "measure or count")],
-)
-def test_an_unfinished_measure_is_refused_before_the_images(labelled_folder, tiny_processor, measure, lacks):
-    dataset = load_segmentation("folder", labelled_folder)
-    with pytest.raises(NotImplementedError, match=f"Expected {measure.__name__} to define {lacks}, got n"):
-        evaluate((tiny_model(), tiny_processor), dataset, measures=[measure()], progress=False)
+def test_the_measure_of_the_guide_leaves_out_a_class_that_is_a_crowd_only():
+    guide = (Path(__file__).parents[1] / "docs" / "guide" / "evaluate.md").read_text(encoding="utf-8")
+    names = {}
+    exec(re.search(r"```py\n(import math.*?)\nprint", guide, re.DOTALL)[1], names)
+    image = SimpleNamespace(masks=np.array([[[1, 1]], [[0, 255]]]), sample=SimpleNamespace(labels=(1, 2)))
+    (one, label), ((nothing,), _) = names["AreaRatio"]().count(image, "itsm", torch.tensor([[[0.9, 0.1]]] * 2))
+    assert (one, label) == ([0.5], 1) and math.isnan(nothing)
 
 
 def test_protocol_says_what_was_done(labelled_folder, tiny_processor):
@@ -302,6 +308,8 @@ def test_command_writes_json_and_csv_alike_with_two_processes(labelled_folder, w
     # Maps of other batches differ by rounding, so a few pixels may cross a threshold.
     for name, apart in (("mAP", 1e-3), ("mMIoU", 0.1), ("mFMB", 1e-4), ("floor", 1e-6)):
         assert together["results"]["itsm"][name] == pytest.approx(written["results"]["itsm"][name], abs=apart)
+    for name in ("auc", "auc_hard", "kept", "passed", "calibration_error"):
+        assert together["presence"][name] == pytest.approx(written["presence"][name], abs=1e-3)
 
 
 def test_thresholds_of_classes(tmp_path):

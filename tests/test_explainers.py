@@ -540,7 +540,7 @@ def test_the_copy_shares_the_weights(tiny_processor):
 @pytest.mark.parametrize("method", NEED_BLOCKS)
 def test_blocks_are_needed(made, method):
     model, tokenizer, _ = made("open_clip_resnet")
-    with pytest.raises(ValueError, match="got one without self-attention"):
+    with pytest.raises(ValueError, match="transformer blocks"):
         make_explainer((model, tokenizer), method)
 
 
@@ -553,7 +553,7 @@ def test_open_clip_takes_its_one_size(made):
 def test_open_clip_needs_its_tokenizer(made):
     model, _, _ = made("open_clip")
     preprocess = torchvision.transforms.Compose([torchvision.transforms.ToTensor()])
-    with pytest.raises(TypeError, match=r"open_clip\.get_tokenizer.*got Compose"):
+    with pytest.raises(TypeError, match=r"open_clip\.get_tokenizer.*Compose"):
         make_explainer((model, preprocess))
-    with pytest.raises(TypeError, match="got NoneType"):
+    with pytest.raises(TypeError, match="NoneType"):
         make_explainer((model, None))

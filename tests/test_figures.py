@@ -11,16 +11,13 @@ from matplotlib import colormaps
 from PIL import Image
 
 import iclip_hf
-from iclip_hf.evaluation.analysis import ChannelMatch, relation
-from iclip_hf.evaluation.analysis_plots import channel_scatter, relation_plot
 from iclip_hf.explainers import WordScore
-from iclip_hf.figures import sheets
+from iclip_hf.explanation import Explanation
+from iclip_hf.figures import COLORMAPS, sheets
 from iclip_hf.figures.colors import color_table, overlay
 from iclip_hf.figures.lettering import fitted, text_mask, text_width, word_boxes
 from iclip_hf.figures.sheets import at_picture_size, comparison_sheet, draw, picture_grid
-from iclip_hf.localization.explanation import Explanation
 from iclip_hf.presence import presence_word
-from iclip_hf.utils.names import COLORMAPS
 
 
 def rendered(figure, dpi=50):
@@ -121,6 +118,13 @@ def test_a_drawing_takes_paths_and_arrays_and_is_as_large_as_asked(tmp_path):
     assert large.mode == "RGB" and np.asarray(large)[:, 0].min() == 255
     pixels = np.asarray(Image.open(tmp_path / "a.png").convert("RGB"))
     np.testing.assert_array_equal(draw(explained([0.9] * 4), pixels, columns=3, dpi=60), small)
+
+
+def test_a_drawing_takes_arrays_as_explain_does():
+    image = np.random.default_rng(0).integers(0, 256, (3, 40, 60), dtype=np.uint8)
+    expected = draw(explained([0.9]), Image.fromarray(image.transpose(1, 2, 0)))
+    for array in (image, torch.from_numpy(image), image.transpose(1, 2, 0)):
+        assert draw(explained([0.9]), array) == expected
 
 
 @pytest.mark.parametrize("number, columns, rows", [(3, 3, 1), (5, 5, 1), (6, 3, 2), (7, 4, 2), (9, 5, 2), (11, 4, 3)])
@@ -246,66 +250,9 @@ import sys
 import torch
 from PIL import Image
 from iclip_hf import draw
-from iclip_hf.localization.explanation import Explanation
+from iclip_hf.explanation import Explanation
 one = torch.ones(1)
 draw(Explanation(["Café “x” …"], one, one, torch.rand(1, 4, 4), (9, 9)), Image.new("RGB", (9, 9)))
 assert not any(name.startswith("matplotlib") for name in sys.modules)
 """
     subprocess.run([sys.executable, "-c", code], check=True)
-
-
-def test_channels_are_points_in_their_patches():
-    """Patches of 30x20 pixels; three channels, two of them in the last patch, of a value three times as large."""
-    image = Image.new("RGB", (90, 40), "white")
-    match = ChannelMatch(np.array([5, 1, 5]), np.array([3.0, -1.0, 3.0]), (2, 3))
-    figure = channel_scatter([image, image], [{"class_token": match, "max": match}] * 2)
-    assert [axis.get_title() for axis in figure.axes] == ["class token", "max", "", ""]
-    for axis in figure.axes:
-        assert axis.images[0].get_array().shape == (40, 90, 3)
-        (points,) = axis.collections
-        patches = (points.get_offsets() + 0.5) // [30, 20]
-        assert patches.tolist() == [[2, 1], [1, 0], [2, 1]]
-        large, small, also_large = points.get_sizes()
-        assert large == also_large == pytest.approx(3 * small)
-        assert len({tuple(offset) for offset in points.get_offsets().tolist()}) == 3
-        assert axis.get_xlim() == (-0.5, 89.5)  # the image, not the points, sets the frame
-    assert marked(rendered(figure))[0] > 0.0005
-
-
-@pytest.fixture
-def scores():
-    names = ["dog", "cat", "car", "sky"]
-    return relation(dict(zip(names, [90.0, 50.0, 10.0, 30.0])), dict(zip(names, [60.0, 40.0, 20.0, 0.0])))
-
-
-def test_a_relation_shows_points_line_and_names(scores):
-    figure = relation_plot(scores, "precision", "IoU")
-    pixels = rendered(figure)
-    (axis,) = figure.axes
-    assert axis.collections[0].get_offsets().tolist() == [[90, 60], [50, 40], [10, 20], [30, 0]]
-    assert (axis.get_xlabel(), axis.get_ylabel()) == ("precision", "IoU")
-    assert f"correlation {scores.correlation:.2f}" in axis.get_title()
-    assert {text.get_text() for text in axis.texts} == {"dog", "cat", "car", "sky"}
-    slope, offset = np.polyfit(scores.recognition, scores.interpretability, 1)
-    np.testing.assert_allclose(axis.lines[0].get_ydata(), offset + slope * np.array([10, 90]))
-    assert min(marked(pixels)) > 0.0003  # points and line are within the frame
-
-
-def test_names_of_a_crowd_do_not_cover_each_other_or_a_point():
-    generator = np.random.default_rng(0)
-    names = [f"class {number}" for number in range(80)]
-    crowd = relation(*(dict(zip(names, generator.uniform(0, 100, 80).tolist())) for _ in range(2)))
-    figure = relation_plot(crowd, "x", "y")
-    rendered(figure)
-    (axis,) = figure.axes
-    boxes = [text.get_window_extent() for text in axis.texts]
-    assert 10 < len(boxes) < 80
-    assert not any(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[:i])
-    points = axis.transData.transform(axis.collections[0].get_offsets())
-    assert not any(box.padded(-1).count_contains(points) for box in boxes)
-
-
-def test_one_class_has_no_line(scores):
-    figure = relation_plot(relation({"dog": 1.0}, {"dog": 2.0}), "x", "y")
-    assert "1 classes" in figure.axes[0].get_title() and not figure.axes[0].lines
-    rendered(figure)

@@ -21,17 +21,20 @@ import torch
 import yaml
 from conftest import served, tiny_model
 from huggingface_hub import EvalResult, ModelCard, parse_eval_result_entries
+from huggingface_hub.errors import EntryNotFoundError
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from PIL import Image
-from training_runs import accelerator
+from training_runs import accelerator, run
 from transformers import AutoModel, AutoProcessor, pipeline
 
 from iclip_hf import ICLIPModel, ICLIPProcessor, cli
 from iclip_hf.evaluation.evaluate import EvaluationResult
 from iclip_hf.hub.configs import config_folder
 from iclip_hf.hub.folders import code_files, export_model, init_model, push_model
-from iclip_hf.hub.model_card import _TRAINING_SETTINGS, describe_tower, public_settings, write_model_card
+from iclip_hf.hub.model_card import describe_tower, write_model_card
+from iclip_hf.hub.record import TRAINING_SETTINGS, public_settings, read_record
+from iclip_hf.models.embedded import embedded_folder
 from iclip_hf.models.identity import identity
 from iclip_hf.models.loading import load_pretrained
 from iclip_hf.training import checkpoints
@@ -309,7 +312,8 @@ class HubStandIn(BaseHTTPRequestHandler):
 def test_push_uploads_what_the_dry_run_lists(exported, source, tmp_path, capsys):
     assert cli.main(["push", str(source / "model"), "org/tiny", "--dry-run", "--json"]) == 0
     listed = json.loads(capsys.readouterr().out)
-    assert set(listed) == {"repo_id", "files"}
+    assert set(listed) == {"repo_id", "files", "data_terms"}
+    assert listed["data_terms"]["flickr8k/train-{00..05}.tar"].startswith("research and education")
     assert set(listed["files"]) == files_of(exported).keys()
 
     with served(HubStandIn) as server:
@@ -413,7 +417,7 @@ def test_init_joins_towers_as_the_configuration_says(towers, tmp_path):
     with torch.no_grad():
         assert model(**processor(images=Image.new("RGB", (9, 7)), text=["dog"])).logits_per_image.shape == (1, 1)
     card = ModelCard.load(tmp_path / "new" / "README.md")
-    assert "No training is recorded" in card.text and "Not measured" in card.text
+    assert "It was not trained: train it before use" in card.text and "Not measured" in card.text
 
 
 def test_init_refuses_what_does_not_fit(towers, tmp_path, capsys):
@@ -488,7 +492,7 @@ def test_a_card_shows_figures_of_some_images_as_such(tmp_path, tiny_processor):
 def test_the_widget_has_the_nouns_of_the_training_also_after_an_export(source, tmp_path):
     model, processor = tiny_model(), ICLIPProcessor.from_pretrained(source / "model")
     write_model_card(model, processor, tmp_path, labels=["oak", "maple leaf"])
-    write_model_card(model, processor, tmp_path, source=tmp_path)
+    write_model_card(model, processor, tmp_path, source=tmp_path, overwrite=True)
     assert ModelCard.load(tmp_path / "README.md").data.widget[0]["candidate_labels"] == "oak, maple leaf"
 
 
@@ -533,7 +537,7 @@ def test_the_card_tells_the_settings_that_a_model_depends_on():
     fixed = {field.name for field in fields(Settings)}.difference(FREE)
     elsewhere = {"image_column", "caption_column", "split", "max_bad_share"}  # how pairs are read
     elsewhere |= {"validation_data", "eval_dataset", "eval_root", "eval_split"}  # the results tell
-    assert fixed - elsewhere == set(_TRAINING_SETTINGS)
+    assert fixed - elsewhere == set(TRAINING_SETTINGS)
 
 
 AUGMENTATION = {"crop_scale": 0.08, "auto_augment": "none", "random_erasing": 0.25}
@@ -612,14 +616,11 @@ def test_figures_of_another_model(exported, tmp_path, capsys, tiny_processor):
     ("part", "value"),
     [
         ("protocol", 5),
-        ("protocol", [["dataset", 1]]),
-        ("results", ["itsm"]),
         ("results", {"itsm": "mAP"}),
         ("results", {"itsm": {"pointing_game": 50.0}}),
         ("results", {"itsm": {"mMIoU": 1.0}}),
-        ("results", {"itsm": {"mMIoU": "1", "floor": 1.0}}),
+        ("results", {"itsm": {"mMIoU": "nan", "floor": 1.0}}),
         ("dataset", {"name": "voc2012"}),
-        ("dataset", "voc2012"),
         ("image_size", 224),
     ],
 )
@@ -627,33 +628,24 @@ def test_figures_with_a_part_of_another_form(tmp_path, tiny_processor, part, val
     protocol = {**METRICS["protocol"]}
     metrics = {**METRICS, "protocol": protocol}
     (metrics if part in metrics else protocol)[part] = value
-    with pytest.raises(ValueError, match="Expected metrics (as `iclip evaluate` writes|with one of).*: evaluate "):
+    with pytest.raises(ValueError, match="iclip evaluate"):
         write_model_card(tiny_model(), tiny_processor, tmp_path, metrics=metrics)
+    assert list(tmp_path.iterdir()) == []
 
 
-def test_a_card_of_others_stays(tmp_path, tiny_processor):
-    model, card, entries = tiny_model(), tmp_path / "README.md", tmp_path / ".eval_results" / "iclip.yaml"
-    mine = "---\nlicense: mit\n---\nBetter than iclip-hf, ICLIP for Hugging Face"
-    for file in (card, entries):
-        file.parent.mkdir(exist_ok=True)
-        file.write_text(mine)
-        with pytest.raises(FileExistsError, match=file.name):
-            write_model_card(model, tiny_processor, tmp_path, metrics=METRICS)
-        assert [path for path in tmp_path.rglob("*") if path.is_file()] == [file] and file.read_text() == mine
-        file.unlink()
-    for options in ({"metrics": METRICS}, {"metrics": METRICS, "overwrite": True}):
-        write_model_card(model, tiny_processor, tmp_path, **options)
-    assert ModelCard.load(card).data.eval_results and entries.is_file()
-    card.write_text(mine)
-    write_model_card(model, tiny_processor, tmp_path, overwrite=True)
-    assert card.read_text() != mine
-
-
-def test_results_of_an_earlier_card_go_with_it(tmp_path, tiny_processor):
+def test_an_earlier_card_is_replaced_by_overwrite_alone(tmp_path, tiny_processor):
     model, listed = tiny_model(), tmp_path / ".eval_results" / "iclip.yaml"
-    for options in ({"metrics": METRICS}, {}):
-        write_model_card(model, tiny_processor, tmp_path, overwrite=True, **options)
-        assert listed.exists() == bool(options)
+    write_model_card(model, tiny_processor, tmp_path, metrics=METRICS)
+    for file in (tmp_path / "README.md", tmp_path / "model_card.json", listed):
+        other = tmp_path / "other" / file.relative_to(tmp_path)
+        other.parent.mkdir(parents=True, exist_ok=True)
+        other.write_text("mine")
+        with pytest.raises(FileExistsError, match=other.name):
+            write_model_card(model, tiny_processor, tmp_path / "other", metrics=METRICS)
+        assert [path for path in (tmp_path / "other").rglob("*") if path.is_file()] == [other]
+        other.unlink()
+    write_model_card(model, tiny_processor, tmp_path, overwrite=True)
+    assert not listed.exists() and ModelCard.load(tmp_path / "README.md").data.eval_results is None
 
 
 def test_a_run_keeps_no_results_of_the_model_before(tmp_path, tiny_processor):
@@ -673,10 +665,10 @@ def test_known_towers_bring_their_terms(tmp_path, tiny_processor):
     assert card.data.license == "apache-2.0" and card.data.model_name == "org/one"
     assert "| DINO ViT-B/16 (Meta AI) | Apache-2.0 |" in card.text and "(OpenAI) | MIT |" in card.text
     model.config.vision_config.name_or_path = "facebook/dinov3-vitb16-pretrain-lvd1689m"
-    card = ModelCard.load(write_model_card(model, tiny_processor, tmp_path))
+    card = ModelCard.load(write_model_card(model, tiny_processor, tmp_path, overwrite=True))
     assert (card.data.license, card.data.license_name) == ("other", "dinov3-license")
     model.config.vision_config.name_or_path = "someone/vit"
-    card = ModelCard.load(write_model_card(model, tiny_processor, tmp_path))
+    card = ModelCard.load(write_model_card(model, tiny_processor, tmp_path, overwrite=True))
     assert (card.data.license, card.data.base_model[0]) == ("unknown", "someone/vit")
 
 
@@ -693,7 +685,9 @@ def test_a_folder_named_like_a_known_tower_is_not_known(tmp_path, tiny_processor
     assert describe_tower(config)["id"] == "facebook/dinov2-small"
 
 
-PARTS = {"evaluation": METRICS, "training": {"epochs": 7}, "license": "mit", "labels": ["oak"]}
+def record_of(model, processor, **parts) -> str:
+    """A record as another program may have written it."""
+    return json.dumps({"training": [{"epochs": 7}], "identity": identity(model, processor), **parts})
 
 
 @pytest.mark.parametrize(
@@ -701,44 +695,110 @@ PARTS = {"evaluation": METRICS, "training": {"epochs": 7}, "license": "mit", "la
     [
         "{",
         "[" * 3000,
-        json.dumps([PARTS]),
-        json.dumps({**PARTS, "training": [5]}),
-        json.dumps({**PARTS, "evaluation": {"protocol": 5}}),
-        json.dumps(PARTS).replace("50.3149", "NaN"),
-        json.dumps(PARTS).replace("50.3149", "1" + "0" * 400),
+        "[5]",
+        {"training": [5]},
+        {"training": {"epochs": 7}},
+        {"labels": 5},
+        {"identity": 5},
+        {"evaluation": {"protocol": 5}},
+        {"evaluation": {**METRICS, "results": {"itsm": {"mFMB": float("nan")}}}},
+        {"evaluation": {**METRICS, "results": {"itsm": {"mFMB": 10**400}}}},
         None,  # a folder
     ],
-    ids=range(8),
+    ids=range(11),
 )
-def test_parts_of_another_form_are_not_taken_over(tmp_path, tiny_processor, caplog, content):
-    parts = tmp_path / "source" / "model_card.json"
-    parts.parent.mkdir()
-    parts.mkdir() if content is None else parts.write_text(content)
-    card = ModelCard.load(write_model_card(tiny_model(), tiny_processor, tmp_path / "new", source=parts.parent))
-    assert card.data.eval_results is None and card.data.license == "unknown" and "`epochs`" not in card.text
+def test_a_record_of_another_form_is_not_taken_over(tmp_path, tiny_processor, caplog, content):
+    record = tmp_path / "source" / "model_card.json"
+    record.parent.mkdir()
+    if content is None:
+        record.mkdir()
+    else:
+        text = content if isinstance(content, str) else record_of(tiny_model(), tiny_processor, **content)
+        record.write_text(text)
+    card = ModelCard.load(write_model_card(tiny_model(), tiny_processor, tmp_path / "new", source=record.parent))
+    assert card.data.eval_results is None and "`epochs`" not in card.text
+    assert "These weights are of a training that is not recorded" in card.text
     assert "source: its model_card.json is unreadable or not of iclip, so nothing is taken over." in caplog.text
 
 
-def test_results_of_a_card_that_names_no_model_are_left_out(tmp_path, tiny_processor, caplog):
-    (tmp_path / "model_card.json").write_text(json.dumps(PARTS))
-    card = ModelCard.load(write_model_card(tiny_model(), tiny_processor, tmp_path / "new", source=tmp_path))
-    assert card.data.eval_results is None and card.data.license == "mit" and "`epochs`" in card.text
-    assert "left out, because it does not say which model it describes." in caplog.text
+def test_texts_of_another_model_act_on_nothing(tmp_path, tiny_processor):
+    """Neither those of its record nor its prompts."""
+    parts = {"training": [{"data": ["a|b\n# c <img>", "org/pairs"], "epochs": 7}], "evaluation": METRICS}
+    (tmp_path / "model_card.json").write_text(record_of(tiny_model(), tiny_processor, labels=["oak"], **parts))
+    processor = copy.deepcopy(tiny_processor)
+    processor.templates = ["{}` <script>alert(1)</script> | [x](http://e.org)\n# b"]
+    card = ModelCard.load(write_model_card(tiny_model(), processor, tmp_path / "new", source=tmp_path))
+    assert "| `data` | a b # c img, org/pairs |" in card.text and card.data.datasets == ["org/pairs"]
+    assert "oak" in str(card.data.widget) and "{} script alert(1) /script x (http://e.org) # b" in card.text
+    assert not re.search(r"<\w|\[x\]|^# b", card.text.partition("## Intended use")[0], re.MULTILINE)
 
 
-def test_a_card_without_results_is_compared_with_no_weights(tmp_path, tiny_processor, monkeypatch):
-    parts = {"identity": identity(tiny_model(), tiny_processor), "license": "mit"}
-    (tmp_path / "model_card.json").write_text(json.dumps(parts))
-    monkeypatch.setattr("iclip_hf.hub.model_card.changed_model", None)
-    card = write_model_card(tiny_model(), tiny_processor, tmp_path / "new", source=tmp_path)
-    assert ModelCard.load(card).data.license == "mit"
+# ------------------------------------------------------------------------------------------------------------- record
 
 
-def test_parts_of_another_model_are_plain_text(tmp_path, tiny_processor):
-    parts = {**PARTS, "training": {"data": ["a|b\n# c <img>", "/home/someone/data/x.tar"], "epochs": 7}}
-    parts["identity"] = identity(tiny_model(), tiny_processor)
-    (tmp_path / "model_card.json").write_text(json.dumps(parts))
-    card = write_model_card(tiny_model(), tiny_processor, tmp_path, source=tmp_path, overwrite=True)
-    card = ModelCard.load(card)
-    assert "| `data` | a b # c img, x.tar |" in card.text
-    assert len(card.data.eval_results) == 6 and card.data.license == "mit" and "oak" in str(card.data.widget)
+def runs_of(folder: Path) -> list[dict]:
+    return json.loads((folder / "model_card.json").read_text())["training"]
+
+
+def test_the_record_grows_from_run_to_run(hub, tmp_path, capsys):
+    """And stays with the weights where no model of a run was better than its start."""
+    (tmp_path / "flickr8k").mkdir()
+    data = shutil.copy(hub / "pairs.tar", tmp_path / "flickr8k" / "pairs.tar")
+    run(hub, tmp_path / "first", "--max_steps", 1, "--data", data)
+    more = ["--model", tmp_path / "first", "--max_steps", 1, "--pictures", 0]
+    run(hub, tmp_path / "second", *more)
+    run(hub, tmp_path / "kept", *more, "--learning_rate", 1e-30, "--validation_data", hub / "held_out.tar")
+    assert cli.main(["export", str(tmp_path / "second"), str(tmp_path / "exported")]) == 0
+    told = capsys.readouterr().out
+    first, second = runs_of(tmp_path / "exported")
+    assert (first["data"], second["data"]) == (["flickr8k/pairs.tar"], [f"{hub.name}/pairs.tar"])
+    assert "model" not in first and second["model"] == "first"
+    assert runs_of(tmp_path / "kept") == [first] and runs_of(tmp_path / "second") == [first, second]
+    terms = "research and education; the images are their photographers'"
+    assert f"flickr8k/pairs.tar: {terms}" in told and f"{hub.name}/pairs.tar: not known here" in told
+    assert cli.main(["push", str(tmp_path / "exported"), "org/tiny", "--dry-run"]) == 0
+    assert terms in capsys.readouterr().out
+    card = (tmp_path / "exported" / "README.md").read_text()
+    assert f"| training data flickr8k/pairs.tar | {terms} |" in card and card.count("| `epochs` | 3 |") == 2
+    assert str(tmp_path) not in card
+
+
+def test_a_run_that_starts_from_the_embedded_model_has_its_terms(tmp_path, tiny_processor):
+    training = {"model": "embedded", "data": ["pairs.csv"], "epochs": 2}
+    card = ModelCard.load(write_model_card(tiny_model(), tiny_processor, tmp_path, training=training))
+    assert "| training data imagenet1k_sample | non-commercial research" in card.text
+    assert "| training data imagenet_nips17 | CC BY 2.0 |" in card.text
+    assert "| training data pairs.csv | not known here |" in card.text and "Not measured" in card.text
+    assert [bool(step.get("nouns")) for step in runs_of(tmp_path)] == [True, False]
+    assert read_record(embedded_folder()) == read_record("embedded")
+
+
+def test_a_model_of_the_hub_without_a_record(monkeypatch, caplog):
+    def download(hub_id, file):
+        raise EntryNotFoundError(file)
+
+    monkeypatch.setattr("iclip_hf.hub.record.hf_hub_download", download)
+    assert read_record("org/old") == {"training": [{}]} and not caplog.records
+
+
+def test_what_is_not_recorded_is_said(tmp_path, tiny_processor):
+    """Also that a model was changed since; nothing calls trained weights random."""
+    model = tiny_model()
+    model.save_pretrained(tmp_path / "model")
+    loaded = ICLIPModel.from_pretrained(tmp_path / "model")
+    export_model(loaded, tiny_processor, tmp_path / "unknown")
+    write_model_card(loaded, tiny_processor, tmp_path / "model", training={"data": ["pairs.csv"], "epochs": 7})
+    export_model(loaded, tiny_processor, tmp_path / "known")
+    with torch.no_grad():
+        loaded.recognition.visual_projection.weight.add_(1)
+    export_model(loaded, tiny_processor, tmp_path / "changed")
+    assert [runs_of(tmp_path / name) for name in ("unknown", "known", "changed")] == [
+        [{}],
+        [{"data": ["pairs.csv"], "epochs": 7}],
+        [{"data": ["pairs.csv"], "epochs": 7}, {}],
+    ]
+    cards = {name: (tmp_path / name / "README.md").read_text() for name in ("unknown", "known", "changed")}
+    assert "These weights are of a training that is not recorded." in cards["unknown"]
+    assert "not recorded" not in cards["known"]
+    assert "Then the weights were changed by a training that is not recorded." in cards["changed"]
+    assert not any("random" in card.partition("## Evaluation")[0] for card in cards.values())

@@ -194,6 +194,12 @@ def test_bands_meet_without_a_seam():
     )
 
 
+@pytest.mark.parametrize("path", ["data/dog", "dogs", "photos/dog/0001"])
+def test_a_path_that_is_not_there_is_not_taken_for_base64(path):
+    with pytest.raises(FileNotFoundError, match=path):
+        read_image(path)
+
+
 def test_an_unreadable_image_has_the_name_that_is_given():
     with pytest.raises(ValueError, match=r"^shard\.tar: key\.jpg: expected .* content is none of JPEG, PNG"):
         load_image(b"text", name="shard.tar: key.jpg")

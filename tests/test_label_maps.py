@@ -5,8 +5,8 @@ import torch
 from torch.nn import functional as F
 
 from iclip_hf import ICLIPProcessor
+from iclip_hf.explanation import Explanation
 from iclip_hf.label_maps import BACKGROUND_LABEL, label_map, segments
-from iclip_hf.localization.explanation import Explanation
 from iclip_hf.modeling_iclip import ICLIPOutput
 from iclip_hf.prompts import IMAGENET_TEMPLATES, check_templates
 from iclip_hf.similarity import resize_and_normalize
@@ -164,7 +164,7 @@ def test_an_explanation_segments_by_its_own_masks(is_reversed):
     assert torch.equal(found, segments(signed, SIZE, presence > 0.7, thresholds))
     assert torch.equal(explanation.label_map(background=[2]), found.masked_fill(found == 2, -1))
     assert torch.equal(explanation.label_map(0.8), segments(signed, SIZE, presence > 0.7, 0.8))
-    with pytest.raises(ValueError, match="one threshold in"):
+    with pytest.raises(ValueError, match="threshold"):
         explanation.label_map([0.5, 0.5, 0.5])
 
 

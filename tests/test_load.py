@@ -3,7 +3,12 @@
 import base64
 import io
 import itertools
+import json
+import logging
+import os
+import shutil
 import time
+from functools import partial
 from importlib.metadata import EntryPoint, EntryPoints
 
 import huggingface_hub
@@ -12,14 +17,15 @@ import pytest
 import torch
 from conftest import tiny_model
 from PIL import Image
-from transformers import BertConfig
+from transformers import AutoProcessor, BertConfig, BertTokenizer, pipeline
 
-from iclip_hf import cli, evaluate, explain, load
+from iclip_hf import ICLIPProcessor, __version__, cli, evaluate, explain, load
 from iclip_hf.data.segmentation import load_segmentation
 from iclip_hf.evaluation.measures.segmentation import Segmentation
 from iclip_hf.explainers import Explainer, make_explainer, register_explainer
 from iclip_hf.explainers import explainer as registry
-from iclip_hf.models import loading
+from iclip_hf.hub.folders import _checked_tower
+from iclip_hf.models import embedded, loading
 from iclip_hf.models.explainable import RecordableModel
 from iclip_hf.models.loading import load_iclip
 
@@ -78,6 +84,120 @@ def test_without_the_hub_a_model_is_refused_at_once(offline, monkeypatch):
         load("org/clip")
 
 
+# ------------------------------------------------------------------------------------------- whole folders, and nothing else
+
+
+def copied(world, folder, **edits):
+    """The tiny model's folder with entries of its JSON files edited, by the file's stem."""
+    shutil.copytree(world.folder / "model", folder)
+    for stem, changes in edits.items():
+        file = folder / f"{stem}.json"
+        file.write_text(json.dumps((json.loads(file.read_text()) if file.exists() else {}) | changes))
+    return folder
+
+
+def words(count: int, first: str = "a photo of dog [PAD] [UNK] [CLS] [SEP] [MASK]") -> list[str]:
+    return [*first.split(), *(f"word{number}" for number in range(count))][:count]
+
+
+@pytest.mark.parametrize("count", [0, 40, 1000])
+def test_a_tokenizer_fits_its_text_tower(world, tmp_path, count):
+    """One without words is what transformers makes of a folder that lacks tokenizer.json; the others are of other models."""
+    folder = copied(world, tmp_path / "model")
+    (folder / "tokenizer.json").unlink()
+    if count:
+        (tmp_path / "vocab.txt").write_text("\n".join(words(count)))
+        BertTokenizer(vocab=str(tmp_path / "vocab.txt")).save_pretrained(folder)
+    doors = [load, load_iclip, partial(pipeline, "image-text-similarity-map")]
+    for door in doors if count else [*doors, ICLIPProcessor.from_pretrained, AutoProcessor.from_pretrained]:
+        with pytest.raises(ValueError, match=r"model: expected the tokenizer of the model, .* such as tokenizer.json"):
+            door(str(folder))
+    if count:
+        with pytest.raises(ValueError, match=f"has {count} tokens where the model has 64"):
+            load((world.model, ICLIPProcessor.from_pretrained(folder)))
+
+
+def test_clips_text_tower_needs_its_end_token(tiny_processor):
+    model = tiny_model(text="clip_text_model")
+    load((model, tiny_processor))
+    model.config.text_config.eos_token_id = 62
+    with pytest.raises(ValueError, match="does not end a text with the token 62"):
+        load((model, tiny_processor))
+
+
+@pytest.mark.parametrize(
+    ("stem", "entries"),
+    [
+        ("tokenizer_config", {"vocab": "{secret}"}),
+        ("tokenizer_config", {"vocab": "../secret.txt"}),  # from the working directory
+        ("tokenizer_config", {"init_inputs": ["{secret}"]}),
+        ("tokenizer_config", {"fast_tokenizer_files": ["../tokenizer.4.0.json"]}),
+        ("special_tokens_map", {"vocab": "{secret}"}),
+        (
+            "model.safetensors.index",
+            {"metadata": {}, "weight_map": {"recognition.logit_scale": "../other.safetensors"}},
+        ),
+        ("model.safetensors.index", {"metadata": {}, "weight_map": {"recognition.logit_scale": "{other}"}}),
+    ],
+)
+def test_a_folder_names_no_files_outside_of_it(world, tmp_path, monkeypatch, stem, entries):
+    for name in ("secret.txt", "tokenizer.4.0.json"):
+        (tmp_path / name).write_text("\n".join(words(64)))
+    weights = shutil.copy(world.folder / "model" / "model.safetensors", tmp_path / "other.safetensors")
+    entries = json.loads(
+        json.dumps(entries).replace("{secret}", str(tmp_path / "secret.txt")).replace("{other}", str(weights))
+    )
+    folder = copied(world, tmp_path / "model", **{stem: entries})
+    (folder / ("model.safetensors" if "index" in stem else "tokenizer.json")).unlink()
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    for door in (load, load_iclip):
+        with pytest.raises(ValueError, match=f"model: expected files in it, but its {stem}.json names"):
+            door(folder)
+    if "index" not in stem:
+        with pytest.raises(ValueError, match=f"its {stem}.json names"):
+            _checked_tower(world.model.config.text_config, str(folder), "text_config")
+
+
+def test_links_out_of_a_folder_lead_to_weights_and_blobs_alone(world, offline, tmp_path):
+    def linked(file, target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        os.replace(file, target)
+        file.symlink_to(os.path.relpath(target, file.parent))
+
+    folder = copied(world, tmp_path / "model")
+    linked(folder / "model.safetensors", tmp_path / "weights" / "model.safetensors")
+    (folder / "cache").symlink_to(tmp_path / "weights")
+    load(folder)
+    linked(folder / "tokenizer.json", tmp_path / "elsewhere" / "tokenizer.json")
+    with pytest.raises(ValueError, match="tokenizer.json is a link to .*elsewhere"):
+        load(folder)
+    repository = offline / "models--org--tiny"
+    snapshot = copied(world, repository / "snapshots" / ("0" * 40))
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("0" * 40)
+    for number, file in enumerate(sorted(snapshot.iterdir())):
+        linked(file, repository / "blobs" / str(number))
+    (tmp_path / "link").symlink_to(snapshot)
+    assert len({load(name).identity["weights"] for name in ("org/tiny", snapshot, tmp_path / "link")}) == 1
+
+
+def test_buffers_are_checked_as_weights_are(tmp_path, tiny_processor):
+    model = tiny_model(max_over="similarity", center_tokens=True)
+    model.token_mean[3] = torch.nan
+    model.save_pretrained(tmp_path)
+    tiny_processor.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="token_mean holds NaN"):
+        load(tmp_path)
+
+
+def test_a_pipeline_says_which_model_it_takes_by_default(world, monkeypatch, caplog):
+    monkeypatch.setattr(embedded, "embedded_model", lambda: world.folder / "model")
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    pipeline("image-text-similarity-map")
+    assert f"defaulted to {world.folder / 'model'} and revision iclip-hf {__version__}" in caplog.text
+
+
 def test_an_image_comes_in_any_form(world, tmp_path):
     model, array = load((world.model, world.processor)), np.asarray(PHOTO)
     expected = explain(model, PHOTO, ["dog"])
@@ -101,7 +221,7 @@ class Corner(Explainer):
     needs_layers = False
 
     def forward(self, pixel_values, texts):
-        image = self.model.encode_images(pixel_values)
+        image = self.model.get_image_features(pixel_values)
         maps = torch.zeros(len(pixel_values), texts.text_embeds.shape[-2], *image.grid)
         maps[..., 0, 0] = 1
         return maps, image
@@ -110,7 +230,7 @@ class Corner(Explainer):
 def test_a_method_of_another_package(world, dataset, tmp_path, monkeypatch):
     monkeypatch.setattr(registry, "_registered", {})
     model = (world.model, world.processor)
-    with pytest.raises(ValueError, match="'random'.*got 'corner'"):
+    with pytest.raises(ValueError, match="corner.*random"):
         make_explainer(model, "corner")
     register_explainer("corner")(Corner)
     assert explain(model, PHOTO, ["dog"], "corner").raw_maps.flatten().tolist() == [1, *[0] * 15]
@@ -142,3 +262,14 @@ def test_scores_of_words_leave_the_text_tower_as_it_was(tiny_processor):
     own = model.network.text_model.config._attn_implementation
     explain(model, PHOTO, ["red ball"], words="grad_eclip")
     assert model.network.text_model.config._attn_implementation == own != "iclip_recorded"
+
+
+def test_thresholds_are_those_of_the_model(world, dataset, tmp_path, capsys):
+    results = evaluate(world.folder / "model", dataset, measures=["mMIoU"], progress=False)
+    results.save(tmp_path / "m.json")
+    copied(world, tmp_path / "other", config={"max_sharpness": 5.0})
+    PHOTO.save(tmp_path / "a.png")
+    command = ["explain", str(tmp_path / "a.png"), "--text", "dog", "--json", "--threshold", str(tmp_path / "m.json")]
+    assert cli.main([*command, "--model", str(world.folder / "model")]) == 0
+    assert cli.main([*command, "--model", str(tmp_path / "other")]) == 2
+    assert f"--threshold {tmp_path / 'm.json'}" in capsys.readouterr().err

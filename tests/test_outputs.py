@@ -63,9 +63,7 @@ INPUTS = [
     "segment labels/photo.png photo.jpg SEE --output .",
     "compare comparison.png SEE",
     "compare images/image.png --output images/image.png --text dog DATA",
-    "analyze channels channels.png --model MODEL",
     "evaluate DATA --output MODEL/config.json",
-    "analyze shift DATA --output MODEL/config.json",
 ]
 CHOSEN = [
     "explain photo.jpg SEE",
@@ -74,8 +72,6 @@ CHOSEN = [
     "segment photo.jpg SEE",
     "segment photo.jpg SEE --output photo.png",
     "compare photo.jpg SEE",
-    "analyze channels photo.jpg --model MODEL",
-    "analyze relation measured.json",
     "evaluate DATA --output pairs.json",
     "export-metric mmiou .",
     "demo --export-space .",
@@ -135,9 +131,6 @@ def test_overwrite_replaces_chosen_names(world, mine, line):
         ),
         ("segment photo.jpg SEE --output a.png", ["a.png", "labels/a.png"], True),
         ("compare photo.jpg SEE --output a.png", ["a.png"], False),
-        ("analyze channels photo.jpg --model MODEL --output a.jpg", ["a.jpg"], False),
-        ("analyze relation measured.json --output a.svg", ["a.svg"], False),
-        ("analyze shift DATA --output a.json", ["a.json"], False),
         ("evaluate DATA --output a.json", ["a.json", "a.csv"], True),
         ("export-metric mmiou new", ["new/README.md", "new/app.py", "new/mmiou.py", "new/requirements.txt"], True),
         ("demo --export-space out.d", ["out.d/README.md", "out.d/app.py", "out.d/requirements.txt"], True),
@@ -162,7 +155,6 @@ def test_a_named_file_is_replaced_whoever_wrote_it_and_a_link_stays_one(world, m
     assert typed(world, "explain photo.jpg SEE --output link.png") == 0
     assert (mine / "link.png").is_symlink() and (mine / "photos" / "dog.png").read_bytes() != twin
     assert (mine / "twin.png").read_bytes() == twin
-    assert typed(world, "analyze shift DATA --output scores.json") == 0
     assert json.loads((mine / "scores.json").read_text())["protocol"]
 
 

@@ -142,7 +142,7 @@ def open_doors(doors: list[tuple[list[str], str]]) -> list[str | None]:
 OPTIONAL = "accelerate datasets evaluate gradio onnx onnxruntime onnxscript open_clip peft pycocotools".split()
 OPTIONAL += ["skimage", "tensorboard", "timm"]
 NEEDS = {  # names of modules by the extra that they need
-    "collections": ["localization.collection"],
+    "collections": ["explainers.collection"],
     "demo": ["demo.app"],
     "eval": ["evaluation.evaluate_modules", "evaluation.evaluate"],
     "train": [f"training.{name}" for name in ("checkpoints", "data", "datasets", "report", "run", "validation")],
@@ -168,7 +168,7 @@ def test_what_is_loaded_late_says_its_extra_too():
         ("peft", "lora"): "from iclip_hf.training.low_rank import add_low_rank as add; add(None, 8)",
         ("datasets", "train"): "from iclip_hf.data import load_pairs; load_pairs('org/name')",
         ("pycocotools", "eval"): "from iclip_hf.data import load_segmentation; load_segmentation('coco2017', '.')",
-        ("evaluate", "eval"): "from iclip_hf.hub.metrics import install_metrics; install_metrics()",
+        ("evaluate", "eval"): "from iclip_hf.hub.metric_modules import install_metrics; install_metrics()",
         ("gradio", "demo"): "from iclip_hf.evaluation.evaluate_modules import metric_demo; metric_demo('')",
     }
     said = open_doors([([package], door) for (package, _), door in doors.items()])

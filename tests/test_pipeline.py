@@ -23,7 +23,8 @@ from transformers.pipelines.pt_utils import KeyDataset
 from iclip_hf import ImageTextSimilarityMapPipeline, ZeroShotImageSegmentationPipeline, pipeline_iclip
 from iclip_hf.models import embedded
 from iclip_hf.pipeline_iclip import __file__ as pipeline_file
-from iclip_hf.presence import BACKGROUND
+from iclip_hf.presence import RANK_ALONE
+from iclip_hf.reference_nouns import REFERENCE_NOUNS
 from iclip_hf.regions import find_regions, run_lengths
 
 
@@ -69,7 +70,7 @@ def test_answers_are_those_of_model_and_processor(pipe, photographs):
     with torch.no_grad():
         inputs = pipe.processor(images=[image], labels=LABELS, templates=["{}", "a photo of the {}"])
         outputs = pipe.model(**inputs, output_similarity_maps=True)
-        background = pipe.processor(labels=BACKGROUND, templates=["{}", "a photo of the {}"])
+        background = pipe.processor(labels=REFERENCE_NOUNS, templates=["{}", "a photo of the {}"])
         background = pipe.model.get_text_features(**background).text_embeds
     maps = pipe.processor.post_process_similarity_maps(outputs.similarity_maps, [(40, 60)])[0]
     cosines = (outputs.image_embeds @ outputs.text_embeds.T)[0]
@@ -79,7 +80,7 @@ def test_answers_are_those_of_model_and_processor(pipe, photographs):
         index = LABELS.index(answer["label"])
         assert answer["score"] == pytest.approx(cosines[index].item(), abs=1e-5)
         z = (cosines[index] - chance.mean()) / chance.std()
-        assert answer["presence"] == pytest.approx(torch.distributions.Normal(0, 1).cdf(z).item(), abs=1e-4)
+        assert answer["presence"] == pytest.approx((RANK_ALONE[0] * z + RANK_ALONE[1]).sigmoid().item(), abs=1e-4)
         assert answer["map"].shape == (40, 60) and torch.allclose(answer["map"], maps[index], atol=1e-5)
         assert torch.equal(inside(answer), answer["map"] > 0.3)
         regions = find_regions(answer["map"].numpy(), inside(answer).numpy())
@@ -222,6 +223,11 @@ def test_one_label_thresholds_and_presence(pipe, photographs):
         assert inside(answer).any() == (answer["presence"] >= enough) == (len(answer["boxes"]) > 0)
 
 
+def test_a_path_of_letters_is_no_base64(pipe):
+    with pytest.raises(FileNotFoundError, match="data/dog"):
+        pipe("data/dog", LABELS)
+
+
 def test_a_saved_pipeline_keeps_its_processor(tiny_processor, photographs, tmp_path):
     processor = copy.deepcopy(tiny_processor)
     processor.templates, processor.max_text_length = ["a red {}", "the {} ."], 5
@@ -257,7 +263,10 @@ assert type(pipe) is iclip_hf.ImageTextSimilarityMapPipeline and type(pipe.proce
 def test_without_a_model_a_pipeline_takes_the_embedded_one(world, tmp_path, monkeypatch):
     monkeypatch.setattr(embedded, "embedded_model", lambda: world.folder / "model")
     for task, implementation in pipeline_iclip.PIPELINES.items():
+        logged = []
+        monkeypatch.setattr("transformers.pipelines.logger.warning", logged.append)
         pipe = pipeline(task)
+        assert "revision None" not in "".join(logged)
         assert type(pipe) is implementation and pipe.model.name_or_path == str(world.folder / "model")
     pipe.save_pretrained(tmp_path)
     (saved,) = json.loads((tmp_path / "config.json").read_text())["custom_pipelines"].values()
@@ -312,9 +321,7 @@ def test_a_present_label_without_a_pixel_is_named(segment, photographs, monkeypa
     monkeypatch.setattr(pipeline_iclip.logger, "warning", warnings.append)
     answers = segment(str(photographs[0]), ["dog", "dog"], min_presence=0, background_labels="dog", return_json=True)
     assert len(answers) == 1 and json.loads(json.dumps(answers)) == answers
-    assert (
-        len(warnings) == 1 and "'dog' is present, but gets no pixel" in warnings[0]
-    )  # the first of equals; no word on background
+    assert len(warnings) == 1 and "'dog' is present" in warnings[0]  # the first of equals; no word on background
     segment(str(photographs[0]), ["dog", "dog"], min_presence=1)
     assert len(warnings) == 1
 

@@ -7,18 +7,17 @@ import numpy as np
 import pytest
 import torch
 from conftest import iclip, tiny_model
-from test_localization import IMAGES, TEXTS, explained
+from test_localizer import IMAGES, TEXTS, explained
 from torch.nn import functional as F
 
 from iclip_hf import ImageTextSimilarityMapPipeline, ZeroShotImageSegmentationPipeline, explain
 from iclip_hf.data import load_segmentation
 from iclip_hf.evaluation.evaluate import evaluate
 from iclip_hf.evaluation.measures.pairs import MFMB
-from iclip_hf.evaluation.measures.segmentation import Segmentation
+from iclip_hf.evaluation.measures.segmentation import Segmentation, windowed_maps
 from iclip_hf.explainers import make_explainer
-from iclip_hf.explainers.windows import windowed_maps
+from iclip_hf.explainers.localizer import Localizer
 from iclip_hf.label_maps import label_map, segments
-from iclip_hf.localization.localizer import Localizer
 from iclip_hf.refinement import refine_maps
 
 
@@ -90,7 +89,7 @@ def test_explanations_are_refined_in_batches_and_from_features(tiny_processor):
     model = tiny_model()
     plain, refined = (Localizer((model, tiny_processor), TEXTS, refine=refine) for refine in (False, True))
     for image, one, two in zip(IMAGES, explained(plain), explained(refined)):
-        expected = refine_maps(one.raw_maps[None], refined.prepare(image).pixel_values)[0]
+        expected = refine_maps(one.raw_maps[None], refined.prepare(image).pixels.pixel_values)[0]
         torch.testing.assert_close(two.raw_maps, expected, atol=1e-5, rtol=0)
         (again,) = refined.explain([refined.encode(refined.prepare(image))])
         torch.testing.assert_close(again.raw_maps, expected, atol=1e-5, rtol=0)

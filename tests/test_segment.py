@@ -4,14 +4,16 @@ import json
 
 import numpy as np
 import pytest
+import torch
 from conftest import iclip
 from PIL import Image, ImageColor
 
 from iclip_hf.cli.segment import _save_labels
+from iclip_hf.explainers.localizer import Localizer
+from iclip_hf.explanation import Explanation
 from iclip_hf.figures import sheets
 from iclip_hf.figures.colors import SEGMENTS, label_colors
 from iclip_hf.figures.sheets import label_sheet
-from iclip_hf.localization.localizer import Localizer
 from iclip_hf.models.loading import load_pretrained
 from iclip_hf.regions import run_lengths
 
@@ -55,6 +57,19 @@ def test_a_present_text_without_a_pixel_is_named(workspace, capsys):
     assert "covered by the other texts: dog;" in err and "red ball" not in err
     assert run(workspace, workspace / "0" / "a.jpg", *texts[:-1], "1") == 0
     assert not capsys.readouterr().err  # absent, not covered
+
+
+def test_a_few_pixels_do_not_hide_that_a_text_is_covered(workspace, capsys, monkeypatch):
+    """Less than 0.2 % of the image, where `iclip explain` finds no region either."""
+    photo = workspace / "0" / "a.jpg"
+    few = np.full((40, 60), 0)
+    few[0, :3] = 1
+    monkeypatch.setattr(Explanation, "label_map", lambda explanation, **options: torch.from_numpy(few))
+    assert run(workspace, photo, "--text", "dog, red ball", "--json", "--min-presence", "0") == 0
+    assert "covered by the other texts: red ball;" in capsys.readouterr().err
+    few[0, :5] = 1
+    assert run(workspace, photo, "--text", "dog, red ball", "--json", "--min-presence", "0") == 0
+    assert not capsys.readouterr().err
 
 
 def test_thresholds_and_presence_leave_pixels_to_the_background(workspace, tmp_path, capsys):

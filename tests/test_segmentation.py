@@ -88,7 +88,11 @@ def write_coco(root, annotations, images=None, split="val2017"):
     images = images or [{"id": 7, "file_name": "000000000007.jpg", "height": 6, "width": 8}]
     content = {
         # as in COCO, ids have gaps; and the order in the file does not matter
-        "categories": [{"id": 90, "name": "dog"}, {"id": 1, "name": "person"}, {"id": 17, "name": "cat"}],
+        "categories": [
+            {"id": 90, "name": "dog", "supercategory": "animal"},
+            {"id": 1, "name": "person", "supercategory": "person"},
+            {"id": 17, "name": "cat", "supercategory": "animal"},
+        ],
         "images": images,
         "annotations": [
             {"id": number, "image_id": 7, "iscrowd": 0, **annotation} for number, annotation in enumerate(annotations)
@@ -156,6 +160,7 @@ def test_voc_root_may_be_any_of_its_folders(voc, inside):
 def test_coco(coco):
     dataset = load_segmentation("coco2017", coco)
     assert (dataset.split, dataset.class_names, dataset.labels) == ("val2017", ("person", "cat", "dog"), (1, 2, 3))
+    assert dataset.supercategories == ("person", "animal", "animal")
     empty, sample = dataset  # by image id
     assert (empty.name, empty.size, empty.labels) == ("000000000003", (4, 5), ())
     assert not empty.mask(2).any()

@@ -11,9 +11,8 @@ from pairwise import pairwise
 
 from iclip_hf.data import load_segmentation
 from iclip_hf.evaluation.evaluate import evaluate
-from iclip_hf.evaluation.measures import make_measure
+from iclip_hf.evaluation.measures import TASKS, make_measure
 from iclip_hf.models.loading import load
-from iclip_hf.utils.names import TASKS
 
 
 FACTORS = {

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from iclip_hf.models import towers
+from iclip_hf.models import embedded as towers
 
 
 def onnx_file(onnx, names):

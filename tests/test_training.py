@@ -39,7 +39,7 @@ def test_a_run_ends_with_a_model_that_loads(hub, tmp_path):
     assert metrics["text_to_image"] == pytest.approx(100 * (outputs.logits_per_text.argmax(1) == own).float().mean())
 
     card = ModelCard.load(tmp_path / "README.md")
-    training = json.loads((tmp_path / "model_card.json").read_text())["training"]
+    training = json.loads((tmp_path / "model_card.json").read_text())["training"][-1]
     assert training["epochs"] == 3 and training["data"] == [f"{hub.name}/pairs.tar"]
     assert str(hub) not in card.content
 
@@ -203,7 +203,7 @@ def test_the_folder_holds_the_start_until_a_model_is_better(hub, tmp_path, monke
     started = kept == scores[0]
     assert started == all(torch.equal(before[name], weight) for name, weight in after.items())
     assert started == ("holds the model that you started from" in capsys.readouterr().out)
-    card = json.loads((tmp_path / "run" / "model_card.json").read_text())["training"]
+    card = json.loads((tmp_path / "run" / "model_card.json").read_text())["training"][-1]
     assert ("model" in card) != started  # the training of the start
 
 

@@ -39,7 +39,7 @@ def test_partly_locked_towers_resume_and_are_saved_as_a_plain_model(hub, tmp_pat
         run(hub, tmp_path / "run", *arguments, "--resume", "--text_lora_rank", 3)
 
     assert ICLIPModel.from_pretrained(tmp_path / "run").config.lock_vision is False
-    card = json.loads((tmp_path / "run" / "model_card.json").read_text())["training"]
+    card = json.loads((tmp_path / "run" / "model_card.json").read_text())["training"][-1]
     assert (card["text_lora_rank"], card["unlocked_vision_blocks"]) == (2, 1)
     after, start = weights(tmp_path / "run"), {}
     for tower in ("vision", "text"):

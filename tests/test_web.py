@@ -31,8 +31,7 @@ from iclip_hf.figures.colors import color_table
 from iclip_hf.label_maps import segments
 from iclip_hf.models.loading import load_iclip
 from iclip_hf.models.onnx import ONNXModel
-from iclip_hf.pooling import pool_similarities
-from iclip_hf.presence import presence, presence_word
+from iclip_hf.presence import MIN_PRESENCE, PRESENT, presence, presence_word
 from iclip_hf.refinement import refine_maps
 from iclip_hf.similarity import resize_and_normalize, resize_maps
 
@@ -592,7 +591,7 @@ def test_sizes_are_the_processors(functions, tiny_processor, edge):
 @pytest.mark.parametrize(
     ("max_over", "pooling"), [("similarity", "masked_max"), ("similarity", "max"), ("channels", "max")]
 )
-def test_maps_and_matches_are_the_models(functions, map_attention, max_over, pooling):
+def test_maps_are_the_models(functions, map_attention, max_over, pooling):
     options = {"map_attention": map_attention, "max_over": max_over, "pooling": pooling, "max_sharpness": 7.0}
     model = tiny_model("dinov2", **options)
     generator, weight = torch.Generator().manual_seed(0), None
@@ -608,29 +607,43 @@ def test_maps_and_matches_are_the_models(functions, map_attention, max_over, poo
         )
     raw = compute(functions, "rawMap", {"floats": cosines}, attention, options, weight)
     np.testing.assert_allclose(raw, model.similarity_maps(image, text).detach().flatten(), atol=1e-5)
-    cosine = compute(functions, "dot", floats(image.image_embeds), floats(text.text_embeds))
-    match = compute(functions, "match", cosine, {"floats": cosines}, attention, options)
-    assert match == pytest.approx(model.match(image, text).item(), abs=1e-5)
 
 
-def test_attention_that_is_zero_everywhere_weighs_all_patches_alike(functions):
-    options = {"max_over": "similarity", "pooling": "masked_max", "max_sharpness": 5.0}
-    cosines = torch.tensor([0.1, -0.3, 0.2])
-    patches = torch.stack([cosines, (1 - cosines**2).sqrt()], dim=-1)[None]  # their cosines with the text
-    expected = (0.4 + pool_similarities(patches, torch.tensor([[1.0, 0.0]]), torch.zeros(1, 3), 5.0).item()) / 2
-    assert compute(functions, "match", 0.4, floats(cosines), floats(torch.zeros(3)), options) == pytest.approx(
-        expected
+@pytest.mark.parametrize("max_over", ["similarity", "channels"])
+def test_presence_is_that_of_python(functions, max_over):
+    model = tiny_model("dinov2", max_over=max_over)
+    generator = torch.Generator().manual_seed(0)
+    image = model.get_image_features(torch.randn(1, 3, 32, 40, generator=generator))
+    texts, nouns = (model.get_text_features(torch.randint(2, 60, (n, 6), generator=generator)) for n in (3, 30))
+    vectors = [
+        [
+            {"embeds": one.tolist(), "mapEmbeds": other.tolist()}
+            for one, other in zip(of.text_embeds, of.map_text_embeds)
+        ]
+        for of in (texts, nouns)
+    ]
+    found = functions.evaluate(
+        """async ([embeds, patches, texts, nouns, settings]) => {
+            const { chance, dot, presence, similarities } = await import("./numerics.js");
+            const image = { embeds, patches: Float32Array.from(patches) };
+            const compared = chance(image, nouns, settings);
+            return texts.map((text) => presence(
+                text, dot(embeds, text.embeds), similarities(image.patches, text.mapEmbeds), compared, settings));
+        }""",
+        [
+            image.image_embeds[0].tolist(),
+            image.patch_embeds.flatten().tolist(),
+            *vectors,
+            web.presence_settings(model),
+        ],
     )
+    assert found == pytest.approx(presence(model, image, texts, nouns)[0].tolist(), abs=1e-5)
 
 
-def test_presence_and_its_word_are_those_of_python(functions):
-    matches = torch.randn(40, generator=torch.Generator().manual_seed(1)) * 0.05 + 0.1
-    chance = compute(functions, "chance", matches.tolist())
-    for value in (-0.1, 0.05, 0.1, 0.17, 0.4):
-        expected = presence(torch.tensor([[value]]), matches[None]).item()
-        assert compute(functions, "presence", value, chance) == pytest.approx(expected, abs=1e-6)
-    for value in (0.0, 0.799, 0.8, 0.899, 0.9, 1.0):
-        assert compute(functions, "presenceWord", value, {"min_presence": 0.8, "present": 0.9}) == presence_word(value)
+def test_the_word_of_presence_is_that_of_python(functions):
+    settings = {"min_presence": MIN_PRESENCE, "present": PRESENT}
+    for value in (0.0, 0.499, 0.5, 0.799, 0.8, 1.0):
+        assert compute(functions, "presenceWord", value, settings) == presence_word(value)
 
 
 @pytest.mark.parametrize(("grid", "size"), [((4, 5), (40, 61)), ((2, 7), (30, 30)), ((5, 5), (3, 4))])
@@ -724,7 +737,7 @@ def without_graphs(monkeypatch):
         return folder
 
     monkeypatch.setattr(web, "export_onnx", fake_graphs)
-    monkeypatch.setattr(web, "_background", lambda model, processor: b"")
+    monkeypatch.setattr(web, "_nouns", lambda model, processor: b"")
     monkeypatch.setattr(web, "ONNXModel", lambda folder: None)
 
 
@@ -742,14 +755,14 @@ def test_without_vendor_the_packages_come_from_a_cdn_with_their_digests(tiny_pro
 
 def test_what_a_foreign_card_tells_stays_text(tiny_processor, tmp_path, without_graphs):
     training = {
-        "data": ["/home/alice/secret/pairs.tar", "C:\\Users\\alice\\b.csv", "org/pairs"],
+        "data": ["/home/alice/photos/pairs.tar", "org/pairs"],
         "model": "/home/alice/runs/best",
-        "nouns": "~/alice/nouns.txt",
+        "nouns": "/home/alice/words/nouns.txt",
         "best_metric": "<script>alert(1)</script> | [x](http://e.org)",
         "secret": "/home/alice",
     }
-    licence, datasets = "mit\nsdk: docker\nhf_oauth: true", ["org/pairs", "/home/alice/x"]
-    parts = {"license": licence, "training": training, "datasets": datasets}
+    licence = "mit\nsdk: docker\nhf_oauth: true"
+    parts = {"license": licence, "training": [training], "labels": [licence], "identity": {}}
     (tmp_path / "model_card.json").write_text(json.dumps(parts))
     page = web.export_web(tiny_model(), tiny_processor, tmp_path / 'a: "b" #1', source=tmp_path)
     card = RepoCard.load(page / "README.md").data

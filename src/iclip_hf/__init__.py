@@ -6,6 +6,8 @@ imported on first access, and the classes are registered as soon as Transformers
 """
 
 import importlib
+import logging
+import re
 import sys
 from typing import TYPE_CHECKING
 
@@ -18,9 +20,9 @@ if TYPE_CHECKING:
     from .configuration_iclip import ICLIPConfig
     from .data.example import example_image
     from .evaluation.evaluate import evaluate
+    from .explainers.localizer import explain
+    from .explanation import Explanation
     from .figures.sheets import draw
-    from .localization.explanation import Explanation
-    from .localization.localizer import explain
     from .modeling_iclip import ICLIPImageFeatures, ICLIPModel, ICLIPOutput, ICLIPTextFeatures
     from .models.embedded import embedded_model
     from .models.loading import load
@@ -35,8 +37,8 @@ _MODULES = {
     "embedded_model": ".models.embedded",
     "example_image": ".data.example",
     "evaluate": ".evaluation.evaluate",
-    "explain": ".localization.localizer",
-    "Explanation": ".localization.explanation",
+    "explain": ".explainers.localizer",
+    "Explanation": ".explanation",
     "ICLIPConfig": ".configuration_iclip",
     "ICLIPImageFeatures": ".modeling_iclip",
     "ICLIPModel": ".modeling_iclip",
@@ -70,3 +72,7 @@ register_post_import_hook(lambda _: importlib.import_module(".pipeline_iclip", _
 register_post_import_hook(
     lambda _: importlib.import_module(".models.embedded", __name__).set_as_default(), f"{__name__}.pipeline_iclip"
 )
+
+# `evaluate.load` warns that it takes the installed metrics, because the Hub has none of these names. That is what they are installed for.
+_INSTALLED = re.compile("latest cached version .*evaluate-metric--(mfmb|mmiou|text_contrast)")
+logging.getLogger("evaluate.loading").addFilter(lambda record: not _INSTALLED.search(record.getMessage()))

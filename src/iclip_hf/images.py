@@ -85,7 +85,8 @@ def load_image(source: str | os.PathLike | bytes | Image.Image, name: str | None
 
 def read_image(image: str | os.PathLike | bytes | Image.Image, timeout: float = 60) -> Image.Image:
     """
-    Like [`load_image`], and reads URLs and base64 text too.
+    Like [`load_image`], and reads URLs and base64 text too. A string that is no file is base64 text if it begins with "data:" or
+    an image comes out.
 
     Args:
         image (`str`, `os.PathLike`, `bytes` or `PIL.Image.Image`): path, URL, base64 text, bytes of a file, or a PIL image.
@@ -105,15 +106,21 @@ def read_image(image: str | os.PathLike | bytes | Image.Image, timeout: float = 
         return load_image(content, name)
     try:
         content = base64.b64decode("".join(image.rpartition(",")[2].split()), validate=True)
-    except ValueError:  # not base64, so a path
-        return load_image(image)
+    except ValueError:
+        return load_image(image, name)
+    # A path can consist of letters that base64 has, such as data/dog.
+    return load_image(content if image.startswith("data:") or _is_image(content) else image, name)
+
+
+def _is_image(content: bytes) -> bool:
+    """Whether some decoder takes this for an image, which may be damaged or too large."""
     try:
-        return load_image(content, name)
-    except ValueError as error:
-        if image.startswith("data:"):
-            raise
-        # Base64 has the characters of many paths, such as "data/dog".
-        raise FileNotFoundError(f"{name}: there is no such file, and this text is no image in base64.") from error
+        _read(io.BytesIO(content), decode=False)
+    except UnidentifiedImageError:
+        return False
+    except Exception:  # decoders raise various errors
+        return True
+    return True
 
 
 def _download(url: str, timeout: float) -> bytes:

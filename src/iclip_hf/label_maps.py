@@ -14,7 +14,7 @@ BACKGROUND_LABEL = -1  # label of a pixel that shows none of the texts
 def segments(
     raw_maps: torch.Tensor,
     size: tuple[int, int],
-    present: torch.Tensor,
+    present: Sequence[bool] | torch.Tensor,
     threshold: float | Sequence[float] | None = 0.5,
     background: Sequence[int] = (),
 ) -> torch.Tensor:
@@ -26,7 +26,7 @@ def segments(
     Args:
         raw_maps (`torch.Tensor` of shape `(T, h, w)`): raw maps of one image.
         size (`tuple[int, int]`): height and width of the result in pixels.
-        present (`torch.Tensor` of shape `(T,)`): whether the image shows the text. An absent text gets no pixel.
+        present (T `bool`, or a `torch.Tensor` of shape `(T,)`): whether the image shows the text. An absent text gets no pixel.
         threshold (`float` in [0, 1], or T of them, *optional*): a mask holds the pixels whose map, stretched to [0, 1] (Eq. 4), is
             greater. None makes each mask the whole image.
         background: indices of texts that describe the background. They compete like any other, and their pixels are background.
@@ -35,16 +35,12 @@ def segments(
         `torch.Tensor` of shape `(H, W)`, int64: index of the text, or [`BACKGROUND_LABEL`]. Of equal values, the first text counts.
 
     Raises:
-        `ValueError`: the number of thresholds is not T, or `background` has no such text.
+        `ValueError`: the number of thresholds is not T.
     """
-    if not all(0 <= index < len(raw_maps) for index in background):
-        raise ValueError(
-            f"Expected background to be indices of {len(raw_maps)} texts, got {list(background)}: correct them."
-        )
     thresholds = threshold if isinstance(threshold, Sequence) else [threshold] * len(raw_maps)
     found = torch.full(size, BACKGROUND_LABEL, device=raw_maps.device)
     best = torch.full(size, -torch.inf, device=raw_maps.device)
-    texts = zip(raw_maps, present.tolist(), thresholds, strict=True)
+    texts = zip(raw_maps, present, thresholds, strict=True)
     for index, (raw_map, shown, least) in enumerate(texts):
         if shown:  # one map at a time, so the memory does not grow with the number of texts
             values = resize_maps(raw_map, size)
@@ -85,21 +81,8 @@ def label_map(
     Returns:
         `tuple`: class of each pixel `(H, W)`, int64, and the confidence `(H, W)`, float32, in [0, 1]. Of equal values, the first text
         counts. The confidence is 0 everywhere if the map of best texts is constant.
-
-    Raises:
-        `ValueError`: the maps have another shape, the number of classes is not T, or `logit_scale` is not positive and finite.
     """
-    if raw_maps.ndim != 3 or not len(raw_maps):
-        raise ValueError(
-            f"Expected raw maps of one image, (T, h, w), got shape {tuple(raw_maps.shape)}: pass those of one image."
-        )
     classes = torch.arange(len(raw_maps)) if classes is None else torch.as_tensor(classes, dtype=torch.long)
-    if len(classes) != len(raw_maps):
-        raise ValueError(
-            f"Expected one class for each of {len(raw_maps)} texts, got {len(classes)} classes: pass one for each."
-        )
-    if logit_scale is not None and not 0 < logit_scale < float("inf"):
-        raise ValueError(f"Expected logit_scale to be positive, got {logit_scale}: pass a number such as 40.")
     size = tuple(raw_maps.shape[1:] if size is None else size)
     best = resize_maps(raw_maps[0], size)  # one map at a time, so that equal maps stay equal
     winner = torch.zeros(size, dtype=torch.int32, device=best.device)

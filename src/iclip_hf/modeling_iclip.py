@@ -4,6 +4,7 @@ import inspect
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from typing import NamedTuple
 
 import torch
@@ -240,9 +241,7 @@ def load_tower(config: PreTrainedConfig, checkpoint: str | None = None) -> PreTr
     elif type(config) in MODEL_MAPPING:
         tower_class = MODEL_MAPPING[type(config)]
     else:
-        raise ValueError(
-            f"Expected the config of a tower that AutoModel can build, got {type(config).__name__}: name another tower."
-        )
+        raise ValueError(f"AutoModel can build no tower of a {type(config).__name__}.")
     takes_pooler = "add_pooling_layer" in inspect.signature(tower_class.__init__).parameters
     options = {"add_pooling_layer": False} if takes_pooler else {}
     if checkpoint is None:
@@ -268,7 +267,7 @@ def check_weights(checkpoint, model: PreTrainedModel, missing: Iterable[str]) ->
     expected = f"{checkpoint}: expected all weights of {type(model).__name__}"
     if missing := sorted(missing):
         raise ValueError(f"{expected}, but {len(missing)} are missing, such as {missing[0]}; download it again.")
-    for name, weight in model.named_parameters():  # a sum reads each weight once
+    for name, weight in chain(model.named_parameters(), model.named_buffers()):  # a sum reads each weight once
         known = weight.is_floating_point() and not weight.is_meta
         if known and not weight.detach().sum(dtype=torch.float32).isfinite():
             raise ValueError(f"{expected} as finite numbers, but {name} holds NaN or infinity; download it again.")
@@ -316,14 +315,10 @@ class ICLIPModel(PreTrainedModel):
         vision_type, text_type = config.vision_config.model_type, config.text_config.model_type
         if vision_type not in VISION_TOWERS:
             raise ValueError(
-                f"Expected vision_config to be a transformer with a class token, one of {sorted(VISION_TOWERS)}, got "
-                f"{vision_type!r}: choose one of them, because masked max pooling needs the class token's attention."
+                f"An image tower needs a class token: one of {sorted(VISION_TOWERS)}, not {vision_type!r}."
             )
         if config.text_pooling == "eos" and text_type not in _EOS_TEXT_TOWERS:
-            raise ValueError(
-                f'Expected a text tower for text_pooling="eos", one of {sorted(_EOS_TEXT_TOWERS)}, got {text_type!r}: '
-                'use "mean" or "class_token" for it.'
-            )
+            raise ValueError(f'text_pooling="eos" needs one of {sorted(_EOS_TEXT_TOWERS)}, not {text_type!r}.')
         super().__init__(config)
         self.vision_model = vision_model if vision_model is not None else load_tower(config.vision_config)
         self.text_model = text_model if text_model is not None else load_tower(config.text_config)
@@ -355,9 +350,7 @@ class ICLIPModel(PreTrainedModel):
         if self.vision_model.config._attn_implementation != "eager":
             self.vision_model.set_attn_implementation("sdpa_class_row")
         elif self.config.value_share > 0:
-            raise ValueError(
-                f'Expected attn_implementation="sdpa" with value_share={self.config.value_share}, got "eager": leave it out.'
-            )
+            raise ValueError(f"value_share={self.config.value_share} needs SDPA attention, not eager.")
 
     def set_attn_implementation(self, *args, **kwargs):
         """Like the base class. The image tower stays on SDPA or eager attention, which return the class token's attention."""
@@ -456,8 +449,7 @@ class ICLIPModel(PreTrainedModel):
         known = len(shape) == 4 and shape[1] == config.num_channels and 0 not in shape
         if not known or shape[2] % patch_size or shape[3] % patch_size:
             raise ValueError(
-                f"Expected pixel_values of shape (B, {config.num_channels}, H, W) with H and W multiples of the patch "
-                f"size {patch_size}, got {shape}: prepare images with ICLIPProcessor."
+                f"pixel_values of {shape} are no (B, {config.num_channels}, H, W) in multiples of {patch_size} pixels."
             )
         if VISION_TOWERS[config.model_type].interpolates:
             kwargs["interpolate_pos_encoding"] = True
@@ -625,8 +617,7 @@ class ICLIPModel(PreTrainedModel):
         texts = input_ids.shape[:-1]
         if len(texts) not in (1, 2) or input_ids.numel() == 0 or num_templates < 1 or texts[-1] % num_templates:
             raise ValueError(
-                "Expected input_ids of shape (M, L) or (B, M, L) with M a multiple of num_templates, got "
-                f"{tuple(input_ids.shape)} and {num_templates}: prepare texts with ICLIPProcessor."
+                f"input_ids of {tuple(input_ids.shape)} are not (M, L) or (B, M, L) with {num_templates} templates."
             )
         optional = {"attention_mask": attention_mask, "token_type_ids": token_type_ids}
         kwargs.update({name: value.flatten(0, -2) for name, value in optional.items() if value is not None})
@@ -677,23 +668,10 @@ class ICLIPModel(PreTrainedModel):
             maps = maps + attention
         return maps
 
-    def match(self, image: ICLIPImageFeatures, text: ICLIPTextFeatures) -> torch.FloatTensor:
-        """
-        Scores how well images match texts. With `max_over="similarity"`, the score is the mean of the recognition branch's cosine and
-        the map branch's pooled similarity; otherwise it is the cosine of the recognition branch.
-
-        Args:
-            image ([`ICLIPImageFeatures`]): from `get_image_features`.
-            text ([`ICLIPTextFeatures`]): from `get_text_features`.
-
-        Returns:
-            `torch.Tensor` of shape `(B, T)`, float32, in [-1, 1].
-        """
-        recognised = cosines(image.image_embeds, text.text_embeds)
-        if self.config.max_over == "channels":
-            return recognised
-        pooled = self.pool_similarities(image.patch_embeds, text.map_text_embeds, image.map_attention)
-        return (recognised + pooled.to(recognised.device)) / 2
+    @property
+    def matches_patches(self) -> bool:
+        """Whether the loss compares patches with texts, so that patches tell of the presence of a text as well."""
+        return self.config.max_over == "similarity"
 
     @can_return_tuple
     def forward(
@@ -727,11 +705,7 @@ class ICLIPModel(PreTrainedModel):
             `ValueError`: images or texts are missing or have another shape, or their numbers differ with `return_loss`.
         """
         if pixel_values is None or (input_ids is None) == (text_features is None):
-            given = {"pixel_values": pixel_values, "input_ids": input_ids, "text_features": text_features}
-            raise ValueError(
-                "Expected pixel_values and either input_ids or text_features, got "
-                f"{[name for name, value in given.items() if value is not None]}: prepare them with ICLIPProcessor."
-            )
+            raise ValueError("Give pixel_values, and either input_ids or text_features.")
         kwargs["return_dict"] = True
         image = self.get_image_features(pixel_values, **kwargs)
         text = text_features
@@ -743,10 +717,7 @@ class ICLIPModel(PreTrainedModel):
         loss = None
         if return_loss:
             if text.text_embeds.shape != image.image_embeds.shape:
-                raise ValueError(
-                    f"Expected one text for each image in the contrastive loss, got {len(image.image_embeds)} images and texts of shape "
-                    f"{tuple(text.text_embeds.shape[:-1])}: pass as many texts as images."
-                )
+                raise ValueError("The contrastive loss needs one text for each image.")
             loss = contrastive_loss(logits_per_image)
             if self.interpretability is not None:
                 by_patch = self.config.max_over == "similarity"

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Sequence
+from functools import partial
 
 import numpy as np
 import torch
@@ -10,14 +11,15 @@ from transformers import AutoModel
 from transformers.pipelines import PIPELINE_REGISTRY, Pipeline
 from transformers.utils import logging
 
-from .images import map_groups, read_image
+from .explanation import Explanation
+from .explanation_core import Pixels, encode_texts, for_images, forward, join, prepare, reference_features
+from .images import map_groups
 from .label_maps import segments
-from .modeling_iclip import cosines
-from .presence import BACKGROUND, MIN_PRESENCE, presence
-from .processing_iclip import check_threshold
-from .refinement import refine_maps
-from .regions import run_lengths
-from .similarity import check_finite
+from .modeling_iclip import ICLIPTextFeatures
+from .presence import MIN_PRESENCE
+from .processing_iclip import check_threshold, check_thresholds, check_tokenizer, to_image
+from .prompts import check_templates, split_texts
+from .regions import MIN_AREA, find_regions, run_lengths
 
 
 logger = logging.get_logger(__name__)
@@ -50,7 +52,10 @@ class ImageTextSimilarityMapPipeline(Pipeline):
     _load_tokenizer = False
     _postprocess_options = ("threshold", "min_presence", "return_json")
     _refine = False  # by default
-    _background = None, None  # the last template, and the features of the nouns of `BACKGROUND` in it
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        check_tokenizer(self.model.name_or_path, self.processor.tokenizer, self.model.config)
 
     def __call__(
         self, images, candidate_labels: str | Sequence[str], template: str | Sequence[str] | None = None, **kwargs
@@ -59,9 +64,9 @@ class ImageTextSimilarityMapPipeline(Pipeline):
         Explains images.
 
         Args:
-            images: an image as a path, a URL, base64 text or a PIL image; or a list, a `Dataset` or a generator of them.
+            images: an image as a path, a URL, base64 text, a PIL image or an array; or a list, a `Dataset` or a generator of them.
             candidate_labels (`str` or T of them): class names or phrases. Commas separate the labels of one string, as in
-                transformers; in a list they belong to the label.
+                transformers; in a list they belong to the label, see [`split_texts`].
             template (`str` or a list, *optional*): prompts with one `{}` for the labels; several prompts are averaged. Those of the
                 processor if not given; `"{}"` takes the labels as they are.
             threshold (`float` in [0, 1] or T of them, defaults to 0.5): a mask holds the pixels whose map is greater.
@@ -91,20 +96,20 @@ class ImageTextSimilarityMapPipeline(Pipeline):
             thresholds.
         """
         if isinstance(images, (list, tuple)) and not images:
-            raise ValueError("Expected at least one image, got none: pass one or a list.")
+            raise ValueError("There is no image.")
         labels = _strings("candidate_labels", candidate_labels)
         if not labels:
-            raise ValueError("Expected at least one label in candidate_labels, got none: name what to look for.")
-        known, background = self._background  # read once, because another thread may change it
-        if known != repr(template):
-            background = self._encode(BACKGROUND, template)
-            self._background = repr(template), background
-        features = self._encode(labels, template), background
+            raise ValueError("There is no label in candidate_labels.")
+        features = self._encode(labels, template), self._references(template)
         return super().__call__(images, candidate_labels=labels, text_features=features, **kwargs)
 
-    @torch.no_grad()
-    def _encode(self, labels: Sequence[str], template):
-        return self.model.get_text_features(**self.processor(labels=labels, templates=template).to(self.device))
+    def _encode(self, labels: Sequence[str], template) -> ICLIPTextFeatures:
+        return encode_texts(self.model, self.processor, labels, template, self.device)
+
+    def _references(self, template) -> ICLIPTextFeatures:
+        templates = check_templates(self.processor.templates if template is None else template)
+        encode = partial(self._encode, template=templates)
+        return reference_features(self.model, self.processor.tokenizer, templates, encode)
 
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs):
         """Saves the model with the pipeline's code, as the base class does, and the processor."""
@@ -115,45 +120,32 @@ class ImageTextSimilarityMapPipeline(Pipeline):
         steps = {"size": 0, "timeout": 0, "text_features": 1, "refine": 1, "candidate_labels": 2}
         steps |= dict.fromkeys(self._postprocess_options, 2)
         if unknown := sorted(kwargs.keys() - steps):
-            raise TypeError(
-                f"Expected some of {sorted(steps)}, template and batch_size, got {unknown}: correct or remove the others."
-            )
+            raise TypeError(f"There is no option {unknown}, only {sorted(steps)}, template and batch_size.")
         return tuple({name: value for name, value in kwargs.items() if steps[name] == step} for step in range(3))
 
     def preprocess(self, image, size: dict | None = None, timeout: float = 60) -> dict:
-        image = read_image(image, timeout)
-        sizes = [None] if size is None else [size, None]  # None is the processor's
-        pixels = [self.processor(images=[image], size=side)["pixel_values"].to(self.dtype) for side in sizes]
-        # The pixels for the maps, and those for the scores if they are others. In lists, because the base class would concatenate
-        # tensors, whose shapes may differ.
+        image = to_image(image, timeout)
+        pixels = prepare(self.processor, image, size)
+        # In lists, because the base class would concatenate tensors, whose shapes may differ.
         return {
-            "pixel_values": [pixels[0]],
-            "own_size": [None if pixels[-1].shape == pixels[0].shape else pixels[-1]],
+            "pixel_values": [pixels.pixel_values.to(self.dtype)],
+            "own_size": [None if pixels.own_size is None else pixels.own_size.to(self.dtype)],
             "target_size": (image.height, image.width),
         }
 
     def _forward(self, model_inputs: dict, text_features, refine: bool | None = None) -> dict:
-        texts, background = text_features
+        texts, references = text_features
         refine = self._refine if refine is None else refine
-        pairs = [model_inputs[name] for name in ("pixel_values", "own_size")]
-        if isinstance(pairs[0][0], list):  # a batch
-            pairs = [[image for (image,) in images] for images in pairs]
-        pairs = list(zip(*pairs))
+        columns = [model_inputs[name] for name in ("pixel_values", "own_size")]
+        if isinstance(columns[0][0], list):  # a batch
+            columns = [[image for (image,) in images] for images in columns]
 
-        def forward(batch: list[tuple[torch.Tensor, torch.Tensor | None]]):
-            pixels, own = zip(*batch)
-            pixels = torch.cat(pixels)
-            outputs = self.model(pixel_values=pixels, text_features=texts, output_similarity_maps=True)
-            image, maps = outputs.vision_model_output, outputs.similarity_maps
-            if own[0] is not None:
-                image = self.model.get_image_features(torch.cat(own))
-            presences = presence(self.model.match(image, texts), self.model.match(image, background))
-            scores = cosines(image.image_embeds, texts.text_embeds)
-            check_finite(maps, scores, presences)
-            return zip(scores, presences, refine_maps(maps, pixels) if refine else maps)
+        def explained(images: list[Pixels]):
+            result = forward(self.model, join(images), for_images(texts, len(images)), references, refine=refine)
+            return zip(*result[:3])
 
-        shapes = [tuple(getattr(pixels, "shape", None) for pixels in pair) for pair in pairs]
-        scores, presences, maps = zip(*map_groups(forward, pairs, shapes))
+        images = [Pixels(*pair) for pair in zip(*columns)]
+        maps, scores, presences = zip(*map_groups(explained, images, [image.shape for image in images]))
         return {
             "scores": torch.stack(scores),
             "presences": torch.stack(presences),
@@ -169,22 +161,23 @@ class ImageTextSimilarityMapPipeline(Pipeline):
         min_presence: float = MIN_PRESENCE,
         return_json: bool = False,
     ) -> list[dict]:
-        scores, presences = model_outputs["scores"], model_outputs["presences"]
-        raw_maps, processor = model_outputs["maps"][0], self.processor
-        maps = processor.post_process_similarity_maps(raw_maps[None], [model_outputs["target_size"]])
-        masks = processor.post_process_masks(maps, threshold, presences, min_presence)
-        regions = processor.post_process_boxes(maps, masks)[0]
-        answers = [
-            {
-                "label": label,
-                "score": scores[0, index].item(),
-                "presence": presences[0, index].item(),
-                **({} if return_json else {"map": maps[0][index]}),
-                "mask": _mask(masks[0][index], return_json),
-                "boxes": regions["boxes"][regions["labels"] == index].long().tolist(),
-            }
-            for index, label in enumerate(candidate_labels)
-        ]
+        thresholds = check_thresholds(threshold).expand(len(candidate_labels)).tolist()
+        of_image = (model_outputs[name][0] for name in ("scores", "presences", "maps"))
+        explanation = Explanation(candidate_labels, *of_image, model_outputs["target_size"], thresholds, min_presence)
+        answers = []
+        for index, label in enumerate(candidate_labels):
+            heatmap, mask = explanation.map_and_mask(index)
+            regions = find_regions(heatmap.numpy(), mask.numpy())
+            answers.append(
+                {
+                    "label": label,
+                    "score": explanation.scores[index].item(),
+                    "presence": explanation.presence[index].item(),
+                    **({} if return_json else {"map": heatmap}),
+                    "mask": _mask(mask, return_json),
+                    "boxes": [list(region.box) for region in regions],
+                }
+            )
         return sorted(answers, key=lambda answer: -answer["score"])
 
 
@@ -232,7 +225,7 @@ class ZeroShotImageSegmentationPipeline(ImageTextSimilarityMapPipeline):
 
         Returns:
             For one image, a list with a `dict` for each label that has pixels, in the order of the labels; a warning names present
-            labels without. For several images, a list of such lists or an iterator over them, as
+            labels that others cover. For several images, a list of such lists or an iterator over them, as
             [`ImageTextSimilarityMapPipeline`]. The items are:
 
             - **label** (`str`)
@@ -256,21 +249,21 @@ class ZeroShotImageSegmentationPipeline(ImageTextSimilarityMapPipeline):
         return_json: bool = False,
         background: Sequence[int] = (),
     ) -> list[dict]:
-        presences = model_outputs["presences"][0]
+        presences = model_outputs["presences"][0].tolist()
         found = segments(
             model_outputs["maps"][0],
             model_outputs["target_size"],
-            present=presences >= min_presence,
+            present=[value >= min_presence for value in presences],
             threshold=None if threshold is None else check_threshold(threshold),
             background=background,
         )
         answers = []
-        for index, (label, score) in enumerate(zip(candidate_labels, presences.tolist())):
+        for index, (label, score) in enumerate(zip(candidate_labels, presences)):
             mask = found == index
             if mask.any():
                 answers.append({"label": label, "score": score, "mask": _mask(mask, return_json)})
-            elif score >= min_presence and index not in background:
-                logger.warning(f"{label!r} is present, but gets no pixel: other labels match better everywhere.")
+            if mask.float().mean() < MIN_AREA and score >= min_presence and index not in background:
+                logger.warning(f"{label!r} is present, but other labels match better nearly everywhere.")
         return answers
 
 
@@ -281,13 +274,10 @@ def _mask(mask: torch.Tensor, return_json: bool) -> Image.Image | dict:
 
 
 def _strings(name: str, labels: str | Sequence[str]) -> list[str]:
-    if isinstance(labels, str):
-        labels = [label.strip() for label in labels.split(",") if label.strip()]
-    if not isinstance(labels, Sequence) or not all(isinstance(label, str) for label in labels):
-        raise TypeError(
-            f"Expected {name} to be a list of strings, shared by all images, got {labels!r}: pass such a list."
-        )
-    return list(labels)
+    labels = split_texts(labels)
+    if not all(isinstance(label, str) for label in labels):
+        raise TypeError(f"{name} is a list of strings, shared by all images, not {labels!r}.")
+    return labels
 
 
 __all__ = ["ImageTextSimilarityMapPipeline", "ZeroShotImageSegmentationPipeline"]

@@ -128,7 +128,7 @@ def _parts(images: int, numbers_of_image: int) -> list[slice]:
 
 def pool(patch_tokens: torch.Tensor, class_token: torch.Tensor, attention: torch.Tensor, mode: str) -> torch.Tensor:
     """
-    Pools the tokens of each image into one vector. Raises `ValueError` for another `mode`.
+    Pools the tokens of each image into one vector.
 
     Args:
         patch_tokens (`torch.Tensor` of shape `(B, N, D)`), class_token (`torch.Tensor` of shape `(B, D)`): of the image tower.
@@ -148,9 +148,4 @@ def pool(patch_tokens: torch.Tensor, class_token: torch.Tensor, attention: torch
         return patch_tokens.mean(1)
     if mode == "max":
         return patch_tokens.amax(1)
-    if mode == "masked_max":
-        return (patch_tokens * attention.unsqueeze(-1).to(patch_tokens.dtype)).amax(1)
-    raise ValueError(
-        'Expected pooling to be "masked_max", "max", "average", "class_token" or "class_and_average", got '
-        f"{mode!r}: choose one of them."
-    )
+    return (patch_tokens * attention.unsqueeze(-1).to(patch_tokens.dtype)).amax(1)

@@ -13,9 +13,9 @@ from transformers.processing_utils import ProcessorMixin
 from transformers.utils.deprecation import deprecate_kwarg
 
 from .configuration_iclip import ICLIPConfig, patch_side
-from .images import to_rgb
+from .images import read_image, to_rgb
 from .label_maps import segments
-from .prompts import check_templates, check_text
+from .prompts import check_templates, check_text, split_texts
 from .regions import MIN_AREA, Region, find_regions, negative_points, positive_points
 from .similarity import resize_and_normalize
 
@@ -25,9 +25,34 @@ MAX_PIXELS = 2**24
 # Value of white in arrays of integers (1 in floats). Wider integers are not supported, because they mostly hold 0..255.
 _BRIGHTEST = {torch.bool: 1, torch.int8: 127, torch.uint16: 65535}
 
+# A text that any tokenizer knows words of.
+_PROBE = "a photo of a dog"
 
 # Old names of arguments, which warn until the version of this package in which they end.
 _renamed = partial(deprecate_kwarg, warn_if_greater_or_equal_version=True)
+
+
+def check_tokenizer(name, tokenizer, config=None) -> None:
+    """
+    Raises `ValueError` unless a tokenizer knows words, and fits the text tower of the configuration of a model. Without its files,
+    transformers makes a tokenizer that knows none; one of another model gives wrong numbers.
+    """
+    tokens, problem = tokenizer(_PROBE)["input_ids"], None
+    if set(tokens) <= {tokenizer.unk_token_id, *tokenizer.all_special_ids}:
+        problem = f'does not know a word of "{_PROBE}"'
+    elif config is not None:
+        text, size = config.text_config, len(tokenizer)
+        # Embeddings are padded, and tokens added, by less than that.
+        if abs(size - text.vocab_size) > 0.02 * text.vocab_size or max(tokens) >= text.vocab_size:
+            problem = f"has {size} tokens where the model has {text.vocab_size}"
+        # CLIP reads a text at its end token, and older ones, whose configurations say 2, at the largest token.
+        ends = text.model_type in ("clip_text_model", "metaclip_2_text_model") and text.eos_token_id != 2
+        if ends and getattr(config, "text_pooling", "eos") == "eos" and text.eos_token_id not in tokens:
+            problem = f"does not end a text with the token {text.eos_token_id}, which the model reads"
+    if problem:
+        raise ValueError(
+            f"{name}: expected the tokenizer of the model, but it {problem}; add its files, such as tokenizer.json."
+        )
 
 
 class ICLIPProcessor(ProcessorMixin):
@@ -67,7 +92,9 @@ class ICLIPProcessor(ProcessorMixin):
         only with `trust_remote_code=True`.
         """
         kwargs["trust_remote_code"] = kwargs.get("trust_remote_code") or False
-        return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+        processor = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+        check_tokenizer(pretrained_model_name_or_path, processor.tokenizer)
+        return processor
 
     @classmethod
     def from_vision_text_pretrained(cls, vision: str, text: str, image_size: int = 224, **options) -> "ICLIPProcessor":
@@ -106,11 +133,13 @@ class ICLIPProcessor(ProcessorMixin):
         Prepares images and texts for [`ICLIPModel`].
 
         Args:
-            images: one image or a list: PIL images of any mode, numpy arrays or tensors. White is 255 in an array of uint8,
-                65535 of uint16, 127 of int8, and 1 of floats and booleans.
+            images: one image or a list: PIL images of any mode, numpy arrays or tensors, with channels first or last. Where both
+                ends of the shape could be channels, they are the last of a numpy array and the first of a tensor. White is 255 in an
+                array of uint8, 65535 of uint16, 127 of int8, and 1 of floats and booleans.
             text: texts without templates: one text, a list of T texts for all images, or one list for each image (shorter lists are
                 padded with their last text).
-            labels: class names or phrases in the same forms, inserted into each of the `templates`.
+            labels: class names or phrases, inserted into each of the `templates`: a list for all images, one list for each image, or
+                a string, which [`split_texts`] splits at commas.
             templates: prompts for the labels, each with one `{}`; those of the processor if not given.
             kwargs: options of the image processor and the tokenizer, also as `images_kwargs` and `text_kwargs`. `size=s` or
                 `size={"height": h, "width": w}` sets another size. `size={"shortest_edge": s}` keeps the proportions of the image.
@@ -127,18 +156,16 @@ class ICLIPProcessor(ProcessorMixin):
         """
         kwargs = _flattened(kwargs)
         if images is None and text is None and labels is None:
-            raise ValueError("Expected images, text or labels, got none of them: pass at least one.")
+            raise ValueError("There is nothing to process: give images, text or labels.")
         if text is not None and labels is not None:
-            raise ValueError(
-                "Expected either text (taken as it is) or labels (put into templates), got both: pass one of them."
-            )
+            raise ValueError("Give text, which is taken as it is, or labels, which are put into templates, not both.")
         if templates is not None and labels is None:
-            raise ValueError("Expected labels to put into the templates, got none: pass labels instead of text.")
+            raise ValueError("templates need labels.")
 
         prompts = ["{}"]
         if labels is not None:
             prompts = self.templates if templates is None else check_templates(templates)
-        texts = text if labels is None else labels
+        texts = text if labels is None else split_texts(labels)
         if texts is not None:
             text = _nested(texts, prompts)
         per_image = text is not None and isinstance(text[0], list)
@@ -148,11 +175,9 @@ class ICLIPProcessor(ProcessorMixin):
             several = isinstance(images, (list, tuple)) or getattr(images, "ndim", 3) == 4
             images = [_checked_image(image, rescaled) for image in (images if several else [images])]
             if not images:
-                raise ValueError("Expected at least one image, got none: pass one or a list.")
+                raise ValueError("There is no image.")
             if per_image and len(text) != len(images):
-                raise ValueError(
-                    f"Expected one list of texts for each image, got {len(text)} lists for {len(images)} images: pass a list for each."
-                )
+                raise ValueError(f"There are {len(text)} lists of texts for {len(images)} images.")
             kwargs = self._with_exact_size(images, kwargs)
         if text is not None:
             kwargs = {"padding": self.text_padding, "truncation": True, "max_length": self.max_text_length, **kwargs}
@@ -180,7 +205,7 @@ class ICLIPProcessor(ProcessorMixin):
         known = isinstance(size, dict) and size.keys() in ({"height", "width"}, {"shortest_edge"})
         if not known or not all(isinstance(side, int) and side >= 1 for side in size.values()):
             raise ValueError(
-                f'Expected size as a number of pixels, {{"height": ..., "width": ...}} or {{"shortest_edge": ...}}, got {asked}: use one of these.'
+                f'size is a number of pixels, {{"height": ..., "width": ...}} or {{"shortest_edge": ...}}, not {asked}.'
             )
         patch = self.patch_size
         if "shortest_edge" in size:
@@ -191,20 +216,14 @@ class ICLIPProcessor(ProcessorMixin):
             }
             if len(scaled) > 1:
                 raise ValueError(
-                    f"Expected images of one shape for size={size}, got (height, width) "
-                    f'{sorted(shapes)}: pass them one by one or give size={{"height": ..., "width": ...}}.'
+                    f"Images of the shapes {sorted(shapes)} have no common size by shortest_edge: pass them one by one."
                 )
             size = dict(zip(("height", "width"), scaled.pop()))
         if size["height"] % patch or size["width"] % patch:
             nearest = {name: max(1, round(side / patch)) * patch for name, side in size.items()}
-            raise ValueError(
-                f"Expected height and width in multiples of the patch size {patch}, got size={size}: use {nearest}."
-            )
+            raise ValueError(f"size={size} is not in multiples of the patch size {patch}: use {nearest}.")
         if size["height"] * size["width"] > MAX_PIXELS:
-            raise ValueError(
-                f"Expected at most {MAX_PIXELS:,} pixels in an image for the model, got size={size} for size={asked}: "
-                'give a smaller one, or {"height": ..., "width": ...}.'
-            )
+            raise ValueError(f"size={asked} gives an image of {size}, of more than {MAX_PIXELS:,} pixels.")
         return {**kwargs, "size": size}
 
     def post_process_similarity_maps(
@@ -214,8 +233,7 @@ class ICLIPProcessor(ProcessorMixin):
         reverse: bool = False,
     ) -> list[torch.Tensor]:
         """
-        Converts raw maps to maps in [0, 1] at the size of the images (Eq. 4; reversed: Eq. 5). Raises `ValueError` unless there is a size
-        for each image.
+        Converts raw maps to maps in [0, 1] at the size of the images (Eq. 4; reversed: Eq. 5).
 
         Args:
             maps (`torch.Tensor` of shape `(B, T, h, w)`): raw similarity maps of [`ICLIPModel`].
@@ -225,12 +243,7 @@ class ICLIPProcessor(ProcessorMixin):
         Returns:
             list of B `torch.Tensor` of shape `(T, height, width)`, float32, in [0, 1]; a constant map is zeros.
         """
-        if maps.ndim != 4 or len(target_sizes) != len(maps):
-            raise ValueError(
-                f"Expected maps of shape (B, T, h, w) and B target sizes, got {tuple(maps.shape)} and {len(target_sizes)}: "
-                "pass the maps of a batch and a size for each image."
-            )
-        return [resize_and_normalize(map_, size, reverse) for map_, size in zip(maps, target_sizes)]
+        return [resize_and_normalize(map_, size, reverse) for map_, size in zip(maps, target_sizes, strict=True)]
 
     @_renamed("scores", "0.3", "presence")
     @_renamed("min_score", "0.3", "min_presence")
@@ -242,8 +255,8 @@ class ICLIPProcessor(ProcessorMixin):
         min_presence: float | None = None,
     ) -> list[torch.Tensor]:
         """
-        Converts maps to masks. A pixel is foreground where M > threshold. Raises `ValueError` if thresholds are outside [0, 1] or not T, or
-        only one of `presence` and `min_presence` is given.
+        Converts maps to masks. A pixel is foreground where M > threshold. Raises `ValueError` if thresholds are outside [0, 1], or only
+        one of `presence` and `min_presence` is given.
 
         Args:
             maps (list of `torch.Tensor` of shape `(T, H, W)`): from `post_process_similarity_maps`.
@@ -258,12 +271,7 @@ class ICLIPProcessor(ProcessorMixin):
         """
         present = _present(presence, min_presence)
         thresholds = check_thresholds(threshold).float()
-        if thresholds.ndim and any(len(map_) != len(thresholds) for map_ in maps):
-            raise ValueError(
-                f"Expected one threshold for each text, got {len(thresholds)} for {[len(map_) for map_ in maps]} texts: pass "
-                "one number, or one for each text."
-            )
-        masks = [map_ > thresholds.view(-1, 1, 1).to(map_.device) for map_ in maps]
+        masks = [map_ > thresholds.expand(len(map_)).view(-1, 1, 1).to(map_.device) for map_ in maps]
         if present is not None:
             masks = [mask & shown.view(-1, 1, 1) for mask, shown in zip(masks, present, strict=True)]
         return masks
@@ -279,7 +287,7 @@ class ICLIPProcessor(ProcessorMixin):
     ) -> list[torch.Tensor]:
         """
         Converts outputs to label maps: the text of each pixel, or -1 for the background, see [`segments`]. Raises `ValueError` if outputs
-        have no maps, and as `post_process_masks` and [`segments`].
+        have no maps or no text of an index in `background`, and as `post_process_masks`.
 
         Args:
             outputs ([`ICLIPOutput`]): outputs of [`ICLIPModel`] with `output_similarity_maps=True`.
@@ -295,13 +303,10 @@ class ICLIPProcessor(ProcessorMixin):
         """
         maps = getattr(outputs, "similarity_maps", None)
         if maps is None:
-            raise ValueError(
-                f"Expected outputs with similarity_maps, got {type(outputs).__name__} without: pass those of the model "
-                "with output_similarity_maps=True."
-            )
+            raise ValueError("The outputs have no similarity_maps: call the model with output_similarity_maps=True.")
+        if not all(0 <= index < maps.shape[1] for index in background):
+            raise ValueError(f"background holds indices of {maps.shape[1]} texts, not {list(background)}.")
         sizes = [maps.shape[2:]] * len(maps) if target_sizes is None else target_sizes
-        if len(sizes) != len(maps):
-            raise ValueError(f"Expected one target size for each of {len(maps)} images, got {len(sizes)}: pass these.")
         present = _present(presence, min_presence)
         if present is None:
             present = torch.ones(maps.shape[:2], dtype=torch.bool)
@@ -399,23 +404,21 @@ def check_thresholds(threshold: float | Sequence[float]) -> torch.Tensor:
     except (TypeError, ValueError, RuntimeError):
         fits = False
     if not fits:
-        raise ValueError(
-            f"Expected a threshold in [0, 1], or one for each text, got {threshold!r:.100}: pass a number such as 0.5."
-        )
+        raise ValueError(f"A threshold is a number in [0, 1], or one for each text, not {threshold!r:.100}.")
     return thresholds
 
 
 def check_threshold(threshold: float) -> float:
     """Returns a threshold. `ValueError` unless it is one number in [0, 1]."""
     if check_thresholds(threshold).ndim:
-        raise ValueError(f"Expected one threshold in [0, 1], got {threshold!r:.100}: pass a number such as 0.5.")
+        raise ValueError(f"threshold is one number in [0, 1], not {threshold!r:.100}.")
     return float(threshold)
 
 
 def _present(presence: torch.Tensor | None, min_presence: float | None) -> torch.Tensor | None:
     """Returns which texts are present, `(B, T)`, or None if nobody asks."""
     if (presence is None) != (min_presence is None):
-        raise ValueError("Expected presence and min_presence together, got one of them: pass both, or neither.")
+        raise ValueError("presence and min_presence go together.")
     return None if presence is None else presence >= min_presence
 
 
@@ -424,11 +427,9 @@ def _flattened(kwargs: dict) -> dict:
     flat, merged = dict(kwargs), {}
     nested = [flat.pop(name, None) or {} for name in ("text_kwargs", "images_kwargs", "common_kwargs")]
     for name, value in (item for part in nested for item in part.items()):
-        # As in other processors, a keyword of its own must not be repeated, but both sides may have the same.
-        if name in flat or merged.setdefault(name, value) != value:
-            raise ValueError(
-                f"Expected {name} once, got {flat.get(name, merged.get(name))!r} and {value!r}: pass it in one place."
-            )
+        other = flat.get(name, merged.setdefault(name, value))
+        if other != value:
+            raise ValueError(f"{name} has two values, {other!r} and {value!r}: pass one of them.")
     return flat | merged
 
 
@@ -437,14 +438,14 @@ def _nested(texts, templates: list[str]) -> list[str] | list[list[str]]:
     if isinstance(texts, str):
         texts = [texts]
     if not isinstance(texts, Sequence) or len(texts) == 0:
-        raise ValueError(f"Expected at least one text, got {texts!r}: pass one or a list.")
+        raise ValueError(f"There is no text in {texts!r}.")
     if all(isinstance(text, (list, tuple)) for text in texts):
         lists = [_nested(of_image, templates) for of_image in texts]
         longest, step = max(map(len, lists)), len(templates)
         return [prompts + prompts[-step:] * ((longest - len(prompts)) // step) for prompts in lists]
     for text in texts:
         if not isinstance(text, str):
-            raise TypeError(f"Expected texts to be strings, got {text!r} of type {type(text).__name__}: convert it.")
+            raise TypeError(f"A text is a string, not {text!r}.")
         check_text(text)
     return [template.replace("{}", text) for text in texts for template in templates]
 
@@ -454,27 +455,28 @@ def _checked_image(image, rescaled: bool = False):
     if not hasattr(image, "shape"):
         if isinstance(image, Image.Image) and 0 not in image.size:
             return to_rgb(image)
-        raise ValueError(
-            f"Expected images as PIL images that are not empty, arrays or tensors, got {image!r:.100}: "
-            "convert it to one of them, a file with PIL.Image.open."
-        )
+        raise ValueError(f"An image is a PIL image that is not empty, an array or a tensor, not {image!r:.100}.")
     if len(image.shape) != 3 or 0 in image.shape or not {1, 3} & {image.shape[0], image.shape[-1]}:
-        raise ValueError(
-            f"Expected an image of shape (3, H, W) or (H, W, 3), or with 1 for 3, got {tuple(image.shape)}: convert it."
-        )
-    if isinstance(image, np.ndarray):  # torch warns of arrays that cannot be written to, such as those of PIL images
-        image = np.require(image, requirements="W")
+        raise ValueError(f"An image has the shape (3, H, W) or (H, W, 3), or 1 for 3, not {tuple(image.shape)}.")
+    if isinstance(image, np.ndarray):
+        if image.shape[0] in (1, 3) and image.shape[-1] in (1, 3):
+            image = np.moveaxis(image, -1, 0)  # the image processor would take the first for the channels
+        image = np.require(image, requirements="W")  # torch warns of others, such as those of PIL images
     try:
         pixels = torch.as_tensor(image)
     except TypeError as error:
-        raise TypeError(f"Expected an image of numbers, got an array of type {image.dtype}: convert it.") from error
+        raise TypeError(f"An image holds numbers, not {image.dtype}.") from error
     if not torch.isfinite(pixels).all():
-        raise ValueError("Expected an image of finite numbers, got NaN or infinity: replace these pixels.")
+        raise ValueError("The image holds NaN or infinity.")
     return image if rescaled else _to_8_bit(pixels)
 
 
-def array_to_image(image) -> Image.Image:
-    """Converts an array or tensor, `(3, H, W)` or `(H, W, 3)` as for [`ICLIPProcessor`], to a PIL image in RGB."""
+def to_image(image, timeout: float = 60) -> Image.Image:
+    """
+    Converts an image in any form to a PIL image in RGB: an array or tensor as for [`ICLIPProcessor`], or what [`read_image`] takes.
+    """
+    if not hasattr(image, "shape"):
+        return read_image(image, timeout)
     pixels = torch.as_tensor(_checked_image(image))
     pixels = pixels.movedim(0, -1) if pixels.shape[0] in (1, 3) else pixels
     return to_rgb(Image.fromarray(pixels.squeeze(-1).numpy(force=True)))
@@ -487,14 +489,11 @@ def _to_8_bit(pixels: torch.Tensor) -> torch.Tensor:
     brightest = 1 if pixels.is_floating_point() else _BRIGHTEST.get(pixels.dtype)
     if brightest is None:
         known = ", ".join(["uint8", "float", *(str(dtype).removeprefix("torch.") for dtype in _BRIGHTEST)])
-        raise ValueError(
-            f"Expected an image of type {known}, got {pixels.dtype}, whose range is not agreed: convert it to one of them."
-        )
+        raise ValueError(f"An image of {pixels.dtype} has no agreed range: convert it to one of {known}.")
     levels = (pixels.double() * (255 / brightest)).round()
     if levels.min() < 0 or levels.max() > 255:
         raise ValueError(
-            f"Expected an image of {pixels.dtype} in [0, {brightest}], got values from {pixels.double().min():g} to "
-            f"{pixels.double().max():g}: scale it, or convert it to uint8."
+            f"An image of {pixels.dtype} is in [0, {brightest}], but this one reaches {pixels.aminmax()}."
         )
     return levels.to(torch.uint8)
 

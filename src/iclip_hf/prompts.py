@@ -1,5 +1,6 @@
-"""Prompt templates by name, and checks of texts and templates."""
+"""Prompt templates by name, texts in a string, and checks of texts and templates."""
 
+import re
 from collections.abc import Sequence
 
 
@@ -27,6 +28,17 @@ IMAGENET_TEMPLATES = (
     "itap of my {}.",
 )
 NAMED_TEMPLATES = {"imagenet": IMAGENET_TEMPLATES}
+
+
+def split_texts(texts: str | Sequence[str]) -> list[str]:
+    """
+    Returns the texts of a string: one a line if it has several lines, otherwise between commas, where `\\,` is a comma within a text.
+    The items of a list are taken as they are.
+    """
+    if not isinstance(texts, str):
+        return list(texts)
+    parts = texts.split("\n") if "\n" in texts.strip() else re.split(r"(?<!\\),", texts)
+    return [part.replace("\\,", ",").strip() for part in parts if part.strip()]
 
 
 def check_text(text: str) -> str:

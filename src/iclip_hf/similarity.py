@@ -16,26 +16,25 @@ def cosine_similarity_map(patch_embeds: torch.Tensor, text_embeds: torch.Tensor)
         text_embeds (`torch.Tensor` of shape `(T, P)`, or `(B, T, P)` with T texts for each image): unit vectors.
 
     Returns:
-        `torch.Tensor` of shape `(B, T, h, w)`, in [-1, 1].
+        `torch.Tensor` of shape `(B, T, h, w)`, float32, in [-1, 1].
     """
     check_lists(len(patch_embeds), text_embeds)
-    return (text_embeds @ patch_embeds.flatten(1, 2).mT).unflatten(-1, patch_embeds.shape[1:3])
+    # In half precision, as under autocast, several patches would have the same value.
+    with torch.autocast(patch_embeds.device.type, enabled=False):
+        maps = text_embeds.float() @ patch_embeds.flatten(1, 2).mT.float()
+    return maps.unflatten(-1, patch_embeds.shape[1:3])
 
 
 def check_lists(num_images: int, text_embeds: torch.Tensor) -> None:
     """Raises `ValueError` unless texts `(B, T, P)` are for all B images. A product would broadcast a single list."""
     if text_embeds.ndim == 3 and len(text_embeds) != num_images:
-        raise ValueError(
-            f"Expected one list of texts for each image, got {len(text_embeds)} lists for {num_images} images: pass a list for each."
-        )
+        raise ValueError(f"There are {len(text_embeds)} lists of texts for {num_images} images.")
 
 
 def check_finite(*results: torch.Tensor) -> None:
     """Raises `ValueError` if results of a model hold NaN or infinity."""
     if not all(result.isfinite().all() for result in results):
-        raise ValueError(
-            "Expected finite maps and scores, got NaN or infinity from the model: check its weights, or load it in float32."
-        )
+        raise ValueError("The model gives NaN or infinity: check its weights, or load it in float32.")
 
 
 def min_max_normalize(maps: torch.Tensor) -> torch.Tensor:
@@ -105,8 +104,6 @@ def _empty(shape: tuple[int, ...], device: torch.device) -> torch.Tensor:
 def _bicubic_weights(source: int, target: int, device: torch.device) -> torch.Tensor:
     """Returns the (target, source) matrix of a one-dimensional bicubic resize, from the resized identity."""
     if target < 1:
-        raise ValueError(
-            f"Expected a size (height, width) of at least one pixel a side, got a side of {target}: pass that of the image."
-        )
+        raise ValueError(f"A size has at least one pixel a side, not {target}.")
     identity = torch.eye(source, device=device)[None, None]
     return F.interpolate(identity, size=(target, source), mode="bicubic", align_corners=False)[0, 0]

@@ -18,7 +18,6 @@ COMMANDS = {
     "compare": "draw the maps of several methods or models side by side",
     "demo": "start the live demo: drop an image, type texts, see one map for each text",
     "evaluate": "measure how well maps mark or segment classes, or how faithful they are, on a segmentation data set",
-    "analyze": "measure semantic shift, or compare recognition with interpretability",
     "train": "train a model on your own image-text pairs, or by the settings of a configuration",
     "init": "join an image tower and a text tower into a new model",
     "export": "write a model folder with code and model card for the Hub, an ONNX folder, or a web page",
@@ -47,11 +46,11 @@ class _Command(_Parser):
         return namespace, unknown
 
     def complete(self) -> None:
-        """Adds the options, once, and the function that runs the command; of `analyze`, each analysis has its own."""
+        """Adds the options, once, and the function that runs the command."""
         name, self.module = self.module, None
         if name is not None:
             module = importlib.import_module(f".{name}", __package__)
-            self.set_defaults(run=getattr(module, "run", None))
+            self.set_defaults(run=module.run)
             module.add_options(self)
 
 

@@ -19,17 +19,18 @@ from importlib.metadata import entry_points
 from pathlib import Path
 
 from ..data.class_names import DATASETS
-from ..prompts import check_templates, check_text
-from ..utils.names import COLORMAPS, DTYPES, METHOD_GROUP, METHODS, check_model_name
+from ..explainers.methods import METHOD_GROUP, METHODS
+from ..figures import COLORMAPS
+from ..models import DTYPES, check_model_name
+from ..prompts import check_templates, check_text, split_texts
 
 
 # Characters that control a terminal or cannot be printed: controls, line separators, marks of writing direction, surrogates.
 _ACTING = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 # Numbers of options in malloc.h.
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
-# Files of pictures, and of charts.
+# Files of pictures.
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".pdf")
-CHARTS = (*PICTURES, ".svg")
 
 
 def checked(check: Callable[[str], object]) -> Callable[[str], str]:
@@ -44,6 +45,14 @@ def checked(check: Callable[[str], object]) -> Callable[[str], str]:
         return text
 
     return parse
+
+
+def texts(typed: str) -> list[str]:
+    """Parses the texts of one option, see [`split_texts`], as a type for argparse."""
+    found = split_texts(typed)
+    for text in found or [typed]:
+        checked(check_text)(text)
+    return found
 
 
 def check_method(name: str) -> None:
@@ -116,11 +125,12 @@ SHARED = {
     },
     "--limit": {"type": at_least_1, "metavar": "N", "help": "use only the first N images (default: all)"},
     "--text": {
-        "action": "append",
+        "action": "extend",
         "dest": "texts",
-        "type": checked(check_text),
+        "type": texts,
         "metavar": "TEXT",
-        "help": "what to look for, inserted into the prompts; repeat the option for several texts (commas belong to the text)",
+        "help": "what to look for, inserted into the prompts; several texts between commas, or by repeating the option; \\, is a comma "
+        "within a text",
     },
     "--methods": {
         "nargs": "+",

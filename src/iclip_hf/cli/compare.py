@@ -35,8 +35,8 @@ def add_options(command: argparse.ArgumentParser) -> None:
     add_shared(
         command,
         "--text",
-        help="what to look for, one row of the figure; repeat the option for several texts (commas belong to the text; default: the "
-        "classes that the data set's image shows)",
+        help="what to look for, one row of the figure each; several texts between commas, or by repeating the option; \\, is a comma within a "
+        "text (default: the classes that the data set's image shows)",
     )
     add_shared(
         command,
@@ -79,7 +79,8 @@ def run(options: argparse.Namespace) -> None:
         figures = {
             model: (found.scores[index].item(), found.presence[index].item()) for model, found in of_model.items()
         }
-        scores, presence = ({model: round(pair[k], 4) for model, pair in figures.items()} for k in range(2))
+        scores = {model: round(score, 4) for model, (score, _) in figures.items()}
+        presence = {model: present for model, (_, present) in figures.items()}
         rows.append({"text": text, "scores": scores, "presence": presence})
         notes = [f"{presence_word(present)} · score {score:.2f}" for score, present in figures.values()]
         titles.append(f"{text}\n{', '.join(notes)}")
@@ -129,7 +130,7 @@ def _explain(options: argparse.Namespace, image, texts: list[str], templates, ta
     """Yields model name, method and explanation for each model and method, under a progress bar."""
     from tqdm import tqdm
 
-    from ..localization.localizer import explain
+    from ..explainers.localizer import explain
 
     seen = {
         "templates": templates,

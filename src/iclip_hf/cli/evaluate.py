@@ -6,8 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from ..prompts import check_text
-from ..utils.names import MEASURES, TASKS
+from ..evaluation.measures import MEASURES, TASKS
 from .common import (
     DATASET,
     MODEL,
@@ -16,12 +15,12 @@ from .common import (
     add_shared,
     at_least_1,
     check_file,
-    checked,
     data_inputs,
     echo,
     load_silently,
     printable,
     share,
+    texts,
 )
 
 
@@ -41,8 +40,8 @@ OPTIONS = {
     "stride": (("segmentation",), _PIXELS, "distance of the windows (default: half of the window)"),
     "background": (
         ("segmentation",),
-        {"action": "append", "type": checked(check_text), "metavar": "TEXT"},
-        "text that describes the background, such as sky; repeat the option for several texts",
+        {"action": "extend", "type": texts, "metavar": "TEXT"},
+        "texts that describe the background, such as sky, between commas, or by repeating the option",
     ),
     "threshold": (
         ("segmentation",),
@@ -58,7 +57,7 @@ OPTIONS = {
     ),
     "steps": (("deletion_insertion",), {"type": at_least_1, "metavar": "N"}, "number of steps (default: 10)"),
     "seed": (
-        ("deletion_insertion", "max_sensitivity", "randomization"),
+        ("typed_segments", "deletion_insertion", "max_sensitivity", "randomization"),
         {"type": int, "metavar": "N"},
         "seed of all random values (default: 0)",
     ),

@@ -86,7 +86,7 @@ def _explain_images(options: argparse.Namespace) -> int:
 
 
 def _explain_collection(options: argparse.Namespace) -> int:
-    from ..localization.collection import explain_collection, open_images
+    from ..explainers.collection import explain_collection, open_images
     from ..utils.distributed import this_process
 
     if given := [f"--{name}" for name in ("npz", "words", "overwrite") if getattr(options, name)]:
@@ -110,7 +110,7 @@ def _explain_collection(options: argparse.Namespace) -> int:
             print(f"iclip explain: {printable(reason)}", file=sys.stderr)
         summary = {"output": str(output), "files": len(report.files), "images": report.images}
         if options.json:
-            echo(json.dumps({**summary, "broken": report.broken}, indent=2, ensure_ascii=False))
+            echo(json.dumps({**summary, "broken": report.broken}, ensure_ascii=False))
         else:
             echo(
                 f"{report.images} images -> {len(report.files)} Parquet files in {output}, {len(report.broken)} broken images"

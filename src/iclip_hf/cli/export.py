@@ -7,9 +7,9 @@ import importlib
 from functools import partial
 from pathlib import Path
 
+from ..models import check_model_name
 from ..utils.extras import require_extra
-from ..utils.names import check_model_name
-from .common import checked, echo_folder, shown_steps, silence_transformers
+from .common import checked, echo, echo_folder, shown_steps, silence_transformers
 
 
 def add_options(command: argparse.ArgumentParser) -> None:
@@ -55,6 +55,7 @@ def run(options: argparse.Namespace) -> None:
         raise ValueError(f"--vendor applies to --format web, but got {options.format}: leave it out.")
     if kind == "transformers":
         folder = export(options, options.directory)
+        echo_terms(trained_on(folder))
         echo_folder(folder, "iclip", "push", str(folder), f"your-name/{folder.resolve().name}", "--dry-run")
         return
     if options.results is not None:
@@ -76,10 +77,9 @@ def run(options: argparse.Namespace) -> None:
         echo_folder(folder, "iclip", "explain", "photo.jpg", "--text", "dog", "--model", str(folder))
     else:
         from ..demo.web import export_web
-        from ..hub.folders import known_card
 
         with shown_steps():
-            card = known_card(options.model)
+            card = {"source": options.model}
             folder = export_web(model, processor, options.directory, weights or "int8", options.vendor, **card)
         echo_folder(folder, "iclip", "demo", "--web", str(folder))
 
@@ -91,7 +91,7 @@ def export(options: argparse.Namespace, directory: Path, name: str | None = None
         from ..evaluation.results import read_results
 
         metrics = read_results(options.results, "protocol", "results")
-    from ..hub.folders import export_model, known_card
+    from ..hub.folders import export_model
     from ..models.identity import changed_model
     from ..models.loading import load_iclip
 
@@ -102,5 +102,16 @@ def export(options: argparse.Namespace, directory: Path, name: str | None = None
             f"--results {options.results}: expected figures of this model, got those of other {', '.join(differing)}, or of a model that "
             "it does not describe; measure this model by `iclip evaluate --output`."
         )
-    card = known_card(options.model) | ({} if metrics is None else {"metrics": metrics})
-    return export_model(model, processor, directory, name=name, **card)
+    return export_model(model, processor, directory, name=name, source=options.model, metrics=metrics)
+
+
+def trained_on(folder: Path) -> dict[str, str]:
+    """Returns the terms of the data that an exported model was trained on, by their names."""
+    from ..hub.record import data_terms, read_record
+
+    return data_terms(read_record(folder))
+
+
+def echo_terms(terms: dict[str, str]) -> None:
+    if terms:
+        echo("\n".join(["Trained on data with these terms:", *(f"  {data}: {term}" for data, term in terms.items())]))

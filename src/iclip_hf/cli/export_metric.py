@@ -15,6 +15,6 @@ def add_options(command: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
-    from ..hub.metrics import export_space
+    from ..hub.metric_modules import export_space
 
     echo_space(export_space(options.metric, options.directory, options.overwrite))

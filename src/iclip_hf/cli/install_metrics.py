@@ -12,7 +12,7 @@ def add_options(command: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
-    from ..hub.metrics import install_metrics
+    from ..hub.metric_modules import install_metrics
 
     for name, folder in install_metrics().items():
         echo(f"{name} -> {folder}")

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from ..explainers.methods import METHODS
 from ..presence import MIN_PRESENCE, presence_word
-from ..utils.names import METHODS
 from .common import (
     MODEL,
     PICTURES,
@@ -145,15 +146,23 @@ def _file_names(images: Sequence[str]) -> list[str]:
 
 def make_localizer(options: argparse.Namespace, texts: Sequence[str]):
     """Loads the model and returns the [`Localizer`] of the options for these texts."""
-    from ..evaluation.results import class_thresholds
+    from ..evaluation.results import class_thresholds, read_results
 
+    results = None
     if isinstance(options.threshold, Path):  # read before the model is loaded
-        options.threshold = class_thresholds(options.threshold, texts, options.method)
-    from ..localization.localizer import Localizer
+        results = options.threshold
+        options.threshold = class_thresholds(results, texts, options.method)
+    from ..explainers.localizer import Localizer
 
     words = "bi_modal" if options.method == "bi_modal" else "grad_eclip"
+    model = load_silently(options.model, options)
+    if results and (differing := model.differs_from(read_results(results, "protocol")["protocol"])):
+        raise ValueError(
+            f"--threshold {results}: expected thresholds of this model, got those of other {', '.join(differing)}; measure it by "
+            "`iclip evaluate --output`."
+        )
     return Localizer(
-        load_silently(options.model, options),
+        model,
         texts,
         method=options.method,
         templates=options.templates,
@@ -199,4 +208,4 @@ def presence_column(value: float, min_presence: float) -> str:
     Returns a presence as a word and a number. The number is cut, not rounded: an unsure 0.898 must not look like the 0.90 from which a
     text is present.
     """
-    return f"{presence_word(value, min_presence):<7}  presence {f'{value:.4f}'[:4]}"
+    return f"{presence_word(value, min_presence):<7}  presence {math.floor(100 * value) / 100:.2f}"

@@ -8,7 +8,7 @@ import tempfile
 from pathlib import Path
 
 from .common import add_shared, echo
-from .export import add_source_options, export
+from .export import add_source_options, echo_terms, export, trained_on
 
 
 def add_options(command: argparse.ArgumentParser) -> None:
@@ -38,7 +38,7 @@ def run(options: argparse.Namespace) -> None:
         folder = export(options, Path(scratch, "model"), name=options.repo_id)
         files = sorted(path for path in folder.rglob("*") if path.is_file())
         sizes = {path.relative_to(folder).as_posix(): path.stat().st_size for path in files}
-        report = {"repo_id": options.repo_id, "files": sizes}
+        report = {"repo_id": options.repo_id, "files": sizes, "data_terms": trained_on(folder)}
         if not options.dry_run:
             from ..hub.folders import push_model
 
@@ -47,4 +47,5 @@ def run(options: argparse.Namespace) -> None:
         echo(json.dumps(report, indent=2))
     else:
         echo("\n".join(f"{size:>13,}  {name}" for name, size in sizes.items()))
+        echo_terms(report["data_terms"])
         echo(f"{sum(sizes.values()):>13,}  bytes: {report.get('commit', 'a dry run, nothing was uploaded')}")

@@ -7,8 +7,7 @@ import sys
 from pathlib import Path
 
 from ..presence import ABSENT, presence_word
-from ..prompts import check_text
-from .common import checked, printable, save_figure, share
+from .common import printable, save_figure, share, texts
 from .pictures import add_image_options, explain_files
 
 
@@ -23,12 +22,11 @@ def add_options(command: argparse.ArgumentParser) -> None:
     )
     command.add_argument(
         "--background",
-        action="append",
-        type=checked(check_text),
+        action="extend",
+        type=texts,
         default=[],
         metavar="TEXT",
-        help="what else the image shows, such as sky; it competes like the texts, and its pixels are background; repeat the option for "
-        "several texts",
+        help="what else the image shows, such as sky; it competes like the texts, and its pixels are background; several like --text",
     )
     command.add_argument(
         "--threshold",
@@ -49,7 +47,7 @@ def run(options: argparse.Namespace) -> int:
         from tqdm import tqdm
 
         from ..figures.sheets import label_sheet
-        from ..regions import run_lengths
+        from ..regions import MIN_AREA, run_lengths
 
         background = range(len(options.texts), len(explanation.labels))
         labels = explanation.label_map(background=background).numpy()
@@ -59,13 +57,17 @@ def run(options: argparse.Namespace) -> int:
                 "id": index + 1,
                 "text": text,
                 "score": round(explanation.scores[index].item(), 4),
-                "presence": round(explanation.presence[index].item(), 4),
+                "presence": explanation.presence[index].item(),
                 "area": round((labels == index).mean().item(), 4),
                 "mask": run_lengths(labels == index),
             }
             for index, text in enumerate(options.texts)
         ]
-        hidden = [text for index, text in enumerate(options.texts) if words[index] != ABSENT and index not in labels]
+        hidden = [
+            text
+            for index, text in enumerate(options.texts)
+            if words[index] != ABSENT and (labels == index).mean() < MIN_AREA
+        ]
         if hidden:
             problem = f"{name}: present, but covered by the other texts: {', '.join(hidden)}"
             tqdm.write(f"iclip segment: {printable(problem)}; look at the maps with iclip explain", file=sys.stderr)

@@ -238,6 +238,7 @@ class SegmentationDataset(Sequence):
         labels (`tuple[int, ...]`): ids of the classes, 1..K.
         stuff (`tuple[int, ...]`, *optional*): ids of the classes without instances, such as sky and road; all others are things. None
             if the data set does not tell them apart, as Pascal Context and folders.
+        supercategories (`tuple[str, ...]`, *optional*): that of each class, from COCO's files of instances; None in other data sets.
         void (`int`): value of ignored pixels in masks, 255; 65535 if K > 254.
         background (`bool`): whether pixels can be background (0). Otherwise, pixels of no class are void.
         background_texts (`tuple[str, ...]`): texts that describe the background; none by default.
@@ -253,11 +254,13 @@ class SegmentationDataset(Sequence):
         class_names: Sequence[str],
         samples: Sequence[SegmentationSample],
         annotation_paths: Sequence[Path],
+        supercategories: Sequence[str] | None = None,
     ):
         layout = _LAYOUTS[name]
         self.name, self.split, self.background, self.templates = name, split, layout.background, layout.templates
         self.annotation_paths, self._samples = annotation_paths, samples
         self.synonyms = tuple((name,) for name in class_names)
+        self.supercategories = None if supercategories is None else tuple(supercategories)
         stuff = layout.stuff
         self.stuff = None if stuff is None else tuple(id_ for id_ in self.labels if class_names[id_ - 1] in stuff)
         self.void = int(np.iinfo(_mask_type(len(class_names))).max)
@@ -399,7 +402,9 @@ def _images_and_masks(root: Path, split: str | None) -> tuple[list[Path], list[P
 
 # -------------------------------------------------------------------------- class names, samples and annotations of a split
 
-_Content = tuple[Sequence[str], list[SegmentationSample], list[Path]]
+_Content = (
+    tuple  # class names, samples and annotation paths of a `SegmentationDataset`, and perhaps its supercategories
+)
 
 
 def _index_masks(
@@ -470,7 +475,8 @@ def _instances(root: Path, split: str) -> _Content:
         _COCOSample(image.stem, image, len(class_names), size, path, annotations[id_])
         for image, size, id_ in zip(_find(root / split, names, path), sizes, annotations)
     ]
-    return class_names, samples, [path]
+    supercategories = [str(item.get("supercategory", "")) for item in categories]
+    return class_names, samples, [path], supercategories if all(supercategories) else None
 
 
 class _Layout(NamedTuple):

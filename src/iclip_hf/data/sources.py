@@ -32,7 +32,7 @@ from ..images import IMAGE_SUFFIXES
 from ..utils.digests import content_digest, file_state
 from ..utils.extras import require_extra
 from ..utils.files import cache_folder, keep_in_cache
-from ..utils.names import may_be_hub_id
+from ..utils.hub_ids import may_be_hub_id
 
 
 if TYPE_CHECKING:
@@ -480,7 +480,7 @@ class ArrowRows(Source):
 
 
 def is_hub_id(source: str) -> bool:
-    """Whether this names a Hub dataset, as `org/name`, see [`~iclip_hf.utils.names.may_be_hub_id`]."""
+    """Whether this names a Hub dataset, as `org/name`, see [`~iclip_hf.utils.hub_ids.may_be_hub_id`]."""
     return "/" in source and may_be_hub_id(source) and Path(source).suffix.lower() not in _KINDS
 
 

@@ -18,15 +18,16 @@ import numpy as np
 from PIL import Image
 
 from .. import __version__
+from ..explainers.localizer import Localizer, PreparedImage
+from ..explainers.methods import METHODS
+from ..explanation import Explanation
 from ..hub.model_card import front_matter
 from ..images import load_image
-from ..localization.explanation import Explanation
-from ..localization.localizer import Localizer, PreparedImage
 from ..models.loading import load
-from ..presence import BACKGROUND, presence_word
+from ..presence import presence_word
+from ..prompts import split_texts
 from ..utils.extras import require_extra
 from ..utils.files import write_files
-from ..utils.names import METHODS
 from .content import EXAMPLES, INTRODUCTION, MAX_CHARACTERS, MAX_TEXTS, SPACE, beside, example_files, look, view_size
 
 
@@ -68,24 +69,21 @@ _CSS = """
 """
 
 
-def split_texts(typed: str) -> list[str]:
-    """Splits typed texts: several lines are one text each and may contain commas; a single line is split at commas."""
-    separator = "\n" if "\n" in typed.strip() else ","
-    texts = list(dict.fromkeys(text.strip() for text in typed.split(separator) if text.strip()))
+def asked_texts(typed: str) -> list[str]:
+    """Returns the texts that a visitor typed, each once. Raises `ValueError` if they are too many or too long."""
+    texts = list(dict.fromkeys(split_texts(typed)))
     if not 1 <= len(texts) <= MAX_TEXTS:
-        raise ValueError(
-            f"Expected 1 to {MAX_TEXTS} texts, between commas or one a line, got {len(texts)}: add or remove some."
-        )
+        raise ValueError(f"Type 1 to {MAX_TEXTS} texts, between commas or one a line, not {len(texts)}.")
     longest = max(map(len, texts))
     if longest > MAX_CHARACTERS:
-        raise ValueError(f"Expected texts of at most {MAX_CHARACTERS} characters, got one of {longest}: shorten it.")
+        raise ValueError(f"Texts have at most {MAX_CHARACTERS} characters, but one has {longest}.")
     return texts
 
 
 class SeenImage(NamedTuple):
     """A visitor's image, kept for further texts."""
 
-    prepared: PreparedImage  # with its features, if the method can use them for other texts
+    prepared: PreparedImage  # without the image, with its features if the method can use them for other texts
     view: dict  # `image`, a data URL; its `size` and the `original_size`, (width, height)
 
 
@@ -95,7 +93,7 @@ def look_at(localizer: Localizer, image: Image.Image) -> SeenImage:
     image.resize(size).save(photo, "JPEG", quality=85)
     url = "data:image/jpeg;base64," + base64.b64encode(photo.getvalue()).decode()
     prepared = localizer.encode(localizer.prepare(image, size=size[::-1]))
-    return SeenImage(prepared, {"image": url, "size": size, "original_size": image.size})
+    return SeenImage(prepared._replace(image=None), {"image": url, "size": size, "original_size": image.size})
 
 
 def explain_image(localizer: Localizer, seen: SeenImage, texts: list[str]) -> Explanation:
@@ -115,7 +113,7 @@ def viewer_value(seen: SeenImage, explanation: Explanation) -> dict:
             {
                 "text": text,
                 "cosine": round(cosine, 4),
-                "presence": round(present, 4),
+                "presence": present,
                 "word": presence_word(present),
                 "map": raw_map,
             }
@@ -191,7 +189,7 @@ def build_app(model) -> gr.Blocks:
 
     @functools.cache
     def localizer(method: str, refine: bool) -> Localizer:  # the texts are set for each image
-        return Localizer(model, BACKGROUND[:1], method=method, refine=refine)
+        return Localizer(model, ["any"], method=method, refine=refine)
 
     # A visitor often asks about one image several times. Images belong to a session and an upload, oldest first.
     kept: OrderedDict[tuple[str, str, str], SeenImage] = OrderedDict()
@@ -201,7 +199,7 @@ def build_app(model) -> gr.Blocks:
             return gr.skip()
         try:
             photo = app.uploaded(photo)  # checked again, because Gradio decides when the first check runs
-            texts, asked = split_texts(typed), (request.session_hash, photo["path"], method)
+            texts, asked = asked_texts(typed), (request.session_hash, photo["path"], method)
             seen = kept.get(asked)
             if seen is None:
                 seen = look_at(localizer(method, False), load_image(photo["path"], photo["orig_name"]))

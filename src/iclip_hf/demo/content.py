@@ -8,9 +8,9 @@ from typing import NamedTuple
 
 from PIL import Image
 
+from ..figures import COLORMAPS
 from ..figures.colors import OPACITY, SEGMENTS, color_table
 from ..presence import MIN_PRESENCE, PRESENT
-from ..utils.names import COLORMAPS
 
 
 MAX_TEXTS = 12

@@ -18,11 +18,14 @@ import torch
 from huggingface_hub import ModelCard
 from PIL import Image
 
-from ..hub.model_card import front_matter, without_folders, write_model_card
+from ..explanation_core import encode_texts
+from ..hub.model_card import front_matter, write_model_card
+from ..hub.record import without_folders
 from ..modeling_iclip import ICLIPModel
 from ..models.onnx import TEXT_FILE, VISION_FILE, ONNXModel, export_onnx
-from ..presence import BACKGROUND, MIN_PRESENCE, PRESENT
+from ..presence import BEST, LIKE, MIN_PRESENCE, PRESENT, RANK_ALONE, RANK_AND_PATCHES, SHARPNESS
 from ..processing_iclip import MAX_PIXELS, ICLIPProcessor
+from ..reference_nouns import REFERENCE_NOUNS
 from ..utils.files import atomic_folder
 from .content import (
     EXAMPLES,
@@ -89,10 +92,7 @@ def export_web(
     """
     folder = Path(folder)
     settings = {
-        "model": {
-            name: getattr(model.config, name)
-            for name in ("map_attention", "max_over", "pooling", "max_sharpness", "projection_dim")
-        },
+        "model": {name: getattr(model.config, name) for name in ("map_attention", "max_sharpness", "projection_dim")},
         "image": _image_settings(processor),
         "text": {
             "templates": list(processor.templates),
@@ -100,6 +100,7 @@ def export_web(
             "pad_to_max": processor.text_padding == "max_length",
             "pad_id": processor.tokenizer.pad_token_id or 0,
         },
+        "presence": presence_settings(model),
         "min_presence": MIN_PRESENCE,
         "present": PRESENT,
         "max_texts": MAX_TEXTS,
@@ -131,8 +132,8 @@ def export_web(
         names |= {part: f"{part}.json" for part in ("tokenizer", "tokenizer_config")}
         for part, name in names.items():
             settings["files"][part] = _compressed(built, name, (graphs / name).read_bytes())
-        nouns = _background(ONNXModel(graphs), processor)
-        settings["files"]["background"] = _compressed(built, "nouns.bin", nouns)
+        nouns = _nouns(ONNXModel(graphs), processor)
+        settings["files"]["nouns"] = _compressed(built, "nouns.bin", nouns)
         first = [*settings["runtime"]["wasm"].values(), *settings["files"].values()]
         settings["bytes"] = sum(file["bytes"] for file in first)
         settings["examples"] = [_example(path, built) for path in example_files()]
@@ -185,9 +186,21 @@ def _image_settings(processor: ICLIPProcessor) -> dict:
     }
 
 
-def _background(model: ONNXModel, processor: ICLIPProcessor) -> bytes:
-    """Returns the vectors of the general nouns `(K, 2, P)`, recognition and map, float32, little-endian, for presence."""
-    features = model.get_text_features(**processor(labels=BACKGROUND))
+def presence_settings(model: ICLIPModel) -> dict:
+    """Returns what the page computes presence with."""
+    return {
+        "matches_patches": model.matches_patches,
+        "rank_and_patches": RANK_AND_PATCHES,
+        "rank_alone": RANK_ALONE,
+        "sharpness": SHARPNESS,
+        "like": LIKE,
+        "best": BEST,
+    }
+
+
+def _nouns(model: ONNXModel, processor: ICLIPProcessor) -> bytes:
+    """Returns the vectors of the reference nouns `(K, 2, P)`, recognition and map, float32, little-endian, for presence."""
+    features = encode_texts(model, processor, REFERENCE_NOUNS, None, model.device)
     vectors = torch.stack([features.text_embeds, features.map_text_embeds], dim=1)
     return vectors.numpy().astype("<f4").tobytes()
 

@@ -16,18 +16,16 @@ from tqdm import tqdm
 
 from ..data.segmentation import SegmentationDataset
 from ..explainers import Explainer, make_explainer, select_texts
+from ..explanation_core import Pixels, for_images, forward
 from ..images import map_groups
-from ..localization.localizer import Localizer
 from ..modeling_iclip import ICLIPTextFeatures
 from ..models.loading import load
 from ..prompts import check_templates
 from ..refinement import refine_maps
 from ..utils.distributed import this_process
 from ..utils.extras import require_extra
-from ..utils.names import TASKS
 from ..utils.prefetch import prefetch_map, spare_processors
-from .measures import EvaluatedImage, Measure, make_measure
-from .measures.measure import check_positive
+from .measures import TASKS, EvaluatedImage, Measure, make_measure
 from .results import EvaluationResult
 
 
@@ -81,10 +79,6 @@ def evaluate(
     state = this_process("eval")
     if measures is None:
         measures = [name for name in TASKS["interpretability"] if name != "stuff_contrast" or dataset.stuff]
-    if not measures or not methods:
-        raise ValueError(
-            f"Expected methods and measures, got {methods!r} and {measures!r}: name at least one of each."
-        )
     measures = [measure if isinstance(measure, Measure) else make_measure(measure) for measure in measures]
     own_sizes = (measure.image_size for measure in measures if measure.image_size is not None)
     size = next(own_sizes, None) if image_size is None else image_size
@@ -107,7 +101,7 @@ def evaluate(
         protocol=run.protocol() | dict(itertools.chain(*(measure.protocol().items() for measure in measures))),
         results=results,
         # The same for all methods.
-        presence=[figures.pop("presence", {}) for figures in results.values()][0],
+        presence=[reported.pop("presence", {}) for reported in results.values()][0],
         per_class=rows,
         timing={
             "seconds": time.perf_counter() - start,
@@ -119,27 +113,26 @@ def evaluate(
 
 
 def _report(measures: list[Measure], method: str, dataset: SegmentationDataset) -> tuple[dict, list[dict], dict]:
-    """Returns the figures of a method, a row for each class, and the cells of its row in the table by heading."""
-    figures, cells, left_out, by_class = {}, {}, {}, {}
+    """Returns the scores of a method, a row for each class, and the cells of its row in the table by heading."""
+    reported, cells, left_out, by_class = {}, {}, {}, {}
     for measure in measures:
         found, rows = measure.report(method if measure.by_method else None)
         if "left_out" in found:
             left_out[measure.name] = found.pop("left_out")
-        cells |= dict(zip((heading for heading, _ in measure.figures.values()), measure.cells(found)))
-        figures |= found
+        cells |= dict(zip((heading for heading, _ in measure.scores.values()), measure.cells(found)))
+        reported |= found
         for label, row in rows.items():
             by_class.setdefault(label, {}).update(row)
     names = dict(zip(dataset.labels, dataset.class_names)) | ({0: "background"} if 0 in by_class else {})
     empty = dict.fromkeys(itertools.chain(*by_class.values()))
     table = [{"id": label, "name": names[label], **empty, **by_class.get(label, {})} for label in sorted(names)]
-    return {**figures, "left_out": left_out}, table, cells
+    return {**reported, "left_out": left_out}, table, cells
 
 
 class EvaluationRun:
     """What the measures of an evaluation share: methods, encoded texts, and the images of this process. Parameters: [`evaluate`]."""
 
     def __init__(self, model, dataset, methods, image_size, templates, refine, limit, batch_size, num_workers, state):
-        check_positive(limit=limit, batch_size=batch_size)
         self.model, self.dataset, self.methods = load(model), dataset, list(dict.fromkeys(methods))
         self.explainers = {method: make_explainer(self.model, method) for method in self.methods}
         self.templates = check_templates(dataset.templates if templates is None else templates)
@@ -166,8 +159,8 @@ class EvaluationRun:
         return self.texts.text_embeds.device
 
     @cached_property
-    def _localizer(self) -> Localizer:
-        return Localizer(self.model, self.dataset.class_names, templates=self.templates)
+    def _references(self) -> ICLIPTextFeatures:
+        return self.model.references(self.templates)
 
     def measure(self, measures: Sequence[Measure], progress: bool) -> None:
         """Adds all images of this process to the totals. Threads decode and count; this thread runs the model."""
@@ -183,8 +176,8 @@ class EvaluationRun:
 
         bar = tqdm(total=len(self.indices), unit="image", disable=not progress)
         with ThreadPoolExecutor(self.num_workers) as pool, bar:
-            seen = self._see(prefetch_map(pool, self._prepared, self.indices, 2 * self.batch_size), measures, needs)
-            for counts in prefetch_map(pool, count, seen, 2 * self.batch_size):
+            run = self._forward(prefetch_map(pool, self._prepared, self.indices, 2 * self.batch_size), measures, needs)
+            for counts in prefetch_map(pool, count, run, 2 * self.batch_size):
                 for measure, method, of_image in counts:
                     for part in of_image:
                         measure.totals[method].add_counts(*part)
@@ -194,23 +187,23 @@ class EvaluationRun:
         sample = self.dataset[index]
         return EvaluatedImage(index, sample, self.model.processor(images=[sample.image], **self.size)["pixel_values"])
 
-    def _see(
+    def _forward(
         self, loaded: Iterable[EvaluatedImage], measures: Sequence[Measure], needs: frozenset[str]
     ) -> Iterator[EvaluatedImage]:
         """Yields the images after the model has run."""
         loaded = iter(loaded)
 
-        def see(images: list[EvaluatedImage]) -> list[EvaluatedImage]:
+        def forward(images: list[EvaluatedImage]) -> list[EvaluatedImage]:
             if needs:
                 self._draw(images, needs)
             for measure in measures:
-                for image, found in zip(images, measure.see(images)):
-                    image.seen[measure.name] = found
+                for image, found in zip(images, measure.forward(images)):
+                    image.outputs[measure.name] = found
             return images
 
         while batch := list(itertools.islice(loaded, self.batch_size)):
             began = time.perf_counter()
-            batch = map_groups(see, batch, [image.pixel_values.shape for image in batch])
+            batch = map_groups(forward, batch, [image.pixel_values.shape for image in batch])
             self.seconds_in_model += time.perf_counter() - began
             yield from batch
 
@@ -222,10 +215,11 @@ class EvaluationRun:
         rows = pad_sequence(rows, batch_first=True)  # (B, T): padded with any class
         drawn, others = {}, self.explainers
         if "scores" in needs:
-            maps, scores, presence, _ = self._localizer.explain_batch(pixel_values, self._localizer.encoded)
-            for image, *of_image in zip(images, scores, presence):
+            texts = for_images(self.texts, len(images))
+            result = forward(self.model, Pixels(pixel_values), texts, self._references)
+            for image, *of_image in zip(images, result.scores, result.presence):
                 image.scores, image.presence = of_image
-            shown = maps[torch.arange(len(rows))[:, None], rows]
+            shown = result.raw_maps[torch.arange(len(rows))[:, None], rows]
             drawn = dict.fromkeys(("itsm", "reversed_itsm"), shown)  # reversed once they are stretched to [0, 1]
             others = {name: explainer for name, explainer in self.explainers.items() if name not in drawn}
         if "maps" in needs:
@@ -236,17 +230,17 @@ class EvaluationRun:
                 for image, of_image in zip(images, maps):
                     image.raw_maps[method] = of_image[: len(image.sample.labels)]
 
-    def drawers(self, image: EvaluatedImage) -> dict[str, Callable[[torch.Tensor], torch.Tensor]]:
+    def map_functions(self, image: EvaluatedImage) -> dict[str, Callable[[torch.Tensor], torch.Tensor]]:
         """
         Returns for each method a function from prepared images `(N, 3, H, W)` to raw maps for the classes that `image` shows,
         `(N, T, h, w)`.
         """
         rows = torch.tensor(image.sample.labels) - 1
 
-        def draw(explainer: Explainer, pixel_values: torch.Tensor) -> torch.Tensor:
+        def explain(explainer: Explainer, pixel_values: torch.Tensor) -> torch.Tensor:
             return maps_of(explainer, pixel_values, self.texts, rows.expand(len(pixel_values), -1))
 
-        return {method: partial(draw, explainer) for method, explainer in self.explainers.items()}
+        return {method: partial(explain, explainer) for method, explainer in self.explainers.items()}
 
     def protocol(self) -> dict:
         """Returns what is needed to repeat an evaluation of these images."""

@@ -109,8 +109,17 @@ class StreamingMetric(evaluate.Metric, ABC):
         plural = {"prediction": "predictions", "reference": "references", "label": "labels"}
         self.add_batch(ignore_index=ignore_index, **{plural.get(name, name): [value] for name, value in item.items()})
 
-    def add_batch(self, *, predictions, references, labels, ignore_index: int | None = None):
+    def add_batch(self, *, predictions, references, labels=None, ignore_index: int | None = None):
         """Adds items: `predictions`, `references` and `labels` of equal length."""
+        if labels is None:
+            ids = (
+                "[[3, 5], ...], the class ids of the maps of each image"
+                if self.per_image
+                else "[3, ...], a class id for each map"
+            )
+            raise ValueError(
+                f"{self.name} needs labels too: compute(predictions=maps, references=label_masks, labels={ids})."
+            )
         if not len(predictions) == len(references) == len(labels):
             raise ValueError(
                 "Expected predictions, references and labels of one length, "

@@ -27,55 +27,21 @@ _BLOCK = 2**16  # pixels in one block, whose temporary arrays fit into the proce
 _LEVELS_OF_CONTRAST = 2**12  # a power of two, so that scaling a float32 map has no rounding error
 
 
-def _class_id(value, name: str) -> int:
-    try:
-        return operator.index(value)
-    except TypeError:
-        raise TypeError(
-            f"Expected `{name}` to be an integer class id, got {value!r}: pass an id of the mask."
-        ) from None
-
-
 def _check_map(heatmap) -> np.ndarray:
-    """Returns a map as an array of floats. Raises an error unless its values are in [0, 1]."""
+    """Returns a map as an array of floats. Raises `ValueError` unless its values are in [0, 1], because others are counted wrongly."""
     heatmap = to_numpy(heatmap)
-    if heatmap.dtype.kind in "biu":
-        heatmap = heatmap.astype(np.float32)  # a map of zeros and ones; other integers are refused below
-    if heatmap.dtype not in (np.float16, np.float32, np.float64):
-        raise TypeError(f"Expected a map of float16, float32 or float64, got {heatmap.dtype}: convert it.")
-    if heatmap.size:
-        low, high = heatmap.min(), heatmap.max()
-        if not (low >= 0 and high <= 1):  # NaN fails too
-            raise ValueError(f"Expected map values in [0, 1], got {low} to {high}: normalise or clip the map.")
+    if heatmap.dtype.kind != "f":
+        heatmap = heatmap.astype(np.float32)  # a map of zeros and ones
+    if heatmap.size and not (heatmap.min() >= 0 and heatmap.max() <= 1):  # NaN fails too
+        raise ValueError(f"Map values must be in [0, 1], not {heatmap.min()} to {heatmap.max()}: normalise the map.")
     return heatmap
 
 
-def _check_mask(mask) -> np.ndarray:
-    mask = to_numpy(mask)
-    if mask.dtype.kind not in "biu":
-        raise TypeError(f"Expected a label mask of integers, got {mask.dtype}: convert it.")
-    return mask
-
-
-def _checked(maps, mask, labels, ignore_index) -> tuple[np.ndarray, np.ndarray, list[int], int]:
-    """Checks types and values; shapes are checked by the caller."""
-    ignore_index = _class_id(ignore_index, "ignore_index")
-    labels = [_class_id(label, "label") for label in labels]
-    if ignore_index in labels:
-        raise ValueError(
-            f"Expected `label` to be a class, got {ignore_index}, the `ignore_index`: change one of them."
-        )
-    return _check_map(maps), _check_mask(mask), labels, ignore_index
-
-
 def _pair_blocks(heatmap, mask, label, ignore_index):
-    """Checks one pair, and yields its map values, foreground and void in flat blocks."""
-    heatmap, mask, (label,), ignore_index = _checked(heatmap, mask, [label], ignore_index)
-    if heatmap.ndim != 2 or heatmap.shape != mask.shape or not heatmap.size:
-        raise ValueError(
-            f"Expected a map and a label mask of one shape (H, W), got {heatmap.shape} and {mask.shape}: "
-            "resize the map to the mask."
-        )
+    """Yields map values, foreground and void of one pair in flat blocks."""
+    heatmap, mask, label = _check_map(heatmap), to_numpy(mask), operator.index(label)
+    if heatmap.shape != mask.shape:
+        raise ValueError(f"Map and label mask must have one shape, not {heatmap.shape} and {mask.shape}.")
     heatmap, mask = heatmap.ravel(), mask.ravel()
     for start in range(0, heatmap.size, _BLOCK):
         block = mask[start : start + _BLOCK]
@@ -96,8 +62,7 @@ def threshold_counts(heatmap, mask, label: int, ignore_index: int = 255) -> np.n
         M > 0.01, ..., M > 1.
 
     Raises:
-        `TypeError`: the map has another dtype, or the mask, `label` or `ignore_index` is not of integers.
-        `ValueError`: shapes differ or are not (H, W), map values are NaN or outside [0, 1], or `label` is `ignore_index`.
+        `ValueError`: shapes differ, or map values are NaN or outside [0, 1].
     """
     histogram = np.zeros(256, dtype=np.int64)
     for values, foreground, void in _pair_blocks(heatmap, mask, label, ignore_index):
@@ -160,20 +125,12 @@ def contrast_counts(maps, mask, labels, ignore_index: int = 255, both_maps: bool
         classes of the image are partners if each has a pixel that does not belong to the other.
 
     Raises:
-        `TypeError`: as [`threshold_counts`].
-        `ValueError`: as [`threshold_counts`]; or labels are repeated, or their number is not K.
+        `ValueError`: as [`threshold_counts`]; or the number of labels is not K.
     """
-    maps, mask, labels, ignore_index = _checked(maps, mask, labels, ignore_index)
-    if maps.ndim != 3 or mask.shape not in (maps.shape, maps.shape[1:]) or 0 in maps.shape[1:]:
-        raise ValueError(
-            "Expected maps (K, H, W) and a label mask (H, W) or (K, H, W) of their size, "
-            f"got {maps.shape} and {mask.shape}: resize the maps to the mask."
-        )
-    if len(set(labels)) != len(maps) or len(labels) != len(maps):
-        raise ValueError(f"Expected {len(maps)} different labels, one for each map, got {labels}: pass these.")
+    maps, mask, labels = _check_map(maps), to_numpy(mask), [operator.index(label) for label in labels]
     masks, number = np.broadcast_to(mask, maps.shape), len(maps)
     void = (masks == ignore_index).any(0)
-    regions = [(own_mask == label) & ~void for own_mask, label in zip(masks, labels)]
+    regions = [(own_mask == label) & ~void for own_mask, label in zip(masks, labels, strict=True)]
     pixels = [np.flatnonzero(region) for region in regions]
     shared = {(i, j): np.flatnonzero(regions[i] & regions[j]) for i in range(number) for j in range(i)}
 
@@ -221,17 +178,40 @@ def _histogram(values: np.ndarray) -> np.ndarray:
     return np.bincount(levels, minlength=_LEVELS_OF_CONTRAST + 1)
 
 
-def average_precision(scores: np.ndarray, presence: np.ndarray) -> float:
+def average_precision(scores: np.ndarray, shown: np.ndarray) -> float:
     """
     Computes the area under the precision-recall step function, in [0, 1], with ties grouped, as in scikit-learn, from scores `(B,)`
-    and presence `(B,)`, zeros and at least one 1.
+    and whether each item is shown `(B,)`, zeros and at least one 1.
     """
     order = np.argsort(-scores)
     scores = scores[order]
     cuts = np.flatnonzero(np.append(scores[1:] != scores[:-1], True))  # last item of each group of ties
-    true_positives = presence[order].cumsum()[cuts]
+    true_positives = shown[order].cumsum()[cuts]
     precision = true_positives / (cuts + 1)
     return float((np.diff(true_positives, prepend=0) * precision).sum() / true_positives[-1])
+
+
+def roc_auc(positives: np.ndarray, negatives: np.ndarray) -> float:
+    """
+    Computes the area under the ROC curve from the scores of positive and negative items: the share of pairs of them where the positive
+    one is higher, ties half, in [0, 1]. NaN without either.
+    """
+    ordered = np.sort(negatives)
+    below, up_to = (np.searchsorted(ordered, positives, side) for side in ("left", "right"))
+    pairs = 2 * len(positives) * len(negatives)
+    return int((below + up_to).sum()) / pairs if pairs else math.nan
+
+
+def reliability(probabilities: np.ndarray, shown: np.ndarray, bins: int = 10) -> dict[str, np.ndarray]:
+    """
+    Groups probabilities `(N,)` into bins of equal width, of which the last includes 1 (Guo et al. 2017). Returns the mean probability
+    (NaN in an empty bin), the share of `shown` (likewise) and the number of items of each bin, as `mean`, `shown` and `items`.
+    """
+    index = np.minimum((probabilities * bins).astype(np.intp), bins - 1)
+    items = np.bincount(index, minlength=bins)
+    number = np.where(items, items, np.nan)
+    mean, share = (np.bincount(index, weights, bins) / number for weights in (probabilities, shown))
+    return {"mean": mean, "shown": share, "items": items}
 
 
 def _mean(values) -> float:
@@ -246,26 +226,20 @@ class _ClassSums:
     _reasons: tuple[str, ...]  # why items are left out, in the order of the checks
 
     def __init__(self, ignore_index: int = 255):
-        self.ignore_index = _class_id(ignore_index, "ignore_index")
+        self.ignore_index = ignore_index
         self._sums: dict[int, np.ndarray] = {}
         self._counted = 0
         self._left_out = Counter()
 
     def merge(self, other: _ClassSums) -> None:
-        """Adds the counts of another metric. Raises `ValueError` if its type or settings differ."""
-        if self._settings() != other._settings():
-            raise ValueError(
-                f"Expected a metric like this one, {self._settings()}, got {other._settings()}: create both alike."
-            )
+        """Adds the counts of another metric of the same type and settings."""
         self._counted += other._counted
         self._left_out.update(other._left_out)
         for label, sums in other._sums.items():
             self._add(label, sums)
 
-    def _settings(self) -> tuple:
-        return type(self), self.ignore_index
-
     def _add(self, label: int, sums: np.ndarray) -> None:
+        label = operator.index(label)
         self._sums[label] = self._sums.get(label, 0) + sums
 
     def _numbers(self, counted: str) -> dict:
@@ -283,9 +257,7 @@ class _PairMetric(_ClassSums):
 
     def __init__(self, aggregate: str = "image", ignore_index: int = 255):
         if aggregate not in ("image", "pixel"):
-            raise ValueError(
-                f"Expected `aggregate` to be one of ('image', 'pixel'), got {aggregate!r}: choose one of them."
-            )
+            raise ValueError(f"aggregate is 'image' or 'pixel', not {aggregate!r}.")
         super().__init__(ignore_index)
         self.aggregate = aggregate
 
@@ -306,10 +278,7 @@ class _PairMetric(_ClassSums):
             self._left_out[reason] += 1
         else:
             self._counted += 1
-            self._add(_class_id(label, "label"), self._summands(counts))
-
-    def _settings(self) -> tuple:
-        return *super()._settings(), self.aggregate
+            self._add(label, self._summands(counts))
 
 
 class MeanMaxIoU(_PairMetric):
@@ -402,7 +371,7 @@ class _RegionMetric(_ClassSums):
 
     def add_counts(self, counts: np.ndarray, labels) -> None:
         """Adds one image by its counts from `count`, which may come from another process."""
-        paired = [(_class_id(label, "label"), sums) for label, sums in zip(labels, counts.T) if sums[0]]
+        paired = [(label, sums) for label, sums in zip(labels, counts.T) if sums[0]]
         if paired:
             self._counted += 1
         else:
@@ -453,16 +422,16 @@ class RegionRanking(_RegionMetric):
 
 
 class ClassMeans(_ClassSums):
-    """Means of any figures of pairs: over the images of a class, then over the classes. A figure that is NaN is left out."""
+    """Means of any scores of pairs: over the images of a class, then over the classes. A score that is NaN is left out."""
 
     _reasons = ()
 
-    def add_counts(self, figures, label: int) -> None:
-        """Adds the figures of one pair, F floats."""
-        figures = np.asarray(figures, dtype=np.float64)
-        counts = ~np.isnan(figures)
+    def add_counts(self, scores, label: int) -> None:
+        """Adds the scores of one pair, F floats."""
+        scores = np.asarray(scores, dtype=np.float64)
+        counts = ~np.isnan(scores)
         self._counted += 1
-        self._add(_class_id(label, "label"), np.array([counts, np.where(counts, figures, 0)]))
+        self._add(label, np.array([counts, np.where(counts, scores, 0)]))
 
     def compute(self) -> dict:
         """
@@ -500,8 +469,7 @@ class MeanIoU:
     """
 
     def __init__(self, num_classes: int, background: bool = True, ignore_index: int = 255):
-        self.num_classes, self.background = _class_id(num_classes, "num_classes"), background
-        self.ignore_index = _class_id(ignore_index, "ignore_index")
+        self.num_classes, self.background, self.ignore_index = num_classes, background, ignore_index
         self.areas = np.zeros((3, self.num_classes, 1), np.int64)
 
     def count(self, prediction, reference, confidence=None) -> np.ndarray:
@@ -517,26 +485,11 @@ class MeanIoU:
         Returns:
             `np.ndarray` of shape `(3, K, L)`, int64: pixels of each class in both maps, in the prediction and in the reference, at
             L thresholds: 101, or 1 without confidence.
-
-        Raises:
-            `TypeError`: a label map is not of integers.
-            `ValueError`: shapes differ or are not (H, W), class ids are outside 0..K-1, or confidences outside [0, 1].
         """
-        prediction, reference = _check_mask(prediction), _check_mask(reference)
-        confidence = None if confidence is None else _check_map(confidence)
-        shapes = {array.shape for array in (prediction, reference, confidence) if array is not None}
-        if len(shapes) > 1 or prediction.ndim != 2:
-            raise ValueError(
-                f"Expected label maps and confidence of one shape (H, W), got {sorted(shapes)}: resize them."
-            )
+        prediction, reference = to_numpy(prediction), to_numpy(reference)
+        confidence = None if confidence is None else to_numpy(confidence)
         counted = reference != self.ignore_index
         prediction, reference = prediction[counted].astype(np.intp), reference[counted].astype(np.intp)
-        for name, ids in (("prediction", prediction), ("reference", reference)):
-            if ids.size and not (ids.min() >= 0 and ids.max() < self.num_classes):
-                raise ValueError(
-                    f"Expected class ids from 0 to {self.num_classes - 1} in the {name}, got {ids.min()} to {ids.max()}: "
-                    "correct them."
-                )
         levels = 1 if confidence is None else _LEVELS
         codes = prediction * levels
         if confidence is not None:
@@ -560,17 +513,10 @@ class MeanIoU:
 
     def add_counts(self, areas: np.ndarray) -> None:
         """Adds one image by its counts from `count`, which may come from another process. All images have confidences, or none."""
-        if self.areas.any() and self.areas.shape != areas.shape:
-            raise ValueError(
-                f"Expected counts of shape {self.areas.shape} as before, got {areas.shape}: use another metric for these."
-            )
         self.areas = self.areas + areas
 
     def merge(self, other: MeanIoU) -> None:
-        """Adds the counts of another metric. Raises `ValueError` if its settings differ."""
-        own, others = ((metric.num_classes, metric.background, metric.ignore_index) for metric in (self, other))
-        if own != others:
-            raise ValueError(f"Expected a metric like this one, {own}, got {others}: create both alike.")
+        """Adds the counts of another metric of the same settings."""
         if other.areas.any():
             self.add_counts(other.areas)
 
@@ -629,51 +575,23 @@ class MultiLabelAveragePrecision:
 
     def __init__(self):
         self._scores: list[np.ndarray] = []
-        self._presence: list[np.ndarray] = []
+        self._shown: list[np.ndarray] = []
 
-    def update(self, scores, presence) -> None:
-        """
-        Adds images: scores and presence, zeros and ones, arrays or tensors of shape `(B, K)`.
-
-        Raises:
-            `TypeError`: scores or presence are not numbers. `ValueError`: shapes differ or are not (B, K), K differs from earlier
-            images, scores are NaN, or presence is not 0 or 1.
-        """
-        scores, presence = to_numpy(scores), to_numpy(presence)
-        if not {scores.dtype.kind, presence.dtype.kind} <= set("biuf"):
-            raise TypeError(
-                f"Expected scores and presence of numbers, got {scores.dtype} and {presence.dtype}: convert them."
-            )
-        if scores.ndim != 2 or scores.shape != presence.shape:
-            raise ValueError(
-                f"Expected scores and presence of one shape (B, K), got {scores.shape} and {presence.shape}: "
-                "pass a row for each image and a column for each class."
-            )
-        self._check_classes(scores.shape[1])
-        if np.isnan(scores).any():
-            raise ValueError("Expected scores that can be ranked, got NaN: replace these scores.")
-        if not np.isin(presence, (0, 1)).all():
-            raise ValueError(
-                f"Expected presence of 0 or 1, got values from {presence.min()} to {presence.max()}: "
-                "mark the classes that an image shows by 1."
-            )
-        self._scores.append(scores.astype(np.float64))
-        self._presence.append(presence.astype(bool))
+    def update(self, scores, shown) -> None:
+        """Adds images: scores, and whether the class is shown (zeros and ones), arrays or tensors of shape `(B, K)`."""
+        self._scores.append(to_numpy(scores).astype(np.float64))
+        self._shown.append(to_numpy(shown).astype(bool))
 
     add_counts = update  # scores are their own counts
 
     def merge(self, other: MultiLabelAveragePrecision) -> None:
-        """Adds all images of another metric. Raises `ValueError` if its number of classes differs."""
-        if other._scores:
-            self._check_classes(other._scores[0].shape[1])
+        """Adds all images of another metric."""
         self._scores.extend(other._scores)
-        self._presence.extend(other._presence)
+        self._shown.extend(other._shown)
 
-    def _check_classes(self, number: int) -> None:
-        if self._scores and number != self._scores[0].shape[1]:
-            raise ValueError(
-                f"Expected {self._scores[0].shape[1]} classes as before, got {number}: use another metric for these."
-            )
+    def images(self) -> tuple[np.ndarray, np.ndarray]:
+        """Returns the scores of all images so far, and whether the classes are shown, `(B, K)` each."""
+        return np.concatenate(self._scores), np.concatenate(self._shown)
 
     def compute(self) -> dict:
         """
@@ -685,12 +603,12 @@ class MultiLabelAveragePrecision:
         """
         if not self._scores:
             return {"map": math.nan, "per_class": {}, "images": 0, "left_out": {"no_positive": 0}}
-        scores, presence = np.concatenate(self._scores), np.concatenate(self._presence)
-        shown = np.flatnonzero(presence.any(axis=0))
-        per_class = {int(k) + 1: 100 * average_precision(scores[:, k], presence[:, k]) for k in shown}
+        scores, shown = self.images()
+        classes = np.flatnonzero(shown.any(axis=0))
+        per_class = {int(k) + 1: 100 * average_precision(scores[:, k], shown[:, k]) for k in classes}
         return {
             "map": _mean(per_class.values()),
             "per_class": per_class,
             "images": len(scores),
-            "left_out": {"no_positive": scores.shape[1] - len(shown)},
+            "left_out": {"no_positive": scores.shape[1] - len(classes)},
         }

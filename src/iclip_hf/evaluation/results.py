@@ -14,16 +14,30 @@ from pathlib import Path
 from ..utils.files import atomic_write, check_outputs
 
 
+# The scores of the measure `presence` in its table: for each its heading and number of digits.
+PRESENCE = {
+    "auc": ("AUC of presence", 3),
+    "auc_hard": ("against like classes", 3),
+    "kept": ("kept at {min_presence} %", 1),
+    "kept_things": ("things %", 1),
+    "kept_stuff": ("stuff %", 1),
+    "passed": ("passed %", 1),
+    "passed_hard": ("like classes passed %", 1),
+    "mAP": ("mAP by presence %", 1),
+    "calibration_error": ("calibration error", 3),
+}
+
+
 @dataclass
 class EvaluationResult:
     """
-    The result of [`evaluate`]. A figure that the data cannot measure is None.
+    The result of [`evaluate`]. A score that the data cannot measure is None.
 
     Attributes:
         protocol (`dict`): model, data set with its fingerprint, resolution, prompts, options, software versions.
-        results (`dict`): for each method, the figures of all measures, and `left_out`, for each measure the number of items that
-            have no figure, by reason.
-        presence (`dict`): figures of the measure `presence`; empty if it was not measured.
+        results (`dict`): for each method, the scores of all measures, and `left_out`, for each measure the number of items that
+            have no score, by reason.
+        presence (`dict`): scores of the measure `presence`; empty if it was not measured.
         per_class (`dict`): for each method, a list with one `dict` for each class: id, name and the rows of all measures.
         timing (`dict`): seconds in total, seconds in the model, number of images of this process.
         columns (`dict`): for each method, the cells of the table by heading.
@@ -37,16 +51,22 @@ class EvaluationResult:
     columns: dict[str, dict[str, str]]
 
     def table(self) -> str:
-        """Returns the scores as a Markdown table, which says if they are of the first images only, and a line on presence."""
+        """Returns the scores as a Markdown table, which says if they are of the first images only, and two tables on presence."""
         headings = list(next(iter(self.columns.values())))
         seen, whole = (self.protocol["dataset"][name] for name in ("images", "images_in_split"))
         first = "method" if seen == whole else f"method, on the first {seen} of {whole} images"
         lines = [markdown([first, *headings], [[method, *row.values()] for method, row in self.columns.items()])]
         if self.presence:
-            kept, passed, ap = (rounded(self.presence[name], 1) for name in ("kept", "passed", "mAP"))
-            gate = f"presence of at least {self.presence['min_presence']}"
-            shares = f"{kept} % of the classes that an image shows, {passed} % of the others"
-            lines += ["", f"{gate}: {shares}; mAP by presence {ap} %"]
+            columns = {name: heading.format(**self.presence) for name, (heading, _) in PRESENCE.items()}
+            shown = {name: rounded(self.presence[name], digits) for name, (_, digits) in PRESENCE.items()}
+            bins = self.presence["reliability"]
+            edges = [f"{index / len(bins):.1f} to {(index + 1) / len(bins):.1f}" for index in range(len(bins))]
+            rows = [
+                ["mean", *(rounded(row["mean"], 2) for row in bins)],
+                ["share that is shown", *(rounded(row["shown"], 2) for row in bins)],
+                ["pairs", *(str(row["pairs"]) for row in bins)],
+            ]
+            lines += ["", markdown([*columns.values()], [[*shown.values()]]), "", markdown(["presence", *edges], rows)]
         return "\n".join(lines)
 
     def to_json(self) -> str:
@@ -98,10 +118,10 @@ def read_results(path: str | Path, *parts: str) -> dict:
     return content
 
 
-def class_figures(path: str | Path, column: str, method: str | None = None) -> tuple[str, dict[str, float]]:
+def class_scores(path: str | Path, column: str, method: str | None = None) -> tuple[str, dict[str, float]]:
     """
     Reads a column of the rows of classes, such as `"AP"`, from the file of [`read_results`]. Returns the method, by default the first,
-    and the figures by class name, without those that were not measured. Raises also `ValueError` if there is no such method.
+    and the scores by class name, without those that were not measured. Raises also `ValueError` if there is no such method.
     """
     per_class = read_results(path, "per_class")["per_class"]
     method = method or next(iter(per_class), None)
@@ -110,8 +130,8 @@ def class_figures(path: str | Path, column: str, method: str | None = None) -> t
             f"{path}: expected the method to be one of {list(per_class)}, got {method!r}; choose one of them."
         )
     try:
-        figures = {row["name"]: row[column] for row in per_class[method]}
-        return method, {name: float(figure) for name, figure in figures.items() if figure is not None}
+        scores = {row["name"]: row[column] for row in per_class[method]}
+        return method, {name: float(score) for name, score in scores.items() if score is not None}
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(
             f"{path}: expected classes with a name and a number as {column}, but got others; evaluate again."
@@ -120,10 +140,10 @@ def class_figures(path: str | Path, column: str, method: str | None = None) -> t
 
 def class_thresholds(path: str | Path, labels: Sequence[str], method: str = "itsm") -> list[float]:
     """
-    Reads the best threshold of each class, by mMIoU, from the file of [`read_results`]. Raises what [`class_figures`] raises, and
+    Reads the best threshold of each class, by mMIoU, from the file of [`read_results`]. Raises what [`class_scores`] raises, and
     `ValueError` if a class has no threshold or one outside [0, 1].
     """
-    _, thresholds = class_figures(path, "threshold", method)
+    _, thresholds = class_scores(path, "threshold", method)
     if missing := [label for label in labels if label not in thresholds]:
         raise ValueError(
             f"{path}: expected thresholds of {missing}, but got those of {sorted(thresholds)}; evaluate with these."
@@ -144,5 +164,5 @@ def measured(value: float) -> float | None:
 
 
 def rounded(value: float | None, digits: int) -> str:
-    """Formats a figure for a table."""
+    """Formats a score for a table."""
     return "-" if value is None else f"{value:.{digits}f}"

@@ -14,54 +14,25 @@ Explainers: methods that compute which pixels of an image match a text, for ICLI
 docs/methods.md lists the methods, and what they do with models that have no class token.
 """
 
-from __future__ import annotations
+from typing import TYPE_CHECKING
 
-import inspect
-
-import torch
-
-from ..modeling_iclip import ICLIPTextFeatures
-from ..utils.names import METHODS
-from .explainer import Explainer, explainer_class, register_explainer
-from .words import WORD_METHODS, WordExplainer, WordScore
+from ..utils.lazy import lazy_names
+from .methods import METHODS
 
 
-def make_explainer(model, method: str = "itsm", **method_options) -> Explainer:
-    """
-    Prepares a method for a model.
+if TYPE_CHECKING:
+    from .explainer import Explainer, explainer_class, make_explainer, register_explainer, select_texts
+    from .words import WORD_METHODS, WordExplainer, WordScore
 
-    Args:
-        model ([`ExplainableModel`]): or anything that [`load`] takes.
-        method (`str`): a name of `METHODS`, or of a registered method, see [`register_explainer`].
-        method_options: of the method, see its class.
-
-    Raises:
-        `ValueError`: the method or an option is unknown, or the model does not support the method.
-        `TypeError`: the model is of another kind.
-    """
-    explainer = explainer_class(method)
-    allowed = list(inspect.signature(explainer).parameters)[1:]
-    unknown = sorted(set(method_options) - set(allowed))
-    if unknown:
-        raise ValueError(
-            f"Expected options of method {method!r}, which are {allowed}, got {unknown}: remove the others."
-        )
-    return explainer(model, **method_options)
-
-
-def select_texts(texts: ICLIPTextFeatures, rows: torch.Tensor) -> ICLIPTextFeatures:
-    """Selects rows of encoded texts `(T, P)`. Rows of shape `(B, S)` give S texts for each of B images, `(B, S, P)`."""
-    return ICLIPTextFeatures(text_embeds=texts.text_embeds[rows], map_text_embeds=texts.map_text_embeds[rows])
-
-
-__all__ = [
-    "METHODS",
-    "WORD_METHODS",
-    "Explainer",
-    "WordExplainer",
-    "WordScore",
-    "explainer_class",
-    "make_explainer",
-    "register_explainer",
-    "select_texts",
-]
+_MODULES = {
+    "Explainer": ".explainer",
+    "WORD_METHODS": ".words",
+    "WordExplainer": ".words",
+    "WordScore": ".words",
+    "explainer_class": ".explainer",
+    "make_explainer": ".explainer",
+    "register_explainer": ".explainer",
+    "select_texts": ".explainer",
+}
+__all__ = ["METHODS", *_MODULES]
+__getattr__, __dir__ = lazy_names(__name__, _MODULES)

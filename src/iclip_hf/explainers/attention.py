@@ -21,7 +21,7 @@ class Attention(Explainer):
     def forward(self, pixel_values: torch.Tensor, texts: ICLIPTextFeatures) -> tuple[torch.Tensor, ICLIPImageFeatures]:
         image, attention = self._attention(pixel_values)
         maps = attention.unflatten(-1, image.grid).unsqueeze(1)
-        return maps.expand(-1, texts.text_embeds.shape[-2], -1, -1), image
+        return maps.expand(-1, texts.text_embeds.shape[1], -1, -1), image
 
     def _attention(self, pixel_values: torch.Tensor) -> tuple[ICLIPImageFeatures, torch.Tensor]:
         """Returns the features of the images, and the value of each patch, `(B, N)`."""
@@ -38,10 +38,8 @@ class AttentionAffinity(Attention):
         super().__init__(model)
         network = self.model.network
         if not hasattr(getattr(network, "config", None), "map_affinity"):
-            raise ValueError(
-                f"Expected an ICLIP model, whose attention is shared by affinity, got {type(network).__name__}: use attention."
-            )
+            raise ValueError(f"{type(network).__name__} has no affinity, only ICLIP: use attention.")
 
     def _attention(self, pixel_values: torch.Tensor) -> tuple[ICLIPImageFeatures, torch.Tensor]:
-        image = self.model.encode_images(pixel_values)
+        image = self.model.get_image_features(pixel_values)
         return image, image.map_attention

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch.nn import functional as F
 
+from ..explanation_core import join_texts
 from ..modeling_iclip import ICLIPImageFeatures, ICLIPTextFeatures, cosines
-from ..models.explainable import join_texts
 from ..models.recording import AttentionRecord
 from .replaced_attention import ReplacedAttention
 
@@ -27,7 +27,7 @@ class CLIPSurgery(ReplacedAttention):
 
     @torch.no_grad()
     def forward(self, pixel_values: torch.Tensor, texts: ICLIPTextFeatures) -> tuple[torch.Tensor, ICLIPImageFeatures]:
-        single = texts.text_embeds.shape[-2] == 1
+        single = texts.text_embeds.shape[1] == 1
         if single:
             nothing = {name: value.expand_as(texts[name]) for name, value in self.nothing.items()}
             texts = join_texts([texts, ICLIPTextFeatures(**nothing)])

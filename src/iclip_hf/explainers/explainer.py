@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from importlib.metadata import entry_points
 
 import torch
 
+from ..explanation_core import for_images, raw_maps
 from ..modeling_iclip import ICLIPImageFeatures, ICLIPTextFeatures, cosines
 from ..models.explainable import recordable
 from ..models.loading import load
-from ..utils.names import METHOD_GROUP, METHODS
+from .methods import METHOD_GROUP, METHODS
 
 
 class Explainer(ABC):
@@ -59,15 +61,19 @@ class Explainer(ABC):
 
         Args:
             pixel_values (`torch.Tensor` of shape `(B, 3, H, W)`): prepared by `processor`.
-            texts ([`ICLIPTextFeatures`]): of `encode_texts`, shared by all images, or with embeddings of shape `(B, T, P)`.
+            texts ([`ICLIPTextFeatures`]): T texts for each image, with embeddings of shape `(B, T, P)`.
 
         Returns:
-            `tuple`: raw maps `(B, T, h, w)`, float32, and the features of the images, without a graph.
+            `tuple`: raw maps `(B, T, h, w)`, and the features of the images, without a graph.
         """
 
     def raw_maps(self, pixel_values: torch.Tensor, texts: ICLIPTextFeatures) -> tuple[torch.Tensor, torch.Tensor]:
-        """Computes raw maps `(B, T, h, w)` and scores `(B, T)`, the cosine of image and text, both float32, see `forward`."""
-        maps, image = self.forward(pixel_values, texts)
+        """
+        Computes raw maps `(B, T, h, w)` and scores `(B, T)`, the cosines of images and texts, both float32, for texts of `encode_texts`,
+        `(T, P)`, or other texts for each image, `(B, T, P)`. Raises `ValueError` if `forward` returns another number of maps.
+        """
+        texts = for_images(texts, len(pixel_values))
+        maps, image = raw_maps(self, pixel_values, texts)
         return maps, cosines(image.image_embeds, texts.text_embeds)
 
 
@@ -87,7 +93,7 @@ def register_explainer(name: str) -> Callable[[type[Explainer]], type[Explainer]
     ...     def forward(self, pixel_values, texts):
     ...         image, (layer,) = self.model.trace(pixel_values)
     ...         maps = layer.stream[:, -math.prod(image.grid) :].norm(dim=-1).unflatten(1, image.grid)
-    ...         return maps[:, None].expand(-1, len(texts.text_embeds), -1, -1), image
+    ...         return maps[:, None].expand(-1, texts.text_embeds.shape[1], -1, -1), image
     ```
     """
 
@@ -108,6 +114,32 @@ def explainer_class(method: str) -> type[Explainer]:
             added = entry_points(group=METHOD_GROUP)
             if method not in added.names:
                 known = sorted({*METHODS, *_registered, *added.names})
-                raise ValueError(f"Expected method to be one of {known}, got {method!r}: choose one of them.")
+                raise ValueError(f"There is no method {method!r}, only {known}.")
             _registered[method] = added[method].load()
     return _registered[method]
+
+
+def make_explainer(model, method: str = "itsm", **method_options) -> Explainer:
+    """
+    Prepares a method for a model.
+
+    Args:
+        model ([`ExplainableModel`]): or anything that [`load`] takes.
+        method (`str`): a name of `METHODS`, or of a registered method, see [`register_explainer`].
+        method_options: of the method, see its class.
+
+    Raises:
+        `ValueError`: the method or an option is unknown, or the model does not support the method.
+        `TypeError`: the model is of another kind.
+    """
+    explainer = explainer_class(method)
+    allowed = list(inspect.signature(explainer).parameters)[1:]
+    unknown = sorted(set(method_options) - set(allowed))
+    if unknown:
+        raise ValueError(f"{method} has the options {allowed}, not {unknown}.")
+    return explainer(model, **method_options)
+
+
+def select_texts(texts: ICLIPTextFeatures, rows: torch.Tensor) -> ICLIPTextFeatures:
+    """Selects rows of encoded texts `(T, P)`. Rows of shape `(B, S)` give S texts for each of B images, `(B, S, P)`."""
+    return ICLIPTextFeatures(text_embeds=texts.text_embeds[rows], map_text_embeds=texts.map_text_embeds[rows])

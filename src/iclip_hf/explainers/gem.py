@@ -24,7 +24,7 @@ class GEM(ReplacedAttention):
     def __init__(self, model, depth: int = 6, iterations: int = 1):
         super().__init__(model, depth)
         if iterations < 0:
-            raise ValueError(f"Expected a number of iterations of at least 0, got {iterations}: correct it.")
+            raise ValueError(f"iterations is a number from 0, not {iterations}.")
         self.iterations = iterations
 
     def mix(self, layer: AttentionRecord, image: ICLIPImageFeatures, pixel_values: torch.Tensor) -> torch.Tensor:

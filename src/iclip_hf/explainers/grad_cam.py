@@ -21,7 +21,7 @@ class GradCAM(GradientExplainer):
     def __init__(self, model, layer: int = -1, activations: str = "norm"):
         super().__init__(model, layer)
         if activations not in ("norm", "block"):
-            raise ValueError(f'Expected activations to be "norm" or "block", got {activations!r}: choose one of them.')
+            raise ValueError(f'activations is "norm" or "block", not {activations!r}.')
         self.normed = activations == "norm" and self.model.layers[layer].residual
 
     def differentiated(self, layers: list[AttentionRecord]) -> list[torch.Tensor]:

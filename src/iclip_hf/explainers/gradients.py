@@ -29,14 +29,12 @@ class GradientExplainer(Explainer):
         self.layer = layer
         depth = len(self.model.layers)
         if not -depth <= layer < depth:
-            raise ValueError(
-                f"Expected layer to be one of the {depth} attention layers, got {layer}: choose one of them."
-            )
+            raise ValueError(f"There is no attention layer {layer}, only {depth}.")
 
     def forward(self, pixel_values: torch.Tensor, texts: ICLIPTextFeatures) -> tuple[torch.Tensor, ICLIPImageFeatures]:
         image, layers = self.model.trace(pixel_values, self.layer, grad=True, weights=self.needs_weights)
         inputs = self.differentiated(layers)
-        maps, patches, count = [], math.prod(image.grid), texts.text_embeds.shape[-2]
+        maps, patches, count = [], math.prod(image.grid), texts.text_embeds.shape[1]
         with torch.inference_mode(False), torch.enable_grad():
             # A clone, because a tensor that was created in inference mode cannot be part of a graph.
             logits = self.model.logit_scale() * cosines(image.image_embeds, texts.text_embeds.clone())
@@ -46,7 +44,7 @@ class GradientExplainer(Explainer):
                 with torch.no_grad():
                     maps.append(self.weigh(layers, gradients, patches))
         detached = ICLIPImageFeatures(**{name: value.detach() for name, value in image.items()})
-        return torch.stack(maps, 1).unflatten(-1, image.grid).float(), detached
+        return torch.stack(maps, 1).unflatten(-1, image.grid), detached
 
     @abstractmethod
     def differentiated(self, layers: list[AttentionRecord]) -> list[torch.Tensor]:

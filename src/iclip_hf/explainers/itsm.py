@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from ..explanation_core import SimilarityMap
 from ..modeling_iclip import ICLIPImageFeatures, ICLIPTextFeatures
 from .explainer import Explainer
 
@@ -18,7 +19,7 @@ class ITSM(Explainer):
 
     @torch.no_grad()
     def encode_images(self, pixel_values: torch.Tensor) -> ICLIPImageFeatures:
-        image = self.model.encode_images(pixel_values)
+        image = self.model.get_image_features(pixel_values)
         # Without the outputs of the tower, which take more memory than the rest.
         return ICLIPImageFeatures(**{name: image[name] for name in _NEEDED if image.get(name) is not None})
 
@@ -26,8 +27,7 @@ class ITSM(Explainer):
     def forward(
         self, pixel_values: torch.Tensor | ICLIPImageFeatures, texts: ICLIPTextFeatures
     ) -> tuple[torch.Tensor, ICLIPImageFeatures]:
-        image = self.model.encode_images(pixel_values) if isinstance(pixel_values, torch.Tensor) else pixel_values
-        return self.model.similarity_maps(image, texts).float(), image
+        return SimilarityMap(self.model).forward(pixel_values, texts)
 
 
 class ReversedITSM(ITSM):

@@ -55,7 +55,7 @@ class ClearCLIP(LastBlock):
     def __init__(self, model, tokens: str = "query", residual: bool = False):
         super().__init__(model, residual)
         if tokens not in ("query", "key", "value"):
-            raise ValueError(f'Expected tokens to be "query", "key" or "value", got {tokens!r}: choose one of them.')
+            raise ValueError(f'tokens is "query", "key" or "value", not {tokens!r}.')
         self.tokens = tokens
 
     def mix(self, layer: AttentionRecord, image: ICLIPImageFeatures, pixel_values: torch.Tensor) -> torch.Tensor:
@@ -75,7 +75,7 @@ class NACLIP(LastBlock):
     def __init__(self, model, sigma: float | None = 5.0, residual: bool = False):
         super().__init__(model, residual)
         if sigma is not None and not sigma > 0:
-            raise ValueError(f"Expected sigma to be greater than 0, or None for no window, got {sigma}: correct it.")
+            raise ValueError(f"sigma is greater than 0, or None for no window, not {sigma}.")
         self.sigma = sigma
 
     def mix(self, layer: AttentionRecord, image: ICLIPImageFeatures, pixel_values: torch.Tensor) -> torch.Tensor:

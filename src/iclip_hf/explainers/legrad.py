@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 
 import torch
 from torch import nn
@@ -45,7 +44,9 @@ class LeGrad(Explainer):
         block = self.model.layers[index]
         mixed = layer.mixed.detach().requires_grad_()
         stream = layer.stream + block.output(mixed)
-        token = stream.mean(1, keepdim=True) + self._mean_mlps[index](stream)
+        # With the weights that the MLP has at each call, because they may be randomised.
+        mean = functional_call(self._mean_mlps[index], dict(block.mlp.named_parameters()), stream)
+        token = stream.mean(1, keepdim=True) + mean
         scores = cosines(unit(self.model.project(token))[:, 0], text_embeds)
         maps = []
         for text in range(scores.shape[1]):
@@ -55,13 +56,12 @@ class LeGrad(Explainer):
         return torch.stack(maps, 1)
 
 
-def _mean_mlp(mlp: nn.Module) -> Callable[[torch.Tensor], torch.Tensor]:
+def _mean_mlp(mlp: nn.Module) -> nn.Module:
     """
-    Makes a function of an MLP that computes the mean over the tokens, `(B, L, D)` -> `(B, 1, D)`. The mean is taken before the last
-    layer, which is linear. This halves the cost of each backward pass.
+    Copies an MLP to compute the mean over the tokens, `(B, L, D)` -> `(B, 1, D)`. The mean is taken before the last layer, which is
+    linear. This halves the cost of each backward pass.
     """
     copied = private_copy(mlp)
     *_, last = (module for module in copied.modules() if isinstance(module, nn.Linear))
     last.register_forward_pre_hook(lambda module, args: (args[0].mean(1, keepdim=True),))
-    # With the weights that the MLP has at each call, because they may be randomised.
-    return lambda stream: functional_call(copied, dict(mlp.named_parameters()), stream)
+    return copied

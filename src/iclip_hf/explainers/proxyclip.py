@@ -13,11 +13,11 @@ from transformers.image_utils import IMAGENET_DEFAULT_STD as IMAGENET_STD
 
 from ..configuration_iclip import patch_side
 from ..modeling_iclip import VISION_TOWERS, ICLIPImageFeatures, load_tower
+from ..models.embedded import embedded_towers
 from ..models.explainable import unit
 from ..models.families import ExplainableICLIP
 from ..models.identity import tower_digest
 from ..models.recording import AttentionRecord
-from ..models.towers import embedded_towers
 from .replaced_attention import ReplacedAttention
 
 
@@ -43,10 +43,7 @@ class ProxyCLIP(ReplacedAttention):
         if proxy is not None:
             config = AutoConfig.from_pretrained(proxy, trust_remote_code=False)
             if config.model_type not in VISION_TOWERS:
-                raise ValueError(
-                    f"{proxy}: expected an image tower as proxy, one of {sorted(VISION_TOWERS)}, got "
-                    f"{config.model_type!r}; name another."
-                )
+                raise ValueError(f"{proxy}: a proxy is one of {sorted(VISION_TOWERS)}, not {config.model_type!r}.")
             weight = next(self.model.network.parameters())
             self.proxy = load_tower(config, proxy).eval().to(weight.device, weight.dtype)
 

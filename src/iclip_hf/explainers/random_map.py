@@ -21,10 +21,10 @@ class RandomMap(Explainer):
 
     @torch.no_grad()
     def forward(self, pixel_values: torch.Tensor, texts: ICLIPTextFeatures) -> tuple[torch.Tensor, ICLIPImageFeatures]:
-        image = self.model.encode_images(pixel_values)
+        image = self.model.get_image_features(pixel_values)
         maps = torch.stack([torch.rand(image.grid, generator=_generator(pixels)) for pixels in pixel_values])
         maps = maps.to(image.image_embeds.device).unsqueeze(1)
-        return maps.expand(-1, texts.text_embeds.shape[-2], -1, -1), image
+        return maps.expand(-1, texts.text_embeds.shape[1], -1, -1), image
 
 
 def _generator(pixel_values: torch.Tensor) -> torch.Generator:

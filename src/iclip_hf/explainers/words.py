@@ -9,8 +9,9 @@ from typing import NamedTuple
 
 import torch
 
+from ..explanation import WordScore
+from ..explanation_core import TEXT_BATCH
 from ..modeling_iclip import ICLIPTextFeatures, cosines
-from ..models.explainable import TEXT_BATCH
 from ..models.families import TransformersModel
 from ..models.loading import load
 from ..models.recording import AttentionRecord
@@ -20,13 +21,6 @@ from .grad_eclip import all_queries_relevance, one_query_relevance
 
 
 WORD_METHODS = ("grad_eclip", "bi_modal")
-
-
-class WordScore(NamedTuple):
-    """A word of a text, and its share of the relevance of all words of this text, in [0, 1]."""
-
-    word: str
-    score: float
 
 
 class _Part(NamedTuple):
@@ -60,15 +54,12 @@ class WordExplainer:
         self, model, texts: Sequence[str], templates: Sequence[str] | None = None, method: str = "grad_eclip"
     ):
         if method not in WORD_METHODS:
-            raise ValueError(
-                f"Expected the method of word scores to be one of {list(WORD_METHODS)}, got {method!r}: choose one of them."
-            )
+            raise ValueError(f"The method of word scores is one of {list(WORD_METHODS)}, not {method!r}.")
         self.method = method
         self.model = load(model)
         if not isinstance(self.model, TransformersModel):
             raise ValueError(
-                "Expected a model of transformers for word scores, which need the layers of its text tower, got "
-                f"{type(self.model.network).__name__}: leave words out."
+                f"Word scores need a text tower of transformers, which {type(self.model.network).__name__} lacks."
             )
         self.texts = list(texts)
         templates = check_templates(self.model.templates if templates is None else templates)

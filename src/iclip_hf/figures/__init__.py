@@ -1,1 +1,4 @@
-"""Pictures of images, maps and label maps. They are drawn with Pillow; charts are in `evaluation.analysis_plots`."""
+"""Pictures of images, maps and label maps. They are drawn with Pillow."""
+
+# Colours of maps, see `colors.py`; the first is the default.
+COLORMAPS = ("heat", "cividis", "jet")

@@ -8,7 +8,7 @@ import numpy as np
 from PIL import Image
 
 from ..utils.arrays import to_numpy
-from ..utils.names import COLORMAPS
+from . import COLORMAPS
 
 
 # Of a map over its image where the map is 1.

@@ -9,16 +9,15 @@ from typing import TYPE_CHECKING
 import numpy as np
 from PIL import Image, ImageColor
 
-from ..images import read_image
 from ..presence import ABSENT, presence_word
-from ..processing_iclip import array_to_image
-from ..utils.names import COLORMAPS
+from ..processing_iclip import to_image
+from . import COLORMAPS
 from .colors import OPACITY, SEGMENTS, overlay
 from .lettering import fitted, text_mask, word_boxes
 
 
 if TYPE_CHECKING:
-    from ..localization.explanation import Explanation
+    from ..explanation import Explanation
 
 # Resolution of a sheet in dots per inch. All lengths are in pixels at this resolution.
 DPI = 120
@@ -62,8 +61,7 @@ def draw(
 
     Args:
         explanation ([`Explanation`]): of the image. Word scores, if it has some, colour the words of the titles.
-        image (`str`, `os.PathLike`, `bytes`, `PIL.Image.Image`, `np.ndarray` or `torch.Tensor`): the image, in any form that [`explain`]
-            takes.
+        image: the image, in any form that [`explain`] takes.
         colormap (`str`): `"heat"`, `"cividis"`, which is safe for colour-blind readers, or `"jet"`, the colours of the paper.
         opacity (`float`): of a map where it is 1, in [0, 1].
         columns (`int`): largest number of pictures in a row.
@@ -73,9 +71,9 @@ def draw(
         `PIL.Image.Image` of mode "RGB".
 
     Raises:
-        `ValueError`, `OSError`: the image cannot be read.
+        `ValueError`: the image cannot be read, or there is no such colour map.
     """
-    image = array_to_image(image) if hasattr(image, "shape") else read_image(image)
+    image = to_image(image)
     titles = [f"image\n{image.width} x {image.height} pixels"]
     image = at_picture_size(image, dpi)
     pictures = [image]

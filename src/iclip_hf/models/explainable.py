@@ -4,21 +4,19 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from enum import Enum
+from functools import partial
 
 import torch
 from torch import nn
 
-from ..modeling_iclip import ICLIPImageFeatures, ICLIPTextFeatures, average_templates, cosines, normalize
-from ..prompts import check_templates
+from ..explanation_core import encode_texts, reference_features
+from ..modeling_iclip import ICLIPImageFeatures, ICLIPModel, ICLIPTextFeatures, average_templates, normalize
 from ..similarity import cosine_similarity_map
-from .identity import identity
-from .recording import AttentionLayer, AttentionRecord, merge_heads, prepare, private_copy, record
-
-
-# Number of prompts in one forward pass. All prompts of 80 classes in 80 templates would take gigabytes.
-TEXT_BATCH = 256
+from .identity import changed_model, identity
+from .recording import AttentionLayer, AttentionRecord, prepare, private_copy, record
+from .references import kept_on_disk
 
 
 class Pooling(Enum):
@@ -42,9 +40,11 @@ class ExplainableModel(ABC):
         templates (`list[str]`): default prompts for labels.
         pooling ([`Pooling`]): of the score, by the recognition branch.
         map_pooling ([`Pooling`]): of the branch that computes the maps.
+        matches_patches (`bool`): whether the patches were trained to match texts, see [`ICLIPModel.matches_patches`].
     """
 
     pooling = map_pooling = Pooling.ONE_QUERY
+    matches_patches = False
 
     def __init__(self, model, processor):
         self._given = model, processor
@@ -57,24 +57,43 @@ class ExplainableModel(ABC):
         """Description of the model by digests of all that its numbers depend on, see [`~identity.identity`]. Reads all weights."""
         return identity(*self._given)
 
-    def encode_texts(self, labels: Sequence[str], templates: Sequence[str] | None = None) -> ICLIPTextFeatures:
+    def differs_from(self, described: Mapping) -> list[str]:
+        """Returns the parts in which the model differs from one that results describe, see [`~identity.changed_model`]."""
+        return changed_model(described, *self._given)
+
+    @property
+    @abstractmethod
+    def device(self) -> torch.device:
+        """Where the model's inputs belong."""
+
+    def encode_texts(self, labels: Sequence[str], templates: str | Sequence[str] | None = None) -> ICLIPTextFeatures:
         """
         Encodes T labels, averaged over the templates (the processor's if not given), as unit vectors `text_embeds` and
         `map_text_embeds` of shape `(T, P)`. `["{}"]` takes the labels as they are.
         """
-        if isinstance(labels, str) or len(labels) == 0:
-            raise ValueError(f"Expected a list of at least one label, got {labels!r}: pass such a list.")
-        templates = check_templates(self.templates if templates is None else templates)
-        step = max(1, TEXT_BATCH // len(templates))
-        with torch.no_grad():
-            parts = [self._encode_texts(list(labels[i : i + step]), templates) for i in range(0, len(labels), step)]
-        return join_texts(parts)
+        return encode_texts(self, self.processor, labels, templates, self.device)
+
+    def references(self, templates: Sequence[str]) -> ICLIPTextFeatures:
+        """
+        Returns the features of [`REFERENCE_NOUNS`] in these templates, `(K, P)`. They belong to the model: they are encoded again
+        only when its weights change, and those of an [`ICLIPModel`] on the CPU are kept on disk.
+        """
+        model, processor = self._given
+        tokenizer = getattr(processor, "tokenizer", processor)
+        return reference_features(self.network, tokenizer, templates, partial(self._encode_nouns, templates), model)
+
+    def _encode_nouns(self, templates: Sequence[str], nouns: Sequence[str]) -> ICLIPTextFeatures:
+        encode = partial(self.encode_texts, nouns, templates)
+        if isinstance(self.network, ICLIPModel) and self.device.type == "cpu":  # not on another device, nor offloaded
+            return kept_on_disk(self.network, self.processor, nouns, templates, encode)
+        return encode()
 
     @abstractmethod
-    def _encode_texts(self, labels: list[str], templates: list[str]) -> ICLIPTextFeatures: ...
+    def get_text_features(self, input_ids: torch.Tensor, num_templates: int = 1, **inputs) -> ICLIPTextFeatures:
+        """Encodes prompts from the processor, see [`ICLIPModel.get_text_features`]."""
 
     @abstractmethod
-    def encode_images(self, pixel_values: torch.Tensor) -> ICLIPImageFeatures:
+    def get_image_features(self, pixel_values: torch.Tensor) -> ICLIPImageFeatures:
         """Encodes `(B, 3, H, W)` as unit vectors of images `(B, P)` and of patches `(B, h, w, P)`."""
 
     @abstractmethod
@@ -84,10 +103,6 @@ class ExplainableModel(ABC):
     def similarity_maps(self, image: ICLIPImageFeatures, texts: ICLIPTextFeatures) -> torch.Tensor:
         """Computes raw maps `(B, T, h, w)`: the cosine of every patch with every text (Eq. 1-3)."""
         return cosine_similarity_map(image.patch_embeds, texts.map_text_embeds)
-
-    def match(self, image: ICLIPImageFeatures, texts: ICLIPTextFeatures) -> torch.Tensor:
-        """Scores how well images match texts, `(B, T)`, float32: their cosines, or [`ICLIPModel.match`] for ICLIP."""
-        return cosines(image.image_embeds, texts.text_embeds)
 
 
 class RecordableModel(ExplainableModel):
@@ -111,13 +126,22 @@ class RecordableModel(ExplainableModel):
         """Prepares the attention layers for recording and lists them in `layers`."""
 
     def _add_layer(
-        self, block: nn.Module, attention: nn.Module, output: Callable, mlp: Callable | None = None
+        self,
+        block: nn.Module,
+        attention: nn.Module,
+        projection: nn.Module,
+        scale: nn.Module | None = None,
+        mlp: nn.Module | None = None,
     ) -> None:
         prepare(len(self.layers), block, attention)
         self.blocks.append(block)
-        self.layers.append(AttentionLayer(output, mlp))
+        self.layers.append(AttentionLayer(projection, scale, mlp))
 
-    def encode_images(self, pixel_values: torch.Tensor) -> ICLIPImageFeatures:
+    @property
+    def device(self) -> torch.device:
+        return next(self.network.parameters()).device
+
+    def get_image_features(self, pixel_values: torch.Tensor) -> ICLIPImageFeatures:
         weight = next(self.network.parameters())
         return self._encode_images(pixel_values.to(weight.device, weight.dtype))
 
@@ -142,12 +166,11 @@ class RecordableModel(ExplainableModel):
         `ValueError` if there are none, or `depth` is below 1.
         """
         if depth < 1:
-            raise ValueError(f"Expected a depth of at least one layer, got {depth}: correct it.")
+            raise ValueError(f"depth is at least 1, not {depth}.")
         blocks = [index for index, layer in enumerate(self.layers) if layer.residual]
         if not blocks:
             raise ValueError(
-                f"Expected an image tower of transformer blocks for {method}, got one without self-attention: use itsm, "
-                "grad_cam, grad_eclip, bi_modal or attention."
+                f"{method} needs an image tower of transformer blocks: use itsm, grad_cam, grad_eclip, bi_modal or attention."
             )
         return blocks[-depth:]
 
@@ -155,23 +178,16 @@ class RecordableModel(ExplainableModel):
         self, pixel_values: torch.Tensor, start: int = -1, grad: bool = False, weights: bool = False
     ) -> tuple[ICLIPImageFeatures, list[AttentionRecord]]:
         """Encodes images and records the attention layers from `start` on, see `record`."""
-        return record(lambda: self.encode_images(pixel_values), range(len(self.layers))[start], grad, weights)
+        return record(lambda: self.get_image_features(pixel_values), range(len(self.layers))[start], grad, weights)
 
 
 def recordable(model: ExplainableModel, purpose: str) -> RecordableModel:
     """Returns the model if its layers can be recorded. Raises `ValueError` for an ONNX model."""
     if not isinstance(model, RecordableModel):
         raise ValueError(
-            f"Expected a PyTorch model for {purpose}, which needs the layers of the image tower, got an ONNX model: use itsm, "
-            "reversed_itsm or attention, or the model that was exported."
+            f"{purpose} needs the layers of a PyTorch model: an ONNX model has itsm, reversed_itsm and attention."
         )
     return model
-
-
-def join_texts(parts: Sequence[ICLIPTextFeatures]) -> ICLIPTextFeatures:
-    """Joins texts that were encoded in parts, `(..., T, P)` each."""
-    names = ("text_embeds", "map_text_embeds")
-    return ICLIPTextFeatures(**{name: torch.cat([part[name] for part in parts], -2) for name in names})
 
 
 def unit(features: torch.Tensor) -> torch.Tensor:
@@ -183,12 +199,6 @@ def text_features(projected: torch.Tensor, num_templates: int) -> ICLIPTextFeatu
     """Averages the unit vectors of each label's prompts, `(T * num_templates, P)`, to unit vectors `(T, P)`."""
     embeds = unit(average_templates(projected.float(), num_templates))
     return ICLIPTextFeatures(text_embeds=embeds, map_text_embeds=embeds)
-
-
-def head_output(projection: nn.Module, scale: nn.Module | None = None) -> Callable[[torch.Tensor], torch.Tensor]:
-    """Creates an `AttentionLayer.output`: merged heads, output projection, and the layer scale if the model has one."""
-    scale = nn.Identity() if scale is None else scale
-    return lambda heads: scale(projection(merge_heads(heads)))
 
 
 def block_mlp(norm: nn.Module, mlp: nn.Module, scale: nn.Module | None = None) -> nn.Sequential:

@@ -15,7 +15,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from ..configuration_iclip import patch_side
 from ..modeling_iclip import ICLIPImageFeatures, ICLIPModel, ICLIPTextFeatures
 from ..processing_iclip import ICLIPProcessor
-from .explainable import ExplainableModel, Pooling, RecordableModel, block_mlp, head_output, text_features, unit
+from .explainable import ExplainableModel, Pooling, RecordableModel, block_mlp, text_features, unit
 from .onnx import ONNXModel
 from .recording import AttentionRecord, prepare, record
 
@@ -36,7 +36,8 @@ class TransformersModel(RecordableModel):
                 self._add_layer(
                     block,
                     attention,
-                    head_output(projection, getattr(block, "layer_scale1", None)),
+                    projection,
+                    getattr(block, "layer_scale1", None),
                     block_mlp(norm, block.mlp, getattr(block, "layer_scale2", None)),
                 )
 
@@ -45,14 +46,14 @@ class TransformersModel(RecordableModel):
         Encodes labels with a graph from the last attention layer of the text tower on, and records this layer with its weights,
         see `record`.
         """
-        tower = self.network.text_model
+        tower, inputs = self.network.text_model, self.processor(labels=labels, templates=templates).to(self.device)
         if self._text_layer is None:
             *_, self._text_layer = (part for part in tower.modules() if isinstance(part, GradientCheckpointingLayer))
             prepare(0, self._text_layer)
         own = tower.config._attn_implementation
         tower.set_attn_implementation("iclip_recorded")
         try:
-            features, layers = record(lambda: self._encode_texts(labels, templates), 0, grad=True, weights=True)
+            features, layers = record(lambda: self.get_text_features(**inputs), 0, grad=True, weights=True)
         finally:
             tower.set_attn_implementation(own)  # so that texts are always encoded alike
         return features, layers[-1]
@@ -68,6 +69,7 @@ class _ICLIP(ExplainableModel):
     def __init__(self, model: ICLIPModel | ONNXModel, processor: ICLIPProcessor):
         super().__init__(model, processor)
         config = model.config
+        self.matches_patches = model.matches_patches
         self.map_pooling = Pooling.ONE_QUERY if config.pooling == "class_token" else Pooling.PATCHES
         if config.max_over == "similarity":
             self.map_pooling = Pooling.SIMILARITIES
@@ -75,19 +77,15 @@ class _ICLIP(ExplainableModel):
         if config.dual_projection:
             self.pooling = Pooling.ONE_QUERY if config.recognition_pooling == "class_token" else Pooling.PATCHES
 
-    def _encode_texts(self, labels: list[str], templates: list[str]) -> ICLIPTextFeatures:
-        inputs = self.processor(labels=labels, templates=templates).to(self.network.device)
-        return self.network.get_text_features(**inputs)
+    def get_text_features(self, input_ids: torch.Tensor, num_templates: int = 1, **inputs) -> ICLIPTextFeatures:
+        return self.network.get_text_features(input_ids=input_ids, num_templates=num_templates, **inputs)
 
     def attention(self, pixel_values: torch.Tensor) -> tuple[ICLIPImageFeatures, torch.Tensor]:
-        image = self.encode_images(pixel_values)
+        image = self.get_image_features(pixel_values)
         return image, image.attention
 
     def similarity_maps(self, image: ICLIPImageFeatures, texts: ICLIPTextFeatures) -> torch.Tensor:
         return self.network.similarity_maps(image, texts)
-
-    def match(self, image: ICLIPImageFeatures, texts: ICLIPTextFeatures) -> torch.Tensor:
-        return self.network.match(image, texts)
 
 
 class ExplainableICLIP(_ICLIP, TransformersModel):
@@ -110,7 +108,11 @@ class ExplainableICLIP(_ICLIP, TransformersModel):
 class ExplainableONNX(_ICLIP):
     """ICLIP in ONNX Runtime, for methods that do not need the layers of the image tower."""
 
-    def encode_images(self, pixel_values: torch.Tensor) -> ICLIPImageFeatures:
+    @property
+    def device(self) -> torch.device:
+        return self.network.device
+
+    def get_image_features(self, pixel_values: torch.Tensor) -> ICLIPImageFeatures:
         return self.network.get_image_features(pixel_values)
 
 
@@ -135,10 +137,9 @@ class ExplainableCLIP(TransformersModel):
         options = {"size": {"height": side, "width": side}, "do_center_crop": False, "do_convert_rgb": True}
         return type(image_processor)(**(image_processor.to_dict() | options))
 
-    def _encode_texts(self, labels: list[str], templates: list[str]) -> ICLIPTextFeatures:
-        inputs = self.processor(labels=labels, templates=templates).to(self.network.device)
-        num_templates = inputs.pop("num_templates", 1)
-        return text_features(self.network.get_text_features(**inputs).pooler_output, num_templates)
+    def get_text_features(self, input_ids: torch.Tensor, num_templates: int = 1, **inputs) -> ICLIPTextFeatures:
+        output = self.network.get_text_features(input_ids=input_ids, **inputs)
+        return text_features(output.pooler_output, num_templates)
 
     def _encode_images(self, pixel_values: torch.Tensor) -> ICLIPImageFeatures:
         output = self._vision_output(pixel_values)
@@ -169,7 +170,7 @@ class ExplainableSiglip(ExplainableCLIP):
     def _prepare_layers(self) -> None:
         super()._prepare_layers()
         head = self.network.vision_model.head
-        self._add_layer(head, head.attention, head_output(head.attention.out_proj))
+        self._add_layer(head, head.attention, head.attention.out_proj)
 
     def _project_output(self, patch_tokens: torch.Tensor) -> torch.Tensor:
         head = self.network.vision_model.head

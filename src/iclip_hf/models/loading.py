@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
 import torch
 from huggingface_hub import resolve_revision
 from huggingface_hub.errors import RevisionResolutionError
 from transformers import AutoConfig, AutoModel, AutoProcessor, ProcessorMixin
+from transformers.utils import cached_file
 
 from ..modeling_iclip import ICLIPModel, check_weights
-from ..processing_iclip import ICLIPProcessor
+from ..processing_iclip import ICLIPProcessor, check_tokenizer
 from ..utils.files import loading_errors
-from ..utils.names import MODEL_TYPES, check_model_name, check_model_type
-from . import families
+from . import MODEL_TYPES, check_model_name, check_model_type, families
 from .embedded import embedded_model
 from .explainable import ExplainableModel
 from .onnx import VISION_FILE, ONNXModel
@@ -32,6 +33,10 @@ _FAMILIES: dict[str, type[ExplainableModel]] = {
     "VisionTransformer": ExplainableOpenCLIP,
     "ModifiedResNet": ExplainableOpenCLIPResNet,
 }
+# Files of a model folder in which transformers finds names of other files.
+_NAMING = ("model.safetensors.index.json", "tokenizer_config.json", "special_tokens_map.json")
+# Files that hold tensors and nothing else, so that they may be links to anywhere.
+_WEIGHTS = (".safetensors", ".onnx", ".data")
 
 
 def load(
@@ -77,6 +82,7 @@ def load(
             f"{source if is_onnx else type(source).__name__}, which has its own: leave it out."
         )
     if is_onnx:
+        check_files(source)
         source = ONNXModel(source), AutoProcessor.from_pretrained(source, trust_remote_code=False)
     elif is_name:
         device = _usable(device or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -117,6 +123,8 @@ def _explainable(model, processor) -> ExplainableModel:
             "Expected an ICLIPModel, an ONNXModel, a CLIPModel, MetaClip2Model, SiglipModel, Siglip2Model or Tipsv2Model of "
             f"transformers, or a model of open_clip with a class token or a ResNet, got {type(model).__name__}: load one of them."
         )
+    if not hasattr(model, "visual"):
+        check_tokenizer(getattr(model.config, "_name_or_path", "") or kind, processor.tokenizer, model.config)
     return _FAMILIES[kind](model, processor)
 
 
@@ -134,6 +142,40 @@ def _revision(name: str) -> str:
             f"{name}: expected a folder or a Hub id, but there is no such folder, no copy in the cache, and the Hub cannot be reached; "
             "check the path or the network."
         ) from error
+
+
+def check_files(name: str | Path, revision: str | None = None) -> None:
+    """
+    Raises `ValueError` if the files of a folder or Hub id lead to others outside of it, which transformers would read, and an export then
+    publish: by a link, or by a name in a file. Links into the blobs of the Hub's cache stay inside; weights may be links to anywhere.
+    """
+    with loading_errors(name):
+        if os.path.isdir(name):
+            place = Path(name).resolve()
+            inside = (place, place.parents[1] / "blobs") if place.parent.name == "snapshots" else (place,)
+            for path in (*place.iterdir(), *place.glob("additional_chat_templates/*")):
+                target = path.resolve()
+                if path.is_file() and path.suffix not in _WEIGHTS and not any(map(target.is_relative_to, inside)):
+                    raise ValueError(
+                        f"{name}: expected files in it, but {path.name} is a link to {target}; copy that."
+                    )
+        for file in _NAMING:
+            found = cached_file(name, file, revision=revision, _raise_exceptions_for_missing_entries=False)
+            for text in _texts(json.loads(Path(found).read_text(encoding="utf-8"))) if found else ():
+                folder = os.path.dirname(os.path.abspath(found))
+                # Shards are looked up in the folder, vocabularies from the working directory.
+                for path in (os.path.join(folder, text), os.path.abspath(text)):
+                    if os.path.isfile(path) and not Path(os.path.normpath(path)).is_relative_to(folder):
+                        raise ValueError(f"{name}: expected files in it, but its {file} names {text}; correct it.")
+
+
+def _texts(value) -> Iterator[str]:
+    """Yields all texts in a value of JSON."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, (dict, list)):
+        for part in value.values() if isinstance(value, dict) else value:
+            yield from _texts(part)
 
 
 def has_bfloat16() -> bool:
@@ -159,6 +201,7 @@ def load_pretrained(name: str | Path, types: Collection[str] = MODEL_TYPES, **op
             revision = _revision(name)
             config = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=False)
             check_model_type(name, config.model_type, types)
+        check_files(name, revision)
         shared = {"revision": revision, "trust_remote_code": False}
         model, loading = AutoModel.from_pretrained(
             name, output_loading_info=True, use_safetensors=True, **shared, **options
@@ -170,6 +213,7 @@ def load_pretrained(name: str | Path, types: Collection[str] = MODEL_TYPES, **op
         raise ValueError(
             f"{name}: expected a processor of images and texts, got {type(processor).__name__}; download it again."
         )
+    check_tokenizer(name, processor.tokenizer, model.config)
     return model, processor
 
 

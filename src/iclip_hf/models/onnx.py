@@ -6,7 +6,7 @@ import importlib
 import logging
 import sys
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from unittest import mock
 
@@ -46,19 +46,16 @@ def export_onnx(model: ICLIPModel, processor: ICLIPProcessor, folder: str | Path
         The folder.
 
     Raises:
-        `ValueError`: for another value of `weights`. `FileExistsError`: the folder is not empty. `ImportError`: a package of the
-            extra `onnx` is missing.
+        `FileExistsError`: the folder is not empty. `ImportError`: a package of the extra `onnx` is missing.
     """
-    if weights not in ("float32", *_SMALLER):
-        known = ", ".join(["float32", *_SMALLER])
-        raise ValueError(f"Expected weights to be one of {known}, got {weights!r}: choose one of them.")
+    shrunk = _SHRUNK[weights]
     with require_extra("onnx"):  # before the export, which takes a minute
         importlib.import_module("onnxscript")
     with atomic_folder(folder) as built:
         logger.info("Exporting the image tower (1 of 2)")
-        _write(_vision_program(model), built / VISION_FILE, weights)
+        _write(_vision_program(model), built / VISION_FILE, shrunk)
         logger.info("Exporting the text tower (2 of 2)")
-        _write(_text_program(model, processor(labels=["dog", "red ball"])), built / TEXT_FILE, weights)
+        _write(_text_program(model, processor(labels=["dog", "red ball"])), built / TEXT_FILE, shrunk)
         model.config.save_pretrained(built)
         processor.save_pretrained(built)
     return Path(folder)
@@ -76,8 +73,7 @@ class ONNXModel:
     """
 
     similarity_maps = ICLIPModel.similarity_maps
-    pool_similarities = ICLIPModel.pool_similarities
-    match = ICLIPModel.match
+    matches_patches = ICLIPModel.matches_patches
     device, dtype = torch.device("cpu"), torch.float32
 
     def __init__(self, folder: str | Path):
@@ -196,9 +192,9 @@ def _int8(name: str, values: torch.Tensor) -> tuple[list, list]:
     ]
 
 
-def _write(program, path: Path, weights: str) -> None:
+def _write(program, path: Path, shrunk: Callable | None) -> None:
     """Writes a graph. Smaller weights are restored by nodes of the graph, which ONNX Runtime executes once, on loading."""
-    if weights == "float32":
+    if shrunk is None:
         program.save(path)
         return
     import onnx
@@ -207,7 +203,7 @@ def _write(program, path: Path, weights: str) -> None:
     tensors, restoring = [], []
     for tensor in model.graph.initializer:
         if tensor.data_type == onnx.TensorProto.FLOAT and len(tensor.dims) > 1:
-            stored, nodes = _SMALLER[weights](tensor.name, torch.from_numpy(onnx.numpy_helper.to_array(tensor).copy()))
+            stored, nodes = shrunk(tensor.name, torch.from_numpy(onnx.numpy_helper.to_array(tensor).copy()))
             tensors += stored
             restoring += nodes
         else:
@@ -219,4 +215,4 @@ def _write(program, path: Path, weights: str) -> None:
 
 
 # Type of the weights, and the function from the name and values of a matrix to its smaller tensors and the nodes that restore it.
-_SMALLER = {"bfloat16": _bfloat16, "int8": _int8}
+_SHRUNK = {"float32": None, "bfloat16": _bfloat16, "int8": _int8}

@@ -2,25 +2,37 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 
 import torch
 from PIL.Image import Resampling
 from torch import nn
+from transformers.feature_extraction_utils import BatchFeature
 
 from ..modeling_iclip import ICLIPImageFeatures, ICLIPTextFeatures
 from ..processing_iclip import ICLIPProcessor
-from .explainable import Pooling, RecordableModel, block_mlp, head_output, text_features, unit
+from .explainable import Pooling, RecordableModel, block_mlp, text_features, unit
 from .families import whole_image_processor
 from .recording import attend, merge_heads
 
 
-class _ImagesOnly(ICLIPProcessor):
-    """A processor without a tokenizer, because that of open_clip is a function."""
+class _OpenCLIPProcessor(ICLIPProcessor):
+    """A processor whose tokenizer is a function, as those of open_clip are."""
+
+    def __init__(self, image_processor, tokenize: Callable[[list[str]], torch.Tensor], patch_size: int):
+        super().__init__(image_processor, patch_size=patch_size)
+        self.tokenize = tokenize
 
     @classmethod
     def get_attributes(cls) -> list[str]:
         return ["image_processor"]
+
+    def __call__(self, images=None, labels=None, templates=("{}",), **kwargs) -> BatchFeature:
+        if labels is None:
+            return super().__call__(images, **kwargs)
+        tokens = self.tokenize([template.replace("{}", label) for label in labels for template in templates])
+        return BatchFeature({"input_ids": tokens, "num_templates": len(templates)})
 
 
 class ExplainableOpenCLIP(RecordableModel):
@@ -33,34 +45,30 @@ class ExplainableOpenCLIP(RecordableModel):
             tokens = None
         if not isinstance(tokens, torch.Tensor):
             raise TypeError(
-                "Expected the tokenizer of this open_clip model, which `open_clip.get_tokenizer` gives, got "
-                f"{type(tokenizer).__name__}: pass the tokenizer; images are not prepared by open_clip."
+                f"An open_clip model comes with the result of open_clip.get_tokenizer, not a {type(tokenizer).__name__}."
             )
-        self.tokenizer = tokenizer
         options, size = model.visual.preprocess_cfg, model.visual.image_size
         self.side = size[0] if isinstance(size, tuple) else size
         resample = Resampling[options["interpolation"].upper()]
         image_processor = whole_image_processor(self.side, options["mean"], options["std"], resample)
         patch_size, *_ = getattr(model.visual, "patch_size", [32])  # a ResNet has a position for every 32 pixels
-        super().__init__(model, _ImagesOnly(image_processor, patch_size=patch_size))
+        super().__init__(model, _OpenCLIPProcessor(image_processor, tokenizer, patch_size))
         self._given = model, tokenizer  # its configuration tells how images are prepared
         if getattr(model.visual, "pool_type", "tok") != "tok":
             self.pooling = self.map_pooling = Pooling.PATCHES
 
     def _prepare_layers(self) -> None:
         for block in self.network.visual.transformer.resblocks:
-            output, mlp = head_output(block.attn.out_proj, block.ls_1), block_mlp(block.ln_2, block.mlp, block.ls_2)
-            self._add_layer(block, block.attn, output, mlp)
+            mlp = block_mlp(block.ln_2, block.mlp, block.ls_2)
+            self._add_layer(block, block.attn, block.attn.out_proj, block.ls_1, mlp)
 
-    def _encode_texts(self, labels: list[str], templates: list[str]) -> ICLIPTextFeatures:
-        tokens = self.tokenizer([template.replace("{}", label) for label in labels for template in templates])
-        return text_features(self.network.encode_text(tokens.to(self.network.logit_scale.device)), len(templates))
+    def get_text_features(self, input_ids: torch.Tensor, num_templates: int = 1, **inputs) -> ICLIPTextFeatures:
+        return text_features(self.network.encode_text(input_ids), num_templates)
 
     def _encode_images(self, pixel_values: torch.Tensor) -> ICLIPImageFeatures:
         if pixel_values.shape[2:] != (self.side, self.side):
             raise ValueError(
-                f"Expected images of {self.side}x{self.side} pixels for this open_clip model, got "
-                f"{tuple(pixel_values.shape)}: resize them."
+                f"This model takes images of {self.side}x{self.side} pixels, not {tuple(pixel_values.shape)}."
             )
         output = self.network.visual.forward_intermediates(pixel_values, indices=1)
         (stream,) = output["image_intermediates"]  # (B, D, h, w)
@@ -82,7 +90,7 @@ class ExplainableOpenCLIPResNet(ExplainableOpenCLIP):
     def _prepare_layers(self) -> None:
         pool = self.network.visual.attnpool
         pool.forward = partial(_attention_pool, pool)
-        self._add_layer(pool, pool, head_output(pool.c_proj))
+        self._add_layer(pool, pool, pool.c_proj)
 
     def project(self, stream: torch.Tensor) -> torch.Tensor:
         pool = self.network.visual.attnpool

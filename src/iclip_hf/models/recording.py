@@ -48,12 +48,17 @@ _recording: ContextVar[_Recording | None] = ContextVar("recording", default=None
 
 @dataclass(frozen=True)
 class AttentionLayer:
-    """An attention layer of an image tower, prepared to be recorded."""
+    """An attention layer of an image tower, prepared to be recorded. It holds modules only, which `copy.deepcopy` follows."""
 
-    # Mixed values of the heads (B, H, L, D / H) -> what the layer adds to the residual stream, (B, L, D).
-    output: Callable[[torch.Tensor], torch.Tensor]
+    projection: nn.Module  # of the merged heads
+    scale: nn.Module | None = None  # the layer scale, if the model has one
     # Residual stream after the attention (..., L, D) -> what the block's MLP adds to it; None for a pooling head.
-    mlp: Callable[[torch.Tensor], torch.Tensor] | None = None
+    mlp: nn.Module | None = None
+
+    def output(self, heads: torch.Tensor) -> torch.Tensor:
+        """Computes from mixed values of the heads `(B, H, L, D / H)` what the layer adds to the residual stream, `(B, L, D)`."""
+        projected = self.projection(merge_heads(heads))
+        return projected if self.scale is None else self.scale(projected)
 
     @property
     def residual(self) -> bool:

@@ -16,7 +16,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
-from ..hub.model_card import HUB_RESULTS, write_model_card
+from ..hub.folders import save_model
+from ..hub.model_card import HUB_RESULTS
 from ..modeling_iclip import ICLIPModel
 from ..models.identity import changed
 from ..processing_iclip import ICLIPProcessor
@@ -210,9 +211,7 @@ def export(
         partial = folder / "model.partial"
         shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed during the export
         with writing_errors(folder):
-            model.save_pretrained(partial)
-            processor.save_pretrained(partial)
-            write_model_card(model, processor, partial, **card)
+            save_model(model, processor, partial, **card)
             (folder / HUB_RESULTS).unlink(missing_ok=True)  # of the model before, if this one has none
             for file in [path for path in partial.rglob("*") if path.is_file()]:
                 target = folder / file.relative_to(partial)

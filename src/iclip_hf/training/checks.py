@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 
 from ..data.sources import BAD_PAIR, Columns, Pairs, Source, TarShard, is_hub_id, open_sources
+from ..models import check_model_name
 from ..utils.extras import not_installed
 from ..utils.files import check_new_folder
-from ..utils.names import check_model_name
 from .settings import Settings, read_file
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ..data.sources import Columns, Pairs, is_hub_id, open_sources
-from ..utils.names import RUNS
+from ..utils.hub_ids import RUNS
 from ..utils.prefetch import spare_processors
 from .checks import check_pairs
 from .settings import Settings

@@ -27,7 +27,6 @@ from ..data.segmentation import load_segmentation
 from ..evaluation.evaluate import evaluate
 from ..hub.folders import join_towers
 from ..modeling_iclip import ICLIPModel
-from ..models.embedded import embedded_model
 from ..models.identity import digest, identity
 from ..models.loading import load_iclip, warn_of_slow_bfloat16
 from ..processing_iclip import ICLIPProcessor
@@ -329,8 +328,7 @@ class TrainingRun:
         """Evaluates the model that the run starts from. Its folder holds it until an evaluation is better."""
         self.state.before, self.state.before_by_pair, evaluation = self.evaluate()
         if self.state.before:
-            start = embedded_model() if self.settings.model == "embedded" else self.settings.model
-            self.export(metrics=evaluation, source=start)
+            self.export(metrics=evaluation, source=self.settings.model)
 
     def measure(self) -> None:
         """Evaluates the model, and exports it if it is the best so far."""

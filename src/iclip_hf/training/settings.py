@@ -16,7 +16,7 @@ import yaml
 
 from ..data.class_names import DATASETS
 from ..hub.configs import SHIPPED
-from ..utils.names import RUNS
+from ..utils.hub_ids import RUNS
 
 
 # Results of `iclip_hf.evaluation.evaluate.evaluate` that a run logs and can select its best model by.

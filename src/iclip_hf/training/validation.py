@@ -14,9 +14,9 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from ..data.pairs import PairDataset
+from ..explainers.localizer import explain
 from ..figures.colors import overlay
 from ..figures.sheets import picture_grid
-from ..localization.localizer import explain
 from ..modeling_iclip import ICLIPModel
 from ..processing_iclip import ICLIPProcessor
 from ..utils.extras import require_extra

@@ -179,33 +179,32 @@ export function rawMap(cosines, attention, { map_attention, max_sharpness }, wei
   return weigh ? cosines.map((value, i) => weigh(value, attention[i])) : cosines;
 }
 
-/** How well image and text match, as `ICLIPModel.match` computes it. */
-export function match(cosine, cosines, attention, { max_over, pooling, max_sharpness }) {
-  if (max_over === "channels") return cosine;
-  const total = attention.reduce((one, other) => one + other, 0);
-  const uniform = pooling === "max" || !(total > 0);
-  const [low, span] = range(cosines), peak = low + span; // keeps the exponentials at 1 at most
-  let sum = 0;
-  cosines.forEach((value, i) => {
-    sum += (uniform ? 1 / cosines.length : attention[i] / total) * Math.exp(max_sharpness * (value - peak));
+/**
+ * What `presence` compares the texts of an image with: mean and standard deviation of the cosines of the reference nouns, and, if
+ * patches were trained to match texts, exp(sharpness * cosine) of each noun with all patches.
+ */
+export function chance({ embeds, patches }, nouns, { matches_patches, sharpness }) {
+  const cosines = nouns.map((noun) => dot(embeds, noun.embeds));
+  const mean = cosines.reduce((one, other) => one + other, 0) / cosines.length;
+  const squares = cosines.reduce((sum, value) => sum + (value - mean) ** 2, 0);
+  const powers = matches_patches &&
+    nouns.map(({ mapEmbeds }) => similarities(patches, mapEmbeds).map((value) => Math.exp(sharpness * value)));
+  return { mean, std: Math.sqrt(squares / (cosines.length - 1)), nouns, powers };
+}
+
+/** The probability that the image shows the text, as `presence.presence` computes it. `cosines` are those of the patches. */
+export function presence(text, cosine, cosines, { mean, std, nouns, powers }, settings) {
+  const rank = (cosine - mean) / std, { rank_alone, rank_and_patches, sharpness, like, best } = settings;
+  const probability = (logit) => 1 / (1 + Math.exp(-logit));
+  if (!powers) return probability(rank_alone[0] * rank + rank_alone[1]);
+  const competition = new Float64Array(cosines.length);
+  nouns.forEach(({ mapEmbeds }, noun) => {
+    if (dot(text.mapEmbeds, mapEmbeds) <= like) powers[noun].forEach((power, i) => (competition[i] += power));
   });
-  return (cosine + peak + Math.log(sum) / max_sharpness) / 2;
-}
-
-/** Mean and standard deviation of the matches with general nouns. */
-export function chance(matches) {
-  const mean = matches.reduce((one, other) => one + other, 0) / matches.length;
-  const squares = matches.reduce((sum, value) => sum + (value - mean) ** 2, 0);
-  return { mean, std: Math.sqrt(squares / (matches.length - 1)) };
-}
-
-/** The share of unrelated texts that match less, as `presence.presence` computes it: a normal distribution. */
-export function presence(value, { mean, std }) {
-  // Abramowitz and Stegun 7.1.26, within 1.5e-7
-  const z = (value - mean) / std / Math.SQRT2, t = 1 / (1 + 0.3275911 * Math.abs(z));
-  const tail = t * (0.254829592 + t * (-0.284496736 + t * (1.421413741 + t * (-1.453152027 + t * 1.061405429))));
-  const below = 1 - tail * Math.exp(-z * z); // erf(|z|)
-  return (1 + Math.sign(z) * below) / 2;
+  const beaten = cosines.map((value, i) => value - Math.log(Math.max(competition[i], 1.2e-38)) / sharpness);
+  const strongest = beaten.sort().slice(-best); // an array of numbers sorts as numbers
+  const evidence = strongest.reduce((one, other) => one + other, 0) / strongest.length;
+  return probability(rank_and_patches[0] * rank + rank_and_patches[1] * evidence + rank_and_patches[2]);
 }
 
 /** The presence as a word, as `presence.presence_word` says it. */

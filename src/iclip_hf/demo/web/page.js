@@ -28,10 +28,11 @@ find("size").textContent = ` It downloads the model once (${megabytes(settings.b
 
 // ------------------------------------------------------------------------------------------------ asking
 
-/** Texts between commas, or one a line. */
+/** Texts between commas, or one a line, as Python's `split_texts` finds them. */
 function typedTexts() {
-  const typed = find("texts").value, separator = typed.trim().includes("\n") ? "\n" : ",";
-  const texts = [...new Set(typed.split(separator).map((text) => text.trim()).filter(Boolean))];
+  const typed = find("texts").value, separator = typed.trim().includes("\n") ? "\n" : /(?<!\\),/;
+  const parts = typed.split(separator).map((text) => text.replaceAll("\\,", ",").trim());
+  const texts = [...new Set(parts.filter(Boolean))];
   const longest = Math.max(0, ...texts.map(({ length }) => length));
   if (longest > settings.max_characters)
     fail(`Expected texts of at most ${settings.max_characters} characters, got one of ${longest}.`);

@@ -57,7 +57,8 @@ async function answer({ photo, photoId, texts, refine }, tell) {
     await new Promise((turn) => setTimeout(turn)); // lets a newer question in
     if (asked) return;
     const encodedText = await encodeText(model, text);
-    const { cosine, cosines, match } = compare(image, encodedText);
+    const cosine = numerics.dot(image.embeds, encodedText.embeds);
+    const cosines = numerics.similarities(image.patches, encodedText.mapEmbeds);
     const weight = image.direction && numerics.attentionWeight(image.direction, encodedText.mapEmbeds, settings.model);
     let raw = numerics.rawMap(cosines, image.attention, settings.model, weight), grid = image.grid;
     if (refine) {
@@ -66,8 +67,8 @@ async function answer({ photo, photoId, texts, refine }, tell) {
       grid = image.neighbours.grid;
     }
     const map = numerics.enlarge(raw, grid, ...image.size);
-    const scores = { cosine, presence: numerics.presence(match, image.chance) };
-    tell({ kind: "map", index, ...scores, ...map }, [map.levels.buffer]);
+    const presence = numerics.presence(encodedText, cosine, cosines, image.chance, settings.presence);
+    tell({ kind: "map", index, cosine, presence, ...map }, [map.levels.buffer]);
   }
   tell({ kind: "done" });
 }
@@ -120,20 +121,14 @@ function draw(bitmap, orientation, scale) {
   return context;
 }
 
-async function encodeImage({ ort, vision, background }, { rgb, shape, size }) {
+async function encodeImage({ ort, vision, nouns }, { rgb, shape, size }) {
   const pixels = numerics.normalize(rgb, settings.image);
   const outputs = await vision.run({ pixel_values: new ort.Tensor("float32", pixels, [1, 3, ...shape]) });
   const [embeds, patches, attention] = ["image_embeds", "patch_embeds", "map_attention"].map((name) => outputs[name].data);
   const direction = outputs.attention_direction?.data; // of a model with signed attention
   const grid = outputs.patch_embeds.dims.slice(1, 3);
   const features = { embeds, patches, attention, direction, rgb, shape, size, grid };
-  return { ...features, chance: numerics.chance(background.map((text) => compare(features, text).match)) };
-}
-
-/** The cosine of image and text, those of its patches, and the match of both branches. */
-function compare({ embeds, patches, attention }, text) {
-  const cosine = numerics.dot(embeds, text.embeds), cosines = numerics.similarities(patches, text.mapEmbeds);
-  return { cosine, cosines, match: numerics.match(cosine, cosines, attention, settings.model) };
+  return { ...features, chance: numerics.chance(features, nouns, settings.presence) };
 }
 
 // ------------------------------------------------------------------------------------------------------ the texts
@@ -195,11 +190,11 @@ async function load() {
   const vision = await ort.InferenceSession.create(content.vision, options);
   const text = await ort.InferenceSession.create(content.text, options);
   const [tokens, tokensConfig] = [content.tokenizer, content.tokenizer_config].map((bytes) => JSON.parse(decodeText(bytes)));
-  const background = vectors(content.background, settings.model.projection_dim);
+  const nouns = vectors(content.nouns, settings.model.projection_dim);
   await Promise.all((await cache?.keys() ?? []) // of earlier exports
     .filter(({ url }) => !all.some((file) => address(file) === url))
     .map((request) => cache.delete(request)));
-  return { ort, vision, text, tokenizer: new Tokenizer(tokens, tokensConfig), background };
+  return { ort, vision, text, tokenizer: new Tokenizer(tokens, tokensConfig), nouns };
 }
 
 const decodeText = (bytes) => new TextDecoder().decode(bytes);

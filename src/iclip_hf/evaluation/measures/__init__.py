@@ -1,17 +1,48 @@
-"""Measures over a data set: recognition, maps, label maps and faithfulness. One file for each; `utils.names` lists them."""
+"""
+Measures over a data set: recognition, maps, label maps and faithfulness. One file for each. Their names are known without torch, so that
+the help of a command does not load it.
+"""
 
 from importlib import import_module
+from typing import TYPE_CHECKING
 
-from ...utils.names import MEASURES
-from .measure import EvaluatedImage, Measure
+from ...utils.lazy import lazy_names
 
 
-def make_measure(name: str, **options) -> Measure:
+if TYPE_CHECKING:
+    from .measure import EvaluatedImage, Measure
+
+# For each measure its module here and its class.
+MEASURES = {
+    "mAP": "recognition:AveragePrecision",
+    "mMIoU": "pairs:MMIoU",
+    "mFMB": "pairs:MFMB",
+    "text_contrast": "contrast:TextContrast",
+    "stuff_contrast": "contrast:StuffContrast",
+    "presence": "recognition:Presence",
+    "segmentation": "segmentation:Segmentation",
+    "typed_segments": "typed_segments:TypedSegments",
+    "deletion_insertion": "deletion_insertion:DeletionInsertion",
+    "max_sensitivity": "max_sensitivity:MaxSensitivity",
+    "randomization": "randomization:Randomization",
+    "pointing_game": "pointing_game:PointingGame",
+}
+# The measures of each task of `iclip evaluate`.
+TASKS = {
+    "interpretability": ("mAP", "mMIoU", "mFMB", "text_contrast", "stuff_contrast", "presence"),
+    "segmentation": ("segmentation",),
+    "faithfulness": ("deletion_insertion", "max_sensitivity", "randomization", "pointing_game"),
+}
+
+
+def make_measure(name: str, **options) -> "Measure":
     """Creates a measure by its name in `MEASURES`, with the options of its class. Raises `ValueError` if it is unknown."""
     if name not in MEASURES:
-        raise ValueError(f"Expected measures of {list(MEASURES)}, got {name!r}: choose one of them.")
+        raise ValueError(f"{name!r} is no measure: choose one of {', '.join(MEASURES)}.")
     module, _, kind = MEASURES[name].partition(":")
     return getattr(import_module(f"{__name__}.{module}"), kind)(**options)
 
 
-__all__ = ["MEASURES", "EvaluatedImage", "Measure", "make_measure"]
+_MODULES = {"EvaluatedImage": ".measure", "Measure": ".measure"}
+__all__ = ["MEASURES", "TASKS", "make_measure", *_MODULES]
+__getattr__, __dir__ = lazy_names(__name__, _MODULES)

@@ -24,7 +24,7 @@ class TextContrast(RegionMeasure):
     """Text contrast in percent; 50 for maps that do not depend on the text. Rows: `text_contrast`."""
 
     name = "text_contrast"
-    figures = {"text_contrast": ("text contrast %", 2)}
+    scores = {"text_contrast": ("text contrast %", 2)}
     metric = metrics.TextContrast
     row = "text_contrast"
 
@@ -41,12 +41,12 @@ class StuffContrast(RegionMeasure):
     [`~metrics.RegionRanking`]: the mean over the classes of the background (`stuff_contrast`) and of objects (`thing_contrast`).
 
     50 is chance. Unlike text contrast, it takes one map at a time. So a map of saliency, which does not depend on the text, is above
-    50 for things and equally far below for stuff; only both figures together tell a good map. Rows: `ranking`. For data sets that
+    50 for things and equally far below for stuff; only both scores together tell a good map. Rows: `ranking`. For data sets that
     name the background.
     """
 
     name = "stuff_contrast"
-    figures = {"stuff_contrast": ("stuff contrast %", 2), "thing_contrast": ("thing contrast %", 2)}
+    scores = {"stuff_contrast": ("stuff contrast %", 2), "thing_contrast": ("thing contrast %", 2)}
     metric = metrics.RegionRanking
 
     def prepare(self, run) -> None:
@@ -64,8 +64,8 @@ class StuffContrast(RegionMeasure):
             values = [score for label, score in scores["per_class"].items() if (label in stuff) == is_stuff]
             return fmean(values) if values else None
 
-        figures = {"stuff_contrast": mean(True), "thing_contrast": mean(False), "left_out": scores["left_out"]}
-        return figures, {label: {"ranking": score} for label, score in scores["per_class"].items()}
+        reported = {"stuff_contrast": mean(True), "thing_contrast": mean(False), "left_out": scores["left_out"]}
+        return reported, {label: {"ranking": score} for label, score in scores["per_class"].items()}
 
     def protocol(self) -> dict:
         return {

@@ -13,7 +13,7 @@ import torch
 from ...modeling_iclip import ICLIPTextFeatures, cosines
 from ...models.explainable import ExplainableModel, recordable
 from ...similarity import resize_maps
-from .measure import EvaluatedImage, MeansMeasure, check_image, check_positive
+from .measure import EvaluatedImage, MeansMeasure
 
 
 STEPS = 10  # of deletion and of insertion
@@ -29,7 +29,7 @@ def scorer(model: ExplainableModel, texts: ICLIPTextFeatures) -> Callable[[torch
 
     @torch.no_grad()
     def score(pixel_values: torch.Tensor) -> torch.Tensor:
-        cosine = cosines(model.encode_images(pixel_values).image_embeds, texts.text_embeds)
+        cosine = cosines(model.get_image_features(pixel_values).image_embeds, texts.text_embeds)
         logits = cosine * model.logit_scale().to(cosine)
         return torch.stack([cosine, logits.softmax(-1)], -1)
 
@@ -55,7 +55,7 @@ def deletion_insertion(
     the mean colour. Pixels of equal value are in random order.
 
     Args:
-        score: function from images `(N, C, H, W)` to figures `(N, ...)`.
+        score: function from images `(N, C, H, W)` to scores `(N, ...)`.
         pixel_values (`torch.Tensor` of shape `(C, H, W)`): a prepared image.
         maps (`torch.Tensor` of shape `(M, h, w)`): of any size; they are enlarged to the size of the image (bicubic).
         steps (`int`), batch_size (`int`): number of steps, and largest number of images in one call of `score`, of 2 + 2 * M * steps.
@@ -63,17 +63,7 @@ def deletion_insertion(
 
     Returns:
         `tuple`: deletion and insertion, each `(M, steps + 1, ...)`, from the start without a change to the last step.
-
-    Raises:
-        `ValueError`: a shape is not as described, the maps hold NaN, or `steps` or `batch_size` is below 1.
     """
-    check_positive(steps=steps, batch_size=batch_size)
-    check_image(pixel_values)
-    if maps.ndim != 3 or 0 in maps.shape or maps.isnan().any():
-        raise ValueError(
-            f"Expected maps (M, h, w) of numbers, got {tuple(maps.shape)}, NaN: {bool(maps.isnan().any())}: "
-            "pass finite maps of one image."
-        )
     size, device = pixel_values.shape[-2:], pixel_values.device
     generator = torch.Generator().manual_seed(seed)
     noise = torch.randn(pixel_values.shape, generator=generator).to(pixel_values)
@@ -114,7 +104,7 @@ class DeletionInsertion(MeansMeasure):
     """
 
     name = "deletion_insertion"
-    figures = {
+    scores = {
         f"{name}_{kind}": (name + heading, 4)
         for kind, heading in (("probability", ""), ("cosine", ", cosine"))
         for name in ("insertion", "deletion", "difference")
@@ -122,7 +112,6 @@ class DeletionInsertion(MeansMeasure):
     columns = ("deletion_cosine", "deletion_probability", "insertion_cosine", "insertion_probability")
 
     def __init__(self, steps: int = STEPS, seed: int = 0):
-        check_positive(steps=steps)
         self.steps, self.seed = steps, seed
 
     def prepare(self, run) -> None:
@@ -149,11 +138,11 @@ class DeletionInsertion(MeansMeasure):
         return {method: part.expand(len(rows), -1, -1)[own] for method, part in zip(self.run.explainers, parts)}
 
     def named(self, values) -> dict:
-        figures = super().named(values)
+        named = super().named(values)
         for kind in ("cosine", "probability"):
-            insertion, deletion = figures[f"insertion_{kind}"], figures[f"deletion_{kind}"]
-            figures[f"difference_{kind}"] = None if insertion is None else insertion - deletion
-        return figures
+            insertion, deletion = named[f"insertion_{kind}"], named[f"deletion_{kind}"]
+            named[f"difference_{kind}"] = None if insertion is None else insertion - deletion
+        return named
 
     def protocol(self) -> dict:
         return {

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 
 from ...similarity import min_max_normalize
-from .measure import EvaluatedImage, MeansMeasure, check_image, check_positive
+from .measure import EvaluatedImage, MeansMeasure
 
 
 SAMPLES = 10  # noisy images
@@ -36,8 +36,6 @@ def max_sensitivity(
     Returns:
         `torch.Tensor` of shape `(M,)`; NaN for a constant map.
     """
-    check_positive(samples=samples)
-    check_image(pixel_values)
     noise = torch.rand((samples, *pixel_values.shape), generator=torch.Generator().manual_seed(seed))
     noisy = pixel_values + ((2 * noise - 1) * radius).to(pixel_values)
     own = min_max_normalize(explain(pixel_values[None])).flatten(2)
@@ -50,15 +48,18 @@ class MaxSensitivity(MeansMeasure):
     """The largest relative change of a map under small noise, see [`max_sensitivity`]. `seed` is that of the noise."""
 
     name = "max_sensitivity"
-    figures = {"max_sensitivity": ("max-sensitivity", 3)}
+    scores = {"max_sensitivity": ("max-sensitivity", 3)}
 
     def __init__(self, seed: int = 0):
         self.seed = seed
 
     def measure(self, image: EvaluatedImage) -> dict[str, torch.Tensor]:
         pixel_values, seed = image.pixel_values[0].to(self.run.device), self.seed + image.index
-        drawers = self.run.drawers(image)
-        return {method: max_sensitivity(draw, pixel_values, seed=seed)[:, None] for method, draw in drawers.items()}
+        explainers = self.run.map_functions(image)
+        return {
+            method: max_sensitivity(explain, pixel_values, seed=seed)[:, None]
+            for method, explain in explainers.items()
+        }
 
     def protocol(self) -> dict:
         maps = "stretched to [0, 1] on the patch grid"

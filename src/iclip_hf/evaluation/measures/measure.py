@@ -1,4 +1,4 @@
-"""What a measure is, and what it sees of an image."""
+"""What a measure is, and what it gets of an image."""
 
 from __future__ import annotations
 
@@ -26,7 +26,9 @@ class EvaluatedImage:
     scores: torch.Tensor | None = None  # (K,), cosines with all classes, if a measure needs scores
     presence: torch.Tensor | None = None  # (K,), likewise
     raw_maps: dict[str, torch.Tensor] = field(default_factory=dict)  # by method, (T, h, w), if a measure needs maps
-    seen: dict[str, Any] = field(default_factory=dict)  # what `Measure.see` returned, by the name of the measure
+    outputs: dict[str, Any] = field(
+        default_factory=dict
+    )  # what `Measure.forward` returned, by the name of the measure
 
     @cached_property
     def masks(self) -> np.ndarray:
@@ -43,14 +45,14 @@ class Measure(ABC):
     """
     A measure of maps or scores over a data set. The parameters of a subclass are its options.
 
-    [`evaluate`] calls `prepare` once, then for each batch of images of one shape `see` in the thread of the model, for each image and
+    [`evaluate`] calls `prepare` once, then for each batch of images of one shape `forward` in the thread of the model, for each image and
     method `count` in any thread, then in the order of images `add_counts` of the sums, and at the end `report` with the sums of all
     processes.
 
     Attributes:
         name (`str`): its name in `measures=` and `--measures`.
         needs (`frozenset`): what it needs of each image: `"scores"`, `"maps"`.
-        figures (`dict`): for each figure of `report` that tables show, its heading and number of digits.
+        scores (`dict`): for each score of `report` that tables show, its heading and number of digits.
         by_method (`bool`): whether methods differ in it. Otherwise `count` is called once for each image, with the method None.
         image_size (`dict`, *optional*): a `size` of the processor that the measure prefers.
         metric (`type`): class of the sums, with `add_counts` and `merge`.
@@ -60,23 +62,14 @@ class Measure(ABC):
 
     name: str
     needs: frozenset[str] = frozenset()
-    figures: dict[str, tuple[str, int]]
+    scores: dict[str, tuple[str, int]]
     by_method = True
     image_size: dict[str, int] | None = None
     metric: type
     row: str
 
     def prepare(self, run) -> None:
-        """
-        Prepares for the data set and methods of an [`~evaluate.EvaluationRun`]. Raises `ValueError` if these cannot be measured, and
-        `NotImplementedError` if the class lacks an attribute or a method.
-        """
-        needed = {"metric": "new_totals", "row": "report"}  # an attribute that the default of a method needs
-        needed = [name for name, method in needed.items() if getattr(type(self), method) is getattr(Measure, method)]
-        if missing := [name for name in ("name", "figures", *needed) if not hasattr(self, name)]:
-            raise NotImplementedError(
-                f"Expected {type(self).__name__} to define {', '.join(missing)}, got none: see the attributes of Measure."
-            )
+        """Prepares for the data set and methods of an [`~evaluate.EvaluationRun`]. Raises `ValueError` if these cannot be measured."""
         self.run = run
         self.totals = {method: self.new_totals() for method in (run.methods if self.by_method else [None])}
 
@@ -84,7 +77,7 @@ class Measure(ABC):
         """Returns empty sums; a `metric` by default."""
         return self.metric()
 
-    def see(self, images: list[EvaluatedImage]) -> list[Any]:
+    def forward(self, images: list[EvaluatedImage]) -> list[Any]:
         """Runs the model on images of one shape, if the measure needs more than `needs` offers. Returns one result for each."""
         return [None] * len(images)
 
@@ -97,29 +90,29 @@ class Measure(ABC):
 
     def report(self, method: str | None) -> tuple[dict, dict[int, dict]]:
         """
-        Returns the figures of a method, and for each class id a row of figures. A figure without data is None; `left_out` is the
-        number of items without a figure, by reason. By default the score of `metric` with the measure's name, and its classes as `row`.
+        Returns the scores of a method, and for each class id a row of scores. A score without data is None; `left_out` is the
+        number of items without a score, by reason. By default the score of `metric` with the measure's name, and its classes as `row`.
         """
         scores = self.totals[method].compute()
-        figures = {self.name: measured(scores[self.name.lower()]), "left_out": scores["left_out"]}
-        return figures, {label: {self.row: score} for label, score in scores["per_class"].items()}
+        reported = {self.name: measured(scores[self.name.lower()]), "left_out": scores["left_out"]}
+        return reported, {label: {self.row: score} for label, score in scores["per_class"].items()}
 
     def protocol(self) -> dict:
         """Returns what is needed to repeat the measurement."""
         return {}
 
-    def cells(self, figures: dict) -> list[str]:
-        """Formats the `figures` of a method for a table."""
-        return [rounded(figures[name], digits) for name, (_, digits) in self.figures.items()]
+    def cells(self, reported: dict) -> list[str]:
+        """Formats the `scores` of a method for a table."""
+        return [rounded(reported[name], digits) for name, (_, digits) in self.scores.items()]
 
 
 class MeansMeasure(Measure):
     """
-    A measure whose figures are means over the images of a class, then over the classes. A figure that is NaN is left out. A subclass
-    implements `measure` if it runs the model itself, and otherwise `count`, which returns `(figures, label)` of each shown class.
+    A measure whose scores are means over the images of a class, then over the classes. A score that is NaN is left out. A subclass
+    implements `measure` if it runs the model itself, and otherwise `count`, which returns `(scores, label)` of each shown class.
 
     Attributes:
-        columns (`tuple`): the names of the F figures of a pair of an image and a class; those of `figures` if not given.
+        columns (`tuple`): the names of the F scores of a pair of an image and a class; those of `scores` if not given.
     """
 
     needs = frozenset({"maps"})
@@ -127,25 +120,22 @@ class MeansMeasure(Measure):
     columns: tuple = ()
 
     def prepare(self, run) -> None:
-        own = type(self)
-        if own.measure is MeansMeasure.measure and own.count is MeansMeasure.count:
-            raise NotImplementedError(f"Expected {own.__name__} to define measure or count, got neither: define one.")
         super().prepare(run)
-        self.columns = self.columns or tuple(self.figures)
+        self.columns = self.columns or tuple(self.scores)
 
     def measure(self, image: EvaluatedImage) -> dict[str, torch.Tensor]:
-        """Returns the figures `(T, F)` of each method for an image that shows a class."""
+        """Returns the scores `(T, F)` of each method for an image that shows a class."""
         return {}
 
-    def see(self, images: list[EvaluatedImage]) -> list[dict[str, np.ndarray]]:
-        figures = [self.measure(image) if image.sample.labels else {} for image in images]
-        return [{method: part.double().cpu().numpy() for method, part in found.items()} for found in figures]
+    def forward(self, images: list[EvaluatedImage]) -> list[dict[str, np.ndarray]]:
+        found = [self.measure(image) if image.sample.labels else {} for image in images]
+        return [{method: part.double().cpu().numpy() for method, part in of_image.items()} for of_image in found]
 
     def count(self, image: EvaluatedImage, method: str, heatmaps: torch.Tensor) -> list[tuple]:
-        return list(zip(image.seen[self.name].get(method, ()), image.sample.labels))
+        return list(zip(image.outputs[self.name].get(method, ()), image.sample.labels))
 
     def named(self, values: np.ndarray | None) -> dict:
-        """Names F figures; None for those without data."""
+        """Names F scores; None for those without data."""
         values = [None] * len(self.columns) if values is None else map(measured, values)
         return dict(zip(self.columns, values))
 
@@ -155,18 +145,3 @@ class MeansMeasure(Measure):
         counted = {"pairs": means["pairs"], "left_out": {"no_value": int(left_out.max(initial=0))}}
         rows = {label: self.named(values) for label, values in means["per_class"].items()}
         return self.named(means["means"]) | counted, rows
-
-
-def check_positive(**numbers: int | None) -> None:
-    """Raises `ValueError` unless all numbers that are given are at least 1."""
-    for name, number in numbers.items():
-        if number is not None and number < 1:
-            raise ValueError(f"Expected {name} to be at least 1, got {number}: correct it.")
-
-
-def check_image(pixel_values: torch.Tensor) -> None:
-    """Raises `ValueError` unless `pixel_values` is one image `(C, H, W)`."""
-    if pixel_values.ndim != 3 or 0 in pixel_values.shape:
-        raise ValueError(
-            f"Expected pixel_values (C, H, W) of one image, got {tuple(pixel_values.shape)}: pass one image."
-        )

@@ -38,21 +38,21 @@ class MMIoU(PairMeasure):
     """mMIoU, and as `floor` the mMIoU of a map that marks every pixel, both in percent. Rows: `MIoU` and its best `threshold`."""
 
     name = "mMIoU"
-    figures = {"mMIoU": ("mMIoU %", 2), "floor": ("floor %", 2)}
+    scores = {"mMIoU": ("mMIoU %", 2), "floor": ("floor %", 2)}
     metric = MeanMaxIoU
 
     def report(self, method: str) -> tuple[dict, dict[int, dict]]:
         scores = self.totals[method].compute()
-        figures = {"mMIoU": measured(scores["mmiou"]), "floor": measured(scores["floor"]), "pairs": scores["pairs"]}
+        reported = {"mMIoU": measured(scores["mmiou"]), "floor": measured(scores["floor"]), "pairs": scores["pairs"]}
         best = scores["thresholds"]
         rows = {label: {"MIoU": iou, "threshold": best[label]} for label, iou in scores["per_class"].items()}
-        return figures | {"left_out": scores["left_out"]}, rows
+        return reported | {"left_out": scores["left_out"]}, rows
 
 
 class MFMB(PairMeasure):
     """mFMB, in [-1, 1]. Rows: `FMB`."""
 
     name = "mFMB"
-    figures = {"mFMB": ("mFMB", 4)}
+    scores = {"mFMB": ("mFMB", 4)}
     metric = MeanForegroundMinusBackground
     row = "FMB"

@@ -13,7 +13,7 @@ class PointingGame(MeansMeasure):
     """
 
     name = "pointing_game"
-    figures = {
+    scores = {
         "pointing_game": ("pointing game %", 1),
         "energy_pointing_game": ("energy-based %", 1),
         "foreground": ("a constant map %", 1),

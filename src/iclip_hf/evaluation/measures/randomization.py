@@ -34,10 +34,10 @@ class LayerRandomization:
             replacements = []
             for path, weight in block.named_parameters():
                 std, mean = torch.std_mean(weight.float(), correction=0)
-                drawn = torch.randn(weight.shape, generator=generator).to(weight.device) * std + mean
-                drawn = nn.Parameter(drawn.to(weight.dtype), requires_grad=False)
+                sampled = torch.randn(weight.shape, generator=generator).to(weight.device) * std + mean
+                sampled = nn.Parameter(sampled.to(weight.dtype), requires_grad=False)
                 parent, _, name = path.rpartition(".")
-                replacements.append((block.get_submodule(parent), name, drawn))
+                replacements.append((block.get_submodule(parent), name, sampled))
             self._layers.append(replacements)
 
     def __len__(self) -> int:
@@ -54,9 +54,9 @@ class LayerRandomization:
         own, found, kept = explain(pixel_values), [], []
         try:
             for replacements in self._layers:
-                for module, name, drawn in replacements:
+                for module, name, sampled in replacements:
                     kept.append((module, name, getattr(module, name)))
-                    setattr(module, name, drawn)
+                    setattr(module, name, sampled)
                 found.append(rank_correlation(own, explain(pixel_values)))
         finally:
             for module, name, weight in kept:
@@ -82,7 +82,7 @@ class Randomization(MeansMeasure):
     """
 
     name = "randomization"
-    figures = {"first": ("rank correlation, last layer random", 2), "all": ("all layers random", 2)}
+    scores = {"first": ("rank correlation, last layer random", 2), "all": ("all layers random", 2)}
 
     def __init__(self, seed: int = 0):
         self.seed = seed
@@ -93,18 +93,21 @@ class Randomization(MeansMeasure):
         self.columns = tuple(range(len(self.layers)))
 
     def measure(self, image: EvaluatedImage) -> dict[str, torch.Tensor]:
-        pixel_values, drawers = image.pixel_values.to(self.run.device), self.run.drawers(image)
-        return {method: self.layers.correlations(draw, pixel_values)[:, 0].T for method, draw in drawers.items()}
+        pixel_values, map_functions = image.pixel_values.to(self.run.device), self.run.map_functions(image)
+        return {
+            method: self.layers.correlations(explain, pixel_values)[:, 0].T
+            for method, explain in map_functions.items()
+        }
 
     def named(self, values) -> dict:
         return {self.name: list(super().named(values).values())}
 
     def report(self, method: str) -> tuple[dict, dict[int, dict]]:
-        figures, rows = super().report(method)
-        return figures, {label: {self.name: row[self.name][-1]} for label, row in rows.items()}
+        reported, rows = super().report(method)
+        return reported, {label: {self.name: row[self.name][-1]} for label, row in rows.items()}
 
-    def cells(self, figures: dict) -> list[str]:
-        ends = figures[self.name]
+    def cells(self, reported: dict) -> list[str]:
+        ends = reported[self.name]
         return [rounded(ends[place], 2) for place in (0, -1)]
 
     def protocol(self) -> dict:

@@ -1,10 +1,12 @@
 """mAP, recognition by the scores of all classes, and presence, how well it tells the classes that an image shows from the others."""
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 
 from ...presence import MIN_PRESENCE
-from ..metrics import MultiLabelAveragePrecision
+from ..metrics import MultiLabelAveragePrecision, reliability, roc_auc
 from ..results import measured
 from .measure import EvaluatedImage, Measure
 
@@ -14,7 +16,7 @@ class AveragePrecision(Measure):
 
     name = "mAP"
     needs = frozenset({"scores"})
-    figures = {"mAP": ("mAP %", 2)}
+    scores = {"mAP": ("mAP %", 2)}
     by_method = False
     metric = MultiLabelAveragePrecision
     row = "AP"
@@ -23,39 +25,87 @@ class AveragePrecision(Measure):
         return [(image.scores[None], np.isin(self.run.dataset.labels, image.sample.labels)[None])]
 
 
-class _PresenceSums:
-    def __init__(self):
-        # For absent and for shown classes: the number of all, and of those with a presence of at least MIN_PRESENCE.
-        self.gate = np.zeros((2, 2), np.int64)
-        self.ranked = MultiLabelAveragePrecision()
-
-    def add_counts(self, presence: torch.Tensor, shown: np.ndarray) -> None:
-        enough = presence.numpy() >= MIN_PRESENCE
-        self.gate += [[(shown == which).sum(), (enough & (shown == which)).sum()] for which in (False, True)]
-        self.ranked.add_counts(presence, shown)
-
-    def merge(self, other) -> None:
-        self.gate += other.gate
-        self.ranked.merge(other.ranked)
-
-
 class Presence(Measure):
     """
-    `kept`, the share of the shown classes whose presence is at least `MIN_PRESENCE`, `passed`, the same share of the other classes,
-    and the mAP of images ranked by presence, all in percent. They are the same for all methods.
+    How well presence tells the classes that an image shows from the others, over all pairs of an image and a class:
+
+    - `auc`, the area under the ROC curve, and `auc_hard`, the same where the only absent classes are those like one that the image
+      shows: classes of its supercategory or, in a data set without these, the nearest tenth of the class names by the cosine of
+      their features. In [0, 1].
+    - `kept` and `passed`, the share of the shown and of the absent classes whose presence is at least `MIN_PRESENCE`, `passed_hard`
+      of the absent ones that are like a shown class, and `kept_things` and `kept_stuff`. In percent.
+    - `mAP` of images ranked by presence, in percent.
+    - `reliability`, for each of ten bins of presence its mean, the share of pairs that is shown and the number of pairs, and
+      `calibration_error`, the mean distance of the two, weighted by the number (expected calibration error). In [0, 1].
+
+    They are the same for all methods.
     """
 
     name = "presence"
     needs = frozenset({"scores"})
-    figures = {}  # a line below the table, see `EvaluationResult.table`
+    scores = {}  # tables of their own, see `EvaluationResult.table`
     by_method = False
-    metric = _PresenceSums
+    metric = MultiLabelAveragePrecision
+
+    def prepare(self, run) -> None:
+        super().prepare(run)
+        self.like = like_classes(run.dataset.supercategories, run.texts.text_embeds)
 
     def count(self, image: EvaluatedImage, method: None, heatmaps: None) -> list[tuple]:
         return [(image.presence[None], np.isin(self.run.dataset.labels, image.sample.labels)[None])]
 
     def report(self, method: None) -> tuple[dict, dict[int, dict]]:
-        totals = self.totals[method]
-        passed, kept = (100 * some / all_ if all_ else None for all_, some in totals.gate.tolist())
-        ap = measured(totals.ranked.compute()["map"])
-        return {"presence": {"min_presence": MIN_PRESENCE, "passed": passed, "kept": kept, "mAP": ap}}, {}
+        ranked, dataset = self.totals[method], self.run.dataset
+        values, shown = ranked.images()
+        hard = (shown @ self.like) & ~shown
+        stuff = np.broadcast_to(np.isin(dataset.labels, dataset.stuff or ()), shown.shape)
+
+        def share(pairs: np.ndarray) -> float | None:
+            return 100 * float((values[pairs] >= MIN_PRESENCE).mean()) if pairs.any() else None
+
+        bins = reliability(values.ravel(), shown.ravel())
+        return {
+            "presence": {
+                "min_presence": MIN_PRESENCE,
+                "auc": measured(roc_auc(values[shown], values[~shown])),
+                "auc_hard": measured(roc_auc(values[shown], values[hard])),
+                "kept": share(shown),
+                "kept_things": share(shown & ~stuff) if dataset.stuff else None,
+                "kept_stuff": share(shown & stuff),
+                "passed": share(~shown),
+                "passed_hard": share(hard),
+                "mAP": measured(ranked.compute()["map"]),
+                "calibration_error": float(
+                    np.nansum(np.abs(bins["mean"] - bins["shown"]) * bins["items"]) / values.size
+                ),
+                "reliability": [
+                    {"mean": measured(mean), "shown": measured(share), "pairs": int(items)}
+                    for mean, share, items in zip(*bins.values())
+                ],
+            }
+        }, {}
+
+    def protocol(self) -> dict:
+        like = (
+            "of its supercategory"
+            if self.run.dataset.supercategories
+            else "the nearest tenth by the features of the texts"
+        )
+        return {"like_classes": like}
+
+
+def like_classes(supercategories: Sequence[str] | None, text_embeds: torch.Tensor) -> np.ndarray:
+    """
+    Returns whether class j is like class i, `(K, K)` boolean: of the same supercategory if these are given, otherwise among the nearest
+    tenth of the other classes (at least one) by the cosine of the unit text features `(K, P)`. No class is like itself.
+    """
+    number = len(text_embeds)
+    if supercategories is not None:
+        like = np.equal.outer(*[np.array(supercategories)] * 2)
+    else:
+        cosines = (text_embeds @ text_embeds.T).float().fill_diagonal_(-torch.inf)
+        nearest = cosines.topk(min(max(1, round(number / 10)), number - 1)).indices.numpy(force=True)
+        like = np.zeros((number, number), bool)
+        np.put_along_axis(like, nearest, True, 1)
+    np.fill_diagonal(like, False)
+    return like

@@ -8,8 +8,9 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from ...explainers.windows import check_window, windowed_maps
+from ...explainers import Explainer
 from ...label_maps import BACKGROUND_LABEL, label_map
+from ...modeling_iclip import ICLIPTextFeatures
 from ...processing_iclip import check_threshold
 from ...refinement import refine_maps
 from ..metrics import THRESHOLDS, MeanIoU
@@ -19,6 +20,44 @@ from .measure import EvaluatedImage, Measure
 
 # Short side of images under sliding windows, in pixels, as in SCLIP and its successors.
 SHORT_SIDE = 336
+
+
+def check_window(explainer: Explainer, window: int, stride: int) -> None:
+    """Raises `ValueError` unless window and stride, in pixels, are multiples of the patch size, and windows leave no gaps."""
+    patch = explainer.model.processor.patch_size
+    for name, pixels in (("window", window), ("stride", stride)):
+        if pixels < patch or pixels % patch:
+            raise ValueError(f"{name} must be a multiple of the patch size of {patch} pixels, not {pixels}.")
+    if stride > window:
+        raise ValueError(f"stride must be at most the window's {window} pixels, not {stride}.")
+
+
+def windowed_maps(
+    explainer: Explainer, pixel_values: torch.Tensor, texts: ICLIPTextFeatures, window: int, stride: int
+) -> torch.Tensor:
+    """
+    Computes raw maps from square windows that slide over the images. The value of a patch is its mean over the windows that contain
+    it. The last window of a row or column ends at the image's edge, and a window is never larger than the image.
+
+    Args:
+        explainer ([`Explainer`]), pixel_values, texts: as for [`Explainer.forward`].
+        window, stride (`int`): side of the windows and their distance, in pixels, see `check_window`.
+
+    Returns:
+        `torch.Tensor` of shape `(B, T, h, w)`, float32.
+    """
+    patch, total = explainer.model.processor.patch_size, None
+    edges = [max(side - window, 0) for side in pixel_values.shape[2:]]
+    for top, left in itertools.product(*([*range(0, edge, stride), edge] for edge in edges)):
+        maps, _ = explainer.raw_maps(pixel_values[..., top : top + window, left : left + window], texts)
+        if total is None:
+            total = maps.new_zeros(*maps.shape[:2], *(side // patch for side in pixel_values.shape[2:]))
+            number = torch.zeros_like(total[0, 0])
+        rows = slice(top // patch, top // patch + maps.shape[2])
+        columns = slice(left // patch, left // patch + maps.shape[3])
+        total[..., rows, columns] += maps
+        number[rows, columns] += 1
+    return total / number
 
 
 class _Folds:
@@ -55,8 +94,8 @@ class Segmentation(Measure):
     """
 
     name = "segmentation"
-    figures = {"mIoU": ("mIoU %", 2), "pixel_accuracy": ("pixel accuracy %", 2), "floor": ("floor %", 2)}
-    figures |= {"floor_class": ("floor's class", 0), "thresholds": ("background threshold", 0)}
+    scores = {"mIoU": ("mIoU %", 2), "pixel_accuracy": ("pixel accuracy %", 2), "floor": ("floor %", 2)}
+    scores |= {"floor_class": ("floor's class", 0), "thresholds": ("background threshold", 0)}
 
     def __init__(
         self,
@@ -68,6 +107,8 @@ class Segmentation(Measure):
     ):
         if stride is not None and window is None:
             raise ValueError(f"Expected stride with a window, got a stride of {stride} alone: add the window.")
+        if logit_scale is not None and not 0 < logit_scale < float("inf"):
+            raise ValueError(f"logit_scale is a positive number such as 40, not {logit_scale}.")
         self.window, self.stride = window, None if window is None else stride or window // 2
         self.background = background
         self.threshold = None if threshold is None else check_threshold(threshold)
@@ -101,10 +142,10 @@ class Segmentation(Measure):
         dataset = self.run.dataset
         return _Folds(len(dataset.labels) + 1, dataset.background, dataset.void)
 
-    def see(self, images: list[EvaluatedImage]) -> list[dict[str, torch.Tensor]]:
+    def forward(self, images: list[EvaluatedImage]) -> list[dict[str, torch.Tensor]]:
         """Returns raw maps of all texts `(T, h, w)` by method for each image."""
         pixel_values = torch.cat([image.pixel_values for image in images])
-        drawn = {}
+        by_method = {}
         for method, explainer in self.run.explainers.items():
             if self.window is None:
                 maps, _ = explainer.raw_maps(pixel_values, self.encoded)
@@ -112,12 +153,12 @@ class Segmentation(Measure):
                 maps = windowed_maps(explainer, pixel_values, self.encoded, self.window, self.stride)
             if self.run.refine:
                 maps = refine_maps(maps, pixel_values.to(maps.device))
-            drawn[method] = (-maps if explainer.reversed else maps).cpu()
-        return [dict(zip(drawn, maps)) for maps in zip(*drawn.values())]
+            by_method[method] = (-maps if explainer.reversed else maps).cpu()
+        return [dict(zip(by_method, maps)) for maps in zip(*by_method.values())]
 
     def count(self, image: EvaluatedImage, method: str, heatmaps: None) -> list[tuple]:
         options = {"threshold": self.threshold, "logit_scale": self.logit_scale, "classes": self.classes}
-        labels, confidence = label_map(image.seen[self.name][method], image.sample.size, **options)
+        labels, confidence = label_map(image.outputs[self.name][method], image.sample.size, **options)
         metric = self.totals[method].folds[0]
         areas = metric.count(labels + 1, image.sample.label_map, confidence if self.sweeps else None)
         return [(image.index % 2, areas)]
@@ -133,7 +174,7 @@ class Segmentation(Measure):
         for fold, index in zip(folds, best):
             whole.add_counts(fold.areas[..., [index]])
         scores = whole.compute()
-        figures = {
+        reported = {
             "mIoU": measured(scores["miou"]),
             "pixel_accuracy": measured(scores["pixel_accuracy"]),
             "floor": measured(scores["floor"]),
@@ -145,12 +186,12 @@ class Segmentation(Measure):
         accuracy = scores["per_class_accuracy"]
         ids = range(0 if self.run.dataset.background else 1, whole.num_classes)
         rows = {k: {"IoU": scores["per_class"].get(k), "accuracy": accuracy.get(k)} for k in ids}
-        return figures, rows
+        return reported, rows
 
-    def cells(self, figures: dict) -> list[str]:
-        thresholds = dict.fromkeys(figures["thresholds"] or ["-"])  # once if they are equal
-        shown = figures | {"floor_class": None, "thresholds": None}
-        return [*super().cells(shown)[:3], str(figures["floor_class"]), " / ".join(map(str, thresholds))]
+    def cells(self, reported: dict) -> list[str]:
+        thresholds = dict.fromkeys(reported["thresholds"] or ["-"])  # once if they are equal
+        shown = reported | {"floor_class": None, "thresholds": None}
+        return [*super().cells(shown)[:3], str(reported["floor_class"]), " / ".join(map(str, thresholds))]
 
     def protocol(self) -> dict:
         return {

@@ -1,3 +1,5 @@
+import copy
+import io
 import json
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -5,15 +7,19 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from conftest import noise, tiny_model
+from conftest import noise, presence_among, tiny_model
 from PIL import Image
 from transformers import CLIPImageProcessor
 
-from iclip_hf import ICLIPProcessor, explain
+from iclip_hf import ICLIPProcessor, draw, explain
+from iclip_hf.cli.pictures import presence_column
 from iclip_hf.explainers import make_explainer
-from iclip_hf.localization.localizer import Localizer
+from iclip_hf.explainers.localizer import Localizer
 from iclip_hf.models.explainable import ExplainableModel
-from iclip_hf.presence import BACKGROUND, MIN_PRESENCE, presence
+from iclip_hf.models.loading import load
+from iclip_hf.presence import presence
+from iclip_hf.prompts import split_texts
+from iclip_hf.reference_nouns import REFERENCE_NOUNS
 from iclip_hf.regions import find_regions, run_lengths
 from iclip_hf.similarity import resize_and_normalize
 
@@ -39,22 +45,6 @@ def test_thresholds_of_numpy_and_torch(tiny_processor, threshold):
     assert tiny_processor.post_process_masks(maps, threshold)[0].equal(maps[0] > 0.25)
 
 
-def test_presence_by_hand():
-    background = torch.tensor([[-1.0, 0.0, 1.0], [1.0, 2.0, 3.0]])  # mean 0 and 2, deviation 1
-    scores = torch.tensor([[0.0, 1.0], [2.0, 0.0]])
-    expected = torch.tensor([[0.5, 0.8413], [0.5, 0.0228]])
-    torch.testing.assert_close(presence(scores, background), expected, atol=1e-4, rtol=0)
-
-
-def test_presence_is_the_share_of_texts_that_match_less_at_any_scale():
-    generator = torch.Generator().manual_seed(0)
-    background = 0.1 * torch.randn(1, 5000, generator=generator) + 0.2
-    scores = torch.tensor([[0.1, 0.2, 0.35]])
-    shares = (background[0] < scores[0][:, None]).float().mean(1)
-    torch.testing.assert_close(presence(scores, background)[0], shares, atol=0.02, rtol=0)
-    torch.testing.assert_close(presence(100 * scores - 7, 100 * background - 7), presence(scores, background))
-
-
 @pytest.mark.parametrize("method", ["itsm", "reversed_itsm", "attention", "gem", "grad_cam", "clip_surgery"])
 def test_presence_beside_the_maps_of_every_method(tiny_processor, method):
     """The background changes no map, and the presence is the same whatever the method."""
@@ -62,8 +52,8 @@ def test_presence_beside_the_maps_of_every_method(tiny_processor, method):
     explainer = make_explainer((model, tiny_processor), method)
     maps, scores = explainer.raw_maps(tiny_processor(IMAGES)["pixel_values"], explainer.model.encode_texts(TEXTS))
     with torch.no_grad():
-        logits = model(**tiny_processor(IMAGES, labels=[*TEXTS, *BACKGROUND])).logits_per_image
-    presences = presence(logits[:, :3], logits[:, 3:])
+        logits = model(**tiny_processor(IMAGES, labels=[*TEXTS, *REFERENCE_NOUNS])).logits_per_image
+    presences = presence_among(logits[:, :3], logits[:, 3:])
     for index, found in enumerate(explained(Localizer((model, tiny_processor), TEXTS, method=method))):
         torch.testing.assert_close(found.raw_maps, maps[index], atol=1e-5, rtol=1e-4)
         torch.testing.assert_close(found.scores, scores[index], atol=1e-5, rtol=0)
@@ -130,7 +120,9 @@ def test_maps_masks_regions_and_record_of_an_explanation(tiny_processor):
     answer = json.loads(json.dumps(explanation.to_dict()))
     assert (answer["height"], answer["width"]) == (40, 60)
     record = answer["texts"]
-    assert [one["text"] for one in record] == TEXTS and [one["presence"] for one in record] == [0.9, 0.5, 0.49]
+    assert [one["text"] for one in record] == TEXTS and [
+        one["presence"] for one in record
+    ] == explanation.presence.tolist()
     assert [one["score"] for one in record] == pytest.approx(explanation.scores.tolist(), abs=1e-4)
     assert record[2]["regions"] == []
     for index in range(2):
@@ -191,12 +183,13 @@ def test_presence_uses_both_branches_and_the_templates(tiny_processor):
     model, templates = tiny_model(max_over="similarity"), ["a red {}"]
     with torch.no_grad():
         image = model.get_image_features(**tiny_processor(IMAGES[:1]))
-        texts, background = (
-            model.match(image, model.get_text_features(**tiny_processor(labels=list(labels), templates=templates)))
-            for labels in (TEXTS, BACKGROUND)
+        texts, nouns = (
+            model.get_text_features(**tiny_processor(labels=list(labels), templates=templates))
+            for labels in (TEXTS, REFERENCE_NOUNS)
         )
+        expected = presence(model, image, texts, nouns)[0]
     (found,) = explain((model, tiny_processor), IMAGES[:1], TEXTS, templates=templates)
-    torch.testing.assert_close(found.presence, presence(texts, background)[0], atol=1e-4, rtol=0)
+    torch.testing.assert_close(found.presence, expected, atol=1e-4, rtol=0)
 
 
 def test_nouns_are_encoded_again_only_when_the_result_changes(tiny_processor, tmp_path, monkeypatch):
@@ -212,10 +205,10 @@ def test_nouns_are_encoded_again_only_when_the_result_changes(tiny_processor, tm
 
     def check(model, times, templates=None):
         """The nouns' features are right, and were encoded so many times."""
-        found = Localizer((model, tiny_processor), TEXTS, templates=templates)._background
-        assert encoded.count(len(BACKGROUND)) == times
+        found = load((model, tiny_processor)).references(templates or tiny_processor.templates)
+        assert encoded.count(len(REFERENCE_NOUNS)) == times
         with torch.no_grad():
-            expected = model.get_text_features(**tiny_processor(labels=BACKGROUND, templates=templates))
+            expected = model.get_text_features(**tiny_processor(labels=REFERENCE_NOUNS, templates=templates))
         torch.testing.assert_close(found.text_embeds, expected.text_embeds)
         torch.testing.assert_close(found.map_text_embeds, expected.map_text_embeds)
 
@@ -232,14 +225,12 @@ def test_nouns_are_encoded_again_only_when_the_result_changes(tiny_processor, tm
     check(model, 5)
     files = list(tmp_path.glob("*/*"))
     assert len(files) == 2  # one for each name and templates, however often the weights change
+    check(copy.deepcopy(model), 5)  # as in another process, which has the files only
     for file in files:
         file.write_bytes(file.read_bytes()[:1000])
-    check(model, 6)
-    check(model, 6)
-
-
-def test_the_least_presence_was_chosen_with_these_nouns():
-    assert MIN_PRESENCE == 0.8 and len(set(BACKGROUND)) == len(BACKGROUND) == 140
+    check(model, 5)
+    check(copy.deepcopy(model), 6)
+    check(copy.deepcopy(model), 6)
 
 
 def test_thresholds_follow_their_texts(tiny_processor):
@@ -303,8 +294,67 @@ def test_a_map_is_taken_by_its_index_as_from_a_list(tiny_processor):
     (explanation,) = explain((tiny_model(), tiny_processor), [noise((8, 6)).convert("L")], ["dog", "cat"])
     assert explanation.map(-1).equal(explanation.map(1)) and explanation.map(-2).equal(explanation.maps[0])
     for index in (2, -3):
-        with pytest.raises(IndexError, match=f"one of 2 texts, got {index}"):
+        with pytest.raises(IndexError, match=f"no text {index}.* has 2"):
             explanation.map(index)
+
+
+def test_a_text_is_named_by_itself_or_by_its_index(tiny_processor):
+    localizer = Localizer(
+        (tiny_model(), tiny_processor), TEXTS, threshold=[0.3, 0.5, 0.7], min_presence=0, words="grad_eclip"
+    )
+    (found,) = localizer.explain([localizer.prepare(IMAGES[0])])
+    assert [one.labels for one in found] == [["dog"], ["red ball"], ["car"]] and len(found) == 3
+    for index, text in enumerate(TEXTS):
+        for one in (found[text], found[index], found[index - 3]):
+            assert (one.labels, one.size, one.words) == ([text], found.size, [found.words[index]])
+            assert one.scores == found.scores[index] and one.presence == found.presence[index]
+            assert one.mask().equal(found.mask(text)) and one.mask().equal(found.map(index) > (0.3, 0.5, 0.7)[index])
+            assert one.map().equal(found.map(text)) and one.regions() == found.regions(text) == found.regions(index)
+            assert one.to_dict()["texts"] == [found.to_dict()["texts"][index]]
+    assert found.label_map(background=["car"]).equal(found.label_map(background=[2]))
+    with pytest.raises(KeyError, match="horse"):
+        found["horse"]
+    for index in (3, -4):
+        for ask in (found.__getitem__, found.mask, found.regions):
+            with pytest.raises(IndexError, match=str(index)):
+                ask(index)
+    for ask in (found.mask, found.regions):
+        for threshold in (5.0, -3, float("nan")):
+            with pytest.raises(ValueError, match="threshold"):
+                ask("dog", threshold)
+
+
+def test_a_notebook_shows_the_picture(tiny_processor):
+    found = explain((tiny_model(), tiny_processor), np.asarray(IMAGES[0]), TEXTS)
+    shown = Image.open(io.BytesIO(found._repr_png_()))
+    assert np.array_equal(np.asarray(shown), np.asarray(draw(found, IMAGES[0])))
+    assert replace(found, image=None)._repr_png_() is None
+
+
+@pytest.mark.parametrize("presence", [0.79997, 0.8, 0.80003, np.nextafter(np.float32(0.8), np.float32(0))])
+def test_the_presence_in_json_decides_whether_the_mask_is_empty(tiny_processor, presence):
+    (found,) = explain((tiny_model(), tiny_processor), IMAGES[:1], ["dog"])
+    found = replace(found, presence=torch.tensor([presence], dtype=torch.float32))
+    (text,) = json.loads(json.dumps(found.to_dict()))["texts"]
+    shown = text["presence"] >= 0.8
+    assert shown == bool(text["regions"]) == bool(found.mask("dog").any()) == bool((found.label_map() == 0).any())
+    column = presence_column(found.presence.item(), 0.8)
+    assert (float(column.split()[-1]) >= 0.8) == (not column.startswith("absent")) == shown
+
+
+def test_one_string_is_several_texts_and_a_list_is_taken_as_it_is(tiny_processor):
+    model, image = (tiny_model(), tiny_processor), IMAGES[0]
+    for texts, labels in (
+        ("dog, red ball,", ["dog", "red ball"]),
+        ("dog", ["dog"]),
+        (r"a dog\, asleep, cat", ["a dog, asleep", "cat"]),
+        ("a dog, asleep\ncat", ["a dog, asleep", "cat"]),
+        (["a dog, asleep"], ["a dog, asleep"]),
+    ):
+        assert explain(model, image, texts).labels == labels == Localizer(model, texts).texts
+        assert tiny_processor(labels=texts)["input_ids"].equal(tiny_processor(labels=labels)["input_ids"])
+        assert load(model).encode_texts(split_texts(texts)).text_embeds.shape[0] == len(labels)
+    assert len(tiny_processor(text="dog, cat")["input_ids"]) == 1  # not a label: a text as it is
 
 
 def test_progress_is_shown_on_request(tiny_processor, capsys):

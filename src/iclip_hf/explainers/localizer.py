@@ -13,28 +13,24 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from ..explainers import WordExplainer, WordScore, make_explainer, select_texts
-from ..images import map_groups, read_image
-from ..modeling_iclip import ICLIPImageFeatures, ICLIPTextFeatures, cosines
+from ..explanation import Explanation
+from ..explanation_core import Pixels, forward, join, prepare
+from ..images import map_groups
 from ..models.loading import load
-from ..presence import MIN_PRESENCE, presence
-from ..processing_iclip import array_to_image, check_thresholds
-from ..prompts import check_templates
-from ..refinement import refine_maps
-from ..similarity import check_finite
+from ..presence import MIN_PRESENCE
+from ..processing_iclip import check_thresholds, to_image
+from ..prompts import check_templates, split_texts
 from ..utils.prefetch import Item, prefetch_map
-from .background import encode_background
-from .explanation import Explanation
+from . import WordExplainer, make_explainer, select_texts
 
 
 class PreparedImage(NamedTuple):
     """An image prepared for the model, with its texts, from [`Localizer.prepare`]."""
 
-    pixel_values: torch.Tensor  # (1, 3, H, W)
+    pixels: Pixels
+    image: Image.Image | None  # for the explanation
     size: tuple[int, int]  # height and width of its maps in pixels
     rows: list[int]  # indices of its texts among those of the localizer
-    own_size: torch.Tensor | None = None  # pixel values at the model's own size, if those for the maps have another
-    features: ICLIPImageFeatures | None = None  # of `Localizer.encode`, used instead of `pixel_values`
 
 
 class ExplainedImage(NamedTuple):
@@ -53,7 +49,7 @@ class Localizer:
 
     Args:
         model, method, method_options: as for [`make_explainer`].
-        texts: T labels, or one.
+        texts: T labels, or one string of them, see [`split_texts`].
         templates: prompts with one `{}` each; the processor's if not given.
         threshold (`float` in [0, 1], or T of them): foreground is M > threshold.
         min_presence (`float` in [0, 1]): a text with a lower presence gets an empty mask.
@@ -69,7 +65,7 @@ class Localizer:
         encoded ([`ICLIPTextFeatures`]): the encoded texts, `(T, P)`.
 
     Raises:
-        `ValueError`, `TypeError`: as [`make_explainer`]; or thresholds are out of range, or their number is not T.
+        `ValueError`, `TypeError`: as [`make_explainer`]; or thresholds are out of range.
     """
 
     def __init__(
@@ -87,14 +83,11 @@ class Localizer:
         **method_options,
     ):
         if not 0 <= min_presence <= 1:
-            raise ValueError(
-                f"Expected min_presence in [0, 1], got {min_presence}: pass a share such as {MIN_PRESENCE}."
-            )
+            raise ValueError(f"min_presence is in [0, 1], not {min_presence}.")
         self.explainer = make_explainer(model, method, **method_options)
         self.model = self.explainer.model
         self.templates = check_templates(self.model.templates if templates is None else templates)
         self.min_presence = min_presence
-        self._background = encode_background(self.model, self.templates)
         self._settings = {
             "method": method,
             "templates": self.templates,
@@ -113,22 +106,18 @@ class Localizer:
         return {**self.model.identity, **self._settings, **self.explainer.content, **asked}
 
     def _ask(self, texts: str | Sequence[str], threshold: float | Sequence[float]) -> None:
-        self.texts = [texts] if isinstance(texts, str) else list(texts)
-        thresholds = check_thresholds(threshold)
-        self.thresholds = thresholds.expand(len(self.texts) if thresholds.ndim == 0 else -1).tolist()
+        self.texts = split_texts(texts)
         if not self.texts:
-            raise ValueError("Expected at least one text, got none: name what to look for.")
-        if len(self.thresholds) != len(self.texts):
-            raise ValueError(
-                f"Expected {len(self.texts)} thresholds, one for each text, got {len(self.thresholds)}: pass these."
-            )
+            raise ValueError("There is no text: name what to look for.")
+        self.thresholds = check_thresholds(threshold).expand(len(self.texts)).tolist()
         self.encoded = self.model.encode_texts(self.texts, self.templates)
+        self._references = self.model.references(self.templates)
         self._words = None
         if self._settings["words"] is not None:
             self._words = WordExplainer(self.model, self.texts, self.templates, self._settings["words"])
 
     def about(self, texts: str | Sequence[str], threshold: float | Sequence[float] = 0.5) -> Localizer:
-        """Returns a localizer for other texts that shares the prepared model and the encoded background texts."""
+        """Returns a localizer for other texts that shares the prepared model."""
         other = copy.copy(self)
         other._ask(texts, threshold)
         return other
@@ -141,19 +130,13 @@ class Localizer:
         maps in pixels (those of the image if not given).
         """
         rows = range(len(self.texts)) if labels is None else map(self.texts.index, labels)
-        size_of_maps = self._settings["image_size"]
-        sizes = [None] if size_of_maps is None else [size_of_maps, None]  # None is the processor's
-        pixel_values, *own = (self.model.processor(images=[image], size=side)["pixel_values"] for side in sizes)
-        return PreparedImage(
-            pixel_values,
-            size=(image.height, image.width) if size is None else size,
-            rows=list(rows),
-            own_size=next((pixels for pixels in own if pixels.shape != pixel_values.shape), None),
-        )
+        pixels = prepare(self.model.processor, image, self._settings["image_size"])
+        return PreparedImage(pixels, image, (image.height, image.width) if size is None else size, list(rows))
 
     def encode(self, image: PreparedImage) -> PreparedImage:
         """Adds the features of an image, which `explain` then need not compute, if the method can use them for any texts."""
-        return image._replace(features=self.explainer.encode_images(image.pixel_values))
+        features = self.explainer.encode_images(image.pixels.pixel_values)
+        return image._replace(pixels=image.pixels._replace(features=features))
 
     def explain(self, images: Iterable[PreparedImage | None], batch_size: int = 8) -> Iterator[Explanation | None]:
         """
@@ -161,17 +144,13 @@ class Localizer:
         of one shape and with equally many texts, share a forward pass.
         """
         if batch_size < 1:
-            raise ValueError(f"Expected batch_size to be at least 1, got {batch_size}: correct it.")
+            raise ValueError(f"batch_size is at least 1, not {batch_size}.")
         images = iter(images)
         while batch := list(itertools.islice(images, batch_size)):
             readable = [image for image in batch if image is not None]
             keys = [
-                (
-                    image.pixel_values.shape,
-                    getattr(image.own_size, "shape", None),
-                    len(image.rows),
-                    None if image.features is None else index,  # images with features are explained alone
-                )
+                # Images with features are explained alone.
+                (image.pixels.shape, len(image.rows), None if image.pixels.features is None else index)
                 for index, image in enumerate(readable)
             ]
             explanations = iter(map_groups(self._explain, readable, keys))
@@ -180,12 +159,9 @@ class Localizer:
     def _explain(self, images: list[PreparedImage]) -> list[Explanation]:
         """Explains images of one shape with equally many texts in one forward pass."""
         texts = select_texts(self.encoded, torch.tensor([image.rows for image in images]))
-        pixel_values = torch.cat([image.pixel_values for image in images])
-        given = images[0].features or pixel_values
-        own_size = None if images[0].own_size is None else torch.cat([image.own_size for image in images])
-        maps, *answers, words = self.explain_batch(given, texts, own_size)
-        if self._settings["refine"]:
-            maps = refine_maps(maps, pixel_values)
+        pixels, refine = join([image.pixels for image in images]), self._settings["refine"]
+        result = forward(self.model, pixels, texts, self._references, self.explainer, refine)
+        words = [None] * len(images) if self._words is None else self._words(result.image.image_embeds)
         return [
             Explanation(
                 labels=[self.texts[row] for row in image.rows],
@@ -197,34 +173,10 @@ class Localizer:
                 min_presence=self.min_presence,
                 reversed=self.explainer.reversed,
                 words=None if of_words is None else [of_words[row] for row in image.rows],
+                image=image.image,
             )
-            for image, raw_maps, scores, presences, of_words in zip(images, maps, *answers, words)
+            for image, raw_maps, scores, presences, of_words in zip(images, *result[:3], words)
         ]
-
-    def explain_batch(
-        self,
-        pixel_values: torch.Tensor | ICLIPImageFeatures,
-        texts: ICLIPTextFeatures,
-        own_size: torch.Tensor | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, list[list[list[WordScore]] | None]]:
-        """
-        Explains images of one shape, prepared or as features from the explainer, with `encoded` or a result of `select_texts`; scores,
-        presence and words are those of the pixels `own_size`, if given. Raises `ValueError` if the model gives NaN or infinity.
-
-        Returns:
-            `tuple`: raw maps `(B, T, h, w)`, cosines `(B, T)` and presence `(B, T)`, on the CPU, and for each image the word
-            scores of all texts of the localizer, None where they were not asked for.
-        """
-        maps, image = self.explainer.forward(pixel_values, texts)
-        if own_size is not None:
-            with torch.no_grad():
-                image = self.model.encode_images(own_size)
-        matches, background = (self.model.match(image, some) for some in (texts, self._background))
-        scores = cosines(image.image_embeds, texts.text_embeds)
-        presences = presence(matches, background)
-        check_finite(maps, scores, presences)
-        words = [None] * len(maps) if self._words is None else self._words(image.image_embeds)
-        return maps.cpu(), scores.cpu(), presences.cpu(), words
 
     def explain_all(
         self,
@@ -283,7 +235,8 @@ def explain(
         model ([`ExplainableModel`]): or anything that [`load`] takes.
         images: an image, or a list of B images of any shapes: PIL images, numpy arrays or tensors as for [`ICLIPProcessor`], paths,
             URLs, base64 text or bytes of files.
-        texts: one label, or labels shared by all images, or for a list of images a list of labels for each; these may differ in length.
+        texts: labels shared by all images, as a list or in one string, see [`split_texts`]; or for a list of images a list of labels for
+            each; these may differ in length.
         method (`str`), method_options: as for [`make_explainer`].
         templates: prompts with one `{}` each for the labels; the processor's if not given. `["{}"]` takes the texts as they are.
         target_sizes: `(height, width)` in pixels of each image's maps; the size of the image if not given.
@@ -303,26 +256,16 @@ def explain(
     model = load(model)
     is_one = isinstance(images, (Image.Image, str, bytes, os.PathLike)) or not isinstance(images, Iterable)
     is_one = is_one or getattr(images, "ndim", 4) < 4
-    images = [
-        array_to_image(image) if hasattr(image, "shape") else read_image(image, timeout)
-        for image in ([images] if is_one else images)
-    ]
-    texts = [texts] if isinstance(texts, str) else texts
+    images = [to_image(image, timeout) for image in ([images] if is_one else images)]
+    texts = split_texts(texts)
     per_image = all(isinstance(text, (list, tuple)) for text in texts)
     if not images or not len(texts) or (per_image and not all(texts)):
-        raise ValueError(
-            f"Expected at least one image, and one text for each, got {len(images)} images and {texts!r:.100}: pass both."
-        )
+        raise ValueError(f"There are {len(images)} images and the texts {texts!r:.100}: pass at least one of each.")
     labels = texts if per_image else [None] * len(images)
-    unique = list(dict.fromkeys(itertools.chain(*texts))) if per_image else list(texts)
-    if not all(isinstance(label, str) for label in unique):
-        raise TypeError(f"Expected texts to be strings, got {texts!r:.100}: convert the others.")
+    unique = list(dict.fromkeys(itertools.chain(*texts))) if per_image else texts
     sizes = [None] * len(images) if target_sizes is None else target_sizes
     if len(labels) != len(images) or len(sizes) != len(images):
-        raise ValueError(
-            f"Expected texts and target sizes for {len(images)} images, got {len(labels)} lists of texts and "
-            f"{len(sizes)} sizes: pass one of each for every image."
-        )
+        raise ValueError(f"There are {len(labels)} lists of texts and {len(sizes)} sizes for {len(images)} images.")
     options = {"templates": templates, "image_size": size, "words": words, "refine": refine, **method_options}
     localizer = Localizer(model, unique, method=method, **options)
     explanations = localizer.explain(map(localizer.prepare, images, labels, sizes), batch_size)

@@ -71,9 +71,7 @@ class ImageFolder:
         self.folder = folder
         self._paths = sorted(image_files(folder))
         if not self._paths:
-            raise FileNotFoundError(
-                f"{folder}: expected images or .tar shards in this folder, but got none; name another folder."
-            )
+            raise FileNotFoundError(f"{folder}: there are neither images nor .tar shards in this folder.")
 
     def __len__(self) -> int:
         return len(self._paths)
@@ -104,9 +102,7 @@ def open_images(sources: Sequence[str | os.PathLike]) -> ImageFolder | PairDatas
     if not folders:
         return load_pairs(sources)
     if len(sources) > 1:
-        raise ValueError(
-            f"Expected one folder of images, or webdataset shards alone, got {[str(s) for s in sources]}: name one folder, or shards."
-        )
+        raise ValueError(f"Name one folder of images, or webdataset shards alone, not {[str(s) for s in sources]}.")
     return ImageFolder(folders[0])
 
 
@@ -145,13 +141,9 @@ def explain_collection(
         progress (`bool`): whether the first process shows a progress bar.
 
     Raises:
-        `ValueError`: the folder contains files of other images or texts, another model or other options; its path is not UTF-8; or a
-        number is below 1. `OSError`: the folder cannot be written, another run is writing there, or another process of this run died.
+        `ValueError`: the folder contains files of other images or texts, another model or other options; or its path is not UTF-8.
+        `OSError`: the folder cannot be written, another run is writing there, or another process of this run died.
     """
-    if min(batch_size, images_per_file) < 1:
-        raise ValueError(
-            f"Expected batch_size and images_per_file from 1, got {batch_size} and {images_per_file}: correct them."
-        )
     check_new_folder(output, STATE_FILE)
     state = this_process("collections")
     parts = [range(len(images))[start : start + images_per_file] for start in range(0, len(images), images_per_file)]
@@ -196,9 +188,7 @@ def explain_collection(
 def _load(images: ImageFolder | PairDataset, index: int) -> tuple[str, Image.Image]:
     name, image = images.image(index)
     if name != _printable(name):
-        raise ValueError(
-            f"{name}: expected a name in UTF-8, which Parquet files hold, got other bytes; rename the image"
-        )
+        raise ValueError(f"{name}: the name is not UTF-8, as Parquet files need; rename the image.")
     return name, image
 
 

@@ -1,0 +1,207 @@
+"""The paper's analyses: semantic shift (Tables 6 and 7), pooled channels (Fig. 3), recognition against interpretability (Fig. 9).
+
+python benchmarks/analyses.py shift --dataset voc2012 --data-root VOC
+python benchmarks/analyses.py channels dog.jpg cat.jpg --output channels.png
+python benchmarks/analyses.py relation results.json --output relation.png    # results of `iclip evaluate --output`
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from measuring import command_line, table
+from PIL import Image
+from torch.nn import functional as F
+from tqdm import tqdm
+
+from iclip_hf import load
+from iclip_hf.data.segmentation import SegmentationSample, load_segmentation
+from iclip_hf.images import load_image
+from iclip_hf.models.explainable import Pooling
+
+
+# Foreground shares of an image, low exclusive and high inclusive: the rows of Table 6. The last row is for all images. The last
+# row of the paper is the mean of its other rows only if they have 3, 49 and 48 % of VOC's images, which fits shares of background.
+# So the first row of the paper corresponds to the third row here, and the third to the first.
+SHARES = ((0.0, 0.25), (0.25, 0.75), (0.75, 1.0), (0.0, 1.0))
+# Safe for colour-blind readers (Okabe and Ito).
+BLUE, ORANGE = "#0072B2", "#D55E00"
+
+
+class ChannelMatch(NamedTuple):
+    """For each channel of a pooled vector, the index of the patch with the nearest value, row-major, and the pooled value, `(P,)`."""
+
+    tokens: np.ndarray
+    values: np.ndarray
+    grid: tuple[int, int]  # height and width of the patch grid
+
+
+def match_channels(pooled: torch.Tensor, patches: torch.Tensor) -> torch.Tensor:
+    """
+    Finds the patch `(N, P)` whose value is nearest to the pooled value `(P,)`, for each channel (Section 3.1). Returns indices `(P,)`.
+    The first of equal patches counts.
+    """
+    return (patches - pooled).abs().argmin(0)
+
+
+@torch.no_grad()
+def channel_matches(model, image: Image.Image) -> dict[str, ChannelMatch]:
+    """
+    Matches the channels of one image for each pooling, in the space where patches and texts are compared: `"average"` and `"max"` of
+    the patch embeddings; `"own"`, the pooled vector of the map branch, unless this branch pools similarities; `"class_token"` (of
+    SigLIP and ResNets the output of the attention pooling), unless the map branch pools patch tokens, because the class token of
+    another branch is in another space.
+    """
+    features = model.get_image_features(model.processor(images=[image])["pixel_values"])
+    patches, own = features.patch_embeds[0], features.map_image_embeds
+    own = (features.image_embeds if own is None else own)[0]
+    vectors = {"class_token": own} if model.map_pooling is Pooling.ONE_QUERY else {}
+    vectors |= {"average": patches.mean((0, 1)), "max": patches.amax((0, 1))}
+    vectors |= {"own": own} if model.map_pooling is not Pooling.SIMILARITIES else {}
+    return {
+        name: ChannelMatch(
+            match_channels(vector, patches.flatten(0, 1)).numpy(force=True), vector.numpy(force=True), features.grid
+        )
+        for name, vector in vectors.items()
+    }
+
+
+def semantic_shift(
+    model, samples: Iterable[SegmentationSample], before: str = "max", after: str = "average"
+) -> tuple[list[tuple], dict[str, float]]:
+    """
+    Counts the channels that move between foreground and background when one pooling replaces another (Section 3.1).
+
+    Returns:
+        `tuple`: for each of `SHARES` the number of images and the mean number of channels whose patch moves from background to
+        foreground (B2F), from foreground to background (F2B), or does neither, NaN without images (Table 6); and for each pooling
+        the mean number of channels whose patch lies on the foreground (Table 7). Images without foreground are left out.
+    """
+    sums = np.zeros((len(SHARES), 4), np.int64)  # images, B2F, F2B, same
+    on_foreground: dict[str, int] = {}
+    for sample in samples:
+        masks = [sample.mask(label) for label in sample.labels] or [np.zeros(sample.size, np.uint8)]
+        foreground = np.any([(mask > 0) & (mask != sample.void) for mask in masks], 0)
+        labelled = foreground | ~np.any([mask == sample.void for mask in masks], 0)
+        if not foreground.any():
+            continue
+        matches = channel_matches(model, sample.image)
+        tokens = foreground_tokens(foreground, labelled, matches["average"].grid)
+        on = {name: tokens[match.tokens] for name, match in matches.items()}
+        b2f, f2b = int((~on[before] & on[after]).sum()), int((on[before] & ~on[after]).sum())
+        for row, (low, high) in enumerate(SHARES):
+            if low < foreground.sum() / labelled.sum() <= high:
+                sums[row] += (1, b2f, f2b, len(on[before]) - b2f - f2b)
+        for name, flags in on.items():
+            on_foreground[name] = on_foreground.get(name, 0) + int(flags.sum())
+    rows = [(count, *(total / count if count else math.nan for total in totals)) for count, *totals in sums.tolist()]
+    return rows, {name: count / rows[-1][0] for name, count in on_foreground.items()}
+
+
+def foreground_tokens(foreground: np.ndarray, labelled: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
+    """
+    Returns whether more than half of the labelled pixels of a patch belong to a class, `(h * w,)` boolean, from the pixels of a class and
+    those that are not void, `(H, W)` boolean.
+    """
+    pixels = torch.from_numpy(np.stack([foreground & labelled, labelled])).double()
+    area, total = F.adaptive_avg_pool2d(pixels, grid).flatten(1).numpy()
+    return 2 * area > total
+
+
+def channel_scatter(images: Sequence[Image.Image], matches: Sequence[Mapping[str, ChannelMatch]]) -> Figure:
+    """
+    Draws the patches that the channels of pooled vectors match (Fig. 3). A row shows an image, a panel a pooling, and a point a
+    channel. A point lies in the channel's patch, and its area is proportional to the magnitude of the pooled value.
+    """
+    heights = [image.height / image.width for image in images]
+    figure = Figure(figsize=(2.8 * len(matches[0]), 2.8 * sum(heights) + 0.7), layout="constrained")
+    axes = figure.subplots(len(images), len(matches[0]), squeeze=False, gridspec_kw={"height_ratios": heights})
+    for axis, pooling in zip(axes[0], matches[0]):
+        axis.set_title(pooling.replace("_", " "), fontsize=11)
+    panels = [(image, match) for image, by_pooling in zip(images, matches) for match in by_pooling.values()]
+    for axis, (image, match) in zip(axes.flat, panels):
+        axis.axis("off")
+        axis.imshow(image.convert("L").point(lambda gray: (gray + 255) // 2).convert("RGB"))
+        # The points of one patch are spread evenly over it (Roberts' R2 sequence), so that they do not hide each other.
+        places = (np.arange(len(match.tokens))[:, None] * (0.5698402910, 0.7548776662)) % 1
+        corners = np.stack(np.divmod(match.tokens, match.grid[1]), 1)
+        y, x = ((corners + places) / match.grid * (image.height, image.width)).T - 0.5
+        sizes = np.abs(match.values) / (np.abs(match.values).max() or 1)
+        axis.autoscale(False)
+        axis.scatter(x, y, s=40 * sizes, c=ORANGE, alpha=0.6, edgecolors="white", linewidths=0.3)
+    return figure
+
+
+def relation_plot(names: Sequence[str], x: np.ndarray, y: np.ndarray, method: str) -> Figure:
+    """Plots recognition against interpretability (Fig. 9), a point for each class and the least-squares line."""
+    figure = Figure(figsize=(6.4, 5), layout="constrained")
+    axis = figure.subplots()
+    axis.scatter(x, y, s=28, c=BLUE, alpha=0.8, linewidths=0)
+    for name, *point in zip(names, x, y):
+        axis.annotate(name, point, xytext=(4, 0), textcoords="offset points", va="center", fontsize=7)
+    axis.set(xlabel="average precision, %", ylabel=f"IoU at the best threshold, % ({method})")
+    axis.set_title(f"{len(x)} classes, Pearson correlation {np.corrcoef(x, y)[0, 1]:.2f}", fontsize=11)
+    ends = np.array([x.min(), x.max()])
+    axis.plot(ends, np.poly1d(np.polyfit(x, y, 1))(ends), color=ORANGE, linestyle="--", linewidth=1.2)
+    return figure
+
+
+def shift(options: argparse.Namespace) -> None:
+    dataset = load_segmentation(options.dataset, options.data_root, options.split)
+    samples = tqdm(dataset[: options.limit], unit="image")
+    rows, on_foreground = semantic_shift(load(options.model), samples, options.before, options.after)
+    shares = [f"({low:g}, {high:g}]" for low, high in SHARES]
+    rows = [[share, count, *(f"{mean:.1f}" for mean in means)] for share, (count, *means) in zip(shares, rows)]
+    print(table(["foreground", "images", "B2F", "F2B", "same"], rows), end="\n\n")
+    print(table(["pooling", "channels on the foreground"], [[name, f"{n:.1f}"] for name, n in on_foreground.items()]))
+
+
+def channels(options: argparse.Namespace) -> None:
+    model, images = load(options.model), [load_image(path) for path in options.images]
+    channel_scatter(images, [channel_matches(model, image) for image in images]).savefig(options.output, dpi=120)
+
+
+def relation(options: argparse.Namespace) -> None:
+    per_class = json.loads(options.evaluation.read_text())["per_class"]
+    method = options.method or next(iter(per_class))
+    rows = [row for row in per_class[method] if None not in (row["AP"], row["MIoU"])]
+    names, x, y = zip(*((row["name"], row["AP"], row["MIoU"]) for row in rows))
+    relation_plot(names, np.array(x), np.array(y), method).savefig(options.output, dpi=120)
+
+
+def main():
+    parser = command_line(__doc__)
+    analyses = parser.add_subparsers(required=True)
+    for run in (shift, channels, relation):
+        analysis = analyses.add_parser(run.__name__)
+        analysis.set_defaults(run=run)
+        if run is shift:
+            for name in ("--dataset", "--data-root"):
+                analysis.add_argument(name, required=True)
+            analysis.add_argument("--split")
+            analysis.add_argument("--limit", type=int)
+            analysis.add_argument("--before", default="max", help="class_token, average, max or own (default: max)")
+            analysis.add_argument("--after", default="average", help="likewise (default: average)")
+        elif run is channels:
+            analysis.add_argument("images", nargs="+")
+        else:
+            analysis.add_argument("evaluation", type=Path)
+            analysis.add_argument("--method", help="default: the first one of the file")
+        if run is not relation:
+            analysis.add_argument("--model", default="embedded")
+        if run is not shift:
+            analysis.add_argument("--output", default=f"{run.__name__}.png")
+    options = parser.parse_args()
+    options.run(options)
+
+
+if __name__ == "__main__":
+    main()

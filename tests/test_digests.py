@@ -17,7 +17,7 @@ def read(tmp_path, monkeypatch):
     monkeypatch.setenv("ICLIP_CACHE", str(tmp_path / "cache"))
     now, seen, digest = time.time_ns, [], digests._file_digest
     monkeypatch.setattr(time, "time_ns", lambda: now() + 3600 * 10**9)
-    monkeypatch.setattr(digests, "_file_digest", lambda file: seen.append(file.name) or digest(file))
+    monkeypatch.setattr(digests, "_file_digest", lambda file: seen.append(os.path.basename(file)) or digest(file))
     return seen
 
 
@@ -30,7 +30,7 @@ def files(folder, *contents):
 def test_files_are_read_once_until_one_changes(tmp_path, read):
     both = files(tmp_path, b"a", b"b")
     first = content_digest(both)
-    assert content_digest(both) == first and len(first) == 32 and read == ["0", "1"]
+    assert content_digest(both) == first and len(first) == 16 and read == ["0", "1"]
     stat = both[1].stat()
     both[1].write_bytes(b"c")
     os.utime(both[1], ns=(stat.st_atime_ns, stat.st_mtime_ns))  # as unpacking an archive does
@@ -41,11 +41,26 @@ def test_files_are_read_once_until_one_changes(tmp_path, read):
     assert content_digest(both) == first
 
 
-def test_order_counts_and_names_do_not(tmp_path, read):
+def test_order_names_and_sizes_count_and_the_place_does_not(tmp_path, read):
     one, two, three = files(tmp_path, b"ab", b"c", b"ab")
-    assert content_digest([one, two]) == content_digest([three, two]) != content_digest([two, one])
-    joined, _ = files(tmp_path, b"abc", b"")
-    assert content_digest([joined]) != content_digest([three, two])
+    assert len({content_digest(pair) for pair in ([one, two], [two, one], [three, two])}) == 3
+    before, within = content_digest([one, two]), content_digest([one, two], tmp_path.parent)
+    joined, empty = files(tmp_path, b"abc", b"")
+    assert content_digest([joined, empty]) != before != within
+    (tmp_path / "moved").mkdir()
+    assert content_digest(files(tmp_path / "moved", b"ab", b"c")) == before
+    assert content_digest([]) == ""
+
+
+def test_swapped_files_count(tmp_path, read):
+    """Also of folders whose files have the same names."""
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+    both = [*files(tmp_path / "a", b"dog"), *files(tmp_path / "b", b"cat")]
+    before = content_digest(both)
+    for file, content in zip(both, (b"cat", b"dog")):
+        file.write_bytes(content)
+    assert content_digest(both) != before
 
 
 def test_a_digest_of_files_just_written_is_not_kept(tmp_path, read, monkeypatch):
@@ -56,7 +71,9 @@ def test_a_digest_of_files_just_written_is_not_kept(tmp_path, read, monkeypatch)
     content_digest([old])
     assert not (tmp_path / "cache").exists()
     state = digests.file_state
-    monkeypatch.setattr(digests, "file_state", lambda file: (state(file)[0], 0 if file == old else state(file)[1]))
+    monkeypatch.setattr(
+        digests, "file_state", lambda file: (state(file)[0], 0 if file == str(old) else state(file)[1])
+    )
     (tmp_path / "new").write_bytes(b"b")
     content_digest([tmp_path / "new", old])  # the newest counts, also if it comes first
     assert not (tmp_path / "cache").exists()
@@ -65,8 +82,12 @@ def test_a_digest_of_files_just_written_is_not_kept(tmp_path, read, monkeypatch)
 def test_what_cannot_be_read_is_absent(tmp_path, read):
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "dangling").symlink_to(tmp_path / "nowhere")
-    names = ("pipe", "dangling", "nothing", "nul\0", "n" * 300)
-    assert len({content_digest([tmp_path / name]) for name in names}) == 1
+    whole = {name: content_digest([tmp_path / name]) for name in ("pipe", "dangling", "nothing")}
+    assert len(set(whole.values())) == 3
+    (tmp_path / "pipe").unlink()
+    assert content_digest([tmp_path / "pipe"]) == whole["pipe"]
+    for name in ("nul\0", "n" * 300, "\ud800"):
+        assert len(content_digest([tmp_path / name])) == 16
 
 
 def test_shapes_and_integers_of_weights():

@@ -60,7 +60,7 @@ except BlockingIOError as error:
 """
     assert all(code == 0 and said == "claimed\n" for code, said in two(script, tmp_path))
     with folder_lock(tmp_path):
-        assert all("expected no other run here" in said for _, said in two(script, tmp_path))
+        assert all("another run is writing here" in said for _, said in two(script, tmp_path))
 
 
 @pytest.mark.parametrize(("dies", "work"), [(0, "state.wait_for_everyone()"), (1, "agreed(1)"), (1, "gradient()")])

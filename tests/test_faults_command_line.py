@@ -1,213 +1,232 @@
-"""Faults at the door of the command line. See faults.py."""
+"""What is typed wrong ends with one line that names it, exit code 2, and no file."""
 
-from functools import partial
+import contextlib
+import io
+import os
+import shutil
+from pathlib import Path
 
 import fault_inputs as inputs
 import numpy as np
-from faults import (
-    BAD_EVALUATIONS,
-    WORKS,
-    Cases,
-    as_file,
-    at_place,
-    command,
-    damaged_model,
-    evaluation,
-    few,
-    index_mask,
-    masks_folder,
-    test_of_cases,
-    written,
-)
+import pytest
+from conftest import iclip
 
-from iclip_hf import cli
+from iclip_hf.cli.common import printable
 
 
-CASES = Cases()
-iclip = partial(command, cli.main, "iclip")
+def refused(*line) -> str:
+    """Runs a command that must fail in an empty folder, and returns its one line on stderr."""
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        code = iclip(*line)
+    lines = [text for text in err.getvalue().splitlines() if text.startswith("iclip")]
+    assert code == 2 and len(lines) == 1 and not out.getvalue(), (code, out.getvalue(), err.getvalue())
+    assert "Traceback" not in err.getvalue() and len(lines[0]) < 20_000 and not os.listdir(".")
+    return lines[0]
 
 
-def explained(world, folder, image, *more):
-    return iclip("explain", image, "--text", "dog", "--model", world.folder / "model", *more)
-
-
-CASES.add_images("iclip explain", as_file(explained))
-places = {name: place for name, place in inputs.PLACES.items() if name != "folder"}  # which is a collection
-CASES.add("iclip explain", places, at_place(explained))
-for door in ("compare --text dog",):
-
-    def read(world, folder, place, door=door):
-        return iclip(*door.split(), place, "--model", world.folder / "model")
-
-    CASES.add(f"iclip {door}", few(inputs.PLACES, inputs.FEW_PLACES), at_place(read))
-
-
-def texts_explained(world, folder, text):
-    return iclip("explain", world.photo, "--text", "cat", "--text", text, "--model", world.folder / "model")
-
-
-CASES.add("iclip explain --text", inputs.DRAWN_TEXTS, texts_explained, WORKS)
-CASES.add("iclip explain --text", inputs.TYPED_TEXTS, texts_explained)
-
-
-for door, run in {
-    "iclip explain --model": lambda world, model: iclip("explain", world.photo, "--text", "dog", "--model", model),
-    "iclip export": lambda world, model: iclip("export", model, "exported"),
-}.items():
-    CASES.add(door, few(inputs.MODEL_FOLDERS, inputs.FEW_MODEL_FOLDERS), damaged_model(run), file="model")
-
-
-def tower(damage_name: str):
-    """`iclip init` with a damaged image tower."""
-
-    def run(world, folder, side):
-        world.model.vision_model.save_pretrained(folder / "vision")
-        world.model.text_model.save_pretrained(folder / "text")
-        world.processor.tokenizer.save_pretrained(folder / "text")
-        world.model.config.save_pretrained(folder / "config")
-        world.processor.save_pretrained(folder / "config")
-        inputs.MODEL_FOLDERS[damage_name](folder / side)
-        towers = ("--vision", folder / "vision", "--text", folder / "text")
-        iclip("init", "--config", folder / "config", *towers, "--output", "new")
-
-    return run
-
-
-for damage in ("missing", "config is truncated", "symlinked code", "weights are truncated", "pickled weights only"):
-    CASES.add(f"iclip init, {damage}", {"in --vision": "vision", "in --text": "text"}, tower(damage))
-
-
-for door, run in {
-    "export --results": lambda w, f, text: iclip("export", w.folder / "model", "new", "--results", written(f, text)),
-}.items():
-    CASES.add(door, BAD_EVALUATIONS, run, file="written.json")
-CASES.add(  # `class_thresholds` has all of them
-    "explain --threshold",
-    few(BAD_EVALUATIONS, ["no json", "deep lists"]),
-    lambda w, f, text: explained(w, f, w.photo, "--threshold", written(f, text)),
-    file="written.json",
-)
-
-
-# By how a command begins: what else is typed, and what of it the error shows.
+# By how a command begins: what else is typed, of which a word that is not among the first stands in the line.
 ARGUMENTS = {
-    "explain {photo} --text dog --model {model}": {
-        "--sharpness 3": "--sharpness 3",
-        "--method magic": "'magic'",
-        "--image-size 12": "12",
-        "--image-size 0": "got 0",
-        "--image-size -8": "got -8",
-        "--image-size 0.5": "got 0.5",
-        "--min-presence nan": "got nan",
-        "--threshold 1.5": "got 1.5",
-        "--threshold no.json": "no.json",
-        "--threshold {folder}": "empty",
-        "--template photo": "['photo']",
-        "--output {folder}": "/empty",
-        "--output a.exe": "a.exe",
-        "--output /dev/null/a.png": "/dev/null",
-        "--output {long}.png": "xxx.png",
-        "--model {folder}/absent": "/absent",
-        "--model no/such-model": "no/such-model",
-        "--images-per-file 3": "--images-per-file",
-    },
-    "explain --text dog --model {model}": {
-        "{folder}": "/empty",
-        "{photo} {photo} --output a.png": "a.png",
-        "{world} {photo}": "photo.png",
-        "{world} --words": "--words",
-        "{world} --npz": "--npz",
-        "{world} --batch-size 0": "got 0",
-    },
-    "segment --text dog --model {model}": {
-        "{photo} --threshold nan": "got nan",
-        "{photo} --output a.exe": "a.exe",
-        "{photo} {photo} --output a.png": "a.png",
-        "{folder}": "/empty",
-    },
-    "compare {photo} --model {model}": {
-        "": "neither",
-        "--text dog --output a.txt": "a.txt",
-        "--text dog --methods itsm,gem": "put spaces between",
-        "--text dog --dpi 0": "got 0",
-        "--text dog --dataset folder": "got folder alone",
-        "--dataset folder --data-root {folder}": "/empty",
-        "--dataset folder --data-root {masks}": "such as image, got",
-    },
-    "evaluate --model {model} --dataset folder --data-root {masks}": {
-        "--task faithfulness --seed often": "invalid int value: 'often'",
-        "--steps 3": "--steps",
-        "--limit 0": "got 0",
-        "--window 16": "--window",
-        "--image-size 12": "12",
-        "--overrides absent.json": "absent.json",
-        "--output a.csv": "a.csv",
-        "--task faithfulness --data-root {folder}": "/empty",
-        "--dataset voc2012 --data-root {folder}/absent": "/absent",
-        "--dataset coco2017 --split ../../etc": "../../etc",
-        "--task segmentation --dataset ade20k": "annotations/validation",
-        "--task segmentation --threshold 0.5 --window 4": "got 4",
-        "--task segmentation --threshold 0.5 --window 16 --stride 32": "got 32",
-        "--task segmentation --overrides {names}": "got 4",
-        "--task segmentation --threshold 0.5 --window 20": "got 20",
-        "--task segmentation --threshold 0.5 --window 16 --stride 12": "got 12",
-        "--task segmentation --threshold 0.5 --stride 16": "a stride of 16 alone",
-        "--task segmentation --threshold 1.5": "got 1.5",
-        "--task segmentation": "two images or more",
-        "--measures luck": "'luck'",
-        "--measures stuff_contrast": "names the background",
-        "--batch-size 0": "got 0",
-    },
-    "init --output new": {
-        "--config no-such": "no-such",
-        "--config iclip-vit-b16 --output {world}": "world",
-        "--config iclip-vit-b16 --vision {folder}/a --text {folder}/b": "/a",
-    },
-    "export": {
-        "{model} {world}": "world",
-        "{folder}/absent new": "/absent",
-        "{model} new --results absent.json": "absent.json",
-        "{model} new --format onnx --vendor": "got onnx",
-        "{model} new --format web --results r.json": "got r.json",
-    },
-    "push --dry-run": {
-        "{model} a/b/c": "'a/b/c'",
-        "{model} my@model!": "'my@model!'",
-        "{folder}/absent a/b": "/absent",
-    },
-    "export-metric": {"accuracy new": "'accuracy'", "mmiou {photo}": "photo.png"},
-    "demo": {
-        "--export-space new --model {model}": "/model",
-        "--export-space {photo}": "photo.png",
-        "--web {folder}": "/empty",
-        "--web {folder} --model {model}": "--model",
-        "--port http": "got http",
-        "--port 65536": "1 to 65535, got 65536",
-    },
+    "explain {photo} --text dog --model {model}": """
+        --sharpness 3
+        --method magic
+        --image-size 12
+        --image-size 0
+        --image-size -8
+        --image-size 0.5
+        --min-presence nan
+        --threshold 1.5
+        --threshold no.json
+        --threshold {empty}
+        --template photo
+        --output {empty}
+        --output a.exe
+        --output /dev/null/a.png
+        --output {long}.png
+        --model {empty}/absent
+        --model no/such-model
+        --images-per-file 3
+        --dtype float8
+        --device abacus
+    """,
+    "explain --text dog --model {model}": """
+        {empty}
+        {photo} {photo} --output a.png
+        {world} {photo}
+        {world} --words
+        {world} --npz
+        {world} --batch-size 0
+    """,
+    "segment --text dog --model {model}": """
+        {photo} --threshold nan
+        {photo} --output a.exe
+        {photo} {photo} --output a.png
+        {empty}
+    """,
+    "compare {photo} --model {model} --text dog": """
+        --output a.txt
+        --methods itsm,gem
+        --dpi 0
+        --dataset folder
+        --dataset folder --data-root {empty}
+        --dataset folder --data-root {masks}
+    """,
+    "evaluate --model {model} --dataset folder --data-root {masks}": """
+        --task faithfulness --seed often
+        --steps 3
+        --limit 0
+        --window 16
+        --image-size 12
+        --overrides absent.json
+        --output a.csv
+        --task faithfulness --data-root {empty}
+        --dataset voc2012 --data-root {empty}/absent
+        --dataset coco2017 --split ../../etc
+        --task segmentation --threshold 1.5
+        --measures luck
+        --batch-size 0
+    """,
+    "init --output new": """
+        --config no-such
+        --config iclip-vit-b16 --output {world}
+        --config iclip-vit-b16 --vision {empty}/a --text {empty}/b
+    """,
+    "export": """
+        {model} {world}
+        {empty}/absent new
+        {model} new --results absent.json
+        {model} new --format onnx --vendor
+        {model} new --format web --results r.json
+    """,
+    "push --dry-run": """
+        {model} a/b/c
+        {model} my@model!
+        {empty}/absent a/b
+    """,
+    "export-metric": """
+        accuracy new
+        mmiou {photo}
+    """,
+    "demo": """
+        --export-space new --model {model}
+        --export-space {photo}
+        --web {empty}
+        --web {empty} --model {model}
+        --port http
+        --port 65536
+    """,
+    "train {table} --model {model}": """
+        --sharpness 3
+        --epochs
+        --epochs many
+        --epochs 0
+        --warmup_epochs inf
+        --learning_rate nan
+        --learning_rat 1
+        --model_options pooling=[a
+        --model_options pooling
+        --config absent.yaml
+        --mixed_precision fp8
+        --nouns absent.txt
+        --eval_dataset voc2012 --eval_root absent
+        --validation_data absent.csv
+        --image_column picture
+    """,
+    "train": """
+        absent.csv
+        {empty}
+        {table} --model {empty}
+        --model {model}
+    """,
 }
+LINES = [(start, rest.strip()) for start, rests in ARGUMENTS.items() for rest in rests.strip().splitlines()]
 
 
-def by_command_line(world, folder, arguments):
-    (folder / "masks").mkdir()
-    masks_folder(folder / "masks", mask=index_mask(np.ones((24, 30), np.uint8)))
-    (folder / "empty").mkdir()
+@pytest.fixture(scope="module")
+def table(tmp_path_factory) -> Path:
+    """Forty pairs."""
+    folder = tmp_path_factory.mktemp("pairs")
+    for number in range(40):
+        (folder / f"{number}.png").write_bytes(inputs.BY_FORMAT["PNG"])
+    rows = "".join(f"{number}.png,a dog number {number}\n" for number in range(40))
+    return inputs.written(folder, f"image,caption\n{rows}", "table.csv")
+
+
+@pytest.mark.parametrize(("start", "rest"), LINES)
+def test_a_wrong_argument(world, table, sandbox, start, rest):
+    folder = sandbox / "case"
+    for name in ("masks", "empty"):
+        (folder / name).mkdir()
+    inputs.masks_folder(folder / "masks", mask=inputs.index_mask(np.ones((24, 30), np.uint8)))
     places = {
         "photo": world.photo,
         "model": world.folder / "model",
         "world": world.folder,
-        "folder": folder / "empty",
+        "empty": folder / "empty",
         "masks": folder / "masks",
         "long": "x" * 300,
-        "names": written(folder, "dog\ncat\nball\nsky", "names.txt"),
-        "results": written(folder, evaluation()),
+        "table": table,
     }
-    iclip(*(argument.format(**places) for argument in arguments.split()))
+    typed = [word.format(**places) for word in rest.split()]
+    line = refused(*(word.format(**places) for word in start.split()), *typed)
+    assert any(os.path.basename(word) in line for word in typed), line
 
 
-for start, faults in ARGUMENTS.items():
-    for rest, shows in faults.items():
-        arguments = f"{start} {rest}"
-        CASES.add("iclip", {arguments: arguments}, by_command_line, shows=shows)
+def explained(world, image, *more) -> str:
+    return refused("explain", image, "--text", "dog", "--model", world.folder / "model", *more)
 
 
-test_a_fault_is_borne_or_refused_in_one_clear_sentence = test_of_cases(CASES)
+@pytest.mark.parametrize("content", inputs.FEW_UNREADABLE)
+def test_a_file_that_is_no_image(world, sandbox, content):
+    image = inputs.written(sandbox / "case", inputs.UNREADABLE_IMAGES[content], "image.png")
+    assert "image.png" in explained(world, image)
+
+
+@pytest.mark.parametrize("place", [name for name in inputs.PLACES if name != "folder"])  # which is a collection
+def test_a_place_that_is_no_image(world, sandbox, place):
+    inputs.make_places(sandbox / "case")
+    name = inputs.PLACES[place]
+    line = explained(world, name)
+    assert any(form[-100:] in line for form in (printable(name), repr(name)))
+
+
+@pytest.mark.parametrize("text", ["", " \t\u3000", "\n\n", "dog \ud800"])
+def test_a_text_that_is_none(world, sandbox, text):
+    assert "--text" in explained(world, world.photo, "--text", text)
+
+
+@pytest.mark.parametrize("text", inputs.STRANGE_TEXTS)
+def test_a_strange_text_is_one(world, sandbox, text):
+    assert iclip("explain", world.photo, "--text", inputs.STRANGE_TEXTS[text], "--model", world.folder / "model") == 0
+
+
+@pytest.mark.parametrize("content", inputs.BAD_EVALUATIONS)
+def test_a_file_that_is_no_evaluation(world, sandbox, content):
+    results = inputs.written(sandbox / "case", inputs.BAD_EVALUATIONS[content])
+    assert "written.json" in explained(world, world.photo, "--threshold", results)
+    assert "written.json" in refused("export", world.folder / "model", "new", "--results", results)
+
+
+@pytest.mark.parametrize("damage", inputs.FEW_MODEL_FOLDERS)
+def test_a_folder_that_is_no_model(world, sandbox, damage):
+    model = sandbox / "case" / "model"
+    shutil.copytree(world.folder / "model", model)
+    inputs.MODEL_FOLDERS[damage](model)
+    assert "model" in refused("explain", world.photo, "--text", "dog", "--model", model)
+    assert "model" in refused("export", model, "exported")
+
+
+@pytest.mark.parametrize("side", ["vision", "text"])
+@pytest.mark.parametrize(
+    "damage", ["missing", "config is truncated", "symlinked code", "weights are truncated", "pickled weights only"]
+)
+def test_a_folder_that_is_no_tower(world, sandbox, side, damage):
+    folder = sandbox / "case"
+    world.model.vision_model.save_pretrained(folder / "vision")
+    world.model.text_model.save_pretrained(folder / "text")
+    world.processor.tokenizer.save_pretrained(folder / "text")
+    world.model.config.save_pretrained(folder / "config")
+    world.processor.save_pretrained(folder / "config")
+    inputs.MODEL_FOLDERS[damage](folder / side)
+    towers = ("--vision", folder / "vision", "--text", folder / "text")
+    assert side in refused("init", "--config", folder / "config", *towers, "--output", "new")

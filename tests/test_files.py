@@ -1,17 +1,23 @@
-"""What one run at a time may write, and what a killed one leaves."""
+"""Files appear whole or not at all, inputs stay, and one run at a time writes into a folder."""
 
 import errno
 import os
-import platform
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 
-from iclip_hf.utils.files import atomic_folder, atomic_write, build_once, check_outputs, folder_lock, new_file
+from iclip_hf.utils.files import (
+    atomic_folder,
+    atomic_write,
+    build_once,
+    check_new_folder,
+    check_outputs,
+    folder_lock,
+    write_files,
+)
 
 
 def killed(script: str, *arguments) -> None:
@@ -25,187 +31,228 @@ def names(folder) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
 
-def test_a_folder_is_of_one_run_until_it_ends(tmp_path):
-    folder = tmp_path / "new" / "runs"
-    for _ in range(2):
-        with folder_lock(folder):
-            refused = pytest.raises(
-                BlockingIOError, match="runs: expected no other run here, but one is writing; wait"
-            )
-            with refused, folder_lock(folder):
-                pass
-    with pytest.raises(KeyError), folder_lock(folder):
-        raise KeyError
-    with folder_lock(folder):
-        pass
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    """An input by several names, a second file, and the links of both."""
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "photo.png").write_text("input")
+    (tmp_path / "other.png").write_text("other")
+    (tmp_path / "link.png").symlink_to("photo.png")
+    (tmp_path / "chain.png").symlink_to("link.png")
+    (tmp_path / "folder").symlink_to(tmp_path)
+    os.link(tmp_path / "photo.png", tmp_path / "twin.png")
+    return tmp_path
 
 
-def test_a_killed_run_frees_its_folder_and_its_half_written_files_go(tmp_path):
-    killed(
-        "with folder_lock(Path(sys.argv[1])), atomic_write(Path(sys.argv[1], 'a.json')) as partial:\n"
-        "    partial.touch()\n"
-        "    os.kill(os.getpid(), signal.SIGKILL)",
-        tmp_path,
-    )
-    (tmp_path / "mine.partial").touch()
-    assert len(names(tmp_path)) == 3
-    with folder_lock(tmp_path), atomic_write(tmp_path / "a.json") as partial:
-        partial.touch()
-    assert names(tmp_path) == [".iclip-hf.lock", "a.json", "mine.partial"]
-
-
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-def test_the_workers_of_a_killed_run_do_not_keep_its_folder(tmp_path):
-    killed(
-        "with folder_lock(Path(sys.argv[1])):\n"
-        "    if os.fork() == 0:\n"
-        "        os.closerange(0, 3)\n"
-        "        import time\n"
-        "        time.sleep(10)\n"
-        "        os._exit(0)\n"
-        "    os.kill(os.getpid(), signal.SIGKILL)",
-        tmp_path,
-    )
-    with folder_lock(tmp_path):
-        pass
-
-
-def test_a_folder_that_cannot_be_claimed_is_an_error_of_writing(tmp_path):
-    (tmp_path / "file").touch()
-    with (
-        pytest.raises(OSError, match="file: writing failed .* check free space and permissions"),
-        folder_lock(tmp_path / "file"),
-    ):
-        pass
+# ---- which files are written ----
 
 
 @pytest.mark.parametrize(
-    ("build", "after"), [("atomic_folder(target)", "model"), ("build_once(target, die)", "another")]
+    "output", ["photo.png", "sub/../photo.png", "link.png", "chain.png", "twin.png", "folder/photo.png"]
 )
-def test_what_a_killed_run_was_building_goes_with_the_next(build, after, tmp_path):
-    target, own = tmp_path / "model", tmp_path / ".model-notes" / "partial"
-    own.mkdir(parents=True)
-    script = (
-        "target = Path(sys.argv[1])\n"
-        "def die(folder):\n"
-        "    (folder / 'weights').touch()\n"
-        "    (folder.parent / 'wheel').touch()\n"
-        "    os.kill(os.getpid(), signal.SIGKILL)\n"
-    )
-    script += "build_once(target, die)" if "once" in build else "with atomic_folder(target) as folder: die(folder)"
-    killed(script, target)
-    assert len(names(tmp_path)) == 2
-    with atomic_folder(tmp_path / after) as folder:
-        (folder / "weights").touch()
-    assert names(tmp_path) == [".model-notes", after] and own.is_dir()
-    assert names(tmp_path / after) == ["weights"]
+@pytest.mark.parametrize("read", ["photo.png", "link.png", "twin.png"])
+def test_an_input_is_no_output_by_any_name(folder, output, read):
+    for named, chosen in (([folder / output], []), ([], [folder / output])):
+        with pytest.raises(FileExistsError, match=f"{Path(output).name}: this output is the same file as"):
+            check_outputs(named, [None, folder / read], overwrite=True, chosen=chosen)
 
 
-def test_a_folder_is_searched_for_left_overs_once(tmp_path, monkeypatch):
-    """Else the time of many files would grow with the square of their number."""
-    searched, glob = [], Path.glob
-    monkeypatch.setattr(Path, "glob", lambda path, pattern: searched.append(path) or glob(path, pattern))
-    for number in range(3):
-        with atomic_write(tmp_path / str(number)) as partial:
-            partial.touch()
-        with atomic_folder(tmp_path / f"folder{number}"):
-            pass
-    assert searched == [tmp_path]
+def test_two_outputs_are_two_files(folder):
+    for pair in (["photo.png", "twin.png"], ["new.png", "sub/../new.png"], ["new.png", "NEW.png"]):
+        with pytest.raises(FileExistsError, match="same file as"):
+            check_outputs([folder / name for name in pair])
+        with pytest.raises(FileExistsError, match="same file as"):
+            check_outputs([folder / pair[0]], overwrite=True, chosen=[folder / pair[1]])
 
 
-@pytest.mark.parametrize(("machine", "hours", "goes"), [("another", 1, False), ("another", 30, True), (None, 1, True)])
-def test_what_another_machine_is_building_stays_for_a_day(machine, hours, goes, tmp_path):
-    """Locks may not reach it."""
-    held = tmp_path / ".a.iclip-hf.partial" / ".iclip-hf.held"
-    held.parent.mkdir()
-    held.write_text(machine or platform.node())
-    os.utime(held, (time.time() - 3600 * hours,) * 2)
-    with atomic_write(tmp_path / "b") as partial:
-        partial.touch()
-    assert held.exists() != goes
+def test_a_named_file_may_exist_and_a_chosen_one_needs_overwrite(folder):
+    check_outputs([folder / "photo.png"], [folder / "other.png"])
+    (folder / "dangling.png").symlink_to("nowhere.png")
+    for name in ("photo.png", "link.png", "dangling.png"):
+        with pytest.raises(FileExistsError, match=f"{name}: this file exists; .* --overwrite"):
+            check_outputs([], [], chosen=[folder / "new.png", folder / name])
+        check_outputs([], [], overwrite=True, chosen=[folder / "new.png", folder / name])
 
 
-def test_what_another_user_is_building_stops_nobody(tmp_path, monkeypatch):
-    def refuse(path, *arguments, **options):
-        raise PermissionError(13, "Permission denied")
-
-    (tmp_path / ".a.iclip-hf.partial").mkdir()
-    monkeypatch.setattr(Path, "read_text", refuse)
-    with atomic_write(tmp_path / "b") as partial:
-        partial.touch()
-    assert names(tmp_path) == [".a.iclip-hf.partial", "b"]
-
-
-def test_what_a_run_leaves_that_is_killed_when_all_is_built_goes_too(tmp_path):
-    killed(
-        "with atomic_folder(sys.argv[1]) as folder:\n"
-        "    (folder / 'weights').touch()\n"
-        "    replace = os.replace\n"
-        "    os.replace = lambda *paths: (replace(*paths), os.kill(os.getpid(), signal.SIGKILL))",
-        tmp_path / "model",
-    )
-    assert len(names(tmp_path)) == 2
-    with pytest.raises(FileExistsError), atomic_folder(tmp_path / "model"):
-        pass
-    assert names(tmp_path) == ["model"]
+def test_what_is_no_file_is_no_output(folder):
+    os.mkfifo(folder / "pipe")
+    for output in (folder / "sub", folder / "pipe", "/dev/null"):
+        with pytest.raises(FileExistsError, match="a folder or a device"):
+            check_outputs([output])
+    for output in (folder / "photo.png" / "a.png", folder / "photo.png" / "b" / "a.png"):
+        with pytest.raises(PermissionError, match=r"photo\.png is not a folder that can be written"):
+            check_outputs([output])
 
 
-def test_a_file_that_a_killed_run_was_writing_goes_with_the_next(tmp_path):
-    file = tmp_path / "a.json"
-    killed(
-        "with new_file(sys.argv[1]) as partial:\n    partial.touch()\n    os.kill(os.getpid(), signal.SIGKILL)", file
-    )
-    assert len(names(tmp_path)) == 1 and not file.exists()
-    with new_file(tmp_path / "b.json") as other, new_file(file) as partial:
-        assert len(names(tmp_path)) == 2  # of the living runs
-        for path in (other, partial):
-            path.write_text("whole")
-    assert names(tmp_path) == ["a.json", "b.json"] and file.read_text() == "whole"
+def test_a_folder_that_cannot_be_written_is_told_before_the_work(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "access", lambda place, mode: Path(place) != tmp_path)  # root may write everywhere
+    (tmp_path / "link.json").symlink_to(tmp_path / "new" / "a.json")
+    for output in (tmp_path / "a.json", tmp_path / "new" / "a.json", tmp_path / "link.json"):
+        with pytest.raises(PermissionError, match="is not a folder that can be written"):
+            check_outputs([output])
 
 
-def test_a_file_that_appears_meanwhile_stays(tmp_path):
+def test_files_into_a_clone(tmp_path):
+    (tmp_path / "README.md").write_text("mine")
+    with pytest.raises(FileExistsError, match=r"README\.md"):
+        write_files(tmp_path, {"app.py": b"app", "README.md": b"card"})
+    assert names(tmp_path) == ["README.md"] and (tmp_path / "README.md").read_text() == "mine"
+    write_files(tmp_path, {"app.py": b"app", "sub/README.md": b"card"})
+    write_files(tmp_path, {"README.md": b"card"}, overwrite=True)
+    assert (tmp_path / "README.md").read_text() == (tmp_path / "sub" / "README.md").read_text() == "card"
+
+
+def test_a_folder_is_new_or_empty_or_has_the_state_file(tmp_path):
+    folder = tmp_path / "run"
+    check_new_folder(folder)
+    with folder_lock(folder):
+        check_new_folder(folder, ".state")  # a run that was killed when it began left a lock
+    (folder / "notes.txt").touch()
+    for state_file in (None, ".state"):
+        with pytest.raises(FileExistsError, match=r"run: this folder holds other files, such as notes\.txt"):
+            check_new_folder(folder, state_file)
+    (folder / ".state").touch()
+    check_new_folder(folder, ".state")
+    with pytest.raises(FileExistsError):
+        check_new_folder(folder, ".state-of-another-command")
+    with pytest.raises(NotADirectoryError):
+        check_new_folder(folder / "notes.txt")
+    with pytest.raises(ValueError, match="not UTF-8"):
+        check_new_folder(tmp_path / "caf\udce9")
+
+
+# ---- whole files ----
+
+
+def test_a_link_stays_one_and_a_hard_link_keeps_its_content(folder):
+    for name in ("chain.png", "twin.png"):
+        with atomic_write(folder / name) as temporary:
+            temporary.write_text("new")
+            assert (folder / name).read_text() == "input"
+        assert (folder / name).read_text() == "new"
+        if name == "chain.png":
+            assert os.readlink(folder / "chain.png") == "link.png" and (folder / "photo.png").read_text() == "new"
+            assert (folder / "twin.png").read_text() == "input"
+
+
+def test_an_error_leaves_the_file_that_was_there(folder):
+    before = names(folder)
+    with pytest.raises(KeyError), atomic_write(folder / "photo.png") as temporary:
+        temporary.write_text("half")
+        raise KeyError
     with (
-        pytest.raises(FileExistsError, match=r"^\S+a.json: expected a new file"),
-        new_file(tmp_path / "a.json") as partial,
+        pytest.raises(OSError, match=r"photo\.png: writing failed .*No space left"),
+        atomic_write(folder / "photo.png"),
     ):
-        partial.write_text("of the run")
-        (tmp_path / "a.json").write_text("mine")
-    assert names(tmp_path) == ["a.json"] and (tmp_path / "a.json").read_text() == "mine"
+        raise OSError(errno.ENOSPC, "No space left")
+    with (
+        pytest.raises(OSError, match=r"a\.png: writing failed"),
+        atomic_write(folder / "photo.png" / "a.png"),
+    ):
+        pass
+    assert names(folder) == before and (folder / "photo.png").read_text() == "input"
 
 
-def test_an_empty_folder_stays_the_same_folder(tmp_path):
-    """It may be a mount point, or the one that a shell is in."""
+def test_a_run_that_is_killed_before_the_renaming_leaves_the_file_that_was_there(tmp_path):
+    file = tmp_path / "a.json"
+    file.write_text("earlier")
+    script = "with atomic_write(sys.argv[1]) as temporary:\n    temporary.write_text('new')\n    {}\n"
+    killed(script.format("os.kill(os.getpid(), signal.SIGKILL)"), file)
+    killed(script.format("os.replace = lambda *paths: os.kill(os.getpid(), signal.SIGKILL)"), file)
+    assert file.read_text() == "earlier"
+    left = [name for name in names(tmp_path) if name != "a.json"]
+    assert len(left) == 2 and all(name.startswith(".a.json.") and name.endswith(".partial") for name in left)
+    with atomic_write(file) as temporary:
+        temporary.write_text("new")
+    assert file.read_text() == "new" and len(names(tmp_path)) == 3  # nothing is deleted that this run did not make
+
+
+def test_two_processes_write_one_file(tmp_path):
+    with atomic_write(tmp_path / "a") as one, atomic_write(tmp_path / "a") as other:
+        one.write_text("one")
+        other.write_text("other")
+    assert (tmp_path / "a").read_text() == "one" and names(tmp_path) == ["a"]
+
+
+def test_a_name_as_long_as_file_systems_allow(tmp_path):
+    path = tmp_path / ("é" * 125 + ".json")  # 255 bytes
+    with atomic_write(path) as temporary:
+        temporary.write_text("whole")
+        assert len(names(tmp_path)) == 1
+    assert names(tmp_path) == [path.name] and path.read_text() == "whole"
+
+
+@pytest.mark.parametrize("way", ["file", "new folder", "empty folder"])
+def test_files_have_the_mode_of_any_new_file(way, tmp_path):
+    """Only their owner can read what safetensors writes."""
+    if way == "file":
+        with atomic_write(tmp_path / "a") as temporary:
+            temporary.chmod(0o600)
+        written = tmp_path / "a"
+    else:
+        folder = tmp_path / "model"
+        folder.mkdir() if way == "empty folder" else None
+        with atomic_folder(folder) as built:
+            (built / "sub").mkdir()
+            (built / "sub" / "a").touch(0o600)
+        written = folder / "sub" / "a"
+        assert folder.stat().st_mode == (folder / "sub").stat().st_mode
+    (tmp_path / "usual").touch()
+    assert written.stat().st_mode == (tmp_path / "usual").stat().st_mode
+
+
+# ---- whole folders ----
+
+
+@pytest.mark.parametrize("exists", [False, True])
+def test_a_folder_appears_whole_or_not_at_all(tmp_path, exists):
     folder = tmp_path / "model"
-    folder.mkdir()
-    killed("with atomic_folder(sys.argv[1]) as built: os.kill(os.getpid(), signal.SIGKILL)", folder)
-    before = folder.stat()
+    folder.mkdir() if exists else None
+    before = folder.stat() if exists else None
+    with pytest.raises(KeyError), atomic_folder(folder) as built:
+        (built / "weights").touch()
+        raise KeyError
+    assert names(tmp_path) == ["model"] * exists
     with atomic_folder(folder) as built:
         (built / "code").mkdir()
         (built / "code" / "weights").touch()
-    assert os.path.samestat(before, folder.stat())
+        assert built.name == "model" and (not exists or names(folder) == [built.parent.name])
     assert names(tmp_path) == ["model"] and names(folder) == ["code"] and names(folder / "code") == ["weights"]
+    # It may be a mount point, or the one that a shell is in.
+    assert not exists or os.path.samestat(before, folder.stat())
+    with pytest.raises(FileExistsError, match="model: this folder holds other files"), atomic_folder(folder):
+        pass
 
 
-def test_what_comes_into_an_empty_folder_meanwhile_stays(tmp_path):
-    with pytest.raises(FileExistsError), atomic_folder(tmp_path) as built:
+def test_a_folder_that_was_filled_meanwhile_stays(tmp_path):
+    with pytest.raises(OSError, match="model"), atomic_folder(tmp_path / "model") as built:
         (built / "notes").write_text("of the run")
-        (tmp_path / "notes").write_text("mine")
-    assert names(tmp_path) == ["notes"] and (tmp_path / "notes").read_text() == "mine"
+        (tmp_path / "model").mkdir()
+        (tmp_path / "model" / "notes").write_text("mine")
+    assert names(tmp_path) == ["model"] and (tmp_path / "model" / "notes").read_text() == "mine"
 
 
-def test_what_a_living_run_builds_stays(tmp_path):
+def test_of_two_runs_that_build_a_model_the_first_wins(tmp_path):
     def whole(folder):
         for name in ("model.safetensors", "config.json"):
-            (folder / name).touch()
+            (folder / name).write_text("first")
 
-    with (
-        pytest.raises(FileExistsError, match="expected a new or empty folder"),
-        atomic_folder(tmp_path / "model") as slow,
-    ):
-        whole(slow)
+    def slow(folder):
         build_once(tmp_path / "model", whole)
-        assert names(slow) == ["config.json", "model.safetensors"]
-    assert names(tmp_path) == ["model"]
+        (folder / "config.json").write_text("second")
+
+    assert build_once(tmp_path / "model", slow) == tmp_path / "model"
+    assert names(tmp_path) == ["model"] and (tmp_path / "model" / "config.json").read_text() == "first"
+    (tmp_path / "model" / "config.json").unlink()
+    with pytest.raises(FileExistsError):
+        build_once(tmp_path / "model", whole)
+
+
+def test_a_killed_build_is_made_anew(tmp_path):
+    killed("build_once(Path(sys.argv[1]), lambda folder: os.kill(os.getpid(), signal.SIGKILL))", tmp_path / "model")
+    with atomic_folder(tmp_path / "model") as built:
+        (built / "weights").touch()
+    assert names(tmp_path / "model") == ["weights"] and len(names(tmp_path)) == 2
 
 
 def test_a_full_disk_is_told_and_what_is_no_matter_of_writing_stays_as_it_is(tmp_path):
@@ -218,35 +265,38 @@ def test_a_full_disk_is_told_and_what_is_no_matter_of_writing_stays_as_it_is(tmp
     assert names(tmp_path) == []
 
 
-def test_a_folder_that_cannot_be_written_is_told_before_the_work(tmp_path, monkeypatch):
-    monkeypatch.setattr(os, "access", lambda place, mode: Path(place) != tmp_path)  # root may write everywhere
-    (tmp_path / "link.json").symlink_to(tmp_path / "new" / "a.json")
-    for output in (tmp_path / "a.json", tmp_path / "new" / "a.json", tmp_path / "link.json"):
-        with pytest.raises(PermissionError, match="expected a folder that can be written"):
-            check_outputs([output])
+# ---- one run at a time ----
 
 
-def test_a_name_as_long_as_file_systems_allow(tmp_path):
-    path = tmp_path / ("é" * 125 + ".json")  # 255 bytes
-    with atomic_write(path) as partial:
-        partial.write_text("whole")
-        assert len(names(tmp_path)) == 1
-    assert names(tmp_path) == [path.name] and path.read_text() == "whole"
+def test_a_folder_is_of_one_run_until_it_ends(tmp_path):
+    folder = tmp_path / "new" / "runs"
+    for _ in range(2):
+        with (
+            folder_lock(folder),
+            pytest.raises(BlockingIOError, match="runs: another run is writing here"),
+            folder_lock(folder),
+        ):
+            pass
+    with pytest.raises(KeyError), folder_lock(folder):
+        raise KeyError
+    with folder_lock(folder):
+        pass
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError, match="file: writing failed"), folder_lock(tmp_path / "file"):
+        pass
 
 
-@pytest.mark.parametrize("way", ["file", "named file", "new folder", "empty folder"])
-def test_files_have_the_mode_of_any_new_file(way, tmp_path):
-    """Only their owner can read what safetensors writes."""
-    if way.endswith("file"):
-        with (new_file if way == "named file" else atomic_write)(tmp_path / "a") as partial:
-            partial.touch(0o600)
-        written = tmp_path / "a"
-    else:
-        folder = tmp_path / "model"
-        folder.mkdir() if way == "empty folder" else None
-        with atomic_folder(folder) as built:
-            (built / "sub").mkdir()
-            (built / "sub" / "a").touch(0o600)
-        written = folder / "sub" / "a"
-    (tmp_path / "usual").touch()
-    assert written.stat().st_mode == (tmp_path / "usual").stat().st_mode
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_killed_run_frees_its_folder_although_its_workers_live(tmp_path):
+    killed(
+        "with folder_lock(Path(sys.argv[1])):\n"
+        "    if os.fork() == 0:\n"
+        "        os.closerange(0, 3)\n"
+        "        import time\n"
+        "        time.sleep(10)\n"
+        "        os._exit(0)\n"
+        "    os.kill(os.getpid(), signal.SIGKILL)",
+        tmp_path,
+    )
+    with folder_lock(tmp_path):
+        pass

@@ -257,7 +257,7 @@ def test_export_takes_a_new_folder_only_and_leaves_nothing_half_written(source, 
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "file").write_text("mine")
     assert cli.main(["export", str(source / "model"), str(tmp_path / "full")]) == 2
-    assert "expected a new or empty folder" in capsys.readouterr().err
+    assert "full: this folder holds other files" in capsys.readouterr().err
     assert cli.main(["export", str(tmp_path / "nowhere"), str(tmp_path / "a")]) == 2
     assert "nowhere: expected a folder or a Hub id" in capsys.readouterr().err
     tiny_model().vision_model.save_pretrained(tmp_path / "vit")

@@ -81,24 +81,45 @@ def test_what_changes_a_number_counts(saved, tmp_path, change):
     assert changed(before, identity(*model)) == [part] == changed_model(before, *model)
 
 
-def test_dtype_and_software_count(saved, monkeypatch):
+def test_dtype_counts_and_versions_do_not(saved, monkeypatch):
     model, processor = load_pretrained(saved)
     before, rounded = identity(model, processor), load_pretrained(saved, dtype="bfloat16")
     assert changed(before, identity(*rounded)) == ["dtype", "weights"]
     assert identity(model, processor, torch.bfloat16)["weights"] == identity(*rounded)["weights"]
     assert changed_model(identity(*rounded), model, processor) == []  # measured in bfloat16
     assert changed_model(before, *rounded) == ["weights"]  # measured in more
-    for name, now, counts in (
-        ("iclip-hf", "99.1.1", True),
-        ("torch", "99.1.0", True),
-        ("transformers", "99.1.0", True),
-        ("torch", module.version("torch").split("+")[0] + ".post1+cu999", False),
+    monkeypatch.setattr(module, "version", lambda package: "99.1.0")
+    assert changed(before, identity(model, processor)) == [] == changed_model(before, model, processor)
+    assert module.software() == "iclip-hf 99.1.0, torch 99.1, transformers 99.1"
+
+
+class OnDisk:
+    """An ONNX folder, without a runtime for its graphs."""
+
+    dtype = torch.float32
+
+    def __init__(self, folder: Path):
+        self.folder, self.config = folder, tiny_model().config
+
+
+def test_all_weights_of_an_onnx_folder_count(tmp_path, tiny_processor):
+    """Graphs may name files of any name that hold their weights."""
+    folder = tmp_path / "model"
+    for file in ("vision_model.onnx", "text_model.onnx", "weights.bin", "data/more", "config.json", "README.md"):
+        (folder / file).parent.mkdir(parents=True, exist_ok=True)
+        (folder / file).write_text(file)
+    before = identity(OnDisk(folder), tiny_processor)
+    for file, parts in (
+        ("text_model.onnx", ["weights"]),
+        ("weights.bin", ["weights"]),
+        ("data/more", ["weights"]),
+        ("README.md", []),
+        (".cache/huggingface/download.lock", []),
     ):
-        with monkeypatch.context() as patch:
-            versions = {one: module.version(one) for one in ("iclip-hf", "torch", "transformers")}
-            patch.setattr(module, "version", {**versions, name: now}.get)
-            assert changed(before, identity(model, processor)) == ["software"] * counts
-            assert changed_model(before, model, processor) == []
+        shutil.copytree(folder, tmp_path / file)
+        (tmp_path / file / file).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / file / file).write_text("else")
+        assert changed(before, identity(OnDisk(tmp_path / file), tiny_processor)) == parts
 
 
 @pytest.mark.parametrize("text", TEXT)

@@ -1,5 +1,6 @@
 """images.py: every readable image becomes upright 8-bit RGB, every other one a clear error."""
 
+import base64
 import io
 import os
 import subprocess
@@ -211,3 +212,14 @@ def test_the_death_of_a_worker_is_no_damaged_image(photo, monkeypatch):
     monkeypatch.setattr(Image, "open", interrupted)
     with pytest.raises(RuntimeError, match="worker"):
         load_image(encoded(photo))
+
+
+def test_a_missing_path_of_letters_that_base64_has_is_a_missing_file(photo):
+    for path in ("data/dog", "photos/2024/dogs/rex0"):
+        with pytest.raises(FileNotFoundError, match=path):
+            read_image(path)
+    text = base64.b64encode(encoded(photo)).decode()
+    for form in (text, f"data:image/png;base64,{text}", "\n".join([text[:60], text[60:]])):
+        np.testing.assert_array_equal(np.asarray(read_image(form)), np.asarray(photo))
+    with pytest.raises(ValueError, match="data:image/png"):
+        read_image("data:image/png;base64,bm8gaW1hZ2U=")

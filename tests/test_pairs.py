@@ -462,7 +462,23 @@ def test_fingerprint_is_of_content(tmp_path):
         os.utime(file, ns=(stat.st_atime_ns, stat.st_mtime_ns))
         assert file.stat().st_size == stat.st_size and load_pairs(source).fingerprint() != before
     moved = load_pairs(shard).fingerprint()
-    assert load_pairs(shard.rename(tmp_path / "elsewhere.tar")).fingerprint() == moved
+    assert load_pairs(shard.rename(tmp_path / shard.name)).fingerprint() == moved
+
+
+@pytest.mark.parametrize("binary", [pa.binary(), pa.large_binary(), pa.binary_view()])
+@pytest.mark.parametrize("text", [pa.string(), pa.large_string(), pa.string_view()])
+def test_fingerprint_is_of_images_that_rows_of_any_type_name(tmp_path, text, binary):
+    within = pa.struct([("bytes", binary), ("path", text)])
+    stored = [{"bytes": None, "path": "0.png"}, {"bytes": b"x", "path": "1.png"}, None]
+    for name, column in (("p", pa.array(["0.png", None, ""], text)), ("s", pa.array(stored, within))):
+        pq.write_table(pa.table({"image": column, "caption": ["a", "b", "c"]}), tmp_path / f"{name}.parquet")
+        seen = set()
+        for content in (b"one", b"two"):
+            (tmp_path / "0.png").write_bytes(content)
+            seen.add(load_pairs(tmp_path / f"{name}.parquet").fingerprint())
+        assert len(seen) == 2
+        (tmp_path / "1.png").write_bytes(b"of bytes that are in the row")
+        assert load_pairs(tmp_path / f"{name}.parquet").fingerprint() in seen
 
 
 # ---- bad pairs ----

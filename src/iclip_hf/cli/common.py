@@ -153,7 +153,7 @@ SHARED = {
     },
     "--overwrite": {
         "action": "store_true",
-        "help": "also replace files that iclip did not write; inputs are never replaced",
+        "help": "also replace files whose names iclip chose; inputs are never replaced",
     },
     "--json": {"action": "store_true", "help": "print JSON instead of text"},
 }
@@ -176,9 +176,7 @@ def add_refine(command: argparse.ArgumentParser, default: bool = False) -> None:
 
 def add_picture(command: argparse.ArgumentParser, default: str) -> None:
     """Adds the options of a command that writes one picture."""
-    command.add_argument(
-        "--output", type=Path, default=Path(default), metavar="FILE", help=f"picture to write (default: {default})"
-    )
+    command.add_argument("--output", type=Path, metavar="FILE", help=f"picture to write (default: {default})")
     add_shared(command, "--overwrite", "--dpi")
 
 
@@ -229,12 +227,14 @@ def check_file(path: Path, suffixes: tuple[str, ...]) -> None:
         )
 
 
-def check_output(options: argparse.Namespace, suffixes: tuple[str, ...], inputs: Iterable) -> None:
-    """Checks `--output`, before the model is loaded, by [`check_file`] and [`iclip_hf.utils.files.check_outputs`]."""
+def check_output(options: argparse.Namespace, name: str, suffixes: tuple[str, ...], inputs: Iterable) -> None:
+    """Sets `--output` to `name` if it is not given, and checks it before the model is loaded."""
     from ..utils.files import check_outputs
 
+    given = options.output is not None
+    options.output = options.output or Path(name)
     check_file(options.output, suffixes)
-    check_outputs([options.output], inputs, options.overwrite)
+    check_outputs([options.output] * given, inputs, options.overwrite, [options.output] * (not given))
 
 
 def check_folder(option: str, path: Path) -> None:
@@ -243,36 +243,20 @@ def check_folder(option: str, path: Path) -> None:
         raise ValueError(f"{option}: expected a folder, got the file name {path}: name a folder.")
 
 
-def save_figure(figure, path: Path, dpi: int = 120, overwrite: bool = False) -> None:
+def save_figure(figure, path: Path, dpi: int = 120) -> None:
     """Writes a PIL image, or a figure of matplotlib, in the format of the file name's suffix."""
     from PIL import Image
 
-    from ..utils.files import SOFTWARE, new_file
+    from ..utils.files import atomic_write
 
     form = path.suffix[1:].lower()
-    exif = {"exif": software_exif()}
-    with new_file(path, overwrite) as partial:
+    with atomic_write(path) as temporary:
         if not isinstance(figure, Image.Image):
-            vector = form in ("pdf", "svg")
-            own = {"metadata": {"Creator": SOFTWARE}} if vector else {"pil_kwargs": exif}
-            figure.savefig(partial, format=form, dpi=dpi, **own)
-        elif form == "pdf":
-            figure.save(partial, "PDF", quality=92, resolution=dpi, creator=SOFTWARE.encode())
-        else:
-            # Run lengths: the PNG of a photograph is as small as by the default compression, in a quarter of the time.
-            options = {"compress_type": zlib.Z_RLE} if form == "png" else {"quality": 92}
-            figure.save(partial, Image.registered_extensions()[f".{form}"], dpi=(dpi, dpi), **options, **exif)
-
-
-def software_exif():
-    """Returns the EXIF data of a picture that this program writes."""
-    from PIL import ExifTags, Image
-
-    from ..utils.files import SOFTWARE
-
-    exif = Image.Exif()
-    exif[ExifTags.Base.Software] = SOFTWARE
-    return exif
+            figure.savefig(temporary, format=form, dpi=dpi)
+            return
+        # Run lengths: the PNG of a photograph is as small as by the default compression, in a quarter of the time.
+        options = {"compress_type": zlib.Z_RLE} if form == "png" else {"quality": 92}
+        figure.save(temporary, Image.registered_extensions()[f".{form}"], dpi=(dpi, dpi), **options)
 
 
 def report_error(command: str, error: BaseException) -> None:

@@ -25,6 +25,9 @@ from .common import (
 from .pictures import presence_column
 
 
+_DEFAULT = "comparison.png"
+
+
 def add_options(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "image", metavar="IMAGE", help="image file, or with --dataset the name or path of one of its images"
@@ -47,12 +50,12 @@ def add_options(command: argparse.ArgumentParser) -> None:
     add_refine(command)
     truth = command.add_argument_group("ground truth", "a data set that contains IMAGE adds the masks of its classes")
     add_shared(truth, *DATASET)
-    add_picture(command, "comparison.png")
+    add_picture(command, _DEFAULT)
     add_shared(command, "--colormap", "--json")
 
 
 def run(options: argparse.Namespace) -> None:
-    check_output(options, PICTURES, [options.image, options.overrides])
+    check_output(options, _DEFAULT, PICTURES, [options.image, options.overrides])
     image, truths, templates = _open(options)
     texts = list(dict.fromkeys(options.texts or truths))
     if not texts:
@@ -82,7 +85,7 @@ def run(options: argparse.Namespace) -> None:
         notes = [f"{presence_word(present)} · score {score:.2f}" for score, present in figures.values()]
         titles.append(f"{text}\n{', '.join(notes)}")
     sheet = comparison_sheet(drawn, columns, titles, words, colormap=options.colormap, dpi=options.dpi)
-    save_figure(sheet, options.output, options.dpi, options.overwrite)
+    save_figure(sheet, options.output, options.dpi)
     if options.json:
         report = {"image": options.image, "picture": str(options.output), "texts": rows}
         echo(json.dumps(report, indent=2, ensure_ascii=False))
@@ -101,6 +104,7 @@ def _open(options: argparse.Namespace):
     """Returns the image, the mask of each text that is a class of the data set, if there is one, and the templates."""
     from ..data.segmentation import load_segmentation
     from ..images import load_image
+    from ..utils.files import check_outputs
 
     if (options.dataset is None) != (options.data_root is None):
         raise ValueError(
@@ -115,7 +119,7 @@ def _open(options: argparse.Namespace):
         raise ValueError(
             f"Expected IMAGE to be one of {options.data_root}, such as {dataset[0].name}, got {options.image}: name one of them."
         )
-    check_output(options, PICTURES, [sample.image_path, *dataset.annotation_paths])
+    check_outputs([options.output], [sample.image_path, *dataset.annotation_paths])
     ids = dict(zip(dataset.class_names, dataset.labels))
     texts = options.texts or [dataset.class_names[label - 1] for label in sample.labels]
     truths = {text: sample.mask(ids[text]) == ids[text] for text in texts if text in ids}

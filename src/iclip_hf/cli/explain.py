@@ -76,9 +76,9 @@ def _explain_images(options: argparse.Namespace) -> int:
 
         if picture is not None:
             sheet = draw(explanation, image, colormap=options.colormap, dpi=dpi)
-            save_figure(sheet, picture, dpi, options.overwrite)
+            save_figure(sheet, picture, dpi)
             if options.npz:
-                _save_arrays(explanation, _array_file(picture), options.overwrite)
+                _save_arrays(explanation, _array_file(picture))
         return explanation.to_dict()
 
     beside = _array_file if options.npz else None
@@ -123,15 +123,13 @@ def _array_file(picture: Path) -> Path:
     return picture.with_suffix(".npz")
 
 
-def _save_arrays(explanation, path: Path, overwrite: bool) -> None:
-    import zipfile
-
+def _save_arrays(explanation, path: Path) -> None:
     import numpy as np
 
-    from ..utils.files import SOFTWARE, new_file
+    from ..utils.files import atomic_write
 
     # An open file, because numpy would add a suffix to a file name.
-    with new_file(path, overwrite) as partial, partial.open("w+b") as file:
+    with atomic_write(path) as temporary, temporary.open("wb") as file:
         np.savez_compressed(
             file,
             texts=explanation.labels,
@@ -140,8 +138,6 @@ def _save_arrays(explanation, path: Path, overwrite: bool) -> None:
             raw_maps=explanation.raw_maps.numpy(),
             masks=np.stack([explanation.mask(index) for index in range(len(explanation.labels))]),
         )
-        with zipfile.ZipFile(file, "a") as archive:
-            archive.comment = SOFTWARE.encode()
 
 
 def _describe(row: dict) -> str:

@@ -47,9 +47,9 @@ def add_source_options(command: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
-    from ..utils.files import check_empty
+    from ..utils.files import check_new_folder
 
-    check_empty(options.directory)
+    check_new_folder(options.directory)
     kind, _, weights = options.format.partition("-")
     if options.vendor and kind != "web":
         raise ValueError(f"--vendor applies to --format web, but got {options.format}: leave it out.")

@@ -23,10 +23,10 @@ def add_options(command: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> None:
     from ..hub.configs import config_folder
-    from ..utils.files import check_empty
+    from ..utils.files import check_new_folder
 
     config_folder(options.config)  # both before torch is loaded
-    check_empty(options.output)
+    check_new_folder(options.output)
     from ..hub.folders import init_model
 
     silence_transformers()

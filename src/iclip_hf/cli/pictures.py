@@ -30,8 +30,6 @@ from .common import (
 )
 
 
-# Bytes of a picture's name without its suffix, of the 255 that file systems allow.
-_LONGEST = 251
 _BAR_DELAY = 2  # seconds after which the progress bar appears
 
 
@@ -117,7 +115,8 @@ def _pictures_to_write(
             print(f"iclip {options.command}: {one_line(error)}", file=sys.stderr)
     if not found:
         return []
-    if len(options.images) == 1:
+    one = len(options.images) == 1
+    if one:
         pictures = [options.output or Path(f"{name}.png")]
         check_file(pictures[0], PICTURES)
     else:
@@ -125,24 +124,22 @@ def _pictures_to_write(
         check_folder("--output", output)
         pictures = [output / file for file in _file_names(options.images)]
     if options.json and options.output is None and not options.npz:
-        written, pictures = [], [None] * len(pictures)
+        pictures = [None] * len(pictures)
     else:
-        written = [*pictures, *map(beside, pictures)] if beside else pictures
-    thresholds = [options.threshold] if isinstance(options.threshold, Path) else []
-    check_outputs(written, [*options.images, *thresholds], options.overwrite)
+        named = pictures if one and options.output else []
+        chosen = [*([] if named else pictures), *(map(beside, pictures) if beside else ())]
+        thresholds = [options.threshold] if isinstance(options.threshold, Path) else []
+        check_outputs(named, [*options.images, *thresholds], options.overwrite, chosen)
     return [(image, picture) for image, picture in zip(options.images, pictures) if image in found]
 
 
 def _file_names(images: Sequence[str]) -> list[str]:
     """Returns a unique name for each picture, because a/dog.jpg and b/dog.jpg must not write the same file."""
-    from ..utils.files import short_name
-
     taken = {}
     for stem in (Path(image).stem for image in images):
-        name, number = short_name(stem, _LONGEST), 2
+        name, number = stem, 2
         while name.casefold() in taken:  # file systems may not tell upper from lower case
-            mark = f"-{number}"
-            name, number = short_name(stem, _LONGEST - len(mark)) + mark, number + 1
+            name, number = f"{stem}-{number}", number + 1
         taken[name.casefold()] = f"{name}.png"
     return list(taken.values())
 

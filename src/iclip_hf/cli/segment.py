@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 from ..presence import ABSENT, presence_word
-from .common import printable, save_figure, share, software_exif, texts
+from .common import printable, save_figure, share, texts
 from .pictures import add_image_options, explain_files
 
 
@@ -75,8 +75,8 @@ def run(options: argparse.Namespace) -> int:
         if picture is None:
             return entry
         label_file = _label_file(picture)
-        save_figure(label_sheet(image, labels, options.texts, words, dpi=dpi), picture, dpi, options.overwrite)
-        _save_labels(labels, len(options.texts), label_file, options.overwrite)
+        save_figure(label_sheet(image, labels, options.texts, words, dpi=dpi), picture, dpi)
+        _save_labels(labels, len(options.texts), label_file)
         return {"labels": str(label_file), **entry}
 
     def describe(row: dict) -> str:
@@ -89,7 +89,7 @@ def _label_file(picture: Path) -> Path:
     return picture.parent / "labels" / f"{picture.stem}.png"
 
 
-def _save_labels(labels, num_texts: int, path: Path, overwrite: bool = False) -> None:
+def _save_labels(labels, num_texts: int, path: Path) -> None:
     """
     Writes a label map as a PNG: 0 is background, and id i the i-th text. Up to 254 texts have 8 bits and a palette, more have 16 bits.
     So the highest value, with which other programs mark void pixels, is never an id.
@@ -98,11 +98,11 @@ def _save_labels(labels, num_texts: int, path: Path, overwrite: bool = False) ->
     from PIL import Image
 
     from ..figures.colors import label_colors
-    from ..utils.files import new_file
+    from ..utils.files import atomic_write
 
     few = num_texts < 255
     image = Image.fromarray((labels + 1).astype(np.uint8 if few else np.uint16))
     if few:
         image.putpalette(label_colors(256).tobytes())
-    with new_file(path, overwrite) as partial:
-        image.save(partial, format="PNG", exif=software_exif())
+    with atomic_write(path) as temporary:
+        image.save(temporary, format="PNG")

@@ -9,7 +9,6 @@ type: 255 of uint8, or 65535 of uint16, which more than 254 classes need.
 from __future__ import annotations
 
 import copy
-import hashlib
 import json
 import os
 import reprlib
@@ -292,14 +291,10 @@ class SegmentationDataset(Sequence):
 
     def fingerprint(self) -> str:
         """
-        Returns a digest, 16 hex digits, over names and content of the images and the content of the annotations. The first call reads
-        the files; later ones only after a change.
+        Returns a digest, 16 hex digits, over names and content of images and annotations. The first call reads the files; later ones
+        only after a change.
         """
-        images = [sample.image_path for sample in self._samples]
-        digest = hashlib.sha256(content_digest([*images, *self.annotation_paths]).encode())
-        for path in images:
-            digest.update(os.fsencode(f"{path.name}\0"))
-        return digest.hexdigest()[:16]
+        return content_digest([*(sample.image_path for sample in self._samples), *self.annotation_paths])
 
 
 def load_segmentation(

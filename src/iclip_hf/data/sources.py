@@ -150,7 +150,7 @@ class Source:
         return [self.path]
 
     def fingerprint(self, ranges: np.ndarray) -> str:
-        """Returns a digest over the content of the source and of the image files that it names."""
+        """Returns a digest over names and content of the source and of the image files that it names."""
         return content_digest([*self.files(), *filter(None, self.image_files(ranges))])
 
 
@@ -360,12 +360,8 @@ class ClassFolders(Source):
         label = " ".join(image.parent.name.replace("_", " ").split())
         return RawPair(image, None, {"caption": CLASS_CAPTION.format(label)}, f"{image.parent.name}/{image.name}")
 
-    def files(self) -> list[str | Path]:
-        return []
-
     def fingerprint(self, ranges: np.ndarray) -> str:
-        names = "\0".join(file.parent.name for file in self._images)
-        return hashlib.sha256(names.encode(errors="surrogateescape")).hexdigest() + super().fingerprint(ranges)
+        return content_digest(self.image_files(ranges), self.path)  # names are those of the classes
 
 
 class ArrowRows(Source):
@@ -423,11 +419,16 @@ class ArrowRows(Source):
         import pyarrow as pa
         import pyarrow.compute as pc
 
+        def plain(values: pa.ChunkedArray) -> pa.ChunkedArray:  # few functions of pyarrow know views
+            views = {pa.string_view(): pa.large_string(), pa.binary_view(): pa.large_binary()}
+            return values.cast(views.get(values.type, values.type))
+
         # Of images within the rows, only lengths are read.
         column = self._rows.select_columns([self._image_column]).with_format("arrow")[:][self._image_column]
         if pa.types.is_struct(column.type):
-            within = pc.greater(pc.binary_length(pc.struct_field(column, "bytes")), 0)
-            column = pc.if_else(pc.fill_null(within, False), None, pc.struct_field(column, "path"))
+            within = pc.greater(pc.binary_length(plain(pc.struct_field(column, "bytes"))), 0)
+            column = pc.if_else(pc.fill_null(within, False), None, plain(pc.struct_field(column, "path")))
+        column = plain(column)
         if not (pa.types.is_string(column.type) or pa.types.is_large_string(column.type)):
             return [None] * len(ranges)
         return [self._file(name) if name else None for name in column.take(ranges[:, 0]).to_pylist()]

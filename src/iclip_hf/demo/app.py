@@ -27,7 +27,7 @@ from ..models.loading import load
 from ..presence import presence_word
 from ..prompts import split_texts
 from ..utils.extras import require_extra
-from ..utils.files import write_beside_others
+from ..utils.files import write_files
 from .content import EXAMPLES, INTRODUCTION, MAX_CHARACTERS, MAX_TEXTS, SPACE, beside, example_files, look, view_size
 
 
@@ -342,7 +342,7 @@ def export_space(folder: Path, model: str = "embedded", overwrite: bool = False)
         "app.py": _SPACE_APP.format(model=model),
         "requirements.txt": f"iclip-hf[demo]=={__version__}\n",
     }
-    write_beside_others(folder, {name: text.encode() for name, text in files.items()}, overwrite)
+    write_files(folder, {name: text.encode() for name, text in files.items()}, overwrite)
 
 
 @contextlib.asynccontextmanager

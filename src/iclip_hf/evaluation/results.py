@@ -7,12 +7,11 @@ import io
 import json
 import math
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 
-from ..utils.files import SOFTWARE, check_outputs, is_own, new_file
+from ..utils.files import atomic_write, check_outputs
 
 
 # The scores of the measure `presence` in its table: for each its heading and number of digits.
@@ -71,44 +70,36 @@ class EvaluationResult:
         return "\n".join(lines)
 
     def to_json(self) -> str:
-        """Returns all attributes but the table as JSON text, and the name of this software."""
-        values = {"software": SOFTWARE, **asdict(self)}
+        """Returns all attributes but the table as JSON text."""
+        values = asdict(self)
         del values["columns"]
         return json.dumps(values, indent=2, allow_nan=False) + "\n"
 
     def per_class_csv(self) -> str:
         """Returns `per_class` as CSV text, with a row for each method and class."""
-        return _csv(self.per_class)
+        text = io.StringIO()
+        rows = [{"method": method, **row} for method, rows in self.per_class.items() for row in rows]
+        writer = csv.DictWriter(text, dict.fromkeys(name for row in rows for name in row))
+        writer.writeheader()
+        writer.writerows(rows)
+        return text.getvalue()
 
     def save(self, path: str | Path, overwrite: bool = False) -> tuple[Path, Path]:
         """
-        Writes `path` (JSON) and, beside it, the scores of the classes as `.csv`, each atomically, and returns both paths. Replaces those of
-        another result. Raises `FileExistsError` if a file exists that holds no result, unless `overwrite`.
+        Writes `path` (JSON) and, beside it, the scores of the classes as `.csv`, each atomically, and returns both paths. Raises
+        `FileExistsError` if the `.csv` file exists, unless `overwrite`.
         """
         path, table = Path(path), Path(path).with_suffix(".csv")
         check_files(path, overwrite=overwrite)
-        # A table is known by its result. So both are whole before one is replaced, and a killed run leaves no table of another result.
-        with new_file(table, overwrite, partial(_is_own, result=path)) as rows, new_file(path, overwrite) as result:
+        with atomic_write(table) as rows, atomic_write(path) as result:  # both are whole before one is replaced
             result.write_text(self.to_json(), encoding="utf-8")
             rows.write_text(self.per_class_csv(), encoding="utf-8")
-            Path(os.path.realpath(table)).unlink(missing_ok=True)
         return path, table
 
 
 def check_files(path: str | Path, inputs: Iterable[str | os.PathLike | None] = (), overwrite: bool = False) -> None:
     """Checks the files of [`EvaluationResult.save`] as [`iclip_hf.utils.files.check_outputs`] does."""
-    own = partial(_is_own, result=Path(path))
-    check_outputs([path, Path(path).with_suffix(".csv")], inputs, overwrite, own)
-
-
-def _is_own(path: Path, result: Path) -> bool:
-    """Whether [`EvaluationResult.save`] wrote a file. A table has no place to say so, and must hold what the JSON file `result` holds."""
-    if path == result:
-        return is_own(path)
-    try:
-        return path.read_bytes() == _csv(read_results(result, "per_class")["per_class"]).encode()
-    except (OSError, ValueError, TypeError, AttributeError):
-        return False
+    check_outputs([path], inputs, overwrite, [Path(path).with_suffix(".csv")])
 
 
 def read_results(path: str | Path, *parts: str) -> dict:
@@ -160,15 +151,6 @@ def class_thresholds(path: str | Path, labels: Sequence[str], method: str = "its
     if outside := {label: found for label in labels if not 0 <= (found := thresholds[label]) <= 1}:
         raise ValueError(f"{path}: expected thresholds in [0, 1], but got {outside}; evaluate again.")
     return [thresholds[label] for label in labels]
-
-
-def _csv(per_class: Mapping[str, list[dict]]) -> str:
-    text = io.StringIO()
-    rows = [{"method": method, **row} for method, rows in per_class.items() for row in rows]
-    writer = csv.DictWriter(text, dict.fromkeys(name for row in rows for name in row))
-    writer.writeheader()
-    writer.writerows(rows)
-    return text.getvalue()
 
 
 def markdown(headings: list[str], rows: list[list[str]]) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections.abc import Sequence
@@ -21,7 +20,7 @@ from ..models.identity import changed
 from ..utils.digests import content_digest
 from ..utils.distributed import partner_errors, shared_folder_lock, this_process
 from ..utils.extras import require_extra
-from ..utils.files import atomic_write, check_utf8
+from ..utils.files import atomic_write, check_new_folder
 from ..utils.prefetch import prefetch_map, spare_processors
 from .localizer import ExplainedImage, Localizer
 
@@ -61,6 +60,10 @@ _FEATURES = Features(
 )
 
 
+# Settings of the explanations in a folder. Hidden, because `datasets` reads all visible files of a folder.
+STATE_FILE = ".iclip-explain.json"
+
+
 class ImageFolder:
     """The image files of a folder and its subfolders, ordered by name, without hidden ones."""
 
@@ -82,8 +85,7 @@ class ImageFolder:
 
     def fingerprint(self) -> str:
         """Returns 16 hex digits over the names and the content of the files, which the first call reads."""
-        names = "".join(f"{self._name(path)}\0" for path in self._paths)
-        return hashlib.sha256(os.fsencode(content_digest(self._paths) + names)).hexdigest()[:16]
+        return content_digest(self._paths, self.folder)
 
 
 def open_images(sources: Sequence[str | os.PathLike]) -> ImageFolder | PairDataset:
@@ -142,18 +144,21 @@ def explain_collection(
         `ValueError`: the folder contains files of other images or texts, another model or other options; or its path is not UTF-8.
         `OSError`: the folder cannot be written, another run is writing there, or another process of this run died.
     """
-    check_utf8(output)
+    check_new_folder(output, STATE_FILE)
     state = this_process("collections")
     parts = [range(len(images))[start : start + images_per_file] for start in range(0, len(images), images_per_file)]
     files = [output / f"explanations-{number:05d}-of-{len(parts):05d}.parquet" for number in range(len(parts))]
     with state.main_process_first():  # the first process caches the digests of the files for the others
         fingerprint = images.fingerprint()
     settings = {**localizer.settings, "images": fingerprint, "images_per_file": images_per_file}
+    described = output / STATE_FILE
     with shared_folder_lock(output, state):
-        for file in output.glob("explanations-*.parquet"):
-            if differing := changed(_metadata(file)["settings"], settings):
-                raise ValueError(f"{file}: made with other {', '.join(differing)}; choose another output folder.")
-
+        if described.exists() and (differing := changed(json.loads(described.read_text()), settings)):
+            raise ValueError(
+                f"{output}: this folder holds explanations of other {', '.join(differing)}; choose another output folder."
+            )
+        with atomic_write(described) as temporary:
+            temporary.write_text(json.dumps(settings))
         missing = [(part, file) for part, file in zip(parts, files) if not file.exists()]
         state.wait_for_everyone()  # before any process adds a file: all must share the same list
         mine = missing[state.process_index :: state.num_processes]
@@ -207,11 +212,6 @@ def _printable(name: str) -> str:
 def _metadata(file: Path) -> dict:
     """Returns the metadata of a file from `explain_collection`: settings and broken images."""
     try:
-        metadata = pq.read_schema(file).metadata or {}
+        return json.loads(pq.read_schema(file).metadata[b"iclip"])
     except pa.ArrowInvalid as error:
-        raise ValueError(f"{file}: damaged ({error}); delete it, then rerun to resume.") from error
-    try:
-        found = json.loads(metadata[b"iclip"])
-        return {"settings": dict(found["settings"]), "broken": list(found["broken"])}
-    except (ValueError, TypeError, KeyError, RecursionError):
-        raise ValueError(f"{file}: not written by this command; choose another output folder.") from None
+        raise ValueError(f"{file}: this file is damaged ({error}); delete it, then rerun to resume.") from error

@@ -31,14 +31,7 @@ SEGMENTS = (
 
 @cache
 def color_table(colormap: str) -> np.ndarray:
-    """
-    Returns the colours of the 256 levels of a map, `(256, 4)` uint8: red, green, blue and opacity.
-
-    Raises:
-        `ValueError`: there is no such colour map.
-    """
-    if colormap not in _TABLES:
-        raise ValueError(f"Expected a colour map of {', '.join(COLORMAPS)}, got {colormap!r}: choose one of them.")
+    """Returns the colours of the 256 levels of a map, `(256, 4)` uint8: red, green, blue and opacity."""
     names, lowest, highest = _TABLES[colormap]
     colors = np.array([list(bytes.fromhex(name)) for name in names.split()])
     levels = np.linspace(0, 1, 256)
@@ -59,15 +52,8 @@ def overlay(
         opacity (`float`): of the map where it is 1, in [0, 1].
         colormap (`str`): one of `COLORMAPS`: `"heat"`, `"cividis"`, which is safe for colour-blind readers, or `"jet"`, the colours
             of the paper.
-
-    Raises:
-        `ValueError`: map and image differ in size, or there is no such colour map.
     """
     heatmap = to_numpy(heatmap)
-    if heatmap.shape != (image.height, image.width):
-        raise ValueError(
-            f"Expected a map of the image's size {(image.height, image.width)} (height, width), got {heatmap.shape}: resize it."
-        )
     table = color_table(colormap)
     levels = np.minimum(heatmap * np.float32(256), 255).astype(np.intp)
     mask = (table[:, 3] * opacity).round().astype(np.uint8)[levels]

@@ -4,7 +4,7 @@ from importlib.resources import files
 from pathlib import Path
 
 from ..utils.extras import require_extra
-from ..utils.files import write_beside_others
+from ..utils.files import write_files
 
 
 def metric_folders() -> dict[str, Path]:
@@ -52,5 +52,5 @@ def export_space(metric: str, directory: str | Path, overwrite: bool = False) ->
     if metric not in folders:
         raise ValueError(f"Expected `metric` to be one of {tuple(folders)}, got {metric!r}: choose one of them.")
     sources = sorted(source for source in folders[metric].iterdir() if source.is_file())
-    write_beside_others(Path(directory), {source.name: source.read_bytes() for source in sources}, overwrite)
+    write_files(Path(directory), {source.name: source.read_bytes() for source in sources}, overwrite)
     return Path(directory)

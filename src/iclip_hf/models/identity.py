@@ -7,6 +7,7 @@ import json
 import re
 from collections.abc import Collection, Mapping
 from importlib.metadata import version
+from pathlib import Path
 
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
@@ -15,13 +16,12 @@ from ..utils.digests import content_digest, weights_digest
 
 
 # Options that change no number: the place of the files, the code that wrote or loads them, and the dtype of the files (the loaded weights
-# have a dtype of their own, which counts). All others count where they differ from the default of their class. So a new version of
-# Transformers, which adds options, does not make another model.
+# have a dtype of their own, which counts).
 _WITHOUT_EFFECT = {"_name_or_path", "architectures", "auto_map", "custom_pipelines", "processor_class"}
 _WITHOUT_EFFECT |= {"transformers_version", "dtype", "torch_dtype"}
-# What a tokenizer of the tokenizers library keeps of its last call; each call of a processor sets it.
-_LAST_CALL = ("truncation", "padding")
-# What transformers adds to such a tokenizer.
+# The classes of configurations and image processors, which count although they are the defaults of themselves.
+_KINDS = ("model_type", "image_processor_type")
+# What transformers adds to a tokenizer of the tokenizers library.
 _TOKENIZER_OPTIONS = ("model_input_names", "padding_side", "special_tokens_map", "truncation_side")
 # Of other tokenizers: what they have met, and the place of their files.
 _TOKENIZER_STATE = ("cache", "init_kwargs", "merges_file", "name_or_path", "vocab_file")
@@ -30,7 +30,7 @@ _TOKENIZER_STATE = ("cache", "init_kwargs", "merges_file", "name_or_path", "voca
 def identity(model, processor, dtype: torch.dtype | None = None) -> dict[str, str]:
     """
     Describes a model. Two models with equal descriptions, apart from `model`, compute the same up to rounding, which also depends on
-    the device, the number of threads and the size of batches. These are therefore no part of it.
+    the software, the device, the number of threads and the size of batches. These are therefore no part of it.
 
     The digests are computed anew by each call, in 0.1 s for each 100 MB of weights.
 
@@ -40,25 +40,26 @@ def identity(model, processor, dtype: torch.dtype | None = None) -> dict[str, st
 
     Returns:
         `dict` with `model`, a name, which may be that of its folder; and what counts: `configuration`, `weights`, `dtype`,
-        `processor` (options and image processor), `tokenizer` and `software`.
+        `processor` (options and image processor) and `tokenizer`.
     """
     is_module = isinstance(model, torch.nn.Module)
     used = (dtype or next(model.parameters()).dtype) if is_module else model.dtype
-    weights = weights_digest(model, dtype) if is_module else content_digest(sorted(model.folder.glob("*.onnx*")))
+    weights = weights_digest(model, dtype) if is_module else content_digest(_weight_files(model.folder), model.folder)
     config = getattr(model, "config", None)
     if config is None:  # of open_clip
-        config = {"layers": str(model), "images": [model.visual.preprocess_cfg, model.visual.image_size]}
-    options = {}
+        configuration = digest([str(model), model.visual.preprocess_cfg, model.visual.image_size])
+    else:
+        configuration = configuration_digest(config)
+    options, tokenizer = {}, processor
     if images := getattr(processor, "image_processor", None):
-        options = {**processor.to_dict(), "image_processor": _unusual(images)}
+        options, tokenizer = processor.to_dict() | {"image_processor": _options(images)}, processor.tokenizer
     return {
         "model": getattr(config, "_name_or_path", "") or type(model).__name__,
-        "configuration": configuration_digest(config),
+        "configuration": configuration,
         "weights": weights,
         "dtype": str(used).removeprefix("torch."),
-        "processor": configuration_digest(options),
-        "tokenizer": tokenizer_digest(processor.tokenizer if options else processor),
-        "software": software(),
+        "processor": digest({name: value for name, value in options.items() if name not in _WITHOUT_EFFECT}),
+        "tokenizer": tokenizer_digest(tokenizer),
     }
 
 
@@ -71,17 +72,17 @@ def changed(then: Mapping, now: Mapping, may_differ: Collection[str] = ()) -> li
 def changed_model(described: Mapping, model, processor) -> list[str]:
     """
     Returns the parts of the identity in which a model differs from the one that results or a card describe. The dtype may differ,
-    because the weights are rounded to the described one; and the software, because what is described names its own.
+    because the weights are rounded to the described one.
     """
     dtype = described.get("dtype")
     dtype = getattr(torch, dtype) if dtype in ("float32", "bfloat16", "float16") else None
     now = identity(model, processor, dtype)
-    return changed({name: described[name] for name in now if name in described}, now, ("dtype", "software"))
+    return changed({name: described[name] for name in now if name in described}, now, ["dtype"])
 
 
-def configuration_digest(config: PreTrainedConfig | Mapping) -> str:
+def configuration_digest(config: PreTrainedConfig) -> str:
     """Returns 16 hex digits over the options of a configuration, and of those within it, that can change a number."""
-    return digest(_counting(config if isinstance(config, Mapping) else _unusual(config)))
+    return digest(_options(config))
 
 
 def tower_digest(tower: PreTrainedModel) -> str:
@@ -93,9 +94,12 @@ def tokenizer_digest(tokenizer) -> str:
     """Returns 16 hex digits over vocabulary, rules and special tokens of a tokenizer."""
     if backend := getattr(tokenizer, "backend_tokenizer", None):
         rules = json.loads(backend.to_str())
-        rules = {name: rule for name, rule in rules.items() if name not in _LAST_CALL}
+        for of_last_call in ("truncation", "padding"):
+            rules.pop(of_last_call, None)
         return digest([rules, {name: getattr(tokenizer, name) for name in _TOKENIZER_OPTIONS}])
-    return digest({name: value for name, value in vars(tokenizer).items() if name not in _TOKENIZER_STATE})
+    parts = {name: part for name, part in vars(tokenizer).items() if name not in _TOKENIZER_STATE}
+    # Keys of JSON are texts, but those of the merges are pairs.
+    return digest({name: [*part.items()] if isinstance(part, dict) else part for name, part in parts.items()})
 
 
 def software() -> str:
@@ -108,37 +112,35 @@ def software() -> str:
 
 
 def digest(value) -> str:
-    """Returns 16 hex digits over a value of nested mappings and sequences. The order of mappings does not count."""
-    return hashlib.sha256(json.dumps(_plain(value), sort_keys=True).encode()).hexdigest()[:16]
+    """Returns 16 hex digits over a value as canonical JSON. The order of mappings does not count."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=_plain).encode()).hexdigest()[:16]
 
 
-def _unusual(described) -> dict:
-    """Returns the options of a configuration or image processor, and of those within it, that differ from the defaults of its class."""
-    options, usual = described.to_dict(), type(described)().to_dict()
-    within = {name: getattr(described, name, None) for name in options}
-    kept = {name: _unusual(part) for name, part in within.items() if isinstance(part, PreTrainedConfig)}
-    kept |= {name: options[name] for name in ("model_type", "image_processor_type") if name in options}
-    return kept | {name: value for name, value in options.items() if name not in kept and value != usual.get(name)}
+def _options(part) -> dict:
+    """
+    Returns the options of a configuration or image processor, and of configurations within it, that differ from the defaults of its
+    class. So a new version of Transformers, which adds options, does not make another model.
+    """
+    usual, options = type(part)().to_dict(), {}
+    for name, value in part.to_dict().items():
+        within = getattr(part, name, None)
+        if isinstance(within, PreTrainedConfig):
+            options[name] = _options(within)
+        elif name in _KINDS or (value != usual.get(name) and name not in _WITHOUT_EFFECT):
+            options[name] = value
+    return options
 
 
-def _counting(options: Mapping) -> dict:
-    return {
-        name: _counting(value) if isinstance(value, Mapping) else value
-        for name, value in options.items()
-        if name not in _WITHOUT_EFFECT
-    }
+def _weight_files(folder: Path) -> list[Path]:
+    """Returns the graphs of an ONNX folder and the files beside them, any of which can hold weights, but for what the other parts describe."""
+    files = (file for file in folder.rglob("*") if file.is_file() and file.suffix not in (".json", ".md"))
+    return sorted(file for file in files if not any(part.startswith(".") for part in file.relative_to(folder).parts))
 
 
 def _plain(value):
     """Converts a value to what JSON has."""
-    if isinstance(value, Mapping):
-        return {str(name): _plain(part) for name, part in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(part) for part in value]
-    if isinstance(value, (set, frozenset)):
-        return sorted(map(str, value))
-    if value is None or isinstance(value, (bool, int, float, str)):
-        return value
     if hasattr(value, "backend_tokenizer"):  # within a tokenizer of open_clip
         return tokenizer_digest(value)
+    if isinstance(value, (set, frozenset)):
+        return sorted(map(str, value))
     return re.sub(r" at 0x\w+", "", str(value))  # functions and objects without a value

@@ -11,10 +11,12 @@ import numpy as np
 from ..data.sources import BAD_PAIR, Columns, Pairs, Source, TarShard, is_hub_id, open_sources
 from ..models import check_model_name
 from ..utils.extras import not_installed
-from ..utils.files import check_own_folder
+from ..utils.files import check_new_folder
 from .settings import Settings, read_file
 
 
+# Settings of the run in its folder, which thereby is known as that of a training.
+STATE_FILE = ".iclip-train.json"
 _LOOKED_AT = 200  # pairs, evenly spaced over all
 
 
@@ -79,7 +81,7 @@ def check_output_dir(folder: Path, resume: bool) -> None:
     """
     kept = checkpoints(folder)
     if not kept:
-        check_own_folder(folder)
+        check_new_folder(folder, STATE_FILE)
     if not resume and (kept or (folder / "model.safetensors").is_file()):
         raise ValueError(
             f"{folder}: this folder holds a run already; add --resume to continue it, or name another output_dir."

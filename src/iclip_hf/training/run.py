@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import math
 import os
 import time
@@ -28,6 +29,7 @@ from ..models.identity import identity
 from ..models.loading import load_iclip, warn_of_slow_bfloat16
 from ..processing_iclip import ICLIPProcessor
 from ..utils.distributed import partner_errors, shared_folder_lock, this_process
+from ..utils.files import atomic_write
 from .batches import BatchLoader, derive_seed
 from .checkpoints import (
     advice_to_resume,
@@ -38,7 +40,7 @@ from .checkpoints import (
     state_to_resume,
     write_state,
 )
-from .checks import checkpoints
+from .checks import STATE_FILE, checkpoints
 from .inputs import load_datasets, open_inputs
 from .interrupts import Interrupts, ended_workers
 from .pair_model import PairModel
@@ -110,8 +112,10 @@ def train(settings: Settings) -> dict[str, float]:
         accelerator = start_accelerator(settings, model)
         settings = copy.copy(settings)
         settings.mixed_precision = accelerator.mixed_precision  # as it is, so that a run is resumed in the same
-        new = not checkpoints(output_dir)
-        with partner_errors("start it again"), shared_folder_lock(output_dir, accelerator, own=new):
+        with partner_errors("start it again"), shared_folder_lock(output_dir, accelerator):
+            if accelerator.is_main_process:
+                with atomic_write(output_dir / STATE_FILE) as temporary:
+                    temporary.write_text(json.dumps(asdict(settings), indent=2))
             return run(settings, model, processor, accelerator, interrupts)
 
 

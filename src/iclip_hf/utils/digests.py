@@ -1,4 +1,4 @@
-"""Digests of the content of files, cached by size and times, and of a model's weights."""
+"""Digests of files, cached by size and times, and of a model's weights."""
 
 from __future__ import annotations
 
@@ -22,32 +22,39 @@ if TYPE_CHECKING:
 _SETTLED = 2 * 10**9
 
 
-def content_digest(files: Sequence[str | os.PathLike]) -> str:
+def content_digest(files: Sequence[str | os.PathLike], folder: str | os.PathLike | None = None) -> str:
     """
-    Computes a digest, 32 hex digits, over the content of files, in the given order. Names do not count. A file that cannot be read counts
-    as absent. The digest is cached on disk; a later call reads the files again only if a size or a time changed.
+    Computes a digest, 16 hex digits, over names, sizes and content of files, in the given order. Names are relative to `folder`, by
+    default the innermost one that holds all files, whose own place does not count. A file that cannot be read counts as absent. The
+    digest is cached on disk; a later call reads the files again only if a size or a time changed.
     """
-    states, changed = zip(*map(file_state, files)) if files else ((), (0,))
-    kept = cache_folder() / "digests" / hashlib.sha256(b"".join(states)).hexdigest()[:32]
+    if not files:
+        return ""
+    paths = [os.path.abspath(file) for file in files]
+    folder = os.path.abspath(folder or os.path.commonpath({os.path.dirname(path) for path in paths}))
+    before_names = os.path.join(folder, "")
+    names = [path.removeprefix(before_names).encode(errors="surrogatepass") + b"\0" for path in paths]
+    states, changed = zip(*map(file_state, paths))
+    kept = cache_folder() / "digests" / hashlib.sha256(b"".join([*names, *states])).hexdigest()[:32]
     try:
         digest = kept.read_text()
-        if len(digest) == 32:
+        if len(digest) == 16:
             return digest
     except (OSError, ValueError):  # not there, or damaged
         pass
     began, content = time.time_ns(), hashlib.sha256()
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # hashing and reading release the GIL
-        for of_file in prefetch_map(pool, _file_digest, files, 64):
-            content.update(of_file)
-    digest = content.hexdigest()[:32]
+        for name, of_file in zip(names, prefetch_map(pool, _file_digest, paths, 64)):
+            content.update(name + of_file)
+    digest = content.hexdigest()[:16]
     if max(changed) < began - _SETTLED:
-        keep_in_cache(kept, lambda partial: partial.write_text(digest))
+        keep_in_cache(kept, lambda temporary: temporary.write_text(digest))
     return digest
 
 
 def file_state(file: str | os.PathLike) -> tuple[bytes, int]:
     """Returns path, number, size and times of a file, one of which changes with its content, and the time of its last change in ns."""
-    path = os.fsencode(os.path.abspath(file))
+    path = os.path.abspath(file).encode(errors="surrogatepass")
     try:
         found = os.stat(file)
     except (OSError, ValueError):  # a name may hold any characters
@@ -57,7 +64,7 @@ def file_state(file: str | os.PathLike) -> tuple[bytes, int]:
     return path + state.encode(), max(found.st_mtime_ns, found.st_ctime_ns)
 
 
-def _file_digest(file: str | os.PathLike) -> bytes:
+def _file_digest(file: str) -> bytes:
     digest = hashlib.sha256()
     try:
         if not stat.S_ISREG(os.stat(file).st_mode):  # reading a pipe may never end

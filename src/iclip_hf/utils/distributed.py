@@ -48,7 +48,7 @@ def agreed(value: Value) -> Value:
 
 
 @contextmanager
-def shared_folder_lock(folder: Path, state: Accelerator | PartialState, own: bool = False) -> Iterator[None]:
+def shared_folder_lock(folder: Path, state: Accelerator | PartialState) -> Iterator[None]:
     """
     [`iclip_hf.utils.files.folder_lock`] for a run of several processes. The first process locks the folder for all; its `OSError` is
     raised on every process.
@@ -57,7 +57,7 @@ def shared_folder_lock(folder: Path, state: Accelerator | PartialState, own: boo
         refusal = None
         if state.is_main_process:
             try:
-                claim.enter_context(folder_lock(folder, own))
+                claim.enter_context(folder_lock(folder))
             except OSError as error:
                 refusal = error
         if refusal := agreed(refusal):

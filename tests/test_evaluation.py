@@ -202,8 +202,11 @@ def test_presence_in_loops_over_pairs_and_with_scikit_learn(labelled_folder, tin
     assert 0 < len(hard) < len(absent) and measured["kept"] != measured["passed"]
 
     error = 0
+    assert measured["prior"] == pytest.approx(len(shown) / len(pairs))
+    odds = len(shown) / len(absent)
+    calibrated = [(1 / (1 + (1 - value) / value / odds), *rest) for value, *rest in pairs]
     for lower, row in zip(np.arange(10) / 10, measured["reliability"], strict=True):
-        inside = [pair for pair in pairs if lower <= pair[0] < lower + 0.1]
+        inside = [pair for pair in calibrated if lower <= pair[0] < lower + 0.1]
         assert row["pairs"] == len(inside)
         if inside:
             assert row["mean"] == pytest.approx(np.mean([value for value, *_ in inside]), abs=1e-4)

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from ...presence import MIN_PRESENCE
+from ...presence import MIN_PRESENCE, at_prior
 from ..metrics import MultiLabelAveragePrecision, reliability, roc_auc
 from ..results import measured
 from .measure import EvaluatedImage, Measure
@@ -35,8 +35,9 @@ class Presence(Measure):
     - `kept` and `passed`, the share of the shown and of the absent classes whose presence is at least `MIN_PRESENCE`, `passed_hard`
       of the absent ones that are like a shown class, and `kept_things` and `kept_stuff`. In percent.
     - `mAP` of images ranked by presence, in percent.
-    - `reliability`, for each of ten bins of presence its mean, the share of pairs that is shown and the number of pairs, and
-      `calibration_error`, the mean distance of the two, weighted by the number (expected calibration error). In [0, 1].
+    - `prior`, the share of pairs that is shown; `reliability`, for each of ten bins of the presence at this prior ([`at_prior`]) its
+      mean, the share of pairs that is shown and the number of pairs; and `calibration_error`, the mean distance of the two, weighted
+      by the number (expected calibration error). In [0, 1].
 
     They are the same for all methods.
     """
@@ -63,7 +64,8 @@ class Presence(Measure):
         def share(pairs: np.ndarray) -> float | None:
             return 100 * float((values[pairs] >= MIN_PRESENCE).mean()) if pairs.any() else None
 
-        bins = reliability(values.ravel(), shown.ravel())
+        prior = float(shown.mean())
+        bins = reliability(at_prior(values, prior).ravel(), shown.ravel())
         return {
             "presence": {
                 "min_presence": MIN_PRESENCE,
@@ -75,6 +77,7 @@ class Presence(Measure):
                 "passed": share(~shown),
                 "passed_hard": share(hard),
                 "mAP": measured(ranked.compute()["map"]),
+                "prior": prior,
                 "calibration_error": float(
                     np.nansum(np.abs(bins["mean"] - bins["shown"]) * bins["items"]) / values.size
                 ),

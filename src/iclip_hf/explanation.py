@@ -37,8 +37,7 @@ class Explanation:
         labels (`list[str]`): the T texts.
         scores (`torch.Tensor` of shape `(T,)`): cosine of image and text by the recognition branch, in [-1, 1]. It is low for an
             absent text, whose map is stretched to [0, 1] like any other.
-        presence (`torch.Tensor` of shape `(T,)`): share of unrelated texts that would match the image less, in [0, 1], see
-            [`presence`].
+        presence (`torch.Tensor` of shape `(T,)`): probability that the image shows the text, in [0, 1], see [`presence`].
         raw_maps (`torch.Tensor` of shape `(T, h, w)`): values of the method on the patch grid; if they are refined, at half the
             height and width of the prepared image.
         size (`tuple[int, int]`): height and width of maps and masks in pixels, by default those of the image.

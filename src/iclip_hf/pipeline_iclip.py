@@ -70,7 +70,7 @@ class ImageTextSimilarityMapPipeline(Pipeline):
             template (`str` or a list, *optional*): prompts with one `{}` for the labels; several prompts are averaged. Those of the
                 processor if not given; `"{}"` takes the labels as they are.
             threshold (`float` in [0, 1] or T of them, defaults to 0.5): a mask holds the pixels whose map is greater.
-            min_presence (`float` in [0, 1], defaults to 0.8): a label with a lower presence gets an empty mask.
+            min_presence (`float` in [0, 1], defaults to 0.5): a label with a lower presence gets an empty mask.
             refine (`bool`, defaults to `False`): whether to refine the maps by the colours of the image, see [`refine_maps`].
             return_json (`bool`, defaults to `False`): whether to return plain values only, for JSON: no `map`, and `mask` as COCO's
                 uncompressed run lengths, see [`run_lengths`].
@@ -85,7 +85,7 @@ class ImageTextSimilarityMapPipeline(Pipeline):
 
             - **label** (`str`)
             - **score** (`float`): cosine of image and label, in [-1, 1].
-            - **presence** (`float`): share of unrelated texts that would match the image less, in [0, 1], see [`presence`].
+            - **presence** (`float`): probability that the image shows the label, in [0, 1], see [`presence`].
             - **map** (`torch.Tensor` of shape `(height, width)`): map at the size of the image, in [0, 1].
             - **mask** (`PIL.Image.Image`): mode "L", size of the image, 255 where the map is above the threshold and 0 elsewhere.
             - **boxes** (list of R lists of 4 `int`): [xmin, ymin, xmax, ymax] in pixels around the mask's parts, the last two exclusive,
@@ -219,7 +219,7 @@ class ZeroShotImageSegmentationPipeline(ImageTextSimilarityMapPipeline):
                 compete like the others, and their pixels are background.
             threshold (`float` in [0, 1], *optional*, defaults to 0.5): a label competes for the pixels whose map is greater; None lets
                 it compete for all.
-            min_presence (`float` in [0, 1], defaults to 0.8): a label with a lower presence gets no pixel.
+            min_presence (`float` in [0, 1], defaults to 0.5): a label with a lower presence gets no pixel.
             refine (`bool`, defaults to `True`): whether to refine the maps by the colours of the image, see [`refine_maps`].
             return_json, size, timeout, batch_size: as for [`ImageTextSimilarityMapPipeline`].
 

@@ -20,11 +20,10 @@ MAX_CHARACTERS = 1000
 VIEW_SIDE = 640
 
 
-# Above the maps, as HTML. The share of texts that are not in an image is the embedded model's, which docs/results.md measures.
+# Above the maps, as HTML.
 INTRODUCTION = f"""Bright pixels match most, dark ones least. Each map has its own scale, so a text that is not in the image lights up as well.
-<b>Presence</b> is the share of unrelated texts that would match the image less. A text is <i>present</i> from {PRESENT:.0%} on, <i>absent</i>
-below {MIN_PRESENCE:.0%}, and <i>unsure</i> in between. This is a rank, not a probability: about one in five texts that are not in an image reach
-{MIN_PRESENCE:.0%} too, and most of those that resemble what it shows."""
+<b>Presence</b> is the probability that the image shows the text, if half of the texts that are asked for are shown. A text is <i>present</i> from
+{PRESENT:.0%} on, <i>absent</i> below {MIN_PRESENCE:.0%}, and <i>unsure</i> in between. Texts that resemble what is shown often pass."""
 # The front matter of a Space's README that both have.
 SPACE = {
     "emoji": "🔍",

@@ -66,7 +66,12 @@ class EvaluationResult:
                 ["share that is shown", *(rounded(row["shown"], 2) for row in bins)],
                 ["pairs", *(str(row["pairs"]) for row in bins)],
             ]
-            lines += ["", markdown([*columns.values()], [[*shown.values()]]), "", markdown(["presence", *edges], rows)]
+            lines += [
+                "",
+                markdown([*columns.values()], [[*shown.values()]]),
+                "",
+                markdown([f"presence at the prior {self.presence['prior']:.2f}", *edges], rows),
+            ]
         return "\n".join(lines)
 
     def to_json(self) -> str:

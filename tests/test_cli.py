@@ -31,8 +31,8 @@ def test_an_input_that_is_missing_is_named_before_the_output(tmp_path, capsys):
 
 
 def test_a_printed_presence_agrees_with_its_word():
-    assert presence_column(0.8968, 0.7) == "unsure   presence 0.89"
-    assert presence_column(0.9, 0.7) == "present  presence 0.90"
+    assert presence_column(0.7968, 0.7) == "unsure   presence 0.79"
+    assert presence_column(0.8, 0.7) == "present  presence 0.80"
     assert presence_column(0.29, 0.7) == "absent   presence 0.29" and presence_column(1.0, 0.7).endswith("1.00")
 
 
@@ -168,7 +168,7 @@ def test_bfloat16_on_a_processor_that_emulates_it_is_warned_of(
 def test_json_and_arrays_say_what_the_masks_are(workspace, tmp_path, capsys):
     results = tmp_path / "results.json"
     rows = [{"name": "dog", "threshold": 0.3}, {"name": "red ball", "threshold": 0.8}]
-    results.write_text(json.dumps({"per_class": {"itsm": rows}}))
+    results.write_text(json.dumps({"per_class": {"itsm": rows}, "protocol": {}}))
     image, output = workspace / "0" / "a.jpg", tmp_path / "out.png"
     arguments = [image, "--text", "red ball", "--text", "dog", "--threshold", results, "--min-presence", "0"]
     assert run(workspace, *arguments, "--output", output, "--npz", "--json") == 0

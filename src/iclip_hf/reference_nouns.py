@@ -3,7 +3,7 @@
 # Every fourth noun of the embedded model's vocabulary (`nouns.txt` of its configuration), in the order of the alphabet. They do as well
 # as all, and better than the most frequent ones, because they are more diverse.
 REFERENCE_NOUNS = tuple(
-    noun.strip()
+    " ".join(noun.split())
     for noun in """
     abacus, acorn, adult, african chameleon, african hunting dog, aircraft carrier, airplane, albatross, altar, american chameleon,
     american lobster, analog clock, ankle, apiary, apron, arctic fox, armchair, artichoke, asphalt, atv, axe, baby bed, backpack,

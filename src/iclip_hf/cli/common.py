@@ -50,7 +50,7 @@ def checked(check: Callable[[str], object]) -> Callable[[str], str]:
 def texts(typed: str) -> list[str]:
     """Parses the texts of one option, see [`split_texts`], as a type for argparse."""
     found = split_texts(typed)
-    for text in found or [typed]:
+    for text in found or [""]:
         checked(check_text)(text)
     return found
 

@@ -23,7 +23,7 @@ from iclip_hf.data.segmentation import load_segmentation
 from iclip_hf.evaluation.results import class_thresholds
 from iclip_hf.images import load_image
 from iclip_hf.models.loading import load_pretrained
-from iclip_hf.training.datasets import augmentation
+from iclip_hf.training.inputs import augmentation
 from iclip_hf.training.nouns import NounPrompts
 
 

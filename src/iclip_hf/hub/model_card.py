@@ -15,7 +15,17 @@ from ..data.class_names import DATASETS
 from ..models.identity import identity
 from ..utils.files import atomic_write, cache_folder
 from .configs import SHIPPED
-from .record import DIGITS, RECORD, continued, data_terms, is_hub_id, measured, public_settings, read_record
+from .record import (
+    DIGITS,
+    RECORD,
+    continued,
+    data_terms,
+    is_hub_id,
+    measured,
+    public_settings,
+    read_record,
+    start_of_training,
+)
 
 
 if TYPE_CHECKING:
@@ -62,6 +72,7 @@ def write_model_card(
     name: str | None = None,
     source: str | Path | None = None,
     training: Mapping | None = None,
+    start: Mapping | None = None,
     metrics: EvaluationResult | Mapping | None = None,
     labels: Sequence[str] | None = None,
     overwrite: bool = False,
@@ -79,6 +90,7 @@ def write_model_card(
         training (`dict`, *optional*): settings of the run of `iclip train` that made these weights. Then the record of the run's
             start is continued: the model that `training["model"]` names, or without one the towers. Empty for towers that were
             joined and not trained.
+        start (`dict`, *optional*): identity of the model that the run started from, see [`~identity.identity`].
         metrics ([`EvaluationResult`] or `dict`, *optional*): an evaluation of this model, or the content of its JSON file.
         labels (*optional*): nouns that the model was trained on, which the widget of the card offers.
         overwrite (`bool`): whether the files of an earlier card are replaced.
@@ -95,9 +107,8 @@ def write_model_card(
     if training is None:
         record = continued(read_record(source or model.name_or_path), model, processor)
     else:
-        record = read_record(training["model"]) if training.get("model") else {"training": []}
+        record = start_of_training(training["model"], start or {}) if training.get("model") else {"training": []}
         record["training"] += [public_settings(training)] if training else []
-        record.pop("evaluation", None)  # of the start
     record["identity"] = identity(model, processor)
     del record["identity"]["model"]  # a local path
     if metrics is not None:

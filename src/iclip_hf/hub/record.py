@@ -16,7 +16,7 @@ from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError
 
 from ..models.embedded import embedded_folder
-from ..models.identity import changed_model
+from ..models.identity import changed, changed_model
 from .configs import EMBEDDED
 
 
@@ -97,9 +97,21 @@ def read_record(source: str | Path) -> dict:
 
 def continued(record: dict, model: ICLIPModel, processor: ICLIPProcessor) -> dict:
     """Returns the record of a model that may have been changed since by other programs: without its results then."""
-    if described := record.get("identity"):
-        differing = changed_model(described, model, processor)
-        if differing and record.pop("evaluation", None):
+    return _continued(record, changed_model(record["identity"], model, processor) if "identity" in record else [])
+
+
+def start_of_training(name: str | Path, identity: Mapping[str, str]) -> dict:
+    """Returns the record, without results, of the model that a run of `iclip train` started from, with its identity then."""
+    record = read_record(name)
+    described = record.get("identity", {})
+    known = {part: identity[part] for part in described if part in identity}
+    record.pop("evaluation", None)
+    return _continued(record, changed({part: described[part] for part in known}, known, ["dtype"]))
+
+
+def _continued(record: dict, differing: list[str]) -> dict:
+    if differing:
+        if record.pop("evaluation", None):
             logger.warning(
                 "The results of the card are left out, because it describes other %s.", ", ".join(differing)
             )

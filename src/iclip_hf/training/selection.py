@@ -74,7 +74,7 @@ class Selection:
             if not holds_start(settings, state):
                 held_out = self.inputs.held_out
                 labels = own_labels(held_out) if held_out is not None else None
-                self._export(metrics=evaluation, training=state.settings, labels=labels)
+                self._export(metrics=evaluation, training=state.settings, start=state.content, labels=labels)
         self.bar.set_description("Training")
         state.measured = True
 

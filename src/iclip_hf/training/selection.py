@@ -10,19 +10,21 @@ from torch import nn
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
+from ..utils.extras import require_extra
+
+
+# First, so that a missing package is one of training: the evaluation would name its own extra.
+with require_extra("train"):
+    from accelerate import Accelerator
+
 from ..evaluation.evaluate import evaluate
 from ..processing_iclip import ICLIPProcessor
-from ..utils.extras import require_extra
 from .checkpoints import RunState, export, holds_start
 from .inputs import Inputs
 from .pictures import draw_examples
 from .report import own_labels
 from .settings import MAP_METRICS, Settings
 from .validation import change_interval, lost_metrics, validate
-
-
-with require_extra("train"):
-    from accelerate import Accelerator
 
 
 @dataclass(eq=False, repr=False)

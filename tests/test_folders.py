@@ -802,3 +802,20 @@ def test_what_is_not_recorded_is_said(tmp_path, tiny_processor):
     assert "not recorded" not in cards["known"]
     assert "Then the weights were changed by a training that is not recorded." in cards["changed"]
     assert not any("random" in card.partition("## Evaluation")[0] for card in cards.values())
+
+
+def test_a_run_that_starts_from_changed_weights_says_so(tmp_path, tiny_processor):
+    model = tiny_model()
+    model.save_pretrained(tmp_path / "model")
+    start = ICLIPModel.from_pretrained(tmp_path / "model")
+    write_model_card(start, tiny_processor, tmp_path / "model", training={"data": ["pairs.csv"]})
+    again = {"model": str(tmp_path / "model"), "data": ["more.csv"]}
+    recorded = []
+    for change in (0.0, 1.0):  # by another program
+        with torch.no_grad():
+            start.recognition.visual_projection.weight.add_(change)
+        folder = tmp_path / f"run {change}"
+        folder.mkdir()
+        write_model_card(start, tiny_processor, folder, training=again, start=identity(start, tiny_processor))
+        recorded.append([run.get("data", []) for run in runs_of(folder)])
+    assert recorded == [[["pairs.csv"], ["more.csv"]], [["pairs.csv"], [], ["more.csv"]]]

@@ -203,6 +203,14 @@ def test_aggregate_when_loading_and_when_computing(pair_folder):
     assert evaluate.load(str(pair_folder)).aggregate == "image"
 
 
+def test_text_contrast_takes_a_list_of_ids_for_each_image():
+    metric = evaluate.load(str(REPOSITORY / "evaluate_metrics" / "text_contrast"))
+    maps, mask = [[[0.9, 0.2]], [[0.1, 0.5]]], [[3, 5]]
+    with pytest.raises(ValueError, match="labels.*for each image"):
+        metric.compute(predictions=[maps], references=[mask], labels=[3])
+    assert metric.compute(predictions=[maps], references=[mask], labels=[[3, 5]])["text_contrast"] == 100
+
+
 def test_a_metric_of_whole_images_has_no_aggregate():
     folder = str(REPOSITORY / "evaluate_metrics" / "text_contrast")
     metric = evaluate.load(folder)

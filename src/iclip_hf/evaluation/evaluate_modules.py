@@ -126,6 +126,10 @@ class StreamingMetric(evaluate.Metric, ABC):
                 f"got {len(predictions)}, {len(references)} and {len(labels)}: pass one of each for every item."
             )
         ignore_index = self.ignore_index if ignore_index is None else ignore_index
+        if self.per_image and not all(np.ndim(label) == 1 for label in labels):
+            raise ValueError(
+                f"{self.name}: labels are a list of class ids for each image, such as [[3, 5]], not {labels}."
+            )
         counts = [self.accumulator.count(*item, ignore_index) for item in zip(predictions, references, labels)]
         self._ignored.add(ignore_index)
         super().add_batch(

@@ -13,7 +13,7 @@ BIN := .venv/bin
 # Explains the photograph of the package with the embedded checkpoint.
 demo: .venv/.installed
 	$(BIN)/iclip explain "$$($(BIN)/python -c 'import iclip_hf; print(iclip_hf.example_image())')" \
-		--text woman --text "orange jacket" --text helmet --text dog --output demo.png
+		--text woman --text "orange jacket" --text helmet --text horse --output demo.png
 
 # A test process for each core; a file's tests stay together, because they share models and browsers.
 PYTEST := -m pytest -n auto --dist loadfile -p no:randomly

@@ -168,7 +168,8 @@ def test_bfloat16_on_a_processor_that_emulates_it_is_warned_of(
 def test_json_and_arrays_say_what_the_masks_are(workspace, tmp_path, capsys):
     results = tmp_path / "results.json"
     rows = [{"name": "dog", "threshold": 0.3}, {"name": "red ball", "threshold": 0.8}]
-    results.write_text(json.dumps({"per_class": {"itsm": rows}, "protocol": {}}))
+    protocol = load(str(workspace / "model")).identity
+    results.write_text(json.dumps({"per_class": {"itsm": rows}, "protocol": protocol}))
     image, output = workspace / "0" / "a.jpg", tmp_path / "out.png"
     arguments = [image, "--text", "red ball", "--text", "dog", "--threshold", results, "--min-presence", "0"]
     assert run(workspace, *arguments, "--output", output, "--npz", "--json") == 0

@@ -56,5 +56,5 @@ def test_towers_that_do_not_fit_are_refused():
     no_class_token = {"model_type": "siglip_vision_model", "hidden_size": 32, "num_hidden_layers": 1}
     with pytest.raises(ValueError, match="class token.*siglip_vision_model"):
         ICLIPModel(ICLIPConfig(vision_config=no_class_token, text_config=TEXT["clip_text_model"]))
-    with pytest.raises(ValueError, match='for text_pooling="eos", one of .*got .bert.: use'):
+    with pytest.raises(ValueError, match='text_pooling="eos".*bert'):
         ICLIPModel(ICLIPConfig(vision_config=VISION["vit"], text_config=TEXT["bert"]))

@@ -118,7 +118,7 @@ def test_probabilities_as_confidence(labelled_folder, tiny_processor):
 def test_typed_segments_in_plain_steps(labelled_folder, tiny_processor, monkeypatch):
     """Each shown text and two absent ones compete by hand; IoU, areas and hidden texts are counted pixel by pixel."""
     for module in ("iclip_hf.presence", "conftest"):  # some texts of the random model are present
-        monkeypatch.setattr(f"{module}.RANK_ALONE", (1.0, 0.0))
+        monkeypatch.setattr(f"{module}.RANK_ALONE", (1.0, 1.5))
     model, dataset = tiny_model(), load_segmentation("folder", labelled_folder)
     measure = TypedSegments(seed=3)
     result = evaluate((model, tiny_processor), dataset, measures=[measure], progress=False).results["itsm"]

@@ -462,7 +462,7 @@ def test_recorded_layers_rebuild_the_towers_own_output(vision, tiny_processor):
 
 
 def test_templates_are_averaged_as_unit_vectors(made, monkeypatch):
-    monkeypatch.setattr("iclip_hf.models.explainable.TEXT_BATCH", 4)  # so that the labels come in parts
+    monkeypatch.setattr("iclip_hf.explanation_core.TEXT_BATCH", 4)  # so that the labels come in parts
     templates = ["a photo of the {}", "the {} ."]
     for family in ("iclip", "clip", "open_clip"):
         model, processor, _ = made(family)

@@ -14,8 +14,8 @@ from iclip_hf.evaluation.results import EvaluationResult
 
 # All names that a command chooses below are there already.
 TAKEN = """
-    explanation.png explanation.npz labels/segmentation.png labels/photo.png comparison.png channels.png relation.png
-    explanations/explanations-00000-of-00001.parquet shift.json scores.json pairs.csv README.md app.py requirements.txt mmiou.py
+    explanation.png explanation.npz labels/segmentation.png labels/photo.png comparison.png
+    explanations/explanations-00000-of-00001.parquet scores.json pairs.csv README.md app.py requirements.txt mmiou.py
     config.json results.json model.safetensors .lock run/notes.txt run/checkpoint-500/state.txt clip/checkpoint-500/trainer_state.json
     photos/dog.png photos/dog.npz photos/DOG.PNG runs/table/notes.txt
 """.split()
@@ -160,6 +160,7 @@ def test_a_named_file_is_replaced_whoever_wrote_it_and_a_link_stays_one(world, m
     assert typed(world, "explain photo.jpg SEE --output link.png") == 0
     assert (mine / "link.png").is_symlink() and (mine / "photos" / "dog.png").read_bytes() != twin
     assert (mine / "twin.png").read_bytes() == twin
+    assert typed(world, "evaluate DATA --output scores.json") == 0
     assert json.loads((mine / "scores.json").read_text())["protocol"]
 
 

@@ -50,8 +50,8 @@ def test_presence_by_hand(matches_patches):
     nouns = SimpleNamespace(text_embeds=units(9, 16, seed=4), map_text_embeds=units(9, 16, seed=5))
     found = presence(SimpleNamespace(matches_patches=matches_patches), image, texts, nouns)
     for i, t in np.ndindex(2, 3):
-        chance = [np.dot(image.image_embeds[i], noun) for noun in nouns.text_embeds]
-        rank = (np.dot(image.image_embeds[i], texts.text_embeds[t]) - np.mean(chance)) / np.std(chance, ddof=1)
+        chance = [(image.image_embeds[i] @ noun).item() for noun in nouns.text_embeds]
+        rank = ((image.image_embeds[i] @ texts.text_embeds[t]).item() - np.mean(chance)) / np.std(chance, ddof=1)
         if matches_patches:
             evidence = patch_evidence(image.patch_embeds, texts.map_text_embeds, nouns.map_text_embeds)[i, t].item()
             logit = RANK_AND_PATCHES[0] * rank + RANK_AND_PATCHES[1] * evidence + RANK_AND_PATCHES[2]

@@ -142,7 +142,7 @@ def test_commands_refine(labelled_folder, world, tmp_path, capsys):
         for command in (
             [*data, "--task", "interpretability"],
             [*data, "--task", "segmentation", "--threshold", "0.5"],
-            ["segment", *asked, "--output", tmp_path / "a.png"],
+            ["segment", *asked, "--output", tmp_path / "a.png", "--overwrite"],
             ["explain", *asked, "--output", tmp_path / "b.png"],
         ):
             assert iclip(*command, refine) == 0

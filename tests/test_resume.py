@@ -91,16 +91,15 @@ def test_a_run_does_not_go_on_with_other_content(began, tmp_path, change):
 
 @pytest.mark.parametrize("start", ["towers", "model"])
 def test_a_run_goes_on_elsewhere_and_after_an_update(began, tmp_path, start):
-    """Also under other names, and with an option that the earlier version did not have."""
+    """Also in folders of other names, and with an option that the earlier version did not have."""
     moved = shutil.copytree(began, tmp_path / "there")
     (last,) = checkpoints(moved / f"run-{start}")
     edit_json(last, "state.json", "content", "software", to="iclip-hf 0.1.0, torch 1.0, transformers 1.0")
     new = {"noun_branches", "noun_competition"}
     edit_json(last, "state.json", "settings", to=lambda then: {name: then[name] for name in then.keys() - new})
-    named, places = [], {"data": "pairs/pairs.csv", "nouns": "nouns.txt"}
-    places |= {"model": "model"} if start == "model" else {"vision": "vision", "text": "text"}
-    for option, name in places.items():
-        file = moved / name
-        named += [f"--{option}", str(file.rename(file.with_name(f"other {file.name}")))]
+    named = ["--data", str((moved / "pairs").rename(moved / "other pairs") / "pairs.csv")]  # whose own name counts
+    for option in ("nouns", "model") if start == "model" else ("nouns", "vision", "text"):
+        (old,) = moved.glob(f"{option}*")
+        named += [f"--{option}", str(old.rename(moved / f"other {old.name}"))]
     run(moved, start, "--resume", "--num_workers", "1", *named)
     assert json.loads((moved / f"run-{start}" / "results.json").read_text())["step"] == 1

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -206,7 +205,7 @@ def _written(command: str, localizer, images, write: Callable, batch_size: int) 
 
 def presence_column(value: float, min_presence: float) -> str:
     """
-    Returns a presence as a word and a number. The number is cut, not rounded: an unsure 0.898 must not look like the 0.90 from which a
-    text is present.
+    Returns a presence as a word and a number. The number, a float32, is cut, not rounded: an unsure 0.798 must not look like the 0.80
+    from which a text is present.
     """
-    return f"{presence_word(value, min_presence):<7}  presence {math.floor(100 * value) / 100:.2f}"
+    return f"{presence_word(value, min_presence):<7}  presence {f'{value:.9f}'[:4]}"

@@ -45,7 +45,7 @@ class Example(NamedTuple):
 # Photographs of scikit-image. Some answers of the embedded model are wrong: it calls the space shuttle absent and the cat a dog too, and
 # marks the lights below the rocket.
 EXAMPLES = {
-    "astronaut.png": Example("Astronaut", "orange jacket, helmet, space shuttle, dog", "NASA, public domain"),
+    "astronaut.png": Example("Astronaut", "woman, orange jacket, helmet, horse", "NASA, public domain"),
     "coffee.png": Example("Cup of coffee", "cup of coffee, wooden table, dog", "Rachel Michetti, CC0"),
     "chelsea.png": Example("Cat", "cat, dog, bicycle", "Stefan van der Walt, CC0"),
     "rocket.jpg": Example("Rocket at night", "launch tower, rocket, dog", "SpaceX, public domain"),

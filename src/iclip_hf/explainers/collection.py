@@ -180,10 +180,11 @@ def explain_collection(
                 with atomic_write(file) as unfinished:
                     pq.write_table(table, unfinished)
         state.wait_for_everyone()
+    written = [_metadata(file) for file in files]
     return CollectionReport(
         files,
-        images=sum(pq.read_metadata(file).num_rows for file in files),
-        broken=[reason for file in files for reason in _metadata(file)["broken"]],
+        images=sum(one.num_rows for one in written),
+        broken=[reason for one in written for reason in json.loads(one.metadata[b"iclip"])["broken"]],
     )
 
 
@@ -211,10 +212,10 @@ def _printable(name: str) -> str:
     return name.encode(errors="backslashreplace").decode()
 
 
-def _metadata(file: Path) -> dict:
-    """Returns the metadata of a file from `explain_collection`: settings and broken images."""
+def _metadata(file: Path) -> pq.FileMetaData:
+    """Returns the metadata of a file from `explain_collection`. `iclip` in it has the settings and the broken images."""
     try:
-        return json.loads(pq.read_schema(file).metadata[b"iclip"])
+        return pq.read_metadata(file)
     except pa.ArrowInvalid as error:
         raise ValueError(f"{file}: this file is damaged ({error}); delete it, then rerun to resume.") from error
     except (TypeError, KeyError) as error:

@@ -25,7 +25,7 @@ def kept_on_disk(
 ) -> ICLIPTextFeatures:
     """
     Returns the features of labels by `encode`, or from a file, one for each model name and templates. The file is valid for these token
-    ids, weights of the text side, options and versions. Their digest takes a fifth of the text tower's time for 140 nouns.
+    ids, weights of the text side, options and versions.
     """
     path = cache_folder() / "nouns" / f"{digest([model.config._name_or_path, *templates])}.safetensors"
     prompts = processor(labels=labels, templates=templates)

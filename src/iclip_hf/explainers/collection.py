@@ -154,7 +154,7 @@ def explain_collection(
     described = output / STATE_FILE
     with shared_folder_lock(output, state):
         began = [_state(described)] if described.exists() else []
-        for then in [*began, *(_metadata(file)["settings"] for file in files if file.exists())]:
+        for then in [*began, *(_settings(file) for file in files if file.exists())]:
             if differing := changed(then, settings):
                 raise ValueError(
                     f"{output}: this folder holds explanations of other {', '.join(differing)}; choose another output folder."
@@ -218,6 +218,12 @@ def _metadata(file: Path) -> pq.FileMetaData:
         return pq.read_metadata(file)
     except pa.ArrowInvalid as error:
         raise ValueError(f"{file}: this file is damaged ({error}); delete it, then rerun to resume.") from error
+
+
+def _settings(file: Path) -> dict:
+    """Returns the settings of a file from `explain_collection`."""
+    try:
+        return json.loads(_metadata(file).metadata[b"iclip"])["settings"]
     except (TypeError, KeyError) as error:
         raise ValueError(f"{file}: this file is not of `iclip explain`; choose another output folder.") from error
 

@@ -1,5 +1,6 @@
 import copy
 import io
+import json
 import os
 import signal
 import subprocess
@@ -330,6 +331,32 @@ def test_a_method_is_known_by_the_content_of_what_it_names(folder, tiny_processo
     assert explained(0, "proxy") == explained(0, "moved")
     with pytest.raises(ValueError, match="of other proxy; choose another"):
         explained(1, "proxy")
+
+
+def test_files_of_other_texts_and_of_others_do_not_stand_for_results(folder, localizer, whole, tmp_path):
+    """Also with the state of a run beside them, and a damaged state is told."""
+    of_texts = whole[0].files[0]
+    name, state = of_texts.name, of_texts.with_name(".iclip-explain.json").read_bytes()
+    output = tmp_path / "out"
+    output.mkdir()
+    (output / ".iclip-explain.json").write_bytes(state)
+    described = json.loads(state)
+    table = pq.read_table(of_texts)
+    for metadata, problem in (
+        (
+            {b"iclip": json.dumps({"settings": {**described, "texts": ["mouse"]}, "broken": []}).encode()},
+            "other texts;",
+        ),
+        (None, "not of `iclip explain`;"),
+    ):
+        pq.write_table(table.replace_schema_metadata(metadata), output / name)
+        with pytest.raises(ValueError, match=problem):
+            run(localizer, open_images([folder / "images"]), output)
+    (output / name).unlink()
+    for damaged in ("", "[]x", "[1]"):
+        (output / ".iclip-explain.json").write_text(damaged)
+        with pytest.raises(ValueError, match=r"iclip-explain.json: this file is damaged"):
+            run(localizer, open_images([folder / "images"]), output)
 
 
 def test_a_folder_of_others_is_left_alone(folder, localizer, tmp_path):

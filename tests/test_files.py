@@ -232,6 +232,24 @@ def test_a_folder_that_was_filled_meanwhile_stays(tmp_path):
     assert names(tmp_path) == ["model"] and (tmp_path / "model" / "notes").read_text() == "mine"
 
 
+def test_an_empty_folder_that_was_filled_meanwhile_stays(tmp_path):
+    with pytest.raises(FileExistsError, match=r"README.md"), atomic_folder(tmp_path) as built:
+        (built / "README.md").write_text("a card")
+        (tmp_path / "README.md").write_text("mine")
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"README.md": "mine"}
+
+
+def test_the_configuration_comes_last_into_an_empty_folder(tmp_path, monkeypatch):
+    come, replace = [], os.replace
+    monkeypatch.setattr(
+        os, "replace", lambda source, target: (come.append(Path(target).name), replace(source, target))
+    )
+    with atomic_folder(tmp_path) as built:
+        for name in ("config.json", "a", "model.safetensors", "z"):
+            (built / name).touch()
+    assert come[-1] == "config.json" and len(come) == 4
+
+
 def test_of_two_runs_that_build_a_model_the_first_wins(tmp_path):
     def whole(folder):
         for name in ("model.safetensors", "config.json"):

@@ -3,6 +3,7 @@
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -192,6 +193,22 @@ def test_models_of_open_clip_by_weights_layers_images_and_tokens():
     other = made(quick_gelu=True)
     other.visual.preprocess_cfg = model.visual.preprocess_cfg
     assert changed(before, identity(other, tokenizer)) == ["configuration"]
+
+
+def test_heads_of_a_model_of_open_clip_count():
+    attention = torch.nn.MultiheadAttention(8, 2)
+    before = module._plain_options(attention)
+    assert module.digest(before) == module.digest(module._plain_options(attention.eval()))
+    attention.num_heads = 4
+    assert before != module._plain_options(attention)
+
+
+def test_a_vocabulary_of_sentencepiece_counts():
+    def tokenizer(model: bytes) -> SimpleNamespace:
+        return SimpleNamespace(sp_model=SimpleNamespace(serialized_model_proto=lambda: model))
+
+    assert module.tokenizer_digest(tokenizer(b"1")) == module.tokenizer_digest(tokenizer(b"1"))
+    assert module.tokenizer_digest(tokenizer(b"1")) != module.tokenizer_digest(tokenizer(b"2"))
 
 
 def test_weights_that_accelerate_offloads_count(tiny_processor):

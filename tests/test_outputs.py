@@ -38,6 +38,8 @@ def mine(world, tmp_path, monkeypatch) -> Path:
     masks_folder(folder, mask=index_mask(np.tri(24, 30, dtype=np.uint8)))
     (folder / "link.png").symlink_to("photos/dog.png")
     os.link(folder / "photos" / "dog.png", folder / "twin.png")
+    (folder / "clip" / "config.json").write_text('{"model_type": "iclip"}')
+    (folder / "config.png").symlink_to("clip/config.json")
     monkeypatch.chdir(folder)
     return folder
 
@@ -63,6 +65,9 @@ INPUTS = [
     "segment labels/photo.png photo.jpg SEE --output .",
     "compare comparison.png SEE",
     "compare images/image.png --output images/image.png --text dog DATA",
+    "explain photo.jpg --text dog --output config.png --model clip",
+    "segment photo.jpg --text dog --output config.png --model clip",
+    "compare photo.jpg --text dog --output config.png --model clip",
     "evaluate DATA --output MODEL/config.json",
 ]
 CHOSEN = [

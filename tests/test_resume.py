@@ -12,6 +12,7 @@ from test_identity import CONFIG, PROCESSOR, edit_json, edit_weights, swapped
 from training_runs import write_table
 
 from iclip_hf.training.checkpoints import checkpoints
+from iclip_hf.training.checks import STATE_FILE
 from iclip_hf.training.run import train
 from iclip_hf.training.settings import parse_settings
 
@@ -82,8 +83,10 @@ def test_a_run_does_not_go_on_with_other_content(began, tmp_path, change):
     start, part, edit_content = CHANGES[change]
     moved = shutil.copytree(began, tmp_path / "there")
     edit_content(moved)
+    state = (moved / f"run-{start}" / STATE_FILE).read_bytes()
     with pytest.raises(ValueError, match=f"the run began with other {part};"):
         run(moved, start, "--resume")
+    assert (moved / f"run-{start}" / STATE_FILE).read_bytes() == state
 
 
 @pytest.mark.parametrize("start", ["towers", "model"])

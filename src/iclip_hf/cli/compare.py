@@ -55,7 +55,8 @@ def add_options(command: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
-    check_output(options, _DEFAULT, PICTURES, [options.image, options.overrides])
+    of_models = [file for model in options.models or () for file in Path(model).glob("*")]
+    check_output(options, _DEFAULT, PICTURES, [options.image, options.overrides, *of_models])
     image, truths, templates = _open(options)
     texts = list(dict.fromkeys(options.texts or truths))
     if not texts:

@@ -128,7 +128,8 @@ def _pictures_to_write(
         named = pictures if one and options.output else []
         chosen = [*([] if named else pictures), *(map(beside, pictures) if beside else ())]
         thresholds = [options.threshold] if isinstance(options.threshold, Path) else []
-        check_outputs(named, [*options.images, *thresholds], options.overwrite, chosen)
+        of_model = Path(options.model).glob("*")
+        check_outputs(named, [*options.images, *thresholds, *of_model], options.overwrite, chosen)
     return [(image, picture) for image, picture in zip(options.images, pictures) if image in found]
 
 

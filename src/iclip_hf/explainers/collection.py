@@ -153,10 +153,12 @@ def explain_collection(
     settings = {**localizer.settings, "images": fingerprint, "images_per_file": images_per_file}
     described = output / STATE_FILE
     with shared_folder_lock(output, state):
-        if described.exists() and (differing := changed(json.loads(described.read_text()), settings)):
-            raise ValueError(
-                f"{output}: this folder holds explanations of other {', '.join(differing)}; choose another output folder."
-            )
+        began = [_state(described)] if described.exists() else []
+        for then in [*began, *(_settings(file) for file in files if file.exists())]:
+            if differing := changed(then, settings):
+                raise ValueError(
+                    f"{output}: this folder holds explanations of other {', '.join(differing)}; choose another output folder."
+                )
         with atomic_write(described) as temporary:
             temporary.write_text(json.dumps(settings))
         missing = [(part, file) for part, file in zip(parts, files) if not file.exists()]
@@ -216,3 +218,19 @@ def _metadata(file: Path) -> pq.FileMetaData:
         return pq.read_metadata(file)
     except pa.ArrowInvalid as error:
         raise ValueError(f"{file}: this file is damaged ({error}); delete it, then rerun to resume.") from error
+
+
+def _settings(file: Path) -> dict:
+    """Returns the settings of a file from `explain_collection`."""
+    try:
+        return json.loads(_metadata(file).metadata[b"iclip"])["settings"]
+    except (TypeError, KeyError) as error:
+        raise ValueError(f"{file}: this file is not of `iclip explain`; choose another output folder.") from error
+
+
+def _state(file: Path) -> dict:
+    """Returns the settings of the explanations in a folder."""
+    try:
+        return dict(json.loads(file.read_text()))
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{file}: this file is damaged ({error}); choose another output folder.") from error

@@ -47,7 +47,9 @@ def identity(model, processor, dtype: torch.dtype | None = None) -> dict[str, st
     weights = weights_digest(model, dtype) if is_module else content_digest(_weight_files(model.folder), model.folder)
     config = getattr(model, "config", None)
     if config is None:  # of open_clip
-        configuration = digest([str(model), model.visual.preprocess_cfg, model.visual.image_size])
+        configuration = digest(
+            [str(model), model.visual.preprocess_cfg, model.visual.image_size, _plain_options(model)]
+        )
     else:
         configuration = configuration_digest(config)
     options, tokenizer = {}, processor
@@ -131,6 +133,18 @@ def _options(part) -> dict:
     return options
 
 
+def _plain_options(model: torch.nn.Module) -> dict[str, dict]:
+    """Returns the options of the layers of a model without a configuration, such as the number of heads, which `str(model)` lacks."""
+    return {
+        name: {
+            option: value
+            for option, value in vars(layer).items()
+            if isinstance(value, (bool, int, float, str)) and not option.startswith("_") and option != "training"
+        }
+        for name, layer in model.named_modules()
+    }
+
+
 def _weight_files(folder: Path) -> list[Path]:
     """Returns the graphs of an ONNX folder and the files beside them, any of which can hold weights, but for what the other parts describe."""
     files = (file for file in folder.rglob("*") if file.is_file() and file.suffix not in (".json", ".md"))
@@ -141,6 +155,8 @@ def _plain(value):
     """Converts a value to what JSON has."""
     if hasattr(value, "backend_tokenizer"):  # within a tokenizer of open_clip
         return tokenizer_digest(value)
+    if hasattr(value, "serialized_model_proto"):  # of sentencepiece
+        return hashlib.sha256(value.serialized_model_proto()).hexdigest()
     if isinstance(value, (set, frozenset)):
         return sorted(map(str, value))
     return re.sub(r" at 0x\w+", "", str(value))  # functions and objects without a value

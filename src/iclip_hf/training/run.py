@@ -113,9 +113,6 @@ def train(settings: Settings) -> dict[str, float]:
         settings = copy.copy(settings)
         settings.mixed_precision = accelerator.mixed_precision  # as it is, so that a run is resumed in the same
         with partner_errors("start it again"), shared_folder_lock(output_dir, accelerator):
-            if accelerator.is_main_process:
-                with atomic_write(output_dir / STATE_FILE) as temporary:
-                    temporary.write_text(json.dumps(asdict(settings), indent=2))
             return run(settings, model, processor, accelerator, interrupts)
 
 
@@ -137,6 +134,9 @@ def run(
     content = identity(model, processor) | inputs.content(accelerator)
     if checkpoint:
         check_content(checkpoint, state, content)
+    if accelerator.is_main_process:  # a run that may not go on leaves the folder as it is
+        with atomic_write(output_dir / STATE_FILE) as temporary:
+            temporary.write_text(json.dumps(asdict(settings), indent=2))
     state.settings, state.content = asdict(settings), content
     training, validation = load_datasets(settings, inputs, model, processor, accelerator)
     workers = 0 if settings.cache_features else settings.num_workers

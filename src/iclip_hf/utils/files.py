@@ -222,10 +222,16 @@ def atomic_folder(folder: str | Path) -> Iterator[Path]:
         for path in built.rglob("*"):
             if path.is_file() and not path.is_symlink():
                 path.chmod(mode)
-        for source, target in (
-            [(path, folder / path.name) for path in built.iterdir()] if exists else [(built, folder)]
-        ):
-            os.replace(source, target)
+        if not exists:
+            os.replace(built, folder)
+            return
+        if others := {path.name for path in folder.iterdir() if path.suffix != ".partial"} - {_LOCK}:
+            raise FileExistsError(
+                f"{folder}: meanwhile {min(others)} has come into this folder; name a new or empty one."
+            )
+        # The configuration last: without it no part of a model loads.
+        for path in sorted(built.iterdir(), key=lambda path: path.name == "config.json"):
+            os.replace(path, folder / path.name)
     except (OSError, SafetensorError) as error:
         if isinstance(error, OSError) and error.errno not in _DISK_FULL:
             raise  # errors of reading have their own messages

@@ -194,6 +194,7 @@ def test_buffers_are_checked_as_weights_are(tmp_path, tiny_processor):
 def test_a_pipeline_says_which_model_it_takes_by_default(world, monkeypatch, caplog):
     monkeypatch.setattr(embedded, "embedded_model", lambda: world.folder / "model")
     monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    caplog.set_level(logging.WARNING, logger="transformers")  # which a command before may have raised
     pipeline("image-text-similarity-map")
     assert f"defaulted to {world.folder / 'model'} and revision iclip-hf {__version__}" in caplog.text
 

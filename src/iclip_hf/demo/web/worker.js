@@ -202,7 +202,7 @@ const moduleUrl = (bytes) => URL.createObjectURL(new Blob([bytes], { type: "text
 const importModule = (bytes) => import(moduleUrl(bytes));
 const address = ({ url }) => new URL(url, BASE).href;
 
-/** The general nouns' vectors: of each, one for recognition and one for the map, float32. */
+/** The reference nouns' vectors: of each, one for recognition and one for the map, float32. */
 function vectors(bytes, dim) {
   const values = new Float32Array(bytes.buffer);
   return Array.from({ length: values.length / dim / 2 }, (_, i) => {

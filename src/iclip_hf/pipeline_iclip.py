@@ -2,7 +2,6 @@
 
 import os
 from collections.abc import Sequence
-from functools import partial
 
 import numpy as np
 import torch
@@ -12,7 +11,7 @@ from transformers.pipelines import PIPELINE_REGISTRY, Pipeline
 from transformers.utils import logging
 
 from .explanation import Explanation
-from .explanation_core import Pixels, encode_texts, for_images, forward, join, prepare, reference_features
+from .explanation_core import Pixels, encode_texts, forward, join, prepare, reference_features
 from .images import map_groups
 from .label_maps import segments
 from .modeling_iclip import ICLIPTextFeatures
@@ -100,16 +99,13 @@ class ImageTextSimilarityMapPipeline(Pipeline):
         labels = _strings("candidate_labels", candidate_labels)
         if not labels:
             raise ValueError("There is no label in candidate_labels.")
-        features = self._encode(labels, template), self._references(template)
+        templates = self.processor.templates if template is None else check_templates(template)
+
+        def encode(labels: Sequence[str]) -> ICLIPTextFeatures:
+            return encode_texts(self.model, self.processor, labels, templates, self.device)
+
+        features = encode(labels), reference_features(encode)
         return super().__call__(images, candidate_labels=labels, text_features=features, **kwargs)
-
-    def _encode(self, labels: Sequence[str], template) -> ICLIPTextFeatures:
-        return encode_texts(self.model, self.processor, labels, template, self.device)
-
-    def _references(self, template) -> ICLIPTextFeatures:
-        templates = check_templates(self.processor.templates if template is None else template)
-        encode = partial(self._encode, template=templates)
-        return reference_features(self.model, self.processor.tokenizer, templates, encode)
 
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs):
         """Saves the model with the pipeline's code, as the base class does, and the processor."""
@@ -126,25 +122,21 @@ class ImageTextSimilarityMapPipeline(Pipeline):
     def preprocess(self, image, size: dict | None = None, timeout: float = 60) -> dict:
         image = to_image(image, timeout)
         pixels = prepare(self.processor, image, size)
-        # In lists, because the base class would concatenate tensors, whose shapes may differ.
-        return {
-            "pixel_values": [pixels.pixel_values.to(self.dtype)],
-            "own_size": [None if pixels.own_size is None else pixels.own_size.to(self.dtype)],
-            "target_size": (image.height, image.width),
-        }
+        # In a list, because the base class would concatenate tensors, whose shapes may differ.
+        sizes = [None if of_size is None else of_size.to(self.dtype) for of_size in pixels[:2]]
+        return {"pixels": [tuple(sizes)], "target_size": (image.height, image.width)}
 
     def _forward(self, model_inputs: dict, text_features, refine: bool | None = None) -> dict:
         texts, references = text_features
         refine = self._refine if refine is None else refine
-        columns = [model_inputs[name] for name in ("pixel_values", "own_size")]
-        if isinstance(columns[0][0], list):  # a batch
-            columns = [[image for (image,) in images] for images in columns]
+        pixels = model_inputs["pixels"]
+        if isinstance(pixels[0], list):  # a batch
+            pixels = [of_image for (of_image,) in pixels]
+        images = [Pixels(*of_image) for of_image in pixels]
 
         def explained(images: list[Pixels]):
-            result = forward(self.model, join(images), for_images(texts, len(images)), references, refine=refine)
-            return zip(*result[:3])
+            return zip(*forward(self.model, join(images), texts, references, refine=refine)[:3])
 
-        images = [Pixels(*pair) for pair in zip(*columns)]
         maps, scores, presences = zip(*map_groups(explained, images, [image.shape for image in images]))
         return {
             "scores": torch.stack(scores),

@@ -13,6 +13,7 @@ from torch import nn
 
 from ..explanation_core import encode_texts, reference_features
 from ..modeling_iclip import ICLIPImageFeatures, ICLIPModel, ICLIPTextFeatures, average_templates, normalize
+from ..reference_nouns import REFERENCE_NOUNS
 from ..similarity import cosine_similarity_map
 from .identity import changed_model, identity
 from .recording import AttentionLayer, AttentionRecord, prepare, private_copy, record
@@ -75,18 +76,15 @@ class ExplainableModel(ABC):
 
     def references(self, templates: Sequence[str]) -> ICLIPTextFeatures:
         """
-        Returns the features of [`REFERENCE_NOUNS`] in these templates, `(K, P)`. They belong to the model: they are encoded again
-        only when its weights change, and those of an [`ICLIPModel`] on the CPU are kept on disk.
+        Returns the features of [`REFERENCE_NOUNS`] in these templates, `(K, P)`. They are encoded again only when the model changes, and
+        those of an [`ICLIPModel`] on the CPU are kept on disk.
         """
-        model, processor = self._given
-        tokenizer = getattr(processor, "tokenizer", processor)
-        return reference_features(self.network, tokenizer, templates, partial(self._encode_nouns, templates), model)
-
-    def _encode_nouns(self, templates: Sequence[str], nouns: Sequence[str]) -> ICLIPTextFeatures:
-        encode = partial(self.encode_texts, nouns, templates)
-        if isinstance(self.network, ICLIPModel) and self.device.type == "cpu":  # not on another device, nor offloaded
-            return kept_on_disk(self.network, self.processor, nouns, templates, encode)
-        return encode()
+        encode = partial(self.encode_texts, templates=templates)
+        if not isinstance(self.network, ICLIPModel) or self.device.type != "cpu":  # on another device, or offloaded
+            return reference_features(encode)
+        nouns = REFERENCE_NOUNS
+        kept = partial(kept_on_disk, self.network, self.processor, nouns, templates, partial(encode, nouns))
+        return reference_features(encode, kept)
 
     @abstractmethod
     def get_text_features(self, input_ids: torch.Tensor, num_templates: int = 1, **inputs) -> ICLIPTextFeatures:

@@ -94,11 +94,7 @@ class ImageTextSimilarityMapPipeline(Pipeline):
             `ValueError`, `TypeError`, `OSError`: an image cannot be read, or [`ICLIPProcessor`] refuses labels, templates or
             thresholds.
         """
-        if isinstance(images, (list, tuple)) and not images:
-            raise ValueError("There is no image.")
         labels = _strings("candidate_labels", candidate_labels)
-        if not labels:
-            raise ValueError("There is no label in candidate_labels.")
         templates = self.processor.templates if template is None else check_templates(template)
 
         def encode(labels: Sequence[str]) -> ICLIPTextFeatures:
@@ -115,8 +111,8 @@ class ImageTextSimilarityMapPipeline(Pipeline):
     def _sanitize_parameters(self, **kwargs):
         steps = {"size": 0, "timeout": 0, "text_features": 1, "refine": 1, "candidate_labels": 2}
         steps |= dict.fromkeys(self._postprocess_options, 2)
-        if unknown := sorted(kwargs.keys() - steps):
-            raise TypeError(f"There is no option {unknown}, only {sorted(steps)}, template and batch_size.")
+        if unknown := kwargs.keys() - steps:
+            raise TypeError(f"There is no option {sorted(unknown)}.")
         return tuple({name: value for name, value in kwargs.items() if steps[name] == step} for step in range(3))
 
     def preprocess(self, image, size: dict | None = None, timeout: float = 60) -> dict:
@@ -226,11 +222,9 @@ class ZeroShotImageSegmentationPipeline(ImageTextSimilarityMapPipeline):
             - **mask** (`PIL.Image.Image`): mode "L", size of the image, 255 at the pixels of the label and 0 elsewhere.
         """
         labels = _strings("candidate_labels", candidate_labels)
-        background = _strings("background_labels", background_labels)
-        if labels:  # otherwise the base class raises an error
-            kwargs["background"] = range(len(labels), len(labels) + len(background))
-            labels += background
-        return super().__call__(images, labels, template, **kwargs)
+        background = _strings("background_labels", background_labels) if background_labels else []
+        kwargs["background"] = range(len(labels), len(labels) + len(background))
+        return super().__call__(images, labels + background, template, **kwargs)
 
     def postprocess(
         self,
@@ -267,8 +261,8 @@ def _mask(mask: torch.Tensor, return_json: bool) -> Image.Image | dict:
 
 def _strings(name: str, labels: str | Sequence[str]) -> list[str]:
     labels = split_texts(labels)
-    if not all(isinstance(label, str) for label in labels):
-        raise TypeError(f"{name} is a list of strings, shared by all images, not {labels!r}.")
+    if not labels or not all(isinstance(label, str) for label in labels):
+        raise ValueError(f"{name} is a list of strings, shared by all images, not {labels!r}.")
     return labels
 
 

@@ -1,4 +1,3 @@
-import contextlib
 import json
 
 import numpy as np
@@ -142,12 +141,9 @@ def test_masks_by_hand(tiny_processor):
 
 def test_an_absent_text_gets_an_empty_mask(tiny_processor):
     maps = tiny_processor.post_process_similarity_maps(MAPS, SIZES)
-    scores = torch.tensor([[0.3, 0.1, 0.2], [0.0, 0.25, 0.4]])
-    for names in (("presence", "min_presence"), ("scores", "min_score")):
-        options = dict(zip(names, (scores, 0.2)))
-        with contextlib.nullcontext() if "presence" in options else pytest.warns(FutureWarning):
-            masks = tiny_processor.post_process_masks(maps, **options)
-        assert [mask.any((1, 2)).tolist() for mask in masks] == [[True, False, True], [False, True, True]]
+    presence = torch.tensor([[0.3, 0.1, 0.2], [0.0, 0.25, 0.4]])
+    masks = tiny_processor.post_process_masks(maps, presence=presence, min_presence=0.2)
+    assert [mask.any((1, 2)).tolist() for mask in masks] == [[True, False, True], [False, True, True]]
 
 
 def two_images_of_boxes(processor):

@@ -712,26 +712,18 @@ def test_without_vendor_the_packages_come_from_a_cdn_with_their_digests(tiny_pro
 
 
 def test_what_a_foreign_card_tells_stays_text(tiny_processor, tmp_path, without_graphs):
-    training = {
-        "data": ["/home/alice/photos/pairs.tar", "org/pairs"],
-        "model": "/home/alice/runs/best",
-        "nouns": "/home/alice/words/nouns.txt",
-        "best_metric": "<script>alert(1)</script> | [x](http://e.org)",
-        "secret": "/home/alice",
-    }
     licence = "mit\nsdk: docker\nhf_oauth: true"
-    parts = {"license": licence, "training": [training], "labels": [licence], "identity": {}}
+    parts = {
+        "license": licence,
+        "training": [{"data": ["/home/alice/pairs.tar"]}],
+        "labels": [licence],
+        "identity": {},
+    }
     (tmp_path / "model_card.json").write_text(json.dumps(parts))
     page = web.export_web(tiny_model(), tiny_processor, tmp_path / 'a: "b" #1', source=tmp_path)
-    card = RepoCard.load(page / "README.md").data
+    card, text = RepoCard.load(page / "README.md").data, (page / "model_card.md").read_text()
     assert (card.sdk, card.license, card.title) == ("static", "unknown", 'a: "b" #1')
-    assert "hf_oauth" not in card.to_dict()
-    text = (page / "model_card.md").read_text()
-    assert "pairs.tar" in text and "org/pairs" in text and "script alert(1)" in text
-    for gone in ("alice", "<script", "[x]", "secret"):
-        assert gone not in text.partition("## Intended use")[0], gone
-    model_card = ModelCard(text)  # where a label, whatever it holds, is a string of the widget
-    assert not {"sdk", "hf_oauth"} & model_card.data.to_dict().keys() and "hf_oauth" not in model_card.text
+    assert "hf_oauth" not in card.to_dict() and "pairs.tar" in text and "alice" not in text
 
 
 @NEEDS_NPM

@@ -1,7 +1,6 @@
 """Processor of ICLIP: prepares images and texts, and converts raw maps to maps at the image's size, masks, boxes and points."""
 
 from collections.abc import Iterator, Sequence
-from functools import partial
 
 import numpy as np
 import torch
@@ -10,7 +9,6 @@ from transformers import AutoConfig, AutoImageProcessor, AutoProcessor, AutoToke
 from transformers.feature_extraction_utils import BatchFeature
 from transformers.image_utils import get_image_size
 from transformers.processing_utils import ProcessorMixin
-from transformers.utils.deprecation import deprecate_kwarg
 
 from .configuration_iclip import ICLIPConfig, patch_side
 from .images import read_image, to_rgb
@@ -27,9 +25,6 @@ _BRIGHTEST = {torch.bool: 1, torch.int8: 127, torch.uint16: 65535}
 
 # A text that any tokenizer knows words of.
 _PROBE = "a photo of a dog"
-
-# Old names of arguments, which warn until the version of this package in which they end.
-_renamed = partial(deprecate_kwarg, warn_if_greater_or_equal_version=True)
 
 
 def check_tokenizer(name, tokenizer, config=None) -> None:
@@ -235,8 +230,6 @@ class ICLIPProcessor(ProcessorMixin):
         """
         return [resize_and_normalize(map_, size, reverse) for map_, size in zip(maps, target_sizes, strict=True)]
 
-    @_renamed("scores", "0.3", "presence")
-    @_renamed("min_score", "0.3", "min_presence")
     def post_process_masks(
         self,
         maps: Sequence[torch.Tensor],

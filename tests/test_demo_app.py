@@ -4,7 +4,6 @@ import itertools
 import runpy
 import sys
 from dataclasses import replace
-from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 
 import gradio_client
@@ -12,7 +11,7 @@ import httpx
 import numpy as np
 import pytest
 import torch
-from conftest import iclip, noise, opened, served, tiny_model
+from conftest import QuietHandler, iclip, noise, opened, served, tiny_model
 from gradio_client.exceptions import AppError
 from huggingface_hub import RepoCard
 from PIL import Image
@@ -171,14 +170,11 @@ def upload(server, content):
     return httpx.post(f"{server}gradio_api/upload", files={"files": ("photo.png", content)})
 
 
-class Neighbour(BaseHTTPRequestHandler):
+class Neighbour(QuietHandler):
     """A server that the app could be told to ask."""
 
     def do_GET(self):
         self.server.asked = self.path
-
-    def log_message(self, *arguments):
-        pass
 
 
 @pytest.mark.parametrize("extra", [{}, META, {"meta": {}}, {"meta": None}], ids=["bare", "meta", "empty", "null"])

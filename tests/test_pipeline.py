@@ -6,15 +6,12 @@ import copy
 import functools
 import importlib.util
 import json
-import subprocess
-import sys
 import time
-from http.server import SimpleHTTPRequestHandler
 
 import numpy as np
 import pytest
 import torch
-from conftest import served, tiny_model
+from conftest import QuietHandler, served, tiny_model
 from datasets import Dataset, Image
 from PIL import Image as PILImage
 from transformers.pipelines import PIPELINE_REGISTRY, pipeline
@@ -100,11 +97,6 @@ def test_every_form_of_an_image_gives_the_same_answer(pipe, photographs):
         url = f"http://127.0.0.1:{server.server_port}/{path.name}"
         for form in (PILImage.open(path), url, encoded, f"data:image/png;base64,{encoded}"):
             assert_same(pipe(form, LABELS, timeout=10), expected)
-
-
-class QuietHandler(SimpleHTTPRequestHandler):
-    def log_message(self, *arguments):
-        pass
 
 
 class Endless(QuietHandler):
@@ -234,16 +226,6 @@ def test_another_resolution(pipe, photographs):
         assert answer["label"] == other["label"]
         assert answer["score"] == pytest.approx(other["score"], abs=1e-6)
         assert answer["presence"] == pytest.approx(other["presence"], abs=1e-5)
-
-
-def test_the_task_is_known_after_import(world):
-    script = f"""
-import iclip_hf
-from transformers import pipeline
-pipe = pipeline({TASK!r}, model={str(world.folder / "model")!r})
-assert type(pipe) is iclip_hf.ImageTextSimilarityMapPipeline and type(pipe.processor) is iclip_hf.ICLIPProcessor
-"""
-    subprocess.run([sys.executable, "-c", script], check=True)
 
 
 def test_without_a_model_a_pipeline_takes_the_embedded_one(world, tmp_path, monkeypatch):

@@ -13,14 +13,13 @@ import sys
 import urllib.request
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from http.server import SimpleHTTPRequestHandler
 from pathlib import Path
 from typing import ClassVar
 
 import numpy as np
 import pytest
 import torch
-from conftest import noise, opened, served, tiny_model
+from conftest import QuietHandler, noise, opened, served, tiny_model
 from huggingface_hub import ModelCard, RepoCard
 from PIL import Image, ImageOps
 
@@ -221,13 +220,6 @@ def test_maps_are_refined_on_request_and_for_segments(page, exported, photos):
     assert shown.is_checked()
 
 
-class Files(SimpleHTTPRequestHandler):
-    """Of a server that only serves files."""
-
-    def log_message(self, *arguments):
-        pass
-
-
 def test_a_reload_needs_no_server_and_sees_a_newer_page(browser, exported, photos, tmp_path):
     page_folder = shutil.copytree(exported[0], tmp_path / "some" / "folder")
 
@@ -236,7 +228,7 @@ def test_a_reload_needs_no_server_and_sees_a_newer_page(browser, exported, photo
         page.wait_for_selector(READY)
 
     with ExitStack() as stack:
-        with page_served(tmp_path, Files) as url:
+        with page_served(tmp_path, QuietHandler) as url:
             page = stack.enter_context(opened(browser, f"{url}some/folder/?query", READY))
             assert not page.evaluate("crossOriginIsolated")  # without the headers for threads
             ask(page, photos / "noise.png", "dog")
@@ -250,7 +242,7 @@ def test_a_reload_needs_no_server_and_sees_a_newer_page(browser, exported, photo
         for name, old, new in [("index.html", "<title>", "<title>Newer: "), ("viewer.js", "Opacity of", "Newer:")]:
             text = (page_folder / name).read_text()
             (page_folder / name).write_text(text.replace(old, new))
-        with page_served(tmp_path, Files, int(url.rstrip("/").rpartition(":")[2])):
+        with page_served(tmp_path, QuietHandler, int(url.rstrip("/").rpartition(":")[2])):
             reload(page)
             assert page.title().startswith("Newer: ") and "Newer: the maps" in page.inner_text(".controls")
 
@@ -316,7 +308,7 @@ def test_a_download_that_breaks_off_can_be_tried_again(page, photos):
     assert len(asked) == 1 and "text_model" in asked[0]  # what had arrived was kept
 
 
-class Wrong(Files):
+class Wrong(QuietHandler):
     """Of a server that answers for some files with other bodies, and with status 200."""
 
     wrong: ClassVar[dict[str, bytes]] = {}

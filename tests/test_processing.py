@@ -180,26 +180,6 @@ def test_points_by_hand(tiny_processor):
     assert second["points"].shape == (0, 5, 2) and second["point_labels"].shape == (0, 5)
 
 
-def test_boxes_and_points_are_prompts_for_sam(tiny_processor):
-    from transformers import SamImageProcessor, SamProcessor
-
-    maps, masks = two_images_of_boxes(tiny_processor)
-    (boxes, _), (points, _) = (
-        tiny_processor.post_process_boxes(maps, masks),
-        tiny_processor.post_process_points(maps, masks),
-    )
-    inputs = SamProcessor(SamImageProcessor())(
-        photo(30, 20),
-        input_points=[points["points"].tolist()],
-        input_labels=[points["point_labels"].tolist()],
-        input_boxes=[boxes["boxes"].tolist()],
-        return_tensors="pt",
-    )
-    assert inputs["input_points"].shape == (1, 2, 4, 2) and inputs["input_labels"].shape == (1, 2, 4)
-    assert inputs["input_boxes"].shape == (1, 2, 4)
-    torch.testing.assert_close(inputs["input_boxes"][0].float(), boxes["boxes"] * 1024 / 30, atol=0.5, rtol=0.02)
-
-
 def test_keywords_are_the_same_in_a_dictionary_of_their_side(tiny_processor):
     image, labels = photo(), ["dog", "red ball"]
     expected = tiny_processor(images=image, labels=labels, size={"height": 64, "width": 48}, max_length=4)

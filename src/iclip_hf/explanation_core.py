@@ -179,7 +179,7 @@ def reference_features(
     """
     probe = encode([_PROBE])
     found = torch.cat([probe.text_embeds, probe.map_text_embeds]).float().cpu()
-    for known, features in _references:
+    for known, features in list(_references):  # other threads may add to it
         if known.shape == found.shape and torch.allclose(known, found, rtol=0, atol=1e-5):
             return features
     features = encode(REFERENCE_NOUNS) if encode_all is None else encode_all()

@@ -201,11 +201,6 @@ def test_one_label_thresholds_and_presence(pipe, photographs):
         assert inside(answer).any() == (answer["presence"] >= enough) == (len(answer["boxes"]) > 0)
 
 
-def test_a_path_of_letters_is_no_base64(pipe):
-    with pytest.raises(FileNotFoundError, match="data/dog"):
-        pipe("data/dog", LABELS)
-
-
 def test_a_saved_pipeline_keeps_its_processor(tiny_processor, photographs, tmp_path):
     processor = copy.deepcopy(tiny_processor)
     processor.templates, processor.max_text_length = ["a red {}", "the {} ."], 5

@@ -147,7 +147,7 @@ class ICLIPProcessor(ProcessorMixin):
         Raises:
             `ValueError`: texts or lists are empty; both `text` and `labels` are given; a template has no `{}`; images have different
             shapes with `shortest_edge`; or an image is invalid, not finite, out of the range of its type, or of a type without a
-            defined range, such as int64. `TypeError`: texts are not strings.
+            defined range, such as int64.
         """
         nested = [kwargs.pop(name, None) or {} for name in ("common_kwargs", "text_kwargs", "images_kwargs")]
         kwargs = {name: value for part in (*nested, kwargs) for name, value in part.items()}

@@ -168,20 +168,21 @@ _references: deque[tuple[torch.Tensor, ICLIPTextFeatures]] = deque(maxlen=16)
 
 
 def reference_features(
-    encode: Callable[[Sequence[str]], ICLIPTextFeatures], encode_all: Callable[[], ICLIPTextFeatures] | None = None
+    encode: Callable[[Sequence[str]], ICLIPTextFeatures],
+    encode_nouns: Callable[[Sequence[str]], ICLIPTextFeatures] | None = None,
 ) -> ICLIPTextFeatures:
     """
     Returns the features `(K, P)` of [`REFERENCE_NOUNS`], which are encoded again only if the model encodes a probe otherwise than before.
 
     Args:
         encode: function from labels to their features, by a model and with templates.
-        encode_all (*optional*): the same for all reference nouns, such as from a file.
+        encode_nouns (*optional*): the same for the nouns, such as from a file.
     """
     probe = encode([_PROBE])
     found = torch.cat([probe.text_embeds, probe.map_text_embeds]).float().cpu()
     for known, features in list(_references):  # other threads may add to it
         if known.shape == found.shape and torch.allclose(known, found, rtol=0, atol=1e-5):
             return features
-    features = encode(REFERENCE_NOUNS) if encode_all is None else encode_all()
+    features = (encode_nouns or encode)(REFERENCE_NOUNS)
     _references.append((found, features))
     return features

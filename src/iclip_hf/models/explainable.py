@@ -13,7 +13,6 @@ from torch import nn
 
 from ..explanation_core import encode_texts, reference_features
 from ..modeling_iclip import ICLIPImageFeatures, ICLIPModel, ICLIPTextFeatures, average_templates, normalize
-from ..reference_nouns import REFERENCE_NOUNS
 from ..similarity import cosine_similarity_map
 from .identity import changed_model, identity
 from .recording import AttentionLayer, AttentionRecord, prepare, private_copy, record
@@ -79,12 +78,10 @@ class ExplainableModel(ABC):
         Returns the features of [`REFERENCE_NOUNS`] in these templates, `(K, P)`. They are encoded again only when the model changes, and
         those of an [`ICLIPModel`] on the CPU are kept on disk.
         """
-        encode = partial(self.encode_texts, templates=templates)
-        if not isinstance(self.network, ICLIPModel) or self.device.type != "cpu":  # on another device, or offloaded
-            return reference_features(encode)
-        nouns = REFERENCE_NOUNS
-        kept = partial(kept_on_disk, self.network, self.processor, nouns, templates, partial(encode, nouns))
-        return reference_features(encode, kept)
+        encode = encode_nouns = partial(self.encode_texts, templates=templates)
+        if isinstance(self.network, ICLIPModel) and self.device.type == "cpu":  # not on another device, nor offloaded
+            encode_nouns = partial(kept_on_disk, self.network, self.processor, templates, encode)
+        return reference_features(encode, encode_nouns)
 
     @abstractmethod
     def get_text_features(self, input_ids: torch.Tensor, num_templates: int = 1, **inputs) -> ICLIPTextFeatures:

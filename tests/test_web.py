@@ -460,6 +460,7 @@ def test_on_a_phone_with_the_keyboard(browser, url, photos):
         page.get_by_text("Colour-blind safe").tap()
         safe = canvas(page, 0)
         assert (safe[heat[..., 3] == 255][:, 2] != heat[heat[..., 3] == 255][:, 2]).all()
+        page.get_by_text("Heat").tap()
 
         # Every control has a name, and the arrow keys read all maps at one place.
         names = page.evaluate("[...document.querySelectorAll('input, textarea')].map(field => field.labels.length)")
@@ -707,7 +708,7 @@ def test_what_a_foreign_card_tells_stays_text(tiny_processor, tmp_path, without_
     licence = "mit\nsdk: docker\nhf_oauth: true"
     parts = {
         "license": licence,
-        "training": [{"data": ["/home/alice/pairs.tar"]}],
+        "training": [{"data": ["/home/alice/photos/pairs.tar"]}],
         "labels": [licence],
         "identity": {},
     }

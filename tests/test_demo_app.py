@@ -289,6 +289,7 @@ def test_a_space_of_a_local_model_is_refused(folder, tmp_path, capsys):
 
 def test_without_gradio_a_sentence_names_the_extra(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "gradio", None)
+    monkeypatch.delitem(sys.modules, app.__name__)
     assert iclip("demo") == 2
     assert "[demo]" in capsys.readouterr().err
 

@@ -8,9 +8,7 @@ import io
 from pathlib import Path
 from typing import NamedTuple
 
-import gradio as gr
 import numpy as np
-from gradio.processing_utils import save_bytes_to_cache
 from PIL import Image
 
 from .. import __version__
@@ -22,8 +20,14 @@ from ..images import load_image
 from ..models.loading import load
 from ..presence import presence_word
 from ..prompts import split_texts
+from ..utils.extras import require_extra
 from ..utils.files import write_files
 from .content import EXAMPLES, INTRODUCTION, MAX_CHARACTERS, MAX_TEXTS, SPACE, beside, example_files, look, view_size
+
+
+with require_extra("demo"):
+    import gradio as gr
+    from gradio.processing_utils import save_bytes_to_cache
 
 
 MAX_FILE_SIZE = "20mb"  # `load_image` limits the number of pixels

@@ -30,7 +30,7 @@ def web_server(folder: Path, host: str = "127.0.0.1", port: int | None = None) -
 
     Args:
         folder: from `export_web`.
-        host, port: address and port to listen on; 7860 or another free port if not given.
+        host, port: address and port to listen on; the first free port from 7860 if not given.
 
     Raises:
         `ValueError`: the folder holds no page. `OSError`: the address is not of this machine, or the port is not free.
@@ -38,9 +38,11 @@ def web_server(folder: Path, host: str = "127.0.0.1", port: int | None = None) -
     if not (folder / "settings.json").is_file():
         raise ValueError(f"{folder}: expected a folder of `iclip export --format web`, but it has no page; name one.")
     handler = partial(_Handler, directory=str(folder))
-    try:
-        return ThreadingHTTPServer((host, 7860 if port is None else port), handler)
-    except OSError as error:
-        if port is None and error.errno == errno.EADDRINUSE:
-            return ThreadingHTTPServer((host, 0), handler)
-        raise OSError(f"{host}: cannot listen on this address or port: {error.strerror}.") from error
+    for candidate in range(7860, 7960) if port is None else [port]:
+        try:
+            return ThreadingHTTPServer((host, candidate), handler)
+        except OSError as error:
+            problem = error.strerror
+            if error.errno != errno.EADDRINUSE:  # such as an unknown host, which other ports do not help
+                break
+    raise OSError(f"{host}:{candidate}: cannot listen on this address and port: {problem}.")

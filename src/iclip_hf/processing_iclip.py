@@ -387,7 +387,9 @@ def check_thresholds(threshold: float | Sequence[float]) -> torch.Tensor:
 
 def check_threshold(threshold: float) -> float:
     """Returns a threshold. `ValueError` unless it is one number in [0, 1]."""
-    return check_thresholds(threshold).item()
+    if check_thresholds(threshold).ndim:
+        raise ValueError(f"threshold is one number in [0, 1], not {threshold!r:.100}.")
+    return float(threshold)
 
 
 def _present(presence: torch.Tensor | None, min_presence: float | None) -> torch.Tensor | None:

@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from iclip_hf import cli, explain
 from iclip_hf.cli import explain as explain_command
-from iclip_hf.cli.pictures import presence_column
+from iclip_hf.cli.output import presence_column
 from iclip_hf.models.loading import load
 from iclip_hf.regions import find_regions, run_lengths
 from iclip_hf.similarity import resize_and_normalize
@@ -63,7 +63,7 @@ def test_many_photographs_and_one_that_is_broken(workspace, tmp_path, capsys, mo
 def test_an_error_leaves_the_reports_before_it(workspace, tmp_path, capsys, monkeypatch, form):
     """So does an interruption: what took an hour is not lost."""
     images = [workspace / str(number % 3) / "a.jpg" for number in range(12)]
-    save, seen = explain_command.save_figure, []
+    save, seen = explain_command.save_picture, []
 
     def full_disk(sheet, picture, *options):
         seen.append(picture)
@@ -71,7 +71,7 @@ def test_an_error_leaves_the_reports_before_it(workspace, tmp_path, capsys, monk
             raise OSError("writing failed")
         save(sheet, picture, *options)
 
-    monkeypatch.setattr(explain_command, "save_figure", full_disk)
+    monkeypatch.setattr(explain_command, "save_picture", full_disk)
     assert run(workspace, *images, "--text", "dog", "--output", tmp_path / "maps", *form) == 2
     out, err = capsys.readouterr()
     assert sum("a.jpg" in line for line in out.splitlines()) == len(images) - 1 and "writing failed" in err
@@ -283,7 +283,7 @@ def test_freed_memory_is_kept_for_the_next_image():
     """A page that is new to the process is a page fault, and 64 MiB are 16384 pages, or 32 huge ones."""
     code = """
 import resource
-from iclip_hf.cli.common import keep_memory
+from iclip_hf.cli.options import keep_memory
 def faults():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     bytearray(b"x") * 2**26

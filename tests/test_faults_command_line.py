@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from conftest import iclip
 
-from iclip_hf.cli.common import printable
+from iclip_hf.cli.output import printable
 
 
 def refused(*line) -> str:

@@ -77,16 +77,16 @@ def atomic_write(path: str | os.PathLike) -> Iterator[Path]:
     """
     path = Path(os.path.realpath(path))
     temporary = _temporary(path)
-    try:
-        with writing_errors(path):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            temporary.touch(exist_ok=False)
+    with writing_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.touch(exist_ok=False)
+        try:
             mode = temporary.stat().st_mode
             yield temporary
             temporary.chmod(mode)  # only the owner can read what safetensors writes
             os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+        finally:
+            temporary.unlink(missing_ok=True)
 
 
 def write_files(folder: Path, contents: Mapping[str, bytes], overwrite: bool = False) -> None:

@@ -43,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return stop.code
     try:
         return options.run(options) or 0
-    except (OSError, ValueError, TypeError, ImportError) as error:
+    except (OSError, ValueError, TypeError, ImportError, OverflowError) as error:
         report_error(command, error)
         return 2
     except KeyboardInterrupt as error:  # with a message if a training was interrupted

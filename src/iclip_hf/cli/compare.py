@@ -8,8 +8,8 @@ import os
 from pathlib import Path
 
 from ..presence import MIN_PRESENCE, presence_word
-from .options import DATASET, MODEL, PROMPTS, add_shared, at_least_1, load_model
-from .output import PICTURES, check_file, echo, model_files, presence_column, printable, save_picture
+from .options import DATASET, MODEL, PROMPTS, add_shared, load_model
+from .output import PICTURES, check_file, echo, model_files, presence_column, printable, resolution, save_picture
 
 
 def add_options(command: argparse.ArgumentParser) -> None:
@@ -26,13 +26,6 @@ def add_options(command: argparse.ArgumentParser) -> None:
     )
     add_shared(truth, *DATASET)
     command.add_argument("--output", type=Path, metavar="FILE", help="picture to write (default: comparison.png)")
-    command.add_argument(
-        "--dpi",
-        type=at_least_1,
-        default=120,
-        metavar="N",
-        help="resolution of the figure in dots per inch, for example 300 for print (default: 120)",
-    )
     add_shared(command, "--overwrite", "--colormap", "--json")
 
 
@@ -49,7 +42,8 @@ def run(options: argparse.Namespace) -> None:
     from ..explainers.localizer import explain
     from ..figures.sheets import at_picture_size, comparison_sheet
 
-    drawn = at_picture_size(image, options.dpi)
+    dpi = resolution(output)
+    drawn = at_picture_size(image, dpi)
     columns, words = {}, {}  # by the title of a column
     if truths:
         columns["ground truth"] = [_shrunk(truths[text], drawn) if text in truths else None for text in texts]
@@ -76,8 +70,8 @@ def run(options: argparse.Namespace) -> None:
             row["scores"][name], row["presence"][name] = round(score, 4), presence
             of_text.append(f"{presence_word(presence)} · score {score:.2f}")
     titles = [f"{text}\n{', '.join(of_text)}" for text, of_text in zip(texts, notes)]
-    sheet = comparison_sheet(drawn, columns, titles, words, colormap=options.colormap, dpi=options.dpi)
-    save_picture(sheet, output, options.dpi)
+    sheet = comparison_sheet(drawn, columns, titles, words, colormap=options.colormap, dpi=dpi)
+    save_picture(sheet, output, dpi)
     if options.json:
         report = {"image": options.image, "picture": str(output), "texts": rows}
         echo(*json.dumps(report, indent=2, ensure_ascii=False).split("\n"))

@@ -5,31 +5,21 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from ..utils.extras import require_extra
-from .options import MODEL, add_shared, keep_memory, option_type, refuse, silence_transformers
-from .output import check_folder, echo, echo_space
+from .options import MODEL, add_shared, keep_memory, refuse, silence_transformers
+from .output import echo, echo_space
 
 
 def add_options(command: argparse.ArgumentParser) -> None:
     add_shared(command, *MODEL, default=None)
+    command.add_argument("--host", default="127.0.0.1", help="address to listen on (default: of this machine only)")
+    command.add_argument("--port", type=int, help="port to listen on (default: the first free port from 7860)")
     command.add_argument(
-        "--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1, this machine only)"
-    )
-    command.add_argument("--port", type=_port, help="port to listen on (default: the first free port from 7860)")
-    command.add_argument(
-        "--export-space", type=Path, metavar="DIR", help="write the files of a Space that runs the demo, and exit"
+        "--export-space", type=Path, metavar="DIR", help="write the files of a Space with the demo, and exit"
     )
     add_shared(command, "--overwrite")
     command.add_argument(
-        "--web", type=Path, metavar="DIR", help="serve the page that `iclip export --format web` wrote, instead"
+        "--web", type=Path, metavar="DIR", help="serve the page of `iclip export --format web` instead"
     )
-
-
-@option_type
-def _port(text: str) -> int:
-    if not 0 < int(text) < 2**16:
-        raise ValueError(f"{text} is no port, from 1 to 65535")
-    return int(text)
 
 
 def run(options: argparse.Namespace) -> None:
@@ -42,12 +32,9 @@ def run(options: argparse.Namespace) -> None:
             server.serve_forever()
         return
     if options.export_space:
-        check_folder("--export-space", options.export_space)
         refuse(options, ["dtype", "device"], "--export-space")
         if options.model not in (None, "embedded") and Path(options.model).exists():
             raise ValueError(f"A Space needs the Hub id of its model, not the folder {options.model}: push it first.")
-    with require_extra("demo"):  # before torch is loaded
-        import gradio  # noqa: F401
     from ..demo.app import export_space, launch
 
     if options.export_space:

@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 
 from .options import add_shared, at_least_1, refuse
-from .output import check_folder, complain, echo, save_picture
+from .output import check_folder, complain, echo, resolution, save_picture
 from .pictures import add_image_options, explain_files, make_localizer
 
 
@@ -44,13 +44,14 @@ def run(options: argparse.Namespace) -> int:
     def beside(picture: Path) -> list[Path]:
         return [picture.with_suffix(".npz")] * options.npz
 
-    def write(name: str, image, explanation, picture: Path | None, dpi: int) -> dict:
+    def write(name: str, image, explanation, picture: Path | None) -> dict:
         import numpy as np
 
         from ..figures.sheets import draw
         from ..utils.files import atomic_write
 
         if picture is not None:
+            dpi = resolution(picture)
             save_picture(draw(explanation, image, colormap=options.colormap, dpi=dpi), picture, dpi)
             for path in beside(picture):
                 # An open file, because numpy would add a suffix to a file name.
@@ -74,7 +75,7 @@ def _explain_collection(options: argparse.Namespace) -> int:
 
     refuse(options, ["npz", "words", "overwrite"], "a collection")
     output = options.output or Path("explanations")
-    check_folder("--output", output)
+    check_folder(output)
     images = open_images(options.images)
     state = this_process("collections")  # selects the device before the model is loaded
     report = explain_collection(

@@ -26,15 +26,20 @@ def check_file(path: Path, suffixes: tuple[str, ...]) -> None:
         raise ValueError(f"--output is a file name that ends in {' or '.join(suffixes)}, not {path}: name another.")
 
 
-def check_folder(option: str, path: Path) -> None:
-    """Raises `ValueError` for an output that is no folder, before the model is loaded."""
+def check_folder(path: Path) -> None:
+    """Raises `ValueError` for an `--output` that is no folder, before the model is loaded."""
     if not path.is_dir() and (path.suffix or path.exists()):
-        raise ValueError(f"{option} is a folder, not the file name {path}: name a folder.")
+        raise ValueError(f"--output is a folder here, not the file name {path}: name a folder.")
 
 
 def model_files(model: str) -> list[Path]:
     """Returns the files of a model folder, which are inputs."""
     return list(Path(model).glob("*"))
+
+
+def resolution(picture: Path) -> int:
+    """Returns the dots per inch of a picture: for print, or for screens."""
+    return 300 if picture.suffix.lower() == ".pdf" else 120
 
 
 def save_picture(picture, path: Path, dpi: int) -> None:

@@ -62,9 +62,8 @@ def explain_files(
 
     Args:
         name: stem of the default output.
-        write: function of the name of an image, the image, its explanation, the path of its picture (None where only JSON was asked for)
-            and its resolution in dots per inch. It returns the entry of the report: a `dict` for each text in "texts" or "segments", and
-            perhaps a "problem" for stderr.
+        write: function of the name of an image, the image, its explanation and the path of its picture, None where only JSON was asked for.
+            It returns the entry of the report: a `dict` for each text in "texts" or "segments", and perhaps a "problem" for stderr.
         beside: returns, for a picture, the other files that are written with it.
     """
     from tqdm import tqdm
@@ -82,9 +81,8 @@ def explain_files(
         (image_name, image, explanation), picture = item
         if image is None:
             return {"problem": image_name}
-        dpi = 300 if picture and picture.suffix.lower() == ".pdf" else 120  # for print, and for screens
         files = {"picture": str(picture)} if picture else {}
-        return {"image": image_name, **files, **write(image_name, image, explanation, picture, dpi)}
+        return {"image": image_name, **files, **write(image_name, image, explanation, picture)}
 
     whole = 0
     with ThreadPoolExecutor(1) as thread:  # loads images and writes pictures while the model runs
@@ -132,7 +130,7 @@ def _pictures_to_write(
         named = pictures if options.output else []
     else:
         folder = options.output or Path(f"{name}s")
-        check_folder("--output", folder)
+        check_folder(folder)
         pictures = [folder / file for file in _file_names(options.images)]
     chosen = [file for picture in pictures for file in [*([] if named else [picture]), *beside(picture)]]
     thresholds = [options.threshold] if isinstance(options.threshold, Path) else []

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from ..presence import presence_word
 from .options import texts
-from .output import save_picture
+from .output import resolution, save_picture
 from .pictures import add_image_options, explain_files
 
 
@@ -33,7 +33,7 @@ def add_options(command: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    def write(name: str, image, explanation, picture: Path | None, dpi: int) -> dict:
+    def write(name: str, image, explanation, picture: Path | None) -> dict:
         from ..figures.sheets import label_sheet
         from ..regions import run_lengths
 
@@ -64,8 +64,8 @@ def run(options: argparse.Namespace) -> int:
         if picture is None:
             return entry
         words = [presence_word(value, options.min_presence) for value in explanation.presence.tolist()]
+        dpi, (label_file,) = resolution(picture), _beside(picture)
         save_picture(label_sheet(image, labels, options.texts, words, dpi=dpi), picture, dpi)
-        (label_file,) = _beside(picture)
         _save_labels(labels, len(options.texts), label_file)
         return {"labels": str(label_file), **entry}
 

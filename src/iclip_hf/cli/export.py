@@ -113,8 +113,8 @@ def export(options: argparse.Namespace, directory: Path, name: str | None = None
     model, processor = load_iclip(options.model)
     if metrics is not None and (differing := changed_model(metrics["protocol"], model, processor)):
         raise ValueError(
-            f"--results {options.results} has figures of another model, by its {', '.join(differing)}: measure this one by `iclip evaluate "
-            "--output`."
+            f"--results {options.results}: expected figures of this model, got those of other {', '.join(differing)}, or of a model that "
+            "it does not describe; measure this model by `iclip evaluate --output`."
         )
     return export_model(model, processor, directory, name=name, source=options.model, metrics=metrics)
 

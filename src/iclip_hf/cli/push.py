@@ -30,7 +30,7 @@ def run(options: argparse.Namespace) -> None:
     validate_repo_id(options.repo_id)
     if "/" not in options.repo_id:
         raise ValueError(
-            f"REPO_ID {options.repo_id} has no owner, whom the model card names: add it, as in org/iclip-vit-b16."
+            f"Expected REPO_ID to be the name of a repository, such as org/iclip-vit-b16, got {options.repo_id!r}: add its owner."
         )
     with tempfile.TemporaryDirectory() as scratch:
         folder = export(options, Path(scratch, "model"), name=options.repo_id)

@@ -88,7 +88,6 @@ ARGUMENTS = {
         --export-space new --model {model}
         --web {empty}
         --web {empty} --model {model}
-        --web {page} --port 65536
     """,
     "train {table} --model {model}": """
         --sharpness 3
@@ -130,16 +129,12 @@ def test_a_wrong_argument(world, table, sandbox, start, rest):
     for name in ("masks", "empty"):
         (folder / name).mkdir()
     inputs.masks_folder(folder / "masks", mask=inputs.index_mask(np.ones((24, 30), np.uint8)))
-    (folder / "page").mkdir()
-    for name in ("settings.json", "index.html"):
-        (folder / "page" / name).touch()
     places = {
         "photo": world.photo,
         "model": world.folder / "model",
         "world": world.folder,
         "empty": folder / "empty",
         "masks": folder / "masks",
-        "page": folder / "page",
         "list": inputs.written(folder, "[]"),
         "long": "x" * 300,
         "table": table,

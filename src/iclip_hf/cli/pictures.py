@@ -39,7 +39,9 @@ def add_image_options(command: argparse.ArgumentParser, *, images: str, output: 
         help=f"a text with a lower presence counts as absent and gets an empty mask; 0 to 1 (default: {MIN_PRESENCE})",
     )
     command.add_argument("--output", type=Path, metavar="PATH", help=output)
-    lines = "print a line of JSON for each image, with run-length masks, and write only what --output or --npz asks for"
+    lines = (
+        "print a line of JSON for each image, with run-length masks, and write only what --output or --npz asks for"
+    )
     add_shared(command, "--json", help=lines)
     add_shared(command, "--batch-size", help="images in one forward pass (default: 4, of a folder 8)")
     add_shared(command, "--overwrite")

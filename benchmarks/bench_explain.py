@@ -20,7 +20,7 @@ from PIL import Image
 from transformers import AutoModel, pipeline
 
 from iclip_hf import ICLIPModel
-from iclip_hf.cli.common import keep_memory
+from iclip_hf.cli.options import keep_memory
 from iclip_hf.explainers.localizer import Localizer
 from iclip_hf.images import load_image
 from iclip_hf.models.embedded import embedded_towers

@@ -134,32 +134,6 @@ DAMAGED_IMAGES = {f"damaged {format}": damaged(data, 1) for format, data in BY_F
 # One for each way through a reader: nothing, another format, code, a bomb, a part.
 FEW_UNREADABLE = ("empty", "svg", "pickle", "bomb", "half a JPEG")
 
-# Whatever is no file of an image; `make_places` makes those that need making, and the folder is in ..
-PLACES = {
-    "nothing": "../case/absent.png",
-    "folder": "../case",
-    "pipe": "../case/pipe.png",
-    "device": "/dev/zero",
-    "link to nothing": "../case/link.png",
-    "link to itself": "../case/loop.png",
-    "null character": "../case/a\0b.png",
-    "lone surrogate": "../case/\ud800.png",
-    "long name": f"../case/{'x' * 5000}.png",
-    "file as a folder": "../case/photo.png/a.png",
-    "http": "http://127.0.0.1:9/a.png",
-    "https": "https://127.0.0.1:9/a.png",
-    "file url": "file://../case/photo.png",
-    "nothing at all": "",
-}
-
-
-def make_places(folder: Path) -> None:
-    (folder / "photo.png").write_bytes(BY_FORMAT["PNG"])
-    os.mkfifo(folder / "pipe.png")
-    os.symlink("absent", folder / "link.png")
-    os.symlink(folder / "loop.png", folder / "loop.png")
-
-
 STRANGE_TEXTS = {
     "many words": "dog " * 25_000,
     "a million without a space": "d" * 1_000_000,

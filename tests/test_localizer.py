@@ -12,7 +12,7 @@ from PIL import Image
 from transformers import CLIPImageProcessor
 
 from iclip_hf import ICLIPProcessor, draw, explain, explanation_core
-from iclip_hf.cli.pictures import presence_column
+from iclip_hf.cli.output import presence_column
 from iclip_hf.explainers import make_explainer
 from iclip_hf.explainers.localizer import Localizer
 from iclip_hf.models.explainable import ExplainableModel

@@ -67,10 +67,8 @@ class StreamingMetric(evaluate.Metric, ABC):
 
     def __init__(self, *args, ignore_index: int = 255, aggregate: str | None = None, **kwargs):
         super().__init__(*args, **kwargs)
-        default = None if self.per_image else "image"
-        self.ignore_index, self.aggregate = ignore_index, default if aggregate is None else aggregate
-        self._accumulator(None)  # checks `aggregate`
-        self._ignored = set()  # values of ignore_index with which items were counted
+        self.ignore_index, self.aggregate = ignore_index, aggregate
+        self._accumulator(aggregate)  # refuses a wrong one before any item is added
 
     @abstractmethod
     def _info(self) -> evaluate.MetricInfo: ...
@@ -83,24 +81,18 @@ class StreamingMetric(evaluate.Metric, ABC):
         return {"predictions": maps, "references": [mask] * len(maps), "labels": labels}
 
     def _accumulator(self, aggregate: str | None):
-        aggregate = self.aggregate if aggregate is None else aggregate
-        if not self.per_image:
-            return self.accumulator(aggregate)
-        if aggregate is not None:
-            raise ValueError(f"Expected no `aggregate` for {self.name}, got {aggregate!r}: leave it out.")
-        return self.accumulator()
+        return self.accumulator() if aggregate is None else self.accumulator(aggregate=aggregate)
 
     def _metric_info(self, description: str, outputs: str) -> evaluate.MetricInfo:
         # An item is stored as its two rows of counts and its class or classes. The columns keep the names of the inputs, because
         # `evaluate.combine` passes no others.
         row, label = Sequence(Value("float64")), Value("int64")
+        labels = Sequence(label) if self.per_image else label
         return evaluate.MetricInfo(
             description=description,
             citation=_CITATION,
             inputs_description=(_IMAGE_INPUTS if self.per_image else _PAIR_INPUTS) + outputs,
-            features=Features(
-                {"predictions": row, "references": row, "labels": Sequence(label) if self.per_image else label}
-            ),
+            features=Features({"predictions": row, "references": row, "labels": labels}),
             reference_urls=["https://arxiv.org/abs/2209.07046"],
         )
 
@@ -109,29 +101,11 @@ class StreamingMetric(evaluate.Metric, ABC):
         plural = {"prediction": "predictions", "reference": "references", "label": "labels"}
         self.add_batch(ignore_index=ignore_index, **{plural.get(name, name): [value] for name, value in item.items()})
 
-    def add_batch(self, *, predictions, references, labels=None, ignore_index: int | None = None):
+    def add_batch(self, *, predictions, references, labels, ignore_index: int | None = None):
         """Adds items: `predictions`, `references` and `labels` of equal length."""
-        if labels is None:
-            ids = (
-                "[[3, 5], ...], the class ids of the maps of each image"
-                if self.per_image
-                else "[3, ...], a class id for each map"
-            )
-            raise ValueError(
-                f"{self.name} needs labels too: compute(predictions=maps, references=label_masks, labels={ids})."
-            )
-        if not len(predictions) == len(references) == len(labels):
-            raise ValueError(
-                "Expected predictions, references and labels of one length, "
-                f"got {len(predictions)}, {len(references)} and {len(labels)}: pass one of each for every item."
-            )
         ignore_index = self.ignore_index if ignore_index is None else ignore_index
-        if self.per_image and not all(np.ndim(label) == 1 for label in labels):
-            raise ValueError(
-                f"{self.name}: labels are a list of class ids for each image, such as [[3, 5]], not {labels}."
-            )
-        counts = [self.accumulator.count(*item, ignore_index) for item in zip(predictions, references, labels)]
-        self._ignored.add(ignore_index)
+        items = zip(predictions, references, labels, strict=True)
+        counts = [self.accumulator.count(*item, ignore_index) for item in items]
         super().add_batch(
             predictions=[second for _, second in counts],
             references=[first for first, _ in counts],
@@ -140,20 +114,18 @@ class StreamingMetric(evaluate.Metric, ABC):
 
     def compute(self, *, aggregate: str | None = None, ignore_index: int | None = None, **items) -> dict | None:
         """Returns the scores of all items that were added or are given here, on process 0; None on other processes."""
-        # Both options are checked first, so that an error does not lose the added items.
-        accumulator = self._accumulator(aggregate)
-        if ignore_index is not None and not self._ignored <= {ignore_index}:
-            raise ValueError(
-                f"Expected the ignore_index of the added items, {sorted(self._ignored)}, got {ignore_index}: "
-                "give it to `evaluate.load`, or wherever items are added."
-            )
-        items = {name: values for name, values in items.items() if values is not None}
+        # First, so that an error does not lose the added items.
+        accumulator = self._accumulator(self.aggregate if aggregate is None else aggregate)
+        items = {
+            name: values for name, values in items.items() if values is not None
+        }  # `evaluate.combine` passes None
+        if not items and ignore_index is not None:
+            raise ValueError("ignore_index belongs to the call that adds the items, or to `evaluate.load`.")
         if not items and self.num_process > 1:
             # Process 0 waits for a file of every process, so a process without items writes an empty one.
             items = dict.fromkeys(self.features, ())
         if items:
             self.add_batch(ignore_index=ignore_index, **items)
-        self._ignored = set()
         return super().compute(accumulator=accumulator)
 
     def _compute(self, predictions, references, labels, accumulator) -> dict:

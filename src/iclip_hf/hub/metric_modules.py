@@ -16,20 +16,21 @@ def metric_folders() -> dict[str, Path]:
 
 def install_metrics() -> dict[str, Path]:
     """
-    Installs the metric scripts in the module cache of `evaluate`. Replaces earlier versions. Then `evaluate.load` finds them by
-    their bare names in any working directory, also offline.
+    Installs the metric scripts in the module cache of `evaluate`, beside other versions. Then `evaluate.load` finds them by their bare
+    names in any working directory, also offline.
 
     Returns:
         `dict[str, Path]`: the folder of each script by the name of its metric, `"mfmb"`, `"mmiou"` and `"text_contrast"`.
     """
     with require_extra("eval"):
-        from datasets import DownloadMode
         from evaluate.loading import LocalEvaluationModuleFactory, init_dynamic_modules
     modules, installed = init_dynamic_modules(), {}
     for name, folder in metric_folders().items():
-        factory = LocalEvaluationModuleFactory(str(folder / f"{name}.py"), download_mode=DownloadMode.FORCE_REDOWNLOAD)
+        factory = LocalEvaluationModuleFactory(str(folder / f"{name}.py"))
         factory.name = f"evaluate-metric/{name}"  # `load(name)` looks for this repository, also in its cache
         installed[name] = Path(modules).parent.joinpath(*factory.get_module().module_path.split(".")[:-1])
+        # Written again, because `load` takes the newest version.
+        (installed[name] / f"{name}.py").write_bytes((folder / f"{name}.py").read_bytes())
     return installed
 
 

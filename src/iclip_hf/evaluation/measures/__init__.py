@@ -25,7 +25,7 @@ MEASURES = {
     "deletion_insertion": "deletion_insertion:DeletionInsertion",
     "max_sensitivity": "max_sensitivity:MaxSensitivity",
     "randomization": "randomization:Randomization",
-    "pointing_game": "pointing_game:PointingGame",
+    "pointing_game": "pairs:PointingGame",
 }
 # The measures of each task of `iclip evaluate`.
 TASKS = {

@@ -109,6 +109,10 @@ class DeletionInsertion(MeansMeasure):
         for kind, heading in (("probability", ""), ("cosine", ", cosine"))
         for name in ("insertion", "deletion", "difference")
     }
+    definition = {
+        "deletion_insertion": "pixels by the map, highest first, in steps of 1 / (2 * steps) of the image; deletion fills with normal "
+        "noise, insertion starts from zeros; probability among the class names"
+    }
     columns = ("deletion_cosine", "deletion_probability", "insertion_cosine", "insertion_probability")
 
     def __init__(self, steps: int = STEPS, seed: int = 0):
@@ -143,11 +147,3 @@ class DeletionInsertion(MeansMeasure):
             insertion, deletion = named[f"insertion_{kind}"], named[f"deletion_{kind}"]
             named[f"difference_{kind}"] = None if insertion is None else insertion - deletion
         return named
-
-    def protocol(self) -> dict:
-        return {
-            "steps": self.steps,
-            "seed": self.seed,
-            self.name: "pixels by the map, highest first, in steps of 1 / (2 * steps) of the image; deletion fills with normal "
-            "noise, insertion starts from zeros; probability among the class names",
-        }

@@ -49,6 +49,9 @@ class MaxSensitivity(MeansMeasure):
 
     name = "max_sensitivity"
     scores = {"max_sensitivity": ("max-sensitivity", 3)}
+    definition = {
+        "max_sensitivity": {"radius": RADIUS, "samples": SAMPLES, "maps": "stretched to [0, 1] on the patch grid"}
+    }
 
     def __init__(self, seed: int = 0):
         self.seed = seed
@@ -60,7 +63,3 @@ class MaxSensitivity(MeansMeasure):
             method: max_sensitivity(explain, pixel_values, seed=seed)[:, None]
             for method, explain in explainers.items()
         }
-
-    def protocol(self) -> dict:
-        maps = "stretched to [0, 1] on the patch grid"
-        return {"seed": self.seed, self.name: {"radius": RADIUS, "samples": SAMPLES, "maps": maps}}

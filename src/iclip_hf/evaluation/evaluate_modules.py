@@ -5,6 +5,7 @@ repository, which is installed as `iclip_hf.evaluate_metrics`.
 
 import json
 from abc import ABC, abstractmethod
+from inspect import getdoc
 from pathlib import Path
 
 import numpy as np
@@ -18,29 +19,29 @@ with require_extra("eval"):
     from datasets import Features, Sequence, Value
 
 
-_IGNORE_INDEX = """
-    ignore_index: mask value of the pixels that are ignored, 255 by default; it applies to the items of the same call.
-"""
-_PAIR_INPUTS = f"""
+_PAIR_INPUTS = """
 One item is one image and one class.
 
 Args:
     predictions: maps (H, W) in [0, 1], numpy or torch, float16, bfloat16, float32 or float64; their sizes may differ.
     references: label masks (H, W) of integers, each of the size of its map.
-    labels: class ids; pixels of the mask equal to the id are the foreground, all others the background.{_IGNORE_INDEX.rstrip()}
+    labels: class ids; pixels of the mask equal to the id are the foreground, all others the background.
+    ignore_index: mask value of the pixels that are ignored, 255 by default; it applies to the items of the same call.
     aggregate: "image" (default) averages the ratios of the images of a class; "pixel" pools the pixels of a class over its
         images.
 
 `add` also accepts the singular names. Both options can also be set in `evaluate.load`.
 """
-_IMAGE_INPUTS = f"""
+_IMAGE_INPUTS = """
 One item is one image with all of its classes.
 
 Args:
     predictions: maps (K, H, W) in [0, 1], one for each class, numpy or torch, float16, bfloat16, float32 or float64; K, H and W may
         differ between items.
     references: label masks of integers, each (H, W), or (K, H, W) with a mask for each class where classes overlap.
-    labels: lists of K class ids; pixels of the mask equal to an id belong to its class.{_IGNORE_INDEX}
+    labels: lists of K class ids; pixels of the mask equal to an id belong to its class.
+    ignore_index: mask value of the pixels that are ignored, 255 by default; it applies to the items of the same call.
+
 `add` also accepts the singular names. The option can also be set in `evaluate.load`.
 """
 _CITATION = """
@@ -57,21 +58,20 @@ class StreamingMetric(evaluate.Metric, ABC):
     """
     A metric of `evaluate` over maps and masks. It stores the counts of each item instead of its pixels.
 
-    A subclass sets `accumulator` to a metric of `iclip_hf.evaluation.metrics`, and `per_image` if an item is an image with all of its
-    classes instead of one class. It returns `self._metric_info(...)` from `_info`.
-    This class is abstract, because `evaluate.load` instantiates the first metric class of a script that is not abstract.
+    A subclass sets `accumulator` to a metric of `iclip_hf.evaluation.metrics`, whose docstrings describe the module, and `per_image` if an
+    item is an image with all of its classes instead of one class.
     """
 
-    accumulator: type
     per_image = False
+
+    @property
+    @abstractmethod  # because `evaluate.load` instantiates the first metric class of a script that is not abstract
+    def accumulator(self) -> type: ...
 
     def __init__(self, *args, ignore_index: int = 255, aggregate: str | None = None, **kwargs):
         super().__init__(*args, **kwargs)
         self.ignore_index, self.aggregate = ignore_index, aggregate
         self._accumulator(aggregate)  # refuses a wrong one before any item is added
-
-    @abstractmethod
-    def _info(self) -> evaluate.MetricInfo: ...
 
     @classmethod
     def of_one_image(cls, maps: list[np.ndarray], mask: np.ndarray, labels: list[int]) -> dict:
@@ -83,15 +83,16 @@ class StreamingMetric(evaluate.Metric, ABC):
     def _accumulator(self, aggregate: str | None):
         return self.accumulator() if aggregate is None else self.accumulator(aggregate=aggregate)
 
-    def _metric_info(self, description: str, outputs: str) -> evaluate.MetricInfo:
+    def _info(self) -> evaluate.MetricInfo:
         # An item is stored as its two rows of counts and its class or classes. The columns keep the names of the inputs, because
         # `evaluate.combine` passes no others.
         row, label = Sequence(Value("float64")), Value("int64")
         labels = Sequence(label) if self.per_image else label
+        inputs = _IMAGE_INPUTS if self.per_image else _PAIR_INPUTS
         return evaluate.MetricInfo(
-            description=description,
+            description=getdoc(self.accumulator).partition("Example:")[0].strip(),
             citation=_CITATION,
-            inputs_description=(_IMAGE_INPUTS if self.per_image else _PAIR_INPUTS) + outputs,
+            inputs_description=f"{inputs}\n{getdoc(self.accumulator.compute)}\n",
             features=Features({"predictions": row, "references": row, "labels": labels}),
             reference_urls=["https://arxiv.org/abs/2209.07046"],
         )
@@ -151,14 +152,11 @@ def metric_demo(script: str | Path):
         return json.dumps(result, indent=2)
 
     images = {"file_types": ["image"], "type": "filepath"}
+    sheet = "Maps: grayscale images of the mask's size, one for each class; black is 0, white is 1"
     return gr.Interface(
         score,
         inputs=[
-            gr.File(
-                file_count="multiple",
-                label="Maps: grayscale images of the mask's size, one for each class; black is 0, white is 1",
-                **images,
-            ),
+            gr.File(file_count="multiple", label=sheet, **images),
             gr.File(label="Label mask: palette or grayscale PNG of class ids", **images),
             gr.Textbox(value="1", label="Class ids of the maps, for example: 1, 2"),
         ],

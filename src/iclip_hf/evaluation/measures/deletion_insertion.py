@@ -130,7 +130,7 @@ class DeletionInsertion(MeansMeasure):
             followed.append(maps if explainer.sees_text else maps[:1])  # one map for all texts is measured once
         curves = deletion_insertion(
             self.score,
-            image.pixel_values[0].to(self.run.device),
+            image.pixel_values[0].to(self.run.texts.text_embeds.device),
             torch.cat(followed),
             steps=self.steps,
             seed=self.seed + image.index,

@@ -57,9 +57,7 @@ class MaxSensitivity(MeansMeasure):
         self.seed = seed
 
     def measure(self, image: EvaluatedImage) -> dict[str, torch.Tensor]:
-        pixel_values, seed = image.pixel_values[0].to(self.run.device), self.seed + image.index
-        explainers = self.run.map_functions(image)
         return {
-            method: max_sensitivity(explain, pixel_values, seed=seed)[:, None]
-            for method, explain in explainers.items()
+            method: max_sensitivity(explain, image.pixel_values[0], seed=self.seed + image.index)[:, None]
+            for method, explain in self.run.map_functions(image).items()
         }

@@ -97,10 +97,9 @@ class Randomization(MeansMeasure):
         super().prepare(run)
 
     def measure(self, image: EvaluatedImage) -> dict[str, torch.Tensor]:
-        pixel_values, map_functions = image.pixel_values.to(self.run.device), self.run.map_functions(image)
         return {
-            method: self.layers.correlations(explain, pixel_values)[:, 0].T
-            for method, explain in map_functions.items()
+            method: self.layers.correlations(explain, image.pixel_values)[:, 0].T
+            for method, explain in self.run.map_functions(image).items()
         }
 
     def named(self, values) -> dict:
@@ -111,5 +110,4 @@ class Randomization(MeansMeasure):
         return reported, {label: {self.name: row[self.name][-1]} for label, row in rows.items()}
 
     def cells(self, reported: dict) -> list[str]:
-        ends = reported[self.name]
-        return [rounded(ends[place], 2) for place in (0, -1)]
+        return [rounded(reported[self.name][layer], 2) for layer in (0, -1)]

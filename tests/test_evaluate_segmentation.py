@@ -204,15 +204,15 @@ def test_windows_are_cut_run_and_averaged(tiny_processor):
 
 def test_images_keep_their_proportions_under_windows(labelled_folder, tiny_processor):
     dataset = load_segmentation("folder", labelled_folder)
-    measure = Segmentation(window=32, threshold=0.5)
-    options = {"measures": [measure], "image_size": {"shortest_edge": 48}, "progress": False}
-    result = evaluate((tiny_model(), tiny_processor), dataset, batch_size=4, **options)
-    assert result.protocol["image_size"] == {"shortest_edge": 48}
+    options = {"measures": [Segmentation(window=32, threshold=0.5)], "progress": False}
+    alone, result = (
+        evaluate((tiny_model(), tiny_processor), dataset, image_size={"shortest_edge": 48}, batch_size=size, **options)
+        for size in (1, 4)
+    )
     assert (result.protocol["window"], result.protocol["stride"]) == (32, 16)
-    alone = evaluate((tiny_model(), tiny_processor), dataset, batch_size=1, **options)
     assert alone.results["itsm"]["mIoU"] == pytest.approx(result.results["itsm"]["mIoU"], abs=0.1)
-    square = segment((tiny_model(), tiny_processor), dataset, threshold=0.5)
-    assert square.results["itsm"]["mIoU"] != result.results["itsm"]["mIoU"]
+    with pytest.raises(ValueError, match="multiples of the patch size of 8 pixels"):
+        segment((tiny_model(), tiny_processor), dataset, window=32, stride=12)
 
 
 @pytest.mark.parametrize("options", [{"threshold": 0.5}, {"background": ["sky"]}])

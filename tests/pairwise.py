@@ -15,7 +15,9 @@ def pairwise(factors: dict[str, list]) -> list[dict]:
     def pairs(row):
         return set(itertools.combinations(enumerate(row), 2))
 
-    missing = set().union(*map(pairs, itertools.product(*columns)))
+    missing = set()
+    for (i, of_one), (j, of_other) in itertools.combinations(enumerate(columns), 2):
+        missing |= {((i, a), (j, b)) for a in of_one for b in of_other}
     rows = []
     while missing:
         (i, a), (j, b) = min(missing)

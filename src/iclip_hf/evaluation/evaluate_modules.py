@@ -19,31 +19,32 @@ with require_extra("eval"):
     from datasets import Features, Sequence, Value
 
 
-_PAIR_INPUTS = """
-One item is one image and one class.
+_INPUTS = """
+An item is one image and {what}.
 
 Args:
-    predictions: maps (H, W) in [0, 1], numpy or torch, float16, bfloat16, float32 or float64; their sizes may differ.
-    references: label masks (H, W) of integers, each of the size of its map.
-    labels: class ids; pixels of the mask equal to the id are the foreground, all others the background.
-    ignore_index: mask value of the pixels that are ignored, 255 by default; it applies to the items of the same call.
-    aggregate: "image" (default) averages the ratios of the images of a class; "pixel" pools the pixels of a class over its
-        images.
+    predictions: maps {shape} in [0, 1], numpy or torch, float16, bfloat16, float32 or float64; sizes may differ between items.
+    references: label masks of integers, {masks}.
+    labels: {labels}; pixels of the mask equal to an id belong to its class.
+    ignore_index: mask value of the pixels that are ignored, 255 by default; it applies to the items of the same call.{aggregate}
 
-`add` also accepts the singular names. Both options can also be set in `evaluate.load`.
+`add` also accepts the singular names. Options can also be set in `evaluate.load`.
+
 """
-_IMAGE_INPUTS = """
-One item is one image with all of its classes.
-
-Args:
-    predictions: maps (K, H, W) in [0, 1], one for each class, numpy or torch, float16, bfloat16, float32 or float64; K, H and W may
-        differ between items.
-    references: label masks of integers, each (H, W), or (K, H, W) with a mask for each class where classes overlap.
-    labels: lists of K class ids; pixels of the mask equal to an id belong to its class.
-    ignore_index: mask value of the pixels that are ignored, 255 by default; it applies to the items of the same call.
-
-`add` also accepts the singular names. The option can also be set in `evaluate.load`.
-"""
+_PAIRS = {
+    "what": "one class",
+    "shape": "(H, W)",
+    "masks": "(H, W)",
+    "labels": "class ids",
+    "aggregate": '\n    aggregate: "image" (default) averages the ratios of the images of a class; "pixel" pools their pixels.',
+}
+_IMAGES = {
+    "what": "all of its K classes",
+    "shape": "(K, H, W)",
+    "masks": "(H, W), or (K, H, W) with a mask for each class where classes overlap",
+    "labels": "lists of K class ids",
+    "aggregate": "",
+}
 _CITATION = """
 @article{li2022exploring,
   title={Exploring Visual Interpretability for Contrastive Language-Image Pre-training},
@@ -88,11 +89,11 @@ class StreamingMetric(evaluate.Metric, ABC):
         # `evaluate.combine` passes no others.
         row, label = Sequence(Value("float64")), Value("int64")
         labels = Sequence(label) if self.per_image else label
-        inputs = _IMAGE_INPUTS if self.per_image else _PAIR_INPUTS
+        inputs = _INPUTS.format(**(_IMAGES if self.per_image else _PAIRS))
         return evaluate.MetricInfo(
             description=getdoc(self.accumulator).partition("Example:")[0].strip(),
             citation=_CITATION,
-            inputs_description=f"{inputs}\n{getdoc(self.accumulator.compute)}\n",
+            inputs_description=inputs + getdoc(self.accumulator.compute),
             features=Features({"predictions": row, "references": row, "labels": labels}),
             reference_urls=["https://arxiv.org/abs/2209.07046"],
         )

@@ -97,10 +97,8 @@ def region_means(heatmap, mask, label: int, ignore_index: int = 255) -> np.ndarr
         # Most pixels are background. Subtracting the sum of the others from the total is faster than selecting them.
         inside, nowhere = values[foreground], values[void]
         total, high, void_total = (part.sum(dtype=np.float64) for part in (values, inside, nowhere))
-        sums += (
-            (values.size - inside.size - nowhere.size, total - high - void_total),
-            (inside.size, high),
-        )
+        outside = values.size - inside.size - nowhere.size
+        sums += (outside, total - high - void_total), (inside.size, high)
     sums[:, 1] /= sums[:, 0].clip(1)
     return sums
 

@@ -75,10 +75,8 @@ class EvaluationResult:
 
     def per_class_csv(self) -> str:
         """Returns `per_class` as CSV text, with a row for each method and class."""
-        text, rows = (
-            io.StringIO(),
-            [{"method": method, **row} for method, rows in self.per_class.items() for row in rows],
-        )
+        rows = [{"method": method, **row} for method, rows in self.per_class.items() for row in rows]
+        text = io.StringIO()
         writer = csv.DictWriter(text, dict.fromkeys(name for row in rows for name in row))
         writer.writeheader()
         writer.writerows(rows)

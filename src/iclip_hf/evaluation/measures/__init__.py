@@ -1,5 +1,5 @@
 """
-Measures over a data set: recognition, maps, label maps and faithfulness. One file for each. Their names are known without torch, so that
+Measures over a data set: recognition, maps, label maps and faithfulness. Their names are known without torch, so that
 the help of a command does not load it.
 """
 

@@ -149,6 +149,5 @@ class MeansMeasure(Measure):
     def report(self, method: str) -> tuple[dict, dict[int, dict]]:
         found = self.totals[method].compute()
         counted = {"pairs": found["pairs"], "left_out": {"no_value": int(found["left_out"].max(initial=0))}}
-        return self.named(found["means"]) | counted, {
-            k: self.named(values) for k, values in found["per_class"].items()
-        }
+        rows = {label: self.named(values) for label, values in found["per_class"].items()}
+        return self.named(found["means"]) | counted, rows

@@ -81,13 +81,13 @@ class Segmentation(Measure):
         threshold: float | None = None,
         logit_scale: float | None = None,
     ):
-        if stride is not None and window is None:
+        if stride and not window:
             raise ValueError(f"The stride of {stride} needs a window.")
         if logit_scale is not None and not 0 < logit_scale < float("inf"):
             raise ValueError(f"logit_scale is a positive number such as 40, not {logit_scale}.")
-        self.window, self.stride = window, None if window is None else stride or window // 2
+        self.window, self.stride = window, stride or (window and window // 2)
         self.background, self.threshold, self.logit_scale = background, threshold, logit_scale
-        if window is not None:
+        if window:
             self.image_size = {"shortest_edge": SHORT_SIDE}
 
     def prepare(self, run) -> None:
@@ -99,7 +99,7 @@ class Segmentation(Measure):
         self.sweeps = dataset.background and self.threshold is None and not self.texts_of_background
         if self.sweeps and run.count < 2:
             raise ValueError(
-                "The background threshold is chosen on other images, and there is one alone: give a threshold."
+                "The background threshold cannot be chosen on other images than this one: give a threshold."
             )
         patch = run.model.processor.patch_size
         if self.window and (self.window % patch or self.stride % patch or not 0 < self.stride <= self.window):

@@ -18,7 +18,7 @@ from ..utils.files import atomic_write, check_outputs
 PRESENCE = {
     "auc": ("AUC of presence", 3),
     "auc_hard": ("against like classes", 3),
-    "kept": ("kept by presence {min_presence}, %", 1),
+    "kept": ("kept % at presence {min_presence}", 1),
     "kept_things": ("things %", 1),
     "kept_stuff": ("stuff %", 1),
     "passed": ("passed %", 1),
@@ -116,8 +116,8 @@ def read_results(path: str | Path, *parts: str) -> dict:
 
 def class_thresholds(path: str | Path, labels: Sequence[str], method: str = "itsm") -> list[float]:
     """
-    Reads the best threshold of each class, by mMIoU, from the file of [`read_results`]. Raises also `ValueError` if the method is not there,
-    or a class has no threshold in [0, 1].
+    Reads the best threshold of each class, by mMIoU, from the file of [`read_results`]. Raises also `ValueError` if the method is not
+    there, or a class has no threshold in [0, 1].
     """
     per_class = read_results(path, "per_class")["per_class"]
     if method not in per_class:

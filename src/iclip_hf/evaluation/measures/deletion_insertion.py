@@ -110,7 +110,6 @@ class DeletionInsertion(MeansMeasure):
         for name in ("insertion", "deletion", "difference")
     }
     columns = ("deletion_cosine", "deletion_probability", "insertion_cosine", "insertion_probability")
-    columns += ("difference_cosine", "difference_probability")
     definition = {
         "deletion_insertion": "pixels by the map, highest first, in steps of 1 / (2 * steps) of the image; deletion fills with normal "
         "noise, insertion starts from zeros; probability among the class names"
@@ -129,7 +128,7 @@ class DeletionInsertion(MeansMeasure):
         for method, explainer in self.run.explainers.items():
             maps = -image.raw_maps[method] if explainer.reversed else image.raw_maps[method]
             followed.append(maps if explainer.sees_text else maps[:1])  # one map for all texts is measured once
-        deletion, insertion = deletion_insertion(
+        curves = deletion_insertion(
             self.score,
             image.pixel_values[0].to(self.run.texts.text_embeds.device),
             torch.cat(followed),
@@ -137,11 +136,14 @@ class DeletionInsertion(MeansMeasure):
             seed=self.seed + image.index,
             batch_size=self.run.batch_size,
         )
-        deleted, inserted = (
-            area_under(deletion).double(),
-            area_under(insertion).double(),
-        )  # (maps, classes of the data, 2)
-        areas = torch.cat([deleted, inserted, inserted - deleted], -1)
+        areas = torch.cat([area_under(curve) for curve in curves], -1)  # (maps, classes of the data set, 4)
         own = torch.arange(len(rows)), rows  # the score of each map's own text
         parts = areas.split([len(maps) for maps in followed])
         return {method: part.expand(len(rows), -1, -1)[own] for method, part in zip(self.run.explainers, parts)}
+
+    def named(self, values) -> dict:
+        named = super().named(values)
+        for kind in ("cosine", "probability"):
+            insertion, deletion = named[f"insertion_{kind}"], named[f"deletion_{kind}"]
+            named[f"difference_{kind}"] = None if insertion is None else insertion - deletion
+        return named

@@ -1,5 +1,5 @@
 """
-Base classes and demo of the metric modules of the `evaluate` library. The scripts are in the folder `evaluate_metrics` of the
+Base class and demo of the metric modules of the `evaluate` library. The scripts are in the folder `evaluate_metrics` of the
 repository, which is installed as `iclip_hf.evaluate_metrics`.
 """
 
@@ -118,9 +118,7 @@ class StreamingMetric(evaluate.Metric, ABC):
         """Returns the scores of all items that were added or are given here, on process 0; None on other processes."""
         # First, so that an error does not lose the added items.
         accumulator = self._accumulator(self.aggregate if aggregate is None else aggregate)
-        items = {
-            name: values for name, values in items.items() if values is not None
-        }  # `evaluate.combine` passes None
+        items = {name: values for name, values in items.items() if values is not None}  # None is of `evaluate.combine`
         if not items and ignore_index is not None:
             raise ValueError("ignore_index belongs to the call that adds the items, or to `evaluate.load`.")
         if not items and self.num_process > 1:

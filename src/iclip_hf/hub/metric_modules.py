@@ -39,7 +39,7 @@ def export_space(metric: str, directory: str | Path, overwrite: bool = False) ->
     Writes the files of a metric's Space into a new folder or an existing clone.
 
     Args:
-        metric (`str`): name of the metric.
+        metric (`str`): `"mfmb"`, `"mmiou"` or `"text_contrast"`.
         directory (`str` or `Path`): folder to write into; created if it does not exist.
         overwrite (`bool`): whether files of other content may be replaced.
 
@@ -47,11 +47,8 @@ def export_space(metric: str, directory: str | Path, overwrite: bool = False) ->
         `Path`: the folder.
 
     Raises:
-        `ValueError`: the metric does not exist. `FileExistsError`: a file of another content exists, and not `overwrite`.
+        `FileExistsError`: a file of another content exists, and not `overwrite`.
     """
-    folders = metric_folders()
-    if metric not in folders:
-        raise ValueError(f"Expected `metric` to be one of {tuple(folders)}, got {metric!r}: choose one of them.")
-    sources = sorted(source for source in folders[metric].iterdir() if source.is_file())
+    sources = sorted(source for source in metric_folders()[metric].iterdir() if source.is_file())
     write_files(Path(directory), {source.name: source.read_bytes() for source in sources}, overwrite)
     return Path(directory)

@@ -150,9 +150,6 @@ def test_images_are_encoded_once_for_maps_reversal_and_scores(labelled_folder, t
     assert passes[2:] == [4, 4, 3, 3]
     shown = [len(sample.labels) for sample in dataset]
     assert len(backwards) == max(shown[:4]) + max(shown[4:]) < 2 * len(NAMES)
-    backwards.clear()
-    evaluate((model, tiny_processor), dataset, ["legrad"], batch_size=4, progress=False)
-    assert len(backwards) == 2 * (max(shown[:4]) + max(shown[4:]))  # of two blocks
 
 
 @pytest.mark.parametrize("supercategories", [("animal", "toy", "animal"), None])

@@ -158,10 +158,8 @@ def test_randomised_layers_are_the_last_ones_and_the_model_stays_bit_for_bit(tin
 
 
 def test_an_exception_restores_the_layers_too(tiny_processor):
-    model = tiny_model()
-    explainer = make_explainer((model, tiny_processor))
+    explainer = make_explainer((tiny_model(), tiny_processor))
     texts, images = explainer.model.encode_texts(NAMES), torch.randn(1, 3, 32, 32)
-    before = copy.deepcopy(model.state_dict())
     weights = dict(explainer.model.network.named_parameters())
     own, calls = explainer.raw_maps(images, texts)[0], []
 
@@ -176,7 +174,6 @@ def test_an_exception_restores_the_layers_too(tiny_processor):
     assert not torch.equal(calls[-1], own)  # it was under way
     assert all(weight is weights[name] for name, weight in explainer.model.network.named_parameters())
     assert torch.equal(explainer.raw_maps(images, texts)[0], own)
-    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
 # The pointing game, and means

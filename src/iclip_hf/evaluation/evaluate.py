@@ -22,6 +22,7 @@ from ..modeling_iclip import ICLIPTextFeatures
 from ..models.loading import load
 from ..prompts import check_templates
 from ..refinement import refine_maps
+from ..similarity import resize_and_normalize
 from ..utils.distributed import this_process
 from ..utils.extras import require_extra
 from ..utils.prefetch import prefetch_map, spare_processors
@@ -153,9 +154,10 @@ class EvaluationRun:
 
         def count(image: EvaluatedImage) -> list[tuple]:
             """Returns measure, method and counts."""
-            counts = [(m, None, m.count(image, None, None)) for m in measures if not m.by_method]
+            counts, heatmaps = [(m, None, m.count(image, None, None)) for m in measures if not m.by_method], None
             for method, explainer in self.explainers.items():
-                heatmaps = image.heatmaps(method, explainer.reversed) if "maps" in needs else None
+                if "maps" in needs:
+                    heatmaps = resize_and_normalize(image.raw_maps[method], image.sample.size, explainer.reversed)
                 counts += [(m, method, m.count(image, method, heatmaps)) for m in measures if m.by_method]
             return counts
 

@@ -13,7 +13,6 @@ import numpy as np
 import torch
 
 from ...data.segmentation import SegmentationSample
-from ...similarity import resize_and_normalize
 from ..metrics import ClassMeans
 from ..results import measured, rounded
 
@@ -41,10 +40,6 @@ class EvaluatedImage:
     def pairs(self, heatmaps: torch.Tensor) -> Iterator[tuple]:
         """Returns map, mask and label of each shown class."""
         return zip(heatmaps, self.masks, self.sample.labels)
-
-    def heatmaps(self, method: str, is_reversed: bool) -> torch.Tensor:
-        """Returns the maps of a method at the size of the image, stretched to [0, 1], `(T, height, width)`."""
-        return resize_and_normalize(self.raw_maps[method], self.sample.size, is_reversed)
 
 
 class Measure(ABC):
@@ -92,8 +87,8 @@ class Measure(ABC):
     @abstractmethod
     def count(self, image: EvaluatedImage, method: str | None, heatmaps: torch.Tensor | None) -> list[tuple]:
         """
-        Counts one image. `heatmaps` are those of [`EvaluatedImage.heatmaps`], if the measure needs maps. Returns the arguments of some
-        calls of `add_counts` of the sums.
+        Counts one image. `heatmaps` are the maps of the method at the size of the image, stretched to [0, 1], `(T, height, width)`, if the
+        measure needs maps. Returns the arguments of some calls of `add_counts` of the sums.
         """
 
     def report(self, method: str | None) -> tuple[dict, dict[int, dict]]:

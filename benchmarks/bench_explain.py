@@ -97,20 +97,11 @@ def explaining(rounds: int, images: int) -> str:
     rows = []
     for number, texts in ((n, t) for n in (1, images) for t in (1, 20, 80)):
         taken, kept = (alone(turns, number, texts, rounds, keeping) for keeping in (False, True))
-        memory = {name: cost(contender, name, number, texts)[1] for name in ("explain", "map by map", "bare")}
-        rows.append(
-            [
-                f"{number}, {texts}",
-                1e3 * medians(taken)["explain"],
-                *(
-                    f"{ratio(times, name, 'bare'):.3f}"
-                    for times in (taken, kept)
-                    for name in ("explain", "map by map")
-                ),
-                f"{ratio(taken, 'explain', 'with attentions'):.3f}",
-                *(f"{mebibytes:.0f}" for mebibytes in memory.values()),
-            ]
-        )
+        slower = [ratio(times, name, "bare") for times in (taken, kept) for name in ("explain", "map by map")]
+        slower.append(ratio(taken, "explain", "with attentions"))
+        memory = [cost(contender, name, number, texts)[1] for name in ("explain", "map by map", "bare")]
+        cells = [*(f"{times:.3f}" for times in slower), *(f"{mebibytes:.0f}" for mebibytes in memory)]
+        rows.append([f"{number}, {texts}", 1e3 * medians(taken)["explain"], *cells])
     headings = [
         "images, texts",
         "ms",
@@ -202,15 +193,13 @@ def end_to_end(files: int) -> str:
             for start in range(0, files, 8):
                 model(pixel_values=pixel_values[: files - start], **ids)
 
-        taken = take_turns(
-            {
-                "command": lambda: subprocess.run(command, check=True, capture_output=True),
-                "of two": lambda: subprocess.run(of_two, check=True, capture_output=True),
-                "decode": lambda: [load_image(path) for path in paths],
-                "forward": without_gradients(forwards),
-            },
-            3,
-        )
+        contenders = {
+            "command": lambda: subprocess.run(command, check=True, capture_output=True),
+            "of two": lambda: subprocess.run(of_two, check=True, capture_output=True),
+            "decode": lambda: [load_image(path) for path in paths],
+            "forward": without_gradients(forwards),
+        }
+        taken = take_turns(contenders, 3)
     seconds = medians(taken)
     an_image = (seconds["command"] - seconds["of two"]) / (files - 2)
     bound = (seconds["decode"] + seconds["forward"]) / files
@@ -250,13 +239,9 @@ def evaluating(data: Path) -> str:
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder, "evaluation.json")
         for processes, launcher in ((1, []), (2, ["-m", "torch.distributed.run", "--nproc-per-node", "2"])):
-            threads = str(max(1, torch.get_num_threads() // processes))
-            subprocess.run(
-                [sys.executable, *launcher, *command, output],
-                check=True,
-                capture_output=True,
-                env={**os.environ, "OMP_NUM_THREADS": threads},
-            )
+            environment = {**os.environ, "OMP_NUM_THREADS": str(max(1, torch.get_num_threads() // processes))}
+            launched = [sys.executable, *launcher, *command, output]
+            subprocess.run(launched, check=True, capture_output=True, env=environment)
             timing = json.loads(output.read_text())["timing"]
             seconds, forward = timing["seconds"], timing["seconds_in_model"]
             rows.append([processes, seconds, forward, f"{seconds / forward:.3f}"])
@@ -267,42 +252,33 @@ def starting(rounds: int) -> str:
     """A fresh process: imports, help, and the first map beside the least that transformers alone needs to load and run."""
 
     def run(*command: str) -> Callable[[], object]:
-        return lambda: subprocess.run([sys.executable, *command], check=True, capture_output=True)
+        return lambda: subprocess.run([sys.executable, *command], capture_output=True)
 
-    def refused(*command: str) -> Callable[[], object]:
-        return lambda: subprocess.run([sys.executable, "-m", "iclip_hf.cli", *command], capture_output=True)
-
-    auto = "from transformers import AutoModel, AutoProcessor, pipeline; import torch"
-    vision, text = embedded_towers()
+    vision, text = map(str, embedded_towers())
     bare = f"""
 import torch
 from transformers import AutoImageProcessor, AutoModel, AutoTokenizer
 from PIL import Image
-image = AutoImageProcessor.from_pretrained({str(vision)!r})(Image.new("RGB", (640, 480)), return_tensors="pt")
-text = AutoTokenizer.from_pretrained({str(text)!r})(["a photo of a dog"], return_tensors="pt")
+image = AutoImageProcessor.from_pretrained({vision!r})(Image.new("RGB", (640, 480)), return_tensors="pt")
+text = AutoTokenizer.from_pretrained({text!r})(["a photo of a dog"], return_tensors="pt")
 with torch.no_grad():
-    AutoModel.from_pretrained({str(vision)!r})(**image), AutoModel.from_pretrained({str(text)!r})(**text)
+    AutoModel.from_pretrained({vision!r})(**image), AutoModel.from_pretrained({text!r})(**text)
 """
     with tempfile.TemporaryDirectory() as folder:
         photo = str(Path(folder, "photo.png"))
         Image.new("RGB", SIZE[::-1]).save(photo)
-        explain = ("-m", "iclip_hf.cli", "explain", photo, "--text", "dog", "--output", str(Path(folder, "map.png")))
-        taken = take_turns(
-            {
-                "`import torch, transformers`": run("-c", "import torch, transformers"),
-                "its Auto classes and pipelines": run("-c", auto),
-                "and ICLIP's": run("-c", f"{auto}, iclip_hf"),
-                "`import iclip_hf`": run("-c", "import iclip_hf"),
-                "`iclip --help`": run("-m", "iclip_hf.cli", "--help"),
-                "explanation of a missing file": refused("explain", "missing.jpg", "--text", "dog"),
-                "evaluation of a missing folder": refused(
-                    "evaluate", "--dataset", "coco2017", "--data-root", "missing"
-                ),
-                "towers loaded and run by transformers": run("-c", bare),
-                "first map: `iclip explain` of one photograph": run(*explain),
-            },
-            rounds,
-        )
+        iclip = ("-m", "iclip_hf.cli")
+        explain = (*iclip, "explain", photo, "--text", "dog", "--output", str(Path(folder, "map.png")))
+        subprocess.run([sys.executable, *explain], check=True, capture_output=True)
+        contenders = {
+            "`import torch, transformers`": run("-c", "import torch, transformers"),
+            "`import iclip_hf`": run("-c", "import iclip_hf"),
+            "`iclip --help`": run(*iclip, "--help"),
+            "explanation of a missing file": run(*iclip, "explain", "missing.jpg", "--text", "dog"),
+            "towers loaded and run by transformers": run("-c", bare),
+            "first map: `iclip explain` of one photograph": run(*explain),
+        }
+        taken = take_turns(contenders, rounds)
     first, *_, towers, first_map = taken
     rows = [[name, time, f"{ratio(taken, name, first):.3f}"] for name, time in medians(taken).items()]
     shown = table(["a fresh process", "seconds", "ratio"], rows)

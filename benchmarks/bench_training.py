@@ -1,10 +1,10 @@
-"""Training from the feature cache against training without it, in one and two processes, and open_clip's locked-image training.
+"""Training from the feature cache against training without it, and against open_clip's locked-image training.
 
     python benchmarks/bench_training.py --data DATA/flickr8k/dev-00000.tar
 
 Prints Markdown tables: seconds of an epoch over the same pairs in the same batches, on the embedded towers (DINOv2 ViT-S/14 and
-MiniLM-L6); the contenders take turns. open_clip trains random towers of these sizes, with its own loss and tokenizer. Two
-processes share the cores of one. Then a step with the similarity pooling against one with Eq. 10's, and 3 million pairs on paper.
+MiniLM-L6); the contenders take turns. open_clip trains random towers of these sizes, with its own loss and tokenizer. Then a step
+with the similarity pooling against one with Eq. 10's.
 """
 
 import argparse
@@ -16,20 +16,19 @@ import time
 from functools import partial
 from pathlib import Path
 
-import numpy as np
 import open_clip
 import torch
 from accelerate import Accelerator
-from measuring import command_line, cost, machine, ratio, table, take_turns, together
+from measuring import command_line, cost, machine, medians, ratio, table, take_turns
 from open_clip.loss import ClipLoss
 from torch.utils.data import DataLoader, Dataset
 
-from iclip_hf import ICLIPConfig, ICLIPModel, ICLIPProcessor
+from iclip_hf import ICLIPModel, ICLIPProcessor
 from iclip_hf.data.pairs import load_pairs
 from iclip_hf.models.embedded import embedded_towers
 from iclip_hf.models.loading import has_bfloat16
 from iclip_hf.training.batches import BatchLoader
-from iclip_hf.training.feature_cache import CachedPairs, CachedTexts, FeatureCache, FeatureShards
+from iclip_hf.training.feature_cache import CachedPairs, FeatureCache
 from iclip_hf.training.inputs import TrainingPairs, whole_image
 from iclip_hf.training.pair_model import PairModel
 from iclip_hf.training.schedule import parameter_groups
@@ -149,7 +148,6 @@ CONTENDERS = {
     "projections and text tower, without, bf16": (Ours, False, False, True),
     "open_clip, locked image tower": (OpenClip,),
 }
-IN_TWO = ("projections and text tower, from the cache", "projections and text tower, without")
 
 
 def make(name: str, folder: Path, options: argparse.Namespace) -> Contender:
@@ -163,7 +161,6 @@ def epoch(name: str, folder: Path, options: argparse.Namespace):
 
 PAIRS = 256  # of a step
 TOKENS, WIDTH = 16, 384  # patches of an image, and their width
-PROJECTION = 512  # width of the shared space
 
 
 def steps(rounds: int) -> dict[str, list[float]]:
@@ -188,59 +185,6 @@ def steps(rounds: int) -> dict[str, list[float]]:
     return take_turns({name: step(name) for name in ("channels", "similarity")}, rounds)
 
 
-def captions_held(folder: Path, pairs: int):
-    """Opening a cache of so many pairs: what stays in memory is the captions, because features are memory-mapped."""
-    shards = FeatureShards(folder, pairs)
-    for shard in shards.missing():
-        rows = shards.rows_of(shard)
-        captions = [[f"a photo of {row:9d} things, as long as a caption is"] for row in rows]
-        shards.write(shard, np.zeros((len(rows), 1, 1), np.float16), captions)
-    held = []
-
-    def open_cache() -> None:
-        pairs = CachedPairs(shards, ICLIPConfig(), None)
-        held.append((pairs, CachedTexts(pairs.drawn_captions(), shards)))
-
-    return open_cache
-
-
-def on_paper(folder: Path, step: float, encoded: float) -> str:
-    """
-    An epoch of 3 million pairs from the cache, similarity pooling, locked text tower.
-
-    Args:
-        step: measured seconds of a step of `PAIRS` pairs.
-        encoded: measured pairs a second without the cache.
-    """
-    pairs, batch, sample = 3_000_000, 4096, 100_000
-    # Assumptions: operations a second in the towers and in float32 products, bytes a second of the disk, cores for each GPU.
-    flops, products, read, cores = 30e12, 10e12, 2e9, 16
-    size = 2 * ((2 + TOKENS) * (WIDTH + 1) + WIDTH)  # bytes of a pair: two pooled vectors, patches, and the text
-    held = cost(captions_held, folder / "captions", sample)[1] / sample * pairs / 1024
-    plain = plain_pairs(folder)
-    start = time.perf_counter()
-    for index in range(64):
-        plain[index]
-    decode = (time.perf_counter() - start) / 64
-    towers = 12.5e9  # operations of a forward of both towers, a pair
-    # Projections forward and backward, without gradients of the features; similarities with all texts, with both gradients.
-    trained = 4 * (TOKENS + 3) * WIDTH * PROJECTION + 6 * (TOKENS + 1) * PROJECTION * batch
-    rows = [["this processor", pairs / encoded / 3600, pairs / PAIRS * step / 60]]
-    for gpus in (1, 2, 4, 8):
-        fill = max(towers / flops, decode / cores) * pairs / gpus
-        epoch = max(trained / products * pairs / gpus, size * pairs / read)
-        rows.append([f"{gpus} GPU{'s' * (gpus > 1)}", fill / 3600, epoch / 60])
-    return (
-        f"{pairs:,} pairs in the cache: {size:,} bytes a pair, {size * pairs / 1e9:.1f} GB on disk, {held:.1f} GiB of captions in "
-        f"each process; decoding takes {1e3 * decode:.1f} ms of a core.\n\n"
-        + table(["on", "filling the cache once, hours", "an epoch from it, minutes"], rows)
-        + f"\n\nGPUs are assumed, not measured: {flops / 1e12:.0f} TFLOP/s in the towers, {products / 1e12:.0f} in float32 products, "
-        f"{cores} cores each to decode, a disk of {read / 1e9:.0f} GB/s for all. A pair costs {towers / 1e9} GFLOP in the towers "
-        f"and {trained / 1e6:.0f} MFLOP in a step of {batch:,} pairs. Filling takes the longer of towers and decoding, an epoch the "
-        "longer of step and reading."
-    )
-
-
 def main() -> None:
     data = Path(os.environ.get("ICLIP_DATA", "data"), "flickr8k/dev-00000.tar")
     parser = command_line(__doc__)
@@ -260,23 +204,13 @@ def main() -> None:
         taken = take_turns({name: contender.train for name, contender in contenders.items()}, options.rounds)
         memory = {name: cost(epoch, name, folder, options)[1] for name in names}
         taken_by_steps = steps(10)
-        paper = on_paper(
-            folder,
-            statistics.median(taken_by_steps["similarity"]),
-            options.pairs / statistics.median(taken["projections, without"]),
-        )
-        two = {name: together(2, options.rounds, epoch, name, folder, options) for name in IN_TWO}
 
     print(f"{machine('open_clip_torch')}; {options.pairs} pairs in batches of {options.batch_size}, ", end="")
     print(f"{options.num_workers} loading process, medians of {options.rounds} epochs\n")
     rows = []
-    for name, times in taken.items():
-        median, waited = statistics.median(times), statistics.median(contenders[name].waited[1:])
+    for name, median in medians(taken).items():
+        waited = statistics.median(contenders[name].waited[1:])
         rows.append([name, median, options.pairs / median, f"{waited:.0%}", f"{memory[name]:.0f}"])
-    for name, times in two.items():
-        rows.append(
-            [f"{name}, two processes", statistics.median(times), options.pairs / statistics.median(times), "", ""]
-        )
     print(table(["an epoch of", "seconds", "pairs a second", "waiting for data", "MiB beyond the model"], rows))
     uncached, learning = "projections, without", "projections and text tower, without"
     print(
@@ -288,9 +222,9 @@ def main() -> None:
         faster = [f"{ratio(taken, name, f'{name}, bf16'):.2f}" for name in (uncached, learning)]
         print(f"bf16 makes an epoch without the cache {' and '.join(faster)} times faster.")
     headings = [f"a step of {PAIRS} pairs from the cache, ms", f"similarity pooling, {TOKENS} patches", "ratio"]
-    row = [1e3 * statistics.median(times) for times in taken_by_steps.values()]
+    row = [1e3 * median for median in medians(taken_by_steps).values()]
     row.append(f"{ratio(taken_by_steps, 'similarity', 'channels'):.2f}")
-    print(f"\n{table(headings, [row])}\n\n{paper}")
+    print(f"\n{table(headings, [row])}")
 
 
 if __name__ == "__main__":

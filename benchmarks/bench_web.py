@@ -5,22 +5,20 @@
 The embedded model in 8 bits, headless Chromium, scikit-image's photograph of a cup. Prints Markdown tables.
 """
 
-import argparse
 import gzip
 import io
 import json
 import shutil
 import tempfile
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from statistics import median
 
 import onnxruntime
-from measuring import machine, table
+from measuring import command_line, machine, memory, seconds, table
 from PIL import Image
 from playwright.sync_api import Browser, Page, sync_playwright
 from skimage.data import coffee
@@ -72,7 +70,7 @@ def browser_seconds(browser: Browser, folder: Path) -> tuple[float, float, float
             page.locator("tbody tr", has_text=text).wait_for()
             further.append(page.evaluate("times.first - asked") / 1000)
         processes = browser.new_browser_cdp_session().send("SystemInfo.getProcessInfo")["processInfo"]
-        peak = max(_peak(process["id"]) for process in processes if process["type"] == "renderer")
+        peak = max(memory("VmHWM", process["id"]) for process in processes if process["type"] == "renderer")
     return (times["first"] - times["start"]) / 1000, median(further), peak
 
 
@@ -84,21 +82,11 @@ def write_picture(browser: Browser, folder: Path, path: Path) -> None:
         Image.open(io.BytesIO(page.locator("main").screenshot())).convert("RGB").save(path, quality=90)
 
 
-def _peak(process: int) -> float:
-    status = Path("/proc", str(process), "status").read_text()
-    return int(next(line for line in status.splitlines() if line.startswith("VmHWM")).split()[1]) / 1024
-
-
 def python_seconds(processor: ICLIPProcessor, page: Path) -> tuple[float, float]:
     """The same by ONNX Runtime in Python: both sessions, the processor, the image and a text; then a further text."""
     graphs = [gzip.decompress((page / f"{side}_model.onnx.gz").read_bytes()) for side in ("vision", "text")]
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = 1
-
-    def seconds(function: Callable[[], object]) -> float:
-        start = time.perf_counter()
-        function()
-        return time.perf_counter() - start
 
     def encode(text: str) -> None:
         sessions[1].run(None, {name: value.numpy() for name, value in processor(labels=[text]).items()})
@@ -113,9 +101,9 @@ def python_seconds(processor: ICLIPProcessor, page: Path) -> tuple[float, float]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = command_line(__doc__)
     parser.add_argument(
-        "--page", type=Path, help="page of the embedded model, exported with --vendor; made if not given"
+        "--page", type=Path, help="page of the embedded model, exported with --vendor (default: a new one)"
     )
     parser.add_argument("--rounds", type=int, default=5, help="default: 5")
     parser.add_argument("--picture", type=Path, help="also write a picture of the page there, as docs/web.jpg is")

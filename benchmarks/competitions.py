@@ -75,11 +75,8 @@ def main():
     rows = []
     for data in parser.parse_args().data:
         dataset = load_segmentation(*data.split(":"))
-        for form, options in {
-            "plain": (False, []),
-            "refined": (True, []),
-            "background texts": (False, BACKGROUND),
-        }.items():
+        forms = {"plain": (False, []), "refined": (True, []), "background texts": (False, BACKGROUND)}
+        for form, options in forms.items():
             rows += [[dataset.name, form, *row] for row in measure(dataset, *options)]
     print(table(["data set", "maps", "rule", "mIoU %, even", "mIoU %, odd", "without a pixel"], rows))
 

@@ -32,16 +32,8 @@ from iclip_hf.training.schedule import cosine_schedule, parameter_groups
 from iclip_hf.training.settings import Settings
 
 
-COLUMNS = {
-    "image to text R@1": ".1f",
-    "image to text R@5": ".1f",
-    "text to image R@1": ".1f",
-    "text to image R@5": ".1f",
-    "mAP": ".1f",
-    "mMIoU": ".1f",
-    "mFMB": ".3f",
-    "text_contrast": ".1f",
-}
+RECALLS = [f"{direction} R@{k}" for direction in ("image to text", "text to image") for k in (1, 5)]
+COLUMNS = dict.fromkeys([*RECALLS, "mAP", "mMIoU"], ".1f") | {"mFMB": ".3f", "text_contrast": ".1f"}
 
 
 def main() -> None:

@@ -11,7 +11,6 @@ import hashlib
 import multiprocessing
 import os
 import platform
-import socket
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -84,43 +83,10 @@ def _cost(make: Callable, arguments: tuple) -> tuple[float, float]:
     return taken, memory("VmHWM") - before
 
 
-def together(processes: int, rounds: int, make: Callable[..., Callable[[], object]], *arguments) -> list[float]:
-    """
-    Returns the seconds of each round, after one that is not counted, in fresh processes that form one group, as under torchrun, and
-    share the cores of this machine.
-
-    Args:
-        make: as for `cost`; called in each process.
-    """
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) as pool:
-        ranks = [pool.submit(_as_rank, rank, processes, port, rounds, make, arguments) for rank in range(processes)]
-        return ranks[0].result()
-
-
-def _as_rank(rank: int, processes: int, port: int, rounds: int, make: Callable, arguments: tuple) -> list[float]:
-    place = {
-        "RANK": rank,
-        "LOCAL_RANK": rank,
-        "WORLD_SIZE": processes,
-        "LOCAL_WORLD_SIZE": processes,  # Accelerate shares the cores by it
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": port,
-    }
-    os.environ |= {name: str(value) for name, value in place.items()}
-    torch.set_num_threads(max(1, (os.cpu_count() or 1) // processes))
-    function = make(*arguments)
-    taken = take_turns({"": function}, rounds)[""]
-    torch.distributed.barrier()
-    torch.distributed.destroy_process_group()
-    return taken
-
-
-def memory(field: str = "VmRSS") -> float:
-    """Returns the MiB that this process holds, or with `"VmHWM"` held at its peak (Linux)."""
-    return int(next(line for line in _proc("self/status").splitlines() if line.startswith(field)).split()[1]) / 1024
+def memory(field: str = "VmRSS", process: int | str = "self") -> float:
+    """Returns the MiB that a process holds, or with `"VmHWM"` held at its peak (Linux)."""
+    status = _proc(f"{process}/status").splitlines()
+    return int(next(line for line in status if line.startswith(field)).split()[1]) / 1024
 
 
 def _proc(name: str) -> str:

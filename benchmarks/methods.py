@@ -7,6 +7,7 @@ on the first --few images. Methods that the model does not support are named bel
 """
 
 import statistics
+from functools import partial
 from pathlib import Path
 
 from measuring import command_line, machine, ratio, table, take_turns
@@ -69,9 +70,8 @@ def measure(model, dataset, methods: list[str], limit: int | None, few: int) -> 
     """Returns the scores by method on one data set, with mAP and the row of a constant map."""
     few = min(few, limit or few)
     cheap = evaluate(model, dataset, methods, limit=limit).results
-    costly = evaluate(
-        model, dataset, methods, ["segmentation", "deletion_insertion", "pointing_game"], limit=few
-    ).results
+    few_measures = ["segmentation", "deletion_insertion", "pointing_game"]
+    costly = evaluate(model, dataset, methods, few_measures, limit=few).results
     scores = {method: {**costly[method], **cheap[method], "floor": costly[method]["floor"]} for method in methods}
     for row in scores.values():
         if row["difference_probability"] is not None:
@@ -93,13 +93,7 @@ def seconds(model, dataset, methods: list[str]) -> dict[str, list[float]]:
     explainers = {method: make_explainer(model, method) for method in dict.fromkeys(["itsm", *methods])}
     texts = model.encode_texts(dataset.class_names[:TEXTS])
     pixel_values = model.processor(images=[dataset[0].image])["pixel_values"]
-    return take_turns(
-        {
-            name: lambda explainer=explainer: explainer.raw_maps(pixel_values, texts)
-            for name, explainer in explainers.items()
-        },
-        3,
-    )
+    return take_turns({name: partial(one.raw_maps, pixel_values, texts) for name, one in explainers.items()}, 3)
 
 
 def written(datasets, scores: list[dict], taken: dict[str, list[float]], options, refused: dict[str, str]) -> str:
@@ -136,9 +130,8 @@ def leaders(scores: list[dict]) -> tuple[list[str], list[list[str]]]:
     for name, (heading, digits) in COLUMNS.items():
         best, rank, text_free = [], [], []
         for of_data in scores:
-            known = {
-                method: of_data[method][name] for method in METHODS if of_data.get(method, {}).get(name) is not None
-            }
+            known = {method: of_data[method][name] for method in METHODS if method in of_data}
+            known = {method: score for method, score in known.items() if score is not None}
             order = sorted(known, key=known.get, reverse=True)
             without_text = [method for method in order if not explainer_class(method).sees_text]
             best.append(f"`{order[0]}`" if order else "-")

@@ -7,7 +7,6 @@ Fits the logistic regressions of presence.py to the embedded model, on photograp
 these. The table is of `coco100` and `ade20k`, images at odd positions and all: AUC of the presence and of its parts, and shares kept and passed.
 """
 
-import argparse
 import io
 import json
 import tarfile
@@ -17,6 +16,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from measuring import command_line
+from measuring import table as markdown
 from PIL import Image
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_auc_score
@@ -24,7 +25,6 @@ from sklearn.metrics import roc_auc_score
 from iclip_hf import load
 from iclip_hf.data import load_segmentation
 from iclip_hf.data.class_names import ADE20K, COCO_THINGS
-from iclip_hf.evaluation.results import markdown
 from iclip_hf.modeling_iclip import cosines
 from iclip_hf.presence import MIN_PRESENCE, PRESENT, at_prior, patch_evidence
 
@@ -70,7 +70,7 @@ def fit(numbers: np.ndarray, shown: np.ndarray) -> LogisticRegression:
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line(__doc__)
     parser.add_argument("--data-root", type=Path, required=True, help="folder of coco80, coco100 and ade20k")
     parser.add_argument("--model", default="embedded", help="as for load")
     options = parser.parse_args()

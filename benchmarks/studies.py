@@ -96,17 +96,12 @@ def tower_facts(model_folder: Path, dataset) -> str:
     for sample in dataset:
         image = model.encode_image(processor(images=sample.image)["pixel_values"])
         patches = image.patch_tokens[0]
-        lit = {
-            n: normalize_attention(image.attention, n, model.config.attention_quantile) for n in ("minmax", "quantile")
-        }
+        quantile = model.config.attention_quantile
+        lit = {n: normalize_attention(image.attention, n, quantile) for n in ("minmax", "quantile")}
         won = {n: (patches * a[0, :, None]).argmax(0).bincount(minlength=len(patches)) for n, a in lit.items()}
-        facts.append(
-            [
-                torch.cosine_similarity(patches, image.class_token).mean(),
-                image.attention.max() / image.attention.median(),
-                *(won[norm].max() / patches.shape[1] for norm in lit),
-            ]
-        )
+        cosine = torch.cosine_similarity(patches, image.class_token).mean()
+        brightest = image.attention.max() / image.attention.median()
+        facts.append([cosine, brightest, *(won[norm].max() / patches.shape[1] for norm in lit)])
     cosine, ratio, minmax, quantile = torch.tensor(facts).mean(0).tolist()
     return (
         f"Over these images the cosine of patch and class tokens is {cosine:.2f}, the brightest patch has {ratio:.0f} times the "

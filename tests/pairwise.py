@@ -10,17 +10,14 @@ def pairwise(factors: dict[str, list]) -> list[dict]:
     of these pairs, out of some that are drawn around a missing one. The same at each call.
     """
     draws, names = random.Random(0), [*factors]
+    columns = [range(len(values)) for values in factors.values()]
 
     def pairs(row):
         return set(itertools.combinations(enumerate(row), 2))
 
-    columns = [range(len(factors[name])) for name in names]
-    missing = {
-        ((i, a), (j, b))
-        for i, j in itertools.combinations(range(len(names)), 2)
-        for a in columns[i]
-        for b in columns[j]
-    }
+    missing = set()
+    for (i, of_one), (j, of_other) in itertools.combinations(enumerate(columns), 2):
+        missing |= {((i, a), (j, b)) for a in of_one for b in of_other}
     rows = []
     while missing:
         (i, a), (j, b) = min(missing)

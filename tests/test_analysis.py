@@ -19,12 +19,9 @@ from iclip_hf.models.explainable import Pooling
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
 from analyses import (
-    ChannelMatch,
     channel_matches,
-    channel_scatter,
     foreground_tokens,
     main,
-    match_channels,
     semantic_shift,
 )
 
@@ -107,17 +104,6 @@ def test_foreground_tokens_are_a_majority_of_labelled_pixels(seed, h, w, tall, w
             assert tokens[row, column] == ((patch == 1).sum() > (patch == 0).sum())
 
 
-@settings(max_examples=50, deadline=None)
-@given(st.integers(0, 2**32 - 1), st.integers(1, 12), st.integers(1, 6))
-def test_matches_are_the_nearest_patches(seed, patches, channels):
-    generator = np.random.default_rng(seed)
-    tokens, pooled = generator.integers(-3, 4, (patches, channels)), generator.integers(-3, 4, channels)
-    found = match_channels(torch.from_numpy(pooled), torch.from_numpy(tokens))
-    for channel in range(channels):
-        distances = [abs(int(value) - int(pooled[channel])) for value in tokens[:, channel]]
-        assert found[channel] == distances.index(min(distances))
-
-
 @pytest.mark.parametrize("dual", [True, False])
 @pytest.mark.parametrize("pooling", ["masked_max", "class_token"])
 def test_a_models_own_vectors_are_matched(dual, pooling, tiny_processor):
@@ -142,24 +128,6 @@ def test_a_models_own_vectors_are_matched(dual, pooling, tiny_processor):
         nearest = (patches - vector).abs().min(0).values
         chosen = patches[matches[name].tokens, np.arange(16)]
         torch.testing.assert_close((chosen - vector).abs(), nearest, atol=1e-5, rtol=0)
-    samples = [Sample([[0, 0, 1, 1]] * 2, image), Sample([[1, 1, 1, 0]] * 2, image)]
-    rows, _ = semantic_shift(load((model, tiny_processor)), samples, after="own")
-    expected = []
-    for left, right in ((2, 4), (0, 3)):  # the columns of patches that are foreground
-        before, after = (np.isin(matches[name].tokens % 4, range(left, right)) for name in ("max", "own"))
-        expected.append([np.sum(~before & after), np.sum(before & ~after)])
-    assert list(rows[-1][1:3]) == np.mean(expected, 0).tolist()
-
-
-def test_channels_are_points_in_their_patches():
-    """Patches of 30x20 pixels; three channels, two of them in the last patch, of a value three times as large."""
-    image = Image.new("RGB", (90, 40), "white")
-    match = ChannelMatch(np.array([5, 1, 5]), np.array([3.0, -1.0, 3.0]), (2, 3))
-    for axis in channel_scatter([image, image], [{"class_token": match, "max": match}] * 2).axes:
-        (points,) = axis.collections
-        assert ((points.get_offsets() + 0.5) // [30, 20]).tolist() == [[2, 1], [1, 0], [2, 1]]
-        large, small, also_large = points.get_sizes()
-        assert large == also_large == pytest.approx(3 * small) and axis.get_xlim() == (-0.5, 89.5)
 
 
 def test_the_script_writes_the_tables_and_figures(labelled_folder, tiny_processor, tmp_path, monkeypatch, capsys):

@@ -98,18 +98,12 @@ def test_a_given_threshold_and_every_kind_of_method(labelled_folder, tiny_proces
     assert len({figures["mIoU"] for figures in result.results.values()}) == len(methods)
     assert {row["IoU"] for row in result.per_class["attention"] if row["id"] > 1} == {0}  # equal maps: the first text
     assert result.results["itsm"]["thresholds"] == [0.25, 0.25]
-
-
-def test_probabilities_as_confidence(labelled_folder, tiny_processor):
-    model, dataset = tiny_model(), load_segmentation("folder", labelled_folder)
-    result = segment((model, tiny_processor), dataset, threshold=0.5, logit_scale=5.0)
+    result = segment((model, tiny_processor), dataset, threshold=0.5, logit_scale=5.0)  # of probabilities
     pairs = []
     for sample in dataset:
-        maps = enlarged(model, tiny_processor, sample, NAMES)
-        probabilities = np.exp(5 * maps) / np.exp(5 * maps).sum(0)
-        pairs.append((np.where(probabilities.max(0) > 0.5, maps.argmax(0) + 1, 0), sample.label_map))
+        maps = np.exp(5 * enlarged(model, tiny_processor, sample, NAMES))
+        pairs.append((np.where(maps.max(0) / maps.sum(0) > 0.5, maps.argmax(0) + 1, 0), sample.label_map))
     assert result.results["itsm"]["mIoU"] == pytest.approx(miou(pairs)[0], abs=0.2)
-    assert (result.protocol["background_threshold"], result.protocol["logit_scale"]) == (0.5, 5.0)
 
 
 # ---- typed segments ----
@@ -204,15 +198,15 @@ def test_windows_are_cut_run_and_averaged(tiny_processor):
 
 def test_images_keep_their_proportions_under_windows(labelled_folder, tiny_processor):
     dataset = load_segmentation("folder", labelled_folder)
-    measure = Segmentation(window=32, threshold=0.5)
-    options = {"measures": [measure], "image_size": {"shortest_edge": 48}, "progress": False}
-    result = evaluate((tiny_model(), tiny_processor), dataset, batch_size=4, **options)
-    assert result.protocol["image_size"] == {"shortest_edge": 48}
+    options = {"measures": [Segmentation(window=32, threshold=0.5)], "progress": False}
+    alone, result = (
+        evaluate((tiny_model(), tiny_processor), dataset, image_size={"shortest_edge": 48}, batch_size=size, **options)
+        for size in (1, 4)
+    )
     assert (result.protocol["window"], result.protocol["stride"]) == (32, 16)
-    alone = evaluate((tiny_model(), tiny_processor), dataset, batch_size=1, **options)
     assert alone.results["itsm"]["mIoU"] == pytest.approx(result.results["itsm"]["mIoU"], abs=0.1)
-    square = segment((tiny_model(), tiny_processor), dataset, threshold=0.5)
-    assert square.results["itsm"]["mIoU"] != result.results["itsm"]["mIoU"]
+    with pytest.raises(ValueError, match="multiples of the patch size of 8 pixels"):
+        segment((tiny_model(), tiny_processor), dataset, window=32, stride=12)
 
 
 @pytest.mark.parametrize("options", [{"threshold": 0.5}, {"background": ["sky"]}])

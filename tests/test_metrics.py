@@ -19,7 +19,6 @@ from iclip_hf.evaluation.metrics import (
     MeanMaxIoU,
     MultiLabelAveragePrecision,
     TextContrast,
-    contrast_counts,
     region_means,
     reliability,
     roc_auc,
@@ -152,32 +151,6 @@ def test_mmiou_equals_loops(pairs, aggregate):
     assert 0 <= result["mmiou"] <= 100
 
 
-def test_two_by_two_by_hand():
-    heatmap = np.array([[0.9, 0.2], [0.6, 0.35]])
-    mask = np.array([[7, 0], [7, 0]])
-    result = filled(MeanMaxIoU(), [(heatmap, mask, 7)]).compute()
-    assert result == {
-        "mmiou": 100.0,  # M > 0.35 marks 0.9 and 0.6, the class's two pixels; every lower t marks a third
-        "per_class": {7: 100.0},
-        "thresholds": {7: 0.35},
-        "floor": 50.0,
-        "pairs": 1,
-        "left_out": {"all_void": 0, "no_foreground": 0},
-    }
-
-
-def test_aggregates_by_hand():
-    # Image 1 (class 1 is 1 of 4 pixels): IoU 1 for t < 0.5. Image 2 (3 of 4 pixels): above 0, 2 right of 3 -> 2/3.
-    first = np.array([[0.5, 0.0], [0.0, 0.0]]), np.array([[1, 0], [0, 0]]), 1
-    second = np.array([[0.8, 0.8], [0.0, 0.0]]), np.array([[1, 1], [1, 0]]), 1
-    image = filled(MeanMaxIoU("image"), [first, second]).compute()
-    assert image["mmiou"] == pytest.approx(100 * (1 + 2 / 3) / 2)
-    assert image["floor"] == pytest.approx(100 * (1 / 4 + 3 / 4) / 2)
-    pixel = filled(MeanMaxIoU("pixel"), [first, second]).compute()
-    assert pixel["mmiou"] == pytest.approx(100 * (1 + 2) / (1 + 3))
-    assert pixel["thresholds"] == image["thresholds"] == {1: 0.0}
-
-
 def test_the_best_threshold_may_be_better_by_one_pixel_in_a_million():
     counts = np.zeros((2, 102), np.int64)
     counts[:, :2], counts[:, 2] = 10**6, (10**6 - 1, 10**6)  # all, M > 0, M > 0.01
@@ -232,24 +205,6 @@ def test_mfmb_equals_loops(pairs, aggregate):
     assert -1 <= result["mfmb"] <= 1
 
 
-@settings(deadline=None)
-@given(random_pairs(), st.sampled_from(["image", "pixel"]))
-def test_mfmb_of_the_reversed_maps_is_the_negative(pairs, aggregate):
-    score = filled(MeanForegroundMinusBackground(aggregate), pairs).compute()
-    reverse = [(1 - heatmap.astype(np.float64), mask, label) for heatmap, mask, label in pairs]
-    reversed_score = filled(MeanForegroundMinusBackground(aggregate), reverse).compute()
-    negative = {label: -value for label, value in score["per_class"].items()}
-    assert_close(reversed_score, {**score, "mfmb": -score["mfmb"], "per_class": negative})
-
-
-def test_mfmb_aggregates_by_hand():
-    # Image 1: 1 - 0.5; image 2: 0.5 - 0.25. Pooled: (1 + 3 * 0.5) / 4 - (3 * 0.5 + 0.25) / 4.
-    first = np.array([[1.0, 0.5], [0.5, 0.5]]), np.array([[1, 0], [0, 0]]), 1
-    second = np.array([[0.5, 0.5], [0.5, 0.25]]), np.array([[1, 1], [1, 0]]), 1
-    assert filled(MeanForegroundMinusBackground("image"), [first, second]).compute()["mfmb"] == 0.375
-    assert filled(MeanForegroundMinusBackground("pixel"), [first, second]).compute()["mfmb"] == 0.1875
-
-
 # --- what both share -------------------------------------------------------------------------------------------------
 
 
@@ -262,12 +217,8 @@ def test_any_order_and_any_merge_give_the_same(pairs, random, aggregate):
         cut = random.randint(0, len(pairs))
         left, right = filled(metric(aggregate), shuffled[:cut]), filled(metric(aggregate), shuffled[cut:])
         right = pickle.loads(pickle.dumps(right))  # as it comes from another process
-        before = right.compute()
         left.merge(right)
         assert_close(left.compute(), expected)
-        assert list(left.compute()["per_class"]) == sorted(expected["per_class"])
-        left.merge(left)  # the other's sums are not shared
-        np.testing.assert_equal(right.compute(), before)
 
 
 @pytest.mark.parametrize("metric", PAIR_METRICS)
@@ -321,7 +272,7 @@ def test_text_contrast_equals_the_sorted_auc(seed):
         masks = np.where(coarse, np.array(labels)[:, None, None], 0).repeat(20, 1).repeat(20, 2)
         masks[0, :5] = 255
         masks[2] = np.where(masks[1] == labels[1], masks[2], 0)  # inside the second class
-        metric.update(maps, masks, labels)
+        metric.update(torch.tensor(maps), torch.tensor(masks), torch.tensor(labels))
         for label, one in naive_contrast(maps, masks, labels).items():
             values.setdefault(label, []).extend(one)
     result = metric.compute()
@@ -329,19 +280,6 @@ def test_text_contrast_equals_the_sorted_auc(seed):
     assert result["per_class"] == pytest.approx(per_class, abs=1e-3)
     assert result["text_contrast"] == pytest.approx(np.mean(list(per_class.values())), abs=1e-3)
     assert (result["images"], result["left_out"]) == (2, {"fewer_than_two_classes": 0})
-
-
-@pytest.mark.parametrize("levels", [3, 50, 4096])
-def test_text_contrast_is_off_by_half_the_pairs_that_fall_together_at_most(levels):
-    random = np.random.default_rng(levels)
-    maps = random.integers(0, levels, (2, 30, 40)) / levels + random.random((2, 30, 40)) / 1e5
-    mask = random.integers(1, 3, (30, 40))
-    _, (c, _) = contrast_counts(maps, mask, [1, 2])
-    (exact,), _ = naive_contrast(maps, np.stack([mask, mask]), [1, 2]).values()
-    coded = np.rint(maps * 4096)
-    together = [np.mean(coded[k][mask == 1][:, None] == coded[k][mask == 2]) for k in (0, 1)]
-    assert abs(c - exact) <= np.mean(together) / 2
-    assert c != exact
 
 
 def test_text_contrast_by_hand():
@@ -374,16 +312,6 @@ def test_a_map_that_does_not_see_the_text_has_exactly_50(seed, dtype):
     assert set(result["per_class"].values()) <= {50.0}
 
 
-@pytest.mark.parametrize("dtype", [np.float32, np.float64])
-def test_text_contrast_of_reversed_maps_is_what_is_left_of_100(dtype):
-    maps, mask = smooth_maps(3).astype(dtype), np.random.default_rng(0).integers(1, 4, (120, 160))
-    score, reverse = TextContrast(), TextContrast()
-    score.update(maps, mask, [1, 2, 3])
-    reverse.update(1 - maps, mask, [1, 2, 3])
-    assert reverse.compute()["text_contrast"] == pytest.approx(100 - score.compute()["text_contrast"], abs=1e-5)
-    assert score.compute()["text_contrast"] != pytest.approx(50, abs=0.1)
-
-
 def test_images_with_fewer_than_two_classes_are_left_out_and_counted():
     maps = np.array([[[0.9, 0.1]], [[0.2, 0.7]]])
     metric = TextContrast()
@@ -398,18 +326,6 @@ def test_images_with_fewer_than_two_classes_are_left_out_and_counted():
     result = metric.compute()
     assert math.isnan(result.pop("text_contrast"))
     assert result == {"per_class": {}, "images": 0, "left_out": {"fewer_than_two_classes": 5}}
-
-
-def test_text_contrast_merges_and_takes_counts_from_elsewhere():
-    random = np.random.default_rng(3)
-    images = [(smooth_maps(3, seed=k), random.integers(0, 4, (120, 160)), [1, 2, 3]) for k in range(4)]
-    together, left, right = TextContrast(), TextContrast(), TextContrast()
-    for k, (maps, mask, labels) in enumerate(images):
-        together.update(maps, torch.tensor(mask), torch.tensor(labels))
-        counts = TextContrast.count(torch.tensor(maps), mask, labels)
-        (left, right)[k % 2].add_counts(np.array(counts.tolist()), labels)
-    left.merge(pickle.loads(pickle.dumps(right)))
-    assert_close(left.compute(), together.compute())
 
 
 # --- mAP -------------------------------------------------------------------------------------------------------------
@@ -437,13 +353,6 @@ def test_average_precision_equals_sklearn_with_ties(seed, images, classes, level
         assert math.isnan(result["map"])
 
 
-def test_average_precision_by_hand():
-    # ranks of the positives: 1 and 3 -> (1/1 + 2/3) / 2; both tied with a negative -> 2 of 3 at once
-    metric = MultiLabelAveragePrecision()
-    metric.update([[0.9, 0.5], [0.8, 0.5], [0.7, 0.5]], [[1, 1], [0, 0], [1, 1]])
-    assert metric.compute()["per_class"] == pytest.approx({1: 100 * 5 / 6, 2: 100 * 2 / 3})
-
-
 def test_average_precision_in_batches_any_order_and_merged_is_the_same_to_the_bit():
     random = np.random.default_rng(6)
     scores = random.random((40, 3)).astype(np.float32).round(1)
@@ -451,7 +360,7 @@ def test_average_precision_in_batches_any_order_and_merged_is_the_same_to_the_bi
     whole = MultiLabelAveragePrecision()
     whole.update(torch.tensor(scores), torch.tensor(presence))
     order = random.permutation(40)
-    parts = [MultiLabelAveragePrecision() for _ in range(3)]  # the last stays empty
+    parts = [MultiLabelAveragePrecision() for _ in range(3)]  # the last is without images
     parts[0].update(scores[order[:7]], presence[order[:7]].astype(bool))
     parts[1].update(scores[order[7:]], presence[order[7:]].astype(float))
     merged = MultiLabelAveragePrecision()
@@ -475,12 +384,6 @@ def test_reliability_by_hand():
     np.testing.assert_allclose(bins["mean"], [0.1, 0.25, np.nan, 0.95])
     np.testing.assert_allclose(bins["shown"], [0, 0.5, np.nan, 0.5])
     assert bins["items"].tolist() == [2, 2, 0, 2]
-
-
-def test_average_precision_of_nothing():
-    result = MultiLabelAveragePrecision().compute()
-    assert math.isnan(result.pop("map"))
-    assert result == {"per_class": {}, "images": 0, "left_out": {"no_positive": 0}}
 
 
 # ---- mIoU of label maps ----
@@ -537,32 +440,8 @@ def test_miou_equals_a_loop_over_pixels(background):
         assert at_threshold.compute()["per_class"] == pytest.approx(iou)
 
 
-def test_the_floor_is_the_best_map_of_one_class():
-    images = list(label_maps(seed=1))
-    metric = MeanIoU(5)
-    for image in images:
-        metric.update(*image[:2])
-    constant = {k: naive_miou([(np.full_like(p, k), r, c) for p, r, c in images], 5, 0)[0] for k in range(4)}
-    found = metric.compute()
-    assert found["floor"] == pytest.approx(max(constant.values()))
-    assert constant[found["floor_class"]] == max(constant.values())
-
-
-def test_miou_of_merged_and_ordered_parts_is_that_of_all():
-    images = list(label_maps(6))
-    whole, parts = MeanIoU(5), [MeanIoU(5) for _ in range(3)]
-    for index, image in enumerate(images):
-        whole.update(*image)
-        parts[index % 2].update(*image)  # the third has none
-    merged = MeanIoU(5)
-    for part in reversed(parts):
-        merged.merge(pickle.loads(pickle.dumps(part)))
-    np.testing.assert_array_equal(merged.areas, whole.areas)
-
-
 def test_miou_without_pixels_is_nan():
     metric = MeanIoU(3)
+    metric.update(np.zeros((2, 2), int), np.full((2, 2), 255))
     found = metric.compute()
     assert math.isnan(found["miou"]) and math.isnan(found["floor"]) and found["left_out"] == {"no_pixels": 3}
-    metric.update(np.zeros((2, 2), int), np.full((2, 2), 255))
-    assert math.isnan(metric.compute()["miou"])

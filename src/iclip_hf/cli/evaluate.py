@@ -86,12 +86,10 @@ def run(options: argparse.Namespace) -> None:
     given = {name: value for name in OPTIONS if (value := getattr(options, name)) is not None}
     for name in given:
         if not set(OPTIONS[name][0]) & set(measures):
-            raise ValueError(
-                f"--{name.replace('_', '-')} applies to {', '.join(OPTIONS[name][0])}, not to {', '.join(measures)}: leave it out, or "
-                "choose the --task or the --measures."
-            )
+            option, allowed = f"--{name.replace('_', '-')}", ", ".join(OPTIONS[name][0])
+            raise ValueError(f"{option} is an option of {allowed}: choose one of these by --task or --measures.")
     if options.image_size and options.short_side:
-        raise ValueError("--image-size and --short-side exclude each other: leave one out.")
+        raise ValueError("Leave out --image-size or --short-side.")
     dataset = load_segmentation(options.dataset, options.data_root, options.split, options.overrides)
     if options.output:
         from ..evaluation.results import check_files
@@ -105,10 +103,8 @@ def run(options: argparse.Namespace) -> None:
 
     if not options.measures and not dataset.stuff:
         measures = [name for name in measures if name != "stuff_contrast"]
-    measures = [
-        make_measure(name, **{option: value for option, value in given.items() if name in OPTIONS[option][0]})
-        for name in measures
-    ]
+    of_measure = {name: {option: given[option] for option in given if name in OPTIONS[option][0]} for name in measures}
+    measures = [make_measure(name, **options_of) for name, options_of in of_measure.items()]
     size = {"shortest_edge": options.short_side} if options.short_side else options.image_size
     state = this_process("eval")  # selects the device before the model is loaded
     with partner_errors("run it again"):

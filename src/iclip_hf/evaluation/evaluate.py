@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import platform
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property, partial
 from importlib.metadata import version
@@ -22,10 +22,12 @@ from ..modeling_iclip import ICLIPTextFeatures
 from ..models.loading import load
 from ..prompts import check_templates
 from ..refinement import refine_maps
+from ..similarity import resize_and_normalize
 from ..utils.distributed import this_process
 from ..utils.extras import require_extra
 from ..utils.prefetch import prefetch_map, spare_processors
-from .measures import TASKS, EvaluatedImage, Measure, make_measure
+from .measures import TASKS, make_measure
+from .measures.measure import EvaluatedImage, Measure
 from .results import EvaluationResult
 
 
@@ -44,7 +46,6 @@ def evaluate(
     refine: bool = False,
     limit: int | None = None,
     batch_size: int = 8,
-    num_workers: int | None = None,
     progress: bool = True,
 ) -> EvaluationResult:
     """
@@ -65,8 +66,6 @@ def evaluate(
         refine (`bool`): whether to refine the maps by the colours of the image, see [`refine_maps`].
         limit (`int`, *optional*): evaluate only the first images.
         batch_size (`int`): number of images in one forward pass.
-        num_workers (`int`, *optional*): number of threads that decode images and masks and count pixels; `spare_processors` if not
-            given.
         progress (`bool`): whether the first process shows a progress bar.
 
     Returns:
@@ -80,9 +79,8 @@ def evaluate(
     if measures is None:
         measures = [name for name in TASKS["interpretability"] if name != "stuff_contrast" or dataset.stuff]
     measures = [measure if isinstance(measure, Measure) else make_measure(measure) for measure in measures]
-    own_sizes = (measure.image_size for measure in measures if measure.image_size is not None)
-    size = next(own_sizes, None) if image_size is None else image_size
-    run = EvaluationRun(model, dataset, methods, size, templates, refine, limit, batch_size, num_workers, state)
+    size = image_size or next((measure.image_size for measure in measures if measure.image_size), None)
+    run = EvaluationRun(model, dataset, methods, size, templates, refine, limit, batch_size, state)
     for measure in measures:
         measure.prepare(run)
     run.measure(measures, progress and state.is_main_process)
@@ -94,21 +92,19 @@ def evaluate(
         for measure, totals in zip(measures, other):
             for method, of_method in measure.totals.items():
                 of_method.merge(totals[method])
-    results, rows, columns = {}, {}, {}
-    for method in run.methods:
-        results[method], rows[method], columns[method] = _report(measures, method, dataset)
+    results, rows, columns = zip(*(_report(measures, method, dataset) for method in run.methods))
+    presence, *_ = [reported.pop("presence", {}) for reported in results]  # the same for all methods
     return EvaluationResult(
         protocol=run.protocol() | dict(itertools.chain(*(measure.protocol().items() for measure in measures))),
-        results=results,
-        # The same for all methods.
-        presence=[reported.pop("presence", {}) for reported in results.values()][0],
-        per_class=rows,
+        results=dict(zip(run.methods, results)),
+        presence=presence,
+        per_class=dict(zip(run.methods, rows)),
         timing={
             "seconds": time.perf_counter() - start,
             "seconds_in_model": run.seconds_in_model,
             "images": len(run.indices),
         },
-        columns=columns,
+        columns=dict(zip(run.methods, columns)),
     )
 
 
@@ -132,52 +128,44 @@ def _report(measures: list[Measure], method: str, dataset: SegmentationDataset) 
 class EvaluationRun:
     """What the measures of an evaluation share: methods, encoded texts, and the images of this process. Parameters: [`evaluate`]."""
 
-    def __init__(self, model, dataset, methods, image_size, templates, refine, limit, batch_size, num_workers, state):
+    def __init__(self, model, dataset, methods, image_size, templates, refine, limit, batch_size, state):
         self.model, self.dataset, self.methods = load(model), dataset, list(dict.fromkeys(methods))
         self.explainers = {method: make_explainer(self.model, method) for method in self.methods}
         self.templates = check_templates(dataset.templates if templates is None else templates)
         size = {"height": image_size, "width": image_size} if isinstance(image_size, int) else image_size
         self.size = {} if size is None else {"size": size}
         self.refine, self.batch_size = refine, batch_size
-        self.num_workers = num_workers or spare_processors()
         self.count = min(len(dataset), limit or len(dataset))  # of all processes
         self.indices = range(state.process_index, self.count, state.num_processes)  # of this one
         self.seconds_in_model = 0.0
 
-    def encode(self, texts: Sequence[str]) -> ICLIPTextFeatures:
-        """Encodes texts in the templates of the evaluation."""
-        return self.model.encode_texts(texts, self.templates)
-
     @cached_property
     def texts(self) -> ICLIPTextFeatures:
-        """The encoded class names, `(K, P)`."""
-        return self.encode(self.dataset.class_names)
-
-    @cached_property
-    def device(self) -> torch.device:
-        """The device of the model."""
-        return self.texts.text_embeds.device
+        """The encoded class names, `(K, P)`, on the device of the model."""
+        return self.model.encode_texts(self.dataset.class_names, self.templates)
 
     @cached_property
     def _references(self) -> ICLIPTextFeatures:
         return self.model.references(self.templates)
 
     def measure(self, measures: Sequence[Measure], progress: bool) -> None:
-        """Adds all images of this process to the totals. Threads decode and count; this thread runs the model."""
+        """Adds all images of this process to the totals. Threads decode and count while this thread runs the model."""
         needs = frozenset().union(*(measure.needs for measure in measures))
 
         def count(image: EvaluatedImage) -> list[tuple]:
             """Returns measure, method and counts."""
-            counts = [(m, None, m.count(image, None, None)) for m in measures if not m.by_method]
+            counts, heatmaps = [(m, None, m.count(image, None, None)) for m in measures if not m.by_method], None
             for method, explainer in self.explainers.items():
-                heatmaps = image.heatmaps(method, explainer.reversed) if "maps" in needs else None
+                if "maps" in needs:
+                    heatmaps = resize_and_normalize(image.raw_maps[method], image.sample.size, explainer.reversed)
                 counts += [(m, method, m.count(image, method, heatmaps)) for m in measures if m.by_method]
             return counts
 
         bar = tqdm(total=len(self.indices), unit="image", disable=not progress)
-        with ThreadPoolExecutor(self.num_workers) as pool, bar:
-            run = self._forward(prefetch_map(pool, self._prepared, self.indices, 2 * self.batch_size), measures, needs)
-            for counts in prefetch_map(pool, count, run, 2 * self.batch_size):
+        with ThreadPoolExecutor(spare_processors()) as pool, bar:
+            images = prefetch_map(pool, self._prepared, self.indices, 2 * self.batch_size)
+            images = self._forward(images, measures, needs)
+            for counts in prefetch_map(pool, count, images, 2 * self.batch_size):
                 for measure, method, of_image in counts:
                     for part in of_image:
                         measure.totals[method].add_counts(*part)
@@ -188,10 +176,9 @@ class EvaluationRun:
         return EvaluatedImage(index, sample, self.model.processor(images=[sample.image], **self.size)["pixel_values"])
 
     def _forward(
-        self, loaded: Iterable[EvaluatedImage], measures: Sequence[Measure], needs: frozenset[str]
+        self, images: Iterator[EvaluatedImage], measures: Sequence[Measure], needs: frozenset[str]
     ) -> Iterator[EvaluatedImage]:
         """Yields the images after the model has run."""
-        loaded = iter(loaded)
 
         def forward(images: list[EvaluatedImage]) -> list[EvaluatedImage]:
             if needs:
@@ -201,7 +188,7 @@ class EvaluationRun:
                     image.outputs[measure.name] = found
             return images
 
-        while batch := list(itertools.islice(loaded, self.batch_size)):
+        while batch := list(itertools.islice(images, self.batch_size)):
             began = time.perf_counter()
             batch = map_groups(forward, batch, [image.pixel_values.shape for image in batch])
             self.seconds_in_model += time.perf_counter() - began

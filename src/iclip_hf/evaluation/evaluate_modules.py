@@ -1,10 +1,11 @@
 """
-Base classes and demo of the metric modules of the `evaluate` library. The scripts are in the folder `evaluate_metrics` of the
+Base class and demo of the metric modules of the `evaluate` library. The scripts are in the folder `evaluate_metrics` of the
 repository, which is installed as `iclip_hf.evaluate_metrics`.
 """
 
 import json
 from abc import ABC, abstractmethod
+from inspect import getdoc
 from pathlib import Path
 
 import numpy as np
@@ -18,31 +19,32 @@ with require_extra("eval"):
     from datasets import Features, Sequence, Value
 
 
-_IGNORE_INDEX = """
-    ignore_index: mask value of the pixels that are ignored, 255 by default; it applies to the items of the same call.
-"""
-_PAIR_INPUTS = f"""
-One item is one image and one class.
+_INPUTS = """
+An item is one image and {what}.
 
 Args:
-    predictions: maps (H, W) in [0, 1], numpy or torch, float16, bfloat16, float32 or float64; their sizes may differ.
-    references: label masks (H, W) of integers, each of the size of its map.
-    labels: class ids; pixels of the mask equal to the id are the foreground, all others the background.{_IGNORE_INDEX.rstrip()}
-    aggregate: "image" (default) averages the ratios of the images of a class; "pixel" pools the pixels of a class over its
-        images.
+    predictions: maps {shape} in [0, 1], numpy or torch, float16, bfloat16, float32 or float64; sizes may differ between items.
+    references: label masks of integers, {masks}.
+    labels: {labels}; pixels of the mask equal to an id belong to its class.
+    ignore_index: mask value of the pixels that are ignored, 255 by default; it applies to the items of the same call.{aggregate}
 
-`add` also accepts the singular names. Both options can also be set in `evaluate.load`.
-"""
-_IMAGE_INPUTS = f"""
-One item is one image with all of its classes.
+`add` also accepts the singular names. Options can also be set in `evaluate.load`.
 
-Args:
-    predictions: maps (K, H, W) in [0, 1], one for each class, numpy or torch, float16, bfloat16, float32 or float64; K, H and W may
-        differ between items.
-    references: label masks of integers, each (H, W), or (K, H, W) with a mask for each class where classes overlap.
-    labels: lists of K class ids; pixels of the mask equal to an id belong to its class.{_IGNORE_INDEX}
-`add` also accepts the singular names. The option can also be set in `evaluate.load`.
 """
+_PAIRS = {
+    "what": "one class",
+    "shape": "(H, W)",
+    "masks": "(H, W)",
+    "labels": "class ids",
+    "aggregate": '\n    aggregate: "image" (default) averages the ratios of the images of a class; "pixel" pools their pixels.',
+}
+_IMAGES = {
+    "what": "all of its K classes",
+    "shape": "(K, H, W)",
+    "masks": "(H, W), or (K, H, W) with a mask for each class where classes overlap",
+    "labels": "lists of K class ids",
+    "aggregate": "",
+}
 _CITATION = """
 @article{li2022exploring,
   title={Exploring Visual Interpretability for Contrastive Language-Image Pre-training},
@@ -57,23 +59,20 @@ class StreamingMetric(evaluate.Metric, ABC):
     """
     A metric of `evaluate` over maps and masks. It stores the counts of each item instead of its pixels.
 
-    A subclass sets `accumulator` to a metric of `iclip_hf.evaluation.metrics`, and `per_image` if an item is an image with all of its
-    classes instead of one class. It returns `self._metric_info(...)` from `_info`.
-    This class is abstract, because `evaluate.load` instantiates the first metric class of a script that is not abstract.
+    A subclass sets `accumulator` to a metric of `iclip_hf.evaluation.metrics`, whose docstrings describe the module, and `per_image` if an
+    item is an image with all of its classes instead of one class.
     """
 
-    accumulator: type
     per_image = False
+
+    @property
+    @abstractmethod  # because `evaluate.load` instantiates the first metric class of a script that is not abstract
+    def accumulator(self) -> type: ...
 
     def __init__(self, *args, ignore_index: int = 255, aggregate: str | None = None, **kwargs):
         super().__init__(*args, **kwargs)
-        default = None if self.per_image else "image"
-        self.ignore_index, self.aggregate = ignore_index, default if aggregate is None else aggregate
-        self._accumulator(None)  # checks `aggregate`
-        self._ignored = set()  # values of ignore_index with which items were counted
-
-    @abstractmethod
-    def _info(self) -> evaluate.MetricInfo: ...
+        self.ignore_index, self.aggregate = ignore_index, aggregate
+        self._accumulator(aggregate)  # refuses a wrong one before any item is added
 
     @classmethod
     def of_one_image(cls, maps: list[np.ndarray], mask: np.ndarray, labels: list[int]) -> dict:
@@ -83,24 +82,19 @@ class StreamingMetric(evaluate.Metric, ABC):
         return {"predictions": maps, "references": [mask] * len(maps), "labels": labels}
 
     def _accumulator(self, aggregate: str | None):
-        aggregate = self.aggregate if aggregate is None else aggregate
-        if not self.per_image:
-            return self.accumulator(aggregate)
-        if aggregate is not None:
-            raise ValueError(f"Expected no `aggregate` for {self.name}, got {aggregate!r}: leave it out.")
-        return self.accumulator()
+        return self.accumulator() if aggregate is None else self.accumulator(aggregate=aggregate)
 
-    def _metric_info(self, description: str, outputs: str) -> evaluate.MetricInfo:
+    def _info(self) -> evaluate.MetricInfo:
         # An item is stored as its two rows of counts and its class or classes. The columns keep the names of the inputs, because
         # `evaluate.combine` passes no others.
         row, label = Sequence(Value("float64")), Value("int64")
+        labels = Sequence(label) if self.per_image else label
+        inputs = _INPUTS.format(**(_IMAGES if self.per_image else _PAIRS))
         return evaluate.MetricInfo(
-            description=description,
+            description=getdoc(self.accumulator).partition("Example:")[0].strip(),
             citation=_CITATION,
-            inputs_description=(_IMAGE_INPUTS if self.per_image else _PAIR_INPUTS) + outputs,
-            features=Features(
-                {"predictions": row, "references": row, "labels": Sequence(label) if self.per_image else label}
-            ),
+            inputs_description=inputs + getdoc(self.accumulator.compute),
+            features=Features({"predictions": row, "references": row, "labels": labels}),
             reference_urls=["https://arxiv.org/abs/2209.07046"],
         )
 
@@ -109,29 +103,11 @@ class StreamingMetric(evaluate.Metric, ABC):
         plural = {"prediction": "predictions", "reference": "references", "label": "labels"}
         self.add_batch(ignore_index=ignore_index, **{plural.get(name, name): [value] for name, value in item.items()})
 
-    def add_batch(self, *, predictions, references, labels=None, ignore_index: int | None = None):
+    def add_batch(self, *, predictions, references, labels, ignore_index: int | None = None):
         """Adds items: `predictions`, `references` and `labels` of equal length."""
-        if labels is None:
-            ids = (
-                "[[3, 5], ...], the class ids of the maps of each image"
-                if self.per_image
-                else "[3, ...], a class id for each map"
-            )
-            raise ValueError(
-                f"{self.name} needs labels too: compute(predictions=maps, references=label_masks, labels={ids})."
-            )
-        if not len(predictions) == len(references) == len(labels):
-            raise ValueError(
-                "Expected predictions, references and labels of one length, "
-                f"got {len(predictions)}, {len(references)} and {len(labels)}: pass one of each for every item."
-            )
         ignore_index = self.ignore_index if ignore_index is None else ignore_index
-        if self.per_image and not all(np.ndim(label) == 1 for label in labels):
-            raise ValueError(
-                f"{self.name}: labels are a list of class ids for each image, such as [[3, 5]], not {labels}."
-            )
-        counts = [self.accumulator.count(*item, ignore_index) for item in zip(predictions, references, labels)]
-        self._ignored.add(ignore_index)
+        items = zip(predictions, references, labels, strict=True)
+        counts = [self.accumulator.count(*item, ignore_index) for item in items]
         super().add_batch(
             predictions=[second for _, second in counts],
             references=[first for first, _ in counts],
@@ -140,20 +116,16 @@ class StreamingMetric(evaluate.Metric, ABC):
 
     def compute(self, *, aggregate: str | None = None, ignore_index: int | None = None, **items) -> dict | None:
         """Returns the scores of all items that were added or are given here, on process 0; None on other processes."""
-        # Both options are checked first, so that an error does not lose the added items.
-        accumulator = self._accumulator(aggregate)
-        if ignore_index is not None and not self._ignored <= {ignore_index}:
-            raise ValueError(
-                f"Expected the ignore_index of the added items, {sorted(self._ignored)}, got {ignore_index}: "
-                "give it to `evaluate.load`, or wherever items are added."
-            )
-        items = {name: values for name, values in items.items() if values is not None}
+        # First, so that an error does not lose the added items.
+        accumulator = self._accumulator(self.aggregate if aggregate is None else aggregate)
+        items = {name: values for name, values in items.items() if values is not None}  # None is of `evaluate.combine`
+        if not items and ignore_index is not None:
+            raise ValueError("ignore_index belongs to the call that adds the items, or to `evaluate.load`.")
         if not items and self.num_process > 1:
             # Process 0 waits for a file of every process, so a process without items writes an empty one.
             items = dict.fromkeys(self.features, ())
         if items:
             self.add_batch(ignore_index=ignore_index, **items)
-        self._ignored = set()
         return super().compute(accumulator=accumulator)
 
     def _compute(self, predictions, references, labels, accumulator) -> dict:
@@ -179,14 +151,11 @@ def metric_demo(script: str | Path):
         return json.dumps(result, indent=2)
 
     images = {"file_types": ["image"], "type": "filepath"}
+    sheet = "Maps: grayscale images of the mask's size, one for each class; black is 0, white is 1"
     return gr.Interface(
         score,
         inputs=[
-            gr.File(
-                file_count="multiple",
-                label="Maps: grayscale images of the mask's size, one for each class; black is 0, white is 1",
-                **images,
-            ),
+            gr.File(file_count="multiple", label=sheet, **images),
             gr.File(label="Label mask: palette or grayscale PNG of class ids", **images),
             gr.Textbox(value="1", label="Class ids of the maps, for example: 1, 2"),
         ],

@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 import operator
 from collections import Counter
+from collections.abc import Callable, Hashable, Sequence
 from functools import partial
 
 import numpy as np
@@ -96,10 +97,8 @@ def region_means(heatmap, mask, label: int, ignore_index: int = 255) -> np.ndarr
         # Most pixels are background. Subtracting the sum of the others from the total is faster than selecting them.
         inside, nowhere = values[foreground], values[void]
         total, high, void_total = (part.sum(dtype=np.float64) for part in (values, inside, nowhere))
-        sums += (
-            (values.size - inside.size - nowhere.size, total - high - void_total),
-            (inside.size, high),
-        )
+        outside = values.size - inside.size - nowhere.size
+        sums += (outside, total - high - void_total), (inside.size, high)
     sums[:, 1] /= sums[:, 0].clip(1)
     return sums
 
@@ -220,35 +219,46 @@ def _mean(values) -> float:
     return sum(values) / len(values) if values else math.nan
 
 
-class _ClassSums:
-    """Sums for each class, which can be merged. Pixels of the mask whose value is `ignore_index` are ignored."""
+class Sums:
+    """Sums of arrays by key, such as the class. Those of several processes merge."""
+
+    def __init__(self):
+        self.sums: dict[Hashable, np.ndarray] = {}
+        self.items = Counter()  # numbers of items: "counted", and those left out by reason
+
+    def _add(self, counts: np.ndarray, key: Hashable) -> None:
+        self.sums[key] = self.sums.get(key, 0) + counts
+
+    add_counts = _add  # of one item; a metric adds what it makes of them
+
+    def merge(self, other: Sums) -> None:
+        """Adds the sums of another object of the same type and settings."""
+        self.items.update(other.items)
+        for key, counts in other.sums.items():
+            self._add(counts, key)
+
+
+class _MaskMetric(Sums):
+    """Scores of maps against masks. Pixels of the mask whose value is `ignore_index` are ignored."""
 
     _reasons: tuple[str, ...]  # why items are left out, in the order of the checks
+    count: Callable[..., np.ndarray]  # from the arguments of `update` and `ignore_index` to the counts of an item
 
     def __init__(self, ignore_index: int = 255):
+        super().__init__()
         self.ignore_index = ignore_index
-        self._sums: dict[int, np.ndarray] = {}
-        self._counted = 0
-        self._left_out = Counter()
 
-    def merge(self, other: _ClassSums) -> None:
-        """Adds the counts of another metric of the same type and settings."""
-        self._counted += other._counted
-        self._left_out.update(other._left_out)
-        for label, sums in other._sums.items():
-            self._add(label, sums)
-
-    def _add(self, label: int, sums: np.ndarray) -> None:
-        label = operator.index(label)
-        self._sums[label] = self._sums.get(label, 0) + sums
+    def update(self, maps, mask, labels) -> None:
+        """Adds one item. Arguments and errors are those of [`threshold_counts`] for a pair, of [`contrast_counts`] for an image."""
+        self.add_counts(self.count(maps, mask, labels, self.ignore_index), labels)
 
     def _numbers(self, counted: str) -> dict:
-        return {counted: self._counted, "left_out": {reason: self._left_out[reason] for reason in self._reasons}}
+        return {counted: self.items["counted"], "left_out": {reason: self.items[reason] for reason in self._reasons}}
 
 
-class _PairMetric(_ClassSums):
+class _PairMetric(_MaskMetric):
     """
-    Sums over pairs of an image and a class.
+    Scores of pairs of an image and a class.
 
     Args:
         aggregate (`str`, defaults to `"image"`): `"image"` averages the ratios of the images of a class. `"pixel"` pools the pixels
@@ -261,24 +271,13 @@ class _PairMetric(_ClassSums):
         super().__init__(ignore_index)
         self.aggregate = aggregate
 
-    def update(self, heatmap, mask, label: int) -> None:
-        """Adds one pair. Arguments and errors are those of [`threshold_counts`]."""
-        self.add_counts(self.count(heatmap, mask, label, self.ignore_index), label)
-
     def add_counts(self, counts: np.ndarray, label: int) -> None:
-        """Adds one pair by its counts from `count`, which may come from another process."""
-        background, foreground = counts[:, 0]
-        missing = {
-            "all_void": not (background or foreground),
-            "no_foreground": not foreground,
-            "no_background": not background,
-        }
-        reason = next((reason for reason in self._reasons if missing[reason]), None)
-        if reason:
-            self._left_out[reason] += 1
-        else:
-            self._counted += 1
-            self._add(label, self._summands(counts))
+        background, foreground = counts[:, 0] > 0
+        shown = {"all_void": background or foreground, "no_foreground": foreground, "no_background": background}
+        reason = next((reason for reason in self._reasons if not shown[reason]), "counted")
+        self.items[reason] += 1
+        if reason == "counted":
+            self._add(self._summands(counts), operator.index(label))
 
 
 class MeanMaxIoU(_PairMetric):
@@ -288,7 +287,7 @@ class MeanMaxIoU(_PairMetric):
 
     Example:
         >>> metric = MeanMaxIoU()
-        >>> metric.update(np.array([[0.9, 0.2], [0.6, 0.1]]), np.array([[7, 0], [0, 255]]), label=7)
+        >>> metric.update(np.array([[0.9, 0.2], [0.6, 0.1]]), np.array([[7, 0], [0, 255]]), 7)
         >>> metric.compute()["mmiou"]
         100.0
     """
@@ -314,7 +313,7 @@ class MeanMaxIoU(_PairMetric):
         - **floor** -- the same mean for a map that marks every pixel, percent.
         - **pairs**, **left_out** -- number of pairs in the mean, and {reason: number} of the others.
         """
-        iou = {label: 100 * sums[0] / sums[1] for label, sums in sorted(self._sums.items())}
+        iou = {label: 100 * sums[0] / sums[1] for label, sums in sorted(self.sums.items())}
         # The lowest of equal thresholds, also if rounding of the sums makes them differ slightly.
         best = {label: int((curve[1:] >= curve[1:].max() - 1e-9).argmax()) for label, curve in iou.items()}
         per_class = {label: float(iou[label][1 + i]) for label, i in best.items()}
@@ -334,7 +333,7 @@ class MeanForegroundMinusBackground(_PairMetric):
 
     Example:
         >>> metric = MeanForegroundMinusBackground()
-        >>> metric.update(np.array([[1.0, 0.25], [0.0, 0.5]]), np.array([[7, 0], [0, 255]]), label=7)
+        >>> metric.update(np.array([[1.0, 0.25], [0.0, 0.5]]), np.array([[7, 0], [0, 255]]), 7)
         >>> metric.compute()["mfmb"]
         0.875
     """
@@ -355,43 +354,12 @@ class MeanForegroundMinusBackground(_PairMetric):
         - **per_class** -- {class id: difference}.
         - **pairs**, **left_out** -- number of pairs in the mean, and {reason: number} of the others.
         """
-        means = {label: sums[:, 1] / sums[:, 0] for label, sums in sorted(self._sums.items())}
+        means = {label: sums[:, 1] / sums[:, 0] for label, sums in sorted(self.sums.items())}
         per_class = {label: float(foreground - background) for label, (background, foreground) in means.items()}
         return {"mfmb": _mean(per_class.values()), "per_class": per_class, **self._numbers("pairs")}
 
 
-class _RegionMetric(_ClassSums):
-    """Sums over images with the maps of all their classes: for each class, the number of partners and the sum of a value over them."""
-
-    _reasons = ("fewer_than_two_classes",)
-
-    def update(self, maps, mask, labels) -> None:
-        """Adds one image. Arguments and errors are those of [`contrast_counts`]."""
-        self.add_counts(self.count(maps, mask, labels, self.ignore_index), labels)
-
-    def add_counts(self, counts: np.ndarray, labels) -> None:
-        """Adds one image by its counts from `count`, which may come from another process."""
-        paired = [(label, sums) for label, sums in zip(labels, counts.T) if sums[0]]
-        if paired:
-            self._counted += 1
-        else:
-            self._left_out["fewer_than_two_classes"] += 1
-        for label, sums in paired:
-            self._add(label, sums)
-
-    def compute(self) -> dict:
-        """
-        Returns the scores of all images so far.
-
-        - **text_contrast**, **region_ranking** -- mean over classes, percent (NaN without any image).
-        - **per_class** -- {class id: mean over images and partners, percent}.
-        - **images**, **left_out** -- number of images in the mean, and {"fewer_than_two_classes": number of the others}.
-        """
-        per_class = {label: float(100 * total / number) for label, (number, total) in sorted(self._sums.items())}
-        return {self._name: _mean(per_class.values()), "per_class": per_class, **self._numbers("images")}
-
-
-class TextContrast(_RegionMetric):
+class TextContrast(_MaskMetric):
     """
     Text contrast: how much the map of a class prefers its own pixels to those of the other classes in the image.
 
@@ -402,16 +370,33 @@ class TextContrast(_RegionMetric):
     Example:
         >>> metric = TextContrast()
         >>> maps, mask = np.array([[[0.9, 0.2]], [[0.1, 0.5]]]), np.array([[7, 8]])
-        >>> metric.update(maps, mask, labels=[7, 8])
+        >>> metric.update(maps, mask, [7, 8])
         >>> metric.compute()["text_contrast"]
         100.0
     """
 
-    _name = "text_contrast"
+    _reasons, _name = ("fewer_than_two_classes",), "text_contrast"
     count = staticmethod(contrast_counts)
 
+    def add_counts(self, counts: np.ndarray, labels: Sequence[int]) -> None:
+        paired = [(operator.index(label), sums) for label, sums in zip(labels, counts.T) if sums[0]]
+        self.items["counted" if paired else "fewer_than_two_classes"] += 1
+        for label, sums in paired:
+            self._add(sums, label)
 
-class RegionRanking(_RegionMetric):
+    def compute(self) -> dict:
+        """
+        Returns the scores of all images so far.
+
+        - **text_contrast**, or **region_ranking** -- mean over classes, percent (NaN without any image).
+        - **per_class** -- {class id: mean over images and partners, percent}.
+        - **images**, **left_out** -- number of images in the mean, and {"fewer_than_two_classes": number of the others}.
+        """
+        per_class = {label: float(100 * total / number) for label, (number, total) in sorted(self.sums.items())}
+        return {self._name: _mean(per_class.values()), "per_class": per_class, **self._numbers("images")}
+
+
+class RegionRanking(TextContrast):
     """
     The share of a class's own pixels that its map ranks above the pixels of the other classes: P(M_i at i > M_i at j), ties half, mean
     over the images and partners of a class, then over the classes (the area under the ROC curve of two regions). 50 is chance.
@@ -421,35 +406,41 @@ class RegionRanking(_RegionMetric):
     count = staticmethod(partial(contrast_counts, both_maps=False))
 
 
-class ClassMeans(_ClassSums):
-    """Means of any scores of pairs: over the images of a class, then over the classes. A score that is NaN is left out."""
+class ClassMeans(Sums):
+    """
+    Means of F scores of pairs: over the images of a class, then over the classes. A score that is NaN is left out.
 
-    _reasons = ()
+    Args:
+        number (`int`): F.
+    """
+
+    def __init__(self, number: int):
+        super().__init__()
+        self.number = number
 
     def add_counts(self, scores, label: int) -> None:
         """Adds the scores of one pair, F floats."""
         scores = np.asarray(scores, dtype=np.float64)
-        counts = ~np.isnan(scores)
-        self._counted += 1
-        self._add(label, np.array([counts, np.where(counts, scores, 0)]))
+        known = ~np.isnan(scores)
+        self.items["counted"] += 1
+        self._add(np.array([known, np.where(known, scores, 0)]), label)
 
     def compute(self) -> dict:
         """
         Returns the means of all pairs so far.
 
-        - **means** -- mean over classes, `(F,)` (NaN without any value); None without any pair.
+        - **means** -- mean over classes, `(F,)` (NaN without any value).
         - **per_class** -- {class id: mean over images, `(F,)`}.
         - **pairs**, **left_out** -- number of pairs, and number of values that were NaN, `(F,)`.
         """
-        if not self._sums:
-            return {"means": None, "per_class": {}, "pairs": 0, "left_out": None}
         per_class = {
-            label: np.divide(total, number, out=np.full_like(total, np.nan), where=number > 0)
-            for label, (number, total) in sorted(self._sums.items())
+            label: total / np.where(number, number, np.nan) for label, (number, total) in sorted(self.sums.items())
         }
-        means = np.array([_mean(column[~np.isnan(column)]) for column in np.array(list(per_class.values())).T])
-        left_out = self._counted - sum(number for number, _ in self._sums.values()).astype(int)
-        return {"means": means, "per_class": per_class, "pairs": self._counted, "left_out": left_out}
+        columns = np.array([*per_class.values()]).reshape(-1, self.number).T
+        means = np.array([_mean(column[~np.isnan(column)]) for column in columns])
+        known = sum((number for number, _ in self.sums.values()), np.zeros(self.number)).astype(int)
+        pairs = self.items["counted"]
+        return {"means": means, "per_class": per_class, "pairs": pairs, "left_out": pairs - known}
 
 
 class MeanIoU:
@@ -515,11 +506,6 @@ class MeanIoU:
         """Adds one image by its counts from `count`, which may come from another process. All images have confidences, or none."""
         self.areas = self.areas + areas
 
-    def merge(self, other: MeanIoU) -> None:
-        """Adds the counts of another metric of the same settings."""
-        if other.areas.any():
-            self.add_counts(other.areas)
-
     def curve(self) -> np.ndarray:
         """Returns the mIoU at each threshold, `(L,)`, percent (NaN without pixels)."""
         iou = self._iou()
@@ -574,24 +560,22 @@ class MultiLabelAveragePrecision:
     """
 
     def __init__(self):
-        self._scores: list[np.ndarray] = []
-        self._shown: list[np.ndarray] = []
+        self._images: list[tuple[np.ndarray, np.ndarray]] = []
 
     def update(self, scores, shown) -> None:
         """Adds images: scores, and whether the class is shown (zeros and ones), arrays or tensors of shape `(B, K)`."""
-        self._scores.append(to_numpy(scores).astype(np.float64))
-        self._shown.append(to_numpy(shown).astype(bool))
+        self._images.append((to_numpy(scores).astype(np.float64), to_numpy(shown).astype(bool)))
 
     add_counts = update  # scores are their own counts
 
     def merge(self, other: MultiLabelAveragePrecision) -> None:
         """Adds all images of another metric."""
-        self._scores.extend(other._scores)
-        self._shown.extend(other._shown)
+        self._images += other._images
 
     def images(self) -> tuple[np.ndarray, np.ndarray]:
         """Returns the scores of all images so far, and whether the classes are shown, `(B, K)` each."""
-        return np.concatenate(self._scores), np.concatenate(self._shown)
+        scores, shown = zip(*self._images)
+        return np.concatenate(scores), np.concatenate(shown)
 
     def compute(self) -> dict:
         """
@@ -601,8 +585,6 @@ class MultiLabelAveragePrecision:
         - **per_class** -- {class id: average precision in percent}.
         - **images**, **left_out** -- number of images, and {"no_positive": number of classes without an image}.
         """
-        if not self._scores:
-            return {"map": math.nan, "per_class": {}, "images": 0, "left_out": {"no_positive": 0}}
         scores, shown = self.images()
         classes = np.flatnonzero(shown.any(axis=0))
         per_class = {int(k) + 1: 100 * average_precision(scores[:, k], shown[:, k]) for k in classes}

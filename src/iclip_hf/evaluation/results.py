@@ -18,7 +18,7 @@ from ..utils.files import atomic_write, check_outputs
 PRESENCE = {
     "auc": ("AUC of presence", 3),
     "auc_hard": ("against like classes", 3),
-    "kept": ("kept at presence {min_presence}, %", 1),
+    "kept": ("kept % at presence {min_presence}", 1),
     "kept_things": ("things %", 1),
     "kept_stuff": ("stuff %", 1),
     "passed": ("passed %", 1),
@@ -61,18 +61,11 @@ class EvaluationResult:
             shown = {name: rounded(self.presence[name], digits) for name, (_, digits) in PRESENCE.items()}
             bins = self.presence["reliability"]
             edges = [f"{index / len(bins):.1f} to {(index + 1) / len(bins):.1f}" for index in range(len(bins))]
-            rows = [
-                ["mean", *(rounded(row["mean"], 2) for row in bins)],
-                ["share that is shown", *(rounded(row["shown"], 2) for row in bins)],
-                ["pairs", *(str(row["pairs"]) for row in bins)],
-            ]
-            lines += [
-                "",
-                markdown([*columns.values()], [[*shown.values()]]),
-                "",
-                markdown([f"presence at the prior {self.presence['prior']:.2f}", *edges], rows),
-            ]
-        return "\n".join(lines)
+            names = {"mean": ("mean", 2), "shown": ("share that is shown", 2), "pairs": ("pairs", 0)}
+            rows = [[name, *(rounded(one[row], digits) for one in bins)] for row, (name, digits) in names.items()]
+            lines.append(markdown([*columns.values()], [[*shown.values()]]))
+            lines.append(markdown([f"presence at the prior {self.presence['prior']:.2f}", *edges], rows))
+        return "\n\n".join(lines)
 
     def to_json(self) -> str:
         """Returns all attributes but the table as JSON text."""
@@ -82,8 +75,8 @@ class EvaluationResult:
 
     def per_class_csv(self) -> str:
         """Returns `per_class` as CSV text, with a row for each method and class."""
-        text = io.StringIO()
         rows = [{"method": method, **row} for method, rows in self.per_class.items() for row in rows]
+        text = io.StringIO()
         writer = csv.DictWriter(text, dict.fromkeys(name for row in rows for name in row))
         writer.writeheader()
         writer.writerows(rows)
@@ -117,45 +110,26 @@ def read_results(path: str | Path, *parts: str) -> dict:
     except (ValueError, RecursionError):
         content = None
     if not isinstance(content, dict) or not all(isinstance(content.get(part), dict) for part in parts):
-        raise ValueError(
-            f"{path}: expected the JSON file that `iclip evaluate --output` writes, but got other content; evaluate again."
-        )
+        raise ValueError(f"{path} is no JSON file of `iclip evaluate --output`.")
     return content
-
-
-def class_scores(path: str | Path, column: str, method: str | None = None) -> tuple[str, dict[str, float]]:
-    """
-    Reads a column of the rows of classes, such as `"AP"`, from the file of [`read_results`]. Returns the method, by default the first,
-    and the scores by class name, without those that were not measured. Raises also `ValueError` if there is no such method.
-    """
-    per_class = read_results(path, "per_class")["per_class"]
-    method = method or next(iter(per_class), None)
-    if method not in per_class:
-        raise ValueError(
-            f"{path}: expected the method to be one of {list(per_class)}, got {method!r}; choose one of them."
-        )
-    try:
-        scores = {row["name"]: row[column] for row in per_class[method]}
-        return method, {name: float(score) for name, score in scores.items() if score is not None}
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(
-            f"{path}: expected classes with a name and a number as {column}, but got others; evaluate again."
-        ) from error
 
 
 def class_thresholds(path: str | Path, labels: Sequence[str], method: str = "itsm") -> list[float]:
     """
-    Reads the best threshold of each class, by mMIoU, from the file of [`read_results`]. Raises what [`class_scores`] raises, and
-    `ValueError` if a class has no threshold or one outside [0, 1].
+    Reads the best threshold of each class, by mMIoU, from the file of [`read_results`]. Raises also `ValueError` if the method is not
+    there, or a class has no threshold in [0, 1].
     """
-    _, thresholds = class_scores(path, "threshold", method)
-    if missing := [label for label in labels if label not in thresholds]:
-        raise ValueError(
-            f"{path}: expected thresholds of {missing}, but got those of {sorted(thresholds)}; evaluate with these."
-        )
-    if outside := {label: found for label in labels if not 0 <= (found := thresholds[label]) <= 1}:
-        raise ValueError(f"{path}: expected thresholds in [0, 1], but got {outside}; evaluate again.")
-    return [thresholds[label] for label in labels]
+    per_class = read_results(path, "per_class")["per_class"]
+    if method not in per_class:
+        raise ValueError(f"{path} has the methods {list(per_class)}, not {method!r}.")
+    try:
+        found = {row["name"]: row["threshold"] for row in per_class[method] if row["threshold"] is not None}
+        lacking = [label for label in labels if not 0 <= found.get(label, -1) <= 1]
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{path} is no JSON file of `iclip evaluate --output`: no thresholds of classes.") from error
+    if lacking:
+        raise ValueError(f"{path} has no threshold in [0, 1] for {lacking}, only {found}.")
+    return [found[label] for label in labels]
 
 
 def markdown(headings: list[str], rows: list[list[str]]) -> str:

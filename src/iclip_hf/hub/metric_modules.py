@@ -16,20 +16,21 @@ def metric_folders() -> dict[str, Path]:
 
 def install_metrics() -> dict[str, Path]:
     """
-    Installs the metric scripts in the module cache of `evaluate`. Replaces earlier versions. Then `evaluate.load` finds them by
-    their bare names in any working directory, also offline.
+    Installs the metric scripts in the module cache of `evaluate`, beside other versions. Then `evaluate.load` finds them by their bare
+    names in any working directory, also offline.
 
     Returns:
         `dict[str, Path]`: the folder of each script by the name of its metric, `"mfmb"`, `"mmiou"` and `"text_contrast"`.
     """
     with require_extra("eval"):
-        from datasets import DownloadMode
         from evaluate.loading import LocalEvaluationModuleFactory, init_dynamic_modules
     modules, installed = init_dynamic_modules(), {}
     for name, folder in metric_folders().items():
-        factory = LocalEvaluationModuleFactory(str(folder / f"{name}.py"), download_mode=DownloadMode.FORCE_REDOWNLOAD)
+        factory = LocalEvaluationModuleFactory(str(folder / f"{name}.py"))
         factory.name = f"evaluate-metric/{name}"  # `load(name)` looks for this repository, also in its cache
         installed[name] = Path(modules).parent.joinpath(*factory.get_module().module_path.split(".")[:-1])
+        # Written again, because `load` takes the newest version.
+        (installed[name] / f"{name}.py").write_bytes((folder / f"{name}.py").read_bytes())
     return installed
 
 
@@ -38,7 +39,7 @@ def export_space(metric: str, directory: str | Path, overwrite: bool = False) ->
     Writes the files of a metric's Space into a new folder or an existing clone.
 
     Args:
-        metric (`str`): name of the metric.
+        metric (`str`): `"mfmb"`, `"mmiou"` or `"text_contrast"`.
         directory (`str` or `Path`): folder to write into; created if it does not exist.
         overwrite (`bool`): whether files of other content may be replaced.
 
@@ -46,11 +47,8 @@ def export_space(metric: str, directory: str | Path, overwrite: bool = False) ->
         `Path`: the folder.
 
     Raises:
-        `ValueError`: the metric does not exist. `FileExistsError`: a file of another content exists, and not `overwrite`.
+        `FileExistsError`: a file of another content exists, and not `overwrite`.
     """
-    folders = metric_folders()
-    if metric not in folders:
-        raise ValueError(f"Expected `metric` to be one of {tuple(folders)}, got {metric!r}: choose one of them.")
-    sources = sorted(source for source in folders[metric].iterdir() if source.is_file())
+    sources = sorted(source for source in metric_folders()[metric].iterdir() if source.is_file())
     write_files(Path(directory), {source.name: source.read_bytes() for source in sources}, overwrite)
     return Path(directory)

@@ -1,16 +1,10 @@
 """
-Measures over a data set: recognition, maps, label maps and faithfulness. One file for each. Their names are known without torch, so that
+Measures over a data set: recognition, maps, label maps and faithfulness. Their names are known without torch, so that
 the help of a command does not load it.
 """
 
 from importlib import import_module
-from typing import TYPE_CHECKING
 
-from ...utils.lazy import lazy_names
-
-
-if TYPE_CHECKING:
-    from .measure import EvaluatedImage, Measure
 
 # For each measure its module here and its class.
 MEASURES = {
@@ -25,7 +19,7 @@ MEASURES = {
     "deletion_insertion": "deletion_insertion:DeletionInsertion",
     "max_sensitivity": "max_sensitivity:MaxSensitivity",
     "randomization": "randomization:Randomization",
-    "pointing_game": "pointing_game:PointingGame",
+    "pointing_game": "pairs:PointingGame",
 }
 # The measures of each task of `iclip evaluate`.
 TASKS = {
@@ -35,14 +29,9 @@ TASKS = {
 }
 
 
-def make_measure(name: str, **options) -> "Measure":
-    """Creates a measure by its name in `MEASURES`, with the options of its class. Raises `ValueError` if it is unknown."""
+def make_measure(name: str, **options):
+    """Creates a [`~measure.Measure`] by its name in `MEASURES`, with the options of its class. Raises `ValueError` if it is unknown."""
     if name not in MEASURES:
         raise ValueError(f"{name!r} is no measure: choose one of {', '.join(MEASURES)}.")
     module, _, kind = MEASURES[name].partition(":")
     return getattr(import_module(f"{__name__}.{module}"), kind)(**options)
-
-
-_MODULES = {"EvaluatedImage": ".measure", "Measure": ".measure"}
-__all__ = ["MEASURES", "TASKS", "make_measure", *_MODULES]
-__getattr__, __dir__ = lazy_names(__name__, _MODULES)

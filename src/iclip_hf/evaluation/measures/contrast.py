@@ -26,13 +26,11 @@ class TextContrast(RegionMeasure):
     name = "text_contrast"
     scores = {"text_contrast": ("text contrast %", 2)}
     metric = metrics.TextContrast
-    row = "text_contrast"
-
-    def protocol(self) -> dict:
-        return {
-            "text_contrast": "c_ij = (P(M_i at i > M_i at j) + P(M_j at j > M_j at i)) / 2 for classes i, j of an image, ties half, "
-            "without pixels of both; mean over a class's images and partners, then over classes"
-        }
+    rows = {"text_contrast": "per_class"}
+    definition = {
+        "text_contrast": "c_ij = (P(M_i at i > M_i at j) + P(M_j at j > M_j at i)) / 2 for classes i, j of an image, ties half, "
+        "without pixels of both; mean over a class's images and partners, then over classes"
+    }
 
 
 class StuffContrast(RegionMeasure):
@@ -48,12 +46,15 @@ class StuffContrast(RegionMeasure):
     name = "stuff_contrast"
     scores = {"stuff_contrast": ("stuff contrast %", 2), "thing_contrast": ("thing contrast %", 2)}
     metric = metrics.RegionRanking
+    definition = {
+        "stuff_contrast": "P(M_i at i > M_i at j) for classes i, j of an image, ties half; mean over a class's images and "
+        "partners, then over the classes of each kind"
+    }
 
     def prepare(self, run) -> None:
         if not run.dataset.stuff:
             raise ValueError(
-                f"Expected a data set that names the background for {self.name}, got {run.dataset.name!r}: use camvid, coco_stuff, "
-                "ade20k or cityscapes."
+                f"{self.name} needs a data set that names the background, which {run.dataset.name} does not."
             )
         super().prepare(run)
 
@@ -66,9 +67,3 @@ class StuffContrast(RegionMeasure):
 
         reported = {"stuff_contrast": mean(True), "thing_contrast": mean(False), "left_out": scores["left_out"]}
         return reported, {label: {"ranking": score} for label, score in scores["per_class"].items()}
-
-    def protocol(self) -> dict:
-        return {
-            "stuff_contrast": "P(M_i at i > M_i at j) for classes i, j of an image, ties half; mean over a class's images and "
-            "partners, then over the classes of each kind"
-        }

@@ -110,6 +110,10 @@ class DeletionInsertion(MeansMeasure):
         for name in ("insertion", "deletion", "difference")
     }
     columns = ("deletion_cosine", "deletion_probability", "insertion_cosine", "insertion_probability")
+    definition = {
+        "deletion_insertion": "pixels by the map, highest first, in steps of 1 / (2 * steps) of the image; deletion fills with normal "
+        "noise, insertion starts from zeros; probability among the class names"
+    }
 
     def __init__(self, steps: int = STEPS, seed: int = 0):
         self.steps, self.seed = steps, seed
@@ -126,7 +130,7 @@ class DeletionInsertion(MeansMeasure):
             followed.append(maps if explainer.sees_text else maps[:1])  # one map for all texts is measured once
         curves = deletion_insertion(
             self.score,
-            image.pixel_values[0].to(self.run.device),
+            image.pixel_values[0].to(self.run.texts.text_embeds.device),
             torch.cat(followed),
             steps=self.steps,
             seed=self.seed + image.index,
@@ -143,11 +147,3 @@ class DeletionInsertion(MeansMeasure):
             insertion, deletion = named[f"insertion_{kind}"], named[f"deletion_{kind}"]
             named[f"difference_{kind}"] = None if insertion is None else insertion - deletion
         return named
-
-    def protocol(self) -> dict:
-        return {
-            "steps": self.steps,
-            "seed": self.seed,
-            self.name: "pixels by the map, highest first, in steps of 1 / (2 * steps) of the image; deletion fills with normal "
-            "noise, insertion starts from zeros; probability among the class names",
-        }

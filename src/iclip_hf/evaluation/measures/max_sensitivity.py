@@ -49,18 +49,15 @@ class MaxSensitivity(MeansMeasure):
 
     name = "max_sensitivity"
     scores = {"max_sensitivity": ("max-sensitivity", 3)}
+    definition = {
+        "max_sensitivity": {"radius": RADIUS, "samples": SAMPLES, "maps": "stretched to [0, 1] on the patch grid"}
+    }
 
     def __init__(self, seed: int = 0):
         self.seed = seed
 
     def measure(self, image: EvaluatedImage) -> dict[str, torch.Tensor]:
-        pixel_values, seed = image.pixel_values[0].to(self.run.device), self.seed + image.index
-        explainers = self.run.map_functions(image)
         return {
-            method: max_sensitivity(explain, pixel_values, seed=seed)[:, None]
-            for method, explain in explainers.items()
+            method: max_sensitivity(explain, image.pixel_values[0], seed=self.seed + image.index)[:, None]
+            for method, explain in self.run.map_functions(image).items()
         }
-
-    def protocol(self) -> dict:
-        maps = "stretched to [0, 1] on the patch grid"
-        return {"seed": self.seed, self.name: {"radius": RADIUS, "samples": SAMPLES, "maps": maps}}

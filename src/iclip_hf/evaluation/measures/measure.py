@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
+from inspect import signature
 from typing import Any
 
 import numpy as np
 import torch
 
 from ...data.segmentation import SegmentationSample
-from ...similarity import resize_and_normalize
 from ..metrics import ClassMeans
 from ..results import measured, rounded
 
@@ -36,14 +37,14 @@ class EvaluatedImage:
         masks = [self.sample.mask(label) for label in self.sample.labels]
         return np.array(masks, np.min_scalar_type(self.sample.void)).reshape(-1, *self.sample.size)
 
-    def heatmaps(self, method: str, is_reversed: bool) -> torch.Tensor:
-        """Returns the maps of a method at the size of the image, stretched to [0, 1], `(T, height, width)`."""
-        return resize_and_normalize(self.raw_maps[method], self.sample.size, is_reversed)
+    def pairs(self, heatmaps: torch.Tensor) -> Iterator[tuple]:
+        """Returns map, mask and label of each shown class."""
+        return zip(heatmaps, self.masks, self.sample.labels)
 
 
 class Measure(ABC):
     """
-    A measure of maps or scores over a data set. The parameters of a subclass are its options.
+    A measure of maps or scores over a data set. The parameters of a subclass are its options, and its attributes.
 
     [`evaluate`] calls `prepare` once, then for each batch of images of one shape `forward` in the thread of the model, for each image and
     method `count` in any thread, then in the order of images `add_counts` of the sums, and at the end `report` with the sums of all
@@ -56,7 +57,8 @@ class Measure(ABC):
         by_method (`bool`): whether methods differ in it. Otherwise `count` is called once for each image, with the method None.
         image_size (`dict`, *optional*): a `size` of the processor that the measure prefers.
         metric (`type`): class of the sums, with `add_counts` and `merge`.
-        row (`str`): name of the score of a class in its row, if `report` is the default.
+        rows (`dict`): for each score in the row of a class, its name in `compute` of the sums, if `report` is the default.
+        definition (`dict`): what `protocol` says besides the options.
         totals (`dict`): for each method, the sums.
     """
 
@@ -66,7 +68,8 @@ class Measure(ABC):
     by_method = True
     image_size: dict[str, int] | None = None
     metric: type
-    row: str
+    rows: dict[str, str]
+    definition: dict[str, Any] = {}
 
     def prepare(self, run) -> None:
         """Prepares for the data set and methods of an [`~evaluate.EvaluationRun`]. Raises `ValueError` if these cannot be measured."""
@@ -84,22 +87,23 @@ class Measure(ABC):
     @abstractmethod
     def count(self, image: EvaluatedImage, method: str | None, heatmaps: torch.Tensor | None) -> list[tuple]:
         """
-        Counts one image. `heatmaps` are those of [`EvaluatedImage.heatmaps`], if the measure needs maps. Returns the arguments of some
-        calls of `add_counts` of the sums.
+        Counts one image. `heatmaps` are the maps of the method at the size of the image, stretched to [0, 1], `(T, height, width)`, if the
+        measure needs maps. Returns the arguments of some calls of `add_counts` of the sums.
         """
 
     def report(self, method: str | None) -> tuple[dict, dict[int, dict]]:
         """
         Returns the scores of a method, and for each class id a row of scores. A score without data is None; `left_out` is the
-        number of items without a score, by reason. By default the score of `metric` with the measure's name, and its classes as `row`.
+        number of items without a score, by reason. By default `scores` and `rows` as `metric` computes them.
         """
-        scores = self.totals[method].compute()
-        reported = {self.name: measured(scores[self.name.lower()]), "left_out": scores["left_out"]}
-        return reported, {label: {self.row: score} for label, score in scores["per_class"].items()}
+        found = self.totals[method].compute()
+        reported = {name: measured(found[name.lower()]) for name in self.scores}
+        rows = {label: {row: found[name][label] for row, name in self.rows.items()} for label in found["per_class"]}
+        return {**reported, "left_out": found["left_out"]}, rows
 
     def protocol(self) -> dict:
         """Returns what is needed to repeat the measurement."""
-        return {}
+        return {option: getattr(self, option) for option in signature(type(self)).parameters} | self.definition
 
     def cells(self, reported: dict) -> list[str]:
         """Formats the `scores` of a method for a table."""
@@ -116,12 +120,11 @@ class MeansMeasure(Measure):
     """
 
     needs = frozenset({"maps"})
-    metric = ClassMeans
     columns: tuple = ()
 
-    def prepare(self, run) -> None:
-        super().prepare(run)
+    def new_totals(self) -> ClassMeans:
         self.columns = self.columns or tuple(self.scores)
+        return ClassMeans(len(self.columns))
 
     def measure(self, image: EvaluatedImage) -> dict[str, torch.Tensor]:
         """Returns the scores `(T, F)` of each method for an image that shows a class."""
@@ -134,14 +137,12 @@ class MeansMeasure(Measure):
     def count(self, image: EvaluatedImage, method: str, heatmaps: torch.Tensor) -> list[tuple]:
         return list(zip(image.outputs[self.name].get(method, ()), image.sample.labels))
 
-    def named(self, values: np.ndarray | None) -> dict:
+    def named(self, values: np.ndarray) -> dict:
         """Names F scores; None for those without data."""
-        values = [None] * len(self.columns) if values is None else map(measured, values)
-        return dict(zip(self.columns, values))
+        return dict(zip(self.columns, map(measured, values)))
 
     def report(self, method: str) -> tuple[dict, dict[int, dict]]:
-        means = self.totals[method].compute()
-        left_out = np.zeros(len(self.columns), int) if means["left_out"] is None else means["left_out"]
-        counted = {"pairs": means["pairs"], "left_out": {"no_value": int(left_out.max(initial=0))}}
-        rows = {label: self.named(values) for label, values in means["per_class"].items()}
-        return self.named(means["means"]) | counted, rows
+        found = self.totals[method].compute()
+        counted = {"pairs": found["pairs"], "left_out": {"no_value": int(found["left_out"].max(initial=0))}}
+        rows = {label: self.named(values) for label, values in found["per_class"].items()}
+        return self.named(found["means"]) | counted, rows

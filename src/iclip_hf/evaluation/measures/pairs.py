@@ -1,21 +1,24 @@
-"""mMIoU (Eq. 7), overlap of map and object at the best threshold, and mFMB (Eq. 8), mean of the map on the object minus its mean elsewhere."""
+"""
+Measures of pairs of a map and the mask of its class: mMIoU (Eq. 7), overlap at the best threshold; mFMB (Eq. 8), mean of the map on the
+object minus its mean elsewhere; and the pointing game, whether the highest pixel lies on the object.
+"""
 
 import torch
 
-from ..metrics import MeanForegroundMinusBackground, MeanMaxIoU
-from ..results import measured
-from .measure import EvaluatedImage, Measure
+from ..metrics import MeanForegroundMinusBackground, MeanMaxIoU, pointing_shares
+from .measure import EvaluatedImage, MeansMeasure, Measure
 
 
 class PairMeasure(Measure):
     """
-    A measure of pairs of a map and the mask of its class.
+    A measure whose metric takes pairs.
 
     Args:
         aggregate (`str`): `"image"` or `"pixel"`, see [`MeanMaxIoU`].
     """
 
     needs = frozenset({"maps"})
+    definition = {"maps": "bicubic to the image's size, then min-max; foreground is M > t for t in 0, 0.01, ..., 1"}
 
     def __init__(self, aggregate: str = "image"):
         self.aggregate = aggregate
@@ -24,14 +27,7 @@ class PairMeasure(Measure):
         return self.metric(self.aggregate)
 
     def count(self, image: EvaluatedImage, method: str, heatmaps: torch.Tensor) -> list[tuple]:
-        pairs = zip(heatmaps, image.masks, image.sample.labels)
-        return [(self.metric.count(*pair, image.sample.void), pair[-1]) for pair in pairs]
-
-    def protocol(self) -> dict:
-        return {
-            "aggregate": self.aggregate,
-            "maps": "bicubic to the image's size, then min-max; foreground is M > t for t in 0, 0.01, ..., 1",
-        }
+        return [(self.metric.count(*pair, image.sample.void), pair[-1]) for pair in image.pairs(heatmaps)]
 
 
 class MMIoU(PairMeasure):
@@ -40,13 +36,11 @@ class MMIoU(PairMeasure):
     name = "mMIoU"
     scores = {"mMIoU": ("mMIoU %", 2), "floor": ("floor %", 2)}
     metric = MeanMaxIoU
+    rows = {"MIoU": "per_class", "threshold": "thresholds"}
 
     def report(self, method: str) -> tuple[dict, dict[int, dict]]:
-        scores = self.totals[method].compute()
-        reported = {"mMIoU": measured(scores["mmiou"]), "floor": measured(scores["floor"]), "pairs": scores["pairs"]}
-        best = scores["thresholds"]
-        rows = {label: {"MIoU": iou, "threshold": best[label]} for label, iou in scores["per_class"].items()}
-        return reported | {"left_out": scores["left_out"]}, rows
+        reported, rows = super().report(method)
+        return {**reported, "pairs": self.totals[method].items["counted"]}, rows
 
 
 class MFMB(PairMeasure):
@@ -55,4 +49,21 @@ class MFMB(PairMeasure):
     name = "mFMB"
     scores = {"mFMB": ("mFMB", 4)}
     metric = MeanForegroundMinusBackground
-    row = "FMB"
+    rows = {"FMB": "per_class"}
+
+
+class PointingGame(MeansMeasure):
+    """
+    `pointing_game`, `energy_pointing_game` and `foreground`, the score of a constant map in both, in percent, see
+    [`pointing_shares`].
+    """
+
+    name = "pointing_game"
+    scores = {
+        "pointing_game": ("pointing game %", 1),
+        "energy_pointing_game": ("energy-based %", 1),
+        "foreground": ("a constant map %", 1),
+    }
+
+    def count(self, image: EvaluatedImage, method: str, heatmaps: torch.Tensor) -> list[tuple]:
+        return [(100 * pointing_shares(*pair, image.sample.void), pair[-1]) for pair in image.pairs(heatmaps)]

@@ -82,21 +82,24 @@ class Randomization(MeansMeasure):
     """
 
     name = "randomization"
+    definition = {
+        "randomization": "normal weights of each weight's mean and standard deviation, last layer first; Spearman's correlation on "
+        "the patch grid"
+    }
     scores = {"first": ("rank correlation, last layer random", 2), "all": ("all layers random", 2)}
 
     def __init__(self, seed: int = 0):
         self.seed = seed
 
     def prepare(self, run) -> None:
-        super().prepare(run)
         self.layers = LayerRandomization(run.model, self.seed)
         self.columns = tuple(range(len(self.layers)))
+        super().prepare(run)
 
     def measure(self, image: EvaluatedImage) -> dict[str, torch.Tensor]:
-        pixel_values, map_functions = image.pixel_values.to(self.run.device), self.run.map_functions(image)
         return {
-            method: self.layers.correlations(explain, pixel_values)[:, 0].T
-            for method, explain in map_functions.items()
+            method: self.layers.correlations(explain, image.pixel_values)[:, 0].T
+            for method, explain in self.run.map_functions(image).items()
         }
 
     def named(self, values) -> dict:
@@ -107,12 +110,4 @@ class Randomization(MeansMeasure):
         return reported, {label: {self.name: row[self.name][-1]} for label, row in rows.items()}
 
     def cells(self, reported: dict) -> list[str]:
-        ends = reported[self.name]
-        return [rounded(ends[place], 2) for place in (0, -1)]
-
-    def protocol(self) -> dict:
-        return {
-            "seed": self.seed,
-            self.name: "normal weights of each weight's mean and standard deviation, last layer first; Spearman's correlation on "
-            "the patch grid",
-        }
+        return [rounded(reported[self.name][layer], 2) for layer in (0, -1)]

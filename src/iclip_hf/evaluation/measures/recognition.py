@@ -19,13 +19,15 @@ class AveragePrecision(Measure):
     scores = {"mAP": ("mAP %", 2)}
     by_method = False
     metric = MultiLabelAveragePrecision
-    row = "AP"
+    rows = {"AP": "per_class"}
+    ranked_by = "scores"  # of an image, one number for each class
 
     def count(self, image: EvaluatedImage, method: None, heatmaps: None) -> list[tuple]:
-        return [(image.scores[None], np.isin(self.run.dataset.labels, image.sample.labels)[None])]
+        numbers = getattr(image, self.ranked_by)
+        return [(numbers[None], np.isin(self.run.dataset.labels, image.sample.labels)[None])]
 
 
-class Presence(Measure):
+class Presence(AveragePrecision):
     """
     How well presence tells the classes that an image shows from the others, over all pairs of an image and a class:
 
@@ -43,17 +45,12 @@ class Presence(Measure):
     """
 
     name = "presence"
-    needs = frozenset({"scores"})
     scores = {}  # tables of their own, see `EvaluationResult.table`
-    by_method = False
-    metric = MultiLabelAveragePrecision
+    ranked_by = "presence"
 
     def prepare(self, run) -> None:
         super().prepare(run)
         self.like = like_classes(run.dataset.supercategories, run.texts.text_embeds)
-
-    def count(self, image: EvaluatedImage, method: None, heatmaps: None) -> list[tuple]:
-        return [(image.presence[None], np.isin(self.run.dataset.labels, image.sample.labels)[None])]
 
     def report(self, method: None) -> tuple[dict, dict[int, dict]]:
         ranked, dataset = self.totals[method], self.run.dataset
@@ -66,6 +63,7 @@ class Presence(Measure):
 
         prior = float(shown.mean())
         bins = reliability(at_prior(values, prior).ravel(), shown.ravel())
+        error = np.abs(bins["mean"] - bins["shown"])
         return {
             "presence": {
                 "min_presence": MIN_PRESENCE,
@@ -78,9 +76,7 @@ class Presence(Measure):
                 "passed_hard": share(hard),
                 "mAP": measured(ranked.compute()["map"]),
                 "prior": prior,
-                "calibration_error": float(
-                    np.nansum(np.abs(bins["mean"] - bins["shown"]) * bins["items"]) / values.size
-                ),
+                "calibration_error": float(np.nansum(error * bins["items"]) / values.size),
                 "reliability": [
                     {"mean": measured(mean), "shown": measured(share), "pairs": int(items)}
                     for mean, share, items in zip(*bins.values())
@@ -89,12 +85,8 @@ class Presence(Measure):
         }, {}
 
     def protocol(self) -> dict:
-        like = (
-            "of its supercategory"
-            if self.run.dataset.supercategories
-            else "the nearest tenth by the features of the texts"
-        )
-        return {"like_classes": like}
+        nearest = "the nearest tenth by the features of the texts"
+        return {"like_classes": "of its supercategory" if self.run.dataset.supercategories else nearest}
 
 
 def like_classes(supercategories: Sequence[str] | None, text_embeds: torch.Tensor) -> np.ndarray:

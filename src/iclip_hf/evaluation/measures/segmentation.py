@@ -4,32 +4,21 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
+from functools import partial
 
-import numpy as np
 import torch
 
 from ...explainers import Explainer
 from ...label_maps import BACKGROUND_LABEL, label_map
 from ...modeling_iclip import ICLIPTextFeatures
-from ...processing_iclip import check_threshold
 from ...refinement import refine_maps
-from ..metrics import THRESHOLDS, MeanIoU
+from ..metrics import THRESHOLDS, MeanIoU, Sums
 from ..results import measured
 from .measure import EvaluatedImage, Measure
 
 
 # Short side of images under sliding windows, in pixels, as in SCLIP and its successors.
 SHORT_SIDE = 336
-
-
-def check_window(explainer: Explainer, window: int, stride: int) -> None:
-    """Raises `ValueError` unless window and stride, in pixels, are multiples of the patch size, and windows leave no gaps."""
-    patch = explainer.model.processor.patch_size
-    for name, pixels in (("window", window), ("stride", stride)):
-        if pixels < patch or pixels % patch:
-            raise ValueError(f"{name} must be a multiple of the patch size of {patch} pixels, not {pixels}.")
-    if stride > window:
-        raise ValueError(f"stride must be at most the window's {window} pixels, not {stride}.")
 
 
 def windowed_maps(
@@ -41,7 +30,7 @@ def windowed_maps(
 
     Args:
         explainer ([`Explainer`]), pixel_values, texts: as for [`Explainer.forward`].
-        window, stride (`int`): side of the windows and their distance, in pixels, see `check_window`.
+        window, stride (`int`): side of the windows and their distance, multiples of the patch size in pixels; `stride <= window`.
 
     Returns:
         `torch.Tensor` of shape `(B, T, h, w)`, float32.
@@ -58,20 +47,6 @@ def windowed_maps(
         total[..., rows, columns] += maps
         number[rows, columns] += 1
     return total / number
-
-
-class _Folds:
-    """The sums of the images at even and at odd positions."""
-
-    def __init__(self, num_classes: int, background: bool, void: int):
-        self.folds = [MeanIoU(num_classes, background, void) for _ in range(2)]
-
-    def add_counts(self, fold: int, areas: np.ndarray) -> None:
-        self.folds[fold].add_counts(areas)
-
-    def merge(self, other: _Folds) -> None:
-        for own, more in zip(self.folds, other.folds):
-            own.merge(more)
 
 
 class Segmentation(Measure):
@@ -96,6 +71,7 @@ class Segmentation(Measure):
     name = "segmentation"
     scores = {"mIoU": ("mIoU %", 2), "pixel_accuracy": ("pixel accuracy %", 2), "floor": ("floor %", 2)}
     scores |= {"floor_class": ("floor's class", 0), "thresholds": ("background threshold", 0)}
+    metric = Sums  # of the images at even and at odd positions
 
     def __init__(
         self,
@@ -105,42 +81,38 @@ class Segmentation(Measure):
         threshold: float | None = None,
         logit_scale: float | None = None,
     ):
-        if stride is not None and window is None:
-            raise ValueError(f"Expected stride with a window, got a stride of {stride} alone: add the window.")
+        if stride and not window:
+            raise ValueError(f"The stride of {stride} needs a window.")
         if logit_scale is not None and not 0 < logit_scale < float("inf"):
             raise ValueError(f"logit_scale is a positive number such as 40, not {logit_scale}.")
-        self.window, self.stride = window, None if window is None else stride or window // 2
-        self.background = background
-        self.threshold = None if threshold is None else check_threshold(threshold)
-        self.logit_scale = logit_scale
-        if window is not None:
+        self.window, self.stride = window, stride or (window and window // 2)
+        self.background, self.threshold, self.logit_scale = background, threshold, logit_scale
+        if window:
             self.image_size = {"shortest_edge": SHORT_SIDE}
 
     def prepare(self, run) -> None:
         dataset = run.dataset
         self.texts_of_background = list(dataset.background_texts if self.background is None else self.background)
         if not dataset.background and (self.texts_of_background or self.threshold is not None):
-            raise ValueError(
-                f"Expected neither texts nor a threshold for the background of {dataset.name!r}, which is void, got "
-                f"{self.texts_of_background} and {self.threshold}: leave them out."
-            )
+            raise ValueError(f"Leave out texts and threshold of the background of {dataset.name!r}, which is void.")
         # Whether the background threshold is chosen on other images.
         self.sweeps = dataset.background and self.threshold is None and not self.texts_of_background
         if self.sweeps and run.count < 2:
             raise ValueError(
-                "Expected two images or more to choose the background threshold on, got 1: give a threshold."
+                "The background threshold cannot be chosen on other images than this one: give a threshold."
             )
-        if self.window is not None:
-            check_window(next(iter(run.explainers.values())), self.window, self.stride)
+        patch = run.model.processor.patch_size
+        if self.window and (self.window % patch or self.stride % patch or not 0 < self.stride <= self.window):
+            raise ValueError(
+                f"window and stride are multiples of the patch size of {patch} pixels, and the stride is at most the window, not "
+                f"{self.window} and {self.stride}."
+            )
         self.classes = [label for label, texts in enumerate(dataset.synonyms) for _ in texts]
         self.classes += [BACKGROUND_LABEL] * len(self.texts_of_background)
         texts = [*itertools.chain(*dataset.synonyms), *self.texts_of_background]
-        self.encoded = run.encode(texts)
+        self.encoded = run.model.encode_texts(texts, run.templates)
+        self.iou = partial(MeanIoU, len(dataset.labels) + 1, dataset.background, dataset.void)
         super().prepare(run)
-
-    def new_totals(self) -> _Folds:
-        dataset = self.run.dataset
-        return _Folds(len(dataset.labels) + 1, dataset.background, dataset.void)
 
     def forward(self, images: list[EvaluatedImage]) -> list[dict[str, torch.Tensor]]:
         """Returns raw maps of all texts `(T, h, w)` by method for each image."""
@@ -159,29 +131,26 @@ class Segmentation(Measure):
     def count(self, image: EvaluatedImage, method: str, heatmaps: None) -> list[tuple]:
         options = {"threshold": self.threshold, "logit_scale": self.logit_scale, "classes": self.classes}
         labels, confidence = label_map(image.outputs[self.name][method], image.sample.size, **options)
-        metric = self.totals[method].folds[0]
-        areas = metric.count(labels + 1, image.sample.label_map, confidence if self.sweeps else None)
-        return [(image.index % 2, areas)]
+        areas = self.iou().count(labels + 1, image.sample.label_map, confidence if self.sweeps else None)
+        return [(areas, image.index % 2)]
 
     def report(self, method: str) -> tuple[dict, dict[int, dict]]:
-        folds, thresholds, best = self.totals[method].folds, None, [0, 0]
+        whole, folds, thresholds, best = self.iou(), [self.iou(), self.iou()], None, [0, 0]
+        for fold, areas in self.totals[method].sums.items():
+            folds[fold].add_counts(areas)
         if self.sweeps:  # each fold takes the best threshold of the other
             best = [int(fold.curve().argmax()) for fold in reversed(folds)]
             thresholds = [float(THRESHOLDS[index]) for index in best]
         elif self.threshold is not None:
             thresholds = [self.threshold] * 2
-        whole = MeanIoU(folds[0].num_classes, folds[0].background, folds[0].ignore_index)
         for fold, index in zip(folds, best):
             whole.add_counts(fold.areas[..., [index]])
         scores = whole.compute()
         reported = {
-            "mIoU": measured(scores["miou"]),
-            "pixel_accuracy": measured(scores["pixel_accuracy"]),
-            "floor": measured(scores["floor"]),
-            "floor_class": (["background", *self.run.dataset.class_names])[scores["floor_class"]],
+            **{name: measured(scores[name.lower()]) for name in ("mIoU", "pixel_accuracy", "floor")},
+            "floor_class": ["background", *self.run.dataset.class_names][scores["floor_class"]],
             "thresholds": thresholds,
-            "pixels": scores["pixels"],
-            "left_out": scores["left_out"],
+            **{name: scores[name] for name in ("pixels", "left_out")},
         }
         accuracy = scores["per_class_accuracy"]
         ids = range(0 if self.run.dataset.background else 1, whole.num_classes)
@@ -194,6 +163,7 @@ class Segmentation(Measure):
         return [*super().cells(shown)[:3], str(reported["floor_class"]), " / ".join(map(str, thresholds))]
 
     def protocol(self) -> dict:
+        chosen = "the best of the images at the other (even or odd) positions"
         return {
             "window": self.window,
             "stride": self.stride,
@@ -201,7 +171,5 @@ class Segmentation(Measure):
             "background_texts": self.texts_of_background,
             "logit_scale": self.logit_scale,
             "label_maps": "raw maps of all classes, bicubic to the image's size; the highest one counts",
-            "background_threshold": "the best of the images at the other (even or odd) positions"
-            if self.sweeps
-            else self.threshold,
+            "background_threshold": chosen if self.sweeps else self.threshold,
         }

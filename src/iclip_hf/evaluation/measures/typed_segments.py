@@ -7,21 +7,9 @@ import numpy as np
 from ...explainers.localizer import Localizer, PreparedImage
 from ...explanation import Explanation
 from ...explanation_core import Pixels
+from ..metrics import Sums
 from .measure import EvaluatedImage, Measure
 from .recognition import like_classes
-
-
-class _Sums:
-    """Sums over the shown texts: number, IoU, without a pixel; and over the images: number, share that absent texts take."""
-
-    def __init__(self):
-        self.texts, self.images = np.zeros(3), np.zeros(2)
-
-    def add_counts(self, texts: np.ndarray, images: np.ndarray) -> None:
-        self.texts, self.images = self.texts + texts, self.images + images
-
-    def merge(self, other: _Sums) -> None:
-        self.add_counts(other.texts, other.images)
 
 
 class TypedSegments(Measure):
@@ -41,7 +29,8 @@ class TypedSegments(Measure):
         "without_pixel": ("without a pixel %", 1),
         "absent_area": ("area of absent texts %", 2),
     }
-    metric = _Sums
+    metric = Sums
+    definition = {"typed_segments": "the shown classes and two absent ones; refined maps and the default thresholds"}
 
     def __init__(self, seed: int = 0):
         self.seed = seed
@@ -55,13 +44,10 @@ class TypedSegments(Measure):
     def typed(self, image: EvaluatedImage) -> list[int]:
         """Returns the indices of the typed classes: those that the image shows, in the order of its labels, then the absent ones."""
         shown = np.isin(self.run.dataset.labels, image.sample.labels)
-        generator, left, typed = (
-            np.random.default_rng((self.seed, image.index)),
-            ~shown,
-            np.flatnonzero(shown).tolist(),
-        )
+        generator = np.random.default_rng((self.seed, image.index))
+        left, typed = ~shown, np.flatnonzero(shown).tolist()
         for preferred in (shown @ self.like, left):
-            candidates = np.flatnonzero(left & preferred) if (left & preferred).any() else np.flatnonzero(left)
+            candidates = np.flatnonzero(left & preferred if (left & preferred).any() else left)
             if len(candidates):
                 typed.append(int(generator.choice(candidates)))
                 left[typed[-1]] = False
@@ -85,18 +71,11 @@ class TypedSegments(Measure):
             if own.any():
                 texts += 1, (own & segment).sum() / (own | segment).sum(), not segment.any()
         absent = (found >= len(image.sample.labels))[counted]
-        return [(texts, np.array([1, absent.mean()]) if absent.size else np.zeros(2))]
+        return [(texts, "texts"), (np.array([1, absent.mean()] if absent.size else [0, 0]), "images")]
 
     def report(self, method: str) -> tuple[dict, dict[int, dict]]:
-        def percent(total: float, number: float) -> float | None:
-            return 100 * float(total / number) if number else None
-
-        (texts, iou, without), (images, absent) = self.totals[method].texts, self.totals[method].images
-        values = (percent(iou, texts), percent(without, texts), percent(absent, images))
+        sums = self.totals[method].sums
+        (texts, iou, without), (images, absent) = sums.get("texts", np.zeros(3)), sums.get("images", np.zeros(2))
+        means = ((iou, texts), (without, texts), (absent, images))
+        values = (100 * float(total / number) if number else None for total, number in means)
         return {**dict(zip(self.scores, values)), "texts": int(texts), "images": int(images)}, {}
-
-    def protocol(self) -> dict:
-        return {
-            "seed": self.seed,
-            self.name: "the shown classes and two absent ones; refined maps and the default thresholds",
-        }

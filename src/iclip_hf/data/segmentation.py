@@ -38,6 +38,7 @@ from .class_names import (
     CONTEXT,
     VOC,
 )
+from .sources import expand_braces
 
 
 _VOID = 255  # in files of index masks
@@ -313,22 +314,23 @@ class _Layout(NamedTuple):
     Files and mask values of a data set.
 
     Attributes:
-        images, masks: patterns of the files of a split below the root, the first that finds files; `*` is the same in both files of a
-            pair. Images of any format, if their pattern ends with `*`, have a mask each. Otherwise masks have an image each.
+        images, masks: patterns of the files below the root, with `<split>`; of alternatives in braces, the first that finds files. `*` is
+            the same in both files of a pair. Images of any format, if their pattern ends with `*`, have a mask each. Otherwise masks
+            have an image each.
         classes: the names, by id; None if `classes.txt` holds them.
-        lists: files of which one names the pairs, where the folders hold others too.
         split: the default.
+        lists: pattern of the file that names the pairs, where the folders hold others too.
         instances: whether COCO's file of instances is read if there are no masks.
         values: those of the classes in the masks, by default 1..K; 255 is void, unless `background` names it. Others are errors.
         stuff: classes without instances; None if the data set does not tell.
         templates: those of ICLIP's paper for its data sets and for folders; others have CLIP's, as papers on segmentation do.
     """
 
-    images: Sequence[str]
-    masks: Sequence[str]
+    images: str
+    masks: str
     classes: Sequence[str] | None
     split: str | None
-    lists: Sequence[str] = ()
+    lists: str = ""
     instances: bool = False
     values: Sequence[int] | None = None
     background: Sequence[int] = (0,)
@@ -337,33 +339,40 @@ class _Layout(NamedTuple):
     templates: tuple[str, ...] = IMAGENET_TEMPLATES
 
 
-def _voc_layout(year: str, masks: str, lists: str, classes: Sequence[str], **options) -> _Layout:
-    """Returns the layout of a data set in a folder of VOC's devkit, which may be the root itself or beside others in it."""
-    places = [f"VOCdevkit/{year}/", f"{year}/", ""]
-    files = [f"{place}JPEGImages/*.jpg" for place in places], [f"{place}{masks}/*.png" for place in places]
-    return _Layout(*files, classes, "val", [f"{place}ImageSets/{lists}/{{split}}.txt" for place in places], **options)
-
-
 _PHOTO = ("a photo of the {}",)
-_VOC = _voc_layout("VOC2012", "SegmentationClass", "Segmentation", VOC)
-_CONTEXT = _voc_layout("VOC2010", "SegmentationClassContext", "SegmentationContext", CONTEXT, stuff=None)
+_VOC = _Layout(
+    "{VOCdevkit/VOC2012/,VOC2012/,}JPEGImages/*.jpg",
+    "{VOCdevkit/VOC2012/,VOC2012/,}SegmentationClass/*.png",
+    VOC,
+    "val",
+    "{VOCdevkit/VOC2012/,VOC2012/,}ImageSets/Segmentation/<split>.txt",
+)
+_CONTEXT = _Layout(
+    "{VOCdevkit/VOC2010/,VOC2010/,}JPEGImages/*.jpg",
+    "{VOCdevkit/VOC2010/,VOC2010/,}SegmentationClassContext/*.png",
+    CONTEXT,
+    "val",
+    "{VOCdevkit/VOC2010/,VOC2010/,}ImageSets/SegmentationContext/<split>.txt",
+    stuff=None,
+)
 _WITHOUT_BACKGROUND = {"background": (), "void": (0,)}
 # Values of COCO's things, then of its stuff, in the stuffthingmaps: one less than the category ids, of which 11 are not used.
 _STUFF_VALUES = [value for value in range(182) if value not in (11, 25, 28, 29, 44, 65, 67, 68, 70, 82, 90)]
 _COCO_STUFF = _Layout(
-    ("images/{split}/*.jpg", "{split}/*.jpg"),
-    ("stuffthingmaps/{split}/*.png", "annotations/{split}/*.png"),
+    "{images/,}<split>/*.jpg",
+    "{stuffthingmaps,annotations}/<split>/*.png",
     COCO_STUFF,
     "val2017",
     values=_STUFF_VALUES,
     background=(),
     stuff=COCO_STUFF[len(COCO_THINGS) :],
 )
-_FOLDER = _Layout(("images/*",), ("masks/*.png",), None, None, stuff=None, templates=_PHOTO)
-_ADE20K_PLACES = ("ADEChallengeData2016/", "")
+# Label ids of Cityscapes' 19 classes.
+_CITYSCAPES_VALUES = (7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33)
+_FOLDER = _Layout("images/*", "masks/*.png", None, None, stuff=None, templates=_PHOTO)
 _LAYOUTS = {
     "voc2012": _VOC._replace(templates=_PHOTO),
-    "coco2017": _Layout((), (), None, "val2017", instances=True, templates=_PHOTO),
+    "coco2017": _Layout("", "", None, "val2017", instances=True, templates=_PHOTO),
     "folder": _FOLDER,
     "voc21": _VOC,
     "voc20": _VOC._replace(**_WITHOUT_BACKGROUND),
@@ -379,39 +388,19 @@ _LAYOUTS = {
     ),
     "coco_stuff": _COCO_STUFF,
     "ade20k": _Layout(
-        [f"{place}images/{{split}}/*.jpg" for place in _ADE20K_PLACES],
-        [f"{place}annotations/{{split}}/*.png" for place in _ADE20K_PLACES],
+        "{ADEChallengeData2016/,}images/<split>/*.jpg",
+        "{ADEChallengeData2016/,}annotations/<split>/*.png",
         ADE20K,
         "validation",
         stuff=ADE20K_STUFF,
         **_WITHOUT_BACKGROUND,
     ),
     "cityscapes": _Layout(
-        ("leftImg8bit/{split}/**/*_leftImg8bit.png",),
-        ("gtFine/{split}/**/*_gtFine_labelIds.png",),
+        "leftImg8bit/<split>/**/*_leftImg8bit.png",
+        "gtFine/<split>/**/*_gtFine_labelIds.png",
         CITYSCAPES,
         "val",
-        values=(
-            7,
-            8,
-            11,
-            12,
-            13,
-            17,
-            19,
-            20,
-            21,
-            22,
-            23,
-            24,
-            25,
-            26,
-            27,
-            28,
-            31,
-            32,
-            33,
-        ),  # label ids of the 19 classes
+        values=_CITYSCAPES_VALUES,
         background=(),
         void=range(35),
         stuff=CITYSCAPES[: CITYSCAPES.index("person")],
@@ -434,17 +423,20 @@ def _around(pattern: str) -> tuple[str, str]:
     return pattern.partition("*")[0], pattern.rpartition("*")[2]
 
 
-def _found(root: Path, patterns: Sequence[str], split: str | None) -> tuple[str, dict[str, Path]]:
+def _alternatives(pattern: str, split: str | None) -> list[str]:
+    return expand_braces(pattern.replace("<split>", split or ""))
+
+
+def _found(root: Path, pattern: str, split: str | None) -> tuple[str, dict[str, Path]]:
     """
-    Returns the first pattern that finds files, else the last, and these files by what `*` is in them. They are listed, because
-    single look-ups are slow on network drives.
+    Returns the first alternative of a pattern that finds files, else the last, and these files by what `*` is in them. They are listed,
+    because single look-ups are slow on network drives.
     """
-    pattern, files = "", {}
-    for pattern in (pattern.format(split=split) for pattern in patterns):
-        start, end = _around(pattern)
+    for chosen in _alternatives(pattern, split):
+        start, end = _around(chosen)
         # Other programs write converted masks beside those of a data set.
         paths = [
-            path for path in glob.glob(pattern, root_dir=root, recursive=True) if not path.endswith("TrainIds.png")
+            path for path in glob.glob(chosen, root_dir=root, recursive=True) if not path.endswith("TrainIds.png")
         ]
         names = sorted(path.removeprefix(start).removesuffix(end) for path in paths)
         if not end:
@@ -454,7 +446,7 @@ def _found(root: Path, patterns: Sequence[str], split: str | None) -> tuple[str,
             raise ValueError(f"{root / start}: two images differ only in their suffix; remove one.")
         if files:
             break
-    return pattern, files
+    return chosen, files
 
 
 def _index_masks(layout: _Layout, root: Path, split: str | None) -> _Content:
@@ -462,7 +454,7 @@ def _index_masks(layout: _Layout, root: Path, split: str | None) -> _Content:
     mask_pattern, masks = _found(root, layout.masks, split)
     names = [*images] if image_pattern.endswith("*") else [*masks]
     if layout.lists:
-        lists = [root / path.format(split=split) for path in layout.lists]
+        lists = [root / path for path in _alternatives(layout.lists, split)]
         lines = _read_text(next(filter(Path.is_file, lists), lists[0])).splitlines()
         names = [line.strip() for line in lines if line.strip()]
     if not names:

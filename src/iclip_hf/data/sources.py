@@ -432,7 +432,7 @@ def _local_paths(source: str) -> list[Path]:
         return [file for file in visible if file.suffix.lower() in (".tar", ".parquet")] or [folder]
     if os.path.isfile(source):
         return [Path(source)]
-    files = [file for pattern in _expand_braces(source) for file in sorted(glob.glob(pattern)) or [pattern]]
+    files = [file for pattern in expand_braces(source) for file in sorted(glob.glob(pattern)) or [pattern]]
     if missing := [file for file in files if not os.path.isfile(file)]:
         raise FileNotFoundError(
             f"{missing[0]}: there is no such file or folder of pairs ({len(missing)} of {len(files)} are missing); check the path."
@@ -440,7 +440,7 @@ def _local_paths(source: str) -> list[Path]:
     return [Path(file) for file in files]
 
 
-def _expand_braces(pattern: str) -> list[str]:
+def expand_braces(pattern: str) -> list[str]:
     """Expands braces as a shell does: ranges with leading zeros, "{08..10}", and lists, "{a,b}"."""
     match = re.search(r"\{([^{}]*)\}", pattern)
     if not match:
@@ -449,9 +449,7 @@ def _expand_braces(pattern: str) -> list[str]:
     parts = match[1].split(",")
     if count:
         parts = [str(number).zfill(len(count[1])) for number in range(int(count[1]), int(count[2]) + 1)]
-    return [
-        name for part in parts for name in _expand_braces(pattern[: match.start()] + part + pattern[match.end() :])
-    ]
+    return [name for part in parts for name in expand_braces(pattern[: match.start()] + part + pattern[match.end() :])]
 
 
 def image_files(folder: Path) -> Iterator[Path]:

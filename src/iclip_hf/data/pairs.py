@@ -9,7 +9,6 @@ torch, so that data can be checked before a run.
 from __future__ import annotations
 
 import hashlib
-import logging
 import math
 import os
 import random
@@ -23,19 +22,24 @@ from tqdm import tqdm
 
 from ..images import load_image
 from ..utils.digests import content_digest
-from .sources import BAD_PAIR, Columns, RawPair, Source, is_hub_id, open_hub_dataset, open_sources
+from .sources import (
+    BAD_PAIR,
+    BadPairError,
+    BadPairTally,
+    Columns,
+    RawPair,
+    Source,
+    _draw,
+    is_hub_id,
+    open_hub_dataset,
+    open_sources,
+)
 
 
 if TYPE_CHECKING:
     from PIL import Image
 
     from .streams import PairStream
-
-logger = logging.getLogger(__name__)
-
-
-class BadPairError(ValueError):
-    """A pair is unusable: its image is broken or missing, or it has no caption."""
 
 
 class PairDataset:
@@ -251,46 +255,11 @@ def load_pairs(
     return PairDataset(open_sources(source, columns, split), seed, max_bad_share)
 
 
-class BadPairTally:
-    """
-    Counts good and bad pairs of this process. Logs bad pairs, and raises `ValueError` if their share is too large. A pair of a data
-    set counts once, in whatever number of epochs it is read; those of a stream have no index and count each time.
-    """
-
-    def __init__(self, max_bad_share: float, pairs: int | None = None):
-        self._max_bad_share = max_bad_share
-        self._counts_from = 100 if pairs is None else min(100, pairs)  # from so many on, the share is meaningful
-        self._seen = bytearray(pairs or 0)
-        self._read = self._bad = 0
-        self._last_error: BadPairError | None = None
-
-    def add(self, index: int | None = None, error: BadPairError | None = None) -> None:
-        if index is not None:
-            if self._seen[index]:
-                return
-            self._seen[index] = True
-        self._read += 1
-        if error is not None:
-            self._bad += 1
-            self._last_error = error
-            if self._bad <= 10 or self._bad.bit_count() == 1:  # later only the 16th, 32nd, 64th, ...
-                logger.warning("Bad pair, number %d among %d: %s", self._bad, self._read, error)
-        if self._read >= self._counts_from and self._bad > self._max_bad_share * self._read:
-            raise ValueError(
-                f"{self._bad} of the {self._read} pairs read so far are bad, more than max_bad_share ({self._max_bad_share:.2%}): fix the "
-                f"data, or raise it. The last one: {self._last_error}"
-            )
-
-
 def _load(pair: RawPair) -> Image.Image:
     try:
         return load_image(pair.image, pair.name)
     except (ValueError, FileNotFoundError) as error:
         raise BadPairError(str(error)) from error
-
-
-def _draw(captions: list[str], seed: int, epoch: int, key: int | str) -> str:
-    return random.Random(f"{seed}/{epoch}/{key!r}").choice(captions) if len(captions) > 1 else captions[0]
 
 
 def _same_file(file: Path) -> Hashable:

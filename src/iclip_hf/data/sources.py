@@ -15,6 +15,7 @@ import io
 import json
 import logging
 import os
+import random
 import re
 import tarfile
 from array import array
@@ -105,6 +106,45 @@ class RawPair(NamedTuple):
     name: str | None
     captions: list[str]
     key: str
+
+
+class BadPairError(ValueError):
+    """A pair is unusable: its image is broken or missing, or it has no caption."""
+
+
+class BadPairTally:
+    """
+    Counts good and bad pairs of this process. Logs bad pairs, and raises `ValueError` if their share is too large. A pair of a data
+    set counts once, in whatever number of epochs it is read; those of a stream have no index and count each time.
+    """
+
+    def __init__(self, max_bad_share: float, pairs: int | None = None):
+        self._max_bad_share = max_bad_share
+        self._counts_from = 100 if pairs is None else min(100, pairs)  # from so many on, the share is meaningful
+        self._seen = bytearray(pairs or 0)
+        self._read = self._bad = 0
+        self._last_error: BadPairError | None = None
+
+    def add(self, index: int | None = None, error: BadPairError | None = None) -> None:
+        if index is not None:
+            if self._seen[index]:
+                return
+            self._seen[index] = True
+        self._read += 1
+        if error is not None:
+            self._bad += 1
+            self._last_error = error
+            if self._bad <= 10 or self._bad.bit_count() == 1:  # later only the 16th, 32nd, 64th, ...
+                logger.warning("Bad pair, number %d among %d: %s", self._bad, self._read, error)
+        if self._read >= self._counts_from and self._bad > self._max_bad_share * self._read:
+            raise ValueError(
+                f"{self._bad} of the {self._read} pairs read so far are bad, more than max_bad_share ({self._max_bad_share:.2%}): fix the "
+                f"data, or raise it. The last one: {self._last_error}"
+            )
+
+
+def _draw(captions: list[str], seed: int, epoch: int, key: int | str) -> str:
+    return random.Random(f"{seed}/{epoch}/{key!r}").choice(captions) if len(captions) > 1 else captions[0]
 
 
 class Source:

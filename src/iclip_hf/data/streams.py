@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING
 from torch.utils.data import IterableDataset
 
 from ..images import MAX_DOWNLOAD, load_image
-from .pairs import BadPairError, BadPairTally, _draw
-from .sources import USUAL_COLUMNS, Columns
+from .sources import USUAL_COLUMNS, BadPairError, BadPairTally, Columns, _draw
 
 
 if TYPE_CHECKING:
@@ -25,7 +24,7 @@ class DroppedConnectionError(ConnectionError):
 
 class PairStream(IterableDataset):
     """
-    Image-text pairs of a Hub dataset as a stream, from [`load_pairs`]. Items are those of [`PairDataset`].
+    Image-text pairs of a Hub dataset as a stream, from [`~iclip_hf.data.pairs.load_pairs`]. Items are those of [`~iclip_hf.data.pairs.PairDataset`].
 
     An iteration is one pass over the part of this process. The order depends on seed and epoch, and is shuffled through a buffer.
     Bad pairs are left out; `skipped` of the next item counts them. The stream splits itself over processes and DataLoader workers,
@@ -34,7 +33,7 @@ class PairStream(IterableDataset):
 
     Args:
         dataset (`datasets.IterableDataset`): rows with an image column and a caption column.
-        seed, max_bad_share, rank, world_size: see [`load_pairs`].
+        seed, max_bad_share, rank, world_size: see [`~iclip_hf.data.pairs.load_pairs`].
         columns ([`~iclip_hf.data.sources.Columns`]): names of the columns; the usual ones by default.
         hub_id (`str`, *optional*): id of the Hub dataset, whose files the rows may name. Other rows must hold the bytes of their images.
 

@@ -64,7 +64,7 @@ class Columns(NamedTuple):
         for what, wanted in zip(("image", "caption"), self):
             if not set(wanted) & set(found):
                 raise ValueError(
-                    f"{where}: the column of the {what} is none of {', '.join(map(repr, found))}, but {' or '.join(wanted)}; add a "
+                    f"{where}: no column for the {what} ({' or '.join(map(repr, wanted))}) is among {', '.join(map(repr, found))}; add a "
                     f"header line, or name the column by --{what}_column."
                 )
 

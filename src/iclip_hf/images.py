@@ -67,7 +67,7 @@ def open_image(
         if "DataLoader worker" in str(error):  # from torch's signal handler, which can raise anywhere
             raise
         problem = f"it is damaged ({str(error) or type(error).__name__})"
-    raise ValueError(f"{name}: this image cannot be read, because {problem}.")
+    raise ValueError(f"{name}: expected a readable image, but {problem}.")
 
 
 def load_image(source: str | os.PathLike | bytes | Image.Image, name: str | None = None) -> Image.Image:

@@ -66,7 +66,7 @@ def open_image(
     except Exception as error:  # decoders raise various errors, such as SyntaxError and struct.error, on damaged files
         if "DataLoader worker" in str(error):  # from torch's signal handler, which can raise anywhere
             raise
-        problem = f"it is damaged ({str(error) or type(error).__name__})"
+        problem = f"it is damaged ({str(error) or type(error).__name__}); replace it by an undamaged copy"
     raise ValueError(f"{name}: expected a readable image, but {problem}.")
 
 

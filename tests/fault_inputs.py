@@ -4,11 +4,9 @@ import io
 import json
 import os
 import pickle
-import random
 import shutil
 import struct
 import tarfile
-import zipfile
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -43,27 +41,6 @@ def png(width: int, height: int, *chunks: tuple[bytes, bytes]) -> bytes:
     return b"".join(parts)
 
 
-def webp_bomb() -> bytes:
-    """A lossless WebP of one colour that decodes to its largest size, 16,383 x 16,383."""
-    data = bytearray(encoded(Image.new("RGB", (8, 8)), "WEBP", lossless=True))
-    data[21:25] = struct.pack("<I", 16_382 << 14 | 16_382)
-    return bytes(data)
-
-
-def jpeg_2000_bomb() -> bytes:
-    """A JPEG 2000 file that states 60,000 x 60,000 pixels, in the header of the file and in that of its codestream."""
-    size, stated = struct.pack(">II", 8, 8), struct.pack(">II", 60_000, 60_000)
-    return encoded(Image.new("RGB", (8, 8)), "JPEG2000").replace(size, stated)
-
-
-def damaged(data: bytes, seed: int) -> bytes:
-    """Ten bytes after the signature replaced."""
-    draws, changed = random.Random(seed), bytearray(data)
-    for _ in range(10):
-        changed[draws.randrange(12, len(data))] = draws.randrange(256)
-    return bytes(changed)
-
-
 class Trap:
     """Leaves a file behind when it is unpickled."""
 
@@ -71,101 +48,39 @@ class Trap:
         return os.mkdir, ("unpickled",)
 
 
-def zip_archive() -> bytes:
-    file = io.BytesIO()
-    with zipfile.ZipFile(file, "w") as opened:
-        opened.writestr("../escaped.png", BY_FORMAT["PNG"])
-    return file.getvalue()
-
-
-# Every one is readable, and becomes RGB.
-UNUSUAL_IMAGES = {
-    "gray": encoded(PHOTO.convert("L"), "PNG"),
-    "bilevel": encoded(PHOTO.convert("1"), "PNG"),
-    "palette": encoded(PHOTO.convert("P"), "PNG"),
-    "palette with transparency": encoded(PHOTO.convert("P"), "PNG", transparency=3),
-    "gray with alpha": encoded(PHOTO.convert("LA"), "PNG"),
-    "rgba": encoded(PHOTO.convert("RGBA"), "WEBP", lossless=True),
-    "16-bit": encoded(Image.fromarray(noise(24, 30, dtype=np.uint16)), "PNG"),
-    "cmyk": encoded(PHOTO.convert("CMYK"), "JPEG"),
-    "lab": encoded(Image.merge("LAB", PHOTO.split()), "TIFF"),
-    "animated gif": encoded(PHOTO, "GIF", save_all=True, append_images=[PHOTO.rotate(90)]),
-    "animated png": encoded(PHOTO, "PNG", save_all=True, append_images=[PHOTO.rotate(180)]),
-    "animated webp": encoded(PHOTO, "WEBP", save_all=True, append_images=[PHOTO.rotate(180)]),
-    "pages": encoded(PHOTO, "TIFF", save_all=True, append_images=[Image.new("RGB", (7, 900))]),
-    "progressive": encoded(PHOTO, "JPEG", progressive=True),
-    "one pixel": encoded(Image.new("RGB", (1, 1)), "PNG"),
-    "one column": encoded(Image.new("RGB", (1, 3000)), "PNG"),
-    "one row": encoded(Image.new("RGB", (3000, 1)), "PNG"),
-    "rotated by EXIF": encoded(
-        PHOTO, "JPEG", exif=b"Exif\0\0MM\0*\0\0\0\x08\0\x01\x01\x12\0\x03\0\0\0\x01\0\x06\0\0\0\0\0\0"
-    ),
-    "rubbish after the end": BY_FORMAT["JPEG"] + b"rubbish" * 999,
-    "broken colour profile": encoded(PHOTO, "PNG", icc_profile=b"no profile"),
-}
 UNREADABLE_IMAGES = {
     "empty": b"",
-    "text": b"not an image",
     "svg": b'<svg xmlns="http://www.w3.org/2000/svg"><image href="file:///etc/passwd"/></svg>',
-    "pdf": b"%PDF-1.7\n%\xe2\xe3",
-    "eps": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n",
-    "zip": zip_archive(),
+    "eps": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n",  # Pillow would run Ghostscript
     "pickle": pickle.dumps(Trap()),
-    "numbers of numpy": (lambda file: (np.save(file, noise(4, 4)), file.getvalue())[1])(io.BytesIO()),
     "floating point": encoded(Image.fromarray(np.full((5, 5), np.nan, np.float32)), "TIFF"),
     "32-bit integers": encoded(Image.fromarray(np.full((5, 5), 70_000, np.int32)), "TIFF"),
     "bomb": png(60_000, 60_000),
-    "bomb that decodes": encoded(Image.new("1", (20_000, 20_000)), "PNG"),
-    "bomb of WebP": webp_bomb(),
-    "bomb of JPEG 2000": jpeg_2000_bomb(),
-    "bomb of text": png(8, 8, (b"zTXt", b"a\0\0" + zlib.compress(bytes(99_000_000)))),
     "no pixels": png(0, 8),
-    "negative height": struct.pack("<2sIIIIiiHHIIiiII", b"BM", 54, 0, 54, 40, 8, -(2**31), 1, 24, 0, 0, 0, 0, 0, 0),
-    "huge header": b"P6 99999999999 99999999999 255\n",
     "header alone": png(8, 8),
-    **{f"signature of {format}": data[:8] for format, data in BY_FORMAT.items()},
     **{f"half a {format}": data[: len(data) // 2] for format, data in BY_FORMAT.items()},
 }
-# Some are readable all the same.
-DAMAGED_IMAGES = {f"damaged {format}": damaged(data, 1) for format, data in BY_FORMAT.items()} | {
-    f"{format} without its last byte": data[:-1] for format, data in BY_FORMAT.items()
-}
-
 # One for each way through a reader: nothing, another format, code, a bomb, a part.
 FEW_UNREADABLE = ("empty", "svg", "pickle", "bomb", "half a JPEG")
 
 STRANGE_TEXTS = {
     "many words": "dog " * 25_000,
-    "a million without a space": "d" * 1_000_000,
     "control characters": "dog\x00\x07\x1b[31mred\x7f\r",
     "right to left": "كلب \u202e אדום",
     "braces and percent": "{} {0} {dog!r} {{ 100% %s %(dog)s",
-    "dollar signs": "$\\frac{1}{0$ costs $5",
     "shell and path": "$(touch escaped); `id` | rm -rf . & '\" ../../etc/passwd",
     "emoji and noncharacters": "👩‍👩‍👧 🐕 \ufffe\uffff\U0010ffff",
-    "combining": "e\u0301" * 300,
     "special tokens": "[SEP] [CLS] <|endoftext|>",
 }
 
-DEEP = 20_000
 # JSON and near JSON, for whoever reads JSON and expects something of a certain form.
 BAD_JSON = {
     "empty": "",
     "truncated": '{"per_class": {"itsm": [{"na',
-    "no json": "<html>",
-    "huge number": "9" * 5000,
-    "null": "null",
-    "list": "[]",
-    "empty object": "{}",
-    "deep lists": "[" * DEEP + "]" * DEEP,
+    "a number": "3",
     "other object": json.dumps({"a": {"b": [1, None, "x"]}}),
-    "lone surrogate": '"\\ud800"',
-    "byte order mark of UTF-16": "\ufeff{}".encode("utf-16"),
     "no UTF-8": b'{"a": "\xff"}',
-    "pickle": pickle.dumps(Trap()),
 }
-# A list that would hold a thousand million letters if it were printed.
-BOMB_OF_ALIASES = f"[{', '.join(f'&{name} [{part}]' for name, part in zip('abcdefghi', ['x, ' * 10, *(f'*{name}, ' * 10 for name in 'abcdefgh')]))}]"
 
 
 def evaluation(**changes) -> str:
@@ -175,10 +90,6 @@ def evaluation(**changes) -> str:
 
 BAD_EVALUATIONS = BAD_JSON | {
     "no methods": '{"per_class": {}}',
-    "methods as a list": '{"per_class": []}',
-    "rows as a number": '{"per_class": {"itsm": 3}}',
-    "rows of numbers": '{"per_class": {"itsm": [3]}}',
-    "name as a list": evaluation(name=["dog"]),
     "scores as text": evaluation(AP="high", threshold="high"),
     "threshold above 1": evaluation(threshold=7, AP="high"),
     "no score at all": evaluation(AP=None, threshold=None),
@@ -217,15 +128,6 @@ def tar(*members: tuple[str, bytes | str], mode: str = "w", **attributes) -> byt
                 setattr(member, attribute, value)
             opened.addfile(member, io.BytesIO(content))
     return file.getvalue()
-
-
-def huge_member(size: int, type: bytes = b"0") -> bytes:
-    """A tar file whose only member states this size and has no content."""
-    header = bytearray(tar(("a.png", b""), type=type))
-    header[124:136] = b"\x80" + size.to_bytes(11, "big")
-    header[148:156] = b" " * 8
-    header[148:156] = b"%06o\0 " % sum(header[:512])
-    return bytes(header)
 
 
 def edited_json(file: str, **changes) -> Callable[[Path], None]:
@@ -291,33 +193,19 @@ def lacking(name: str) -> Callable[[dict], None]:
 MODEL_FOLDERS = {
     "missing": shutil.rmtree,
     "empty": lambda folder: [path.unlink() for path in folder.iterdir()],
-    "a file": lambda folder: (shutil.rmtree(folder), folder.write_text("no folder")),
     "no config": removed("config.json"),
     "no weights": removed("model.safetensors"),
     "config is truncated": truncated("config.json", 0.5),
     "config of another model": edited_json("config.json", model_type="bert", vocab_size=9, num_hidden_layers=1),
-    "config of an unknown model": edited_json("config.json", model_type="no such model"),
     "config without a type": edited_json("config.json", model_type=None),
     "config with a misspelt option": edited_json("config.json", poolings="max"),
-    "config with an option of another type": edited_json("config.json", projection_dim="many"),
-    "config with a negative size": edited_json("config.json", projection_dim=-1),
-    "config with a huge size": edited_json("config.json", projection_dim=10**12),
     "config of another size": edited_json("config.json", projection_dim=17),
-    "config of another tower": edited_json("config.json", vision_config={"model_type": "resnet"}),
-    "config whose tower is no object": edited_json("config.json", vision_config=3),
     "weights are truncated": truncated("model.safetensors", 0.9),
-    "weights are empty": replaced("model.safetensors", b""),
     "weights are text": replaced("model.safetensors", "version https://git-lfs.github.com/spec/v1\nsize 99\n"),
-    "weights with a huge header": replaced("model.safetensors", b"\xff" * 64),
-    "weights are a pickle": replaced("model.safetensors", pickle.dumps(Trap())),
     "pickled weights only": pickled,
     "weights lack a branch": edited_weights(lacking("recognition")),
-    "weights lack a tower": edited_weights(lacking("vision_model")),
     "weights hold NaN": edited_weights(
         lambda weights: weights["recognition.visual_projection.weight"][0].fill_(torch.nan)
-    ),
-    "weights hold infinity": edited_weights(
-        lambda weights: weights["text_model.embeddings.LayerNorm.bias"][:1].fill_(torch.inf)
     ),
     "weights have another shape": edited_weights(
         lambda weights: weights.update({"recognition.visual_projection.weight": torch.zeros(3, 3)})
@@ -327,9 +215,6 @@ MODEL_FOLDERS = {
     "no tokenizer": lambda folder: [path.unlink() for path in folder.glob("*token*")],
     "processor is truncated": truncated("processor_config.json", 0.5),
     "processor with a template without a place": edited_json("processor_config.json", templates=["a photo"]),
-    "processor of another class": edited_json("processor_config.json", processor_class="NoProcessor"),
-    "tokenizer is truncated": truncated("tokenizer.json", 0.5),
-    "tokenizer of another kind": replaced("tokenizer.json", "{}"),
     "symlinked code": with_code,
 }
 FEW_MODEL_FOLDERS = (
@@ -340,8 +225,3 @@ FEW_MODEL_FOLDERS = (
     "no tokenizer",
     "symlinked code",
 )
-# The same by what a JSON file of it holds.
-MODEL_JSON = {
-    **{f"config is {name}": replaced("config.json", content) for name, content in BAD_JSON.items()},
-    **{f"processor is {name}": replaced("processor_config.json", content) for name, content in BAD_JSON.items()},
-}

@@ -2,13 +2,10 @@
 
 import base64
 import io
-import os
-import subprocess
-import sys
 
 import numpy as np
 import pytest
-from fault_inputs import encoded, noise
+from fault_inputs import PHOTO, encoded, noise
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
@@ -133,9 +130,18 @@ def test_orientation_where_browsers_look_for_it():
 
 
 @pytest.mark.filterwarnings("ignore:.*EXIF.*")
-@pytest.mark.parametrize("exif", [b"Exif\0\0", b"Exif\0\0rubbish rubbish", b"Exif\0\0II*\0\xff\xff\xff\xff"])
-def test_damaged_exif_does_not_matter(photo, exif):
-    assert load_image(encoded(photo, "JPEG", exif=exif)).size == photo.size
+@pytest.mark.parametrize(
+    "data",
+    [
+        encoded(PHOTO, "JPEG", exif=b"Exif\0\0rubbish rubbish"),
+        encoded(PHOTO, "JPEG", exif=b"Exif\0\0II*\0\xff\xff\xff\xff"),
+        encoded(PHOTO, "PNG", icc_profile=b"no profile"),
+        encoded(PHOTO, "JPEG") + b"rubbish" * 999,
+        encoded(Image.merge("LAB", PHOTO.split()), "TIFF"),
+    ],
+)
+def test_damage_that_does_not_matter_and_rare_modes(data):
+    assert load_image(data).size == PHOTO.size
 
 
 @pytest.mark.parametrize("format", ["GIF", "PNG", "WEBP", "TIFF"])
@@ -167,41 +173,8 @@ def test_pixel_limit(monkeypatch, tmp_path, limit):
     assert load_image(path).size == (300, 100)
 
 
-@pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="needs /proc")
-@pytest.mark.parametrize("mode", ["I;16", "RGBA", "P"])
-def test_a_small_file_takes_little_memory(mode):
-    """At most 10 bytes for each pixel: the decoded image, up to 4, and that in RGB, 4."""
-    side = 5000
-    data = encoded(Image.new(mode, (side, side)), **({"transparency": 0} if mode == "P" else {}))
-    assert len(data) < 200_000
-    code = (
-        "import re, sys, numpy; from iclip_hf.images import load_image\n"
-        "peak = lambda: int(re.search(r'VmHWM:\\s+(\\d+)', open('/proc/self/status').read())[1]) * 1024\n"
-        f"before = peak(); assert load_image(sys.stdin.buffer.read()).size == ({side}, {side}); print(peak() - before)"
-    )
-    result = subprocess.run([sys.executable, "-c", code], input=data, capture_output=True, check=True)
-    assert int(result.stdout) < 10 * side**2
-
-
-def test_bands_meet_without_a_seam():
-    """More rows than a band has, 16-bit and transparent."""
-    values = (np.arange(700, dtype=np.uint16) * 90)[:, None].repeat(3, 1)
-    np.testing.assert_array_equal(np.asarray(load_image(Image.fromarray(values)))[..., 1], np.rint(values / 257))
-    alpha = noise(700, 3, 4)
-    share = alpha[..., 3:] / 255
-    np.testing.assert_allclose(
-        load_image(Image.fromarray(alpha)), alpha[..., :3] * share + 255 * (1 - share), atol=1.01
-    )
-
-
-@pytest.mark.parametrize("path", ["data/dog", "dogs", "photos/dog/0001"])
-def test_a_path_that_is_not_there_is_not_taken_for_base64(path):
-    with pytest.raises(FileNotFoundError, match=path):
-        read_image(path)
-
-
 def test_an_unreadable_image_has_the_name_that_is_given():
-    with pytest.raises(ValueError, match=r"^shard\.tar: key\.jpg: expected .* content is none of JPEG, PNG"):
+    with pytest.raises(ValueError, match=r"^shard\.tar: key\.jpg: .* content is none of JPEG, PNG"):
         load_image(b"text", name="shard.tar: key.jpg")
 
 
@@ -214,8 +187,8 @@ def test_the_death_of_a_worker_is_no_damaged_image(photo, monkeypatch):
         load_image(encoded(photo))
 
 
-def test_a_missing_path_of_letters_that_base64_has_is_a_missing_file(photo):
-    for path in ("data/dog", "photos/2024/dogs/rex0"):
+def test_base64_text_and_paths_of_letters_that_it_has(photo):
+    for path in ("data/dog", "dogs", "photos/2024/dogs/rex0"):
         with pytest.raises(FileNotFoundError, match=path):
             read_image(path)
     text = base64.b64encode(encoded(photo)).decode()

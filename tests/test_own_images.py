@@ -17,7 +17,6 @@ from training_runs import write_table
 
 from iclip_hf import ICLIPModel, cli, embedded_model
 from iclip_hf.data.pairs import load_pairs
-from iclip_hf.data.sources import Pairs, open_sources
 from iclip_hf.training.checkpoints import RunState, holds_start
 from iclip_hf.training.checks import check_pairs
 from iclip_hf.training.plan import STEPS, choose_settings
@@ -109,11 +108,11 @@ def said(arguments: list, capsys) -> str:
 def test_bad_data_is_one_sentence(tmp_path, capsys):
     table = write_table(tmp_path, 30)
     for content, shown in (
-        ("image,caption\n", "pairs.csv: training contrasts pairs, and this has 0"),
+        ("image,caption\n", f"There are no pairs in {table}"),
         ("image,caption\n0.png,a dog\n", "this has 1"),
         ("image,caption\n0.png,a dog\n1.png,a dog\n2.png,a dog\n", "'a dog'"),
-        ("image,caption\nx.png,a dog\ny.png,a cat\n", f"2 of the 2 pairs looked at have no image or no caption. The first is pair 1 of pairs.csv: there is no image {tmp_path}/x.png (paths are relative"),
-        ("image,caption\n0.png,a dog\n1.png,\n2.png,a cat\n", "1 of the 3 pairs looked at have no image or no caption. The first is pair 2 of pairs.csv: no caption."),
+        ("image,caption\nx.png,a dog\ny.png,a cat\n", f"2 of the 2 pairs looked at have no image or no caption. The first: {tmp_path}/x.png: there is no such image"),
+        ("image,caption\n0.png,a dog\n1.png,\n2.png,a cat\n", f"1 of the 3 pairs looked at have no image or no caption. The first: {table}, row 2: no caption."),
         ("image,caption\n0.png,a dog, a cat\n1.png,a cat\n", "pairs.csv, line 2: "),
     ):  # fmt: skip
         table.write_text(content)
@@ -121,9 +120,9 @@ def test_bad_data_is_one_sentence(tmp_path, capsys):
     assert "absent.csv: " in said(["absent.csv"], capsys)
     two = write_table(tmp_path, 2).rename(tmp_path / "two.csv")
     table.write_text("image,caption\n0.png,a dog\n1.png,\n")
-    assert "The first is pair 2 of pairs.csv" in said([two.name, table.name], capsys)  # of its own table
+    assert f"The first: {table.name}, row 2" in said([two.name, table.name], capsys)  # of its own table
     table.write_text("\n".join(["image,caption", *(f"{number}.png,dog {number}" for number in range(19)), "19.png,"]))
-    check_pairs(Pairs(open_sources([table])), max_bad_share=0.05)  # as many are bad as may be
+    check_pairs(load_pairs(table), max_bad_share=0.05)  # as many are bad as may be
 
 
 def test_bad_settings_are_one_sentence(tmp_path, capsys):

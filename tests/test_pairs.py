@@ -23,8 +23,8 @@ from fault_inputs import encoded
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from iclip_hf.data import BadPairError, PairDataset, PairStream, load_pairs, sources
-from iclip_hf.data.pairs import DroppedConnectionError, _image_bytes
+from iclip_hf.data import BadPairError, PairDataset, PairStream, load_pairs, sources, streams
+from iclip_hf.data.streams import DroppedConnectionError, _image_bytes
 
 
 NASTY = [
@@ -185,21 +185,13 @@ def test_a_line_that_is_no_row_is_an_error_with_its_number(tmp_path, rows, line)
             load_pairs(tmp_path / "p.jsonl")
 
 
-def test_a_caption_of_several_lines_is_one_row(tmp_path):
-    rows = [("a list:\n1,2,3\nend", "0.jpg"), ("x,y.jpg\nz", "1.jpg"), ("text\nlast", "2.jpg")]
-    with open(tmp_path / "p.csv", "w", newline="") as file:
-        csv.writer(file).writerows([("caption", "image"), *rows])
-    dataset = load_pairs(tmp_path / "p.csv")
-    assert [dataset.captions(index) for index in range(3)] == [[caption] for caption, _ in rows]
-
-
 def test_caption_lists(tmp_path):
     (tmp_path / "0.jpg").write_bytes(jpeg(0))
     (tmp_path / "p.csv").write_text('image,captions\n0.jpg,"[""null"", ""b""]"\n0.jpg,"[\'a\']"\n0.jpg,3\n')
     dataset = load_pairs(tmp_path / "p.csv")
     assert dataset.captions(0) == ["null", "b"]
     for bad in (1, 2):
-        with pytest.raises(BadPairError):
+        with pytest.raises(BadPairError, match=rf"p\.csv, row {bad + 1}: no caption"):
             dataset.captions(bad)
 
 
@@ -232,32 +224,12 @@ def write_images(folder, names):
         (folder / name).write_bytes(jpeg(number))
 
 
-def test_images_outside_of_class_folders_are_counted_and_named(tmp_path, caplog, monkeypatch):
-    added = [
-        ".ipynb_checkpoints/1-checkpoint.jpg",
-        "__MACOSX/dog/1.jpg",
-        "__MACOSX/1.jpg",
-        "dog/.ipynb_checkpoints/1.jpg",
-    ]
-    write_images(
-        tmp_path,
-        ["dog/1.jpg", "dog/puppies/2.jpg", "dog/puppies/old/3.jpg", "dog/named.jpg/4.jpg", "root.png", *added],
-    )
-    (tmp_path / "dog" / "round").symlink_to(tmp_path, target_is_directory=True)
-    (tmp_path / "cat").symlink_to(tmp_path / "dog", target_is_directory=True)  # as subsets of ImageNet are made
-    monkeypatch.chdir(tmp_path)
-    assert keys(load_pairs(tmp_path)) == keys(load_pairs(".")) == ["cat/1.jpg", "dog/1.jpg"]
-    assert caplog.text.count("not 7 images elsewhere, such as") == 2 and "cat/named.jpg/4.jpg" in caplog.text
-    (tmp_path / "dog" / "1.jpg").unlink()
-    with pytest.raises(FileNotFoundError, match=r"a folder of images for each class, but got 7 images elsewhere"):
-        load_pairs(tmp_path)
-
-
-def test_a_folder_for_each_class(tmp_path, caplog):
-    write_images(tmp_path, ["dog/1.jpg", "dog/2.png", "golden_retriever/1.jpg", "golden_retriever/.hidden.jpg"])
+def test_a_folder_for_each_class(tmp_path, caplog, monkeypatch):
+    write_images(tmp_path, ["dog/1.jpg", "dog/2.png", "golden_retriever/1.jpg"])
+    write_images(tmp_path, ["golden_retriever/.hidden.jpg", "__MACOSX/dog/1.jpg", "dog/.ipynb_checkpoints/1.jpg"])
     (tmp_path / "dog" / "notes.txt").write_text("no image")
     dataset = load_pairs(tmp_path)
-    assert [(dataset[i]["key"], dataset[i]["caption"]) for i in range(len(dataset))] == [
+    assert [(item["key"], item["caption"]) for item in dataset] == [
         ("dog/1.jpg", "a photo of a dog"),
         ("dog/2.png", "a photo of a dog"),
         ("golden_retriever/1.jpg", "a photo of a golden retriever"),
@@ -265,8 +237,14 @@ def test_a_folder_for_each_class(tmp_path, caplog):
     assert dataset.image_file(2) == tmp_path / "golden_retriever" / "1.jpg"
     assert not caplog.text
     before = dataset.fingerprint()
-    (tmp_path / "dog").rename(tmp_path / "cat")  # other captions of the same images
+    (tmp_path / "dog").rename(tmp_path / "wolf")  # other captions of the same images
     assert load_pairs(tmp_path).fingerprint() != before
+    write_images(tmp_path, ["wolf/puppies/2.jpg", "root.png"])  # in no folder of a class
+    (tmp_path / "wolf" / "round").symlink_to(tmp_path, target_is_directory=True)
+    (tmp_path / "cat").symlink_to(tmp_path / "wolf", target_is_directory=True)  # as subsets of ImageNet are made
+    monkeypatch.chdir(tmp_path)
+    assert keys(load_pairs(".")) == ["cat/1.jpg", "cat/2.png", "golden_retriever/1.jpg", "wolf/1.jpg", "wolf/2.png"]
+    assert "3 images in no folder of a class, such as cat/puppies/2.jpg" in caplog.text
 
 
 @pytest.mark.parametrize("form", ["parquet", "folder", "split"])
@@ -290,9 +268,7 @@ def test_saved_datasets(tmp_path, form):
         dataset[1]["key"] == "1.jpg"
         and dataset.fingerprint() == load_pairs(source, caption_column="report").fingerprint()
     )
-    with pytest.raises(
-        ValueError, match="column of the caption to be one of .* got 'picture', 'report'; .*caption_column"
-    ):
+    with pytest.raises(ValueError, match="the caption .* among 'picture', 'report'; .*caption_column"):
         load_pairs(source)
 
 
@@ -301,7 +277,7 @@ def test_parquet_with_plain_bytes_and_without_an_image(tmp_path):
     pq.write_table(table, tmp_path / "pairs.parquet")
     dataset = load_pairs(tmp_path)
     assert dataset[0]["image"].size == (12, 8) and dataset[0]["caption"] == "a dog"
-    with pytest.raises(BadPairError, match="rows 1 to 2: .* no image in 'image'"):
+    with pytest.raises(BadPairError, match="row 2: no image .*in 'image'"):
         dataset.read(1)
 
 
@@ -310,7 +286,7 @@ def test_named_columns(tmp_path):
     (tmp_path / "pairs.csv").write_text("scan,image,report\na.jpg,absent.jpg,a dog\n")
     dataset = load_pairs(tmp_path / "pairs.csv", image_column="scan", caption_column="report")
     assert dataset.read(0)["captions"] == ["a dog"]
-    with pytest.raises(ValueError, match="column of the image to be 'photo', but got 'image', 'report', 'scan'"):
+    with pytest.raises(ValueError, match="the image .'photo'. is among 'scan', 'image', 'report'"):
         load_pairs(tmp_path / "pairs.csv", image_column="photo", caption_column="report")
     write_tar(tmp_path / "a.tar", [("a.jpg", jpeg(0)), ("a.json", '{"alt": "a cat", "caption": "no"}')])
     assert load_pairs(tmp_path / "a.tar", caption_column="alt").read(0)["captions"] == ["a cat"]
@@ -323,15 +299,14 @@ def test_a_part_is_split_off_by_images(tmp_path):
     (tmp_path / "pairs.csv").write_text("\n".join(["image,caption", *rows, ""]))
     dataset = load_pairs([shards, tmp_path / "pairs.csv"])
     training, part = dataset.split(0.25)
-    images = [{part._parse(row)[0].key for row in range(len(part))} for part in (training, part)]
+    images = [{part.raw(row).key for row in range(len(part))} for part in (training, part)]
     assert images[0].isdisjoint(images[1]) and len(images[0] | images[1]) == 19 and len(images[1]) == 5
     assert len(training) + len(part) == 39
     again = dataset.split(0.25)[1]
     assert [again.caption(row) for row in range(len(again))] == [part.caption(row) for row in range(len(part))]
     assert pickle.loads(pickle.dumps(part)).fingerprint() == part.fingerprint() != training.fingerprint()
-    for share in (0, 1):
-        with pytest.raises(ValueError, match=f"splits 19 images in two, got {share}"):
-            dataset.split(share)
+    with pytest.raises(ValueError, match="19 images in two"):
+        dataset.split(1)
 
 
 @pytest.mark.parametrize("form", ["csv", "jsonl", "parquet"])
@@ -388,7 +363,7 @@ def test_patterns_and_lists(tmp_path):
     assert keys(load_pairs(f"{plain}/{{00008..00011}}.tar")) == ["k08", "k09", "k10", "k11"]
     assert keys(load_pairs(f"{plain}/*[02].tar")) == ["k00", "k02", "k10"]
     assert keys(load_pairs([plain, other / "00000.tar"])) == [f"k{i:02}" for i in range(12)] + ["k00", "k01", "k02"]
-    assert sources._expand_braces("{a,b}-{9..11}-{08..09}") == [
+    assert sources.expand_braces("{a,b}-{9..11}-{08..09}") == [
         f"{letter}-{number}-{padded}" for letter in "ab" for number in (9, 10, 11) for padded in ("08", "09")
     ]
 
@@ -409,13 +384,6 @@ def test_index_is_cached_until_the_shard_changes(tmp_path, cache, monkeypatch):
     for file in (cache / "shards").iterdir():
         file.write_bytes(b"\x93NUMPY damaged")
     assert keys(load_pairs(folder)) == ["k00", "k01", "k02", "new"] and len(scans) == 3
-
-
-def test_cache_that_cannot_be_written_does_not_matter(tmp_path, monkeypatch, caplog):
-    (tmp_path / "file").write_text("in the way")
-    monkeypatch.setenv("ICLIP_CACHE", str(tmp_path / "file"))
-    assert len(load_pairs(write_shards(tmp_path / "shards", 4))) == 4
-    assert "could not be kept" in caplog.text
 
 
 # ---- epochs and content ----
@@ -463,22 +431,6 @@ def test_fingerprint_is_of_content(tmp_path):
         assert file.stat().st_size == stat.st_size and load_pairs(source).fingerprint() != before
     moved = load_pairs(shard).fingerprint()
     assert load_pairs(shard.rename(tmp_path / shard.name)).fingerprint() == moved
-
-
-@pytest.mark.parametrize("binary", [pa.binary(), pa.large_binary(), pa.binary_view()])
-@pytest.mark.parametrize("text", [pa.string(), pa.large_string(), pa.string_view()])
-def test_fingerprint_is_of_images_that_rows_of_any_type_name(tmp_path, text, binary):
-    within = pa.struct([("bytes", binary), ("path", text)])
-    stored = [{"bytes": None, "path": "0.png"}, {"bytes": b"x", "path": "1.png"}, None]
-    for name, column in (("p", pa.array(["0.png", None, ""], text)), ("s", pa.array(stored, within))):
-        pq.write_table(pa.table({"image": column, "caption": ["a", "b", "c"]}), tmp_path / f"{name}.parquet")
-        seen = set()
-        for content in (b"one", b"two"):
-            (tmp_path / "0.png").write_bytes(content)
-            seen.add(load_pairs(tmp_path / f"{name}.parquet").fingerprint())
-        assert len(seen) == 2
-        (tmp_path / "1.png").write_bytes(b"of bytes that are in the row")
-        assert load_pairs(tmp_path / f"{name}.parquet").fingerprint() in seen
 
 
 # ---- bad pairs ----
@@ -545,23 +497,15 @@ def test_bad_pairs_are_replaced_from_anywhere(damaged):
 def test_too_many_bad_pairs_stop_the_run(damaged):
     dataset = load_pairs(damaged, max_bad_share=0.05)
     assert all(dataset[i] for i in range(39))  # 4 of 39, but too few read to judge
-    with pytest.raises(ValueError, match=r"at most 5\.00% bad pairs, but 4 of the 40 read so far.*utf-8"):
+    with pytest.raises(ValueError, match=r"4 of the 40 pairs read so far are bad, .*5\.00%.*utf-8"):
         dataset[39]
     dataset = load_pairs(damaged, max_bad_share=0.1)
     for _ in range(3):  # epochs
         assert len(list(dataset)) == 40  # exactly at the limit
     assert all(dataset[8] for _ in range(9))  # one pair, however often it is read
-    with pytest.raises(ValueError, match="max_bad_share from 0 to 1, but got 5"):
-        load_pairs(damaged, max_bad_share=5)
     loader = DataLoader(load_pairs(damaged, max_bad_share=0), batch_size=40, num_workers=1, collate_fn=keys)
-    with pytest.raises(ValueError, match=r"at most 0\.00% bad pairs"):
+    with pytest.raises(ValueError, match=r"0\.00%"):
         list(loader)
-
-
-def test_no_good_pair_at_all(tmp_path):
-    dataset = load_pairs(write_tar(tmp_path / "a.tar", [("0.jpg", b"x"), ("0.txt", "a")]), max_bad_share=1)
-    with pytest.raises(ValueError, match="at least one good pair"):
-        dataset[0]
 
 
 @pytest.mark.parametrize(
@@ -576,17 +520,7 @@ def test_no_good_pair_at_all(tmp_path):
 )
 def test_a_blank_caption_does_not_hide_the_next(row):
     columns = sources.Columns()
-    assert columns.captions(row) == ["a"]
-    with pytest.raises(ValueError, match="no caption"):
-        columns.captions({"txt": " ", "json": {"caption": ""}})
-
-
-def test_shard_that_disappears_stops_the_run(tmp_path):
-    dataset = load_pairs(write_shards(tmp_path, 6, shards=2))
-    (tmp_path / "00001.tar").unlink()
-    assert dataset[0]["key"] == "k00"
-    with pytest.raises(OSError, match=r"00001\.tar: the run started with it.*restore it, then rerun to resume"):
-        dataset[5]
+    assert columns.captions(row) == ["a"] and columns.captions({"txt": " ", "json": {"caption": ""}}) == []
 
 
 # ---- streams ----
@@ -694,14 +628,17 @@ def test_a_stream_opens_only_files_of_its_data_set(tmp_path, monkeypatch):
         f"{OWN}/../../../other/name@1/a.jpg",
     ]
     for path in foreign:
-        with pytest.raises(ValueError, match="a file of the data set itself, but got the path"):
+        with pytest.raises(ValueError, match="names no file of the data set itself"):
             _image_bytes({"bytes": None, "path": path}, "org/name")
-        with pytest.raises(ValueError, match="a file of the data set itself"):
+        with pytest.raises(ValueError, match="names no file of the data set itself"):
             _image_bytes({"bytes": None, "path": path}, None)
     assert not opened
     own = [f"{OWN}/train/a b.jpg", f"zip://train/a.jpg::{OWN}/train.zip"]
     assert [_image_bytes({"bytes": None, "path": path}, "org/name") for path in own] == [jpeg(1)] * 2 and opened == own
     assert _image_bytes({"bytes": b"x", "path": str(secret)}, "org/name") == b"x"
+    monkeypatch.setattr(streams, "MAX_DOWNLOAD", 100)  # a zip file of kilobytes may hold gigabytes
+    with pytest.raises(ValueError, match="more than"):
+        _image_bytes({"path": own[1]}, "org/name")
 
 
 @pytest.mark.parametrize("streaming", [True, False])
@@ -722,12 +659,9 @@ def test_rows_of_the_hub_that_name_local_files_are_bad_pairs(tmp_path, monkeypat
         assert [item["caption"] for item in pairs] == ["a"]
     else:
         assert pairs.read(0)["captions"] == ["a"]
-        with pytest.raises(BadPairError, match="expected an image of the data set itself, but got the path"):
+        with pytest.raises(BadPairError, match="no image of the data set"):
             pairs.read(1)
-        assert pairs._pairs.sources[0].image_files(pairs._pairs.ranges) == [
-            None,
-            None,
-        ]  # nor is it read for the fingerprint
+        assert pairs.sources[0].image_files(np.array([[0, 1], [1, 2]])) == [None, None]  # nor read for the fingerprint
         monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
         own = tmp_path / "datasets--org--name" / "snapshots" / "1a2b" / "0.jpg"  # as `datasets` downloads it
         own.parent.mkdir(parents=True)
@@ -770,30 +704,16 @@ def test_hub_ids_are_streamed(tmp_path, monkeypatch):
     write_shards(tmp_path / "org" / "name", 4)
     assert len(load_pairs("org/name")) == 4  # a local path goes first
 
-    def refuse(name, **options):
-        raise ConnectionError("no network")
-
-    monkeypatch.setattr(datasets, "load_dataset", refuse)
-    with pytest.raises(FileNotFoundError, match=r"other/name: expected a local path, or a Hub dataset.*no network"):
-        load_pairs("other/name")
     for mistyped in ("org/other", "other/name.tar"):  # not asked for on the Hub
-        with pytest.raises(FileNotFoundError, match=f"{mistyped}: expected a file or folder of pairs"):
+        with pytest.raises(FileNotFoundError, match=mistyped):
             load_pairs(mistyped)
-
-
-def test_stream_needs_images(tmp_path):
-    (tmp_path / "a.csv").write_text("caption\na\n")
-    rows = datasets.load_dataset("csv", data_files=str(tmp_path / "a.csv"), split="train", streaming=True)
-    with pytest.raises(ValueError, match="an image column, but got columns"):
-        PairStream(rows)
 
 
 # ---- what is only loaded when it is used ----
 
 
 def test_optional_packages_are_loaded_late():
-    # Transformers itself imports accelerate where it is installed.
-    code = "import sys, iclip_hf.data; print({'datasets', 'pycocotools', 'webdataset'} & set(sys.modules))"
+    code = "import sys, iclip_hf.data.pairs; print({'datasets', 'torch'} & set(sys.modules))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "set()"
 
 
@@ -823,12 +743,3 @@ def test_other_columns_are_other_data(tmp_path):
     columns = (None, "caption", "title")
     seen = [load_pairs(tmp_path / "pairs.csv", caption_column=column).fingerprint() for column in columns]
     assert len(set(seen)) == 3
-
-
-def test_an_image_in_a_zip_file_that_grows_without_end(monkeypatch):
-    from iclip_hf.data import pairs
-
-    monkeypatch.setattr(pairs, "MAX_DOWNLOAD", 100)
-    monkeypatch.setattr("fsspec.open", lambda path, mode: io.BytesIO(bytes(200)))
-    with pytest.raises(ValueError, match="expected an image of at most"):
-        pairs._image_bytes({"path": "zip://a.png::hf://datasets/org/name@main/images.zip"}, "org/name")

@@ -235,18 +235,6 @@ def test_many_classes_need_16_bits_and_no_id_is_void(tmp_path):
         assert areas[2].sum() == (~CROWD.astype(bool)).sum()
 
 
-def test_run_lengths_of_large_images():
-    # numbers of several base-32 digits, falling ones (negative differences) and more than two in a row
-    mask = np.zeros((700, 900), int)
-    mask[300:650, 5:400] = 1
-    mask[:, 500:501] = 1
-    mask[::7, 700:] = 1
-    sample = _COCOSample("x", None, 1, mask.shape, None, [])
-    for runs in (plain_runs(mask), compressed_runs(mask)):
-        sample.annotations[:] = [{"id": 0, "label": 1, "iscrowd": False, "segmentation": runs}]
-        np.testing.assert_array_equal(sample.mask(1), mask)
-
-
 def test_folder(folder):
     dataset = load_segmentation("folder", folder)
     assert (dataset.split, dataset.class_names, dataset.labels) == (None, ("red kite", "b\xe9b\xe9"), (1, 2))
@@ -269,9 +257,6 @@ def test_samples_are_fresh_lazy_and_picklable(name, request):
         assert one.image.size == one.size[::-1]
         for label in one.labels:
             np.testing.assert_array_equal(one.mask(label), other.mask(label))
-    for no_class in (0, dataset.void, -1, len(dataset.labels) + 1):
-        with pytest.raises(ValueError, match=f"from 1 to {len(dataset.labels)}, but got {no_class};"):
-            sample.mask(no_class)
     part = dataset[1:]
     assert [one.name for one in part] == [one.name for one in dataset][1:] and part.labels == dataset.labels
     assert part.fingerprint() != dataset.fingerprint()
@@ -360,9 +345,8 @@ def test_benchmarks(name, tmp_path):
         assert sample.labels == tuple(sorted(set(expected[0]) - {0, 255}))
         for label in sample.labels:
             assert sample.mask(label).tolist() == [[value if value in (label, 255) else 0 for value in expected[0]]]
-    with pytest.raises((FileNotFoundError, ValueError), match=r"(?i)expected .*, but") as error:
+    with pytest.raises((FileNotFoundError, ValueError), match="no-such-split"):
         load_segmentation(name, tmp_path, "no-such-split")
-    assert "no-such-split" in str(error.value)
 
 
 def test_names_of_classes_are_where_the_benchmarks_have_them():
@@ -391,11 +375,14 @@ def test_which_classes_are_stuff(tmp_path, voc):
     assert unknown == {"folder", "context59", "context60"} and set(_LAYOUTS) == set(DATASETS)
 
 
-def test_a_mask_with_values_of_another_data_set_is_named(tmp_path):
+def test_a_mask_with_values_of_another_data_set_or_without_an_image_is_named(tmp_path):
     write_layout(tmp_path, "coco_stuff")
     write_index_mask(tmp_path / "stuffthingmaps" / "val2017" / "a_2.png", [[0, 11, 200, 3, 4, 5]])
-    with pytest.raises(ValueError, match=r"a_2\.png: expected the ids of the data set's classes, but got \[11, 200\]"):
+    with pytest.raises(ValueError, match=r"a_2\.png: .*\[11, 200\]"):
         load_segmentation("coco_stuff", tmp_path)[0].label_map  # noqa: B018
+    (tmp_path / "val2017" / "b_1.jpg").unlink()
+    with pytest.raises(FileNotFoundError, match=r"val2017/b_1\.jpg"):
+        load_segmentation("coco_stuff", tmp_path)
 
 
 @pytest.mark.parametrize("order", [1, -1])
@@ -433,11 +420,10 @@ def test_synonyms_of_a_file_of_lines_or_a_mapping(voc):
 @pytest.mark.parametrize(
     ("name", "lines", "problem"),
     [
-        ("voc21", ["a"] * 19, "expected 20 lines, .*or 21 with the texts of the background first, but got 19"),
-        ("voc20", ["sky", *VOC], "expected 20 lines, one for each class of 'voc20', but got 21"),
-        ("voc21", [*VOC[:19], ""], "got 19"),
-        ("voc21", ["aeroplane, plane", *VOC[1:19], "screen, plane"], "distinct, but got 'plane'"),
-        ("voc21", ["plane, ", *VOC[1:]], "new name of 'aeroplane' to be text .*but got .*''"),
+        ("voc21", ["a"] * 19, "'voc21' has 20 classes .* this file has 19"),
+        ("voc20", ["sky", *VOC], "'voc20' has 20 classes .* this file has 21"),
+        ("voc21", ["aeroplane, plane", *VOC[1:19], "screen, plane"], "'plane' names two classes"),
+        ("voc21", ["plane, ", *VOC[1:]], ", ''. is neither text"),
     ],
 )
 def test_a_file_of_lines_with_other_classes_is_named(voc, name, lines, problem):
@@ -463,14 +449,15 @@ def test_overrides(voc, form):
 
 
 def test_what_is_missing_is_named(voc, folder):
-    with pytest.raises(ValueError, match=r"\['voc2012', 'coco2017', .*\], but got 'imagenet'"):
+    with pytest.raises(ValueError, match="'imagenet' is none of the data sets voc2012, coco2017, "):
         load_segmentation("imagenet", voc)
-    with pytest.raises(FileNotFoundError, match=r"test\.txt.*available: train, val"):
-        load_segmentation("voc2012", voc, "test")
-    with pytest.raises(ValueError, match="no split for a folder of masks, but got 'val'"):
+    with pytest.raises(ValueError, match="folder has no splits, such as 'val'"):
         load_segmentation("folder", folder, "val")
+    (voc / "VOCdevkit/VOC2012/SegmentationClass/2007_000001.png").unlink()
+    with pytest.raises(FileNotFoundError, match=r"SegmentationClass/2007_000001\.png: .*1 of 2"):
+        load_segmentation("voc2012", voc)
     write_image(folder / "images" / "b.png", 2, 3)
-    with pytest.raises(ValueError, match="one image for each mask, but got several 'b'; remove"):
+    with pytest.raises(ValueError, match="images: two images differ only in their suffix"):
         load_segmentation("folder", folder)
     (folder / "images" / "b.png").rename(folder / "images" / "c.png")
     with pytest.raises(FileNotFoundError, match=r"masks/c\.png"):

@@ -5,13 +5,11 @@ from __future__ import annotations
 import base64
 import io
 import os
-import threading
 import time
 import urllib.parse
 import urllib.request
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterable, Sequence
-from concurrent import futures
 from http.client import HTTPException
 from typing import TypeVar
 
@@ -23,7 +21,6 @@ Item, Result = TypeVar("Item"), TypeVar("Result")
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".jp2", ".ppm", ".pgm")
 
 MAX_DOWNLOAD = 64 * 2**20  # largest size of an image at a URL, in bytes
-_BAND = 256  # rows that are converted at once
 
 # Other decoders of Pillow are excluded, because some start external programs (EPS runs Ghostscript).
 _FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000", "PPM")
@@ -41,30 +38,35 @@ def open_image(
         decode (`bool`): whether to read the pixels too, or the header alone.
 
     Raises:
-        `FileNotFoundError`: the path does not exist. `ValueError`: the image is not readable, or has more than
+        `FileNotFoundError`: there is no file at the path. `ValueError`: the image is not readable, or has more than
         `PIL.Image.MAX_IMAGE_PIXELS` pixels. `TypeError`: `source` has another type.
     """
     name = name or _name(source)
-    if isinstance(source, (str, os.PathLike)):
-        _require_file(source, name)
+    if isinstance(source, (str, os.PathLike)) and not os.path.isfile(
+        source
+    ):  # reading a pipe or a device may never end
+        raise FileNotFoundError(f"{name}: there is no such image file.")
     try:
         if isinstance(source, Image.Image):
-            image = source
-            image.load()
-        else:
-            image = _read(io.BytesIO(source) if isinstance(source, bytes) else source, decode)
+            source.load()
+            return source
+        Image.init()  # registers the optional formats, so that the absent ones are known
+        formats = [format for format in _FORMATS if format in Image.OPEN]
+        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=formats) as image:
+            # Pillow itself only warns between one and two times its limit.
+            if Image.MAX_IMAGE_PIXELS and image.width * image.height > Image.MAX_IMAGE_PIXELS:
+                raise Image.DecompressionBombError
+            if decode:
+                image.load()
+        return image  # its file is closed
     except UnidentifiedImageError:
-        problem = f"the content is none of {', '.join(_FORMATS)}; convert it to one of them"
+        problem = f"its content is none of {', '.join(_FORMATS)}"
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
-        problem = f"it has more than {Image.MAX_IMAGE_PIXELS:,} pixels; make it smaller"
+        problem = f"it has more than {Image.MAX_IMAGE_PIXELS:,} pixels"
     except Exception as error:  # decoders raise various errors, such as SyntaxError and struct.error, on damaged files
         if "DataLoader worker" in str(error):  # from torch's signal handler, which can raise anywhere
             raise
-        problem = f"decoding failed ({str(error) or type(error).__name__}); replace it by an undamaged copy"
-    else:
-        if 0 not in image.size:
-            return image
-        problem = f"it is empty ({image.width}x{image.height} pixels); replace it"
+        problem = f"it is damaged ({str(error) or type(error).__name__}); replace it by an undamaged copy"
     raise ValueError(f"{name}: expected a readable image, but {problem}.")
 
 
@@ -102,89 +104,52 @@ def read_image(image: str | os.PathLike | bytes | Image.Image, timeout: float = 
         try:
             content = _download(image, timeout)
         except (OSError, HTTPException, ValueError) as error:
-            raise OSError(f"{name}: expected an image at this address, but got: {error}; check it.") from error
+            raise OSError(f"{name}: the image cannot be downloaded: {error}") from error
         return load_image(content, name)
     try:
         content = base64.b64decode("".join(image.rpartition(",")[2].split()), validate=True)
+        return load_image(content, name)
     except ValueError:
-        return load_image(image, name)
-    # A path can consist of letters that base64 has, such as data/dog.
-    return load_image(content if image.startswith("data:") or _is_image(content) else image, name)
-
-
-def _is_image(content: bytes) -> bool:
-    """Whether some decoder takes this for an image, which may be damaged or too large."""
-    try:
-        _read(io.BytesIO(content), decode=False)
-    except UnidentifiedImageError:
-        return False
-    except Exception:  # decoders raise various errors
-        return True
-    return True
+        if image.startswith("data:"):
+            raise
+    return load_image(image, name)  # a path that is not there can consist of letters that base64 has, such as data/dog
 
 
 def _download(url: str, timeout: float) -> bytes:
     """Downloads a URL with a limit of time and size."""
     url = urllib.parse.quote(url, safe="%/:?#[]@!$&'()*+,;=~")  # quotes spaces and non-ASCII letters
     request = urllib.request.Request(url, headers={"User-Agent": "iclip-hf"})  # some sites refuse Python's default
-    answer, late = futures.Future(), TimeoutError(f"it did not end within {timeout:g} seconds")
-    end = time.monotonic() + timeout
-
-    def fetch() -> None:
-        content = bytearray()
-        try:
-            with urllib.request.urlopen(request, timeout=timeout + 1) as opened:  # the thread is left before that
-                while part := opened.read1(2**16):
-                    content += part
-                    if len(content) > MAX_DOWNLOAD:
-                        raise OSError(f"more than {MAX_DOWNLOAD // 2**20} MiB")
-                    if time.monotonic() > end:
-                        raise late
-            answer.set_result(bytes(content))
-        except Exception as error:
-            answer.set_exception(error)
-
-    # A thread, because the timeout of a socket restarts with every byte, also of the headers.
-    threading.Thread(target=fetch, daemon=True).start()
-    try:
-        return answer.result(timeout)
-    except futures.TimeoutError:
-        raise late from None
+    content, end = bytearray(), time.monotonic() + timeout
+    with urllib.request.urlopen(request, timeout=timeout) as opened:
+        while part := opened.read1(2**16):
+            content += part
+            if len(content) > MAX_DOWNLOAD:
+                raise OSError(f"it has more than {MAX_DOWNLOAD // 2**20} MiB")
+            if time.monotonic() > end:  # the timeout of a socket restarts with every byte
+                raise TimeoutError(f"it did not end within {timeout:g} seconds")
+    return bytes(content)
 
 
 def to_rgb(image: Image.Image, name: str | None = None) -> Image.Image:
     """Converts an image of any mode to 8-bit RGB, as [`load_image`] does and with its errors, but without rotation."""
     if image.mode == "RGB" and not image.has_transparency_data:
         return image
-    converted = Image.new("RGB", image.size)
-    try:
-        # In bands, because the steps in between take up to 24 bytes for each pixel, and a small file may hold millions.
-        for top in range(0, image.height, _BAND):
-            box = (0, top, image.width, min(top + _BAND, image.height))
-            converted.paste(_band_to_rgb(image.crop(box)), box)
-    except ValueError as error:
-        raise ValueError(
-            f"{name or _name(image)}: expected pixels that have an 8-bit RGB form, but got mode {image.mode!r} "
-            f"({error}); convert it to RGB or to 8- or 16-bit grayscale."
-        ) from error
-    return converted
-
-
-def _band_to_rgb(band: Image.Image) -> Image.Image:
-    if band.mode.startswith("I"):  # "I;16" in its byte orders, "I" in older Pillow
+    if image.mode.startswith("I"):  # "I;16" in its byte orders, "I" in older Pillow
         import numpy as np  # not above, because commands check their files before they load anything
 
-        values = np.asarray(band).astype(np.int32)
-        if values.min() < 0 or values.max() > 65535:
-            raise ValueError(f"values from {values.min()} to {values.max()}")
-        band = Image.fromarray(((values + 128) // 257).astype(np.uint8))  # rounded
-    if band.mode == "F":
-        raise ValueError("floating-point values")
-    if band.has_transparency_data:
-        canvas = Image.new("RGBA", band.size, "white")
-        canvas.alpha_composite(band.convert("RGBA"))
-        band = canvas
-    return band.convert("RGB")
+        values = np.asarray(image).astype(np.int32)
+        if values.min() >= 0 and values.max() <= 65535:
+            return Image.fromarray(((values + 128) // 257).astype(np.uint8)).convert("RGB")  # rounded
+    if image.mode == "F" or image.mode.startswith("I"):
+        raise ValueError(
+            f"{name or _name(image)}: the pixels are floating-point or of more than 16 bits, so their range is not known; convert it to "
+            "RGB or to 8- or 16-bit grayscale."
+        )
+    if image.has_transparency_data:
+        canvas = Image.new("RGBA", image.size, "white")
+        canvas.alpha_composite(image.convert("RGBA"))
+        image = canvas
+    return image.convert("RGB")
 
 
 def map_groups(
@@ -213,28 +178,6 @@ def _name(source: str | os.PathLike | bytes | Image.Image) -> str:
     raise TypeError(
         f"Expected the path of an image, its bytes or a PIL image, but got {type(source).__name__}: convert it."
     )
-
-
-def _require_file(path: str | os.PathLike, name: str) -> None:
-    """Raises an error of `open_image` unless the path is a regular file, because reading a pipe or a device may never end."""
-    if str(path).startswith(("http://", "https://")):
-        raise ValueError(f"{name}: expected the path of an image file, but got a URL; download it first.")
-    if not os.path.exists(path):
-        raise FileNotFoundError(f"{name}: expected an image file, but there is none; check the path.")
-    if not os.path.isfile(path):
-        raise ValueError(f"{name}: expected an image file, but this is a folder or a device; name a file.")
-
-
-def _read(file: str | os.PathLike | io.BytesIO, decode: bool) -> Image.Image:
-    Image.init()  # registers the optional formats, so that the absent ones are known
-    formats = [format for format in _FORMATS if format in Image.OPEN]
-    with Image.open(file, formats=formats) as image:
-        # Pillow itself only warns between one and two times its limit.
-        if Image.MAX_IMAGE_PIXELS and image.width * image.height > Image.MAX_IMAGE_PIXELS:
-            raise Image.DecompressionBombError
-        if decode:
-            image.load()
-    return image  # the file is closed
 
 
 def _upright(image: Image.Image) -> Image.Image:

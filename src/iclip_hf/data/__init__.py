@@ -6,14 +6,15 @@ from ..utils.lazy import lazy_names
 
 
 if TYPE_CHECKING:
-    from .pairs import BadPairError, PairDataset, PairStream, load_pairs
+    from .pairs import BadPairError, PairDataset, load_pairs
     from .segmentation import SegmentationDataset, SegmentationSample, load_segmentation
+    from .streams import PairStream
 
-# Not imported at once, because pairs need torch, and segmentation data sets are checked before it is loaded.
+# Not imported at once, because streams need torch, and data is checked before it is loaded.
 _MODULES = {
     "BadPairError": ".pairs",
     "PairDataset": ".pairs",
-    "PairStream": ".pairs",
+    "PairStream": ".streams",
     "load_pairs": ".pairs",
     "SegmentationDataset": ".segmentation",
     "SegmentationSample": ".segmentation",

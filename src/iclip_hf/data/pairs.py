@@ -1,31 +1,35 @@
 """
 Image-text pairs for training: local ones by random access, Hub datasets also as a stream.
 
-Local data is neither unpacked nor read into memory. A pair is a range of its source, such as bytes of a shard. One pass finds the
-ranges, and one array holds them, so any sampler can shuffle, split and resume exactly.
+Local images are neither unpacked nor read into memory. A pair is a range of its source, such as bytes of a shard. One pass finds the
+ranges, and one array holds them, so any sampler can shuffle, split and resume exactly. Neither this module nor `sources` imports
+torch, so that data can be checked before a run.
 """
 
 from __future__ import annotations
 
-import copy
-import logging
+import hashlib
+import math
 import os
 import random
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Hashable, Sequence
+from copy import copy
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from torch.utils.data import Dataset, IterableDataset
+import numpy as np
+from tqdm import tqdm
 
-from ..images import MAX_DOWNLOAD, load_image
+from ..images import load_image
+from ..utils.digests import content_digest
 from .sources import (
     BAD_PAIR,
-    USUAL_COLUMNS,
+    BadPairError,
+    BadPairTally,
     Columns,
-    Pairs,
     RawPair,
     Source,
+    _draw,
     is_hub_id,
     open_hub_dataset,
     open_sources,
@@ -33,23 +37,12 @@ from .sources import (
 
 
 if TYPE_CHECKING:
-    import datasets
     from PIL import Image
 
-logger = logging.getLogger(__name__)
-
-_SHUFFLE_BUFFER = 2000  # pairs of a stream, not decoded yet
+    from .streams import PairStream
 
 
-class BadPairError(ValueError):
-    """A pair is unusable: its image is broken or missing, or it has no caption."""
-
-
-class DroppedConnectionError(ConnectionError):
-    """A stream lost its connection."""
-
-
-class PairDataset(Dataset):
+class PairDataset:
     """
     Local image-text pairs with random access, from [`load_pairs`].
 
@@ -74,20 +67,23 @@ class PairDataset(Dataset):
     """
 
     def __init__(self, sources: Sequence[Source], seed: int = 0, max_bad_share: float = 0.05):
-        self.seed, self.max_bad_share = seed, max_bad_share
-        self._select(Pairs(sources))
+        self.sources, self.seed, self.max_bad_share = sources, seed, max_bad_share
+        ranges = [np.empty((0, 3), np.int64)]
+        for number, source in enumerate(tqdm(sources, desc="Indexing", unit="file", delay=2, leave=False)):
+            ranges.append(np.insert(source.ranges(), 0, number, axis=1))
+        self._select(np.concatenate(ranges))
         if not len(self):
             raise ValueError(
-                f"Expected at least one pair, got none in {[str(source.path) for source in sources]}: name others."
+                f"There are no pairs in {', '.join(str(source.path) for source in sources)}; name others."
             )
 
-    def _select(self, pairs: Pairs) -> PairDataset:
-        self._pairs, self._tally = pairs, _Tally(self.max_bad_share, len(pairs))
-        self._epoch = 0
+    def _select(self, ranges: np.ndarray) -> PairDataset:
+        self._ranges = ranges  # (N, 3): number of the source, start and end of each pair
+        self._tally, self._epoch = BadPairTally(self.max_bad_share, len(ranges)), 0
         return self
 
     def __len__(self) -> int:
-        return len(self._pairs)
+        return len(self._ranges)
 
     def __getitem__(self, index: int) -> dict:
         index, epoch, skipped = range(len(self))[index], self._epoch, 0
@@ -101,7 +97,7 @@ class PairDataset(Dataset):
         return {**pair, "caption": _draw(pair["captions"], self.seed, epoch, index), "skipped": skipped}
 
     def __repr__(self) -> str:
-        return f"PairDataset(pairs={len(self)}, sources={len(self._pairs.sources)})"
+        return f"PairDataset(pairs={len(self)}, sources={len(self.sources)})"
 
     def read(self, index: int) -> dict:
         """
@@ -113,38 +109,83 @@ class PairDataset(Dataset):
         Raises:
             `BadPairError`: the pair is unusable. `OSError`: its shard or table no longer exists.
         """
-        pair, captions = self._parse(index)
-        return {"image": _load(pair), "captions": captions, "key": pair.key}
+        pair = self.raw(index)
+        return {"image": _load(pair), "captions": pair.captions, "key": pair.key}
 
     def image(self, index: int) -> tuple[str, Image.Image]:
         """Returns key and image of a pair, which needs no caption. Raises like `read`."""
-        pair, _ = self._parse(index, need_captions=False)
+        pair = self.raw(index, need_captions=False)
         return pair.key, _load(pair)
 
     def captions(self, index: int) -> list[str]:
         """Returns all captions of a pair, at least one, without decoding its image. Raises like `read`."""
-        return self._parse(index)[1]
+        return self.raw(index).captions
 
     def caption(self, index: int) -> str:
         """Returns the caption of this pair in this epoch; empty for a bad pair. Raises `OSError` like `read`."""
         try:
-            return _draw(self.captions(index), self.seed, self._epoch, range(len(self))[index])
+            return _draw(self.captions(index), self.seed, self._epoch, index)
         except BadPairError:
             return ""
 
     def image_file(self, index: int) -> Path | None:
         """Returns the image file of a pair, or None if the image lies within the source. Raises like `read`."""
-        image = self._parse(index, need_captions=False)[0].image
+        image = self.raw(index, need_captions=False).image
         return image if isinstance(image, Path) else None
+
+    def raw(self, index: int, need_captions: bool = True) -> RawPair:
+        """Returns a pair as it is stored, with its image not decoded. Raises like `read`."""
+        number, start, end = self._ranges[index].tolist()
+        source = self.sources[number]
+        try:
+            pair = source.read(start, end)
+            if need_captions and not pair.captions:
+                raise ValueError("no caption")
+            return pair
+        except BAD_PAIR as error:
+            raise BadPairError(f"{source.place(start)}: {error}") from error
+
+    def _replacement(self, draws: random.Random) -> tuple[int, dict]:
+        """Draws a good pair from all pairs. Taking the next good pair would repeat the one after a damaged shard."""
+        for _ in range(1000):
+            index = draws.randrange(len(self))
+            try:
+                return index, self.read(index)
+            except BadPairError:
+                continue
+        raise ValueError("1000 drawn pairs are all bad; correct the data, as the log says.")
 
     def split(self, share: float) -> tuple[PairDataset, PairDataset]:
         """
-        Splits off a part of the pairs, which is always the same, see [`~iclip_hf.data.sources.Pairs.split`].
+        Splits off a part of the pairs, which is always the same. Pairs of one image stay together. `share`, in (0, 1), is that of the
+        images, rounded up.
 
         Returns:
             `tuple`: the other pairs, and the part.
+
+        Raises:
+            `ValueError`: one of them would be empty.
         """
-        return tuple(copy.copy(self)._select(part) for part in self._pairs.split(share))
+        groups = [
+            (number, start) if file is None else _same_file(file)
+            for number, (source, ranges) in enumerate(self._by_source())
+            for start, file in zip(ranges[:, 0].tolist(), source.image_files(ranges))
+        ]
+        # In the order of the pairs, so that the place of the files does not count.
+        distinct = list(dict.fromkeys(groups))
+        count = math.ceil(share * len(distinct))
+        if not 0 < count < len(distinct):
+            raise ValueError(
+                f"A share of {share} does not split {len(distinct)} images in two; change it, or add pairs."
+            )
+        order = np.random.default_rng(0).permutation(len(distinct))
+        drawn = {distinct[place] for place in order[:count]}
+        inside = np.array([group in drawn for group in groups])
+        return tuple(copy(self)._select(self._ranges[part]) for part in (~inside, inside))
+
+    def _by_source(self) -> list[tuple[Source, np.ndarray]]:
+        """Returns the sources with the ranges (start, end) of their pairs."""
+        return [(source, self._ranges[self._ranges[:, 0] == number, 1:]) for number, source in enumerate(self.sources)]
 
     def set_epoch(self, epoch: int) -> None:
         """Sets the epoch, on which the draws depend."""
@@ -155,118 +196,11 @@ class PairDataset(Dataset):
         Computes a digest, 16 hex digits, over the positions of the pairs, the content of shards, tables and the images that tables name,
         and the names of the columns. The first call reads all files; later calls, also in other processes, only after a change.
         """
-        return self._pairs.fingerprint()
-
-    def _replacement(self, draws: random.Random) -> tuple[int, dict]:
-        """Draws a good pair from all pairs. Taking the next good pair would repeat the one after a damaged shard."""
-        for _ in range(1000):
-            index = draws.randrange(len(self))
-            try:
-                return index, self.read(index)
-            except BadPairError:
-                continue
-        raise ValueError("Expected at least one good pair in 1000, but got none: correct the data, as the log says.")
-
-    def _parse(self, index: int, need_captions: bool = True) -> tuple[RawPair, list[str]]:
-        index = range(len(self))[index]
-        source, _ = self._pairs.place(index)
-        try:
-            pair = self._pairs.read(index)
-            return pair, source.columns.captions(pair.row) if need_captions else []
-        except BAD_PAIR as error:
-            start, end = self._pairs.ranges[index]
-            raise BadPairError(
-                f"{source.path}, {source.unit} {start} to {end}: expected an image and a caption, but got: {error}; correct it."
-            ) from error
-
-
-class PairStream(IterableDataset):
-    """
-    Image-text pairs of a Hub dataset as a stream, from [`load_pairs`]. Items are those of [`PairDataset`].
-
-    An iteration is one pass over the part of this process. The order depends on seed and epoch, and is shuffled through a buffer.
-    Bad pairs are left out; `skipped` of the next item counts them. The stream splits itself over processes and DataLoader workers,
-    so it must not be passed to `Accelerator.prepare`, which splits again. The parts differ in length, so training counts steps
-    instead of passes. A resumed run begins a new pass.
-
-    Args:
-        dataset (`datasets.IterableDataset`): rows with an image column and a caption column.
-        seed, max_bad_share, rank, world_size: see [`load_pairs`].
-        columns ([`~iclip_hf.data.sources.Columns`]): names of the columns; the usual ones by default.
-        hub_id (`str`, *optional*): id of the Hub dataset, whose files the rows may name. Other rows must hold the bytes of their images.
-
-    Raises:
-        `ValueError`: there is no image column. During iteration, too many pairs are bad. `DroppedConnectionError`: during
-        iteration, the connection is lost.
-    """
-
-    def __init__(
-        self,
-        dataset: datasets.IterableDataset,
-        seed: int = 0,
-        max_bad_share: float = 0.05,
-        rank: int = 0,
-        world_size: int = 1,
-        columns: Columns = USUAL_COLUMNS,
-        hub_id: str | None = None,
-    ):
-        from datasets import Image
-        from datasets.distributed import split_dataset_by_node
-
-        features = dataset.features or {}
-        images = [name for name, feature in features.items() if isinstance(feature, Image)]
-        if columns.image != USUAL_COLUMNS.image:
-            images = [name for name in columns.image if name in images]
-        if not images:
-            raise ValueError(
-                f"Expected a dataset with an image column, but got columns {list(features)}: name another one."
-            )
-        self._image_column, self._columns, self._hub_id = images[0], columns, hub_id
-        # Only these columns are kept: datasets infers types from the first rows, and a different type later ends the stream.
-        kept = [column for column in (self._image_column, "__key__", *columns.caption) if column in features]
-        if isinstance(features.get("json"), Mapping):
-            captions = {column: kind for column, kind in features["json"].items() if column in columns.caption}
-            dataset = dataset.cast_column("json", captions)
-            kept.append("json")
-        dataset = dataset.select_columns(kept)
-        # Without decoding, because one bad image would end the stream.
-        dataset = dataset.cast_column(self._image_column, Image(decode=False))
-        dataset = dataset.shuffle(seed=seed, buffer_size=_SHUFFLE_BUFFER)
-        self._rows = split_dataset_by_node(dataset, rank=rank, world_size=world_size)
-        self.seed = seed
-        self._tally = _Tally(max_bad_share)
-
-    def __iter__(self) -> Iterator[dict]:
-        skipped = 0
-        rows = iter(self._rows)
-        while True:
-            with _connection_errors():
-                row = next(rows, None)
-            if row is None:
-                return
-            stored = row[self._image_column] or {}
-            key = row.get("__key__") or stored.get("path") or "a pair without a name"
-            try:
-                captions = self._columns.captions(row)
-                image = load_image(_image_bytes(stored, self._hub_id), repr(key))
-            except DroppedConnectionError:
-                raise
-            except (ValueError, OSError) as error:
-                skipped += 1
-                self._tally.add(error=BadPairError(f"{key}: {error}"))
-                continue
-            self._tally.add()
-            caption = _draw(captions, self.seed, self._rows.epoch, key)
-            yield {"image": image, "captions": captions, "key": key, "caption": caption, "skipped": skipped}
-            skipped = 0
-
-    def fingerprint(self) -> str:
-        """Returns the id of the Hub dataset, all that is known of a stream."""
-        return str(self._hub_id)
-
-    def set_epoch(self, epoch: int) -> None:
-        """Sets the epoch, on which the order of the next pass and the drawn captions depend."""
-        self._rows.set_epoch(epoch)
+        digest = hashlib.sha256(self._ranges[:, 1:].tobytes())
+        for source, ranges in self._by_source():
+            content = content_digest([*source.files(), *filter(None, source.image_files(ranges))])
+            digest.update(f"{content}{[*source.columns]}".encode())
+        return digest.hexdigest()[:16]
 
 
 def load_pairs(
@@ -308,68 +242,17 @@ def load_pairs(
         [`PairDataset`], or [`PairStream`] for a streamed Hub dataset.
 
     Raises:
-        `FileNotFoundError`: a file, folder or Hub dataset does not exist. `ValueError`, `TypeError`: a source is not as described.
+        `FileNotFoundError`: a file, folder or Hub dataset does not exist. `ValueError`: a source is not as described.
     """
     columns = Columns.named(image_column, caption_column)
     if isinstance(source, (str, os.PathLike)):
         if streaming and is_hub_id(os.fspath(source)):
+            from .streams import PairStream  # imports torch
+
             rows = open_hub_dataset(source, split, streaming=True)
             return PairStream(rows, seed, max_bad_share, rank, world_size, columns, hub_id=os.fspath(source))
         source = [source]
-    if not isinstance(source, Sequence):
-        raise TypeError(
-            f"Expected a path, the id of a Hub dataset or a list of paths, got {source!r:.100}: name the data by one of these."
-        )
     return PairDataset(open_sources(source, columns, split), seed, max_bad_share)
-
-
-class _Tally:
-    """
-    Counts good and bad pairs of this process. Logs bad pairs, and raises `ValueError` if their share is too large. A pair of a data
-    set counts once, in whatever number of epochs it is read; those of a stream have no index and count each time.
-    """
-
-    def __init__(self, max_bad_share: float, pairs: int | None = None):
-        if not 0 <= max_bad_share <= 1:
-            raise ValueError(f"Expected max_bad_share from 0 to 1, but got {max_bad_share}: set a share such as 0.05.")
-        self._max_bad_share = max_bad_share
-        self._counts_from = 100 if pairs is None else min(100, pairs)  # from so many on, the share is meaningful
-        self._seen = bytearray(pairs or 0)
-        self._read = self._bad = 0
-        self._last_error: BadPairError | None = None
-
-    def add(self, index: int | None = None, error: BadPairError | None = None) -> None:
-        if index is not None:
-            if self._seen[index]:
-                return
-            self._seen[index] = True
-        self._read += 1
-        if error is not None:
-            self._bad += 1
-            self._last_error = error
-            if self._bad <= 10 or self._bad.bit_count() == 1:  # later only the 16th, 32nd, 64th, ...
-                logger.warning("Bad pair, number %d among %d: %s", self._bad, self._read, error)
-        if self._read >= self._counts_from and self._bad > self._max_bad_share * self._read:
-            raise ValueError(
-                f"Expected at most {self._max_bad_share:.2%} bad pairs, but {self._bad} of the {self._read} read so far "
-                f"are; fix the data or raise max_bad_share. The last one: {self._last_error}"
-            )
-
-
-# Libraries that streams read with. Their errors have no common base class.
-_NETWORK_LIBRARIES = ("aiohttp", "fsspec", "httpcore", "httpx", "huggingface_hub", "requests", "urllib3")
-
-
-@contextmanager
-def _connection_errors() -> Iterator[None]:
-    """Converts the errors of a lost connection into `DroppedConnectionError`."""
-    try:
-        yield
-    except Exception as error:
-        library = type(error).__module__.partition(".")[0]
-        if not isinstance(error, (ConnectionError, TimeoutError)) and library not in _NETWORK_LIBRARIES:
-            raise
-        raise DroppedConnectionError(" ".join(str(error).split()) or type(error).__name__) from error
 
 
 def _load(pair: RawPair) -> Image.Image:
@@ -379,26 +262,10 @@ def _load(pair: RawPair) -> Image.Image:
         raise BadPairError(str(error)) from error
 
 
-def _draw(captions: list[str], seed: int, epoch: int, key: int | str) -> str:
-    return random.Random(f"{seed}/{epoch}/{key!r}").choice(captions) if len(captions) > 1 else captions[0]
-
-
-def _image_bytes(stored: Mapping, hub_id: str | None) -> bytes:
-    """Returns the encoded image of a streamed row, which holds its bytes or names a file of its Hub dataset."""
-    path = stored.get("path")
-    if stored.get("bytes") or not path:
-        return stored.get("bytes") or b""
-    # Whoever wrote the rows could name any file of this machine and its network. A zip file may hold the images.
-    *archives, file = path.split("::")
-    own = file.startswith(f"hf://datasets/{hub_id}@") and all(archive.startswith("zip://") for archive in archives)
-    if hub_id is None or not own or ".." in path.split("/"):
-        raise ValueError(
-            f"expected the image's bytes or a file of the data set itself, but got the path {path!r:.200}"
-        )
-    import fsspec
-
-    with _connection_errors(), fsspec.open(path, "rb") as opened:
-        content = opened.read(MAX_DOWNLOAD + 1)
-    if len(content) > MAX_DOWNLOAD:  # a zip file of kilobytes may hold gigabytes
-        raise ValueError(f"expected an image of at most {MAX_DOWNLOAD // 2**20} MiB, but got more in {path!r:.200}")
-    return content
+def _same_file(file: Path) -> Hashable:
+    """Returns a value that is equal for all paths and links to a file."""
+    try:
+        found = os.stat(file)
+    except (OSError, ValueError):  # a name may hold any characters
+        return os.path.abspath(file)
+    return "file", found.st_dev, found.st_ino

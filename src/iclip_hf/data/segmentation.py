@@ -9,13 +9,12 @@ type: 255 of uint8, or 65535 of uint16, which more than 254 classes need.
 from __future__ import annotations
 
 import copy
+import glob
 import json
 import os
-import reprlib
-from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property, partial
+from functools import cached_property
 from operator import itemgetter
 from pathlib import Path
 from types import ModuleType
@@ -25,7 +24,7 @@ import numpy as np
 from PIL import Image
 
 from ..images import IMAGE_SUFFIXES, load_image, open_image
-from ..prompts import IMAGENET_TEMPLATES
+from ..prompts import IMAGENET_TEMPLATES, check_templates
 from ..utils.digests import content_digest
 from ..utils.extras import require_extra
 from .class_names import (
@@ -37,9 +36,9 @@ from .class_names import (
     COCO_STUFF,
     COCO_THINGS,
     CONTEXT,
-    DATASETS,
     VOC,
 )
+from .sources import expand_braces
 
 
 _VOID = 255  # in files of index masks
@@ -82,22 +81,17 @@ class SegmentationSample:
         image = load_image(self.image_path)
         if (image.height, image.width) != self.size:
             raise ValueError(
-                f"{self.image_path}: expected {self.size[0]}x{self.size[1]} pixels (height x width), the size of its "
-                f"masks, but got {image.height}x{image.width}; use the image that was annotated."
+                f"{self.image_path}: this image has {image.height}x{image.width} pixels (height x width), and its masks have "
+                f"{self.size[0]}x{self.size[1]}; use the image that was annotated."
             )
         return image
 
     def mask(self, label: int) -> np.ndarray:
         """
         Returns the mask of one class, an id in 1..K, which the image need not contain: `(H, W)` of the type of `label_map`, `label` on
-        the pixels of the class, `void` on ignored pixels, 0 on all others. Raises `ValueError` if `label` is no class id, or the file is
-        not as described.
+        the pixels of the class, `void` on ignored pixels, 0 on all others. Raises `ValueError` if the file is not as described.
         """
-        if not 1 <= label <= self.num_classes:
-            raise ValueError(
-                f"Expected a class id from 1 to {self.num_classes}, but got {label}; choose one of the data set's `labels`."
-            )
-        return self._mask(label)
+        raise NotImplementedError
 
 
 @dataclass(frozen=True)
@@ -113,10 +107,9 @@ class _IndexSample(SegmentationSample):
 
     @cached_property
     def labels(self) -> tuple[int, ...]:
-        present = np.flatnonzero(np.bincount(self.label_map.ravel()))
-        return tuple(id_ for id_ in present.tolist() if id_ not in (0, _VOID))
+        return tuple(np.setdiff1d(self.label_map, (0, _VOID)).tolist())
 
-    def _mask(self, label: int) -> np.ndarray:
+    def mask(self, label: int) -> np.ndarray:
         return self.label_map * ((self.label_map == label) | (self.label_map == _VOID))
 
     @cached_property
@@ -124,16 +117,14 @@ class _IndexSample(SegmentationSample):
         image = open_image(self.mask_path)
         if image.mode not in ("P", "L", "1"):
             raise ValueError(
-                f"{self.mask_path}: expected an index mask (palette or 8-bit grayscale PNG of class ids), but got mode "
-                f"{image.mode!r}; save class ids, not colours."
+                f"{self.mask_path}: a mask is a palette or 8-bit grayscale PNG of class ids, not of mode {image.mode!r}; save class "
+                "ids, not colours."
             )
         values = np.asarray(image).astype(np.uint8)
         present = np.flatnonzero(np.bincount(values.ravel(), minlength=256))
-        unknown = present[self.table[present] == _UNKNOWN].tolist()
-        if unknown:
+        if unknown := present[self.table[present] == _UNKNOWN].tolist():
             raise ValueError(
-                f"{self.mask_path}: expected the ids of the data set's classes, but got {unknown}; correct the mask or the "
-                "list of classes."
+                f"{self.mask_path}: the data set has no classes with the ids {unknown}; correct the mask or the list of classes."
             )
         return self.table.astype(np.uint8)[values]
 
@@ -157,72 +148,52 @@ class _COCOSample(SegmentationSample):
 
     @cached_property
     def label_map(self) -> np.ndarray:
-        instances = [(a["label"], self._union([a])) for a in self.annotations if not a["iscrowd"]]
-        # The smaller of two overlapping instances lies in front.
-        return self._painted(sorted(instances, key=lambda instance: -instance[1].sum()))
+        return self._painted(self.labels)
 
-    def _mask(self, label: int) -> np.ndarray:
-        return self._painted([(label, self._union([a for a in self.annotations if a["label"] == label]))])
+    def mask(self, label: int) -> np.ndarray:
+        return self._painted([label])
 
-    def _painted(self, masks: Sequence[tuple[int, np.ndarray]]) -> np.ndarray:
-        """Returns an array with the label of each mask on its pixels, and void on crowds."""
+    def _painted(self, labels: Sequence[int]) -> np.ndarray:
+        """Returns an array with each of these labels on the pixels of its instances, and void on crowds."""
+        areas = [
+            (self.void if annotation["iscrowd"] else annotation["label"], self._pixels(annotation))
+            for annotation in self.annotations
+            if annotation["iscrowd"] or annotation["label"] in labels
+        ]
         painted = np.zeros(self.size, _mask_type(self.num_classes))
-        for label, mask in (*masks, (self.void, self._union([a for a in self.annotations if a["iscrowd"]]))):
-            painted[mask] = label
+        # The smaller of two overlapping instances lies in front.
+        for value, pixels in sorted(areas, key=lambda area: (area[0] == self.void, -area[1].sum())):
+            painted[pixels] = value
         return painted
 
-    def _union(self, annotations: list[dict]) -> np.ndarray:
-        """Returns the pixels of all annotations, `(H, W)` boolean."""
-        union = np.zeros(self.size, bool)
-        for annotation in annotations:
-            try:
-                union |= self._pixels(annotation["segmentation"])
-            except Exception as error:  # pycocotools also raises plain `Exception`
-                raise ValueError(
-                    f"{self.annotation_path}: annotation {annotation['id']} of {self.image_path.name}: expected polygons "
-                    f"or run lengths within {self.size[0]}x{self.size[1]} pixels (height x width), but got {error}; "
-                    "correct the annotation, or the size that the file states for the image."
-                ) from error
-        return union
-
-    def _pixels(self, segmentation: list | dict) -> np.ndarray:
+    def _pixels(self, annotation: dict) -> np.ndarray:
         """Decodes polygons, or plain or compressed run lengths, to `(H, W)` boolean."""
-        height, width = self.size
-        if isinstance(segmentation, dict):
-            counts = segmentation["counts"]
-            counts = np.array(counts, np.int64) if isinstance(counts, list) else _run_lengths(counts)
-            if tuple(segmentation["size"]) != self.size or counts.min() < 0 or counts.sum() != height * width:
-                raise ValueError(f"run lengths of {counts.sum()} pixels for a size of {segmentation['size']}")
-            return np.repeat(np.arange(len(counts)) % 2 == 1, counts).reshape(width, height).T
-        if segmentation == []:
+        coco_mask, (height, width), runs = _pycocotools_mask(), self.size, annotation["segmentation"]
+        if runs == []:
             return np.zeros(self.size, bool)
-        far = 2 * max(self.size)  # the memory of pycocotools grows with the distance
-        if not all(len(p) >= 6 and len(p) % 2 == 0 and -far <= np.min(p) and np.max(p) <= far for p in segmentation):
-            raise ValueError("a polygon with fewer than 3 points, half a point or points far outside the image")
-        coco_mask = _pycocotools_mask()  # polygons [x1, y1, x2, y2, ...]
-        return coco_mask.decode(coco_mask.merge(coco_mask.frPyObjects(segmentation, height, width))).view(bool)
+        try:
+            if isinstance(runs, list):  # polygons [x1, y1, x2, y2, ...]; pycocotools takes two points for a box
+                if min(map(len, runs)) < 6:
+                    raise ValueError("a polygon has fewer than 3 points")
+                runs = coco_mask.merge(coco_mask.frPyObjects(runs, height, width))
+            elif isinstance(runs["counts"], list):
+                if sum(runs["counts"]) != height * width:  # pycocotools would leave the other pixels undefined
+                    raise ValueError(f"the run lengths are of {sum(runs['counts'])} pixels")
+                runs = coco_mask.frPyObjects(runs, *runs["size"])
+            if tuple(runs["size"]) != self.size:
+                raise ValueError(f"the run lengths are of {runs['size']} pixels")
+            return coco_mask.decode(runs).view(bool)
+        except Exception as error:  # pycocotools also raises plain `Exception`
+            raise ValueError(
+                f"{self.annotation_path}: annotation {annotation['id']} of {self.image_path.name} has no polygons or run lengths of "
+                f"{height}x{width} pixels (height x width), the stated size of the image: {error}."
+            ) from error
 
 
 def _pycocotools_mask() -> ModuleType:
     with require_extra("eval"):
         from pycocotools import mask
     return mask
-
-
-def _run_lengths(counts: str | bytes) -> np.ndarray:
-    """Decodes COCO's string of run lengths: base-32 digits, lowest first; from the fourth on, differences to the last but one."""
-    digits = np.frombuffer(counts.encode() if isinstance(counts, str) else counts, np.uint8).astype(np.int64) - 48
-    last = np.flatnonzero((digits & 32) == 0)  # bit 5 marks that a digit follows; bit 4 of the last digit is the sign
-    first = np.concatenate([[0], last[:-1] + 1])
-    length = last - first + 1
-    if digits.min() < 0 or digits.max() > 63 or length.sum() != len(digits) or length.max() > 8:
-        raise ValueError("a string that holds no run lengths")
-    place = np.arange(len(digits)) - np.repeat(first, length)
-    values = np.add.reduceat((digits & 31) << (5 * place), first)
-    values -= np.where(digits[last] & 16, 1 << (5 * length), 0)
-    values[1::2] = np.cumsum(values[1::2])
-    values[2::2] = np.cumsum(values[2::2])
-    return values
 
 
 class SegmentationDataset(Sequence):
@@ -257,7 +228,7 @@ class SegmentationDataset(Sequence):
         supercategories: Sequence[str] | None = None,
     ):
         layout = _LAYOUTS[name]
-        self.name, self.split, self.background, self.templates = name, split, layout.background, layout.templates
+        self.name, self.split, self.background, self.templates = name, split, bool(layout.background), layout.templates
         self.annotation_paths, self._samples = annotation_paths, samples
         self.synonyms = tuple((name,) for name in class_names)
         self.supercategories = None if supercategories is None else tuple(supercategories)
@@ -323,220 +294,234 @@ def load_segmentation(
         images and masks is checked when they are decoded.
     """
     if name not in _LAYOUTS:
-        raise ValueError(f"Expected one of the data sets {list(DATASETS)}, but got {name!r}: choose one of them.")
-    split = split or _LAYOUTS[name].split
-    dataset = SegmentationDataset(name, split, *_LAYOUTS[name].read(Path(root), split))
-    if not len(dataset):
-        raise ValueError(
-            f"{root}: expected at least one image for {name!r}, but got none in split {split!r}; complete the data."
-        )
+        raise ValueError(f"{name!r} is none of the data sets {', '.join(_LAYOUTS)}.")
+    layout, root = _LAYOUTS[name], Path(root)
+    if split and layout.split is None:
+        raise ValueError(f"{name} has no splits, such as {split!r}: name the folder of that split as root.")
+    split = split or layout.split
+    if layout.instances and not _found(root, layout.masks, split)[1]:
+        content = _instances(root, split)
+    else:
+        content = _index_masks(layout, root, split)
+    dataset = SegmentationDataset(name, split, *content)
     if overrides is not None:
         _override(dataset, overrides)
     return dataset
 
 
-# ------------------------------------------------------------------------- files: images of a split, and a mask for each
-
-
-def _voc_files(year: str, masks: str, lists: str, root: Path, split: str) -> tuple[list[Path], list[Path]]:
-    nested = root / "VOCdevkit" / year
-    devkit = next((path for path in (nested, root / year, root) if (path / "ImageSets").is_dir()), nested)
-    split_path = _split_file(devkit / "ImageSets" / lists, "{}.txt", split)
-    stems = [line.strip() for line in _read_text(split_path).splitlines() if line.strip()]
-    images = _find(devkit / "JPEGImages", [f"{stem}.jpg" for stem in stems], split_path)
-    return images, _find(devkit / masks, [f"{stem}.png" for stem in stems], split_path)
-
-
-def _with_masks(
-    images: Path, masks: Path, image_end: str = ".jpg", mask_end: str = ".png"
-) -> tuple[list[Path], list[Path]]:
-    """Returns the images of all masks in a folder, and these masks. Files of a pair have one stem before their ends."""
-    # Other programs write converted files beside them.
-    files = [file for file in _list(masks) if file.endswith(mask_end) and not file.endswith("TrainIds.png")]
-    stems = sorted(file.removesuffix(mask_end) for file in files)
-    return _find(images, [stem + image_end for stem in stems], masks), [masks / (stem + mask_end) for stem in stems]
-
-
-def _stuffthingmaps(root: Path, split: str) -> Path | None:
-    """Returns the folder of the PNG files of COCO-Stuff, None without one."""
-    folders = (root / name / split for name in ("stuffthingmaps", "annotations"))
-    return next((folder for folder in folders if folder.is_dir()), None)
-
-
-def _stuff_files(root: Path, split: str) -> tuple[list[Path], list[Path]]:
-    images = next((path for path in (root / "images" / split, root / split) if path.is_dir()), root / split)
-    return _with_masks(images, _stuffthingmaps(root, split) or root / "stuffthingmaps" / split)
-
-
-def _ade20k_files(root: Path, split: str) -> tuple[list[Path], list[Path]]:
-    folder = root / "ADEChallengeData2016" if (root / "ADEChallengeData2016").is_dir() else root
-    return _with_masks(folder / "images" / split, folder / "annotations" / split)
-
-
-def _cityscapes_files(root: Path, split: str) -> tuple[list[Path], list[Path]]:
-    images, masks = [], []
-    for city in sorted(_list(root / "gtFine" / split)):
-        folders = (root / kind / split / city for kind in ("leftImg8bit", "gtFine"))
-        pairs = _with_masks(*folders, "_leftImg8bit.png", "_gtFine_labelIds.png")
-        images, masks = images + pairs[0], masks + pairs[1]
-    return images, masks
-
-
-def _images_and_masks(root: Path, split: str | None) -> tuple[list[Path], list[Path]]:
-    """Returns the files of `images/` and, for each, the PNG file with the same stem in `masks/`."""
-    if split is not None:
-        raise ValueError(
-            f"Expected no split for a folder of masks, but got {split!r}; name that split's folder as root."
-        )
-    image_names = sorted(
-        name for name in _list(root / "images") if name.lower().endswith(IMAGE_SUFFIXES) and not name.startswith(".")
-    )
-    images = _find(root / "images", image_names, root)
-    stems = [image.stem for image in images]
-    if twice := [stem for stem, times in Counter(stems).items() if times > 1]:
-        raise ValueError(
-            f"{root / 'images'}: expected one image for each mask, but got several {twice[0]!r}; remove all but one."
-        )
-    return images, _find(root / "masks", [f"{stem}.png" for stem in stems], root / "images")
-
-
-# -------------------------------------------------------------------------- class names, samples and annotations of a split
-
-_Content = (
-    tuple  # class names, samples and annotation paths of a `SegmentationDataset`, and perhaps its supercategories
-)
-
-
-def _index_masks(
-    files: Callable[[Path, str | None], tuple[list[Path], list[Path]]],
-    class_names: Sequence[str],
-    root: Path,
-    split: str | None,
-    values: Sequence[int] | None = None,
-    background: Sequence[int] = (0,),
-    void: Sequence[int] = (),
-) -> _Content:
-    """
-    Reads index masks: images and masks are `files(root, split)`. In the masks, `values` are the classes, by default 1..K, and
-    `background` and `void` are these, like 255 if it is not named. Further values are errors.
-    """
-    images, masks = files(root, split)
-    table = np.full(256, _UNKNOWN, np.int16)
-    table[[_VOID, *void]] = _VOID
-    table[list(background)] = 0
-    table[list(values or range(1, len(class_names) + 1))] = range(1, len(class_names) + 1)
-    samples = [_IndexSample(image.stem, image, len(class_names), mask, table) for image, mask in zip(images, masks)]
-    return class_names, samples, masks
-
-
-def _folder(root: Path, split: str | None) -> _Content:
-    classes = root / "classes.txt"
-    class_names, samples, masks = _index_masks(_images_and_masks, _read_class_names(classes), root, split)
-    return class_names, samples, [classes, *masks]
-
-
-def _coco_object(root: Path, split: str) -> _Content:
-    """Reads stuffthingmaps, or else instances. The background is all that is no thing, also unlabelled, as in GroupViT's conversion."""
-    if _stuffthingmaps(root, split) is None:
-        return _instances(root, split)
-    background = (*_STUFF_VALUES[80:], _VOID)
-    return _index_masks(_stuff_files, COCO_THINGS, root, split, _STUFF_VALUES[:80], background)
-
-
-def _instances(root: Path, split: str) -> _Content:
-    _pycocotools_mask()  # raises now if the package is missing
-    path = _split_file(root / "annotations", "instances_{}.json", split)
-    try:
-        content = json.loads(_read_text(path))
-        categories, images = (sorted(content[kind], key=itemgetter("id")) for kind in ("categories", "images"))
-        class_names, names = [item["name"] for item in categories], [item["file_name"] for item in images]
-        sizes = [(image["height"], image["width"]) for image in images]
-        labels = {category["id"]: label for label, category in enumerate(categories, start=1)}
-        annotations = {image["id"]: [] for image in images}
-        keys = [("image id", image["id"]) for image in images]
-        keys += [(f"category {key}", item[key]) for item in categories for key in ("id", "name")]
-        if twice := next((key for key, times in Counter(keys).items() if times > 1), None):
-            raise ValueError("the {} {!r:.100} more than once".format(*twice))
-        if not all(isinstance(name, str) for name in class_names + names):
-            raise ValueError("categories or images without a name")
-        for item in content["annotations"]:
-            if item["category_id"] not in labels or item["image_id"] not in annotations:
-                raise ValueError(
-                    f"annotation {item['id']} has the unlisted category {item['category_id']} or image {item['image_id']}"
-                )
-            kept = {"id": item["id"], "label": labels[item["category_id"]], "iscrowd": bool(item["iscrowd"])}
-            annotations[item["image_id"]].append(kept | {"segmentation": item["segmentation"]})
-    except (KeyError, TypeError, ValueError, RecursionError) as error:
-        raise ValueError(
-            f"{path}: expected COCO instance annotations (categories, images, annotations), but got "
-            f"{type(error).__name__}: {error}; download it again, or correct it."
-        ) from error
-    samples = [
-        _COCOSample(image.stem, image, len(class_names), size, path, annotations[id_])
-        for image, size, id_ in zip(_find(root / split, names, path), sizes, annotations)
-    ]
-    supercategories = [str(item.get("supercategory", "")) for item in categories]
-    return class_names, samples, [path], supercategories if all(supercategories) else None
-
-
 class _Layout(NamedTuple):
     """
-    A data set. Its content is `read(root, split)`, with the default `split`. The classes of `stuff` have no instances; None if the data
-    set does not tell. The data sets of ICLIP's paper, and folders, have its prompt; others have CLIP's, as papers on segmentation do.
+    Files and mask values of a data set.
+
+    Attributes:
+        images, masks: patterns of the files below the root, with `<split>`; of alternatives in braces, the first that finds files. `*` is
+            the same in both files of a pair. Images of any format, if their pattern ends with `*`, have a mask each. Otherwise masks
+            have an image each.
+        classes: the names, by id; None if `classes.txt` holds them.
+        split: the default.
+        lists: pattern of the file that names the pairs, where the folders hold others too.
+        instances: whether COCO's file of instances is read if there are no masks.
+        values: those of the classes in the masks, by default 1..K; 255 is void, unless `background` names it. Others are errors.
+        stuff: classes without instances; None if the data set does not tell.
+        templates: those of ICLIP's paper for its data sets and for folders; others have CLIP's, as papers on segmentation do.
     """
 
-    read: Callable[[Path, str | None], _Content]
+    images: str
+    masks: str
+    classes: Sequence[str] | None
     split: str | None
+    lists: str = ""
+    instances: bool = False
+    values: Sequence[int] | None = None
+    background: Sequence[int] = (0,)
+    void: Sequence[int] = ()
     stuff: Sequence[str] | None = ()
-    background: bool = True
     templates: tuple[str, ...] = IMAGENET_TEMPLATES
 
 
 _PHOTO = ("a photo of the {}",)
-_VOC = partial(_index_masks, partial(_voc_files, "VOC2012", "SegmentationClass", "Segmentation"), VOC)
-_CONTEXT = partial(
-    _index_masks, partial(_voc_files, "VOC2010", "SegmentationClassContext", "SegmentationContext"), CONTEXT
+_VOC = _Layout(
+    "{VOCdevkit/VOC2012/,VOC2012/,}JPEGImages/*.jpg",
+    "{VOCdevkit/VOC2012/,VOC2012/,}SegmentationClass/*.png",
+    VOC,
+    "val",
+    "{VOCdevkit/VOC2012/,VOC2012/,}ImageSets/Segmentation/<split>.txt",
 )
+_CONTEXT = _Layout(
+    "{VOCdevkit/VOC2010/,VOC2010/,}JPEGImages/*.jpg",
+    "{VOCdevkit/VOC2010/,VOC2010/,}SegmentationClassContext/*.png",
+    CONTEXT,
+    "val",
+    "{VOCdevkit/VOC2010/,VOC2010/,}ImageSets/SegmentationContext/<split>.txt",
+    stuff=None,
+)
+_WITHOUT_BACKGROUND = {"background": (), "void": (0,)}
 # Values of COCO's things, then of its stuff, in the stuffthingmaps: one less than the category ids, of which 11 are not used.
 _STUFF_VALUES = [value for value in range(182) if value not in (11, 25, 28, 29, 44, 65, 67, 68, 70, 82, 90)]
-_COCO_STUFF = partial(_index_masks, _stuff_files, COCO_STUFF, values=_STUFF_VALUES, background=())
-_ADE20K = partial(_index_masks, _ade20k_files, ADE20K, background=(), void=(0,))
+_COCO_STUFF = _Layout(
+    "{images/,}<split>/*.jpg",
+    "{stuffthingmaps,annotations}/<split>/*.png",
+    COCO_STUFF,
+    "val2017",
+    values=_STUFF_VALUES,
+    background=(),
+    stuff=COCO_STUFF[len(COCO_THINGS) :],
+)
 # Label ids of Cityscapes' 19 classes.
 _CITYSCAPES_VALUES = (7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33)
-_CITYSCAPES = partial(
-    _index_masks, _cityscapes_files, CITYSCAPES, values=_CITYSCAPES_VALUES, background=(), void=range(35)
-)
-_CAMVID = partial(_index_masks, _images_and_masks, CAMVID, values=range(11), background=(), void=(11,))
+_FOLDER = _Layout("images/*", "masks/*.png", None, None, stuff=None, templates=_PHOTO)
 _LAYOUTS = {
-    "voc2012": _Layout(_VOC, "val", templates=_PHOTO),
-    "coco2017": _Layout(_instances, "val2017", templates=_PHOTO),
-    "folder": _Layout(_folder, None, None, templates=_PHOTO),
-    "voc21": _Layout(_VOC, "val"),
-    "voc20": _Layout(partial(_VOC, background=(), void=(0,)), "val", background=False),
-    "context60": _Layout(_CONTEXT, "val", None),
-    "context59": _Layout(partial(_CONTEXT, background=(), void=(0,)), "val", None, background=False),
-    "coco_object": _Layout(_coco_object, "val2017"),
-    "coco_stuff": _Layout(_COCO_STUFF, "val2017", COCO_STUFF[len(COCO_THINGS) :], background=False),
-    "ade20k": _Layout(_ADE20K, "validation", ADE20K_STUFF, background=False),
-    "cityscapes": _Layout(_CITYSCAPES, "val", CITYSCAPES[: CITYSCAPES.index("person")], background=False),
-    "camvid": _Layout(_CAMVID, None, CAMVID_STUFF, background=False),
+    "voc2012": _VOC._replace(templates=_PHOTO),
+    "coco2017": _Layout("", "", None, "val2017", instances=True, templates=_PHOTO),
+    "folder": _FOLDER,
+    "voc21": _VOC,
+    "voc20": _VOC._replace(**_WITHOUT_BACKGROUND),
+    "context60": _CONTEXT,
+    "context59": _CONTEXT._replace(**_WITHOUT_BACKGROUND),
+    # The background is all that is no thing, also unlabelled, as in GroupViT's conversion.
+    "coco_object": _COCO_STUFF._replace(
+        classes=COCO_THINGS,
+        instances=True,
+        values=_STUFF_VALUES[:80],
+        background=(*_STUFF_VALUES[80:], _VOID),
+        stuff=(),
+    ),
+    "coco_stuff": _COCO_STUFF,
+    "ade20k": _Layout(
+        "{ADEChallengeData2016/,}images/<split>/*.jpg",
+        "{ADEChallengeData2016/,}annotations/<split>/*.png",
+        ADE20K,
+        "validation",
+        stuff=ADE20K_STUFF,
+        **_WITHOUT_BACKGROUND,
+    ),
+    "cityscapes": _Layout(
+        "leftImg8bit/<split>/**/*_leftImg8bit.png",
+        "gtFine/<split>/**/*_gtFine_labelIds.png",
+        CITYSCAPES,
+        "val",
+        values=_CITYSCAPES_VALUES,
+        background=(),
+        void=range(35),
+        stuff=CITYSCAPES[: CITYSCAPES.index("person")],
+    ),
+    "camvid": _FOLDER._replace(
+        classes=CAMVID,
+        values=range(11),
+        background=(),
+        void=(11,),
+        stuff=CAMVID_STUFF,
+        templates=IMAGENET_TEMPLATES,
+    ),
 }
+
+_Content = tuple  # class names, samples, annotation paths and perhaps supercategories of a `SegmentationDataset`
+
+
+def _around(pattern: str) -> tuple[str, str]:
+    """Returns what is before and behind the `*` of a pattern."""
+    return pattern.partition("*")[0], pattern.rpartition("*")[2]
+
+
+def _alternatives(pattern: str, split: str | None) -> list[str]:
+    return expand_braces(pattern.replace("<split>", split or ""))
+
+
+def _found(root: Path, pattern: str, split: str | None) -> tuple[str, dict[str, Path]]:
+    """
+    Returns the first alternative of a pattern that finds files, else the last, and these files by what `*` is in them. They are listed,
+    because single look-ups are slow on network drives.
+    """
+    for chosen in _alternatives(pattern, split):
+        start, end = _around(chosen)
+        # Other programs write converted masks beside those of a data set.
+        paths = [
+            path for path in glob.glob(chosen, root_dir=root, recursive=True) if not path.endswith("TrainIds.png")
+        ]
+        names = sorted(path.removeprefix(start).removesuffix(end) for path in paths)
+        if not end:
+            names = [name for name in names if name.lower().endswith(IMAGE_SUFFIXES)]
+        files = {name if end else os.path.splitext(name)[0]: root / f"{start}{name}{end}" for name in names}
+        if len(files) < len(names):
+            raise ValueError(f"{root / start}: two images differ only in their suffix; remove one.")
+        if files:
+            break
+    return chosen, files
+
+
+def _index_masks(layout: _Layout, root: Path, split: str | None) -> _Content:
+    image_pattern, images = _found(root, layout.images, split)
+    mask_pattern, masks = _found(root, layout.masks, split)
+    names = [*images] if image_pattern.endswith("*") else [*masks]
+    if layout.lists:
+        lists = [root / path for path in _alternatives(layout.lists, split)]
+        lines = _read_text(next(filter(Path.is_file, lists), lists[0])).splitlines()
+        names = [line.strip() for line in lines if line.strip()]
+    if not names:
+        raise FileNotFoundError(
+            f"{root}: there are no pairs of {image_pattern} and {mask_pattern}; check the root, the split and the layout of the data."
+        )
+    for pattern, files in ((image_pattern, images), (mask_pattern, masks)):
+        if missing := [name for name in names if name not in files]:
+            raise FileNotFoundError(
+                f"{root / missing[0].join(_around(pattern))}: this file is missing ({len(missing)} of {len(names)} are); complete the "
+                "data."
+            )
+    listed = [] if layout.classes else [root / "classes.txt"]
+    class_names = layout.classes or _read_class_names(listed[0])
+    count = len(class_names)
+    table = np.full(256, _UNKNOWN, np.int16)
+    table[[_VOID, *layout.void]] = _VOID
+    table[list(layout.background)] = 0
+    table[list(layout.values or range(1, count + 1))] = range(1, count + 1)
+    samples = [_IndexSample(images[name].stem, images[name], count, masks[name], table) for name in names]
+    return class_names, samples, [*listed, *(masks[name] for name in names)]
+
+
+def _instances(root: Path, split: str) -> _Content:
+    _pycocotools_mask()  # raises now if the package is missing
+    path = root / "annotations" / f"instances_{split}.json"
+    try:
+        content = json.loads(_read_text(path))
+        categories, images = (sorted(content[kind], key=itemgetter("id")) for kind in ("categories", "images"))
+        class_names = [category["name"] for category in categories]
+        labels = {category["id"]: label for label, category in enumerate(categories, start=1)}
+        sizes = {image["file_name"]: (image["height"], image["width"]) for image in images}
+        annotations = {image["id"]: [] for image in images}
+        if len(labels) < len(categories) or not len(annotations) == len(sizes) == len(images):
+            raise ValueError("two categories or images have the same id or file")
+        for item in content["annotations"]:
+            if item["category_id"] not in labels or item["image_id"] not in annotations:
+                raise ValueError(f"annotation {item['id']} is of a category or an image that is not listed")
+            kept = {"id": item["id"], "label": labels[item["category_id"]], "iscrowd": bool(item["iscrowd"])}
+            annotations[item["image_id"]].append(kept | {"segmentation": item["segmentation"]})
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"{path}: these are no COCO instance annotations (categories, images, annotations): {type(error).__name__}: {error}"
+        ) from error
+    present = {*os.listdir(root / split)}  # once, because single look-ups are slow on network drives
+    if missing := [name for name in sizes if name not in present]:
+        raise FileNotFoundError(
+            f"{root / split / missing[0]}: {path} names this image, but it is missing ({len(missing)} of {len(sizes)} are); complete the "
+            "data."
+        )
+    samples = [
+        _COCOSample(Path(name).stem, root / split / name, len(class_names), size, path, of_image)
+        for (name, size), of_image in zip(sizes.items(), annotations.values(), strict=True)
+    ]
+    supercategories = [category.get("supercategory") for category in categories]
+    return class_names, samples, [path], supercategories if all(supercategories) else None
 
 
 def _read_class_names(path: Path) -> list[str]:
     """Reads the names of the classes of a folder of masks."""
-    class_names = [line.strip() for line in _read_text(path).rstrip().splitlines()]
-    wrong = (
-        f"{name!r:.100} in line {line}"
-        for line, name in enumerate(class_names, 1)
-        if name in ("", *class_names[: line - 1]) or (line, name) == (1, "background")
-    )
-    if problem := next(wrong, None) if 1 <= len(class_names) < _VOID else f"{len(class_names)} of them":
+    names = [line.strip() for line in _read_text(path).rstrip().splitlines()]
+    if not 1 <= len(names) < _VOID or "" in names or len({*names}) < len(names) or names[0] == "background":
         raise ValueError(
-            f"{path}: expected 1 to {_VOID - 1} different class names without the background, one in each line (line 1 names class "
-            f"id 1), but got {problem}; correct the list."
+            f"{path}: line 1 names class id 1, without the background; there are 1 to {_VOID - 1} lines with different names, and none is "
+            "blank."
         )
-    return class_names
+    return names
 
 
 def _override(dataset: SegmentationDataset, overrides: str | os.PathLike | Mapping) -> None:
@@ -546,49 +531,40 @@ def _override(dataset: SegmentationDataset, overrides: str | os.PathLike | Mappi
         where = Path(overrides)
         overrides = _read_class_lines(where, dataset) if where.suffix.lower() == ".txt" else _read_mapping(where)
 
-    def check(holds: bool, expected: str, got: object) -> None:
-        if not holds:
-            raise ValueError(f"{where}: expected {expected}, but got {reprlib.repr(got):.300}; correct this entry.")
-
-    def texts(entry: str, given: object) -> tuple[str, ...]:
+    def texts(given: str | Sequence[str]) -> tuple[str, ...]:
         several = (given,) if isinstance(given, str) else given
         whole = isinstance(several, Sequence) and several and all(isinstance(t, str) and t.strip() for t in several)
-        check(whole, f"{entry} to be text (quoted, in YAML) or a list of texts", given)
+        if not whole:
+            raise ValueError(f"{where}: {given!r} is neither text (quoted, in YAML) nor a list of texts.")
         return tuple(several)
 
-    for key in overrides:
-        check(key in ("names", "background", "templates"), "only the keys 'names', 'background' and 'templates'", key)
-    names = overrides.get("names", {})
-    check(isinstance(names, Mapping), "'names' to map old names to new ones", names)
-    for old in names:
-        check(old in dataset.class_names, f"'names' to have keys out of {list(dataset.class_names)}", old)
-    synonyms = [texts(f"the new name of {name!r}", names.get(name, name)) for name in dataset.class_names]
-    background = texts("'background'", overrides["background"]) if "background" in overrides else ()
-    without = f"no 'background' for {dataset.name!r}, whose background is void"
-    check(dataset.background or not background, without, background)
-    for name, times in Counter(name for several in (background, *synonyms) for name in several).items():
-        check(times == 1, "'names' to keep the classes distinct", name)
-
-    templates = overrides.get("templates", dataset.templates)
-    whole = isinstance(templates, Sequence) and templates
-    whole = whole and all(isinstance(template, str) and template.count("{}") == 1 for template in templates)
-    check(whole, "'templates' to be a list of texts, each with one '{}' in the class name's place", templates)
-    dataset.synonyms, dataset.background_texts = tuple(synonyms), background
-    dataset.templates = tuple(templates)
+    names = overrides.get("names") or {}
+    if not isinstance(names, Mapping):
+        raise ValueError(f"{where}: names maps names of classes to others, and {names!r:.100} does not.")
+    known = {"names", "background", "templates"}, {*dataset.class_names}
+    if unknown := [key for keys, of in zip((overrides, names), known) for key in keys if key not in of]:
+        raise ValueError(
+            f"{where}: {unknown[0]!r} is neither an entry (names, background, templates) nor a class of {dataset.name!r}."
+        )
+    dataset.synonyms = tuple(texts(names.get(name, name)) for name in dataset.class_names)
+    dataset.background_texts = texts(overrides["background"]) if "background" in overrides else ()
+    if dataset.background_texts and not dataset.background:
+        raise ValueError(f"{where}: texts of the background are of no use, because that of {dataset.name!r} is void.")
+    every = [text for several in (dataset.background_texts, *dataset.synonyms) for text in several]
+    if twice := [text for text in every if every.count(text) > 1]:
+        raise ValueError(f"{where}: {twice[0]!r} names two classes.")
+    dataset.templates = tuple(check_templates(overrides.get("templates", dataset.templates)))
 
 
 def _read_class_lines(path: Path, dataset: SegmentationDataset) -> Mapping:
     """Reads a text file with a line for each class, synonyms separated by commas, and perhaps one for the background before."""
     lines = [[text.strip() for text in line.split(",")] for line in _read_text(path).rstrip().splitlines()]
-    count = len(dataset.labels)
-    with_background = dataset.background and len(lines) == count + 1
-    if len(lines) != count and not with_background:
-        optional = f", or {count + 1} with the texts of the background first" if dataset.background else ""
+    background = {"background": lines.pop(0)} if dataset.background and len(lines) == len(dataset.labels) + 1 else {}
+    if len(lines) != len(dataset.labels):
         raise ValueError(
-            f"{path}: expected {count} lines, one for each class of {dataset.name!r}{optional}, but got {len(lines)}; "
-            "correct the list."
+            f"{path}: {dataset.name!r} has {len(dataset.labels)} classes with a line for each, and this file has {len(lines)}; if the data "
+            "set has a background, a line with its texts may come first."
         )
-    background = {"background": lines.pop(0)} if with_background else {}
     return {"names": dict(zip(dataset.class_names, lines)), **background}
 
 
@@ -597,52 +573,13 @@ def _read_mapping(path: Path) -> Mapping:
 
     parse = json.loads if path.suffix.lower() == ".json" else yaml.safe_load
     try:
-        content = parse(_read_text(path))
-        if not isinstance(content, Mapping):
-            raise ValueError(f"a {type(content).__name__} instead of a mapping with 'names' or 'templates'")
-    except (ValueError, yaml.YAMLError, RecursionError) as error:
-        raise ValueError(
-            f"{path}: expected JSON or YAML, as its suffix says, but got: {error}; correct it."
-        ) from error
-    return content
+        return dict(parse(_read_text(path)))
+    except (ValueError, TypeError, yaml.YAMLError) as error:
+        raise ValueError(f"{path}: this is no mapping in JSON or YAML, as its suffix says: {error}") from error
 
 
 def _read_text(path: Path) -> str:
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"{path}: expected a file, but there is none; check the path and the layout of the data."
-        )
     try:
         return path.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: expected UTF-8 text, but got {error}; save it as UTF-8.") from error
-
-
-def _split_file(folder: Path, pattern: str, split: str) -> Path:
-    path = folder / pattern.format(split)
-    if not path.is_file():
-        start, end = pattern.split("{}")
-        splits = sorted(file.name[len(start) : -len(end)] for file in folder.glob(pattern.format("*")))
-        raise FileNotFoundError(
-            f"{path}: expected the list of split {split!r}, but there is none; "
-            + (f"available: {', '.join(splits)}." if splits else "check the root and the layout of the data.")
-        )
-    return path
-
-
-def _list(folder: Path) -> list[str]:
-    if not folder.is_dir():
-        raise FileNotFoundError(f"{folder}: expected a folder, but there is none; check the root and the layout.")
-    return os.listdir(folder)
-
-
-def _find(folder: Path, names: list[str], listed_in: Path) -> list[Path]:
-    """Returns the paths of files in a folder. Lists the folder once, because single look-ups are slow on network drives."""
-    present = set(_list(folder))
-    missing = [name for name in names if name not in present]
-    if missing:
-        raise FileNotFoundError(
-            f"{folder / missing[0]!s:.500}: expected a file, as {listed_in} implies, but it is missing "
-            f"({len(missing)} of {len(names)} are); complete the data."
-        )
-    return [folder / name for name in names]
+        raise ValueError(f"{path}: this file is not UTF-8 ({error}); save it as UTF-8.") from error

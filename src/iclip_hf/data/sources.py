@@ -7,28 +7,26 @@ can be checked before a run.
 
 from __future__ import annotations
 
+import codecs
 import csv
 import glob
 import hashlib
 import io
 import json
 import logging
-import math
 import os
+import random
 import re
 import tarfile
 from array import array
-from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
-from copy import copy
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
-from tqdm import tqdm
 
 from ..images import IMAGE_SUFFIXES
-from ..utils.digests import content_digest, file_state
+from ..utils.digests import file_state
 from ..utils.extras import require_extra
 from ..utils.files import cache_folder, keep_in_cache
 from ..utils.hub_ids import may_be_hub_id
@@ -47,7 +45,7 @@ CAPTION_COLUMNS = ("captions", "txt", "caption", "text", "title")
 CLASS_CAPTION = "a photo of a {}"  # of the images in a folder that is named by their class
 
 # What `Source.read` may raise for a pair that cannot be used.
-BAD_PAIR = (ValueError, RecursionError, tarfile.TarError, csv.Error)
+BAD_PAIR = (ValueError, tarfile.TarError)
 
 
 class Columns(NamedTuple):
@@ -61,38 +59,32 @@ class Columns(NamedTuple):
         """Returns the usual columns, or only the given one."""
         return cls((image,) if image else IMAGE_COLUMNS, (caption,) if caption else CAPTION_COLUMNS)
 
-    def check(self, where: str | os.PathLike, found: Sequence[str]) -> None:
+    def check(self, where: str | os.PathLike, found: Iterable[str]) -> None:
         """Raises `ValueError` if a table has no column for the image or none for the captions."""
         for what, wanted in zip(("image", "caption"), self):
             if not set(wanted) & set(found):
-                expected = repr(wanted[0]) if len(wanted) == 1 else f"one of {', '.join(wanted)}"
                 raise ValueError(
-                    f"{where}: expected the column of the {what} to be {expected}, but got {', '.join(map(repr, found))}; add "
-                    f"a header line, or name the column by --{what}_column."
+                    f"{where}: no column for the {what} ({' or '.join(map(repr, wanted))}) is among {', '.join(map(repr, found))}; add a "
+                    f"header line, or name the column by --{what}_column."
                 )
 
     def captions(self, row: Mapping) -> list[str]:
-        """Returns the captions of the first column with text, stripped. Raises `ValueError` if there is none."""
+        """Returns the captions of the first column with text, stripped; none without text."""
         within = row["json"] if isinstance(row.get("json"), Mapping) else {}
-        for column in self.caption:
-            for value in (row.get(column), within.get(column)):
-                if captions := _captions(column, value):
-                    return captions
-        raise ValueError("no caption")
+        found = (_captions(column, of.get(column)) for column in self.caption for of in (row, within))
+        return next(filter(None, found), [])
 
 
 def _captions(column: str, value) -> list[str]:
-    """Returns the captions in a value of a column, which may be none. Raises `ValueError` if it is not text."""
-    if not (value.strip() if isinstance(value, str) else value):
-        return []
+    """Returns the captions in a value of a column, none if it is neither text nor a list of texts."""
     if column == "captions" and isinstance(value, str):  # of a .csv or .tsv
-        value = json.loads(value)
-    if isinstance(value, str):
-        value = [value]
-    if not isinstance(value, list) or not all(isinstance(caption, str) for caption in value):
-        raise ValueError(f"expected text or a list of texts in {column!r}, but got {value!r:.100}")
+        try:
+            value = json.loads(value)
+        except ValueError:
+            return []
+    several = [value] if isinstance(value, str) else value if isinstance(value, list) else []
     # JSON escapes can contain lone surrogates, which tokenizers refuse.
-    captions = (caption.encode(errors="ignore").decode().strip() for caption in value)
+    captions = [text.encode(errors="ignore").decode().strip() for text in several if isinstance(text, str)]
     return [caption for caption in captions if caption]
 
 
@@ -106,75 +98,88 @@ class RawPair(NamedTuple):
     Attributes:
         image: encoded image, or path of its file.
         name: name of the image for errors; None if it is the path.
-        row: columns with the captions.
+        captions: all captions; none for a pair without.
         key: name of the pair.
     """
 
     image: bytes | Path
     name: str | None
-    row: Mapping
+    captions: list[str]
     key: str
 
 
-class Source:
-    """`length` pairs in one place, each in a range of `unit`s, by default one."""
+class BadPairError(ValueError):
+    """A pair is unusable: its image is broken or missing, or it has no caption."""
 
-    unit = "rows"
-    length: int
+
+class BadPairTally:
+    """
+    Counts good and bad pairs of this process. Logs bad pairs, and raises `ValueError` if their share is too large. A pair of a data
+    set counts once, in whatever number of epochs it is read; those of a stream have no index and count each time.
+    """
+
+    def __init__(self, max_bad_share: float, pairs: int | None = None):
+        self._max_bad_share = max_bad_share
+        self._counts_from = 100 if pairs is None else min(100, pairs)  # from so many on, the share is meaningful
+        self._seen = bytearray(pairs or 0)
+        self._read = self._bad = 0
+        self._last_error: BadPairError | None = None
+
+    def add(self, index: int | None = None, error: BadPairError | None = None) -> None:
+        if index is not None:
+            if self._seen[index]:
+                return
+            self._seen[index] = True
+        self._read += 1
+        if error is not None:
+            self._bad += 1
+            self._last_error = error
+            if self._bad <= 10 or self._bad.bit_count() == 1:  # later only the 16th, 32nd, 64th, ...
+                logger.warning("Bad pair, number %d among %d: %s", self._bad, self._read, error)
+        if self._read >= self._counts_from and self._bad > self._max_bad_share * self._read:
+            raise ValueError(
+                f"{self._bad} of the {self._read} pairs read so far are bad, more than max_bad_share ({self._max_bad_share:.2%}): fix the "
+                f"data, or raise it. The last one: {self._last_error}"
+            )
+
+
+def _draw(captions: list[str], seed: int, epoch: int, key: int | str) -> str:
+    return random.Random(f"{seed}/{epoch}/{key!r}").choice(captions) if len(captions) > 1 else captions[0]
+
+
+class Source:
+    """`count` pairs in one place, each in a range of it, by default one row."""
+
+    count: int
 
     def __init__(self, path: Path, columns: Columns = USUAL_COLUMNS):
         self.path, self.columns = path, columns
 
     def ranges(self) -> np.ndarray:
         """Returns the range (start, end) of each pair, `(N, 2)` int64."""
-        first = np.arange(self.length, dtype=np.int64)
-        return np.stack([first, first + 1], 1)
+        return np.arange(self.count, dtype=np.int64)[:, None] + [0, 1]
 
     def read(self, start: int, end: int) -> RawPair:
         """Returns the pair in a range. Raises `OSError` if the source no longer exists, one of `BAD_PAIR` if the pair is unusable."""
         raise NotImplementedError
 
-    def image_files(self, ranges: np.ndarray) -> list[Path | None]:
-        """Returns the image file of each pair, None for an image within the source and for a pair that cannot be read."""
+    def place(self, start: int) -> str:
+        """Returns how errors name the pair that begins there."""
+        return f"{self.path}, row {start + 1}"
 
-        files = []
-        for start, end in ranges.tolist():
-            image = None
-            with suppress(*BAD_PAIR):
-                image = self.read(start, end).image
-            files.append(image if isinstance(image, Path) else None)
-        return files
+    def image_files(self, ranges: np.ndarray) -> list[Path | None]:
+        """Returns the image file of each pair, None for an image within the source and for a pair without an image."""
+        return [None] * len(ranges)
 
     def files(self) -> list[str | Path]:
         """Returns the files of the source itself."""
         return [self.path]
 
-    def fingerprint(self, ranges: np.ndarray) -> str:
-        """Returns a digest over names and content of the source and of the image files that it names."""
-        return content_digest([*self.files(), *filter(None, self.image_files(ranges))])
-
-
-class _ByteRanges(Source):
-    """A file of which each pair is a range of bytes."""
-
-    unit = "bytes"
-
-    def read(self, start: int, end: int) -> RawPair:
-        try:
-            with open(self.path, "rb", buffering=0) as opened:
-                opened.seek(start)
-                block = opened.read(end - start)
-        except OSError as error:
-            raise OSError(
-                f"{self.path}: the run started with it, but now: {error}; restore it, then rerun to resume."
-            ) from error
-        return self.parse(block)
-
 
 _INDEX_VERSION = b"2"  # of the ranges that are kept on disk
 
 
-class TarShard(_ByteRanges):
+class TarShard(Source):
     """
     A tar file in the form of webdataset. Adjacent members with the same key are a pair, and a member whose full name repeats begins
     the next one. Their bytes are a small tar file.
@@ -201,33 +206,11 @@ class TarShard(_ByteRanges):
         keep_in_cache(cached, write)
         return ranges
 
-    def image_files(self, ranges: np.ndarray) -> list[None]:
-        return [None] * len(ranges)  # they are within the shard, which need not be read for this
-
-    def parse(self, block: bytes) -> RawPair:
-        row, image, name = {}, None, None
-        with tarfile.open(fileobj=io.BytesIO(block), mode="r:") as tar:
-            for member in tar:
-                key, suffix = _key_and_suffix(member)
-                data = block[member.offset_data : member.offset_data + member.size]
-                if suffix in IMAGE_SUFFIXES:
-                    if image is not None:
-                        raise ValueError(f"two images of the key {key!r}, in {name} and {member.name!r}")
-                    image, image_key, name = data, key, f"{str(self.path)!r}: {member.name!r}"
-                elif suffix in (".txt", ".json"):
-                    row[suffix[1:]] = json.loads(data) if suffix == ".json" else data.decode()
-        if image is None:
-            raise ValueError("no image beside its text; members of a pair must be neighbours (`tar --sort=name`)")
-        return RawPair(image, name, row, image_key)
-
     def _scan(self) -> np.ndarray:
-        ranges, last_key, suffixes, size = array("q"), None, set(), self.path.stat().st_size
+        ranges, last_key, suffixes = array("q"), None, set()
         try:
             with tarfile.open(self.path, "r:") as tar:
-                # Without any member the offset is 0, and Python 3.10 would seek to -1.
-                while tar.offset and (member := tar.next()) is not None:
-                    if not member.offset < tar.offset <= size:  # the size in the header may exceed the file
-                        raise tarfile.ReadError(f"unexpected end of data, in the member at byte {member.offset}")
+                for member in tar:
                     key, suffix = _key_and_suffix(member)
                     if key is not None:
                         if key != last_key or suffix in suffixes:
@@ -240,131 +223,140 @@ class TarShard(_ByteRanges):
                 tar.fileobj.seek(tar.offset)
                 if tar.fileobj.read(tarfile.BLOCKSIZE).strip(b"\0"):  # tarfile ends silently at a damaged header
                     raise tarfile.ReadError(f"no member begins at byte {tar.offset}")
-        # Numbers in a damaged header may have any value.
-        except (tarfile.TarError, ValueError, OverflowError, MemoryError, RecursionError) as error:
-            problem = str(error) or type(error).__name__
+        except (tarfile.TarError, ValueError) as error:
             raise ValueError(
-                f"{self.path}: expected a whole tar file without compression, but got: {problem}; decompress it, or get it "
-                "again."
+                f"{self.path}: this is no whole tar file without compression ({error}); decompress it, or get it again."
             ) from error
         return np.array(ranges, np.int64).reshape(-1, 2)
 
+    def read(self, start: int, end: int) -> RawPair:
+        row, image, name = {}, None, None
+        with open(self.path, "rb", buffering=0) as opened:
+            opened.seek(start)
+            block = opened.read(end - start)
+        with tarfile.open(fileobj=io.BytesIO(block), mode="r:") as tar:
+            for member in tar:
+                key, suffix = _key_and_suffix(member)
+                data = block[member.offset_data : member.offset_data + member.size]
+                if suffix in IMAGE_SUFFIXES:
+                    if image is not None:
+                        raise ValueError(f"two images of the key {key!r}, in {name} and {member.name!r}")
+                    image, image_key, name = data, key, f"{str(self.path)!r}: {member.name!r}"
+                elif suffix in (".txt", ".json"):
+                    row[suffix[1:]] = json.loads(data) if suffix == ".json" else data.decode()
+        if image is None:
+            raise ValueError("no image beside its text; members of a pair must be neighbours (`tar --sort=name`)")
+        return RawPair(image, name, self.columns.captions(row), image_key)
 
-class Table(_ByteRanges):
+    def place(self, start: int) -> str:
+        return f"{self.path}, byte {start}"
+
+
+def _key_and_suffix(member: tarfile.TarInfo) -> tuple[str | None, str]:
+    """Returns the key of webdataset (the path up to the first dot of the file name) and the suffix; (None, "") for other members."""
+    folder, slash, name = member.name.rpartition("/")
+    stem, dot, suffix = name.partition(".")
+    if not member.isreg() or not stem or not dot:
+        return None, ""
+    return f"{folder}{slash}{stem}", f".{suffix.lower()}"
+
+
+class ImageList(Source):
     """
-    A text file in UTF-8 with one pair in each row: .csv or .tsv (without quoting) with a header line, or .jsonl. Fields of a .csv are
-    separated by the character of ",", ";" and tab that its first line has most of.
-
-    A line that is no row raises `ValueError` with its number: by the first pass over the file, so that a stray quote joins no rows.
+    Image files by name, each with its captions. Names are relative to the table `path` that lists them, or to the folder `path`; an
+    empty one is a pair without an image.
     """
 
-    def __init__(self, path: Path, columns: Columns = USUAL_COLUMNS):
+    def __init__(self, path: Path, columns: Columns, names: Sequence[str], captions: Sequence[list[str]]):
         super().__init__(path, columns)
-        self._kind, self._header = path.suffix.lower(), None
-        self._form = {"delimiter": "\t", "quoting": csv.QUOTE_NONE}
-        if self._kind == ".csv":
-            with open(path, "rb") as file:
-                delimiter = max(",;\t", key=file.readline().decode(errors="replace").count)
-            self._form = {"delimiter": delimiter, "skipinitialspace": True, "strict": True}
-        first = next((row for *_, row in self._rows()), None)
-        if first is None:
-            raise ValueError(
-                f"{path}: expected a header line and a pair in each further line, but got an empty file; add pairs."
-            )
-        if self._kind != ".jsonl":
-            self._header = [name.strip() for name in first]
-        columns.check(path, sorted(self._header or first))
-        for name in columns.image + columns.caption:
-            if self._header is not None and self._header.count(name) > 1:
-                raise ValueError(f"{path}: expected different columns, but got {name!r} more than once; rename one.")
-
-    def ranges(self) -> np.ndarray:
-        ranges = array("q", (position for start, end, _ in self._rows() for position in (start, end)))
-        return np.array(ranges, np.int64).reshape(-1, 2)[self._header is not None :]
-
-    def parse(self, block: bytes) -> RawPair:
-        row = next(self._parsed(io.StringIO(block.decode("utf-8-sig"), newline="")))
-        if self._header is not None:
-            row = dict(zip(self._header, row))
-        key = next((row[column] for column in self.columns.image if row.get(column)), None)
-        if not isinstance(key, str):
-            raise ValueError(f"no image path in the columns {list(row)}")
-        if "://" in key:
-            raise ValueError(f"expected an image path, but got the URL {key}; download the images first (img2dataset)")
-        return RawPair(self.path.parent / key, None, row, key)
-
-    def _rows(self) -> Iterator[tuple[int, int, list[str] | dict]]:
-        """Yields the byte range (start, end) and the fields of each row that is not blank, including the header."""
-        number = 0
-
-        def lines(file: BinaryIO) -> Iterator[str]:
-            nonlocal number
-            for line in iter(file.readline, b""):
-                number += 1
-                yield line.decode("utf-8-sig" if number == 1 else "utf-8")
-
-        start, first = 0, 1  # `first`: line of the row
-        with open(self.path, "rb") as file:
-            try:
-                for row in self._parsed(lines(file)):
-                    end = file.tell()
-                    if self._header and row and len(row) != len(self._header):
-                        hint = " (text with a separator needs double quotes)" if self._kind == ".csv" else ""
-                        raise ValueError(f"{len(row)} fields instead of {len(self._header)}{hint}")
-                    if row not in (None, []):
-                        yield start, end, row
-                    start, first = end, number + 1
-            except (ValueError, RecursionError, csv.Error) as error:
-                raise ValueError(
-                    f"{self.path}, line {first}: expected a row of a {self._kind} table in UTF-8, but got: {error}; correct it."
-                ) from error
-
-    def _parsed(self, lines: Iterable[str]) -> Iterator[list[str] | dict | None]:
-        """Parses lines to rows; those of blank lines are `[]` or None."""
-        return map(_json_object, lines) if self._kind == ".jsonl" else csv.reader(lines, **self._form)
-
-
-def _json_object(line: str) -> dict | None:
-    if not line.strip():
-        return None
-    row = json.loads(line)
-    if not isinstance(row, dict):
-        raise ValueError(f"expected a JSON object, but got {type(row).__name__}")
-    return row
-
-
-class ClassFolders(Source):
-    """
-    A folder whose subfolders hold the images of one class each and have its name: `dog/1.jpg`. Images elsewhere in it are logged.
-    Hidden files and folders are none, nor is `__MACOSX`.
-    """
-
-    unit = "images"
-
-    def __init__(self, path: Path):
-        super().__init__(path)
-        self._images, elsewhere = [], []
-        for image in image_files(path):
-            of_class = image.parent != path and image.parent.parent == path
-            (self._images if of_class else elsewhere).append(image)
-        self._images.sort()
-        self.length = len(self._images)
-        left_out = f"{len(elsewhere)} images elsewhere, such as {min(elsewhere)}" if elsewhere else "none"
-        if not self._images:
-            raise FileNotFoundError(
-                f"{str(path)!r}: expected metadata.jsonl, metadata.csv, .tar or .parquet files, or a folder of images for each class, but got "
-                f"{left_out}; name another folder, or the table itself."
-            )
-        if elsewhere:
-            logger.warning("%s: only images in the folders of classes are read, not %s", path, left_out)
+        self._folder = path if path.is_dir() else path.parent
+        self._names, self._captions, self.count = names, captions, len(names)
 
     def read(self, start: int, end: int) -> RawPair:
-        image = self._images[start]
-        label = " ".join(image.parent.name.replace("_", " ").split())
-        return RawPair(image, None, {"caption": CLASS_CAPTION.format(label)}, f"{image.parent.name}/{image.name}")
+        name = self._names[start]
+        if not name or "://" in name:
+            raise ValueError(f"{name!r} is no image file; download images first (img2dataset)")
+        return RawPair(self._folder / name, None, self._captions[start], name)
 
-    def fingerprint(self, ranges: np.ndarray) -> str:
-        return content_digest(self.image_files(ranges), self.path)  # names are those of the classes
+    def image_files(self, ranges: np.ndarray) -> list[Path | None]:
+        names = (self._names[row] for row in ranges[:, 0])
+        return [self._folder / name if name else None for name in names]
+
+    def files(self) -> list[Path]:
+        return [self.path] if self._folder != self.path else []
+
+
+def read_table(path: Path, columns: Columns = USUAL_COLUMNS) -> ImageList:
+    """
+    Reads a text file in UTF-8 with one pair in each row: .csv or .tsv (without quoting) with a header line, or .jsonl. Fields of a .csv
+    are separated by the character of ",", ";" and tab that its first line has most of.
+
+    Raises:
+        `ValueError`: there are no columns of images and captions, or a line is no row.
+    """
+    names, captions = [], []
+    for row in _table_rows(path):
+        if not names:
+            columns.check(path, row)
+        name = next((row[column] for column in columns.image if row.get(column)), "")
+        names.append(name if isinstance(name, str) else "")
+        captions.append(columns.captions(row))
+    return ImageList(path, columns, names, captions)
+
+
+def _table_rows(path: Path) -> Iterator[dict]:
+    is_json = path.suffix.lower() == ".jsonl"
+    with open(path, "rb") as file:
+        form = {"delimiter": "\t", "quoting": csv.QUOTE_NONE}
+        if path.suffix.lower() == ".csv":
+            delimiter = max(",;\t", key=file.readline().decode(errors="replace").count)
+            form = {"delimiter": delimiter, "skipinitialspace": True, "strict": True}
+        file.seek(0)
+        start = file.seek(3 if file.read(3) == codecs.BOM_UTF8 else 0)
+        lines = map(bytes.decode, file)
+        rows = map(json.loads, filter(str.strip, lines)) if is_json else csv.DictReader(lines, **form)
+        try:
+            header = [] if is_json else rows.fieldnames
+            start = file.tell()
+            for row in rows:
+                if not isinstance(row, dict):
+                    raise ValueError(f"{row!r:.100} is no JSON object")
+                if header and (None in row or None in row.values()):
+                    raise ValueError(f"it has not {len(header)} fields (text with a separator needs double quotes)")
+                yield row
+                start = file.tell()
+        except (ValueError, csv.Error) as error:
+            # Strict reading finds a stray quote lines later, where it would have joined rows: the first of these lines is named.
+            file.seek(0)
+            number = file.read(start).count(b"\n") + 1
+            while not file.readline().strip():
+                number += 1
+            raise ValueError(
+                f"{path}, line {number}: this is no row of a {path.suffix} table in UTF-8: {error}"
+            ) from error
+
+
+def read_class_folders(path: Path) -> ImageList:
+    """
+    Reads a folder whose subfolders hold the images of one class each and have its name: `dog/1.jpg`. Images elsewhere in it are logged.
+
+    Raises:
+        `FileNotFoundError`: there are no such images.
+    """
+    every = sorted(image.relative_to(path) for image in image_files(path))
+    images = [image for image in every if len(image.parts) == 2]
+    if not images:
+        raise FileNotFoundError(
+            f"{path}: there is neither metadata.jsonl, metadata.csv, a .tar or .parquet file, nor an image in a folder of its class, such "
+            "as dog/1.jpg; name another folder, or the table itself."
+        )
+    if elsewhere := [image for image in every if len(image.parts) != 2]:
+        logger.warning(
+            "%s: left out %d images in no folder of a class, such as %s", path, len(elsewhere), elsewhere[0]
+        )
+    labels = (" ".join(image.parent.name.replace("_", " ").split()) for image in images)
+    captions = [[CLASS_CAPTION.format(label)] for label in labels]
+    return ImageList(path, USUAL_COLUMNS, [image.as_posix() for image in images], captions)
 
 
 class ArrowRows(Source):
@@ -373,7 +365,7 @@ class ArrowRows(Source):
     def __init__(self, path: Path, columns: Columns = USUAL_COLUMNS, split: str = "train", hub: bool = False):
         with require_extra("train"):
             import datasets
-        super().__init__(path, columns)
+            from huggingface_hub import constants
         try:
             if hub:
                 rows = open_hub_dataset(os.fspath(path), split)
@@ -383,67 +375,52 @@ class ArrowRows(Source):
             else:
                 rows = datasets.Dataset.from_parquet(os.fspath(path))
         except Exception as error:  # of many types, from an unknown split to damaged files
-            if hub:
-                raise
-            raise ValueError(
-                f"{path}: expected a dataset with split {split!r}, but it cannot be opened ({' '.join(str(error).split()):.300}); check "
-                "the split, or download it again."
-            ) from error
+            raise ValueError(f"{path}: this is no dataset with the split {split!r}: {error}") from error
         images = [name for name, feature in rows.features.items() if isinstance(feature, datasets.Image)]
         if columns.image == IMAGE_COLUMNS and images:
-            self.columns = columns = Columns((images[0],), columns.caption)
-        columns.check(path, list(rows.features))
+            columns = Columns((images[0],), columns.caption)
+        columns.check(path, rows.features)
+        super().__init__(path, columns)
         for name in images:
             rows = rows.cast_column(name, datasets.Image(decode=False))
-        self._rows, self.length = rows, len(rows)
-        self._folders = None
-        if hub:
-            from huggingface_hub import constants
-
-            downloaded = Path(constants.HF_HUB_CACHE, "--".join(("datasets", *path.parts)))
-            self._folders = [downloaded.resolve(), Path(datasets.config.EXTRACTED_DATASETS_PATH).resolve()]
+        self._rows, self.count = rows, len(rows)
         self._image_column = next(name for name in columns.image if name in rows.features)
+        # Others wrote the rows of the Hub: they may name files that were downloaded, but no other file of this machine.
+        downloaded = constants.HF_HUB_CACHE, datasets.config.EXTRACTED_DATASETS_PATH
+        self._allowed = [Path(folder).resolve() for folder in downloaded] if hub else None
 
     def read(self, start: int, end: int) -> RawPair:
         row = self._rows[start]
-        stored, key = row[self._image_column], f"{self.path.name} row {start}"
+        captions, stored, key = self.columns.captions(row), row[self._image_column], f"{self.path.name} row {start}"
         if isinstance(stored, Mapping):
             stored, key = stored.get("bytes") or stored.get("path"), stored.get("path") or key
-        if not stored or not isinstance(stored, (bytes, str)):
-            raise ValueError(f"no image in {self._image_column!r}")
         if isinstance(stored, bytes):
-            return RawPair(stored, repr(key), row, key)
+            return RawPair(stored, repr(key), captions, key)
         image = self._file(stored)
         if image is None:
-            raise ValueError(f"expected an image of the data set itself, but got the path {stored!r:.200}")
-        return RawPair(image, None, row, key)
+            raise ValueError(f"no image of the data set in {self._image_column!r}, but {stored!r:.200}")
+        return RawPair(image, None, captions, key)
 
     def image_files(self, ranges: np.ndarray) -> list[Path | None]:
         import pyarrow as pa
         import pyarrow.compute as pc
 
-        def plain(values: pa.ChunkedArray) -> pa.ChunkedArray:  # few functions of pyarrow know views
-            views = {pa.string_view(): pa.large_string(), pa.binary_view(): pa.large_binary()}
-            return values.cast(views.get(values.type, values.type))
-
-        # Of images within the rows, only lengths are read.
+        # Of images within the rows, no byte is read.
         column = self._rows.select_columns([self._image_column]).with_format("arrow")[:][self._image_column]
         if pa.types.is_struct(column.type):
-            within = pc.greater(pc.binary_length(plain(pc.struct_field(column, "bytes"))), 0)
-            column = pc.if_else(pc.fill_null(within, False), None, plain(pc.struct_field(column, "path")))
-        column = plain(column)
-        if not (pa.types.is_string(column.type) or pa.types.is_large_string(column.type)):
-            return [None] * len(ranges)
-        return [self._file(name) if name else None for name in column.take(ranges[:, 0]).to_pylist()]
+            names = pc.struct_field(column, "path").to_pylist()
+            within = pc.is_valid(pc.struct_field(column, "bytes")).to_pylist()
+            names = [None if inside else name for inside, name in zip(within, names)]
+        else:
+            names = [None] * len(column) if pa.types.is_binary(column.type) else column.to_pylist()
+        return [self._file(names[row]) for row in ranges[:, 0]]
 
-    def _file(self, name: str) -> Path | None:
-        """Returns the path of an image; None if rows of the Hub, which others wrote, name a file that was not downloaded with them."""
-        file = self.path.parent / name
-        try:
-            own = self._folders is None or any(file.resolve().is_relative_to(folder) for folder in self._folders)
-        except ValueError:  # a name may hold any characters
-            own = False
-        return file if own else None
+    def _file(self, name: str | None) -> Path | None:
+        """Returns the path of an image; None without a name, and for a file that may not be read."""
+        file = self.path.parent / name if name and isinstance(name, str) else None
+        if file and self._allowed and not any(file.resolve().is_relative_to(folder) for folder in self._allowed):
+            return None
+        return file
 
     def files(self) -> list[str | Path]:
         return [self.path] if self.path.is_file() else [file["filename"] for file in self._rows.cache_files]
@@ -455,16 +432,10 @@ def is_hub_id(source: str) -> bool:
 
 
 def open_hub_dataset(name: str, split: str, **options) -> datasets.Dataset | datasets.IterableDataset:
-    """`datasets.load_dataset`, of which every error is a `FileNotFoundError`."""
+    """Opens a dataset of the Hub. Options and errors are those of `datasets.load_dataset`."""
     with require_extra("train"):
         from datasets import load_dataset
-    try:
-        return load_dataset(name, split=split, **options)
-    except Exception as error:  # of many types, from an unknown id to a missing network
-        raise FileNotFoundError(
-            f"{name}: expected a local path, or a Hub dataset with split {split!r}, but the first is not there and the "
-            f"second cannot be opened ({error}); check name, split and network."
-        ) from error
+    return load_dataset(name, split=split, **options)
 
 
 def open_sources(
@@ -475,135 +446,44 @@ def open_sources(
     for source in map(os.fspath, sources):
         if is_hub_id(source):
             opened.append(ArrowRows(Path(source), columns, split, hub=True))
-        elif os.path.isfile(Path(source, "state.json")) or os.path.isfile(Path(source, "dataset_dict.json")):
-            opened.append(ArrowRows(Path(source), columns, split))
         else:
-            opened += [_open(path, columns) for path in _local_files(source)]
+            opened += [_open(path, columns, split) for path in _local_paths(source)]
     return opened
 
 
-class Pairs:
-    """All pairs of some sources, by number. `ranges` (N, 2) are those of the pairs in their source."""
-
-    def __init__(self, sources: Sequence[Source]):
-        self.sources = sources
-        parts = [source.ranges() for source in tqdm(sources, desc="Indexing", unit="file", delay=2, leave=False)]
-        self._select(np.concatenate([np.empty((0, 2), np.int64), *parts]), np.cumsum([len(part) for part in parts]))
-
-    def _select(self, ranges: np.ndarray, ends: np.ndarray) -> Pairs:
-        self.ranges, self._ends = ranges, ends  # `ends`: of each source's pairs
-        return self
-
-    def __len__(self) -> int:
-        return len(self.ranges)
-
-    def place(self, index: int) -> tuple[Source, int]:
-        """Returns the source of a pair, and its number there."""
-        which = int(np.searchsorted(self._ends, index, side="right"))
-        return self.sources[which], index - int(self._ends[which - 1] if which else 0)
-
-    def read(self, index: int) -> RawPair:
-        """Returns a pair. Raises like [`Source.read`]."""
-        return self.place(index)[0].read(*self.ranges[index].tolist())
-
-    def _by_source(self) -> list[tuple[Source, np.ndarray]]:
-        return list(zip(self.sources, np.split(self.ranges, self._ends[:-1])))
-
-    def split(self, share: float) -> tuple[Pairs, Pairs]:
-        """
-        Splits off a part of the pairs, which is always the same. Pairs of one image stay together. `share`, in (0, 1), is that of the
-        images, rounded up.
-
-        Returns:
-            `tuple`: the other pairs, and the part.
-
-        Raises:
-            `ValueError`: one of them would be empty.
-        """
-        groups = [
-            (number, start) if file is None else _same_file(file)
-            for number, (source, part) in enumerate(self._by_source())
-            for start, file in zip(part[:, 0].tolist(), source.image_files(part))
-        ]
-        # In the order of the pairs, so that the place of the files does not count.
-        distinct = list(dict.fromkeys(groups))
-        count = math.ceil(share * len(distinct))
-        if not 0 < count < len(distinct):
-            raise ValueError(
-                f"Expected a share that splits {len(distinct)} images in two, got {share}: change it, or add pairs."
-            )
-        order = np.random.default_rng(0).permutation(len(distinct))
-        drawn = {distinct[place] for place in order[:count]}
-        inside = np.array([group in drawn for group in groups])
-        rows = np.flatnonzero(~inside), np.flatnonzero(inside)
-        return tuple(copy(self)._select(self.ranges[part], np.searchsorted(part, self._ends)) for part in rows)
-
-    def fingerprint(self) -> str:
-        """See [`~iclip_hf.data.pairs.PairDataset.fingerprint`]."""
-        digest = hashlib.sha256(self.ranges.tobytes())
-        for source, ranges in self._by_source():
-            digest.update(f"{source.fingerprint(ranges)}{[*source.columns]}".encode())
-        return digest.hexdigest()[:16]
+_KINDS = {".tar": TarShard, ".csv": read_table, ".tsv": read_table, ".jsonl": read_table, ".parquet": ArrowRows}
 
 
-def _same_file(file: Path) -> Hashable:
-    """Returns a value that is equal for all paths and links to a file."""
-    try:
-        found = os.stat(file)
-    except (OSError, ValueError):  # a name may hold any characters
-        return os.path.abspath(file)
-    return "file", found.st_dev, found.st_ino
-
-
-_KINDS = {".tar": TarShard, ".csv": Table, ".tsv": Table, ".jsonl": Table, ".parquet": ArrowRows}
-
-
-def _open(path: Path, columns: Columns) -> Source:
+def _open(path: Path, columns: Columns, split: str) -> Source:
+    if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
+        return ArrowRows(path, columns, split)
     if path.is_dir():
-        return ClassFolders(path)
-    kind = _KINDS.get(path.suffix.lower())
-    if kind is None:
-        raise ValueError(f"{path}: expected a file of one of the kinds {', '.join(_KINDS)}; convert or rename it.")
-    return kind(path, columns)
+        return read_class_folders(path)
+    if path.suffix.lower() not in _KINDS:
+        raise ValueError(f"{path}: a file of pairs is one of {', '.join(_KINDS)}; convert or rename it.")
+    return _KINDS[path.suffix.lower()](path, columns)
 
 
-def _local_files(source: str) -> list[Path]:
-    folder = Path(source)
-    if folder.is_dir():
+def _local_paths(source: str) -> list[Path]:
+    """Returns the files of a source, or its folder."""
+    if os.path.isdir(source):
+        folder = Path(source)
         tables = [folder / f"metadata.{kind}" for kind in ("jsonl", "csv")]  # as in an `imagefolder` of `datasets`
         if table := next(filter(Path.is_file, tables), None):
             return [table]
-        visible = sorted(file for file in folder.iterdir() if not is_hidden(file.name))
+        visible = sorted(file for file in folder.iterdir() if not _is_hidden(file.name))
         return [file for file in visible if file.suffix.lower() in (".tar", ".parquet")] or [folder]
     if os.path.isfile(source):
-        return [folder]
-    files = [file for pattern in _expand_braces(source) for file in sorted(glob.glob(pattern)) or [pattern]]
-    missing = [file for file in files if not os.path.isfile(file)]
-    if missing or not files:
+        return [Path(source)]
+    files = [file for pattern in expand_braces(source) for file in sorted(glob.glob(pattern)) or [pattern]]
+    if missing := [file for file in files if not os.path.isfile(file)]:
         raise FileNotFoundError(
-            f"{(missing or [source])[0]}: expected a file or folder of pairs, but there is none ({len(missing)} of {len(files)} "
-            "missing); check the path."
+            f"{missing[0]}: there is no such file or folder of pairs ({len(missing)} of {len(files)} are missing); check the path."
         )
     return [Path(file) for file in files]
 
 
-def image_files(folder: Path) -> Iterator[Path]:
-    """Yields the images of a folder and its subfolders, without hidden ones."""
-    for root, folders, files in os.walk(folder, followlinks=True):
-        here = Path(root)
-        # Subfolders may be links, as in subsets of ImageNet. Links within them may lead in circles.
-        folders[:] = (
-            name for name in folders if not is_hidden(name) and (here == folder or not (here / name).is_symlink())
-        )
-        yield from (here / name for name in files if name.lower().endswith(IMAGE_SUFFIXES) and not is_hidden(name))
-
-
-def is_hidden(name: str) -> bool:
-    """Whether a program added this file or folder, such as `.ipynb_checkpoints` or what macOS writes into zip files."""
-    return name.startswith(".") or name == "__MACOSX"
-
-
-def _expand_braces(pattern: str) -> list[str]:
+def expand_braces(pattern: str) -> list[str]:
     """Expands braces as a shell does: ranges with leading zeros, "{08..10}", and lists, "{a,b}"."""
     match = re.search(r"\{([^{}]*)\}", pattern)
     if not match:
@@ -612,15 +492,22 @@ def _expand_braces(pattern: str) -> list[str]:
     parts = match[1].split(",")
     if count:
         parts = [str(number).zfill(len(count[1])) for number in range(int(count[1]), int(count[2]) + 1)]
-    return [
-        name for part in parts for name in _expand_braces(pattern[: match.start()] + part + pattern[match.end() :])
-    ]
+    return [name for part in parts for name in expand_braces(pattern[: match.start()] + part + pattern[match.end() :])]
 
 
-def _key_and_suffix(member: tarfile.TarInfo) -> tuple[str | None, str]:
-    """Returns the key of webdataset (the path up to the first dot of the file name) and the suffix; (None, "") for other members."""
-    folder, _, name = member.name.rpartition("/")
-    stem, dot, suffix = name.partition(".")
-    if member.type not in (tarfile.REGTYPE, tarfile.AREGTYPE) or not stem or not dot:
-        return None, ""
-    return f"{folder}/{stem}" if folder else stem, f".{suffix.lower()}"
+def image_files(folder: Path) -> Iterator[Path]:
+    """
+    Yields the images of a folder and its subfolders, without hidden files and folders, such as `.ipynb_checkpoints`, and without
+    `__MACOSX`.
+    """
+    for root, folders, files in os.walk(folder, followlinks=True):
+        here = Path(root)
+        # Subfolders may be links, as in subsets of ImageNet. Links within them may lead in circles.
+        folders[:] = (
+            name for name in folders if not _is_hidden(name) and (here == folder or not (here / name).is_symlink())
+        )
+        yield from (here / name for name in files if name.lower().endswith(IMAGE_SUFFIXES) and not _is_hidden(name))
+
+
+def _is_hidden(name: str) -> bool:
+    return name.startswith(".") or name == "__MACOSX"

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
 
-from ..data.pairs import DroppedConnectionError
+from ..data.streams import DroppedConnectionError
 from ..utils.extras import require_extra
 from .interrupts import ignore_signals
 

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
-from ..data.sources import BAD_PAIR, Columns, Pairs, Source, TarShard, is_hub_id, open_sources
+from ..data.pairs import BadPairError, PairDataset
+from ..data.sources import Columns, Source, TarShard, is_hub_id, open_sources
 from ..models import check_model_name
 from ..utils.extras import not_installed
 from ..utils.files import check_new_folder
@@ -53,7 +54,7 @@ def check_run(settings: Settings) -> None:
         sources = _open_local(settings, "data")
         # A Hub dataset is opened with its download, and the index of a shard may take minutes.
         if not any(map(is_hub_id, settings.data)) and not any(isinstance(source, TarShard) for source in sources):
-            check_pairs(Pairs(sources), settings.max_bad_share)
+            check_pairs(PairDataset(sources), settings.max_bad_share)
     _open_local(settings, "validation_data")
 
 
@@ -107,7 +108,7 @@ def check_packages(settings: Settings) -> None:
         )
 
 
-def check_pairs(pairs: Pairs, max_bad_share: float) -> None:
+def check_pairs(pairs: PairDataset, max_bad_share: float) -> None:
     """Reads some pairs. `ValueError` for fewer than two, captions that do not differ, or too many that cannot be used."""
     count, where = len(pairs), pairs.sources[0].path
     if count < 2:
@@ -115,18 +116,19 @@ def check_pairs(pairs: Pairs, max_bad_share: float) -> None:
     looked_at = np.unique(np.linspace(0, count - 1, min(count, _LOOKED_AT)).astype(int)).tolist()
     texts, bad = set(), []
     for index in looked_at:
-        source, number = pairs.place(index)
         try:
-            pair = pairs.read(index)
-            if isinstance(pair.image, Path) and not pair.image.is_file():
-                beside = "" if os.path.isabs(pair.key) else " (paths are relative to the folder of the table)"
-                raise ValueError(f"there is no image {pair.image.absolute()}{beside}")
-            texts.update(source.columns.captions(pair.row))
-        except BAD_PAIR as error:
-            bad.append(f"pair {number + 1} of {source.path.name}: {error}")
+            pair = pairs.raw(index)
+        except BadPairError as error:
+            bad.append(error)
+            continue
+        texts.update(pair.captions)
+        if isinstance(pair.image, Path) and not pair.image.is_file():
+            bad.append(
+                f"{pair.image.absolute()}: there is no such image; paths are relative to the folder of the table"
+            )
     if len(bad) > max_bad_share * len(looked_at):
         raise ValueError(
-            f"{where}: {len(bad)} of the {len(looked_at)} pairs looked at have no image or no caption. The first is {bad[0]}."
+            f"{where}: {len(bad)} of the {len(looked_at)} pairs looked at have no image or no caption. The first: {bad[0]}."
         )
     if len(texts) == 1:
         raise ValueError(f"{where}: all captions are {texts.pop()!r:.100}; describe what each image shows.")

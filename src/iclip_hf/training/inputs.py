@@ -13,8 +13,9 @@ import torch
 from PIL import Image
 from torch.utils.data import Dataset, IterableDataset
 
-from ..data.pairs import PairDataset, PairStream, load_pairs
+from ..data.pairs import PairDataset, load_pairs
 from ..data.segmentation import SegmentationDataset, load_segmentation
+from ..data.streams import PairStream
 from ..modeling_iclip import ICLIPModel
 from ..models.identity import digest
 from ..processing_iclip import ICLIPProcessor

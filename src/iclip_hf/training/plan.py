@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-from ..data.sources import Columns, Pairs, is_hub_id, open_sources
+from ..data.pairs import PairDataset
+from ..data.sources import Columns, is_hub_id, open_sources
 from ..utils.hub_ids import RUNS
 from ..utils.prefetch import spare_processors
 from .checks import check_pairs
@@ -40,7 +41,7 @@ def choose_settings(given: Mapping) -> dict[str, Choice]:
             "leave pairs_per_epoch out to download the data."
         )
     columns = Columns.named(given.get("image_column"), given.get("caption_column"))
-    pairs = Pairs(open_sources(given["data"], columns, given.get("split", Settings.split)))
+    pairs = PairDataset(open_sources(given["data"], columns, given.get("split", Settings.split)))
     max_bad_share = given.get("max_bad_share", Settings.max_bad_share)
     check_pairs(pairs, max_bad_share)
     chosen: dict[str, Choice] = {}

@@ -1,0 +1,148 @@
+"""Image-text pairs of a Hub dataset as a stream."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from torch.utils.data import IterableDataset
+
+from ..images import MAX_DOWNLOAD, load_image
+from .sources import USUAL_COLUMNS, BadPairError, BadPairTally, Columns, _draw
+
+
+if TYPE_CHECKING:
+    import datasets
+
+_SHUFFLE_BUFFER = 2000  # pairs of a stream, not decoded yet
+
+
+class DroppedConnectionError(ConnectionError):
+    """A stream lost its connection."""
+
+
+class PairStream(IterableDataset):
+    """
+    Image-text pairs of a Hub dataset as a stream, from [`~iclip_hf.data.pairs.load_pairs`]. Items are those of [`~iclip_hf.data.pairs.PairDataset`].
+
+    An iteration is one pass over the part of this process. The order depends on seed and epoch, and is shuffled through a buffer.
+    Bad pairs are left out; `skipped` of the next item counts them. The stream splits itself over processes and DataLoader workers,
+    so it must not be passed to `Accelerator.prepare`, which splits again. The parts differ in length, so training counts steps
+    instead of passes. A resumed run begins a new pass.
+
+    Args:
+        dataset (`datasets.IterableDataset`): rows with an image column and a caption column.
+        seed, max_bad_share, rank, world_size: see [`~iclip_hf.data.pairs.load_pairs`].
+        columns ([`~iclip_hf.data.sources.Columns`]): names of the columns; the usual ones by default.
+        hub_id (`str`, *optional*): id of the Hub dataset, whose files the rows may name. Other rows must hold the bytes of their images.
+
+    Raises:
+        `ValueError`: there is no image column. During iteration, too many pairs are bad. `DroppedConnectionError`: during
+        iteration, the connection is lost.
+    """
+
+    def __init__(
+        self,
+        dataset: datasets.IterableDataset,
+        seed: int = 0,
+        max_bad_share: float = 0.05,
+        rank: int = 0,
+        world_size: int = 1,
+        columns: Columns = USUAL_COLUMNS,
+        hub_id: str | None = None,
+    ):
+        from datasets import Image
+        from datasets.distributed import split_dataset_by_node
+
+        features = dataset.features or {}
+        images = [name for name, feature in features.items() if isinstance(feature, Image)]
+        if columns.image != USUAL_COLUMNS.image:
+            images = [name for name in columns.image if name in images]
+        if not images:
+            raise ValueError(
+                f"None of the columns {', '.join(features)} has images; name another dataset or image_column."
+            )
+        self._image_column, self._columns, self._hub_id = images[0], columns, hub_id
+        # Only these columns are kept: datasets infers types from the first rows, and a different type later ends the stream.
+        kept = [column for column in (self._image_column, "__key__", *columns.caption) if column in features]
+        if isinstance(features.get("json"), Mapping):
+            captions = {column: kind for column, kind in features["json"].items() if column in columns.caption}
+            dataset = dataset.cast_column("json", captions)
+            kept.append("json")
+        dataset = dataset.select_columns(kept)
+        # Without decoding, because one bad image would end the stream.
+        dataset = dataset.cast_column(self._image_column, Image(decode=False))
+        dataset = dataset.shuffle(seed=seed, buffer_size=_SHUFFLE_BUFFER)
+        self._rows = split_dataset_by_node(dataset, rank=rank, world_size=world_size)
+        self.seed = seed
+        self._tally = BadPairTally(max_bad_share)
+
+    def __iter__(self) -> Iterator[dict]:
+        skipped = 0
+        rows = iter(self._rows)
+        while True:
+            with _connection_errors():
+                row = next(rows, None)
+            if row is None:
+                return
+            stored = row[self._image_column] or {}
+            key = row.get("__key__") or stored.get("path") or "a pair without a name"
+            try:
+                captions = self._columns.captions(row)
+                if not captions:
+                    raise ValueError("it has no caption")
+                image = load_image(_image_bytes(stored, self._hub_id), repr(key))
+            except DroppedConnectionError:
+                raise
+            except (ValueError, OSError) as error:
+                skipped += 1
+                self._tally.add(error=BadPairError(f"{key}: {error}"))
+                continue
+            self._tally.add()
+            caption = _draw(captions, self.seed, self._rows.epoch, key)
+            yield {"image": image, "captions": captions, "key": key, "caption": caption, "skipped": skipped}
+            skipped = 0
+
+    def fingerprint(self) -> str:
+        """Returns the id of the Hub dataset, all that is known of a stream."""
+        return str(self._hub_id)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Sets the epoch, on which the order of the next pass and the drawn captions depend."""
+        self._rows.set_epoch(epoch)
+
+
+# Libraries that streams read with. Their errors have no common base class.
+_NETWORK_LIBRARIES = ("aiohttp", "fsspec", "httpcore", "httpx", "huggingface_hub", "requests", "urllib3")
+
+
+@contextmanager
+def _connection_errors() -> Iterator[None]:
+    """Converts the errors of a lost connection into `DroppedConnectionError`."""
+    try:
+        yield
+    except Exception as error:
+        library = type(error).__module__.partition(".")[0]
+        if not isinstance(error, (ConnectionError, TimeoutError)) and library not in _NETWORK_LIBRARIES:
+            raise
+        raise DroppedConnectionError(" ".join(str(error).split()) or type(error).__name__) from error
+
+
+def _image_bytes(stored: Mapping, hub_id: str | None) -> bytes:
+    """Returns the encoded image of a streamed row, which holds its bytes or names a file of its Hub dataset."""
+    path = stored.get("path")
+    if stored.get("bytes") or not path:
+        return stored.get("bytes") or b""
+    # Whoever wrote the rows could name any file of this machine and its network. A zip file may hold the images.
+    *archives, file = path.split("::")
+    own = file.startswith(f"hf://datasets/{hub_id}@") and all(archive.startswith("zip://") for archive in archives)
+    if hub_id is None or not own or ".." in path.split("/"):
+        raise ValueError(f"the row holds no image and names no file of the data set itself, but {path!r:.200}")
+    import fsspec
+
+    with _connection_errors(), fsspec.open(path, "rb") as opened:
+        content = opened.read(MAX_DOWNLOAD + 1)
+    if len(content) > MAX_DOWNLOAD:  # a zip file of kilobytes may hold gigabytes
+        raise ValueError(f"the image has more than {MAX_DOWNLOAD // 2**20} MiB: {path!r:.200}")
+    return content

@@ -32,7 +32,7 @@ from iclip_hf.training.batches import BatchLoader
 from iclip_hf.training.feature_cache import CachedPairs, CachedTexts, FeatureCache, FeatureShards
 from iclip_hf.training.inputs import TrainingPairs, whole_image
 from iclip_hf.training.pair_model import PairModel
-from iclip_hf.training.schedule import parameter_groups
+from iclip_hf.training.run import parameter_groups
 
 
 def first_pairs(shard: Path, count: int, target: Path) -> Path:

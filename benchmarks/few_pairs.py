@@ -28,7 +28,7 @@ from iclip_hf.training.batches import BatchLoader
 from iclip_hf.training.feature_cache import FeatureCache
 from iclip_hf.training.pair_model import PairModel
 from iclip_hf.training.plan import RATE, STEPS
-from iclip_hf.training.schedule import cosine_schedule, parameter_groups
+from iclip_hf.training.run import cosine_schedule, parameter_groups
 from iclip_hf.training.settings import Settings
 
 

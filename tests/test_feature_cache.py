@@ -13,7 +13,7 @@ from iclip_hf import ICLIPConfig, ICLIPProcessor
 from iclip_hf.data.pairs import load_pairs
 from iclip_hf.training import feature_cache
 from iclip_hf.training.feature_cache import CachedPairs, FeatureCache, FeatureShards
-from iclip_hf.training.pair_model import PairModel
+from iclip_hf.training.pair_model import image_features
 
 
 @pytest.mark.parametrize(
@@ -44,7 +44,7 @@ def test_any_pooling_comes_from_one_cache(hub, tmp_path_factory, tiny_processor,
     dataset = CachedPairs(images, model.config, tiny_processor)
     cached = dataset.__getitems__([5, 60])["image_features"]
     pixel_values = tiny_processor(images=[pairs.read(index)["image"] for index in (5, 60)])["pixel_values"]
-    direct = PairModel(model)._encode_images(pixel_values)
+    direct = image_features(model, pixel_values, 20)
     branches = 2 if model.config.dual_projection else 1
     width = 64 if "recognition_pooling" in options else 32
     shapes = [(2, width), (2, 16, 32) if "max_over" in options else (2, 32)]
@@ -128,7 +128,7 @@ def test_bad_pairs_are_left_out_of_the_cache(tmp_path, tiny_processor):
     write_pairs(tmp_path / "pairs.tar", 40, broken=(0, 7))
     pairs, model = load_pairs(str(tmp_path / "pairs.tar")), tiny_model()
     cache = FeatureCache(tmp_path, model, tiny_processor, accelerator())
-    with pytest.raises(ValueError, match="1.00% bad pairs, but 2 of 40"):
+    with pytest.raises(ValueError, match="max_bad_share: 2 of 40"):
         cache.images(pairs, max_bad_share=0.01)
     images = cache.images(pairs)
     captions = [caption for several in images.captions() for caption in several]

@@ -10,20 +10,21 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from accelerate.state import AcceleratorState
-from conftest import tiny_model
+from conftest import noise, tiny_model
 from PIL import Image
 from training_runs import write_table
 
 from iclip_hf import ICLIPModel, cli, embedded_model
 from iclip_hf.data.pairs import load_pairs
 from iclip_hf.data.sources import Pairs, open_sources
+from iclip_hf.training import report as shown_by_a_run
 from iclip_hf.training.checkpoints import RunState, holds_start
-from iclip_hf.training.checks import check_pairs
-from iclip_hf.training.plan import STEPS, choose_settings
-from iclip_hf.training.report import example, expected_time, own_labels, report
+from iclip_hf.training.plan import STEPS, check_pairs, choose_settings
+from iclip_hf.training.report import draw_examples, example, own_labels, report
+from iclip_hf.training.selection import change_interval, lost_metrics
 from iclip_hf.training.settings import Settings
-from iclip_hf.training.validation import change_interval, lost_metrics
 
 
 @pytest.fixture
@@ -46,7 +47,7 @@ def here(tmp_path, monkeypatch):
 def test_what_is_chosen_makes_a_run(tmp_path, count):
     data = [str(write_table(tmp_path, count))]
     chosen = choose_settings({"data": data})
-    settings = Settings(data=data, **{name: choice.value for name, choice in chosen.items()})
+    settings = Settings(data=data, **{name: value for name, (value, _) in chosen.items()})
     held_out = -(-count // 10) if count >= 20 else 0  # rounded up
     rate = settings.learning_rate * settings.batch_size / 1024
     assert rate == pytest.approx(1e-5, rel=1e-3)
@@ -54,7 +55,7 @@ def test_what_is_chosen_makes_a_run(tmp_path, count):
     steps = (count - held_out) // settings.batch_size * settings.epochs
     assert 0 < settings.eval_steps <= steps and settings.warmup_epochs < settings.epochs
     assert (settings.model, settings.output_dir, settings.lock_text) == ("embedded", "runs/pairs", True)
-    assert settings.validation_share == (0.1 if held_out else 0) and all(choice.why for choice in chosen.values())
+    assert settings.validation_share == (0.1 if held_out else 0) and all(why for _, why in chosen.values())
 
 
 def test_captions_of_one_image_are_counted_together(tmp_path):
@@ -63,7 +64,7 @@ def test_captions_of_one_image_are_counted_together(tmp_path):
     rows = [f"{image}.png,caption {image} {number}" for image in range(21) for number in range(1 + image % 6)]
     table.write_text("\n".join(["image,caption", *rows, ""]))
     training, held_out = load_pairs(table).split(0.1)
-    batch = choose_settings({"data": [str(table)], "max_bad_share": 0.0})["batch_size"].value
+    batch = choose_settings({"data": [str(table)], "max_bad_share": 0.0})["batch_size"][0]
     assert batch == len(training) == len(rows) - len(held_out)
 
 
@@ -71,27 +72,27 @@ def test_what_is_given_takes_precedence_and_the_rest_follows(tmp_path, monkeypat
     given = {"data": [str(write_table(tmp_path, 40))], "epochs": 3, "batch_size": 8, "output_dir": "elsewhere"}
     chosen = choose_settings(given)
     assert given.keys().isdisjoint(chosen)
-    assert chosen["cache_features"].value == "elsewhere/cache"
-    assert chosen["eval_steps"].value <= 3 * (36 // 8)
+    assert chosen["cache_features"][0] == "elsewhere/cache"
+    assert chosen["eval_steps"][0] <= 3 * (36 // 8)
     free = {name: value for name, value in given.items() if name != "epochs"}
-    assert choose_settings(free)["epochs"].value == round(STEPS / (36 // 8))  # 36 pairs are not held out
+    assert choose_settings(free)["epochs"][0] == round(STEPS / (36 // 8))  # 36 pairs are not held out
     assert "validation_share" not in choose_settings({**given, "validation_data": ["x.tar"]})
     monkeypatch.setenv("WORLD_SIZE", "8")
     del given["batch_size"]
-    assert choose_settings(given)["batch_size"].value == 32  # a multiple of the processes
+    assert choose_settings(given)["batch_size"][0] == 32  # a multiple of the processes
 
 
 def test_the_steps_that_are_given_are_the_run(tmp_path):
     chosen = choose_settings({"data": [str(write_table(tmp_path, 40))], "max_steps": 20, "batch_size": 8})
-    assert "epochs" not in chosen and chosen["eval_steps"].value == 4
-    assert chosen["warmup_epochs"].value * (36 // 8) == pytest.approx(2)  # steps
+    assert "epochs" not in chosen and chosen["eval_steps"][0] == 4
+    assert chosen["warmup_epochs"][0] * (36 // 8) == pytest.approx(2)  # steps
 
 
 def test_loading_processes_leave_processors_to_the_model(tmp_path, monkeypatch):
     given = {"data": [str(write_table(tmp_path, 600))]}
     for spare, workers in ((14, 2), (1, 1)):
         monkeypatch.setattr("iclip_hf.training.plan.spare_processors", lambda spare=spare: spare)
-        assert choose_settings(given)["num_workers"].value == workers
+        assert choose_settings(given)["num_workers"][0] == workers
 
 
 # -------------------------------------------------------------------------------------------------------------- checks
@@ -241,16 +242,6 @@ def test_the_verdict_is_over_all_metrics(tmp_path):
     assert state_of({"val_loss": loss}, {"val_loss": loss + 0.1}).lost == ["val_loss"]
 
 
-def test_the_expected_time_counts_steps_and_evaluations():
-    settings = Settings(data=["d"], model="m", output_dir="x", eval_steps=40)
-    assert expected_time(settings, 3, 200, 0.6, 24.0) == "Expected time: about 4 min for 197 steps and 5 evaluations."
-    assert expected_time(settings, 3, 210, 0.6, 24.0).endswith("about 4 min for 207 steps and 6 evaluations.")
-    assert expected_time(settings, 41, 200, 0.1, None).endswith(
-        "less than a minute for 159 steps, without evaluations."
-    )
-    assert expected_time(settings, 0, 36000, 1, None).endswith("about 10 h for 36000 steps, without evaluations.")
-
-
 def test_the_interval_is_that_of_paired_changes():
     """Noise that both scores of a pair share does not widen it, and its width is that of a mean."""
     draws = np.random.default_rng(1)
@@ -277,6 +268,37 @@ def test_texts_are_of_the_image_that_is_shown(tmp_path):
     assert shown("Qwerty.", "Asdf.") == ("0.png", ["Qwerty."])
     assert shown("\x1b[31mAsdf.", "Qwerty\tuiop.") == ("1.png", ["Qwerty uiop."])
     assert example(None) == ("photo.jpg", ["..."])
+
+
+def test_pictures_show_the_maps_of_the_images_own_captions(tiny_processor, tmp_path, monkeypatch):
+    model, drawn, sheets = tiny_model(), [], []
+    overlay, grid = shown_by_a_run.overlay, shown_by_a_run.picture_grid
+    monkeypatch.setattr(shown_by_a_run, "overlay", lambda *args: drawn.append(args) or overlay(*args))
+    monkeypatch.setattr(shown_by_a_run, "picture_grid", lambda *args: sheets.append(args[1:]) or grid(*args))
+    pairs = [
+        {"image": noise(size), "caption": caption}
+        for size, caption in (((60, 40), "a red ball"), ((30, 50), "the sky"), ((20, 20), "a dog"))
+    ]
+    captions = ["a red ball", "the sky"]
+    draw_examples(model.train(), tiny_processor, pairs, 2, tmp_path / "pictures", 0)
+    assert sheets.pop() == (["", "step 0", "", ""], 2, captions) and model.training
+    before, drawn[:] = list(drawn), []
+    for (image, heatmap), pair in zip(before, pairs):
+        with torch.no_grad():
+            inputs = tiny_processor(pair["image"], text=[pair["caption"]])
+            maps = model.eval()(**inputs, output_similarity_maps=True).similarity_maps
+        (expected,) = tiny_processor.post_process_similarity_maps(maps, [(image.height, image.width)])
+        assert image is pair["image"] and heatmap == pytest.approx(expected[0].numpy(), abs=1e-5)
+    assert len(before) == 2
+
+    trained = tiny_model(seed=1)
+    draw_examples(trained, tiny_processor, pairs, 2, tmp_path / "pictures", 7)
+    assert sheets.pop() == (["", "before", "step 7", "", "", ""], 3, captions)
+    for (image, heatmap), (first, now) in zip(before, (drawn[:2], drawn[2:])):
+        assert first[0] is now[0] is image and first[1] == pytest.approx(heatmap, abs=1e-3)  # kept as float16
+        assert abs(now[1] - heatmap).max() > 0.01
+    written = sorted(path.name for path in (tmp_path / "pictures").iterdir())
+    assert written == ["0000000.png", "0000007.png", "before.npz"]
 
 
 @pytest.mark.slow

@@ -17,7 +17,6 @@ import torch
 from training_runs import ROOT, assert_same_weights, eight_pairs, gradients, run
 
 from iclip_hf.data.pairs import load_pairs
-from iclip_hf.training import run as program
 from iclip_hf.training.inputs import TrainingStream
 from iclip_hf.training.interrupts import Interrupts
 from iclip_hf.training.pair_model import PairModel
@@ -85,7 +84,7 @@ def test_an_interrupted_run_saves_a_checkpoint_and_says_where(hub, tmp_path, nam
     said = done.stderr.splitlines()[-1]
     assert done.returncode == 130, done.stderr
     if early:
-        assert said == "iclip train: interrupted before the first checkpoint; run it again"
+        assert said == "iclip train: interrupted"
         return
     checkpoint = tmp_path / "run" / "checkpoint-0000003"
     assert said == f"iclip train: interrupted; --resume continues from {checkpoint}" and checkpoint.is_dir()
@@ -98,18 +97,14 @@ def test_an_interrupted_run_saves_a_checkpoint_and_says_where(hub, tmp_path, nam
 
 
 @pytest.mark.skipif(not hasattr(os, "killpg"), reason="needs process groups")
-@pytest.mark.parametrize(
-    ("eval_steps", "max_steps"), [(3, 3), (2, 4)]
-)  # in the last evaluation, and in one without checkpoint
-def test_a_job_that_is_ended_while_it_measures_loses_nothing(hub, tmp_path, eval_steps, max_steps):
-    arguments = ["--max_steps", max_steps, "--eval_steps", eval_steps, "--validation_data", hub / "held_out.tar"]
+def test_a_job_that_is_ended_while_it_measures_loses_nothing(hub, tmp_path):
+    """In an evaluation between two checkpoints, which makes one."""
+    arguments = ["--max_steps", 3, "--eval_steps", 2, "--validation_data", hub / "held_out.tar"]
     # As a job's scheduler does: also to the workers
     hook = "if not self.training and not globals().get('sent'): globals()['sent'] = True; os.killpg(0, signal.SIGTERM)"
     done = hooked_run(hub, tmp_path, "run", [*arguments, "--num_workers", 2], hook, start_new_session=True)
     assert done.returncode == 130, done.stderr
-    checkpoint = tmp_path / "run" / "checkpoint-0000003"
-    said = f"iclip train: interrupted; --resume continues from {checkpoint}"
-    assert done.stderr.splitlines()[-1] == said
+    assert [path.name for path in (tmp_path / "run").glob("checkpoint-*")] == ["checkpoint-0000002"]
     metrics = run(hub, tmp_path / "run", *arguments, "--resume")
     assert metrics == run(hub, tmp_path / "whole", *arguments) and "text_to_image" in metrics
 
@@ -159,23 +154,6 @@ def test_a_stream_interrupted_twice_in_a_row_goes_on_with_other_pairs(hub, tmp_p
         stream.set_epoch(first)
         expected += [pair["key"] for pair in itertools.islice(stream, 16 * count)]
     assert seen == expected and steps == json.loads((tmp_path / "results.json").read_text())["step"] == 6
-
-
-def test_the_death_of_a_partner_says_how_to_go_on(hub, tmp_path, monkeypatch):
-    def lose_partner(*arguments):
-        monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
-        raise RuntimeError(
-            "[/gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:1. This is typical."
-        )
-
-    monkeypatch.setattr(program, "run", lose_partner)
-    said = r"ended or no longer answers \(Connection closed by peer \[127.0.0.1\]:1\); see its output, then start it again"
-    with pytest.raises(OSError, match=f"{said}\\.$"):
-        run(hub, tmp_path)
-    (tmp_path / "checkpoint-0000005").mkdir()
-    (tmp_path / "checkpoint-0000005" / "state.json").touch()
-    with pytest.raises(OSError, match=f"{said}; --resume continues from {tmp_path}/checkpoint-0000005"):
-        run(hub, tmp_path, "--resume")
 
 
 KILLED = """

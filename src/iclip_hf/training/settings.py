@@ -8,9 +8,8 @@ import argparse
 import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
-from typing import Literal, get_args, get_origin, get_type_hints
 
 import yaml
 
@@ -22,8 +21,6 @@ from ..utils.hub_ids import RUNS
 # Results of `iclip_hf.evaluation.evaluate.evaluate` that a run logs and can select its best model by.
 MAP_METRICS = ("mAP", "mMIoU", "mFMB", "text_contrast")
 RETRIEVAL_METRICS = ("text_to_image", "image_to_text", "val_loss")
-_EVAL_DATASETS = ("none", *DATASETS)
-_BEST_METRICS = ("auto", *RETRIEVAL_METRICS, *MAP_METRICS)
 
 
 POSITIVE = 1e-99  # the lowest value of what must not be 0
@@ -35,10 +32,14 @@ FREE = """
 PLACES = "model vision text data validation_data nouns cache_features eval_root".split()
 
 
-def setting(default, help: str, low: float = -math.inf, high: float = math.inf):
-    """A field of [`Settings`], with its description for the command line and the range of a number."""
-    make = {"default_factory": default.copy} if isinstance(default, list) else {"default": default}
-    return field(**make, metadata={"help": help, "range": (low, high)})
+def setting(default, help: str, low: float = -math.inf, high: float = math.inf, choices: Sequence[str] = ()):
+    """A field of [`Settings`], with its description for the command line, and the range of a number or the choices of a text."""
+    several = isinstance(default, list)
+    make = {"default_factory": default.copy} if several else {"default": default}
+    kind = str if several else type(default)
+    return field(
+        **make, metadata={"help": help, "range": (low, high), "kind": kind, "several": several, "choices": choices}
+    )
 
 
 @dataclass
@@ -89,8 +90,8 @@ class Settings:
         "become prompts, as in GroupViT",
     )
     noun_weight: float = setting(0.5, "share of noun prompts in the loss of noun_branches", 0, 1)
-    noun_branches: list[Literal["recognition", "interpretability"]] = setting(
-        ["recognition"], "branches that learn noun prompts"
+    noun_branches: list[str] = setting(
+        ["recognition"], "branches that learn noun prompts", choices=("recognition", "interpretability")
     )
     noun_competition: float = setting(
         0.0, "share of the nouns' competition for patches in their loss, with max_over=similarity", 0, 1
@@ -116,9 +117,10 @@ class Settings:
     warmup_epochs: float = setting(2.0, "number of epochs of linear warm-up, before the cosine decay", 0)
     weight_decay: float = setting(0.05, "weight decay of matrices; biases, norms and logit scales have none", 0)
     clip_grad_norm: float = setting(5.0, "largest norm of the gradient", POSITIVE)
-    mixed_precision: Literal["auto", "no", "fp16", "bf16"] = setting(
+    mixed_precision: str = setting(
         "auto",
         "auto: the choice of `accelerate launch`; without one, bf16 or fp16 on a GPU and no on a CPU",
+        choices=("auto", "no", "fp16", "bf16"),
     )
     seed: int = setting(0, "random seed")
 
@@ -126,11 +128,15 @@ class Settings:
     report_to: str = setting("tensorboard", "name of a tracker of Accelerate, or none")
     log_steps: int = setting(10, "number of steps between logs", 1)
     eval_steps: int = setting(1000, "number of steps between evaluations; the last step is always evaluated", 1)
-    eval_dataset: Literal[_EVAL_DATASETS] = setting("none", "segmentation data set for the evaluation of maps")
+    eval_dataset: str = setting(
+        "none", "segmentation data set for the evaluation of maps", choices=("none", *DATASETS)
+    )
     eval_root: str = setting("", "folder of eval_dataset")
     eval_split: str = setting("", "split of eval_dataset; the validation split if not given")
-    best_metric: Literal[_BEST_METRICS] = setting(
-        "auto", "metric that selects the best model; auto: text_to_image, or mMIoU without validation_data"
+    best_metric: str = setting(
+        "auto",
+        "metric that selects the best model; auto: text_to_image, or mMIoU without validation_data",
+        choices=("auto", *RETRIEVAL_METRICS, *MAP_METRICS),
     )
     pictures: int = setting(4, "number of validation images whose maps are drawn at each evaluation", 0)
     checkpoint_steps: int = setting(1000, "number of steps between checkpoints", 1)
@@ -190,7 +196,7 @@ def add_settings(parser: argparse.ArgumentParser) -> None:
     are absent from the result.
     """
     for entry in fields(Settings):
-        kind, several, choices = _kind(entry.name)
+        kind, several, choices = (entry.metadata[key] for key in ("kind", "several", "choices"))
         options = {"nargs": "+"} if several else {"nargs": "?", "const": True} if kind is bool else {}
         default = "" if entry.default in ("", False) or several else f" (default: {entry.default})"
         parser.add_argument(
@@ -252,7 +258,7 @@ def read_file(file: Path) -> dict:
             raise ValueError(f"{file}: {name!r:.100} is no setting.")
         if value is None:
             continue
-        several = _kind(name)[1]
+        several = Settings.__dataclass_fields__[name].metadata["several"]
         values = value if several and isinstance(value, list) else [value]
         try:
             parsed = [_parse(name, item) for item in values]
@@ -264,18 +270,9 @@ def read_file(file: Path) -> dict:
     return settings
 
 
-@cache
-def _kind(name: str) -> tuple[type, bool, tuple[str, ...]]:
-    """Returns the type of a setting or of its items, whether it is a list, and its choices, if any."""
-    hint = get_type_hints(Settings)[name]
-    several = get_origin(hint) is list
-    hint = get_args(hint)[0] if several else hint
-    return (str, several, get_args(hint)) if get_origin(hint) is Literal else (hint, several, ())
-
-
 def _parse(name: str, value):
     """Converts text, or a value of YAML, to the type of a setting. Raises `argparse.ArgumentTypeError` for another."""
-    kind, _, choices = _kind(name)
+    kind, choices = (Settings.__dataclass_fields__[name].metadata[key] for key in ("kind", "choices"))
     if isinstance(value, (list, dict)):
         raise argparse.ArgumentTypeError(f"{name}: this is a {type(value).__name__} instead of one value.")
     expected = {int: "a whole number", float: "a number", bool: "true or false", str: f"one of {', '.join(choices)}"}

@@ -83,7 +83,6 @@ class Ours(Contender):
         self.batches = BatchLoader(dataset, accelerator, options.batch_size, num_workers=workers).epoch
 
     def loss(self, batch: dict) -> torch.Tensor:
-        batch.pop("skipped")
         with torch.autocast("cpu", torch.bfloat16, enabled=self.bf16):
             return self.pair_model(**batch)["loss"]
 

@@ -100,7 +100,6 @@ class Study:
             for batch in loader.epoch(epoch):
                 if step == self.steps:
                     return
-                batch.pop("skipped")
                 for group in optimizer.param_groups:
                     group["lr"] = cosine_schedule(step, self.steps, self.steps // 10, rate, *ends)
                 pair_model(**batch)["loss"].backward()

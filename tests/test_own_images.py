@@ -113,7 +113,7 @@ def test_bad_data_is_one_sentence(tmp_path, capsys):
         ("image,caption\n", "pairs.csv: training contrasts pairs, and this has 0"),
         ("image,caption\n0.png,a dog\n", "this has 1"),
         ("image,caption\n0.png,a dog\n1.png,a dog\n2.png,a dog\n", "'a dog'"),
-        ("image,caption\nx.png,a dog\ny.png,a cat\n", f"2 of the 2 pairs looked at have no image or no caption. The first is pair 1 of pairs.csv: there is no image {tmp_path}/x.png (paths are relative"),
+        ("image,caption\nx.png,a dog\ny.png,a cat\n", f"2 of the 2 pairs looked at have no image or no caption. The first is pair 1 of pairs.csv: there is no image {tmp_path}/x.png"),
         ("image,caption\n0.png,a dog\n1.png,\n2.png,a cat\n", "1 of the 3 pairs looked at have no image or no caption. The first is pair 2 of pairs.csv: no caption."),
         ("image,caption\n0.png,a dog, a cat\n1.png,a cat\n", "pairs.csv, line 2: "),
     ):  # fmt: skip
@@ -136,7 +136,6 @@ def test_bad_settings_are_one_sentence(tmp_path, capsys):
         (tmp_path / folder).mkdir()
         if config:
             (tmp_path / folder / "config.json").write_text(config)
-    recipe = "The configuration iclip-dinov2-s14-minilm names it as"
     for arguments, sentence in {
         "pairs.csv --output_dir runs/pairs": "runs/pairs: this folder holds a run already",
         "pairs.csv --caption_column label": "'label'",
@@ -146,8 +145,7 @@ def test_bad_settings_are_one_sentence(tmp_path, capsys):
         "pairs.csv --model broken": "broken: ",
         "pairs.csv --model empty": "empty: ",
         "pairs.csv --model pairs.csv": "pairs.csv: ",
-        "--config iclip-dinov2-s14-minilm --validation_data pairs.csv": f"{recipe} data: name your own pairs by --data",
-        "--config iclip-dinov2-s14-minilm --data pairs.csv": f"{recipe} validation_data: name your own pairs by",
+        "--config iclip-dinov2-s14-minilm --data pairs.csv": "data/flickr8k/dev-00000.tar: ",
         "pairs.csv --report_to no_tracker": "pip install no_tracker",
         "org/name --pairs_per_epoch 100": "config",
         "pairs.csv --nouns absent.txt": "absent.txt: ",

@@ -9,7 +9,6 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
-from conftest import tiny_model
 from huggingface_hub import ModelCard
 from training_runs import run, weights
 
@@ -252,26 +251,12 @@ def test_a_run_beside_its_settings_has_a_name(hub, tmp_path, monkeypatch):
     assert parse_settings(["--config", "train.yaml"]).output_dir == f"runs/{hub.name}"
 
 
-def test_features_stay_cached_and_chunks_as_they_were_where_dropout_learns(hub, tmp_path):
+def test_features_stay_cached(hub, tmp_path):
     cache = ["--cache_features", tmp_path / "cache"]
     run(hub, tmp_path / "cached", "--max_steps", 2, *cache)
     with pytest.raises(ValueError, match="cache_features from .*/cache to "):
         run(hub, tmp_path / "cached", "--max_steps", 2, "--resume")
     (tmp_path / "cache").rename(tmp_path / "moved")
     run(hub, tmp_path / "cached", "--max_steps", 2, "--resume", "--cache_features", tmp_path / "moved")
-    with pytest.raises(ValueError, match="chunk_size from 256 to 8"):
-        run(hub, tmp_path / "cached", "--max_steps", 2, "--resume", *cache, "--chunk_size", 8)
     with pytest.raises(ValueError, match="cache_features"):
         run(hub, tmp_path / "learning", *cache, "--model_options", "lock_vision=false")
-    run(hub, tmp_path / "locked", "--max_steps", 2, "--lock_text")
-    run(hub, tmp_path / "locked", "--max_steps", 2, "--lock_text", "--resume", "--chunk_size", 8)
-
-
-def test_a_tower_that_learns_has_dropout_as_its_configuration_says():
-    model = tiny_model()
-    assert PairModel(model).has_dropout and not PairModel(model, lock_text=True).has_dropout
-    for rate in ("hidden_dropout_prob", "attention_probs_dropout_prob"):
-        setattr(model.text_model.config, rate, 0.0)
-    assert not PairModel(model).has_dropout
-    model.config.lock_vision, model.vision_model.config.attention_probs_dropout_prob = False, 0.1
-    assert PairModel(model).has_dropout

@@ -1,7 +1,6 @@
 """Parts of training against slow or direct computation: schedule, batches, streams, augmentation."""
 
 import multiprocessing
-import random
 
 import numpy as np
 import pytest
@@ -14,7 +13,7 @@ from torch.utils.data import IterableDataset
 from training_runs import accelerator
 
 from iclip_hf.data.pairs import load_pairs
-from iclip_hf.training.batches import BatchLoader, GlobalBatches, seeded
+from iclip_hf.training.batches import BatchLoader, GlobalBatches
 from iclip_hf.training.inputs import TrainingPairs, augmentation
 from iclip_hf.training.interrupts import Interrupts
 from iclip_hf.training.pair_model import PairModel
@@ -116,21 +115,6 @@ def test_an_error_of_a_worker_ends_the_workers():
     with pytest.raises(ValueError, match="too many bad pairs"), Interrupts():
         list(loader.epoch(0))
     assert not multiprocessing.active_children()
-
-
-def test_seeded_leaves_the_other_random_numbers_alone():
-    def draw():
-        return random.random(), np.random.rand(), torch.rand(1).item()
-
-    with seeded("a"):
-        outer = draw()
-        with seeded("b", 1):
-            inner = draw()
-        after = draw()
-    with seeded("a"):
-        assert draw() == outer and draw() == after
-    with seeded("b", 1):
-        assert draw() == inner != outer
 
 
 def test_augmentation_depends_on_seed_epoch_and_pair_alone(hub, tiny_processor):

@@ -6,7 +6,6 @@ import hashlib
 import itertools
 import random
 from collections.abc import Iterator
-from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -21,25 +20,12 @@ with require_extra("train"):
     from accelerate.utils import send_to_device
 
 
-def derive_seed(*key) -> int:
-    """Returns a seed that depends only on the key."""
-    return int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:7], "big")
-
-
-@contextmanager
-def seeded(*key) -> Iterator[None]:
-    """Seeds the random numbers on the CPU with the key, and restores their state at the end."""
-    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    seed = derive_seed(*key)
+def seed_everything(*key) -> None:
+    """Seeds Python's, numpy's and torch's random numbers, such that they depend only on the key."""
+    seed = int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:7], "big")
     random.seed(seed)
     np.random.seed(seed % 2**32)
-    torch.default_generator.manual_seed(seed)
-    try:
-        yield
-    finally:
-        random.setstate(states[0])
-        np.random.set_state(states[1])
-        torch.set_rng_state(states[2])
+    torch.manual_seed(seed)
 
 
 class GlobalBatches(Sampler):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Collection
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -37,7 +36,6 @@ class RunState:
     step: int = 0  # number of completed steps
     bad_steps: int = 0  # number of steps without a finite loss and gradient
     bad_in_a_row: int = 0  # of them, since the last good step
-    skipped_pairs: int = 0  # number of broken pairs that were replaced
     before: dict = field(
         default_factory=dict
     )  # results of the model that the run started from, if it was trained already
@@ -67,23 +65,22 @@ def holds_start(settings: Settings, state: RunState) -> bool:
     return start is not None and (state.best is None or bool(state.lost) or not settings.is_better(state.best, start))
 
 
-def state_to_resume(settings: Settings, fixed: Collection[str] = ()) -> tuple[Path | None, RunState]:
+def state_to_resume(settings: Settings) -> tuple[Path | None, RunState]:
     """
     Returns the last checkpoint of a run and its state; None and a new state without one. Raises `ValueError` if a setting has changed
-    that must not change, see [`~settings.changed_settings`], also for `fixed`.
+    that must not change.
     """
     folder = Path(settings.output_dir)
     *_, last = [None, *checkpoints(folder)]
     if last is None:
         return None, RunState()
-    state = RunState(**json.loads((last / "state.json").read_text()))
-    if others := changed_settings(settings, state.settings, fixed):
-        differences = ", ".join(
-            f"{name} from {state.settings.get(name)} to {getattr(settings, name)}" for name in others
-        )
+    saved = json.loads((last / "state.json").read_text())
+    state = RunState(**{name: value for name, value in saved.items() if name in RunState.__dataclass_fields__})
+    if others := changed_settings(settings, state.settings):
+        changes = (f"{name} from {state.settings.get(name)} to {getattr(settings, name)}" for name in others)
         raise ValueError(
-            f"{folder}: the run to resume has other settings, which change {differences}; repeat the command that began it, on the same "
-            "pairs, with --resume, or name another output_dir."
+            f"{folder}: the run to resume has other settings, which change {', '.join(changes)}; repeat the command that began it, on "
+            "the same pairs, with --resume, or name another output_dir."
         )
     return last, state
 

@@ -207,7 +207,7 @@ class CachedPairs(Dataset):
         else:
             features = [self.texts[captions], *([self.prompts[prompts]] if prompts else [])]
             texts = {"text_features": torch.cat(features)}
-        return {"image_features": batch["image_features"], **texts, **nouns, "skipped": 0}
+        return {"image_features": batch["image_features"], **texts, **nouns}
 
 
 class _PairReader(Dataset):

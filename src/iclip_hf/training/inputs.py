@@ -18,7 +18,7 @@ from ..modeling_iclip import ICLIPModel
 from ..models.identity import digest
 from ..processing_iclip import ICLIPProcessor
 from ..utils.extras import require_extra
-from .batches import seeded
+from .batches import seed_everything
 from .feature_cache import CachedPairs, FeatureCache
 from .nouns import NounPrompts
 from .pair_model import set_token_mean
@@ -97,22 +97,19 @@ class TrainingPairs(Dataset):
         return [self.pairs.caption(index) for index in range(len(self))]
 
     def prepare(self, pair: dict, key: int | str) -> dict:
-        with seeded(self.seed, self.epoch, key):
-            return {**pair, "image": self.transform(pair["image"])}
+        seed_everything(self.seed, self.epoch, key)
+        return {**pair, "image": self.transform(pair["image"])}
 
     def collate(self, items: Sequence[dict]) -> dict:
         """
-        Collates B items to `pixel_values` (B, 3, H, W), the tokenizer's tensors (B, L), and the number of skipped pairs. Noun
-        prompts follow the captions in the tokenizer's tensors.
+        Collates B items to `pixel_values` (B, 3, H, W) and the tokenizer's tensors (M, L), in which noun prompts follow the captions.
         """
-        prompts, nouns = [], {}
-        if self.nouns:
-            prompts, nouns = self.nouns.draw([item["captions"] for item in items], self.epoch)
+        captions = [item["captions"] for item in items]
+        prompts, nouns = self.nouns.draw(captions, self.epoch) if self.nouns else ([], {})
         return {
             "pixel_values": torch.stack([item["image"] for item in items]),
             **self.processor(text=[item["caption"] for item in items] + prompts),
             **nouns,
-            "skipped": sum(item["skipped"] for item in items),
         }
 
 

@@ -131,7 +131,7 @@ class PairModel(nn.Module):
     Memory holds the towers' activations of `chunk_size` pairs only; those of the others are recomputed in the backward pass
     (gradient checkpointing). A large batch costs time but keeps all its negatives. Each process has the same number of pairs.
     The mean of losses and gradients over the processes equals that of one process with all pairs. Chunks and processes change
-    no result, except for dropout, which is drawn for each chunk and process, see `has_dropout`.
+    no result, except for dropout, which is drawn for each chunk and process.
 
     Args:
         chunk_size: number of images or texts in one forward pass of a tower that learns.
@@ -165,14 +165,6 @@ class PairModel(nn.Module):
         """The branches of the model by name, recognition first."""
         named = {"recognition": self.model.recognition, "interpretability": self.model.interpretability}
         return {name: branch for name, branch in named.items() if branch is not None}
-
-    @property
-    def has_dropout(self) -> bool:
-        """Whether a tower that learns has dropout, so that `chunk_size` changes results."""
-        learning = [] if self.model.config.lock_vision else [self.model.vision_model]
-        learning += [] if self.lock_text else [self.model.text_model]
-        rates = (value for tower in learning for name, value in tower.config.to_dict().items() if "drop" in name)
-        return any(isinstance(rate, float) and rate > 0 for rate in rates)
 
     def train(self, mode: bool = True) -> PairModel:
         super().train(mode)

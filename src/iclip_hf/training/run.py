@@ -30,7 +30,7 @@ from ..models.loading import load_iclip, warn_of_slow_bfloat16
 from ..processing_iclip import ICLIPProcessor
 from ..utils.distributed import shared_folder_lock, this_process
 from ..utils.files import atomic_write
-from .batches import BatchLoader, derive_seed
+from .batches import BatchLoader, seed_everything
 from .checkpoints import holds_start, load_checkpoint, save_checkpoint, state_to_resume, write_state
 from .checks import STATE_FILE, checkpoints
 from .inputs import load_datasets, open_inputs
@@ -119,7 +119,7 @@ def run(
     pair_model = PairModel(model, **{name: getattr(settings, name) for name in options.split()})
 
     # 1. The state of the run, a new one or that of the last checkpoint, and its inputs
-    checkpoint, state = state_to_resume(settings, ["chunk_size"] if pair_model.has_dropout else [])
+    checkpoint, state = state_to_resume(settings)
     inputs = open_inputs(settings, accelerator)
     content = identity(model, processor) | inputs.content(accelerator)
     # Places may differ, and the software, so that a long run can outlive an update.
@@ -167,17 +167,15 @@ def run(
         began = time.perf_counter()
         batch = next(batches)
         loaded = time.perf_counter()
-        torch.manual_seed(derive_seed(settings.seed, state.step, accelerator.process_index))
+        seed_everything(settings.seed, state.step, accelerator.process_index)
         learning_rate = cosine_schedule(state.step, total_steps, warmup_steps, *rates)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate
 
         # 5. Losses, averaged over the processes, so that all decide by the same numbers
-        skipped = batch.pop("skipped")
         outputs = pair_model(**batch)
-        mine = torch.tensor([skipped, interrupts.requested], device=accelerator.device)
-        shared = accelerator.reduce(torch.cat([outputs["losses"], mine.float()]), "mean")
-        *losses, skipped, interrupted = shared.tolist()
+        mine = torch.tensor([interrupts.requested], device=accelerator.device)
+        *losses, interrupted = accelerator.reduce(torch.cat([outputs["losses"], mine.float()]), "mean").tolist()
 
         # 6. Step, unless loss or gradient are not finite. The scaler of float16 skips by itself, and lowers its scale.
         norm = math.nan
@@ -190,7 +188,6 @@ def run(
         optimizer.zero_grad()
         finite = math.isfinite(norm)
         state.step += 1
-        state.skipped_pairs += round(skipped * accelerator.num_processes)
         state.bad_steps += not finite
         state.bad_in_a_row = 0 if finite else state.bad_in_a_row + 1
         if state.bad_in_a_row == min(_MAX_BAD_STEPS, total_steps):
@@ -215,7 +212,6 @@ def run(
                 "pairs_per_second": speed,
                 "share_of_time_loading": loading / (loading + computing),
                 "bad_steps": state.bad_steps,
-                "skipped_pairs": state.skipped_pairs,
             }
             accelerator.log(row, state.step)
             bar.set_postfix(loss=f"{row['loss']:.3f}", pairs_per_s=f"{speed:.0f}")

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields
 from functools import partial
 from pathlib import Path
@@ -22,11 +22,11 @@ from ..utils.hub_ids import RUNS
 MAP_METRICS = ("mAP", "mMIoU", "mFMB", "text_contrast")
 RETRIEVAL_METRICS = ("text_to_image", "image_to_text", "val_loss")
 
-
 POSITIVE = 1e-99  # the lowest value of what must not be 0
+
 # Settings that change no result, so that a run may resume with others.
 FREE = """
-    config output_dir resume num_workers chunk_size report_to log_steps eval_steps pictures checkpoint_steps
+    config output_dir resume num_workers report_to log_steps eval_steps pictures checkpoint_steps
 """.split()
 # Places, which may change too: their content is compared.
 PLACES = "model vision text data validation_data nouns cache_features eval_root".split()
@@ -48,18 +48,14 @@ class Settings:
 
     config: str = setting(
         "",
-        "name of a shipped configuration, or a train.yaml in the folder of the model's configuration; without one, settings are "
-        "chosen by the number of pairs, and without data it is iclip-vit-b16",
+        "name of a shipped configuration, or a train.yaml beside the model's config.json; without one, settings are chosen by the "
+        "number of pairs, and without data it is iclip-vit-b16",
     )
-    output_dir: str = setting(
-        "", "folder of the run and of the trained model; runs/<name of the configuration or the data> if not given"
-    )
+    output_dir: str = setting("", "folder of the run and the model; runs/<name of configuration or data> if not given")
     resume: bool = setting(False, "resume from the last checkpoint in output_dir, if there is one")
 
     # model
-    model: str = setting(
-        "", 'ICLIP model to continue to train (folder or Hub id), or "embedded", instead of two towers'
-    )
+    model: str = setting("", 'ICLIP model to train further (folder, Hub id or "embedded"), instead of two towers')
     vision: str = setting("", 'image tower: a folder, a Hub id, or "embedded" for that of the embedded model')
     text: str = setting("", 'text tower: a folder, a Hub id, or "embedded" for that of the embedded model')
     model_options: list[str] = setting([], "options that override those of config.json, as name=value")
@@ -77,25 +73,20 @@ class Settings:
     validation_data: list[str] = setting([], "validation pairs, local")
     validation_share: float = setting(0.0, "share of the pairs to validate on instead, which are not trained on", 0, 1)
     split: str = setting("train", "split of a Hub dataset")
-    pairs_per_epoch: int = setting(
-        0, "pairs in an epoch of a Hub dataset, which then is streamed instead of downloaded", 0
-    )
+    pairs_per_epoch: int = setting(0, "pairs in an epoch of a Hub dataset, which then is streamed", 0)
     max_bad_share: float = setting(0.05, "largest share of broken pairs; the run stops above it", 0, 1)
     crop_scale: float = setting(0.08, "smallest area of a random crop, as a share of the image", 0, 1)
     auto_augment: str = setting("rand-m9-mstd0.5-inc1", "name of an augmentation policy of timm; empty for none")
     random_erasing: float = setting(0.25, "probability of erasing a rectangle", 0, 1)
     nouns: str = setting(
         "",
-        "text file with one noun in each line, those of the background marked 'sky (background)'; nouns that occur in captions "
-        "become prompts, as in GroupViT",
+        "text file with a noun in each line, 'sky (background)' for one of the background; nouns in captions become prompts",
     )
     noun_weight: float = setting(0.5, "share of noun prompts in the loss of noun_branches", 0, 1)
     noun_branches: list[str] = setting(
         ["recognition"], "branches that learn noun prompts", choices=("recognition", "interpretability")
     )
-    noun_competition: float = setting(
-        0.0, "share of the nouns' competition for patches in their loss, with max_over=similarity", 0, 1
-    )
+    noun_competition: float = setting(0.0, "share of the competition for patches in the noun loss of a map", 0, 1)
     map_tokens: int = setting(20, "number of patches that represent an image with max_over=similarity", 5)
     num_workers: int = setting(4, "number of loading processes for each training process", 0)
     cache_features: str = setting("", "folder for features of locked towers, which are computed once")
@@ -104,14 +95,8 @@ class Settings:
     epochs: int = setting(30, "number of passes over the pairs", 1)
     max_steps: int = setting(0, "number of steps of the run and its schedule; 0 for all epochs", 0)
     batch_size: int = setting(1024, "number of pairs in a batch, over all processes", 1)
-    chunk_size: int = setting(
-        256,
-        "number of pairs in one forward pass of a tower; limits the memory, and changes results only if a trained tower has dropout",
-        1,
-    )
-    learning_rate: float = setting(
-        1.25e-4, "peak learning rate for a batch of 1024; all three rates are scaled with the batch size", POSITIVE
-    )
+    chunk_size: int = setting(256, "number of pairs in one forward pass of a tower, which limits the memory", 1)
+    learning_rate: float = setting(1.25e-4, "peak for a batch of 1024; all rates scale with batch_size", POSITIVE)
     warmup_learning_rate: float = setting(1e-6, "first learning rate of the warm-up", 0)
     min_learning_rate: float = setting(1e-5, "last learning rate", 0)
     warmup_epochs: float = setting(2.0, "number of epochs of linear warm-up, before the cosine decay", 0)
@@ -128,9 +113,7 @@ class Settings:
     report_to: str = setting("tensorboard", "name of a tracker of Accelerate, or none")
     log_steps: int = setting(10, "number of steps between logs", 1)
     eval_steps: int = setting(1000, "number of steps between evaluations; the last step is always evaluated", 1)
-    eval_dataset: str = setting(
-        "none", "segmentation data set for the evaluation of maps", choices=("none", *DATASETS)
-    )
+    eval_dataset: str = setting("none", "segmentation data set to evaluate maps on", choices=("none", *DATASETS))
     eval_root: str = setting("", "folder of eval_dataset")
     eval_split: str = setting("", "split of eval_dataset; the validation split if not given")
     best_metric: str = setting(
@@ -285,14 +268,14 @@ def _parse(name: str, value):
     return parsed
 
 
-def changed_settings(settings: Settings, before: Mapping, fixed: Collection[str] = ()) -> list[str]:
-    """Returns the names of settings that must not change on resume (those of `fixed` too), but differ from `before`."""
+def changed_settings(settings: Settings, before: Mapping) -> list[str]:
+    """Returns the names of settings that must not change on resume, but differ from `before`."""
     changed = []
     for entry in fields(settings):
         # of a setting that the run began without
         usual = entry.default_factory() if entry.default is MISSING else entry.default
         now, then = getattr(settings, entry.name), before.get(entry.name, usual)
         differs = bool(now) != bool(then) if entry.name in PLACES else now != then
-        if differs and (entry.name not in FREE or entry.name in fixed):
+        if differs and entry.name not in FREE:
             changed.append(entry.name)
     return changed

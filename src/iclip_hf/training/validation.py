@@ -39,7 +39,6 @@ def validate(
     options = {"collate_fn": dataset.collate, "num_workers": num_workers, "worker_init_fn": ignore_signals}
     batches = DataLoader(dataset, min(batch_size, part), sampler=rows, **options)
     for batch in tqdm(batches, desc="Held-out pairs", leave=False, disable=not accelerator.is_main_process):
-        batch.pop("skipped")
         outputs = pair_model(**send_to_device(batch, accelerator.device))
         images.append(outputs["image_embeds"])
         texts.append(outputs["text_embeds"])

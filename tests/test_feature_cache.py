@@ -6,34 +6,27 @@ import numpy as np
 import pytest
 import torch
 from conftest import tiny_model, write_pairs
-from tqdm import tqdm
 from training_runs import accelerator
 
 from iclip_hf import ICLIPConfig, ICLIPProcessor
 from iclip_hf.data.pairs import load_pairs
-from iclip_hf.training import feature_cache
 from iclip_hf.training.feature_cache import CachedPairs, FeatureCache, FeatureShards
 from iclip_hf.training.pair_model import image_features
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"pooling": "masked_max"},
-        {"pooling": "masked_max", "attention_norm": "quantile"},
-        {"pooling": "max"},
-        {"pooling": "average", "dual_projection": False},
-        {"pooling": "class_token", "dual_projection": False},
-        {"pooling": "max", "recognition_pooling": "class_and_average"},
-        {"max_over": "similarity", "center_tokens": True, "map_affinity": 3.0},
-        {
-            "max_over": "similarity",
-            "center_tokens": True,
-            "map_affinity": 3.0,
-            "recognition_pooling": "class_and_average",
-        },
-    ],
-)
+TOKENS = {"max_over": "similarity", "center_tokens": True, "map_affinity": 3.0}
+POOLED = [
+    {"pooling": "masked_max", "attention_norm": "quantile"},
+    {"pooling": "max"},
+    {"pooling": "average", "dual_projection": False},
+    {"pooling": "class_token", "dual_projection": False},
+    {"pooling": "masked_max", "recognition_pooling": "class_and_average"},
+    TOKENS,
+    {**TOKENS, "recognition_pooling": "class_and_average"},
+]
+
+
+@pytest.mark.parametrize("options", POOLED)
 def test_any_pooling_comes_from_one_cache(hub, tmp_path_factory, tiny_processor, options):
     folder = tmp_path_factory.getbasetemp() / "one-cache"
     model, pairs = tiny_model(**options), load_pairs(str(hub / "pairs.tar"))
@@ -66,12 +59,9 @@ def test_filling_a_cache_goes_on_where_it_stopped(hub, tmp_path, tiny_processor,
             raise KeyboardInterrupt
         return encode_image(pixel_values)
 
-    bars = []
-    monkeypatch.setattr(feature_cache, "tqdm", lambda **options: bars.append(tqdm(**options)) or bars[-1])
     monkeypatch.setattr(model, "encode_image", stops_after_six)
     with pytest.raises(KeyboardInterrupt):
         FeatureCache(tmp_path / "stopped", model, tiny_processor, accelerator()).images(pairs)
-    assert [bar.disable for bar in bars] == [True]  # closed, so that what is printed next begins a line
     resumed = FeatureCache(tmp_path / "stopped", model, tiny_processor, accelerator()).images(pairs)
     assert sum(calls) == 600 + (6 + 1) * 64 - 256  # the first shard was kept
     rows = np.random.default_rng(0).integers(0, 600, 50)
@@ -95,14 +85,6 @@ def test_other_features_have_a_folder_of_their_own(hub, tmp_path, tiny_processor
     folders += [fill(tokens), fill(tokens, map_tokens=5), fill(tokens, earlier_mean=[0.5])]
     folders += [fill(tiny_model(max_over="similarity", map_affinity=2.0))]
     assert len(set(folders)) == len(folders) and fill(tiny_model(pooling="max", map_affinity=2.0)) == folders[0]
-
-
-def test_a_new_version_of_the_code_computes_features_again(hub, tmp_path, tiny_processor, monkeypatch):
-    cache = FeatureCache(tmp_path, tiny_model(), tiny_processor, accelerator())
-    for _ in range(2):
-        cache.pairs(load_pairs(str(hub / "pairs.tar")), lock_text=True)
-        monkeypatch.setattr(feature_cache, "_VERSION", feature_cache._VERSION + 1)
-    assert [len([*(tmp_path / kind).iterdir()]) for kind in ("images", "texts")] == [2, 2]
 
 
 def test_cached_texts_know_tokenizer_and_tower_but_not_their_use(tmp_path, tiny_processor):

@@ -133,16 +133,9 @@ class PairModel(nn.Module):
     The mean of losses and gradients over the processes equals that of one process with all pairs. Chunks and processes change
     no result, except for dropout, which is drawn for each chunk and process.
 
-    Args:
-        chunk_size: number of images or texts in one forward pass of a tower that learns.
-        lock_text: whether the text tower has no gradients and stays in eval mode, as a locked image tower does.
-        map_tokens: number of patches of an image that are compared with the texts with `max_over="similarity"`, at least 5, see
-            [`representative_tokens`].
-        noun_weight: share of the noun prompts in the loss of the branches that learn them; the rest is the captions' share.
-        noun_branches: the branches that learn nouns, `"recognition"` and `"interpretability"`. Nouns improve a map that is pooled
-            by similarity. With other poolings, the map loses what distinguishes all objects from the background.
-        noun_competition: share of [`~losses.competition_loss`] in the noun loss of a map that is pooled by similarity; the rest is
-            contrastive.
+    The options are the settings of these names, see [`~settings.Settings`]; `map_tokens` is at least 5, see [`representative_tokens`].
+    Nouns improve a map that is pooled by similarity. With other poolings, the map loses what distinguishes all objects from the
+    background.
     """
 
     def __init__(

@@ -92,18 +92,24 @@ def train(settings: Settings) -> dict[str, float]:
     Raises:
         `ValueError`: a setting or the data is not as described. `OSError`: something cannot be read or written.
         `FloatingPointError`: too many steps in a row have no finite loss, or weights are not finite. `KeyboardInterrupt`: the run
-        was interrupted.
+        was interrupted; its message names the checkpoint to resume from.
     """
     transformers_logging.disable_progress_bar()
     set_seed(settings.seed)
     output_dir = Path(settings.output_dir)
-    with Interrupts() as interrupts:
-        model, processor = build_model(settings)
-        accelerator = start_accelerator(settings, model)
-        settings = copy.copy(settings)
-        settings.mixed_precision = accelerator.mixed_precision  # as it is, so that a run is resumed in the same
-        with shared_folder_lock(output_dir, accelerator):
-            return run(settings, model, processor, accelerator, interrupts)
+    try:
+        with Interrupts() as interrupts:
+            model, processor = build_model(settings)
+            accelerator = start_accelerator(settings, model)
+            settings = copy.copy(settings)
+            settings.mixed_precision = accelerator.mixed_precision  # as it is, so that a run is resumed in the same
+            with shared_folder_lock(output_dir, accelerator):
+                return run(settings, model, processor, accelerator, interrupts)
+    except KeyboardInterrupt as error:
+        last = checkpoints(output_dir)[-1:]
+        raise KeyboardInterrupt(
+            f"interrupted; --resume continues from {last[0]}" if last else "interrupted"
+        ) from error
 
 
 def run(
@@ -222,7 +228,7 @@ def run(
         if interrupted or not state.measured or state.step % settings.checkpoint_steps == 0:
             save_checkpoint(accelerator, pair_model, optimizer, output_dir, state)
         if interrupted:
-            raise KeyboardInterrupt(f"interrupted; --resume continues from {checkpoints(output_dir)[-1]}")
+            raise KeyboardInterrupt
     bar.close()
 
     # 9. Report

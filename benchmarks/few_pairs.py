@@ -88,7 +88,7 @@ class Study:
     def fine_tune(self, model: ICLIPModel, rows: np.ndarray, seed: int, rate: float) -> None:
         training = copy.copy(self.pairs)
         training.rows = self.pairs.rows[rows]
-        training.captions = [self.pairs.captions[row][:1] for row in rows]
+        training.captions = training.sentences = [self.pairs.captions[row][:1] for row in rows]
         batch_size = min(len(rows), 256)
         loader = BatchLoader(training, self.accelerator, batch_size, seed)
         pair_model = PairModel(model, lock_text=True)

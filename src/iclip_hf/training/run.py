@@ -128,8 +128,7 @@ def run(
     checkpoint, state = state_to_resume(settings)
     inputs = open_inputs(settings, accelerator)
     content = identity(model, processor) | inputs.content(accelerator)
-    # Places may differ, and the software, so that a long run can outlive an update.
-    if checkpoint and (differing := changed(state.content, content, may_differ=["software"])):
+    if checkpoint and (differing := changed(state.content, content)):  # the places may differ
         raise ValueError(
             f"{checkpoint}: the run began with other {', '.join(differing)}; restore what has changed, or name another output_dir."
         )

@@ -337,7 +337,7 @@ for name, *values in (
     ("model", "m"),
     ("vision", "''"),
     ("lock_text", "maybe"),
-    ("model_options", "[pooling]", "['pooling=[a']", "['=max']"),
+    ("model_options", "[pooling]", "['pooling=[a']"),
     ("noun_branches", "[map]"),
     ("best_metric", "mAP"),
 ):

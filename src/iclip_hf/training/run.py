@@ -156,79 +156,78 @@ def run(
     if settings.model and state.step == 0:
         selection.measure_start()
     interrupts.deferred = True
-    bar = tqdm(total=total_steps, initial=state.step, desc="Training", disable=not accelerator.is_main_process)
     times: list[tuple[float, float]] = []  # seconds of loading and of computing a step, since the last log
     batches = loader.steps(state.step, total_steps)
-    while True:
-        # 3. Evaluation, if it is due after the last step, or was interrupted. A signal acts at once, as there is a checkpoint.
-        if not state.measured:
-            with interrupts.at_once():
-                selection.measure(state.step == total_steps)
-                write_state(accelerator, checkpoints(output_dir)[-1], state)
-        if state.step == total_steps:
-            break
+    with tqdm(total=total_steps, initial=state.step, desc="Training", disable=not accelerator.is_main_process) as bar:
+        while True:
+            # 3. Evaluation, if it is due after the last step, or was interrupted. A signal acts at once, as there is a checkpoint.
+            if not state.measured:
+                with interrupts.at_once():
+                    selection.measure(state.step == total_steps)
+                    write_state(accelerator, checkpoints(output_dir)[-1], state)
+            if state.step == total_steps:
+                break
 
-        # 4. Batch, and learning rate. Dropout draws by the step, not by what was drawn before, so that a resumed step is the same.
-        began = time.perf_counter()
-        batch = next(batches)
-        loaded = time.perf_counter()
-        seed_everything(settings.seed, state.step, accelerator.process_index)
-        learning_rate = cosine_schedule(state.step, total_steps, warmup_steps, *rates)
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate
+            # 4. Batch, and learning rate. Dropout draws by the step, not by what was drawn before, so that a resumed step is the same.
+            began = time.perf_counter()
+            batch = next(batches)
+            loaded = time.perf_counter()
+            seed_everything(settings.seed, state.step, accelerator.process_index)
+            learning_rate = cosine_schedule(state.step, total_steps, warmup_steps, *rates)
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate
 
-        # 5. Losses, averaged over the processes, so that all decide by the same numbers
-        outputs = pair_model(**batch)
-        mine = torch.tensor([interrupts.requested], device=accelerator.device)
-        *losses, interrupted = accelerator.reduce(torch.cat([outputs["losses"], mine.float()]), "mean").tolist()
+            # 5. Losses, averaged over the processes, so that all decide by the same numbers
+            outputs = pair_model(**batch)
+            mine = torch.tensor([interrupts.requested], device=accelerator.device)
+            *losses, interrupted = accelerator.reduce(torch.cat([outputs["losses"], mine.float()]), "mean").tolist()
 
-        # 6. Step, unless loss or gradient are not finite. The scaler of float16 skips by itself, and lowers its scale.
-        norm = math.nan
-        if all(map(math.isfinite, losses)):
-            accelerator.backward(outputs["loss"])
-            norm = accelerator.clip_grad_norm_(pair_model.parameters(), settings.clip_grad_norm).item()
-            if math.isfinite(norm) or accelerator.scaler is not None:
-                optimizer.step()
-                accelerator.unwrap_model(pair_model).clamp_logit_scales()
-        optimizer.zero_grad()
-        finite = math.isfinite(norm)
-        state.step += 1
-        state.bad_steps += not finite
-        state.bad_in_a_row = 0 if finite else state.bad_in_a_row + 1
-        if state.bad_in_a_row == min(_MAX_BAD_STEPS, total_steps):
-            raise FloatingPointError(
-                f"No loss and gradient was finite in the last {state.bad_in_a_row} steps, up to step {state.step}: lower "
-                "learning_rate, or set mixed_precision to bf16 or no"
-            )
-        times.append((loaded - began, time.perf_counter() - loaded))
-        bar.update()
+            # 6. Step, unless loss or gradient are not finite. The scaler of float16 skips by itself, and lowers its scale.
+            norm = math.nan
+            if all(map(math.isfinite, losses)):
+                accelerator.backward(outputs["loss"])
+                norm = accelerator.clip_grad_norm_(pair_model.parameters(), settings.clip_grad_norm).item()
+                if math.isfinite(norm) or accelerator.scaler is not None:
+                    optimizer.step()
+                    accelerator.unwrap_model(pair_model).clamp_logit_scales()
+            optimizer.zero_grad()
+            finite = math.isfinite(norm)
+            state.step += 1
+            state.bad_steps += not finite
+            state.bad_in_a_row = 0 if finite else state.bad_in_a_row + 1
+            if state.bad_in_a_row == min(_MAX_BAD_STEPS, total_steps):
+                raise FloatingPointError(
+                    f"No loss and gradient was finite in the last {state.bad_in_a_row} steps, up to step {state.step}: lower "
+                    "learning_rate, or set mixed_precision to bf16 or no"
+                )
+            times.append((loaded - began, time.perf_counter() - loaded))
+            bar.update()
 
-        # 7. Log
-        last = state.step == total_steps
-        if last or state.step % settings.log_steps == 0:
-            loading, computing = map(sum, zip(*times))
-            speed = len(times) * settings.batch_size / (loading + computing)
-            row = {
-                "loss": sum(losses) / len(losses),
-                **dict(zip(("recognition_loss", "map_loss"), losses)),
-                **dict(zip(("logit_scale", "map_logit_scale"), outputs["logit_scales"].tolist())),
-                "learning_rate": learning_rate,
-                "gradient_norm": norm,
-                "pairs_per_second": speed,
-                "share_of_time_loading": loading / (loading + computing),
-                "bad_steps": state.bad_steps,
-            }
-            accelerator.log(row, state.step)
-            bar.set_postfix(loss=f"{row['loss']:.3f}", pairs_per_s=f"{speed:.0f}")
-            times.clear()
+            # 7. Log
+            last = state.step == total_steps
+            if last or state.step % settings.log_steps == 0:
+                loading, computing = map(sum, zip(*times))
+                speed = len(times) * settings.batch_size / (loading + computing)
+                row = {
+                    "loss": sum(losses) / len(losses),
+                    **dict(zip(("recognition_loss", "map_loss"), losses)),
+                    **dict(zip(("logit_scale", "map_logit_scale"), outputs["logit_scales"].tolist())),
+                    "learning_rate": learning_rate,
+                    "gradient_norm": norm,
+                    "pairs_per_second": speed,
+                    "share_of_time_loading": loading / (loading + computing),
+                    "bad_steps": state.bad_steps,
+                }
+                accelerator.log(row, state.step)
+                bar.set_postfix(loss=f"{row['loss']:.3f}", pairs_per_s=f"{speed:.0f}")
+                times.clear()
 
-        # 8. Checkpoint, also before an evaluation, which may take long or fail
-        state.measured = not (last or state.step % settings.eval_steps == 0)
-        if interrupted or not state.measured or state.step % settings.checkpoint_steps == 0:
-            save_checkpoint(accelerator, pair_model, optimizer, output_dir, state)
-        if interrupted:
-            raise KeyboardInterrupt
-    bar.close()
+            # 8. Checkpoint, also before an evaluation, which may take long or fail
+            state.measured = not (last or state.step % settings.eval_steps == 0)
+            if interrupted or not state.measured or state.step % settings.checkpoint_steps == 0:
+                save_checkpoint(accelerator, pair_model, optimizer, output_dir, state)
+            if interrupted:
+                raise KeyboardInterrupt
 
     # 9. Report
     write_state(accelerator, output_dir, state, "results.json")

@@ -20,7 +20,7 @@ from PIL import Image
 from transformers import AutoModel, pipeline
 
 from iclip_hf import ICLIPModel
-from iclip_hf.cli.common import keep_memory
+from iclip_hf.cli.options import keep_memory
 from iclip_hf.explainers.localizer import Localizer
 from iclip_hf.images import load_image
 from iclip_hf.models.embedded import embedded_towers
@@ -227,7 +227,9 @@ def presences(rounds: int) -> str:
     image = model.get_image_features(pixel_values)
     contenders = {
         "first": lambda: model.encode_texts(REFERENCE_NOUNS),
-        "read": lambda: kept_on_disk(model.network, model.processor, REFERENCE_NOUNS, model.templates, lambda: nouns),
+        "read": lambda: kept_on_disk(
+            model.network, model.processor, model.templates, lambda _: nouns, REFERENCE_NOUNS
+        ),
         "again": lambda: model.references(model.templates),
         "image": lambda: presence(model, image, texts, nouns),
         "forward": lambda: model.get_image_features(pixel_values),

@@ -9,7 +9,7 @@ import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from http.server import ThreadingHTTPServer
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -114,6 +114,13 @@ def tiny_inputs(batch: int = 2, texts: int = 3, size: tuple[int, int] = (32, 32)
         attention_mask[row, end + 1 :] = 0
     pixel_values = torch.randn(batch, 3, *size, generator=generator)
     return {"pixel_values": pixel_values, "input_ids": input_ids, "attention_mask": attention_mask}
+
+
+class QuietHandler(SimpleHTTPRequestHandler):
+    """Of a server of files that logs nothing."""
+
+    def log_message(self, *arguments):
+        pass
 
 
 @contextmanager

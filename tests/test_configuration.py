@@ -36,19 +36,20 @@ def test_what_a_training_loop_writes_into_it_loads_again(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("option", "value", "message"),
+    ("option", "value"),
     [
-        ("map_attention", True, "map_attention"),
-        ("text_pooling", "pooler", "pooler"),
-        ("max_sharpness", 0, "got 0"),
-        ("value_share", 1.5, r"value_share in \[0, 1\], got 1.5"),
-        ("center_tokens", True, 'max_over="similarity" with center_tokens=True, got "channels"'),
-        ("max_over", "similarity", "Expected dual_projection=True .*max_over.*False"),
-        ("recognition_pooling", "class_and_average", "Expected dual_projection=True .*recognition_pooling.*False"),
+        ("map_attention", True),
+        ("text_pooling", "pooler"),
+        ("max_sharpness", 0),
+        ("value_share", 1.5),
+        ("center_tokens", True),
+        ("max_over", "similarity"),
+        ("recognition_pooling", "class_and_average"),
+        ("map_atention", "none"),
     ],
 )
-def test_bad_options_are_refused(option, value, message):
-    with pytest.raises((ValueError, StrictDataclassError), match=message):
+def test_bad_options_are_refused(option, value):
+    with pytest.raises((ValueError, StrictDataclassError), match=option):
         ICLIPConfig(dual_projection=False, **{option: value})
 
 

@@ -3,6 +3,7 @@
 import copy
 import math
 import re
+from collections import deque
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,7 @@ from transformers import SamConfig, SamImageProcessor, SamModel, SamProcessor
 from iclip_hf import ImageTextSimilarityMapPipeline, explain, explanation_core
 from iclip_hf.explainers import Explainer, explainer_class, make_explainer, register_explainer
 from iclip_hf.explainers.localizer import Localizer
-from iclip_hf.explanation_core import encode_texts, for_images, forward, join, prepare, reference_features
+from iclip_hf.explanation_core import encode_texts, forward, join, prepare, reference_features
 from iclip_hf.models import references
 from iclip_hf.models.loading import load
 from iclip_hf.similarity import cosine_similarity_map
@@ -31,14 +32,9 @@ def test_a_bare_model_and_a_loaded_one_take_the_same_road(tiny_processor):
     loaded, found = load((model, tiny_processor)), []
     for one in (model, loaded):
         texts = encode_texts(one, tiny_processor, TEXTS, None, "cpu")
-        nouns = reference_features(
-            one,
-            tiny_processor.tokenizer,
-            tiny_processor.templates,
-            lambda labels, one=one: encode_texts(one, tiny_processor, labels, None, "cpu"),
-        )
+        nouns = reference_features(lambda labels, one=one: encode_texts(one, tiny_processor, labels, None, "cpu"))
         prepared = join([prepare(tiny_processor, image) for image in images])
-        found.append(forward(one, prepared, for_images(texts, 2), nouns))
+        found.append(forward(one, prepared, texts, nouns))
     assert found[0].raw_maps.shape == (2, 2, 4, 4) and found[0].presence.shape == (2, 2)
     for index, (one, of_loaded) in enumerate(
         zip(explain(loaded, images, TEXTS), explain((model, tiny_processor), images, TEXTS))
@@ -157,6 +153,7 @@ def test_the_pipeline_compares_with_nouns_of_the_weights_that_it_has(tiny_proces
 
 def test_weights_are_digested_once_for_many_calls(tiny_processor, tmp_path, monkeypatch):
     monkeypatch.setenv("ICLIP_CACHE", str(tmp_path))
+    monkeypatch.setattr(explanation_core, "_references", deque())
     digested, digest = [], references.weights_digest
     monkeypatch.setattr(references, "weights_digest", lambda module: digested.append(1) or digest(module))
     model = tiny_model()

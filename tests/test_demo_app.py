@@ -1,12 +1,9 @@
 import base64
-import contextlib
 import io
+import itertools
 import runpy
 import sys
-import threading
-import time
 from dataclasses import replace
-from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 
 import gradio_client
@@ -14,7 +11,7 @@ import httpx
 import numpy as np
 import pytest
 import torch
-from conftest import iclip, noise, opened, served, tiny_model
+from conftest import QuietHandler, iclip, noise, opened, served, tiny_model
 from gradio_client.exceptions import AppError
 from huggingface_hub import RepoCard
 from PIL import Image
@@ -25,7 +22,6 @@ from iclip_hf.explainers.localizer import Localizer
 from iclip_hf.models import explainable
 from iclip_hf.presence import presence_word
 from iclip_hf.similarity import resize_and_normalize
-from iclip_hf.utils.extras import PACKAGE
 
 
 TEXTS = ["dog", "red ball", "sky"]
@@ -59,10 +55,12 @@ def drawn_maps(value: dict) -> np.ndarray:
 
 
 @pytest.fixture(scope="module")
-def server(folder):
-    running = app.launch(str(folder / "model"), "127.0.0.1", prevent_thread_lock=True, quiet=True)
-    yield running.local_url
-    running.close()
+def server(folder, tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("GRADIO_TEMP_DIR", str(tmp_path_factory.mktemp("uploads")))
+        running = app.launch(str(folder / "model"), "127.0.0.1", prevent_thread_lock=True, quiet=True)
+        yield running.local_url
+        running.close()
 
 
 @pytest.fixture(scope="module")
@@ -76,9 +74,7 @@ def client(server, tmp_path_factory):
     [
         ("dog, red ball ,,dog", ["dog", "red ball"]),
         ("a dog, asleep\n\nred ball\n", ["a dog, asleep", "red ball"]),
-        ("dog, ball\n", ["dog", "ball"]),
-        ("a dog\\, asleep, ball", ["a dog, asleep", "ball"]),
-        ("dog", ["dog"]),
+        ("a" * 1000, ["a" * 1000]),
     ],
 )
 def test_texts_are_typed_between_commas_or_one_a_line(typed, texts):
@@ -86,17 +82,10 @@ def test_texts_are_typed_between_commas_or_one_a_line(typed, texts):
 
 
 @pytest.mark.parametrize(
-    ("typed", "message"),
-    [
-        (" , ", "1 to 12 texts"),
-        (",".join(map(str, range(13))), "1 to 12 texts"),
-        ("dog\n" + "a" * 2_000_000, "at most 1000 characters"),
-    ],
-    ids=["none", "many", "megabytes"],
+    "typed", [" , ", ",".join(map(str, range(13))), "dog\n" + "a" * 1001], ids=["none", "many", "long"]
 )
-def test_too_few_too_many_and_too_long_texts(typed, message):
-    assert app.asked_texts("a" * 1000) == ["a" * 1000]
-    with pytest.raises(ValueError, match=message):
+def test_too_few_too_many_and_too_long_texts(typed):
+    with pytest.raises(ValueError, match="1 to 12 texts|at most 1000 characters"):
         app.asked_texts(typed)
 
 
@@ -153,16 +142,12 @@ def test_maps_are_refined_on_request(client, folder, tiny_processor):
 
 
 @pytest.mark.parametrize(
-    ("name", "texts", "method", "sentence"),
-    [
-        ("notes.png", "dog", "itsm", "notes.png: expected a readable image"),
-        ("small.png", "", "itsm", "Type 1 to 12 texts"),
-        ("small.png", "dog", "magic", "There is no method"),
-    ],
+    ("name", "method", "sentence"),
+    [("notes.png", "itsm", "notes.png: expected a readable image"), ("small.png", "magic", "There is no method")],
 )
-def test_bad_input_is_answered_with_a_sentence(client, folder, name, texts, method, sentence):
+def test_bad_input_is_answered_with_a_sentence(client, folder, name, method, sentence):
     with pytest.raises(AppError, match=sentence) as error:
-        client.predict(gradio_client.handle_file(folder / name), texts, method, api_name="/explain")
+        client.predict(gradio_client.handle_file(folder / name), "dog", method, api_name="/explain")
     assert str(folder) not in str(error.value) and len(str(error.value).splitlines()) == 1
 
 
@@ -185,37 +170,26 @@ def upload(server, content):
     return httpx.post(f"{server}gradio_api/upload", files={"files": ("photo.png", content)})
 
 
-def test_only_uploaded_files_are_read_and_heavy_ones_refused(server, folder):
-    own = folder / "small.png"
-    assert answer(ask(server, str(own)))[0] == "event: error"
-    assert answer(ask(server, upload(server, own.read_bytes()).json()[0]))[0] == "event: complete"
-    refused = upload(server, bytes(21_000_000))
-    assert refused.status_code == 413 and refused.text.startswith("File size exceeded maximum allowed size")
-
-
-class Neighbour(BaseHTTPRequestHandler):
+class Neighbour(QuietHandler):
     """A server that the app could be told to ask."""
 
     def do_GET(self):
         self.server.asked = self.path
 
-    def log_message(self, *arguments):
-        pass
-
 
 @pytest.mark.parametrize("extra", [{}, META, {"meta": {}}, {"meta": None}], ids=["bare", "meta", "empty", "null"])
-def test_one_answer_for_every_file_that_was_not_uploaded(server, folder, monkeypatch, extra):
-    """And nothing is opened or fetched."""
+def test_no_file_that_was_not_uploaded_is_opened_or_fetched(server, folder, monkeypatch, extra):
     opened = []
     monkeypatch.setattr(app, "load_image", lambda path, name: opened.append(path))
     own = upload(server, (folder / "small.png").read_bytes()).json()[0]
     link = Path(own).with_name("link.png")
+    link.unlink(missing_ok=True)
     link.symlink_to(folder / "small.png")
     with served(Neighbour) as neighbour:
         address = f"http://127.0.0.1:{neighbour.server_port}/a.png"
         paths = [
             *(str(folder / "small.png"), str(folder / "missing.png"), str(folder), "/dev/zero", "", "small.png"),
-            *(str(link), f"{Path(own).parent}/../{Path(own).parent.name}/photo.png", own + "\0", Path(own).as_uri()),
+            *(str(link), f"{Path(own).parent}/../../small.png", own + "\0", Path(own).as_uri()),
             *(f"{server}gradio_api/file={own}", f"/gradio_api/file={own}", address),
             "data:image/png;base64," + base64.b64encode((folder / "small.png").read_bytes()).decode(),
         ]
@@ -226,58 +200,42 @@ def test_one_answer_for_every_file_that_was_not_uploaded(server, folder, monkeyp
             *({"path": None, "url": paths[0], **extra}, {"path": [own], **extra}, {"path": photos[0], **extra}),
             *({"url": f"{server}gradio_api/file={own}", **extra}, {"path": paths[1], "inner": hidden, **extra}),
             *({"path": None, "url": address, **extra}, {"path": "small.png", "url": address, **extra}),
+            *({"path": path, "is_stream": True, **extra} for path in paths[:3]),
         ]
-        questions = [(photo,) for photo in photos]
-        questions += [(own, *rest) for rest in ([hidden], ["dog", [hidden]], ["dog", "itsm", hidden])]
-        refused = {tuple(answer(ask(server, *question))) for question in questions}
-    link.unlink()
-    ((event, sentence),) = refused
-    assert event == "event: error" and "Expected a file that was uploaded here" in sentence
-    assert opened == [] and not hasattr(neighbour, "asked")
+        for photo in photos:
+            assert answer(ask(server, photo))[0] == "event: error", photo
+        assert opened == [] and not hasattr(neighbour, "asked")
+        # Nor by another field of the question, nor by another route.
+        monkeypatch.undo()
+        for rest in ([hidden], ["dog", [hidden]], ["dog", "itsm", hidden], [["dog", photos[0]]], [{"a": photos[0]}]):
+            said = " ".join(answer(ask(server, {"path": own, **META}, *rest)))
+            assert "event: error" in said or "small.png" not in said
+        for route in (f"file={address}", f"proxy={address}", f"proxy=file://{paths[0]}"):
+            assert httpx.get(f"{server}gradio_api/{route}").status_code in (400, 403, 404)
+        assert not hasattr(neighbour, "asked")
 
 
-def test_all_else_that_an_upload_is_said_to_be_is_ignored(server, folder):
+def test_what_else_an_upload_is_said_to_be_is_ignored_and_examples_are_open(server, folder):
     own = upload(server, (folder / "small.png").read_bytes()).json()[0]
-    said = {"url": "http://example.org/a.png", "inner": {"path": "http://example.org/a.png", **META}, "orig_name": [1]}
+    said = {"url": "http://127.0.0.1:9/a.png", "inner": {"path": "/etc/passwd"}, "orig_name": "/etc/passwd"}
     for photo in ({"path": own, **said}, {"path": str(content.example_files()[0])}):
         assert answer(ask(server, photo))[0] == "event: complete"
 
 
 def test_the_app_serves_only_its_own_files(server, folder):
-    config = folder / "model" / "config.json"
-    for path in (
-        "/etc/passwd",
-        folder / "small.png",
-        folder / "missing",
-        config,
-        "../../etc/passwd",
-        Path(app.__file__),
+    files = ("/etc/passwd", folder / "small.png", folder / "missing", folder / "model" / "config.json")
+    routes = ("gradio_api/file=", "file=", "static/", "svelte/", "assets/", "gradio_api/stream/", "gradio_api/file/")
+    for path, route in itertools.product(
+        (*files, "../../etc/passwd", app.__file__, Path("setup.py").resolve()), routes
     ):
-        for address in (f"gradio_api/file={path}", f"file={path}", f"static/{path}", f"gradio_api/stream/{path}"):
-            answer = httpx.get(server + address)
-            assert answer.status_code in (400, 403, 404, 405) and "root:" not in answer.text, address
-    files = {"files": ("../../escaped.png", (folder / "small.png").read_bytes())}
-    traversal = httpx.post(f"{server}gradio_api/upload", files=files)
+        found = httpx.get(f"{server}{route}{path}")
+        assert found.status_code in (400, 403, 404, 405) and "root:" not in found.text, (route, path)
+    traversal = httpx.post(
+        f"{server}gradio_api/upload", files={"files": ("../../escaped.png", (folder / "small.png").read_bytes())}
+    )
     assert traversal.status_code != 200 or ".." not in traversal.json()[0]
-
-
-def test_routes_of_gradio_that_fetch_or_keep_are_not_there(server):
-    for route in (
-        "file=http://example.org/a.png",
-        "file=https://example.org",
-        "proxy=http://example.org",
-        "deep_link",
-    ):
-        assert httpx.get(f"{server}gradio_api/{route}").status_code == 404
+    assert upload(server, bytes(21_000_000)).status_code == 413
     assert httpx.get(f"{server}monitoring/summary").status_code == 403
-    for route in ("process_recording", "component_server"):
-        assert httpx.post(f"{server}gradio_api/{route}", files={"video": b"0"}).status_code == 404
-
-
-def broken_upload():
-    yield b'--B\r\nContent-Disposition: form-data; name="files"; filename="photo.png"\r\n\r\n' + bytes(10_000)
-    time.sleep(1)  # the server reads nothing of a connection that is closed already
-    raise InterruptedError
 
 
 def test_no_answer_prepares_the_model_or_the_background_anew(server, folder, monkeypatch):
@@ -295,87 +253,19 @@ def test_no_answer_prepares_the_model_or_the_background_anew(server, folder, mon
     assert encoded == [2] and copied == []
 
 
-def test_the_image_of_another_question_is_not_encoded_again(server, folder, tmp_path, monkeypatch):
-    client, other = (
-        gradio_client.Client(server, verbose=False, download_files=tmp_path, httpx_kwargs=PATIENT) for _ in range(2)
-    )
+def test_the_image_of_another_question_is_not_encoded_again(client, folder, monkeypatch):
     encoded, encode = [], ICLIPModel.encode_image
     monkeypatch.setattr(
         ICLIPModel, "encode_image", lambda *args, **options: encoded.append(1) or encode(*args, **options)
     )
+    noise((50, 40), seed=3).save(folder / "other.png")
     answers, counts = [], []
-    for asking, name, texts in (
-        (client, "small.png", "sky, a red ball"),
-        (client, "small.png", "sky, dog"),
-        (other, "small.png", "sky"),  # of another visitor
-        (client, "small.png", "sky"),
-        (client, "large.png", "sky"),
-    ):
-        value, _ = asking.predict(gradio_client.handle_file(folder / name), texts, "itsm", api_name="/explain")
-        answers.append(dict(zip([row["text"] for row in value["texts"]], drawn_maps(value))))
+    for name, texts in (("other.png", "sky, a red ball"), ("other.png", "sky, dog"), ("large.png", "sky")):
+        value, _ = client.predict(gradio_client.handle_file(folder / name), texts, "itsm", api_name="/explain")
+        answers.append(drawn_maps(value)[0])
         counts.append(len(encoded))
-    assert counts == [1, 1, 2, 2, 3]
-    first, *others = [answer["sky"] for answer in answers[:4]]
-    assert all(np.abs(other - first).max() < 1e-2 for other in others)
-
-
-def test_a_full_queue_is_told_in_a_sentence_and_all_in_it_are_answered(server, folder, monkeypatch):
-    photo = upload(server, (folder / "small.png").read_bytes()).json()[0]
-    going, explain = threading.Event(), app.explain_image
-    monkeypatch.setattr(app, "explain_image", lambda *question: going.wait(60) and explain(*question))
-    queued = []
-    for _ in range(100):
-        asked = ask(server, photo)
-        if asked.status_code != 200:
-            break
-        queued.append(asked)
-    going.set()
-    assert asked.status_code == 503 and asked.json()["detail"].startswith("Queue is full. Max size is 32")
-    assert len(queued) in (32, 33)  # the one that is being answered is out of the queue
-    assert {answer(asked)[0] for asked in queued} == {"event: complete"}
-
-
-def test_what_visitors_leave_is_bounded_in_memory_and_on_disk(folder, tmp_path, monkeypatch):
-    monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path))
-    monkeypatch.setattr(app, "MAX_SESSIONS", 2)
-    monkeypatch.setattr(app, "MAX_CACHE_SIZE", 150_000)
-    monkeypatch.setattr(app, "_CACHE_CHECK", 0.05)
-
-    def held(until=lambda sizes: True):
-        """Sizes of all files, once they are as expected or ten seconds have passed."""
-        for _ in range(200):
-            sizes = {}
-            for path in filter(Path.is_file, tmp_path.rglob("*")):
-                with contextlib.suppress(FileNotFoundError):  # deleted just now
-                    sizes[path] = path.stat().st_size
-            if until(sizes):
-                break
-            time.sleep(0.05)
-        return sizes
-
-    running = app.launch(str(folder / "model"), "127.0.0.1", prevent_thread_lock=True, quiet=True)
-    try:
-        own, content = set(held()), (folder / "small.png").read_bytes()
-        for number in range(5):
-            photo = upload(running.local_url, content + bytes([number]) * 60_000).json()[0]
-            assert answer(ask(running.local_url, photo))[0] == "event: complete"
-        assert len(running.state_holder.session_data) == 2
-        sizes = held(until=lambda sizes: sum(sizes.values()) <= 150_000)
-        assert 60_000 < sum(sizes.values()) <= 150_000 and Path(photo) in sizes
-        with pytest.raises(InterruptedError):
-            httpx.post(
-                f"{running.local_url}gradio_api/upload",
-                content=broken_upload(),
-                headers={"Content-Type": "multipart/form-data; boundary=B"},
-            )
-        assert any(
-            path.parent == tmp_path for path in held(until=lambda sizes: {path.parent for path in sizes} & {tmp_path})
-        )
-        monkeypatch.setattr(app, "MAX_CACHE_AGE", 0)
-        assert set(held(until=lambda sizes: set(sizes) == own)) == own
-        assert {path.parent for path in own} == {path for path in tmp_path.rglob("*") if path.is_dir()}
-    finally:
-        running.close()
+    assert counts == [1, 1, 2]
+    np.testing.assert_allclose(answers[0], answers[1], atol=1e-2)
 
 
 @pytest.mark.parametrize("model", [None, "org/iclip-vit-b16"])
@@ -397,19 +287,11 @@ def test_a_space_of_a_local_model_is_refused(folder, tmp_path, capsys):
     assert "Hub id" in capsys.readouterr().err and not (tmp_path / "space").exists()
 
 
-@pytest.mark.parametrize("options", [["--dtype", "bfloat16"], ["--device", "cpu"]])
-def test_options_that_a_space_cannot_have_are_refused(tmp_path, capsys, options):
-    assert iclip("demo", "--export-space", tmp_path / "space", *options) == 2
-    assert "leave it out" in capsys.readouterr().err and not (tmp_path / "space").exists()
-
-
 def test_without_gradio_a_sentence_names_the_extra(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "gradio", None)
     monkeypatch.delitem(sys.modules, app.__name__)
     assert iclip("demo") == 2
-    said = capsys.readouterr().err
-    assert said.startswith(f"iclip demo: gradio is not installed: install it with `pip install '{PACKAGE}[demo]'`")
-    assert said.count("\n") == 1
+    assert "[demo]" in capsys.readouterr().err
 
 
 @pytest.fixture

@@ -47,29 +47,19 @@ def folder(tmp_path) -> Path:
 # ---- which files are written ----
 
 
-@pytest.mark.parametrize(
-    "output", ["photo.png", "sub/../photo.png", "link.png", "chain.png", "twin.png", "folder/photo.png"]
-)
+@pytest.mark.parametrize("output", ["photo.png", "sub/../photo.png", "chain.png", "twin.png", "folder/photo.png"])
 @pytest.mark.parametrize("read", ["photo.png", "link.png", "twin.png"])
 def test_an_input_is_no_output_by_any_name(folder, output, read):
     for named, chosen in (([folder / output], []), ([], [folder / output])):
-        with pytest.raises(FileExistsError, match=f"{Path(output).name}: this output is the same file as"):
-            check_outputs(named, [None, folder / read], overwrite=True, chosen=chosen)
-
-
-def test_two_outputs_are_two_files(folder):
-    for pair in (["photo.png", "twin.png"], ["new.png", "sub/../new.png"], ["new.png", "NEW.png"]):
-        with pytest.raises(FileExistsError, match="same file as"):
-            check_outputs([folder / name for name in pair])
-        with pytest.raises(FileExistsError, match="same file as"):
-            check_outputs([folder / pair[0]], overwrite=True, chosen=[folder / pair[1]])
+        with pytest.raises(FileExistsError, match=Path(output).name):
+            check_outputs(named, [None, "no file\0", folder / read], overwrite=True, chosen=chosen)
 
 
 def test_a_named_file_may_exist_and_a_chosen_one_needs_overwrite(folder):
     check_outputs([folder / "photo.png"], [folder / "other.png"])
     (folder / "dangling.png").symlink_to("nowhere.png")
     for name in ("photo.png", "link.png", "dangling.png"):
-        with pytest.raises(FileExistsError, match=f"{name}: this file exists; .* --overwrite"):
+        with pytest.raises(FileExistsError, match=f"{name}.* --overwrite"):
             check_outputs([], [], chosen=[folder / "new.png", folder / name])
         check_outputs([], [], overwrite=True, chosen=[folder / "new.png", folder / name])
 
@@ -115,10 +105,6 @@ def test_a_folder_is_new_or_empty_or_has_the_state_file(tmp_path):
     check_new_folder(folder, ".state")
     with pytest.raises(FileExistsError):
         check_new_folder(folder, ".state-of-another-command")
-    with pytest.raises(NotADirectoryError):
-        check_new_folder(folder / "notes.txt")
-    with pytest.raises(ValueError, match="not UTF-8"):
-        check_new_folder(tmp_path / "caf\udce9")
 
 
 # ---- whole files ----
@@ -140,15 +126,9 @@ def test_an_error_leaves_the_file_that_was_there(folder):
     with pytest.raises(KeyError), atomic_write(folder / "photo.png") as temporary:
         temporary.write_text("half")
         raise KeyError
-    with (
-        pytest.raises(OSError, match=r"photo\.png: writing failed .*No space left"),
-        atomic_write(folder / "photo.png"),
-    ):
+    with pytest.raises(OSError, match=r"photo\.png: .*No space left"), atomic_write(folder / "photo.png"):
         raise OSError(errno.ENOSPC, "No space left")
-    with (
-        pytest.raises(OSError, match=r"a\.png: writing failed"),
-        atomic_write(folder / "photo.png" / "a.png"),
-    ):
+    with pytest.raises(OSError, match=r"a\.png: "), atomic_write(folder / "photo.png" / "a.png"):
         pass
     assert names(folder) == before and (folder / "photo.png").read_text() == "input"
 
@@ -157,14 +137,13 @@ def test_a_run_that_is_killed_before_the_renaming_leaves_the_file_that_was_there
     file = tmp_path / "a.json"
     file.write_text("earlier")
     script = "with atomic_write(sys.argv[1]) as temporary:\n    temporary.write_text('new')\n    {}\n"
-    killed(script.format("os.kill(os.getpid(), signal.SIGKILL)"), file)
     killed(script.format("os.replace = lambda *paths: os.kill(os.getpid(), signal.SIGKILL)"), file)
     assert file.read_text() == "earlier"
-    left = [name for name in names(tmp_path) if name != "a.json"]
-    assert len(left) == 2 and all(name.startswith(".a.json.") and name.endswith(".partial") for name in left)
+    (left,) = [name for name in names(tmp_path) if name != "a.json"]
+    assert left.startswith(".a.json.") and left.endswith(".partial")
     with atomic_write(file) as temporary:
         temporary.write_text("new")
-    assert file.read_text() == "new" and len(names(tmp_path)) == 3  # nothing is deleted that this run did not make
+    assert file.read_text() == "new" and len(names(tmp_path)) == 2  # nothing is deleted that this run did not make
 
 
 def test_two_processes_write_one_file(tmp_path):
@@ -178,8 +157,7 @@ def test_a_name_as_long_as_file_systems_allow(tmp_path):
     path = tmp_path / ("é" * 125 + ".json")  # 255 bytes
     with atomic_write(path) as temporary:
         temporary.write_text("whole")
-        assert len(names(tmp_path)) == 1
-    assert names(tmp_path) == [path.name] and path.read_text() == "whole"
+    assert names(tmp_path) == [path.name]
 
 
 @pytest.mark.parametrize("way", ["file", "new folder", "empty folder"])
@@ -232,13 +210,6 @@ def test_a_folder_that_was_filled_meanwhile_stays(tmp_path):
     assert names(tmp_path) == ["model"] and (tmp_path / "model" / "notes").read_text() == "mine"
 
 
-def test_an_empty_folder_that_was_filled_meanwhile_stays(tmp_path):
-    with pytest.raises(FileExistsError, match=r"README.md"), atomic_folder(tmp_path) as built:
-        (built / "README.md").write_text("a card")
-        (tmp_path / "README.md").write_text("mine")
-    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"README.md": "mine"}
-
-
 def test_the_configuration_comes_last_into_an_empty_folder(tmp_path, monkeypatch):
     come, replace = [], os.replace
     monkeypatch.setattr(
@@ -273,16 +244,6 @@ def test_a_killed_build_is_made_anew(tmp_path):
     assert names(tmp_path / "model") == ["weights"] and len(names(tmp_path)) == 2
 
 
-def test_a_full_disk_is_told_and_what_is_no_matter_of_writing_stays_as_it_is(tmp_path):
-    for raised, told in (
-        (OSError(errno.ENOSPC, "No space left"), "model: writing failed .*; check free space"),
-        (OSError("no tower"), "^no tower$"),
-    ):
-        with pytest.raises(OSError, match=told), atomic_folder(tmp_path / "model"):
-            raise raised
-    assert names(tmp_path) == []
-
-
 # ---- one run at a time ----
 
 
@@ -298,9 +259,6 @@ def test_a_folder_is_of_one_run_until_it_ends(tmp_path):
     with pytest.raises(KeyError), folder_lock(folder):
         raise KeyError
     with folder_lock(folder):
-        pass
-    (tmp_path / "file").touch()
-    with pytest.raises(OSError, match="file: writing failed"), folder_lock(tmp_path / "file"):
         pass
 
 

@@ -243,7 +243,7 @@ def test_a_method_of_another_package(world, dataset, tmp_path, monkeypatch):
     command += ["--model", str(world.folder / "model"), "--output", str(tmp_path / "out.png")]
     assert cli.main(command) == 2
     point = EntryPoint("corner", f"{__name__}:Corner", "iclip_hf.explainers")
-    for module in (registry, cli.common):
+    for module in (registry, cli.options):
         monkeypatch.setattr(module, "entry_points", lambda group: EntryPoints([point]).select(group=group))
     assert cli.main(command) == 0 and (tmp_path / "out.png").is_file()
 

@@ -437,13 +437,6 @@ def test_gradient_checkpointing_of_the_towers_that_learn_changes_no_gradient(loc
         torch.testing.assert_close(gradients[1][name], gradient, msg=name)
 
 
-def test_a_folder_that_is_no_model_is_refused(tmp_path):
-    with pytest.raises(OSError, match=r"model\.safetensors"):
-        ICLIPModel.from_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=r"config\.json"):
-        ICLIPModel.from_vision_text_pretrained(str(tmp_path), str(tmp_path))
-
-
 def lacking(part):
     return lambda weights: {name: weight for name, weight in weights.items() if part not in name}
 
@@ -455,7 +448,10 @@ def holding(part, value):
 @pytest.mark.parametrize(
     ("damage", "says"),
     [
-        (lacking("_projection"), "but 4 are missing, such as interpretability.text_projection.weight"),
+        (
+            lacking("_projection"),
+            "4 weights of ICLIPModel are missing, such as interpretability.text_projection.weight",
+        ),
         (lacking("vision_model"), "are missing, such as vision_model."),
         (holding("recognition.text_projection", torch.nan), "recognition.text_projection.weight holds NaN"),
         (holding("token_mean", torch.nan), "token_mean holds NaN"),
@@ -471,9 +467,7 @@ def test_missing_weights_and_nan_are_refused_by_every_door(tmp_path, tiny_proces
     loaders = [ICLIPModel.from_pretrained, AutoModel.from_pretrained, load_pretrained]
     loaders.append(AutoModelForZeroShotImageClassification.from_pretrained)
     for load in loaders:
-        with pytest.raises(
-            ValueError, match=f"^{tmp_path}: expected all weights of ICLIPModel.*{says}.*download it again.$"
-        ):
+        with pytest.raises(ValueError, match=f"^{tmp_path}: .*{says}.*download it again.$"):
             load(tmp_path)
     for task in ("image-text-similarity-map", "zero-shot-image-classification"):
         with pytest.raises(ValueError, match=says):

@@ -87,20 +87,6 @@ def test_the_wheel_holds_the_package_and_nothing_else(files, wheel):
     assert "\nRequires-Python: >=3.10\n" in metadata and "\nLicense-Expression: Apache-2.0\n" in metadata
 
 
-def test_the_sdist_holds_what_the_wheel_is_built_from(files, sdist):
-    with tarfile.open(sdist) as archive:
-        held = {member.name.partition("/")[2] for member in archive if member.isfile()}
-    made = {"PKG-INFO", "setup.cfg", *(name for name in held if ".egg-info/" in name)}
-    assert held - made == {
-        *packaged(files).values(),
-        *("LICENSE", "MANIFEST.in", "README.md", "pyproject.toml", "setup.py"),
-    }
-
-
-def test_an_editable_install_warns_of_nothing(wheel):
-    build("editable", wheel.parent / "tree", wheel.parent)
-
-
 def test_the_sdist_builds_the_same_wheel(wheel, sdist, tmp_path):
     with tarfile.open(sdist) as archive:
         archive.extractall(tmp_path, filter="data")

@@ -52,7 +52,7 @@ def test_iclip_commands_parse(page, arguments, tmp_path, monkeypatch):
         (tmp_path / "runs" / run / "config.json").write_text('{"model_type": "iclip"}')
     monkeypatch.chdir(tmp_path)
     spelled = [word for argument in arguments for word in ABBREVIATIONS.get(argument, [argument])]
-    assert cli._parser().parse_args(spelled).run
+    assert cli.parser(spelled[0]).parse_args(spelled[1:]).run
 
 
 def test_commands_are_found():

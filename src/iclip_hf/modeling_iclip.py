@@ -31,7 +31,7 @@ from transformers.utils import ModelOutput, can_return_tuple, logging
 from .configuration_iclip import ICLIPConfig, patch_side
 from .losses import contrastive_loss
 from .pooling import normalize_attention, pool, pool_similarities, share_among_like
-from .similarity import check_lists, cosine_similarity_map, min_max_normalize
+from .similarity import cosine_similarity_map, min_max_normalize
 
 
 class VisionTower(NamedTuple):
@@ -64,20 +64,9 @@ class LastAttention:
     stores in a copy is lost.
     """
 
-    class_row: torch.Tensor | None = None
-
-    def __init__(self, value_share: float = 0.0):
+    def __init__(self, value_share: float):
         self.value_share = value_share
-
-    def mix(self, attended: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-        """
-        Mixes the output of the attention, (B, N, heads, D / heads), with the values (B, heads, N, D / heads). The class token is not
-        changed.
-        """
-        if self.value_share == 0:
-            return attended
-        own = value.transpose(1, 2)
-        return torch.cat([attended[:, :1], torch.lerp(attended[:, 1:], own[:, 1:], self.value_share)], 1)
+        self.class_row: torch.Tensor | None = None
 
 
 def _sdpa_class_row(module, query, key, value, attention_mask, scaling=None, last_attention=None, **kwargs):
@@ -87,7 +76,10 @@ def _sdpa_class_row(module, query, key, value, attention_mask, scaling=None, las
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
         # float32 before the product: its logits can overflow float16
         last_attention.class_row = ((query[:, :, :1].float() @ key.float().mT) * scale).softmax(-1)
-        attended = last_attention.mix(attended, value)
+        if last_attention.value_share > 0:  # of the patches alone
+            own = value.transpose(1, 2)[:, 1:]
+            mixed = torch.lerp(attended[:, 1:], own, last_attention.value_share)
+            attended = torch.cat([attended[:, :1], mixed], 1)
     return attended, None
 
 
@@ -238,10 +230,8 @@ def load_tower(config: PreTrainedConfig, checkpoint: str | None = None) -> PreTr
     """Loads a tower from a checkpoint, or initialises it. The tower has no pooler, because a pooler would not be trained."""
     if config.model_type == "siglip_text_model":  # not in the Auto classes, and slow to import
         from transformers import SiglipTextModel as tower_class
-    elif type(config) in MODEL_MAPPING:
-        tower_class = MODEL_MAPPING[type(config)]
     else:
-        raise ValueError(f"AutoModel can build no tower of a {type(config).__name__}.")
+        tower_class = MODEL_MAPPING[type(config)]
     takes_pooler = "add_pooling_layer" in inspect.signature(tower_class.__init__).parameters
     options = {"add_pooling_layer": False} if takes_pooler else {}
     if checkpoint is None:
@@ -264,13 +254,14 @@ def check_weights(checkpoint, model: PreTrainedModel, missing: Iterable[str]) ->
     Raises `ValueError` if weights of a loaded model are missing, which `from_pretrained` fills with random numbers, or contain NaN or
     infinity.
     """
-    expected = f"{checkpoint}: expected all weights of {type(model).__name__}"
     if missing := sorted(missing):
-        raise ValueError(f"{expected}, but {len(missing)} are missing, such as {missing[0]}; download it again.")
+        raise ValueError(
+            f"{checkpoint}: {len(missing)} weights of {type(model).__name__} are missing, such as {missing[0]}; download it again."
+        )
     for name, weight in chain(model.named_parameters(), model.named_buffers()):  # a sum reads each weight once
         known = weight.is_floating_point() and not weight.is_meta
         if known and not weight.detach().sum(dtype=torch.float32).isfinite():
-            raise ValueError(f"{expected} as finite numbers, but {name} holds NaN or infinity; download it again.")
+            raise ValueError(f"{checkpoint}: {name} holds NaN or infinity; download it again.")
 
 
 class ICLIPModel(PreTrainedModel):
@@ -440,17 +431,12 @@ class ICLIPModel(PreTrainedModel):
         super()._set_gradient_checkpointing(enable, **options)
 
     def encode_image(self, pixel_values: torch.FloatTensor, **kwargs) -> ImageTokens:
-        """
-        Runs the image tower on `(B, 3, H, W)`, with H and W in multiples of the patch size. Raises `ValueError` for another shape.
-        """
+        """Runs the image tower on `(B, 3, H, W)`. Raises `ValueError` unless H and W are multiples of the patch size."""
         config = self.config.vision_config
         patch_size = patch_side(config)
-        shape = tuple(pixel_values.shape)
-        known = len(shape) == 4 and shape[1] == config.num_channels and 0 not in shape
-        if not known or shape[2] % patch_size or shape[3] % patch_size:
-            raise ValueError(
-                f"pixel_values of {shape} are no (B, {config.num_channels}, H, W) in multiples of {patch_size} pixels."
-            )
+        height, width = pixel_values.shape[-2:]
+        if height % patch_size or width % patch_size:  # towers would leave out the rest
+            raise ValueError(f"Images of {height}x{width} pixels are not in multiples of the patch size {patch_size}.")
         if VISION_TOWERS[config.model_type].interpolates:
             kwargs["interpolate_pos_encoding"] = True
         last_attention = LastAttention(self.config.value_share)
@@ -471,7 +457,7 @@ class ICLIPModel(PreTrainedModel):
             class_token=tokens[:, 0],
             patch_tokens=tokens[:, first_patch:],
             attention=attention,
-            grid=(shape[2] // patch_size, shape[3] // patch_size),
+            grid=(height // patch_size, width // patch_size),
             tower_output=outputs,
         )
 
@@ -557,7 +543,7 @@ class ICLIPModel(PreTrainedModel):
             [`ICLIPImageFeatures`].
 
         Raises:
-            `ValueError`: `pixel_values` has another shape.
+            `ValueError`: H or W is not a multiple of the patch size.
         """
         image = self.encode_image(pixel_values, **kwargs)
         attention = map_attention = self.normalized_attention(image)
@@ -610,15 +596,8 @@ class ICLIPModel(PreTrainedModel):
 
         Returns:
             [`ICLIPTextFeatures`].
-
-        Raises:
-            `ValueError`: `input_ids` has another shape, or M is not a multiple of `num_templates`.
         """
         texts = input_ids.shape[:-1]
-        if len(texts) not in (1, 2) or input_ids.numel() == 0 or num_templates < 1 or texts[-1] % num_templates:
-            raise ValueError(
-                f"input_ids of {tuple(input_ids.shape)} are not (M, L) or (B, M, L) with {num_templates} templates."
-            )
         optional = {"attention_mask": attention_mask, "token_type_ids": token_type_ids}
         kwargs.update({name: value.flatten(0, -2) for name, value in optional.items() if value is not None})
         features, outputs = self.encode_text(input_ids.flatten(0, -2), **kwargs)
@@ -702,10 +681,8 @@ class ICLIPModel(PreTrainedModel):
             [`ICLIPOutput`].
 
         Raises:
-            `ValueError`: images or texts are missing or have another shape, or their numbers differ with `return_loss`.
+            `ValueError`: H or W is not a multiple of the patch size, or the numbers of images and texts differ with `return_loss`.
         """
-        if pixel_values is None or (input_ids is None) == (text_features is None):
-            raise ValueError("Give pixel_values, and either input_ids or text_features.")
         kwargs["return_dict"] = True
         image = self.get_image_features(pixel_values, **kwargs)
         text = text_features
@@ -774,11 +751,7 @@ def average_templates(projected: torch.Tensor, num_templates: int) -> torch.Tens
 
 
 def cosines(image_embeds: torch.Tensor, text_embeds: torch.Tensor) -> torch.Tensor:
-    """
-    Computes the cosines `(B, T)`, float32, of unit vectors of images `(B, P)` and of texts `(T, P)` or `(B, T, P)`. Raises `ValueError`
-    if the number of lists of texts is not B.
-    """
-    check_lists(len(image_embeds), text_embeds)
+    """Computes the cosines `(B, T)`, float32, of unit vectors of images `(B, P)` and of texts `(T, P)` or `(B, T, P)`."""
     # Autocast is disabled: bfloat16 would change scaled cosines, and the loss, by up to 0.5.
     with torch.autocast(image_embeds.device.type, enabled=False):
         image_embeds = image_embeds.float()

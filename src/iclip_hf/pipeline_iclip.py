@@ -2,7 +2,6 @@
 
 import os
 from collections.abc import Sequence
-from functools import partial
 
 import numpy as np
 import torch
@@ -12,7 +11,7 @@ from transformers.pipelines import PIPELINE_REGISTRY, Pipeline
 from transformers.utils import logging
 
 from .explanation import Explanation
-from .explanation_core import Pixels, encode_texts, for_images, forward, join, prepare, reference_features
+from .explanation_core import Pixels, encode_texts, forward, join, prepare, reference_features
 from .images import map_groups
 from .label_maps import segments
 from .modeling_iclip import ICLIPTextFeatures
@@ -95,21 +94,14 @@ class ImageTextSimilarityMapPipeline(Pipeline):
             `ValueError`, `TypeError`, `OSError`: an image cannot be read, or [`ICLIPProcessor`] refuses labels, templates or
             thresholds.
         """
-        if isinstance(images, (list, tuple)) and not images:
-            raise ValueError("There is no image.")
         labels = _strings("candidate_labels", candidate_labels)
-        if not labels:
-            raise ValueError("There is no label in candidate_labels.")
-        features = self._encode(labels, template), self._references(template)
+        templates = self.processor.templates if template is None else check_templates(template)
+
+        def encode(labels: Sequence[str]) -> ICLIPTextFeatures:
+            return encode_texts(self.model, self.processor, labels, templates, self.device)
+
+        features = encode(labels), reference_features(encode)
         return super().__call__(images, candidate_labels=labels, text_features=features, **kwargs)
-
-    def _encode(self, labels: Sequence[str], template) -> ICLIPTextFeatures:
-        return encode_texts(self.model, self.processor, labels, template, self.device)
-
-    def _references(self, template) -> ICLIPTextFeatures:
-        templates = check_templates(self.processor.templates if template is None else template)
-        encode = partial(self._encode, template=templates)
-        return reference_features(self.model, self.processor.tokenizer, templates, encode)
 
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs):
         """Saves the model with the pipeline's code, as the base class does, and the processor."""
@@ -119,32 +111,28 @@ class ImageTextSimilarityMapPipeline(Pipeline):
     def _sanitize_parameters(self, **kwargs):
         steps = {"size": 0, "timeout": 0, "text_features": 1, "refine": 1, "candidate_labels": 2}
         steps |= dict.fromkeys(self._postprocess_options, 2)
-        if unknown := sorted(kwargs.keys() - steps):
-            raise TypeError(f"There is no option {unknown}, only {sorted(steps)}, template and batch_size.")
+        if unknown := kwargs.keys() - steps:
+            raise TypeError(f"There is no option {sorted(unknown)}.")
         return tuple({name: value for name, value in kwargs.items() if steps[name] == step} for step in range(3))
 
     def preprocess(self, image, size: dict | None = None, timeout: float = 60) -> dict:
         image = to_image(image, timeout)
         pixels = prepare(self.processor, image, size)
-        # In lists, because the base class would concatenate tensors, whose shapes may differ.
-        return {
-            "pixel_values": [pixels.pixel_values.to(self.dtype)],
-            "own_size": [None if pixels.own_size is None else pixels.own_size.to(self.dtype)],
-            "target_size": (image.height, image.width),
-        }
+        # In a list, because the base class would concatenate tensors, whose shapes may differ.
+        sizes = [None if of_size is None else of_size.to(self.dtype) for of_size in pixels[:2]]
+        return {"pixels": [tuple(sizes)], "target_size": (image.height, image.width)}
 
     def _forward(self, model_inputs: dict, text_features, refine: bool | None = None) -> dict:
         texts, references = text_features
         refine = self._refine if refine is None else refine
-        columns = [model_inputs[name] for name in ("pixel_values", "own_size")]
-        if isinstance(columns[0][0], list):  # a batch
-            columns = [[image for (image,) in images] for images in columns]
+        pixels = model_inputs["pixels"]
+        if isinstance(pixels[0], list):  # a batch
+            pixels = [of_image for (of_image,) in pixels]
+        images = [Pixels(*of_image) for of_image in pixels]
 
         def explained(images: list[Pixels]):
-            result = forward(self.model, join(images), for_images(texts, len(images)), references, refine=refine)
-            return zip(*result[:3])
+            return zip(*forward(self.model, join(images), texts, references, refine=refine)[:3])
 
-        images = [Pixels(*pair) for pair in zip(*columns)]
         maps, scores, presences = zip(*map_groups(explained, images, [image.shape for image in images]))
         return {
             "scores": torch.stack(scores),
@@ -234,11 +222,9 @@ class ZeroShotImageSegmentationPipeline(ImageTextSimilarityMapPipeline):
             - **mask** (`PIL.Image.Image`): mode "L", size of the image, 255 at the pixels of the label and 0 elsewhere.
         """
         labels = _strings("candidate_labels", candidate_labels)
-        background = _strings("background_labels", background_labels)
-        if labels:  # otherwise the base class raises an error
-            kwargs["background"] = range(len(labels), len(labels) + len(background))
-            labels += background
-        return super().__call__(images, labels, template, **kwargs)
+        background = _strings("background_labels", background_labels) if background_labels else []
+        kwargs["background"] = range(len(labels), len(labels) + len(background))
+        return super().__call__(images, labels + background, template, **kwargs)
 
     def postprocess(
         self,
@@ -275,8 +261,8 @@ def _mask(mask: torch.Tensor, return_json: bool) -> Image.Image | dict:
 
 def _strings(name: str, labels: str | Sequence[str]) -> list[str]:
     labels = split_texts(labels)
-    if not all(isinstance(label, str) for label in labels):
-        raise TypeError(f"{name} is a list of strings, shared by all images, not {labels!r}.")
+    if not labels or not all(isinstance(label, str) for label in labels):
+        raise ValueError(f"{name} is a list of strings, shared by all images, not {labels!r}.")
     return labels
 
 

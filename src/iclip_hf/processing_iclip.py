@@ -1,16 +1,14 @@
 """Processor of ICLIP: prepares images and texts, and converts raw maps to maps at the image's size, masks, boxes and points."""
 
-from collections.abc import Iterator, Mapping, Sequence
-from functools import partial
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
 from PIL import Image
 from transformers import AutoConfig, AutoImageProcessor, AutoProcessor, AutoTokenizer
 from transformers.feature_extraction_utils import BatchFeature
-from transformers.image_utils import SizeDict, get_image_size
+from transformers.image_utils import get_image_size
 from transformers.processing_utils import ProcessorMixin
-from transformers.utils.deprecation import deprecate_kwarg
 
 from .configuration_iclip import ICLIPConfig, patch_side
 from .images import read_image, to_rgb
@@ -28,9 +26,6 @@ _BRIGHTEST = {torch.bool: 1, torch.int8: 127, torch.uint16: 65535}
 # A text that any tokenizer knows words of.
 _PROBE = "a photo of a dog"
 
-# Old names of arguments, which warn until the version of this package in which they end.
-_renamed = partial(deprecate_kwarg, warn_if_greater_or_equal_version=True)
-
 
 def check_tokenizer(name, tokenizer, config=None) -> None:
     """
@@ -39,7 +34,7 @@ def check_tokenizer(name, tokenizer, config=None) -> None:
     """
     tokens, problem = tokenizer(_PROBE)["input_ids"], None
     if set(tokens) <= {tokenizer.unk_token_id, *tokenizer.all_special_ids}:
-        problem = f'does not know a word of "{_PROBE}"'
+        problem = f'knows no word of "{_PROBE}"'
     elif config is not None:
         text, size = config.text_config, len(tokenizer)
         # Embeddings are padded, and tokens added, by less than that.
@@ -51,7 +46,7 @@ def check_tokenizer(name, tokenizer, config=None) -> None:
             problem = f"does not end a text with the token {text.eos_token_id}, which the model reads"
     if problem:
         raise ValueError(
-            f"{name}: expected the tokenizer of the model, but it {problem}; add its files, such as tokenizer.json."
+            f"{name}: expected the tokenizer of the model, but it {problem}; add files such as tokenizer.json."
         )
 
 
@@ -150,32 +145,26 @@ class ICLIPProcessor(ProcessorMixin):
             `(T * num_templates, L)` or `(B, T * num_templates, L)`, and `num_templates` where there are several.
 
         Raises:
-            `ValueError`: there is nothing to process; texts or lists are empty; both `text` and `labels` are given; a template has
-            no `{}`; images have different shapes with `shortest_edge`; or an image is invalid, not finite, out of the range of its
-            type, or of a type without a defined range, such as int64. `TypeError`: texts are not strings.
+            `ValueError`: texts or lists are empty; both `text` and `labels` are given; a template has no `{}`; images have different
+            shapes with `shortest_edge`; or an image is invalid, not finite, out of the range of its type, or of a type without a
+            defined range, such as int64.
         """
-        kwargs = _flattened(kwargs)
-        if images is None and text is None and labels is None:
-            raise ValueError("There is nothing to process: give images, text or labels.")
-        if text is not None and labels is not None:
+        nested = [kwargs.pop(name, None) or {} for name in ("common_kwargs", "text_kwargs", "images_kwargs")]
+        kwargs = {name: value for part in (*nested, kwargs) for name, value in part.items()}
+        if text is not None and (labels is not None or templates is not None):
             raise ValueError("Give text, which is taken as it is, or labels, which are put into templates, not both.")
-        if templates is not None and labels is None:
-            raise ValueError("templates need labels.")
-
         prompts = ["{}"]
         if labels is not None:
+            text = split_texts(labels)
             prompts = self.templates if templates is None else check_templates(templates)
-        texts = text if labels is None else split_texts(labels)
-        if texts is not None:
-            text = _nested(texts, prompts)
+        if text is not None:
+            text = _nested(text, prompts)
         per_image = text is not None and isinstance(text[0], list)
 
         if images is not None:
             rescaled = not kwargs.get("do_rescale", getattr(self.image_processor, "do_rescale", True))
             several = isinstance(images, (list, tuple)) or getattr(images, "ndim", 3) == 4
             images = [_checked_image(image, rescaled) for image in (images if several else [images])]
-            if not images:
-                raise ValueError("There is no image.")
             if per_image and len(text) != len(images):
                 raise ValueError(f"There are {len(text)} lists of texts for {len(images)} images.")
             kwargs = self._with_exact_size(images, kwargs)
@@ -198,15 +187,11 @@ class ICLIPProcessor(ProcessorMixin):
 
     def _with_exact_size(self, images: list, kwargs: dict) -> dict:
         """Converts a requested size to height and width in multiples of the patch size."""
-        asked = kwargs.get("size") or self.image_processor.size
-        size = {"height": asked, "width": asked} if isinstance(asked, int) else asked
-        if isinstance(size, Mapping | SizeDict):
-            size = {name: side for name, side in dict(size).items() if side is not None}
-        known = isinstance(size, dict) and size.keys() in ({"height", "width"}, {"shortest_edge"})
-        if not known or not all(isinstance(side, int) and side >= 1 for side in size.values()):
-            raise ValueError(
-                f'size is a number of pixels, {{"height": ..., "width": ...}} or {{"shortest_edge": ...}}, not {asked}.'
-            )
+        size = kwargs.get("size") or self.image_processor.size
+        size = {"height": size, "width": size} if isinstance(size, int) else dict(size)
+        size = {name: side for name, side in size.items() if side is not None}
+        if size.keys() not in ({"height", "width"}, {"shortest_edge"}) or min(size.values()) < 1:
+            raise ValueError(f"size is a number, or has the keys height and width, or shortest_edge, not {size}.")
         patch = self.patch_size
         if "shortest_edge" in size:
             shapes = {get_image_size(image) for image in images}
@@ -216,14 +201,14 @@ class ICLIPProcessor(ProcessorMixin):
             }
             if len(scaled) > 1:
                 raise ValueError(
-                    f"Images of the shapes {sorted(shapes)} have no common size by shortest_edge: pass them one by one."
+                    f"Images of {sorted(shapes)} have no common size by shortest_edge: pass them one by one."
                 )
             size = dict(zip(("height", "width"), scaled.pop()))
         if size["height"] % patch or size["width"] % patch:
             nearest = {name: max(1, round(side / patch)) * patch for name, side in size.items()}
             raise ValueError(f"size={size} is not in multiples of the patch size {patch}: use {nearest}.")
         if size["height"] * size["width"] > MAX_PIXELS:
-            raise ValueError(f"size={asked} gives an image of {size}, of more than {MAX_PIXELS:,} pixels.")
+            raise ValueError(f"An image of {size} has more than {MAX_PIXELS:,} pixels.")
         return {**kwargs, "size": size}
 
     def post_process_similarity_maps(
@@ -245,8 +230,6 @@ class ICLIPProcessor(ProcessorMixin):
         """
         return [resize_and_normalize(map_, size, reverse) for map_, size in zip(maps, target_sizes, strict=True)]
 
-    @_renamed("scores", "0.3", "presence")
-    @_renamed("min_score", "0.3", "min_presence")
     def post_process_masks(
         self,
         maps: Sequence[torch.Tensor],
@@ -287,7 +270,7 @@ class ICLIPProcessor(ProcessorMixin):
     ) -> list[torch.Tensor]:
         """
         Converts outputs to label maps: the text of each pixel, or -1 for the background, see [`segments`]. Raises `ValueError` if outputs
-        have no maps or no text of an index in `background`, and as `post_process_masks`.
+        have no maps, and as `post_process_masks`.
 
         Args:
             outputs ([`ICLIPOutput`]): outputs of [`ICLIPModel`] with `output_similarity_maps=True`.
@@ -304,8 +287,6 @@ class ICLIPProcessor(ProcessorMixin):
         maps = getattr(outputs, "similarity_maps", None)
         if maps is None:
             raise ValueError("The outputs have no similarity_maps: call the model with output_similarity_maps=True.")
-        if not all(0 <= index < maps.shape[1] for index in background):
-            raise ValueError(f"background holds indices of {maps.shape[1]} texts, not {list(background)}.")
         sizes = [maps.shape[2:]] * len(maps) if target_sizes is None else target_sizes
         present = _present(presence, min_presence)
         if present is None:
@@ -398,12 +379,8 @@ def _regions(maps, masks, min_area: float) -> Iterator[list[tuple[int, np.ndarra
 
 def check_thresholds(threshold: float | Sequence[float]) -> torch.Tensor:
     """Returns one threshold, or one for each text, as a tensor `()` or `(T,)`. `ValueError` unless they are in [0, 1]."""
-    try:
-        thresholds = torch.as_tensor(threshold, dtype=torch.float64, device="cpu")
-        fits = thresholds.ndim <= 1 and thresholds.numel() > 0 and thresholds.min() >= 0 and thresholds.max() <= 1
-    except (TypeError, ValueError, RuntimeError):
-        fits = False
-    if not fits:
+    thresholds = torch.as_tensor(threshold, dtype=torch.float64, device="cpu")
+    if not ((thresholds >= 0) & (thresholds <= 1)).all():  # NaN neither
         raise ValueError(f"A threshold is a number in [0, 1], or one for each text, not {threshold!r:.100}.")
     return thresholds
 
@@ -422,50 +399,31 @@ def _present(presence: torch.Tensor | None, min_presence: float | None) -> torch
     return None if presence is None else presence >= min_presence
 
 
-def _flattened(kwargs: dict) -> dict:
-    """Merges `text_kwargs`, `images_kwargs` and `common_kwargs` into the keywords, which are equivalent."""
-    flat, merged = dict(kwargs), {}
-    nested = [flat.pop(name, None) or {} for name in ("text_kwargs", "images_kwargs", "common_kwargs")]
-    for name, value in (item for part in nested for item in part.items()):
-        other = flat.get(name, merged.setdefault(name, value))
-        if other != value:
-            raise ValueError(f"{name} has two values, {other!r} and {value!r}: pass one of them.")
-    return flat | merged
-
-
 def _nested(texts, templates: list[str]) -> list[str] | list[list[str]]:
     """Converts texts to a list of prompts, or to one list of prompts for each image, all of the same length."""
     if isinstance(texts, str):
         texts = [texts]
-    if not isinstance(texts, Sequence) or len(texts) == 0:
-        raise ValueError(f"There is no text in {texts!r}.")
+    if not len(texts):
+        raise ValueError("There is no text.")
     if all(isinstance(text, (list, tuple)) for text in texts):
         lists = [_nested(of_image, templates) for of_image in texts]
         longest, step = max(map(len, lists)), len(templates)
         return [prompts + prompts[-step:] * ((longest - len(prompts)) // step) for prompts in lists]
-    for text in texts:
-        if not isinstance(text, str):
-            raise TypeError(f"A text is a string, not {text!r}.")
-        check_text(text)
+    texts = [check_text(text) for text in texts]
     return [template.replace("{}", text) for text in texts for template in templates]
 
 
 def _checked_image(image, rescaled: bool = False):
     """Returns a PIL image in RGB, or an array or tensor in 8 bits; unchanged if it is `rescaled` already."""
-    if not hasattr(image, "shape"):
-        if isinstance(image, Image.Image) and 0 not in image.size:
-            return to_rgb(image)
-        raise ValueError(f"An image is a PIL image that is not empty, an array or a tensor, not {image!r:.100}.")
+    if isinstance(image, Image.Image):
+        return to_rgb(image)
     if len(image.shape) != 3 or 0 in image.shape or not {1, 3} & {image.shape[0], image.shape[-1]}:
         raise ValueError(f"An image has the shape (3, H, W) or (H, W, 3), or 1 for 3, not {tuple(image.shape)}.")
     if isinstance(image, np.ndarray):
         if image.shape[0] in (1, 3) and image.shape[-1] in (1, 3):
             image = np.moveaxis(image, -1, 0)  # the image processor would take the first for the channels
         image = np.require(image, requirements="W")  # torch warns of others, such as those of PIL images
-    try:
-        pixels = torch.as_tensor(image)
-    except TypeError as error:
-        raise TypeError(f"An image holds numbers, not {image.dtype}.") from error
+    pixels = torch.as_tensor(image)
     if not torch.isfinite(pixels).all():
         raise ValueError("The image holds NaN or infinity.")
     return image if rescaled else _to_8_bit(pixels)
@@ -488,13 +446,10 @@ def _to_8_bit(pixels: torch.Tensor) -> torch.Tensor:
         return pixels
     brightest = 1 if pixels.is_floating_point() else _BRIGHTEST.get(pixels.dtype)
     if brightest is None:
-        known = ", ".join(["uint8", "float", *(str(dtype).removeprefix("torch.") for dtype in _BRIGHTEST)])
-        raise ValueError(f"An image of {pixels.dtype} has no agreed range: convert it to one of {known}.")
+        raise ValueError(f"An image of {pixels.dtype} has no agreed range: convert it to uint8.")
     levels = (pixels.double() * (255 / brightest)).round()
     if levels.min() < 0 or levels.max() > 255:
-        raise ValueError(
-            f"An image of {pixels.dtype} is in [0, {brightest}], but this one reaches {pixels.aminmax()}."
-        )
+        raise ValueError(f"An image of {pixels.dtype} is in [0, {brightest}], but this one is not.")
     return levels.to(torch.uint8)
 
 

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 def cosine_similarity_map(patch_embeds: torch.Tensor, text_embeds: torch.Tensor) -> torch.Tensor:
     """
-    Cosine of every patch with every text (Eq. 1-3). Raises `ValueError` if the number of lists of texts is not B.
+    Cosine of every patch with every text (Eq. 1-3).
 
     Args:
         patch_embeds (`torch.Tensor` of shape `(B, h, w, P)`): unit vectors.
@@ -18,17 +18,10 @@ def cosine_similarity_map(patch_embeds: torch.Tensor, text_embeds: torch.Tensor)
     Returns:
         `torch.Tensor` of shape `(B, T, h, w)`, float32, in [-1, 1].
     """
-    check_lists(len(patch_embeds), text_embeds)
     # In half precision, as under autocast, several patches would have the same value.
     with torch.autocast(patch_embeds.device.type, enabled=False):
         maps = text_embeds.float() @ patch_embeds.flatten(1, 2).mT.float()
     return maps.unflatten(-1, patch_embeds.shape[1:3])
-
-
-def check_lists(num_images: int, text_embeds: torch.Tensor) -> None:
-    """Raises `ValueError` unless texts `(B, T, P)` are for all B images. A product would broadcast a single list."""
-    if text_embeds.ndim == 3 and len(text_embeds) != num_images:
-        raise ValueError(f"There are {len(text_embeds)} lists of texts for {num_images} images.")
 
 
 def check_finite(*results: torch.Tensor) -> None:
@@ -103,7 +96,5 @@ def _empty(shape: tuple[int, ...], device: torch.device) -> torch.Tensor:
 @torch.inference_mode(False)  # may later be part of a graph
 def _bicubic_weights(source: int, target: int, device: torch.device) -> torch.Tensor:
     """Returns the (target, source) matrix of a one-dimensional bicubic resize, from the resized identity."""
-    if target < 1:
-        raise ValueError(f"A size has at least one pixel a side, not {target}.")
     identity = torch.eye(source, device=device)[None, None]
     return F.interpolate(identity, size=(target, source), mode="bicubic", align_corners=False)[0, 0]

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 
 from .. import __version__
-from .common import printable, report_error, sentence
+from .output import printable, report_error
 
 
 # Each is a module here, which is imported when the command is used.
@@ -33,56 +33,40 @@ class _Parser(argparse.ArgumentParser):
         sys.exit(2)
 
 
-class _Command(_Parser):
-    """A command, which gets its options when it is used."""
-
-    module: str | None = None
-
-    def parse_known_args(self, args=None, namespace=None):
-        self.complete()
-        namespace, unknown = super().parse_known_args(args, namespace)
-        if unknown:  # said here, because the program's own help does not list the options of a command
-            self.error(f"unrecognized arguments: {' '.join(unknown)}")
-        return namespace, unknown
-
-    def complete(self) -> None:
-        """Adds the options, once, and the function that runs the command."""
-        name, self.module = self.module, None
-        if name is not None:
-            module = importlib.import_module(f".{name}", __package__)
-            self.set_defaults(run=module.run)
-            module.add_options(self)
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line and returns the exit code."""
-    parser = _parser()
+    arguments = sys.argv[1:] if arguments is None else arguments
+    command = arguments[0] if arguments else None
     try:
-        options = parser.parse_args(arguments)
+        options = parser(command).parse_args(arguments[1:] if command in COMMANDS else arguments or ["--help"])
     except SystemExit as stop:  # of a wrong option, or after a help text
         return stop.code
-    if options.command is None:
-        parser.print_help()
-        return 0
     try:
         return options.run(options) or 0
-    except (OSError, ValueError, TypeError, ImportError) as error:
-        report_error(options.command, error)
+    except (OSError, ValueError, TypeError, ImportError, OverflowError) as error:
+        report_error(command, error)
         return 2
     except KeyboardInterrupt as error:  # with a message if a training was interrupted
-        report_error(options.command, KeyboardInterrupt(str(error) or "interrupted"))
+        report_error(command, KeyboardInterrupt(str(error) or "interrupted"))
         return 130
 
 
-def _parser() -> _Parser:
-    parser = _Parser(
+def parser(command: str | None) -> argparse.ArgumentParser:
+    """Returns the parser of a command, whose module is imported for it, or that of `iclip` itself."""
+    if command in COMMANDS:
+        module = importlib.import_module(f".{command.replace('-', '_')}", __package__)
+        description = f"{COMMANDS[command][0].upper()}{COMMANDS[command][1:]}."
+        of_command = _Parser(prog=f"iclip {command}", description=description)
+        of_command.set_defaults(command=command, run=module.run)
+        module.add_options(of_command)
+        return of_command
+    program = _Parser(
         prog="iclip",
         description="Contrastive image-text models that explain themselves.",
         epilog="Exit codes: 0 success; 2 invalid or unreadable input, with one line on stderr; 130 interrupted.",
     )
-    parser.add_argument("--version", action="version", version=f"iclip {__version__}")
-    commands = parser.add_subparsers(dest="command", metavar="COMMAND", parser_class=_Command)
+    program.add_argument("--version", action="version", version=f"iclip {__version__}")
+    commands = program.add_subparsers(metavar="COMMAND", required=True)
     for name, description in COMMANDS.items():
-        command = commands.add_parser(name, help=description, description=sentence(description))
-        command.module = name.replace("-", "_")
-    return parser
+        commands.add_parser(name, help=description)
+    return program

@@ -8,145 +8,113 @@ import os
 from pathlib import Path
 
 from ..presence import MIN_PRESENCE, presence_word
-from .common import (
-    DATASET,
-    MODEL,
-    PICTURES,
-    PROMPTS,
-    add_picture,
-    add_refine,
-    add_shared,
-    check_output,
-    echo,
-    load_silently,
-    printable,
-    save_figure,
-)
-from .pictures import presence_column
-
-
-_DEFAULT = "comparison.png"
+from .options import DATASET, MODEL, PROMPTS, add_shared, load_model
+from .output import PICTURES, check_file, echo, model_files, presence_column, printable, resolution, save_picture
 
 
 def add_options(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "image", metavar="IMAGE", help="image file, or with --dataset the name or path of one of its images"
     )
-    add_shared(
-        command,
-        "--text",
-        help="what to look for, one row of the figure each; several texts between commas, or by repeating the option; \\, is a comma within a "
-        "text (default: the classes that the data set's image shows)",
+    models = (
+        'ICLIP or CLIP-like model, or "embedded"; repeat the option to compare several (default: the embedded model)'
     )
-    add_shared(
-        command,
-        "--model",
-        action="append",
-        dest="models",
-        default=None,
-        help='ICLIP or CLIP-like model, or "embedded"; repeat the option to compare several (default: the embedded model)',
+    add_shared(command, "--model", action="append", dest="models", default=None, help=models)
+    add_shared(command, "--text", "--methods", *MODEL[1:], *PROMPTS, "--refine")
+    truth = command.add_argument_group(
+        "ground truth", "a data set that contains IMAGE adds the masks of its classes, which are the default of --text"
     )
-    add_shared(command, "--methods", *MODEL[1:], *PROMPTS)
-    add_refine(command)
-    truth = command.add_argument_group("ground truth", "a data set that contains IMAGE adds the masks of its classes")
     add_shared(truth, *DATASET)
-    add_picture(command, _DEFAULT)
-    add_shared(command, "--colormap", "--json")
+    command.add_argument("--output", type=Path, metavar="FILE", help="picture to write (default: comparison.png)")
+    add_shared(command, "--overwrite", "--colormap", "--json")
 
 
 def run(options: argparse.Namespace) -> None:
-    of_models = [file for model in options.models or () for file in Path(model).glob("*")]
-    check_output(options, _DEFAULT, PICTURES, [options.image, options.overrides, *of_models])
-    image, truths, templates = _open(options)
+    output = options.output or Path("comparison.png")
+    check_file(output, PICTURES)
+    models, methods = options.models or ["embedded"], list(dict.fromkeys(options.methods))
+    image, truths, templates = _open(options, output, models)
     texts = list(dict.fromkeys(options.texts or truths))
     if not texts:
-        raise ValueError(
-            "Expected at least one --text, or a --dataset whose IMAGE shows a class, got neither: add one of them."
-        )
+        raise ValueError("There is nothing to look for: give --text, or a --dataset whose IMAGE shows a class.")
+    from tqdm import tqdm
+
+    from ..explainers.localizer import explain
     from ..figures.sheets import at_picture_size, comparison_sheet
 
-    drawn = at_picture_size(image, options.dpi)
+    dpi = resolution(output)
+    drawn = at_picture_size(image, dpi)
     columns, words = {}, {}  # by the title of a column
     if truths:
         columns["ground truth"] = [_shrunk(truths[text], drawn) if text in truths else None for text in texts]
-    of_model = {}  # an explanation of each model; score and presence do not depend on the method
-    for model, method, explanation in _explain(options, image, texts, templates, (drawn.height, drawn.width)):
-        title = method if len(options.models or ()) < 2 else f"{model}\n{method}"
-        columns[title] = explanation.maps.numpy()
-        words[title] = [presence_word(value) for value in explanation.presence.tolist()]
-        of_model[model] = explanation
-    rows, titles = [], []
-    for index, text in enumerate(texts):
-        figures = {
-            model: (found.scores[index].item(), found.presence[index].item()) for model, found in of_model.items()
-        }
-        scores = {model: round(score, 4) for model, (score, _) in figures.items()}
-        presence = {model: present for model, (_, present) in figures.items()}
-        rows.append({"text": text, "scores": scores, "presence": presence})
-        notes = [f"{presence_word(present)} · score {score:.2f}" for score, present in figures.values()]
-        titles.append(f"{text}\n{', '.join(notes)}")
-    sheet = comparison_sheet(drawn, columns, titles, words, colormap=options.colormap, dpi=options.dpi)
-    save_figure(sheet, options.output, options.dpi)
+    rows, notes = [{"text": text, "scores": {}, "presence": {}} for text in texts], [[] for _ in texts]
+    for name in models:
+        model = load_model(name, options)
+        for method in tqdm(methods, desc=name, unit="method", delay=2):
+            explanation = explain(
+                model,
+                [image],
+                texts,
+                method,
+                templates=templates,
+                target_sizes=[(drawn.height, drawn.width)],
+                size=options.image_size,
+                refine=options.refine,
+            )[0]
+            title = method if len(models) < 2 else f"{name}\n{method}"
+            columns[title] = explanation.maps.numpy()
+            words[title] = [presence_word(value) for value in explanation.presence.tolist()]
+        # Score and presence do not depend on the method.
+        figures = zip(rows, notes, explanation.scores.tolist(), explanation.presence.tolist())
+        for row, of_text, score, presence in figures:
+            row["scores"][name], row["presence"][name] = round(score, 4), presence
+            of_text.append(f"{presence_word(presence)} · score {score:.2f}")
+    titles = [f"{text}\n{', '.join(of_text)}" for text, of_text in zip(texts, notes)]
+    sheet = comparison_sheet(drawn, columns, titles, words, colormap=options.colormap, dpi=dpi)
+    save_picture(sheet, output, dpi)
     if options.json:
-        report = {"image": options.image, "picture": str(options.output), "texts": rows}
-        echo(json.dumps(report, indent=2, ensure_ascii=False))
+        report = {"image": options.image, "picture": str(output), "texts": rows}
+        echo(*json.dumps(report, indent=2, ensure_ascii=False).split("\n"))
         return
-    echo(f"{printable(options.image)} -> {printable(options.output)}")
+    echo(f"{options.image} -> {output}")
     width = max(len(printable(text)) for text in texts)
     for row in rows:
-        columns = [
-            f"{row['scores'][model]:+.4f}  {presence_column(row['presence'][model], MIN_PRESENCE)}"
-            for model in of_model
+        figures = [
+            f"{row['scores'][name]:+.4f}  {presence_column(row['presence'][name], MIN_PRESENCE)}" for name in models
         ]
-        echo(f"  {printable(row['text']):<{width}}  {'  '.join(columns)}")
+        echo(f"  {printable(row['text']):<{width}}  {'  '.join(figures)}")
 
 
-def _open(options: argparse.Namespace):
-    """Returns the image, the mask of each text that is a class of the data set, if there is one, and the templates."""
+def _open(options: argparse.Namespace, output: Path, models: list[str]):
+    """
+    Returns the image, the mask of each text that is a class of the data set, if there is one, and the templates. Checks that the output
+    is none of the files that are read.
+    """
     from ..data.segmentation import load_segmentation
     from ..images import load_image
     from ..utils.files import check_outputs
 
+    inputs = [options.image, options.overrides, *(file for model in models for file in model_files(model))]
+    sample = None
     if (options.dataset is None) != (options.data_root is None):
-        raise ValueError(
-            f"Expected --dataset and --data-root together, got {options.dataset or options.data_root} alone: add the other."
-        )
-    if options.dataset is None:
+        raise ValueError("--dataset and --data-root belong together: give both.")
+    if options.dataset is not None:
+        dataset = load_segmentation(options.dataset, options.data_root, options.split, options.overrides)
+        names = (options.image, Path(options.image).stem)
+        sample = next((sample for sample in dataset if sample.name in names), None)
+        if sample is None or (os.path.isfile(options.image) and not sample.image_path.samefile(options.image)):
+            raise ValueError(
+                f"{options.image} is none of the images in {options.data_root}, such as {dataset[0].name}: name one of them."
+            )
+        inputs += [sample.image_path, *dataset.annotation_paths]
+    named = options.output is not None
+    check_outputs([output] * named, inputs, options.overwrite, [output] * (not named))
+    if sample is None:
         return load_image(options.image), {}, options.templates
-    dataset = load_segmentation(options.dataset, options.data_root, options.split, options.overrides)
-    names = (options.image, Path(options.image).stem)
-    sample = next((sample for sample in dataset if sample.name in names), None)
-    if sample is None or (os.path.isfile(options.image) and not sample.image_path.samefile(options.image)):
-        raise ValueError(
-            f"Expected IMAGE to be one of {options.data_root}, such as {dataset[0].name}, got {options.image}: name one of them."
-        )
-    check_outputs([options.output], [sample.image_path, *dataset.annotation_paths])
     ids = dict(zip(dataset.class_names, dataset.labels))
     texts = options.texts or [dataset.class_names[label - 1] for label in sample.labels]
     truths = {text: sample.mask(ids[text]) == ids[text] for text in texts if text in ids}
     return sample.image, truths, options.templates or dataset.templates
-
-
-def _explain(options: argparse.Namespace, image, texts: list[str], templates, target_size: tuple[int, int]):
-    """Yields model name, method and explanation for each model and method, under a progress bar."""
-    from tqdm import tqdm
-
-    from ..explainers.localizer import explain
-
-    seen = {
-        "templates": templates,
-        "target_sizes": [target_size],
-        "size": options.image_size,
-        "refine": options.refine,
-    }
-    models, methods = options.models or ["embedded"], list(dict.fromkeys(options.methods))
-    count = len(models) * len(methods)
-    with tqdm(total=count, unit="method", delay=2, disable=count == 1) as bar:
-        for name in models:
-            model = load_silently(name, options)
-            for method in methods:
-                yield name, method, explain(model, [image], texts, method, **seen)[0]
-                bar.update()
 
 
 def _shrunk(mask, image):

@@ -5,39 +5,26 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from ..utils.extras import require_extra
-from .common import MODEL, add_shared, check_folder, echo, echo_space, keep_memory, silence_transformers
+from .options import MODEL, add_shared, keep_memory, refuse, silence_transformers
+from .output import echo, echo_space
 
 
 def add_options(command: argparse.ArgumentParser) -> None:
     add_shared(command, *MODEL, default=None)
+    command.add_argument("--host", default="127.0.0.1", help="address to listen on (default: of this machine only)")
+    command.add_argument("--port", type=int, help="port to listen on (default: the first free port from 7860)")
     command.add_argument(
-        "--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1, this machine only)"
-    )
-    command.add_argument("--port", type=_port, help="port to listen on (default: the first free port from 7860)")
-    command.add_argument(
-        "--export-space", type=Path, metavar="DIR", help="write the files of a Space that runs the demo, and exit"
+        "--export-space", type=Path, metavar="DIR", help="write the files of a Space with the demo, and exit"
     )
     add_shared(command, "--overwrite")
     command.add_argument(
-        "--web", type=Path, metavar="DIR", help="serve the page that `iclip export --format web` wrote, instead"
+        "--web", type=Path, metavar="DIR", help="serve the page of `iclip export --format web` instead"
     )
-
-
-def _port(text: str) -> int:
-    """Parses the number of a port, as a type for argparse."""
-    if not text.isdecimal() or not 0 < int(text) < 2**16:
-        raise argparse.ArgumentTypeError(f"expected a port from 1 to 65535, got {text}")
-    return int(text)
 
 
 def run(options: argparse.Namespace) -> None:
     if options.web:
-        if options.model or options.dtype or options.device or options.export_space:
-            raise ValueError(
-                "Expected --web, whose page has a model, without --model, --dtype, --device and --export-space, but got one of them: "
-                "leave it out."
-            )
+        refuse(options, ["model", "dtype", "device", "export_space"], "the page of --web")
         from ..demo.web_server import web_server
 
         with web_server(options.web, options.host, options.port) as server:
@@ -45,18 +32,9 @@ def run(options: argparse.Namespace) -> None:
             server.serve_forever()
         return
     if options.export_space:
-        check_folder("--export-space", options.export_space)
-        if options.dtype or options.device:
-            raise ValueError(
-                f"--dtype and --device apply to the demo on this machine, but got {options.dtype or options.device} with "
-                "--export-space: leave it out."
-            )
+        refuse(options, ["dtype", "device"], "--export-space")
         if options.model not in (None, "embedded") and Path(options.model).exists():
-            raise ValueError(
-                f"Expected the Hub id of a model for a Space, got the folder {options.model}: push it first."
-            )
-    with require_extra("demo"):  # before torch is loaded
-        import gradio  # noqa: F401
+            raise ValueError(f"A Space needs the Hub id of its model, not the folder {options.model}: push it first.")
     from ..demo.app import export_space, launch
 
     if options.export_space:

@@ -3,28 +3,15 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 
 from ..evaluation.measures import MEASURES, TASKS
-from .common import (
-    DATASET,
-    MODEL,
-    PROMPTS,
-    add_refine,
-    add_shared,
-    at_least_1,
-    check_file,
-    data_inputs,
-    echo,
-    load_silently,
-    printable,
-    share,
-    texts,
-)
+from .options import DATASET, MODEL, PROMPTS, add_shared, at_least_1, load_model, share, texts
+from .output import check_file, complain, echo, model_files
 
 
-_PIXELS, _NUMBER = {"type": at_least_1, "metavar": "PIXELS"}, {"type": share, "metavar": "NUMBER"}
+_PIXELS, _INTEGER = {"type": at_least_1, "metavar": "PIXELS"}, {"type": int, "metavar": "N"}
+_RANDOM = ("typed_segments", "deletion_insertion", "max_sensitivity", "randomization")
 # Options of measures: which have it, and its form and help. `--short-side` and `--measures` are for all of them.
 OPTIONS = {
     "aggregate": (
@@ -32,11 +19,7 @@ OPTIONS = {
         {"choices": ("image", "pixel")},
         "image is the mean over the images of a class, pixel pools the pixels of all its images (default: image)",
     ),
-    "window": (
-        ("segmentation",),
-        _PIXELS,
-        "side of windows that slide over the image, for example 224 (default: the whole image)",
-    ),
+    "window": (("segmentation",), _PIXELS, "side of sliding windows, for example 224 (default: the whole image)"),
     "stride": (("segmentation",), _PIXELS, "distance of the windows (default: half of the window)"),
     "background": (
         ("segmentation",),
@@ -45,7 +28,7 @@ OPTIONS = {
     ),
     "threshold": (
         ("segmentation",),
-        _NUMBER,
+        {"type": share, "metavar": "NUMBER"},
         "confidence up to which a pixel is background, in [0, 1] (default: the best one for the images at even positions is used for "
         "those at odd positions, and the reverse; none with texts for the background)",
     ),
@@ -56,11 +39,7 @@ OPTIONS = {
         "stretched to [0, 1])",
     ),
     "steps": (("deletion_insertion",), {"type": at_least_1, "metavar": "N"}, "number of steps (default: 10)"),
-    "seed": (
-        ("typed_segments", "deletion_insertion", "max_sensitivity", "randomization"),
-        {"type": int, "metavar": "N"},
-        "seed of all random values (default: 0)",
-    ),
+    "seed": (_RANDOM, _INTEGER, "seed of all random values (default: 0)"),
 }
 
 
@@ -69,13 +48,12 @@ def add_options(command: argparse.ArgumentParser) -> None:
         "--task",
         choices=tuple(TASKS),
         default="interpretability",
-        help="interpretability: mAP, mMIoU, mFMB, text contrast, and for data sets that name the background stuff contrast; "
-        "segmentation: mIoU of label maps; faithfulness: deletion and insertion, pointing game, max-sensitivity and randomised layers "
-        "(default: interpretability)",
+        help=f"measures to take: {'; '.join(f'{task}: ' + ', '.join(names) for task, names in TASKS.items())} (default: interpretability)",
     )
     add_shared(command, *DATASET[:2], required=True)
-    add_shared(command, *DATASET[2:], "--limit", *MODEL, *PROMPTS, "--methods")
-    add_refine(command)
+    add_shared(command, *DATASET[2:])
+    command.add_argument("--limit", type=at_least_1, metavar="N", help="use only the first N images (default: all)")
+    add_shared(command, *MODEL, *PROMPTS, "--methods", "--refine")
     command.add_argument(
         "--short-side",
         type=at_least_1,
@@ -91,12 +69,12 @@ def add_options(command: argparse.ArgumentParser) -> None:
     )
     for name, (measures, form, text) in OPTIONS.items():
         command.add_argument(f"--{name.replace('_', '-')}", **form, help=f"{', '.join(measures)}: {text}")
-    add_shared(command, "--batch-size", default=8, help="images in one forward pass (default: 8)")
+    add_shared(command, "--batch-size", default=8)
     command.add_argument(
         "--output",
         type=Path,
         metavar="FILE",
-        help="JSON file to write; a CSV file with the scores of each class is written beside it",
+        help="JSON file to write; scores of the classes are written beside it as CSV",
     )
     add_shared(command, "--overwrite", "--json")
 
@@ -109,18 +87,18 @@ def run(options: argparse.Namespace) -> None:
     for name in given:
         if not set(OPTIONS[name][0]) & set(measures):
             raise ValueError(
-                f"Expected --{name.replace('_', '-')} with one of the measures {', '.join(OPTIONS[name][0])}, got it with "
-                f"{', '.join(measures)}: leave it out, or choose the --task or the --measures."
+                f"--{name.replace('_', '-')} applies to {', '.join(OPTIONS[name][0])}, not to {', '.join(measures)}: leave it out, or "
+                "choose the --task or the --measures."
             )
     if options.image_size and options.short_side:
-        raise ValueError("Expected --image-size or --short-side, got both: leave one out.")
-    if options.output:
-        check_file(options.output, (".json",))
+        raise ValueError("--image-size and --short-side exclude each other: leave one out.")
     dataset = load_segmentation(options.dataset, options.data_root, options.split, options.overrides)
     if options.output:
         from ..evaluation.results import check_files
 
-        check_files(options.output, data_inputs(options, dataset), options.overwrite)
+        check_file(options.output, (".json",))
+        inputs = [options.overrides, *dataset.annotation_paths, *model_files(options.model)]
+        check_files(options.output, inputs, options.overwrite)
     from ..evaluation.evaluate import evaluate
     from ..evaluation.measures import make_measure
     from ..utils.distributed import this_process
@@ -134,7 +112,7 @@ def run(options: argparse.Namespace) -> None:
     size = {"shortest_edge": options.short_side} if options.short_side else options.image_size
     state = this_process("eval")  # selects the device before the model is loaded
     result = evaluate(
-        load_silently(options.model, options),
+        load_model(options.model, options),
         dataset,
         options.methods,
         measures,
@@ -145,10 +123,8 @@ def run(options: argparse.Namespace) -> None:
         batch_size=options.batch_size,
     )
     if state.is_main_process:
-        try:
-            if options.output:
-                written = " and ".join(map(str, result.save(options.output, options.overwrite)))
-                print(f"iclip evaluate: wrote {printable(written)}", file=sys.stderr)
-        finally:  # also if a file of another program has come there meanwhile
-            echo(result.to_json() if options.json else result.table())
+        echo(*(result.to_json() if options.json else result.table()).split("\n"))
+        if options.output:
+            written = " and ".join(map(str, result.save(options.output, options.overwrite)))
+            complain("evaluate", f"wrote {written}")
     state.destroy_process_group()

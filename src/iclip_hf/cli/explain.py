@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from pathlib import Path
 
-from .common import add_shared, at_least_1, check_folder, echo, printable, save_figure, share
+from .options import add_shared, at_least_1, refuse
+from .output import check_folder, complain, echo, resolution, save_picture
 from .pictures import add_image_options, explain_files, make_localizer
 
 
@@ -16,35 +16,18 @@ def add_options(command: argparse.ArgumentParser) -> None:
         command,
         images="image files, each of which gets a picture (FOLDER/*.jpg names those of a folder); or a collection, which gets Parquet files "
         "instead of pictures: a folder of images, webdataset shards (.tar) or a folder of shards",
-        absent="an empty mask",
         output="picture of one image (default: explanation.png); folder for the pictures of several images, or for the Parquet files of "
         "a collection (default: explanations)",
-    )
-    command.add_argument(
-        "--threshold",
-        type=_number_or_file,
-        default=0.5,
-        metavar="NUMBER_OR_FILE",
-        help="a mask holds the pixels whose map is greater; a number in [0, 1], or the file of `iclip evaluate --output` for the "
-        "best threshold of each class (default: 0.5)",
     )
     add_shared(command, "--colormap")
     command.add_argument(
         "--npz", action="store_true", help="also write scores, raw maps and masks to an .npz file beside each picture"
     )
     command.add_argument(
-        "--json",
-        action="store_true",
-        help="print JSON instead of text, for image files one line each with boxes, points and run-length masks; writes no pictures "
-        "unless --output or --npz is given",
-    )
-    command.add_argument(
         "--words",
         action="store_true",
-        help="also score which words of each text made the image match, coloured in the picture; by Grad-ECLIP, or with "
-        "--method bi_modal by that method",
+        help="also score which words of each text made the image match, by Grad-ECLIP or with --method bi_modal by that method",
     )
-    add_shared(command, "--batch-size", help="images in one forward pass (default: 4; of a collection 8)")
     command.add_argument(
         "--images-per-file",
         type=at_least_1,
@@ -56,50 +39,47 @@ def add_options(command: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     if any(Path(image).is_dir() or str(image).lower().endswith(".tar") for image in options.images):
         return _explain_collection(options)
-    return _explain_images(options)
+    refuse(options, ["images_per_file"], "image files")
 
+    def beside(picture: Path) -> list[Path]:
+        return [picture.with_suffix(".npz")] * options.npz
 
-def _number_or_file(text: str) -> float | Path:
-    try:
-        float(text)
-    except ValueError:
-        return Path(text)
-    return share(text)
+    def write(name: str, image, explanation, picture: Path | None) -> dict:
+        import numpy as np
 
-
-def _explain_images(options: argparse.Namespace) -> int:
-    if options.images_per_file is not None:
-        raise ValueError("--images-per-file applies to collections, but got image files: leave it out.")
-
-    def write(name: str, image, explanation, picture: Path | None, dpi: int) -> dict:
         from ..figures.sheets import draw
+        from ..utils.files import atomic_write
 
         if picture is not None:
-            sheet = draw(explanation, image, colormap=options.colormap, dpi=dpi)
-            save_figure(sheet, picture, dpi)
-            if options.npz:
-                _save_arrays(explanation, _array_file(picture))
+            dpi = resolution(picture)
+            save_picture(draw(explanation, image, colormap=options.colormap, dpi=dpi), picture, dpi)
+            for path in beside(picture):
+                # An open file, because numpy would add a suffix to a file name.
+                with atomic_write(path) as temporary, temporary.open("wb") as file:
+                    np.savez_compressed(
+                        file,
+                        texts=explanation.labels,
+                        scores=explanation.scores.numpy(),
+                        presence=explanation.presence.numpy(),
+                        raw_maps=explanation.raw_maps.numpy(),
+                        masks=np.stack([explanation.mask(index) for index in range(len(explanation))]),
+                    )
         return explanation.to_dict()
 
-    beside = _array_file if options.npz else None
-    return explain_files(options, "explanation", options.texts, write, _describe, beside, options.batch_size or 4)
+    return explain_files(options, "explanation", write, beside)
 
 
 def _explain_collection(options: argparse.Namespace) -> int:
     from ..explainers.collection import explain_collection, open_images
     from ..utils.distributed import this_process
 
-    if given := [f"--{name}" for name in ("npz", "words", "overwrite") if getattr(options, name)]:
-        raise ValueError(
-            f"{' and '.join(given)} applies to image files, but got a collection, whose Parquet files contain raw maps and masks and "
-            "replace no files: leave it out."
-        )
+    refuse(options, ["npz", "words", "overwrite"], "a collection")
     output = options.output or Path("explanations")
-    check_folder("--output", output)
+    check_folder(output)
     images = open_images(options.images)
     state = this_process("collections")  # selects the device before the model is loaded
     report = explain_collection(
-        make_localizer(options, options.texts),
+        make_localizer(options),
         images,
         output,
         batch_size=options.batch_size or 8,
@@ -107,7 +87,7 @@ def _explain_collection(options: argparse.Namespace) -> int:
     )
     if state.is_main_process:
         for reason in report.broken:
-            print(f"iclip explain: {printable(reason)}", file=sys.stderr)
+            complain("explain", reason)
         summary = {"output": str(output), "files": len(report.files), "images": report.images}
         if options.json:
             echo(json.dumps({**summary, "broken": report.broken}, ensure_ascii=False))
@@ -117,30 +97,3 @@ def _explain_collection(options: argparse.Namespace) -> int:
             )
     state.destroy_process_group()
     return 2 if report.broken else 0
-
-
-def _array_file(picture: Path) -> Path:
-    return picture.with_suffix(".npz")
-
-
-def _save_arrays(explanation, path: Path) -> None:
-    import numpy as np
-
-    from ..utils.files import atomic_write
-
-    # An open file, because numpy would add a suffix to a file name.
-    with atomic_write(path) as temporary, temporary.open("wb") as file:
-        np.savez_compressed(
-            file,
-            texts=explanation.labels,
-            scores=explanation.scores.numpy(),
-            presence=explanation.presence.numpy(),
-            raw_maps=explanation.raw_maps.numpy(),
-            masks=np.stack([explanation.mask(index) for index in range(len(explanation.labels))]),
-        )
-
-
-def _describe(row: dict) -> str:
-    regions = f"{len(row['regions'])} region{'' if len(row['regions']) == 1 else 's'}"
-    words = "  ".join(f"{printable(word['word'])} {word['score']:.2f}" for word in row.get("words", ()))
-    return f"{regions}\n    {words}" if "words" in row else regions

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
 from ..models import check_model_name
 from ..utils.extras import require_extra
-from .common import checked, echo, echo_folder, shown_steps, silence_transformers
+from .options import option_type, refuse, silence_transformers
+from .output import echo, echo_folder
 
 
 def add_options(command: argparse.ArgumentParser) -> None:
@@ -34,7 +38,7 @@ def add_options(command: argparse.ArgumentParser) -> None:
 def add_source_options(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "model",
-        type=checked(partial(check_model_name, types=("iclip",))),
+        type=option_type(partial(check_model_name, types=("iclip",))),
         metavar="MODEL",
         help='folder or Hub id of an ICLIP model, or "embedded"',
     )
@@ -51,37 +55,47 @@ def run(options: argparse.Namespace) -> None:
 
     check_new_folder(options.directory)
     kind, _, weights = options.format.partition("-")
-    if options.vendor and kind != "web":
-        raise ValueError(f"--vendor applies to --format web, but got {options.format}: leave it out.")
+    if kind != "web":
+        refuse(options, ["vendor"], f"--format {options.format}")
     if kind == "transformers":
         folder = export(options, options.directory)
         echo_terms(trained_on(folder))
         echo_folder(folder, "iclip", "push", str(folder), f"your-name/{folder.resolve().name}", "--dry-run")
         return
-    if options.results is not None:
-        raise ValueError(
-            f"--results applies to --format transformers, whose model card shows them, but got {options.results} with "
-            f"{options.format}: leave it out."
-        )
+    refuse(options, ["results"], f"--format {options.format}")
     with require_extra("onnx"):  # before the model is loaded
         importlib.import_module("onnxscript")
     from ..models.loading import load_iclip
 
     silence_transformers()
     model, processor = load_iclip(options.model, dtype="float32")
-    if kind == "onnx":
-        from ..models.onnx import export_onnx
+    with _shown_steps():
+        if kind == "onnx":
+            from ..models.onnx import export_onnx
 
-        with shown_steps():
             folder = export_onnx(model, processor, options.directory, weights or "float32")
-        echo_folder(folder, "iclip", "explain", "photo.jpg", "--text", "dog", "--model", str(folder))
-    else:
-        from ..demo.web import export_web
+            use = ("explain", "photo.jpg", "--text", "dog", "--model", str(folder))
+        else:
+            from ..demo.web import export_web
 
-        with shown_steps():
-            card = {"source": options.model}
-            folder = export_web(model, processor, options.directory, weights or "int8", options.vendor, **card)
-        echo_folder(folder, "iclip", "demo", "--web", str(folder))
+            vendor, source = options.vendor, options.model
+            folder = export_web(model, processor, options.directory, weights or "int8", vendor, source=source)
+            use = ("demo", "--web", str(folder))
+    echo_folder(folder, "iclip", *use)
+
+
+@contextmanager
+def _shown_steps() -> Iterator[None]:
+    """Prints the steps that functions log at the level INFO, on stderr."""
+    logger, handler = logging.getLogger(__package__.partition(".")[0]), logging.StreamHandler()
+    level = logger.level
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)
 
 
 def export(options: argparse.Namespace, directory: Path, name: str | None = None) -> Path:
@@ -114,4 +128,4 @@ def trained_on(folder: Path) -> dict[str, str]:
 
 def echo_terms(terms: dict[str, str]) -> None:
     if terms:
-        echo("\n".join(["Trained on data with these terms:", *(f"  {data}: {term}" for data, term in terms.items())]))
+        echo("Trained on data with these terms:", *(f"  {data}: {term}" for data, term in terms.items()))

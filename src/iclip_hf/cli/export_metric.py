@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from .common import add_shared, echo_space
+from .options import add_shared
+from .output import echo_space
 
 
 def add_options(command: argparse.ArgumentParser) -> None:

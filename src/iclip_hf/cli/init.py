@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from .common import echo_folder, silence_transformers
+from .options import silence_transformers
+from .output import echo_folder
 
 
 def add_options(command: argparse.ArgumentParser) -> None:

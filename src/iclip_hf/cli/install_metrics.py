@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from .common import echo
+from .output import echo
 
 
 def add_options(command: argparse.ArgumentParser) -> None:

@@ -1,136 +1,144 @@
-"""What the commands share that write a picture of each image."""
+"""What `iclip explain` and `iclip segment` share: a picture and a report of each image."""
 
 from __future__ import annotations
 
 import argparse
 import json
-import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from ..explainers.methods import METHODS
-from ..presence import MIN_PRESENCE, presence_word
-from .common import (
-    MODEL,
-    PICTURES,
-    PROMPTS,
-    add_refine,
-    add_shared,
-    check_file,
-    check_folder,
-    check_method,
-    checked,
-    echo,
-    load_silently,
-    one_line,
-    printable,
-    share,
-)
+from ..presence import MIN_PRESENCE
+from .options import MODEL, PROMPTS, add_shared, load_model, method, option_type, share
+from .output import PICTURES, check_file, check_folder, complain, echo, model_files, presence_column, printable
 
 
-_BAR_DELAY = 2  # seconds after which the progress bar appears
-
-
-def add_image_options(
-    command: argparse.ArgumentParser, *, images: str, absent: str, output: str, refine: bool = False
-) -> None:
-    """Adds the shared options. `images` and `output` are their help; `absent` is what an absent text gets."""
-    command.set_defaults(npz=False, words=False)
+def add_image_options(command: argparse.ArgumentParser, *, images: str, output: str, refine: bool = False) -> None:
+    """Adds the shared options. `images` and `output` are their help."""
+    command.set_defaults(npz=False, words=False, background=[])
     command.add_argument("images", nargs="+", metavar="IMAGE", help=images)
     add_shared(command, "--text", required=True)
     add_shared(command, *MODEL, *PROMPTS)
+    methods = f"method that computes the maps, one of {', '.join(METHODS)} (default: itsm)"
+    command.add_argument("--method", type=method, default="itsm", metavar="METHOD", help=methods)
+    add_shared(command, "--refine", default=refine)
     command.add_argument(
-        "--method",
-        type=checked(check_method),
-        default="itsm",
-        metavar="METHOD",
-        help=f"method that computes the maps, one of {', '.join(METHODS)} (default: itsm)",
+        "--threshold",
+        type=_number_or_file,
+        default=0.5,
+        metavar="NUMBER_OR_FILE",
+        help="a mask holds the pixels whose map, stretched to [0, 1], is greater; a number in [0, 1], or the file of `iclip evaluate "
+        "--output` for the best threshold of each class (default: 0.5)",
     )
-    add_refine(command, refine)
     command.add_argument(
         "--min-presence",
         type=share,
         default=MIN_PRESENCE,
         metavar="NUMBER",
-        help=f"a text with a lower presence counts as absent and gets {absent}; 0 to 1 (default: {MIN_PRESENCE})",
+        help=f"a text with a lower presence counts as absent and gets an empty mask; 0 to 1 (default: {MIN_PRESENCE})",
     )
     command.add_argument("--output", type=Path, metavar="PATH", help=output)
+    lines = (
+        "print a line of JSON for each image, with run-length masks, and write only what --output or --npz asks for"
+    )
+    add_shared(command, "--json", help=lines)
+    add_shared(command, "--batch-size", help="images in one forward pass (default: 4, of a folder 8)")
     add_shared(command, "--overwrite")
 
 
+@option_type
+def _number_or_file(text: str) -> float | Path:
+    try:
+        float(text)
+    except ValueError:
+        return Path(text)
+    return share(text)
+
+
 def explain_files(
-    options: argparse.Namespace,
-    name: str,
-    texts: Sequence[str],
-    write: Callable,
-    describe: Callable[[dict], str],
-    beside: Callable[[Path], Path] | None = None,
-    batch_size: int = 4,
+    options: argparse.Namespace, name: str, write: Callable, beside: Callable[[Path], list[Path]]
 ) -> int:
     """
     Writes a picture of each image file, prints its report as soon as it is there, and returns the exit code.
 
     Args:
         name: stem of the default output.
-        texts: what the model looks for.
-        write: function of the name of an image, the image, its explanation, the path of its picture (None where only JSON was asked
-            for) and its resolution in dots per inch. It returns the entry of the report, with a `dict` for each text in "texts" or "segments".
-        describe: the end of the printed line of a text.
-        beside: returns, for a picture, another file that is written with it.
-        batch_size: images in one forward pass.
+        write: function of the name of an image, the image, its explanation and the path of its picture, None where only JSON was asked for.
+            It returns the entry of the report: a `dict` for each text in "texts" or "segments", and perhaps a "problem" for stderr.
+        beside: returns, for a picture, the other files that are written with it.
     """
-    images = _pictures_to_write(options, name, beside)
-    if not images:
-        return 2
-    localizer = make_localizer(options, texts)
-    whole, width = 0, max(len(printable(text)) for text in options.texts)
-    for entry in _written(options.command, localizer, images, write, batch_size):
-        whole += 1
-        if options.json:
-            echo(json.dumps(entry, ensure_ascii=False))
-            continue
-        files = [printable(entry[kind]) for kind in ("picture", "labels") if kind in entry]
-        echo(f"{printable(entry['image'])} -> {', '.join(files)}")
-        for row in entry.get("segments") or entry["texts"]:
-            presence = presence_column(row["presence"], options.min_presence)
-            echo(f"  {printable(row['text']):<{width}}  {row['score']:+.4f}  {presence}  {describe(row)}")
-    return 0 if whole == len(options.images) else 2
+    from tqdm import tqdm
+
+    from ..images import load_image, open_image
+    from ..utils.prefetch import prefetch_map
+
+    images = options.images
+    if len(images) == 1:
+        open_image(images[0], decode=False)  # before the model is loaded
+    pictures = _pictures_to_write(options, name, beside)
+    localizer = make_localizer(options)
+
+    def written(item) -> dict:
+        (image_name, image, explanation), picture = item
+        if image is None:
+            return {"problem": image_name}
+        files = {"picture": str(picture)} if picture else {}
+        return {"image": image_name, **files, **write(image_name, image, explanation, picture)}
+
+    whole = 0
+    with ThreadPoolExecutor(1) as thread:  # loads images and writes pictures while the model runs
+        loaded = localizer.explain_all(lambda path: (path, load_image(path)), images, thread, options.batch_size or 4)
+        entries = prefetch_map(thread, written, zip(loaded, pictures), 4)
+        for entry in tqdm(entries, total=len(images), unit="image", disable=len(images) == 1 or None):
+            with tqdm.external_write_mode():  # above the bar
+                if problem := entry.pop("problem", None):
+                    complain(options.command, problem)
+                if "image" in entry:
+                    whole += 1
+                    lines = [json.dumps(entry, ensure_ascii=False)] if options.json else _report(entry, options)
+                    echo(*lines)
+    return 0 if whole == len(images) else 2
+
+
+def _report(entry: dict, options: argparse.Namespace) -> list[str]:
+    """Returns the printed lines of an image."""
+    width = max(len(printable(text)) for text in options.texts)
+    lines = [f"{entry['image']} -> {', '.join(entry[kind] for kind in ('picture', 'labels') if kind in entry)}"]
+    for row in entry.get("segments") or entry["texts"]:
+        if "area" in row:
+            found = f"{100 * row['area']:5.1f} % of the image"
+        else:
+            found = f"{len(row['regions'])} region{'' if len(row['regions']) == 1 else 's'}"
+        presence = presence_column(row["presence"], options.min_presence)
+        lines.append(f"  {printable(row['text']):<{width}}  {row['score']:+.4f}  {presence}  {found}")
+        if "words" in row:
+            lines.append("  ".join(["  ", *(f"{word['word']} {word['score']:.2f}" for word in row["words"])]))
+    return lines
 
 
 def _pictures_to_write(
-    options: argparse.Namespace, name: str, beside: Callable[[Path], Path] | None
-) -> list[tuple[str, Path | None]]:
-    """Returns the files that begin as images, each with its picture. Checks all outputs and names the other images on stderr."""
-    from ..images import open_image
+    options: argparse.Namespace, name: str, beside: Callable[[Path], list[Path]]
+) -> list[Path | None]:
+    """Returns the picture of each image, or None where only JSON was asked for. Checks all outputs."""
     from ..utils.files import check_outputs
 
-    found = []  # before the output is checked, which may only look wrong because an image does not exist
-    for image in options.images:
-        try:
-            open_image(image, decode=False)
-            found.append(image)
-        except (ValueError, FileNotFoundError) as error:
-            print(f"iclip {options.command}: {one_line(error)}", file=sys.stderr)
-    if not found:
-        return []
-    one = len(options.images) == 1
-    if one:
+    if options.json and options.output is None and not options.npz:
+        return [None] * len(options.images)
+    named = []
+    if len(options.images) == 1:
         pictures = [options.output or Path(f"{name}.png")]
         check_file(pictures[0], PICTURES)
+        named = pictures if options.output else []
     else:
-        output = options.output or Path(f"{name}s")
-        check_folder("--output", output)
-        pictures = [output / file for file in _file_names(options.images)]
-    if options.json and options.output is None and not options.npz:
-        pictures = [None] * len(pictures)
-    else:
-        named = pictures if one and options.output else []
-        chosen = [*([] if named else pictures), *(map(beside, pictures) if beside else ())]
-        thresholds = [options.threshold] if isinstance(options.threshold, Path) else []
-        of_model = Path(options.model).glob("*")
-        check_outputs(named, [*options.images, *thresholds, *of_model], options.overwrite, chosen)
-    return [(image, picture) for image, picture in zip(options.images, pictures) if image in found]
+        folder = options.output or Path(f"{name}s")
+        check_folder(folder)
+        pictures = [folder / file for file in _file_names(options.images)]
+    chosen = [file for picture in pictures for file in [*([] if named else [picture]), *beside(picture)]]
+    thresholds = [options.threshold] if isinstance(options.threshold, Path) else []
+    inputs = [*options.images, *thresholds, *model_files(options.model)]
+    check_outputs(named, inputs, options.overwrite, chosen)
+    return pictures
 
 
 def _file_names(images: Sequence[str]) -> list[str]:
@@ -144,68 +152,30 @@ def _file_names(images: Sequence[str]) -> list[str]:
     return list(taken.values())
 
 
-def make_localizer(options: argparse.Namespace, texts: Sequence[str]):
-    """Loads the model and returns the [`Localizer`] of the options for these texts."""
+def make_localizer(options: argparse.Namespace):
+    """Loads the model and returns the [`Localizer`] of the options."""
     from ..evaluation.results import class_thresholds, read_results
 
-    results = None
-    if isinstance(options.threshold, Path):  # read before the model is loaded
-        results = options.threshold
-        options.threshold = class_thresholds(results, texts, options.method)
+    texts, threshold, results = [*options.texts, *options.background], options.threshold, None
+    if isinstance(threshold, Path):  # read before the model is loaded
+        results, threshold = threshold, class_thresholds(threshold, texts, options.method)
     from ..explainers.localizer import Localizer
 
-    words = "bi_modal" if options.method == "bi_modal" else "grad_eclip"
-    model = load_silently(options.model, options)
+    model = load_model(options.model, options)
     if results and (differing := model.differs_from(read_results(results, "protocol")["protocol"])):
         raise ValueError(
-            f"--threshold {results}: expected thresholds of this model, got those of other {', '.join(differing)}; measure it by "
-            "`iclip evaluate --output`."
+            f"--threshold {results} has thresholds of another model, by its {', '.join(differing)}: measure this one by `iclip evaluate "
+            "--output`."
         )
+    words = "bi_modal" if options.method == "bi_modal" else "grad_eclip"
     return Localizer(
         model,
         texts,
         method=options.method,
         templates=options.templates,
-        threshold=options.threshold,
+        threshold=threshold,
         min_presence=options.min_presence,
         image_size=options.image_size,
         refine=options.refine,
         words=words if options.words else None,
     )
-
-
-def _written(command: str, localizer, images, write: Callable, batch_size: int) -> Iterator[dict]:
-    """Yields the entry of each image that is not broken. A thread loads images and writes pictures while the model runs."""
-    from tqdm import tqdm
-
-    from ..images import load_image
-    from ..utils.prefetch import prefetch_map
-
-    def written(item) -> dict | None:
-        (name, image, explanation), picture = item
-        if image is None:
-            tqdm.write(f"iclip {command}: {printable(name)}", file=sys.stderr)  # above the progress bar
-            return None
-        if picture is None:
-            return {"image": name, **write(name, image, explanation, None, 0)}
-        dpi = 300 if picture.suffix.lower() == ".pdf" else 120  # for print, and for screens
-        return {"image": name, "picture": str(picture), **write(name, image, explanation, picture, dpi)}
-
-    names, pictures = zip(*images)
-    with ThreadPoolExecutor(1) as beside:
-        explained = localizer.explain_all(lambda path: (path, load_image(path)), names, beside, batch_size)
-        entries = prefetch_map(beside, written, zip(explained, pictures), 4)
-        bar = tqdm(entries, total=len(images), unit="image", delay=_BAR_DELAY, disable=len(images) == 1)
-        for entry in bar:
-            if bar.format_dict["elapsed"] > _BAR_DELAY:
-                bar.clear()  # the report takes its line
-            if entry is not None:
-                yield entry
-
-
-def presence_column(value: float, min_presence: float) -> str:
-    """
-    Returns a presence as a word and a number. The number, a float32, is cut, not rounded: an unsure 0.798 must not look like the 0.80
-    from which a text is present.
-    """
-    return f"{presence_word(value, min_presence):<7}  presence {f'{value:.9f}'[:4]}"

@@ -7,8 +7,9 @@ import json
 import tempfile
 from pathlib import Path
 
-from .common import add_shared, echo
 from .export import add_source_options, echo_terms, export, trained_on
+from .options import add_shared
+from .output import echo
 
 
 def add_options(command: argparse.ArgumentParser) -> None:
@@ -26,14 +27,11 @@ def add_options(command: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> None:
     from huggingface_hub.utils import validate_repo_id
 
-    try:
-        validate_repo_id(options.repo_id)
-        if "/" not in options.repo_id:
-            raise ValueError("its owner is missing, whom the model card names")
-    except ValueError as error:
+    validate_repo_id(options.repo_id)
+    if "/" not in options.repo_id:
         raise ValueError(
-            f"Expected REPO_ID to be the name of a repository, such as org/iclip-vit-b16, got {options.repo_id!r}: correct it ({error})"
-        ) from error
+            f"Expected REPO_ID to be the name of a repository, such as org/iclip-vit-b16, got {options.repo_id!r}: add its owner."
+        )
     with tempfile.TemporaryDirectory() as scratch:
         folder = export(options, Path(scratch, "model"), name=options.repo_id)
         files = sorted(path for path in folder.rglob("*") if path.is_file())
@@ -44,8 +42,8 @@ def run(options: argparse.Namespace) -> None:
 
             report["commit"] = push_model(folder, options.repo_id, options.private)
     if options.json:
-        echo(json.dumps(report, indent=2))
+        echo(*json.dumps(report, indent=2).split("\n"))
     else:
-        echo("\n".join(f"{size:>13,}  {name}" for name, size in sizes.items()))
+        echo(*(f"{size:>13,}  {name}" for name, size in sizes.items()))
         echo_terms(report["data_terms"])
         echo(f"{sum(sizes.values()):>13,}  bytes: {report.get('commit', 'a dry run, nothing was uploaded')}")

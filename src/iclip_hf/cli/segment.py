@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 
-from ..presence import ABSENT, presence_word
-from .common import printable, save_figure, share, texts
+from ..presence import presence_word
+from .options import texts
+from .output import resolution, save_picture
 from .pictures import add_image_options, explain_files
+
+
+# A text is named as covered if it keeps less than this share of its own mask.
+_COVERED = 0.05
 
 
 def add_options(command: argparse.ArgumentParser) -> None:
     add_image_options(
         command,
         images="image files",
-        absent="no pixel",
         output="picture to write (default: segmentation.png); for several images, the folder to write to (default: segmentations); "
         "label maps are written to the folder labels beside the pictures",
         refine=True,
@@ -24,34 +27,18 @@ def add_options(command: argparse.ArgumentParser) -> None:
         "--background",
         action="extend",
         type=texts,
-        default=[],
         metavar="TEXT",
         help="what else the image shows, such as sky; it competes like the texts, and its pixels are background; several like --text",
-    )
-    command.add_argument(
-        "--threshold",
-        type=share,
-        default=0.5,
-        metavar="NUMBER",
-        help="a text competes for the pixels whose map, stretched to [0, 1], is greater (default: 0.5)",
-    )
-    command.add_argument(
-        "--json",
-        action="store_true",
-        help="print JSON instead of text, one line for each image, with run-length masks; writes no files unless --output is given",
     )
 
 
 def run(options: argparse.Namespace) -> int:
-    def write(name: str, image, explanation, picture: Path | None, dpi: int) -> dict:
-        from tqdm import tqdm
-
+    def write(name: str, image, explanation, picture: Path | None) -> dict:
         from ..figures.sheets import label_sheet
-        from ..regions import MIN_AREA, run_lengths
+        from ..regions import run_lengths
 
         background = range(len(options.texts), len(explanation.labels))
         labels = explanation.label_map(background=background).numpy()
-        words = [presence_word(value, options.min_presence) for value in explanation.presence.tolist()]
         segments = [
             {
                 "id": index + 1,
@@ -63,30 +50,30 @@ def run(options: argparse.Namespace) -> int:
             }
             for index, text in enumerate(options.texts)
         ]
-        hidden = [
+        entry = {"height": explanation.size[0], "width": explanation.size[1], "segments": segments}
+        covered = [
             text
             for index, text in enumerate(options.texts)
-            if words[index] != ABSENT and (labels == index).mean() < MIN_AREA
+            # Masks are computed of few texts: no mask is larger than the image.
+            if (kept := (labels == index).sum()) < _COVERED * labels.size
+            and kept < _COVERED * explanation.mask(index).sum()
         ]
-        if hidden:
-            problem = f"{name}: present, but covered by the other texts: {', '.join(hidden)}"
-            tqdm.write(f"iclip segment: {printable(problem)}; look at the maps with iclip explain", file=sys.stderr)
-        entry = {"height": explanation.size[0], "width": explanation.size[1], "segments": segments}
+        if covered:
+            hidden = f"present, but covered by the other texts: {', '.join(covered)}"
+            entry["problem"] = f"{name}: {hidden}; look at the maps with iclip explain"
         if picture is None:
             return entry
-        label_file = _label_file(picture)
-        save_figure(label_sheet(image, labels, options.texts, words, dpi=dpi), picture, dpi)
+        words = [presence_word(value, options.min_presence) for value in explanation.presence.tolist()]
+        dpi, (label_file,) = resolution(picture), _beside(picture)
+        save_picture(label_sheet(image, labels, options.texts, words, dpi=dpi), picture, dpi)
         _save_labels(labels, len(options.texts), label_file)
         return {"labels": str(label_file), **entry}
 
-    def describe(row: dict) -> str:
-        return f"{100 * row['area']:5.1f} % of the image"
-
-    return explain_files(options, "segmentation", [*options.texts, *options.background], write, describe, _label_file)
+    return explain_files(options, "segmentation", write, _beside)
 
 
-def _label_file(picture: Path) -> Path:
-    return picture.parent / "labels" / f"{picture.stem}.png"
+def _beside(picture: Path) -> list[Path]:
+    return [picture.parent / "labels" / f"{picture.stem}.png"]
 
 
 def _save_labels(labels, num_texts: int, path: Path) -> None:

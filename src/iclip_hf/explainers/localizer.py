@@ -87,6 +87,7 @@ class Localizer:
         self.explainer = make_explainer(model, method, **method_options)
         self.model = self.explainer.model
         self.templates = check_templates(self.model.templates if templates is None else templates)
+        self._references = self.model.references(self.templates)
         self.min_presence = min_presence
         self._settings = {
             "method": method,
@@ -111,7 +112,6 @@ class Localizer:
             raise ValueError("There is no text: name what to look for.")
         self.thresholds = check_thresholds(threshold).expand(len(self.texts)).tolist()
         self.encoded = self.model.encode_texts(self.texts, self.templates)
-        self._references = self.model.references(self.templates)
         self._words = None
         if self._settings["words"] is not None:
             self._words = WordExplainer(self.model, self.texts, self.templates, self._settings["words"])

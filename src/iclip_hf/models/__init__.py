@@ -3,6 +3,7 @@
 import json
 import os
 from collections.abc import Collection
+from difflib import get_close_matches
 from pathlib import Path
 
 from ..utils.hub_ids import may_be_hub_id
@@ -28,9 +29,13 @@ def check_model_name(name: str, types: Collection[str] = MODEL_TYPES) -> str:
         `FileNotFoundError`: it is no path that exists, and cannot be a Hub id. `OSError`, `ValueError`: the folder has no readable
             config.json, or holds a model of none of these types.
     """
-    if name == "embedded" or (not os.path.exists(name) and may_be_hub_id(name)):
+    if name == "embedded":
         return name
     if not os.path.exists(name):
+        if "/" not in name and get_close_matches(name.lower(), ["embedded"], cutoff=0.75):
+            raise FileNotFoundError(f'{name}: there is no such folder; did you mean "embedded"?')
+        if may_be_hub_id(name):
+            return name
         raise FileNotFoundError(
             f"{name}: expected a folder or a Hub id of a model, but there is none; check the path."
         )

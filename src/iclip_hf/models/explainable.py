@@ -75,18 +75,13 @@ class ExplainableModel(ABC):
 
     def references(self, templates: Sequence[str]) -> ICLIPTextFeatures:
         """
-        Returns the features of [`REFERENCE_NOUNS`] in these templates, `(K, P)`. They belong to the model: they are encoded again
-        only when its weights change, and those of an [`ICLIPModel`] on the CPU are kept on disk.
+        Returns the features of [`REFERENCE_NOUNS`] in these templates, `(K, P)`. They are encoded again only when the model changes, and
+        those of an [`ICLIPModel`] on the CPU are kept on disk.
         """
-        model, processor = self._given
-        tokenizer = getattr(processor, "tokenizer", processor)
-        return reference_features(self.network, tokenizer, templates, partial(self._encode_nouns, templates), model)
-
-    def _encode_nouns(self, templates: Sequence[str], nouns: Sequence[str]) -> ICLIPTextFeatures:
-        encode = partial(self.encode_texts, nouns, templates)
+        encode = encode_nouns = partial(self.encode_texts, templates=templates)
         if isinstance(self.network, ICLIPModel) and self.device.type == "cpu":  # not on another device, nor offloaded
-            return kept_on_disk(self.network, self.processor, nouns, templates, encode)
-        return encode()
+            encode_nouns = partial(kept_on_disk, self.network, self.processor, templates, encode)
+        return reference_features(encode, encode_nouns)
 
     @abstractmethod
     def get_text_features(self, input_ids: torch.Tensor, num_templates: int = 1, **inputs) -> ICLIPTextFeatures:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import stat
-import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
@@ -17,9 +15,6 @@ from .prefetch import prefetch_map
 if TYPE_CHECKING:
     import torch
     from torch import nn
-
-# In nanoseconds. A file that changed more recently may change again within one tick of the file system's clock.
-_SETTLED = 2 * 10**9
 
 
 def content_digest(files: Sequence[str | os.PathLike], folder: str | os.PathLike | None = None) -> str:
@@ -34,41 +29,32 @@ def content_digest(files: Sequence[str | os.PathLike], folder: str | os.PathLike
     folder = os.path.abspath(folder or os.path.commonpath({os.path.dirname(path) for path in paths}))
     before_names = os.path.join(folder, "")
     names = [path.removeprefix(before_names).encode(errors="surrogatepass") + b"\0" for path in paths]
-    states, changed = zip(*map(file_state, paths))
-    kept = cache_folder() / "digests" / hashlib.sha256(b"".join([*names, *states])).hexdigest()[:32]
-    try:
-        digest = kept.read_text()
-        if len(digest) == 16:
-            return digest
-    except (OSError, ValueError):  # not there, or damaged
-        pass
-    began, content = time.time_ns(), hashlib.sha256()
+    kept = cache_folder() / "digests" / hashlib.sha256(b"".join([*names, *map(file_state, paths)])).hexdigest()[:32]
+    if kept.is_file():
+        return kept.read_text()
+    content = hashlib.sha256()
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # hashing and reading release the GIL
         for name, of_file in zip(names, prefetch_map(pool, _file_digest, paths, 64)):
             content.update(name + of_file)
     digest = content.hexdigest()[:16]
-    if max(changed) < began - _SETTLED:
-        keep_in_cache(kept, lambda temporary: temporary.write_text(digest))
+    keep_in_cache(kept, lambda temporary: temporary.write_text(digest))
     return digest
 
 
-def file_state(file: str | os.PathLike) -> tuple[bytes, int]:
-    """Returns path, number, size and times of a file, one of which changes with its content, and the time of its last change in ns."""
+def file_state(file: str | os.PathLike) -> bytes:
+    """Returns path, number, size and times of a file, one of which changes with its content."""
     path = os.path.abspath(file).encode(errors="surrogatepass")
     try:
         found = os.stat(file)
     except (OSError, ValueError):  # a name may hold any characters
-        return path + b"\0absent\0", 0
+        return path + b"\0absent\0"
     # Programs can set the time of the content (mtime), as unpacking does, but not that of the entry (ctime).
-    state = f"\0{found.st_ino}\0{found.st_size}\0{found.st_mtime_ns}\0{found.st_ctime_ns}\0"
-    return path + state.encode(), max(found.st_mtime_ns, found.st_ctime_ns)
+    return path + f"\0{found.st_ino}\0{found.st_size}\0{found.st_mtime_ns}\0{found.st_ctime_ns}\0".encode()
 
 
 def _file_digest(file: str) -> bytes:
     digest = hashlib.sha256()
     try:
-        if not stat.S_ISREG(os.stat(file).st_mode):  # reading a pipe may never end
-            return bytes(32)
         with open(file, "rb", buffering=0) as opened:
             while chunk := opened.read(1 << 20):
                 digest.update(chunk)

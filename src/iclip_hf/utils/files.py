@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import errno
 import logging
 import os
 import secrets
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -18,7 +17,6 @@ from safetensors import SafetensorError
 logger = logging.getLogger(__name__)
 
 _LOCK = ".iclip-hf.lock"
-_DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def cache_folder() -> Path:
@@ -37,7 +35,7 @@ def check_outputs(
     chosen: Iterable[str | os.PathLike] = (),
 ) -> None:
     """
-    Checks the files that a command will write, before its work: no output replaces an input or another output.
+    Checks the files that a command will write, before its work.
 
     Args:
         outputs: files that the user named; they may exist.
@@ -46,35 +44,29 @@ def check_outputs(
         chosen: files to write whose names the program chose.
 
     Raises:
-        `FileExistsError`: a file may not be written. `OSError`: it cannot be.
+        `FileExistsError`: an output is an input, a folder or a device, or a file of `chosen` exists. `PermissionError`: the folder of an
+        output cannot be written.
     """
-    taken = {_identity(read): read for read in inputs if read}
-    chosen = [*map(Path, chosen)]
-    for path in [*map(Path, outputs), *chosen]:
-        identity = _identity(path)
-        if identity in taken:
-            raise FileExistsError(
-                f"{path}: this output is the same file as {taken[identity]}, an input or another output; name another."
-            )
-        taken[identity] = path
+    read, chosen = {*map(_file_id, filter(None, inputs))} - {None}, [*chosen]
+    for path in map(Path, [*outputs, *chosen]):
+        if _file_id(path) in read:
+            raise FileExistsError(f"{path}: this output is an input too; name another.")
+        if path.exists() and not path.is_file():
+            raise FileExistsError(f"{path}: this output is a folder or a device; name a file.")
         place = next(parent for parent in Path(os.path.realpath(path)).parents if parent.exists())
         if not place.is_dir() or not os.access(place, os.W_OK):
             raise PermissionError(f"{path}: {place} is not a folder that can be written; name another output.")
-        if path.exists() and not path.is_file():
-            raise FileExistsError(f"{path}: this output is a folder or a device; name a file.")
     if not overwrite and (existing := next(filter(os.path.lexists, chosen), None)):
         raise FileExistsError(f"{existing}: this file exists; name another output, or replace it by --overwrite.")
 
 
-def _identity(path: str | os.PathLike) -> object:
-    """Returns what two paths of one file share, however they are written. Names of new files differ by more than case."""
+def _file_id(path: str | os.PathLike) -> tuple[int, int] | None:
+    """Returns what all paths and links of a file share; None if there is no file."""
     try:
         found = os.stat(path)
-        return found.st_dev, found.st_ino
-    except ValueError:  # a null character or a lone surrogate: no file has this name
-        return os.fspath(path)
-    except OSError:
-        return os.path.realpath(path).casefold()
+    except (OSError, ValueError):
+        return None
+    return found.st_dev, found.st_ino
 
 
 @contextmanager
@@ -88,14 +80,13 @@ def atomic_write(path: str | os.PathLike) -> Iterator[Path]:
     with writing_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary.touch(exist_ok=False)
-    try:
-        with writing_errors(path):
+        try:
             mode = temporary.stat().st_mode
             yield temporary
             temporary.chmod(mode)  # only the owner can read what safetensors writes
             os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+        finally:
+            temporary.unlink(missing_ok=True)
 
 
 def write_files(folder: Path, contents: Mapping[str, bytes], overwrite: bool = False) -> None:
@@ -107,9 +98,8 @@ def write_files(folder: Path, contents: Mapping[str, bytes], overwrite: bool = F
 
 
 def _temporary(path: Path) -> Path:
-    """Returns a new hidden name beside a file or folder, cut to less than the 255 bytes that file systems allow."""
-    name = os.fsencode(path.name)[:200].decode(errors="ignore")
-    return path.with_name(f".{name}.{secrets.token_hex(4)}.partial")
+    """Returns a new hidden name beside a file or folder. 50 characters of a long name have at most 200 bytes, of 255 that may be."""
+    return path.with_name(f".{path.name[:50]}.{secrets.token_hex(4)}.partial")
 
 
 def keep_in_cache(path: Path, write: Callable[[Path], object]) -> None:
@@ -157,15 +147,9 @@ def loading_errors(name: str | Path) -> Iterator[None]:
 
 def check_new_folder(folder: Path, state_file: str | None = None) -> None:
     """
-    Checks that a folder to write is new, empty, or holds the state file of the command, by its name. A lock does not count.
-
-    Raises:
-        `FileExistsError`: it holds other files. `OSError`: it is no folder. `ValueError`: its path is not UTF-8, as the libraries expect
-        that write models and Parquet files.
+    Checks that a folder to write is new, empty, or holds the state file of the command, by its name. A lock does not count. Raises
+    `FileExistsError` if it holds other files, and `NotADirectoryError`.
     """
-    path = os.fspath(folder.absolute())
-    if path != path.encode(errors="ignore").decode():
-        raise ValueError(f"{folder}: the path of this folder is not UTF-8; name another.")
     names = {path.name for path in folder.iterdir()} - {_LOCK} if folder.exists() else set()
     if names and state_file not in names:
         raise FileExistsError(
@@ -177,21 +161,18 @@ def check_new_folder(folder: Path, state_file: str | None = None) -> None:
 def folder_lock(folder: Path) -> Iterator[None]:
     """
     Locks a folder against other runs. Creates the folder if it does not exist. The operating system releases the lock when the
-    process ends. For a run of several processes see [`iclip_hf.utils.distributed.shared_folder_lock`].
-
-    Raises:
-        `BlockingIOError`: another run holds the lock. `OSError`: the folder cannot be written.
+    process ends. For a run of several processes see [`iclip_hf.utils.distributed.shared_folder_lock`]. Raises `BlockingIOError` if
+    another run holds the lock.
     """
-    lock = FileLock(folder / _LOCK)
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / _LOCK, timeout=0)
     try:
-        with writing_errors(folder):
-            folder.mkdir(parents=True, exist_ok=True)
-            with suppress(Timeout):
-                lock.acquire(timeout=0)
-        if not lock.is_locked:
-            raise BlockingIOError(
-                f"{folder}: another run is writing here; wait until it ends, or name another folder."
-            )
+        lock.acquire()
+    except Timeout as error:
+        raise BlockingIOError(
+            f"{folder}: another run is writing here; wait until it ends, or name another folder."
+        ) from error
+    try:
         yield
     finally:
         lock.release()
@@ -203,19 +184,14 @@ def atomic_folder(folder: str | Path) -> Iterator[Path]:
     Yields a temporary folder of the same name, whose parent is temporary too; renamed to `folder` on success, deleted on error.
 
     An existing empty folder stays the same folder, because it may be a mount point or the working directory of a shell. The
-    temporary folder is then in it, and its content is renamed.
-
-    Raises:
-        `FileExistsError`: the folder exists and is not empty; it stays as it is. `OSError`: it cannot be written. `ValueError`: its
-        path is not UTF-8.
+    temporary folder is then in it, and its content is renamed. Raises what [`check_new_folder`] raises.
     """
     folder = Path(os.path.realpath(folder))  # of a link that leads to itself, the link
     check_new_folder(folder)
     exists = folder.exists()
     work = _temporary(folder / folder.name if exists else folder)
     built = work / folder.name  # cards take the name
-    with writing_errors(folder):
-        built.mkdir(parents=True)
+    built.mkdir(parents=True)
     try:
         yield built
         mode = built.stat().st_mode & 0o666  # of any new file; only the owner can read what safetensors writes
@@ -225,16 +201,10 @@ def atomic_folder(folder: str | Path) -> Iterator[Path]:
         if not exists:
             os.replace(built, folder)
             return
-        if others := {path.name for path in folder.iterdir() if path.suffix != ".partial"} - {_LOCK}:
-            raise FileExistsError(
-                f"{folder}: meanwhile {min(others)} has come into this folder; name a new or empty one."
-            )
         # The configuration last: without it no part of a model loads.
         for path in sorted(built.iterdir(), key=lambda path: path.name == "config.json"):
             os.replace(path, folder / path.name)
-    except (OSError, SafetensorError) as error:
-        if isinstance(error, OSError) and error.errno not in _DISK_FULL:
-            raise  # errors of reading have their own messages
+    except SafetensorError as error:
         raise OSError(f"{folder}: writing failed ({error}); check free space, then run again.") from error
     finally:
         shutil.rmtree(work, ignore_errors=True)
@@ -242,21 +212,15 @@ def atomic_folder(folder: str | Path) -> Iterator[Path]:
 
 def build_once(folder: Path, build: Callable[[Path], None]) -> Path:
     """
-    Fills a model folder with `build`, unless the folder is complete already. Several processes can build it at the same time; the
-    first to end wins.
-
-    Raises:
-        `FileExistsError`: the folder exists but is incomplete.
+    Fills a model folder with `build`, unless it is complete. Of several processes, the first to end wins. Raises `FileExistsError` if the
+    folder is incomplete.
     """
-    if not _is_complete(folder):
+    files = [folder / "model.safetensors", folder / "config.json"]
+    if not all(map(Path.is_file, files)):
         try:
             with atomic_folder(folder) as built:
                 build(built)
         except OSError:
-            if not _is_complete(folder):  # otherwise another process built the same folder first
+            if not all(map(Path.is_file, files)):  # otherwise another process built the same folder first
                 raise
     return folder
-
-
-def _is_complete(folder: Path) -> bool:
-    return (folder / "model.safetensors").is_file() and (folder / "config.json").is_file()

@@ -1,0 +1,181 @@
+"""Options that several commands have, and the model that they name."""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import sys
+from collections.abc import Callable, Iterable
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import TypeVar
+
+from ..data.class_names import DATASETS
+from ..explainers.methods import METHOD_GROUP, METHODS
+from ..figures import COLORMAPS
+from ..models import DTYPES, check_model_name
+from ..prompts import check_templates, check_text, split_texts
+
+
+Value = TypeVar("Value")
+
+# Numbers of options in malloc.h.
+_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
+
+
+def option_type(parse: Callable[[str], Value]) -> Callable[[str], Value]:
+    """Makes a type for argparse of a function that raises `ValueError` or `OSError` for a wrong text; its sentence is then printed."""
+
+    def parse_option(text: str) -> Value:
+        try:
+            return parse(text)
+        except (ValueError, OSError) as error:
+            raise argparse.ArgumentTypeError(str(error).rstrip(".")) from error
+
+    return parse_option
+
+
+@option_type
+def texts(typed: str) -> list[str]:
+    """Parses the texts of one option, see [`split_texts`]."""
+    return [check_text(text) for text in split_texts(typed) or [""]]
+
+
+@option_type
+def template(text: str) -> str:
+    """Returns a prompt, or the name of several."""
+    check_templates(text)
+    return text
+
+
+@option_type
+def method(name: str) -> str:
+    """Returns the name of a method of this package or of another one."""
+    if name not in METHODS and name not in (added := entry_points(group=METHOD_GROUP).names):
+        raise ValueError(f"{name!r} is no method: choose from {', '.join([*METHODS, *sorted(added)])}")
+    return name
+
+
+@option_type
+def share(text: str) -> float:
+    """Parses a number in [0, 1]."""
+    if not 0 <= float(text) <= 1:
+        raise ValueError(f"{text} is not in [0, 1]")
+    return float(text)
+
+
+@option_type
+def at_least_1(text: str) -> int:
+    """Parses a positive integer."""
+    if int(text) < 1:
+        raise ValueError(f"{text} is not at least 1")
+    return int(text)
+
+
+# Options that several commands have, for [`add_shared`].
+MODEL, PROMPTS = ("--model", "--dtype", "--device"), ("--template", "--image-size")
+DATASET = ("--dataset", "--data-root", "--split", "--overrides")
+SHARED = {
+    "--model": {
+        "metavar": "FOLDER_OR_ID",
+        "type": option_type(check_model_name),
+        "default": "embedded",
+        "help": 'ICLIP or CLIP-like model, or "embedded" (default: the embedded model)',
+    },
+    "--dtype": {"choices": DTYPES, "help": "number format of the model (default: as saved)"},
+    "--device": {"metavar": "NAME", "help": "cpu, cuda or mps (default: cuda if there is such a GPU, otherwise cpu)"},
+    "--template": {
+        "action": "append",
+        "dest": "templates",
+        "type": template,
+        "metavar": "PROMPT",
+        "help": 'prompt with one {}; repeat the option to average several prompts; "{}" uses the texts unchanged, "imagenet" '
+        "averages CLIP's 80 templates of ImageNet (default: the prompts of the model or the data set)",
+    },
+    "--image-size": {
+        "type": at_least_1,
+        "metavar": "PIXELS",
+        "help": "height and width to which images are resized for the model (default: that of its processor)",
+    },
+    "--dataset": {
+        "choices": DATASETS,
+        "metavar": "NAME",
+        "help": f"one of {', '.join(DATASETS)}; folder means images/, masks/ and classes.txt",
+    },
+    "--data-root": {"type": Path, "metavar": "FOLDER", "help": "folder of the data set"},
+    "--split": {"help": "split of the data set (default: the official validation split)"},
+    "--overrides": {
+        "type": Path,
+        "metavar": "FILE",
+        "help": "other class names, synonyms and templates: a JSON or YAML file, or a text file with a line for each class",
+    },
+    "--text": {
+        "action": "extend",
+        "dest": "texts",
+        "type": texts,
+        "metavar": "TEXT",
+        "help": "what to look for, inserted into the prompts; several between commas, or by repeating the option; \\, is a comma within a text",
+    },
+    "--methods": {
+        "nargs": "+",
+        "type": method,
+        "default": ["itsm"],
+        "metavar": "METHOD",
+        "help": f"one or more of {', '.join(METHODS)} (default: itsm)",
+    },
+    "--refine": {
+        "action": argparse.BooleanOptionalAction,
+        "default": False,
+        "help": "refine the maps by the colours of the image (PAMR), so that they follow its edges (default: of `segment` alone)",
+    },
+    "--colormap": {
+        "default": COLORMAPS[0],
+        "choices": COLORMAPS,
+        "help": f"cividis is safe for colour-blind readers, jet is the paper's (default: {COLORMAPS[0]})",
+    },
+    "--batch-size": {"type": at_least_1, "metavar": "N", "help": "images in one forward pass (default: 8)"},
+    "--overwrite": {"action": "store_true", "help": "also replace files whose names iclip chose, but never inputs"},
+    "--json": {"action": "store_true", "help": "print JSON instead of text"},
+}
+
+
+def add_shared(command: argparse._ActionsContainer, *names: str, **changes) -> None:
+    """Adds options of [`SHARED`], all with these changes."""
+    for name in names:
+        command.add_argument(name, **{**SHARED[name], **changes})
+
+
+def refuse(options: argparse.Namespace, names: Iterable[str], where: str) -> None:
+    """Raises `ValueError` if one of these options, which do not apply `where`, was given."""
+    for name in names:
+        if getattr(options, name):
+            raise ValueError(f"--{name.replace('_', '-')} does not apply to {where}: leave it out.")
+
+
+def load_model(name: str, options: argparse.Namespace):
+    """Like [`iclip_hf.load`], without output of Transformers, in a process that keeps its memory."""
+    from ..models.loading import load
+
+    silence_transformers()
+    keep_memory()
+    return load(name, dtype=options.dtype, device=options.device)
+
+
+def keep_memory() -> None:
+    """
+    Makes the GNU C library keep freed memory for the next image. By default it gives large blocks back to the system, which has to map
+    and clear them again.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt is not None:
+        mallopt(_TRIM_THRESHOLD, 2**30)  # free bytes from which memory is given back
+        # Bytes from which a block is mapped by itself. Older versions allow 32 MiB at most.
+        mallopt(_MMAP_THRESHOLD, 2**30) or mallopt(_MMAP_THRESHOLD, 2**25)
+
+
+def silence_transformers() -> None:
+    """Disables log messages and progress bars of Transformers."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()

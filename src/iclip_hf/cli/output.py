@@ -1,0 +1,107 @@
+"""What the commands write and print: checks of `--output`, pictures, reports, errors."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+import sys
+import time
+import zlib
+from pathlib import Path
+
+from ..presence import presence_word
+
+
+# Characters that control a terminal or cannot be printed: controls, line separators, marks of writing direction, surrogates.
+_ACTING = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+# Files of pictures.
+PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".pdf")
+
+
+def check_file(path: Path, suffixes: tuple[str, ...]) -> None:
+    """Raises `ValueError` for an `--output` that is no file of this kind."""
+    if path.suffix.lower() not in suffixes:
+        raise ValueError(f"--output is a file name that ends in {' or '.join(suffixes)}, not {path}: name another.")
+
+
+def check_folder(path: Path) -> None:
+    """Raises `ValueError` for an `--output` that is no folder, before the model is loaded."""
+    if not path.is_dir() and (path.suffix or path.exists()):
+        raise ValueError(f"--output is a folder here, not the file name {path}: name a folder.")
+
+
+def model_files(model: str) -> list[Path]:
+    """Returns the files of a model folder, which are inputs."""
+    return list(Path(model).glob("*"))
+
+
+def resolution(picture: Path) -> int:
+    """Returns the dots per inch of a picture: for print, or for screens."""
+    return 300 if picture.suffix.lower() == ".pdf" else 120
+
+
+def save_picture(picture, path: Path, dpi: int) -> None:
+    """Writes a PIL image in the format of the file name's suffix."""
+    from PIL import Image
+
+    from ..utils.files import atomic_write
+
+    form = path.suffix[1:].lower()
+    # Run lengths: the PNG of a photograph is as small as by the default compression, in a quarter of the time.
+    options = {"compress_type": zlib.Z_RLE} if form == "png" else {"quality": 92}
+    with atomic_write(path) as temporary:
+        picture.save(temporary, Image.registered_extensions()[f".{form}"], dpi=(dpi, dpi), **options)
+
+
+def report_error(command: str, error: BaseException) -> None:
+    """
+    Prints an error as one line on stderr, and passes it to torchrun or `accelerate launch`, if one of them runs this process. They
+    end their own report with the line of the process that failed first. Of processes that are all interrupted, the first prints it.
+    """
+    text = " ".join(str(error).split()) or type(error).__name__
+    if isinstance(error, OSError) and error.filename is not None:
+        text = f"{error.filename}: {error.strerror}"
+    if not isinstance(error, KeyboardInterrupt) or os.environ.get("RANK", "0") == "0":
+        complain(command, text)
+    if file := os.environ.get("TORCHELASTIC_ERROR_FILE"):
+        report = {"message": f"iclip {command}: {printable(text)}", "timestamp": int(time.time())}
+        Path(file).write_text(json.dumps(report))
+
+
+def printable(text) -> str:
+    """
+    Escapes characters that control a terminal, as in JSON: control characters (escape sequences, new lines), marks of writing
+    direction, and bytes of file names that are not UTF-8.
+    """
+    return _ACTING.sub(lambda found: f"\\u{ord(found[0]):04x}", str(text))
+
+
+def echo(*lines: str) -> None:
+    """Prints lines with [`printable`] characters, also into a pipe at once. The value of JSON text does not change."""
+    print("\n".join(map(printable, lines)), flush=True)
+
+
+def complain(command: str, text: str) -> None:
+    """Prints a line of a command on stderr."""
+    print(f"iclip {command}: {printable(text)}", file=sys.stderr, flush=True)
+
+
+def echo_folder(folder: Path, *command: str) -> None:
+    """Prints the size of a folder that was written, and a command that uses it."""
+    sizes = [path.stat().st_size for path in folder.rglob("*") if path.is_file()]
+    echo(f"{folder}: {len(sizes)} files, {sum(sizes) / 1e6:,.1f} MB. Next:", f"  {shlex.join(command)}")
+
+
+def echo_space(folder: Path) -> None:
+    """Prints the size of the folder of a Space, and the command that publishes it."""
+    echo_folder(folder, "hf", "upload", f"your-name/{folder.resolve().name}", str(folder), ".", "--repo-type", "space")
+
+
+def presence_column(value: float, min_presence: float) -> str:
+    """
+    Returns a presence as a word and a number. The number, a float32, is cut, not rounded: an unsure 0.798 must not look like the 0.80
+    from which a text is present.
+    """
+    return f"{presence_word(value, min_presence):<7}  presence {f'{value:.9f}'[:4]}"

@@ -31,7 +31,7 @@ from iclip_hf.training.batches import BatchLoader
 from iclip_hf.training.feature_cache import CachedPairs, FeatureCache
 from iclip_hf.training.inputs import TrainingPairs, whole_image
 from iclip_hf.training.pair_model import PairModel
-from iclip_hf.training.schedule import parameter_groups
+from iclip_hf.training.run import parameter_groups
 
 
 def first_pairs(shard: Path, count: int, target: Path) -> Path:
@@ -82,7 +82,6 @@ class Ours(Contender):
         self.batches = BatchLoader(dataset, accelerator, options.batch_size, num_workers=workers).epoch
 
     def loss(self, batch: dict) -> torch.Tensor:
-        batch.pop("skipped")
         with torch.autocast("cpu", torch.bfloat16, enabled=self.bf16):
             return self.pair_model(**batch)["loss"]
 

@@ -28,7 +28,7 @@ from iclip_hf.training.batches import BatchLoader
 from iclip_hf.training.feature_cache import FeatureCache
 from iclip_hf.training.pair_model import PairModel
 from iclip_hf.training.plan import RATE, STEPS
-from iclip_hf.training.schedule import cosine_schedule, parameter_groups
+from iclip_hf.training.run import cosine_schedule, parameter_groups
 from iclip_hf.training.settings import Settings
 
 
@@ -80,7 +80,7 @@ class Study:
     def fine_tune(self, model: ICLIPModel, rows: np.ndarray, seed: int, rate: float) -> None:
         training = copy.copy(self.pairs)
         training.rows = self.pairs.rows[rows]
-        training.captions = [self.pairs.captions[row][:1] for row in rows]
+        training.captions = training.sentences = [self.pairs.captions[row][:1] for row in rows]
         batch_size = min(len(rows), 256)
         loader = BatchLoader(training, self.accelerator, batch_size, seed)
         pair_model = PairModel(model, lock_text=True)
@@ -92,7 +92,6 @@ class Study:
             for batch in loader.epoch(epoch):
                 if step == self.steps:
                     return
-                batch.pop("skipped")
                 for group in optimizer.param_groups:
                     group["lr"] = cosine_schedule(step, self.steps, self.steps // 10, rate, *ends)
                 pair_model(**batch)["loss"].backward()

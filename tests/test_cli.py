@@ -290,13 +290,13 @@ def test_the_package_lists_what_it_imports_late():
 
 
 def test_data_sets_of_the_command_are_those_of_the_package():
-    from typing import get_args, get_type_hints
-
     from iclip_hf.data.class_names import DATASETS
     from iclip_hf.data.segmentation import _LAYOUTS
     from iclip_hf.training.settings import Settings
 
-    assert set(DATASETS) == {*_LAYOUTS} == set(get_args(get_type_hints(Settings)["eval_dataset"])) - {"none"}
+    assert (
+        set(DATASETS) == {*_LAYOUTS} == {*Settings.__dataclass_fields__["eval_dataset"].metadata["choices"]} - {"none"}
+    )
 
 
 def test_options_of_the_command_are_those_of_the_package():

@@ -535,7 +535,7 @@ def test_the_card_tells_configuration_training_and_terms(source):
 
 def test_the_card_tells_the_settings_that_a_model_depends_on():
     fixed = {field.name for field in fields(Settings)}.difference(FREE)
-    elsewhere = {"image_column", "caption_column", "split", "max_bad_share"}  # how pairs are read
+    elsewhere = {"image_column", "caption_column", "split", "max_bad_share", "chunk_size"}  # how pairs are read
     elsewhere |= {"validation_data", "eval_dataset", "eval_root", "eval_split"}  # the results tell
     assert fixed - elsewhere == set(TRAINING_SETTINGS)
 

@@ -41,15 +41,6 @@ def test_half_precision_logits_lose_nothing_in_the_loss():
     assert contrastive_loss(logits).dtype == torch.float32
 
 
-def test_one_positive_a_row_is_cross_entropy():
-    logits = torch.randn(5, 9, generator=torch.Generator().manual_seed(2)) * 4
-    labels = torch.tensor([3, 0, 8, 8, 1])
-    positives = torch.nn.functional.one_hot(labels, 9) > 0
-    torch.testing.assert_close(
-        multi_positive_loss(logits, positives), torch.nn.functional.cross_entropy(logits, labels)
-    )
-
-
 def test_texts_compete_for_patches_by_hand():
     """A patch is shared by all texts; the shares of an image's texts count by its prior; an image without texts counts 0."""
     generator = torch.Generator().manual_seed(3)

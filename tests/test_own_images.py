@@ -10,19 +10,20 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from accelerate.state import AcceleratorState
-from conftest import tiny_model
+from conftest import noise, tiny_model
 from PIL import Image
 from training_runs import write_table
 
 from iclip_hf import ICLIPModel, cli, embedded_model
 from iclip_hf.data.pairs import load_pairs
+from iclip_hf.training import report as shown_by_a_run
 from iclip_hf.training.checkpoints import RunState, holds_start
-from iclip_hf.training.checks import check_pairs
-from iclip_hf.training.plan import STEPS, choose_settings
-from iclip_hf.training.report import example, expected_time, own_labels, report
+from iclip_hf.training.plan import STEPS, check_pairs, choose_settings
+from iclip_hf.training.report import draw_examples, example, own_labels, report
+from iclip_hf.training.selection import change_interval, lost_metrics
 from iclip_hf.training.settings import Settings
-from iclip_hf.training.validation import change_interval, lost_metrics
 
 
 @pytest.fixture
@@ -45,7 +46,7 @@ def here(tmp_path, monkeypatch):
 def test_what_is_chosen_makes_a_run(tmp_path, count):
     data = [str(write_table(tmp_path, count))]
     chosen = choose_settings({"data": data})
-    settings = Settings(data=data, **{name: choice.value for name, choice in chosen.items()})
+    settings = Settings(data=data, **{name: value for name, (value, _) in chosen.items()})
     held_out = -(-count // 10) if count >= 20 else 0  # rounded up
     rate = settings.learning_rate * settings.batch_size / 1024
     assert rate == pytest.approx(1e-5, rel=1e-3)
@@ -53,7 +54,7 @@ def test_what_is_chosen_makes_a_run(tmp_path, count):
     steps = (count - held_out) // settings.batch_size * settings.epochs
     assert 0 < settings.eval_steps <= steps and settings.warmup_epochs < settings.epochs
     assert (settings.model, settings.output_dir, settings.lock_text) == ("embedded", "runs/pairs", True)
-    assert settings.validation_share == (0.1 if held_out else 0) and all(choice.why for choice in chosen.values())
+    assert settings.validation_share == (0.1 if held_out else 0) and all(why for _, why in chosen.values())
 
 
 def test_captions_of_one_image_are_counted_together(tmp_path):
@@ -62,7 +63,7 @@ def test_captions_of_one_image_are_counted_together(tmp_path):
     rows = [f"{image}.png,caption {image} {number}" for image in range(21) for number in range(1 + image % 6)]
     table.write_text("\n".join(["image,caption", *rows, ""]))
     training, held_out = load_pairs(table).split(0.1)
-    batch = choose_settings({"data": [str(table)], "max_bad_share": 0.0})["batch_size"].value
+    batch = choose_settings({"data": [str(table)], "max_bad_share": 0.0})["batch_size"][0]
     assert batch == len(training) == len(rows) - len(held_out)
 
 
@@ -70,27 +71,17 @@ def test_what_is_given_takes_precedence_and_the_rest_follows(tmp_path, monkeypat
     given = {"data": [str(write_table(tmp_path, 40))], "epochs": 3, "batch_size": 8, "output_dir": "elsewhere"}
     chosen = choose_settings(given)
     assert given.keys().isdisjoint(chosen)
-    assert chosen["cache_features"].value == "elsewhere/cache"
-    assert chosen["eval_steps"].value <= 3 * (36 // 8)
+    assert chosen["cache_features"][0] == "elsewhere/cache"
+    assert chosen["eval_steps"][0] <= 3 * (36 // 8)
     free = {name: value for name, value in given.items() if name != "epochs"}
-    assert choose_settings(free)["epochs"].value == round(STEPS / (36 // 8))  # 36 pairs are not held out
+    assert choose_settings(free)["epochs"][0] == round(STEPS / (36 // 8))  # 36 pairs are not held out
     assert "validation_share" not in choose_settings({**given, "validation_data": ["x.tar"]})
     monkeypatch.setenv("WORLD_SIZE", "8")
     del given["batch_size"]
-    assert choose_settings(given)["batch_size"].value == 32  # a multiple of the processes
-
-
-def test_the_steps_that_are_given_are_the_run(tmp_path):
-    chosen = choose_settings({"data": [str(write_table(tmp_path, 40))], "max_steps": 20, "batch_size": 8})
-    assert "epochs" not in chosen and chosen["eval_steps"].value == 4
-    assert chosen["warmup_epochs"].value * (36 // 8) == pytest.approx(2)  # steps
-
-
-def test_loading_processes_leave_processors_to_the_model(tmp_path, monkeypatch):
-    given = {"data": [str(write_table(tmp_path, 600))]}
-    for spare, workers in ((14, 2), (1, 1)):
-        monkeypatch.setattr("iclip_hf.training.plan.spare_processors", lambda spare=spare: spare)
-        assert choose_settings(given)["num_workers"].value == workers
+    assert choose_settings(given)["batch_size"][0] == 32  # a multiple of the processes
+    chosen = choose_settings({"data": given["data"], "max_steps": 20, "batch_size": 8})
+    assert "epochs" not in chosen and chosen["eval_steps"][0] == 4
+    assert chosen["warmup_epochs"][0] * (36 // 8) == pytest.approx(2)  # steps
 
 
 # -------------------------------------------------------------------------------------------------------------- checks
@@ -108,7 +99,6 @@ def said(arguments: list, capsys) -> str:
 def test_bad_data_is_one_sentence(tmp_path, capsys):
     table = write_table(tmp_path, 30)
     for content, shown in (
-        ("image,caption\n", f"There are no pairs in {table}"),
         ("image,caption\n0.png,a dog\n", "this has 1"),
         ("image,caption\n0.png,a dog\n1.png,a dog\n2.png,a dog\n", "'a dog'"),
         ("image,caption\nx.png,a dog\ny.png,a cat\n", f"2 of the 2 pairs looked at have no image or no caption. The first: {tmp_path}/x.png: there is no such image"),
@@ -117,7 +107,6 @@ def test_bad_data_is_one_sentence(tmp_path, capsys):
     ):  # fmt: skip
         table.write_text(content)
         assert shown in said([table], capsys)
-    assert "absent.csv: " in said(["absent.csv"], capsys)
     two = write_table(tmp_path, 2).rename(tmp_path / "two.csv")
     table.write_text("image,caption\n0.png,a dog\n1.png,\n")
     assert f"The first: {table.name}, row 2" in said([two.name, table.name], capsys)  # of its own table
@@ -130,31 +119,23 @@ def test_bad_settings_are_one_sentence(tmp_path, capsys):
     (tmp_path / "alone.yaml").write_text(f"vision: embedded\ntext: embedded\ndata: [{table}]")
     (tmp_path / "runs" / "pairs" / "checkpoint-0000003").mkdir(parents=True)
     (tmp_path / "runs" / "pairs" / "checkpoint-0000003" / "state.json").touch()
-    for folder, config in (("clip", '{"model_type": "clip"}'), ("broken", "{"), ("empty", None)):
-        (tmp_path / folder).mkdir()
-        if config:
-            (tmp_path / folder / "config.json").write_text(config)
-    recipe = "The configuration iclip-dinov2-s14-minilm names it as"
-    for arguments, sentence in {
+    (tmp_path / "clip").mkdir()
+    (tmp_path / "clip" / "config.json").write_text('{"model_type": "clip"}')
+    for arguments, shown in {
         "pairs.csv --output_dir runs/pairs": "runs/pairs: this folder holds a run already",
+        "pairs.csv --output_dir clip": "clip: ",
+        "pairs.csv --output_dir x --model x": "x: output_dir is the folder of model",
         "pairs.csv --caption_column label": "'label'",
-        "pairs.csv --model ./absent": "./absent: ",
-        "pairs.csv --model runs/absent": "runs/absent: ",
         "pairs.csv --model clip": "clip: ",
-        "pairs.csv --model broken": "broken: ",
-        "pairs.csv --model empty": "empty: ",
-        "pairs.csv --model pairs.csv": "pairs.csv: ",
-        "--config iclip-dinov2-s14-minilm --validation_data pairs.csv": f"{recipe} data: name your own pairs by --data",
-        "--config iclip-dinov2-s14-minilm --data pairs.csv": f"{recipe} validation_data: name your own pairs by",
+        "--config iclip-dinov2-s14-minilm --data pairs.csv": "data/flickr8k/dev-00000.tar: ",
         "pairs.csv --report_to no_tracker": "pip install no_tracker",
         "org/name --pairs_per_epoch 100": "config",
         "pairs.csv --nouns absent.txt": "absent.txt: ",
         "pairs.csv --eval_dataset folder": "eval_root: ''",
-        "pairs.csv --validation_data absent.tar": "absent.tar: ",
         "pairs.csv --vision v --text t": "config: ",
         "--config alone.yaml": "alone.yaml: ",
     }.items():
-        assert sentence in said(["--output_dir", "new", *arguments.split()], capsys)
+        assert shown in said(["--output_dir", "new", *arguments.split()], capsys)
     assert not (tmp_path / "new").exists()
 
 
@@ -189,35 +170,30 @@ def state_of(before: dict, after: dict) -> RunState:
 
 
 def test_the_report_says_whether_the_model_got_better(tmp_path):
-    captions = ["Two dogs run.", "A dog and a ball.", "A cat."] * 8
-    held_out = load_pairs(write_table(tmp_path, 24, captions))
-    given = {"data": ["d"], "model": "m", "validation_share": 0.1}
-    settings = Settings(**given, output_dir="my runs/x")
+    held_out = load_pairs(write_table(tmp_path, 24, ["Two dogs run.", "A dog and a ball.", "A cat."] * 8))
+    given = {"data": ["d"], "model": "m"}
+    settings = Settings(**given, validation_share=0.1, output_dir="runs/my pairs")
+    hits = {count: np.where(np.arange(24) < count, 100.0, 0.0) for count in (0, 6, 7, 12)}
 
-    def said_of(before: np.ndarray, after: np.ndarray) -> str:
-        return report(settings, state_of({"text_to_image": before}, {"text_to_image": after}), held_out)
+    def said_of(after: int) -> str:
+        state = state_of({"text_to_image": hits[6]}, {"text_to_image": hits[after]})
+        return report(settings, state, held_out)
 
-    def first(count: int) -> np.ndarray:
-        return np.where(np.arange(24) < count, 100.0, 0.0)
-
-    said = said_of(first(6), first(12))
+    said = said_of(12)
     assert "The model got better: text_to_image rose from 25 to 50 (95 % interval of the change: " in said
-    assert "The trained model is in my runs/x. Next:" in said and "--model 'my runs/x'" in said
-    assert f"iclip explain {tmp_path}/0.png --text dog --model" in said and "24 held-out pairs:" in said
-    assert "steps had no finite" not in said
-    said = said_of(first(6), first(0))
+    assert "The trained model is in runs/my pairs. Next:" in said and "24 held-out pairs:" in said
+    assert f"  iclip explain {tmp_path}/0.png --text dog --model 'runs/my pairs'\n" in said
+    assert said.endswith("  iclip push 'runs/my pairs' your-name/my-pairs --dry-run")
+    said = said_of(0)
     assert "The model got worse: text_to_image fell from 25 to 0 (" in said
-    assert "so my runs/x holds the model that you started from (m). Train on more pairs" in said
-    assert "No measurable change: text_to_image rose from 25 to 29.17 (95 %" in said_of(first(6), first(7))
-    few = report(
-        settings, state_of({"val_loss": np.ones(6)}, {"val_loss": np.zeros(6)}), load_pairs(write_table(tmp_path, 6))
-    )
-    assert "No measurable change: 6 held-out pairs are too few" in few
-    assert "Nothing was measured" in report(settings, RunState(), None)
-    assert "\n3 of 40 steps had no finite loss" in report(settings, RunState(step=40, bad_steps=3), None)
-    spaced = Settings(**given, output_dir="runs/my pairs")
-    assert "  iclip push 'runs/my pairs' your-name/my-pairs --dry-run" in report(spaced, RunState(), None)
-    settings = Settings(data=["d"], model="m", output_dir="x", eval_dataset="voc20")
+    assert "so runs/my pairs holds the model that you started from (m). Train on more pairs" in said
+    assert "No measurable change: text_to_image rose from 25 to 29.17 (95 %" in said_of(7)
+    few = load_pairs(write_table(tmp_path, 6))
+    state = state_of({"val_loss": np.ones(6)}, {"val_loss": np.zeros(6)})
+    assert "No measurable change: 6 held-out pairs are too few" in report(settings, state, few)
+    said = report(settings, RunState(step=40, bad_steps=3), None)
+    assert "\n3 of 40 steps had no finite loss" in said and "Nothing was measured" in said
+    settings = Settings(**given, output_dir="x", eval_dataset="voc20")
     said = report(settings, RunState(before={"mMIoU": 20.0}, best=21.0, metrics={"mMIoU": 21.0}), None)
     assert "\nMeasured on voc20:\n" in said and "On voc20, mMIoU rose from 20 to 21." in said
 
@@ -238,16 +214,6 @@ def test_the_verdict_is_over_all_metrics(tmp_path):
     mixed = state_of(before, {"val_loss": loss - 0.5, "text_to_image": np.where(np.arange(15) > 0, 100.0, 0.0)})
     assert not mixed.lost and not holds_start(settings, mixed)
     assert state_of({"val_loss": loss}, {"val_loss": loss + 0.1}).lost == ["val_loss"]
-
-
-def test_the_expected_time_counts_steps_and_evaluations():
-    settings = Settings(data=["d"], model="m", output_dir="x", eval_steps=40)
-    assert expected_time(settings, 3, 200, 0.6, 24.0) == "Expected time: about 4 min for 197 steps and 5 evaluations."
-    assert expected_time(settings, 3, 210, 0.6, 24.0).endswith("about 4 min for 207 steps and 6 evaluations.")
-    assert expected_time(settings, 41, 200, 0.1, None).endswith(
-        "less than a minute for 159 steps, without evaluations."
-    )
-    assert expected_time(settings, 0, 36000, 1, None).endswith("about 10 h for 36000 steps, without evaluations.")
 
 
 def test_the_interval_is_that_of_paired_changes():
@@ -276,6 +242,37 @@ def test_texts_are_of_the_image_that_is_shown(tmp_path):
     assert shown("Qwerty.", "Asdf.") == ("0.png", ["Qwerty."])
     assert shown("\x1b[31mAsdf.", "Qwerty\tuiop.") == ("1.png", ["Qwerty uiop."])
     assert example(None) == ("photo.jpg", ["..."])
+
+
+def test_pictures_show_the_maps_of_the_images_own_captions(tiny_processor, tmp_path, monkeypatch):
+    model, drawn, sheets = tiny_model(), [], []
+    overlay, grid = shown_by_a_run.overlay, shown_by_a_run.picture_grid
+    monkeypatch.setattr(shown_by_a_run, "overlay", lambda *args: drawn.append(args) or overlay(*args))
+    monkeypatch.setattr(shown_by_a_run, "picture_grid", lambda *args: sheets.append(args[1:]) or grid(*args))
+    pairs = [
+        {"image": noise(size), "caption": caption}
+        for size, caption in (((60, 40), "a red ball"), ((30, 50), "the sky"), ((20, 20), "a dog"))
+    ]
+    captions = ["a red ball", "the sky"]
+    draw_examples(model.train(), tiny_processor, pairs, 2, tmp_path / "pictures", 0)
+    assert sheets.pop() == (["", "step 0", "", ""], 2, captions) and model.training
+    before, drawn[:] = list(drawn), []
+    for (image, heatmap), pair in zip(before, pairs):
+        with torch.no_grad():
+            inputs = tiny_processor(pair["image"], text=[pair["caption"]])
+            maps = model.eval()(**inputs, output_similarity_maps=True).similarity_maps
+        (expected,) = tiny_processor.post_process_similarity_maps(maps, [(image.height, image.width)])
+        assert image is pair["image"] and heatmap == pytest.approx(expected[0].numpy(), abs=1e-5)
+    assert len(before) == 2
+
+    trained = tiny_model(seed=1)
+    draw_examples(trained, tiny_processor, pairs, 2, tmp_path / "pictures", 7)
+    assert sheets.pop() == (["", "before", "step 7", "", "", ""], 3, captions)
+    for (image, heatmap), (first, now) in zip(before, (drawn[:2], drawn[2:])):
+        assert first[0] is now[0] is image and first[1] == pytest.approx(heatmap, abs=1e-3)  # kept as float16
+        assert abs(now[1] - heatmap).max() > 0.01
+    written = sorted(path.name for path in (tmp_path / "pictures").iterdir())
+    assert written == ["0000000.png", "0000007.png", "before.npz"]
 
 
 @pytest.mark.slow

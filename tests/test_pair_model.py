@@ -8,7 +8,7 @@ import torch
 from conftest import tiny_inputs, tiny_model
 from training_runs import gradients
 
-from iclip_hf.hub.configs import SHIPPED
+from iclip_hf.hub.configs import EMBEDDED
 from iclip_hf.losses import multi_positive_loss
 from iclip_hf.training import pair_model as module
 from iclip_hf.training.nouns import TEMPLATES, NounPrompts
@@ -54,7 +54,7 @@ def test_representative_tokens_by_hand():
 
 def test_no_word_of_a_prompt_is_a_noun_of_the_embedded_model():
     """It would be a noun of every image whose caption has the form of a prompt, and have to get patches there."""
-    nouns = NounPrompts.from_file(SHIPPED / "iclip-dinov2-s14-minilm" / "nouns.txt")
+    nouns = NounPrompts.from_file(EMBEDDED / "nouns.txt")
     assert not set().union(*(nouns.find(template) for template in TEMPLATES))
 
 
@@ -72,11 +72,11 @@ def test_a_large_object_has_many_of_the_representative_tokens():
 
 def test_nouns_reach_the_branches_that_are_named():
     model, batch = tiny_model(max_over="similarity"), tiny_inputs(3, 9)
-    noun_ids, has_noun = torch.tensor([0, 1, 1, 1, 3, 2]), torch.tensor([[1, 1, 0, 0]] * 3, dtype=torch.uint8)
+    nouns = {"noun_ids": torch.tensor([0, 1, 1, 1, 3, 2]), "is_background": torch.zeros(6)}
+    nouns["has_noun"] = torch.tensor([[1, 1, 0, 0]] * 3, dtype=torch.uint8)
     losses = {}
     for branches in ((), ("recognition",), ("interpretability",)):
-        pair_model = PairModel(model, noun_branches=branches).eval()
-        losses[branches] = pair_model(**batch, noun_ids=noun_ids, has_noun=has_noun)["losses"]
+        losses[branches] = PairModel(model, noun_branches=branches).eval()(**batch, **nouns)["losses"]
     assert (losses[("recognition",)] != losses[()]).tolist() == [True, False]
     assert (losses[("interpretability",)] != losses[()]).tolist() == [False, True]
 
@@ -144,7 +144,8 @@ def test_noun_prompts_teach_the_recognition_branch():
     model, batch = tiny_model(), tiny_inputs(3, 9)
     has_noun = torch.tensor([[1, 1, 0, 0], [0, 1, 0, 0], [0, 0, 0, 0]], dtype=torch.uint8)
     noun_ids = torch.tensor([0, 1, 1, 1, 3, 2])
-    outputs = PairModel(model, noun_weight=0.7).eval()(**batch, noun_ids=noun_ids, has_noun=has_noun)
+    nouns = {"noun_ids": noun_ids, "is_background": torch.zeros(6), "has_noun": has_noun}
+    outputs = PairModel(model, noun_weight=0.7).eval()(**batch, **nouns)
     once = [0, 1, 5, 4]  # where each noun stands first
     with torch.no_grad():
         logits = model(**batch).logits_per_image[:, [3 + place for place in once]].tolist()
@@ -160,11 +161,11 @@ def test_noun_prompts_teach_the_recognition_branch():
         return total / len(logits)
 
     positive = [[bool(has_noun[image, noun]) for noun in noun_ids[once]] for image in range(3)]
-    nouns = (one_side(logits, positive) + one_side(zip_lists(logits), zip_lists(positive))) / 2
+    loss = (one_side(logits, positive) + one_side([*zip(*logits)], [*zip(*positive)])) / 2
     plain = PairModel(model).eval()(
         **{**batch, "input_ids": batch["input_ids"][:3], "attention_mask": batch["attention_mask"][:3]}
     )
-    assert outputs["losses"][0].item() == pytest.approx(0.3 * plain["losses"][0].item() + 0.7 * nouns, abs=1e-5)
+    assert outputs["losses"][0].item() == pytest.approx(0.3 * plain["losses"][0].item() + 0.7 * loss, abs=1e-5)
     torch.testing.assert_close(outputs["losses"][1], plain["losses"][1], atol=1e-5, rtol=0)
     torch.testing.assert_close(outputs["text_embeds"], plain["text_embeds"], atol=1e-5, rtol=0)
 
@@ -204,10 +205,6 @@ def test_nouns_of_the_background_compete_for_patches_without_attention():
     direction = (short[0] + (short[1] + short[2]) / 2) / 2
     found = outputs[0]["loss"] - outputs[0]["losses"].mean()
     assert found.item() == pytest.approx(direction, abs=1e-4)
-
-
-def zip_lists(rows: list[list]) -> list[list]:
-    return [list(column) for column in zip(*rows)]
 
 
 def test_locked_towers_stay_locked():

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from accelerate.state import AcceleratorState
 from conftest import tiny_model
-from test_identity import CONFIG, PROCESSOR, edit_json, edit_weights, swapped
+from test_identity import CONFIG, edit_json, edit_weights, swapped
 from training_runs import write_table
 
 from iclip_hf.training.checkpoints import checkpoints
@@ -61,16 +61,9 @@ def other_image(file: Path) -> None:
 
 CHANGES = {
     "pooling": ("towers", "configuration", lambda f: edit_json(f / "settings", CONFIG, "pooling", to="max")),
-    "max_over": ("towers", "configuration", lambda f: edit_json(f / "settings", CONFIG, "max_over", to="similarity")),
-    "image_mean": (
-        "towers",
-        "processor",
-        lambda f: edit_json(f / "settings", PROCESSOR, "image_processor", "image_mean", to=[0.5] * 3),
-    ),
     "tower": ("towers", "weights", lambda f: edit((m := f / "vision" / "model.safetensors"), m.read_bytes()[-8:], b"\0" * 8)),
     "words": ("towers", "tokenizer", lambda f: edit_json(f / "text", "tokenizer.json", "model", "vocab", to=swapped)),
     "weights of the model": ("model", "weights", lambda f: edit_weights(f / "model", lambda weight: weight + 1)),
-    "options of the model": ("model", "configuration", lambda f: edit_json(f / "model", CONFIG, "attention_norm", to="quantile")),
     "an image": ("model", "data", lambda f: other_image(f / "pairs" / "3.bmp")),
     "a caption": ("model", "data", lambda f: edit(f / "pairs" / "pairs.csv", b"ball", b"wall")),
     "a held-out image": ("model", "validation_data", lambda f: other_image(f / "held_out" / "0.bmp")),
@@ -90,11 +83,10 @@ def test_a_run_does_not_go_on_with_other_content(began, tmp_path, change):
 
 
 @pytest.mark.parametrize("start", ["towers", "model"])
-def test_a_run_goes_on_elsewhere_and_after_an_update(began, tmp_path, start):
+def test_a_run_goes_on_elsewhere(began, tmp_path, start):
     """Also in folders of other names, and with an option that the earlier version did not have."""
     moved = shutil.copytree(began, tmp_path / "there")
     (last,) = checkpoints(moved / f"run-{start}")
-    edit_json(last, "state.json", "content", "software", to="iclip-hf 0.1.0, torch 1.0, transformers 1.0")
     new = {"noun_branches", "noun_competition"}
     edit_json(last, "state.json", "settings", to=lambda then: {name: then[name] for name in then.keys() - new})
     named = ["--data", str((moved / "pairs").rename(moved / "other pairs") / "pairs.csv")]  # whose own name counts

@@ -8,39 +8,37 @@ from iclip_hf import cli
 
 
 GOOD = {"vision": "v", "text": "t", "data": "[d]"}
-# A setting, what it is set to, and what of it the error shows.
+# A setting, what it is set to, and what of it the error shows: one row a rule
 BAD_SETTINGS = [
-    *(("config", "other.yaml", "'config'"), ("learning_rates", 1, "'learning_rates'"), ("epochs", "many", "'many'")),
-    *(
-        ("epochs", 1.5, "'1.5'"),
-        ("epochs", "[1, 2]", "list"),
-        ("epochs", "{a: 1}", "dict"),
-        ("crop_scale", ".nan", "nan"),
-    ),
-    *(("batch_size", "1e3", "'1e3'"), ("learning_rate", ".nan", "nan"), ("warmup_epochs", ".inf", "inf")),
-    *(
-        ("mixed_precision", "fp8", "'fp8'"),
-        ("eval_dataset", "imagenet", "'imagenet'"),
-        ("lock_text", "maybe", "maybe"),
-    ),
-    *(("data", "[]", "data"), ("data", "{a: b}", "dict"), ("data", "[[a]]", "list"), ("model", "m", "model='m'")),
-    *(("vision", "''", "vision=''"), ("text", "''", "text=''"), ("image_column", "[a, b]", "list")),
-    *(("model_options", "[pooling]", "'pooling'"), ("model_options", "'pooling=[a'", "'pooling=[a'")),
-    *(("noun_branches", "[map]", "'map'"), ("best_metric", "mAP", "best_metric: mAP")),
+    ("config", "other.yaml", "'config'"),
+    ("learning_rates", 1, "'learning_rates'"),
+    ("epochs", 1.5, "'1.5'"),
+    ("epochs", "[1, 2]", "list"),
+    ("data", "{a: b}", "dict"),
+    ("lock_text", "maybe", "maybe"),
+    ("mixed_precision", "fp8", "'fp8'"),
+    ("noun_branches", "[map]", "'map'"),
+    ("learning_rate", ".nan", "nan"),
+    ("warmup_epochs", ".inf", "inf"),
+    ("data", "[]", "data"),
+    ("model", "m", "model='m'"),
+    ("vision", "''", "vision=''"),
+    ("model_options", "[pooling]", "'pooling'"),
+    ("model_options", "'pooling=[a'", "'pooling=[a'"),
+    ("best_metric", "mAP", "best_metric: mAP"),
 ]
-OUT_OF_RANGE = {
-    0: "epochs learning_rate noun_prompts image_size chunk_size map_tokens clip_grad_norm log_steps eval_steps checkpoint_steps",
-    -1: "batch_size crop_scale num_workers max_steps pairs_per_epoch pictures warmup_epochs weight_decay warmup_learning_rate "
-    "min_learning_rate",
-    1.1: "noun_weight noun_competition random_erasing max_bad_share validation_share",
-}
-BAD_SETTINGS += [(name, value, f"{name}: {value}") for value, names in OUT_OF_RANGE.items() for name in names.split()]
+BAD_SETTINGS += [
+    ("learning_rate", 0, "learning_rate: 0"),
+    ("epochs", 0, "epochs: 0"),
+    ("map_tokens", 4, "map_tokens: 4"),
+]
+BAD_SETTINGS += [("weight_decay", -1, "weight_decay: -1"), ("noun_weight", 1.1, "noun_weight: 1.1")]
 
 
 def said(tmp_path, capsys, content: str, *arguments: str) -> str:
     """What `iclip train` says to a train.yaml and arguments, without a look at the files, and without training."""
     file = tmp_path / "train.yaml"
-    file.write_text(content, encoding="utf-8", errors="surrogateescape")
+    file.write_text(content)
     with patch("iclip_hf.training.run.train"), patch("iclip_hf.training.checks.check_run"):
         code = cli.main(["train", "--config", str(file), *arguments])
     message = capsys.readouterr().err
@@ -59,12 +57,7 @@ def test_a_wrong_setting_is_named(tmp_path, capsys, name, value, shown):
     [
         "- vision\n- text",
         "!!python/object/apply:os.mkdir [executed]",
-        "\tvision: x",
-        "vision: v\n---\ntext: t",
         'vision: "v',
-        "data: *data",
-        "\udcff\udcfe",
-        "[" * 5000,
         # Aliases that name ten times more than the one before
         "data: " + "\n".join(["&a0 [x]", *(f"b{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10)}]" for i in range(1, 10))]),
     ],
@@ -76,10 +69,8 @@ def test_what_is_no_file_of_settings_is_named(tmp_path, capsys, content):
 @pytest.mark.parametrize(
     "content",
     [
-        "vision: v\ntext: t\ndata: [d]",
         '{"vision": "v", "text": "t", "data": ["d"]}',
-        "vision: v\ntext: t\ndata: d\nepochs:\nnouns:",
-        "vision: v\ntext: t\ndata: [d]\nlearning_rate: 1e-4\nmodel_options: [pooling=max, 'x=[1, 2]']",
+        "vision: v\ntext: t\ndata: d\nepochs:\nnouns:\nlearning_rate: 1e-4\nmodel_options: [pooling=max, 'x=[1, 2]']",
     ],
 )
 def test_forms_of_a_file_of_settings(tmp_path, capsys, content):
@@ -90,12 +81,8 @@ def test_forms_of_a_file_of_settings(tmp_path, capsys, content):
     ("arguments", "shown"),
     [
         (["--config", "absent.yaml"], "absent.yaml"),
-        (["--config", "."], ".: "),
-        (["--sharpness", "3"], "--sharpness"),
-        (["--epochs"], "--epochs"),
         (["--learning_rat", "1"], "--learning_rat"),
         (["--warmup_epochs", "inf"], "warmup_epochs: inf"),
-        (["--model_options", "pooling=[a"], "'pooling=[a'"),
     ],
 )
 def test_wrong_arguments_are_named(tmp_path, capsys, arguments, shown):
@@ -105,6 +92,5 @@ def test_wrong_arguments_are_named(tmp_path, capsys, arguments, shown):
 def test_gradients_are_not_accumulated(tmp_path, capsys, monkeypatch):
     """Accelerate would divide them by the number, without accumulating."""
     monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "8")
-    (tmp_path / "pairs.csv").write_text("image,caption\na.png,a\n")
-    assert cli.main(["train", "--config", "iclip-vit-b16", str(tmp_path / "pairs.csv")]) == 2
+    assert cli.main(["train", "--config", "iclip-vit-b16", "pairs.csv"]) == 2
     assert "ACCELERATE_GRADIENT_ACCUMULATION_STEPS" in capsys.readouterr().err

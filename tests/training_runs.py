@@ -75,4 +75,9 @@ def eight_pairs(part: slice, chunk_size: int = 256) -> tuple[PairModel, dict]:
     prompts = slice(2 * part.start, 2 * part.stop)
     batch = {"pixel_values": inputs.pop("pixel_values")[part]}
     batch |= {name: torch.cat([value[:8][part], value[8:][prompts]]) for name, value in inputs.items()}
-    return pair_model, {**batch, "noun_ids": noun_ids[prompts], "has_noun": has_noun[part].byte()}
+    nouns = {
+        "noun_ids": noun_ids[prompts],
+        "is_background": (noun_ids[prompts] > 3).byte(),
+        "has_noun": has_noun[part].byte(),
+    }
+    return pair_model, {**batch, **nouns}

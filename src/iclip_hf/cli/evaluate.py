@@ -99,7 +99,7 @@ def run(options: argparse.Namespace) -> None:
         check_files(options.output, inputs, options.overwrite)
     from ..evaluation.evaluate import evaluate
     from ..evaluation.measures import make_measure
-    from ..utils.distributed import partner_errors, this_process
+    from ..utils.distributed import this_process
 
     if not options.measures and not dataset.stuff:
         measures = [name for name in measures if name != "stuff_contrast"]
@@ -107,18 +107,17 @@ def run(options: argparse.Namespace) -> None:
     measures = [make_measure(name, **options_of) for name, options_of in of_measure.items()]
     size = {"shortest_edge": options.short_side} if options.short_side else options.image_size
     state = this_process("eval")  # selects the device before the model is loaded
-    with partner_errors("run it again"):
-        result = evaluate(
-            load_model(options.model, options),
-            dataset,
-            options.methods,
-            measures,
-            image_size=size,
-            templates=options.templates,
-            refine=options.refine,
-            limit=options.limit,
-            batch_size=options.batch_size,
-        )
+    result = evaluate(
+        load_model(options.model, options),
+        dataset,
+        options.methods,
+        measures,
+        image_size=size,
+        templates=options.templates,
+        refine=options.refine,
+        limit=options.limit,
+        batch_size=options.batch_size,
+    )
     if state.is_main_process:
         echo(*(result.to_json() if options.json else result.table()).split("\n"))
         if options.output:

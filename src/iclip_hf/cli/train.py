@@ -20,18 +20,15 @@ def run(options: argparse.Namespace) -> None:
 
     given = {name: value for name, value in vars(options).items() if name not in ("command", "run")}
     if given.get("model") and not (given.get("data") or given.get("config")):
-        raise ValueError(
-            f"Expected pairs to train {given['model']} on, got none: give a table of images and captions or a folder, as in `iclip "
-            f"train pairs.csv --model {given['model']}`, or a recipe by --config."
-        )
+        raise ValueError(f"data: name pairs to train {given['model']} on, as in `iclip train pairs.csv`, or a config.")
     chosen = {} if given.get("config") or not given.get("data") else choose_settings(given)
-    choices = {name: choice.value for name, choice in chosen.items()}
+    choices = {name: value for name, (value, _) in chosen.items()}
     settings = Settings(**{**choices, **given}) if chosen else read_settings(given)
     check_run(settings)  # all of this before torch is loaded
     if chosen and os.environ.get("RANK", "0") == "0":
         echo("Chosen for these pairs; what you give takes precedence, and --config takes a recipe:")
         width = max(map(len, chosen))
-        echo(*(f"  {name:<{width}}  {choice.value}  ({choice.why})" for name, choice in chosen.items()))
+        echo(*(f"  {name:<{width}}  {value}  ({why})" for name, (value, why) in chosen.items()))
 
     from huggingface_hub.errors import StrictDataclassError
 

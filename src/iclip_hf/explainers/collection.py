@@ -18,7 +18,7 @@ from ..data.sources import image_files
 from ..images import load_image
 from ..models.identity import changed
 from ..utils.digests import content_digest
-from ..utils.distributed import partner_errors, shared_folder_lock, this_process
+from ..utils.distributed import shared_folder_lock, this_process
 from ..utils.extras import require_extra
 from ..utils.files import atomic_write, check_new_folder
 from ..utils.prefetch import prefetch_map, spare_processors
@@ -115,7 +115,6 @@ class CollectionReport:
     broken: list[str]
 
 
-@partner_errors("rerun to resume")
 def explain_collection(
     localizer: Localizer,
     images: ImageFolder | PairDataset,
@@ -142,7 +141,7 @@ def explain_collection(
 
     Raises:
         `ValueError`: the folder contains files of other images or texts, another model or other options; or its path is not UTF-8.
-        `OSError`: the folder cannot be written, another run is writing there, or another process of this run died.
+        `OSError`: the folder cannot be written, or another run is writing there.
     """
     check_new_folder(output, STATE_FILE)
     state = this_process("collections")

@@ -5,15 +5,12 @@ from __future__ import annotations
 import hashlib
 import itertools
 import random
-import signal
 from collections.abc import Iterator
-from contextlib import contextmanager
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
 
-from ..data.streams import DroppedConnectionError
 from ..utils.extras import require_extra
 from .interrupts import ignore_signals
 
@@ -23,25 +20,12 @@ with require_extra("train"):
     from accelerate.utils import send_to_device
 
 
-def derive_seed(*key) -> int:
-    """Returns a seed that depends only on the key."""
-    return int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:7], "big")
-
-
-@contextmanager
-def seeded(*key) -> Iterator[None]:
-    """Seeds the random numbers on the CPU with the key, and restores their state at the end."""
-    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    seed = derive_seed(*key)
+def seed_everything(*key) -> None:
+    """Seeds Python's, numpy's and torch's random numbers, such that they depend only on the key."""
+    seed = int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:7], "big")
     random.seed(seed)
     np.random.seed(seed % 2**32)
-    torch.default_generator.manual_seed(seed)
-    try:
-        yield
-    finally:
-        random.setstate(states[0])
-        np.random.set_state(states[1])
-        torch.set_rng_state(states[2])
+    torch.manual_seed(seed)
 
 
 class GlobalBatches(Sampler):
@@ -77,8 +61,7 @@ class BatchLoader:
         pairs_per_epoch: number of pairs in an epoch of a stream, whose length is unknown.
 
     Raises:
-        `ValueError`: the processes cannot share a batch, or an epoch has none. During iteration, `OSError`: a loading process died, or a
-        stream lost its connection.
+        `ValueError`: the processes cannot share a batch, or an epoch has none. During iteration, `OSError`: a stream lost its connection.
     """
 
     def __init__(
@@ -96,12 +79,9 @@ class BatchLoader:
         rows = pairs_per_epoch if self.streamed else len(dataset)
         self.steps_per_epoch = rows // batch_size
         if batch_size % world_size:
-            raise ValueError(
-                f"batch_size: {batch_size} pairs cannot be shared by {world_size} processes; set a multiple of these."
-            )
+            raise ValueError(f"batch_size: {batch_size} is no multiple of the {world_size} processes.")
         if not self.steps_per_epoch:
-            way_out = "set pairs_per_epoch to the size of the stream" if self.streamed else "lower batch_size"
-            raise ValueError(f"batch_size: an epoch has {rows} pairs, fewer than a batch of {batch_size}; {way_out}.")
+            raise ValueError(f"batch_size: an epoch has {rows} pairs, fewer than a batch of {batch_size}; lower it.")
         self.sampler = GlobalBatches(rows, batch_size, seed, rank, world_size)
         in_order = {"batch_size": batch_size // world_size, "drop_last": True}
         self.loader = DataLoader(
@@ -123,23 +103,8 @@ class BatchLoader:
 
     def epoch(self, epoch: int, first: int = 0) -> Iterator[dict]:
         """Yields the batches of one epoch, starting with batch `first`. A stream does not skip; it begins another pass."""
-        batches = iter((self._stream if self.streamed else self._rows)(epoch, first))
-        while (batch := self._next(batches)) is not None:
+        for batch in self._stream(epoch, first) if self.streamed else self._rows(epoch, first):
             yield send_to_device(batch, self.device, non_blocking=True)
-
-    def _next(self, batches: Iterator[dict]) -> dict | None:
-        try:
-            return next(batches, None)
-        except (ConnectionError, RuntimeError) as error:  # of the pipe to a worker, or of torch
-            died = isinstance(error, ConnectionError) or "DataLoader worker" in str(error)
-            if not died or not self.loader.num_workers or isinstance(error, DroppedConnectionError):
-                raise
-            if hasattr(signal, "SIGCHLD"):
-                signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler may raise again for the same worker
-            raise OSError(
-                f"A process that loads pairs ended ({' '.join(str(error).split())}), perhaps out of memory: lower "
-                "num_workers"
-            ) from error
 
     def _rows(self, epoch: int, first: int) -> DataLoader:
         self.dataset.set_epoch(epoch)

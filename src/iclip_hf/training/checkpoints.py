@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -16,7 +14,6 @@ from torch.optim import Optimizer
 
 from ..hub.folders import save_model
 from ..hub.model_card import HUB_RESULTS
-from ..models.identity import changed
 from ..processing_iclip import ICLIPProcessor
 from ..utils.extras import require_extra
 from ..utils.files import atomic_write, writing_errors
@@ -34,39 +31,29 @@ _TRAINING = "training.pt"  # weights and optimizer in a checkpoint
 
 @dataclass
 class RunState:
-    """
-    The state of a run that a checkpoint contains besides weights and optimizer.
+    """The state of a run that a checkpoint contains besides weights and optimizer, and with its results after the run."""
 
-    Attributes:
-        step: number of completed steps.
-        bad_steps, bad_in_a_row: number of steps without a finite loss and gradient, in total and since the last good step.
-        skipped_pairs: number of broken pairs that were replaced.
-        before: results of the model that the run started from, if it was trained already.
-        before_by_pair: its results for each held-out pair.
-        best: value of `best_metric` for the best model of the training so far. A model that lost in no metric goes before one that did.
-        metrics: results of this model, or of the last one without validation.
-        change: 95 % interval of the difference between the two in each metric of the held-out pairs, see [`~validation.change_interval`].
-        lost: metrics in which this model is worse than the start, see [`~validation.lost_metrics`].
-        evaluation: its results on maps, as `iclip evaluate` returns them.
-        settings: settings of the run.
-        content: identity of the model that the run started from, and digests of what settings name, by the name of the setting.
-        measured: whether the model of this step has been evaluated, if it is to be.
-    """
-
-    step: int = 0
-    bad_steps: int = 0
-    bad_in_a_row: int = 0
-    skipped_pairs: int = 0
-    before: dict = field(default_factory=dict)
-    before_by_pair: dict = field(default_factory=dict)
-    best: float | None = None
-    metrics: dict = field(default_factory=dict)
-    change: dict = field(default_factory=dict)
-    lost: list[str] = field(default_factory=list)
-    evaluation: dict | None = None
+    step: int = 0  # number of completed steps
+    bad_steps: int = 0  # number of steps without a finite loss and gradient
+    bad_in_a_row: int = 0  # of them, since the last good step
+    before: dict = field(
+        default_factory=dict
+    )  # results of the model that the run started from, if it was trained already
+    before_by_pair: dict = field(default_factory=dict)  # its results for each held-out pair
+    # The best model of the training so far, or the last one without validation. One that lost in no metric goes before one that did.
+    best: float | None = None  # its value of `best_metric`
+    metrics: dict = field(default_factory=dict)  # its results
+    change: dict = field(
+        default_factory=dict
+    )  # 95 % intervals of the differences to `before`, see `selection.change_interval`
+    lost: list[str] = field(
+        default_factory=list
+    )  # metrics in which it is worse than the start, see `selection.lost_metrics`
+    evaluation: dict | None = None  # its results on maps, as `iclip evaluate` returns them
     settings: dict = field(default_factory=dict)
+    # Identity of the model that the run started from, and digests of what settings name, by the name of the setting
     content: dict = field(default_factory=dict)
-    measured: bool = True
+    measured: bool = True  # whether the model of this step has been evaluated, if it is to be
 
 
 def holds_start(settings: Settings, state: RunState) -> bool:
@@ -78,55 +65,24 @@ def holds_start(settings: Settings, state: RunState) -> bool:
     return start is not None and (state.best is None or bool(state.lost) or not settings.is_better(state.best, start))
 
 
-def state_to_resume(settings: Settings, fixed: Collection[str] = ()) -> tuple[Path | None, RunState]:
+def state_to_resume(settings: Settings) -> tuple[Path | None, RunState]:
     """
-    Returns the last checkpoint of a run and its state; None and a new state without one. `fixed`: see [`~settings.changed_settings`].
-
-    Raises:
-        `ValueError`: a setting has changed that must not change.
+    Returns the last checkpoint of a run and its state; None and a new state without one. Raises `ValueError` if a setting has changed
+    that must not change.
     """
     folder = Path(settings.output_dir)
     *_, last = [None, *checkpoints(folder)]
     if last is None:
         return None, RunState()
-    state = RunState(**json.loads((last / "state.json").read_text()))
-    if others := changed_settings(settings, state.settings, fixed):
-        differences = ", ".join(
-            f"{name} from {state.settings.get(name)} to {getattr(settings, name)}" for name in others
-        )
+    saved = json.loads((last / "state.json").read_text())
+    state = RunState(**{name: value for name, value in saved.items() if name in RunState.__dataclass_fields__})
+    if others := changed_settings(settings, state.settings):
+        changes = (f"{name} from {state.settings.get(name)} to {getattr(settings, name)}" for name in others)
         raise ValueError(
-            f"{folder}: the run to resume has other settings, which change {differences}; repeat the command that began it, on the same "
-            "pairs, with --resume, or name another output_dir."
+            f"{folder}: the run to resume has other settings, which change {', '.join(changes)}; repeat the command that began it, on "
+            "the same pairs, with --resume, or name another output_dir."
         )
     return last, state
-
-
-def check_content(checkpoint: Path, state: RunState, content: Mapping) -> None:
-    """
-    Raises `ValueError` if a run would continue with another model or other data. Their places may differ, and the software, so that a
-    long run can outlive an update.
-    """
-    if differing := changed(state.content, content, may_differ=["software"]):
-        raise ValueError(
-            f"{checkpoint}: the run began with other {', '.join(differing)}; restore what has changed, or name another output_dir."
-        )
-
-
-@contextmanager
-def advice_to_resume(output_dir: Path) -> Iterator[None]:
-    """Adds the last checkpoint, if there is one, to the message of an interruption or error."""
-    try:
-        yield
-    except BlockingIOError:  # the checkpoints belong to another run
-        raise
-    except (KeyboardInterrupt, FloatingPointError, OSError) as error:
-        last = checkpoints(output_dir)[-1:]
-        if not last and not isinstance(error, KeyboardInterrupt):
-            raise
-        kind = OSError if isinstance(error, OSError) else type(error)
-        said = str(error).rstrip(".") or "interrupted"
-        advice = f"; --resume continues from {last[0]}" if last else " before the first checkpoint; run it again"
-        raise kind(f"{said}{advice}") from error
 
 
 def check_finite(model: nn.Module) -> None:

@@ -8,7 +8,6 @@ import logging
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -25,8 +24,8 @@ from ..modeling_iclip import ICLIPModel
 from ..models.identity import digest, software, tokenizer_digest, tower_digest
 from ..pooling import normalize_attention, pool
 from ..processing_iclip import ICLIPProcessor
-from ..utils.distributed import agreed, partner_errors, shared_folder_lock
-from ..utils.files import atomic_write, writing_errors
+from ..utils.distributed import agreed, shared_folder_lock
+from ..utils.files import atomic_write
 from .interrupts import ignore_signals
 from .nouns import NounPrompts
 from .pair_model import map_features
@@ -104,8 +103,6 @@ class FeatureShards:
         self.shard_rows = max(256, math.ceil(rows / 256))
         self.num_shards = math.ceil(rows / self.shard_rows)
         self._arrays: list[np.ndarray] = []
-        with writing_errors(folder):
-            folder.mkdir(parents=True, exist_ok=True)
 
     def missing(self) -> list[int]:
         """Returns the indices of shards that do not exist yet."""
@@ -127,8 +124,7 @@ class FeatureShards:
     def __getitem__(self, rows: np.ndarray) -> np.ndarray:
         """Returns the features of these rows, (len(rows), ...), float16."""
         if not self._arrays:
-            read = partial(np.lib.format.open_memmap, mode="r")
-            self._arrays = [self._read(self._file(shard), read) for shard in range(self.num_shards)]
+            self._arrays = [np.load(self._file(shard), mmap_mode="r") for shard in range(self.num_shards)]
         features = np.empty((len(rows), *self._arrays[0].shape[1:]), self._arrays[0].dtype)
         shards = rows // self.shard_rows
         for shard in np.unique(shards):
@@ -139,15 +135,7 @@ class FeatureShards:
     def captions(self) -> list[list[str]]:
         """Returns the captions of all rows."""
         files = [self._file(shard, ".json") for shard in range(self.num_shards)]
-        return [captions for file in files for captions in self._read(file, lambda file: json.loads(file.read_text()))]
-
-    def _read(self, file: Path, read: Callable):
-        try:
-            return read(file)
-        except (OSError, ValueError, RecursionError) as error:
-            raise ValueError(
-                f"{file}: expected what an earlier run wrote, but: {error}; delete this folder and run again."
-            ) from error
+        return [captions for file in files for captions in json.loads(file.read_text())]
 
     def _file(self, shard: int, suffix: str = ".npy") -> Path:
         return self.folder / f"{shard:05d}{suffix}"
@@ -220,7 +208,7 @@ class CachedPairs(Dataset):
         else:
             features = [self.texts[captions], *([self.prompts[prompts]] if prompts else [])]
             texts = {"text_features": torch.cat(features)}
-        return {"image_features": batch["image_features"], **texts, **nouns, "skipped": 0}
+        return {"image_features": batch["image_features"], **texts, **nouns}
 
 
 class _PairReader(Dataset):
@@ -270,7 +258,6 @@ class FeatureCache:
         *,
         map_tokens: int = 20,
         earlier_mean: list[float] | None = None,
-        batch_size: int = 64,
         num_workers: int = 0,
         max_bad_share: float = 0.05,
     ) -> FeatureShards:
@@ -279,30 +266,27 @@ class FeatureCache:
         `earlier_mean` is the model's `token_mean` if it is not that of these pairs. `num_workers` is for each process.
 
         Raises:
-            `ValueError`: too many pairs are bad. `OSError`: the folder cannot be written, another run fills it, or another process died.
+            `ValueError`: too many pairs are bad. `OSError`: the folder cannot be written, or another run fills it.
         """
-        with self.accelerator.main_process_first():  # the first process caches the digests of the files for the others
-            data = pairs.fingerprint()
-
-        def encode(items: list[tuple[torch.Tensor, list[str]]]) -> tuple[torch.Tensor, Sequence[list[str]]]:
-            images, captions = zip(*items)
-            return image_rows(self.model, torch.stack(images).to(self.accelerator.device), map_tokens), captions
-
         shards = self._shards(
             "images",
             len(pairs),
             tower=tower_digest(self.model.vision_model),
             options=image_settings(self.model.config, map_tokens),
             token_mean=earlier_mean,
-            data=data,
+            data=pairs.fingerprint(),
             image_processor=json.loads(self.processor.image_processor.to_json_string()),
         )
-        self._fill(shards, _PairReader(pairs, self.processor), encode, batch_size, num_workers)
+
+        def encode(items: list[tuple[torch.Tensor, list[str]]]) -> tuple[torch.Tensor, Sequence[list[str]]]:
+            images, captions = zip(*items)
+            return image_rows(self.model, torch.stack(images).to(self.accelerator.device), map_tokens), captions
+
+        self._fill(shards, _PairReader(pairs, self.processor), encode, 64, num_workers)
         bad = sum(not captions for captions in shards.captions())
         if bad > max_bad_share * len(pairs):
             raise ValueError(
-                f"Expected at most {max_bad_share:.2%} bad pairs, but {bad} of {len(pairs)} are, as the log says; fix the data "
-                "or raise max_bad_share."
+                f"max_bad_share: {bad} of {len(pairs)} pairs are bad, as the log says; fix the data or raise it."
             )
         return shards
 
@@ -323,7 +307,7 @@ class FeatureCache:
         def encode(batch: list[str]) -> tuple[torch.Tensor, None]:
             return self.model.encode_text(**self.processor(text=batch).to(self.accelerator.device))[0], None
 
-        self._fill(shards, texts, encode, batch_size=256, num_workers=0)
+        self._fill(shards, texts, encode, 256)
         return CachedTexts(texts, shards)
 
     def _shards(self, name: str, rows: int, **depends_on) -> FeatureShards:
@@ -335,9 +319,13 @@ class FeatureCache:
         }
         return FeatureShards(self.folder / name / digest(depends_on), rows)
 
-    @partner_errors("rerun to resume")
     def _fill(
-        self, shards: FeatureShards, dataset: Dataset | Sequence, encode: Callable, batch_size: int, num_workers: int
+        self,
+        shards: FeatureShards,
+        dataset: Dataset | Sequence,
+        encode: Callable,
+        batch_size: int,
+        num_workers: int = 0,
     ) -> None:
         """Encodes the rows of missing shards, shared by the processes. A complete cache is not locked: several runs can read it."""
         accelerator = self.accelerator

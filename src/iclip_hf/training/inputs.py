@@ -20,7 +20,7 @@ from ..modeling_iclip import ICLIPModel
 from ..models.identity import digest
 from ..processing_iclip import ICLIPProcessor
 from ..utils.extras import require_extra
-from .batches import seeded
+from .batches import seed_everything
 from .feature_cache import CachedPairs, FeatureCache
 from .nouns import NounPrompts
 from .pair_model import set_token_mean
@@ -38,9 +38,9 @@ def whole_image(processor: ICLIPProcessor, image: Image.Image) -> torch.Tensor:
 
 def augmentation(
     processor: ICLIPProcessor,
-    crop_scale: float = 0.08,
-    auto_augment: str = "rand-m9-mstd0.5-inc1",
-    random_erasing: float = 0.25,
+    crop_scale: float = Settings.crop_scale,
+    auto_augment: str = Settings.auto_augment,
+    random_erasing: float = Settings.random_erasing,
 ) -> Callable[[Image.Image], torch.Tensor]:
     """
     Returns the conversion of an image to `pixel_values` (3, H, W) of the processor's size, cropped and augmented by timm's transforms.
@@ -63,8 +63,8 @@ def augmentation(
             mean=tuple(image_processor.image_mean),
             std=tuple(image_processor.image_std),
         )
-    except (AssertionError, ValueError) as error:  # of timm's parser, which asserts
-        raise ValueError(f"auto_augment: {auto_augment!r} is no policy of timm ({error}).") from error
+    except AssertionError as error:  # of timm's parser
+        raise ValueError(f"auto_augment: {auto_augment!r} is no policy of timm.") from error
 
 
 class TrainingPairs(Dataset):
@@ -99,25 +99,22 @@ class TrainingPairs(Dataset):
         return [self.pairs.caption(index) for index in range(len(self))]
 
     def prepare(self, pair: dict, key: int | str) -> dict:
-        with seeded(self.seed, self.epoch, key):
-            pair = {**pair, "image": self.transform(pair["image"])}
-            if self.nouns:
-                pair["caption"] = random.choice(self.nouns.sentences(pair["captions"]))
+        seed_everything(self.seed, self.epoch, key)
+        pair = {**pair, "image": self.transform(pair["image"])}
+        if self.nouns:
+            pair["caption"] = random.choice(self.nouns.sentences(pair["captions"]))
         return pair
 
     def collate(self, items: Sequence[dict]) -> dict:
         """
-        Collates B items to `pixel_values` (B, 3, H, W), the tokenizer's tensors (B, L), and the number of skipped pairs. Noun
-        prompts follow the captions in the tokenizer's tensors.
+        Collates B items to `pixel_values` (B, 3, H, W) and the tokenizer's tensors (M, L), in which noun prompts follow the captions.
         """
-        prompts, nouns = [], {}
-        if self.nouns:
-            prompts, nouns = self.nouns.draw([item["captions"] for item in items], self.epoch)
+        captions = [item["captions"] for item in items]
+        prompts, nouns = self.nouns.draw(captions, self.epoch) if self.nouns else ([], {})
         return {
             "pixel_values": torch.stack([item["image"] for item in items]),
             **self.processor(text=[item["caption"] for item in items] + prompts),
             **nouns,
-            "skipped": sum(item["skipped"] for item in items),
         }
 
 
@@ -129,19 +126,12 @@ class TrainingStream(TrainingPairs, IterableDataset):
 
 
 class Inputs(NamedTuple):
-    """
-    What a run reads, opened but not read.
-
-    Attributes:
-        pairs, held_out: pairs of training and of validation.
-        nouns: vocabulary of noun prompts.
-        segmentation: data set for the evaluation of maps.
-    """
+    """What a run reads, opened but not read."""
 
     pairs: PairDataset | PairStream
     held_out: PairDataset | None
     nouns: NounPrompts | None
-    segmentation: SegmentationDataset | None
+    segmentation: SegmentationDataset | None  # for the evaluation of maps
 
     def content(self, accelerator: Accelerator) -> dict[str, object]:
         """Returns digests of the content, by the name of the setting."""
@@ -155,12 +145,7 @@ class Inputs(NamedTuple):
 
 
 def open_inputs(settings: Settings, accelerator: Accelerator) -> Inputs:
-    """
-    Opens what the settings name.
-
-    Raises:
-        `ValueError`: the data is not as described, or a share of a stream is to be held out. `FileNotFoundError`: data is missing.
-    """
+    """Opens what the settings name. Raises `ValueError` if a share of a stream is to be held out."""
     segmentation = None  # first, because it is quickly found to be missing
     if settings.eval_dataset != "none":
         segmentation = load_segmentation(settings.eval_dataset, settings.eval_root, settings.eval_split or None)
@@ -174,11 +159,9 @@ def open_inputs(settings: Settings, accelerator: Accelerator) -> Inputs:
         held_out = load_pairs(settings.validation_data, **shared) if settings.validation_data else None
     if settings.validation_share:
         if isinstance(pairs, PairStream):
-            raise ValueError(
-                "validation_share: no part of a stream can be held out; name local pairs by validation_data."
-            )
+            raise ValueError("validation_share: no part of a stream can be held out; name local validation_data.")
         pairs, held_out = pairs.split(settings.validation_share)
-    nouns = NounPrompts.from_file(settings.nouns, settings.noun_prompts, settings.seed) if settings.nouns else None
+    nouns = NounPrompts.from_file(settings.nouns, seed=settings.seed) if settings.nouns else None
     return Inputs(pairs, held_out, nouns, segmentation)
 
 
@@ -195,20 +178,16 @@ def load_datasets(
     pairs, held_out, nouns, _ = inputs
     streamed = isinstance(pairs, PairStream)
     if settings.cache_features and (streamed or not model.config.lock_vision):
-        given = "a stream" if model.config.lock_vision else "an image tower that learns"
-        raise ValueError(f"cache_features: it needs a locked image tower and local pairs, not {given}; leave it out.")
-    transform = None
-    if not settings.cache_features:  # first, because its name is quickly found to be wrong
-        transform = augmentation(processor, settings.crop_scale, settings.auto_augment, settings.random_erasing)
+        raise ValueError("cache_features: it needs a locked image tower and local pairs; leave it out.")
     model.to(accelerator.device).eval()
-    some = (
+    few = (
         itertools.islice(pairs, 256)
         if streamed
-        else map(pairs.__getitem__, range(0, len(pairs), max(1, len(pairs) // 256)))
+        else (pairs[i] for i in range(0, len(pairs), max(1, len(pairs) // 256)))
     )
     # Of an earlier training; otherwise it depends on the tower and the images, as the features do, and is rounded anew by each run.
     earlier_mean = model.token_mean.tolist() if model.config.center_tokens and model.token_mean.any() else None
-    set_token_mean(model, (whole_image(processor, pair["image"]) for pair in some))
+    set_token_mean(model, (whole_image(processor, pair["image"]) for pair in few))
     if settings.cache_features:
         shared = {
             name: getattr(settings, name)
@@ -220,6 +199,7 @@ def load_datasets(
             return cache.pairs(pairs, nouns=nouns, earlier_mean=earlier_mean, **shared)
 
         return cached("training", pairs, nouns), held_out and cached("validation", held_out)
+    transform = augmentation(processor, settings.crop_scale, settings.auto_augment, settings.random_erasing)
     prepared = TrainingStream if streamed else TrainingPairs
     training = prepared(pairs, transform, processor, settings.seed, nouns)
     return training, held_out and TrainingPairs(held_out, partial(whole_image, processor), processor, settings.seed)

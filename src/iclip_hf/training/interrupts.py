@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import threading
 import time
 import traceback
 from collections.abc import Iterator
@@ -17,19 +16,6 @@ def ignore_signals(worker: int) -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
-@contextmanager
-def ended_workers() -> Iterator[None]:
-    """Ends the workers that the traceback of an error keeps. As they ignore signals, the program would wait for them forever."""
-    try:
-        yield
-    except BaseException as error:
-        cause: BaseException | None = error
-        while cause is not None:
-            traceback.clear_frames(cause.__traceback__)
-            cause = cause.__context__
-        raise
-
-
 class Interrupts:
     """
     Context manager in which SIGINT and SIGTERM raise `KeyboardInterrupt`. If `deferred` is set, they only set `requested`.
@@ -39,16 +25,19 @@ class Interrupts:
 
     def __init__(self):
         self.deferred = self.requested = False
+        self._since = None  # time of the first signal
 
     def __enter__(self) -> Interrupts:
-        self._since = None
-        signals = (signal.SIGINT, signal.SIGTERM) if threading.current_thread() is threading.main_thread() else ()
-        self._before = {number: signal.signal(number, self._handle) for number in signals}
+        self._before = {number: signal.signal(number, self._handle) for number in (signal.SIGINT, signal.SIGTERM)}
         return self
 
-    def __exit__(self, *exception) -> None:
+    def __exit__(self, kind, error: BaseException | None, frames) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
+        # The traceback of an error keeps workers. As they ignore signals, the program would wait for them forever.
+        while error is not None:
+            traceback.clear_frames(error.__traceback__)
+            error = error.__context__
 
     @contextmanager
     def at_once(self) -> Iterator[None]:
@@ -60,8 +49,7 @@ class Interrupts:
         self.deferred = True
 
     def _handle(self, number: int, frame) -> None:
-        now = time.monotonic()
-        first = self._since is None
+        now, first = time.monotonic(), self._since is None
         self._since = now if first else self._since
         self.requested = True
         if not self.deferred or (number == signal.SIGINT and now - self._since > 1):

@@ -58,10 +58,8 @@ class NounPrompts:
         """Reads the vocabulary from a text file with one noun in each line."""
         try:
             lines = Path(path).read_text(encoding="utf-8").splitlines()
-        except (OSError, UnicodeDecodeError) as error:
-            raise ValueError(
-                f"{path}: expected a UTF-8 text file with a noun in each line, but got: {error}; correct it or name another."
-            ) from error
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{path}: nouns are text in UTF-8, but: {error}") from error
         return cls(lines, count, seed)
 
     def all_prompts(self) -> list[str]:

@@ -96,51 +96,32 @@ def set_token_mean(model: ICLIPModel, images: Iterable[torch.Tensor]) -> None:
 
 
 class BranchInputs(NamedTuple):
-    """
-    What a branch compares: the pairs of this process, projected.
+    """What a branch compares: unit vectors of the pairs of this process."""
 
-    Attributes:
-        images: unit vectors of images (B, P), or of their patches (B, K, P).
-        captions, prompts: unit vectors of the captions (B, P) and of the noun prompts (M - B, P).
-        scale: logit scale, a scalar.
-        attention: of the patches (B, K).
-    """
-
-    images: torch.Tensor
-    captions: torch.Tensor
-    prompts: torch.Tensor
-    scale: torch.Tensor
-    attention: torch.Tensor | None = None
+    images: torch.Tensor  # (B, P), or of their patches (B, K, P)
+    captions: torch.Tensor  # (B, P)
+    prompts: torch.Tensor  # of nouns (M - B, P)
+    scale: torch.Tensor  # logit scale, a scalar
+    attention: torch.Tensor | None = None  # of the patches (B, K)
 
 
 class BatchNouns(NamedTuple):
-    """
-    The V distinct nouns of the prompts of all processes. A noun of many images counts once.
+    """The V distinct nouns of the prompts of all processes. A noun of many images counts once."""
 
-    Attributes:
-        first: the first prompt of each noun among those of all processes (V,).
-        own: whether the images of this process have the nouns, boolean (B, V).
-        all: the same of all processes.
-        is_background: whether the nouns are of the background, boolean (V,).
-    """
-
-    first: torch.Tensor
-    own: torch.Tensor
-    all: torch.Tensor
-    is_background: torch.Tensor
+    first: torch.Tensor  # the first prompt of each noun among those of all processes (V,)
+    own: torch.Tensor  # whether the images of this process have the nouns, boolean (B, V)
+    all: torch.Tensor  # the same of all processes
+    is_background: torch.Tensor  # whether the nouns are of the background, boolean (V,)
 
     @classmethod
-    def gathered(
-        cls, noun_ids: torch.Tensor, has_noun: torch.Tensor, is_background: torch.Tensor | None
-    ) -> BatchNouns:
+    def gathered(cls, noun_ids: torch.Tensor, has_noun: torch.Tensor, is_background: torch.Tensor) -> BatchNouns:
         """Gathers the nouns of all processes. Arguments are those of [`PairModel.forward`]."""
-        noun_ids = gather_with_gradient(noun_ids)
+        noun_ids, everyone = gather_with_gradient(noun_ids), gather_with_gradient(has_noun)
         # Sorted by noun; `torch.unique` does not return where each stands first.
         first = torch.from_numpy(np.unique(noun_ids.cpu(), return_index=True)[1]).to(noun_ids.device)
         nouns = noun_ids[first]
-        is_background = torch.zeros_like(noun_ids) if is_background is None else gather_with_gradient(is_background)
-        everyone = gather_with_gradient(has_noun)
-        return cls(first, has_noun[:, nouns] > 0, everyone[:, nouns] > 0, is_background[first] > 0)
+        is_background = gather_with_gradient(is_background)[first] > 0
+        return cls(first, has_noun[:, nouns] > 0, everyone[:, nouns] > 0, is_background)
 
 
 class PairModel(nn.Module):
@@ -150,18 +131,11 @@ class PairModel(nn.Module):
     Memory holds the towers' activations of `chunk_size` pairs only; those of the others are recomputed in the backward pass
     (gradient checkpointing). A large batch costs time but keeps all its negatives. Each process has the same number of pairs.
     The mean of losses and gradients over the processes equals that of one process with all pairs. Chunks and processes change
-    no result, except for dropout, which is drawn for each chunk and process, see `has_dropout`.
+    no result, except for dropout, which is drawn for each chunk and process.
 
-    Args:
-        chunk_size: number of images or texts in one forward pass of a tower that learns.
-        lock_text: whether the text tower has no gradients and stays in eval mode, as a locked image tower does.
-        map_tokens: number of patches of an image that are compared with the texts with `max_over="similarity"`, at least 5, see
-            [`representative_tokens`].
-        noun_weight: share of the noun prompts in the loss of the branches that learn them; the rest is the captions' share.
-        noun_branches: the branches that learn nouns, `"recognition"` and `"interpretability"`. Nouns improve a map that is pooled
-            by similarity. With other poolings, the map loses what distinguishes all objects from the background.
-        noun_competition: share of [`~losses.competition_loss`] in the noun loss of a map that is pooled by similarity; the rest is
-            contrastive.
+    The options are the settings of these names, see [`~settings.Settings`]; `map_tokens` is at least 5, see [`representative_tokens`].
+    Nouns improve a map that is pooled by similarity. With other poolings, the map loses what distinguishes all objects from the
+    background.
     """
 
     def __init__(
@@ -182,16 +156,8 @@ class PairModel(nn.Module):
     @property
     def branches(self) -> dict[str, nn.Module]:
         """The branches of the model by name, recognition first."""
-        named = {name: getattr(self.model, name) for name in ("recognition", "interpretability")}
+        named = {"recognition": self.model.recognition, "interpretability": self.model.interpretability}
         return {name: branch for name, branch in named.items() if branch is not None}
-
-    @property
-    def has_dropout(self) -> bool:
-        """Whether a tower that learns has dropout, so that `chunk_size` changes results."""
-        learning = [] if self.model.config.lock_vision else [self.model.vision_model]
-        learning += [] if self.lock_text else [self.model.text_model]
-        rates = (value for tower in learning for name, value in tower.config.to_dict().items() if "drop" in name)
-        return any(isinstance(rate, float) and rate > 0 for rate in rates)
 
     def train(self, mode: bool = True) -> PairModel:
         super().train(mode)
@@ -346,6 +312,7 @@ def _rank() -> int:
     return distributed.get_rank() if distributed.is_initialized() else 0
 
 
+# Torch's own, `torch.distributed.nn.functional.all_gather`, is deprecated in favour of a private module.
 class _Gather(torch.autograd.Function):
     """Gathers (B, ...) of each process to (processes * B, ...) on all. The gradient of a row is the sum over all processes."""
 

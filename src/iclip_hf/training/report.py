@@ -1,4 +1,4 @@
-"""What a run says at its end."""
+"""What a run shows: pictures of held-out images at each evaluation, and its report at the end."""
 
 from __future__ import annotations
 
@@ -6,10 +6,19 @@ import itertools
 import re
 import shlex
 from collections import Counter
+from pathlib import Path
+
+import numpy as np
 
 from ..data.pairs import BadPairError, PairDataset
 from ..data.sources import CLASS_CAPTION
-from ..hub.configs import SHIPPED
+from ..explainers.localizer import explain
+from ..figures.colors import overlay
+from ..figures.sheets import picture_grid
+from ..hub.configs import EMBEDDED
+from ..modeling_iclip import ICLIPModel
+from ..processing_iclip import ICLIPProcessor
+from ..utils.files import atomic_write
 from .checkpoints import RunState, holds_start
 from .nouns import NounPrompts
 from .settings import MAP_METRICS, Settings
@@ -18,6 +27,33 @@ from .settings import MAP_METRICS, Settings
 _LABELS = 2
 _LOOKED_AT = 1000  # pairs, for the labels
 _FEWEST = 10  # held-out pairs; on fewer, the interval is too narrow
+
+
+def draw_examples(
+    model: ICLIPModel, processor: ICLIPProcessor, pairs: PairDataset, count: int, folder: Path, step: int
+) -> None:
+    """
+    Draws the first pairs of a data set as `<step>.png`: each image beside the map of its caption, after the map that the model of
+    step 0 had. Its maps are kept in the folder.
+    """
+    shown = [pairs[index] for index in range(min(count, len(pairs)))]
+    images, captions = ([pair[name] for pair in shown] for name in ("image", "caption"))
+    explanations = explain((model, processor), images, [[caption] for caption in captions], templates=["{}"])
+    columns = {f"step {step}": [explanation.map(0).numpy() for explanation in explanations]}
+    kept = folder / "before.npz"
+    if step == 0:
+        with atomic_write(kept) as partial, open(partial, "wb") as opened:  # numpy would add a suffix to a file name
+            np.savez_compressed(opened, *(map_.astype(np.float16) for map_ in columns["step 0"]))
+    elif kept.is_file():
+        with np.load(kept) as before:
+            columns = {"before": [before[name].astype(np.float32) for name in before.files], **columns}
+    pictures = []
+    for image, *maps in zip(images, *columns.values()):
+        pictures += [image, *(overlay(image, map_) for map_ in maps)]
+    titles = ["", *columns] + [""] * (len(pictures) - len(columns) - 1)
+    sheet = picture_grid(pictures, titles, 1 + len(columns), captions)
+    with atomic_write(folder / f"{step:07d}.png") as partial:
+        sheet.save(partial, format="png")
 
 
 def report(settings: Settings, state: RunState, held_out: PairDataset | None) -> str:
@@ -33,14 +69,14 @@ def report(settings: Settings, state: RunState, held_out: PairDataset | None) ->
         lines.append(f"Measured on {' and '.join(measured_on)}:")
         lines.append(f"{'':<24}" + "".join(f"{name:>10}" for name in columns))
         lines += [
-            f"  {name:<22}" + "".join(f"{_number(values.get(name)):>10}" for values in columns.values())
+            f"  {name:<22}" + "".join(f"{_number(values[name]):>10}" for values in columns.values())
             for name in state.metrics
         ]
         lines.append("")
     if state.bad_steps:
         lines.append(f"{state.bad_steps} of {state.step} steps had no finite loss and gradient, and changed nothing.")
     if state.before:
-        lines.append(_verdict(settings, state, held_out))
+        lines += _verdict(settings, state, held_out)
     elif not state.metrics:
         lines.append("Nothing was measured: name --validation_data, or hold out a part by --validation_share.")
     if holds_start(settings, state):
@@ -54,10 +90,8 @@ def report(settings: Settings, state: RunState, held_out: PairDataset | None) ->
     repository = re.sub(r"[^\w.-]+", "-", settings.name, flags=re.ASCII)  # what the Hub allows
     image, labels = example(held_out)
     texts = " ".join(f"--text {shlex.quote(label)}" for label in labels)
-    lines += [
-        f"  iclip explain {shlex.quote(image)} {texts} --model {folder}",
-        f"  iclip push {folder} your-name/{repository} --dry-run",
-    ]
+    lines.append(f"  iclip explain {shlex.quote(image)} {texts} --model {folder}")
+    lines.append(f"  iclip push {folder} your-name/{repository} --dry-run")
     return "\n".join(lines)
 
 
@@ -86,7 +120,7 @@ def _labels(pairs: PairDataset) -> dict[int, list[str]]:
     every = [caption for several in captions.values() for caption in several]
     if all(caption.startswith(start) for caption in every) and len(set(every)) < len(every):
         return {row: [caption.removeprefix(start).removesuffix(end) for caption in captions[row]] for row in captions}
-    nouns = NounPrompts.from_file(SHIPPED / "iclip-dinov2-s14-minilm" / "nouns.txt")
+    nouns = NounPrompts.from_file(EMBEDDED / "nouns.txt")
     counts = {row: Counter(itertools.chain(*map(sorted, map(nouns.find, captions[row])))) for row in captions}
     return {row: [nouns.nouns[number] for number, _ in counts[row].most_common()] for row in captions}
 
@@ -100,17 +134,16 @@ def _captions(pairs: PairDataset, row: int) -> list[str]:
     return [caption for caption in captions if caption.isprintable()]
 
 
-def _verdict(settings: Settings, state: RunState, held_out: PairDataset | None) -> str:
+def _verdict(settings: Settings, state: RunState, held_out: PairDataset | None) -> list[str]:
     """Returns whether the model got better, as far as the held-out pairs can tell: in each metric, with its interval."""
 
     def change(name: str) -> str:
         before, after = state.before[name], state.metrics[name]
         moved = "rose" if after > before else "fell"
         said = f"{name} {moved} from {_number(before)} to {_number(after)}" if after != before else f"{name} stayed"
-        interval = state.change.get(name)
-        return said + (
-            f" (95 % interval of the change: {_number(interval[0])} to {_number(interval[1])})" if interval else ""
-        )
+        if interval := state.change.get(name):
+            said += f" (95 % interval of the change: {' to '.join(map(_number, interval))})"
+        return said
 
     lines = []
     if state.change and len(held_out) < _FEWEST:
@@ -127,27 +160,8 @@ def _verdict(settings: Settings, state: RunState, held_out: PairDataset | None) 
             lines.append(f"No measurable change: {change(settings.best_metric)}.")
     if maps := [name for name in MAP_METRICS if name in state.before]:
         lines.append(f"On {settings.eval_dataset}, {', '.join(map(change, maps))}.")
-    return "\n".join(lines)
+    return lines
 
 
-def expected_time(
-    settings: Settings, step: int, total: int, step_seconds: float, evaluation_seconds: float | None
-) -> str:
-    """Returns how long the steps after `step` and their evaluations will take, as a sentence; without evaluations if none was timed."""
-    evaluations = total // settings.eval_steps - step // settings.eval_steps + (total % settings.eval_steps > 0)
-    minutes = ((total - step) * step_seconds + evaluations * (evaluation_seconds or 0)) / 60
-    work = f"{total - step} steps" + (
-        f" and {evaluations} evaluations" if evaluation_seconds else ", without evaluations"
-    )
-    took = (
-        "less than a minute"
-        if minutes < 1
-        else f"about {minutes:.0f} min"
-        if minutes < 90
-        else f"about {minutes / 60:.0f} h"
-    )
-    return f"Expected time: {took} for {work}."
-
-
-def _number(value: float | None) -> str:
-    return "" if value is None else f"{value:.4g}"
+def _number(value: float) -> str:
+    return f"{value:.4g}"

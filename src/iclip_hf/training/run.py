@@ -7,11 +7,11 @@ import json
 import math
 import os
 import time
-from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
+from torch import nn
 from tqdm import tqdm
 from transformers.utils import logging as transformers_logging
 
@@ -25,40 +25,30 @@ with require_extra("train"):
 from ..configuration_iclip import ICLIPConfig
 from ..hub.folders import join_towers
 from ..modeling_iclip import ICLIPModel
-from ..models.identity import identity
+from ..models.identity import changed, identity
 from ..models.loading import load_iclip, warn_of_slow_bfloat16
 from ..processing_iclip import ICLIPProcessor
-from ..utils.distributed import partner_errors, shared_folder_lock, this_process
+from ..utils.distributed import shared_folder_lock, this_process
 from ..utils.files import atomic_write
-from .batches import BatchLoader, derive_seed
-from .checkpoints import (
-    advice_to_resume,
-    check_content,
-    holds_start,
-    load_checkpoint,
-    save_checkpoint,
-    state_to_resume,
-    write_state,
-)
+from .batches import BatchLoader, seed_everything
+from .checkpoints import holds_start, load_checkpoint, save_checkpoint, state_to_resume, write_state
 from .checks import STATE_FILE, checkpoints
 from .inputs import load_datasets, open_inputs
-from .interrupts import Interrupts, ended_workers
+from .interrupts import Interrupts
 from .pair_model import PairModel
-from .report import expected_time, report
-from .schedule import cosine_schedule, parameter_groups
+from .report import report
 from .selection import Selection
 from .settings import Settings
 
 
 _MAX_BAD_STEPS = 30  # in a row, after which the run stops
-_TIMED_STEP = 3  # by which the time of the run is estimated; the first is slower
 
 
 def build_model(settings: Settings) -> tuple[ICLIPModel, ICLIPProcessor]:
     """The model to train and its processor: a trained one, or fresh projections on two towers."""
     options = settings.parsed_options()
-    if unknown := [name for name in options if name not in ICLIPConfig.__annotations__]:
-        raise ValueError(f"model_options: {unknown[0]!r} is no option of ICLIPConfig.")
+    if unknown := options.keys() - ICLIPConfig.__annotations__:
+        raise ValueError(f"model_options: {min(unknown)!r} is no option of ICLIPConfig.")
     if settings.model:
         return load_iclip(settings.model, **options)
     folder = Path(settings.config).parent
@@ -107,13 +97,19 @@ def train(settings: Settings) -> dict[str, float]:
     transformers_logging.disable_progress_bar()
     set_seed(settings.seed)
     output_dir = Path(settings.output_dir)
-    with advice_to_resume(output_dir), Interrupts() as interrupts, ended_workers():
-        model, processor = build_model(settings)
-        accelerator = start_accelerator(settings, model)
-        settings = copy.copy(settings)
-        settings.mixed_precision = accelerator.mixed_precision  # as it is, so that a run is resumed in the same
-        with partner_errors("start it again"), shared_folder_lock(output_dir, accelerator):
-            return run(settings, model, processor, accelerator, interrupts)
+    try:
+        with Interrupts() as interrupts:
+            model, processor = build_model(settings)
+            accelerator = start_accelerator(settings, model)
+            settings = copy.copy(settings)
+            settings.mixed_precision = accelerator.mixed_precision  # as it is, so that a run is resumed in the same
+            with shared_folder_lock(output_dir, accelerator):
+                return run(settings, model, processor, accelerator, interrupts)
+    except KeyboardInterrupt as error:
+        last = checkpoints(output_dir)[-1:]
+        raise KeyboardInterrupt(
+            f"interrupted; --resume continues from {last[0]}" if last else "interrupted"
+        ) from error
 
 
 def run(
@@ -129,11 +125,13 @@ def run(
     pair_model = PairModel(model, **{name: getattr(settings, name) for name in options.split()})
 
     # 1. The state of the run, a new one or that of the last checkpoint, and its inputs
-    checkpoint, state = state_to_resume(settings, ["chunk_size"] if pair_model.has_dropout else [])
+    checkpoint, state = state_to_resume(settings)
     inputs = open_inputs(settings, accelerator)
     content = identity(model, processor) | inputs.content(accelerator)
-    if checkpoint:
-        check_content(checkpoint, state, content)
+    if checkpoint and (differing := changed(state.content, content)):  # the places may differ
+        raise ValueError(
+            f"{checkpoint}: the run began with other {', '.join(differing)}; restore what has changed, or name another output_dir."
+        )
     if accelerator.is_main_process:  # a run that may not go on leaves the folder as it is
         with atomic_write(output_dir / STATE_FILE) as temporary:
             temporary.write_text(json.dumps(asdict(settings), indent=2))
@@ -154,37 +152,35 @@ def run(
         load_checkpoint(accelerator, pair_model, optimizer, checkpoint)
     accelerator.init_trackers("iclip-hf", {name: str(value) for name, value in state.settings.items()})
 
-    with tqdm(total=total_steps, initial=state.step, disable=not accelerator.is_main_process) as bar:
-        selection = Selection(settings, state, inputs, validation, workers, pair_model, processor, accelerator, bar)
+    selection = Selection(settings, state, inputs, validation, pair_model, processor, accelerator)
+    if settings.model and state.step == 0:
+        selection.measure_start()
+    interrupts.deferred = True
+    times: list[tuple[float, float]] = []  # seconds of loading and of computing a step, since the last log
+    batches = loader.steps(state.step, total_steps)
+    with tqdm(total=total_steps, initial=state.step, desc="Training", disable=not accelerator.is_main_process) as bar:
+        while True:
+            # 3. Evaluation, if it is due after the last step, or was interrupted. A signal acts at once, as there is a checkpoint.
+            if not state.measured:
+                with interrupts.at_once():
+                    selection.measure(state.step == total_steps)
+                    write_state(accelerator, checkpoints(output_dir)[-1], state)
+            if state.step == total_steps:
+                break
 
-        # 3. Evaluations that are due: of the model that the run starts from, or of one whose evaluation was interrupted
-        if settings.model and state.step == 0:
-            selection.measure_start()
-        interrupts.deferred = True
-        if not state.measured:
-            with interrupts.at_once():
-                selection.measure(state.step == total_steps)
-                write_state(accelerator, checkpoint, state)
-
-        bar.set_description("Training")
-        times: list[tuple[float, float]] = []  # seconds of loading and of computing a step, since the last log
-        first_step = state.step
-        began = time.perf_counter()
-        for batch in loader.steps(state.step, total_steps):
+            # 4. Batch, and learning rate. Dropout draws by the step, not by what was drawn before, so that a resumed step is the same.
+            began = time.perf_counter()
+            batch = next(batches)
             loaded = time.perf_counter()
-
-            # 4. Learning rate of this step. Dropout draws by the step, not by what was drawn before, so that a resumed step is the same.
-            torch.manual_seed(derive_seed(settings.seed, state.step, accelerator.process_index))
+            seed_everything(settings.seed, state.step, accelerator.process_index)
             learning_rate = cosine_schedule(state.step, total_steps, warmup_steps, *rates)
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate
 
             # 5. Losses, averaged over the processes, so that all decide by the same numbers
-            skipped = batch.pop("skipped")
             outputs = pair_model(**batch)
-            mine = torch.tensor([skipped, interrupts.requested], device=accelerator.device)
-            shared = accelerator.reduce(torch.cat([outputs["losses"], mine.float()]), "mean")
-            *losses, skipped, interrupted = shared.tolist()
+            mine = torch.tensor([interrupts.requested], device=accelerator.device)
+            *losses, interrupted = accelerator.reduce(torch.cat([outputs["losses"], mine.float()]), "mean").tolist()
 
             # 6. Step, unless loss or gradient are not finite. The scaler of float16 skips by itself, and lowers its scale.
             norm = math.nan
@@ -197,7 +193,6 @@ def run(
             optimizer.zero_grad()
             finite = math.isfinite(norm)
             state.step += 1
-            state.skipped_pairs += round(skipped * accelerator.num_processes)
             state.bad_steps += not finite
             state.bad_in_a_row = 0 if finite else state.bad_in_a_row + 1
             if state.bad_in_a_row == min(_MAX_BAD_STEPS, total_steps):
@@ -207,8 +202,6 @@ def run(
                 )
             times.append((loaded - began, time.perf_counter() - loaded))
             bar.update()
-            if state.step == first_step + _TIMED_STEP and accelerator.is_main_process:
-                bar.write(expected_time(settings, state.step, total_steps, sum(times[-1]), selection.seconds))
 
             # 7. Log
             last = state.step == total_steps
@@ -224,26 +217,17 @@ def run(
                     "pairs_per_second": speed,
                     "share_of_time_loading": loading / (loading + computing),
                     "bad_steps": state.bad_steps,
-                    "skipped_pairs": state.skipped_pairs,
                 }
                 accelerator.log(row, state.step)
                 bar.set_postfix(loss=f"{row['loss']:.3f}", pairs_per_s=f"{speed:.0f}")
                 times.clear()
 
-            # 8. Checkpoint and evaluation. The checkpoint is first, because an evaluation may take long or fail; after it, a signal
-            # acts at once.
+            # 8. Checkpoint, also before an evaluation, which may take long or fail
             state.measured = not (last or state.step % settings.eval_steps == 0)
-            saved = last or interrupted or state.step % settings.checkpoint_steps == 0
-            if saved:
+            if interrupted or not state.measured or state.step % settings.checkpoint_steps == 0:
                 save_checkpoint(accelerator, pair_model, optimizer, output_dir, state)
             if interrupted:
                 raise KeyboardInterrupt
-            if not state.measured:
-                with interrupts.at_once() if saved else nullcontext():
-                    selection.measure(last)
-                    if saved:
-                        write_state(accelerator, checkpoints(output_dir)[-1], state)
-            began = time.perf_counter()  # logs, checkpoints and evaluations do not count
 
     # 9. Report
     write_state(accelerator, output_dir, state, "results.json")
@@ -251,3 +235,22 @@ def run(
         print(report(settings, state, inputs.held_out))
     accelerator.end_training()
     return state.before if holds_start(settings, state) else state.metrics
+
+
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
+    """Returns trained parameters in two groups: matrices with weight decay; vectors, biases and logit scales without."""
+    learning = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    decays = [p for name, p in learning if p.ndim > 1 and not name.endswith("bias")]
+    others = [p for name, p in learning if p.ndim <= 1 or name.endswith("bias")]
+    return [{"params": decays, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
+
+
+def cosine_schedule(step: int, total: int, warmup: int, peak: float, start: float, end: float) -> float:
+    """
+    Returns the learning rate of a step: linear from `start` towards `peak` during the warm-up, then half a cosine to `end`. The
+    cosine spans all steps including the warm-up, so the rate after the warm-up is slightly below `peak`. This is GroupViT's
+    recipe and timm's default (`warmup_prefix=False`).
+    """
+    if step < warmup:
+        return start + (peak - start) * step / warmup
+    return end + (peak - end) * (1 + math.cos(math.pi * step / total)) / 2

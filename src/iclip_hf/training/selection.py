@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 from torch import nn
 from torch.utils.data import Dataset
-from tqdm import tqdm
 
 from ..utils.extras import require_extra
 
@@ -21,36 +21,28 @@ from ..evaluation.evaluate import evaluate
 from ..processing_iclip import ICLIPProcessor
 from .checkpoints import RunState, export, holds_start
 from .inputs import Inputs
-from .pictures import draw_examples
-from .report import own_labels
+from .report import draw_examples, own_labels
 from .settings import MAP_METRICS, Settings
-from .validation import change_interval, lost_metrics, validate
+from .validation import validate
+
+
+_DRAWS = 2000  # of the bootstrap
 
 
 @dataclass(eq=False, repr=False)
 class Selection:
     """
-    Evaluates the model of a run, and keeps in the run's folder the best model so far.
-
-    Args:
-        validation: the held-out pairs as `TrainingPairs` or `CachedPairs`; None without any.
-        workers: number of loading processes of each training process.
-        bar: progress of the run, whose description says what is done.
-
-    Attributes:
-        seconds: duration of the last evaluation; None before the first.
+    Evaluates the model of a run, and keeps in the run's folder the best model so far. `validation` are the held-out pairs as
+    `TrainingPairs` or `CachedPairs`; None without any.
     """
 
     settings: Settings
     state: RunState
     inputs: Inputs
     validation: Dataset | None
-    workers: int
     pair_model: nn.Module
     processor: ICLIPProcessor
     accelerator: Accelerator
-    bar: tqdm
-    seconds: float | None = None
 
     def measure_start(self) -> None:
         """Evaluates the model that the run starts from. Its folder holds it until an evaluation is better."""
@@ -74,38 +66,49 @@ class Selection:
             state.best, state.metrics, state.evaluation = score, metrics, evaluation
             state.change, state.lost = change, lost
             if not holds_start(settings, state):
-                held_out = self.inputs.held_out
-                labels = own_labels(held_out) if held_out is not None else None
+                labels = own_labels(self.inputs.held_out) if self.inputs.held_out is not None else None
                 self._export(metrics=evaluation, training=state.settings, start=state.content, labels=labels)
-        self.bar.set_description("Training")
         state.measured = True
 
     def _evaluate(self) -> tuple[dict[str, float], dict[str, list[float]], dict | None]:
         """Returns the metrics of the model, those of the held-out pairs for each pair, and the evaluation on maps."""
-        settings, began = self.settings, time.perf_counter()
+        settings, held_out = self.settings, self.inputs.held_out
         metrics, by_pair, evaluation = {}, {}, None
         if self.validation is not None:
-            self.bar.set_description(f"Evaluating on {len(self.validation)} held-out pairs")
-            scores = validate(self.accelerator, self.pair_model, self.validation, settings.chunk_size, self.workers)
+            workers = 0 if settings.cache_features else settings.num_workers
+            scores = validate(self.accelerator, self.pair_model, self.validation, settings.chunk_size, workers)
             metrics |= {name: values.mean().item() for name, values in scores.items()}
             by_pair = {name: values.tolist() for name, values in scores.items()}
         model = self.accelerator.unwrap_model(self.pair_model).model.eval()
         if self.inputs.segmentation is not None:
-            self.bar.set_description(f"Evaluating maps on {settings.eval_dataset}")
             result = evaluate((model, self.processor), self.inputs.segmentation)
             evaluation = {"protocol": {**result.protocol, "model": settings.name}, "results": result.results}
-            metrics |= {metric: result.results["itsm"][metric] for metric in MAP_METRICS}
-        if self.inputs.held_out is not None and settings.pictures and self.accelerator.is_main_process:
-            self.bar.set_description("Drawing pictures")
-            pictures = Path(settings.output_dir, "pictures")
-            held_out = self.inputs.held_out
-            draw_examples(model, self.processor, held_out, settings.pictures, pictures, self.state.step)
+            measured = {metric: result.results["itsm"][metric] for metric in MAP_METRICS}
+            # Of images with one class each, there is no text contrast.
+            metrics |= {metric: value for metric, value in measured.items() if value is not None}
+        if held_out is not None and settings.pictures and self.accelerator.is_main_process:
+            folder = Path(settings.output_dir, "pictures")
+            draw_examples(model, self.processor, held_out, settings.pictures, folder, self.state.step)
         self.pair_model.train()
         self.accelerator.log(metrics, self.state.step)
-        self.seconds = time.perf_counter() - began
         return metrics, by_pair, evaluation
 
     def _export(self, **card: object) -> None:
-        self.bar.set_description("Saving the model")
         folder = Path(self.settings.output_dir)
         export(self.accelerator, self.pair_model, self.processor, folder, name=self.settings.name, **card)
+
+
+def change_interval(before: Sequence[float], after: Sequence[float]) -> list[float]:
+    """
+    Returns the 95 % interval of the mean change of a score over pairs, by the paired bootstrap: pairs are drawn again, with their
+    scores before and after. The draws are always the same.
+    """
+    changes, draws = np.subtract(after, before), np.random.default_rng(0)
+    means = [changes[draws.integers(len(changes), size=len(changes))].mean() for _ in range(_DRAWS)]
+    return np.quantile(means, [0.025, 0.975]).tolist()
+
+
+def lost_metrics(change: Mapping[str, Sequence[float]]) -> list[str]:
+    """Returns the metrics, by their intervals of [`change_interval`], that got worse: the interval holds a loss and no gain."""
+    gains = {name: [-high, -low] if name == "val_loss" else [low, high] for name, (low, high) in change.items()}
+    return [name for name, (low, high) in gains.items() if low < 0 and high <= 0]

@@ -6,11 +6,10 @@ from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
-from typing import Literal, get_args, get_origin, get_type_hints
 
 import yaml
 
@@ -22,31 +21,25 @@ from ..utils.hub_ids import RUNS
 # Results of `iclip_hf.evaluation.evaluate.evaluate` that a run logs and can select its best model by.
 MAP_METRICS = ("mAP", "mMIoU", "mFMB", "text_contrast")
 RETRIEVAL_METRICS = ("text_to_image", "image_to_text", "val_loss")
-_EVAL_DATASETS = ("none", *DATASETS)
-_BEST_METRICS = ("auto", *RETRIEVAL_METRICS, *MAP_METRICS)
 
-
-# What a number may be.
-ANY = ("a number", lambda value: True)
-FROM_0 = ("a number from 0", lambda value: value >= 0)
-FROM_1 = ("a number from 1", lambda value: value >= 1)
-FROM_5 = ("a number from 5", lambda value: value >= 5)
-POSITIVE = ("a positive number", lambda value: value > 0)
-SHARE = ("a number from 0 to 1", lambda value: 0 <= value <= 1)
-
+POSITIVE = 1e-99  # the lowest value of what must not be 0
 
 # Settings that change no result, so that a run may resume with others.
 FREE = """
-    config output_dir resume num_workers chunk_size report_to log_steps eval_steps pictures checkpoint_steps
+    config output_dir resume num_workers report_to log_steps eval_steps pictures checkpoint_steps
 """.split()
 # Places, which may change too: their content is compared.
 PLACES = "model vision text data validation_data nouns cache_features eval_root".split()
 
 
-def setting(default, help: str, allowed: tuple[str, Callable] = ANY):
-    """A field of [`Settings`], with its description for the command line and what its values may be."""
-    make = {"default_factory": default.copy} if isinstance(default, list) else {"default": default}
-    return field(**make, metadata={"help": help, "allowed": allowed})
+def setting(default, help: str, low: float = -math.inf, high: float = math.inf, choices: Sequence[str] = ()):
+    """A field of [`Settings`], with its description for the command line, and the range of a number or the choices of a text."""
+    several = isinstance(default, list)
+    make = {"default_factory": default.copy} if several else {"default": default}
+    kind = str if several else type(default)
+    return field(
+        **make, metadata={"help": help, "range": (low, high), "kind": kind, "several": several, "choices": choices}
+    )
 
 
 @dataclass
@@ -55,23 +48,19 @@ class Settings:
 
     config: str = setting(
         "",
-        "name of a shipped configuration, or a train.yaml in the folder of the model's configuration; without one, settings are "
-        "chosen by the number of pairs, and without data it is iclip-vit-b16",
+        "name of a shipped configuration, or a train.yaml beside the model's config.json; without one, settings are chosen by the "
+        "number of pairs, and without data it is iclip-vit-b16",
     )
-    output_dir: str = setting(
-        "", "folder of the run and of the trained model; runs/<name of the configuration or the data> if not given"
-    )
+    output_dir: str = setting("", "folder of the run and the model; runs/<name of configuration or data> if not given")
     resume: bool = setting(False, "resume from the last checkpoint in output_dir, if there is one")
 
     # model
-    model: str = setting(
-        "", 'ICLIP model to continue to train (folder or Hub id), or "embedded", instead of two towers'
-    )
+    model: str = setting("", 'ICLIP model to train further (folder, Hub id or "embedded"), instead of two towers')
     vision: str = setting("", 'image tower: a folder, a Hub id, or "embedded" for that of the embedded model')
     text: str = setting("", 'text tower: a folder, a Hub id, or "embedded" for that of the embedded model')
     model_options: list[str] = setting([], "options that override those of config.json, as name=value")
     lock_text: bool = setting(False, "freeze the text tower")
-    image_size: int = setting(224, "height and width of images in pixels; with model, those of its processor", FROM_1)
+    image_size: int = setting(224, "height and width of images in pixels; with model, those of its processor", 1)
 
     # data
     data: list[str] = setting(
@@ -82,91 +71,73 @@ class Settings:
     image_column: str = setting("", "column of the images, if it has no usual name")
     caption_column: str = setting("", "column of the captions, if it has no usual name")
     validation_data: list[str] = setting([], "validation pairs, local")
-    validation_share: float = setting(
-        0.0, "share of the pairs to validate on instead, which are not trained on", SHARE
-    )
+    validation_share: float = setting(0.0, "share of the pairs to validate on instead, which are not trained on", 0, 1)
     split: str = setting("train", "split of a Hub dataset")
-    pairs_per_epoch: int = setting(
-        0, "pairs in an epoch of a Hub dataset, which then is streamed instead of downloaded", FROM_0
-    )
-    max_bad_share: float = setting(0.05, "largest share of broken pairs; the run stops above it", SHARE)
-    crop_scale: float = setting(0.08, "smallest area of a random crop, as a share of the image", SHARE)
+    pairs_per_epoch: int = setting(0, "pairs in an epoch of a Hub dataset, which then is streamed", 0)
+    max_bad_share: float = setting(0.05, "largest share of broken pairs; the run stops above it", 0, 1)
+    crop_scale: float = setting(0.08, "smallest area of a random crop, as a share of the image", 0, 1)
     auto_augment: str = setting("rand-m9-mstd0.5-inc1", "name of an augmentation policy of timm; empty for none")
-    random_erasing: float = setting(0.25, "probability of erasing a rectangle", SHARE)
+    random_erasing: float = setting(0.25, "probability of erasing a rectangle", 0, 1)
     nouns: str = setting(
         "",
-        "text file with one noun in each line, those of the background marked 'sky (background)'; nouns that occur in captions "
-        "become prompts, as in GroupViT",
+        "text file with a noun in each line, 'sky (background)' for one of the background; nouns in captions become prompts",
     )
-    noun_prompts: int = setting(3, "number of noun prompts for each pair; a noun counts once in a batch", FROM_1)
-    noun_weight: float = setting(0.5, "share of noun prompts in the loss of noun_branches", SHARE)
-    noun_branches: list[Literal["recognition", "interpretability"]] = setting(
-        ["recognition"], "branches that learn noun prompts"
+    noun_weight: float = setting(0.5, "share of noun prompts in the loss of noun_branches", 0, 1)
+    noun_branches: list[str] = setting(
+        ["recognition"], "branches that learn noun prompts", choices=("recognition", "interpretability")
     )
-    noun_competition: float = setting(
-        0.0, "share of the nouns' competition for patches in their loss, with max_over=similarity", SHARE
-    )
-    map_tokens: int = setting(20, "number of patches that represent an image with max_over=similarity", FROM_5)
-    num_workers: int = setting(4, "number of loading processes for each training process", FROM_0)
+    noun_competition: float = setting(0.0, "share of the competition for patches in the noun loss of a map", 0, 1)
+    map_tokens: int = setting(20, "number of patches that represent an image with max_over=similarity", 5)
+    num_workers: int = setting(4, "number of loading processes for each training process", 0)
     cache_features: str = setting("", "folder for features of locked towers, which are computed once")
 
     # optimisation
-    epochs: int = setting(30, "number of passes over the pairs", FROM_1)
-    max_steps: int = setting(0, "number of steps of the run and its schedule; 0 for all epochs", FROM_0)
-    batch_size: int = setting(1024, "number of pairs in a batch, over all processes", FROM_1)
-    chunk_size: int = setting(
-        256,
-        "number of pairs in one forward pass of a tower; limits the memory, and changes results only if a trained tower has dropout",
-        FROM_1,
-    )
-    learning_rate: float = setting(
-        1.25e-4, "peak learning rate for a batch of 1024; all three rates are scaled with the batch size", POSITIVE
-    )
-    warmup_learning_rate: float = setting(1e-6, "first learning rate of the warm-up", FROM_0)
-    min_learning_rate: float = setting(1e-5, "last learning rate", FROM_0)
-    warmup_epochs: float = setting(2.0, "number of epochs of linear warm-up, before the cosine decay", FROM_0)
-    weight_decay: float = setting(0.05, "weight decay of matrices; biases, norms and logit scales have none", FROM_0)
+    epochs: int = setting(30, "number of passes over the pairs", 1)
+    max_steps: int = setting(0, "number of steps of the run and its schedule; 0 for all epochs", 0)
+    batch_size: int = setting(1024, "number of pairs in a batch, over all processes", 1)
+    chunk_size: int = setting(256, "number of pairs in one forward pass of a tower, which limits the memory", 1)
+    learning_rate: float = setting(1.25e-4, "peak for a batch of 1024; all rates scale with batch_size", POSITIVE)
+    warmup_learning_rate: float = setting(1e-6, "first learning rate of the warm-up", 0)
+    min_learning_rate: float = setting(1e-5, "last learning rate", 0)
+    warmup_epochs: float = setting(2.0, "number of epochs of linear warm-up, before the cosine decay", 0)
+    weight_decay: float = setting(0.05, "weight decay of matrices; biases, norms and logit scales have none", 0)
     clip_grad_norm: float = setting(5.0, "largest norm of the gradient", POSITIVE)
-    mixed_precision: Literal["auto", "no", "fp16", "bf16"] = setting(
+    mixed_precision: str = setting(
         "auto",
         "auto: the choice of `accelerate launch`; without one, bf16 or fp16 on a GPU and no on a CPU",
+        choices=("auto", "no", "fp16", "bf16"),
     )
     seed: int = setting(0, "random seed")
 
     # monitoring
     report_to: str = setting("tensorboard", "name of a tracker of Accelerate, or none")
-    log_steps: int = setting(10, "number of steps between logs", FROM_1)
-    eval_steps: int = setting(1000, "number of steps between evaluations; the last step is always evaluated", FROM_1)
-    eval_dataset: Literal[_EVAL_DATASETS] = setting("none", "segmentation data set for the evaluation of maps")
+    log_steps: int = setting(10, "number of steps between logs", 1)
+    eval_steps: int = setting(1000, "number of steps between evaluations; the last step is always evaluated", 1)
+    eval_dataset: str = setting("none", "segmentation data set to evaluate maps on", choices=("none", *DATASETS))
     eval_root: str = setting("", "folder of eval_dataset")
     eval_split: str = setting("", "split of eval_dataset; the validation split if not given")
-    best_metric: Literal[_BEST_METRICS] = setting(
-        "auto", "metric that selects the best model; auto: text_to_image, or mMIoU without validation_data"
+    best_metric: str = setting(
+        "auto",
+        "metric that selects the best model; auto: text_to_image, or mMIoU without validation_data",
+        choices=("auto", *RETRIEVAL_METRICS, *MAP_METRICS),
     )
-    pictures: int = setting(4, "number of validation images whose maps are drawn at each evaluation", FROM_0)
-    checkpoint_steps: int = setting(1000, "number of steps between checkpoints", FROM_1)
+    pictures: int = setting(4, "number of validation images whose maps are drawn at each evaluation", 0)
+    checkpoint_steps: int = setting(1000, "number of steps between checkpoints", 1)
 
     def __post_init__(self):
-        if not self.output_dir and self.config:
-            self.output_dir = f"{RUNS}/{Path(self.config).resolve().parent.name}"
-        if not self.output_dir:
-            raise ValueError("output_dir: name a folder for the run.")
+        self.output_dir = self.output_dir or f"{RUNS}/{self.name}"
         for entry in fields(self):
-            allowed, is_allowed = entry.metadata["allowed"]
-            value = getattr(self, entry.name)
-            if not is_allowed(value) or (isinstance(value, float) and not math.isfinite(value)):
-                raise ValueError(f"{entry.name}: {value} is not {allowed}.")
+            value, (low, high) = getattr(self, entry.name), entry.metadata["range"]
+            if isinstance(value, (int, float)) and not (low <= value <= high and math.isfinite(value)):
+                raise ValueError(f"{entry.name}: {value} is not a number from {low} to {high}.")
         self.parsed_options()
         if self.validation_data and self.validation_share:
             raise ValueError("validation_data, validation_share: give one of them.")
-        validated = bool(self.validation_data or self.validation_share)
-        given = {"validation_data": validated, "eval_dataset": self.eval_dataset != "none"}
-        needed = "validation_data" if self.best_metric in RETRIEVAL_METRICS else "eval_dataset"
+        validated, maps = bool(self.validation_data or self.validation_share), self.eval_dataset != "none"
         if self.best_metric == "auto":
-            maps_alone = given["eval_dataset"] and not validated
-            self.best_metric = "mMIoU" if maps_alone else "text_to_image"
-        elif not given[needed]:
-            raise ValueError(f"best_metric: {self.best_metric} needs {needed}.")
+            self.best_metric = "mMIoU" if maps and not validated else "text_to_image"
+        elif not (validated if self.best_metric in RETRIEVAL_METRICS else maps):
+            raise ValueError(f"best_metric: {self.best_metric} needs validation_data, or eval_dataset for maps.")
         if not self.data:
             raise ValueError("data: name training pairs, such as a folder of webdataset shards.")
         if bool(self.model) == bool(self.vision and self.text):
@@ -177,16 +148,14 @@ class Settings:
             raise ValueError(f"config: name the configuration of the model to join with vision={self.vision!r}.")
 
     def parsed_options(self) -> dict[str, object]:
-        """Returns `model_options` by name. Raises `ValueError` for another form, or a value that is not YAML."""
+        """Returns `model_options` by name."""
         parsed = {}
         for option in self.model_options:
-            name, equals, value = option.partition("=")
             try:
+                name, value = option.split("=", 1)
                 parsed[name] = yaml.safe_load(value)
-            except yaml.YAMLError:
-                equals = ""
-            if not (name and equals):
-                raise ValueError(f"model_options: {option!r} is not name=value.")
+            except (ValueError, yaml.YAMLError):
+                raise ValueError(f"model_options: {option!r} is not name=value.") from None
         return parsed
 
     def is_better(self, score: float, than: float | None) -> bool:
@@ -210,7 +179,7 @@ def add_settings(parser: argparse.ArgumentParser) -> None:
     are absent from the result.
     """
     for entry in fields(Settings):
-        kind, several, choices = _kind(entry.name)
+        kind, several, choices = (entry.metadata[key] for key in ("kind", "several", "choices"))
         options = {"nargs": "+"} if several else {"nargs": "?", "const": True} if kind is bool else {}
         default = "" if entry.default in ("", False) or several else f" (default: {entry.default})"
         parser.add_argument(
@@ -227,10 +196,7 @@ def add_settings(parser: argparse.ArgumentParser) -> None:
 def read_settings(given: Mapping) -> Settings:
     """
     Merges the settings of a run. `given`, such as the result of the parser of [`add_settings`], has precedence over the `train.yaml` that
-    `config` names, and this over the defaults.
-
-    Raises:
-        `ValueError`: a setting is invalid. `FileNotFoundError`: there is no such configuration.
+    `config` names, and this over the defaults. Raises `ValueError` for an invalid setting.
     """
     file = _config_file(given.get("config") or "iclip-vit-b16")
     named = read_file(file)
@@ -266,7 +232,7 @@ def read_file(file: Path) -> dict:
     try:
         content = yaml.safe_load(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
-        raise ValueError(f"{file}: settings are written in YAML, but: {' '.join(str(error).split())}") from error
+        raise ValueError(f"{file}: settings are written in YAML, but: {error}") from error
     if not isinstance(content, dict):
         raise ValueError(f"{file}: settings are written as `name: value`, but this is a {type(content).__name__}.")
     settings = {}
@@ -275,13 +241,10 @@ def read_file(file: Path) -> dict:
             raise ValueError(f"{file}: {name!r:.100} is no setting.")
         if value is None:
             continue
-        several = _kind(name)[1]
+        several = Settings.__dataclass_fields__[name].metadata["several"]
         values = value if several and isinstance(value, list) else [value]
-        if any(isinstance(item, (list, dict)) for item in values):
-            what = "a value or a list of values" if several else "one value"
-            raise ValueError(f"{file}: {name} takes {what}, not a {type(value).__name__}.")
         try:
-            parsed = [_parse(name, str(item)) for item in values]
+            parsed = [_parse(name, item) for item in values]
         except argparse.ArgumentTypeError as error:
             raise ValueError(f"{file}: {error}") from error
         settings[name] = parsed if several else parsed[0]
@@ -290,36 +253,29 @@ def read_file(file: Path) -> dict:
     return settings
 
 
-@cache
-def _kind(name: str) -> tuple[type, bool, tuple[str, ...]]:
-    """Returns the type of a setting or of its items, whether it is a list, and its choices, if any."""
-    hint = get_type_hints(Settings)[name]
-    several = get_origin(hint) is list
-    hint = get_args(hint)[0] if several else hint
-    return (str, several, get_args(hint)) if get_origin(hint) is Literal else (hint, several, ())
-
-
-def _parse(name: str, text: str):
-    """Converts the text of a setting to its type. Raises `argparse.ArgumentTypeError` for other text."""
-    kind, _, choices = _kind(name)
+def _parse(name: str, value):
+    """Converts text, or a value of YAML, to the type of a setting. Raises `argparse.ArgumentTypeError` for another."""
+    kind, choices = (Settings.__dataclass_fields__[name].metadata[key] for key in ("kind", "choices"))
+    if isinstance(value, (list, dict)):
+        raise argparse.ArgumentTypeError(f"{name}: this is a {type(value).__name__} instead of one value.")
     expected = {int: "a whole number", float: "a number", bool: "true or false", str: f"one of {', '.join(choices)}"}
     try:
-        value = {"true": True, "false": False}[text.lower()] if kind is bool else kind(text)
-        if choices and value not in choices:
+        parsed = {"true": True, "false": False}[str(value).lower()] if kind is bool else kind(str(value))
+        if choices and parsed not in choices:
             raise ValueError
     except (KeyError, ValueError):
-        raise argparse.ArgumentTypeError(f"{name}: {text!r:.100} is not {expected[kind]}") from None
-    return value
+        raise argparse.ArgumentTypeError(f"{name}: {str(value)!r:.100} is not {expected[kind]}") from None
+    return parsed
 
 
-def changed_settings(settings: Settings, before: Mapping, fixed: Collection[str] = ()) -> list[str]:
-    """Returns the names of settings that must not change on resume (those of `fixed` too), but differ from `before`."""
+def changed_settings(settings: Settings, before: Mapping) -> list[str]:
+    """Returns the names of settings that must not change on resume, but differ from `before`."""
     changed = []
     for entry in fields(settings):
         # of a setting that the run began without
         usual = entry.default_factory() if entry.default is MISSING else entry.default
         now, then = getattr(settings, entry.name), before.get(entry.name, usual)
         differs = bool(now) != bool(then) if entry.name in PLACES else now != then
-        if differs and (entry.name not in FREE or entry.name in fixed):
+        if differs and entry.name not in FREE:
             changed.append(entry.name)
     return changed

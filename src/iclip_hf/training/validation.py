@@ -1,11 +1,9 @@
-"""Retrieval metrics on validation pairs, and their change."""
+"""Retrieval metrics on validation pairs."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
 
-import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -19,9 +17,6 @@ from .interrupts import ignore_signals
 with require_extra("train"):
     from accelerate import Accelerator
     from accelerate.utils import send_to_device
-
-
-_DRAWS = 2000  # of the bootstrap
 
 
 @torch.no_grad()
@@ -44,7 +39,6 @@ def validate(
     options = {"collate_fn": dataset.collate, "num_workers": num_workers, "worker_init_fn": ignore_signals}
     batches = DataLoader(dataset, min(batch_size, part), sampler=rows, **options)
     for batch in tqdm(batches, desc="Held-out pairs", leave=False, disable=not accelerator.is_main_process):
-        batch.pop("skipped")
         outputs = pair_model(**send_to_device(batch, accelerator.device))
         images.append(outputs["image_embeds"])
         texts.append(outputs["text_embeds"])
@@ -62,19 +56,3 @@ def validate(
         "image_to_text": 100 * (same[logits.argmax(1)] == same).float(),
         "text_to_image": 100 * (same[logits.argmax(0)] == same).float(),
     }
-
-
-def change_interval(before: Sequence[float], after: Sequence[float]) -> list[float]:
-    """
-    Returns the 95 % interval of the mean change of a score over pairs, by the paired bootstrap: pairs are drawn again, with their
-    scores before and after. The draws are always the same.
-    """
-    changes, draws = np.subtract(after, before), np.random.default_rng(0)
-    means = [changes[draws.integers(len(changes), size=len(changes))].mean() for _ in range(_DRAWS)]
-    return np.quantile(means, [0.025, 0.975]).tolist()
-
-
-def lost_metrics(change: Mapping[str, Sequence[float]]) -> list[str]:
-    """Returns the metrics, by their intervals of [`change_interval`], that got worse: the interval holds a loss and no gain."""
-    gains = {name: [-high, -low] if name == "val_loss" else [low, high] for name, (low, high) in change.items()}
-    return [name for name, (low, high) in gains.items() if low < 0 and high <= 0]

@@ -1,15 +1,13 @@
-"""Helpers for runs of several processes under `accelerate launch`: state, agreement, locks, and errors of lost processes."""
+"""Helpers for runs of several processes under `accelerate launch`: state, agreement and locks."""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 import torch
-from torch import distributed
 
 from .extras import require_extra
 from .files import folder_lock
@@ -19,13 +17,6 @@ if TYPE_CHECKING:
     from accelerate import Accelerator, PartialState
 
 Value = TypeVar("Value")
-
-# Error messages of gloo, NCCL and the rendezvous store about a process that died or does not answer.
-_PARTNER_LOST = re.compile(
-    r"closed by peer|reset by peer|broken pipe|socket closed|likely closed|waiting \d+ms for (send|recv)"
-    r"|collective operation timeout|ncclRemoteError|remote process exit",
-    re.IGNORECASE,
-)
 
 
 def this_process(needed_by: str) -> PartialState:
@@ -63,18 +54,3 @@ def shared_folder_lock(folder: Path, state: Accelerator | PartialState) -> Itera
         if refusal := agreed(refusal):
             raise refusal
         yield
-
-
-@contextmanager
-def partner_errors(advice: str) -> Iterator[None]:
-    """Converts the `RuntimeError` that a backend raises when another process died into an `OSError` that ends with `advice`."""
-    try:
-        yield
-    except RuntimeError as error:
-        if not (distributed.is_available() and distributed.is_initialized() and _PARTNER_LOST.search(str(error))):
-            raise
-        # Without the location in C++ code.
-        problem = re.sub(r"^\[\S+\] ", "", str(error).strip()).splitlines()[0].partition(". ")[0]
-        raise OSError(
-            f"Another process of this run ended or no longer answers ({problem}); see its output, then {advice}."
-        ) from error

@@ -20,8 +20,8 @@ from pathlib import Path
 
 from ..data.class_names import DATASETS
 from ..explainers.methods import METHOD_GROUP, METHODS
-from ..figures import COLORMAPS
 from ..models import DTYPES, check_model_name
+from ..plots import COLORMAPS
 from ..prompts import check_templates, check_text, split_texts
 
 

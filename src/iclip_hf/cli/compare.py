@@ -63,7 +63,7 @@ def run(options: argparse.Namespace) -> None:
         raise ValueError(
             "Expected at least one --text, or a --dataset whose IMAGE shows a class, got neither: add one of them."
         )
-    from ..figures.sheets import at_picture_size, comparison_sheet
+    from ..plots.sheets import at_picture_size, comparison_sheet
 
     drawn = at_picture_size(image, options.dpi)
     columns, words = {}, {}  # by the title of a column

@@ -72,7 +72,7 @@ def _explain_images(options: argparse.Namespace) -> int:
         raise ValueError("--images-per-file applies to collections, but got image files: leave it out.")
 
     def write(name: str, image, explanation, picture: Path | None, dpi: int) -> dict:
-        from ..figures.sheets import draw
+        from ..plots.sheets import draw
 
         if picture is not None:
             sheet = draw(explanation, image, colormap=options.colormap, dpi=dpi)

@@ -8,9 +8,9 @@ import numpy as np
 
 from ..data.pairs import PairDataset
 from ..explainers.localizer import explain
-from ..figures.colors import overlay
-from ..figures.sheets import picture_grid
 from ..modeling_iclip import ICLIPModel
+from ..plots.colors import overlay
+from ..plots.sheets import picture_grid
 from ..processing_iclip import ICLIPProcessor
 from ..utils.files import atomic_write, writing_errors
 

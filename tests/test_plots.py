@@ -13,10 +13,10 @@ from PIL import Image
 import iclip_hf
 from iclip_hf.explainers import WordScore
 from iclip_hf.explanation import Explanation
-from iclip_hf.figures import COLORMAPS, sheets
-from iclip_hf.figures.colors import color_table, overlay
-from iclip_hf.figures.lettering import fitted, text_mask, text_width, word_boxes
-from iclip_hf.figures.sheets import at_picture_size, comparison_sheet, draw, picture_grid
+from iclip_hf.plots import COLORMAPS, sheets
+from iclip_hf.plots.colors import color_table, overlay
+from iclip_hf.plots.lettering import fitted, text_mask, text_width, word_boxes
+from iclip_hf.plots.sheets import at_picture_size, comparison_sheet, draw, picture_grid
 from iclip_hf.presence import presence_word
 
 

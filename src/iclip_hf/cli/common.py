@@ -19,7 +19,7 @@ from importlib.metadata import entry_points
 from pathlib import Path
 
 from ..data.class_names import DATASETS
-from ..explainers.methods import METHOD_GROUP, METHODS
+from ..explainers import METHOD_GROUP, METHODS
 from ..models import DTYPES, check_model_name
 from ..plots import COLORMAPS
 from ..prompts import check_templates, check_text, split_texts

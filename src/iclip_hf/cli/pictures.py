@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from ..explainers.methods import METHODS
+from ..explainers import METHODS
 from ..presence import MIN_PRESENCE, presence_word
 from .common import (
     MODEL,
@@ -182,14 +182,14 @@ def _written(command: str, localizer, images, write: Callable, batch_size: int) 
     from ..utils.prefetch import prefetch_map
 
     def written(item) -> dict | None:
-        (name, image, explanation), picture = item
-        if image is None:
+        (name, explanation), picture = item
+        if explanation is None:
             tqdm.write(f"iclip {command}: {printable(name)}", file=sys.stderr)  # above the progress bar
             return None
         if picture is None:
-            return {"image": name, **write(name, image, explanation, None, 0)}
+            return {"image": name, **write(name, explanation.image, explanation, None, 0)}
         dpi = 300 if picture.suffix.lower() == ".pdf" else 120  # for print, and for screens
-        return {"image": name, "picture": str(picture), **write(name, image, explanation, picture, dpi)}
+        return {"image": name, "picture": str(picture), **write(name, explanation.image, explanation, picture, dpi)}
 
     names, pictures = zip(*images)
     with ThreadPoolExecutor(1) as beside:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
-import inspect
+import pkgutil
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from importlib.metadata import entry_points
@@ -14,7 +13,7 @@ from ..explanation_core import for_images, raw_maps
 from ..modeling_iclip import ICLIPImageFeatures, ICLIPTextFeatures, cosines
 from ..models.explainable import recordable
 from ..models.loading import load
-from .methods import METHOD_GROUP, METHODS
+from . import METHOD_GROUP, METHODS
 
 
 class Explainer(ABC):
@@ -106,17 +105,15 @@ def register_explainer(name: str) -> Callable[[type[Explainer]], type[Explainer]
 
 def explainer_class(method: str) -> type[Explainer]:
     """Returns the class of a method. Raises `ValueError` if it is unknown."""
-    if method not in _registered:
-        if method in METHODS:
-            module, _, name = METHODS[method][1].partition(":")
-            _registered[method] = getattr(importlib.import_module(f".{module}", __package__), name)
-        else:
-            added = entry_points(group=METHOD_GROUP)
-            if method not in added.names:
-                known = sorted({*METHODS, *_registered, *added.names})
-                raise ValueError(f"There is no method {method!r}, only {known}.")
-            _registered[method] = added[method].load()
-    return _registered[method]
+    if method in _registered:
+        return _registered[method]
+    if method in METHODS:
+        return pkgutil.resolve_name(f"{__package__}.{METHODS[method][1]}")
+    added = entry_points(group=METHOD_GROUP)
+    if method not in added.names:
+        known = sorted({*METHODS, *_registered, *added.names})
+        raise ValueError(f"There is no method {method!r}, only {known}.")
+    return added[method].load()
 
 
 def make_explainer(model, method: str = "itsm", **method_options) -> Explainer:
@@ -129,15 +126,10 @@ def make_explainer(model, method: str = "itsm", **method_options) -> Explainer:
         method_options: of the method, see its class.
 
     Raises:
-        `ValueError`: the method or an option is unknown, or the model does not support the method.
-        `TypeError`: the model is of another kind.
+        `ValueError`: the method is unknown, or the model does not support it.
+        `TypeError`: an option is unknown, or the model is of another kind.
     """
-    explainer = explainer_class(method)
-    allowed = list(inspect.signature(explainer).parameters)[1:]
-    unknown = sorted(set(method_options) - set(allowed))
-    if unknown:
-        raise ValueError(f"{method} has the options {allowed}, not {unknown}.")
-    return explainer(model, **method_options)
+    return explainer_class(method)(model, **method_options)
 
 
 def select_texts(texts: ICLIPTextFeatures, rows: torch.Tensor) -> ICLIPTextFeatures:

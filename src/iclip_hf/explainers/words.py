@@ -88,11 +88,11 @@ class WordExplainer:
         # A clone, because a tensor that was created in inference mode cannot be part of a graph.
         with torch.inference_mode(False):
             embeds = image_embeds.clone()
-        return [self._scores(embed) for embed in embeds.split(1)]
-
-    def _scores(self, image_embed: torch.Tensor) -> list[list[WordScore]]:
-        shares = chain.from_iterable(self._shares(image_embed, part).tolist() for part in self._parts)
-        return [list(map(WordScore, text.split(), of_text)) for text, of_text in zip(self.texts, shares)]
+        scores = []
+        for embed in embeds.split(1):
+            shares = chain.from_iterable(self._shares(embed, part).tolist() for part in self._parts)
+            scores.append([list(map(WordScore, text.split(), of_text)) for text, of_text in zip(self.texts, shares)])
+        return scores
 
     def _shares(self, image_embed: torch.Tensor, part: _Part) -> torch.Tensor:
         """Computes the share of each word in its text, `(T, W)`."""

@@ -17,8 +17,10 @@ class BiModal(GradientExplainer):
     the score depends on several tokens, the map is the sum of the rows of all tokens.
     """
 
-    differentiated = "weights"
     needs_weights = True
+
+    def differentiated(self, layers: list[AttentionRecord]) -> list[torch.Tensor]:
+        return [layer.weights for layer in layers]
 
     def weigh(self, layers: list[AttentionRecord], gradients: tuple[torch.Tensor, ...], patches: int) -> torch.Tensor:
         relevances = [attention_relevance(layer.weights, grad) for layer, grad in zip(layers, gradients)]

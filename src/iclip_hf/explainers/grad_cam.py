@@ -20,11 +20,13 @@ class GradCAM(GradientExplainer):
 
     def __init__(self, model, layer: int = -1, activations: str = "norm"):
         super().__init__(model, layer)
-        is_block = self.model.layers[layer].residual
-        self.differentiated = {"norm": "tokens" if is_block else "stream", "block": "stream"}[activations]
+        self.normed = {"norm": self.model.layers[layer].residual, "block": False}[activations]
+
+    def differentiated(self, layers: list[AttentionRecord]) -> list[torch.Tensor]:
+        return [layers[0].tokens if self.normed else layers[0].stream]
 
     def weigh(self, layers: list[AttentionRecord], gradients: tuple[torch.Tensor, ...], patches: int) -> torch.Tensor:
-        activations, gradient = getattr(layers[0], self.differentiated), gradients[0]
+        (activations,), (gradient,) = self.differentiated(layers), gradients
         if activations.ndim == 4:  # a ResNet's feature map
             activations, gradient = activations.flatten(2).mT, gradient.flatten(2).mT
         weights = gradient[:, -patches:].mean(1, keepdim=True)  # (B, 1, D)

@@ -24,6 +24,9 @@ class GradECLIP(GradientExplainer):
         super().__init__(model)
         self.needs_weights = self.model.pooling is not Pooling.ONE_QUERY
 
+    def differentiated(self, layers: list[AttentionRecord]) -> list[torch.Tensor]:
+        return [layers[-1].mixed]
+
     def weigh(self, layers: list[AttentionRecord], gradients: tuple[torch.Tensor, ...], patches: int) -> torch.Tensor:
         (layer,), (gradient,) = layers, gradients
         if self.model.pooling is Pooling.ONE_QUERY:

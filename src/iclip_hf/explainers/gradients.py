@@ -19,14 +19,9 @@ class GradientExplainer(Explainer):
 
     Args:
         layer (`int`): index of an attention layer of the image tower; -1 is the last.
-
-    Attributes:
-        differentiated (`str`): the part of each [`AttentionRecord`] that the similarity is differentiated with respect to.
-        needs_weights (`bool`): whether the attention weights are recorded.
     """
 
     backward_per_text = True
-    differentiated = "mixed"
     needs_weights = False
 
     def __init__(self, model, layer: int = -1):
@@ -35,7 +30,7 @@ class GradientExplainer(Explainer):
 
     def forward(self, pixel_values: torch.Tensor, texts: ICLIPTextFeatures) -> tuple[torch.Tensor, ICLIPImageFeatures]:
         image, layers = self.model.trace(pixel_values, self.layer, grad=True, weights=self.needs_weights)
-        inputs = [getattr(layer, self.differentiated) for layer in layers]
+        inputs = self.differentiated(layers)
         maps, patches, count = [], math.prod(image.grid), texts.text_embeds.shape[1]
         with torch.inference_mode(False), torch.enable_grad():
             # A clone, because a tensor that was created in inference mode cannot be part of a graph.
@@ -49,5 +44,9 @@ class GradientExplainer(Explainer):
         return torch.stack(maps, 1).unflatten(-1, image.grid), detached
 
     @abstractmethod
+    def differentiated(self, layers: list[AttentionRecord]) -> list[torch.Tensor]:
+        """Returns the tensors that the similarity is differentiated with respect to."""
+
+    @abstractmethod
     def weigh(self, layers: list[AttentionRecord], gradients: tuple[torch.Tensor, ...], patches: int) -> torch.Tensor:
-        """Computes the relevance of the patches to one text, `(B, N)`, from the gradient of each layer."""
+        """Computes the relevance of the patches to one text, `(B, N)`, from the gradients of those tensors."""

@@ -18,11 +18,11 @@ _LINE_HEIGHT, _ASCENT = 1.25, 0.97
 _LATIN_END, _PUNCTUATION = 0x250, range(0x2010, 0x2027)
 # Longer texts are shortened in the middle, in characters, because drawing a thousand takes seconds.
 _LONGEST = 250
-# Fonts for scripts that the default font lacks; used if installed.
+# Fonts for scripts that the default font lacks; used if installed. The last, of newer versions of matplotlib, has a box for every character.
 _MORE_SCRIPTS = (
-    *("Noto Sans CJK SC", "Noto Sans CJK JP", "Noto Sans Devanagari", "PingFang SC", "Hiragino Sans"),
-    *("Microsoft YaHei", "Malgun Gothic", "Nirmala UI", "Arial Unicode MS"),
-)
+    "Noto Sans CJK SC, Noto Sans CJK JP, Noto Sans Devanagari, PingFang SC, Hiragino Sans, Microsoft YaHei, Malgun Gothic, "
+    "Nirmala UI, Arial Unicode MS, Last Resort High-Efficiency"
+).split(", ")
 
 
 def text_mask(text: str, size: float, bold: bool = False) -> Image.Image:
@@ -109,9 +109,9 @@ def _font_with(character: str, bold: bool) -> str:
 @cache
 def _coverage(default: str) -> list[tuple[str, frozenset[int]]]:
     """Returns files of fonts and the characters that each has."""
-    from matplotlib import font_manager
+    from matplotlib.font_manager import FontProperties, findfont, get_font_names
     from matplotlib.ft2font import FT2Font
 
-    installed = set(font_manager.get_font_names())
-    paths = [default, *(str(font_manager.findfont(name)) for name in _MORE_SCRIPTS if name in installed)]
+    installed = [FontProperties(family=[name]) for name in _MORE_SCRIPTS if name in get_font_names()]
+    paths = [default, *(str(findfont(font)) for font in installed)]
     return [(path, frozenset(FT2Font(path).get_charmap())) for path in paths]

@@ -12,7 +12,6 @@ from transformers import AutoConfig
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from iclip_hf.explainers import make_explainer
-from iclip_hf.explainers.last_block import gaussian_window
 from iclip_hf.explainers.legrad import _mean_mlp
 from iclip_hf.modeling_iclip import load_tower
 
@@ -104,20 +103,6 @@ def test_the_last_block_token_by_token(made, method, weights, options, kept):
         torch.testing.assert_close(maps[image].flatten(1), expected, atol=1e-5, rtol=1e-3)
 
 
-def test_the_window_by_hand():
-    e = math.exp
-    window = gaussian_window((2, 2), 1.0, 5)
-    near, far = e(-1 / 2), e(-1)
-    expected = [
-        [0, 0, 0, 0, 0],
-        [0, 1, near, near, far],
-        [0, near, 1, far, near],
-        [0, near, far, 1, near],
-        [0, far, near, near, 1],
-    ]
-    torch.testing.assert_close(window, torch.tensor(expected))
-
-
 # ProxyCLIP
 
 
@@ -185,13 +170,6 @@ def test_proxyclip_asks_the_proxy_for_the_models_grid(made, tmp_path):
     maps = explainer.raw_maps(pixels(), explainer.model.encode_texts(LABELS, ["{}"]))[0]
     assert seen == [(2, 3, 16, 24)]
     torch.testing.assert_close(maps, maps_of(model, processor, "maskclip"), atol=1e-5, rtol=1e-4)
-
-
-def test_proxyclip_refuses_a_text_tower_as_proxy(made, tmp_path):
-    model, processor, _ = made("clip")
-    tiny_model().text_model.save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="proxy.*'bert'"):
-        make_explainer((model, processor), "proxyclip", proxy=str(tmp_path))
 
 
 # LeGrad and Grad-ECLIP

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torchvision
 from conftest import tiny_model
-from families import GRID, LABELS, NEED_BLOCKS, PAIRS, WIDE, cosine_map, drawn, images, pixels
+from families import GRID, LABELS, NEED_BLOCKS, PAIRS, WIDE, cosine_map, drawn, images, maps_by, pixels
 from torch import nn
 from torch.nn import functional as F
 from transformers import Siglip2ImageProcessor
@@ -224,8 +224,7 @@ def test_attention_of_siglip_is_its_heads(made):
 @pytest.mark.parametrize("norm", ["minmax", "quantile"])
 def test_attention_of_iclip_is_its_own(norm, tiny_processor):
     model = tiny_model(attention_norm=norm)
-    explainer = make_explainer((model, tiny_processor), "attention")
-    maps, _ = explainer.raw_maps(pixels(), explainer.model.encode_texts(["dog"]))
+    _, _, maps = maps_by((model, tiny_processor), "attention", labels=["dog"])
     with torch.no_grad():
         attention = model.get_image_features(pixels()).attention
     torch.testing.assert_close(maps[:, 0], attention.unflatten(-1, GRID), atol=1e-5, rtol=0)
@@ -234,9 +233,8 @@ def test_attention_of_iclip_is_its_own(norm, tiny_processor):
 @pytest.mark.parametrize("affinity", [0.0, 3.0])
 def test_attention_affinity_is_each_patchs_mean_over_its_like(affinity, tiny_processor):
     model = tiny_model(map_affinity=affinity)
-    explainer = make_explainer((model, tiny_processor), "attention_affinity")
-    maps, scores = explainer.raw_maps(pixels(), explainer.model.encode_texts(LABELS))
-    assert maps.shape == (2, len(LABELS), *GRID) and scores.shape == (2, len(LABELS))
+    _, _, maps = maps_by((model, tiny_processor), "attention_affinity")
+    assert maps.shape == (2, len(LABELS), *GRID)
     with torch.no_grad():
         image = model.get_image_features(pixels())
     for tokens, attention, of_texts in zip(image.patch_tokens, image.attention, maps):
@@ -269,9 +267,7 @@ def test_grad_cam_against_one_backward_an_image_and_text(made, layer, activation
 def test_grad_cam_of_a_resnet_weighs_its_last_feature_map(made):
     model, tokenizer, size = made("open_clip_resnet")
     model = copy.deepcopy(model).double()  # its channels cancel to a fraction of their size
-    explainer = make_explainer((model, tokenizer), "grad_cam")
-    texts = explainer.model.encode_texts(LABELS)
-    maps, _ = explainer.raw_maps(pixels(size), texts)
+    _, texts, maps = maps_by((model, tokenizer), "grad_cam", size)
     visual = model.visual
     features = visual.layer4(visual.layer3(visual.layer2(visual.layer1(visual.stem(pixels(size).double())))))
     logits = model.logit_scale.exp() * F.normalize(visual.attnpool(features), dim=-1) @ texts.text_embeds.T.double()
@@ -312,9 +308,7 @@ def test_bi_modal_against_the_whole_relevance_matrix(made, layer):
 def test_bi_modal_adds_the_rows_of_all_tokens_that_the_score_reads(options, one_row, tiny_processor):
     """On transformers' own eager attention; the score is made from the tower's output here."""
     model = tiny_model(**options)
-    explainer = make_explainer((model, tiny_processor), "bi_modal")
-    texts = explainer.model.encode_texts(LABELS)
-    maps, _ = explainer.raw_maps(pixels(), texts)
+    _, texts, maps = maps_by((model, tiny_processor), "bi_modal")
     reference = eager(model)
     reference.vision_model.requires_grad_(True)
     outputs = reference.vision_model(pixels()[:1], interpolate_pos_encoding=True, output_attentions=True)
@@ -333,9 +327,7 @@ def test_bi_modal_adds_the_rows_of_all_tokens_that_the_score_reads(options, one_
 def test_bi_modal_of_a_pooling_head_follows_finite_differences(made):
     """The head alone in float64, its weights moved one by one."""
     model, processor, size = made("siglip")
-    explainer = make_explainer((model, processor), "bi_modal")
-    texts = explainer.model.encode_texts(LABELS[:1])
-    maps, _ = explainer.raw_maps(pixels(size, 1), texts)
+    _, texts, maps = maps_by((model, processor), "bi_modal", size, 1, labels=LABELS[:1])
     text = texts.text_embeds[0].double()
     with torch.no_grad():
         head = copy.deepcopy(model.vision_model.head).double()

@@ -52,10 +52,12 @@ def check_text(text: str) -> str:
 def check_templates(templates: str | Sequence[str]) -> list[str]:
     """Returns prompts as a list, those of `NAMED_TEMPLATES` for its names. `ValueError` unless each has exactly one `{}`."""
     templates = [templates] if isinstance(templates, str) else list(templates)
-    if len(templates) == 1:
-        templates = NAMED_TEMPLATES.get(templates[0], templates)
-    if not templates or any(template.count("{}") != 1 for template in templates):
+    for name, named in NAMED_TEMPLATES.items():
+        if templates == [name]:
+            return list(named)
+    if not templates or any(not isinstance(one, str) or one.count("{}") != 1 for one in templates):
+        names = list(NAMED_TEMPLATES)
         raise ValueError(
-            f'A template has one {{}}, such as "a photo of the {{}}", or is one of {list(NAMED_TEMPLATES)}: got {templates}.'
+            f'A template has one {{}}, such as "a photo of the {{}}", or is one of {names}, not {templates}.'
         )
-    return list(templates)
+    return templates

@@ -74,7 +74,7 @@ class Localizer:
         self.model = self.explainer.model
         self.templates = check_templates(self.model.templates if templates is None else templates)
         self.min_presence, self.image_size, self.words, self.refine = min_presence, image_size, words, refine
-        self._method = {"method": method, **method_options, **self.explainer.content}
+        self._method = {"method": method, **method_options}
         self._ask(texts, threshold)
 
     def _ask(self, texts: str | Sequence[str], threshold: float | Sequence[float]) -> None:
@@ -90,7 +90,8 @@ class Localizer:
     def settings(self) -> dict:
         """Everything that results depend on besides the images, as plain values. Computes the identity of the model."""
         names = ("texts", "thresholds", "templates", "min_presence", "image_size", "words", "refine")
-        return {**self.model.identity, **self._method, **{name: getattr(self, name) for name in names}}
+        own = {name: getattr(self, name) for name in names}
+        return {**self.model.identity, **self._method, **self.explainer.content, **own}
 
     def about(self, texts: str | Sequence[str], threshold: float | Sequence[float] = 0.5) -> Localizer:
         """Returns a localizer for other texts that shares the prepared model."""

@@ -44,9 +44,6 @@ def find_regions(heatmap: np.ndarray, mask: np.ndarray, min_area: float = MIN_AR
         heatmap (`np.ndarray` of shape `(H, W)`): the map of the mask, in [0, 1].
         mask (`np.ndarray` of shape `(H, W)`): boolean.
         min_area (`float`): smaller parts are left out, as a share of the image's area, in [0, 1].
-
-    Raises:
-        `ValueError`: the shapes differ.
     """
     if heatmap.shape != mask.shape:
         raise ValueError(f"The map has the shape {heatmap.shape}, but the mask {mask.shape}.")

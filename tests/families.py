@@ -109,9 +109,14 @@ def cosine_map(patches, texts, grid):
     return torch.einsum("bnp,tp->btn", F.normalize(patches, dim=-1), F.normalize(texts, dim=-1)).unflatten(-1, grid)
 
 
-def drawn(made, family, method="itsm", *, labels=LABELS, templates=None, **options):
-    """Model and processor of the family, an explainer, encoded labels, and the raw maps of two images."""
-    model, processor, size = made(family)
-    explainer = make_explainer((model, processor), method, **options)
+def maps_by(given, method="itsm", size=(32, 48), batch=2, *, labels=LABELS, templates=None, **options):
+    """An explainer of a model with its processor, encoded labels, and their raw maps in images of noise."""
+    explainer = make_explainer(given, method, **options)
     texts = explainer.model.encode_texts(labels, templates)
-    return model, processor, explainer, texts, explainer.raw_maps(pixels(size), texts)[0]
+    return explainer, texts, explainer.raw_maps(pixels(size, batch), texts)[0]
+
+
+def drawn(made, family, method="itsm", **options):
+    """Model and processor of the family, and what `maps_by` returns for them."""
+    model, processor, size = made(family)
+    return model, processor, *maps_by((model, processor), method, size, **options)

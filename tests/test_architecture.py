@@ -21,7 +21,7 @@ ROOMS = [
     "hub",
     "evaluate_metrics",
     "evaluation",
-    "figures",
+    "plots",
     "explainers",
     "models",
     "data",

@@ -7,7 +7,7 @@ from conftest import iclip, noise, tiny_model
 from PIL import Image
 
 from iclip_hf import explain
-from iclip_hf.figures import sheets
+from iclip_hf.plots import sheets
 from iclip_hf.presence import presence_word
 
 

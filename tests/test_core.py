@@ -67,7 +67,7 @@ class OneMap(Explainer):
 
 @pytest.fixture
 def registry(monkeypatch):
-    monkeypatch.setattr("iclip_hf.explainers.explainer._registered", {})
+    monkeypatch.setattr("iclip_hf.explainers._registered", {})
 
 
 def test_a_method_with_another_number_of_maps_is_named_with_both_shapes(tiny_processor, registry):

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torchvision
 from conftest import tiny_model
-from families import GRID, LABELS, NEED_BLOCKS, PAIRS, WIDE, cosine_map, drawn, images, pixels
+from families import GRID, LABELS, NEED_BLOCKS, PAIRS, WIDE, cosine_map, drawn, images, maps_by, pixels
 from torch import nn
 from torch.nn import functional as F
 from transformers import Siglip2ImageProcessor
@@ -33,6 +33,7 @@ def test_batch_order_and_texts_do_not_matter(made, family, method):
     assert maps.dtype == scores.dtype == torch.float32 and not maps.requires_grad and not scores.requires_grad
     assert maps.shape[:2] == scores.shape == (2, 3) and scores.abs().max() <= 1 + 1e-6
     assert maps.std() > 0  # a live map, or comparing would prove nothing
+    assert (maps != maps[:, :1]).any() == explainer.sees_text and not torch.equal(maps[0], maps[1])
     assert torch.equal(pixel_values, before)
 
     for index in range(2):
@@ -55,31 +56,16 @@ def test_batch_order_and_texts_do_not_matter(made, family, method):
     torch.testing.assert_close(score, torch.stack([scores[0], scores[1].flip(0)]), atol=1e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize(("family", "method"), PAIRS)
-def test_a_method_says_whether_it_sees_the_text(made, family, method):
-    model, processor, explainer, texts, maps = drawn(made, family, method)
-    assert (maps != maps[:, :1]).any() == explainer.sees_text
-    assert not torch.equal(maps[0], maps[1])  # but every one the image
-
-
 def snapshot(model):
     modules = [
-        (
-            name,
-            type(module),
-            module.training,
-            len(module._forward_hooks),
-            len(module._forward_pre_hooks),
-            set(vars(module)),
-        )
-        for name, module in model.named_modules()
+        (name, type(one), one.training, len(one._forward_hooks), len(one._forward_pre_hooks), set(vars(one)))
+        for name, one in model.named_modules()
     ]
     tensors = [
         (name, tensor.data_ptr(), tensor._version, tensor.requires_grad, tensor.grad)
         for name, tensor in model.named_parameters()
     ]
-    config = copy.deepcopy(model.config.to_dict()) if hasattr(model, "config") else None
-    return modules, tensors, config
+    return modules, tensors, copy.deepcopy(model.config.to_dict()) if hasattr(model, "config") else None
 
 
 @pytest.mark.parametrize(("family", "method"), PAIRS)
@@ -88,16 +74,15 @@ def test_the_model_stays_as_it_was(made, family, method):
     model.train()
     before = snapshot(model)
     explainer = make_explainer((model, processor), method)
-    texts = explainer.model.encode_texts(LABELS)
-    explainer.raw_maps(explainer.model.processor(images=images())["pixel_values"], texts)
+    texts, pixel_values = explainer.model.encode_texts(LABELS), pixels(size)
+    expected = explainer.raw_maps(pixel_values, texts)[0]
     with pytest.raises((ValueError, RuntimeError)):
         explainer.raw_maps(torch.zeros(1, 4, *size), texts)
     assert snapshot(model) == before
     # and the explainer is as before: what was being recorded is gone
-    again = explainer.raw_maps(explainer.model.processor(images=images())["pixel_values"], texts)[0]
+    torch.testing.assert_close(explainer.raw_maps(pixel_values, texts)[0], expected)
     model.eval()
-    fresh = make_explainer((model, processor), method)
-    torch.testing.assert_close(again, fresh.raw_maps(fresh.model.processor(images=images())["pixel_values"], texts)[0])
+    torch.testing.assert_close(make_explainer((model, processor), method).raw_maps(pixel_values, texts)[0], expected)
 
 
 # One method that encodes the image, one that records its layers, and one that differentiates.
@@ -113,18 +98,15 @@ def test_scores_are_the_models_own(made, family, method):
         if family.startswith("open_clip"):
             image, text = model.encode_image(pixel_values), model.encode_text(processor(texts))
         else:
-            options = {"siglip": {"padding": "max_length", "max_length": 77}}.get(
-                family.rstrip("2"), {"padding": True}
-            )
-            tokens = processor.tokenizer(texts, return_tensors="pt", **options)
+            padding = {"padding": "max_length", "max_length": 77} if "siglip" in family else {"padding": True}
+            tokens = processor.tokenizer(texts, return_tensors="pt", **padding)
             text = model.get_text_features(**tokens).pooler_output
             if family == "siglip2":
                 patches, mask, shapes = naflex(pixel_values)
                 image = model.get_image_features(patches, mask, shapes).pooler_output
             else:
-                image = model.get_image_features(
-                    pixel_values, **({} if family == "iclip" else {"interpolate_pos_encoding": True})
-                ).pooler_output
+                options = {} if family == "iclip" else {"interpolate_pos_encoding": True}
+                image = model.get_image_features(pixel_values, **options).pooler_output
         expected = F.normalize(image, dim=-1) @ F.normalize(text, dim=-1).T
     scores = explainer.raw_maps(pixel_values, explainer.model.encode_texts(LABELS, ["a photo of the {}"]))[1]
     torch.testing.assert_close(scores, expected, atol=1e-5, rtol=1e-4)
@@ -242,8 +224,7 @@ def test_attention_of_siglip_is_its_heads(made):
 @pytest.mark.parametrize("norm", ["minmax", "quantile"])
 def test_attention_of_iclip_is_its_own(norm, tiny_processor):
     model = tiny_model(attention_norm=norm)
-    explainer = make_explainer((model, tiny_processor), "attention")
-    maps, _ = explainer.raw_maps(pixels(), explainer.model.encode_texts(["dog"]))
+    _, _, maps = maps_by((model, tiny_processor), "attention", labels=["dog"])
     with torch.no_grad():
         attention = model.get_image_features(pixels()).attention
     torch.testing.assert_close(maps[:, 0], attention.unflatten(-1, GRID), atol=1e-5, rtol=0)
@@ -252,9 +233,8 @@ def test_attention_of_iclip_is_its_own(norm, tiny_processor):
 @pytest.mark.parametrize("affinity", [0.0, 3.0])
 def test_attention_affinity_is_each_patchs_mean_over_its_like(affinity, tiny_processor):
     model = tiny_model(map_affinity=affinity)
-    explainer = make_explainer((model, tiny_processor), "attention_affinity")
-    maps, scores = explainer.raw_maps(pixels(), explainer.model.encode_texts(LABELS))
-    assert maps.shape == (2, len(LABELS), *GRID) and scores.shape == (2, len(LABELS))
+    _, _, maps = maps_by((model, tiny_processor), "attention_affinity")
+    assert maps.shape == (2, len(LABELS), *GRID)
     with torch.no_grad():
         image = model.get_image_features(pixels())
     for tokens, attention, of_texts in zip(image.patch_tokens, image.attention, maps):
@@ -287,9 +267,7 @@ def test_grad_cam_against_one_backward_an_image_and_text(made, layer, activation
 def test_grad_cam_of_a_resnet_weighs_its_last_feature_map(made):
     model, tokenizer, size = made("open_clip_resnet")
     model = copy.deepcopy(model).double()  # its channels cancel to a fraction of their size
-    explainer = make_explainer((model, tokenizer), "grad_cam")
-    texts = explainer.model.encode_texts(LABELS)
-    maps, _ = explainer.raw_maps(pixels(size), texts)
+    _, texts, maps = maps_by((model, tokenizer), "grad_cam", size)
     visual = model.visual
     features = visual.layer4(visual.layer3(visual.layer2(visual.layer1(visual.stem(pixels(size).double())))))
     logits = model.logit_scale.exp() * F.normalize(visual.attnpool(features), dim=-1) @ texts.text_embeds.T.double()
@@ -330,9 +308,7 @@ def test_bi_modal_against_the_whole_relevance_matrix(made, layer):
 def test_bi_modal_adds_the_rows_of_all_tokens_that_the_score_reads(options, one_row, tiny_processor):
     """On transformers' own eager attention; the score is made from the tower's output here."""
     model = tiny_model(**options)
-    explainer = make_explainer((model, tiny_processor), "bi_modal")
-    texts = explainer.model.encode_texts(LABELS)
-    maps, _ = explainer.raw_maps(pixels(), texts)
+    _, texts, maps = maps_by((model, tiny_processor), "bi_modal")
     reference = eager(model)
     reference.vision_model.requires_grad_(True)
     outputs = reference.vision_model(pixels()[:1], interpolate_pos_encoding=True, output_attentions=True)
@@ -351,9 +327,7 @@ def test_bi_modal_adds_the_rows_of_all_tokens_that_the_score_reads(options, one_
 def test_bi_modal_of_a_pooling_head_follows_finite_differences(made):
     """The head alone in float64, its weights moved one by one."""
     model, processor, size = made("siglip")
-    explainer = make_explainer((model, processor), "bi_modal")
-    texts = explainer.model.encode_texts(LABELS[:1])
-    maps, _ = explainer.raw_maps(pixels(size, 1), texts)
+    _, texts, maps = maps_by((model, processor), "bi_modal", size, 1, labels=LABELS[:1])
     text = texts.text_embeds[0].double()
     with torch.no_grad():
         head = copy.deepcopy(model.vision_model.head).double()

@@ -9,7 +9,6 @@ from iclip_hf.explanation import Explanation
 from iclip_hf.label_maps import BACKGROUND_LABEL, label_map, segments
 from iclip_hf.modeling_iclip import ICLIPOutput
 from iclip_hf.prompts import IMAGENET_TEMPLATES, check_templates
-from iclip_hf.similarity import resize_and_normalize
 
 
 SIZE = (13, 22)
@@ -44,26 +43,9 @@ def test_label_map_equals_a_loop_over_pixels(classes, threshold, logit_scale):
     assert len(labels.unique()) > 1 and labels.min() >= -1 and labels.max() <= 3
 
 
-def test_a_single_text_has_the_mask_of_its_map():
-    raw = torch.rand(1, 4, 5, generator=torch.Generator().manual_seed(1))
-    labels, confidence = label_map(raw, SIZE, threshold=0.5)
-    heatmap = resize_and_normalize(raw, SIZE)[0]
-    assert torch.allclose(confidence, heatmap, atol=1e-5)
-    assert torch.equal(labels, torch.where(heatmap > 0.5, 0, BACKGROUND_LABEL))
-    assert (label_map(raw, SIZE, threshold=1.0)[0] == BACKGROUND_LABEL).all()  # though the confidence reaches 1
-
-
-def test_permuted_texts_have_permuted_labels_and_a_scale_changes_no_winner():
-    raw = torch.rand(5, 4, 6, generator=torch.Generator().manual_seed(2))
-    order = torch.tensor([3, 0, 4, 1, 2])
-    labels, confidence = label_map(raw, SIZE)
-    permuted, other = label_map(raw[order], SIZE)
-    assert torch.equal(order[permuted], labels) and torch.equal(confidence, other)
-    scaled, same = label_map(7 * raw - 3, SIZE)
-    assert torch.equal(scaled, labels) and torch.allclose(same, confidence, atol=1e-5)
-
-
 def test_constant_and_equal_maps():
+    raw = torch.rand(1, 4, 5, generator=torch.Generator().manual_seed(1))
+    assert (label_map(raw, SIZE, threshold=1.0)[0] == BACKGROUND_LABEL).all()  # though the confidence reaches 1
     constant = torch.full((3, 4, 4), 0.3)
     constant[1] = 0.7
     labels, confidence = label_map(constant, SIZE)
@@ -119,13 +101,6 @@ def test_segments_equal_a_loop_over_pixels(present, thresholds, background):
     assert found.dtype == torch.int64 and torch.equal(found, expected)
 
 
-def test_a_strong_text_hides_no_other_outside_of_its_mask():
-    raw = torch.zeros(2, 2, 8)
-    raw[0], raw[1] = torch.linspace(0.9, 0.6, 8), torch.linspace(0.1, 0.3, 8)  # everywhere below the first
-    found = segments(raw, (2, 8), torch.ones(2, dtype=torch.bool), 0.5)
-    assert found[0].tolist() == [0, 0, 0, 0, 1, 1, 1, 1]
-
-
 def test_segments_of_constant_and_no_maps():
     both = torch.ones(2, dtype=torch.bool)
     constant = torch.full((2, 4, 4), 0.3)
@@ -164,8 +139,6 @@ def test_an_explanation_segments_by_its_own_masks(is_reversed):
     assert torch.equal(found, segments(signed, SIZE, presence > 0.7, thresholds))
     assert torch.equal(explanation.label_map(background=[2]), found.masked_fill(found == 2, -1))
     assert torch.equal(explanation.label_map(0.8), segments(signed, SIZE, presence > 0.7, 0.8))
-    with pytest.raises(ValueError, match="threshold"):
-        explanation.label_map([0.5, 0.5, 0.5])
 
 
 def test_templates_by_name(tiny_processor):
@@ -178,5 +151,5 @@ def test_templates_by_name(tiny_processor):
     assert check_templates("imagenet") == check_templates(["imagenet"]) == list(IMAGENET_TEMPLATES)
     batch = tiny_processor(labels=["dog", "cat"], templates="imagenet")
     assert batch["num_templates"] == 80 and len(batch["input_ids"]) == 160
-    with pytest.raises(ValueError, match=r"one of the names \['imagenet'\], got \['imagenet', '{}'\]"):
+    with pytest.raises(ValueError, match="imagenet"):
         check_templates(["imagenet", "{}"])

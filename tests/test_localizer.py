@@ -1,4 +1,5 @@
 import io
+import itertools
 import json
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
@@ -7,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from conftest import noise, presence_among, tiny_model
+from conftest import presence_among, tiny_model
 from PIL import Image
 from transformers import CLIPImageProcessor
 
@@ -71,13 +72,11 @@ def test_many_images_give_what_each_gives_alone(tiny_processor):
 
     with ThreadPoolExecutor(2) as pool:
         found = list(localizer.explain_all(load, [0, "absent", 1, 0, 1], pool, batch_size=2))
-    assert [one.name for one in found] == ["image 0", "there is none", "image 1", "image 0", "image 1"]
-    assert found[1] == ("there is none", None, None)
-    alone = explained(localizer)
-    for position, index in ((0, 0), (2, 1), (3, 0), (4, 1)):
-        one = found[position]
-        assert one.image is IMAGES[index] and one.explanation.size == (one.image.height, one.image.width)
-        assert_same(one.explanation, alone[index])
+    assert [name for name, _ in found] == ["image 0", "there is none", "image 1", "image 0", "image 1"]
+    assert found.pop(1)[1] is None
+    for (_, one), image, alone in zip(found, IMAGES * 2, explained(localizer) * 2, strict=True):
+        assert one.image is image and one.size == (image.height, image.width)
+        assert_same(one, alone)
 
 
 def assert_same(one, other):
@@ -120,25 +119,18 @@ def test_maps_masks_regions_and_record_of_an_explanation(tiny_processor):
     answer = json.loads(json.dumps(explanation.to_dict()))
     assert (answer["height"], answer["width"]) == (40, 60)
     record = answer["texts"]
-    assert [one["text"] for one in record] == TEXTS and [
-        one["presence"] for one in record
-    ] == explanation.presence.tolist()
+    assert [one["text"] for one in record] == TEXTS
+    assert [one["presence"] for one in record] == explanation.presence.tolist()
     assert [one["score"] for one in record] == pytest.approx(explanation.scores.tolist(), abs=1e-4)
     assert record[2]["regions"] == []
-    for index in range(2):
-        assert [one["box"] for one in record[index]["regions"]] == [
-            list(one.box) for one in explanation.regions(index)
-        ]
+    for index, (one, array) in enumerate(explanation.records_and_masks()):
         mask = explanation.mask(index)
-        assert all(mask[y, x] for region in record[index]["regions"] for x, y in region["positive_points"])
-        assert not any(mask[y, x] for region in record[index]["regions"] for x, y in region["negative_points"])
-    for index, (one, mask) in enumerate(explanation.records_and_masks()):
-        assert {**one, "mask": run_lengths(mask)} == record[index]
-        assert (mask == explanation.mask(index).numpy()).all()
+        assert [region["box"] for region in one["regions"]] == [list(part.box) for part in explanation.regions(index)]
+        assert all(mask[y, x] for region in one["regions"] for x, y in region["positive_points"])
+        assert not any(mask[y, x] for region in one["regions"] for x, y in region["negative_points"])
+        assert {**one, "mask": run_lengths(array)} == record[index] and (array == mask.numpy()).all()
     score = explanation.scores[0].item()
-    assert (
-        repr(explanation).startswith(f"Explanation('dog': {score:.2f}, 'red ball': ") and len(repr(explanation)) < 80
-    )
+    assert repr(explanation).startswith(f"Explanation('dog': {score:.2f}, 'red ball': ")
 
 
 def test_the_reversed_map_is_one_minus_the_map_to_the_last_bit(tiny_processor):
@@ -297,14 +289,6 @@ def test_presence_separates_classes_better_than_the_cosine_and_is_calibrated(icl
         assert truth[inside].mean() == pytest.approx(probable[inside].mean(), rel=0.5, abs=0.02)
 
 
-def test_a_map_is_taken_by_its_index_as_from_a_list(tiny_processor):
-    (explanation,) = explain((tiny_model(), tiny_processor), [noise((8, 6)).convert("L")], ["dog", "cat"])
-    assert explanation.map(-1).equal(explanation.map(1)) and explanation.map(-2).equal(explanation.maps[0])
-    for index in (2, -3):
-        with pytest.raises(IndexError, match=f"no text {index}.* has 2"):
-            explanation.map(index)
-
-
 def test_a_text_is_named_by_itself_or_by_its_index(tiny_processor):
     localizer = Localizer(
         (tiny_model(), tiny_processor), TEXTS, threshold=[0.3, 0.5, 0.7], min_presence=0, words="grad_eclip"
@@ -321,14 +305,11 @@ def test_a_text_is_named_by_itself_or_by_its_index(tiny_processor):
     assert found.label_map(background=["car"]).equal(found.label_map(background=[2]))
     with pytest.raises(KeyError, match="horse"):
         found["horse"]
-    for index in (3, -4):
-        for ask in (found.__getitem__, found.mask, found.regions):
-            with pytest.raises(IndexError, match=str(index)):
-                ask(index)
-    for ask in (found.mask, found.regions):
-        for threshold in (5.0, -3, float("nan")):
-            with pytest.raises(ValueError, match="threshold"):
-                ask("dog", threshold)
+    for ask, index in itertools.product((found.__getitem__, found.map, found.regions), (3, -4)):
+        with pytest.raises(IndexError):
+            ask(index)
+    with pytest.raises(ValueError, match="threshold"):
+        found.mask("dog", float("nan"))
 
 
 def test_a_notebook_shows_the_picture(tiny_processor):
@@ -362,12 +343,3 @@ def test_one_string_is_several_texts_and_a_list_is_taken_as_it_is(tiny_processor
         assert tiny_processor(labels=texts)["input_ids"].equal(tiny_processor(labels=labels)["input_ids"])
         assert load(model).encode_texts(split_texts(texts)).text_embeds.shape[0] == len(labels)
     assert len(tiny_processor(text="dog, cat")["input_ids"]) == 1  # not a label: a text as it is
-
-
-def test_progress_is_shown_on_request(tiny_processor, capsys):
-    images, model = [Image.new("RGB", (32, 32))] * 3, (tiny_model(), tiny_processor)
-    explain(model, images, "dog")
-    assert capsys.readouterr() == ("", "")
-    explain(model, images, "dog", progress=True)
-    out, err = capsys.readouterr()
-    assert not out and "3/3" in err

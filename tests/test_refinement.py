@@ -133,33 +133,24 @@ def test_label_maps_are_those_of_refined_maps_of_the_whole_image(labelled_folder
 
 
 def test_commands_refine(labelled_folder, world, tmp_path, capsys):
-    model = ["--model", world.folder / "model"]
-    data = ["evaluate", "--dataset", "folder", "--data-root", labelled_folder, "--json", *model]
-    photo = next((labelled_folder / "images").iterdir())
-    asked = [photo, "--text", "dog", "--min-presence", "0", "--json", *model]
-    answers = {}
-    for refine in ("--no-refine", "--refine"):
-        for command in (
-            [*data, "--task", "interpretability"],
-            [*data, "--task", "segmentation", "--threshold", "0.5"],
-            ["segment", *asked, "--output", tmp_path / "a.png", "--overwrite"],
-            ["explain", *asked, "--output", tmp_path / "b.png"],
-        ):
-            assert iclip(*command, refine) == 0
-            answers.setdefault(tuple(command), []).append(capsys.readouterr().out)
-    assert all(plain != refined for plain, refined in answers.values())
-    for command, refined in (("segment", True), ("explain", False)):  # by default
-        assert iclip(command, *asked) == 0
-        found = json.loads(capsys.readouterr().out)
-        (expected,) = (json.loads(answers[one][refined]) for one in answers if one[0] == command)
-        name = "segments" if command == "segment" else "texts"
-        assert found[name] == expected[name]
-    pictures = {}
-    for refine in ([], ["--no-refine"], ["--refine"]):
-        output = tmp_path / f"{len(pictures)}.png"
-        assert iclip("compare", photo, "--text", "dog", "--output", output, *model, *refine) == 0
-        pictures[(*refine,)] = output.read_bytes()
-    assert pictures[()] == pictures["--no-refine",] != pictures["--refine",]
+    """On request, `iclip segment` by default."""
+    photo, model = next((labelled_folder / "images").iterdir()), ["--model", world.folder / "model"]
+    asked = [photo, "--text", "dog", *model]
+
+    def answer(*command):
+        assert iclip(*command) == 0
+        return capsys.readouterr().out, [path.read_bytes() for path in tmp_path.iterdir()]
+
+    for by_default, command in (
+        (True, ["segment", *asked, "--min-presence", 0, "--json"]),
+        (False, ["explain", *asked, "--min-presence", 0, "--json"]),
+        (False, ["compare", *asked, "--output", tmp_path / "a.png"]),
+    ):
+        plain, refined, usual = (answer(*command, *option) for option in (["--no-refine"], ["--refine"], []))
+        assert plain != refined and usual == (refined if by_default else plain)
+    data = ["evaluate", "--dataset", "folder", "--data-root", labelled_folder, "--limit", 2, "--json", *model]
+    for refine in ("refine", "no-refine"):
+        assert json.loads(answer(*data, f"--{refine}")[0])["protocol"]["refine"] is (refine == "refine")
 
 
 def test_pipelines_refine(tiny_processor):

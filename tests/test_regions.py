@@ -1,5 +1,4 @@
 import json
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -47,14 +46,6 @@ def test_two_objects_by_hand():
     assert positive_points(heatmap, first).tolist() == [[7, 0]]
 
 
-def test_regions_are_equal_by_what_they_hold():
-    heatmap, mask = random_maps(0)
-    regions, same = (find_regions(heatmap, mask) for _ in range(2))
-    assert regions == same and set(regions) == set(same) and len(regions) == len(set(regions)) > 1
-    first = regions[0]
-    assert first != replace(first, runs=first.runs[:-1]) and first != first.box
-
-
 @pytest.mark.parametrize("seed", range(5))
 def test_regions_are_the_parts_of_a_flood_fill(seed):
     heatmap, mask = random_maps(seed)
@@ -67,23 +58,6 @@ def test_regions_are_the_parts_of_a_flood_fill(seed):
     assert found == pytest.approx(expected)
     scores = [region.score for region in regions]
     assert scores == sorted(scores, reverse=True)
-
-
-@pytest.mark.parametrize("seed", range(5))
-def test_points_are_where_they_should_be(seed):
-    heatmap, mask = random_maps(seed)
-    for region in find_regions(heatmap, mask, min_area=0):
-        x0, y0, x1, y1 = region.box
-        own = np.zeros_like(mask)
-        own[y0:y1, x0:x1] = region.inside
-        points = positive_points(heatmap, region, 4)
-        assert all(own[y, x] for x, y in points)
-        peak_x, peak_y = points[0]
-        assert heatmap[peak_y, peak_x] == heatmap[own].max()
-    points = negative_points(heatmap, mask, 4)
-    assert not any(mask[y, x] for x, y in points)
-    distances = np.linalg.norm(points[:, None] - points[None], axis=-1)[np.triu_indices(4, 1)]
-    assert distances.min() >= 13 / 4
 
 
 @pytest.mark.parametrize(("height", "side"), [(26, 3), (34, 4)])
@@ -142,9 +116,7 @@ def test_a_region_and_an_image_too_small_repeat_their_points():
     assert negative_points(heatmap, np.ones((1, 2), bool), 1).tolist() == [[0, 0]]  # nothing is outside
 
 
-@pytest.mark.parametrize(
-    "mask", [random_maps(0)[1], np.ones((3, 5), bool), np.zeros((3, 5), bool), np.eye(4, dtype=bool)]
-)
+@pytest.mark.parametrize("mask", [random_maps(0)[1], np.ones((3, 5), bool), np.zeros((3, 5), bool)])
 def test_run_lengths_are_read_by_pycocotools(mask):
     lengths = json.loads(json.dumps(run_lengths(mask)))
     assert np.array_equal(coco.decode(coco.frPyObjects(lengths, *mask.shape)), mask)
@@ -161,9 +133,9 @@ def test_regions_are_the_mask_in_parts(data, height, width):
         x0, y0, x1, y1 = region.box
         together[y0:y1, x0:x1] += region.inside
         assert region.inside.any(0).all() and region.inside.any(1).all()  # no larger than need be
-        assert all(region.inside[y - y0, x - x0] for x, y in positive_points(heatmap, region, 3))
-    assert np.array_equal(together, mask)
+        points = positive_points(heatmap, region, 3)
+        assert all(region.inside[y - y0, x - x0] for x, y in points)
+        assert heatmap[points[0, 1], points[0, 0]] == heatmap[y0:y1, x0:x1][region.inside].max()
+    assert np.array_equal(together, mask) and regions == find_regions(heatmap, mask, min_area=0)
     assert [region.score for region in regions] == sorted((region.score for region in regions), reverse=True)
     assert all(mask.all() or not mask[y, x] for x, y in negative_points(heatmap, mask, 1))
-    lengths = run_lengths(mask)["counts"]
-    assert np.array_equal(np.repeat(np.arange(len(lengths)) % 2 == 1, lengths).reshape(mask.shape, order="F"), mask)

@@ -11,10 +11,10 @@ from PIL import Image, ImageColor
 from iclip_hf.cli.segment import _save_labels
 from iclip_hf.explainers.localizer import Localizer
 from iclip_hf.explanation import Explanation
-from iclip_hf.figures import sheets
-from iclip_hf.figures.colors import SEGMENTS, label_colors
-from iclip_hf.figures.sheets import label_sheet
 from iclip_hf.models.loading import load_pretrained
+from iclip_hf.plots import sheets
+from iclip_hf.plots.colors import SEGMENTS, label_colors
+from iclip_hf.plots.sheets import label_sheet
 from iclip_hf.regions import run_lengths
 
 

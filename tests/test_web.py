@@ -25,10 +25,10 @@ from PIL import Image, ImageOps
 
 from iclip_hf import explain
 from iclip_hf.demo import content, web, web_server
-from iclip_hf.figures.colors import color_table
 from iclip_hf.label_maps import segments
 from iclip_hf.models.loading import load_iclip
 from iclip_hf.models.onnx import ONNXModel
+from iclip_hf.plots.colors import color_table
 from iclip_hf.presence import MIN_PRESENCE, PRESENT, presence, presence_word
 from iclip_hf.refinement import refine_maps
 from iclip_hf.similarity import resize_and_normalize, resize_maps

@@ -22,18 +22,18 @@ if TYPE_CHECKING:
     from .evaluation.evaluate import evaluate
     from .explainers.localizer import explain
     from .explanation import Explanation
-    from .figures.sheets import draw
     from .modeling_iclip import ICLIPImageFeatures, ICLIPModel, ICLIPOutput, ICLIPTextFeatures
     from .models.embedded import embedded_model
     from .models.loading import load
     from .pipeline_iclip import ImageTextSimilarityMapPipeline, ZeroShotImageSegmentationPipeline
+    from .plots.sheets import draw
     from .processing_iclip import ICLIPProcessor
 
 
 __version__ = "0.2.0.dev0"
 
 _MODULES = {
-    "draw": ".figures.sheets",
+    "draw": ".plots.sheets",
     "embedded_model": ".models.embedded",
     "example_image": ".data.example",
     "evaluate": ".evaluation.evaluate",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
+import importlib.util
 import io
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -66,12 +66,10 @@ class Explanation:
         return f"Explanation({texts}; {height}x{width})"
 
     def _repr_png_(self) -> bytes | None:
-        try:
-            draw = importlib.import_module("iclip_hf").draw
-        except ImportError:  # in the code of an exported model, without the package
+        # In the code of an exported model, the package may not be installed.
+        if self.image is None or importlib.util.find_spec("iclip_hf") is None:
             return None
-        if self.image is None:
-            return None
+        draw = importlib.import_module("iclip_hf").draw
         picture = io.BytesIO()
         draw(self, self.image).save(picture, "PNG")
         return picture.getvalue()
@@ -95,13 +93,9 @@ class Explanation:
 
     def index(self, text: int | str) -> int:
         """Returns the index of a text, from 0. Raises `IndexError` or `KeyError` if there is no such text."""
-        if isinstance(text, str):
-            if text not in self.labels:
-                raise KeyError(f"{text!r} is none of the texts {self.labels}")
-            return self.labels.index(text)
-        if not -len(self) <= text < len(self):
-            raise IndexError(f"There is no text {text}: the explanation has {len(self)}, from 0 to {len(self) - 1}.")
-        return text % len(self)
+        if isinstance(text, str) and text not in self.labels:
+            raise KeyError(f"{text!r} is none of the texts {self.labels}")
+        return self.labels.index(text) if isinstance(text, str) else range(len(self))[text]
 
     @property
     def maps(self) -> torch.Tensor:

@@ -20,22 +20,19 @@ def segments(
 ) -> torch.Tensor:
     """
     Assigns each pixel to one of the texts that are present, or to the background. A text competes for the pixels of its own mask,
-    where its map is above the threshold. Of overlapping masks, the one with the highest raw value takes the pixel. So the segments
-    together cover what the masks cover, and a text with a strong map takes no pixel outside of its own mask.
+    where its map is above the threshold. Of overlapping masks, the one with the highest raw value takes the pixel, so a text with a
+    strong map takes no pixel outside of its own mask.
 
     Args:
         raw_maps (`torch.Tensor` of shape `(T, h, w)`): raw maps of one image.
         size (`tuple[int, int]`): height and width of the result in pixels.
         present (T `bool`, or a `torch.Tensor` of shape `(T,)`): whether the image shows the text. An absent text gets no pixel.
         threshold (`float` in [0, 1], or T of them, *optional*): a mask holds the pixels whose map, stretched to [0, 1] (Eq. 4), is
-            greater. None makes each mask the whole image.
+            greater. None makes each mask the whole image. `ValueError` if their number is not T.
         background: indices of texts that describe the background. They compete like any other, and their pixels are background.
 
     Returns:
         `torch.Tensor` of shape `(H, W)`, int64: index of the text, or [`BACKGROUND_LABEL`]. Of equal values, the first text counts.
-
-    Raises:
-        `ValueError`: the number of thresholds is not T.
     """
     thresholds = threshold if isinstance(threshold, Sequence) else [threshold] * len(raw_maps)
     found = torch.full(size, BACKGROUND_LABEL, device=raw_maps.device)

@@ -43,30 +43,21 @@ def split_texts(texts: str | Sequence[str]) -> list[str]:
 
 def check_text(text: str) -> str:
     """Returns a text. Raises `ValueError` unless it has a character other than white space and is valid Unicode."""
-    if not text.strip() or not _is_encodable(text):
-        raise ValueError(
-            f"Expected texts with at least one character, in valid Unicode, got {text!r}: correct it or leave it out."
-        )
+    if not text.strip():
+        raise ValueError(f"A text has at least one character, not {text!r}.")
+    text.encode()  # of a lone surrogate, UnicodeEncodeError, which is a ValueError
     return text
 
 
 def check_templates(templates: str | Sequence[str]) -> list[str]:
     """Returns prompts as a list, those of `NAMED_TEMPLATES` for its names. `ValueError` unless each has exactly one `{}`."""
-    templates = [templates] if isinstance(templates, str) else templates
-    if isinstance(templates, Sequence) and len(templates) == 1 and templates[0] in NAMED_TEMPLATES:
-        templates = NAMED_TEMPLATES[templates[0]]
-    fits = isinstance(templates, Sequence) and len(templates) > 0
-    if not fits or any(not isinstance(t, str) or t.count("{}") != 1 for t in templates):
+    templates = [templates] if isinstance(templates, str) else list(templates)
+    for name, named in NAMED_TEMPLATES.items():
+        if templates == [name]:
+            return list(named)
+    if not templates or any(not isinstance(one, str) or one.count("{}") != 1 for one in templates):
+        names = list(NAMED_TEMPLATES)
         raise ValueError(
-            f'Expected templates with one {{}} each, such as "a photo of the {{}}", or one of the names '
-            f"{list(NAMED_TEMPLATES)}, got {templates}: put {{}} where the label belongs."
+            f'A template has one {{}}, such as "a photo of the {{}}", or is one of {names}, not {templates}.'
         )
-    return list(templates)
-
-
-def _is_encodable(text: str) -> bool:
-    try:
-        text.encode()
-    except UnicodeEncodeError:  # a lone surrogate
-        return False
-    return True
+    return templates

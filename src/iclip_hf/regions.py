@@ -24,12 +24,7 @@ class Region:
 
     box: tuple[int, int, int, int]
     score: float
-    runs: np.ndarray = field(repr=False, hash=False)
-
-    def __eq__(self, other) -> bool:
-        if not isinstance(other, Region):
-            return NotImplemented
-        return (self.box, self.score) == (other.box, other.score) and np.array_equal(self.runs, other.runs)
+    runs: np.ndarray = field(repr=False, compare=False)
 
     @cached_property
     def inside(self) -> np.ndarray:
@@ -49,16 +44,9 @@ def find_regions(heatmap: np.ndarray, mask: np.ndarray, min_area: float = MIN_AR
         heatmap (`np.ndarray` of shape `(H, W)`): the map of the mask, in [0, 1].
         mask (`np.ndarray` of shape `(H, W)`): boolean.
         min_area (`float`): smaller parts are left out, as a share of the image's area, in [0, 1].
-
-    Raises:
-        `ValueError`: the shapes differ, or `min_area` is outside [0, 1].
     """
     if heatmap.shape != mask.shape:
-        raise ValueError(f"Expected a mask of the map's shape {heatmap.shape}, got {mask.shape}: resize one of them.")
-    if not 0 <= min_area <= 1:
-        raise ValueError(
-            f"Expected min_area as a share of the image, in [0, 1], got {min_area}: pass a share such as {MIN_AREA}."
-        )
+        raise ValueError(f"The map has the shape {heatmap.shape}, but the mask {mask.shape}.")
     runs = _runs(mask)
     parts = _connected(runs, mask.shape[1])
     lengths, sums = runs[:, 2] - runs[:, 1], _sums(heatmap, runs)

@@ -40,7 +40,7 @@ def run(options: argparse.Namespace) -> None:
     from tqdm import tqdm
 
     from ..explainers.localizer import explain
-    from ..figures.sheets import at_picture_size, comparison_sheet
+    from ..plots.sheets import at_picture_size, comparison_sheet
 
     dpi = resolution(output)
     drawn = at_picture_size(image, dpi)

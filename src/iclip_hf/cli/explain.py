@@ -47,7 +47,7 @@ def run(options: argparse.Namespace) -> int:
     def write(name: str, image, explanation, picture: Path | None) -> dict:
         import numpy as np
 
-        from ..figures.sheets import draw
+        from ..plots.sheets import draw
         from ..utils.files import atomic_write
 
         if picture is not None:

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import TypeVar
 
 from ..data.class_names import DATASETS
-from ..explainers.methods import METHOD_GROUP, METHODS
-from ..figures import COLORMAPS
+from ..explainers import METHOD_GROUP, METHODS
 from ..models import DTYPES, check_model_name
+from ..plots import COLORMAPS
 from ..prompts import check_templates, check_text, split_texts
 
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from ..explainers.methods import METHODS
+from ..explainers import METHODS
 from ..presence import MIN_PRESENCE
 from .options import MODEL, PROMPTS, add_shared, load_model, method, option_type, share
 from .output import PICTURES, check_file, check_folder, complain, echo, model_files, presence_column, printable
@@ -80,11 +80,11 @@ def explain_files(
     localizer = make_localizer(options)
 
     def written(item) -> dict:
-        (image_name, image, explanation), picture = item
-        if image is None:
+        (image_name, explanation), picture = item
+        if explanation is None:
             return {"problem": image_name}
         files = {"picture": str(picture)} if picture else {}
-        return {"image": image_name, **files, **write(image_name, image, explanation, picture)}
+        return {"image": image_name, **files, **write(image_name, explanation.image, explanation, picture)}
 
     whole = 0
     with ThreadPoolExecutor(1) as thread:  # loads images and writes pictures while the model runs

@@ -34,7 +34,7 @@ def add_options(command: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     def write(name: str, image, explanation, picture: Path | None) -> dict:
-        from ..figures.sheets import label_sheet
+        from ..plots.sheets import label_sheet
         from ..regions import run_lengths
 
         background = range(len(options.texts), len(explanation.labels))
@@ -84,7 +84,7 @@ def _save_labels(labels, num_texts: int, path: Path) -> None:
     import numpy as np
     from PIL import Image
 
-    from ..figures.colors import label_colors
+    from ..plots.colors import label_colors
     from ..utils.files import atomic_write
 
     few = num_texts < 255

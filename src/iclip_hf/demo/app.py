@@ -12,8 +12,8 @@ import numpy as np
 from PIL import Image
 
 from .. import __version__
+from ..explainers import METHODS
 from ..explainers.localizer import Localizer, PreparedImage
-from ..explainers.methods import METHODS
 from ..explanation import Explanation
 from ..hub.model_card import front_matter
 from ..images import load_image

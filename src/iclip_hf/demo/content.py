@@ -8,8 +8,8 @@ from typing import NamedTuple
 
 from PIL import Image
 
-from ..figures import COLORMAPS
-from ..figures.colors import OPACITY, SEGMENTS, color_table
+from ..plots import COLORMAPS
+from ..plots.colors import OPACITY, SEGMENTS, color_table
 from ..presence import MIN_PRESENCE, PRESENT
 
 

@@ -14,25 +14,103 @@ Explainers: methods that compute which pixels of an image match a text, for ICLI
 docs/methods.md lists the methods, and what they do with models that have no class token.
 """
 
+from __future__ import annotations
+
+import pkgutil
+from collections.abc import Callable
+from importlib.metadata import entry_points
 from typing import TYPE_CHECKING
 
 from ..utils.lazy import lazy_names
-from .methods import METHODS
 
 
 if TYPE_CHECKING:
-    from .explainer import Explainer, explainer_class, make_explainer, register_explainer, select_texts
+    from .explainer import Explainer, select_texts
     from .words import WORD_METHODS, WordExplainer, WordScore
+
+# Explanation methods: for each its label in the demo, and the module and class here. No torch, because the help of a command lists them.
+METHODS = {
+    "itsm": ("Similarity map (ITSM)", "itsm:ITSM"),
+    "reversed_itsm": ("Reversed similarity map", "itsm:ReversedITSM"),
+    "attention": ("Attention, the same for every text", "attention:Attention"),
+    "attention_affinity": ("Attention spread by affinity, the same for every text", "attention:AttentionAffinity"),
+    "grad_cam": ("Grad-CAM", "grad_cam:GradCAM"),
+    "grad_eclip": ("Grad-ECLIP", "grad_eclip:GradECLIP"),
+    "legrad": ("LeGrad", "legrad:LeGrad"),
+    "bi_modal": ("Bi-modal relevance", "bi_modal:BiModal"),
+    "clip_surgery": ("CLIP Surgery", "clip_surgery:CLIPSurgery"),
+    "gem": ("GEM", "gem:GEM"),
+    "maskclip": ("MaskCLIP", "last_block:MaskCLIP"),
+    "sclip": ("SCLIP", "last_block:SCLIP"),
+    "clearclip": ("ClearCLIP", "last_block:ClearCLIP"),
+    "naclip": ("NACLIP", "last_block:NACLIP"),
+    "proxyclip": ("ProxyCLIP", "proxyclip:ProxyCLIP"),
+    "random": ("Random, independent of image and text", "random_map:RandomMap"),
+}
+# The group of entry points by which other packages add methods: a name, and module and class.
+METHOD_GROUP = "iclip_hf.explainers"
 
 _MODULES = {
     "Explainer": ".explainer",
     "WORD_METHODS": ".words",
     "WordExplainer": ".words",
     "WordScore": ".words",
-    "explainer_class": ".explainer",
-    "make_explainer": ".explainer",
-    "register_explainer": ".explainer",
     "select_texts": ".explainer",
 }
-__all__ = ["METHODS", *_MODULES]
+__all__ = ["METHODS", "explainer_class", "make_explainer", "register_explainer", *_MODULES]
 __getattr__, __dir__ = lazy_names(__name__, _MODULES)
+
+_registered: dict[str, type[Explainer]] = {}
+
+
+def register_explainer(name: str) -> Callable[[type[Explainer]], type[Explainer]]:
+    """
+    Class decorator that makes a method known by a name, in this process. A package adds a method to the command line too by an
+    entry point of the group `iclip_hf.explainers`, such as `name = "package.module:Class"`.
+
+    Example:
+
+    ```python
+    >>> @register_explainer("norm")
+    ... class TokenNorm(Explainer):
+    ...     def forward(self, pixel_values, texts):
+    ...         image, (layer,) = self.model.trace(pixel_values)
+    ...         maps = layer.stream[:, -math.prod(image.grid) :].norm(dim=-1).unflatten(1, image.grid)
+    ...         return maps[:, None].expand(-1, texts.text_embeds.shape[1], -1, -1), image
+    ```
+    """
+
+    def register(explainer: type[Explainer]) -> type[Explainer]:
+        _registered[name] = explainer
+        return explainer
+
+    return register
+
+
+def explainer_class(method: str) -> type[Explainer]:
+    """Returns the class of a method. Raises `ValueError` if it is unknown."""
+    if method in _registered:
+        return _registered[method]
+    if method in METHODS:
+        return pkgutil.resolve_name(f"{__package__}.{METHODS[method][1]}")
+    added = entry_points(group=METHOD_GROUP)
+    if method not in added.names:
+        known = sorted({*METHODS, *_registered, *added.names})
+        raise ValueError(f"There is no method {method!r}, only {known}.")
+    return added[method].load()
+
+
+def make_explainer(model, method: str = "itsm", **method_options) -> Explainer:
+    """
+    Prepares a method for a model.
+
+    Args:
+        model ([`ExplainableModel`]): or anything that [`load`] takes.
+        method (`str`): a name of `METHODS`, or of a registered method, see [`register_explainer`].
+        method_options: of the method, see its class.
+
+    Raises:
+        `ValueError`: the method is unknown, or the model does not support it.
+        `TypeError`: an option is unknown, or the model is of another kind.
+    """
+    return explainer_class(method)(model, **method_options)

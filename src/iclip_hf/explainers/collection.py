@@ -6,15 +6,15 @@ import json
 import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 from PIL import Image
 from tqdm import tqdm
 
 from ..data.pairs import PairDataset, load_pairs
 from ..data.sources import image_files
+from ..explanation import Explanation
 from ..images import load_image
 from ..models.identity import changed
 from ..utils.digests import content_digest
@@ -22,7 +22,7 @@ from ..utils.distributed import shared_folder_lock, this_process
 from ..utils.extras import require_extra
 from ..utils.files import atomic_write, check_new_folder
 from ..utils.prefetch import prefetch_map, spare_processors
-from .localizer import ExplainedImage, Localizer
+from .localizer import Localizer
 
 
 with require_extra("collections"):
@@ -68,20 +68,17 @@ class ImageFolder:
     """The image files of a folder and its subfolders, ordered by name, without hidden ones."""
 
     def __init__(self, folder: Path):
-        self.folder = folder
-        self._paths = sorted(image_files(folder))
+        self.folder, self._paths = folder, sorted(image_files(folder))
         if not self._paths:
             raise FileNotFoundError(f"{folder}: there are neither images nor .tar shards in this folder.")
 
     def __len__(self) -> int:
         return len(self._paths)
 
-    def _name(self, path: Path) -> str:
-        return path.relative_to(self.folder).as_posix()
-
     def image(self, index: int) -> tuple[str, Image.Image]:
         """Returns the path within the folder, and the image. Raises like `load_image`."""
-        return self._name(self._paths[index]), load_image(self._paths[index])
+        path = self._paths[index]
+        return path.relative_to(self.folder).as_posix(), load_image(path)
 
     def fingerprint(self) -> str:
         """Returns 16 hex digits over the names and the content of the files, which the first call reads."""
@@ -96,18 +93,14 @@ def open_images(sources: Sequence[str | os.PathLike]) -> ImageFolder | PairDatas
     Raises:
         `FileNotFoundError`: there are no images. `ValueError`: a folder of images is combined with other sources.
     """
-    folders = [
-        Path(source) for source in sources if Path(source).is_dir() and not any(Path(source).glob("*.[tT][aA][rR]"))
-    ]
-    if not folders:
-        return load_pairs(sources)
-    if len(sources) > 1:
+    paths = map(Path, sources)
+    folders = [path for path in paths if path.is_dir() and not any(path.glob("*.[tT][aA][rR]"))]
+    if folders and len(sources) > 1:
         raise ValueError(f"Name one folder of images, or webdataset shards alone, not {[str(s) for s in sources]}.")
-    return ImageFolder(folders[0])
+    return ImageFolder(folders[0]) if folders else load_pairs(sources)
 
 
-@dataclass(frozen=True)
-class CollectionReport:
+class CollectionReport(NamedTuple):
     """The Parquet files of a collection, the number of explained images, and an error message for each image that is not readable."""
 
     files: list[Path]
@@ -129,7 +122,8 @@ def explain_collection(
     Explains all images and writes Parquet files `explanations-00000-of-00004.parquet`, ... with one row for each image, for
     `load_dataset("parquet", data_dir=output)`.
 
-    Files are written atomically, and existing files are not computed again, so the same call continues after an interruption. Under
+    Files are written atomically, and existing files are not computed again, so the same call continues after an interruption. A state
+    file that describes texts, model and images is written before them, and a folder of another description is refused. Under
     `accelerate launch` the processes share the files. The number of processes does not change the files.
 
     Args:
@@ -140,8 +134,8 @@ def explain_collection(
         progress (`bool`): whether the first process shows a progress bar.
 
     Raises:
-        `ValueError`: the folder contains files of other images or texts, another model or other options; or its path is not UTF-8.
-        `OSError`: the folder cannot be written, or another run is writing there.
+        `ValueError`: the folder contains files of other images or texts, another model or other options.
+        `OSError`: it contains other files or cannot be written, or another run is writing there.
     """
     check_new_folder(output, STATE_FILE)
     state = this_process("collections")
@@ -152,12 +146,10 @@ def explain_collection(
     settings = {**localizer.settings, "images": fingerprint, "images_per_file": images_per_file}
     described = output / STATE_FILE
     with shared_folder_lock(output, state):
-        began = [_state(described)] if described.exists() else []
-        for then in [*began, *(_settings(file) for file in files if file.exists())]:
-            if differing := changed(then, settings):
-                raise ValueError(
-                    f"{output}: this folder holds explanations of other {', '.join(differing)}; choose another output folder."
-                )
+        if described.exists() and (differing := changed(json.loads(described.read_text()), settings)):
+            raise ValueError(
+                f"{output}: this folder holds explanations of other {', '.join(differing)}; choose another output folder."
+            )
         with atomic_write(described) as temporary:
             temporary.write_text(json.dumps(settings))
         missing = [(part, file) for part, file in zip(parts, files) if not file.exists()]
@@ -169,9 +161,12 @@ def explain_collection(
         with ThreadPoolExecutor(num_workers or spare_processors()) as pool, bar:
             for part, file in mine:
                 rows, broken = [], []
-                explained = localizer.explain_all(partial(_load, images), part, pool, batch_size)
-                for row in prefetch_map(pool, _row, explained, 2 * batch_size):
-                    (broken if isinstance(row, str) else rows).append(row)
+                explained = localizer.explain_all(images.image, part, pool, batch_size)
+                for name, row in prefetch_map(pool, _row, explained, 2 * batch_size):
+                    if row is None:
+                        broken.append(name)
+                    else:
+                        rows.append(row)
                     bar.update()
                 metadata = {b"iclip": json.dumps({"settings": settings, "broken": broken}).encode()}
                 schema = _FEATURES.arrow_schema
@@ -179,57 +174,20 @@ def explain_collection(
                 with atomic_write(file) as unfinished:
                     pq.write_table(table, unfinished)
         state.wait_for_everyone()
-    written = [_metadata(file) for file in files]
-    return CollectionReport(
-        files,
-        images=sum(one.num_rows for one in written),
-        broken=[reason for one in written for reason in json.loads(one.metadata[b"iclip"])["broken"]],
-    )
+    written = [pq.read_metadata(file) for file in files]
+    broken = [name for one in written for name in json.loads(one.metadata[b"iclip"])["broken"]]
+    return CollectionReport(files, sum(one.num_rows for one in written), broken)
 
 
-def _load(images: ImageFolder | PairDataset, index: int) -> tuple[str, Image.Image]:
-    name, image = images.image(index)
-    if name != _printable(name):
-        raise ValueError(f"{name}: the name is not UTF-8, as Parquet files need; rename the image.")
-    return name, image
-
-
-def _row(found: ExplainedImage) -> dict | str:
-    """Returns the row of an image, or the name of one that could not be read."""
-    if found.image is None:
-        return _printable(found.name)
-    encoder, explanation = ImageFeature(), found.explanation
+def _row(found: tuple[str, Explanation | None]) -> tuple[str, dict | None]:
+    """Returns the name of an image, and its row if it could be read."""
+    name, explanation = found
+    name = name.encode(errors="backslashreplace").decode()  # Parquet files are UTF-8, but names may have any bytes
+    if explanation is None:
+        return name, None
+    encoder, (height, width) = ImageFeature(), explanation.size
     texts = [
         {**text, "raw_map": list(raw), "mask": encoder.encode_example(Image.fromarray(mask))}
         for (text, mask), raw in zip(explanation.records_and_masks(), explanation.raw_maps.numpy())
     ]
-    return {"image": found.name, "height": found.image.height, "width": found.image.width, "texts": texts}
-
-
-def _printable(name: str) -> str:
-    """Returns a name with bytes that are not UTF-8 as escapes."""
-    return name.encode(errors="backslashreplace").decode()
-
-
-def _metadata(file: Path) -> pq.FileMetaData:
-    """Returns the metadata of a file from `explain_collection`. `iclip` in it has the settings and the broken images."""
-    try:
-        return pq.read_metadata(file)
-    except pa.ArrowInvalid as error:
-        raise ValueError(f"{file}: this file is damaged ({error}); delete it, then rerun to resume.") from error
-
-
-def _settings(file: Path) -> dict:
-    """Returns the settings of a file from `explain_collection`."""
-    try:
-        return json.loads(_metadata(file).metadata[b"iclip"])["settings"]
-    except (TypeError, KeyError) as error:
-        raise ValueError(f"{file}: this file is not of `iclip explain`; choose another output folder.") from error
-
-
-def _state(file: Path) -> dict:
-    """Returns the settings of the explanations in a folder."""
-    try:
-        return dict(json.loads(file.read_text()))
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"{file}: this file is damaged ({error}); choose another output folder.") from error
+    return name, {"image": name, "height": height, "width": width, "texts": texts}

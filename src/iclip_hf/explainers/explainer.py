@@ -1,12 +1,8 @@
-"""The interface of every method, and how a method is found by its name."""
+"""The interface of every method."""
 
 from __future__ import annotations
 
-import importlib
-import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Callable
-from importlib.metadata import entry_points
 
 import torch
 
@@ -14,7 +10,6 @@ from ..explanation_core import for_images, raw_maps
 from ..modeling_iclip import ICLIPImageFeatures, ICLIPTextFeatures, cosines
 from ..models.explainable import recordable
 from ..models.loading import load
-from .methods import METHOD_GROUP, METHODS
 
 
 class Explainer(ABC):
@@ -75,69 +70,6 @@ class Explainer(ABC):
         texts = for_images(texts, len(pixel_values))
         maps, image = raw_maps(self, pixel_values, texts)
         return maps, cosines(image.image_embeds, texts.text_embeds)
-
-
-_registered: dict[str, type[Explainer]] = {}
-
-
-def register_explainer(name: str) -> Callable[[type[Explainer]], type[Explainer]]:
-    """
-    Class decorator that makes a method known by a name, in this process. A package adds a method to the command line too by an
-    entry point of the group `iclip_hf.explainers`, such as `name = "package.module:Class"`.
-
-    Example:
-
-    ```python
-    >>> @register_explainer("norm")
-    ... class TokenNorm(Explainer):
-    ...     def forward(self, pixel_values, texts):
-    ...         image, (layer,) = self.model.trace(pixel_values)
-    ...         maps = layer.stream[:, -math.prod(image.grid) :].norm(dim=-1).unflatten(1, image.grid)
-    ...         return maps[:, None].expand(-1, texts.text_embeds.shape[1], -1, -1), image
-    ```
-    """
-
-    def register(explainer: type[Explainer]) -> type[Explainer]:
-        _registered[name] = explainer
-        return explainer
-
-    return register
-
-
-def explainer_class(method: str) -> type[Explainer]:
-    """Returns the class of a method. Raises `ValueError` if it is unknown."""
-    if method not in _registered:
-        if method in METHODS:
-            module, _, name = METHODS[method][1].partition(":")
-            _registered[method] = getattr(importlib.import_module(f".{module}", __package__), name)
-        else:
-            added = entry_points(group=METHOD_GROUP)
-            if method not in added.names:
-                known = sorted({*METHODS, *_registered, *added.names})
-                raise ValueError(f"There is no method {method!r}, only {known}.")
-            _registered[method] = added[method].load()
-    return _registered[method]
-
-
-def make_explainer(model, method: str = "itsm", **method_options) -> Explainer:
-    """
-    Prepares a method for a model.
-
-    Args:
-        model ([`ExplainableModel`]): or anything that [`load`] takes.
-        method (`str`): a name of `METHODS`, or of a registered method, see [`register_explainer`].
-        method_options: of the method, see its class.
-
-    Raises:
-        `ValueError`: the method or an option is unknown, or the model does not support the method.
-        `TypeError`: the model is of another kind.
-    """
-    explainer = explainer_class(method)
-    allowed = list(inspect.signature(explainer).parameters)[1:]
-    unknown = sorted(set(method_options) - set(allowed))
-    if unknown:
-        raise ValueError(f"{method} has the options {allowed}, not {unknown}.")
-    return explainer(model, **method_options)
 
 
 def select_texts(texts: ICLIPTextFeatures, rows: torch.Tensor) -> ICLIPTextFeatures:

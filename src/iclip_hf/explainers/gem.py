@@ -18,13 +18,11 @@ class GEM(ReplacedAttention):
 
     Args:
         depth (`int`): number of last blocks. The authors' `depth=7` means six blocks.
-        iterations (`int`): number of iterations, at least 0.
+        iterations (`int`): number of iterations, from 0.
     """
 
     def __init__(self, model, depth: int = 6, iterations: int = 1):
         super().__init__(model, depth)
-        if iterations < 0:
-            raise ValueError(f"iterations is a number from 0, not {iterations}.")
         self.iterations = iterations
 
     def mix(self, layer: AttentionRecord, image: ICLIPImageFeatures, pixel_values: torch.Tensor) -> torch.Tensor:

@@ -26,10 +26,7 @@ class GradientExplainer(Explainer):
 
     def __init__(self, model, layer: int = -1):
         super().__init__(model)
-        self.layer = layer
-        depth = len(self.model.layers)
-        if not -depth <= layer < depth:
-            raise ValueError(f"There is no attention layer {layer}, only {depth}.")
+        self.layer = range(len(self.model.layers))[layer]
 
     def forward(self, pixel_values: torch.Tensor, texts: ICLIPTextFeatures) -> tuple[torch.Tensor, ICLIPImageFeatures]:
         image, layers = self.model.trace(pixel_values, self.layer, grad=True, weights=self.needs_weights)

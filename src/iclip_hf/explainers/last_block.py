@@ -33,9 +33,7 @@ class MaskCLIP(LastBlock):
 
 
 class SCLIP(LastBlock):
-    """
-    SCLIP (Wang et al. 2024): queries attend to queries and keys to keys; the sum of both attentions mixes the values.
-    """
+    """SCLIP (Wang et al. 2024): queries attend to queries and keys to keys; the sum of both attentions mixes the values."""
 
     def __init__(self, model, residual: bool = True):
         super().__init__(model, residual)
@@ -54,8 +52,6 @@ class ClearCLIP(LastBlock):
 
     def __init__(self, model, tokens: str = "query", residual: bool = False):
         super().__init__(model, residual)
-        if tokens not in ("query", "key", "value"):
-            raise ValueError(f'tokens is "query", "key" or "value", not {tokens!r}.')
         self.tokens = tokens
 
     def mix(self, layer: AttentionRecord, image: ICLIPImageFeatures, pixel_values: torch.Tensor) -> torch.Tensor:
@@ -74,8 +70,6 @@ class NACLIP(LastBlock):
 
     def __init__(self, model, sigma: float | None = 5.0, residual: bool = False):
         super().__init__(model, residual)
-        if sigma is not None and not sigma > 0:
-            raise ValueError(f"sigma is greater than 0, or None for no window, not {sigma}.")
         self.sigma = sigma
 
     def mix(self, layer: AttentionRecord, image: ICLIPImageFeatures, pixel_values: torch.Tensor) -> torch.Tensor:

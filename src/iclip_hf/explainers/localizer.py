@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import itertools
-import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Executor
 from typing import NamedTuple
@@ -16,7 +15,6 @@ from tqdm import tqdm
 from ..explanation import Explanation
 from ..explanation_core import Pixels, forward, join, prepare
 from ..images import map_groups
-from ..models.loading import load
 from ..presence import MIN_PRESENCE
 from ..processing_iclip import check_thresholds, to_image
 from ..prompts import check_templates, split_texts
@@ -31,16 +29,6 @@ class PreparedImage(NamedTuple):
     image: Image.Image | None  # for the explanation
     size: tuple[int, int]  # height and width of its maps in pixels
     rows: list[int]  # indices of its texts among those of the localizer
-
-
-class ExplainedImage(NamedTuple):
-    """
-    Result of [`Localizer.explain_all`] for one image. If it could not be read, the name is the error message, and the rest is None.
-    """
-
-    name: str
-    image: Image.Image | None = None
-    explanation: Explanation | None = None
 
 
 class Localizer:
@@ -65,7 +53,7 @@ class Localizer:
         encoded ([`ICLIPTextFeatures`]): the encoded texts, `(T, P)`.
 
     Raises:
-        `ValueError`, `TypeError`: as [`make_explainer`]; or thresholds are out of range.
+        `ValueError`, `TypeError`: as [`make_explainer`]; there is no text; or thresholds are out of range.
     """
 
     def __init__(
@@ -82,29 +70,13 @@ class Localizer:
         refine: bool = False,
         **method_options,
     ):
-        if not 0 <= min_presence <= 1:
-            raise ValueError(f"min_presence is in [0, 1], not {min_presence}.")
         self.explainer = make_explainer(model, method, **method_options)
         self.model = self.explainer.model
         self.templates = check_templates(self.model.templates if templates is None else templates)
         self._references = self.model.references(self.templates)
-        self.min_presence = min_presence
-        self._settings = {
-            "method": method,
-            "templates": self.templates,
-            "min_presence": min_presence,
-            "image_size": image_size,
-            "words": words,
-            "refine": refine,
-            **method_options,
-        }
+        self.min_presence, self.image_size, self.words, self.refine = min_presence, image_size, words, refine
+        self._method = {"method": method, **method_options}
         self._ask(texts, threshold)
-
-    @property
-    def settings(self) -> dict:
-        """Everything that results depend on besides the images, as plain values. Computes the identity of the model."""
-        asked = {"texts": self.texts, "thresholds": self.thresholds}
-        return {**self.model.identity, **self._settings, **self.explainer.content, **asked}
 
     def _ask(self, texts: str | Sequence[str], threshold: float | Sequence[float]) -> None:
         self.texts = split_texts(texts)
@@ -112,9 +84,14 @@ class Localizer:
             raise ValueError("There is no text: name what to look for.")
         self.thresholds = check_thresholds(threshold).expand(len(self.texts)).tolist()
         self.encoded = self.model.encode_texts(self.texts, self.templates)
-        self._words = None
-        if self._settings["words"] is not None:
-            self._words = WordExplainer(self.model, self.texts, self.templates, self._settings["words"])
+        self._words = self.words and WordExplainer(self.model, self.texts, self.templates, self.words)
+
+    @property
+    def settings(self) -> dict:
+        """Everything that results depend on besides the images, as plain values. Computes the identity of the model."""
+        names = ("texts", "thresholds", "templates", "min_presence", "image_size", "words", "refine")
+        own = {name: getattr(self, name) for name in names}
+        return {**self.model.identity, **self._method, **self.explainer.content, **own}
 
     def about(self, texts: str | Sequence[str], threshold: float | Sequence[float] = 0.5) -> Localizer:
         """Returns a localizer for other texts that shares the prepared model."""
@@ -130,7 +107,7 @@ class Localizer:
         maps in pixels (those of the image if not given).
         """
         rows = range(len(self.texts)) if labels is None else map(self.texts.index, labels)
-        pixels = prepare(self.model.processor, image, self._settings["image_size"])
+        pixels = prepare(self.model.processor, image, self.image_size)
         return PreparedImage(pixels, image, (image.height, image.width) if size is None else size, list(rows))
 
     def encode(self, image: PreparedImage) -> PreparedImage:
@@ -143,8 +120,6 @@ class Localizer:
         Yields explanations in the order of the images, which are results of `prepare`; None stays None. At most `batch_size` images,
         of one shape and with equally many texts, share a forward pass.
         """
-        if batch_size < 1:
-            raise ValueError(f"batch_size is at least 1, not {batch_size}.")
         images = iter(images)
         while batch := list(itertools.islice(images, batch_size)):
             readable = [image for image in batch if image is not None]
@@ -159,9 +134,9 @@ class Localizer:
     def _explain(self, images: list[PreparedImage]) -> list[Explanation]:
         """Explains images of one shape with equally many texts in one forward pass."""
         texts = select_texts(self.encoded, torch.tensor([image.rows for image in images]))
-        pixels, refine = join([image.pixels for image in images]), self._settings["refine"]
-        result = forward(self.model, pixels, texts, self._references, self.explainer, refine)
-        words = [None] * len(images) if self._words is None else self._words(result.image.image_embeds)
+        pixels = join([image.pixels for image in images])
+        result = forward(self.model, pixels, texts, self._references, self.explainer, self.refine)
+        words = self._words(result.image.image_embeds) if self._words else [None] * len(images)
         return [
             Explanation(
                 labels=[self.texts[row] for row in image.rows],
@@ -184,23 +159,24 @@ class Localizer:
         items: Iterable[Item],
         pool: Executor,
         batch_size: int = 8,
-    ) -> Iterator[ExplainedImage]:
+    ) -> Iterator[tuple[str, Explanation | None]]:
         """
         Explains many images in order, while threads of the pool load the next ones: `load` returns the name and the RGB image of an
-        item. `ValueError` and `FileNotFoundError` mark a broken image.
+        item. Yields the name of each with its explanation. If `load` raises `ValueError` or `FileNotFoundError`, the name is the
+        error message, in one line, and the explanation is None.
         """
 
-        def prepared(item: Item) -> tuple[ExplainedImage, PreparedImage | None]:
+        def prepared(item: Item) -> tuple[str, PreparedImage | None]:
             try:
                 name, image = load(item)
             except (ValueError, FileNotFoundError) as error:
-                return ExplainedImage(" ".join(str(error).split())), None
-            return ExplainedImage(name, image), self.prepare(image)
+                return " ".join(str(error).split()), None
+            return name, self.prepare(image)
 
-        loaded, questions = itertools.tee(prefetch_map(pool, prepared, items, batch_size))
-        explanations = self.explain((question for _, question in questions), batch_size)
-        for (image, _), explanation in zip(loaded, explanations):
-            yield image._replace(explanation=explanation)
+        loaded, images = itertools.tee(prefetch_map(pool, prepared, items, batch_size))
+        explanations = self.explain((image for _, image in images), batch_size)
+        for (name, _), explanation in zip(loaded, explanations):
+            yield name, explanation
 
 
 def explain(
@@ -238,11 +214,10 @@ def explain(
         texts: labels shared by all images, as a list or in one string, see [`split_texts`]; or for a list of images a list of labels for
             each; these may differ in length.
         method (`str`), method_options: as for [`make_explainer`].
-        templates: prompts with one `{}` each for the labels; the processor's if not given. `["{}"]` takes the texts as they are.
+        templates, words, refine: as for [`Localizer`]. The templates `["{}"]` take the texts as they are.
         target_sizes: `(height, width)` in pixels of each image's maps; the size of the image if not given.
         size: the size of images for the model, as for [`ICLIPProcessor`]; the processor's if not given.
         batch_size (`int`): largest number of images in one forward pass. These have one shape and equally many texts.
-        words (`str`, *optional*), refine (`bool`): method of word scores, and whether to refine the maps, as for [`Localizer`].
         timeout (`float`): time limit in seconds for the download of an image.
         progress (`bool`): whether to show a progress bar, for many images.
 
@@ -250,22 +225,18 @@ def explain(
         [`Explanation`] of one image, or a list of B for a list of images.
 
     Raises:
-        `ValueError`, `TypeError`: as [`make_explainer`] and [`ICLIPProcessor`]; or the numbers of images, texts and sizes differ.
+        `ValueError`, `TypeError`: as [`Localizer`] and [`ICLIPProcessor`]; or the numbers of images, texts and sizes differ.
         `OSError`: an image cannot be read.
     """
-    model = load(model)
-    is_one = isinstance(images, (Image.Image, str, bytes, os.PathLike)) or not isinstance(images, Iterable)
-    is_one = is_one or getattr(images, "ndim", 4) < 4
+    is_one = isinstance(images, (str, bytes)) or not isinstance(images, Iterable) or getattr(images, "ndim", 4) < 4
     images = [to_image(image, timeout) for image in ([images] if is_one else images)]
     texts = split_texts(texts)
-    per_image = all(isinstance(text, (list, tuple)) for text in texts)
-    if not images or not len(texts) or (per_image and not all(texts)):
-        raise ValueError(f"There are {len(images)} images and the texts {texts!r:.100}: pass at least one of each.")
+    per_image = bool(texts) and not isinstance(texts[0], str)
     labels = texts if per_image else [None] * len(images)
     unique = list(dict.fromkeys(itertools.chain(*texts))) if per_image else texts
     sizes = [None] * len(images) if target_sizes is None else target_sizes
-    if len(labels) != len(images) or len(sizes) != len(images):
-        raise ValueError(f"There are {len(labels)} lists of texts and {len(sizes)} sizes for {len(images)} images.")
+    if not len(images) == len(labels) == len(sizes):
+        raise ValueError(f"There are {len(images)} images, {len(labels)} lists of texts and {len(sizes)} sizes.")
     options = {"templates": templates, "image_size": size, "words": words, "refine": refine, **method_options}
     localizer = Localizer(model, unique, method=method, **options)
     explanations = localizer.explain(map(localizer.prepare, images, labels, sizes), batch_size)

@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from itertools import chain
-from typing import NamedTuple
 
 import torch
 
 from ..explanation import WordScore
-from ..explanation_core import TEXT_BATCH
-from ..modeling_iclip import ICLIPTextFeatures, cosines
+from ..modeling_iclip import cosines
 from ..models.families import TransformersModel
 from ..models.loading import load
 from ..models.recording import AttentionRecord
@@ -21,15 +18,6 @@ from .grad_eclip import all_queries_relevance, one_query_relevance
 
 
 WORD_METHODS = ("grad_eclip", "bi_modal")
-
-
-class _Part(NamedTuple):
-    """Some of the texts: features with a graph from the last attention layer on, M prompts of L tokens and W words."""
-
-    features: ICLIPTextFeatures
-    layer: AttentionRecord
-    known: torch.Tensor  # (M, L), tokens of the prompt
-    members: torch.Tensor  # (M, W, L), 1 where a token belongs to a word of the text
 
 
 class WordExplainer:
@@ -63,22 +51,17 @@ class WordExplainer:
             )
         self.texts = list(texts)
         templates = check_templates(self.model.templates if templates is None else templates)
-        step = max(1, TEXT_BATCH // len(templates))
-        chunks = [self.texts[start : start + step] for start in range(0, len(self.texts), step)]
-        self._parts = [self._trace(chunk, templates) for chunk in chunks]
-
-    def _trace(self, texts: list[str], templates: list[str]) -> _Part:
-        features, layer = self.model.trace_texts(texts, templates)
-        tokenizer, length = self.model.processor.tokenizer, layer.key.shape[2]
-        places = [word_tokens(tokenizer, template, text) for text in texts for template in templates]
-        known = torch.zeros(len(places), length, dtype=torch.bool)
-        members = torch.zeros(len(places), max(len(words) for _, words in places), length)
+        # With a graph from the last attention layer on: M prompts of L tokens and W words.
+        self._features, self._layer = self.model.trace_texts(self.texts, templates)
+        tokenizer, length = self.model.processor.tokenizer, self._layer.key.shape[2]
+        places = [word_tokens(tokenizer, template, text) for text in self.texts for template in templates]
+        known = torch.zeros(len(places), length, dtype=torch.bool)  # tokens of the prompt
+        members = torch.zeros(len(places), max(len(words) for _, words in places), length)  # 1 for tokens of a word
         for row, (prompt, words) in enumerate(places):
             known[row, prompt] = True
             for index, word in enumerate(words):
                 members[row, index, word] = 1
-        device = layer.key.device
-        return _Part(features, layer, known.to(device), members.to(device))
+        self._known, self._members = known.to(self.model.device), members.to(self.model.device)
 
     def __call__(self, image_embeds: torch.Tensor) -> list[list[list[WordScore]]]:
         """
@@ -88,28 +71,26 @@ class WordExplainer:
         # A clone, because a tensor that was created in inference mode cannot be part of a graph.
         with torch.inference_mode(False):
             embeds = image_embeds.clone()
-        return [self._scores(embed) for embed in embeds.split(1)]
+        return [
+            [list(map(WordScore, text.split(), shares)) for text, shares in zip(self.texts, self._shares(embed))]
+            for embed in embeds.split(1)
+        ]
 
-    def _scores(self, image_embed: torch.Tensor) -> list[list[WordScore]]:
-        shares = chain.from_iterable(self._shares(image_embed, part).tolist() for part in self._parts)
-        return [list(map(WordScore, text.split(), of_text)) for text, of_text in zip(self.texts, shares)]
-
-    def _shares(self, image_embed: torch.Tensor, part: _Part) -> torch.Tensor:
+    def _shares(self, image_embed: torch.Tensor) -> list[list[float]]:
         """Computes the share of each word in its text, `(T, W)`."""
-        layer = part.layer
+        layer = self._layer
         tensor = layer.weights if self.method == "bi_modal" else layer.mixed
         with torch.inference_mode(False), torch.enable_grad():
             # Texts are independent, so the gradient of their sum contains the gradient of each.
-            score = cosines(image_embed, part.features.text_embeds).sum()
+            score = cosines(image_embed, self._features.text_embeds).sum()
             (gradient,) = torch.autograd.grad(score, tensor, retain_graph=True)
         with torch.no_grad():
-            relevance = self._relevance(layer, gradient, part.known)
-            words = (part.members @ relevance.unsqueeze(-1)).squeeze(-1)  # (M, W)
-            words = words.unflatten(0, (len(part.features.text_embeds), -1)).mean(1)
+            words = (self._members @ self._relevance(layer, gradient).unsqueeze(-1)).squeeze(-1)  # (M, W)
+            words = words.unflatten(0, (len(self.texts), -1)).mean(1)
             total = words.sum(-1, keepdim=True)
-            return words / total.masked_fill(total == 0, 1)
+            return (words / total.masked_fill(total == 0, 1)).tolist()
 
-    def _relevance(self, layer: AttentionRecord, gradient: torch.Tensor, known: torch.Tensor) -> torch.Tensor:
+    def _relevance(self, layer: AttentionRecord, gradient: torch.Tensor) -> torch.Tensor:
         """Computes the relevance of all tokens, `(M, L)`."""
         if self.method == "bi_modal":
             return attention_relevance(layer.weights, gradient).sum(1)
@@ -118,7 +99,7 @@ class WordExplainer:
             return all_queries_relevance(layer.weights, layer.value, gradient)
         end = read.argmax(1)[:, None, None, None].expand(-1, gradient.shape[1], 1, gradient.shape[3])
         query, gradient = (heads.gather(2, end) for heads in (layer.query, gradient))
-        return one_query_relevance(query, layer.key, layer.value, gradient, known)
+        return one_query_relevance(query, layer.key, layer.value, gradient, self._known)
 
 
 def word_tokens(tokenizer, template: str, text: str) -> tuple[slice, list[slice]]:

@@ -13,10 +13,10 @@ import numpy as np
 from ..data.pairs import BadPairError, PairDataset
 from ..data.sources import CLASS_CAPTION
 from ..explainers.localizer import explain
-from ..figures.colors import overlay
-from ..figures.sheets import picture_grid
 from ..hub.configs import EMBEDDED
 from ..modeling_iclip import ICLIPModel
+from ..plots.colors import overlay
+from ..plots.sheets import picture_grid
 from ..processing_iclip import ICLIPProcessor
 from ..utils.files import atomic_write
 from .checkpoints import RunState, holds_start

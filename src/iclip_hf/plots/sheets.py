@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
-from PIL import Image, ImageColor
+from PIL import Image, ImageColor, ImageOps
 
 from ..presence import ABSENT, presence_word
 from ..processing_iclip import to_image
@@ -203,9 +203,8 @@ def picture_grid(
         place_titles(row_titles[number : number + 1], [()], width)
         for column, picture in enumerate(pictures[row]):
             if picture is not None:
-                shown = _within(picture, side, height)
-                x = margin + column * (side + gap) + (side - shown.width) // 2
-                placed.append((shown, x, top + (height - shown.height) // 2))
+                shown = ImageOps.pad(picture, (side, height), Image.Resampling.LANCZOS, color="white")
+                placed.append((shown, margin + column * (side + gap), top))
         top += height
     if legend is not None:
         placed.append((_color_bar(legend, scale), margin, top + gap))
@@ -236,14 +235,6 @@ def _aspect(pictures: Sequence[Image.Image | None]) -> float:
     """Returns the mean ratio of height and width, within a factor of 2 because of panoramas, and at most 4:3 because of the page."""
     ratios = [picture.height / picture.width for picture in pictures if picture is not None]
     return min(max(float(np.mean(ratios)), 0.5), 4 / 3)
-
-
-def _within(picture: Image.Image, width: int, height: int) -> Image.Image:
-    """Resizes a picture to fit a place, unless it fits within a pixel already."""
-    scale = min(width / picture.width, height / picture.height)
-    if abs(scale - 1) * max(picture.size) <= 1:
-        return picture
-    return picture.resize([max(1, round(side * scale)) for side in picture.size], Image.Resampling.LANCZOS)
 
 
 def _lettered(text: str, words: Sequence[tuple[str, float]], width: int, scale: float) -> Image.Image:

@@ -18,20 +18,11 @@ _LINE_HEIGHT, _ASCENT = 1.25, 0.97
 _LATIN_END, _PUNCTUATION = 0x250, range(0x2010, 0x2027)
 # Longer texts are shortened in the middle, in characters, because drawing a thousand takes seconds.
 _LONGEST = 250
-# Fonts for scripts that the default font lacks; used if installed. The last font, which newer versions of matplotlib include,
-# has a box for every character and so avoids a warning for each missing one.
+# Fonts for scripts that the default font lacks; used if installed. The last, of newer versions of matplotlib, has a box for every character.
 _MORE_SCRIPTS = (
-    "Noto Sans CJK SC",
-    "Noto Sans CJK JP",
-    "Noto Sans Devanagari",
-    "PingFang SC",
-    "Hiragino Sans",
-    "Microsoft YaHei",
-    "Malgun Gothic",
-    "Nirmala UI",
-    "Arial Unicode MS",
-    "Last Resort High-Efficiency",
-)
+    "Noto Sans CJK SC, Noto Sans CJK JP, Noto Sans Devanagari, PingFang SC, Hiragino Sans, Microsoft YaHei, Malgun Gothic, "
+    "Nirmala UI, Arial Unicode MS, Last Resort High-Efficiency"
+).split(", ")
 
 
 def text_mask(text: str, size: float, bold: bool = False) -> Image.Image:
@@ -96,19 +87,13 @@ def fitted(text: str, size: float, width: float, lines: int, bold: bool = False)
     return "\n".join(rows)
 
 
-@cache
-def more_scripts() -> list[str]:
-    """Returns the installed fonts for scripts that the default font lacks."""
-    from matplotlib import font_manager
-
-    installed = set(font_manager.get_font_names())
-    return [name for name in _MORE_SCRIPTS if name in installed]
-
-
 def _runs(line: str, size: float, bold: bool) -> Iterator[tuple[str, ImageFont.FreeTypeFont]]:
     """Yields the parts of a line with their fonts."""
     for path, characters in groupby(line, lambda character: _font_with(character, bold)):
         yield "".join(characters), _font(path, size)
+
+
+_font = cache(ImageFont.truetype)
 
 
 @cache
@@ -124,13 +109,9 @@ def _font_with(character: str, bold: bool) -> str:
 @cache
 def _coverage(default: str) -> list[tuple[str, frozenset[int]]]:
     """Returns files of fonts and the characters that each has."""
-    from matplotlib.font_manager import FontProperties, findfont
+    from matplotlib.font_manager import FontProperties, findfont, get_font_names
     from matplotlib.ft2font import FT2Font
 
-    paths = [default, *(str(findfont(FontProperties(family=[name]))) for name in more_scripts())]
+    installed = [FontProperties(family=[name]) for name in _MORE_SCRIPTS if name in get_font_names()]
+    paths = [default, *(str(findfont(font)) for font in installed)]
     return [(path, frozenset(FT2Font(path).get_charmap())) for path in paths]
-
-
-@cache
-def _font(path: str, size: float) -> ImageFont.FreeTypeFont:
-    return ImageFont.truetype(path, size)

@@ -17,10 +17,7 @@ def metric_folders() -> dict[str, Path]:
 def install_metrics() -> dict[str, Path]:
     """
     Installs the metric scripts in the module cache of `evaluate`. Replaces earlier versions. Then `evaluate.load` finds them by
-    their bare names in any working directory, also offline.
-
-    Returns:
-        `dict[str, Path]`: the folder of each script by the name of its metric, `"mfmb"`, `"mmiou"` and `"text_contrast"`.
+    their bare names in any working directory, also offline. Returns the folder of each script by the name of its metric.
     """
     with require_extra("eval"):
         from datasets import DownloadMode
@@ -35,18 +32,10 @@ def install_metrics() -> dict[str, Path]:
 
 def export_space(metric: str, directory: str | Path, overwrite: bool = False) -> Path:
     """
-    Writes the files of a metric's Space into a new folder or an existing clone.
-
-    Args:
-        metric (`str`): name of the metric.
-        directory (`str` or `Path`): folder to write into; created if it does not exist.
-        overwrite (`bool`): whether files of other content may be replaced.
-
-    Returns:
-        `Path`: the folder.
+    Writes the files of a metric's Space into a folder, new or such as a clone, and returns it.
 
     Raises:
-        `ValueError`: the metric does not exist. `FileExistsError`: a file of another content exists, and not `overwrite`.
+        `ValueError`: the metric does not exist. `FileExistsError`: a file exists, and not `overwrite`.
     """
     folders = metric_folders()
     if metric not in folders:

@@ -31,9 +31,7 @@ def check_model_name(name: str, types: Collection[str] = MODEL_TYPES) -> str:
     if name == "embedded" or (not os.path.exists(name) and may_be_hub_id(name)):
         return name
     if not os.path.exists(name):
-        raise FileNotFoundError(
-            f"{name}: expected a folder or a Hub id of a model, but there is none; check the path."
-        )
+        raise FileNotFoundError(f"{name}: expected a folder or a Hub id of a model, but there is none.")
     from ..utils.files import loading_errors  # which imports slower packages
 
     with loading_errors(name):
@@ -46,6 +44,5 @@ def check_model_type(name: str | Path, kind: str | None, types: Collection[str])
     """Raises `ValueError` unless the type of a model is one of these."""
     if kind not in types:
         raise ValueError(
-            f"{name}: expected a model of type {', '.join(types)}, but got one of type {kind}; name another, or join its towers by "
-            "`iclip init` first."
+            f"{name}: expected a model of type {', '.join(types)}, but got one of type {kind}; join towers by `iclip init` first."
         )

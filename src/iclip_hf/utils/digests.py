@@ -1,22 +1,17 @@
-"""Digests of files, cached by size and times, and of a model's weights."""
+"""Digests of files, cached by size and times."""
 
 from __future__ import annotations
 
 import hashlib
 import os
-import stat
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING
+from contextlib import suppress
 
 from .files import cache_folder, keep_in_cache
 from .prefetch import prefetch_map
 
-
-if TYPE_CHECKING:
-    import torch
-    from torch import nn
 
 # In nanoseconds. A file that changed more recently may change again within one tick of the file system's clock.
 _SETTLED = 2 * 10**9
@@ -36,12 +31,8 @@ def content_digest(files: Sequence[str | os.PathLike], folder: str | os.PathLike
     names = [path.removeprefix(before_names).encode(errors="surrogatepass") + b"\0" for path in paths]
     states, changed = zip(*map(file_state, paths))
     kept = cache_folder() / "digests" / hashlib.sha256(b"".join([*names, *states])).hexdigest()[:32]
-    try:
-        digest = kept.read_text()
-        if len(digest) == 16:
-            return digest
-    except (OSError, ValueError):  # not there, or damaged
-        pass
+    with suppress(FileNotFoundError):
+        return kept.read_text()
     began, content = time.time_ns(), hashlib.sha256()
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # hashing and reading release the GIL
         for name, of_file in zip(names, prefetch_map(pool, _file_digest, paths, 64)):
@@ -67,32 +58,9 @@ def file_state(file: str | os.PathLike) -> tuple[bytes, int]:
 def _file_digest(file: str) -> bytes:
     digest = hashlib.sha256()
     try:
-        if not stat.S_ISREG(os.stat(file).st_mode):  # reading a pipe may never end
-            return bytes(32)
         with open(file, "rb", buffering=0) as opened:
             while chunk := opened.read(1 << 20):
                 digest.update(chunk)
     except (OSError, ValueError):
         return bytes(32)
     return digest.digest()
-
-
-def weights_digest(model: nn.Module, dtype: torch.dtype | None = None) -> str:
-    """
-    Computes a digest, 32 hex digits, over names, shapes and values of a model's weights. Floating-point weights are first rounded to
-    `dtype`, as if the model were loaded in it.
-    """
-    import torch
-
-    digest = hashlib.sha256()
-    weights = model.state_dict()
-    if any(weight.is_meta for weight in weights.values()):  # offloaded by Accelerate, which is then installed
-        from accelerate.utils.modeling import get_state_dict_offloaded_model
-
-        weights = get_state_dict_offloaded_model(model)
-    for name, weight in sorted(weights.items()):
-        if dtype is not None and weight.is_floating_point():
-            weight = weight.to(dtype)
-        digest.update(f"{name}{tuple(weight.shape)}{weight.dtype}".encode())
-        digest.update(weight.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-    return digest.hexdigest()[:32]

@@ -227,7 +227,9 @@ def presences(rounds: int) -> str:
     image = model.get_image_features(pixel_values)
     contenders = {
         "first": lambda: model.encode_texts(REFERENCE_NOUNS),
-        "read": lambda: kept_on_disk(model.network, model.processor, REFERENCE_NOUNS, model.templates, lambda: nouns),
+        "read": lambda: kept_on_disk(
+            model.network, model.processor, model.templates, lambda _: nouns, REFERENCE_NOUNS
+        ),
         "again": lambda: model.references(model.templates),
         "image": lambda: presence(model, image, texts, nouns),
         "forward": lambda: model.get_image_features(pixel_values),

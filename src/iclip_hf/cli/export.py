@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import importlib
 from functools import partial
 from pathlib import Path
 
 from ..models import check_model_name
-from ..utils.extras import require_extra
 from .common import checked, echo, echo_folder, shown_steps, silence_transformers
 
 
@@ -60,11 +58,8 @@ def run(options: argparse.Namespace) -> None:
         return
     if options.results is not None:
         raise ValueError(
-            f"--results applies to --format transformers, whose model card shows them, but got {options.results} with "
-            f"{options.format}: leave it out."
+            f"--results applies to --format transformers, whose card shows them, but got {options.format}: leave it out."
         )
-    with require_extra("onnx"):  # before the model is loaded
-        importlib.import_module("onnxscript")
     from ..models.loading import load_iclip
 
     silence_transformers()
@@ -79,8 +74,8 @@ def run(options: argparse.Namespace) -> None:
         from ..demo.web import export_web
 
         with shown_steps():
-            card = {"source": options.model}
-            folder = export_web(model, processor, options.directory, weights or "int8", options.vendor, **card)
+            directory, source = options.directory, options.model
+            folder = export_web(model, processor, directory, weights or "int8", options.vendor, source=source)
         echo_folder(folder, "iclip", "demo", "--web", str(folder))
 
 
@@ -99,8 +94,8 @@ def export(options: argparse.Namespace, directory: Path, name: str | None = None
     model, processor = load_iclip(options.model)
     if metrics is not None and (differing := changed_model(metrics["protocol"], model, processor)):
         raise ValueError(
-            f"--results {options.results}: expected figures of this model, got those of other {', '.join(differing)}, or of a model that "
-            "it does not describe; measure this model by `iclip evaluate --output`."
+            f"--results {options.results}: expected figures of this model, got those of other {', '.join(differing)}; measure this model "
+            "by `iclip evaluate --output`."
         )
     return export_model(model, processor, directory, name=name, source=options.model, metrics=metrics)
 

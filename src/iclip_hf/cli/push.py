@@ -26,14 +26,9 @@ def add_options(command: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> None:
     from huggingface_hub.utils import validate_repo_id
 
-    try:
-        validate_repo_id(options.repo_id)
-        if "/" not in options.repo_id:
-            raise ValueError("its owner is missing, whom the model card names")
-    except ValueError as error:
-        raise ValueError(
-            f"Expected REPO_ID to be the name of a repository, such as org/iclip-vit-b16, got {options.repo_id!r}: correct it ({error})"
-        ) from error
+    validate_repo_id(options.repo_id)
+    if "/" not in options.repo_id:  # the model card names the owner
+        raise ValueError(f"Expected REPO_ID with its owner, such as org/iclip-vit-b16, got {options.repo_id}.")
     with tempfile.TemporaryDirectory() as scratch:
         folder = export(options, Path(scratch, "model"), name=options.repo_id)
         files = sorted(path for path in folder.rglob("*") if path.is_file())

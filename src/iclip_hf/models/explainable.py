@@ -79,14 +79,10 @@ class ExplainableModel(ABC):
         only when its weights change, and those of an [`ICLIPModel`] on the CPU are kept on disk.
         """
         model, processor = self._given
-        tokenizer = getattr(processor, "tokenizer", processor)
-        return reference_features(self.network, tokenizer, templates, partial(self._encode_nouns, templates), model)
-
-    def _encode_nouns(self, templates: Sequence[str], nouns: Sequence[str]) -> ICLIPTextFeatures:
-        encode = partial(self.encode_texts, nouns, templates)
+        tokenizer, encode = getattr(processor, "tokenizer", processor), partial(self.encode_texts, templates=templates)
         if isinstance(self.network, ICLIPModel) and self.device.type == "cpu":  # not on another device, nor offloaded
-            return kept_on_disk(self.network, self.processor, nouns, templates, encode)
-        return encode()
+            encode = partial(kept_on_disk, self.network, self.processor, templates, encode)
+        return reference_features(self.network, tokenizer, templates, encode, model)
 
     @abstractmethod
     def get_text_features(self, input_ids: torch.Tensor, num_templates: int = 1, **inputs) -> ICLIPTextFeatures:
@@ -123,19 +119,13 @@ class RecordableModel(ExplainableModel):
 
     @abstractmethod
     def _prepare_layers(self) -> None:
-        """Prepares the attention layers for recording and lists them in `layers`."""
+        """Adds the attention layers in order."""
 
-    def _add_layer(
-        self,
-        block: nn.Module,
-        attention: nn.Module,
-        projection: nn.Module,
-        scale: nn.Module | None = None,
-        mlp: nn.Module | None = None,
-    ) -> None:
+    def _add_layer(self, block: nn.Module, attention: nn.Module, *layer: nn.Module | None) -> None:
+        """Prepares the attention of a block to be recorded. `layer`: what its `AttentionLayer` holds."""
         prepare(len(self.layers), block, attention)
         self.blocks.append(block)
-        self.layers.append(AttentionLayer(projection, scale, mlp))
+        self.layers.append(AttentionLayer(*layer))
 
     @property
     def device(self) -> torch.device:
@@ -162,11 +152,9 @@ class RecordableModel(ExplainableModel):
 
     def self_attentions(self, method: str, depth: int) -> list[int]:
         """
-        Returns the indices of the last `depth` layers that are self-attentions of transformer blocks; all if the tower has fewer. Raises
-        `ValueError` if there are none, or `depth` is below 1.
+        Returns the indices of the last `depth` layers, at least 1, that are self-attentions of transformer blocks; all if the tower has
+        fewer. Raises `ValueError` if there are none.
         """
-        if depth < 1:
-            raise ValueError(f"depth is at least 1, not {depth}.")
         blocks = [index for index, layer in enumerate(self.layers) if layer.residual]
         if not blocks:
             raise ValueError(

@@ -109,54 +109,52 @@ def _run(session, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]
 # ------------------------------------------------------------------------------------------------------- the graphs
 
 
-class _Side(nn.Module):
-    """One side of a model with tensors as inputs and outputs, for the exporter."""
-
-    def __init__(self, model: ICLIPModel, method: str, inputs: list[str], outputs: tuple[str, ...]):
-        super().__init__()
-        self.model, self.method, self.inputs, self.outputs = model, method, inputs, outputs
-
-    def forward(self, *tensors):
-        features = getattr(self.model, self.method)(**dict(zip(self.inputs, tensors)))
-        return tuple(features[name] for name in self.outputs)
-
-    @torch.no_grad()
-    def export(self, inputs: tuple[torch.Tensor, ...], shapes: tuple[dict, ...]):
-        """Returns the program of this side for inputs of dynamic shapes."""
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # the exporter's own warnings
-            return torch.onnx.export(
-                self.eval(),
-                inputs,
-                dynamo=True,
-                verbose=False,
-                input_names=self.inputs,
-                output_names=self.outputs,
-                dynamic_shapes={"tensors": shapes},
-                custom_translation_table={round: _round},
-            )
-
-
 def _vision_program(model: ICLIPModel):
     patch, Dim = patch_side(model.config.vision_config), torch.export.Dim
     pixel_values = torch.zeros(2, model.config.vision_config.num_channels, 2 * patch, 3 * patch)
     shape = {0: Dim("batch"), 2: patch * Dim("rows", min=2), 3: patch * Dim("columns", min=2)}
     signed = ("attention_direction",) if model.config.map_attention == "signed" else ()
-    side = _Side(model, "get_image_features", ["pixel_values"], _IMAGE_OUTPUTS + signed)
     # Towers convert their grid to int, which would fix the size of images in the graph.
     tower = sys.modules[type(model.vision_model).__module__]
     keep_symbols = mock.patch.object(
         tower, "torch_int", lambda x: x if isinstance(x, torch.SymInt) else int(x), create=True
     )
     with keep_symbols:
-        return side.export((pixel_values,), (shape,))
+        return _program(model, "get_image_features", {"pixel_values": pixel_values}, _IMAGE_OUTPUTS + signed, shape)
 
 
 def _text_program(model: ICLIPModel, inputs: Mapping[str, torch.Tensor]):
     length = torch.export.Dim("length", min=2, max=model.config.text_config.max_position_embeddings)
-    shape = {0: torch.export.Dim("texts"), 1: length}
-    side = _Side(model, "get_text_features", list(inputs), _TEXT_OUTPUTS)
-    return side.export(tuple(inputs.values()), (shape,) * len(inputs))
+    return _program(model, "get_text_features", inputs, _TEXT_OUTPUTS, {0: torch.export.Dim("texts"), 1: length})
+
+
+@torch.no_grad()
+def _program(
+    model: ICLIPModel, method: str, inputs: Mapping[str, torch.Tensor], outputs: tuple[str, ...], shape: dict
+):
+    """Exports a method of a model. All inputs have the same dynamic sizes, `shape`."""
+
+    class Side(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.model = model
+
+        def forward(self, *tensors):
+            features = getattr(self.model, method)(**dict(zip(inputs, tensors)))
+            return tuple(features[name] for name in outputs)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the exporter's own warnings
+        return torch.onnx.export(
+            Side().eval(),
+            tuple(inputs.values()),
+            dynamo=True,
+            verbose=False,
+            input_names=list(inputs),
+            output_names=outputs,
+            dynamic_shapes={"tensors": (shape,) * len(inputs)},
+            custom_translation_table={round: _round},
+        )
 
 
 def _round(number, ndigits=None):

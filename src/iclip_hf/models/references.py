@@ -18,9 +18,9 @@ from .identity import configuration_digest, digest, software, weights_digest
 def kept_on_disk(
     model: ICLIPModel,
     processor: ICLIPProcessor,
-    labels: Sequence[str],
     templates: Sequence[str],
-    encode: Callable[[], ICLIPTextFeatures],
+    encode: Callable[[Sequence[str]], ICLIPTextFeatures],
+    labels: Sequence[str],
 ) -> ICLIPTextFeatures:
     """
     Returns the features of labels by `encode`, or from a file, one for each model name and templates. The file is valid for these token
@@ -40,7 +40,7 @@ def kept_on_disk(
                 return ICLIPTextFeatures(**{name: file.get_tensor(name) for name in file.keys()})
     except (OSError, SafetensorError):  # absent or damaged
         pass
-    features = encode()
+    features = encode(labels)
     tensors = {name: features[name] for name in ("text_embeds", "map_text_embeds")}
     keep_in_cache(path, lambda partial: save_file(tensors, partial, fingerprint))
     return features

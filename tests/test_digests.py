@@ -7,8 +7,9 @@ import pytest
 import torch
 from conftest import tiny_model
 
+from iclip_hf.models.identity import weights_digest
 from iclip_hf.utils import digests
-from iclip_hf.utils.digests import content_digest, weights_digest
+from iclip_hf.utils.digests import content_digest
 
 
 @pytest.fixture
@@ -35,10 +36,6 @@ def test_files_are_read_once_until_one_changes(tmp_path, read):
     both[1].write_bytes(b"c")
     os.utime(both[1], ns=(stat.st_atime_ns, stat.st_mtime_ns))  # as unpacking an archive does
     assert content_digest(both) != first and read == ["0", "1"] * 2
-    (kept,) = {file for file in (tmp_path / "cache" / "digests").iterdir() if file.read_text() == first}
-    kept.write_text("damaged")
-    both[1].write_bytes(b"b")
-    assert content_digest(both) == first
 
 
 def test_order_names_and_sizes_count_and_the_place_does_not(tmp_path, read):
@@ -80,14 +77,9 @@ def test_a_digest_of_files_just_written_is_not_kept(tmp_path, read, monkeypatch)
 
 
 def test_what_cannot_be_read_is_absent(tmp_path, read):
-    os.mkfifo(tmp_path / "pipe")
     (tmp_path / "dangling").symlink_to(tmp_path / "nowhere")
-    whole = {name: content_digest([tmp_path / name]) for name in ("pipe", "dangling", "nothing")}
-    assert len(set(whole.values())) == 3
-    (tmp_path / "pipe").unlink()
-    assert content_digest([tmp_path / "pipe"]) == whole["pipe"]
-    for name in ("nul\0", "n" * 300, "\ud800"):
-        assert len(content_digest([tmp_path / name])) == 16
+    names = ("dangling", "nothing", "nul\0", "n" * 300, "\ud800")
+    assert len({content_digest([tmp_path / name]) for name in names}) == len(names)
 
 
 def test_shapes_and_integers_of_weights():

@@ -13,6 +13,8 @@ from iclip_hf import ICLIPConfig, ICLIPProcessor
 from iclip_hf.data.pairs import load_pairs
 from iclip_hf.training import feature_cache
 from iclip_hf.training.feature_cache import CachedPairs, FeatureCache, FeatureShards
+from iclip_hf.training.inputs import TrainingPairs
+from iclip_hf.training.nouns import NounPrompts
 from iclip_hf.training.pair_model import PairModel
 
 
@@ -160,3 +162,16 @@ def test_captions_are_drawn_by_the_epoch(tmp_path, tiny_processor):
         assert [int(caption.split()[1]) for caption in batch["caption"]] == list(order)
         epochs.append(batch["caption"])
     assert epochs[0] == epochs[2] != epochs[1] and 110 < sum("red" in caption for caption in epochs[0]) < 190
+
+
+def test_captions_that_are_noun_prompts_are_not_drawn(tmp_path, tiny_processor):
+    nouns = NounPrompts(["dog"])
+    images = FeatureShards(tmp_path, 60)
+    images.write(
+        0, np.zeros((60, 5, 2), np.float16), [["a photo of a dog", f"a dog runs, {row}"] for row in range(60)]
+    )
+    dataset = CachedPairs(images, ICLIPConfig(pooling="max", dual_projection=False), tiny_processor, nouns=nouns)
+    assert dataset.drawn_captions() == [f"a dog runs, {row}" for row in range(60)]
+    pairs = TrainingPairs(None, lambda image: image, tiny_processor, nouns=nouns)
+    pair = {"image": None, "caption": "a photo of a dog", "captions": ["a photo of a dog", "it runs"]}
+    assert pairs.prepare(pair, 0)["caption"] == "it runs"

@@ -131,6 +131,14 @@ def test_nouns_are_found_in_captions():
     assert any(nouns.draw([["buses", "a tree by a man"]], epoch)[0] != prompts[:3] for epoch in range(1, 4))
 
 
+def test_noun_prompts_are_no_captions():
+    nouns = NounPrompts(["oven", "dog"])
+    labels = ["a photo of an oven", "a photo of a dog"]
+    assert nouns.sentences([*labels, "a dog in a kitchen"]) == ["a dog in a kitchen"]
+    assert nouns.sentences(["a photo of a cat", *labels]) == ["a photo of a cat"]  # no noun of the vocabulary
+    assert nouns.sentences(labels) == labels  # nothing else to learn from
+
+
 def test_noun_prompts_teach_the_recognition_branch():
     """Against plain loops; a prompt of another image's is no negative of an image that has its noun."""
     model, batch = tiny_model(), tiny_inputs(3, 9)

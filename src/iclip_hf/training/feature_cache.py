@@ -185,6 +185,7 @@ class CachedPairs(Dataset):
         captions = features.captions()
         self.rows = np.array([row for row, several in enumerate(captions) if several])  # bad pairs have no captions
         self.captions = [captions[row] for row in self.rows]
+        self.sentences = self.captions if nouns is None else list(map(nouns.sentences, self.captions))
         self.set_epoch(0)
 
     def __len__(self) -> int:
@@ -198,7 +199,7 @@ class CachedPairs(Dataset):
     def drawn_captions(self, indices: Sequence[int] | None = None) -> list[str]:
         """Returns the captions of these pairs, by default of all, in this epoch."""
         indices = range(len(self)) if indices is None else indices
-        return [self.captions[i][int(self.drawn_caption[i] * len(self.captions[i]))] for i in indices]
+        return [self.sentences[i][int(self.drawn_caption[i] * len(self.sentences[i]))] for i in indices]
 
     def __getitems__(self, indices: Sequence[int]) -> dict:
         """Returns a batch: `image_features` of the branches, and for each pair the sampled caption and all captions."""

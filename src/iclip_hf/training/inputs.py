@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import random
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -98,7 +99,10 @@ class TrainingPairs(Dataset):
 
     def prepare(self, pair: dict, key: int | str) -> dict:
         with seeded(self.seed, self.epoch, key):
-            return {**pair, "image": self.transform(pair["image"])}
+            pair = {**pair, "image": self.transform(pair["image"])}
+            if self.nouns:
+                pair["caption"] = random.choice(self.nouns.sentences(pair["captions"]))
+        return pair
 
     def collate(self, items: Sequence[dict]) -> dict:
         """

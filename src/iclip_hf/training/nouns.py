@@ -51,6 +51,7 @@ class NounPrompts:
             for plural in _plurals(noun):
                 self._by_form.setdefault(plural, number)
         self._longest = max(len(noun.split()) for noun in singular)
+        self._prompts = frozenset(self.all_prompts())
 
     @classmethod
     def from_file(cls, path: str | Path, count: int = 3, seed: int = 0) -> NounPrompts:
@@ -66,6 +67,13 @@ class NounPrompts:
     def all_prompts(self) -> list[str]:
         """Returns all possible prompts."""
         return [template.format(noun) for noun in self.nouns for template in TEMPLATES]
+
+    def sentences(self, captions: Sequence[str]) -> Sequence[str]:
+        """
+        Returns the captions that are no noun prompts, such as "a photo of an oven", whose noun the noun loss has anyway. If there are
+        no others, returns all.
+        """
+        return [caption for caption in captions if caption.replace(" an ", " a ") not in self._prompts] or captions
 
     def find(self, caption: str) -> set[int]:
         """Returns the indices of the nouns in a caption, including plural forms."""

@@ -35,7 +35,6 @@ from iclip_hf.hub.model_card import describe_tower, write_model_card
 from iclip_hf.hub.record import TRAINING_SETTINGS, public_settings, read_record
 from iclip_hf.models.embedded import embedded_folder
 from iclip_hf.models.identity import identity
-from iclip_hf.models.loading import load_pretrained
 from iclip_hf.training import checkpoints
 from iclip_hf.training.pair_model import PairModel
 from iclip_hf.training.settings import FREE, Settings
@@ -521,23 +520,11 @@ def test_a_card_keeps_what_an_earlier_one_tells_unless_measured_again(source, ex
     assert len(third.data.eval_results) == 3 and "| `epochs` | 7 |" in third.text
 
 
-def test_weights_in_pickles_are_not_read(tmp_path, tiny_processor):
-    """Not even those that torch would load without running code."""
-    tiny_model().save_pretrained(tmp_path)
-    tiny_processor.save_pretrained(tmp_path)
-    (tmp_path / "model.safetensors").unlink()
-    torch.save(tiny_model().state_dict(), tmp_path / "pytorch_model.bin")
-    with pytest.raises(OSError, match="model.safetensors"):
-        load_pretrained(tmp_path)
-
-
-@pytest.mark.parametrize("change", [{"attention_norm": "quantile"}, {"vision_config": {"layer_norm_eps": 1e-3}}])
-def test_a_card_does_not_tell_results_of_another_model(exported, tmp_path, change):
+def test_a_card_does_not_tell_results_of_another_model(exported, tmp_path):
     """Also where only an option of its configuration was edited."""
     shutil.copytree(exported, tmp_path / "model")
     config = json.loads((tmp_path / "model" / "config.json").read_text())
-    for name, value in change.items():
-        config[name] = {**config[name], **value} if isinstance(value, dict) else value
+    config["vision_config"]["layer_norm_eps"] = 1e-3
     (tmp_path / "model" / "config.json").write_text(json.dumps(config))
     assert ModelCard.load(exported / "README.md").data.eval_results
     assert cli.main(["export", str(tmp_path / "model"), str(tmp_path / "again")]) == 0

@@ -83,7 +83,7 @@ def load(
         return source
     if is_onnx:
         check_files(source)
-        return families.ExplainableONNX(ONNXModel(source), AutoProcessor.from_pretrained(source))
+        return _explainable(ONNXModel(source), AutoProcessor.from_pretrained(source, trust_remote_code=False))
     if is_name:
         device = _usable(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         if dtype == "bfloat16" and device.type == "cpu":

@@ -152,9 +152,11 @@ class RecordableModel(ExplainableModel):
 
     def self_attentions(self, method: str, depth: int) -> list[int]:
         """
-        Returns the indices of the last `depth` layers, at least 1, that are self-attentions of transformer blocks; all if the tower has
-        fewer. Raises `ValueError` if there are none.
+        Returns the indices of the last `depth` layers that are self-attentions of transformer blocks; all if the tower has fewer. Raises
+        `ValueError` if there are none, or `depth` is below 1.
         """
+        if depth < 1:
+            raise ValueError(f"depth is at least 1, not {depth}.")
         blocks = [index for index, layer in enumerate(self.layers) if layer.residual]
         if not blocks:
             raise ValueError(

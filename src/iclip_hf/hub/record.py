@@ -78,7 +78,7 @@ def read_record(source: str | Path) -> dict:
     try:
         path = Path(source, RECORD) if Path(source).is_dir() else Path(hf_hub_download(str(source), RECORD))
         content = json.loads(path.read_text(encoding="utf-8"))
-        record = {"training": [dict(run) for run in content["training"]]}
+        record = {"training": [public_settings(run) for run in content["training"]]}
         record |= {"identity": dict(content["identity"]), "labels": list(content.get("labels", []))}
         return record | ({"evaluation": measured(content["evaluation"])} if content.get("evaluation") else {})
     except (FileNotFoundError, EntryNotFoundError):
@@ -96,8 +96,7 @@ def continued(
     is not recorded if the weights do, which other programs may have changed. `start` is the identity that it had, if it was trained since.
     """
     record = read_record(source)
-    described = record.get("identity")
-    differing = changed_model(described, model, processor, start) if described else []
+    differing = changed_model(record["identity"], model, processor, start) if "identity" in record else []
     if differing and record.pop("evaluation", None):
         logger.warning("The results of the card are left out, because it describes other %s.", ", ".join(differing))
     if "weights" in differing:

@@ -70,6 +70,7 @@ setup(
     install_requires=[
         "filelock>=4.0",  # older ones leave the lock of a killed process with its forks
         "huggingface_hub>=2.0",
+        "jinja2>=3.1",
         "matplotlib>=3.8",
         "numpy>=1.26",
         "pillow>=11.0",

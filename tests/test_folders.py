@@ -1,6 +1,5 @@
 """Model folders: joined from towers, exported with their code, described by a card, pushed to a stand-in of the Hub."""
 
-import ast
 import base64
 import contextlib
 import copy
@@ -36,7 +35,6 @@ from iclip_hf.hub.model_card import describe_tower, write_model_card
 from iclip_hf.hub.record import TRAINING_SETTINGS, public_settings, read_record
 from iclip_hf.models.embedded import embedded_folder
 from iclip_hf.models.identity import identity
-from iclip_hf.models.loading import load_pretrained
 from iclip_hf.training import checkpoints
 from iclip_hf.training.pair_model import PairModel
 from iclip_hf.training.settings import FREE, Settings
@@ -72,7 +70,7 @@ def source(tmp_path_factory, tiny_processor) -> Path:
     model.save_pretrained(folder / "model")
     tiny_processor.save_pretrained(folder / "model")
     training = {
-        "data": ["pixparse/cc3m-wds", "/home/someone/data/flickr8k/train-{00..05}.tar"],
+        "data": ["pixparse/cc3m-wds", "/home/someone/data/flickr8k/train-{00..05}.tar", "data/coco2014"],
         "epochs": 7,
         "seed": 3,
         "weight_decay": 0,
@@ -97,18 +95,6 @@ def exported(source, tmp_path_factory) -> Path:
 
 
 # ------------------------------------------------------------------------------------------------------------- export
-
-
-def test_the_code_is_closed_under_its_imports():
-    names = {path.stem for path in code_files()}
-    assert {"configuration_iclip", "modeling_iclip", "processing_iclip", "pipeline_iclip", "similarity"} <= names
-    for path in code_files():
-        for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.ImportFrom) and node.level:
-                assert node.level == 1 and node.module in names, f"{path.name} imports {node.module}"
-            elif isinstance(node, (ast.Import, ast.ImportFrom)):
-                module = node.module if isinstance(node, ast.ImportFrom) else node.names[0].name
-                assert not module.startswith("iclip_hf")
 
 
 FRESH = """
@@ -194,12 +180,8 @@ def test_a_fresh_process_without_the_package_gives_the_same_numbers(exported, so
     assert np.allclose(found["logits"], outputs.logits_per_image, atol=1e-4)
     assert np.allclose(found["maps"], outputs.similarity_maps, atol=1e-5)
     classify = pipeline("zero-shot-image-classification", model=str(source / "model"))
-    for found_class, other in zip(
-        found["classes"], classify(photograph, candidate_labels=["dog", "sky"]), strict=True
-    ):
-        assert found_class["label"] == other["label"] and found_class["score"] == pytest.approx(
-            other["score"], abs=1e-4
-        )
+    for one, other in zip(found["classes"], classify(photograph, candidate_labels=["dog", "sky"]), strict=True):
+        assert one["label"] == other["label"] and one["score"] == pytest.approx(other["score"], abs=1e-4)
     explain = pipeline("image-text-similarity-map", model=str(source / "model"))
     answers = explain(photograph, candidate_labels=["dog", "sky"], min_presence=0)
     for (label, score, presence, total, boxes), other in zip(found["answers"], answers, strict=True):
@@ -253,21 +235,15 @@ def test_an_exported_folder_holds_what_it_needs_and_nothing_of_this_machine(expo
     assert all(torch.equal(weights[name], w) for name, w in tiny_model().state_dict().items())
 
 
-def test_export_takes_a_new_folder_only_and_leaves_nothing_half_written(source, tmp_path, capsys, monkeypatch):
+def test_export_takes_a_new_folder_only_and_leaves_nothing_half_written(tmp_path, tiny_processor, monkeypatch):
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "file").write_text("mine")
-    assert cli.main(["export", str(source / "model"), str(tmp_path / "full")]) == 2
-    assert "full: this folder holds other files" in capsys.readouterr().err
-    assert cli.main(["export", str(tmp_path / "nowhere"), str(tmp_path / "a")]) == 2
-    assert "nowhere: expected a folder or a Hub id" in capsys.readouterr().err
-    tiny_model().vision_model.save_pretrained(tmp_path / "vit")
-    assert cli.main(["export", str(tmp_path / "vit"), str(tmp_path / "a")]) == 2
-    assert "expected a model of type iclip, but got one of type vit; name another, or join" in capsys.readouterr().err
+    with pytest.raises(FileExistsError, match="full"):
+        export_model(tiny_model(), tiny_processor, tmp_path / "full")
     monkeypatch.setattr("iclip_hf.hub.folders.write_model_card", lambda *args, **options: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        export_model(tiny_model(), ICLIPProcessor.from_pretrained(source / "model"), tmp_path / "a")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["full", "vit"]
-    assert [path.name for path in (tmp_path / "full").iterdir()] == ["file"]
+        export_model(tiny_model(), tiny_processor, tmp_path / "a")
+    assert files_of(tmp_path).keys() == {"full/file"} and not (tmp_path / "a").exists()
 
 
 # --------------------------------------------------------------------------------------------------------------- push
@@ -291,13 +267,12 @@ class HubStandIn(BaseHTTPRequestHandler):
         self.reply(200, answer)
 
     def do_GET(self):
-        if "/tree/main" in self.path:
-            names = ("README.md", "notes.md", ".eval_results/iclip.yaml")
-            entries = [{"type": "file", "path": name, "size": 1, "oid": "0" * 40} for name in names]
-            return self.reply(200, entries)
-        self.reply(404, {})
+        names = ("README.md", "notes.md", ".eval_results/iclip.yaml")
+        entries = [{"type": "file", "path": name, "size": 1, "oid": "0" * 40} for name in names]
+        found = "/tree/main" in self.path
+        self.reply(200 if found else 404, entries if found else {})
 
-    def reply(self, status: int, answer: dict):
+    def reply(self, status: int, answer):
         content = json.dumps(answer).encode()
         self.send_response(status)
         self.send_header("Content-Type", "application/json")
@@ -309,57 +284,48 @@ class HubStandIn(BaseHTTPRequestHandler):
         pass
 
 
-def test_push_uploads_what_the_dry_run_lists(exported, source, tmp_path, capsys):
-    assert cli.main(["push", str(source / "model"), "org/tiny", "--dry-run", "--json"]) == 0
-    listed = json.loads(capsys.readouterr().out)
-    assert set(listed) == {"repo_id", "files", "data_terms"}
-    assert listed["data_terms"]["flickr8k/train-{00..05}.tar"].startswith("research and education")
-    assert set(listed["files"]) == files_of(exported).keys()
-
-    with served(HubStandIn) as server:
-        server.requests = []
-        environment = {**os.environ, "HF_HOME": str(tmp_path), "HF_TOKEN": "hf_token"}
-        environment["HF_ENDPOINT"] = f"http://127.0.0.1:{server.server_port}"
-        arguments = ["push", str(source / "model"), "org/tiny", "--private", "--json"]
-        command = [sys.executable, "-m", "iclip_hf.cli", *arguments]
-        pushed = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True)
-    assert pushed.returncode == 0, pushed.stderr
-    report = json.loads(pushed.stdout)
-    assert report["commit"].endswith(f"/org/tiny/commit/{'0' * 40}") and report["files"] == listed["files"]
-
-    bodies = {path: body for path, _, body in server.requests}
-    assert {authorization for _, authorization, _ in server.requests} == {"Bearer hf_token"}
-    created = json.loads(bodies["/api/repos/create"])
-    assert (created["organization"], created["name"], created["visibility"]) == ("org", "tiny", "private")
-    lines = [json.loads(line) for line in bodies["/api/models/org/tiny/commit/main"].splitlines()]
-    values = [line["value"] for line in lines if line["key"] == "file"]
-    files = {value["path"]: base64.b64decode(value["content"]) for value in values}
-    assert {name: len(content) for name, content in files.items()} == listed["files"]
-    assert files["modeling_iclip.py"] == (exported / "modeling_iclip.py").read_bytes()
-    assert b'model="org/tiny"' in files["README.md"]
-    deleted = [line["value"]["path"] for line in lines if line["key"] == "deletedFile"]
-    assert deleted == [] and ".eval_results/iclip.yaml" in files
-
-
-def test_push_deletes_the_results_of_an_earlier_model(tmp_path, tiny_processor, monkeypatch):
-    """A page of the Hub would show them for the new weights. Other files of the repository stay."""
-    folder = export_model(tiny_model(seed=1), tiny_processor, tmp_path / "new")
+@pytest.fixture
+def stand_in(monkeypatch):
     with served(HubStandIn) as server:
         server.requests = []
         monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", f"http://127.0.0.1:{server.server_port}")
         monkeypatch.setenv("HF_TOKEN", "hf_token")
-        push_model(folder, "org/tiny")
-    (body,) = (body for path, _, body in server.requests if path.endswith("/commit/main"))
-    lines = map(json.loads, body.splitlines())
-    assert [line["value"]["path"] for line in lines if line["key"] == "deletedFile"] == [".eval_results/iclip.yaml"]
+        yield server
+
+
+def committed(stand_in, kind: str) -> list[dict]:
+    (body,) = (body for path, _, body in stand_in.requests if path == "/api/models/org/tiny/commit/main")
+    lines = [json.loads(line) for line in body.splitlines()]
+    return [line["value"] for line in lines if line["key"] == kind]
+
+
+def test_push_uploads_what_the_dry_run_lists(exported, source, stand_in, capsys):
+    assert cli.main(["push", str(source / "model"), "org/tiny", "--dry-run", "--json"]) == 0
+    listed = json.loads(capsys.readouterr().out)
+    assert set(listed) == {"repo_id", "files", "data_terms"} and not stand_in.requests
+    assert listed["data_terms"]["flickr8k/train-{00..05}.tar"].startswith("research and education")
+    assert set(listed["files"]) == files_of(exported).keys()
+    assert cli.main(["push", str(source / "model"), "org/tiny", "--private", "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["commit"].endswith(f"/org/tiny/commit/{'0' * 40}") and report["files"] == listed["files"]
+    assert {authorization for _, authorization, _ in stand_in.requests} == {"Bearer hf_token"}
+    created = json.loads(next(body for path, _, body in stand_in.requests if path == "/api/repos/create"))
+    assert (created["organization"], created["name"], created["visibility"]) == ("org", "tiny", "private")
+    files = {value["path"]: base64.b64decode(value["content"]) for value in committed(stand_in, "file")}
+    assert {name: len(content) for name, content in files.items()} == listed["files"]
+    assert files["modeling_iclip.py"] == (exported / "modeling_iclip.py").read_bytes()
+    assert b'model="org/tiny"' in files["README.md"] and committed(stand_in, "deletedFile") == []
+
+
+def test_push_deletes_the_results_of_an_earlier_model(tmp_path, tiny_processor, stand_in):
+    """A page of the Hub would show them for the new weights. Other files of the repository stay."""
+    push_model(export_model(tiny_model(seed=1), tiny_processor, tmp_path / "new"), "org/tiny")
+    assert [value["path"] for value in committed(stand_in, "deletedFile")] == [".eval_results/iclip.yaml"]
 
 
 def test_push_needs_the_owner_whom_the_card_names(source, capsys):
     assert cli.main(["push", str(source / "model"), "tiny", "--dry-run"]) == 2
-    assert (
-        "Expected REPO_ID to be the name of a repository, such as org/iclip-vit-b16, got 'tiny'"
-        in capsys.readouterr().err
-    )
+    assert "Expected REPO_ID with its owner" in capsys.readouterr().err
 
 
 def test_push_without_a_connection_is_one_line_and_exit_code_2(source, capsys, monkeypatch):
@@ -367,9 +333,7 @@ def test_push_without_a_connection_is_one_line_and_exit_code_2(source, capsys, m
     monkeypatch.setenv("HF_TOKEN", "hf_token")
     assert cli.main(["push", str(source / "model"), "org/tiny"]) == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert (
-        line.startswith("iclip push: org/tiny: ") and "http://127.0.0.1:9" in line and "check the connection" in line
-    )
+    assert line.startswith("iclip push: org/tiny: ") and "http://127.0.0.1:9" in line
 
 
 # --------------------------------------------------------------------------------------------------------------- init
@@ -424,8 +388,6 @@ def test_init_refuses_what_does_not_fit(towers, tmp_path, capsys):
     assert init(towers, tmp_path / "new", config="iclip-vit-s16") == 2
     error = capsys.readouterr().err
     assert "hidden_size is 32 instead of 384" in error and "num_attention_heads is 4 instead of 6" in error
-    assert init(towers, tmp_path / "new", config="iclip-vit-b32") == 2
-    assert "iclip-dinov2-b14, " in capsys.readouterr().err
     assert cli.main(["init", "--config", str(towers / "config"), "--output", str(tmp_path / "new")]) == 2
     assert "give vision and text" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
@@ -453,6 +415,10 @@ def test_figures_of_the_embedded_model_are_those_of_the_readme():
 # --------------------------------------------------------------------------------------------------------------- card
 
 
+def card_of(folder: Path, processor, model=None, **options) -> ModelCard:
+    return ModelCard.load(write_model_card(model or tiny_model(), processor, folder, **options))
+
+
 def test_the_card_tells_the_figures_in_the_hubs_form(source):
     card = ModelCard.load(source / "model" / "README.md")
     assert card.data.model_name == "model" and len(card.data.eval_results) == 6
@@ -461,15 +427,13 @@ def test_the_card_tells_the_figures_in_the_hubs_form(source):
     assert (result.dataset_type, result.dataset_split, result.metric_value) == ("voc2012", "val", 50.31)
     assert result.dataset_args["fingerprint"] == "0123456789abcdef" and result.metric_args == {"floor": 21.5}
     assert card.data.pipeline_tag == "zero-shot-image-classification" and card.data.library_name == "transformers"
-    assert card.data.datasets == ["pixparse/cc3m-wds"]
     assert set(card.data.widget[0]) == {"src", "candidate_labels", "example_title"}
     assert "| PASCAL VOC 2012 val | `reversed_itsm` | 78.06 | 18.00 | -0.3055 | - | 21.50 |" in card.text
-    assert "77 images at 224x160 pixels" in card.text
+    assert "77 images at 224x160 pixels" in card.text and "refined" not in card.text
 
 
-def test_the_first_lines_of_the_card_name_the_model(source, exported, tmp_path):
-    model, processor = tiny_model(), ICLIPProcessor.from_pretrained(source / "model")
-    named = write_model_card(model, processor, tmp_path, name="org/tiny").read_text()
+def test_the_first_lines_of_the_card_name_the_model(exported, tmp_path, tiny_processor):
+    named = card_of(tmp_path, tiny_processor, name="org/tiny").text
     assert 'model="org/tiny"' in named and "this model's folder" not in named
     place = re.search(
         '# "(.*)" is the path of this model\'s folder, .*\npipe = pipeline\\(.*, model="\\1"',
@@ -481,54 +445,40 @@ def test_the_first_lines_of_the_card_name_the_model(source, exported, tmp_path):
 def test_a_card_shows_figures_of_some_images_as_such(tmp_path, tiny_processor):
     metrics = copy.deepcopy(METRICS)
     metrics["protocol"]["dataset"] |= {"name": "coco2017", "images_in_split": 5000}
-    card = ModelCard.load(write_model_card(tiny_model(), tiny_processor, tmp_path, metrics=metrics))
+    card = card_of(tmp_path, tiny_processor, metrics=metrics)
     assert "| COCO 2017 val, first 77 of 5000 images | `itsm` |" in card.text
     # Neither the Hub's page of the model nor that of the data set can say so.
     assert card.data.eval_results is None and not (tmp_path / ".eval_results").exists()
-    write_model_card(tiny_model(), tiny_processor, tmp_path / "again", source=tmp_path)
-    assert "first 77 of 5000 images" in (tmp_path / "again" / "README.md").read_text()
+    assert "first 77 of 5000 images" in card_of(tmp_path / "again", tiny_processor, source=tmp_path).text
 
 
-def test_the_widget_has_the_nouns_of_the_training_also_after_an_export(source, tmp_path):
-    model, processor = tiny_model(), ICLIPProcessor.from_pretrained(source / "model")
-    write_model_card(model, processor, tmp_path, labels=["oak", "maple leaf"])
-    write_model_card(model, processor, tmp_path, source=tmp_path, overwrite=True)
-    assert ModelCard.load(tmp_path / "README.md").data.widget[0]["candidate_labels"] == "oak, maple leaf"
+def test_the_widget_has_the_nouns_of_the_training_also_after_an_export(tmp_path, tiny_processor):
+    card_of(tmp_path, tiny_processor, labels=["oak", "maple leaf"])
+    card = card_of(tmp_path, tiny_processor, source=tmp_path, overwrite=True)
+    assert card.data.widget[0]["candidate_labels"] == "oak, maple leaf"
 
 
-def test_the_card_leaves_out_what_could_not_be_measured(tmp_path, tiny_processor):
-    scores = {**METRICS["results"]["itsm"], "mAP": None}
-    measured = {**METRICS, "results": {"itsm": scores}}
-    card = ModelCard.load(write_model_card(tiny_model(), tiny_processor, tmp_path, metrics=measured))
+def test_the_card_tells_how_maps_were_measured_and_leaves_out_what_was_not(tmp_path, tiny_processor):
+    protocol, scores = {**METRICS["protocol"], "refine": True}, {**METRICS["results"]["itsm"], "mAP": None}
+    card = card_of(tmp_path, tiny_processor, metrics={**METRICS, "protocol": protocol, "results": {"itsm": scores}})
     assert [result.metric_name for result in card.data.eval_results] == ["mMIoU", "mFMB"] and "None" not in card.text
-
-
-def test_the_card_tells_that_maps_were_refined(source, tmp_path, tiny_processor):
-    refined = {**METRICS, "protocol": {**METRICS["protocol"], "refine": True}}
-    card = write_model_card(tiny_model(), tiny_processor, tmp_path, metrics=refined)
-    assert "pixels without a crop, maps refined by the image's colours, aggregated by" in card.read_text()
+    assert "pixels without a crop, maps refined by the image's colours, aggregated by" in card.text
     entries = parse_eval_result_entries(yaml.safe_load((tmp_path / ".eval_results" / "iclip.yaml").read_text()))
     assert {entry.notes for entry in entries} == {"77 images of val, refined maps"}
-    assert "refined" not in (source / "model" / "README.md").read_text()
-
-
-def test_data_in_a_folder_of_the_run_are_no_dataset_of_the_hub(tmp_path, tiny_processor):
-    training = {"data": ["pixparse/cc3m-wds", "data/coco2014"]}
-    card = ModelCard.load(write_model_card(tiny_model(), tiny_processor, tmp_path, training=training))
-    assert card.data.datasets == ["pixparse/cc3m-wds"]
-    assert "| `data` | pixparse/cc3m-wds, coco2014 |" in card.text
 
 
 def test_the_card_tells_configuration_training_and_terms(source):
-    text = ModelCard.load(source / "model" / "README.md").text
+    card = ModelCard.load(source / "model" / "README.md")
+    text = card.text
+    assert card.data.datasets == ["pixparse/cc3m-wds"]  # none in a folder of the run
+    assert "| `data` | pixparse/cc3m-wds, flickr8k/train-{00..05}.tar, coco2014 |" in text
     assert "| `pooling` | `masked_max` |" in text and "| `map_attention` | `similarity` |" in text
-    assert "| `data` | pixparse/cc3m-wds, flickr8k/train-{00..05}.tar |" in text and "| `epochs` | 7 |" in text
-    assert "| training data flickr8k/train-{00..05}.tar | research and education" in text
+    assert (
+        "| training data flickr8k/train-{00..05}.tar | research and education" in text and "| `epochs` | 7 |" in text
+    )
     assert "| vit tower | not known here" in text and "| `seed` | 3 |" in text and "| `weight_decay` | 0 |" in text
     assert "| `auto_augment` | none |" in text and "noun_weight" not in text and "max_steps" not in text
-    for part in ("Intended use", "fine-grained classes and people", "Citation"):
-        assert part in text
-    assert "{{" not in text and "{%" not in text and "None" not in text
+    assert "Intended use" in text and "{{" not in text and "{%" not in text and "None" not in text
     parameters = 2 * (32 * 16 + 24 * 16 + 1)
     assert f"({parameters:,} parameters)" in text
 
@@ -570,23 +520,11 @@ def test_a_card_keeps_what_an_earlier_one_tells_unless_measured_again(source, ex
     assert len(third.data.eval_results) == 3 and "| `epochs` | 7 |" in third.text
 
 
-def test_weights_in_pickles_are_not_read(tmp_path, tiny_processor):
-    """Not even those that torch would load without running code."""
-    tiny_model().save_pretrained(tmp_path)
-    tiny_processor.save_pretrained(tmp_path)
-    (tmp_path / "model.safetensors").unlink()
-    torch.save(tiny_model().state_dict(), tmp_path / "pytorch_model.bin")
-    with pytest.raises(OSError, match="model.safetensors"):
-        load_pretrained(tmp_path)
-
-
-@pytest.mark.parametrize("change", [{"attention_norm": "quantile"}, {"vision_config": {"layer_norm_eps": 1e-3}}])
-def test_a_card_does_not_tell_results_of_another_model(exported, tmp_path, change):
+def test_a_card_does_not_tell_results_of_another_model(exported, tmp_path):
     """Also where only an option of its configuration was edited."""
     shutil.copytree(exported, tmp_path / "model")
     config = json.loads((tmp_path / "model" / "config.json").read_text())
-    for name, value in change.items():
-        config[name] = {**config[name], **value} if isinstance(value, dict) else value
+    config["vision_config"]["layer_norm_eps"] = 1e-3
     (tmp_path / "model" / "config.json").write_text(json.dumps(config))
     assert ModelCard.load(exported / "README.md").data.eval_results
     assert cli.main(["export", str(tmp_path / "model"), str(tmp_path / "again")]) == 0
@@ -600,52 +538,30 @@ def test_figures_of_another_model(exported, tmp_path, capsys, tiny_processor):
     other_mean = copy.deepcopy(tiny_processor)
     other_mean.image_processor.image_mean = [0.5] * 3
     results, command = tmp_path / "results.json", ["export", str(exported), str(tmp_path / "a"), "--results"]
-    for protocol, says in (
-        (identity(tiny_model(seed=1), tiny_processor), "got those of other weights"),
-        (identity(tiny_model(), other_mean), "got those of other processor"),
-        (identity(tiny_model(max_sharpness=5), tiny_processor), "got those of other configuration"),
-        ({}, "or of a model that it does not describe"),
+    for protocol, parts in (
+        (identity(tiny_model(seed=1), other_mean), "processor, weights"),
+        ({}, "configuration, processor, tokenizer, weights"),
     ):
         results.write_text(json.dumps({**METRICS, "protocol": {**METRICS["protocol"], **protocol}}))
         assert cli.main([*command, str(results)]) == 2
         said = capsys.readouterr().err
-        assert says in said and "expected figures of this model" in said and not (tmp_path / "a").exists()
+        assert f"got those of other {parts};" in said and not (tmp_path / "a").exists()
 
 
-@pytest.mark.parametrize(
-    ("part", "value"),
-    [
-        ("protocol", 5),
-        ("results", {"itsm": "mAP"}),
-        ("results", {"itsm": {"pointing_game": 50.0}}),
-        ("results", {"itsm": {"mMIoU": 1.0}}),
-        ("results", {"itsm": {"mMIoU": "nan", "floor": 1.0}}),
-        ("dataset", {"name": "voc2012"}),
-        ("image_size", 224),
-    ],
-)
-def test_figures_with_a_part_of_another_form(tmp_path, tiny_processor, part, value):
-    protocol = {**METRICS["protocol"]}
-    metrics = {**METRICS, "protocol": protocol}
-    (metrics if part in metrics else protocol)[part] = value
+@pytest.mark.parametrize("results", [{"itsm": {"pointing_game": 50.0}}, {"itsm": "mAP"}, 5])
+def test_figures_of_another_form(tmp_path, tiny_processor, results):
     with pytest.raises(ValueError, match="iclip evaluate"):
-        write_model_card(tiny_model(), tiny_processor, tmp_path, metrics=metrics)
+        write_model_card(tiny_model(), tiny_processor, tmp_path, metrics={**METRICS, "results": results})
     assert list(tmp_path.iterdir()) == []
 
 
 def test_an_earlier_card_is_replaced_by_overwrite_alone(tmp_path, tiny_processor):
-    model, listed = tiny_model(), tmp_path / ".eval_results" / "iclip.yaml"
-    write_model_card(model, tiny_processor, tmp_path, metrics=METRICS)
-    for file in (tmp_path / "README.md", tmp_path / "model_card.json", listed):
-        other = tmp_path / "other" / file.relative_to(tmp_path)
-        other.parent.mkdir(parents=True, exist_ok=True)
-        other.write_text("mine")
-        with pytest.raises(FileExistsError, match=other.name):
-            write_model_card(model, tiny_processor, tmp_path / "other", metrics=METRICS)
-        assert [path for path in (tmp_path / "other").rglob("*") if path.is_file()] == [other]
-        other.unlink()
-    write_model_card(model, tiny_processor, tmp_path, overwrite=True)
-    assert not listed.exists() and ModelCard.load(tmp_path / "README.md").data.eval_results is None
+    card_of(tmp_path, tiny_processor, metrics=METRICS)
+    before = files_of(tmp_path).keys()
+    with pytest.raises(FileExistsError, match="README.md"):
+        write_model_card(tiny_model(), tiny_processor, tmp_path, name="other", metrics=METRICS)
+    card = card_of(tmp_path, tiny_processor, tiny_model(seed=1), overwrite=True)
+    assert card.data.eval_results is None and before - files_of(tmp_path).keys() == {".eval_results/iclip.yaml"}
 
 
 def test_a_run_keeps_no_results_of_the_model_before(tmp_path, tiny_processor):
@@ -660,16 +576,14 @@ def test_known_towers_bring_their_terms(tmp_path, tiny_processor):
     model.config.vision_config.name_or_path = "facebook/dino-vitb16"
     model.config.text_config.name_or_path = "openai/clip-vit-base-patch16"
     result = EvaluationResult(**METRICS, columns={})
-    card = ModelCard.load(write_model_card(model, tiny_processor, tmp_path, name="org/one", metrics=result))
+    card = card_of(tmp_path, tiny_processor, model, name="org/one", metrics=result)
     assert card.data.base_model == ["facebook/dino-vitb16", "openai/clip-vit-base-patch16"]
     assert card.data.license == "apache-2.0" and card.data.model_name == "org/one"
     assert "| DINO ViT-B/16 (Meta AI) | Apache-2.0 |" in card.text and "(OpenAI) | MIT |" in card.text
-    model.config.vision_config.name_or_path = "facebook/dinov3-vitb16-pretrain-lvd1689m"
-    card = ModelCard.load(write_model_card(model, tiny_processor, tmp_path, overwrite=True))
-    assert (card.data.license, card.data.license_name) == ("other", "dinov3-license")
-    model.config.vision_config.name_or_path = "someone/vit"
-    card = ModelCard.load(write_model_card(model, tiny_processor, tmp_path, overwrite=True))
-    assert (card.data.license, card.data.base_model[0]) == ("unknown", "someone/vit")
+    for name, licence in (("facebook/dinov3-vitb16-pretrain-lvd1689m", "other"), ("someone/vit", "unknown")):
+        model.config.vision_config.name_or_path = name
+        card = card_of(tmp_path, tiny_processor, model, overwrite=True)
+        assert (card.data.license, card.data.base_model[0]) == (licence, name)
 
 
 def test_a_folder_named_like_a_known_tower_is_not_known(tmp_path, tiny_processor, monkeypatch):
@@ -692,30 +606,14 @@ def record_of(model, processor, **parts) -> str:
 
 @pytest.mark.parametrize(
     "content",
-    [
-        "{",
-        "[" * 3000,
-        "[5]",
-        {"training": [5]},
-        {"training": {"epochs": 7}},
-        {"labels": 5},
-        {"identity": 5},
-        {"evaluation": {"protocol": 5}},
-        {"evaluation": {**METRICS, "results": {"itsm": {"mFMB": float("nan")}}}},
-        {"evaluation": {**METRICS, "results": {"itsm": {"mFMB": 10**400}}}},
-        None,  # a folder
-    ],
-    ids=range(11),
+    ["{", "[5]", {"training": [5]}, {"identity": 5}, {"evaluation": {"protocol": 5}}],
+    ids=range(5),
 )
 def test_a_record_of_another_form_is_not_taken_over(tmp_path, tiny_processor, caplog, content):
-    record = tmp_path / "source" / "model_card.json"
-    record.parent.mkdir()
-    if content is None:
-        record.mkdir()
-    else:
-        text = content if isinstance(content, str) else record_of(tiny_model(), tiny_processor, **content)
-        record.write_text(text)
-    card = ModelCard.load(write_model_card(tiny_model(), tiny_processor, tmp_path / "new", source=record.parent))
+    text = content if isinstance(content, str) else record_of(tiny_model(), tiny_processor, **content)
+    (tmp_path / "source").mkdir()
+    (tmp_path / "source" / "model_card.json").write_text(text)
+    card = card_of(tmp_path / "new", tiny_processor, source=tmp_path / "source")
     assert card.data.eval_results is None and "`epochs`" not in card.text
     assert "These weights are of a training that is not recorded" in card.text
     assert "source: its model_card.json is unreadable or not of iclip, so nothing is taken over." in caplog.text
@@ -727,7 +625,7 @@ def test_texts_of_another_model_act_on_nothing(tmp_path, tiny_processor):
     (tmp_path / "model_card.json").write_text(record_of(tiny_model(), tiny_processor, labels=["oak"], **parts))
     processor = copy.deepcopy(tiny_processor)
     processor.templates = ["{}` <script>alert(1)</script> | [x](http://e.org)\n# b"]
-    card = ModelCard.load(write_model_card(tiny_model(), processor, tmp_path / "new", source=tmp_path))
+    card = card_of(tmp_path / "new", processor, source=tmp_path)
     assert "| `data` | a b # c img, org/pairs |" in card.text and card.data.datasets == ["org/pairs"]
     assert "oak" in str(card.data.widget) and "{} script alert(1) /script x (http://e.org) # b" in card.text
     assert not re.search(r"<\w|\[x\]|^# b", card.text.partition("## Intended use")[0], re.MULTILINE)
@@ -765,7 +663,8 @@ def test_the_record_grows_from_run_to_run(hub, tmp_path, capsys):
 
 def test_a_run_that_starts_from_the_embedded_model_has_its_terms(tmp_path, tiny_processor):
     training = {"model": "embedded", "data": ["pairs.csv"], "epochs": 2}
-    card = ModelCard.load(write_model_card(tiny_model(), tiny_processor, tmp_path, training=training))
+    start = read_record("embedded")["identity"]
+    card = card_of(tmp_path, tiny_processor, training=training, start=start)
     assert "| training data imagenet1k_sample | non-commercial research" in card.text
     assert "| training data imagenet_nips17 | CC BY 2.0 |" in card.text
     assert "| training data pairs.csv | not known here |" in card.text and "Not measured" in card.text

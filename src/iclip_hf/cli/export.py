@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import importlib
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,7 +10,6 @@ from functools import partial
 from pathlib import Path
 
 from ..models import check_model_name
-from ..utils.extras import require_extra
 from .options import option_type, refuse, silence_transformers
 from .output import echo, echo_folder
 
@@ -63,8 +61,6 @@ def run(options: argparse.Namespace) -> None:
         echo_folder(folder, "iclip", "push", str(folder), f"your-name/{folder.resolve().name}", "--dry-run")
         return
     refuse(options, ["results"], f"--format {options.format}")
-    with require_extra("onnx"):  # before the model is loaded
-        importlib.import_module("onnxscript")
     from ..models.loading import load_iclip
 
     silence_transformers()
@@ -113,8 +109,8 @@ def export(options: argparse.Namespace, directory: Path, name: str | None = None
     model, processor = load_iclip(options.model)
     if metrics is not None and (differing := changed_model(metrics["protocol"], model, processor)):
         raise ValueError(
-            f"--results {options.results}: expected figures of this model, got those of other {', '.join(differing)}, or of a model that "
-            "it does not describe; measure this model by `iclip evaluate --output`."
+            f"--results {options.results}: expected figures of this model, got those of other {', '.join(differing)}; measure this model "
+            "by `iclip evaluate --output`."
         )
     return export_model(model, processor, directory, name=name, source=options.model, metrics=metrics)
 

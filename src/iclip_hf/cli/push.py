@@ -28,10 +28,8 @@ def run(options: argparse.Namespace) -> None:
     from huggingface_hub.utils import validate_repo_id
 
     validate_repo_id(options.repo_id)
-    if "/" not in options.repo_id:
-        raise ValueError(
-            f"Expected REPO_ID to be the name of a repository, such as org/iclip-vit-b16, got {options.repo_id!r}: add its owner."
-        )
+    if "/" not in options.repo_id:  # the model card names the owner
+        raise ValueError(f"Expected REPO_ID with its owner, such as org/iclip-vit-b16, got {options.repo_id}.")
     with tempfile.TemporaryDirectory() as scratch:
         folder = export(options, Path(scratch, "model"), name=options.repo_id)
         files = sorted(path for path in folder.rglob("*") if path.is_file())

@@ -59,12 +59,11 @@ def init_model(config: str | Path, output: str | Path, vision: str | None = None
         `Path`: the folder.
 
     Raises:
-        `FileExistsError`: `output` is not empty.
-        `OSError` or `ValueError`: a checkpoint cannot be loaded, or does not have the configuration's shape.
+        `FileExistsError`: `output` is not empty. `OSError`, `ValueError`: a checkpoint cannot be loaded, or has another shape.
     """
     source = config_folder(config)
     settings = source / "train.yaml"
-    named = (yaml.safe_load(settings.read_text(encoding="utf-8")) if settings.is_file() else None) or {}
+    named = yaml.safe_load(settings.read_text(encoding="utf-8")) if settings.is_file() else {}
     trained = vision is None and text is None and source.resolve() == EMBEDDED.resolve()
     vision, text = vision or named.get("vision"), text or named.get("text")
     if not (vision and text):
@@ -109,17 +108,10 @@ def _checked_tower(config, checkpoint: str, side: str):
     check_files(checkpoint)
     with loading_errors(checkpoint):
         found = AutoConfig.from_pretrained(checkpoint, trust_remote_code=False)
-    found = getattr(found, side, found)
-    differences = [
-        f"{name} is {getattr(found, name, None)!r} instead of {getattr(config, name, None)!r}"
-        for name in _TOWER_SHAPE
-        if getattr(found, name, None) != getattr(config, name, None)
-    ]
-    if differences:
-        raise ValueError(
-            f"{checkpoint}: expected a tower of this configuration, but {'; '.join(differences)}; name another tower or configuration."
-        )
-    with loading_errors(checkpoint):
+        found = getattr(found, side, found)
+        sizes = {name: (getattr(found, name, None), getattr(config, name, None)) for name in _TOWER_SHAPE}
+        if differing := [f"{name} is {is_} instead of {size}" for name, (is_, size) in sizes.items() if is_ != size]:
+            raise ValueError(f"{checkpoint}: expected a tower of this configuration, but {'; '.join(differing)}.")
         return load_tower(config, checkpoint)
 
 
@@ -134,12 +126,7 @@ def code_files() -> list[Path]:
     return sorted({*entries, *(Path(file) for entry in entries for file in get_relative_import_files(entry))})
 
 
-def export_model(
-    model: ICLIPModel,
-    processor: ICLIPProcessor,
-    folder: str | Path,
-    **card,
-) -> Path:
+def export_model(model: ICLIPModel, processor: ICLIPProcessor, folder: str | Path, **card) -> Path:
     """
     Exports a model: weights (safetensors), configuration, processor, code and model card. Without this package installed, the Auto
     classes and `pipeline` load the folder with `trust_remote_code=True`.
@@ -207,6 +194,4 @@ def push_model(folder: str | Path, repo_id: str, private: bool | None = None) ->
     except (OSError, ValueError):
         raise
     except Exception as error:  # of the HTTP library, which differs between versions of huggingface_hub
-        raise ConnectionError(
-            f"{repo_id}: expected to upload to {api.endpoint}, but got: {error}; check the connection."
-        ) from error
+        raise ConnectionError(f"{repo_id}: the upload to {api.endpoint} failed: {error}.") from error

@@ -6,34 +6,19 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import yaml
-from huggingface_hub import EvalResult, EvalResultEntry, ModelCard, ModelCardData, eval_result_entries_to_yaml
+from jinja2 import Template
+from transformers import PreTrainedConfig
 
 from ..data.class_names import DATASETS
+from ..evaluation.results import EvaluationResult
+from ..modeling_iclip import ICLIPModel
 from ..models.identity import identity
-from ..utils.files import atomic_write, cache_folder
+from ..processing_iclip import ICLIPProcessor
+from ..utils.files import cache_folder, write_files
 from .configs import SHIPPED
-from .record import (
-    DIGITS,
-    RECORD,
-    continued,
-    data_terms,
-    is_hub_id,
-    measured,
-    public_settings,
-    read_record,
-    start_of_training,
-)
-
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedConfig
-
-    from ..evaluation.evaluate import EvaluationResult
-    from ..modeling_iclip import ICLIPModel
-    from ..processing_iclip import ICLIPProcessor
+from .record import DIGITS, RECORD, continued, data_terms, is_hub_id, measured, public_settings
 
 
 # Known towers by Hub id: display name and licence.
@@ -54,10 +39,6 @@ _EMBEDDED_FOLDERS = {
 }
 # Ids of the data sets on the Hub, for the results on a model's page.
 _DATASET_IDS = {"coco2017": "detection-datasets/coco", "voc2012": "nateraw/pascal-voc-2012"}
-_WIDGET = {
-    "src": "https://huggingface.co/datasets/mishig/sample_images/resolve/main/cat-dog-music.png",
-    "example_title": "Cat and dog",
-}
 # The file with the results of data sets on the Hub, from which it makes its tables.
 HUB_RESULTS = ".eval_results/iclip.yaml"
 # Characters of a text on the card.
@@ -90,7 +71,7 @@ def write_model_card(
         training (`dict`, *optional*): settings of the run of `iclip train` that made these weights. Then the record of the run's
             start is continued: the model that `training["model"]` names, or without one the towers. Empty for towers that were
             joined and not trained.
-        start (`dict`, *optional*): identity of the model that the run started from, see [`~identity.identity`].
+        start (`dict`, *optional*): identity, see [`~identity.identity`], that the model of `training["model"]` had when the run started.
         metrics ([`EvaluationResult`] or `dict`, *optional*): an evaluation of this model, or the content of its JSON file.
         labels (*optional*): nouns that the model was trained on, which the widget of the card offers.
         overwrite (`bool`): whether the files of an earlier card are replaced.
@@ -101,14 +82,14 @@ def write_model_card(
     Raises:
         `ValueError`: `metrics` has another form. `FileExistsError`: the folder has a card, and not `overwrite`.
     """
-    files = [Path(folder, file) for file in ("README.md", RECORD, HUB_RESULTS)]
-    if not overwrite and (there := [str(file) for file in files if file.exists()]):
-        raise FileExistsError(f"{there[0]} exists: write the card into another folder, or with overwrite=True.")
     if training is None:
-        record = continued(read_record(source or model.name_or_path), model, processor)
+        record = continued(source or model.name_or_path, model, processor)
+    elif training.get("model"):
+        record = continued(training["model"], model, processor, start)
+        record.pop("evaluation", None)
     else:
-        record = start_of_training(training["model"], start or {}) if training.get("model") else {"training": []}
-        record["training"] += [public_settings(training)] if training else []
+        record = {"training": []}
+    record["training"] += [public_settings(training)] if training else []
     record["identity"] = identity(model, processor)
     del record["identity"]["model"]  # a local path
     if metrics is not None:
@@ -116,56 +97,37 @@ def write_model_card(
     if labels is not None:
         record["labels"] = list(labels)
 
-    card, entries = _filled(record, model, processor, name or Path(folder).resolve().name)
-    contents = [f"{card}\n", json.dumps(record, indent=2) + "\n"]
-    if entries:
-        contents.append(yaml.safe_dump(eval_result_entries_to_yaml(entries), sort_keys=False))
-    else:
-        files[-1].unlink(missing_ok=True)  # results of an earlier card
-    for file, content in zip(files, contents):
-        with atomic_write(file) as partial:
-            partial.write_text(content, encoding="utf-8")
-    return files[0]
-
-
-def _filled(
-    record: Mapping, model: ICLIPModel, processor: ICLIPProcessor, name: str
-) -> tuple[ModelCard, list[EvalResultEntry]]:
-    """Fills the template. Returns the card, and the results in the Hub's newer format."""
-    sides = {side: getattr(model.config, side) for side in ("vision_config", "text_config")}
-    towers, terms = [describe_tower(config) for config in sides.values()], data_terms(record)
     evaluation = record.get("evaluation")
-    results, entries = _for_the_hub(evaluation) if evaluation else ([], [])
-    data = ModelCardData(
-        **_license([tower["licence"] for tower in towers]),
-        language="en",
-        library_name="transformers",
-        pipeline_tag="zero-shot-image-classification",
-        tags=["iclip", "explainability", "image-text-similarity-map"],
-        base_model=[tower["id"] for tower in towers if tower["id"]] or None,
-        datasets=[data for data in terms if is_hub_id(data)] or None,
-        metrics=["mmiou", "mfmb", "text_contrast"] if results else None,
-        model_name=name if results else None,
-        eval_results=results or None,
-        widget=[{**_WIDGET, "candidate_labels": ", ".join(record.get("labels") or ["cat", "dog", "guitar"])}],
-    )
+    figures = _figures(evaluation) if evaluation else []
+    values = _values(record, model, processor) | {"name": name or Path(folder).resolve().name, "figures": figures}
+    template = Template(SHIPPED.with_name("model_card.md").read_text(encoding="utf-8"))
+    files = {"README.md": f"{template.render(_plain(values))}\n", RECORD: json.dumps(record, indent=2) + "\n"}
+    if figures and evaluation["protocol"]["dataset"]["name"] in _DATASET_IDS:
+        files[HUB_RESULTS] = yaml.safe_dump(_hub_results(evaluation["protocol"], figures), sort_keys=False)
+    elif overwrite:
+        Path(folder, HUB_RESULTS).unlink(missing_ok=True)  # results of an earlier card
+    write_files(Path(folder), {file: content.encode() for file, content in files.items()}, overwrite)
+    return Path(folder, "README.md")
+
+
+def _values(record: Mapping, model: ICLIPModel, processor: ICLIPProcessor) -> dict:
+    """Returns what the template is filled with, but for the name and the figures."""
+    sides = {side: getattr(model.config, side) for side in ("vision_config", "text_config")}
     shape = ("model_type", "num_hidden_layers", "hidden_size", "patch_size")
-    options = {option: getattr(model.config, option) for option in sorted(type(model.config).__annotations__)}
-    values = {
-        "name": name,
-        "towers": towers,
+    options = {name: getattr(model.config, name) for name in sorted({*type(model.config).__annotations__} - {*sides})}
+    terms = data_terms(record)
+    return {
+        "towers": [describe_tower(config) for config in sides.values()],
         "projections": sum(p.numel() for key, p in model.named_parameters() if not key.startswith(("vision", "text"))),
-        "options": {key: value for key, value in options.items() if key not in sides}
-        | {"templates": processor.templates},
+        "options": options | {"templates": processor.templates},
         **{side: {key: getattr(config, key, None) for key in shape} for side, config in sides.items()},
         "training": record["training"],
         "data_terms": terms,
-        "evaluation": evaluation,
+        "datasets": [data for data in terms if is_hub_id(data)],
+        "labels": record.get("labels") or ["cat", "dog", "guitar"],
+        "evaluation": record.get("evaluation"),
         "titles": DATASETS,
     }
-    return ModelCard.from_template(
-        data, template_path=str(SHIPPED.with_name("model_card.md")), **_plain(values)
-    ), entries
 
 
 def _plain(value):
@@ -177,39 +139,33 @@ def _plain(value):
     return [_plain(part) for part in value] if isinstance(value, (list, tuple)) else value
 
 
-def _for_the_hub(evaluation: Mapping) -> tuple[list[EvalResult], list[EvalResultEntry]]:
-    """
-    Returns an evaluation as results of the front matter, and for a data set of the Hub in its newer format. Both are empty for an
-    evaluation of the first images only, which the pages of the Hub could not say.
-    """
-    protocol, dataset = evaluation["protocol"], evaluation["protocol"]["dataset"]
-    if dataset["images"] != dataset["images_in_split"]:
-        return [], []
-    conditions = {name: value for name, value in protocol.items() if name != "dataset" and value}
-    notes = f"{dataset['images']} images of {dataset['split']}{', refined maps' if protocol['refine'] else ''}"
-    results, entries = [], []
+def _figures(evaluation: Mapping) -> list[dict]:
+    """Returns the figures for the front matter; none of an evaluation of the first images only, which the pages of the Hub could not say."""
+    data = evaluation["protocol"]["dataset"]
+    if data["images"] != data["images_in_split"]:
+        return []
+    figures = []
     for method, scores in evaluation["results"].items():
         for metric in (name for name in DIGITS if name in scores):
             value = round(scores[metric], DIGITS[metric])
-            results.append(
-                EvalResult(
-                    task_type="zero-shot-image-classification",
-                    task_name="Image-text similarity maps",
-                    dataset_type=dataset["name"],
-                    dataset_name=DATASETS.get(dataset["name"], dataset["name"]),
-                    dataset_split=dataset["split"],
-                    dataset_args={"images": dataset["images"], "fingerprint": dataset["fingerprint"], **conditions},
-                    metric_type=metric.lower(),
-                    metric_name=metric,
-                    metric_config=method,
-                    metric_value=value,
-                    metric_args={"floor": round(scores["floor"], 2)} if metric == "mMIoU" else None,
-                )
-            )
-            if dataset["name"] in _DATASET_IDS:
-                task = f"{method}_{metric.lower()}"
-                entries.append(EvalResultEntry(_DATASET_IDS[dataset["name"]], task, value, notes=notes))
-    return results, entries
+            figures.append({"type": metric.lower(), "name": metric, "config": method, "value": value})
+            if metric == "mMIoU":
+                figures[-1]["args"] = {"floor": round(scores["floor"], 2)}
+    return figures
+
+
+def _hub_results(protocol: Mapping, figures: list[dict]) -> list[dict]:
+    """Returns figures in the Hub's newer format, from which the page of a data set makes its table."""
+    data = protocol["dataset"]
+    notes = f"{data['images']} images of {data['split']}{', refined maps' if protocol.get('refine') else ''}"
+    return [
+        {
+            "dataset": {"id": _DATASET_IDS[data["name"]], "task_id": f"{figure['config']}_{figure['type']}"},
+            "value": figure["value"],
+            "notes": notes,
+        }
+        for figure in figures
+    ]
 
 
 def front_matter(data: Mapping) -> str:
@@ -230,14 +186,3 @@ def describe_tower(config: PreTrainedConfig) -> dict[str, str | None]:
         return {"name": f"{config.model_type} tower", "id": None, "licence": None}
     name, licence = _TOWERS.get(tower_id, (tower_id, None))
     return {"name": name, "id": tower_id, "licence": licence}
-
-
-def _license(licences: list[str | None]) -> dict[str, str]:
-    """Returns the licence fields of the card: this project's licence if the towers' licences allow it."""
-    if "DINOv3 License" in licences:
-        return {
-            "license": "other",
-            "license_name": "dinov3-license",
-            "license_link": "https://ai.meta.com/resources/models-and-libraries/dinov3-license/",
-        }
-    return {"license": "unknown" if None in licences else "apache-2.0"}

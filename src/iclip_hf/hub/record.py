@@ -4,26 +4,21 @@ from __future__ import annotations
 
 import json
 import logging
-import math
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, is_dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import yaml
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError
 
+from ..evaluation.results import EvaluationResult
+from ..modeling_iclip import ICLIPModel
 from ..models.embedded import embedded_folder
-from ..models.identity import changed, changed_model
+from ..models.identity import changed_model
+from ..processing_iclip import ICLIPProcessor
 from .configs import EMBEDDED
-
-
-if TYPE_CHECKING:
-    from ..evaluation.evaluate import EvaluationResult
-    from ..modeling_iclip import ICLIPModel
-    from ..processing_iclip import ICLIPProcessor
 
 
 logger = logging.getLogger(__name__)
@@ -84,39 +79,28 @@ def read_record(source: str | Path) -> dict:
         path = Path(source, RECORD) if Path(source).is_dir() else Path(hf_hub_download(str(source), RECORD))
         content = json.loads(path.read_text(encoding="utf-8"))
         record = {"training": [public_settings(run) for run in content["training"]]}
-        record["labels"] = [str(label) for label in content.get("labels", [])]
-        if content.get("evaluation"):
-            record["evaluation"] = measured(content["evaluation"])
-        return record | {"identity": dict(content["identity"])}
+        record |= {"identity": dict(content["identity"]), "labels": list(content.get("labels", []))}
+        return record | ({"evaluation": measured(content["evaluation"])} if content.get("evaluation") else {})
     except (FileNotFoundError, EntryNotFoundError):
         return unknown
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         logger.warning("%s: its %s is unreadable or not of iclip, so nothing is taken over.", source, RECORD)
         return unknown
 
 
-def continued(record: dict, model: ICLIPModel, processor: ICLIPProcessor) -> dict:
-    """Returns the record of a model that may have been changed since by other programs: without its results then."""
-    return _continued(record, changed_model(record["identity"], model, processor) if "identity" in record else [])
-
-
-def start_of_training(name: str | Path, identity: Mapping[str, str]) -> dict:
-    """Returns the record, without results, of the model that a run of `iclip train` started from, with its identity then."""
-    record = read_record(name)
-    described = record.get("identity", {})
-    known = {part: identity[part] for part in described if part in identity}
-    record.pop("evaluation", None)
-    return _continued(record, changed({part: described[part] for part in known}, known, ["dtype"]))
-
-
-def _continued(record: dict, differing: list[str]) -> dict:
-    if differing:
-        if record.pop("evaluation", None):
-            logger.warning(
-                "The results of the card are left out, because it describes other %s.", ", ".join(differing)
-            )
-        if "weights" in differing:
-            record["training"].append({})
+def continued(
+    source: str | Path, model: ICLIPModel, processor: ICLIPProcessor, start: Mapping[str, str] | None = None
+) -> dict:
+    """
+    Returns the record of the model that `source` names, for what it is now: without results if anything differs, and with a training that
+    is not recorded if the weights do, which other programs may have changed. `start` is the identity that it had, if it was trained since.
+    """
+    record = read_record(source)
+    differing = changed_model(record["identity"], model, processor, start) if "identity" in record else []
+    if differing and record.pop("evaluation", None):
+        logger.warning("The results of the card are left out, because it describes other %s.", ", ".join(differing))
+    if "weights" in differing:
+        record["training"].append({})
     return record
 
 
@@ -133,25 +117,25 @@ def data_terms(record: Mapping) -> dict[str, str]:
 
 
 def public_settings(settings: Mapping) -> dict:
-    """Returns the settings that the card shows, without paths of this machine."""
-    shown = {name: settings[name] for name in TRAINING_SETTINGS if settings.get(name) not in (None, "", [], {})}
-    if settings.get("auto_augment") == "":
+    """Returns the settings that the card shows: those with an effect, without paths of this machine."""
+    idle = {name for name in TRAINING_SETTINGS if settings.get(name) in (None, "", [], {}) or settings[name] is False}
+    idle |= {name for name in _OFF_AT_0 if settings.get(name) == 0}
+    if settings.get("cache_features"):  # of whole images
+        idle |= {"crop_scale", "auto_augment", "random_erasing"}
+    if settings.get("model"):  # which has its own
+        idle |= {"image_size"}
+    if not settings.get("nouns"):
+        idle |= {name for name in TRAINING_SETTINGS if name.startswith("noun_")}
+    shown = {name: settings[name] for name in TRAINING_SETTINGS if name not in idle}
+    if settings.get("auto_augment") == "" and not settings.get("cache_features"):
         shown["auto_augment"] = "none"
-    idle = {name for name in shown if shown[name] is False or (shown[name] == 0 and name in _OFF_AT_0)}
+    for name in shown.keys() & {"model", "vision", "text", "nouns"}:
+        shown[name] = _EMBEDDED[name] if shown[name] == "embedded" else without_folders(str(shown[name]))
     if "cache_features" in shown:
         shown["cache_features"] = True  # instead of its folder
-        idle |= {"crop_scale", "auto_augment", "random_erasing"}  # of images that are not cached
-    if "model" in shown:
-        idle.add("image_size")  # a model has its own
-    if "nouns" not in shown:
-        idle |= {name for name in shown if name.startswith("noun_")}
-    shown = {name: value for name, value in shown.items() if name not in idle}
-    for name in ("model", "vision", "text", "nouns"):
-        if name in shown:
-            shown[name] = _EMBEDDED[name] if shown[name] == "embedded" else without_folders(str(shown[name]))
     if "data" in shown:
         data = [shown["data"]] if isinstance(shown["data"], str) else shown["data"]
-        shown["data"] = [without_folders(str(name)) for name in data]
+        shown["data"] = [without_folders(name) for name in data]
     return shown
 
 
@@ -159,24 +143,18 @@ def measured(metrics: EvaluationResult | Mapping) -> dict:
     """Returns the parts of an evaluation, or of its JSON file, that the card shows. Raises `ValueError` if it has another form."""
     metrics = asdict(metrics) if is_dataclass(metrics) else metrics
     try:
-        protocol, data, results = metrics["protocol"], metrics["protocol"]["dataset"], {}
-        dataset = {name: str(data[name]) for name in ("name", "split", "fingerprint")}
-        dataset |= {name: int(data.get(name, data["images"])) for name in ("images", "images_in_split")}
+        protocol, results = metrics["protocol"], {}
+        data = {"images_in_split": protocol["dataset"]["images"], **protocol["dataset"]}
         for method, scores in metrics["results"].items():  # None: not measurable on these data
             names = [name for name in (*DIGITS, "floor") if scores.get(name) is not None]
             results[method] = {name: float(scores[name]) for name in names}
-            if not all(map(math.isfinite, results[method].values())) or ("mMIoU" in names) > ("floor" in names):
-                raise ValueError
         if not any(DIGITS.keys() & scores for scores in results.values()):
             raise ValueError
-        shown = {name: dict(protocol[name]) for name in ("image_size", "versions")}
-        shown |= {
-            "templates": list(map(str, protocol["templates"])),
-            "refine": bool(protocol.get("refine")),
-            "dataset": dataset,
-        }
-        shown |= {name: str(protocol[name]) for name in ("aggregate", "note") if name in protocol}
-    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
+        names = ("name", "split", "fingerprint", "images", "images_in_split")
+        shown = {"dataset": {name: data[name] for name in names}, "templates": list(protocol["templates"])}
+        shown |= {name: dict(protocol[name]) for name in ("image_size", "versions")}
+        shown |= {name: protocol[name] for name in ("refine", "aggregate", "note") if name in protocol}
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise ValueError(
             f"{str(metrics)[:100]}: expected the interpretability of a model as `iclip evaluate --output` writes it."
         ) from error

@@ -51,6 +51,5 @@ def check_model_type(name: str | Path, kind: str | None, types: Collection[str])
     """Raises `ValueError` unless the type of a model is one of these."""
     if kind not in types:
         raise ValueError(
-            f"{name}: expected a model of type {', '.join(types)}, but got one of type {kind}; name another, or join its towers by "
-            "`iclip init` first."
+            f"{name}: expected a model of type {', '.join(types)}, but got one of type {kind}; join towers by `iclip init` first."
         )

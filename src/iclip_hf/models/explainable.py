@@ -118,19 +118,13 @@ class RecordableModel(ExplainableModel):
 
     @abstractmethod
     def _prepare_layers(self) -> None:
-        """Prepares the attention layers for recording and lists them in `layers`."""
+        """Adds the attention layers in order."""
 
-    def _add_layer(
-        self,
-        block: nn.Module,
-        attention: nn.Module,
-        projection: nn.Module,
-        scale: nn.Module | None = None,
-        mlp: nn.Module | None = None,
-    ) -> None:
+    def _add_layer(self, block: nn.Module, attention: nn.Module, *layer: nn.Module | None) -> None:
+        """Prepares the attention of a block to be recorded. `layer`: what its `AttentionLayer` holds."""
         prepare(len(self.layers), block, attention)
         self.blocks.append(block)
-        self.layers.append(AttentionLayer(projection, scale, mlp))
+        self.layers.append(AttentionLayer(*layer))
 
     @property
     def device(self) -> torch.device:

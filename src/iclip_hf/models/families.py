@@ -33,13 +33,8 @@ class TransformersModel(RecordableModel):
                 attention = next(child for child in block.children() if hasattr(child, "v_proj"))
                 projection = attention.o_proj if hasattr(attention, "o_proj") else attention.out_proj
                 norm = [child for child in block.children() if isinstance(child, nn.LayerNorm)][1]
-                self._add_layer(
-                    block,
-                    attention,
-                    projection,
-                    getattr(block, "layer_scale1", None),
-                    block_mlp(norm, block.mlp, getattr(block, "layer_scale2", None)),
-                )
+                scale, mlp_scale = (getattr(block, f"layer_scale{number}", None) for number in (1, 2))
+                self._add_layer(block, attention, projection, scale, block_mlp(norm, block.mlp, mlp_scale))
 
     def trace_texts(self, labels: list[str], templates: list[str]) -> tuple[ICLIPTextFeatures, AttentionRecord]:
         """

@@ -7,12 +7,12 @@ import json
 import re
 from collections.abc import Collection, Mapping
 from importlib.metadata import version
-from pathlib import Path
 
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from ..utils.digests import content_digest, weights_digest
+from ..utils.digests import content_digest
+from . import DTYPES
 
 
 # Options that change no number: the place of the files, the code that wrote or loads them, and the dtype of the files (the loaded weights
@@ -27,29 +27,30 @@ _TOKENIZER_OPTIONS = ("model_input_names", "padding_side", "special_tokens_map",
 _TOKENIZER_STATE = ("cache", "init_kwargs", "merges_file", "name_or_path", "vocab_file")
 
 
-def identity(model, processor, dtype: torch.dtype | None = None) -> dict[str, str]:
+def identity(model, processor, dtype: str | None = None) -> dict[str, str]:
     """
     Describes a model. Two models with equal descriptions, apart from `model`, compute the same up to rounding, which also depends on
-    the software, the device, the number of threads and the size of batches. These are therefore no part of it.
-
-    The digests are computed anew by each call, in 0.1 s for each 100 MB of weights.
+    the software, the device, the number of threads and the size of batches. Reads all weights, 100 MB in 0.1 s.
 
     Args:
         model, processor: a pair for [`load`].
-        dtype (`torch.dtype`, *optional*): weights are rounded to it first, as if the model were loaded in it.
+        dtype (`str`, *optional*): weights are rounded to it first, as if the model were loaded in it.
 
     Returns:
         `dict` with `model`, a name, which may be that of its folder; and what counts: `configuration`, `weights`, `dtype`,
         `processor` (options and image processor) and `tokenizer`.
     """
-    is_module = isinstance(model, torch.nn.Module)
-    used = (dtype or next(model.parameters()).dtype) if is_module else model.dtype
-    weights = weights_digest(model, dtype) if is_module else content_digest(_weight_files(model.folder), model.folder)
+    if isinstance(model, torch.nn.Module):
+        rounded = getattr(torch, dtype) if dtype in DTYPES else None
+        used, weights = rounded or next(model.parameters()).dtype, weights_digest(model, rounded)
+    else:  # ONNX, any of whose files can hold weights, but for what the other parts describe
+        files = [file for file in model.folder.rglob("*") if file.is_file() and file.suffix not in (".json", ".md")]
+        hidden = {file for file in files if "/." in f"/{file.relative_to(model.folder).as_posix()}"}
+        used, weights = model.dtype, content_digest(sorted({*files} - hidden), model.folder)
     config = getattr(model, "config", None)
     if config is None:  # of open_clip
-        configuration = digest(
-            [str(model), model.visual.preprocess_cfg, model.visual.image_size, _plain_options(model)]
-        )
+        layers = {name: _plain_options(layer) for name, layer in model.named_modules()}
+        configuration = digest([str(model), model.visual.preprocess_cfg, model.visual.image_size, layers])
     else:
         configuration = configuration_digest(config)
     options, tokenizer = {}, processor
@@ -71,20 +72,33 @@ def changed(then: Mapping, now: Mapping, may_differ: Collection[str] = ()) -> li
     return sorted(name for name in compared if then.get(name) != now.get(name))
 
 
-def changed_model(described: Mapping, model, processor) -> list[str]:
+def changed_model(described: Mapping, model, processor, start: Mapping | None = None) -> list[str]:
     """
-    Returns the parts of the identity in which a model differs from the one that results or a card describe. The dtype may differ,
-    because the weights are rounded to the described one.
+    Returns the parts of the identity in which a model differs from the one that results or a card describe. The dtype may differ:
+    weights are rounded to the described one. `start` is the identity that the model had, if it was trained since.
     """
-    dtype = described.get("dtype")
-    dtype = getattr(torch, dtype) if dtype in ("float32", "bfloat16", "float16") else None
-    now = identity(model, processor, dtype)
-    return changed({name: described[name] for name in now if name in described}, now, ["dtype"])
+    now = start or identity(model, processor, described.get("dtype"))
+    parts = ("configuration", "processor", "tokenizer", "weights")
+    return [part for part in parts if described.get(part) != now[part]]
 
 
 def configuration_digest(config: PreTrainedConfig) -> str:
     """Returns 16 hex digits over the options of a configuration, and of those within it, that can change a number."""
     return digest(_options(config))
+
+
+def weights_digest(model: torch.nn.Module, dtype: torch.dtype | None = None) -> str:
+    """Returns 32 hex digits over names, shapes and values of weights, of which floating-point ones are first rounded to `dtype`."""
+    result, weights = hashlib.sha256(), model.state_dict()
+    if any(weight.is_meta for weight in weights.values()):  # offloaded by Accelerate, which is then installed
+        from accelerate.utils.modeling import get_state_dict_offloaded_model
+
+        weights = get_state_dict_offloaded_model(model)
+    for name, weight in sorted(weights.items()):
+        weight = weight.to(dtype) if dtype is not None and weight.is_floating_point() else weight
+        result.update(f"{name}{tuple(weight.shape)}{weight.dtype}".encode())
+        result.update(weight.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return result.hexdigest()[:32]
 
 
 def tower_digest(tower: PreTrainedModel) -> str:
@@ -133,22 +147,10 @@ def _options(part) -> dict:
     return options
 
 
-def _plain_options(model: torch.nn.Module) -> dict[str, dict]:
-    """Returns the options of the layers of a model without a configuration, such as the number of heads, which `str(model)` lacks."""
-    return {
-        name: {
-            option: value
-            for option, value in vars(layer).items()
-            if isinstance(value, (bool, int, float, str)) and not option.startswith("_") and option != "training"
-        }
-        for name, layer in model.named_modules()
-    }
-
-
-def _weight_files(folder: Path) -> list[Path]:
-    """Returns the graphs of an ONNX folder and the files beside them, any of which can hold weights, but for what the other parts describe."""
-    files = (file for file in folder.rglob("*") if file.is_file() and file.suffix not in (".json", ".md"))
-    return sorted(file for file in files if not any(part.startswith(".") for part in file.relative_to(folder).parts))
+def _plain_options(layer: torch.nn.Module) -> dict:
+    """Returns the options of a layer without a configuration, such as the number of heads, which `str(model)` lacks."""
+    options = {name: value for name, value in vars(layer).items() if isinstance(value, (bool, int, float, str))}
+    return {name: value for name, value in options.items() if not name.startswith("_") and name != "training"}
 
 
 def _plain(value):

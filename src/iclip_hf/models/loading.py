@@ -10,7 +10,6 @@ from pathlib import Path
 
 import torch
 from huggingface_hub import resolve_revision
-from huggingface_hub.errors import RevisionResolutionError
 from transformers import AutoConfig, AutoModel, AutoProcessor, ProcessorMixin
 from transformers.utils import cached_file
 
@@ -73,25 +72,24 @@ def load(
             folder or Hub id is; a file is damaged, lacks weights or contains NaN; or dtype or device are given for a model that has its own.
     """
     is_name = isinstance(source, (str, os.PathLike))
-    if is_name:
-        source = _located(source)
+    source = _located(source) if is_name else source
     is_onnx = is_name and Path(source, VISION_FILE).is_file()
     if (is_onnx or not is_name) and (dtype or device):
+        given = source if is_onnx else type(source).__name__
         raise ValueError(
-            f"Expected dtype and device with the name of a PyTorch model, got {dtype or device} with "
-            f"{source if is_onnx else type(source).__name__}, which has its own: leave it out."
+            f"{dtype or device} was given with {given}, which has its own dtype and device: leave it out."
         )
+    if isinstance(source, ExplainableModel):
+        return source
     if is_onnx:
         check_files(source)
-        source = ONNXModel(source), AutoProcessor.from_pretrained(source, trust_remote_code=False)
-    elif is_name:
+        return _explainable(ONNXModel(source), AutoProcessor.from_pretrained(source, trust_remote_code=False))
+    if is_name:
         device = _usable(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         if dtype == "bfloat16" and device.type == "cpu":
             warn_of_slow_bfloat16()
         model, processor = load_pretrained(source, **({} if dtype is None else {"dtype": dtype}))
-        source = model.to(device), processor
-    if isinstance(source, ExplainableModel):
-        return source
+        return _explainable(model.to(device), processor)
     if not isinstance(source, tuple) or len(source) != 2:
         raise TypeError(
             "Expected a folder, a Hub id, a pair (model, processor) or a result of load, got "
@@ -105,7 +103,7 @@ def _usable(device: str | torch.device) -> torch.device:
         return torch.empty(0, device=device).device
     except (RuntimeError, AssertionError) as error:
         raise ValueError(
-            f"Expected a device of this machine, such as cpu, cuda or mps, got {device}: choose another ({error})."
+            f"Expected a device of this machine, such as cpu, cuda or mps, got {device} ({error})."
         ) from error
 
 
@@ -133,17 +131,6 @@ def _located(name: str | Path, types: Collection[str] = MODEL_TYPES) -> str | Pa
     return embedded_model() if name == "embedded" else check_model_name(os.fspath(name), types)
 
 
-def _revision(name: str) -> str:
-    """Returns the commit of a Hub id. Without a network and a copy in the cache this fails at once, where a download would be retried."""
-    try:
-        return resolve_revision(name)
-    except RevisionResolutionError as error:
-        raise ConnectionError(
-            f"{name}: expected a folder or a Hub id, but there is no such folder, no copy in the cache, and the Hub cannot be reached; "
-            "check the path or the network."
-        ) from error
-
-
 def check_files(name: str | Path, revision: str | None = None) -> None:
     """
     Raises `ValueError` if the files of a folder or Hub id lead to others outside of it, which transformers would read, and an export then
@@ -156,9 +143,7 @@ def check_files(name: str | Path, revision: str | None = None) -> None:
             for path in (*place.iterdir(), *place.glob("additional_chat_templates/*")):
                 target = path.resolve()
                 if path.is_file() and path.suffix not in _WEIGHTS and not any(map(target.is_relative_to, inside)):
-                    raise ValueError(
-                        f"{name}: expected files in it, but {path.name} is a link to {target}; copy that."
-                    )
+                    raise ValueError(f"{name}: {path.name} is a link to {target}, outside of this folder; copy that.")
         for file in _NAMING:
             found = cached_file(name, file, revision=revision, _raise_exceptions_for_missing_entries=False)
             for text in _texts(json.loads(Path(found).read_text(encoding="utf-8"))) if found else ():
@@ -166,7 +151,7 @@ def check_files(name: str | Path, revision: str | None = None) -> None:
                 # Shards are looked up in the folder, vocabularies from the working directory.
                 for path in (os.path.join(folder, text), os.path.abspath(text)):
                     if os.path.isfile(path) and not Path(os.path.normpath(path)).is_relative_to(folder):
-                        raise ValueError(f"{name}: expected files in it, but its {file} names {text}; correct it.")
+                        raise ValueError(f"{name}: {file} names {text}, which is outside of this folder; correct it.")
 
 
 def _texts(value) -> Iterator[str]:
@@ -195,14 +180,13 @@ def load_pretrained(name: str | Path, types: Collection[str] = MODEL_TYPES, **op
     folder is not run. `types` are the model types that are loaded; `options` override the model's configuration. Raises the errors of
     [`load`].
     """
-    name, revision = _located(name, types), None
+    name, shared = _located(name, types), {"trust_remote_code": False}
     with loading_errors(name):
         if not os.path.exists(name):
-            revision = _revision(name)
-            config = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=False)
-            check_model_type(name, config.model_type, types)
-        check_files(name, revision)
-        shared = {"revision": revision, "trust_remote_code": False}
+            # Files of one commit. Fails at once without a network and a copy in the cache, where each download would be retried.
+            shared["revision"] = resolve_revision(name)
+            check_model_type(name, AutoConfig.from_pretrained(name, **shared).model_type, types)
+        check_files(name, shared.get("revision"))
         model, loading = AutoModel.from_pretrained(
             name, output_loading_info=True, use_safetensors=True, **shared, **options
         )
@@ -210,9 +194,7 @@ def load_pretrained(name: str | Path, types: Collection[str] = MODEL_TYPES, **op
             check_weights(name, model, loading["missing_keys"])
         processor = AutoProcessor.from_pretrained(name, **shared)
     if not isinstance(processor, ProcessorMixin):
-        raise ValueError(
-            f"{name}: expected a processor of images and texts, got {type(processor).__name__}; download it again."
-        )
+        raise ValueError(f"{name}: expected a processor of images and texts, got {type(processor).__name__}.")
     check_tokenizer(name, processor.tokenizer, model.config)
     return model, processor
 

@@ -6,7 +6,7 @@ import importlib
 import logging
 import sys
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from unittest import mock
 
@@ -48,14 +48,13 @@ def export_onnx(model: ICLIPModel, processor: ICLIPProcessor, folder: str | Path
     Raises:
         `FileExistsError`: the folder is not empty. `ImportError`: a package of the extra `onnx` is missing.
     """
-    shrunk = _SHRUNK[weights]
     with require_extra("onnx"):  # before the export, which takes a minute
         importlib.import_module("onnxscript")
     with atomic_folder(folder) as built:
         logger.info("Exporting the image tower (1 of 2)")
-        _write(_vision_program(model), built / VISION_FILE, shrunk)
+        _write(_vision_program(model), built / VISION_FILE, weights)
         logger.info("Exporting the text tower (2 of 2)")
-        _write(_text_program(model, processor(labels=["dog", "red ball"])), built / TEXT_FILE, shrunk)
+        _write(_text_program(model, processor(labels=["dog", "red ball"])), built / TEXT_FILE, weights)
         model.config.save_pretrained(built)
         processor.save_pretrained(built)
     return Path(folder)
@@ -110,52 +109,50 @@ def _run(session, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]
 # ------------------------------------------------------------------------------------------------------- the graphs
 
 
-class _Side(nn.Module):
-    """One side of a model with tensors as inputs and outputs, for the exporter."""
-
-    def __init__(self, model: ICLIPModel, method: str, inputs: list[str], outputs: tuple[str, ...]):
-        super().__init__()
-        self.model, self.method, self.inputs, self.outputs = model, method, inputs, outputs
-
-    def forward(self, *tensors):
-        features = getattr(self.model, self.method)(**dict(zip(self.inputs, tensors)))
-        return tuple(features[name] for name in self.outputs)
-
-
 def _vision_program(model: ICLIPModel):
     patch, Dim = patch_side(model.config.vision_config), torch.export.Dim
     pixel_values = torch.zeros(2, model.config.vision_config.num_channels, 2 * patch, 3 * patch)
     shape = {0: Dim("batch"), 2: patch * Dim("rows", min=2), 3: patch * Dim("columns", min=2)}
     signed = ("attention_direction",) if model.config.map_attention == "signed" else ()
-    side = _Side(model, "get_image_features", ["pixel_values"], _IMAGE_OUTPUTS + signed)
     # Towers convert their grid to int, which would fix the size of images in the graph.
     tower = sys.modules[type(model.vision_model).__module__]
     keep_symbols = mock.patch.object(
         tower, "torch_int", lambda x: x if isinstance(x, torch.SymInt) else int(x), create=True
     )
     with keep_symbols:
-        return _export(side, (pixel_values,), (shape,))
+        return _program(model, "get_image_features", {"pixel_values": pixel_values}, _IMAGE_OUTPUTS + signed, shape)
 
 
 def _text_program(model: ICLIPModel, inputs: Mapping[str, torch.Tensor]):
     length = torch.export.Dim("length", min=2, max=model.config.text_config.max_position_embeddings)
-    shape = {0: torch.export.Dim("texts"), 1: length}
-    side = _Side(model, "get_text_features", list(inputs), _TEXT_OUTPUTS)
-    return _export(side, tuple(inputs.values()), (shape,) * len(inputs))
+    return _program(model, "get_text_features", inputs, _TEXT_OUTPUTS, {0: torch.export.Dim("texts"), 1: length})
 
 
 @torch.no_grad()
-def _export(side: _Side, inputs: tuple[torch.Tensor, ...], shapes: tuple[dict, ...]):
+def _program(
+    model: ICLIPModel, method: str, inputs: Mapping[str, torch.Tensor], outputs: tuple[str, ...], shape: dict
+):
+    """Exports a method of a model. All inputs have the same dynamic sizes, `shape`."""
+
+    class Side(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.model = model
+
+        def forward(self, *tensors):
+            features = getattr(self.model, method)(**dict(zip(inputs, tensors)))
+            return tuple(features[name] for name in outputs)
+
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the exporter's own warnings
         return torch.onnx.export(
-            side.eval(),
-            inputs,
+            Side().eval(),
+            tuple(inputs.values()),
             dynamo=True,
             verbose=False,
-            input_names=side.inputs,
-            output_names=side.outputs,
-            dynamic_shapes={"tensors": shapes},
+            input_names=list(inputs),
+            output_names=outputs,
+            dynamic_shapes={"tensors": (shape,) * len(inputs)},
             custom_translation_table={round: _round},
         )
 
@@ -170,40 +167,18 @@ def _round(number, ndigits=None):
 # ------------------------------------------------------------------------------------------------------ the weights
 
 
-def _bfloat16(name: str, values: torch.Tensor) -> tuple[list, list]:
-    """Stores a matrix in bfloat16."""
-    from onnx import TensorProto, helper
-
-    raw = values.bfloat16().view(torch.int16).numpy().tobytes()
-    stored = helper.make_tensor(f"{name}.bfloat16", TensorProto.BFLOAT16, values.shape, raw, raw=True)
-    return [stored], [helper.make_node("Cast", [stored.name], [name], to=TensorProto.FLOAT)]
-
-
-def _int8(name: str, values: torch.Tensor) -> tuple[list, list]:
-    """Stores a matrix in 8 bits, with one scale for each column."""
-    from onnx import TensorProto, helper, numpy_helper
-
-    scale = values.abs().amax(dim=tuple(range(values.ndim - 1))).clamp(min=1e-30) / 127
-    stored, scales, cast = (f"{name}.{part}" for part in ("int8", "scale", "cast"))
-    tensors = {stored: (values / scale).round().to(torch.int8), scales: scale}
-    return [numpy_helper.from_array(tensor.numpy(), part) for part, tensor in tensors.items()], [
-        helper.make_node("Cast", [stored], [cast], to=TensorProto.FLOAT),
-        helper.make_node("Mul", [cast, scales], [name]),
-    ]
-
-
-def _write(program, path: Path, shrunk: Callable | None) -> None:
+def _write(program, path: Path, weights: str) -> None:
     """Writes a graph. Smaller weights are restored by nodes of the graph, which ONNX Runtime executes once, on loading."""
-    if shrunk is None:
+    if weights == "float32":
         program.save(path)
         return
     import onnx
 
-    model = program.model_proto
+    model, shrink = program.model_proto, {"bfloat16": _bfloat16, "int8": _int8}[weights]
     tensors, restoring = [], []
     for tensor in model.graph.initializer:
         if tensor.data_type == onnx.TensorProto.FLOAT and len(tensor.dims) > 1:
-            stored, nodes = shrunk(tensor.name, torch.from_numpy(onnx.numpy_helper.to_array(tensor).copy()))
+            stored, nodes = shrink(tensor.name, torch.from_numpy(onnx.numpy_helper.to_array(tensor).copy()))
             tensors += stored
             restoring += nodes
         else:
@@ -214,5 +189,23 @@ def _write(program, path: Path, shrunk: Callable | None) -> None:
     onnx.save(model, path)
 
 
-# Type of the weights, and the function from the name and values of a matrix to its smaller tensors and the nodes that restore it.
-_SHRUNK = {"float32": None, "bfloat16": _bfloat16, "int8": _int8}
+def _bfloat16(name: str, values: torch.Tensor) -> tuple[list, list]:
+    """Stores a matrix in bfloat16. Returns its tensors, and the nodes that restore it."""
+    from onnx import TensorProto, helper
+
+    raw = values.bfloat16().view(torch.int16).numpy().tobytes()
+    stored = helper.make_tensor(f"{name}.bfloat16", TensorProto.BFLOAT16, values.shape, raw, raw=True)
+    return [stored], [helper.make_node("Cast", [stored.name], [name], to=TensorProto.FLOAT)]
+
+
+def _int8(name: str, values: torch.Tensor) -> tuple[list, list]:
+    """Stores a matrix in 8 bits, with one scale for each column. Returns its tensors, and the nodes that restore it."""
+    from onnx import TensorProto, helper, numpy_helper
+
+    scale = values.abs().amax(dim=tuple(range(values.ndim - 1))).clamp(min=1e-30) / 127
+    stored, scales, cast = (f"{name}.{part}" for part in ("int8", "scale", "cast"))
+    tensors = {stored: (values / scale).round().to(torch.int8), scales: scale}
+    return [numpy_helper.from_array(tensor.numpy(), part) for part, tensor in tensors.items()], [
+        helper.make_node("Cast", [stored], [cast], to=TensorProto.FLOAT),
+        helper.make_node("Mul", [cast, scales], [name]),
+    ]

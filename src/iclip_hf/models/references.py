@@ -11,9 +11,8 @@ from torch import nn
 
 from ..modeling_iclip import ICLIPModel, ICLIPTextFeatures
 from ..processing_iclip import ICLIPProcessor
-from ..utils.digests import weights_digest
 from ..utils.files import cache_folder, keep_in_cache
-from .identity import configuration_digest, digest, software
+from .identity import configuration_digest, digest, software, weights_digest
 
 
 def kept_on_disk(

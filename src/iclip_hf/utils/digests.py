@@ -1,4 +1,4 @@
-"""Digests of files, cached by size and times, and of a model's weights."""
+"""Digests of files, cached by size and times."""
 
 from __future__ import annotations
 
@@ -6,15 +6,9 @@ import hashlib
 import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING
 
 from .files import cache_folder, keep_in_cache
 from .prefetch import prefetch_map
-
-
-if TYPE_CHECKING:
-    import torch
-    from torch import nn
 
 
 def content_digest(files: Sequence[str | os.PathLike], folder: str | os.PathLike | None = None) -> str:
@@ -61,24 +55,3 @@ def _file_digest(file: str) -> bytes:
     except (OSError, ValueError):
         return bytes(32)
     return digest.digest()
-
-
-def weights_digest(model: nn.Module, dtype: torch.dtype | None = None) -> str:
-    """
-    Computes a digest, 32 hex digits, over names, shapes and values of a model's weights. Floating-point weights are first rounded to
-    `dtype`, as if the model were loaded in it.
-    """
-    import torch
-
-    digest = hashlib.sha256()
-    weights = model.state_dict()
-    if any(weight.is_meta for weight in weights.values()):  # offloaded by Accelerate, which is then installed
-        from accelerate.utils.modeling import get_state_dict_offloaded_model
-
-        weights = get_state_dict_offloaded_model(model)
-    for name, weight in sorted(weights.items()):
-        if dtype is not None and weight.is_floating_point():
-            weight = weight.to(dtype)
-        digest.update(f"{name}{tuple(weight.shape)}{weight.dtype}".encode())
-        digest.update(weight.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-    return digest.hexdigest()[:32]

@@ -67,7 +67,8 @@ def test_the_gradient_of_everything_that_learns_is_finite(row):
     pair_model = PairModel(model, **training, **LEARNS[row["learns"]])
     batch = tiny_inputs(batch=3, texts=6 if row["nouns"] else 3)
     if row["nouns"]:
-        batch |= {"noun_ids": torch.tensor([0, 1, 1]), "has_noun": torch.tensor([[1, 1], [0, 1], [0, 0]])}
+        batch |= {"noun_ids": torch.tensor([0, 1, 1]), "is_background": torch.tensor([0, 1, 1])}
+        batch["has_noun"] = torch.tensor([[1, 1], [0, 1], [0, 0]])
     with torch.autocast("cpu", torch.bfloat16, enabled=row["autocast"]):
         loss = pair_model(**batch)["loss"]
     loss.backward()

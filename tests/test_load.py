@@ -20,10 +20,10 @@ from PIL import Image
 from transformers import AutoProcessor, BertConfig, BertTokenizer, pipeline
 
 from iclip_hf import ICLIPProcessor, __version__, cli, evaluate, explain, load
+from iclip_hf import explainers as registry
 from iclip_hf.data.segmentation import load_segmentation
 from iclip_hf.evaluation.measures.segmentation import Segmentation
 from iclip_hf.explainers import Explainer, make_explainer, register_explainer
-from iclip_hf.explainers import explainer as registry
 from iclip_hf.hub.folders import _checked_tower
 from iclip_hf.models import embedded, loading
 from iclip_hf.models.explainable import RecordableModel

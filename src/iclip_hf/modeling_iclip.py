@@ -68,6 +68,16 @@ class LastAttention:
         self.value_share = value_share
         self.class_row: torch.Tensor | None = None
 
+    def mix(self, attended: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        """
+        Mixes the output of the attention, (B, N, heads, D / heads), with the values (B, heads, N, D / heads). The class token is not
+        changed.
+        """
+        if self.value_share == 0:
+            return attended
+        own = value.transpose(1, 2)
+        return torch.cat([attended[:, :1], torch.lerp(attended[:, 1:], own[:, 1:], self.value_share)], 1)
+
 
 def _sdpa_class_row(module, query, key, value, attention_mask, scaling=None, last_attention=None, **kwargs):
     """Fused attention, which returns no weights. In the tower's last layer, it fills and applies `last_attention`."""
@@ -76,10 +86,7 @@ def _sdpa_class_row(module, query, key, value, attention_mask, scaling=None, las
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
         # float32 before the product: its logits can overflow float16
         last_attention.class_row = ((query[:, :, :1].float() @ key.float().mT) * scale).softmax(-1)
-        if last_attention.value_share > 0:  # of the patches alone
-            own = value.transpose(1, 2)[:, 1:]
-            mixed = torch.lerp(attended[:, 1:], own, last_attention.value_share)
-            attended = torch.cat([attended[:, :1], mixed], 1)
+        attended = last_attention.mix(attended, value)
     return attended, None
 
 

@@ -163,10 +163,9 @@ def _transformers_attention(module, query, key, value, attention_mask, scaling=N
     else:
         if last_attention is not None and getattr(module, "is_last_attention", False):
             last_attention.class_row = weights[:, :, :1]
-            if last_attention.value_share > 0:  # of the patches alone
-                own = torch.eye(weights.shape[-1]).to(weights)[1:]  # the weights of a patch's own value
-                mixed = torch.lerp(weights[:, :, 1:], own, last_attention.value_share)
-                weights = _current_layer().weights = torch.cat([weights[:, :, :1], mixed], 2)
+            own = torch.eye(weights.shape[-1]).to(weights)[None, None]  # the weights of a patch's own value
+            weights = last_attention.mix(weights.transpose(1, 2), own).transpose(1, 2)
+            _current_layer().weights = weights
         mixed = (weights @ value).transpose(1, 2)
     return _record_mixed(mixed.transpose(1, 2)).transpose(1, 2), None
 

@@ -97,6 +97,14 @@ def test_a_folder_is_new_or_empty_or_has_the_state_file(tmp_path):
     check_new_folder(folder)
     with folder_lock(folder):
         check_new_folder(folder, ".state")  # a run that was killed when it began left a lock
+    with pytest.raises(ZeroDivisionError), atomic_write(folder / ".state") as partial:
+        left = folder / partial.name
+        raise ZeroDivisionError
+    left.touch()
+    check_new_folder(folder, ".state")  # it left what it wrote of its state
+    with pytest.raises(FileExistsError):
+        check_new_folder(folder)
+    left.unlink()
     (folder / "notes.txt").touch()
     for state_file in (None, ".state"):
         with pytest.raises(FileExistsError, match=r"run: this folder holds other files, such as notes\.txt"):

@@ -40,6 +40,7 @@ def mine(world, tmp_path, monkeypatch) -> Path:
     os.link(folder / "photos" / "dog.png", folder / "twin.png")
     (folder / "clip" / "config.json").write_text('{"model_type": "iclip"}')
     (folder / "config.png").symlink_to("clip/config.json")
+    (folder / "image.json").symlink_to("images/image.png")
     monkeypatch.chdir(folder)
     return folder
 
@@ -67,6 +68,7 @@ INPUTS = [
     "segment photo.jpg --text dog --output config.png --model clip",
     "compare photo.jpg --text dog --output config.png --model clip",
     "evaluate DATA --output MODEL/config.json",
+    "evaluate DATA --output image.json",
 ]
 CHOSEN = [
     "explain photo.jpg SEE",

@@ -431,6 +431,10 @@ def test_fingerprint_is_of_content(tmp_path):
         assert file.stat().st_size == stat.st_size and load_pairs(source).fingerprint() != before
     moved = load_pairs(shard).fingerprint()
     assert load_pairs(shard.rename(tmp_path / shard.name)).fingerprint() == moved
+    of_dogs = load_pairs(tmp_path / "classes").fingerprint()
+    assert load_pairs((tmp_path / "classes").rename(tmp_path / "moved")).fingerprint() == of_dogs
+    (tmp_path / "moved" / "dog").rename(tmp_path / "moved" / "cat")
+    assert load_pairs(tmp_path / "moved").fingerprint() != of_dogs  # the only class is part of the captions
 
 
 # ---- bad pairs ----

@@ -106,7 +106,7 @@ def _open(options: argparse.Namespace, output: Path, models: list[str]):
             raise ValueError(
                 f"{options.image} is none of the images in {options.data_root}, such as {dataset[0].name}: name one of them."
             )
-        inputs += [sample.image_path, *dataset.annotation_paths]
+        inputs += dataset.files
     named = options.output is not None
     check_outputs([output] * named, inputs, options.overwrite, [output] * (not named))
     if sample is None:

@@ -95,7 +95,7 @@ def run(options: argparse.Namespace) -> None:
         from ..evaluation.results import check_files
 
         check_file(options.output, (".json",))
-        inputs = [options.overrides, *dataset.annotation_paths, *model_files(options.model)]
+        inputs = [options.overrides, *dataset.files, *model_files(options.model)]
         check_files(options.output, inputs, options.overwrite)
     from ..evaluation.evaluate import evaluate
     from ..evaluation.measures import make_measure

@@ -198,7 +198,7 @@ class PairDataset:
         """
         digest = hashlib.sha256(self._ranges[:, 1:].tobytes())
         for source, ranges in self._by_source():
-            content = content_digest([*source.files(), *filter(None, source.image_files(ranges))])
+            content = content_digest([*source.files(), *filter(None, source.image_files(ranges))], source.root)
             digest.update(f"{content}{[*source.columns]}".encode())
         return digest.hexdigest()[:16]
 

@@ -260,12 +260,17 @@ class SegmentationDataset(Sequence):
             f"SegmentationDataset({self.name!r}, split={self.split!r}, images={len(self)}, classes={len(self.labels)})"
         )
 
+    @property
+    def files(self) -> list[Path]:
+        """The files of images and annotations."""
+        return [*(sample.image_path for sample in self._samples), *self.annotation_paths]
+
     def fingerprint(self) -> str:
         """
         Returns a digest, 16 hex digits, over names and content of images and annotations. The first call reads the files; later ones
         only after a change.
         """
-        return content_digest([*(sample.image_path for sample in self._samples), *self.annotation_paths])
+        return content_digest(self.files)
 
 
 def load_segmentation(

@@ -148,9 +148,10 @@ def _draw(captions: list[str], seed: int, epoch: int, key: int | str) -> str:
 
 
 class Source:
-    """`count` pairs in one place, each in a range of it, by default one row."""
+    """`count` pairs in one place, each in a range of it, by default one row. Folders below `root`, if any, name what images show."""
 
     count: int
+    root: Path | None = None
 
     def __init__(self, path: Path, columns: Columns = USUAL_COLUMNS):
         self.path, self.columns = path, columns
@@ -269,7 +270,8 @@ class ImageList(Source):
 
     def __init__(self, path: Path, columns: Columns, names: Sequence[str], captions: Sequence[list[str]]):
         super().__init__(path, columns)
-        self._folder = path if path.is_dir() else path.parent
+        self.root = path if path.is_dir() else None
+        self._folder = self.root or path.parent
         self._names, self._captions, self.count = names, captions, len(names)
 
     def read(self, start: int, end: int) -> RawPair:
@@ -283,7 +285,7 @@ class ImageList(Source):
         return [self._folder / name if name else None for name in names]
 
     def files(self) -> list[Path]:
-        return [self.path] if self._folder != self.path else []
+        return [] if self.root else [self.path]
 
 
 def read_table(path: Path, columns: Columns = USUAL_COLUMNS) -> ImageList:

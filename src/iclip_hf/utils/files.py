@@ -147,10 +147,12 @@ def loading_errors(name: str | Path) -> Iterator[None]:
 
 def check_new_folder(folder: Path, state_file: str | None = None) -> None:
     """
-    Checks that a folder to write is new, empty, or holds the state file of the command, by its name. A lock does not count. Raises
-    `FileExistsError` if it holds other files, and `NotADirectoryError`.
+    Checks that a folder to write is new, empty, or holds the state file of the command, by its name. A lock does not count, nor what a
+    run left that was killed as it wrote the state file. Raises `FileExistsError` if it holds other files, and `NotADirectoryError`.
     """
     names = {path.name for path in folder.iterdir()} - {_LOCK} if folder.exists() else set()
+    if state_file:
+        names = {name for name in names if not name.startswith(f".{state_file}.")}
     if names and state_file not in names:
         raise FileExistsError(
             f"{folder}: this folder holds other files, such as {min(names)}; name a new or empty one."

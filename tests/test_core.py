@@ -3,7 +3,7 @@
 import copy
 import math
 import re
-from collections import deque
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -32,7 +32,8 @@ def test_a_bare_model_and_a_loaded_one_take_the_same_road(tiny_processor):
     loaded, found = load((model, tiny_processor)), []
     for one in (model, loaded):
         texts = encode_texts(one, tiny_processor, TEXTS, None, "cpu")
-        nouns = reference_features(lambda labels, one=one: encode_texts(one, tiny_processor, labels, None, "cpu"))
+        encode = partial(encode_texts, one, tiny_processor, templates=None, device="cpu")
+        nouns = reference_features(model, tiny_processor.tokenizer, tiny_processor.templates, encode, one)
         prepared = join([prepare(tiny_processor, image) for image in images])
         found.append(forward(one, prepared, texts, nouns))
     assert found[0].raw_maps.shape == (2, 2, 4, 4) and found[0].presence.shape == (2, 2)
@@ -153,7 +154,6 @@ def test_the_pipeline_compares_with_nouns_of_the_weights_that_it_has(tiny_proces
 
 def test_weights_are_digested_once_for_many_calls(tiny_processor, tmp_path, monkeypatch):
     monkeypatch.setenv("ICLIP_CACHE", str(tmp_path))
-    monkeypatch.setattr(explanation_core, "_references", deque())
     digested, digest = [], references.weights_digest
     monkeypatch.setattr(references, "weights_digest", lambda module: digested.append(1) or digest(module))
     model = tiny_model()

@@ -182,7 +182,7 @@ def test_labels_are_encoded_once_for_all_images(pipe, photographs, monkeypatch):
         pipe.model, "encode_text", lambda *args, **options: calls.append(1) or encode(*args, **options)
     )
     pipe([str(path) for path in photographs], LABELS)
-    assert len(calls) == 2  # with the probe of the reference nouns
+    assert len(calls) == 1
 
 
 def test_one_label_thresholds_and_presence(pipe, photographs):

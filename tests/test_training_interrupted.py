@@ -183,7 +183,7 @@ def test_killed_at_any_moment_and_resumed_is_the_uninterrupted_run(hub, tmp_path
     while not codes or codes[-1] == -signal.SIGKILL:
         calls = draws.randrange(1, 60)
         codes.append(hooked_run(hub, tmp_path, "killed", arguments, setup=DEADLY.format(calls=calls)).returncode)
-    assert codes[-1] == 0 and len(codes) > 3
+    assert codes[-1] == 0 and len(codes) > 2
     assert_same_weights(tmp_path / "killed", tmp_path / "whole")
     results = [json.loads((tmp_path / name / "results.json").read_text()) for name in ("killed", "whole")]
     assert results[0]["metrics"] == results[1]["metrics"] and results[0]["best"] == results[1]["best"]

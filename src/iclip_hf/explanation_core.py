@@ -7,9 +7,9 @@ A model here is an [`ICLIPModel`], or any object with its methods `get_image_fea
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
 from PIL import Image
@@ -24,6 +24,8 @@ from .similarity import check_finite
 
 # Number of prompts in one forward pass. All prompts of 80 classes in 80 templates would take gigabytes.
 TEXT_BATCH = 256
+# Numbers of each weight tensor that tell whether it was changed without its version, as by `weight.data`.
+_SAMPLES = 256
 
 
 class Pixels(NamedTuple):
@@ -160,29 +162,45 @@ def join_texts(parts: Sequence[ICLIPTextFeatures]) -> ICLIPTextFeatures:
     return ICLIPTextFeatures(**{name: torch.cat([part[name] for part in parts], -2) for name in names})
 
 
-# Tells whether the features of the reference nouns are those of a model: whatever changes these, such as weights, templates or the
-# tokenizer, changes the features of a text of several nouns.
-_PROBE = " ".join(REFERENCE_NOUNS[:8])
-# Of the models and templates that were asked last: the features of the probe, and those of the reference nouns.
-_references: deque[tuple[torch.Tensor, ICLIPTextFeatures]] = deque(maxlen=16)
+# For each model, by templates and tokenizer: what the features were computed from, and the features.
+_references: WeakKeyDictionary = WeakKeyDictionary()
 
 
 def reference_features(
-    encode: Callable[[Sequence[str]], ICLIPTextFeatures],
-    encode_nouns: Callable[[Sequence[str]], ICLIPTextFeatures] | None = None,
+    model, tokenizer, templates: Sequence[str], encode: Callable[[Sequence[str]], ICLIPTextFeatures], owner=None
 ) -> ICLIPTextFeatures:
     """
-    Returns the features `(K, P)` of [`REFERENCE_NOUNS`], which are encoded again only if the model encodes a probe otherwise than before.
+    Returns the features `(K, P)` of [`REFERENCE_NOUNS`] by `encode`, which is called again only when weights, tokenizer or templates are
+    others than before.
 
     Args:
-        encode: function from labels to their features, by a model and with templates.
-        encode_nouns (*optional*): the same for the nouns, such as from a file.
+        model: encodes the texts.
+        tokenizer, templates: of the texts.
+        encode: function from labels to their features by this model, with these templates.
+        owner (*optional*): the model that the features live as long as, if `model` is a copy that shares its weights.
     """
-    probe = encode([_PROBE])
-    found = torch.cat([probe.text_embeds, probe.map_text_embeds]).float().cpu()
-    for known, features in list(_references):  # other threads may add to it
-        if known.shape == found.shape and torch.allclose(known, found, rtol=0, atol=1e-5):
-            return features
-    features = (encode_nouns or encode)(REFERENCE_NOUNS)
-    _references.append((found, features))
-    return features
+    known = _references.setdefault(model if owner is None else owner, {})
+    asked, state = (*templates, tokenizer), _state(model)
+    if asked not in known or known[asked][0] != state:
+        known[asked] = state, encode(REFERENCE_NOUNS)
+    return known[asked][1]
+
+
+@torch.no_grad()
+def _state(model) -> tuple:
+    """
+    Returns what changes with the weights that texts are encoded by: where they lie, how often they were changed, and a sum over a
+    sample of each, because changes through `weight.data` are not counted. A digest of all weights takes 50 times as long.
+    """
+    if not isinstance(model, torch.nn.Module):
+        return ()  # ONNX, whose weights do not change
+    weights = list(model.parameters(recurse=False))
+    for name, part in model.named_children():
+        if not name.startswith("vis"):  # the image tower
+            weights += [*part.parameters(), *part.buffers()]
+    plain = [weight for weight in weights if type(weight) in (torch.Tensor, torch.nn.Parameter) and not weight.is_meta]
+    places = [weight.data_ptr() for weight in plain] + [id(weight) for weight in weights if weight.is_meta]
+    versions = [None if weight.is_inference() else weight._version for weight in weights]
+    samples = [weight.reshape(-1)[:: weight.numel() // _SAMPLES + 1].float().cpu() for weight in plain]
+    total = torch.cat(samples).double().sum().item() if samples else 0.0
+    return places, versions, total, getattr(getattr(model, "config", None), "text_pooling", None)

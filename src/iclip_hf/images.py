@@ -5,11 +5,13 @@ from __future__ import annotations
 import base64
 import io
 import os
+import threading
 import time
 import urllib.parse
 import urllib.request
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterable, Sequence
+from concurrent import futures
 from http.client import HTTPException
 from typing import TypeVar
 
@@ -119,15 +121,29 @@ def _download(url: str, timeout: float) -> bytes:
     """Downloads a URL with a limit of time and size."""
     url = urllib.parse.quote(url, safe="%/:?#[]@!$&'()*+,;=~")  # quotes spaces and non-ASCII letters
     request = urllib.request.Request(url, headers={"User-Agent": "iclip-hf"})  # some sites refuse Python's default
-    content, end = bytearray(), time.monotonic() + timeout
-    with urllib.request.urlopen(request, timeout=timeout) as opened:
-        while part := opened.read1(2**16):
-            content += part
-            if len(content) > MAX_DOWNLOAD:
-                raise OSError(f"it has more than {MAX_DOWNLOAD // 2**20} MiB")
-            if time.monotonic() > end:  # the timeout of a socket restarts with every byte
-                raise TimeoutError(f"it did not end within {timeout:g} seconds")
-    return bytes(content)
+    answer, late = futures.Future(), TimeoutError(f"it did not end within {timeout:g} seconds")
+    end = time.monotonic() + timeout
+
+    def fetch() -> None:
+        content = bytearray()
+        try:
+            with urllib.request.urlopen(request, timeout=timeout + 1) as opened:  # the thread is left before that
+                while part := opened.read1(2**16):
+                    content += part
+                    if len(content) > MAX_DOWNLOAD:
+                        raise OSError(f"it has more than {MAX_DOWNLOAD // 2**20} MiB")
+                    if time.monotonic() > end:
+                        raise late
+            answer.set_result(bytes(content))
+        except Exception as error:
+            answer.set_exception(error)
+
+    # A thread, because the timeout of a socket restarts with every byte, also of the headers.
+    threading.Thread(target=fetch, daemon=True).start()
+    try:
+        return answer.result(timeout)
+    except futures.TimeoutError:
+        raise late from None
 
 
 def to_rgb(image: Image.Image, name: str | None = None) -> Image.Image:

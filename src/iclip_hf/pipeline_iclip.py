@@ -100,7 +100,7 @@ class ImageTextSimilarityMapPipeline(Pipeline):
         def encode(labels: Sequence[str]) -> ICLIPTextFeatures:
             return encode_texts(self.model, self.processor, labels, templates, self.device)
 
-        features = encode(labels), reference_features(encode)
+        features = encode(labels), reference_features(self.model, self.processor.tokenizer, templates, encode)
         return super().__call__(images, candidate_labels=labels, text_features=features, **kwargs)
 
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs):

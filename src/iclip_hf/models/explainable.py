@@ -78,10 +78,11 @@ class ExplainableModel(ABC):
         Returns the features of [`REFERENCE_NOUNS`] in these templates, `(K, P)`. They are encoded again only when the model changes, and
         those of an [`ICLIPModel`] on the CPU are kept on disk.
         """
-        encode = encode_nouns = partial(self.encode_texts, templates=templates)
+        model, processor = self._given
+        tokenizer, encode = getattr(processor, "tokenizer", processor), partial(self.encode_texts, templates=templates)
         if isinstance(self.network, ICLIPModel) and self.device.type == "cpu":  # not on another device, nor offloaded
-            encode_nouns = partial(kept_on_disk, self.network, self.processor, templates, encode)
-        return reference_features(encode, encode_nouns)
+            encode = partial(kept_on_disk, self.network, self.processor, templates, encode)
+        return reference_features(self.network, tokenizer, templates, encode, model)
 
     @abstractmethod
     def get_text_features(self, input_ids: torch.Tensor, num_templates: int = 1, **inputs) -> ICLIPTextFeatures:

@@ -33,6 +33,6 @@ def test_all_agree_with_the_first_and_its_claim_is_that_of_all(tmp_path):
         options = {"env": environment, "capture_output": True, "text": True, "timeout": 120, "check": True}
         return subprocess.run([*map(str, command)], **options).stdout
 
-    assert said() == "claimed\n" * 2
+    assert said().count("claimed") == 2
     with folder_lock(tmp_path):
         assert said().count("another run is writing here") == 2

@@ -44,9 +44,8 @@ def open_image(
         `PIL.Image.MAX_IMAGE_PIXELS` pixels. `TypeError`: `source` has another type.
     """
     name = name or _name(source)
-    if isinstance(source, (str, os.PathLike)) and not os.path.isfile(
-        source
-    ):  # reading a pipe or a device may never end
+    # Reading a pipe or a device may never end.
+    if isinstance(source, (str, os.PathLike)) and not os.path.isfile(source):
         raise FileNotFoundError(f"{name}: there is no such image file.")
     try:
         if isinstance(source, Image.Image):

@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from ..data.segmentation import SegmentationDataset
 from ..explainers import Explainer, make_explainer, select_texts
-from ..explanation_core import Pixels, for_images, forward
+from ..explanation_core import Pixels, forward
 from ..images import map_groups
 from ..modeling_iclip import ICLIPTextFeatures
 from ..models.loading import load
@@ -202,8 +202,7 @@ class EvaluationRun:
         rows = pad_sequence(rows, batch_first=True)  # (B, T): padded with any class
         drawn, others = {}, self.explainers
         if "scores" in needs:
-            texts = for_images(self.texts, len(images))
-            result = forward(self.model, Pixels(pixel_values), texts, self._references)
+            result = forward(self.model, Pixels(pixel_values), self.texts, self._references)
             for image, *of_image in zip(images, result.scores, result.presence):
                 image.scores, image.presence = of_image
             shown = result.raw_maps[torch.arange(len(rows))[:, None], rows]

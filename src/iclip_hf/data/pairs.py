@@ -12,6 +12,7 @@ import hashlib
 import math
 import os
 import random
+from collections import Counter
 from collections.abc import Hashable, Sequence
 from copy import copy
 from pathlib import Path
@@ -157,8 +158,8 @@ class PairDataset:
 
     def split(self, share: float) -> tuple[PairDataset, PairDataset]:
         """
-        Splits off a part of the pairs, which is always the same. Pairs of one image stay together. `share`, in (0, 1), is that of the
-        images, rounded up.
+        Splits off a part of the pairs, which is always the same. Pairs of one image stay together, also those of copies of its file or
+        of its bytes in a shard or table, which are read. `share`, in (0, 1), is that of the images, rounded up.
 
         Returns:
             `tuple`: the other pairs, and the part.
@@ -166,11 +167,7 @@ class PairDataset:
         Raises:
             `ValueError`: one of them would be empty.
         """
-        groups = [
-            (number, start) if file is None else _same_file(file)
-            for number, (source, ranges) in enumerate(self._by_source())
-            for start, file in zip(ranges[:, 0].tolist(), source.image_files(ranges))
-        ]
+        groups = self._images()
         # In the order of the pairs, so that the place of the files does not count.
         distinct = list(dict.fromkeys(groups))
         count = math.ceil(share * len(distinct))
@@ -182,6 +179,26 @@ class PairDataset:
         drawn = {distinct[place] for place in order[:count]}
         inside = np.array([group in drawn for group in groups])
         return tuple(copy(self)._select(self._ranges[part]) for part in (~inside, inside))
+
+    def _images(self) -> list[Hashable]:
+        """Returns for each pair a value that the pairs of one image share."""
+        images, files = [], {}
+        every = (
+            (source, number, *of_pair)
+            for number, (source, ranges) in enumerate(self._by_source())
+            for of_pair in zip(ranges.tolist(), source.image_files(ranges))
+        )
+        for source, number, (start, end), file in tqdm(every, "Comparing images", len(self), delay=2, leave=False):
+            if file is not None:
+                images.append(_same_file(file))
+                files.setdefault(images[-1], file)
+                continue
+            try:
+                images.append(hashlib.sha256(source.read(start, end).image).digest())
+            except BAD_PAIR:
+                images.append((number, start))
+        contents = dict(zip(files, _contents(list(files.values()))))
+        return [contents.get(image, image) for image in images]
 
     def _by_source(self) -> list[tuple[Source, np.ndarray]]:
         """Returns the sources with the ranges (start, end) of their pairs."""
@@ -269,3 +286,25 @@ def _same_file(file: Path) -> Hashable:
     except (OSError, ValueError):  # a name may hold any characters
         return os.path.abspath(file)
     return "file", found.st_dev, found.st_ino
+
+
+def _contents(files: Sequence[Path]) -> list[Hashable]:
+    """Returns for each file a value that its copies share. A file is read only as far as another one is like it: size, end, whole."""
+    found: list[tuple] = [()] * len(files)
+    for look in (os.path.getsize, _end, Path.read_bytes):
+        counts = Counter(found)
+        for index, file in enumerate(files):
+            if counts[found[index]] > 1:
+                try:
+                    seen = look(file)
+                except (OSError, ValueError):  # there is no such file, or its name may not be
+                    found[index] = (index, None)
+                else:
+                    found[index] += (hashlib.sha256(seen).digest() if isinstance(seen, bytes) else seen,)
+    return found
+
+
+def _end(file: Path) -> bytes:
+    with open(file, "rb") as opened:
+        opened.seek(max(os.path.getsize(file) - 4096, 0))
+        return opened.read()

@@ -461,7 +461,7 @@ def _index_masks(layout: _Layout, root: Path, split: str | None) -> _Content:
     if layout.lists:
         lists = [root / path for path in _alternatives(layout.lists, split)]
         lines = _read_text(next(filter(Path.is_file, lists), lists[0])).splitlines()
-        names = [line.strip() for line in lines if line.strip()]
+        names = [*dict.fromkeys(line.strip() for line in lines if line.strip())]  # a joined list may repeat images
     if not names:
         raise FileNotFoundError(
             f"{root}: there are no pairs of {image_pattern} and {mask_pattern}; check the root, the split and the layout of the data."

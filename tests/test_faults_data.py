@@ -126,6 +126,7 @@ REFUSED = {
             "a class that is not listed": index_mask(np.full((24, 30), 7, np.uint8)),
             "colours": inputs.BY_FORMAT["PNG"],
             "16 bits": index_mask(np.full((24, 30), 1, np.uint16)),
+            "JPEG by another name": encoded(inputs.PHOTO.convert("L").point(lambda value: value % 2), "JPEG"),
         },
     ),
     "image of a mask": (image_of_mask, "image.png", {"another size": encoded(inputs.PHOTO.resize((31, 24)), "PNG")}),

@@ -115,6 +115,10 @@ class _IndexSample(SegmentationSample):
     @cached_property
     def label_map(self) -> np.ndarray:
         image = open_image(self.mask_path)
+        if image.format != "PNG":  # others may be lossy, which changes ids at edges
+            raise ValueError(
+                f"{self.mask_path}: a mask is a PNG, and this is a {image.format} in spite of its name; save the class ids again."
+            )
         if image.mode not in ("P", "L", "1"):
             raise ValueError(
                 f"{self.mask_path}: a mask is a palette or 8-bit grayscale PNG of class ids, not of mode {image.mode!r}; save class "

@@ -148,6 +148,7 @@ REFUSED = {
         {
             **inputs.BAD_JSON,
             "category twice": {"categories": [CATEGORY, {"id": 3, "name": "cat"}]},
+            "name twice": {"categories": [CATEGORY, CATEGORY | {"id": 0}]},
             "image of another size": {"images": [PICTURE | {"height": 23}]},
             "image twice": {"images": [PICTURE, PICTURE | {"file_name": "other.png"}]},
             "absent image": {"images": [PICTURE | {"file_name": "absent.png"}]},

@@ -497,8 +497,10 @@ def _instances(root: Path, split: str) -> _Content:
         labels = {category["id"]: label for label, category in enumerate(categories, start=1)}
         sizes = {image["file_name"]: (image["height"], image["width"]) for image in images}
         annotations = {image["id"]: [] for image in images}
-        if len(labels) < len(categories) or not len(annotations) == len(sizes) == len(images):
-            raise ValueError("two categories or images have the same id or file")
+        if not len(labels) == len({*class_names}) == len(categories):
+            raise ValueError("two categories have the same id or name")
+        if not len(annotations) == len(sizes) == len(images):
+            raise ValueError("two images have the same id or file")
         for item in content["annotations"]:
             if item["category_id"] not in labels or item["image_id"] not in annotations:
                 raise ValueError(f"annotation {item['id']} is of a category or an image that is not listed")

@@ -139,6 +139,8 @@ REFUSED = {
             "a blank line": "dog\n\ncat",
             "one twice": "dog\ncat\ndog",
             "background": "background\ndog",
+            "background of labelme": "_background_\ndog",
+            "Background": "Background\ndog",
             "300": "\n".join(map(str, range(300))),
         },
     ),

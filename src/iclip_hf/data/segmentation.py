@@ -527,7 +527,8 @@ def _instances(root: Path, split: str) -> _Content:
 def _read_class_names(path: Path) -> list[str]:
     """Reads the names of the classes of a folder of masks."""
     names = [line.strip() for line in _read_text(path).rstrip().splitlines()]
-    if not 1 <= len(names) < _VOID or "" in names or len({*names}) < len(names) or names[0] == "background":
+    is_background = names[:1] and names[0].strip("_").lower() == "background"  # labelme writes "_background_"
+    if is_background or not 1 <= len(names) < _VOID or "" in names or len({*names}) < len(names):
         raise ValueError(
             f"{path}: line 1 names class id 1, without the background; there are 1 to {_VOID - 1} lines with different names, and none is "
             "blank."

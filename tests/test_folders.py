@@ -28,6 +28,7 @@ from training_runs import accelerator, run
 from transformers import AutoModel, AutoProcessor, pipeline
 
 from iclip_hf import ICLIPModel, ICLIPProcessor, cli
+from iclip_hf.data.class_names import COCO_THINGS, VOC
 from iclip_hf.evaluation.evaluate import EvaluationResult
 from iclip_hf.hub.configs import config_folder
 from iclip_hf.hub.folders import code_files, export_model, init_model, push_model
@@ -446,10 +447,24 @@ def test_a_card_shows_figures_of_some_images_as_such(tmp_path, tiny_processor):
     metrics = copy.deepcopy(METRICS)
     metrics["protocol"]["dataset"] |= {"name": "coco2017", "images_in_split": 5000}
     card = card_of(tmp_path, tiny_processor, metrics=metrics)
-    assert "| COCO 2017 val, first 77 of 5000 images | `itsm` |" in card.text
+    assert "| COCO 2017 val, 77 of 5000 images | `itsm` |" in card.text
     # Neither the Hub's page of the model nor that of the data set can say so.
     assert card.data.eval_results is None and not (tmp_path / ".eval_results").exists()
-    assert "first 77 of 5000 images" in card_of(tmp_path / "again", tiny_processor, source=tmp_path).text
+    assert "val, 77 of 5000 images" in card_of(tmp_path / "again", tiny_processor, source=tmp_path).text
+
+
+@pytest.mark.parametrize(("name", "names"), [("coco2017", COCO_THINGS), ("voc2012", VOC)])
+def test_a_card_says_that_class_names_are_not_those_of_the_data_set(tmp_path, tiny_processor, name, names):
+    """Such as those of own data in COCO's form, which are not COCO."""
+    metrics = copy.deepcopy(METRICS)
+    metrics["protocol"]["dataset"]["name"] = name
+    for number, used in enumerate((names, ["screw", "nut"])):
+        folder, own = tmp_path / str(number), number == 1
+        metrics["protocol"]["class_names"] = list(used)
+        for options in ({"metrics": metrics}, {"source": folder, "overwrite": True}):  # the record keeps it
+            card = card_of(folder, tiny_processor, **options)
+            assert (" val, with other class names | `itsm` |" in card.text) == own
+            assert (card.data.eval_results is None) == own == (not (folder / ".eval_results").exists())
 
 
 def test_the_widget_has_the_nouns_of_the_training_also_after_an_export(tmp_path, tiny_processor):

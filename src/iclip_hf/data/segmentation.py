@@ -208,6 +208,7 @@ class SegmentationDataset(Sequence):
     Attributes:
         name (`str`): name of the data set.
         split (`str`, *optional*): its split; None for a folder.
+        images_in_split (`int`): number of images of the whole split, also in a slice.
         synonyms (`tuple[tuple[str, ...], ...]`): all names of each class.
         class_names (`tuple[str, ...]`): the first name of each of the K classes, as used in prompts.
         labels (`tuple[int, ...]`): ids of the classes, 1..K.
@@ -233,7 +234,7 @@ class SegmentationDataset(Sequence):
     ):
         layout = _LAYOUTS[name]
         self.name, self.split, self.background, self.templates = name, split, bool(layout.background), layout.templates
-        self.annotation_paths, self._samples = annotation_paths, samples
+        self.annotation_paths, self._samples, self.images_in_split = annotation_paths, samples, len(samples)
         self.synonyms = tuple((name,) for name in class_names)
         self.supercategories = None if supercategories is None else tuple(supercategories)
         stuff = layout.stuff

@@ -505,6 +505,26 @@ def test_the_card_tells_the_settings_that_a_model_depends_on():
     assert fixed - elsewhere == set(TRAINING_SETTINGS)
 
 
+@pytest.mark.parametrize(
+    ("data", "shown"),
+    [
+        ("/home/someone/photos.v2", "photos.v2"),  # no data set of the Hub by the name "someone/photos.v2"
+        ("/home/someone/flickr8k-1.0/", "flickr8k-1.0"),
+        ("/mnt/Photos/Pairs.CSV", "Photos/Pairs.CSV"),
+        ("org/name.v2", "org/name.v2"),
+    ],
+)
+def test_folders_and_files_are_no_data_sets_of_the_hub(tmp_path, tiny_processor, data, shown):
+    card = card_of(tmp_path, tiny_processor, training={"data": [data]})
+    assert f"| training data {shown} |" in card.text
+    assert card.data.datasets == (["org/name.v2"] if data == shown else None)
+
+
+def test_what_the_card_says_of_embedded_parts_stays(tmp_path):
+    once = public_settings(dict.fromkeys(("model", "vision", "text"), "embedded"))
+    assert public_settings(once) == once and "DINOv2 ViT-S/14 as carried" in once["vision"]
+
+
 AUGMENTATION = {"crop_scale": 0.08, "auto_augment": "none", "random_erasing": 0.25}
 CACHED = {**AUGMENTATION, "auto_augment": "", "cache_features": "/home/someone/cache"}
 

@@ -24,6 +24,8 @@ from .configs import EMBEDDED
 
 logger = logging.getLogger(__name__)
 
+# Files of data and nouns: of them the card also names the folder.
+_FILES = (".tar", ".csv", ".tsv", ".txt", ".parquet", ".jsonl", ".arrow")
 # The file beside the card that holds the record.
 RECORD = "model_card.json"
 DIGITS = {"mAP": 2, "mMIoU": 2, "mFMB": 4, "text_contrast": 2}
@@ -169,11 +171,12 @@ def measured(metrics: EvaluationResult | Mapping) -> dict:
 
 def without_folders(name: str) -> str:
     """Returns a Hub id as it is, and of a path the end that says nothing of this machine."""
-    return name if is_hub_id(name) else "/".join(Path(name).parts[-2 if Path(name).suffix else -1 :])
+    if is_hub_id(name) or name in _EMBEDDED.values():
+        return name
+    return "/".join(Path(name).parts[-2 if name.lower().endswith(_FILES) else -1 :])
 
 
 def is_hub_id(name: str) -> bool:
     """Returns whether a name can be a Hub id, such as `org/model`, and is not a path of this machine."""
-    is_file_name = name.endswith((".tar", ".csv", ".tsv", ".txt", ".parquet", ".jsonl", ".arrow"))
-    of_machine = is_file_name or name.startswith("data/") or Path(name).exists()
+    of_machine = name.lower().endswith(_FILES) or name.startswith("data/") or Path(name).exists()
     return bool(re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name)) and not of_machine

@@ -738,6 +738,17 @@ def test_what_is_not_recorded_is_said(tmp_path, tiny_processor):
     assert not any("random" in card.partition("## Evaluation")[0] for card in cards.values())
 
 
+def test_a_tower_that_is_locked_now_may_have_learned_before(tmp_path, tiny_processor):
+    said = {}
+    for name, known in (("one", ["pairs.csv"]), ("none", None), ("two", ["more.csv"])):
+        training = known and {"data": known}
+        if name == "two":
+            training["model"] = str(tmp_path / "one")
+        card = card_of(tmp_path / name, tiny_processor, training=training)
+        said[name] = "(locked during training)" in card.text, "(locked in this configuration)" in card.text
+    assert said == {"one": (True, False), "none": (False, True), "two": (False, True)}
+
+
 def test_a_run_that_starts_from_changed_weights_says_so(tmp_path, tiny_processor):
     model = tiny_model()
     model.save_pretrained(tmp_path / "model")

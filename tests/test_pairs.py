@@ -352,6 +352,16 @@ def test_copies_of_an_image_stay_together(tmp_path, form):
     assert [len(part) for part in images] == [6, 2] and images[0].isdisjoint(images[1])
 
 
+def test_a_split_reads_no_devices(tmp_path):
+    names = ["/dev/zero", "/dev/full", "absent.jpg", "empty.jpg", "also empty.jpg", "1.jpg"]
+    write_images(tmp_path, ["0.jpg", "1.jpg"])
+    for name in names[3:5]:
+        (tmp_path / name).touch()
+    (tmp_path / "pairs.csv").write_text("\n".join(["image,caption", *(f"{name},a" for name in names)]))
+    training, part = load_pairs(tmp_path / "pairs.csv").split(0.2)
+    assert len(training) + len(part) == 6 and len(part) in (1, 2)
+
+
 def test_the_part_does_not_depend_on_the_place_of_the_files(tmp_path):
     write_shards(tmp_path / "b", 9)
     write_images(tmp_path, [f"b/{number}.jpg" for number in range(9)])

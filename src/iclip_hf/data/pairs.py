@@ -23,6 +23,8 @@ from tqdm import tqdm
 
 from ..images import load_image
 from ..utils.digests import content_digest
+from ..utils.files import file_id
+from ..utils.hub_ids import is_hub_id
 from .sources import (
     BAD_PAIR,
     BadPairError,
@@ -31,7 +33,6 @@ from .sources import (
     RawPair,
     Source,
     _draw,
-    is_hub_id,
     open_hub_dataset,
     open_sources,
 )
@@ -184,19 +185,19 @@ class PairDataset:
         """Returns for each pair a value that the pairs of one image share."""
         images, files = [], {}
         every = (
-            (source, number, *of_pair)
-            for number, (source, ranges) in enumerate(self._by_source())
+            (source, *of_pair)
+            for source, ranges in self._by_source()
             for of_pair in zip(ranges.tolist(), source.image_files(ranges))
         )
-        for source, number, (start, end), file in tqdm(every, "Comparing images", len(self), delay=2, leave=False):
+        for source, (start, end), file in tqdm(every, "Comparing images", len(self), delay=2, leave=False):
             if file is not None:
-                images.append(_same_file(file))
+                images.append(file_id(file) or os.path.abspath(file))
                 files.setdefault(images[-1], file)
                 continue
             try:
                 images.append(hashlib.sha256(source.read(start, end).image).digest())
             except BAD_PAIR:
-                images.append((number, start))
+                images.append((source.path, start))
         contents = dict(zip(files, _contents(list(files.values()))))
         return [contents.get(image, image) for image in images]
 
@@ -279,29 +280,26 @@ def _load(pair: RawPair) -> Image.Image:
         raise BadPairError(str(error)) from error
 
 
-def _same_file(file: Path) -> Hashable:
-    """Returns a value that is equal for all paths and links to a file."""
-    try:
-        found = os.stat(file)
-    except (OSError, ValueError):  # a name may hold any characters
-        return os.path.abspath(file)
-    return "file", found.st_dev, found.st_ino
-
-
 def _contents(files: Sequence[Path]) -> list[Hashable]:
     """Returns for each file a value that its copies share. A file is read only as far as another one is like it: size, end, whole."""
     found: list[tuple] = [()] * len(files)
-    for look in (os.path.getsize, _end, Path.read_bytes):
+    for look in (_size, _end, Path.read_bytes):
         counts = Counter(found)
         for index, file in enumerate(files):
             if counts[found[index]] > 1:
                 try:
                     seen = look(file)
-                except (OSError, ValueError):  # there is no such file, or its name may not be
+                except (OSError, ValueError):  # there is no such file, or its name may not be, or it is a device
                     found[index] = (index, None)
                 else:
                     found[index] += (hashlib.sha256(seen).digest() if isinstance(seen, bytes) else seen,)
     return found
+
+
+def _size(file: Path) -> int:
+    if not os.path.isfile(file):  # reading a device may never end
+        raise FileNotFoundError(file)
+    return os.path.getsize(file)
 
 
 def _end(file: Path) -> bytes:

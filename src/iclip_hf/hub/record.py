@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import re
 from collections.abc import Mapping
 from dataclasses import asdict, is_dataclass
 from pathlib import Path
@@ -19,13 +18,12 @@ from ..modeling_iclip import ICLIPModel
 from ..models.embedded import embedded_folder
 from ..models.identity import changed_model
 from ..processing_iclip import ICLIPProcessor
+from ..utils.hub_ids import FILES, is_hub_id
 from .configs import EMBEDDED
 
 
 logger = logging.getLogger(__name__)
 
-# Files of data and nouns: of them the card also names the folder.
-_FILES = (".tar", ".csv", ".tsv", ".txt", ".parquet", ".jsonl", ".arrow")
 # The file beside the card that holds the record.
 RECORD = "model_card.json"
 DIGITS = {"mAP": 2, "mMIoU": 2, "mFMB": 4, "text_contrast": 2}
@@ -173,10 +171,4 @@ def without_folders(name: str) -> str:
     """Returns a Hub id as it is, and of a path the end that says nothing of this machine."""
     if is_hub_id(name) or name in _EMBEDDED.values():
         return name
-    return "/".join(Path(name).parts[-2 if name.lower().endswith(_FILES) else -1 :])
-
-
-def is_hub_id(name: str) -> bool:
-    """Returns whether a name can be a Hub id, such as `org/model`, and is not a path of this machine."""
-    of_machine = name.lower().endswith(_FILES) or name.startswith("data/") or Path(name).exists()
-    return bool(re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name)) and not of_machine
+    return "/".join(Path(name).parts[-2 if name.lower().endswith(FILES) else -1 :])

@@ -118,7 +118,7 @@ def table(tmp_path_factory) -> Path:
     """Forty pairs."""
     folder = tmp_path_factory.mktemp("pairs")
     for number in range(40):
-        (folder / f"{number}.png").write_bytes(inputs.BY_FORMAT["PNG"])
+        (folder / f"{number}.png").write_bytes(inputs.BY_FORMAT["PNG"] + bytes([number]))  # copies would stay together
     rows = "".join(f"{number}.png,a dog number {number}\n" for number in range(40))
     return inputs.written(folder, f"image,caption\n{rows}", "table.csv")
 

@@ -113,7 +113,7 @@ def test_processors_of_two_towers_are_joined(tiny_processor, tmp_path):
     processor = ICLIPProcessor.from_vision_text_pretrained(*towers, image_size=40)
     assert processor(photo())["pixel_values"].shape == (1, 3, 40, 40)
     assert processor(photo(), size={"shortest_edge": 16})["pixel_values"].shape == (1, 3, 16, 24)
-    with pytest.raises(ValueError, match="multiples of the patch size 8"):
+    with pytest.raises(ValueError, match="no multiple of the patch size 8"):
         processor(photo(), size=30)
 
 

@@ -7,6 +7,7 @@ A model here is an [`ICLIPModel`], or any object with its methods `get_image_fea
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 from weakref import WeakKeyDictionary
@@ -21,6 +22,8 @@ from .reference_nouns import REFERENCE_NOUNS
 from .refinement import refine_maps
 from .similarity import check_finite
 
+
+logger = logging.getLogger(__name__)
 
 # Number of prompts in one forward pass. All prompts of 80 classes in 80 templates would take gigabytes.
 TEXT_BATCH = 256
@@ -147,12 +150,14 @@ def encode_texts(
     of shape `(T, P)`.
     """
     templates = check_templates(processor.templates if templates is None else templates)
-    step = max(1, TEXT_BATCH // len(templates))
-    with torch.no_grad():
-        parts = [
-            model.get_text_features(**processor(labels=labels[i : i + step], templates=templates).to(device))
-            for i in range(0, len(labels), step)
-        ]
+    step, parts = max(1, TEXT_BATCH // len(templates)), []
+    for start in range(0, len(labels), step):
+        prompts = processor(labels=labels[start : start + step], templates=templates)
+        mask = prompts.get("attention_mask")
+        if mask is not None and mask.shape[1] == processor.max_text_length and mask[:, -1].any():
+            logger.warning("A text has %d tokens or more; the others are cut off.", processor.max_text_length)
+        with torch.no_grad():
+            parts.append(model.get_text_features(**prompts.to(device)))
     return join_texts(parts)
 
 

@@ -206,7 +206,8 @@ class ICLIPProcessor(ProcessorMixin):
             size = dict(zip(("height", "width"), scaled.pop()))
         if size["height"] % patch or size["width"] % patch:
             nearest = {name: max(1, round(side / patch)) * patch for name, side in size.items()}
-            raise ValueError(f"size={size} is not in multiples of the patch size {patch}: use {nearest}.")
+            asked, fitting = ("x".join(map(str, dict.fromkeys(sides.values()))) for sides in (size, nearest))
+            raise ValueError(f"A size of {asked} pixels is no multiple of the patch size {patch}: use {fitting}.")
         if size["height"] * size["width"] > MAX_PIXELS:
             raise ValueError(f"An image of {size} has more than {MAX_PIXELS:,} pixels.")
         return {**kwargs, "size": size}

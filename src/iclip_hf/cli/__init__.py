@@ -6,6 +6,8 @@ import argparse
 import importlib
 import sys
 from collections.abc import Sequence
+from difflib import get_close_matches
+from itertools import repeat
 
 from .. import __version__
 from .output import printable, report_error
@@ -28,7 +30,20 @@ COMMANDS = {
 
 
 class _Parser(argparse.ArgumentParser):
+    def parse_args(self, args=None, namespace=None):
+        self._given = args or []
+        return super().parse_args(args, namespace)
+
     def error(self, message: str):
+        known = self._option_string_actions
+        wrong = [
+            word
+            for word in self._given
+            if word[:2] == "--" and not any(map(str.startswith, known, repeat(word.split("=")[0])))
+        ]
+        if wrong and "are required" in message:  # a mistyped option is one that is missing
+            like = "".join(f"; did you mean {name}?" for name in get_close_matches(wrong[0], known, 1))
+            message = f"unrecognized arguments: {wrong[0]}{like}"
         unknown = message.removeprefix("unrecognized arguments: ")
         if unknown != message and unknown[0] != "-" and any(action.dest == "texts" for action in self._actions):
             message += "; several texts stand between commas, as in --text 'dog, red ball'"

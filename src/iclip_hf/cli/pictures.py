@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -74,6 +75,8 @@ def explain_files(
     from ..utils.prefetch import prefetch_map
 
     images = options.images
+    if folder := next(filter(os.path.isdir, images), None):
+        raise ValueError(f"{folder} is a folder: name its images, such as {folder}/*.jpg.")
     if len(images) == 1:
         open_image(images[0], decode=False)  # before the model is loaded
     pictures = _pictures_to_write(options, name, beside)

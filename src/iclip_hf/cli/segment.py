@@ -59,7 +59,7 @@ def run(options: argparse.Namespace) -> int:
             and kept < _COVERED * explanation.mask(index).sum()
         ]
         if covered:
-            hidden = f"present, but covered by the other texts: {', '.join(covered)}"
+            hidden = f"not absent, but covered by the other texts: {', '.join(covered)}"
             entry["problem"] = f"{name}: {hidden}; look at the maps with iclip explain"
         if picture is None:
             return entry

@@ -462,7 +462,7 @@ def _found(root: Path, pattern: str, split: str | None) -> tuple[str, dict[str, 
 def _index_masks(layout: _Layout, root: Path, split: str | None) -> _Content:
     image_pattern, images = _found(root, layout.images, split)
     mask_pattern, masks = _found(root, layout.masks, split)
-    names = [*images] if image_pattern.endswith("*") else [*masks]
+    names = sorted({*images, *masks}) if image_pattern.endswith("*") else [*masks]
     if layout.lists:
         lists = [root / path for path in _alternatives(layout.lists, split)]
         lines = _read_text(next(filter(Path.is_file, lists), lists[0])).splitlines()

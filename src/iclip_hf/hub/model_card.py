@@ -151,6 +151,8 @@ def _figures(evaluation: Mapping) -> list[dict]:
     figures = []
     for method, scores in evaluation["results"].items():
         for metric in (name for name in DIGITS if name in scores):
+            if metric == "mAP" and figures:  # the same for all methods
+                continue
             value = round(scores[metric], DIGITS[metric])
             figures.append({"type": metric.lower(), "name": metric, "config": method, "value": value})
             if metric == "mMIoU":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, is_dataclass
 from pathlib import Path
@@ -114,7 +115,7 @@ def data_terms(record: Mapping) -> dict[str, str]:
         for data in run.get("data", []) if run else [_NOT_RECORDED]:
             known[data] = "not known here"
             for part, terms in _DATA_TERMS.items():
-                if part in data.lower():
+                if re.search(f"(?<![a-z]){part}", data.lower()):
                     known[data] = terms
     return known
 
@@ -171,4 +172,8 @@ def without_folders(name: str) -> str:
     """Returns a Hub id as it is, and of a path the end that says nothing of this machine."""
     if is_hub_id(name) or name in _EMBEDDED.values():
         return name
-    return "/".join(Path(name).parts[-2 if name.lower().endswith(FILES) else -1 :])
+    *folders, last = Path(name).parts
+    if name.lower().endswith(FILES):
+        return "/".join([*folders[-1:], last])
+    known = [part for part in (last, *reversed(folders)) if any(data in part.lower() for data in _DATA_TERMS)]
+    return known[0] if known else last  # of flickr8k/train the name whose terms are known

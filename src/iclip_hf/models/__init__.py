@@ -6,7 +6,7 @@ from collections.abc import Collection
 from difflib import get_close_matches
 from pathlib import Path
 
-from ..utils.hub_ids import may_be_hub_id
+from ..utils.hub_ids import is_hub_id
 
 
 # Models of transformers that explain: for each type, as config.json names it, the class in `families.py`.
@@ -34,11 +34,9 @@ def check_model_name(name: str, types: Collection[str] = MODEL_TYPES) -> str:
     if not os.path.exists(name):
         if "/" not in name and get_close_matches(name.lower(), ["embedded"], cutoff=0.75):
             raise FileNotFoundError(f'{name}: there is no such folder; did you mean "embedded"?')
-        if may_be_hub_id(name):
+        if is_hub_id(name):
             return name
-        raise FileNotFoundError(
-            f"{name}: expected a folder or a Hub id of a model, but there is none; check the path."
-        )
+        raise FileNotFoundError(f"{name}: there is no such folder, and it is no Hub id (org/name); check the path.")
     from ..utils.files import loading_errors  # which imports slower packages
 
     with loading_errors(name):

@@ -102,9 +102,7 @@ def _usable(device: str | torch.device) -> torch.device:
     try:
         return torch.empty(0, device=device).device
     except (RuntimeError, AssertionError) as error:
-        raise ValueError(
-            f"Expected a device of this machine, such as cpu, cuda or mps, got {device} ({error})."
-        ) from error
+        raise ValueError(f"Expected a device of this machine, such as cpu, cuda or mps, got {device}.") from error
 
 
 def _explainable(model, processor) -> ExplainableModel:

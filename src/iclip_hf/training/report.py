@@ -26,7 +26,7 @@ from .settings import MAP_METRICS, Settings
 
 _LABELS = 2
 _LOOKED_AT = 1000  # pairs, for the labels
-_FEWEST = 10  # held-out pairs; on fewer, the interval is too narrow
+FEWEST = 10  # held-out pairs; on fewer, the interval of a change is too narrow
 
 
 def draw_examples(
@@ -91,7 +91,8 @@ def report(settings: Settings, state: RunState, held_out: PairDataset | None) ->
     image, labels = example(held_out)
     texts = " ".join(f"--text {shlex.quote(label)}" for label in labels)
     lines.append(f"  iclip explain {shlex.quote(image)} {texts} --model {folder}")
-    lines.append(f"  iclip push {folder} your-name/{repository} --dry-run")
+    if not holds_start(settings, state):
+        lines.append(f"  iclip push {folder} your-name/{repository} --dry-run")
     return "\n".join(lines)
 
 
@@ -146,7 +147,7 @@ def _verdict(settings: Settings, state: RunState, held_out: PairDataset | None) 
         return said
 
     lines = []
-    if state.change and len(held_out) < _FEWEST:
+    if state.change and len(held_out) < FEWEST:
         lines.append(
             f"No measurable change: {len(held_out)} held-out pairs are too few to tell. Hold out more by --validation_share, or name "
             "some by --validation_data."

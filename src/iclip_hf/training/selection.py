@@ -21,7 +21,7 @@ from ..evaluation.evaluate import evaluate
 from ..processing_iclip import ICLIPProcessor
 from .checkpoints import RunState, export, holds_start
 from .inputs import Inputs
-from .report import draw_examples, own_labels
+from .report import FEWEST, draw_examples, own_labels
 from .settings import MAP_METRICS, Settings
 from .validation import validate
 
@@ -55,7 +55,9 @@ class Selection:
         settings, state = self.settings, self.state
         metrics, by_pair, evaluation = self._evaluate()
         change = {name: change_interval(before, by_pair[name]) for name, before in state.before_by_pair.items()}
-        score, lost = metrics.get(settings.best_metric), lost_metrics(change)
+        score = metrics.get(settings.best_metric)
+        pairs = len(next(iter(by_pair.values()), ()))
+        lost = lost_metrics(change) if pairs >= FEWEST else []
         if score is None:
             best = last
         elif state.best is not None and bool(lost) != bool(state.lost):

@@ -12,13 +12,8 @@ _USUAL_FOLDERS = (RUNS, "data")
 FILES = (".tar", ".csv", ".tsv", ".jsonl", ".parquet", ".arrow", ".txt")
 
 
-def may_be_hub_id(name: str) -> bool:
-    """Whether this can name a repository of the Hub: `name`, or `org/name` where `org` is no folder here, as it is for a mistyped path."""
-    owner = os.path.dirname(name)
-    is_form = re.fullmatch(r"(\w[\w.-]*/)?\w[\w.-]*", name) is not None
-    return is_form and owner not in _USUAL_FOLDERS and not os.path.exists(owner)
-
-
 def is_hub_id(name: str) -> bool:
-    """Whether this names a repository as `org/name`, and no file."""
-    return "/" in name and may_be_hub_id(name) and not name.lower().endswith(FILES)
+    """Whether this can name a repository of the Hub, as `org/name`: it is no file of data, and `org` is no folder here."""
+    owner = os.path.dirname(name)
+    is_form = re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name) is not None and not name.lower().endswith(FILES)
+    return is_form and owner not in _USUAL_FOLDERS and not os.path.exists(owner)

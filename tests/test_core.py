@@ -216,3 +216,10 @@ def test_arrays_and_pictures_are_one_image(tiny_processor):
             torch.testing.assert_close(one.raw_maps, of_picture.raw_maps, atol=1e-5, rtol=0)
         given = (tiny_processor(images=image)["pixel_values"] for image in (Image.fromarray(array), array))
         torch.testing.assert_close(*given, atol=1e-5, rtol=0)
+
+
+def test_a_text_that_is_cut_is_told(tiny_processor, caplog):
+    encode_texts(tiny_model(), tiny_processor, ["dog"], None, "cpu")
+    assert not caplog.records
+    encode_texts(tiny_model(), tiny_processor, ["dog", "dog " * 100], None, "cpu")
+    assert "77 tokens or more; the others are cut off" in caplog.text

@@ -33,7 +33,7 @@ from iclip_hf.evaluation.evaluate import EvaluationResult
 from iclip_hf.hub.configs import config_folder
 from iclip_hf.hub.folders import code_files, export_model, init_model, push_model
 from iclip_hf.hub.model_card import describe_tower, write_model_card
-from iclip_hf.hub.record import TRAINING_SETTINGS, public_settings, read_record
+from iclip_hf.hub.record import TRAINING_SETTINGS, data_terms, public_settings, read_record
 from iclip_hf.models.embedded import embedded_folder
 from iclip_hf.models.identity import identity
 from iclip_hf.training import checkpoints
@@ -510,7 +510,7 @@ def test_the_card_tells_the_settings_that_a_model_depends_on():
     [
         ("/home/someone/photos.v2", "photos.v2"),  # no data set of the Hub by the name "someone/photos.v2"
         ("/home/someone/flickr8k-1.0/", "flickr8k-1.0"),
-        ("/mnt/Photos/Pairs.CSV", "Photos/Pairs.CSV"),
+        ("/mnt/Photos/Pairs.CSV", "Pairs.CSV"),
         ("org/name.v2", "org/name.v2"),
     ],
 )
@@ -541,6 +541,15 @@ CACHED = {**AUGMENTATION, "auto_augment": "", "cache_features": "/home/someone/c
 )
 def test_the_card_leaves_out_settings_without_effect(settings, shown):
     assert public_settings(settings) == shown
+
+
+def test_data_are_named_by_what_their_terms_are_known_by():
+    """The folder whose terms are known stays; that of a user does not."""
+    paths = ("flickr8k/train", "flickr8k/shards/train-00000.tar", "photos.v2", "workplaces.csv")
+    named = public_settings({"data": [f"/home/me/{path}" for path in paths]})
+    assert named["data"] == ["flickr8k", "flickr8k/train-00000.tar", "photos.v2", "workplaces.csv"]
+    assert data_terms({"training": [named]})["flickr8k"].startswith("research")
+    assert data_terms({"training": [named]})["workplaces.csv"] == "not known here"
 
 
 def test_a_card_keeps_what_an_earlier_one_tells_unless_measured_again(source, exported, tmp_path, tiny_processor):
@@ -684,7 +693,7 @@ def test_the_record_grows_from_run_to_run(hub, tmp_path, capsys):
     assert cli.main(["export", str(tmp_path / "second"), str(tmp_path / "exported")]) == 0
     told = capsys.readouterr().out
     first, second = runs_of(tmp_path / "exported")
-    assert (first["data"], second["data"]) == (["flickr8k/pairs.tar"], [f"{hub.name}/pairs.tar"])
+    assert (first["data"], second["data"]) == (["flickr8k/pairs.tar"], ["pairs.tar"])
     assert "model" not in first and second["model"] == "first"
     assert runs_of(tmp_path / "kept") == [first] and runs_of(tmp_path / "second") == [first, second]
     terms = "research and education; the images are their photographers'"

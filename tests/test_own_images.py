@@ -164,7 +164,8 @@ def state_of(before: dict, after: dict) -> RunState:
     """The state of a run whose held-out pairs have these results, by metric."""
     means = ({name: np.mean(values) for name, values in scores.items()} for scores in (before, after))
     change = {name: change_interval(before[name], after[name]) for name in before}
-    state = RunState(before=next(means), metrics=next(means), change=change, lost=lost_metrics(change))
+    lost = lost_metrics(change, len(next(iter(before.values()))))
+    state = RunState(before=next(means), metrics=next(means), change=change, lost=lost)
     state.best = next(iter(state.metrics.values()))
     return state
 
@@ -214,6 +215,11 @@ def test_the_verdict_is_over_all_metrics(tmp_path):
     mixed = state_of(before, {"val_loss": loss - 0.5, "text_to_image": np.where(np.arange(15) > 0, 100.0, 0.0)})
     assert not mixed.lost and not holds_start(settings, mixed)
     assert state_of({"val_loss": loss}, {"val_loss": loss + 0.1}).lost == ["val_loss"]
+    # On a few pairs, nothing can be told: the best metric alone decides, and a model that is not changed is not pushed.
+    few = {name: values[:9] for name, values in before.items()}
+    kept = state_of(few, {"val_loss": loss[:9] - 0.5, "text_to_image": np.zeros(9)})
+    assert not kept.lost and not holds_start(settings, kept)
+    assert "iclip push" in report(settings, kept, held_out) and "iclip push" not in report(settings, worse, held_out)
 
 
 def test_the_interval_is_that_of_paired_changes():

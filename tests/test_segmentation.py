@@ -472,6 +472,10 @@ def test_what_is_missing_is_named(voc, folder):
     (folder / "images" / "b.png").rename(folder / "images" / "c.png")
     with pytest.raises(FileNotFoundError, match=r"masks/c\.png"):
         load_segmentation("folder", folder)
+    (folder / "images" / "c.png").unlink()
+    write_image(folder / "masks" / "d.png", 2, 3)  # of a copy that was interrupted
+    with pytest.raises(FileNotFoundError, match=r"images/d: .*1 of"):
+        load_segmentation("folder", folder)
 
 
 # ---- real data ----

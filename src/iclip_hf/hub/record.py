@@ -113,10 +113,7 @@ def data_terms(record: Mapping) -> dict[str, str]:
     known = {}
     for run in record["training"]:
         for data in run.get("data", []) if run else [_NOT_RECORDED]:
-            known[data] = "not known here"
-            for part, terms in _DATA_TERMS.items():
-                if re.search(f"(?<![a-z]){part}", data.lower()):
-                    known[data] = terms
+            known[data] = _terms(data) or "not known here"
     return known
 
 
@@ -173,7 +170,13 @@ def without_folders(name: str) -> str:
     if is_hub_id(name) or name in _EMBEDDED.values():
         return name
     *folders, last = Path(name).parts
+    known = next((folder for folder in reversed(folders) if _terms(folder)), None)
     if name.lower().endswith(FILES):
-        return "/".join([*folders[-1:], last])
-    known = [part for part in (last, *reversed(folders)) if any(data in part.lower() for data in _DATA_TERMS)]
-    return known[0] if known else last  # of flickr8k/train the name whose terms are known
+        return f"{known}/{last}" if known else last
+    return known if known and not _terms(last) else last  # flickr8k of flickr8k/train
+
+
+def _terms(name: str) -> str | None:
+    """Returns the terms of known data by its name, which may be part of a word but not begin within one."""
+    found = [terms for data, terms in _DATA_TERMS.items() if re.search(f"(?<![a-z]){data}", name.lower())]
+    return found[-1] if found else None

@@ -56,8 +56,7 @@ class Selection:
         metrics, by_pair, evaluation = self._evaluate()
         change = {name: change_interval(before, by_pair[name]) for name, before in state.before_by_pair.items()}
         score = metrics.get(settings.best_metric)
-        pairs = len(next(iter(by_pair.values()), ()))
-        lost = lost_metrics(change) if pairs >= FEWEST else []
+        lost = lost_metrics(change, len(next(iter(by_pair.values()), ())))
         if score is None:
             best = last
         elif state.best is not None and bool(lost) != bool(state.lost):
@@ -110,7 +109,12 @@ def change_interval(before: Sequence[float], after: Sequence[float]) -> list[flo
     return np.quantile(means, [0.025, 0.975]).tolist()
 
 
-def lost_metrics(change: Mapping[str, Sequence[float]]) -> list[str]:
-    """Returns the metrics, by their intervals of [`change_interval`], that got worse: the interval holds a loss and no gain."""
+def lost_metrics(change: Mapping[str, Sequence[float]], pairs: int) -> list[str]:
+    """
+    Returns the metrics that got worse, by their intervals of [`change_interval`] over so many pairs: the interval holds a loss and no
+    gain. None on fewer than `FEWEST` pairs.
+    """
+    if pairs < FEWEST:
+        return []
     gains = {name: [-high, -low] if name == "val_loss" else [low, high] for name, (low, high) in change.items()}
     return [name for name, (low, high) in gains.items() if low < 0 and high <= 0]

@@ -47,17 +47,6 @@ def test_order_names_and_sizes_count_and_the_place_does_not(tmp_path, read):
     assert content_digest([]) == ""
 
 
-def test_swapped_files_count(tmp_path, read):
-    """Also of folders whose files have the same names."""
-    for name in ("a", "b"):
-        (tmp_path / name).mkdir()
-    both = [*files(tmp_path / "a", b"a dog"), *files(tmp_path / "b", b"cat")]
-    before = content_digest(both)
-    for file, content in zip(both, (b"cat", b"a dog")):
-        file.write_bytes(content)
-    assert content_digest(both) != before
-
-
 def test_what_cannot_be_read_is_absent(tmp_path, read):
     (tmp_path / "dangling").symlink_to(tmp_path / "nowhere")
     names = ("dangling", "nothing", "nul\0", "n" * 300, "\ud800")

@@ -1,15 +1,11 @@
 """What readers of data and models meet by mistake or in bad faith: an error that names the file."""
 
-import contextlib
-import io
 import json
 import shutil
-from unittest.mock import patch
 
 import fault_inputs as inputs
 import numpy as np
 import pytest
-from conftest import iclip
 from fault_inputs import encoded, index_mask, masks_folder, written
 
 from iclip_hf.data.pairs import load_pairs
@@ -80,17 +76,6 @@ def nouns(world, folder, content):
     return NounPrompts.from_file(written(folder, content, "nouns.txt"))
 
 
-def train_yaml(world, folder, content):
-    """`iclip train` without a look at the files, and without training."""
-    err, config = io.StringIO(), written(folder, content, "train.yaml")
-    unread, untrained = patch("iclip_hf.training.checks.check_run"), patch("iclip_hf.training.run.train")
-    with unread, untrained, contextlib.redirect_stderr(err):
-        code = iclip("train", "--config", config)
-    assert code in (0, 2)
-    if code == 2:
-        raise ValueError(err.getvalue())
-
-
 def model(world, folder, damage):
     shutil.copytree(world.folder / "model", folder / "model")
     damage(folder / "model")
@@ -109,11 +94,6 @@ def image(world, folder, content):
 
 GOOD_TAR = (("a.png", inputs.BY_FORMAT["PNG"]), ("a.txt", "a dog"))
 HEADER, ROW = b"file_name,caption\n", b"photo.png,a dog\n"
-SETTINGS = {"vision": "v", "text": "t", "data": "[d]"}
-
-
-def setting(name: str, value) -> str:
-    return "\n".join(f"{other}: {its}" for other, its in {**SETTINGS, name: value}.items())
 
 
 # By the reader, and what the error names: one of the words.
@@ -218,44 +198,16 @@ REFUSED = {
         },
     ),
     "nouns": (nouns, "nouns.txt noun", {"empty": "", "UTF-16": "dog".encode("utf-16")}),
-    "settings": (
-        train_yaml,
-        "train.yaml",
-        {
-            **inputs.BAD_JSON,
-            "a list": "- vision\n- text",
-            "an object of Python": "!!python/object/apply:os.mkdir [executed]",
-        },
-    ),
     "model": (model, "model", inputs.MODEL_FOLDERS),
     "thresholds": (thresholds, "written.json", inputs.BAD_EVALUATIONS),
     "image": (image, "image.png", inputs.UNREADABLE_IMAGES),
 }
-for name, *values in (
-    ("config", "other.yaml"),
-    ("learning_rates", 1),
-    ("epochs", "many", 1.5, "[1, 2]", 0),
-    ("batch_size", "1e3"),
-    ("learning_rate", ".nan", ".inf"),
-    ("mixed_precision", "fp8"),
-    ("crop_scale", 1.1),
-    ("data", "[]", "{a: b}"),
-    ("model", "m"),
-    ("lock_text", "maybe"),
-    ("model_options", "[pooling]", "['pooling=[a']"),
-    ("noun_branches", "[map]"),
-    ("best_metric", "mAP"),
-):
-    contents = {f"{name}: {value}": setting(name, value) for value in values}
-    REFUSED[f"setting {name}"] = (train_yaml, name, contents)
 
 BORNE = [
     (mask, index_mask(np.full((24, 30), 255, np.uint8))),
     (classes, "\ufeffdog\r\ncat\r\n"),
     (coco, annotation(segmentation=[])),
     (pairs("a.tar"), inputs.tar(("../../a.png", GOOD_TAR[0][1]), ("../../a.txt", "a dog"))),
-    (train_yaml, setting("learning_rate", "1e-4")),
-    (train_yaml, setting("nouns", "")),
 ]
 
 

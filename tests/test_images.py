@@ -17,16 +17,6 @@ def photo() -> Image.Image:
     return Image.fromarray(noise(6, 9, 3))
 
 
-@pytest.mark.parametrize("as_what", ["path", "str", "bytes", "pil"])
-def test_every_kind_of_source(tmp_path, photo, as_what):
-    path = tmp_path / "photo.png"
-    photo.save(path)
-    source = {"path": path, "str": str(path), "bytes": path.read_bytes(), "pil": photo}[as_what]
-    image = load_image(source)
-    assert image.mode == "RGB"
-    np.testing.assert_array_equal(np.asarray(image), np.asarray(photo))
-
-
 @pytest.mark.parametrize("format", ["JPEG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000", "PPM"])
 def test_every_format(format):
     Image.init()

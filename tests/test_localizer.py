@@ -234,14 +234,6 @@ def test_thresholds_follow_their_texts(tiny_processor):
     assert (other.texts, other.thresholds, localizer.texts) == (["cat"], [0.2], TEXTS)
 
 
-def test_an_encoded_image_can_come_twice(tiny_processor):
-    localizer = Localizer((tiny_model(), tiny_processor), TEXTS)
-    image = localizer.encode(localizer.prepare(IMAGES[0]))
-    (alone,) = localizer.explain([image])
-    for one in localizer.explain([image, image]):
-        assert_same(one, alone)
-
-
 def test_settings_hold_everything_that_results_depend_on(tiny_processor):
     changes = {
         "texts": {"texts": ["cat"]},

@@ -17,7 +17,7 @@ from PIL import Image as PILImage
 from transformers.pipelines import PIPELINE_REGISTRY, pipeline
 from transformers.pipelines.pt_utils import KeyDataset
 
-from iclip_hf import ImageTextSimilarityMapPipeline, ZeroShotImageSegmentationPipeline, pipeline_iclip
+from iclip_hf import ImageTextSimilarityMapPipeline, ZeroShotImageSegmentationPipeline, __version__, pipeline_iclip
 from iclip_hf.models import embedded
 from iclip_hf.pipeline_iclip import __file__ as pipeline_file
 from iclip_hf.presence import RANK_ALONE
@@ -229,7 +229,7 @@ def test_without_a_model_a_pipeline_takes_the_embedded_one(world, tmp_path, monk
         logged = []
         monkeypatch.setattr("transformers.pipelines.logger.warning", logged.append)
         pipe = pipeline(task)
-        assert "revision None" not in "".join(logged)
+        assert f"defaulted to {world.folder / 'model'} and revision iclip-hf {__version__}" in "".join(logged)
         assert type(pipe) is implementation and pipe.model.name_or_path == str(world.folder / "model")
     pipe.save_pretrained(tmp_path)
     (saved,) = json.loads((tmp_path / "config.json").read_text())["custom_pipelines"].values()

@@ -15,7 +15,6 @@ from iclip_hf.plots import COLORMAPS, sheets
 from iclip_hf.plots.colors import color_table, overlay
 from iclip_hf.plots.lettering import fitted, text_mask, text_width, word_boxes
 from iclip_hf.plots.sheets import at_picture_size, comparison_sheet, draw, picture_grid
-from iclip_hf.presence import presence_word
 
 
 @pytest.mark.parametrize("colormap", COLORMAPS)
@@ -45,15 +44,6 @@ def test_high_values_are_lighter_also_in_grey_and_for_colour_blind_readers(color
 def test_jet_is_the_one_of_the_papers_figures():
     expected = colormaps["jet"](np.arange(256), bytes=True)[:, :3]
     assert np.abs(color_table("jet")[:, :3].astype(int) - expected).max() < 40
-
-
-@pytest.mark.parametrize(
-    ("value", "least", "word"),
-    [(0.69, 0.7, "absent"), (0.7, 0.7, "unsure"), (0.79, 0.7, "unsure"), (0.8, 0.7, "present"), (0.95, 0.97, "absent"),
-     (0.3, 0.2, "unsure"), (float("nan"), 0.0, "absent")],
-)  # fmt: skip
-def test_presence_is_told_in_a_word(value, least, word):
-    assert presence_word(value, least) == word
 
 
 def explained(presence, words=None, size=(40, 60)):

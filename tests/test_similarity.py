@@ -52,14 +52,6 @@ def test_cosine_map_is_row_major_and_not_square():
     assert maps[0, 0].nonzero().tolist() == [[1, 1]] and maps[0, 1].nonzero().tolist() == [[0, 1]]
 
 
-def test_cosine_map_takes_texts_of_each_image():
-    patches, texts = torch.randn(2, 2, 3, 5), torch.randn(2, 3, 5)
-    maps = cosine_similarity_map(patches, texts)
-    for image in range(2):
-        alone = cosine_similarity_map(patches[image : image + 1], texts[image])
-        torch.testing.assert_close(maps[image : image + 1], alone)
-
-
 finite = st.floats(-(2.0**59), 2.0**59, width=32)
 
 

@@ -88,26 +88,6 @@ def test_failed_conversion_leaves_nothing_and_can_be_repeated(tmp_path, wheel):
     assert wheel == ["a==1"] * 2 and os.listdir(tmp_path) == ["tower"]
 
 
-def test_slower_of_two_processes_takes_the_faster_ones_folder(tmp_path, wheel):
-    def convert_while_another_finishes(wheel, folder):
-        convert(wheel, folder)
-        other = tmp_path / "tower"
-        other.mkdir()
-        convert(wheel, other)
-        (other / "from_the_faster").touch()
-
-    folder = built(tmp_path / "tower", convert_while_another_finishes)
-    assert (folder / "from_the_faster").is_file()
-    assert os.listdir(tmp_path) == ["tower"]
-
-
-def test_incomplete_folder_is_reported(tmp_path, wheel):
-    (tmp_path / "tower").mkdir()
-    (tmp_path / "tower" / "config.json").write_text("{}")
-    with pytest.raises(FileExistsError, match="tower"):
-        built(tmp_path / "tower", convert)
-
-
 needs_pip = pytest.mark.skipif(importlib.util.find_spec("pip") is None, reason="needs pip in this environment")
 
 

@@ -13,7 +13,6 @@ from PIL import Image
 
 from iclip_hf import cli, explain
 from iclip_hf.cli import explain as explain_command
-from iclip_hf.cli.output import presence_column
 from iclip_hf.models.loading import load
 from iclip_hf.regions import find_regions, run_lengths
 from iclip_hf.similarity import resize_and_normalize
@@ -21,12 +20,6 @@ from iclip_hf.similarity import resize_and_normalize
 
 def run(workspace, *arguments):
     return iclip("explain", *arguments, "--model", workspace / "model")
-
-
-def test_a_printed_presence_agrees_with_its_word():
-    assert presence_column(0.7968, 0.7) == "unsure   presence 0.79"
-    assert presence_column(0.8, 0.7) == "present  presence 0.80"
-    assert presence_column(0.29, 0.7) == "absent   presence 0.29" and presence_column(1.0, 0.7).endswith("1.00")
 
 
 @pytest.mark.parametrize("command", ["explain", "segment"])

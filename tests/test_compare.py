@@ -124,13 +124,6 @@ def test_presence_of_each_text_and_model_in_words(folder, tmp_path, sheet, capsy
     assert [re.findall("present|unsure|absent", line) for line in lines] == list(map(list, zip(*words.values())))
 
 
-def test_a_large_photograph_is_drawn_at_the_size_of_its_cell(folder, tmp_path, sheet):
-    noise((3000, 1000)).save(tmp_path / "large.jpg")
-    assert run(folder, tmp_path / "large.jpg", "--text", "dog", "--output", tmp_path / "out.png") == 0
-    width, height = sheet["image"].size
-    assert 300 < width < 500 and sheet["heatmaps"]["itsm"].shape == (1, height, width)
-
-
 def test_prompts_are_those_of_the_data_set(folder, tmp_path, capsys):
     """As in its evaluation: renamed classes in its own templates, unless others are given."""
     overrides = tmp_path / "overrides.json"

@@ -134,14 +134,6 @@ def test_damage_that_does_not_matter_and_rare_modes(data):
     assert load_image(data).size == PHOTO.size
 
 
-@pytest.mark.parametrize("format", ["GIF", "PNG", "WEBP", "TIFF"])
-def test_animation_gives_its_first_frame(tmp_path, format):
-    frames = [Image.new("RGB", (20, 10), color) for color in ("red", "blue")]
-    path = tmp_path / "animated"
-    path.write_bytes(encoded(frames[0], format, save_all=True, append_images=frames[1:]))
-    np.testing.assert_allclose(load_image(path).getpixel((5, 5)), (255, 0, 0), atol=3)
-
-
 def test_given_image_is_not_changed():
     image = Image.fromarray(noise(3, 5, 4))
     exif = image.getexif()

@@ -26,13 +26,6 @@ from iclip_hf.training.selection import change_interval, lost_metrics
 from iclip_hf.training.settings import Settings
 
 
-@pytest.fixture
-def model(tmp_path, tiny_processor) -> Path:
-    tiny_model().save_pretrained(tmp_path / "start")
-    tiny_processor.save_pretrained(tmp_path / "start")
-    return tmp_path / "start"
-
-
 @pytest.fixture(autouse=True)
 def here(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -142,7 +135,8 @@ def test_bad_settings_are_one_sentence(tmp_path, capsys):
 # ----------------------------------------------------------------------------------------------------------------- run
 
 
-def test_a_table_becomes_a_model(tmp_path, model, capsys):
+def test_a_table_becomes_a_model(tmp_path, world, capsys):
+    model = world.folder / "model"
     table = write_table(tmp_path, 30)
     training, _ = load_pairs(table).split(0.1)
     (tmp_path / training.read(0)["key"]).write_bytes(b"no image")  # one bad pair of 27 is allowed

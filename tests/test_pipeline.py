@@ -211,18 +211,6 @@ def test_a_saved_pipeline_keeps_its_processor(tiny_processor, photographs, tmp_p
     assert_same(after(str(photographs[0]), LABELS), before(str(photographs[0]), LABELS))
 
 
-def test_another_resolution(pipe, photographs):
-    """It changes the maps, not the scores and the presence."""
-    answers = pipe(str(photographs[0]), LABELS, size={"height": 64, "width": 96})
-    expected = pipe(str(photographs[0]), LABELS)
-    assert answers[0]["map"].shape == (40, 60)
-    assert not torch.allclose(answers[0]["map"], expected[0]["map"], atol=1e-2)
-    for answer, other in zip(answers, expected, strict=True):
-        assert answer["label"] == other["label"]
-        assert answer["score"] == pytest.approx(other["score"], abs=1e-6)
-        assert answer["presence"] == pytest.approx(other["presence"], abs=1e-5)
-
-
 def test_without_a_model_a_pipeline_takes_the_embedded_one(world, tmp_path, monkeypatch):
     monkeypatch.setattr(embedded, "embedded_model", lambda: world.folder / "model")
     for task, implementation in pipeline_iclip.PIPELINES.items():
@@ -298,10 +286,3 @@ def test_absent_labels_have_no_segment(segment, photographs):
     (only,) = segment(str(photographs[0]), LABELS, threshold=None, min_presence=answers[best])
     assert only["label"] == best and np.asarray(only["mask"]).min() == 255  # no other text is left
     assert segment(str(photographs[0]), LABELS, min_presence=1.1) == []
-
-
-def test_segmentation_is_a_task_of_transformers(world, photographs):
-    pipe = pipeline(SEGMENTATION, model=str(world.folder / "model"), device="cpu")
-    assert type(pipe) is ZeroShotImageSegmentationPipeline
-    answers = pipe([str(path) for path in photographs], LABELS, min_presence=0, batch_size=2)
-    assert len(answers) == len(photographs) and all(answers)

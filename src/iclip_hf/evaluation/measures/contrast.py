@@ -39,8 +39,8 @@ class StuffContrast(RegionMeasure):
     [`~metrics.RegionRanking`]: the mean over the classes of the background (`stuff_contrast`) and of objects (`thing_contrast`).
 
     50 is chance. Unlike text contrast, it takes one map at a time. So a map of saliency, which does not depend on the text, is above
-    50 for things and equally far below for stuff; only both scores together tell a good map. Rows: `ranking`. For data sets that
-    name the background.
+    50 for things and equally far below for stuff; only both scores together tell a good map. Rows: `ranking`. For data sets
+    with classes of stuff.
     """
 
     name = "stuff_contrast"
@@ -54,7 +54,7 @@ class StuffContrast(RegionMeasure):
     def prepare(self, run) -> None:
         if not run.dataset.stuff:
             raise ValueError(
-                f"{self.name} needs a data set that names the background, which {run.dataset.name} does not."
+                f"{self.name} needs a data set with classes of stuff, such as sky and road, and {run.dataset.name} has none."
             )
         super().prepare(run)
 

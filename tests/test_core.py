@@ -131,11 +131,9 @@ def test_the_pipeline_compares_with_nouns_of_the_weights_that_it_has(tiny_proces
     assert found != pytest.approx({one["label"]: one["presence"] for one in before}, abs=1e-2)
 
 
-def test_weights_are_digested_once_for_many_calls(tiny_processor, tmp_path, monkeypatch):
+def test_weights_are_digested_once_for_many_calls(tiny_processor, tmp_path, monkeypatch, recorded):
     monkeypatch.setenv("ICLIP_CACHE", str(tmp_path))
-    digested, digest = [], references.weights_digest
-    monkeypatch.setattr(references, "weights_digest", lambda module: digested.append(1) or digest(module))
-    model = tiny_model()
+    digested, model = recorded(references, "weights_digest"), tiny_model()
     pair, loaded = (model, tiny_processor), load((model, tiny_processor))
     for one in (pair, pair, loaded, loaded):
         explain(one, noise((30, 20)), TEXTS)

@@ -236,26 +236,17 @@ def test_the_app_serves_only_its_own_files(server, folder, world):
     assert httpx.get(f"{server}monitoring/summary").status_code == 403
 
 
-def test_no_answer_prepares_the_model_or_the_background_anew(server, folder, monkeypatch):
+def test_no_answer_prepares_the_model_or_the_background_anew(server, folder, recorded):
     photo = upload(server, (folder / "small.png").read_bytes()).json()[0]
     assert answer(ask(server, photo, "dog", "gem"))[0] == "event: complete"
-    encoded, encode, copied, copy = [], ICLIPModel.encode_text, [], explainable.private_copy
-
-    def counted(model, input_ids, **options):
-        encoded.append(len(input_ids))
-        return encode(model, input_ids, **options)
-
-    monkeypatch.setattr(ICLIPModel, "encode_text", counted)
-    monkeypatch.setattr(explainable, "private_copy", lambda model: copied.append(model) or copy(model))
+    encoded = recorded(ICLIPModel, "encode_text", lambda model, input_ids, **options: len(input_ids))
+    copied = recorded(explainable, "private_copy")
     assert answer(ask(server, photo, "sky, red ball", "gem"))[0] == "event: complete"
     assert encoded == [2] and copied == []
 
 
-def test_the_image_of_another_question_is_not_encoded_again(client, folder, monkeypatch):
-    encoded, encode = [], ICLIPModel.encode_image
-    monkeypatch.setattr(
-        ICLIPModel, "encode_image", lambda *args, **options: encoded.append(1) or encode(*args, **options)
-    )
+def test_the_image_of_another_question_is_not_encoded_again(client, folder, recorded):
+    encoded = recorded(ICLIPModel, "encode_image")
     noise((50, 40), seed=3).save(folder / "other.png")
     answers, counts = [], []
     for name, texts in (("other.png", "sky, a red ball"), ("other.png", "sky, dog"), ("large.png", "sky")):

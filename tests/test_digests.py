@@ -12,12 +12,10 @@ from iclip_hf.utils.digests import content_digest
 
 
 @pytest.fixture
-def read(tmp_path, monkeypatch):
+def read(tmp_path, monkeypatch, recorded):
     """A cache folder of the test's own, and the files that were read."""
     monkeypatch.setenv("ICLIP_CACHE", str(tmp_path / "cache"))
-    seen, digest = [], digests._file_digest
-    monkeypatch.setattr(digests, "_file_digest", lambda file: seen.append(os.path.basename(file)) or digest(file))
-    return seen
+    return recorded(digests, "_file_digest", os.path.basename)
 
 
 def files(folder, *contents):

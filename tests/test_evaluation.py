@@ -134,14 +134,10 @@ def test_every_method_scores_its_maps_of_all_classes(labelled_folder, tiny_proce
         assert scores["mFMB"] == pytest.approx(mfmb.compute()["mfmb"], abs=1e-5)
 
 
-def test_images_are_encoded_once_for_maps_reversal_and_scores(labelled_folder, tiny_processor, monkeypatch):
+def test_images_are_encoded_once_for_maps_reversal_and_scores(labelled_folder, tiny_processor, recorded):
     model, dataset = tiny_model(), load_segmentation("folder", labelled_folder)
-    passes, backwards = [], []
-    encode, grad = type(model).get_image_features, torch.autograd.grad
-    monkeypatch.setattr(
-        type(model), "get_image_features", lambda self, pixels: passes.append(len(pixels)) or encode(self, pixels)
-    )
-    monkeypatch.setattr(torch.autograd, "grad", lambda *args, **kwargs: backwards.append(1) or grad(*args, **kwargs))
+    passes = recorded(type(model), "get_image_features", lambda self, pixels: len(pixels))
+    backwards = recorded(torch.autograd, "grad")
     evaluate((model, tiny_processor), dataset, ["itsm", "reversed_itsm"], batch_size=4, progress=False)
     assert (passes, backwards) == ([4, 3], [])
     evaluate((model, tiny_processor), dataset, ["grad_cam"], batch_size=4, progress=False)

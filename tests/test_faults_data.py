@@ -96,111 +96,80 @@ GOOD_TAR = (("a.png", inputs.BY_FORMAT["PNG"]), ("a.txt", "a dog"))
 HEADER, ROW = b"file_name,caption\n", b"photo.png,a dog\n"
 
 
-# By the reader, and what the error names: one of the words.
+# By the reader and what the error names, one of the words
 REFUSED = {
-    "mask": (
-        mask,
-        "image.png",
-        {
-            "no image": b"",
-            "a class that is not listed": index_mask(np.full((24, 30), 7, np.uint8)),
-            "colours": inputs.BY_FORMAT["PNG"],
-            "16 bits": index_mask(np.full((24, 30), 1, np.uint16)),
-        },
-    ),
-    "image of a mask": (image_of_mask, "image.png", {"another size": encoded(inputs.PHOTO.resize((31, 24)), "PNG")}),
-    "classes": (
-        classes,
-        "classes.txt",
-        {
-            "empty": "",
-            "UTF-16": "dog".encode("utf-16"),
-            "a blank line": "dog\n\ncat",
-            "one twice": "dog\ncat\ndog",
-            "background": "background\ndog",
-            "300": "\n".join(map(str, range(300))),
-        },
-    ),
-    "COCO": (
-        coco,
-        "instances_val2017.json image.png absent.png",
-        {
-            **inputs.BAD_JSON,
-            "category twice": {"categories": [CATEGORY, {"id": 3, "name": "cat"}]},
-            "image of another size": {"images": [PICTURE | {"height": 23}]},
-            "image twice": {"images": [PICTURE, PICTURE | {"file_name": "other.png"}]},
-            "absent image": {"images": [PICTURE | {"file_name": "absent.png"}]},
-            "unlisted category": annotation(category_id=4),
-            "unlisted image": annotation(image_id=6),
-            "no segmentation": annotation(segmentation=None),
-            "polygon of two points": annotation(segmentation=[[1, 1, 2, 2]]),
-            "runs of another size": runs([720], (30, 24)),
-            "runs that are too short": runs([700]),
-            "runs of text": runs("no runs"),
-            "no runs": annotation(segmentation={"size": [24, 30]}),
-        },
-    ),
-    "overrides": (
-        overrides("names.json"),
-        "names.json",
-        {
-            **inputs.BAD_JSON,
-            "unknown name": {"names": {"no class": "dog"}},
-            "a list of names": {"names": ["dog", "cat"]},
-            "names of no text": {"names": {"dog": False}},
-            "name twice": {"names": {"dog": "cat"}},
-            "blank name": {"names": {"dog": " "}},
-        },
-    ),
-    "overrides in YAML": (
-        overrides("names.yaml"),
-        "names.yaml",
-        {"an object of Python": "!!python/object/apply:os.mkdir [executed]", "two documents": "a: {}\n---\nb: {}"},
-    ),
-    "shard": (
-        pairs("a.tar"),
-        "a.tar",
-        {
-            "empty": b"",
-            "compressed": inputs.tar(*GOOD_TAR, mode="w:gz"),
-            "truncated": inputs.tar(*GOOD_TAR)[:700],
-            "damaged header of a later pair": inputs.tar(*GOOD_TAR, ("b.png", b""), ("b.txt", "")).replace(
-                b"b.png", b"\xff" * 5
-            ),
-            "attributes that are none": inputs.tar(("a", "9 size=b\n"), ("a.png", ""), type=b"x"),
-            "links": inputs.tar(*GOOD_TAR, type=b"2", linkname="/etc/passwd"),
-            "caption in UTF-16": inputs.tar(GOOD_TAR[0], ("a.txt", "a dog".encode("utf-16"))),
-            "no JSON": inputs.tar(GOOD_TAR[0], ("a.json", "{")),
-        },
-    ),
-    "table": (
-        pairs("a.csv"),
-        "a.csv absent.png /dev/zero",
-        {
-            "empty": b"",
-            "header alone": HEADER,
-            "no header": ROW,
-            "no caption": HEADER + b"photo.png,\n",
-            "no image": HEADER + b",a dog\n",
-            "absent image": HEADER + b"absent.png,a dog\n",
-            "device as image": HEADER + b"/dev/zero,a dog\n",
-            "URL": HEADER + b"https://127.0.0.1:9/a.png,a dog\n",
-            "UTF-16": (HEADER + ROW).decode().encode("utf-16"),
-        },
-    ),
-    "lines of JSON": (
-        pairs("a.jsonl"),
-        "a.jsonl",
-        {
-            **inputs.BAD_JSON,
-            "captions as an object": '{"file_name": "photo.png", "captions": {"a": 1}}',
-            "image as a list": '{"file_name": ["photo.png"], "caption": "a dog"}',
-        },
-    ),
-    "nouns": (nouns, "nouns.txt noun", {"empty": "", "UTF-16": "dog".encode("utf-16")}),
-    "model": (model, "model", inputs.MODEL_FOLDERS),
-    "thresholds": (thresholds, "written.json", inputs.BAD_EVALUATIONS),
-    "image": (image, "image.png", inputs.UNREADABLE_IMAGES),
+    (mask, "image.png"): {
+        "no image": b"",
+        "a class that is not listed": index_mask(np.full((24, 30), 7, np.uint8)),
+        "colours": inputs.BY_FORMAT["PNG"],
+        "16 bits": index_mask(np.full((24, 30), 1, np.uint16)),
+    },
+    (image_of_mask, "image.png"): {"another size": encoded(inputs.PHOTO.resize((31, 24)), "PNG")},
+    (classes, "classes.txt"): {
+        "empty": "",
+        "UTF-16": "dog".encode("utf-16"),
+        "a blank line": "dog\n\ncat",
+        "one twice": "dog\ncat\ndog",
+        "background": "background\ndog",
+        "300": "\n".join(map(str, range(300))),
+    },
+    (coco, "instances_val2017.json image.png absent.png"): {
+        **inputs.BAD_JSON,
+        "category twice": {"categories": [CATEGORY, {"id": 3, "name": "cat"}]},
+        "image of another size": {"images": [PICTURE | {"height": 23}]},
+        "image twice": {"images": [PICTURE, PICTURE | {"file_name": "other.png"}]},
+        "absent image": {"images": [PICTURE | {"file_name": "absent.png"}]},
+        "unlisted category": annotation(category_id=4),
+        "unlisted image": annotation(image_id=6),
+        "no segmentation": annotation(segmentation=None),
+        "polygon of two points": annotation(segmentation=[[1, 1, 2, 2]]),
+        "runs of another size": runs([720], (30, 24)),
+        "runs that are too short": runs([700]),
+        "runs of text": runs("no runs"),
+    },
+    (overrides("names.json"), "names.json"): {
+        **inputs.BAD_JSON,
+        "unknown name": {"names": {"no class": "dog"}},
+        "a list of names": {"names": ["dog", "cat"]},
+        "names of no text": {"names": {"dog": False}},
+        "name twice": {"names": {"dog": "cat"}},
+        "blank name": {"names": {"dog": " "}},
+    },
+    (overrides("names.yaml"), "names.yaml"): {
+        "an object of Python": "!!python/object/apply:os.mkdir [executed]",
+        "two documents": "a: {}\n---\nb: {}",
+    },
+    (pairs("a.tar"), "a.tar"): {
+        "empty": b"",
+        "compressed": inputs.tar(*GOOD_TAR, mode="w:gz"),
+        "truncated": inputs.tar(*GOOD_TAR)[:700],
+        "damaged header of a later pair": inputs.tar(*GOOD_TAR, ("b.png", b""), ("b.txt", "")).replace(
+            b"b.png", b"\xff" * 5
+        ),
+        "attributes that are none": inputs.tar(("a", "9 size=b\n"), ("a.png", ""), type=b"x"),
+        "links": inputs.tar(*GOOD_TAR, type=b"2", linkname="/etc/passwd"),
+        "caption in UTF-16": inputs.tar(GOOD_TAR[0], ("a.txt", "a dog".encode("utf-16"))),
+        "no JSON": inputs.tar(GOOD_TAR[0], ("a.json", "{")),
+    },
+    (pairs("a.csv"), "a.csv absent.png /dev/zero"): {
+        "empty": b"",
+        "header alone": HEADER,
+        "no header": ROW,
+        "no caption": HEADER + b"photo.png,\n",
+        "no image": HEADER + b",a dog\n",
+        "absent image": HEADER + b"absent.png,a dog\n",
+        "device as image": HEADER + b"/dev/zero,a dog\n",
+        "URL": HEADER + b"https://127.0.0.1:9/a.png,a dog\n",
+        "UTF-16": (HEADER + ROW).decode().encode("utf-16"),
+    },
+    (pairs("a.jsonl"), "a.jsonl"): {
+        **inputs.BAD_JSON,
+        "captions as an object": '{"file_name": "photo.png", "captions": {"a": 1}}',
+    },
+    (nouns, "nouns.txt noun"): {"empty": "", "UTF-16": "dog".encode("utf-16")},
+    (model, "model"): inputs.MODEL_FOLDERS,
+    (thresholds, "written.json"): inputs.BAD_EVALUATIONS,
+    (image, "image.png"): inputs.UNREADABLE_IMAGES,
 }
 
 BORNE = [
@@ -223,8 +192,8 @@ def harmless(sandbox, world):
 @pytest.mark.parametrize(
     ("read", "content", "names"),
     [
-        pytest.param(read, content, names.split(), id=f"{reader}: {name}")
-        for reader, (read, names, contents) in REFUSED.items()
+        pytest.param(read, content, names.split(), id=f"{names}: {name}")
+        for (read, names), contents in REFUSED.items()
         for name, content in contents.items()
     ],
 )

@@ -238,11 +238,9 @@ def test_texts_are_of_the_image_that_is_shown(tmp_path):
     assert example(None) == ("photo.jpg", ["..."])
 
 
-def test_pictures_show_the_maps_of_the_images_own_captions(tiny_processor, tmp_path, monkeypatch):
-    model, drawn, sheets = tiny_model(), [], []
-    overlay, grid = shown_by_a_run.overlay, shown_by_a_run.picture_grid
-    monkeypatch.setattr(shown_by_a_run, "overlay", lambda *args: drawn.append(args) or overlay(*args))
-    monkeypatch.setattr(shown_by_a_run, "picture_grid", lambda *args: sheets.append(args[1:]) or grid(*args))
+def test_pictures_show_the_maps_of_the_images_own_captions(tiny_processor, tmp_path, recorded):
+    model, drawn = tiny_model(), recorded(shown_by_a_run, "overlay")
+    sheets = recorded(shown_by_a_run, "picture_grid", lambda pictures, *args: args)
     pairs = [
         {"image": noise(size), "caption": caption}
         for size, caption in (((60, 40), "a red ball"), ((30, 50), "the sky"), ((20, 20), "a dog"))

@@ -369,13 +369,11 @@ def test_patterns_and_lists(tmp_path):
 # ---- index cache ----
 
 
-def test_index_is_cached_until_the_shard_changes(tmp_path, cache, monkeypatch):
+def test_index_is_cached_until_the_shard_changes(tmp_path, cache, recorded):
     folder = write_shards(tmp_path / "shards", 6, shards=2)
     first = load_pairs(folder)
     assert len(list((cache / "shards").iterdir())) == 2
-    scans = []
-    scan = sources.TarShard._scan
-    monkeypatch.setattr(sources.TarShard, "_scan", lambda self: scans.append(self.path.name) or scan(self))
+    scans = recorded(sources.TarShard, "_scan", lambda self: self.path.name)
     assert keys(load_pairs(folder)) == keys(first) and not scans
     write_tar(folder / "00001.tar", [("new.jpg", jpeg(1)), ("new.txt", "new")])
     assert keys(load_pairs(folder)) == ["k00", "k01", "k02", "new"] and scans == ["00001.tar"]

@@ -156,31 +156,22 @@ def test_lists_data_sets_and_generators_answer_one_by_one(pipe, photographs, bat
 
 
 @pytest.mark.parametrize("batch_size", [2, 4])
-def test_a_batch_of_images_that_keep_their_proportions_answers_as_each_alone(
-    pipe, photographs, monkeypatch, batch_size
-):
+def test_a_batch_of_images_that_keep_their_proportions_answers_as_each_alone(pipe, photographs, recorded, batch_size):
     """Those of one shape go through the model together."""
     image, *others = (str(path) for path in photographs)
     images, options = [image, *others, image], {"size": {"shortest_edge": 32}}
-    expected, forwards = [pipe(one, LABELS, **options) for one in images], []
-    encode = pipe.model.get_image_features
-    monkeypatch.setattr(
-        pipe.model, "get_image_features", lambda pixels, **kw: forwards.append(len(pixels)) or encode(pixels, **kw)
-    )
+    expected = [pipe(one, LABELS, **options) for one in images]
+    forwards = recorded(pipe.model, "get_image_features", lambda pixels, **options: len(pixels))
     for answers, others in zip(pipe(images, LABELS, batch_size=batch_size, **options), expected, strict=True):
         assert_same(answers, others)
     # Twice for images that the model sees at another size than its own, for maps and for scores; the last shape is its own.
     assert forwards == ([2, 2, 1, 1, 1] if batch_size == 4 else [1] * 7)
 
 
-def test_labels_are_encoded_once_for_all_images(pipe, photographs, monkeypatch):
+def test_labels_are_encoded_once_for_all_images(pipe, photographs, recorded):
     """And the reference nouns once for all calls."""
     pipe(str(photographs[0]), LABELS)
-    calls = []
-    encode = pipe.model.encode_text
-    monkeypatch.setattr(
-        pipe.model, "encode_text", lambda *args, **options: calls.append(1) or encode(*args, **options)
-    )
+    calls = recorded(pipe.model, "encode_text")
     pipe([str(path) for path in photographs], LABELS)
     assert len(calls) == 1
 

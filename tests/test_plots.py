@@ -54,13 +54,9 @@ def explained(presence, words=None, size=(40, 60)):
 
 
 @pytest.fixture
-def written(monkeypatch):
+def written(recorded):
     """What is written on sheets, in order."""
-    seen, write = [], sheets.text_mask
-    monkeypatch.setattr(
-        sheets, "text_mask", lambda text, *args, **options: seen.append(text) or write(text, *args, **options)
-    )
-    return seen
+    return recorded(sheets, "text_mask", lambda text, *args, **options: text)
 
 
 def test_an_explanation_is_drawn_in_the_order_of_its_texts_with_words_for_presence(written):

@@ -48,15 +48,6 @@ def test_each_image_has_its_own_texts_filled_up_with_the_last(tiny_processor):
         assert tiny_model()(**batch).logits_per_image.shape == (2, 3)
 
 
-def test_the_whole_image_is_seen(tiny_processor):
-    """A crop would lose the white margin of this panorama."""
-    image = Image.new("RGB", (400, 40))
-    image.paste((255, 255, 255), (0, 0, 40, 40))
-    pixels = tiny_processor(image)["pixel_values"][0]
-    assert pixels.shape == (3, 32, 32)
-    assert pixels[:, :, 0].min() > 1 and pixels[:, :, 8:].max() < 0
-
-
 def test_proportions_are_kept_in_multiples_of_the_patch(tiny_processor):
     batch = tiny_processor(photo(300, 100), size={"shortest_edge": 30})
     assert batch["pixel_values"].shape == (1, 3, 32, 88)  # 30x90, rounded to multiples of 8

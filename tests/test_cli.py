@@ -250,11 +250,12 @@ assert max(faults() for _ in range(3)) < 16
     assert done.returncode == 0, done.stderr
 
 
-# Each in a process that has torch and nothing of transformers
+# Each in a process that has what transformers imports, and nothing of it
 IMPORT_ORDERS = """
-import os, sys, torch
+import os, sys, accelerate, torchvision
 
 model = sys.argv[1]
+assert "transformers" not in sys.modules
 for imports in (
     "import iclip_hf; from transformers import CLIPModel",  # which imports the Auto classes half-way
     "import transformers; import iclip_hf",

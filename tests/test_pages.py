@@ -110,6 +110,11 @@ class Thing:
         Args:
             size (`int`, defaults to 3): first line
                 and second line.
+            depth: `Args:` of another kind.
+
+        Returns:
+            `tuple`: one item
+            on two lines.
 
         Raises:
             `ValueError`: for a size
@@ -124,6 +129,12 @@ Uses a [`Thing`][sample.Thing], its `other` and an [`Absent`][Absent].
 
 - size (`int`, defaults to 3): first line
     and second line.
+- depth: `Args:` of another kind.
+
+**Returns**
+
+- `tuple`: one item
+    on two lines.
 
 **Raises**
 

@@ -12,7 +12,7 @@ import hashlib
 import math
 import os
 import random
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 from copy import copy
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -22,6 +22,8 @@ from tqdm import tqdm
 
 from ..images import load_image
 from ..utils.digests import content_digest
+from ..utils.files import file_id
+from ..utils.hub_ids import is_hub_id
 from .sources import (
     BAD_PAIR,
     BadPairError,
@@ -30,7 +32,6 @@ from .sources import (
     RawPair,
     Source,
     _draw,
-    is_hub_id,
     open_hub_dataset,
     open_sources,
 )
@@ -167,8 +168,8 @@ class PairDataset:
             `ValueError`: one of them would be empty.
         """
         groups = [
-            (number, start) if file is None else _same_file(file)
-            for number, (source, ranges) in enumerate(self._by_source())
+            (source.path, start) if file is None else file_id(file) or os.path.abspath(file)
+            for source, ranges in self._by_source()
             for start, file in zip(ranges[:, 0].tolist(), source.image_files(ranges))
         ]
         # In the order of the pairs, so that the place of the files does not count.
@@ -260,12 +261,3 @@ def _load(pair: RawPair) -> Image.Image:
         return load_image(pair.image, pair.name)
     except (ValueError, FileNotFoundError) as error:
         raise BadPairError(str(error)) from error
-
-
-def _same_file(file: Path) -> Hashable:
-    """Returns a value that is equal for all paths and links to a file."""
-    try:
-        found = os.stat(file)
-    except (OSError, ValueError):  # a name may hold any characters
-        return os.path.abspath(file)
-    return "file", found.st_dev, found.st_ino

@@ -29,7 +29,7 @@ from ..images import IMAGE_SUFFIXES
 from ..utils.digests import file_state
 from ..utils.extras import require_extra
 from ..utils.files import cache_folder, keep_in_cache
-from ..utils.hub_ids import may_be_hub_id
+from ..utils.hub_ids import is_hub_id
 
 
 if TYPE_CHECKING:
@@ -426,11 +426,6 @@ class ArrowRows(Source):
 
     def files(self) -> list[str | Path]:
         return [self.path] if self.path.is_file() else [file["filename"] for file in self._rows.cache_files]
-
-
-def is_hub_id(source: str) -> bool:
-    """Whether this names a Hub dataset, as `org/name`, see [`~iclip_hf.utils.hub_ids.may_be_hub_id`]."""
-    return "/" in source and may_be_hub_id(source) and Path(source).suffix.lower() not in _KINDS
 
 
 def open_hub_dataset(name: str, split: str, **options) -> datasets.Dataset | datasets.IterableDataset:

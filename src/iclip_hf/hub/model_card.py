@@ -17,8 +17,9 @@ from ..modeling_iclip import ICLIPModel
 from ..models.identity import identity
 from ..processing_iclip import ICLIPProcessor
 from ..utils.files import cache_folder, write_files
+from ..utils.hub_ids import is_hub_id
 from .configs import SHIPPED
-from .record import DIGITS, RECORD, continued, data_terms, is_hub_id, measured, public_settings
+from .record import DIGITS, RECORD, continued, data_terms, measured, public_settings
 
 
 # Known towers by Hub id: display name and licence.

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import re
 from collections.abc import Mapping
 from dataclasses import asdict, is_dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ from ..modeling_iclip import ICLIPModel
 from ..models.embedded import embedded_folder
 from ..models.identity import changed_model
 from ..processing_iclip import ICLIPProcessor
+from ..utils.hub_ids import is_hub_id
 from .configs import EMBEDDED
 
 
@@ -164,10 +164,3 @@ def measured(metrics: EvaluationResult | Mapping) -> dict:
 def without_folders(name: str) -> str:
     """Returns a Hub id as it is, and of a path the end that says nothing of this machine."""
     return name if is_hub_id(name) else "/".join(Path(name).parts[-2 if Path(name).suffix else -1 :])
-
-
-def is_hub_id(name: str) -> bool:
-    """Returns whether a name can be a Hub id, such as `org/model`, and is not a path of this machine."""
-    is_file_name = name.endswith((".tar", ".csv", ".tsv", ".txt", ".parquet", ".jsonl", ".arrow"))
-    of_machine = is_file_name or name.startswith("data/") or Path(name).exists()
-    return bool(re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name)) and not of_machine

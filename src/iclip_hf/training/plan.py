@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 
 from ..data.pairs import BadPairError, PairDataset
-from ..data.sources import Columns, is_hub_id, open_sources
-from ..utils.hub_ids import RUNS
+from ..data.sources import Columns, open_sources
+from ..utils.hub_ids import RUNS, is_hub_id
 from ..utils.prefetch import spare_processors
 from .settings import Settings
 

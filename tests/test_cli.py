@@ -303,8 +303,7 @@ def test_data_sets_of_the_command_are_those_of_the_package():
 def test_options_of_the_command_are_those_of_the_package():
     from inspect import signature
 
-    from iclip_hf.cli.evaluate import OPTIONS
-    from iclip_hf.evaluation.measures import MEASURES, make_measure
+    from iclip_hf.evaluation.measures import MEASURES, OPTIONS, make_measure
 
     for measure in MEASURES:
         own = {option for option, (measures, *_) in OPTIONS.items() if measure in measures}

@@ -29,7 +29,7 @@ from iclip_hf.label_maps import segments
 from iclip_hf.models.loading import load_iclip
 from iclip_hf.models.onnx import ONNXModel
 from iclip_hf.plots.colors import color_table
-from iclip_hf.presence import MIN_PRESENCE, PRESENT, presence, presence_word
+from iclip_hf.presence import CONSTANTS, MIN_PRESENCE, PRESENT, presence, presence_word
 from iclip_hf.refinement import refine_maps
 from iclip_hf.similarity import resize_and_normalize, resize_maps
 
@@ -575,7 +575,7 @@ def test_presence_is_that_of_python(functions, max_over):
             image.image_embeds[0].tolist(),
             image.patch_embeds.flatten().tolist(),
             *vectors,
-            web.presence_settings(model),
+            {"matches_patches": model.matches_patches, **CONSTANTS},
         ],
     )
     assert found == pytest.approx(presence(model, image, texts, nouns)[0].tolist(), abs=1e-5)

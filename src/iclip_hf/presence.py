@@ -24,6 +24,14 @@ RANK_ALONE = (1.363, -1.652)
 # The patches' evidence: a sharpness of the maximum over nouns, the cosine from which a noun is like the text and does not compete
 # with it, and the number of patches that count.
 SHARPNESS, LIKE, BEST = 20.0, 0.6, 8
+# All of them, by the names that the page in the browser takes from its settings.
+CONSTANTS = {
+    "rank_and_patches": RANK_AND_PATCHES,
+    "rank_alone": RANK_ALONE,
+    "sharpness": SHARPNESS,
+    "like": LIKE,
+    "best": BEST,
+}
 
 
 def presence(model, image, texts, references, prior: float = 0.5) -> torch.Tensor:

@@ -5,41 +5,19 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from ..evaluation.measures import MEASURES, TASKS
+from ..evaluation.measures import MEASURES, OPTIONS, TASKS
 from .options import DATASET, MODEL, PROMPTS, add_shared, at_least_1, load_model, share, texts
 from .output import check_file, complain, echo, model_files
 
 
-_PIXELS, _INTEGER = {"type": at_least_1, "metavar": "PIXELS"}, {"type": int, "metavar": "N"}
-_RANDOM = ("typed_segments", "deletion_insertion", "max_sensitivity", "randomization")
-# Options of measures: which have it, and its form and help. `--short-side` and `--measures` are for all of them.
-OPTIONS = {
-    "aggregate": (
-        ("mMIoU", "mFMB"),
-        {"choices": ("image", "pixel")},
-        "image is the mean over the images of a class, pixel pools the pixels of all its images (default: image)",
-    ),
-    "window": (("segmentation",), _PIXELS, "side of sliding windows, for example 224 (default: the whole image)"),
-    "stride": (("segmentation",), _PIXELS, "distance of the windows (default: half of the window)"),
-    "background": (
-        ("segmentation",),
-        {"action": "extend", "type": texts, "metavar": "TEXT"},
-        "texts that describe the background, such as sky, between commas, or by repeating the option",
-    ),
-    "threshold": (
-        ("segmentation",),
-        {"type": share, "metavar": "NUMBER"},
-        "confidence up to which a pixel is background, in [0, 1] (default: the best one for the images at even positions is used for "
-        "those at odd positions, and the reverse; none with texts for the background)",
-    ),
-    "logit_scale": (
-        ("segmentation",),
-        {"type": float, "metavar": "NUMBER"},
-        "take as confidence the softmax of similarities times this number, for example 40 (default: the map of the best class, "
-        "stretched to [0, 1])",
-    ),
-    "steps": (("deletion_insertion",), {"type": at_least_1, "metavar": "N"}, "number of steps (default: 10)"),
-    "seed": (_RANDOM, _INTEGER, "seed of all random values (default: 0)"),
+# What argparse knows of the forms of `measures.OPTIONS`.
+_FORMS = {
+    "pixels": {"type": at_least_1, "metavar": "PIXELS"},
+    "count": {"type": at_least_1, "metavar": "N"},
+    "integer": {"type": int, "metavar": "N"},
+    "share": {"type": share, "metavar": "NUMBER"},
+    "number": {"type": float, "metavar": "NUMBER"},
+    "texts": {"action": "extend", "type": texts, "metavar": "TEXT"},
 }
 
 
@@ -68,7 +46,8 @@ def add_options(command: argparse.ArgumentParser) -> None:
         help=f"one or more of {', '.join(MEASURES)} instead of those of a task",
     )
     for name, (measures, form, text) in OPTIONS.items():
-        command.add_argument(f"--{name.replace('_', '-')}", **form, help=f"{', '.join(measures)}: {text}")
+        keywords = {"choices": form} if isinstance(form, tuple) else _FORMS[form]
+        command.add_argument(f"--{name.replace('_', '-')}", **keywords, help=f"{', '.join(measures)}: {text}")
     add_shared(command, "--batch-size", default=8)
     command.add_argument(
         "--output",

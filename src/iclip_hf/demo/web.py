@@ -23,7 +23,7 @@ from ..hub.model_card import front_matter, write_model_card
 from ..hub.record import without_folders
 from ..modeling_iclip import ICLIPModel
 from ..models.onnx import TEXT_FILE, VISION_FILE, ONNXModel, export_onnx
-from ..presence import BEST, LIKE, MIN_PRESENCE, PRESENT, RANK_ALONE, RANK_AND_PATCHES, SHARPNESS
+from ..presence import CONSTANTS, MIN_PRESENCE, PRESENT
 from ..processing_iclip import MAX_PIXELS, ICLIPProcessor
 from ..reference_nouns import REFERENCE_NOUNS
 from ..utils.files import atomic_folder
@@ -90,7 +90,7 @@ def export_web(
             "pad_to_max": processor.text_padding == "max_length",
             "pad_id": processor.tokenizer.pad_token_id or 0,
         },
-        "presence": presence_settings(model),
+        "presence": {"matches_patches": model.matches_patches, **CONSTANTS},
         "min_presence": MIN_PRESENCE,
         "present": PRESENT,
         "max_texts": content.MAX_TEXTS,
@@ -168,18 +168,6 @@ def _image_settings(processor: ICLIPProcessor) -> dict:
         "mean": list(images.image_mean) if images.do_normalize else [0, 0, 0],
         "std": list(images.image_std) if images.do_normalize else [1, 1, 1],
         "max_pixels": MAX_PIXELS,
-    }
-
-
-def presence_settings(model: ICLIPModel) -> dict:
-    """Returns what the page computes presence with."""
-    return {
-        "matches_patches": model.matches_patches,
-        "rank_and_patches": RANK_AND_PATCHES,
-        "rank_alone": RANK_ALONE,
-        "sharpness": SHARPNESS,
-        "like": LIKE,
-        "best": BEST,
     }
 
 

@@ -28,6 +28,14 @@ def seed_everything(*key) -> None:
     torch.manual_seed(seed)
 
 
+def check_batch(rows: int, batch_size: int, world_size: int) -> None:
+    """Raises `ValueError` if the processes cannot share a batch, or an epoch of so many pairs has none."""
+    if batch_size % world_size:
+        raise ValueError(f"batch_size: {batch_size} is no multiple of the {world_size} processes.")
+    if rows < batch_size:
+        raise ValueError(f"batch_size: an epoch has {rows} pairs, fewer than a batch of {batch_size}; lower it.")
+
+
 class GlobalBatches(Sampler):
     """
     Yields this process's share of each batch of an epoch. The batches are the same for any number of processes and contain each
@@ -78,10 +86,7 @@ class BatchLoader:
         rank, world_size = accelerator.process_index, accelerator.num_processes
         rows = pairs_per_epoch if self.streamed else len(dataset)
         self.steps_per_epoch = rows // batch_size
-        if batch_size % world_size:
-            raise ValueError(f"batch_size: {batch_size} is no multiple of the {world_size} processes.")
-        if not self.steps_per_epoch:
-            raise ValueError(f"batch_size: an epoch has {rows} pairs, fewer than a batch of {batch_size}; lower it.")
+        check_batch(rows, batch_size, world_size)
         self.sampler = GlobalBatches(rows, batch_size, seed, rank, world_size)
         in_order = {"batch_size": batch_size // world_size, "drop_last": True}
         self.loader = DataLoader(

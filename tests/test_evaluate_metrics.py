@@ -4,6 +4,7 @@ import ast
 import doctest
 import json
 import os
+import pickle
 import runpy
 import subprocess
 import sys
@@ -211,25 +212,24 @@ for folder in ({str(REPOSITORY)!r}, {str(tmp_path)!r}):
 
 
 RANK = """
-import sys, evaluate
+import pickle, sys, evaluate
 
-rank, tests = int(sys.argv[1]), sys.argv[2]
-sys.path.insert(0, tests)
-from test_evaluate_metrics import items
-
+rank = int(sys.argv[1])
+with open("items", "rb") as file:
+    items = pickle.load(file)
 settings = dict(num_process=2, process_id=rank, cache_dir="stored", timeout=60)
 for name, ranks in (("mmiou", (0, 1)), ("mfmb", (1,)), ("text_contrast", (0, 1))):
     metric = evaluate.load(name, experiment_id="test", **settings)
     if rank in ranks:
         part = slice(ranks.index(rank), None, len(ranks))
-        metric.add_batch(**{column: values[part] for column, values in items(name).items()})
+        metric.add_batch(**{column: values[part] for column, values in items[name].items()})
     print(metric.compute())
 """
 
 
 def test_two_processes_even_if_one_has_no_pairs(installed, tmp_path):
-    tests = Path(__file__).parent
-    processes = [fresh_process(["-c", RANK, rank, tests], tmp_path, installed) for rank in (0, 1)]
+    (tmp_path / "items").write_bytes(pickle.dumps({name: items(name) for name in ACCUMULATORS}))
+    processes = [fresh_process(["-c", RANK, rank], tmp_path, installed) for rank in (0, 1)]
     first, second = (output_of(process) for process in processes)
     assert second == ["None"] * 3
     for name, line in zip(("mmiou", "mfmb", "text_contrast"), first, strict=True):

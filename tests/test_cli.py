@@ -156,6 +156,21 @@ def test_json_and_arrays_say_what_the_masks_are(workspace, tmp_path, capsys):
     assert [text["score"] for text in entry["texts"]] == pytest.approx(arrays["scores"].tolist(), abs=1e-4)
 
 
+@pytest.mark.parametrize("measured", [False, True])
+def test_thresholds_of_other_maps_are_named(workspace, tmp_path, capsys, measured):
+    """`iclip segment` refines by default and `iclip evaluate` does not."""
+    results, image = tmp_path / "results.json", workspace / "0" / "a.jpg"
+    content = {"per_class": {"itsm": [{"name": "dog", "threshold": 0.3}]}}
+    content["protocol"] = {**load(str(workspace / "model")).identity, "refine": measured}
+    results.write_text(json.dumps(content))
+    for used in (False, True):
+        option = "--refine" if used else "--no-refine"
+        assert run(workspace, image, "--text", "dog", "--threshold", results, option, "--json") == 0
+        said = capsys.readouterr().err
+        assert ("has thresholds of maps that were" in said) == (used != measured)
+        assert ("add --refine" in said, "add --no-refine" in said) == (measured > used, used > measured)
+
+
 @pytest.mark.parametrize(
     ("least", "threshold", "empty"), [("0", "0.5", False), ("1", "0.5", True), ("0", "1", True)], ids=str
 )

@@ -34,6 +34,15 @@ def test_files_are_read_once_until_one_changes(tmp_path, read):
     assert content_digest(both) != first and read == ["0", "1"] * 2
 
 
+@pytest.mark.parametrize("content", [b"", b"\0" * 16, b"12ab", b"\xff"])
+def test_a_damaged_digest_in_the_cache_is_computed_again(tmp_path, read, content):
+    both = files(tmp_path, b"a", b"b")
+    first = content_digest(both)
+    (kept,) = (tmp_path / "cache" / "digests").iterdir()
+    kept.write_bytes(content)
+    assert content_digest(both) == first == kept.read_text()
+
+
 def test_order_names_and_sizes_count_and_the_place_does_not(tmp_path, read):
     one, two, three = files(tmp_path, b"ab", b"c", b"ab")
     assert len({content_digest(pair) for pair in ([one, two], [two, one], [three, two])}) == 3

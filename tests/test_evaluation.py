@@ -228,6 +228,9 @@ def test_a_limit_and_what_the_protocol_says(labelled_folder, tiny_processor):
     assert protocol["dtype"] == "float32"
     alone = evaluate((tiny_model(), tiny_processor), dataset[:2], image_size=40, templates=["a {}"], progress=False)
     assert result.results == alone.results and result.per_class == alone.per_class
+    # A part of a split does not pass for the whole.
+    assert len(dataset) > 2 and alone.protocol["dataset"]["images_in_split"] == len(dataset)
+    assert f"on 2 of {len(dataset)} images" in alone.table()
 
 
 def arguments(labelled_folder, world, *more):

@@ -263,7 +263,7 @@ def test_the_command_takes_options_of_measures_and_the_first_images(root, world,
     assert iclip("evaluate", "--model", world.folder / "model", *data, *more) == 0
     written, lines = json.loads(output.read_text()), capsys.readouterr().out.splitlines()
     assert written["protocol"]["steps"] == 2 and written["protocol"]["dataset"]["images"] == 3
-    assert lines[0].startswith("| method, on the first 3 of 4 images | ")
+    assert lines[0].startswith("| method, on 3 of 4 images | ")
     assert len(lines) == 4 and len({line.count("|") for line in lines}) == 1
     itsm = written["results"]["itsm"]
     for figure in (f"{itsm['difference_probability']:.4f}", f"{itsm['randomization'][-1]:.2f}"):

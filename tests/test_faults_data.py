@@ -103,6 +103,7 @@ REFUSED = {
         "a class that is not listed": index_mask(np.full((24, 30), 7, np.uint8)),
         "colours": inputs.BY_FORMAT["PNG"],
         "16 bits": index_mask(np.full((24, 30), 1, np.uint16)),
+        "JPEG by another name": encoded(inputs.PHOTO.convert("L").point(lambda value: value % 2), "JPEG"),
     },
     (image_of_mask, "image.png"): {"another size": encoded(inputs.PHOTO.resize((31, 24)), "PNG")},
     (classes, "classes.txt"): {
@@ -111,11 +112,14 @@ REFUSED = {
         "a blank line": "dog\n\ncat",
         "one twice": "dog\ncat\ndog",
         "background": "background\ndog",
+        "background of labelme": "_background_\ndog",
+        "Background": "Background\ndog",
         "300": "\n".join(map(str, range(300))),
     },
     (coco, "instances_val2017.json image.png absent.png"): {
         **inputs.BAD_JSON,
         "category twice": {"categories": [CATEGORY, {"id": 3, "name": "cat"}]},
+        "name twice": {"categories": [CATEGORY, CATEGORY | {"id": 0}]},
         "image of another size": {"images": [PICTURE | {"height": 23}]},
         "image twice": {"images": [PICTURE, PICTURE | {"file_name": "other.png"}]},
         "absent image": {"images": [PICTURE | {"file_name": "absent.png"}]},

@@ -27,6 +27,7 @@ from training_runs import accelerator, run
 from transformers import AutoModel, AutoProcessor, pipeline
 
 from iclip_hf import ICLIPModel, ICLIPProcessor, cli
+from iclip_hf.data.class_names import COCO_THINGS, VOC
 from iclip_hf.evaluation.evaluate import EvaluationResult
 from iclip_hf.hub.configs import config_folder
 from iclip_hf.hub.folders import code_files, export_model, init_model, push_model
@@ -429,10 +430,24 @@ def test_a_card_shows_figures_of_some_images_as_such(tmp_path, tiny_processor):
     metrics = copy.deepcopy(METRICS)
     metrics["protocol"]["dataset"] |= {"name": "coco2017", "images_in_split": 5000}
     card = card_of(tmp_path, tiny_processor, metrics=metrics)
-    assert "| COCO 2017 val, first 77 of 5000 images | `itsm` |" in card.text
+    assert "| COCO 2017 val, 77 of 5000 images | `itsm` |" in card.text
     # Neither the Hub's page of the model nor that of the data set can say so.
     assert card.data.eval_results is None and not (tmp_path / ".eval_results").exists()
-    assert "first 77 of 5000 images" in card_of(tmp_path / "again", tiny_processor, source=tmp_path).text
+    assert "val, 77 of 5000 images" in card_of(tmp_path / "again", tiny_processor, source=tmp_path).text
+
+
+@pytest.mark.parametrize(("name", "names"), [("coco2017", COCO_THINGS), ("voc2012", VOC)])
+def test_a_card_says_that_class_names_are_not_those_of_the_data_set(tmp_path, tiny_processor, name, names):
+    """Such as those of own data in COCO's form, which are not COCO."""
+    metrics = copy.deepcopy(METRICS)
+    metrics["protocol"]["dataset"]["name"] = name
+    for number, used in enumerate((names, ["screw", "nut"])):
+        folder, own = tmp_path / str(number), number == 1
+        metrics["protocol"]["class_names"] = list(used)
+        for options in ({"metrics": metrics}, {"source": folder, "overwrite": True}):  # the record keeps it
+            card = card_of(folder, tiny_processor, **options)
+            assert (" val, with other class names | `itsm` |" in card.text) == own
+            assert (card.data.eval_results is None) == own == (not (folder / ".eval_results").exists())
 
 
 def test_the_widget_has_the_nouns_of_the_training_also_after_an_export(tmp_path, tiny_processor):
@@ -471,6 +486,26 @@ def test_the_card_tells_the_settings_that_a_model_depends_on():
     elsewhere = {"image_column", "caption_column", "split", "max_bad_share", "chunk_size"}  # how pairs are read
     elsewhere |= {"validation_data", "eval_dataset", "eval_root", "eval_split"}  # the results tell
     assert fixed - elsewhere == set(TRAINING_SETTINGS)
+
+
+@pytest.mark.parametrize(
+    ("data", "shown"),
+    [
+        ("/home/someone/photos.v2", "photos.v2"),  # no data set of the Hub by the name "someone/photos.v2"
+        ("/home/someone/flickr8k-1.0/", "flickr8k-1.0"),
+        ("/mnt/Photos/Pairs.CSV", "Photos/Pairs.CSV"),
+        ("org/name.v2", "org/name.v2"),
+    ],
+)
+def test_folders_and_files_are_no_data_sets_of_the_hub(tmp_path, tiny_processor, data, shown):
+    card = card_of(tmp_path, tiny_processor, training={"data": [data]})
+    assert f"| training data {shown} |" in card.text
+    assert card.data.datasets == (["org/name.v2"] if data == shown else None)
+
+
+def test_what_the_card_says_of_embedded_parts_stays(tmp_path):
+    once = public_settings(dict.fromkeys(("model", "vision", "text"), "embedded"))
+    assert public_settings(once) == once and "DINOv2 ViT-S/14 as carried" in once["vision"]
 
 
 AUGMENTATION = {"crop_scale": 0.08, "auto_augment": "none", "random_erasing": 0.25}
@@ -677,6 +712,17 @@ def test_what_is_not_recorded_is_said(tmp_path, tiny_processor):
     assert "not recorded" not in cards["known"]
     assert "Then the weights were changed by a training that is not recorded." in cards["changed"]
     assert not any("random" in card.partition("## Evaluation")[0] for card in cards.values())
+
+
+def test_a_tower_that_is_locked_now_may_have_learned_before(tmp_path, tiny_processor):
+    said = {}
+    for name, known in (("one", ["pairs.csv"]), ("none", None), ("two", ["more.csv"])):
+        training = known and {"data": known}
+        if name == "two":
+            training["model"] = str(tmp_path / "one")
+        card = card_of(tmp_path / name, tiny_processor, training=training)
+        said[name] = "(locked during training)" in card.text, "(locked in this configuration)" in card.text
+    assert said == {"one": (True, False), "none": (False, True), "two": (False, True)}
 
 
 def test_a_run_that_starts_from_changed_weights_says_so(tmp_path, tiny_processor):

@@ -19,6 +19,7 @@ from iclip_hf.evaluation.metrics import (
     MeanMaxIoU,
     MultiLabelAveragePrecision,
     TextContrast,
+    contrast_counts,
     region_means,
     reliability,
     roc_auc,
@@ -177,6 +178,22 @@ def test_absent_class_and_void_image_change_nothing(metric):
     assert result["left_out"]["no_foreground"] == result["left_out"]["all_void"] == 1
     del alone["left_out"], result["left_out"]
     assert result == alone
+
+
+@pytest.mark.parametrize("metric", [*PAIR_METRICS, TextContrast])
+def test_a_class_whose_pixels_are_ignored_is_refused(metric):
+    """As in masks of 0 and 255. Counted as class and as ignored, its pixels would give a wrong mFMB."""
+    maps, mask = np.array([[[0.9, 0.2, 0.5]]] * 2), np.array([[255, 0, 0]])
+    item = (maps, mask, [255, 0]) if metric is TextContrast else (maps[0], mask, 255)
+    with pytest.raises(ValueError, match="255 is the value of ignored pixels: set another ignore_index"):
+        metric().update(*item)
+    metric(ignore_index=-1).update(*item)
+
+
+@pytest.mark.parametrize("shape", [(3,), (1, 1), (2, 1, 1)])
+def test_contrast_needs_masks_of_the_size_of_the_maps(shape):
+    with pytest.raises(ValueError, match="one height and width"):
+        contrast_counts(np.zeros((2, 2, 3)), np.full(shape, 3), [3, 5])
 
 
 def test_the_lowest_of_thresholds_that_differ_by_rounding_alone():

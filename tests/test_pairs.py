@@ -327,6 +327,39 @@ def test_an_image_is_one_by_whatever_name(tmp_path, form):
     assert images[0].isdisjoint(images[1]) and len(images[1]) == 2 and len(training) + len(part) == 25
 
 
+@pytest.mark.parametrize("form", ["files", "shards", "parquet"])
+def test_copies_of_an_image_stay_together(tmp_path, form):
+    """As in data sets with a row for each caption. Otherwise images that are held out are trained on."""
+    if form == "files":
+        write_images(tmp_path, [f"{place}/{number}.jpg" for place in "ab" for number in range(8)])
+        for number in range(8):  # of one size, and some with one end
+            content = bytes([number]) + b"image" * 2000 + bytes([number if number < 4 else 0])
+            for place in "ab":
+                (tmp_path / place / f"{number}.jpg").write_bytes(content)
+        source = tmp_path
+    elif form == "shards":
+        source = write_members(tmp_path / "a.tar", range(16), jpg=lambda i: jpeg(i % 8), txt=str)
+    else:
+        rows = [{"image": {"bytes": jpeg(i % 8), "path": None}, "caption": str(i)} for i in range(16)]
+        source = tmp_path / "a.parquet"
+        datasets.Dataset.from_list(rows).cast_column("image", datasets.Image()).to_parquet(source)
+    parts = load_pairs(source).split(0.125)
+    images = [[part.raw(row).image for row in range(len(part))] for part in parts]
+    images = [{one if isinstance(one, bytes) else one.read_bytes() for one in part} for part in images]
+    assert [len(part) for part in parts] == [14, 2]
+    assert [len(part) for part in images] == [7, 1] and images[0].isdisjoint(images[1])
+
+
+def test_a_split_reads_no_devices(tmp_path):
+    names = ["/dev/zero", "/dev/full", "absent.jpg", "empty.jpg", "also empty.jpg", "1.jpg"]
+    write_images(tmp_path, ["0.jpg", "1.jpg"])
+    for name in names[3:5]:
+        (tmp_path / name).touch()
+    (tmp_path / "pairs.csv").write_text("\n".join(["image,caption", *(f"{name},a" for name in names)]))
+    training, part = load_pairs(tmp_path / "pairs.csv").split(0.2)
+    assert len(training) + len(part) == 6 and len(part) in (1, 2)
+
+
 def test_the_part_does_not_depend_on_the_place_of_the_files(tmp_path):
     write_shards(tmp_path / "b", 9)
     write_images(tmp_path, [f"b/{number}.jpg" for number in range(9)])

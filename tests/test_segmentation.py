@@ -279,6 +279,16 @@ def test_fingerprint_is_of_the_content_of_images_and_masks(voc):
     assert load_segmentation("voc2012", voc).fingerprint() != before
 
 
+def test_an_image_that_a_list_names_twice_counts_once(voc):
+    """As lists that were joined do."""
+    path = voc / "VOCdevkit" / "VOC2012" / "ImageSets" / "Segmentation" / "val.txt"
+    once = load_segmentation("voc2012", voc)
+    path.write_bytes(b"2007_000002\r\n2007_000001\r\n2007_000002 \r\n")
+    twice = load_segmentation("voc2012", voc)
+    assert [sample.name for sample in twice] == [sample.name for sample in once]
+    assert twice.fingerprint() == once.fingerprint()
+
+
 # ---- the benchmarks of semantic segmentation ----
 
 # Name: files of masks with their values (two images each), the split, and the class ids that are expected of them.

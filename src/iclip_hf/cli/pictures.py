@@ -162,11 +162,21 @@ def make_localizer(options: argparse.Namespace):
     from ..explainers.localizer import Localizer
 
     model = load_model(options.model, options)
-    if results and (differing := model.differs_from(read_results(results, "protocol")["protocol"])):
-        raise ValueError(
-            f"--threshold {results} has thresholds of another model, by its {', '.join(differing)}: measure this one by `iclip evaluate "
-            "--output`."
-        )
+    if results:
+        protocol = read_results(results, "protocol")["protocol"]
+        if differing := model.differs_from(protocol):
+            raise ValueError(
+                f"--threshold {results} has thresholds of another model, by its {', '.join(differing)}: measure this one by `iclip "
+                "evaluate --output`."
+            )
+        # The default of `segment` is not that of `evaluate`.
+        if (refined := bool(protocol.get("refine"))) != options.refine:
+            complain(
+                options.command,
+                f"--threshold {results} has thresholds of maps that were {'' if refined else 'not '}refined, and these are "
+                f"{'not' if refined else 'refined'}: add --{'' if refined else 'no-'}refine, or measure by `iclip evaluate "
+                f"{'--no-refine' if refined else '--refine'} --output`.",
+            )
     words = "bi_modal" if options.method == "bi_modal" else "grad_eclip"
     return Localizer(
         model,

@@ -12,7 +12,7 @@ import hashlib
 import math
 import os
 import random
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from copy import copy
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -22,7 +22,6 @@ from tqdm import tqdm
 
 from ..images import load_image
 from ..utils.digests import content_digest
-from ..utils.files import file_id
 from ..utils.hub_ids import is_hub_id
 from .sources import (
     BAD_PAIR,
@@ -158,8 +157,8 @@ class PairDataset:
 
     def split(self, share: float) -> tuple[PairDataset, PairDataset]:
         """
-        Splits off a part of the pairs, which is always the same. Pairs of one image stay together. `share`, in (0, 1), is that of the
-        images, rounded up.
+        Splits off a part of the pairs, which is always the same. Pairs of one image stay together, also those of copies of its file or
+        of its bytes in a shard or table, which are read. `share`, in (0, 1), is that of the images, rounded up.
 
         Returns:
             `tuple`: the other pairs, and the part.
@@ -167,11 +166,7 @@ class PairDataset:
         Raises:
             `ValueError`: one of them would be empty.
         """
-        groups = [
-            (source.path, start) if file is None else file_id(file) or os.path.abspath(file)
-            for source, ranges in self._by_source()
-            for start, file in zip(ranges[:, 0].tolist(), source.image_files(ranges))
-        ]
+        groups = self._images()
         # In the order of the pairs, so that the place of the files does not count.
         distinct = list(dict.fromkeys(groups))
         count = math.ceil(share * len(distinct))
@@ -183,6 +178,25 @@ class PairDataset:
         drawn = {distinct[place] for place in order[:count]}
         inside = np.array([group in drawn for group in groups])
         return tuple(copy(self)._select(self._ranges[part]) for part in (~inside, inside))
+
+    def _images(self) -> list[Hashable]:
+        """Returns for each pair a value that the pairs of one image share, a digest of the image's bytes."""
+        images, known = [], {}  # digests by file, which several pairs may name
+        bar = tqdm(total=len(self), desc="Comparing images", unit="pair", delay=2, leave=False)
+        for source, ranges in self._by_source():
+            for (start, end), file in zip(ranges.tolist(), source.image_files(ranges)):
+                try:
+                    if file not in known or file is None:
+                        if file is not None and not os.path.isfile(file):  # reading a device may never end
+                            raise FileNotFoundError(file)
+                        content = source.read(start, end).image if file is None else file.read_bytes()
+                        known[file] = hashlib.sha256(content).digest()
+                    images.append(known[file])
+                except (OSError, *BAD_PAIR):
+                    images.append((source.path, start) if file is None else os.path.abspath(file))
+                bar.update()
+        bar.close()
+        return images
 
     def _by_source(self) -> list[tuple[Source, np.ndarray]]:
         """Returns the sources with the ranges (start, end) of their pairs."""

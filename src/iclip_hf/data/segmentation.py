@@ -115,6 +115,10 @@ class _IndexSample(SegmentationSample):
     @cached_property
     def label_map(self) -> np.ndarray:
         image = open_image(self.mask_path)
+        if image.format != "PNG":  # others may be lossy, which changes ids at edges
+            raise ValueError(
+                f"{self.mask_path}: a mask is a PNG, and this is a {image.format} in spite of its name; save the class ids again."
+            )
         if image.mode not in ("P", "L", "1"):
             raise ValueError(
                 f"{self.mask_path}: a mask is a palette or 8-bit grayscale PNG of class ids, not of mode {image.mode!r}; save class "
@@ -204,6 +208,7 @@ class SegmentationDataset(Sequence):
     Attributes:
         name (`str`): name of the data set.
         split (`str`, *optional*): its split; None for a folder.
+        images_in_split (`int`): number of images of the whole split, also in a slice.
         synonyms (`tuple[tuple[str, ...], ...]`): all names of each class.
         class_names (`tuple[str, ...]`): the first name of each of the K classes, as used in prompts.
         labels (`tuple[int, ...]`): ids of the classes, 1..K.
@@ -229,7 +234,7 @@ class SegmentationDataset(Sequence):
     ):
         layout = _LAYOUTS[name]
         self.name, self.split, self.background, self.templates = name, split, bool(layout.background), layout.templates
-        self.annotation_paths, self._samples = annotation_paths, samples
+        self.annotation_paths, self._samples, self.images_in_split = annotation_paths, samples, len(samples)
         self.synonyms = tuple((name,) for name in class_names)
         self.supercategories = None if supercategories is None else tuple(supercategories)
         stuff = layout.stuff
@@ -461,7 +466,7 @@ def _index_masks(layout: _Layout, root: Path, split: str | None) -> _Content:
     if layout.lists:
         lists = [root / path for path in _alternatives(layout.lists, split)]
         lines = _read_text(next(filter(Path.is_file, lists), lists[0])).splitlines()
-        names = [line.strip() for line in lines if line.strip()]
+        names = [*dict.fromkeys(line.strip() for line in lines if line.strip())]  # a joined list may repeat images
     if not names:
         raise FileNotFoundError(
             f"{root}: there are no pairs of {image_pattern} and {mask_pattern}; check the root, the split and the layout of the data."
@@ -493,8 +498,10 @@ def _instances(root: Path, split: str) -> _Content:
         labels = {category["id"]: label for label, category in enumerate(categories, start=1)}
         sizes = {image["file_name"]: (image["height"], image["width"]) for image in images}
         annotations = {image["id"]: [] for image in images}
-        if len(labels) < len(categories) or not len(annotations) == len(sizes) == len(images):
-            raise ValueError("two categories or images have the same id or file")
+        if not len(labels) == len({*class_names}) == len(categories):
+            raise ValueError("two categories have the same id or name")
+        if not len(annotations) == len(sizes) == len(images):
+            raise ValueError("two images have the same id or file")
         for item in content["annotations"]:
             if item["category_id"] not in labels or item["image_id"] not in annotations:
                 raise ValueError(f"annotation {item['id']} is of a category or an image that is not listed")
@@ -521,7 +528,8 @@ def _instances(root: Path, split: str) -> _Content:
 def _read_class_names(path: Path) -> list[str]:
     """Reads the names of the classes of a folder of masks."""
     names = [line.strip() for line in _read_text(path).rstrip().splitlines()]
-    if not 1 <= len(names) < _VOID or "" in names or len({*names}) < len(names) or names[0] == "background":
+    is_background = names[:1] and names[0].strip("_").lower() == "background"  # labelme writes "_background_"
+    if is_background or not 1 <= len(names) < _VOID or "" in names or len({*names}) < len(names):
         raise ValueError(
             f"{path}: line 1 names class id 1, without the background; there are 1 to {_VOID - 1} lines with different names, and none is "
             "blank."

@@ -238,7 +238,7 @@ class EvaluationRun:
                 "name": dataset.name,
                 "split": dataset.split,
                 "images": self.count,
-                "images_in_split": len(dataset),
+                "images_in_split": dataset.images_in_split,
                 "fingerprint": dataset.fingerprint(),
             },
             "image_size": self.size.get("size") or dict(self.model.processor.image_processor.size),

@@ -38,11 +38,18 @@ def _check_map(heatmap) -> np.ndarray:
     return heatmap
 
 
+def _check_label(label: int, ignore_index: int) -> None:
+    """Raises `ValueError` if the pixels of a class are ignored, as in masks of 0 and 255."""
+    if label == ignore_index:
+        raise ValueError(f"The class id {label} is the value of ignored pixels: set another ignore_index, such as -1.")
+
+
 def _pair_blocks(heatmap, mask, label, ignore_index):
     """Yields map values, foreground and void of one pair in flat blocks."""
     heatmap, mask, label = _check_map(heatmap), to_numpy(mask), operator.index(label)
     if heatmap.shape != mask.shape:
         raise ValueError(f"Map and label mask must have one shape, not {heatmap.shape} and {mask.shape}.")
+    _check_label(label, ignore_index)
     heatmap, mask = heatmap.ravel(), mask.ravel()
     for start in range(0, heatmap.size, _BLOCK):
         block = mask[start : start + _BLOCK]
@@ -63,7 +70,7 @@ def threshold_counts(heatmap, mask, label: int, ignore_index: int = 255) -> np.n
         M > 0.01, ..., M > 1.
 
     Raises:
-        `ValueError`: shapes differ, or map values are NaN or outside [0, 1].
+        `ValueError`: shapes differ, map values are NaN or outside [0, 1], or the class id is `ignore_index`.
     """
     histogram = np.zeros(256, dtype=np.int64)
     for values, foreground, void in _pair_blocks(heatmap, mask, label, ignore_index):
@@ -127,6 +134,10 @@ def contrast_counts(maps, mask, labels, ignore_index: int = 255, both_maps: bool
         `ValueError`: as [`threshold_counts`]; or the number of labels is not K.
     """
     maps, mask, labels = _check_map(maps), to_numpy(mask), [operator.index(label) for label in labels]
+    if mask.shape[-2:] != maps.shape[-2:]:
+        raise ValueError(f"Maps and label mask must have one height and width, not {maps.shape} and {mask.shape}.")
+    for label in labels:
+        _check_label(label, ignore_index)
     masks, number = np.broadcast_to(mask, maps.shape), len(maps)
     void = (masks == ignore_index).any(0)
     regions = [(own_mask == label) & ~void for own_mask, label in zip(masks, labels, strict=True)]

@@ -51,10 +51,10 @@ class EvaluationResult:
     columns: dict[str, dict[str, str]]
 
     def table(self) -> str:
-        """Returns the scores as a Markdown table, which says if they are of the first images only, and two tables on presence."""
+        """Returns the scores as a Markdown table, which says if they are of some images only, and two tables on presence."""
         headings = list(next(iter(self.columns.values())))
         seen, whole = (self.protocol["dataset"][name] for name in ("images", "images_in_split"))
-        first = "method" if seen == whole else f"method, on the first {seen} of {whole} images"
+        first = "method" if seen == whole else f"method, on {seen} of {whole} images"
         lines = [markdown([first, *headings], [[method, *row.values()] for method, row in self.columns.items()])]
         if self.presence:
             columns = {name: heading.format(**self.presence) for name, (heading, _) in PRESENCE.items()}

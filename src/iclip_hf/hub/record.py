@@ -12,12 +12,13 @@ import yaml
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError
 
+from ..data.class_names import COCO_THINGS, VOC
 from ..evaluation.results import EvaluationResult
 from ..modeling_iclip import ICLIPModel
 from ..models.embedded import embedded_folder
 from ..models.identity import changed_model
 from ..processing_iclip import ICLIPProcessor
-from ..utils.hub_ids import is_hub_id
+from ..utils.hub_ids import FILES, is_hub_id
 from .configs import EMBEDDED
 
 
@@ -38,6 +39,8 @@ _DATA_TERMS = {
     "places": "non-commercial research and education",
     "intel_scenes": "none stated",
 }
+# Class names of the data sets that the Hub has pages of. Own data in their form, or `--overrides`, have others.
+_CLASS_NAMES = {"coco2017": COCO_THINGS, "voc2012": VOC}
 _NOT_RECORDED = "(not recorded)"
 # Descriptions of the value `embedded` in training settings.
 _EMBEDDED = {
@@ -153,7 +156,10 @@ def measured(metrics: EvaluationResult | Mapping) -> dict:
         names = ("name", "split", "fingerprint", "images", "images_in_split")
         shown = {"dataset": {name: data[name] for name in names}, "templates": list(protocol["templates"])}
         shown |= {name: dict(protocol[name]) for name in ("image_size", "versions")}
-        shown |= {name: protocol[name] for name in ("refine", "aggregate", "note") if name in protocol}
+        shown |= {name: protocol[name] for name in ("refine", "aggregate", "note", "own_names") if name in protocol}
+        usual = _CLASS_NAMES.get(data["name"])
+        if usual and "class_names" in protocol and tuple(protocol["class_names"]) != usual:
+            shown["own_names"] = True
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise ValueError(
             f"{str(metrics)[:100]}: expected the interpretability of a model as `iclip evaluate --output` writes it."
@@ -163,4 +169,6 @@ def measured(metrics: EvaluationResult | Mapping) -> dict:
 
 def without_folders(name: str) -> str:
     """Returns a Hub id as it is, and of a path the end that says nothing of this machine."""
-    return name if is_hub_id(name) else "/".join(Path(name).parts[-2 if Path(name).suffix else -1 :])
+    if is_hub_id(name) or name in _EMBEDDED.values():
+        return name
+    return "/".join(Path(name).parts[-2 if name.lower().endswith(FILES) else -1 :])

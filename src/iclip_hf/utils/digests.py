@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
@@ -24,8 +25,9 @@ def content_digest(files: Sequence[str | os.PathLike], folder: str | os.PathLike
     before_names = os.path.join(folder, "")
     names = [path.removeprefix(before_names).encode(errors="surrogatepass") + b"\0" for path in paths]
     kept = cache_folder() / "digests" / hashlib.sha256(b"".join([*names, *map(file_state, paths)])).hexdigest()[:32]
-    if kept.is_file():
-        return kept.read_text()
+    # After a crash of the machine, a file may be empty or hold zeros.
+    if kept.is_file() and re.fullmatch("[0-9a-f]{16}", found := kept.read_text(errors="replace")):
+        return found
     content = hashlib.sha256()
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # hashing and reading release the GIL
         for name, of_file in zip(names, prefetch_map(pool, _file_digest, paths, 64)):

@@ -8,7 +8,8 @@ import re
 RUNS = "runs"
 # Folders that a path of this machine, or of another one, usually begins with.
 _USUAL_FOLDERS = (RUNS, "data")
-_FILES = (".tar", ".csv", ".tsv", ".jsonl", ".parquet", ".arrow", ".txt")
+# Files of data and nouns.
+FILES = (".tar", ".csv", ".tsv", ".jsonl", ".parquet", ".arrow", ".txt")
 
 
 def may_be_hub_id(name: str) -> bool:
@@ -20,4 +21,4 @@ def may_be_hub_id(name: str) -> bool:
 
 def is_hub_id(name: str) -> bool:
     """Whether this names a repository as `org/name`, and no file."""
-    return "/" in name and may_be_hub_id(name) and not name.lower().endswith(_FILES)
+    return "/" in name and may_be_hub_id(name) and not name.lower().endswith(FILES)

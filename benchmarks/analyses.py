@@ -157,7 +157,7 @@ def relation_plot(names: Sequence[str], x: np.ndarray, y: np.ndarray, method: st
 def shift(options: argparse.Namespace) -> None:
     dataset = load_segmentation(options.dataset, options.data_root, options.split)
     samples = tqdm(dataset[: options.limit], unit="image")
-    rows, on_foreground = semantic_shift(load(options.model), samples, options.before, options.after)
+    rows, on_foreground = semantic_shift(load(options.model), samples)
     shares = [f"({low:g}, {high:g}]" for low, high in SHARES]
     rows = [[share, count, *(f"{mean:.1f}" for mean in means)] for share, (count, *means) in zip(shares, rows)]
     print(table(["foreground", "images", "B2F", "F2B", "same"], rows), end="\n\n")
@@ -171,7 +171,7 @@ def channels(options: argparse.Namespace) -> None:
 
 def relation(options: argparse.Namespace) -> None:
     per_class = json.loads(options.evaluation.read_text())["per_class"]
-    method = options.method or next(iter(per_class))
+    method = next(iter(per_class))
     rows = [row for row in per_class[method] if None not in (row["AP"], row["MIoU"])]
     names, x, y = zip(*((row["name"], row["AP"], row["MIoU"]) for row in rows))
     relation_plot(names, np.array(x), np.array(y), method).savefig(options.output, dpi=120)
@@ -188,13 +188,10 @@ def main():
                 analysis.add_argument(name, required=True)
             analysis.add_argument("--split")
             analysis.add_argument("--limit", type=int)
-            analysis.add_argument("--before", default="max", help="class_token, average, max or own (default: max)")
-            analysis.add_argument("--after", default="average", help="likewise (default: average)")
         elif run is channels:
             analysis.add_argument("images", nargs="+")
         else:
             analysis.add_argument("evaluation", type=Path)
-            analysis.add_argument("--method", help="default: the first one of the file")
         if run is not relation:
             analysis.add_argument("--model", default="embedded")
         if run is not shift:

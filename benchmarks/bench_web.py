@@ -102,16 +102,13 @@ def python_seconds(processor: ICLIPProcessor, page: Path) -> tuple[float, float]
 
 def main() -> None:
     parser = command_line(__doc__)
-    parser.add_argument(
-        "--page", type=Path, help="page of the embedded model, exported with --vendor (default: a new one)"
-    )
     parser.add_argument("--rounds", type=int, default=5, help="default: 5")
     parser.add_argument("--picture", type=Path, help="also write a picture of the page there, as docs/web.jpg is")
     options = parser.parse_args()
 
     with tempfile.TemporaryDirectory() as scratch:
         model, processor = load_iclip("embedded", dtype="float32")
-        page = options.page or export_web(model, processor, Path(scratch, "page"), vendor=True)
+        page = export_web(model, processor, Path(scratch, "page"), vendor=True)
         report(processor, page, options.rounds, options.picture)
 
 

@@ -35,17 +35,15 @@ COLUMNS = {
 def main() -> None:
     parser = command_line(__doc__)
     parser.add_argument("data", nargs="+", metavar="NAME:FOLDER[:SPLIT]", help="data sets of load_segmentation")
-    parser.add_argument("--model", help="folder or Hub id (default: the embedded model)")
-    parser.add_argument("--dtype", help="number format of the model, for example bfloat16 (default: as saved)")
-    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS, metavar="METHOD")
+    parser.add_argument("--model", default="embedded", help="folder or Hub id (default: the embedded model)")
     parser.add_argument("--limit", type=int, help="use only the first images (default: all)")
     parser.add_argument("--few", type=int, default=20, help="number of images for the costly columns (default: 20)")
     parser.add_argument("--output", type=Path, default=Path("runs/methods.md"))
     options = parser.parse_args()
 
     datasets = [load_segmentation(*data.split(":")) for data in options.data]
-    model = load(options.model or "embedded", dtype=options.dtype)
-    methods, refused = supported(model, options.methods)
+    model = load(options.model)
+    methods, refused = supported(model)
     scores = [measure(model, dataset, methods, options.limit, options.few) for dataset in datasets]
     taken = seconds(model, datasets[0], methods)
     report = written(datasets, scores, taken, options, refused)
@@ -55,15 +53,15 @@ def main() -> None:
         partial.write_text(report + "\n", encoding="utf-8")
 
 
-def supported(model, methods: list[str]) -> tuple[list[str], dict[str, str]]:
+def supported(model) -> tuple[list[str], dict[str, str]]:
     """Returns the methods that the model supports, and for each other method the reason why not."""
     refused = {}
-    for method in methods:
+    for method in METHODS:
         try:
             make_explainer(model, method)
         except ValueError as error:
             refused[method] = str(error)
-    return [method for method in methods if method not in refused], refused
+    return [method for method in METHODS if method not in refused], refused
 
 
 def measure(model, dataset, methods: list[str], limit: int | None, few: int) -> dict[str, dict[str, float]]:
@@ -115,7 +113,7 @@ def written(datasets, scores: list[dict], taken: dict[str, list[float]], options
         f"Each cell: {' / '.join(f'{dataset.name}, {count} images' for dataset, count in zip(datasets, counts))}. mIoU, pointing game and "
         f"insertion minus deletion: the first {' / '.join(map(str, few))} images. mAP of the model, whatever the method: "
         f"{' / '.join(rounded(of_data[CONSTANT]['mAP'], 1) for of_data in scores)} %. Seconds: raw maps of one image with "
-        f"{min(TEXTS, len(datasets[0].class_names))} texts, medians of 3 rounds; {machine()}; {options.dtype or 'number format as saved'}.",
+        f"{min(TEXTS, len(datasets[0].class_names))} texts, medians of 3 rounds; {machine()}.",
         "",
         table(headings, rows),
     ]

@@ -25,11 +25,7 @@ from iclip_hf.training.settings import parse_settings
 
 
 # How attention enters the map does not change the training, so each run is measured with all of these.
-MAP_ATTENTION = {
-    "none": "cosine map",
-    "similarity": "times attention",
-    "additive": "plus attention",
-}
+MAP_ATTENTION = {"none": "cosine map", "similarity": "times attention", "additive": "plus attention"}
 METRICS = {"mAP": ".1f", "mMIoU": ".1f", "mFMB": ".3f", "text_contrast": ".1f"}
 
 

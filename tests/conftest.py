@@ -193,6 +193,23 @@ def opened(browser, address: str, ready: str, **options) -> Iterator:
 
 
 @pytest.fixture
+def recorded(monkeypatch) -> Callable:
+    """A function that returns the list of the calls of another one, which is called as before."""
+
+    def record(owner, name: str, note: Callable = lambda *args, **options: args) -> list:
+        notes, function = [], getattr(owner, name)
+
+        def call(*args, **options):
+            notes.append(note(*args, **options))
+            return function(*args, **options)
+
+        monkeypatch.setattr(owner, name, call)
+        return notes
+
+    return record
+
+
+@pytest.fixture
 def sandbox(monkeypatch):
     """A folder with that of the case; what is written without a name goes to an empty one beside it, caches to another."""
     # Not tmp_path: thousands of its numbered folders take longer than the cases.

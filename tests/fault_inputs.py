@@ -142,10 +142,6 @@ def edited_json(file: str, **changes) -> Callable[[Path], None]:
     return edit
 
 
-def replaced(file: str, content: bytes | str) -> Callable[[Path], None]:
-    return lambda folder: (folder / file).write_bytes(content.encode() if isinstance(content, str) else content)
-
-
 def removed(*files: str) -> Callable[[Path], None]:
     return lambda folder: [(folder / file).unlink() for file in files]
 
@@ -185,25 +181,16 @@ def outside_shard(folder: Path) -> None:
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
 
 
-def lacking(name: str) -> Callable[[dict], None]:
-    return lambda weights: [weights.pop(key) for key in list(weights) if name in key]
-
-
 # What is done to a whole model folder.
 MODEL_FOLDERS = {
     "missing": shutil.rmtree,
-    "empty": lambda folder: [path.unlink() for path in folder.iterdir()],
     "no config": removed("config.json"),
     "no weights": removed("model.safetensors"),
     "config is truncated": truncated("config.json", 0.5),
     "config of another model": edited_json("config.json", model_type="bert", vocab_size=9, num_hidden_layers=1),
     "config without a type": edited_json("config.json", model_type=None),
-    "config with a misspelt option": edited_json("config.json", poolings="max"),
-    "config of another size": edited_json("config.json", projection_dim=17),
     "weights are truncated": truncated("model.safetensors", 0.9),
-    "weights are text": replaced("model.safetensors", "version https://git-lfs.github.com/spec/v1\nsize 99\n"),
     "pickled weights only": pickled,
-    "weights lack a branch": edited_weights(lacking("recognition")),
     "weights hold NaN": edited_weights(
         lambda weights: weights["recognition.visual_projection.weight"][0].fill_(torch.nan)
     ),
@@ -213,7 +200,6 @@ MODEL_FOLDERS = {
     "a shard is missing": outside_shard,
     "no processor": removed("processor_config.json"),
     "no tokenizer": lambda folder: [path.unlink() for path in folder.glob("*token*")],
-    "processor is truncated": truncated("processor_config.json", 0.5),
     "processor with a template without a place": edited_json("processor_config.json", templates=["a photo"]),
     "symlinked code": with_code,
 }

@@ -130,17 +130,15 @@ def test_a_models_own_vectors_are_matched(dual, pooling, tiny_processor):
         torch.testing.assert_close((chosen - vector).abs(), nearest, atol=1e-5, rtol=0)
 
 
-def test_the_script_writes_the_tables_and_figures(labelled_folder, tiny_processor, tmp_path, monkeypatch, capsys):
-    tiny_model().save_pretrained(tmp_path / "model")
-    tiny_processor.save_pretrained(tmp_path / "model")
+def test_the_script_writes_the_tables_and_figures(labelled_folder, world, tmp_path, monkeypatch, capsys):
     rows = [
         {"name": name, "AP": ap, "MIoU": iou} for name, ap, iou in (("dog", 90, 10), ("cat", 50, 20), ("sky", 1, None))
     ]
     (tmp_path / "results.json").write_text(json.dumps({"per_class": {"itsm": rows}}))
     image = next((labelled_folder / "images").iterdir())
     for line in (
-        f"shift --dataset folder --data-root {labelled_folder} --model {tmp_path}/model",
-        f"channels {image} --model {tmp_path}/model --output {tmp_path}/channels.png",
+        f"shift --dataset folder --data-root {labelled_folder} --model {world.folder}/model",
+        f"channels {image} --model {world.folder}/model --output {tmp_path}/channels.png",
         f"relation {tmp_path}/results.json --output {tmp_path}/relation.svg",
     ):
         monkeypatch.setattr(sys, "argv", ["analyses.py", *line.split()])

@@ -2,8 +2,6 @@ import copy
 import io
 import os
 import signal
-import subprocess
-import sys
 import tarfile
 from pathlib import Path
 
@@ -14,6 +12,7 @@ import torch
 from conftest import tiny_model
 from datasets import load_dataset
 from PIL import Image
+from processes import COMMAND, run_script
 
 from iclip_hf import explain
 from iclip_hf.explainers import collection
@@ -146,30 +145,22 @@ def test_two_processes_go_on_after_a_kill_in_the_midst_of_writing(folder, tiny_p
     """Killed while the second file is half-written, then finished by two processes: as one uninterrupted run."""
     output = tmp_path / "output"
     killed = (
-        "import os, signal, sys\n"
+        "import os, signal\n"
         "replace = os.replace\n"
         "def kill(source, target):\n"
         "    if '00001-of' in str(target): os.kill(os.getpid(), signal.SIGKILL)\n"
         "    replace(source, target)\n"
-        "os.replace = kill\n"
-        "from iclip_hf.cli import main\n"
-        "main(sys.argv[1:])"
+        f"os.replace = kill\n{COMMAND}"
     )
-    environment = {**os.environ, "ACCELERATE_USE_CPU": "1", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, "-c", killed, *command(folder, output)], env=environment, capture_output=True
-    )
+    (done,) = run_script(killed, *command(folder, output))
     assert done.returncode == -signal.SIGKILL
     assert list(contents(output)) == ["explanations-00000-of-00004.parquet"] and list(output.glob(".*.partial"))
 
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    done = subprocess.run(
-        [*launch, "-m", "iclip_hf.cli", *command(folder, output)], env=environment, capture_output=True, text=True
-    )
-    assert done.stdout == f"13 images -> 4 Parquet files in {output}, 1 broken images\n"
-    assert "b/02.jpg" in done.stderr and done.returncode != 0
+    first, second = run_script(COMMAND, *command(folder, output), processes=2)
+    assert first.stdout + second.stdout == f"13 images -> 4 Parquet files in {output}, 1 broken images\n"
+    assert "b/02.jpg" in first.stderr and first.returncode != 0
     # Of the files left, with 4, 4 and 2 images, the process that shows progress makes the first and the third.
-    assert "/6 [" in done.stderr
+    assert "/6 [" in first.stderr
 
     alone = tmp_path / "alone"
     model = tiny_model()

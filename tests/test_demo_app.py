@@ -29,11 +29,9 @@ PATIENT = {"timeout": 60}  # on busy machines
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory, tiny_processor):
-    """A tiny model, two photographs, and two files that are none."""
+def folder(tmp_path_factory):
+    """Two photographs and a file that is none."""
     folder = tmp_path_factory.mktemp("demo")
-    tiny_model().save_pretrained(folder / "model")
-    tiny_processor.save_pretrained(folder / "model")
     noise((60, 40)).save(folder / "small.png")
     Image.linear_gradient("L").resize((1300, 650)).save(folder / "large.png")
     (folder / "notes.png").write_text("no image")
@@ -55,10 +53,10 @@ def drawn_maps(value: dict) -> np.ndarray:
 
 
 @pytest.fixture(scope="module")
-def server(folder, tmp_path_factory):
+def server(world, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("GRADIO_TEMP_DIR", str(tmp_path_factory.mktemp("uploads")))
-        running = app.launch(str(folder / "model"), "127.0.0.1", prevent_thread_lock=True, quiet=True)
+        running = app.launch(str(world.folder / "model"), "127.0.0.1", prevent_thread_lock=True, quiet=True)
         yield running.local_url
         running.close()
 
@@ -222,8 +220,8 @@ def test_what_else_an_upload_is_said_to_be_is_ignored_and_examples_are_open(serv
         assert answer(ask(server, photo))[0] == "event: complete"
 
 
-def test_the_app_serves_only_its_own_files(server, folder):
-    files = ("/etc/passwd", folder / "small.png", folder / "missing", folder / "model" / "config.json")
+def test_the_app_serves_only_its_own_files(server, folder, world):
+    files = ("/etc/passwd", folder / "small.png", folder / "missing", world.folder / "model" / "config.json")
     routes = ("gradio_api/file=", "file=", "static/", "svelte/", "assets/", "gradio_api/stream/", "gradio_api/file/")
     for path, route in itertools.product(
         (*files, "../../etc/passwd", app.__file__, Path("setup.py").resolve()), routes
@@ -238,26 +236,17 @@ def test_the_app_serves_only_its_own_files(server, folder):
     assert httpx.get(f"{server}monitoring/summary").status_code == 403
 
 
-def test_no_answer_prepares_the_model_or_the_background_anew(server, folder, monkeypatch):
+def test_no_answer_prepares_the_model_or_the_background_anew(server, folder, recorded):
     photo = upload(server, (folder / "small.png").read_bytes()).json()[0]
     assert answer(ask(server, photo, "dog", "gem"))[0] == "event: complete"
-    encoded, encode, copied, copy = [], ICLIPModel.encode_text, [], explainable.private_copy
-
-    def counted(model, input_ids, **options):
-        encoded.append(len(input_ids))
-        return encode(model, input_ids, **options)
-
-    monkeypatch.setattr(ICLIPModel, "encode_text", counted)
-    monkeypatch.setattr(explainable, "private_copy", lambda model: copied.append(model) or copy(model))
+    encoded = recorded(ICLIPModel, "encode_text", lambda model, input_ids, **options: len(input_ids))
+    copied = recorded(explainable, "private_copy")
     assert answer(ask(server, photo, "sky, red ball", "gem"))[0] == "event: complete"
     assert encoded == [2] and copied == []
 
 
-def test_the_image_of_another_question_is_not_encoded_again(client, folder, monkeypatch):
-    encoded, encode = [], ICLIPModel.encode_image
-    monkeypatch.setattr(
-        ICLIPModel, "encode_image", lambda *args, **options: encoded.append(1) or encode(*args, **options)
-    )
+def test_the_image_of_another_question_is_not_encoded_again(client, folder, recorded):
+    encoded = recorded(ICLIPModel, "encode_image")
     noise((50, 40), seed=3).save(folder / "other.png")
     answers, counts = [], []
     for name, texts in (("other.png", "sky, a red ball"), ("other.png", "sky, dog"), ("large.png", "sky")):
@@ -280,11 +269,6 @@ def test_a_space_runs_the_same_app(tmp_path, monkeypatch, capsys, model):
     monkeypatch.setattr(app, "launch", launched.append)
     runpy.run_path(str(tmp_path / "space" / "app.py"), run_name="__main__")
     assert launched == [model or "embedded"]
-
-
-def test_a_space_of_a_local_model_is_refused(folder, tmp_path, capsys):
-    assert iclip("demo", "--export-space", tmp_path / "space", "--model", folder / "model") == 2
-    assert "Hub id" in capsys.readouterr().err and not (tmp_path / "space").exists()
 
 
 def test_without_gradio_a_sentence_names_the_extra(monkeypatch, capsys):

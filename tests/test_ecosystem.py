@@ -1,16 +1,12 @@
 """The model in the hands of Accelerate, Trainer and torch's parallelism: hooks, gathering, sharding."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
 from accelerate import cpu_offload, disk_offload
 from accelerate.utils import pad_across_processes
 from conftest import TEXT, VISION, tiny_inputs, tiny_model
+from processes import run_script
 from safetensors.torch import load_file, save_file
 from torch.utils._pytree import tree_leaves
 from transformers import Trainer, TrainingArguments, default_data_collator
@@ -53,13 +49,11 @@ def test_outputs_gather(tmp_path):
 
 
 SHARDED = """
-import sys
 import torch
 from iclip_hf.utils.distributed import this_process
 
 torch.set_num_threads(1)
 state = this_process("train")
-sys.path.insert(0, sys.argv[1])
 from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecision, fully_shard
 from conftest import tiny_inputs, tiny_model
 
@@ -86,21 +80,15 @@ for lock in (True, False):
     expected = torch.tensor([*losses(whole)])
     for model, kind in zip(sharded, ("FSDP2", "FSDP")):
         torch.testing.assert_close(torch.tensor([*losses(shard(model, kind))]), expected)
-    print(lock, flush=True)
+    print(lock)
 state.destroy_process_group()
 """
 
 
-def test_two_processes_share_the_parameters(tmp_path):
+def test_two_processes_share_the_parameters():
     """FSDP in both its versions, which shard no scalars: the same losses as of the whole model."""
-    script = tmp_path / "script.py"
-    script.write_text(SHARDED)
-    command = [*"-m torch.distributed.run --standalone --nproc_per_node 2".split(), script, Path(__file__).parent]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "1"}
-    options = {"env": environment, "capture_output": True, "text": True, "timeout": 300}
-    done = subprocess.run([sys.executable, *map(str, command)], **options)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("True") == done.stdout.count("False") == 2
+    for done in run_script(SHARDED, processes=2):
+        assert (done.returncode, done.stdout) == (0, "True\nFalse\n"), done.stderr
 
 
 def test_scalar_scales_of_older_checkpoints_load(tmp_path):

@@ -7,7 +7,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from iclip_hf import ICLIPConfig, ICLIPModel, ICLIPProcessor
+from iclip_hf import ICLIPModel, ICLIPProcessor
 from iclip_hf.data import load_segmentation
 from iclip_hf.evaluation.evaluate import evaluate
 from iclip_hf.hub.configs import SHIPPED
@@ -27,16 +27,6 @@ def folder():
         return embedded_model()
     except OSError as error:
         pytest.skip(f"the embedded towers cannot be had here: {error}")
-
-
-def test_shipped_projections_are_small_and_say_how_they_are_used():
-    assert PROJECTIONS.stat().st_size < 8e6
-    with safe_open(PROJECTIONS, framework="pt") as file:
-        config, names = json.loads(file.metadata()["config"]), set(file.keys())
-    assert set(config) < set(ICLIPConfig.__annotations__)
-    parts = {"recognition", "interpretability", "token_mean", "attention_direction"}
-    assert {name.split(".")[0] for name in names} == parts
-    assert (config["pooling"], config["max_over"], config["dual_projection"]) == ("masked_max", "similarity", True)
 
 
 @pytest.mark.slow

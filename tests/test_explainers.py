@@ -453,16 +453,16 @@ def test_templates_are_averaged_as_unit_vectors(made, monkeypatch):
 # Where it runs
 
 
-@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode, torch.enable_grad])
 @pytest.mark.parametrize("method", METHODS)
-def test_any_gradient_mode_of_the_caller(made, method, context):
+def test_any_gradient_mode_of_the_caller(made, method):
     model, processor, _ = made("iclip")
     expected = explain((model, processor), images(), LABELS, method)
-    with context():
-        for one, same in zip(explain((model, processor), images(), LABELS, method), expected):
-            torch.testing.assert_close(one.raw_maps, same.raw_maps)
-        assert torch.is_inference_mode_enabled() == (context is torch.inference_mode)
-        assert torch.is_grad_enabled() == (context is torch.enable_grad)
+    for context in (torch.no_grad, torch.inference_mode, torch.enable_grad):
+        with context():
+            for one, same in zip(explain((model, processor), images(), LABELS, method), expected):
+                torch.testing.assert_close(one.raw_maps, same.raw_maps)
+            assert torch.is_inference_mode_enabled() == (context is torch.inference_mode)
+            assert torch.is_grad_enabled() == (context is torch.enable_grad)
 
 
 @pytest.mark.parametrize("method", METHODS)

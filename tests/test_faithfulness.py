@@ -237,12 +237,9 @@ COLUMNS += ["pointing_game", "energy_pointing_game", "foreground"]
 METHODS = ["itsm", "reversed_itsm", "attention", "clip_surgery", "grad_cam", "random"]
 
 
-def test_figures_equal_the_protocol_in_plain_steps_for_the_cost_that_is_told(root, tiny_processor, monkeypatch):
-    model, dataset, seen = tiny_model(), load_segmentation("folder", root), []
-    encode = type(model).get_image_features
-    monkeypatch.setattr(
-        type(model), "get_image_features", lambda self, pixels: seen.append(len(pixels)) or encode(self, pixels)
-    )
+def test_figures_equal_the_protocol_in_plain_steps_for_the_cost_that_is_told(root, tiny_processor, recorded):
+    model, dataset = tiny_model(), load_segmentation("folder", root)
+    seen = recorded(type(model), "get_image_features", lambda self, pixels: len(pixels))
     measures = [DeletionInsertion(steps=2, seed=3), MaxSensitivity(seed=3), Randomization(seed=3), PointingGame()]
     result = evaluate((model, tiny_processor), dataset, METHODS, measures, batch_size=5, progress=False)
     # Each method draws the four images; three of them show classes, six in all.

@@ -91,13 +91,8 @@ ARGUMENTS = {
     """,
     "train {table} --model {model}": """
         --sharpness 3
-        --epochs many
-        --epochs 0
-        --learning_rate nan
         --learning_rat 1
-        --model_options pooling=[a
         --config absent.yaml
-        --mixed_precision fp8
         --nouns absent.txt
         --eval_dataset voc2012 --eval_root absent
         --validation_data absent.csv

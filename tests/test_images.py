@@ -17,16 +17,6 @@ def photo() -> Image.Image:
     return Image.fromarray(noise(6, 9, 3))
 
 
-@pytest.mark.parametrize("as_what", ["path", "str", "bytes", "pil"])
-def test_every_kind_of_source(tmp_path, photo, as_what):
-    path = tmp_path / "photo.png"
-    photo.save(path)
-    source = {"path": path, "str": str(path), "bytes": path.read_bytes(), "pil": photo}[as_what]
-    image = load_image(source)
-    assert image.mode == "RGB"
-    np.testing.assert_array_equal(np.asarray(image), np.asarray(photo))
-
-
 @pytest.mark.parametrize("format", ["JPEG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000", "PPM"])
 def test_every_format(format):
     Image.init()
@@ -142,14 +132,6 @@ def test_orientation_where_browsers_look_for_it():
 )
 def test_damage_that_does_not_matter_and_rare_modes(data):
     assert load_image(data).size == PHOTO.size
-
-
-@pytest.mark.parametrize("format", ["GIF", "PNG", "WEBP", "TIFF"])
-def test_animation_gives_its_first_frame(tmp_path, format):
-    frames = [Image.new("RGB", (20, 10), color) for color in ("red", "blue")]
-    path = tmp_path / "animated"
-    path.write_bytes(encoded(frames[0], format, save_all=True, append_images=frames[1:]))
-    np.testing.assert_allclose(load_image(path).getpixel((5, 5)), (255, 0, 0), atol=3)
 
 
 def test_given_image_is_not_changed():

@@ -4,7 +4,6 @@ import base64
 import io
 import itertools
 import json
-import logging
 import os
 import shutil
 import time
@@ -19,13 +18,12 @@ from conftest import tiny_model
 from PIL import Image
 from transformers import AutoProcessor, BertConfig, BertTokenizer, pipeline
 
-from iclip_hf import ICLIPProcessor, __version__, cli, evaluate, explain, load
+from iclip_hf import ICLIPProcessor, cli, evaluate, explain, load
 from iclip_hf import explainers as registry
 from iclip_hf.data.segmentation import load_segmentation
-from iclip_hf.evaluation.measures.segmentation import Segmentation
 from iclip_hf.explainers import Explainer, make_explainer, register_explainer
 from iclip_hf.hub.folders import _checked_tower
-from iclip_hf.models import embedded, loading
+from iclip_hf.models import loading
 from iclip_hf.models.explainable import RecordableModel
 from iclip_hf.models.loading import load_iclip
 
@@ -175,23 +173,6 @@ def test_links_out_of_a_folder_lead_to_weights_and_blobs_alone(world, offline, t
     assert len({load(name).identity["weights"] for name in ("org/tiny", snapshot, tmp_path / "link")}) == 1
 
 
-def test_buffers_are_checked_as_weights_are(tmp_path, tiny_processor):
-    model = tiny_model(max_over="similarity", center_tokens=True)
-    model.token_mean[3] = torch.nan
-    model.save_pretrained(tmp_path)
-    tiny_processor.save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="token_mean holds NaN"):
-        load(tmp_path)
-
-
-def test_a_pipeline_says_which_model_it_takes_by_default(world, monkeypatch, caplog):
-    monkeypatch.setattr(embedded, "embedded_model", lambda: world.folder / "model")
-    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
-    caplog.set_level(logging.WARNING, logger="transformers")  # which a command before may have raised
-    pipeline("image-text-similarity-map")
-    assert f"defaulted to {world.folder / 'model'} and revision iclip-hf {__version__}" in caplog.text
-
-
 def test_an_image_comes_in_any_form(world, tmp_path):
     model, array = load((world.model, world.processor)), np.asarray(PHOTO)
     expected = explain(model, PHOTO, ["dog"])
@@ -239,23 +220,6 @@ def test_a_method_of_another_package(world, dataset, tmp_path, monkeypatch):
     for module in (registry, cli.options):
         monkeypatch.setattr(module, "entry_points", lambda group: EntryPoints([point]).select(group=group))
     assert cli.main(command) == 0 and (tmp_path / "out.png").is_file()
-
-
-def test_evaluations_and_windows_take_a_model_of_open_clip(made, dataset):
-    model = load(made("open_clip")[:2])
-    measures = ["mAP", "mFMB", "pointing_game", "randomization", Segmentation(threshold=0.5)]
-    found = evaluate(model, dataset, ["itsm", "gem"], measures, progress=False).results["gem"]
-    assert len(found["randomization"]) == 2 and None not in (found["mAP"], found["mFMB"], found["mIoU"])
-    windows = Segmentation(window=32, stride=16, threshold=0.5)
-    result = evaluate(model, dataset, measures=[windows], image_size={"shortest_edge": 32}, progress=False)
-    assert result.results["itsm"]["mIoU"] is not None
-
-
-def test_scores_of_words_leave_the_text_tower_as_it_was(tiny_processor):
-    model = load((tiny_model(), tiny_processor))
-    own = model.network.text_model.config._attn_implementation
-    explain(model, PHOTO, ["red ball"], words="grad_eclip")
-    assert model.network.text_model.config._attn_implementation == own != "iclip_recorded"
 
 
 def test_thresholds_are_those_of_the_model(world, dataset, tmp_path, capsys):

@@ -5,12 +5,12 @@ import math
 
 import pytest
 import torch
-from conftest import TEXT, VISION, noise, tiny_config, tiny_inputs, tiny_model
+from conftest import TEXT, VISION, noise, tiny_inputs, tiny_model
 from torch.nn import functional as F
 from transformers import AutoModel, AutoModelForZeroShotImageClassification, BertModel, pipeline
 from transformers.utils.logging import get_verbosity
 
-from iclip_hf import ICLIPConfig, ICLIPModel, ICLIPProcessor
+from iclip_hf import ICLIPModel, ICLIPProcessor
 from iclip_hf.models.loading import load_pretrained
 
 
@@ -262,14 +262,6 @@ def test_the_loss_over_similarities_equals_a_slow_implementation():
     assert outputs.loss.item() == pytest.approx(loss, abs=1e-4)
 
 
-def test_padding_of_texts_changes_nothing():
-    model, inputs = tiny_model(), tiny_inputs(size=(32, 48))
-    padded = {
-        name: F.pad(inputs[name], (0, 5), value=int(name == "input_ids")) for name in ("input_ids", "attention_mask")
-    }
-    torch.testing.assert_close(run(model, **padded).text_embeds, run(model).text_embeds, atol=1e-5, rtol=0)
-
-
 def test_texts_of_each_image_equal_shared_texts_run_alone():
     model, inputs = tiny_model(), tiny_inputs(batch=2, texts=6, size=(32, 48))
     per_image = {name: inputs[name].view(2, 3, -1) for name in ("input_ids", "attention_mask")}
@@ -459,9 +451,8 @@ def holding(part, value):
     ],
     ids=["no projections", "no tower", "NaN", "NaN in a buffer", "infinity"],
 )
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_missing_weights_and_nan_are_refused_by_every_door(tmp_path, tiny_processor, damage, says, dtype):
-    model = tiny_model(max_over="similarity", center_tokens=True).to(dtype)
+def test_missing_weights_and_nan_are_refused_by_every_door(tmp_path, tiny_processor, damage, says):
+    model = tiny_model(max_over="similarity", center_tokens=True).half()
     model.save_pretrained(tmp_path, state_dict=damage(model.state_dict()))
     tiny_processor.save_pretrained(tmp_path)
     loaders = [ICLIPModel.from_pretrained, AutoModel.from_pretrained, load_pretrained]
@@ -515,23 +506,3 @@ def test_the_zero_shot_pipeline_scores_as_the_processor_with_siglip(tmp_path, ti
         expected = model(**inputs).logits_per_image.softmax(-1)[0].tolist()
     found = {answer["label"]: answer["score"] for answer in answers}
     assert [found["dog"], found["red ball"]] == pytest.approx(expected, abs=1e-5)
-
-
-def test_parameter_count_of_the_papers_model():
-    with torch.device("meta"):
-        model = ICLIPModel(ICLIPConfig())
-    projections = 2 * (768 + 512) * 512 + 2
-    towers = sum(p.numel() for tower in (model.vision_model, model.text_model) for p in tower.parameters())
-    assert sum(p.numel() for p in model.parameters()) == towers + projections
-    assert round(sum(p.numel() for p in model.vision_model.parameters()) / 1e6, 1) == 85.8  # ViT-B/16
-
-
-def test_config_of_another_pooling_needs_no_other_weights(tmp_path):
-    """Table 2's rows differ in the pooling alone: one checkpoint serves all."""
-    model = tiny_model(dual_projection=False)
-    model.save_pretrained(tmp_path)
-    for pooling in POOLINGS:
-        loaded = ICLIPModel.from_pretrained(tmp_path, pooling=pooling)
-        assert loaded.config.pooling == pooling
-        assert loaded.state_dict().keys() == model.state_dict().keys()
-    assert tiny_config().pooling == "masked_max"

@@ -1,6 +1,5 @@
 import copy
 import json
-import sys
 from functools import partial
 
 import onnxruntime
@@ -136,12 +135,6 @@ def test_nothing_half_written_stays(model, tiny_processor, tmp_path, monkeypatch
     with pytest.raises(RuntimeError, match="no text side"):
         export_onnx(model, tiny_processor, tmp_path / "exported")
     assert list(tmp_path.iterdir()) == []
-
-
-def test_a_missing_package(model, tiny_processor, tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "onnxscript", None)
-    with pytest.raises(ImportError, match=r"onnxscript.*\[onnx\]"):
-        export_onnx(model, tiny_processor, tmp_path / "exported")
 
 
 @pytest.mark.slow

@@ -26,13 +26,6 @@ from iclip_hf.training.selection import change_interval, lost_metrics
 from iclip_hf.training.settings import Settings
 
 
-@pytest.fixture
-def model(tmp_path, tiny_processor) -> Path:
-    tiny_model().save_pretrained(tmp_path / "start")
-    tiny_processor.save_pretrained(tmp_path / "start")
-    return tmp_path / "start"
-
-
 @pytest.fixture(autouse=True)
 def here(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -142,7 +135,8 @@ def test_bad_settings_are_one_sentence(tmp_path, capsys):
 # ----------------------------------------------------------------------------------------------------------------- run
 
 
-def test_a_table_becomes_a_model(tmp_path, model, capsys):
+def test_a_table_becomes_a_model(tmp_path, world, capsys):
+    model = world.folder / "model"
     table = write_table(tmp_path, 30)
     training, _ = load_pairs(table).split(0.1)
     (tmp_path / training.read(0)["key"]).write_bytes(b"no image")  # one bad pair of 27 is allowed
@@ -250,11 +244,9 @@ def test_texts_are_of_the_image_that_is_shown(tmp_path):
     assert example(None) == ("photo.jpg", ["..."])
 
 
-def test_pictures_show_the_maps_of_the_images_own_captions(tiny_processor, tmp_path, monkeypatch):
-    model, drawn, sheets = tiny_model(), [], []
-    overlay, grid = shown_by_a_run.overlay, shown_by_a_run.picture_grid
-    monkeypatch.setattr(shown_by_a_run, "overlay", lambda *args: drawn.append(args) or overlay(*args))
-    monkeypatch.setattr(shown_by_a_run, "picture_grid", lambda *args: sheets.append(args[1:]) or grid(*args))
+def test_pictures_show_the_maps_of_the_images_own_captions(tiny_processor, tmp_path, recorded):
+    model, drawn = tiny_model(), recorded(shown_by_a_run, "overlay")
+    sheets = recorded(shown_by_a_run, "picture_grid", lambda pictures, *args: args)
     pairs = [
         {"image": noise(size), "caption": caption}
         for size, caption in (((60, 40), "a red ball"), ((30, 50), "the sky"), ((20, 20), "a dog"))

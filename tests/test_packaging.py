@@ -98,21 +98,22 @@ def test_the_sdist_builds_the_same_wheel(wheel, sdist, tmp_path):
 DOORS_WITHOUT = """
 import importlib, json, re, sys
 
-results = []
+kept, results = {}, []
 for packages, door in json.load(sys.stdin):
-    for name in [name for name in sys.modules if re.match(r"iclip_hf\\b", name)]:
-        del sys.modules[name]
-    kept = {package: sys.modules.get(package) for package in packages}
-    sys.modules.update(dict.fromkeys(packages))
+    if packages != [*kept]:  # what was imported beside others is imported anew
+        for name in [name for name in sys.modules if re.match(r"iclip_hf\\b", name)]:
+            del sys.modules[name]
+        for package, module in kept.items():
+            del sys.modules[package]
+            if module is not None:
+                sys.modules[package] = module
+        kept = {package: sys.modules.get(package) for package in packages}
+        sys.modules.update(dict.fromkeys(packages))
     try:
         exec(door, {})
         results.append(None)
     except ImportError as error:
         results.append(str(error))
-    for package, module in kept.items():
-        del sys.modules[package]
-        if module is not None:
-            sys.modules[package] = module
 print(json.dumps(results))
 """
 

@@ -58,29 +58,6 @@ def test_no_word_of_a_prompt_is_a_noun_of_the_embedded_model():
     assert not set().union(*(nouns.find(template) for template in TEMPLATES))
 
 
-def test_a_large_object_has_many_of_the_representative_tokens():
-    """Whose patches are alike, in the middle of unlike ones with little attention."""
-    inside = torch.zeros(8, 8, dtype=torch.bool)
-    inside[1:7, 1:7] = True
-    draws = torch.Generator().manual_seed(0)
-    alike = torch.eye(32)[0] + 0.1 * torch.randn(64, 32, generator=draws)
-    tokens = torch.where(inside.view(64, 1), alike, torch.randn(64, 32, generator=draws))[None]
-    attention = torch.where(inside, 0.9, 0.3).view(1, 64)
-    taken, weights = representative_tokens(tokens, attention, (8, 8), 20, affinity=0)
-    assert (weights == 0.9).sum() >= 16
-
-
-def test_nouns_reach_the_branches_that_are_named():
-    model, batch = tiny_model(max_over="similarity"), tiny_inputs(3, 9)
-    nouns = {"noun_ids": torch.tensor([0, 1, 1, 1, 3, 2]), "is_background": torch.zeros(6)}
-    nouns["has_noun"] = torch.tensor([[1, 1, 0, 0]] * 3, dtype=torch.uint8)
-    losses = {}
-    for branches in ((), ("recognition",), ("interpretability",)):
-        losses[branches] = PairModel(model, noun_branches=branches).eval()(**batch, **nouns)["losses"]
-    assert (losses[("recognition",)] != losses[()]).tolist() == [True, False]
-    assert (losses[("interpretability",)] != losses[()]).tolist() == [False, True]
-
-
 def test_the_token_mean_is_that_of_the_images_and_stays():
     model, inputs = tiny_model(max_over="similarity", center_tokens=True), tiny_inputs(4, 4)
     set_token_mean(model, inputs["pixel_values"])

@@ -17,7 +17,7 @@ from PIL import Image as PILImage
 from transformers.pipelines import PIPELINE_REGISTRY, pipeline
 from transformers.pipelines.pt_utils import KeyDataset
 
-from iclip_hf import ImageTextSimilarityMapPipeline, ZeroShotImageSegmentationPipeline, pipeline_iclip
+from iclip_hf import ImageTextSimilarityMapPipeline, ZeroShotImageSegmentationPipeline, __version__, pipeline_iclip
 from iclip_hf.models import embedded
 from iclip_hf.pipeline_iclip import __file__ as pipeline_file
 from iclip_hf.presence import RANK_ALONE
@@ -156,31 +156,22 @@ def test_lists_data_sets_and_generators_answer_one_by_one(pipe, photographs, bat
 
 
 @pytest.mark.parametrize("batch_size", [2, 4])
-def test_a_batch_of_images_that_keep_their_proportions_answers_as_each_alone(
-    pipe, photographs, monkeypatch, batch_size
-):
+def test_a_batch_of_images_that_keep_their_proportions_answers_as_each_alone(pipe, photographs, recorded, batch_size):
     """Those of one shape go through the model together."""
     image, *others = (str(path) for path in photographs)
     images, options = [image, *others, image], {"size": {"shortest_edge": 32}}
-    expected, forwards = [pipe(one, LABELS, **options) for one in images], []
-    encode = pipe.model.get_image_features
-    monkeypatch.setattr(
-        pipe.model, "get_image_features", lambda pixels, **kw: forwards.append(len(pixels)) or encode(pixels, **kw)
-    )
+    expected = [pipe(one, LABELS, **options) for one in images]
+    forwards = recorded(pipe.model, "get_image_features", lambda pixels, **options: len(pixels))
     for answers, others in zip(pipe(images, LABELS, batch_size=batch_size, **options), expected, strict=True):
         assert_same(answers, others)
     # Twice for images that the model sees at another size than its own, for maps and for scores; the last shape is its own.
     assert forwards == ([2, 2, 1, 1, 1] if batch_size == 4 else [1] * 7)
 
 
-def test_labels_are_encoded_once_for_all_images(pipe, photographs, monkeypatch):
+def test_labels_are_encoded_once_for_all_images(pipe, photographs, recorded):
     """And the reference nouns once for all calls."""
     pipe(str(photographs[0]), LABELS)
-    calls = []
-    encode = pipe.model.encode_text
-    monkeypatch.setattr(
-        pipe.model, "encode_text", lambda *args, **options: calls.append(1) or encode(*args, **options)
-    )
+    calls = recorded(pipe.model, "encode_text")
     pipe([str(path) for path in photographs], LABELS)
     assert len(calls) == 1
 
@@ -211,25 +202,13 @@ def test_a_saved_pipeline_keeps_its_processor(tiny_processor, photographs, tmp_p
     assert_same(after(str(photographs[0]), LABELS), before(str(photographs[0]), LABELS))
 
 
-def test_another_resolution(pipe, photographs):
-    """It changes the maps, not the scores and the presence."""
-    answers = pipe(str(photographs[0]), LABELS, size={"height": 64, "width": 96})
-    expected = pipe(str(photographs[0]), LABELS)
-    assert answers[0]["map"].shape == (40, 60)
-    assert not torch.allclose(answers[0]["map"], expected[0]["map"], atol=1e-2)
-    for answer, other in zip(answers, expected, strict=True):
-        assert answer["label"] == other["label"]
-        assert answer["score"] == pytest.approx(other["score"], abs=1e-6)
-        assert answer["presence"] == pytest.approx(other["presence"], abs=1e-5)
-
-
 def test_without_a_model_a_pipeline_takes_the_embedded_one(world, tmp_path, monkeypatch):
     monkeypatch.setattr(embedded, "embedded_model", lambda: world.folder / "model")
     for task, implementation in pipeline_iclip.PIPELINES.items():
         logged = []
         monkeypatch.setattr("transformers.pipelines.logger.warning", logged.append)
         pipe = pipeline(task)
-        assert "revision None" not in "".join(logged)
+        assert f"defaulted to {world.folder / 'model'} and revision iclip-hf {__version__}" in "".join(logged)
         assert type(pipe) is implementation and pipe.model.name_or_path == str(world.folder / "model")
     pipe.save_pretrained(tmp_path)
     (saved,) = json.loads((tmp_path / "config.json").read_text())["custom_pipelines"].values()
@@ -298,10 +277,3 @@ def test_absent_labels_have_no_segment(segment, photographs):
     (only,) = segment(str(photographs[0]), LABELS, threshold=None, min_presence=answers[best])
     assert only["label"] == best and np.asarray(only["mask"]).min() == 255  # no other text is left
     assert segment(str(photographs[0]), LABELS, min_presence=1.1) == []
-
-
-def test_segmentation_is_a_task_of_transformers(world, photographs):
-    pipe = pipeline(SEGMENTATION, model=str(world.folder / "model"), device="cpu")
-    assert type(pipe) is ZeroShotImageSegmentationPipeline
-    answers = pipe([str(path) for path in photographs], LABELS, min_presence=0, batch_size=2)
-    assert len(answers) == len(photographs) and all(answers)

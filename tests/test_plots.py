@@ -4,7 +4,6 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
-from conftest import noise
 from matplotlib import colormaps
 from PIL import Image
 
@@ -14,8 +13,7 @@ from iclip_hf.explanation import Explanation
 from iclip_hf.plots import COLORMAPS, sheets
 from iclip_hf.plots.colors import color_table, overlay
 from iclip_hf.plots.lettering import fitted, text_mask, text_width, word_boxes
-from iclip_hf.plots.sheets import at_picture_size, comparison_sheet, draw, picture_grid
-from iclip_hf.presence import presence_word
+from iclip_hf.plots.sheets import comparison_sheet, draw, picture_grid
 
 
 @pytest.mark.parametrize("colormap", COLORMAPS)
@@ -47,15 +45,6 @@ def test_jet_is_the_one_of_the_papers_figures():
     assert np.abs(color_table("jet")[:, :3].astype(int) - expected).max() < 40
 
 
-@pytest.mark.parametrize(
-    ("value", "least", "word"),
-    [(0.69, 0.7, "absent"), (0.7, 0.7, "unsure"), (0.79, 0.7, "unsure"), (0.8, 0.7, "present"), (0.95, 0.97, "absent"),
-     (0.3, 0.2, "unsure"), (float("nan"), 0.0, "absent")],
-)  # fmt: skip
-def test_presence_is_told_in_a_word(value, least, word):
-    assert presence_word(value, least) == word
-
-
 def explained(presence, words=None, size=(40, 60)):
     """Of texts whose maps are 1 in the right half."""
     raw_maps = torch.zeros(len(presence), 8, 12)
@@ -65,13 +54,9 @@ def explained(presence, words=None, size=(40, 60)):
 
 
 @pytest.fixture
-def written(monkeypatch):
+def written(recorded):
     """What is written on sheets, in order."""
-    seen, write = [], sheets.text_mask
-    monkeypatch.setattr(
-        sheets, "text_mask", lambda text, *args, **options: seen.append(text) or write(text, *args, **options)
-    )
-    return seen
+    return recorded(sheets, "text_mask", lambda text, *args, **options: text)
 
 
 def test_an_explanation_is_drawn_in_the_order_of_its_texts_with_words_for_presence(written):
@@ -117,14 +102,6 @@ def test_the_darkest_word_has_the_highest_score():
     colours = [colour for colour in dict.fromkeys(map(tuple, found)) if found.count(list(colour)) > 200]
     assert len(colours) == 3
     assert sum(colours[0]) > sum(colours[2]) > sum(colours[1])
-
-
-def test_a_picture_of_a_sheet_is_not_resized_again():
-    drawn = at_picture_size(noise((640, 480)))
-    sheet = picture_grid([drawn, drawn], ["a", "b"], 2)
-    assert drawn.width == 336
-    places = [(sheet.width - 18 - 336, top) for top in range(sheet.height - 252)]
-    assert any(np.array_equal(sheet.crop((x, y, x + 336, y + 252)), drawn) for x, y in places)
 
 
 def test_empty_places_and_long_titles_fit(written):
@@ -192,17 +169,6 @@ def test_lines_are_filled_and_end_with_an_ellipsis():
     cut = fitted(text, 12, 120, 2).split("\n")
     assert cut[0] == lines[0] and cut[1].endswith("…") and text_width(cut[1], 12) <= 120
     assert fitted("", 12, 120, 2) == ""
-
-
-def test_letters_stand_in_lines():
-    single, two = text_mask("Ill", 20), text_mask("Ill\nIllIll", 20)
-    assert single.mode == "L" and (single.height, two.height) == (25, 50)
-    assert two.width == pytest.approx(2 * single.width, abs=2)
-    first, second = np.asarray(two)[:25] > 128, np.asarray(two)[25:] > 128
-    assert first.any(1).sum() == pytest.approx(0.73 * 20, abs=2)  # the height of a capital letter
-    assert np.flatnonzero(first.any(0))[-1] < 0.6 * two.width  # from the left
-    assert second.any(0).sum() > 1.5 * first.any(0).sum()
-    assert np.asarray(text_mask("Ill", 20, bold=True)).sum() > 1.2 * np.asarray(single).sum()
 
 
 def test_words_are_where_they_are_drawn():

@@ -48,35 +48,6 @@ def test_each_image_has_its_own_texts_filled_up_with_the_last(tiny_processor):
         assert tiny_model()(**batch).logits_per_image.shape == (2, 3)
 
 
-@pytest.mark.parametrize("mode", ["L", "P", "RGBA", "CMYK"])
-def test_images_of_any_mode_become_rgb(tiny_processor, mode):
-    image = photo(mode=mode)
-    before = image.tobytes()
-    found, expected = (tiny_processor(some)["pixel_values"] for some in (image, image.convert("RGB")))
-    torch.testing.assert_close(found, expected)
-    assert image.tobytes() == before
-
-
-def test_numpy_and_tensors_equal_pil(tiny_processor):
-    image = photo()
-    expected = tiny_processor(image)["pixel_values"]
-    array = np.asarray(image)
-    tensor = torch.from_numpy(array.copy()).permute(2, 0, 1)
-    for other in (array.copy(), tensor, [array.copy()], array[None].copy(), tensor[None]):
-        torch.testing.assert_close(tiny_processor(other)["pixel_values"], expected, atol=1e-5, rtol=0)
-    for shape in ((1, 32, 32), (32, 32, 1)):
-        assert tiny_processor(images=np.zeros(shape, np.uint8))["pixel_values"].shape == (1, 3, 32, 32)
-
-
-def test_the_whole_image_is_seen(tiny_processor):
-    """A crop would lose the white margin of this panorama."""
-    image = Image.new("RGB", (400, 40))
-    image.paste((255, 255, 255), (0, 0, 40, 40))
-    pixels = tiny_processor(image)["pixel_values"][0]
-    assert pixels.shape == (3, 32, 32)
-    assert pixels[:, :, 0].min() > 1 and pixels[:, :, 8:].max() < 0
-
-
 def test_proportions_are_kept_in_multiples_of_the_patch(tiny_processor):
     batch = tiny_processor(photo(300, 100), size={"shortest_edge": 30})
     assert batch["pixel_values"].shape == (1, 3, 32, 88)  # 30x90, rounded to multiples of 8

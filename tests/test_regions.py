@@ -99,15 +99,6 @@ def test_positive_points_are_half_the_shorter_side_apart():
     assert positive_points(heatmap, region, 3).tolist() == [[0, 0], [0, 2], [2, 0]]
 
 
-def test_a_negative_point_keeps_off_the_undershoot_beside_an_object():
-    heatmap = np.full((40, 40), 0.2, np.float32)
-    heatmap[10:30, 10:30] = 1
-    heatmap[10:30, 30] = 0  # the lowest pixels, at the very edge
-    heatmap[:, 36:] = 0.1
-    ((x, y),) = negative_points(heatmap, heatmap > 0.5, 1)
-    assert x >= 36
-
-
 def test_a_region_and_an_image_too_small_repeat_their_points():
     heatmap = np.array([[0.0, 1.0]], np.float32)
     (region,) = find_regions(heatmap, heatmap > 0.5)

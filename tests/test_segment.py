@@ -107,15 +107,9 @@ def test_colors_are_those_of_voc():
 
 
 @pytest.fixture
-def shown(monkeypatch):
+def shown(recorded):
     """The pictures of sheets."""
-    seen, grid = [], sheets.picture_grid
-    monkeypatch.setattr(
-        sheets,
-        "picture_grid",
-        lambda pictures, *args, **options: seen.extend(map(np.asarray, pictures)) or grid(pictures, *args, **options),
-    )
-    return seen
+    return recorded(sheets, "picture_grid", lambda pictures, *args, **options: [*map(np.asarray, pictures)])
 
 
 def test_the_sheet_paints_labels_and_names_them(shown):
@@ -123,7 +117,7 @@ def test_the_sheet_paints_labels_and_names_them(shown):
     labels = np.full((200, 400), -1)
     labels[:, 200:] = 2
     sheet = label_sheet(image, labels, ["dog", "cat", "$x$ ball"], ["absent", "unsure", "present"], opacity=1)
-    original, painted, legend = shown
+    ((original, painted, legend),) = shown
     ink = ImageColor.getrgb(SEGMENTS[2])
     middle = painted.shape[1] // 2
     assert (original == 255).all() and (painted[:, middle:] == ink).all()
@@ -132,16 +126,15 @@ def test_the_sheet_paints_labels_and_names_them(shown):
     assert sheet.width > 2 * sheet.height
 
 
-def test_a_legend_names_presence_and_shares_of_the_whole_image_and_fades_absent_texts(monkeypatch):
+def test_a_legend_names_presence_and_shares_of_the_whole_image_and_fades_absent_texts(recorded):
     """First the texts with pixels, in their order."""
-    entries, legend = [], sheets._legend
-    monkeypatch.setattr(sheets, "_legend", lambda given, *size: entries.extend(given) or legend(given, *size))
-    labels = np.full((500, 1000), -1)
+    legends, labels = recorded(sheets, "_legend", lambda entries, *size: entries), np.full((500, 1000), -1)
     labels[:, ::4] = 1
     labels[:, 1::1000] = 0  # one column of a thousand, of a picture of 336
     labels[labels == 1], labels[labels == 0] = 3, 1
     texts, words = ["tree", "dog", "sky", "cat"], ["absent", "unsure", "present", "present"]
     sheet = label_sheet(Image.new("RGB", (1000, 500)), labels, texts, words)
+    (entries,) = legends
     shares = [("dog", "unsure · 0.1 %"), ("cat", "present · 25.0 %"), ("tree", "absent"), ("sky", "present")]
     assert [entry[1:] for entry in entries] == shares
     assert entries[1][0] == SEGMENTS[3] and entries[2][0] == entries[3][0] == "white"
@@ -155,7 +148,7 @@ def test_a_legend_holds_what_fits(shown, texts):
     labels = np.arange(200).repeat(100).reshape(200, 100) % max(texts, 1) - (not texts)
     names = [f"{k} " * 40 for k in range(max(texts, 1))]
     label_sheet(Image.new("RGB", (100, 200), "white"), labels, names, ["present"] * len(names))
-    legend = shown[2]
+    ((*_, legend),) = shown
     drawn = (legend < 128).any((1, 2))
     assert drawn.any() and not drawn[:2].any() and not drawn[-2:].any()  # nothing is cut
     assert len({tuple(ink) for ink in legend[:, 10].tolist()}) <= 1 + len(SEGMENTS)

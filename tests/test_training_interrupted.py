@@ -13,7 +13,9 @@ from types import SimpleNamespace
 import datasets
 import pytest
 import torch
-from training_runs import ROOT, assert_same_weights, eight_pairs, gradients, run
+from fault_inputs import written
+from processes import run_script
+from training_runs import assert_same_weights, eight_pairs, gradients, run
 
 from iclip_hf.data.pairs import load_pairs
 from iclip_hf.training.inputs import TrainingStream
@@ -43,7 +45,6 @@ def test_a_folder_holds_one_run(hub, tmp_path):
 HOOKED = """
 import os, signal, sys
 import torch
-from accelerate import PartialState
 from iclip_hf import cli
 from iclip_hf.training import run
 from iclip_hf.training.pair_model import PairModel
@@ -65,13 +66,11 @@ sys.exit(cli.main(["train", *sys.argv[1:]]))
 """
 
 
-def hooked_run(hub, tmp_path, name, arguments, hook="", setup="", launcher=(), **options):
+def hooked_run(hub, output, arguments, hook="", setup="", **options):
     """Runs `iclip train` in a process of its own, with `hook` and `setup` as code."""
-    script = tmp_path / "hooked.py"
-    script.write_text(HOOKED.format(hook=hook, setup=setup))
-    command = [sys.executable, *launcher, script, "--config", hub / "train.yaml", "--output_dir", tmp_path / name]
-    options = {"capture_output": True, "text": True, "timeout": 240, **options}
-    return subprocess.run([*map(str, [*command, *arguments])], **options)
+    script = HOOKED.format(hook=hook, setup=setup)
+    (done,) = run_script(script, "--config", hub / "train.yaml", "--output_dir", output, *arguments, **options)
+    return done
 
 
 @pytest.mark.parametrize("early", [False, True])
@@ -79,13 +78,13 @@ def test_an_interrupted_run_saves_a_checkpoint_and_says_where(hub, tmp_path, ear
     kill = "os.kill(os.getpid(), signal.SIGTERM)"
     twice = f"if calls == 3: {kill}; {kill}"  # as a launcher repeats it
     setup = f"run.load_datasets = lambda *arguments: {kill}" if early else ""
-    done = hooked_run(hub, tmp_path, "run", ["--max_steps", 5], twice, setup)
+    done = hooked_run(hub, tmp_path / "run", ["--max_steps", 5], twice, setup)
     said, checkpoint = done.stderr.splitlines()[-1], tmp_path / "run" / "checkpoint-0000003"
     assert done.returncode == 130, done.stderr
     assert said == f"iclip train: interrupted{'' if early else f'; --resume continues from {checkpoint}'}"
     if not early:
-        hooked_run(hub, tmp_path, "run", ["--max_steps", 5, "--resume"])
-        hooked_run(hub, tmp_path, "whole", ["--max_steps", 5])
+        hooked_run(hub, tmp_path / "run", ["--max_steps", 5, "--resume"])
+        hooked_run(hub, tmp_path / "whole", ["--max_steps", 5])
         assert_same_weights(tmp_path / "run", tmp_path / "whole")
 
 
@@ -95,7 +94,7 @@ def test_a_job_that_is_ended_while_it_measures_loses_nothing(hub, tmp_path):
     arguments = ["--max_steps", 3, "--eval_steps", 2, "--validation_data", hub / "held_out.tar"]
     # As a job's scheduler does: also to the workers
     hook = "if not self.training and not globals().get('sent'): globals()['sent'] = True; os.killpg(0, signal.SIGTERM)"
-    done = hooked_run(hub, tmp_path, "run", [*arguments, "--num_workers", 2], hook, start_new_session=True)
+    done = hooked_run(hub, tmp_path / "run", [*arguments, "--num_workers", 2], hook, new_session=True)
     assert done.returncode == 130, done.stderr
     checkpoint = tmp_path / "run" / "checkpoint-0000002"
     assert done.stderr.splitlines()[-1] == f"iclip train: interrupted; --resume continues from {checkpoint}"
@@ -178,22 +177,23 @@ def test_killed_at_any_moment_and_resumed_is_the_uninterrupted_run(hub, tmp_path
     """Kill -9 of a run that saves after every step, somewhere inside the saving."""
     arguments = ["--validation_data", hub / "held_out.tar", "--eval_steps", 2, "--checkpoint_steps", 1]
     arguments += ["--pictures", 0, "--epochs", 2, "--resume"]
-    assert hooked_run(hub, tmp_path, "whole", arguments).returncode == 0
+    assert hooked_run(hub, tmp_path / "whole", arguments).returncode == 0
     draws, codes = random.Random(0), []
     while not codes or codes[-1] == -signal.SIGKILL:
         calls = draws.randrange(1, 60)
-        codes.append(hooked_run(hub, tmp_path, "killed", arguments, setup=DEADLY.format(calls=calls)).returncode)
+        codes.append(hooked_run(hub, tmp_path / "killed", arguments, setup=DEADLY.format(calls=calls)).returncode)
     assert codes[-1] == 0 and len(codes) > 2
+    # The folder may hold the model of an early step.
+    last = [tmp_path / name / "checkpoint-0000008" / "training.pt" for name in ("killed", "whole")]
+    torch.testing.assert_close(*(torch.load(file, weights_only=True)["weights"] for file in last), rtol=0, atol=0)
     assert_same_weights(tmp_path / "killed", tmp_path / "whole")
     results = [json.loads((tmp_path / name / "results.json").read_text()) for name in ("killed", "whole")]
     assert results[0]["metrics"] == results[1]["metrics"] and results[0]["best"] == results[1]["best"]
     assert len(list((tmp_path / "killed").glob("checkpoint-*"))) == 2
 
 
-TWO = "-m torch.distributed.run --standalone --nproc_per_node 2".split()
 TWO_PROCESSES = """
-import json, sys
-sys.path.insert(0, {tests!r})
+import sys
 import torch
 from accelerate import PartialState
 from training_runs import eight_pairs
@@ -212,9 +212,9 @@ outputs = pair_model(**batch)
 outputs["loss"].backward()
 loss = outputs["loss"].detach()
 torch.distributed.all_reduce(loss)
-grads = {{name.removeprefix("module."): p.grad for name, p in pair_model.named_parameters() if p.grad is not None}}
+grads = {name.removeprefix("module."): p.grad for name, p in pair_model.named_parameters() if p.grad is not None}
 if state.is_main_process:
-    torch.save({{"loss": loss / 2, "grads": grads}}, folder + "/gradients.pt")
+    torch.save({"loss": loss / 2, "grads": grads}, folder + "/gradients.pt")
 del pair_model, outputs, grads
 
 train(parse_settings(arguments))
@@ -226,14 +226,8 @@ def test_two_processes_are_one_with_the_whole_batch(hub, tmp_path):
     arguments += ["--validation_data", hub / "held_out.tar", "--pictures", 0, "--lock_text"]
     (tmp_path / "nouns.txt").write_text("dog\ncat\nsky\n")
     arguments += ["--cache_features", tmp_path / "cache", "--nouns", tmp_path / "nouns.txt"]
-    script = tmp_path / "two.py"
-    script.write_text(TWO_PROCESSES.format(tests=str(ROOT / "tests")))
-    command = [sys.executable, *TWO, script, tmp_path]
-    environment = {**os.environ, "ACCELERATE_USE_CPU": "1", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [*map(str, command), *map(str, arguments)], env=environment, capture_output=True, text=True, timeout=240
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    for done in run_script(TWO_PROCESSES, tmp_path, *arguments, processes=2):
+        assert done.returncode == 0, done.stderr[-3000:]
 
     loss, grads = gradients(*eight_pairs(slice(0, 8)))
     two = torch.load(tmp_path / "gradients.pt", weights_only=True)
@@ -251,7 +245,11 @@ def test_two_processes_are_one_with_the_whole_batch(hub, tmp_path):
 def test_a_signal_to_one_of_two_processes_stops_both(hub, tmp_path):
     stop = "if calls == 3 and torch.distributed.get_rank() == 1: os.kill(os.getpid(), signal.SIGTERM)"
     arguments = ["--max_steps", 5, "--lock_text"]
-    stopped = hooked_run(hub, tmp_path, "two", arguments, stop, launcher=TWO)  # plain torchrun
+    script = written(tmp_path, HOOKED.format(hook=stop, setup=""), "hooked.py")
+    command = [*"-m torch.distributed.run --standalone --nproc_per_node 2".split(), script]  # plain torchrun
+    command += ["--config", hub / "train.yaml", "--output_dir", tmp_path / "two", *arguments]
+    options = {"capture_output": True, "text": True, "timeout": 240}
+    stopped = subprocess.run([sys.executable, *map(str, command)], **options)
     checkpoint = tmp_path / "two" / "checkpoint-0000003"
     said = f"iclip train: interrupted; --resume continues from {checkpoint}"
     assert stopped.returncode == 1 and said in stopped.stderr.partition("Root Cause")[2], stopped.stderr[-3000:]

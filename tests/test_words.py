@@ -8,7 +8,7 @@ from conftest import tiny_model
 from families import LABELS, images
 from torch.nn import functional as F
 
-from iclip_hf import explain
+from iclip_hf import explain, load
 from iclip_hf.explainers import WordExplainer
 from iclip_hf.explainers.words import word_tokens
 
@@ -161,9 +161,12 @@ def test_truncated_words_have_no_share(made):
 def test_explanations_carry_the_words_of_their_texts(made):
     model, processor, _ = made("iclip")
     texts = [["dog"], ["red ball", "dog", "blue car"], ["blue car"]]
+    loaded = load((model, processor))
+    before, own = [one.requires_grad for one in model.parameters()], loaded.network.text_model.config
+    attention = own._attn_implementation
     with torch.inference_mode():
-        explained = explain((model, processor), images(), texts, words="grad_eclip")
-    before = [parameter.requires_grad for parameter in model.parameters()]
+        explained = explain(loaded, images(), texts, words="grad_eclip")
+    assert own._attn_implementation == attention != "iclip_recorded"
     for one, image, labels in zip(explained, images(), texts):
         (alone,) = explain((model, processor), [image], labels, words="grad_eclip")
         for label, scored, again, record in zip(labels, one.words, alone.words, one.to_dict()["texts"], strict=True):

@@ -17,9 +17,6 @@ from iclip_hf.training.run import train
 from iclip_hf.training.settings import parse_settings
 
 
-ROOT = Path(__file__).parents[1]
-
-
 def run(hub: Path, output_dir: Path, *arguments) -> dict:
     AcceleratorState._reset_state(reset_partial_state=True)
     command = ["--config", hub / "train.yaml", "--output_dir", output_dir, *arguments]

@@ -47,9 +47,10 @@ ICLIP = [(page, arguments) for page, words in COMMANDS if (arguments := iclip_ar
 
 @pytest.mark.parametrize(("page", "arguments"), ICLIP, ids=lambda part: part.name if isinstance(part, Path) else None)
 def test_iclip_commands_parse(page, arguments, tmp_path, monkeypatch):
-    for run in ("pairs", "iclip-vit-b16", "iclip-dinov2-s14-minilm"):  # as the pages' trainings leave them
-        (tmp_path / "runs" / run).mkdir(parents=True)
-        (tmp_path / "runs" / run / "config.json").write_text('{"model_type": "iclip"}')
+    # As the pages' trainings and exports leave them.
+    for folder in ("runs/pairs", "runs/iclip-vit-b16", "runs/iclip-dinov2-s14-minilm", "onnx"):
+        (tmp_path / folder).mkdir(parents=True)
+        (tmp_path / folder / "config.json").write_text('{"model_type": "iclip"}')
     monkeypatch.chdir(tmp_path)
     spelled = [word for argument in arguments for word in ABBREVIATIONS.get(argument, [argument])]
     assert cli.parser(spelled[0]).parse_args(spelled[1:]).run

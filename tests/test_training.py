@@ -38,7 +38,7 @@ def test_a_run_ends_with_a_model_that_loads(hub, tmp_path):
     card = ModelCard.load(tmp_path / "README.md")
     assert card.text.lstrip().startswith(f"# {hub.name}") and "partial" not in card.text
     training = json.loads((tmp_path / "model_card.json").read_text())["training"][-1]
-    assert training["epochs"] == 3 and training["data"] == [f"{hub.name}/pairs.tar"]
+    assert training["epochs"] == 3 and training["data"] == ["pairs.tar"]
     assert str(hub) not in card.content
 
     before, after = weights(hub / "vision"), weights(tmp_path)

@@ -169,7 +169,7 @@ def without_folders(name: str) -> str:
     """Returns a Hub id as it is, and of a path the end that says nothing of this machine."""
     if is_hub_id(name) or name in _EMBEDDED.values():
         return name
-    *folders, last = Path(name).parts
+    *folders, last = Path(name).parts or [""]
     known = next((folder for folder in reversed(folders) if _terms(folder)), None)
     if name.lower().endswith(FILES):
         return f"{known}/{last}" if known else last

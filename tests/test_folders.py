@@ -673,7 +673,7 @@ def test_the_record_grows_from_run_to_run(hub, tmp_path, capsys):
     assert "model" not in first and second["model"] == "first"
     assert runs_of(tmp_path / "kept") == [first] and runs_of(tmp_path / "second") == [first, second]
     terms = "research and education; the images are their photographers'"
-    assert f"flickr8k/pairs.tar: {terms}" in told and f"pairs.tar: not known here" in told
+    assert f"flickr8k/pairs.tar: {terms}" in told and "pairs.tar: not known here" in told
     assert cli.main(["push", str(tmp_path / "exported"), "org/tiny", "--dry-run"]) == 0
     assert terms in capsys.readouterr().out
     card = (tmp_path / "exported" / "README.md").read_text()

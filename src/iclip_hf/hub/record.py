@@ -57,7 +57,7 @@ TRAINING_SETTINGS = """
     mixed_precision seed best_metric
 """.split()
 # Those of them that are off at 0, and then not shown.
-_OFF_AT_0 = "noun_competition pairs_per_epoch validation_share max_steps".split()
+_OFF_AT_0 = "noun_competition pairs_per_epoch validation_share max_steps image_size".split()
 
 
 def read_record(source: str | Path) -> dict:

@@ -53,7 +53,7 @@ def build_model(settings: Settings) -> tuple[ICLIPModel, ICLIPProcessor]:
     if settings.model:
         return load_iclip(settings.model, **options)
     folder = Path(settings.config).parent
-    return join_towers(folder, settings.vision, settings.text, settings.image_size, **options)
+    return join_towers(folder, settings.vision, settings.text, settings.image_size or None, **options)
 
 
 def start_accelerator(settings: Settings, model: ICLIPModel) -> Accelerator:

@@ -60,7 +60,11 @@ class Settings:
     text: str = setting("", 'text tower: a folder, a Hub id, or "embedded" for that of the embedded model')
     model_options: list[str] = setting([], "options that override those of config.json, as name=value")
     lock_text: bool = setting(False, "freeze the text tower")
-    image_size: int = setting(224, "height and width of images in pixels; with model, those of its processor", 1)
+    image_size: int = setting(
+        0,
+        "height and width of images in pixels; 0 for those of processor_config.json; with model, those of its processor",
+        0,
+    )
 
     # data
     data: list[str] = setting(

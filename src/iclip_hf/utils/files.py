@@ -47,9 +47,9 @@ def check_outputs(
         `FileExistsError`: an output is an input, a folder or a device, or a file of `chosen` exists. `PermissionError`: the folder of an
         output cannot be written.
     """
-    read, chosen = {*map(file_id, filter(None, inputs))} - {None}, [*chosen]
+    read, chosen = {*map(_file_id, filter(None, inputs))} - {None}, [*chosen]
     for path in map(Path, [*outputs, *chosen]):
-        if file_id(path) in read:
+        if _file_id(path) in read:
             raise FileExistsError(f"{path}: this output is an input too; name another.")
         if path.exists() and not path.is_file():
             raise FileExistsError(f"{path}: this output is a folder or a device; name a file.")
@@ -60,7 +60,7 @@ def check_outputs(
         raise FileExistsError(f"{existing}: this file exists; name another output, or replace it by --overwrite.")
 
 
-def file_id(path: str | os.PathLike) -> tuple[int, int] | None:
+def _file_id(path: str | os.PathLike) -> tuple[int, int] | None:
     """Returns what all paths and links of a file share; None if there is no file."""
     try:
         found = os.stat(path)

@@ -15,7 +15,7 @@ from iclip_hf.utils.digests import content_digest
 def read(tmp_path, monkeypatch, recorded):
     """A cache folder of the test's own, and the files that were read."""
     monkeypatch.setenv("ICLIP_CACHE", str(tmp_path / "cache"))
-    return recorded(digests, "_file_digest", os.path.basename)
+    return recorded(digests, "file_digest", os.path.basename)
 
 
 def files(folder, *contents):

@@ -356,8 +356,10 @@ def test_a_split_reads_no_devices(tmp_path):
     for name in names[3:5]:
         (tmp_path / name).touch()
     (tmp_path / "pairs.csv").write_text("\n".join(["image,caption", *(f"{name},a" for name in names)]))
-    training, part = load_pairs(tmp_path / "pairs.csv").split(0.2)
+    dataset = load_pairs(tmp_path / "pairs.csv")
+    training, part = dataset.split(0.2)
     assert len(training) + len(part) == 6 and len(part) in (1, 2)
+    assert len(dataset.fingerprint()) == 16
 
 
 def test_the_part_does_not_depend_on_the_place_of_the_files(tmp_path):

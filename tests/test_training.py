@@ -239,3 +239,9 @@ def test_features_stay_cached(hub, tmp_path):
     run(hub, tmp_path / "cached", "--max_steps", 2, "--resume", "--cache_features", tmp_path / "moved")
     with pytest.raises(ValueError, match="cache_features"):
         run(hub, tmp_path / "learning", *cache, "--model_options", "lock_vision=false")
+
+
+def test_a_batch_too_large_is_refused_before_features_are_computed(hub, tmp_path):
+    with pytest.raises(ValueError, match="fewer than a batch of 10000"):
+        run(hub, tmp_path / "run", "--batch_size", 10000, "--cache_features", tmp_path / "cache")
+    assert not (tmp_path / "cache").exists()

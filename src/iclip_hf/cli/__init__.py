@@ -7,7 +7,6 @@ import importlib
 import sys
 from collections.abc import Sequence
 from difflib import get_close_matches
-from itertools import repeat
 
 from .. import __version__
 from .output import printable, report_error
@@ -35,15 +34,12 @@ class _Parser(argparse.ArgumentParser):
         return super().parse_args(args, namespace)
 
     def error(self, message: str):
-        known = self._option_string_actions
-        wrong = [
-            word
-            for word in self._given
-            if word[:2] == "--" and not any(map(str.startswith, known, repeat(word.split("=")[0])))
-        ]
-        if wrong and "are required" in message:  # a mistyped option is one that is missing
-            like = "".join(f"; did you mean {name}?" for name in get_close_matches(wrong[0], known, 1))
-            message = f"unrecognized arguments: {wrong[0]}{like}"
+        if "are required" in message:  # the one that is missing may be mistyped
+            known = self._option_string_actions
+            typed = [word.split("=")[0] for word in self._given if word.startswith("--")]
+            if wrong := [name for name in typed if not any(option.startswith(name) for option in known)]:
+                like = "".join(f"; did you mean {option}?" for option in get_close_matches(wrong[0], known, 1))
+                message = f"unrecognized arguments: {wrong[0]}{like}"
         unknown = message.removeprefix("unrecognized arguments: ")
         if unknown != message and unknown[0] != "-" and any(action.dest == "texts" for action in self._actions):
             message += "; several texts stand between commas, as in --text 'dog, red ball'"

@@ -21,7 +21,7 @@ import numpy as np
 from tqdm import tqdm
 
 from ..images import load_image
-from ..utils.digests import content_digest
+from ..utils.digests import content_digest, file_digest
 from ..utils.hub_ids import is_hub_id
 from .sources import (
     BAD_PAIR,
@@ -181,19 +181,19 @@ class PairDataset:
 
     def _images(self) -> list[Hashable]:
         """Returns for each pair a value that the pairs of one image share, a digest of the image's bytes."""
-        images, known = [], {}  # digests by file, which several pairs may name
+        images, known = [], {}  # of files, which several pairs may name
         bar = tqdm(total=len(self), desc="Comparing images", unit="pair", delay=2, leave=False)
         for source, ranges in self._by_source():
             for (start, end), file in zip(ranges.tolist(), source.image_files(ranges)):
-                try:
-                    if file not in known or file is None:
-                        if file is not None and not os.path.isfile(file):  # reading a device may never end
-                            raise FileNotFoundError(file)
-                        content = source.read(start, end).image if file is None else file.read_bytes()
-                        known[file] = hashlib.sha256(content).digest()
+                if file is None:
+                    try:
+                        images.append(hashlib.sha256(source.read(start, end).image).digest())
+                    except BAD_PAIR:
+                        images.append((source.path, start))
+                else:
+                    if file not in known:
+                        known[file] = file_digest(file) or os.path.abspath(file)
                     images.append(known[file])
-                except (OSError, *BAD_PAIR):
-                    images.append((source.path, start) if file is None else os.path.abspath(file))
                 bar.update()
         bar.close()
         return images

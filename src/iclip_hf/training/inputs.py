@@ -20,7 +20,7 @@ from ..modeling_iclip import ICLIPModel
 from ..models.identity import digest
 from ..processing_iclip import ICLIPProcessor
 from ..utils.extras import require_extra
-from .batches import seed_everything
+from .batches import check_batch, seed_everything
 from .feature_cache import CachedPairs, FeatureCache
 from .nouns import NounPrompts
 from .pair_model import set_token_mean
@@ -173,12 +173,14 @@ def load_datasets(
     device; its `token_mean` is set if it centers tokens.
 
     Raises:
-        `ValueError`: `cache_features` with an image tower that learns or with a stream, or too many pairs are bad.
+        `ValueError`: `cache_features` with an image tower that learns or with a stream, too many pairs are bad, or `batch_size` does not fit.
     """
     pairs, held_out, nouns, _ = inputs
     streamed = isinstance(pairs, PairStream)
     if settings.cache_features and (streamed or not model.config.lock_vision):
         raise ValueError("cache_features: it needs a locked image tower and local pairs; leave it out.")
+    rows = settings.pairs_per_epoch if streamed else len(pairs)
+    check_batch(rows, settings.batch_size, accelerator.num_processes)  # before features are computed
     model.to(accelerator.device).eval()
     few = (
         itertools.islice(pairs, 256)

@@ -23,7 +23,6 @@ with require_extra("train"):
     from accelerate.utils import ProjectConfiguration, set_seed
 
 from ..configuration_iclip import ICLIPConfig
-from ..data.streams import PairStream
 from ..hub.folders import join_towers
 from ..modeling_iclip import ICLIPModel
 from ..models.identity import changed, identity
@@ -31,7 +30,7 @@ from ..models.loading import load_iclip, warn_of_slow_bfloat16
 from ..processing_iclip import ICLIPProcessor
 from ..utils.distributed import shared_folder_lock, this_process
 from ..utils.files import atomic_write
-from .batches import BatchLoader, check_batch, seed_everything
+from .batches import BatchLoader, seed_everything
 from .checkpoints import holds_start, load_checkpoint, save_checkpoint, state_to_resume, write_state
 from .checks import STATE_FILE, checkpoints
 from .inputs import load_datasets, open_inputs
@@ -128,8 +127,6 @@ def run(
     # 1. The state of the run, a new one or that of the last checkpoint, and its inputs
     checkpoint, state = state_to_resume(settings)
     inputs = open_inputs(settings, accelerator)
-    rows = settings.pairs_per_epoch if isinstance(inputs.pairs, PairStream) else len(inputs.pairs)
-    check_batch(rows, settings.batch_size, accelerator.num_processes)  # also before features are computed
     content = identity(model, processor) | inputs.content(accelerator)
     if checkpoint and (differing := changed(state.content, content)):  # the places may differ
         raise ValueError(

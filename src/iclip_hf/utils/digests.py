@@ -30,8 +30,8 @@ def content_digest(files: Sequence[str | os.PathLike], folder: str | os.PathLike
         return found
     content = hashlib.sha256()
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # hashing and reading release the GIL
-        for name, of_file in zip(names, prefetch_map(pool, _file_digest, paths, 64)):
-            content.update(name + of_file)
+        for name, of_file in zip(names, prefetch_map(pool, file_digest, paths, 64)):
+            content.update(name + (of_file or bytes(32)))
     digest = content.hexdigest()[:16]
     keep_in_cache(kept, lambda temporary: temporary.write_text(digest))
     return digest
@@ -48,12 +48,15 @@ def file_state(file: str | os.PathLike) -> bytes:
     return path + f"\0{found.st_ino}\0{found.st_size}\0{found.st_mtime_ns}\0{found.st_ctime_ns}\0".encode()
 
 
-def _file_digest(file: str) -> bytes:
+def file_digest(file: str | os.PathLike) -> bytes | None:
+    """Returns a digest of the content of a file, 32 bytes; None if it cannot be read, or is a device or a pipe, which may never end."""
     digest = hashlib.sha256()
+    if not os.path.isfile(file):
+        return None
     try:
         with open(file, "rb", buffering=0) as opened:
             while chunk := opened.read(1 << 20):
                 digest.update(chunk)
     except (OSError, ValueError):
-        return bytes(32)
+        return None
     return digest.digest()

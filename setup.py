@@ -63,7 +63,14 @@ setup(
     },
     packages=[*find_packages("src"), "iclip_hf.evaluate_metrics", "iclip_hf.hub_configs"],
     package_data={
-        "iclip_hf": ["py.typed", "data/astronaut.*", "demo/*.css", "demo/*.js", "demo/web/*", "models/*.safetensors"],
+        "iclip_hf": [
+            "py.typed",
+            "data/astronaut.*",
+            "demo/*.css",
+            "demo/*.js",
+            "demo/web/*",
+            "backends/*.safetensors",
+        ],
         "iclip_hf.evaluate_metrics": ["*/*.py", "*/*.md", "*/*.txt"],
         "iclip_hf.hub_configs": ["*/*.json", "*/*.yaml", "*/*.txt", "../model_card.md"],
     },

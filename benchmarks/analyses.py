@@ -23,9 +23,9 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from iclip_hf import load
+from iclip_hf.backends.explainable import Pooling
 from iclip_hf.data.segmentation import SegmentationSample, load_segmentation
-from iclip_hf.images import load_image
-from iclip_hf.models.explainable import Pooling
+from iclip_hf.model.images import load_image
 
 
 # Foreground shares of an image, low exclusive and high inclusive: the rows of Table 6. The last row is for all images. The last

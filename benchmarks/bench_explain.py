@@ -20,15 +20,15 @@ from PIL import Image
 from transformers import AutoModel, pipeline
 
 from iclip_hf import ICLIPModel
+from iclip_hf.backends.embedded import embedded_towers
+from iclip_hf.backends.loading import load, load_iclip
+from iclip_hf.backends.references import kept_on_disk
 from iclip_hf.cli.options import keep_memory
 from iclip_hf.explainers.localizer import Localizer
-from iclip_hf.images import load_image
-from iclip_hf.models.embedded import embedded_towers
-from iclip_hf.models.loading import load, load_iclip
-from iclip_hf.models.references import kept_on_disk
-from iclip_hf.presence import presence
-from iclip_hf.processing_iclip import ICLIPProcessor
-from iclip_hf.reference_nouns import REFERENCE_NOUNS
+from iclip_hf.model.images import load_image
+from iclip_hf.model.presence import presence
+from iclip_hf.model.processing_iclip import ICLIPProcessor
+from iclip_hf.model.reference_nouns import REFERENCE_NOUNS
 
 
 SIZE = (480, 640)

@@ -22,10 +22,10 @@ from torch.nn import functional as F
 from transformers import BertTokenizer, CLIPConfig, CLIPImageProcessor, CLIPModel
 
 from iclip_hf.explainers import METHODS, make_explainer
-from iclip_hf.label_maps import segments
-from iclip_hf.modeling_iclip import ICLIPTextFeatures
-from iclip_hf.refinement import refine_maps
-from iclip_hf.similarity import min_max_normalize, resize_and_normalize
+from iclip_hf.model.label_maps import segments
+from iclip_hf.model.modeling_iclip import ICLIPTextFeatures
+from iclip_hf.model.refinement import refine_maps
+from iclip_hf.model.similarity import min_max_normalize, resize_and_normalize
 
 
 SIZE = (480, 640)

@@ -23,7 +23,7 @@ from iclip_hf.evaluation.metrics import (
     contrast_counts,
     threshold_counts,
 )
-from iclip_hf.similarity import resize_and_normalize
+from iclip_hf.model.similarity import resize_and_normalize
 
 
 SIZE = (480, 640)

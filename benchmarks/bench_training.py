@@ -24,9 +24,9 @@ from open_clip.loss import ClipLoss
 from torch.utils.data import DataLoader, Dataset
 
 from iclip_hf import ICLIPModel, ICLIPProcessor
+from iclip_hf.backends.embedded import embedded_towers
+from iclip_hf.backends.loading import has_bfloat16
 from iclip_hf.data.pairs import load_pairs
-from iclip_hf.models.embedded import embedded_towers
-from iclip_hf.models.loading import has_bfloat16
 from iclip_hf.training.batches import BatchLoader
 from iclip_hf.training.feature_cache import CachedPairs, FeatureCache
 from iclip_hf.training.inputs import TrainingPairs, whole_image

@@ -24,9 +24,9 @@ from playwright.sync_api import Browser, Page, sync_playwright
 from skimage.data import coffee
 
 from iclip_hf import ICLIPProcessor
+from iclip_hf.backends.loading import load_iclip
 from iclip_hf.demo.web import export_web
 from iclip_hf.demo.web_server import web_server
-from iclip_hf.models.loading import load_iclip
 
 
 # Times in milliseconds: when the download has ended, and when the first row of the table is there.

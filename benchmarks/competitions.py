@@ -14,8 +14,8 @@ from iclip_hf import load
 from iclip_hf.data.segmentation import load_segmentation
 from iclip_hf.evaluation.metrics import MeanIoU
 from iclip_hf.explainers.localizer import Localizer
-from iclip_hf.label_maps import label_map, segments
-from iclip_hf.similarity import resize_and_normalize
+from iclip_hf.model.label_maps import label_map, segments
+from iclip_hf.model.similarity import resize_and_normalize
 
 
 BACKGROUND = ["sky", "grass", "wall", "road"]

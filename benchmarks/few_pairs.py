@@ -19,11 +19,11 @@ from measuring import command_line, mean_and_spread, remembered
 from measuring import table as markdown
 from torch.nn import functional as F
 
+from iclip_hf.backends.loading import load_iclip
 from iclip_hf.data.pairs import load_pairs
 from iclip_hf.data.segmentation import load_segmentation
 from iclip_hf.evaluation.evaluate import evaluate
-from iclip_hf.modeling_iclip import ICLIPModel
-from iclip_hf.models.loading import load_iclip
+from iclip_hf.model.modeling_iclip import ICLIPModel
 from iclip_hf.training.batches import BatchLoader
 from iclip_hf.training.feature_cache import FeatureCache
 from iclip_hf.training.pair_model import PairModel

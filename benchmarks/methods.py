@@ -12,11 +12,11 @@ from pathlib import Path
 
 from measuring import command_line, machine, ratio, table, take_turns
 
+from iclip_hf.backends.loading import load
 from iclip_hf.data.segmentation import load_segmentation
 from iclip_hf.evaluation.evaluate import evaluate
 from iclip_hf.evaluation.results import rounded
 from iclip_hf.explainers import METHODS, explainer_class, make_explainer
-from iclip_hf.models.loading import load
 from iclip_hf.utils.files import atomic_write
 
 

@@ -25,8 +25,8 @@ from sklearn.metrics import roc_auc_score
 from iclip_hf import load
 from iclip_hf.data import load_segmentation
 from iclip_hf.data.class_names import ADE20K, COCO_THINGS
-from iclip_hf.modeling_iclip import cosines
-from iclip_hf.presence import MIN_PRESENCE, PRESENT, at_prior, patch_evidence
+from iclip_hf.model.modeling_iclip import cosines
+from iclip_hf.model.presence import MIN_PRESENCE, PRESENT, at_prior, patch_evidence
 
 
 def labelled(folder: Path) -> Iterator[tuple[Image.Image, np.ndarray]]:

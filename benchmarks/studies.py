@@ -15,11 +15,11 @@ import yaml
 from measuring import command_line, mean_and_spread, remembered
 from measuring import table as markdown
 
+from iclip_hf.backends.loading import load_iclip
 from iclip_hf.data.class_names import DATASETS
 from iclip_hf.data.segmentation import load_segmentation
 from iclip_hf.evaluation.evaluate import evaluate
-from iclip_hf.models.loading import load_iclip
-from iclip_hf.pooling import normalize_attention
+from iclip_hf.model.pooling import normalize_attention
 from iclip_hf.training.run import train
 from iclip_hf.training.settings import parse_settings
 

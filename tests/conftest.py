@@ -28,7 +28,7 @@ from PIL import Image
 from transformers import BertTokenizer, CLIPImageProcessor
 
 from iclip_hf import ICLIPConfig, ICLIPModel, ICLIPProcessor, ImageTextSimilarityMapPipeline, cli
-from iclip_hf.presence import RANK_ALONE
+from iclip_hf.model.presence import RANK_ALONE
 
 
 def noise(size: tuple[int, int], spread: int = 80, seed: int = 0) -> Image.Image:

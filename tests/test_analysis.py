@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from iclip_hf import load
-from iclip_hf.modeling_iclip import ICLIPImageFeatures
-from iclip_hf.models.explainable import Pooling
+from iclip_hf.backends.explainable import Pooling
+from iclip_hf.model.modeling_iclip import ICLIPImageFeatures
 
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))

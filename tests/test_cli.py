@@ -12,10 +12,10 @@ from conftest import iclip
 from PIL import Image
 
 from iclip_hf import cli, explain
+from iclip_hf.backends.loading import load
 from iclip_hf.cli import explain as explain_command
-from iclip_hf.models.loading import load
-from iclip_hf.regions import find_regions, run_lengths
-from iclip_hf.similarity import resize_and_normalize
+from iclip_hf.model.regions import find_regions, run_lengths
+from iclip_hf.model.similarity import resize_and_normalize
 
 
 def run(workspace, *arguments):
@@ -274,7 +274,7 @@ assert "transformers" not in sys.modules
 for imports in (
     "import iclip_hf; from transformers import CLIPModel",  # which imports the Auto classes half-way
     "import transformers; import iclip_hf",
-    "from iclip_hf.pipeline_iclip import ImageTextSimilarityMapPipeline",
+    "from iclip_hf.model.pipeline_iclip import ImageTextSimilarityMapPipeline",
 ):
     if child := os.fork():
         os.waitpid(child, 0)

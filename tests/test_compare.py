@@ -7,8 +7,8 @@ from conftest import NAMES, iclip, noise, tiny_model
 from PIL import Image
 
 from iclip_hf import explain
+from iclip_hf.model.presence import presence_word
 from iclip_hf.plots import sheets
-from iclip_hf.presence import presence_word
 
 
 @pytest.fixture(scope="module")

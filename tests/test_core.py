@@ -15,11 +15,11 @@ from PIL import Image
 from transformers import SamConfig, SamImageProcessor, SamModel, SamProcessor
 
 from iclip_hf import ImageTextSimilarityMapPipeline, explain
+from iclip_hf.backends import references
+from iclip_hf.backends.loading import load
 from iclip_hf.explainers import Explainer, explainer_class, make_explainer, register_explainer
 from iclip_hf.explainers.localizer import Localizer
-from iclip_hf.explanation_core import encode_texts, forward, join, prepare, reference_features
-from iclip_hf.models import references
-from iclip_hf.models.loading import load
+from iclip_hf.model.explanation_core import encode_texts, forward, join, prepare, reference_features
 
 
 TEXTS = ["dog", "red ball"]

@@ -17,11 +17,11 @@ from huggingface_hub import RepoCard
 from PIL import Image
 
 from iclip_hf import ICLIPModel, explain
+from iclip_hf.backends import explainable
 from iclip_hf.demo import app, content
 from iclip_hf.explainers.localizer import Localizer
-from iclip_hf.models import explainable
-from iclip_hf.presence import presence_word
-from iclip_hf.similarity import resize_and_normalize
+from iclip_hf.model.presence import presence_word
+from iclip_hf.model.similarity import resize_and_normalize
 
 
 TEXTS = ["dog", "red ball", "sky"]

@@ -6,7 +6,7 @@ import pytest
 import torch
 from conftest import tiny_model
 
-from iclip_hf.models.identity import weights_digest
+from iclip_hf.backends.identity import weights_digest
 from iclip_hf.utils import digests
 from iclip_hf.utils.digests import content_digest
 

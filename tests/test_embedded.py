@@ -8,13 +8,13 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from iclip_hf import ICLIPModel, ICLIPProcessor
+from iclip_hf.backends.embedded import PROJECTIONS, embedded_model, save_projections
+from iclip_hf.backends.identity import changed_model
+from iclip_hf.backends.loading import load, load_iclip, load_pretrained
+from iclip_hf.backends.onnx import VISION_FILE
 from iclip_hf.data import load_segmentation
 from iclip_hf.evaluation.evaluate import evaluate
 from iclip_hf.hub.configs import SHIPPED
-from iclip_hf.models.embedded import PROJECTIONS, embedded_model, save_projections
-from iclip_hf.models.identity import changed_model
-from iclip_hf.models.loading import load, load_iclip, load_pretrained
-from iclip_hf.models.onnx import VISION_FILE
 
 
 # Of `iclip evaluate --dataset coco2017 --split train2017` on these images, 224 pixels, 80 classes.

@@ -8,17 +8,17 @@ import torch
 from conftest import NAMES, presence_among, tiny_model
 from torch.nn import functional as F
 
+from iclip_hf.backends.loading import load
 from iclip_hf.data import load_segmentation
 from iclip_hf.evaluation.evaluate import evaluate
 from iclip_hf.evaluation.measures.recognition import like_classes
 from iclip_hf.evaluation.measures.segmentation import Segmentation, windowed_maps
 from iclip_hf.evaluation.measures.typed_segments import TypedSegments
 from iclip_hf.explainers import make_explainer
-from iclip_hf.modeling_iclip import cosines
-from iclip_hf.models.loading import load
-from iclip_hf.presence import MIN_PRESENCE
-from iclip_hf.reference_nouns import REFERENCE_NOUNS
-from iclip_hf.refinement import refine_maps
+from iclip_hf.model.modeling_iclip import cosines
+from iclip_hf.model.presence import MIN_PRESENCE
+from iclip_hf.model.reference_nouns import REFERENCE_NOUNS
+from iclip_hf.model.refinement import refine_maps
 
 
 def enlarged(model, processor, sample, texts):
@@ -111,7 +111,7 @@ def test_a_given_threshold_and_every_kind_of_method(labelled_folder, tiny_proces
 
 def test_typed_segments_in_plain_steps(labelled_folder, tiny_processor, monkeypatch):
     """Each shown text and two absent ones compete by hand; IoU, areas and hidden texts are counted pixel by pixel."""
-    for module in ("iclip_hf.presence", "conftest"):  # some texts of the random model are present
+    for module in ("iclip_hf.model.presence", "conftest"):  # some texts of the random model are present
         monkeypatch.setattr(f"{module}.RANK_ALONE", (1.0, 1.5))
     model, dataset = tiny_model(), load_segmentation("folder", labelled_folder)
     measure = TypedSegments(seed=3)

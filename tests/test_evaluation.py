@@ -15,6 +15,7 @@ from sklearn.metrics import roc_auc_score
 from torch.nn import functional as F
 
 from iclip_hf import cli
+from iclip_hf.backends.loading import load
 from iclip_hf.data import load_segmentation
 from iclip_hf.evaluation.evaluate import evaluate
 from iclip_hf.evaluation.measures import TASKS
@@ -22,10 +23,9 @@ from iclip_hf.evaluation.metrics import MeanForegroundMinusBackground as MFMB
 from iclip_hf.evaluation.metrics import MeanMaxIoU, MultiLabelAveragePrecision
 from iclip_hf.evaluation.results import class_thresholds
 from iclip_hf.explainers import METHODS, make_explainer
-from iclip_hf.models.loading import load
-from iclip_hf.presence import MIN_PRESENCE, presence
-from iclip_hf.reference_nouns import REFERENCE_NOUNS
-from iclip_hf.similarity import resize_and_normalize
+from iclip_hf.model.presence import MIN_PRESENCE, presence
+from iclip_hf.model.reference_nouns import REFERENCE_NOUNS
+from iclip_hf.model.similarity import resize_and_normalize
 
 
 def slowly(model, processor, dataset):

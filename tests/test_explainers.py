@@ -16,8 +16,8 @@ from transformers import Siglip2ImageProcessor
 
 from iclip_hf import explain
 from iclip_hf.explainers import METHODS, make_explainer
-from iclip_hf.modeling_iclip import ICLIPTextFeatures
-from iclip_hf.similarity import min_max_normalize
+from iclip_hf.model.modeling_iclip import ICLIPTextFeatures
+from iclip_hf.model.similarity import min_max_normalize
 
 
 # What every method keeps, for every family
@@ -436,7 +436,7 @@ def test_recorded_layers_rebuild_the_towers_own_output(vision, tiny_processor):
 
 
 def test_templates_are_averaged_as_unit_vectors(made, monkeypatch):
-    monkeypatch.setattr("iclip_hf.explanation_core.TEXT_BATCH", 4)  # so that the labels come in parts
+    monkeypatch.setattr("iclip_hf.model.explanation_core.TEXT_BATCH", 4)  # so that the labels come in parts
     templates = ["a photo of the {}", "the {} ."]
     for family in ("iclip", "clip", "open_clip"):
         model, processor, _ = made(family)

@@ -12,6 +12,7 @@ from torch import nn
 from torch.nn import functional as F
 from torchmetrics.functional import spearman_corrcoef
 
+from iclip_hf.backends.loading import load
 from iclip_hf.data import load_segmentation
 from iclip_hf.evaluation.evaluate import evaluate
 from iclip_hf.evaluation.measures.deletion_insertion import (
@@ -25,8 +26,7 @@ from iclip_hf.evaluation.measures.pairs import PointingGame
 from iclip_hf.evaluation.measures.randomization import LayerRandomization, Randomization, rank_correlation
 from iclip_hf.evaluation.metrics import ClassMeans, pointing_shares
 from iclip_hf.explainers import make_explainer
-from iclip_hf.models.loading import load
-from iclip_hf.similarity import min_max_normalize, resize_and_normalize
+from iclip_hf.model.similarity import min_max_normalize, resize_and_normalize
 
 
 @pytest.fixture(scope="module")

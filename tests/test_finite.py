@@ -6,7 +6,7 @@ from conftest import VISION, noise, tiny_inputs, tiny_model
 from pairwise import pairwise
 
 from iclip_hf import ImageTextSimilarityMapPipeline, ZeroShotImageSegmentationPipeline, cli
-from iclip_hf.pooling import normalize_attention, pool_similarities
+from iclip_hf.model.pooling import normalize_attention, pool_similarities
 from iclip_hf.training.pair_model import PairModel
 
 

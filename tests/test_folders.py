@@ -27,14 +27,14 @@ from training_runs import accelerator, run
 from transformers import AutoModel, AutoProcessor, pipeline
 
 from iclip_hf import ICLIPModel, ICLIPProcessor, cli
+from iclip_hf.backends.embedded import embedded_folder
+from iclip_hf.backends.identity import identity
 from iclip_hf.data.class_names import COCO_THINGS, VOC
 from iclip_hf.evaluation.evaluate import EvaluationResult
 from iclip_hf.hub.configs import config_folder
 from iclip_hf.hub.folders import code_files, export_model, init_model, push_model
 from iclip_hf.hub.model_card import describe_tower, write_model_card
 from iclip_hf.hub.record import TRAINING_SETTINGS, data_terms, public_settings, read_record
-from iclip_hf.models.embedded import embedded_folder
-from iclip_hf.models.identity import identity
 from iclip_hf.training import checkpoints
 from iclip_hf.training.pair_model import PairModel
 from iclip_hf.training.settings import FREE, Settings

@@ -10,7 +10,7 @@ from conftest import tiny_inputs
 from transformers import AutoConfig, AutoImageProcessor
 
 from iclip_hf import ICLIPConfig, ICLIPModel, ICLIPProcessor
-from iclip_hf.models.embedded import embedded_model
+from iclip_hf.backends.embedded import embedded_model
 
 
 FOLDER = Path(__file__).parents[1] / "hub_configs"

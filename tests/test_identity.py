@@ -13,10 +13,10 @@ from safetensors.torch import load_file, save_file
 from transformers import BertConfig, CLIPImageProcessor, Dinov2Config, PreTrainedConfig
 
 from iclip_hf import ICLIPConfig
+from iclip_hf.backends import identity as module
+from iclip_hf.backends.identity import changed, changed_model, identity
+from iclip_hf.backends.loading import load_pretrained
 from iclip_hf.hub.folders import export_model
-from iclip_hf.models import identity as module
-from iclip_hf.models.identity import changed, changed_model, identity
-from iclip_hf.models.loading import load_pretrained
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ from fault_inputs import PHOTO, encoded, noise
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from iclip_hf.images import load_image, read_image
+from iclip_hf.model.images import load_image, read_image
 
 
 @pytest.fixture

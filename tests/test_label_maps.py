@@ -5,10 +5,10 @@ import torch
 from torch.nn import functional as F
 
 from iclip_hf import ICLIPProcessor
-from iclip_hf.explanation import Explanation
-from iclip_hf.label_maps import BACKGROUND_LABEL, label_map, segments
-from iclip_hf.modeling_iclip import ICLIPOutput
-from iclip_hf.prompts import IMAGENET_TEMPLATES, check_templates
+from iclip_hf.model.explanation import Explanation
+from iclip_hf.model.label_maps import BACKGROUND_LABEL, label_map, segments
+from iclip_hf.model.modeling_iclip import ICLIPOutput
+from iclip_hf.model.prompts import IMAGENET_TEMPLATES, check_templates
 
 
 SIZE = (13, 22)

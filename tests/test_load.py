@@ -20,12 +20,12 @@ from transformers import AutoProcessor, BertConfig, BertTokenizer, pipeline
 
 from iclip_hf import ICLIPProcessor, cli, evaluate, explain, load
 from iclip_hf import explainers as registry
+from iclip_hf.backends import loading
+from iclip_hf.backends.explainable import RecordableModel
+from iclip_hf.backends.loading import load_iclip
 from iclip_hf.data.segmentation import load_segmentation
 from iclip_hf.explainers import Explainer, make_explainer, register_explainer
 from iclip_hf.hub.folders import _checked_tower
-from iclip_hf.models import loading
-from iclip_hf.models.explainable import RecordableModel
-from iclip_hf.models.loading import load_iclip
 
 
 PHOTO = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 60, 3), dtype=np.uint8))

@@ -13,16 +13,16 @@ from PIL import Image
 from transformers import CLIPImageProcessor
 
 from iclip_hf import ICLIPProcessor, draw, explain
+from iclip_hf.backends.explainable import ExplainableModel
+from iclip_hf.backends.loading import load
 from iclip_hf.cli.output import presence_column
 from iclip_hf.explainers import make_explainer
 from iclip_hf.explainers.localizer import Localizer
-from iclip_hf.models.explainable import ExplainableModel
-from iclip_hf.models.loading import load
-from iclip_hf.presence import at_prior, presence
-from iclip_hf.prompts import split_texts
-from iclip_hf.reference_nouns import REFERENCE_NOUNS
-from iclip_hf.regions import find_regions, run_lengths
-from iclip_hf.similarity import resize_and_normalize
+from iclip_hf.model.presence import at_prior, presence
+from iclip_hf.model.prompts import split_texts
+from iclip_hf.model.reference_nouns import REFERENCE_NOUNS
+from iclip_hf.model.regions import find_regions, run_lengths
+from iclip_hf.model.similarity import resize_and_normalize
 
 
 IMAGES = [
@@ -246,8 +246,8 @@ def test_presence_separates_classes_better_than_the_cosine_and_is_calibrated(icl
     from sklearn.metrics import roc_auc_score
 
     from iclip_hf import ICLIPModel, ICLIPProcessor
+    from iclip_hf.backends.embedded import embedded_model
     from iclip_hf.data.segmentation import load_segmentation
-    from iclip_hf.models.embedded import embedded_model
 
     folder = embedded_model()
     dataset = load_segmentation("coco2017", iclip_data / "coco100", "train2017")

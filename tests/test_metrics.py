@@ -25,7 +25,7 @@ from iclip_hf.evaluation.metrics import (
     roc_auc,
     threshold_counts,
 )
-from iclip_hf.similarity import resize_and_normalize
+from iclip_hf.model.similarity import resize_and_normalize
 
 
 DTYPES = (np.float16, np.float32, np.float64)

@@ -11,7 +11,7 @@ from transformers import AutoModel, AutoModelForZeroShotImageClassification, Ber
 from transformers.utils.logging import get_verbosity
 
 from iclip_hf import ICLIPModel, ICLIPProcessor
-from iclip_hf.models.loading import load_pretrained
+from iclip_hf.backends.loading import load_pretrained
 
 
 POOLINGS = ["masked_max", "max", "average", "class_token"]

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from iclip_hf.models.embedded import embedded_model
+from iclip_hf.backends.embedded import embedded_model
 
 
 nbformat = pytest.importorskip("nbformat", reason="needs the extra [dev]")

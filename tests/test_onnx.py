@@ -9,11 +9,11 @@ from conftest import noise, tiny_inputs, tiny_model
 from torch.nn import functional as F
 
 from iclip_hf import cli, explain, load
+from iclip_hf.backends import onnx as onnx_export
+from iclip_hf.backends.onnx import ONNXModel, export_onnx
 from iclip_hf.evaluation.measures.deletion_insertion import scorer
 from iclip_hf.evaluation.measures.randomization import LayerRandomization
 from iclip_hf.explainers import METHODS, make_explainer
-from iclip_hf.models import onnx as onnx_export
-from iclip_hf.models.onnx import ONNXModel, export_onnx
 
 
 IMAGE = ("image_embeds", "patch_embeds", "attention", "map_attention", "attention_direction")

@@ -182,7 +182,7 @@ def test_the_recipe_for_coco100_keeps_its_images_alone(tmp_path, monkeypatch):
 
 @pytest.fixture
 def embedded():
-    from iclip_hf.models.embedded import embedded_model
+    from iclip_hf.backends.embedded import embedded_model
 
     try:
         embedded_model()

@@ -9,7 +9,7 @@ from conftest import tiny_inputs, tiny_model
 from training_runs import gradients
 
 from iclip_hf.hub.configs import EMBEDDED
-from iclip_hf.losses import multi_positive_loss
+from iclip_hf.model.losses import multi_positive_loss
 from iclip_hf.training import pair_model as module
 from iclip_hf.training.nouns import TEMPLATES, NounPrompts
 from iclip_hf.training.pair_model import PairModel, representative_tokens, set_token_mean

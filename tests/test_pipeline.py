@@ -18,11 +18,11 @@ from transformers.pipelines import PIPELINE_REGISTRY, pipeline
 from transformers.pipelines.pt_utils import KeyDataset
 
 from iclip_hf import ImageTextSimilarityMapPipeline, ZeroShotImageSegmentationPipeline, __version__, pipeline_iclip
-from iclip_hf.models import embedded
-from iclip_hf.pipeline_iclip import __file__ as pipeline_file
-from iclip_hf.presence import RANK_ALONE
-from iclip_hf.reference_nouns import REFERENCE_NOUNS
-from iclip_hf.regions import find_regions, run_lengths
+from iclip_hf.backends import embedded
+from iclip_hf.model.pipeline_iclip import __file__ as pipeline_file
+from iclip_hf.model.presence import RANK_ALONE
+from iclip_hf.model.reference_nouns import REFERENCE_NOUNS
+from iclip_hf.model.regions import find_regions, run_lengths
 
 
 TASK = "image-text-similarity-map"

@@ -9,7 +9,7 @@ from PIL import Image
 
 import iclip_hf
 from iclip_hf.explainers import WordScore
-from iclip_hf.explanation import Explanation
+from iclip_hf.model.explanation import Explanation
 from iclip_hf.plots import COLORMAPS, sheets
 from iclip_hf.plots.colors import color_table, overlay
 from iclip_hf.plots.lettering import fitted, text_mask, text_width, word_boxes

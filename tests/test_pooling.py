@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from iclip_hf.pooling import normalize_attention, pool, pool_similarities, share_among_like
+from iclip_hf.model.pooling import normalize_attention, pool, pool_similarities, share_among_like
 
 
 ATTENTION = torch.tensor([[0.1, 0.5, 0.2, 0.3, 0.1]])

@@ -7,8 +7,8 @@ import pytest
 import torch
 from conftest import tiny_model
 
-from iclip_hf.presence import RANK_ALONE, RANK_AND_PATCHES, at_prior, patch_evidence, presence, presence_word
-from iclip_hf.reference_nouns import REFERENCE_NOUNS
+from iclip_hf.model.presence import RANK_ALONE, RANK_AND_PATCHES, at_prior, patch_evidence, presence, presence_word
+from iclip_hf.model.reference_nouns import REFERENCE_NOUNS
 from iclip_hf.training.nouns import NounPrompts
 
 

@@ -17,8 +17,8 @@ from iclip_hf.evaluation.measures.pairs import MFMB
 from iclip_hf.evaluation.measures.segmentation import Segmentation, windowed_maps
 from iclip_hf.explainers import make_explainer
 from iclip_hf.explainers.localizer import Localizer
-from iclip_hf.label_maps import label_map, segments
-from iclip_hf.refinement import refine_maps
+from iclip_hf.model.label_maps import label_map, segments
+from iclip_hf.model.refinement import refine_maps
 
 
 def slowly(raw, image):

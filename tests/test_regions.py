@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 from pycocotools import mask as coco
 from scipy import ndimage
 
-from iclip_hf.regions import find_regions, negative_points, positive_points, run_lengths
-from iclip_hf.similarity import resize_and_normalize
+from iclip_hf.model.regions import find_regions, negative_points, positive_points, run_lengths
+from iclip_hf.model.similarity import resize_and_normalize
 
 
 def random_maps(seed, shape=(13, 21)):

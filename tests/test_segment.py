@@ -8,14 +8,14 @@ import torch
 from conftest import iclip
 from PIL import Image, ImageColor
 
+from iclip_hf.backends.loading import load_pretrained
 from iclip_hf.cli.segment import _save_labels
 from iclip_hf.explainers.localizer import Localizer
-from iclip_hf.explanation import Explanation
-from iclip_hf.models.loading import load_pretrained
+from iclip_hf.model.explanation import Explanation
+from iclip_hf.model.regions import run_lengths
 from iclip_hf.plots import sheets
 from iclip_hf.plots.colors import SEGMENTS, label_colors
 from iclip_hf.plots.sheets import label_sheet
-from iclip_hf.regions import run_lengths
 
 
 def run(workspace, *arguments):

@@ -18,7 +18,7 @@ from iclip_hf.data.class_names import ADE20K, CAMVID, CITYSCAPES, COCO_STUFF, CO
 from iclip_hf.data.segmentation import _LAYOUTS, _COCOSample
 from iclip_hf.evaluation.measures.measure import EvaluatedImage
 from iclip_hf.evaluation.metrics import MeanIoU, MeanMaxIoU
-from iclip_hf.prompts import IMAGENET_TEMPLATES
+from iclip_hf.model.prompts import IMAGENET_TEMPLATES
 
 
 # ---- layouts made here ----

@@ -4,8 +4,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
-from iclip_hf.label_maps import label_map
-from iclip_hf.similarity import cosine_similarity_map, min_max_normalize, resize_and_normalize, resize_maps
+from iclip_hf.model.label_maps import label_map
+from iclip_hf.model.similarity import cosine_similarity_map, min_max_normalize, resize_and_normalize, resize_maps
 
 
 @settings(max_examples=30, deadline=None)

@@ -9,10 +9,10 @@ import torch
 from families import FAMILIES, REFUSED
 from pairwise import pairwise
 
+from iclip_hf.backends.loading import load
 from iclip_hf.data import load_segmentation
 from iclip_hf.evaluation.evaluate import evaluate
 from iclip_hf.evaluation.measures import TASKS, make_measure
-from iclip_hf.models.loading import load
 
 
 FACTORS = {

@@ -13,7 +13,7 @@ from training_runs import run, weights
 
 from iclip_hf import ICLIPModel, ICLIPProcessor
 from iclip_hf.data.pairs import load_pairs
-from iclip_hf.losses import contrastive_loss
+from iclip_hf.model.losses import contrastive_loss
 from iclip_hf.training import run as program
 from iclip_hf.training import selection
 from iclip_hf.training.batches import GlobalBatches

@@ -24,14 +24,14 @@ from huggingface_hub import ModelCard, RepoCard
 from PIL import Image, ImageOps
 
 from iclip_hf import explain
+from iclip_hf.backends.loading import load_iclip
+from iclip_hf.backends.onnx import ONNXModel
 from iclip_hf.demo import content, web, web_server
-from iclip_hf.label_maps import segments
-from iclip_hf.models.loading import load_iclip
-from iclip_hf.models.onnx import ONNXModel
+from iclip_hf.model.label_maps import segments
+from iclip_hf.model.presence import CONSTANTS, MIN_PRESENCE, PRESENT, presence, presence_word
+from iclip_hf.model.refinement import refine_maps
+from iclip_hf.model.similarity import resize_and_normalize, resize_maps
 from iclip_hf.plots.colors import color_table
-from iclip_hf.presence import CONSTANTS, MIN_PRESENCE, PRESENT, presence, presence_word
-from iclip_hf.refinement import refine_maps
-from iclip_hf.similarity import resize_and_normalize, resize_maps
 
 
 NO_NPM = "needs npm, which downloads ONNX Runtime for the page"

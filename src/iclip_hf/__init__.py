@@ -17,44 +17,44 @@ from .utils.lazy import lazy_names
 
 
 if TYPE_CHECKING:
-    from .configuration_iclip import ICLIPConfig
+    from .backends.embedded import embedded_model
+    from .backends.loading import load
     from .data.example import example_image
     from .evaluation.evaluate import evaluate
     from .explainers.localizer import explain
-    from .explanation import Explanation
-    from .modeling_iclip import ICLIPImageFeatures, ICLIPModel, ICLIPOutput, ICLIPTextFeatures
-    from .models.embedded import embedded_model
-    from .models.loading import load
-    from .pipeline_iclip import ImageTextSimilarityMapPipeline, ZeroShotImageSegmentationPipeline
+    from .model.configuration_iclip import ICLIPConfig
+    from .model.explanation import Explanation
+    from .model.modeling_iclip import ICLIPImageFeatures, ICLIPModel, ICLIPOutput, ICLIPTextFeatures
+    from .model.pipeline_iclip import ImageTextSimilarityMapPipeline, ZeroShotImageSegmentationPipeline
+    from .model.processing_iclip import ICLIPProcessor
     from .plots.sheets import draw
-    from .processing_iclip import ICLIPProcessor
 
 
 __version__ = "0.2.0.dev0"
 
 _MODULES = {
     "draw": ".plots.sheets",
-    "embedded_model": ".models.embedded",
+    "embedded_model": ".backends.embedded",
     "example_image": ".data.example",
     "evaluate": ".evaluation.evaluate",
     "explain": ".explainers.localizer",
-    "Explanation": ".explanation",
-    "ICLIPConfig": ".configuration_iclip",
-    "ICLIPImageFeatures": ".modeling_iclip",
-    "ICLIPModel": ".modeling_iclip",
-    "ICLIPOutput": ".modeling_iclip",
-    "ICLIPProcessor": ".processing_iclip",
-    "ICLIPTextFeatures": ".modeling_iclip",
-    "load": ".models.loading",
-    "ImageTextSimilarityMapPipeline": ".pipeline_iclip",
-    "ZeroShotImageSegmentationPipeline": ".pipeline_iclip",
+    "Explanation": ".model.explanation",
+    "ICLIPConfig": ".model.configuration_iclip",
+    "ICLIPImageFeatures": ".model.modeling_iclip",
+    "ICLIPModel": ".model.modeling_iclip",
+    "ICLIPOutput": ".model.modeling_iclip",
+    "ICLIPProcessor": ".model.processing_iclip",
+    "ICLIPTextFeatures": ".model.modeling_iclip",
+    "load": ".backends.loading",
+    "ImageTextSimilarityMapPipeline": ".model.pipeline_iclip",
+    "ZeroShotImageSegmentationPipeline": ".model.pipeline_iclip",
 }
 __all__ = [*_MODULES]
 __getattr__, __dir__ = lazy_names(__name__, _MODULES)
 
 
 # Each registers a class with the Auto classes.
-_REGISTERING = [f"{__name__}.{kind}_iclip" for kind in ("configuration", "modeling", "processing")]
+_REGISTERING = [f"{__name__}.model.{kind}_iclip" for kind in ("configuration", "modeling", "processing")]
 
 
 def _register(imported) -> None:
@@ -68,9 +68,12 @@ def _register(imported) -> None:
 # After Transformers as a whole, because its Auto classes are also imported in the middle of its other modules.
 for _name in ("transformers", *_REGISTERING):  # called at once if it is imported already
     register_post_import_hook(_register, _name)
-register_post_import_hook(lambda _: importlib.import_module(".pipeline_iclip", __name__), "transformers.pipelines")
 register_post_import_hook(
-    lambda _: importlib.import_module(".models.embedded", __name__).set_as_default(), f"{__name__}.pipeline_iclip"
+    lambda _: importlib.import_module(".model.pipeline_iclip", __name__), "transformers.pipelines"
+)
+register_post_import_hook(
+    lambda _: importlib.import_module(".backends.embedded", __name__).set_as_default(),
+    f"{__name__}.model.pipeline_iclip",
 )
 
 # `evaluate.load` warns that it takes the installed metrics, because the Hub has none of these names. That is what they are installed for.

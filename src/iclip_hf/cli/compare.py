@@ -7,7 +7,7 @@ import json
 import os
 from pathlib import Path
 
-from ..presence import MIN_PRESENCE, presence_word
+from ..model.presence import MIN_PRESENCE, presence_word
 from .options import DATASET, MODEL, PROMPTS, add_shared, load_model
 from .output import PICTURES, check_file, echo, model_files, presence_column, printable, resolution, save_picture
 
@@ -91,7 +91,7 @@ def _open(options: argparse.Namespace, output: Path, models: list[str]):
     is none of the files that are read.
     """
     from ..data.segmentation import load_segmentation
-    from ..images import load_image
+    from ..model.images import load_image
     from ..utils.files import check_outputs
 
     inputs = [options.image, options.overrides, *(file for model in models for file in model_files(model))]

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
-from ..models import check_model_name
+from ..backends import check_model_name
 from .options import option_type, refuse, silence_transformers
 from .output import echo, echo_folder
 
@@ -61,13 +61,13 @@ def run(options: argparse.Namespace) -> None:
         echo_folder(folder, "iclip", "push", str(folder), f"your-name/{folder.resolve().name}", "--dry-run")
         return
     refuse(options, ["results"], f"--format {options.format}")
-    from ..models.loading import load_iclip
+    from ..backends.loading import load_iclip
 
     silence_transformers()
     model, processor = load_iclip(options.model, dtype="float32")
     with _shown_steps():
         if kind == "onnx":
-            from ..models.onnx import export_onnx
+            from ..backends.onnx import export_onnx
 
             folder = export_onnx(model, processor, options.directory, weights or "float32")
             use = ("explain", "photo.jpg", "--text", "dog", "--model", str(folder))
@@ -101,9 +101,9 @@ def export(options: argparse.Namespace, directory: Path, name: str | None = None
         from ..evaluation.results import read_results
 
         metrics = read_results(options.results, "protocol", "results")
+    from ..backends.identity import changed_model
+    from ..backends.loading import load_iclip
     from ..hub.folders import export_model
-    from ..models.identity import changed_model
-    from ..models.loading import load_iclip
 
     silence_transformers()
     model, processor = load_iclip(options.model)

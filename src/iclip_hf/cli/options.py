@@ -10,11 +10,11 @@ from importlib.metadata import entry_points
 from pathlib import Path
 from typing import TypeVar
 
+from ..backends import DTYPES, check_model_name
 from ..data.class_names import DATASETS
 from ..explainers import METHOD_GROUP, METHODS
-from ..models import DTYPES, check_model_name
+from ..model.prompts import check_templates, check_text, split_texts
 from ..plots import COLORMAPS
-from ..prompts import check_templates, check_text, split_texts
 
 
 Value = TypeVar("Value")
@@ -154,7 +154,7 @@ def refuse(options: argparse.Namespace, names: Iterable[str], where: str) -> Non
 
 def load_model(name: str, options: argparse.Namespace):
     """Like [`iclip_hf.load`], without output of Transformers, in a process that keeps its memory."""
-    from ..models.loading import load
+    from ..backends.loading import load
 
     silence_transformers()
     keep_memory()

@@ -11,7 +11,7 @@ import time
 import zlib
 from pathlib import Path
 
-from ..presence import presence_word
+from ..model.presence import presence_word
 
 
 # Characters that control a terminal or cannot be printed: controls, line separators, marks of writing direction, surrogates.

@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from ..explainers import METHODS
-from ..presence import MIN_PRESENCE
+from ..model.presence import MIN_PRESENCE
 from .options import MODEL, PROMPTS, add_shared, load_model, method, option_type, share
 from .output import PICTURES, check_file, check_folder, complain, echo, model_files, presence_column, printable
 
@@ -71,7 +71,7 @@ def explain_files(
     """
     from tqdm import tqdm
 
-    from ..images import load_image, open_image
+    from ..model.images import load_image, open_image
     from ..utils.prefetch import prefetch_map
 
     images = options.images

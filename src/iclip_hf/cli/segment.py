@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from ..presence import presence_word
+from ..model.presence import presence_word
 from .options import texts
 from .output import resolution, save_picture
 from .pictures import add_image_options, explain_files
@@ -34,8 +34,8 @@ def add_options(command: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     def write(name: str, image, explanation, picture: Path | None) -> dict:
+        from ..model.regions import run_lengths
         from ..plots.sheets import label_sheet
-        from ..regions import run_lengths
 
         background = range(len(options.texts), len(explanation.labels))
         labels = explanation.label_map(background=background).numpy()

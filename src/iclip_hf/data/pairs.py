@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from tqdm import tqdm
 
-from ..images import load_image
+from ..model.images import load_image
 from ..utils.digests import content_digest, file_digest
 from ..utils.hub_ids import is_hub_id
 from .sources import (

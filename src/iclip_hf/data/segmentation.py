@@ -23,8 +23,8 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
-from ..images import IMAGE_SUFFIXES, load_image, open_image
-from ..prompts import IMAGENET_TEMPLATES, check_templates
+from ..model.images import IMAGE_SUFFIXES, load_image, open_image
+from ..model.prompts import IMAGENET_TEMPLATES, check_templates
 from ..utils.digests import content_digest
 from ..utils.extras import require_extra
 from .class_names import (

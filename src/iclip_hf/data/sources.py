@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from ..images import IMAGE_SUFFIXES
+from ..model.images import IMAGE_SUFFIXES
 from ..utils.digests import file_state
 from ..utils.extras import require_extra
 from ..utils.files import cache_folder, keep_in_cache

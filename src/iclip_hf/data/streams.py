@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from torch.utils.data import IterableDataset
 
-from ..images import MAX_DOWNLOAD, load_image
+from ..model.images import MAX_DOWNLOAD, load_image
 from .sources import USUAL_COLUMNS, BadPairError, BadPairTally, Columns, _draw
 
 

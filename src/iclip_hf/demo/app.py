@@ -12,14 +12,14 @@ import numpy as np
 from PIL import Image
 
 from .. import __version__
+from ..backends.loading import load
 from ..explainers import METHODS
 from ..explainers.localizer import Localizer, PreparedImage
-from ..explanation import Explanation
 from ..hub.model_card import front_matter
-from ..images import load_image
-from ..models.loading import load
-from ..presence import presence_word
-from ..prompts import split_texts
+from ..model.explanation import Explanation
+from ..model.images import load_image
+from ..model.presence import presence_word
+from ..model.prompts import split_texts
 from ..utils.extras import require_extra
 from ..utils.files import write_files
 from .content import EXAMPLES, INTRODUCTION, MAX_CHARACTERS, MAX_TEXTS, SPACE, beside, example_files, look, view_size

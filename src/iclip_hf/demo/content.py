@@ -8,9 +8,9 @@ from typing import NamedTuple
 
 from PIL import Image
 
+from ..model.presence import MIN_PRESENCE, PRESENT
 from ..plots import COLORMAPS
 from ..plots.colors import OPACITY, SEGMENTS, color_table
-from ..presence import MIN_PRESENCE, PRESENT
 
 
 MAX_TEXTS = 12

@@ -18,14 +18,14 @@ import torch
 from huggingface_hub import ModelCard
 from PIL import Image
 
-from ..explanation_core import encode_texts
+from ..backends.onnx import TEXT_FILE, VISION_FILE, ONNXModel, export_onnx
 from ..hub.model_card import front_matter, write_model_card
 from ..hub.record import without_folders
-from ..modeling_iclip import ICLIPModel
-from ..models.onnx import TEXT_FILE, VISION_FILE, ONNXModel, export_onnx
-from ..presence import CONSTANTS, MIN_PRESENCE, PRESENT
-from ..processing_iclip import MAX_PIXELS, ICLIPProcessor
-from ..reference_nouns import REFERENCE_NOUNS
+from ..model.explanation_core import encode_texts
+from ..model.modeling_iclip import ICLIPModel
+from ..model.presence import CONSTANTS, MIN_PRESENCE, PRESENT
+from ..model.processing_iclip import MAX_PIXELS, ICLIPProcessor
+from ..model.reference_nouns import REFERENCE_NOUNS
 from ..utils.files import atomic_folder
 from . import content
 from .content import EXAMPLES, SPACE, beside, example_files, view_size

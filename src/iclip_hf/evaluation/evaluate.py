@@ -14,15 +14,15 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
+from ..backends.loading import load
 from ..data.segmentation import SegmentationDataset
 from ..explainers import Explainer, make_explainer, select_texts
-from ..explanation_core import Pixels, forward
-from ..images import map_groups
-from ..modeling_iclip import ICLIPTextFeatures
-from ..models.loading import load
-from ..prompts import check_templates
-from ..refinement import refine_maps
-from ..similarity import resize_and_normalize
+from ..model.explanation_core import Pixels, forward
+from ..model.images import map_groups
+from ..model.modeling_iclip import ICLIPTextFeatures
+from ..model.prompts import check_templates
+from ..model.refinement import refine_maps
+from ..model.similarity import resize_and_normalize
 from ..utils.distributed import this_process
 from ..utils.extras import require_extra
 from ..utils.prefetch import prefetch_map, spare_processors

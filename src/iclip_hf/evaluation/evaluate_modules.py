@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ..images import open_image
+from ..model.images import open_image
 from ..utils.extras import require_extra
 
 

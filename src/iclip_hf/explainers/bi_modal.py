@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from ..models.explainable import Pooling
-from ..models.recording import AttentionRecord
+from ..backends.explainable import Pooling
+from ..backends.recording import AttentionRecord
 from .gradients import GradientExplainer
 
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch.nn import functional as F
 
-from ..explanation_core import join_texts
-from ..modeling_iclip import ICLIPImageFeatures, ICLIPTextFeatures, cosines
-from ..models.recording import AttentionRecord
+from ..backends.recording import AttentionRecord
+from ..model.explanation_core import join_texts
+from ..model.modeling_iclip import ICLIPImageFeatures, ICLIPTextFeatures, cosines
 from .replaced_attention import ReplacedAttention
 
 

@@ -12,11 +12,11 @@ from typing import NamedTuple
 from PIL import Image
 from tqdm import tqdm
 
+from ..backends.identity import changed
 from ..data.pairs import PairDataset, load_pairs
 from ..data.sources import image_files
-from ..explanation import Explanation
-from ..images import load_image
-from ..models.identity import changed
+from ..model.explanation import Explanation
+from ..model.images import load_image
 from ..utils.digests import content_digest
 from ..utils.distributed import shared_folder_lock, this_process
 from ..utils.extras import require_extra

@@ -6,10 +6,10 @@ from abc import ABC, abstractmethod
 
 import torch
 
-from ..explanation_core import for_images, raw_maps
-from ..modeling_iclip import ICLIPImageFeatures, ICLIPTextFeatures, cosines
-from ..models.explainable import recordable
-from ..models.loading import load
+from ..backends.explainable import recordable
+from ..backends.loading import load
+from ..model.explanation_core import for_images, raw_maps
+from ..model.modeling_iclip import ICLIPImageFeatures, ICLIPTextFeatures, cosines
 
 
 class Explainer(ABC):

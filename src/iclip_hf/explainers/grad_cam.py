@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from ..models.recording import AttentionRecord
+from ..backends.recording import AttentionRecord
 from .gradients import GradientExplainer
 
 

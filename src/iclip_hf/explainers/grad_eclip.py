@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch.nn import functional as F
 
-from ..models.explainable import Pooling
-from ..models.recording import AttentionRecord, merge_heads
+from ..backends.explainable import Pooling
+from ..backends.recording import AttentionRecord, merge_heads
 from .gradients import GradientExplainer
 
 

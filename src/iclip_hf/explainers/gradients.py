@@ -7,8 +7,8 @@ from abc import abstractmethod
 
 import torch
 
-from ..modeling_iclip import ICLIPImageFeatures, ICLIPTextFeatures, cosines
-from ..models.recording import AttentionRecord
+from ..backends.recording import AttentionRecord
+from ..model.modeling_iclip import ICLIPImageFeatures, ICLIPTextFeatures, cosines
 from .explainer import Explainer
 
 

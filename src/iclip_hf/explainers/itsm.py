@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from ..explanation_core import SimilarityMap
-from ..modeling_iclip import ICLIPImageFeatures, ICLIPTextFeatures
+from ..model.explanation_core import SimilarityMap
+from ..model.modeling_iclip import ICLIPImageFeatures, ICLIPTextFeatures
 from .explainer import Explainer
 
 

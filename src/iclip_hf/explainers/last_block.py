@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch.nn import functional as F
 
-from ..modeling_iclip import ICLIPImageFeatures
-from ..models.recording import AttentionRecord
+from ..backends.recording import AttentionRecord
+from ..model.modeling_iclip import ICLIPImageFeatures
 from .replaced_attention import ReplacedAttention
 
 

@@ -8,9 +8,9 @@ import torch
 from torch import nn
 from torch.func import functional_call
 
-from ..modeling_iclip import ICLIPImageFeatures, ICLIPTextFeatures, cosines
-from ..models.explainable import unit
-from ..models.recording import AttentionRecord, private_copy
+from ..backends.explainable import unit
+from ..backends.recording import AttentionRecord, private_copy
+from ..model.modeling_iclip import ICLIPImageFeatures, ICLIPTextFeatures, cosines
 from .explainer import Explainer
 
 

@@ -12,12 +12,12 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from ..explanation import Explanation
-from ..explanation_core import Pixels, forward, join, prepare
-from ..images import map_groups
-from ..presence import MIN_PRESENCE
-from ..processing_iclip import check_thresholds, to_image
-from ..prompts import check_templates, split_texts
+from ..model.explanation import Explanation
+from ..model.explanation_core import Pixels, forward, join, prepare
+from ..model.images import map_groups
+from ..model.presence import MIN_PRESENCE
+from ..model.processing_iclip import check_thresholds, to_image
+from ..model.prompts import check_templates, split_texts
 from ..utils.prefetch import Item, prefetch_map
 from . import WordExplainer, make_explainer, select_texts
 

@@ -11,13 +11,13 @@ from transformers import AutoConfig
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN as IMAGENET_MEAN
 from transformers.image_utils import IMAGENET_DEFAULT_STD as IMAGENET_STD
 
-from ..configuration_iclip import patch_side
-from ..modeling_iclip import VISION_TOWERS, ICLIPImageFeatures, load_tower
-from ..models.embedded import embedded_towers
-from ..models.explainable import unit
-from ..models.families import ExplainableICLIP
-from ..models.identity import tower_digest
-from ..models.recording import AttentionRecord
+from ..backends.embedded import embedded_towers
+from ..backends.explainable import unit
+from ..backends.families import ExplainableICLIP
+from ..backends.identity import tower_digest
+from ..backends.recording import AttentionRecord
+from ..model.configuration_iclip import patch_side
+from ..model.modeling_iclip import VISION_TOWERS, ICLIPImageFeatures, load_tower
 from .replaced_attention import ReplacedAttention
 
 

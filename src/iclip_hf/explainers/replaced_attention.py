@@ -7,10 +7,10 @@ from abc import abstractmethod
 
 import torch
 
-from ..modeling_iclip import ICLIPImageFeatures, ICLIPTextFeatures
-from ..models.explainable import unit
-from ..models.recording import AttentionRecord
-from ..similarity import cosine_similarity_map
+from ..backends.explainable import unit
+from ..backends.recording import AttentionRecord
+from ..model.modeling_iclip import ICLIPImageFeatures, ICLIPTextFeatures
+from ..model.similarity import cosine_similarity_map
 from .explainer import Explainer
 
 

@@ -7,12 +7,12 @@ from collections.abc import Sequence
 
 import torch
 
-from ..explanation import WordScore
-from ..modeling_iclip import cosines
-from ..models.families import TransformersModel
-from ..models.loading import load
-from ..models.recording import AttentionRecord
-from ..prompts import check_templates
+from ..backends.families import TransformersModel
+from ..backends.loading import load
+from ..backends.recording import AttentionRecord
+from ..model.explanation import WordScore
+from ..model.modeling_iclip import cosines
+from ..model.prompts import check_templates
 from .bi_modal import attention_relevance
 from .grad_eclip import all_queries_relevance, one_query_relevance
 

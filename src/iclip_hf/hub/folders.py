@@ -10,14 +10,13 @@ from pathlib import Path
 import yaml
 from huggingface_hub import HfApi
 from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer
-from transformers.dynamic_module_utils import get_relative_import_files
 
-from ..configuration_iclip import ICLIPConfig
-from ..modeling_iclip import ICLIPModel, load_tower
-from ..models.embedded import embedded_towers
-from ..models.loading import check_files, load_iclip
-from ..pipeline_iclip import PIPELINES
-from ..processing_iclip import ICLIPProcessor, check_tokenizer
+from ..backends.embedded import embedded_towers
+from ..backends.loading import check_files, load_iclip
+from ..model.configuration_iclip import ICLIPConfig
+from ..model.modeling_iclip import ICLIPModel, load_tower
+from ..model.pipeline_iclip import PIPELINES
+from ..model.processing_iclip import ICLIPProcessor, check_tokenizer
 from ..utils.files import atomic_folder, loading_errors
 from .configs import EMBEDDED, config_folder
 from .model_card import HUB_RESULTS, describe_tower, write_model_card
@@ -119,11 +118,9 @@ def _checked_tower(config, checkpoint: str, side: str):
 
 
 def code_files() -> list[Path]:
-    """Returns the modules that an exported model contains: those of the auto map and the modules they import."""
-    package = Path(__file__).parents[1]
-    named = [*_AUTO_MAP.values(), *(task["impl"] for task in _CUSTOM_PIPELINES.values())]
-    entries = [package / f"{name.split('.')[0]}.py" for name in named]
-    return sorted({*entries, *(Path(file) for entry in entries for file in get_relative_import_files(entry))})
+    """Returns the modules that an exported model contains: the room `model`."""
+    room = Path(__file__).parents[1] / "model"
+    return sorted(path for path in room.glob("*.py") if path.name != "__init__.py")
 
 
 def export_model(model: ICLIPModel, processor: ICLIPProcessor, folder: str | Path, **card) -> Path:

@@ -11,11 +11,11 @@ import yaml
 from jinja2 import Template
 from transformers import PreTrainedConfig
 
+from ..backends.identity import identity
 from ..data.class_names import DATASETS
 from ..evaluation.results import EvaluationResult
-from ..modeling_iclip import ICLIPModel
-from ..models.identity import identity
-from ..processing_iclip import ICLIPProcessor
+from ..model.modeling_iclip import ICLIPModel
+from ..model.processing_iclip import ICLIPProcessor
 from ..utils.files import cache_folder, write_files
 from ..utils.hub_ids import is_hub_id
 from .configs import SHIPPED

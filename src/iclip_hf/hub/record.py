@@ -13,12 +13,12 @@ import yaml
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError
 
+from ..backends.embedded import embedded_folder
+from ..backends.identity import changed_model
 from ..data.class_names import COCO_THINGS, VOC
 from ..evaluation.results import EvaluationResult
-from ..modeling_iclip import ICLIPModel
-from ..models.embedded import embedded_folder
-from ..models.identity import changed_model
-from ..processing_iclip import ICLIPProcessor
+from ..model.modeling_iclip import ICLIPModel
+from ..model.processing_iclip import ICLIPProcessor
 from ..utils.hub_ids import FILES, is_hub_id
 from .configs import EMBEDDED
 

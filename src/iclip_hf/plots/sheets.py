@@ -9,15 +9,15 @@ from typing import TYPE_CHECKING
 import numpy as np
 from PIL import Image, ImageColor, ImageOps
 
-from ..presence import ABSENT, presence_word
-from ..processing_iclip import to_image
+from ..model.presence import ABSENT, presence_word
+from ..model.processing_iclip import to_image
 from . import COLORMAPS
 from .colors import OPACITY, SEGMENTS, overlay
 from .lettering import fitted, text_mask, word_boxes
 
 
 if TYPE_CHECKING:
-    from ..explanation import Explanation
+    from ..model.explanation import Explanation
 
 # Resolution of a sheet in dots per inch. All lengths are in pixels at this resolution.
 DPI = 120

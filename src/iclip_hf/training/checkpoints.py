@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 
 from ..hub.folders import save_model
 from ..hub.model_card import HUB_RESULTS
-from ..processing_iclip import ICLIPProcessor
+from ..model.processing_iclip import ICLIPProcessor
 from ..utils.extras import require_extra
 from ..utils.files import atomic_write, writing_errors
 from .checks import checkpoints

@@ -6,8 +6,8 @@ import os
 from importlib.util import find_spec
 from pathlib import Path
 
+from ..backends import check_model_name
 from ..data.sources import Columns, open_sources
-from ..models import check_model_name
 from ..utils.files import check_new_folder
 from ..utils.hub_ids import is_hub_id
 from .settings import Settings

@@ -18,12 +18,12 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from ..configuration_iclip import ICLIPConfig
+from ..backends.identity import digest, software, tokenizer_digest, tower_digest
 from ..data.pairs import BadPairError, PairDataset
-from ..modeling_iclip import ICLIPModel
-from ..models.identity import digest, software, tokenizer_digest, tower_digest
-from ..pooling import normalize_attention, pool
-from ..processing_iclip import ICLIPProcessor
+from ..model.configuration_iclip import ICLIPConfig
+from ..model.modeling_iclip import ICLIPModel
+from ..model.pooling import normalize_attention, pool
+from ..model.processing_iclip import ICLIPProcessor
 from ..utils.distributed import agreed, shared_folder_lock
 from ..utils.files import atomic_write
 from .interrupts import ignore_signals

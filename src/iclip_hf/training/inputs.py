@@ -13,12 +13,12 @@ import torch
 from PIL import Image
 from torch.utils.data import Dataset, IterableDataset
 
+from ..backends.identity import digest
 from ..data.pairs import PairDataset, load_pairs
 from ..data.segmentation import SegmentationDataset, load_segmentation
 from ..data.streams import PairStream
-from ..modeling_iclip import ICLIPModel
-from ..models.identity import digest
-from ..processing_iclip import ICLIPProcessor
+from ..model.modeling_iclip import ICLIPModel
+from ..model.processing_iclip import ICLIPProcessor
 from ..utils.extras import require_extra
 from .batches import check_batch, seed_everything
 from .feature_cache import CachedPairs, FeatureCache

@@ -12,9 +12,9 @@ import torch
 from torch import distributed, nn
 from torch.utils.checkpoint import checkpoint
 
-from ..losses import competition_loss, contrastive_loss, multi_positive_loss
-from ..modeling_iclip import ICLIPModel, ImageTokens, attention_weights, normalize
-from ..pooling import share_among_like
+from ..model.losses import competition_loss, contrastive_loss, multi_positive_loss
+from ..model.modeling_iclip import ICLIPModel, ImageTokens, attention_weights, normalize
+from ..model.pooling import share_among_like
 
 
 def representative_tokens(

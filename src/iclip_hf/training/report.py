@@ -14,10 +14,10 @@ from ..data.pairs import BadPairError, PairDataset
 from ..data.sources import CLASS_CAPTION
 from ..explainers.localizer import explain
 from ..hub.configs import EMBEDDED
-from ..modeling_iclip import ICLIPModel
+from ..model.modeling_iclip import ICLIPModel
+from ..model.processing_iclip import ICLIPProcessor
 from ..plots.colors import overlay
 from ..plots.sheets import picture_grid
-from ..processing_iclip import ICLIPProcessor
 from ..utils.files import atomic_write
 from .checkpoints import RunState, holds_start
 from .nouns import NounPrompts

@@ -22,12 +22,12 @@ with require_extra("train"):
     from accelerate import Accelerator, DistributedDataParallelKwargs
     from accelerate.utils import ProjectConfiguration, set_seed
 
-from ..configuration_iclip import ICLIPConfig
+from ..backends.identity import changed, identity
+from ..backends.loading import load_iclip, warn_of_slow_bfloat16
 from ..hub.folders import join_towers
-from ..modeling_iclip import ICLIPModel
-from ..models.identity import changed, identity
-from ..models.loading import load_iclip, warn_of_slow_bfloat16
-from ..processing_iclip import ICLIPProcessor
+from ..model.configuration_iclip import ICLIPConfig
+from ..model.modeling_iclip import ICLIPModel
+from ..model.processing_iclip import ICLIPProcessor
 from ..utils.distributed import shared_folder_lock, this_process
 from ..utils.files import atomic_write
 from .batches import BatchLoader, seed_everything

@@ -18,7 +18,7 @@ with require_extra("train"):
     from accelerate import Accelerator
 
 from ..evaluation.evaluate import evaluate
-from ..processing_iclip import ICLIPProcessor
+from ..model.processing_iclip import ICLIPProcessor
 from .checkpoints import RunState, export, holds_start
 from .inputs import Inputs
 from .report import FEWEST, draw_examples, own_labels

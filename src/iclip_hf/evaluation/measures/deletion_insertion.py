@@ -10,9 +10,9 @@ from collections.abc import Callable
 
 import torch
 
-from ...modeling_iclip import ICLIPTextFeatures, cosines
-from ...models.explainable import ExplainableModel, recordable
-from ...similarity import resize_maps
+from ...backends.explainable import ExplainableModel, recordable
+from ...model.modeling_iclip import ICLIPTextFeatures, cosines
+from ...model.similarity import resize_maps
 from .measure import EvaluatedImage, MeansMeasure
 
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import torch
 
-from ...similarity import min_max_normalize
+from ...model.similarity import min_max_normalize
 from .measure import EvaluatedImage, MeansMeasure
 
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from ...models.explainable import ExplainableModel, recordable
+from ...backends.explainable import ExplainableModel, recordable
 from ..results import rounded
 from .measure import EvaluatedImage, MeansMeasure
 

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from ...presence import MIN_PRESENCE, at_prior
+from ...model.presence import MIN_PRESENCE, at_prior
 from ..metrics import MultiLabelAveragePrecision, reliability, roc_auc
 from ..results import measured
 from .measure import EvaluatedImage, Measure

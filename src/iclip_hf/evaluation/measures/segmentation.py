@@ -9,9 +9,9 @@ from functools import partial
 import torch
 
 from ...explainers import Explainer
-from ...label_maps import BACKGROUND_LABEL, label_map
-from ...modeling_iclip import ICLIPTextFeatures
-from ...refinement import refine_maps
+from ...model.label_maps import BACKGROUND_LABEL, label_map
+from ...model.modeling_iclip import ICLIPTextFeatures
+from ...model.refinement import refine_maps
 from ..metrics import THRESHOLDS, MeanIoU, Sums
 from ..results import measured
 from .measure import EvaluatedImage, Measure

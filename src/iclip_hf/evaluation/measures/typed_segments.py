@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 
 from ...explainers.localizer import Localizer, PreparedImage
-from ...explanation import Explanation
-from ...explanation_core import Pixels
+from ...model.explanation import Explanation
+from ...model.explanation_core import Pixels
 from ..metrics import Sums
 from .measure import EvaluatedImage, Measure
 from .recognition import like_classes

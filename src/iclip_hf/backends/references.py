@@ -9,8 +9,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from ..modeling_iclip import ICLIPModel, ICLIPTextFeatures
-from ..processing_iclip import ICLIPProcessor
+from ..model.modeling_iclip import ICLIPModel, ICLIPTextFeatures
+from ..model.processing_iclip import ICLIPProcessor
 from ..utils.files import cache_folder, keep_in_cache
 from .identity import configuration_digest, digest, software, weights_digest
 

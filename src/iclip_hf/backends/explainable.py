@@ -11,9 +11,9 @@ from functools import partial
 import torch
 from torch import nn
 
-from ..explanation_core import encode_texts, reference_features
-from ..modeling_iclip import ICLIPImageFeatures, ICLIPModel, ICLIPTextFeatures, average_templates, normalize
-from ..similarity import cosine_similarity_map
+from ..model.explanation_core import encode_texts, reference_features
+from ..model.modeling_iclip import ICLIPImageFeatures, ICLIPModel, ICLIPTextFeatures, average_templates, normalize
+from ..model.similarity import cosine_similarity_map
 from .identity import changed_model, identity
 from .recording import AttentionLayer, AttentionRecord, prepare, private_copy, record
 from .references import kept_on_disk

@@ -13,8 +13,8 @@ from huggingface_hub import resolve_revision
 from transformers import AutoConfig, AutoModel, AutoProcessor, ProcessorMixin
 from transformers.utils import cached_file
 
-from ..modeling_iclip import ICLIPModel, check_weights
-from ..processing_iclip import ICLIPProcessor, check_tokenizer
+from ..model.modeling_iclip import ICLIPModel, check_weights
+from ..model.processing_iclip import ICLIPProcessor, check_tokenizer
 from ..utils.files import loading_errors
 from . import MODEL_TYPES, check_model_name, check_model_type, families
 from .embedded import embedded_model

@@ -31,8 +31,8 @@ from safetensors import safe_open
 from safetensors.numpy import save_file as save_arrays
 from safetensors.torch import save_file
 
-from ..modeling_iclip import ICLIPModel
-from ..processing_iclip import ICLIPProcessor
+from ..model.modeling_iclip import ICLIPModel
+from ..model.processing_iclip import ICLIPProcessor
 from ..utils.files import atomic_write, build_once, cache_folder
 
 
@@ -72,7 +72,7 @@ def set_as_default() -> None:
     """Makes the embedded model the one that the pipelines take if none is named."""
     from transformers.pipelines import PIPELINE_REGISTRY
 
-    from ..pipeline_iclip import PIPELINES
+    from ..model.pipeline_iclip import PIPELINES
 
     tasks = PIPELINE_REGISTRY.supported_tasks
     for task in PIPELINES:

@@ -10,8 +10,8 @@ from PIL.Image import Resampling
 from torch import nn
 from transformers.feature_extraction_utils import BatchFeature
 
-from ..modeling_iclip import ICLIPImageFeatures, ICLIPTextFeatures
-from ..processing_iclip import ICLIPProcessor
+from ..model.modeling_iclip import ICLIPImageFeatures, ICLIPTextFeatures
+from ..model.processing_iclip import ICLIPProcessor
 from .explainable import Pooling, RecordableModel, block_mlp, text_features, unit
 from .families import whole_image_processor
 from .recording import attend, merge_heads

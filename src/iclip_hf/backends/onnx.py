@@ -13,9 +13,9 @@ from unittest import mock
 import torch
 from torch import nn
 
-from ..configuration_iclip import ICLIPConfig, patch_side
-from ..modeling_iclip import ICLIPImageFeatures, ICLIPModel, ICLIPTextFeatures, average_templates, normalize
-from ..processing_iclip import ICLIPProcessor
+from ..model.configuration_iclip import ICLIPConfig, patch_side
+from ..model.modeling_iclip import ICLIPImageFeatures, ICLIPModel, ICLIPTextFeatures, average_templates, normalize
+from ..model.processing_iclip import ICLIPProcessor
 from ..utils.extras import require_extra
 from ..utils.files import atomic_folder, loading_errors
 

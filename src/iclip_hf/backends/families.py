@@ -12,9 +12,9 @@ from transformers import CLIPModel, SiglipImageProcessor
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from ..configuration_iclip import patch_side
-from ..modeling_iclip import ICLIPImageFeatures, ICLIPModel, ICLIPTextFeatures
-from ..processing_iclip import ICLIPProcessor
+from ..model.configuration_iclip import patch_side
+from ..model.modeling_iclip import ICLIPImageFeatures, ICLIPModel, ICLIPTextFeatures
+from ..model.processing_iclip import ICLIPProcessor
 from .explainable import ExplainableModel, Pooling, RecordableModel, block_mlp, text_features, unit
 from .onnx import ONNXModel
 from .recording import AttentionRecord, prepare, record

@@ -167,7 +167,7 @@ def test_nouns_of_the_background_compete_for_patches_without_attention():
     prior = torch.full_like(cosines, 1 / cosines.shape[1])
     prior[..., 1] = seen / seen.sum(1, keepdim=True)
     pooled = (prior * (10 * cosines).exp()).sum(1).log() / 10
-    scale, positives = model.logit_scales()[1].double(), has_noun > 0
+    scale, positives = model.interpretability()[0].double(), has_noun > 0
     contrast = (
         multi_positive_loss(scale * pooled, positives) + multi_positive_loss(scale * pooled.T, positives.T)
     ) / 2

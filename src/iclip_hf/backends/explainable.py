@@ -40,11 +40,9 @@ class ExplainableModel(ABC):
         templates (`list[str]`): default prompts for labels.
         pooling ([`Pooling`]): of the score, by the recognition branch.
         map_pooling ([`Pooling`]): of the branch that computes the maps.
-        matches_patches (`bool`): whether the patches were trained to match texts, see [`ICLIPModel.matches_patches`].
     """
 
     pooling = map_pooling = Pooling.ONE_QUERY
-    matches_patches = False
 
     def __init__(self, model, processor):
         self._given = model, processor

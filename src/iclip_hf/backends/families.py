@@ -64,7 +64,6 @@ class _ICLIP(ExplainableModel):
     def __init__(self, model: ICLIPModel | ONNXModel, processor: ICLIPProcessor):
         super().__init__(model, processor)
         config = model.config
-        self.matches_patches = model.matches_patches
         self.map_pooling = Pooling.ONE_QUERY if config.pooling == "class_token" else Pooling.PATCHES
         if config.max_over == "similarity":
             self.map_pooling = Pooling.SIMILARITIES
@@ -97,7 +96,7 @@ class ExplainableICLIP(_ICLIP, TransformersModel):
         return self.network.map_branch.visual_projection(self.network.centered_tokens(self._final_norm(stream)))
 
     def logit_scale(self) -> torch.Tensor:
-        return self.network.logit_scales()[0]
+        return self.network.recognition()[0]
 
 
 class ExplainableONNX(_ICLIP):

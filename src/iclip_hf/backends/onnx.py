@@ -72,7 +72,6 @@ class ONNXModel:
     """
 
     similarity_maps = ICLIPModel.similarity_maps
-    matches_patches = ICLIPModel.matches_patches
     device, dtype = torch.device("cpu"), torch.float32
 
     def __init__(self, folder: str | Path):

@@ -42,6 +42,9 @@ class ICLIPConfig(PreTrainedConfig):
             projections projects. `"class_token"` is the paper's. `"class_and_average"` is the class token followed by the mean
             patch token, as in DINOv2's linear evaluation and dino.txt. It requires `dual_projection`.
         projection_bias (`bool`, defaults to `False`): whether the projections have a bias.
+        image_hidden_size, text_hidden_size (`int`, default to 0): width of a hidden layer beside a linear projection, see
+            [`~modeling_iclip.Projection`]: of the image projection of the recognition branch, and of the text projections. 0 is the
+            paper's linear projection.
         map_attention (`str`, defaults to `"similarity"`): how the class token's attention A weights the similarity map.
             `"similarity"` multiplies the cosines by A. `"features"` multiplies the patch tokens by A before the projection (Eq. 12 to
             the letter); the normalisation cancels this factor unless `projection_bias` is set. `"additive"` raises the cosines of
@@ -49,6 +52,9 @@ class ICLIPConfig(PreTrainedConfig):
             2 `max_sharpness`, equally for all texts. `"signed"` does the same with A times a weight of the text in [-1, 1], which is
             learned from noun prompts: texts of objects raise the patches with attention, texts of the background ("sky") lower them.
             `"none"` does not use A.
+        map_branches (`str`, defaults to `"interpretability"`): the branches whose patches a map shows. `"both"`, which is not in
+            the paper, averages the cosines of the map branch with those of the recognition branch, whose projection of the average
+            patch is applied to each patch: what the score itself saw there. Requires `recognition_pooling="class_and_average"`.
         map_affinity (`float`, defaults to 0): sharpness of the sharing among similar patches. Token and attention of each patch
             become the mean over all patches, weighted by softmax(map_affinity * cosine of their tokens). 0 disables sharing. Not
             in the paper.
@@ -57,6 +63,11 @@ class ICLIPConfig(PreTrainedConfig):
         attention_quantile (`float` in (0, 1], defaults to 0.9): used with `attention_norm="quantile"`.
         logit_scale_init_value (`float` in [0, ln 100], defaults to 2.6592): initial value of the logarithm of the logit scale,
             ln(1 / 0.07).
+        logit_bias_init_value (`float`, *optional*): initial value of the bias of the recognition branch's logits, which makes their
+            sigmoid a probability, as in SigLIP. It requires training with a sigmoid, such as that of the noun loss. Without a bias,
+            the model has no presence.
+        presence_bias (`float`, defaults to 0): added to the logits for the presence, so that it holds at even odds, as if half of all
+            texts asked for were shown. The bias of the training holds for its share of positives.
         lock_vision (`bool`, defaults to `True`): whether the image tower is locked. A locked tower has no gradients and stays in
             eval mode.
         text_pooling (`str`, defaults to `"eos"`): the feature of a text. `"eos"` is the pooled output of a CLIP or SigLIP tower,
@@ -86,11 +97,16 @@ class ICLIPConfig(PreTrainedConfig):
     dual_projection: bool = True
     recognition_pooling: Literal["class_token", "class_and_average"] = "class_token"
     projection_bias: bool = False
+    image_hidden_size: int = 0
+    text_hidden_size: int = 0
     map_attention: Literal["similarity", "features", "additive", "signed", "none"] = "similarity"
+    map_branches: Literal["interpretability", "both"] = "interpretability"
     map_affinity: int | float = 0.0
     attention_norm: Literal["minmax", "quantile"] = "minmax"
     attention_quantile: int | float = 0.9
     logit_scale_init_value: int | float = 2.6592
+    logit_bias_init_value: int | float | None = None
+    presence_bias: int | float = 0.0
     lock_vision: bool = True
     text_pooling: Literal["eos", "mean", "class_token"] = "eos"
 
@@ -105,6 +121,8 @@ class ICLIPConfig(PreTrainedConfig):
         """Checks ranges and combinations of options. `@strict` checks their types before."""
         for name, allowed, fits in (
             ("projection_dim", "from 1", self.projection_dim >= 1),
+            ("image_hidden_size", "from 0", self.image_hidden_size >= 0),
+            ("text_hidden_size", "from 0", self.text_hidden_size >= 0),
             ("value_share", "in [0, 1]", 0 <= self.value_share <= 1),
             ("map_affinity", "from 0", self.map_affinity >= 0),
             ("max_sharpness", "above 0", self.max_sharpness > 0),
@@ -120,6 +138,8 @@ class ICLIPConfig(PreTrainedConfig):
             raise ValueError('max_over="similarity" needs dual_projection=True and pooling "masked_max" or "max".')
         if self.recognition_pooling != "class_token" and not self.dual_projection:
             raise ValueError(f"recognition_pooling={self.recognition_pooling!r} needs dual_projection=True.")
+        if self.map_branches == "both" and self.recognition_pooling != "class_and_average":
+            raise ValueError('map_branches="both" needs recognition_pooling="class_and_average".')
 
 
 def patch_side(vision_config: PreTrainedConfig) -> int:

@@ -112,8 +112,8 @@ class ICLIPTextFeatures(BaseModelOutputWithPooling):
     Attributes:
         pooler_output (`torch.Tensor` of shape `(..., T, P)`): projected feature of the recognition branch, not normalised.
         text_embeds (`torch.Tensor` of shape `(..., T, P)`): unit vectors of the recognition branch.
-        map_text_embeds (`torch.Tensor` of shape `(..., T, P)`): unit vectors of the map branch, equal to `text_embeds` in a model
-            with one branch.
+        map_text_embeds (`torch.Tensor` of shape `(..., T, P)`, or `(..., T, 2 P)` with `map_branches="both"`): unit vectors that
+            patches are compared with, equal to `text_embeds` in a model with one branch.
     """
 
     text_embeds: torch.FloatTensor | None = None
@@ -130,7 +130,8 @@ class ICLIPImageFeatures(BaseModelOutputWithPooling):
         image_embeds (`torch.Tensor` of shape `(B, P)`): unit vectors of the recognition branch.
         map_image_embeds (`torch.Tensor` of shape `(B, P)`): unit vectors of the map branch; None with `max_over="similarity"`, where
             this branch has no image vector.
-        patch_embeds (`torch.Tensor` of shape `(B, h, w, P)`): unit vectors of the patches, map branch.
+        patch_embeds (`torch.Tensor` of shape `(B, h, w, P)`, or `(B, h, w, 2 P)` with `map_branches="both"`): unit vectors of the
+            patches, to compare with `map_text_embeds`.
         patch_tokens (`torch.Tensor` of shape `(B, N, D)`): the tower's patch tokens after its final norm, row-major, N = h * w.
         attention (`torch.Tensor` of shape `(B, N)`): class-token attention over the patches, normalised to [0, 1] (Eq. 9).
         map_attention (`torch.Tensor` of shape `(B, N)`): `attention` after sharing among similar patches, see
@@ -160,7 +161,7 @@ class ICLIPOutput(ModelOutput):
 
     Attributes:
         loss (`torch.Tensor` scalar, with `return_loss=True`): contrastive loss, averaged over the branches (Eq. 13).
-        logits_per_image (`torch.Tensor` of shape `(B, T)`): scaled cosines of the recognition branch, float32.
+        logits_per_image (`torch.Tensor` of shape `(B, T)`): scaled cosines of the recognition branch, with its bias, float32.
         logits_per_text (`torch.Tensor` of shape `(T, B)`): their transpose.
         image_embeds, text_embeds (`torch.Tensor` of shape `(B, P)`, `(T, P)`): unit vectors of the recognition branch.
         map_image_embeds, map_text_embeds (`torch.Tensor` of shape `(B, P)`, `(T, P)`): unit vectors of the map branch.
@@ -189,25 +190,49 @@ class ICLIPOutput(ModelOutput):
         return tuple(value.to_tuple() if isinstance(value, ModelOutput) else value for value in self.values())
 
 
+class Projection(nn.Linear):
+    """
+    Linear projection of features `(..., in_features)`, with a hidden layer beside it if `hidden_size` is not 0:
+    W x + W2 GELU(W1 x + b1). W2 starts at zero, so that training starts from the linear projection.
+    """
+
+    def __init__(self, in_features: int, out_features: int, bias: bool, hidden_size: int = 0):
+        super().__init__(in_features, out_features, bias=bias)
+        self.hidden = None
+        if hidden_size:
+            layers = nn.Linear(in_features, hidden_size), nn.GELU(), nn.Linear(hidden_size, out_features, bias=False)
+            self.hidden = nn.Sequential(*layers)
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        projected = super().forward(features)
+        return projected if self.hidden is None else projected + self.hidden(features)
+
+
 class ICLIPBranch(nn.Module):
     """
-    One pair of projections into a shared image-text space, with its temperature (Eq. 12).
+    One pair of projections into a shared image-text space (Eq. 12), with its temperature and, if its logits are trained by a sigmoid, its
+    bias.
 
-    `logit_scale` is the logarithm of the scale. Its shape is (1,), because FSDP cannot shard scalars.
+    `logit_scale` is the logarithm of the scale. Both have the shape (1,), because FSDP cannot shard scalars.
     """
 
-    def __init__(self, config: ICLIPConfig, image_dim: int, text_dim: int):
+    def __init__(self, config: ICLIPConfig, image_dim: int, text_dim: int, recognises: bool = False):
         super().__init__()
-        self.visual_projection = nn.Linear(image_dim, config.projection_dim, bias=config.projection_bias)
-        self.text_projection = nn.Linear(text_dim, config.projection_dim, bias=config.projection_bias)
+        width, bias, hidden = config.projection_dim, config.projection_bias, config.image_hidden_size
+        self.visual_projection = Projection(image_dim, width, bias, hidden if recognises else 0)
+        self.text_projection = Projection(text_dim, width, bias, config.text_hidden_size)
         self.logit_scale = nn.Parameter(torch.full((1,), float(config.logit_scale_init_value)))
+        self.logit_bias = None
+        if recognises and config.logit_bias_init_value is not None:
+            self.logit_bias = nn.Parameter(torch.full((1,), float(config.logit_bias_init_value)))
 
-    def forward(self) -> torch.Tensor:
+    def forward(self) -> tuple[torch.Tensor, torch.Tensor | None]:
         """
-        Returns the logit scale, a scalar of at most 100 as in CLIP. This is a forward pass, because the hooks that load offloaded
-        parameters run before one.
+        Returns the logit scale, a scalar of at most 100 as in CLIP, and the bias, a scalar or None. This is a forward pass, because the
+        hooks that load offloaded parameters run before one.
         """
-        return self.logit_scale.exp().clamp(max=100).squeeze()
+        bias = None if self.logit_bias is None else self.logit_bias.squeeze()
+        return self.logit_scale.exp().clamp(max=100).squeeze(), bias
 
 
 class _AsVector(ConversionOps):
@@ -327,7 +352,7 @@ class ICLIPModel(PreTrainedModel):
         if config.text_pooling == "eos":
             text_dim = getattr(config.text_config, "projection_size", text_dim)  # SigLIP's head
         widths = 2 if config.recognition_pooling == "class_and_average" else 1
-        self.recognition = ICLIPBranch(config, widths * image_dim, text_dim)
+        self.recognition = ICLIPBranch(config, widths * image_dim, text_dim, recognises=True)
         self.interpretability = None
         if config.dual_projection:
             self.interpretability = ICLIPBranch(config, image_dim, text_dim)
@@ -358,10 +383,15 @@ class ICLIPModel(PreTrainedModel):
     @torch.no_grad()
     def _init_weights(self, module):
         super()._init_weights(module)
-        if isinstance(module, ICLIPBranch):
-            for projection in (module.visual_projection, module.text_projection):
-                init.normal_(projection.weight, std=projection.in_features**-0.5)
+        if isinstance(module, Projection):
+            init.normal_(module.weight, std=module.in_features**-0.5)
+            if module.hidden is not None:
+                init.normal_(module.hidden[0].weight, std=module.in_features**-0.5)
+                init.zeros_(module.hidden[-1].weight)
+        elif isinstance(module, ICLIPBranch):
             init.constant_(module.logit_scale, float(self.config.logit_scale_init_value))
+            if module.logit_bias is not None:
+                init.constant_(module.logit_bias, float(self.config.logit_bias_init_value))
         elif isinstance(module, ICLIPModel):
             for name in ("token_mean", "attention_direction"):
                 if hasattr(module, name):
@@ -426,9 +456,18 @@ class ICLIPModel(PreTrainedModel):
         """The map branch: the interpretability branch, or the only branch."""
         return self.recognition if self.interpretability is None else self.interpretability
 
-    def logit_scales(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Returns the logit scales of the recognition branch and of the map branch, scalars of at most 100."""
-        return self.recognition(), self.map_branch()
+    def presence(self, scores: torch.Tensor) -> torch.Tensor | None:
+        """
+        Computes the probability at even odds that images show texts, from their cosines of the recognition branch: the sigmoid of the
+        logit, shifted by `config.presence_bias`. Returns a tensor of the shape of `scores`, float32, in [0, 1]; None if the model was
+        trained with a softmax, whose logits have no zero.
+        """
+        scale, bias = self.recognition()
+        if bias is None:
+            return None
+        return (
+            scores.float() * scale.to(scores.device) + bias.to(scores.device) + self.config.presence_bias
+        ).sigmoid()
 
     def _set_gradient_checkpointing(self, enable: bool = True, **options):
         # Reentrant checkpoints drop gradients of tensors that are not outputs of a layer, such as the class token's attention.
@@ -521,23 +560,6 @@ class ICLIPModel(PreTrainedModel):
         patches = patch_embeds.flatten(1, -2)
         return pool_similarities(patches, text_embeds.to(patches), attention, self.config.max_sharpness)
 
-    def branch_logits(
-        self,
-        scale: torch.Tensor,
-        image_embeds: torch.Tensor,
-        text_embeds: torch.Tensor,
-        attention: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        """
-        Computes the scaled similarities of images and texts in a branch, `(B, T)` float32, which the loss compares: the cosines of images
-        `(B, P)`, or the pooled similarities of patches `(B, N, P)` with their attention `(B, N)`.
-        """
-        if attention is None:
-            similarities = cosines(image_embeds, text_embeds)
-        else:
-            similarities = self.pool_similarities(image_embeds, text_embeds, attention)
-        return scale.to(similarities.device) * similarities
-
     @can_return_tuple
     def get_image_features(self, pixel_values: torch.FloatTensor, **kwargs) -> ICLIPImageFeatures:
         """
@@ -567,8 +589,15 @@ class ICLIPModel(PreTrainedModel):
         direction = None
         if self.config.map_attention == "signed":
             direction = self.attention_direction.expand(pixel_values.shape[0], -1)
+            if self.config.map_branches == "both":  # the recognition branch has no part in the weight of the attention
+                direction = F.pad(2**0.5 * direction, (0, self.config.projection_dim))
         if self.config.map_attention == "features":
             patch_tokens = patch_tokens * map_attention.unsqueeze(-1).to(patch_tokens.dtype)  # Eq. 12 to the letter
+        patch_embeds = normalize(self.map_branch.visual_projection(patch_tokens))
+        if self.config.map_branches == "both":
+            # Each patch in place of the average patch, without a class token.
+            evidence = self.recognition.visual_projection(F.pad(patch_tokens, (patch_tokens.shape[-1], 0)))
+            patch_embeds = join_branches(patch_embeds, normalize(evidence))
         return ICLIPImageFeatures(
             last_hidden_state=image.tower_output.last_hidden_state,
             hidden_states=image.tower_output.hidden_states,
@@ -576,7 +605,7 @@ class ICLIPModel(PreTrainedModel):
             pooler_output=projected,
             image_embeds=normalize(projected),
             map_image_embeds=map_image_embeds,
-            patch_embeds=normalize(self.map_branch.visual_projection(patch_tokens)).unflatten(1, image.grid),
+            patch_embeds=patch_embeds.unflatten(1, image.grid),
             patch_tokens=image.patch_tokens,
             attention=attention,
             map_attention=map_attention,
@@ -612,13 +641,16 @@ class ICLIPModel(PreTrainedModel):
             average_templates(branch.text_projection(features).unflatten(0, texts), num_templates)
             for branch in (self.recognition, self.map_branch)
         )
+        text_embeds, map_text_embeds = normalize(projected), normalize(map_projected)
+        if self.config.map_branches == "both":
+            map_text_embeds = join_branches(map_text_embeds, text_embeds)
         return ICLIPTextFeatures(
             last_hidden_state=outputs.last_hidden_state,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             pooler_output=projected,
-            text_embeds=normalize(projected),
-            map_text_embeds=normalize(map_projected),
+            text_embeds=text_embeds,
+            map_text_embeds=map_text_embeds,
         )
 
     def similarity_maps(
@@ -653,11 +685,6 @@ class ICLIPModel(PreTrainedModel):
                 attention = attention * weights[..., None, None].to(attention)
             maps = maps + attention
         return maps
-
-    @property
-    def matches_patches(self) -> bool:
-        """Whether the loss compares patches with texts, so that patches tell of the presence of a text as well."""
-        return self.config.max_over == "similarity"
 
     @can_return_tuple
     def forward(
@@ -696,19 +723,25 @@ class ICLIPModel(PreTrainedModel):
         if text is None:
             text = self.get_text_features(input_ids, attention_mask, token_type_ids, num_templates, **kwargs)
 
-        scale, map_scale = self.logit_scales()
-        logits_per_image = self.branch_logits(scale, image.image_embeds, text.text_embeds)
+        scale, bias = self.recognition()
+        similarities = cosines(image.image_embeds, text.text_embeds)
+        logits_per_image = scale.to(similarities.device) * similarities
+        if bias is not None:
+            logits_per_image = logits_per_image + bias.to(logits_per_image.device)
         loss = None
         if return_loss:
             if text.text_embeds.shape != image.image_embeds.shape:
                 raise ValueError("The contrastive loss needs one text for each image.")
             loss = contrastive_loss(logits_per_image)
             if self.interpretability is not None:
-                by_patch = self.config.max_over == "similarity"
-                images = (image.patch_embeds, image.map_attention) if by_patch else (image.map_image_embeds,)
-                map_loss = contrastive_loss(
-                    self.branch_logits(map_scale, images[0], text.map_text_embeds, *images[1:])
-                )
+                map_scale, _ = self.interpretability()
+                map_texts = first_branch(text.map_text_embeds, self.config)
+                if self.config.max_over == "similarity":
+                    patches = first_branch(image.patch_embeds, self.config)
+                    map_similarities = self.pool_similarities(patches, map_texts, image.map_attention)
+                else:
+                    map_similarities = cosines(image.map_image_embeds, map_texts)
+                map_loss = contrastive_loss(map_scale.to(map_similarities.device) * map_similarities)
                 loss = (loss + map_loss.to(loss.device)) / 2
             if image.attention_direction is not None:  # learned from noun prompts only, but DDP waits for its gradient
                 loss = loss + 0 * image.attention_direction.sum().to(loss)
@@ -732,6 +765,18 @@ class ICLIPModel(PreTrainedModel):
 def normalize(features: torch.Tensor) -> torch.Tensor:
     """Scales vectors `(..., D)` to unit length, in float32. A zero vector stays zero. Keeps the dtype."""
     return F.normalize(features.float(), dim=-1).to(features.dtype)
+
+
+def join_branches(map_embeds: torch.Tensor, embeds: torch.Tensor) -> torch.Tensor:
+    """
+    Joins unit vectors `(..., P)` of both branches to unit vectors `(..., 2 P)`, whose products are the means of the products in the branches.
+    """
+    return torch.cat([map_embeds, embeds], -1) / 2**0.5
+
+
+def first_branch(joined: torch.Tensor, config: ICLIPConfig) -> torch.Tensor:
+    """Returns the unit vectors of the map branch in vectors that [`join_branches`] may have joined."""
+    return normalize(joined[..., : config.projection_dim])
 
 
 def attention_weights(direction: torch.Tensor, text_embeds: torch.Tensor, sharpness: float) -> torch.Tensor:

@@ -57,7 +57,7 @@ def presence(model, image, texts, references, prior: float = 0.5) -> torch.Tenso
 
     std, mean = torch.std_mean(cosines(image.image_embeds, references.text_embeds), dim=-1, keepdim=True)
     rank = (cosines(image.image_embeds, texts.text_embeds) - mean) / std
-    if model.matches_patches:
+    if getattr(getattr(model, "network", model), "interpretability", None) is not None:
         of_rank, of_patches, offset = RANK_AND_PATCHES
         evidence = patch_evidence(image.patch_embeds, texts.map_text_embeds, references.map_text_embeds)
         logit = of_rank * rank + of_patches * evidence.to(rank.device) + offset

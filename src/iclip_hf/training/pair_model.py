@@ -13,7 +13,7 @@ from torch import distributed, nn
 from torch.utils.checkpoint import checkpoint
 
 from ..model.losses import competition_loss, contrastive_loss, multi_positive_loss
-from ..model.modeling_iclip import ICLIPModel, ImageTokens, attention_weights, normalize
+from ..model.modeling_iclip import ICLIPModel, ImageTokens, attention_weights, cosines, normalize
 from ..model.pooling import share_among_like
 
 
@@ -259,11 +259,13 @@ class PairModel(nn.Module):
         branch, pairs = self.branches[name], len(features)
         images = normalize(branch.visual_projection(features).float())
         texts = normalize(branch.text_projection(text_features).float())
-        return BranchInputs(images, texts[:pairs], texts[pairs:], branch(), *attention)
+        return BranchInputs(images, texts[:pairs], texts[pairs:], branch()[0], *attention)
 
     def _logits(self, inputs: BranchInputs, texts: torch.Tensor) -> torch.Tensor:
         """Returns the logits (B, T) of this process's images with texts (T, P)."""
-        return self.model.branch_logits(inputs.scale, inputs.images, texts, inputs.attention)
+        if inputs.attention is None:
+            return inputs.scale * cosines(inputs.images, texts)
+        return inputs.scale * self.model.pool_similarities(inputs.images, texts, inputs.attention)
 
     def _encode_images(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, ...]:
         return image_features(self.model, pixel_values, self.map_tokens)

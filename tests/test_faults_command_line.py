@@ -64,7 +64,7 @@ ARGUMENTS = {
         --output a.csv
         --dataset voc2012 --data-root {empty}/absent
         --dataset coco2017 --split ../../etc
-        --measures luck
+        --metrics luck
     """,
     "init --output new": """
         --config no-such
@@ -79,10 +79,6 @@ ARGUMENTS = {
     "push --dry-run": """
         {model} a/b/c
         {model} model
-    """,
-    "export-metric": """
-        accuracy new
-        mmiou {photo}
     """,
     "demo": """
         --export-space new --model {model}

@@ -11,19 +11,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.metrics import average_precision_score, roc_auc_score
 
-from iclip_hf.evaluation import metrics
+from iclip_hf.evaluation import functional
+from iclip_hf.evaluation.functional import THRESHOLDS, contrast_counts, region_means, reliability, threshold_counts
 from iclip_hf.evaluation.metrics import (
-    THRESHOLDS,
+    LabelMaps,
     MeanForegroundMinusBackground,
     MeanIoU,
     MeanMaxIoU,
     MultiLabelAveragePrecision,
+    PointingGame,
+    Presence,
+    StuffContrast,
     TextContrast,
-    contrast_counts,
-    region_means,
-    reliability,
-    roc_auc,
-    threshold_counts,
 )
 from iclip_hf.model.similarity import resize_and_normalize
 
@@ -125,7 +124,7 @@ def test_counts_of_a_map_longer_than_a_block():
     shape = (301, 700)  # three blocks and a rest
     heatmap = random.random(shape, dtype=np.float32)
     mask = random.choice([0, 1, 255], size=shape).astype(np.uint8)
-    assert heatmap.size > 3 * metrics._BLOCK
+    assert heatmap.size > 3 * functional._BLOCK
     heatmap.flags.writeable = mask.flags.writeable = False
     np.testing.assert_array_equal(threshold_counts(heatmap, mask, 1), naive_counts(heatmap, mask, 1))
     (background, low), (foreground, high) = region_means(heatmap, mask, 1).tolist()
@@ -384,16 +383,6 @@ def test_average_precision_in_batches_any_order_and_merged_is_the_same_to_the_bi
     for part in reversed(parts):
         merged.merge(part)
     assert merged.compute() == whole.compute()
-
-
-@settings(deadline=None)
-@given(st.integers(0, 2**32 - 1), st.integers(2, 30), st.integers(1, 12))
-def test_roc_auc_equals_sklearn_with_ties(seed, items, levels):
-    random = np.random.default_rng(seed)
-    scores, shown = random.integers(0, levels, items) / levels, random.integers(0, 2, items).astype(bool)
-    shown[:2] = True, False
-    assert roc_auc(scores[shown], scores[~shown]) == pytest.approx(roc_auc_score(shown, scores), abs=1e-12)
-    assert math.isnan(roc_auc(scores[shown], scores[:0]))
 
 
 def test_reliability_by_hand():

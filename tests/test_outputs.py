@@ -78,7 +78,6 @@ CHOSEN = [
     "segment photo.jpg SEE --output photo.png",
     "compare photo.jpg SEE",
     "evaluate DATA --output pairs.json",
-    "export-metric mmiou .",
     "demo --export-space .",
 ]
 FOLDERS = [
@@ -133,7 +132,6 @@ def test_overwrite_replaces_chosen_names(world, mine, line):
         ("segment photo.jpg SEE --output a.png", ["a.png", "labels/a.png"], True),
         ("compare photo.jpg SEE --output a.png", ["a.png"], False),
         ("evaluate DATA --output a.json", ["a.json", "a.csv"], True),
-        ("export-metric mmiou new", ["new/README.md", "new/app.py", "new/mmiou.py", "new/requirements.txt"], True),
         ("demo --export-space out.d", ["out.d/README.md", "out.d/app.py", "out.d/requirements.txt"], True),
     ],
 )
@@ -161,7 +159,7 @@ def test_a_named_file_is_replaced_whoever_wrote_it_and_a_link_stays_one(world, m
 
 
 def test_a_result_and_its_table_are_replaced_together(tmp_path, monkeypatch):
-    first, second = (EvaluationResult({}, {}, {}, {"itsm": [{"id": id_}]}, {}, {}) for id_ in (1, 2))
+    first, second = (EvaluationResult({}, {}, {"itsm": [{"id": id_}]}, {}) for id_ in (1, 2))
     first.save(tmp_path / "a.json")
     before = contents(tmp_path)
     with pytest.raises(FileExistsError, match=r"a\.csv"):

@@ -1,7 +1,8 @@
-"""One loop that evaluates a model on a segmentation data set, with any measures (Tables 1, 4, 5 and 8 among them)."""
+"""One loop that evaluates a model on a segmentation data set, with any metrics (Tables 1, 4, 5 and 8 among them)."""
 
 from __future__ import annotations
 
+import copy
 import itertools
 import platform
 import time
@@ -26,8 +27,8 @@ from ..model.similarity import resize_and_normalize
 from ..utils.distributed import this_process
 from ..utils.extras import require_extra
 from ..utils.prefetch import prefetch_map, spare_processors
-from .measures import TASKS, make_measure
-from .measures.measure import EvaluatedImage, Measure
+from .metrics import make_metrics
+from .metrics.metric import CannotMeasure, EvaluatedImage, Metric, markdown
 from .results import EvaluationResult
 
 
@@ -35,11 +36,11 @@ with require_extra("eval"):
     from accelerate.utils import gather_object
 
 
-def evaluate(
+def evaluate_model(
     model,
     dataset: SegmentationDataset,
     methods: Sequence[str] = ("itsm",),
-    measures: Sequence[str | Measure] | None = None,
+    metrics: str | Sequence[str | Metric] = "interpretability",
     *,
     image_size: int | dict[str, int] | None = None,
     templates: Sequence[str] | None = None,
@@ -58,8 +59,8 @@ def evaluate(
         model: a loaded model, or anything that [`load`] accepts.
         dataset ([`SegmentationDataset`]): from `load_segmentation`.
         methods: names of explainers.
-        measures: names of `MEASURES`, or measures with options such as `Segmentation(window=224)`; those of the task
-            `"interpretability"` that the data set allows if not given.
+        metrics: a name of `TASKS`, which leaves out what the data set or the model does not have; or names of `METRICS` and metrics with
+            options such as `Segmentation(window=224)`.
         image_size (`int` or `dict`, *optional*): side in pixels of the square that images are resized to, or a `size` of
             [`ICLIPProcessor`]; the processor's if not given.
         templates: prompts for the class names; the data set's if not given.
@@ -72,62 +73,81 @@ def evaluate(
         [`EvaluationResult`].
 
     Raises:
-        `ValueError`, `TypeError`, `FileNotFoundError`: an option or a file is not as described.
+        `ValueError`, `TypeError`, `FileNotFoundError`: an option or a file is not as described; or the data set or the model does not have
+        what a metric measures.
     """
     start = time.perf_counter()
+    if limit is not None and limit < 1:
+        raise ValueError(f"limit is at least 1, not {limit}.")
     state = this_process("eval")
-    if measures is None:
-        measures = [name for name in TASKS["interpretability"] if name != "stuff_contrast" or dataset.stuff]
-    measures = [measure if isinstance(measure, Measure) else make_measure(measure) for measure in measures]
-    size = image_size or next((measure.image_size for measure in measures if measure.image_size), None)
+    metrics = [copy.copy(metric) for metric in make_metrics(metrics)]  # the caller's stay as they are
+    size = image_size or next((metric.image_size for metric in metrics if metric.image_size), None)
     run = EvaluationRun(model, dataset, methods, size, templates, refine, limit, batch_size, state)
-    for measure in measures:
-        measure.prepare(run)
-    protocol = run.protocol() | dict(itertools.chain(*(measure.protocol().items() for measure in measures)))
-    run.measure(measures, progress and state.is_main_process)
+    metrics = [metric for metric in metrics if _measurable(metric, run)]
+    totals = run.measure(metrics, progress and state.is_main_process)
 
-    gathered, *others = gather_object([[measure.totals for measure in measures]])  # alike on every process
-    for measure, totals in zip(measures, gathered):
-        measure.totals = totals
-    for other in others:
-        for measure, totals in zip(measures, other):
-            for method, of_method in measure.totals.items():
-                of_method.merge(totals[method])
-    results, rows, columns = zip(*(_report(measures, method, dataset) for method in run.methods))
-    presence, *_ = [reported.pop("presence", {}) for reported in results]  # the same for all methods
+    first, *others = gather_object([[total.state for total in totals.values()]])  # alike on every process
+    for total, of_all, *parts in zip(totals.values(), first, *others):
+        for part in parts:
+            of_all.merge(part)
+        total.state = of_all
+    results, per_class = {}, {}
+    for method in run.methods:
+        reports = {metric.name: totals[metric.name, metric.by_method and method].report() for metric in metrics}
+        results[method] = {name: scores for name, (scores, _) in reports.items()}
+        per_class[method] = _class_rows({name: rows for name, (_, rows) in reports.items()}, dataset)
     return EvaluationResult(
-        protocol=protocol,
-        results=dict(zip(run.methods, results)),
-        presence=presence,
-        per_class=dict(zip(run.methods, rows)),
+        protocol=run.protocol() | {"metrics": {metric.name: metric.protocol() for metric in metrics}},
+        results=results,
+        per_class=per_class,
         timing={
             "seconds": time.perf_counter() - start,
             "seconds_in_model": run.seconds_in_model,
             "images": len(run.indices),
         },
-        columns=dict(zip(run.methods, columns)),
+        tables=_tables(metrics, results, run.count, dataset.images_in_split),
     )
 
 
-def _report(measures: list[Measure], method: str, dataset: SegmentationDataset) -> tuple[dict, list[dict], dict]:
-    """Returns the scores of a method, a row for each class, and the cells of its row in the table by heading."""
-    reported, cells, left_out, by_class = {}, {}, {}, {}
-    for measure in measures:
-        found, rows = measure.report(method if measure.by_method else None)
-        if "left_out" in found:
-            left_out[measure.name] = found.pop("left_out")
-        cells |= dict(zip((heading for heading, _ in measure.scores.values()), measure.cells(found)))
-        reported |= found
-        for label, row in rows.items():
-            by_class.setdefault(label, {}).update(row)
-    names = dict(zip(dataset.labels, dataset.class_names)) | ({0: "background"} if 0 in by_class else {})
-    empty = dict.fromkeys(itertools.chain(*by_class.values()))
-    table = [{"id": label, "name": names[label], **empty, **by_class.get(label, {})} for label in sorted(names)]
-    return {**reported, "left_out": left_out}, table, cells
+def _measurable(metric: Metric, run: EvaluationRun) -> bool:
+    """Prepares a metric. Returns False if it is optional, and the data set or the model does not have what it measures."""
+    try:
+        metric.prepare(run)
+    except CannotMeasure:
+        if not metric.optional:
+            raise
+        return False
+    return True
+
+
+def _class_rows(by_metric: dict[str, dict[int, dict]], dataset: SegmentationDataset) -> list[dict]:
+    """Returns a row for each class, from the rows of each metric by class id. A class without a score has None."""
+    by_metric = {name: rows for name, rows in by_metric.items() if rows}
+    has_background = any(0 in rows for rows in by_metric.values())
+    names = ({0: "background"} if has_background else {}) | dict(zip(dataset.labels, dataset.class_names))
+    empty = {name: dict.fromkeys(itertools.chain(*rows.values())) for name, rows in by_metric.items()}
+    return [
+        {"id": label, "name": of_class} | {name: empty[name] | rows.get(label, {}) for name, rows in by_metric.items()}
+        for label, of_class in names.items()
+    ]
+
+
+def _tables(metrics: list[Metric], results: dict, images: int, images_in_split: int) -> list[str]:
+    """Returns a Markdown table with a row for each method, and the tables of the metrics' own."""
+    in_table = [metric for metric in metrics if metric.columns]
+    first = "method" if images == images_in_split else f"method, on {images} of {images_in_split} images"
+    headings = [first, *(heading for metric in in_table for heading, _ in metric.columns.values())]
+    rows = [
+        [method, *itertools.chain(*(metric.cells(scores[metric.name]) for metric in in_table))]
+        for method, scores in results.items()
+    ]
+    scores = next(iter(results.values()))  # the metrics with own tables do not depend on the method
+    own = itertools.chain(*(metric.tables(scores[metric.name]) for metric in metrics))
+    return [*([markdown(headings, rows)] if in_table else []), *own]
 
 
 class EvaluationRun:
-    """What the measures of an evaluation share: methods, encoded texts, and the images of this process. Parameters: [`evaluate`]."""
+    """What the metrics of an evaluation share: methods, encoded texts, and the images of this process. Parameters: [`evaluate_model`]."""
 
     def __init__(self, model, dataset, methods, image_size, templates, refine, limit, batch_size, state):
         self.model, self.dataset, self.methods = load(model), dataset, list(dict.fromkeys(methods))
@@ -149,44 +169,54 @@ class EvaluationRun:
     def _references(self) -> ICLIPTextFeatures:
         return self.model.references(self.templates)
 
-    def measure(self, measures: Sequence[Measure], progress: bool) -> None:
-        """Adds all images of this process to the totals. Threads decode and count while this thread runs the model."""
-        needs = frozenset().union(*(measure.needs for measure in measures))
+    def measure(self, metrics: Sequence[Metric], progress: bool) -> dict[tuple, Metric]:
+        """
+        Measures all images of this process. Threads decode images and update metrics while this thread runs the model. Returns a metric
+        with its items by name and method, which is False for metrics that do not depend on the method.
+        """
+        needs = frozenset().union(*(metric.needs for metric in metrics))
+        by_method = {False: [metric for metric in metrics if not metric.by_method]}
+        by_method |= dict.fromkeys(self.methods, [metric for metric in metrics if metric.by_method])
+        totals = {(metric.name, method): metric.empty() for method, of in by_method.items() for metric in of}
 
-        def count(image: EvaluatedImage) -> list[tuple]:
-            """Returns measure, method and counts."""
-            counts, heatmaps = [(m, None, m.count(image, None, None)) for m in measures if not m.by_method], None
-            for method, explainer in self.explainers.items():
-                if "maps" in needs:
-                    heatmaps = resize_and_normalize(image.raw_maps[method], image.sample.size, explainer.reversed)
-                counts += [(m, method, m.count(image, method, heatmaps)) for m in measures if m.by_method]
-            return counts
+        def update(image: EvaluatedImage) -> list[Metric]:
+            """Returns the metrics of `totals` with this image alone."""
+            parts = []
+            for method, of_method in by_method.items():
+                maps = None
+                if method and "maps" in needs:
+                    explainer = self.explainers[method]
+                    maps = resize_and_normalize(image.raw_maps[method], image.sample.size, explainer.reversed)
+                for metric in of_method:
+                    parts.append(metric.empty())
+                    parts[-1].update_from(image, method or None, maps)
+            return parts
 
         bar = tqdm(total=len(self.indices), unit="image", disable=not progress)
         with ThreadPoolExecutor(spare_processors()) as pool, bar:
             images = prefetch_map(pool, self._prepared, self.indices, 2 * self.batch_size)
-            images = self._forward(images, measures, needs)
-            for counts in prefetch_map(pool, count, images, 2 * self.batch_size):
-                for measure, method, of_image in counts:
-                    for part in of_image:
-                        measure.totals[method].add_counts(*part)
+            images = self._forward(images, metrics, needs)
+            for parts in prefetch_map(pool, update, images, 2 * self.batch_size):
+                for total, part in zip(totals.values(), parts):
+                    total.merge(part)
                 bar.update()
+        return totals
 
     def _prepared(self, index: int) -> EvaluatedImage:
         sample = self.dataset[index]
         return EvaluatedImage(index, sample, self.model.processor(images=[sample.image], **self.size)["pixel_values"])
 
     def _forward(
-        self, images: Iterator[EvaluatedImage], measures: Sequence[Measure], needs: frozenset[str]
+        self, images: Iterator[EvaluatedImage], metrics: Sequence[Metric], needs: frozenset[str]
     ) -> Iterator[EvaluatedImage]:
         """Yields the images after the model has run."""
 
         def forward(images: list[EvaluatedImage]) -> list[EvaluatedImage]:
             if needs:
                 self._draw(images, needs)
-            for measure in measures:
-                for image, found in zip(images, measure.forward(images)):
-                    image.outputs[measure.name] = found
+            for metric in metrics:
+                for image, found in zip(images, metric.run_model(images)):
+                    image.outputs[metric.name] = found
             return images
 
         while batch := list(itertools.islice(images, self.batch_size)):
@@ -202,7 +232,7 @@ class EvaluationRun:
         rows = [torch.tensor(image.sample.labels or (1,)) - 1 for image in images]
         rows = pad_sequence(rows, batch_first=True)  # (B, T): padded with any class
         drawn, others = {}, self.explainers
-        if "scores" in needs:
+        if needs & {"scores", "presence"}:
             result = forward(self.model, Pixels(pixel_values), self.texts, self._references)
             for image, *of_image in zip(images, result.scores, result.presence):
                 image.scores, image.presence = of_image
@@ -220,12 +250,14 @@ class EvaluationRun:
     def map_functions(self, image: EvaluatedImage) -> dict[str, Callable[[torch.Tensor], torch.Tensor]]:
         """
         Returns for each method a function from prepared images `(N, 3, H, W)` to raw maps for the classes that `image` shows,
-        `(N, T, h, w)`.
+        `(N, T, h, w)`, refined as those of the evaluation and negated where the method's maps are reversed.
         """
         rows = torch.tensor(image.sample.labels) - 1
 
         def explain(explainer: Explainer, pixel_values: torch.Tensor) -> torch.Tensor:
-            return maps_of(explainer, pixel_values, self.texts, rows.expand(len(pixel_values), -1))
+            maps = maps_of(explainer, pixel_values, self.texts, rows.expand(len(pixel_values), -1))
+            maps = refine_maps(maps, pixel_values.to(maps.device)) if self.refine else maps
+            return -maps if explainer.reversed else maps
 
         return {method: partial(explain, explainer) for method, explainer in self.explainers.items()}
 

@@ -149,13 +149,13 @@ def _figures(evaluation: Mapping) -> list[dict]:
     if data["images"] != data["images_in_split"] or evaluation["protocol"].get("own_names"):
         return []
     figures = []
-    for method, scores in evaluation["results"].items():
-        for metric in (name for name in DIGITS if name in scores):
+    for method, by_metric in evaluation["results"].items():
+        for metric, scores in by_metric.items():
             if metric == "mAP" and figures:  # the same for all methods
                 continue
-            value = round(scores[metric], DIGITS[metric])
+            value = round(scores[metric.lower()], DIGITS[metric])
             figures.append({"type": metric.lower(), "name": metric, "config": method, "value": value})
-            if metric == "mMIoU":
+            if "floor" in scores:
                 figures[-1]["args"] = {"floor": round(scores["floor"], 2)}
     return figures
 

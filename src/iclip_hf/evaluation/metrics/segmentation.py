@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from functools import partial
 
+import numpy as np
 import torch
 
 from ...explainers import Explainer
 from ...model.label_maps import BACKGROUND_LABEL, label_map
 from ...model.modeling_iclip import ICLIPTextFeatures
 from ...model.refinement import refine_maps
-from ..metrics import THRESHOLDS, MeanIoU, Sums
-from ..results import measured
-from .measure import EvaluatedImage, Measure
+from ..functional import THRESHOLDS, area_counts
+from .metric import EvaluatedImage, Metric
 
 
 # Short side of images under sliding windows, in pixels, as in SCLIP and its successors.
@@ -49,11 +50,78 @@ def windowed_maps(
     return total / number
 
 
-class Segmentation(Measure):
+class MeanIoU:
     """
-    mIoU, pixel accuracy and `floor` in percent, where each pixel gets the class with the highest raw map among all classes of the
-    data set, see [`label_map`]. `floor` is the mIoU of the best map with one class everywhere, which is `floor_class`. `thresholds`
-    are the background thresholds of the images at even and at odd positions, or None. Rows: `IoU` and `accuracy`.
+    mIoU of label maps: TP / (TP + FP + FN) of each class over the pixels of all images, averaged over the classes.
+
+    Args:
+        num_classes (`int`): number of classes K, with the background; class ids are 0..K-1.
+        background (`bool`): whether the background, class 0, is one of the classes of the mean.
+        ignore_index (`int`, defaults to 255): value of the pixels of the reference that are ignored.
+
+    Example:
+        >>> metric = MeanIoU(num_classes=2)
+        >>> metric.update(np.array([[1, 1, 0]]), np.array([[1, 0, 0]]))
+        >>> metric.compute()["miou"]
+        50.0
+    """
+
+    def __init__(self, num_classes: int, background: bool = True, ignore_index: int = 255):
+        self.num_classes, self.background, self.ignore_index = num_classes, background, ignore_index
+        self.areas = np.zeros((3, self.num_classes, 1), np.int64)
+
+    def update(self, prediction, reference, confidence=None) -> None:
+        """Adds one image. Arguments are those of [`area_counts`]; all images have confidences, or none."""
+        self.add_counts(area_counts(prediction, reference, self.num_classes, self.ignore_index, confidence))
+
+    def add_counts(self, areas: np.ndarray) -> None:
+        """Adds one image by its counts from [`area_counts`]."""
+        self.areas = self.areas + areas
+
+    def curve(self) -> np.ndarray:
+        """Returns the mIoU at each threshold, `(L,)`, percent (NaN without pixels)."""
+        iou = self._iou()
+        known = ~np.isnan(iou)
+        return np.where(known, iou, 0).sum(axis=0) / np.where(known.any(axis=0), known.sum(axis=0), np.nan)
+
+    def compute(self) -> dict:
+        """
+        Returns the scores of all images so far, at the lowest threshold.
+
+        - **miou** -- mean over classes, percent (NaN without pixels).
+        - **pixel_accuracy** -- share of the pixels with the right class, percent.
+        - **per_class** -- {class id: IoU in percent}. A class that is neither predicted nor in the reference is left out.
+        - **per_class_accuracy** -- {class id: share of its pixels that are predicted, percent}.
+        - **floor**, **floor_class** -- the best mIoU of a map with one class everywhere, percent, and this class.
+        - **pixels**, **left_out** -- number of pixels, and {"no_pixels": number of classes without any}.
+        """
+        first = 0 if self.background else 1
+        in_both, _, referenced = self.areas[:, first:, 0]
+        iou = self._iou()[:, 0]
+        shown, pixels = np.flatnonzero(referenced), int(referenced.sum())
+        floor = 100 * referenced / (pixels or math.nan) / (len(shown) or math.nan)
+        return {
+            "miou": float(self.curve()[0]),
+            "pixel_accuracy": 100 * int(in_both.sum()) / (pixels or math.nan),
+            "per_class": {first + int(k): float(iou[k]) for k in np.flatnonzero(~np.isnan(iou))},
+            "per_class_accuracy": {first + int(k): 100 * int(in_both[k]) / int(referenced[k]) for k in shown},
+            "floor": float(floor.max()),
+            "floor_class": first + int(referenced.argmax()),
+            "pixels": pixels,
+            "left_out": {"no_pixels": int(np.isnan(iou).sum())},
+        }
+
+    def _iou(self) -> np.ndarray:
+        """Returns the IoU of each class of the mean at each threshold, percent; NaN for a class without pixels."""
+        in_both, predicted, referenced = self.areas[:, 0 if self.background else 1 :]
+        union = predicted + referenced - in_both
+        return 100 * in_both / np.where(union, union, np.nan)
+
+
+class Segmentation(Metric):
+    """
+    The scores of [`MeanIoU`], where each pixel gets the class with the highest raw map among all classes of the data set, see
+    [`label_map`].
 
     If the data set has a background, it consists of the pixels whose confidence is not above a threshold, and of those where a text
     for the background is best. If neither a threshold nor such texts are given, the threshold is chosen on other images: the images
@@ -69,9 +137,16 @@ class Segmentation(Measure):
     """
 
     name = "segmentation"
-    scores = {"mIoU": ("mIoU %", 2), "pixel_accuracy": ("pixel accuracy %", 2), "floor": ("floor %", 2)}
-    scores |= {"floor_class": ("floor's class", 0), "thresholds": ("background threshold", 0)}
-    metric = Sums  # of the images at even and at odd positions
+    columns = {
+        "miou": ("mIoU %", 2),
+        "pixel_accuracy": ("pixel accuracy %", 2),
+        "floor": ("floor of mIoU %", 2),
+        "floor_class": ("floor's class", 0),
+        "thresholds": ("background threshold", 0),
+    }
+    rows = {"IoU": "per_class", "accuracy": "per_class_accuracy"}
+    needs = frozenset()
+    definition = "raw maps of all classes, bicubic to the image's size; the highest one counts"
 
     def __init__(
         self,
@@ -85,6 +160,7 @@ class Segmentation(Measure):
             raise ValueError(f"The stride of {stride} needs a window.")
         if logit_scale is not None and not 0 < logit_scale < float("inf"):
             raise ValueError(f"logit_scale is a positive number such as 40, not {logit_scale}.")
+        super().__init__()
         self.window, self.stride = window, stride or (window and window // 2)
         self.background, self.threshold, self.logit_scale = background, threshold, logit_scale
         if window:
@@ -114,7 +190,7 @@ class Segmentation(Measure):
         self.iou = partial(MeanIoU, len(dataset.labels) + 1, dataset.background, dataset.void)
         super().prepare(run)
 
-    def forward(self, images: list[EvaluatedImage]) -> list[dict[str, torch.Tensor]]:
+    def run_model(self, images: list[EvaluatedImage]) -> list[dict[str, torch.Tensor]]:
         """Returns raw maps of all texts `(T, h, w)` by method for each image."""
         pixel_values = torch.cat([image.pixel_values for image in images])
         by_method = {}
@@ -128,15 +204,24 @@ class Segmentation(Measure):
             by_method[method] = (-maps if explainer.reversed else maps).cpu()
         return [dict(zip(by_method, maps)) for maps in zip(*by_method.values())]
 
-    def count(self, image: EvaluatedImage, method: str, heatmaps: None) -> list[tuple]:
+    def update_from(self, image: EvaluatedImage, method: str, maps: None) -> None:
         options = {"threshold": self.threshold, "logit_scale": self.logit_scale, "classes": self.classes}
         labels, confidence = label_map(image.outputs[self.name][method], image.sample.size, **options)
-        areas = self.iou().count(labels + 1, image.sample.label_map, confidence if self.sweeps else None)
-        return [(areas, image.index % 2)]
+        self.update(labels + 1, image.sample.label_map, confidence, image.index)
 
-    def report(self, method: str) -> tuple[dict, dict[int, dict]]:
+    def update(self, prediction, reference, confidence, index: int) -> None:
+        """Adds the image at this position of the data set. The other arguments are those of [`MeanIoU`]."""
+        iou = self.iou()
+        iou.update(prediction, reference, confidence if self.sweeps else None)
+        self.state.add(iou.areas, index % 2)  # by even and odd positions
+
+    def compute(self) -> dict:
+        """
+        Returns the scores of [`MeanIoU`], with the name of `floor_class`, and `thresholds`: the background thresholds of the images at even
+        and at odd positions, or None.
+        """
         whole, folds, thresholds, best = self.iou(), [self.iou(), self.iou()], None, [0, 0]
-        for fold, areas in self.totals[method].sums.items():
+        for fold, areas in self.state.sums.items():
             folds[fold].add_counts(areas)
         if self.sweeps:  # each fold takes the best threshold of the other
             best = [int(fold.curve().argmax()) for fold in reversed(folds)]
@@ -146,30 +231,18 @@ class Segmentation(Measure):
         for fold, index in zip(folds, best):
             whole.add_counts(fold.areas[..., [index]])
         scores = whole.compute()
-        reported = {
-            **{name: measured(scores[name.lower()]) for name in ("mIoU", "pixel_accuracy", "floor")},
-            "floor_class": ["background", *self.run.dataset.class_names][scores["floor_class"]],
-            "thresholds": thresholds,
-            **{name: scores[name] for name in ("pixels", "left_out")},
-        }
-        accuracy = scores["per_class_accuracy"]
-        ids = range(0 if self.run.dataset.background else 1, whole.num_classes)
-        rows = {k: {"IoU": scores["per_class"].get(k), "accuracy": accuracy.get(k)} for k in ids}
-        return reported, rows
+        scores["floor_class"] = ["background", *self.run.dataset.class_names][scores["floor_class"]]
+        return scores | {"thresholds": thresholds}
 
-    def cells(self, reported: dict) -> list[str]:
-        thresholds = dict.fromkeys(reported["thresholds"] or ["-"])  # once if they are equal
-        shown = reported | {"floor_class": None, "thresholds": None}
-        return [*super().cells(shown)[:3], str(reported["floor_class"]), " / ".join(map(str, thresholds))]
+    def cells(self, scores: Mapping) -> list[str]:
+        thresholds = dict.fromkeys(scores["thresholds"] or ["-"])  # once if they are equal
+        shown = {**scores, "floor_class": None, "thresholds": None}
+        return [*super().cells(shown)[:3], str(scores["floor_class"]), " / ".join(map(str, thresholds))]
 
     def protocol(self) -> dict:
         chosen = "the best of the images at the other (even or odd) positions"
-        return {
-            "window": self.window,
-            "stride": self.stride,
+        return super().protocol() | {
             "synonyms": [list(texts) for texts in self.run.dataset.synonyms],
-            "background_texts": self.texts_of_background,
-            "logit_scale": self.logit_scale,
-            "label_maps": "raw maps of all classes, bicubic to the image's size; the highest one counts",
-            "background_threshold": chosen if self.sweeps else self.threshold,
+            "background": self.texts_of_background,
+            "threshold": chosen if self.sweeps else self.threshold,
         }

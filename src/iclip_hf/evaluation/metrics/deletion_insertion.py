@@ -13,7 +13,7 @@ import torch
 from ...backends.explainable import ExplainableModel, recordable
 from ...model.modeling_iclip import ICLIPTextFeatures, cosines
 from ...model.similarity import resize_maps
-from .measure import EvaluatedImage, MeansMeasure
+from .metric import ClassMeans, EvaluatedImage
 
 
 STEPS = 10  # of deletion and of insertion
@@ -93,7 +93,7 @@ def area_under(curves: torch.Tensor) -> torch.Tensor:
     return torch.trapezoid(curves, dx=1 / (curves.shape[1] - 1), dim=1)
 
 
-class DeletionInsertion(MeansMeasure):
+class DeletionInsertion(ClassMeans):
     """
     Areas under the curves of deletion and insertion, of the cosine and of the probability among all classes, and insertion minus
     deletion.
@@ -104,18 +104,19 @@ class DeletionInsertion(MeansMeasure):
     """
 
     name = "deletion_insertion"
-    scores = {
+    columns = {
         f"{name}_{kind}": (name + heading, 4)
         for kind, heading in (("probability", ""), ("cosine", ", cosine"))
         for name in ("insertion", "deletion", "difference")
     }
-    columns = ("deletion_cosine", "deletion_probability", "insertion_cosine", "insertion_probability")
-    definition = {
-        "deletion_insertion": "pixels by the map, highest first, in steps of 1 / (2 * steps) of the image; deletion fills with normal "
-        "noise, insertion starts from zeros; probability among the class names"
-    }
+    names = ("deletion_cosine", "deletion_probability", "insertion_cosine", "insertion_probability")
+    definition = (
+        "pixels by the map, highest first, in steps of 1 / (2 * steps) of the image; deletion fills with normal noise, insertion starts "
+        "from zeros; probability among the class names"
+    )
 
     def __init__(self, steps: int = STEPS, seed: int = 0):
+        super().__init__()
         self.steps, self.seed = steps, seed
 
     def prepare(self, run) -> None:

@@ -42,14 +42,11 @@ ARGUMENTS = {
         --output {long}.png
         --model {empty}/absent
         --model embeded
-        --images-per-file 3
         --device abacus
     """,
     "explain --text dog --model {model}": """
         {empty}
         {photo} {photo} --output a.png
-        {world} {photo}
-        {world} --npz
     """,
     "compare {photo} --model {model} --text dog": """
         --methods itsm,gem

@@ -8,22 +8,18 @@ import platform
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from functools import cached_property, partial
 from importlib.metadata import version
 
 import torch
-from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 from ..backends.loading import load
 from ..data.segmentation import SegmentationDataset
-from ..explainers import Explainer, make_explainer, select_texts
-from ..model.explanation_core import Pixels, forward
-from ..model.images import map_groups
+from ..explainers import make_explainer
+from ..model.engine import Engine, map_groups
 from ..model.modeling_iclip import ICLIPTextFeatures
-from ..model.prompts import check_templates
-from ..model.refinement import refine_maps
-from ..model.similarity import resize_and_normalize
 from ..utils.distributed import this_process
 from ..utils.extras import require_extra
 from ..utils.prefetch import prefetch_map, spare_processors
@@ -61,8 +57,8 @@ def evaluate_model(
         methods: names of explainers.
         metrics: a name of `TASKS`, which leaves out what the data set or the model does not have; or names of `METRICS` and metrics with
             options such as `Segmentation(window=224)`.
-        image_size (`int` or `dict`, *optional*): side in pixels of the square that images are resized to, or a `size` of
-            [`ICLIPProcessor`]; the processor's if not given.
+        image_size (`int` or `dict`, *optional*): side in pixels of the square that images are resized to for the maps, or a `size` of
+            [`ICLIPProcessor`]; the processor's if not given. mAP and presence always come from the processor's.
         templates: prompts for the class names; the data set's if not given.
         refine (`bool`): whether to refine the maps by the colours of the image, see [`refine_maps`].
         limit (`int`, *optional*): evaluate only the first images.
@@ -147,27 +143,33 @@ def _tables(metrics: list[Metric], results: dict, images: int, images_in_split: 
 
 
 class EvaluationRun:
-    """What the metrics of an evaluation share: methods, encoded texts, and the images of this process. Parameters: [`evaluate_model`]."""
+    """
+    What the metrics of an evaluation share. Parameters: [`evaluate_model`].
+
+    Attributes:
+        model ([`ExplainableModel`]), dataset, methods, batch_size, refine: as given.
+        engine ([`Engine`]): computes the scores.
+        engines (`dict`): for each method an [`Engine`], which computes its maps.
+        count (`int`): number of images of all processes.
+        indices (`range`): positions of the images of this process.
+    """
 
     def __init__(self, model, dataset, methods, image_size, templates, refine, limit, batch_size, state):
         self.model, self.dataset, self.methods = load(model), dataset, list(dict.fromkeys(methods))
-        self.explainers = {method: make_explainer(self.model, method) for method in self.methods}
-        self.templates = check_templates(dataset.templates if templates is None else templates)
-        size = {"height": image_size, "width": image_size} if isinstance(image_size, int) else image_size
-        self.size = {} if size is None else {"size": size}
+        templates = dataset.templates if templates is None else templates
+        options = {"templates": templates, "image_size": image_size, "refine": refine}
+        new_engine = partial(Engine, self.model, self.model.processor, **options)
+        self.engine = new_engine()
+        self.engines = {method: new_engine(method=make_explainer(self.model, method)) for method in self.methods}
         self.refine, self.batch_size = refine, batch_size
-        self.count = min(len(dataset), limit or len(dataset))  # of all processes
-        self.indices = range(state.process_index, self.count, state.num_processes)  # of this one
+        self.count = min(len(dataset), limit or len(dataset))
+        self.indices = range(state.process_index, self.count, state.num_processes)
         self.seconds_in_model = 0.0
 
     @cached_property
     def texts(self) -> ICLIPTextFeatures:
         """The encoded class names, `(K, P)`, on the device of the model."""
-        return self.model.encode_texts(self.dataset.class_names, self.templates)
-
-    @cached_property
-    def _references(self) -> ICLIPTextFeatures:
-        return self.model.references(self.templates)
+        return self.engine.encode(self.dataset.class_names)
 
     def measure(self, metrics: Sequence[Metric], progress: bool) -> dict[tuple, Metric]:
         """
@@ -183,10 +185,7 @@ class EvaluationRun:
             """Returns the metrics of `totals` with this image alone."""
             parts = []
             for method, of_method in by_method.items():
-                maps = None
-                if method and "maps" in needs:
-                    explainer = self.explainers[method]
-                    maps = resize_and_normalize(image.raw_maps[method], image.sample.size, explainer.reversed)
+                maps = image.explanations[method].maps if method and "maps" in needs else None
                 for metric in of_method:
                     parts.append(metric.empty())
                     parts[-1].update_from(image, method or None, maps)
@@ -195,7 +194,7 @@ class EvaluationRun:
         bar = tqdm(total=len(self.indices), unit="image", disable=not progress)
         with ThreadPoolExecutor(spare_processors()) as pool, bar:
             images = prefetch_map(pool, self._prepared, self.indices, 2 * self.batch_size)
-            images = self._forward(images, metrics, needs)
+            images = self._run_model(images, metrics, needs)
             for parts in prefetch_map(pool, update, images, 2 * self.batch_size):
                 for total, part in zip(totals.values(), parts):
                     total.merge(part)
@@ -204,16 +203,32 @@ class EvaluationRun:
 
     def _prepared(self, index: int) -> EvaluatedImage:
         sample = self.dataset[index]
-        return EvaluatedImage(index, sample, self.model.processor(images=[sample.image], **self.size)["pixel_values"])
+        rows = [label - 1 for label in sample.labels]
+        return EvaluatedImage(index, sample, self.engine.prepare(sample.image, sample.size, rows))
 
-    def _forward(
+    def _run_model(
         self, images: Iterator[EvaluatedImage], metrics: Sequence[Metric], needs: frozenset[str]
     ) -> Iterator[EvaluatedImage]:
         """Yields the images after the model has run."""
+        needs_scores = bool(needs & {"scores", "presence"})
+        own = [engine for engine in self.engines.values() if engine.method.is_own_map]
+        encoder = self.engine if needs_scores or own else next(iter(self.engines.values()))
 
-        def forward(images: list[EvaluatedImage]) -> list[EvaluatedImage]:
-            if needs:
-                self._draw(images, needs)
+        def run(images: list[EvaluatedImage]) -> list[EvaluatedImage]:
+            # Encoded once for the scores and for the maps of itsm and reversed_itsm. Every other method runs the image tower itself.
+            for image, encoded in zip(images, encoder.encode_images([image.prepared for image in images])):
+                image.prepared = encoded
+            prepared = [image.prepared for image in images]
+            if needs_scores:
+                without_maps = [replace(image, rows=()) for image in prepared]
+                for image, found in zip(images, self.engine.run(without_maps, self.texts, len(images))):
+                    image.scores = found.all_scores
+                    presence = self.model.presence(found.all_scores.to(self.texts.text_embeds.device))
+                    image.presence = None if presence is None else presence.cpu()
+            if "maps" in needs:
+                for method, engine in self.engines.items():
+                    for image, found in zip(images, engine.run(prepared, self.texts, len(images))):
+                        image.explanations[method] = found
             for metric in metrics:
                 for image, found in zip(images, metric.run_model(images)):
                     image.outputs[metric.name] = found
@@ -221,49 +236,26 @@ class EvaluationRun:
 
         while batch := list(itertools.islice(images, self.batch_size)):
             began = time.perf_counter()
-            batch = map_groups(forward, batch, [image.pixel_values.shape for image in batch])
+            batch = map_groups(run, batch, [image.prepared.kind for image in batch])
             self.seconds_in_model += time.perf_counter() - began
             yield from batch
-
-    def _draw(self, images: list[EvaluatedImage], needs: frozenset[str]) -> None:
-        """Adds scores, presence and raw maps to images of one shape."""
-        # One forward pass gives the similarity map, its reversal, and the scores of all classes. Every other method needs its own.
-        pixel_values = torch.cat([image.pixel_values for image in images])
-        rows = [torch.tensor(image.sample.labels or (1,)) - 1 for image in images]
-        rows = pad_sequence(rows, batch_first=True)  # (B, T): padded with any class
-        drawn, others = {}, self.explainers
-        if needs & {"scores", "presence"}:
-            result = forward(self.model, Pixels(pixel_values), self.texts, self._references)
-            for image, *of_image in zip(images, result.scores, result.presence):
-                image.scores, image.presence = of_image
-            shown = result.raw_maps[torch.arange(len(rows))[:, None], rows]
-            drawn = dict.fromkeys(("itsm", "reversed_itsm"), shown)  # reversed once they are stretched to [0, 1]
-            others = {name: explainer for name, explainer in self.explainers.items() if name not in drawn}
-        if "maps" in needs:
-            drawn |= {name: maps_of(other, pixel_values, self.texts, rows) for name, other in others.items()}
-            for method in self.methods:
-                maps = drawn[method].cpu()
-                maps = refine_maps(maps, pixel_values) if self.refine else maps
-                for image, of_image in zip(images, maps):
-                    image.raw_maps[method] = of_image[: len(image.sample.labels)]
 
     def map_functions(self, image: EvaluatedImage) -> dict[str, Callable[[torch.Tensor], torch.Tensor]]:
         """
         Returns for each method a function from prepared images `(N, 3, H, W)` to raw maps for the classes that `image` shows,
         `(N, T, h, w)`, refined as those of the evaluation and negated where the method's maps are reversed.
         """
-        rows = torch.tensor(image.sample.labels) - 1
 
-        def explain(explainer: Explainer, pixel_values: torch.Tensor) -> torch.Tensor:
-            maps = maps_of(explainer, pixel_values, self.texts, rows.expand(len(pixel_values), -1))
-            maps = refine_maps(maps, pixel_values.to(maps.device)) if self.refine else maps
-            return -maps if explainer.reversed else maps
+        def explain(engine: Engine, pixel_values: torch.Tensor) -> torch.Tensor:
+            rows = [image.prepared.rows] * len(pixel_values)
+            maps, _ = engine.raw_maps(pixel_values, self.texts, rows=rows)
+            return -maps if engine.method.reversed else maps
 
-        return {method: partial(explain, explainer) for method, explainer in self.explainers.items()}
+        return {method: partial(explain, engine) for method, engine in self.engines.items()}
 
     def protocol(self) -> dict:
         """Returns what is needed to repeat an evaluation of these images."""
-        dataset = self.dataset
+        dataset, size = self.dataset, self.engine.image_size or dict(self.model.processor.image_processor.size)
         return {
             **self.model.identity,
             "dataset": {
@@ -273,21 +265,11 @@ class EvaluationRun:
                 "images_in_split": dataset.images_in_split,
                 "fingerprint": dataset.fingerprint(),
             },
-            "image_size": self.size.get("size") or dict(self.model.processor.image_processor.size),
-            "resize": "whole image, no crop",
-            "templates": self.templates,
+            "image_size": {"height": size, "width": size} if isinstance(size, int) else size,
+            "resize": "whole image, no crop; scores at the model's own size",
+            "templates": self.engine.templates,
             "class_names": list(dataset.class_names),
             "refine": self.refine,
             "versions": {name: version(name).split("+")[0] for name in ("iclip-hf", "torch", "transformers")},
             "python": platform.python_version(),
         }
-
-
-def maps_of(
-    explainer: Explainer, pixel_values: torch.Tensor, texts: ICLIPTextFeatures, rows: torch.Tensor
-) -> torch.Tensor:
-    """Computes raw maps `(B, T, h, w)` of the texts `rows`, indices `(B, T)` into all texts of a data set, `(K, P)`."""
-    if explainer.backward_per_text:  # the absent classes need none
-        return explainer.raw_maps(pixel_values, select_texts(texts, rows))[0]
-    # The other texts are almost free, and clip_surgery subtracts their mean.
-    return explainer.raw_maps(pixel_values, texts)[0][torch.arange(len(rows))[:, None], rows]

@@ -126,12 +126,15 @@ class DeletionInsertion(ClassMeans):
     def measure(self, image: EvaluatedImage) -> dict[str, torch.Tensor]:
         rows = torch.tensor(image.sample.labels) - 1
         followed = []
-        for method, explainer in self.run.explainers.items():
-            maps = -image.raw_maps[method] if explainer.reversed else image.raw_maps[method]
-            followed.append(maps if explainer.sees_text else maps[:1])  # one map for all texts is measured once
+        for method, engine in self.run.engines.items():
+            found = image.explanations[method]
+            maps = -found.raw_maps if found.reversed else found.raw_maps
+            followed.append(maps if engine.method.sees_text else maps[:1])  # one map for all texts is measured once
+        prepared = image.prepared  # pixels of the model's own size, which scores come from
+        pixel_values = prepared.pixel_values if prepared.own_pixel_values is None else prepared.own_pixel_values
         curves = deletion_insertion(
             self.score,
-            image.pixel_values[0].to(self.run.texts.text_embeds.device),
+            pixel_values[0].to(self.run.texts.text_embeds.device),
             torch.cat(followed),
             steps=self.steps,
             seed=self.seed + image.index,
@@ -140,7 +143,7 @@ class DeletionInsertion(ClassMeans):
         areas = torch.cat([area_under(curve) for curve in curves], -1)  # (maps, classes of the data set, 4)
         own = torch.arange(len(rows)), rows  # the score of each map's own text
         parts = areas.split([len(maps) for maps in followed])
-        return {method: part.expand(len(rows), -1, -1)[own] for method, part in zip(self.run.explainers, parts)}
+        return {method: part.expand(len(rows), -1, -1)[own] for method, part in zip(self.run.engines, parts)}
 
     def named(self, values) -> dict:
         named = super().named(values)

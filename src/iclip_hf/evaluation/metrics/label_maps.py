@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import torch
 
-from ...explainers.localizer import Localizer, PreparedImage
 from ...model.explanation import Explanation
-from ...model.explanation_core import Pixels
 from ...utils.arrays import to_numpy
 from .metric import EvaluatedImage, Metric
 from .recognition import like_classes
@@ -85,8 +85,6 @@ class LabelMaps(Metric):
         super().prepare(run)
         self.ignore_index = run.dataset.void
         self.like = like_classes(run.dataset.supercategories, run.texts.text_embeds)
-        names, options = run.dataset.class_names, {"templates": run.templates, "refine": run.refine}
-        self.localizers = {method: Localizer(run.model, names, method=method, **options) for method in run.methods}
 
     def typed(self, image: EvaluatedImage) -> list[int]:
         """Returns the indices of the typed classes: those that the image shows, in the order of its labels, then the absent ones."""
@@ -101,11 +99,9 @@ class LabelMaps(Metric):
         return typed
 
     def run_model(self, images: list[EvaluatedImage]) -> list[dict[str, Explanation]]:
-        prepared = [
-            PreparedImage(Pixels(image.pixel_values), None, image.sample.size, self.typed(image)) for image in images
-        ]
-        explained = [localizer.explain(prepared, len(images)) for localizer in self.localizers.values()]
-        return [dict(zip(self.localizers, explanations)) for explanations in zip(*explained)]
+        prepared = [replace(image.prepared, rows=self.typed(image)) for image in images]
+        explained = [engine.run(prepared, self.run.texts, len(images)) for engine in self.run.engines.values()]
+        return [dict(zip(self.run.engines, explanations)) for explanations in zip(*explained)]
 
     def update_from(self, image: EvaluatedImage, method: str, maps: torch.Tensor) -> None:
         self.update(image.outputs[self.name][method].label_map(), image.masks, image.sample.labels)

@@ -58,6 +58,6 @@ class MaxSensitivity(ClassMeans):
 
     def measure(self, image: EvaluatedImage) -> dict[str, torch.Tensor]:
         return {
-            method: max_sensitivity(explain, image.pixel_values[0], seed=self.seed + image.index)[:, None]
+            method: max_sensitivity(explain, image.prepared.pixel_values[0], seed=self.seed + image.index)[:, None]
             for method, explain in self.run.map_functions(image).items()
         }

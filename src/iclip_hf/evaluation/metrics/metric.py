@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     import torch
 
     from ...data.segmentation import SegmentationSample
+    from ...model.engine import PreparedImage
+    from ...model.explanation import Explanation
 
 
 @dataclass
@@ -28,10 +30,10 @@ class EvaluatedImage:
 
     index: int  # position in the data set
     sample: SegmentationSample
-    pixel_values: torch.Tensor  # (1, 3, H, W), prepared
+    prepared: PreparedImage
     scores: torch.Tensor | None = None  # (K,), cosines with all classes, if a metric needs scores
     presence: torch.Tensor | None = None  # (K,), if a metric needs presence
-    raw_maps: dict[str, torch.Tensor] = field(default_factory=dict)  # by method, (T, h, w), if a metric needs maps
+    explanations: dict[str, Explanation] = field(default_factory=dict)  # of T texts, by method, if a metric needs maps
     outputs: dict[str, Any] = field(default_factory=dict)  # by the name of a metric, from `Metric.run_model`
 
     @cached_property

@@ -98,7 +98,7 @@ class Randomization(ClassMeans):
 
     def measure(self, image: EvaluatedImage) -> dict[str, torch.Tensor]:
         return {
-            method: self.layers.correlations(explain, image.pixel_values)[:, 0].T
+            method: self.layers.correlations(explain, image.prepared.pixel_values)[:, 0].T
             for method, explain in self.run.map_functions(image).items()
         }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import math
 from collections.abc import Mapping, Sequence
@@ -10,7 +11,7 @@ from functools import partial
 import numpy as np
 import torch
 
-from ...explainers import Explainer
+from ...model.engine import Engine
 from ...model.label_maps import BACKGROUND_LABEL, label_map
 from ...model.modeling_iclip import ICLIPTextFeatures
 from ...model.refinement import refine_maps
@@ -23,23 +24,26 @@ SHORT_SIDE = 336
 
 
 def windowed_maps(
-    explainer: Explainer, pixel_values: torch.Tensor, texts: ICLIPTextFeatures, window: int, stride: int
+    engine: Engine, pixel_values: torch.Tensor, texts: ICLIPTextFeatures, window: int, stride: int
 ) -> torch.Tensor:
     """
     Computes raw maps from square windows that slide over the images. The value of a patch is its mean over the windows that contain
-    it. The last window of a row or column ends at the image's edge, and a window is never larger than the image.
+    it. The last window of a row or column ends at the image's edge, and a window is never larger than the image. The maps of the
+    whole image are refined if the engine refines.
 
     Args:
-        explainer ([`Explainer`]), pixel_values, texts: as for [`Explainer.forward`].
+        engine ([`Engine`]), pixel_values, texts: as for [`Engine.raw_maps`].
         window, stride (`int`): side of the windows and their distance, multiples of the patch size in pixels; `stride <= window`.
 
     Returns:
         `torch.Tensor` of shape `(B, T, h, w)`, float32.
     """
-    patch, total = explainer.model.processor.patch_size, None
+    of_windows = copy.copy(engine)
+    of_windows.refine = False
+    patch, total = engine.processor.patch_size, None
     edges = [max(side - window, 0) for side in pixel_values.shape[2:]]
     for top, left in itertools.product(*([*range(0, edge, stride), edge] for edge in edges)):
-        maps, _ = explainer.raw_maps(pixel_values[..., top : top + window, left : left + window], texts)
+        maps, _ = of_windows.raw_maps(pixel_values[..., top : top + window, left : left + window], texts)
         if total is None:
             total = maps.new_zeros(*maps.shape[:2], *(side // patch for side in pixel_values.shape[2:]))
             number = torch.zeros_like(total[0, 0])
@@ -47,7 +51,8 @@ def windowed_maps(
         columns = slice(left // patch, left // patch + maps.shape[3])
         total[..., rows, columns] += maps
         number[rows, columns] += 1
-    return total / number
+    maps = total / number
+    return refine_maps(maps, pixel_values.to(maps.device)) if engine.refine else maps
 
 
 class MeanIoU:
@@ -186,22 +191,20 @@ class Segmentation(Metric):
         self.classes = [label for label, texts in enumerate(dataset.synonyms) for _ in texts]
         self.classes += [BACKGROUND_LABEL] * len(self.texts_of_background)
         texts = [*itertools.chain(*dataset.synonyms), *self.texts_of_background]
-        self.encoded = run.model.encode_texts(texts, run.templates)
+        self.encoded = run.engine.encode(texts)
         self.iou = partial(MeanIoU, len(dataset.labels) + 1, dataset.background, dataset.void)
         super().prepare(run)
 
     def run_model(self, images: list[EvaluatedImage]) -> list[dict[str, torch.Tensor]]:
         """Returns raw maps of all texts `(T, h, w)` by method for each image."""
-        pixel_values = torch.cat([image.pixel_values for image in images])
+        pixel_values = torch.cat([image.prepared.pixel_values for image in images])
         by_method = {}
-        for method, explainer in self.run.explainers.items():
+        for method, engine in self.run.engines.items():
             if self.window is None:
-                maps, _ = explainer.raw_maps(pixel_values, self.encoded)
+                maps, _ = engine.raw_maps(pixel_values, self.encoded)
             else:
-                maps = windowed_maps(explainer, pixel_values, self.encoded, self.window, self.stride)
-            if self.run.refine:
-                maps = refine_maps(maps, pixel_values.to(maps.device))
-            by_method[method] = (-maps if explainer.reversed else maps).cpu()
+                maps = windowed_maps(engine, pixel_values, self.encoded, self.window, self.stride)
+            by_method[method] = (-maps if engine.method.reversed else maps).cpu()
         return [dict(zip(by_method, maps)) for maps in zip(*by_method.values())]
 
     def update_from(self, image: EvaluatedImage, method: str, maps: None) -> None:

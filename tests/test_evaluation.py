@@ -15,7 +15,7 @@ from processes import COMMAND, run_script
 from sklearn.metrics import roc_auc_score
 from torch.nn import functional as F
 
-from iclip_hf import cli
+from iclip_hf import cli, explain
 from iclip_hf.backends.loading import load
 from iclip_hf.data import load_segmentation
 from iclip_hf.evaluation.evaluate import evaluate_model
@@ -27,6 +27,7 @@ from iclip_hf.evaluation.metrics import (
     MultiLabelAveragePrecision,
     make_metrics,
 )
+from iclip_hf.evaluation.metrics.metric import EvaluatedImage
 from iclip_hf.evaluation.results import class_thresholds
 from iclip_hf.explainers import METHODS, make_explainer
 from iclip_hf.model.presence import MIN_PRESENCE
@@ -225,7 +226,8 @@ def test_the_measure_of_the_guide_leaves_out_a_class_that_is_a_crowd_only():
     guide = (Path(__file__).parents[1] / "docs" / "guide" / "evaluate.md").read_text(encoding="utf-8")
     names = {}
     exec(re.search(r"```py\n(import math.*?)\nprint", guide, re.DOTALL)[1], names)
-    image = SimpleNamespace(masks=np.array([[[1, 1]], [[0, 255]]]), sample=SimpleNamespace(labels=(1, 2)))
+    masks = np.array([[[1, 1]], [[0, 255]]])
+    image = EvaluatedImage(0, SimpleNamespace(labels=(1, 2), size=(1, 2), void=255, mask=lambda k: masks[k - 1]), None)
     metric = names["AreaRatio"]()
     metric.update_from(image, "itsm", torch.tensor([[[0.9, 0.1]]] * 2))
     assert metric.compute()["area_ratio"] == 0.5 and metric.compute()["left_out"] == {"no_value": 1}
@@ -286,3 +288,66 @@ def test_thresholds_of_classes(tmp_path):
     for labels, method in ((["dog", "cat"], "itsm"), (["dog", "fish"], "itsm"), (["dog"], "attention")):
         with pytest.raises(ValueError, match="results.json"):
             class_thresholds(path, labels, method)
+
+
+# ---- what a metric gets, and where its scores stand ----
+
+
+def test_another_size_of_images_changes_maps_alone(labelled_folder, tiny_processor):
+    """mAP and presence are those of the model's own size, as `explain` shows them."""
+    model, dataset = (tiny_model(logit_bias_init_value=0.0), tiny_processor), load_segmentation("folder", labelled_folder)
+    metrics = ["mAP", "mMIoU", "presence"]
+    own, large = (
+        evaluate_model(model, dataset, metrics=metrics, image_size=size, progress=False) for size in (None, 64)
+    )
+    one, two = own.results["itsm"], large.results["itsm"]
+    assert one["mAP"] == two["mAP"] and one["presence"] == two["presence"]
+    assert one["mMIoU"]["mmiou"] != two["mMIoU"]["mmiou"]
+    explained = explain(model, [sample.image for sample in dataset], NAMES, size=64, templates=dataset.templates)
+    metric = MultiLabelAveragePrecision()
+    for sample, explanation in zip(dataset, explained):
+        metric.update(explanation.scores[None], np.isin([1, 2, 3], sample.labels)[None])
+    assert metric.compute()["map"] == pytest.approx(two["mAP"]["map"])
+
+
+def test_scores_and_options_stand_by_metric(labelled_folder, tiny_processor):
+    """Two metrics have a floor, and two a seed."""
+    dataset, model = load_segmentation("folder", labelled_folder), (tiny_model(), tiny_processor)
+    names = ["mMIoU", "segmentation", "max_sensitivity", "label_maps"]
+    result = evaluate_model(model, dataset, metrics=make_metrics(names, seed=3), progress=False)
+    together = result.results["itsm"]
+    alone = [evaluate_model(model, dataset, metrics=[name], progress=False).results["itsm"][name] for name in names[:2]]
+    assert [together[name] for name in names[:2]] == alone and alone[0]["floor"] != alone[1]["floor"]
+    for scores, heading in zip(alone, ("floor %", "floor of mIoU %")):
+        headings, _, row = (line.split(" | ") for line in result.table().split("\n")[:3])
+        assert row[headings.index(heading)] == f"{scores['floor']:.2f}"
+    assert [result.protocol["metrics"][name]["seed"] for name in names[2:]] == [3, 3]
+    assert result.protocol["metrics"]["mMIoU"]["aggregate"] == "image"
+    with pytest.raises(ValueError, match="two metrics with the name 'mMIoU'"):
+        evaluate_model(model, dataset, metrics=["mMIoU", MeanMaxIoU("pixel")])
+    with pytest.raises(ValueError, match="steps is no option of mMIoU"):
+        make_metrics(["mMIoU"], steps=3)
+
+
+def test_presence_is_computed_when_it_is_asked_for_and_left_out_where_a_model_has_none(
+    labelled_folder, tiny_processor, monkeypatch
+):
+    dataset = load_segmentation("folder", labelled_folder)
+    model = (tiny_model(), tiny_processor)
+    assert "presence" not in evaluate_model(model, dataset, limit=1, progress=False).results["itsm"]
+    with pytest.raises(ValueError, match="no presence of its own"):
+        evaluate_model(model, dataset, metrics=["presence"], progress=False)
+    model = load((tiny_model(logit_bias_init_value=0.0), tiny_processor))
+    assert "presence" in evaluate_model(model, dataset, limit=1, progress=False).results["itsm"]
+    encoded = []
+    encode_texts = type(model).get_text_features
+    monkeypatch.setattr(
+        type(model), "get_text_features", lambda *args, **texts: encoded.append(1) or encode_texts(*args, **texts)
+    )
+    evaluate_model(model, dataset, metrics=["segmentation"], progress=False)
+    assert len(encoded) == 1  # the class names, which segmentation competes with, and nothing else
+
+
+def test_a_limit_of_no_image_is_refused(labelled_folder, tiny_processor):
+    with pytest.raises(ValueError, match="limit is at least 1"):
+        evaluate_model((tiny_model(), tiny_processor), load_segmentation("folder", labelled_folder), limit=0)

@@ -22,6 +22,7 @@ from iclip_hf.evaluation.metrics.deletion_insertion import area_under, deletion_
 from iclip_hf.evaluation.metrics.max_sensitivity import max_sensitivity
 from iclip_hf.evaluation.metrics.randomization import LayerRandomization, rank_correlation
 from iclip_hf.explainers import make_explainer
+from iclip_hf.model.refinement import refine_maps
 from iclip_hf.model.similarity import min_max_normalize, resize_and_normalize
 
 
@@ -257,6 +258,34 @@ def test_figures_equal_the_protocol_in_plain_steps_for_the_cost_that_is_told(roo
         assert np.mean(rows) == pytest.approx(found["foreground"])
     random = result.results["random"]["randomization"]
     assert random["randomization"] == [pytest.approx(1)] * 2  # it does not know the model
+
+
+def test_stability_and_randomisation_are_of_the_maps_that_are_measured(root, tiny_processor):
+    """Reversed and refined ones, where the evaluation's are."""
+    model, dataset = tiny_model(), load_segmentation("folder", root)
+    metrics = [MaxSensitivity(seed=3), Randomization(seed=3)]
+    result = evaluate_model((model, tiny_processor), dataset, METHODS[:2], metrics, refine=True, progress=False)
+    explainer = make_explainer((model, tiny_processor))
+    texts = explainer.model.encode_texts(NAMES)
+    for method, sign in zip(METHODS, (1, -1)):
+        changes, correlations = {}, {}
+        for index, sample in enumerate(dataset):
+            pixels = tiny_processor(images=[sample.image])["pixel_values"]
+            for label in sample.labels:
+
+                def explain(images, label=label, sign=sign):
+                    return sign * refine_maps(raw_maps(explainer, images, texts)[0][:, label - 1 : label], images)
+
+                changes.setdefault(label, []).append(max_sensitivity(explain, pixels[0], seed=3 + index).item())
+                one = LayerRandomization(explainer.model, 3).correlations(explain, pixels)[:, 0, 0].tolist()
+                correlations.setdefault(label, []).append(one)
+        found = result.results[method]
+        expected = np.mean([np.mean(of_class) for of_class in changes.values()])
+        assert found["max_sensitivity"]["max_sensitivity"] == pytest.approx(expected, rel=1e-3)
+        expected = np.mean([np.mean(of_class, 0) for of_class in correlations.values()], 0)
+        np.testing.assert_allclose(found["randomization"]["randomization"], expected, atol=2e-3)
+    one, other = (result.results[method]["max_sensitivity"]["max_sensitivity"] for method in METHODS[:2])
+    assert one != pytest.approx(other, rel=1e-2)
 
 
 def test_the_command_takes_options_of_metrics_and_the_first_images(root, world, tmp_path, capsys):

@@ -8,11 +8,10 @@ from matplotlib import colormaps
 from PIL import Image
 
 import iclip_hf
-from iclip_hf.explainers import WordScore
 from iclip_hf.model.explanation import Explanation
 from iclip_hf.plots import COLORMAPS, sheets
 from iclip_hf.plots.colors import color_table, overlay
-from iclip_hf.plots.lettering import fitted, text_mask, text_width, word_boxes
+from iclip_hf.plots.lettering import fitted, text_mask, text_width
 from iclip_hf.plots.sheets import comparison_sheet, draw, picture_grid
 
 
@@ -45,12 +44,12 @@ def test_jet_is_the_one_of_the_papers_figures():
     assert np.abs(color_table("jet")[:, :3].astype(int) - expected).max() < 40
 
 
-def explained(presence, words=None, size=(40, 60)):
+def explained(presence, size=(40, 60)):
     """Of texts whose maps are 1 in the right half."""
     raw_maps = torch.zeros(len(presence), 8, 12)
     raw_maps[..., 6:] = 1
     labels = [f"text {index}" for index in range(len(presence))]
-    return Explanation(labels, torch.full((len(presence),), 0.3), torch.tensor(presence), raw_maps, size, words=words)
+    return Explanation(labels, torch.full((len(presence),), 0.3), torch.tensor(presence), raw_maps, size)
 
 
 @pytest.fixture
@@ -92,16 +91,6 @@ def test_a_drawing_takes_what_explain_takes_and_is_as_large_as_asked(tmp_path):
 def test_rows_are_filled_evenly(number, columns, rows):
     sheet = picture_grid([Image.new("RGB", (60, 60))] * number, [""] * number, 5)
     assert sheet.size == (2 * 18 + columns * 350 - 14, 2 * 18 + rows * 364 - 28)
-
-
-def test_the_darkest_word_has_the_highest_score():
-    words = [[WordScore("red", 0.1), WordScore("ball", 0.6), WordScore("ball", 0.3)]]
-    white = Image.new("RGB", (60, 40), "white")
-    drawn = np.asarray(picture_grid([white], ["red ball ball"], 1, words=words)).astype(int)
-    found = drawn[drawn[..., 0] > drawn[..., 2] + 9].tolist()  # all that is not grey, row by row
-    colours = [colour for colour in dict.fromkeys(map(tuple, found)) if found.count(list(colour)) > 200]
-    assert len(colours) == 3
-    assert sum(colours[0]) > sum(colours[2]) > sum(colours[1])
 
 
 def test_empty_places_and_long_titles_fit(written):
@@ -169,14 +158,3 @@ def test_lines_are_filled_and_end_with_an_ellipsis():
     cut = fitted(text, 12, 120, 2).split("\n")
     assert cut[0] == lines[0] and cut[1].endswith("…") and text_width(cut[1], 12) <= 120
     assert fitted("", 12, 120, 2) == ""
-
-
-def test_words_are_where_they_are_drawn():
-    text = "red ball\na very big dog"
-    mask = np.asarray(text_mask(text, 40)) > 128
-    for word, (x0, y0, x1, y1) in word_boxes(text, 40):
-        inside = mask[round(y0) : round(y1), round(x0) : round(x1)]
-        assert inside.any(), word
-        mask[round(y0) : round(y1), round(x0) : round(x1)] = False
-    assert mask.sum() < 20  # all ink belongs to a word
-    assert [word for word, _ in word_boxes(text, 40)] == text.split()

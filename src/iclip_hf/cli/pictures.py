@@ -180,7 +180,6 @@ def make_localizer(options: argparse.Namespace):
                 f"{'not' if refined else 'refined'}: add --{'' if refined else 'no-'}refine, or measure by `iclip evaluate "
                 f"{'--no-refine' if refined else '--refine'} --output`.",
             )
-    words = "bi_modal" if options.method == "bi_modal" else "grad_eclip"
     return Localizer(
         model,
         texts,
@@ -190,5 +189,4 @@ def make_localizer(options: argparse.Namespace):
         min_presence=options.min_presence,
         image_size=options.image_size,
         refine=options.refine,
-        words=words if options.words else None,
     )

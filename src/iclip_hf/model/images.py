@@ -1,4 +1,4 @@
-"""Reading of image files as upright 8-bit RGB, with uniform error messages, and grouping of images by shape."""
+"""Reading of image files as upright 8-bit RGB, with uniform error messages."""
 
 from __future__ import annotations
 
@@ -9,16 +9,11 @@ import threading
 import time
 import urllib.parse
 import urllib.request
-from collections import defaultdict
-from collections.abc import Callable, Hashable, Iterable, Sequence
 from concurrent import futures
 from http.client import HTTPException
-from typing import TypeVar
 
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
-
-Item, Result = TypeVar("Item"), TypeVar("Result")
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".jp2", ".ppm", ".pgm")
 
@@ -165,22 +160,6 @@ def to_rgb(image: Image.Image, name: str | None = None) -> Image.Image:
         canvas.alpha_composite(image.convert("RGBA"))
         image = canvas
     return image.convert("RGB")
-
-
-def map_groups(
-    function: Callable[[list[Item]], Iterable[Result]], items: Sequence[Item], keys: Iterable[Hashable]
-) -> list[Result]:
-    """
-    Calls a function from a list of items to their results once for all items with the same key, such as images of one shape. Returns
-    the results in the order of the items.
-    """
-    groups = defaultdict(list)
-    for index, key in enumerate(keys):
-        groups[key].append(index)
-    results = {}
-    for group in groups.values():
-        results.update(zip(group, function([items[index] for index in group]), strict=True))
-    return [results[index] for index in range(len(items))]
 
 
 def _name(source: str | os.PathLike | bytes | Image.Image) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import re
 from collections.abc import Iterator
 from functools import cache
 from itertools import groupby
@@ -52,15 +51,6 @@ def text_mask(text: str, size: float, bold: bool = False) -> Image.Image:
 def text_width(line: str, size: float, bold: bool = False) -> float:
     """Returns the width of a line in pixels."""
     return sum(font.getlength(run) for run, font in _runs(line, size, bold))
-
-
-def word_boxes(text: str, size: float, bold: bool = False) -> Iterator[tuple[str, tuple[float, float, float, float]]]:
-    """Yields the words of a text with their boxes (x0, y0, x1, y1) in its `text_mask`, in pixels."""
-    for number, line in enumerate(text.split("\n")):
-        top = _LINE_HEIGHT * size * number
-        for word in re.finditer(r"\S+", line):
-            start, end = (text_width(line[:at], size, bold) for at in word.span())
-            yield word[0], (start, top, end, top + _LINE_HEIGHT * size)
 
 
 def fitted(text: str, size: float, width: float, lines: int, bold: bool = False) -> str:
